@@ -1,0 +1,680 @@
+"""Result rows to series, numbers and figures; `report` puts them on a page.
+
+Nothing here reads files or keeps global state: figures are plain `matplotlib.figure.Figure` objects. Accuracies and
+ratios are fractions in [0, 1] throughout and become percentages only on axes.
+"""
+
+import collections
+import io
+import json
+import math
+import re
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+STOPS = (0.9, 0.95, 0.98, 0.99)  # pruning ratios with a column of their own in the summary
+LAYER_STOPS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+NEAR = 0.0015  # a ratio this close to a stop stands for it; nothing is interpolated
+DROP = 0.01  # "within one point of dense"
+
+# Okabe and Ito's colour-blind-safe hues (2008) without yellow and black, then six that differ from them in lightness.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b4bb7", "#7d8590",
+    "#8c1d4f", "#8c8c1f", "#0b7f8a", "#8a5a2b")  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 1, 1, 1, 1, 1))
+INK, MUTED, GRID = "#1f2328", "#656d77", "#dfe3e8"  # the page's own colours; `svg` turns them into CSS variables
+
+FIELDS = {  # what rows of each kind hold; any other key may be a swept value
+    "all": {"stage", "kind", "visit", "arm", "member", "num_params"},
+    "train": {
+        "epoch",
+        "step",
+        "learning_rate",
+        "seconds",
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+    },
+    "curve": {
+        "ratio",
+        "num_kept",
+        "num_prunable",
+        "selection",
+        "scope",
+        "split",
+        "accuracy",
+        "loss",
+        "retrained",
+        "layers",
+    },
+    "histogram": {"threshold", "count_above", "edges", "counts", "num_zero"},
+    "sfw_init": {"iteration", "loss_before", "loss_after"},
+}
+
+
+class Series(NamedTuple):
+    """All rows of one arm at one setting of the swept values; its members differ in their seeds only."""
+
+    label: str
+    rows: list[dict]
+
+
+class Curve(NamedTuple):
+    """One way of pruning one series, at every ratio. A value that a member lacks is NaN."""
+
+    series: int  # index of the series
+    variant: str  # what tells this curve from others of the series, "" if nothing needs telling
+    dash: int  # index of the variant, the same for all series
+    retrained: bool
+    ratio: np.ndarray  # [ratios], ascending
+    members: tuple  # [members], identity of each
+    accuracy: np.ndarray  # [members, ratios]
+    loss: np.ndarray  # [members, ratios]
+    layers: dict  # ratio to {path: mean sparsity}
+
+
+class Line(NamedTuple):
+    """One drawn line: `mean` with a band from `low` to `high`."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    color: int = 0
+    dash: int = 0
+    marks: bool = False
+
+
+class Panel(NamedTuple):
+    """One pair of axes. `percent` names the axes ("x", "y", "xy") whose fractions are shown in percent."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: list[Line]
+    percent: str = ""
+    xlim: tuple[float, float] | None = None
+    shade: tuple[float, float] | None = None
+    steps: bool = False
+    powers: bool = False  # x is log10 of the quantity
+    integers: bool = False  # x counts something
+
+
+# ---------------------------------------------------------------------------------------------- rows to numbers
+
+
+def number(value: Any) -> float:
+    """`value` as a float; anything that is no finite number becomes NaN."""
+    return float(value) if isinstance(value, (int, float, np.number)) and math.isfinite(value) else math.nan
+
+
+def mean_std(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sample standard deviation (n - 1) over axis 0, NaN left out; 0 where there is only one value."""
+    values = np.asarray(values, float)
+    known = np.isfinite(values)
+    count = known.sum(0)
+    mean = np.where(known, values, 0.0).sum(0) / np.maximum(count, 1)
+    spread = np.where(known, values - mean, 0.0) ** 2
+    return np.where(count > 0, mean, np.nan), np.sqrt(spread.sum(0) / np.maximum(count - 1, 1))
+
+
+def is_seed(key: str) -> bool:
+    """Whether a swept value is a seed, to be averaged over: `seed`, or a setting of that name such as `data.seed`."""
+    return key.rsplit(".", 1)[-1] == "seed"
+
+
+def member_of(row: dict) -> tuple:
+    """Identity of the trained network within its series."""
+    return (row.get("member", 0), *(str(row[key]) for key in sorted(row) if key.endswith("seed") and is_seed(key)))
+
+
+def swept_keys(rows: list[dict]) -> list[str]:
+    """Names of the swept values other than seeds that take several values within some arm.
+
+    A swept value is a key outside the row schema that is a dotted setting (`fit.optimizer.name`), or that stands on
+    every row of a member with one value; a metric this module does not know is therefore not mistaken for one.
+    """
+    known = set().union(*FIELDS.values())
+    candidates = sorted({key for row in rows for key in row if key not in known and not is_seed(key)})
+    found = []
+    for key in candidates:
+        values, steady = collections.defaultdict(set), True
+        per_member = {}
+        for row in rows:
+            value = json.dumps(row[key], default=str) if key in row else None
+            values[row.get("arm")].add(value)
+            steady &= per_member.setdefault((row.get("arm"), row.get("member")), value) == value and value is not None
+        if ("." in key or steady) and any(len(seen) > 1 for seen in values.values()):
+            found.append(key)
+    return found
+
+
+def group(rows: list[dict]) -> list[Series]:
+    """Rows by arm and swept values, in order of first appearance; seeds stay together."""
+    keys = swept_keys(rows)
+    short = collections.Counter(key.rsplit(".", 1)[-1] for key in keys)
+    stages = {row.get("stage") for row in rows}
+    groups, arm_stages = {}, collections.defaultdict(set)
+    for row in rows:
+        arm = str(row.get("arm", "run"))
+        values = tuple((key, json.dumps(row[key], default=str)) for key in keys if key in row)
+        groups.setdefault((arm, values), []).append(row)
+        arm_stages[arm].add(row.get("stage"))
+
+    def name(key, arm):
+        """The last part says enough, unless it is ambiguous or the setting belongs to a stage of another arm."""
+        stage, _, last = key.partition(".")[0], None, key.rsplit(".", 1)[-1]
+        return key if short[last] > 1 or (stage in stages and stage not in arm_stages[arm]) else last
+
+    def label(arm, values):
+        settings = ", ".join(f"{name(key, arm)}={value.strip(chr(34))}" for key, value in values)
+        return f"{arm} ({settings})" if settings else arm
+
+    return [Series(label(arm, values), members) for (arm, values), members in groups.items()]
+
+
+def curves(series: list[Series], split: str = "test") -> list[Curve]:
+    """Every pruning curve of every series on one split.
+
+    A series with several ways of pruning (retrained, selection, scope, or another stage or visit) has one curve each.
+    Of two rows of one member at one ratio the later one counts.
+    """
+    parts = ("retrained", "selection", "scope", "stage", "visit")
+    tables = {}
+    for index, one in enumerate(series):
+        for row in one.rows:
+            if row.get("kind") == "curve" and row.get("split", "test") == split and "ratio" in row:
+                variant = (bool(row.get("retrained", False)), *(row.get(part) for part in parts[1:]))
+                cells = tables.setdefault((index, variant), {})
+                cells.setdefault(member_of(row), {})[round(float(row["ratio"]), 6)] = row
+    seen = [{variant[i] for _, variant in tables} for i in range(len(parts))]
+    within = [{(index, variant[i]) for index, variant in tables} for i in range(len(parts))]
+    several = [  # stage and visit tell curves apart only where one series has more than one
+        len(seen[i]) > 1 if i < 3 else len(within[i]) > len({index for index, _ in tables}) for i in range(len(parts))
+    ]
+
+    def describe(variant):
+        words = ["retrained" if variant[0] else "no retraining", *(f"{x}" for x in variant[1:4]), f"visit {variant[4]}"]
+        return ", ".join(word for word, shown in zip(words, several) if shown)
+
+    names = list(dict.fromkeys(describe(variant) for _, variant in sorted(tables, key=str)))
+    names.sort(key=lambda name: name.startswith("retrained"))
+    result = []
+    for (index, variant), cells in tables.items():
+        ratios = sorted({ratio for found in cells.values() for ratio in found})
+        name = describe(variant)
+        result.append(
+            Curve(
+                index,
+                name,
+                names.index(name),
+                variant[0],
+                np.array(ratios),
+                tuple(cells),
+                tabulate(cells.values(), ratios, "accuracy"),
+                tabulate(cells.values(), ratios, "loss"),
+                layer_means(cells, ratios),
+            )
+        )
+    return sorted(result, key=lambda curve: (curve.series, curve.dash))
+
+
+def tabulate(members, points, field: str) -> np.ndarray:
+    """`field` as [members, points] from one {point: row} per member; NaN where a member has no number."""
+    return np.array([[number(rows.get(point, {}).get(field)) for point in points] for rows in members])
+
+
+def layer_means(cells: dict, ratios: list[float]) -> dict[float, dict[str, float]]:
+    """Sparsity of each layer, averaged over members, at the ratios nearest to LAYER_STOPS that rows give layers for."""
+    result = {}
+    for stop in LAYER_STOPS:
+        near = sorted((r for r in ratios if abs(r - stop) <= NEAR), key=lambda r: abs(r - stop))
+        tables = [[cell[r]["layers"] for cell in cells.values() if cell.get(r, {}).get("layers")] for r in near]
+        found = next((table for table in tables if table), None)
+        if found:
+            result[stop] = {
+                path: float(mean_std(np.array([[number(one.get(path))] for one in found]))[0][0]) for path in found[0]
+            }
+    return result
+
+
+def training(one: Series) -> dict[tuple, dict[int, dict]]:
+    """Per member: train rows by epoch since the start of the arm; epochs of later stages and visits count on."""
+    result = {}
+    for row in one.rows:
+        if row.get("kind") == "train" and "epoch" in row:
+            block = result.setdefault(member_of(row), {}).setdefault((row.get("stage"), row.get("visit", 1)), {})
+            block[int(row["epoch"])] = row
+    merged = {}
+    for member, blocks in result.items():
+        start, merged[member] = 0, {}
+        for block in blocks.values():
+            merged[member] |= {start + epoch: row for epoch, row in sorted(block.items())}
+            start += max(block)
+    return merged
+
+
+def at_ratio(curve: Curve, values: np.ndarray, stop: float) -> np.ndarray:
+    """Column of `values` [members, ratios] at the available ratio nearest to `stop`; NaN if none is within NEAR."""
+    distance = np.abs(curve.ratio - stop)
+    return values[:, distance.argmin()] if distance.min() <= NEAR else np.full(len(values), np.nan)
+
+
+class Summary(NamedTuple):
+    """One line of the summary table. `cells` maps a column to (mean, std, number of members)."""
+
+    series: int
+    label: str
+    variant: str
+    cells: dict[str, tuple[float, float, int]]
+
+
+def summary(series: list[Series], found: list[Curve]) -> list[Summary]:
+    """The numbers of the summary table, one line per curve, or per series where it has no curve.
+
+    Columns: `dense` (the curve without retraining at ratio 0, else with, else the last test accuracy of training),
+    `0.9` ... (accuracy at that ratio), `largest` (largest ratio whose accuracy is at most DROP below dense, per
+    member), `epochs`, `seconds` (sum over the stages of the arm). Columns without any number are left out.
+    """
+    result = []
+    for index, one in enumerate(series):
+        mine = [curve for curve in found if curve.series == index]
+        trained = training(one)
+        dense = {}
+        for member, epochs in trained.items():
+            tested = [number(row.get("test_accuracy")) for row in epochs.values()]
+            dense[member] = next((value for value in reversed(tested) if math.isfinite(value)), math.nan)
+        for curve in sorted(mine, key=lambda curve: not curve.retrained):
+            values = at_ratio(curve, curve.accuracy, 0.0)
+            dense |= {member: value for member, value in zip(curve.members, values) if math.isfinite(value)}
+        seconds = []
+        for epochs in trained.values():
+            spent = collections.defaultdict(float)
+            for row in epochs.values():
+                stage = (row.get("stage"), row.get("visit", 1))
+                spent[stage] = max(spent[stage], number(row.get("seconds")))
+            seconds.append(sum(spent.values()) or math.nan)
+        common = {
+            "dense": list(dense.values()),
+            "epochs": [max(epochs) for epochs in trained.values()],
+            "seconds": seconds,
+        }
+        for curve in mine or [None]:
+            columns = dict(common)
+            if curve is not None:
+                columns |= {str(stop): at_ratio(curve, curve.accuracy, stop) for stop in STOPS}
+                limit = np.array([[dense.get(member, np.nan)] for member in curve.members]) - DROP - 1e-9
+                columns["largest"] = np.where(curve.accuracy >= limit, curve.ratio, -np.inf).max(1)
+            cells = {}
+            for column, values in columns.items():
+                known = np.array([value for value in values if math.isfinite(value)])
+                if known.size:
+                    mean, std = mean_std(known[:, None])
+                    cells[column] = (float(mean[0]), float(std[0]), known.size)
+            if cells:
+                result.append(Summary(index, one.label, curve.variant if curve else "", cells))
+    return result
+
+
+class Histogram(NamedTuple):
+    """Weight magnitudes of one series at its end, means over members."""
+
+    edges: np.ndarray  # [bins + 1], log10 of the magnitude
+    share: np.ndarray  # [members, bins], of all weights
+    zero: float  # share of exact zeros
+    threshold: list  # [thresholds]
+    above: np.ndarray  # [thresholds], number of weights above each
+    total: float  # number of weights
+
+
+def histogram(one: Series) -> Histogram | None:
+    """The last histogram row of each member, those on the bins of the first; None if there is none."""
+    last = {member_of(row): row for row in one.rows if row.get("kind") == "histogram" and row.get("counts")}
+    if not last:
+        return None
+    first = next(iter(last.values()))
+    rows = [row for row in last.values() if row["edges"] == first["edges"]]
+    total = [max(sum(row["counts"]) + row.get("num_zero", 0), 1) for row in rows]
+    threshold = list(first.get("threshold", ()))
+    above = [row["count_above"] for row in rows if row.get("threshold") == threshold and threshold]
+    return Histogram(
+        np.array(first["edges"], float),
+        np.array([row["counts"] for row in rows], float) / np.array(total, float)[:, None],
+        float(np.mean([row.get("num_zero", 0) / n for row, n in zip(rows, total)])),
+        threshold,
+        np.mean(np.array(above, float), 0) if above else np.zeros(0),
+        float(np.mean(total)),
+    )
+
+
+# ------------------------------------------------------------------------------------------- numbers to figures
+
+
+def line(x, values: np.ndarray, **options) -> Line | None:
+    """A line through the mean of `values` [members, points] with a band of one std; None without any number."""
+    mean, std = mean_std(values)
+    known = np.isfinite(mean)
+    if not known.any():
+        return None
+    floor = np.where(np.isfinite(values), values, np.inf).min(0)
+    low = np.maximum(mean - std, np.minimum(floor, mean))  # the band stays in the range of a log axis
+    return Line(np.asarray(x, float)[known], mean[known], low[known], (mean + std)[known], **options)
+
+
+def ratio_panels(found: list[Curve], field: str, ylabel: str, percent: str) -> list[Panel]:
+    """Accuracy or loss against the pruning ratio: the full range and, where there are ratios above 90 %, their zoom."""
+    lines = [line(c.ratio, getattr(c, field), color=c.series, dash=c.dash, marks=True) for c in found]
+    lines = [one for one in lines if one is not None]
+    if not lines:
+        return []
+    end = max(one.x.max() for one in lines)
+    zoom = end > 0.9 + NEAR and sum(((one.x >= 0.9 - NEAR).sum()) for one in lines) > len(lines)
+    xlabel = "weights removed"
+    full = Panel("All ratios", xlabel, ylabel, lines, percent, shade=(0.9, end) if zoom else None)
+    if not zoom:
+        return [full]
+    return [full, Panel(f"Above {0.9:.0%}", xlabel, "", lines, percent, xlim=(0.9, end))]
+
+
+def training_panels(series: list[Series]) -> list[Panel]:
+    """Loss and accuracy against the epoch; train and test share a panel unless there are more than six series."""
+    lines = {}
+    for index, one in enumerate(series):
+        members = training(one)
+        epochs = sorted({epoch for found in members.values() for epoch in found})
+        for field in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
+            values = tabulate(members.values(), epochs, field)
+            drawn = line(epochs, values, color=index, dash=field.startswith("test")) if epochs else None
+            if drawn is not None:
+                lines.setdefault(field, []).append(drawn)
+    panels = []
+    for field, percent in (("loss", ""), ("accuracy", "y")):
+        train, test = lines.get(f"train_{field}", []), lines.get(f"test_{field}", [])
+        if len(series) > 6 and train and test:
+            panels.append(Panel(f"Train {field}", "epoch", "", train, percent, integers=True))
+            panels.append(Panel(f"Test {field}", "epoch", "", test, percent, integers=True))
+        elif train or test:
+            panels.append(Panel(field.capitalize(), "epoch", "", train + test, percent, integers=True))
+    return panels
+
+
+def histogram_panels(series: list[Series]) -> list[Panel]:
+    """Share of the weights per bin of log10 |w|."""
+    lines = []
+    for index, one in enumerate(series):
+        found = histogram(one)
+        if found is not None:
+            values = np.concatenate([found.share, found.share[:, -1:]], 1)
+            lines.append(line(found.edges, values, color=index))
+    title = ("", "magnitude |w|", "share of weights per bin")
+    return [Panel(*title, lines, "y", steps=True, powers=True)] if lines else []
+
+
+def sfw_init_panels(series: list[Series]) -> list[Panel]:
+    """Loss before and after the one SFW step that SFW-Init differentiates."""
+    lines = []
+    for index, one in enumerate(series):
+        members = {}
+        for row in one.rows:
+            if row.get("kind") == "sfw_init" and "iteration" in row:
+                members.setdefault(member_of(row), {})[int(row["iteration"])] = row
+        iterations = sorted({iteration for found in members.values() for iteration in found})
+        for dash, field in enumerate(("loss_after", "loss_before")):
+            values = tabulate(members.values(), iterations, field)
+            drawn = line(iterations, values, color=index, dash=dash) if iterations else None
+            if drawn is not None:
+                lines.append(drawn)
+    return [Panel("", "iteration", "loss", lines, integers=True)] if lines else []
+
+
+def rc(name: str) -> dict:
+    """Style of every figure. The salt makes identifiers in the SVG depend on the figure's name only."""
+    return {
+        "font.family": "DejaVu Sans",  # comes with matplotlib, so PNGs are the same everywhere
+        "font.size": 9,
+        "text.color": INK,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": GRID,
+        "axes.titlesize": 9.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": GRID,
+        "grid.linewidth": 0.7,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "xtick.minor.size": 0,
+        "ytick.minor.size": 0,
+        "lines.linewidth": 1.8,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+    }
+
+
+def literal(text: str, limit: int = 60) -> str:
+    """`text` for matplotlib: no mathtext, never taken for a hidden label, at most `limit` characters."""
+    text = " ".join(str(text).split())
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def line_figure(name: str, panels: list[Panel], labels: list[str], variants: list[str], *, columns: int = 2):
+    """A Figure of line panels with one legend above them.
+
+    labels: of the series, in colour order; only those drawn are listed. variants: of the dashes.
+    """
+    import matplotlib
+    from matplotlib import figure, lines, ticker
+
+    drawn = [one for panel in panels for one in panel.lines]
+    used = sorted({one.color for one in drawn})
+    shown = {i: literal(labels[i]) for i in used}
+    marks = any(one.marks for one in drawn)
+    handles = []
+    with matplotlib.rc_context(rc(name)):
+        for i in used:
+            marker = MARKERS[i % len(MARKERS)] if marks else None
+            handles.append(lines.Line2D([], [], color=color(i), marker=marker, markersize=4.5, label=shown[i]))
+        dashes = sorted({one.dash for one in drawn})
+        if len(dashes) > 1 or (dashes and len(variants) > 1):
+            plain = {"color": MUTED, "linewidth": 1.4}
+            handles += [lines.Line2D([], [], **plain, **dashed(d), label=literal(variants[d])) for d in dashes]
+        width, top = 10.0, 0.1
+        slots = max(1, min(len(handles), int(width / (0.62 + 0.078 * max(len(h.get_label()) for h in handles)))))
+        legend_rows = math.ceil(len(handles) / slots)
+        columns = min(columns, len(panels))
+        rows = math.ceil(len(panels) / columns)
+        legend_height = 0.24 * legend_rows + 0.12
+        titles = 0.28 if any(panel.title for panel in panels) else 0.0
+        height = 3.0 if columns > 1 else 3.3
+        total = top + legend_height + rows * (titles + height + 0.55)
+        fig = figure.Figure(figsize=(width, total))
+        gap, left, right = 0.75 if any(p.ylabel for p in panels[1:]) or rows > 1 else 0.55, 0.72, 0.12
+        cell = (width - left - right - gap * (columns - 1)) / columns
+        for i, panel in enumerate(panels):
+            x = left + (i % columns) * (cell + gap)
+            y = total - top - legend_height - (i // columns + 1) * (titles + height + 0.55) + 0.55
+            axes = fig.add_axes((x / width, y / total, cell / width, height / total))
+            draw_panel(axes, panel, ticker, len(used))
+        fig.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=((left - 0.05) / width, 1 - top / total / 2),
+            ncols=slots,
+            borderaxespad=0,
+            borderpad=0,
+            handlelength=2.4,
+            columnspacing=1.8,
+        )
+    return fig
+
+
+def color(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]
+
+
+def dashed(index: int) -> dict:
+    pattern = DASHES[index % len(DASHES)]
+    return {"linestyle": (0, pattern) if pattern else "-"}
+
+
+def draw_panel(axes, panel: Panel, ticker, num_series: int) -> None:
+    """Draws one panel; later series first, so that the first one lies on top."""
+    many = num_series > 6
+    for one in reversed(panel.lines):
+        paint = {"color": color(one.color), "zorder": 3 - one.color / 100}
+        marker = {}
+        if one.marks:
+            inside = (one.x >= panel.xlim[0] - NEAR) if panel.xlim else np.ones(len(one.x), bool)
+            start, count = int(inside.argmax()), max(int(inside.sum()), 1)
+            marker = {
+                "marker": MARKERS[one.color % len(MARKERS)],
+                "markersize": 3.6,
+                "markevery": (start, max(1, math.ceil(count / 20))),
+            }
+        style = "steps-post" if panel.steps else "default"
+        axes.plot(one.x, one.mean, lw=1.3 if many else 1.8, drawstyle=style, **dashed(one.dash), **marker, **paint)
+        if panel.steps and num_series <= 4:
+            axes.fill_between(one.x, one.mean, step="post", alpha=0.14, lw=0, **paint)
+        elif not panel.steps and (one.high > one.low).any():
+            axes.fill_between(one.x, one.low, one.high, alpha=0.1 if many else 0.18, lw=0, **paint)
+    if panel.shade:
+        axes.axvspan(*panel.shade, color=GRID, alpha=0.55, lw=0, zorder=0)
+    axes.set_title(panel.title)
+    axes.set_xlabel(panel.xlabel)
+    axes.set_ylabel(panel.ylabel)
+    axes.margins(x=0.02)
+    if panel.xlim:
+        pad = 0.02 * (panel.xlim[1] - panel.xlim[0])
+        axes.set_xlim(panel.xlim[0] - pad, panel.xlim[1] + pad)
+    scale_y(axes, panel, ticker)
+    percents = ticker.FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
+    if "x" in panel.percent:
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(10, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(percents)
+    if "y" in panel.percent:
+        axes.yaxis.set_major_formatter(percents)
+    if panel.powers:
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(12, integer=True))
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: power(value)))
+    if panel.integers:
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+
+
+def scale_y(axes, panel: Panel, ticker) -> None:
+    """Fractions start at 0 where they come near it; losses over more than a decade and a half get a log axis."""
+    means = np.concatenate([one.mean for one in panel.lines])
+    low, high = float(means.min()), float(means.max())
+    if "y" in panel.percent:
+        if low < 0.6:
+            axes.set_ylim(0, min(1.03, high * 1.08) if high > 0 else 1)
+    elif low > 0 and high / low > 30:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def power(value: float) -> str:
+    """A power of ten as text, e.g. 10⁻³."""
+    return "10" + str(round(value)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def short_paths(paths: list[str], limit: int = 34) -> list[str]:
+    """Paths without the first and last parts that all share; long ones lose their beginning."""
+    split = [path.split("/") for path in paths]
+    while len(split) > 1 and min(map(len, split)) > 1 and len({parts[0] for parts in split}) == 1:
+        split = [parts[1:] for parts in split]
+    while min(map(len, split)) > 1 and all(parts[-1] == "kernel" for parts in split):
+        split = [parts[:-1] for parts in split]
+    joined = ["/".join(parts) for parts in split]
+    return [name if len(name) <= limit else "…" + name[1 - limit :] for name in joined]
+
+
+def layer_figure(name: str, found: list[tuple[str, dict]]):
+    """Heat maps layer x ratio of the share of weights kept (log colour), one per (label, {ratio: {path: sparsity}})."""
+    import matplotlib
+    from matplotlib import colors, figure
+
+    paths = list(dict.fromkeys(path for _, table in found for layers in table.values() for path in layers))
+    stops = [stop for stop in LAYER_STOPS if any(stop in table for _, table in found)]
+    names = short_paths(paths)
+    with matplotlib.rc_context(rc(name)):
+        width, right = 10.0, 0.15
+        left = 0.3 + 0.068 * max(map(len, names))
+        slot = max(1, min(len(found), int((width - left - right) / 1.75)))
+        rows = math.ceil(len(found) / slot)
+        row_height = 0.3 if len(paths) <= 12 else 0.2 if len(paths) <= 30 else 0.145
+        height, head, gap = max(row_height * len(paths), 0.4), 0.62, 0.16
+        total = rows * (height + head) + 0.7
+        cell = min((width - left - right - gap * (slot - 1)) / slot, 0.62 * len(stops) + 0.2)
+        fig = figure.Figure(figsize=(width, total))
+        norm, palette = colors.LogNorm(1e-3, 1.0), matplotlib.colormaps["cividis"].with_extremes(under="#5a0f14")
+        for i, (label, table) in enumerate(found):
+            x, y = left + (i % slot) * (cell + gap), total - (i // slot + 1) * (height + head)
+            axes = fig.add_axes((x / width, y / total, cell / width, height / total))
+            kept = np.array([[1 - table.get(stop, {}).get(path, math.nan) for stop in stops] for path in paths])
+            kept = np.where(np.isfinite(kept), np.clip(kept, 0, 1), math.nan)
+            shown = np.where(kept > 0, np.maximum(kept, 1e-3), np.where(kept == 0, 1e-9, math.nan))
+            axes.imshow(np.ma.masked_invalid(shown), aspect="auto", norm=norm, cmap=palette, interpolation="nearest")
+            axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
+            axes.xaxis.tick_top()
+            axes.set_xticks(range(len(stops)), [f"{100 * stop:.4g}%" for stop in stops])
+            first = i % slot == 0
+            axes.set_yticks(range(len(paths)) if first else [], [literal(n) for n in names] if first else [])
+            small = 8 if len(paths) <= 30 else 6.5
+            axes.tick_params(axis="x", labelsize=7.5 if cell / len(stops) > 0.3 else 5.5)
+            axes.tick_params(axis="y", labelsize=small)
+            axes.set_title(literal(label, max(8, int(cell / 0.088))), pad=6)
+            if row_height >= 0.2 and cell / len(stops) >= 0.36 and kept.size * len(found) <= 600:
+                for (r, c), value in np.ndenumerate(kept):
+                    if math.isfinite(value):
+                        ink = "#10131a" if value > 0.06 else "#f6f8fa"
+                        axes.text(c, r, f"{100 * value:.2g}" if value < 0.995 else "100", color=ink, fontsize=7,
+                                  ha="center", va="center")  # fmt: skip
+        bar = fig.add_axes((left / width, 0.34 / total, 2.6 / width, 0.11 / total))
+        scale = matplotlib.cm.ScalarMappable(norm, palette)
+        marks = fig.colorbar(scale, cax=bar, orientation="horizontal", extend="min", extendfrac=0.06)
+        marks.set_ticks([1e-3, 1e-2, 1e-1, 1.0], labels=["0.1%", "1%", "10%", "100%"])
+        marks.minorticks_off()
+        marks.outline.set_visible(False)
+        fig.text((left + 2.75) / width, 0.35 / total, "weights kept (red: none left)", color=MUTED, fontsize=8)
+    return fig
+
+
+def png(name: str, fig) -> bytes:
+    """The figure as a PNG on white, without a date or a version, so that the same rows give the same bytes."""
+    return save(name, fig, "png", dpi=150, facecolor="white", metadata={"Software": None})
+
+
+def svg(name: str, fig, alt: str) -> str:
+    """The figure as inline SVG whose colours follow the page's CSS variables (`--ink`, `--c0` ...)."""
+    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    text = save(name, fig, "svg", transparent=True, metadata=empty).decode()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
+    named = {INK: "--ink", MUTED: "--muted", GRID: "--line", **{c: f"--c{i}" for i, c in enumerate(PALETTE)}}
+    for value, variable in named.items():
+        text = text.replace(value, f"var({variable})")
+    size = re.search(r'viewBox="[^"]*"', text).group(0)
+    return re.sub(r"<svg\b.*?>", f'<svg {size} role="img" aria-label="{alt}">', text, count=1, flags=re.DOTALL)
+
+
+def save(name: str, fig, kind: str, **options) -> bytes:
+    import matplotlib
+
+    with matplotlib.rc_context(rc(name)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # an arm named in another script still gets a report
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format=kind, **options)
+    return buffer.getvalue()

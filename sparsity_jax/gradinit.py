@@ -1,0 +1,124 @@
+"""SFW-Init: a learned scale for every parameter array, so that one Frank-Wolfe step from there helps most.
+
+Sources: Miao et al., ICLR 2022, section 3.3; Zhu et al. 2021, arXiv:2102.08098 (GradInit).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsity_jax import polytopes, trees
+
+PyTree = Any
+
+
+class ScaleState(NamedTuple):
+    """params: scaled so far. scales: their factors (scalars). first_norms: L2 norms at scale 1. mean, square: Adam's."""
+
+    step: jax.Array
+    params: PyTree
+    scales: PyTree
+    first_norms: PyTree
+    mean: PyTree
+    square: PyTree
+
+
+class ScaleMetrics(NamedTuple):
+    """loss_before, loss_after: around the inner step. inner_products, step_sizes: one scalar a parameter array."""
+
+    loss_before: jax.Array
+    loss_after: jax.Array
+    inner_products: PyTree
+    step_sizes: PyTree
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x)))
+
+
+def init(params: PyTree) -> ScaleState:
+    """Every scale 1."""
+    zeros = jax.tree.map(lambda x: jnp.zeros((), x.dtype), params)
+    ones = jax.tree.map(jnp.ones_like, zeros)
+    return ScaleState(jnp.zeros((), jnp.int32), params, ones, jax.tree.map(_norm, params), zeros, zeros)
+
+
+def scale_step(
+    loss: Callable,
+    sets: PyTree,
+    *,
+    learning_rate: float = 1.0,
+    scale_learning_rate: float = 1e-3,
+    min_scale: float = 0.01,
+    clip: float = 1.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> Callable:
+    """One iteration, `(state, inner_batch, outer_batch) -> (state, metrics)`.
+
+    loss(params, batch) -> scalar. The objective is the loss on `outer_batch` after one SFW step (`gradient` rescale,
+    no momentum) on `inner_batch`, divided by `learning_rate`; vertices count as constants, step sizes are
+    differentiated where they are not clipped. The scales follow it by scalar Adam at `scale_learning_rate` with the
+    gradient clipped to +-`clip`, never below `min_scale` (kernels, norm scales) or 0 (biases); arrays whose norm is 0
+    are left alone. sets: feasible sets as for `optim.sfw`; unconstrained arrays take their gradient step.
+    """
+
+    def inner(params, inner_batch):
+        before, grads = jax.value_and_grad(loss)(params, inner_batch)
+
+        def move(constraint, w, g):
+            if isinstance(constraint, polytopes.Unconstrained):
+                return w - learning_rate * g, jnp.asarray(learning_rate, w.dtype)
+            vertex = jax.lax.stop_gradient(constraint.lmo(g))
+            gap = vertex - w
+            # both norms are positive wherever the gradient is finite: sqrt has none at 0
+            squared, length = jnp.sum(gap * gap), jnp.sum(g * g)
+            safe = (squared > 0) & (length > 0)
+            ratio = jnp.sqrt(jnp.where(safe, length, 1)) / jnp.sqrt(jnp.where(safe, squared, 1))
+            size = jnp.where(safe, jnp.clip(learning_rate * ratio, 0, 1), jnp.where(squared > 0, 0.0, 1.0))
+            return (1 - size) * w + size * vertex, size
+
+        moved = jax.tree.map(move, polytopes.broadcast(sets, params), params, grads, is_leaf=polytopes.is_set)
+        is_pair = lambda x: isinstance(x, tuple)
+        return (
+            jax.tree.map(lambda pair: pair[0], moved, is_leaf=is_pair),
+            (before, jax.tree.map(lambda pair: pair[1], moved, is_leaf=is_pair)),
+        )
+
+    def objective(params, inner_batch, outer_batch):
+        stepped, aux = inner(params, inner_batch)
+        return loss(stepped, outer_batch) / learning_rate, aux
+
+    def step(state: ScaleState, inner_batch, outer_batch) -> tuple[ScaleState, ScaleMetrics]:
+        (after, (before, sizes)), grads = jax.value_and_grad(objective, has_aux=True)(
+            state.params, inner_batch, outer_batch
+        )
+        count = state.step + 1
+        products = jax.tree.map(lambda p, g: jnp.sum(p * g), state.params, grads)
+
+        def update(path, p, scale, first, product, mean, square):
+            norm = _norm(p)
+            alive = norm > 0
+            grow = first / jnp.where(alive, norm, 1)
+            slope = jnp.clip(product * grow, -clip, clip)
+            mean = beta1 * mean + (1 - beta1) * slope
+            square = beta2 * square + (1 - beta2) * slope * slope
+            move = scale_learning_rate * (mean / (1 - beta1**count)) / (jnp.sqrt(square / (1 - beta2**count)) + eps)
+            floor = 0.0 if path.rsplit("/", 1)[-1] == "bias" else min_scale
+            scale = jnp.where(alive, jnp.maximum(scale - move, floor), scale)
+            return jnp.where(alive, p * (scale * grow), p), scale, mean, square
+
+        new = trees.map_named(
+            update, state.params, state.scales, state.first_norms, products, state.mean, state.square
+        )
+        is_result = lambda x: isinstance(x, tuple)
+        params, scales, means, squares = (
+            jax.tree.map(lambda r, i=i: r[i], new, is_leaf=is_result) for i in range(4)
+        )
+        metrics = ScaleMetrics(before, after * learning_rate, products, sizes)
+        return ScaleState(count, params, scales, state.first_norms, means, squares), metrics
+
+    return step

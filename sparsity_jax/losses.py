@@ -1,0 +1,30 @@
+"""Losses and accuracy of a batch, in at least float32 and nats per example."""
+
+import jax
+import jax.numpy as jnp
+
+from sparsity_jax import tables
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: tables.Fraction = 0.0, temperature: tables.Positive = 1.0
+) -> jax.Array:
+    """Cross-entropy of every example: logits [..., classes] / temperature against int labels [...]."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+    log_probabilities = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+    return -(1 - label_smoothing) * chosen - label_smoothing * log_probabilities.mean(-1)
+
+
+def mean_squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean over classes of (logit - one-hot label)^2, of every example."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return jnp.mean(jnp.square(logits - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)), -1)
+
+
+def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether the largest logit is the label's, bool [...]."""
+    return jnp.argmax(logits, -1) == labels
+
+
+LOSSES = {"cross_entropy": cross_entropy, "mean_squared_error": mean_squared_error}

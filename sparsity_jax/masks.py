@@ -1,0 +1,300 @@
+"""Selection without sorting: the k largest of an array or of a whole tree, and the masks made of them.
+
+Floats order like integers ("keys"), so the k-th largest of n entries is found by counting `scores >= bound` for a dozen
+or two bounds: no sort, no gather, no temporary array, no concatenation of a tree's leaves; under sharding only scalar
+sums cross devices. `k` may be traced, so one compilation serves every pruning ratio.
+
+A mask is a tree of bool arrays, True = keep, with the structure of the tree it applies to.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity_jax import trees
+
+PyTree = Any
+
+
+class Selection(NamedTuple):
+    """The k largest entries of a tree: those above the key `threshold`, and tied ones at a flat index below `cut`."""
+
+    threshold: jax.Array
+    cut: jax.Array
+
+
+class _Order(NamedTuple):
+    """How the scores of one float type map to integer keys: zero to 0, the n-th normal above it to n, NaN below all."""
+
+    real: Any  # float32 or float64: narrower types convert exactly
+    integer: Any
+    skipped: int  # subnormals count as zero, on every device alike
+    infinity: int  # key of inf
+    nan: int  # key of NaN
+    magnitude: bool
+
+    def bound(self, key: jax.Array) -> jax.Array:
+        """The smallest score whose key is at least `key`."""
+        bits = jnp.where(key == 0, 0, jnp.abs(key) + self.skipped).astype(self.integer)
+        value = jax.lax.bitcast_convert_type(bits, self.real)
+        largest_subnormal = jnp.asarray(np.finfo(self.real).smallest_normal * (1 - np.finfo(self.real).eps), self.real)
+        return jnp.where(key == 0, -largest_subnormal, jnp.where(key < 0, -value, value))
+
+    def value(self, key: jax.Array, dtype: Any) -> jax.Array:
+        """The score of `key`."""
+        value = jnp.where(key == self.nan, jnp.nan, jnp.where(key == 0, 0, self.bound(key)))
+        return value.astype(dtype)
+
+    def key(self, score: jax.Array) -> jax.Array:
+        """The key of a scalar score."""
+        bits = jax.lax.bitcast_convert_type(jnp.abs(score), self.integer)
+        key = jnp.maximum(bits - self.skipped, 0)
+        return jnp.where(jnp.isnan(score), self.nan, jnp.where(score < 0, -key, key))
+
+    def at_least(self, scores: jax.Array, key: jax.Array) -> jax.Array:
+        """Whether every score has at least this key; bool, elementwise."""
+        bound, scores = self.bound(key), scores.astype(self.real)
+        found = (scores >= bound) | (scores <= -bound) if self.magnitude else scores >= bound
+        return found | (key == self.nan)
+
+
+def _order_of(leaves: list[jax.Array], magnitude: bool) -> _Order:
+    if not leaves:
+        raise ValueError("scores are empty; selection needs at least one entry.")
+    if sum(leaf.size for leaf in leaves) > np.iinfo(np.int32).max:
+        raise ValueError(f"scores have more than {np.iinfo(np.int32).max} entries; split the tree.")
+    for leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"scores are {leaf.dtype}; selection needs floating-point scores.")
+    wide = {leaf.dtype == jnp.float64 for leaf in leaves}
+    if len(wide) > 1:
+        raise TypeError("scores mix float64 with narrower types; convert them to one type.")
+    real, integer, mantissa = (jnp.float64, jnp.int64, 52) if wide.pop() else (jnp.float32, jnp.int32, 23)
+    skipped = 2**mantissa - 1
+    infinity = int(np.asarray(np.inf, real).view(integer)) - skipped
+    return _Order(real, integer, skipped, infinity, -1 if magnitude else -infinity - 1, magnitude)
+
+
+def _leaves(scores: PyTree) -> list[jax.Array]:
+    return [leaf for leaf in map(jnp.asarray, jax.tree.leaves(scores)) if leaf.size]
+
+
+def _count(order: _Order, leaves: list[jax.Array], key: jax.Array) -> jax.Array:
+    """How many scores have at least this key."""
+    found = lambda leaf: order.at_least(leaf, key).astype(jnp.int32)
+    return sum(trees.fold_sum(found, leaf) for leaf in leaves)
+
+
+def _extreme(order: _Order, leaves: list[jax.Array], combine, reduce) -> jax.Array:
+    """Key of the least or greatest score that is not NaN."""
+    start = jnp.inf if combine is jnp.minimum else -jnp.inf
+    size = jnp.abs if order.magnitude else lambda x: x
+    number = lambda leaf: jnp.where(jnp.isnan(leaf), start, size(leaf.astype(order.real)))
+    return order.key(functools.reduce(combine, [trees.fold(combine, reduce, number, leaf) for leaf in leaves]))
+
+
+def _bracket(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(low, high, number of scores with key >= low): at least `k` scores have key >= low, fewer have key > high."""
+    total = jnp.asarray(sum(leaf.size for leaf in leaves), jnp.int32)
+    samples = [trees.sample(leaf, 64) for leaf in leaves]
+    if all(sample is not None for sample in samples):
+        size = sum(sample.size for sample in samples)
+        expected = k.astype(jnp.float32) * (size / sum(leaf.size for leaf in leaves))
+        margin = 3 * jnp.sqrt(expected) + 2
+        ranks = jnp.stack([jnp.floor(expected - margin), jnp.ceil(expected + margin)]).astype(jnp.int32)
+        (high, low), _ = jax.vmap(lambda k: _search(order, samples, k))(jnp.clip(ranks, 1, size))
+        above, count = _count(order, leaves, high + 1), _count(order, leaves, low)
+        high = jnp.where((above < k) & (ranks[0] >= 1), high, order.infinity)
+        inside = count >= k
+        return jnp.where(inside, low, order.nan), high, jnp.where(inside, count, total)
+    high = _extreme(order, leaves, jnp.maximum, jnp.max)
+    least = jnp.minimum(_extreme(order, leaves, jnp.minimum, jnp.min), high)
+    count = _count(order, leaves, least)  # fewer than `total` if there are NaNs
+    inside = count >= k
+    low = jnp.where(inside, least, order.nan).astype(order.integer)
+    return low, jnp.where(inside, high, low), jnp.where(inside, count, total)
+
+
+def _search(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(t, number of scores with key >= t): t is the largest key that has at least `k`, or any that has exactly `k`.
+
+    Regula falsi with Illinois damping on the logarithm of the count, which is nearly straight in the key for the tails
+    of common distributions; every fourth probe halves the bracket, which bounds the worst case.
+    """
+    low, high, count = _bracket(order, leaves, k)
+    excess = lambda count: jnp.log(jnp.maximum(count, 0.5).astype(order.real) / k.astype(order.real))
+    halfway = lambda a, b: (a & b) + ((a ^ b) >> 1)  # no overflow; brackets are measured in floats for the same reason
+
+    def unfinished(state):
+        low, high, count, *_ = state
+        return (count != k) & (low < high)
+
+    def probe(state):
+        low, high, count, f_low, f_high, side, step = state  # count(>= low) >= k; count(> high) < k
+        share = f_low / jnp.where(f_low > f_high, f_low - f_high, 1)
+        guess = low.astype(order.real) + share * (high.astype(order.real) - low.astype(order.real))
+        bound = jnp.clip(guess, low.astype(order.real), high.astype(order.real)).astype(low.dtype)
+        bound = jnp.where(step % 4 == 3, halfway(low, high) + 1, bound)
+        bound = jnp.clip(bound, low + 1, high)
+        found = _count(order, leaves, bound)
+        enough, f = found >= k, excess(found)
+        f_low = jnp.where(enough, f, jnp.where(side < 0, f_low / 2, f_low))
+        f_high = jnp.where(enough, jnp.where(side > 0, f_high / 2, f_high), f)
+        return (
+            jnp.where(enough, bound, low),
+            jnp.where(enough, high, bound - 1),
+            jnp.where(enough, found, count),
+            f_low,
+            f_high,
+            jnp.where(enough, 1, -1).astype(jnp.int32),
+            step + 1,
+        )
+
+    zero = jnp.zeros((), jnp.int32)
+    start = (low, high, count, excess(count), excess(zero), zero, zero)
+    threshold, _, count, *_ = jax.lax.while_loop(unfinished, probe, start)
+    return threshold, count
+
+
+def _checked_k(k: int | jax.Array, lowest: int, total: int) -> jax.Array:
+    if not isinstance(k, jax.core.Tracer) and np.any((np.asarray(k) < lowest) | (np.asarray(k) > total)):
+        raise ValueError(f"k is {k}; allowed: {lowest} to {total}, the number of scores.")
+    return jnp.asarray(k, jnp.int32)
+
+
+def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) -> jax.Array:
+    """The k-th largest of all entries of `scores`, exactly.
+
+    scores: an array or a tree of arrays of one float type, any shapes; NaN counts as smallest, subnormals as zero.
+    k: int in 1..n, or an integer array of any shape (several answers in one pass); may be traced, then it is clipped.
+    magnitude: rank, and return, absolute values without computing them first.
+    Returns an array of k's shape and the scores' type. Raises ValueError for empty scores or a k outside 1..n,
+    TypeError for scores that are no floats.
+    """
+    leaves = _leaves(scores)
+    order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
+
+    def one(k):
+        threshold, _ = _search(order, leaves, jnp.clip(k, 1, total))
+        size = jnp.abs if magnitude else lambda x: x
+        chosen = lambda leaf: order.at_least(leaf, threshold) & ~jnp.isnan(leaf)
+        kept = lambda leaf: jnp.where(chosen(leaf), size(leaf.astype(order.real)), jnp.inf)
+        least = [trees.fold(jnp.minimum, jnp.min, kept, leaf) for leaf in leaves]
+        enough = _count(order, leaves, jnp.asarray(order.nan + 1, threshold.dtype)) >= k
+        exact = jnp.where(enough, order.key(functools.reduce(jnp.minimum, least)), order.nan)
+        return order.value(exact, leaves[0].dtype)
+
+    k = _checked_k(k, 1, total)
+    return jax.vmap(one)(k.ravel()).reshape(k.shape) if k.ndim else one(k)
+
+
+def select_k_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) -> Selection:
+    """What `k_largest_mask` needs to know of `scores`: two scalars. k: 0..n, may be traced."""
+    leaves = _leaves(scores)
+    order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
+    k = _checked_k(k, 0, total)
+    wanted = jnp.clip(k, 1, total)
+    threshold, count = _search(order, leaves, wanted)
+    above = _count(order, leaves, threshold + 1)
+
+    def cut_ties():  # smallest cut with above + tied entries before it >= wanted
+        def halve(bracket):
+            low, high = bracket
+            middle = low + (high - low) // 2
+            tied = lambda leaf, index: (_tied(order, leaf, threshold) & (index < middle)).astype(jnp.int32)
+            kept = sum(trees.fold_sum(tied, leaf, index) for leaf, index in zip(leaves, _flat_indices(leaves)))
+            enough = above + kept >= wanted
+            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+        bracket = (jnp.zeros((), jnp.int32), jnp.asarray(total, jnp.int32))
+        return jax.lax.while_loop(lambda bracket: bracket[0] < bracket[1], halve, bracket)[1]
+
+    # `cond`, not a loop that ends at once: a loop copies the scores it closes over
+    cut = jax.lax.cond(count != wanted, cut_ties, lambda: jnp.asarray(total, jnp.int32))
+    return Selection(jnp.where(k > 0, threshold, order.infinity), jnp.where(k > 0, cut, 0))
+
+
+def _tied(order: _Order, leaf: jax.Array, threshold: jax.Array) -> jax.Array:
+    return order.at_least(leaf, threshold) & ~order.at_least(leaf, threshold + 1)
+
+
+def _flat_indices(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Index of every entry in the concatenation of the flattened leaves, in each leaf's own shape."""
+    indices, offset = [], 0
+    for leaf in leaves:
+        index = jnp.asarray(offset, jnp.int32)
+        for axis in range(leaf.ndim):
+            stride = math.prod(leaf.shape[axis + 1 :])
+            index = index + stride * jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis)
+        indices.append(jnp.broadcast_to(index, leaf.shape))
+        offset += leaf.size
+    return indices
+
+
+def k_largest_mask(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) -> PyTree:
+    """True on exactly `k` entries of `scores`: the largest; equal scores: lower flat index first.
+
+    scores: an array or a tree of arrays of one float type; the flat index runs through the leaves in tree order.
+        NaN counts as smallest, subnormals as zero. k: 0..n, may be traced (then clipped).
+    magnitude: rank absolute values without computing them first. Returns bools in the shape of `scores`.
+    Raises ValueError for empty scores or a k outside 0..n, TypeError for scores that are no floats.
+    """
+    threshold, cut = select_k_largest(scores, k, magnitude=magnitude)
+    leaves, structure = jax.tree.flatten(scores)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    order = _order_of(_leaves(scores), magnitude)
+    return jax.tree.unflatten(
+        structure,
+        [
+            order.at_least(leaf, threshold + 1) | (order.at_least(leaf, threshold) & (index < cut))
+            for leaf, index in zip(leaves, _flat_indices(leaves), strict=True)
+        ],
+    )
+
+
+def layerwise_mask(scores: PyTree, k: PyTree) -> PyTree:
+    """`k_largest_mask` of every leaf by itself; `k`: a tree of the same structure, one number a leaf."""
+    return jax.tree.map(k_largest_mask, scores, k)
+
+
+def random_mask(key: jax.Array, tree: PyTree, k: int | jax.Array) -> PyTree:
+    """True on exactly `k` entries of `tree`, drawn uniformly."""
+    return k_largest_mask(random_scores(key, tree), k)
+
+
+def random_scores(key: jax.Array, tree: PyTree) -> PyTree:
+    """Independent uniform scores in the shape of `tree`."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)])
+
+
+def threshold_mask(scores: PyTree, threshold: jax.Array) -> PyTree:
+    """True where `scores >= threshold`: keeps every tie."""
+    return jax.tree.map(lambda leaf: leaf >= threshold, scores)
+
+
+def full(tree: PyTree) -> PyTree:
+    """The mask that keeps everything."""
+    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), tree)
+
+
+def apply(tree: PyTree, masks: PyTree) -> PyTree:
+    """`tree` with zeros where `masks` is False (also where the entry is not finite)."""
+    return jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), tree, masks)
+
+
+def density(masks: PyTree) -> jax.Array:
+    """Share of True entries over all leaves."""
+    kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in jax.tree.leaves(masks))
+    return kept / trees.size(masks)
+
+
+def sparsity(tree: PyTree) -> jax.Array:
+    """Share of exact zeros (or False) over all leaves."""
+    zeros = sum(jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in jax.tree.leaves(tree))
+    return zeros / trees.size(tree)

@@ -1,0 +1,181 @@
+"""Layers with PyTorch's numerics on top of flax.linen: padding, batch norm, pooling, and initialisers chosen by name.
+
+Images are `[batch, height, width, channels]`, convolution kernels `[height, width, in / groups, out]`, dense kernels
+`[in, out]`. The functions here are called inside an `nn.compact` method and create the submodule `name` of the caller.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+
+class Settings(NamedTuple):
+    """What all layers of a network share."""
+
+    init: str = "torch"  # row of INITIALIZERS
+    dtype: np.dtype = jnp.dtype("float32")  # of activations and of the arithmetic
+    param_dtype: np.dtype = jnp.dtype("float32")
+
+
+class Initializer(NamedTuple):
+    """How a layer starts: initialisers of the two kinds of kernel, and `bias(fan_in)`, which returns that of a bias."""
+
+    conv: Callable
+    dense: Callable
+    bias: Callable
+
+
+def uniform_bias(fan_in: int) -> Callable:
+    """U(-b, b) with b = 1 / sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def zero_bias(fan_in: int) -> Callable:
+    del fan_in
+    return nn.initializers.zeros
+
+
+_scaling = nn.initializers.variance_scaling
+
+# fan_in = (in / groups) * height * width, the inputs of one output; fan_out = out * height * width, groups or not.
+INITIALIZERS = {
+    # PyTorch's default: kernels and biases U(+-1 / sqrt(fan_in)), a variance of 1 / (3 fan_in).
+    "torch": Initializer(_scaling(1 / 3, "fan_in", "uniform"), _scaling(1 / 3, "fan_in", "uniform"), uniform_bias),
+    # He et al. 2015 (arXiv:1502.01852): N(0, 2 / fan_out) for convolutions, N(0, 2 / fan_in) for dense, zero biases.
+    "kaiming": Initializer(_scaling(2.0, "fan_out", "normal"), _scaling(2.0, "fan_in", "normal"), zero_bias),
+    # Flax's default: normal of variance 1 / fan_in, cut at two standard deviations, zero biases.
+    "flax": Initializer(nn.initializers.lecun_normal(), nn.initializers.lecun_normal(), zero_bias),
+}
+
+
+def at_least_float32(dtype: np.dtype) -> np.dtype:
+    """float32, or `dtype` where that is wider."""
+    return jnp.promote_types(jnp.float32, dtype)
+
+
+def as_images(images: jax.Array, dtype: np.dtype, *, smallest: int = 1) -> jax.Array:
+    """`images` in `dtype`. Raises ValueError unless they are [batch, height, width, channels], >= `smallest` a side."""
+    if images.ndim != 4 or min(images.shape[1:3]) < smallest:
+        raise ValueError(
+            f"images have the shape {tuple(images.shape)}; needed: [batch, height, width, channels] with height and "
+            f"width at least {smallest}."
+        )
+    return jnp.asarray(images, dtype)
+
+
+def conv(
+    x: jax.Array,
+    features: int,
+    size: int,
+    *,
+    settings: Settings,
+    name: str,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> jax.Array:
+    """Convolution with a square kernel of odd `size`, padded by `size // 2` zeros on every side, as in PyTorch.
+
+    x: [batch, height, width, channels]. Returns [batch, ceil(height / stride), ceil(width / stride), features].
+    (Flax's "SAME" differs: at stride 2 it pads an even image on one side only.)
+    """
+    init, pad = INITIALIZERS[settings.init], (size // 2, size // 2)
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=(stride, stride),
+        padding=(pad, pad),
+        feature_group_count=groups,
+        use_bias=bias,
+        kernel_init=init.conv,
+        bias_init=init.bias(size * size * x.shape[-1] // groups),
+        dtype=settings.dtype,
+        param_dtype=settings.param_dtype,
+        name=name,
+    )(x)
+
+
+def dense(x: jax.Array, features: int, *, settings: Settings, name: str) -> jax.Array:
+    """`x @ kernel + bias` on the last axis, in `settings.dtype`."""
+    init = INITIALIZERS[settings.init]
+    return nn.Dense(
+        features,
+        kernel_init=init.dense,
+        bias_init=init.bias(x.shape[-1]),
+        dtype=settings.dtype,
+        param_dtype=settings.param_dtype,
+        name=name,
+    )(x)
+
+
+def classifier(x: jax.Array, num_classes: int, *, settings: Settings) -> jax.Array:
+    """The last layer, always named `fc`: [batch, features] to logits, computed in float32 or wider."""
+    return dense(x, num_classes, settings=settings._replace(dtype=at_least_float32(settings.dtype)), name="fc")
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with PyTorch's statistics.
+
+    Training normalises by the mean and the biased variance of the batch and moves the running statistics by a tenth
+    towards the mean and the *unbiased* variance (Flax's own layer stores the biased one). Statistics and arithmetic are
+    float32 or wider whatever `settings.dtype` is. params: scale, bias; batch_stats: mean, var; all [channels].
+    Raises ValueError when training on a single value per channel, which has no variance.
+    """
+
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        width, dtype = x.shape[-1:], at_least_float32(x.dtype)
+        stats_dtype = at_least_float32(self.settings.param_dtype)
+        scale = self.param("scale", nn.initializers.ones, width, self.settings.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, width, self.settings.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width, stats_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, width, stats_dtype)
+        wide = x.astype(dtype)
+        if train:
+            count = x.size // x.shape[-1]  # values per channel
+            if count < 2:
+                raise ValueError(
+                    f"batch norm {'/'.join(self.path)} gets the shape {tuple(x.shape)} in training: one value per "
+                    "channel has no variance. Use a larger batch or larger images."
+                )
+            axes = tuple(range(x.ndim - 1))
+            mean = wide.mean(axes)
+            var = jnp.square(wide - mean).mean(axes)
+            running_mean.value = 0.9 * running_mean.value + 0.1 * mean.astype(stats_dtype)
+            running_var.value = 0.9 * running_var.value + 0.1 * (var * (count / (count - 1))).astype(stats_dtype)
+        else:
+            mean, var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
+        y = (wide - mean) * (jax.lax.rsqrt(var + 1e-5) * scale.astype(dtype)) + bias.astype(dtype)
+        return y.astype(x.dtype)
+
+
+def batch_norm(x: jax.Array, *, train: bool, settings: Settings, name: str) -> jax.Array:
+    return BatchNorm(settings, name=name)(x, train)
+
+
+def dropout(x: jax.Array, rate: float, *, train: bool) -> jax.Array:
+    """Zeroes entries with probability `rate` in training and scales the others by 1 / (1 - rate)."""
+    return nn.Dropout(rate, deterministic=not train)(x) if rate else x
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Maximum over 2x2 windows, stride 2; an odd last row or column is dropped, as in PyTorch.
+
+    [batch, height, width, channels] to [batch, height // 2, width // 2, channels]. Written as reshape and maximum:
+    the gradient of XLA's window reduction is slow on CPU.
+    """
+    batch, height, width, channels = x.shape
+    rows, columns = height // 2, width // 2
+    return x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels).max((2, 4))
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """Mean over height and width, in float32 or wider: [batch, height, width, channels] to [batch, channels]."""
+    return x.astype(at_least_float32(x.dtype)).mean((1, 2))

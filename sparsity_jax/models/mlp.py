@@ -1,0 +1,45 @@
+"""Fully connected networks."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparsity_jax import tables
+from sparsity_jax.models import layers
+
+
+class MLP(nn.Module):
+    """Flatten, then dense and ReLU per entry of `widths` (modules dense1, dense2, ...), then `fc`."""
+
+    num_classes: int
+    settings: layers.Settings
+    widths: tuple[int, ...]
+    dropout: float
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        if images.ndim < 2:
+            raise ValueError(
+                f"images have the shape {tuple(images.shape)}; needed: [batch, ...] with at least two axes."
+            )
+        x = jnp.asarray(images, self.settings.dtype).reshape(images.shape[0], -1)
+        for i, width in enumerate(self.widths, 1):
+            x = nn.relu(layers.dense(x, width, settings=self.settings, name=f"dense{i}"))
+            x = layers.dropout(x, self.dropout, train=train)
+        return layers.classifier(x, self.num_classes, settings=self.settings)
+
+
+def mlp(
+    num_classes: int,
+    settings: layers.Settings,
+    *,
+    widths: tuple[tables.Count, ...] = (128, 128),
+    dropout: tables.Fraction = 0.0,
+) -> nn.Module:
+    """Dense layers of `widths` with ReLU (and dropout after each) on flattened images of any shape, then `fc`.
+
+    The default on 784 inputs and 10 classes has 118,282 parameters: the 784-128-128-10 net of the SFW study. FC5 and
+    FC12 of the geometric-limit study are `widths=(1000, 600, 300, 100)` (3,885,010 parameters on 32x32x3 images) and
+    `(1000, 900, 800, 750, 700, 650, 600, 500, 400, 200, 100)` (7,269,610).
+    """
+    return MLP(num_classes, settings, widths=widths, dropout=dropout)

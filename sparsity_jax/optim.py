@@ -1,0 +1,489 @@
+"""Sparsity-constrained optimizers as optax transformations, and the learning-rate schemes that drive them.
+
+A learning rate is a number, an optax schedule (step -> rate) or a `Rate` with state of its own, such as one that
+follows the loss: then pass `value=loss` to `update`. Every number may be traced, so a sweep over learning rates,
+momenta or radii is one compiled program.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsity_jax import polytopes, tables, trees
+
+PyTree = Any
+
+
+# Learning rates ----------------------------------------------------------------------------------------------
+
+
+class Rate(NamedTuple):
+    """A learning rate with state: `init() -> state`, `update(state, step, value) -> (rate, state)`.
+
+    step: int32, optimizer steps taken so far. value: the loss of this step, or None where the caller gave none.
+    """
+
+    init: Callable
+    update: Callable
+
+
+def as_rate(learning_rate: float | jax.Array | Callable | Rate) -> Rate:
+    """A number, an optax schedule or a Rate as a Rate."""
+    if isinstance(learning_rate, Rate):
+        return learning_rate
+    rule = learning_rate if callable(learning_rate) else lambda _: learning_rate
+    return Rate(lambda: (), lambda state, step, value: (rule(step), state))
+
+
+class _LossHistory(NamedTuple):
+    losses: jax.Array  # of the last 11 finished epochs, newest last
+    total: jax.Array  # of this epoch's step losses
+    factor: jax.Array
+
+
+def keep(learning_rate: float, epochs: int, steps_per_epoch: int) -> Rate:
+    """The same rate throughout."""
+    del epochs, steps_per_epoch
+    return as_rate(learning_rate)
+
+
+def multistep(
+    learning_rate: float,
+    epochs: int,
+    steps_per_epoch: int,
+    *,
+    milestones: tuple[tables.Index, ...] = (60, 120, 160),
+    gamma: tables.Positive = 0.1,
+) -> Rate:
+    """Times `gamma` from the start of every epoch in `milestones`."""
+    del epochs
+    boundaries = [epoch * steps_per_epoch for epoch in milestones]
+    passed = lambda step: jnp.sum(step >= jnp.asarray(boundaries, jnp.int32))
+    return as_rate(lambda step: learning_rate * jnp.asarray(gamma, float) ** passed(step))
+
+
+def decrease_3(learning_rate: float, epochs: int, steps_per_epoch: int) -> Rate:
+    """Divided by 10 at one and at two thirds of the epochs."""
+    return multistep(learning_rate, epochs, steps_per_epoch, milestones=_thirds(epochs))
+
+
+def decrease_3_180(learning_rate: float, epochs: int, steps_per_epoch: int) -> Rate:
+    """Divided by 10 at epochs 90 and 130."""
+    return multistep(learning_rate, epochs, steps_per_epoch, milestones=(90, 130))
+
+
+def cosine(
+    learning_rate: float, epochs: int, steps_per_epoch: int, *, warmup_epochs: tables.NonNegative = 0.0
+) -> Rate:
+    """Linear warm-up from 0, then half a cosine to 0 over the remaining steps."""
+    total, warm = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
+    if warm >= total:
+        raise ValueError(f"warmup_epochs is {warmup_epochs}; allowed: below epochs ({epochs}).")
+
+    def rule(step):
+        progress = jnp.clip((step - warm) / (total - warm), 0, 1)
+        return learning_rate * jnp.where(step < warm, step / max(warm, 1), (1 + jnp.cos(jnp.pi * progress)) / 2)
+
+    return as_rate(rule)
+
+
+def piecewise(learning_rate: float, epochs: int, steps_per_epoch: int, *, table: str = "0:1.0") -> Rate:
+    """Factors of the rate from given epochs on, e.g. `0:1.0,60:0.1,90:0.01`; with learning_rate 1 they are the rates.
+
+    Before the first epoch named the last factor applies, as in the original's notation.
+    """
+    del epochs
+    try:
+        pairs = sorted((int(epoch), float(factor)) for epoch, factor in (item.split(":") for item in table.split(",")))
+    except ValueError:
+        raise tables.ConfigError(f"schedule.table is {table!r}; allowed: epoch:factor,epoch:factor,...") from None
+
+    def rule(step):
+        factor = jnp.asarray(pairs[-1][1], float)
+        for epoch, value in pairs:
+            factor = jnp.where(step >= epoch * steps_per_epoch, value, factor)
+        return learning_rate * factor
+
+    return as_rate(rule)
+
+
+def dynamic_change(
+    learning_rate: float,
+    epochs: int,
+    steps_per_epoch: int,
+    *,
+    loss: Literal["mean", "last_batch"] = "mean",
+) -> Rate:
+    """`decrease_3`, and a factor that follows the training loss.
+
+    At epochs e > 20 with e % 5 == 0 the mean loss of epochs e-6..e-2 is compared with that of e-11..e-2: times 0.7 if
+    it is higher, times 1.06 if lower. loss: an epoch's mean, or as the original the loss of its last batch only.
+    `update` needs `value=loss`. Source: Miao et al., ICLR 2022, training script.
+    """
+    drops = decrease_3(1.0, epochs, steps_per_epoch)
+
+    def init():
+        return _LossHistory(jnp.zeros(11, float), jnp.zeros((), float), jnp.ones((), float))
+
+    def update(state, step, value):
+        if value is None:
+            raise ValueError("the rate 'dynamic_change' follows the loss: call update(..., value=loss).")
+        epoch, new_epoch = step // steps_per_epoch, (step % steps_per_epoch == 0) & (step > 0)
+        finished = state.total / steps_per_epoch if loss == "mean" else state.total
+        losses = jnp.where(new_epoch, jnp.append(state.losses[1:], finished), state.losses)
+        recent, longer = losses[5:10].mean(), losses[:10].mean()
+        change = jnp.where(recent > longer, 0.7, jnp.where(recent < longer, 1.06, 1.0))
+        factor = state.factor * jnp.where(new_epoch & (epoch > 20) & (epoch % 5 == 0), change, 1.0)
+        kept = jnp.where(new_epoch | (loss == "last_batch"), 0.0, state.total)
+        return learning_rate * drops.update((), step, None)[0] * factor, _LossHistory(losses, kept + value, factor)
+
+    return Rate(init, update)
+
+
+def _thirds(epochs: int) -> tuple[int, int]:
+    return int(epochs / 3), int(2 * epochs / 3)
+
+
+SCHEDULES = {
+    "keep": keep,
+    "decrease_3": decrease_3,
+    "decrease_3_180": decrease_3_180,
+    "dynamic_change": dynamic_change,
+    "multistep": multistep,
+    "cosine": cosine,
+    "piecewise": piecewise,
+}
+
+
+# Pieces ------------------------------------------------------------------------------------------------------
+
+
+class RateState(NamedTuple):
+    """step: int32, updates made. learning_rate: of the latest update. rate: the Rate's own state."""
+
+    step: jax.Array
+    learning_rate: jax.Array
+    rate: Any
+
+
+def _start_rate(rate: Rate) -> RateState:
+    return RateState(jnp.zeros((), jnp.int32), jnp.zeros((), float), rate.init())
+
+
+def _next_rate(rate: Rate, state: RateState, value: Any) -> tuple[jax.Array, RateState]:
+    learning_rate, inner = rate.update(state.rate, state.step, value)
+    learning_rate = jnp.asarray(learning_rate, float)
+    return learning_rate, RateState(state.step + 1, learning_rate, inner)
+
+
+def scale_by_rate(learning_rate: float | Callable | Rate) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by minus the learning rate."""
+    rate = as_rate(learning_rate)
+
+    def update(updates, state, params=None, *, value=None, **extra):
+        del params, extra
+        lr, state = _next_rate(rate, state, value)
+        return jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: _start_rate(rate), update)
+
+
+class HeavyBallState(NamedTuple):
+    """step: int32. buffer: momentum, in the structure of the params."""
+
+    step: jax.Array
+    buffer: PyTree
+
+
+def heavy_ball(
+    momentum: float, dampening: float = 0.0, *, nesterov: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """buffer = momentum * buffer + (1 - dampening) * g, and simply g at the first step (PyTorch's rule)."""
+
+    def init(params):
+        return HeavyBallState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates, state, params=None, **extra):
+        del params, extra
+        first = state.step == 0
+        mix = lambda b, g: jnp.where(first, g, momentum * b + (1 - dampening) * g).astype(b.dtype)
+        buffer = jax.tree.map(mix, state.buffer, updates)
+        out = jax.tree.map(lambda g, b: g + momentum * b, updates, buffer) if nesterov else buffer
+        return out, HeavyBallState(state.step + 1, buffer)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def add_decayed_weights(weight_decay: float) -> optax.GradientTransformationExtraArgs:
+    """g + weight_decay * w; a weight decay that is the number 0 needs no params."""
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        return optax.with_extra_args_support(optax.identity())
+    return optax.with_extra_args_support(optax.add_decayed_weights(weight_decay))
+
+
+def projected(inner: optax.GradientTransformation, sets: PyTree) -> optax.GradientTransformationExtraArgs:
+    """Any optimizer whose result is projected (Euclidean) onto the sets after every step."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, **extra):
+        _need_params(params)
+        updates, state = inner.update(updates, state, params, **extra)
+        pull = lambda s, p, u: s.project(p + u) - p
+        return _map_sets(pull, sets, params, updates), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _map_sets(function: Callable, sets: PyTree, params: PyTree, *rest: PyTree) -> PyTree:
+    return jax.tree.map(function, polytopes.broadcast(sets, params), params, *rest, is_leaf=polytopes.is_set)
+
+
+def _need_params(params: PyTree) -> None:
+    if params is None:
+        raise ValueError("this optimizer depends on the weights: call update(grads, state, params).")
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.sqrt(trees.fold_sum(lambda x: jnp.square(x.astype(wide)), x))
+
+
+def frank_wolfe_step_size(
+    learning_rate: float | jax.Array,
+    direction: jax.Array,
+    gap: jax.Array,
+    diameter: float | jax.Array,
+    rescale: Literal["gradient", "diameter", "none"],
+) -> jax.Array:
+    """clip(learning_rate * f, 0, 1): f = ||direction|| / ||gap||, 1 / diameter or 1. gap: vertex - weights."""
+    if rescale == "gradient":
+        length = _norm(gap)
+        # at the vertex itself the factor is infinite, hence 1 after clipping
+        factor = jnp.where(length > 0, _norm(direction) / jnp.where(length > 0, length, 1), jnp.inf)
+        return jnp.where(length > 0, jnp.clip(learning_rate * factor, 0, 1), 1.0)
+    return jnp.clip(learning_rate / diameter if rescale == "diameter" else learning_rate, 0, 1)
+
+
+# Optimizers --------------------------------------------------------------------------------------------------
+
+
+def sgd(
+    learning_rate: float | Callable | Rate,
+    sets: PyTree = polytopes.Unconstrained(),
+    *,
+    momentum: tables.Fraction = 0.9,
+    dampening: tables.Fraction = 0.0,
+    weight_decay: tables.NonNegative = 0.0,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with momentum as in PyTorch; with constrained `sets` projected SGD.
+
+    sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them.
+    Source: Pokutta et al. 2020, arXiv:2010.07243 (projected variant).
+    """
+    descent = optax.chain(
+        add_decayed_weights(weight_decay),
+        heavy_ball(momentum, dampening, nesterov=nesterov),
+        scale_by_rate(learning_rate),
+    )
+    free = all(isinstance(s, polytopes.Unconstrained) for s in jax.tree.leaves(sets, is_leaf=polytopes.is_set))
+    return descent if free else projected(descent, sets)
+
+
+class FrankWolfeState(NamedTuple):
+    """rate: RateState. momentum: HeavyBallState."""
+
+    rate: RateState
+    momentum: HeavyBallState
+
+
+def sfw(
+    learning_rate: float | Callable | Rate,
+    sets: PyTree,
+    *,
+    momentum: tables.Fraction = 0.9,
+    rescale: Literal["gradient", "diameter", "none"] = "gradient",
+    weight_decay: tables.NonNegative = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Stochastic Frank-Wolfe: w <- (1 - a) w + a v with the vertex v = LMO(m), m = momentum m + (1 - momentum) g.
+
+    a = clip(learning_rate * f, 0, 1); rescale: f = ||m|| / ||v - w|| (`gradient`), 1 / diameter or 1. Feasible weights
+    stay feasible. sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them; unconstrained
+    arrays, where no vertex exists, take the step -learning_rate * m (its length is that of `gradient`).
+    Raises ValueError where `update` gets no params. Source: Pokutta et al. 2020, arXiv:2010.07243, Algorithm 1.
+    """
+    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum)
+    decay = add_decayed_weights(weight_decay)
+    if rescale not in ("gradient", "diameter", "none"):
+        raise ValueError(f"rescale is {rescale!r}; allowed: 'gradient', 'diameter', 'none'.")
+
+    def init(params):
+        return FrankWolfeState(_start_rate(rate), average.init(params))
+
+    def update(updates, state, params=None, *, value=None, **extra):
+        del extra
+        _need_params(params)
+        lr, rate_state = _next_rate(rate, state.rate, value)
+        updates, _ = decay.update(updates, decay.init(params), params)
+        direction, momentum_state = average.update(updates, state.momentum)
+
+        def step(s, w, d):
+            if isinstance(s, polytopes.Unconstrained):
+                return (-lr * d).astype(w.dtype)
+            gap = s.lmo(d) - w
+            return (frank_wolfe_step_size(lr, d, gap, s.diameter(w.size), rescale) * gap).astype(w.dtype)
+
+        return _map_sets(step, sets, params, direction), FrankWolfeState(rate_state, momentum_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class AdaGradSFWState(NamedTuple):
+    """rate: RateState. momentum: HeavyBallState. squares: sum of squared directions, in the structure of the params."""
+
+    rate: RateState
+    momentum: HeavyBallState
+    squares: PyTree
+
+
+def adagrad_sfw(
+    learning_rate: float | Callable | Rate,
+    sets: PyTree,
+    *,
+    momentum: tables.Fraction = 0.9,
+    inner_steps: tables.Count = 2,
+    delta: tables.Positive = 1e-8,
+    weight_decay: tables.NonNegative = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Frank-Wolfe with AdaGrad's metric H = sqrt(sum of squares) + delta.
+
+    Each update makes `inner_steps` Frank-Wolfe steps on <d, y - w> + ||y - w||_H^2 / (2 learning_rate) from y = w;
+    unconstrained arrays take its minimiser -learning_rate * d / H. sets: as for `sfw`.
+    Source: Combettes, Spiegel, Pokutta 2020, arXiv:2009.14114.
+    """
+    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum)
+    decay = add_decayed_weights(weight_decay)
+
+    def init(params):
+        return AdaGradSFWState(_start_rate(rate), average.init(params), jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates, state, params=None, *, value=None, **extra):
+        del extra
+        _need_params(params)
+        lr, rate_state = _next_rate(rate, state.rate, value)
+        updates, _ = decay.update(updates, decay.init(params), params)
+        direction, momentum_state = average.update(updates, state.momentum)
+        squares = jax.tree.map(lambda s, d: s + d * d, state.squares, direction)
+
+        def step(s, w, d, square):
+            metric = jnp.sqrt(square) + delta
+            if isinstance(s, polytopes.Unconstrained):
+                return (-lr * d / metric).astype(w.dtype)
+            y = w
+            for _ in range(inner_steps):
+                slope = d + metric * (y - w) / jnp.where(lr > 0, lr, 1)
+                gap = y - s.lmo(slope)
+                curvature = jnp.sum(metric * gap * gap)
+                best = lr * jnp.sum(slope * gap) / jnp.where(curvature > 0, curvature, 1)
+                y = y - jnp.clip(best, 0, 1) * gap
+            return (y - w).astype(w.dtype)
+
+        out = _map_sets(step, sets, params, direction, squares)
+        return out, AdaGradSFWState(rate_state, momentum_state, squares)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+OPTIMIZERS = {"sfw": sfw, "adagrad_sfw": adagrad_sfw, "sgd": sgd}
+
+
+# From configuration to a transformation ----------------------------------------------------------------------
+
+
+class Recipe(NamedTuple):
+    """A checked optimizer config. `numbers` may differ between the members of a sweep, everything else may not."""
+
+    name: str
+    numbers: dict[str, float]
+    static: dict[str, Any]
+    schedule: tuple[str, dict[str, Any]]
+    constraint: tuple[tuple[str, str, dict], ...]
+    norms: str
+
+
+def options(
+    *,
+    name: str,
+    learning_rate: tables.NonNegative = 0.1,
+    schedule: dict = {"name": "keep"},  # noqa: B006 - never changed
+    constraint: dict = {"name": "unconstrained"},  # noqa: B006
+    norms: Literal["per_parameter", "per_shape"] = "per_parameter",
+) -> None:
+    """Fields of every optimizer config beside the chosen optimizer's own.
+
+    norms: how `initialization` radii are measured; `per_shape` is the original's table, see `share_by_shape`.
+    """
+
+
+def check(config: dict, where: str) -> Recipe:
+    """The recipe of an optimizer config such as `dict(name="sfw", learning_rate=1.0, constraint=dict(...), ...)`.
+
+    Raises ConfigError for unknown names and fields, wrong types and values out of range.
+    """
+    config = dict(config)
+    factory = tables.lookup(OPTIMIZERS, config.get("name", ""), f"{where}.name")
+    fields = tables.parameters(options)
+    common = {field: config.pop(field) for field in fields if field in config}
+    common = {**tables.defaults(options), **tables.check_options(options, common, where)}
+    own = tables.check_options(factory, config, where, also=fields)
+    if common["name"] == "sfw" and common["learning_rate"] > 1:
+        raise tables.ConfigError(f"{where}.learning_rate is {common['learning_rate']}; allowed for sfw: 0 to 1.")
+    schedule = dict(common["schedule"])
+    schedule_name = schedule.pop("name", "keep")
+    rule = tables.lookup(SCHEDULES, schedule_name, f"{where}.schedule.name")
+    schedule = tables.check_options(rule, schedule, f"{where}.schedule")
+    rule(1.0, 10**6, 1, **schedule)
+    own = {**tables.defaults(factory), **own}
+    numbers = {key: value for key, value in own.items() if isinstance(value, float)}
+    static = {key: value for key, value in own.items() if key not in numbers}
+    numbers["learning_rate"] = common["learning_rate"]
+    constraint = polytopes.check(common["constraint"], f"{where}.constraint")
+    return Recipe(common["name"], numbers, static, (schedule_name, schedule), constraint, common["norms"])
+
+
+def needs_norms(recipe: Recipe) -> bool:
+    """Whether some set takes its radius from the initialisation."""
+    return any(
+        {**tables.defaults(polytopes.SETS[name]), **own}.get("mode") == "initialization"
+        for _, name, own in recipe.constraint
+    )
+
+
+def numbers(recipe: Recipe, params: PyTree, norms: PyTree | None) -> dict[str, Any]:
+    """What `make` may trace: the recipe's numbers and the feasible set of every parameter array.
+
+    params: arrays or shape structs. norms: mean initial norms (`polytopes.mean_norms`), None if not `needs_norms`.
+    """
+    if norms is None:
+        norms = jax.tree.map(lambda _: 1.0, params)
+    elif recipe.norms == "per_shape":
+        norms = polytopes.share_by_shape(norms, params)
+    sets = polytopes.build(params, norms, recipe.constraint)
+    values = {key: jnp.asarray(value, float) for key, value in recipe.numbers.items()}
+    return {**values, "sets": jax.tree.map(jnp.asarray, sets)}
+
+
+def make(recipe: Recipe, values: dict[str, Any], epochs: int, steps_per_epoch: int):
+    """The transformation of `recipe` with `values` from `numbers`, for a run of so many epochs."""
+    values = dict(values)
+    name, schedule = recipe.schedule
+    rate = SCHEDULES[name](values.pop("learning_rate"), epochs, steps_per_epoch, **schedule)
+    return OPTIMIZERS[recipe.name](rate, values.pop("sets"), **values, **recipe.static)
+
+
+def learning_rate(opt_state: PyTree) -> jax.Array:
+    """The rate of the latest update, found in the optimizer state by name."""
+    return optax.tree_utils.tree_get(opt_state, "learning_rate")

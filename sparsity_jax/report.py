@@ -1,0 +1,578 @@
+"""The one door for results: rows to `metrics.jsonl` and TensorBoard, and rows to a self-contained `report.html`.
+
+Reads rows and the config as plain data, never models. Rebuild a report: `python -m sparsity_jax.report --workdir DIR`.
+"""
+
+import argparse
+import html
+import json
+import math
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sparsity_jax import figures
+
+METRICS, CONFIG, ENVIRONMENT, REPORT = "metrics.jsonl", "config.json", "environment.json", "report.html"
+
+CITATIONS = {  # a word of the config to the work it stands for
+    "sfw": (
+        "L. Miao, X. Luo, T. Chen, W. Chen, D. Liu, Z. Wang. Learning Pruning-Friendly Networks via Frank-Wolfe: "
+        "One-Shot, Any-Sparsity, and No Retraining. ICLR 2022.",
+        "S. Pokutta, C. Spiegel, M. Zimmer. Deep Neural Network Training with Frank-Wolfe. 2020. arXiv:2010.07243.",
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------ rows to files
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON data: NumPy and JAX scalars and arrays become numbers and lists, NaN and infinities null.
+
+    Raises TypeError for anything JSON cannot hold.
+    """
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    raise TypeError(f"a row holds {value!r} ({type(value).__name__}); allowed: numbers, text, lists, dicts, arrays.")
+
+
+def write_atomic(path: pathlib.Path, data: bytes) -> None:
+    """Replaces `path` at once: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        pathlib.Path(name).unlink(missing_ok=True)
+        raise
+
+
+def to_line(row: Mapping) -> str:
+    missing = [field for field in ("stage", "kind") if field not in row]
+    if missing:
+        raise ValueError(f"a row lacks {' and '.join(missing)}; it has: {', '.join(map(str, row)) or 'nothing'}.")
+    return json.dumps(plain(row), allow_nan=False) + "\n"
+
+
+def read_rows(path) -> list[dict]:
+    """Rows of a metrics file. A last line cut off by a killed run is left out.
+
+    Raises ValueError with the line number for any other line that is not one JSON object.
+    """
+    path = pathlib.Path(path)
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for i, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            if i == len(lines) - 1:
+                break
+            raise ValueError(f"{path}, line {i + 1}: {error}. Each line holds one row as a JSON object.") from error
+        rows.append(row)
+    return rows
+
+
+class Writer:
+    """Appends rows to `workdir/metrics.jsonl` and their numbers to TensorBoard events in `workdir/tensorboard`.
+
+    Both start as exactly `rows_so_far`: what a killed run wrote after its last checkpoint is dropped on resume.
+    Tags are `stage/field`. The step axis is `step` for train rows, `iteration` for SFW-Init, the ratio in tenths of a
+    percent (90 % = 900) for curves, and `visit` otherwise. Rows told apart by more than that get a longer tag: a curve
+    row that is not a first-visit, global, kernels-only, not retrained curve on test data says in what it differs
+    (`curve/accuracy/train`), and once rows of several members have been seen the member is named
+    (`fit/train_loss/member_1`).
+    """
+
+    def __init__(self, workdir, rows_so_far: Iterable[dict] = ()):
+        from tensorboardX import SummaryWriter
+
+        workdir = pathlib.Path(workdir)
+        rows = list(rows_so_far)
+        write_atomic(workdir / METRICS, "".join(map(to_line, rows)).encode())
+        events = workdir / "tensorboard"
+        for old in events.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._members = set()
+        self._events = SummaryWriter(str(events))
+        self._file = (workdir / METRICS).open("a", encoding="utf-8")
+        self._add_scalars(rows)
+
+    def append(self, rows: list[dict]) -> None:
+        """Writes all rows and flushes. A row that cannot be written raises, and then none of them is written."""
+        self._file.write("".join([to_line(row) for row in rows]))
+        self._file.flush()
+        self._add_scalars(rows)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _add_scalars(self, rows: list[dict]) -> None:
+        self._members |= {row.get("member", 0) for row in rows}
+        several = len(self._members) > 1
+        for row in map(plain, rows):
+            for tag, value, step in scalars(row):
+                self._events.add_scalar(f"{tag}/member_{row.get('member', 0)}" if several else tag, value, step)
+        self._events.flush()
+
+
+def scalars(row: dict) -> list[tuple[str, float, int]]:
+    """(tag, value, step) of every number a plain row holds, without those that say which row it is."""
+    skip = {"visit", "member", "epoch", "step", "ratio", "iteration", "seed"}
+    suffix, step = "", row.get("visit", 1)
+    if row["kind"] == "train":
+        step = row.get("step", row.get("epoch", step))
+    elif row["kind"] == "sfw_init":
+        step = row.get("iteration", step)
+    elif row["kind"] == "curve":
+        usual = {"split": "test", "selection": "global", "scope": "kernels"}
+        words = [row[key] for key, value in usual.items() if row.get(key, value) != value]
+        words += ["retrained"] * bool(row.get("retrained"))
+        words += [f"visit_{row.get('visit')}"] * (row.get("visit", 1) != 1)
+        suffix, step = "".join(f"/{word}" for word in words), round(1000 * row.get("ratio", 0))
+    return [
+        (f"{row['stage']}/{field}{suffix}", float(value), int(step))
+        for field, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and field not in skip and "." not in field
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- rows to a page
+
+
+def write(
+    workdir, config: dict, rows: list[dict], *, title: str | None = None, environment: dict | None = None
+) -> pathlib.Path:
+    """Writes `workdir/report.html`, one file without outside parts, and `workdir/figures/NAME.png`.
+
+    title: default `config["title"]`, else the folder's name. environment: versions, devices and, as `command`, what
+    was run; it is kept in `workdir/environment.json` so that a rebuilt report shows it too. The same arguments give
+    the same bytes. Sections without rows are left out. Returns the path of the page.
+    """
+    workdir = pathlib.Path(workdir)
+    config, rows = plain(config), [row for row in rows if isinstance(row, dict)]
+    if environment is not None:
+        write_atomic(workdir / ENVIRONMENT, (json.dumps(plain(environment), indent=2) + "\n").encode())
+    environment = plain(environment or {})
+    title = str(title or config.get("title") or workdir.resolve().name)
+    series = figures.group(rows)
+    found = figures.curves(series) or figures.curves(series, "train")
+    table = figures.summary(series, found)
+    sections = [
+        ("summary", "Summary", summary_section(series, table, found)),
+        *figure_sections(workdir, series, found, table),
+        ("pruned", "Pruning steps", prune_section(series)),
+        ("config", "Configuration", tree_section(config, "settings")),
+        ("environment", "Environment", tree_section(environment, "entries", show=True)),
+        ("reproduce", "Reproduce and cite", reproduce_section(workdir, config, environment)),
+    ]
+    sections = [section for section in sections if section[2]]
+    if not rows:
+        note = '<p class="note">This run has no result rows yet, so there is nothing to show but its settings.</p>'
+        sections.insert(0, ("empty", "No results", note))
+    links = "".join(f'<a href="#{name}">{esc(heading)}</a>' for name, heading, _ in sections)
+    body = "".join(
+        f'<section id="{name}"><h2>{esc(heading)}</h2>{content}</section>' for name, heading, content in sections
+    )
+    page = PAGE.format(title=esc(title), style=style(), context=context_line(config, rows), links=links, body=body)
+    write_atomic(workdir / REPORT, page.encode())
+    return workdir / REPORT
+
+
+def esc(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def context_line(config: dict, rows: list[dict]) -> str:
+    """Dataset, model, size, number of trained networks: whatever is known."""
+    name = lambda key: config[key].get("name") if isinstance(config.get(key), dict) else config.get(key)
+    words = [f"{label} <b>{esc(name(key))}</b>" for key, label in (("data", "data"), ("model", "model")) if name(key)]
+    sizes = {"num_params": "parameters", "num_prunable": "prunable weights"}
+    for field, label in sizes.items():
+        count = max((figures.number(row.get(field, 0)) for row in rows), default=0)
+        if count > 0:
+            words.append(f"<b>{count:,.0f}</b> {label}")
+    networks = len({(row.get("arm"), figures.member_of(row)) for row in rows if "arm" in row})
+    if networks:
+        words.append(f"<b>{networks}</b> trained network{'s' * (networks > 1)}")
+    return " · ".join(words)
+
+
+COLUMNS = {  # column of figures.summary to (heading, unit, factor, decimals; None: no best)
+    "dense": ("dense", "%", 100, 2),
+    **{str(stop): (f"at {100 * stop:g}%", "%", 100, 2) for stop in figures.STOPS},
+    "largest": ("largest within 1 point", "%", 100, 1),
+    "epochs": ("epochs", "", 1, None),
+    "seconds": ("training", "s", 1, None),
+}
+
+
+def cell_text(column: str, cell: tuple[float, float, int]) -> tuple[str, str]:
+    """Mean and, over several members, the deviation, as shown; equal epochs need none."""
+    mean, std, count = cell
+    count = 1 if column == "epochs" and std == 0 else count
+    _, _, factor, decimals = COLUMNS[column]
+    if decimals is None:
+        decimals = 0 if column == "epochs" or abs(mean) >= 100 else 1
+    return f"{factor * mean:,.{decimals}f}", f"± {factor * std:,.{decimals}f}" if count > 1 else ""
+
+
+def summary_section(series: list, table: list, found: list) -> str:
+    """The summary table; the best mean of each accuracy column is bold, all of them if they tie as shown."""
+    if not table:
+        return ""
+    columns = [column for column in COLUMNS if any(column in line.cells for line in table)]
+    variants = any(line.variant for line in table)
+    best = {}
+    for column in columns:
+        if COLUMNS[column][3] is not None and len(table) > 1:
+            means = [line.cells[column][0] for line in table if column in line.cells]
+            best[column] = cell_text(column, (max(means), 0.0, 1))[0]
+    head = '<th scope="col">network</th>' + ('<th scope="col">pruning</th>' if variants else "")
+    for column in columns:
+        heading, unit, _, _ = COLUMNS[column]
+        head += f'<th scope="col" class="num">{esc(heading)}{f"&nbsp;<small>{unit}</small>" if unit else ""}</th>'
+    body = ""
+    for line in table:
+        body += f'<tr><th scope="row">{swatch(line.series)}{esc(line.label)}</th>'
+        body += f'<td class="keep">{esc(line.variant)}</td>' if variants else ""
+        for column in columns:
+            mean, deviation = cell_text(column, line.cells[column]) if column in line.cells else ("–", "")
+            mean = f"<b>{mean}</b>" if mean == best.get(column) else mean
+            body += f'<td class="num">{mean}{f" <small>{deviation}</small>" if deviation else ""}</td>'
+        body += "</tr>"
+    networks = max(cell[2] for line in table for cell in line.cells.values())
+    notes = []
+    if found:
+        kind = "Test" if any(row.get("split", "test") == "test" for s in series for row in s.rows) else "Train"
+        notes.append(
+            f"{kind} accuracy of the dense network and with that share of the prunable weights removed; "
+            "the largest share is the last one that loses at most one point."
+        )
+    if networks > 1:
+        notes.append(f"Mean ± sample standard deviation over up to {networks} networks.")
+    if "seconds" in columns:
+        notes.append("Networks trained side by side share their wall time.")
+    return scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>") + note(" ".join(notes))
+
+
+def swatch(index: int) -> str:
+    return f'<i class="swatch" style="background:var(--c{index % len(figures.PALETTE)})"></i>'
+
+
+def scroll(content: str) -> str:
+    return f'<div class="scroll">{content}</div>'
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{esc(text)}</p>' if text else ""
+
+
+def finding(table: list) -> str:
+    """One sentence on the accuracy kept at the telling ratio, for at most four lines of the table."""
+    stop = next((s for s in ("0.98", "0.99", "0.95", "0.9") if any(s in line.cells for line in table)), None)
+    told = [line for line in table if stop in line.cells]
+    if stop is None or not 0 < len(told) <= 4:
+        return ""
+    parts = []
+    for line in told:
+        name = f"{line.label} ({line.variant})" if line.variant else line.label
+        dense = f" of {100 * line.cells['dense'][0]:.1f}%" if "dense" in line.cells else ""
+        parts.append(f"{name} keeps {100 * line.cells[stop][0]:.1f}%{dense}")
+    return f"With {100 * float(stop):g}% of the weights removed, " + "; ".join(parts) + "."
+
+
+def figure_sections(workdir: pathlib.Path, series: list, found: list, table: list) -> list[tuple[str, str, str]]:
+    """(name, heading, content) of every figure that has rows; writes the PNGs and removes those of earlier reports."""
+    labels = [one.label for one in series]
+    variants = [""] * (1 + max((curve.dash for curve in found), default=0))
+    for curve in found:
+        variants[curve.dash] = curve.variant
+    folder = workdir / "figures"
+    result, written = [], set()
+
+    def add(name, heading, fig, caption, extra="", fold=""):
+        write_atomic(folder / f"{name}.png", figures.png(name, fig))
+        written.add(f"{name}.png")
+        drawing = figures.svg(name, fig, esc(f"{heading}. {caption}"))
+        drawing = scroll(drawing)
+        drawing = f"<details><summary>{esc(fold)}</summary>{drawing}</details>" if fold else drawing
+        content = f'<figure>{drawing}<figcaption class="note">{esc(caption)}</figcaption></figure>{extra}'
+        result.append((name, heading, content))
+
+    def add_lines(name, heading, panels, caption, dashes=("",), extra=""):
+        if panels:
+            add(name, heading, figures.line_figure(name, panels, labels, list(dashes)), caption, extra)
+
+    band = " Bands: ± one standard deviation over networks." if any(len(c.members) > 1 for c in found) else ""
+    accuracy = figures.ratio_panels(found, "accuracy", "accuracy", "xy")
+    told = finding(table)
+    add_lines("accuracy", "Accuracy under pruning", accuracy, (told + band).strip() or "Accuracy by ratio.", variants)
+    loss = figures.ratio_panels(found, "loss", "loss", "x")
+    add_lines("loss", "Loss under pruning", loss, "Mean loss per example by ratio." + band, variants)
+    on_train = figures.curves(series, "train")
+    if found and on_train and any(row.get("split", "test") == "test" for one in series for row in one.rows):
+        panels = figures.ratio_panels(on_train, "accuracy", "train accuracy", "xy")
+        names = {curve.dash: curve.variant for curve in on_train}
+        dashes = [names.get(i, "") for i in range(max(names) + 1)]
+        add_lines("accuracy_train", "Accuracy under pruning, training data", panels, "As above." + band, dashes)
+    training = figures.training_panels(series)
+    add_lines("training", "Training", training, "Loss and accuracy during training.", ("train", "test"))
+    histograms = [figures.histogram(one) for one in series]
+    caption = "Weight magnitudes after training; weights that are exactly zero are off the axis and in the table."
+    extra = bins_table(labels, histograms)
+    add_lines("magnitudes", "Weight magnitudes", figures.histogram_panels(series), caption, extra=extra)
+    layers, pruned_only = [], {curve.series for curve in found if curve.layers and not curve.retrained}
+    for curve in found:  # retraining does not change the masks
+        if curve.layers and not (curve.retrained and curve.series in pruned_only):
+            shown = sum(c.series == curve.series and bool(c.layers) and c.retrained == curve.retrained for c in found)
+            layers.append(
+                (f"{labels[curve.series]}, {curve.variant}" if shown > 1 else labels[curve.series], curve.layers)
+            )
+    if layers:
+        caption = "Share of each layer's weights that is kept, in percent, by the share removed from the network."
+        fold = f"{len(layers)} heat maps" if len(layers) > 6 else ""
+        add("layers", "Sparsity by layer", figures.layer_figure("layers", layers), caption, fold=fold)
+    caption = "Loss on the batch before and after the SFW step whose result SFW-Init minimises."
+    panels = figures.sfw_init_panels(series)
+    add_lines("sfw_init", "SFW-Init", panels, caption, ("after the step", "before the step"))
+    for name in NAMES - {pathlib.Path(name).stem for name in written}:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    return result
+
+
+NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "sfw_init"}
+
+
+def bins_table(labels: list[str], histograms: list) -> str:
+    """Number and share of the weights that are zero and above each of the published thresholds."""
+    thresholds = next((h.threshold for h in histograms if h is not None and h.threshold), [])
+    head = '<th scope="col" class="num">exactly 0</th>'
+    head += "".join(f'<th scope="col" class="num">&gt; {value:g}</th>' for value in thresholds)
+    body = ""
+    for i, (label, found) in enumerate(zip(labels, histograms)):
+        if found is not None:
+            known = found.threshold == thresholds and len(found.above) == len(thresholds)
+            counts = [found.zero * found.total, *(found.above if known else [math.nan] * len(thresholds))]
+            cells = "".join(
+                f'<td class="num">{count:,.0f} <small>{100 * count / found.total:.3g}%</small></td>'
+                if math.isfinite(count)
+                else '<td class="num">–</td>'
+                for count in counts
+            )
+            body += f'<tr><th scope="row">{swatch(i)}{esc(label)}</th>{cells}</tr>'
+    head = f'<thead><tr><th scope="col">weights with |w|</th>{head}</tr></thead>'
+    return scroll(f"<table>{head}<tbody>{body}</tbody></table>")
+
+
+def prune_section(series: list, limit: int = 60) -> str:
+    """Rows of the prune stages as they are, at most `limit` of them."""
+    rows = [(i, one.label, row) for i, one in enumerate(series) for row in one.rows if row.get("kind") == "prune"]
+    if not rows:
+        return ""
+    simple = lambda value: isinstance(value, (str, int, float, np.number))
+    hidden = {"kind", "arm"}
+    columns = list(dict.fromkeys(key for _, _, row in rows for key in row if key not in hidden and simple(row[key])))
+    head = "".join(f'<th scope="col">{esc(key)}</th>' for key in columns)
+    body = ""
+    for i, label, row in rows[:limit]:
+        values = [row.get(key) if simple(row.get(key)) else None for key in columns]
+        cells = "".join(f"<td>{esc(setting(plain(value)) if value is not None else '–')}</td>" for value in values)
+        body += f'<tr><th scope="row">{swatch(i)}{esc(label)}</th>{cells}</tr>'
+    head = f'<thead><tr><th scope="col">network</th>{head}</tr></thead>'
+    more = f"The first {limit} of {len(rows)} rows; {METRICS} has them all." if len(rows) > limit else ""
+    return scroll(f"<table>{head}<tbody>{body}</tbody></table>") + note(more)
+
+
+def flatten(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    """(dotted path, value) of every setting of a nested dict."""
+    if isinstance(tree, dict) and tree:
+        return [leaf for key, value in tree.items() for leaf in flatten(value, f"{path}.{key}" if path else str(key))]
+    return [(path, tree)]
+
+
+def setting(value: Any) -> str:
+    """A setting as a reader would write it."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def tree_section(tree: dict, what: str, *, show: bool = False) -> str:
+    """A nested dict as a collapsible table, one group of rows per top-level key that holds several."""
+    if not tree:
+        return ""
+    body = ""
+    for key, value in tree.items():
+        leaves = flatten(value)
+        if isinstance(value, dict) and value:
+            body += f'<tr class="group"><th scope="rowgroup" colspan="2">{esc(key)}</th></tr>'
+        nested = ' class="nested"' if isinstance(value, dict) and value else ""
+        for path, leaf in leaves:
+            body += (
+                f'<tr><th scope="row"{nested}>{esc(path or key)}</th><td><code>{esc(setting(leaf))}</code></td></tr>'
+            )
+    count = len(flatten(tree))
+    table = scroll(f'<table class="tree"><tbody>{body}</tbody></table>')
+    return f"<details{' open' * show}><summary>{count} {what}</summary>{table}</details>"
+
+
+def reproduce_section(workdir: pathlib.Path, config: dict, environment: dict) -> str:
+    """The command of the run if known, the one that rebuilds this page, and the works the config builds on."""
+    commands = [("Run", environment.get("command") or config.get("command"))]
+    commands.append(("Rebuild this page", f"python -m sparsity_jax.report --workdir {workdir.resolve().name}"))
+    result = ""
+    for label, command in commands:
+        if command:
+            text = command if isinstance(command, str) else " ".join(map(str, command))
+            result += f'<p class="note">{label}</p><pre>{esc(text)}</pre>'
+    words = {str(leaf).lower() for _, leaf in flatten(config)} | {path.split(".")[-1] for path, _ in flatten(config)}
+    own = config.get("citation") or []
+    works = [own] if isinstance(own, str) else list(own)
+    works += [work for word, found in CITATIONS.items() if word in words for work in found]
+    if works:
+        result += '<p class="note">Cite</p><ul>' + "".join(f"<li>{esc(work)}</li>" for work in works) + "</ul>"
+    return result
+
+
+def style() -> str:
+    light = "".join(f"--c{i}:{value};" for i, value in enumerate(figures.PALETTE))
+    dark = "".join(f"--c{i}:{value};" for i, value in enumerate(DARK_PALETTE))
+    base = f"--ink:{figures.INK};--muted:{figures.MUTED};--line:{figures.GRID};"
+    return STYLE.replace("LIGHT", base + light).replace("DARK", dark)
+
+
+DARK_PALETTE = ("#4aa8e8", "#ff8a4c", "#2fc493", "#e29ac2", "#f0b13c", "#8fd0f5", "#b08ae8", "#a3abb5",
+    "#e0669c", "#c9c94f", "#4fc3cf", "#c99463")  # fmt: skip
+
+STYLE = """
+:root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--soft:#f3f5f7;--link:#0a5fb0;LIGHT}
+@media (prefers-color-scheme:dark){:root{--page:#0f1217;--card:#171b22;--soft:#1e232c;--link:#7cbcff;
+--ink:#e8ebef;--muted:#9aa4b0;--line:#2f3641;DARK}}
+*{box-sizing:border-box}
+html{scroll-behavior:smooth;-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
+"Helvetica Neue","Noto Sans","Liberation Sans",Arial,sans-serif}
+main{max-width:1160px;margin:0 auto;padding:48px 24px 72px}
+h1{font-size:2.1rem;line-height:1.2;letter-spacing:-.02em;margin:0 0 6px;overflow-wrap:anywhere}
+h2{font-size:1.15rem;letter-spacing:-.01em;margin:0 0 14px}
+header p{margin:0;color:var(--muted)} header b{color:var(--ink);font-weight:600}
+nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin:18px 0 26px;font-size:.9rem}
+nav a{color:var(--link);text-decoration:none} nav a:hover{text-decoration:underline}
+section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px 24px 20px;margin:0 0 20px;
+scroll-margin-top:12px}
+.scroll{overflow-x:auto}
+figure{margin:0} figure svg{display:block;width:100%;min-width:640px;height:auto}
+figure svg text,figure svg tspan{font-family:inherit!important}
+.note{color:var(--muted);font-size:.88rem;margin:12px 0 0}
+figure+.scroll{margin-top:18px}
+table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
+th,td{text-align:left;font-weight:400;padding:8px 8px;border-bottom:1px solid var(--line);vertical-align:top}
+th:first-child,td:first-child{padding-left:0} th:last-child,td:last-child{padding-right:0}
+thead th{color:var(--muted);font-size:.84rem;vertical-align:bottom}
+tbody th{min-width:150px;overflow-wrap:anywhere} tbody tr:last-child>*{border-bottom:0}
+.num{text-align:right} .num,.keep{white-space:nowrap} thead .num{white-space:normal}
+td b{font-weight:700} small{color:var(--muted);font-size:.82em}
+.swatch{display:inline-block;width:.7em;height:.7em;border-radius:3px;margin-right:.55em}
+details summary{cursor:pointer;color:var(--link);font-size:.92rem}
+.tree{margin-top:10px} .tree th,.tree td{padding:5px 10px 5px 0} .tree th{width:40%;color:var(--muted)}
+.tree .group th{color:var(--ink);font-weight:600;padding-top:14px} .tree .nested{padding-left:16px}
+code,pre{font:.86rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;overflow-wrap:anywhere}
+pre{background:var(--soft);border-radius:8px;padding:12px 14px;margin:6px 0 14px;white-space:pre-wrap}
+ul{margin:6px 0 0;padding-left:1.2em;font-size:.92rem}
+@media (max-width:600px){main{padding:28px 12px 48px} section{padding:16px 14px} h1{font-size:1.6rem}}
+@media print{body{background:#fff} section{break-inside:avoid;border:0;padding:0} nav{display:none}}
+""".strip()
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body><main><header><h1>{title}</h1><p>{context}</p></header><nav aria-label="Sections">{links}</nav>
+{body}</main></body></html>
+"""
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+def gather(workdir) -> tuple[dict, list[dict], dict | None]:
+    """Config, rows and environment of a finished or running workdir.
+
+    Rows come from `metrics.jsonl`, else from those of the folders inside, whose members are numbered anew; so does the
+    config. Raises FileNotFoundError saying what is missing, ValueError for a file that cannot be read.
+    """
+    workdir = pathlib.Path(workdir)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"{workdir} is not a folder; give the workdir of a run.")
+    files = [workdir / METRICS] if (workdir / METRICS).exists() else sorted(workdir.glob(f"*/{METRICS}"))
+    if not files:
+        raise FileNotFoundError(f"neither {workdir} nor a folder in it has {METRICS}; has the run started there?")
+    configs = [path for path in (workdir / CONFIG, *(file.parent / CONFIG for file in files)) if path.exists()]
+    if not configs:
+        raise FileNotFoundError(f"{workdir} has no {CONFIG}; a run writes it when it starts.")
+    rows, numbers = [], {}
+    for i, file in enumerate(files):
+        for row in read_rows(file):
+            if len(files) > 1:
+                row["member"] = numbers.setdefault((i, row.get("member", 0)), len(numbers))
+            rows.append(row)
+    saved = [path.parent / ENVIRONMENT for path in configs if (path.parent / ENVIRONMENT).exists()]
+    return read_dict(configs[0]), rows, read_dict(saved[0]) if saved else None
+
+
+def read_dict(path: pathlib.Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; it must hold a JSON object.")
+    return value
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m sparsity_jax.report --workdir DIR`: rebuilds the report of a run from its files."""
+    parser = argparse.ArgumentParser(prog="python -m sparsity_jax.report", description="Rebuild a run's report.html.")
+    parser.add_argument(
+        "--workdir", required=True, help="folder of the run, or of several runs in folders of their own"
+    )
+    parser.add_argument("--title", help="title of the page; default: the config's, else the folder's name")
+    options = parser.parse_args(argv)
+    try:
+        config, rows, environment = gather(options.workdir)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    path = write(options.workdir, config, rows, title=options.title, environment=environment)
+    sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main()

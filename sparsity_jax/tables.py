@@ -1,0 +1,165 @@
+"""Tables of named entries and the options they take: every wrong name, type or value is found here.
+
+A table maps a name to a function whose keyword-only parameters are its options. Their annotations are the schema: `float`,
+`int`, `bool`, `str`, `dict`, `tuple[T, ...]`, `Literal[...]`, `X | None`, and `Annotated[T, Range(low, high)]`.
+"""
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: says what was given, what is allowed and, where there is one, the closest match."""
+
+
+class Range(NamedTuple):
+    """Allowed numbers: `low <= x <= high`, or strictly above `low` if `above`."""
+
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+
+    def contains(self, value: float) -> bool:
+        if self.low is not None and (value <= self.low if self.above else value < self.low):
+            return False
+        return self.high is None or value <= self.high
+
+    def __str__(self) -> str:
+        parts = []
+        if self.low is not None:
+            parts.append(f"{'>' if self.above else '>='} {self.low}")
+        if self.high is not None:
+            parts.append(f"<= {self.high}")
+        return " and ".join(parts) or "any number"
+
+
+Fraction = typing.Annotated[float, Range(0.0, 1.0)]
+NonNegative = typing.Annotated[float, Range(0.0)]
+Positive = typing.Annotated[float, Range(0.0, above=True)]
+Count = typing.Annotated[int, Range(1)]
+Index = typing.Annotated[int, Range(0)]
+
+
+def closest(name: str, known: typing.Iterable[str]) -> str:
+    """A hint such as ` Did you mean 'momentum'?`, or nothing when no known name is near."""
+    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def lookup(table: Mapping[str, Any], name: str, where: str) -> Any:
+    """The entry `name` of `table`. `where` is the setting that named it, e.g. `config.model.name`.
+
+    Raises ConfigError naming what is known.
+    """
+    if name not in table:
+        raise ConfigError(f"{where} is {name!r}; known: {', '.join(sorted(table))}.{closest(name, table)}")
+    return table[name]
+
+
+def parameters(function: Callable) -> dict[str, inspect.Parameter]:
+    """The options of `function`: its keyword-only parameters."""
+    found = inspect.signature(function).parameters
+    return {name: parameter for name, parameter in found.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def defaults(function: Callable) -> dict[str, Any]:
+    """The options of `function` that have a default, with it."""
+    found = parameters(function).items()
+    return {name: parameter.default for name, parameter in found if parameter.default is not inspect.Parameter.empty}
+
+
+def options(table: Mapping[str, Callable], name: str, **chosen: Any) -> dict[str, Any]:
+    """A config of the entry `name`: every option with its default unless `chosen`, so that all can be overridden."""
+    return {"name": name, **defaults(lookup(table, name, "name")), **chosen}
+
+
+def check_options(
+    function: Callable, options: Mapping[str, Any], where: str, also: typing.Iterable[str] = ()
+) -> dict[str, Any]:
+    """`options` as keyword arguments of `function`, after checking names, types and ranges against its signature.
+
+    Only keyword-only parameters count as options. Lists become tuples, ints become floats where a float is asked for.
+    also: further field names to list as known (checked elsewhere).
+    Raises ConfigError for an unknown or missing option, a wrong type, or a value out of range.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    known = parameters(function)
+    for name in options:
+        if name not in known:
+            fields = sorted({*known, *also})
+            raise ConfigError(f"{where} has no field {name!r}; fields: {', '.join(fields)}.{closest(name, fields)}")
+    for name, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and name not in options:
+            raise ConfigError(f"{where} needs the field {name!r} ({describe(hints[name])}).")
+    return {name: convert(value, hints.get(name, Any), f"{where}.{name}") for name, value in options.items()}
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`; raises ConfigError naming `where`, the value and what is allowed."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin is typing.Annotated:
+        try:
+            value = convert(value, args[0], where)
+        except ConfigError:
+            raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); allowed: {describe(hint)}.") from None
+        for rule in args[1:]:
+            if isinstance(rule, Range) and not rule.contains(value):
+                raise ConfigError(f"{where} is {value!r}; allowed: {describe(hint)}.")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return convert(value, option, where)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if value in args:
+            return value
+        names = [option for option in args if isinstance(option, str)]
+        raise ConfigError(f"{where} is {value!r}; allowed: {describe(hint)}.{closest(value, names)}")
+    elif origin is tuple:
+        if isinstance(value, (tuple, list)):
+            if len(args) == 2 and args[1] is Ellipsis:
+                return tuple(convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+            if len(args) == len(value):
+                return tuple(convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args)))
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if value != value:
+                raise ConfigError(f"{where} is nan; allowed: a number.")
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint in (dict, Mapping):
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is tuple:
+        if isinstance(value, (tuple, list)):
+            return tuple(value)
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif isinstance(hint, type) and isinstance(value, hint):
+        return value
+    raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); allowed: {describe(hint)}.")
+
+
+def describe(hint: Any) -> str:
+    """A readable form of a type annotation, e.g. `float >= 0.0 and <= 1.0` or `'global' | 'random'`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return " ".join([describe(args[0]), *(str(rule) for rule in args[1:])])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(describe(option) for option in args)
+    if origin is Literal:
+        return " | ".join(repr(option) for option in args)
+    if origin is tuple:
+        return f"tuple of {describe(args[0])}" if args[-1] is Ellipsis else f"tuple ({', '.join(map(describe, args))})"
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -1,0 +1,113 @@
+"""Pytrees by name: paths of leaves, rules on paths, inner products and norms."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsity_jax import tables
+
+PyTree = Any
+
+
+def path_name(path: Sequence) -> str:
+    """A key path of `jax.tree_util` as text, e.g. `stage1_block0/conv1/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves of `tree` by path, in flattening order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_named(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
+    """`jax.tree.map` whose function receives the path first: `function(path, leaf, *other_leaves)`."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
+
+
+def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]], where: str = "rules") -> PyTree:
+    """The value of the first rule whose pattern matches the whole path, for every leaf of `tree`.
+
+    rules: pairs of a regular expression and a value, e.g. `((r".*/bias", 0.0), (r".*", 0.9))`.
+    Raises ConfigError for a bad pattern, for a leaf that no rule matches and for a rule that decides no leaf (a closing
+    `.*` may be idle).
+    """
+    patterns = []
+    for pattern, value in rules:
+        try:
+            patterns.append((re.compile(pattern), value))
+        except re.error as error:
+            raise tables.ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
+    paths, used = list(named_leaves(tree)), set()
+
+    def value_of(path: str, _: Any) -> Any:
+        for index, (pattern, value) in enumerate(patterns):
+            if pattern.fullmatch(path):
+                used.add(index)
+                return value
+        raise tables.ConfigError(f"{where}: no rule matches {path!r}; end with ('.*', value) to cover all parameters.")
+
+    values = map_named(value_of, tree)
+    for index, (pattern, _) in enumerate(patterns):
+        if index not in used and (pattern.pattern, index) != (".*", len(patterns) - 1):
+            hint = tables.closest(pattern.pattern, paths)
+            raise tables.ConfigError(
+                f"{where}: {pattern.pattern!r} decides no parameter; paths look like {paths[0]!r}.{hint}"
+            )
+    return values
+
+
+def is_kernel(path: str) -> bool:
+    """Whether the leaf at `path` is a convolution or dense kernel (Flax's name for weights)."""
+    return path.rsplit("/", 1)[-1] == "kernel"
+
+
+def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: jax.Array) -> jax.Array:
+    """`reduce(function(*arrays))` for an elementwise `function` and its matching pair, e.g. jnp.add and jnp.sum.
+
+    XLA's CPU backend writes `function`'s result to memory before it reduces it, and reduces vectors slowly: counting
+    the entries of the 62 arrays of a ResNet-18 above a bound took 39 ms, and 2 ms once eight slices are combined
+    elementwise first (2 cores, jax 0.10.2). With several devices the arrays may be sharded, where flattening would
+    gather them; accelerators fuse the reduction anyway.
+    """
+    total = arrays[0].size
+    if total < 4096 or not _one_cpu():
+        return reduce(function(*arrays))
+    width, flat = total // 8, [array.ravel() for array in arrays]
+    slices = [function(*(array[i * width : (i + 1) * width] for array in flat)) for i in range(8)]
+    combined = functools.reduce(combine, slices)
+    again = jnp.issubdtype(combined.dtype, jnp.floating)  # integer sums of a vector are fast, float ones are not
+    result = fold(combine, reduce, lambda x: x, combined) if again else reduce(combined)
+    return combine(result, reduce(function(*(array[8 * width :] for array in flat)))) if total % 8 else result
+
+
+def _one_cpu() -> bool:
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+def sample(array: jax.Array, stride: int) -> jax.Array | None:
+    """Every `stride`-th entry, where that pays: large arrays on one CPU; elsewhere None."""
+    return array.ravel()[::stride] if array.size >= 2**16 and _one_cpu() else None
+
+
+def fold_sum(function: Callable, *arrays: jax.Array) -> jax.Array:
+    """Sum over all entries of the elementwise `function(*arrays)`; see `fold`."""
+    return fold(jnp.add, jnp.sum, function, *arrays)
+
+
+def size(tree: PyTree) -> int:
+    """Number of entries of all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def dot(first: PyTree, second: PyTree) -> jax.Array:
+    """Inner product of two trees of the same structure."""
+    return sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), first, second)), start=jnp.zeros(()))
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """Euclidean norm of all entries of `tree`."""
+    return jnp.sqrt(dot(tree, tree))

@@ -1,0 +1,18 @@
+"""Settings of every test: a persistent compilation cache, 8 virtual devices, few hypothesis examples, no deadline while XLA compiles."""
+
+import os
+import pathlib
+import tempfile
+
+import hypothesis
+
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
+    pathlib.Path(tempfile.gettempdir()) / "sparsity_jax_test_cache"
+)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # also for the command lines that tests start
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+
+hypothesis.settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")

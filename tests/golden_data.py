@@ -1,0 +1,202 @@
+"""Reference numbers of the original PyTorch implementations, and their weights in our layouts.
+
+`load` finds a file of numbers. The weights behind files 11 and 12 are not stored but follow an integer hash of the
+position (`rule_*`, exact in float64), in PyTorch's layouts; `variables` brings them into one of our networks:
+
+    net = golden_data.load("11_models.json")["sfw/ResNet18"]
+    variables = golden_data.variables(net["param_names"], net["param_shapes"])
+    images = golden_data.images(net["input_shape"])
+
+`tests/golden` holds files 11 and 12; of 11_models.json only the networks that `sparsity_jax.models` can build, with
+names, shapes and counts. Other files are read from the folder `shared/golden` next to the repository, if it exists.
+"""
+
+import functools
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent
+FOLDERS = (HERE / "golden", HERE.parent.parent / "shared" / "golden")
+
+
+def load(name: str) -> Mapping[str, Any]:
+    """The arrays of an .npz file, or the content of a .json file; skips the calling test where the file is absent."""
+    for folder in FOLDERS:
+        if (folder / name).is_file():
+            return _read(folder / name)
+    pytest.skip(f"reference numbers {name} are neither in tests/golden nor in ../shared/golden")
+    raise AssertionError  # skip raised
+
+
+@functools.cache
+def _read(path: pathlib.Path) -> Mapping[str, Any]:
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    with np.load(path) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+# The weight rule (PyTorch layouts, float64)
+
+
+def rule_uniform(size: int, salt: int) -> np.ndarray:
+    """The hash of positions 0..size-1 under `salt`, in [0, 1): float64 [size]."""
+    h = np.arange(1, size + 1, dtype=np.uint32)
+    h *= np.uint32(0x9E3779B1)
+    h += np.uint32((salt + 1) * 0x85EBCA77 % 2**32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        h ^= h >> np.uint32(shift)
+        h *= np.uint32(factor)
+    return h / 2.0**32
+
+
+def rule_params(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Parameters in PyTorch's names and layouts; `names` and `shapes` in the network's order."""
+    params = {}
+    for salt, (name, shape) in enumerate(zip(names, shapes)):
+        u = rule_uniform(math.prod(shape), salt).reshape(shape)
+        if len(shape) >= 2:
+            params[name] = (2 * u - 1) * math.sqrt(3 / math.prod(shape[1:]))
+        else:
+            params[name] = 0.75 + 0.5 * u if name.endswith("weight") else 0.2 * u - 0.1
+    return params
+
+
+def rule_batch_stats(widths: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(running mean, running variance) of batch norms of `widths`, in the network's order."""
+    return [
+        (0.2 * rule_uniform(width, 100000 + 2 * i) - 0.1, 0.5 + rule_uniform(width, 100001 + 2 * i))
+        for i, width in enumerate(widths)
+    ]
+
+
+def rule_input(shape: Sequence[int]) -> np.ndarray:
+    """The network input in PyTorch's layout: NCHW images, or [batch, features]."""
+    return (2 * rule_uniform(math.prod(shape), 999999) - 1).reshape(shape)
+
+
+def images(shape: Sequence[int]) -> np.ndarray:
+    """`rule_input` of NCHW `shape` in our layout: [batch, height, width, channels]; other ranks unchanged."""
+    array = rule_input(shape)
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+# PyTorch's layouts and names to ours
+
+
+def from_torch(array: np.ndarray) -> np.ndarray:
+    """Kernel OIHW to HWIO, [out, in] to [in, out]; vectors unchanged."""
+    return array.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
+
+
+def to_torch(array: np.ndarray) -> np.ndarray:
+    """The inverse of `from_torch`."""
+    return np.asarray(array).transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[np.ndim(array)])
+
+
+RESIDUAL_FUNCTION = {0: "conv1", 1: "bn1", 3: "conv2", 4: "bn2", 6: "conv3", 7: "bn3"}
+SHORTCUT = ("shortcut_conv", "shortcut_bn")
+
+# First match wins: pattern of a PyTorch module name, our module path. Modules in no row are numbered in their order.
+MODULES = (
+    (r"layer(\d+)\.(\d+)\.((?:conv|bn)\d)", lambda stage, block, name: f"stage{stage}_block{block}/{name}"),
+    (
+        r"layer(\d+)\.(\d+)\.(?:shortcut|downsample)\.(\d)",
+        lambda stage, block, i: f"stage{stage}_block{block}/{SHORTCUT[int(i)]}",
+    ),
+    (
+        r"conv(\d)_x\.(\d+)\.residual_function\.(\d)",
+        lambda stage, block, i: f"stage{int(stage) - 1}_block{block}/{RESIDUAL_FUNCTION[int(i)]}",
+    ),
+    (
+        r"conv(\d)_x\.(\d+)\.shortcut\.(\d)",
+        lambda stage, block, i: f"stage{int(stage) - 1}_block{block}/{SHORTCUT[int(i)]}",
+    ),
+    (r"layers\.(\d+)\.conv1", lambda block: f"block{block}/depthwise"),
+    (r"layers\.(\d+)\.conv2", lambda block: f"block{block}/pointwise"),
+    (r"layers\.(\d+)\.(bn\d)", lambda block, name: f"block{block}/{name}"),
+    (r"(conv1|bn1)", lambda name: name),
+    (r"classifier\.0", lambda: "final_bn"),
+)
+
+
+def module_paths(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, str]:
+    """PyTorch module name to our module path, e.g. "layer1.0.conv1" to "stage1_block0/conv1".
+
+    A plain sequence of convolutions and batch norms becomes conv1, bn1, conv2, ..., dense layers dense1, ...; the last
+    is fc.
+    """
+    kinds = {name.rpartition(".")[0]: len(shape) for name, shape in zip(names, shapes) if name.endswith("weight")}
+    paths, counts = {}, {"conv": 0, "bn": 0, "dense": 0}
+    for module, rank in kinds.items():
+        matches = ((re.fullmatch(pattern, module), path) for pattern, path in MODULES)
+        named = next((path(*match.groups()) for match, path in matches if match), None)
+        if named is None:
+            kind = {4: "conv", 2: "dense", 1: "bn"}[rank]
+            counts[kind] += 1
+            named = f"{kind}{counts[kind]}"
+        paths[module] = named
+    paths[next(reversed(kinds))] = "fc"
+    return paths
+
+
+def paths(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, str]:
+    """PyTorch parameter name to our leaf path, e.g. "bn1.weight" to "bn1/scale", in PyTorch's order."""
+    modules, ranks = module_paths(names, shapes), dict(zip(names, map(len, shapes)))
+    result = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        leaf = "bias" if leaf == "bias" else "scale" if ranks[name] == 1 else "kernel"
+        result[name] = f"{modules[module]}/{leaf}"
+    return result
+
+
+def batch_norms(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """Our module path to width of every batch norm, in PyTorch's order."""
+    modules = module_paths(names, shapes)
+    return {
+        modules[name.rpartition(".")[0]]: shape[0]
+        for name, shape in zip(names, shapes)
+        if len(shape) == 1 and name.endswith("weight")
+    }
+
+
+def nest(leaves: Mapping[str, Any]) -> dict:
+    """{"a/b": x} to {"a": {"b": x}}."""
+    tree = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def leaf(tree: Mapping[str, Any], path: str) -> Any:
+    """The entry of a nested dict at a path such as "stage1_block0/conv1/kernel"."""
+    return functools.reduce(lambda node, key: node[key], path.split("/"), tree)
+
+
+def variables(
+    names: Sequence[str], shapes: Sequence[Sequence[int]], params: Mapping[str, np.ndarray] | None = None
+) -> dict:
+    """{"params": ..., "batch_stats": ...} of our network for PyTorch's `names` and `shapes`, float64 NumPy arrays.
+
+    `params`: arrays by PyTorch name, in PyTorch's layouts; by default those of the rule, as are the running
+    statistics.
+    """
+    params = rule_params(names, shapes) if params is None else params
+    ours = paths(names, shapes)
+    norms = batch_norms(names, shapes)
+    stats = {}
+    for path, (mean, var) in zip(norms, rule_batch_stats(list(norms.values()))):
+        stats |= {f"{path}/mean": mean, f"{path}/var": var}
+    return {"params": nest({ours[name]: from_torch(params[name]) for name in names}), "batch_stats": nest(stats)}

@@ -1,0 +1,182 @@
+"""Selection against sorting: exact counts, ties, special values, trees, traced k, sharding."""
+
+import hypothesis
+import hypothesis.extra.numpy
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sparsity_jax import masks, trees
+
+floats = st.one_of(
+    st.floats(width=32), st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-42, 3.4e38])
+)
+arrays = hypothesis.extra.numpy.arrays(np.float32, st.sampled_from([1, 2, 13, 40]), elements=floats)
+mask_of = jax.jit(masks.k_largest_mask)
+value_of = jax.jit(masks.kth_largest)
+magnitude_mask_of = jax.jit(lambda scores, k: masks.k_largest_mask(scores, k, magnitude=True))
+
+
+def reference(scores, k, tiny=float(np.finfo(np.float32).smallest_normal)):
+    """(mask, indices in order) by sorting: larger first, NaN last, equal scores by index, subnormals as zero."""
+    flat = np.asarray(scores, np.float64).ravel()
+    flat = np.where(np.abs(flat) < tiny, 0, flat)
+    order = np.lexsort((np.arange(flat.size), -np.where(np.isnan(flat), -np.inf, flat), np.isnan(flat)))
+    mask = np.zeros(flat.size, bool)
+    mask[order[:k]] = True
+    return mask.reshape(np.shape(scores)), order
+
+
+@hypothesis.given(arrays, st.data())
+@hypothesis.settings(max_examples=200)
+def test_mask_equals_sorting(scores, data):
+    k = data.draw(st.integers(0, scores.size))
+    expected, order = reference(scores, k)
+    np.testing.assert_array_equal(mask_of(scores, k), expected)
+    if k:
+        value = scores[order[k - 1]]
+        np.testing.assert_array_equal(value_of(scores, k), 0 if abs(value) < 1.17e-38 else value)
+    expected, _ = reference(np.abs(scores), k)
+    np.testing.assert_array_equal(magnitude_mask_of(scores, k), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("distribution", ["normal", "uniform", "coarse", "cauchy", "constant"])
+def test_every_float_type(dtype, distribution):
+    rng = np.random.default_rng(0)
+    draw = dict(
+        normal=rng.normal(size=5000),
+        uniform=rng.random(5000),
+        coarse=np.round(rng.normal(size=5000), 1),
+        cauchy=np.clip(rng.standard_cauchy(5000), -6e4, 6e4),
+        constant=np.full(5000, 0.25),
+    )[distribution]
+    with jax.enable_x64(dtype == "float64"):
+        scores = jnp.asarray(draw).astype(dtype).reshape(50, 100)
+        for k in (1, 77, 2500, 4999, 5000):
+            expected, order = reference(scores.astype(jnp.float64 if dtype == "float64" else jnp.float32), k)
+            np.testing.assert_array_equal(masks.k_largest_mask(scores, k), expected)
+            value = masks.kth_largest(scores, k)
+            assert value.dtype == scores.dtype
+            assert value == scores.ravel()[order[k - 1]]
+
+
+def test_a_tree_is_ranked_as_one_array_without_being_one():
+    rng = np.random.default_rng(1)
+    tree = {
+        "a": jnp.asarray(np.round(rng.normal(size=(3, 4)), 1), jnp.float32),
+        "b": [jnp.asarray(np.round(rng.normal(size=17), 1), jnp.float32), jnp.zeros(())],
+    }
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    for k in range(flat.size + 1):
+        ours = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(mask_of(tree, k))])
+        np.testing.assert_array_equal(ours, reference(flat, k)[0])
+        assert ours.sum() == k
+    text = str(jax.make_jaxpr(masks.k_largest_mask)(tree, 3))
+    assert "[30]" not in text
+    assert "sort" not in text
+
+
+def test_vectors_of_k_and_traced_k_compile_once():
+    scores = jnp.asarray(np.random.default_rng(2).normal(size=1000), jnp.float32)
+    ks = np.array([[1, 10, 500], [999, 1000, 3]])
+    ordered = np.sort(np.asarray(scores))[::-1]
+    np.testing.assert_array_equal(masks.kth_largest(scores, ks), ordered[ks - 1])
+    compiled = jax.jit(lambda s, k: masks.k_largest_mask(s, k).sum())
+    assert [int(compiled(scores, k)) for k in (0, 5, 1000)] == [0, 5, 1000]
+    assert compiled._cache_size() == 1
+    batched = jax.vmap(masks.k_largest_mask, in_axes=(None, 0))(scores, jnp.array([2, 700]))
+    assert batched.sum(1).tolist() == [2, 700]
+
+
+@pytest.mark.parametrize("distribution", ["normal", "coarse", "sparse", "nan", "trend"])
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_the_path_of_one_cpu_gives_the_same_answers(monkeypatch, distribution, magnitude):
+    """Sampled brackets and sliced reductions, used where there is one CPU device, also when the sample misleads."""
+    monkeypatch.setattr(trees, "_one_cpu", lambda: True)
+    rng = np.random.default_rng(6)
+    draw = dict(
+        normal=rng.normal(size=70003),
+        coarse=np.round(rng.normal(size=70003), 1),
+        sparse=np.where(np.arange(70003) % 64 == 1, rng.normal(size=70003), 0),  # the sample sees zeros only
+        nan=np.where(rng.random(70003) < 0.3, np.nan, rng.normal(size=70003)),
+        trend=np.arange(70003.0),
+    )[distribution]
+    tree = {"a": jnp.asarray(draw, jnp.float32), "b": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    sizes = np.abs(flat) if magnitude else flat
+    for scores, answer in ((tree, sizes), (tree["a"], sizes[:70003])):
+        mask = jax.jit(lambda s, k: masks.k_largest_mask(s, k, magnitude=magnitude))
+        value = jax.jit(lambda s, k: masks.kth_largest(s, k, magnitude=magnitude))
+        for k in (1, 40, 1000, 35000, 69990, answer.size):
+            expected, order = reference(answer, k)
+            ours = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(mask(scores, k))])
+            np.testing.assert_array_equal(ours, expected)
+            np.testing.assert_array_equal(value(scores, k), answer[order[k - 1]])
+
+
+def test_the_search_is_short(monkeypatch):
+    """A dozen or two counts, not a sort."""
+    for draw in (np.random.default_rng(3).normal(size=4000), np.exp2(np.random.default_rng(4).uniform(-99, 99, 4000))):
+        scores = [jnp.asarray(draw, jnp.float32)]
+        counted, original = [], masks._count
+        monkeypatch.setattr(masks, "_count", lambda *args, f=original: (counted.append(args), f(*args))[1])
+        with jax.disable_jit():
+            masks._search(masks._order_of(scores, False), scores, jnp.asarray(200))
+        monkeypatch.undo()
+        assert 1 < len(counted) < 40
+
+
+def test_sharded_scores_are_not_gathered():
+    assert jax.device_count() == 8  # tests/conftest.py
+    mesh = jax.make_mesh((jax.device_count(),), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    scores = np.round(np.random.default_rng(5).normal(size=(1024, 8)), 2).astype(np.float32)
+    placed = jax.device_put(scores, sharding)
+    compiled = jax.jit(masks.k_largest_mask, out_shardings=sharding).lower(placed, 777).compile()
+    np.testing.assert_array_equal(compiled(placed, 777), reference(scores, 777)[0])
+    text = compiled.as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+
+
+def test_random_and_layerwise_masks_count_exactly():
+    tree = {"a": jnp.arange(10.0), "b": -jnp.arange(6.0).reshape(2, 3)}
+    layerwise = masks.layerwise_mask(tree, {"a": 3, "b": 2})
+    np.testing.assert_array_equal(layerwise["a"], np.arange(10) >= 7)
+    np.testing.assert_array_equal(layerwise["b"].ravel(), np.arange(6) < 2)
+    first = masks.random_mask(jax.random.key(0), tree, 7)
+    second = masks.random_mask(jax.random.key(1), tree, 7)
+    assert sum(int(m.sum()) for m in jax.tree.leaves(first)) == 7
+    assert any((x != y).any() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second)))
+    share = np.mean([masks.random_mask(jax.random.key(i), tree, 8)["a"].mean() for i in range(30)])
+    assert abs(share - 0.5) < 0.1
+
+
+def test_apply_density_and_sparsity():
+    tree = {"a": jnp.array([1.0, np.nan, 3.0]), "b": jnp.ones((2, 2))}
+    mask = {"a": jnp.array([True, False, True]), "b": jnp.zeros((2, 2), bool)}
+    masked = masks.apply(tree, mask)
+    np.testing.assert_array_equal(masked["a"], [1.0, 0.0, 3.0])
+    assert float(masks.density(mask)) == pytest.approx(2 / 7)
+    assert float(masks.sparsity(masked)) == pytest.approx(5 / 7)
+    assert float(masks.density(masks.full(tree))) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: masks.k_largest_mask(jnp.ones(3), 4), "k is 4; allowed: 0 to 3"),
+        (lambda: masks.kth_largest(jnp.ones(3), 0), "k is 0; allowed: 1 to 3"),
+        (lambda: masks.k_largest_mask(jnp.ones(0), 0), "scores are empty"),
+    ],
+)
+def test_bad_k_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_other_types_are_refused():
+    with pytest.raises(TypeError, match="scores are int32"):
+        masks.k_largest_mask(jnp.arange(3), 1)

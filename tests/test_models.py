@@ -1,0 +1,471 @@
+"""The model zoo: numbers of the original PyTorch networks, and what every row of MODELS promises."""
+
+import functools
+import re
+
+import golden_data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from sparsity_jax import models, tables
+from sparsity_jax.models import layers, vgg
+
+FC12 = (1000, 900, 800, 750, 700, 650, 600, 500, 400, 200, 100)
+GOLDEN_NETS = {
+    "sfw/MLP": {"name": "mlp"},
+    "sfw/ResNet18": {"name": "resnet18"},
+    "sfw/ResNet50": {"name": "resnet50"},
+    "sfw/PreActResNet18": {"name": "preact_resnet18"},
+    "sfw/VGG16": {"name": "vgg16"},
+    "flow/VGG": {"name": "vgg13", "order": "conv_relu_bn", "conv_bias": False},
+    "flow/MobileNet": {"name": "mobilenet"},
+    "flow/ResNet18": {"name": "resnet18"},
+    "flow/ResNet34": {"name": "resnet34"},
+    "flow/ResNet56": {"name": "resnet56", "shortcut": "projection"},
+    "greg/resnet20": {"name": "resnet20"},
+    "greg/resnet56": {"name": "resnet56"},
+    "greg/vgg19": {"name": "vgg", "layout": vgg.stages(19, 64)[:-1], "conv_bias": False},
+    "greg/vgg16_nobn": {"name": "vgg", "layout": vgg.stages(16, 64)[:-1], "conv_bias": False, "batch_norm": False},
+    "imagenet/resnet34": {"name": "resnet34", "stem": "imagenet"},
+    "imagenet/resnet50": {"name": "resnet50", "stem": "imagenet"},
+    "oneshot/FC5": {"name": "mlp", "widths": (1000, 600, 300, 100)},
+    "oneshot/FC5_mnist": {"name": "mlp", "widths": (1000, 600, 300, 100)},
+    "oneshot/FC12": {"name": "mlp", "widths": FC12},
+    "oneshot/VGG16": {"name": "vgg16"},
+    "oneshot/ResNet18": {"name": "resnet18"},
+    "oneshot/ResNet50": {"name": "resnet50"},
+}
+RESNET_3 = {"name": "resnet", "stage_sizes": (1, 1, 1), "widths": (16, 32, 64)}
+TRAINED_NETS = {
+    "resnet_zero_pad_shortcut": {**RESNET_3, "shortcut": "zero_pad"},
+    "resnet_projection_shortcut": {**RESNET_3, "shortcut": "projection"},
+    "vgg_conv_relu_bn": {
+        "name": "vgg",
+        "layout": (8, "M", 12, 10, "M", 14, "M"),
+        "order": "conv_relu_bn",
+        "conv_bias": False,
+    },
+    "vgg_conv_bn_relu": {"name": "vgg", "layout": (8, "M", 12, 10, "M", 14), "conv_bias": False},
+    "mobilenet_depthwise": {
+        "name": "mobilenet",
+        "stem_width": 6,
+        "blocks": ((8, 1), (10, 2), (12, 2), (14, 1)),
+    },
+}
+# Every row of MODELS in a size that compiles in a moment, and the side of its images.
+TINY = {
+    "mlp": ({"widths": (8, 6)}, 8),
+    "small_cnn": ({"widths": (4, 6, 6), "dense_widths": (5,), "batch_norm": True}, 9),
+    "vgg": ({"layout": (4, "M", 6, 6, "M")}, 8),
+    "vgg11": ({"width": 2}, 32),
+    "vgg13": ({"width": 2, "order": "conv_relu_bn"}, 32),
+    "vgg16": ({"width": 2}, 32),
+    "vgg19": ({"width": 2, "batch_norm": False}, 32),
+    "resnet": ({"stage_sizes": (1, 1), "widths": (4, 6), "inner_widths": (3, 5), "stem_width": 3}, 8),
+    "resnet18": ({"width": 2}, 8),
+    "resnet34": ({"width": 2, "stem": "imagenet"}, 32),
+    "resnet50": ({"width": 2}, 8),
+    "resnet20": ({"width": 2}, 8),
+    "resnet56": ({"width": 2}, 8),
+    "preact_resnet18": ({"width": 2}, 8),
+    "mobilenet": ({"stem_width": 3, "blocks": ((4, 1), (6, 2))}, 8),
+}
+KEY = jax.random.key(0, impl="rbg")  # compiles five times faster than the default, and any key will do
+
+names = pytest.mark.parametrize("name", sorted(models.MODELS))
+families = pytest.mark.parametrize("name", ["mlp", "small_cnn", "vgg", "resnet", "preact_resnet18", "mobilenet"])
+
+
+@functools.cache
+def tiny(name):
+    """(model, variables, images [3, side, side, 3]) of a row of MODELS."""
+    options, side = TINY[name]
+    model = models.build(name=name, num_classes=5, **options)
+    images = jax.random.normal(jax.random.key(1), (3, side, side, 3))
+    return model, jax.jit(model.init)(KEY, images), images
+
+
+@functools.cache
+def tiny_logits(name):
+    model, variables, images = tiny(name)
+    return jax.jit(model.apply)(variables, images)
+
+
+def settings(**changes):
+    return layers.Settings()._replace(**changes)
+
+
+def shapes(tree):
+    return jax.tree.map(np.shape, tree)
+
+
+# Agreement with the originals
+
+
+def test_weight_rule():
+    stored = golden_data.load("11_models.npz")
+    np.testing.assert_array_equal(
+        [golden_data.rule_uniform(8, salt) for salt in range(4)], stored["rule/hash_u_first8_salt0..3"]
+    )
+    np.testing.assert_array_equal(golden_data.rule_input((3, 32, 32)).ravel()[:8], stored["rule/input_first8_3x32x32"])
+
+
+@pytest.mark.parametrize("key", GOLDEN_NETS)
+def test_logits_and_parameter_count_of_the_original(key):
+    net, expected = golden_data.load("11_models.json")[key], golden_data.load("11_models.npz")[f"{key}/logits"]
+    options, shape = GOLDEN_NETS[key], net["input_shape"]
+    # The originals flatten NCHW images.
+    images = golden_data.rule_input(shape) if options["name"] == "mlp" else golden_data.images(shape)
+    with jax.enable_x64(True):
+        model = models.build(num_classes=expected.shape[-1], dtype="float64", param_dtype="float64", **options)
+        variables = golden_data.variables(net["param_names"], net["param_shapes"])
+        created = jax.eval_shape(model.init, jax.random.key(0), images)
+        assert shapes(created) == shapes(variables)
+        assert sum(leaf.size for leaf in jax.tree.leaves(created["params"])) == net["n_params"]
+        logits = jax.jit(model.apply)(variables, images)
+    np.testing.assert_allclose(logits, expected, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("key", TRAINED_NETS)
+def test_training_steps_of_the_original(key):
+    stored = golden_data.load("12_training_steps.npz")
+    expected = {name.removeprefix(f"{key}/"): array for name, array in stored.items() if name.startswith(f"{key}/")}
+    torch_names = [str(name) for name in expected["param_names"]]
+    torch_shapes = [tuple(map(int, str(shape).split("x"))) for shape in expected["param_shapes"]]
+    paths = golden_data.paths(torch_names, torch_shapes)
+    norms = golden_data.batch_norms(torch_names, torch_shapes)
+    images, labels = golden_data.images(expected["input_shape"]), expected["labels"]
+    check = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
+
+    def check_tree(tree, norm_key, first_key):
+        leaves = [golden_data.to_torch(golden_data.leaf(tree, paths[name])).ravel() for name in torch_names]
+        check([np.linalg.norm(leaf) for leaf in leaves], expected[norm_key])
+        check([leaf[:3] for leaf in leaves], expected[first_key])
+
+    with jax.enable_x64(True):
+        num_classes = expected["logits_train_step0"].shape[-1]
+        model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **TRAINED_NETS[key])
+
+        def loss_fn(params, batch_stats):
+            logits, batch_stats = model.apply_train({"params": params, "batch_stats": batch_stats}, images)
+            chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)
+            return -chosen.mean(), (logits, batch_stats)
+
+        @jax.jit
+        def step(params, momentum, batch_stats):
+            (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_stats)
+            momentum = jax.tree.map(lambda m, g, p: 0.9 * m + g + 5e-4 * p, momentum, grads, params)
+            params = jax.tree.map(lambda p, m: p - 0.05 * m, params, momentum)
+            return (params, momentum, batch_stats), (loss, logits, grads)
+
+        variables = golden_data.variables(torch_names, torch_shapes)
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        state = params, jax.tree.map(np.zeros_like, params), batch_stats
+        losses = []
+        for i in range(3):
+            state, (loss, logits, grads) = step(*state)
+            losses.append(loss)
+            if i == 0:
+                np.testing.assert_allclose(logits, expected["logits_train_step0"], rtol=1e-8, atol=1e-11)
+                check_tree(grads, "grad_norms_step0", "grad_first3_step0")
+        params, _, batch_stats = state
+        check(losses, expected["losses"])
+        check_tree(params, "param_norms_final", "param_first3_final")
+        for statistic in ("mean", "var"):
+            stats = [golden_data.leaf(batch_stats, f"{path}/{statistic}") for path in norms]
+            check(np.concatenate(stats), expected[f"bn_running_{statistic}"])
+        logits = jax.jit(model.apply)({"params": params, "batch_stats": batch_stats}, images)
+        np.testing.assert_allclose(logits, expected["logits_eval_final"], rtol=1e-8, atol=1e-11)
+
+
+def test_layouts_round_trip():
+    for array in (np.arange(120).reshape(2, 3, 4, 5), np.arange(6).reshape(2, 3), np.arange(3)):
+        np.testing.assert_array_equal(golden_data.to_torch(golden_data.from_torch(array)), array)
+    assert golden_data.from_torch(np.zeros((8, 3, 5, 7))).shape == (5, 7, 3, 8)  # OIHW to HWIO
+
+
+def test_absent_numbers_skip():
+    with pytest.raises(pytest.skip.Exception, match=r"absent\.npz"):
+        golden_data.load("absent.npz")
+
+
+# Every row of MODELS
+
+
+def test_every_model_has_a_tiny_version():
+    assert sorted(TINY) == sorted(models.MODELS)
+
+
+@names
+def test_init(name):
+    model, variables, images = tiny(name)
+    assert sorted(variables) == ["batch_stats", "params"]
+    assert variables["params"]["fc"]["kernel"].shape[-1] == 5
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    image_shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
+    assert shapes(jax.eval_shape(model.init, KEY, image_shape)) == shapes(variables)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "resnet"])
+def test_init_under_jit_equals_init(name):
+    model, variables, images = tiny(name)
+    jax.tree.map(np.testing.assert_array_equal, model.init(KEY, images), variables)
+
+
+@families
+def test_jit_equals_eager(name):
+    model, variables, images = tiny(name)
+    np.testing.assert_allclose(model.apply(variables, images), tiny_logits(name), rtol=1e-4, atol=1e-5)
+
+
+@names
+def test_inference_does_not_mix_images(name):
+    model, variables, images = tiny(name)
+    assert tiny_logits(name).shape == (3, 5)
+    assert np.isfinite(tiny_logits(name)).all()
+    in_other_company = jnp.stack([images[2] + 7, images[0], images[0]])
+    logits = jax.jit(model.apply)(variables, in_other_company)
+    np.testing.assert_allclose(logits[1:], np.asarray(tiny_logits(name))[[0, 0]], rtol=1e-4, atol=1e-5)
+
+
+@families
+def test_training_mode_updates_the_running_statistics(name):
+    model, variables, images = tiny(name)
+    logits, batch_stats = jax.jit(model.apply_train)(variables, images)
+    assert np.isfinite(logits).all()
+    changed = jax.tree.map(lambda new, old: bool((new != old).any()), batch_stats, variables["batch_stats"])
+    assert all(jax.tree.leaves(changed))
+
+
+@names
+def test_bfloat16_gives_float32_logits_and_statistics(name):
+    _, variables, images = tiny(name)
+    model = models.build(name=name, num_classes=5, dtype="bfloat16", **TINY[name][0])
+    created = jax.eval_shape(model.init, KEY, images)
+    assert shapes(created) == shapes(variables)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(created))
+    logits, batch_stats = jax.eval_shape(model.apply_train, variables, images)
+    assert shapes(batch_stats) == shapes(variables["batch_stats"])
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((logits, batch_stats)))
+
+
+@families
+def test_bfloat16_is_close_to_float32(name):
+    _, variables, images = tiny(name)
+    model = models.build(name=name, num_classes=5, dtype="bfloat16", **TINY[name][0])
+    logits, expected = jax.jit(model.apply)(variables, images), tiny_logits(name)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, atol=0.05 * float(jnp.abs(expected).max()))
+
+
+def test_bfloat16_params_keep_float32_statistics():
+    model = models.build(name="small_cnn", num_classes=3, batch_norm=True, dtype="bfloat16", param_dtype="bfloat16")
+    images = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.bfloat16)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["batch_stats"])} == {jnp.dtype("float32")}
+    assert jax.eval_shape(model.apply, variables, images).dtype == jnp.float32
+
+
+def test_module_names():
+    def paths(name, **options):
+        model = models.build(name=name, num_classes=2, **options)
+        variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+        leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+        return ["/".join(key.key for key in path) for path, _ in leaves]
+
+    resnet = paths("resnet20", shortcut="projection")
+    assert len([path for path in resnet if re.fullmatch(r"stage[123]_.*/conv1/kernel", path)]) == 9
+    assert {"conv1/kernel", "bn1/scale", "stage2_block0/shortcut_conv/kernel", "fc/bias"} <= set(resnet)
+    assert "stage3_block0/shortcut_bn/bias" in resnet
+    assert "final_bn/scale" in paths("preact_resnet18")
+    assert {"block0/depthwise/kernel", "block12/pointwise/kernel", "block0/bn2/bias"} <= set(paths("mobilenet"))
+    assert {"conv1/bias", "bn16/scale", "fc/kernel"} <= set(paths("vgg19"))
+    assert paths("mlp") == [f"{m}/{p}" for m in ("dense1", "dense2", "fc") for p in ("bias", "kernel")]
+
+
+def test_inner_widths_thin_the_blocks():
+    _, variables, _ = tiny("resnet")
+    block = variables["params"]["stage2_block0"]
+    assert [block[conv]["kernel"].shape[-2:] for conv in ("conv1", "conv2", "shortcut_conv")] == [
+        (4, 5),
+        (5, 6),
+        (4, 6),
+    ]
+
+
+def test_init_vmaps_over_seeds():
+    model, _, images = tiny("mlp")
+    stacked = jax.vmap(model.init, (0, None))(jax.random.split(KEY, 3), images)
+    kernels = stacked["params"]["fc"]["kernel"]
+    assert kernels.shape == (3, 6, 5)
+    assert not np.array_equal(kernels[0], kernels[1])
+    assert stacked["batch_stats"] == {}
+
+
+def test_dropout_uses_its_key_in_training_only():
+    model = models.build(name="mlp", num_classes=4, widths=(64,), dropout=0.5)
+    images = jnp.ones((2, 6))
+    variables = model.init(KEY, images)
+    first, _ = model.apply_train(variables, images, jax.random.key(1))
+    again, _ = model.apply_train(variables, images, key=jax.random.key(1))
+    other, _ = model.apply_train(variables, images, key=jax.random.key(2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    np.testing.assert_array_equal(*model.apply(variables, images))
+    with pytest.raises(ValueError, match=r"dropout 0\.5: apply_train needs a key"):
+        model.apply_train(variables, images)
+
+
+# Layers
+
+
+def test_initialiser_variances():
+    shape, inputs = (3, 3, 64, 128), 9 * 64
+    for name, conv_variance, dense_variance in (
+        ("torch", 1 / (3 * inputs), 1 / (3 * 200)),
+        ("kaiming", 2 / (9 * 128), 2 / 200),
+        ("flax", 1 / inputs, 1 / 200),
+    ):
+        init = layers.INITIALIZERS[name]
+        conv = init.conv(KEY, shape, jnp.float32)
+        dense = init.dense(KEY, (200, 300), jnp.float32)
+        np.testing.assert_allclose([conv.var(), dense.var()], [conv_variance, dense_variance], rtol=0.03)
+        np.testing.assert_allclose([conv.mean(), dense.mean()], 0, atol=4 * (dense_variance / 60000) ** 0.5)
+    depthwise = layers.INITIALIZERS["torch"].conv(KEY, (3, 3, 1, 500), jnp.float32)
+    np.testing.assert_allclose(jnp.abs(depthwise).max(), 1 / 3, rtol=0.01)  # fan_in is 9
+
+
+@pytest.mark.parametrize("init", sorted(layers.INITIALIZERS))
+def test_initial_biases(init):
+    model = models.build(name="small_cnn", num_classes=400, init=init, dense_widths=())
+    params = model.init(KEY, jnp.zeros((1, 8, 8, 1)))["params"]
+    for name, fan_in in (("conv1", 9), ("conv3", 9 * 64), ("fc", 64)):
+        bound = fan_in**-0.5 if init == "torch" else 0.0
+        bias = params[name]["bias"]
+        assert float(jnp.abs(bias).max()) <= bound
+        np.testing.assert_allclose(bias.var(), bound**2 / 3, rtol=0.5)
+
+
+def test_stride_two_convolution_pads_both_sides():
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layers.conv(x, 1, 3, stride=2, settings=settings(), name="conv")
+
+    variables = {"params": {"conv": {"kernel": jnp.ones((3, 3, 1, 1))}}}
+    y = One().apply(variables, jnp.ones((1, 4, 4, 1)))
+    np.testing.assert_array_equal(y[0, :, :, 0], [[4, 6], [6, 9]])
+
+
+def test_batch_norm_by_hand():
+    x = jnp.array([[1.0], [2.0], [6.0]])  # mean 3, biased variance 14/3, unbiased 7
+    norm = layers.BatchNorm(settings())
+    variables = norm.init(jax.random.key(0), x)
+    y, updated = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(y[:, 0], np.array([-2, -1, 3]) / np.sqrt(14 / 3 + 1e-5), rtol=1e-6)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], [0.3], rtol=1e-6)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], [0.9 + 0.7], rtol=1e-6)
+    y = norm.apply({"params": {"scale": jnp.full(1, 3.0), "bias": jnp.full(1, 0.5)}, **updated}, x)
+    np.testing.assert_allclose(y[:, 0], (np.array([1, 2, 6]) - 0.3) * 3 / np.sqrt(1.6 + 1e-5) + 0.5, rtol=1e-6)
+
+
+def test_batch_norm_statistics_of_bfloat16_are_float32():
+    x = (100 + jax.random.normal(jax.random.key(0), (4096, 1))).astype(jnp.bfloat16)
+    norm = layers.BatchNorm(settings(dtype=jnp.dtype("bfloat16")))
+    y, updated = norm.apply(norm.init(jax.random.key(0), x), x, train=True, mutable=["batch_stats"])
+    assert y.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.1 * exact.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], 0.9 + 0.1 * exact.var(0, ddof=1), rtol=1e-4)
+
+
+def test_batch_norm_needs_two_values_in_training():
+    model, variables, _ = tiny("resnet")
+    with pytest.raises(ValueError, match="one value per channel has no variance"):
+        model.apply_train(variables, jnp.zeros((1, 1, 1, 3)))
+
+
+@pytest.mark.parametrize("side", [6, 7])
+def test_max_pool_equals_window_reduction(side):
+    x = jax.random.normal(jax.random.key(0), (2, side, side, 3))
+    reference = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
+    np.testing.assert_array_equal(layers.max_pool(x), reference(x))
+    gradients = [jax.grad(lambda x, pool=pool: (pool(x) ** 2).sum())(x) for pool in (layers.max_pool, reference)]
+    np.testing.assert_array_equal(*gradients)
+
+
+def test_zero_pad_shortcut():
+    x = jnp.arange(1.0, 9.0).reshape(1, 2, 2, 2)
+    y = models.resnet.zero_pad_shortcut(x, 5, 2)
+    np.testing.assert_array_equal(y, [[[[0, 1, 2, 0, 0]]]])
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "resnet19"}, r"config\.model\.name is 'resnet19'; known: .*Did you mean 'resnet1?[8034]"),
+        ({"init": "torhc"}, r"config\.model\.init is 'torhc'; known: flax, kaiming, torch\. Did you mean 'torch'"),
+        ({"dtype": "float8"}, r"config\.model\.dtype is 'float8'; allowed: 'float32'"),
+        ({"param_dtype": "int32"}, r"config\.model\.param_dtype is 'int32'"),
+        ({"num_classes": 0}, r"config\.model\.num_classes is 0; allowed: int >= 1"),
+        ({"widht": 3}, r"config\.model has no field 'widht'; fields: .*Did you mean 'width'"),
+        ({"width": "3"}, r"config\.model\.width is '3'"),
+        ({"shortcut": "identity"}, r"config\.model\.shortcut is 'identity'; allowed: 'projection' \| 'zero_pad'"),
+        ({"name": "vgg", "layout": (4, "P")}, r"config\.model\.layout\[1\] is 'P'"),
+        ({"name": "mobilenet", "blocks": ((4, 0),)}, r"config\.model\.blocks\[0\]\[1\] is 0"),
+        ({"name": "mlp", "dropout": 1.5}, r"config\.model\.dropout is 1\.5"),
+        ({"name": "resnet", "widths": (4, 8)}, r"widths has 2 entries; allowed: one per entry of stage_sizes, 3"),
+        ({"name": "resnet", "inner_widths": (4,)}, r"inner_widths has 1 entries; allowed: one per block, 9"),
+        ({"name": "resnet", "widths": (8, 4, 4), "shortcut": "zero_pad"}, "channels that never decrease"),
+    ],
+)
+def test_wrong_settings_are_found_while_building(changes, message):
+    with pytest.raises(tables.ConfigError, match=message):
+        models.build(**{"name": "resnet18", "num_classes": 10, **changes})
+
+
+def test_lists_are_accepted_for_tuples():
+    model = models.build(name="vgg", num_classes=3, layout=[4, "M", 6])
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
+    assert variables["params"]["conv2"]["kernel"].shape == (3, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("vgg16", (2, 16, 16, 3), r"shape \(2, 16, 16, 3\); needed: .* height and width at least 32"),
+        ("small_cnn", (2, 7, 9, 3), r"shape \(2, 7, 9, 3\); needed: .* at least 8"),
+        ("resnet18", (32, 32, 3), r"shape \(32, 32, 3\); needed: \[batch, height, width, channels\]"),
+        ("mlp", (784,), r"shape \(784,\); needed: \[batch, \.\.\.\]"),
+    ],
+)
+def test_wrong_images(name, shape, message):
+    model = models.build(name=name, num_classes=2)
+    with pytest.raises(ValueError, match=message):
+        model.init(jax.random.key(0), jnp.zeros(shape))
+
+
+def test_small_cnn_takes_eight_by_eight():
+    model = models.build(name="small_cnn", num_classes=10)
+    images = jnp.zeros((2, 8, 8, 1))
+    variables = model.init(KEY, images)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 60554
+    assert model.apply(variables, images).shape == (2, 10)
+
+
+def test_float64_needs_x64():
+    model = models.build(name="mlp", num_classes=2, dtype="float64", param_dtype="float64")
+    images = np.ones((2, 3))
+    with pytest.raises(ValueError, match="jax runs in 32 bits"):
+        model.init(jax.random.key(0), images)
+    with jax.enable_x64(True):
+        variables = model.init(KEY, images)
+        assert variables["params"]["fc"]["kernel"].dtype == jnp.float64
+        assert model.apply(variables, images).dtype == jnp.float64

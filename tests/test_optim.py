@@ -1,0 +1,299 @@
+"""Optimizers and schedules: golden numbers of the original, feasibility, composition, errors."""
+
+import re
+
+import golden_data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sparsity_jax import optim, polytopes, tables, trees
+
+CLOSE = dict(rtol=1e-9, atol=1e-11)
+
+
+def golden_cases(kind):
+    golden = golden_data._read(golden_data.HERE / "golden" / "02_sfw_optimizers.npz")
+    return sorted({key.rsplit("/", 1)[0] for key in golden if key.startswith(kind + "/")})
+
+
+def golden_sets(name):
+    hyper = golden_data.load("hyper.json")["02_sfw_optimizers.npz"]
+    return {
+        "ksparse": [polytopes.KSparse(k, r) for k, r in zip(hyper["K"], hyper["k_radius"])],
+        "l2": [polytopes.LpBall(r, 2.0) for r in hyper["l2_radius"]],
+        "linf": [polytopes.LpBall(r, float("inf"), zero_up=True) for r in hyper["linf"]],
+        "l1": [polytopes.LpBall(r, 1.0) for r in hyper["l1"]],
+        "none": [polytopes.Unconstrained()] * 3,
+    }[name]
+
+
+def settings(case):
+    return dict(item.split("=") for item in case.split("/")[2:])
+
+
+def replay(case, make_tx):
+    """Parameters after each of the golden steps, under the optimizer `make_tx(sets)`."""
+    golden, name = golden_data.load("02_sfw_optimizers.npz"), case.split("/")[1]
+    starts = "start_raw" if name == "none" else f"start/{name}"
+    params = [jnp.asarray(golden[f"{starts}/{j}"]) for j in range(3)]
+    raw = [jnp.asarray(golden[f"start_raw/{j}"]) for j in range(3)]
+    np.testing.assert_allclose(
+        jnp.concatenate([x.ravel() for x in polytopes.shift_inside(raw, golden_sets(name))]),
+        jnp.concatenate([x.ravel() for x in params]),
+        **CLOSE,
+    )
+    tx = make_tx(golden_sets(name))
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p))
+    state = tx.init(params)
+    for i in range(12):
+        grads = [jnp.asarray(golden[f"grads/{j}"][i]) for j in range(3)]
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for j in range(3):
+            np.testing.assert_allclose(params[j], golden[f"{case}/{j}"][i], err_msg=f"{case} step {i}", **CLOSE)
+
+
+@pytest.mark.parametrize("case", golden_cases("sfw"))
+def test_sfw_matches_the_original(case):
+    given = settings(case)
+    with jax.enable_x64(True):
+        replay(
+            case,
+            lambda sets: optim.sfw(
+                float(given["lr"]),
+                sets,
+                momentum=float(given["momentum"]),
+                rescale=given["rescale"].replace("None", "none"),
+            ),
+        )
+
+
+@pytest.mark.parametrize("case", golden_cases("adagradsfw"))
+def test_adagrad_sfw_matches_the_original(case):
+    given = settings(case)
+    with jax.enable_x64(True):
+        replay(
+            case,
+            lambda sets: optim.adagrad_sfw(
+                float(given["lr"]),
+                sets,
+                momentum=float(given["momentum"]),
+                inner_steps=int(given["inner"]),
+                delta=float(given["delta"]),
+            ),
+        )
+
+
+@pytest.mark.parametrize("case", golden_cases("projsgd"))
+def test_projected_sgd_matches_the_original(case):
+    given = settings(case)
+    with jax.enable_x64(True):
+        replay(
+            case,
+            lambda sets: optim.sgd(
+                float(given["lr"]),
+                sets,
+                momentum=float(given["momentum"]),
+                dampening=float(given["dampening"]),
+                weight_decay=float(given["wd"]),
+                nesterov=given["nesterov"] == "True",
+            ),
+        )
+
+
+def rates(rate, losses):
+    """The rate in force during each epoch when every step of epoch e reports `losses[e, step]`."""
+    epochs, steps = losses.shape
+
+    def body(carry, value):
+        state, step = carry
+        rate_now, state = rate.update(state, step, value)
+        return (state, step + 1), jnp.asarray(rate_now, float)
+
+    _, out = jax.lax.scan(body, (rate.init(), jnp.zeros((), jnp.int32)), jnp.asarray(losses.ravel()))
+    return np.asarray(out).reshape(epochs, steps)
+
+
+@pytest.mark.parametrize("name", ["keep", "decrease_3", "decrease_3_180", "dynamic_change"])
+@pytest.mark.parametrize("base", ["1.0", "0.1"])
+def test_schemes_match_the_original(name, base):
+    golden = golden_data.load("03_lr_schedules.npz")
+    losses = golden["epoch_batch_losses"]
+    own = dict(loss="last_batch") if name == "dynamic_change" else {}
+    with jax.enable_x64(True):
+        ours = rates(optim.SCHEDULES[name](float(base), 180, losses.shape[1], **own), losses)
+    assert (ours == ours[:, :1]).all()  # constant within an epoch
+    np.testing.assert_allclose(ours[:, 0], golden[f"{name}/lr0={base}"], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["decrease_3", "dynamic_change"])
+def test_schemes_of_short_runs_match_the_original(name):
+    golden = golden_data.load("03_lr_schedules.npz")
+    losses = golden["short/epoch_losses"][:, None]
+    with jax.enable_x64(True):
+        ours = rates(optim.SCHEDULES[name](1.0, 100, 1), losses)
+    np.testing.assert_allclose(ours[:, 0], golden[f"short/{name}/lr0=1.0"], **CLOSE)
+
+
+@pytest.mark.parametrize("preset", [0, 1])
+def test_piecewise_tables_match_the_original(preset):
+    golden = golden_data.load("03_lr_schedules.npz")
+    table = str(golden[f"preset/{preset}/spec"][0]).strip("{}")
+    with jax.enable_x64(True):
+        ours = rates(optim.piecewise(1.0, 160, 2, table=table), np.zeros((160, 2)))
+    np.testing.assert_allclose(ours[:, 1], golden[f"preset/{preset}/lr"], **CLOSE)
+
+
+def test_dynamic_change_uses_the_mean_of_the_epoch():
+    """Last batches rise while the means fall: the default follows the means, the original the last batches."""
+    losses = np.zeros((30, 4))
+    losses[:, 0] = np.linspace(9, 1, 30) * 4
+    losses[:, 3] = np.linspace(0, 0.1, 30)
+    mean = rates(optim.dynamic_change(1.0, 1000, 4), losses)[-1, 0]
+    last = rates(optim.dynamic_change(1.0, 1000, 4, loss="last_batch"), losses)[-1, 0]
+    np.testing.assert_allclose([mean, last], [1.06, 0.7], rtol=1e-6)
+
+
+def test_cosine_warms_up_and_ends_at_zero():
+    ours = rates(optim.cosine(0.2, 10, 5, warmup_epochs=2.0), np.zeros((10, 5))).ravel()
+    np.testing.assert_allclose(ours[:10], 0.2 * np.arange(10) / 10, rtol=1e-6)
+    np.testing.assert_allclose(ours[30], 0.1, rtol=1e-5)
+    assert ours[10] == ours.max()
+    assert ours[-1] < 0.002
+
+
+@pytest.mark.parametrize("name", ["sfw", "adagrad_sfw", "sgd"])
+@pytest.mark.parametrize("rescale_or_none", ["gradient", "diameter", "none"])
+def test_weights_stay_feasible(name, rescale_or_none):
+    extra = dict(rescale=rescale_or_none) if name == "sfw" else {}
+    key = jax.random.key(0)
+    sets = {"a": polytopes.KSparse(7, 0.3), "b": polytopes.LpBall(1.5, 2.0)}
+    params = {"a": jax.random.normal(key, (6, 9)), "b": jnp.ones(11)}
+    params = polytopes.shift_inside(params, sets)
+    tx = optim.OPTIMIZERS[name](0.7, sets, **extra)
+    step = jax.jit(tx.update)
+    state = tx.init(params)
+    for i in range(30):
+        grads = jax.tree.map(lambda p: jax.random.normal(jax.random.fold_in(key, i), p.shape), params)
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert float(jnp.abs(params["a"]).max()) <= 0.3 * (1 + 1e-5)
+    assert float(jnp.abs(params["a"]).sum()) <= 0.3 * 7 * (1 + 1e-5)
+    assert float(jnp.linalg.norm(params["b"])) <= 1.5 * (1 + 1e-5)
+    assert float(trees.norm(params)) > 0.1
+
+
+def test_sfw_on_the_whole_space_is_sgd_with_averaged_momentum():
+    params, grads = {"w": jnp.arange(4.0)}, {"w": jnp.ones(4)}
+    tx = optim.sfw(0.1, polytopes.Unconstrained(), momentum=0.5)
+    updates, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.1 * np.ones(4), rtol=1e-6)
+    updates, _ = tx.update(jax.tree.map(lambda g: 3 * g, grads), state, params)
+    np.testing.assert_allclose(updates["w"], -0.2 * np.ones(4), rtol=1e-6)
+
+
+def test_sfw_at_its_vertex_stays_there_without_nan():
+    constraint = polytopes.KSparse(2, 1.0)
+    grads = {"w": jnp.array([3.0, -2.0, 0.5])}
+    params = {"w": constraint.lmo(grads["w"])}
+    tx = optim.sfw(1.0, constraint)
+    with jax.debug_nans(True):
+        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_array_equal(updates["w"], np.zeros(3))
+
+
+def test_optimizers_compose_with_optax():
+    schedule = optax.linear_schedule(1.0, 0.0, 10)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optim.sfw(schedule, polytopes.KSparse(2, 1.0)))
+    params = {"w": jnp.zeros(5)}
+    state = tx.init(params)
+    seen = []
+    for _ in range(3):
+        _, state = jax.jit(tx.update)({"w": jnp.ones(5)}, state, params)
+        seen.append(float(optim.learning_rate(state)))
+    np.testing.assert_allclose(seen, [1.0, 0.9, 0.8], rtol=1e-6)
+    wrapped = optax.inject_hyperparams(lambda learning_rate: optim.sfw(learning_rate, polytopes.KSparse(2, 1.0)))(0.3)
+    updates, _ = wrapped.update({"w": jnp.ones(5)}, wrapped.init(params), params)
+    assert float(jnp.abs(updates["w"]).sum()) > 0
+
+
+def test_a_step_never_talks_to_the_host():
+    params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
+    for name in optim.OPTIMIZERS:
+        tx = optim.OPTIMIZERS[name](optim.dynamic_change(0.5, 30, 2), polytopes.KSparse(3, 1.0))
+        step = jax.jit(lambda g, s, p, v, tx=tx: tx.update(g, s, p, value=v))
+        state, value = tx.init(params), jnp.ones(())
+        step(params, state, params, value)
+        with jax.transfer_guard("disallow"):
+            _, state = step(params, state, params, value)
+            _, state = step(params, state, params, value)
+        assert int(optax.tree_utils.tree_get(state, "learning_rate") * 10) == 5
+
+
+def test_numbers_may_be_traced_and_batched():
+    """A sweep over learning rate, momentum and k is one program; each member equals its own run."""
+    params = {"w": jnp.linspace(-1, 1, 12)}
+    grads = {"w": jnp.cos(jnp.arange(12.0))}
+
+    def run(lr, momentum, k):
+        tx = optim.sfw(lr, polytopes.KSparse(k, 0.5), momentum=momentum)
+        updates, state = tx.update(grads, tx.init(params), params)
+        return tx.update(grads, state, optax.apply_updates(params, updates))[0]["w"]
+
+    lrs, momenta, ks = jnp.array([0.1, 0.9]), jnp.array([0.0, 0.9]), jnp.array([2, 7])
+    batched = jax.jit(jax.vmap(run))(lrs, momenta, ks)
+    for i in range(2):
+        np.testing.assert_allclose(batched[i], run(float(lrs[i]), float(momenta[i]), int(ks[i])), rtol=1e-5, atol=1e-6)
+
+
+def recipe(**changes):
+    config = dict(
+        name="sfw", learning_rate=0.5, schedule=dict(name="decrease_3"), constraint=dict(name="k_sparse", k=3, tau=2.0)
+    )
+    return optim.check({**config, **changes}, "config.fit.optimizer")
+
+
+def test_a_config_becomes_the_same_optimizer():
+    params = {"w": jnp.linspace(-1, 1, 60).reshape(6, 10)}
+    norms = {"w": 4.0}
+    values = optim.numbers(recipe(), params, norms)
+    assert optim.needs_norms(recipe())
+    built = optim.make(recipe(), values, epochs=9, steps_per_epoch=2)
+    by_hand = optim.sfw(0.5, polytopes.KSparse(3, 2 * 2.0 * 4.0 / (2 * 3**0.5)))
+    ours, _ = built.update(params, built.init(params), params)
+    expected, _ = by_hand.update(params, by_hand.init(params), params)
+    np.testing.assert_allclose(ours["w"], expected["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(name="sfv"), "name is 'sfv'; known: adagrad_sfw, sfw, sgd. Did you mean 'sfw'"),
+        (dict(lerning_rate=0.1), "no field 'lerning_rate'; .*Did you mean 'learning_rate'"),
+        (dict(learning_rate="fast"), "learning_rate is 'fast' (str); allowed: float >= 0.0"),
+        (dict(learning_rate=1.5), "learning_rate is 1.5; allowed for sfw: 0 to 1"),
+        (dict(learning_rate=float("nan")), "learning_rate is nan"),
+        (dict(momentum=1.2), "momentum is 1.2; allowed: float >= 0.0 and <= 1.0"),
+        (dict(rescale="grad"), "rescale is 'grad'; allowed: 'gradient' | 'diameter' | 'none'"),
+        (dict(schedule=dict(name="decrease3")), "schedule.name is 'decrease3'; known"),
+        (dict(schedule=dict(name="piecewise", table="0-1")), "schedule.table is '0-1'"),
+        (dict(constraint=dict(name="k_sparse", k=-1)), "constraint.k is -1; allowed: int >= 0"),
+        (dict(nesterov=True), "no field 'nesterov'"),
+    ],
+)
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(tables.ConfigError, match=re.escape(message).replace(r"\.\*", ".*")):
+        recipe(**changes)
+
+
+def test_misuse_is_explained():
+    tx = optim.sfw(0.1, polytopes.KSparse(1, 1.0))
+    with pytest.raises(ValueError, match="call update\\(grads, state, params\\)"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    tx = optim.sgd(optim.dynamic_change(0.1, 9, 1))
+    with pytest.raises(ValueError, match="value=loss"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    with pytest.raises(ValueError, match="rescale is 'no'"):
+        optim.sfw(0.1, polytopes.KSparse(1, 1.0), rescale="no")

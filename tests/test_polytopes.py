@@ -1,0 +1,225 @@
+"""Feasible sets: golden numbers of the original, brute force, and properties."""
+
+import itertools
+import math
+
+import hypothesis
+import hypothesis.extra.numpy
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import golden_data
+from sparsity_jax import polytopes, tables
+
+INPUTS = ("small", "mid", "large", "zeros_inside", "zeros_large", "ones", "all_zero")
+call = jax.jit(lambda constraint, x, method: getattr(constraint, method)(x), static_argnames="method")
+CLOSE = dict(rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("shape", ["x1d", "x2d", "x4d"])
+def test_k_sparse_matches_the_original(shape):
+    golden = golden_data.load("01_constraints.npz")
+    cases = [name for name in golden if name.startswith(f"{shape}/ksparse/") and name.endswith("/params")]
+    assert len(cases) == 6
+    for case in cases:
+        _, k, value, radius, diameter = golden[case]
+        mode = case.split("/")[2].rstrip("0123456789")
+        size = golden[f"{shape}/mid"].size
+        built = polytopes.k_sparse(size, 1.0, k=int(golden[case][0]), k_frac=0.0, tau=value, mode=mode)
+        assert built.k == k
+        np.testing.assert_allclose([built.radius, built.diameter(size)], [radius, diameter], **CLOSE)
+        compared = 0
+        for operation, name in itertools.product(("lmo", "shift_inside"), INPUTS):
+            key = case.replace("params", f"{operation}/{name}")
+            if key in golden:
+                x = jnp.asarray(golden[f"{shape}/{name}"])
+                np.testing.assert_allclose(call(built, x, operation), golden[key], err_msg=key, **CLOSE)
+                compared += 1
+        assert compared >= 10
+
+
+@pytest.mark.parametrize("shape", ["x1d", "x2d", "x4d"])
+@pytest.mark.parametrize("p", ["1", "2", "inf", "3"])
+def test_lp_balls_match_the_original(shape, p):
+    golden = golden_data.load("01_constraints.npz")
+    for mode in ("radius", "diameter"):
+        prefix = f"{shape}/lp{p}/{mode}"
+        _, _, value, radius, diameter = golden[f"{prefix}/params"]
+        size = golden[f"{shape}/mid"].size
+        ball = polytopes.lp_ball(size, 1.0, p=float(p), tau=value, mode=mode, zero_up=True)
+        np.testing.assert_allclose([ball.radius, ball.diameter(size)], [radius, diameter], **CLOSE)
+        operations = {"lmo": "lmo", "shift_inside": "shift_inside", "euclidean_project": "project"}
+        compared = 0
+        for (operation, method), name in itertools.product(operations.items(), INPUTS):
+            key = f"{prefix}/{operation}/{name}"
+            if key in golden:
+                np.testing.assert_allclose(
+                    call(ball, jnp.asarray(golden[f"{shape}/{name}"]), method), golden[key], err_msg=key, **CLOSE
+                )
+                compared += 1
+        assert compared >= 12
+
+
+def test_constant_tensors_keep_all_their_entries():
+    """n equal entries are n vertices' worth: the original's floor of a rounded quotient gives n or n - 1."""
+    golden = golden_data.load("01_constraints.npz")
+    shift = jax.jit(lambda x, k: polytopes.KSparse(k, 0.5).shift_inside(x))
+    original = dict(zip(golden["constant_tensor_factor/n"].tolist(), golden["constant_tensor_factor/float64"]))
+    for n in (1, 2, 7, 49, 98, 103):
+        np.testing.assert_allclose(shift(jnp.full(n, 3.0), n) * n / 0.5, n, **CLOSE)
+        assert 0 <= n - round(original[n]) <= 1
+
+
+def golden_rules(setting):
+    hyper = golden_data.load("hyper.json")["01_constraints.npz"][f"model_ksparse_{setting}"]
+    return dict(k=hyper["K"] or 0, k_frac=hyper["K_frac"] or 0.0, tau=hyper["value"], mode=hyper["mode"])
+
+
+@pytest.mark.parametrize("setting", ["default", "Konly", "fraconly", "radius", "diameter"])
+def test_sets_of_a_network_match_the_original(setting):
+    """Radii from measured norms; the original keys them by shape, `share_by_shape` reproduces that."""
+    golden = golden_data.load("01_constraints.npz")
+    names = [str(name) for name in golden["model/param_names"]]
+    shapes = [tuple(int(n) for n in str(shape).split("x")) for shape in golden["model/param_shapes"]]
+    kinds = {"0": "kernel", "1": "scale", "3": "kernel", "4": "scale", "6": "kernel", "7": "kernel"}
+    paths = [n.replace(".weight", "/" + kinds[n[0]]).replace(".bias", "/bias") for n in names]  # 1 and 4: batch norm
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float64) for path, shape in zip(paths, shapes)}
+    norms = dict.fromkeys(paths, 1.0)
+    measured = f"model/ksparse/{setting}/measured_avg_norm"
+    if measured in golden:
+        norms = polytopes.share_by_shape(dict(zip(paths, golden[measured])), params)
+        np.testing.assert_allclose([norms[n] for n in paths], golden[f"model/ksparse/{setting}/norm_used"], **CLOSE)
+    rules = polytopes.check(dict(name="k_sparse", **golden_rules(setting)), "constraint")
+    sets = polytopes.build(params, norms, rules)
+    ours = [(sets[n].k, sets[n].radius, sets[n].diameter(params[n].size)) for n in paths]
+    np.testing.assert_allclose(ours, golden[f"model/ksparse/{setting}/K_radius_diameter"], **CLOSE)
+
+
+@pytest.mark.parametrize("p", ["1", "2", "inf"])
+def test_balls_of_a_network_match_the_original(p):
+    golden = golden_data.load("01_constraints.npz")
+    sizes = [math.prod(int(n) for n in str(shape).split("x")) for shape in golden["model/param_shapes"]]
+    balls = [
+        polytopes.lp_ball(size, norm, p=p, tau=12.0) for size, norm in zip(sizes, golden[f"model/lp{p}/norm_used"])
+    ]
+    ours = [(ball.radius, ball.diameter(size)) for ball, size in zip(balls, sizes)]
+    np.testing.assert_allclose(ours, golden[f"model/lp{p}/radius_diameter"], **CLOSE)
+
+
+vectors = hypothesis.extra.numpy.arrays(
+    np.float64, st.sampled_from([1, 2, 5]), elements=st.floats(-4, 4, allow_subnormal=False, width=32)
+)
+lmo = jax.jit(lambda x, k, radius: polytopes.KSparse(k, radius).lmo(x))
+project = jax.jit(lambda x, k, radius: polytopes.KSparse(k, radius).project(x))
+shift_inside = jax.jit(lambda x, k, radius: polytopes.KSparse(k, radius).shift_inside(x))
+
+
+def vertices(size, k, radius):
+    for support in itertools.combinations(range(size), k):
+        for signs in itertools.product((-radius, radius), repeat=k):
+            vertex = np.zeros(size)
+            vertex[list(support)] = signs
+            yield vertex
+
+
+@hypothesis.given(vectors, st.data())
+def test_k_sparse_lmo_is_the_best_vertex(gradient, data):
+    k = data.draw(st.integers(1, gradient.size))
+    vertex = np.asarray(lmo(gradient, k, 0.7))
+    best = min(float(gradient @ v) for v in vertices(gradient.size, k, 0.7))
+    np.testing.assert_allclose(gradient @ vertex, best, atol=1e-12)
+    assert np.abs(vertex).max() <= 0.7
+    assert np.abs(vertex).sum() <= 0.7 * k + 1e-12
+
+
+@hypothesis.given(vectors, st.data())
+def test_k_sparse_projection_satisfies_the_optimality_condition(x, data):
+    """p is the projection iff p is feasible and <x - p, v - p> <= 0 for every vertex v."""
+    k = data.draw(st.integers(1, x.size))
+    radius = data.draw(st.floats(0.1, 3))
+    p = np.asarray(project(x, k, radius))
+    assert np.abs(p).max() <= radius * (1 + 1e-12)
+    assert np.abs(p).sum() <= radius * k * (1 + 1e-9)
+    for vertex in vertices(x.size, k, radius):
+        assert (x - p) @ (vertex - p) <= 1e-8 * (1 + np.abs(x).max()) * radius * k
+
+
+@hypothesis.given(vectors, st.data())
+def test_shift_inside_is_feasible_and_leaves_feasible_points_alone(x, data):
+    k = data.draw(st.integers(1, x.size))
+    shifted = np.asarray(shift_inside(x, k, 0.9))
+    assert np.abs(shifted).sum() <= 0.9 * k * (1 + 1e-12)
+    assert np.abs(shifted).max() <= 0.9 * (1 + 1e-12)
+    np.testing.assert_array_equal(shift_inside(shifted * 0.999, k, 0.9), shifted * 0.999)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 2.5, 4.0, math.inf])
+def test_lp_lmo_reaches_the_dual_norm(p):
+    gradient = np.random.default_rng(0).normal(size=50) * 1e-6
+    ball = polytopes.LpBall(2.0, p)
+    point = np.asarray(ball.lmo(jnp.asarray(gradient)))
+    q = {1.0: math.inf, math.inf: 1.0}.get(p) or p / (p - 1)
+    np.testing.assert_allclose(gradient @ point, -2.0 * np.linalg.norm(gradient, q), rtol=1e-9)
+    np.testing.assert_allclose(ball.norm(jnp.asarray(point)), 2.0, rtol=1e-9)
+    assert not np.any(np.asarray(ball.lmo(jnp.zeros(5))))
+
+
+def test_lmo_counts_ties_exactly_and_traces_k():
+    gradient = jnp.ones((4, 5))
+    lmo = jax.jit(lambda g, k, r: polytopes.KSparse(k, r).lmo(g))
+    for k in (1, 7, 20):
+        vertex = np.asarray(lmo(gradient, k, 2.0)).ravel()
+        np.testing.assert_array_equal(vertex, np.where(np.arange(20) < k, -2.0, 0.0))
+
+
+def test_rules_choose_sets_by_parameter():
+    params = {"fc": {"kernel": jnp.ones((20, 10)), "bias": jnp.ones(10)}}
+    norms = {"fc": {"kernel": 2.0, "bias": 0.0}}
+    config = dict(name="k_sparse", k=10, k_frac=0.1, tau=5.0, rules=((".*/bias", dict(name="unconstrained")),))
+    sets = polytopes.build(params, norms, polytopes.check(config, "config.fit.constraint"))
+    assert sets["fc"]["bias"] == polytopes.Unconstrained()
+    assert sets["fc"]["kernel"].k == 20
+    np.testing.assert_allclose(sets["fc"]["kernel"].radius, 2 * 5.0 * 2.0 / (2 * math.sqrt(20)))
+    config["rules"] = ((".*/offset", dict(name="l2")),)
+    with pytest.raises(tables.ConfigError, match="decides no parameter"):
+        polytopes.build(params, norms, polytopes.check(config, "config.fit.constraint"))
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (dict(name="k_spars"), "known: k_sparse, l2, lp, unconstrained. Did you mean 'k_sparse'"),
+        (dict(name="k_sparse", kfrac=0.1), "no field 'kfrac'.*Did you mean 'k_frac'"),
+        (dict(name="k_sparse", tau=-1.0), "tau is -1.0; allowed: float > 0.0"),
+        (dict(name="k_sparse", k=0, k_frac=0.0), "select no entry"),
+        (dict(name="lp", p=1.5), "p is 1.5; allowed: 1, a number >= 2"),
+        (dict(name="l2", mode="norm"), "mode is 'norm'; allowed: 'initialization'"),
+        (dict(name="l2", rules=((".*", dict(name="ball")),)), r"rules\[0\].name is 'ball'"),
+    ],
+)
+def test_bad_constraints_are_refused(constraint, message):
+    with pytest.raises(tables.ConfigError, match=message):
+        polytopes.check(constraint, "config.fit.optimizer.constraint")
+
+
+def test_mean_norms_measure_the_initialisation():
+    init = lambda key: {"w": jax.random.normal(key, (30, 40)), "b": jnp.zeros(4)}
+    norms = polytopes.mean_norms(init, jax.random.key(0), draws=50)
+    np.testing.assert_allclose(norms["w"], math.sqrt(1200), rtol=1e-2)
+    assert norms["b"] == 0.0
+    again = polytopes.mean_norms(init, jax.random.key(0), draws=50)
+    assert again["w"] == norms["w"]
+
+
+def test_broadcast_refuses_another_structure():
+    with pytest.raises(ValueError, match="sets have the structure"):
+        polytopes.broadcast({"a": polytopes.Unconstrained()}, {"b": jnp.ones(2)})

@@ -1,0 +1,397 @@
+"""Rows to files and back, the numbers of the report worked by hand, and pages for every shape of input."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sparsity_jax import figures, report
+
+RATIOS = [i / 10 for i in range(10)] + [i / 100 for i in range(91, 100)]
+CONFIG = {
+    "title": "SFW one-shot pruning",
+    "data": {"name": "cifar10", "batch_size": 128},
+    "model": {"name": "resnet18", "num_classes": 10},
+    "pipeline": ["fit_sfw", "curve_sfw"],
+    "fit_sfw": {"kind": "train", "epochs": 20, "optimizer": {"name": "sfw", "learning_rate": 1.0, "k_frac": 0.05}},
+}
+ENVIRONMENT = {"jax": "0.10.0", "device": {"kind": "NVIDIA H200", "count": 1}, "command": "python -m sparsity_jax.run"}
+
+
+def accuracy_at(ratio, dense, knee, floor=0.1):
+    """A pruning curve that falls from `dense` to `floor` around `knee`."""
+    return floor + (dense - floor) / (1 + ((ratio / max(1 - ratio, 1e-6)) / (knee / (1 - knee))) ** 3)
+
+
+def make_rows(arms=2, seeds=3, ratios=RATIOS, layers=20, retrained=(False,), epochs=20, extra=()):
+    """Realistic rows: even arms resist pruning like SFW, odd ones collapse like SGD."""
+    rng = np.random.default_rng(0)
+    rows = []
+    names = ["SFW, K-sparse polytope", "SGD", *(f"arm {i}, Lp ball with a longer name" for i in range(2, arms))]
+    paths = [f"params/stage{i // 5 + 1}/block{i % 5}/conv/kernel" for i in range(layers)]
+    edges = np.linspace(-9, 1, 61)
+    for a in range(arms):
+        knee, dense = (0.992 - 0.004 * a, 0.925 - 0.003 * a) if a % 2 == 0 else (0.82 - 0.01 * a, 0.945 - 0.003 * a)
+        for seed in range(seeds):
+            base = {"visit": 1, "arm": names[a], "member": seed, "seed": seed, **dict(extra)}
+            for epoch in range(1, epochs + 1):
+                loss = 2.2 * math.exp(-epoch / 6) + 0.05 + 0.02 * rng.random() + 0.05 * a
+                tested = {"test_loss": loss + 0.1, "test_accuracy": dense * (1 - math.exp(-epoch / 4))}
+                rows.append(
+                    {"stage": f"fit_{a}", "kind": "train", **base, "epoch": epoch, "step": 390 * epoch}
+                    | {"learning_rate": 1.0, "train_loss": loss, "seconds": 7.5 * epoch}
+                    | {"train_accuracy": min(1, dense * 1.03 * (1 - math.exp(-epoch / 3)))}
+                    | (tested if epoch % 2 == 0 else {})
+                )
+            noise = 0.006 * rng.standard_normal()
+            for again in retrained:
+                for ratio in ratios:
+                    accuracy = accuracy_at(ratio, dense + noise, min(knee + 0.1 * again * (1 - knee), 0.995))
+                    rows.append(
+                        {"stage": f"curve_{a}", "kind": "curve", **base, "ratio": ratio, "num_prunable": 11_164_352}
+                        | {"num_kept": round(11_164_352 * (1 - ratio)), "selection": "global", "scope": "kernels"}
+                        | {"split": "test", "accuracy": accuracy, "loss": 0.3 + 40 * (dense - accuracy) ** 2}
+                        | {"retrained": again}
+                        | {"layers": {path: min(1.0, ratio ** (2.5 - 2 * i / layers)) for i, path in enumerate(paths)}}
+                    )
+            counts = np.histogram(rng.normal(-2.5 - 2.5 * (a % 2 == 0), 0.8, 20_000), edges)[0]
+            above = [19_000 - 100 * a, 0, 12, 800, 6_000, 12_000, 15_000]
+            rows.append(
+                {"stage": f"fit_{a}", "kind": "histogram", **base, "threshold": [0, 10, 1, 0.1, 0.01, 0.001, 0.0001]}
+                | {"count_above": above, "edges": edges.tolist(), "counts": counts.tolist(), "num_zero": 1_000}
+            )
+            if a == 0:
+                for i in range(0, 390, 5):
+                    after = 2.3 * math.exp(-i / 150) + 0.05 * rng.random()
+                    init = {"iteration": i, "loss_before": after + 0.3, "loss_after": after}
+                    rows.append({"stage": "init", "kind": "sfw_init", **base, **init})
+    return rows
+
+
+def curve_row(arm, member, ratio, accuracy, **more):
+    row = {"stage": "curve", "kind": "curve", "visit": 1, "arm": arm, "member": member, "seed": member}
+    return row | {"ratio": ratio, "accuracy": accuracy, "loss": 1.0, "split": "test", "retrained": False} | more
+
+
+def table_of(rows):
+    series = figures.group(rows)
+    return figures.summary(series, figures.curves(series))
+
+
+def page_of(path, rows, **options):
+    return report.write(path, CONFIG, rows, **options).read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_mean_and_std_leave_missing_values_out():
+    mean, std = figures.mean_std([[1.0, np.nan, 5.0], [3.0, np.nan, np.nan]])
+    np.testing.assert_allclose(mean, [2.0, np.nan, 5.0])
+    np.testing.assert_allclose(std, [math.sqrt(2), 0.0, 0.0])
+
+
+def test_summary_is_worked_by_hand():
+    values = {0: [0.90, 0.895, 0.80], 1: [0.92, 0.915, 0.84], 2: [0.94, 0.900, 0.85]}
+    rows = [curve_row("A", m, r, a) for m, row in values.items() for r, a in zip((0.0, 0.9, 0.98), row)]
+    train = {"stage": "fit", "kind": "train", "visit": 1, "arm": "A"}
+    rows += [train | {"member": m, "seed": m, "epoch": e, "seconds": 10.0 * e + m} for m in range(3) for e in (1, 2)]
+    (line,) = table_of(rows)
+    assert line.label == "A"
+    assert line.cells["dense"] == pytest.approx((0.92, 0.02, 3))
+    assert line.cells["0.9"] == pytest.approx((2.71 / 3, np.std([0.895, 0.915, 0.9], ddof=1), 3))
+    assert line.cells["0.98"] == pytest.approx((0.83, math.sqrt((0.03**2 + 0.01**2 + 0.02**2) / 2), 3))
+    assert line.cells["largest"] == pytest.approx((0.6, math.sqrt(0.27), 3))  # 0.9, 0.9 and, for member 2, 0
+    assert line.cells["epochs"] == (2.0, 0.0, 3)
+    assert line.cells["seconds"] == pytest.approx((21.0, 1.0, 3))
+    assert "0.95" not in line.cells
+    assert "0.99" not in line.cells
+
+
+def test_epochs_and_seconds_add_up():
+    """Epochs of stages and visits add up; seconds too, each stage at its largest."""
+    base = {"kind": "train", "arm": "A", "member": 0, "seed": 0}
+    rows = [base | {"stage": "fit", "visit": v, "epoch": e, "seconds": 3.0 * e} for v in (1, 2) for e in (1, 2, 3)]
+    rows += [base | {"stage": "final", "visit": 1, "epoch": 1, "seconds": 5.0, "test_accuracy": 0.7}]
+    (line,) = table_of(rows)
+    assert line.cells == {"dense": (0.7, 0.0, 1), "epochs": (7.0, 0.0, 1), "seconds": (23.0, 0.0, 1)}
+
+
+def test_ratios_are_never_interpolated():
+    rows = [curve_row("A", 0, r, 1 - r) for r in (0.0, 0.8995, 0.97)]
+    (line,) = table_of(rows)
+    assert line.cells["0.9"][0] == pytest.approx(0.1005)
+    assert "0.98" not in line.cells
+
+
+def test_retrained_and_selection_make_lines_of_their_own():
+    rows = [curve_row("A", 0, r, 0.9 - r / 10, selection=s) for r in (0.0, 0.9) for s in ("global", "layerwise")]
+    rows += [curve_row("A", 0, 0.9, 0.88, selection="global", retrained=True)]
+    lines = table_of(rows)
+    assert [line.variant for line in lines] == [
+        "no retraining, global", "no retraining, layerwise", "retrained, global"]  # fmt: skip
+    assert lines[2].cells["dense"][0] == pytest.approx(0.9)
+    assert lines[2].cells["0.9"][0] == pytest.approx(0.88)
+
+
+def test_swept_values_separate_series_and_seeds_do_not():
+    swept = "fit_sfw.optimizer.learning_rate"
+    rows = [
+        curve_row("SFW", m, 0.0, 0.5 + m / 10, **{swept: rate, "seed": m % 2, "threads": 4})
+        for m, rate in enumerate((0.1, 0.1, 1.0, 1.0))
+    ]
+    series = figures.group(rows)
+    assert [one.label for one in series] == ["SFW (learning_rate=0.1)", "SFW (learning_rate=1.0)"]
+    assert [line.cells["dense"][0] for line in table_of(rows)] == pytest.approx([0.55, 0.75])
+
+
+def test_unknown_metrics_are_not_taken_for_swept_values():
+    base = {"stage": "fit", "kind": "train", "arm": "A", "member": 0}
+    rows = [base | {"epoch": e, "gradient_norm": 1.0 / e} for e in (1, 2, 3)]
+    assert figures.swept_keys(rows) == []
+
+
+def test_a_swept_setting_of_another_arms_stage_is_named_in_full():
+    key = "fit_sfw.rate"
+    rows = [{"stage": s, "kind": "train", "arm": a, "member": m, "epoch": 1, key: m}
+            for a, s in (("SFW", "fit_sfw"), ("SGD", "fit_sgd")) for m in (0, 1)]  # fmt: skip
+    labels = [one.label for one in figures.group(rows)]
+    assert labels == ["SFW (rate=0)", "SFW (rate=1)", "SGD (fit_sfw.rate=0)", "SGD (fit_sfw.rate=1)"]
+
+
+def test_histogram_shares():
+    row = {"stage": "fit", "kind": "histogram", "arm": "A", "member": 0, "edges": [-2, -1, 0], "counts": [30, 50]}
+    found = figures.histogram(
+        figures.Series("A", [row | {"num_zero": 20, "threshold": [0, 1], "count_above": [80, 0]}])
+    )
+    np.testing.assert_allclose(found.share, [[0.3, 0.5]])
+    assert (found.zero, found.total, list(found.above)) == (0.2, 100.0, [80.0, 0.0])
+
+
+def test_short_paths():
+    paths = ["params/stage1/conv/kernel", "params/stage2/conv/kernel"]
+    assert figures.short_paths(paths) == ["stage1/conv", "stage2/conv"]
+    assert figures.short_paths(["params/" + "x" * 50])[0].startswith("…")
+
+
+# --------------------------------------------------------------------------------------------------------- pages
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full")
+    path = report.write(folder, CONFIG, make_rows(retrained=(False, True)), environment=ENVIRONMENT)
+    return folder, path.read_text(encoding="utf-8")
+
+
+def test_report_has_every_section_and_valid_figures(full):
+    folder, page = full
+    for name in ("summary", "accuracy", "loss", "training", "magnitudes", "layers", "sfw_init", "config"):
+        assert f'<section id="{name}">' in page
+    pngs = sorted(path.name for path in (folder / "figures").iterdir())
+    assert pngs == ["accuracy.png", "layers.png", "loss.png", "magnitudes.png", "sfw_init.png", "training.png"]
+    for name in pngs:
+        data = (folder / "figures" / name).read_bytes()
+        assert data.startswith(b"\x89PNG\r\n\x1a\n")
+        assert data.endswith(b"IEND\xaeB\x60\x82")
+    assert page.count('role="img"') == len(pngs)
+    assert "Frank-Wolfe" in page
+    assert "NVIDIA H200" in page
+    assert "With 98% of the weights removed, SFW, K-sparse polytope (no retraining) keeps" in page
+
+
+def test_page_loads_nothing(full):
+    _, page = full
+    assert not re.search(r"<(link|script|iframe|img|object|embed)\b", page)
+    assert not re.search(r"""(src|href|xlink:href)\s*=\s*["']?(https?:)?//""", page)
+    assert "@import" not in page
+    assert not re.search(r"url\((?!['\"]?#)", page)
+
+
+def test_same_rows_give_the_same_bytes(full, tmp_path):
+    folder, page = full
+    for _ in range(2):
+        path = report.write(tmp_path / folder.name, CONFIG, make_rows(retrained=(False, True)), environment=ENVIRONMENT)
+        assert path.read_text(encoding="utf-8") == page
+    for name in ("accuracy.png", "layers.png"):
+        assert (path.parent / "figures" / name).read_bytes() == (folder / "figures" / name).read_bytes()
+    assert not list(path.parent.rglob(".*"))
+
+
+def test_best_numbers_are_bold(tmp_path):
+    rows = [curve_row(arm, 0, r, a) for arm, end in (("A", 0.91), ("B", 0.3)) for r, a in ((0.0, 0.92), (0.98, end))]
+    page = page_of(tmp_path, rows)
+    assert "<b>91.00</b>" in page
+    assert "<b>30.00</b>" not in page
+    assert page.count("<b>92.00</b>") == 2  # a tie
+
+
+def test_names_are_escaped_everywhere(tmp_path):
+    evil = "<script>alert(1)</script>\"'&$x$"
+    rows = [row | {"arm": evil if row["arm"] == "SGD" else "_hidden 名"} for row in make_rows(seeds=1, layers=3)]
+    rows[-1] |= {"selection": evil}
+    layers = {f"{evil}/kernel": 0.5}
+    rows = [row | ({"layers": layers} if row["kind"] == "curve" else {}) for row in rows]
+    rows.append({"stage": "cut", "kind": "prune", "arm": evil, "member": 0, evil: evil})
+    page = report.write(tmp_path, {evil: {evil: evil}, "data": {"name": evil}}, rows, title=evil,
+                        environment={evil: evil, "command": evil}).read_text(encoding="utf-8")  # fmt: skip
+    assert "<script" not in page
+    assert "alert(1)</" not in page
+    assert "&lt;script&gt;" in page
+    assert "_hidden" in page
+
+
+@pytest.mark.parametrize("kind", ["train", "curve", "histogram", "sfw_init"])
+def test_one_kind_of_rows_is_enough(tmp_path, kind):
+    rows = [row for row in make_rows(seeds=1, layers=3) if row["kind"] == kind]
+    page = page_of(tmp_path, rows)
+    assert len(list((tmp_path / "figures").iterdir())) == {"train": 1, "curve": 3, "histogram": 1, "sfw_init": 1}[kind]
+    assert "No results" not in page
+
+
+def test_no_rows_and_stale_figures(tmp_path):
+    page_of(tmp_path, make_rows(seeds=1, layers=3))
+    page = page_of(tmp_path, [])
+    assert "no result rows" in page
+    assert not list((tmp_path / "figures").iterdir())
+
+
+def test_missing_numbers_are_no_obstacle(tmp_path):
+    rows = [curve_row("A", m, r, math.nan if m else 0.5, loss=None) for m in (0, 1) for r in (0.0, 0.9)]
+    assert "50.00" in page_of(tmp_path / "one", rows)
+    assert "<figure" not in page_of(tmp_path / "two", [row | {"accuracy": None} for row in rows])
+
+
+def test_train_split_alone_and_beside_test(tmp_path):
+    rows = make_rows(seeds=1, layers=3)
+    train = [row | {"split": "train"} for row in rows if row["kind"] == "curve"]
+    assert 'id="accuracy"' in page_of(tmp_path / "one", train)
+    assert 'id="accuracy_train"' in page_of(tmp_path / "two", rows + train)
+
+
+def test_many_ratios_layers_and_arms(tmp_path):
+    rows = make_rows(arms=12, seeds=1, ratios=[i / 1000 for i in range(1000)], layers=62)
+    page = page_of(tmp_path, rows)
+    assert len(page) < 6_000_000
+    assert page.count("<tr><th scope") > 24
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def test_writer_round_trip_and_json_types(tmp_path):
+    row = {"stage": "fit", "kind": "train", "member": np.int64(1), "step": 3, "train_loss": np.float32(0.5)}
+    row |= {
+        "test_loss": float("nan"),
+        "bad": np.float64("inf"),
+        "counts": np.arange(3),
+        "ok": np.bool_(True),
+        "t": (1, 2),
+    }
+    with report.Writer(tmp_path) as writer:
+        writer.append([row])
+        text = (tmp_path / "metrics.jsonl").read_text()  # flushed before the close
+    assert text.endswith("\n")
+    assert json.loads(text) == {
+        "stage": "fit", "kind": "train", "member": 1, "step": 3, "train_loss": 0.5, "test_loss": None, "bad": None,
+        "counts": [0, 1, 2], "ok": True, "t": [1, 2]}  # fmt: skip
+    assert report.read_rows(tmp_path / "metrics.jsonl") == [json.loads(text)]
+    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
+
+
+def test_resume_drops_rows_after_the_checkpoint(tmp_path):
+    rows = [{"stage": "fit", "kind": "train", "epoch": e, "step": e, "train_loss": 1.0} for e in range(1, 5)]
+    with report.Writer(tmp_path) as writer:
+        writer.append(rows)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "fit", "ki')  # killed while writing
+    assert report.read_rows(tmp_path / "metrics.jsonl") == rows
+    with report.Writer(tmp_path, rows[:2]) as writer:
+        assert report.read_rows(tmp_path / "metrics.jsonl") == rows[:2]
+        writer.append(rows[2:3])
+    assert report.read_rows(tmp_path / "metrics.jsonl") == rows[:3]
+    events = list((tmp_path / "tensorboard").glob("events*"))
+    assert len(events) == 1
+    assert steps_of(events[0], b"fit/train_loss") == 3
+
+
+def steps_of(path, tag):
+    return path.read_bytes().count(tag)
+
+
+def test_a_row_that_cannot_be_written_writes_nothing(tmp_path):
+    good = {"stage": "fit", "kind": "train"}
+    with report.Writer(tmp_path) as writer:
+        with pytest.raises(TypeError, match="a row holds <object"):
+            writer.append([good, good | {"x": object()}])
+        with pytest.raises(ValueError, match="a row lacks kind; it has: stage"):
+            writer.append([good, {"stage": "fit"}])
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_tensorboard_tags_and_steps(tmp_path):
+    base = {"stage": "curve", "kind": "curve", "ratio": 0.985, "accuracy": 0.5, "retrained": False, "layers": {"a": 1}}
+    assert report.scalars(base) == [("curve/accuracy", 0.5, 985)]
+    assert report.scalars(base | {"split": "train", "retrained": True, "visit": 2, "seed": 1, "fit.rate": 0.1}) == [
+        ("curve/accuracy/train/retrained/visit_2", 0.5, 985)
+    ]
+    train = {"stage": "fit", "kind": "train", "step": 390, "epoch": 1, "train_loss": 2.0, "test_loss": None}
+    assert report.scalars(train) == [("fit/train_loss", 2.0, 390)]
+    with report.Writer(tmp_path) as writer:
+        writer.append([train | {"member": 0}, train | {"member": 1}])
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    assert steps_of(events, b"fit/train_loss/member_0") == 1
+    assert steps_of(events, b"fit/train_loss/member_1") == 1
+
+
+@pytest.mark.parametrize(("bad", "text"), [("{nope", "line 2: Expecting"), ("[1]", "line 2: not a JSON object")])
+def test_a_bad_line_is_an_error_with_its_number(tmp_path, bad, text):
+    (tmp_path / "m.jsonl").write_text('{"a": 1}\n' + bad + '\n{"a": 2}\n')
+    with pytest.raises(ValueError, match=text):
+        report.read_rows(tmp_path / "m.jsonl")
+
+
+def test_main_rebuilds_the_same_page(tmp_path, capsys):
+    rows = make_rows(seeds=1, layers=3)
+    with report.Writer(tmp_path) as writer:
+        writer.append(rows)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    first = report.write(tmp_path, CONFIG, rows, environment=ENVIRONMENT).read_bytes()
+    (tmp_path / "report.html").unlink()
+    report.main(["--workdir", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_bytes() == first
+
+
+def test_main_gathers_member_workdirs(tmp_path):
+    for i, value in enumerate((0.5, 0.7)):
+        with report.Writer(tmp_path / f"member_{i}") as writer:
+            writer.append([curve_row("A", 0, 0.0, value)])
+    (tmp_path / "member_0" / "config.json").write_text("{}")
+    _, rows, environment = report.gather(tmp_path)
+    assert [row["member"] for row in rows] == [0, 1]
+    assert environment is None
+    assert table_of(rows)[0].cells["dense"] == pytest.approx((0.6, math.sqrt(0.02), 2))
+
+
+def test_main_says_what_is_missing(tmp_path, capsys):
+    def error(folder):
+        with pytest.raises(SystemExit):
+            report.main(["--workdir", str(folder)])
+        return capsys.readouterr().err
+
+    assert "is not a folder; give the workdir of a run" in error(tmp_path / "none")
+    assert "has metrics.jsonl; has the run started there?" in error(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "has no config.json; a run writes it when it starts" in error(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert "holds a list; it must hold a JSON object" in error(tmp_path)
+
+
+def test_import_is_cheap_and_leaves_pyplot_alone():
+    code = "import sys; import sparsity_jax.report; assert not {'matplotlib', 'tensorboardX', 'jax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
