@@ -428,6 +428,12 @@ def options(
     """
 
 
+def settings(name: str, *, schedule: str = "keep", **chosen: Any) -> dict[str, Any]:
+    """An optimizer config with all its fields; schedule: a name of SCHEDULES, with its default options."""
+    own = tables.defaults(tables.lookup(OPTIMIZERS, name, "name"))
+    return {"name": name, **tables.defaults(options), **own, "schedule": tables.options(SCHEDULES, schedule), **chosen}
+
+
 def check(config: dict, where: str) -> Recipe:
     """The recipe of an optimizer config such as `dict(name="sfw", learning_rate=1.0, constraint=dict(...), ...)`.
 

@@ -1,0 +1,102 @@
+"""Saving and restoring a whole run with orbax: one pytree of arrays, and the rows and position beside it."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from sparsity_jax import tables
+
+PyTree = Any
+
+
+class Progress(NamedTuple):
+    """Where a run is. stage: index in the pipeline; begun: whether that stage has made its own state; rows: all so far."""
+
+    stage: int
+    begun: bool
+    rows: list[dict]
+
+
+class Checkpoints:
+    """The newest states of a run in `workdir/checkpoints`: written atomically in the background, oldest dropped."""
+
+    def __init__(self, workdir: pathlib.Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(workdir).absolute() / "checkpoints", item_names=("state", "progress"), options=options
+        )
+
+    def save(self, state: PyTree, progress: Progress) -> None:
+        """Saves after all earlier ones."""
+        self._manager.wait_until_finished()
+        number = (self._manager.latest_step() or 0) + 1
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict())
+        )
+        self._manager.save(number, args=items)
+
+    def progress(self) -> Progress | None:
+        """Position and rows of the newest checkpoint, None if there is none."""
+        number = self._manager.latest_step()
+        if number is None:
+            return None
+        restored = self._manager.restore(number, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        return Progress(**restored.progress)
+
+    def restore(self, like: PyTree) -> PyTree:
+        """The newest state; `like`: arrays or shape structs (with shardings) of the same structure."""
+        number = self._manager.latest_step()
+        return self._manager.restore(number, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+
+    def close(self) -> None:
+        """Waits for writes under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def claim(workdir: pathlib.Path, config: dict) -> None:
+    """Makes `workdir` the place of `config` (written to config.json), or checks that it already is.
+
+    Raises ConfigError naming every field that differs.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    config = json.loads(json.dumps(config))
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise tables.ConfigError(f"{path} is not readable as JSON ({error}); use another --workdir.") from None
+        differing = differences(found, config)
+        if differing:
+            lines = "\n".join(f"  config.{name}: {old} there, {new} now" for name, old, new in differing)
+            raise tables.ConfigError(f"{workdir} holds a run of another config; use another --workdir.\n{lines}")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, str, str]]:
+    """(field, value in first, value in second) of every field that differs."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        found = []
+        for name in sorted({*first, *second}):
+            deeper = f"{path}.{name}" if path else name
+            missing = {"absent"}
+            a, b = first.get(name, missing), second.get(name, missing)
+            if a is missing or b is missing:
+                show = lambda x: "absent" if x is missing else json.dumps(x)  # noqa: B023 - used at once
+                found.append((deeper, show(a), show(b)))
+            else:
+                found += differences(a, b, deeper)
+        return found
+    return [] if first == second else [(path, json.dumps(first), json.dumps(second))]
+
+
+def abstract(tree: PyTree) -> PyTree:
+    """Shape structs of `tree`, with the shardings of its arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)

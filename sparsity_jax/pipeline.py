@@ -1,0 +1,417 @@
+"""A run: its config checked as a whole, then its stages in order, saved on the way and resumed where it stopped."""
+
+import contextlib
+import copy
+import importlib.metadata
+import itertools
+import json
+import pathlib
+import platform as host
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import tqdm
+
+from sparsity_jax import checkpoint, data, models, report, stages, tables, train
+
+PyTree = Any
+
+
+# Configs -----------------------------------------------------------------------------------------------------
+
+
+def settings(
+    *,
+    data: dict,
+    model: dict,
+    pipeline: tuple[str, ...],
+    title: str = "",
+    seed: tables.Index = 0,
+    platform: Literal["default", "cpu", "gpu", "tpu"] = "default",
+    mesh: tables.Index = 1,
+    steps_per_call: tables.Index = 0,
+    eval_batch_size: tables.Count = 1000,
+    checkpoint_seconds: tables.NonNegative = 60.0,
+    sweep: dict = {},  # noqa: B006 - never changed
+    sweep_mode: Literal["auto", "vmap", "loop"] = "auto",
+) -> None:
+    """Fields of every config beside its stages.
+
+    pipeline: names of stage configs, in order. platform: where to compute (default: JAX's choice). mesh: local devices
+    that share each batch, 0 for all. steps_per_call: training steps per compiled call, 0 for automatic.
+    checkpoint_seconds: least time between two saves. sweep: lists of values under the names of number fields, e.g.
+    `dict(seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all at
+    once (`vmap`, dense networks) or one after the other with the same compiled program (`loop`).
+    """
+
+
+def base(**fields: Any) -> ml_collections.ConfigDict:
+    """A config with all common fields, so that every one can be overridden on the command line."""
+    return ml_collections.ConfigDict({**tables.defaults(settings), **fields})
+
+
+def stage(kind: str, **fields: Any) -> dict[str, Any]:
+    """A stage config with all its fields; see `stages.STAGES` for kinds."""
+    row = tables.lookup(stages.STAGES, kind, "kind")
+    optional = {name: value for name, value in tables.defaults(row.options).items() if value is not None}
+    return {"kind": kind, **optional, **fields}
+
+
+class Plan(NamedTuple):
+    """A checked config of one or more members that share a program. configs: one each, plain dicts."""
+
+    configs: list[dict]
+    swept: list[dict]  # values that differ, by field path
+    common: dict[str, Any]
+    pipeline: tuple[str, ...]
+    settings: dict[str, list[Any]]  # by stage name, one a member
+
+
+def plain(config: Mapping) -> dict:
+    """A config as nested plain dicts with JSON's types (tuples become lists)."""
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    try:
+        return json.loads(json.dumps(config))
+    except TypeError as error:
+        raise tables.ConfigError(f"config holds a value that is not plain data: {error}.") from None
+
+
+def check(config: Mapping) -> tuple[list[Plan], bool]:
+    """Checks a whole config without compiling anything; (plans, whether they are separate runs of a sweep).
+
+    Raises ConfigError for the first mistake, saying what was given, what is allowed and the closest match.
+    """
+    config = plain(config)
+    known = tables.parameters(settings)
+    common = {**tables.defaults(settings), **{name: value for name, value in config.items() if name in known}}
+    common = {**common, **tables.check_options(settings, common, "config")}
+    stage_configs = {name: value for name, value in config.items() if name not in known}
+    used = set(common["pipeline"])
+    if not used:
+        raise tables.ConfigError("config.pipeline is empty; name at least one stage.")
+    for name in common["pipeline"]:
+        if name not in stage_configs:
+            hint = tables.closest(name, stage_configs)
+            raise tables.ConfigError(
+                f"config.pipeline names {name!r}, but config has no such stage; stages: {', '.join(sorted(stage_configs))}."
+                + hint
+            )
+    for name, value in stage_configs.items():
+        if not isinstance(value, Mapping) or "kind" not in value:
+            fields = sorted({*known, *(n for n, v in stage_configs.items() if isinstance(v, Mapping) and "kind" in v)})
+            raise tables.ConfigError(f"config has no field {name!r}; fields: {', '.join(fields)}.{tables.closest(name, fields)}")
+    overrides = list(expand(common["sweep"], config))
+    members = [(override_all(config, values), values) for values in overrides]
+    checked = [check_member(member) for member, _ in members]
+    check_order(common["pipeline"], stage_configs, checked[0])
+    data.check(**dict(common["data"]))
+    dense = not any(name in str(common["model"].get("name")) for name in ("cnn", "vgg", "resnet", "mobilenet"))
+    together = common["sweep_mode"] == "vmap" or (common["sweep_mode"] == "auto" and dense)
+    if len(members) > 1 and together:
+        for name in used:
+            if len({static(found[name]) for found in checked}) > 1:
+                raise tables.ConfigError(
+                    f"config.sweep changes config.{name} in a way that needs another program; allowed: numbers of "
+                    "optimizers and constraints, and seed. Set config.sweep_mode='loop', or make it a pipeline arm."
+                )
+    make = lambda chosen: Plan(
+        [members[i][0] for i in chosen],
+        [members[i][1] for i in chosen],
+        common,
+        tuple(common["pipeline"]),
+        {name: [checked[i][name] for i in chosen] for name in stage_configs},
+    )
+    if len(members) > 1 and not together:
+        return [make([i]) for i in range(len(members))], True
+    return [make(range(len(members)))], False
+
+
+def static(settings: Any) -> str:
+    """What of a stage's settings the compiled program depends on."""
+    if isinstance(settings, train.Fit):
+        return repr((settings.program(), settings.start, settings.shift_inside, settings.evaluate_every))
+    if isinstance(settings, stages.SfwInit):
+        return repr(settings._replace(recipe=train.kinds(settings.recipe)))
+    return repr(settings)
+
+
+def check_member(config: dict) -> dict[str, Any]:
+    """The checked settings of all stages of one member, by name; checks data and model options too."""
+    model = dict(config["model"])
+    name = model.pop("name", "")
+    factory = tables.lookup(models.MODELS, name, "config.model.name")
+    shared = {field: model.pop(field) for field in ("init", "dtype", "param_dtype") if field in model}
+    tables.check_options(factory, model, "config.model", also=("init", "dtype", "param_dtype"))
+    models.build(name=name, num_classes=10, **shared, **model)
+    tables.check_options(data.load, config["data"], "config.data")
+    found = {}
+    for name, value in config.items():
+        if name not in tables.parameters(settings):
+            value = dict(value)
+            row = tables.lookup(stages.STAGES, value.pop("kind"), f"config.{name}.kind")
+            found[name] = row.options(f"config.{name}", **tables.check_options(row.options, value, f"config.{name}"))
+    return found
+
+
+def check_order(pipeline: tuple[str, ...], stage_configs: dict, checked: dict[str, Any]) -> None:
+    """Raises ConfigError for a stage that needs another's result first."""
+    done: set[str] = set()
+    for name in pipeline:
+        kind = stage_configs[name]["kind"]
+        needs = stages.STAGES[kind].needs
+        if needs and not done & set(needs):
+            raise tables.ConfigError(
+                f"config.pipeline runs {name!r} (kind {kind!r}) before any stage of kind {' or '.join(map(repr, needs))}, "
+                "whose result it needs."
+            )
+        done.add(kind)
+        retrain = getattr(checked[name], "retrain", "")
+        if retrain:
+            where = f"config.{name}.retrain"
+            trains = [n for n, v in stage_configs.items() if v["kind"] == "train"]
+            if retrain not in trains:
+                raise tables.ConfigError(
+                    f"{where} is {retrain!r}; allowed: a stage of kind 'train': {', '.join(trains)}."
+                    + tables.closest(retrain, trains)
+                )
+            if checked[retrain].start != "current":
+                raise tables.ConfigError(f"{where} names {retrain!r}, whose start is 'init'; allowed: 'current'.")
+
+
+def expand(sweep: Mapping, config: dict, path: str = "") -> Iterator[dict[str, Any]]:
+    """Every combination of swept values as {field path: value}; one empty dict without a sweep."""
+    fields = dict(_swept_fields(sweep, config, path))
+    for values in itertools.product(*fields.values()):
+        yield dict(zip(fields, values, strict=True))
+
+
+def _swept_fields(sweep: Mapping, config: Mapping, path: str) -> Iterator[tuple[str, list]]:
+    for name, value in sweep.items():
+        where = f"{path}.{name}" if path else name
+        if not isinstance(config, Mapping) or name not in config:
+            known = list(config) if isinstance(config, Mapping) else []
+            raise tables.ConfigError(f"config.sweep names config.{where}, which does not exist.{tables.closest(name, known)}")
+        if isinstance(value, Mapping):
+            yield from _swept_fields(value, config[name], where)
+        elif isinstance(value, (list, tuple)) and value and name not in ("sweep", "pipeline", "data", "mesh"):
+            yield where, list(value)
+        else:
+            raise tables.ConfigError(f"config.sweep.{where} is {value!r}; allowed: a list of values for one field.")
+
+
+def override_all(config: dict, values: dict[str, Any]) -> dict:
+    """A copy of `config` with the fields at the given paths replaced."""
+    config = copy.deepcopy(config)
+    for path, value in values.items():
+        *outer, last = path.split(".")
+        inner = config
+        for name in outer:
+            inner = inner[name]
+        inner[last] = value
+    return config
+
+
+# Running -----------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """state: at the end, with a leading axis if a sweep ran at once. rows: of all stages and members."""
+
+    state: train.State
+    rows: list[dict]
+
+
+def run(config: Mapping, workdir: str | pathlib.Path) -> Outcome:
+    """Runs, or continues, the pipeline of `config` in `workdir`; writes rows, checkpoints and the report there.
+
+    The same call continues an interrupted run and ends with the same numbers (bit for bit on CPU); a finished run only
+    rewrites its report. Raises ConfigError before anything compiles, and train.NonFiniteLossError.
+    """
+    config, workdir = plain(config), pathlib.Path(workdir)
+    plans, separate = check(config)
+    checkpoint.claim(workdir, config)
+    common = plans[0].common
+    if common["platform"] != "default":
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(common["platform"], common["platform"]))
+    problem = build(plans[0])
+    environment = describe_environment(problem)
+    if not separate:
+        outcome = run_plan(plans[0], problem, workdir)
+    else:
+        rows = []
+        for i, plan in enumerate(plans):
+            place = workdir / f"member_{i:03d}"
+            checkpoint.claim(place, plan.configs[0])
+            outcome = run_plan(plan, problem, place)
+            rows += [{**row, "member": i} for row in outcome.rows]
+            report.Writer(workdir, rows).close()
+        outcome = outcome._replace(rows=rows)
+    path = report.write(workdir, config, outcome.rows, title=common["title"] or None, environment=environment)
+    say(f"report: {path}")
+    return outcome
+
+
+def build(plan: Plan) -> train.Problem:
+    """Loads the data and builds the network."""
+    common = plan.common
+    available = len(jax.local_devices())
+    if common["mesh"] > available:
+        raise tables.ConfigError(f"config.mesh is {common['mesh']}; allowed: 0 (all) to {available}, the local devices.")
+    dataset = data.load(**tables.check_options(data.load, common["data"], "config.data"))
+    model = models.build(num_classes=dataset.num_classes, **common["model"])
+    for name in plan.pipeline:
+        for fit in plan.settings[name]:
+            size = dataset.train.images.shape[0]
+            if getattr(fit, "batch_size", 0) > size:
+                raise tables.ConfigError(f"config.{name}.batch_size is {fit.batch_size}; allowed: up to {size}, the train set.")
+            if isinstance(fit, train.Fit):
+                data.make_augmentation(fit.augment, dataset, f"config.{name}.augment")
+            devices = common["mesh"] or available
+            if devices > 1 and isinstance(fit, train.Fit) and fit.batch_size % devices:
+                raise tables.ConfigError(
+                    f"config.{name}.batch_size is {fit.batch_size}; allowed: a multiple of the {devices} devices of config.mesh."
+                )
+    members = len(plan.configs) if len(plan.configs) > 1 else None
+    return train.build_problem(
+        dataset,
+        model,
+        mesh=common["mesh"],
+        members=members,
+        eval_batch_size=common["eval_batch_size"],
+        steps_per_call=common["steps_per_call"],
+    )
+
+
+def initial_state(plan: Plan, problem: train.Problem) -> train.State:
+    """Fresh networks, one per member; members of the same seed start alike."""
+    keys = [train.key_of(config["seed"]) for config in plan.configs]
+    key = keys[0] if problem.members is None else jnp.stack(keys)
+    create = lambda key: train.create_state(problem, key)
+    return problem.once("create", lambda: jax.jit(problem.lift(create)))(problem.place(key))
+
+
+def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outcome:
+    """Runs the stages of one plan, from its newest checkpoint if there is one."""
+    saved = checkpoint.Checkpoints(workdir)
+    with contextlib.ExitStack() as stack:
+        stack.callback(saved.close)
+        progress = saved.progress() or checkpoint.Progress(0, False, [])
+        state = initial_state(plan, problem)
+        rows = progress.rows
+        writer = stack.enter_context(contextlib.closing(report.Writer(workdir, rows)))
+        if progress.stage or progress.begun or rows:
+            say(f"continuing {workdir} in stage {min(progress.stage + 1, len(plan.pipeline))} of {len(plan.pipeline)}")
+        for position, name in enumerate(plan.pipeline):
+            place = stages.Place(name, position, plan.settings)
+            kind = plan.configs[0][name]["kind"]
+            row, own = stages.STAGES[kind], plan.settings[name]
+            if position < progress.stage:
+                continue
+            resumed = position == progress.stage and progress.begun
+            if resumed or (position == progress.stage and position):
+                like = row.begin(problem, state, own, place) if resumed else stages.without_optimizer(state)
+                state = saved.restore(checkpoint.abstract(like))
+            if not resumed:
+                state = row.begin(problem, state, own, place)
+                saved.save(state, checkpoint.Progress(position, True, rows))
+            common = dict(stage=name, kind=kind, visit=plan.pipeline[: position + 1].count(name), arm=arm_of(plan, position))
+            earlier = [r for r in rows if r["stage"] == name and r["visit"] == common["visit"]]
+            per_member = [[r for r in earlier if r["member"] == i] for i in range(problem.members or 1)]
+            state = run_stage(row, problem, state, own, place, per_member, common, plan, rows, writer, saved)
+            state = stages.without_optimizer(state)
+            saved.save(state, checkpoint.Progress(position + 1, False, rows))
+        if progress.stage >= len(plan.pipeline):
+            state = saved.restore(checkpoint.abstract(stages.without_optimizer(state)))
+    return Outcome(state, rows)
+
+
+def run_stage(row, problem, state, own, place, per_member, common, plan, rows, writer, saved) -> train.State:
+    """One stage: its rows go out as they come, its state is saved every `checkpoint_seconds`."""
+    last, every = time.monotonic(), plan.common["checkpoint_seconds"]
+    with Display(f"{place.position + 1}/{len(plan.pipeline)} {place.name}") as display:
+        try:
+            for update in row.run(problem, state, own, place, per_member):
+                new = [
+                    {**common, "member": i, **plan.swept[i], **found}
+                    for i, own_rows in enumerate(update.rows)
+                    for found in own_rows
+                ]
+                rows.extend(new)
+                writer.append(new)
+                display.show(update.done, new)
+                if update.state is not None:
+                    state = update.state
+                    if time.monotonic() - last >= every and update.done < 1:
+                        train.check_finite(state, 2**31 - 1, place.name)
+                        saved.save(state, checkpoint.Progress(place.position, True, rows))
+                        last = time.monotonic()
+        except KeyboardInterrupt:
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                saved.save(state, checkpoint.Progress(place.position, True, rows))
+            raise
+    return state
+
+
+def arm_of(plan: Plan, position: int) -> str:
+    """Label of the trained network a stage belongs to: of the latest `train` stage up to it, or the next one."""
+    trains = [i for i, name in enumerate(plan.pipeline) if plan.configs[0][name]["kind"] == "train"]
+    if not trains:
+        return plan.pipeline[position]
+    name = plan.pipeline[max((i for i in trains if i <= position), default=trains[0])]
+    return plan.configs[0][name].get("label") or name
+
+
+def describe_environment(problem: train.Problem) -> dict[str, str]:
+    """Versions and hardware, for the report."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    device = jax.local_devices()[0]
+    shapes = jax.tree.leaves(stages.shapes_of(problem))
+    return {
+        "device": f"{device.device_kind} ({device.platform}, {len(jax.local_devices())} local)",
+        "python": host.python_version(),
+        "parameters": f"{sum(leaf.size for leaf in shapes):,}",
+        **versions,
+    }
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal."""
+    tqdm.tqdm.write(message, file=sys.stderr)
+
+
+class Display:
+    """Progress of a stage: a bar where stderr is a terminal, otherwise a line at most every five seconds."""
+
+    def __init__(self, name: str):
+        self._name, self._started, self._said = name, time.monotonic(), 0.0
+        form = "{desc:<24} {percentage:3.0f}% |{bar:30}| {elapsed}<{remaining} {postfix}"
+        self._bar = tqdm.tqdm(total=1.0, desc=name, bar_format=form) if sys.stderr.isatty() else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None:
+            say(f"{self._name}: done in {time.monotonic() - self._started:.1f} s")
+
+    def show(self, done: float, rows: list[dict]) -> None:
+        """done: share in [0, 1]; of the rows the newest one's numbers are shown."""
+        newest = rows[-1] if rows else {}
+        names = ("epoch", "iteration", "ratio", "train_loss", "test_accuracy", "accuracy", "loss_after")
+        text = " ".join(f"{name}={newest[name]:.4g}" for name in names if name in newest)
+        if self._bar is not None:
+            self._bar.n = min(done, 1.0)
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.refresh() if done >= 1 else self._bar.update(0)
+        elif text and time.monotonic() - self._said > 5:
+            self._said = time.monotonic()
+            say(f"{self._name}: {done:.0%} {text}")

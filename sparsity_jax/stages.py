@@ -1,0 +1,396 @@
+"""The stages a pipeline is made of: each turns a state into a state and rows, and says how to check its options.
+
+A stage is a row of `STAGES`: `options` is its schema (keyword-only parameters) and makes the checked settings; `begin`
+gives the state it starts from (pure, so that a resumed run knows its structure); `run` yields updates. Every stage may
+be resumed from any update it yielded.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity_jax import allocate, data, gradinit, losses, masks, optim, polytopes, tables, train, trees
+
+PyTree = Any
+RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
+
+
+class Place(NamedTuple):
+    """Where in the pipeline a stage stands. others: the checked settings of all stages, one list a member, by name."""
+
+    name: str
+    position: int
+    others: dict[str, list[Any]]
+
+
+class Stage(NamedTuple):
+    """options(where, **fields) -> settings; begin(problem, state, settings, place) -> state;
+    run(problem, state, settings, place, rows) -> updates, `rows` being the stage's own so far. needs: kinds of stage
+    of which one must come earlier. settings: one per member."""
+
+    options: Callable
+    begin: Callable
+    run: Callable
+    needs: tuple[str, ...] = ()
+
+
+def _as_it_is(problem: train.Problem, state: train.State, settings: list[Any], place: Place) -> train.State:
+    """The state without optimizer, at step 0."""
+    del problem, settings, place
+    return without_optimizer(state)
+
+
+def without_optimizer(state: train.State) -> train.State:
+    """The state between two stages: no optimizer, step 0."""
+    fresh = jax.tree.map(jnp.zeros_like, state.metrics)._replace(bad_step=jnp.full_like(state.metrics.bad_step, -1))
+    return state._replace(opt_state=(), step=jnp.zeros_like(state.step), metrics=fresh)
+
+
+def rows_per_member(problem: train.Problem) -> list[list[dict]]:
+    return [[] for _ in range(problem.members or 1)]
+
+
+# train -------------------------------------------------------------------------------------------------------
+
+
+def train_options(
+    where: str,
+    *,
+    epochs: tables.Count,
+    batch_size: tables.Count = 128,
+    optimizer: dict,
+    loss: dict = {"name": "cross_entropy"},  # noqa: B006 - never changed
+    augment: str = "none",
+    start: Literal["current", "init"] = "current",
+    shift_inside: bool = True,
+    evaluate_every: tables.Count = 1,
+    label: str = "",
+) -> train.Fit:
+    """Trains the network.
+
+    start: go on from the current weights, or from the run's initial ones (several arms of a comparison). shift_inside:
+    moves the weights into the feasible sets first. evaluate_every: epochs between evaluations on the test set.
+    label: name of the trained network in the report (default: the stage's).
+    """
+    loss_options = dict(loss)
+    loss_name = loss_options.pop("name", "cross_entropy")
+    rule = tables.lookup(losses.LOSSES, loss_name, f"{where}.loss.name")
+    loss_options = tables.check_options(rule, loss_options, f"{where}.loss")
+    tables.lookup(data.AUGMENTATIONS, augment, f"{where}.augment")
+    recipe = optim.check(optimizer, f"{where}.optimizer")
+    del label
+    chosen = (loss_name, tuple(sorted(loss_options.items())))
+    return train.Fit(epochs, batch_size, recipe, chosen, augment, start, shift_inside, evaluate_every)
+
+
+def _numbers(problem: train.Problem, state: train.State, settings: list[train.Fit]) -> dict[str, Any]:
+    return train.numbers_of(problem, state, [fit.recipe for fit in settings])
+
+
+def begin_train(problem: train.Problem, state: train.State, settings: list[train.Fit], place: Place) -> train.State:
+    del place
+    one = lambda state, numbers: train.begin(problem, state, settings[0], numbers)
+    name = ("begin", settings[0].program(), settings[0].start, settings[0].shift_inside)
+    return problem.once(name, lambda: jax.jit(problem.lift(one, (0, 0))))(state, _numbers(problem, state, settings))
+
+
+def run_train(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    del rows
+    numbers = _numbers(problem, state, settings)
+    yield from train.fit_epochs(problem, state, settings[0], numbers, place.position, place.name)
+
+
+# sfw_init ----------------------------------------------------------------------------------------------------
+
+
+class SfwInit(NamedTuple):
+    iterations: int
+    batch_size: int
+    recipe: optim.Recipe
+    options: tuple
+
+
+def sfw_init_options(
+    where: str,
+    *,
+    constraint: dict = {"name": "k_sparse"},  # noqa: B006
+    learning_rate: Annotated[float, tables.Range(0.0, 1.0, above=True)] = 1.0,
+    iterations: tables.Count = 390,
+    batch_size: Annotated[int, tables.Range(2)] = 128,
+    scale_learning_rate: tables.Positive = 1e-3,
+    min_scale: tables.NonNegative = 0.01,
+    clip: tables.Positive = 1.0,
+    norms: Literal["per_parameter", "per_shape"] = "per_parameter",
+) -> SfwInit:
+    """Learns one scale per parameter array so that one Frank-Wolfe step helps most (SFW-Init).
+
+    constraint, learning_rate: as in the training that follows. Each iteration draws `batch_size` examples for the inner
+    step, keeps half of them and draws half anew for the objective. scale_learning_rate, min_scale, clip: of the scales.
+    """
+    optimizer = dict(name="sfw", learning_rate=learning_rate, constraint=constraint, norms=norms)
+    recipe = optim.check(optimizer, where)
+    options = dict(scale_learning_rate=scale_learning_rate, min_scale=min_scale, clip=clip)
+    return SfwInit(iterations, batch_size, recipe, tuple(sorted(options.items())))
+
+
+def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    del rows
+    chosen, chunk = settings[0], 10
+    numbers = train.numbers_of(problem, state, [s.recipe for s in settings])
+    size, half = problem.dataset.train.images.shape[0], chosen.batch_size // 2
+    augment = data.make_augmentation("none", problem.dataset, place.name)
+
+    def loss(params, batch_stats, batch):
+        logits, _ = problem.model.apply_train({"params": params, "batch_stats": batch_stats}, *batch[:1], batch[2])
+        return losses.cross_entropy(logits, batch[1]).mean()
+
+    def iterate(scales, state, numbers, images, labels):
+        key = jax.random.fold_in(train.stage_key(state.key, place.position), scales.step)
+        index = jax.random.choice(key, size, (3 * half,), replace=size < 3 * half)
+        inputs, targets = problem.images(augment(key, images[index])), labels[index]
+        batch = lambda *parts: tuple(
+            jnp.concatenate([array[p * half : (p + 1) * half] for p in parts]) for array in (inputs, targets)
+        )
+        step = gradinit.scale_step(
+            lambda params, batch: loss(params, state.batch_stats, batch),
+            numbers["sets"],
+            learning_rate=numbers["learning_rate"],
+            **dict(chosen.options),
+        )
+        scales, metrics = step(scales, (*batch(0, 1), key), (*batch(0, 2), key))
+        return scales, (metrics.loss_before, metrics.loss_after)
+
+    axes = (0, 0, 0, None, None)
+    name = ("sfw_init", place.position, chosen._replace(recipe=train.kinds(chosen.recipe)))
+    compiled = problem.once(name, lambda: jax.jit(problem.lift(iterate, axes)))
+    scales = problem.once("scales", lambda: jax.jit(problem.lift(gradinit.init)))(state.params)
+    for i in range(chosen.iterations):
+        scales, (before, after) = compiled(scales, state, numbers, problem.train_images, problem.train_labels)
+        if (i + 1) % chunk == 0 or i == 0 or i + 1 == chosen.iterations:
+            found = train.member_rows(problem, dict(loss_before=before, loss_after=after), iteration=i + 1)
+            if not all(np.isfinite(row[0]["loss_after"]) for row in found):
+                raise train.NonFiniteLossError(f"{place.name}: the loss is not finite at iteration {i + 1}.")
+            finished = i + 1 == chosen.iterations
+            # the scales are not part of the state: an interrupted stage starts anew and finds the same ones
+            yield train.Update(state._replace(params=scales.params) if finished else None, found, (i + 1) / chosen.iterations)
+
+
+# prune -------------------------------------------------------------------------------------------------------
+
+
+class Prune(NamedTuple):
+    ratio: float
+    selection: str
+    options: tuple
+
+
+def prune_options(
+    where: str,
+    *,
+    ratio: tables.Fraction,
+    selection: str = "global",
+    scope: allocate.Scope | None = None,
+    count: str | None = None,
+    granularity: str | None = None,
+    layer_ratios: str | None = None,
+) -> Prune:
+    """Prunes the network for good: later training keeps the pruned weights at zero.
+
+    ratio: share removed. selection: `global`, `layerwise`, `random` or `structured`; the other fields are options of
+    the selection (None: its default): scope, count, granularity, layer_ratios.
+    """
+    given = dict(scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios)
+    options = {name: value for name, value in given.items() if value is not None}
+    return Prune(ratio, selection, tuple(sorted(allocate.check(selection, options, where).items())))
+
+
+def shapes_of(problem: train.Problem) -> PyTree:
+    """Shape structs of one member's params."""
+    return jax.eval_shape(problem.init, jax.random.key(0))["params"]
+
+
+def run_prune(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    del rows
+    chosen, options = settings[0], dict(settings[0].options)
+    counts = allocate.keep_counts(shapes_of(problem), chosen.ratio, selection=chosen.selection, **options)
+
+    def cut(state, counts):
+        key = train.stage_key(state.key, place.position)
+        kept = allocate.keep_masks(state.params, counts, key, selection=chosen.selection, **options)
+        kept = jax.tree.map(jnp.logical_and, kept, state.masks)
+        params = masks.apply(state.params, kept)
+        return state._replace(params=params, masks=kept), layer_sparsity(params)
+
+    state, layers = jax.jit(problem.lift(cut, (0, None)))(state, counts)
+    common = dict(ratio=chosen.ratio, selection=chosen.selection)
+    yield train.Update(state, train.member_rows(problem, dict(layers=layers), **common), 1.0)
+
+
+def layer_sparsity(params: PyTree) -> dict[str, jax.Array]:
+    """Share of zeros in every kernel, by path."""
+    return {path: masks.sparsity(leaf) for path, leaf in allocate.prunable(params, "kernels").items()}
+
+
+# curve -------------------------------------------------------------------------------------------------------
+
+
+class Curve(NamedTuple):
+    ratios: tuple[float, ...]
+    splits: tuple[str, ...]
+    selection: str
+    options: tuple
+    retrain: str
+
+
+def curve_options(
+    where: str,
+    *,
+    ratios: tuple[tables.Fraction, ...] = RATIOS,
+    splits: tuple[Literal["test", "train"], ...] = ("test",),
+    selection: str = "global",
+    scope: allocate.Scope | None = None,
+    count: str | None = None,
+    granularity: str | None = None,
+    layer_ratios: str | None = None,
+    retrain: str = "",
+) -> Curve:
+    """Accuracy and loss of the trained network pruned at every ratio; the network itself stays as it is.
+
+    ratios: shares removed. splits: evaluated on. selection, scope, count, granularity, layer_ratios: see `prune`.
+    retrain: name of a `train` config to run at every ratio, from the same trained state, before evaluating.
+    """
+    if not ratios or not splits:
+        raise tables.ConfigError(f"{where}.ratios and .splits must not be empty.")
+    cut = prune_options(
+        where, ratio=0.0, selection=selection, scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios
+    )
+    return Curve(ratios, splits, selection, cut.options, retrain)
+
+
+def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    chosen, options = settings[0], dict(settings[0].options)
+    shapes = shapes_of(problem)
+    evaluators = {split: train.evaluation(problem, split) for split in chosen.splits}
+    fixed = dict(
+        num_prunable=trees.size(allocate.prunable(shapes, options.get("scope", "kernels"))),
+        selection=chosen.selection,
+        scope=options.get("scope", "kernels"),
+        retrained=bool(chosen.retrain),
+    )
+
+    def prune(state, counts):
+        key = train.stage_key(state.key, place.position)
+        kept = allocate.keep_masks(state.params, counts, key, selection=chosen.selection, **options)
+        return jax.tree.map(jnp.logical_and, kept, state.masks)
+
+    def measure(state, counts, *arrays):
+        """Results on all splits of the network pruned to `counts`: one program for all ratios."""
+        kept = state.masks if chosen.retrain else prune(state, counts)
+        params, found = masks.apply(state.params, kept), {}
+        for i, (split, evaluate) in enumerate(evaluators.items()):
+            loss, accuracy = evaluate(params, state.batch_stats, *arrays[2 * i : 2 * i + 2])
+            found[split] = dict(loss=loss, accuracy=accuracy)
+        alive = allocate.prunable(kept, options.get("scope", "kernels"))
+        num_kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in alive.values())
+        return found, dict(num_kept=num_kept, layers=layer_sparsity(params))
+
+    inputs = [array for split in chosen.splits for array in train.arrays(problem, split)]
+    # `state` without optimizer: then a curve after every training is the same program
+    state = without_optimizer(state)
+    static = (place.position if chosen.selection == "random" else 0, chosen._replace(ratios=()))
+    axes = (0, None, *[None] * len(inputs))
+    compiled = problem.once(("curve", static), lambda: jax.jit(problem.lift(measure, axes)))
+    pruned = problem.once(("cut", static), lambda: jax.jit(problem.lift(prune, (0, None))))
+
+    def rows_of(ratio, result):
+        found, extra = result
+        each = [train.member_rows(problem, {**found[s], **extra}, ratio=ratio, split=s, **fixed) for s in chosen.splits]
+        return [[row for part in parts for row in part] for parts in zip(*each)]
+
+    done = len(rows[0]) // len(chosen.splits)  # ratios finished before an interruption
+    waiting: list[tuple[float, Any]] = []
+    for i, ratio in enumerate(chosen.ratios):
+        if i < done:
+            continue
+        counts = allocate.keep_counts(shapes, ratio, selection=chosen.selection, **options)
+        current = state
+        if chosen.retrain:
+            fits = place.others[chosen.retrain]
+            current = state._replace(masks=pruned(state, counts))
+            numbers = _numbers(problem, current, fits)
+            one = lambda state, numbers: train.begin(problem, state, fits[0], numbers)
+            name = ("begin", fits[0].program(), fits[0].start, fits[0].shift_inside)
+            current = problem.once(name, lambda one=one: jax.jit(problem.lift(one, (0, 0))))(current, numbers)
+            where = f"{place.name}: {chosen.retrain} at ratio {ratio:g}"
+            for update in train.fit_epochs(problem, current, fits[0], numbers, place.position, where):
+                current = update.state
+            current = without_optimizer(current)
+        waiting.append((ratio, compiled(current, counts, *inputs)))
+        # results are fetched a few ratios late, so the device never waits for the host
+        if len(waiting) >= (1 if chosen.retrain else 16) or i + 1 == len(chosen.ratios):
+            new = rows_per_member(problem)
+            for finished, result in waiting:
+                for own, more in zip(new, rows_of(finished, result), strict=True):
+                    own.extend(more)
+            waiting = []
+            yield train.Update(state, new, (i + 1) / len(chosen.ratios))
+
+
+# histogram ---------------------------------------------------------------------------------------------------
+
+
+class Histogram(NamedTuple):
+    scope: str
+    bins: int
+
+
+def histogram_options(where: str, *, scope: allocate.Scope = "all", bins: tables.Count = 60) -> Histogram:
+    """Histogram of weight magnitudes.
+
+    Counts above 0, 10, 1, 0.1, ... down to 1e-10 (the original's bins), and `bins` equal bins of log10 |w| from 1e-12
+    to 100 for the figure. scope: `all` parameters (as the original) or `kernels`.
+    """
+    del where
+    return Histogram(scope, bins)
+
+
+def magnitude_thresholds() -> list[float]:
+    """0, then 10, 1, 0.1, ... by repeated division while above 1e-10, as the original computes them."""
+    thresholds, value = [0.0], 10.0
+    while value > 1e-10:
+        thresholds.append(value)
+        value /= 10
+    return thresholds
+
+
+def magnitude_histogram(params: PyTree, scope: str = "all", bins: int = 60) -> dict[str, jax.Array]:
+    """`count_above` each of `magnitude_thresholds` (strictly), `num_zero`, and `counts` per log10 bin of `bins`."""
+    leaves = [jnp.abs(leaf) for leaf in allocate.prunable(params, scope).values()]
+    total = lambda test: sum(jnp.sum(test(leaf), dtype=jnp.int32) for leaf in leaves)
+    edges = 10.0 ** np.linspace(-12, 2, bins + 1)
+    above = jnp.stack([total(lambda leaf, t=t: leaf > t) for t in magnitude_thresholds()])
+    beyond = jnp.stack([total(lambda leaf, t=t: (leaf > 0) & (leaf >= t)) for t in (0.0, *edges[1:-1], np.inf)])
+    return dict(count_above=above, num_zero=total(lambda leaf: leaf == 0), counts=beyond[:-1] - beyond[1:])
+
+
+def run_histogram(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    del rows, place
+    chosen = settings[0]
+    count = problem.once(
+        ("histogram", chosen),
+        lambda: jax.jit(problem.lift(lambda params: magnitude_histogram(params, chosen.scope, chosen.bins))),
+    )
+    common = dict(threshold=magnitude_thresholds(), edges=np.linspace(-12, 2, chosen.bins + 1).tolist())
+    yield train.Update(state, train.member_rows(problem, count(state.params), scope=chosen.scope, **common), 1.0)
+
+
+STAGES = {
+    "train": Stage(train_options, begin_train, run_train),
+    "sfw_init": Stage(sfw_init_options, _as_it_is, run_sfw_init),
+    "prune": Stage(prune_options, _as_it_is, run_prune, ("train",)),
+    "curve": Stage(curve_options, _as_it_is, run_curve, ("train",)),
+    "histogram": Stage(histogram_options, _as_it_is, run_histogram, ("train",)),
+}

@@ -1,0 +1,368 @@
+"""One training step, the loop over it, and evaluation: everything a stage does to a network.
+
+State and numbers (learning rate, radii, ...) are arguments of one compiled step. A sweep whose members share a program
+puts a leading axis on both and maps the step over it; `Problem.lift` is the only place that knows.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity_jax import data, losses, masks, models, optim, polytopes, trees
+
+PyTree = Any
+
+
+class Metrics(NamedTuple):
+    """Sums over the steps of an epoch so far. bad_step: first step with a non-finite loss, -1 while there is none."""
+
+    loss: jax.Array
+    correct: jax.Array
+    examples: jax.Array
+    bad_step: jax.Array
+
+
+class State(NamedTuple):
+    """All that a run carries from step to step. key: the root PRNG key (raw data); keys of steps are folded from it."""
+
+    params: PyTree
+    batch_stats: PyTree
+    masks: PyTree
+    opt_state: PyTree
+    step: jax.Array
+    key: jax.Array
+    metrics: Metrics
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The training loss became infinite or NaN; the message names stage, epoch and step."""
+
+
+class Problem(NamedTuple):
+    """What stays the same during a run: network, data on the device, and where to compute."""
+
+    model: models.Model
+    train_images: jax.Array  # uint8 [N, H, W, C]
+    train_labels: jax.Array  # int32 [N]
+    test_images: jax.Array
+    test_labels: jax.Array
+    dataset: data.Dataset  # for names, sizes and statistics
+    mesh: jax.sharding.Mesh | None
+    members: int | None  # size of the leading axis of states; None: no such axis
+    eval_batch_size: int
+    steps_per_call: int  # 0: automatic
+    compiled: dict  # functions by what they depend on, so that visits and members share them
+
+    def lift(self, function: Callable, in_axes: Any = 0) -> Callable:
+        """`function` of one member's state, for the states of all members."""
+        return function if self.members is None else jax.vmap(function, in_axes)
+
+    def once(self, name: Any, make: Callable[[], Callable]) -> Callable:
+        """The compiled function `name`, made on first use."""
+        if name not in self.compiled:
+            self.compiled[name] = make()
+        return self.compiled[name]
+
+    def shard(self, batch: jax.Array) -> jax.Array:
+        """Splits a batch over the devices of the mesh."""
+        if self.mesh is None:
+            return batch
+        spec = jax.sharding.PartitionSpec("batch", *[None] * (batch.ndim - 1))
+        return jax.lax.with_sharding_constraint(batch, jax.sharding.NamedSharding(self.mesh, spec))
+
+    def place(self, tree: PyTree) -> PyTree:
+        """`tree` on the device, or copied to every device of the mesh."""
+        if self.mesh is None:
+            return jax.device_put(tree)
+        return jax.device_put(tree, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()))
+
+    def images(self, batch: jax.Array) -> jax.Array:
+        """uint8 images as the network's normalised input."""
+        return data.preprocess(self.shard(batch), self.dataset.mean, self.dataset.std)
+
+    def init(self, key: jax.Array) -> PyTree:
+        """Fresh variables; key: a root key."""
+        shape = (1, *self.dataset.test.images.shape[1:])
+        return self.model.init(jax.random.fold_in(key, 0), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def build_problem(
+    dataset: data.Dataset,
+    model: models.Model,
+    *,
+    mesh: int = 1,
+    members: int | None = None,
+    eval_batch_size: int = 1000,
+    steps_per_call: int = 0,
+) -> Problem:
+    """Puts the data on the device. mesh: number of local devices that share each batch, 0 for all."""
+    devices = jax.local_devices()[: mesh or None]
+    grid = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
+    problem = Problem(model, *[None] * 4, dataset, grid, members, eval_batch_size, steps_per_call, {})
+    arrays = problem.place((*dataset.train, *dataset.test))
+    return problem._replace(**dict(zip(Problem._fields[1:5], arrays, strict=True)))
+
+
+def key_of(seed: int) -> jax.Array:
+    """Raw data of the root key of `seed`."""
+    return jax.random.key_data(jax.random.key(seed))
+
+
+def no_metrics() -> Metrics:
+    return Metrics(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.asarray(-1, jnp.int32))
+
+
+def create_state(problem: Problem, key: jax.Array) -> State:
+    """A fresh, dense, untrained network; key: from `key_of`."""
+    variables = problem.init(jax.random.wrap_key_data(key))
+    params = variables["params"]
+    return State(
+        params, variables["batch_stats"], masks.full(params), (), jnp.zeros((), jnp.int32), key, no_metrics()
+    )
+
+
+class Fit(NamedTuple):
+    """A checked `train` stage: what its compiled step depends on. recipe: from `optim.check`."""
+
+    epochs: int
+    batch_size: int
+    recipe: optim.Recipe
+    loss: tuple[str, tuple]
+    augment: str
+    start: str
+    shift_inside: bool
+    evaluate_every: int
+
+    def steps_per_epoch(self, problem: Problem) -> int:
+        return problem.dataset.train.images.shape[0] // self.batch_size
+
+    def program(self) -> tuple:
+        """Everything but the traced numbers, hashable: equal programs share one compilation."""
+        static = self.recipe._replace(numbers=sorted(self.recipe.numbers), constraint=kinds(self.recipe))
+        return (repr(static), *self[:2], *self[3:5])
+
+
+def kinds(recipe: optim.Recipe) -> tuple:
+    """What of the constraint the program depends on: pattern, name and exponent of every rule."""
+    return tuple((pattern, name, own.get("p"), own.get("zero_up")) for pattern, name, own in recipe.constraint)
+
+
+def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> State:
+    """The state at the start of a `train` stage, of one member: fresh weights if so asked, inside the feasible sets."""
+    if fit.start == "init":
+        state = create_state(problem, state.key)
+    params = polytopes.shift_inside(state.params, numbers["sets"]) if fit.shift_inside else state.params
+    params = masks.apply(params, state.masks)
+    tx = optim.make(fit.recipe, numbers, fit.epochs, fit.steps_per_epoch(problem))
+    zero = jnp.zeros((), jnp.int32)
+    return state._replace(params=params, opt_state=tx.init(params), step=zero, metrics=no_metrics())
+
+
+def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe]) -> dict[str, Any]:
+    """The traced numbers of every member's recipe (stacked if there are members), radii included.
+
+    Norms of the initialisation are measured with the member's own key; the network itself is left alone.
+    """
+    shapes = jax.tree.map(lambda leaf: leaf, jax.eval_shape(problem.init, jax.random.key(0))["params"])
+    norms = [None] * len(recipes)
+    if any(map(optim.needs_norms, recipes)):
+        init = lambda key: problem.init(key)["params"]
+        measure = lambda key: polytopes.mean_norms(init, jax.random.fold_in(jax.random.wrap_key_data(key), 1))
+        measured = problem.once("norms", lambda: jax.jit(problem.lift(measure)))(state.key)
+        measured = jax.device_get(measured)
+        take = lambda i: measured if problem.members is None else jax.tree.map(lambda leaf: leaf[i], measured)
+        norms = [take(i) for i in range(len(recipes))]
+    each = [optim.numbers(recipe, shapes, norm) for recipe, norm in zip(recipes, norms, strict=True)]
+    if problem.members is None:
+        return problem.place(each[0])
+    return problem.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+
+
+def make_step(problem: Problem, fit: Fit) -> Callable:
+    """`step(state, numbers, order, position, images, labels) -> state`, of one member.
+
+    order: int32 [N], this epoch's examples. position: int, the stage's in the pipeline; it decides the random numbers.
+    """
+    spe = fit.steps_per_epoch(problem)
+    augment = data.make_augmentation(fit.augment, problem.dataset, "augment")
+    loss_rule, loss_options = losses.LOSSES[fit.loss[0]], dict(fit.loss[1])
+
+    def step(state: State, numbers, order, position, images, labels) -> State:
+        key = jax.random.fold_in(stage_key(state.key, position), state.step)
+        chosen = jax.lax.dynamic_slice_in_dim(order, (state.step % spe) * fit.batch_size, fit.batch_size)
+        inputs = problem.images(augment(key, problem.shard(images[chosen])))
+        targets = problem.shard(labels[chosen])
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, batch_stats = problem.model.apply_train(variables, inputs, jax.random.fold_in(key, 1))
+            return loss_rule(logits, targets, **loss_options).mean(), (batch_stats, logits)
+
+        (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        tx = optim.make(fit.recipe, numbers, fit.epochs, spe)
+        grads = masks.apply(grads, state.masks)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+        first = state.step % spe == 0
+        old = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x), x), state.metrics)
+        bad = state.metrics.bad_step
+        metrics = Metrics(
+            old.loss + loss,
+            old.correct + jnp.sum(losses.correct(logits, targets), dtype=jnp.int32),
+            old.examples + fit.batch_size,
+            jnp.where((bad < 0) & ~jnp.isfinite(loss), state.step, bad),
+        )
+        return State(
+            masks.apply(params, state.masks), batch_stats, state.masks, opt_state, state.step + 1, state.key, metrics
+        )
+
+    return step
+
+
+def stage_key(key: jax.Array, position: int) -> jax.Array:
+    """The key of the pipeline's stage number `position`; 0 and 1 belong to initialisation."""
+    return jax.random.fold_in(jax.random.wrap_key_data(key), 2 + position)
+
+
+def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int) -> list[int]:
+    """How many steps each compiled call makes.
+
+    XLA's CPU backend compiles convolution gradients inside a scan to a naive loop, so there they run one by one; dense
+    networks and accelerators scan a whole epoch.
+    """
+    size = problem.steps_per_call
+    if not size:
+        convolutions = any(trees.is_kernel(path) and leaf.ndim - (problem.members is not None) > 2
+                           for path, leaf in trees.named_leaves(state.params).items())
+        size = 1 if convolutions and jax.default_backend() == "cpu" else steps_per_epoch
+    size = min(size, steps_per_epoch)
+    return [size] * (steps_per_epoch // size) + [steps_per_epoch % size] * (steps_per_epoch % size > 0)
+
+
+class Update(NamedTuple):
+    """What a stage reports: its state so far, new rows (one list a member), and the share done."""
+
+    state: State
+    rows: list[list[dict]]
+    done: float
+
+
+def fit_epochs(
+    problem: Problem, state: State, fit: Fit, numbers: dict[str, Any], position: int, where: str = "train"
+) -> Iterator[Update]:
+    """Trains from `state` (from `begin`, or any state this yielded) to the end; yields after every compiled call.
+
+    Rows of an epoch: epoch, step, learning_rate, train_loss, train_accuracy, seconds; on evaluated epochs test_loss and
+    test_accuracy. Raises NonFiniteLossError naming the first bad step.
+    """
+    spe = fit.steps_per_epoch(problem)
+    sizes = calls_per_epoch(problem, state, spe)
+    starts = np.cumsum([0, *sizes])[:-1].tolist()
+    axes = (0, 0, 0, None, None, None)
+
+    def compile_call(size):
+        step = make_step(problem, fit)
+
+        def call(state, numbers, order, position, images, labels):
+            body = lambda state, _: (step(state, numbers, order, position, images, labels), None)
+            return jax.lax.scan(body, state, None, length=size)[0]
+
+        one = step if size == 1 else call
+        donate = () if jax.default_backend() == "cpu" else (0,)  # on CPU donated buffers cost copies
+        return jax.jit(problem.lift(one, axes), donate_argnums=donate)
+
+    examples = problem.dataset.train.images.shape[0]
+
+    def shuffle(key, position, epoch):
+        return jax.random.permutation(jax.random.fold_in(stage_key(key, position), 2**31 - 1 - epoch), examples)
+
+    orders = problem.once("order", lambda: jax.jit(problem.lift(shuffle, (0, None, None))))
+    started, order, order_epoch = time.perf_counter(), None, -1
+    step = int(np.ravel(state.step)[0])
+    while step < fit.epochs * spe:
+        epoch, at = divmod(step, spe)
+        if epoch != order_epoch:
+            order, order_epoch = orders(state.key, position, epoch), epoch
+        size = sizes[starts.index(at)]
+        call = problem.once((fit.program(), size), lambda size=size: compile_call(size))
+        state = call(state, numbers, order, position, problem.train_images, problem.train_labels)
+        step += size
+        rows = [[] for _ in range(problem.members or 1)]
+        if step % spe == 0:
+            check_finite(state, spe, where)
+            rows = epoch_rows(problem, state, fit, step // spe, time.perf_counter() - started)
+        yield Update(state, rows, step / (fit.epochs * spe))
+
+
+def check_finite(state: State, steps_per_epoch: int, where: str) -> None:
+    """Raises NonFiniteLossError if some loss so far was not finite."""
+    bad = np.ravel(jax.device_get(state.metrics.bad_step))
+    if (bad >= 0).any():
+        member = f" of member {int(np.argmax(bad >= 0))}" if bad.size > 1 else ""
+        first = int(bad[bad >= 0].min())
+        raise NonFiniteLossError(
+            f"{where}: the training loss{member} is not finite at step {first} (epoch {first // steps_per_epoch + 1}). "
+            "A lower learning rate, or a smaller tau for Frank-Wolfe, usually helps."
+        )
+
+
+def epoch_rows(problem: Problem, state: State, fit: Fit, epoch: int, seconds: float) -> list[list[dict]]:
+    rate = optim.learning_rate(state.opt_state)
+    values = {
+        "learning_rate": rate,
+        "train_loss": state.metrics.loss / fit.steps_per_epoch(problem),
+        "train_accuracy": state.metrics.correct / state.metrics.examples,
+    }
+    if epoch % fit.evaluate_every == 0 or epoch == fit.epochs:
+        values["test_loss"], values["test_accuracy"] = evaluate(problem, state.params, state.batch_stats, "test")
+    step = epoch * fit.steps_per_epoch(problem)
+    return member_rows(problem, values, epoch=epoch, step=step, seconds=round(seconds, 3))
+
+
+def member_rows(problem: Problem, values: dict[str, Any], **common: Any) -> list[list[dict]]:
+    """One row a member of `values` (scalars, or arrays with a leading member axis), fetched at once."""
+    values = jax.device_get(values)
+    take = lambda leaf, i: np.asarray(leaf if problem.members is None else leaf[i]).tolist()
+    each = range(problem.members or 1)
+    return [[{**common, **jax.tree.map(lambda leaf, i=i: take(leaf, i), values)}] for i in each]
+
+
+def evaluation(problem: Problem, split: str) -> Callable:
+    """`(params, batch_stats, images, labels) -> (mean loss, accuracy)` over a whole split, of one member."""
+    size = getattr(problem.dataset, split).images.shape[0]
+    batch = min(problem.eval_batch_size, size)
+
+    def evaluate(params, batch_stats, images, labels):
+        variables = {"params": params, "batch_stats": batch_stats}
+
+        def add(total, start):
+            index = start + jnp.arange(batch)
+            inside = index < size
+            index = jnp.minimum(index, size - 1)
+            logits = problem.model.apply(variables, problem.images(images[index]))
+            loss = losses.cross_entropy(logits, labels[index])
+            correct = losses.correct(logits, labels[index])
+            return (total[0] + jnp.sum(jnp.where(inside, loss, 0)), total[1] + jnp.sum(inside & correct)), None
+
+        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32))
+        (loss, correct), _ = jax.lax.scan(add, zero, jnp.arange(0, size, batch))
+        return loss / size, correct / size
+
+    return evaluate
+
+
+def arrays(problem: Problem, split: str) -> tuple[jax.Array, jax.Array]:
+    """Images and labels of "train" or "test"."""
+    if split == "train":
+        return problem.train_images, problem.train_labels
+    return problem.test_images, problem.test_labels
+
+
+def evaluate(problem: Problem, params: PyTree, batch_stats: PyTree, split: str) -> tuple[jax.Array, jax.Array]:
+    """(mean cross-entropy in nats, accuracy) on a split; one number a member if there are members."""
+    compile_it = lambda: jax.jit(problem.lift(evaluation(problem, split), (0, 0, None, None)))
+    return problem.once(("evaluate", split), compile_it)(params, batch_stats, *arrays(problem, split))
