@@ -4,7 +4,7 @@ An MLP on the 1,797 handwritten digits inside scikit-learn, three seeds at once,
 
     python -m sparsity_jax.run --config configs/quickstart.py --workdir runs/quickstart
 
-Takes about a minute on two CPU cores; the first figure of runs/quickstart/report.html tells the story.
+Takes about half a minute on two CPU cores; the first figure of runs/quickstart/report.html tells the story.
 """
 
 from sparsity_jax import models, optim, pipeline, polytopes, tables

@@ -23,9 +23,15 @@ def num_kept(size: int, ratio: float) -> int:
 
 
 def prunable(params: PyTree, scope: Scope) -> dict[str, Any]:
-    """The arrays that may be pruned, by path: `kernels` (convolution and dense) or `all` (as the SFW original)."""
+    """The arrays that may be pruned, by path: `kernels` (matrices and convolutions) or `all` (as the SFW original).
+
+    Raises ValueError if no array is named like a kernel.
+    """
     leaves = trees.named_leaves(params)
-    return leaves if scope == "all" else {path: leaf for path, leaf in leaves.items() if trees.is_kernel(path)}
+    kernels = {path: leaf for path, leaf in leaves.items() if trees.is_kernel(path) and leaf.ndim > 1}
+    if scope == "kernels" and not kernels:
+        raise ValueError(f"no matrix is named kernel, weight or w; use scope='all'. Paths: {list(leaves)[:5]}")
+    return leaves if scope == "all" else kernels
 
 
 def erk_ratios(shapes: dict[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
@@ -75,7 +81,7 @@ def _layerwise_counts(params, ratio, *, scope: Scope = "kernels", count: Literal
 
 
 def _layerwise_mask(params, counts, key, *, scope: Scope = "kernels", count: str = "nearest"):
-    one = lambda leaf, k: _global_mask({"kernel": leaf}, k, key, count=count)["kernel"]
+    one = lambda leaf, k: _global_mask(leaf, k, key, scope="all", count=count)
     chosen = prunable(params, scope)
     return _complete(params, {path: one(leaf, counts[path]) for path, leaf in chosen.items()})
 

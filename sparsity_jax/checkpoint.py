@@ -1,5 +1,6 @@
 """Saving and restoring a whole run with orbax: one pytree of arrays, and the rows and position beside it."""
 
+import concurrent.futures
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ PyTree = Any
 
 
 class Progress(NamedTuple):
-    """Where a run is. stage: index in the pipeline; begun: whether that stage has made its own state; rows: all so far."""
+    """Where a run is. stage: index in the pipeline; begun: whether it has made its own state; rows: all so far."""
 
     stage: int
     begun: bool
@@ -21,21 +22,27 @@ class Progress(NamedTuple):
 
 
 class Checkpoints:
-    """The newest states of a run in `workdir/checkpoints`: written atomically in the background, oldest dropped."""
+    """The newest states of a run in `workdir/checkpoints`: written atomically in the background, oldest dropped.
+
+    A thread of its own starts the writes, so that a Ctrl-C or SIGTERM in the middle of one does not leave it half done.
+    """
 
     def __init__(self, workdir: pathlib.Path, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(
             pathlib.Path(workdir).absolute() / "checkpoints", item_names=("state", "progress"), options=options
         )
+        self._writer = concurrent.futures.ThreadPoolExecutor(1)
 
     def save(self, state: PyTree, progress: Progress) -> None:
-        """Saves after all earlier ones."""
+        """Saves after all earlier ones; afterwards `state` may be donated and `progress.rows` may grow."""
+        progress = progress._replace(rows=list(progress.rows))  # written later, when there may be more
+        self._writer.submit(self._save, state, progress).result()
+
+    def _save(self, state: PyTree, progress: Progress) -> None:
         self._manager.wait_until_finished()
         number = (self._manager.latest_step() or 0) + 1
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict())
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict()))
         self._manager.save(number, args=items)
 
     def progress(self) -> Progress | None:
@@ -53,6 +60,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for writes under way."""
+        self._writer.shutdown()
         self._manager.wait_until_finished()
         self._manager.close()
 
@@ -62,6 +70,17 @@ def claim(workdir: pathlib.Path, config: dict) -> None:
 
     Raises ConfigError naming every field that differs.
     """
+    refuse_other(workdir, config)
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def refuse_other(workdir: pathlib.Path, config: dict) -> None:
+    """Raises ConfigError naming every field that differs if `workdir` belongs to another config."""
     path = pathlib.Path(workdir) / "config.json"
     config = json.loads(json.dumps(config))
     if path.exists():
@@ -73,11 +92,6 @@ def claim(workdir: pathlib.Path, config: dict) -> None:
         if differing:
             lines = "\n".join(f"  config.{name}: {old} there, {new} now" for name, old, new in differing)
             raise tables.ConfigError(f"{workdir} holds a run of another config; use another --workdir.\n{lines}")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, str, str]]:

@@ -15,7 +15,7 @@ PyTree = Any
 
 
 class ScaleState(NamedTuple):
-    """params: scaled so far. scales: their factors (scalars). first_norms: L2 norms at scale 1. mean, square: Adam's."""
+    """params: scaled so far. scales: factors (scalars). first_norms: L2 norms at scale 1. mean, square: Adam's."""
 
     step: jax.Array
     params: PyTree
@@ -111,13 +111,9 @@ def scale_step(
             scale = jnp.where(alive, jnp.maximum(scale - move, floor), scale)
             return jnp.where(alive, p * (scale * grow), p), scale, mean, square
 
-        new = trees.map_named(
-            update, state.params, state.scales, state.first_norms, products, state.mean, state.square
-        )
+        new = trees.map_named(update, state.params, state.scales, state.first_norms, products, state.mean, state.square)
         is_result = lambda x: isinstance(x, tuple)
-        params, scales, means, squares = (
-            jax.tree.map(lambda r, i=i: r[i], new, is_leaf=is_result) for i in range(4)
-        )
+        params, scales, means, squares = (jax.tree.map(lambda r, i=i: r[i], new, is_leaf=is_result) for i in range(4))
         metrics = ScaleMetrics(before, after * learning_rate, products, sizes)
         return ScaleState(count, params, scales, state.first_norms, means, squares), metrics
 

@@ -75,9 +75,7 @@ def decrease_3_180(learning_rate: float, epochs: int, steps_per_epoch: int) -> R
     return multistep(learning_rate, epochs, steps_per_epoch, milestones=(90, 130))
 
 
-def cosine(
-    learning_rate: float, epochs: int, steps_per_epoch: int, *, warmup_epochs: tables.NonNegative = 0.0
-) -> Rate:
+def cosine(learning_rate: float, epochs: int, steps_per_epoch: int, *, warmup_epochs: tables.NonNegative = 0.0) -> Rate:
     """Linear warm-up from 0, then half a cosine to 0 over the remaining steps."""
     total, warm = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
     if warm >= total:
@@ -267,12 +265,15 @@ def frank_wolfe_step_size(
     return jnp.clip(learning_rate / diameter if rescale == "diameter" else learning_rate, 0, 1)
 
 
+WHOLE_SPACE = polytopes.Unconstrained()
+
+
 # Optimizers --------------------------------------------------------------------------------------------------
 
 
 def sgd(
     learning_rate: float | Callable | Rate,
-    sets: PyTree = polytopes.Unconstrained(),
+    sets: PyTree = WHOLE_SPACE,
     *,
     momentum: tables.Fraction = 0.9,
     dampening: tables.Fraction = 0.0,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import tqdm
 
-from sparsity_jax import checkpoint, data, models, report, stages, tables, train
+from sparsity_jax import checkpoint, data, models, optim, report, stages, tables, train
 
 PyTree = Any
 
@@ -52,14 +52,14 @@ def settings(
 
 def base(**fields: Any) -> ml_collections.ConfigDict:
     """A config with all common fields, so that every one can be overridden on the command line."""
+    fields["data"] = {**tables.defaults(data.load), **fields.get("data", {})}
     return ml_collections.ConfigDict({**tables.defaults(settings), **fields})
 
 
 def stage(kind: str, **fields: Any) -> dict[str, Any]:
     """A stage config with all its fields; see `stages.STAGES` for kinds."""
     row = tables.lookup(stages.STAGES, kind, "kind")
-    optional = {name: value for name, value in tables.defaults(row.options).items() if value is not None}
-    return {"kind": kind, **optional, **fields}
+    return {"kind": kind, **tables.defaults(row.options), **fields}
 
 
 class Plan(NamedTuple):
@@ -87,9 +87,8 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
 
     Raises ConfigError for the first mistake, saying what was given, what is allowed and the closest match.
     """
-    config = plain(config)
-    known = tables.parameters(settings)
-    common = {**tables.defaults(settings), **{name: value for name, value in config.items() if name in known}}
+    config, known = {**tables.defaults(settings), **plain(config)}, tables.parameters(settings)
+    common = {name: value for name, value in config.items() if name in known}
     common = {**common, **tables.check_options(settings, common, "config")}
     stage_configs = {name: value for name, value in config.items() if name not in known}
     used = set(common["pipeline"])
@@ -97,16 +96,20 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
         raise tables.ConfigError("config.pipeline is empty; name at least one stage.")
     for name in common["pipeline"]:
         if name not in stage_configs:
-            hint = tables.closest(name, stage_configs)
             raise tables.ConfigError(
-                f"config.pipeline names {name!r}, but config has no such stage; stages: {', '.join(sorted(stage_configs))}."
-                + hint
+                f"config.pipeline names {name!r}, but config has no such stage; stages: "
+                f"{', '.join(sorted(stage_configs))}.{tables.closest(name, stage_configs)}"
             )
     for name, value in stage_configs.items():
         if not isinstance(value, Mapping) or "kind" not in value:
             fields = sorted({*known, *(n for n, v in stage_configs.items() if isinstance(v, Mapping) and "kind" in v)})
-            raise tables.ConfigError(f"config has no field {name!r}; fields: {', '.join(fields)}.{tables.closest(name, fields)}")
+            raise tables.ConfigError(
+                f"config has no field {name!r}; fields: {', '.join(fields)}.{tables.closest(name, fields)}"
+            )
     overrides = list(expand(common["sweep"], config))
+    for path in overrides[0]:
+        if path != "seed" and path.split(".")[0] in known:
+            raise tables.ConfigError(f"config.sweep names config.{path}; allowed: seed and fields of stages.")
     members = [(override_all(config, values), values) for values in overrides]
     checked = [check_member(member) for member, _ in members]
     check_order(common["pipeline"], stage_configs, checked[0])
@@ -167,8 +170,8 @@ def check_order(pipeline: tuple[str, ...], stage_configs: dict, checked: dict[st
         needs = stages.STAGES[kind].needs
         if needs and not done & set(needs):
             raise tables.ConfigError(
-                f"config.pipeline runs {name!r} (kind {kind!r}) before any stage of kind {' or '.join(map(repr, needs))}, "
-                "whose result it needs."
+                f"config.pipeline runs {name!r} (kind {kind!r}) before any stage of kind "
+                f"{' or '.join(map(repr, needs))}, whose result it needs."
             )
         done.add(kind)
         retrain = getattr(checked[name], "retrain", "")
@@ -196,7 +199,9 @@ def _swept_fields(sweep: Mapping, config: Mapping, path: str) -> Iterator[tuple[
         where = f"{path}.{name}" if path else name
         if not isinstance(config, Mapping) or name not in config:
             known = list(config) if isinstance(config, Mapping) else []
-            raise tables.ConfigError(f"config.sweep names config.{where}, which does not exist.{tables.closest(name, known)}")
+            raise tables.ConfigError(
+                f"config.sweep names config.{where}, which does not exist.{tables.closest(name, known)}"
+            )
         if isinstance(value, Mapping):
             yield from _swept_fields(value, config[name], where)
         elif isinstance(value, (list, tuple)) and value and name not in ("sweep", "pipeline", "data", "mesh"):
@@ -235,11 +240,12 @@ def run(config: Mapping, workdir: str | pathlib.Path) -> Outcome:
     """
     config, workdir = plain(config), pathlib.Path(workdir)
     plans, separate = check(config)
-    checkpoint.claim(workdir, config)
+    checkpoint.refuse_other(workdir, config)
     common = plans[0].common
     if common["platform"] != "default":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(common["platform"], common["platform"]))
-    problem = build(plans[0])
+    problem = build(plans)
+    checkpoint.claim(workdir, config)
     environment = describe_environment(problem)
     if not separate:
         outcome = run_plan(plans[0], problem, workdir)
@@ -257,28 +263,29 @@ def run(config: Mapping, workdir: str | pathlib.Path) -> Outcome:
     return outcome
 
 
-def build(plan: Plan) -> train.Problem:
-    """Loads the data and builds the network."""
-    common = plan.common
+def build(plans: list[Plan]) -> train.Problem:
+    """Loads the data and builds the network; raises ConfigError for settings that do not fit them."""
+    common = plans[0].common
     available = len(jax.local_devices())
     if common["mesh"] > available:
-        raise tables.ConfigError(f"config.mesh is {common['mesh']}; allowed: 0 (all) to {available}, the local devices.")
+        raise tables.ConfigError(
+            f"config.mesh is {common['mesh']}; allowed: 0 (all) to {available}, the local devices."
+        )
     dataset = data.load(**tables.check_options(data.load, common["data"], "config.data"))
     model = models.build(num_classes=dataset.num_classes, **common["model"])
-    for name in plan.pipeline:
-        for fit in plan.settings[name]:
-            size = dataset.train.images.shape[0]
-            if getattr(fit, "batch_size", 0) > size:
-                raise tables.ConfigError(f"config.{name}.batch_size is {fit.batch_size}; allowed: up to {size}, the train set.")
-            if isinstance(fit, train.Fit):
-                data.make_augmentation(fit.augment, dataset, f"config.{name}.augment")
-            devices = common["mesh"] or available
-            if devices > 1 and isinstance(fit, train.Fit) and fit.batch_size % devices:
-                raise tables.ConfigError(
-                    f"config.{name}.batch_size is {fit.batch_size}; allowed: a multiple of the {devices} devices of config.mesh."
-                )
-    members = len(plan.configs) if len(plan.configs) > 1 else None
-    return train.build_problem(
+    size, devices = dataset.train.images.shape[0], common["mesh"] or available
+    trained = [(name, fit) for plan in plans for name in runs(plan) for fit in plan.settings[name]]
+    trained = [(f"config.{name}", fit) for name, fit in trained if isinstance(fit, (train.Fit, stages.SfwInit))]
+    for where, fit in trained:
+        if fit.batch_size > size:
+            raise tables.ConfigError(f"{where}.batch_size is {fit.batch_size}; allowed: up to {size}, the train set.")
+        data.make_augmentation(fit.augment, dataset, f"{where}.augment")
+        if isinstance(fit, train.Fit) and fit.batch_size % devices:
+            raise tables.ConfigError(
+                f"{where}.batch_size is {fit.batch_size}; allowed: multiples of {devices}, the number of devices."
+            )
+    members = len(plans[0].configs) if len(plans[0].configs) > 1 else None
+    problem = train.build_problem(
         dataset,
         model,
         mesh=common["mesh"],
@@ -286,6 +293,19 @@ def build(plan: Plan) -> train.Problem:
         eval_batch_size=common["eval_batch_size"],
         steps_per_call=common["steps_per_call"],
     )
+    shapes = stages.shapes_of(problem)
+    for where, fit in trained:
+        try:
+            optim.numbers(fit.recipe, shapes, None)
+        except tables.ConfigError as error:
+            raise tables.ConfigError(f"{where}: {error}") from None
+    return problem
+
+
+def runs(plan: Plan) -> list[str]:
+    """Names of the stages that run, those that retrain included."""
+    again = [getattr(plan.settings[name][0], "retrain", "") for name in plan.pipeline]
+    return sorted({*plan.pipeline, *filter(None, again)})
 
 
 def initial_state(plan: Plan, problem: train.Problem) -> train.State:
@@ -320,7 +340,8 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
             if not resumed:
                 state = row.begin(problem, state, own, place)
                 saved.save(state, checkpoint.Progress(position, True, rows))
-            common = dict(stage=name, kind=kind, visit=plan.pipeline[: position + 1].count(name), arm=arm_of(plan, position))
+            visit = plan.pipeline[: position + 1].count(name)
+            common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
             earlier = [r for r in rows if r["stage"] == name and r["visit"] == common["visit"]]
             per_member = [[r for r in earlier if r["member"] == i] for i in range(problem.members or 1)]
             state = run_stage(row, problem, state, own, place, per_member, common, plan, rows, writer, saved)
@@ -334,6 +355,9 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
 def run_stage(row, problem, state, own, place, per_member, common, plan, rows, writer, saved) -> train.State:
     """One stage: its rows go out as they come, its state is saved every `checkpoint_seconds`."""
     last, every = time.monotonic(), plan.common["checkpoint_seconds"]
+    position, spe = place.position, own[0].steps_per_epoch(problem) if isinstance(own[0], train.Fit) else 1
+    # what an interruption saves, replaced as one: it may come between any two instructions
+    good = (state, checkpoint.Progress(position, True, list(rows)))
     with Display(f"{place.position + 1}/{len(plan.pipeline)} {place.name}") as display:
         try:
             for update in row.run(problem, state, own, place, per_member):
@@ -343,17 +367,22 @@ def run_stage(row, problem, state, own, place, per_member, common, plan, rows, w
                     for found in own_rows
                 ]
                 rows.extend(new)
-                writer.append(new)
-                display.show(update.done, new)
                 if update.state is not None:
                     state = update.state
-                    if time.monotonic() - last >= every and update.done < 1:
-                        train.check_finite(state, 2**31 - 1, place.name)
-                        saved.save(state, checkpoint.Progress(place.position, True, rows))
-                        last = time.monotonic()
+                    if update.done < 1:
+                        good = (state, checkpoint.Progress(position, True, list(rows)))
+                    else:
+                        good = (stages.without_optimizer(state), checkpoint.Progress(position + 1, False, list(rows)))
+                writer.append(new)
+                display.show(update.done, new)
+                if update.state is not None and update.done < 1 and time.monotonic() - last >= every:
+                    train.check_finite(state, spe, place.name)
+                    saved.save(*good)
+                    last = time.monotonic()
         except KeyboardInterrupt:
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-                saved.save(state, checkpoint.Progress(place.position, True, rows))
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(good[0])):
+                train.check_finite(good[0], spe, place.name)
+                saved.save(*good)
             raise
     return state
 

@@ -1,6 +1,6 @@
 """Feasible sets for Frank-Wolfe training: K-sparse polytopes, Lp balls and the whole space.
 
-A set is a small immutable value, a pytree whose numbers (`k`, `radius`) may be traced. It acts on one array of any shape:
+A set is a small immutable value, a pytree whose numbers (`k`, `radius`) may be traced. It acts on one array:
 
     lmo(gradient)    the vertex (or boundary point) v of the set that minimises <v, gradient>
     project(x)       the point of the set nearest to x
@@ -272,7 +272,7 @@ SETS = {"k_sparse": k_sparse, "lp": lp_ball, "l2": l2, "unconstrained": unconstr
 
 
 def check(constraint: dict, where: str) -> tuple[tuple[str, str, dict], ...]:
-    """(pattern, name, options) rules of a config such as `dict(name="k_sparse", rules=((pattern, dict), ...), **options)`.
+    """(pattern, name, options) rules of a config `dict(name="k_sparse", rules=((pattern, dict), ...), **options)`.
 
     `rules` overrides single parameters, e.g. `((".*/(bias|scale)", dict(name="unconstrained")),)`: first match wins,
     everything else follows the outer name and options. Raises ConfigError as `tables.check_options` does.

@@ -1,18 +1,35 @@
-"""Command line: `python -m sparsity_jax.run --config configs/NAME.py[:variant] --workdir DIR [--config.field=value]`."""
+"""Command line: `python -m sparsity_jax.run --config configs/NAME.py[:variant] --workdir DIR [--config.x.y=value]`."""
 
 import os
 import signal
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sparsity_jax import pipeline, tables, train
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "File of the run's config, e.g. configs/quickstart.py or configs/sfw_oneshot.py:arch=vgg16.", lock_config=True
+    "config",
+    None,
+    "File of the run's config, e.g. configs/quickstart.py or configs/sfw_oneshot.py:arch=vgg16.",
+    lock_config=True,
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: rows, checkpoints and report; the same continues it.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of this run: rows, checkpoints and report; the same continues it."
+)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's parser; mistakes in --config and --config.field end in one line instead of a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # a field that the config does not have
+        reason = error.args[0]
+        reason = reason.args[0] if isinstance(reason, Exception) and reason.args else reason
+        sys.exit(f"error: a --config.field names what the config does not have: {reason}")
+    except (OSError, TypeError, ValueError, SyntaxError) as error:  # the config file itself, or its variant
+        sys.exit(f"error: {error}")
 
 
 def interrupt(*_) -> None:
@@ -21,7 +38,12 @@ def interrupt(*_) -> None:
 
 
 def main(_) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
     signal.signal(signal.SIGTERM, interrupt)
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not os.path.isfile(file):
+        sys.exit(f"error: --config names {file}, which is not there.")
     try:
         pipeline.run(CONFIG.value, WORKDIR.value)
     except tables.ConfigError as error:
@@ -35,4 +57,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

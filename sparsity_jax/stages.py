@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import allocate, data, gradinit, losses, masks, optim, polytopes, tables, train, trees
+from sparsity_jax import allocate, data, gradinit, losses, masks, optim, tables, train, trees
 
 PyTree = Any
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
@@ -81,6 +81,11 @@ def train_options(
     loss_options = tables.check_options(rule, loss_options, f"{where}.loss")
     tables.lookup(data.AUGMENTATIONS, augment, f"{where}.augment")
     recipe = optim.check(optimizer, f"{where}.optimizer")
+    schedule, schedule_options = recipe.schedule
+    try:
+        optim.SCHEDULES[schedule](1.0, epochs, 10**6, **schedule_options)
+    except ValueError as error:  # options that do not fit the epochs
+        raise tables.ConfigError(f"{where}.optimizer.schedule: {error}") from None
     del label
     chosen = (loss_name, tuple(sorted(loss_options.items())))
     return train.Fit(epochs, batch_size, recipe, chosen, augment, start, shift_inside, evaluate_every)
@@ -111,6 +116,7 @@ class SfwInit(NamedTuple):
     batch_size: int
     recipe: optim.Recipe
     options: tuple
+    augment: str
 
 
 def sfw_init_options(
@@ -124,6 +130,7 @@ def sfw_init_options(
     min_scale: tables.NonNegative = 0.01,
     clip: tables.Positive = 1.0,
     norms: Literal["per_parameter", "per_shape"] = "per_parameter",
+    augment: str = "none",
 ) -> SfwInit:
     """Learns one scale per parameter array so that one Frank-Wolfe step helps most (SFW-Init).
 
@@ -133,7 +140,8 @@ def sfw_init_options(
     optimizer = dict(name="sfw", learning_rate=learning_rate, constraint=constraint, norms=norms)
     recipe = optim.check(optimizer, where)
     options = dict(scale_learning_rate=scale_learning_rate, min_scale=min_scale, clip=clip)
-    return SfwInit(iterations, batch_size, recipe, tuple(sorted(options.items())))
+    tables.lookup(data.AUGMENTATIONS, augment, f"{where}.augment")
+    return SfwInit(iterations, batch_size, recipe, tuple(sorted(options.items())), augment)
 
 
 def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update]:
@@ -141,7 +149,7 @@ def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update
     chosen, chunk = settings[0], 10
     numbers = train.numbers_of(problem, state, [s.recipe for s in settings])
     size, half = problem.dataset.train.images.shape[0], chosen.batch_size // 2
-    augment = data.make_augmentation("none", problem.dataset, place.name)
+    augment = data.make_augmentation(chosen.augment, problem.dataset, place.name)
 
     def loss(params, batch_stats, batch):
         logits, _ = problem.model.apply_train({"params": params, "batch_stats": batch_stats}, *batch[:1], batch[2])
@@ -175,7 +183,9 @@ def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update
                 raise train.NonFiniteLossError(f"{place.name}: the loss is not finite at iteration {i + 1}.")
             finished = i + 1 == chosen.iterations
             # the scales are not part of the state: an interrupted stage starts anew and finds the same ones
-            yield train.Update(state._replace(params=scales.params) if finished else None, found, (i + 1) / chosen.iterations)
+            yield train.Update(
+                state._replace(params=scales.params) if finished else None, found, (i + 1) / chosen.iterations
+            )
 
 
 # prune -------------------------------------------------------------------------------------------------------
@@ -192,18 +202,18 @@ def prune_options(
     *,
     ratio: tables.Fraction,
     selection: str = "global",
-    scope: allocate.Scope | None = None,
-    count: str | None = None,
-    granularity: str | None = None,
-    layer_ratios: str | None = None,
+    scope: Literal["", "kernels", "all"] = "",
+    count: Literal["", "nearest", "original"] = "",
+    granularity: Literal["", "filter", "channel"] = "",
+    layer_ratios: Literal["", "uniform", "erk"] = "",
 ) -> Prune:
     """Prunes the network for good: later training keeps the pruned weights at zero.
 
     ratio: share removed. selection: `global`, `layerwise`, `random` or `structured`; the other fields are options of
-    the selection (None: its default): scope, count, granularity, layer_ratios.
+    the selection (empty: its default): scope, count, granularity, layer_ratios.
     """
     given = dict(scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios)
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in given.items() if value}
     return Prune(ratio, selection, tuple(sorted(allocate.check(selection, options, where).items())))
 
 
@@ -224,7 +234,8 @@ def run_prune(problem, state, settings, place, rows) -> Iterator[train.Update]:
         params = masks.apply(state.params, kept)
         return state._replace(params=params, masks=kept), layer_sparsity(params)
 
-    state, layers = jax.jit(problem.lift(cut, (0, None)))(state, counts)
+    name = ("prune", place.position if chosen.selection == "random" else 0, chosen._replace(ratio=0.0))
+    state, layers = problem.once(name, lambda: jax.jit(problem.lift(cut, (0, None))))(state, counts)
     common = dict(ratio=chosen.ratio, selection=chosen.selection)
     yield train.Update(state, train.member_rows(problem, dict(layers=layers), **common), 1.0)
 
@@ -251,10 +262,10 @@ def curve_options(
     ratios: tuple[tables.Fraction, ...] = RATIOS,
     splits: tuple[Literal["test", "train"], ...] = ("test",),
     selection: str = "global",
-    scope: allocate.Scope | None = None,
-    count: str | None = None,
-    granularity: str | None = None,
-    layer_ratios: str | None = None,
+    scope: Literal["", "kernels", "all"] = "",
+    count: Literal["", "nearest", "original"] = "",
+    granularity: Literal["", "filter", "channel"] = "",
+    layer_ratios: Literal["", "uniform", "erk"] = "",
     retrain: str = "",
 ) -> Curve:
     """Accuracy and loss of the trained network pruned at every ratio; the network itself stays as it is.
@@ -265,7 +276,13 @@ def curve_options(
     if not ratios or not splits:
         raise tables.ConfigError(f"{where}.ratios and .splits must not be empty.")
     cut = prune_options(
-        where, ratio=0.0, selection=selection, scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios
+        where,
+        ratio=0.0,
+        selection=selection,
+        scope=scope,
+        count=count,
+        granularity=granularity,
+        layer_ratios=layer_ratios,
     )
     return Curve(ratios, splits, selection, cut.options, retrain)
 
@@ -321,7 +338,7 @@ def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
             fits = place.others[chosen.retrain]
             current = state._replace(masks=pruned(state, counts))
             numbers = _numbers(problem, current, fits)
-            one = lambda state, numbers: train.begin(problem, state, fits[0], numbers)
+            one = lambda state, numbers, fits=fits: train.begin(problem, state, fits[0], numbers)
             name = ("begin", fits[0].program(), fits[0].start, fits[0].shift_inside)
             current = problem.once(name, lambda one=one: jax.jit(problem.lift(one, (0, 0))))(current, numbers)
             where = f"{place.name}: {chosen.retrain} at ratio {ratio:g}"
@@ -369,11 +386,16 @@ def magnitude_thresholds() -> list[float]:
 def magnitude_histogram(params: PyTree, scope: str = "all", bins: int = 60) -> dict[str, jax.Array]:
     """`count_above` each of `magnitude_thresholds` (strictly), `num_zero`, and `counts` per log10 bin of `bins`."""
     leaves = [jnp.abs(leaf) for leaf in allocate.prunable(params, scope).values()]
-    total = lambda test: sum(jnp.sum(test(leaf), dtype=jnp.int32) for leaf in leaves)
     edges = 10.0 ** np.linspace(-12, 2, bins + 1)
-    above = jnp.stack([total(lambda leaf, t=t: leaf > t) for t in magnitude_thresholds()])
-    beyond = jnp.stack([total(lambda leaf, t=t: (leaf > 0) & (leaf >= t)) for t in (0.0, *edges[1:-1], np.inf)])
-    return dict(count_above=above, num_zero=total(lambda leaf: leaf == 0), counts=beyond[:-1] - beyond[1:])
+
+    def counts(test, bounds):  # a loop, so that the program stays small
+        count = lambda bound: sum(jnp.sum(test(leaf, bound), dtype=jnp.int32) for leaf in leaves)
+        return jax.lax.map(count, jnp.asarray(bounds, leaves[0].dtype))
+
+    above = counts(lambda leaf, bound: leaf > bound, magnitude_thresholds())
+    beyond = counts(lambda leaf, bound: (leaf > 0) & (leaf >= bound), [0.0, *edges[1:-1], np.inf])
+    num_zero = sum(jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in leaves)
+    return dict(count_above=above, num_zero=num_zero, counts=beyond[:-1] - beyond[1:])
 
 
 def run_histogram(problem, state, settings, place, rows) -> Iterator[train.Update]:

@@ -1,7 +1,7 @@
 """Tables of named entries and the options they take: every wrong name, type or value is found here.
 
-A table maps a name to a function whose keyword-only parameters are its options. Their annotations are the schema: `float`,
-`int`, `bool`, `str`, `dict`, `tuple[T, ...]`, `Literal[...]`, `X | None`, and `Annotated[T, Range(low, high)]`.
+A table maps a name to a function whose keyword-only parameters are its options. Their annotations are the schema:
+`float`, `int`, `bool`, `str`, `dict`, `tuple[T, ...]`, `Literal[...]`, `X | None`, `Annotated[T, Range(low, high)]`.
 """
 
 import difflib
@@ -55,7 +55,7 @@ def lookup(table: Mapping[str, Any], name: str, where: str) -> Any:
 
     Raises ConfigError naming what is known.
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ConfigError(f"{where} is {name!r}; known: {', '.join(sorted(table))}.{closest(name, table)}")
     return table[name]
 
@@ -119,7 +119,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             except ConfigError:
                 continue
     elif origin is Literal:
-        if value in args:
+        if any(value == option and type(value) is type(option) for option in args):
             return value
         names = [option for option in args if isinstance(option, str)]
         raise ConfigError(f"{where} is {value!r}; allowed: {describe(hint)}.{closest(value, names)}")

@@ -81,8 +81,10 @@ class Problem(NamedTuple):
         return jax.device_put(tree, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()))
 
     def images(self, batch: jax.Array) -> jax.Array:
-        """uint8 images as the network's normalised input."""
-        return data.preprocess(self.shard(batch), self.dataset.mean, self.dataset.std)
+        """uint8 images as the network's normalised input; train images stored larger are resized when evaluated."""
+        inputs, shape = self.shard(batch), self.dataset.test.images.shape[1:]
+        inputs = data.preprocess(inputs, self.dataset.mean, self.dataset.std)
+        return inputs if inputs.shape[1:] == shape else jax.image.resize(inputs, (len(inputs), *shape), "linear")
 
     def init(self, key: jax.Array) -> PyTree:
         """Fresh variables; key: a root key."""
@@ -120,9 +122,7 @@ def create_state(problem: Problem, key: jax.Array) -> State:
     """A fresh, dense, untrained network; key: from `key_of`."""
     variables = problem.init(jax.random.wrap_key_data(key))
     params = variables["params"]
-    return State(
-        params, variables["batch_stats"], masks.full(params), (), jnp.zeros((), jnp.int32), key, no_metrics()
-    )
+    return State(params, variables["batch_stats"], masks.full(params), (), jnp.zeros((), jnp.int32), key, no_metrics())
 
 
 class Fit(NamedTuple):
@@ -236,8 +236,10 @@ def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int) -> lis
     """
     size = problem.steps_per_call
     if not size:
-        convolutions = any(trees.is_kernel(path) and leaf.ndim - (problem.members is not None) > 2
-                           for path, leaf in trees.named_leaves(state.params).items())
+        convolutions = any(
+            trees.is_kernel(path) and leaf.ndim - (problem.members is not None) > 2
+            for path, leaf in trees.named_leaves(state.params).items()
+        )
         size = 1 if convolutions and jax.default_backend() == "cpu" else steps_per_epoch
     size = min(size, steps_per_epoch)
     return [size] * (steps_per_epoch // size) + [steps_per_epoch % size] * (steps_per_epoch % size > 0)

@@ -61,8 +61,11 @@ def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]], where: str = "ru
 
 
 def is_kernel(path: str) -> bool:
-    """Whether the leaf at `path` is a convolution or dense kernel (Flax's name for weights)."""
-    return path.rsplit("/", 1)[-1] == "kernel"
+    """Whether `path` names weights: `kernel` (Flax; NNX states end in `kernel/value`), `weight` or `w`."""
+    names = [name.strip(".[]'\"") for name in path.split("/")]
+    if len(names) > 1 and names[-1] == "value":
+        names.pop()
+    return names[-1] in ("kernel", "weight", "w")
 
 
 def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: jax.Array) -> jax.Array:
@@ -88,9 +91,9 @@ def _one_cpu() -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
-def sample(array: jax.Array, stride: int) -> jax.Array | None:
-    """Every `stride`-th entry, where that pays: large arrays on one CPU; elsewhere None."""
-    return array.ravel()[::stride] if array.size >= 2**16 and _one_cpu() else None
+def sample(array: jax.Array, size: int) -> jax.Array | None:
+    """About `size` evenly spaced entries, where that pays: large arrays on one CPU; elsewhere None."""
+    return array.ravel()[:: array.size // size] if array.size >= 8 * size and _one_cpu() else None
 
 
 def fold_sum(function: Callable, *arrays: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Settings of every test: a persistent compilation cache, 8 virtual devices, few hypothesis examples, no deadline while XLA compiles."""
+"""Settings of every test: compilation cache, 8 virtual devices, few hypothesis examples, no deadline for XLA."""
 
 import os
 import pathlib

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from sparsity_jax import allocate, masks, tables
 
 
@@ -127,9 +128,9 @@ def test_structured_masks_of_dense_networks_spare_the_classes():
 def test_misuse_is_explained():
     with pytest.raises(ValueError, match=r"ratio is 1.5; allowed: 0 to 1"):
         allocate.keep_counts(network(), 1.5)
-    with pytest.raises(tables.ConfigError, match="selection is 'globl'; known: global.*Did you mean 'global'"):
+    with pytest.raises(tables.ConfigError, match=r"selection is 'globl'; known: global.*Did you mean 'global'"):
         allocate.check("globl", {}, "config.curve")
-    with pytest.raises(tables.ConfigError, match="scope is 'kernel'; allowed: 'kernels' | 'all'.*Did you mean"):
+    with pytest.raises(tables.ConfigError, match=r"scope is 'kernel'; allowed: 'kernels' \| 'all'.*Did you mean"):
         allocate.check("global", dict(scope="kernel"), "config.curve")
     with pytest.raises(ValueError, match="ERK needs"):
         allocate.erk_ratios({"a": (1, 1)}, 0.5)

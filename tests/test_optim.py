@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from sparsity_jax import optim, polytopes, tables, trees
 
 CLOSE = dict(rtol=1e-9, atol=1e-11)
@@ -176,7 +177,7 @@ def test_weights_stay_feasible(name, rescale_or_none):
     step = jax.jit(tx.update)
     state = tx.init(params)
     for i in range(30):
-        grads = jax.tree.map(lambda p: jax.random.normal(jax.random.fold_in(key, i), p.shape), params)
+        grads = jax.tree.map(lambda p, i=i: jax.random.normal(jax.random.fold_in(key, i), p.shape), params)
         updates, state = step(grads, state, params)
         params = optax.apply_updates(params, updates)
     assert float(jnp.abs(params["a"]).max()) <= 0.3 * (1 + 1e-5)

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import golden_data
 import hypothesis
 import hypothesis.extra.numpy
 import hypothesis.strategies as st
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import golden_data
 from sparsity_jax import polytopes, tables
 
 INPUTS = ("small", "mid", "large", "zeros_inside", "zeros_large", "ones", "all_zero")

@@ -1,0 +1,141 @@
+"""Every config with its variants: it loads, passes all checks, and runs two steps of every training at a tiny size."""
+
+import importlib.util
+import itertools
+import pathlib
+
+import jax
+import pytest
+import tiny
+
+from sparsity_jax import data, pipeline, tables
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"config_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ONESHOT = load("sfw_oneshot")
+CHOICES = {
+    "data": ONESHOT.DATASETS,
+    "arch": ONESHOT.ARCHITECTURES,
+    "constraint": ONESHOT.CONSTRAINTS,
+    "optimizer": ("sfw", "sgd", "adagrad_sfw"),
+    "scheme": ("keep", "decrease_3", "decrease_3_180", "dynamic_change", "multistep", "cosine", "piecewise"),
+    "mode": ("initialization", "diameter", "radius"),
+    "rescale": ("gradient", "diameter", "none"),
+}
+VARIANTS = {
+    "quickstart": [()],
+    "toy_cnn": [(), ("cnn",), ("mlp",), ("story",)],
+    "sfw_oneshot": [
+        (),
+        ("lr=0.5,momentum=0.8,weight_decay=1e-4,k=5,k_frac=0.1,tau=30,sfw_init=1,epochs=3,batch_size=64",),
+        ("optimizer=sgd,scheme=decrease_3,arch=mlp,data=digits",),
+        *((f"{key}={value}",) for key, values in CHOICES.items() for value in values),
+    ],
+}
+ALL = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
+label = lambda value: "".join(value) if isinstance(value, tuple) else value
+
+
+def test_every_config_is_tried():
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(VARIANTS)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL, ids=label)
+def test_configs_pass_all_checks(name, variant, monkeypatch):
+    monkeypatch.setattr(data, "check", lambda **_: None)
+    config = load(name).get_config(*variant)
+    plans, _ = pipeline.check(config)
+    assert plans[0].pipeline == tuple(config.pipeline)
+    for stage in config.pipeline:  # every field is there, to be overridden
+        kind = pipeline.stages.STAGES[config[stage].kind].options
+        missing = {n for n, value in tables.defaults(kind).items() if value is not None} - set(config[stage])
+        assert not missing
+
+
+def test_variants_reach_their_fields():
+    text = "lr=0.5,momentum=0.8,weight_decay=1e-4,k=5,k_frac=0.1,tau=30,sfw_init=1,epochs=3,batch_size=64"
+    config = ONESHOT.get_config(text)
+    optimizer = config.fit.optimizer
+    assert (optimizer.learning_rate, optimizer.momentum, optimizer.weight_decay) == (0.5, 0.8, 1e-4)
+    assert (optimizer.constraint.k, optimizer.constraint.k_frac, optimizer.constraint.tau) == (5, 0.1, 30.0)
+    assert (config.fit.epochs, config.fit.batch_size, config.pipeline[0]) == (3, 64, "sfw_init")
+    original = ONESHOT.get_config()
+    assert (original.fit.epochs, original.fit.optimizer.schedule.name) == (180, "dynamic_change")
+    assert ONESHOT.get_config("optimizer=sgd").fit.optimizer.learning_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("arhc=vgg16", r"variant key is 'arhc'; known: .* Did you mean 'arch'"),
+        ("arch=vgg17", r"variant arch is 'vgg17'; known: .* Did you mean 'vgg16'"),
+        ("data=cifar11", r"variant data is 'cifar11'; known: .*"),
+        ("tau=big", r"variant tau is 'big'; allowed: float"),
+        ("scheme=decreas_3", r"name is 'decreas_3'; known: .* Did you mean 'decrease_3'"),
+    ],
+)
+def test_wrong_variants_are_named(variant, message):
+    with pytest.raises(tables.ConfigError, match=message):
+        ONESHOT.get_config(variant)
+
+
+TINY = {"mlp": dict(widths=[8]), "small_cnn": dict(widths=[4], dense_widths=[8])}
+
+
+def shrink(config) -> dict:
+    """The config with tiny networks, two steps a training, two ratios a curve, and no more than two seeds and arms."""
+    config = pipeline.plain(config)
+    options = TINY.get(config["model"]["name"])
+    config["model"].update(options or dict(name="small_cnn", init="torch", **TINY["small_cnn"]))
+    if options is None:
+        config["model"] = {key: config["model"][key] for key in ("name", "init", "dtype", "widths", "dense_widths")}
+    if len(config["pipeline"]) > 15:  # first and last arm of four; the others are combinations of them
+        config["pipeline"] = config["pipeline"][:1] + config["pipeline"][-5:]
+    config["sweep"] = {key: value[:2] for key, value in config["sweep"].items()}
+    for stage in config.values():
+        kind = stage.get("kind") if isinstance(stage, dict) else None
+        stage.update({"train": dict(epochs=1, batch_size=8)}.get(kind, {})) if kind else None
+        stage.update({"curve": dict(ratios=[0.0, 0.9])}.get(kind, {})) if kind else None
+        stage.update({"sfw_init": dict(iterations=2, batch_size=8)}.get(kind, {})) if kind else None
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("quickstart", ()),
+        ("toy_cnn", ("cnn",)),
+        ("toy_cnn", ("mlp",)),
+        ("toy_cnn", ("story",)),
+        ("sfw_oneshot", ()),
+        ("sfw_oneshot", ("data=tiny,arch=mlp,optimizer=adagrad_sfw,constraint=l2",)),
+        ("sfw_oneshot", ("data=svhn,arch=mlp,sfw_init=1,rescale=diameter",)),
+        ("sfw_oneshot", ("arch=mlp,optimizer=sgd,scheme=cosine",)),
+    ],
+    ids=label,
+)
+def test_configs_run_two_steps(name, variant, tmp_path, monkeypatch):
+    images = tiny.random_set()
+    monkeypatch.setattr(data, "check", lambda **_: None)
+    load_it = lambda *, name="", data_dir="", image_size=0, train_image_size=0, train_limit=0: images
+    monkeypatch.setattr(data, "load", load_it)
+    config = shrink(load(name).get_config(*variant))
+    outcome = pipeline.run(config, tmp_path)
+    for row in outcome.rows:
+        if row["kind"] == "train":
+            assert row["step"] == 2
+            assert 0 <= row["test_accuracy"] <= 1
+        if row["kind"] == "curve":
+            assert row["loss"] > 0
+    expected = itertools.product(dict.fromkeys(config["pipeline"]), range(len(config["sweep"].get("seed", "1"))))
+    assert {(row["stage"], row["member"]) for row in outcome.rows} == set(expected)
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(outcome.state.params))

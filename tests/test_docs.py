@@ -1,0 +1,157 @@
+"""The documentation keeps its word: its snippets run, and what it names exists."""
+
+import ast
+import importlib.util
+import pathlib
+import re
+
+import jax
+import pytest
+
+from sparsity_jax import data, pipeline, stages, tables
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/sfw_options.md", "experiments/LEDGER.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+FULL_VARIANTS = {  # variants that together have every field of a config
+    "quickstart": (None,),
+    "sfw_oneshot": ("", "sfw_init=1", "data=tiny"),
+    "toy_cnn": ("cnn", "mlp", "story"),
+}
+
+
+def load(name: str):
+    """The module of `configs/NAME.py`."""
+    spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config_of(name: str, variant: str | None):
+    module = load(name)
+    return module.get_config() if variant is None else module.get_config(variant)
+
+
+def all_configs() -> list:
+    return [config_of(name, variant) for name, variants in FULL_VARIANTS.items() for variant in variants]
+
+
+def has_field(config, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(config, "keys") or name not in config:
+            return False
+        config = config[name]
+    return True
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def cases(found) -> list:
+    """Parameters of one test each: (document, item) without repetition, in order."""
+    return list(dict.fromkeys((name, item) for name, text in TEXTS.items() for item in found(text)))
+
+
+SNIPPETS = [(name, i) for name, text in TEXTS.items() for i in range(len(blocks(text, "python")))]
+
+
+@pytest.mark.parametrize(("document", "index"), SNIPPETS)
+def test_snippet_runs(document, index):
+    source = blocks(TEXTS[document], "python")[index]
+    exec(compile(source, f"{document}, snippet {index + 1}", "exec"), {"__name__": "snippet"})
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("heading", "last"),
+    [
+        ("Run the quick start", "-m sparsity_jax.run --config configs/quickstart.py --workdir runs/quickstart"),
+        ("Run the tests", "-m pytest -n 2"),
+    ],
+)
+def test_command_below_heading(heading, last):
+    """The form that a script can rely on: a bash block of one line directly below the heading."""
+    found = re.search(rf"^### {heading}\n\n```bash\n(.+)\n```$", TEXTS["README.md"], re.MULTILINE)
+    assert found, f"no one-line bash block directly below {heading!r}"
+    assert found[1].startswith("python3 -m venv .venv && .venv/bin/pip install ")
+    assert found[1].endswith(f"&& .venv/bin/python {last}")
+
+
+def test_readme_has_two_setup_commands():
+    assert len(blocks(TEXTS["README.md"], "bash")) == 2
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_configs_exist(document):
+    """Every `configs/NAME.py:variant` loads, and its model and stage settings are accepted."""
+    found = re.findall(r"configs/(\w+)\.py(?::([\w=.,]+))?", TEXTS[document])
+    for name, variant in dict.fromkeys(found):
+        if name != "NAME":
+            pipeline.check_member(pipeline.plain(config_of(name, variant or None)))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_fields_exist(document):
+    """Every `config.x.y` is a field of some config; those marked † are options that a config file may add."""
+    configs = all_configs()
+    for path, mark in re.findall(r"\bconfig\.([a-z_]\w*(?:\.\w+)*)`?(†?)", TEXTS[document]):
+        if path not in ("json", "FIELD") and not mark:
+            assert any(has_field(config, path) for config in configs), f"{document}: config.{path}"
+
+
+def test_unflagged_fields_are_options():
+    options = {**tables.parameters(data.load), **tables.parameters(stages.curve_options), "rules": None}
+    found = re.findall(r"`(?:config\.)?([\w.]+)[^`]*`†", TEXTS["docs/sfw_options.md"])
+    assert found
+    assert {path.rpartition(".")[2] for path in found} <= set(options)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_overrides_are_accepted(document):
+    """Every `--config.x.y=value` passes the checks of a config that has the field."""
+    configs = all_configs()
+    for path, text in re.findall(r"--config\.([a-z][\w.]*)=(\([^)]*\)|[^\s`'\",;]+)", TEXTS[document]):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        config = next(pipeline.plain(config) for config in configs if has_field(config, path))
+        pipeline.check_member(pipeline.override_all(config, {path: value}))
+
+
+def test_variants_are_accepted():
+    """Every `key=value` or `key=value, other` of the flag table is a variant of sfw_oneshot."""
+    module, known = load("sfw_oneshot"), set()
+    for row in TEXTS["docs/sfw_options.md"].split("## Flags")[1].split("\n## ")[0].splitlines():
+        cells = row.split(" | ")
+        if len(cells) == 3 and "=" in cells[1]:
+            key, values = "", []
+            for quoted in re.findall(r"`([^`]+)`", cells[1]):
+                name, equal, value = quoted.rpartition("=")
+                key = name if equal else key
+                values.append(f"{key}={value}")
+            known |= {value.partition("=")[0] for value in values}
+            for value in values:
+                pipeline.check_member(pipeline.plain(module.get_config(value)))
+    assert known == set(module.VARIANTS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[document]):
+        file, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / file if file else ROOT / document
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_tables_are_whole(document):
+    """Every row of a table has as many cells as its heading."""
+    for table in re.findall(r"(?:^\|.*\n)+", TEXTS[document] + "\n", re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(widths) == 1, table.splitlines()[0]

@@ -1,0 +1,66 @@
+"""The layout: every file of the package has a rank, and imports point upwards only."""
+
+import ast
+import pathlib
+
+import pytest
+
+import sparsity_jax
+
+ROOT = pathlib.Path(sparsity_jax.__file__).parent
+NUMERICS = ("tables", "trees", "masks", "polytopes")  # each may import those before it
+PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate")  # never each other
+RUNS = ("checkpoint", "figures", "report", "train", "stages", "pipeline", "run")  # each may import those before it
+MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")
+ALLOWED = {
+    **{name: set(NUMERICS[:i]) for i, name in enumerate(NUMERICS)},
+    **{name: set(NUMERICS) for name in PARTS},
+    **{name: {*NUMERICS, *PARTS, *RUNS[:i]} for i, name in enumerate(RUNS)},
+    "prepare": {"data", "tables"},
+    "__init__": {*NUMERICS, *PARTS, *RUNS},
+}
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Dotted names below `sparsity_jax` that the file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            inside = node.module.split(".")[0] == "sparsity_jax"
+            package = inside and (ROOT.parent / pathlib.Path(*node.module.split("."))).is_dir()
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if package else {node.module}
+    return {name.split(".", 1)[1] for name in found if name.startswith("sparsity_jax.")}
+
+
+def name_of(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py"))
+
+
+def test_the_parser_sees_imports():
+    assert imports(ROOT / "trees.py") == {"tables"}
+    assert {"checkpoint", "train", "stages"} <= imports(ROOT / "pipeline.py")
+    assert "models.layers" in imports(ROOT / "models" / "mlp.py") | imports(ROOT / "models" / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_upwards(path):
+    module, _, part = name_of(path).partition(".")
+    assert module in ALLOWED, f"{path.name} has no place in the layout"
+    allowed = ALLOWED[module]
+    for name in imports(path):
+        first, _, inner = name.partition(".")
+        if first == module == "models":
+            assert inner in MODELS[: MODELS.index(part)], f"{name_of(path)} imports {name}"
+        else:
+            assert first in allowed, f"{name_of(path)} imports {name}; allowed: {', '.join(sorted(allowed))}"
+
+
+def test_only_prepare_and_the_set_reader_know_tensorflow():
+    users = {name_of(path) for path in FILES if "import tensorflow" in path.read_text(encoding="utf-8")}
+    assert users <= {"data", "prepare"}

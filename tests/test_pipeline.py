@@ -1,0 +1,363 @@
+"""Whole runs in one process: checked configs, sweeps, exact resume from any interruption."""
+
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from sparsity_jax import checkpoint, optim, pipeline, report, tables, train
+
+DYNAMIC = dict(tiny.SFW, schedule=dict(name="dynamic_change"))
+SEEDS = dict(sweep=dict(seed=(0, 1)))
+
+
+def stage(**fields):
+    return pipeline.stage("train", **dict(epochs=2, batch_size=32, optimizer=tiny.SGD) | fields)
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "unknown field": (dict(epocs=3), r"config has no field 'epocs'; fields: .*pipeline"),
+    "near field": (dict(sweep_mod="loop"), r"no field 'sweep_mod'; fields: .* Did you mean 'sweep_mode'"),
+    "missing field": (dict(data=None), r"config\.data is None \(NoneType\); allowed: dict"),
+    "unknown stage field": (dict(fit=stage() | dict(epocs=3)), r"config\.fit has no field 'epocs'; .* mean 'epochs'"),
+    "missing stage field": (dict(fit=dict(kind="train", epochs=1)), r"config\.fit needs the field 'optimizer' \(dict"),
+    "unknown kind": (dict(fit=stage() | dict(kind="tran")), r"config\.fit\.kind is 'tran'; known: .*mean 'train'"),
+    "unknown model": (dict(model=dict(name="mpl")), r"config\.model\.name is 'mpl'; known: .* Did you mean 'mlp'"),
+    "model name of a wrong type": (dict(model=dict(name=["mlp"])), r"config\.model\.name is \['mlp'\]; known: "),
+    "unknown model field": (dict(model=dict(name="mlp", width=(8,))), r"config\.model has no field 'width'.*'widths'"),
+    "unknown init": (dict(model=dict(name="mlp", init="torhc")), r"config\.model\.init is 'torhc'.* mean 'torch'"),
+    "unknown optimizer": (
+        dict(fit=stage(optimizer=dict(name="sgf"))),
+        r"fit\.optimizer\.name is 'sgf'; known: .*'sgd'",
+    ),
+    "unknown schedule": (
+        dict(fit=stage(optimizer=dict(tiny.SGD, schedule=dict(name="cosin")))),
+        r"config\.fit\.optimizer\.schedule\.name is 'cosin'; known: .* Did you mean 'cosine'",
+    ),
+    "unknown constraint": (
+        dict(fit=stage(optimizer=dict(tiny.SFW, constraint=dict(name="k_spars")))),
+        r"constraint\.name is 'k_spars'; known: .* Did you mean 'k_sparse'",
+    ),
+    "unknown data": (dict(data=dict(name="digit")), r"config\.data\.name is 'digit'.* Did you mean 'digits'"),
+    "unknown data field": (dict(data=dict(name="digits", limit=3)), r"config\.data has no field 'limit'"),
+    "unknown selection": (dict(curve=pipeline.stage("curve", selection="globl")), r"selection is 'globl'; known: "),
+    "wrong type": (dict(fit=stage(epochs="3")), r"config\.fit\.epochs is '3' \(str\); allowed: int >= 1"),
+    "wrong common type": (dict(eval_batch_size=1.5), r"config\.eval_batch_size is 1\.5 \(float\); allowed: int >= 1"),
+    "wrong choice": (dict(platform="tpuu"), r"config\.platform is 'tpuu'; allowed: 'default' .* Did you mean 'tpu'"),
+    "out of range": (dict(fit=stage(epochs=0)), r"config\.fit\.epochs is 0; allowed: int >= 1"),
+    "momentum out of range": (
+        dict(fit=stage(optimizer=dict(tiny.SGD, momentum=1.5))),
+        r"config\.fit\.optimizer\.momentum is 1\.5; allowed: float >= 0\.0 and <= 1\.0",
+    ),
+    "Frank-Wolfe rate": (
+        dict(fit=stage(optimizer=dict(tiny.SFW, learning_rate=2))),
+        r"is 2\.0; allowed for sfw: 0 to 1",
+    ),
+    "not data": (dict(title=object()), r"config holds a value that is not plain data"),
+    "no pipeline": (dict(pipeline=()), r"config\.pipeline is empty"),
+    "absent stage": (dict(pipeline=("fti", "curve")), r"pipeline names 'fti', but config has no such.* mean 'fit'"),
+    "nothing trained": (dict(pipeline=("curve", "fit")), r"'curve' \(kind 'curve'\) before any stage of kind 'train'"),
+    "retrain with no training": (
+        dict(curve=pipeline.stage("curve", retrain="cut")),
+        r"config\.curve\.retrain is 'cut'; allowed: a stage of kind 'train': fit, again",
+    ),
+    "retrain from scratch": (
+        dict(curve=pipeline.stage("curve", retrain="again"), again=stage(start="init")),
+        r"config\.curve\.retrain names 'again', whose start is 'init'; allowed: 'current'",
+    ),
+    "sweep of nothing": (
+        dict(sweep=dict(fit=dict(epocs=(1, 2)))),
+        r"names config\.fit\.epocs, which does not exist.*ch",
+    ),
+    "sweep of no list": (dict(sweep=dict(seed=3)), r"config\.sweep\.seed is 3; allowed: a list of values"),
+    "sweep of the network": (
+        dict(sweep=dict(model=dict(widths=([8], [9])))),
+        r"config\.sweep names config\.model\.widths; allowed: seed and fields of stages",
+    ),
+    "sweep of another program": (
+        dict(sweep=dict(fit=dict(epochs=(1, 2)))),
+        r"config\.sweep changes config\.fit .*'loop'",
+    ),
+    "value in a sweep": (dict(sweep=dict(fit=dict(epochs=(1, 0)))), r"config\.fit\.epochs is 0; allowed: int >= 1"),
+}
+LATE_MISTAKES = {  # found when the data and devices are known, still before anything compiles
+    "mesh": (dict(mesh=99), r"config\.mesh is 99; allowed: 0 \(all\) to 8, the local devices"),
+    "batch": (dict(fit=stage(batch_size=129)), r"config\.fit\.batch_size is 129; allowed: up to 128, the train set"),
+    "batch of retraining": (
+        dict(curve=pipeline.stage("curve", retrain="again"), again=stage(batch_size=500)),
+        r"config\.again\.batch_size is 500; allowed: up to 128",
+    ),
+    "batch in a sweep": (
+        dict(sweep=dict(fit=dict(batch_size=(32, 200))), sweep_mode="loop"),
+        r"config\.fit\.batch_size is 200; allowed: up to 128",
+    ),
+    "batch on a mesh": (
+        dict(mesh=8, fit=stage(batch_size=12)),
+        r"config\.fit\.batch_size is 12; allowed: multiples of 8",
+    ),
+    "idle rule": (
+        dict(fit=stage(optimizer=dict(tiny.SFW, constraint=dict(tiny.POLYTOPE, rules=[["conv.*", dict(name="l2")]])))),
+        r"config\.fit: constraint\.rules: 'conv\.\*' decides no parameter",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_stop_before_data_is_loaded(mistake, tmp_path, monkeypatch):
+    fields, message = MISTAKES[mistake]
+    monkeypatch.setattr(pipeline, "build", lambda *_: pytest.fail("data was loaded"))
+    with pytest.raises(tables.ConfigError, match=message):
+        pipeline.run(tiny.config(**dict(pipeline=("fit", "curve")) | fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mistake", LATE_MISTAKES)
+def test_mistakes_that_need_the_data_stop_before_compiling(mistake, tmp_path, monkeypatch):
+    fields, message = LATE_MISTAKES[mistake]
+    monkeypatch.setattr(pipeline, "run_plan", lambda *_: pytest.fail("a plan ran"))
+    with pytest.raises(tables.ConfigError, match=message):
+        pipeline.run(tiny.config("fit", "curve", **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # the corrected config may use it
+
+
+def test_a_config_needs_only_data_a_model_and_stages():
+    plans, separate = pipeline.check(tiny.config("fit"))
+    assert (len(plans), separate, plans[0].configs[0]["seed"]) == (1, False, 0)
+    assert pipeline.base(pipeline=("fit",)).sweep_mode == "auto"
+    with pytest.raises(tables.ConfigError, match=r"kind is 'tran'; known: .* Did you mean 'train'"):
+        pipeline.stage("tran")
+
+
+# Sweeps --------------------------------------------------------------------------------------------------------
+
+
+def test_sweeps_combine_all_values():
+    sweep = dict(seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))
+    plans, separate = pipeline.check(tiny.config("fit", sweep=sweep))
+    assert not separate
+    found = [(values["seed"], values["fit.optimizer.learning_rate"]) for values in plans[0].swept]
+    assert found == [(0, 0.1), (0, 0.3), (1, 0.1), (1, 0.3)]
+    assert [own["fit"]["optimizer"]["learning_rate"] for own in plans[0].configs] == [0.1, 0.3, 0.1, 0.3]
+    loop, separate = pipeline.check(tiny.config("fit", sweep=sweep, sweep_mode="loop"))
+    assert separate
+    assert [len(plan.configs) for plan in loop] == [1] * 4
+    conv, separate = pipeline.check(tiny.config("fit", sweep=sweep, model=dict(name="small_cnn")))
+    assert separate  # convolutions are not run side by side
+    assert len(conv) == 4
+
+
+def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
+    sweep = dict(fit=dict(optimizer=dict(learning_rate=(0.02, 0.2))))
+    together = pipeline.run(tiny.config("fit", "curve", sweep=sweep), tmp_path / "vmap")
+    compiled = []
+    once = train.Problem.once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Problem, "once", lambda self, name, make: once(self, name, spy(make, name, compiled)))
+        loop = pipeline.run(tiny.config("fit", "curve", sweep=sweep, sweep_mode="loop"), tmp_path / "loop")
+    assert len(compiled) == len(set(compiled))  # both members share every program
+    assert len(together.rows) == len(loop.rows) == 10
+    of = lambda rows, rate: [row for row in rows if row["fit.optimizer.learning_rate"] == rate]
+    for rate in (0.02, 0.2):
+        alone = tiny.config("fit", "curve", fit=stage(optimizer=dict(tiny.SGD, learning_rate=rate)))
+        single = pipeline.run(alone, tmp_path / f"single{rate}").rows
+        for a, b, c in zip(of(together.rows, rate), of(loop.rows, rate), single, strict=True):
+            assert (a["stage"], a.get("epoch"), a.get("ratio")) == (c["stage"], c.get("epoch"), c.get("ratio"))
+            loss = "train_loss" if a["stage"] == "fit" else "loss"
+            np.testing.assert_allclose([a[loss], b[loss]], c[loss], rtol=1e-4)
+            assert b[loss] == c[loss]  # the very same program
+    assert {row["member"] for row in loop.rows} == {0, 1}
+
+
+def spy(make, name, compiled):
+    def made():
+        compiled.append(name)
+        return make()
+
+    return made
+
+
+# One run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(config, workdir, outcome) of a run over all kinds of stages."""
+    workdir = tmp_path_factory.mktemp("run") / "deep" / "finished"
+    config = tiny.config("learn", "fit", "curve", "weights", "cut", "again", "curve", title="All stages")
+    return config, workdir, pipeline.run(config, workdir)
+
+
+def test_rows_say_where_they_come_from(finished):
+    _, workdir, outcome = finished
+    order = ["learn"] * 3 + ["fit"] * 2 + ["curve"] * 3 + ["weights", "cut", "again"] + ["curve"] * 3
+    assert [row["stage"] for row in outcome.rows] == order
+    assert [row["visit"] for row in outcome.rows if row["stage"] == "curve"] == [1, 1, 1, 2, 2, 2]
+    assert {row["arm"] for row in outcome.rows[:10]} == {"fit"}
+    assert {row["arm"] for row in outcome.rows[10:]} == {"again"}
+    assert {row["member"] for row in outcome.rows} == {0}
+    assert report.read_rows(workdir / "metrics.jsonl") == json.loads(json.dumps(outcome.rows))
+    assert "All stages" in (workdir / "report.html").read_text(encoding="utf-8")
+    first, second = ([r for r in outcome.rows if r["kind"] == "curve" and r["visit"] == v] for v in (1, 2))
+    assert first[1]["num_kept"] == second[0]["num_kept"] == 592  # cut in half for good
+    assert outcome.state.opt_state == ()
+
+
+def test_a_finished_run_is_not_repeated(finished, monkeypatch):
+    config, workdir, outcome = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    page = (workdir / "report.html").read_bytes()
+    monkeypatch.setattr(train, "make_step", lambda *_: pytest.fail("it trained again"))
+    monkeypatch.setattr(train, "evaluation", lambda *_: pytest.fail("it evaluated again"))
+    started = time.monotonic()
+    again = pipeline.run(config, workdir)
+    assert time.monotonic() - started < 20
+    tiny.same(again.state, outcome.state)
+    assert again.rows == json.loads(json.dumps(outcome.rows))
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert (workdir / "report.html").read_bytes() == page
+
+
+def test_a_workdir_of_another_config_is_refused_and_kept(finished):
+    config, workdir, _ = finished
+    before = {path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()}
+    other = config | dict(fit=stage(epochs=3), seed=1, more=pipeline.stage("histogram"))
+    with pytest.raises(tables.ConfigError) as error:
+        pipeline.run(other, workdir)
+    message = str(error.value)
+    assert "holds a run of another config; use another --workdir" in message
+    assert "config.fit.epochs: 2 there, 3 now" in message
+    assert "config.seed: absent there, 1 now" in message
+    assert "config.more: absent there" in message
+    assert "config.curve" not in message
+    assert before == {path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()}
+
+
+def test_a_damaged_config_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(tables.ConfigError, match=r"config\.json is not readable as JSON .*; use another --workdir"):
+        pipeline.run(tiny.config("fit"), tmp_path)
+
+
+def test_eight_devices_train_and_resume(tmp_path):
+    config = tiny.config("fit", "curve", mesh=0, fit=stage(optimizer=tiny.SFW))
+    outcome = pipeline.run(config, tmp_path / "eight")
+    alone = pipeline.run(config | dict(mesh=1), tmp_path / "one")
+    for a, b in zip(outcome.rows, alone.rows, strict=True):
+        name = "train_loss" if a["kind"] == "train" else "loss"
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-3)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(outcome.state.params))
+    tiny.same(pipeline.run(config, tmp_path / "eight").state, outcome.state)
+
+
+# Interruptions -------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a kill: nobody catches it, so nothing is saved on the way out."""
+
+
+RESUMED = {
+    "sgd": tiny.config("fit", steps_per_call=3),
+    "sfw": tiny.config("fit", "cut", "again", fit=stage(optimizer=DYNAMIC), steps_per_call=3),
+    "sfw_init": tiny.config("learn", "fit", "weights"),
+    "curve": tiny.config("fit", "curve", curve=pipeline.stage("curve", ratios=tuple(i / 40 for i in range(40)))),
+    "retrained curve": tiny.config("fit", "retrained", "curve"),
+    "vmap": tiny.config("learn", "fit", "curve", **SEEDS),
+    "loop": tiny.config("fit", "curve", sweep_mode="loop", **SEEDS),
+}
+
+
+def interrupt_at(monkeypatch, number, error):
+    """The show of the update `number` (from 1) of all coming ones raises; returns how often it was called."""
+    calls, show = [], pipeline.Display.show
+
+    def interrupted(self, done, rows):
+        calls.append(done)
+        if len(calls) == number:
+            raise error
+        return show(self, done, rows)
+
+    monkeypatch.setattr(pipeline.Display, "show", interrupted)
+    return calls
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
+    config, build, problems = RESUMED[case], pipeline.build, []
+
+    def build_once(plans):  # the same config is the same problem, with its compiled programs
+        problems.extend([] if problems else [build(plans)])
+        return problems[0]
+
+    monkeypatch.setattr(pipeline, "build", build_once)
+    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
+    with monkeypatch.context() as patch:
+        calls = interrupt_at(patch, 0, None)
+        expected = pipeline.run(config, tmp_path / "whole")
+        total = len(calls)
+    rows = tiny.timeless(json.loads(json.dumps(expected.rows)))
+    assert total >= 3
+    for number in range(1, total + 1):
+        error = KeyboardInterrupt if number % 2 else Killed
+        own, workdir = config | dict(checkpoint_seconds=60.0 if number % 2 else 0.0), tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            calls = interrupt_at(patch, number, error)
+            with pytest.raises(error):
+                pipeline.run(own, workdir)
+        assert len(calls) == number
+        with monkeypatch.context() as patch:
+            calls = interrupt_at(patch, 0, None)
+            outcome = pipeline.run(own, workdir)
+        assert len(calls) < total or number == 1 or case in ("sfw_init", "vmap")
+        tiny.same(outcome.state, expected.state)
+        assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows, f"interrupted at update {number}"
+        written = workdir / "metrics.jsonl" if case != "loop" else workdir / "member_001" / "metrics.jsonl"
+        assert tiny.timeless(report.read_rows(written)) == (
+            [dict(row, member=0) for row in rows if row["member"]] if case == "loop" else rows
+        )
+
+
+def test_a_run_interrupted_again_and_again_ends_the_same(tmp_path, monkeypatch):
+    config = tiny.config("fit", "cut", "again", "curve", steps_per_call=3, checkpoint_seconds=0.0)
+    problem = pipeline.build(pipeline.check(config)[0])
+    monkeypatch.setattr(pipeline, "build", lambda _: problem)
+    expected = pipeline.run(config, tmp_path / "whole")
+    for _ in range(8):  # 4 updates of fit, cut, 2 of again, curve
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 1, KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run(config, tmp_path / "broken")
+    outcome = pipeline.run(config, tmp_path / "broken")
+    tiny.same(outcome.state, expected.state)
+    assert tiny.timeless(outcome.rows) == tiny.timeless(json.loads(json.dumps(expected.rows)))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
+    wild = stage(optimizer=dict(tiny.SGD, learning_rate=1e20))
+    config = tiny.config("fit", "curve", "wild", wild=wild, steps_per_call=1, checkpoint_seconds=0.0)
+    good = pipeline.run(tiny.config("fit", "curve"), tmp_path / "good")
+    for _ in range(2):  # the same call finds the same step again
+        with pytest.raises(train.NonFiniteLossError, match=r"wild: .* not finite at step [12] \(epoch 1\)"):
+            pipeline.run(config, tmp_path / "bad")
+    saved = checkpoint.Checkpoints(tmp_path / "bad")
+    progress = saved.progress()
+    assert (progress.stage, progress.begun) == (2, True)
+    assert tiny.timeless(progress.rows) == tiny.timeless(json.loads(json.dumps(good.rows)))
+    fit = tiny.fit(dict(tiny.SGD, learning_rate=1e20))
+    like, _ = tiny.start(tiny.problem(), fit)
+    state = saved.restore(checkpoint.abstract(like))
+    saved.close()
+    assert int(state.metrics.bad_step) == -1
+    assert bool(np.isfinite(state.metrics.loss))
+
+
+def test_optimizer_settings_have_every_field():
+    made = pipeline.stage("train", epochs=1, optimizer=optim.settings("sfw"))
+    assert {"momentum", "rescale", "schedule", "constraint", "norms"} <= set(made["optimizer"])
+    assert made["start"] == "current"
+    pipeline.check(tiny.config("fit", fit=made))

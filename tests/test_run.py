@@ -1,0 +1,129 @@
+"""The command line as a user meets it: whole runs in processes of their own, kills, and messages for mistakes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from sparsity_jax import report
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+QUICK = (  # the quick start, made shorter; three seeds at once
+    "--config.data.train_limit=128",
+    "--config.data.test_limit=60",
+    "--config.model.widths=(16,)",
+    "--config.fit_sfw.epochs=3",
+    "--config.fit_sgd.epochs=3",
+    "--config.fit_sfw.evaluate_every=1",
+    "--config.curve.ratios=(0.0,0.5,0.9)",
+    "--config.steps_per_call=1",
+    "--config.checkpoint_seconds=0.0",
+)
+
+
+def start(workdir, *arguments, config="configs/quickstart.py"):
+    where = [] if workdir is None else ["--workdir", str(workdir)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the same programs again and again
+    return subprocess.Popen(
+        [sys.executable, "-m", "sparsity_jax.run", "--config", str(config), *where, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process) -> str:
+    """What a successful process printed."""
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def wait_for_rows(process, path, count):
+    """Returns once the metrics file has so many lines; the process must still run."""
+    for _ in range(2400):
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    pytest.fail("no rows came")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(workdir, printed) of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, finish(start(workdir, *QUICK))
+
+
+def test_the_quick_start_ends_with_a_report(whole):
+    workdir, printed = whole
+    assert f"report: {workdir / 'report.html'}" in printed
+    assert "1/6 fit_sfw: done in" in printed  # plain lines where there is no terminal
+    assert "Traceback" not in printed
+    assert "Warning" not in printed
+    page = (workdir / "report.html").read_text(encoding="utf-8")
+    assert "Train once, prune to any sparsity" in page
+    assert list((workdir / "figures").glob("*.png"))
+    rows = report.read_rows(workdir / "metrics.jsonl")
+    assert [row["seed"] for row in rows[:3]] == [0, 1, 2]
+    assert {row["stage"] for row in rows} == {"fit_sfw", "fit_sgd", "curve", "weights"}
+    assert len([row for row in rows if row["stage"] == "curve"]) == 2 * 3 * 3
+    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    assert config["fit_sfw"]["epochs"] == 3
+    assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_killed_runs_continue_to_the_same_rows(whole, tmp_path):
+    expected = tiny.timeless(report.read_rows(whole[0] / "metrics.jsonl"))
+    signals = {"kill": (signal.SIGKILL, -9, 3), "term": (signal.SIGTERM, 130, 6)}
+    running = {name: start(tmp_path / name, *QUICK) for name in signals}
+    for name, (number, code, rows) in signals.items():
+        wait_for_rows(running[name], tmp_path / name / "metrics.jsonl", rows)
+        running[name].send_signal(number)
+        printed, _ = running[name].communicate(timeout=60)
+        assert running[name].returncode == code, printed
+        assert "Traceback" not in printed
+        if name == "term":
+            assert f"interrupted: the same command continues {tmp_path / name}" in printed
+        assert len(report.read_rows(tmp_path / name / "metrics.jsonl")) < len(expected)
+    again = {name: start(tmp_path / name, *QUICK) for name in signals}
+    for name in signals:
+        assert f"continuing {tmp_path / name} in stage" in finish(again[name])
+        assert tiny.timeless(report.read_rows(tmp_path / name / "metrics.jsonl")) == expected
+
+
+def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
+    commands = {
+        "unknown field": (start(tmp_path / "a", "--config.fit_sfw.epocs=3"), "epocs", "epochs"),
+        "wrong type": (start(tmp_path / "b", "--config.fit_sfw.epochs=many"), "epochs", "many"),
+        "missing file": (
+            start(tmp_path / "c", config="configs/quikstart.py"),
+            "names configs/quikstart.py, which is not there",
+        ),
+        "missing workdir": (start(None), "--workdir"),
+        "out of range": (
+            start(tmp_path / "d", "--config.fit_sfw.epochs=0"),
+            "error: config.fit_sfw.epochs is 0",
+            ">= 1",
+        ),
+        "other config": (start(whole[0], *QUICK, "--config.fit_sgd.epochs=4"), "config.fit_sgd.epochs: 3 there, 4 now"),
+        "wrong variant": (start(tmp_path / "e", config="configs/toy_cnn.py:mpl"), "'mpl'", "Did you mean 'mlp'?"),
+    }
+    results = {mistake: command[0].communicate(timeout=120)[0] for mistake, command in commands.items()}
+    for mistake, (process, *words) in commands.items():
+        printed = results[mistake]
+        assert process.returncode not in (0, None), mistake
+        for word in words:
+            assert word in printed, f"{mistake}: {printed}"
+        assert len(printed.strip().splitlines()) < 40, f"{mistake}: {printed}"
+    assert not any((tmp_path / name).exists() for name in "abcde")

@@ -1,0 +1,228 @@
+"""What each stage does to a network, against plain NumPy and the original's numbers."""
+
+import golden_data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sparsity_jax import allocate, masks, stages, tables, train, trees
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return tiny.problem()
+
+
+@pytest.fixture(scope="module")
+def trained(problem):
+    return stages.without_optimizer(tiny.trained(problem, tiny.fit(epochs=4))[0])
+
+
+def settings(kind, **fields):
+    row = stages.STAGES[kind]
+    return row.options("config.x", **tables.check_options(row.options, fields, "config.x"))
+
+
+def run(problem, state, kind, own, rows=(), others=None):
+    """(state, rows) after the stage, of one member."""
+    found = list(rows)
+    place = stages.Place("x", 1, others or {})
+    for update in stages.STAGES[kind].run(problem, state, [own], place, [list(rows)]):
+        found += update.rows[0]
+        state = state if update.state is None else update.state
+    return state, found
+
+
+def brute_force(problem, state, ratio, split):
+    """(loss, accuracy, weights kept) of the network without its smallest kernel entries, in NumPy."""
+    params = {path: np.asarray(leaf, np.float64) for path, leaf in trees.named_leaves(state.params).items()}
+    kernels = [path for path in params if trees.is_kernel(path)]
+    sizes = np.sort(np.concatenate([np.abs(params[path]).ravel() for path in kernels]))
+    cut = round(ratio * sizes.size)
+    threshold = sizes[cut] if cut < sizes.size else np.inf
+    for path in kernels:
+        params[path] = np.where(np.abs(params[path]) >= threshold, params[path], 0)
+    images, labels = getattr(problem.dataset, split)
+    x = ((images / 255 - problem.dataset.mean) / problem.dataset.std).reshape(len(images), -1)
+    hidden = np.maximum(x @ params["dense1/kernel"] + params["dense1/bias"], 0)
+    logits = hidden @ params["fc/kernel"] + params["fc/bias"]
+    top = logits.max(1)
+    loss = top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(labels)), labels]
+    return loss.mean(), (logits.argmax(1) == labels).mean(), sum((params[path] != 0).sum() for path in kernels)
+
+
+def test_a_curve_equals_evaluating_every_pruned_network(problem, trained):
+    own = settings("curve", ratios=(0.0, 0.3, 0.9, 0.99, 1.0), splits=("test", "train"))
+    state, rows = run(problem, trained, "curve", own)
+    tiny.same(state, trained)
+    assert [(row["ratio"], row["split"]) for row in rows] == [(r, s) for r in own.ratios for s in own.splits]
+    for row in rows:
+        loss, accuracy, kept = brute_force(problem, trained, row["ratio"], row["split"])
+        np.testing.assert_allclose(row["loss"], loss, rtol=1e-4)
+        np.testing.assert_allclose(row["accuracy"], accuracy, atol=1e-6)
+        assert (row["num_kept"], row["num_prunable"]) == (kept, 1184)
+        zeros = sum(share * n for share, n in zip(row["layers"].values(), (1024, 160), strict=True))
+        assert round(zeros) == 1184 - kept
+
+
+def test_two_hundred_ratios_compile_once_and_write_nothing(problem, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fresh = problem._replace(compiled={})
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    one = settings("curve", ratios=(0.5,))
+    run(fresh, trained, "curve", one)
+    before, many = len(compiled), settings("curve", ratios=tuple(i / 200 for i in range(200)))
+    assert before
+    _, rows = run(fresh, trained, "curve", many)
+    assert len(compiled) == before
+    (curve,) = (function for name, function in fresh.compiled.items() if name[0] == "curve")
+    assert curve._cache_size() == 1
+    assert len(rows) == 200
+    assert [row["num_kept"] for row in rows] == [allocate.num_kept(1184, ratio) for ratio in many.ratios]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("selection", "options"),
+    [("layerwise", {}), ("random", {}), ("structured", dict(layer_ratios="uniform")), ("global", dict(scope="all"))],
+)
+def test_other_selections_cut_the_counts_they_promise(problem, trained, selection, options):
+    own = settings("curve", ratios=(0.0, 0.5), selection=selection, **options)
+    _, rows = run(problem, trained, "curve", own)
+    dense, half = rows
+    assert dense["num_kept"] == dense["num_prunable"]
+    assert half["selection"] == selection
+    if selection == "structured":  # the classifier keeps its outputs
+        assert half["layers"] == pytest.approx({"dense1/kernel": 0.5, "fc/kernel": 0.0}, abs=1e-6)
+    else:
+        assert half["num_kept"] == half["num_prunable"] // 2
+    if selection == "layerwise":
+        assert half["layers"] == pytest.approx({"dense1/kernel": 0.5, "fc/kernel": 0.5}, abs=1e-6)
+    assert half["num_prunable"] == (1184 + 26 if options.get("scope") == "all" else 1184)
+
+
+def test_retraining_starts_from_the_same_network_at_every_ratio(problem, trained):
+    others = {"again": [tiny.fit(dict(tiny.SGD, learning_rate=0.02), epochs=1)]}
+    own = settings("curve", ratios=(0.5, 0.9), retrain="again")
+    state, rows = run(problem, trained, "curve", own, others=others)
+    tiny.same(state, trained)
+    _, alone = run(problem, trained, "curve", settings("curve", ratios=(0.9,), retrain="again"), others=others)
+    assert rows[1] == alone[0]
+    _, bare = run(problem, trained, "curve", settings("curve", ratios=(0.5, 0.9)))
+    assert [row["num_kept"] for row in rows] == [row["num_kept"] for row in bare]
+    assert rows[1]["loss"] < bare[1]["loss"]
+    assert [row["retrained"] for row in rows + bare] == [True, True, False, False]
+
+
+def test_a_curve_continues_behind_the_rows_it_has(problem, trained):
+    own = settings("curve", ratios=(0.0, 0.5, 0.9), splits=("test", "train"))
+    _, rows = run(problem, trained, "curve", own)
+    assert run(problem, trained, "curve", own, rows[:2])[1] == rows
+    assert run(problem, trained, "curve", own, rows)[1] == rows
+
+
+def test_the_histogram_has_the_originals_bins():
+    golden = golden_data.load("05_magnitude_pruning.npz")
+    with jax.enable_x64(True):
+        params = {"fc": {"kernel": jnp.asarray(golden["flat_params"])}}
+        counts = jax.jit(lambda p: stages.magnitude_histogram(p, "all"))(params)
+    np.testing.assert_array_equal(stages.magnitude_thresholds(), golden["hist_thresholds"])
+    np.testing.assert_array_equal(counts["count_above"], golden["hist_count_above"])
+
+
+def test_the_histogram_counts_every_weight_once(problem, trained):
+    state = trained._replace(params=jax.tree.map(lambda leaf: jnp.where(leaf > 0.1, 0, leaf), trained.params))
+    same, rows = run(problem, state, "histogram", settings("histogram", bins=20, scope="kernels"))
+    tiny.same(same, state)
+    (row,) = rows
+    flat = np.concatenate([np.abs(np.ravel(state.params[layer]["kernel"])) for layer in ("dense1", "fc")])
+    assert (len(row["counts"]), len(row["edges"])) == (20, 21)
+    assert sum(row["counts"]) + row["num_zero"] == flat.size
+    assert row["num_zero"] == (flat == 0).sum()
+    expected = np.histogram(np.log10(np.maximum(flat[flat > 0], 1e-12)), row["edges"])[0]
+    np.testing.assert_array_equal(row["counts"], expected)
+    assert row["count_above"] == [(flat > t).sum() for t in row["threshold"]]
+
+
+def test_learned_scales_lower_the_loss_after_a_step(problem):
+    state = stages.without_optimizer(train.create_state(problem, train.key_of(0)))
+    big = jax.tree.map(lambda leaf: 4 * leaf, state.params)
+    fields = dict(iterations=30, batch_size=64, scale_learning_rate=0.05, constraint=tiny.POLYTOPE)
+    after, rows = run(problem, state._replace(params=big), "sfw_init", settings("sfw_init", **fields))
+    assert [row["iteration"] for row in rows] == [1, 10, 20, 30]
+    assert rows[-1]["loss_after"] < 0.8 * rows[0]["loss_after"]
+    for path, leaf in trees.named_leaves(after.params).items():  # every array is a multiple of what it was
+        old = trees.named_leaves(big)[path]
+        scale = np.linalg.norm(leaf) / np.linalg.norm(old)
+        np.testing.assert_allclose(leaf, scale * old, rtol=1e-4, atol=1e-6)
+    assert int(after.step) == 0
+
+
+def test_pruned_weights_stay_zero_in_later_training(problem, trained):
+    state, rows = run(problem, trained, "prune", settings("prune", ratio=0.8))
+    (row,) = rows
+    kernels = allocate.prunable(state.masks, "kernels")
+    assert sum(int(mask.sum()) for mask in kernels.values()) == allocate.num_kept(1184, 0.8)
+    assert row["layers"] == {path: pytest.approx(1 - float(mask.mean())) for path, mask in kernels.items()}
+    fit = tiny.fit(epochs=1)
+    place = stages.Place("again", 2, {})
+    begun = stages.begin_train(problem, state, [fit], place)
+    *_, last = stages.run_train(problem, begun, [fit], place, [[]])
+    assert float(jnp.abs(last.state.params["fc"]["kernel"] - state.params["fc"]["kernel"]).max()) > 0
+    for path, mask in kernels.items():
+        assert not np.asarray(trees.named_leaves(last.state.params)[path])[~np.asarray(mask)].any()
+    tiny.same(last.state.masks, state.masks)
+    again, _ = run(problem, stages.without_optimizer(last.state), "prune", settings("prune", ratio=0.9))
+    assert all(bool((old | ~new).all()) for new, old in zip(*map(jax.tree.leaves, (again.masks, state.masks))))
+
+
+def test_structured_pruning_takes_whole_filters(problem, trained):
+    own = settings("prune", ratio=0.25, selection="structured")
+    state, _ = run(problem, trained, "prune", own)
+    kept = np.asarray(state.masks["dense1"]["kernel"])
+    assert (kept == kept[:1]).all()
+    norms = np.abs(np.asarray(trained.params["dense1"]["kernel"])).sum(0)
+    np.testing.assert_array_equal(np.flatnonzero(~kept[0]), np.sort(np.argsort(norms)[:4]))
+    assert bool(state.masks["fc"]["kernel"].all())
+
+
+def test_start_init_gives_the_first_network_again(problem, trained):
+    fit = tiny.fit(start="init", shift_inside=False)
+    pruned = trained._replace(masks=jax.tree.map(lambda leaf: leaf & False, trained.masks))
+    begun = stages.begin_train(problem, pruned, [fit], stages.Place("fit", 3, {}))
+    tiny.same(begun.params, jax.jit(lambda key: train.create_state(problem, key))(train.key_of(0)).params)
+    assert float(masks.density(begun.masks)) == 1.0
+
+
+def test_training_starts_inside_the_feasible_sets(problem):
+    small = dict(tiny.SFW, constraint=dict(tiny.POLYTOPE, mode="radius", tau=1e-3))
+    state, numbers = tiny.start(problem, tiny.fit(small))
+    radii = trees.named_leaves(jax.tree.map(lambda s: s.radius, numbers["sets"], is_leaf=lambda s: hasattr(s, "lmo")))
+    for path, leaf in trees.named_leaves(state.params).items():
+        assert float(jnp.abs(leaf).max()) <= 1.0001 * float(radii[path])
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("curve", dict(ratios=()), "must not be empty"),
+        ("curve", dict(ratios=(0.5, 1.5)), r"ratios\[1\] is 1.5; allowed: float >= 0.0 and <= 1.0"),
+        ("curve", dict(selection="structured", scope="all"), "has no field 'scope'; fields: granularity, layer_ratios"),
+        ("prune", dict(ratio=0.5, selection="globl"), "selection is 'globl'; known: .* Did you mean 'global'"),
+        ("train", dict(epochs=1, optimizer=tiny.SGD, loss=dict(name="l2")), "loss.name is 'l2'; known: cross_entropy"),
+        ("train", dict(epochs=1, optimizer=tiny.SGD, augment="flop"), "Did you mean 'flip'"),
+        (
+            "train",
+            dict(epochs=2, optimizer=dict(tiny.SGD, schedule=dict(name="cosine", warmup_epochs=2))),
+            r"config\.x\.optimizer\.schedule: warmup_epochs is 2.0; allowed: below epochs \(2\)",
+        ),
+    ],
+)
+def test_options_that_cannot_work_are_named(kind, fields, message):
+    with pytest.raises(tables.ConfigError, match=message):
+        settings(kind, **fields)

@@ -1,0 +1,224 @@
+"""The training step, its loop and evaluation, on one device, on eight, and for several members at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from sparsity_jax import losses, masks, stages, train, trees
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return tiny.problem()
+
+
+def one_step(problem, fit):
+    """(compiled step, its arguments after the state and numbers)."""
+    order = jnp.arange(problem.dataset.train.images.shape[0])
+    return jax.jit(train.make_step(problem, fit)), (order, 0, problem.train_images, problem.train_labels)
+
+
+def batch_loss(problem, state, index):
+    inputs = problem.images(problem.train_images[index])
+    logits = problem.model.apply({"params": state.params, "batch_stats": state.batch_stats}, inputs)
+    return float(losses.cross_entropy(logits, problem.train_labels[index]).mean())
+
+
+def test_a_step_lowers_the_loss_of_its_batch(problem):
+    fit = tiny.fit()
+    state, numbers = tiny.start(problem, fit)
+    step, rest = one_step(problem, fit)
+    batch = jnp.arange(fit.batch_size)
+    after = step(state, numbers, *rest)
+    assert batch_loss(problem, after, batch) < batch_loss(problem, state, batch)
+    np.testing.assert_allclose(after.metrics.loss, batch_loss(problem, state, batch), rtol=1e-5)
+    assert (int(after.step), int(after.metrics.examples), int(after.metrics.bad_step)) == (1, fit.batch_size, -1)
+
+
+def test_a_step_is_that_of_plain_optax(problem):
+    fit = tiny.fit()
+    state, numbers = tiny.start(problem, fit)
+    step, rest = one_step(problem, fit)
+    params, tx = state.params, optax.sgd(0.1, momentum=0.9)
+    opt_state = tx.init(params)
+    images = (problem.dataset.train.images / 255 - problem.dataset.mean) / problem.dataset.std
+
+    @jax.jit
+    def plain(params, opt_state, x, y):
+        def loss(params):
+            logits, _ = problem.model.apply_train({"params": params, "batch_stats": {}}, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    for i in range(4):
+        batch = slice(32 * i, 32 * i + 32)
+        params, opt_state = plain(params, opt_state, images[batch], problem.dataset.train.labels[batch])
+        state = step(state, numbers, *rest)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.params, params)
+
+
+@pytest.mark.parametrize("optimizer", [tiny.SGD, dict(tiny.SFW, schedule=dict(name="dynamic_change"))])
+def test_no_step_waits_for_the_host(problem, optimizer):
+    fit = tiny.fit(optimizer)
+    state, numbers = tiny.start(problem, fit)
+    step, rest = one_step(problem, fit)
+    rest = jax.device_put(rest)
+    step(state, numbers, *rest)  # constants move while compiling
+    with jax.transfer_guard("disallow"), jax.debug_nans(False):
+        for _ in range(3):
+            state = step(state, numbers, *rest)
+    assert int(state.step) == 3
+
+
+def test_steps_have_no_nan_on_the_way(problem):
+    fit = tiny.fit(tiny.SFW)
+    with jax.debug_nans(True):
+        state, numbers = tiny.start(problem, fit)
+        step, rest = one_step(problem, fit)
+        state = step(step(state, numbers, *rest), numbers, *rest)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+
+
+def test_steps_one_by_one_equal_a_scan_of_an_epoch(problem):
+    fit = tiny.fit(tiny.SFW)
+    scanned, rows = tiny.trained(problem, fit)
+    single, single_rows = tiny.trained(problem._replace(steps_per_call=1, compiled={}), fit)
+    uneven, _ = tiny.trained(problem._replace(steps_per_call=3, compiled={}), fit)  # 3 + 1 steps an epoch
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, scanned, single)
+    jax.tree.map(close, scanned, uneven)
+    for a, b in zip(rows, single_rows, strict=True):
+        assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
+        np.testing.assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
+
+
+def test_every_epoch_sees_every_example_once_in_a_new_order(problem):
+    seen = {}
+
+    def spy(state, numbers, order, position, images, labels):
+        seen[int(state.step) // 4] = np.asarray(order)
+        return state._replace(step=state.step + 4)
+
+    fit = tiny.fit(epochs=3)
+    state, numbers = tiny.start(problem, fit)
+    state = state._replace(metrics=state.metrics._replace(examples=jnp.ones((), jnp.int32)))
+    spied = problem._replace(compiled={(fit.program(), 4): spy})
+    list(train.fit_epochs(spied, state, fit, numbers, 0))
+    assert sorted(seen) == [0, 1, 2]
+    assert all(sorted(order.tolist()) == list(range(128)) for order in seen.values())
+    assert not any((seen[a] == seen[b]).all() for a, b in ((0, 1), (1, 2), (0, 2)))
+
+
+def test_members_side_by_side_equal_single_runs(problem):
+    fit = tiny.fit(tiny.SFW)
+    both = problem._replace(members=2, compiled={})
+    keys = jnp.stack([train.key_of(0), train.key_of(1)])
+    state = jax.jit(both.lift(lambda key: train.create_state(both, key)))(keys)
+    numbers = train.numbers_of(both, state, [fit.recipe] * 2)
+    state = jax.jit(both.lift(lambda s, n: train.begin(both, s, fit, n)))(state, numbers)
+    rows = [[], []]
+    for update in train.fit_epochs(both, state, fit, numbers, 0):
+        state = update.state
+        for own, new in zip(rows, update.rows, strict=True):
+            own.extend(new)
+    for seed in (0, 1):
+        alone, alone_rows = tiny.trained(problem, fit, seed)
+        member = jax.tree.map(lambda leaf, seed=seed: leaf[seed], state)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        jax.tree.map(close, member, alone)
+        for a, b in zip(rows[seed], alone_rows, strict=True):
+            np.testing.assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
+            assert a["test_accuracy"] == pytest.approx(b["test_accuracy"], abs=0.021)  # one example of 50
+    assert rows[0][-1]["train_loss"] != rows[1][-1]["train_loss"]
+
+
+def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem):
+    fit = tiny.fit(tiny.SFW)
+    wide = tiny.problem(mesh=0)
+    assert len(jax.local_devices()) == 8
+    assert wide.mesh.size == 8
+    state, numbers = tiny.start(wide, fit)
+    state = wide.place(state)
+    order = wide.place(jnp.arange(128))
+    batches = jax.jit(lambda images: wide.images(images[:32]))(wide.train_images)
+    assert {shard.data.shape for shard in batches.addressable_shards} == {(4, 8, 8, 1)}
+    step = jax.jit(train.make_step(wide, fit))
+    compiled = step.lower(state, numbers, order, 0, wide.train_images, wide.train_labels).compile()
+    text = compiled.as_text()
+    assert "all-reduce" in text  # of the gradients
+    assert "f32[4,64]" in text  # a device's share of the inputs
+    assert "f32[32,64]" not in text
+    sharded, rows = tiny.trained(wide, fit)
+    alone, alone_rows = tiny.trained(problem, fit)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), sharded.params, alone.params)
+    for a, b in zip(rows, alone_rows, strict=True):
+        np.testing.assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
+        np.testing.assert_allclose(a["test_loss"], b["test_loss"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", [tiny.SGD, tiny.SFW])
+def test_pruned_weights_stay_zero(problem, optimizer):
+    fit = tiny.fit(optimizer, epochs=1)
+    state, numbers = tiny.start(problem, fit)
+    kept = jax.tree.map(lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 3 != 0, state.params)
+    state = train.begin(problem, state._replace(masks=kept), fit, numbers)
+    for update in train.fit_epochs(problem, state, fit, numbers, 0):
+        state = update.state
+    for path, leaf in trees.named_leaves(state.params).items():
+        mask = trees.named_leaves(kept)[path]
+        assert not np.asarray(leaf)[~np.asarray(mask)].any()
+    assert float(masks.sparsity(state.params)) < 0.5  # the others moved
+
+
+@pytest.mark.parametrize("batch", [7, 50, 1000])
+def test_evaluation_is_exact_for_any_batch_size(problem, batch):
+    state, _ = tiny.start(problem, tiny.fit())
+    own = problem._replace(eval_batch_size=batch, compiled={})
+    for split in ("train", "test"):
+        images, labels = train.arrays(own, split)
+        logits = own.model.apply({"params": state.params, "batch_stats": {}}, own.images(images))
+        loss, accuracy = train.evaluate(own, state.params, state.batch_stats, split)
+        np.testing.assert_allclose(loss, losses.cross_entropy(logits, labels).mean(), rtol=1e-5)
+        np.testing.assert_allclose(accuracy, losses.correct(logits, labels).mean(), rtol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_names_the_step(problem):
+    fit = tiny.fit(dict(tiny.SGD, learning_rate=1e20))
+    state, numbers = tiny.start(problem, fit)
+    step, rest = one_step(problem, fit)
+    by_hand, first = state, None
+    for i in range(4):
+        by_hand = step(by_hand, numbers, *rest)
+        first = i if first is None and not np.isfinite(by_hand.metrics.loss) else first
+    assert int(by_hand.metrics.bad_step) == first
+    with pytest.raises(train.NonFiniteLossError, match=rf"fit: .* not finite at step {first} \(epoch 1\)"):
+        list(train.fit_epochs(problem, state, fit, numbers, 0, "fit"))
+
+
+def test_evaluations_come_every_few_epochs_and_at_the_end(problem):
+    _, rows = tiny.trained(problem, tiny.fit(epochs=5, evaluate_every=2))
+    assert [row["epoch"] for row in rows if "test_accuracy" in row] == [2, 4, 5]
+    assert [row["step"] for row in rows] == [4, 8, 12, 16, 20]
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_convolutions_run_step_by_step_on_a_cpu_and_dense_networks_by_the_epoch(problem):
+    conv = {"conv1": {"kernel": jnp.zeros((3, 3, 1, 2))}}
+    dense, _ = tiny.start(problem, tiny.fit())
+    assert train.calls_per_epoch(problem, dense, 5) == [5]
+    assert train.calls_per_epoch(problem, dense._replace(params=conv), 5) == [1] * 5
+    assert train.calls_per_epoch(problem._replace(steps_per_call=2), dense._replace(params=conv), 5) == [2, 2, 1]
+    stacked = jax.tree.map(lambda leaf: leaf[None], dense.params)
+    assert train.calls_per_epoch(problem._replace(members=1), dense._replace(params=stacked), 5) == [5]
+
+
+def test_a_state_between_stages_has_no_optimizer(problem):
+    state, _ = tiny.trained(problem, tiny.fit(epochs=1))
+    bare = stages.without_optimizer(state)
+    assert (bare.opt_state, int(bare.step), int(bare.metrics.bad_step)) == ((), 0, -1)
+    tiny.same(bare.params, state.params)

@@ -1,0 +1,77 @@
+"""Names and rules of pytrees, and reductions that equal the plain ones on every path."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsity_jax import tables, trees
+
+TREE = {"conv1": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}, "fc": [jnp.zeros(2), jnp.full(4, 2.0)]}
+
+
+def test_leaves_are_named_in_flattening_order():
+    named = trees.named_leaves(TREE)
+    assert list(named) == ["conv1/bias", "conv1/kernel", "fc/0", "fc/1"]
+    assert all(a is b for a, b in zip(named.values(), jax.tree.leaves(TREE), strict=True))
+    sizes = trees.map_named(lambda path, leaf, other: (path, leaf.size + other.size), TREE, TREE)
+    assert sizes["fc"][1] == ("fc/1", 8)
+    assert [trees.is_kernel(path) for path in named] == [False, True, False, False]
+    assert trees.size(TREE) == 15
+
+
+def test_the_first_matching_rule_decides():
+    rules = ((r"conv1/.*", 1), (r".*/bias", 2), (r"fc/\d", 3))
+    with pytest.raises(tables.ConfigError, match=r"decays: '\.\*/bias' decides no parameter"):
+        trees.match_rules(TREE, rules, "decays")
+    values = trees.match_rules(TREE, ((r".*/bias", 2), (r"conv1/.*", 1), (r"fc/\d", 3), (r".*", 4)))
+    assert values == {"conv1": {"bias": 2, "kernel": 1}, "fc": [3, 3]}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (((r"conv1", 1), (r".*", 0)), "'conv1' decides no parameter"),  # the whole path must match
+        (((r"conv1/kernl", 1), (r".*", 0)), "Did you mean 'conv1/kernel'?"),
+        (((r"conv1/.*", 1),), "no rule matches 'fc/0'; end with ('.*', value)"),
+        (((r"(", 1), (r".*", 0)), "'(' is not a regular expression"),
+        (((r".*", 1), (r"fc/0", 0)), "'fc/0' decides no parameter"),
+    ],
+)
+def test_rules_that_cannot_work_are_named(rules, message):
+    with pytest.raises(tables.ConfigError) as error:
+        trees.match_rules(TREE, rules)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("one_cpu", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (64, 64), (4099,), (3, 3, 37, 41)])
+def test_folds_equal_plain_reductions(monkeypatch, one_cpu, shape):
+    monkeypatch.setattr(trees, "_one_cpu", lambda: one_cpu)
+    x = jax.random.normal(jax.random.key(0), shape)
+    y = jax.random.normal(jax.random.key(1), shape)
+    wide = np.asarray(x, np.float64)
+    counted = trees.fold_sum(lambda x: (x > 0.5).astype(jnp.int32), x)
+    assert counted.dtype == jnp.int32
+    assert int(counted) == int((np.asarray(x) > 0.5).sum())
+    np.testing.assert_allclose(trees.fold_sum(lambda x, y: x * y, x, y), (wide * np.asarray(y)).sum(), rtol=1e-5)
+    lowest = trees.fold(jnp.minimum, jnp.min, lambda x: x, x)
+    assert float(lowest) == float(np.asarray(x).min())
+    largest = trees.fold(jnp.maximum, jnp.max, jnp.abs, x)
+    assert float(largest) == float(np.abs(np.asarray(x)).max())
+
+
+def test_compiled_folds_agree_on_both_paths(monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (8192,))
+    monkeypatch.setattr(trees, "_one_cpu", lambda: True)
+    sliced = jax.jit(lambda x: trees.fold_sum(jnp.square, x))(x)
+    monkeypatch.setattr(trees, "_one_cpu", lambda: False)
+    np.testing.assert_allclose(sliced, jnp.sum(jnp.square(x)), rtol=1e-6)
+
+
+def test_inner_product_and_norm():
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(TREE)])
+    other = jax.tree.map(lambda leaf: leaf + 1, TREE)
+    np.testing.assert_allclose(trees.dot(TREE, other), flat @ (flat + 1), rtol=1e-6)
+    np.testing.assert_allclose(trees.norm(TREE), np.linalg.norm(flat), rtol=1e-6)
+    assert float(trees.dot({}, {})) == 0.0

@@ -1,0 +1,84 @@
+"""Tiny runs that tests share: a small network on few digits, and small random sets."""
+
+import copy
+
+import jax
+import numpy as np
+
+from sparsity_jax import data, models, optim, pipeline, polytopes, stages, tables, train
+
+POLYTOPE = tables.options(polytopes.SETS, "k_sparse", k_frac=0.2)
+SGD = optim.settings("sgd", learning_rate=0.1)
+SFW = optim.settings("sfw", learning_rate=0.5, constraint=POLYTOPE)
+
+
+def digits(train_limit: int = 128, test_limit: int = 50) -> data.Dataset:
+    return data.load(name="digits", train_limit=train_limit, test_limit=test_limit)
+
+
+def problem(dataset: data.Dataset | None = None, widths: tuple[int, ...] = (16,), **options) -> train.Problem:
+    model = models.build(name="mlp", num_classes=10, widths=widths)
+    return train.build_problem(dataset or digits(), model, **options)
+
+
+def fit(optimizer: dict = SGD, **fields) -> train.Fit:
+    fields = dict(epochs=2, batch_size=32, optimizer=optimizer) | fields
+    return stages.train_options("config.fit", **tables.check_options(stages.train_options, fields, "config.fit"))
+
+
+def start(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[train.State, dict]:
+    """(state at the start of training, its numbers)."""
+    state = train.create_state(problem, problem.place(train.key_of(seed)))
+    numbers = train.numbers_of(problem, state, [chosen.recipe])
+    return train.begin(problem, state, chosen, numbers), numbers
+
+
+def trained(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[train.State, list[dict]]:
+    """(state after training, rows)."""
+    state, numbers = start(problem, chosen, seed)
+    rows = []
+    for update in train.fit_epochs(problem, state, chosen, numbers, 0):
+        state = update.state
+        rows += update.rows[0]
+    return state, rows
+
+
+def config(*names: str, **fields) -> dict:
+    """A config of the stages `fit`, `curve`, ... on few digits; `names`: its pipeline."""
+    made = {
+        "data": dict(name="digits", train_limit=128, test_limit=50),
+        "model": dict(name="mlp", widths=(16,)),
+        "fit": pipeline.stage("train", epochs=2, batch_size=32, optimizer=SGD),
+        "again": pipeline.stage("train", epochs=1, batch_size=32, optimizer=dict(SGD, learning_rate=0.01)),
+        "curve": pipeline.stage("curve", ratios=(0.0, 0.5, 0.9)),
+        "retrained": pipeline.stage("curve", ratios=(0.0, 0.5, 0.9), retrain="again"),
+        "cut": pipeline.stage("prune", ratio=0.5),
+        "weights": pipeline.stage("histogram"),
+        "learn": pipeline.stage("sfw_init", constraint=POLYTOPE, iterations=12, batch_size=32),
+        "pipeline": names,
+    }
+    return copy.deepcopy(made | fields)
+
+
+def random_set(shape: tuple[int, ...] = (32, 32, 3), num_classes: int = 10, examples: int = 16) -> data.Dataset:
+    """Random images; twice the batch for two steps."""
+    rng = np.random.default_rng(0)
+    split = lambda size: data.Split(
+        rng.integers(0, 256, (size, *shape), np.uint8), rng.integers(0, num_classes, size).astype(np.int32)
+    )
+    channels = shape[-1]
+    return data.Dataset("random", split(examples), split(5), num_classes, (0.5,) * channels, (0.25,) * channels)
+
+
+def same(first, second) -> None:
+    """Asserts that two trees have the same structure and the same bits."""
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    """Rows without the one field that two equal runs differ in."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
