@@ -8,6 +8,7 @@ import json
 import pathlib
 import platform as host
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -222,6 +223,10 @@ def override_all(config: dict, values: dict[str, Any]) -> dict:
     return config
 
 
+# Set by the command line's signal handler: an exception raised there is lost if it hits a garbage collector's callback.
+interrupted = threading.Event()
+
+
 # Running -----------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +249,11 @@ def run(config: Mapping, workdir: str | pathlib.Path) -> Outcome:
     common = plans[0].common
     if common["platform"] != "default":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(common["platform"], common["platform"]))
+        try:
+            jax.local_devices()
+        except (RuntimeError, AssertionError):  # which of them depends on the version of jax
+            wanted = common["platform"]
+            raise tables.ConfigError(f"config.platform is {wanted!r}, but jax finds no such device here.") from None
     problem = build(plans)
     checkpoint.claim(workdir, config)
     environment = describe_environment(problem)
@@ -375,6 +385,8 @@ def run_stage(row, problem, state, own, place, per_member, common, plan, rows, w
                         good = (stages.without_optimizer(state), checkpoint.Progress(position + 1, False, list(rows)))
                 writer.append(new)
                 display.show(update.done, new)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
                 if update.state is not None and update.done < 1 and time.monotonic() - last >= every:
                     train.check_finite(state, spe, place.name)
                     saved.save(*good)

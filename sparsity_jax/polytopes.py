@@ -278,8 +278,8 @@ def check(constraint: dict, where: str) -> tuple[tuple[str, str, dict], ...]:
     everything else follows the outer name and options. Raises ConfigError as `tables.check_options` does.
     """
     outer = dict(constraint)
-    overrides = outer.pop("rules", ())
-    rules = [(pattern, dict(rule), f"{where}.rules[{i}]") for i, (pattern, rule) in enumerate(overrides)]
+    overrides = tables.convert(outer.pop("rules", ()), tuple[tuple[str, dict], ...], f"{where}.rules")
+    rules = [(pattern, rule, f"{where}.rules[{i}]") for i, (pattern, rule) in enumerate(overrides)]
     checked = []
     for pattern, rule, place in (*rules, (".*", outer, where)):
         name = rule.pop("name", "k_sparse")

@@ -34,6 +34,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def interrupt(*_) -> None:
     """A scheduler's SIGTERM is treated as Ctrl-C: save, then stop."""
+    pipeline.interrupted.set()
     raise KeyboardInterrupt
 
 
@@ -41,6 +42,7 @@ def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     if not os.path.isfile(file):
         sys.exit(f"error: --config names {file}, which is not there.")

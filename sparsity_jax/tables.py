@@ -6,6 +6,7 @@ A table maps a name to a function whose keyword-only parameters are its options.
 
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -131,8 +132,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
                 return tuple(convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args)))
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if value != value:
-                raise ConfigError(f"{where} is nan; allowed: a number.")
+            if not math.isfinite(value):
+                raise ConfigError(f"{where} is {value}; allowed: a finite number.")
             return float(value)
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):

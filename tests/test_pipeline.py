@@ -337,6 +337,21 @@ def test_a_run_interrupted_again_and_again_ends_the_same(tmp_path, monkeypatch):
     assert tiny.timeless(outcome.rows) == tiny.timeless(json.loads(json.dumps(expected.rows)))
 
 
+def test_a_signal_whose_exception_was_lost_stops_at_the_next_update(tmp_path):
+    config = tiny.config("fit", steps_per_call=1)
+    pipeline.interrupted.set()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(config, tmp_path)
+    finally:
+        pipeline.interrupted.clear()
+    saved = checkpoint.Checkpoints(tmp_path)
+    progress = saved.progress()
+    saved.close()
+    assert (progress.stage, progress.begun, progress.rows) == (0, True, [])
+    assert len(pipeline.run(config, tmp_path).rows) == 2
+
+
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
     wild = stage(optimizer=dict(tiny.SGD, learning_rate=1e20))
     config = tiny.config("fit", "curve", "wild", wild=wild, steps_per_call=1, checkpoint_seconds=0.0)

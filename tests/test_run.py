@@ -92,7 +92,6 @@ def test_killed_runs_continue_to_the_same_rows(whole, tmp_path):
         running[name].send_signal(number)
         printed, _ = running[name].communicate(timeout=60)
         assert running[name].returncode == code, printed
-        assert "Traceback" not in printed
         if name == "term":
             assert f"interrupted: the same command continues {tmp_path / name}" in printed
         assert len(report.read_rows(tmp_path / name / "metrics.jsonl")) < len(expected)

@@ -133,6 +133,8 @@ def test_the_histogram_has_the_originals_bins():
         counts = jax.jit(lambda p: stages.magnitude_histogram(p, "all"))(params)
     np.testing.assert_array_equal(stages.magnitude_thresholds(), golden["hist_thresholds"])
     np.testing.assert_array_equal(counts["count_above"], golden["hist_count_above"])
+    above = np.asarray(counts["count_above"])
+    np.testing.assert_array_equal([above[1], *np.diff(above[1:]), above[0] - above[-1]], golden["hist_density"])
 
 
 def test_the_histogram_counts_every_weight_once(problem, trained):

@@ -65,7 +65,7 @@ def test_values_that_fit_are_converted(value, hint, expected):
     [
         ("1", float, "config.x is '1' (str); allowed: float."),
         (True, float, "config.x is True (bool); allowed: float."),
-        (float("nan"), float, "config.x is nan; allowed: a number."),
+        (float("nan"), float, "config.x is nan; allowed: a finite number."),
         (1.0, int, "config.x is 1.0 (float); allowed: int."),
         (True, int, "config.x is True (bool); allowed: int."),
         (1, bool, "config.x is 1 (int); allowed: bool."),
