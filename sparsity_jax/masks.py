@@ -100,19 +100,17 @@ def _extreme(order: _Order, leaves: list[jax.Array], combine, reduce) -> jax.Arr
 def _bracket(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(low, high, number of scores with key >= low): at least `k` scores have key >= low, fewer have key > high."""
     total = jnp.asarray(sum(leaf.size for leaf in leaves), jnp.int32)
-    if len(leaves) == 1 and (sample := trees.sample(leaves[0], 1024)) is not None:
+    if len(leaves) == 1 and (sample := trees.sample(leaves[0], 64)) is not None:
         # two order statistics of a sample that enclose the k-th largest almost surely; the counts tell
-        size = sample.size
-        ordered = jnp.sort(-(jnp.abs(sample) if order.magnitude else sample).astype(order.real))
-        expected = k.astype(jnp.float32) * (size / leaves[0].size)
-        margin = 3 * jnp.sqrt(expected * (1 - expected / size)) + 2
+        expected = k.astype(jnp.float32) * (sample.size / leaves[0].size)
+        margin = 3 * jnp.sqrt(expected * (1 - expected / sample.size)) + 2
         ranks = jnp.stack([jnp.floor(expected - margin), jnp.ceil(expected + margin)]).astype(jnp.int32)
-        high, low = (order.key(-ordered[rank]) for rank in jnp.clip(ranks, 0, size - 1))
+        nearby = jax.vmap(lambda rank: _search(order, [sample], rank)[0])
+        high, low = nearby(jnp.clip(ranks, 1, sample.size))
         above, count = _count(order, leaves, high + 1), _count(order, leaves, low)
-        high = jnp.where((above < k) & (ranks[0] >= 0) & (high != order.nan), high, order.infinity)
+        high = jnp.where((above < k) & (ranks[0] >= 1), high, order.infinity)
         inside = count >= k
-        low = jnp.where(inside, low, order.nan).astype(order.integer)
-        return low, high.astype(order.integer), jnp.where(inside, count, total)
+        return jnp.where(inside, low, order.nan), high, jnp.where(inside, count, total)
     high = _extreme(order, leaves, jnp.maximum, jnp.max)
     least = jnp.minimum(_extreme(order, leaves, jnp.minimum, jnp.min), high)
     count = _count(order, leaves, least)  # fewer than `total` if there are NaNs

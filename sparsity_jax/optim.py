@@ -5,6 +5,7 @@ follows the loss: then pass `value=loss` to `update`. Every number may be traced
 momenta or radii is one compiled program.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -294,6 +295,17 @@ def sgd(
     return descent if free else projected(descent, sets)
 
 
+def _after(constraint: polytopes.ConstraintSet, step_size: jax.Array) -> polytopes.ConstraintSet:
+    """The same set, usable only once the previous array's step size (never negative) is known.
+
+    XLA's CPU backend would otherwise search all arrays side by side and push each out of the cache: one update of a
+    ResNet-18 took 35 to 44 ms, and 30 ms in turn (2 cores, jax 0.10.2).
+    """
+    if isinstance(constraint, polytopes.KSparse):
+        return dataclasses.replace(constraint, k=jnp.where(step_size < 0, 1, constraint.k))
+    return constraint
+
+
 class FrankWolfeState(NamedTuple):
     """rate: RateState. momentum: HeavyBallState."""
 
@@ -331,11 +343,15 @@ def sfw(
         updates, _ = decay.update(updates, decay.init(params), params)
         direction, momentum_state = average.update(updates, state.momentum)
 
+        size = jnp.zeros(())
+
         def step(s, w, d):
+            nonlocal size
             if isinstance(s, polytopes.Unconstrained):
                 return (-lr * d).astype(w.dtype)
-            gap = s.lmo(d) - w
-            return (frank_wolfe_step_size(lr, d, gap, s.diameter(w.size), rescale) * gap).astype(w.dtype)
+            gap = _after(s, size).lmo(d) - w
+            size = frank_wolfe_step_size(lr, d, gap, s.diameter(w.size), rescale)
+            return (size * gap).astype(w.dtype)
 
         return _map_sets(step, sets, params, direction), FrankWolfeState(rate_state, momentum_state)
 

@@ -147,5 +147,5 @@ if __name__ == "__main__":
     selection(arguments.repeats)
     update(arguments.repeats)
     curve(arguments.ratios, "mlp", widths=(256, 256))
-    curve(max(arguments.ratios // 10, 10), "small_cnn", widths=(8, 16, 16))
+    curve(max(arguments.ratios // 20, 10), "small_cnn", widths=(8, 16, 16))
     print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
