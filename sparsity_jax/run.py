@@ -43,7 +43,8 @@ def main(_) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")[0]
+    file = file if file.endswith(".py") else f"{file}.py"
     if not os.path.isfile(file):
         sys.exit(f"error: --config names {file}, which is not there.")
     try:

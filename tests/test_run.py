@@ -117,6 +117,10 @@ def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
         ),
         "other config": (start(whole[0], *QUICK, "--config.fit_sgd.epochs=4"), "config.fit_sgd.epochs: 3 there, 4 now"),
         "wrong variant": (start(tmp_path / "e", config="configs/toy_cnn.py:mpl"), "'mpl'", "Did you mean 'mlp'?"),
+        "a variant's field": (
+            start(tmp_path / "f", "--config.fit_sgd.epochs=0", config="configs/toy_cnn.py:mlp"),
+            "error: config.fit_sgd.epochs is 0",
+        ),
     }
     results = {mistake: command[0].communicate(timeout=120)[0] for mistake, command in commands.items()}
     for mistake, (process, *words) in commands.items():
@@ -125,4 +129,4 @@ def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
         for word in words:
             assert word in printed, f"{mistake}: {printed}"
         assert len(printed.strip().splitlines()) < 40, f"{mistake}: {printed}"
-    assert not any((tmp_path / name).exists() for name in "abcde")
+    assert not any((tmp_path / name).exists() for name in "abcdef")
