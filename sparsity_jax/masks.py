@@ -274,11 +274,6 @@ def random_scores(key: jax.Array, tree: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)])
 
 
-def threshold_mask(scores: PyTree, threshold: jax.Array) -> PyTree:
-    """True where `scores >= threshold`: keeps every tie."""
-    return jax.tree.map(lambda leaf: leaf >= threshold, scores)
-
-
 def full(tree: PyTree) -> PyTree:
     """The mask that keeps everything."""
     return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), tree)

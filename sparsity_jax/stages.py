@@ -95,11 +95,17 @@ def _numbers(problem: train.Problem, state: train.State, settings: list[train.Fi
     return train.numbers_of(problem, state, [fit.recipe for fit in settings])
 
 
-def begin_train(problem: train.Problem, state: train.State, settings: list[train.Fit], place: Place) -> train.State:
-    del place
+def _begin(
+    problem: train.Problem, state: train.State, settings: list[train.Fit], numbers: dict[str, Any]
+) -> train.State:
     one = lambda state, numbers: train.begin(problem, state, settings[0], numbers)
     name = ("begin", settings[0].program(), settings[0].start, settings[0].shift_inside)
-    return problem.once(name, lambda: jax.jit(problem.lift(one, (0, 0))))(state, _numbers(problem, state, settings))
+    return problem.once(name, lambda: jax.jit(problem.lift(one, (0, 0))))(state, numbers)
+
+
+def begin_train(problem: train.Problem, state: train.State, settings: list[train.Fit], place: Place) -> train.State:
+    del place
+    return _begin(problem, state, settings, _numbers(problem, state, settings))
 
 
 def run_train(problem, state, settings, place, rows) -> Iterator[train.Update]:
@@ -329,18 +335,16 @@ def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
 
     done = len(rows[0]) // len(chosen.splits)  # ratios finished before an interruption
     waiting: list[tuple[float, Any]] = []
+    if chosen.retrain:
+        fits = place.others[chosen.retrain]
+        numbers = _numbers(problem, state, fits)
     for i, ratio in enumerate(chosen.ratios):
         if i < done:
             continue
         counts = allocate.keep_counts(shapes, ratio, selection=chosen.selection, **options)
         current = state
         if chosen.retrain:
-            fits = place.others[chosen.retrain]
-            current = state._replace(masks=pruned(state, counts))
-            numbers = _numbers(problem, current, fits)
-            one = lambda state, numbers, fits=fits: train.begin(problem, state, fits[0], numbers)
-            name = ("begin", fits[0].program(), fits[0].start, fits[0].shift_inside)
-            current = problem.once(name, lambda one=one: jax.jit(problem.lift(one, (0, 0))))(current, numbers)
+            current = _begin(problem, state._replace(masks=pruned(state, counts)), fits, numbers)
             where = f"{place.name}: {chosen.retrain} at ratio {ratio:g}"
             for update in train.fit_epochs(problem, current, fits[0], numbers, place.position, where):
                 current = update.state

@@ -167,7 +167,7 @@ def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe]) -> d
 
     Norms of the initialisation are measured with the member's own key; the network itself is left alone.
     """
-    shapes = jax.tree.map(lambda leaf: leaf, jax.eval_shape(problem.init, jax.random.key(0))["params"])
+    shapes = jax.eval_shape(problem.init, jax.random.key(0))["params"]
     norms = [None] * len(recipes)
     if any(map(optim.needs_norms, recipes)):
         init = lambda key: problem.init(key)["params"]
