@@ -6,6 +6,8 @@ momenta or radii is one compiled program.
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -58,12 +60,14 @@ def multistep(
     *,
     milestones: tuple[tables.Index, ...] = (60, 120, 160),
     gamma: tables.Positive = 0.1,
+    warmup_epochs: tables.NonNegative = 0.0,
 ) -> Rate:
-    """Times `gamma` from the start of every epoch in `milestones`."""
+    """Linear warm-up from 0; times `gamma` from the start of every epoch in `milestones`."""
     del epochs
-    boundaries = [epoch * steps_per_epoch for epoch in milestones]
+    boundaries, warm = [epoch * steps_per_epoch for epoch in milestones], round(warmup_epochs * steps_per_epoch)
     passed = lambda step: jnp.sum(step >= jnp.asarray(boundaries, jnp.int32))
-    return as_rate(lambda step: learning_rate * jnp.asarray(gamma, float) ** passed(step))
+    warmup = lambda step: jnp.minimum(step / warm, 1.0) if warm else 1.0
+    return as_rate(lambda step: learning_rate * jnp.asarray(gamma, float) ** passed(step) * warmup(step))
 
 
 def decrease_3(learning_rate: float, epochs: int, steps_per_epoch: int) -> Rate:
@@ -142,6 +146,65 @@ def dynamic_change(
     return Rate(init, update)
 
 
+def _stepped_per_iteration(
+    learning_rate: float,
+    warmup_epochs: float,
+    steps_per_epoch: int,
+    change: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Rate:
+    """The original's loop: after every iteration `rate = change(rate, iterations so far)`, warm-up or not.
+
+    Warm-up sets the rate to learning_rate * i / (its iterations + 1e-8) before that, so `change` then continues from
+    wherever it finds the rate. The state is the rate of the next step.
+    """
+    warm = warmup_epochs * steps_per_epoch
+
+    def update(state, step, value):
+        del value
+        rate = jnp.where(step == 0, 0.0 if warm else learning_rate, state)
+        following = jnp.where(step < warm, learning_rate * (step + 1) / (warm + 1e-8), rate)
+        return rate, jnp.asarray(change(following, step + 1), float)
+
+    return Rate(lambda: jnp.zeros((), float), update)
+
+
+def original_multistep(
+    learning_rate: float,
+    epochs: int,
+    steps_per_epoch: int,
+    *,
+    milestones: tuple[tables.Index, ...] = (60, 120, 160),
+    gamma: tables.Positive = 0.5,
+    warmup_epochs: tables.NonNegative = 5.0,
+) -> Rate:
+    """What the one-shot pruning original does: `milestones` count iterations, so most fall inside the warm-up.
+
+    `multistep` is what it evidently meant. Source: Zhang et al. 2024, arXiv:2306.05857, training script.
+    """
+    del epochs
+    reached = lambda step: jnp.sum(step == jnp.asarray(milestones, jnp.int32))
+    change = lambda rate, step: rate * jnp.asarray(gamma, float) ** reached(step)
+    return _stepped_per_iteration(learning_rate, warmup_epochs, steps_per_epoch, change)
+
+
+def original_cosine(
+    learning_rate: float, epochs: int, steps_per_epoch: int, *, warmup_epochs: tables.NonNegative = 5.0
+) -> Rate:
+    """What the one-shot pruning original does: a cosine of period 2 * epochs *iterations*, as a recursion on the rate.
+
+    After a warm-up the recursion continues from a rate that is not its own and can exceed `learning_rate` many times;
+    `cosine` is what it evidently meant. Source: as `original_multistep`; recursion: PyTorch's CosineAnnealingLR.
+    """
+
+    def change(rate, step):
+        cosine = lambda step: 1 + jnp.cos(jnp.pi * jnp.asarray(step, float) / epochs)
+        restart = (step - 1 - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
+        risen = rate + learning_rate * (1 - math.cos(math.pi / epochs)) / 2
+        return jnp.where(restart, risen, cosine(step) / jnp.where(restart, 1, cosine(step - 1)) * rate)
+
+    return _stepped_per_iteration(learning_rate, warmup_epochs, steps_per_epoch, change)
+
+
 def _thirds(epochs: int) -> tuple[int, int]:
     return int(epochs / 3), int(2 * epochs / 3)
 
@@ -154,6 +217,8 @@ SCHEDULES = {
     "multistep": multistep,
     "cosine": cosine,
     "piecewise": piecewise,
+    "original_multistep": original_multistep,
+    "original_cosine": original_cosine,
 }
 
 
@@ -221,6 +286,67 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformationExtr
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return optax.with_extra_args_support(optax.identity())
     return optax.with_extra_args_support(optax.add_decayed_weights(weight_decay))
+
+
+def add_l1(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:
+    """g + strength * sign(w), a subgradient of strength * ||w||_1. strength: a number, or one per parameter array."""
+    return _add_slope(strength, jnp.sign)
+
+
+def add_l2(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:
+    """g + 2 * strength * w, the gradient of strength * ||w||_2^2. strength: a number, or one per parameter array."""
+    return _add_slope(strength, lambda w: 2 * w)
+
+
+def _add_slope(strength: PyTree, slope: Callable) -> optax.GradientTransformationExtraArgs:
+    def update(updates, state, params=None, **extra):
+        del extra
+        _need_params(params)
+        add = lambda w, g, s: (g + s * slope(w)).astype(g.dtype)
+        return jax.tree.map(add, params, updates, _one_each(strength, params)), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def _one_each(strength: PyTree, params: PyTree) -> PyTree:
+    return strength if jax.tree.structure(strength) == jax.tree.structure(params) else _like(strength, params)
+
+
+def _like(value: Any, tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: value, tree)
+
+
+def proximal_l1(
+    inner: optax.GradientTransformation,
+    strength: float | jax.Array | PyTree,
+    *,
+    learning_rate: float | jax.Array | None = None,
+    momentum: float | jax.Array = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, then soft thresholding: w <- sign(w) max(|w| - t, 0), t = learning_rate * strength / (1 - momentum).
+
+    Reaches exact zeros, which the subgradient never does. strength: a number, or one per parameter array.
+    learning_rate: of `inner`; by default read from its state (`learning_rate`), where this module's optimizers and
+    `optax.inject_hyperparams` keep it. momentum: of an `inner` whose buffer sums gradients (heavy ball without
+    dampening): its steps are 1 / (1 - momentum) times longer, and without the same factor here the minimum reached
+    would be that of a weaker penalty. Raises ValueError if no learning rate is found or `update` gets no params.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, **extra):
+        _need_params(params)
+        updates, state = inner.update(updates, state, params, **extra)
+        rate = optax.tree_utils.tree_get(state, "learning_rate") if learning_rate is None else learning_rate
+        if rate is None:
+            raise ValueError("proximal_l1: the inner optimizer's state names no learning_rate; pass learning_rate=.")
+
+        def shrink(w, u, s):
+            moved, bound = w + u, rate * s / (1 - momentum)
+            return (jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - bound, 0) - w).astype(u.dtype)
+
+        return jax.tree.map(shrink, params, updates, _one_each(strength, params)), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def projected(inner: optax.GradientTransformation, sets: PyTree) -> optax.GradientTransformationExtraArgs:
@@ -417,6 +543,42 @@ def adagrad_sfw(
 OPTIMIZERS = {"sfw": sfw, "adagrad_sfw": adagrad_sfw, "sgd": sgd}
 
 
+# Penalties ---------------------------------------------------------------------------------------------------
+
+
+def no_penalty() -> None:
+    """The loss as it is."""
+
+
+def l1(
+    *,
+    strength: tables.NonNegative = 3e-5,
+    method: Literal["subgradient", "proximal"] = "subgradient",
+    parameters: str = ".*",
+) -> None:
+    """strength * ||w||_1 in the loss: by its subgradient as published, or by a proximal step that reaches exact zeros.
+
+    parameters: regular expression that the whole path of a penalised parameter array matches.
+    """
+
+
+def l2(*, strength: tables.NonNegative = 3e-5, parameters: str = ".*") -> None:
+    """strength * ||w||_2^2 in the loss (its gradient is 2 * strength * w). parameters: as for `l1`."""
+
+
+PENALTIES = {"none": no_penalty, "l1": l1, "l2": l2}
+
+
+def penalised(params: PyTree, pattern: str, where: str = "parameters") -> PyTree:
+    """Whether each array of `params` is matched by `pattern`; ConfigError if none is."""
+    chosen = trees.map_named(lambda path, _: re.fullmatch(pattern, path) is not None, params)
+    if not any(jax.tree.leaves(chosen)):
+        paths = list(trees.named_leaves(params))
+        hint = tables.closest(pattern, paths)
+        raise tables.ConfigError(f"{where} is {pattern!r}, which matches no parameter; one is {paths[0]!r}.{hint}")
+    return chosen
+
+
 # From configuration to a transformation ----------------------------------------------------------------------
 
 
@@ -429,6 +591,7 @@ class Recipe(NamedTuple):
     schedule: tuple[str, dict[str, Any]]
     constraint: tuple[tuple[str, str, dict], ...]
     norms: str
+    penalty: tuple[str, dict[str, str]] = ("none", {})
 
 
 def options(
@@ -438,6 +601,7 @@ def options(
     schedule: dict = {"name": "keep"},  # noqa: B006 - never changed
     constraint: dict = {"name": "unconstrained"},  # noqa: B006
     norms: Literal["per_parameter", "per_shape"] = "per_parameter",
+    penalty: dict = {"name": "none"},  # noqa: B006
 ) -> None:
     """Fields of every optimizer config beside the chosen optimizer's own.
 
@@ -445,10 +609,12 @@ def options(
     """
 
 
-def settings(name: str, *, schedule: str = "keep", **chosen: Any) -> dict[str, Any]:
-    """An optimizer config with all its fields; schedule: a name of SCHEDULES, with its default options."""
+def settings(name: str, *, schedule: str | dict = "keep", penalty: str | dict = "none", **chosen: Any) -> dict:
+    """An optimizer config with all its fields; schedule, penalty: a name, or a dict of a name and chosen options."""
     own = tables.defaults(tables.lookup(OPTIMIZERS, name, "name"))
-    return {"name": name, **tables.defaults(options), **own, "schedule": tables.options(SCHEDULES, schedule), **chosen}
+    whole = lambda table, entry: tables.options(table, **({"name": entry} if isinstance(entry, str) else entry))
+    entries = dict(schedule=whole(SCHEDULES, schedule), penalty=whole(PENALTIES, penalty))
+    return {"name": name, **tables.defaults(options), **own, **entries, **chosen}
 
 
 def check(config: dict, where: str) -> Recipe:
@@ -474,7 +640,30 @@ def check(config: dict, where: str) -> Recipe:
     static = {key: value for key, value in own.items() if key not in numbers}
     numbers["learning_rate"] = common["learning_rate"]
     constraint = polytopes.check(common["constraint"], f"{where}.constraint")
-    return Recipe(common["name"], numbers, static, (schedule_name, schedule), constraint, common["norms"])
+    penalty = _check_penalty(common, constraint, where)
+    if "strength" in penalty[1]:
+        numbers["penalty"] = penalty[1].pop("strength")
+    return Recipe(common["name"], numbers, static, (schedule_name, schedule), constraint, common["norms"], penalty)
+
+
+def _check_penalty(config: dict, constraint: tuple, where: str) -> tuple[str, dict]:
+    given = dict(config["penalty"])
+    name = given.pop("name", "none")
+    rule = tables.lookup(PENALTIES, name, f"{where}.penalty.name")
+    chosen = {**tables.defaults(rule), **tables.check_options(rule, given, f"{where}.penalty")}
+    try:
+        re.compile(chosen.get("parameters", ""))
+    except re.error as error:
+        pattern = chosen["parameters"]
+        raise tables.ConfigError(
+            f"{where}.penalty.parameters: {pattern!r} is not a regular expression: {error}."
+        ) from None
+    free = all(kind == "unconstrained" for _, kind, _ in constraint)
+    if chosen.get("method") == "proximal" and not (config["name"] == "sgd" and free):
+        raise tables.ConfigError(
+            f"{where}.penalty.method is 'proximal'; allowed with an unconstrained sgd only, elsewhere 'subgradient'."
+        )
+    return name, chosen
 
 
 def needs_norms(recipe: Recipe) -> bool:
@@ -496,6 +685,9 @@ def numbers(recipe: Recipe, params: PyTree, norms: PyTree | None) -> dict[str, A
         norms = polytopes.share_by_shape(norms, params)
     sets = polytopes.build(params, norms, recipe.constraint)
     values = {key: jnp.asarray(value, float) for key, value in recipe.numbers.items()}
+    if "penalty" in values:
+        chosen = penalised(params, recipe.penalty[1]["parameters"], "penalty.parameters")
+        values["penalty"] = jax.tree.map(lambda yes: jnp.where(yes, values["penalty"], 0.0), chosen)
     return {**values, "sets": jax.tree.map(jnp.asarray, sets)}
 
 
@@ -504,7 +696,15 @@ def make(recipe: Recipe, values: dict[str, Any], epochs: int, steps_per_epoch: i
     values = dict(values)
     name, schedule = recipe.schedule
     rate = SCHEDULES[name](values.pop("learning_rate"), epochs, steps_per_epoch, **schedule)
-    return OPTIMIZERS[recipe.name](rate, values.pop("sets"), **values, **recipe.static)
+    strength = values.pop("penalty", None)
+    tx = OPTIMIZERS[recipe.name](rate, values.pop("sets"), **values, **recipe.static)
+    if strength is None:
+        return tx
+    penalty, chosen = recipe.penalty
+    if chosen.get("method") == "proximal":  # momentum with dampening lengthens steps less
+        kept = (1 - values["momentum"]) / jnp.maximum(1 - values["dampening"], 1e-12)
+        return proximal_l1(tx, strength, momentum=1 - kept)
+    return optax.chain({"l1": add_l1, "l2": add_l2}[penalty](strength), tx)
 
 
 def learning_rate(opt_state: PyTree) -> jax.Array:

@@ -147,6 +147,32 @@ def test_piecewise_tables_match_the_original(preset):
     np.testing.assert_allclose(ours[:, 1], golden[f"preset/{preset}/lr"], **CLOSE)
 
 
+ONE_SHOT = {"multistep": optim.original_multistep, "cos": optim.original_cosine}
+
+
+@pytest.mark.parametrize(
+    "name", ["multistep_warm", "multistep_with_warmup", "cosine_with_warmup", "cosine", "warm_only"]
+)
+def test_schedules_of_the_one_shot_original(name):
+    """Rates of every iteration, defects included: milestones and period in iterations, recursion from warm-up rates."""
+    hyper = golden_data.load("hyper.json")["03_lr_schedules.npz"][name]
+    own = dict(warmup_epochs=hyper["warm"])
+    if hyper["schedumode"] == "multistep":
+        own.update(milestones=tuple(hyper["milestones"]) if hyper["schedu"] else (), gamma=hyper["gamma"])
+    epochs, steps = hyper["epoch"], hyper["iterations_per_epoch"]
+    with jax.enable_x64(True):
+        ours = rates(ONE_SHOT[hyper["schedumode"]](hyper["base_lr"], epochs, steps, **own), np.zeros((epochs, steps)))
+    expected = golden_data.load("03_lr_schedules.npz")[f"globalprune/{name}"]
+    np.testing.assert_allclose(ours.ravel(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_what_the_one_shot_schedules_meant():
+    """Milestones in epochs, after a linear warm-up from 0."""
+    ours = rates(optim.multistep(0.5, 8, 4, milestones=(4, 6), gamma=0.1, warmup_epochs=2.0), np.zeros((8, 4)))
+    np.testing.assert_allclose(ours[:2].ravel(), 0.5 * np.arange(8) / 8, rtol=1e-6)
+    np.testing.assert_allclose(ours[2:, 0], [0.5, 0.5, 0.05, 0.05, 0.005, 0.005], rtol=1e-6)
+
+
 def test_dynamic_change_uses_the_mean_of_the_epoch():
     """Last batches rise while the means fall: the default follows the means, the original the last batches."""
     losses = np.zeros((30, 4))
@@ -268,9 +294,75 @@ def test_a_config_becomes_the_same_optimizer():
     np.testing.assert_allclose(ours["w"], expected["w"], rtol=1e-6)
 
 
+def test_penalties_are_gradients_of_their_norms():
+    params = {"a": jnp.array([0.5, -2.0, 0.0]), "b": jnp.array([[1.0]])}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    strength = {"a": 0.1, "b": 0.0}
+    found, _ = optim.add_l1(strength).update(zero, optax.EmptyState(), params)
+    np.testing.assert_allclose(found["a"], [0.1, -0.1, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(found["b"], [[0.0]])
+    found, _ = optim.add_l2(0.1).update(zero, optax.EmptyState(), params)
+    expected = jax.grad(lambda p: 0.1 * sum(jnp.sum(w**2) for w in jax.tree.leaves(p)))(params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_proximal_and_subgradient_steps_reach_the_same_minimum(momentum):
+    """The lasso with an orthonormal design, whose minimum is the soft-thresholded target."""
+    target, strength = jnp.array([1.0, -0.5, 0.2, 0.05, -0.3]), 0.25
+    expected = np.sign(target) * np.maximum(np.abs(target) - strength, 0)
+    penalised = dict(name="l1", strength=strength)
+    for method, tolerance in (("proximal", 1e-5), ("subgradient", 0.02)):
+        config = dict(name="sgd", learning_rate=0.01, momentum=momentum, penalty=dict(penalised, method=method))
+        chosen = optim.check(config, "optimizer")
+        tx = optim.make(chosen, optim.numbers(chosen, target, None), epochs=1, steps_per_epoch=1)
+
+        def step(carry, _, tx=tx):
+            w, state = carry
+            updates, state = tx.update(w - target, state, w)
+            return (w + updates, state), None
+
+        (w, _), _ = jax.lax.scan(step, (jnp.ones(5), tx.init(jnp.ones(5))), None, length=3000)
+        np.testing.assert_allclose(w, expected, atol=tolerance)
+        assert method == "subgradient" or (np.asarray(w) == 0).tolist() == (expected == 0).tolist()
+
+
+def test_proximal_step_needs_a_rate():
+    w = jnp.ones(3)
+    tx = optim.proximal_l1(optax.sgd(0.1), 0.1)
+    with pytest.raises(ValueError, match="names no learning_rate; pass learning_rate="):
+        tx.update(w, tx.init(w), w)
+    with pytest.raises(ValueError, match=r"call update\(grads, state, params\)"):
+        optim.add_l1(0.1).update(w, optax.EmptyState())
+    tx = optim.proximal_l1(optax.sgd(0.1), 2.0, learning_rate=0.1)
+    updates, _ = tx.update(w, tx.init(w), w)
+    np.testing.assert_allclose(w + updates, 0.7, rtol=1e-6)  # 1 - 0.1 - 0.2
+
+
+def test_a_penalty_acts_on_the_named_parameters_only():
+    params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    config = dict(name="sgd", learning_rate=1.0, momentum=0.0)
+    chosen = optim.check({**config, "penalty": dict(name="l1", strength=0.5, parameters=".*/kernel")}, "optimizer")
+    tx = optim.make(chosen, optim.numbers(chosen, params, None), epochs=1, steps_per_epoch=1)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["dense"]["kernel"], -0.5)
+    np.testing.assert_array_equal(updates["dense"]["bias"], 0.0)
+    wrong = optim.check({**config, "penalty": dict(name="l1", parameters="kernel")}, "optimizer")
+    with pytest.raises(tables.ConfigError, match="'kernel', which matches no parameter; one is 'dense/bias'"):
+        optim.numbers(wrong, params, None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            dict(name="sgd", constraint=dict(name="k_sparse"), penalty=dict(name="l1", method="proximal")),
+            "unconstrained",
+        ),
+        (dict(penalty=dict(name="l1", method="proximal")), "allowed with an unconstrained sgd only"),
+        (dict(penalty=dict(name="l3")), "penalty.name is 'l3'; known: l1, l2, none"),
+        (dict(penalty=dict(name="l1", strength=-1.0)), "penalty.strength is -1.0; allowed: float >= 0.0"),
+        (dict(penalty=dict(name="l1", parameters="(")), "'(' is not a regular expression"),
         (dict(name="sfv"), "name is 'sfv'; known: adagrad_sfw, sfw, sgd. Did you mean 'sfw'"),
         (dict(lerning_rate=0.1), "no field 'lerning_rate'; .*Did you mean 'learning_rate'"),
         (dict(learning_rate="fast"), "learning_rate is 'fast' (str); allowed: float >= 0.0"),
