@@ -86,7 +86,7 @@ def _leaves(scores: PyTree) -> list[jax.Array]:
 def _count(order: _Order, leaves: list[jax.Array], key: jax.Array) -> jax.Array:
     """How many scores have at least this key."""
     found = lambda leaf: order.at_least(leaf, key).astype(jnp.int32)
-    return sum(trees.fold_sum(found, leaf) for leaf in leaves)
+    return sum(trees.fold_sum(found, leaf) for leaf in leaves).astype(jnp.int32)
 
 
 def _extreme(order: _Order, leaves: list[jax.Array], combine, reduce) -> jax.Array:
@@ -97,8 +97,17 @@ def _extreme(order: _Order, leaves: list[jax.Array], combine, reduce) -> jax.Arr
     return order.key(functools.reduce(combine, [trees.fold(combine, reduce, number, leaf) for leaf in leaves]))
 
 
-def _bracket(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(low, high, number of scores with key >= low): at least `k` scores have key >= low, fewer have key > high."""
+class _Bracket(NamedTuple):
+    """count_low scores have key >= low, at least k; count_high of them key > high, fewer than k."""
+
+    low: jax.Array
+    high: jax.Array
+    count_low: jax.Array
+    count_high: jax.Array
+
+
+def _bracket(order: _Order, leaves: list[jax.Array], k: jax.Array) -> _Bracket:
+    """Where the search for the k-th largest starts."""
     total = jnp.asarray(sum(leaf.size for leaf in leaves), jnp.int32)
     if len(leaves) == 1 and (sample := trees.sample(leaves[0], 64)) is not None:
         # two order statistics of a sample that enclose the k-th largest almost surely; the counts tell
@@ -108,56 +117,74 @@ def _bracket(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.
         nearby = jax.vmap(lambda rank: _search(order, [sample], rank)[0])
         high, low = nearby(jnp.clip(ranks, 1, sample.size))
         above, count = _count(order, leaves, high + 1), _count(order, leaves, low)
-        high = jnp.where((above < k) & (ranks[0] >= 1), high, order.infinity)
-        inside = count >= k
-        return jnp.where(inside, low, order.nan), high, jnp.where(inside, count, total)
+        below, inside = (above < k) & (ranks[0] >= 1), count >= k
+        return _Bracket(
+            jnp.where(inside, low, order.nan),
+            jnp.where(below, high, order.infinity),
+            jnp.where(inside, count, total),
+            jnp.where(below, above, 0),
+        )
     high = _extreme(order, leaves, jnp.maximum, jnp.max)
     least = jnp.minimum(_extreme(order, leaves, jnp.minimum, jnp.min), high)
     count = _count(order, leaves, least)  # fewer than `total` if there are NaNs
     inside = count >= k
     low = jnp.where(inside, least, order.nan).astype(order.integer)
-    return low, jnp.where(inside, high, low), jnp.where(inside, count, total)
+    count = jnp.where(inside, count, total)
+    return _Bracket(low, jnp.where(inside, high, low), count, jnp.zeros_like(count))
 
 
 def _search(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(t, number of scores with key >= t): t is the largest key that has at least `k`, or any that has exactly `k`.
 
     Regula falsi with Illinois damping on the logarithm of the count, which is nearly straight in the key for the tails
-    of common distributions; every fourth probe halves the bracket, which bounds the worst case.
+    of common distributions. Counts between two bounds scatter like the square root of their difference: once one bound
+    is that near, the next probe aims a little beyond `k`, so that both close in. Probes that do not halve the number
+    of scores in between are followed, now and then, by one that halves the bracket, which bounds the worst case.
     """
-    low, high, count = _bracket(order, leaves, k)
-    excess = lambda count: jnp.log(jnp.maximum(count, 0.5).astype(order.real) / k.astype(order.real))
-    halfway = lambda a, b: (a & b) + ((a ^ b) >> 1)  # no overflow; brackets are measured in floats for the same reason
+    real, wanted = order.real, k.astype(order.real)
+    unsigned = jnp.uint64 if order.integer == jnp.int64 else jnp.uint32
+    halfway = lambda a, b: (a & b) + ((a ^ b) >> 1)  # no overflow
+    excess = lambda count, aim: jnp.log(jnp.maximum(count.astype(real), 0.5) / aim)
 
     def unfinished(state):
-        low, high, count, *_ = state
-        return (count != k) & (low < high)
+        bracket, _, _ = state
+        return (bracket.count_low != k) & (bracket.low < bracket.high)
 
     def probe(state):
-        low, high, count, f_low, f_high, side, step = state  # count(>= low) >= k; count(> high) < k
-        share = f_low / jnp.where(f_low > f_high, f_low - f_high, 1)
-        guess = low.astype(order.real) + share * (high.astype(order.real) - low.astype(order.real))
-        bound = jnp.clip(guess, low.astype(order.real), high.astype(order.real)).astype(low.dtype)
-        bound = jnp.where(step % 4 == 3, halfway(low, high) + 1, bound)
+        # side: times in a row that low (> 0) or high (< 0) moved; slow: probes since the scores in between were halved
+        (low, high, count_low, count_high), side, slow = state
+        over, under = (count_low - k).astype(real), (k - count_high).astype(real)
+        near = 0.1 * (over + under)
+        beyond = jnp.where(over < near, -jnp.sqrt(over), jnp.where(under < near, jnp.sqrt(under), 0))
+        aim = jnp.maximum(wanted + beyond / 2, 0.5)
+        above = excess(count_low, aim) * jnp.where(side < -1, 0.5, 1)
+        below = excess(count_high, aim) * jnp.where(side > 1, 0.5, 1)
+        share = jnp.clip(above / jnp.where(above > below, above - below, 1), 0, 1)
+        # the width of a bracket may need one bit more than a signed integer has, and more bits than a float
+        width = (high - low).astype(unsigned)
+        bound = low + jnp.minimum((share * width).astype(unsigned), width).astype(low.dtype)
+        bound = jnp.where(slow == 3, halfway(low, high) + 1, bound)
         bound = jnp.clip(bound, low + 1, high)
         found = _count(order, leaves, bound)
-        enough, f = found >= k, excess(found)
-        f_low = jnp.where(enough, f, jnp.where(side < 0, f_low / 2, f_low))
-        f_high = jnp.where(enough, jnp.where(side > 0, f_high / 2, f_high), f)
-        return (
+        enough = found >= k
+        closer = _Bracket(
             jnp.where(enough, bound, low),
             jnp.where(enough, high, bound - 1),
-            jnp.where(enough, found, count),
-            f_low,
-            f_high,
-            jnp.where(enough, 1, -1).astype(jnp.int32),
-            step + 1,
+            jnp.where(enough, found, count_low),
+            jnp.where(enough, count_high, found),
         )
+        side = jnp.where(enough, jnp.maximum(side, 0) + 1, jnp.minimum(side, 0) - 1)
+        halved = 2 * (closer.count_low - closer.count_high).astype(real) <= over + under
+        return closer, side, jnp.where(halved | (slow == 3), 0, slow + 1)
 
-    zero = jnp.zeros((), jnp.int32)
-    start = (low, high, count, excess(count), excess(zero), zero, zero)
-    threshold, _, count, *_ = jax.lax.while_loop(unfinished, probe, start)
-    return threshold, count
+    state = (_bracket(order, leaves, k), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    # a loop copies the scores it closes over, `cond` does not
+    probes = 6 if len(leaves) == 1 and trees.sample(leaves[0], 64) is not None else 0
+    for _ in range(probes):
+        state = jax.lax.cond(unfinished(state), probe, lambda state: state, state)
+    loop = lambda state: jax.lax.while_loop(unfinished, probe, state)
+    bracket, _, _ = jax.lax.cond(unfinished(state), loop, lambda state: state, state) if probes else loop(state)
+    return bracket.low, bracket.count_low
 
 
 def _checked_k(k: int | jax.Array, lowest: int, total: int) -> jax.Array:

@@ -372,8 +372,7 @@ def _need_params(params: PyTree) -> None:
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.sqrt(trees.fold_sum(lambda x: jnp.square(x.astype(wide)), x))
+    return jnp.sqrt(trees.square_sum(x))
 
 
 def frank_wolfe_step_size(

@@ -19,7 +19,7 @@ value_of = jax.jit(masks.kth_largest)
 magnitude_mask_of = jax.jit(lambda scores, k: masks.k_largest_mask(scores, k, magnitude=True))
 
 
-def reference(scores, k, tiny=1.1754944e-38):
+def reference(scores, k, tiny=float(np.finfo(np.float32).tiny)):
     """(mask, indices in order) by sorting: larger first, NaN last, equal scores by index, subnormals as zero."""
     flat = np.asarray(scores, np.float64).ravel()
     flat = np.where(np.abs(flat) < tiny, 0, flat)

@@ -1,6 +1,7 @@
 """The model zoo: numbers of the original PyTorch networks, and what every row of MODELS promises."""
 
 import functools
+import math
 import re
 
 import golden_data
@@ -13,7 +14,6 @@ from flax import linen as nn
 from sparsity_jax import models, tables
 from sparsity_jax.models import layers, vgg
 
-FC12 = (1000, 900, 800, 750, 700, 650, 600, 500, 400, 200, 100)
 GOLDEN_NETS = {
     "sfw/MLP": {"name": "mlp"},
     "sfw/ResNet18": {"name": "resnet18"},
@@ -31,12 +31,22 @@ GOLDEN_NETS = {
     "greg/vgg16_nobn": {"name": "vgg", "layout": vgg.stages(16, 64)[:-1], "conv_bias": False, "batch_norm": False},
     "imagenet/resnet34": {"name": "resnet34", "stem": "imagenet"},
     "imagenet/resnet50": {"name": "resnet50", "stem": "imagenet"},
-    "oneshot/FC5": {"name": "mlp", "widths": (1000, 600, 300, 100)},
-    "oneshot/FC5_mnist": {"name": "mlp", "widths": (1000, 600, 300, 100)},
-    "oneshot/FC12": {"name": "mlp", "widths": FC12},
+    "oneshot/FC5": {"name": "fc5"},
+    "oneshot/FC5_mnist": {"name": "fc5"},
+    "oneshot/FC12": {"name": "fc12"},
+    "oneshot/AlexNet": {"name": "alexnet"},
     "oneshot/VGG16": {"name": "vgg16"},
     "oneshot/ResNet18": {"name": "resnet18"},
     "oneshot/ResNet50": {"name": "resnet50"},
+    "oneshot/LeNet": {"name": "lenet"},
+    "oneshot/CNet": {"name": "cnet"},
+}
+# Networks and image sizes without stored logits: parameters with 10 classes, counted by hand.
+COUNTS = {
+    ("fc2", (32, 32, 3)): 3072 * 100 + 100 + 100 * 10 + 10,
+    ("fc2", (28, 28, 1)): 784 * 100 + 100 + 100 * 10 + 10,
+    ("fc13", (32, 32, 3)): 7_269_610 - (400 * 200 + 200) + (400 * 250 + 250) + (250 * 200 + 200),  # from FC12
+    ("lenet", (28, 28, 1)): (25 + 1) * 16 + (400 + 1) * 32 + (512 + 1) * 120 + (120 + 1) * 84 + (84 + 1) * 10,
 }
 RESNET_3 = {"name": "resnet", "stage_sizes": (1, 1, 1), "widths": (16, 32, 64)}
 TRAINED_NETS = {
@@ -58,7 +68,14 @@ TRAINED_NETS = {
 # Every row of MODELS in a size that compiles in a moment, and the side of its images.
 TINY = {
     "mlp": ({"widths": (8, 6)}, 8),
+    "fc2": ({}, 4),
+    "fc5": ({"widths": (8, 6, 5, 4)}, 4),
+    "fc12": ({"widths": (8,) * 11}, 4),
+    "fc13": ({"widths": (8,) * 12}, 4),
     "small_cnn": ({"widths": (4, 6, 6), "dense_widths": (5,), "batch_norm": True}, 9),
+    "lenet": ({"widths": (3, 4), "dense_widths": (6, 5)}, 17),
+    "cnet": ({"widths": (3, 4, 3, 2), "dense_widths": (6, 5)}, 18),
+    "alexnet": ({"widths": (3, 4, 5, 4, 3), "dense_widths": (6, 5)}, 10),
     "vgg": ({"layout": (4, "M", 6, 6, "M")}, 8),
     "vgg11": ({"width": 2}, 32),
     "vgg13": ({"width": 2, "order": "conv_relu_bn"}, 32),
@@ -76,7 +93,9 @@ TINY = {
 KEY = jax.random.key(0, impl="rbg")  # compiles five times faster than the default, and any key will do
 
 names = pytest.mark.parametrize("name", sorted(models.MODELS))
-families = pytest.mark.parametrize("name", ["mlp", "small_cnn", "vgg", "resnet", "preact_resnet18", "mobilenet"])
+families = pytest.mark.parametrize(
+    "name", ["mlp", "small_cnn", "alexnet", "vgg", "resnet", "preact_resnet18", "mobilenet"]
+)
 
 
 @functools.cache
@@ -113,20 +132,40 @@ def test_weight_rule():
     np.testing.assert_array_equal(golden_data.rule_input((3, 32, 32)).ravel()[:8], stored["rule/input_first8_3x32x32"])
 
 
+def flattened_as_ours(params):
+    """`params` of a network that flattens channels, rows, columns before `dense1`, for ours: channels come last."""
+    convs = sorted(int(name.removeprefix("conv")) for name in params if name.startswith("conv"))
+    if not convs or "dense1" not in params:
+        return params
+    kernel, channels = params["dense1"]["kernel"], params[f"conv{convs[-1]}"]["kernel"].shape[-1]
+    side = math.isqrt(len(kernel) // channels)
+    ours = kernel.reshape(channels, side, side, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
+    return {**params, "dense1": {**params["dense1"], "kernel": ours}}
+
+
 @pytest.mark.parametrize("key", GOLDEN_NETS)
 def test_logits_and_parameter_count_of_the_original(key):
     net, expected = golden_data.load("11_models.json")[key], golden_data.load("11_models.npz")[f"{key}/logits"]
     options, shape = GOLDEN_NETS[key], net["input_shape"]
-    # The originals flatten NCHW images.
-    images = golden_data.rule_input(shape) if options["name"] == "mlp" else golden_data.images(shape)
+    dense = max(map(len, net["param_shapes"])) == 2  # those of the originals flatten NCHW images
+    images = golden_data.rule_input(shape) if dense else golden_data.images(shape)
     with jax.enable_x64(True):
         model = models.build(num_classes=expected.shape[-1], dtype="float64", param_dtype="float64", **options)
         variables = golden_data.variables(net["param_names"], net["param_shapes"])
+        variables["params"] = flattened_as_ours(variables["params"])
         created = jax.eval_shape(model.init, jax.random.key(0), images)
         assert shapes(created) == shapes(variables)
         assert sum(leaf.size for leaf in jax.tree.leaves(created["params"])) == net["n_params"]
         logits = jax.jit(model.apply)(variables, images)
+    expected = expected.reshape(shape[0], -1)  # some drop the batch axis of a single image
     np.testing.assert_allclose(logits, expected, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "shape"), COUNTS)
+def test_parameter_count(name, shape):
+    model = models.build(name=name, num_classes=10)
+    variables = jax.eval_shape(model.init, KEY, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == COUNTS[name, shape]
 
 
 @pytest.mark.parametrize("key", TRAINED_NETS)
@@ -328,6 +367,8 @@ def test_initialiser_variances():
     for name, conv_variance, dense_variance in (
         ("torch", 1 / (3 * inputs), 1 / (3 * 200)),
         ("kaiming", 2 / (9 * 128), 2 / 200),
+        ("kaiming_normal", 2 / inputs, 2 / 200),
+        ("kaiming_uniform", 2 / inputs, 2 / 200),
         ("flax", 1 / inputs, 1 / 200),
     ):
         init = layers.INITIALIZERS[name]
@@ -389,13 +430,42 @@ def test_batch_norm_needs_two_values_in_training():
         model.apply_train(variables, jnp.zeros((1, 1, 1, 3)))
 
 
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("side", [6, 7])
-def test_max_pool_equals_window_reduction(side):
-    x = jax.random.normal(jax.random.key(0), (2, side, side, 3))
-    reference = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
-    np.testing.assert_array_equal(layers.max_pool(x), reference(x))
-    gradients = [jax.grad(lambda x, pool=pool: (pool(x) ** 2).sum())(x) for pool in (layers.max_pool, reference)]
-    np.testing.assert_array_equal(*gradients)
+def test_max_pool_equals_window_reduction(side, size):
+    x = jax.random.normal(jax.random.key(0), (2, side, side + 2, 3))
+    pool = functools.partial(layers.max_pool, size=size)
+    reference = functools.partial(nn.max_pool, window_shape=(size, size), strides=(2, 2))
+    np.testing.assert_array_equal(pool(x), reference(x))
+    gradients = [jax.grad(lambda x, pool=pool: (pool(x) ** 2).sum())(x) for pool in (pool, reference)]
+    np.testing.assert_allclose(*gradients, rtol=1e-6)
+
+
+def test_upsample_repeats_pixels():
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
+    y = layers.upsample(x, 2)
+    np.testing.assert_array_equal(y[0, :, :, 0], [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]])
+    np.testing.assert_array_equal(layers.upsample(x, 1), x)
+
+
+@pytest.mark.parametrize(("name", "smallest"), [("lenet", 16), ("cnet", 18), ("alexnet", 10), ("small_cnn", 8)])
+def test_smallest_images(name, smallest):
+    model = models.build(name=name, num_classes=2)
+
+    def create(side):
+        return jax.eval_shape(model.init, KEY, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))["params"]
+
+    last = max(path for path in create(smallest) if path.startswith("conv"))
+    assert create(smallest)["dense1"]["kernel"].shape[0] == create(smallest)[last]["kernel"].shape[-1]
+    with pytest.raises(ValueError, match=f"height and width at least {smallest}"):
+        create(smallest - 1)
+
+
+def test_alexnet_of_large_images():
+    _, variables, images = tiny("alexnet")
+    plain = models.build(name="alexnet", num_classes=5, upsample=1, **TINY["alexnet"][0])
+    logits = jax.jit(plain.apply)(variables, layers.upsample(images, 7))
+    np.testing.assert_allclose(logits, tiny_logits("alexnet"), rtol=1e-6)
 
 
 def test_zero_pad_shortcut():
@@ -411,7 +481,7 @@ def test_zero_pad_shortcut():
     ("changes", "message"),
     [
         ({"name": "resnet19"}, r"config\.model\.name is 'resnet19'; known: .*Did you mean 'resnet1?[8034]"),
-        ({"init": "torhc"}, r"config\.model\.init is 'torhc'; known: flax, kaiming, torch\. Did you mean 'torch'"),
+        ({"init": "torhc"}, r"config\.model\.init is 'torhc'; known: flax, kaiming, .*torch\. Did you mean 'torch'"),
         ({"dtype": "float8"}, r"config\.model\.dtype is 'float8'; allowed: 'float32'"),
         ({"param_dtype": "int32"}, r"config\.model\.param_dtype is 'int32'"),
         ({"num_classes": 0}, r"config\.model\.num_classes is 0; allowed: int >= 1"),
@@ -424,6 +494,8 @@ def test_zero_pad_shortcut():
         ({"name": "resnet", "widths": (4, 8)}, r"widths has 2 entries; allowed: one per entry of stage_sizes, 3"),
         ({"name": "resnet", "inner_widths": (4,)}, r"inner_widths has 1 entries; allowed: one per block, 9"),
         ({"name": "resnet", "widths": (8, 4, 4), "shortcut": "zero_pad"}, "channels that never decrease"),
+        ({"name": "alexnet", "widths": (4, 8)}, r"config\.model\.widths is \(4, 8\) \(tuple\); allowed: tuple"),
+        ({"name": "alexnet", "upsample": 0}, r"config\.model\.upsample is 0"),
     ],
 )
 def test_wrong_settings_are_found_while_building(changes, message):

@@ -20,7 +20,14 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 # Name to factory(num_classes, settings, *, options...) -> flax.linen.Module, called as module(images, train).
 MODELS = {
     "mlp": mlp.mlp,
+    "fc2": mlp.fc2,
+    "fc5": mlp.fc5,
+    "fc12": mlp.fc12,
+    "fc13": mlp.fc13,
     "small_cnn": cnn.small_cnn,
+    "lenet": cnn.lenet,
+    "cnet": cnn.cnet,
+    "alexnet": cnn.alexnet,
     "vgg": vgg.vgg,
     "vgg11": vgg.vgg11,
     "vgg13": vgg.vgg13,

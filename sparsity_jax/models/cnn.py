@@ -1,4 +1,6 @@
-"""A small plain convolutional network, for studies that run in minutes."""
+"""Plain convolutional networks: convolutions and max-pools in a row, then dense layers."""
+
+from typing import NamedTuple
 
 import jax
 from flax import linen as nn
@@ -7,25 +9,68 @@ from sparsity_jax import tables
 from sparsity_jax.models import layers
 
 
-class SmallCNN(nn.Module):
-    """Stages conv{i}, (bn{i}), ReLU, 2x2 max-pool; then dense{i} and ReLU; then `fc`."""
+class Conv(NamedTuple):
+    """A convolution of a layout, with `padding` zeros on every side."""
+
+    width: int
+    size: int
+    stride: int = 1
+    padding: int = 0
+
+
+class Pool(NamedTuple):
+    """A max-pool of a layout: `size` x `size` windows, stride 2."""
+
+    size: int
+
+
+def smallest_side(layout: tuple[Conv | Pool, ...]) -> int:
+    """The side of the smallest square image of which at least one pixel is left after the layout."""
+    side = 1
+    for entry in reversed(layout):
+        if isinstance(entry, Pool):
+            side = 2 * (side - 1) + entry.size
+        else:
+            side = max(1, entry.stride * (side - 1) + entry.size - 2 * entry.padding)
+    return side
+
+
+class CNN(nn.Module):
+    """Enlarged images; conv{i}, (bn{i}) and ReLU, or a max-pool, per entry of `layout`; dense{i} and ReLU; `fc`."""
 
     num_classes: int
     settings: layers.Settings
-    widths: tuple[int, ...]
+    layout: tuple[Conv | Pool, ...]
     dense_widths: tuple[int, ...]
-    batch_norm: bool
-    dropout: float
+    conv_bias: bool = True
+    batch_norm: bool = False
+    dropout: float = 0.0
+    upsample: int = 1
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         settings = self.settings
-        x = layers.as_images(images, settings.dtype, smallest=2 ** len(self.widths))
-        for i, width in enumerate(self.widths, 1):
-            x = layers.conv(x, width, 3, bias=not self.batch_norm, settings=settings, name=f"conv{i}")
+        smallest = -(-smallest_side(self.layout) // self.upsample)
+        x = layers.upsample(layers.as_images(images, settings.dtype, smallest=smallest), self.upsample)
+        i = 0
+        for entry in self.layout:
+            if isinstance(entry, Pool):
+                x = layers.max_pool(x, entry.size)
+                continue
+            i += 1
+            x = layers.conv(
+                x,
+                entry.width,
+                entry.size,
+                stride=entry.stride,
+                padding=entry.padding,
+                bias=self.conv_bias,
+                settings=settings,
+                name=f"conv{i}",
+            )
             if self.batch_norm:
                 x = layers.batch_norm(x, train=train, settings=settings, name=f"bn{i}")
-            x = layers.max_pool(nn.relu(x))
+            x = nn.relu(x)
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.dense_widths, 1):
             x = nn.relu(layers.dense(x, width, settings=settings, name=f"dense{i}"))
@@ -49,6 +94,72 @@ def small_cnn(
     the size the network was initialised with. The default has 122,570 parameters on 32x32x3 images with 10 classes,
     and 60,554 on 8x8x1.
     """
-    return SmallCNN(
-        num_classes, settings, widths=widths, dense_widths=dense_widths, batch_norm=batch_norm, dropout=dropout
+    layout = tuple(entry for width in widths for entry in (Conv(width, 3, padding=1), Pool(2)))
+    return CNN(
+        num_classes,
+        settings,
+        layout,
+        dense_widths,
+        conv_bias=not batch_norm,
+        batch_norm=batch_norm,
+        dropout=dropout,
     )
+
+
+def lenet(
+    num_classes: int,
+    settings: layers.Settings,
+    *,
+    widths: tuple[tables.Count, tables.Count] = (16, 32),
+    dense_widths: tuple[tables.Count, ...] = (120, 84),
+) -> nn.Module:
+    """LeNet (LeCun et al. 1998) with ReLU and max-pools, as in the geometric-limit study.
+
+    Two unpadded 5x5 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers of `dense_widths`.
+    Images: at least 16x16. 121,182 parameters on 32x32x3 images with 10 classes, 85,822 on 28x28x1.
+    """
+    layout = tuple(entry for width in widths for entry in (Conv(width, 5), Pool(2)))
+    return CNN(num_classes, settings, layout, dense_widths)
+
+
+def cnet(
+    num_classes: int,
+    settings: layers.Settings,
+    *,
+    widths: tuple[tables.Count, ...] = (64, 64, 32, 16),
+    dense_widths: tuple[tables.Count, ...] = (120, 84),
+) -> nn.Module:
+    """CNet of the geometric-limit study: unpadded 5x5 convolutions with bias and batch norm, then a single max-pool.
+
+    Then dense layers of `dense_widths`. Images: at least 4 * len(widths) + 2 a side, 18x18 by default. 305,742
+    parameters on 32x32x3 images with 10 classes.
+    """
+    layout = (*(Conv(width, 5) for width in widths), Pool(2))
+    return CNN(num_classes, settings, layout, dense_widths, batch_norm=True)
+
+
+def alexnet(
+    num_classes: int,
+    settings: layers.Settings,
+    *,
+    widths: tuple[tables.Count, tables.Count, tables.Count, tables.Count, tables.Count] = (96, 256, 384, 384, 256),
+    dense_widths: tuple[tables.Count, ...] = (4096, 4096),
+    dropout: tables.Fraction = 0.0,
+    upsample: tables.Count = 7,
+) -> nn.Module:
+    """AlexNet (Krizhevsky et al. 2012), one tower, without local response normalisation; images enlarged first.
+
+    Every pixel becomes `upsample` x `upsample` equal ones, so that 32x32 images fill the 224x224 the convolutions are
+    made for; use 1 for images of that size. Dropout after the dense layers, off as in the geometric-limit study.
+    Images: at least 65 pixels a side once enlarged. 46,787,978 parameters on 32x32x3 images with 10 classes.
+    """
+    first, second, *others = widths
+    layout = (
+        Conv(first, 11, stride=4, padding=1),
+        Pool(3),
+        Conv(second, 5, padding=2),
+        Pool(3),
+        *(Conv(width, 3, padding=1) for width in others),
+        Pool(3),
+    )
+    return CNN(num_classes, settings, layout, dense_widths, dropout=dropout, upsample=upsample)

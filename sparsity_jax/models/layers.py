@@ -4,6 +4,7 @@ Images are `[batch, height, width, channels]`, convolution kernels `[height, wid
 `[in, out]`. The functions here are called inside an `nn.compact` method and create the submodule `name` of the caller.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,6 +49,9 @@ INITIALIZERS = {
     "torch": Initializer(_scaling(1 / 3, "fan_in", "uniform"), _scaling(1 / 3, "fan_in", "uniform"), uniform_bias),
     # He et al. 2015 (arXiv:1502.01852): N(0, 2 / fan_out) for convolutions, N(0, 2 / fan_in) for dense, zero biases.
     "kaiming": Initializer(_scaling(2.0, "fan_out", "normal"), _scaling(2.0, "fan_in", "normal"), zero_bias),
+    # The same with the variance 2 / fan_in throughout, normal or uniform: the two of the geometric-limit study.
+    "kaiming_normal": Initializer(_scaling(2.0, "fan_in", "normal"), _scaling(2.0, "fan_in", "normal"), zero_bias),
+    "kaiming_uniform": Initializer(_scaling(2.0, "fan_in", "uniform"), _scaling(2.0, "fan_in", "uniform"), zero_bias),
     # Flax's default: normal of variance 1 / fan_in, cut at two standard deviations, zero biases.
     "flax": Initializer(nn.initializers.lecun_normal(), nn.initializers.lecun_normal(), zero_bias),
 }
@@ -76,15 +80,17 @@ def conv(
     settings: Settings,
     name: str,
     stride: int = 1,
+    padding: int | None = None,
     groups: int = 1,
     bias: bool = False,
 ) -> jax.Array:
-    """Convolution with a square kernel of odd `size`, padded by `size // 2` zeros on every side, as in PyTorch.
+    """Convolution with a square kernel of odd `size`, padded by `padding` zeros on every side, as in PyTorch.
 
-    x: [batch, height, width, channels]. Returns [batch, ceil(height / stride), ceil(width / stride), features].
-    (Flax's "SAME" differs: at stride 2 it pads an even image on one side only.)
+    padding: `size // 2` by default. x: [batch, height, width, channels]. Returns, with the default padding,
+    [batch, ceil(height / stride), ceil(width / stride), features]. (Flax's "SAME" differs: at stride 2 it pads an even
+    image on one side only.)
     """
-    init, pad = INITIALIZERS[settings.init], (size // 2, size // 2)
+    init, pad = INITIALIZERS[settings.init], (size // 2 if padding is None else padding,) * 2
     return nn.Conv(
         features,
         (size, size),
@@ -165,15 +171,23 @@ def dropout(x: jax.Array, rate: float, *, train: bool) -> jax.Array:
     return nn.Dropout(rate, deterministic=not train)(x) if rate else x
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """Maximum over 2x2 windows, stride 2; an odd last row or column is dropped, as in PyTorch.
+def upsample(x: jax.Array, factor: int) -> jax.Array:
+    """Nearest neighbour: every pixel of [batch, height, width, channels] becomes `factor` x `factor` equal ones."""
+    return x.repeat(factor, axis=1).repeat(factor, axis=2)
 
-    [batch, height, width, channels] to [batch, height // 2, width // 2, channels]. Written as reshape and maximum:
-    the gradient of XLA's window reduction is slow on CPU.
+
+def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
+    """Maximum over `size` x `size` windows, stride 2; rows or columns that fill no window are dropped, as in PyTorch.
+
+    [batch, height, width, channels] to [batch, (height - size) // 2 + 1, (width - size) // 2 + 1, channels]. Written
+    with plain maxima: on CPU the gradient of XLA's window reduction is 25 times slower.
     """
     batch, height, width, channels = x.shape
-    rows, columns = height // 2, width // 2
-    return x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels).max((2, 4))
+    rows, columns = (height - size) // 2 + 1, (width - size) // 2 + 1
+    if size == 2:
+        return x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels).max((2, 4))
+    x = functools.reduce(jnp.maximum, [x[:, i : i + 2 * rows - 1 : 2] for i in range(size)])
+    return functools.reduce(jnp.maximum, [x[:, :, i : i + 2 * columns - 1 : 2] for i in range(size)])
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Fully connected networks."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -38,8 +40,47 @@ def mlp(
 ) -> nn.Module:
     """Dense layers of `widths` with ReLU (and dropout after each) on flattened images of any shape, then `fc`.
 
-    The default on 784 inputs and 10 classes has 118,282 parameters: the 784-128-128-10 net of the SFW study. FC5 and
-    FC12 of the geometric-limit study are `widths=(1000, 600, 300, 100)` (3,885,010 parameters on 32x32x3 images) and
-    `(1000, 900, 800, 750, 700, 650, 600, 500, 400, 200, 100)` (7,269,610).
+    The default on 784 inputs and 10 classes has 118,282 parameters: the 784-128-128-10 net of the SFW study.
     """
     return MLP(num_classes, settings, widths=widths, dropout=dropout)
+
+
+def preset(name: str, doc: str, *, widths: tuple[int, ...]) -> Callable:
+    """`mlp` with the widths of a published network as default."""
+    default_widths = widths
+
+    def factory(
+        num_classes: int,
+        settings: layers.Settings,
+        *,
+        widths: tuple[tables.Count, ...] = default_widths,
+        dropout: tables.Fraction = 0.0,
+    ) -> nn.Module:
+        return mlp(num_classes, settings, widths=widths, dropout=dropout)
+
+    factory.__name__ = factory.__qualname__ = name
+    factory.__doc__ = doc
+    return factory
+
+
+# The fully connected networks of the geometric-limit study, named after their number of dense layers, `fc` included.
+fc2 = preset(
+    "fc2",
+    "FC2, one hidden layer: 308,310 parameters on 32x32x3 images with 10 classes, 79,510 on 28x28x1.",
+    widths=(100,),
+)
+fc5 = preset(
+    "fc5",
+    "FC5: 3,885,010 parameters on 32x32x3 images with 10 classes, 1,597,010 on 28x28x1.",
+    widths=(1000, 600, 300, 100),
+)
+fc12 = preset(
+    "fc12",
+    "FC12: 7,269,610 parameters on 32x32x3 images with 10 classes.",
+    widths=(1000, 900, 800, 750, 700, 650, 600, 500, 400, 200, 100),
+)
+fc13 = preset(
+    "fc13",
+    "FC13, which is FC12 with one more layer, of 250: 7,339,860 parameters on 32x32x3 images with 10 classes.",
+    widths=(1000, 900, 800, 750, 700, 650, 600, 500, 400, 250, 200, 100),
+)

@@ -218,7 +218,8 @@ resnet34 = preset(
 )
 resnet50 = preset(
     "resnet50",
-    "ResNet-50, bottleneck blocks: 23,520,842 parameters with 10 classes; 25,557,032 with the imagenet stem and 1,000.",
+    """ResNet-50, bottleneck blocks: 23,520,842 parameters with 10 classes, 23,705,252 with 100; 25,557,032 with the
+    imagenet stem and 1,000.""",
     width=64,
     stage_sizes=(3, 4, 6, 3),
     block="bottleneck",
