@@ -8,8 +8,8 @@ import pytest
 import sparsity_jax
 
 ROOT = pathlib.Path(sparsity_jax.__file__).parent
-NUMERICS = ("tables", "trees", "masks", "polytopes")  # each may import those before it
-PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate")  # never each other
+NUMERICS = ("tables", "trees", "masks", "polytopes", "linops")  # each may import those before it
+PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width")  # never each other
 RUNS = ("checkpoint", "figures", "report", "train", "stages", "pipeline", "run")  # each may import those before it
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")
 ALLOWED = {

@@ -1,0 +1,454 @@
+"""How sparse a trained network can get: Gaussian width of its loss basin, and the pruning ratio where the two meet.
+
+Weights of tolerable loss fill the ellipsoid {x: x^T H x / 2 <= epsilon} around the trained weights w, with semi-axes
+r_i^2 = 2 epsilon / |lambda_i|. Seen from distance R its squared Gaussian width, per dimension, is
+
+    omega(R)^2 / D = sum_i tau_i r_i^2 / (R^2 + r_i^2) = sum_i tau_i / (1 + |lambda_i| R^2 / (2 epsilon)),
+
+where the Ritz values lambda_i and weights tau_i (sum 1) of Lanczos quadrature stand for the D eigenvalues. Pruning the
+share p of the weights by magnitude moves w by R(p); the predicted largest pruning ratio is the p with
+omega(R(p))^2 / D = p. In three lines, from a Lanczos run (`linops.lanczos`):
+
+    values, weights = linops.ritz(tridiagonal)
+    tolerance = width.epsilon(batch_losses)
+    ratio = width.predict(values, weights, width.distances(params), tolerance)
+
+The estimate is fragile: nearly all weight tau sits at lambda = 0, where the summand has a kink. `predict_probes`
+therefore returns it with its spread over probes and over epsilon, and `history` with its course over the number of
+products; on a positive semi-definite operator both enclose it.
+
+Everything here is small and runs on the host, in NumPy and float64.
+Source: Zhang et al. 2023, arXiv:2306.05857.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from sparsity_jax import linops, tables, trees
+
+PyTree = Any
+Scope = Literal["kernels", "all"]
+Count = Literal["nearest", "original", "linear"]
+Operator = Literal["symmetric", "semidefinite", "squared"]
+
+NEGATIVE = {"absolute": np.abs, "clip": lambda values: np.maximum(values, 0.0)}
+
+
+class _Spectrum(NamedTuple):
+    """omega^2 / D as a function of R^2: flat + sum_i weights_i / (1 + sharpness_i R^2)."""
+
+    sharpness: np.ndarray  # |lambda| / (2 epsilon) > 0, float64 [n], of all probes
+    weights: np.ndarray  # float64 [n]
+    flat: float  # weight of curvature 0; with `weights` it sums to 1
+
+    def shares(self, squares: np.ndarray) -> np.ndarray:
+        """squares: R^2, [k]. Returns omega^2 / D in [0, 1], [k]; exactly 1 at R = 0."""
+        block = max(2**18 // max(self.weights.size, 1), 1)  # bounds the temporary array
+        sums = np.empty(squares.size)
+        for start in range(0, squares.size, block):
+            with np.errstate(over="ignore"):  # 1 / inf = 0 is right
+                terms = np.multiply.outer(squares[start : start + block], self.sharpness)
+            terms += 1
+            np.divide(self.weights, terms, out=terms)
+            terms.sum(axis=1, out=sums[start : start + block])
+        return np.where(squares == 0, 1.0, np.minimum(sums + self.flat, 1.0))
+
+    def share(self, square: float) -> float:
+        return float(self.shares(np.array([square]))[0])
+
+    def slope(self, square: float) -> float:
+        """Derivative of `share` by R^2."""
+        with np.errstate(over="ignore"):
+            root = 1 + self.sharpness * square
+        return -float(np.sum(self.weights * (self.sharpness / root) / root))
+
+
+def _rows(values, weights) -> tuple[np.ndarray, np.ndarray]:
+    """Values and weights as finite float64 [probes, m], every row of weights summing to 1."""
+    values, weights = (np.atleast_2d(np.asarray(array, np.float64)) for array in (values, weights))
+    if values.shape != weights.shape or values.ndim != 2 or not values.size:
+        shapes = f"{values.shape} and {weights.shape}"
+        raise ValueError(f"values and weights have shapes {shapes}; both must be [m] or [probes, m], m at least 1.")
+    if not (np.isfinite(values).all() and np.isfinite(weights).all()):
+        raise ValueError("values or weights are not finite: the products behind them overflowed or returned NaN.")
+    sums = weights.sum(axis=1, keepdims=True)
+    if weights.min() < 0 or sums.min() <= 0:
+        raise ValueError("weights must not be negative and must not all be 0; did values and weights change places?")
+    return values, weights / sums
+
+
+def _spectrum(values, weights, epsilon: float, negative: str = "absolute", zero_share: float = 0.0) -> _Spectrum:
+    values, weights = _rows(values, weights)
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ValueError(f"epsilon is {epsilon}; it must be above 0: no weight may go where no loss may be added.")
+    if not 0 <= zero_share <= 1:
+        raise ValueError(f"zero_share is {zero_share}; allowed: 0 to 1, the share of directions without curvature.")
+    curvature = tables.lookup(NEGATIVE, negative, "negative")(values)
+    weights = weights * ((1 - zero_share) / len(weights))
+    flat = zero_share + float(weights[curvature == 0].sum())
+    curved = (curvature > 0) & (weights > 0)
+    with np.errstate(over="ignore"):  # infinitely sharp is what a vanishing epsilon means
+        return _Spectrum(np.minimum(curvature[curved] / (2 * epsilon), np.finfo(float).max), weights[curved], flat)
+
+
+def ratio(values, weights, distance, epsilon: float, *, negative: str = "absolute", zero_share: float = 0.0):
+    """Squared Gaussian width per dimension, omega(R)^2 / D in [0, 1], at every R in `distance`.
+
+    values, weights: Ritz values and weights, or the grid and density of a smoothed spectrum; [m], or [probes, m] whose
+    spectra are averaged; weights need not sum to 1.
+    distance: R >= 0, any shape. epsilon: tolerated loss, in the units of the loss, above 0.
+    negative: what becomes of negative values: `absolute` (as the original) or `clip` (no curvature).
+    zero_share: q in [0, 1]; the spectrum is (1 - q) times the one given plus q at 0. The original adds its share of
+    unimportant directions so, as a grid bin at 1e-30.
+    Returns float64 of distance's shape: 1 at R = 0, falling with R, the weight at 0 for R to infinity.
+    Raises ValueError for empty, unequal or non-finite input and for negative weights.
+    """
+    distance = np.asarray(distance, np.float64)
+    if not (distance >= 0).all() or np.isinf(distance).any():
+        raise ValueError("distance must be finite and not negative.")
+    spectrum = _spectrum(values, weights, epsilon, negative, zero_share)
+    with np.errstate(over="ignore"):
+        return spectrum.shares(np.square(distance).ravel()).reshape(distance.shape)[()]
+
+
+def negative_mass(values, weights) -> float:
+    """Share of the (normalised, probe-averaged) weight on values below 0.
+
+    Rounding scatters the zero eigenvalues to either side of 0 and counts too; whether the rest matters is told by
+    comparing predictions with `negative` set to `absolute` and to `clip`.
+    """
+    values, weights = _rows(values, weights)
+    return float((weights * (values < 0)).sum() / len(weights))
+
+
+# Distances
+
+
+class Distances(NamedTuple):
+    """R(p), the distance that magnitude pruning at ratio p moves the weights, for every p; made by `distances`."""
+
+    magnitudes: np.ndarray  # ascending, float32 or float64 [n]
+    squares: np.ndarray  # float64 [n + 1]: R^2 after removing the 0, 1, ..., n smallest
+    norm_sum: float  # sum over all parameter arrays of their L2 norms; ends the grid of `method="grid"`
+
+    @property
+    def size(self) -> int:
+        """n, the number of weights that may be pruned."""
+        return self.magnitudes.size
+
+    def at(self, ratio, *, count: Count = "nearest"):
+        """R at pruning ratios in [0, 1], any shape; float64 of the same shape.
+
+        count: `nearest` removes round(p n) weights (as `allocate`). `linear` lets R^2 grow linearly between whole
+        numbers of weights, which is what `predict` solves for. `original` removes all up to and including the
+        ceil(p n)-th smallest (at least the 1st), hence all that are tied with the last, and measures from the network
+        pruned so at ratio 0, which has lost its smallest weight.
+        """
+        ratios = np.asarray(ratio, np.float64)
+        if not ((ratios >= 0) & (ratios <= 1)).all():
+            raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
+        return np.sqrt(tables.lookup(COUNTS, count, "count")(self, ratios))[()]
+
+
+def _original_square(distances: Distances, ratios: np.ndarray) -> np.ndarray:
+    last = np.maximum(np.ceil(np.append(ratios, 0.0) * distances.size).astype(int), 1) - 1
+    found = distances.squares[np.searchsorted(distances.magnitudes, distances.magnitudes[last], side="right")]
+    return (found[:-1] - found[-1]).reshape(ratios.shape)
+
+
+def _linear_square(distances: Distances, ratios: np.ndarray) -> np.ndarray:
+    removed = np.minimum((ratios * distances.size).astype(int), distances.size - 1)
+    below, above = distances.squares[removed], distances.squares[removed + 1]
+    return below + (ratios * distances.size - removed) * (above - below)
+
+
+COUNTS = {
+    "nearest": lambda distances, ratios: distances.squares[np.rint(ratios * distances.size).astype(int)],
+    "original": _original_square,
+    "linear": _linear_square,
+}
+
+
+def distances(params: PyTree, *, scope: Scope = "kernels") -> Distances:
+    """Distances R(p) = |w - w_p| of global magnitude pruning.
+
+    params: arrays; those that may be pruned are sorted once, in their own precision.
+    scope: `kernels` (matrices and convolutions, as the original) or `all`, which any list of arrays goes with.
+    Raises ValueError if there is nothing to prune or an array is not finite. If all weights are 0 then R is 0 at every
+    ratio and the prediction is 1: nothing is left to remove.
+    """
+    arrays = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(params).items()}
+    arrays = {path: array if array.dtype == np.float64 else array.astype(np.float32) for path, array in arrays.items()}
+    norms = {path: math.sqrt(np.sum(np.square(array, dtype=np.float64))) for path, array in arrays.items()}
+    for path, norm in norms.items():
+        if not math.isfinite(norm):
+            raise ValueError(f"{path or 'params'} has norm {norm}; did the training diverge?")
+    chosen = [x for path, x in arrays.items() if scope == "all" or (trees.is_kernel(path) and x.ndim > 1)]
+    if not sum(array.size for array in chosen):
+        hint = "no array has an entry" if scope == "all" else "no matrix is named kernel, weight or w; use scope='all'"
+        raise ValueError(f"nothing to prune: {hint}. Paths: {list(arrays)[:5]}")
+    magnitudes = np.concatenate([array.ravel() for array in chosen])
+    np.abs(magnitudes, out=magnitudes)
+    magnitudes.sort()
+    squares = np.zeros(magnitudes.size + 1)
+    np.square(magnitudes, out=squares[1:], dtype=np.float64)
+    np.cumsum(squares, out=squares)
+    return Distances(magnitudes, squares, sum(norms.values()))
+
+
+# Prediction
+
+
+def _solve(spectrum: _Spectrum, distances: Distances) -> float:
+    """The p in [0, 1] where the falling share(R(p)^2) meets the rising p; R^2 is linear between whole weights."""
+    squares, size = distances.squares, distances.size
+    low, high = 0, size  # share >= p after removing `low` weights, share <= p after `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        if spectrum.share(squares[middle]) * size >= middle:
+            low = middle
+        else:
+            high = middle
+    base, rise, part = float(squares[low]), float(squares[low + 1] - squares[low]), 0.0
+    for _ in range(100):  # Newton on a convex falling function comes from the left and never passes the root
+        square = base + part * rise
+        step = (spectrum.share(square) * size - low - part) / (1 - rise * spectrum.slope(square) * size)
+        if not step > 1e-16:
+            break
+        part = min(part + step, 1.0)
+    return (low + part) / size
+
+
+def predict(
+    values,
+    weights,
+    distances: Distances,
+    epsilon: float,
+    *,
+    method: Literal["fixed_point", "grid"] = "fixed_point",
+    negative: str = "absolute",
+    zero_share: float = 0.0,
+) -> float:
+    """The predicted largest pruning ratio: the p in [0, 1] with omega(R(p))^2 / D = p.
+
+    values, weights: Ritz values and weights, [m], or [probes, m]; several probes are averaged as spectra first, as the
+    original does, not as predictions. distances, epsilon: see `distances` and `epsilon`; options: see `ratio`.
+    method: `fixed_point` solves exactly, R^2 being linear between whole numbers of weights; about log2(n) evaluations
+    of the width. `grid` gives the original's answer: `predict_on_grid` on its smoothed spectral density.
+    """
+    methods = {"fixed_point": _fixed_point, "grid": _smoothed}
+    method = tables.lookup(methods, method, "method")
+    return method(values, weights, distances, epsilon, negative=negative, zero_share=zero_share)
+
+
+def _fixed_point(values, weights, distances, epsilon, **options) -> float:
+    return _solve(_spectrum(values, weights, epsilon, **options), distances)
+
+
+def _smoothed(values, weights, distances, epsilon, **options) -> float:
+    density, grid = linops.spectral_density(*_rows(values, weights))  # by default the original's
+    return predict_on_grid(grid, density, distances, epsilon, **options)
+
+
+def predict_on_grid(
+    values, weights, distances: Distances, epsilon: float, *, negative: str = "absolute", zero_share: float = 0.0
+) -> float:
+    """The original's prediction, one of 0, 0.001, ..., 0.999, from a spectral density.
+
+    values, weights: grid and density, [bins]. The width is known at whole distances 0 to int(norm_sum); each ratio's R
+    (of `count="original"`) is rounded to one of them, half to even, and the first ratio closest to its width wins. A
+    distance rounded above the grid, where the original fails, takes the last.
+    """
+    ratios = np.arange(1000) / 1000
+    radii = np.minimum(np.rint(distances.at(ratios, count="original")), int(distances.norm_sum))
+    radii, where = np.unique(radii, return_inverse=True)
+    widths = ratio(values, weights, radii, epsilon, negative=negative, zero_share=zero_share)
+    return float(ratios[np.argmin(np.abs(widths[where] - ratios))])
+
+
+def epsilon(batch_losses) -> float:
+    """The tolerated loss: standard deviation (population) of the training loss over batches, penalty included.
+
+    batch_losses: mean loss of every batch at the trained weights, [batches], at least 2.
+    Raises ValueError if that is 0, too short or not finite.
+    """
+    return float(np.std(_losses(batch_losses)))
+
+
+def _losses(batch_losses) -> np.ndarray:
+    losses = np.asarray(batch_losses, np.float64)
+    if losses.ndim != 1 or losses.size < 2:
+        raise ValueError(f"batch_losses has shape {losses.shape}; at least 2 batches in one dimension are needed.")
+    if not np.isfinite(losses).all():
+        raise ValueError("batch_losses are not finite; did the training diverge?")
+    if losses.min() == losses.max() or not np.std(losses) > 0:
+        raise ValueError("batch_losses are all equal, so epsilon is 0; use smaller batches or set epsilon yourself.")
+    return losses
+
+
+def epsilon_draws(batch_losses, num: int, seed) -> np.ndarray:
+    """`num` values of epsilon, each from as many batch losses drawn with replacement: how well epsilon is known.
+
+    seed: int or numpy.random.Generator. Draws of equal losses only are repeated. Returns float64 [num], above 0.
+    """
+    losses, random = _losses(batch_losses), np.random.default_rng(seed)
+    draws = np.zeros(num)
+    for i in range(num):
+        while not draws[i] > 0:
+            draws[i] = np.std(random.choice(losses, losses.size))
+    return draws
+
+
+# Intervals
+
+
+def enclosure(
+    gauss,
+    radau,
+    distances: Distances,
+    epsilon: float,
+    *,
+    squared: bool = False,
+    zero_share: float = 0.0,
+    rounding: float = 1e-15,
+) -> tuple[float, float]:
+    """(lower, upper): between them lies the prediction of the spectrum that quadrature on a semi-definite A samples.
+
+    gauss: (values, weights) of the Gauss rule, which are the Ritz values and weights; radau: of the Gauss-Radau rule
+    with a node at 0; each [m] or [probes, m].
+    With x an eigenvalue of A, 1 / (1 + x R^2 / (2 epsilon)) is completely monotone (its derivatives alternate in sign),
+    so by the error terms of the two rules Gauss is below its integral and Gauss-Radau at 0 above, at every R. The width
+    falls as p rises, hence the same order holds for the p where they meet. Each further product narrows the two.
+    squared: A = H^2 stands for |H|, the values are squares: 1 / (1 + sqrt(x) R^2 / (2 epsilon)) is completely monotone
+    as well, because sqrt has a completely monotone derivative (it is a Bernstein function).
+    rounding: error of the values relative to the largest; each rule moves them so far to its careful side. The default
+    is that of the tridiagonal eigenproblem; 5e-7 accounts for products in single precision. It matters for H^2, where
+    rounding hides curvatures below sqrt(rounding) of the largest.
+    Raises ValueError for values so negative that A is not semi-definite.
+    Source: Golub and Meurant 2010, Matrices, Moments and Quadrature, chapter 6.
+    """
+
+    def bound(rule, move) -> float:
+        values, weights = _semidefinite(rule[0]), rule[1]
+        values = move(values, rounding * np.max(np.abs(values), initial=0.0))
+        return predict(np.sqrt(values) if squared else values, weights, distances, epsilon, zero_share=zero_share)
+
+    lower = bound(gauss, lambda values, slack: np.abs(values) + slack)
+    upper = bound(radau, lambda values, slack: np.maximum(values - slack, 0.0))
+    return min(lower, upper), max(lower, upper)
+
+
+def _semidefinite(values) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.size and values.min() < -1e-3 * np.abs(values).max():
+        least = f"{values.min():.3g} (largest {values.max():.3g})"
+        raise ValueError(f"the operator is not positive semi-definite: its smallest Ritz value is {least}.")
+    return values
+
+
+class History(NamedTuple):
+    """The prediction after each number of products; `lower` and `upper` are NaN for an operator that is indefinite."""
+
+    num_matvecs: np.ndarray  # int [k]
+    ratio: np.ndarray  # float64 [k]
+    lower: np.ndarray  # float64 [k]
+    upper: np.ndarray  # float64 [k]
+
+
+class Prediction(NamedTuple):
+    """A predicted largest pruning ratio and how far to trust it; made by `predict_probes`."""
+
+    ratio: float  # of the probes' mean spectrum
+    lower: float  # enclosure of the quadrature error, for these probes and this epsilon; NaN if the operator is
+    upper: float  # indefinite
+    standard_error: float  # over probes, of `ratio`; NaN with one probe
+    epsilon_error: float  # standard deviation over draws of epsilon; NaN without draws
+    per_probe: np.ndarray  # float64 [probes]: each probe's own prediction
+    epsilon: float
+    negative_mass: float  # share of the weight on negative Ritz values
+
+    def band(self, deviations: float = 2.0) -> tuple[float, float]:
+        """The enclosure (or the ratio alone) widened by so many standard deviations of probes and epsilon together.
+
+        What is NaN widens nothing: with one probe and no draws of epsilon the band is the enclosure itself.
+        """
+        spread = deviations * math.sqrt(np.nansum(np.square([self.standard_error, self.epsilon_error])))
+        low, high = np.nanmin([self.lower, self.ratio]), np.nanmax([self.upper, self.ratio])
+        return max(float(low) - spread, 0.0), min(float(high) + spread, 1.0)
+
+
+OPERATORS = {  # Ritz values to eigenvalues of the Hessian, up to sign
+    "symmetric": lambda values: values,
+    "semidefinite": _semidefinite,
+    "squared": lambda values: np.sqrt(np.abs(_semidefinite(values))),
+}
+
+
+def predict_probes(
+    tridiagonal: linops.Tridiagonal,
+    distances: Distances,
+    epsilon: float,
+    *,
+    operator: Operator = "symmetric",
+    negative: str = "absolute",
+    zero_share: float = 0.0,
+    epsilons: Sequence[float] = (),
+    rounding: float | None = None,
+) -> Prediction:
+    """The prediction from the Lanczos run of one or more probes, with its uncertainty.
+
+    tridiagonal: of `linops.lanczos`; a leading axis holds the probes.
+    operator: what the products were made with. `symmetric`: the Hessian, any signs, no enclosure. `semidefinite`: a
+    positive semi-definite operator such as the Gauss-Newton matrix. `squared`: the Hessian applied twice; its values
+    are squares, and the answer is that for absolute eigenvalues. The last two give lower and upper bounds.
+    negative, zero_share: see `ratio`. epsilons: further values of epsilon (`epsilon_draws`) for `epsilon_error`.
+    rounding: see `enclosure`; by default 4 units of the coefficients' type, about what its products lose.
+    The answer's `ratio` is that of the probes' mean spectrum by the Gauss rule, as the original's, so with bounds it is
+    `lower` (up to `rounding`). Its standard error is std(per_probe) / sqrt(probes), to first order that of the mean
+    spectrum's fixed point.
+    """
+    ritz, weights = gauss = _rows(*linops.ritz(tridiagonal))
+    values = tables.lookup(OPERATORS, operator, "operator")(ritz)
+    point = lambda v, w, e: predict(v, w, distances, e, negative=negative, zero_share=zero_share)
+    per_probe = np.array([point(v, w, epsilon) for v, w in zip(values, weights)])
+    draws = [point(values, weights, e) for e in epsilons]
+    lower = upper = math.nan
+    if operator != "symmetric":
+        rounding = 4 * float(np.finfo(np.asarray(tridiagonal.alphas).dtype).eps) if rounding is None else rounding
+        bounded = dict(squared=operator == "squared", zero_share=zero_share, rounding=rounding)
+        lower, upper = enclosure(gauss, linops.gauss_radau(tridiagonal), distances, epsilon, **bounded)
+    return Prediction(
+        ratio=point(values, weights, epsilon) if len(per_probe) > 1 else float(per_probe[0]),
+        lower=lower,
+        upper=upper,
+        standard_error=float(per_probe.std(ddof=1) / math.sqrt(per_probe.size)) if per_probe.size > 1 else math.nan,
+        epsilon_error=float(np.std(draws)) if draws else math.nan,
+        per_probe=per_probe,
+        epsilon=epsilon,
+        negative_mass=negative_mass(ritz, weights),
+    )
+
+
+def history(
+    tridiagonal: linops.Tridiagonal,
+    distances: Distances,
+    epsilon: float,
+    *,
+    num_matvecs: Sequence[int] | None = None,
+    **options,
+) -> History:
+    """What `predict_probes` would have said after each number of products, from the longest run.
+
+    num_matvecs: numbers in 1..m; by default all of them. A probe that ended earlier keeps its last answer.
+    options: those of `predict_probes`.
+    """
+    longest = int(np.max(tridiagonal.num_steps))
+    depths = np.arange(1, longest + 1) if num_matvecs is None else np.asarray(num_matvecs, int)
+    if depths.size and not (depths.min() >= 1 and depths.max() <= longest):
+        raise ValueError(f"num_matvecs is {num_matvecs}; allowed: 1 to {longest}, the Lanczos steps made.")
+    cut = (linops.truncate(tridiagonal, int(depth)) for depth in depths)
+    answers = [predict_probes(shorter, distances, epsilon, **options) for shorter in cut]
+    return History(depths, *np.array([(a.ratio, a.lower, a.upper) for a in answers], np.float64).reshape(-1, 3).T)
