@@ -65,6 +65,16 @@ class Checkpoints:
         self._manager.close()
 
 
+def finished_stages(workdir: pathlib.Path) -> int | None:
+    """How many stages the run in `workdir` has finished; None if it has saved nothing."""
+    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+        return None
+    saved = Checkpoints(workdir)
+    progress = saved.progress()
+    saved.close()
+    return progress and progress.stage
+
+
 def claim(workdir: pathlib.Path, config: dict) -> None:
     """Makes `workdir` the place of `config` (written to config.json), or checks that it already is.
 

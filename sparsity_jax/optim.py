@@ -7,7 +7,6 @@ momenta or radii is one compiled program.
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -568,16 +567,6 @@ def l2(*, strength: tables.NonNegative = 3e-5, parameters: str = ".*") -> None:
 PENALTIES = {"none": no_penalty, "l1": l1, "l2": l2}
 
 
-def penalised(params: PyTree, pattern: str, where: str = "parameters") -> PyTree:
-    """Whether each array of `params` is matched by `pattern`; ConfigError if none is."""
-    chosen = trees.map_named(lambda path, _: re.fullmatch(pattern, path) is not None, params)
-    if not any(jax.tree.leaves(chosen)):
-        paths = list(trees.named_leaves(params))
-        hint = tables.closest(pattern, paths)
-        raise tables.ConfigError(f"{where} is {pattern!r}, which matches no parameter; one is {paths[0]!r}.{hint}")
-    return chosen
-
-
 # From configuration to a transformation ----------------------------------------------------------------------
 
 
@@ -650,13 +639,7 @@ def _check_penalty(config: dict, constraint: tuple, where: str) -> tuple[str, di
     name = given.pop("name", "none")
     rule = tables.lookup(PENALTIES, name, f"{where}.penalty.name")
     chosen = {**tables.defaults(rule), **tables.check_options(rule, given, f"{where}.penalty")}
-    try:
-        re.compile(chosen.get("parameters", ""))
-    except re.error as error:
-        pattern = chosen["parameters"]
-        raise tables.ConfigError(
-            f"{where}.penalty.parameters: {pattern!r} is not a regular expression: {error}."
-        ) from None
+    trees.check_pattern(chosen.get("parameters", ""), f"{where}.penalty.parameters")
     free = all(kind == "unconstrained" for _, kind, _ in constraint)
     if chosen.get("method") == "proximal" and not (config["name"] == "sgd" and free):
         raise tables.ConfigError(
@@ -685,8 +668,9 @@ def numbers(recipe: Recipe, params: PyTree, norms: PyTree | None) -> dict[str, A
     sets = polytopes.build(params, norms, recipe.constraint)
     values = {key: jnp.asarray(value, float) for key, value in recipe.numbers.items()}
     if "penalty" in values:
-        chosen = penalised(params, recipe.penalty[1]["parameters"], "penalty.parameters")
-        values["penalty"] = jax.tree.map(lambda yes: jnp.where(yes, values["penalty"], 0.0), chosen)
+        chosen = trees.matching(params, recipe.penalty[1]["parameters"], "penalty.parameters")
+        one = lambda path, _, strength=values["penalty"]: jnp.where(chosen[path], strength, 0.0)
+        values["penalty"] = trees.map_named(one, params)
     return {**values, "sets": jax.tree.map(jnp.asarray, sets)}
 
 

@@ -10,7 +10,7 @@ import platform as host
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import ml_collections
 import tqdm
 
-from sparsity_jax import checkpoint, data, models, optim, report, stages, tables, train
+from sparsity_jax import checkpoint, data, geometry, models, optim, report, stages, tables, train
 
 PyTree = Any
+STAGES = {**stages.STAGES, **geometry.STAGES}
 
 
 # Configs -----------------------------------------------------------------------------------------------------
@@ -32,6 +33,7 @@ def settings(
     model: dict,
     pipeline: tuple[str, ...],
     title: str = "",
+    start_from: str = "",
     seed: tables.Index = 0,
     platform: Literal["default", "cpu", "gpu", "tpu"] = "default",
     mesh: tables.Index = 1,
@@ -43,8 +45,9 @@ def settings(
 ) -> None:
     """Fields of every config beside its stages.
 
-    pipeline: names of stage configs, in order. platform: where to compute (default: JAX's choice). mesh: local devices
-    that share each batch, 0 for all. steps_per_call: training steps per compiled call, 0 for automatic.
+    pipeline: names of stage configs, in order. start_from: workdir of a finished run, whose trained network and rows
+    this one goes on from; its model must be the same. platform: where to compute (default: JAX's choice). mesh: local
+    devices that share each batch, 0 for all. steps_per_call: training steps per compiled call, 0 for automatic.
     checkpoint_seconds: least time between two saves. sweep: lists of values under the names of number fields, e.g.
     `dict(seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all at
     once (`vmap`, dense networks) or one after the other with the same compiled program (`loop`).
@@ -58,8 +61,8 @@ def base(**fields: Any) -> ml_collections.ConfigDict:
 
 
 def stage(kind: str, **fields: Any) -> dict[str, Any]:
-    """A stage config with all its fields; see `stages.STAGES` for kinds."""
-    row = tables.lookup(stages.STAGES, kind, "kind")
+    """A stage config with all its fields; see `STAGES` for kinds."""
+    row = tables.lookup(STAGES, kind, "kind")
     return {"kind": kind, **tables.defaults(row.options), **fields}
 
 
@@ -113,7 +116,7 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
             raise tables.ConfigError(f"config.sweep names config.{path}; allowed: seed and fields of stages.")
     members = [(override_all(config, values), values) for values in overrides]
     checked = [check_member(member) for member, _ in members]
-    check_order(common["pipeline"], stage_configs, checked[0])
+    check_order(common["pipeline"], stage_configs, checked[0], check_origin(common))
     data.check(**dict(common["data"]))
     dense = not any(name in str(common["model"].get("name")) for name in ("cnn", "vgg", "resnet", "mobilenet"))
     together = common["sweep_mode"] == "vmap" or (common["sweep_mode"] == "auto" and dense)
@@ -158,17 +161,38 @@ def check_member(config: dict) -> dict[str, Any]:
     for name, value in config.items():
         if name not in tables.parameters(settings):
             value = dict(value)
-            row = tables.lookup(stages.STAGES, value.pop("kind"), f"config.{name}.kind")
+            row = tables.lookup(STAGES, value.pop("kind"), f"config.{name}.kind")
             found[name] = row.options(f"config.{name}", **tables.check_options(row.options, value, f"config.{name}"))
     return found
 
 
-def check_order(pipeline: tuple[str, ...], stage_configs: dict, checked: dict[str, Any]) -> None:
-    """Raises ConfigError for a stage that needs another's result first."""
-    done: set[str] = set()
+def check_origin(config: dict) -> set[str]:
+    """Kinds of the stages that the run in `config.start_from` has finished; raises ConfigError if it cannot be used."""
+    if not config["start_from"]:
+        return set()
+    where, path = f"config.start_from is {config['start_from']!r}", pathlib.Path(config["start_from"])
+    if not (path / "config.json").is_file():
+        raise tables.ConfigError(f"{where}, which holds no run (no config.json).")
+    other = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    differing = checkpoint.differences(other.get("model"), plain(config["model"]))
+    if differing:
+        lines = "\n".join(f"  config.model.{name}: {old} there, {new} now" for name, old, new in differing)
+        raise tables.ConfigError(f"{where}, a run of another network.\n{lines}")
+    for place in [path, *sorted(path.glob("member_*"))]:
+        position = checkpoint.finished_stages(place)
+        if position is not None and position < len(other["pipeline"]):
+            raise tables.ConfigError(f"{where}, which is not finished: run it to its end first.")
+    return {other[name]["kind"] for name in other["pipeline"]}
+
+
+def check_order(
+    pipeline: tuple[str, ...], stage_configs: dict, checked: dict[str, Any], done: Iterable[str] = ()
+) -> None:
+    """Raises ConfigError for a stage that needs another's result first. done: kinds that another run has finished."""
+    done = set(done)
     for name in pipeline:
         kind = stage_configs[name]["kind"]
-        needs = stages.STAGES[kind].needs
+        needs = STAGES[kind].needs
         if needs and not done & set(needs):
             raise tables.ConfigError(
                 f"config.pipeline runs {name!r} (kind {kind!r}) before any stage of kind "
@@ -264,13 +288,19 @@ def run(config: Mapping, workdir: str | pathlib.Path) -> Outcome:
         for i, plan in enumerate(plans):
             place = workdir / f"member_{i:03d}"
             checkpoint.claim(place, plan.configs[0])
-            outcome = run_plan(plan, problem, place)
+            outcome = run_plan(plan._replace(common=member_origin(plan.common, i)), problem, place)
             rows += [{**row, "member": i} for row in outcome.rows]
             report.Writer(workdir, rows).close()
         outcome = outcome._replace(rows=rows)
     path = report.write(workdir, config, outcome.rows, title=common["title"] or None, environment=environment)
     say(f"report: {path}")
     return outcome
+
+
+def member_origin(common: dict[str, Any], member: int) -> dict[str, Any]:
+    """The common fields of one separate member: it starts from the same member of a run that has such."""
+    own = pathlib.Path(common["start_from"]) / f"member_{member:03d}"
+    return {**common, "start_from": str(own)} if common["start_from"] and own.is_dir() else common
 
 
 def build(plans: list[Plan]) -> train.Problem:
@@ -326,35 +356,52 @@ def initial_state(plan: Plan, problem: train.Problem) -> train.State:
     return problem.once("create", lambda: jax.jit(problem.lift(create)))(problem.place(key))
 
 
+class Run(NamedTuple):
+    """A plan being run. rows: all so far, of this run only. origin: rows of the run it started from."""
+
+    plan: Plan
+    problem: train.Problem
+    saved: checkpoint.Checkpoints
+    writer: report.Writer
+    rows: list[dict]
+    origin: list[dict]
+
+    def per_member(self, rows: list[dict]) -> list[list[dict]]:
+        return [[row for row in rows if row["member"] == i] for i in range(self.problem.members or 1)]
+
+
 def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outcome:
     """Runs the stages of one plan, from its newest checkpoint if there is one."""
     saved = checkpoint.Checkpoints(workdir)
     with contextlib.ExitStack() as stack:
         stack.callback(saved.close)
         progress = saved.progress() or checkpoint.Progress(0, False, [])
-        state = initial_state(plan, problem)
+        state, origin = initial_state(plan, problem), []
+        if plan.common["start_from"]:
+            state, origin = continue_from(plan.common["start_from"], state)
         rows = progress.rows
         writer = stack.enter_context(contextlib.closing(report.Writer(workdir, rows)))
+        run = Run(plan, problem, saved, writer, rows, origin)
         if progress.stage or progress.begun or rows:
             say(f"continuing {workdir} in stage {min(progress.stage + 1, len(plan.pipeline))} of {len(plan.pipeline)}")
         for position, name in enumerate(plan.pipeline):
-            place = stages.Place(name, position, plan.settings)
-            kind = plan.configs[0][name]["kind"]
-            row, own = stages.STAGES[kind], plan.settings[name]
             if position < progress.stage:
                 continue
+            kind, own = plan.configs[0][name]["kind"], plan.settings[name]
+            visit = plan.pipeline[: position + 1].count(name)
+            begun = [row for row in rows if row["stage"] == name and row["visit"] == visit]
+            before = [row for row in rows if row["stage"] != name or row["visit"] != visit]
+            place = stages.Place(name, position, plan.settings, run.per_member([*origin, *before]))
+            stage = STAGES[kind]
             resumed = position == progress.stage and progress.begun
             if resumed or (position == progress.stage and position):
-                like = row.begin(problem, state, own, place) if resumed else stages.without_optimizer(state)
+                like = stage.begin(problem, state, own, place) if resumed else stages.without_optimizer(state)
                 state = saved.restore(checkpoint.abstract(like))
             if not resumed:
-                state = row.begin(problem, state, own, place)
+                state = stage.begin(problem, state, own, place)
                 saved.save(state, checkpoint.Progress(position, True, rows))
-            visit = plan.pipeline[: position + 1].count(name)
             common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
-            earlier = [r for r in rows if r["stage"] == name and r["visit"] == common["visit"]]
-            per_member = [[r for r in earlier if r["member"] == i] for i in range(problem.members or 1)]
-            state = run_stage(row, problem, state, own, place, per_member, common, plan, rows, writer, saved)
+            state = run_stage(run, stage, state, place, run.per_member(begun), common)
             state = stages.without_optimizer(state)
             saved.save(state, checkpoint.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
@@ -362,15 +409,33 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
     return Outcome(state, rows)
 
 
-def run_stage(row, problem, state, own, place, per_member, common, plan, rows, writer, saved) -> train.State:
+def continue_from(path: str, state: train.State) -> tuple[train.State, list[dict]]:
+    """The network at the end of the finished run in `path`, under `state`'s own key, and that run's rows.
+
+    Raises ConfigError if its arrays do not fit `state`.
+    """
+    saved = checkpoint.Checkpoints(path)
+    try:
+        found = saved.restore(checkpoint.abstract(state))
+        return found._replace(key=state.key), saved.progress().rows
+    except ValueError as error:
+        raise tables.ConfigError(f"config.start_from is {path!r}, whose network is another one: {error}") from None
+    finally:
+        saved.close()
+
+
+def run_stage(
+    run: Run, stage: stages.Stage, state: train.State, place: stages.Place, begun: list[list[dict]], common: dict
+) -> train.State:
     """One stage: its rows go out as they come, its state is saved every `checkpoint_seconds`."""
+    plan, rows, own = run.plan, run.rows, run.plan.settings[place.name]
     last, every = time.monotonic(), plan.common["checkpoint_seconds"]
-    position, spe = place.position, own[0].steps_per_epoch(problem) if isinstance(own[0], train.Fit) else 1
+    position, spe = place.position, own[0].steps_per_epoch(run.problem) if isinstance(own[0], train.Fit) else 1
     # what an interruption saves, replaced as one: it may come between any two instructions
     good = (state, checkpoint.Progress(position, True, list(rows)))
     with Display(f"{place.position + 1}/{len(plan.pipeline)} {place.name}") as display:
         try:
-            for update in row.run(problem, state, own, place, per_member):
+            for update in stage.run(run.problem, state, own, place, begun):
                 new = [
                     {**common, "member": i, **plan.swept[i], **found}
                     for i, own_rows in enumerate(update.rows)
@@ -383,18 +448,19 @@ def run_stage(row, problem, state, own, place, per_member, common, plan, rows, w
                         good = (state, checkpoint.Progress(position, True, list(rows)))
                     else:
                         good = (stages.without_optimizer(state), checkpoint.Progress(position + 1, False, list(rows)))
-                writer.append(new)
+                run.writer.append(new)
                 display.show(update.done, new)
                 if interrupted.is_set():
                     raise KeyboardInterrupt
                 if update.state is not None and update.done < 1 and time.monotonic() - last >= every:
                     train.check_finite(state, spe, place.name)
-                    saved.save(*good)
+                    run.saved.save(*good)
                     last = time.monotonic()
         except KeyboardInterrupt:
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(good[0])):
+            deleted = (leaf.is_deleted() for leaf in jax.tree.leaves(good[0]) if isinstance(leaf, jax.Array))
+            if not any(deleted):
                 train.check_finite(good[0], spe, place.name)
-                saved.save(*good)
+                run.saved.save(*good)
             raise
     return state
 

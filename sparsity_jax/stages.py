@@ -5,7 +5,7 @@ gives the state it starts from (pure, so that a resumed run knows its structure)
 be resumed from any update it yielded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -19,11 +19,13 @@ RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.91, 0.92, 0.93, 0.
 
 
 class Place(NamedTuple):
-    """Where in the pipeline a stage stands. others: the checked settings of all stages, one list a member, by name."""
+    """Where in the pipeline a stage stands. others: the checked settings of all stages, one list a member, by name.
+    earlier: rows of all stages before it, one list a member, those of the run it started from included."""
 
     name: str
     position: int
     others: dict[str, list[Any]]
+    earlier: Sequence[list[dict]] = ()
 
 
 class Stage(NamedTuple):
@@ -293,19 +295,16 @@ def curve_options(
     return Curve(ratios, splits, selection, cut.options, retrain)
 
 
-def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    chosen, options = settings[0], dict(settings[0].options)
-    shapes = shapes_of(problem)
+def pruned_results(problem: train.Problem, chosen: Curve, position: int) -> tuple[Callable, Callable]:
+    """(prune, measure) of one member; position: of the stage in the pipeline, for random masks.
+
+    prune(state, counts) -> masks; measure(state, counts, *arrays of every split) -> (loss and accuracy by split, more).
+    """
+    options = dict(chosen.options)
     evaluators = {split: train.evaluation(problem, split) for split in chosen.splits}
-    fixed = dict(
-        num_prunable=trees.size(allocate.prunable(shapes, options.get("scope", "kernels"))),
-        selection=chosen.selection,
-        scope=options.get("scope", "kernels"),
-        retrained=bool(chosen.retrain),
-    )
 
     def prune(state, counts):
-        key = train.stage_key(state.key, place.position)
+        key = train.stage_key(state.key, position)
         kept = allocate.keep_masks(state.params, counts, key, selection=chosen.selection, **options)
         return jax.tree.map(jnp.logical_and, kept, state.masks)
 
@@ -320,7 +319,45 @@ def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
         num_kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in alive.values())
         return found, dict(num_kept=num_kept, layers=layer_sparsity(params))
 
-    inputs = [array for split in chosen.splits for array in train.arrays(problem, split)]
+    return prune, measure
+
+
+def split_arrays(problem: train.Problem, chosen: Curve) -> list[jax.Array]:
+    return [array for split in chosen.splits for array in train.arrays(problem, split)]
+
+
+def pruned_evaluation(
+    problem: train.Problem, state: train.State, chosen: Curve, place: Place, member: int
+) -> Callable[[float], dict[str, float]]:
+    """`evaluate(ratio) -> dict(accuracy, loss)` of one member on the first split: one program for all ratios."""
+    state = without_optimizer(state)
+    if problem.members is not None:
+        state = jax.tree.map(lambda leaf: leaf[member], state)
+    static = (place.position if chosen.selection == "random" else 0, chosen._replace(ratios=()))
+    _, measure = pruned_results(problem, chosen, place.position)
+    compiled = problem.once(("pruned evaluation", static), lambda: jax.jit(measure))
+    inputs, shapes = split_arrays(problem, chosen), shapes_of(problem)
+
+    def evaluate(ratio):
+        counts = allocate.keep_counts(shapes, ratio, selection=chosen.selection, **dict(chosen.options))
+        found, _ = compiled(state, counts, *inputs)
+        return {name: float(value) for name, value in found[chosen.splits[0]].items()}
+
+    return evaluate
+
+
+def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    chosen, options = settings[0], dict(settings[0].options)
+    shapes = shapes_of(problem)
+    prune, measure = pruned_results(problem, chosen, place.position)
+    fixed = dict(
+        num_prunable=trees.size(allocate.prunable(shapes, options.get("scope", "kernels"))),
+        selection=chosen.selection,
+        scope=options.get("scope", "kernels"),
+        retrained=bool(chosen.retrain),
+    )
+
+    inputs = split_arrays(problem, chosen)
     # `state` without optimizer: then a curve after every training is the same program
     state = without_optimizer(state)
     static = (place.position if chosen.selection == "random" else 0, chosen._replace(ratios=()))

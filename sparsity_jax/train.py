@@ -69,7 +69,7 @@ class Problem(NamedTuple):
 
     def shard(self, batch: jax.Array) -> jax.Array:
         """Splits a batch over the devices of the mesh."""
-        if self.mesh is None:
+        if self.mesh is None or len(batch) % self.mesh.size:  # a data set's last batch may not divide
             return batch
         spec = jax.sharding.PartitionSpec("batch", *[None] * (batch.ndim - 1))
         return jax.lax.with_sharding_constraint(batch, jax.sharding.NamedSharding(self.mesh, spec))
@@ -228,6 +228,11 @@ def stage_key(key: jax.Array, position: int) -> jax.Array:
     return jax.random.fold_in(jax.random.wrap_key_data(key), 2 + position)
 
 
+def convolves(params: PyTree, stacked: bool = False) -> bool:
+    """Whether some kernel is a convolution's. stacked: params have a leading axis of members."""
+    return any(trees.is_kernel(path) and leaf.ndim - stacked > 2 for path, leaf in trees.named_leaves(params).items())
+
+
 def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int) -> list[int]:
     """How many steps each compiled call makes.
 
@@ -236,10 +241,7 @@ def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int) -> lis
     """
     size = problem.steps_per_call
     if not size:
-        convolutions = any(
-            trees.is_kernel(path) and leaf.ndim - (problem.members is not None) > 2
-            for path, leaf in trees.named_leaves(state.params).items()
-        )
+        convolutions = convolves(state.params, problem.members is not None)
         size = 1 if convolutions and jax.default_backend() == "cpu" else steps_per_epoch
     size = min(size, steps_per_epoch)
     return [size] * (steps_per_epoch // size) + [steps_per_epoch % size] * (steps_per_epoch % size > 0)

@@ -37,10 +37,8 @@ def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]], where: str = "ru
     """
     patterns = []
     for pattern, value in rules:
-        try:
-            patterns.append((re.compile(pattern), value))
-        except re.error as error:
-            raise tables.ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
+        check_pattern(pattern, where)
+        patterns.append((re.compile(pattern), value))
     paths, used = list(named_leaves(tree)), set()
 
     def value_of(path: str, _: Any) -> Any:
@@ -58,6 +56,28 @@ def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]], where: str = "ru
                 f"{where}: {pattern.pattern!r} decides no parameter; paths look like {paths[0]!r}.{hint}"
             )
     return values
+
+
+def matching(tree: PyTree, pattern: str, where: str = "pattern") -> dict[str, bool]:
+    """Whether the whole path of each leaf of `tree` matches the regular expression `pattern`, by path.
+
+    Raises ConfigError for a bad pattern and if no leaf matches. where: the setting that holds it.
+    """
+    check_pattern(pattern, where)
+    paths = list(named_leaves(tree))
+    chosen = {path: re.fullmatch(pattern, path) is not None for path in paths}
+    if not any(chosen.values()):
+        hint = tables.closest(pattern, paths)
+        raise tables.ConfigError(f"{where} is {pattern!r}, which matches no parameter; one is {paths[0]!r}.{hint}")
+    return chosen
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    """Raises ConfigError for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise tables.ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
 
 
 def is_kernel(path: str) -> bool:

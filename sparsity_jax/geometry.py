@@ -1,0 +1,629 @@
+"""Stages of the geometric limit of sparsity: the actual limit, weights without curvature, the spectrum, the prediction.
+
+They read a trained network, and earlier rows of the run (or of `config.start_from`); see `stages` for what a stage is.
+Source: Zhang et al. 2023, arXiv:2306.05857.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity_jax import allocate, linops, losses, spectrum, stages, tables, train, trees, width
+
+PyTree = Any
+WITHOUT_BATCH_NORM = r"(?!.*bn\d*/).*"  # as the original, which leaves scale and bias of batch norms out
+
+
+def one_member(problem: train.Problem, state: train.State, member: int) -> tuple[PyTree, PyTree]:
+    """(params, batch_stats) of one member."""
+    pair = (state.params, state.batch_stats)
+    return pair if problem.members is None else jax.tree.map(lambda leaf: leaf[member], pair)
+
+
+def member_key(problem: train.Problem, state: train.State, member: int) -> jax.Array:
+    return state.key if problem.members is None else state.key[member]
+
+
+def members_of(problem: train.Problem) -> range:
+    return range(problem.members or 1)
+
+
+def only(problem: train.Problem, member: int, row: dict) -> list[list[dict]]:
+    """Rows of all members, of which only one has something new."""
+    return [[row] if i == member else [] for i in members_of(problem)]
+
+
+def check_loss(loss: dict, where: str) -> tuple[str, tuple]:
+    """(name, options) of a loss config such as `dict(name="cross_entropy")`."""
+    given = dict(loss)
+    name = given.pop("name", "cross_entropy")
+    rule = tables.lookup(losses.LOSSES, name, f"{where}.loss.name")
+    return name, tuple(sorted(tables.check_options(rule, given, f"{where}.loss").items()))
+
+
+class Network(NamedTuple):
+    """A trained network as functions of (params, batch_stats) and a batch (images, labels), in inference mode."""
+
+    outputs: Callable  # -> logits
+    loss: Callable  # (logits, batch) -> mean over the batch
+
+
+def network_of(problem: train.Problem, loss: tuple[str, tuple]) -> Network:
+    rule, options = losses.LOSSES[loss[0]], dict(loss[1])
+
+    def outputs(variables, batch):
+        params, batch_stats = variables
+        return problem.model.apply({"params": params, "batch_stats": batch_stats}, problem.images(batch[0]))
+
+    return Network(outputs, lambda logits, batch: rule(logits, batch[1], **options).mean())
+
+
+def train_losses(
+    problem: train.Problem, variables: tuple[PyTree, PyTree], loss: tuple[str, tuple], batch_size: int
+) -> np.ndarray:
+    """Mean training loss of every whole batch, in the data's order: float64 [batches]."""
+    network = network_of(problem, loss)
+    whole = lambda variables, batch: network.loss(network.outputs(variables, batch), batch)
+    compiled = problem.once(
+        ("batch losses", loss, batch_size),
+        lambda: jax.jit(lambda variables, *data: spectrum.batch_losses(whole, variables, data, batch_size)),
+    )
+    return np.asarray(compiled(variables, problem.train_images, problem.train_labels), np.float64)
+
+
+# limit -------------------------------------------------------------------------------------------------------
+
+
+class Criterion(NamedTuple):
+    """What counts as losing nothing: test(accuracy, loss, dense_accuracy, dense_loss, tolerance) -> bool."""
+
+    test: Callable
+    tolerance: float
+    text: str
+
+
+CRITERIA = {
+    "accuracy": Criterion(lambda a, _, a0, __, ___: a >= a0, 0.0, "accuracy not below dense"),
+    "better_accuracy": Criterion(lambda a, _, a0, __, ___: a > a0, 0.0, "accuracy above dense, as the original"),
+    "accuracy_within": Criterion(lambda a, _, a0, __, t: a >= a0 - t, 0.001, "accuracy at most {} below dense"),
+    "loss_within": Criterion(lambda _, l, __, l0, t: l <= l0 + t, 0.01, "loss at most {} above dense"),
+}
+
+
+class Limit(NamedTuple):
+    criterion: str
+    tolerance: float
+    split: str
+    scan: tuple[float, ...]
+    resolution: float
+    curve: stages.Curve
+
+
+def limit_options(
+    where: str,
+    *,
+    criterion: Literal["accuracy", "better_accuracy", "accuracy_within", "loss_within"] = "accuracy",
+    tolerance: tables.NonNegative = 0.0,
+    split: Literal["test", "train"] = "test",
+    scan: tuple[tables.Fraction, ...] = (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99),
+    resolution: Annotated[float, tables.Range(0.0, 0.5, above=True)] = 0.001,
+    selection: str = "global",
+    scope: Literal["", "kernels", "all"] = "",
+    count: Literal["", "nearest", "original"] = "",
+) -> Limit:
+    """The largest pruning ratio that loses nothing, by a coarse scan and bisection: a few dozen evaluations.
+
+    criterion: accuracy not below dense (`accuracy`) or above it (`better_accuracy`, as the original), accuracy at most
+    `tolerance` below (`accuracy_within`), loss at most `tolerance` above (`loss_within`); tolerance 0: 0.001 and 0.01.
+    The last ratio of the scan that passes is the start; between it and the next one bisection finds a place where
+    passing turns into failing, to `resolution`. Ratios beyond a failure in between are not looked at: accuracy is
+    ragged, and a curve of 1,000 ratios may find a larger one by luck.
+    selection, scope, count: as for `curve`.
+    """
+    if not scan or list(scan) != sorted(set(scan)):
+        raise tables.ConfigError(f"{where}.scan is {scan!r}; allowed: at least one ratio, ascending.")
+    curve = stages.curve_options(where, ratios=scan, splits=(split,), selection=selection, scope=scope, count=count)
+    return Limit(criterion, tolerance or CRITERIA[criterion].tolerance, split, scan, resolution, curve)
+
+
+def run_limit(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    for member in members_of(problem):
+        chosen = settings[member]
+        if rows[member] and rows[member][-1].get("phase") == "result":
+            continue
+        evaluate = stages.pruned_evaluation(problem, state, chosen.curve, place, member)
+        known = {(row["phase"], row["ratio"]): row for row in rows[member] if "ratio" in row}
+        for row in find_limit(evaluate, chosen, known):
+            yield train.Update(state, only(problem, member, row), (member + row.pop("done")) / (problem.members or 1))
+
+
+def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | None = None) -> Iterator[dict]:
+    """Rows of the search: evaluations (phase dense, scan, bisect), then the result; `known` ones are not repeated.
+
+    evaluate(ratio) -> dict(accuracy=..., loss=...).
+    """
+    known, count, rule = known or {}, 0, CRITERIA[chosen.criterion]
+
+    def look(phase: str, ratio: float, done: float):
+        nonlocal count
+        count += 1
+        if (phase, ratio) in known:
+            return known[phase, ratio], []
+        row = dict(phase=phase, ratio=ratio, split=chosen.split, **evaluate(ratio))
+        return row, [{**row, "done": done}]
+
+    dense, new = look("dense", 0.0, 0.0)
+    yield from new
+    passes = lambda row: bool(
+        rule.test(row["accuracy"], row["loss"], dense["accuracy"], dense["loss"], chosen.tolerance)
+    )
+    low, high = 0.0, None
+    for i, ratio in enumerate(reversed(chosen.scan)):
+        row, new = look("scan", ratio, 0.5 * (i + 1) / len(chosen.scan))
+        yield from new
+        if passes(row):
+            low = ratio
+            break
+        high = ratio
+    high = 1.0 if high is None else high
+    start = (low, high)
+    while high - low > chosen.resolution:
+        middle = (low + high) / 2
+        share = 1 - (high - low - chosen.resolution) / max(start[1] - start[0], chosen.resolution)
+        row, new = look("bisect", middle, 0.5 + 0.49 * share)
+        yield from new
+        low, high = (middle, high) if passes(row) else (low, middle)
+    text = rule.text.format(f"{chosen.tolerance:g}")
+    how = f"{text}; passes at {start[0]:g} of the scan, fails at {start[1]:g}, then bisection to {chosen.resolution:g}"
+    yield dict(
+        phase="result",
+        limit=low,
+        criterion=chosen.criterion,
+        tolerance=chosen.tolerance,
+        split=chosen.split,
+        evaluations=count,
+        how=how,
+        done=1.0,
+    )
+
+
+def largest_ratio(rows: list[dict], criterion: str, tolerance: float | None = None) -> float | None:
+    """The largest ratio of a curve (rows of one split) that loses nothing against its smallest; None: not even that."""
+    rows, rule = sorted(rows, key=lambda row: row["ratio"]), CRITERIA[criterion]
+    dense, tolerance = rows[0], rule.tolerance if tolerance is None else tolerance
+    good = [
+        row["ratio"]
+        for row in rows
+        if rule.test(row["accuracy"], row["loss"], dense["accuracy"], dense["loss"], tolerance)
+    ]
+    return max(good, default=None)
+
+
+# row_norms ---------------------------------------------------------------------------------------------------
+
+
+class RowNorms(NamedTuple):
+    num_weights: int
+    threshold: float
+    rows: str
+    batch_size: int
+    num_examples: int
+    parameters: str
+    loss: tuple[str, tuple]
+
+
+def row_norms_options(
+    where: str,
+    *,
+    num_weights: tables.Count = 100,
+    threshold: tables.NonNegative = 1e-7,
+    rows: Literal["mean", "original"] = "mean",
+    batch_size: tables.Count = 128,
+    num_examples: tables.Index = 0,
+    parameters: str = ".*",
+    loss: dict = {"name": "cross_entropy"},  # noqa: B006 - never changed
+) -> RowNorms:
+    """Share of weights without curvature, from the Hessian rows of the weights at `num_weights` magnitude quantiles.
+
+    A weight has none if the L1 norm of its row is below `threshold`. rows: `mean` is the row of the whole data set's
+    Hessian; `original` sums the norms of every batch's row and divides by the number of examples, so that it scales
+    like 1 / batch_size. num_examples: of the train set, from its beginning; 0 for all. parameters: pattern of the
+    arrays whose entries make up a row.
+    """
+    trees.check_pattern(parameters, f"{where}.parameters")
+    return RowNorms(num_weights, threshold, rows, batch_size, num_examples, parameters, check_loss(loss, where))
+
+
+def examples(problem: train.Problem, num: int) -> tuple[jax.Array, jax.Array]:
+    """The first `num` train images and labels; 0 for all."""
+    num = min(num or problem.train_images.shape[0], problem.train_images.shape[0])
+    return problem.train_images[:num], problem.train_labels[:num]
+
+
+def curvature(problem: train.Problem, chosen: Any, kind: str = "hessian") -> Callable:
+    """`product(variables, v)` with the curvature of the training loss in the parameters `chosen.parameters`."""
+    network = network_of(problem, chosen.loss)
+
+    def product(variables, v, batch):
+        params, batch_stats = variables
+        selected = spectrum.select(params, chosen.parameters)
+        outputs = lambda part, batch: network.outputs((selected.rebuild(part), batch_stats), batch)
+        if kind == "gauss_newton":
+            return linops.gauss_newton(outputs, network.loss, selected.params, batch)(v)
+        return linops.hvp(lambda part, batch: network.loss(outputs(part, batch), batch), selected.params, batch)(v)
+
+    data = examples(problem, chosen.num_examples)
+    on_host = train.convolves(stages.shapes_of(problem)) and jax.default_backend() == "cpu"
+    name = ("curvature", kind, chosen.loss, chosen.parameters, chosen.batch_size, chosen.num_examples)
+    make = lambda: spectrum.over_batches(product, data, min(chosen.batch_size, len(data[0])), on_host=on_host)
+    return problem.once(name, make)
+
+
+def run_row_norms(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    total = problem.members or 1
+    for member in members_of(problem):
+        chosen = settings[member]
+        if len(rows[member]) > chosen.num_weights:
+            continue
+        variables = one_member(problem, state, member)
+        prunable = allocate.prunable(variables[0], "kernels")
+        entries = spectrum.quantile_entries(prunable, chosen.num_weights)
+        norm = row_measure(problem, chosen)
+        norms = [row["row_norm"] for row in rows[member]]
+        for i, (path, index, magnitude) in enumerate(entries):
+            if i < len(norms):
+                continue
+            norms.append(norm(variables, path, index))
+            row = dict(quantile=i / chosen.num_weights, magnitude=magnitude, row_norm=norms[-1], parameter=path)
+            yield train.Update(state, only(problem, member, row), (member + (i + 1) / (len(entries) + 1)) / total)
+        share = float(np.mean(np.asarray(norms) < chosen.threshold))
+        result = dict(zero_share=share, threshold=chosen.threshold, rows=chosen.rows, num_weights=len(entries))
+        yield train.Update(state, only(problem, member, result), (member + 1) / total)
+
+
+def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
+    """`norm(variables, path, index)`: a row's L1 norm as `chosen.rows` defines it."""
+    if chosen.rows == "mean":
+        product = curvature(problem, chosen)
+
+        def norm(variables, path, index):
+            selected = spectrum.select(variables[0], chosen.parameters).params
+            matvec = lambda v: product(variables, v)
+            return float(spectrum.row_norm(matvec, selected, path, index))
+
+        return norm
+    data = examples(problem, chosen.num_examples)
+    size = len(data[0])
+    pieces = [(i, min(chosen.batch_size, size - i)) for i in range(0, size, chosen.batch_size)]
+    network = network_of(problem, chosen.loss)
+
+    def batch_norm_of_row(variables, v, data, start, length):
+        batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
+        selected = spectrum.select(variables[0], chosen.parameters)
+        loss = lambda part: network.loss(network.outputs((selected.rebuild(part), variables[1]), batch), batch)
+        return sum(jnp.sum(jnp.abs(leaf)) for leaf in linops.hvp(loss, selected.params)(v).values())
+
+    one = problem.once(("row of a batch", chosen), lambda: jax.jit(batch_norm_of_row, static_argnums=4))
+
+    def norm(variables, path, index):
+        v = spectrum.one_hot(spectrum.select(variables[0], chosen.parameters).params, path, index)
+        return float(sum(one(variables, v, data, start, length) for start, length in pieces)) / size
+
+    return norm
+
+
+# spectrum ----------------------------------------------------------------------------------------------------
+
+OPERATORS = {"hessian": "symmetric", "gauss_newton": "semidefinite", "absolute": "squared"}  # as `width` calls them
+
+
+class Spectrum(NamedTuple):
+    operator: str
+    num_matvecs: int
+    num_probes: int
+    reorthogonalize: str
+    stop_width: float
+    l2: float
+    batch_size: int
+    num_examples: int
+    parameters: str
+    loss: tuple[str, tuple]
+
+
+def spectrum_options(
+    where: str,
+    *,
+    operator: Literal["hessian", "gauss_newton", "absolute"] = "hessian",
+    num_matvecs: tables.Count = 96,
+    num_probes: tables.Count = 1,
+    reorthogonalize: Literal["full", "bfloat16", "host", "none"] = "full",
+    stop_width: tables.NonNegative = 0.0,
+    l2: tables.NonNegative = 0.0,
+    batch_size: tables.Count = 1000,
+    num_examples: tables.Index = 0,
+    parameters: str = WITHOUT_BATCH_NORM,
+    loss: dict = {"name": "cross_entropy"},  # noqa: B006
+) -> Spectrum:
+    """Stochastic Lanczos quadrature of the curvature of the training loss at the trained weights.
+
+    operator: the `hessian`; `gauss_newton`, its positive semi-definite part; `absolute`, the Hessian applied twice,
+    whose square root is its absolute value (two products a step). The last two enclose the prediction.
+    num_matvecs: Lanczos steps; num_probes: random start vectors. reorthogonalize: see `linops.lanczos_method`.
+    stop_width: a probe ends once its enclosure of the prediction is narrower than this; 0: never. Needs a later stage
+    of kind `width`, whose tolerance it uses. l2: strength of an L2 penalty in the loss (an L1 one has no curvature).
+    num_examples: of the train set, from its beginning; 0 for all. parameters: pattern of the variables; the default
+    leaves out batch norms, as the original does.
+    Rows: coefficients of the tridiagonal matrix of every probe; everything else follows from them.
+    """
+    if stop_width and operator == "hessian":
+        raise tables.ConfigError(
+            f"{where}.stop_width is {stop_width}; allowed: 0 with operator 'hessian', which encloses nothing. "
+            "Use operator 'gauss_newton' or 'absolute'."
+        )
+    trees.check_pattern(parameters, f"{where}.parameters")
+    return Spectrum(
+        operator,
+        num_matvecs,
+        num_probes,
+        reorthogonalize,
+        stop_width,
+        l2,
+        batch_size,
+        num_examples,
+        parameters,
+        check_loss(loss, where),
+    )
+
+
+class Probe(NamedTuple):
+    """Where the stage stands: the probe under way (of all members' in turn) and its Lanczos state."""
+
+    number: jax.Array
+    lanczos: linops.LanczosState
+
+
+def _start(problem: train.Problem, state: train.State, chosen: Spectrum, place: stages.Place, number: int) -> Probe:
+    """The state before the first product of probe `number`."""
+    member, probe = divmod(number, chosen.num_probes)
+    params, _ = one_member(problem, state, member)
+    like = spectrum.select(params, chosen.parameters, f"config.{place.name}.parameters").params
+    key = jax.random.fold_in(train.stage_key(member_key(problem, state, member), place.position), probe)
+    method = linops.lanczos_method(chosen.num_matvecs, reorthogonalize=chosen.reorthogonalize)
+    return Probe(jnp.asarray(number, jnp.int32), method.init(linops.rademacher(key, like)))
+
+
+def begin_spectrum(problem, state, settings, place) -> train.State:
+    return stages.without_optimizer(state)._replace(opt_state=_start(problem, state, settings[0], place, 0))
+
+
+def run_spectrum(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    chosen, total = settings[0], settings[0].num_probes * (problem.members or 1)
+    method = linops.lanczos_method(chosen.num_matvecs, reorthogonalize=chosen.reorthogonalize)
+    product = curvature(problem, chosen, "gauss_newton" if chosen.operator == "gauss_newton" else "hessian")
+    finished = sum(map(len, rows))
+    for number in range(finished, total):
+        if int(state.opt_state.number) != number:
+            state = state._replace(opt_state=_start(problem, state, chosen, place, number))
+        member, probe = divmod(number, chosen.num_probes)
+        variables = one_member(problem, state, member)
+        applied = lambda v, variables=variables: product(variables, v)
+        if chosen.l2:
+            bare = applied
+            applied = lambda v, bare=bare: jax.tree.map(lambda a, b: a + 2 * chosen.l2 * b, bare(v), v)
+        matvec = linops.squared(applied) if chosen.operator == "absolute" else applied
+        narrow = _enclosure_width(problem, chosen, place, variables) if chosen.stop_width else None
+        lanczos, started, gap = state.opt_state.lanczos, time.perf_counter(), None
+        while (step := int(lanczos.step)) < chosen.num_matvecs:
+            lanczos = method.step(matvec, lanczos)
+            state = state._replace(opt_state=Probe(state.opt_state.number, lanczos))
+            step += 1
+            if narrow and step % 4 == 0:
+                gap = narrow(method.result(lanczos))
+                if gap <= chosen.stop_width:
+                    break
+            if int(lanczos.num_steps) < step:
+                break  # the Krylov space is exhausted
+            yield train.Update(state, stages.rows_per_member(problem), (number + step / chosen.num_matvecs) / total)
+        found = method.result(lanczos)
+        steps = int(found.num_steps)
+        if not np.isfinite(np.asarray(found.alphas)).all():
+            raise train.NonFiniteLossError(f"{place.name}: a Hessian product is not finite; did the training diverge?")
+        row = dict(
+            probe=probe,
+            operator=chosen.operator,
+            num_matvecs=steps,
+            alphas=np.asarray(found.alphas, np.float64)[:steps].tolist(),
+            betas=np.asarray(found.betas, np.float64)[:steps].tolist(),
+            dtype=str(found.alphas.dtype),
+            dimension=trees.size(lanczos.current),
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        if gap is not None:
+            row.update(enclosure=gap, narrow_enough=gap <= chosen.stop_width)
+        yield train.Update(state, only(problem, member, row), (number + 1) / total)
+
+
+def _enclosure_width(problem, chosen: Spectrum, place: stages.Place, variables) -> Callable:
+    """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance of the width stage."""
+    found = [own[0] for own in place.others.values() if isinstance(own[0], Width)]
+    if not found:
+        raise tables.ConfigError(
+            f"config.{place.name}.stop_width needs a stage of kind 'width' in the config: it defines the tolerance."
+        )
+    epsilon = found[0].epsilon or width.epsilon(train_losses(problem, variables, found[0].loss, found[0].batch_size))
+    distances = width.distances(variables[0])
+
+    def gap(tridiagonal):
+        answer = width.predict_probes(tridiagonal, distances, epsilon, operator=OPERATORS[chosen.operator])
+        return answer.upper - answer.lower
+
+    return gap
+
+
+def tridiagonals(rows: list[dict]) -> linops.Tridiagonal:
+    """The Lanczos results in rows of a spectrum stage, one a probe on the leading axis."""
+    most = max(row["num_matvecs"] for row in rows)
+    pad = lambda values: np.pad(np.asarray(values, row_type), (0, most - len(values)))
+    row_type = np.dtype(rows[0]["dtype"])
+    return linops.Tridiagonal(
+        np.stack([pad(row["alphas"]) for row in rows]),
+        np.stack([pad(row["betas"]) for row in rows]),
+        np.array([row["num_matvecs"] for row in rows], np.int32),
+    )
+
+
+# width -------------------------------------------------------------------------------------------------------
+
+
+class Width(NamedTuple):
+    spectrum: str
+    method: str
+    negative: str
+    zero_share: float | None
+    epsilon: float
+    batch_size: int
+    epsilon_draws: int
+    tolerance: float
+    loss: tuple[str, tuple]
+
+
+def width_options(
+    where: str,
+    *,
+    spectrum: str = "",
+    method: Literal["fixed_point", "grid"] = "fixed_point",
+    negative: Literal["absolute", "clip"] = "absolute",
+    zero_share: tables.Fraction | None = None,
+    epsilon: tables.NonNegative = 0.0,
+    batch_size: tables.Count = 128,
+    epsilon_draws: tables.Index = 200,
+    tolerance: tables.NonNegative = 0.001,
+    loss: dict = {"name": "cross_entropy"},  # noqa: B006
+) -> Width:
+    """The predicted largest pruning ratio, from the Gaussian width of the loss basin, beside the actual one.
+
+    spectrum: name of the spectrum stage to use (empty: the latest). method: `fixed_point`, or `grid`, the original's
+    discrete answer. negative: Ritz values below zero by `absolute` value (as the original) or at 0 (`clip`).
+    zero_share: of directions without curvature; by default that of an earlier `row_norms` stage, else 0.
+    epsilon: tolerated loss; 0 for the standard deviation of the training loss over batches of `batch_size`.
+    epsilon_draws: bootstrap draws of it for the error bar. tolerance: in accuracy, for the actual limit `within`.
+    """
+    chosen = check_loss(loss, where)
+    return Width(spectrum, method, negative, zero_share, epsilon, batch_size, epsilon_draws, tolerance, chosen)
+
+
+def run_width(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    del rows
+    found = []
+    for member in members_of(problem):
+        chosen, earlier = settings[member], place.earlier[member]
+        spectra = [row for row in earlier if row["kind"] == "spectrum"]
+        name = chosen.spectrum or spectra[-1]["stage"]
+        used = [row for row in spectra if row["stage"] == name]
+        if not used:
+            known = sorted({row["stage"] for row in spectra})
+            raise tables.ConfigError(
+                f"config.{place.name}.spectrum is {name!r}; stages of kind 'spectrum' so far: {', '.join(known)}."
+                + tables.closest(name, known)
+            )
+        newest = max(row["visit"] for row in used)
+        used = [row for row in used if row["visit"] == newest]
+        variables = one_member(problem, state, member)
+        found.append([predict(problem, variables, chosen, used, earlier, seed=place.position)])
+    yield train.Update(state, found, 1.0)
+
+
+def predict(problem, variables, chosen: Width, spectra: list[dict], earlier: list[dict], seed: int) -> dict:
+    """The row of a `width` stage."""
+    operator, tridiagonal = OPERATORS[spectra[0]["operator"]], tridiagonals(spectra)
+    distances = width.distances(variables[0])
+    draws: Any = ()
+    epsilon = chosen.epsilon
+    if not epsilon:
+        batch = train_losses(problem, variables, chosen.loss, chosen.batch_size)
+        epsilon, draws = width.epsilon(batch), width.epsilon_draws(batch, chosen.epsilon_draws, seed)
+    shares = [row["zero_share"] for row in earlier if row["kind"] == "row_norms" and "zero_share" in row]
+    zero_share = chosen.zero_share if chosen.zero_share is not None else (shares[-1] if shares else 0.0)
+    options = dict(operator=operator, negative=chosen.negative, zero_share=zero_share)
+    answer = width.predict_probes(tridiagonal, distances, epsilon, epsilons=draws, **options)
+    values, weights = linops.ritz(tridiagonal)
+    values = width.OPERATORS[operator](values)
+    plain = dict(negative=chosen.negative, zero_share=zero_share)
+    course = width.history(tridiagonal, distances, epsilon, **options)
+    low, high = answer.band()
+    on_grid = width.predict(values, weights, distances, epsilon, method="grid", **plain)
+    ratios = np.concatenate([np.arange(0, 0.9, 0.02), np.arange(0.9, 1.0005, 0.001)]).clip(0, 1)
+    radii = distances.at(ratios)
+    known = lambda number: float(number) if np.isfinite(number) else None
+    return dict(
+        predicted=on_grid if chosen.method == "grid" else answer.ratio,
+        method=chosen.method,
+        low=low,
+        high=high,
+        enclosure_low=known(answer.lower),
+        enclosure_high=known(answer.upper),
+        standard_error=known(answer.standard_error),
+        epsilon_error=known(answer.epsilon_error),
+        per_probe=answer.per_probe.tolist(),
+        predicted_on_grid=on_grid,
+        epsilon=epsilon,
+        zero_share=zero_share,
+        operator=spectra[0]["operator"],
+        spectrum=spectra[0]["stage"],
+        num_matvecs=int(max(tridiagonal.num_steps)),
+        num_probes=len(spectra),
+        negative_mass=answer.negative_mass,
+        negative=chosen.negative,
+        actual=actual_limits(earlier, chosen.tolerance, epsilon),
+        history=dict(
+            num_matvecs=course.num_matvecs.tolist(),
+            predicted=course.ratio.tolist(),
+            lower=[known(x) for x in course.lower],
+            upper=[known(x) for x in course.upper],
+        ),
+        ratios=ratios.tolist(),
+        distances=radii.tolist(),
+        widths=width.ratio(values, weights, radii, epsilon, **plain).tolist(),
+        ritz_values=values.tolist(),
+        ritz_weights=weights.tolist(),
+    )
+
+
+def actual_limits(rows: list[dict], tolerance: float, epsilon: float) -> dict[str, float]:
+    """The actual largest ratio by every definition that the rows of curves and limit stages so far decide.
+
+    Of the latest curve without retraining, on each of its splits, e.g. `test accuracy_within`; of limit stages by
+    their stage's name.
+    """
+    found = {}
+    curves = [row for row in rows if row["kind"] == "curve" and not row["retrained"]]
+    if curves:
+        newest = [row for row in curves if (row["stage"], row["visit"]) == (curves[-1]["stage"], curves[-1]["visit"])]
+        for split in sorted({row["split"] for row in newest}):
+            own = [row for row in newest if row["split"] == split]
+            for name in CRITERIA:
+                bound = dict(accuracy_within=tolerance, loss_within=epsilon).get(name)
+                best = largest_ratio(own, name, bound)
+                if best is not None:
+                    found[f"{split} {name}"] = best
+    for row in rows:
+        if row["kind"] == "limit" and row.get("phase") == "result":
+            found[row["stage"]] = row["limit"]
+    return found
+
+
+def _as_it_is(problem, state, settings, place) -> train.State:
+    del problem, settings, place
+    return stages.without_optimizer(state)
+
+
+STAGES = {
+    "limit": stages.Stage(limit_options, _as_it_is, run_limit, ("train",)),
+    "row_norms": stages.Stage(row_norms_options, _as_it_is, run_row_norms, ("train",)),
+    "spectrum": stages.Stage(spectrum_options, begin_spectrum, run_spectrum, ("train",)),
+    "width": stages.Stage(width_options, _as_it_is, run_width, ("spectrum",)),
+}

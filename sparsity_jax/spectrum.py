@@ -1,0 +1,146 @@
+"""Curvature of a loss over a whole data set: deterministic products, and the Hessian rows of chosen weights.
+
+    product = over_batches(hessian_product(loss), (images, labels), 1000)    # loss(params, batch): a batch's mean
+    matvec = functools.partial(product, params)
+    tridiagonal = linops.lanczos(64, on_host=True)(matvec, linops.rademacher(key, params))
+
+Examples come in a fixed order, without augmentation, and every batch counts by its size: the same product twice is
+equal bit by bit, and the batch size changes rounding only. `select` restricts everything to some of the parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity_jax import linops, tables, trees
+
+PyTree = Any
+Product = Callable[[PyTree, PyTree, PyTree], PyTree]
+
+
+# Products of one batch: (params, v, batch) -> A v, A the mean over the batch's examples
+
+
+def hessian_product(loss: Callable) -> Product:
+    """Of the Hessian of `loss(params, batch)`, the mean over the batch."""
+    return lambda params, v, batch: linops.hvp(loss, params, batch)(v)
+
+
+def gauss_newton_product(outputs: Callable, loss: Callable) -> Product:
+    """Of J^T H J: `outputs(params, batch) -> z`, H the Hessian of `loss(z, batch)` in z; see `linops.gauss_newton`."""
+    return lambda params, v, batch: linops.gauss_newton(outputs, loss, params, batch)(v)
+
+
+def over_batches(product: Product, data: PyTree, batch_size: int, *, on_host: bool = False) -> Callable:
+    """`mean(params, v)`: the mean of `product` over all examples of `data`, batch by batch.
+
+    product: as above, of the mean over a batch. data: a pytree of arrays [N, ...]; a shorter last batch counts by its
+    size. on_host: one compiled call per batch instead of a scan, which XLA's CPU backend needs for convolutions (inside
+    a scan their gradients become a naive loop); the function is then not traceable.
+    Sharded data keep their sharding. Raises ValueError for empty data and for a batch size below 1.
+    """
+    sizes = {len(leaf) for leaf in jax.tree.leaves(data)}
+    if len(sizes) != 1 or not min(sizes):
+        raise ValueError(f"data has arrays of length {sorted(sizes)}; allowed: one length, at least 1.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
+    size = sizes.pop()
+    whole, rest = divmod(size, batch_size)
+    take = lambda data, start, length: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
+
+    def add(total, params, v, data, start, length):
+        part = product(params, v, take(data, start, length))
+        return jax.tree.map(lambda t, p: t + p * (length / size), total, part)
+
+    def scanned(params, v, data):
+        zero = jax.tree.map(jnp.zeros_like, v)
+        body = lambda total, i: (add(total, params, v, data, i * batch_size, batch_size), None)
+        total, _ = jax.lax.scan(body, zero, jnp.arange(whole))
+        return add(total, params, v, data, whole * batch_size, rest) if rest else total
+
+    if not on_host:
+        compiled = jax.jit(scanned)
+        return lambda params, v: compiled(params, v, data)
+
+    one = jax.jit(add, static_argnums=5)
+
+    def looped(params, v):
+        total = jax.tree.map(jnp.zeros_like, v)
+        for start in range(0, size, batch_size):
+            total = one(total, params, v, data, start, min(batch_size, size - start))
+        return total
+
+    return looped
+
+
+def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) -> jax.Array:
+    """`loss(params, batch)` of every whole batch of `data` in order: [N // batch_size]."""
+    size = len(jax.tree.leaves(data)[0])
+    if not 1 <= batch_size <= size:
+        raise ValueError(f"batch_size is {batch_size}; allowed: 1 to {size}, the number of examples.")
+
+    def one(_, i):
+        batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * batch_size, batch_size), data)
+        return None, loss(params, batch)
+
+    return jax.lax.scan(one, None, jnp.arange(size // batch_size))[1]
+
+
+# Some of the parameters
+
+
+class Selected(NamedTuple):
+    """params: the chosen arrays by path. rebuild(params) -> the whole tree, all other arrays as they were."""
+
+    params: dict[str, jax.Array]
+    rebuild: Callable[[dict[str, jax.Array]], PyTree]
+
+
+def select(params: PyTree, pattern: str, where: str = "parameters") -> Selected:
+    """The arrays whose whole path matches the regular expression `pattern`, e.g. `.*/kernel`.
+
+    Raises ConfigError for a bad pattern and if nothing matches.
+    """
+    chosen = trees.matching(params, pattern, where)
+    named, structure = trees.named_leaves(params), jax.tree.structure(params)
+    picked = {path: leaf for path, leaf in named.items() if chosen[path]}
+    rebuild = lambda new: jax.tree.unflatten(structure, list({**named, **new}.values()))
+    return Selected(picked, rebuild)
+
+
+# Rows of the Hessian
+
+
+def quantile_entries(params: dict[str, jax.Array], num: int) -> list[tuple[str, tuple[int, ...], float]]:
+    """(path, index, magnitude) of the weights at `num` magnitude quantiles 0, 1/num, ...: the ceil(q n)-th smallest.
+
+    params: the prunable arrays by path; the smallest one for q = 0; of equal magnitudes the first in order.
+    """
+    flat = np.concatenate([np.abs(np.asarray(leaf)).ravel() for leaf in params.values()])
+    ends, paths = np.cumsum([leaf.size for leaf in params.values()]), list(params)
+    ranks = np.maximum(np.ceil(np.arange(num) / num * flat.size).astype(int), 1) - 1
+    order = np.argsort(flat, kind="stable")[ranks]
+    entries = []
+    for position in order:
+        which = int(np.searchsorted(ends, position, side="right"))
+        leaf = params[paths[which]]
+        index = np.unravel_index(position - (ends[which] - leaf.size), leaf.shape)
+        entries.append((paths[which], tuple(map(int, index)), float(flat[position])))
+    return entries
+
+
+def one_hot(like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> dict[str, jax.Array]:
+    """Zeros in the shapes of `like`, but for a 1 at one entry: the vector whose product is a row of the matrix."""
+    if path not in like:
+        raise ValueError(f"{path!r} is not among the parameters {list(like)[:5]}.{tables.closest(path, like)}")
+    zeros = {name: jnp.zeros_like(leaf) for name, leaf in like.items()}
+    return {**zeros, path: zeros[path].at[index].set(1)}
+
+
+def row_norm(matvec: Callable, like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> jax.Array:
+    """L1 norm of the row of A that belongs to entry `index` of `params[path]`, by one product."""
+    row = matvec(one_hot(like, path, index))
+    return sum(jnp.sum(jnp.abs(leaf)) for leaf in row.values())
