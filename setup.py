@@ -21,6 +21,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12",
         "ml-collections>=1.1",
         "numpy>=2.0",
+        "scipy>=1.13",
         "tensorflow-datasets>=4.9.10",
         "opencv-python-headless>=4.10",
         "scikit-learn>=1.5",

@@ -11,6 +11,7 @@ Variants: SETTINGS, one per published setting, and `digits`, a few minutes on a 
     row_norms    weights without curvature (convolutional networks only, as published)
     hessian      Lanczos on the Hessian; width: the prediction from it, as published
     gauss_newton Lanczos on its positive semi-definite part; width_gauss_newton: the prediction from it, enclosed
+    absolute     Lanczos on the squared Hessian; width_absolute: the published prediction enclosed; not run by default
 
 Each can be run alone on a finished run, e.g. a deeper Lanczos run and its prediction:
 
@@ -78,4 +79,6 @@ def get_config(variant: str = "fc5"):
         "spectrum", operator="gauss_newton", num_matvecs=num_matvecs, num_probes=3, stop_width=0.005
     )
     config.width_gauss_newton = pipeline.stage("width", spectrum="gauss_newton")
+    config.absolute = pipeline.stage("spectrum", operator="absolute", num_matvecs=num_matvecs, stop_width=0.005)
+    config.width_absolute = pipeline.stage("width", spectrum="absolute")
     return config

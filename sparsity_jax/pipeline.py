@@ -1,5 +1,6 @@
 """A run: its config checked as a whole, then its stages in order, saved on the way and resumed where it stopped."""
 
+import collections
 import contextlib
 import copy
 import importlib.metadata
@@ -10,7 +11,7 @@ import platform as host
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -40,7 +41,9 @@ def settings(
     steps_per_call: tables.Index = 0,
     eval_batch_size: tables.Count = 1000,
     checkpoint_seconds: tables.NonNegative = 60.0,
-    sweep: dict = {},  # noqa: B006 - never changed
+    arm: str = "",
+    arms: dict = {},  # noqa: B006 - never changed
+    sweep: dict = {},  # noqa: B006
     sweep_mode: Literal["auto", "vmap", "loop"] = "auto",
 ) -> None:
     """Fields of every config beside its stages.
@@ -48,9 +51,12 @@ def settings(
     pipeline: names of stage configs, in order. start_from: workdir of a finished run, whose trained network and rows
     this one goes on from; its model must be the same. platform: where to compute (default: JAX's choice). mesh: local
     devices that share each batch, 0 for all. steps_per_call: training steps per compiled call, 0 for automatic.
-    checkpoint_seconds: least time between two saves. sweep: lists of values under the names of number fields, e.g.
-    `dict(seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all at
-    once (`vmap`, dense networks) or one after the other with the same compiled program (`loop`).
+    checkpoint_seconds: least time between two saves. arms: fields of stages that change together, by name of the arm,
+    e.g. `dict(fast=dict(label="Fast", fit=dict(optimizer=...), again=dict(epochs=1)))`; each is replaced as a whole,
+    the label (default: the arm's name) is that of the report. arm: which of them to run. sweep: lists of values under
+    the names of fields, e.g. `dict(arm=("fast", "slow"), seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1,
+    0.3))))`; all combinations run. sweep_mode: all at once (`vmap`, dense networks) or one after the other (`loop`);
+    either way trainings that differ in their optimizers only share a compiled program.
     """
 
 
@@ -70,7 +76,7 @@ class Plan(NamedTuple):
     """A checked config of one or more members that share a program. configs: one each, plain dicts."""
 
     configs: list[dict]
-    swept: list[dict]  # values that differ, by field path
+    swept: list[dict]  # values that differ, by field path, as rows show them
     common: dict[str, Any]
     pipeline: tuple[str, ...]
     settings: dict[str, list[Any]]  # by stage name, one a member
@@ -110,33 +116,53 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
             raise tables.ConfigError(
                 f"config has no field {name!r}; fields: {', '.join(fields)}.{tables.closest(name, fields)}"
             )
-    overrides = list(expand(common["sweep"], config))
-    for path in overrides[0]:
-        if path != "seed" and path.split(".")[0] in known:
-            raise tables.ConfigError(f"config.sweep names config.{path}; allowed: seed and fields of stages.")
-    members = [(override_all(config, values), values) for values in overrides]
-    checked = [check_member(member) for member, _ in members]
-    check_order(common["pipeline"], stage_configs, checked[0], check_origin(common))
+    members = list(expand(config))
+    for path in members[0][1]:
+        if path not in ("arm", "seed") and path.split(".")[0] in known:
+            raise tables.ConfigError(f"config.sweep names config.{path}; allowed: arm, seed and fields of stages.")
+    checked, done = [check_member(member) for member, _ in members], check_origin(common)
+    for own in checked:
+        check_order(common["pipeline"], stage_configs, own, done)
     data.check(**dict(common["data"]))
-    dense = not any(name in str(common["model"].get("name")) for name in ("cnn", "vgg", "resnet", "mobilenet"))
-    together = common["sweep_mode"] == "vmap" or (common["sweep_mode"] == "auto" and dense)
-    if len(members) > 1 and together:
-        for name in used:
-            if len({static(found[name]) for found in checked}) > 1:
-                raise tables.ConfigError(
-                    f"config.sweep changes config.{name} in a way that needs another program; allowed: numbers of "
-                    "optimizers and constraints, and seed. Set config.sweep_mode='loop', or make it a pipeline arm."
-                )
-    make = lambda chosen: Plan(
-        [members[i][0] for i in chosen],
-        [members[i][1] for i in chosen],
+    chosen = {name: share([own[name] for own in checked]) for name in stage_configs}
+    several, mode = len(members) > 1, common["sweep_mode"]
+    together = several and (mode == "vmap" or (mode == "auto" and not convolves(common["model"])))
+    used |= {getattr(own[name], "retrain", "") for own in checked for name in used} - {""}
+    for name in used if together else ():
+        if len(set(map(static, chosen[name]))) > 1:
+            raise tables.ConfigError(
+                f"config.sweep changes config.{name} in a way that needs another program; allowed: optimizers and "
+                "seed. Set config.sweep_mode='loop'."
+            )
+    make = lambda found: Plan(
+        [members[i][0] for i in found],
+        [members[i][1] for i in found],
         common,
         tuple(common["pipeline"]),
-        {name: [checked[i][name] for i in chosen] for name in stage_configs},
+        {name: [chosen[name][i] for i in found] for name in stage_configs},
     )
-    if len(members) > 1 and not together:
+    if several and not together:
         return [make([i]) for i in range(len(members))], True
     return [make(range(len(members)))], False
+
+
+def convolves(model: Mapping) -> bool:
+    """Whether the network of `config.model` has convolutions; only shapes are computed."""
+    init, images = models.build(num_classes=10, **model).init, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return train.convolves(jax.eval_shape(lambda: init(jax.random.key(0), images))["params"])
+
+
+def share(settings: list[Any]) -> list[Any]:
+    """The settings of one stage of all members; optimizers of trainings that are else equal share a program."""
+    if not isinstance(settings[0], train.Fit):
+        return settings
+    alike, shared = collections.defaultdict(list), list(settings)
+    for i, fit in enumerate(settings):
+        alike[fit._replace(recipe=None)].append(i)
+    for found in alike.values():
+        for i, recipe in zip(found, optim.join([settings[i].recipe for i in found]), strict=True):
+            shared[i] = settings[i]._replace(recipe=recipe)
+    return shared
 
 
 def static(settings: Any) -> str:
@@ -144,7 +170,7 @@ def static(settings: Any) -> str:
     if isinstance(settings, train.Fit):
         return repr((settings.program(), settings.start, settings.shift_inside, settings.evaluate_every))
     if isinstance(settings, stages.SfwInit):
-        return repr(settings._replace(recipe=train.kinds(settings.recipe)))
+        return repr(settings._replace(recipe=optim.program(settings.recipe)))
     return repr(settings)
 
 
@@ -166,10 +192,13 @@ def check_member(config: dict) -> dict[str, Any]:
     return found
 
 
-def check_origin(config: dict) -> set[str]:
-    """Kinds of the stages that the run in `config.start_from` has finished; raises ConfigError if it cannot be used."""
+def check_origin(config: dict) -> dict[str, str]:
+    """Kinds of the stages that the run in `config.start_from` has finished, by name.
+
+    Raises ConfigError if it cannot be used.
+    """
     if not config["start_from"]:
-        return set()
+        return {}
     where, path = f"config.start_from is {config['start_from']!r}", pathlib.Path(config["start_from"])
     if not (path / "config.json").is_file():
         raise tables.ConfigError(f"{where}, which holds no run (no config.json).")
@@ -178,27 +207,40 @@ def check_origin(config: dict) -> set[str]:
     if differing:
         lines = "\n".join(f"  config.model.{name}: {old} there, {new} now" for name, old, new in differing)
         raise tables.ConfigError(f"{where}, a run of another network.\n{lines}")
-    for place in [path, *sorted(path.glob("member_*"))]:
-        position = checkpoint.finished_stages(place)
-        if position is not None and position < len(other["pipeline"]):
-            raise tables.ConfigError(f"{where}, which is not finished: run it to its end first.")
-    return {other[name]["kind"] for name in other["pipeline"]}
+    other, folders = {**tables.defaults(settings), **other}, sorted(path.glob("member_*"))
+    several = other["sweep"] and not path.name.startswith("member_")
+    if several and (config["sweep"], config["sweep_mode"]) != (other["sweep"], other["sweep_mode"]):
+        one = f", or start from one of its networks, e.g. {folders[0]}" if folders else ""
+        sweep = f"sweep {json.dumps(other['sweep'])} and its sweep_mode {other['sweep_mode']!r}"
+        raise tables.ConfigError(f"{where}, a run of several networks: repeat its {sweep}{one}.")
+    finished = [checkpoint.finished_stages(place) or 0 for place in folders or [path]]
+    missing = folders and len(folders) < len(list(expand(other)))
+    if missing or min(finished) < len(other["pipeline"]):
+        raise tables.ConfigError(f"{where}, which is not finished: run it to its end first.")
+    return {name: other[name]["kind"] for name in other["pipeline"]}
 
 
 def check_order(
-    pipeline: tuple[str, ...], stage_configs: dict, checked: dict[str, Any], done: Iterable[str] = ()
+    pipeline: tuple[str, ...], stage_configs: dict, checked: dict[str, Any], done: Mapping[str, str] = {}
 ) -> None:
-    """Raises ConfigError for a stage that needs another's result first. done: kinds that another run has finished."""
-    done = set(done)
+    """Raises ConfigError for a stage that needs another's result first.
+
+    done: kinds of the stages that another run has finished, by name.
+    """
+    done = dict(done)
     for name in pipeline:
         kind = stage_configs[name]["kind"]
         needs = STAGES[kind].needs
-        if needs and not done & set(needs):
+        if needs and not set(done.values()) & set(needs):
             raise tables.ConfigError(
                 f"config.pipeline runs {name!r} (kind {kind!r}) before any stage of kind "
                 f"{' or '.join(map(repr, needs))}, whose result it needs."
             )
-        done.add(kind)
+        if isinstance(checked[name], geometry.Spectrum):
+            geometry.check_stop(checked[name], f"config.{name}", checked.values())
+        if isinstance(checked[name], geometry.Width):
+            geometry.check_source(checked[name], f"config.{name}", [n for n, k in done.items() if k == "spectrum"])
+        done[name] = kind
         retrain = getattr(checked[name], "retrain", "")
         if retrain:
             where = f"config.{name}.retrain"
@@ -212,11 +254,66 @@ def check_order(
                 raise tables.ConfigError(f"{where} names {retrain!r}, whose start is 'init'; allowed: 'current'.")
 
 
-def expand(sweep: Mapping, config: dict, path: str = "") -> Iterator[dict[str, Any]]:
-    """Every combination of swept values as {field path: value}; one empty dict without a sweep."""
-    fields = dict(_swept_fields(sweep, config, path))
-    for values in itertools.product(*fields.values()):
-        yield dict(zip(fields, values, strict=True))
+def expand(config: dict) -> Iterator[tuple[dict, dict[str, Any]]]:
+    """(config, swept values by field path) of every member: all combinations, arms outermost; one without a sweep.
+
+    Swept values are given as rows show them: an arm by its label, a dict by its name.
+    """
+    sweep = dict(config["sweep"])
+    names = sweep.pop("arm", [config["arm"]])
+    if not isinstance(names, (list, tuple)) or not names:
+        raise tables.ConfigError(f"config.sweep.arm is {names!r}; allowed: a list of names of config.arms.")
+    labels = {}
+    for name in names:
+        own, label = in_arm(config, name)
+        if label in labels:
+            raise tables.ConfigError(f"config.arms: {labels[label]!r} and {name!r} have the same label, {label!r}.")
+        labels[label] = name
+        fields = dict(_swept_fields(sweep, own, ""))
+        for picked in itertools.product(*(range(len(values)) for values in fields.values())):
+            numbers = dict(zip(fields, picked, strict=True))
+            texts = {path: shown(fields[path])[i] for path, i in numbers.items()}
+            values = {path: fields[path][i] for path, i in numbers.items()}
+            yield override_all(own, values), {**({"arm": label} if name else {}), **texts}
+
+
+def in_arm(config: dict, name: str) -> tuple[dict, str]:
+    """(config with the fields of the arm `name` replaced, its label); the config itself for no name."""
+    if not name:
+        return config, ""
+    arm, stage_names = tables.lookup(config["arms"], name, "config.arm"), set(config) - set(tables.parameters(settings))
+    if not isinstance(arm, Mapping) or not isinstance(arm.get("label", ""), str):
+        raise tables.ConfigError(f"config.arms.{name} is {arm!r}; allowed: a label, and fields by stage.")
+    values = {}
+    for stage_name, fields in arm.items():
+        where = f"config.arms.{name}.{stage_name}"
+        if stage_name == "label":
+            continue
+        if stage_name not in stage_names:
+            raise tables.ConfigError(
+                f"{where}: config has no such stage; stages: {', '.join(sorted(stage_names))}."
+                + tables.closest(stage_name, stage_names)
+            )
+        if not isinstance(fields, Mapping):
+            raise tables.ConfigError(f"{where} is {fields!r}; allowed: a dict of the stage's fields that change.")
+        kind = tables.lookup(STAGES, config[stage_name]["kind"], f"config.{stage_name}.kind")
+        known = tables.parameters(kind.options)
+        for field, value in fields.items():
+            if field not in known:
+                raise tables.ConfigError(
+                    f"{where} has no field {field!r}; fields: {', '.join(known)}.{tables.closest(field, known)}"
+                )
+            values[f"{stage_name}.{field}"] = value
+    return override_all(config, {**values, "arm": name}), arm.get("label") or name
+
+
+def shown(values: list) -> list:
+    """Values of one swept field as rows show them: dicts by their names, numbered where several have the same."""
+    names = [value.get("name", "") if isinstance(value, Mapping) else None for value in values]
+    number = lambda i: f" {i + 1}" if names.count(names[i]) > 1 or not names[i] else ""
+    return [
+        value if name is None else f"{name}{number(i)}".strip() for i, (value, name) in enumerate(zip(values, names))
+    ]
 
 
 def _swept_fields(sweep: Mapping, config: Mapping, path: str) -> Iterator[tuple[str, list]]:
@@ -379,6 +476,7 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
         state, origin = initial_state(plan, problem), []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
+            origin = [row for row in origin if row["stage"] not in plan.pipeline]  # those are made anew
         rows = progress.rows
         writer = stack.enter_context(contextlib.closing(report.Writer(workdir, rows)))
         run = Run(plan, problem, saved, writer, rows, origin)
@@ -391,7 +489,9 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
             visit = plan.pipeline[: position + 1].count(name)
             begun = [row for row in rows if row["stage"] == name and row["visit"] == visit]
             before = [row for row in rows if row["stage"] != name or row["visit"] != visit]
-            place = stages.Place(name, position, plan.settings, run.per_member([*origin, *before]))
+            again = {row["stage"] for row in before}  # replaces the stage of this name in the run it started from
+            earlier = [row for row in origin if row["stage"] not in again] + before
+            place = stages.Place(name, position, plan.settings, run.per_member(earlier))
             stage = STAGES[kind]
             resumed = position == progress.stage and progress.begun
             if resumed or (position == progress.stage and position):
@@ -466,10 +566,13 @@ def run_stage(
 
 
 def arm_of(plan: Plan, position: int) -> str:
-    """Label of the trained network a stage belongs to: of the latest `train` stage up to it, or the next one."""
+    """Label of the trained network a stage belongs to: of the latest `train` stage up to it, or the next one.
+
+    `network` if this run trains none: all its stages look at one and the same.
+    """
     trains = [i for i, name in enumerate(plan.pipeline) if plan.configs[0][name]["kind"] == "train"]
     if not trains:
-        return plan.pipeline[position]
+        return "network"
     name = plan.pipeline[max((i for i in trains if i <= position), default=trains[0])]
     return plan.configs[0][name].get("label") or name
 

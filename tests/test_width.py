@@ -370,9 +370,11 @@ def test_rounding_widens_the_enclosure():
     assert bounds[1][0] <= width.predict(values + noise, weights, distances, 0.05)
     assert width.predict_probes(tridiagonal, distances, 0.05, operator="semidefinite")[1:3] == pytest.approx(bounds[0])
     single = tridiagonal._replace(alphas=np.float32(tridiagonal.alphas), betas=np.float32(tridiagonal.betas))
-    wider = width.predict_probes(single, distances, 0.05, operator="semidefinite")
+    wider = width.predict_probes(single, distances, 0.05, operator="semidefinite", rounding=5e-7)
     assert wider.lower < bounds[0][0]
     assert wider.upper > bounds[0][1]
+    usual = width.predict_probes(single, distances, 0.05, operator="semidefinite")
+    assert wider.lower < usual.lower < usual.upper < wider.upper
 
 
 def test_full_depth_closes_the_enclosure():
