@@ -15,6 +15,7 @@ from sparsity_jax import masks, tables, trees
 
 PyTree = Any
 Scope = Literal["kernels", "all"]
+GlobalCount = Literal["nearest", "original", "ceil"]
 
 
 def num_kept(size: int, ratio: float) -> int:
@@ -60,8 +61,10 @@ def _complete(params: PyTree, chosen: dict[str, jax.Array]) -> PyTree:
     return trees.map_named(lambda path, leaf: chosen.get(path, jnp.ones(leaf.shape, bool)), params)
 
 
-def _global_counts(params, ratio, *, scope: Scope = "kernels", count: Literal["nearest", "original"] = "nearest"):
+def _global_counts(params, ratio, *, scope: Scope = "kernels", count: GlobalCount = "nearest"):
     size = trees.size(prunable(params, scope))
+    if count == "ceil":
+        return size - max(math.ceil(ratio * size), 1)
     return size - max(int(ratio * size) - 1, 0) if count == "original" else num_kept(size, ratio)
 
 
@@ -71,6 +74,9 @@ def _global_mask(params, counts, key, *, scope: Scope = "kernels", count: str = 
     if count == "original":
         threshold = masks.kth_largest(chosen, counts, magnitude=True)
         return _complete(params, {path: jnp.abs(leaf) >= threshold for path, leaf in chosen.items()})
+    if count == "ceil":
+        threshold = masks.kth_largest(chosen, counts + 1, magnitude=True)
+        return _complete(params, {path: jnp.abs(leaf) > threshold for path, leaf in chosen.items()})
     return _complete(params, masks.k_largest_mask(chosen, counts, magnitude=True))
 
 
@@ -154,7 +160,8 @@ def keep_counts(params: PyTree, ratio: float, *, selection: str = "global", **op
     params: arrays or shape structs. selection: `global` (one magnitude threshold), `layerwise` (the same share of every
     array), `random` or `structured` (whole filters or input channels of least L1 norm; `layer_ratios` uniform or erk).
     options: `scope` (kernels, all), `count` (`original`: the SFW original's counts, one more than nominal, and ties
-    kept), `granularity`, `layer_ratios`. Raises ValueError for a ratio outside [0, 1].
+    kept; `ceil`, global only: the geometric study's, the ceil(p n) smallest go, at least one, and ties with them),
+    `granularity`, `layer_ratios`. Raises ValueError for a ratio outside [0, 1].
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")

@@ -52,6 +52,43 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
     },
     "histogram": {"threshold", "count_above", "edges", "counts", "num_zero"},
     "sfw_init": {"iteration", "loss_before", "loss_after"},
+    "limit": {"phase", "limit", "criterion", "tolerance", "evaluations", "how"},
+    "row_norms": {"quantile", "magnitude", "row_norm", "parameter", "zero_share", "rows", "num_weights"},
+    "spectrum": {
+        "probe",
+        "operator",
+        "num_matvecs",
+        "alphas",
+        "betas",
+        "dtype",
+        "dimension",
+        "enclosure",
+        "narrow_enough",
+    },
+    "width": {
+        "predicted",
+        "method",
+        "low",
+        "high",
+        "enclosure_low",
+        "enclosure_high",
+        "standard_error",
+        "epsilon_error",
+        "per_probe",
+        "predicted_on_grid",
+        "epsilon",
+        "spectrum",
+        "num_probes",
+        "negative_mass",
+        "negative",
+        "actual",
+        "history",
+        "ratios",
+        "distances",
+        "widths",
+        "ritz_values",
+        "ritz_weights",
+    },
 }
 
 
@@ -83,9 +120,22 @@ class Line(NamedTuple):
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    color: int = 0
+    color: int | None = 0  # None: ink
     dash: int = 0
     marks: bool = False
+    points: str = ""  # "filled" or "open": markers without a line
+
+
+class Guide(NamedTuple):
+    """A straight line across a panel, with a band from `low` to `high` and `text` beside it."""
+
+    at: float
+    text: str = ""
+    legend: str = ""
+    color: int | None = None  # None: ink, dotted
+    low: float = math.nan
+    high: float = math.nan
+    across: bool = False  # at a y rather than at an x, which needs the panel's xlim
 
 
 class Panel(NamedTuple):
@@ -101,6 +151,9 @@ class Panel(NamedTuple):
     steps: bool = False
     powers: bool = False  # x is log10 of the quantity
     integers: bool = False  # x counts something
+    guides: tuple[Guide, ...] = ()
+    ylim: tuple[float, float] | None = None
+    log: str = ""  # axes in powers of ten: "x", "y" or "xy"
 
 
 # ---------------------------------------------------------------------------------------------- rows to numbers
@@ -477,7 +530,7 @@ def line_figure(name: str, panels: list[Panel], labels: list[str], variants: lis
     from matplotlib import figure, lines, ticker
 
     drawn = [one for panel in panels for one in panel.lines]
-    used = sorted({one.color for one in drawn})
+    used = sorted({one.color for one in drawn if one.color is not None})
     shown = {i: literal(labels[i]) for i in used}
     marks = any(one.marks for one in drawn)
     handles = []
@@ -489,23 +542,28 @@ def line_figure(name: str, panels: list[Panel], labels: list[str], variants: lis
         if len(dashes) > 1 or (dashes and len(variants) > 1):
             plain = {"color": MUTED, "linewidth": 1.4}
             handles += [lines.Line2D([], [], **plain, **dashed(d), label=literal(variants[d])) for d in dashes]
+        known = dict.fromkeys((one.legend, one.color) for panel in panels for one in panel.guides if one.legend)
+        handles += [lines.Line2D([], [], **straight(c), label=literal(text)) for text, c in known]
         width, top = 10.0, 0.1
         slots = max(1, min(len(handles), int(width / (0.62 + 0.078 * max(len(h.get_label()) for h in handles)))))
         legend_rows = math.ceil(len(handles) / slots)
         columns = min(columns, len(panels))
         rows = math.ceil(len(panels) / columns)
         legend_height = 0.24 * legend_rows + 0.12
-        titles = 0.28 if any(panel.title for panel in panels) else 0.0
         height = 3.0 if columns > 1 else 3.3
-        total = top + legend_height + rows * (titles + height + 0.55)
-        fig = figure.Figure(figsize=(width, total))
         gap, left, right = 0.75 if any(p.ylabel for p in panels[1:]) or rows > 1 else 0.55, 0.72, 0.12
         cell = (width - left - right - gap * (columns - 1)) / columns
+        levels = [guide_levels(panel, cell) for panel in panels]
+        titles = 0.28 if any(panel.title for panel in panels) else 0.0
+        titles += LEVEL * max((level + 1 for found in levels for level in found), default=0)
+        total = top + legend_height + rows * (titles + height + 0.55)
+        fig = figure.Figure(figsize=(width, total))
         for i, panel in enumerate(panels):
             x = left + (i % columns) * (cell + gap)
             y = total - top - legend_height - (i // columns + 1) * (titles + height + 0.55) + 0.55
             axes = fig.add_axes((x / width, y / total, cell / width, height / total))
             draw_panel(axes, panel, ticker, len(used))
+            draw_guides(axes, panel, levels[i], LEVEL / height)
         fig.legend(
             handles=handles,
             loc="upper left",
@@ -519,8 +577,60 @@ def line_figure(name: str, panels: list[Panel], labels: list[str], variants: lis
     return fig
 
 
-def color(index: int) -> str:
-    return PALETTE[index % len(PALETTE)]
+def color(index: int | None) -> str:
+    return INK if index is None else PALETTE[index % len(PALETTE)]
+
+
+def straight(index: int | None) -> dict:
+    """Style of a guide."""
+    return {"color": color(index), "linewidth": 1.4, "linestyle": "-" if index is not None else (0, (1.5, 1.5))}
+
+
+LEVEL = 0.165  # inches between two rows of texts above a panel
+
+
+def guide_levels(panel: Panel, width: float) -> list[int]:
+    """The row above the panel (0: the lowest) of every upright guide's text, so that none covers another; -1: none.
+
+    width: of the panel in inches.
+    """
+    free, levels = [], [-1] * len(panel.guides)
+    upright = [i for i, one in enumerate(panel.guides) if one.text and not one.across and inside(panel, one)]
+    for i in sorted(upright, key=lambda i: panel.guides[i].at):
+        one = panel.guides[i]
+        half = 0.034 * len(one.text) + 0.06
+        place = (one.at - panel.xlim[0]) / (panel.xlim[1] - panel.xlim[0]) * width
+        start = min(max(place - half, 0.0), max(width - 2 * half, 0.0))
+        level = next((k for k, end in enumerate(free) if end <= start), len(free))
+        free[level : level + 1] = [start + 2 * half]
+        levels[i] = level
+    return levels
+
+
+def inside(panel: Panel, guide: Guide) -> bool:
+    return panel.xlim[0] <= guide.at <= panel.xlim[1]
+
+
+def draw_guides(axes, panel: Panel, levels: list[int], step: float) -> None:
+    """Draws the guides and their texts. levels: of `guide_levels`; step: between rows of texts, in panel heights."""
+    for one, level in zip(panel.guides, levels):
+        paint = color(one.color)
+        span, stroke = (axes.axhspan, axes.axhline) if one.across else (axes.axvspan, axes.axvline)
+        if one.high > one.low:
+            span(one.low, one.high, color=paint, alpha=0.14, lw=0, zorder=1)
+        stroke(one.at, **straight(one.color), zorder=2.5)
+        if one.text and one.across:
+            axes.text(0.995, one.at, literal(one.text), color=paint, fontsize=8, ha="right", va="bottom",
+                      transform=axes.get_yaxis_transform())  # fmt: skip
+        elif level >= 0:
+            share = (one.at - panel.xlim[0]) / (panel.xlim[1] - panel.xlim[0])
+            height, width = 1 + (level + 0.25) * step, axes.bbox.width / axes.figure.dpi
+            half = (0.034 * len(one.text) + 0.02) / width
+            side = "left" if share < half else "right" if share > 1 - half else "center"
+            share = {"left": 0.0, "right": 1.0}.get(side, share)
+            axes.text(share, height, literal(one.text), color=paint, fontsize=8, ha=side, transform=axes.transAxes)
+    if max(levels, default=-1) >= 0:
+        axes.set_title(panel.title, pad=72 * LEVEL * (max(levels) + 1) + 6)
 
 
 def dashed(index: int) -> dict:
@@ -532,7 +642,11 @@ def draw_panel(axes, panel: Panel, ticker, num_series: int) -> None:
     """Draws one panel; later series first, so that the first one lies on top."""
     many = num_series > 6
     for one in reversed(panel.lines):
-        paint = {"color": color(one.color), "zorder": 3 - one.color / 100}
+        paint = {"color": color(one.color), "zorder": 3 - (-1 if one.color is None else one.color) / 100}
+        if one.points:
+            fill = color(one.color) if one.points == "filled" else "none"
+            axes.plot(one.x, one.mean, "o", markersize=4, markerfacecolor=fill, markeredgewidth=0.9, **paint)
+            continue
         marker = {}
         if one.marks:
             inside = (one.x >= panel.xlim[0] - NEAR) if panel.xlim else np.ones(len(one.x), bool)
@@ -558,6 +672,12 @@ def draw_panel(axes, panel: Panel, ticker, num_series: int) -> None:
         pad = 0.02 * (panel.xlim[1] - panel.xlim[0])
         axes.set_xlim(panel.xlim[0] - pad, panel.xlim[1] + pad)
     scale_y(axes, panel, ticker)
+    if "x" in panel.log:
+        axes.set_xscale("log")
+    if "y" in panel.log:
+        axes.set_yscale("log")
+    if panel.ylim:
+        axes.set_ylim(*panel.ylim)
     percents = ticker.FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
     if "x" in panel.percent:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(10, steps=[1, 2, 5, 10]))

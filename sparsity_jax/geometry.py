@@ -5,7 +5,7 @@ Source: Zhang et al. 2023, arXiv:2306.05857.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -113,7 +113,7 @@ def limit_options(
     resolution: Annotated[float, tables.Range(0.0, 0.5, above=True)] = 0.001,
     selection: str = "global",
     scope: Literal["", "kernels", "all"] = "",
-    count: Literal["", "nearest", "original"] = "",
+    count: Literal["", "nearest", "original", "ceil"] = "",
 ) -> Limit:
     """The largest pruning ratio that loses nothing, by a coarse scan and bisection: a few dozen evaluations.
 
@@ -126,6 +126,8 @@ def limit_options(
     """
     if not scan or list(scan) != sorted(set(scan)):
         raise tables.ConfigError(f"{where}.scan is {scan!r}; allowed: at least one ratio, ascending.")
+    if tolerance and not CRITERIA[criterion].tolerance:
+        raise tables.ConfigError(f"{where}.tolerance is {tolerance}; allowed: 0 with criterion {criterion!r}.")
     curve = stages.curve_options(where, ratios=scan, splits=(split,), selection=selection, scope=scope, count=count)
     return Limit(criterion, tolerance or CRITERIA[criterion].tolerance, split, scan, resolution, curve)
 
@@ -169,6 +171,7 @@ def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | N
             low = ratio
             break
         high = ratio
+    bounds = f"passes at {low:g}, " + ("the end of the scan" if high is None else f"fails at {high:g} of the scan")
     high = 1.0 if high is None else high
     start = (low, high)
     while high - low > chosen.resolution:
@@ -178,7 +181,7 @@ def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | N
         yield from new
         low, high = (middle, high) if passes(row) else (low, middle)
     text = rule.text.format(f"{chosen.tolerance:g}")
-    how = f"{text}; passes at {start[0]:g} of the scan, fails at {start[1]:g}, then bisection to {chosen.resolution:g}"
+    how = f"{text}; {bounds}, then bisection to {chosen.resolution:g}"
     yield dict(
         phase="result",
         limit=low,
@@ -232,7 +235,7 @@ def row_norms_options(
     A weight has none if the L1 norm of its row is below `threshold`. rows: `mean` is the row of the whole data set's
     Hessian; `original` sums the norms of every batch's row and divides by the number of examples, so that it scales
     like 1 / batch_size. num_examples: of the train set, from its beginning; 0 for all. parameters: pattern of the
-    arrays whose entries make up a row.
+    arrays whose entries make up a row, and among whose kernels the weights are.
     """
     trees.check_pattern(parameters, f"{where}.parameters")
     return RowNorms(num_weights, threshold, rows, batch_size, num_examples, parameters, check_loss(loss, where))
@@ -270,7 +273,7 @@ def run_row_norms(problem, state, settings, place, rows) -> Iterator[train.Updat
         if len(rows[member]) > chosen.num_weights:
             continue
         variables = one_member(problem, state, member)
-        prunable = allocate.prunable(variables[0], "kernels")
+        prunable = allocate.prunable(spectrum.select(variables[0], chosen.parameters).params, "kernels")
         entries = spectrum.quantile_entries(prunable, chosen.num_weights)
         norm = row_measure(problem, chosen)
         norms = [row["row_norm"] for row in rows[member]]
@@ -379,6 +382,14 @@ def spectrum_options(
     )
 
 
+def check_stop(chosen: Spectrum, where: str, settings: Iterable[Any]) -> None:
+    """Raises ConfigError for a `stop_width` whose tolerance none of the run's `settings` defines."""
+    if chosen.stop_width and not any(isinstance(own, Width) for own in settings):
+        raise tables.ConfigError(
+            f"{where}.stop_width needs a stage of kind 'width' in the config: it defines the tolerance."
+        )
+
+
 class Probe(NamedTuple):
     """Where the stage stands: the probe under way (of all members' in turn) and its Lanczos state."""
 
@@ -416,22 +427,21 @@ def run_spectrum(problem, state, settings, place, rows) -> Iterator[train.Update
             applied = lambda v, bare=bare: jax.tree.map(lambda a, b: a + 2 * chosen.l2 * b, bare(v), v)
         matvec = linops.squared(applied) if chosen.operator == "absolute" else applied
         narrow = _enclosure_width(problem, chosen, place, variables) if chosen.stop_width else None
-        lanczos, started, gap = state.opt_state.lanczos, time.perf_counter(), None
+        lanczos, started = state.opt_state.lanczos, time.perf_counter()
         while (step := int(lanczos.step)) < chosen.num_matvecs:
             lanczos = method.step(matvec, lanczos)
             state = state._replace(opt_state=Probe(state.opt_state.number, lanczos))
             step += 1
-            if narrow and step % 4 == 0:
-                gap = narrow(method.result(lanczos))
-                if gap <= chosen.stop_width:
-                    break
+            if not np.isfinite(float(lanczos.alphas[step - 1])):
+                raise train.NonFiniteLossError(f"{place.name}: a product is not finite; did the training diverge?")
+            if narrow and step % 4 == 0 and narrow(method.result(lanczos)) <= chosen.stop_width:
+                break
             if int(lanczos.num_steps) < step:
                 break  # the Krylov space is exhausted
-            yield train.Update(state, stages.rows_per_member(problem), (number + step / chosen.num_matvecs) / total)
+            done = (number + step / (chosen.num_matvecs + 1)) / total  # 1 is for the row
+            yield train.Update(state, stages.rows_per_member(problem), done)
         found = method.result(lanczos)
         steps = int(found.num_steps)
-        if not np.isfinite(np.asarray(found.alphas)).all():
-            raise train.NonFiniteLossError(f"{place.name}: a Hessian product is not finite; did the training diverge?")
         row = dict(
             probe=probe,
             operator=chosen.operator,
@@ -442,7 +452,8 @@ def run_spectrum(problem, state, settings, place, rows) -> Iterator[train.Update
             dimension=trees.size(lanczos.current),
             seconds=round(time.perf_counter() - started, 3),
         )
-        if gap is not None:
+        if narrow:
+            gap = narrow(found)
             row.update(enclosure=gap, narrow_enough=gap <= chosen.stop_width)
         yield train.Update(state, only(problem, member, row), (number + 1) / total)
 
@@ -450,11 +461,8 @@ def run_spectrum(problem, state, settings, place, rows) -> Iterator[train.Update
 def _enclosure_width(problem, chosen: Spectrum, place: stages.Place, variables) -> Callable:
     """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance of the width stage."""
     found = [own[0] for own in place.others.values() if isinstance(own[0], Width)]
-    if not found:
-        raise tables.ConfigError(
-            f"config.{place.name}.stop_width needs a stage of kind 'width' in the config: it defines the tolerance."
-        )
-    epsilon = found[0].epsilon or width.epsilon(train_losses(problem, variables, found[0].loss, found[0].batch_size))
+    reader = min(found, key=lambda own: own.spectrum != place.name)  # its own one, if there is one
+    epsilon, _ = tolerated(problem, variables, reader, f"config.{place.name}.stop_width")
     distances = width.distances(variables[0])
 
     def gap(tridiagonal):
@@ -516,6 +524,28 @@ def width_options(
     return Width(spectrum, method, negative, zero_share, epsilon, batch_size, epsilon_draws, tolerance, chosen)
 
 
+def check_source(chosen: Width, where: str, known: list[str]) -> None:
+    """Raises ConfigError if `chosen` names none of the spectrum stages before it, `known`."""
+    if chosen.spectrum and chosen.spectrum not in known:
+        raise tables.ConfigError(
+            f"{where}.spectrum is {chosen.spectrum!r}; earlier stages of kind 'spectrum': {', '.join(known)}."
+            + tables.closest(chosen.spectrum, known)
+        )
+
+
+def tolerated(problem, variables, chosen: Width, where: str) -> tuple[float, np.ndarray | None]:
+    """(epsilon, the batch losses behind it, if it is not set); raises ConfigError if it comes out as 0."""
+    if chosen.epsilon:
+        return chosen.epsilon, None
+    found = train_losses(problem, variables, chosen.loss, chosen.batch_size)
+    try:
+        return width.epsilon(found), found
+    except ValueError as error:
+        alive = any(np.any(leaf) for leaf in allocate.prunable(variables[0], "kernels").values())
+        hint = "" if alive else " All kernels of the network are 0: its penalty was too strong."
+        raise tables.ConfigError(f"{where}: {error}{hint}") from None
+
+
 def run_width(problem, state, settings, place, rows) -> Iterator[train.Update]:
     del rows
     found = []
@@ -524,28 +554,19 @@ def run_width(problem, state, settings, place, rows) -> Iterator[train.Update]:
         spectra = [row for row in earlier if row["kind"] == "spectrum"]
         name = chosen.spectrum or spectra[-1]["stage"]
         used = [row for row in spectra if row["stage"] == name]
-        if not used:
-            known = sorted({row["stage"] for row in spectra})
-            raise tables.ConfigError(
-                f"config.{place.name}.spectrum is {name!r}; stages of kind 'spectrum' so far: {', '.join(known)}."
-                + tables.closest(name, known)
-            )
         newest = max(row["visit"] for row in used)
         used = [row for row in used if row["visit"] == newest]
         variables = one_member(problem, state, member)
-        found.append([predict(problem, variables, chosen, used, earlier, seed=place.position)])
+        found.append([predict(problem, variables, chosen, used, earlier, place)])
     yield train.Update(state, found, 1.0)
 
 
-def predict(problem, variables, chosen: Width, spectra: list[dict], earlier: list[dict], seed: int) -> dict:
+def predict(problem, variables, chosen: Width, spectra: list[dict], earlier: list[dict], place: stages.Place) -> dict:
     """The row of a `width` stage."""
     operator, tridiagonal = OPERATORS[spectra[0]["operator"]], tridiagonals(spectra)
     distances = width.distances(variables[0])
-    draws: Any = ()
-    epsilon = chosen.epsilon
-    if not epsilon:
-        batch = train_losses(problem, variables, chosen.loss, chosen.batch_size)
-        epsilon, draws = width.epsilon(batch), width.epsilon_draws(batch, chosen.epsilon_draws, seed)
+    epsilon, batch = tolerated(problem, variables, chosen, f"config.{place.name}")
+    draws = () if batch is None else width.epsilon_draws(batch, chosen.epsilon_draws, place.position)
     shares = [row["zero_share"] for row in earlier if row["kind"] == "row_norms" and "zero_share" in row]
     zero_share = chosen.zero_share if chosen.zero_share is not None else (shares[-1] if shares else 0.0)
     options = dict(operator=operator, negative=chosen.negative, zero_share=zero_share)
@@ -614,6 +635,19 @@ def actual_limits(rows: list[dict], tolerance: float, epsilon: float) -> dict[st
         if row["kind"] == "limit" and row.get("phase") == "result":
             found[row["stage"]] = row["limit"]
     return found
+
+
+def check_network(chosen: Any, where: str, shapes: PyTree, num_examples: int) -> None:
+    """Raises ConfigError for settings of a stage that do not fit the network's parameters or the train set's size."""
+    if isinstance(chosen, (RowNorms, Spectrum)):
+        found = trees.matching(shapes, chosen.parameters, f"{where}.parameters")
+        if isinstance(chosen, RowNorms) and not any(found[path] for path in allocate.prunable(shapes, "kernels")):
+            raise tables.ConfigError(f"{where}.parameters is {chosen.parameters!r}, which matches no kernel.")
+    if isinstance(chosen, Width) and not chosen.epsilon and num_examples < 2 * chosen.batch_size:
+        raise tables.ConfigError(
+            f"{where}.batch_size is {chosen.batch_size}; allowed: up to {num_examples // 2}, half the train set "
+            "(epsilon is a deviation over batches), or set epsilon."
+        )
 
 
 def _as_it_is(problem, state, settings, place) -> train.State:

@@ -6,8 +6,9 @@ momenta or radii is one compiled program.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -335,7 +336,7 @@ def proximal_l1(
     def update(updates, state, params=None, **extra):
         _need_params(params)
         updates, state = inner.update(updates, state, params, **extra)
-        rate = optax.tree_utils.tree_get(state, "learning_rate") if learning_rate is None else learning_rate
+        rate = _rate_in(state) if learning_rate is None else learning_rate
         if rate is None:
             raise ValueError("proximal_l1: the inner optimizer's state names no learning_rate; pass learning_rate=.")
 
@@ -363,6 +364,45 @@ def projected(inner: optax.GradientTransformation, sets: PyTree) -> optax.Gradie
 
 def _map_sets(function: Callable, sets: PyTree, params: PyTree, *rest: PyTree) -> PyTree:
     return jax.tree.map(function, polytopes.broadcast(sets, params), params, *rest, is_leaf=polytopes.is_set)
+
+
+class ChoiceState(NamedTuple):
+    """learning_rate: of the chosen transformation's latest update, NaN if it names none. choices: states of all."""
+
+    learning_rate: jax.Array
+    choices: tuple
+
+
+def choose(
+    index: int | jax.Array, transformations: Sequence[optax.GradientTransformation]
+) -> optax.GradientTransformationExtraArgs:
+    """Transformation number `index` of several; the others' states stay as they are.
+
+    `index` may be traced, and so differ between the members of a sweep: then, under `vmap`, every member computes all
+    updates and takes its own; without `vmap` only its own are computed.
+    """
+    every = [optax.with_extra_args_support(tx) for tx in transformations]
+
+    def init(params):
+        return ChoiceState(jnp.full((), jnp.nan, float), tuple(tx.init(params) for tx in every))
+
+    def update(updates, state, params=None, **extra):
+        def one(i, updates, choices, params, extra):
+            updates, own = every[i].update(updates, choices[i], params, **extra)
+            rate = _rate_in(own)
+            rate = jnp.asarray(jnp.nan if rate is None else rate, float)
+            return updates, ChoiceState(rate, (*choices[:i], own, *choices[i + 1 :]))
+
+        branches = [functools.partial(one, i) for i in range(len(every))]
+        return jax.lax.switch(index, branches, updates, state.choices, params, extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rate_in(opt_state: PyTree) -> jax.Array | None:
+    """The `learning_rate` named in an optimizer's state, outside of what was not chosen; None if there is none."""
+    outside = lambda path, _: all(getattr(key, "name", None) != "choices" for key in path)
+    return optax.tree_utils.tree_get(opt_state, "learning_rate", filtering=outside)
 
 
 def _need_params(params: PyTree) -> None:
@@ -648,19 +688,56 @@ def _check_penalty(config: dict, constraint: tuple, where: str) -> tuple[str, di
     return name, chosen
 
 
-def needs_norms(recipe: Recipe) -> bool:
+class Choice(NamedTuple):
+    """One of several recipes: the members of a sweep that share it differ in `index` and in their numbers."""
+
+    index: int
+    recipes: tuple[Recipe, ...]
+
+
+def join(recipes: Sequence[Recipe]) -> list[Recipe | Choice]:
+    """The same recipes in forms that share one program: unchanged if they do, else each as a Choice among all kinds.
+
+    A member's own recipe keeps its numbers; of every other kind, which it never uses, it has those of another member.
+    """
+    kinds = {}
+    for recipe in recipes:
+        kinds.setdefault(program(recipe), recipe)
+    if len(kinds) == 1:
+        return list(recipes)
+    order = list(kinds)
+    own = lambda recipe: {**kinds, program(recipe): recipe}
+    return [Choice(order.index(program(recipe)), tuple(own(recipe).values())) for recipe in recipes]
+
+
+def program(recipe: Recipe | Choice) -> str:
+    """What the compiled program depends on: all but the numbers, and but a Choice's index."""
+    if isinstance(recipe, Choice):
+        return repr([program(one) for one in recipe.recipes])
+    # of the constraint: pattern, name and exponent of every rule
+    kinds = [(pattern, name, own.get("p"), own.get("zero_up")) for pattern, name, own in recipe.constraint]
+    return repr(recipe._replace(numbers=sorted(recipe.numbers), constraint=kinds))
+
+
+def needs_norms(recipe: Recipe | Choice) -> bool:
     """Whether some set takes its radius from the initialisation."""
+    if isinstance(recipe, Choice):
+        return needs_norms(recipe.recipes[recipe.index])
     return any(
         {**tables.defaults(polytopes.SETS[name]), **own}.get("mode") == "initialization"
         for _, name, own in recipe.constraint
     )
 
 
-def numbers(recipe: Recipe, params: PyTree, norms: PyTree | None) -> dict[str, Any]:
+def numbers(recipe: Recipe | Choice, params: PyTree, norms: PyTree | None) -> dict[str, Any]:
     """What `make` may trace: the recipe's numbers and the feasible set of every parameter array.
 
     params: arrays or shape structs. norms: mean initial norms (`polytopes.mean_norms`), None if not `needs_norms`.
+    Of a Choice: its index, and the same of every recipe.
     """
+    if isinstance(recipe, Choice):
+        index = jnp.asarray(recipe.index, jnp.int32)
+        return dict(index=index, choices=[numbers(one, params, norms) for one in recipe.recipes])
     if norms is None:
         norms = jax.tree.map(lambda _: 1.0, params)
     elif recipe.norms == "per_shape":
@@ -674,8 +751,13 @@ def numbers(recipe: Recipe, params: PyTree, norms: PyTree | None) -> dict[str, A
     return {**values, "sets": jax.tree.map(jnp.asarray, sets)}
 
 
-def make(recipe: Recipe, values: dict[str, Any], epochs: int, steps_per_epoch: int):
+def make(
+    recipe: Recipe | Choice, values: dict[str, Any], epochs: int, steps_per_epoch: int
+) -> optax.GradientTransformationExtraArgs:
     """The transformation of `recipe` with `values` from `numbers`, for a run of so many epochs."""
+    if isinstance(recipe, Choice):
+        pairs = zip(recipe.recipes, values["choices"], strict=True)
+        return choose(values["index"], [make(*pair, epochs, steps_per_epoch) for pair in pairs])
     values = dict(values)
     name, schedule = recipe.schedule
     rate = SCHEDULES[name](values.pop("learning_rate"), epochs, steps_per_epoch, **schedule)
@@ -690,6 +772,14 @@ def make(recipe: Recipe, values: dict[str, Any], epochs: int, steps_per_epoch: i
     return optax.chain({"l1": add_l1, "l2": add_l2}[penalty](strength), tx)
 
 
+def shift_inside(recipe: Recipe | Choice, values: dict[str, Any], params: PyTree) -> PyTree:
+    """`params` moved into the feasible sets in `values`, from `numbers`."""
+    if isinstance(recipe, Choice):
+        pairs = zip(recipe.recipes, values["choices"], strict=True)
+        return jax.lax.switch(values["index"], [functools.partial(shift_inside, *pair) for pair in pairs], params)
+    return polytopes.shift_inside(params, values["sets"])
+
+
 def learning_rate(opt_state: PyTree) -> jax.Array:
     """The rate of the latest update, found in the optimizer state by name."""
-    return optax.tree_utils.tree_get(opt_state, "learning_rate")
+    return _rate_in(opt_state)

@@ -436,6 +436,9 @@ def build(plans: list[Plan]) -> train.Problem:
             optim.numbers(fit.recipe, shapes, None)
         except tables.ConfigError as error:
             raise tables.ConfigError(f"{where}: {error}") from None
+    for name in plans[0].pipeline:
+        for plan in plans:
+            geometry.check_network(plan.settings[name][0], f"config.{name}", shapes, size)
     return problem
 
 

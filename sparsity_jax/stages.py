@@ -180,7 +180,7 @@ def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update
         return scales, (metrics.loss_before, metrics.loss_after)
 
     axes = (0, 0, 0, None, None)
-    name = ("sfw_init", place.position, chosen._replace(recipe=train.kinds(chosen.recipe)))
+    name = ("sfw_init", place.position, chosen._replace(recipe=optim.program(chosen.recipe)))
     compiled = problem.once(name, lambda: jax.jit(problem.lift(iterate, axes)))
     scales = problem.once("scales", lambda: jax.jit(problem.lift(gradinit.init)))(state.params)
     for i in range(chosen.iterations):
@@ -211,7 +211,7 @@ def prune_options(
     ratio: tables.Fraction,
     selection: str = "global",
     scope: Literal["", "kernels", "all"] = "",
-    count: Literal["", "nearest", "original"] = "",
+    count: Literal["", "nearest", "original", "ceil"] = "",
     granularity: Literal["", "filter", "channel"] = "",
     layer_ratios: Literal["", "uniform", "erk"] = "",
 ) -> Prune:
@@ -271,7 +271,7 @@ def curve_options(
     splits: tuple[Literal["test", "train"], ...] = ("test",),
     selection: str = "global",
     scope: Literal["", "kernels", "all"] = "",
-    count: Literal["", "nearest", "original"] = "",
+    count: Literal["", "nearest", "original", "ceil"] = "",
     granularity: Literal["", "filter", "channel"] = "",
     layer_ratios: Literal["", "uniform", "erk"] = "",
     retrain: str = "",

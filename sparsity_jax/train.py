@@ -126,11 +126,11 @@ def create_state(problem: Problem, key: jax.Array) -> State:
 
 
 class Fit(NamedTuple):
-    """A checked `train` stage: what its compiled step depends on. recipe: from `optim.check`."""
+    """A checked `train` stage: what its compiled step depends on. recipe: from `optim.check` or `optim.join`."""
 
     epochs: int
     batch_size: int
-    recipe: optim.Recipe
+    recipe: optim.Recipe | optim.Choice
     loss: tuple[str, tuple]
     augment: str
     start: str
@@ -142,27 +142,21 @@ class Fit(NamedTuple):
 
     def program(self) -> tuple:
         """Everything but the traced numbers, hashable: equal programs share one compilation."""
-        static = self.recipe._replace(numbers=sorted(self.recipe.numbers), constraint=kinds(self.recipe))
-        return (repr(static), *self[:2], *self[3:5])
-
-
-def kinds(recipe: optim.Recipe) -> tuple:
-    """What of the constraint the program depends on: pattern, name and exponent of every rule."""
-    return tuple((pattern, name, own.get("p"), own.get("zero_up")) for pattern, name, own in recipe.constraint)
+        return (optim.program(self.recipe), *self[:2], *self[3:5])
 
 
 def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> State:
     """The state at the start of a `train` stage, of one member: fresh weights if so asked, inside the feasible sets."""
     if fit.start == "init":
         state = create_state(problem, state.key)
-    params = polytopes.shift_inside(state.params, numbers["sets"]) if fit.shift_inside else state.params
+    params = optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
     params = masks.apply(params, state.masks)
     tx = optim.make(fit.recipe, numbers, fit.epochs, fit.steps_per_epoch(problem))
     zero = jnp.zeros((), jnp.int32)
     return state._replace(params=params, opt_state=tx.init(params), step=zero, metrics=no_metrics())
 
 
-def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe]) -> dict[str, Any]:
+def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe | optim.Choice]) -> dict[str, Any]:
     """The traced numbers of every member's recipe (stacked if there are members), radii included.
 
     Norms of the initialisation are measured with the member's own key; the network itself is left alone.
