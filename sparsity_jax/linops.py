@@ -1,0 +1,638 @@
+"""Symmetric linear operators given as products: curvature of a loss, Lanczos, quadrature, traces, spectral density.
+
+An operator is a function `matvec(v) -> A v` on pytrees of one structure; A is real and symmetric. Nothing here knows
+a network: `hvp` and `gauss_newton` make operators of any loss and any pytree, everything else takes any operator.
+
+    tridiagonal = lanczos(64)(hvp(loss, params, batch), rademacher(key, params))
+    values, weights = ritz(tridiagonal)             # Ritz values and weights: float64, on the host
+    quadrature(function, values, weights)           # v^T function(A) v for the unit start vector v
+
+Products run on the device in the type of their vectors; the small tridiagonal problem is solved in float64 by SciPy.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from sparsity_jax import tables
+
+PyTree = Any
+Matvec = Callable[[PyTree], PyTree]
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+# Products with the curvature of a loss -------------------------------------------------------------------------
+
+
+def hvp(loss: Callable, params: PyTree, *args: Any) -> Matvec:
+    """The product with the Hessian of `loss(params, *args)` at `params`, forward over reverse.
+
+    matvec(v): v has the structure and shapes of `params`, and so has the product. Raises ValueError for a loss that
+    is no scalar and for a v of another structure.
+    """
+    scalar = lambda params: loss(params, *args)
+    _check_scalar(scalar, params)
+    gradient = jax.grad(scalar)
+
+    def matvec(v: PyTree) -> PyTree:
+        return jax.jvp(gradient, (params,), (_tangent(v, params),))[1]
+
+    return matvec
+
+
+def gauss_newton(outputs: Callable, loss: Callable, params: PyTree, *args: Any) -> Matvec:
+    """The product with J^T H J: J the Jacobian of `z = outputs(params, *args)`, H the Hessian of `loss(z, *args)` in z.
+
+    Positive semi-definite if the loss is convex in z. z may be a pytree; raises as `hvp` does.
+    """
+    network = lambda params: outputs(params, *args)
+    scalar = lambda z: loss(z, *args)
+    _check_scalar(scalar, jax.eval_shape(network, params))
+    gradient = jax.grad(scalar)
+
+    def matvec(v: PyTree) -> PyTree:
+        z, tangent = jax.jvp(network, (params,), (_tangent(v, params),))
+        _, pull_back = jax.vjp(network, params)
+        return pull_back(jax.jvp(gradient, (z,), (tangent,))[1])[0]
+
+    return matvec
+
+
+def squared(matvec: Matvec) -> Matvec:
+    """The product with A^2: positive semi-definite, and |A| is its square root. Costs two products."""
+    return lambda v: matvec(matvec(v))
+
+
+def _check_scalar(loss: Callable, argument: PyTree) -> None:
+    value = jax.eval_shape(loss, argument)
+    shape = getattr(value, "shape", None)
+    if shape != ():
+        found = f"an array of shape {shape}" if shape is not None else f"a {type(value).__name__}"
+        raise ValueError(f"loss returns {found}; curvature needs one scalar. Take the mean over examples.")
+
+
+def _tangent(v: PyTree, params: PyTree) -> PyTree:
+    _check_like(v, params, "the vector of a product", "params")
+    return jax.tree.map(lambda x, p: jnp.asarray(x, jnp.result_type(p)), v, params)
+
+
+def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
+    given, allowed = jax.tree.structure(tree), jax.tree.structure(like)
+    if given != allowed:
+        raise ValueError(f"{name} has the structure {given}; allowed: that of {other}, {allowed}.")
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)):
+        if jnp.shape(x) != jnp.shape(y):
+            place = jax.tree_util.keystr(path)
+            raise ValueError(f"{name} has shape {jnp.shape(x)} at {place!r}; allowed: that of {other}, {jnp.shape(y)}.")
+
+
+# Trees as vectors ------------------------------------------------------------------------------------------------
+
+
+def rademacher(key: jax.Array, like: PyTree) -> PyTree:
+    """Independent signs +-1 in the structure, shapes and types of `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure, [jax.random.rademacher(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves)]
+    )
+
+
+def _dot(first: PyTree, second: PyTree) -> jax.Array:
+    """Inner product. Of two vectors at a time: XLA's CPU backend sums those pairwise (error 1e-9 for 1e6 entries), a
+    matrix-vector product one after the other (1e-5)."""
+    dot = lambda x, y: jnp.dot(x.ravel(), y.ravel(), precision=HIGHEST)
+    return sum(jax.tree.leaves(jax.tree.map(dot, first, second)))
+
+
+def _flatten(tree: PyTree) -> jax.Array:
+    leaves = [leaf.ravel() for leaf in jax.tree.leaves(tree)]
+    return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
+
+
+def _unflatten(vector: jax.Array, like: PyTree) -> PyTree:
+    """`vector` [..., D] cut into the leaves of `like`: each [..., *shape]."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    cut = [vector[..., end - x.size : end].reshape(*vector.shape[:-1], *x.shape) for x, end in zip(leaves, ends)]
+    return jax.tree.unflatten(structure, cut)
+
+
+# Lanczos ---------------------------------------------------------------------------------------------------------
+
+
+class Tridiagonal(NamedTuple):
+    """The tridiagonal matrix of `num_steps` Lanczos steps; entries from there on are 0. A leading axis: probes.
+
+    alphas [m]: the diagonal. betas [m]: betas[i] couples i and i + 1; betas[num_steps - 1] is the norm of the last
+    residual, 0 if the Krylov space is exhausted (every Ritz value is then an eigenvalue). num_steps: int32, at most D.
+    """
+
+    alphas: jax.Array
+    betas: jax.Array
+    num_steps: jax.Array
+
+
+class LanczosState(NamedTuple):
+    """Where Lanczos stands: arrays only, to be saved and resumed.
+
+    current: the unit vector to multiply next, in the structure of the start vector, and the one before it. basis: all
+    of them, flat, as rows: a tuple of matrices, a NumPy matrix on the host, or None.
+    """
+
+    step: jax.Array
+    num_steps: jax.Array  # falls behind `step` once the Krylov space is exhausted
+    alphas: jax.Array
+    betas: jax.Array
+    current: PyTree
+    previous: PyTree
+    basis: Any
+
+
+class Lanczos(NamedTuple):
+    """Lanczos one product at a time.
+
+    init(start) -> state; step(matvec, state) -> state; update(state, product) -> state: a step after its product;
+    result(state) -> Tridiagonal of the steps so far.
+
+    While `jit` traces, all are pure. Outside of it, `step` and `update` take any matvec, host loops too, and consume
+    the state they are given: its basis is updated in place. Save a state before it is passed on.
+    """
+
+    num_matvecs: int
+    init: Callable[[PyTree], LanczosState]
+    step: Callable[[Matvec, LanczosState], LanczosState]
+    update: Callable[[LanczosState, PyTree], LanczosState]
+    result: Callable[[LanczosState], Tridiagonal]
+
+
+class _Basis(NamedTuple):
+    """One way to keep the basis; vectors are flat.
+
+    create(vector, num_rows) -> basis with `vector` as row 0; write(basis, row, vector) -> basis, unchanged if there is
+    no such row; project(basis, row, vector) -> (the squared length of its part in rows 0..row, the vector without it).
+    choose: `jax.lax.cond` or the same on the host. rows(basis) -> [num_rows, at least D], to be read.
+    """
+
+    create: Callable
+    write: Callable
+    project: Callable
+    choose: Callable
+
+
+CHUNK = 2**14  # entries whose products are summed one after the other
+
+
+def _on_device(num_blocks: int, dtype: Any = None) -> _Basis:
+    """Rows in `num_blocks` arrays [chunks, rows, entries]: classical Gram-Schmidt inside each, one after the other.
+
+    Only the blocks in use are read: of a single matrix XLA's CPU backend would multiply all rows, or copy a slice of
+    it before it multiplies, at twice the time. Chunks, because it sums the products of a row one after the other: over
+    3e5 entries of float32 that puts errors of 1e-6 into vectors that had none, and Ritz values far off the mark. A type other than the vectors' is widened one block at a time.
+    """
+
+    def split(vector: jax.Array) -> jax.Array:
+        """[D] as [chunks, entries], the last filled up with zeros."""
+        chunks = -(-vector.size // CHUNK)
+        chunks = -(-chunks // jax.device_count()) * jax.device_count() if chunks > 1 else 1  # so they can be sharded
+        entries = -(-vector.size // chunks)
+        return jnp.pad(vector, (0, chunks * entries - vector.size)).reshape(chunks, entries)
+
+    def create(vector: jax.Array, num_rows: int) -> tuple[jax.Array, ...]:
+        rows = -(-num_rows // num_blocks)
+        index = np.arange(num_rows)[:, None]
+        vector = split(vector)[:, None]
+        # made of the vector, so that they are sharded as it is
+        blocks = (jnp.where(index[first : first + rows] == 0, vector, 0) for first in range(0, num_rows, rows))
+        return tuple(block.astype(dtype or vector.dtype) for block in blocks)
+
+    def write(basis: tuple[jax.Array, ...], row: jax.Array, vector: jax.Array) -> tuple[jax.Array, ...]:
+        blocks, first = [], 0
+        vector = split(vector).astype(basis[0].dtype)
+        place = lambda block, index: jax.lax.dynamic_update_index_in_dim(block, vector, index, 1)
+        for block in basis:
+            inside = (row >= first) & (row < first + block.shape[1])
+            # a `select` would read and write a row of every block; `cond` touches one, in place
+            blocks.append(jax.lax.cond(inside, place, lambda block, _: block, block, row - first))
+            first += block.shape[1]
+        return tuple(blocks)
+
+    def project(basis: tuple[jax.Array, ...], row: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        einsum = functools.partial(jnp.einsum, precision=HIGHEST)
+
+        def subtract(vector, found, block):
+            block = block.astype(vector.dtype)
+            part = einsum("krc,kc->kr", block, vector).sum(0)
+            every = jnp.broadcast_to(part, block.shape[:2])
+            return vector - einsum("kr,krc->kc", every, block), found + jnp.dot(part, part, precision=HIGHEST)
+
+        size, vector = vector.size, split(vector)
+        found, first = jnp.zeros((), vector.dtype), 0
+        for block in basis:
+            vector, found = jax.lax.cond(row >= first, subtract, lambda v, f, _: (v, f), vector, found, block)
+            first += block.shape[1]
+        return found, vector.ravel()[:size]
+
+    return _Basis(create, write, project, jax.lax.cond)
+
+
+def _on_host() -> _Basis:
+    """Rows in one NumPy matrix, written in place and multiplied on the host."""
+
+    def create(vector: jax.Array, num_rows: int) -> np.ndarray:
+        basis = np.zeros((num_rows, vector.size), vector.dtype)
+        basis[0] = vector
+        return basis
+
+    def write(basis: np.ndarray, row: jax.Array, vector: jax.Array) -> np.ndarray:
+        if row < len(basis):
+            basis[int(row)] = vector
+        return basis
+
+    def project(basis: np.ndarray, row: jax.Array, vector: jax.Array) -> tuple[float, np.ndarray]:
+        rows, vector = basis[: int(row) + 1], np.asarray(vector)
+        part = rows @ vector
+        return part @ part, vector - part @ rows
+
+    return _Basis(create, write, project, lambda condition, yes, no, *args: (yes if condition else no)(*args))
+
+
+REORTHOGONALIZE = {
+    "full": _on_device(4),
+    "bfloat16": _on_device(16, jnp.bfloat16),
+    "host": _on_host(),
+    "none": None,
+}
+
+
+def lanczos_method(num_matvecs: int, *, reorthogonalize: str = "full", shift: float = 0.0) -> Lanczos:
+    """Lanczos tridiagonalisation with `num_matvecs` products, to be driven step by step; see `Lanczos`.
+
+    reorthogonalize: every new vector against all before it,
+        `full`      kept in the vectors' type: m D numbers;
+        `bfloat16`  kept in half of float32's memory, multiplied and accumulated in the vectors' type: coefficients are
+                    off by some 1e-3 / sqrt(D), for D above 1e5;
+        `host`      kept and multiplied in host memory: the device holds three vectors. Cannot be traced by `jit`;
+        `none`      not at all: three vectors. Eigenvalues then reappear in copies; quadrature suffers little.
+    The three-term recurrence comes first and leaves rounding errors only, so one pass of Gram-Schmidt is enough, and
+    a second one is made where the first removed more than half of the squared length (Kahan and Parlett's "twice is
+    enough"). Ends early, see `Tridiagonal`, after D steps or where the residual is nothing but rounding errors.
+
+    shift: added to every norm a vector is divided by. The original of the geometric study uses 1e-6.
+
+    Start vectors have floating-point leaves of one type, float32 or float64: TypeError; ValueError for a start vector
+    that is zero or not finite (NaN results while tracing), for a product of another structure, for num_matvecs < 1.
+    """
+    basis = tables.lookup(REORTHOGONALIZE, reorthogonalize, "reorthogonalize")
+    if num_matvecs < 1:
+        raise ValueError(f"num_matvecs is {num_matvecs}; allowed: 1 and above.")
+
+    def init(start: PyTree) -> LanczosState:
+        start = _checked_start(start)
+        return (_begin if reorthogonalize == "host" else _begin_compiled)(start, num_matvecs, basis, shift)
+
+    def update(state: LanczosState, product: PyTree) -> LanczosState:
+        _check_like(product, state.current, "the product", "the start vector")
+        leaves = jax.tree.leaves((state, product))
+        pure = basis is REORTHOGONALIZE["host"] or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        numbers = (state.step, state.num_steps, state.alphas, state.betas)
+        vectors = (state.current, product, state.previous, state.basis)
+        numbers, following, rows = (_advance if pure else _advance_in_place)(basis, shift, numbers, *vectors)
+        return LanczosState(*numbers, following, state.current, rows)
+
+    def step(matvec: Matvec, state: LanczosState) -> LanczosState:
+        return update(state, matvec(state.current))
+
+    def result(state: LanczosState) -> Tridiagonal:
+        return Tridiagonal(state.alphas, state.betas, state.num_steps)
+
+    return Lanczos(num_matvecs, init, step, update, result)
+
+
+def _checked_start(start: PyTree) -> PyTree:
+    start = jax.tree.map(jnp.asarray, start)
+    leaves = jax.tree.leaves(start)
+    types = {leaf.dtype for leaf in leaves}
+    if len(types) != 1 or not types <= {np.dtype("float32"), np.dtype("float64")}:
+        found = ", ".join(sorted(map(str, types))) or "no arrays"
+        raise TypeError(f"the start vector has {found}; Lanczos needs leaves of one type, float32 or float64.")
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        length = float(jnp.sqrt(_dot(start, start)))
+        if not 0 < length < math.inf:
+            raise ValueError(f"the start vector has length {length}; Lanczos needs a finite vector that is not zero.")
+    return start
+
+
+def _begin(start: PyTree, num_matvecs: int, basis: _Basis | None, shift: float) -> LanczosState:
+    scale = jnp.sqrt(_dot(start, start)) + shift
+    current = jax.tree.map(lambda leaf: leaf / scale, start)
+    vector = _flatten(current)
+    rows = basis.create(vector, min(num_matvecs, vector.size)) if basis else None
+    zero, numbers = jnp.zeros((), jnp.int32), jnp.zeros(num_matvecs, vector.dtype)
+    return LanczosState(zero, zero, numbers, numbers, current, jax.tree.map(jnp.zeros_like, current), rows)
+
+
+_begin_compiled = jax.jit(_begin, static_argnums=(1, 2, 3))
+
+
+def _advance(
+    basis: _Basis | None, shift: float, numbers: tuple, current: PyTree, product: PyTree, previous: PyTree, rows: Any
+) -> tuple[tuple, PyTree, Any]:
+    """(step, num_steps, alphas, betas), the next vector and the basis after one step."""
+    step, num_steps, alphas, betas = numbers
+    before = jnp.where(step > 0, betas[step - 1], 0)
+    alpha, rest = _recurrence(current, product, previous, before)
+    if basis:
+        rest = _orthogonalize(basis, rows, step, _flatten(rest))
+    size = sum(leaf.size for leaf in jax.tree.leaves(current))
+    numbers, factor = _close((step, num_steps, alphas, betas), alpha, before, rest, size, shift)
+    following = jax.tree.map(lambda leaf: leaf * factor, rest)
+    if basis:
+        rows, following = basis.write(rows, step + 1, following), _unflatten(following, current)
+    return numbers, following, rows
+
+
+_advance_in_place = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(5, 6))
+
+
+@jax.jit
+def _recurrence(current: PyTree, product: PyTree, previous: PyTree, beta: jax.Array) -> tuple[jax.Array, PyTree]:
+    product = jax.tree.map(lambda p, v: p.astype(v.dtype), product, current)
+    alpha = _dot(product, current)
+    return alpha, jax.tree.map(lambda p, v, u: p - alpha * v - beta * u, product, current, previous)
+
+
+def _orthogonalize(basis: _Basis, rows: Any, row: jax.Array, vector: jax.Array) -> jax.Array:
+    found, rest = basis.project(rows, row, vector)
+    again = lambda rest: basis.project(rows, row, rest)[1]
+    return basis.choose(jnp.dot(rest, rest, precision=HIGHEST) < found, again, lambda rest: rest, rest)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _close(numbers: tuple, alpha: jax.Array, before: jax.Array, rest: PyTree, size: int, shift: float) -> tuple:
+    """The numbers after a step, and what to multiply its residual `rest` by: 0 once the Krylov space is exhausted."""
+    step, num_steps, alphas, betas = numbers
+    running = (step == 0) | (before != 0)
+    alpha, beta = jnp.where(running, alpha, 0), jnp.sqrt(_dot(rest, rest))
+    scale = jnp.maximum(jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas)), jnp.abs(alpha))
+    more = running & (step + 1 < size) & ~(beta <= 16 * jnp.finfo(beta.dtype).eps * scale)  # NaN goes on, to be seen
+    beta = jnp.where(more, beta, 0)
+    numbers = (step + 1, num_steps + running, alphas.at[step].set(alpha), betas.at[step].set(beta))
+    return numbers, jnp.where(more, 1 / jnp.where(more, beta + shift, 1), 0)
+
+
+def lanczos(
+    num_matvecs: int, *, reorthogonalize: str = "full", shift: float = 0.0, on_host: bool = False
+) -> Callable[[Matvec, PyTree], Tridiagonal]:
+    """Lanczos tridiagonalisation: `lanczos(64)(matvec, start) -> Tridiagonal`. Options as for `lanczos_method`.
+
+    One traced loop, so matvec must be traceable; works under `jit` and `vmap` over start vectors, except with
+    reorthogonalize="host". Each call outside `jit` compiles anew: wrap it in `jit` with what the matvec depends on as
+    arguments. on_host: a host loop of steps instead, for a matvec that is one itself, or a convolution's on a CPU,
+    whose gradients XLA compiles badly inside loops.
+    """
+    method = lanczos_method(num_matvecs, reorthogonalize=reorthogonalize, shift=shift)
+    return lambda matvec, start: _run(method, matvec, start, on_host or reorthogonalize == "host", method.result)
+
+
+def _run(method: Lanczos, matvec: Matvec, start: PyTree, on_host: bool, finish: Callable) -> Any:
+    start = _checked_start(start)
+    if on_host:
+        state = method.init(start)
+        for _ in range(method.num_matvecs):
+            state = method.step(matvec, state)
+        return finish(state)
+
+    def loop(start):
+        body = lambda _, state: method.step(matvec, state)
+        return finish(jax.lax.fori_loop(0, method.num_matvecs, body, method.init(start)))
+
+    return jax.jit(loop)(start)
+
+
+class Eigenpairs(NamedTuple):
+    """values [k], largest magnitude first; vectors: a tree of leaves [k, ...]; residuals [k]: norm of A v - value v."""
+
+    values: np.ndarray
+    vectors: PyTree
+    residuals: np.ndarray
+
+
+def top_eigenpairs(num: int, num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, PyTree], Eigenpairs]:
+    """The `num` eigenvalues of largest magnitude and their unit vectors, from `num_matvecs` steps of full Lanczos.
+
+    top_eigenpairs(3, 64)(matvec, start) -> Eigenpairs. An eigenvalue of A lies within a value's residual of it; the
+    residuals are Lanczos' own and cost no products. Of a repeated eigenvalue one vector is found. Not traceable.
+    Raises ValueError where the Krylov space of `start` has fewer than `num` dimensions.
+    """
+    if not 1 <= num <= num_matvecs:
+        raise ValueError(f"num is {num}; allowed: 1 to num_matvecs, {num_matvecs}.")
+    method = lanczos_method(num_matvecs)
+
+    def find(matvec: Matvec, start: PyTree) -> Eigenpairs:
+        state = _run(method, matvec, start, on_host, lambda state: state)
+        alphas, betas = _coefficients(method.result(state))
+        if num > len(alphas):
+            raise ValueError(f"the Krylov space has {len(alphas)} dimensions; allowed: num up to that, not {num}.")
+        values, vectors = _eigh(alphas, betas)
+        top = np.argsort(-np.abs(values), kind="stable")[:num]
+        mixing = np.zeros((sum(map(len, state.basis)), num))
+        mixing[: len(alphas)] = vectors[:, top]
+        parts = np.split(mixing, np.cumsum([len(block) for block in state.basis])[:-1])
+        dot = functools.partial(jnp.dot, precision=HIGHEST)
+        flat = sum(dot(jnp.asarray(part.T, block.dtype), block) for part, block in zip(parts, state.basis))
+        residuals = betas[-1] * np.abs(vectors[-1, top])
+        return Eigenpairs(values[top], _unflatten(flat, state.current), residuals)
+
+    return find
+
+
+# Quadrature: float64 on the host -----------------------------------------------------------------------------------
+
+
+def truncate(tridiagonal: Tridiagonal, num_matvecs: int) -> Tridiagonal:
+    """What Lanczos would have returned after `num_matvecs` products: the history of a result costs nothing."""
+    alphas, betas, num_steps = tridiagonal
+    steps = np.minimum(num_steps, num_matvecs)
+    return Tridiagonal(alphas[..., :num_matvecs], betas[..., :num_matvecs], steps)
+
+
+def ritz(alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ritz values, ascending, and Ritz weights, the squared first components of the eigenvectors: float64 [num_steps].
+
+    They are the nodes and weights of Gauss quadrature for v^T f(A) v, v the unit start vector: exact for polynomials
+    of degree up to 2 num_steps - 1. Takes a Tridiagonal, or alphas [n] and betas ([n - 1], or [n], the last unused).
+    For a Tridiagonal with a leading axis both are [num_probes, most steps]; a probe of fewer repeats its largest value
+    with weight 0. Raises ValueError for coefficients that are not finite.
+    """
+    return _per_probe(_gauss, alphas, betas)
+
+
+def gauss_radau(
+    alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, node: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values and weights of the Gauss-Radau rule with one value at `node`, a lower end of the spectrum.
+
+    [num_steps + 1] values, exact for polynomials of degree up to 2 num_steps. If f is completely monotone from `node`
+    on, its quadrature is an upper bound of v^T f(A) v, and that of `ritz` a lower one. Where the Krylov space is
+    exhausted, both are exact, and the rule of `ritz` is returned. Takes what `ritz` takes; of alphas [n] and betas
+    [n - 1] the last alpha is replaced, so the rule has n values.
+
+    Values a little below `node` (rounding errors) are moved to it. Raises ValueError if a Ritz value is below by more
+    than 1e-3 of the largest. Source: Golub and Meurant, Matrices, Moments and Quadrature (2010), section 6.2.
+    """
+    return _per_probe(functools.partial(_radau, node=node), alphas, betas)
+
+
+def quadrature(function: Callable, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Sum of weights * function(values) over the last axis; `function` is elementwise."""
+    return np.sum(weights * function(values), -1)
+
+
+def _per_probe(rule: Callable, alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None) -> tuple:
+    if not isinstance(alphas, Tridiagonal) or np.ndim(alphas.alphas) == 1:
+        return rule(*_coefficients(alphas, betas))
+    probes = [rule(*_coefficients(Tridiagonal(*probe))) for probe in zip(*map(np.asarray, alphas))]
+    most = max(len(values) for values, _ in probes)
+    pad = lambda array, mode: np.pad(array, (0, most - len(array)), mode)
+    return np.stack([pad(v, "edge") for v, _ in probes]), np.stack([pad(w, "constant") for _, w in probes])
+
+
+def _coefficients(alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """alphas [n] and betas [n] or [n - 1] in float64, checked."""
+    if isinstance(alphas, Tridiagonal):
+        steps = int(alphas.num_steps)
+        alphas, betas = np.asarray(alphas.alphas)[:steps], np.asarray(alphas.betas)[:steps]
+    alphas, betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
+    if alphas.ndim != 1 or not alphas.size or betas.shape not in ((alphas.size,), (alphas.size - 1,)):
+        raise ValueError(f"alphas have shape {alphas.shape}, betas {betas.shape}; allowed: [n] and [n] or [n - 1].")
+    if not (np.isfinite(alphas).all() and np.isfinite(betas).all()):
+        raise ValueError("the Lanczos coefficients are not finite: the product has NaN or inf, or the start is zero.")
+    return alphas, betas
+
+
+def _eigh(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return scipy.linalg.eigh_tridiagonal(alphas, betas[: len(alphas) - 1])
+
+
+def _gauss(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, vectors = _eigh(alphas, betas)
+    return values, vectors[0] ** 2
+
+
+def _radau(alphas: np.ndarray, betas: np.ndarray, node: float) -> tuple[np.ndarray, np.ndarray]:
+    if len(betas) < len(alphas):
+        alphas = alphas[:-1]
+    if not alphas.size:
+        return np.array([node]), np.ones(1)
+    values, vectors = _eigh(alphas, betas)
+    largest = np.max(np.abs(values - node))
+    if values[0] < node - 1e-3 * largest:
+        raise ValueError(
+            f"the smallest Ritz value is {values[0]:.3g}, below the node {node:g}, where there is no bound. "
+            "Take a node below the spectrum, or a positive semi-definite operator: gauss_newton, squared."
+        )
+    weights = vectors[0] ** 2
+    if betas[-1] > 0:
+        # the last entry that makes `node` an eigenvalue is node + beta^2 (T - node)^-1 [n, n]
+        inverse = np.sum(vectors[-1] ** 2 / np.maximum(values - node, 16 * np.finfo(np.float64).eps * largest))
+        values, weights = _gauss(np.append(alphas, node + betas[-1] ** 2 * inverse), betas)
+    return np.maximum(values, node), weights
+
+
+def spectral_density(
+    values: np.ndarray, weights: np.ndarray, *, bins: int = 100_000, sigma2: float = 1e-10, overhead: float = 0.01
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ritz values smeared by Gaussians, mean over probes: (density, grid), float64 [bins]; sums to 1 over the grid.
+
+    values, weights: [m] or [num_probes, m]. The grid reaches `overhead` beyond the mean smallest and largest values;
+    the Gaussians have variance sigma2 * max(1, grid length). For figures, and as the original's first step to its
+    width: with few bins for sigma2, mass falls between them, which `quadrature` avoids.
+    Source: Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159.
+    """
+    values, weights = np.atleast_2d(values).astype(np.float64), np.atleast_2d(weights).astype(np.float64)
+    grid = np.linspace(values.min(-1).mean() - overhead, values.max(-1).mean() + overhead, bins)
+    variance = sigma2 * max(1.0, grid[-1] - grid[0])
+    reach = math.sqrt(2 * variance * 750)  # exp(-750) is 0 in float64: skipping the rest changes nothing
+    starts = np.searchsorted(grid, values.ravel() - reach)
+    ends = np.searchsorted(grid, values.ravel() + reach)
+    density, height = np.zeros(bins), 1 / math.sqrt(2 * math.pi * variance)
+    for value, weight, start, end in zip(values.ravel(), weights.ravel(), starts, ends):
+        density[start:end] += weight * (height * np.exp(-((value - grid[start:end]) ** 2) / (2 * variance)))
+    density /= len(values)
+    mass = np.sum(density) * (grid[1] - grid[0])
+    return density / mass if mass > 0 else density, grid
+
+
+# Traces -------------------------------------------------------------------------------------------------------------
+
+
+class Trace(NamedTuple):
+    """An unbiased estimate of a trace and its standard error."""
+
+    trace: jax.Array
+    standard_error: jax.Array
+
+
+def hutchinson(num_probes: int, *, on_host: bool = False) -> Callable[[Matvec, jax.Array, PyTree], Trace]:
+    """Mean of v^T A v over `num_probes` sign vectors: `hutchinson(100)(matvec, key, like) -> Trace`.
+
+    on_host as for `lanczos`. Raises ValueError for fewer than 2 probes, which have no standard error.
+    Source: Hutchinson 1990.
+    """
+    if num_probes < 2:
+        raise ValueError(f"num_probes is {num_probes}; allowed: 2 and above, for a standard error.")
+
+    def estimate(matvec: Matvec, key: jax.Array, like: PyTree) -> Trace:
+        def sample(key):
+            probe = rademacher(key, like)
+            return _dot(probe, matvec(probe))
+
+        return _mean(_map(sample, jax.random.split(key, num_probes), on_host))
+
+    return estimate
+
+
+def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, jax.Array, PyTree], Trace]:
+    """Hutch++: `hutchpp(60)(matvec, key, like) -> Trace`, from `num_matvecs` products in total.
+
+    The trace on the range of A times a third of the probes exactly, Hutchinson's on the rest. Exact for an operator of
+    rank up to num_matvecs // 3, and for semi-definite ones of error O(1 / num_matvecs). Keeps two vectors per product
+    of that third. on_host as for `lanczos`. Raises ValueError for fewer than 4 products.
+    Source: Meyer, Musco, Musco, Woodruff 2021, arXiv:2010.09649.
+    """
+    if num_matvecs < 4:
+        raise ValueError(f"num_matvecs is {num_matvecs}; allowed: 4 and above, for a standard error.")
+    third = num_matvecs // 3
+    dot = functools.partial(jnp.dot, precision=HIGHEST)
+
+    def estimate(matvec: Matvec, key: jax.Array, like: PyTree) -> Trace:
+        product = lambda vector: _flatten(matvec(_unflatten(vector, like)))
+        keys = jax.random.split(key, num_matvecs - third)
+        images = _map(lambda key: _flatten(matvec(rademacher(key, like))), keys[:third], on_host)
+        basis = jnp.linalg.qr(images.T)[0].T
+        known = jnp.sum(_map(lambda row: dot(row, product(row)), basis, on_host))
+
+        def sample(key):
+            probe = _flatten(rademacher(key, like))
+            probe = probe - dot(dot(basis, probe), basis)
+            return dot(probe, product(probe))
+
+        rest = _mean(_map(sample, keys[third:], on_host))
+        return Trace(known + rest.trace, rest.standard_error)
+
+    return estimate
+
+
+def _map(function: Callable, inputs: jax.Array, on_host: bool) -> jax.Array:
+    return jnp.stack([function(x) for x in inputs]) if on_host else jax.lax.map(function, inputs)
+
+
+def _mean(samples: jax.Array) -> Trace:
+    return Trace(jnp.mean(samples), jnp.std(samples, ddof=1) / math.sqrt(len(samples)))

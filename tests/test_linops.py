@@ -1,0 +1,547 @@
+"""Curvature products, Lanczos, quadrature and traces against dense linear algebra and the original's numbers."""
+
+import functools
+
+import golden_data
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsity_jax import linops, losses, tables
+
+SEED = st.integers(0, 2**16)
+TRACED = ("full", "bfloat16", "none")
+LIKE = {"a": np.zeros((3, 4)), "b": [np.zeros(()), np.zeros(7)]}  # 20 entries
+
+
+def dense(eigenvalues, seed=0):
+    """A symmetric float64 matrix of these eigenvalues."""
+    draw = np.random.default_rng(seed).normal(size=(len(eigenvalues),) * 2)
+    vectors = np.linalg.qr(draw)[0]
+    return (vectors * np.asarray(eigenvalues)) @ vectors.T
+
+
+def product(matrix, dtype=None):
+    """matvec on any tree with as many entries as the matrix has rows."""
+    matrix = jnp.asarray(matrix, dtype)
+
+    def matvec(v):
+        flat, unflatten = jax.flatten_util.ravel_pytree(v)
+        return unflatten(jnp.dot(matrix, flat, precision="highest"))
+
+    return matvec
+
+
+def spectrum(kind, size, seed=0):
+    rng = np.random.default_rng(seed)
+    return dict(
+        normal=rng.normal(size=size),
+        decaying=2.0 ** -np.arange(size),
+        outliers=np.concatenate([np.full(size // 2, 1e-3), rng.random(size - size // 2 - 2), [30.0, -20.0]]),
+        semidefinite=np.maximum(rng.normal(size=size), 0),
+    )[kind]
+
+
+def moments(matrix, start, function):
+    """v^T f(A) v of the unit vector."""
+    values, vectors = np.linalg.eigh(matrix)
+    return np.sum((vectors.T @ (start / np.linalg.norm(start))) ** 2 * function(values))
+
+
+def rows(basis):
+    return np.concatenate([np.asarray(block, np.float64) for block in basis])
+
+
+# Products ------------------------------------------------------------------------------------------------------
+
+
+def original(golden):
+    """loss(params, x, y), params and data of the original's small network; params in its order and layouts."""
+    names = [f"linear.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias")]
+    params = [jnp.asarray(golden[f"trained/{name}"]) for name in names]
+
+    def loss(params, x, y):
+        for i, (weight, bias) in enumerate(zip(params[::2], params[1::2])):
+            x = (jax.nn.relu(x) if i else x) @ weight.T + bias
+        return losses.cross_entropy(x, y).mean() + 0.002 * sum(jnp.abs(p).sum() for p in params)
+
+    return loss, params, (golden["train/x"], golden["train/y"])
+
+
+def test_hessian_of_the_original_network():
+    golden = golden_data.load("10_hessian.npz")
+    with jax.enable_x64(True):
+        loss, params, data = original(golden)
+        flat, unflatten = jax.flatten_util.ravel_pytree(params)
+        matvec = jax.jit(lambda v: jax.flatten_util.ravel_pytree(linops.hvp(loss, params, *data)(unflatten(v)))[0])
+        explicit = jax.jit(jax.hessian(lambda p: loss(unflatten(p), *data)))(flat)
+        np.testing.assert_allclose(loss(params, *data), golden["loss_full"], rtol=1e-12)
+        np.testing.assert_allclose(matvec(golden["hvp/v"]), golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
+        columns = jax.jit(jax.vmap(matvec))(np.eye(flat.size))
+        assert np.abs(columns - explicit).max() <= 1e-10 * np.abs(explicit).max()
+        np.testing.assert_allclose(np.linalg.eigvalsh(columns), np.sort(golden["hessian/eigenvalues"]), atol=1e-11)
+
+
+@pytest.mark.parametrize("reorthogonalize", ["full", "host"])
+def test_ritz_values_of_the_original(reorthogonalize):
+    golden = golden_data.load("10_hessian.npz")
+    with jax.enable_x64(True):
+        loss, params, data = original(golden)
+        unflatten = jax.flatten_util.ravel_pytree(params)[1]
+        matvec = jax.jit(linops.hvp(loss, params, *data))
+        for case in ("main", "two_runs"):
+            starts, expected = golden[f"lanczos/{case}/start"], golden[f"lanczos/{case}/ritz_values"]
+            for start, values, weights in zip(starts, expected, golden[f"lanczos/{case}/ritz_weights"]):
+                run = linops.lanczos(values.size, reorthogonalize=reorthogonalize, shift=1e-6)
+                ours = linops.ritz(run(matvec, unflatten(jnp.asarray(start))))
+                np.testing.assert_allclose(ours, (values, weights), rtol=0, atol=1e-8)
+
+
+def test_all_ritz_values_are_eigenvalues_at_full_depth():
+    golden = golden_data.load("10_hessian.npz")
+    with jax.enable_x64(True):
+        loss, params, data = original(golden)
+        tridiagonal = linops.lanczos(230)(linops.hvp(loss, params, *data), linops.rademacher(jax.random.key(0), params))
+        distance = np.abs(np.subtract.outer(linops.ritz(tridiagonal)[0], golden["hessian/eigenvalues"]))
+        assert distance.min(1).max() < 1e-10
+        assert distance.min(0).max() < 1e-10
+        assert tridiagonal.num_steps == 212  # eight of the 219 eigenvalues are 0, a Krylov space sees one
+        assert not np.any(tridiagonal.alphas[212:])
+        values, vectors, residuals = linops.top_eigenpairs(3, 60)(
+            linops.hvp(loss, params, *data), linops.rademacher(jax.random.key(1), params)
+        )
+        np.testing.assert_allclose(values, golden["power_iteration/top3"], atol=1e-10)
+        assert residuals.max() < 1e-8
+        assert [leaf.shape for leaf in vectors] == [(3, *leaf.shape) for leaf in params]
+
+
+def network(params, x):
+    hidden = jnp.tanh(x @ params["in"]["w"] + params["in"]["b"])
+    return {"first": hidden @ params["out"], "second": jnp.sin(hidden @ params["out"]) ** 2}
+
+
+def convex(z, x):
+    return jax.nn.logsumexp(z["first"], axis=-1).mean() + jnp.sum(z["second"] ** 2) / len(x)
+
+
+def draw_params(dtype=None):
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    return {"in": {"w": draw(4, 5), "b": draw(5)}, "out": draw(5, 3)}, draw(6, 4)
+
+
+def test_gauss_newton_is_the_dense_product():
+    with jax.enable_x64(True):
+        params, x = draw_params()
+        flat, unflatten = jax.flatten_util.ravel_pytree(params)
+        z, unflatten_z = jax.flatten_util.ravel_pytree(network(params, x))
+        jacobian = jax.jacobian(lambda p: jax.flatten_util.ravel_pytree(network(unflatten(p), x))[0])(flat)
+        inner = jax.hessian(lambda z: convex(unflatten_z(z), x))(z)
+        matvec = jax.jit(linops.gauss_newton(network, convex, params, x))
+        columns = np.array([jax.flatten_util.ravel_pytree(matvec(unflatten(row)))[0] for row in np.eye(flat.size)])
+        np.testing.assert_allclose(columns, jacobian.T @ inner @ jacobian, atol=1e-13)
+        assert np.linalg.eigvalsh(columns).min() > -1e-14
+
+
+@pytest.mark.parametrize("kind", ["hvp", "gauss_newton", "squared"])
+def test_products_are_symmetric_and_repeat(kind):
+    params, x = draw_params(jnp.float32)
+    matvec = linops.hvp(lambda p, x: convex(network(p, x), x), params, x)
+    matvec = linops.gauss_newton(network, convex, params, x) if kind == "gauss_newton" else matvec
+    matvec = jax.jit(linops.squared(matvec) if kind == "squared" else matvec)
+    first, second = (jax.tree.map(jnp.asarray, linops.rademacher(jax.random.key(i), params)) for i in (0, 1))
+    inner = lambda u, v: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, u, v)))
+    ours, mirrored = inner(first, matvec(second)), inner(matvec(first), second)
+    np.testing.assert_allclose(ours, mirrored, rtol=1e-5)
+    for one, two in zip(jax.tree.leaves(matvec(first)), jax.tree.leaves(matvec(first))):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_products_refuse_other_losses_and_vectors():
+    params = {"w": jnp.ones((2, 3))}
+    with pytest.raises(ValueError, match=r"loss returns an array of shape \(3,\); curvature needs one scalar"):
+        linops.hvp(lambda p: p["w"].sum(0), params)
+    with pytest.raises(ValueError, match="loss returns a tuple"):
+        linops.hvp(lambda p: (p["w"].sum(), 1), params)
+    with pytest.raises(ValueError, match=r"loss returns an array of shape \(2,\)"):
+        linops.gauss_newton(lambda p: p["w"], lambda z: z.sum(1), params)
+    matvec = linops.hvp(lambda p: jnp.sum(p["w"] ** 2), params)
+    with pytest.raises(ValueError, match="has the structure"):
+        matvec({"v": jnp.ones((2, 3))})
+    with pytest.raises(ValueError, match=r"has shape \(3, 2\) at .*allowed: that of params, \(2, 3\)"):
+        matvec({"w": jnp.ones((3, 2))})
+    np.testing.assert_array_equal(matvec({"w": np.ones((2, 3))})["w"], np.full((2, 3), 2.0))
+
+
+# Lanczos -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["normal", "decaying", "outliers"])
+@pytest.mark.parametrize("reorthogonalize", ["full", "host"])
+def test_full_depth_gives_all_eigenvalues(kind, reorthogonalize):
+    with jax.enable_x64(True):
+        eigenvalues = spectrum(kind, 20)
+        matrix, start = dense(eigenvalues), linops.rademacher(jax.random.key(0), LIKE)
+        run = linops.lanczos(20, reorthogonalize=reorthogonalize)
+        values, weights = linops.ritz(run(product(matrix), start))
+        distance = np.abs(np.subtract.outer(values, eigenvalues)) / np.abs(eigenvalues).max()
+        assert distance.min(1).max() < 1e-13
+        assert distance.min(0).max() < 1e-13
+        assert weights.sum() == pytest.approx(1, abs=1e-13)
+
+
+run_eight = jax.jit(
+    lambda matrix, start: linops.lanczos(8)(product(matrix), start)
+)  # one compilation for all examples of a type
+
+
+@hypothesis.given(SEED, st.sampled_from(["normal", "decaying", "semidefinite"]))
+@hypothesis.settings(max_examples=15)
+def test_quadrature_is_exact_for_polynomials(seed, kind):
+    with jax.enable_x64(True):
+        matrix = dense(spectrum(kind, 20, seed), seed)
+        start = np.random.default_rng(seed).normal(size=20)
+        tridiagonal = run_eight(matrix, start)
+        for m in (1, 3, 8):
+            shorter = linops.truncate(tridiagonal, m)
+            for degree in range(2 * m):
+                power = lambda x, degree=degree: x**degree
+                exact = moments(matrix, start, power)
+                scale = moments(matrix, start, lambda x, degree=degree: np.abs(x) ** degree) + 1e-300
+                assert abs(linops.quadrature(power, *linops.ritz(shorter)) - exact) < 1e-11 * scale
+                node = float(np.linalg.eigvalsh(matrix).min()) - 0.1
+                bound = linops.gauss_radau(shorter, node=node)
+                assert abs(linops.quadrature(power, *bound) - exact) < 1e-10 * max(scale, abs(node) ** degree)
+
+
+@hypothesis.given(SEED, st.floats(-3, 3))
+@hypothesis.settings(max_examples=15)
+def test_enclosure_contains_the_answer_and_shrinks(seed, log_scale):
+    """Completely monotone functions of a semi-definite operator: Gauss below, Gauss-Radau at 0 above."""
+    with jax.enable_x64(True):
+        matrix, c = dense(spectrum("semidefinite", 20, seed), seed), 10.0**log_scale
+        start = np.random.default_rng(seed).normal(size=20)
+        tridiagonal = run_eight(matrix, start)
+        functions = (lambda x: 1 / (1 + c * x), lambda x: np.exp(-c * x), lambda x: (x + c) ** -0.5)
+        for function in functions:
+            exact = moments(matrix, start, lambda x, function=function: function(np.maximum(x, 0)))
+            history = [linops.truncate(tridiagonal, m) for m in range(1, 9)]
+            lower = np.array([linops.quadrature(function, *linops.ritz(t)) for t in history])
+            upper = np.array([linops.quadrature(function, *linops.gauss_radau(t)) for t in history])
+            slack = 1e-10 * exact
+            assert (lower <= exact + slack).all()
+            assert (upper >= exact - slack).all()
+            assert (np.diff(lower) >= -slack).all()
+            assert (np.diff(upper) <= slack).all()
+
+
+def test_gauss_radau_by_hand():
+    values, weights = linops.gauss_radau(np.array([2.0]), np.array([1.0]))  # 2 1; 1 a with eigenvalue 0: a = 1/2
+    np.testing.assert_allclose(values, [0, 2.5], atol=1e-15)
+    np.testing.assert_allclose(weights, [0.2, 0.8])
+    for given in (([2.0, 7.0], [1.0]), ([2.0, 0.0], [1.0])):  # without the last beta the last alpha is replaced
+        np.testing.assert_allclose(linops.gauss_radau(*map(np.array, given)), (values, weights), atol=1e-15)
+    np.testing.assert_array_equal(linops.gauss_radau(np.array([2.0]), np.array([])), [[0], [1]])
+    np.testing.assert_array_equal(linops.gauss_radau(np.array([2.0]), np.array([0.0])), [[2], [1]])  # exhausted
+    values, weights = linops.gauss_radau(np.array([1.0]), np.array([1.0]), node=-3.0)
+    np.testing.assert_allclose(values.min(), -3)
+    np.testing.assert_allclose([weights.sum(), weights @ values, weights @ values**2], [1, 1, 2])
+    values, _ = linops.gauss_radau(np.array([1.0, -1e-9]), np.array([0.0, 0.0]))
+    np.testing.assert_array_equal(values, [0, 1])
+    with pytest.raises(ValueError, match="below the node 0"):
+        linops.gauss_radau(np.array([1.0, -0.1]), np.array([0.0, 0.0]))
+
+
+@pytest.mark.parametrize("reorthogonalize", sorted(linops.REORTHOGONALIZE))
+def test_modes_agree(reorthogonalize):
+    eigenvalues = spectrum("outliers", 300)
+    matvec, start = product(dense(eigenvalues), jnp.float32), np.random.default_rng(1).normal(size=300)
+    run = linops.lanczos(30, reorthogonalize=reorthogonalize)
+    function = lambda x: 1 / (1 + np.abs(x))
+    ours = linops.quadrature(function, *linops.ritz(run(matvec, jnp.asarray(start, jnp.float32))))
+    tolerance = 1e-3 if reorthogonalize == "bfloat16" else 1e-5
+    np.testing.assert_allclose(ours, moments(dense(eigenvalues), start, function), rtol=tolerance)
+    if reorthogonalize in ("full", "host"):
+        with jax.enable_x64(True):
+            exact = linops.lanczos(30)(product(dense(eigenvalues)), jnp.asarray(start))
+        mine = run(matvec, jnp.asarray(start, jnp.float32))
+        np.testing.assert_allclose(mine.alphas[:10], exact.alphas[:10], atol=2e-3)
+
+
+@pytest.mark.parametrize(("reorthogonalize", "tolerance"), [("full", 2e-6), ("host", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("kind", ["decaying", "outliers"])
+def test_basis_is_orthonormal(reorthogonalize, tolerance, kind):
+    """Also where Ritz values have long converged and the recurrence alone loses all orthogonality."""
+    matvec = product(dense(spectrum(kind, 150)), jnp.float32)
+    method = linops.lanczos_method(45, reorthogonalize=reorthogonalize)
+    state = method.init(jnp.asarray(np.random.default_rng(1).normal(size=150), jnp.float32))
+    for _ in range(45):
+        state = method.step(matvec, state)
+    basis = rows([state.basis] if reorthogonalize == "host" else state.basis)[: int(state.num_steps)]
+    assert np.abs(basis @ basis.T - np.eye(len(basis))).max() < tolerance
+    if reorthogonalize == "full":
+        matrix = dense(spectrum(kind, 150))
+        tridiagonal = np.diag(state.alphas) + np.diag(state.betas[:-1], 1) + np.diag(state.betas[:-1], -1)
+        steps = len(basis)
+        np.testing.assert_allclose(basis @ matrix @ basis.T, tridiagonal[:steps, :steps], atol=1e-4)
+
+
+@pytest.mark.parametrize("reorthogonalize", sorted(linops.REORTHOGONALIZE))
+def test_exhausted_krylov_spaces(reorthogonalize):
+    run = lambda m: linops.lanczos(m, reorthogonalize=reorthogonalize)
+    start = jnp.asarray(np.random.default_rng(0).normal(size=12), jnp.float32)
+    identity = run(5)(lambda v: v, start)
+    assert identity.num_steps == 1
+    np.testing.assert_allclose(linops.ritz(identity), [[1], [1]], rtol=1e-6)
+    np.testing.assert_array_equal(identity.betas, 0)
+    np.testing.assert_array_equal(run(3)(lambda v: jnp.zeros_like(v), start).num_steps, 1)
+    low_rank = run(9)(product(np.outer(np.eye(12)[0], 3 * np.eye(12)[0]), jnp.float32), start)
+    assert low_rank.num_steps == 2
+    np.testing.assert_allclose(linops.ritz(low_rank)[0], [0, 3], atol=1e-3 if reorthogonalize == "bfloat16" else 1e-5)
+    np.testing.assert_allclose(linops.gauss_radau(low_rank), linops.ritz(low_rank), atol=1e-6)
+    deep = run(40)(product(dense(np.arange(12.0)), jnp.float32), start)
+    assert 10 <= deep.num_steps <= 12
+    assert all(np.isfinite(x).all() for x in deep)
+    assert not deep.alphas[12:].any()
+    assert not deep.betas[11:].any()
+    if reorthogonalize in ("full", "host"):
+        np.testing.assert_allclose(linops.ritz(deep)[0], np.arange(12.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("reorthogonalize", TRACED)
+def test_loops_agree(reorthogonalize):
+    matrix, start = dense(spectrum("normal", 20)), linops.rademacher(jax.random.key(0), LIKE)
+    run = linops.lanczos(6, reorthogonalize=reorthogonalize)
+    expected = run(product(matrix), start)
+    assert expected.num_steps == 6
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+    for ours, reference in zip(jax.jit(lambda m, v: run(product(m), v))(jnp.asarray(matrix), start), expected):
+        close(ours, reference)
+    on_host = linops.lanczos(6, reorthogonalize=reorthogonalize, on_host=True)
+
+    def host_loop(v):  # cannot be traced
+        flat, unflatten = jax.flatten_util.ravel_pytree(v)
+        return unflatten(jnp.asarray((matrix @ np.asarray(flat)).astype(np.float32)))
+
+    for ours, reference in zip(on_host(host_loop, start), expected):
+        close(ours, reference)
+    starts = jax.vmap(lambda key: linops.rademacher(key, LIKE))(jax.random.split(jax.random.key(1), 3))
+    batched = jax.vmap(lambda v: run(product(matrix), v))(starts)
+    single = jax.jit(lambda v: run(product(matrix), v))
+    for i in range(3):
+        one = single(jax.tree.map(lambda leaf, i=i: leaf[i], starts))
+        close(batched.alphas[i], one.alphas)
+        close(batched.betas[i], one.betas)
+        values, weights = linops.ritz(batched)
+        close(values[i], linops.ritz(one)[0])
+        close(weights[i], linops.ritz(one)[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("reorthogonalize", sorted(linops.REORTHOGONALIZE))
+def test_a_saved_state_resumes_to_the_same_bits(reorthogonalize):
+    matvec = jax.jit(product(dense(spectrum("normal", 20)), jnp.float32))
+    method = linops.lanczos_method(9, reorthogonalize=reorthogonalize)
+    state = method.init(linops.rademacher(jax.random.key(0), LIKE))
+    for i in range(9):
+        if i == 4:
+            saved = jax.tree.map(np.array, state)
+            half = method.result(state)
+        state = method.step(matvec, state)
+    resumed = saved
+    for _ in range(5):
+        resumed = method.step(matvec, resumed)
+    for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(resumed)):
+        np.testing.assert_array_equal(one, two)
+    history = linops.truncate(method.result(state), 4)
+    assert half.num_steps == history.num_steps == 4
+    np.testing.assert_array_equal(half.alphas[:4], history.alphas)
+    np.testing.assert_array_equal(half.betas[:4], history.betas)
+
+
+def test_the_basis_is_updated_in_place():
+    method = linops.lanczos_method(16)
+    state = method.init(jnp.ones(1000))
+    matvec = lambda v: v * jnp.linspace(0, 1, 1000)
+    pointers = [block.unsafe_buffer_pointer() for block in state.basis]
+    for _ in range(8):
+        state = method.step(matvec, state)
+    assert [block.unsafe_buffer_pointer() for block in state.basis] == pointers
+    traced = jax.jit(method.update, donate_argnums=0).lower(state, state.current).compile().memory_analysis()
+    assert traced.temp_size_in_bytes <= 4 * 4000
+
+
+def test_memory_without_basis():
+    method = linops.lanczos_method(8, reorthogonalize="none")
+    start = {"w": jnp.ones((100, 100)), "b": jnp.ones(100)}
+    step = jax.jit(lambda state: method.step(lambda v: jax.tree.map(lambda x: 2 * x, v), state))
+    found = step.lower(method.init(start)).compile().memory_analysis()
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    assert total - found.alias_size_in_bytes <= 6 * 4 * 10_100
+
+
+def test_sharded_vectors_give_a_sharded_basis():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8), ("x",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    start = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    diagonal = np.linspace(0, 1, 192, dtype=np.float32).reshape(64, 3)
+    method = linops.lanczos_method(8)
+    state, reference = method.init(jax.device_put(start, split)), method.init(jnp.asarray(start))
+    sharded = jax.device_put(diagonal, split)
+    for _ in range(8):
+        state = method.step(lambda v: sharded * v, state)
+        reference = method.step(lambda v: jnp.asarray(diagonal) * v, reference)
+    assert not any(block.sharding.is_fully_replicated for block in state.basis)
+    np.testing.assert_allclose(state.alphas, reference.alphas, rtol=1e-5)
+    np.testing.assert_allclose(state.betas, reference.betas, rtol=1e-4)
+
+
+def test_lanczos_refuses():
+    with pytest.raises(tables.ConfigError, match=r"reorthogonalize is 'ful'; known: .*Did you mean 'full'"):
+        linops.lanczos(4, reorthogonalize="ful")
+    with pytest.raises(ValueError, match="num_matvecs is 0"):
+        linops.lanczos_method(0)
+    run = linops.lanczos(2)
+    with pytest.raises(ValueError, match=r"length 0\.0"):
+        run(lambda v: v, jnp.zeros(3))
+    with pytest.raises(ValueError, match="length nan"):
+        run(lambda v: v, jnp.array([1.0, np.nan]))
+    for start, found in ((jnp.ones(3, int), "int32"), ((), "no arrays"), (jnp.ones(3, jnp.bfloat16), "bfloat16")):
+        with pytest.raises(TypeError, match=f"start vector has {found}; .*float32 or float64"):
+            run(lambda v: v, start)
+    with pytest.raises(ValueError, match="the product has the structure"):
+        run(lambda v: [v], jnp.ones(3))
+    with pytest.raises(ValueError, match=r"the product has shape \(4,\)"):
+        run(lambda v: jnp.ones(4), jnp.ones(3))
+    with pytest.raises(ValueError, match="coefficients are not finite"):
+        linops.ritz(run(lambda v: v * np.inf, jnp.ones(3)))
+    with pytest.raises(ValueError, match="coefficients are not finite"):
+        linops.ritz(jax.jit(lambda v: run(lambda v: v, v))(jnp.zeros(3)))
+    with pytest.raises(ValueError, match=r"alphas have shape \(2,\), betas \(4,\)"):
+        linops.ritz(np.ones(2), np.ones(4))
+    with pytest.raises(ValueError, match=r"alphas have shape \(0,\)"):
+        linops.ritz(np.ones(0), np.ones(0))
+
+
+def test_probes_of_unequal_depth_are_padded():
+    probes = linops.Tridiagonal(np.array([[1.0, 2], [3, 0]]), np.array([[0.5, 0.1], [0, 0]]), np.array([2, 1]))
+    values, weights = linops.ritz(probes)
+    np.testing.assert_array_equal(values[1], [3, 3])
+    np.testing.assert_array_equal(weights[1], [1, 0])
+    np.testing.assert_allclose(values[0], np.linalg.eigvalsh([[1, 0.5], [0.5, 2]]))
+    assert linops.gauss_radau(probes)[0].shape == (2, 3)
+    assert linops.quadrature(np.square, values, weights).tolist() == pytest.approx([1.25, 9])
+
+
+# Density -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["main", "two_runs"])
+def test_density_of_the_original(case):
+    golden = golden_data.load("10_hessian.npz")
+    values, weights = golden[f"lanczos/{case}/ritz_values"], golden[f"lanczos/{case}/ritz_weights"]
+    names = [name for name in golden if name.startswith(f"density/{case}/") and name.endswith("/density")]
+    assert len(names) == 3
+    for name in names:
+        options = {key: float(value) for key, value in (part.split("=") for part in name.split("/")[2:-1])}
+        density, grid = linops.spectral_density(values, weights, **options | {"bins": int(options["bins"])})
+        np.testing.assert_allclose(density, golden[name], rtol=1e-9, atol=1e-11)
+        ends = golden[name.removesuffix("density") + "grid_first_last"]
+        np.testing.assert_allclose(grid[[0, -1]], ends, rtol=1e-12)
+
+
+def test_fine_density_of_the_original():
+    """24 Gaussians narrower than the grid, each recovered from its two largest bins, give all others and no more."""
+    golden = golden_data.load("10_hessian.npz")
+    bins, expected = golden["pipeline/density_nonzero_bins"], golden["pipeline/density_nonzero_values"]
+    grid = np.linspace(*golden["pipeline/grid_first_last"], 100_000)
+    variance = 1e-10 * max(1, grid[-1] - grid[0])
+    values, weights = [], []
+    for cluster in np.split(np.arange(bins.size), np.flatnonzero(np.diff(bins) > 1) + 1):
+        k = cluster[np.argmax(expected[cluster])]
+        j = k + 1 if expected[k + 1] > expected[k - 1] else k - 1
+        (x, y), ratio = grid[bins[[k, j]]], expected[k] / expected[j]
+        values.append((x + y) / 2 - variance * np.log(ratio) / (y - x))
+        weights.append(expected[k] * np.exp((x - values[-1]) ** 2 / (2 * variance)))
+    assert len(values) == 24
+    density, ours = linops.spectral_density(np.array(values), np.array(weights) / np.sum(weights))
+    np.testing.assert_allclose(ours[[0, -1]], grid[[0, -1]], rtol=1e-12)
+    np.testing.assert_array_equal(np.flatnonzero(density), bins)
+    np.testing.assert_allclose(density[bins], expected, rtol=1e-5)
+
+
+def test_density_integrates_to_one_unless_it_misses_the_grid():
+    density, grid = linops.spectral_density(np.array([0.0, 5.0]), np.array([0.25, 0.75]), bins=2000, sigma2=1e-3)
+    assert np.sum(density) * (grid[1] - grid[0]) == pytest.approx(1)
+    assert np.sum(density[grid > 2.5]) / np.sum(density) == pytest.approx(0.75, abs=0.2)  # cut at the grid's ends
+    density, _ = linops.spectral_density(np.array([0.0, 5.0]), np.array([0.5, 0.5]), bins=8)
+    np.testing.assert_array_equal(density, 0)
+
+
+# Eigenpairs and traces -----------------------------------------------------------------------------------------
+
+
+def test_top_eigenpairs():
+    matrix = dense([*spectrum("normal", 27), 9.0, -8.0, 7.0])
+    start = jnp.asarray(np.random.default_rng(0).normal(size=30), jnp.float32)
+    matvec = product(matrix, jnp.float32)
+    values, vectors, residuals = linops.top_eigenpairs(3, 18)(matvec, start)
+    np.testing.assert_allclose(values, [9, -8, 7], rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    true = [np.linalg.norm(matrix @ v - value * v) for value, v in zip(values, np.asarray(vectors, np.float64))]
+    np.testing.assert_allclose(residuals, true, atol=2e-5)
+    early = linops.top_eigenpairs(2, 6, on_host=True)(matvec, start)
+    true = [np.linalg.norm(matrix @ v - value * v) for value, v in zip(early.values, np.asarray(early.vectors))]
+    np.testing.assert_allclose(early.residuals, true, rtol=1e-3, atol=1e-5)
+    assert (np.abs(np.subtract.outer(early.values, np.linalg.eigvalsh(matrix))).min(1) <= early.residuals + 1e-5).all()
+    with pytest.raises(ValueError, match="num is 7; allowed: 1 to num_matvecs, 6"):
+        linops.top_eigenpairs(7, 6)
+    with pytest.raises(ValueError, match="Krylov space has 1 dimensions"):
+        linops.top_eigenpairs(2, 6)(lambda v: 2 * v, start)
+
+
+def test_rademacher_vectors():
+    like = {"a": jnp.zeros((50, 4)), "b": jnp.zeros(200, jnp.bfloat16)}
+    signs = linops.rademacher(jax.random.key(0), like)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), signs) == jax.tree.map(lambda x: (x.shape, x.dtype), like)
+    assert all(set(np.unique(leaf.astype(float))) == {-1, 1} for leaf in signs.values())
+    assert not np.array_equal(signs["a"].ravel(), signs["b"].astype(jnp.float32))
+    assert abs(float(signs["a"].mean())) < 0.25
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_traces_are_within_their_error(on_host):
+    matrix = dense(spectrum("outliers", 20))
+    matvec = product(matrix, jnp.float32)
+    for estimate in (linops.hutchinson(40, on_host=on_host), linops.hutchpp(18, on_host=on_host)):
+        found = [estimate(matvec, jax.random.key(i), LIKE) for i in range(3)]
+        assert any(abs(t - np.trace(matrix)) > 1e-4 for t, _ in found)
+        assert all(abs(t - np.trace(matrix)) < 4 * error + 1e-4 for t, error in found)
+        assert all(0 < error < 30 for _, error in found)
+
+
+@hypothesis.given(SEED)
+@hypothesis.settings(max_examples=10)
+def test_hutchpp_is_exact_for_low_rank(seed):
+    matrix = dense([5.0, -3.0, 2.0, 0.5, *np.zeros(16)], seed)
+    found = traced_hutchpp(jnp.asarray(matrix, jnp.float32), jax.random.key(seed))
+    np.testing.assert_allclose(found.trace, 4.5, atol=1e-4)
+    assert found.standard_error < 1e-4
+
+
+traced_hutchpp = jax.jit(lambda matrix, key: linops.hutchpp(12)(product(matrix), key, LIKE))
+
+
+def test_hutchpp_beats_hutchinson_where_the_spectrum_decays():
+    matvec = product(dense(2.0 ** -np.arange(20)), jnp.float32)
+    spread = lambda estimate: jax.jit(lambda k: estimate(matvec, k, LIKE))(jax.random.key(0)).standard_error
+    assert spread(linops.hutchpp(30)) < spread(linops.hutchinson(30)) / 20
+    for wrong, match in (
+        (lambda: linops.hutchinson(1), "num_probes is 1"),
+        (lambda: linops.hutchpp(3), "is 3; allowed"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            wrong()
