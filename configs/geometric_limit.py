@@ -71,7 +71,7 @@ def get_config(variant: str = "fc5"):
     )
     epochs = 1000 if variant == "digits" else 200
     config.fit = pipeline.stage("train", epochs=epochs, augment=augment, optimizer=optimizer, evaluate_every=10)
-    config.curve = pipeline.stage("curve", ratios=[i / 1000 for i in range(1000)], splits=("test", "train"))
+    config.curve = pipeline.stage("curve", ratios=tuple(i / 1000 for i in range(1000)), splits=("test", "train"))
     config.limit = pipeline.stage("limit")
     config.row_norms = pipeline.stage("row_norms", rows="original")
     config.hessian = pipeline.stage("spectrum", num_matvecs=num_matvecs)

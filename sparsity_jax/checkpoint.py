@@ -1,6 +1,7 @@
 """Saving and restoring a whole run with orbax: one pytree of arrays, and the rows and position beside it."""
 
 import concurrent.futures
+import contextlib
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from sparsity_jax import tables
+from sparsity_jax import tables, trees
 
 PyTree = Any
 
@@ -29,9 +30,8 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(
-            pathlib.Path(workdir).absolute() / "checkpoints", item_names=("state", "progress"), options=options
-        )
+        self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self._folder, item_names=("state", "progress"), options=options)
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
 
     def save(self, state: PyTree, progress: Progress) -> None:
@@ -57,6 +57,12 @@ class Checkpoints:
         """The newest state; `like`: arrays or shape structs (with shardings) of the same structure."""
         number = self._manager.latest_step()
         return self._manager.restore(number, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the newest state's arrays, by path."""
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+            found = reader.metadata(self._folder / str(self._manager.latest_step()) / "state").tree
+        return {path: leaf.shape for path, leaf in trees.named_leaves(found).items()}
 
     def close(self) -> None:
         """Waits for writes under way."""

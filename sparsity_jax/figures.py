@@ -244,9 +244,9 @@ def curves(series: list[Series], split: str = "test") -> list[Curve]:
                 cells = tables.setdefault((index, variant), {})
                 cells.setdefault(member_of(row), {})[round(float(row["ratio"]), 6)] = row
     seen = [{variant[i] for _, variant in tables} for i in range(len(parts))]
-    within = [{(index, variant[i]) for index, variant in tables} for i in range(len(parts))]
-    several = [  # stage and visit tell curves apart only where one series has more than one
-        len(seen[i]) > 1 if i < 3 else len(within[i]) > len({index for index, _ in tables}) for i in range(len(parts))
+    distinct = [len({(index, variant[:i]) for index, variant in tables}) for i in range(len(parts) + 1)]
+    several = [  # stage and visit tell curves apart only where one series has more than one of otherwise the same kind
+        len(seen[i]) > 1 if i < 3 else distinct[i + 1] > distinct[i] for i in range(len(parts))
     ]
 
     def describe(variant):
@@ -537,7 +537,10 @@ def line_figure(name: str, panels: list[Panel], labels: list[str], variants: lis
     with matplotlib.rc_context(rc(name)):
         for i in used:
             marker = MARKERS[i % len(MARKERS)] if marks else None
-            handles.append(lines.Line2D([], [], color=color(i), marker=marker, markersize=4.5, label=shown[i]))
+            style = "none" if all(one.points for one in drawn if one.color == i) else "-"
+            marker = "o" if style == "none" else marker
+            options = {"color": color(i), "marker": marker, "markersize": 4.5, "linestyle": style}
+            handles.append(lines.Line2D([], [], **options, label=shown[i]))
         dashes = sorted({one.dash for one in drawn})
         if len(dashes) > 1 or (dashes and len(variants) > 1):
             plain = {"color": MUTED, "linewidth": 1.4}
@@ -563,7 +566,8 @@ def line_figure(name: str, panels: list[Panel], labels: list[str], variants: lis
             y = total - top - legend_height - (i // columns + 1) * (titles + height + 0.55) + 0.55
             axes = fig.add_axes((x / width, y / total, cell / width, height / total))
             draw_panel(axes, panel, ticker, len(used))
-            draw_guides(axes, panel, levels[i], LEVEL / height)
+            beside = [level for found in levels[i // columns * columns :][:columns] for level in found]
+            draw_guides(axes, panel, levels[i], LEVEL / height, 1 + max(beside, default=-1))
         fig.legend(
             handles=handles,
             loc="upper left",
@@ -611,8 +615,9 @@ def inside(panel: Panel, guide: Guide) -> bool:
     return panel.xlim[0] <= guide.at <= panel.xlim[1]
 
 
-def draw_guides(axes, panel: Panel, levels: list[int], step: float) -> None:
-    """Draws the guides and their texts. levels: of `guide_levels`; step: between rows of texts, in panel heights."""
+def draw_guides(axes, panel: Panel, levels: list[int], step: float, rows: int) -> None:
+    """Draws the guides and their texts. levels: of `guide_levels`; step: between rows of texts, in panel heights; rows:
+    of texts below the titles of all panels beside this one."""
     for one, level in zip(panel.guides, levels):
         paint = color(one.color)
         span, stroke = (axes.axhspan, axes.axhline) if one.across else (axes.axvspan, axes.axvline)
@@ -629,8 +634,8 @@ def draw_guides(axes, panel: Panel, levels: list[int], step: float) -> None:
             side = "left" if share < half else "right" if share > 1 - half else "center"
             share = {"left": 0.0, "right": 1.0}.get(side, share)
             axes.text(share, height, literal(one.text), color=paint, fontsize=8, ha=side, transform=axes.transAxes)
-    if max(levels, default=-1) >= 0:
-        axes.set_title(panel.title, pad=72 * LEVEL * (max(levels) + 1) + 6)
+    if rows:
+        axes.set_title(panel.title, pad=72 * LEVEL * rows + 6)
 
 
 def dashed(index: int) -> dict:
@@ -645,6 +650,7 @@ def draw_panel(axes, panel: Panel, ticker, num_series: int) -> None:
         paint = {"color": color(one.color), "zorder": 3 - (-1 if one.color is None else one.color) / 100}
         if one.points:
             fill = color(one.color) if one.points == "filled" else "none"
+            paint["zorder"] += 1
             axes.plot(one.x, one.mean, "o", markersize=4, markerfacecolor=fill, markeredgewidth=0.9, **paint)
             continue
         marker = {}
@@ -671,11 +677,12 @@ def draw_panel(axes, panel: Panel, ticker, num_series: int) -> None:
     if panel.xlim:
         pad = 0.02 * (panel.xlim[1] - panel.xlim[0])
         axes.set_xlim(panel.xlim[0] - pad, panel.xlim[1] + pad)
-    scale_y(axes, panel, ticker)
     if "x" in panel.log:
         axes.set_xscale("log")
     if "y" in panel.log:
         axes.set_yscale("log")
+    else:
+        scale_y(axes, panel, ticker)
     if panel.ylim:
         axes.set_ylim(*panel.ylim)
     percents = ticker.FuncFormatter(lambda value, _: f"{100 * value:.4g}%")

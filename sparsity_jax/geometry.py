@@ -262,7 +262,7 @@ def curvature(problem: train.Problem, chosen: Any, kind: str = "hessian") -> Cal
     data = examples(problem, chosen.num_examples)
     on_host = train.convolves(stages.shapes_of(problem)) and jax.default_backend() == "cpu"
     name = ("curvature", kind, chosen.loss, chosen.parameters, chosen.batch_size, chosen.num_examples)
-    make = lambda: spectrum.over_batches(product, data, min(chosen.batch_size, len(data[0])), on_host=on_host)
+    make = lambda: spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host)
     return problem.once(name, make)
 
 
@@ -491,7 +491,7 @@ class Width(NamedTuple):
     spectrum: str
     method: str
     negative: str
-    zero_share: float | None
+    zero_share: float
     epsilon: float
     batch_size: int
     epsilon_draws: int
@@ -505,7 +505,7 @@ def width_options(
     spectrum: str = "",
     method: Literal["fixed_point", "grid"] = "fixed_point",
     negative: Literal["absolute", "clip"] = "absolute",
-    zero_share: tables.Fraction | None = None,
+    zero_share: Annotated[float, tables.Range(-1.0, 1.0)] = -1.0,
     epsilon: tables.NonNegative = 0.0,
     batch_size: tables.Count = 128,
     epsilon_draws: tables.Index = 200,
@@ -516,7 +516,7 @@ def width_options(
 
     spectrum: name of the spectrum stage to use (empty: the latest). method: `fixed_point`, or `grid`, the original's
     discrete answer. negative: Ritz values below zero by `absolute` value (as the original) or at 0 (`clip`).
-    zero_share: of directions without curvature; by default that of an earlier `row_norms` stage, else 0.
+    zero_share: of directions without curvature; below 0: that of an earlier `row_norms` stage, if there is one.
     epsilon: tolerated loss; 0 for the standard deviation of the training loss over batches of `batch_size`.
     epsilon_draws: bootstrap draws of it for the error bar. tolerance: in accuracy, for the actual limit `within`.
     """
@@ -568,7 +568,7 @@ def predict(problem, variables, chosen: Width, spectra: list[dict], earlier: lis
     epsilon, batch = tolerated(problem, variables, chosen, f"config.{place.name}")
     draws = () if batch is None else width.epsilon_draws(batch, chosen.epsilon_draws, place.position)
     shares = [row["zero_share"] for row in earlier if row["kind"] == "row_norms" and "zero_share" in row]
-    zero_share = chosen.zero_share if chosen.zero_share is not None else (shares[-1] if shares else 0.0)
+    zero_share = chosen.zero_share if chosen.zero_share >= 0 else (shares[-1] if shares else 0.0)
     options = dict(operator=operator, negative=chosen.negative, zero_share=zero_share)
     answer = width.predict_probes(tridiagonal, distances, epsilon, epsilons=draws, **options)
     values, weights = linops.ritz(tridiagonal)

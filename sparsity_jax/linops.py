@@ -143,7 +143,7 @@ class LanczosState(NamedTuple):
     """Where Lanczos stands: arrays only, to be saved and resumed.
 
     current: the unit vector to multiply next, in the structure of the start vector, and the one before it. basis: all
-    of them, flat, as rows: a tuple of matrices, a NumPy matrix on the host, or None.
+    of them, flat, as rows: a tuple of arrays [chunks, rows, entries], a NumPy matrix on the host, or None.
     """
 
     step: jax.Array
@@ -177,7 +177,7 @@ class _Basis(NamedTuple):
 
     create(vector, num_rows) -> basis with `vector` as row 0; write(basis, row, vector) -> basis, unchanged if there is
     no such row; project(basis, row, vector) -> (the squared length of its part in rows 0..row, the vector without it).
-    choose: `jax.lax.cond` or the same on the host. rows(basis) -> [num_rows, at least D], to be read.
+    choose: `jax.lax.cond` or the same on the host.
     """
 
     create: Callable
@@ -186,22 +186,23 @@ class _Basis(NamedTuple):
     choose: Callable
 
 
-CHUNK = 2**14  # entries whose products are summed one after the other
+CHUNK = 2**12  # entries whose products are summed one after the other
 
 
 def _on_device(num_blocks: int, dtype: Any = None) -> _Basis:
     """Rows in `num_blocks` arrays [chunks, rows, entries]: classical Gram-Schmidt inside each, one after the other.
 
-    Only the blocks in use are read: of a single matrix XLA's CPU backend would multiply all rows, or copy a slice of
-    it before it multiplies, at twice the time. Chunks, because it sums the products of a row one after the other: over
-    3e5 entries of float32 that puts errors of 1e-6 into vectors that had none, and Ritz values far off the mark. A type other than the vectors' is widened one block at a time.
+    Blocks, because only those in use are read: of a single matrix XLA's CPU backend would multiply all rows, or copy a
+    slice of it before it multiplies, at twice the time. Chunks, because it sums a row's products one after the other:
+    over 3e5 entries in float32 that put errors of 1e-6 into vectors that had none, and quadrature off by 3e-2 where
+    chunks (and float64) give 3e-4. A type other than the vectors' is widened one block at a time.
     """
 
     def split(vector: jax.Array) -> jax.Array:
         """[D] as [chunks, entries], the last filled up with zeros."""
         chunks = -(-vector.size // CHUNK)
         chunks = -(-chunks // jax.device_count()) * jax.device_count() if chunks > 1 else 1  # so they can be sharded
-        entries = -(-vector.size // chunks)
+        entries = -(-vector.size // chunks)  # the same in all, to fill up less
         return jnp.pad(vector, (0, chunks * entries - vector.size)).reshape(chunks, entries)
 
     def create(vector: jax.Array, num_rows: int) -> tuple[jax.Array, ...]:
@@ -276,10 +277,10 @@ def lanczos_method(num_matvecs: int, *, reorthogonalize: str = "full", shift: fl
 
     reorthogonalize: every new vector against all before it,
         `full`      kept in the vectors' type: m D numbers;
-        `bfloat16`  kept in half of float32's memory, multiplied and accumulated in the vectors' type: coefficients are
-                    off by some 1e-3 / sqrt(D), for D above 1e5;
+        `bfloat16`  kept in half of float32's memory, multiplied and accumulated in the vectors' type. Coefficients are
+                    off by some 1e-3 / sqrt(D) of the largest, and smaller details of the spectrum are lost;
         `host`      kept and multiplied in host memory: the device holds three vectors. Cannot be traced by `jit`;
-        `none`      not at all: three vectors. Eigenvalues then reappear in copies; quadrature suffers little.
+        `none`      not at all: three vectors. Converged eigenvalues then reappear in copies, which delays the others.
     The three-term recurrence comes first and leaves rounding errors only, so one pass of Gram-Schmidt is enough, and
     a second one is made where the first removed more than half of the squared length (Kahan and Parlett's "twice is
     enough"). Ends early, see `Tridiagonal`, after D steps or where the residual is nothing but rounding errors.
@@ -393,27 +394,23 @@ def lanczos(
     """Lanczos tridiagonalisation: `lanczos(64)(matvec, start) -> Tridiagonal`. Options as for `lanczos_method`.
 
     One traced loop, so matvec must be traceable; works under `jit` and `vmap` over start vectors, except with
-    reorthogonalize="host". Each call outside `jit` compiles anew: wrap it in `jit` with what the matvec depends on as
-    arguments. on_host: a host loop of steps instead, for a matvec that is one itself, or a convolution's on a CPU,
-    whose gradients XLA compiles badly inside loops.
+    reorthogonalize="host". Outside `jit` each call compiles anew and holds the basis twice: to repeat it, or for large
+    D, wrap it in `jit`, with all that matvec depends on as arguments (XLA computes with constants while compiling).
+    on_host: a host loop of steps instead, for a matvec that is one itself, or a convolution's on a CPU, whose gradients
+    XLA compiles badly inside loops.
     """
     method = lanczos_method(num_matvecs, reorthogonalize=reorthogonalize, shift=shift)
-    return lambda matvec, start: _run(method, matvec, start, on_host or reorthogonalize == "host", method.result)
+    on_host = on_host or reorthogonalize == "host"
+    return lambda matvec, start: method.result(_run(method, matvec, start, on_host))
 
 
-def _run(method: Lanczos, matvec: Matvec, start: PyTree, on_host: bool, finish: Callable) -> Any:
-    start = _checked_start(start)
-    if on_host:
-        state = method.init(start)
-        for _ in range(method.num_matvecs):
-            state = method.step(matvec, state)
-        return finish(state)
-
-    def loop(start):
-        body = lambda _, state: method.step(matvec, state)
-        return finish(jax.lax.fori_loop(0, method.num_matvecs, body, method.init(start)))
-
-    return jax.jit(loop)(start)
+def _run(method: Lanczos, matvec: Matvec, start: PyTree, on_host: bool) -> LanczosState:
+    state = method.init(start)
+    if not on_host:
+        return jax.lax.fori_loop(0, method.num_matvecs, lambda _, state: method.step(matvec, state), state)
+    for _ in range(method.num_matvecs):
+        state = method.step(matvec, state)
+    return state
 
 
 class Eigenpairs(NamedTuple):
@@ -436,17 +433,18 @@ def top_eigenpairs(num: int, num_matvecs: int, *, on_host: bool = False) -> Call
     method = lanczos_method(num_matvecs)
 
     def find(matvec: Matvec, start: PyTree) -> Eigenpairs:
-        state = _run(method, matvec, start, on_host, lambda state: state)
+        state = _run(method, matvec, start, on_host)
         alphas, betas = _coefficients(method.result(state))
         if num > len(alphas):
             raise ValueError(f"the Krylov space has {len(alphas)} dimensions; allowed: num up to that, not {num}.")
         values, vectors = _eigh(alphas, betas)
         top = np.argsort(-np.abs(values), kind="stable")[:num]
-        mixing = np.zeros((sum(map(len, state.basis)), num))
-        mixing[: len(alphas)] = vectors[:, top]
-        parts = np.split(mixing, np.cumsum([len(block) for block in state.basis])[:-1])
-        dot = functools.partial(jnp.dot, precision=HIGHEST)
-        flat = sum(dot(jnp.asarray(part.T, block.dtype), block) for part, block in zip(parts, state.basis))
+        flat, first = 0, 0
+        for block in state.basis:
+            mixing = jnp.asarray(vectors[first : first + block.shape[1], top], block.dtype)
+            flat += jnp.einsum("rn,krc->nkc", mixing, block[:, : len(mixing)], precision=HIGHEST)
+            first += block.shape[1]
+        flat = flat.reshape(num, -1)[:, : sum(leaf.size for leaf in jax.tree.leaves(start))]
         residuals = betas[-1] * np.abs(vectors[-1, top])
         return Eigenpairs(values[top], _unflatten(flat, state.current), residuals)
 

@@ -611,7 +611,7 @@ PENALTIES = {"none": no_penalty, "l1": l1, "l2": l2}
 
 
 class Recipe(NamedTuple):
-    """A checked optimizer config. `numbers` may differ between the members of a sweep, everything else may not."""
+    """A checked optimizer config. Members of a sweep that differ in more than `numbers` need `join`."""
 
     name: str
     numbers: dict[str, float]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 import tqdm
 
-from sparsity_jax import checkpoint, data, geometry, models, optim, report, stages, tables, train
+from sparsity_jax import checkpoint, data, geometry, models, optim, report, stages, tables, train, trees
 
 PyTree = Any
 STAGES = {**stages.STAGES, **geometry.STAGES}
@@ -479,7 +479,6 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
         state, origin = initial_state(plan, problem), []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
-            origin = [row for row in origin if row["stage"] not in plan.pipeline]  # those are made anew
         rows = progress.rows
         writer = stack.enter_context(contextlib.closing(report.Writer(workdir, rows)))
         run = Run(plan, problem, saved, writer, rows, origin)
@@ -517,14 +516,15 @@ def continue_from(path: str, state: train.State) -> tuple[train.State, list[dict
 
     Raises ConfigError if its arrays do not fit `state`.
     """
-    saved = checkpoint.Checkpoints(path)
-    try:
-        found = saved.restore(checkpoint.abstract(state))
-        return found._replace(key=state.key), saved.progress().rows
-    except ValueError as error:
-        raise tables.ConfigError(f"config.start_from is {path!r}, whose network is another one: {error}") from None
-    finally:
-        saved.close()
+    with contextlib.closing(checkpoint.Checkpoints(path)) as saved:
+        shapes = saved.shapes()
+        for name, leaf in trees.named_leaves(state).items():
+            if name.startswith("params/") and shapes.get(name) != leaf.shape:
+                raise tables.ConfigError(
+                    f"config.start_from is {path!r}, whose {name} has the shape {shapes.get(name)}; allowed: "
+                    f"{leaf.shape}, that of this run's network for its data."
+                )
+        return saved.restore(checkpoint.abstract(state))._replace(key=state.key), saved.progress().rows
 
 
 def run_stage(

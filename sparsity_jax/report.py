@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsity_jax import figures
+from sparsity_jax import figures, geometry_figures
 
 METRICS, CONFIG, ENVIRONMENT, REPORT = "metrics.jsonl", "config.json", "environment.json", "report.html"
 
@@ -25,6 +25,10 @@ CITATIONS = {  # a word of the config to the work it stands for
         "L. Miao, X. Luo, T. Chen, W. Chen, D. Liu, Z. Wang. Learning Pruning-Friendly Networks via Frank-Wolfe: "
         "One-Shot, Any-Sparsity, and No Retraining. ICLR 2022.",
         "S. Pokutta, C. Spiegel, M. Zimmer. Deep Neural Network Training with Frank-Wolfe. 2020. arXiv:2010.07243.",
+    ),
+    "spectrum": (
+        "Q. Zhang, R. Zhang, J. Sun, Y. Liu. How Sparse Can We Prune a Deep Network: A Geometric Viewpoint. 2023. "
+        "arXiv:2306.05857.",
     ),
 }
 
@@ -100,7 +104,8 @@ class Writer:
 
     Both start as exactly `rows_so_far`: what a killed run wrote after its last checkpoint is dropped on resume.
     Tags are `stage/field`. The step axis is `step` for train rows, `iteration` for SFW-Init, the ratio in tenths of a
-    percent (90 % = 900) for curves, and `visit` otherwise. Rows told apart by more than that get a longer tag: a curve
+    percent (90 % = 900) for curves and searches of a limit, the quantile likewise for row norms, the probe for spectra,
+    and `visit` otherwise. Rows told apart by more than that get a longer tag: a curve
     row that is not a first-visit, global, kernels-only, not retrained curve on test data says in what it differs
     (`curve/accuracy/train`), and once rows of several members have been seen the member is named
     (`fit/train_loss/member_1`).
@@ -147,12 +152,16 @@ class Writer:
 
 def scalars(row: dict) -> list[tuple[str, float, int]]:
     """(tag, value, step) of every number a plain row holds, without those that say which row it is."""
-    skip = {"visit", "member", "epoch", "step", "ratio", "iteration", "seed"}
+    skip = {"visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe"}
     suffix, step = "", row.get("visit", 1)
     if row["kind"] == "train":
         step = row.get("step", row.get("epoch", step))
     elif row["kind"] == "sfw_init":
         step = row.get("iteration", step)
+    elif row["kind"] in ("limit", "row_norms"):
+        step = round(1000 * row.get("ratio", row.get("quantile", 0)))
+    elif row["kind"] == "spectrum":
+        step = row.get("probe", 0)
     elif row["kind"] == "curve":
         usual = {"split": "test", "selection": "global", "scope": "kernels"}
         words = [row[key] for key, value in usual.items() if row.get(key, value) != value]
@@ -187,9 +196,11 @@ def write(
     series = figures.group(rows)
     found = figures.curves(series) or figures.curves(series, "train")
     table = figures.summary(series, found)
+    limits = geometry_figures.networks(series)
     sections = [
         ("summary", "Summary", summary_section(series, table, found)),
-        *figure_sections(workdir, series, found, table),
+        ("prediction", "Predicted and actual limit", prediction_section(limits, config)),
+        *figure_sections(workdir, series, found, table, limits),
         ("pruned", "Pruning steps", prune_section(series)),
         ("config", "Configuration", tree_section(config, "settings")),
         ("environment", "Environment", tree_section(environment, "entries", show=True)),
@@ -311,7 +322,93 @@ def finding(table: list) -> str:
     return f"With {100 * float(stop):g}% of the weights removed, " + "; ".join(parts) + "."
 
 
-def figure_sections(workdir: pathlib.Path, series: list, found: list, table: list) -> list[tuple[str, str, str]]:
+LIMIT_COLUMNS = {  # of one prediction: heading, and its text from a row of a width stage
+    "predicted": lambda row: percents(row, "predicted"),
+    "interval": lambda row: percents(row, "low", "high"),
+    "enclosure": lambda row: percents(row, "enclosure_low", "enclosure_high"),
+    "± probes": lambda row: percents(row, "standard_error"),
+    "± ε": lambda row: percents(row, "epsilon_error"),
+    "ε": lambda row: f"{figures.number(row.get('epsilon')):.3g}",
+    "probes × products": lambda row: f"{row.get('num_probes', 1)} × {row.get('num_matvecs', 0)}",
+    "share without curvature": lambda row: percents(row, "zero_share", decimals=1),
+    "weight below 0": lambda row: percents(row, "negative_mass", decimals=1),
+    "on the original's grid": lambda row: percents(row, "predicted_on_grid", decimals=1),
+}
+
+
+def percents(row: dict, *fields: str, decimals: int = 2) -> str:
+    values = [figures.number(row.get(field)) for field in fields]
+    if not all(map(math.isfinite, values)):
+        return "–"
+    return "\u2013".join(f"{100 * value:.{decimals}f}" for value in values)
+
+
+def prediction_section(limits: list, config: dict, most: int = 60) -> str:
+    """Predictions, at most `most` of them, then every definition of the actual limit and how far off they are."""
+    names = geometry_figures.prediction_names(limits)
+    colors, several = geometry_figures.colors(names), len(limits) > 1
+    rows = [(one, stage) for one in limits for stage in names if stage in one.predictions]
+    verdicts = [
+        f"<b>{esc(one.name)}:</b> {esc(one.text)}{f' <b>{esc(one.caution)}</b>' if one.caution else ''}"
+        for one in geometry_figures.verdicts(limits, names, config)
+    ]
+    result = bullets(verdicts)
+    if rows:
+        head = '<th scope="col">prediction</th>' + '<th scope="col">network</th>' * several
+        for column in LIMIT_COLUMNS:
+            unit = "" if column in ("ε", "probes × products") or column.startswith("±") else "%"
+            head += f'<th scope="col" class="num">{esc(column)}{f"&nbsp;<small>{unit}</small>" if unit else ""}</th>'
+        body = ""
+        for one, stage in rows[:most]:
+            row = one.predictions[stage]
+            cells = "".join(f'<td class="num">{esc(text(row))}</td>' for text in LIMIT_COLUMNS.values())
+            body += f'<tr><th scope="row">{swatch(colors[stage])}{esc(names[stage])}</th>'
+            body += (f'<td class="keep">{esc(one.label)}</td>' if several else "") + f"{cells}</tr>"
+        result += scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        text = "Interval: the enclosure, or the prediction alone, widened by two deviations (±) of probes and ε."
+        result += note(f"{text} The first {most} of {len(rows)}." if len(rows) > most else text)
+    defined = geometry_figures.definitions(limits)
+    if defined:
+        head = '<th scope="col">nothing is lost if</th><th scope="col" class="num">actual&nbsp;<small>%</small></th>'
+        for stage, name in names.items():
+            heading = f"{esc(name)} less actual&nbsp;<small>points</small>"
+            head += f'<th scope="col" class="num">{swatch(colors[stage])}{heading}</th>'
+        body = ""
+        for name in defined:
+            values = [known[name] for known in map(geometry_figures.actual, limits) if name in known]
+            mean, std = figures.mean_std(np.array(values)[:, None])
+            deviation = f" <small>± {100 * std[0]:.2f}</small>" if len(values) > 1 else ""
+            body += f'<tr><th scope="row">{esc(geometry_figures.definition(name, limits, config))}</th>'
+            body += f'<td class="num">{100 * mean[0]:.2f}{deviation}</td>'
+            body += "".join(gap_cell(geometry_figures.gap(limits, stage, name)) for stage in names) + "</tr>"
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        result += f'<div class="apart">{scroll(table)}</div>'
+        searched = []
+        for one in limits:
+            for stage, row in one.limits.items():
+                name = ", ".join(filter(None, (one.label, stage)))
+                searched.append(esc(f"{name}: {row.get('how')}; {row.get('evaluations')} evaluations."))
+        averaged = "Means ± sample standard deviation over networks. " if several else ""
+        result += note(averaged + "Bold: inside the interval" + (" of every network." if several else "."))
+        result += bullets(searched[:most])
+    return result
+
+
+def gap_cell(gap) -> str:
+    if gap is None:
+        return '<td class="num">–</td>'
+    text = f"{100 * gap.mean:+.2f}".replace("-", "−")
+    text = f"<b>{text}</b>" if gap.inside == gap.count else text
+    return f'<td class="num">{text}{f" <small>± {100 * gap.std:.2f}</small>" if gap.count > 1 else ""}</td>'
+
+
+def bullets(items: list[str]) -> str:
+    return f'<ul class="note">{"".join(f"<li>{item}</li>" for item in items)}</ul>' if items else ""
+
+
+def figure_sections(
+    workdir: pathlib.Path, series: list, found: list, table: list, limits: list
+) -> list[tuple[str, str, str]]:
     """(name, heading, content) of every figure that has rows; writes the PNGs and removes those of earlier reports."""
     labels = [one.label for one in series]
     variants = [""] * (1 + max((curve.dash for curve in found), default=0))
@@ -333,14 +430,17 @@ def figure_sections(workdir: pathlib.Path, series: list, found: list, table: lis
         if panels:
             add(name, heading, figures.line_figure(name, panels, labels, list(dashes)), caption, extra)
 
+    for name, heading, panels, colors, dashes, caption in limit_figures(limits):
+        add(name, heading, figures.line_figure(name, panels, colors, dashes), caption)
+    pruned = [] if "limits.png" in written and len(series) == 1 else found  # `limits` has the same curves and more
     band = " Bands: ± one standard deviation over networks." if any(len(c.members) > 1 for c in found) else ""
-    accuracy = figures.ratio_panels(found, "accuracy", "accuracy", "xy")
+    accuracy = figures.ratio_panels(pruned, "accuracy", "accuracy", "xy")
     told = finding(table)
     add_lines("accuracy", "Accuracy under pruning", accuracy, (told + band).strip() or "Accuracy by ratio.", variants)
-    loss = figures.ratio_panels(found, "loss", "loss", "x")
+    loss = figures.ratio_panels(pruned, "loss", "loss", "x")
     add_lines("loss", "Loss under pruning", loss, "Mean loss per example by ratio." + band, variants)
     on_train = figures.curves(series, "train")
-    if found and on_train and any(row.get("split", "test") == "test" for one in series for row in one.rows):
+    if pruned and on_train and any(row.get("split", "test") == "test" for one in series for row in one.rows):
         panels = figures.ratio_panels(on_train, "accuracy", "train accuracy", "xy")
         names = {curve.dash: curve.variant for curve in on_train}
         dashes = [names.get(i, "") for i in range(max(names) + 1)]
@@ -371,6 +471,39 @@ def figure_sections(workdir: pathlib.Path, series: list, found: list, table: lis
 
 
 NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "sfw_init"}
+NAMES |= {"limits", "crossing", "history", "spectrum", "row_norms"}
+
+
+def limit_figures(limits: list) -> list[tuple]:
+    """(name, heading, panels, labels of colours, names of dashes, caption) of every figure of the geometric limit."""
+    names = geometry_figures.prediction_names(limits)
+    predictions = list(names.values())
+    splits = ["test", "train"] if any("train" in one.curves for one in limits) else [""]
+    marked = "Bands: intervals of the predictions. Dots: the actual limit by the other definitions in the table."
+    if any(one.search for one in limits):
+        marked += " Circles: evaluations of the bisection."
+    caption = {
+        "limits": marked,
+        "crossing": "ω² / D, the squared Gaussian width of the loss basin per dimension, falls with the distance R; "
+        "the share p of removed weights grows with it. The prediction is the p at which they meet.",
+        "history": "What each number of products would have predicted. Bands: enclosures, where the operator has one.",
+        "spectrum": "Left: Ritz values smeared by Gaussians of 0.8% of the range. Right: the values and weights "
+        "themselves, one per Lanczos step and probe; open: negative values.",
+        "row_norms": "L1 norm of the Hessian row of one weight per quantile. Open: exactly 0.",
+    }
+    drawn = (
+        ("limits", "Accuracy and loss up to the limit", geometry_figures.limit_panels(limits, names),
+         ["pruned network"], splits),
+        ("crossing", "Gaussian width against distance", geometry_figures.crossing_panels(limits, names),
+         ["share removed p", *(f"ω² / D, {name}" for name in predictions)], [""]),
+        ("history", "Prediction by number of products", geometry_figures.history_panels(limits, names),
+         ["", *predictions], [""]),
+        ("spectrum", "Spectrum of the curvature", geometry_figures.spectrum_panels(limits, names),
+         ["", *predictions], [""]),
+        ("row_norms", "Hessian rows by weight magnitude", geometry_figures.norm_panels(limits), ["one weight"], [""]),
+    )  # fmt: skip
+    more = f" The first {geometry_figures.MOST} of {len(limits)} networks." * (len(limits) > geometry_figures.MOST)
+    return [(*figure, caption[figure[0]] + more) for figure in drawn if figure[2]]
 
 
 def bins_table(labels: list[str], histograms: list) -> str:
@@ -494,7 +627,7 @@ scroll-margin-top:12px}
 figure{margin:0} figure svg{display:block;width:100%;min-width:640px;height:auto}
 figure svg text,figure svg tspan{font-family:inherit!important}
 .note{color:var(--muted);font-size:.88rem;margin:12px 0 0}
-figure+.scroll{margin-top:18px}
+figure+.scroll,.apart{margin-top:18px} .note+.scroll{margin-top:14px}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;font-weight:400;padding:8px 8px;border-bottom:1px solid var(--line);vertical-align:top}
 th:first-child,td:first-child{padding-left:0} th:last-child,td:last-child{padding-right:0}

@@ -48,6 +48,7 @@ def over_batches(product: Product, data: PyTree, batch_size: int, *, on_host: bo
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
     size = sizes.pop()
+    batch_size = min(batch_size, size)
     whole, rest = divmod(size, batch_size)
     take = lambda data, start, length: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
 

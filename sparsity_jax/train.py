@@ -343,8 +343,8 @@ def evaluation(problem: Problem, split: str) -> Callable:
             index = jnp.minimum(index, size - 1)
             logits = problem.model.apply(variables, problem.images(images[index]))
             loss = losses.cross_entropy(logits, labels[index])
-            correct = losses.correct(logits, labels[index])
-            return (total[0] + jnp.sum(jnp.where(inside, loss, 0)), total[1] + jnp.sum(inside & correct)), None
+            correct = jnp.sum(inside & losses.correct(logits, labels[index]), dtype=jnp.int32)
+            return (total[0] + jnp.sum(jnp.where(inside, loss, 0)), total[1] + correct), None
 
         zero = (jnp.zeros(()), jnp.zeros((), jnp.int32))
         (loss, correct), _ = jax.lax.scan(add, zero, jnp.arange(0, size, batch))

@@ -30,7 +30,9 @@ CHOICES = {
     "mode": ("initialization", "diameter", "radius"),
     "rescale": ("gradient", "diameter", "none"),
 }
+LIMIT = load("geometric_limit")
 VARIANTS = {
+    "geometric_limit": [(), *((name,) for name in LIMIT.SETTINGS)],
     "quickstart": [()],
     "toy_cnn": [(), ("cnn",), ("mlp",), ("story",)],
     "sfw_oneshot": [
@@ -55,9 +57,11 @@ def test_configs_pass_all_checks(name, variant, monkeypatch):
     plans, _ = pipeline.check(config)
     assert plans[0].pipeline == tuple(config.pipeline)
     for stage in config.pipeline:  # every field is there, to be overridden
-        kind = pipeline.stages.STAGES[config[stage].kind].options
+        kind = pipeline.STAGES[config[stage].kind].options
         missing = {n for n, value in tables.defaults(kind).items() if value is not None} - set(config[stage])
         assert not missing
+        unset = [n for n, value in config[stage].items() if isinstance(value, list) or value is None]
+        assert not unset  # types that the command line cannot override
 
 
 def test_variants_reach_their_fields():
@@ -85,26 +89,54 @@ def test_variants_reach_their_fields():
 def test_wrong_variants_are_named(variant, message):
     with pytest.raises(tables.ConfigError, match=message):
         ONESHOT.get_config(variant)
+    with pytest.raises(tables.ConfigError, match=r"variant is 'resnet18_tin'; known: .* Did you mean 'resnet18_tiny'"):
+        LIMIT.get_config("resnet18_tin")
 
 
+def test_published_settings_of_the_geometric_limit():
+    config = LIMIT.get_config("resnet50")
+    optimizer = config.fit.optimizer
+    assert (config.model.name, config.data.name) == ("resnet50", "cifar100")
+    assert (config.fit.epochs, config.fit.batch_size, config.fit.augment) == (200, 128, "pad_crop_flip")
+    assert (optimizer.learning_rate, optimizer.momentum) == (0.1, 0.9)
+    assert (optimizer.penalty.name, optimizer.penalty.strength) == ("l1", 2e-5)
+    assert (optimizer.schedule.name, optimizer.schedule.warmup_epochs) == ("cosine", 5.0)
+    assert (config.hessian.num_matvecs, config.hessian.operator, config.width.spectrum) == (128, "hessian", "hessian")
+    assert config.curve.ratios == tuple(i / 1000 for i in range(1000))
+    assert "row_norms" in config.pipeline
+    assert config.row_norms.rows == "original"
+    alexnet = LIMIT.get_config("alexnet")
+    assert (alexnet.hessian.num_matvecs, alexnet.fit.optimizer.schedule.milestones) == (96, (60, 120, 160))
+    assert "row_norms" not in LIMIT.get_config("fc12").pipeline
+    tiny_imagenet = LIMIT.get_config("resnet18_tiny")
+    assert (tiny_imagenet.data.image_size, tiny_imagenet.data.train_image_size) == (32, 64)
+
+
+FEW = {  # products and evaluations
+    "limit": dict(scan=[0.5], resolution=0.5),
+    "row_norms": dict(num_weights=2),
+    "spectrum": dict(num_matvecs=2, num_probes=1),
+    "width": dict(batch_size=4),
+}
 TINY = {"mlp": dict(widths=[8]), "small_cnn": dict(widths=[4], dense_widths=[8])}
 
 
 def shrink(config) -> dict:
-    """The config with tiny networks, two steps a training, two ratios a curve, and no more than two seeds and arms."""
+    """The config with tiny networks, two steps a training, two ratios a curve, and first and last value of a sweep."""
     config = pipeline.plain(config)
     options = TINY.get(config["model"]["name"])
     config["model"].update(options or dict(name="small_cnn", init="torch", **TINY["small_cnn"]))
     if options is None:
         config["model"] = {key: config["model"][key] for key in ("name", "init", "dtype", "widths", "dense_widths")}
-    if len(config["pipeline"]) > 15:  # first and last arm of four; the others are combinations of them
-        config["pipeline"] = config["pipeline"][:1] + config["pipeline"][-5:]
-    config["sweep"] = {key: value[:2] for key, value in config["sweep"].items()}
+    config["sweep"] = {key: [value[0], value[-1]] for key, value in config["sweep"].items()}
     for stage in config.values():
         kind = stage.get("kind") if isinstance(stage, dict) else None
         stage.update({"train": dict(epochs=1, batch_size=8)}.get(kind, {})) if kind else None
         stage.update({"curve": dict(ratios=[0.0, 0.9])}.get(kind, {})) if kind else None
         stage.update({"sfw_init": dict(iterations=2, batch_size=8)}.get(kind, {})) if kind else None
+        stage.update(FEW.get(kind, {})) if kind else None
+        schedule = stage.get("optimizer", {}).get("schedule", {}) if kind else {}
+        schedule.update(warmup_epochs=0.5) if "warmup_epochs" in schedule else None
     return config
 
 
@@ -115,6 +147,8 @@ def shrink(config) -> dict:
         ("toy_cnn", ("cnn",)),
         ("toy_cnn", ("mlp",)),
         ("toy_cnn", ("story",)),
+        ("geometric_limit", ("digits",)),
+        ("geometric_limit", ("resnet18_tiny",)),
         ("sfw_oneshot", ()),
         ("sfw_oneshot", ("data=tiny,arch=mlp,optimizer=adagrad_sfw,constraint=l2",)),
         ("sfw_oneshot", ("data=svhn,arch=mlp,sfw_init=1,rescale=diameter",)),
@@ -123,9 +157,11 @@ def shrink(config) -> dict:
     ids=label,
 )
 def test_configs_run_two_steps(name, variant, tmp_path, monkeypatch):
-    images = tiny.random_set()
+    images, large = tiny.random_set(), tiny.random_set((64, 64, 3))
     monkeypatch.setattr(data, "check", lambda **_: None)
-    load_it = lambda *, name="", data_dir="", image_size=0, train_image_size=0, train_limit=0: images
+    load_it = lambda *, name="", data_dir="", image_size=0, train_image_size=0, train_limit=0: (
+        images._replace(train=large.train) if train_image_size else images
+    )
     monkeypatch.setattr(data, "load", load_it)
     config = shrink(load(name).get_config(*variant))
     outcome = pipeline.run(config, tmp_path)
@@ -135,7 +171,7 @@ def test_configs_run_two_steps(name, variant, tmp_path, monkeypatch):
             assert 0 <= row["test_accuracy"] <= 1
         if row["kind"] == "curve":
             assert row["loss"] > 0
-    expected = itertools.product(dict.fromkeys(config["pipeline"]), range(len(config["sweep"].get("seed", "1"))))
+    expected = itertools.product(dict.fromkeys(config["pipeline"]), range(2 ** len(config["sweep"])))
     assert {(row["stage"], row["member"]) for row in outcome.rows} == set(expected)
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(outcome.state.params))

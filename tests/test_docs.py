@@ -11,12 +11,13 @@ import pytest
 from sparsity_jax import data, pipeline, stages, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/sfw_options.md", "experiments/LEDGER.md")
+DOCUMENTS = ("README.md", "docs/sfw_options.md", "docs/geometric_limit.md", "experiments/LEDGER.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 FULL_VARIANTS = {  # variants that together have every field of a config
     "quickstart": (None,),
     "sfw_oneshot": ("", "sfw_init=1", "data=tiny"),
     "toy_cnn": ("cnn", "mlp", "story"),
+    "geometric_limit": ("fc5", "alexnet"),
 }
 
 
@@ -31,6 +32,11 @@ def load(name: str):
 def config_of(name: str, variant: str | None):
     module = load(name)
     return module.get_config() if variant is None else module.get_config(variant)
+
+
+def check_members(config) -> None:
+    for member, _ in pipeline.expand(pipeline.plain(config)):
+        pipeline.check_member(member)
 
 
 def all_configs() -> list:
@@ -89,7 +95,7 @@ def test_configs_exist(document):
     found = re.findall(r"configs/(\w+)\.py(?::([\w=.,]+))?", TEXTS[document])
     for name, variant in dict.fromkeys(found):
         if name != "NAME":
-            pipeline.check_member(pipeline.plain(config_of(name, variant or None)))
+            check_members(config_of(name, variant or None))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -118,7 +124,7 @@ def test_overrides_are_accepted(document):
         except (ValueError, SyntaxError):
             value = text
         config = next(pipeline.plain(config) for config in configs if has_field(config, path))
-        pipeline.check_member(pipeline.override_all(config, {path: value}))
+        check_members(pipeline.override_all(config, {path: value}))
 
 
 def test_variants_are_accepted():
@@ -134,7 +140,7 @@ def test_variants_are_accepted():
                 values.append(f"{key}={value}")
             known |= {value.partition("=")[0] for value in values}
             for value in values:
-                pipeline.check_member(pipeline.plain(module.get_config(value)))
+                check_members(module.get_config(value))
     assert known == set(module.VARIANTS)
 
 

@@ -10,7 +10,8 @@ import sparsity_jax
 ROOT = pathlib.Path(sparsity_jax.__file__).parent
 NUMERICS = ("tables", "trees", "masks", "polytopes", "linops")  # each may import those before it
 PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width")  # never each other
-RUNS = ("checkpoint", "figures", "report", "train", "stages", "geometry", "pipeline", "run")  # each may import those before it
+# each may import those before it
+RUNS = ("checkpoint", "figures", "geometry_figures", "report", "train", "stages", "geometry", "pipeline", "run")
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")
 ALLOWED = {
     **{name: set(NUMERICS[:i]) for i, name in enumerate(NUMERICS)},

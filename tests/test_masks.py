@@ -19,7 +19,10 @@ value_of = jax.jit(masks.kth_largest)
 magnitude_mask_of = jax.jit(lambda scores, k: masks.k_largest_mask(scores, k, magnitude=True))
 
 
-def reference(scores, k, tiny=float(np.finfo(np.float32).tiny)):
+TINY = float(np.finfo(np.float32).tiny)
+
+
+def reference(scores, k, tiny=TINY):
     """(mask, indices in order) by sorting: larger first, NaN last, equal scores by index, subnormals as zero."""
     flat = np.asarray(scores, np.float64).ravel()
     flat = np.where(np.abs(flat) < tiny, 0, flat)

@@ -381,6 +381,81 @@ def test_bad_configs_are_refused(changes, message):
         recipe(**changes)
 
 
+# Sweeps whose members differ in more than numbers ---------------------------------------------------------------
+
+POLYTOPE = dict(name="k_sparse", k=3, tau=0.5, rules=((".*/bias", dict(name="unconstrained")),))
+KINDS = {
+    "sgd": dict(name="sgd", learning_rate=0.05),
+    "sgd again": dict(name="sgd", learning_rate=0.02, momentum=0.5),
+    "projected": dict(name="sgd", learning_rate=0.05, constraint=POLYTOPE, schedule=dict(name="decrease_3")),
+    "sfw": dict(name="sfw", learning_rate=0.5, constraint=POLYTOPE, schedule=dict(name="dynamic_change")),
+    "sfw, last batch": dict(
+        name="sfw", learning_rate=0.5, rescale="none", schedule=dict(name="dynamic_change", loss="last_batch")
+    ),
+    "adagrad_sfw": dict(name="adagrad_sfw", learning_rate=0.05, constraint=dict(name="l2", tau=1.0)),
+    "l1": dict(name="sgd", learning_rate=0.05, penalty=dict(name="l1", strength=0.1)),
+    "proximal": dict(name="sgd", learning_rate=0.05, penalty=dict(name="l1", strength=0.2, method="proximal")),
+    "l2": dict(name="sfw", learning_rate=0.1, penalty=dict(name="l2", strength=0.1, parameters=".*/kernel")),
+    "cosine": dict(name="sgd", learning_rate=0.05, schedule=dict(name="cosine", warmup_epochs=2.0)),
+}
+
+
+def descend(recipe, values, epochs=30):
+    """(weights after 30 epochs of two steps from inside the sets, rates on the way) on a quadratic."""
+    params = {"a": {"kernel": jnp.linspace(-1, 1, 12).reshape(3, 4), "bias": jnp.array([0.5, -0.2])}}
+    target = jax.tree.map(lambda p: jnp.cos(3 * p), params)
+    tx = optim.make(recipe, values, epochs, 2)
+    params = optim.shift_inside(recipe, values, params)
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.tree.map(jnp.subtract, params, target)
+        updates, state = tx.update(grads, state, params, value=trees.dot(grads, grads) / 2)
+        return (optax.apply_updates(params, updates), state), optim.learning_rate(state)
+
+    (params, _), rates = jax.lax.scan(step, (params, tx.init(params)), None, length=2 * epochs)
+    return params, rates
+
+
+def test_joined_recipes_are_one_program_and_act_each_as_its_own():
+    shapes = {"a": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(2)}}
+    norms = jax.tree.map(lambda leaf: 1.0 + leaf.size, shapes)
+    recipes = [optim.check(config, name) for name, config in KINDS.items()]
+    joined = optim.join(recipes)
+    assert len({optim.program(one) for one in recipes}) == len(KINDS) - 1  # two differ in numbers only
+    assert len({optim.program(one) for one in joined}) == 1
+    assert [optim.needs_norms(one) for one in joined] == [optim.needs_norms(one) for one in recipes]
+    values = [optim.numbers(one, shapes, norms) for one in joined]
+    together = jax.jit(jax.vmap(lambda values: descend(joined[0], values)))
+    found, rates = together(jax.tree.map(lambda *leaves: jnp.stack(leaves), *values))
+    after_another = jax.jit(lambda values: descend(joined[0], values))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    for i, one in enumerate(recipes):
+        params, own_rates = descend(one, optim.numbers(one, shapes, norms))
+        jax.tree.map(lambda a, b, i=i: close(a[i], b), (found, rates), (params, own_rates))
+        jax.tree.map(close, after_another(values[i]), (params, own_rates))
+    assert after_another._cache_size() == 1
+    assert len({tuple(map(float, leaf.ravel())) for leaf in found["a"]["kernel"]}) == len(KINDS)
+    assert optim.join(recipes[:2]) == recipes[:2]  # nothing to choose
+
+
+def test_a_choice_composes_with_optax():
+    params = {"w": jnp.ones(3)}
+    transformations = [optax.sgd(0.1), optim.sgd(0.2), optax.adam(0.3)]
+    tx = optax.chain(optax.clip_by_global_norm(100.0), optim.choose(jnp.asarray(1), transformations))
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.2, rtol=1e-6)
+    np.testing.assert_allclose(optim.learning_rate(state), 0.2, rtol=1e-6)
+    tx = optim.choose(0, transformations)
+    updates, state = tx.update(params, tx.init(params))
+    np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-6)
+    assert np.isnan(optim.learning_rate(state))  # optax.sgd does not name it
+    chosen = optim.choose(1, transformations)
+    tx = optim.proximal_l1(chosen, 1.0)
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.2 - 0.2, rtol=1e-6)
+
+
 def test_misuse_is_explained():
     tx = optim.sfw(0.1, polytopes.KSparse(1, 1.0))
     with pytest.raises(ValueError, match="call update\\(grads, state, params\\)"):

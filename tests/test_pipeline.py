@@ -1,6 +1,7 @@
 """Whole runs in one process: checked configs, sweeps, exact resume from any interruption."""
 
 import json
+import shutil
 import time
 
 import jax
@@ -11,11 +12,32 @@ import tiny
 from sparsity_jax import checkpoint, optim, pipeline, report, tables, train
 
 DYNAMIC = dict(tiny.SFW, schedule=dict(name="dynamic_change"))
+BALL = dict(name="l2", tau=15.0)  # quick to compile
 SEEDS = dict(sweep=dict(seed=(0, 1)))
+ARMS = {
+    "sgd": dict(label="SGD", fit=dict(optimizer=dict(tiny.SGD, learning_rate=0.05))),
+    "sfw": dict(
+        fit=dict(optimizer=dict(DYNAMIC, constraint=BALL)), again=dict(optimizer=dict(tiny.SFW, constraint=BALL))
+    ),
+}
+GRID = dict(arms=ARMS, sweep=dict(arm=("sgd", "sfw"), seed=(0, 1)))
 
 
 def stage(**fields):
     return pipeline.stage("train", **dict(epochs=2, batch_size=32, optimizer=tiny.SGD) | fields)
+
+
+GEOMETRY = {  # stages for few products on few digits
+    "limit": pipeline.stage("limit", scan=(0.5,), resolution=0.25),
+    "rows": pipeline.stage("row_norms", num_weights=2),
+    "hessian": pipeline.stage("spectrum", num_matvecs=3),
+    "newton": pipeline.stage("spectrum", num_matvecs=5, operator="gauss_newton", stop_width=0.2),
+    "width": pipeline.stage("width", batch_size=16),
+}
+
+
+def geometric(*names, **fields):
+    return tiny.config(*names, **{**GEOMETRY, **fields})
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------
@@ -77,13 +99,62 @@ MISTAKES = {
     "sweep of no list": (dict(sweep=dict(seed=3)), r"config\.sweep\.seed is 3; allowed: a list of values"),
     "sweep of the network": (
         dict(sweep=dict(model=dict(widths=([8], [9])))),
-        r"config\.sweep names config\.model\.widths; allowed: seed and fields of stages",
+        r"config\.sweep names config\.model\.widths; allowed: arm, seed and fields of stages",
     ),
     "sweep of another program": (
         dict(sweep=dict(fit=dict(epochs=(1, 2)))),
         r"config\.sweep changes config\.fit .*'loop'",
     ),
+    "sweep of a retraining's length": (
+        dict(pipeline=("fit", "retrained"), sweep=dict(again=dict(epochs=(1, 2)))),
+        r"config\.sweep changes config\.again .*'loop'",
+    ),
+    "unknown arm": (dict(arms=ARMS, arm="sfv"), r"config\.arm is 'sfv'; known: sfw, sgd\. Did you mean 'sfw'"),
+    "unknown arm in a sweep": (dict(arms=ARMS, sweep=dict(arm=("sgd", "sfv"))), r"config\.arm is 'sfv'; known: "),
+    "sweep of no list of arms": (dict(arms=ARMS, sweep=dict(arm="sgd")), r"sweep\.arm is 'sgd'; allowed: a list of na"),
+    "sweep of the arms": (dict(arms=ARMS, sweep=dict(arms=("sgd",))), r"sweep names config\.arms; allowed: arm, seed"),
+    "arm of no stages": (dict(arms=dict(a=3), arm="a"), r"config\.arms\.a is 3; allowed: a label, and fields by stage"),
+    "label of an arm": (dict(arms=dict(a=dict(label=1)), arm="a"), r"arms\.a is {'label': 1}; allowed: a label, and"),
+    "arm of an unknown stage": (
+        dict(arms=dict(a=dict(fti=dict(epochs=1))), arm="a"),
+        r"config\.arms\.a\.fti: config has no such stage; stages: again, .* Did you mean 'fit'",
+    ),
+    "arm of a value": (dict(arms=dict(a=dict(fit=1)), arm="a"), r"config\.arms\.a\.fit is 1; allowed: a dict of the"),
+    "arm of an unknown field": (
+        dict(arms=dict(a=dict(fit=dict(epocs=1))), arm="a"),
+        r"config\.arms\.a\.fit has no field 'epocs'; fields: .* Did you mean 'epochs'",
+    ),
+    "arms of the same label": (
+        dict(arms=dict(a=dict(label="b"), b={}), sweep=dict(arm=("a", "b"))),
+        r"config\.arms: 'a' and 'b' have the same label, 'b'",
+    ),
+    "value in an arm": (dict(arms=dict(a=dict(fit=dict(epochs=0))), arm="a"), r"config\.fit\.epochs is 0; allowed: "),
+    "arm of another program": (
+        dict(arms=dict(a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2))), sweep=dict(arm=("a", "b"))),
+        r"config\.sweep changes config\.fit .*'loop'",
+    ),
     "value in a sweep": (dict(sweep=dict(fit=dict(epochs=(1, 0)))), r"config\.fit\.epochs is 0; allowed: int >= 1"),
+    "prediction before its spectrum": (
+        dict(pipeline=("fit", "width", "hessian")) | GEOMETRY,
+        r"config\.pipeline runs 'width' \(kind 'width'\) before any stage of kind 'spectrum'",
+    ),
+    "unknown spectrum": (
+        dict(GEOMETRY, pipeline=("fit", "hessian", "width"), width=pipeline.stage("width", spectrum="hesian")),
+        r"config\.width\.spectrum is 'hesian'; earlier stages of kind 'spectrum': hessian\. Did you mean 'hessian'",
+    ),
+    "later spectrum": (
+        geometric("fit", "hessian", "width", "newton", width=pipeline.stage("width", spectrum="newton")),
+        r"config\.width\.spectrum is 'newton'; earlier stages of kind 'spectrum': hessian\.",
+    ),
+    "nothing that encloses": (
+        dict(pipeline=("fit", "newton"), newton=pipeline.stage("spectrum", stop_width=0.1)),
+        r"config\.newton\.stop_width is 0\.1; allowed: 0 with operator 'hessian'",
+    ),
+    "nothing that tolerates": (
+        dict(pipeline=("fit", "newton"), newton=GEOMETRY["newton"]),
+        r"config\.newton\.stop_width needs a stage of kind 'width' in the config",
+    ),
+    "start from nowhere": (dict(start_from="nowhere"), r"config\.start_from is 'nowhere', which holds no run"),
 }
 LATE_MISTAKES = {  # found when the data and devices are known, still before anything compiles
     "mesh": (dict(mesh=99), r"config\.mesh is 99; allowed: 0 \(all\) to 8, the local devices"),
@@ -99,6 +170,18 @@ LATE_MISTAKES = {  # found when the data and devices are known, still before any
     "batch on a mesh": (
         dict(mesh=8, fit=stage(batch_size=12)),
         r"config\.fit\.batch_size is 12; allowed: multiples of 8",
+    ),
+    "absent parameters": (
+        dict(pipeline=("fit", "hessian"), hessian=pipeline.stage("spectrum", parameters="dense2/.*")),
+        r"config\.hessian\.parameters is 'dense2/\.\*', which matches no parameter; one is 'dense1/bias'",
+    ),
+    "rows of no kernel": (
+        dict(pipeline=("fit", "rows"), rows=pipeline.stage("row_norms", parameters=".*/bias")),
+        r"config\.rows\.parameters is '\.\*/bias', which matches no kernel",
+    ),
+    "one batch": (
+        geometric("fit", "hessian", "width", width=pipeline.stage("width", batch_size=65)),
+        r"config\.width\.batch_size is 65; allowed: up to 64, half the train set .*, or set epsilon",
     ),
     "idle rule": (
         dict(fit=stage(optimizer=dict(tiny.SFW, constraint=dict(tiny.POLYTOPE, rules=[["conv.*", dict(name="l2")]])))),
@@ -121,7 +204,7 @@ def test_mistakes_that_need_the_data_stop_before_compiling(mistake, tmp_path, mo
     fields, message = LATE_MISTAKES[mistake]
     monkeypatch.setattr(pipeline, "run_plan", lambda *_: pytest.fail("a plan ran"))
     with pytest.raises(tables.ConfigError, match=message):
-        pipeline.run(tiny.config("fit", "curve", **fields), tmp_path / "run")
+        pipeline.run(tiny.config(**dict(pipeline=("fit", "curve")) | fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()  # the corrected config may use it
 
 
@@ -171,6 +254,60 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
             np.testing.assert_allclose([a[loss], b[loss]], c[loss], rtol=1e-4)
             assert b[loss] == c[loss]  # the very same program
     assert {row["member"] for row in loop.rows} == {0, 1}
+
+
+def test_networks_with_convolutions_are_known_by_their_shapes():
+    dense = {name: not pipeline.convolves(dict(name=name)) for name in ("mlp", "fc12", "lenet", "alexnet", "resnet18")}
+    assert dense == dict(mlp=True, fc12=True, lenet=False, alexnet=False, resnet18=False)
+
+
+def test_arms_replace_whole_fields_and_name_their_rows():
+    plans, separate = pipeline.check(tiny.config("fit", "retrained", **GRID))
+    assert not separate
+    assert plans[0].swept == [dict(arm=label, seed=seed) for label in ("SGD", "sfw") for seed in (0, 1)]
+    first, last = plans[0].configs[0], plans[0].configs[-1]
+    assert (first["fit"]["optimizer"]["learning_rate"], first["again"]["optimizer"]["learning_rate"]) == (0.05, 0.01)
+    assert last["fit"]["optimizer"] == pipeline.plain(dict(DYNAMIC, constraint=BALL))
+    assert (last["arm"], last["seed"], last["fit"]["epochs"]) == ("sfw", 1, 2)
+    fits = plans[0].settings["fit"]
+    assert len({fit.program() for fit in fits}) == 1
+    assert [fit.recipe.index for fit in fits] == [0, 0, 1, 1]
+    lengths = dict(a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2)))  # nothing to gain from joining these
+    loop, _ = pipeline.check(tiny.config("fit", arms=lengths, sweep=dict(arm=("a", "b")), sweep_mode="loop"))
+    assert not any(isinstance(plan.settings["fit"][0].recipe, optim.Choice) for plan in loop)
+
+
+def test_a_sweep_may_list_whole_dicts():
+    chosen = (tiny.SGD, tiny.SFW, dict(tiny.SGD, nesterov=True))
+    sweep = dict(fit=dict(optimizer=chosen, loss=(dict(name="cross_entropy"),)))
+    plans, _ = pipeline.check(tiny.config("fit", sweep=sweep))
+    assert [values["fit.optimizer"] for values in plans[0].swept] == ["sgd 1", "sfw", "sgd 3"]
+    assert {values["fit.loss"] for values in plans[0].swept} == {"cross_entropy"}
+    assert [own["fit"]["optimizer"] for own in plans[0].configs] == pipeline.plain(dict(found=chosen))["found"]
+
+
+def test_arms_are_one_program_and_give_the_rows_of_single_runs(tmp_path, monkeypatch):
+    build, problems = pipeline.build, []
+    monkeypatch.setattr(pipeline, "build", lambda plans: problems.append(build(plans)) or problems[-1])
+    config = tiny.config("fit", "retrained", **GRID)
+    together = pipeline.run(config, tmp_path / "vmap").rows
+    assert "over up to 2 networks" in (tmp_path / "vmap" / "report.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
+    loop = pipeline.run(config | dict(sweep_mode="loop"), tmp_path / "loop").rows
+    for problem in problems:
+        programs = [name for name in problem.compiled if isinstance(name[0], tuple)]
+        assert len(programs) == 2  # training and retraining
+        assert {function._cache_size() for function in problem.compiled.values()} == {1}
+    for arm, label in (("sgd", "SGD"), ("sfw", "sfw")):
+        single = pipeline.run(config | dict(arm=arm, sweep=dict(seed=(0, 1))), tmp_path / arm).rows
+        of = lambda rows, seed: [row for row in rows if (row["arm"], row["seed"]) == (label, seed)]  # noqa: B023
+        found = [of(rows, 0) + of(rows, 1) for rows in (together, loop, single)]
+        assert len(single) == len(found[0]) == 2 * (2 + 3)
+        for a, b, c in zip(*found, strict=True):
+            assert a.keys() == b.keys() == c.keys()
+            assert not any(isinstance(value, dict) for name, value in a.items() if name != "layers")
+            for name in ("train_loss", "learning_rate") if a["stage"] == "fit" else ("loss",):
+                np.testing.assert_allclose([a[name], b[name]], c[name], rtol=1e-4)
 
 
 def spy(make, name, compiled):
@@ -254,6 +391,113 @@ def test_eight_devices_train_and_resume(tmp_path):
     tiny.same(pipeline.run(config, tmp_path / "eight").state, outcome.state)
 
 
+# Starting from another run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_report(monkeypatch):
+    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+    """(workdir, outcome) of a run that trains and predicts."""
+    workdir = tmp_path_factory.mktemp("analysed")
+    return workdir, pipeline.run(geometric("fit", "hessian", "width"), workdir)
+
+
+def plain_rows(outcome, *names):
+    """Rows of these stages as read back, without times and arms."""
+    rows = tiny.timeless(json.loads(json.dumps(outcome.rows)))
+    return [{n: v for n, v in row.items() if n != "arm"} for row in rows if row["stage"] in names]
+
+
+def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(analysed, tmp_path, monkeypatch, without_report):
+    workdir, whole = analysed
+    pipeline.run(geometric("fit"), tmp_path / "fit")
+    # each stage in the place it has above, which decides its random numbers
+    config = geometric("weights", "hessian", "width", "limit", "rows", "curve", start_from=str(tmp_path / "fit"))
+    later = pipeline.run(config, tmp_path / "later")
+    assert plain_rows(later, "hessian", "width") == plain_rows(whole, "hessian", "width")
+    assert {row["stage"] for row in later.rows} == {"weights", "hessian", "width", "limit", "rows", "curve"}
+    assert {row["arm"] for row in later.rows} == {"network"}  # nothing is trained: one network, one line in the report
+    tiny.same(later.state.params, whole.state.params)
+    rows = pipeline.run(config, tmp_path / "later").rows
+    assert tiny.timeless(rows) == tiny.timeless(json.loads(json.dumps(later.rows)))
+    monkeypatch.undo()  # a report without any training
+    alone = pipeline.run(geometric("width", start_from=str(workdir)), tmp_path / "alone")
+    assert (tmp_path / "alone" / "report.html").stat().st_size > 10_000
+    drawn = ("epsilon_error", "low", "high")  # by the stage's place
+    without = lambda rows: [{n: v for n, v in row.items() if n not in drawn} for row in rows]
+    assert without(plain_rows(alone, "width")) == without(plain_rows(whole, "width"))
+
+
+def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(analysed, tmp_path, without_report):
+    deeper = pipeline.stage("spectrum", num_matvecs=5)
+    config = geometric("width", "hessian", "again", "width", start_from=str(analysed[0]), hessian=deeper)
+    rows = [row for row in pipeline.run(config, tmp_path).rows if row["stage"] == "width"]
+    assert [(row["num_matvecs"], row["num_probes"]) for row in rows] == [(3, 1), (5, 1)]
+
+
+def test_members_start_from_the_same_members(tmp_path, without_report):
+    seeds = dict(SEEDS, fit=stage(epochs=1))
+    together = pipeline.run(geometric("fit", **seeds), tmp_path / "vmap")
+    found = pipeline.run(geometric("hessian", **seeds, start_from=str(tmp_path / "vmap")), tmp_path / "after")
+    tiny.same(found.state.params, together.state.params)
+    loop = dict(seeds, sweep_mode="loop")
+    pipeline.run(geometric("fit", **loop), tmp_path / "loop")
+    each = pipeline.run(geometric("hessian", **loop, start_from=str(tmp_path / "loop")), tmp_path / "each")
+    assert [row["seed"] for row in each.rows] == [0, 1]
+    for row, other in zip(each.rows, found.rows, strict=True):
+        np.testing.assert_allclose(row["alphas"], other["alphas"], rtol=1e-3, atol=1e-4)
+    one = tmp_path / "loop" / "member_001"
+    single = pipeline.run(geometric("hessian", seed=1, start_from=str(one)), tmp_path / "single")
+    assert single.rows[0]["alphas"] == each.rows[1]["alphas"]
+    for other in ("vmap", "loop"):
+        with pytest.raises(
+            tables.ConfigError, match=r"a run of several networks: repeat its sweep .*\[0, 1\]"
+        ) as error:
+            pipeline.check(geometric("hessian", start_from=str(tmp_path / other)))
+        assert (str(one.with_name("member_000")) in str(error.value)) == (other == "loop")
+
+
+def test_runs_that_cannot_be_started_from_are_named(analysed, tmp_path, monkeypatch, without_report):
+    start = lambda path, *names, **fields: pipeline.run(
+        geometric(*(names or ("hessian",)), **fields, start_from=str(path)), tmp_path / "new"
+    )
+    with pytest.raises(tables.ConfigError, match=r"which holds no run \(no config\.json\)"):
+        start(tmp_path / "absent")
+    with pytest.raises(
+        tables.ConfigError, match=r"a run of another network\.\n  config\.model\.widths: \[16\] there, "
+    ):
+        start(analysed[0], model=dict(name="mlp", widths=(8,)))
+    with pytest.raises(tables.ConfigError, match=r"config\.width\.spectrum is 'newton'; .*: hessian\."):
+        start(analysed[0], "width", width=pipeline.stage("width", spectrum="newton"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(geometric("fit", "hessian"), tmp_path / "half")
+    with pytest.raises(tables.ConfigError, match="half', which is not finished: run it to its end first"):
+        start(tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints")
+    with pytest.raises(tables.ConfigError, match="which is not finished"):
+        start(tmp_path / "half")
+    pipeline.run(geometric("weights", start_from=str(analysed[0])), tmp_path / "weights")
+    with pytest.raises(
+        tables.ConfigError, match=r"'width' .* before any stage of kind 'spectrum', whose result it needs"
+    ):
+        start(tmp_path / "weights", "width")
+    assert not (tmp_path / "new").exists()
+    fake = tmp_path / "fake"
+    shutil.copytree(analysed[0], fake)
+    config = json.loads((fake / "config.json").read_text())
+    (fake / "config.json").write_text(json.dumps(config | {"model": {"name": "mlp", "widths": [8]}}))
+    with pytest.raises(
+        tables.ConfigError, match=r"fake', whose params/dense1/bias has the shape \(16,\); allowed: \(8,\)"
+    ):
+        start(fake, model=dict(name="mlp", widths=(8,)))
+
+
 # Interruptions -------------------------------------------------------------------------------------------------
 
 
@@ -267,8 +511,20 @@ RESUMED = {
     "sfw_init": tiny.config("learn", "fit", "weights"),
     "curve": tiny.config("fit", "curve", curve=pipeline.stage("curve", ratios=tuple(i / 40 for i in range(40)))),
     "retrained curve": tiny.config("fit", "retrained", "curve"),
+    "spectrum": geometric(
+        *("fit", "hessian", "newton"),
+        fit=stage(epochs=1),
+        hessian=pipeline.stage("spectrum", num_matvecs=2, num_probes=2, reorthogonalize="host"),
+    ),
+    "spectrum of members": geometric(
+        *("fit", "hessian"),
+        fit=stage(epochs=1),
+        hessian=pipeline.stage("spectrum", num_matvecs=2, operator="absolute"),
+        **SEEDS,
+    ),
     "vmap": tiny.config("learn", "fit", "curve", **SEEDS),
     "loop": tiny.config("fit", "curve", sweep_mode="loop", **SEEDS),
+    "arms": tiny.config("fit", "curve", **GRID),
 }
 
 

@@ -136,6 +136,8 @@ def test_retrained_and_selection_make_lines_of_their_own():
         "no retraining, global", "no retraining, layerwise", "retrained, global"]  # fmt: skip
     assert lines[2].cells["dense"][0] == pytest.approx(0.9)
     assert lines[2].cells["0.9"][0] == pytest.approx(0.88)
+    staged = [row | dict(stage=f"curve_{row['selection']}") for row in rows]  # says nothing new
+    assert [line.variant for line in table_of(staged)] == [line.variant for line in lines]
 
 
 def test_swept_values_separate_series_and_seeds_do_not():

@@ -26,6 +26,19 @@ QUICK = (  # the quick start, made shorter; three seeds at once
     "--config.checkpoint_seconds=0.0",
 )
 
+LIMIT = (  # the geometric limit on few digits
+    "--config.data.train_limit=128",
+    "--config.data.test_limit=60",
+    "--config.model.widths=(16,)",
+    "--config.fit.epochs=2",
+    "--config.pipeline=('fit','limit','hessian','width')",
+    "--config.limit.scan=(0.5,)",
+    "--config.limit.resolution=0.25",
+    "--config.hessian.num_matvecs=40",
+    "--config.width.batch_size=16",
+    "--config.checkpoint_seconds=0.0",
+)
+
 
 def start(workdir, *arguments, config="configs/quickstart.py"):
     where = [] if workdir is None else ["--workdir", str(workdir)]
@@ -48,14 +61,19 @@ def finish(process) -> str:
     return printed
 
 
-def wait_for_rows(process, path, count):
-    """Returns once the metrics file has so many lines; the process must still run."""
+def wait_for(process, condition):
+    """Returns once condition() holds; the process must still run."""
     for _ in range(2400):
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
+        if condition():
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    pytest.fail("no rows came")
+    pytest.fail("what was waited for did not come")
+
+
+def wait_for_rows(process, path, count):
+    """Returns once the metrics file has so many lines."""
+    wait_for(process, lambda: path.exists() and path.read_bytes().count(b"\n") >= count)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +119,28 @@ def test_killed_runs_continue_to_the_same_rows(whole, tmp_path):
         assert tiny.timeless(report.read_rows(tmp_path / name / "metrics.jsonl")) == expected
 
 
+def test_a_run_killed_in_the_middle_of_lanczos_continues_to_the_same_rows(tmp_path):
+    begin = lambda name: start(tmp_path / name, *LIMIT, config="configs/geometric_limit.py:digits")
+    broken, rows, checkpoints = begin("broken"), tmp_path / "broken" / "metrics.jsonl", tmp_path / "broken/checkpoints"
+    wait_for(broken, lambda: rows.exists() and '"phase": "result"' in rows.read_text(encoding="utf-8"))
+    newest = lambda: max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    before = newest()
+    wait_for(broken, lambda: newest() > before + 5)  # the end of `limit`, the start of `hessian`, and some products
+    broken.kill()
+    broken.communicate(timeout=60)
+    assert '"hessian"' not in rows.read_text(encoding="utf-8")
+    again, whole = begin("broken"), begin("whole")
+    assert f"continuing {tmp_path / 'broken'} in stage 3 of 4" in finish(again)
+    finish(whole)
+    found, expected = (
+        tiny.timeless(report.read_rows(tmp_path / name / "metrics.jsonl")) for name in ("broken", "whole")
+    )
+    assert found == expected
+    assert list(dict.fromkeys(row["stage"] for row in expected)) == ["fit", "limit", "hessian", "width"]
+    assert 0 < expected[-1]["predicted"] < 1
+    assert expected[-1]["actual"] == {"limit": next(row["limit"] for row in expected if row.get("phase") == "result")}
+
+
 def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
     commands = {
         "unknown field": (start(tmp_path / "a", "--config.fit_sfw.epocs=3"), "epocs", "epochs"),
@@ -118,8 +158,8 @@ def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
         "other config": (start(whole[0], *QUICK, "--config.fit_sgd.epochs=4"), "config.fit_sgd.epochs: 3 there, 4 now"),
         "wrong variant": (start(tmp_path / "e", config="configs/toy_cnn.py:mpl"), "'mpl'", "Did you mean 'mlp'?"),
         "a variant's field": (
-            start(tmp_path / "f", "--config.fit_sgd.epochs=0", config="configs/toy_cnn.py:mlp"),
-            "error: config.fit_sgd.epochs is 0",
+            start(tmp_path / "f", "--config.retrain.epochs=0", config="configs/toy_cnn.py:mlp"),
+            "error: config.retrain.epochs is 0",
         ),
     }
     results = {mistake: command[0].communicate(timeout=120)[0] for mistake, command in commands.items()}

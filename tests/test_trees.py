@@ -44,6 +44,24 @@ def test_rules_that_cannot_work_are_named(rules, message):
     assert message in str(error.value)
 
 
+def test_a_pattern_chooses_leaves_by_their_whole_path():
+    assert trees.matching(TREE, r"conv1/.*") == {"conv1/bias": True, "conv1/kernel": True, "fc/0": False, "fc/1": False}
+    assert list(trees.matching(TREE, ".*").values()) == [True] * 4
+    for pattern, message in (
+        ("conv", r"config\.x is 'conv', which matches no parameter; one is 'conv1/bias'"),
+        ("conv1/kernl", "Did you mean 'conv1/kernel'?"),
+        ("[", r"config\.x: '\[' is not a regular expression"),
+    ):
+        with pytest.raises(tables.ConfigError, match=message):
+            trees.matching(TREE, pattern, "config.x")
+    trees.check_pattern(r"(?!.*bn\d*/).*", "config.x")
+
+
+def test_kernels_of_other_libraries_are_recognised():
+    paths = ("fc/kernel", "layers/0/kernel/value", "layers/0/weight", "w", "first/w", "kernel/bias", "value", "b")
+    assert [trees.is_kernel(path) for path in paths] == [True] * 5 + [False] * 3
+
+
 @pytest.mark.parametrize("one_cpu", [False, True])
 @pytest.mark.parametrize("shape", [(5,), (64, 64), (4099,), (3, 3, 37, 41)])
 def test_folds_equal_plain_reductions(monkeypatch, one_cpu, shape):

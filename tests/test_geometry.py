@@ -1,0 +1,664 @@
+"""Stages of the geometric limit: against the original's numbers, explicit operators, and their own interrupted runs."""
+
+import math
+
+import golden_data
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sparsity_jax import (
+    allocate,
+    data,
+    geometry,
+    linops,
+    losses,
+    masks,
+    models,
+    optim,
+    spectrum,
+    stages,
+    tables,
+    train,
+    trees,
+    width,
+)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return tiny.problem()
+
+
+@pytest.fixture(scope="module")
+def trained(problem):
+    return stages.without_optimizer(tiny.trained(problem, tiny.fit(epochs=4))[0])
+
+
+def settings(kind, **fields):
+    row = geometry.STAGES[kind]
+    return row.options("config.x", **tables.check_options(row.options, fields, "config.x"))
+
+
+def updates(problem, state, kind, own, *, earlier=(), others=None, rows=None, position=1):
+    """All updates of the stage. own: its settings; earlier, rows: one list a member."""
+    members = problem.members or 1
+    place = stages.Place("x", position, others or {}, earlier or [[] for _ in range(members)])
+    stage = {**stages.STAGES, **geometry.STAGES}[kind]
+    begun = stage.begin(problem, state, [own] * members, place)
+    return list(stage.run(problem, begun, [own] * members, place, rows or [[] for _ in range(members)]))
+
+
+def run(problem, state, kind, own, member=0, **more):
+    """Rows of one member."""
+    found = updates(problem, state, kind, own, **more)
+    done = [update.done for update in found]
+    assert done == sorted(done)
+    assert [update.done == 1 for update in found] == [False] * (len(found) - 1) + [True]  # 1 ends the stage
+    return [row for update in found for row in update.rows[member]]
+
+
+# The original's numbers ----------------------------------------------------------------------------------------
+
+
+class Floats(train.Problem):
+    """A problem whose images are the network's inputs already."""
+
+    def images(self, batch):
+        return batch
+
+
+NAMES = [f"linear.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias")]
+
+
+def original(golden, group):
+    """(problem, state) of its small network; call with 64 bits enabled."""
+    split = lambda name: data.Split(golden[f"{name}/x"][:, None, None], golden[f"{name}/y"].astype(np.int32))
+    dataset = data.Dataset("original", split("train"), split("val"), 4, (0.0,) * 12, (1.0,) * 12)
+    double = dict(dtype="float64", param_dtype="float64")
+    model = models.build(name="mlp", num_classes=4, widths=(9, 7), **double)
+    problem = Floats(*train.build_problem(dataset, model))
+    arrays = {name: golden[f"{group}/{name}"] for name in NAMES}
+    variables = golden_data.variables(NAMES, [array.shape for array in arrays.values()], arrays)
+    state = train.create_state(problem, train.key_of(0))
+    return problem, state._replace(params=jax.tree.map(jnp.asarray, variables["params"]))
+
+
+def test_a_thousand_pruned_networks_have_the_originals_accuracy_and_loss():
+    golden = golden_data.load("10_hessian.npz")
+    with jax.enable_x64(True):
+        problem, state = original(golden, "trained")
+        rule = stages.curve_options
+        fields = dict(ratios=[i / 1000 for i in range(1000)], splits=("test", "train"), count="ceil")
+        own = rule("config.x", **tables.check_options(rule, fields, "config.x"))
+        rows = run(problem, state, "curve", own)
+    arrays = {name: golden[f"trained/{name}"] for name in NAMES}
+    kernels = np.concatenate([arrays[name].ravel() for name in NAMES if arrays[name].ndim > 1])
+    order = np.sort(np.abs(kernels))
+    removed = np.maximum(np.ceil(np.arange(1000) / 1000 * order.size).astype(int), 1)
+    penalty = 0.002 * (sum(np.abs(a).sum() for a in arrays.values()) - np.cumsum(order)[removed - 1])
+    for split, name in (("test", "val"), ("train", "train")):
+        own = [row for row in rows if row["split"] == split]
+        assert [row["num_kept"] for row in own] == (order.size - removed).tolist()
+        size = len(golden[f"{name}/y"])
+        correct = np.rint([size * row["accuracy"] for row in own])
+        np.testing.assert_allclose(correct, size * golden[f"pipeline/{name}_acc"] / 100, rtol=1e-12)
+        np.testing.assert_allclose([r["loss"] for r in own] + penalty, golden[f"pipeline/{name}_loss"], rtol=1e-9)
+
+
+def test_row_norms_are_the_originals():
+    """Its 20 thresholds are the weights at 20 quantiles; sums of batches' norms over the number of examples."""
+    golden = golden_data.load("10_hessian.npz")
+    with jax.enable_x64(True):
+        problem, state = original(golden, "trained")
+        rows = run(problem, state, "row_norms", settings("row_norms", num_weights=20, rows="original", batch_size=16))
+        entries = spectrum.quantile_entries(allocate.prunable(state.params, "kernels"), 20)
+        network = geometry.network_of(problem, ("cross_entropy", ()))
+        part = lambda p, batch: network.loss(network.outputs((p, {}), batch), batch)
+        last = (problem.train_images[128:], problem.train_labels[128:])
+        whole = (problem.train_images, problem.train_labels)
+        slopes = trees.named_leaves(jax.jit(jax.grad(part))(state.params, whole))
+        product = jax.jit(lambda v: linops.hvp(part, state.params, last)(v))
+        unit = lambda path, index: trees.map_named(
+            lambda name, leaf: jnp.zeros_like(leaf).at[index].set(1) if name == path else jnp.zeros_like(leaf),
+            state.params,
+        )
+        stats = golden["threshold_row_stats"]
+        assert len(rows) == 21
+        np.testing.assert_array_equal([row["quantile"] for row in rows[:-1]], stats[:, 0] / 1000)
+        np.testing.assert_array_equal([row["magnitude"] for row in rows[:-1]], stats[:, 4])
+        np.testing.assert_allclose([row["row_norm"] for row in rows[:-1]], stats[:, 3], rtol=1e-9)
+        for (path, index, _), (_, slope, diagonal, *_) in zip(entries, stats, strict=True):
+            penalty = 0.002 * jnp.sign(trees.named_leaves(state.params)[path][index])
+            np.testing.assert_allclose(slopes[path][index] + penalty, slope, rtol=1e-9, atol=1e-12)
+            found = trees.named_leaves(product(unit(path, index)))[path][index]
+            np.testing.assert_allclose(found / 139, diagonal, rtol=1e-9, atol=1e-14)
+    assert rows[-1]["zero_share"] == np.mean(stats[:, 3] < 1e-7)
+
+
+def test_an_epoch_of_training_is_the_originals():
+    golden = golden_data.load("10_hessian.npz")
+    settings = optim.settings("sgd", learning_rate=0.05, momentum=0.9, penalty=dict(name="l1", strength=0.002))
+    recipe = optim.check(settings, "optimizer")
+    with jax.enable_x64(True):
+        problem, state = original(golden, "init")
+        tx = optim.make(recipe, optim.numbers(recipe, state.params, None), epochs=1, steps_per_epoch=9)
+        logits = lambda params, x: problem.model.apply({"params": params, "batch_stats": {}}, x)
+
+        @jax.jit
+        def step(params, opt_state, x, y):
+            loss, grads = jax.value_and_grad(lambda p: losses.cross_entropy(logits(p, x), y).mean())(params)
+            change, opt_state = tx.update(grads, opt_state, params, value=loss)
+            return jax.tree.map(jnp.add, params, change), opt_state
+
+        params, opt_state = state.params, tx.init(state.params)
+        for i in range(0, 139, 16):  # the last batch has 11
+            batch = problem.train_images[i : i + 16], problem.train_labels[i : i + 16]
+            params, opt_state = step(params, opt_state, *batch)
+        expected = original(golden, "after_one_epoch")[1].params
+        for found, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(found, leaf, rtol=1e-9, atol=1e-11)
+
+
+def thresholds_of_the_original():
+    golden = golden_data.load("05b_global_threshold.npz")
+    paths = {}
+    for name in map(str, golden["param_names"]):
+        module, leaf = name.rsplit(".", 1)
+        kind = "bias" if leaf == "bias" else "kernel" if golden[f"params/{name}"].ndim > 1 else "scale"
+        paths[name] = f"{module.replace('.', '')}/{kind}"
+    return golden, paths, {path: jnp.asarray(golden[f"params/{name}"]) for name, path in paths.items()}
+
+
+def test_thresholds_and_masks_are_the_originals():
+    with jax.enable_x64(True):
+        golden, paths, params = thresholds_of_the_original()
+        kernels = allocate.prunable(params, "kernels")
+        order = [paths[str(name)] for name in golden["prunable_order"]]
+        assert set(order) == set(kernels)
+        counts = [allocate.keep_counts(params, i / 1000, count="ceil") for i in range(1000)]
+        found = jax.jit(lambda k: masks.kth_largest(kernels, k, magnitude=True))(np.array(counts) + 1)
+        np.testing.assert_array_equal(found, golden["threshold_1000"])
+        compiled = jax.jit(lambda counts: allocate.keep_masks(params, counts, count="ceil"))
+        for sparsity, expected in zip(golden["sparsities"], golden["keep_mask"], strict=True):
+            kept = compiled(allocate.keep_counts(params, float(sparsity), count="ceil"))
+            np.testing.assert_array_equal(np.concatenate([np.ravel(kept[path]) for path in order]), expected)
+            assert all(bool(mask.all()) for path, mask in kept.items() if path not in order)
+        assert compiled._cache_size() == 1
+        assert not compiled(allocate.keep_counts(params, 1.0, count="ceil"))["conv0/kernel"].any()
+        tied = {"w": jnp.array([[1.0, -1.0, 2.0, 3.0]])}  # what ties with the last weight goes as well
+        kept = allocate.keep_masks(tied, allocate.keep_counts(tied, 0.0, count="ceil"), count="ceil")
+        assert kept["w"].tolist() == [[False, False, True, True]]
+        assert width.distances(params).norm_sum == pytest.approx(float(golden["params_size"][1]), rel=1e-12)
+    with pytest.raises(tables.ConfigError, match=r"count is 'ceil'; allowed: 'nearest' \| 'original'"):
+        allocate.check("layerwise", dict(count="ceil"), "config.curve")
+
+
+def test_penalties_are_the_originals():
+    with jax.enable_x64(True):
+        golden, _, params = thresholds_of_the_original()
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        for add, name, power in ((optim.add_l1, "L1", 1), (optim.add_l2, "L2", 2)):
+            slopes, _ = add(0.001).update(zeros, add(0.001).init(params), params)
+            value = trees.dot(slopes, params) / power  # homogeneous of this degree
+            np.testing.assert_allclose(value, golden[f"regularization_{name}"], rtol=1e-9)
+
+
+# limit ---------------------------------------------------------------------------------------------------------
+
+
+def falling(edge):
+    """accuracy and loss that get worse behind the ratio `edge`, by 0.2 and 2 at once."""
+    return lambda ratio: dict(accuracy=0.9 - 0.2 * (ratio > edge), loss=0.1 + 2.0 * (ratio > edge))
+
+
+@hypothesis.given(
+    edge=st.floats(0, 1),
+    criterion=st.sampled_from(sorted(geometry.CRITERIA)),
+    resolution=st.sampled_from([0.001, 0.01, 0.2]),
+    scan=st.lists(st.sampled_from([i / 20 for i in range(21)]), min_size=1, max_size=12, unique=True),
+    stop=st.integers(0, 30),
+)
+def test_the_limit_of_a_falling_curve_is_found(edge, criterion, resolution, scan, stop):
+    own = settings("limit", criterion=criterion, resolution=resolution, scan=tuple(sorted(scan)))
+    evaluate, calls = falling(edge), []
+
+    def counted(ratio):
+        calls.append(ratio)
+        better = 0.01 * (0 < ratio <= edge)  # the one criterion that the dense network does not meet
+        return evaluate(ratio) | dict(accuracy=evaluate(ratio)["accuracy"] + better)
+
+    rows = list(geometry.find_limit(counted, own))
+    *_, result = rows
+    assert result["limit"] <= edge < result["limit"] + resolution or result["limit"] == edge == 1
+    gaps = np.diff([0, *own.scan, 1])
+    assert result["evaluations"] == len(calls) == len(rows) - 1
+    assert len(calls) <= 1 + len(scan) + max(0, math.ceil(math.log2(max(gaps) / resolution)))
+    done = [row.pop("done") for row in rows]
+    assert done == sorted(done)
+    assert done[-1] == 1 > max(done[:-1])
+    known = {(row["phase"], row["ratio"]): row for row in rows[:stop] if "ratio" in row}
+    calls.clear()
+    again = list(geometry.find_limit(counted, own, known))
+    assert len(calls) == result["evaluations"] - len(known)
+    assert [{name: value for name, value in row.items() if name != "done"} for row in again] == rows[len(known) :]
+
+
+def test_criteria_differ_where_they_should():
+    curve = {0.0: (0.9, 0.1), 0.25: (0.91, 0.1), 0.5: (0.9, 0.105), 0.75: (0.8995, 0.2), 1.0: (0.1, 3.0)}
+    rows = [dict(ratio=ratio, accuracy=a, loss=l) for ratio, (a, l) in curve.items()]
+    found = {name: geometry.largest_ratio(rows[::-1], name) for name in geometry.CRITERIA}
+    assert found == dict(accuracy=0.5, better_accuracy=0.25, accuracy_within=0.75, loss_within=0.5)
+    assert geometry.largest_ratio(rows, "loss_within", 0.15) == 0.75
+    assert geometry.largest_ratio(rows, "accuracy_within", 0.0) == 0.5
+    assert geometry.largest_ratio([rows[0], rows[4]], "better_accuracy") is None
+    evaluate = lambda ratio: dict(zip(("accuracy", "loss"), curve[ratio]))
+    for name, ratio in found.items():
+        own = settings("limit", criterion=name, scan=(0.25, 0.5, 0.75, 1.0), resolution=0.25)
+        *_, result = geometry.find_limit(evaluate, own)
+        assert result["limit"] == ratio
+        assert result["criterion"] == name
+        assert f"passes at {ratio:g}, fails at {ratio + 0.25:g} of the scan" in result["how"]
+    *_, result = geometry.find_limit(falling(1.0), settings("limit", scan=(0.5,)))
+    assert result["limit"] > 0.998
+    assert "accuracy not below dense; passes at 0.5, the end of the scan" in result["how"]
+    *_, result = geometry.find_limit(falling(1.0), settings("limit", criterion="loss_within", tolerance=0.02))
+    assert result["tolerance"] == 0.02
+    assert "loss at most 0.02 above dense" in result["how"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(scan=()), "allowed: at least one ratio, ascending"),
+        (dict(scan=(0.5, 0.2)), "allowed: at least one ratio, ascending"),
+        (dict(resolution=0.0), "resolution is 0.0; allowed: float > 0.0"),
+        (dict(criterion="acc"), "criterion is 'acc'; allowed: 'accuracy'"),
+        (dict(tolerance=0.01), "tolerance is 0.01; allowed: 0 with criterion 'accuracy'"),
+        (dict(selection="globl"), "selection is 'globl'; known: .* Did you mean 'global'"),
+    ],
+)
+def test_limits_that_cannot_be_found_are_named(fields, message):
+    with pytest.raises(tables.ConfigError, match=message):
+        settings("limit", **fields)
+
+
+def test_the_limit_stage_evaluates_the_pruned_network(problem, trained):
+    own = settings("limit", criterion="loss_within", tolerance=0.05, scan=(0.25, 0.5, 0.75), resolution=0.05)
+    rows = run(problem, trained, "limit", own)
+    rule = stages.curve_options
+    ratios = sorted({row["ratio"] for row in rows[:-1]})
+    curve = run(problem, trained, "curve", rule("config.x", **tables.check_options(rule, dict(ratios=ratios), "x")))
+    measured = {row["ratio"]: row for row in curve}
+    for row in rows[:-1]:
+        np.testing.assert_allclose(row["loss"], measured[row["ratio"]]["loss"], rtol=1e-6)
+        assert row["accuracy"] == measured[row["ratio"]]["accuracy"]
+    dense, limit = rows[0]["loss"], rows[-1]["limit"]
+    assert measured[limit]["loss"] <= dense + 0.05
+    assert min(row["loss"] for row in curve if row["ratio"] > limit) > dense + 0.05
+    assert 0 < limit < 1
+    for stop in (1, 3, len(rows) - 1, len(rows)):  # an interrupted search goes on
+        again = [r for update in updates(problem, trained, "limit", own, rows=[rows[:stop]]) for r in update.rows[0]]
+        assert rows[:stop] + again == rows
+
+
+def test_actual_limits_of_curves_and_limit_stages():
+    row = lambda ratio, accuracy, loss, **more: dict(
+        dict(kind="curve", stage="curve", visit=1, split="test", retrained=False, ratio=ratio),
+        accuracy=accuracy,
+        loss=loss,
+        **more,
+    )
+    old = [row(0.0, 0.5, 1.0), row(0.9, 0.6, 0.5)]
+    new = [
+        dict(row(ratio, accuracy, loss), stage="second", split=split)
+        for split in ("test", "train")
+        for ratio, accuracy, loss in ((0.0, 0.9, 0.1), (0.5, 0.9, 0.15), (0.7, 0.88, 0.4), (0.9, 0.2, 2.0))
+    ]
+    again = [dict(row(0.99, 1.0, 0.0), retrained=True)]
+    limits = [dict(kind="limit", stage="limit", phase="scan", ratio=0.5), dict(kind="limit", stage="limit")]
+    limits[1].update(phase="result", limit=0.625)
+    found = geometry.actual_limits([*old, *new, *again, *limits], tolerance=0.03, epsilon=0.1)
+    one = dict(accuracy=0.5, accuracy_within=0.7, loss_within=0.5)
+    assert found == {f"{split} {name}": limit for split in ("test", "train") for name, limit in one.items()} | {
+        "limit": 0.625
+    }
+    assert geometry.actual_limits([], 0.0, 0.0) == {}
+
+
+# row_norms -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_dead_units_have_no_curvature(problem, trained):
+    bias = trained.params["dense1"]["bias"].at[:8].set(-1e4)  # half of the units never fire
+    params = trained.params | {"dense1": trained.params["dense1"] | {"bias": bias}}
+    state = trained._replace(params=params)
+    entries = spectrum.quantile_entries(allocate.prunable(params, "kernels"), 10)
+    dead = [index[1] < 8 if path == "dense1/kernel" else index[0] < 8 for path, index, _ in entries]
+    assert 0 < sum(dead) < 10
+    for rows in ("mean", "original"):
+        own = settings("row_norms", num_weights=10, rows=rows, batch_size=48)
+        found = run(problem, state, "row_norms", own)
+        assert [row["row_norm"] == 0 for row in found[:-1]] == dead
+        assert found[-1]["zero_share"] == pytest.approx(np.mean(dead))
+        assert [row["parameter"] for row in found[:-1]] == [path for path, *_ in entries]
+        for stop in (4, 10, 11):
+            more = updates(problem, state, "row_norms", own, rows=[found[:stop]])
+            assert found[:stop] + [row for update in more for row in update.rows[0]] == found
+    own = settings("row_norms", num_weights=3, parameters="fc/.*", num_examples=64)
+    assert {row["parameter"] for row in run(problem, state, "row_norms", own)[:-1]} == {"fc/kernel"}
+
+
+# spectrum ------------------------------------------------------------------------------------------------------
+
+
+def network_loss(problem, state):
+    """(loss(params by path), outputs, params by path) over the whole train set, written down directly."""
+    chosen = spectrum.select(state.params, ".*")
+    images = problem.images(problem.train_images)
+    outputs = lambda part: problem.model.apply({"params": chosen.rebuild(part), "batch_stats": {}}, images)
+    rule = lambda logits: losses.cross_entropy(logits, problem.train_labels).mean()
+    return outputs, rule, chosen.params
+
+
+def start_of(problem, state, own, position=1):
+    begun = geometry.begin_spectrum(problem, state, [own], stages.Place("x", position, {}))
+    return begun.opt_state.lanczos.current
+
+
+@pytest.mark.parametrize("operator", ["hessian", "gauss_newton", "absolute"])
+def test_coefficients_are_those_of_the_operator(problem, trained, operator):
+    own = settings("spectrum", operator=operator, num_matvecs=6, batch_size=48)
+    (row,) = run(problem, trained, "spectrum", own)
+    outputs, rule, params = network_loss(problem, trained)
+    plain = linops.hvp(lambda part: rule(outputs(part)), params)
+    newton = linops.gauss_newton(outputs, rule, params)
+    matvec = dict(hessian=plain, gauss_newton=newton, absolute=linops.squared(plain))[operator]
+    expected = linops.lanczos(6, on_host=True)(jax.jit(matvec), start_of(problem, trained, own))
+    np.testing.assert_allclose(row["alphas"], expected.alphas, rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(row["betas"], expected.betas, rtol=2e-3, atol=1e-4)
+    assert (row["num_matvecs"], row["dimension"], row["dtype"]) == (6, 1210, "float32")
+    assert (row["operator"], row["probe"]) == (operator, 0)
+    assert "enclosure" not in row
+    found = geometry.tridiagonals([row])
+    assert found.alphas.dtype == np.float32
+    assert linops.ritz(found)[0].min() < 0 or operator != "hessian"
+
+
+def test_an_l2_penalty_moves_all_values(problem, trained):
+    bare, moved = (
+        run(problem, trained, "spectrum", settings("spectrum", num_matvecs=6, l2=l2))[0] for l2 in (0.0, 0.25)
+    )
+    np.testing.assert_allclose(np.array(moved["alphas"]) - bare["alphas"], 0.5, rtol=1e-3)
+    np.testing.assert_allclose(moved["betas"], bare["betas"], rtol=2e-3, atol=1e-4)
+
+
+def test_probes_start_differently_and_repeat(problem, trained):
+    own = settings("spectrum", num_matvecs=5, num_probes=3)
+    rows = run(problem, trained, "spectrum", own)
+    assert [row["probe"] for row in rows] == [0, 1, 2]
+    assert len({row["alphas"][0] for row in rows}) == 3
+    assert tiny.timeless(run(problem, trained, "spectrum", own)) == tiny.timeless(rows)
+    (first,) = run(problem, trained, "spectrum", settings("spectrum", num_matvecs=5))
+    assert tiny.timeless([first]) == tiny.timeless(rows[:1])
+    moved = run(problem, trained, "spectrum", own, position=2)
+    assert moved[0]["alphas"] != rows[0]["alphas"]
+    assert geometry.tridiagonals(rows).alphas.shape == (3, 5)
+
+
+@pytest.fixture(scope="module")
+def pair(problem, trained):
+    """(problem of two members, their state, their single states)."""
+    other = stages.without_optimizer(tiny.trained(problem, tiny.fit(epochs=2), seed=1)[0])
+    both = problem._replace(members=2, compiled={})
+    return both, jax.tree.map(lambda *leaves: jnp.stack(leaves), trained, other), (trained, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("limit", dict(scan=(0.5,), resolution=0.2)),
+        ("row_norms", dict(num_weights=3)),
+        ("spectrum", dict(num_matvecs=4, num_probes=2)),
+    ],
+)
+def test_members_of_a_sweep_are_single_networks(problem, pair, kind, fields):
+    both, state, singles = pair
+    own = settings(kind, **fields)
+    for member, single in enumerate(singles):
+        together = run(both, state, kind, own, member=member)
+        assert tiny.timeless(together) == tiny.timeless(run(problem, single, kind, own))
+    half = sum(len(update.rows[0]) for update in updates(both, state, kind, own))
+    rows = [run(both, state, kind, own, member=member) for member in (0, 1)]
+    again = updates(both, state, kind, own, rows=[rows[0], []])
+    assert not any(update.rows[0] for update in again)
+    assert half == len(rows[0])
+    assert tiny.timeless([row for update in again for row in update.rows[1]]) == tiny.timeless(rows[1])
+
+
+def test_eight_devices_give_the_same_coefficients(problem, trained, hessian):
+    eight = tiny.problem(mesh=0)
+    state = eight.place(trained)
+    for fields in (dict(batch_size=64), dict(batch_size=48, reorthogonalize="host")):
+        (row,) = run(eight, state, "spectrum", settings("spectrum", num_matvecs=8, **fields))
+        np.testing.assert_allclose(row["alphas"], hessian[0]["alphas"], rtol=5e-3, atol=1e-3)
+        np.testing.assert_allclose(row["betas"], hessian[0]["betas"], rtol=5e-3, atol=1e-3)
+    found, expected = (predict(p, s, hessian)["predicted"] for p, s in ((eight, state), (problem, trained)))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def widths(**fields):
+    return {"width": [settings("width", batch_size=16, **fields)]}
+
+
+@pytest.mark.parametrize("operator", ["gauss_newton", "absolute"])
+def test_a_probe_ends_once_its_enclosure_is_narrow(problem, trained, operator):
+    fields = dict(operator=operator, num_matvecs=30)
+    own = settings("spectrum", **fields, stop_width=1e-9)
+    (whole,) = run(problem, trained, "spectrum", own, others=widths())
+    assert whole["num_matvecs"] == 30
+    assert not whole["narrow_enough"]
+    wide = 2 * whole["enclosure"]
+    assert wide < 1
+    (row,) = run(problem, trained, "spectrum", settings("spectrum", **fields, stop_width=wide), others=widths())
+    assert row["num_matvecs"] % 4 == 0
+    assert 4 <= row["num_matvecs"] < 30
+    assert 1e-9 < whole["enclosure"] < row["enclosure"] <= wide
+    assert row["narrow_enough"]
+    assert whole["alphas"][: row["num_matvecs"]] == row["alphas"]
+    # what the last product gave, not what the last test on the way saw
+    answer = width.predict_probes(
+        geometry.tridiagonals([whole]),
+        width.distances(trained.params),
+        geometry.tolerated(problem, (trained.params, {}), widths()["width"][0], "x")[0],
+        operator=geometry.OPERATORS[operator],
+    )
+    assert whole["enclosure"] == pytest.approx(answer.upper - answer.lower)
+
+
+def test_the_tolerance_of_an_early_end_is_its_own_readers(problem, trained):
+    others = {"first": [settings("width", epsilon=1e-6)], "second": [settings("width", spectrum="x", epsilon=50.0)]}
+    own = settings("spectrum", operator="gauss_newton", num_matvecs=9, stop_width=0.02)
+    (row,) = run(problem, trained, "spectrum", own, others=others)
+    assert (row["num_matvecs"], row["narrow_enough"]) == (4, True)
+    (row,) = run(problem, trained, "spectrum", own, others={"first": others["first"]})
+    assert (row["num_matvecs"], row["narrow_enough"]) == (9, False)
+
+
+def test_more_products_than_dimensions(problem, trained):
+    own = settings("spectrum", num_matvecs=64, parameters="fc/bias")
+    (row,) = run(problem, trained, "spectrum", own)
+    assert row["num_matvecs"] <= row["dimension"] == 10
+    assert len(row["alphas"]) == len(row["betas"]) == row["num_matvecs"]
+    outputs, rule, params = network_loss(problem, trained)
+    explicit = jax.jit(jax.hessian(lambda bias: rule(outputs({**params, "fc/bias": bias}))))(params["fc/bias"])
+    values, _ = linops.ritz(np.array(row["alphas"]), np.array(row["betas"]))
+    eigenvalues = np.linalg.eigvalsh(explicit)
+    assert np.abs(np.subtract.outer(values, eigenvalues)).min(1).max() < 1e-5
+    np.testing.assert_allclose([values[0], values[-1]], eigenvalues[[0, -1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18", "vgg16", "mobilenet", "alexnet"])
+def test_batch_norms_are_left_out(name):
+    """Exactly the arrays that share a module with a batch norm's scale."""
+    model = models.build(name=name, num_classes=10)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
+    chosen = trees.matching(shapes, geometry.WITHOUT_BATCH_NORM)
+    norms = {path.rpartition("/")[0] for path in chosen if path.endswith("/scale")}
+    assert len(norms) == dict(resnet18=20, preact_resnet18=17, vgg16=13, mobilenet=27, alexnet=0)[name]
+    assert {path for path, kept in chosen.items() if not kept} == {
+        f"{n}/{leaf}" for n in norms for leaf in ("scale", "bias")
+    }
+
+
+def test_products_that_are_not_finite_stop_the_stage(problem, trained):
+    state = trained._replace(params=jax.tree.map(lambda leaf: leaf * 1e30, trained.params))
+    for fields in (dict(), dict(operator="gauss_newton", stop_width=0.1)):
+        own = settings("spectrum", num_matvecs=5, **fields)
+        with pytest.raises(train.NonFiniteLossError, match="x: a product is not finite"):
+            run(problem, state, "spectrum", own, others=dict(width=[settings("width", epsilon=1.0)]))
+
+
+def test_a_stopped_enclosure_needs_a_semidefinite_operator():
+    with pytest.raises(tables.ConfigError, match=r"stop_width is 0\.1; allowed: 0 with operator 'hessian'"):
+        settings("spectrum", stop_width=0.1)
+    with pytest.raises(tables.ConfigError, match=r"config\.x\.parameters: '\(' is not a regular expression"):
+        settings("spectrum", parameters="(")
+    with pytest.raises(tables.ConfigError, match=r"config\.x\.loss\.name is 'mse'; known: cross_entropy"):
+        settings("spectrum", loss=dict(name="mse"))
+
+
+# width ---------------------------------------------------------------------------------------------------------
+
+
+def spectra(problem, state, **fields):
+    """Rows of a spectrum stage as a run keeps them."""
+    rows = run(problem, state, "spectrum", settings("spectrum", **{**dict(num_matvecs=8), **fields}))
+    return [dict(row, kind="spectrum", stage="hessian", visit=1) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def hessian(problem, trained):
+    return spectra(problem, trained)
+
+
+def predict(problem, state, earlier, **fields):
+    (row,) = run(problem, state, "width", settings("width", **{**dict(batch_size=16), **fields}), earlier=[earlier])
+    return row
+
+
+def test_a_prediction_reads_the_rows_before_it(problem, trained, hessian):
+    row = predict(problem, trained, hessian)
+    tridiagonal, distances = geometry.tridiagonals(hessian), width.distances(trained.params)
+    values, weights = linops.ritz(tridiagonal)
+    network = geometry.network_of(problem, ("cross_entropy", ()))
+    one = lambda i: network.loss(network.outputs((trained.params, {}), (images[i], labels[i])), (images[i], labels[i]))
+    images, labels = (array.reshape(8, 16, *array.shape[1:]) for array in geometry.examples(problem, 0))
+    epsilon = np.std([float(one(i)) for i in range(8)])
+    assert row["epsilon"] == pytest.approx(epsilon, rel=1e-5)
+    expected = width.predict(values, weights, distances, row["epsilon"])
+    assert row["predicted"] == pytest.approx(expected, abs=1e-12)
+    grid = width.predict(values, weights, distances, row["epsilon"], method="grid")
+    assert row["predicted_on_grid"] == grid == predict(problem, trained, hessian, method="grid")["predicted"]
+    assert (row["operator"], row["spectrum"], row["num_matvecs"], row["num_probes"]) == ("hessian", "hessian", 8, 1)
+    assert row["low"] < row["predicted"] < row["high"]
+    assert row["enclosure_low"] is row["enclosure_high"] is row["standard_error"] is None
+    assert row["epsilon_error"] > 0
+    assert 0 < row["negative_mass"] < 1
+    assert row["history"]["predicted"][-1] == pytest.approx(row["predicted"], abs=1e-12)
+    assert row["history"]["num_matvecs"] == list(range(1, 9))
+    assert len(row["ratios"]) == len(row["distances"]) == len(row["widths"])
+    near = np.interp(row["predicted"], row["ratios"], row["widths"])
+    assert near == pytest.approx(row["predicted"], abs=0.01)  # where the two curves meet
+    assert row["actual"] == {}
+
+
+def test_a_prediction_names_its_spectrum_or_takes_the_latest_visit(problem, trained, hessian):
+    first = [dict(row, stage="first") for row in spectra(problem, trained, num_matvecs=3)]
+    again = [dict(row, visit=2) for row in spectra(problem, trained, num_matvecs=5)]
+    assert predict(problem, trained, [*first, *hessian])["num_matvecs"] == 8
+    assert predict(problem, trained, [*hessian, *first])["num_matvecs"] == 3
+    assert predict(problem, trained, [*first, *hessian], spectrum="first")["num_matvecs"] == 3
+    row = predict(problem, trained, [*hessian, *again])
+    assert (row["num_matvecs"], row["num_probes"]) == (5, 1)
+
+
+def test_a_prediction_from_several_semidefinite_probes_is_enclosed(problem, trained):
+    rows = spectra(problem, trained, operator="gauss_newton", num_probes=3)
+    row = predict(problem, trained, rows)
+    assert row["num_probes"] == len(row["per_probe"]) == 3
+    assert row["enclosure_low"] <= row["predicted"] <= row["enclosure_high"]
+    assert row["low"] <= row["enclosure_low"]
+    assert row["enclosure_high"] <= row["high"]
+    assert row["standard_error"] > 0
+    gaps = np.subtract(row["history"]["upper"], row["history"]["lower"])
+    assert gaps[-1] < gaps[0]
+
+
+def test_the_share_of_weights_without_curvature_flattens_the_spectrum(problem, trained, hessian):
+    norms = [dict(kind="row_norms", row_norm=1.0), dict(kind="row_norms", zero_share=0.5)]
+    bare, measured = predict(problem, trained, hessian), predict(problem, trained, [*hessian, *norms])
+    assert (bare["zero_share"], measured["zero_share"]) == (0.0, 0.5)
+    assert measured["predicted"] > bare["predicted"]
+    assert predict(problem, trained, [*hessian, *norms], zero_share=0.0)["predicted"] == bare["predicted"]
+    given = predict(problem, trained, hessian, zero_share=0.5)
+    assert given["predicted"] == measured["predicted"]
+
+
+def test_options_of_a_prediction(problem, trained, hessian):
+    loose, tight = (predict(problem, trained, hessian, epsilon=epsilon) for epsilon in (0.5, 0.005))
+    assert loose["predicted"] > tight["predicted"]
+    assert loose["epsilon"] == 0.5
+    assert loose["epsilon_error"] is None
+    clipped = predict(problem, trained, hessian, negative="clip")
+    assert clipped["predicted"] > predict(problem, trained, hessian)["predicted"]
+    assert predict(problem, trained, hessian, epsilon_draws=0)["epsilon_error"] is None
+    squares = predict(problem, trained, hessian, loss=dict(name="mean_squared_error"))
+    assert squares["epsilon"] != predict(problem, trained, hessian)["epsilon"]
+
+
+def test_a_prediction_shows_the_actual_limits(problem, trained, hessian):
+    curve = [
+        dict(kind="curve", stage="curve", visit=1, split="test", retrained=False, ratio=ratio, accuracy=a, loss=loss)
+        for ratio, a, loss in ((0.0, 0.9, 0.1), (0.5, 0.9, 0.2), (0.9, 0.85, 0.9), (0.99, 0.1, 5.0))
+    ]
+    limit = [dict(kind="limit", stage="edge", phase="result", limit=0.875)]
+    row = predict(problem, trained, [*curve, *limit, *hessian], tolerance=0.06, epsilon=0.5)
+    assert row["actual"] == {
+        "test accuracy": 0.5,
+        "test accuracy_within": 0.9,
+        "test loss_within": 0.5,
+        "edge": 0.875,
+    }
+
+
+def test_a_loss_without_spread_is_explained(problem, trained, hessian):
+    dead = trained._replace(params=jax.tree.map(jnp.zeros_like, trained.params))
+    message = r"config\.x: batch_losses are all equal, so epsilon is 0.* All kernels of the network are 0: its penalty"
+    with pytest.raises(tables.ConfigError, match=message):
+        predict(problem, dead, hessian)
+    own = settings("spectrum", operator="gauss_newton", stop_width=0.1)
+    with pytest.raises(tables.ConfigError, match=r"config\.x\.stop_width: batch_losses are all equal"):
+        run(problem, dead, "spectrum", own, others=widths())
+    equal = problem._replace(train_images=problem.train_images[:1].repeat(128, 0), compiled={})
+    equal = equal._replace(train_labels=problem.train_labels[:1].repeat(128, 0))
+    with pytest.raises(tables.ConfigError, match=r"batch_losses are all equal.* or set epsilon yourself\.$"):
+        predict(equal, trained, hessian)
+    assert 0 < predict(equal, trained, hessian, epsilon=0.1)["predicted"] < 1
+
+
+def test_a_penalty_that_kills_all_weights_leaves_nothing_to_remove(problem, trained):
+    """R is 0 at every ratio: the prediction is 1, from a spectrum that is there for the biases only."""
+    params = trees.map_named(lambda path, leaf: leaf * (not trees.is_kernel(path)), trained.params)
+    dead = trained._replace(params=params)
+    rows = spectra(problem, dead)
+    row = predict(problem, dead, rows)
+    assert row["predicted"] == row["low"] == row["high"] == 1
+    assert set(row["distances"]) == {0.0}
+    assert set(row["widths"]) == {1.0}

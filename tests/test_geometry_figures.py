@@ -1,0 +1,284 @@
+"""Predicted and actual limits on the page: numbers worked by hand, each figure exactly when its rows exist, sizes."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from sparsity_jax import figures, geometry_figures, report
+
+CONFIG = {
+    "data": {"name": "digits"},
+    "hessian": {"kind": "spectrum", "stop_width": 0.0},
+    "gauss_newton": {"kind": "spectrum", "stop_width": 0.005},
+    "width": {"kind": "width", "tolerance": 0.002, "spectrum": "hessian"},
+}
+ACTUAL = {"test accuracy": 0.95, "test loss_within": 0.93}
+
+
+def base(kind, stage, member=0, **fields):
+    return {"stage": stage, "kind": kind, "visit": 1, "arm": "fit", "member": member, **fields}
+
+
+def curve_rows(member=0, num=100, splits=("test", "train")):
+    return [
+        base("curve", "curve", member, ratio=i / num, split=split, retrained=False, selection="global", scope="kernels",
+             accuracy=0.98 if i / num < 0.95 else 0.98 - 10 * (i / num - 0.95), loss=0.05 + (i / num) ** 20,
+             num_prunable=1000, num_kept=1000 - round(1000 * i / num), layers={"a/kernel": i / num})
+        for i in range(num) for split in splits
+    ]  # fmt: skip
+
+
+def limit_rows(member=0, limit=0.951):
+    looked = [("dense", 0.0), ("scan", 0.99), ("scan", 0.9), ("bisect", 0.945)]
+    rows = [base("limit", "limit", member, phase=phase, ratio=ratio, split="test", accuracy=0.97, loss=0.1)
+            for phase, ratio in looked]  # fmt: skip
+    result = dict(phase="result", limit=limit, criterion="accuracy", tolerance=0.0, split="test", evaluations=4)
+    return [*rows, base("limit", "limit", member, **result, how="passes here, fails there")]
+
+
+def norm_rows(member=0, num=10):
+    rows = [base("row_norms", "rows", member, quantile=i / num, magnitude=0.1 * i, row_norm=0.0 if i < 3 else 10.0**-i,
+                 parameter="a/kernel") for i in range(num)]  # fmt: skip
+    return [*rows, base("row_norms", "rows", member, zero_share=0.5, threshold=1e-5, rows="mean", num_weights=num)]
+
+
+def width_row(member=0, operator="hessian", predicted=0.96, probes=1, products=8, width=0.02, stage=None, **fields):
+    enclosed = operator != "hessian"
+    values = np.linspace(0 if enclosed else -0.1, 2, products)[None].repeat(probes, 0)
+    ratios = np.linspace(0, 1, 21)
+    course = list(range(1, products + 1))
+    fields = {"actual": ACTUAL, **fields}
+    return base(
+        "width", stage or ("width" if operator == "hessian" else f"width_{operator}"), member, predicted=predicted,
+        method="fixed_point", low=predicted - 0.01, high=predicted + 0.01, operator=operator, spectrum=operator,
+        enclosure_low=predicted if enclosed else None, enclosure_high=predicted + width if enclosed else None,
+        standard_error=0.001 if probes > 1 else None, epsilon_error=0.002, per_probe=[predicted] * probes,
+        predicted_on_grid=0.9, epsilon=0.00354, zero_share=0.0, num_matvecs=products, num_probes=probes,
+        negative_mass=0.25, negative="absolute", ratios=ratios.tolist(), distances=(ratios**2).tolist(),
+        widths=(1 - 0.04 * ratios**2).tolist(), ritz_values=values.tolist(),
+        ritz_weights=np.full_like(values, 1 / products).tolist(),
+        history=dict(num_matvecs=course, predicted=[predicted - 0.1 / i for i in course],
+                     lower=[predicted - 0.1 / i if enclosed else None for i in course],
+                     upper=[predicted + 0.1 / i if enclosed else None for i in course]), **fields,
+    )  # fmt: skip
+
+
+def spectrum_row(member=0, operator="hessian", probe=0, products=8):
+    return base("spectrum", operator, member, probe=probe, operator=operator, num_matvecs=products, seconds=1.0,
+                alphas=[0.1] * products, betas=[0.1] * products, dtype="float32", dimension=1000)  # fmt: skip
+
+
+def all_rows(members=1, **options):
+    rows = []
+    for member in range(members):
+        seed = {"seed": member} if members > 1 else {}
+        own = [*curve_rows(member, **options), *limit_rows(member), *norm_rows(member), spectrum_row(member)]
+        own += [width_row(member), width_row(member, "gauss_newton", 0.97, probes=3)]
+        rows += [row | seed for row in own]
+    return rows
+
+
+def networks_of(rows):
+    return geometry_figures.networks(figures.group(rows))
+
+
+def page_of(folder, rows, config=CONFIG):
+    return report.write(folder, config, rows).read_text(encoding="utf-8")
+
+
+def drawn(folder):
+    return sorted(path.stem for path in (folder / "figures").iterdir())
+
+
+def section(page, name):
+    return re.search(rf'<section id="{name}">.*?</section>', page, re.DOTALL)[0]
+
+
+# Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_networks_and_their_names():
+    (one,) = networks_of(all_rows())
+    assert one.label == ""
+    assert set(one.predictions) == {"width", "width_gauss_newton"}
+    assert one.curves["train"].shape == (3, 100)
+    assert [network.label for network in networks_of(all_rows(members=2))] == ["seed 0", "seed 1"]
+    without_seeds = [{key: value for key, value in row.items() if key != "seed"} for row in all_rows(members=2)]
+    assert [network.label for network in networks_of(without_seeds)] == ["network 0", "network 1"]
+    two_arms = [row | {"arm": arm} for arm in ("A", "B") for row in all_rows()]
+    assert [network.label for network in networks_of(two_arms)] == ["A", "B"]
+    assert networks_of(curve_rows()) == []
+
+
+def test_numbers_of_widths_alone_are_not_taken_for_swept_values():
+    rows = [width_row(member, predicted=0.9 + member / 100) for member in (0, 1)] + norm_rows() + limit_rows()
+    assert figures.swept_keys(rows) == []
+    assert len(networks_of(rows)) == 2
+
+
+def test_later_visits_count():
+    old, new = (curve_rows(num=num) for num in (10, 20))
+    rows = [*old, *(row | {"visit": 2} for row in new), width_row(), width_row(predicted=0.5) | {"visit": 2}]
+    rows += [row | {"retrained": True} for row in curve_rows(num=30)]
+    (one,) = networks_of(rows)
+    assert one.curves["test"].shape == (3, 20)
+    assert one.predictions["width"]["predicted"] == 0.5
+
+
+def test_actual_limits_and_their_definitions():
+    rows = all_rows()
+    found = networks_of(rows)
+    assert geometry_figures.actual(found[0]) == {**ACTUAL, "limit": 0.951}
+    assert geometry_figures.main_limits(found[0]) == {"limit": 0.951}
+    without = networks_of([row for row in rows if row["kind"] != "limit"])
+    assert geometry_figures.main_limits(without[0]) == {"test accuracy": 0.95}
+    told = lambda name: geometry_figures.definition(name, found, CONFIG)
+    assert told("limit") == "test accuracy not below dense, by bisection"
+    assert told("train accuracy_within") == "train accuracy at most 0.2 points below dense"
+    assert told("test loss_within") == "test loss at most ε above dense"
+    assert told("elsewhere") == "by bisection, in the run this one started from"
+    unknown = geometry_figures.definition("test accuracy_within", found, {})
+    assert unknown == "test accuracy at most the tolerance below dense"
+
+
+def test_definitions_have_one_order():
+    first = width_row(0, actual={"train accuracy": 0.9, "limit": 0.9, "test loss_within": 0.9})
+    second = width_row(1, actual={"test accuracy": 0.9})
+    assert geometry_figures.definitions(networks_of([first, second])) == [
+        "test accuracy", "test loss_within", "train accuracy", "limit"]  # fmt: skip
+
+
+def test_gap_is_worked_by_hand():
+    found = networks_of([width_row(0, predicted=0.96), width_row(1, predicted=0.98)])
+    told = geometry_figures.gap(found, "width", "test accuracy")  # 1 and 3 points; the intervals are 2 points wide
+    assert told == pytest.approx((0.02, math.sqrt(2) * 0.01, 1, 2))
+    assert geometry_figures.gap(found, "width", "nothing") is None
+
+
+def test_verdicts_say_how_far_to_trust():
+    rows = [width_row(), width_row(operator="gauss_newton", width=0.02), width_row(operator="absolute", width=0.004)]
+    found = networks_of(rows)
+    names = geometry_figures.prediction_names(found)
+    assert list(names.values()) == ["Hessian", "Gauss-Newton", "absolute Hessian"]
+    hessian, newton, absolute = geometry_figures.verdicts(found, names, CONFIG)
+    assert hessian.text == (
+        "96.00% predicted, 1.00 points above the actual limit (test accuracy not below dense), which is inside the "
+        "interval."
+    )
+    assert hessian.caution.startswith("No enclosure")
+    assert newton.caution.startswith(
+        "Not narrow enough: after 8 products the enclosure is 2 points wide (0.5 were asked for)"
+    )
+    assert absolute.caution == ""
+    assert absolute.text.endswith("The enclosure is 0.4 points wide after 8 products.")
+
+
+def test_predictions_of_one_operator_are_told_apart():
+    found = networks_of([width_row(), width_row(stage="deeper")])
+    assert geometry_figures.prediction_names(found) == {"width": "Hessian, width", "deeper": "Hessian, deeper"}
+
+
+def test_window_is_around_the_limits_or_left_out():
+    low, high = geometry_figures.window(networks_of(all_rows()))
+    assert 0.9 < low < 0.95
+    assert 0.98 < high <= 1.0
+    assert geometry_figures.window(networks_of([width_row(predicted=0.2), width_row(stage="b", predicted=0.9)])) is None
+
+
+def test_texts_above_a_panel_do_not_cover_each_other():
+    guides = tuple(figures.Guide(at, "some prediction") for at in (0.5, 0.51, 0.52, 0.9, 2.0))
+    panel = figures.Panel("", "", "", [], xlim=(0.0, 1.0), guides=guides)
+    assert figures.guide_levels(panel, width=4.3) == [0, 1, 2, 0, -1]
+
+
+# Pages -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_figure_appears_exactly_with_its_rows(tmp_path):
+    kinds = {
+        "curves": (curve_rows(), {"accuracy", "loss", "accuracy_train", "layers"}),
+        "limit": (limit_rows(), {"limits"}),
+        "norms": (norm_rows(), {"row_norms"}),
+        "spectrum": ([spectrum_row()], set()),
+        "width": ([width_row()], {"crossing", "history", "spectrum"}),
+        "all": (all_rows(), {"limits", "crossing", "history", "spectrum", "row_norms", "layers"}),
+    }
+    for name, (rows, expected) in kinds.items():
+        page = page_of(tmp_path, rows)  # the same folder: figures of other rows go
+        assert set(drawn(tmp_path)) == expected, name
+        assert page.count('role="img"') == len(expected)
+        assert ('id="prediction"' in page) == (name in ("limit", "width", "all"))
+
+
+def test_table_has_the_numbers(tmp_path):
+    text = section(page_of(tmp_path, all_rows()), "prediction")
+    rows = [re.findall(r'class="num">(.*?)</td>', row) for row in re.findall(r"<tr>.*?</tr>", text)]
+    assert rows[1:3] == [
+        ["96.00", "95.00\u201397.00", "–", "–", "0.20", "0.00354", "1 × 8", "0.0", "25.0", "90.0"],
+        ["97.00", "96.00\u201398.00", "97.00\u201399.00", "0.10", "0.20", "0.00354", "3 × 8", "0.0", "25.0", "90.0"],
+    ]
+    assert rows[4:] == [
+        ["95.00", "<b>+1.00</b>", "+2.00"],
+        ["93.00", "+3.00", "+4.00"],
+        ["95.10", "<b>+0.90</b>", "+1.90"],
+    ]
+    assert "limit: passes here, fails there; 4 evaluations." in text
+    assert "Not narrow enough" in text
+    assert "nan" not in text.lower()
+
+
+def test_several_networks_share_the_table_and_have_panels_of_their_own(tmp_path):
+    page = page_of(tmp_path, all_rows(members=3))
+    assert "seed 2" in section(page, "prediction")
+    assert "inside the interval of 3 of 3" in section(page, "prediction")
+    assert section(page, "limits").count("seed 2") == 2  # accuracy and loss
+    page = page_of(tmp_path, all_rows(members=8, num=20))
+    assert "The first 6 of 8 networks." in section(page, "history")
+
+
+def test_curves_of_several_arms_are_still_compared(tmp_path):
+    page_of(tmp_path, [row | {"arm": arm} for arm in ("A", "B") for row in all_rows()])
+    assert {"limits", "accuracy", "loss"} <= set(drawn(tmp_path))
+
+
+def test_page_of_a_thousand_ratios_and_long_spectra_stays_small(tmp_path):
+    rows = [*curve_rows(num=1000), *limit_rows(), *norm_rows(num=100)]
+    for operator in ("hessian", "gauss_newton", "absolute"):
+        rows += [spectrum_row(operator=operator, products=512), width_row(operator=operator, probes=4, products=512)]
+    page = page_of(tmp_path, rows)
+    assert len(page.encode()) < 3_000_000
+    assert "[0.1, 0.1" not in page
+    assert all(path.stat().st_size < 1_000_000 for path in (tmp_path / "figures").iterdir())
+
+
+def test_missing_numbers_are_no_obstacle(tmp_path):
+    holes = dict(actual={}, epsilon_error=None, enclosure_low=None, enclosure_high=None)
+    rows = [width_row(operator="gauss_newton") | holes, *norm_rows(num=1)[:1]]
+    text = section(page_of(tmp_path, rows), "prediction")
+    assert "No enclosure" in text
+    assert "nothing is lost if" not in text
+    assert {"crossing", "history", "row_norms", "spectrum"} == set(drawn(tmp_path))
+
+
+def test_names_are_escaped(tmp_path):
+    evil = "<script>$x$"
+    rows = [width_row(operator=evil, stage=evil), width_row(operator=evil, stage="other"), *limit_rows()]
+    rows[-1] |= {"how": evil, "stage": evil}
+    assert "<script" not in page_of(tmp_path, rows, {**CONFIG, evil: {"tolerance": evil}})
+
+
+def test_the_study_is_cited(tmp_path):
+    assert "arXiv:2306.05857" in page_of(tmp_path, all_rows())
+    assert "arXiv:2306.05857" not in page_of(tmp_path, curve_rows(), {"data": {"name": "digits"}})
+
+
+def test_tensorboard_steps_and_no_lists():
+    tags = report.scalars(report.plain(limit_rows()[1]))
+    assert tags == [("limit/accuracy", 0.97, 990), ("limit/loss", 0.1, 990)]
+    assert ("rows/row_norm", 1e-9, 900) in report.scalars(norm_rows()[9])
+    assert all(step == 2 for _, _, step in report.scalars(spectrum_row(probe=2)))
+    fields = {tag for tag, _, _ in report.scalars(report.plain(width_row()))}
+    assert {"width/predicted", "width/low", "width/high"} <= fields
+    assert not any(word in tag for tag in fields for word in ("ritz", "history", "actual", "widths"))
