@@ -109,7 +109,7 @@ class _Bracket(NamedTuple):
 def _bracket(order: _Order, leaves: list[jax.Array], k: jax.Array) -> _Bracket:
     """Where the search for the k-th largest starts."""
     total = jnp.asarray(sum(leaf.size for leaf in leaves), jnp.int32)
-    if len(leaves) == 1 and (sample := trees.sample(leaves[0], 64)) is not None:
+    if len(leaves) == 1 and (sample := trees.sample(leaves[0])) is not None:
         # two order statistics of a sample that enclose the k-th largest almost surely; the counts tell
         expected = k.astype(jnp.float32) * (sample.size / leaves[0].size)
         margin = 3 * jnp.sqrt(expected * (1 - expected / sample.size)) + 2
@@ -179,7 +179,7 @@ def _search(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.A
 
     state = (_bracket(order, leaves, k), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
     # a loop copies the scores it closes over, `cond` does not
-    probes = 6 if len(leaves) == 1 and trees.sample(leaves[0], 64) is not None else 0
+    probes = 6 if len(leaves) == 1 and trees.sample(leaves[0]) is not None else 0
     for _ in range(probes):
         state = jax.lax.cond(unfinished(state), probe, lambda state: state, state)
     loop = lambda state: jax.lax.while_loop(unfinished, probe, state)
