@@ -10,8 +10,8 @@ Variants: SETTINGS, one per published setting, and `digits`, two minutes on a CP
     limit        the actual largest ratio by bisection, a few dozen evaluations
     row_norms    weights without curvature (convolutional networks only, as published)
     hessian      Lanczos on the Hessian; width: the prediction from it, as published
-    gauss_newton Lanczos on its positive semi-definite part; width_gauss_newton: the prediction from it, enclosed
-    absolute     Lanczos on the squared Hessian; width_absolute: the published prediction enclosed; not run by default
+    gauss_newton Lanczos on its positive semi-definite part; width_gauss_newton: the prediction from it
+    absolute     Lanczos on the squared Hessian; width_absolute: the prediction from it; not run by default
 
 Each can be run alone on a finished run, e.g. a deeper Lanczos run and its prediction:
 

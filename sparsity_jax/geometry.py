@@ -120,8 +120,8 @@ def limit_options(
     criterion: accuracy not below dense (`accuracy`) or above it (`better_accuracy`, as the original), accuracy at most
     `tolerance` below (`accuracy_within`), loss at most `tolerance` above (`loss_within`); tolerance 0: 0.001 and 0.01.
     The last ratio of the scan that passes is the start; between it and the next one bisection finds a place where
-    passing turns into failing, to `resolution`. Ratios beyond a failure in between are not looked at: accuracy is
-    ragged, and a curve of 1,000 ratios may find a larger one by luck.
+    passing turns into failing, to `resolution`; if not even dense passes, the limit is None. Ratios beyond a failure in
+    between are not looked at: accuracy is ragged, and a curve of 1,000 ratios may find a larger one by luck.
     selection, scope, count: as for `curve`.
     """
     if not scan or list(scan) != sorted(set(scan)):
@@ -163,7 +163,7 @@ def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | N
     passes = lambda row: bool(
         rule.test(row["accuracy"], row["loss"], dense["accuracy"], dense["loss"], chosen.tolerance)
     )
-    low, high = 0.0, None
+    low, high = (0.0 if passes(dense) else None), None
     for i, ratio in enumerate(reversed(chosen.scan)):
         row, new = look("scan", ratio, 0.5 * (i + 1) / len(chosen.scan))
         yield from new
@@ -171,17 +171,20 @@ def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | N
             low = ratio
             break
         high = ratio
-    bounds = f"passes at {low:g}, " + ("the end of the scan" if high is None else f"fails at {high:g} of the scan")
-    high = 1.0 if high is None else high
-    start = (low, high)
-    while high - low > chosen.resolution:
-        middle = (low + high) / 2
-        share = 1 - (high - low - chosen.resolution) / max(start[1] - start[0], chosen.resolution)
-        row, new = look("bisect", middle, 0.5 + 0.49 * share)
-        yield from new
-        low, high = (middle, high) if passes(row) else (low, middle)
-    text = rule.text.format(f"{chosen.tolerance:g}")
-    how = f"{text}; {bounds}, then bisection to {chosen.resolution:g}"
+    how = rule.text.format(f"{chosen.tolerance:g}")
+    if low is None:
+        how += "; passes nowhere on the scan"
+    else:
+        how += f"; passes at {low:g}, " + ("the end of the scan" if high is None else f"fails at {high:g} of the scan")
+        how += f", then bisection to {chosen.resolution:g}"
+        high = 1.0 if high is None else high
+        start = (low, high)
+        while high - low > chosen.resolution:
+            middle = (low + high) / 2
+            share = 1 - (high - low - chosen.resolution) / max(start[1] - start[0], chosen.resolution)
+            row, new = look("bisect", middle, 0.5 + 0.49 * share)
+            yield from new
+            low, high = (middle, high) if passes(row) else (low, middle)
     yield dict(
         phase="result",
         limit=low,
@@ -354,7 +357,7 @@ def spectrum_options(
     """Stochastic Lanczos quadrature of the curvature of the training loss at the trained weights.
 
     operator: the `hessian`; `gauss_newton`, its positive semi-definite part; `absolute`, the Hessian applied twice,
-    whose square root is its absolute value (two products a step). The last two enclose the prediction.
+    whose square root is its absolute value (two products a step).
     num_matvecs: Lanczos steps; num_probes: random start vectors. reorthogonalize: see `linops.lanczos_method`.
     stop_width: a probe ends once its enclosure of the prediction is narrower than this; 0: never. Needs a later stage
     of kind `width`, whose tolerance it uses. l2: strength of an L2 penalty in the loss (an L1 one has no curvature).
@@ -362,11 +365,6 @@ def spectrum_options(
     leaves out batch norms, as the original does.
     Rows: coefficients of the tridiagonal matrix of every probe; everything else follows from them.
     """
-    if stop_width and operator == "hessian":
-        raise tables.ConfigError(
-            f"{where}.stop_width is {stop_width}; allowed: 0 with operator 'hessian', which encloses nothing. "
-            "Use operator 'gauss_newton' or 'absolute'."
-        )
     trees.check_pattern(parameters, f"{where}.parameters")
     return Spectrum(
         operator,
@@ -383,7 +381,7 @@ def spectrum_options(
 
 
 def check_stop(chosen: Spectrum, where: str, settings: Iterable[Any]) -> None:
-    """Raises ConfigError for a `stop_width` whose tolerance none of the run's `settings` defines."""
+    """Raises ConfigError for a `stop_width` that none of the run's `settings` of width stages can work with."""
     if chosen.stop_width and not any(isinstance(own, Width) for own in settings):
         raise tables.ConfigError(
             f"{where}.stop_width needs a stage of kind 'width' in the config: it defines the tolerance."
@@ -632,7 +630,7 @@ def actual_limits(rows: list[dict], tolerance: float, epsilon: float) -> dict[st
                 if best is not None:
                     found[f"{split} {name}"] = best
     for row in rows:
-        if row["kind"] == "limit" and row.get("phase") == "result":
+        if row["kind"] == "limit" and row.get("limit") is not None:
             found[row["stage"]] = row["limit"]
     return found
 

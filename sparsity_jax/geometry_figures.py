@@ -146,7 +146,7 @@ def gap(found: list[Network], stage: str, name: str) -> Gap | None:
 
 
 def enclosure_width(found: list[Network], stage: str) -> float:
-    """Of the network whose enclosure is widest; NaN where the operator encloses nothing."""
+    """Of the network whose enclosure is widest; NaN where nothing is enclosed."""
     rows = [one.predictions[stage] for one in found if stage in one.predictions]
     ends = [(figures.number(row.get("enclosure_low")), figures.number(row.get("enclosure_high"))) for row in rows]
     return max((high - low for low, high in ends if math.isfinite(high - low)), default=math.nan)
@@ -179,8 +179,8 @@ def verdicts(found: list[Network], names: dict[str, str], config: dict) -> list[
         wide, caution = enclosure_width(found, stage), ""
         if math.isnan(wide):
             caution = (
-                "No enclosure: this operator has eigenvalues of both signs, so nothing bounds the error left after "
-                f"{products} products; only the history shows whether it has settled."
+                f"No enclosure: with negative values clipped nothing bounds the error left after {products} products; "
+                "only the history shows whether it has settled."
             )
         elif wide > (asked or WIDE):
             wanted = f" ({100 * asked:.2g} were asked for)" if asked else ""

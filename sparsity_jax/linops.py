@@ -488,6 +488,31 @@ def gauss_radau(
     return _per_probe(functools.partial(_radau, node=node), alphas, betas)
 
 
+def bordered(
+    alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, last: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(values, firsts, lasts), [num_steps + 1] each, of the tridiagonal matrix with one more row ending in `last`.
+
+    firsts, lasts: first and last components of its unit eigenvectors. Values and firsts^2 are a quadrature rule exact
+    for polynomials of degree up to 2 num_steps, whatever `last`: they are the canonical representations of the moments
+    known so far, one for each position of a node. Where the Krylov space is exhausted `last` gets no weight.
+    Takes one probe of what `ritz` takes. Source: Krein and Nudelman, The Markov Moment Problem (1977), chapter 3.
+    """
+    alphas, betas = _coefficients(alphas, betas)
+    values, vectors = _eigh(np.append(alphas[: len(betas)], last), betas)
+    return values, vectors[0], vectors[-1]
+
+
+def border_for(alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, node: float = 0.0) -> float:
+    """The `last` with which `bordered` has a value at `node`, anywhere on the line; huge if a Ritz value is there."""
+    alphas, betas = _coefficients(alphas, betas)
+    pivot, last = math.inf, node
+    for alpha, beta, after in zip(alphas, [0.0, *betas], betas):  # of T - node, eliminating from the top
+        pivot = (alpha - node - beta**2 / pivot) or np.finfo(np.float64).tiny ** 0.25
+        last = node + after**2 / pivot
+    return float(last)
+
+
 def quadrature(function: Callable, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Sum of weights * function(values) over the last axis; `function` is elementwise."""
     return np.sum(weights * function(values), -1)

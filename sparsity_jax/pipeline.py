@@ -193,7 +193,7 @@ def check_member(config: dict) -> dict[str, Any]:
 
 
 def check_origin(config: dict) -> dict[str, str]:
-    """Kinds of the stages that the run in `config.start_from` has finished, by name.
+    """Kinds of the stages that the run in `config.start_from`, and those before it, have finished, by name.
 
     Raises ConfigError if it cannot be used.
     """
@@ -217,7 +217,19 @@ def check_origin(config: dict) -> dict[str, str]:
     missing = folders and len(folders) < len(list(expand(other)))
     if missing or min(finished) < len(other["pipeline"]):
         raise tables.ConfigError(f"{where}, which is not finished: run it to its end first.")
-    return {name: other[name]["kind"] for name in other["pipeline"]}
+    return {name: found[name]["kind"] for _, found in reversed(list(ancestry(path))) for name in found["pipeline"]}
+
+
+def ancestry(path: str | pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
+    """(path, config) of the run in `path`, of the run it started from, and so on, as far as they are still there."""
+    path = pathlib.Path(path)
+    while (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        yield path, config
+        if not config.get("start_from"):
+            break
+        before = pathlib.Path(config["start_from"])
+        path = before / path.name if (before / path.name).is_dir() else before  # of separate members the same one
 
 
 def check_order(
@@ -436,6 +448,10 @@ def build(plans: list[Plan]) -> train.Problem:
             optim.numbers(fit.recipe, shapes, None)
         except tables.ConfigError as error:
             raise tables.ConfigError(f"{where}: {error}") from None
+    for i, plan in enumerate(plans):
+        if plan.common["start_from"]:
+            own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
+            check_arrays(own["start_from"], shapes, problem.members)
     for name in plans[0].pipeline:
         for plan in plans:
             geometry.check_network(plan.settings[name][0], f"config.{name}", shapes, size)
@@ -511,20 +527,32 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
     return Outcome(state, rows)
 
 
+def check_arrays(path: str, shapes: PyTree, members: int | None) -> None:
+    """Raises ConfigError if the parameters in the finished run in `path` do not have `shapes`, for each member."""
+    with contextlib.closing(checkpoint.Checkpoints(path)) as saved:
+        found = saved.shapes()
+    for name, leaf in trees.named_leaves(shapes).items():
+        there, here = found.get(f"params/{name}"), (() if members is None else (members,)) + leaf.shape
+        if there != here:
+            raise tables.ConfigError(
+                f"config.start_from is {path!r}, whose params/{name} has the shape {there}; allowed: {here}, that of "
+                "this run's network for its data."
+            )
+
+
 def continue_from(path: str, state: train.State) -> tuple[train.State, list[dict]]:
     """The network at the end of the finished run in `path`, under `state`'s own key, and that run's rows.
 
-    Raises ConfigError if its arrays do not fit `state`.
+    They follow those of the runs it started from itself, except for stages that it made anew.
     """
-    with contextlib.closing(checkpoint.Checkpoints(path)) as saved:
-        shapes = saved.shapes()
-        for name, leaf in trees.named_leaves(state).items():
-            if name.startswith("params/") and shapes.get(name) != leaf.shape:
-                raise tables.ConfigError(
-                    f"config.start_from is {path!r}, whose {name} has the shape {shapes.get(name)}; allowed: "
-                    f"{leaf.shape}, that of this run's network for its data."
-                )
-        return saved.restore(checkpoint.abstract(state))._replace(key=state.key), saved.progress().rows
+    rows: list[dict] = []
+    for place, _ in reversed(list(ancestry(path))):
+        with contextlib.closing(checkpoint.Checkpoints(place)) as saved:
+            new = saved.progress().rows
+            stages_anew = {row["stage"] for row in new}
+            rows = [row for row in rows if row["stage"] not in stages_anew] + new
+            restored = saved.restore(checkpoint.abstract(state)) if place == pathlib.Path(path) else None
+    return restored._replace(key=state.key), rows
 
 
 def run_stage(

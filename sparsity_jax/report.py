@@ -486,7 +486,7 @@ def limit_figures(limits: list) -> list[tuple]:
         "limits": marked,
         "crossing": "ω² / D, the squared Gaussian width of the loss basin per dimension, falls with the distance R; "
         "the share p of removed weights grows with it. The prediction is the p at which they meet.",
-        "history": "What each number of products would have predicted. Bands: enclosures, where the operator has one.",
+        "history": "What each number of products would have predicted. Bands: enclosures.",
         "spectrum": "Left: Ritz values smeared by Gaussians of 0.8% of the range. Right: the values and weights "
         "themselves, one per Lanczos step and probe; open: negative values.",
         "row_norms": "L1 norm of the Hessian row of one weight per quantile. Open: exactly 0.",

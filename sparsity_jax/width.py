@@ -14,8 +14,8 @@ omega(R(p))^2 / D = p. In three lines, from a Lanczos run (`linops.lanczos`):
     ratio = width.predict(values, weights, width.distances(params), tolerance)
 
 The estimate is fragile: nearly all weight tau sits at lambda = 0, where the summand has a kink. `predict_probes`
-therefore returns it with its spread over probes and over epsilon, and `history` with its course over the number of
-products; on a positive semi-definite operator both enclose it.
+therefore returns it with its spread over probes and over epsilon and between bounds of the quadrature error, and
+`history` with its course over the number of products.
 
 Everything here is small and runs on the host, in NumPy and float64.
 Source: Zhang et al. 2023, arXiv:2306.05857.
@@ -341,6 +341,67 @@ def enclosure(
     return min(lower, upper), max(lower, upper)
 
 
+def absolute_enclosure(
+    tridiagonal: linops.Tridiagonal,
+    distances: Distances,
+    epsilon: float,
+    *,
+    zero_share: float = 0.0,
+    rounding: float = 1e-15,
+) -> tuple[float, float]:
+    """(lower, upper): between them lies the prediction from the absolute eigenvalues of the Lanczos run's symmetric A.
+
+    m products fix the first 2 m + 1 moments of each probe's spectrum and nothing else. Of all spectra with these
+    moments, 1 / (1 + |x| R^2 / (2 epsilon)) has its largest mean for the rule (`linops.bordered`) with a node at the
+    peak, 0, and its smallest for another rule of the same one-parameter family, whose nodes straddle 0. Both are thus
+    attained: without a further product no narrower bounds exist. The smallest is sought at the R of the answer itself,
+    in a few rounds.
+    tridiagonal: of one or more probes. rounding: error of the values relative to the largest, as for `enclosure`.
+    Not from the paper; tests compare with linear programs over all spectra with the given moments.
+    """
+    probes = [tridiagonal] if np.ndim(tridiagonal.alphas) == 1 else [linops.Tridiagonal(*p) for p in zip(*tridiagonal)]
+    slack = rounding * max(np.abs(linops.ritz(probe)[0]).max() for probe in probes)
+
+    def solve(borders, move) -> float:
+        values, firsts, _ = (np.concatenate(x) for x in zip(*map(_bordered, probes, borders)))
+        return predict(move(np.abs(values)), firsts**2, distances, epsilon, zero_share=zero_share)
+
+    upper = solve(map(linops.border_for, probes), lambda values: np.maximum(values - slack, 0.0))
+    lower, before = upper, math.inf
+    while before - lower > 1e-9:  # falls towards the answer: each round's spectra are a candidate, best at one R
+        sharpness = distances.at(lower, count="linear") ** 2 / (2 * epsilon)
+        before, lower = lower, solve([_lowest(p, sharpness) for p in probes], lambda values: values + slack)
+    return min(lower, before), upper
+
+
+def _bordered(probe: linops.Tridiagonal, last: float) -> tuple[np.ndarray, ...]:
+    return linops.bordered(probe, last=last)
+
+
+def _lowest(probe: linops.Tridiagonal, sharpness: float) -> float:
+    """The border whose rule has the smallest mean of 1 / (1 + sharpness |x|).
+
+    Along the circle of borders, cut where a node is at 0 and the mean is largest, it falls and then rises. The sign of
+    its slope is bisected; distance from the cut counts in decades, since the fall may take place next to it.
+    """
+    cut, low, high = linops.border_for(probe), -1.0, 1.0
+    scale = np.max(np.abs(probe.alphas)) + np.max(probe.betas)
+    for _ in range(40):
+        middle = (low + high) / 2
+        border = cut + math.copysign(scale * 10 ** (6 - 20 * abs(middle)), -middle)
+        values, firsts, lasts = _bordered(probe, border)
+        size, sign = np.abs(values), np.sign(values)
+        moves = firsts * lasts / (1 + sharpness * size)
+        differences = np.subtract.outer(values, values)
+        quotients = np.subtract.outer(size, size) / np.where(differences == 0, 1.0, differences)
+        quotients = np.where(np.equal.outer(sign, sign), sign, quotients)
+        if moves @ quotients @ moves > 0:  # minus the slope
+            low = middle
+        else:
+            high = middle
+    return border
+
+
 def _semidefinite(values) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.size and values.min() < -1e-3 * np.abs(values).max():
@@ -350,7 +411,7 @@ def _semidefinite(values) -> np.ndarray:
 
 
 class History(NamedTuple):
-    """The prediction after each number of products; `lower` and `upper` are NaN for an operator that is indefinite."""
+    """The prediction after each number of products; `lower` and `upper` are NaN where negative values are clipped."""
 
     num_matvecs: np.ndarray  # int [k]
     ratio: np.ndarray  # float64 [k]
@@ -362,8 +423,8 @@ class Prediction(NamedTuple):
     """A predicted largest pruning ratio and how far to trust it; made by `predict_probes`."""
 
     ratio: float  # of the probes' mean spectrum
-    lower: float  # enclosure of the quadrature error, for these probes and this epsilon; NaN if the operator is
-    upper: float  # indefinite
+    lower: float  # enclosure of the quadrature error, for these probes and this epsilon; NaN if negative values of an
+    upper: float  # indefinite operator are clipped
     standard_error: float  # over probes, of `ratio`; NaN with one probe
     epsilon_error: float  # standard deviation over draws of epsilon; NaN without draws
     per_probe: np.ndarray  # float64 [probes]: each probe's own prediction
@@ -401,29 +462,34 @@ def predict_probes(
     """The prediction from the Lanczos run of one or more probes, with its uncertainty.
 
     tridiagonal: of `linops.lanczos`; a leading axis holds the probes.
-    operator: what the products were made with. `symmetric`: the Hessian, any signs, no enclosure. `semidefinite`: a
-    positive semi-definite operator such as the Gauss-Newton matrix. `squared`: the Hessian applied twice; its values
-    are squares, and the answer is that for absolute eigenvalues. The last two give lower and upper bounds.
+    operator: what the products were made with. `symmetric`: the Hessian, any signs. `semidefinite`: a positive
+    semi-definite operator such as the Gauss-Newton matrix. `squared`: the Hessian applied twice; its values are
+    squares, and the answer is that for absolute eigenvalues. All have lower and upper bounds, unless values of a
+    `symmetric` one are clipped.
     negative, zero_share: see `ratio`. epsilons: further values of epsilon (`epsilon_draws`) for `epsilon_error`.
-    rounding: see `enclosure`; by default 4 units of the coefficients' type for `squared`, about what its products lose,
-    and a hundredth of one for `semidefinite`: a Gauss-Newton product squares J v, so its rounding errors shrink with
-    the curvature (between single and double precision, 2e-5 of a ratio on a dense network of 26,122 weights). Give 4
+    rounding: see `enclosure`; by default 4 units of the coefficients' type, about what products lose, and a hundredth
+    of one for `semidefinite`: a Gauss-Newton product squares J v, so its rounding errors shrink with the curvature
+    (between single and double precision, 2e-5 of a ratio on a dense network of 26,122 weights). Give 4
     units for a semi-definite matrix that is not such a product.
-    The answer's `ratio` is that of the probes' mean spectrum by the Gauss rule, as the original's, so with bounds it is
-    `lower` (up to `rounding`). Its standard error is std(per_probe) / sqrt(probes), to first order that of the mean
-    spectrum's fixed point.
+    The answer's `ratio` is that of the probes' mean spectrum by the Gauss rule, as the original's; except for a
+    `symmetric` operator that is `lower` (up to `rounding`). Its standard error is std(per_probe) / sqrt(probes), to
+    first order that of the mean spectrum's fixed point.
     """
     ritz, weights = gauss = _rows(*linops.ritz(tridiagonal))
     values = tables.lookup(OPERATORS, operator, "operator")(ritz)
     point = lambda v, w, e: predict(v, w, distances, e, negative=negative, zero_share=zero_share)
     per_probe = np.array([point(v, w, epsilon) for v, w in zip(values, weights)])
     draws = [point(values, weights, e) for e in epsilons]
-    lower = upper = math.nan
+    unit = float(np.finfo(np.asarray(tridiagonal.alphas).dtype).eps)
+    rounding = {"semidefinite": 0.01}.get(operator, 4.0) * unit if rounding is None else rounding
+    bounded = dict(zero_share=zero_share, rounding=rounding)
     if operator != "symmetric":
-        unit = float(np.finfo(np.asarray(tridiagonal.alphas).dtype).eps)
-        rounding = {"semidefinite": 0.01, "squared": 4.0}[operator] * unit if rounding is None else rounding
-        bounded = dict(squared=operator == "squared", zero_share=zero_share, rounding=rounding)
-        lower, upper = enclosure(gauss, linops.gauss_radau(tridiagonal), distances, epsilon, **bounded)
+        radau = linops.gauss_radau(tridiagonal)
+        lower, upper = enclosure(gauss, radau, distances, epsilon, squared=operator == "squared", **bounded)
+    elif negative == "absolute":
+        lower, upper = absolute_enclosure(tridiagonal, distances, epsilon, **bounded)
+    else:
+        lower = upper = math.nan
     return Prediction(
         ratio=point(values, weights, epsilon) if len(per_probe) > 1 else float(per_probe[0]),
         lower=lower,

@@ -264,6 +264,11 @@ def test_criteria_differ_where_they_should():
         assert result["limit"] == ratio
         assert result["criterion"] == name
         assert f"passes at {ratio:g}, fails at {ratio + 0.25:g} of the scan" in result["how"]
+    *found, result = geometry.find_limit(falling(1.0), settings("limit", criterion="better_accuracy", scan=(0.2, 0.5)))
+    assert result["limit"] is None  # nothing is better than dense
+    assert result["how"].endswith("passes nowhere on the scan")
+    assert [row["ratio"] for row in found] == [0, 0.5, 0.2]
+    assert geometry.actual_limits([dict(result, kind="limit", stage="limit")], 0.001, 0.1) == {}
     *_, result = geometry.find_limit(falling(1.0), settings("limit", scan=(0.5,)))
     assert result["limit"] > 0.998
     assert "accuracy not below dense; passes at 0.5, the end of the scan" in result["how"]
@@ -456,7 +461,7 @@ def widths(**fields):
     return {"width": [settings("width", batch_size=16, **fields)]}
 
 
-@pytest.mark.parametrize("operator", ["gauss_newton", "absolute"])
+@pytest.mark.parametrize("operator", ["gauss_newton", "absolute", "hessian"])
 def test_a_probe_ends_once_its_enclosure_is_narrow(problem, trained, operator):
     fields = dict(operator=operator, num_matvecs=30)
     own = settings("spectrum", **fields, stop_width=1e-9)
@@ -525,9 +530,7 @@ def test_products_that_are_not_finite_stop_the_stage(problem, trained):
             run(problem, state, "spectrum", own, others=dict(width=[settings("width", epsilon=1.0)]))
 
 
-def test_a_stopped_enclosure_needs_a_semidefinite_operator():
-    with pytest.raises(tables.ConfigError, match=r"stop_width is 0\.1; allowed: 0 with operator 'hessian'"):
-        settings("spectrum", stop_width=0.1)
+def test_spectrum_settings_are_checked():
     with pytest.raises(tables.ConfigError, match=r"config\.x\.parameters: '\(' is not a regular expression"):
         settings("spectrum", parameters="(")
     with pytest.raises(tables.ConfigError, match=r"config\.x\.loss\.name is 'mse'; known: cross_entropy"):
@@ -568,7 +571,10 @@ def test_a_prediction_reads_the_rows_before_it(problem, trained, hessian):
     assert row["predicted_on_grid"] == grid == predict(problem, trained, hessian, method="grid")["predicted"]
     assert (row["operator"], row["spectrum"], row["num_matvecs"], row["num_probes"]) == ("hessian", "hessian", 8, 1)
     assert row["low"] < row["predicted"] < row["high"]
-    assert row["enclosure_low"] is row["enclosure_high"] is row["standard_error"] is None
+    assert row["enclosure_low"] < row["predicted"] < row["enclosure_high"]
+    assert row["standard_error"] is None
+    clipped = predict(problem, trained, hessian, negative="clip")
+    assert clipped["enclosure_low"] is clipped["enclosure_high"] is None
     assert row["epsilon_error"] > 0
     assert 0 < row["negative_mass"] < 1
     assert row["history"]["predicted"][-1] == pytest.approx(row["predicted"], abs=1e-12)

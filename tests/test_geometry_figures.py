@@ -158,7 +158,8 @@ def test_gap_is_worked_by_hand():
 
 
 def test_verdicts_say_how_far_to_trust():
-    rows = [width_row(), width_row(operator="gauss_newton", width=0.02), width_row(operator="absolute", width=0.004)]
+    rows = [width_row(), width_row(operator="gauss_newton", width=0.02)]
+    rows.append(width_row(operator="absolute", width=0.004))
     found = networks_of(rows)
     names = geometry_figures.prediction_names(found)
     assert list(names.values()) == ["Hessian", "Gauss-Newton", "absolute Hessian"]

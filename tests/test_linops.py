@@ -244,6 +244,47 @@ def test_enclosure_contains_the_answer_and_shrinks(seed, log_scale):
             assert (np.diff(upper) <= slack).all()
 
 
+@hypothesis.given(SEED, st.floats(-2, 2), st.sampled_from(["normal", "decaying", "semidefinite"]))
+@hypothesis.settings(max_examples=15)
+def test_bordered_rules_are_exact_and_have_the_node_asked_for(seed, node, kind):
+    with jax.enable_x64(True):
+        matrix = dense(spectrum(kind, 20, seed), seed)
+        start = np.random.default_rng(seed).normal(size=20)
+        tridiagonal = run_eight(matrix, start)
+        for m in (1, 3, 8):
+            shorter = linops.truncate(tridiagonal, m)
+            last = linops.border_for(shorter, node=node)
+            values, firsts, lasts = linops.bordered(shorter, last=last)
+            assert np.abs(values - node).min() < 1e-10 * np.abs(values).max()
+            moved, _, _ = linops.bordered(shorter, last=last + 1e-5)
+            np.testing.assert_allclose((moved - values) * 1e5, lasts**2, atol=1e-3)
+            for degree in range(2 * m + 1):
+                power = lambda x, degree=degree: x**degree
+                exact, scale = moments(matrix, start, power), moments(matrix, start, lambda x, d=degree: np.abs(x) ** d)
+                assert abs(linops.quadrature(power, values, firsts**2) - exact) < 1e-9 * max(scale, abs(node) ** degree)
+
+
+def test_borders_by_hand():
+    one = np.array([2.0]), np.array([1.0])  # 2 1; 1 a has eigenvalue 0 for a = 1/2, 3 for a = 2
+    assert linops.border_for(*one) == pytest.approx(0.5)
+    assert linops.border_for(*one, node=3.0) == pytest.approx(2.0)
+    values, firsts, lasts = linops.bordered(*one, last=0.5)
+    np.testing.assert_allclose(values, [0, 2.5], atol=1e-15)
+    np.testing.assert_allclose(firsts**2, [0.2, 0.8])
+    np.testing.assert_allclose(lasts**2, [0.8, 0.2])
+    # no finite border puts a node on a Ritz value; a huge one comes as near as can be
+    values, firsts, _ = linops.bordered(*one, last=linops.border_for(*one, node=2.0))
+    assert np.abs(values - 2).min() < 1e-12
+    assert firsts[np.argmin(np.abs(values - 2))] ** 2 == pytest.approx(1)
+    exhausted = np.array([2.0, -1.0]), np.array([1.0, 0.0])  # the border gets no weight
+    values, firsts, _ = linops.bordered(*exhausted, last=linops.border_for(*exhausted))
+    kept = firsts**2 > 1e-20
+    np.testing.assert_allclose(values[kept], linops.ritz(*exhausted)[0])
+    # without the last beta the last alpha is replaced
+    values, _, _ = linops.bordered(np.array([2.0, 7.0]), np.array([1.0]), last=0.5)
+    np.testing.assert_allclose(values, [0, 2.5], atol=1e-15)
+
+
 def test_gauss_radau_by_hand():
     values, weights = linops.gauss_radau(np.array([2.0]), np.array([1.0]))  # 2 1; 1 a with eigenvalue 0: a = 1/2
     np.testing.assert_allclose(values, [0, 2.5], atol=1e-15)

@@ -7,6 +7,7 @@ import golden_data
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -411,8 +412,7 @@ def test_products_of_a_matrix(operator):
     dense = width.predict(eigenvalues, (rotation.T @ start) ** 2, EQUAL, 0.1)
     found = width.predict_probes(tridiagonal, EQUAL, 0.1, operator=operator)
     assert found.ratio == pytest.approx(dense, abs=0.02)
-    low, high = (found.ratio - 1e-4, found.ratio + 1e-4) if operator == "symmetric" else (found.lower, found.upper)
-    assert low - 1e-6 <= dense <= high + 1e-6  # single-precision weights
+    assert found.lower - 1e-6 <= dense <= found.upper + 1e-6  # single-precision weights
 
 
 def test_history_is_what_shorter_runs_predict():
@@ -423,8 +423,10 @@ def test_history_is_what_shorter_runs_predict():
         answer = width.predict_probes(lanczos(eigenvalues, start, m), distances, 0.05, operator="semidefinite")
         assert (found.ratio[i], found.lower[i], found.upper[i]) == pytest.approx(answer[:3], abs=1e-10)
     signed = width.history(tridiagonal, distances, 0.05)
-    assert np.isnan(signed.lower).all()
-    assert np.isnan(signed.upper).all()
+    assert (signed.lower[[1, 4, 8]] <= found.lower + 1e-9).all()  # may put weight below 0
+    np.testing.assert_allclose(signed.upper[[1, 4, 8]], found.upper, atol=1e-9)
+    clipped = width.history(tridiagonal, distances, 0.05, negative="clip")
+    assert np.isnan([clipped.lower, clipped.upper]).all()
     np.testing.assert_allclose(signed.ratio[[1, 4, 8]], found.ratio, atol=1e-10)
     assert width.history(tridiagonal, distances, 0.05, num_matvecs=[]).ratio.shape == (0,)
     for wrong in ([0, 3], [10]):
@@ -468,19 +470,93 @@ def test_band_adds_the_spreads():
     low, high = found.band(2.0)
     assert low == pytest.approx(found.lower - 2 * found.epsilon_error)
     assert high == pytest.approx(min(found.upper + 2 * found.epsilon_error, 1.0))
-    signed = width.predict_probes(tridiagonal, distances, 0.05)
+    signed = width.predict_probes(tridiagonal, distances, 0.05, negative="clip")
     assert signed.band() == (signed.ratio, signed.ratio)
     assert found._replace(standard_error=3.0).band() == (0.0, 1.0)
 
 
-def test_indefinite_operators_have_no_enclosure():
+def indefinite(seed, size=60):
+    eigenvalues, start, distances = semidefinite(seed, size)
+    return eigenvalues * np.random.default_rng(seed).choice([-1.0, 1.0], size), start, distances
+
+
+@given(seed=st.integers(0, 10**6))
+def test_absolute_enclosure_contains_the_dense_answer_and_shrinks(seed):
+    eigenvalues, start, distances = indefinite(seed)
+    tridiagonal = lanczos(eigenvalues, start, 12)
+    found = width.history(tridiagonal, distances, 0.05)
+    dense = width.predict(eigenvalues, start**2, distances, 0.05)
+    assert (found.lower <= dense + 1e-9).all()
+    assert (found.upper >= dense - 1e-9).all()
+    assert (found.lower <= found.ratio + 1e-9).all()
+    assert (found.ratio <= found.upper + 1e-9).all()
+    assert (np.diff(found.lower) >= -1e-7).all()
+    assert (np.diff(found.upper) <= 1e-7).all()
+
+
+def extremes(eigenvalues, weights, num_matvecs, function):
+    """Least and largest mean of `function` over all spectra with the first 2 m + 1 moments: two linear programs."""
+    tridiagonal = lanczos(eigenvalues, np.sqrt(weights), 2 * num_matvecs + 1)
+    reach = 5 * np.abs(eigenvalues).max()
+    short = linops.truncate(tridiagonal, num_matvecs)
+    cut = linops.border_for(short)
+    rules = [linops.bordered(short, last=cut + x)[0] for x in np.r_[0.0, np.geomspace(1e-9, 1e3, 200)]]
+    rules += [linops.bordered(short, last=cut - x)[0] for x in np.geomspace(1e-9, 1e3, 200)]
+    grid = np.unique(np.concatenate([np.linspace(-reach, reach, 2001), *rules]))
+    polynomials, before = [np.ones_like(grid)], np.zeros_like(grid)  # orthonormal, by the three-term recurrence
+    for i in range(2 * num_matvecs):
+        beta = tridiagonal.betas[i - 1] if i else 0.0
+        after = (grid - tridiagonal.alphas[i]) * polynomials[-1] - beta * before
+        before = polynomials[-1]
+        polynomials.append(after / tridiagonal.betas[i])
+    scale = np.abs(polynomials).max(0)
+    equal, right = np.array(polynomials) / scale, np.eye(2 * num_matvecs + 1)[0]
+    programs = [scipy.optimize.linprog(s * function(grid) / scale, A_eq=equal, b_eq=right) for s in (1, -1)]
+    assert all(program.status == 0 for program in programs)
+    return programs[0].fun, -programs[1].fun
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_absolute_enclosure_is_that_of_linear_programs(seed):
+    """At the bounds' own distances no spectrum with the same moments has a lesser, or larger, width."""
+    random = np.random.default_rng(seed)
+    eigenvalues, weights = random.choice([-1, 1], 80) * random.gamma(0.4, 1.0, 80), random.dirichlet(np.ones(80))
+    num_matvecs, epsilon = 2 + seed % 3, 10.0 ** random.uniform(-2, 0)
+    found = width.predict_probes(lanczos(eigenvalues, np.sqrt(weights), num_matvecs), UNIT, epsilon)
+    least, _ = extremes(eigenvalues, weights, num_matvecs, lambda x: 1 / (1 + np.abs(x) * found.lower / (2 * epsilon)))
+    _, most = extremes(eigenvalues, weights, num_matvecs, lambda x: 1 / (1 + np.abs(x) * found.upper / (2 * epsilon)))
+    assert found.lower == pytest.approx(least, abs=2e-4)  # R^2 = p, and the width at R is p
+    assert found.upper == pytest.approx(most, abs=1e-6)
+
+
+def test_absolute_enclosure_of_several_probes():
+    eigenvalues, _, distances = indefinite(1, size=200)
+    random = np.random.default_rng(1)
+    starts = [random.choice([-1.0, 1.0], 200) for _ in range(3)]
+    runs = [lanczos(eigenvalues, start, m) for start, m in zip(starts, (5, 9, 7))]
+    found = width.predict_probes(stack(runs), distances, 0.05)
+    dense = width.predict(np.tile(eigenvalues, 3), np.concatenate(starts) ** 2, distances, 0.05)
+    assert found.lower <= dense <= found.upper
+    each = [width.predict_probes(run, distances, 0.05) for run in runs]
+    assert min(one.lower for one in each) <= found.lower
+    assert found.upper <= max(one.upper for one in each)
+    looser = width.predict_probes(stack(runs), distances, 0.05, rounding=1e-3)
+    assert looser.lower < found.lower < found.upper < looser.upper
+    doubled = width.predict_probes(stack(runs[:1] * 2), distances, 0.05)
+    assert doubled[1:3] == pytest.approx(each[0][1:3], abs=1e-9)
+
+
+def test_indefinite_operators():
     eigenvalues = np.array([-3.0, 0.0, 1.0, 4.0])
     tridiagonal = lanczos(eigenvalues, np.ones(4), 3)
     with pytest.raises(ValueError, match="not positive semi-definite"):
         width.predict_probes(tridiagonal, EQUAL, 0.1, operator="semidefinite")
     found = width.predict_probes(tridiagonal, EQUAL, 0.1)
     assert found.negative_mass > 0.1
-    assert math.isnan(found.lower)
+    whole = width.predict_probes(lanczos(eigenvalues, np.ones(4), 4), EQUAL, 0.1)
+    dense = width.predict(eigenvalues, np.ones(4), EQUAL, 0.1)
+    assert whole[:3] == pytest.approx((dense, dense, dense), abs=1e-9)
+    assert found.lower < dense == pytest.approx(found.upper)  # four values, one at 0: attained
     squared = width.predict_probes(lanczos(eigenvalues**2, np.ones(4), 2), EQUAL, 0.1, operator="squared")
     assert squared.lower <= width.predict(eigenvalues, np.ones(4), EQUAL, 0.1) <= squared.upper
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import linops, losses, models, trees
+from sparsity_jax import linops, losses, models, trees, width
 
 try:
     from matfree import decomp
@@ -206,10 +206,64 @@ def memory() -> None:
         print(f"| {name} | {found.argument_size_in_bytes / unit:.2f} | {total / unit:.2f} |")
 
 
+# The originals' kind of prediction: a density on a fine grid, every whole distance, a thousand prunings
+
+
+def grid_procedure(params: np.ndarray, values: np.ndarray, weights: np.ndarray, epsilon: float) -> float:
+    grid = np.linspace(values.min() - 0.01, values.max() + 0.01, 100_000)
+    variance = 1e-10 * max(1.0, grid[-1] - grid[0])
+    density = np.zeros_like(grid)
+    for value, weight in zip(values, weights):
+        density += weight * np.exp(-((value - grid) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+    semi_axes = 2 * epsilon / np.abs(grid)
+    width_at = lambda distance: np.sum(density * semi_axes / (distance**2 + semi_axes)) / np.sum(density)
+    widths = [width_at(distance) for distance in range(int(np.linalg.norm(params)) + 1)]
+    gaps = []
+    for ratio in np.arange(1000) / 1000:
+        last = max(math.ceil(ratio * params.size) - 1, 0)
+        threshold = np.partition(np.abs(params), last)[last]
+        distance = round(float(np.linalg.norm(params - params * (np.abs(params) > threshold))))
+        gaps.append(abs(widths[min(distance, len(widths) - 1)] - ratio))
+    return float(np.argmin(gaps)) / 1000
+
+
+def prediction(repeats: int, size: int = 3_868_900, num_matvecs: int = 128, epsilon: float = 0.1) -> None:
+    """From a Lanczos run (128 products, the weights of FC5) to the predicted ratio, and from 1e5 Ritz values."""
+    rng = np.random.default_rng(0)
+    params = rng.laplace(scale=1e-2, size=size).astype(np.float32)
+    alphas, betas = rng.normal(0, 0.05, num_matvecs), rng.gamma(2.0, 0.05, num_matvecs)
+    run = linops.Tridiagonal(alphas, betas, np.int32(num_matvecs))
+    values, weights = linops.ritz(run)
+    distances = width.distances([params], scope="all")
+    many = rng.normal(size=100_000), rng.uniform(size=100_000)
+    milliseconds = lambda call: min(measure({"": call}, repeats, rounds=1)[""])
+    times = {
+        "sort the weights, solve the fixed point": milliseconds(
+            lambda: width.predict(values, weights, width.distances([params], scope="all"), epsilon)
+        ),
+        "the same with its enclosure": milliseconds(
+            lambda: width.predict_probes(run, width.distances([params], scope="all"), epsilon)
+        ),
+        "fixed point from 100,000 Ritz values, weights sorted": milliseconds(
+            lambda: width.predict(*many, distances, epsilon)
+        ),
+    }
+    start = time.perf_counter()
+    found = grid_procedure(params, values, weights, epsilon)
+    times["grid, 1,000 prunings (once)"] = (time.perf_counter() - start) * 1e3
+    exact = width.predict(values, weights, distances, epsilon)
+    ours = times["sort the weights, solve the fixed point"]
+    print(f"\nprediction, {size:,} weights, {num_matvecs} Ritz values: {exact:.4f}, on the grid {found:.3f}")
+    print("| | ms (least) | as a multiple |\n|---|---|---|")
+    for name, value in times.items():
+        print(f"| {name} | {value:.1f} | {value / ours:.2f} |", flush=True)
+
+
 SECTIONS = {  # a part of the benchmark by name: add one here
     "lanczos": lanczos,
     "products": products,
     "memory": lambda repeats: memory(),
+    "prediction": prediction,
 }
 
 
