@@ -32,6 +32,6 @@ setuptools.setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "prepare": ["tensorflow-cpu>=2.18", "importlib_resources"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"],
+        "test": ["equinox>=0.13", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"],
     },
 )

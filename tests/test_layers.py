@@ -8,8 +8,10 @@ import pytest
 import sparsity_jax
 
 ROOT = pathlib.Path(sparsity_jax.__file__).parent
-NUMERICS = ("tables", "trees", "masks", "polytopes", "linops")  # each may import those before it
-PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width")  # never each other
+# each may import those before it
+NUMERICS = ("tables", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups")
+# never each other
+PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets")
 # each may import those before it
 RUNS = ("checkpoint", "figures", "geometry_figures", "report", "train", "stages", "geometry", "pipeline", "run")
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")

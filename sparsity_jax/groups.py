@@ -1,0 +1,391 @@
+"""Channels of any JAX function that live or die together, derived from its jaxpr: trace, mask, compact, run.
+
+    channels = groups.trace(model.apply, variables, images)
+    print(groups.describe(channels))
+    keep = {name: scores[name] > threshold for name in channels.names}         # bool [channels] of every group
+    logits = model.apply(groups.mask(variables, channels, keep), images)       # shapes unchanged, keep may be traced
+    small = groups.compact(variables, channels, keep)                          # removed channels cut out, once
+    logits = groups.elastic(model.apply, channels, keep)(small, images)        # the same function on smaller arrays
+
+Linen, NNX, Equinox and hand-written functions work alike: `apply(variables, *inputs)` must be traceable and its
+variables a pytree of arrays. A group is data: which entries of which axes of which arrays belong to each channel. What
+the analysis cannot follow stays whole and is listed in `channels.frozen`, never guessed. `flow` has the rules.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity_jax import flow, trees
+
+PyTree = Any
+Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
+
+
+class Member(NamedTuple):
+    """One axis of one array of the variables, and where on it each channel of a group is."""
+
+    path: str  # e.g. params/conv1/kernel
+    axis: int
+    index: np.ndarray  # int [channels, copies]
+    role: str  # producer: a kernel's outputs; consumer: its inputs; depthwise: both; other: biases, norms
+
+
+class Group(NamedTuple):
+    """Channels that can be removed, each with all its members."""
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+
+
+class Frozen(NamedTuple):
+    """An operation that keeps axes of the variables whole."""
+
+    reason: str
+    primitive: str
+    source: str  # module path and first line of user code
+    members: tuple[tuple[str, int], ...]  # (path, axis)
+
+
+class Channels(NamedTuple):
+    """What `trace` finds: data only, except for the analysis that `elastic` runs on."""
+
+    groups: dict[str, Group]
+    frozen: tuple[Frozen, ...]
+    shapes: dict[str, jax.ShapeDtypeStruct]  # of the full variables, by path
+    traced: "_Traced"
+    options: tuple[tuple[str, str], ...]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.groups)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: group.size for name, group in self.groups.items()}
+
+
+class _Traced(NamedTuple):
+    analysis: flow.Analysis
+    atoms: dict[str, np.ndarray]  # label of every channel, by name of group
+    inputs: tuple  # shapes of what was traced
+    tree: Any  # of the results
+
+
+def trace(
+    apply: Callable,
+    variables: PyTree,
+    *inputs: PyTree,
+    sums: Literal["allow", "freeze"] = "allow",
+    branches: Literal["tied", "separate"] = "tied",
+) -> Channels:
+    """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode; nothing is computed.
+
+    variables, inputs: arrays or shape structs. Axes of inputs and results are never removed, nor are integer arrays.
+    sums: `freeze` keeps axes whole that are summed up without weights (the width of a layer norm): a module built anew
+    at the smaller width would divide by another number. `elastic` runs the traced program, for which `allow` is exact.
+    branches: `separate` lets the two sides of a skip connection be masked one by one, as the gradient-flow original
+    does; such channels cannot be compacted.
+    Raises TypeError for an apply that cannot be traced and for variables that are no arrays.
+    """
+    for name, value, known in (("sums", sums, ("allow", "freeze")), ("branches", branches, ("tied", "separate"))):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; allowed: {known[0]!r} or {known[1]!r}.")
+    leaves, shapes = _shapes(variables)
+    traced = _trace(apply, variables, inputs, dict(sums=sums, branches=branches))
+    found = _groups(traced.analysis, list(leaves))
+    atoms = {name: labels for name, (_, labels) in found.items()}
+    paths = list(leaves)
+    frozen = []
+    for event in traced.analysis.events:
+        members = tuple((paths[i], a) for i, a in event.axes if i < len(paths))
+        if members:
+            frozen.append(Frozen(event.reason, event.primitive, event.source, members))
+    grouped = {name: group for name, (group, _) in found.items()}
+    options = (("sums", sums), ("branches", branches))
+    return Channels(grouped, tuple(frozen), shapes, traced._replace(atoms=atoms), options)
+
+
+def _shapes(variables: PyTree) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
+    leaves = trees.named_leaves(variables)
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"variables hold {type(leaf).__name__} at {path!r}; give arrays only, e.g. the first part of "
+                "equinox.partition(model, equinox.is_array) or the state of nnx.split(model)."
+            )
+    return leaves, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+
+
+def _trace(apply: Callable, variables: PyTree, inputs: tuple, options: dict[str, str]) -> _Traced:
+    struct = lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+    abstract = jax.tree.map(lambda leaf: struct(leaf) if not hasattr(leaf, "dtype") else leaf, inputs)
+    try:
+        closed, result = jax.make_jaxpr(apply, return_shape=True)(variables, *abstract)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise TypeError(
+            f"apply cannot be traced: {type(error).__name__}. It must not branch on values or turn them into NumPy; "
+            "call it in inference mode with all settings bound, e.g. functools.partial(model.apply, train=False)."
+        ) from error
+    num = len(jax.tree.leaves(variables))
+    frozen = range(num, len(closed.jaxpr.invars))
+    analysis = flow.analyse(closed, frozen, **options)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(abstract))
+    return _Traced(analysis, {}, shapes, jax.tree.structure(result))
+
+
+def _groups(analysis: flow.Analysis, paths: list[str]) -> dict[str, tuple[Group, np.ndarray]]:
+    """Groups and the labels of their channels, by name: channels that are the same entries of the same axes."""
+    labels, places = analysis.labels, {}
+    for i, value in enumerate(analysis.inputs[: len(paths)]):
+        for a, axis in enumerate(value.labels):
+            found = labels.find(axis) if axis.any() else axis
+            for position in np.flatnonzero(found).tolist():
+                for label in labels.parts(int(found[position])):
+                    places.setdefault(label, {}).setdefault((i, a), []).append(position)
+    marks: dict[int, set] = {}
+    for label, root in labels.simple():
+        mark = labels.mark(label)
+        if root in places and mark is not None and mark[0] != "input":
+            marks.setdefault(root, set()).add(mark)
+    clusters: dict[tuple, list[int]] = {}
+    for label, own in places.items():
+        signature = (*((axis, len(entries)) for axis, entries in own.items()), frozenset(marks.get(label, ())))
+        clusters.setdefault(signature, []).append(label)
+    result: dict[str, tuple[Group, np.ndarray]] = {}
+    for atoms in clusters.values():
+        axes = list(places[atoms[0]])
+        if len(atoms) < 2 or not any(i in analysis.used for i, _ in axes):
+            continue
+        index = {axis: np.array([places[label][axis] for label in atoms]) for axis in axes}
+        roles = {axis: analysis.roles.get(axis, "other") for axis in axes}
+        members = tuple(Member(paths[i], a, index[i, a], roles[i, a]) for i, a in axes)
+        name = _name(members, result)
+        result[name] = (Group(name, len(atoms), members), np.array(atoms))
+    return result
+
+
+def _name(members: tuple[Member, ...], taken: Mapping) -> str:
+    """Path of the first array that makes the channels, without `kernel`; with its axis, or a number, if need be."""
+    first = min(members, key=lambda m: ("producer", "depthwise", "consumer", "other").index(m.role))
+    name = first.path.removesuffix("/value").rpartition("/")[0] if trees.is_kernel(first.path) else ""
+    name = name or first.path
+    options = itertools.chain(
+        (name, f"{name}[{first.axis}]"), (f"{name}[{first.axis}].{i}" for i in itertools.count(2))
+    )
+    return next(option for option in options if option not in taken)
+
+
+def complete(channels: Channels, keep: Keep) -> dict[str, Any]:
+    """`keep` with every group, checked: raises ValueError for unknown groups, wrong sizes and emptied groups."""
+    unknown = sorted(set(keep) - set(channels.groups))
+    if unknown:
+        raise ValueError(f"keep names {unknown[0]!r}; groups: {', '.join(channels.names)}.")
+    result = {}
+    for name, group in channels.groups.items():
+        own = keep.get(name)
+        own = np.ones(group.size, bool) if own is None else own
+        if jnp.shape(own) != (group.size,) or own.dtype != bool:
+            raise ValueError(f"keep[{name!r}] is {own.dtype} {jnp.shape(own)}; allowed: bool ({group.size},).")
+        if not isinstance(own, jax.core.Tracer) and not np.any(own):
+            raise ValueError(f"keep[{name!r}] keeps none of {group.size} channels; at least one must stay.")
+        result[name] = own
+    return result
+
+
+def _alive(channels: Channels, keep: Keep) -> dict[str, list[tuple[int, Any]]]:
+    """(axis, bool of its length: which entries stay), by path: of axes with members only."""
+    numpy = not any(isinstance(own, jax.Array) for own in keep.values())
+    xp = np if numpy else jnp
+    found: dict[str, dict[int, Any]] = {}
+    for name, group in channels.groups.items():
+        for member in group.members:
+            size = channels.shapes[member.path].shape[member.axis]
+            owner = np.full(size, group.size)
+            owner[member.index] = np.arange(group.size)[:, None]
+            own = xp.append(keep[name], True)[owner]
+            axes = found.setdefault(member.path, {})
+            axes[member.axis] = axes[member.axis] & own if member.axis in axes else own
+    return {path: sorted(axes.items()) for path, axes in found.items()}
+
+
+def _places(tree: PyTree, channels: Channels) -> dict[str, str]:
+    """Path of the variable that each leaf of `tree` belongs to: the variables themselves, a part, or optimizer state.
+
+    A leaf belongs to the variable whose path, or the end of whose path, ends its own, if the shapes agree.
+    """
+    result: dict[str, str] = {}
+    ends: dict[str, str] = {}
+    for path in channels.shapes:
+        parts = path.split("/")
+        for i in range(len(parts)):
+            ends.setdefault("/".join(parts[i:]), path)
+    for path in trees.named_leaves(tree):
+        parts = path.split("/")
+        for i in range(len(parts)):
+            owner = ends.get("/".join(parts[i:]))
+            if owner is not None:
+                if i + 1 < len(parts) or "/" not in owner:
+                    result[path] = owner
+                break
+    return result
+
+
+def mask(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
+    """`variables` with removed channels at zero; shapes stay, so that `keep` may be traced.
+
+    variables: those traced, a part of them such as `params`, or a state of an optimizer, whose moments follow.
+    Raises ValueError for arrays of another tree, and as `complete` does.
+    """
+    alive = _alive(channels, complete(channels, keep))
+
+    def one(path: str, leaf: Any, axes: list[tuple[int, Any]]) -> Any:
+        del path
+        for axis, kept in axes:
+            shape = [1] * leaf.ndim
+            shape[axis] = -1
+            leaf = jnp.where(kept.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
+        return leaf
+
+    return _map(one, variables, channels, alive)
+
+
+def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
+    """`variables` without removed channels, for `elastic`; takes what `mask` takes, with `keep` known."""
+    _check_tied(channels)
+    alive = _alive(channels, {name: np.asarray(own) for name, own in complete(channels, keep).items()})
+
+    def one(path: str, leaf: Any, axes: list[tuple[int, Any]]) -> Any:
+        del path
+        for axis, kept in axes:
+            if not kept.all():
+                leaf = jnp.take(leaf, np.flatnonzero(kept), axis)
+        return leaf
+
+    return _map(one, variables, channels, alive)
+
+
+def _check_tied(channels: Channels) -> None:
+    if ("branches", "separate") in channels.options:
+        raise ValueError("channels were traced with branches='separate': mask them; only tied ones can be compacted.")
+
+
+def _map(function: Callable, tree: PyTree, channels: Channels, alive: Mapping) -> PyTree:
+    owners = _places(tree, channels)
+    if not any(owner in alive for owner in owners.values()) and alive:
+        raise ValueError(
+            f"no array of the tree belongs to the traced variables; it has {list(trees.named_leaves(tree))[:3]}, they "
+            f"have {list(channels.shapes)[:3]}."
+        )
+
+    def one(path: str, leaf: Any) -> Any:
+        axes = alive.get(owners.get(path), [])
+        shape = channels.shapes[owners[path]].shape if axes else ()
+        if axes and leaf.shape != shape:
+            raise ValueError(f"{path} has shape {leaf.shape}; the traced variables have {shape} there.")
+        return function(path, leaf, axes)
+
+    return trees.map_named(one, tree)
+
+
+def compact_shapes(channels: Channels, keep: Keep) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the compact variables, by path."""
+    alive = _alive(channels, {name: np.asarray(own) for name, own in complete(channels, keep).items()})
+    result = {}
+    for path, full in channels.shapes.items():
+        sizes = list(full.shape)
+        for axis, kept in alive.get(path, []):
+            sizes[axis] = int(kept.sum())
+        result[path] = jax.ShapeDtypeStruct(tuple(sizes), full.dtype)
+    return result
+
+
+def elastic(apply: Callable, channels: Channels, keep: Keep) -> Callable:
+    """`function(compact_variables, *inputs)`: what `apply` computes with masked variables, on the compact ones.
+
+    The traced program is evaluated at the smaller sizes, so it is exact wherever masking is, for any framework, under
+    jit, grad and vmap; sizes written in the code of `apply` need no change. Inputs of other shapes than those traced
+    (another batch size) are traced once more. Raises ValueError for variables of other shapes than `compact` gives.
+    """
+    _check_tied(channels)
+    keep = {name: np.asarray(own) for name, own in complete(channels, keep).items()}
+    expected, analyses = compact_shapes(channels, keep), {channels.traced.inputs: channels.traced}
+    options = dict(channels.options)
+
+    def function(variables: PyTree, *inputs: PyTree) -> PyTree:
+        leaves = trees.named_leaves(variables)
+        for path, struct in expected.items():
+            shape = getattr(leaves.get(path), "shape", None)
+            if shape != struct.shape:
+                raise ValueError(f"{path} has shape {shape}; the compact variables have {struct.shape} there.")
+        full = jax.tree.unflatten(jax.tree.structure(variables), list(channels.shapes.values()))
+        flat = jax.tree.leaves(inputs)
+        key = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in flat)
+        if key not in analyses:
+            traced = _trace(apply, full, inputs, options)
+            found = _groups(traced.analysis, list(channels.shapes))
+            if not _same({name: group for name, (group, _) in found.items()}, channels.groups):
+                raise ValueError("with inputs of these shapes the function has other channel groups: trace it anew.")
+            analyses[key] = traced._replace(atoms={name: atoms for name, (_, atoms) in found.items()})
+        traced = analyses[key]
+        removed = {int(label) for name, atoms in traced.atoms.items() for label in atoms[~keep[name]]}
+        outs = flow.run(traced.analysis, removed, [*leaves.values(), *flat])
+        return jax.tree.unflatten(traced.tree, outs)
+
+    return function
+
+
+def _same(first: Mapping[str, Group], second: Mapping[str, Group]) -> bool:
+    equal = lambda a, b: a[:2] == b[:2] and np.array_equal(a.index, b.index)
+    return list(first) == list(second) and all(
+        len(first[name].members) == len(group.members) and all(map(equal, first[name].members, group.members))
+        for name, group in second.items()
+    )
+
+
+def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> dict[str, np.ndarray]:
+    """A random choice that keeps about `density` of every group's channels, at least one."""
+    result = {}
+    for i, (name, group) in enumerate(channels.groups.items()):
+        draws = np.asarray(jax.random.uniform(jax.random.fold_in(key, i), (group.size,)))
+        result[name] = (draws < density) | (draws == draws.min())
+    return result
+
+
+def check(apply: Callable, variables: PyTree, channels: Channels, *inputs: PyTree, key: jax.Array) -> float:
+    """Largest difference between masked and compact results at a random `keep`, relative to the largest result.
+
+    About 1e-6 in float32; anything much larger means that the function does something at run time that its trace does
+    not show. Worth a second before a long run.
+    """
+    keep = random_keep(channels, key)
+    masked = jax.jit(apply)(mask(variables, channels, keep), *inputs)
+    small = jax.jit(elastic(apply, channels, keep))(compact(variables, channels, keep), *inputs)
+    pairs = list(zip(jax.tree.leaves(masked), jax.tree.leaves(small), strict=True))
+    scale = max((float(jnp.max(jnp.abs(a))) for a, _ in pairs), default=0.0)
+    worst = max((float(jnp.max(jnp.abs(a - b))) for a, b in pairs), default=0.0)
+    return worst / scale if scale else worst
+
+
+def describe(channels: Channels) -> str:
+    """The groups and what was frozen, as text."""
+    lines = [f"{len(channels.groups)} groups, {sum(channels.sizes.values())} channels"]
+    for group in channels.groups.values():
+        lines.append(f"{group.name}: {group.size} channels")
+        for member in group.members:
+            copies = member.index.shape[1]
+            times = f" x {copies}" if copies > 1 else ""
+            lines.append(f"    {member.path} axis {member.axis}{times} ({member.role})")
+    if channels.frozen:
+        lines.append("kept whole:")
+    for event in channels.frozen:
+        axes = ", ".join(f"{path} axis {axis}" for path, axis in event.members[:3])
+        more = f" and {len(event.members) - 3} more" if len(event.members) > 3 else ""
+        where = f" at {event.source}" if event.source else ""
+        lines.append(f"    {axes}{more}: {event.primitive}{where} {event.reason}")
+    return "\n".join(lines)
