@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import ml_collections
 import tqdm
 
-from sparsity_jax import checkpoint, data, geometry, models, optim, report, stages, tables, train, trees
+from sparsity_jax import checkpoint, data, geometry, models, optim, report, stages, structured, tables, train, trees
 
 PyTree = Any
-STAGES = {**stages.STAGES, **geometry.STAGES}
+STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES}
 
 
 # Configs -----------------------------------------------------------------------------------------------------
@@ -248,6 +248,8 @@ def check_order(
                 f"config.pipeline runs {name!r} (kind {kind!r}) before any stage of kind "
                 f"{' or '.join(map(repr, needs))}, whose result it needs."
             )
+        if isinstance(checked[name], structured.Cut):
+            structured.check_rounds(checked[name], f"config.{name}", pipeline.count(name))
         if isinstance(checked[name], geometry.Spectrum):
             geometry.check_stop(checked[name], f"config.{name}", checked.values())
         if isinstance(checked[name], geometry.Width):
@@ -455,6 +457,8 @@ def build(plans: list[Plan]) -> train.Problem:
     for name in plans[0].pipeline:
         for plan in plans:
             geometry.check_network(plan.settings[name][0], f"config.{name}", shapes, size)
+            if isinstance(plan.settings[name][0], structured.Cut):
+                structured.check_network(problem, plan.settings[name][0], f"config.{name}")
     return problem
 
 
@@ -509,7 +513,8 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
             before = [row for row in rows if row["stage"] != name or row["visit"] != visit]
             again = {row["stage"] for row in before}  # replaces the stage of this name in the run it started from
             earlier = [row for row in origin if row["stage"] not in again] + before
-            place = stages.Place(name, position, plan.settings, run.per_member(earlier))
+            visits = plan.pipeline.count(name)
+            place = stages.Place(name, position, plan.settings, run.per_member(earlier), visit, visits)
             stage = STAGES[kind]
             resumed = position == progress.stage and progress.begun
             if resumed or (position == progress.stage and position):

@@ -20,12 +20,15 @@ RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.91, 0.92, 0.93, 0.
 
 class Place(NamedTuple):
     """Where in the pipeline a stage stands. others: the checked settings of all stages, one list a member, by name.
-    earlier: rows of all stages before it, one list a member, those of the run it started from included."""
+    earlier: rows of all stages before it, one list a member, those of the run it started from included. visit: how
+    often the pipeline has named the stage so far, this time included; visits: how often it does in all."""
 
     name: str
     position: int
     others: dict[str, list[Any]]
     earlier: Sequence[list[dict]] = ()
+    visit: int = 1
+    visits: int = 1
 
 
 class Stage(NamedTuple):

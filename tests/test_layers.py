@@ -13,7 +13,7 @@ NUMERICS = ("tables", "trees", "masks", "polytopes", "linops", "labels", "flow",
 # never each other
 PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets")
 # each may import those before it
-RUNS = ("checkpoint", "figures", "geometry_figures", "report", "train", "stages", "geometry", "pipeline", "run")
+RUNS = ("checkpoint", "figures", "geometry_figures", "report", "train", "stages", "geometry", "structured", "pipeline", "run")
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")
 ALLOWED = {
     **{name: set(NUMERICS[:i]) for i, name in enumerate(NUMERICS)},

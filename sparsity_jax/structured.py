@@ -1,0 +1,408 @@
+"""Stages of structured pruning: `cut` removes channels round by round, `compact` takes stock of the network without them.
+
+While pruning, removed channels are masked: shapes stay, and all rounds share their compiled programs. The coupled
+channels come from the trace of the network (`groups`), so any network of the zoo can be cut.
+Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `scores` and `budgets`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity_jax import budgets, cost, groups, losses, masks, scores, stages, tables, train, trees
+
+PyTree = Any
+
+
+def channels_of(problem: train.Problem, branches: str = "tied") -> groups.Channels:
+    """The channel groups of the run's network."""
+    image = jax.ShapeDtypeStruct((2, *problem.dataset.test.images.shape[1:]), jnp.float32)
+    variables = jax.eval_shape(problem.init, jax.random.key(0))
+    make = lambda: groups.trace(problem.model.apply, variables, image, branches=branches)
+    return problem.once(("channels", branches), make)
+
+
+def alive_channels(channels: groups.Channels, kept: PyTree) -> dict[str, np.ndarray]:
+    """Channels that some array which makes them still has; kept: masks in the structure of the params."""
+    leaves = {f"params/{path}": np.asarray(leaf) for path, leaf in trees.named_leaves(kept).items()}
+    result = {}
+    for name, group in channels.groups.items():
+        members = [m for m in group.members if m.path in leaves]
+        members = [m for m in members if m.role != "consumer"] or members
+        own = np.zeros(group.size, bool)
+        for member in members:
+            leaf = np.moveaxis(leaves[member.path], member.axis, 0)
+            own |= leaf.reshape(len(leaf), -1).any(1)[member.index].any(1)
+        result[name] = own
+    return result
+
+
+def members_of(problem: train.Problem, state: train.State) -> Iterator[tuple[int, train.State]]:
+    """Every member's own state, without the leading axis of a sweep."""
+    for i in range(problem.members or 1):
+        yield i, state if problem.members is None else jax.tree.map(lambda leaf, i=i: leaf[i], state)
+
+
+# cut ---------------------------------------------------------------------------------------------------------
+
+
+class Cut(NamedTuple):
+    measure: str
+    ratio: float
+    schedule: tuple
+    budget: str
+    aggregate: str
+    branches: str
+    use_l2: bool
+    use_init: bool
+    imp_samples: int
+    batch_size: int
+    temperature: float
+    grasp_temperature: float
+    preserve_temperature: float
+    min_share: float
+    protect: str
+    multiple: int
+    exclude: str
+    skip: str
+
+    def plan(self, num_rounds: int) -> budgets.Rounds:
+        fields = dict(self.schedule)
+        if fields["name"] != "manual":
+            fields |= dict(ratio=self.ratio, num_rounds=num_rounds)
+        return budgets.schedule(**fields)
+
+
+def cut_options(
+    where: str,
+    *,
+    measure: str = "mag_based",
+    ratio: tables.Fraction = 0.75,
+    schedule: dict = {"name": "gradient_flow"},  # noqa: B006 - never changed
+    budget: Literal["channels", "parameters", "flops"] = "channels",
+    aggregate: Literal["producer", "sum", "mean", "l2"] = "producer",
+    branches: Literal["tied", "separate"] = "tied",
+    use_l2: bool = False,
+    use_init: bool = False,
+    imp_samples: tables.Count = 2560,
+    batch_size: tables.Count = 128,
+    temperature: tables.Positive = 1.0,
+    grasp_temperature: tables.Positive = 200.0,
+    preserve_temperature: tables.Positive = 1.0,
+    min_share: tables.Fraction = 0.05,
+    protect: Literal["correct", "original", "original_resnet"] = "correct",
+    multiple: tables.Count = 1,
+    exclude: str = "",
+    skip: str = "",
+) -> Cut:
+    """Removes the least important channels of the network; each visit of the stage is one round.
+
+    measure: how important a channel is; see `scores.MEASURES`. ratio: share removed after all rounds. schedule: how the
+    rounds share it: `gradient_flow` (as the original; cumulative: `truncated` as its ResNets), `polynomial` (power) or
+    `manual` (thresholds: cumulative shares, one a round, instead of `ratio`). budget: what the share is of: channels,
+    parameters or FLOPs. aggregate: scores of the kernels that make a channel (`producer`, as the original) or of all
+    that read or make it. branches: `tied` removes what a residual sum adds together; `separate` masks each of its
+    sides alone, as the original does, and cannot be compacted there. use_l2, use_init: see `scores.score`.
+    imp_samples: train examples that gradients are of, or all; for Hessian products as many of every class, at most of
+    the rarest; batch_size: of their batches; temperature: divides the logits, those of Hessian products have their own.
+    min_share: int(min_share * channels) + 1 of each group stay; protect: which, see `budgets`. multiple: what is left
+    of each group is rounded up to a multiple of it. exclude: pattern of names of groups left whole and uncounted.
+    skip: pattern of arrays that scores do not read.
+    """
+    scores.required(measure, use_l2=use_l2, use_init=use_init)
+    if scores.MEASURES[measure].needs == ("saliency",):
+        raise tables.ConfigError(f"{where}.measure {measure!r} needs a training that tracks it; see scores.tracker.")
+    for name, pattern in (("exclude", exclude), ("skip", skip)):
+        trees.check_pattern(pattern, f"{where}.{name}")
+    fields = {"name": "gradient_flow", **schedule}
+    if isinstance(fields.get("thresholds"), list):
+        fields["thresholds"] = tuple(fields["thresholds"])
+    chosen = Cut(
+        measure, ratio, tuple(sorted(fields.items())), budget, aggregate, branches, use_l2, use_init, imp_samples,
+        batch_size, temperature, grasp_temperature, preserve_temperature, min_share, protect, multiple, exclude, skip,
+    )  # fmt: skip
+    try:
+        chosen.plan(1)
+    except tables.ConfigError as error:
+        raise tables.ConfigError(f"{where}: {error}") from None
+    return chosen
+
+
+def check_rounds(chosen: Cut, where: str, visits: int) -> None:
+    """Raises ConfigError for a schedule that does not fit the number of times the pipeline names the stage."""
+    try:
+        rounds = len(chosen.plan(visits).ratios)
+    except tables.ConfigError as error:
+        raise tables.ConfigError(f"{where}: {error}") from None
+    if rounds != visits:
+        raise tables.ConfigError(
+            f"{where}.schedule.thresholds are {rounds} rounds, but config.pipeline names the stage {visits} times."
+        )
+
+
+def check_network(problem: train.Problem, chosen: Cut, where: str) -> None:
+    """Raises ConfigError for a cut that does not fit the network or its data."""
+    channels, size = channels_of(problem, chosen.branches), problem.dataset.train.images.shape[0]
+    if not channels.groups:
+        raise tables.ConfigError(f"{where}: the network has no channels that can be removed.")
+    if chosen.exclude:
+        trees.matching(channels.groups, chosen.exclude, f"{where}.exclude")
+    if min(chosen.imp_samples, size) < problem.dataset.num_classes and "hg" in "".join(_needs(chosen)):
+        raise tables.ConfigError(f"{where}.imp_samples is {chosen.imp_samples}, fewer than one of each class.")
+
+
+def _needs(chosen: Cut) -> tuple[str, ...]:
+    return scores.required(chosen.measure, use_l2=chosen.use_l2, use_init=chosen.use_init)
+
+
+def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
+    """`scores_of(state, key) -> {group: float [channels]}` of one member; compiled once for all rounds."""
+    needs, channels = _needs(chosen), channels_of(problem, chosen.branches)
+    on_host = train.convolves(stages.shapes_of(problem)) and jax.default_backend() == "cpu"
+    scored = {name: group for name, group in channels.groups.items() if not _excluded(chosen, name)}
+
+    def loss(variables, batch, temperature):
+        fixed = jax.lax.stop_gradient(variables["batch_stats"])  # no part of gradients and Hessian products
+        logits = problem.model.apply({**variables, "batch_stats": fixed}, problem.images(batch[0]))
+        return losses.cross_entropy(logits / temperature, batch[1]).mean()
+
+    size = min(chosen.imp_samples, problem.dataset.train.images.shape[0])
+    images, labels = problem.train_images, problem.train_labels
+    balanced = None
+    if any(name.startswith("hg") for name in needs):
+        classes, known = problem.dataset.num_classes, problem.dataset.train.labels
+        rarest = int(np.bincount(known, minlength=classes).min())
+        index = scores.class_balanced(known, classes, min(size, classes * rarest))
+        balanced = (images[index], labels[index])
+    collect = scores.gather(
+        loss,
+        needs,
+        chosen.batch_size,
+        temperature=chosen.temperature,
+        grasp_temperature=chosen.grasp_temperature,
+        preserve_temperature=chosen.preserve_temperature,
+        on_host=on_host,
+    )
+
+    @jax.jit
+    def score(statistics, key):
+        return {
+            name: scores.score(
+                chosen.measure,
+                statistics,
+                group,
+                aggregate=chosen.aggregate,
+                use_l2=chosen.use_l2,
+                use_init=chosen.use_init,
+                skip=chosen.skip,
+                key=jax.random.fold_in(key, i),
+            )
+            for i, (name, group) in enumerate(scored.items())
+        }
+
+    def scores_of(state, key):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        init = problem.init(jax.random.wrap_key_data(state.key)) if "w0" in needs else None
+        statistics = collect(variables, (images[:size], labels[:size]), balanced=balanced, init=init)
+        found = {name: np.asarray(own, np.float64) for name, own in score(statistics, key).items()}
+        return found | {name: np.ones(g.size) for name, g in channels.groups.items() if name not in scored}
+
+    return scores_of
+
+
+def _excluded(chosen: Cut, name: str) -> bool:
+    return bool(chosen.exclude) and trees.matching({name: 0, "": 0}, f"{chosen.exclude}|")[name]
+
+
+def select(problem: train.Problem, chosen: Cut, found: dict, alive: dict, place: stages.Place) -> dict[str, np.ndarray]:
+    """Which channels stay after this round."""
+    channels, plan = channels_of(problem, chosen.branches), chosen.plan(place.visits)
+    sizes, i = channels.sizes, place.visit - 1
+    common = dict(
+        alive=alive,
+        floors=budgets.minimum_kept(sizes, chosen.min_share),
+        protect=chosen.protect,
+        exclude=chosen.exclude or None,
+    )
+    if chosen.budget == "channels":
+        counted = [name for name in sizes if not _excluded(chosen, name)]
+        ratio = float(plan.ratios[i])
+        if dict(chosen.schedule).get("cumulative") == "truncated":
+            living = sum(int(alive[name].sum()) for name in counted)
+            ratio = budgets.ratio_to_reach(float(plan.density[i]), sum(sizes[name] for name in counted), living)
+        keep = budgets.select(found, ratio, **common)
+    else:
+        price = cost.of_channels(channels, chosen.budget)
+        full = price({name: np.ones(size, bool) for name, size in sizes.items()})
+        keep = budgets.select_to_cost(found, price, float(plan.density[i]) * full, **common)
+    if chosen.multiple > 1:
+        keep = budgets.round_to_multiple(keep, found, chosen.multiple, alive=alive, floors=common["floors"])
+    return keep
+
+
+def run_cut(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    del rows
+    found, parts = stages.rows_per_member(problem), []
+    for i, own in members_of(problem, state):
+        chosen = settings[i]
+        channels = channels_of(problem, chosen.branches)
+        make = lambda chosen=chosen: make_scores(problem, chosen)
+        scores_of = problem.once(("scores", chosen._replace(ratio=0.0, schedule=())), make)
+        key = train.stage_key(own.key, place.position)
+        alive = alive_channels(channels, own.masks)
+        importance = scores_of(own, key)
+        keep = _select_or_say(problem, chosen, importance, alive, place)
+
+        def cut(own, keep, channels=channels):
+            tree = dict(params=own.masks, batch_stats=own.batch_stats)
+            tree = groups.mask(tree, channels, keep)
+            return own._replace(
+                params=masks.apply(own.params, tree["params"]), masks=tree["params"], batch_stats=tree["batch_stats"]
+            )
+
+        compiled = problem.once(("cut channels", chosen.branches), lambda cut=cut: jax.jit(cut))
+        parts.append(compiled(own, {name: jnp.asarray(k) for name, k in keep.items()}))
+        num, total = sum(int(k.sum()) for k in keep.values()), sum(channels.sizes.values())
+        found[i].append(
+            dict(
+                measure=chosen.measure,
+                ratio=1 - float(chosen.plan(place.visits).density[place.visit - 1]),
+                budget=chosen.budget,
+                round=place.visit,
+                num_kept=num,
+                num_channels=total,
+                kept={name: int(k.sum()) for name, k in keep.items()},
+                sizes=channels.sizes,
+            )
+        )
+    together = parts[0] if problem.members is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    yield train.Update(together, found, 1.0)
+
+
+def _select_or_say(problem, chosen, importance, alive, place):
+    try:
+        return select(problem, chosen, importance, alive, place)
+    except ValueError as error:
+        raise tables.ConfigError(f"config.{place.name}, round {place.visit}: {error}") from None
+
+
+# compact -----------------------------------------------------------------------------------------------------
+
+
+class Compact(NamedTuple):
+    batch_size: int
+    repeats: int
+    tolerance: float
+
+
+def compact_options(
+    where: str,
+    *,
+    batch_size: tables.Count = 64,
+    repeats: tables.Index = 20,
+    tolerance: Annotated[float, tables.Range(0.0, above=True)] = 1e-4,
+) -> Compact:
+    """The network without its removed channels: the same logits, fewer parameters and FLOPs, measured time.
+
+    The run's network itself stays masked. batch_size, repeats: of the time measured; 0 repeats: none. tolerance:
+    largest difference of compact from masked logits, relative to the largest logit, that is not an error.
+    """
+    del where
+    return Compact(batch_size, repeats, tolerance)
+
+
+class Stock(NamedTuple):
+    """A network without its removed channels. variables: its arrays; apply(variables, images) -> logits."""
+
+    variables: PyTree
+    apply: Callable
+    keep: dict[str, np.ndarray]
+    channels: groups.Channels
+
+
+def compacted(problem: train.Problem, state: train.State) -> Stock:
+    """One member's network, compacted."""
+    channels = channels_of(problem)
+    keep = alive_channels(channels, state.masks)
+    for name, own in keep.items():
+        if not own.any():
+            raise tables.ConfigError(f"all channels of {name} are masked: nothing is left to compact.")
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    small = groups.compact(variables, channels, keep)
+    return Stock(small, groups.elastic(problem.model.apply, channels, keep), keep, channels)
+
+
+def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> dict[str, Any]:
+    """Accuracy, size and time of one member's network, dense (masked) and compact, as fields of a row."""
+    stock = compacted(problem, state)
+    full = {"params": state.params, "batch_stats": state.batch_stats}
+    dense, small = jax.jit(problem.model.apply), jax.jit(stock.apply)
+    images = problem.images(problem.test_images[: chosen.batch_size])
+    masked, compact = dense(full, images), small(stock.variables, images)
+    error = float(jnp.max(jnp.abs(masked - compact)) / jnp.maximum(jnp.max(jnp.abs(masked)), 1e-30))
+    if not error <= chosen.tolerance:
+        raise tables.ConfigError(
+            f"the compact network's logits differ from the masked one's by {error:.2g} of the largest; allowed: "
+            f"{chosen.tolerance:g}. Something besides whole channels is masked, or the network is chaotic."
+        )
+    one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    flops = lambda apply, variables: cost.flops(apply, variables, one).products
+    row = dict(
+        accuracy=accuracy(problem, small, stock.variables),
+        difference=error,
+        parameters=cost.num_params(full),
+        parameters_compact=cost.num_params(stock.variables),
+        flops=flops(problem.model.apply, full),
+        flops_compact=flops(stock.apply, stock.variables),
+        bytes=cost.num_bytes(full),
+        bytes_compact=cost.num_bytes(stock.variables),
+        kept={name: int(own.sum()) for name, own in stock.keep.items()},
+        sizes=stock.channels.sizes,
+    )
+    if chosen.repeats:
+        pair = {"dense": (dense, (full, images)), "compact": (small, (stock.variables, images))}
+        pair = cost.compare(pair, repeats=chosen.repeats)
+        row |= dict(
+            batch_size=len(images),
+            milliseconds={name: 1e3 * one.median for name, one in pair.latencies.items()},
+            milliseconds_low={name: 1e3 * one.low for name, one in pair.latencies.items()},
+            milliseconds_high={name: 1e3 * one.high for name, one in pair.latencies.items()},
+            speedup=pair.speedup,
+            speedup_low=pair.speedup_low,
+            speedup_high=pair.speedup_high,
+            verdict=pair.verdict,
+            device=jax.devices()[0].device_kind,
+        )
+    return row
+
+
+def accuracy(problem: train.Problem, apply: Callable, variables: PyTree, split: str = "test") -> float:
+    """Share of a split classified rightly by a compiled `apply(variables, images)`."""
+    images, labels = train.arrays(problem, split)
+    size, right = len(labels), 0
+    batch = min(problem.eval_batch_size, size)
+    for start in range(0, size, batch):
+        part = slice(min(start, size - batch), min(start, size - batch) + batch)  # whole batches only: one program
+        found = losses.correct(apply(variables, problem.images(images[part])), labels[part])
+        right += int(found[start - part.start :].sum())
+    return right / size
+
+
+def run_compact(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    del rows, place
+    found = [[take_stock(problem, own, settings[i])] for i, own in members_of(problem, state)]
+    yield train.Update(state, found, 1.0)
+
+
+def _as_it_is(problem, state, settings, place) -> train.State:
+    del problem, settings, place
+    return stages.without_optimizer(state)
+
+
+STAGES = {
+    "cut": stages.Stage(cut_options, _as_it_is, run_cut, ("train",)),
+    "compact": stages.Stage(compact_options, _as_it_is, run_compact, ("train",)),
+}
