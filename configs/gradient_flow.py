@@ -1,4 +1,4 @@
-"""Filter pruning by gradient-flow measures of importance: rounds of {train an epoch, cut}, then train (arXiv:2009.11839).
+"""Filter pruning by gradient-flow measures: rounds of {train an epoch, cut}, then training (arXiv:2009.11839).
 
     python -m sparsity_jax.run --config configs/gradient_flow.py:resnet56 --workdir runs/flow
     python -m sparsity_jax.run --config configs/gradient_flow.py:digits --workdir runs/flow_digits

@@ -1,4 +1,4 @@
-"""Stages of structured pruning: `cut` removes channels round by round, `compact` takes stock of the network without them.
+"""Stages of structured pruning: `cut` removes channels in rounds, `compact` takes stock of the network without them.
 
 While pruning, removed channels are masked: shapes stay, and all rounds share their compiled programs. The coupled
 channels come from the trace of the network (`groups`), so any network of the zoo can be cut.

@@ -9,11 +9,14 @@ import sparsity_jax
 
 ROOT = pathlib.Path(sparsity_jax.__file__).parent
 # each may import those before it
-NUMERICS = ("tables", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups")
+NUMERICS = ("tables", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups", "relaxed")
 # never each other
 PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets")
 # each may import those before it
-RUNS = ("checkpoint", "figures", "geometry_figures", "report", "train", "stages", "geometry", "structured", "pipeline", "run")
+RUNS = (
+    *("checkpoint", "figures", "geometry_figures", "report", "train", "stages", "geometry", "structured", "pipeline"),
+    *("evaluate", "run"),
+)
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")
 ALLOWED = {
     **{name: set(NUMERICS[:i]) for i, name in enumerate(NUMERICS)},
