@@ -82,7 +82,8 @@ def manual_ratios(thresholds: Sequence[float]) -> Rounds:
         raise tables.ConfigError(
             f"thresholds are {thresholds}; allowed: one or more increasing shares removed, above 0, e.g. (0.1, 0.5)."
         )
-    return _from_density(1 - np.array(thresholds))
+    before = np.array([0.0, *thresholds[:-1]])
+    return Rounds((thresholds - before) / (1 - before), 1 - np.array(thresholds))
 
 
 SCHEDULES = {"gradient_flow": round_ratios, "polynomial": polynomial_ratios, "manual": manual_ratios}

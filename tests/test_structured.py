@@ -1,0 +1,303 @@
+"""Stages `cut` and `compact`: rounds, budgets, members, compilation, accuracy and costs of what is left."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sparsity_jax import budgets, cost, models, pipeline, scores, stages, structured, tables, train
+
+ROUNDS = 4
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return tiny.problem(widths=(24, 16))
+
+
+@pytest.fixture(scope="module")
+def trained(problem):
+    state, _ = tiny.trained(problem, tiny.fit(epochs=8))
+    return stages.without_optimizer(state)
+
+
+@pytest.fixture(scope="module")
+def convolutional():
+    """A network with batch norm, a skip connection and random statistics, untrained."""
+    model = models.build(name="resnet20", num_classes=4, shortcut="projection", width=4)
+    found = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
+    state = train.create_state(found, train.key_of(0))
+    noise = lambda leaf: leaf + 0.2 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape)
+    shake = lambda tree: jax.tree.map(lambda leaf: noise(leaf) if leaf.ndim == 1 else leaf, tree)
+    return found, state._replace(params=shake(state.params), batch_stats=shake(state.batch_stats))
+
+
+def settings(kind="cut", **fields):
+    rule = structured.STAGES[kind].options
+    return rule("config.x", **tables.check_options(rule, fields, "config.x"))
+
+
+def run(problem, state, kind="cut", visit=1, visits=1, position=1, **fields):
+    """(state, row) of one visit of a stage."""
+    place = stages.Place("x", position, {}, (), visit, visits)
+    own = [settings(kind, **fields)] * (problem.members or 1)
+    (update,) = structured.STAGES[kind].run(problem, state, own, place, [[]])
+    return update.state, update.rows[0][0]
+
+
+# cut -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_round_removes_the_least_important_channels_everywhere(problem, trained):
+    state, row = run(problem, trained, measure="mag_based", ratio=0.5)
+    norms = {f"params/dense{i}": np.linalg.norm(trained.params[f"dense{i}"]["kernel"], axis=0) for i in (1, 2)}
+    expected = budgets.select(norms, 0.5)
+    for i in (1, 2):
+        kept = expected[f"params/dense{i}"]
+        for tree in (state.masks, jax.tree.map(lambda leaf: leaf != 0, state.params)):
+            np.testing.assert_array_equal(np.asarray(tree[f"dense{i}"]["kernel"]).any(0), kept)
+            np.testing.assert_array_equal(tree[f"dense{i}"]["bias"], kept)
+        follower = "dense2" if i == 1 else "fc"
+        np.testing.assert_array_equal(np.asarray(state.masks[follower]["kernel"]).any(1), kept)
+    assert (row["num_kept"], row["num_channels"], row["round"]) == (20, 40, 1)
+    assert row["kept"] == {name: int(kept.sum()) for name, kept in expected.items()}
+    assert row["ratio"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("measure", sorted(name for name in scores.MEASURES if name not in ("bn", "nvidia")))
+def test_every_measure_of_kernels_cuts(problem, trained, measure):
+    if measure == "biased_loss_tracked":
+        with pytest.raises(tables.ConfigError, match="needs a training that tracks it"):
+            settings(measure=measure)
+        return
+    state, row = run(problem, trained, measure=measure, ratio=0.5, imp_samples=60)
+    assert row["num_kept"] == 20
+    assert np.isfinite(train.evaluate(problem, state.params, state.batch_stats, "test")[0])
+
+
+def test_gradients_are_those_of_the_first_examples_in_inference_mode(convolutional):
+    problem, state = convolutional
+    own = settings(measure="tfo", imp_samples=24, batch_size=10, temperature=5.0)
+    found = structured.make_scores(problem, own)(state, jax.random.key(0))
+    loss = mean_loss(problem, state, problem.train_images[:24], problem.train_labels[:24], 5.0)
+    grads = jax.jit(jax.grad(loss))(state.params)
+    block = lambda tree: np.asarray(tree["stage1_block0"]["conv1"]["kernel"])
+    expected = np.abs(np.sum(block(grads) * block(state.params), (0, 1, 2)))
+    np.testing.assert_allclose(found["params/stage1_block0/conv1"], expected, rtol=2e-3, atol=1e-6)
+
+
+def mean_loss(problem, state, images, labels, temperature):
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits = problem.model.apply(variables, problem.images(images)) / temperature
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
+
+    return loss
+
+
+def test_hessian_products_leave_the_statistics_out(convolutional):
+    problem, state = convolutional
+    own = settings(measure="grad_preserve", imp_samples=20, batch_size=7)
+    found = structured.make_scores(problem, own)(state, jax.random.key(0))
+    index = scores.class_balanced(problem.dataset.train.labels, 4, 20)
+    loss = mean_loss(problem, state, problem.train_images[index], problem.train_labels[index], 1.0)
+
+    @jax.jit
+    def product(params):
+        gradient = jax.grad(loss)
+        return jax.jvp(gradient, (params,), (gradient(params),))[1]
+
+    block = lambda tree: np.asarray(tree["stage3_block2"]["conv1"]["kernel"])
+    expected = np.abs(np.sum(block(product(state.params)) * block(state.params), (0, 1, 2)))
+    np.testing.assert_allclose(found["params/stage3_block2/conv1"], expected, rtol=2e-3, atol=1e-5)
+
+
+def test_rounds_follow_the_originals_schedule_and_compile_once(problem, trained):
+    fresh, state = problem._replace(compiled={}), trained
+    plan, compiled, kept = budgets.round_ratios(0.75, ROUNDS), [], [40]
+    listen = lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    for visit in range(1, ROUNDS + 1):
+        state, row = run(fresh, state, visit=visit, visits=ROUNDS, position=visit, measure="loss_based", imp_samples=64)
+        assert row["num_kept"] == kept[-1] - int(plan.ratios[visit - 1] * kept[-1])
+        assert row["ratio"] == pytest.approx(1 - plan.density[visit - 1])
+        kept.append(row["num_kept"])
+        if visit == 1:
+            jax.monitoring.register_event_duration_secs_listener(listen)
+            before = state.masks
+    assert not compiled
+    assert all(np.all(old | ~new) for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.masks)))
+    assert kept[-1] == pytest.approx(10, abs=2)
+
+
+def test_manual_thresholds_and_the_truncated_percentage(problem, trained):
+    state = trained
+    for visit, share in ((1, 0.1), (2, 0.5)):
+        fields = dict(schedule=dict(name="manual", thresholds=(0.1, 0.5)), visit=visit, visits=2)
+        state, row = run(problem, state, **fields)
+        assert row["num_kept"] == pytest.approx(40 * (1 - share), abs=1)
+    state = trained
+    for visit in range(1, 6):
+        schedule = dict(name="gradient_flow", cumulative="truncated")
+        state, row = run(problem, state, schedule=schedule, visit=visit, visits=5)
+    density = budgets.round_ratios(0.75, 5, "truncated").density[-1]
+    assert row["num_kept"] == pytest.approx(40 * density, abs=2)
+
+
+@pytest.mark.parametrize("budget", ["parameters", "flops"])
+def test_a_budget_is_met(convolutional, budget):
+    problem, state = convolutional
+    state, _ = run(problem, state, measure="l1", ratio=0.5, budget=budget)
+    channels = structured.channels_of(problem)
+    keep = structured.alive_channels(channels, state.masks)
+    price = cost.of_channels(channels, budget)
+    full = price({name: np.ones(size, bool) for name, size in channels.sizes.items()})
+    assert price(keep) / full < 0.505
+    stock = structured.compacted(problem, state)
+    image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    if budget == "flops":
+        assert price(keep) == cost.flops(stock.apply, stock.variables, image).products
+        assert full == cost.flops(problem.model.apply, variables, image).products
+    else:
+        assert price(keep) == cost.num_params(stock.variables)
+        assert full == cost.num_params(variables)
+
+
+def test_separate_branches_are_masked_alone(convolutional):
+    problem, state = convolutional
+    tied, apart = (structured.channels_of(problem, branches) for branches in ("tied", "separate"))
+    assert len(apart.groups) > len(tied.groups)
+    state, row = run(problem, state, measure="l1", ratio=0.5, branches="separate")
+    assert row["num_channels"] == sum(apart.sizes.values())
+    stock = structured.compacted(problem, state)  # what is gone on all sides
+    images = problem.images(problem.test_images)
+    masked = jax.jit(problem.model.apply)({"params": state.params, "batch_stats": state.batch_stats}, images)
+    np.testing.assert_allclose(jax.jit(stock.apply)(stock.variables, images), masked, rtol=1e-4, atol=1e-5)
+    assert cost.num_params(stock.variables) < cost.num_params(state.params)
+
+
+def test_excluded_groups_and_multiples(problem, trained):
+    _, row = run(problem, trained, ratio=0.5, exclude="params/dense1")
+    assert row["kept"] == {"params/dense1": 24, "params/dense2": 8}
+    _, row = run(problem, trained, ratio=0.5, multiple=8)
+    assert all(number % 8 == 0 for number in row["kept"].values())
+
+
+def test_members_are_cut_by_their_own_scores():
+    problem = tiny.problem(widths=(24, 16), members=2)
+    keys = jnp.stack([train.key_of(seed) for seed in (0, 1)])
+    state = jax.jit(problem.lift(lambda key: train.create_state(problem, key)))(keys)
+    together, _ = run(problem, state, ratio=0.5)
+    alone = tiny.problem(widths=(24, 16))
+    for i, own in structured.members_of(problem, state):
+        expected, _ = run(alone, own, ratio=0.5)
+        tiny.same(jax.tree.map(lambda leaf, i=i: leaf[i], together.masks), expected.masks)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(measure="mag"), r"measure is 'mag'; known: .*"),
+        (dict(ratio=1.0), r"config\.x: ratio is 1, which removes everything"),
+        (dict(schedule=dict(name="cubic")), r"config\.x: schedule\.name is 'cubic'; known: gradient_flow"),
+        (dict(schedule=dict(name="polynomial", powr=2)), r"config\.x: schedule 'polynomial': .*powr.*; fields: ratio"),
+        (dict(measure="tfo", use_init=True), "use_init replaces the factor"),
+        (dict(exclude="("), r"config\.x\.exclude: '\(' is not a regular expression"),
+        (dict(budget="filters"), r"config\.x\.budget is 'filters'; allowed: 'channels'"),
+    ],
+)
+def test_wrong_settings_are_named(fields, message):
+    with pytest.raises(tables.ConfigError, match=message):
+        settings(**fields)
+
+
+def test_cuts_that_cannot_be_are_named_before_anything_runs(problem, trained, tmp_path):
+    cut = pipeline.stage("cut", schedule=dict(name="manual", thresholds=(0.1, 0.5)))
+    config = tiny.config("fit", "cut", cut=cut)
+    with pytest.raises(
+        tables.ConfigError, match=r"thresholds are 2 rounds, but config\.pipeline names the stage 1 times"
+    ):
+        pipeline.run(config, tmp_path / "run")
+    config = tiny.config("fit", "cut", cut=pipeline.stage("cut", exclude="params/conv.*"))
+    with pytest.raises(tables.ConfigError, match=r"config\.cut\.exclude is 'params/conv\.\*', which matches no"):
+        pipeline.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(tables.ConfigError, match=r"config\.x, round 1: ratio 0\.99 .* use a ratio of at most"):
+        run(problem, trained, ratio=0.99)
+
+
+# compact -------------------------------------------------------------------------------------------------------
+
+
+def test_taking_stock(problem, trained):
+    state, _ = run(problem, trained, ratio=0.5)
+    same, row = run(problem, state, "compact", repeats=3, batch_size=16)
+    tiny.same(same.params, state.params)
+    loss_and_accuracy = train.evaluate(problem, state.params, state.batch_stats, "test")
+    assert row["accuracy"] == pytest.approx(float(loss_and_accuracy[1]), abs=1e-6)
+    assert row["difference"] < 1e-5
+    a, b = row["kept"]["params/dense1"], row["kept"]["params/dense2"]
+    assert row["parameters_compact"] == 64 * a + a + a * b + b + b * 10 + 10
+    assert row["flops_compact"] == 2 * (64 * a + a * b + b * 10)
+    assert row["bytes_compact"] == 4 * row["parameters_compact"]
+    assert row["parameters"] == 64 * 24 + 24 + 24 * 16 + 16 + 160 + 10
+    assert row["verdict"] in ("faster", "slower", "no measurable difference")
+    assert row["milliseconds_low"]["dense"] <= row["milliseconds"]["dense"] <= row["milliseconds_high"]["dense"]
+    _, row = run(problem, state, "compact", repeats=0)
+    assert "milliseconds" not in row
+    variables = {"params": state.params, "batch_stats": {}}
+    _, accuracy = train.evaluate(problem, state.params, {}, "train")
+    found = structured.accuracy(problem, jax.jit(problem.model.apply), variables, "train")
+    assert found == pytest.approx(float(accuracy), abs=1e-6)
+
+
+def test_a_network_without_cuts_is_compact_already(problem, trained):
+    _, row = run(problem, trained, "compact", repeats=0)
+    assert row["parameters"] == row["parameters_compact"]
+    assert row["flops"] == row["flops_compact"]
+
+
+def test_what_cannot_be_compacted_is_said(problem, trained):
+    empty = trained._replace(masks=jax.tree.map(jnp.zeros_like, trained.masks))
+    with pytest.raises(tables.ConfigError, match="all channels of params/dense1 are masked"):
+        run(problem, empty, "compact")
+    wrong = trained._replace(masks=jax.tree.map(jnp.ones_like, trained.masks))
+    wrong.masks["dense1"]["kernel"] = wrong.masks["dense1"]["kernel"].at[:, 0].set(False)
+    wrong.masks["dense1"]["bias"] = wrong.masks["dense1"]["bias"].at[0].set(False)
+    with pytest.raises(tables.ConfigError, match="logits differ"):  # masked by name only: the weights are still there
+        run(problem, wrong, "compact")
+
+
+# Whole runs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_rounds_continues_after_a_kill(tmp_path, monkeypatch):
+    config = tiny.config(
+        "fit", "cut", "fit", "cut", "compact",
+        cut=pipeline.stage("cut", measure="loss_based", imp_samples=64), compact=pipeline.stage("compact", repeats=0),
+    )  # fmt: skip
+    whole = pipeline.run(config, tmp_path / "whole")
+    cuts = [row for row in whole.rows if row["kind"] == "cut"]
+    assert [(row["round"], row["visit"]) for row in cuts] == [(1, 1), (2, 2)]
+    assert 1 - cuts[-1]["num_kept"] / 16 == pytest.approx(0.75, abs=0.07)
+    original, calls = structured.make_scores, []
+
+    def killed(*arguments):
+        found = original(*arguments)
+
+        def once(*more):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return found(*more)
+
+        return once
+
+    monkeypatch.setattr(structured, "make_scores", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, tmp_path / "half")
+    monkeypatch.setattr(structured, "make_scores", original)
+    again = pipeline.run(config, tmp_path / "half")
+    tiny.same(again.state.params, whole.state.params)
+    assert tiny.timeless(again.rows) == tiny.timeless(whole.rows)
