@@ -4,7 +4,8 @@
     python -m sparsity_jax.run --config configs/gradient_flow.py:digits --workdir runs/flow_digits
 
 Variants: a model, one of MODELS; `digits`, a minute on a CPU. After the model come settings, e.g.
-`:vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10`; KEYS has their defaults. The stages:
+`:vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10` or `:mobilenet,thresholds=10;50;80` (percent gone
+after each round); KEYS has their defaults. The stages:
 
     warmup   training before the first cut, if `warmup` is above 0
     fit, cut one epoch, then the least important channels of the whole network go; `rounds` times
@@ -43,20 +44,20 @@ def get_config(variant: str = "resnet56"):
     model, chosen = parse(variant)
     network, options = MODELS[model]
     rounds, warmup, epochs = (int(chosen[key]) for key in ("rounds", "warmup", "epochs"))
-    thresholds = tuple(float(part) / 100 for part in chosen["thresholds"].strip("[]").split(",") if part)
+    thresholds = tuple(float(part) / 100 for part in chosen["thresholds"].strip("[]").split(";") if part)
     rounds = len(thresholds) or rounds
     augment = "none" if chosen["data"] == "digits" else "pad_crop_flip"
     optimizer = lambda rate, schedule: optim.settings(
         "sgd", learning_rate=rate, momentum=float(chosen["moment"]), weight_decay=1e-4, schedule=schedule
     )
     train = lambda epochs, rate, schedule=dict(name="keep"), **fields: pipeline.stage(
-        "train", epochs=epochs, augment=augment, optimizer=optimizer(rate, schedule), **fields
+        "train", epochs=epochs, augment=augment, optimizer=optimizer(rate, schedule), label=chosen["measure"], **fields
     )
     seeds = int(chosen["seeds"])
     config = pipeline.base(
         title=f"Gradient flow: {model}, {chosen['measure']}",
         data=dict(name=chosen["data"]),
-        model=tables.options(models.MODELS, network, **options),
+        model=tables.options(models.MODELS, network, init="torch", dtype="float32", **options),
         sweep=dict(seed=tuple(range(seeds))) if seeds > 1 else {},
         pipeline=(*(("warmup",) if warmup else ()), *("fit", "cut") * rounds, "final", "compact"),
     )

@@ -52,6 +52,12 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
     },
     "histogram": {"threshold", "count_above", "edges", "counts", "num_zero"},
     "sfw_init": {"iteration", "loss_before", "loss_after"},
+    "cut": {"measure", "ratio", "budget", "round", "num_kept", "num_channels", "kept", "sizes"},
+    "compact": {
+        *("accuracy", "difference", "parameters", "parameters_compact", "flops", "flops_compact", "bytes"),
+        *("bytes_compact", "kept", "sizes", "batch_size", "milliseconds", "milliseconds_low", "milliseconds_high"),
+        *("speedup", "speedup_low", "speedup_high", "verdict", "device"),
+    },
     "limit": {"phase", "limit", "criterion", "tolerance", "evaluations", "how"},
     "row_norms": {"quantile", "magnitude", "row_norm", "parameter", "zero_share", "rows", "num_weights"},
     "spectrum": {
@@ -308,6 +314,17 @@ def training(one: Series) -> dict[tuple, dict[int, dict]]:
             merged[member] |= {start + epoch: row for epoch, row in sorted(block.items())}
             start += max(block)
     return merged
+
+
+def channel_rounds(one: Series) -> dict[float, dict[str, float]]:
+    """Share of each group's channels that is gone, by share removed from the network; mean over members."""
+    cells: dict[float, dict[str, list[float]]] = {}
+    for row in one.rows:
+        if row.get("kind") == "cut" and row.get("sizes"):
+            for name, size in row["sizes"].items():
+                gone = 1 - number(row["kept"].get(name, size)) / size
+                cells.setdefault(round(number(row["ratio"]), 4), {}).setdefault(name, []).append(gone)
+    return {ratio: {name: float(np.mean(gone)) for name, gone in own.items()} for ratio, own in sorted(cells.items())}
 
 
 def at_ratio(curve: Curve, values: np.ndarray, stop: float) -> np.ndarray:
@@ -727,13 +744,18 @@ def short_paths(paths: list[str], limit: int = 34) -> list[str]:
     return [name if len(name) <= limit else "…" + name[1 - limit :] for name in joined]
 
 
-def layer_figure(name: str, found: list[tuple[str, dict]]):
-    """Heat maps layer x ratio of the share of weights kept (log colour), one per (label, {ratio: {path: sparsity}})."""
+def layer_figure(name: str, found: list[tuple[str, dict]], *, what: str = "weights"):
+    """Heat maps layer x ratio of the share of `what` kept (log colour), one per (label, {ratio: {path: sparsity}}).
+
+    Of weights, at the ratios LAYER_STOPS; of anything else, at all ratios, or at 12 of them.
+    """
     import matplotlib
     from matplotlib import colors, figure
 
     paths = list(dict.fromkeys(path for _, table in found for layers in table.values() for path in layers))
-    stops = [stop for stop in LAYER_STOPS if any(stop in table for _, table in found)]
+    ratios = sorted({ratio for _, table in found for ratio in table})
+    few = [ratios[i] for i in np.unique(np.linspace(0, len(ratios) - 1, 12).round().astype(int))]
+    stops = [stop for stop in LAYER_STOPS if stop in ratios] if what == "weights" else few
     names = short_paths(paths)
     with matplotlib.rc_context(rc(name)):
         width, right = 10.0, 0.15
@@ -756,7 +778,7 @@ def layer_figure(name: str, found: list[tuple[str, dict]]):
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
             axes.xaxis.tick_top()
-            axes.set_xticks(range(len(stops)), [f"{100 * stop:.4g}%" for stop in stops])
+            axes.set_xticks(range(len(stops)), [f"{100 * stop:.3g}%" for stop in stops])
             first = i % slot == 0
             axes.set_yticks(range(len(paths)) if first else [], [literal(n) for n in names] if first else [])
             small = 8 if len(paths) <= 30 else 6.5
@@ -775,7 +797,7 @@ def layer_figure(name: str, found: list[tuple[str, dict]]):
         marks.set_ticks([1e-3, 1e-2, 1e-1, 1.0], labels=["0.1%", "1%", "10%", "100%"])
         marks.minorticks_off()
         marks.outline.set_visible(False)
-        fig.text((left + 2.75) / width, 0.35 / total, "weights kept (red: none left)", color=MUTED, fontsize=8)
+        fig.text((left + 2.75) / width, 0.35 / total, f"{what} kept (red: none left)", color=MUTED, fontsize=8)
     return fig
 
 

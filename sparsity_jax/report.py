@@ -200,6 +200,7 @@ def write(
     sections = [
         ("summary", "Summary", summary_section(series, table, found)),
         ("prediction", "Predicted and actual limit", prediction_section(limits, config)),
+        ("compact", "Compact network", compact_section(series)),
         *figure_sections(workdir, series, found, table, limits),
         ("pruned", "Pruning steps", prune_section(series)),
         ("config", "Configuration", tree_section(config, "settings")),
@@ -394,6 +395,49 @@ def prediction_section(limits: list, config: dict, most: int = 60) -> str:
     return result
 
 
+COMPACT_COLUMNS = {  # heading to (field, factor)
+    "parameters": ("parameters", 1),
+    "MFLOPs an image": ("flops", 1e-6),
+    "KiB": ("bytes", 1 / 1024),
+}
+
+
+def compact_section(series: list, most: int = 60) -> str:
+    """Networks without their removed channels: accuracy, sizes and, in plain words, whether they are faster."""
+    found = [(one.label, row) for one in series for row in one.rows if row.get("kind") == "compact"]
+    if not found:
+        return ""
+    head = '<th scope="col">network</th><th scope="col" class="num">accuracy&nbsp;<small>%</small></th>'
+    head += "".join(f'<th scope="col" class="num">{esc(name)}</th>' for name in COMPACT_COLUMNS)
+    head += '<th scope="col" class="num">time&nbsp;<small>ms</small></th><th scope="col">speed</th>'
+    body = ""
+    for label, row in found[:most]:
+        cells = f'<td class="num">{100 * figures.number(row.get("accuracy")):.2f}</td>'
+        for field, factor in COMPACT_COLUMNS.values():
+            dense, small = (factor * figures.number(row.get(f"{field}{end}")) for end in ("", "_compact"))
+            cells += f'<td class="num">{small:,.4g} <small>of {dense:,.4g}, {100 * small / dense:.1f}%</small></td>'
+        times = row.get("milliseconds") or {}
+        dense, small = (figures.number(times.get(name)) for name in ("dense", "compact"))
+        cells += (
+            f'<td class="num">{small:.3g} <small>of {dense:.3g}</small></td>' if times else '<td class="num">–</td>'
+        )
+        seed = f", seed {row['seed']}" if "seed" in row else ""
+        body += f'<tr><th scope="row">{esc(label + seed)}</th>{cells}<td class="keep">{esc(speed(row))}</td></tr>'
+    table = scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    told = "Compact, of dense. Logits of both are equal to rounding. Time: median of whole batches, in alternation."
+    return table + note(f"{told} The first {most} of {len(found)}." if len(found) > most else told)
+
+
+def speed(row: dict) -> str:
+    """Whether the compact network is faster on the machine that measured it."""
+    if not row.get("verdict"):
+        return "not measured"
+    low, high = (figures.number(row.get(f"speedup_{end}")) for end in ("low", "high"))
+    where = f"batch {row.get('batch_size')}, {row.get('device')}"
+    numbers = f"{figures.number(row.get('speedup')):.2f} times the speed ({low:.2f}–{high:.2f}; {where})"
+    return f"{row['verdict']}: {numbers}"
+
+
 def gap_cell(gap) -> str:
     if gap is None:
         return '<td class="num">–</td>'
@@ -462,6 +506,11 @@ def figure_sections(
         caption = "Share of each layer's weights that is kept, in percent, by the share removed from the network."
         fold = f"{len(layers)} heat maps" if len(layers) > 6 else ""
         add("layers", "Sparsity by layer", figures.layer_figure("layers", layers), caption, fold=fold)
+    rounds = [(label, figures.channel_rounds(one)) for label, one in zip(labels, series)]
+    rounds = [(label, cells) for label, cells in rounds if cells]
+    if rounds:
+        caption = "Share of each group's channels that is kept, in percent, by the share removed from the network."
+        add("channels", "Channels by group", figures.layer_figure("channels", rounds, what="channels"), caption)
     caption = "Loss on the batch before and after the SFW step whose result SFW-Init minimises."
     panels = figures.sfw_init_panels(series)
     add_lines("sfw_init", "SFW-Init", panels, caption, ("after the step", "before the step"))
@@ -470,7 +519,7 @@ def figure_sections(
     return result
 
 
-NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "sfw_init"}
+NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "channels", "sfw_init"}
 NAMES |= {"limits", "crossing", "history", "spectrum", "row_norms"}
 
 

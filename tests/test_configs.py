@@ -31,8 +31,15 @@ CHOICES = {
     "rescale": ("gradient", "diameter", "none"),
 }
 LIMIT = load("geometric_limit")
+FLOW = load("gradient_flow")
 VARIANTS = {
     "geometric_limit": [(), *((name,) for name in LIMIT.SETTINGS)],
+    "gradient_flow": [
+        (),
+        *((name,) for name in FLOW.MODELS),
+        ("vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10,lr_prune=0.01,moment=0.8,seeds=3,epochs=50",),
+        ("mobilenet,thresholds=[10;50;80],branches=separate",),
+    ],
     "quickstart": [()],
     "toy_cnn": [(), ("cnn",), ("mlp",), ("story",)],
     "sfw_oneshot": [
@@ -93,6 +100,23 @@ def test_wrong_variants_are_named(variant, message):
         LIMIT.get_config("resnet18_tin")
 
 
+def test_published_settings_of_gradient_flow():
+    config = FLOW.get_config("resnet56")
+    assert config.pipeline == ("fit", "cut") * 25 + ("final", "compact")
+    assert (config.model.name, config.model.shortcut, config.data.name) == ("resnet56", "projection", "cifar100")
+    assert (config.fit.epochs, config.fit.optimizer.learning_rate, config.fit.optimizer.momentum) == (1, 0.1, 0.9)
+    assert (config.cut.ratio, config.cut.imp_samples, config.cut.grasp_temperature) == (0.75, 2560, 200.0)
+    assert (config.final.epochs, config.final.optimizer.schedule.milestones) == (135, (55, 95))
+    manual = FLOW.get_config("vgg13,thresholds=[10;50;80],warmup=5")
+    assert manual.pipeline == ("warmup", *("fit", "cut") * 3, "final", "compact")
+    assert manual.cut.schedule.thresholds == (0.1, 0.5, 0.8)
+    assert (manual.model.order, manual.final.epochs) == ("conv_relu_bn", 152)
+    with pytest.raises(tables.ConfigError, match=r"variant is 'resnet-56'; known: .* Did you mean 'resnet56'"):
+        FLOW.get_config("resnet-56")
+    with pytest.raises(tables.ConfigError, match=r"variant key is 'round'; known: .* Did you mean 'rounds'"):
+        FLOW.get_config("resnet56,round=3")
+
+
 def test_published_settings_of_the_geometric_limit():
     config = LIMIT.get_config("resnet50")
     optimizer = config.fit.optimizer
@@ -117,6 +141,8 @@ FEW = {  # products and evaluations
     "row_norms": dict(num_weights=2),
     "spectrum": dict(num_matvecs=2, num_probes=1),
     "width": dict(batch_size=4),
+    "cut": dict(imp_samples=8, batch_size=8, ratio=0.3),
+    "compact": dict(repeats=2, batch_size=2),
 }
 TINY = {"mlp": dict(widths=[8]), "small_cnn": dict(widths=[4], dense_widths=[8])}
 
@@ -148,6 +174,7 @@ def shrink(config) -> dict:
         ("toy_cnn", ("mlp",)),
         ("toy_cnn", ("story",)),
         ("geometric_limit", ("digits",)),
+        ("gradient_flow", ("resnet56,rounds=2,measure=fisher",)),
         ("geometric_limit", ("resnet18_tiny",)),
         ("sfw_oneshot", ()),
         ("sfw_oneshot", ("data=tiny,arch=mlp,optimizer=adagrad_sfw,constraint=l2",)),

@@ -11,13 +11,17 @@ import pytest
 from sparsity_jax import data, pipeline, stages, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/sfw_options.md", "docs/geometric_limit.md", "experiments/LEDGER.md")
+DOCUMENTS = (
+    *("README.md", "docs/sfw_options.md", "docs/geometric_limit.md", "docs/gradient_flow.md"),
+    "experiments/LEDGER.md",
+)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 FULL_VARIANTS = {  # variants that together have every field of a config
     "quickstart": (None,),
     "sfw_oneshot": ("", "sfw_init=1", "data=tiny"),
     "toy_cnn": ("cnn", "mlp", "story"),
     "geometric_limit": ("fc5", "alexnet"),
+    "gradient_flow": ("resnet56", "vgg13,warmup=3"),
 }
 
 
