@@ -28,6 +28,7 @@ setuptools.setup(
         "matplotlib>=3.9",
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",
+        "flatbuffers>=24.3",  # jax.export writes with it
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],

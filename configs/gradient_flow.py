@@ -5,7 +5,8 @@
 
 Variants: a model, one of MODELS; `digits`, a minute on a CPU. After the model come settings, e.g.
 `:vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10` or `:mobilenet,thresholds=10;50;80` (percent gone
-after each round); KEYS has their defaults. The stages:
+after each round); KEYS has their defaults. `preserve_moment=1` hands the momentum on through the cuts;
+`measure=biased_loss_tracked,track_batches=20` tracks importance over the last 20 batches of each round. The stages:
 
     warmup   training before the first cut, if `warmup` is above 0
     fit, cut one epoch, then the least important channels of the whole network go; `rounds` times
@@ -25,7 +26,8 @@ MODELS = {  # the networks of the study by name: that of the zoo, and its option
 }
 KEYS = dict(
     measure="mag_based", data="cifar100", ratio="0.75", rounds="25", warmup="0", lr_prune="0.1", moment="0.9",
-    thresholds="", branches="tied", seeds="1", epochs="160",
+    thresholds="", branches="tied", seeds="1", epochs="160", preserve_moment="0", track_batches="0", alpha="0.8",
+    use_l2="0", temperature="1",
 )  # fmt: skip
 
 
@@ -50,9 +52,20 @@ def get_config(variant: str = "resnet56"):
     optimizer = lambda rate, schedule: optim.settings(
         "sgd", learning_rate=rate, momentum=float(chosen["moment"]), weight_decay=1e-4, schedule=schedule
     )
+    common = dict(augment=augment, label=chosen["measure"], carry=chosen["preserve_moment"] == "1")
+    temperature = float(chosen["temperature"])
     train = lambda epochs, rate, schedule=dict(name="keep"), **fields: pipeline.stage(
-        "train", epochs=epochs, augment=augment, optimizer=optimizer(rate, schedule), label=chosen["measure"], **fields
+        "train",
+        epochs=epochs,
+        optimizer=optimizer(rate, schedule),
+        loss=dict(name="cross_entropy", temperature=temperature),
+        **common,
+        **fields,
     )
+    track = dict(name="none")
+    if int(chosen["track_batches"]):
+        numbers = dict(alpha=float(chosen["alpha"]), track_batches=int(chosen["track_batches"]))
+        track = dict(name="saliency", use_l2=chosen["use_l2"] == "1", **numbers)
     seeds = int(chosen["seeds"])
     config = pipeline.base(
         title=f"Gradient flow: {model}, {chosen['measure']}",
@@ -63,7 +76,7 @@ def get_config(variant: str = "resnet56"):
     )
     if warmup:
         config.warmup = train(warmup, 0.1)
-    config.fit = train(1, float(chosen["lr_prune"]))
+    config.fit = train(1, float(chosen["lr_prune"]), track=track)
     schedule = dict(name="manual", thresholds=thresholds) if thresholds else dict(name="gradient_flow")
     config.cut = pipeline.stage(
         "cut",
@@ -71,6 +84,8 @@ def get_config(variant: str = "resnet56"):
         ratio=float(chosen["ratio"]),
         schedule=schedule,
         branches=chosen["branches"],
+        use_l2=chosen["use_l2"] == "1",
+        temperature=temperature,
     )
     left = epochs - rounds - warmup
     milestones = tuple(max(int(epochs * share) - rounds - warmup, 0) for share in (0.5, 0.75))

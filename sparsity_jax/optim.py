@@ -281,6 +281,23 @@ def heavy_ball(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def momentum_of(opt_state: PyTree) -> HeavyBallState:
+    """The momentum in an optimizer's state; raises ValueError if there is not exactly one."""
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_momentum) if _is_momentum(leaf)]
+    if len(found) != 1:
+        raise ValueError(f"the optimizer's state holds {len(found)} momenta; only that of one sgd can be handed on.")
+    return found[0]
+
+
+def with_momentum(opt_state: PyTree, momentum: HeavyBallState) -> PyTree:
+    """`opt_state` going on from this momentum."""
+    return jax.tree.map(lambda leaf: momentum if _is_momentum(leaf) else leaf, opt_state, is_leaf=_is_momentum)
+
+
+def _is_momentum(state: Any) -> bool:
+    return isinstance(state, HeavyBallState)
+
+
 def add_decayed_weights(weight_decay: float) -> optax.GradientTransformationExtraArgs:
     """g + weight_decay * w; a weight decay that is the number 0 needs no params."""
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:

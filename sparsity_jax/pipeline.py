@@ -249,7 +249,12 @@ def check_order(
                 f"{' or '.join(map(repr, needs))}, whose result it needs."
             )
         if isinstance(checked[name], structured.Cut):
-            structured.check_rounds(checked[name], f"config.{name}", pipeline.count(name))
+            before = [
+                checked[n] for n in pipeline[: pipeline.index(name)] if not isinstance(checked[n], structured.Cut)
+            ]
+            structured.check_rounds(
+                checked[name], f"config.{name}", pipeline.count(name), before[-1] if before else None
+            )
         if isinstance(checked[name], geometry.Spectrum):
             geometry.check_stop(checked[name], f"config.{name}", checked.values())
         if isinstance(checked[name], geometry.Width):
@@ -518,18 +523,42 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
             stage = STAGES[kind]
             resumed = position == progress.stage and progress.begun
             if resumed or (position == progress.stage and position):
-                like = stage.begin(problem, state, own, place) if resumed else stages.without_optimizer(state)
+                state = state._replace(opt_state=handed_on(plan, state, position))
+                like = stage.begin(problem, state, own, place) if resumed else state
                 state = saved.restore(checkpoint.abstract(like))
             if not resumed:
                 state = stage.begin(problem, state, own, place)
                 saved.save(state, checkpoint.Progress(position, True, rows))
             common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
             state = run_stage(run, stage, state, place, run.per_member(begun), common)
-            state = stages.without_optimizer(state)
+            state = after(plan, state, position)
             saved.save(state, checkpoint.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
             state = saved.restore(checkpoint.abstract(stages.without_optimizer(state)))
     return Outcome(state, rows)
+
+
+def after(plan: Plan, state: train.State, position: int) -> train.State:
+    """The state as the stage at `position` leaves it to the next one; the last one leaves no optimizer."""
+    if position + 1 == len(plan.pipeline):
+        return stages.without_optimizer(state)
+    return stages.handed_on(state, plan.settings[plan.pipeline[position]][0])
+
+
+def handed_on(plan: Plan, state: train.State, position: int) -> Any:
+    """What the stages before `position` hand on, in shapes only."""
+    found = ()
+    for name in plan.pipeline[:position]:
+        own = plan.settings[name][0]
+        if isinstance(own, train.Fit):
+            wide = lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+            members = jax.tree.leaves(state.step)[0].shape
+            momentum = optim.HeavyBallState(jnp.zeros(members, jnp.int32), state.params) if own.carry else ()
+            saliency = jax.tree.map(wide, state.params) if own.track else ()
+            found = train.Carried(momentum, saliency) if own.carry or own.track else ()
+        elif not isinstance(own, structured.Cut):
+            found = ()
+    return found
 
 
 def check_arrays(path: str, shapes: PyTree, members: int | None) -> None:
@@ -583,7 +612,7 @@ def run_stage(
                     if update.done < 1:
                         good = (state, checkpoint.Progress(position, True, list(rows)))
                     else:
-                        good = (stages.without_optimizer(state), checkpoint.Progress(position + 1, False, list(rows)))
+                        good = (after(plan, state, position), checkpoint.Progress(position + 1, False, list(rows)))
                 run.writer.append(new)
                 display.show(update.done, new)
                 if interrupted.is_set():

@@ -54,6 +54,14 @@ def without_optimizer(state: train.State) -> train.State:
     return state._replace(opt_state=(), step=jnp.zeros_like(state.step), metrics=fresh)
 
 
+def handed_on(state: train.State, settings: Any) -> train.State:
+    """The state after a stage of these settings: without optimizer, but with what a training hands on through cuts."""
+    bare = without_optimizer(state)
+    if isinstance(settings, train.Fit):
+        return bare._replace(opt_state=settings.hand_on(state.opt_state))
+    return bare._replace(opt_state=state.opt_state) if isinstance(state.opt_state, train.Carried) else bare
+
+
 def rows_per_member(problem: train.Problem) -> list[list[dict]]:
     return [[] for _ in range(problem.members or 1)]
 
@@ -72,12 +80,17 @@ def train_options(
     start: Literal["current", "init"] = "current",
     shift_inside: bool = True,
     evaluate_every: tables.Count = 1,
+    carry: bool = False,
+    track: dict = {"name": "none"},  # noqa: B006
     label: str = "",
 ) -> train.Fit:
     """Trains the network.
 
     start: go on from the current weights, or from the run's initial ones (several arms of a comparison). shift_inside:
     moves the weights into the feasible sets first. evaluate_every: epochs between evaluations on the test set.
+    carry: goes on with the momentum of the training before it, which must hand it on too, through cuts (sgd only).
+    track: `dict(name="saliency", alpha=0.8, track_batches=20, use_l2=False)` keeps a running average of every weight's
+    importance over the last batches of each epoch, for a cut by `biased_loss_tracked`.
     label: name of the trained network in the report (default: the stage's).
     """
     loss_options = dict(loss)
@@ -93,7 +106,26 @@ def train_options(
         raise tables.ConfigError(f"{where}.optimizer.schedule: {error}") from None
     del label
     chosen = (loss_name, tuple(sorted(loss_options.items())))
-    return train.Fit(epochs, batch_size, recipe, chosen, augment, start, shift_inside, evaluate_every)
+    if carry and recipe.name != "sgd":
+        raise tables.ConfigError(f"{where}.carry hands on the momentum of sgd; the optimizer is {recipe.name!r}.")
+    given = dict(track)
+    tracker = tables.lookup(TRACKERS, given.pop("name", "none"), f"{where}.track.name")
+    found = {**tables.defaults(tracker), **tables.check_options(tracker, given, f"{where}.track")}
+    return train.Fit(
+        epochs, batch_size, recipe, chosen, augment, start, shift_inside, evaluate_every, carry,
+        tuple(sorted(found.items())),
+    )  # fmt: skip
+
+
+def no_tracker() -> None:
+    """Tracks nothing."""
+
+
+def saliency_tracker(*, alpha: tables.Fraction = 0.8, track_batches: tables.Count = 20, use_l2: bool = False) -> None:
+    """Options of `scores.tracker` that average `scores.weight_saliency`."""
+
+
+TRACKERS = {"none": no_tracker, "saliency": saliency_tracker}
 
 
 def _numbers(problem: train.Problem, state: train.State, settings: list[train.Fit]) -> dict[str, Any]:

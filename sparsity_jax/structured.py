@@ -113,8 +113,6 @@ def cut_options(
     skip: pattern of arrays that scores do not read.
     """
     scores.required(measure, use_l2=use_l2, use_init=use_init)
-    if scores.MEASURES[measure].needs == ("saliency",):
-        raise tables.ConfigError(f"{where}.measure {measure!r} needs a training that tracks it; see scores.tracker.")
     for name, pattern in (("exclude", exclude), ("skip", skip)):
         trees.check_pattern(pattern, f"{where}.{name}")
     fields = {"name": "gradient_flow", **schedule}
@@ -131,8 +129,20 @@ def cut_options(
     return chosen
 
 
-def check_rounds(chosen: Cut, where: str, visits: int) -> None:
-    """Raises ConfigError for a schedule that does not fit the number of times the pipeline names the stage."""
+def check_rounds(chosen: Cut, where: str, visits: int, before: Any) -> None:
+    """Raises ConfigError for a cut that does not fit the pipeline: `visits` times in it, after the training `before`.
+
+    The thresholds of its schedule must be as many, and a tracked measure must have been tracked.
+    """
+    if scores.MEASURES[chosen.measure].needs == ("saliency",):
+        tracked = dict(before.track) if isinstance(before, train.Fit) else {}
+        if not tracked:
+            raise tables.ConfigError(
+                f"{where}.measure is {chosen.measure!r}, which the training right before it must track: set its "
+                "track.name='saliency'."
+            )
+        if tracked["use_l2"] != chosen.use_l2:
+            raise tables.ConfigError(f"{where}.use_l2 is {chosen.use_l2}, but the training tracks {tracked['use_l2']}.")
     try:
         rounds = len(chosen.plan(visits).ratios)
     except tables.ConfigError as error:
@@ -207,6 +217,8 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         init = problem.init(jax.random.wrap_key_data(state.key)) if "w0" in needs else None
         statistics = collect(variables, (images[:size], labels[:size]), balanced=balanced, init=init)
+        if "saliency" in needs:
+            statistics = statistics._replace(saliency={"params": state.opt_state.saliency})
         found = {name: np.asarray(own, np.float64) for name, own in score(statistics, key).items()}
         return found | {name: np.ones(g.size) for name, g in channels.groups.items() if name not in scored}
 
@@ -259,9 +271,9 @@ def run_cut(problem, state, settings, place, rows) -> Iterator[train.Update]:
         def cut(own, keep, channels=channels):
             tree = dict(params=own.masks, batch_stats=own.batch_stats)
             tree = groups.mask(tree, channels, keep)
-            return own._replace(
-                params=masks.apply(own.params, tree["params"]), masks=tree["params"], batch_stats=tree["batch_stats"]
-            )
+            carried = own.opt_state and groups.mask(own.opt_state, channels, keep)
+            params = masks.apply(own.params, tree["params"])
+            return own._replace(params=params, masks=tree["params"], batch_stats=tree["batch_stats"], opt_state=carried)
 
         compiled = problem.once(("cut channels", chosen.branches), lambda cut=cut: jax.jit(cut))
         parts.append(compiled(own, {name: jnp.asarray(k) for name, k in keep.items()}))
@@ -397,12 +409,18 @@ def run_compact(problem, state, settings, place, rows) -> Iterator[train.Update]
     yield train.Update(state, found, 1.0)
 
 
-def _as_it_is(problem, state, settings, place) -> train.State:
+def begin_cut(problem, state, settings, place) -> train.State:
+    """With what the training before it hands on."""
+    del problem, place
+    return stages.handed_on(state, settings[0])
+
+
+def begin_compact(problem, state, settings, place) -> train.State:
     del problem, settings, place
     return stages.without_optimizer(state)
 
 
 STAGES = {
-    "cut": stages.Stage(cut_options, _as_it_is, run_cut, ("train",)),
-    "compact": stages.Stage(compact_options, _as_it_is, run_compact, ("train",)),
+    "cut": stages.Stage(cut_options, begin_cut, run_cut, ("train",)),
+    "compact": stages.Stage(compact_options, begin_compact, run_compact, ("train",)),
 }

@@ -4,6 +4,7 @@ State and numbers (learning rate, radii, ...) are arguments of one compiled step
 puts a leading axis on both and maps the step over it; `Problem.lift` is the only place that knows.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from sparsity_jax import data, losses, masks, models, optim, polytopes, trees
+from sparsity_jax import data, losses, masks, models, optim, polytopes, scores, trees
 
 PyTree = Any
 
@@ -27,7 +29,10 @@ class Metrics(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a run carries from step to step. key: the root PRNG key (raw data); keys of steps are folded from it."""
+    """All that a run carries from step to step. key: the root PRNG key (raw data); keys of steps are folded from it.
+
+    opt_state: of the optimizer while a `train` stage runs; between stages () or what it hands on, `Carried`.
+    """
 
     params: PyTree
     batch_stats: PyTree
@@ -125,8 +130,19 @@ def create_state(problem: Problem, key: jax.Array) -> State:
     return State(params, variables["batch_stats"], masks.full(params), (), jnp.zeros((), jnp.int32), key, no_metrics())
 
 
+class Carried(NamedTuple):
+    """What a training hands on to the next one, through cuts: each in the structure of the params, or ()."""
+
+    momentum: PyTree = ()  # the state of heavy-ball momentum
+    saliency: PyTree = ()  # the tracked importance of every weight
+
+
 class Fit(NamedTuple):
-    """A checked `train` stage: what its compiled step depends on. recipe: from `optim.check` or `optim.join`."""
+    """A checked `train` stage: what its compiled step depends on. recipe: from `optim.check` or `optim.join`.
+
+    carry: hands its momentum on, and starts from what it is handed. track: options of the tracked importance, sorted
+    pairs of `scores.tracker`, or () for none.
+    """
 
     epochs: int
     batch_size: int
@@ -136,13 +152,32 @@ class Fit(NamedTuple):
     start: str
     shift_inside: bool
     evaluate_every: int
+    carry: bool = False
+    track: tuple = ()
 
     def steps_per_epoch(self, problem: Problem) -> int:
         return problem.dataset.train.images.shape[0] // self.batch_size
 
     def program(self) -> tuple:
         """Everything but the traced numbers, hashable: equal programs share one compilation."""
-        return (optim.program(self.recipe), *self[:2], *self[3:5])
+        return (optim.program(self.recipe), *self[:2], *self[3:5], self.track)
+
+    def transformation(self, problem: Problem, numbers: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+        """The optimizer, tracker included."""
+        spe = self.steps_per_epoch(problem)
+        tx = optim.make(self.recipe, numbers, self.epochs, spe)
+        if not self.track:
+            return tx
+        options = dict(self.track)
+        statistic = functools.partial(scores.weight_saliency, use_l2=options.pop("use_l2"))
+        return scores.track_saliency(tx, steps_per_epoch=spe, statistic=statistic, **options)
+
+    def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:
+        """Of the optimizer's state what the next training, or cut, may use."""
+        if not (self.carry or self.track):
+            return ()
+        momentum = optim.momentum_of(opt_state) if self.carry else ()
+        return Carried(momentum, optax.tree.get(opt_state, "saliency") if self.track else ())
 
 
 def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> State:
@@ -151,9 +186,11 @@ def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> 
         state = create_state(problem, state.key)
     params = optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
     params = masks.apply(params, state.masks)
-    tx = optim.make(fit.recipe, numbers, fit.epochs, fit.steps_per_epoch(problem))
+    opt_state = fit.transformation(problem, numbers).init(params)
+    if fit.carry and isinstance(state.opt_state, Carried) and state.opt_state.momentum != ():
+        opt_state = optim.with_momentum(opt_state, state.opt_state.momentum)
     zero = jnp.zeros((), jnp.int32)
-    return state._replace(params=params, opt_state=tx.init(params), step=zero, metrics=no_metrics())
+    return state._replace(params=params, opt_state=opt_state, step=zero, metrics=no_metrics())
 
 
 def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe | optim.Choice]) -> dict[str, Any]:
@@ -197,7 +234,7 @@ def make_step(problem: Problem, fit: Fit) -> Callable:
             return loss_rule(logits, targets, **loss_options).mean(), (batch_stats, logits)
 
         (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        tx = optim.make(fit.recipe, numbers, fit.epochs, spe)
+        tx = fit.transformation(problem, numbers)
         grads = masks.apply(grads, state.masks)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)

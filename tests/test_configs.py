@@ -38,6 +38,7 @@ VARIANTS = {
         (),
         *((name,) for name in FLOW.MODELS),
         ("vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10,lr_prune=0.01,moment=0.8,seeds=3,epochs=50",),
+        ("resnet18,measure=biased_loss_tracked,track_batches=20,alpha=0.7,use_l2=1,preserve_moment=1,temperature=5",),
         ("mobilenet,thresholds=[10;50;80],branches=separate",),
     ],
     "quickstart": [()],

@@ -68,9 +68,8 @@ def test_one_round_removes_the_least_important_channels_everywhere(problem, trai
 @pytest.mark.parametrize("measure", sorted(name for name in scores.MEASURES if name not in ("bn", "nvidia")))
 def test_every_measure_of_kernels_cuts(problem, trained, measure):
     if measure == "biased_loss_tracked":
-        with pytest.raises(tables.ConfigError, match="needs a training that tracks it"):
-            settings(measure=measure)
-        return
+        saliency = jax.tree.map(lambda leaf: jnp.abs(jnp.sin(leaf)), trained.params)
+        trained = trained._replace(opt_state=train.Carried((), saliency))
     state, row = run(problem, trained, measure=measure, ratio=0.5, imp_samples=60)
     assert row["num_kept"] == 20
     assert np.isfinite(train.evaluate(problem, state.params, state.batch_stats, "test")[0])
@@ -225,6 +224,81 @@ def test_cuts_that_cannot_be_are_named_before_anything_runs(problem, trained, tm
     assert not (tmp_path / "run").exists()
     with pytest.raises(tables.ConfigError, match=r"config\.x, round 1: ratio 0\.99 .* use a ratio of at most"):
         run(problem, trained, ratio=0.99)
+
+
+def handing_on(*names, **fields):
+    """A config whose trainings hand on their momentum and what they track."""
+    momentum = dict(tiny.SGD, momentum=0.9)
+    fit = dict(epochs=1, batch_size=32, optimizer=momentum, carry=True, **fields)
+    return tiny.config(
+        *names,
+        fit=pipeline.stage("train", track=dict(name="saliency", track_batches=2), **fit),
+        final=pipeline.stage("train", **fit),
+        cut=pipeline.stage("cut", measure="biased_loss_tracked"),
+        loss=pipeline.stage("cut", measure="loss_based", imp_samples=64),
+    )
+
+
+def test_momentum_and_tracked_importance_go_through_cuts(tmp_path, monkeypatch):
+    handed, cut_before, original = [], [], structured.run_cut
+
+    def seen(problem, state, settings, place, rows):
+        cut_before.append(state)
+        for update in original(problem, state, settings, place, rows):
+            handed.append(update.state)
+            yield update
+
+    row = structured.STAGES["cut"]._replace(run=seen)
+    monkeypatch.setitem(pipeline.STAGES, "cut", row)
+    config = handing_on("fit", "cut", "fit", "cut", "final")
+    whole = pipeline.run(config, tmp_path / "whole")
+    for before, after in zip(cut_before, handed, strict=True):
+        for name in ("momentum", "saliency"):
+            tree = (lambda state: state.opt_state.momentum.buffer) if name == "momentum" else (
+                lambda state: state.opt_state.saliency
+            )  # fmt: skip
+            masked = jax.tree.map(lambda leaf, kept: jnp.where(kept, leaf, 0), tree(before), after.masks)
+            tiny.same(tree(after), masked)
+            assert float(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(masked))) > 0
+        assert int(after.opt_state.momentum.step) > 0
+    assert int(handed[1].opt_state.momentum.step) == 2 * int(handed[0].opt_state.momentum.step)
+    assert whole.state.opt_state == ()
+    monkeypatch.setitem(pipeline.STAGES, "cut", structured.STAGES["cut"]._replace(run=broken_at_second(original)))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, tmp_path / "half")
+    monkeypatch.setitem(pipeline.STAGES, "cut", structured.STAGES["cut"])
+    tiny.same(pipeline.run(config, tmp_path / "half").state.params, whole.state.params)
+    alone = pipeline.stage("train", epochs=1, batch_size=32, optimizer=dict(tiny.SGD, momentum=0.9))
+    other = pipeline.run(config | dict(final=alone), tmp_path / "alone")
+    kernel = lambda outcome: np.asarray(outcome.state.params["fc"]["kernel"])
+    assert np.abs(kernel(other) - kernel(whole)).max() > 1e-4  # momentum from zero is another training
+
+
+def broken_at_second(original):
+    calls = []
+
+    def run_cut(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        yield from original(*arguments)
+
+    return run_cut
+
+
+def test_what_nothing_hands_on_is_named(tmp_path):
+    config = handing_on("fit", "cut") | dict(fit=pipeline.stage("train", epochs=1, optimizer=tiny.SGD))
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.cut\.measure is 'biased_loss_tracked', which the training right"
+    ):
+        pipeline.run(config, tmp_path / "x")
+    config = handing_on("fit", "cut")
+    config["cut"]["use_l2"] = True
+    with pytest.raises(tables.ConfigError, match=r"config\.cut\.use_l2 is True, but the training tracks False"):
+        pipeline.run(config, tmp_path / "x")
+    with pytest.raises(tables.ConfigError, match=r"config\.fit\.carry hands on the momentum of sgd; .* 'sfw'"):
+        pipeline.check_member(handing_on("fit") | dict(fit=pipeline.stage(
+            "train", epochs=1, optimizer=tiny.SFW, carry=True)))  # fmt: skip
 
 
 # compact -------------------------------------------------------------------------------------------------------
