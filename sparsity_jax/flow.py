@@ -7,6 +7,25 @@ entries have been cut out. Neither knows a framework; `groups` gives both to use
 What keeps it exact is one flag per axis: are removed entries exactly zero while they are still there, masked? A sum
 over an axis with removed entries is the same with and without them only if they are. An operation that would not be
 the same, or that is not known, freezes the axes it touches and is reported.
+
+Frozen, and why:
+
+- inputs, results and integers: they are the user's, or indices;
+- space, time and position: windows, strided slices, cumulative sums and sorts mix neighbours; a scan walks along them;
+- what is indexed (the vocabulary of an embedding, experts that are routed to), or meets an index computed by `iota`
+  (rotary positions turn each pair of q and k by its own angle; triangular masks): entries would change places;
+- what a maximum, a softmax, or a sum of entries that are not zero runs over (a layer norm that subtracts the mean
+  before it squares): removed entries would count. Sums of zeros, e.g. of a norm that squares first, keep the full
+  program's divisor: see `sums`;
+- kernels divided by their own norm without an epsilon, logarithms and negative powers: 0 / 0 in the masked program;
+- scatter, top_k, ragged products, Fourier transforms, linear algebra, callbacks, Pallas kernels, convolutions with
+  batch groups, gradients of max-pooling inside the function: no rule. They run as they are.
+- channels that two layouts of one axis put in different rows (a channel shuffle): tied until the layouts agree, in
+  the end to entries that stay.
+
+Two limits. The flag only sees zeros: where another value cancels to zero (1 - cos(0)) and is then divided by, the
+masked program gives NaN, which the compact one does not. And equations that name a device mesh keep it, so programs
+traced for explicitly sharded arrays should be traced on one device.
 """
 
 import contextlib
@@ -76,22 +95,28 @@ def analyse(closed: Any, frozen_inputs: Iterable[int], *, sums: str = "allow", b
     frozen_inputs, inputs = set(frozen_inputs), []
     for i, var in enumerate(closed.jaxpr.invars):
         free = i not in frozen_inputs and jnp.issubdtype(var.aval.dtype, jnp.inexact)
-        axes = tuple(walk.labels.fresh(n, ("input", i, a)) if free else _fixed(n) for a, n in enumerate(var.aval.shape))
-        for axis in axes:
-            walk.labels.watch(axis)
+        axes = tuple(walk.axis(n) if free else _fixed(n) for n in var.aval.shape)
         inputs.append(
             Value(axes, (True,) * len(axes), tuple(((i, a),) for a in range(len(axes))), data=i in frozen_inputs)
         )
-    walk.inputs = inputs
+    walk.watch(inputs)
     consts = [walk.array(const) for const in closed.consts]
     program = walk.jaxpr(closed.jaxpr, consts, inputs)
     for var in closed.jaxpr.outvars:
         for axis in walk.read(program.values, var).labels:
             walk.freeze(axis, "is an output")
-    walk.attribute("is an output", "output", "")
-    names = {var: i for i, var in enumerate(closed.jaxpr.invars)}
-    used = {names[var] for eqn in closed.jaxpr.eqns for var in eqn.invars if not _is_literal(var) and var in names}
-    return Analysis(program, closed.consts, walk.labels, inputs, walk.events, walk.roles, used)
+    walk.attribute("is an output", "output")
+    return Analysis(program, closed.consts, walk.labels, inputs, walk.events, walk.roles, _reads(closed.jaxpr))
+
+
+def _reads(jaxpr: Any) -> set[int]:
+    """Numbers of the inputs that some equation computes with: handing one to a function that ignores it is no use."""
+    names, read = {var: i for i, var in enumerate(jaxpr.invars)}, set()
+    for eqn in jaxpr.eqns:
+        inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
+        numbers = range(len(eqn.invars)) if inner is None else _reads(inner.jaxpr)
+        read |= {names[eqn.invars[i]] for i in numbers if not _is_literal(eqn.invars[i]) and eqn.invars[i] in names}
+    return read
 
 
 def _fixed(size: int) -> np.ndarray:
@@ -118,32 +143,40 @@ def source_of(eqn: Any) -> str:
 class _Walk:
     def __init__(self, sums: str = "allow", branches: str = "tied", labels: Labels | None = None):
         self.labels, self.sums, self.branches = labels or Labels(), sums, branches
-        self.inputs: list[Value] = []
         self.events: list[Event] = []
         self.roles: dict[tuple[int, int], str] = {}
-        self.attributed, self.known = 0, {}
         self.reason = ""
+        self.path: list[Any] = []  # the equation at work, after those it is inside of
+        self.watch([])
+
+    def watch(self, inputs: Sequence[Value]) -> None:
+        """Notes in `events` what freezes axes of these."""
+        axes = [((i, a), axis) for i, value in enumerate(inputs) for a, axis in enumerate(value.labels)]
+        self.places = [place for place, _ in axes]
+        self.owner = np.repeat(np.arange(len(axes)), [len(axis) for _, axis in axes])
+        self.watched = np.concatenate([_fixed(0), *(axis for _, axis in axes)])
+        self.frozen, self.seen = self.watched == FROZEN, self.labels.freezes
 
     def freeze(self, labels: np.ndarray, reason: str) -> None:
-        before = self.labels.frozen
+        before = self.labels.freezes
         self.labels.freeze(labels)
-        if self.labels.frozen > before and not self.reason:
+        if self.labels.freezes > before and not self.reason:
             self.reason = reason
 
-    def attribute(self, reason: str, primitive: str, source: str) -> None:
+    def attribute(self, reason: str, primitive: str) -> None:
         """Books input axes frozen since the last call on this operation."""
-        if self.labels.frozen == self.attributed:
-            return
-        self.attributed, axes = self.labels.frozen, []
-        for i, value in enumerate(self.inputs):
-            for a, axis in enumerate(value.labels):
-                count = int((self.labels.find(axis) == FROZEN).sum()) if axis.any() else 0
-                if count > self.known.get((i, a), 0):
-                    self.known[i, a] = count
-                    axes.append((i, a))
-        if axes:
-            self.events.append(Event(self.reason or reason, primitive, source, tuple(axes)))
+        if self.labels.freezes > self.seen:
+            frozen = self.labels.find(self.watched) == FROZEN
+            axes = [self.places[k] for k in np.unique(self.owner[frozen & ~self.frozen]).tolist()]
+            if axes:
+                source = next(filter(None, map(source_of, reversed(self.path))), "")
+                self.events.append(Event(self.reason or reason, primitive, source, tuple(axes)))
+            self.frozen, self.seen = frozen, self.labels.freezes
         self.reason = ""
+
+    def axis(self, size: int) -> np.ndarray:
+        """Labels of a new axis; of one entry: frozen, for it cannot be shortened."""
+        return _fixed(size) if size == 1 else self.labels.fresh(size)
 
     def array(self, value: Any) -> Value:
         """A constant: it may be cut but is not masked."""
@@ -151,11 +184,12 @@ class _Walk:
         constant = None
         with contextlib.suppress(TypeError, ValueError):  # keys have no such value
             flat = np.asarray(value).ravel()
-            constant = float(flat[0]) if flat.size and flat.size < 4096 and (flat == flat[0]).all() else None
+            if flat.size and flat.size < 4096 and not np.iscomplexobj(flat) and (flat == flat[0]).all():
+                constant = float(flat[0])
         return self.filled(shape, constant)
 
     def filled(self, shape: Sequence[int], constant: float | None) -> Value:
-        axes = tuple(self.labels.fresh(n) for n in shape)
+        axes = tuple(map(self.axis, shape))
         return Value(axes, (constant == 0,) * len(shape), ((),) * len(shape), constant)
 
     def fixed(self, aval: Any) -> Value:
@@ -174,13 +208,15 @@ class _Walk:
         for number, eqn in enumerate(jaxpr.eqns):
             ins = [self.read(values, var) for var in eqn.invars]
             name = eqn.primitive.name
+            self.path.append(eqn)
             if name in INNER:
                 outs, program.inner[number] = INNER[name](self, eqn, ins)
             elif name in RULES:
                 outs = RULES[name](self, eqn, ins)
             else:
                 outs = unknown(self, eqn, ins)
-            self.attribute("ties it to entries that cannot be removed", name, source_of(eqn))
+            self.attribute("ties it to entries that cannot be removed", name)
+            self.path.pop()
             if any(value.data for value in ins):
                 outs = [v._replace(data=True, origin=((),) * len(v.labels)) for v in outs]
             values.update(zip(eqn.outvars, outs, strict=True))
@@ -250,15 +286,14 @@ def _elementwise(zero: Callable, *, cases: int = 0) -> Callable:
 KEEPS_CONSTANTS = ("convert_element_type", "copy", "copy_p", "reduce_precision", "stop_gradient")
 ZERO_AT_ZERO = """
 abs asin asinh atan atanh bessel_i1e cbrt conj convert_element_type copy copy_p erf erf_inv expm1 floor
-ceil imag log1p neg real reduce_precision round sign sin sinh sqrt square stop_gradient tan tanh device_put
-optimization_barrier sharding_constraint name bitcast_convert_type mesh_cast pvary
+ceil imag log1p neg real reduce_precision round sign sin sinh sqrt square stop_gradient tan tanh
+sharding_constraint name mesh_cast pvary
 """
 NOT_ZERO_AT_ZERO = """
-acos acosh cos cosh digamma erfc exp exp2 is_finite lgamma logistic not population_count clz
-regularized_incomplete_beta igamma igammac polygamma eq ne lt le gt ge nextafter shift_left shift_right_logical
-shift_right_arithmetic complex
+acos bessel_i0e cos cosh erfc exp exp2 is_finite logistic not one_minus_square population_count clz eq ne lt le gt ge
+nextafter shift_left shift_right_logical shift_right_arithmetic complex
 """
-INFINITE_AT_ZERO = ("log", "rsqrt")
+INFINITE_AT_ZERO = ("log", "log2", "rsqrt", "lgamma", "digamma", "acosh")
 
 
 def _integer_power(walk, eqn, ins):
@@ -267,7 +302,10 @@ def _integer_power(walk, eqn, ins):
 
 
 def _power(own, constants):
-    return own[0] and constants[1] is not None and constants[1] > 0
+    exponent = constants[1]
+    if own[0] and (exponent is None or exponent < 0):
+        return None
+    return own[0] and exponent > 0
 
 
 def _extreme(sign: int) -> Callable:
@@ -289,9 +327,10 @@ def _all(own, constants):
 
 def _add(walk, eqn, ins):
     x, y = ins
-    both = walk.branches == "separate" and x.data and y.data and x.shape == y.shape
-    if both and any(walk.labels.is_live(axis) for value in ins for axis in value.labels):
-        return [walk.fixed(eqn.outvars[0].aval)]
+    if walk.branches == "separate" and x.data and y.data and x.shape == y.shape:
+        same = lambda a, b: np.array_equal(walk.labels.find(a), walk.labels.find(b))
+        if not all(map(same, x.labels, y.labels)):  # else one channel, e.g. x + x**3
+            return [walk.fixed(eqn.outvars[0].aval)]
     return _elementwise(_all)(walk, eqn, ins)
 
 
@@ -327,6 +366,12 @@ def rule(*names: str) -> Callable:
 
 def _pick(value: Value, axes: Sequence[int]) -> Value:
     return Value(*(tuple(field[a] for a in axes) for field in value[:3]), value.constant)
+
+
+@rule("bitcast_convert_type")
+def _bitcast(walk, eqn, ins):
+    same = eqn.outvars[0].aval.shape == ins[0].shape  # else bytes are an axis
+    return (_elementwise(_all) if same else unknown)(walk, eqn, ins)
 
 
 @rule("optimization_barrier", "device_put")
@@ -420,6 +465,34 @@ def _concatenate(walk, eqn, ins):
     return [Value(tuple(labels), tuple(flags), tuple(origin))]
 
 
+@rule("stack")
+def _stack(walk, eqn, ins):
+    for value in ins[1:]:
+        walk.tie(ins[0], value)
+    axis = eqn.params["axis"]
+    insert = lambda field, new: (*field[:axis], new, *field[axis:])
+    zero = tuple(map(all, zip(*(value.zero for value in ins))))
+    size = eqn.outvars[0].aval.shape[axis]
+    return [Value(insert(ins[0].labels, _fixed(size)), insert(zero, False), ((),) * (len(zero) + 1))]
+
+
+@rule("unstack")
+def _unstack(walk, eqn, ins):
+    (x,), axis = ins, eqn.params["axis"]
+    walk.freeze(x.labels[axis], "is taken apart")
+    part = _pick(x, [a for a in range(len(x.labels)) if a != axis])
+    return [part] * len(eqn.outvars)
+
+
+def _part(walk: _Walk, axis: np.ndarray, low: int, high: int, step: int = 1) -> np.ndarray:
+    """A part of an axis; a single entry is frozen, since an axis of one may be squeezed or broadcast next."""
+    part = axis[low:high:step]
+    if len(part) == 1 < len(axis):
+        walk.freeze(part, "takes a single entry")
+        part = _fixed(1)
+    return part
+
+
 @rule("slice")
 def _slice(walk, eqn, ins):
     x, labels, origin = ins[0], [], []
@@ -427,7 +500,7 @@ def _slice(walk, eqn, ins):
     for d, (low, high, step) in enumerate(zip(eqn.params["start_indices"], eqn.params["limit_indices"], steps)):
         if step != 1:
             walk.freeze(x.labels[d], "takes every so many entries")
-        labels.append(x.labels[d][low:high:step])
+        labels.append(_part(walk, x.labels[d], low, high, step))
         origin.append(x.origin[d])
     return [x._replace(labels=tuple(labels), origin=tuple(origin))]
 
@@ -437,7 +510,7 @@ def _split(walk, eqn, ins):
     x, axis, outs, start = ins[0], eqn.params["axis"], [], 0
     for size in eqn.params["sizes"]:
         replaced = lambda field, new: (*field[:axis], new, *field[axis + 1 :])
-        part = x.labels[axis][start : start + size]
+        part = _part(walk, x.labels[axis], start, start + size)
         outs.append(x._replace(labels=replaced(x.labels, part)))
         start += size
     return outs
@@ -453,18 +526,18 @@ def _tile(walk, eqn, ins):
 @rule("pad")
 def _pad(walk, eqn, ins):
     (x, fill), labels, flags, origin = ins, [], [], []
+    padded = any(entry != (0, 0, 0) for entry in eqn.params["padding_config"])
     for d, (low, high, inside) in enumerate(eqn.params["padding_config"]):
         axis, kept = x.labels[d], (low, high, inside) == (0, 0, 0)
         if not kept and (inside or min(low, high) < 0):
             walk.freeze(axis, "pads between entries, or cuts")
         size = eqn.outvars[0].aval.shape[d]
         if kept or (not inside and min(low, high) >= 0):
-            axis = np.concatenate([walk.labels.fresh(low) if low else axis[:0], axis])
-            axis = np.concatenate([axis, walk.labels.fresh(high) if high else axis[:0]])
+            axis = np.concatenate([walk.labels.fresh(low), axis, walk.labels.fresh(high)])
         else:
             axis = _fixed(size)
         labels.append(axis)
-        flags.append(x.zero[d] and (kept or fill.constant == 0))
+        flags.append(x.zero[d] and (not padded or fill.constant == 0))
         origin.append(x.origin[d])
     return [Value(tuple(labels), tuple(flags), tuple(origin))]
 
@@ -533,11 +606,11 @@ def _reduce(passes: bool) -> Callable:
                 elif not x.zero[d] or walk.sums == "freeze":
                     walk.freeze(x.labels[d], "sums over entries that are not zero when removed"
                                 if not x.zero[d] else "sums over all entries")  # fmt: skip
-        for other in ins[1:count]:
-            walk.tie(ins[0], other)
-        return [
-            _pick(x, [d for d in range(len(x.labels)) if d not in gone])._replace(constant=None) for x in ins[:count]
-        ]
+        kept = [d for d in range(len(ins[0].labels)) if d not in gone]
+        outs = [_pick(x, kept)._replace(constant=None) for x in ins[:count]]
+        if not passes and 0 in ins[0].shape:  # the largest of nothing is not zero
+            outs = [x._replace(zero=(False,) * len(kept)) for x in outs]
+        return outs
 
     return reduce
 
@@ -549,25 +622,22 @@ RULES |= dict.fromkeys(
 )
 
 
-def _window(keeps: bool) -> Callable:
+@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+def _window(walk, eqn, ins):
     """A window over some axes; the others pass."""
-
-    def window(walk, eqn, ins):
-        x = ins[0]
-        flags = []
-        for d, size in enumerate(eqn.params["window_dimensions"]):
-            untouched = size == 1 and len(x.labels[d]) == eqn.outvars[0].aval.shape[d]
-            if not untouched:
-                walk.freeze(x.labels[d], "slides a window over it")
-            flags.append(keeps and untouched and x.zero[d])
-        shape = eqn.outvars[0].aval.shape
-        labels = tuple(a if len(a) == n else _fixed(n) for a, n in zip(x.labels, shape, strict=True))
-        return [Value(labels, tuple(flags), ((),) * len(shape)) for _ in eqn.outvars]
-
-    return window
-
-
-RULES |= dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), _window(True))
+    (x,), shape = ins, eqn.outvars[0].aval.shape
+    names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+    windows = list(zip(*(eqn.params[name] for name in names), strict=True))
+    untouched = [window[:4] == (1, 1, (0, 0), 1) for window in windows]
+    # The largest of nothing but padding is no zero, so each window must cover an entry.
+    covers = all(max(padding) < size and apart == hole == 1 for size, _, padding, apart, hole in windows)
+    labels = []
+    for axis, size, whole in zip(x.labels, shape, untouched, strict=True):
+        if not whole:
+            walk.freeze(axis, "slides a window over it")
+        labels.append(axis if whole else _fixed(size))
+    zero = covers or eqn.primitive.name == "reduce_window_sum"
+    return [Value(tuple(labels), tuple(zero and z for z in x.zero), ((),) * len(shape))]
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
@@ -583,11 +653,6 @@ def _sort(walk, eqn, ins):
         walk.tie(ins[0], x)
         walk.freeze(x.labels[eqn.params["dimension"]], "sorts along it")
     return [x._replace(zero=tuple(z and len(ins) == 1 for z in x.zero), constant=None) for x in ins]
-
-
-@rule("top_k", "approx_top_k")
-def _top(walk, eqn, ins):
-    return unknown(walk, eqn, ins)
 
 
 @rule("iota")
@@ -613,6 +678,7 @@ def _bits(walk, eqn, ins):
 def _gather(walk, eqn, ins):
     x, index = ins
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    fills = eqn.params.get("fill_value") not in (None, 0)  # what an index outside gives
     for axis in index.labels:
         walk.freeze(axis, "is an index")
     batching = getattr(numbers, "operand_batching_dims", ())
@@ -626,7 +692,7 @@ def _gather(walk, eqn, ins):
             walk.freeze(axis, "is indexed")
         else:
             walk.role(x, d, "producer")
-            found[numbers.offset_dims[inner.index(d)]] = (axis, x.zero[d], ())
+            found[numbers.offset_dims[inner.index(d)]] = (axis, x.zero[d] and not fills, ())
     return [Value(*map(tuple, zip(*found))) if found else Value((), (), ())]
 
 
@@ -663,11 +729,6 @@ def _call(name: str) -> Callable:
         return walk.results(program), [program]
 
     return call
-
-
-def _custom_vjp(walk, eqn, ins):
-    name = "call_jaxpr" if "call_jaxpr" in eqn.params else "fun_jaxpr"
-    return _call(name)(walk, eqn, ins)
 
 
 class _Loop(NamedTuple):
@@ -734,8 +795,7 @@ def _cond(walk, eqn, ins):
 
 INNER: dict[str, Callable] = {
     **dict.fromkeys(("jit", "pjit", "remat", "remat2", "checkpoint"), _call("jaxpr")),
-    **dict.fromkeys(("closed_call", "core_call", "custom_jvp_call"), _call("call_jaxpr")),
-    **dict.fromkeys(("custom_vjp_call", "custom_vjp_call_jaxpr"), _custom_vjp),
+    **dict.fromkeys(("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), _call("call_jaxpr")),
     "scan": _scan,
     "while": _while,
     "cond": _cond,
@@ -799,8 +859,10 @@ def _run(alive: Alive, program: Program, arrays: Sequence[Any]) -> list[Any]:
             if name in RESIZES:
                 shapes = [known(var) for var in eqn.invars], [values[var] for var in eqn.outvars]
                 params |= RESIZES[name](alive, eqn, *shapes)
-            outs = eqn.primitive.bind(*ins, **params)
+            outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(params))
             outs = outs if eqn.primitive.multiple_results else [outs]
+            if name in DRAWS:
+                outs = [alive.cut(out, values[var]) for out, var in zip(outs, eqn.outvars, strict=True)]
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in eqn.invars:
             if not _is_literal(var) and last[var] == number and var not in keep:
@@ -854,15 +916,10 @@ def _shape(name: str) -> Callable:
     return lambda alive, eqn, ins, outs: {name: alive.shape(outs[0])}
 
 
-def _bits_shape(alive: Alive, eqn: Any, ins: list, outs: list) -> dict:
-    return dict(shape=alive.shape(outs[0])[len(outs[0].labels) - len(eqn.params["shape"]) :])
-
-
 RESIZES: dict[str, Callable] = {  # parameters of an equation that hold sizes
     "broadcast_in_dim": _shape("shape"),
     "iota": _shape("shape"),
     "reshape": _shape("new_sizes"),
-    "random_bits": _bits_shape,
     "slice": _limits,
     "split": _parts,
     "pad": _paddings,
@@ -870,6 +927,9 @@ RESIZES: dict[str, Callable] = {  # parameters of an equation that hold sizes
     "gather": _slice_sizes,
     "dynamic_slice": _slice_sizes,
 }
+
+
+DRAWS = ("random_bits",)  # drawn in full, then cut: other sizes would be other numbers
 
 
 def _consts(alive: Alive, closed: Any, program: Program) -> list[Any]:
@@ -892,31 +952,105 @@ def _run_remat(alive, eqn, ins, inner):
     )
 
 
-def _run_custom_vjp(alive, eqn, ins, inner):
-    name = "call_jaxpr" if "call_jaxpr" in eqn.params else "fun_jaxpr"
-    return _function(alive, eqn.params[name], inner[0])(*ins)
+def _beside(
+    alive: Alive, function: Callable, known: Sequence[Value], wanted: Sequence[Value], arrays: Sequence
+) -> list:
+    """Results of another function of arrays in the program, e.g. a derivative, at the smaller sizes.
+
+    known, wanted: what its operands and its results correspond to. Raises NotImplementedError if it would couple more
+    entries than the program does: then it has no meaning without the removed ones.
+    """
+    structs = [jax.ShapeDtypeStruct(value.shape, array.dtype) for value, array in zip(known, arrays, strict=True)]
+    closed = jax.make_jaxpr(function)(*structs)
+    walk = _Walk(labels=alive.labels.copy())
+    consts = [walk.array(const) for const in closed.consts]
+    program = walk.jaxpr(closed.jaxpr, consts, known)
+    for value, other in zip(walk.results(program), wanted, strict=True):
+        walk.tie(value, other)
+    inside = Alive(walk.labels, alive.removed)
+    if any(inside.shape(value) != alive.shape(value) for value in (*known, *wanted)):
+        raise NotImplementedError(
+            "the hand-written derivative of a jax.custom_jvp or custom_vjp function couples channels that the function "
+            "itself does not: it cannot be evaluated without the removed ones."
+        )
+    return _run(inside, program, [*map(inside.cut, closed.consts, consts), *arrays])
+
+
+def _is_inexact(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+def _custom(alive: Alive, eqn: Any, program: Program) -> tuple[Callable, Callable, list[Value], list[Value]]:
+    """(function, full, inputs, results) of an equation with a hand-written derivative; full: at the full size.
+
+    full(primals) -> (function of those that it may be differentiated by, these, their numbers)
+    """
+    bind = functools.partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(eqn.params))
+
+    def full(primals):
+        moving = [i for i, x in enumerate(primals) if i >= eqn.params["num_consts"] and _is_inexact(x)]
+
+        def function(*moved):
+            return bind(*(moved[moving.index(i)] if i in moving else x for i, x in enumerate(primals)))
+
+        return function, [primals[i] for i in moving], moving
+
+    function = _function(alive, eqn.params["call_jaxpr"], program)
+    plain = [value._replace(constant=None) for value in map(program.values.get, program.jaxpr.invars)]
+    results = [_literal(var) if _is_literal(var) else program.values[var] for var in program.jaxpr.outvars]
+    return function, full, plain, results
 
 
 def _run_custom_jvp(alive, eqn, ins, inner):
     """The function with its own derivative: relu has slope 0 at 0, which max(x, 0) has not."""
-    (program,) = inner
-    function = jax.custom_jvp(_function(alive, eqn.params["call_jaxpr"], program))
+    plain, full, known, results = _custom(alive, eqn, inner[0])
+    function = jax.custom_jvp(plain)
 
     @function.defjvp
     def derivative(primals, tangents):
-        number = len(primals)
-        jaxpr, consts, zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*[False] * number)
-        walk = _Walk(labels=alive.labels.copy())  # it may tie more than the function itself
-        before = [program.values[var] for var in program.jaxpr.invars]
-        known = [walk.array(const) for const in consts]
-        found = walk.jaxpr(jaxpr, known, [*before, *before])
-        inside = Alive(walk.labels, alive.removed)
-        cut = [inside.cut(const, value) for const, value in zip(consts, known)]
-        outs = _run(inside, found, [*cut, *primals, *tangents])
-        half = len(zeros)
-        results, slopes = outs[:half], iter(outs[half:])
-        return results, [jnp.zeros_like(r) if zero else next(slopes) for r, zero in zip(results, zeros)]
+        _, _, moving = full(primals)
 
+        def whole(*arrays):
+            at, start, _ = full(arrays[: len(primals)])
+            outs, slopes = jax.jvp(at, start, list(arrays[len(primals) :]))
+            return [*outs, *(slope for out, slope in zip(outs, slopes) if _is_inexact(out))]
+
+        outs = plain(*primals)
+        wanted = [*results, *(value for value, out in zip(results, outs) if _is_inexact(out))]
+        operands = [*known, *(known[i] for i in moving)]
+        found = _beside(alive, whole, operands, wanted, [*primals, *(tangents[i] for i in moving)])
+        slopes = iter(found[len(outs) :])
+        none = lambda out: np.zeros(out.shape, jax.dtypes.float0)
+        return found[: len(outs)], [next(slopes) if _is_inexact(out) else none(out) for out in outs]
+
+    return function(*ins)
+
+
+def _run_custom_vjp(alive, eqn, ins, inner):
+    """The function with its own backward rule, which evaluates it anew: a straight-through rounding has slope 1."""
+    plain, full, known, results = _custom(alive, eqn, inner[0])
+    function = jax.custom_vjp(lambda *primals: tuple(plain(*primals)))
+
+    def forward(*primals):
+        return function(*primals), primals
+
+    def backward(primals, slopes):
+        _, _, moving = full(primals)
+        steep = [i for i, slope in enumerate(slopes) if slope.dtype != jax.dtypes.float0]
+
+        def whole(*arrays):
+            at, start, _ = full(arrays[: len(primals)])
+            outs, pull = jax.vjp(at, *start)
+            given = dict(zip(steep, arrays[len(primals) :]))
+            return pull([given.get(i, np.zeros(out.shape, jax.dtypes.float0)) for i, out in enumerate(outs)])
+
+        # Slopes along removed channels need not be zero, even if the entries are.
+        operands = [*known, *(results[i]._replace(zero=(False,) * len(results[i].zero), constant=None) for i in steep)]
+        arrays = [*primals, *(slopes[i] for i in steep)]
+        found = dict(zip(moving, _beside(alive, whole, operands, [known[i] for i in moving], arrays)))
+        return tuple(found.get(i) for i in range(len(primals)))
+
+    function.defvjp(forward, backward)
     return function(*ins)
 
 
@@ -955,8 +1089,8 @@ RUNS: dict[str, Callable] = {
     **dict.fromkeys(("jit", "pjit"), _run_call("jaxpr")),
     **dict.fromkeys(("remat", "remat2", "checkpoint"), _run_remat),
     **dict.fromkeys(("closed_call", "core_call"), _run_call("call_jaxpr")),
-    **dict.fromkeys(("custom_vjp_call", "custom_vjp_call_jaxpr"), _run_custom_vjp),
     "custom_jvp_call": _run_custom_jvp,
+    "custom_vjp_call": _run_custom_vjp,
     "scan": _run_scan,
     "while": _run_while,
     "cond": _run_cond,

@@ -73,8 +73,13 @@ class Channels(NamedTuple):
 class _Traced(NamedTuple):
     analysis: flow.Analysis
     atoms: dict[str, np.ndarray]  # label of every channel, by name of group
-    inputs: tuple  # shapes of what was traced
+    signature: tuple  # of the arguments it was traced for
     tree: Any  # of the results
+
+    @property
+    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and types of the inputs it was traced for."""
+        return self.signature[1]
 
 
 def trace(
@@ -107,8 +112,21 @@ def trace(
         if members:
             frozen.append(Frozen(event.reason, event.primitive, event.source, members))
     grouped = {name: group for name, (group, _) in found.items()}
+    frozen += _left(traced.analysis, paths, grouped)
     options = (("sums", sums), ("branches", branches))
     return Channels(grouped, tuple(frozen), shapes, traced._replace(atoms=atoms), options)
+
+
+def _left(analysis: flow.Analysis, paths: list[str], groups: dict[str, Group]) -> list[Frozen]:
+    """Axes that nothing froze but that are in no group."""
+    grouped = {(member.path, member.axis) for group in groups.values() for member in group.members}
+    left: dict[str, list] = {}
+    for i, path in enumerate(paths):
+        for a, axis in enumerate(analysis.inputs[i].labels):
+            if (path, a) not in grouped and analysis.labels.is_live(axis):
+                reason = "could lose one channel only" if i in analysis.used else "is not used"
+                left.setdefault(reason, []).append((path, a))
+    return [Frozen(reason, "trace", "", tuple(places)) for reason, places in left.items()]
 
 
 def _shapes(variables: PyTree) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
@@ -123,11 +141,14 @@ def _shapes(variables: PyTree) -> tuple[dict[str, Any], dict[str, jax.ShapeDtype
 
 
 def _trace(apply: Callable, variables: PyTree, inputs: tuple, options: dict[str, str]) -> _Traced:
-    struct = lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-    abstract = jax.tree.map(lambda leaf: struct(leaf) if not hasattr(leaf, "dtype") else leaf, inputs)
+    abstract = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else _struct(leaf), inputs)
     try:
         closed, result = jax.make_jaxpr(apply, return_shape=True)(variables, *abstract)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.NonConcreteBooleanIndexError,
+        jax.errors.TracerArrayConversionError,
+    ) as error:
         raise TypeError(
             f"apply cannot be traced: {type(error).__name__}. It must not branch on values or turn them into NumPy; "
             "call it in inference mode with all settings bound, e.g. functools.partial(model.apply, train=False)."
@@ -135,39 +156,57 @@ def _trace(apply: Callable, variables: PyTree, inputs: tuple, options: dict[str,
     num = len(jax.tree.leaves(variables))
     frozen = range(num, len(closed.jaxpr.invars))
     analysis = flow.analyse(closed, frozen, **options)
-    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(abstract))
-    return _Traced(analysis, {}, shapes, jax.tree.structure(result))
+    return _Traced(analysis, {}, _signature(variables, inputs), jax.tree.structure(result))
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def _signature(variables: PyTree, inputs: tuple) -> tuple:
+    """What a trace is valid for: the types of the variables, whose shapes are known, and all of the inputs."""
+    leaves, tree = jax.tree.flatten(inputs)
+    return tuple(leaf.dtype for leaf in jax.tree.leaves(variables)), tuple(map(_struct, leaves)), tree
 
 
 def _groups(analysis: flow.Analysis, paths: list[str]) -> dict[str, tuple[Group, np.ndarray]]:
     """Groups and the labels of their channels, by name: channels that are the same entries of the same axes."""
-    labels, places = analysis.labels, {}
-    for i, value in enumerate(analysis.inputs[: len(paths)]):
-        for a, axis in enumerate(value.labels):
-            found = labels.find(axis) if axis.any() else axis
-            for position in np.flatnonzero(found).tolist():
-                for label in labels.parts(int(found[position])):
-                    places.setdefault(label, {}).setdefault((i, a), []).append(position)
+    places = [(i, a) for i, value in enumerate(analysis.inputs[: len(paths)]) for a in range(len(value.labels))]
     marks: dict[int, set] = {}
-    for label, root in labels.simple():
-        mark = labels.mark(label)
-        if root in places and mark is not None and mark[0] != "input":
-            marks.setdefault(root, set()).add(mark)
-    clusters: dict[tuple, list[int]] = {}
-    for label, own in places.items():
-        signature = (*((axis, len(entries)) for axis, entries in own.items()), frozenset(marks.get(label, ())))
-        clusters.setdefault(signature, []).append(label)
+    for label, mark in analysis.labels.marks():
+        marks.setdefault(label, set()).add(mark)
+    clusters: dict[tuple, list[tuple[int, np.ndarray]]] = {}
+    for label, place, position in _entries(analysis, places):
+        key = (place.tobytes(), frozenset(marks.get(label, ())))
+        clusters.setdefault(key, []).append((label, place, position))
     result: dict[str, tuple[Group, np.ndarray]] = {}
-    for atoms in clusters.values():
-        axes = list(places[atoms[0]])
-        if len(atoms) < 2 or not any(i in analysis.used for i, _ in axes):
+    for found in clusters.values():
+        atoms, place = np.array([label for label, _, _ in found]), found[0][1]
+        if len(atoms) < 2 or not any(places[k][0] in analysis.used for k in place.tolist()):
             continue
-        index = {axis: np.array([places[label][axis] for label in atoms]) for axis in axes}
-        roles = {axis: analysis.roles.get(axis, "other") for axis in axes}
-        members = tuple(Member(paths[i], a, index[i, a], roles[i, a]) for i, a in axes)
-        name = _name(members, result)
-        result[name] = (Group(name, len(atoms), members), np.array(atoms))
+        positions, members = np.stack([position for _, _, position in found]), []
+        for k in np.unique(place).tolist():
+            i, a = places[k]
+            members.append(Member(paths[i], a, positions[:, place == k], analysis.roles.get((i, a), "other")))
+        name = _name(tuple(members), result)
+        result[name] = (Group(name, len(atoms), tuple(members)), atoms)
     return result
+
+
+def _entries(analysis: flow.Analysis, places: list) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """(label, number in `places`, position) of all entries that die with each label, in order of the first of them."""
+    labels, rows = analysis.labels, []
+    for k, (i, a) in enumerate(places):
+        found = labels.find(analysis.inputs[i].labels[a])
+        position = np.flatnonzero(found)
+        parts = [labels.parts(label) for label in found[position].tolist()]
+        position = np.repeat(position, [len(own) for own in parts])
+        rows.append(np.stack([[part for own in parts for part in own], np.full(len(position), k), position]))
+    label, place, position = np.concatenate([np.zeros((3, 0), int), *rows], axis=1).astype(int)
+    order = np.argsort(label, kind="stable")
+    starts = np.flatnonzero(np.diff(label[order], prepend=-1))
+    pieces = sorted(np.split(order, starts[1:]) if len(order) else [], key=lambda piece: piece[0])
+    return [(int(label[piece[0]]), place[piece], position[piece]) for piece in pieces]
 
 
 def _name(members: tuple[Member, ...], taken: Mapping) -> str:
@@ -189,7 +228,7 @@ def complete(channels: Channels, keep: Keep) -> dict[str, Any]:
     result = {}
     for name, group in channels.groups.items():
         own = keep.get(name)
-        own = np.ones(group.size, bool) if own is None else own
+        own = np.ones(group.size, bool) if own is None else own if hasattr(own, "dtype") else np.asarray(own)
         if jnp.shape(own) != (group.size,) or own.dtype != bool:
             raise ValueError(f"keep[{name!r}] is {own.dtype} {jnp.shape(own)}; allowed: bool ({group.size},).")
         if not isinstance(own, jax.core.Tracer) and not np.any(own):
@@ -206,33 +245,44 @@ def _alive(channels: Channels, keep: Keep) -> dict[str, list[tuple[int, Any]]]:
     for name, group in channels.groups.items():
         for member in group.members:
             size = channels.shapes[member.path].shape[member.axis]
-            owner = np.full(size, group.size)
-            owner[member.index] = np.arange(group.size)[:, None]
-            own = xp.append(keep[name], True)[owner]
+            own = xp.append(keep[name], True)[_channels_of(member.index, size)].all(1)
             axes = found.setdefault(member.path, {})
             axes[member.axis] = axes[member.axis] & own if member.axis in axes else own
     return {path: sorted(axes.items()) for path, axes in found.items()}
 
 
+def _channels_of(index: np.ndarray, size: int) -> np.ndarray:
+    """int [size, most]: the channels that each entry belongs to, several for those of x[:, None] * x[None]; filled up
+    with the number of channels."""
+    entry, channel = index.ravel(), np.repeat(np.arange(len(index)), index.shape[1])
+    order = np.argsort(entry, kind="stable")
+    entry, channel = entry[order], channel[order]
+    rank = np.arange(len(entry)) - np.searchsorted(entry, entry)
+    channels = np.full((size, rank.max() + 1), len(index))
+    channels[entry, rank] = channel
+    return channels
+
+
 def _places(tree: PyTree, channels: Channels) -> dict[str, str]:
     """Path of the variable that each leaf of `tree` belongs to: the variables themselves, a part, or optimizer state.
 
-    A leaf belongs to the variable whose path, or the end of whose path, ends its own, if the shapes agree.
+    A leaf belongs to the variable whose path, whole or without its first part, ends its own. Raises ValueError if
+    there are several.
     """
-    result: dict[str, str] = {}
-    ends: dict[str, str] = {}
+    whole, rest = {path: [path] for path in channels.shapes}, {}
     for path in channels.shapes:
-        parts = path.split("/")
-        for i in range(len(parts)):
-            ends.setdefault("/".join(parts[i:]), path)
+        rest.setdefault(path.partition("/")[2], []).append(path)
+    result: dict[str, str] = {}
     for path in trees.named_leaves(tree):
         parts = path.split("/")
-        for i in range(len(parts)):
-            owner = ends.get("/".join(parts[i:]))
-            if owner is not None:
-                if i + 1 < len(parts) or "/" not in owner:
-                    result[path] = owner
-                break
+        ends = ["/".join(parts[i:]) for i in range(len(parts))]
+        owners = next((known[end] for known in (whole, rest) for end in ends if end in known), [])
+        if len(owners) > 1:
+            raise ValueError(
+                f"{path} may belong to {' or '.join(owners)}; give a tree with the paths of the variables."
+            )
+        if owners:
+            result[path] = owners[0]
     return result
 
 
@@ -264,7 +314,7 @@ def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
         del path
         for axis, kept in axes:
             if not kept.all():
-                leaf = jnp.take(leaf, np.flatnonzero(kept), axis)
+                leaf = (np if isinstance(leaf, np.ndarray) else jnp).take(leaf, np.flatnonzero(kept), axis)
         return leaf
 
     return _map(one, variables, channels, alive)
@@ -277,7 +327,7 @@ def _check_tied(channels: Channels) -> None:
 
 def _map(function: Callable, tree: PyTree, channels: Channels, alive: Mapping) -> PyTree:
     owners = _places(tree, channels)
-    if not any(owner in alive for owner in owners.values()) and alive:
+    if not owners and any(jnp.ndim(leaf) for leaf in jax.tree.leaves(tree)):
         raise ValueError(
             f"no array of the tree belongs to the traced variables; it has {list(trees.named_leaves(tree))[:3]}, they "
             f"have {list(channels.shapes)[:3]}."
@@ -286,8 +336,8 @@ def _map(function: Callable, tree: PyTree, channels: Channels, alive: Mapping) -
     def one(path: str, leaf: Any) -> Any:
         axes = alive.get(owners.get(path), [])
         shape = channels.shapes[owners[path]].shape if axes else ()
-        if axes and leaf.shape != shape:
-            raise ValueError(f"{path} has shape {leaf.shape}; the traced variables have {shape} there.")
+        if axes and jnp.shape(leaf) != shape:
+            raise ValueError(f"{path} has shape {jnp.shape(leaf)}; the traced variables have {shape} there.")
         return function(path, leaf, axes)
 
     return trees.map_named(one, tree)
@@ -309,12 +359,14 @@ def elastic(apply: Callable, channels: Channels, keep: Keep) -> Callable:
     """`function(compact_variables, *inputs)`: what `apply` computes with masked variables, on the compact ones.
 
     The traced program is evaluated at the smaller sizes, so it is exact wherever masking is, for any framework, under
-    jit, grad and vmap; sizes written in the code of `apply` need no change. Inputs of other shapes than those traced
-    (another batch size) are traced once more. Raises ValueError for variables of other shapes than `compact` gives.
+    jit, grad and vmap; sizes written in the code of `apply` need no change, and random numbers (dropout) are those of
+    the full size. Other input shapes or types than those traced (another batch size, bfloat16) are traced once more.
+    Hand-written derivatives (`jax.custom_jvp`, `custom_vjp`) stay; NotImplementedError if one sums over channels that
+    its function keeps apart. Raises ValueError for variables of other shapes than `compact` gives.
     """
     _check_tied(channels)
     keep = {name: np.asarray(own) for name, own in complete(channels, keep).items()}
-    expected, analyses = compact_shapes(channels, keep), {channels.traced.inputs: channels.traced}
+    expected, analyses = compact_shapes(channels, keep), {channels.traced.signature: channels.traced}
     options = dict(channels.options)
 
     def function(variables: PyTree, *inputs: PyTree) -> PyTree:
@@ -323,10 +375,10 @@ def elastic(apply: Callable, channels: Channels, keep: Keep) -> Callable:
             shape = getattr(leaves.get(path), "shape", None)
             if shape != struct.shape:
                 raise ValueError(f"{path} has shape {shape}; the compact variables have {struct.shape} there.")
-        full = jax.tree.unflatten(jax.tree.structure(variables), list(channels.shapes.values()))
-        flat = jax.tree.leaves(inputs)
-        key = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in flat)
+        key = _signature(variables, inputs)
         if key not in analyses:
+            shapes = [jax.ShapeDtypeStruct(channels.shapes[path].shape, leaf.dtype) for path, leaf in leaves.items()]
+            full = jax.tree.unflatten(jax.tree.structure(variables), shapes)
             traced = _trace(apply, full, inputs, options)
             found = _groups(traced.analysis, list(channels.shapes))
             if not _same({name: group for name, (group, _) in found.items()}, channels.groups):
@@ -334,7 +386,7 @@ def elastic(apply: Callable, channels: Channels, keep: Keep) -> Callable:
             analyses[key] = traced._replace(atoms={name: atoms for name, (_, atoms) in found.items()})
         traced = analyses[key]
         removed = {int(label) for name, atoms in traced.atoms.items() for label in atoms[~keep[name]]}
-        outs = flow.run(traced.analysis, removed, [*leaves.values(), *flat])
+        outs = flow.run(traced.analysis, removed, [*leaves.values(), *jax.tree.leaves(inputs)])
         return jax.tree.unflatten(traced.tree, outs)
 
     return function
@@ -366,10 +418,13 @@ def check(apply: Callable, variables: PyTree, channels: Channels, *inputs: PyTre
     keep = random_keep(channels, key)
     masked = jax.jit(apply)(mask(variables, channels, keep), *inputs)
     small = jax.jit(elastic(apply, channels, keep))(compact(variables, channels, keep), *inputs)
-    pairs = list(zip(jax.tree.leaves(masked), jax.tree.leaves(small), strict=True))
-    scale = max((float(jnp.max(jnp.abs(a))) for a, _ in pairs), default=0.0)
-    worst = max((float(jnp.max(jnp.abs(a - b))) for a, b in pairs), default=0.0)
-    return worst / scale if scale else worst
+    scale = worst = 0.0
+    for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(small), strict=True):
+        a, b = (np.asarray(leaf, np.complex128 if np.iscomplexobj(leaf) else np.float64) for leaf in (a, b))
+        differ = a != b  # infinities may be equal
+        scale = np.maximum(scale, np.max(np.abs(a), where=np.isfinite(a), initial=0.0))
+        worst = np.maximum(worst, np.max(np.abs(a[differ] - b[differ]), initial=0.0))
+    return float(worst / scale if scale else worst)
 
 
 def describe(channels: Channels) -> str:

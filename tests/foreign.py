@@ -1,10 +1,11 @@
 """Networks that the library knows nothing of, as (apply, variables, inputs): Linen, NNX, Equinox and plain JAX.
 
-Each is small and has one idea that decides which of its channels are coupled. `CHANNELS` says how many channels of how
-many groups can be removed from each: counted by hand, so that a trace which freezes too much is noticed.
+Each is small and has one idea that decides which of its channels are coupled. `CHANNELS` says how many channels each of
+its groups has: counted by hand, so that a trace which freezes too much is noticed.
 """
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -12,22 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-KEY = jax.random.key(0)
-
 
 def image(channels=3, size=8, batch=2):
-    return jax.random.normal(jax.random.key(7), (batch, size, size, channels))
+    return np.random.default_rng(7).normal(size=(batch, size, size, channels)).astype(np.float32)
 
 
-def shaken(variables):
-    """Random numbers near the initial ones in every array, so that biases, scales and statistics matter."""
-    leaves, tree = jax.tree.flatten(variables)
-    noise = [jax.random.uniform(jax.random.fold_in(KEY, i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(tree, [leaf + 0.3 * n for leaf, n in zip(leaves, noise)])
+def normal(seed, *shape):
+    """Numbers whose products keep their size."""
+    return np.float32(np.random.default_rng(seed).normal(size=shape) / np.sqrt(math.prod(shape[:-1])))
+
+
+def filled(shapes):
+    """Random arrays of these shapes; vectors are positive, as variances must be."""
+    leaves, tree = jax.tree.flatten(shapes)
+    vector = lambda i, leaf: np.float32(np.random.default_rng(i).uniform(0.5, 1.5, leaf.shape))
+    arrays = [normal(i, *leaf.shape) if leaf.ndim > 1 else vector(i, leaf) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(tree, arrays)
 
 
 def linen(module, *inputs):
-    return module.apply, shaken(module.init(KEY, *inputs)), inputs
+    return module.apply, filled(jax.eval_shape(module.init, jax.random.key(0), *inputs)), inputs
 
 
 class Densenet(nn.Module):
@@ -113,9 +118,8 @@ def rotate(x):
 def transformer(fused=True, rotary=False, groups=1):
     """One block of plain JAX with RMS norm and a gated MLP; qkv fused in one matrix or apart, heads possibly shared."""
     width, heads, size = 10, 4, 6
-    normal = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / np.sqrt(shape[0])
     variables = dict(
-        norm=1 + 0.1 * normal(0, width), gate=normal(1, width, 14), up=normal(2, width, 14), down=normal(3, 14, width),
+        norm=np.ones(width, np.float32), gate=normal(1, width, 14), up=normal(2, width, 14), down=normal(3, 14, width),
         out=normal(4, heads * size, width), logits=normal(5, width, 5), embed=normal(6, 11, width),
     )  # fmt: skip
     if fused:
@@ -140,7 +144,7 @@ def transformer(fused=True, rotary=False, groups=1):
         x = x + (jax.nn.silu(x @ variables["gate"]) * (x @ variables["up"])) @ variables["down"]
         return x @ variables["logits"]
 
-    return apply, variables, (jnp.arange(10).reshape(2, 5),)
+    return apply, variables, (np.arange(10).reshape(2, 5),)
 
 
 class Groupnorm(nn.Module):
@@ -204,28 +208,29 @@ class NnxCnn(nnx.Module):
 
 
 def nnx_cnn():
-    graph, state = nnx.split(NnxCnn(nnx.Rngs(0)))
-    return (lambda state, x: nnx.merge(graph, state)(x)), shaken(state), (image(),)
+    graph, state = nnx.split(nnx.eval_shape(lambda: NnxCnn(nnx.Rngs(0))))
+    return (lambda state, x: nnx.merge(graph, state)(x)), filled(state), (image(),)
 
 
 def equinox_cnn():
     import equinox as eqx  # an extra of the tests
 
-    keys = jax.random.split(KEY, 4)
+    key = jax.random.key(0)
     layers = [
-        eqx.nn.Conv2d(3, 8, 3, key=keys[0]), eqx.nn.GroupNorm(2, 8), eqx.nn.Lambda(jax.nn.relu),
-        eqx.nn.Conv2d(8, 6, 3, key=keys[1]), eqx.nn.Lambda(jax.nn.gelu), eqx.nn.Lambda(jnp.ravel),
-        eqx.nn.Linear(6 * 16, 7, key=keys[2]), eqx.nn.Lambda(jax.nn.elu), eqx.nn.Linear(7, 5, key=keys[3]),
+        eqx.nn.Conv2d(3, 8, 3, key=key), eqx.nn.GroupNorm(2, 8), eqx.nn.Lambda(jax.nn.relu),
+        eqx.nn.Conv2d(8, 6, 3, key=key), eqx.nn.Lambda(jax.nn.gelu), eqx.nn.Lambda(jnp.ravel),
+        eqx.nn.Linear(6 * 16, 7, key=key), eqx.nn.Lambda(jax.nn.elu), eqx.nn.Linear(7, 5, key=key),
     ]  # fmt: skip
     params, static = eqx.partition(eqx.nn.Sequential(layers), eqx.is_inexact_array)
     apply = lambda params, x: jax.vmap(eqx.combine(params, static))(x)
-    return apply, shaken(params), (jnp.moveaxis(image(), -1, 1),)
+    return apply, filled(params), (np.moveaxis(image(), -1, 1),)
 
 
 def plain():
     """Weight norm, a branch, a loop, a constant of the size of a hidden layer."""
-    normal = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / np.sqrt(shape[0])
-    variables = dict(v=normal(0, 12, 9), g=normal(1, 9), w=normal(2, 9, 8), u=normal(3, 8, 8), out=normal(4, 8, 5))
+    variables = dict(
+        v=normal(0, 12, 9), g=normal(1, 1, 9)[0], w=normal(2, 9, 8), u=normal(3, 8, 8), out=normal(4, 8, 5)
+    )
     constant = np.linspace(-1, 1, 9, dtype=np.float32)
 
     def apply(variables, x):
@@ -236,14 +241,14 @@ def plain():
         x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x @ variables["u"]), x)
         return x @ variables["out"]
 
-    return apply, variables, (jax.random.normal(KEY, (4, 12)),)
+    return apply, variables, (normal(5, 4, 12),)
 
 
 def tied_embedding():
     """Logits from the transposed embedding: the width can go, the vocabulary cannot."""
-    variables = dict(embed=jax.random.normal(KEY, (11, 8)), w=jax.random.normal(jax.random.key(1), (8, 8)))
+    variables = dict(embed=normal(0, 11, 8), w=normal(1, 8, 8))
     apply = lambda v, tokens: jnp.tanh(v["embed"][tokens] @ v["w"]) @ v["embed"].T
-    return apply, variables, (jnp.arange(6),)
+    return apply, variables, (np.arange(6),)
 
 
 FOREIGN = {
@@ -260,9 +265,30 @@ FOREIGN = {
     "scanned": functools.partial(linen, Scanned(), image()),
     "lstm": functools.partial(linen, Recurrent(nn.OptimizedLSTMCell), image()),
     "gru": functools.partial(linen, Recurrent(nn.GRUCell), image()),
-    "gated": functools.partial(linen, Gated(), image(), jnp.array([1, 5])),
+    "gated": functools.partial(linen, Gated(), image(), np.array([1, 5])),
     "nnx": nnx_cnn,
     "equinox": equinox_cnn,
     "plain": plain,
     "tied embedding": tied_embedding,
+}
+
+CHANNELS = {  # sizes of the groups
+    "densenet": (6, 6, 6, 8),
+    "resnext": (8, 4, 3, 3),  # residual sum; groups of the convolution, inputs and outputs of each group
+    "depthwise": (6, 2, 7),  # stem with its filters, the two filters of every channel
+    "shuffle": (4,),  # positions within a group of the residual sum; the shuffle ties all else to everything
+    "unet": (6, 8, 10, 7, 9, 5),
+    "vit": (12, 3, 4, 4, 20),  # width, heads, q-k and v of a head, hidden units
+    "fused qkv": (10, 4, 6, 6, 14),
+    "rotary": (10, 4, 6, 14),  # positions within q and k turn by angles of a fixed order
+    "shared heads": (10, 2, 2, 6, 6, 14),  # heads: shared ones, and q's in each of them
+    "groupnorm": (4, 3, 6),  # groups, positions within them; channels normalised alone
+    "scanned": (8, 14),
+    "lstm": (6, 9),
+    "gru": (6, 9),
+    "gated": (10, 4),
+    "nnx": (8, 6),
+    "equinox": (2, 6, 7),  # whole groups: this group norm subtracts the mean before it squares
+    "plain": (9, 8),
+    "tied embedding": (8,),
 }

@@ -1,0 +1,569 @@
+"""What a saved network is worth: `python -m sparsity_jax.evaluate --workdir DIR` for any run, finished or not.
+
+    python -m sparsity_jax.evaluate --workdir runs/flow --train --latency --json flow.json --export flow_network
+
+Rebuilds network and data from the run's config.json, restores its newest checkpoint, and tells accuracy, loss,
+parameters, FLOPs, bytes and, if asked, measured time, for every member of a sweep. Where whole channels are masked, the
+network without them (compact) stands beside the dense one. `export` writes a network that runs without this library,
+`load` reads it back into it.
+
+Options of the evaluation of arXiv:2009.11839 (eval.py) and what stands for them: `model`, `pruned` and `num_classes`:
+the run itself says; `model_path`: --workdir; `data_path`: --data_dir or --data; `train_acc`: --train; `test_acc`,
+`flops`, `compression`: always told; `download`: `python -m sparsity_jax.prepare`.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import export as stablehlo
+
+from sparsity_jax import checkpoint, cost, data, groups, models, pipeline, report, structured, tables, train, trees
+
+PyTree = Any
+Platform = Literal["cpu", "cuda", "rocm", "tpu"]
+FORMAT = 1  # of an exported folder
+VARIABLES, PROGRAM, ABOUT = "variables.npz", "network.stablehlo", "network.json"
+USE = (  # three lines that need jax and flatbuffers only
+    "import jax.export, pathlib",
+    f"network = jax.export.deserialize(bytearray(pathlib.Path('{PROGRAM}').read_bytes()))",
+    "logits = network.call(images)  # float32 [any batch, height, width, channels]: (uint8 / 255 - mean) / std",
+)
+
+
+# Runs on disk ------------------------------------------------------------------------------------------------
+
+
+class Network(NamedTuple):
+    """One member of a run. swept: its values of a sweep; progress: how far its run is; state: without optimizer."""
+
+    member: int
+    swept: dict[str, Any]
+    progress: str
+    state: train.State
+
+
+class Saved(NamedTuple):
+    """A run as its newest checkpoints have it. missing: numbers of members that have saved nothing yet."""
+
+    config: dict[str, Any]
+    problem: train.Problem  # of one member: no leading axis
+    networks: list[Network]
+    missing: list[int]
+
+
+def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str = "") -> Saved:
+    """Network, data and newest checkpoint of the run in `workdir`, which may also be one `member_...` folder of it.
+
+    data_dir: where prepared sets are on this machine, instead of config.data.data_dir. data_name: another set with the
+    same classes, e.g. `folder:PATH`; mean and std stay those of the run's set where they are published ones, otherwise
+    those of the new set's train images. Stages are not checked, so a run that started from another one can be evaluated
+    without it. Raises ConfigError for a folder without a run or checkpoint, and for a checkpoint of another network.
+    """
+    workdir = pathlib.Path(workdir)
+    config = read_config(workdir)
+    inside = re.fullmatch(r"member_\d+", workdir.name) and (workdir.parent / "config.json").is_file()
+    members = [swept for _, swept in pipeline.expand(read_config(workdir.parent) if inside else config)]
+    folders = sorted(path for path in workdir.glob("member_*") if re.fullmatch(r"member_\d+", path.name))
+    folders = [workdir] if inside else folders
+    numbered = {int(path.name.removeprefix("member_")): path for path in folders}
+    found = {i: checkpoint.finished_stages(path) for i, path in (numbered or {0: workdir}).items()}
+    if all(stage is None for stage in found.values()):
+        raise tables.ConfigError(f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more.")
+    problem = build(config, data_dir, data_name)
+    hint = " --data needs the run's classes and image size." if data_name else ""
+    networks = []
+    for i, stage in found.items():
+        if stage is not None:
+            states, progress = restore(numbered.get(i, workdir), problem, hint)
+            own = [members[i] if i < len(members) else {}] if numbered else members
+            if len(states) != len(own):
+                raise tables.ConfigError(
+                    f"{workdir}: config.json makes {len(own)} networks, the checkpoint has {len(states)}. Was "
+                    "config.json edited?"
+                )
+            text = _progress(config, progress)
+            networks += [Network(i + j, swept, text, state) for j, (swept, state) in enumerate(zip(own, states))]
+    expected = range(len(members)) if numbered and not inside else ()
+    missing = sorted({*expected, *found} - {network.member for network in networks})
+    return Saved(config, problem, networks, missing)
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """The config of a run, with the defaults of all common fields."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise tables.ConfigError(f"{path} is not readable as JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise tables.ConfigError(f"{path} holds a {type(config).__name__}; it must hold the config of a run.")
+    known = tables.parameters(pipeline.settings)
+    tables.check_options(pipeline.settings, {name: value for name, value in config.items() if name in known}, "config")
+    return {**tables.defaults(pipeline.settings), **config}
+
+
+def build(config: Mapping[str, Any], data_dir: str = "", data_name: str = "") -> train.Problem:
+    """Data and network of a config, for one member on one device; see `open_run`."""
+    chosen = _data_options(config["data"], data_dir, data_name)
+    dataset = data.load(**tables.check_options(data.load, chosen, "config.data"))
+    tables.lookup(models.MODELS, config["model"].get("name", ""), "config.model.name")
+    model = models.build(num_classes=dataset.num_classes, **config["model"])
+    return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
+
+
+def _data_options(options: Mapping[str, Any], data_dir: str, name: str) -> dict[str, Any]:
+    chosen = {**tables.defaults(data.load), **options}
+    if data_dir:
+        chosen["data_dir"] = data_dir
+    if name:
+        if chosen["normalization"] == "auto":
+            known = re.split("[:/]", chosen["name"])[0]
+            chosen["normalization"] = known if known in data.NORMALIZATIONS else "computed"
+        if not (name.startswith("folder:") and chosen["name"].startswith("folder:")):
+            whole = tables.defaults(data.load)  # names of splits are the set's own
+            chosen |= {field: whole[field] for field in ("train_split", "test_split", "train_limit", "test_limit")}
+        chosen["name"] = name
+    return chosen
+
+
+def _progress(config: Mapping[str, Any], progress: checkpoint.Progress) -> str:
+    names = config["pipeline"]
+    if progress.stage >= len(names):
+        return "finished"
+    return f"in stage {progress.stage + 1} of {len(names)} ({names[progress.stage]})"
+
+
+def restore(workdir: pathlib.Path, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
+    """(state of each member, progress) of the newest checkpoint in `workdir`, made on whatever devices.
+
+    hint: what else may be the reason if the checkpoint is of another network, which raises ConfigError.
+    """
+    with contextlib.closing(checkpoint.Checkpoints(workdir)) as saved:
+        progress = saved.progress()
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), _saved(workdir))
+        shapes = {path: leaf.shape for path, leaf in trees.named_leaves(like).items()}
+        variables = jax.eval_shape(problem.init, jax.random.key(0))
+        wanted = {**variables, "masks": variables["params"]}
+        _check_shapes(workdir, shapes, wanted, hint)
+        arrays = trees.named_leaves(saved.restore(like))
+    parts = trees.map_named(lambda path, _: arrays[path], wanted)
+    state = train.State(
+        parts["params"], parts["batch_stats"], parts["masks"], (), arrays["step"], arrays["key"], train.no_metrics()
+    )
+    if not shapes["step"]:
+        return [state], progress
+    slices = lambda i: jax.tree.map(lambda leaf: leaf[i], state._replace(metrics=()))
+    return [slices(i)._replace(metrics=train.no_metrics()) for i in range(shapes["step"][0])], progress
+
+
+def _saved(workdir: pathlib.Path) -> PyTree:
+    """Shapes and types of all arrays of the newest checkpoint, in the structure in which they were written."""
+    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    newest = max((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        return reader.metadata(newest / "state").tree
+
+
+def _check_shapes(workdir: pathlib.Path, found: dict[str, tuple], wanted: PyTree, hint: str) -> None:
+    leading = found["step"]  # () or (members,)
+    here = {path: leading + leaf.shape for path, leaf in trees.named_leaves(wanted).items()}
+    there = {path: shape for path, shape in found.items() if path.split("/")[0] in wanted}
+    differing = [path for path in {**here, **there} if here.get(path) != there.get(path)]
+    differing = [path for path in differing if not path.startswith("masks/")] or differing  # they follow the params
+    if differing:
+        path = differing[0]
+        one, two = (f"the shape {shapes[path]}" if path in shapes else "no such array" for shapes in (there, here))
+        more = f"; {len(differing) - 1} more differ" if len(differing) > 1 else ""
+        raise tables.ConfigError(
+            f"{workdir}: the checkpoint is of another network than config.model makes: for {path} it has {one}, the "
+            f"network {two}{more}. Was config.json edited?{hint}"
+        )
+
+
+# Numbers -----------------------------------------------------------------------------------------------------
+
+
+def run(
+    workdir: str | os.PathLike,
+    *,
+    on_train: bool = False,
+    latency: bool = False,
+    batch_size: int = 64,
+    repeats: int = 30,
+    data_dir: str = "",
+    data_name: str = "",
+    export_to: str | os.PathLike = "",
+    platforms: Sequence[str] = ("cpu",),
+) -> list[dict[str, Any]]:
+    """The numbers of every member of the run in `workdir` that has a checkpoint; see `measure` for the fields.
+
+    data_dir, data_name: as in `open_run`. export_to, platforms: a new folder for `export`, and where it is to run.
+    Raises ConfigError as `open_run` and `export` do.
+    """
+    if export_to:
+        check_export(export_to, platforms)
+    saved = open_run(workdir, data_dir=data_dir, data_name=data_name)
+    rows = list(measured(saved, on_train=on_train, latency=latency, batch_size=batch_size, repeats=repeats))
+    if export_to:
+        export_run(saved, export_to, platforms)
+    return rows
+
+
+def measured(saved: Saved, **options: Any) -> Iterator[dict[str, Any]]:
+    """`measure` of every member, with the fields data, model, member, progress and those of its sweep before."""
+    about = dict(data=saved.problem.dataset.name, model=saved.config["model"]["name"])
+    for network in saved.networks:
+        own = measure(saved.problem, network.state, **options)
+        yield {**about, "member": network.member, "swept": network.swept, "progress": network.progress, **own}
+
+
+def measure(
+    problem: train.Problem,
+    state: train.State,
+    *,
+    on_train: bool = False,
+    latency: bool = False,
+    batch_size: int = 64,
+    repeats: int = 30,
+) -> dict[str, Any]:
+    """One member's numbers; plain data.
+
+    Always: test_accuracy, test_loss (nats per example), test_examples, parameters, parameters_kept (not masked),
+    parameters_nonzero, bytes (params and running statistics as stored), flops (convolutions and matrix products of one
+    image, one multiply-add = 2), pruned ("nothing", "weights", "channels" or "channels and weights"), note (why there
+    is no compact network, or ""), device. on_train: train_accuracy, train_loss, train_examples.
+    Where whole channels are masked: test_accuracy_compact, parameters_compact, flops_compact, bytes_compact,
+    compression (bytes over bytes_compact), difference (of the logits, relative to the largest), kept and sizes
+    (channels by group). latency: batch_size (at most the test set), milliseconds with low and high (quartiles) by
+    network, and with two of them speedup (dense over compact) with low and high, and the verdict on compact.
+    Raises ConfigError for batch_size below 1 or repeats below 2.
+    """
+    tables.convert(batch_size, tables.Count, "batch_size")
+    if latency and repeats < 2:
+        raise tables.ConfigError(f"repeats is {repeats}; allowed: int >= 2.")
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    row: dict[str, Any] = {}
+    for split in ("test", "train") if on_train else ("test",):
+        loss, accuracy = jax.device_get(train.evaluate(problem, state.params, state.batch_stats, split))
+        examples = len(train.arrays(problem, split)[1])
+        right = round(float(accuracy) * examples) / examples  # not rounded to float32
+        row |= {f"{split}_accuracy": right, f"{split}_loss": float(loss), f"{split}_examples": examples}
+    one = jax.ShapeDtypeStruct((1, *problem.dataset.test.images.shape[1:]), jnp.float32)
+    count = lambda tree: sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
+    row |= dict(
+        parameters=cost.num_params(variables),
+        parameters_kept=count(state.masks),
+        parameters_nonzero=count(state.params),
+        bytes=cost.num_bytes(variables),
+        flops=cost.flops(problem.model.apply, variables, one).products,
+        device=jax.local_devices()[0].device_kind,
+    )
+    cut, note = channels_cut(problem, state)
+    stock = None
+    if cut:
+        chosen = structured.Compact(batch_size, repeats if latency else 0, _tolerance(state))
+        try:
+            stock = structured.take_stock(problem, state, chosen)
+        except (TypeError, ValueError) as error:
+            note = f"cannot be compacted: {error}"
+    if stock is not None:
+        row |= {f"{name}_compact": stock[f"{name}_compact"] for name in ("parameters", "flops", "bytes")}
+        row |= dict(test_accuracy_compact=stock["accuracy"], compression=stock["bytes"] / stock["bytes_compact"])
+        times = ("batch_size", "milliseconds", "milliseconds_low", "milliseconds_high")
+        times += ("speedup", "speedup_low", "speedup_high", "verdict")
+        row |= {name: stock[name] for name in ("difference", "kept", "sizes", *times) if name in stock}
+    elif latency:
+        images = problem.images(problem.test_images[:batch_size])
+        own = cost.latency(jax.jit(problem.model.apply), variables, images, repeats=repeats)
+        spread = dict(milliseconds=own.median, milliseconds_low=own.low, milliseconds_high=own.high)
+        row |= dict(batch_size=len(images), **{name: {"dense": 1e3 * value} for name, value in spread.items()})
+    left = row.get("parameters_compact", row["parameters"])
+    kinds = [kind for kind, found in (("channels", cut), ("weights", row["parameters_kept"] < left)) if found]
+    return {**row, "pruned": " and ".join(kinds) or "nothing", "note": note}
+
+
+def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]:
+    """(whether whole channels are masked, why that cannot be told or "")."""
+    if all(bool(leaf.all()) for leaf in jax.tree.leaves(state.masks)):
+        return False, ""
+    try:
+        channels = structured.channels_of(problem)
+    except (TypeError, ValueError) as error:
+        return False, f"its channels cannot be traced: {error}"
+    alive = structured.alive_channels(channels, state.masks)
+    return any(not own.all() for own in alive.values()), ""
+
+
+def _tolerance(state: train.State) -> float:
+    """Largest relative difference of logits that is rounding: little in float32 on a CPU, more in shorter types."""
+    short = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(state.params))
+    return 2e-2 if short or jax.default_backend() != "cpu" else 1e-4
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """The numbers of one member as a table."""
+    swept = ", ".join(f"{name}={value}" for name, value in row["swept"].items())
+    lines = [f"{row['model']} on {row['data']}, member {row['member']}{swept and f' ({swept})'}: {row['progress']}"]
+    compact = "parameters_compact" in row
+
+    def line(name: str, dense: str, small: str = "", more: str = "") -> None:
+        lines.append(f"  {name:<26}{dense:>16}{small:>16}  {more}".rstrip())
+
+    def both(name: str, field: str, form: str, more: str = "") -> None:
+        small = format(row[f"{field}_compact"], form) if f"{field}_compact" in row else ""
+        line(name, format(row[field], form), small, more)
+
+    line("", "dense", "compact" if compact else "")
+    for split in ("test", "train"):
+        if f"{split}_accuracy" in row:
+            both(f"{split} accuracy", f"{split}_accuracy", ".2%", f"of {row[f'{split}_examples']:,} images")
+            both(f"{split} loss", f"{split}_loss", ".4f")
+    both("parameters", "parameters", ",")
+    share = f"{row['parameters_kept'] / row['parameters']:.1%} of the dense network's" if row["parameters"] else ""
+    line("  not masked", f"{row['parameters_kept']:,}", more=share)
+    line("  not zero", f"{row['parameters_nonzero']:,}")
+    both("FLOPs of one image", "flops", ",")
+    both("bytes", "bytes", ",", f"compression {row['compression']:.2f}" if compact else "")
+    for name in row.get("milliseconds", ()):
+        low, middle, high = (row[f"milliseconds{part}"][name] for part in ("_low", "", "_high"))
+        lines.append(f"  {name}, a batch of {row['batch_size']}: {middle:.3g} ms (quartiles {low:.3g} to {high:.3g})")
+    if "verdict" in row:
+        words = {"faster": "compact is faster", "slower": "compact is slower"}.get(row["verdict"], row["verdict"])
+        spread = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
+        lines.append(f"  {words}: {row['speedup']:.2f} times the speed of dense ({spread}) on {row['device']}")
+    if row["pruned"] == "nothing":
+        lines.append("  nothing is pruned: this is the dense network")
+    elif row["pruned"] == "weights":
+        lines.append("  single weights are masked: the arrays keep their shapes, so bytes and FLOPs stay")
+    if row["note"]:
+        lines.append(f"  {row['note']}")
+    return "\n".join(lines)
+
+
+def describe_all(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The tables of all members; of several seeds also mean and standard deviation of their accuracy."""
+    text = [describe(row) for row in rows]
+    alike = len(rows) > 1 and all(set(row["swept"]) == {"seed"} for row in rows)
+    for split in ("test", "train") if alike else ():
+        values = [row[f"{split}_accuracy"] for row in rows if f"{split}_accuracy" in row]
+        if values:
+            mean, deviation = np.mean(values), np.std(values, ddof=1)
+            text.append(f"{split} accuracy of {len(values)} seeds: {mean:.2%}, standard deviation {deviation:.2%}")
+    return "\n\n".join(text)
+
+
+# Export ------------------------------------------------------------------------------------------------------
+
+
+def check_export(folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",)) -> None:
+    """Raises ConfigError if nothing can be exported to `folder`: it is not empty, or a package is missing."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise tables.ConfigError(f"{folder} is there and not empty; export to a new folder.")
+    tables.convert(tuple(platforms), tuple[Platform, ...], "platforms")
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise tables.ConfigError("export needs the package flatbuffers: pip install flatbuffers")
+
+
+def export_run(saved: Saved, folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",)) -> list[pathlib.Path]:
+    """`export` of every member: of several, to `folder/member_000` and so on. Returns the folders."""
+    check_export(folder, platforms)
+    folder, config = pathlib.Path(folder), saved.config
+    with _replacing(folder) as part:
+        for network in saved.networks:
+            own = part / f"member_{network.member:03d}" if len(saved.networks) > 1 else part
+            _write(own, *_exported(saved.problem, config["model"], network.state, platforms))
+    return sorted(folder.glob("member_*")) or [folder]
+
+
+def export(
+    problem: train.Problem,
+    model: Mapping[str, Any],
+    state: train.State,
+    folder: str | os.PathLike,
+    platforms: Sequence[str] = ("cpu",),
+) -> pathlib.Path:
+    """Writes one member's network, compact where whole channels are masked, to the new folder `folder`.
+
+    variables.npz: its arrays by path. network.stablehlo: images to logits with the weights inside, for any batch size,
+    to be run by `jax.export` alone. network.json: classes, image shape, mean and std, the channels kept by group and
+    how many there were, versions, `model` (config.model of the run) and how to run it. The folder appears whole or not
+    at all.
+    platforms: where the program shall run: cpu, cuda, rocm, tpu.
+    Raises ConfigError for a folder that is not empty and for a network that cannot be compacted.
+    """
+    check_export(folder, platforms)
+    with _replacing(pathlib.Path(folder)) as part:
+        _write(part, *_exported(problem, model, state, platforms))
+    return pathlib.Path(folder)
+
+
+def _exported(problem: train.Problem, model: Mapping, state: train.State, platforms: Sequence[str]) -> tuple:
+    """(arrays by path, serialized program, contents of network.json)."""
+    variables, apply = {"params": state.params, "batch_stats": state.batch_stats}, problem.model.apply
+    dense, keep, sizes = variables, {}, {}
+    cut, note = channels_cut(problem, state)
+    if note:
+        raise tables.ConfigError(f"the network cannot be exported: {note}")
+    if cut:
+        try:
+            variables, apply, keep, channels = structured.compacted(problem, state)
+        except (TypeError, ValueError) as error:
+            raise tables.ConfigError(f"the network cannot be exported, since it cannot be compacted: {error}") from None
+        sizes = channels.sizes
+    shape = problem.dataset.test.images.shape[1:]
+    # one image at a time under vmap: the program is analysed at known sizes, yet its batch may have any
+    logits = lambda images: jax.vmap(lambda image: apply(variables, image[None])[0])(images)
+    (batch,) = stablehlo.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    program = stablehlo.export(jax.jit(logits), platforms=tuple(platforms))(images)
+    arrays = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(variables).items()}
+    about = dict(
+        format=FORMAT,
+        model=dict(model),
+        data=problem.dataset.name,
+        num_classes=problem.dataset.num_classes,
+        image_shape=shape,
+        mean=problem.dataset.mean,
+        std=problem.dataset.std,
+        compact=cut,
+        keep={name: np.flatnonzero(own) for name, own in keep.items()},
+        sizes=sizes,
+        arrays={path: dict(shape=array.shape, dtype=str(array.dtype)) for path, array in arrays.items()},
+        parameters=cost.num_params(variables),
+        parameters_dense=cost.num_params(dense),
+        bytes=cost.num_bytes(variables),
+        bytes_dense=cost.num_bytes(dense),
+        platforms=list(program.platforms),
+        versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        use=USE,
+    )
+    return arrays, bytes(program.serialize()), about
+
+
+def _write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], program: bytes, about: Mapping) -> None:
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / VARIABLES, **arrays)
+    (folder / PROGRAM).write_bytes(program)
+    (folder / ABOUT).write_text(json.dumps(report.plain(about), indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write to, which becomes `folder` (new or empty) at the end, or vanishes after an error."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield part
+        part.chmod(0o755)
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
+    """(variables, apply) of a network that `export` wrote: `logits = apply(variables, images)`, of its smaller sizes.
+
+    The model is built anew from network.json and traced, so no width has to be known; `apply` can be differentiated
+    and trained further. images: float32 [batch, height, width, channels], normalised as network.json says.
+    Raises ConfigError for a folder without an exported network, and if network.json does not fit the arrays.
+    """
+    folder = pathlib.Path(folder)
+    for name in (ABOUT, VARIABLES):
+        if not (folder / name).is_file():
+            raise tables.ConfigError(f"{folder} holds no exported network (no {name}).")
+    try:
+        about = report.read_dict(folder / ABOUT)
+    except ValueError as error:
+        raise tables.ConfigError(str(error)) from None
+    if about.get("format") != FORMAT:
+        raise tables.ConfigError(f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}.")
+    with np.load(folder / VARIABLES, allow_pickle=False) as stored:
+        arrays = {path: stored[path] for path in stored.files}
+    model = models.build(num_classes=about["num_classes"], **about["model"])
+    image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))
+    wanted, apply = trees.named_leaves(shapes), model.apply
+    if about["compact"]:
+        channels = groups.trace(model.apply, shapes, image(2))
+        if channels.sizes != about["sizes"]:
+            raise tables.ConfigError(f"{folder / ABOUT}: the model has other channel groups than those it names.")
+        keep = {name: np.isin(np.arange(size), about["keep"][name]) for name, size in channels.sizes.items()}
+        wanted, apply = groups.compact_shapes(channels, keep), groups.elastic(model.apply, channels, keep)
+    for path in {**wanted, **arrays}:
+        there, here = (getattr(tree.get(path), "shape", "no such array") for tree in (arrays, wanted))
+        if there != here:
+            raise tables.ConfigError(
+                f"{folder}: {path} is {there} in {VARIABLES}, {here} in the network of {ABOUT}; was it edited?"
+            )
+    typed = lambda path: jnp.asarray(arrays[path].view(jnp.dtype(about["arrays"][path]["dtype"])))  # bfloat16: raw
+    return trees.map_named(lambda path, _: typed(path), shapes), apply
+
+
+# Command line ------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsity_jax.evaluate",
+        description="Accuracy, size, FLOPs and time of the networks of a run, dense and compact; export of them.",
+    )
+    parser.add_argument("--workdir", required=True, help="folder of the run, or of one of its members")
+    parser.add_argument("--train", action="store_true", help="accuracy and loss on the train set too")
+    parser.add_argument("--latency", action="store_true", help="measure the time of a batch, dense against compact")
+    parser.add_argument("--batch_size", type=int, default=64, help="images of a measured batch (default: 64)")
+    parser.add_argument("--repeats", type=int, default=30, help="how often each batch is measured (default: 30)")
+    parser.add_argument("--data_dir", default="", help="where prepared sets are, if not where the config says")
+    parser.add_argument("--data", default="", help="another set of the same classes: a name or folder:PATH")
+    parser.add_argument("--json", default="", metavar="FILE", help="write the numbers to this file")
+    parser.add_argument("--export", default="", metavar="DIR", help="write the network, compact, to this new folder")
+    parser.add_argument(
+        "--platforms", nargs="+", default=["cpu"], help="where the exported program runs: cpu, cuda, rocm, tpu"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: tables to standard output, mistakes in one line."""
+    options = make_parser().parse_args(arguments)
+    try:
+        if options.export:
+            check_export(options.export, options.platforms)
+        saved = open_run(options.workdir, data_dir=options.data_dir, data_name=options.data)
+        chosen = dict(on_train=options.train, latency=options.latency)
+        rows = list(measured(saved, batch_size=options.batch_size, repeats=options.repeats, **chosen))
+        sys.stdout.write(describe_all(rows) + "\n")
+        for member in saved.missing:
+            sys.stdout.write(f"\nmember {member} has no checkpoint yet\n")
+        if options.json:
+            text = json.dumps(report.plain(rows), indent=1) + "\n"
+            report.write_atomic(pathlib.Path(options.json), text.encode())
+        if options.export:
+            for folder, row in zip(export_run(saved, options.export, options.platforms), rows):
+                kind = "compact" if "channels" in row["pruned"] else "dense, since no channels are cut:"
+                sys.stdout.write(f"exported {kind} network: {folder}\n")
+    except (tables.ConfigError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""Evaluation and export of saved runs: numbers against independent ones, networks without the library, mistakes."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax import export as stablehlo
+
+from sparsity_jax import cost, data, evaluate, groups, masks, models, optim, pipeline, structured, tables, train
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MOMENTUM = optim.settings("sgd", learning_rate=0.1, momentum=0.9)
+TINY_MOBILENET = dict(name="mobilenet", stem_width=4, blocks=((8, 1), (8, 2)))
+needs_flatbuffers = pytest.mark.skipif(
+    importlib.util.find_spec("flatbuffers") is None, reason="jax.export serializes with flatbuffers"
+)
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """(workdir, final state) of a network that lost half its channels."""
+    workdir = tmp_path_factory.mktemp("runs") / "cut"
+    fit = pipeline.stage("train", epochs=2, batch_size=32, optimizer=MOMENTUM)
+    config = tiny.config("fit", "cut", fit=fit, cut=pipeline.stage("cut", ratio=0.5))
+    return workdir, pipeline.run(config, workdir).state
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """(workdir, final state of the last) of two separate members with half their weights masked."""
+    workdir = tmp_path_factory.mktemp("runs") / "masked"
+    config = tiny.config("fit", "cut", sweep=dict(seed=(0, 1)), sweep_mode="loop")
+    return workdir, pipeline.run(config, workdir).state
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """(workdir, final states) of two unpruned members trained at once."""
+    workdir = tmp_path_factory.mktemp("runs") / "dense"
+    config = tiny.config(
+        "fit", sweep=dict(seed=(0, 1)), fit=pipeline.stage("train", epochs=1, batch_size=32, optimizer=MOMENTUM)
+    )
+    return workdir, pipeline.run(config, workdir).state
+
+
+def fresh(model: dict, cut_half: bool = True) -> tuple[train.Problem, train.State]:
+    """An untrained network on few digits, half of each group's channels cut."""
+    problem = train.build_problem(tiny.digits(), models.build(num_classes=10, **model))
+    state = train.create_state(problem, train.key_of(0))
+    if cut_half:
+        channels = structured.channels_of(problem)
+        keep = {name: np.arange(size) % 2 == 0 for name, size in channels.sizes.items()}
+        kept = groups.mask(dict(params=state.masks, batch_stats=state.batch_stats), channels, keep)
+        params = masks.apply(state.params, kept["params"])
+        state = state._replace(params=params, masks=kept["params"], batch_stats=kept["batch_stats"])
+    return problem, state
+
+
+def by_hand(params, split: data.Split, dataset: data.Dataset) -> tuple[np.ndarray, float, float]:
+    """(logits, accuracy, loss) of the two-layer network in NumPy."""
+    images = (split.images / 255.0 - dataset.mean) / dataset.std
+    hidden = images.reshape(len(images), -1) @ np.asarray(params["dense1"]["kernel"]) + params["dense1"]["bias"]
+    logits = np.maximum(hidden, 0) @ np.asarray(params["fc"]["kernel"]) + params["fc"]["bias"]
+    chosen = logits[np.arange(len(logits)), split.labels]
+    loss = np.log(np.exp(logits).sum(1)) - chosen
+    return logits, float((logits.argmax(1) == split.labels).mean()), float(loss.mean())
+
+
+def normalised(dataset: data.Dataset, count: int) -> np.ndarray:
+    images = (dataset.test.images[:count] / 255.0 - dataset.mean) / dataset.std
+    return images.astype(np.float32)
+
+
+# numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_a_network_with_channels_cut(cut):
+    workdir, state = cut
+    (row,) = evaluate.run(workdir, on_train=True, latency=True, batch_size=8, repeats=3)
+    dataset = tiny.digits()
+    for split in ("test", "train"):
+        _, accuracy, loss = by_hand(state.params, getattr(dataset, split), dataset)
+        assert row[f"{split}_accuracy"] == pytest.approx(accuracy)
+        assert row[f"{split}_loss"] == pytest.approx(loss, rel=1e-4)
+    assert row["test_accuracy_compact"] == row["test_accuracy"]
+    size = lambda width: 65 * width + 10 * (width + 1)
+    assert (row["parameters"], row["parameters_compact"]) == (size(16), size(8))
+    assert row["parameters_kept"] == size(8)
+    assert row["parameters_nonzero"] == sum(np.count_nonzero(leaf) for leaf in jax.tree.leaves(state.params))
+    assert (row["flops"], row["flops_compact"]) == (2 * 74 * 16, 2 * 74 * 8)
+    assert (row["bytes"], row["bytes_compact"]) == (4 * size(16), 4 * size(8))
+    assert row["compression"] == pytest.approx(size(16) / size(8))
+    assert row["difference"] < 1e-5
+    assert (row["pruned"], row["note"], row["progress"]) == ("channels", "", "finished")
+    assert row["batch_size"] == 8
+    assert set(row["milliseconds"]) == {"dense", "compact"}
+    low, high = row["milliseconds_low"], row["milliseconds_high"]
+    assert row["speedup_low"] == pytest.approx(low["dense"] / high["compact"])
+    assert low["dense"] <= row["milliseconds"]["dense"] <= high["dense"]
+    assert row["verdict"] in ("faster", "slower", "no measurable difference")
+    text = evaluate.describe(row)
+    assert f"times the speed of dense ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})" in text
+    assert f"compression {row['compression']:.2f}" in text
+
+
+def test_single_weights_are_no_compression(masked):
+    workdir, state = masked
+    found = evaluate.run(workdir)
+    assert [row["swept"] for row in found] == [{"seed": 0}, {"seed": 1}]
+    dataset = tiny.digits()
+    _, accuracy, loss = by_hand(state.params, dataset.test, dataset)
+    assert found[1]["test_accuracy"] == pytest.approx(accuracy)
+    assert found[1]["test_loss"] == pytest.approx(loss, rel=1e-4)
+    for row in found:
+        assert row["pruned"] == "weights"
+        kernels = 64 * 16 + 16 * 10
+        assert row["parameters_kept"] == row["parameters"] - kernels // 2
+        assert "compression" not in row
+    text = evaluate.describe_all(found)
+    assert "so bytes and FLOPs stay" in text
+    assert "compact" not in text
+    assert "test accuracy of 2 seeds" in text
+    (alone,) = evaluate.run(workdir / "member_001")
+    assert alone == found[1]
+
+
+def test_members_trained_at_once_and_networks_under_way(dense, tmp_path):
+    workdir, states = dense
+    rows = evaluate.run(workdir, latency=True, batch_size=4, repeats=2)
+    dataset = tiny.digits()
+    for i, row in enumerate(rows):
+        params = jax.tree.map(lambda leaf, i=i: leaf[i], states.params)
+        _, accuracy, loss = by_hand(params, dataset.test, dataset)
+        assert (row["member"], row["swept"], row["pruned"]) == (i, {"seed": i}, "nothing")
+        assert row["test_accuracy"] == pytest.approx(accuracy)
+        assert row["test_loss"] == pytest.approx(loss, rel=1e-4)
+        assert list(row["milliseconds"]) == ["dense"]
+    assert rows[0]["test_loss"] != rows[1]["test_loss"]
+    assert "nothing is pruned" in evaluate.describe(rows[0])
+    under_way = tmp_path / "under_way"
+    shutil.copytree(workdir, under_way)
+    newest = max((under_way / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    shutil.rmtree(newest)  # what is left was saved at the start of training, with the optimizer's state
+    assert [row["progress"] for row in evaluate.run(under_way)] == ["in stage 1 of 1 (fit)"] * 2
+
+
+def test_members_without_a_checkpoint_are_named(masked, tmp_path, capsys):
+    workdir = tmp_path / "half"
+    shutil.copytree(masked[0], workdir)
+    shutil.rmtree(workdir / "member_001" / "checkpoints")
+    evaluate.main(["--workdir", str(workdir)])
+    assert "member 1 has no checkpoint yet" in capsys.readouterr().out
+
+
+def test_data_elsewhere(cut, tmp_path, monkeypatch):
+    dataset = tiny.digits()
+    for split in ("train", "test"):
+        images, labels = getattr(dataset, split)
+        for i, (image, label) in enumerate(zip(images, labels)):
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            assert cv2.imwrite(str(folder / f"{i:03d}.png"), image)
+    there, here = evaluate.run(cut[0], data_name=f"folder:{tmp_path}"), evaluate.run(cut[0])
+    assert there[0]["test_accuracy"] == here[0]["test_accuracy"]
+    assert there[0]["test_loss"] == pytest.approx(here[0]["test_loss"], rel=1e-5)
+    for label in range(3, 10):
+        for split in ("train", "test"):
+            shutil.rmtree(tmp_path / split / str(label))
+    with pytest.raises(tables.ConfigError, match=r"fc/bias it has the shape \(10,\).* --data needs the run's classes"):
+        evaluate.run(cut[0], data_name=f"folder:{tmp_path}")
+    asked = []
+    monkeypatch.setattr(evaluate.data, "load", asked_of(data.load, dataset, asked))
+    evaluate.open_run(cut[0], data_dir="elsewhere")
+    evaluate.open_run(cut[0], data_name="mnist")
+    assert [(one["data_dir"], one["name"]) for one in asked] == [("elsewhere", "digits"), ("", "mnist")]
+    assert [one["train_limit"] for one in asked] == [128, 0]
+    assert asked[1]["normalization"] == "computed"  # as that of the digits
+
+
+def asked_of(function, result, asked: list):
+    """`function`, but it only notes its options and returns `result`."""
+
+    def noted(**options):
+        asked.append(options)
+        return result
+
+    noted.__wrapped__ = function  # keeps the signature
+    return noted
+
+
+# export ------------------------------------------------------------------------------------------------------
+
+
+@needs_flatbuffers
+def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, tmp_path):
+    workdir, state = cut
+    folder, numbers = tmp_path / "network", tmp_path / "numbers.json"
+    command = [sys.executable, "-W", "error", "-m", "sparsity_jax.evaluate", "--workdir", str(workdir), "--train"]
+    command += ["--latency", "--batch_size", "8", "--repeats", "2", "--json", str(numbers), "--export", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "mlp on digits, member 0: finished" in done.stdout
+    assert f"exported compact network: {folder}" in done.stdout
+    assert done.stderr == ""
+    (row,) = json.loads(numbers.read_text(encoding="utf-8"))
+    assert row["parameters_compact"] == 610
+    assert {path.name for path in folder.iterdir()} == {"network.json", "network.stablehlo", "variables.npz"}
+
+    dataset = tiny.digits()
+    about = json.loads((folder / "network.json").read_text(encoding="utf-8"))
+    assert (about["num_classes"], about["image_shape"], about["compact"]) == (10, [8, 8, 1], True)
+    assert about["mean"] == list(dataset.mean)
+    images = normalised(dataset, 7)
+    np.save(tmp_path / "images.npy", images)
+    code = "\n".join(
+        [
+            "import sys; sys.modules['sparsity_jax'] = None",
+            "import numpy as np; images = np.load('../images.npy')",
+            *about["use"],
+            "np.save('../logits.npy', logits); np.save('../first.npy', network.call(images[:1]))",
+        ]
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, check=True)
+    logits, *_ = by_hand(state.params, dataset.test, dataset)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits[:7], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "first.npy"), logits[:1], rtol=1e-4, atol=1e-5)
+    variables, apply = evaluate.load(folder)
+    assert variables["params"]["dense1"]["kernel"].shape == (64, 8)
+    np.testing.assert_allclose(jax.jit(apply)(variables, images), logits[:7], rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda variables: apply(variables, images).sum())(variables)
+    assert gradient["params"]["fc"]["bias"] == pytest.approx(7.0)
+
+
+@needs_flatbuffers
+@pytest.mark.parametrize("cut_half", [True, False], ids=["compact", "dense"])
+def test_running_statistics_short_types_and_platforms(cut_half, tmp_path):
+    model = TINY_MOBILENET | dict(param_dtype="bfloat16")
+    problem, state = fresh(model, cut_half)
+    folder = evaluate.export(problem, model, state, tmp_path / "deep" / "network", ["cpu", "cuda"])
+    variables, apply = evaluate.load(folder)
+    assert (cost.num_params(variables) < cost.num_params({"params": state.params})) is cut_half
+    assert variables["params"]["fc"]["kernel"].dtype == jnp.bfloat16
+    assert variables["batch_stats"]["block1"]["bn1"]["mean"].shape == ((4,) if cut_half else (8,))
+    images = normalised(problem.dataset, 3)
+    full = {"params": state.params, "batch_stats": state.batch_stats}
+    expected = jax.jit(problem.model.apply)(full, images)
+    np.testing.assert_allclose(jax.jit(apply)(variables, images), expected, rtol=1e-4, atol=1e-5)
+    program = stablehlo.deserialize(bytearray((folder / "network.stablehlo").read_bytes()))
+    assert program.platforms == ("cpu", "cuda")
+    np.testing.assert_allclose(program.call(images), expected, rtol=1e-4, atol=1e-5)
+    assert [path.name for path in folder.parent.iterdir()] == ["network"]
+
+
+@needs_flatbuffers
+def test_networks_that_are_not_pruned_are_exported_dense(dense, tmp_path, capsys):
+    evaluate.main(["--workdir", str(dense[0]), "--export", str(tmp_path / "networks")])
+    said = capsys.readouterr().out
+    for i in range(2):
+        folder = tmp_path / "networks" / f"member_{i:03d}"
+        assert f"exported dense, since no channels are cut: network: {folder}" in said
+        variables, _ = evaluate.load(folder)
+        tiny.same(variables["params"], jax.tree.map(lambda leaf, i=i: leaf[i], dense[1].params))
+
+
+# mistakes ----------------------------------------------------------------------------------------------------
+
+
+def edited(workdir: pathlib.Path, target: pathlib.Path, change) -> pathlib.Path:
+    """A copy of a run whose config was edited."""
+    shutil.copytree(workdir, target)
+    path = target / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(config)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+def test_folders_that_cannot_be_evaluated(cut, dense, tmp_path):
+    with pytest.raises(tables.ConfigError, match=r"holds no run \(no config.json\)"):
+        evaluate.run(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(tables.ConfigError, match="not readable as JSON"):
+        evaluate.run(tmp_path)
+    (tmp_path / "config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(tables.ConfigError, match="holds a list"):
+        evaluate.run(tmp_path)
+    shutil.copy(cut[0] / "config.json", tmp_path)
+    with pytest.raises(tables.ConfigError, match="has no checkpoint: its run has saved nothing yet"):
+        evaluate.run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    wider = edited(cut[0], tmp_path / "wider", lambda config: config["model"].update(widths=[17]))
+    with pytest.raises(
+        tables.ConfigError,
+        match=r"params/dense1/bias it has the shape \(16,\), the network the shape \(17,\); 2 more differ",
+    ):
+        evaluate.run(wider)
+    deeper = edited(cut[0], tmp_path / "deeper", lambda config: config["model"].update(widths=[16, 16]))
+    with pytest.raises(tables.ConfigError, match=r"params/dense2/bias it has no such array"):
+        evaluate.run(deeper)
+    more = edited(dense[0], tmp_path / "more", lambda config: config["sweep"].update(seed=[0, 1, 2]))
+    with pytest.raises(tables.ConfigError, match="makes 3 networks, the checkpoint has 2"):
+        evaluate.run(more)
+    assert len(evaluate.run(cut[0])) == 1  # nothing was harmed
+
+
+def test_a_run_is_evaluated_without_the_one_it_started_from(cut, tmp_path):
+    moved = edited(cut[0], tmp_path / "moved", lambda config: config.update(start_from="gone", mesh=64))
+    assert evaluate.run(moved) == evaluate.run(cut[0])
+
+
+def test_options_that_cannot_work(cut, tmp_path, monkeypatch, capsys):
+    with pytest.raises(tables.ConfigError, match="repeats is 1; allowed: int >= 2"):
+        evaluate.run(cut[0], latency=True, repeats=1)
+    with pytest.raises(tables.ConfigError, match="batch_size is 0; allowed: int >= 1"):
+        evaluate.run(cut[0], batch_size=0)
+    with pytest.raises(tables.ConfigError, match=r"allowed: 'cpu' \| 'cuda'"):
+        evaluate.run(cut[0], export_to=tmp_path / "new", platforms=["gpu"])
+    (tmp_path / "mine").write_text("precious", encoding="utf-8")
+    with pytest.raises(SystemExit, match=f"error: {tmp_path} is there and not empty; export to a new folder"):
+        evaluate.main(["--workdir", str(cut[0]), "--export", str(tmp_path)])
+    assert capsys.readouterr().out == ""  # before anything is computed
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(tables.ConfigError, match="pip install flatbuffers"):
+        evaluate.check_export(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@needs_flatbuffers
+def test_an_emptied_layer_cannot_be_compacted(tmp_path):
+    problem, state = fresh(dict(name="mlp", widths=(4,)), cut_half=False)
+    gone = jax.tree.map(jnp.zeros_like, state.masks["dense1"])
+    state = state._replace(masks=state.masks | {"dense1": gone})
+    state = state._replace(params=masks.apply(state.params, state.masks))
+    row = evaluate.measure(problem, state, latency=True, repeats=2)
+    assert row["note"].startswith("cannot be compacted: all channels of")
+    assert list(row["milliseconds"]) == ["dense"]
+    with pytest.raises(tables.ConfigError, match="cannot be exported, since it cannot be compacted: all channels of"):
+        evaluate.export(problem, dict(name="mlp", widths=(4,)), state, tmp_path / "network")
+    assert not list(tmp_path.iterdir())
+
+
+@needs_flatbuffers
+def test_folders_that_cannot_be_loaded(tmp_path):
+    model = dict(name="mlp", widths=(4,))
+    problem, state = fresh(model)
+    folder = evaluate.export(problem, model, state, tmp_path / "network")
+    with pytest.raises(tables.ConfigError, match=r"holds no exported network \(no network.json\)"):
+        evaluate.load(tmp_path)
+    path = folder / "network.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    for change, message in (
+        (dict(format=0), "has the format 0; known: 1"),
+        (dict(num_classes=9), r"params/fc/bias is \(10,\) in variables.npz, \(9,\) in the network"),
+        (dict(sizes={}), "has other channel groups"),
+    ):
+        path.write_text(json.dumps(about | change), encoding="utf-8")
+        with pytest.raises(tables.ConfigError, match=message):
+            evaluate.load(folder)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(tables.ConfigError, match=r"network\.json: "):
+        evaluate.load(folder)
