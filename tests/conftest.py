@@ -1,10 +1,12 @@
 """Settings of every test: compilation cache, 8 virtual devices, few hypothesis examples, no deadline for XLA."""
 
+import gc
 import os
 import pathlib
 import tempfile
 
 import hypothesis
+import pytest
 
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
     pathlib.Path(tempfile.gettempdir()) / "sparsity_jax_test_cache"
@@ -16,3 +18,13 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
 
 hypothesis.settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drops a file's compiled programs after it: a worker that keeps thousands of them needs 5 GB and slows down."""
+    yield
+    import jax  # after the settings above
+
+    jax.clear_caches()
+    gc.collect()
