@@ -48,7 +48,9 @@ def row(name: str, batch_size: int, repeats: int) -> str:
     hide = jax.jit(lambda tree, keep: groups.mask(tree, channels, keep))
     hide(variables, keep)
     select = lambda: budgets.select(importance, 0.5)
-    steps = [least(call) for call in (trace, lambda: score(variables), select, lambda: hide(variables, keep))]
+    steps = [
+        least(call) for call in (lambda: trace().names, lambda: score(variables), select, lambda: hide(variables, keep))
+    ]
 
     small, run = groups.compact(variables, channels, keep), groups.elastic(model.apply, channels, keep)
     pair = {"dense": (jax.jit(model.apply), (variables, images)), "compact": (jax.jit(run), (small, images))}
