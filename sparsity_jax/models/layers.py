@@ -180,8 +180,10 @@ def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
     """Maximum over `size` x `size` windows, stride 2; rows or columns that fill no window are dropped, as in PyTorch.
 
     [batch, height, width, channels] to [batch, (height - size) // 2 + 1, (width - size) // 2 + 1, channels]. Written
-    with plain maxima: on CPU the gradient of XLA's window reduction is 25 times slower.
+    with plain maxima: on CPU the gradient of XLA's window reduction is 25 times slower. Their gradient compares x with
+    the maximum, so x must be computed once: fused into both (jax 0.12) it may be rounded differently in each.
     """
+    x = jax.lax.optimization_barrier(x)
     batch, height, width, channels = x.shape
     rows, columns = (height - size) // 2 + 1, (width - size) // 2 + 1
     if size == 2:
