@@ -15,7 +15,6 @@ the run itself says; `model_path`: --workdir; `data_path`: --data_dir or --data;
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -374,13 +373,11 @@ def describe_all(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def check_export(folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",)) -> None:
-    """Raises ConfigError if nothing can be exported to `folder`: it is not empty, or a package is missing."""
+    """Raises ConfigError if nothing can be exported to `folder`, because it is not empty, or for unknown platforms."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise tables.ConfigError(f"{folder} is there and not empty; export to a new folder.")
     tables.convert(tuple(platforms), tuple[Platform, ...], "platforms")
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise tables.ConfigError("export needs the package flatbuffers: pip install flatbuffers")
 
 
 def export_run(saved: Saved, folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",)) -> list[pathlib.Path]:

@@ -957,7 +957,7 @@ def _beside(
 ) -> list:
     """Results of another function of arrays in the program, e.g. a derivative, at the smaller sizes.
 
-    known, wanted: what its operands and its results correspond to. Raises NotImplementedError if it would couple more
+    known, wanted: what its operands and its results correspond to. Raises ValueError if it would couple more
     entries than the program does: then it has no meaning without the removed ones.
     """
     structs = [jax.ShapeDtypeStruct(value.shape, array.dtype) for value, array in zip(known, arrays, strict=True)]
@@ -969,7 +969,7 @@ def _beside(
         walk.tie(value, other)
     inside = Alive(walk.labels, alive.removed)
     if any(inside.shape(value) != alive.shape(value) for value in (*known, *wanted)):
-        raise NotImplementedError(
+        raise ValueError(
             "the hand-written derivative of a jax.custom_jvp or custom_vjp function couples channels that the function "
             "itself does not: it cannot be evaluated without the removed ones."
         )

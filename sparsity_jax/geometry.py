@@ -648,14 +648,9 @@ def check_network(chosen: Any, where: str, shapes: PyTree, num_examples: int) ->
         )
 
 
-def _as_it_is(problem, state, settings, place) -> train.State:
-    del problem, settings, place
-    return stages.without_optimizer(state)
-
-
 STAGES = {
-    "limit": stages.Stage(limit_options, _as_it_is, run_limit, ("train",)),
-    "row_norms": stages.Stage(row_norms_options, _as_it_is, run_row_norms, ("train",)),
+    "limit": stages.Stage(limit_options, stages.as_it_is, run_limit, ("train",)),
+    "row_norms": stages.Stage(row_norms_options, stages.as_it_is, run_row_norms, ("train",)),
     "spectrum": stages.Stage(spectrum_options, begin_spectrum, run_spectrum, ("train",)),
-    "width": stages.Stage(width_options, _as_it_is, run_width, ("spectrum",)),
+    "width": stages.Stage(width_options, stages.as_it_is, run_width, ("spectrum",)),
 }

@@ -361,8 +361,8 @@ def elastic(apply: Callable, channels: Channels, keep: Keep) -> Callable:
     The traced program is evaluated at the smaller sizes, so it is exact wherever masking is, for any framework, under
     jit, grad and vmap; sizes written in the code of `apply` need no change, and random numbers (dropout) are those of
     the full size. Other input shapes or types than those traced (another batch size, bfloat16) are traced once more.
-    Hand-written derivatives (`jax.custom_jvp`, `custom_vjp`) stay; NotImplementedError if one sums over channels that
-    its function keeps apart. Raises ValueError for variables of other shapes than `compact` gives.
+    Hand-written derivatives (`jax.custom_jvp`, `custom_vjp`) stay. Raises ValueError for one that sums over channels
+    which its function keeps apart, and for variables of other shapes than `compact` gives.
     """
     _check_tied(channels)
     keep = {name: np.asarray(own) for name, own in complete(channels, keep).items()}

@@ -523,7 +523,7 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
             stage = STAGES[kind]
             resumed = position == progress.stage and progress.begun
             if resumed or (position == progress.stage and position):
-                state = state._replace(opt_state=handed_on(plan, state, position))
+                state = state._replace(opt_state=carried_before(plan, state, position))
                 like = stage.begin(problem, state, own, place) if resumed else state
                 state = saved.restore(checkpoint.abstract(like))
             if not resumed:
@@ -545,7 +545,7 @@ def after(plan: Plan, state: train.State, position: int) -> train.State:
     return stages.handed_on(state, plan.settings[plan.pipeline[position]][0])
 
 
-def handed_on(plan: Plan, state: train.State, position: int) -> Any:
+def carried_before(plan: Plan, state: train.State, position: int) -> Any:
     """What the stages before `position` hand on, in shapes only."""
     found = ()
     for name in plan.pipeline[:position]:

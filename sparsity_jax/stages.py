@@ -42,7 +42,7 @@ class Stage(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
-def _as_it_is(problem: train.Problem, state: train.State, settings: list[Any], place: Place) -> train.State:
+def as_it_is(problem: train.Problem, state: train.State, settings: list[Any], place: Place) -> train.State:
     """The state without optimizer, at step 0."""
     del problem, settings, place
     return without_optimizer(state)
@@ -487,8 +487,8 @@ def run_histogram(problem, state, settings, place, rows) -> Iterator[train.Updat
 
 STAGES = {
     "train": Stage(train_options, begin_train, run_train),
-    "sfw_init": Stage(sfw_init_options, _as_it_is, run_sfw_init),
-    "prune": Stage(prune_options, _as_it_is, run_prune, ("train",)),
-    "curve": Stage(curve_options, _as_it_is, run_curve, ("train",)),
-    "histogram": Stage(histogram_options, _as_it_is, run_histogram, ("train",)),
+    "sfw_init": Stage(sfw_init_options, as_it_is, run_sfw_init),
+    "prune": Stage(prune_options, as_it_is, run_prune, ("train",)),
+    "curve": Stage(curve_options, as_it_is, run_curve, ("train",)),
+    "histogram": Stage(histogram_options, as_it_is, run_histogram, ("train",)),
 }

@@ -5,6 +5,7 @@ channels come from the trace of the network (`groups`), so any network of the zo
 Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `scores` and `budgets`.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -226,7 +227,7 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
 
 
 def _excluded(chosen: Cut, name: str) -> bool:
-    return bool(chosen.exclude) and trees.matching({name: 0, "": 0}, f"{chosen.exclude}|")[name]
+    return bool(chosen.exclude) and re.fullmatch(chosen.exclude, name) is not None
 
 
 def select(problem: train.Problem, chosen: Cut, found: dict, alive: dict, place: stages.Place) -> dict[str, np.ndarray]:
@@ -363,7 +364,7 @@ def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> d
     one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     flops = lambda apply, variables: cost.flops(apply, variables, one).products
     row = dict(
-        accuracy=accuracy(problem, small, stock.variables),
+        accuracy=accuracy(problem, stock),
         difference=error,
         parameters=cost.num_params(full),
         parameters_compact=cost.num_params(stock.variables),
@@ -391,16 +392,12 @@ def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> d
     return row
 
 
-def accuracy(problem: train.Problem, apply: Callable, variables: PyTree, split: str = "test") -> float:
-    """Share of a split classified rightly by a compiled `apply(variables, images)`."""
-    images, labels = train.arrays(problem, split)
-    size, right = len(labels), 0
-    batch = min(problem.eval_batch_size, size)
-    for start in range(0, size, batch):
-        part = slice(min(start, size - batch), min(start, size - batch) + batch)  # whole batches only: one program
-        found = losses.correct(apply(variables, problem.images(images[part])), labels[part])
-        right += int(found[start - part.start :].sum())
-    return right / size
+def accuracy(problem: train.Problem, stock: Stock) -> float:
+    """Of the compact network on the test set."""
+    compact = problem._replace(model=problem.model._replace(apply=stock.apply), members=None, compiled={})
+    _, found = train.evaluate(compact, stock.variables["params"], stock.variables["batch_stats"], "test")
+    size = len(problem.test_labels)
+    return round(float(found) * size) / size  # not rounded to float32
 
 
 def run_compact(problem, state, settings, place, rows) -> Iterator[train.Update]:
@@ -415,12 +412,7 @@ def begin_cut(problem, state, settings, place) -> train.State:
     return stages.handed_on(state, settings[0])
 
 
-def begin_compact(problem, state, settings, place) -> train.State:
-    del problem, settings, place
-    return stages.without_optimizer(state)
-
-
 STAGES = {
     "cut": stages.Stage(cut_options, begin_cut, run_cut, ("train",)),
-    "compact": stages.Stage(compact_options, begin_compact, run_compact, ("train",)),
+    "compact": stages.Stage(compact_options, stages.as_it_is, run_compact, ("train",)),
 }

@@ -1,6 +1,5 @@
 """Evaluation and export of saved runs: numbers against independent ones, networks without the library, mistakes."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -20,9 +19,6 @@ from sparsity_jax import cost, data, evaluate, groups, masks, models, optim, pip
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MOMENTUM = optim.settings("sgd", learning_rate=0.1, momentum=0.9)
 TINY_MOBILENET = dict(name="mobilenet", stem_width=4, blocks=((8, 1), (8, 2)))
-needs_flatbuffers = pytest.mark.skipif(
-    importlib.util.find_spec("flatbuffers") is None, reason="jax.export serializes with flatbuffers"
-)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +196,6 @@ def asked_of(function, result, asked: list):
 # export ------------------------------------------------------------------------------------------------------
 
 
-@needs_flatbuffers
 def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, tmp_path):
     workdir, state = cut
     folder, numbers = tmp_path / "network", tmp_path / "numbers.json"
@@ -239,7 +234,6 @@ def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, t
     assert gradient["params"]["fc"]["bias"] == pytest.approx(7.0)
 
 
-@needs_flatbuffers
 @pytest.mark.parametrize("cut_half", [True, False], ids=["compact", "dense"])
 def test_running_statistics_short_types_and_platforms(cut_half, tmp_path):
     model = TINY_MOBILENET | dict(param_dtype="bfloat16")
@@ -259,7 +253,6 @@ def test_running_statistics_short_types_and_platforms(cut_half, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["network"]
 
 
-@needs_flatbuffers
 def test_networks_that_are_not_pruned_are_exported_dense(dense, tmp_path, capsys):
     evaluate.main(["--workdir", str(dense[0]), "--export", str(tmp_path / "networks")])
     said = capsys.readouterr().out
@@ -327,13 +320,9 @@ def test_options_that_cannot_work(cut, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=f"error: {tmp_path} is there and not empty; export to a new folder"):
         evaluate.main(["--workdir", str(cut[0]), "--export", str(tmp_path)])
     assert capsys.readouterr().out == ""  # before anything is computed
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(tables.ConfigError, match="pip install flatbuffers"):
-        evaluate.check_export(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-@needs_flatbuffers
 def test_an_emptied_layer_cannot_be_compacted(tmp_path):
     problem, state = fresh(dict(name="mlp", widths=(4,)), cut_half=False)
     gone = jax.tree.map(jnp.zeros_like, state.masks["dense1"])
@@ -347,7 +336,6 @@ def test_an_emptied_layer_cannot_be_compacted(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@needs_flatbuffers
 def test_folders_that_cannot_be_loaded(tmp_path):
     model = dict(name="mlp", widths=(4,))
     problem, state = fresh(model)
