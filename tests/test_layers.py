@@ -11,7 +11,10 @@ ROOT = pathlib.Path(sparsity_jax.__file__).parent
 # each may import those before it
 NUMERICS = ("tables", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups", "relaxed")
 # never each other
-PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets")
+PARTS = (
+    *("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets"),
+    *("ratios", "surgery", "probes"),
+)
 # each may import those before it
 RUNS = (
     *("checkpoint", "figures", "geometry_figures", "report", "train", "stages", "geometry", "structured", "pipeline"),
