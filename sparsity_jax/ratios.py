@@ -4,8 +4,7 @@
     table = ratios.parse("[0,0.75,0.75,0.32,0]", layers)             # residual networks: one ratio per stage
     table = ratios.parse("[0-4:0.5, 7-10:0.2]", layers)              # others: ranges of layers
     table = ratios.parse(((".*/conv1/kernel", 0.5), (".*", 0.0)), layers)
-    keep = ratios.keep_of(channels, table)                           # channels: groups.trace
-    price = cost.of_channels(channels, "flops")
+    price = cost.of_channels(channels, "flops")                      # channels: groups.trace
     found = ratios.for_speedup(lambda table: price(ratios.keep_of(channels, table)), 2.55, table)
 
 A table maps the path of every kernel to the share of its filters, channels or weights that goes: 0 <= ratio < 1, or
@@ -106,10 +105,10 @@ def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
     inside = {path: match for path in layers if (match := pattern.fullmatch(path))}
     if not inside:
         return [Layer(path, (i,), ()) for i, path in enumerate(layers)]
-    number = {path: tuple(_whole(match, name) for name in ("stage", "block")) for path, match in inside.items()}
-    branch: dict[tuple, list[str]] = {key: [] for key in sorted(set(number.values()))}  # of each block, the main one
+    key_of = {path: tuple(_number(match, name) for name in ("stage", "block")) for path, match in inside.items()}
+    branch: dict[tuple, list[str]] = {key: [] for key in sorted(set(key_of.values()))}  # of each block, the main one
     for path, match in inside.items():
-        branch[number[path]] += [path] * (not match.groupdict().get("shortcut"))
+        branch[key_of[path]] += [path] * (not match.groupdict().get("shortcut"))
     stages = sorted({stage for stage, _ in branch})
     last = max(i for i, path in enumerate(layers) if path in inside)
     stage, result = 0, []
@@ -117,7 +116,7 @@ def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
         if path not in inside:
             result.append(Layer(path, (stage if i < last else len(stages) + 1,), ()))
             continue
-        key, own = number[path], branch[number[path]]
+        key, own = key_of[path], branch[key_of[path]]
         stage, block = stages.index(key[0]) + 1, [other for other in branch if other[0] == key[0]].index(key)
         if path in own:
             whole = ("filter",) * (path == own[-1]) + ("channel",) * (path == own[0])
@@ -127,7 +126,7 @@ def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
     return result
 
 
-def _whole(match: re.Match, name: str) -> int:
+def _number(match: re.Match, name: str) -> int:
     if not re.fullmatch(r"\d+", match[name] or ""):
         raise tables.ConfigError(f"blocks: in {match.string!r} the group {name!r} is {match[name]!r}, not a number.")
     return int(match[name])
@@ -324,32 +323,48 @@ def num_pruned(ratio: float, size: int) -> int:
     return min(math.ceil(ratio * size), size - 1)
 
 
+def by_group(
+    channels: groups.Channels, table: Mapping[str, float], *, granularity: Literal["filter", "channel"] = "filter"
+) -> Table:
+    """The ratios of coupled channels by name of group, from those of the layers that make (channel: read) them.
+
+    table: by path in the traced variables, such as params/conv1/kernel. Groups without a ratio above 0 are left out,
+    AUTOMATIC ones stay. Raises ValueError for a path that is no variable, a ratio out of range, one for a layer whose
+    channels cannot be removed, and different ratios of layers that share their channels.
+    """
+    tables.convert(granularity, Literal["filter", "channel"], "granularity")
+    roles = ("producer", "depthwise") if granularity == "filter" else ("consumer",)
+    for path, ratio in table.items():
+        if path not in channels.shapes:
+            raise ValueError(f"{path!r} is no variable of the trace.{tables.closest(path, channels.shapes)}")
+        if not (0 <= ratio < 1 or ratio == AUTOMATIC):
+            raise ValueError(f"the ratio of {path!r} is {ratio}; allowed: 0 <= ratio < 1, or -1 for automatic.")
+    result, left = {}, {path for path, ratio in table.items() if ratio}
+    for name, group in channels.groups.items():
+        own = {m.path: table[m.path] for m in group.members if m.role in roles and m.path in table}
+        if len(set(own.values())) > 1:
+            raise ValueError(f"the channels {name!r} belong to layers with different ratios: {own}; use one for all.")
+        left -= own.keys()
+        if any(own.values()):
+            result[name] = next(iter(own.values()))
+    if left:
+        raise ValueError(f"no {granularity} of {sorted(left)[0]!r} can be removed; its ratio must be 0.")
+    return result
+
+
 def keep_of(
     channels: groups.Channels, table: Mapping[str, float], *, granularity: Literal["filter", "channel"] = "filter"
 ) -> dict[str, np.ndarray]:
     """A `keep` of every group with `num_pruned` channels less: the lowest go, so it is for counts and costs only.
 
-    table: by path in the traced variables, such as params/conv1/kernel. Raises ValueError for a path that is no
-    variable, an AUTOMATIC ratio, a layer without removable channels, and coupled layers with different ratios.
+    Arguments and errors as `by_group`; ValueError also for an AUTOMATIC ratio, whose count depends on scores.
     """
-    role = dict(filter=("producer", "depthwise"), channel=("consumer",))[
-        tables.convert(granularity, Literal["filter", "channel"], "granularity")
-    ]
-    for path, ratio in table.items():
-        if path not in channels.shapes:
-            raise ValueError(f"{path!r} is no variable of the trace.{tables.closest(path, channels.shapes)}")
-        if not 0 <= ratio < 1:
-            raise ValueError(f"the ratio of {path!r} is {ratio}; allowed here: 0 <= ratio < 1.")
-    keep, left = {}, {path for path, ratio in table.items() if ratio}
-    for name, group in channels.groups.items():
-        own = {m.path: table[m.path] for m in group.members if m.role in role and m.path in table}
-        if len(set(own.values())) > 1:
-            raise ValueError(f"the channels {name!r} belong to layers with different ratios: {own}; use one for all.")
-        left -= own.keys()
-        keep[name] = np.arange(group.size) >= num_pruned(max(own.values(), default=0.0), group.size)
-    if left:
-        raise ValueError(f"no {granularity} of {sorted(left)[0]!r} can be removed; its ratio must be 0.")
-    return keep
+    found = by_group(channels, table, granularity=granularity)
+    for name, ratio in found.items():
+        if ratio == AUTOMATIC:
+            raise ValueError(f"the ratio of {name!r} is automatic: its count is known once there are scores.")
+    sizes = channels.sizes.items()
+    return {name: np.arange(size) >= num_pruned(found.get(name, 0.0), size) for name, size in sizes}
 
 
 class Speedup(NamedTuple):

@@ -337,18 +337,31 @@ def test_channels_of_filters_and_of_their_readers_are_the_same():
     assert sizes == [4] * 9 + [16] * 9 + [43] * 9
 
 
-def test_keep_of_refuses():
+def test_ratios_by_group():
     layers, channels, _ = published("resnet56")
-    table = dict.fromkeys(layers, 0.0)
-    stem, second = "params/conv1/kernel", "params/stage1_block0/conv2/kernel"
-    for change, message in (
+    first, second = (f"params/stage{i}_block0/conv1" for i in (1, 2))
+    rules = ((f"{first}/kernel", 0.25), (f"{second}/kernel", -1), (".*", 0))
+    assert ratios.by_group(channels, ratios.parse(rules, layers)) == {first: 0.25, second: -1}
+    readers = ratios.parse(
+        [(pattern.replace("conv1", "conv2"), ratio) for pattern, ratio in rules], layers, granularity="channel"
+    )
+    assert ratios.by_group(channels, readers, granularity="channel") == {first: 0.25, second: -1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"conv1/kernel": 0.5}, "is no variable of the trace"),
         ({"params/fc/kernel": 0.5}, "no filter of 'params/fc/kernel' can be removed"),
-        ({stem: 0.5}, "layers with different ratios"),
-        ({second: -1.0}, "the ratio of .* is -1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ratios.keep_of(channels, table | change)
+        ({"params/conv1/kernel": 0.5}, "layers with different ratios"),
+        ({"params/stage1_block0/conv2/kernel": 1.0}, "the ratio of .* is 1.0"),
+        ({"params/stage1_block0/conv1/kernel": -1.0}, "automatic"),
+    ],
+)
+def test_keep_of_refuses(change, message):
+    layers, channels, _ = published("resnet56")
+    with pytest.raises(ValueError, match=message):
+        ratios.keep_of(channels, dict.fromkeys(layers, 0.0) | change)
 
 
 @functools.cache
