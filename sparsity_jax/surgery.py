@@ -66,7 +66,7 @@ def reinitialize(
             return draw(own, jnp.asarray(mask), leaf.dtype, **options)
         if name == "bias":
             return jnp.zeros_like(leaf)
-        return jnp.ones_like(leaf) if name == "scale" or trees.is_kernel(path) else leaf
+        return jnp.ones_like(leaf) if name in ("scale", "weight") else leaf
 
     return masks.apply(trees.map_named(one, params, kept), kept)
 
