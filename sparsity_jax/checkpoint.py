@@ -60,9 +60,18 @@ class Checkpoints:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the newest state's arrays, by path."""
+        return {path: leaf.shape for path, leaf in trees.named_leaves(self._metadata()).items()}
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """The newest state's arrays by path, whatever wrote them, on one local device."""
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), self._metadata())
+        return trees.named_leaves(self.restore(like))
+
+    def _metadata(self) -> PyTree:
+        """Shapes and types of the newest state's arrays in the structure in which they were written."""
         with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-            found = reader.metadata(self._folder / str(self._manager.latest_step()) / "state").tree
-        return {path: leaf.shape for path, leaf in trees.named_leaves(found).items()}
+            return reader.metadata(self._folder / str(self._manager.latest_step()) / "state").tree
 
     def close(self) -> None:
         """Waits for writes under way."""

@@ -544,3 +544,10 @@ def progress(opt_state: PyTree) -> dict[str, Progress]:
     """The numbers of every layer, scalars, for logs and figures."""
     state = state_of(opt_state)
     return {name: Progress(*(x[..., i] for x in state.progress)) for i, name in enumerate(state.keep)}
+
+
+def scores(params: PyTree, layers: Sequence[Layer]) -> dict[str, jax.Array]:
+    """The score of every group, by layer: mean absolute weights [groups], of weights their magnitudes."""
+    leaves = _checked_leaves(params, layers)
+    own = lambda layer: jnp.abs(leaves[layer.scored[0].path]) if layer.of_weights else _score(leaves, layer)
+    return {layer.name: own(layer) for layer in layers}

@@ -19,10 +19,23 @@ import jax.numpy as jnp
 import ml_collections
 import tqdm
 
-from sparsity_jax import checkpoint, data, geometry, models, optim, report, stages, structured, tables, train, trees
+from sparsity_jax import (
+    checkpoint,
+    data,
+    geometry,
+    greg,
+    models,
+    optim,
+    report,
+    stages,
+    structured,
+    tables,
+    train,
+    trees,
+)
 
 PyTree = Any
-STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES}
+STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES, **greg.STAGES}
 
 
 # Configs -----------------------------------------------------------------------------------------------------
@@ -464,6 +477,9 @@ def build(plans: list[Plan]) -> train.Problem:
             geometry.check_network(plan.settings[name][0], f"config.{name}", shapes, size)
             if isinstance(plan.settings[name][0], structured.Cut):
                 structured.check_network(problem, plan.settings[name][0], f"config.{name}")
+            for own in plan.settings[name]:
+                if (chosen := greg.choice_of(own)) is not None:
+                    greg.check_network(problem, chosen)
     return problem
 
 

@@ -94,11 +94,8 @@ def _batches(counts: Mapping[str, tuple[int, int]], batch: int) -> Iterator[dict
         yield {name: np.array(own, np.int32).reshape(len(rows), num) for (name, (_, num)), own in columns}
 
 
-def rank(found: Oracle, keep: Mapping[str, Any]) -> int:
-    """1 + the number of networks with a lower loss than the one that `keep` leaves: 1 is the best of len(losses).
-
-    Raises ValueError if it is none of those tried.
-    """
+def row_of(found: Oracle, keep: Mapping[str, Any]) -> int:
+    """The row of `found` that is the network `keep` leaves; raises ValueError if it is none of those tried."""
     same = np.ones(len(found.losses), bool)
     for name, size in found.sizes.items():
         own = np.flatnonzero(~np.asarray(keep[name], bool))
@@ -108,7 +105,15 @@ def rank(found: Oracle, keep: Mapping[str, Any]) -> int:
                 f"{found.pruned[name].shape[1]} of {size}."
             )
         same &= (found.pruned[name] == own).all(1)
-    return 1 + int((found.losses < found.losses[same.argmax()]).sum())
+    return int(same.argmax())
+
+
+def rank(found: Oracle, keep: Mapping[str, Any]) -> int:
+    """1 + the number of networks with a lower loss than the one that `keep` leaves: 1 is the best of len(losses).
+
+    Raises ValueError if it is none of those tried.
+    """
+    return 1 + int((found.losses < found.losses[row_of(found, keep)]).sum())
 
 
 # Jacobians -----------------------------------------------------------------------------------------------------------

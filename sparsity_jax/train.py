@@ -141,7 +141,9 @@ class Fit(NamedTuple):
     """A checked `train` stage: what its compiled step depends on. recipe: from `optim.check` or `optim.join`.
 
     carry: hands its momentum on, and starts from what it is handed. track: options of the tracked importance, sorted
-    pairs of `scores.tracker`, or () for none.
+    pairs of `scores.tracker`, or () for none. growth: None, or what acts on the gradients before the
+    optimizer: hashable, with `make(problem, key) -> optax.GradientTransformation`, key: the member's root key (raw),
+    and with `log_every`, the most steps between two updates.
     """
 
     epochs: int
@@ -154,17 +156,22 @@ class Fit(NamedTuple):
     evaluate_every: int
     carry: bool = False
     track: tuple = ()
+    growth: Any = None
 
     def steps_per_epoch(self, problem: Problem) -> int:
         return problem.dataset.train.images.shape[0] // self.batch_size
 
     def program(self) -> tuple:
         """Everything but the traced numbers, hashable: equal programs share one compilation."""
-        return (optim.program(self.recipe), *self[:2], *self[3:5], self.track)
+        return (optim.program(self.recipe), *self[:2], *self[3:5], self.track, self.growth)
 
     def transformation(self, problem: Problem, numbers: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
         """The optimizer, tracker included."""
         spe = self.steps_per_epoch(problem)
+        if self.growth is not None:
+            numbers = dict(numbers)
+            first = self.growth.make(problem, numbers.pop("key"))
+            return optax.chain(first, optim.make(self.recipe, numbers, self.epochs, spe))
         tx = optim.make(self.recipe, numbers, self.epochs, spe)
         if not self.track:
             return tx
@@ -264,8 +271,8 @@ def convolves(params: PyTree, stacked: bool = False) -> bool:
     return any(trees.is_kernel(path) and leaf.ndim - stacked > 2 for path, leaf in trees.named_leaves(params).items())
 
 
-def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int) -> list[int]:
-    """How many steps each compiled call makes.
+def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int, most: int | None = None) -> list[int]:
+    """How many steps each compiled call makes, at most `most`.
 
     XLA's CPU backend compiles convolution gradients inside a scan to a naive loop, so there they run one by one; dense
     networks and accelerators scan a whole epoch.
@@ -274,7 +281,7 @@ def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int) -> lis
     if not size:
         convolutions = convolves(state.params, problem.members is not None)
         size = 1 if convolutions and jax.default_backend() == "cpu" else steps_per_epoch
-    size = min(size, steps_per_epoch)
+    size = min(size, steps_per_epoch, most or size)
     return [size] * (steps_per_epoch // size) + [steps_per_epoch % size] * (steps_per_epoch % size > 0)
 
 
@@ -295,7 +302,7 @@ def fit_epochs(
     test_accuracy. Raises NonFiniteLossError naming the first bad step.
     """
     spe = fit.steps_per_epoch(problem)
-    sizes = calls_per_epoch(problem, state, spe)
+    sizes = calls_per_epoch(problem, state, spe, fit.growth and fit.growth.log_every)
     starts = np.cumsum([0, *sizes])[:-1].tolist()
     axes = (0, 0, 0, None, None, None)
 

@@ -17,7 +17,19 @@ PARTS = (
 )
 # each may import those before it
 RUNS = (
-    *("checkpoint", "figures", "geometry_figures", "report", "train", "stages", "geometry", "structured", "pipeline"),
+    *(
+        "checkpoint",
+        "figures",
+        "geometry_figures",
+        "growing_figures",
+        "report",
+        "train",
+        "stages",
+        "geometry",
+        "structured",
+        "greg",
+        "pipeline",
+    ),
     *("evaluate", "run"),
 )
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")

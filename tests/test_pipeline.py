@@ -27,6 +27,10 @@ def stage(**fields):
     return pipeline.stage("train", **dict(epochs=2, batch_size=32, optimizer=tiny.SGD) | fields)
 
 
+GROW = pipeline.stage(  # three calls and more in every phase
+    "grow", method="greg2", ratios="[0:0.5]", optimizer=tiny.SGD, batch_size=32, update_every=1, granularity_pick=0.02,
+    granularity_prune=0.4, upper_limit_pick=0.1, upper_limit=3.0, stabilize_steps=4, log_every=2,
+)  # fmt: skip
 GEOMETRY = {  # stages for few products on few digits
     "limit": pipeline.stage("limit", scan=(0.5,), resolution=0.25),
     "rows": pipeline.stage("row_norms", num_weights=2),
@@ -535,6 +539,8 @@ RESUMED = {
         hessian=pipeline.stage("spectrum", num_matvecs=2, operator="absolute"),
         **SEEDS,
     ),
+    "growth": tiny.config("fit", "grow", "again", fit=stage(epochs=1), grow=GROW, steps_per_call=3),
+    "growth of members": tiny.config("fit", "grow", fit=stage(epochs=1), grow=GROW, **SEEDS),
     "vmap": tiny.config("learn", "fit", "curve", **SEEDS),
     "loop": tiny.config("fit", "curve", sweep_mode="loop", **SEEDS),
     "arms": tiny.config("fit", "curve", **GRID),
