@@ -201,7 +201,13 @@ def _alone(kept: PyTree, keep: Mapping[str, jax.Array], granularity: str) -> PyT
     return trees.map_named(cut, kept)
 
 
-def share_removed(state: train.State) -> dict[str, jax.Array]:
+def ratio_of(state: train.State) -> jax.Array:
+    """Share of all kernel weights that is masked."""
+    kernels = [mask for path, mask in trees.named_leaves(state.masks).items() if trees.is_kernel(path)]
+    return 1 - sum(map(jnp.sum, kernels)) / sum(mask.size for mask in kernels)
+
+
+def layers_removed(state: train.State) -> dict[str, jax.Array]:
     """Share of every kernel's weights that is masked, by path."""
     return {
         path: masks.sparsity(mask) for path, mask in trees.named_leaves(state.masks).items() if trees.is_kernel(path)
@@ -255,8 +261,8 @@ def run_remove(problem, state, settings, place, rows) -> Iterator[train.Update]:
 
 def _last(problem: train.Problem, state: train.State, step: int) -> train.Update:
     """The update of a stage that has removed its groups."""
-    layers = problem.lift(share_removed)(state)
-    return train.Update(state, train.member_rows(problem, dict(layers=layers), step=step), 1.0)
+    found = problem.lift(lambda state: dict(ratio=ratio_of(state), layers=layers_removed(state)))(state)
+    return train.Update(state, train.member_rows(problem, found, step=step), 1.0)
 
 
 # grow --------------------------------------------------------------------------------------------------------

@@ -63,10 +63,7 @@ def group_panels(found: list[tuple[str, list[dict]]]) -> list[figures.Panel]:
             steps = np.array([figures.number(row.get("step")) for row in rows])
             kept = rows[-1]["keep"][layer]
             lines = [line(steps, own, KEPT if stays else PRUNED) for own, stays in zip(values.T, kept)]
-            title = layer if len(found) == 1 else f"{label}, {layer}"
-            panels.append(
-                figures.Panel(
-                    title, "step", "mean |w| of a group", [one for one in lines if one], log="y", integers=True
-                )
-            )
+            short = layer.removesuffix("/kernel")
+            title = short if len(found) == 1 else f"{label}, {short}"
+            panels.append(figures.Panel(title, "step", "", [one for one in lines if one], log="y", integers=True))
     return panels

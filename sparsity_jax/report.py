@@ -537,7 +537,7 @@ def growth_figures(grown: list) -> list[tuple]:
         ("growth_ratio", "Separation under growing penalties", growing_figures.ratio_panels(grown),
          "One line per layer: mean magnitude of what stays over that of what goes, smoothed."),
         ("growth_groups", "Norms of single groups", growing_figures.group_panels(grown),
-         "One line per filter, channel or coupled group: how penalties set those apart that go."),
+         "Mean magnitude of every filter, channel or coupled group: how penalties set those apart that go."),
     ]  # fmt: skip
 
 
@@ -595,8 +595,10 @@ def bins_table(labels: list[str], histograms: list) -> str:
 
 
 def prune_section(series: list, limit: int = 60) -> str:
-    """Rows of the prune stages as they are, at most `limit` of them."""
-    rows = [(i, one.label, row) for i, one in enumerate(series) for row in one.rows if row.get("kind") == "prune"]
+    """Rows of stages that prune, or measure a pruned network, as they are, at most `limit` of them."""
+    kinds = ("prune", "remove", "oracle", "noise", "jacobian")
+    told = lambda row: row.get("kind") in kinds or (row.get("kind") == "grow" and "layers" in row)
+    rows = [(i, one.label, row) for i, one in enumerate(series) for row in one.rows if told(row)]
     if not rows:
         return ""
     simple = lambda value: isinstance(value, (str, int, float, np.number))
