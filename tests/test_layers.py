@@ -13,7 +13,7 @@ NUMERICS = ("tables", "trees", "masks", "polytopes", "linops", "labels", "flow",
 # never each other
 PARTS = (
     *("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets"),
-    *("ratios", "surgery", "probes", "growing"),
+    *("ratios", "surgery", "probes", "growing", "pretrained"),
 )
 # each may import those before it
 RUNS = (
