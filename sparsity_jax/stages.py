@@ -137,9 +137,10 @@ def begin_fit(
     problem: train.Problem, state: train.State, settings: list[train.Fit], numbers: dict[str, Any]
 ) -> train.State:
     """The state at the start of a training of all members, see `train.begin`."""
-    one = lambda state, numbers: train.begin(problem, state, settings[0], numbers)
+    one = lambda state, numbers, pretrained: train.begin(problem, state, settings[0], numbers, pretrained)
     name = ("begin", settings[0].program(), settings[0].start, settings[0].shift_inside)
-    return problem.once(name, lambda: jax.jit(problem.lift(one, (0, 0))))(state, numbers)
+    compiled = problem.once(name, lambda: jax.jit(problem.lift(one, (0, 0, None))))
+    return compiled(state, numbers, problem.pretrained)
 
 
 def begin_train(problem: train.Problem, state: train.State, settings: list[train.Fit], place: Place) -> train.State:

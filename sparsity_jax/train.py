@@ -61,6 +61,7 @@ class Problem(NamedTuple):
     eval_batch_size: int
     steps_per_call: int  # 0: automatic
     compiled: dict  # functions by what they depend on, so that visits and members share them
+    pretrained: PyTree = ()  # dict of arrays by path with which every network starts instead of its fresh ones
 
     def lift(self, function: Callable, in_axes: Any = 0) -> Callable:
         """`function` of one member's state, for the states of all members."""
@@ -92,7 +93,7 @@ class Problem(NamedTuple):
         return inputs if inputs.shape[1:] == shape else jax.image.resize(inputs, (len(inputs), *shape), "linear")
 
     def init(self, key: jax.Array) -> PyTree:
-        """Fresh variables; key: a root key."""
+        """Fresh variables, none of them pretrained; key: a root key."""
         shape = (1, *self.dataset.test.images.shape[1:])
         return self.model.init(jax.random.fold_in(key, 0), jax.ShapeDtypeStruct(shape, jnp.float32))
 
@@ -123,9 +124,20 @@ def no_metrics() -> Metrics:
     return Metrics(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.asarray(-1, jnp.int32))
 
 
-def create_state(problem: Problem, key: jax.Array) -> State:
-    """A fresh, dense, untrained network; key: from `key_of`."""
-    variables = problem.init(jax.random.wrap_key_data(key))
+def initial_variables(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> PyTree:
+    """The variables a run starts from: fresh ones under the raw `key`, but for those in `pretrained`.
+
+    pretrained: `problem.pretrained`, an argument so that compiled programs do not contain its arrays. They are copied,
+    since a training step may take over the memory of its state.
+    """
+    arrays = dict(pretrained)
+    first = lambda path, leaf: jnp.copy(arrays[path]) if path in arrays else leaf
+    return trees.map_named(first, problem.init(jax.random.wrap_key_data(key)))
+
+
+def create_state(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> State:
+    """A dense network as `initial_variables` makes it; key: from `key_of`."""
+    variables = initial_variables(problem, key, pretrained)
     params = variables["params"]
     return State(params, variables["batch_stats"], masks.full(params), (), jnp.zeros((), jnp.int32), key, no_metrics())
 
@@ -187,10 +199,13 @@ class Fit(NamedTuple):
         return Carried(momentum, optax.tree.get(opt_state, "saliency") if self.track else ())
 
 
-def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> State:
-    """The state at the start of a `train` stage, of one member: fresh weights if so asked, inside the feasible sets."""
+def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any], pretrained: PyTree = ()) -> State:
+    """The state at the start of a `train` stage, of one member: the first weights if asked for, in the feasible sets.
+
+    pretrained: see `initial_variables`.
+    """
     if fit.start == "init":
-        state = create_state(problem, state.key)
+        state = create_state(problem, state.key, pretrained)
     params = optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
     params = masks.apply(params, state.masks)
     opt_state = fit.transformation(problem, numbers).init(params)
