@@ -612,6 +612,23 @@ def test_a_run_interrupted_again_and_again_ends_the_same(tmp_path, monkeypatch):
     assert tiny.timeless(outcome.rows) == tiny.timeless(json.loads(json.dumps(expected.rows)))
 
 
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    config = tiny.config("fit", "again", steps_per_call=3, checkpoint_seconds=0.0)
+    expected, manager = pipeline.run(config, tmp_path / "whole"), checkpoint.ocp.CheckpointManager
+    save, reason = manager.save, "RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']"
+
+    def full(self, number, **options):
+        if number == 3:
+            raise ValueError(reason)
+        return save(self, number, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "save", full)
+        with pytest.raises(OSError, match=r"full/checkpoints cannot be written: No space left on device$"):
+            pipeline.run(config, tmp_path / "full")
+    tiny.same(pipeline.run(config, tmp_path / "full").state, expected.state)
+
+
 def test_a_signal_whose_exception_was_lost_stops_at_the_next_update(tmp_path):
     config = tiny.config("fit", steps_per_call=1)
     pipeline.interrupted.set()
