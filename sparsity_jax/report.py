@@ -30,6 +30,8 @@ CITATIONS = {  # a word of the config to the work it stands for
         "Q. Zhang, R. Zhang, J. Sun, Y. Liu. How Sparse Can We Prune a Deep Network: A Geometric Viewpoint. 2023. "
         "arXiv:2306.05857.",
     ),
+    "cut": ("E. S. Lubana, R. P. Dick. A Gradient Flow Framework for Analyzing Network Pruning. ICLR 2021.",),
+    "grow": ("H. Wang, C. Qin, Y. Zhang, Y. Fu. Neural Pruning via Growing Regularization. ICLR 2021.",),
 }
 
 # ------------------------------------------------------------------------------------------------ rows to files
