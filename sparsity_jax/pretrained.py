@@ -138,10 +138,11 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        other = isinstance(error, pickle.UnpicklingError)  # whose text advises to read it nevertheless
+        reason = "other objects than tensors" if other else str(error).partition("\n")[0].rstrip(".")
         raise tables.ConfigError(
-            f"{path} cannot be read as weights alone: {reason} Is it cut short, or another format? Of a file with a "
-            "pickled network save its `state_dict()` instead."
+            f"{path} cannot be read as weights alone: {reason or 'it ends too early'}. Is it cut short, or another "
+            "format? Of a pickled network save its `state_dict()` instead."
         ) from None
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):

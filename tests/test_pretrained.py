@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import pathlib
+import pickle
 import sys
 import types
 
@@ -302,9 +303,15 @@ def test_files_of_pytorch(tmp_path, monkeypatch):
     tensors = {"module.w": Tensor(arrays["module.w"]), "module.b": Tensor(brain, "bfloat16")}
     for content["it"] in (tensors, {"epoch": 3, "state_dict": tensors}, {"model": tensors}):
         same(pretrained.read(path), arrays)
-    content["it"] = RuntimeError("PytorchStreamReader failed\nmany lines")
-    with pytest.raises(tables.ConfigError, match=r"cannot be read as weights alone: PytorchStreamReader failed Is it"):
-        pretrained.read(path)
+    for content["it"], reason in (
+        (RuntimeError("PytorchStreamReader failed.\nmany lines"), "PytorchStreamReader failed"),
+        (EOFError(), "it ends too early"),
+        (pickle.UnpicklingError("Weights only load failed."), "other objects than tensors"),
+    ):
+        with pytest.raises(
+            tables.ConfigError, match=rf"net\.pth cannot be read as weights alone: {reason}\. Is it cut"
+        ):
+            pretrained.read(path)
     for content["it"], shown in (({"epoch": 3}, "a dict of epoch"), ([1], "list")):
         with pytest.raises(tables.ConfigError, match=f"holds {shown}; allowed: tensors by name"):
             pretrained.read(path)
