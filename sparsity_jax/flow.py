@@ -80,7 +80,7 @@ class Analysis(NamedTuple):
     inputs: list[Value]
     events: list[Event]
     roles: dict[tuple[int, int], str]  # (input, axis) -> producer, consumer or depthwise
-    used: set[int]  # inputs that some equation reads
+    used: tuple[int, ...]  # inputs that some equation reads, in order of use
 
 
 def analyse(closed: Any, frozen_inputs: Iterable[int], *, sums: str = "allow", branches: str = "tied") -> Analysis:
@@ -109,14 +109,16 @@ def analyse(closed: Any, frozen_inputs: Iterable[int], *, sums: str = "allow", b
     return Analysis(program, closed.consts, walk.labels, inputs, walk.events, walk.roles, _reads(closed.jaxpr))
 
 
-def _reads(jaxpr: Any) -> set[int]:
-    """Numbers of the inputs that some equation computes with: handing one to a function that ignores it is no use."""
-    names, read = {var: i for i, var in enumerate(jaxpr.invars)}, set()
+def _reads(jaxpr: Any) -> tuple[int, ...]:
+    """Numbers of the inputs that some equation computes with, in order: handing one to what ignores it is no use."""
+    names, read = {var: i for i, var in enumerate(jaxpr.invars)}, {}
     for eqn in jaxpr.eqns:
-        inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
-        numbers = range(len(eqn.invars)) if inner is None else _reads(inner.jaxpr)
-        read |= {names[eqn.invars[i]] for i in numbers if not _is_literal(eqn.invars[i]) and eqn.invars[i] in names}
-    return read
+        inner = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params), None)
+        whole = inner is None or eqn.primitive.name not in INNER
+        numbers = range(len(eqn.invars)) if whole else _reads(getattr(inner, "jaxpr", inner))
+        places = (eqn.invars[i] for i in numbers)
+        read |= dict.fromkeys(names[var] for var in places if not _is_literal(var) and var in names)
+    return tuple(read)
 
 
 def _fixed(size: int) -> np.ndarray:

@@ -289,6 +289,7 @@ def run_cut(problem, state, settings, place, rows) -> Iterator[train.Update]:
                 num_channels=total,
                 kept={name: int(k.sum()) for name, k in keep.items()},
                 sizes=channels.sizes,
+                **(dict(layout=groups.layout(channels)) if place.visit == 1 else {}),
             )
         )
     together = parts[0] if problem.members is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
