@@ -332,9 +332,9 @@ def group_layout(series: list[Series]) -> tuple[dict, list[tuple[str, dict[str, 
     (label, mean over members)); ({}, []) without any."""
     cuts = [(one.label, [row for row in one.rows if row.get("kind") == "cut"]) for one in series]
     layout = next((row["layout"] for _, rows in cuts for row in rows if row.get("layout")), {})
-    found = []
+    found, names = [], set(layout.get("groups", ()))
     for label, rows in cuts:
-        last = {member_of(row): row["kept"] for row in rows if set(row.get("kept", ())) == set(layout.get("groups", ()))}
+        last = {member_of(row): row["kept"] for row in rows if set(row.get("kept", ())) == names}
         if last:
             mean = lambda name, last=last: float(np.mean([number(kept[name]) for kept in last.values()]))
             found.append((label, {name: mean(name) for name in layout["groups"]}))

@@ -458,7 +458,8 @@ def layout(channels: Channels) -> dict[str, Any]:
     positions of the members among the kernels; other arrays are half a step behind the kernel used before them.
     """
     paths, analysis = list(channels.shapes), channels.traced.analysis
-    used, kernels = [paths[i] for i in analysis.used if i < len(paths)], {paths[i] for i, _ in analysis.roles if i < len(paths)}
+    used = [paths[i] for i in analysis.used if i < len(paths)]
+    kernels = {paths[i] for i, _ in analysis.roles if i < len(paths)}
     count = dict(zip(used, itertools.accumulate(path in kernels for path in used)))
     found: dict[str, Any] = {}
     for name, group in channels.groups.items():

@@ -403,9 +403,7 @@ def test_channel_groups_and_what_is_left_of_them(tmp_path):
     """A residual network of 60 groups and two arms: one figure, with the channels kept by the last cut of each."""
     kernels = [f"params/block{i}/conv{j}/kernel" for i in range(60) for j in (1, 2)]
     marks = lambda i: dict(producer=[2 * i], other=[2 * i + 0.5], consumer=[2 * i + 1], depthwise=[])
-    layout = dict(
-        kernels=kernels, groups={f"params/block{i}/conv1": dict(size=16, marks=marks(i)) for i in range(60)}
-    )
+    layout = dict(kernels=kernels, groups={f"params/block{i}/conv1": dict(size=16, marks=marks(i)) for i in range(60)})
     rows = []
     for arm, left in (("magnitude", 6), ("gradients", 7)):
         for member in (0, 1):
