@@ -4,9 +4,10 @@
     python -m sparsity_jax.run --config configs/gradient_flow.py:digits --workdir runs/flow_digits
 
 Variants: a model, one of MODELS; `digits`, a minute on a CPU. After the model come settings, e.g.
-`:vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10` or `:mobilenet,thresholds=10;50;80` (percent gone
-after each round); KEYS has their defaults. `preserve_moment=1` hands the momentum on through the cuts;
-`measure=biased_loss_tracked` tracks importance over the last `track_batches` batches of each round. The stages:
+`:vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10`, `:resnet18,schedule=polynomial` or
+`:mobilenet,thresholds=10;50;80` (percent gone after each round, instead of a schedule); KEYS has their defaults.
+`preserve_moment=1` hands the momentum on through the cuts; `measure=biased_loss_tracked` tracks importance over the
+last `track_batches` batches of each round. The stages:
 
     warmup   training before the first cut, if `warmup` is above 0
     fit, cut one epoch, then the least important channels of the whole network go; `rounds` times
@@ -26,11 +27,15 @@ MODELS = {  # the networks of the study by name: that of the zoo, and its option
 }
 KEYS = dict(
     measure="mag_based", data="cifar100", ratio=0.75, rounds=25, warmup=0, lr_prune=0.1, moment=0.9, thresholds=(),
-    branches="tied", seeds=1, epochs=160, preserve_moment=False, track_batches=20, alpha=0.8, use_l2=False,
-    use_init=False, temperature=1.0,
+    schedule="gradient_flow", branches="tied", seeds=1, epochs=160, preserve_moment=False, track_batches=20, alpha=0.8,
+    use_l2=False, use_init=False, temperature=1.0,
 )  # fmt: skip
 
 
+SCHEDULES = {
+    "gradient_flow": dict(name="gradient_flow", cumulative="exact"),
+    "polynomial": dict(name="polynomial", power=3.0),
+}
 READ = {  # a value of each type from its text
     bool: lambda text: {"0": False, "1": True}[text],
     tuple: lambda text: tuple(float(part) / 100 for part in text.strip("[]").split(";")),
@@ -57,6 +62,7 @@ def get_config(variant: str = "resnet56"):
     network, options = MODELS[model]
     thresholds, warmup, epochs = chosen["thresholds"], chosen["warmup"], chosen["epochs"]
     rounds = len(thresholds) or chosen["rounds"]
+    schedule = tables.lookup(SCHEDULES, chosen["schedule"], "variant schedule")
     if rounds + warmup >= epochs:
         raise tables.ConfigError(f"variant: {rounds} rounds and {warmup} epochs of warm-up leave none of {epochs}.")
 
@@ -92,10 +98,10 @@ def get_config(variant: str = "resnet56"):
         "cut",
         **{name: chosen[name] for name in ("measure", "ratio", "branches", "temperature")},
         **importance,
-        schedule=dict(name="manual", thresholds=thresholds) if thresholds else dict(name="gradient_flow"),
+        schedule=dict(name="manual", thresholds=thresholds) if thresholds else schedule,
     )
     milestones = tuple(max(int(epochs * share) - rounds - warmup, 0) for share in (0.5, 0.75))
-    schedule = dict(name="multistep", milestones=milestones, gamma=0.1)
-    config.final = train(epochs - rounds - warmup, 0.1, schedule)
+    steps = dict(name="multistep", milestones=milestones, gamma=0.1)
+    config.final = train(epochs - rounds - warmup, 0.1, steps)
     config.compact = pipeline.stage("compact")
     return config

@@ -511,7 +511,7 @@ def figure_sections(
         fold = f"{len(layers)} heat maps" if len(layers) > 6 else ""
         add("layers", "Sparsity by layer", figures.layer_figure("layers", layers), caption, fold=fold)
     layout, kept = figures.group_layout(series)
-    if layout:
+    if layout.get("kernels"):
         caption = "Channels that only go together, a row each, and the layers that have a part in them."
         caption += " Kept: after the last cut." + f" The first 3 of {len(kept)} networks." * (len(kept) > 3)
         add("groups", "Channel groups", figures.group_figure("groups", layout, kept), caption)
