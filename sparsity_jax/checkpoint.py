@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +36,24 @@ class Checkpoints:
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
 
     def save(self, state: PyTree, progress: Progress) -> None:
-        """Saves after all earlier ones; afterwards `state` may be donated and `progress.rows` may grow."""
+        """Saves after all earlier ones; afterwards `state` may be donated and `progress.rows` may grow.
+
+        Raises OSError where this one or the one before cannot be written; those before stay.
+        """
         progress = progress._replace(rows=list(progress.rows))  # written later, when there may be more
-        self._writer.submit(self._save, state, progress).result()
+        with self._told():
+            self._writer.submit(self._save, state, progress).result()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Failures of the file system, which reach here as ValueError with all their history, as a plain OSError."""
+        try:
+            yield
+        except ValueError as error:
+            if "os_error_code" not in str(error):
+                raise
+            reason = str(error).rsplit(": ", 1)[-1].partition(" [os_error_code")[0]
+            raise OSError(f"{self._folder} cannot be written: {reason}") from None
 
     def _save(self, state: PyTree, progress: Progress) -> None:
         self._manager.wait_until_finished()
@@ -60,15 +76,25 @@ class Checkpoints:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the newest state's arrays, by path."""
+        return {path: leaf.shape for path, leaf in trees.named_leaves(self._metadata()).items()}
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """The newest state's arrays by path, whatever wrote them, on one local device."""
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), self._metadata())
+        return trees.named_leaves(self.restore(like))
+
+    def _metadata(self) -> PyTree:
+        """Shapes and types of the newest state's arrays in the structure in which they were written."""
         with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-            found = reader.metadata(self._folder / str(self._manager.latest_step()) / "state").tree
-        return {path: leaf.shape for path, leaf in trees.named_leaves(found).items()}
+            return reader.metadata(self._folder / str(self._manager.latest_step()) / "state").tree
 
     def close(self) -> None:
-        """Waits for writes under way."""
+        """Waits for writes under way; raises OSError where they fail."""
         self._writer.shutdown()
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._told():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def finished_stages(workdir: pathlib.Path) -> int | None:

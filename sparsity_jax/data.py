@@ -70,6 +70,7 @@ NORMALIZATIONS = {  # constants in common use, for images scaled to [0, 1]; CIFA
     "cifar10": Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": Normalization((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "fashion_mnist": Normalization((0.2860,), (0.3530,)),
+    "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "mnist": Normalization((0.1307,), (0.3081,)),
     "svhn_cropped": Normalization((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
 }
@@ -90,7 +91,7 @@ def load(
     train_limit: Index = 0,
     test_limit: Index = 0,
     normalization: Literal[
-        "auto", "computed", "none", "cifar10", "cifar100", "fashion_mnist", "mnist", "svhn_cropped"
+        "auto", "computed", "none", "cifar10", "cifar100", "fashion_mnist", "imagenet", "mnist", "svhn_cropped"
     ] = "auto",
 ) -> Dataset:
     """A whole set, decoded into memory.

@@ -5,7 +5,7 @@
 Rebuilds network and data from the run's config.json, restores its newest checkpoint, and tells accuracy, loss,
 parameters, FLOPs, bytes and, if asked, measured time, for every member of a sweep. Where whole channels are masked, the
 network without them (compact) stands beside the dense one. `export` writes a network that runs without this library,
-`load` reads it back into it.
+`load` reads it back into it; `export_torch` writes the dense one's weights for PyTorch.
 
 Options of the evaluation of arXiv:2009.11839 (eval.py) and what stands for them: `model`, `pruned` and `num_classes`:
 the run itself says; `model_path`: --workdir; `data_path`: --data_dir or --data; `train_acc`: --train; `test_acc`,
@@ -31,7 +31,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import export as stablehlo
 
-from sparsity_jax import checkpoint, cost, data, groups, models, pipeline, report, structured, tables, train, trees
+from sparsity_jax import (
+    checkpoint,
+    cost,
+    data,
+    groups,
+    models,
+    pipeline,
+    pretrained,
+    report,
+    structured,
+    tables,
+    train,
+    trees,
+)
 
 PyTree = Any
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
@@ -456,6 +469,29 @@ def _exported(problem: train.Problem, model: Mapping, state: train.State, platfo
     return arrays, bytes(program.serialize()), about
 
 
+def check_torch(file: str | os.PathLike) -> None:
+    """Raises ConfigError unless `file` is a new .safetensors file."""
+    path = pathlib.Path(file)
+    if path.suffix != ".safetensors" or path.exists():
+        raise tables.ConfigError(f"{path} cannot be written; name a new file *.safetensors.")
+
+
+def export_torch(saved: Saved, file: str | os.PathLike) -> list[pathlib.Path]:
+    """Writes every member's weights as a PyTorch state dict (see `pretrained.to_torch`) to the new `file`.
+
+    Dense: pruned weights are zeros. Of several members to `NAME_000.safetensors` and so on. Returns the files.
+    """
+    file, channels = pathlib.Path(file), saved.problem.dataset.test.images.shape[-1]
+    name = lambda member: file.with_stem(f"{file.stem}_{member:03d}") if len(saved.networks) > 1 else file
+    paths = [name(network.member) for network in saved.networks]
+    for path in paths:
+        check_torch(path)
+    for path, network in zip(paths, saved.networks):
+        variables = {"params": network.state.params, "batch_stats": network.state.batch_stats}
+        pretrained.write(path, pretrained.to_torch(variables, image_channels=channels))
+    return paths
+
+
 def _write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], program: bytes, about: Mapping) -> None:
     folder.mkdir(exist_ok=True)
     np.savez(folder / VARIABLES, **arrays)
@@ -533,6 +569,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", default="", help="another set of the same classes: a name or folder:PATH")
     parser.add_argument("--json", default="", metavar="FILE", help="write the numbers to this file")
     parser.add_argument("--export", default="", metavar="DIR", help="write the network, compact, to this new folder")
+    parser.add_argument("--torch", default="", metavar="FILE", help="write the weights for PyTorch: FILE.safetensors")
     parser.add_argument(
         "--platforms", nargs="+", default=["cpu"], help="where the exported program runs: cpu, cuda, rocm, tpu"
     )
@@ -545,6 +582,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.export:
             check_export(options.export, options.platforms)
+        if options.torch:
+            check_torch(options.torch)
         saved = open_run(options.workdir, data_dir=options.data_dir, data_name=options.data)
         chosen = dict(on_train=options.train, latency=options.latency)
         rows = list(measured(saved, batch_size=options.batch_size, repeats=options.repeats, **chosen))
@@ -558,6 +597,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for folder, row in zip(export_run(saved, options.export, options.platforms), rows):
                 kind = "compact" if "channels" in row["pruned"] else "dense, since no channels are cut:"
                 sys.stdout.write(f"exported {kind} network: {folder}\n")
+        for path in export_torch(saved, options.torch) if options.torch else ():
+            sys.stdout.write(f"wrote PyTorch weights of the dense network: {path}\n")
     except (tables.ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
 

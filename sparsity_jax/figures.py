@@ -50,6 +50,11 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
         "retrained",
         "layers",
     },
+    "grow": {"growth", "keep", "scores", "layers", "ratio"},
+    "remove": {"layers", "ratio"},
+    "oracle": {"choices", "loss", "loss_by_norm", "rank", "losses"},
+    "noise": {"draw", "std", "loss", "accuracy"},
+    "jacobian": {"mean", "std", "smallest", "largest", "mean_by_rank", "num_examples"},
     "histogram": {"threshold", "count_above", "edges", "counts", "num_zero"},
     "sfw_init": {"iteration", "loss_before", "loss_after"},
     "cut": {"measure", "ratio", "budget", "round", "num_kept", "num_channels", "kept", "sizes", "layout"},
@@ -301,10 +306,13 @@ def layer_means(cells: dict, ratios: list[float]) -> dict[float, dict[str, float
 
 
 def training(one: Series) -> dict[tuple, dict[int, dict]]:
-    """Per member: train rows by epoch since the start of the arm; epochs of later stages and visits count on."""
+    """Per member: rows of training, growing penalties or not, by epoch since the start of the arm.
+
+    Epochs of later stages and visits count on.
+    """
     result = {}
     for row in one.rows:
-        if row.get("kind") == "train" and "epoch" in row:
+        if row.get("kind") in ("train", "grow") and "epoch" in row:
             block = result.setdefault(member_of(row), {}).setdefault((row.get("stage"), row.get("visit", 1)), {})
             block[int(row["epoch"])] = row
     merged = {}

@@ -19,10 +19,24 @@ import jax.numpy as jnp
 import ml_collections
 import tqdm
 
-from sparsity_jax import checkpoint, data, geometry, models, optim, report, stages, structured, tables, train, trees
+from sparsity_jax import (
+    checkpoint,
+    data,
+    geometry,
+    greg,
+    models,
+    optim,
+    pretrained,
+    report,
+    stages,
+    structured,
+    tables,
+    train,
+    trees,
+)
 
 PyTree = Any
-STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES}
+STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES, **greg.STAGES}
 
 
 # Configs -----------------------------------------------------------------------------------------------------
@@ -35,6 +49,8 @@ def settings(
     pipeline: tuple[str, ...],
     title: str = "",
     start_from: str = "",
+    pretrained: str = "",
+    fresh_classifier: bool = False,
     seed: tables.Index = 0,
     platform: Literal["default", "cpu", "gpu", "tpu"] = "default",
     mesh: tables.Index = 1,
@@ -49,14 +65,17 @@ def settings(
     """Fields of every config beside its stages.
 
     pipeline: names of stage configs, in order. start_from: workdir of a finished run, whose trained network and rows
-    this one goes on from; its model must be the same. platform: where to compute (default: JAX's choice). mesh: local
-    devices that share each batch, 0 for all. steps_per_call: training steps per compiled call, 0 for automatic.
-    checkpoint_seconds: least time between two saves. arms: fields of stages that change together, by name of the arm,
-    e.g. `dict(fast=dict(label="Fast", fit=dict(optimizer=...), again=dict(epochs=1)))`; each is replaced as a whole,
-    the label (default: the arm's name) is that of the report. arm: which of them to run. sweep: lists of values under
-    the names of fields, e.g. `dict(arm=("fast", "slow"), seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1,
-    0.3))))`; all combinations run. sweep_mode: all at once (`vmap`, dense networks) or one after the other (`loop`);
-    either way trainings that differ in their optimizers only share a compiled program.
+    this one goes on from; its model must be the same. pretrained: a file of PyTorch weights (see `pretrained.read`),
+    with which all networks start, also where a `train` stage has start="init"; stages that need a trained network take
+    it as one. fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where to
+    compute (default: JAX's choice). mesh: local devices that share each batch, 0 for all. steps_per_call: training
+    steps per compiled call, 0 for automatic. checkpoint_seconds: least time between two saves. arms: fields of stages
+    that change together, by name of the arm, e.g. `dict(fast=dict(label="Fast", fit=dict(optimizer=...),
+    again=dict(epochs=1)))`; each is replaced as a whole, the label (default: the arm's name) is that of the report.
+    arm: which of them to run. sweep: lists of values under the names of fields, e.g. `dict(arm=("fast", "slow"),
+    seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all at once
+    (`vmap`, dense networks) or one after the other (`loop`); either way trainings that differ in their optimizers only
+    share a compiled program.
     """
 
 
@@ -120,7 +139,8 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     for path in members[0][1]:
         if path not in ("arm", "seed") and path.split(".")[0] in known:
             raise tables.ConfigError(f"config.sweep names config.{path}; allowed: arm, seed and fields of stages.")
-    checked, done = [check_member(member) for member, _ in members], check_origin(common)
+    checked = [check_member(member) for member, _ in members]
+    done = {**check_pretrained(common), **check_origin(common)}
     for own in checked:
         check_order(common["pipeline"], stage_configs, own, done)
     data.check(**dict(common["data"]))
@@ -217,7 +237,29 @@ def check_origin(config: dict) -> dict[str, str]:
     missing = folders and len(folders) < len(list(expand(other)))
     if missing or min(finished) < len(other["pipeline"]):
         raise tables.ConfigError(f"{where}, which is not finished: run it to its end first.")
-    return {name: found[name]["kind"] for _, found in reversed(list(ancestry(path))) for name in found["pipeline"]}
+    kinds = {}
+    for _, found in reversed(list(ancestry(path))):
+        kinds |= trained_before(found) | {name: found[name]["kind"] for name in found["pipeline"]}
+    return kinds
+
+
+def trained_before(config: Mapping) -> dict[str, str]:
+    """What a pretrained network stands for, by the name of its field: a finished stage of kind `train`."""
+    return {"config.pretrained": "train"} if config.get("pretrained") else {}
+
+
+def check_pretrained(config: dict) -> dict[str, str]:
+    """`trained_before`; raises ConfigError if the weight file cannot be used."""
+    if not config["pretrained"] and config["fresh_classifier"]:
+        raise tables.ConfigError("config.fresh_classifier is for the weights of config.pretrained, which is empty.")
+    if config["pretrained"] and config["start_from"]:
+        raise tables.ConfigError(
+            f"config.pretrained is {config['pretrained']!r} and config.start_from {config['start_from']!r}; allowed: "
+            "one of them."
+        )
+    if config["pretrained"]:
+        pretrained.check(config["pretrained"], "config.pretrained")
+    return trained_before(config)
 
 
 def ancestry(path: str | pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
@@ -455,6 +497,8 @@ def build(plans: list[Plan]) -> train.Problem:
             optim.numbers(fit.recipe, shapes, None)
         except tables.ConfigError as error:
             raise tables.ConfigError(f"{where}: {error}") from None
+    if common["pretrained"]:
+        problem = problem._replace(pretrained=problem.place(pretrained_arrays(common, problem)))
     for i, plan in enumerate(plans):
         if plan.common["start_from"]:
             own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
@@ -465,7 +509,25 @@ def build(plans: list[Plan]) -> train.Problem:
             if isinstance(plan.settings[name][0], structured.Cut):
                 visits = plans[0].pipeline.count(name)
                 structured.check_network(problem, plan.settings[name][0], f"config.{name}", visits)
+            for own in plan.settings[name]:
+                if (chosen := greg.choice_of(own)) is not None:
+                    greg.check_network(problem, chosen)
     return problem
+
+
+def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[str, Any]:
+    """The arrays of `config.pretrained` by path, without the classifier if that is to be fresh."""
+    like = jax.eval_shape(problem.init, jax.random.key(0))
+    fresh = pretrained.CLASSIFIER if common["fresh_classifier"] else ""
+    variables = pretrained.to_variables(
+        pretrained.read(common["pretrained"]),
+        like,
+        fresh=fresh,
+        image_channels=problem.dataset.test.images.shape[-1],
+        where=f"config.pretrained {common['pretrained']!r}",
+    )
+    kept = trees.named_leaves(like)
+    return {path: leaf for path, leaf in trees.named_leaves(variables).items() if leaf is not kept[path]}
 
 
 def runs(plan: Plan) -> list[str]:
@@ -475,11 +537,12 @@ def runs(plan: Plan) -> list[str]:
 
 
 def initial_state(plan: Plan, problem: train.Problem) -> train.State:
-    """Fresh networks, one per member; members of the same seed start alike."""
+    """The networks at the start, one per member; members of the same seed start alike."""
     keys = [train.key_of(config["seed"]) for config in plan.configs]
     key = keys[0] if problem.members is None else jnp.stack(keys)
-    create = lambda key: train.create_state(problem, key)
-    return problem.once("create", lambda: jax.jit(problem.lift(create)))(problem.place(key))
+    create = lambda key, arrays: train.create_state(problem, key, arrays)
+    compiled = problem.once("create", lambda: jax.jit(problem.lift(create, (0, None))))
+    return compiled(problem.place(key), problem.pretrained)
 
 
 class Run(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsity_jax import figures, geometry_figures
+from sparsity_jax import figures, geometry_figures, growing_figures
 
 METRICS, CONFIG, ENVIRONMENT, REPORT = "metrics.jsonl", "config.json", "environment.json", "report.html"
 
@@ -158,7 +158,7 @@ def scalars(row: dict) -> list[tuple[str, float, int]]:
     """(tag, value, step) of every number a plain row holds, without those that say which row it is."""
     skip = {"visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe"}
     suffix, step = "", row.get("visit", 1)
-    if row["kind"] == "train":
+    if row["kind"] in ("train", "grow", "remove"):
         step = row.get("step", row.get("epoch", step))
     elif row["kind"] == "sfw_init":
         step = row.get("iteration", step)
@@ -523,13 +523,31 @@ def figure_sections(
     caption = "Loss on the batch before and after the SFW step whose result SFW-Init minimises."
     panels = figures.sfw_init_panels(series)
     add_lines("sfw_init", "SFW-Init", panels, caption, ("after the step", "before the step"))
+    grown = [(label, growing_figures.logs(one)) for label, one in zip(labels, series)]
+    grown = [(label, rows) for label, rows in grown if rows][: geometry_figures.MOST]
+    for name, heading, panels, caption in growth_figures(grown):
+        if panels:
+            add(name, heading, figures.line_figure(name, panels, ["stays", "goes"], [""]), caption)
     for name in NAMES - {pathlib.Path(name).stem for name in written}:
         (folder / f"{name}.png").unlink(missing_ok=True)
     return result
 
 
 NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "groups", "channels", "sfw_init"}
+NAMES |= {"growth_norms", "growth_ratio", "growth_groups"}
 NAMES |= {"limits", "crossing", "history", "spectrum", "row_norms"}
+
+
+def growth_figures(grown: list) -> list[tuple]:
+    """(name, heading, panels, caption) of every figure of growing regularisation."""
+    return [
+        ("growth_norms", "Norms under growing penalties", growing_figures.norm_panels(grown),
+         "One line per layer: mean magnitude of the weights that stay and that go, by the penalty on the latter."),
+        ("growth_ratio", "Separation under growing penalties", growing_figures.ratio_panels(grown),
+         "One line per layer: mean magnitude of what stays over that of what goes, smoothed."),
+        ("growth_groups", "Norms of single groups", growing_figures.group_panels(grown),
+         "Mean magnitude of every filter, channel or coupled group: how penalties set those apart that go."),
+    ]  # fmt: skip
 
 
 def limit_figures(limits: list) -> list[tuple]:
@@ -586,8 +604,10 @@ def bins_table(labels: list[str], histograms: list) -> str:
 
 
 def prune_section(series: list, limit: int = 60) -> str:
-    """Rows of the prune stages as they are, at most `limit` of them."""
-    rows = [(i, one.label, row) for i, one in enumerate(series) for row in one.rows if row.get("kind") == "prune"]
+    """Rows of stages that prune, or measure a pruned network, as they are, at most `limit` of them."""
+    kinds = ("prune", "remove", "oracle", "noise", "jacobian")
+    told = lambda row: row.get("kind") in kinds or (row.get("kind") == "grow" and "layers" in row)
+    rows = [(i, one.label, row) for i, one in enumerate(series) for row in one.rows if told(row)]
     if not rows:
         return ""
     simple = lambda value: isinstance(value, (str, int, float, np.number))

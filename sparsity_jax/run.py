@@ -56,6 +56,9 @@ def main(_) -> None:
         sys.exit(f"error: {error}")
     except train.NonFiniteLossError as error:
         sys.exit(f"error: {error}\nThe last good checkpoint is in {WORKDIR.value}.")
+    except OSError as error:  # a full disk, for example
+        sys.stderr.write(f"error: {error}\nThe same command goes on from the last checkpoint in {WORKDIR.value}.\n")
+        os._exit(1)  # threads that still want to write would only add their own complaints
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted: the same command continues {WORKDIR.value}\n")
         os._exit(130)  # orbax and jax threads would otherwise delay the exit

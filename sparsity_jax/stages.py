@@ -132,26 +132,29 @@ def saliency_tracker(
 TRACKERS = {"none": no_tracker, "saliency": saliency_tracker}
 
 
-def _numbers(problem: train.Problem, state: train.State, settings: list[train.Fit]) -> dict[str, Any]:
+def numbers_of(problem: train.Problem, state: train.State, settings: list[train.Fit]) -> dict[str, Any]:
+    """The traced numbers of the optimizers of all members."""
     return train.numbers_of(problem, state, [fit.recipe for fit in settings])
 
 
-def _begin(
+def begin_fit(
     problem: train.Problem, state: train.State, settings: list[train.Fit], numbers: dict[str, Any]
 ) -> train.State:
-    one = lambda state, numbers: train.begin(problem, state, settings[0], numbers)
+    """The state at the start of a training of all members, see `train.begin`."""
+    one = lambda state, numbers, pretrained: train.begin(problem, state, settings[0], numbers, pretrained)
     name = ("begin", settings[0].program(), settings[0].start, settings[0].shift_inside)
-    return problem.once(name, lambda: jax.jit(problem.lift(one, (0, 0))))(state, numbers)
+    compiled = problem.once(name, lambda: jax.jit(problem.lift(one, (0, 0, None))))
+    return compiled(state, numbers, problem.pretrained)
 
 
 def begin_train(problem: train.Problem, state: train.State, settings: list[train.Fit], place: Place) -> train.State:
     del place
-    return _begin(problem, state, settings, _numbers(problem, state, settings))
+    return begin_fit(problem, state, settings, numbers_of(problem, state, settings))
 
 
 def run_train(problem, state, settings, place, rows) -> Iterator[train.Update]:
     del rows
-    numbers = _numbers(problem, state, settings)
+    numbers = numbers_of(problem, state, settings)
     yield from train.fit_epochs(problem, state, settings[0], numbers, place.position, place.name)
 
 
@@ -413,14 +416,14 @@ def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
     waiting: list[tuple[float, Any]] = []
     if chosen.retrain:
         fits = place.others[chosen.retrain]
-        numbers = _numbers(problem, state, fits)
+        numbers = numbers_of(problem, state, fits)
     for i, ratio in enumerate(chosen.ratios):
         if i < done:
             continue
         counts = allocate.keep_counts(shapes, ratio, selection=chosen.selection, **options)
         current = state
         if chosen.retrain:
-            current = _begin(problem, state._replace(masks=pruned(state, counts)), fits, numbers)
+            current = begin_fit(problem, state._replace(masks=pruned(state, counts)), fits, numbers)
             where = f"{place.name}: {chosen.retrain} at ratio {ratio:g}"
             for update in train.fit_epochs(problem, current, fits[0], numbers, place.position, where):
                 current = update.state

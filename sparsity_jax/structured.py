@@ -270,7 +270,7 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
 
     def scores_of(state, key):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        init = problem.init(jax.random.wrap_key_data(state.key)) if "w0" in needs else None
+        init = train.initial_variables(problem, state.key, problem.pretrained) if "w0" in needs else None
         statistics = collect(variables, (images[:size], labels[:size]), balanced=balanced, init=init)
         if "saliency" in needs:
             statistics = statistics._replace(saliency={"params": state.opt_state.saliency})

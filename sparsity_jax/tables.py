@@ -73,7 +73,7 @@ def defaults(function: Callable) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in found if parameter.default is not inspect.Parameter.empty}
 
 
-def options(table: Mapping[str, Callable], name: str, **chosen: Any) -> dict[str, Any]:
+def options(table: Mapping[str, Callable], /, name: str, **chosen: Any) -> dict[str, Any]:
     """A config of the entry `name`: every option with its default unless `chosen`, so that all can be overridden."""
     return {"name": name, **defaults(lookup(table, name, "name")), **chosen}
 

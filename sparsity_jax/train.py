@@ -60,6 +60,7 @@ class Problem(NamedTuple):
     eval_batch_size: int
     steps_per_call: int  # 0: automatic
     compiled: dict  # functions by what they depend on, so that visits and members share them
+    pretrained: PyTree = ()  # dict of arrays by path with which every network starts instead of its fresh ones
 
     def lift(self, function: Callable, in_axes: Any = 0) -> Callable:
         """`function` of one member's state, for the states of all members."""
@@ -91,7 +92,7 @@ class Problem(NamedTuple):
         return inputs if inputs.shape[1:] == shape else jax.image.resize(inputs, (len(inputs), *shape), "linear")
 
     def init(self, key: jax.Array) -> PyTree:
-        """Fresh variables; key: a root key."""
+        """Fresh variables, none of them pretrained; key: a root key."""
         shape = (1, *self.dataset.test.images.shape[1:])
         return self.model.init(jax.random.fold_in(key, 0), jax.ShapeDtypeStruct(shape, jnp.float32))
 
@@ -122,9 +123,20 @@ def no_metrics() -> Metrics:
     return Metrics(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.asarray(-1, jnp.int32))
 
 
-def create_state(problem: Problem, key: jax.Array) -> State:
-    """A fresh, dense, untrained network; key: from `key_of`."""
-    variables = problem.init(jax.random.wrap_key_data(key))
+def initial_variables(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> PyTree:
+    """The variables a run starts from: fresh ones under the raw `key`, but for those in `pretrained`.
+
+    pretrained: `problem.pretrained`, an argument so that compiled programs do not contain its arrays. They are copied,
+    since a training step may take over the memory of its state.
+    """
+    arrays = dict(pretrained)
+    first = lambda path, leaf: jnp.copy(arrays[path]) if path in arrays else leaf
+    return trees.map_named(first, problem.init(jax.random.wrap_key_data(key)))
+
+
+def create_state(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> State:
+    """A dense network as `initial_variables` makes it; key: from `key_of`."""
+    variables = initial_variables(problem, key, pretrained)
     params = variables["params"]
     return State(params, variables["batch_stats"], masks.full(params), (), jnp.zeros((), jnp.int32), key, no_metrics())
 
@@ -140,7 +152,9 @@ class Fit(NamedTuple):
     """A checked `train` stage: what its compiled step depends on. recipe: from `optim.check` or `optim.join`.
 
     carry: hands its momentum on, and starts from what it is handed. track: options of the tracked importance, sorted
-    pairs of `scores.tracker`, or () for none.
+    pairs of `scores.tracker`, or () for none. growth: None, or what acts on the gradients before the
+    optimizer: hashable, with `make(problem, key) -> optax.GradientTransformation`, key: the member's root key (raw),
+    and with `log_every`, the most steps between two updates.
     """
 
     epochs: int
@@ -153,19 +167,24 @@ class Fit(NamedTuple):
     evaluate_every: int
     carry: bool = False
     track: tuple = ()
+    growth: Any = None
 
     def steps_per_epoch(self, problem: Problem) -> int:
         return problem.dataset.train.images.shape[0] // self.batch_size
 
     def program(self) -> tuple:
         """Everything but the traced numbers, hashable: equal programs share one compilation."""
-        return (optim.program(self.recipe), *self[:2], *self[3:5], self.track)
+        return (optim.program(self.recipe), *self[:2], *self[3:5], self.track, self.growth)
 
     def transformation(
         self, problem: Problem, numbers: dict[str, Any], key: jax.Array
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer, tracker included. key: raw data of the root key, which the initial weights are made of."""
         spe = self.steps_per_epoch(problem)
+        if self.growth is not None:
+            numbers = dict(numbers)
+            first = self.growth.make(problem, numbers.pop("key"))
+            return optax.chain(first, optim.make(self.recipe, numbers, self.epochs, spe))
         tx = optim.make(self.recipe, numbers, self.epochs, spe)
         if not self.track:
             return tx
@@ -186,10 +205,13 @@ class Fit(NamedTuple):
         return Carried(momentum, optax.tree.get(opt_state, "saliency") if self.track else ())
 
 
-def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> State:
-    """The state at the start of a `train` stage, of one member: fresh weights if so asked, inside the feasible sets."""
+def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any], pretrained: PyTree = ()) -> State:
+    """The state at the start of a `train` stage, of one member: the first weights if asked for, in the feasible sets.
+
+    pretrained: see `initial_variables`.
+    """
     if fit.start == "init":
-        state = create_state(problem, state.key)
+        state = create_state(problem, state.key, pretrained)
     params = optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
     params = masks.apply(params, state.masks)
     opt_state = fit.transformation(problem, numbers, state.key).init(params)
@@ -270,8 +292,8 @@ def convolves(params: PyTree, stacked: bool = False) -> bool:
     return any(trees.is_kernel(path) and leaf.ndim - stacked > 2 for path, leaf in trees.named_leaves(params).items())
 
 
-def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int) -> list[int]:
-    """How many steps each compiled call makes.
+def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int, most: int | None = None) -> list[int]:
+    """How many steps each compiled call makes, at most `most`.
 
     XLA's CPU backend compiles convolution gradients inside a scan to a naive loop, so there they run one by one; dense
     networks and accelerators scan a whole epoch.
@@ -280,7 +302,7 @@ def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int) -> lis
     if not size:
         convolutions = convolves(state.params, problem.members is not None)
         size = 1 if convolutions and jax.default_backend() == "cpu" else steps_per_epoch
-    size = min(size, steps_per_epoch)
+    size = min(size, steps_per_epoch, most or size)
     return [size] * (steps_per_epoch // size) + [steps_per_epoch % size] * (steps_per_epoch % size > 0)
 
 
@@ -301,7 +323,7 @@ def fit_epochs(
     test_accuracy. Raises NonFiniteLossError naming the first bad step.
     """
     spe = fit.steps_per_epoch(problem)
-    sizes = calls_per_epoch(problem, state, spe)
+    sizes = calls_per_epoch(problem, state, spe, fit.growth and fit.growth.log_every)
     starts = np.cumsum([0, *sizes])[:-1].tolist()
     axes = (0, 0, 0, None, None, None)
 

@@ -77,6 +77,21 @@ def rule_batch_stats(widths: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray
     ]
 
 
+def state_dict(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Everything that a PyTorch network of `names` and `shapes` would save, by the rule, in PyTorch's layouts."""
+    arrays = rule_params(names, shapes)
+    norms = [(name.rpartition(".")[0], shape) for name, shape in zip(names, shapes) if len(shape) == 1]
+    widths = {module: shape[0] for module, shape in norms if f"{module}.weight" in arrays and is_norm(arrays, module)}
+    for module, (mean, var) in zip(widths, rule_batch_stats(list(widths.values()))):
+        arrays |= {f"{module}.running_mean": mean, f"{module}.running_var": var}
+        arrays[f"{module}.num_batches_tracked"] = np.asarray(7)
+    return arrays
+
+
+def is_norm(arrays: Mapping[str, np.ndarray], module: str) -> bool:
+    return arrays[f"{module}.weight"].ndim == 1
+
+
 def rule_input(shape: Sequence[int]) -> np.ndarray:
     """The network input in PyTorch's layout: NCHW images, or [batch, features]."""
     return (2 * rule_uniform(math.prod(shape), 999999) - 1).reshape(shape)

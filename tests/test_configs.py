@@ -32,6 +32,7 @@ CHOICES = {
 }
 LIMIT = load("geometric_limit")
 FLOW = load("gradient_flow")
+GREG = load("greg")
 VARIANTS = {
     "geometric_limit": [(), *((name,) for name in LIMIT.SETTINGS)],
     "gradient_flow": [
@@ -40,6 +41,15 @@ VARIANTS = {
         ("vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10,lr_prune=0.01,moment=0.8,seeds=3,epochs=50",),
         ("resnet18,measure=biased_loss_tracked,track_batches=20,alpha=0.7,use_l2=1,preserve_moment=1,temperature=5",),
         ("mobilenet,thresholds=[10;50;80],branches=separate",),
+    ],
+    "greg": [
+        (),
+        *((name,) for name in GREG.NETWORKS),
+        *((f"resnet50,speedup={speedup}",) for speedup in GREG.NETWORKS["resnet50"].published),
+        ("resnet56,method=greg2,ratio=0.9,seeds=3,base=0,finetune=0:0.01;60:0.001",),
+        ("vgg19,method=l1,ratios=[0-4:0.5;7-10:0.2],pick=rand",),
+        ("resnet50,method=fixreg,granularity=weight",),
+        ("resnet34,ratios=0;0.5;0.6;0.4;0;0,skip=1.0;2.0,granularity=channel",),
     ],
     "quickstart": [()],
     "toy_cnn": [(), ("cnn",), ("mlp",), ("story",)],
@@ -132,6 +142,35 @@ def test_published_settings_of_gradient_flow():
         FLOW.get_config("resnet56,round=3")
 
 
+def test_published_settings_of_growing_regularisation():
+    config = GREG.get_config("resnet56,method=greg2")
+    assert config.pipeline == ("base", "grow", "finetune", "compact")
+    assert (config.model.name, config.model.shortcut, config.data.name) == ("resnet56", "zero_pad", "cifar10")
+    grow, finetune = config.grow, config.finetune
+    assert (grow.method, grow.ratios, grow.granularity) == ("greg2", "[0,0.75,0.75,0.32,0]", "filter")
+    assert (grow.update_every, grow.stabilize_steps, grow.batch_size) == (10, 10_000, 128)
+    assert (grow.granularity_prune, grow.granularity_pick, grow.granularity_recover) == (1e-4, 1e-5, -1e-4)
+    assert (grow.upper_limit, grow.upper_limit_pick, grow.mag_ratio_limit) == (1.0, 1e-2, 1000.0)
+    assert (grow.optimizer.learning_rate, grow.optimizer.weight_decay, grow.optimizer.momentum) == (1e-3, 5e-4, 0.9)
+    assert (finetune.epochs, finetune.optimizer.schedule.table) == (120, "0:0.01,60:0.001,90:0.0001")
+    assert (config.base.epochs, config.base.optimizer.schedule.table) == (200, "0:0.1,100:0.01,150:0.001")
+    vgg = GREG.get_config("vgg19,method=l1,ratio=0.9,pick=max")
+    assert vgg.pipeline == ("base", "remove", "finetune", "compact")
+    assert (vgg.remove.ratios, vgg.remove.pick, vgg.finetune.batch_size) == ("[1-15:0.9]", "max", 256)
+    imagenet = GREG.get_config("resnet34")
+    assert imagenet.pipeline == ("grow", "finetune", "compact")
+    assert (imagenet.grow.ratios, imagenet.grow.skip) == ("[0,0.5,0.6,0.4,0,0]", "[1.0,2.0,2.3,3.0,3.5]")
+    assert (imagenet.grow.batch_size, imagenet.grow.update_every, imagenet.grow.stabilize_steps) == (64, 5, 40_000)
+    assert (imagenet.finetune.epochs, imagenet.finetune.batch_size) == (90, 256)
+    assert GREG.get_config("resnet50,granularity=weight").grow.ratios == "[0,0.827,0.827,0.827,0.827,0.827]"
+    with pytest.raises(tables.ConfigError, match=r"the variant gives ratio and speedup; give one of them"):
+        GREG.get_config("resnet50,ratio=0.5,speedup=1.49")
+    with pytest.raises(tables.ConfigError, match=r"variant speedup is '2.3'; known: 1.49, 2.31"):
+        GREG.get_config("resnet50,speedup=2.3")
+    with pytest.raises(tables.ConfigError, match=r"variant method is 'greg'; known: .* Did you mean 'greg"):
+        GREG.get_config("resnet56,method=greg")
+
+
 def test_published_settings_of_the_geometric_limit():
     config = LIMIT.get_config("resnet50")
     optimizer = config.fit.optimizer
@@ -158,6 +197,8 @@ FEW = {  # products and evaluations
     "width": dict(batch_size=4),
     "cut": dict(imp_samples=8, batch_size=8, ratio=0.3),
     "compact": dict(repeats=2, batch_size=2),
+    "remove": dict(ratios="[0:0.5]", skip=""),
+    "grow": dict(ratios="[0:0.5]", skip="", batch_size=8, update_every=1, granularity_prune=0.9, stabilize_steps=0),
 }
 TINY = {"mlp": dict(widths=[8]), "small_cnn": dict(widths=[4], dense_widths=[8])}
 
@@ -190,6 +231,8 @@ def shrink(config) -> dict:
         ("toy_cnn", ("story",)),
         ("geometric_limit", ("digits",)),
         ("gradient_flow", ("resnet56,rounds=2,measure=fisher",)),
+        ("greg", ("resnet56",)),
+        ("greg", ("vgg19,method=l1",)),
         ("geometric_limit", ("resnet18_tiny",)),
         ("sfw_oneshot", ()),
         ("sfw_oneshot", ("data=tiny,arch=mlp,optimizer=adagrad_sfw,constraint=l2",)),

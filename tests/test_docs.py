@@ -12,7 +12,7 @@ from sparsity_jax import data, pipeline, stages, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = (
-    *("README.md", "docs/sfw_options.md", "docs/geometric_limit.md", "docs/gradient_flow.md"),
+    *("README.md", "docs/sfw_options.md", "docs/geometric_limit.md", "docs/gradient_flow.md", "docs/greg.md"),
     "experiments/LEDGER.md",
 )
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
@@ -22,6 +22,7 @@ FULL_VARIANTS = {  # variants that together have every field of a config
     "toy_cnn": ("cnn", "mlp", "story"),
     "geometric_limit": ("fc5", "alexnet"),
     "gradient_flow": ("resnet56", "vgg13,warmup=3"),
+    "greg": ("vgg19", "resnet50", "resnet56,method=l1"),
 }
 
 
@@ -96,7 +97,7 @@ def test_readme_has_two_setup_commands():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_configs_exist(document):
     """Every `configs/NAME.py:variant` loads, and its model and stage settings are accepted."""
-    found = re.findall(r"configs/(\w+)\.py(?::([\w=.,]+))?", TEXTS[document])
+    found = re.findall(r"configs/(\w+)\.py(?::([\w=.,;:$-]+))?", TEXTS[document])
     for name, variant in dict.fromkeys(found):
         if name != "NAME":
             check_members(config_of(name, variant or None))

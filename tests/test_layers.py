@@ -11,10 +11,25 @@ ROOT = pathlib.Path(sparsity_jax.__file__).parent
 # each may import those before it
 NUMERICS = ("tables", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups", "relaxed")
 # never each other
-PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets")
+PARTS = (
+    *("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets"),
+    *("ratios", "surgery", "probes", "growing", "pretrained"),
+)
 # each may import those before it
 RUNS = (
-    *("checkpoint", "figures", "geometry_figures", "report", "train", "stages", "geometry", "structured", "pipeline"),
+    *(
+        "checkpoint",
+        "figures",
+        "geometry_figures",
+        "growing_figures",
+        "report",
+        "train",
+        "stages",
+        "geometry",
+        "structured",
+        "greg",
+        "pipeline",
+    ),
     *("evaluate", "run"),
 )
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")

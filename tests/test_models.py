@@ -1,7 +1,6 @@
 """The model zoo: numbers of the original PyTorch networks, and what every row of MODELS promises."""
 
 import functools
-import math
 import re
 
 import golden_data
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sparsity_jax import models, tables
+from sparsity_jax import models, pretrained, tables
 from sparsity_jax.models import layers, vgg
 
 GOLDEN_NETS = {
@@ -29,6 +28,18 @@ GOLDEN_NETS = {
     "greg/resnet56": {"name": "resnet56"},
     "greg/vgg19": {"name": "vgg", "layout": vgg.stages(19, 64)[:-1], "conv_bias": False},
     "greg/vgg16_nobn": {"name": "vgg", "layout": vgg.stages(16, 64)[:-1], "conv_bias": False, "batch_norm": False},
+    "greg/lenet5": {"name": "lenet5"},
+    "greg/lenet5_mini": {"name": "lenet5", "widths": (10, 10, 10), "dense_widths": (10,)},
+    "greg/mlp_7_linear": {"name": "mlp7", "activation": "linear"},
+    "greg/alexnet_cifar10": {"name": "alexnet_cifar"},
+    "greg/alexnet_cifar10_half": {
+        "name": "alexnet_cifar",
+        "widths": (24, 64, 96, 96, 64),
+        "dense_widths": (256, 128),
+    },
+    "greg/alexnet_bn_224": {"name": "alexnet_bn"},
+    "greg/wrn": {"name": "wrn"},
+    "greg/mobilenetv2": {"name": "mobilenet_v2"},
     "imagenet/resnet34": {"name": "resnet34", "stem": "imagenet"},
     "imagenet/resnet50": {"name": "resnet50", "stem": "imagenet"},
     "oneshot/FC5": {"name": "fc5"},
@@ -72,10 +83,14 @@ TINY = {
     "fc5": ({"widths": (8, 6, 5, 4)}, 4),
     "fc12": ({"widths": (8,) * 11}, 4),
     "fc13": ({"widths": (8,) * 12}, 4),
+    "mlp7": ({"widths": (4,) * 6}, 4),
     "small_cnn": ({"widths": (4, 6, 6), "dense_widths": (5,), "batch_norm": True}, 9),
     "lenet": ({"widths": (3, 4), "dense_widths": (6, 5)}, 17),
+    "lenet5": ({"widths": (3, 4, 5), "dense_widths": (6,)}, 32),
     "cnet": ({"widths": (3, 4, 3, 2), "dense_widths": (6, 5)}, 18),
     "alexnet": ({"widths": (3, 4, 5, 4, 3), "dense_widths": (6, 5)}, 10),
+    "alexnet_cifar": ({"widths": (3, 4, 5, 4, 3), "dense_widths": (6, 5)}, 15),
+    "alexnet_bn": ({"widths": (3, 4, 5, 4, 3), "dense_widths": (6, 5)}, 63),
     "vgg": ({"layout": (4, "M", 6, 6, "M")}, 8),
     "vgg11": ({"width": 2}, 32),
     "vgg13": ({"width": 2, "order": "conv_relu_bn"}, 32),
@@ -88,13 +103,15 @@ TINY = {
     "resnet20": ({"width": 2}, 8),
     "resnet56": ({"width": 2}, 8),
     "preact_resnet18": ({"width": 2}, 8),
+    "wrn": ({"depth": 10, "widening": 1}, 8),
     "mobilenet": ({"stem_width": 3, "blocks": ((4, 1), (6, 2))}, 8),
+    "mobilenet_v2": ({"multiplier": 0.1, "blocks": ((1, 60, 1, 1), (2, 80, 2, 2))}, 8),
 }
 KEY = jax.random.key(0, impl="rbg")  # compiles five times faster than the default, and any key will do
 
 names = pytest.mark.parametrize("name", sorted(models.MODELS))
 families = pytest.mark.parametrize(
-    "name", ["mlp", "small_cnn", "alexnet", "vgg", "resnet", "preact_resnet18", "mobilenet"]
+    "name", ["mlp", "small_cnn", "alexnet_cifar", "vgg", "resnet", "preact_resnet18", "mobilenet", "mobilenet_v2"]
 )
 
 
@@ -132,17 +149,6 @@ def test_weight_rule():
     np.testing.assert_array_equal(golden_data.rule_input((3, 32, 32)).ravel()[:8], stored["rule/input_first8_3x32x32"])
 
 
-def flattened_as_ours(params):
-    """`params` of a network that flattens channels, rows, columns before `dense1`, for ours: channels come last."""
-    convs = sorted(int(name.removeprefix("conv")) for name in params if name.startswith("conv"))
-    if not convs or "dense1" not in params:
-        return params
-    kernel, channels = params["dense1"]["kernel"], params[f"conv{convs[-1]}"]["kernel"].shape[-1]
-    side = math.isqrt(len(kernel) // channels)
-    ours = kernel.reshape(channels, side, side, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
-    return {**params, "dense1": {**params["dense1"], "kernel": ours}}
-
-
 @pytest.mark.parametrize("key", GOLDEN_NETS)
 def test_logits_and_parameter_count_of_the_original(key):
     net, expected = golden_data.load("11_models.json")[key], golden_data.load("11_models.npz")[f"{key}/logits"]
@@ -151,10 +157,8 @@ def test_logits_and_parameter_count_of_the_original(key):
     images = golden_data.rule_input(shape) if dense else golden_data.images(shape)
     with jax.enable_x64(True):
         model = models.build(num_classes=expected.shape[-1], dtype="float64", param_dtype="float64", **options)
-        variables = golden_data.variables(net["param_names"], net["param_shapes"])
-        variables["params"] = flattened_as_ours(variables["params"])
         created = jax.eval_shape(model.init, jax.random.key(0), images)
-        assert shapes(created) == shapes(variables)
+        variables = pretrained.to_variables(golden_data.state_dict(net["param_names"], net["param_shapes"]), created)
         assert sum(leaf.size for leaf in jax.tree.leaves(created["params"])) == net["n_params"]
         logits = jax.jit(model.apply)(variables, images)
     expected = expected.reshape(shape[0], -1)  # some drop the batch axis of a single image
@@ -448,7 +452,10 @@ def test_upsample_repeats_pixels():
     np.testing.assert_array_equal(layers.upsample(x, 1), x)
 
 
-@pytest.mark.parametrize(("name", "smallest"), [("lenet", 16), ("cnet", 18), ("alexnet", 10), ("small_cnn", 8)])
+SMALLEST = dict(lenet=16, lenet5=32, cnet=18, alexnet=10, alexnet_cifar=15, alexnet_bn=63, small_cnn=8)
+
+
+@pytest.mark.parametrize(("name", "smallest"), SMALLEST.items())
 def test_smallest_images(name, smallest):
     model = models.build(name=name, num_classes=2)
 
@@ -496,6 +503,7 @@ def test_zero_pad_shortcut():
         ({"name": "resnet", "widths": (8, 4, 4), "shortcut": "zero_pad"}, "channels that never decrease"),
         ({"name": "alexnet", "widths": (4, 8)}, r"config\.model\.widths is \(4, 8\) \(tuple\); allowed: tuple"),
         ({"name": "alexnet", "upsample": 0}, r"config\.model\.upsample is 0"),
+        ({"name": "wrn", "depth": 18}, r"config\.model\.depth is 18; allowed: 6 n \+ 4"),
     ],
 )
 def test_wrong_settings_are_found_while_building(changes, message):

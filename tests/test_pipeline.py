@@ -27,6 +27,10 @@ def stage(**fields):
     return pipeline.stage("train", **dict(epochs=2, batch_size=32, optimizer=tiny.SGD) | fields)
 
 
+GROW = pipeline.stage(  # three calls and more in every phase
+    "grow", method="greg2", ratios="[0:0.5]", optimizer=tiny.SGD, batch_size=32, update_every=1, granularity_pick=0.02,
+    granularity_prune=0.4, upper_limit_pick=0.1, upper_limit=3.0, stabilize_steps=4, log_every=2,
+)  # fmt: skip
 GEOMETRY = {  # stages for few products on few digits
     "limit": pipeline.stage("limit", scan=(0.5,), resolution=0.25),
     "rows": pipeline.stage("row_norms", num_weights=2),
@@ -535,6 +539,8 @@ RESUMED = {
         hessian=pipeline.stage("spectrum", num_matvecs=2, operator="absolute"),
         **SEEDS,
     ),
+    "growth": tiny.config("fit", "grow", "again", fit=stage(epochs=1), grow=GROW, steps_per_call=3),
+    "growth of members": tiny.config("fit", "grow", fit=stage(epochs=1), grow=GROW, **SEEDS),
     "vmap": tiny.config("learn", "fit", "curve", **SEEDS),
     "loop": tiny.config("fit", "curve", sweep_mode="loop", **SEEDS),
     "arms": tiny.config("fit", "curve", **GRID),
@@ -604,6 +610,23 @@ def test_a_run_interrupted_again_and_again_ends_the_same(tmp_path, monkeypatch):
     outcome = pipeline.run(config, tmp_path / "broken")
     tiny.same(outcome.state, expected.state)
     assert tiny.timeless(outcome.rows) == tiny.timeless(json.loads(json.dumps(expected.rows)))
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    config = tiny.config("fit", "again", steps_per_call=3, checkpoint_seconds=0.0)
+    expected, manager = pipeline.run(config, tmp_path / "whole"), checkpoint.ocp.CheckpointManager
+    save, reason = manager.save, "RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']"
+
+    def full(self, number, **options):
+        if number == 3:
+            raise ValueError(reason)
+        return save(self, number, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "save", full)
+        with pytest.raises(OSError, match=r"full/checkpoints cannot be written: No space left on device$"):
+            pipeline.run(config, tmp_path / "full")
+    tiny.same(pipeline.run(config, tmp_path / "full").state, expected.state)
 
 
 def test_a_signal_whose_exception_was_lost_stops_at_the_next_update(tmp_path):

@@ -17,6 +17,7 @@ INDEX = jax.ShapeDtypeStruct((2,), jnp.int32)
 ZOO = {
     "vgg": {"layout": (4, "M", 6, "M")},
     "mobilenet": {"stem_width": 4, "blocks": ((6, 2),)},
+    "mobilenet_v2": {"stem_stride": 1, "blocks": ((1, 16, 1, 1), (2, 24, 1, 2))},
     "resnet": {"stage_sizes": (1, 1), "widths": (7, 8), "stem_width": 9, "inner_widths": (6, 5)},
     "small_cnn": {"widths": (4,), "dense_widths": (5,), "batch_norm": True},
 }

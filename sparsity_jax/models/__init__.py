@@ -24,10 +24,14 @@ MODELS = {
     "fc5": mlp.fc5,
     "fc12": mlp.fc12,
     "fc13": mlp.fc13,
+    "mlp7": mlp.mlp7,
     "small_cnn": cnn.small_cnn,
     "lenet": cnn.lenet,
+    "lenet5": cnn.lenet5,
     "cnet": cnn.cnet,
     "alexnet": cnn.alexnet,
+    "alexnet_cifar": cnn.alexnet_cifar,
+    "alexnet_bn": cnn.alexnet_bn,
     "vgg": vgg.vgg,
     "vgg11": vgg.vgg11,
     "vgg13": vgg.vgg13,
@@ -40,7 +44,9 @@ MODELS = {
     "resnet20": resnet.resnet20,
     "resnet56": resnet.resnet56,
     "preact_resnet18": resnet.preact_resnet18,
+    "wrn": resnet.wrn,
     "mobilenet": mobilenet.mobilenet,
+    "mobilenet_v2": mobilenet.mobilenet_v2,
 }
 
 

@@ -1,6 +1,6 @@
 """Plain convolutional networks: convolutions and max-pools in a row, then dense layers."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -24,26 +24,35 @@ class Pool(NamedTuple):
     size: int
 
 
-def smallest_side(layout: tuple[Conv | Pool, ...]) -> int:
+Widths = tuple[tables.Count, tables.Count, tables.Count, tables.Count, tables.Count]
+# Besides them a layout may name "bn", a batch norm, and "lrn", a local response normalisation.
+Entry = Conv | Pool | Literal["bn", "lrn"]
+
+
+def smallest_side(layout: tuple[Entry, ...]) -> int:
     """The side of the smallest square image of which at least one pixel is left after the layout."""
     side = 1
     for entry in reversed(layout):
         if isinstance(entry, Pool):
             side = 2 * (side - 1) + entry.size
-        else:
+        elif isinstance(entry, Conv):
             side = max(1, entry.stride * (side - 1) + entry.size - 2 * entry.padding)
     return side
 
 
 class CNN(nn.Module):
-    """Enlarged images; conv{i}, (bn{i}) and ReLU, or a max-pool, per entry of `layout`; dense{i} and ReLU; `fc`."""
+    """Enlarged images; `layout`; dense{i}, ReLU (and dense_bn{i}) per entry of `dense_widths`; `fc`.
+
+    A convolution of the layout is conv{i}, (bn{i}) and ReLU; a "bn" of the layout is the bn{i} of the one before it.
+    """
 
     num_classes: int
     settings: layers.Settings
-    layout: tuple[Conv | Pool, ...]
+    layout: tuple[Entry, ...]
     dense_widths: tuple[int, ...]
     conv_bias: bool = True
     batch_norm: bool = False
+    dense_batch_norm: bool = False
     dropout: float = 0.0
     upsample: int = 1
 
@@ -56,6 +65,12 @@ class CNN(nn.Module):
         for entry in self.layout:
             if isinstance(entry, Pool):
                 x = layers.max_pool(x, entry.size)
+                continue
+            if entry == "lrn":
+                x = layers.local_response_norm(x)
+                continue
+            if entry == "bn":
+                x = layers.batch_norm(x, train=train, settings=settings, name=f"bn{i}")
                 continue
             i += 1
             x = layers.conv(
@@ -74,6 +89,8 @@ class CNN(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.dense_widths, 1):
             x = nn.relu(layers.dense(x, width, settings=settings, name=f"dense{i}"))
+            if self.dense_batch_norm:
+                x = layers.batch_norm(x, train=train, settings=settings, name=f"dense_bn{i}")
             x = layers.dropout(x, self.dropout, train=train)
         return layers.classifier(x, self.num_classes, settings=settings)
 
@@ -122,6 +139,24 @@ def lenet(
     return CNN(num_classes, settings, layout, dense_widths)
 
 
+def lenet5(
+    num_classes: int,
+    settings: layers.Settings,
+    *,
+    widths: tuple[tables.Count, tables.Count, tables.Count] = (6, 16, 120),
+    dense_widths: tuple[tables.Count, ...] = (84,),
+) -> nn.Module:
+    """LeNet-5 with ReLU and max-pools, as in the growing-regularisation study.
+
+    Unpadded 5x5 convolutions of `widths` with ReLU, a 2x2 max-pool after each but the last, then dense layers of
+    `dense_widths`. Images: at least 32x32. 61,706 parameters on 32x32x1 images with 10 classes; the study's mini
+    version, `widths` (10, 10, 10) and `dense_widths` (10,), has 5,500.
+    """
+    first, second, third = widths
+    layout = (Conv(first, 5), Pool(2), Conv(second, 5), Pool(2), Conv(third, 5))
+    return CNN(num_classes, settings, layout, dense_widths)
+
+
 def cnet(
     num_classes: int,
     settings: layers.Settings,
@@ -142,7 +177,7 @@ def alexnet(
     num_classes: int,
     settings: layers.Settings,
     *,
-    widths: tuple[tables.Count, tables.Count, tables.Count, tables.Count, tables.Count] = (96, 256, 384, 384, 256),
+    widths: Widths = (96, 256, 384, 384, 256),
     dense_widths: tuple[tables.Count, ...] = (4096, 4096),
     dropout: tables.Fraction = 0.0,
     upsample: tables.Count = 7,
@@ -163,3 +198,49 @@ def alexnet(
         Pool(3),
     )
     return CNN(num_classes, settings, layout, dense_widths, dropout=dropout, upsample=upsample)
+
+
+def alexnet_cifar(
+    num_classes: int,
+    settings: layers.Settings,
+    *,
+    widths: Widths = (48, 128, 192, 192, 128),
+    dense_widths: tuple[tables.Count, ...] = (512, 256),
+    dropout: tables.Fraction = 0.0,
+) -> nn.Module:
+    """AlexNet for small images, of the growing-regularisation study: batch norm behind each ReLU and max-pool.
+
+    Local response normalisation, over two channels, behind the first two convolutions. Images: at least 15x15.
+    1,659,178 parameters on 32x32x3 images with 10 classes; with half of all widths 417,434.
+    """
+    first, second, third, fourth, fifth = widths
+    layout = (
+        *(Conv(first, 5, padding=2), "lrn", Pool(3), "bn"),
+        *(Conv(second, 5, padding=2), "lrn", Pool(3), "bn"),
+        *(Conv(third, 3, padding=1), "bn"),
+        *(Conv(fourth, 3, padding=1), "bn"),
+        *(Conv(fifth, 3, padding=1), Pool(3), "bn"),
+    )
+    return CNN(num_classes, settings, layout, dense_widths, dense_batch_norm=True, dropout=dropout)
+
+
+def alexnet_bn(
+    num_classes: int,
+    settings: layers.Settings,
+    *,
+    widths: Widths = (32, 96, 192, 128, 128),
+    dense_widths: tuple[tables.Count, ...] = (2048, 2048),
+    dropout: tables.Fraction = 0.0,
+) -> nn.Module:
+    """A thin AlexNet for images of 224x224, batch norm after each convolution: of the growing-regularisation study.
+
+    Images: at least 63x63. 14,264,354 parameters on 224x224x3 images with 2 classes.
+    """
+    first, second, *others = widths
+    layout = (
+        *(Conv(first, 11, stride=4, padding=2), Pool(3)),
+        *(Conv(second, 5, padding=2), Pool(3)),
+        *(Conv(width, 3, padding=1) for width in others),
+        Pool(3),
+    )
+    return CNN(num_classes, settings, layout, dense_widths, batch_norm=True, dropout=dropout)

@@ -192,6 +192,18 @@ def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
     return functools.reduce(jnp.maximum, [x[:, :, i : i + 2 * columns - 1 : 2] for i in range(size)])
 
 
+def local_response_norm(x: jax.Array, size: int = 2) -> jax.Array:
+    """PyTorch's local response normalisation with its defaults (alpha 1e-4, beta 0.75, k 1).
+
+    Divides by (1 + 1e-4 * mean square of `size` neighbouring channels, missing ones zero) ** 0.75; an even `size` takes
+    one more channel before than after. float32 or wider inside.
+    """
+    wide, channels = x.astype(at_least_float32(x.dtype)), x.shape[-1]
+    squares = jnp.pad(jnp.square(wide), ((0, 0), (0, 0), (0, 0), (size // 2, (size - 1) // 2)))
+    mean = sum(squares[..., i : i + channels] for i in range(size)) / size
+    return (wide / (1 + 1e-4 * mean) ** 0.75).astype(x.dtype)
+
+
 def global_average_pool(x: jax.Array) -> jax.Array:
     """Mean over height and width, in float32 or wider: [batch, height, width, channels] to [batch, channels]."""
     return x.astype(at_least_float32(x.dtype)).mean((1, 2))

@@ -1,6 +1,7 @@
 """Fully connected networks."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,17 @@ from flax import linen as nn
 from sparsity_jax import tables
 from sparsity_jax.models import layers
 
+Activation = Literal["relu", "linear"]
+
 
 class MLP(nn.Module):
-    """Flatten, then dense and ReLU per entry of `widths` (modules dense1, dense2, ...), then `fc`."""
+    """Flatten, then dense and activation per entry of `widths` (modules dense1, dense2, ...), then `fc`."""
 
     num_classes: int
     settings: layers.Settings
     widths: tuple[int, ...]
     dropout: float
+    activation: str
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -26,7 +30,8 @@ class MLP(nn.Module):
             )
         x = jnp.asarray(images, self.settings.dtype).reshape(images.shape[0], -1)
         for i, width in enumerate(self.widths, 1):
-            x = nn.relu(layers.dense(x, width, settings=self.settings, name=f"dense{i}"))
+            x = layers.dense(x, width, settings=self.settings, name=f"dense{i}")
+            x = nn.relu(x) if self.activation == "relu" else x
             x = layers.dropout(x, self.dropout, train=train)
         return layers.classifier(x, self.num_classes, settings=self.settings)
 
@@ -37,12 +42,14 @@ def mlp(
     *,
     widths: tuple[tables.Count, ...] = (128, 128),
     dropout: tables.Fraction = 0.0,
+    activation: Activation = "relu",
 ) -> nn.Module:
     """Dense layers of `widths` with ReLU (and dropout after each) on flattened images of any shape, then `fc`.
 
+    activation: "linear" leaves the ReLUs out.
     The default on 784 inputs and 10 classes has 118,282 parameters: the 784-128-128-10 net of the SFW study.
     """
-    return MLP(num_classes, settings, widths=widths, dropout=dropout)
+    return MLP(num_classes, settings, widths=widths, dropout=dropout, activation=activation)
 
 
 def preset(name: str, doc: str, *, widths: tuple[int, ...]) -> Callable:
@@ -55,8 +62,9 @@ def preset(name: str, doc: str, *, widths: tuple[int, ...]) -> Callable:
         *,
         widths: tuple[tables.Count, ...] = default_widths,
         dropout: tables.Fraction = 0.0,
+        activation: Activation = "relu",
     ) -> nn.Module:
-        return mlp(num_classes, settings, widths=widths, dropout=dropout)
+        return mlp(num_classes, settings, widths=widths, dropout=dropout, activation=activation)
 
     factory.__name__ = factory.__qualname__ = name
     factory.__doc__ = doc
@@ -83,4 +91,10 @@ fc13 = preset(
     "fc13",
     "FC13, which is FC12 with one more layer, of 250: 7,339,860 parameters on 32x32x3 images with 10 classes.",
     widths=(1000, 900, 800, 750, 700, 650, 600, 500, 400, 250, 200, 100),
+)
+# Of the growing-regularisation study, which analyses the "linear" one.
+mlp7 = preset(
+    "mlp7",
+    "MLP-7, seven dense layers: 154,010 parameters on 32x32x1 images with 10 classes.",
+    widths=(100,) * 6,
 )

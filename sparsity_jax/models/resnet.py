@@ -246,3 +246,23 @@ resnet56 = preset(
     shortcut="zero_pad",
     stage_sizes=(9, 9, 9),
 )
+
+
+def wrn(
+    num_classes: int,
+    settings: layers.Settings,
+    *,
+    depth: tables.Count = 16,
+    widening: tables.Count = 2,
+) -> nn.Module:
+    """Wide residual network WRN-`depth`-`widening` (Zagoruyko and Komodakis 2016, arXiv:1605.07146).
+
+    A stem of 16, then three stages of (depth - 4) / 6 pre-activation blocks, 16, 32 and 64 times `widening` wide.
+    The default is the network of the growing-regularisation study: 691,674 parameters with 10 classes. Raises
+    ConfigError for a depth that is not 10, 16, 22, ...
+    """
+    blocks, rest = divmod(depth - 4, 6)
+    if rest or blocks < 1:
+        raise tables.ConfigError(f"config.model.depth is {depth}; allowed: 6 n + 4, e.g. 10, 16, 22, 28, 40.")
+    widths = tuple(width * widening for width in (16, 32, 64))
+    return resnet(num_classes, settings, stage_sizes=(blocks,) * 3, widths=widths, block="preact", stem_width=16)

@@ -1,0 +1,548 @@
+"""Growing regularisation: an L2 penalty that rises on what is to be removed, so that it can go without harm.
+
+    layers = growing.layers(params, {"conv1/kernel": 0.5, "conv2/kernel": 0.7}, "filter")
+    tx = optax.chain(growing.growing_l2(layers, method="greg1", update_every=10), optax.sgd(1e-3, 0.9))
+    ...                                      # steps, until growing.finished(opt_state)
+    keep = growing.kept(opt_state)           # bools by name of layer, True = keep
+
+A layer is a set of groups (filters, channels, weights, or coupled channels of `groups.trace`) of which a share goes.
+Its groups are picked by score, the mean absolute weight; those picked are pushed towards zero; then the penalty rests
+while the network settles. All of it is state of the transformation: it runs under jit, scan and vmap, without the host.
+No penalty is stored per group, since it is one of two numbers of the layer.
+Source: Wang, Qin, Zhang, Fu 2021, arXiv:2012.09243, and its published code.
+"""
+
+import fractions
+import math
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sparsity_jax import groups, masks, tables, trees
+
+PyTree = Any
+Keep = dict[str, jax.Array]  # bools by name of layer, True = keep
+Granularity = Literal["filter", "channel", "weight"]
+Members = Literal["all", "kernels", "producers"]
+Pick = Literal["min", "max", "rand"]
+AUTOMATIC = -1  # a ratio: cut at the largest gap
+PICK, PUSH, STABILIZE = 0, 1, 2  # phases of a layer
+
+
+# What is regularised -------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Where the groups of a layer are in one array: along `axis`; if that is None, every entry is a group.
+
+    index: int [groups, copies], the positions of every group on the axis; None: group i is at position i.
+    """
+
+    path: str
+    axis: int | None
+    index: np.ndarray | None = None
+
+
+class Layer(NamedTuple):
+    """Groups of which `num_pruned` go (None: those below the largest gap between scores).
+
+    shape: of one bool per group. parts: what the penalty acts on. scored: the arrays of which the mean absolute entry
+    of a group is its score.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_pruned: int | None
+    parts: tuple[Part, ...]
+    scored: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def of_weights(self) -> bool:
+        return self.scored[0].axis is None
+
+
+def layers(params: PyTree, ratios: Mapping[str, float], granularity: Granularity = "filter") -> tuple[Layer, ...]:
+    """A layer for every kernel in `ratios`, named by its path: its output slices, input slices or entries.
+
+    params: arrays or shape structs; kernels end in [inputs, outputs] as in Flax, where those of a grouped convolution
+    have the inputs of one of its groups. ratios: share to remove by path, or AUTOMATIC; see `num_pruned`.
+    Raises ValueError for unknown paths, ratios out of range and slices of vectors.
+    """
+    tables.convert(granularity, Granularity, "granularity")
+    axis = {"filter": -1, "channel": -2, "weight": None}[granularity]
+    leaves = trees.named_leaves(params)
+    _check_names(ratios, leaves, "path of the params")
+    found = []
+    for path, ratio in ratios.items():
+        shape = tuple(leaves[path].shape)
+        if axis is not None:
+            if len(shape) < 2:
+                raise ValueError(f"{path!r} has shape {shape}; a {granularity} is a slice of a matrix or more.")
+            shape = (shape[axis],)
+        part = (Part(path, axis),)
+        found.append(Layer(path, shape, _num_pruned(path, ratio, math.prod(shape)), part, part))
+    return tuple(found)
+
+
+def coupled(
+    channels: groups.Channels, params: PyTree, ratios: Mapping[str, float], *, members: Members = "all"
+) -> tuple[Layer, ...]:
+    """A layer for every coupled channel group in `ratios`, by name of the group.
+
+    channels: of `groups.trace`. params: what the optimizer sees, the traced variables or their part `params`.
+    members: the penalty acts on `all` arrays of the group, with norms, biases and the kernels that read the channels;
+    on its `kernels`; or on its `producers`, as with granularity `filter`. An entry in two groups has both penalties.
+    Scores are those of the producers, or of all kernels where a group has none.
+    Raises ValueError for unknown groups, ratios out of range and groups without a kernel in `params`.
+    """
+    tables.convert(members, Members, "members")
+    leaves = trees.named_leaves(params)
+    _check_names(ratios, channels.groups, "group")
+    found = []
+    for name, ratio in ratios.items():
+        group = channels.groups[name]
+        own = [(member.role, part) for member in group.members if (part := _part(member, leaves)) is not None]
+        kernels = [(role, part) for role, part in own if trees.is_kernel(part.path) and leaves[part.path].ndim > 1]
+        producers = [(role, part) for role, part in kernels if role == "producer"]
+        scored = producers or kernels
+        if not scored:
+            raise ValueError(f"the group {name!r} has no kernel among the params; leave it out of the ratios.")
+        chosen = {"all": own, "kernels": kernels, "producers": scored}[members]
+        parts, scored = (tuple(part for _, part in pairs) for pairs in (chosen, scored))
+        found.append(Layer(name, (group.size,), _num_pruned(name, ratio, group.size), parts, scored))
+    return tuple(found)
+
+
+def _part(member: groups.Member, leaves: Mapping[str, Any]) -> Part | None:
+    """The member as a part of `leaves`, which may lack the first name of its path; None for running statistics."""
+    path = next((path for path in (member.path, member.path.partition("/")[2]) if path in leaves), None)
+    if path is None:
+        return None
+    positions = np.arange(leaves[path].shape[member.axis])[:, None]
+    return Part(path, member.axis, None if np.array_equal(member.index, positions) else np.asarray(member.index))
+
+
+def num_pruned(ratio: float, size: int) -> int:
+    """min(ceil(ratio * size), size - 1), of the floating-point product as in the original: of 25, 0.28 are 8."""
+    return min(math.ceil(ratio * size), size - 1)
+
+
+def _num_pruned(name: str, ratio: float, size: int) -> int | None:
+    if not (ratio == AUTOMATIC or 0 <= ratio <= 1):
+        raise ValueError(f"the ratio of {name!r} is {ratio}; allowed: 0 to 1, or {AUTOMATIC} for the largest gap.")
+    return None if ratio == AUTOMATIC and size > 1 else num_pruned(abs(ratio), size)
+
+
+def _check_names(named: Collection[str], known: Collection[str], kind: str) -> None:
+    if not named:
+        raise ValueError(f"no {kind} is given; name at least one, e.g. {next(iter(known), None)!r}.")
+    for name in named:
+        if name not in known:
+            hint = tables.closest(name, known)
+            raise ValueError(f"{name!r} is no {kind}; one is {next(iter(known), None)!r}.{hint}")
+
+
+# Picking -------------------------------------------------------------------------------------------------------------
+
+
+def largest_gap(scores: jax.Array) -> jax.Array:
+    """How many `scores` lie below the largest gap between neighbours in order: int32, at least 1, never all.
+
+    int(0.02 n) scores at either end are not compared. Of equal gaps the lowest. Sorts.
+    """
+    trim = int(0.02 * scores.size)
+    ordered = jnp.sort(scores.ravel())[trim : scores.size - trim]
+    return (jnp.argmax(jnp.diff(ordered)) + trim + 1).astype(jnp.int32)
+
+
+def pick(params: PyTree, layers: Sequence[Layer], *, pick: Pick = "min", key: jax.Array | None = None) -> Keep:
+    """What one-shot pruning keeps: all but the `num_pruned` groups of lowest or highest score, or random ones.
+
+    key: for `rand`. Equal scores: groups of lower index stay (`max`: go). Traceable in params and key.
+    Raises ValueError for layers of other params, a missing key, and an automatic number without pick='min'.
+    """
+    tables.convert(pick, Pick, "pick")
+    leaves = _checked_leaves(params, layers)
+    return _select(leaves, layers, pick, _keys(layers, pick, key))
+
+
+def _keys(layers: Sequence[Layer], how: Pick, key: jax.Array | None) -> dict[str, jax.Array]:
+    """A key for every layer where picks are random."""
+    if how != "min" and (automatic := [layer.name for layer in layers if layer.num_pruned is None]):
+        raise ValueError(f"{automatic[0]!r} is cut at the largest gap, which needs pick='min'; it is {how!r}.")
+    if how == "rand" and key is None:
+        raise ValueError("pick='rand' needs a key.")
+    return {layer.name: _key(key, layer.name) for layer in layers} if how == "rand" else {}
+
+
+def _key(key: jax.Array, name: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _checked_leaves(params: PyTree, layers: Sequence[Layer]) -> dict[str, jax.Array]:
+    """Leaves of `params` by path; raises ValueError where a layer does not fit them."""
+    leaves = trees.named_leaves(params)
+    for layer in layers:
+        for path, axis, index in (*layer.parts, *layer.scored):
+            if path not in leaves:
+                raise ValueError(f"layer {layer.name!r}: {path!r} is no path.{tables.closest(path, leaves)}")
+            shape = jnp.shape(leaves[path])
+            if axis is None:
+                fits = shape == layer.shape
+            else:
+                size = shape[axis] if -len(shape) <= axis < len(shape) else 0
+                fits = (size,) == layer.shape if index is None else index.max(initial=-1) < size
+            if not fits:
+                raise ValueError(f"layer {layer.name!r} was made for another array than {path!r} of shape {shape}.")
+    return leaves
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _score(leaves: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
+    """Mean absolute weight of every group: [groups]."""
+    total, entries = 0.0, 0
+    for path, axis, index in layer.scored:
+        w = leaves[path]
+        sums = jnp.sum(jnp.abs(_wide(w)), [i for i in range(w.ndim) if i != axis % w.ndim])
+        total = total + (sums if index is None else jnp.sum(sums[index], 1))
+        entries += w.size // w.shape[axis] * (1 if index is None else index.shape[1])
+    return total / entries
+
+
+def _select(leaves: Mapping, layers: Sequence[Layer], how: Pick, keys: Mapping[str, jax.Array]) -> Keep:
+    """What stays of every layer. Layers of one shape share a compiled search: filters of ResNet-56 need three."""
+    keep, by_shape = {}, {}
+    for layer in layers:
+        values = leaves[layer.scored[0].path] if layer.of_weights else _score(leaves, layer)
+        number = largest_gap(jnp.abs(values)) if layer.num_pruned is None else layer.num_pruned
+        if keys:
+            values = jax.random.uniform(keys[layer.name], layer.shape)
+        by_shape.setdefault(layer.shape, []).append((layer.name, values, jnp.asarray(number, jnp.int32)))
+
+    def search(row):
+        values, number = row
+        if how == "max":
+            return ~masks.k_largest_mask(values, number, magnitude=True)
+        return masks.k_largest_mask(values, values.size - number, magnitude=True)
+
+    for own in by_shape.values():
+        names, values, numbers = zip(*own)
+        found = jax.lax.map(search, (jnp.stack(values), jnp.stack(numbers)))
+        keep |= {name: found[i] for i, name in enumerate(names)}
+    return keep
+
+
+# How the penalty grows -----------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """A method in numbers; `updates` of the penalty are counted from 1, every `update_every` steps.
+
+    The first `pick_updates` give all groups updates * pick_increment; then what goes has push_start + (updates -
+    pick_updates) * push_increment, and what stays `recover`. A layer is done after `push_updates` of these, or earlier
+    once the ratio of scores reaches `ratio_limit`: that of `all` layers, its `own`, or it never matters.
+    """
+
+    update_every: int
+    pick_updates: int
+    push_updates: int
+    pick_increment: float
+    push_start: float
+    push_increment: float
+    recover: float
+    ratio_limit: float
+    ratio_of: Literal["all", "own", "none"]
+    stabilize_steps: int
+    pick: Pick
+
+
+def plan(
+    *,
+    method: Literal["greg1", "greg2", "fixreg"] = "greg1",
+    pick: Pick = "min",
+    update_every: tables.Count = 5,
+    granularity_prune: tables.Positive = 1e-4,
+    granularity_pick: tables.Positive = 1e-5,
+    granularity_recover: float = -1e-4,
+    upper_limit: tables.Positive = 1.0,
+    upper_limit_pick: tables.Positive = 1e-2,
+    mag_ratio_limit: tables.Positive = 1000.0,
+    fix_steps: tables.Index = 30_000,
+    stabilize_steps: tables.Index = 40_000,
+    counting: Literal["exact", "float32", "float64"] = "exact",
+) -> Plan:
+    """Options of `growing_l2`.
+
+    method: `greg1` picks at once and adds `granularity_prune` to the penalty of what goes, every `update_every` steps.
+        `greg2` first adds `granularity_pick` everywhere, until the penalty reaches `upper_limit_pick`, and picks then;
+        what stays gets the penalty `granularity_recover`. `fixreg` gives what goes `upper_limit` at once, and is done
+        with the first update after step `fix_steps`.
+    upper_limit: a layer is done once a penalty exceeds it. mag_ratio_limit: or once the mean score of what stays is so
+        many times that of what goes, smoothed (0.9 old + 0.1 new): with greg1 in all layers, with greg2 in this one.
+        Layers of weights go by the penalty only.
+    pick: what goes has the lowest score, the highest, or is random.
+    stabilize_steps: further steps at rest once all layers are done.
+    counting: updates to a limit follow from the decimals as written (`exact`), or from what the original reaches by
+        adding up in floating point: 10,000 to exceed 1.0 in steps of 1e-4 in float32, 10,001 in float64 and exactly;
+        1,001 to reach 1e-2 in steps of 1e-5 in either, 1,000 exactly.
+    """
+    pick_updates, push_start, push_increment, recover = 0, 0, granularity_prune, 0.0
+    if method == "greg2":
+        pick_updates, push_start = _grow(0, granularity_pick, upper_limit_pick, True, counting)
+        recover = granularity_recover
+    if method == "fixreg":
+        push_updates, push_start, push_increment = fix_steps // update_every + 2, upper_limit, 0.0
+    else:
+        push_updates, _ = _grow(push_start, granularity_prune, upper_limit, False, counting)
+    return Plan(
+        update_every,
+        pick_updates,
+        push_updates,
+        granularity_pick,
+        float(push_start),
+        push_increment,
+        recover,
+        mag_ratio_limit,
+        {"greg1": "all", "greg2": "own", "fixreg": "none"}[method],
+        stabilize_steps,
+        pick,
+    )
+
+
+def _grow(start: Any, increment: float, limit: float, reach: bool, counting: str) -> tuple[int, Any]:
+    """(additions of `increment` to `start` until the sum exceeds `limit`, or reaches it if `reach`; that sum)."""
+    first, step, end = (fractions.Fraction(str(x)) for x in (start, increment, limit))
+    exact = max(math.ceil((end - first) / step) if reach else math.floor((end - first) / step) + 1, 0)
+    if counting == "exact":
+        return exact, first + exact * step
+    terms = np.full(2 * exact + 2, increment, counting)
+    terms[0] = start
+    sums = np.add.accumulate(terms)
+    end = sums.dtype.type(limit)
+    hits = np.flatnonzero(sums >= end if reach else sums > end)
+    if not hits.size:
+        raise tables.ConfigError(f"steps of {increment} never get to {limit} in {counting}; use counting='exact'.")
+    return int(hits[0]), sums[hits[0]]
+
+
+# The transformation --------------------------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """Of every layer, in the order of `GrowingState.keep`, as of the latest update; arrays [layers].
+
+    phase: PICK, PUSH or STABILIZE. updates: of its penalty so far. reg_kept, reg_pruned: penalties of what stays and of
+    what goes. score_kept, score_pruned: mean scores of them. ratio: of these two, smoothed; 0 before the first update
+    and in layers of weights.
+    """
+
+    phase: jax.Array
+    updates: jax.Array
+    reg_kept: jax.Array
+    reg_pruned: jax.Array
+    score_kept: jax.Array
+    score_pruned: jax.Array
+    ratio: jax.Array
+
+
+class GrowingState(NamedTuple):
+    """step: updates of the params so far. left: steps to make once all layers are done. keep: what stays, by layer; in
+    the phase PICK what would stay if it ended now, of weights everything. progress: of the layers."""
+
+    step: jax.Array
+    left: jax.Array
+    keep: Keep
+    progress: Progress
+
+
+def growing_l2(
+    layers: Sequence[Layer],
+    *,
+    key: jax.Array | None = None,
+    keep: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """g + reg * w with the penalties `reg` of a growing regularisation; put it before weight decay and momentum.
+
+    layers: of `layers` or `coupled`; one that loses nothing is left alone. key: for pick='rand'. keep: picks made
+    before, bools by name of layer as `pick` and `kept` return, known on the host; they replace the picks of these
+    layers. options: those of `plan`. GReg-1 and FixReg pick from the params given to `init`.
+    Updates happen at steps 0, update_every, 2 update_every, ..., before the penalty acts.
+    Raises ConfigError for wrong options, ValueError for picks that do not fit, a missing key, layers of other params
+    and an `update` without params.
+    """
+    chosen = plan(**tables.check_options(plan, options, "growing_l2"))
+    given = _checked_keep(layers, keep or {})
+    losing = lambda layer: not given[layer.name].all() if layer.name in given else layer.num_pruned != 0
+    active = sorted(filter(losing, layers), key=lambda layer: layer.name)  # the order of a dict's leaves
+    free = [layer for layer in active if layer.name not in given]
+    keys = _keys(free, chosen.pick, key)
+    slices = np.array([not layer.of_weights for layer in active], bool)
+    parts: dict[str, list[tuple[int, Part]]] = {}
+    for i, layer in enumerate(active):
+        for part in layer.parts:
+            parts.setdefault(part.path, []).append((i, part))
+
+    def init(params):
+        leaves = _checked_leaves(params, layers)
+        whole = {layer.name: jnp.ones(layer.shape, bool) for layer in active}
+        picked = {} if chosen.pick_updates else _select(leaves, free, chosen.pick, keys)
+        known = {layer.name: jnp.asarray(given[layer.name]) for layer in active if layer.name in given}
+        zeros = [jnp.zeros(len(active), dtype) for dtype in (jnp.int32, *[float] * 5)]  # apart, to be donated
+        progress = Progress(jnp.full(len(active), PICK if chosen.pick_updates else PUSH, jnp.int32), *zeros)
+        left = jnp.asarray(chosen.stabilize_steps + 1, jnp.int32)  # with the step that makes the last layer done
+        return GrowingState(jnp.zeros((), jnp.int32), left, whole | picked | known, progress)
+
+    def repick(leaves, keep, due, number):
+        """The picks after update `number`, of GReg-2."""
+        for when, own in (
+            (due & (number <= chosen.pick_updates), [layer for layer in free if not layer.of_weights]),
+            (due & (number == chosen.pick_updates), [layer for layer in free if layer.of_weights]),
+        ):
+            old = {layer.name: keep[layer.name] for layer in own}
+            anew = lambda own=own: _select(leaves, own, chosen.pick, keys)
+            keep = keep | jax.lax.cond(when, anew, lambda old=old: old)
+        return keep
+
+    def advance(leaves, keep, number, old):
+        going = old.phase < STABILIZE
+        updates = jnp.where(going, number, old.updates)
+        means = [_mean_scores(leaves, layer, keep[layer.name]) for layer in active]
+        kept, pruned = jnp.asarray(means, float).reshape(-1, 2).T
+        ratio = kept / pruned
+        ratio = jnp.where(old.updates == 0, ratio, 0.9 * old.ratio + 0.1 * ratio)
+        ratio = jnp.where(going & slices, ratio, old.ratio)
+        enough = (ratio >= chosen.ratio_limit) & slices & (chosen.ratio_of != "none")
+        if chosen.ratio_of == "all":
+            enough &= jnp.all(enough | ~slices)
+        enough |= updates >= chosen.pick_updates + chosen.push_updates
+        pushed = updates >= chosen.pick_updates
+        phase = jnp.where(pushed, jnp.where(enough, STABILIZE, PUSH), PICK)
+        phase = jnp.where(going, phase, old.phase)
+        return Progress(phase, updates, *_penalties(chosen, updates), kept, pruned, ratio)
+
+    def update(updates, state, params=None, **extra):
+        del extra
+        if params is None:
+            raise ValueError("growing_l2 reads the weights; call update(grads, state, params).")
+        leaves = trees.named_leaves(params)
+        number, due = state.step // chosen.update_every + 1, state.step % chosen.update_every == 0
+        keep = repick(leaves, state.keep, due, number) if chosen.pick_updates else state.keep
+        progress = jax.lax.cond(due, lambda: advance(leaves, keep, number, state.progress), lambda: state.progress)
+        left = jnp.maximum(state.left - jnp.all(progress.phase == STABILIZE), 0)
+        state = GrowingState(state.step + 1, left, keep, progress)
+        regs = list(_regs(state).values())
+
+        def add(path, update, w):
+            if path not in parts:
+                return update
+            reg = sum(_spread(regs[i], part, w.shape) for i, part in parts[path])
+            return (update + reg * w).astype(update.dtype)
+
+        return trees.map_named(add, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _checked_keep(layers: Sequence[Layer], keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    shapes = {layer.name: layer.shape for layer in layers}
+    if len(shapes) < len(layers):
+        raise ValueError("two layers have the same name; leave one out.")
+    given = {name: np.asarray(own) for name, own in keep.items()}
+    for name, own in given.items():
+        if name not in shapes:
+            raise ValueError(f"keep names {name!r}, which is no layer.{tables.closest(name, shapes)}")
+        if own.dtype != bool or own.shape != shapes[name] or not own.any():
+            raise ValueError(
+                f"keep[{name!r}] is {own.dtype} {own.shape} with {own.sum()} groups; allowed: bool {shapes[name]} that "
+                "keeps one or more."
+            )
+    return given
+
+
+def _mean_scores(leaves: Mapping[str, jax.Array], layer: Layer, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean scores of what stays and of what goes, 0 if that is nothing."""
+    scores = leaves[layer.scored[0].path] if layer.of_weights else _score(leaves, layer)
+    kept = trees.fold_sum(lambda s, k: jnp.where(k, jnp.abs(_wide(s)), 0), scores, keep)
+    pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, jnp.abs(_wide(s))), scores, keep)
+    number = trees.fold_sum(lambda k: k.astype(jnp.int32), keep)
+    return kept / number, pruned / jnp.maximum(layer.size - number, 1)
+
+
+def _penalties(chosen: Plan, updates: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Penalties of what stays and of what goes."""
+    number = updates.astype(float)
+    picking = number * chosen.pick_increment
+    pushing = chosen.push_start + (number - chosen.pick_updates) * chosen.push_increment
+    early = updates <= chosen.pick_updates
+    return jnp.where(early, picking, chosen.recover), jnp.where(early, picking, pushing)
+
+
+def _spread(reg: jax.Array, part: Part, shape: tuple[int, ...]) -> jax.Array:
+    """`reg` of every group at its entries of an array of `shape`."""
+    if part.axis is None:
+        return reg
+    size = shape[part.axis]
+    along = reg if part.index is None else jnp.zeros(size, reg.dtype).at[part.index].add(reg[:, None])
+    return along.reshape([size if i == part.axis % len(shape) else 1 for i in range(len(shape))])
+
+
+# What the state tells ------------------------------------------------------------------------------------------------
+
+
+def state_of(opt_state: PyTree) -> GrowingState:
+    """The state of the one `growing_l2` in an optimizer's state; raises ValueError if there is not exactly one."""
+    ours = lambda state: isinstance(state, GrowingState)
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=ours) if ours(leaf)]
+    if len(found) != 1:
+        raise ValueError(f"the optimizer's state holds {len(found)} states of growing_l2; it must hold one.")
+    return found[0]
+
+
+def finished(opt_state: PyTree) -> jax.Array:
+    """Whether all layers are done and `stabilize_steps` more steps are made: bool."""
+    return state_of(opt_state).left <= 0
+
+
+def kept(opt_state: PyTree) -> Keep:
+    """What stays, of the layers that lose something; decided once their phase is PUSH."""
+    return state_of(opt_state).keep
+
+
+def penalties(opt_state: PyTree) -> dict[str, jax.Array]:
+    """The penalty of every group, by layer: of filters [groups], of weights in the shape of the kernel."""
+    return _regs(state_of(opt_state))
+
+
+def _regs(state: GrowingState) -> dict[str, jax.Array]:
+    result = {}
+    for i, (name, keep) in enumerate(state.keep.items()):
+        # a leading axis of members of a sweep stays in front
+        own = lambda reg, i=i, keep=keep: reg[..., i].reshape(state.step.shape + (1,) * (keep.ndim - state.step.ndim))
+        result[name] = jnp.where(keep, own(state.progress.reg_kept), own(state.progress.reg_pruned))
+    return result
+
+
+def progress(opt_state: PyTree) -> dict[str, Progress]:
+    """The numbers of every layer, scalars, for logs and figures."""
+    state = state_of(opt_state)
+    return {name: Progress(*(x[..., i] for x in state.progress)) for i, name in enumerate(state.keep)}
+
+
+def scores(params: PyTree, layers: Sequence[Layer]) -> dict[str, jax.Array]:
+    """The score of every group, by layer: mean absolute weights [groups], of weights their magnitudes."""
+    leaves = _checked_leaves(params, layers)
+    own = lambda layer: jnp.abs(leaves[layer.scored[0].path]) if layer.of_weights else _score(leaves, layer)
+    return {layer.name: own(layer) for layer in layers}

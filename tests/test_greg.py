@@ -1,0 +1,322 @@
+"""Stages of growing regularisation: what goes, with what is coupled to it, when growth ends; oracle, noise, ..."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sparsity_jax import greg, models, optim, pipeline, stages, structured, tables, train, trees
+
+MOMENTUM = optim.settings("sgd", learning_rate=0.05, momentum=0.9)
+FAST = dict(  # done after some 30 steps
+    optimizer=MOMENTUM, batch_size=32, update_every=1, granularity_prune=0.2, granularity_pick=0.01, upper_limit=4.0,
+    upper_limit_pick=0.05, mag_ratio_limit=100.0, stabilize_steps=5, log_every=2, fix_steps=20,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return tiny.problem(widths=(12, 8))
+
+
+@pytest.fixture(scope="module")
+def trained(problem):
+    state, _ = tiny.trained(problem, tiny.fit(epochs=4))
+    return stages.without_optimizer(state)
+
+
+@pytest.fixture(scope="module")
+def residual():
+    """A small residual network with batch norm, untrained, its statistics and scales random."""
+    model = models.build(name="resnet", num_classes=4, stage_sizes=(1, 2), widths=(6, 8), stem_width=6)
+    found = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
+    state = train.create_state(found, train.key_of(0))
+    noise = lambda leaf: leaf + 0.2 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape)
+    shake = lambda tree: jax.tree.map(lambda leaf: noise(leaf) if leaf.ndim == 1 else leaf, tree)
+    return found, state._replace(params=shake(state.params), batch_stats=shake(state.batch_stats))
+
+
+def settings(kind, **fields):
+    rule = greg.STAGES[kind].options
+    return rule("config.x", **tables.check_options(rule, fields, "config.x"))
+
+
+def run(problem, state, kind, others=None, **fields):
+    """(state, rows) of a whole stage."""
+    place, own = stages.Place("x", 1, others or {}), [settings(kind, **fields)] * (problem.members or 1)
+    state, rows = greg.STAGES[kind].begin(problem, state, own, place), []
+    for update in greg.STAGES[kind].run(problem, state, own, place, [[]]):
+        state, rows = update.state, rows + update.rows[0]
+    assert update.done == 1.0
+    return state, rows
+
+
+def kernel(tree, path):
+    return np.asarray(trees.named_leaves(tree)[f"{path}/kernel"])
+
+
+# What goes -----------------------------------------------------------------------------------------------------
+
+
+def test_filters_go_with_all_that_is_coupled_to_them(problem, trained):
+    state, (row,) = run(problem, trained, "remove", ratios="[0:0.5, 1:0.25]")
+    norms = np.abs(kernel(trained.params, "dense1")).mean(0)
+    kept = np.ones(12, bool)
+    kept[np.argsort(norms)[:6]] = False
+    np.testing.assert_array_equal(kernel(state.masks, "dense1").all(0), kept)
+    np.testing.assert_array_equal(state.masks["dense1"]["bias"], kept)
+    np.testing.assert_array_equal(kernel(state.masks, "dense2").any(1), kept)
+    assert kernel(state.masks, "dense2").any(0).sum() == 6
+    assert kernel(state.masks, "fc").any(0).all()
+    assert row["layers"] == pytest.approx({"dense1/kernel": 0.5, "dense2/kernel": 1 - 36 / 96, "fc/kernel": 0.25})
+    for leaf, mask in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.masks)):
+        assert not np.any(np.asarray(leaf)[~np.asarray(mask)])
+
+
+@pytest.mark.parametrize(
+    ("pick", "chosen"), [("min", lambda norms: np.argsort(norms)[:6]), ("max", lambda norms: np.argsort(-norms)[:6])]
+)
+def test_picks_by_norm(problem, trained, pick, chosen):
+    state, _ = run(problem, trained, "remove", ratios="[0:0.5]", pick=pick)
+    gone = np.flatnonzero(~kernel(state.masks, "dense1").any(0))
+    np.testing.assert_array_equal(gone, np.sort(chosen(np.abs(kernel(trained.params, "dense1")).mean(0))))
+
+
+def test_random_picks_follow_the_seed(problem, trained):
+    first, again = (run(problem, trained, "remove", ratios="[0:0.5]", pick="rand")[0] for _ in range(2))
+    tiny.same(first.masks, again.masks)
+    other, _ = run(problem, trained._replace(key=train.key_of(5)), "remove", ratios="[0:0.5]", pick="rand")
+    assert not np.array_equal(kernel(first.masks, "dense1"), kernel(other.masks, "dense1"))
+
+
+def test_weights_and_input_channels(problem, trained):
+    state, _ = run(problem, trained, "remove", ratios="[0-2:0.9]", granularity="weight")
+    for path in ("dense1", "dense2", "fc"):
+        mask, weights = kernel(state.masks, path), np.abs(kernel(trained.params, path))
+        assert (~mask).sum() == int(np.ceil(0.9 * mask.size))
+        assert weights[mask].min() >= weights[~mask].max()
+    state, _ = run(problem, trained, "remove", ratios="[1:0.5]", granularity="channel")
+    kept = kernel(state.masks, "dense2").any(1)
+    norms = np.abs(kernel(trained.params, "dense2")).mean(1)
+    np.testing.assert_array_equal(np.flatnonzero(~kept), np.sort(np.argsort(norms)[:6]))
+    np.testing.assert_array_equal(kernel(state.masks, "dense1").any(0), kept)  # nothing else reads them
+
+
+@pytest.mark.parametrize(
+    ("granularity", "ratios"), [("filter", "[0,0.5,0.5,0]"), ("channel", "[0,0.5,0.5,0]"), ("group", "0.5")]
+)
+def test_a_pruned_residual_network_is_compacted(residual, granularity, ratios):
+    problem, state = residual
+    state, _ = run(problem, state, "remove", ratios=ratios, granularity=granularity)
+    chosen = structured.compact_options("config.compact", repeats=0)
+    row = structured.take_stock(problem, state, chosen)  # raises unless compact and masked logits are equal
+    assert row["difference"] < 1e-5
+    inner = {"params/stage1_block0/conv1": 3, "params/stage2_block0/conv1": 4, "params/stage2_block1/conv1": 4}
+    assert {name: row["kept"][name] for name in inner} == inner
+    outer = {name: size for name, size in row["sizes"].items() if name not in inner}
+    share = 0.5 if granularity == "group" else 1.0
+    assert {name: row["kept"][name] for name in outer} == {name: int(share * size) for name, size in outer.items()}
+    assert row["parameters_compact"] < row["parameters"]
+
+
+def test_a_speedup_is_reached_in_flops(residual):
+    problem, state = residual
+    cut, _ = run(problem, state, "remove", ratios="1.4x")
+    row = structured.take_stock(problem, cut, structured.compact_options("config.compact", repeats=0))
+    assert 1.4 <= row["flops"] / row["flops_compact"] < 1.6
+    with pytest.raises(tables.ConfigError, match=r"config.x.ratios: a speed-up of 90.* cannot be reached; .*at most"):
+        greg.check_network(problem, settings("remove", ratios="90x"))
+
+
+def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
+    config = tiny.config(
+        *("fit", "out"), model=dict(name="mlp", widths=(12, 8)), out=pipeline.stage("remove", ratios="[0:0.5, 1:0.3]")
+    )
+    monkeypatch.setattr(pipeline.report, "write", lambda workdir, *_, **__: workdir)
+    other = pipeline.run(config, tmp_path / "other").state
+    state = train.create_state(problem, train.key_of(9))
+    same, _ = run(problem, state, "remove", inherit=str(tmp_path / "other"))
+    tiny.same(same.masks, other.masks)
+    counts, _ = run(problem, state, "remove", inherit=str(tmp_path / "other"), inherit_as="ratio")
+    for path in ("dense1", "dense2"):
+        assert kernel(counts.masks, path).any(0).sum() == kernel(other.masks, path).any(0).sum()
+    assert not np.array_equal(kernel(counts.masks, "dense1"), kernel(other.masks, "dense1"))
+    with pytest.raises(tables.ConfigError, match=r"config.x.inherit is '.*none', which holds no finished run"):
+        greg.check_network(problem, settings("remove", inherit=str(tmp_path / "none")))
+    with pytest.raises(tables.ConfigError, match=r"mask of dense1/kernel has the shape \(64, 12\); allowed: \(64"):
+        greg.check_network(tiny.problem(widths=(7,)), settings("remove", inherit=str(tmp_path / "other")))
+
+
+# grow ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["greg1", "greg2", "fixreg"])
+def test_growth_pushes_to_zero_and_removes(problem, trained, method):
+    state, rows = run(problem, trained, "grow", method=method, ratios="[0:0.5, 1:0.25]", log_scores=True, **FAST)
+    assert kernel(state.masks, "dense1").any(0).sum() == 6
+    assert kernel(state.masks, "dense2").any(0).sum() == 6
+    logs, last = [row for row in rows if "growth" in row], rows[-1]
+    assert [row["step"] for row in logs] == list(range(2, last["step"] + 1, 2))
+    assert all("finished" not in row for row in rows)
+    before, after = logs[-2]["growth"]["dense1/kernel"], logs[-1]["growth"]["dense1/kernel"]
+    assert after["phase"] == 2
+    assert after["score_pruned"] < 0.2 * after["score_kept"]
+    assert after["reg_pruned"] == before["reg_pruned"]  # at rest
+    assert [row["epoch"] for row in rows if "epoch" in row] == list(range(1, 1 + last["step"] // 4))
+    norms = np.abs(kernel(trained.params, "dense1")).mean(0)
+    if method != "greg2":  # picked before the first step
+        assert set(np.flatnonzero(~kernel(state.masks, "dense1").any(0))) == set(np.argsort(norms)[:6])
+    scores, keep = logs[-1]["scores"]["dense1/kernel"], np.array(logs[-1]["keep"]["dense1/kernel"])
+    assert np.mean(np.array(scores)[keep]) == pytest.approx(after["score_kept"], rel=0.2)
+    np.testing.assert_array_equal(kernel(state.masks, "dense1").any(0), keep)
+
+
+def test_growth_ends_when_all_is_done_and_not_later(problem, trained):
+    fields = FAST | dict(log_every=1, mag_ratio_limit=1e9)
+    _, rows = run(problem, trained, "grow", ratios="[0:0.5]", **fields)
+    # exceeding 4.0 in steps of 0.2 takes 21 updates, one a step, then 5 steps at rest
+    assert rows[-1]["step"] == 26
+    assert settings("grow", ratios="[0:0.5]", **fields).growth.most_steps() >= 26
+
+
+def test_only_penalties_move_kernels(problem, trained):
+    fields = FAST | dict(optimizer=optim.settings("sgd", learning_rate=0.05), penalty_only=True)
+    state, _ = run(problem, trained, "grow", ratios="[0:0.5]", **fields)
+    np.testing.assert_array_equal(kernel(state.params, "fc"), kernel(trained.params, "fc"))
+    kept = kernel(state.masks, "dense1").any(0)
+    np.testing.assert_array_equal(kernel(state.params, "dense1")[:, kept], kernel(trained.params, "dense1")[:, kept])
+    assert not np.array_equal(state.params["fc"]["bias"], trained.params["fc"]["bias"])
+
+
+def test_members_grow_side_by_side(problem):
+    both = tiny.problem(widths=(12, 8), members=2)
+    keys = [train.key_of(seed) for seed in (0, 1)]
+    create = lambda found, key: train.create_state(found, key)
+    fields = dict(ratios="[0:0.5]", method="greg2", **FAST)
+    together, _ = run(both, jax.vmap(lambda key: create(both, key))(jnp.stack(keys)), "grow", **fields)
+    for i, key in enumerate(keys):
+        alone, _ = run(problem, create(problem, key), "grow", **fields)
+        np.testing.assert_array_equal(kernel(together.masks, "dense1")[i], kernel(alone.masks, "dense1"))
+        np.testing.assert_allclose(kernel(together.params, "fc")[i], kernel(alone.params, "fc"), rtol=1e-4, atol=1e-5)
+
+
+# oracle, reinit, noise, jacobian ---------------------------------------------------------------------------------
+
+
+def test_the_oracle_finds_the_best_choice(trained):
+    problem = tiny.problem(widths=(12, 8))
+    state, (row,) = run(problem, trained, "oracle", ratios="[1:0.25]")
+    found = []
+    for gone in itertools.combinations(range(8), 2):
+        kept = ~np.isin(np.arange(8), gone)
+        params = jax.tree.map(jnp.asarray, trained.params)
+        params["dense2"] = dict(kernel=params["dense2"]["kernel"] * kept, bias=params["dense2"]["bias"] * kept)
+        found.append(float(train.evaluate(problem, params, {}, "train")[0]))
+    assert row["choices"] == 28
+    assert row["loss"] == pytest.approx(min(found), rel=1e-5)
+    np.testing.assert_allclose(row["losses"], np.sort(found), rtol=1e-5)
+    best = list(itertools.combinations(range(8), 2))[int(np.argmin(found))]
+    np.testing.assert_array_equal(np.flatnonzero(~kernel(state.masks, "dense2").any(0)), best)
+    assert row["rank"] == 1 + sum(loss < row["loss_by_norm"] * (1 - 1e-6) for loss in found)
+
+
+def test_the_oracle_may_train_every_choice(problem, trained):
+    again = tiny.fit(epochs=1)
+    _, (row,) = run(problem, trained, "oracle", {"again": [again]}, ratios="[1:0.1]", retrain="again")
+    cut, _ = run(problem, trained, "remove", ratios="[1:0.1]")
+    numbers = train.numbers_of(problem, cut, [again.recipe])
+    state = train.begin(problem, cut, again, numbers)
+    for update in train.fit_epochs(problem, state, again, numbers, 1):
+        state = update.state
+    assert row["choices"] == 8
+    assert row["loss_by_norm"] == pytest.approx(float(train.evaluate(problem, state.params, {}, "train")[0]), rel=1e-5)
+
+
+def test_the_oracle_refuses_what_takes_for_ever(problem, trained):
+    with pytest.raises(tables.ConfigError, match=r"config.x: there are 924 combinations .* more than limit = 100"):
+        run(problem, trained, "oracle", ratios="[0:0.5]", limit=100)
+    with pytest.raises(tables.ConfigError, match=r"config.x.ratios is '\[0:-1\]'; allowed: numbers of groups, not -1"):
+        run(problem, trained, "oracle", ratios="[0:-1]")
+
+
+def test_weights_drawn_anew_keep_the_masks(residual):
+    problem, state = residual
+    state, _ = run(problem, state, "remove", ratios="[0,0.5,0.5,0]")
+    anew, rows = run(problem, state, "reinit", method="orthogonal")
+    assert rows == []
+    tiny.same(anew.masks, state.masks)
+    path = "stage1_block0/conv1"
+    assert not np.any(kernel(anew.params, path)[~kernel(state.masks, path)])
+    assert not np.array_equal(kernel(anew.params, path), kernel(state.params, path))
+    assert float(anew.batch_stats["bn1"]["var"].max()) == 1.0
+
+
+def test_noise_on_weights(problem, trained):
+    state, rows = run(problem, trained, "noise", std=0.0, num=2)
+    _, accuracy = train.evaluate(problem, trained.params, {}, "test")
+    assert [row["accuracy"] for row in rows] == [pytest.approx(float(accuracy))] * 2
+    tiny.same(state.params, trained.params)
+    _, rows = run(problem, trained, "noise", std=2.0, num=3, relative=True)
+    assert [row["draw"] for row in rows] == [0, 1, 2]
+    assert len({row["loss"] for row in rows}) == 3
+    assert np.mean([row["accuracy"] for row in rows]) < float(accuracy)
+
+
+def test_singular_values_of_the_jacobian(problem, trained):
+    _, (row,) = run(problem, trained, "jacobian", num_examples=7)
+    single = lambda x: problem.model.apply({"params": trained.params, "batch_stats": {}}, x[None])[0]
+    images = problem.images(problem.train_images[:7])
+    values = [np.linalg.svd(np.asarray(jax.jacrev(single)(x)).reshape(10, -1), compute_uv=False) for x in images]
+    assert row["mean"] == pytest.approx(np.mean(values), rel=1e-4)
+    assert row["largest"] == pytest.approx(np.max(values), rel=1e-4)
+    np.testing.assert_allclose(row["mean_by_rank"], np.mean(values, 0), rtol=1e-3, atol=1e-6)
+    assert row["num_examples"] == 7
+
+
+# Mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(), r"config.x needs either ratios, .* or inherit, the workdir of a pruned run; it has neither"),
+        (dict(ratios="2x", inherit="runs/a"), r"config.x needs either ratios, .*; it has both"),
+        (dict(inherit="runs/a", granularity="group"), r"config.x.inherit works for filter, channel and weight"),
+        (dict(ratios="[0:0.5]", pick="mni"), r"config.x.pick is 'mni'; allowed: 'min' .* Did you mean 'min'"),
+    ],
+)
+def test_options_that_do_not_fit(fields, message):
+    with pytest.raises(tables.ConfigError, match=message):
+        settings("remove", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            dict(ratios="[0,0.5,0]"),
+            r"config.x.ratios is '\[0,0.5,0\]', one ratio per stage, but no layer is in a",
+        ),
+        (dict(ratios="[0-7:0.5]"), r"config.x.ratios: '0-7:0.5' is out of range; the layers are 0 to 2"),
+        (dict(ratios="[0:0]"), r"config.x.ratios is '\[0:0\]': no layer loses anything"),
+        (
+            dict(ratios="2x", granularity="weight"),
+            r"config.x.ratios is '2x', a speed-up; allowed with granularity",
+        ),
+        (dict(ratios=((".*/kernle", 0.5),)), r"config.x.ratios"),
+        (dict(ratios="[0:0.5]", skip="9"), r"config.x.ratios: skip: '9' matches no layer"),
+    ],
+)
+def test_ratios_that_do_not_fit_the_network(problem, fields, message):
+    with pytest.raises(tables.ConfigError, match=message):
+        greg.check_network(problem, settings("remove", **fields))
+
+
+def test_limits_that_are_never_reached():
+    with pytest.raises(tables.ConfigError, match=r"granularity_prune"):
+        settings("grow", ratios="[0:0.5]", **FAST | dict(granularity_prune=0.0))
+    with pytest.raises(tables.ConfigError, match="method is 'greg3'"):
+        settings("grow", ratios="[0:0.5]", method="greg3", **FAST)

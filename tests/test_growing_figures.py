@@ -1,0 +1,87 @@
+"""Figures of growing regularisation: lines hold the rows' numbers, and each figure is there exactly when rows are."""
+
+import numpy as np
+import pytest
+
+from sparsity_jax import figures, growing_figures, report
+
+NAMES = ("growth_norms", "growth_ratio", "growth_groups")
+
+
+def growth_rows(steps=4, scores=True, member=0, **fields):
+    """Layers a and b; in a the second of three filters goes."""
+    rows = []
+    for i in range(1, steps + 1):
+        numbers = dict(phase=1, updates=i, reg_kept=0.0, reg_pruned=0.1 * i, score_kept=2.0, score_pruned=2.0 / 10**i)
+        layers = {"a/kernel": {**numbers, "ratio": 10.0**i}, "b/kernel": {**numbers, "ratio": 0.0}}
+        own = dict(scores={"a/kernel": [3.0, 1.0 / 10**i, 2.0]}, keep={"a/kernel": [True, False, True]})
+        common = dict(stage="grow", kind="grow", visit=1, arm="net", member=member, step=100 * i)
+        rows.append({**common, "growth": layers, **(own if scores else {}), **fields})
+    return [*rows, {**common, "ratio": 0.4, "layers": {"a/kernel": 1 / 3, "b/kernel": 0.5}}]
+
+
+def found(rows):
+    return [(one.label, growing_figures.logs(one)) for one in figures.group(rows)]
+
+
+def test_norms_by_penalty():
+    (panel,) = growing_figures.norm_panels(found(growth_rows()))
+    assert panel.log == "y"
+    kept, pruned = panel.lines[:2]
+    assert (kept.color, pruned.color, len(panel.lines)) == (growing_figures.KEPT, growing_figures.PRUNED, 4)
+    np.testing.assert_allclose(pruned.x, [0.1, 0.2, 0.3, 0.4])
+    np.testing.assert_allclose(pruned.mean, [0.2, 0.02, 0.002, 0.0002])
+    np.testing.assert_allclose(kept.mean, 2.0)
+
+
+def test_ratios_by_step_leave_out_layers_without():
+    (panel,) = growing_figures.ratio_panels(found(growth_rows()))
+    (line,) = panel.lines  # that of b is 0, as of layers of weights
+    np.testing.assert_allclose(line.x, [100, 200, 300, 400])
+    np.testing.assert_allclose(line.mean, [10, 100, 1000, 10_000])
+
+
+def test_groups_are_coloured_by_what_happens_to_them():
+    (panel,) = growing_figures.group_panels(found(growth_rows()))
+    assert panel.title == "a"
+    colors = [growing_figures.KEPT, growing_figures.PRUNED, growing_figures.KEPT]
+    assert [line.color for line in panel.lines] == colors
+    np.testing.assert_allclose(panel.lines[1].mean, [0.1, 0.01, 0.001, 0.0001])
+    assert growing_figures.group_panels(found(growth_rows(scores=False))) == []
+
+
+def test_of_several_members_the_first_is_drawn():
+    rows = growth_rows(member=0, seed=0) + growth_rows(steps=2, member=1, seed=1)
+    ((_, logs),) = found(rows)
+    assert [row["step"] for row in logs] == [100, 200, 300, 400]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (growth_rows(), NAMES),
+        (growth_rows(scores=False), NAMES[:2]),
+        (growth_rows()[-1:], ()),
+        ([dict(stage="fit", kind="train", visit=1, arm="net", member=0, epoch=1, train_loss=1.0)], ()),
+    ],
+    ids=["with groups", "without", "removal only", "none"],
+)
+def test_figures_are_there_exactly_when_their_rows_are(rows, expected, tmp_path):
+    page = report.write(tmp_path, {"data": {"name": "digits"}}, rows).read_text()
+    for name in NAMES:
+        assert (f'<section id="{name}">' in page) == (name in expected)
+        assert (tmp_path / "figures" / f"{name}.png").is_file() == (name in expected)
+    assert ("Pruning steps" in page) == ("layers" in rows[-1])
+
+
+def test_rows_of_other_stages_are_told_as_they_are(tmp_path):
+    common = dict(visit=1, arm="net", member=0)
+    rows = [
+        dict(common, stage="out", kind="remove", step=0, ratio=0.25, layers={}),
+        dict(common, stage="best", kind="oracle", choices=28, loss=0.5, loss_by_norm=0.625, rank=3, losses=[0.5]),
+        dict(common, stage="noise", kind="noise", draw=0, std=0.01, accuracy=0.875, loss=0.25),
+        dict(common, stage="values", kind="jacobian", mean=1.25, std=0.5, mean_by_rank=[2.0]),
+    ]
+    page = report.write(tmp_path, {}, rows).read_text()
+    for text in ("<td>28</td>", "<td>0.625</td>", "<td>0.875</td>", "<td>1.25</td>"):
+        assert text in page

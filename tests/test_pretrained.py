@@ -1,0 +1,423 @@
+"""PyTorch's weights: the originals' numbers through real files, every tensor accounted for, and the way back."""
+
+import functools
+import importlib.util
+import pathlib
+import sys
+import types
+
+import golden_data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from test_models import GOLDEN_NETS, TINY
+
+from sparsity_jax import evaluate, models, pipeline, pretrained, report, tables, train, trees
+
+KEY = jax.random.key(0)
+
+
+def filled(like, seed=0):
+    """Random arrays of the shapes of `like`."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), like)
+
+
+@functools.cache
+def shapes_of(name, num_classes=5, side=0, **options):
+    tiny_options, tiny_side = TINY[name]
+    images = jax.ShapeDtypeStruct((1, *(side or tiny_side,) * 2, 3), jnp.float32)
+    model = models.build(name=name, num_classes=num_classes, **(options or tiny_options))
+    return jax.eval_shape(model.init, KEY, images)
+
+
+def same(first, second):
+    """Equal in every bit, names and types too."""
+    first, second = trees.named_leaves(first), trees.named_leaves(second)
+    assert first.keys() == second.keys()
+    for path, leaf in first.items():
+        assert (leaf.dtype, leaf.shape) == (second[path].dtype, second[path].shape)
+        assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes()
+
+
+def without_counters(state_dict):
+    return {name: array for name, array in state_dict.items() if not name.endswith("num_batches_tracked")}
+
+
+# PyTorch's numbers
+
+
+@pytest.mark.parametrize("key", ["imagenet/resnet50", "greg/mobilenetv2"])
+def test_logits_of_the_original_through_a_file(key, tmp_path):
+    net, expected = golden_data.load("11_models.json")[key], golden_data.load("11_models.npz")[f"{key}/logits"]
+    state_dict = golden_data.state_dict(net["param_names"], net["param_shapes"])
+    state_dict = {name: array.astype(np.float32 if array.ndim else np.int64) for name, array in state_dict.items()}
+    path = pretrained.write(tmp_path / "net.safetensors", state_dict)
+    same(pretrained.read(path), state_dict)
+    model = models.build(num_classes=expected.shape[-1], **GOLDEN_NETS[key])
+    images = golden_data.images(net["input_shape"]).astype(np.float32)
+    like = jax.eval_shape(model.init, KEY, images)
+    variables = pretrained.to_variables(pretrained.read(path), like)
+    logits = jax.jit(model.apply)(variables, images)
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+    names = pretrained.name_map({name: array.shape for name, array in state_dict.items()}, like)
+    back = pretrained.to_torch(variables, names)
+    assert back.keys() == state_dict.keys()
+    same(without_counters(back), without_counters(state_dict))
+    torchvision = pretrained.to_torch(variables)  # its own names, in which the original is wrapped or not
+    assert torchvision.keys() == {name.removeprefix("net.") for name in state_dict}
+    same(pretrained.to_variables(torchvision, like), variables)
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_every_model_comes_back(name):
+    like = shapes_of(name)
+    variables = filled(like)
+    state_dict = pretrained.to_torch(variables)
+    assert len(without_counters(state_dict)) == len(jax.tree.leaves(like))
+    assert sum(name.endswith("num_batches_tracked") for name in state_dict) == str(like).count("'mean'")
+    same(pretrained.to_variables(state_dict, like), variables)
+    wrapped = {f"module.{name}": array for name, array in state_dict.items()}
+    same(pretrained.to_variables(wrapped, like), variables)
+
+
+def test_layouts():
+    like = shapes_of("lenet5")
+    state_dict = pretrained.to_torch(filled(like))
+    assert {name: state_dict[name].shape for name in ("conv2.weight", "dense1.weight", "fc.bias")} == {
+        "conv2.weight": (4, 3, 5, 5),
+        "dense1.weight": (6, 5),
+        "fc.bias": (5,),
+    }
+    like = {"params": {"conv1": {"kernel": np.zeros((2, 3, 1, 1))}}}
+    kernel = np.arange(6.0).reshape(1, 1, 2, 3)
+    variables = pretrained.to_variables({"conv1.weight": kernel}, like)
+    np.testing.assert_array_equal(variables["params"]["conv1"]["kernel"][..., 0, 0], kernel[0, 0])
+
+
+def test_flattened_images():
+    """PyTorch flattens channels, rows, columns; here channels come last."""
+    model = models.build(name="mlp", num_classes=5, widths=(4,))
+    images = np.random.default_rng(0).normal(size=(2, 3, 2, 6)).astype(np.float32)  # NHWC with 6 channels
+    like = jax.eval_shape(model.init, KEY, images)
+    state_dict = pretrained.to_torch(filled(like))
+    variables = pretrained.to_variables(state_dict, like, image_channels=6)
+    flat = images.transpose(0, 3, 1, 2).reshape(2, -1)
+    hidden = np.maximum(flat @ state_dict["dense1.weight"].T + state_dict["dense1.bias"], 0)
+    expected = hidden @ state_dict["fc.weight"].T + state_dict["fc.bias"]
+    np.testing.assert_allclose(model.apply(variables, images), expected, rtol=1e-5, atol=1e-5)
+    same(pretrained.to_torch(variables, image_channels=6), state_dict)
+
+
+# Names
+
+
+def timm_names():
+    """timm's names of MobileNet V2's convolutions and batch norms, and ours."""
+    found = {"conv_stem": "conv1", "bn1": "bn1", "conv_head": "conv2", "bn2": "bn2", "classifier": "fc"}
+    block = 0
+    for stage, repeats in enumerate((1, 2, 3, 4, 3, 3, 1)):
+        for repeat in range(repeats):
+            theirs = ("conv_dw", "conv_pw") if stage == 0 else ("conv_pw", "conv_dw", "conv_pwl")
+            ours = ("depthwise", "project") if stage == 0 else ("expand", "depthwise", "project")
+            for i, (one, other) in enumerate(zip(theirs, ours, strict=True), 1):
+                found[f"blocks.{stage}.{repeat}.{one}"] = f"block{block}/{other}"
+                found[f"blocks.{stage}.{repeat}.bn{i}"] = f"block{block}/bn{i}"
+            block += 1
+    return found
+
+
+def test_names_of_timm():
+    model = models.build(name="mobilenet_v2", num_classes=1000, multiplier=0.1)
+    like = jax.eval_shape(model.init, KEY, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    variables, theirs = filled(like), {ours: name for name, ours in timm_names().items()}
+    rename = lambda name, path: f"{theirs[path.split('/', 1)[1].rpartition('/')[0]]}.{name.rpartition('.')[2]}"
+    names = {rename(name, path): path for name, path in pretrained.torch_names(like).items()}
+    assert len(names) == len(jax.tree.leaves(like))
+    state_dict = pretrained.to_torch(variables, names)
+    assert pretrained.name_map({name: array.shape for name, array in state_dict.items()}, like) == names
+    same(pretrained.to_variables(state_dict, like), variables)
+
+
+def test_names_of_a_network_of_ones_own():
+    like = {
+        "layers": [{"w": np.zeros((2, 3)), "b": np.zeros(2)}],
+        "head": {"kernel": np.zeros((2, 4)), "pos": np.zeros(1)},
+    }
+    state_dict = {
+        "encoder.0.weight": np.arange(6.0).reshape(2, 3),
+        "encoder.0.bias": np.ones(2),
+        "out.weight": np.arange(8.0).reshape(4, 2),
+        "pos": np.ones(1),
+    }
+    names = ((r"encoder\.(\d+)\.weight", r"layers/\1/w"), (r"encoder\.(\d+)\.bias", r"layers/\1/b"))
+    names += ((r"out\.weight", "head/kernel"), (r"pos", "head/pos"))
+    found = pretrained.to_variables(state_dict, like, names=names)
+    np.testing.assert_array_equal(found["layers"][0]["w"], state_dict["encoder.0.weight"])  # no kernel of Flax
+    np.testing.assert_array_equal(found["head"]["kernel"], state_dict["out.weight"].T)
+    placed = pretrained.name_map({name: array.shape for name, array in state_dict.items()}, like, names)
+    same(pretrained.to_torch(found, placed), state_dict)
+    with pytest.raises(ValueError, match=r"names leave out head/pos; 1 of 4 arrays"):
+        pretrained.to_torch(found, {name: path for name, path in placed.items() if name != "pos"})
+    with pytest.raises(tables.ConfigError, match=r"'pos' is to become 'head/poss', which .* Did you mean 'head/pos'"):
+        pretrained.to_variables(state_dict, like, names=(*names[:3], ("pos", "head/poss")))
+
+
+# Whatever does not fit
+
+
+def resnet(num_classes=5, **options):
+    like = shapes_of("resnet", num_classes=num_classes, stage_sizes=(1, 1), widths=(4, 6), **options)
+    return like, pretrained.to_torch(filled(like))
+
+
+def test_what_does_not_fit_is_named():
+    like, state_dict = resnet()
+    del state_dict["layer2.0.conv1.weight"]
+    state_dict["layer3.0.conv1.weight"] = np.zeros((6, 6, 3, 3))
+    state_dict["num_batches_tracked"] = np.zeros(())
+    state_dict["layer1.0.bn1.bias"] = np.zeros(9)
+    with pytest.raises(tables.ConfigError) as raised:
+        pretrained.to_variables(state_dict, like, where="net.safetensors")
+    assert str(raised.value).splitlines() == [
+        "net.safetensors does not fit the network; 30 of 32 arrays do.",
+        "  missing: params/stage2_block0/conv1/kernel (3, 3, 4, 6)",
+        "  unexpected: layer3.0.conv1.weight (6, 6, 3, 3); num_batches_tracked ()",
+        "  wrong: layer1.0.bn1.bias is (9,), for params/stage1_block0/bn1/bias it must be (4,)",
+    ]
+
+
+def test_hints():
+    like, _ = resnet()
+    with pytest.raises(
+        tables.ConfigError, match=r"fc.weight is \(7, 6\), for .* it must be \(5, 6\).*\n.*other classes"
+    ):
+        pretrained.to_variables(resnet(num_classes=7)[1], like)
+    with pytest.raises(tables.ConfigError, match=r"conv1.weight is \(4, 3, 7, 7\).*\n.* is config.model.stem right"):
+        pretrained.to_variables(resnet(stem="imagenet")[1], like)
+    with pytest.raises(tables.ConfigError, match=r"missing: .*, and 28 more"):
+        pretrained.to_variables({}, like)
+
+
+def test_fresh_classifier():
+    like, state_dict = resnet()
+    kept = filled(like, seed=1)
+    other = resnet(num_classes=7)[1]
+    for given in (other, {name: array for name, array in other.items() if not name.startswith("fc.")}):
+        found = pretrained.to_variables(given, kept, fresh=pretrained.CLASSIFIER)
+        same(found["params"]["fc"], kept["params"]["fc"])
+        np.testing.assert_array_equal(found["params"]["bn1"]["bias"], other["bn1.bias"])
+    assert state_dict.keys() == other.keys()
+
+
+def test_two_tensors_for_one_place():
+    like, state_dict = resnet()
+    state_dict["layer2.0.shortcut.0.weight"] = state_dict["layer2.0.downsample.0.weight"]
+    with pytest.raises(tables.ConfigError, match=r"unexpected: layer2\.0\.shortcut\.0\.weight"):
+        pretrained.to_variables(state_dict, like)
+
+
+# Files
+
+
+def test_types_survive(tmp_path):
+    arrays = {
+        "half": np.arange(3, dtype=np.float16),
+        "brain": np.arange(3).astype(jnp.bfloat16),
+        "turned": np.arange(6.0).reshape(2, 3).T,
+        "number": np.asarray(3),
+        "flag": np.array([True, False]),
+    }
+    same(pretrained.read(pretrained.write(tmp_path / "new" / "all.safetensors", arrays)), arrays)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["all.safetensors"]
+    like = {"params": {"bn1": {"scale": jax.ShapeDtypeStruct((3,), jnp.float32)}}}
+    found = pretrained.to_variables({"bn1.weight": arrays["brain"]}, like)["params"]["bn1"]["scale"]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, [0, 1, 2])
+
+
+def test_files_cut_short_or_foreign(tmp_path):
+    path = pretrained.write(tmp_path / "net.safetensors", {"a": np.arange(100.0), "b": np.ones(3)})
+    whole = path.read_bytes()
+    foreign = b"<!DOCTYPE html><html>not found</html>", b"PK\x03\x04" + bytes(100), b"", b"\xff" * 8 + whole
+    for content in (*(whole[:n] for n in (4, 8, 60, len(whole) - 1)), *foreign):
+        path.write_bytes(content)
+        with pytest.raises(tables.ConfigError, match=r"net\.safetensors', which is no whole safetensors file"):
+            pretrained.read(path)
+    path.write_bytes(safetensors.serialize({}))
+    assert pretrained.read(path) == {}
+    with pytest.raises(tables.ConfigError, match=r"no such file"):
+        pretrained.read(tmp_path / "absent.safetensors")
+    with pytest.raises(tables.ConfigError, match=r"net.h5'; allowed: a file of weights, .safetensors or .pth"):
+        pretrained.read(tmp_path / "net.h5")
+    with pytest.raises(tables.ConfigError, match=r"name the file \*\.safetensors"):
+        pretrained.write(tmp_path / "net.pth", {})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = pretrained.write(tmp_path / "net.safetensors", {"a": np.ones(3)})
+    with pytest.raises(Exception, match="object"):
+        pretrained.write(path, {"a": np.array([object()])})
+    same(pretrained.read(path), {"a": np.ones(3)})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Tensor:
+    """As much of PyTorch's tensor as reading needs."""
+
+    def __init__(self, array, dtype="float"):
+        self.array, self.dtype = array, dtype
+
+    def detach(self):
+        return self
+
+    contiguous = detach
+
+    def view(self, dtype):
+        return Tensor(self.array.view(dtype))
+
+    def numpy(self):
+        assert self.dtype != "bfloat16", "NumPy has no such type"
+        return self.array
+
+
+def test_files_of_pytorch(tmp_path, monkeypatch):
+    path, content = tmp_path / "net.pth", {}
+    path.write_bytes(b"written by torch.save")
+
+    def load(path, *, map_location, weights_only):
+        assert (map_location, weights_only) == ("cpu", True)
+        if isinstance(content["it"], Exception):
+            raise content["it"]
+        return content["it"]
+
+    fake = types.SimpleNamespace(Tensor=Tensor, load=load, bfloat16="bfloat16", int16=np.int16)
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    brain = np.arange(3).astype(jnp.bfloat16)
+    arrays = {"module.w": np.arange(4.0), "module.b": brain}
+    tensors = {"module.w": Tensor(arrays["module.w"]), "module.b": Tensor(brain, "bfloat16")}
+    for content["it"] in (tensors, {"epoch": 3, "state_dict": tensors}, {"model": tensors}):
+        same(pretrained.read(path), arrays)
+    content["it"] = RuntimeError("PytorchStreamReader failed\nmany lines")
+    with pytest.raises(tables.ConfigError, match=r"cannot be read as weights alone: PytorchStreamReader failed Is it"):
+        pretrained.read(path)
+    for content["it"], shown in (({"epoch": 3}, "a dict of epoch"), ([1], "list")):
+        with pytest.raises(tables.ConfigError, match=f"holds {shown}; allowed: tensors by name"):
+            pretrained.read(path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(tables.ConfigError, match=r"`pip install torch`, or convert it to .safetensors"):
+        pretrained.read(path)
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """(file, variables) of a trained network for the digits, the file of PyTorch's names and layouts."""
+    problem = tiny.problem()
+    state, _ = tiny.trained(problem, tiny.fit())
+    variables = {"params": jax.device_get(state.params), "batch_stats": {}}
+    path = tmp_path_factory.mktemp("weights") / "mlp.safetensors"
+    return str(pretrained.write(path, pretrained.to_torch(variables))), variables
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
+
+
+STILL = pipeline.stage("train", epochs=1, batch_size=32, optimizer=dict(tiny.SGD, learning_rate=0.0), start="init")
+
+
+@pytest.mark.parametrize("mode", ["", "vmap", "loop"])
+def test_a_run_starts_from_the_file(weights, mode, tmp_path):
+    path, variables = weights
+    sweep = dict(sweep=dict(seed=(0, 1)), sweep_mode=mode) if mode else {}
+    config = tiny.config("cut", "curve", "still", still=STILL, pretrained=path, **sweep)
+    outcome = pipeline.run(config, tmp_path / "run")
+    params = jax.tree.map(lambda leaf: leaf[1] if mode == "vmap" else leaf, outcome.state.params)
+    same(jax.device_get(params), variables["params"])  # `still` started over from the file
+    saved = evaluate.open_run(tmp_path / "run")
+    assert len(saved.networks) == (2 if mode else 1)
+    (file, *others) = evaluate.export_torch(saved, tmp_path / "out.safetensors")
+    assert [other.name for other in others] == (["out_001.safetensors"] if mode else [])
+    same(pretrained.read(file), pretrained.read(path))
+    with pytest.raises(tables.ConfigError, match="name a new file"):
+        evaluate.export_torch(saved, tmp_path / "out.safetensors")
+    again = pipeline.run(tiny.config("curve", start_from=str(tmp_path / "run"), **sweep), tmp_path / "again")
+    assert len(again.rows) == len([row for row in outcome.rows if row["stage"] == "curve"])
+
+
+def test_accuracy_of_the_file(weights, tmp_path):
+    path, variables = weights
+    problem = tiny.problem()
+    _, expected = train.evaluate(problem, variables["params"], {}, "test")
+    rows = pipeline.run(tiny.config("curve", pretrained=path), tmp_path).rows
+    assert rows[0]["ratio"] == 0
+    assert rows[0]["accuracy"] == pytest.approx(float(expected))
+
+
+def test_states_do_not_share_memory_with_the_file(weights):
+    """Training on an accelerator donates the state."""
+    _, variables = weights
+    arrays = {path: jnp.asarray(leaf) for path, leaf in trees.named_leaves(variables).items()}
+    problem = tiny.problem()._replace(pretrained=arrays)
+    create = jax.jit(lambda key, arrays: train.create_state(problem, key, arrays))
+    state = create(train.key_of(0), problem.pretrained)
+    for path, leaf in trees.named_leaves({"params": state.params}).items():
+        np.testing.assert_array_equal(leaf, arrays[path])
+        assert leaf.unsafe_buffer_pointer() != arrays[path].unsafe_buffer_pointer()
+
+
+def test_a_fresh_classifier_depends_on_the_seed(weights, tmp_path):
+    path, variables = weights
+    fresh = dict(pretrained=path, fresh_classifier=True)
+    outcome = pipeline.run(tiny.config("still", still=STILL, sweep=dict(seed=(0, 1)), **fresh), tmp_path)
+    params = jax.device_get(outcome.state.params)
+    np.testing.assert_array_equal(params["dense1"]["kernel"], [variables["params"]["dense1"]["kernel"]] * 2)
+    kernels = params["fc"]["kernel"]
+    assert not np.array_equal(kernels[0], kernels[1])
+    assert not np.array_equal(kernels[0], variables["params"]["fc"]["kernel"])
+
+
+def test_mistakes_stop_a_run_before_it_begins(weights, tmp_path):
+    path, _ = weights
+    truncated = tmp_path / "cut.safetensors"
+    truncated.write_bytes(pathlib.Path(path).read_bytes()[:-10])
+    wider = dict(model=dict(name="mlp", widths=(17,)))
+    for fields, message in (
+        (dict(pretrained="nowhere.safetensors"), r"config\.pretrained is 'nowhere\.safetensors', but there is no such"),
+        (dict(pretrained=str(truncated)), r"config\.pretrained is '.*cut\.safetensors', which is no whole safetensors"),
+        (
+            dict(pretrained=path, start_from="x"),
+            r"config\.pretrained is '.*' and config\.start_from 'x'; allowed: one of",
+        ),
+        (
+            dict(fresh_classifier=True),
+            r"config\.fresh_classifier is for the weights of config\.pretrained, which is em",
+        ),
+        (dict(pretrained=path, **wider), r"config\.pretrained '.*' does not fit .*\n  wrong: .* must be \(17, 64\)"),
+        (dict(pretrained=path, sweep=dict(pretrained=[path])), r"config\.sweep names config\.pretrained; allowed"),
+    ):
+        with pytest.raises(tables.ConfigError, match=message):
+            pipeline.run(tiny.config("curve", **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(tables.ConfigError, match=r"before any stage of kind 'train'"):
+        pipeline.check(tiny.config("curve"))
+
+
+def test_command_line_writes_torch_weights(weights, tmp_path, capsys):
+    workdir, file = tmp_path / "run", tmp_path / "out.safetensors"
+    pipeline.run(tiny.config("cut", pretrained=weights[0]), workdir)
+    evaluate.main(["--workdir", str(workdir), "--torch", str(file)])
+    assert f"wrote PyTorch weights of the dense network: {file}" in capsys.readouterr().out
+    zeros = [np.mean(array == 0) for name, array in pretrained.read(file).items() if name.endswith("weight")]
+    assert 0.3 < np.mean(zeros) < 0.7
+    for name in (file, tmp_path / "out.pth"):
+        with pytest.raises(SystemExit, match=r"cannot be written; name a new file \*\.safetensors"):
+            evaluate.main(["--workdir", str(workdir), "--torch", str(name)])

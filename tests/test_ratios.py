@@ -1,0 +1,413 @@
+"""Ratios of layers: the original's notations and exclusions, published speed-ups, order by the program, errors."""
+
+import functools
+import math
+
+import foreign
+import golden_data
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from test_models import TINY
+
+from sparsity_jax import allocate, cost, groups, models, ratios, tables
+from sparsity_jax.models import vgg
+
+FILE = "09_stage_pr.npz"
+GRANULARITIES = ("filter", "channel", "weight")
+RESIDUAL = ["0_resnet56", "1_resnet56", "2_resnet34", "3_resnet50", "4_resnet50", "5_resnet18"]
+SINGLE = ["0_vgg19", "1_vgg19", "2_vgg16", "3_lenet5"]
+
+
+# The original --------------------------------------------------------------------------------------------------------
+
+
+def golden(key):
+    """(notation, skip, layers, ratios by granularity, all stored arrays of the network)."""
+    stored = golden_data.load(FILE)
+    own = {name.removeprefix(f"{key}/"): stored[name] for name in stored if name.startswith(f"{key}/")}
+    text = lambda name: str(own[name][0])
+    return text("stage_pr"), text("skip_layers"), own["layer_names"].tolist(), own
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("key", [f"resnet/{name}" for name in RESIDUAL] + [f"single/{name}" for name in SINGLE])
+def test_ratios_of_the_original(key, granularity):
+    notation, skip, layers, own = golden(key)
+    table = ratios.parse(notation, layers, granularity=granularity, skip=skip, reading="original")
+    assert list(table) == layers
+    np.testing.assert_array_equal(list(table.values()), own[f"pr_{granularity}"])
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_places_of_the_original(name):
+    _, _, layers, own = golden(f"resnet/{name}")
+    for layer, (stage, block, conv) in zip(ratios.places(layers), own["stage_seq_block"], strict=True):
+        assert layer.address == ((stage,) if block == -9 else (stage, block, conv)), layer
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_ranges_of_the_original(i):
+    stored = golden_data.load(FILE)
+    expected = stored[f"single_branch_parse/{i}/ratio"]
+    layers = [f"layer {j}" for j in range(len(expected))]
+    table = ratios.parse(str(stored[f"single_branch_parse/{i}/spec"][0]), layers)
+    np.testing.assert_array_equal(list(table.values()), expected)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_lists_of_the_original(i):
+    stored = golden_data.load(FILE)
+    items = stored[f"list_parse/{i}/items"].tolist()
+    text = str(stored[f"list_parse/{i}/spec"][0])
+    layers = ["stem", *(f"stage{s}_block{b}/conv{c}" for s in range(1, 4) for b in range(11) for c in (1, 2)), "fc"]
+    skipped = {layer.path for layer in ratios.places(layers) for item in items if in_place(layer.address, item)}
+    if i != 1:
+        table = ratios.parse(((".*", 0.5),), layers, granularity="weight", skip=text)
+        assert {path for path, ratio in table.items() if ratio == 0} == skipped != set()
+    else:
+        table = ratios.parse(text.replace(", ]", ", 0, ]"), layers, granularity="weight")
+        assert [table[layer.path] for layer in ratios.places(layers)] == [
+            [0, 0.3, 0.3, 0, 0][layer.address[0]] for layer in ratios.places(layers)
+        ]
+
+
+def in_place(address, item):
+    parts = item.split(".")
+    return [str(part) for part in address[: len(parts)]] == parts
+
+
+def test_prefixes_are_whole_numbers_unless_read_as_the_original():
+    layers = ["conv1", *(f"stage1_block{i}/conv{j}" for i in range(12) for j in (1, 2)), "fc"]
+    parse = functools.partial(ratios.parse, "[0,0.5,0]", layers, skip="[1.1]")
+    half = lambda table: [path for path, ratio in table.items() if ratio]
+    kept = [f"stage1_block{i}/conv1" for i in range(12)]
+    assert half(parse()) == [path for path in kept if "block1/" not in path]
+    assert half(parse(reading="original")) == [path for path in kept if "block1" not in path]  # also blocks 10 and 11
+    assert len(half(parse(granularity="weight"))) == 22
+    assert len(half(parse(granularity="weight", reading="original"))) == 24  # which skips nothing there
+
+
+# The order of layers -------------------------------------------------------------------------------------------------
+
+
+def called(apply, variables, *inputs):
+    """Paths of the modules with a kernel, in the order in which they are called first."""
+    found = []
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, (nn.Conv, nn.Dense)):
+            found.append(f"params/{'/'.join(context.module.path)}/kernel")
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda *args: apply(*args), variables, *inputs)  # anew: jax remembers traces of `apply`
+    return list(dict.fromkeys(found))
+
+
+@functools.cache
+def network(name):
+    """(apply, shapes of variables, images) of a row of the zoo."""
+    options, side = TINY[name]
+    model = models.build(name=name, num_classes=5, **options)
+    images = jax.ShapeDtypeStruct((3, side, side, 3), jnp.float32)
+    return model.apply, jax.eval_shape(model.init, jax.random.key(0), images), images
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_order_of_the_zoo(name):
+    apply, variables, images = network(name)
+    layers = ratios.order(apply, variables, images)
+    assert layers == called(apply, variables, images)
+    assert layers[-1] == "params/fc/kernel"
+    assert set(layers) == set(allocate.prunable(variables, "kernels"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nnx", "conv1 conv2 out"),
+        ("equinox", "0 3 6 8"),
+        ("gated", "stem shared squeeze excite out"),
+        ("unet", "down1 down2 middle up2 merge2 up1 out"),
+        ("scanned", "stem up down out"),
+        ("gru", "embed hn ir hr iz hz in out"),
+        ("plain", "v w u out"),
+    ],
+)
+def test_order_in_other_frameworks(name, expected):
+    apply, variables, inputs = foreign.FOREIGN[name]()
+    options = {"is_kernel": lambda path: path in ("u", "v", "w", "out")} if name == "plain" else {}
+    found = ratios.order(apply, variables, *inputs, **options)
+    parts = expected.split()
+    named = [next((part for part in reversed(path.split("/")) if part in parts), None) for path in found]
+    if name == "gru":  # gates: the order is the cell's affair
+        assert sorted(named) == sorted(parts)
+        assert [named[0], named[-1]] == ["embed", "out"]
+    else:
+        assert named == parts
+
+
+def test_order_ignores_what_happens_before_the_products():
+    def apply(variables, x):
+        half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)  # in the order of names
+        body = lambda x: jnp.tanh(x @ half["b"]["kernel"])
+        x = jax.lax.while_loop(lambda x: (x @ half["d"]["kernel"]).sum() < 0, body, x.astype(jnp.bfloat16))
+        return jax.jit(jax.checkpoint(lambda x: x @ half["c"]["kernel"].T))(x) + half["a"]["kernel"].sum()
+
+    variables = {name: {"kernel": jnp.zeros((4, 4))} for name in "abcd"}
+    assert ratios.order(apply, variables, jnp.ones((2, 4))) == ["d/kernel", "b/kernel", "c/kernel"]
+
+
+# Places and rules ----------------------------------------------------------------------------------------------------
+
+
+def test_a_network_with_other_names():
+    layers = ["stem.0", "stem.1", "s0.b1.a", "s0.b1.b", "s0.b2.proj", "s0.b2.a", "s0.b2.b", "mid", "s3.b1.a", "out"]
+    pattern = r"s(?P<stage>\d)\.b(?P<block>\d)\.(?P<shortcut>proj)?.*"
+    found = ratios.places(layers, pattern)
+    assert [layer.address for layer in found] == [
+        (0,), (0,), (1, 0, 0), (1, 0, 1), (1, 1, -1), (1, 1, 0), (1, 1, 1), (1,), (2, 0, 0), (3,),
+    ]  # fmt: skip
+    assert [layer.path for layer in found if "filter" in layer.whole] == ["s0.b1.b", "s0.b2.proj", "s0.b2.b", "s3.b1.a"]
+    assert [layer.path for layer in found if "channel" in layer.whole] == [
+        "s0.b1.a",
+        "s0.b2.proj",
+        "s0.b2.a",
+        "s3.b1.a",
+    ]
+    table = ratios.parse((0.1, 0.2, 0.3, 0.4), layers, granularity="weight", blocks=pattern, skip=["1.1"])
+    assert list(table.values()) == [0.1, 0.1, 0.2, 0.2, 0, 0, 0, 0.2, 0.3, 0.4]
+    plain = r"s(?P<stage>\d)\.b(?P<block>\d)\..*"
+    assert ratios.places(layers, plain)[4].address == (1, 1, 0)
+
+
+RESNET = ["conv1", "stage1_block0/conv1", "stage1_block0/conv2", "stage2_block0/conv1", "stage2_block0/conv2"]
+RESNET += ["stage2_block0/shortcut_conv", "fc"]
+VGG = ["conv1", "conv2", "conv3", "fc"]
+
+
+def test_rules_on_paths():
+    rules = (("stage2.*", 0.25), ("fc", -1), (".*", 0.5))
+    assert list(ratios.parse(rules, RESNET).values()) == [0.5, 0.5, 0, 0.25, 0, 0, ratios.AUTOMATIC]
+    assert list(ratios.parse(rules, RESNET, granularity="channel").values()) == [0.5, 0, 0.5, 0, 0.25, 0, -1]
+    assert list(ratios.parse(rules, RESNET, granularity="weight").values()) == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25, -1]
+    assert list(ratios.parse([["conv.*", 0.5], ["fc", 0]], VGG, skip="1").values()) == [0.5, 0, 0.5, 0]
+
+
+def test_automatic_ratios():
+    assert list(ratios.parse("[0-2:-1]", VGG).values()) == [-1, -1, -1, 0]
+    assert list(ratios.parse("[0,-1,-1.0,0]", RESNET).values()) == [0, -1, 0, -1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("notation", "layers", "options", "message"),
+    [
+        ("[0,0.5]", RESNET, {}, r"has 2 ratios; the network has 4 stages: 0 \(before the blocks\), 1, 2, 3 \(after"),
+        ("[0,0.5,0,0,0]", RESNET, {}, "has 5 ratios"),
+        ("[0,0.5,x,0]", RESNET, {}, "stage 2: the ratio 'x'"),
+        ("[0,0.5,1,0]", RESNET, {}, "stage 2: the ratio '1' is not allowed; allowed: .*0 <= ratio < 1, or -1"),
+        ("[0,0.5,-0.5,0]", RESNET, {}, "ratio '-0.5'"),
+        ("[0,0.5,nan,0]", RESNET, {}, "ratio 'nan'"),
+        ((0, 0.5, True, 0), RESNET, {}, "ratio True"),
+        ("[0,0.5,,0]", RESNET, {}, "entry 2 is empty"),
+        ("[0,0.5,0.5,0", RESNET, {}, "one bracket"),
+        ("[]", RESNET, {}, "has no ratio"),
+        ("[0-3:0.5]", RESNET, {}, "ranges of layers, but the network has residual blocks"),
+        ("[0,0.5,0.5,0]", VGG, {}, "no layer is in a residual block; give ranges of the layers 0 to 3"),
+        ("[0-4:0.5]", VGG, {}, "'0-4:0.5' is out of range; the layers are 0 to 3, 'fc'"),
+        ("[2-1:0.5]", VGG, {}, "out of range"),
+        ("[0-2;0.5:1]", VGG, {}, "no range of layers"),
+        ("[0-2:0.5, 0.3]", VGG, {}, "'0.3' is no range"),
+        ("[0-2:]", VGG, {}, "ratio ''"),
+        ("[0-2:1.5]", VGG, {}, "ratio '1.5'"),
+        ("[0-2:0.5]", VGG, {"skip": "[4]"}, "skip: '4' matches no layer; layers: 0 1 2 3"),
+        ("[0-2:0.5]", VGG, {"skip": "[1.0]"}, "'1.0' is no place in this network; write the number of a layer"),
+        ("[0,0.5,0.5,0]", RESNET, {"skip": "[1.1]"}, "'1.1' matches no layer; layers: 0 1.0.0 1.0.1 2.0.0 2.0.1 3"),
+        ("[0,0.5,0.5,0]", RESNET, {"skip": "[a]"}, "'a' is no place in this network; write stage.block.convolution"),
+        ((("conv9", 0.5), (".*", 0)), VGG, {}, "'conv9' decides no parameter"),
+        ((("conv1", 0.5),), VGG, {}, "no rule matches 'conv2'"),
+        ((("conv[", 0.5),), VGG, {}, "not a regular expression"),
+        ((("conv1", 0.5, 1),), VGG, {}, "is no rule"),
+        ((("conv1", 0.5), 0.1), VGG, {}, "0.1 is no rule"),
+        ((("conv1", 1.0), (".*", 0)), VGG, {}, "'conv1': the ratio 1.0"),
+        ((("stage1.*conv2", 0.5), (".*", 0)), RESNET, {}, "decides only layers that filter pruning leaves whole"),
+        ("[0-2:0.5]", VGG, {"granularity": "row"}, "granularity is 'row'"),
+        ("[0-2:0.5]", VGG, {"blocks": r"conv(?P<stage>\d)"}, "needs the named groups"),
+        ("[0-2:0.5]", VGG, {"blocks": r"(?P<stage>conv)(?P<block>\d)"}, "not a number"),
+        ("[0-2:0.5]", VGG, {"reading": "mine"}, "reading is 'mine'"),
+    ],
+)
+def test_mistakes(notation, layers, options, message):
+    with pytest.raises(tables.ConfigError, match=message):
+        ratios.parse(notation, layers, **options)
+
+
+# Another network's ratios --------------------------------------------------------------------------------------------
+
+
+def test_inherited():
+    rng = np.random.default_rng(0)
+    keep_in, keep_out = rng.random(6) < 0.5, rng.random(8) < 0.5
+    kernel = np.broadcast_to(keep_in[:, None] & keep_out, (3, 3, 6, 8)) & (rng.random((3, 3, 6, 8)) < 0.9)
+    masks = {"conv/kernel": kernel, "conv/bias": keep_out, "fc/kernel": np.ones((8, 2), bool)}
+    layers = ["conv/kernel", "fc/kernel"]
+    for granularity, kept in (("filter", keep_out), ("channel", keep_in), ("weight", kernel)):
+        found = ratios.kept_groups(masks, layers, granularity=granularity)
+        np.testing.assert_array_equal(found["conv/kernel"], kept)
+        table = ratios.inherited(masks, layers, granularity=granularity)
+        assert table == {"conv/kernel": pytest.approx(1 - kept.mean()), "fc/kernel": 0}
+        assert ratios.num_pruned(table["conv/kernel"], kept.size) == (~kept).sum()
+    by_group = {"conv/kernel": keep_out, "fc/kernel": np.ones(2, bool)}
+    assert ratios.inherited(by_group, layers, granularity="filter")["conv/kernel"] == 1 - keep_out.mean()
+    with pytest.raises(ValueError, match="masks have no 'conv2/kernel'"):
+        ratios.kept_groups(masks, ["conv2/kernel"], granularity="filter")
+    with pytest.raises(ValueError, match="allowed: bool"):
+        ratios.kept_groups(by_group, layers, granularity="weight")
+    with pytest.raises(ValueError, match="allowed: bool"):
+        ratios.kept_groups({"conv/kernel": kernel * 1.0}, ["conv/kernel"], granularity="filter")
+    with pytest.raises(ValueError, match="keeps nothing"):
+        ratios.inherited({"w": np.zeros((2, 2), bool)}, ["w"], granularity="weight")
+
+
+@hypothesis.given(st.integers(1, 10**6), st.data())
+def test_inherited_counts_are_exact(size, data):
+    removed = data.draw(st.integers(0, size - 1))
+    assert ratios.num_pruned(removed / size, size) == removed
+
+
+# Speed-up ------------------------------------------------------------------------------------------------------------
+
+
+def traced(options, side, num_classes):
+    """(layers, channels, FLOPs of a table) of a network; nothing is computed."""
+    model = models.build(num_classes=num_classes, **options)
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    channels = groups.trace(model.apply, variables, images)
+    flops = cost.of_channels(channels, "flops")
+    return ratios.order(model.apply, variables, images), channels, lambda t: flops(ratios.keep_of(channels, t))
+
+
+@functools.cache
+def published(name):
+    return traced(
+        {
+            "vgg19": dict(name="vgg", layout=vgg.stages(19, 64)[:-1], conv_bias=False),
+            "resnet56": dict(name="resnet56"),
+            "resnet34": dict(name="resnet34", stem="imagenet"),
+            "resnet50": dict(name="resnet50", stem="imagenet"),
+        }[name],
+        *{"vgg19": (32, 100), "resnet56": (32, 10)}.get(name, (224, 1000)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "notation", "skip", "expected"),
+    [
+        ("resnet56", "[0,0.75,0.75,0.32,0]", "", 2.55),
+        ("vgg19", "[1-15:0.7]", "", 8.89),  # published as 8.84: its counter is not that of the others
+        ("resnet34", "[0,0.5,0.6,0.4,0,0]", "[1.0,2.0,2.3,3.0,3.5]", 1.32),
+        ("resnet50", "[0,0.3,0.3,0.3,0.14,0]", "", 1.49),
+        ("resnet50", "[0,0.6,0.6,0.6,0.21,0]", "", 2.31),
+        ("resnet50", "[0,0.74,0.74,0.6,0.21,0]", "", 2.56),
+        ("resnet50", "[0,0.68,0.68,0.68,0.5,0]", "", 3.06),
+    ],
+)
+def test_published_speedups(name, notation, skip, expected):
+    layers, _, flops = published(name)
+    dense, pruned = flops(dict.fromkeys(layers, 0.0)), flops(ratios.parse(notation, layers, skip=skip))
+    assert round(dense / pruned, 2) == expected
+
+
+def test_channels_of_filters_and_of_their_readers_are_the_same():
+    layers, channels, _ = published("resnet56")
+    own = [
+        ratios.keep_of(channels, ratios.parse("[0,0.75,0.5,0.32,0]", layers, granularity=name), granularity=name)
+        for name in ("filter", "channel")
+    ]
+    assert own[0].keys() == own[1].keys() == channels.groups.keys()
+    for name in channels.groups:
+        np.testing.assert_array_equal(own[0][name], own[1][name])
+    sizes = sorted(int(keep.sum()) for name, keep in own[0].items() if "block" in name and keep.sum() < len(keep))
+    assert sizes == [4] * 9 + [16] * 9 + [43] * 9
+
+
+def test_ratios_by_group():
+    layers, channels, _ = published("resnet56")
+    first, second = (f"params/stage{i}_block0/conv1" for i in (1, 2))
+    rules = ((f"{first}/kernel", 0.25), (f"{second}/kernel", -1), (".*", 0))
+    assert ratios.by_group(channels, ratios.parse(rules, layers)) == {first: 0.25, second: -1}
+    readers = ratios.parse(
+        [(pattern.replace("conv1", "conv2"), ratio) for pattern, ratio in rules], layers, granularity="channel"
+    )
+    assert ratios.by_group(channels, readers, granularity="channel") == {first: 0.25, second: -1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conv1/kernel": 0.5}, "is no variable of the trace"),
+        ({"params/fc/kernel": 0.5}, "no filter of 'params/fc/kernel' can be removed"),
+        ({"params/conv1/kernel": 0.5}, "layers with different ratios"),
+        ({"params/stage1_block0/conv2/kernel": 1.0}, "the ratio of .* is 1.0"),
+        ({"params/stage1_block0/conv1/kernel": -1.0}, "automatic"),
+    ],
+)
+def test_keep_of_refuses(change, message):
+    layers, channels, _ = published("resnet56")
+    with pytest.raises(ValueError, match=message):
+        ratios.keep_of(channels, dict.fromkeys(layers, 0.0) | change)
+
+
+@functools.cache
+def small():
+    return traced(dict(name="resnet", stage_sizes=(1, 1), widths=(6, 9), inner_widths=(7, 11)), 8, 5)
+
+
+@pytest.mark.parametrize("target", [1.0, 1.2, 1.5, 2.0])
+@pytest.mark.parametrize("notation", ["[0,0.5,0.5,0]", "[0,0.9,0.3,0]", "[0,0.4,0,0]"])
+def test_smallest_factor_for_a_speedup(notation, target):
+    layers, _, flops = small()
+    table = ratios.parse(notation, layers)
+    dense = flops(dict.fromkeys(layers, 0.0))
+    prices = {}
+    for i in range(331):  # every factor on the grid, in turn
+        scaled = {path: min(i / 100 * ratio, 0.9) for path, ratio in table.items()}
+        prices[i] = dense / flops(scaled)
+    reached = [i for i, speedup in prices.items() if speedup >= target]
+    if not reached:
+        with pytest.raises(ValueError, match=f"{max(prices.values()):.4g}"):
+            ratios.for_speedup(flops, target, table, highest=0.9, steps=100)
+        return
+    found = ratios.for_speedup(flops, target, table, highest=0.9, steps=100)
+    assert found.factor == min(reached) / 100
+    assert found.speedup == prices[min(reached)] == dense / flops(found.table)
+    assert all(found.table[path] == min(found.factor * ratio, 0.9) for path, ratio in table.items())
+
+
+def test_one_ratio_for_a_published_speedup():
+    layers, _, flops = published("resnet56")
+    ones = {path: 1.0 if ratio else 0.0 for path, ratio in ratios.parse("[0,0.5,0.5,0.5,0]", layers).items()}
+    found = ratios.for_speedup(flops, 2.55, ones)
+    assert 2.55 <= found.speedup < 2.62  # 19 of 32 channels; 18 reach 2.51
+    (ratio,) = set(found.table.values()) - {0.0}
+    assert ratio == found.factor == round(ratio, 4)
+
+
+@pytest.mark.parametrize(
+    ("target", "table", "message"),
+    [
+        (0.5, {"a": 1.0}, "target is 0.5"),
+        (math.nan, {"a": 1.0}, "target is nan"),
+        (2.0, {"a": 0.0}, "proportions"),
+        (2.0, {"a": -1.0}, "proportions"),
+    ],
+)
+def test_speedup_refuses(target, table, message):
+    with pytest.raises(ValueError, match=message):
+        ratios.for_speedup(lambda table: 1 - sum(table.values()), target, table)
