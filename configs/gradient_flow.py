@@ -30,8 +30,6 @@ KEYS = dict(
     schedule="gradient_flow", branches="tied", seeds=1, epochs=160, preserve_moment=False, track_batches=20, alpha=0.8,
     use_l2=False, use_init=False, temperature=1.0,
 )  # fmt: skip
-
-
 SCHEDULES = {
     "gradient_flow": dict(name="gradient_flow", cumulative="exact"),
     "polynomial": dict(name="polynomial", power=3.0),

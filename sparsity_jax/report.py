@@ -514,7 +514,8 @@ def figure_sections(
     if layout.get("kernels"):
         caption = "Channels that only go together, a row each, and the layers that have a part in them."
         caption += " Kept: after the last cut." + f" The first 3 of {len(kept)} networks." * (len(kept) > 3)
-        add("groups", "Channel groups", figures.group_figure("groups", layout, kept), caption)
+        fold = f"{len(layout['groups'])} groups" if len(layout["groups"]) > 80 else ""
+        add("groups", "Channel groups", figures.group_figure("groups", layout, kept), caption, fold=fold)
     rounds = [(label, figures.channel_rounds(one)) for label, one in zip(labels, series)]
     rounds = [(label, cells) for label, cells in rounds if cells]
     if rounds:

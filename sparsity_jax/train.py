@@ -192,7 +192,7 @@ class Fit(NamedTuple):
         use_l2, use_init = options.pop("use_l2"), options.pop("use_init")
 
         def statistic(params, grads):
-            init = problem.init(jax.random.wrap_key_data(key))["params"] if use_init else None
+            init = initial_variables(problem, key, problem.pretrained)["params"] if use_init else None
             return scores.weight_saliency(params, grads, use_l2=use_l2, init=init)
 
         return scores.track_saliency(tx, steps_per_epoch=spe, statistic=statistic, **options)
