@@ -182,11 +182,37 @@ def select_by_rule(
     """
     scores, alive = _checked(scores, alive)
     ratios = trees.match_rules(scores, rules)
-    floors = _floors(scores, floors)
-    keep = {}
+    living = {name: int(own.sum()) for name, own in alive.items()}
+    counts = {
+        name: living[name] - int(_convert(ratio, tables.Fraction, "ratio") * living[name])
+        for name, ratio in ratios.items()
+    }
+    return select_to_counts(scores, counts, alive=alive, floors=floors, protect=protect)
+
+
+def select_to_counts(
+    scores: Scores,
+    counts: Mapping[str, int],
+    *,
+    alive: Mapping[str, Any] | None = None,
+    floors: Mapping[str, int] | None = None,
+    protect: Protect = "correct",
+) -> Keep:
+    """Removes the least important channels of every layer until `counts[name]` are left, or none if fewer are.
+
+    Raises ValueError for a count below the minimum kept of its layer.
+    """
+    scores, alive = _checked(scores, alive)
+    floors, keep = _floors(scores, floors), {}
     for name, array in scores.items():
-        own = dict(alive={name: alive[name]}, floors={name: floors[name]}, protect=protect)
-        keep |= select({name: array}, ratios[name], **own)
+        ranking = _rank({name: array}, {name: alive[name]}, {name: floors[name]}, protect, None)
+        removed = int(alive[name].sum()) - int(counts[name])
+        if removed > len(ranking.order):
+            raise ValueError(
+                f"{counts[name]} of {array.size} channels of layer {name!r} are to stay, fewer than its minimum of "
+                f"{floors[name]}; use a smaller ratio or a smaller floor."
+            )
+        keep |= ranking.keep(max(removed, 0))
     return keep
 
 

@@ -57,7 +57,7 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
     "jacobian": {"mean", "std", "smallest", "largest", "mean_by_rank", "num_examples"},
     "histogram": {"threshold", "count_above", "edges", "counts", "num_zero"},
     "sfw_init": {"iteration", "loss_before", "loss_after"},
-    "cut": {"measure", "ratio", "budget", "round", "num_kept", "num_channels", "kept", "sizes"},
+    "cut": {"measure", "ratio", "budget", "round", "num_kept", "num_channels", "kept", "sizes", "layout"},
     "compact": {
         *("accuracy", "difference", "parameters", "parameters_compact", "flops", "flops_compact", "bytes"),
         *("bytes_compact", "kept", "sizes", "batch_size", "milliseconds", "milliseconds_low", "milliseconds_high"),
@@ -333,6 +333,20 @@ def channel_rounds(one: Series) -> dict[float, dict[str, float]]:
                 gone = 1 - number(row["kept"].get(name, size)) / size
                 cells.setdefault(round(number(row["ratio"]), 4), {}).setdefault(name, []).append(gone)
     return {ratio: {name: float(np.mean(gone)) for name, gone in own.items()} for ratio, own in sorted(cells.items())}
+
+
+def group_layout(series: list[Series]) -> tuple[dict, list[tuple[str, dict[str, float]]]]:
+    """(layout of the first row that has one, channels kept by group of each series after its last cut that is of it:
+    (label, mean over members)); ({}, []) without any."""
+    cuts = [(one.label, [row for row in one.rows if row.get("kind") == "cut"]) for one in series]
+    layout = next((row["layout"] for _, rows in cuts for row in rows if row.get("layout")), {})
+    found, names = [], set(layout.get("groups", ()))
+    for label, rows in cuts:
+        last = {member_of(row): row["kept"] for row in rows if set(row.get("kept", ())) == names}
+        if last:
+            mean = lambda name, last=last: float(np.mean([number(kept[name]) for kept in last.values()]))
+            found.append((label, {name: mean(name) for name in layout["groups"]}))
+    return layout, found
 
 
 def at_ratio(curve: Curve, values: np.ndarray, stop: float) -> np.ndarray:
@@ -807,6 +821,88 @@ def layer_figure(name: str, found: list[tuple[str, dict]], *, what: str = "weigh
         marks.outline.set_visible(False)
         fig.text((left + 2.75) / width, 0.35 / total, f"{what} kept (red: none left)", color=MUTED, fontsize=8)
     return fig
+
+
+ROLES = {  # of an array in a group of channels: what it is called, and its marker
+    "producer": ("makes the channels", dict(marker="s", markersize=5.2)),
+    "depthwise": ("passes them on one by one", dict(marker="D", markersize=4.6)),
+    "consumer": ("reads them", dict(marker="s", markersize=5.2, markerfacecolor="none", markeredgewidth=1.1)),
+    "other": ("norm, bias", dict(marker=".", markersize=4.5)),
+}
+
+
+def group_figure(name: str, layout: dict, kept: list[tuple[str, dict[str, float]]] = ()):
+    """The channel groups of a network: a row each, with a marker on every layer that has a part in it.
+
+    layout: of `groups.layout`. kept: (label, channels left by group), drawn as bars beside the rows.
+    """
+    import matplotlib
+    from matplotlib import figure, lines
+
+    groups, kernels = layout["groups"], short_paths(layout["kernels"], 40)
+    names, found = short_paths(list(groups)), list(kept)[:3]
+    small = 8 if len(groups) <= 30 else 6.5
+    with matplotlib.rc_context(rc(name)):
+        width, row = 10.0, 0.21 if len(groups) <= 30 else 0.15
+        left, right = 0.35 + 0.0085 * small * max(map(len, names)), 0.75 + 1.35 * len(found)
+        bottom, top = 0.4 + 0.055 * max(map(len, kernels)), 0.55
+        height = row * len(groups)
+        total, middle = height + top + bottom, width - left - right
+        fig = figure.Figure(figsize=(width, total))
+        axes = fig.add_axes((left / width, bottom / total, middle / width, height / total))
+        axes.grid(axis="y", visible=False)
+        axes.spines[:].set_visible(False)
+        step = middle / len(kernels)
+        for y, one in enumerate(groups.values()):
+            places = [x for marks in one["marks"].values() for x in marks]
+            paint = {"color": color(y % 8)}
+            axes.plot([min(places), max(places)], [y, y], lw=0.9, alpha=0.55, zorder=2, **paint)
+            for role in ("other", "consumer", "depthwise", "producer"):
+                marks = one["marks"].get(role, ())
+                style = {**ROLES[role][1]}
+                style["markersize"] *= min(1.0, step / 0.1, row / 0.15)
+                axes.plot(marks, [y] * len(marks), linestyle="none", zorder=3, **style, **paint)
+        axes.set_xlim(-0.7, len(kernels) - 0.3)
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.set_yticks(range(len(groups)), [literal(text) for text in names])
+        every = max(1, math.ceil(0.085 / step))
+        shown = range(0, len(kernels), every)
+        axes.set_xticks(shown, [literal(kernels[i]) for i in shown], rotation=90)
+        axes.tick_params(axis="y", labelsize=small)
+        axes.tick_params(axis="x", labelsize=7 if step * every > 0.11 else 5.8)
+        axes.set_xlabel("layers, in order of use")
+        sizes = fig.add_axes(((width - right) / width, bottom / total, 0.6 / width, height / total), sharey=axes)
+        blank(sizes)
+        sizes.set_title("channels", fontsize=8, fontweight="normal", color=MUTED, loc="right")
+        for y, one in enumerate(groups.values()):
+            sizes.text(1, y, f"{one['size']:,}", fontsize=small, ha="right", va="center")
+        for i, (label, own) in enumerate(found):
+            x = width - right + 0.75 + 1.35 * i
+            bars = fig.add_axes((x / width, bottom / total, 0.7 / width, height / total), sharey=axes)
+            blank(bars)
+            title = literal(f"{label}: kept" if len(found) > 1 else "kept", 24)
+            bars.set_title(title, fontsize=8, fontweight="normal", color=MUTED)
+            bars.set_xlim(0, 1)
+            bars.barh(range(len(groups)), 1, height=0.62, color=GRID)
+            for y, (group, one) in enumerate(groups.items()):
+                left_over = own.get(group, one["size"])
+                bars.barh(y, left_over / one["size"], height=0.62, color=color(y % 8))
+                bars.text(1.08, y, f"{left_over:.4g}", fontsize=small, va="center")
+        used = [role for role in ROLES if any(role in one["marks"] for one in groups.values())]
+        handles = [
+            lines.Line2D([], [], linestyle="none", color=MUTED, label=ROLES[role][0], **ROLES[role][1]) for role in used
+        ]
+        place = ((left - 0.05) / width, 1 - 0.1 / total)
+        fig.legend(handles=handles, loc="upper left", bbox_to_anchor=place, ncols=len(handles), borderaxespad=0,
+                   borderpad=0, handletextpad=0.3, columnspacing=1.6)  # fmt: skip
+    return fig
+
+
+def blank(axes) -> None:
+    """Leaves nothing of the axes but what is drawn in them."""
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(labelleft=False, labelbottom=False)
 
 
 def png(name: str, fig) -> bytes:

@@ -80,7 +80,7 @@ class Analysis(NamedTuple):
     inputs: list[Value]
     events: list[Event]
     roles: dict[tuple[int, int], str]  # (input, axis) -> producer, consumer or depthwise
-    used: set[int]  # inputs that some equation reads
+    used: tuple[int, ...]  # inputs that some equation reads, in order of use
 
 
 def analyse(closed: Any, frozen_inputs: Iterable[int], *, sums: str = "allow", branches: str = "tied") -> Analysis:
@@ -100,27 +100,34 @@ def analyse(closed: Any, frozen_inputs: Iterable[int], *, sums: str = "allow", b
             Value(axes, (True,) * len(axes), tuple(((i, a),) for a in range(len(axes))), data=i in frozen_inputs)
         )
     walk.watch(inputs)
-    consts = [walk.array(const) for const in closed.consts]
-    program = walk.jaxpr(closed.jaxpr, consts, inputs)
-    for var in closed.jaxpr.outvars:
-        for axis in walk.read(program.values, var).labels:
+    program = walk.closed(closed, inputs)
+    for value in walk.results(program):
+        for axis in value.labels:
             walk.freeze(axis, "is an output")
     walk.attribute("is an output", "output")
     return Analysis(program, closed.consts, walk.labels, inputs, walk.events, walk.roles, _reads(closed.jaxpr))
 
 
-def _reads(jaxpr: Any) -> set[int]:
-    """Numbers of the inputs that some equation computes with: handing one to a function that ignores it is no use."""
-    names, read = {var: i for i, var in enumerate(jaxpr.invars)}, set()
+def _reads(jaxpr: Any) -> tuple[int, ...]:
+    """Numbers of the inputs that some equation computes with, in order: handing one to what ignores it is no use."""
+    names, read = {var: i for i, var in enumerate(jaxpr.invars)}, {}
     for eqn in jaxpr.eqns:
-        inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
-        numbers = range(len(eqn.invars)) if inner is None else _reads(inner.jaxpr)
-        read |= {names[eqn.invars[i]] for i in numbers if not _is_literal(eqn.invars[i]) and eqn.invars[i] in names}
-    return read
+        inner = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params), None)
+        whole = inner is None or eqn.primitive.name not in INNER
+        numbers = range(len(eqn.invars)) if whole else _reads(getattr(inner, "jaxpr", inner))
+        places = (eqn.invars[i] for i in numbers)
+        read |= dict.fromkeys(names[var] for var in places if not _is_literal(var) and var in names)
+    return tuple(read)
 
 
 def _fixed(size: int) -> np.ndarray:
     return np.zeros(size, int)
+
+
+def _whole(aval: Any) -> Value:
+    """Nothing may be removed."""
+    shape = getattr(aval, "shape", ())
+    return Value(tuple(map(_fixed, shape)), (False,) * len(shape), ((),) * len(shape))
 
 
 def _is_literal(var: Any) -> bool:
@@ -192,11 +199,6 @@ class _Walk:
         axes = tuple(map(self.axis, shape))
         return Value(axes, (constant == 0,) * len(shape), ((),) * len(shape), constant)
 
-    def fixed(self, aval: Any) -> Value:
-        """Nothing may be removed."""
-        shape = getattr(aval, "shape", ())
-        return Value(tuple(map(_fixed, shape)), (False,) * len(shape), ((),) * len(shape))
-
     def read(self, values: dict, var: Any) -> Value:
         if _is_literal(var):
             return self.array(var.val)
@@ -253,7 +255,7 @@ def unknown(walk: _Walk, eqn: Any, ins: Sequence[Value]) -> list[Value]:
     for value in ins:
         for axis in value.labels:
             walk.freeze(axis, "is not known to the analysis")
-    return [walk.fixed(var.aval) for var in eqn.outvars]
+    return [_whole(var.aval) for var in eqn.outvars]
 
 
 # Rules: an equation's values from those it reads -------------------------------------------------------------------
@@ -330,7 +332,7 @@ def _add(walk, eqn, ins):
     if walk.branches == "separate" and x.data and y.data and x.shape == y.shape:
         same = lambda a, b: np.array_equal(walk.labels.find(a), walk.labels.find(b))
         if not all(map(same, x.labels, y.labels)):  # else one channel, e.g. x + x**3
-            return [walk.fixed(eqn.outvars[0].aval)]
+            return [_whole(eqn.outvars[0].aval)]
     return _elementwise(_all)(walk, eqn, ins)
 
 
@@ -528,15 +530,11 @@ def _pad(walk, eqn, ins):
     (x, fill), labels, flags, origin = ins, [], [], []
     padded = any(entry != (0, 0, 0) for entry in eqn.params["padding_config"])
     for d, (low, high, inside) in enumerate(eqn.params["padding_config"]):
-        axis, kept = x.labels[d], (low, high, inside) == (0, 0, 0)
-        if not kept and (inside or min(low, high) < 0):
-            walk.freeze(axis, "pads between entries, or cuts")
-        size = eqn.outvars[0].aval.shape[d]
-        if kept or (not inside and min(low, high) >= 0):
-            axis = np.concatenate([walk.labels.fresh(low), axis, walk.labels.fresh(high)])
+        if inside or min(low, high) < 0:
+            walk.freeze(x.labels[d], "pads between entries, or cuts")
+            labels.append(_fixed(eqn.outvars[0].aval.shape[d]))
         else:
-            axis = _fixed(size)
-        labels.append(axis)
+            labels.append(np.concatenate([walk.labels.fresh(low), x.labels[d], walk.labels.fresh(high)]))
         flags.append(x.zero[d] and (not padded or fill.constant == 0))
         origin.append(x.origin[d])
     return [Value(tuple(labels), tuple(flags), tuple(origin))]
@@ -599,13 +597,12 @@ def _reduce(passes: bool) -> Callable:
         gone, count = eqn.params["axes"], len(eqn.outvars)
         for x in ins[:count]:
             for d in gone:
-                if not walk.labels.is_live(x.labels[d]):
-                    continue
                 if not passes:
                     walk.freeze(x.labels[d], "looks for the largest, smallest or a product")
-                elif not x.zero[d] or walk.sums == "freeze":
-                    walk.freeze(x.labels[d], "sums over entries that are not zero when removed"
-                                if not x.zero[d] else "sums over all entries")  # fmt: skip
+                elif not x.zero[d]:
+                    walk.freeze(x.labels[d], "sums over entries that are not zero when removed")
+                elif walk.sums == "freeze":
+                    walk.freeze(x.labels[d], "sums over all entries")
         kept = [d for d in range(len(ins[0].labels)) if d not in gone]
         outs = [_pick(x, kept)._replace(constant=None) for x in ins[:count]]
         if not passes and 0 in ins[0].shape:  # the largest of nothing is not zero
@@ -835,19 +832,24 @@ class Alive:
 
 def run(analysis: Analysis, removed: set[int], arrays: Sequence[Any]) -> list[Any]:
     """Results of the analysed program for inputs without the `removed` entries."""
-    alive = Alive(analysis.labels, removed)
-    jaxpr = analysis.program.jaxpr
-    values = analysis.program.values
-    consts = [alive.cut(const, values[var]) for var, const in zip(jaxpr.constvars, analysis.consts, strict=True)]
-    return _run(alive, analysis.program, [*consts, *arrays])
+    return _function(Alive(analysis.labels, removed), analysis.consts, analysis.program)(*arrays)
+
+
+def _function(alive: Alive, consts: Sequence[Any], program: Program) -> Callable:
+    """The program at the smaller sizes, as a function of its inputs there; consts: whole."""
+    values = [program.values[var] for var in program.jaxpr.constvars]
+    return lambda *arrays: _run(alive, program, [*map(alive.cut, consts, values), *arrays])
+
+
+def _inner(alive: Alive, closed: Any, program: Program) -> Callable:
+    return _function(alive, getattr(closed, "consts", ()), program)
 
 
 def _run(alive: Alive, program: Program, arrays: Sequence[Any]) -> list[Any]:
     """arrays: of the constants and the inputs."""
-    jaxpr, values = program.jaxpr, program.values
+    jaxpr = program.jaxpr
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), arrays, strict=True))
     read = lambda var: var.val if _is_literal(var) else env[var]
-    known = lambda var: _literal(var) if _is_literal(var) else values[var]
     last = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if not _is_literal(var)}
     keep = {var for var in jaxpr.outvars if not _is_literal(var)}
     for number, eqn in enumerate(jaxpr.eqns):
@@ -857,12 +859,12 @@ def _run(alive: Alive, program: Program, arrays: Sequence[Any]) -> list[Any]:
         else:
             params = dict(eqn.params)
             if name in RESIZES:
-                shapes = [known(var) for var in eqn.invars], [values[var] for var in eqn.outvars]
-                params |= RESIZES[name](alive, eqn, *shapes)
+                known = ([_known(program, var) for var in variables] for variables in (eqn.invars, eqn.outvars))
+                params |= RESIZES[name](alive, eqn, *known)
             outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(params))
             outs = outs if eqn.primitive.multiple_results else [outs]
             if name in DRAWS:
-                outs = [alive.cut(out, values[var]) for out, var in zip(outs, eqn.outvars, strict=True)]
+                outs = [alive.cut(out, program.values[var]) for out, var in zip(outs, eqn.outvars, strict=True)]
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in eqn.invars:
             if not _is_literal(var) and last[var] == number and var not in keep:
@@ -870,9 +872,8 @@ def _run(alive: Alive, program: Program, arrays: Sequence[Any]) -> list[Any]:
     return [read(var) for var in jaxpr.outvars]
 
 
-def _literal(var: Any) -> Value:
-    shape = np.shape(var.val)
-    return Value(tuple(map(_fixed, shape)), (False,) * len(shape), ((),) * len(shape))
+def _known(program: Program, var: Any) -> Value:
+    return _whole(var.aval) if _is_literal(var) else program.values[var]
 
 
 def _limits(alive: Alive, eqn: Any, ins: list, outs: list) -> dict:
@@ -932,21 +933,12 @@ RESIZES: dict[str, Callable] = {  # parameters of an equation that hold sizes
 DRAWS = ("random_bits",)  # drawn in full, then cut: other sizes would be other numbers
 
 
-def _consts(alive: Alive, closed: Any, program: Program) -> list[Any]:
-    consts = getattr(closed, "consts", ())
-    return [alive.cut(c, program.values[var]) for var, c in zip(program.jaxpr.constvars, consts, strict=True)]
-
-
-def _function(alive: Alive, closed: Any, program: Program) -> Callable:
-    return lambda *arrays: _run(alive, program, [*_consts(alive, closed, program), *arrays])
-
-
 def _run_call(name: str) -> Callable:
-    return lambda alive, eqn, ins, inner: _function(alive, eqn.params[name], inner[0])(*ins)
+    return lambda alive, eqn, ins, inner: _inner(alive, eqn.params[name], inner[0])(*ins)
 
 
 def _run_remat(alive, eqn, ins, inner):
-    function = _function(alive, eqn.params["jaxpr"], inner[0])
+    function = _inner(alive, eqn.params["jaxpr"], inner[0])
     return jax.checkpoint(function, policy=eqn.params.get("policy"), prevent_cse=eqn.params.get("prevent_cse", True))(
         *ins
     )
@@ -963,8 +955,7 @@ def _beside(
     structs = [jax.ShapeDtypeStruct(value.shape, array.dtype) for value, array in zip(known, arrays, strict=True)]
     closed = jax.make_jaxpr(function)(*structs)
     walk = _Walk(labels=alive.labels.copy())
-    consts = [walk.array(const) for const in closed.consts]
-    program = walk.jaxpr(closed.jaxpr, consts, known)
+    program = walk.closed(closed, known)
     for value, other in zip(walk.results(program), wanted, strict=True):
         walk.tie(value, other)
     inside = Alive(walk.labels, alive.removed)
@@ -973,7 +964,7 @@ def _beside(
             "the hand-written derivative of a jax.custom_jvp or custom_vjp function couples channels that the function "
             "itself does not: it cannot be evaluated without the removed ones."
         )
-    return _run(inside, program, [*map(inside.cut, closed.consts, consts), *arrays])
+    return _inner(inside, closed, program)(*arrays)
 
 
 def _is_inexact(array: Any) -> bool:
@@ -995,9 +986,9 @@ def _custom(alive: Alive, eqn: Any, program: Program) -> tuple[Callable, Callabl
 
         return function, [primals[i] for i in moving], moving
 
-    function = _function(alive, eqn.params["call_jaxpr"], program)
+    function = _inner(alive, eqn.params["call_jaxpr"], program)
     plain = [value._replace(constant=None) for value in map(program.values.get, program.jaxpr.invars)]
-    results = [_literal(var) if _is_literal(var) else program.values[var] for var in program.jaxpr.outvars]
+    results = [_known(program, var) for var in program.jaxpr.outvars]
     return function, full, plain, results
 
 
@@ -1055,7 +1046,7 @@ def _run_custom_vjp(alive, eqn, ins, inner):
 
 
 def _run_scan(alive, eqn, ins, inner):
-    loop, body = _loop_of(eqn), _function(alive, eqn.params["jaxpr"], inner[0])
+    loop, body = _loop_of(eqn), _inner(alive, eqn.params["jaxpr"], inner[0])
     consts, carry, scanned = ins[: loop.consts], ins[loop.consts :][: loop.carry], ins[loop.consts + loop.carry :]
 
     def turn(carry, each):
@@ -1070,8 +1061,8 @@ def _run_scan(alive, eqn, ins, inner):
 def _run_while(alive, eqn, ins, inner):
     before, inside = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     for_test, consts, carry = ins[:before], ins[before : before + inside], ins[before + inside :]
-    body = _function(alive, eqn.params["body_jaxpr"], inner[0])
-    test = _function(alive, eqn.params["cond_jaxpr"], inner[1])
+    body = _inner(alive, eqn.params["body_jaxpr"], inner[0])
+    test = _inner(alive, eqn.params["cond_jaxpr"], inner[1])
     return jax.lax.while_loop(
         lambda carry: test(*for_test, *carry)[0], lambda carry: tuple(body(*consts, *carry)), tuple(carry)
     )
@@ -1079,7 +1070,7 @@ def _run_while(alive, eqn, ins, inner):
 
 def _run_cond(alive, eqn, ins, inner):
     branches = [
-        functools.partial(lambda function, *arrays: tuple(function(*arrays)), _function(alive, branch, program))
+        functools.partial(lambda function, *arrays: tuple(function(*arrays)), _inner(alive, branch, program))
         for branch, program in zip(eqn.params["branches"], inner, strict=True)
     ]
     return jax.lax.switch(ins[0], branches, *ins[1:])

@@ -13,7 +13,7 @@ the analysis cannot follow stays whole and is listed in `channels.frozen`, never
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -170,8 +170,12 @@ def _signature(variables: PyTree, inputs: tuple) -> tuple:
 
 
 def _groups(analysis: flow.Analysis, paths: list[str]) -> dict[str, tuple[Group, np.ndarray]]:
-    """Groups and the labels of their channels, by name: channels that are the same entries of the same axes."""
-    places = [(i, a) for i, value in enumerate(analysis.inputs[: len(paths)]) for a in range(len(value.labels))]
+    """Groups and the labels of their channels, by name: channels that are the same entries of the same axes.
+
+    Groups and their members are in the order in which the program uses them.
+    """
+    order = [i for i in dict.fromkeys((*analysis.used, *range(len(paths)))) if i < len(paths)]
+    places = [(i, a) for i in order for a in range(len(analysis.inputs[i].labels))]
     marks: dict[int, set] = {}
     for label, mark in analysis.labels.marks():
         marks.setdefault(label, set()).add(mark)
@@ -188,7 +192,7 @@ def _groups(analysis: flow.Analysis, paths: list[str]) -> dict[str, tuple[Group,
         for k in np.unique(place).tolist():
             i, a = places[k]
             members.append(Member(paths[i], a, positions[:, place == k], analysis.roles.get((i, a), "other")))
-        name = _name(tuple(members), result)
+        name = _name(members, paths, result)
         result[name] = (Group(name, len(atoms), tuple(members)), atoms)
     return result
 
@@ -209,9 +213,10 @@ def _entries(analysis: flow.Analysis, places: list) -> list[tuple[int, np.ndarra
     return [(int(label[piece[0]]), place[piece], position[piece]) for piece in pieces]
 
 
-def _name(members: tuple[Member, ...], taken: Mapping) -> str:
+def _name(members: Sequence[Member], paths: list[str], taken: Mapping) -> str:
     """Path of the first array that makes the channels, without `kernel`; with its axis, or a number, if need be."""
-    first = min(members, key=lambda m: ("producer", "depthwise", "consumer", "other").index(m.role))
+    roles = ("producer", "depthwise", "consumer", "other")
+    first = min(members, key=lambda m: (roles.index(m.role), paths.index(m.path)))
     name = first.path.removesuffix("/value").rpartition("/")[0] if trees.is_kernel(first.path) else ""
     name = name or first.path
     options = itertools.chain(
@@ -444,3 +449,24 @@ def describe(channels: Channels) -> str:
         where = f" at {event.source}" if event.source else ""
         lines.append(f"    {axes}{more}: {event.primitive}{where} {event.reason}")
     return "\n".join(lines)
+
+
+def layout(channels: Channels) -> dict[str, Any]:
+    """The groups as plain data, for `figures.group_figure`.
+
+    kernels: paths of the arrays that make or read channels, in order of use. groups: by name the size and, by role,
+    positions of the members among the kernels; other arrays are half a step behind the kernel used before them.
+    """
+    paths, analysis = list(channels.shapes), channels.traced.analysis
+    used = [paths[i] for i in analysis.used if i < len(paths)]
+    kernels = {paths[i] for i, _ in analysis.roles if i < len(paths)}
+    count = dict(zip(used, itertools.accumulate(path in kernels for path in used)))
+    found: dict[str, Any] = {}
+    for name, group in channels.groups.items():
+        marks: dict[str, set[float]] = {}
+        for member in group.members:
+            if member.path in count:
+                position = count[member.path] - (1 if member.path in kernels else 0.5)
+                marks.setdefault(member.role, set()).add(position)
+        found[name] = dict(size=group.size, marks={role: sorted(marks[role]) for role in sorted(marks)})
+    return dict(kernels=[path for path in used if path in kernels], groups=found)

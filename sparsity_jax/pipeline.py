@@ -503,11 +503,12 @@ def build(plans: list[Plan]) -> train.Problem:
         if plan.common["start_from"]:
             own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
             check_arrays(own["start_from"], shapes, problem.members)
-    for name in plans[0].pipeline:
+    for name in dict.fromkeys(plans[0].pipeline):
         for plan in plans:
             geometry.check_network(plan.settings[name][0], f"config.{name}", shapes, size)
             if isinstance(plan.settings[name][0], structured.Cut):
-                structured.check_network(problem, plan.settings[name][0], f"config.{name}")
+                visits = plans[0].pipeline.count(name)
+                structured.check_network(problem, plan.settings[name][0], f"config.{name}", visits)
             for own in plan.settings[name]:
                 if (chosen := greg.choice_of(own)) is not None:
                     greg.check_network(problem, chosen)

@@ -30,8 +30,13 @@ CITATIONS = {  # a word of the config to the work it stands for
         "Q. Zhang, R. Zhang, J. Sun, Y. Liu. How Sparse Can We Prune a Deep Network: A Geometric Viewpoint. 2023. "
         "arXiv:2306.05857.",
     ),
-    "cut": ("E. S. Lubana, R. P. Dick. A Gradient Flow Framework for Analyzing Network Pruning. ICLR 2021.",),
-    "grow": ("H. Wang, C. Qin, Y. Zhang, Y. Fu. Neural Pruning via Growing Regularization. ICLR 2021.",),
+    "cut": (
+        "E. S. Lubana, R. P. Dick. A Gradient Flow Framework for Analyzing Network Pruning. ICLR 2021. "
+        "arXiv:2009.11839.",
+    ),
+    "grow": (
+        "H. Wang, C. Qin, Y. Zhang, Y. Fu. Neural Pruning via Growing Regularization. ICLR 2021. arXiv:2012.09243.",
+    ),
 }
 
 # ------------------------------------------------------------------------------------------------ rows to files
@@ -508,6 +513,12 @@ def figure_sections(
         caption = "Share of each layer's weights that is kept, in percent, by the share removed from the network."
         fold = f"{len(layers)} heat maps" if len(layers) > 6 else ""
         add("layers", "Sparsity by layer", figures.layer_figure("layers", layers), caption, fold=fold)
+    layout, kept = figures.group_layout(series)
+    if layout.get("kernels"):
+        caption = "Channels that only go together, a row each, and the layers that have a part in them."
+        caption += " Kept: after the last cut." + f" The first 3 of {len(kept)} networks." * (len(kept) > 3)
+        fold = f"{len(layout['groups'])} groups" if len(layout["groups"]) > 80 else ""
+        add("groups", "Channel groups", figures.group_figure("groups", layout, kept), caption, fold=fold)
     rounds = [(label, figures.channel_rounds(one)) for label, one in zip(labels, series)]
     rounds = [(label, cells) for label, cells in rounds if cells]
     if rounds:
@@ -526,7 +537,7 @@ def figure_sections(
     return result
 
 
-NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "channels", "sfw_init"}
+NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "groups", "channels", "sfw_init"}
 NAMES |= {"growth_norms", "growth_ratio", "growth_groups"}
 NAMES |= {"limits", "crossing", "history", "spectrum", "row_norms"}
 

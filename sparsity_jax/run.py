@@ -1,6 +1,7 @@
 """Command line: `python -m sparsity_jax.run --config configs/NAME.py[:variant] --workdir DIR [--config.x.y=value]`."""
 
 import os
+import re
 import signal
 import sys
 
@@ -23,7 +24,9 @@ WORKDIR = flags.DEFINE_string(
 def parse(argv: list[str]) -> list[str]:
     """absl's parser; mistakes in --config and --config.field end in one line instead of a traceback."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:  # of the config file or its variant it holds the whole traceback
+        sys.exit(f"error: {re.sub(r'^[a-z_.]*ConfigError: ', '', str(error).strip().splitlines()[-1].strip())}")
     except (AttributeError, KeyError) as error:  # a field that the config does not have
         reason = error.args[0]
         reason = reason.args[0] if isinstance(reason, Exception) and reason.args else reason

@@ -89,8 +89,8 @@ def train_options(
     start: go on from the current weights, or from the run's initial ones (several arms of a comparison). shift_inside:
     moves the weights into the feasible sets first. evaluate_every: epochs between evaluations on the test set.
     carry: goes on with the momentum of the training before it, which must hand it on too, through cuts (sgd only).
-    track: `dict(name="saliency", alpha=0.8, track_batches=20, use_l2=False)` keeps a running average of every weight's
-    importance over the last batches of each epoch, for a cut by `biased_loss_tracked`.
+    track: `dict(name="saliency", alpha=0.8, track_batches=20, use_l2=False, use_init=False)` keeps a running average of
+    every weight's importance over the last batches of each epoch, for a cut by `biased_loss_tracked`.
     label: name of the trained network in the report (default: the stage's).
     """
     loss_options = dict(loss)
@@ -111,6 +111,8 @@ def train_options(
     given = dict(track)
     tracker = tables.lookup(TRACKERS, given.pop("name", "none"), f"{where}.track.name")
     found = {**tables.defaults(tracker), **tables.check_options(tracker, given, f"{where}.track")}
+    if found.get("use_init") and not found["use_l2"]:
+        raise tables.ConfigError(f"{where}.track.use_init replaces the factor |w| of use_l2, which is False.")
     return train.Fit(
         epochs, batch_size, recipe, chosen, augment, start, shift_inside, evaluate_every, carry,
         tuple(sorted(found.items())),
@@ -121,8 +123,10 @@ def no_tracker() -> None:
     """Tracks nothing."""
 
 
-def saliency_tracker(*, alpha: tables.Fraction = 0.8, track_batches: tables.Count = 20, use_l2: bool = False) -> None:
-    """Options of `scores.tracker` that average `scores.weight_saliency`."""
+def saliency_tracker(
+    *, alpha: tables.Fraction = 0.8, track_batches: tables.Count = 20, use_l2: bool = False, use_init: bool = False
+) -> None:
+    """Options of `scores.tracker` that average `scores.weight_saliency`; use_init: relative to the initial weights."""
 
 
 TRACKERS = {"none": no_tracker, "saliency": saliency_tracker}

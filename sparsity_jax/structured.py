@@ -69,11 +69,13 @@ class Cut(NamedTuple):
     multiple: int
     exclude: str
     skip: str
+    rules: tuple
 
-    def plan(self, num_rounds: int) -> budgets.Rounds:
+    def plan(self, num_rounds: int, ratio: float | None = None) -> budgets.Rounds:
+        """ratio: of one group, instead of that of the whole network."""
         fields = dict(self.schedule)
         if fields["name"] != "manual":
-            fields |= dict(ratio=self.ratio, num_rounds=num_rounds)
+            fields |= dict(ratio=self.ratio if ratio is None else ratio, num_rounds=num_rounds)
         return budgets.schedule(**fields)
 
 
@@ -98,6 +100,7 @@ def cut_options(
     multiple: tables.Count = 1,
     exclude: str = "",
     skip: str = "",
+    rules: tuple[tuple[str, tables.Fraction], ...] = (),
 ) -> Cut:
     """Removes the least important channels of the network; each visit of the stage is one round.
 
@@ -111,20 +114,30 @@ def cut_options(
     the rarest; batch_size: of their batches; temperature: divides the logits, those of Hessian products have their own.
     min_share: int(min_share * channels) + 1 of each group stay; protect: which, see `budgets`. multiple: what is left
     of each group is rounded up to a multiple of it. exclude: pattern of names of groups left whole and uncounted.
-    skip: pattern of arrays that scores do not read.
+    skip: pattern of arrays that scores do not read. rules: pairs (pattern of names of groups, share); given, every
+    group loses the share of its own channels that the first match says, and `ratio` is idle.
     """
-    scores.required(measure, use_l2=use_l2, use_init=use_init)
+    tables.lookup(scores.MEASURES, measure, f"{where}.measure")
     for name, pattern in (("exclude", exclude), ("skip", skip)):
         trees.check_pattern(pattern, f"{where}.{name}")
     fields = {"name": "gradient_flow", **schedule}
     if isinstance(fields.get("thresholds"), list):
         fields["thresholds"] = tuple(fields["thresholds"])
+    cumulative = fields.get("cumulative", "exact")
     chosen = Cut(
         measure, ratio, tuple(sorted(fields.items())), budget, aggregate, branches, use_l2, use_init, imp_samples,
         batch_size, temperature, grasp_temperature, preserve_temperature, min_share, protect, multiple, exclude, skip,
+        rules,
     )  # fmt: skip
+    for name, value, needed in (("budget", budget, "channels"), ("schedule.cumulative", cumulative, "exact")):
+        if rules and value != needed:
+            raise tables.ConfigError(f"{where}.{name} is {value!r}, but {where}.rules need {needed!r}.")
+    if rules and fields["name"] == "manual":
+        raise tables.ConfigError(f"{where}.schedule names thresholds, but {where}.rules say what goes of each group.")
     try:
-        chosen.plan(1)
+        scores.required(measure, use_l2=use_l2, use_init=use_init)
+        for share in (None, *(share for _, share in rules)):
+            chosen.plan(1, share)
     except tables.ConfigError as error:
         raise tables.ConfigError(f"{where}: {error}") from None
     return chosen
@@ -142,8 +155,9 @@ def check_rounds(chosen: Cut, where: str, visits: int, before: Any) -> None:
                 f"{where}.measure is {chosen.measure!r}, which the training right before it must track: set its "
                 "track.name='saliency'."
             )
-        if tracked["use_l2"] != chosen.use_l2:
-            raise tables.ConfigError(f"{where}.use_l2 is {chosen.use_l2}, but the training tracks {tracked['use_l2']}.")
+        for name in ("use_l2", "use_init") if chosen.use_l2 else ("use_l2",):
+            if tracked[name] != (own := getattr(chosen, name)):
+                raise tables.ConfigError(f"{where}.{name} is {own}, but the training tracks {tracked[name]}.")
     try:
         rounds = len(chosen.plan(visits).ratios)
     except tables.ConfigError as error:
@@ -154,15 +168,64 @@ def check_rounds(chosen: Cut, where: str, visits: int, before: Any) -> None:
         )
 
 
-def check_network(problem: train.Problem, chosen: Cut, where: str) -> None:
-    """Raises ConfigError for a cut that does not fit the network or its data."""
+def check_network(problem: train.Problem, chosen: Cut, where: str, visits: int = 1) -> None:
+    """Raises ConfigError for `visits` rounds that do not fit the network or its data."""
     channels, size = channels_of(problem, chosen.branches), problem.dataset.train.images.shape[0]
     if not channels.groups:
         raise tables.ConfigError(f"{where}: the network has no channels that can be removed.")
-    if chosen.exclude:
-        trees.matching(channels.groups, chosen.exclude, f"{where}.exclude")
+    if chosen.exclude and all(trees.matching(channels.sizes, chosen.exclude, f"{where}.exclude").values()):
+        raise tables.ConfigError(f"{where}.exclude is {chosen.exclude!r}, which leaves no group to cut.")
+    if chosen.rules:
+        trees.match_rules(channels.sizes, chosen.rules, f"{where}.rules")
+    _check_readable(problem, chosen, where)
+    _check_reach(problem, chosen, where, visits)
     if min(chosen.imp_samples, size) < problem.dataset.num_classes and "hg" in "".join(_needs(chosen)):
         raise tables.ConfigError(f"{where}.imp_samples is {chosen.imp_samples}, fewer than one of each class.")
+
+
+def _check_readable(problem: train.Problem, chosen: Cut, where: str) -> None:
+    """Raises ConfigError if the measure reads arrays that some groups lack, such as the scale of a norm."""
+    params, found = {"params": stages.shapes_of(problem)}, {}
+    statistics = scores.Statistics(*[params] * len(scores.Statistics._fields))
+    groups_of = channels_of(problem, chosen.branches).groups
+    scored = {name: group for name, group in groups_of.items() if not _excluded(chosen, name)}
+    for name, group in scored.items():
+        try:
+            jax.eval_shape(_score(chosen, group), statistics, jax.random.key(0))
+        except ValueError as error:
+            found[name] = error
+    if found:
+        pattern = "|".join([*filter(None, [chosen.exclude]), *found])
+        hint = f" To leave such groups whole, set {where}.exclude={pattern!r}." if len(found) < len(scored) else ""
+        raise tables.ConfigError(f"{where}: {next(iter(found.values()))}{hint} Measures of kernels read any group.")
+
+
+def _check_reach(problem: train.Problem, chosen: Cut, where: str, visits: int) -> None:
+    """Raises ConfigError if the minimum kept of each group does not allow what the last round shall leave.
+
+    It depends on no score, but for `protect='original_resnet'`, which removes less than asked instead.
+    """
+    sizes = {n: size for n, size in channels_of(problem, chosen.branches).sizes.items() if not _excluded(chosen, n)}
+    total, least = sum(sizes.values()), sum(budgets.minimum_kept(sizes, chosen.min_share).values())
+    density = chosen.plan(visits).density[-1]
+    if chosen.protect == "original_resnet":
+        return
+    if chosen.budget == "channels" and not chosen.rules:
+        if density * total < least - 1e-6:
+            raise tables.ConfigError(
+                f"{where} shall remove {1 - density:.4g} of {total} channels, but {where}.min_share={chosen.min_share} "
+                f"keeps {least} of them, at least one of each group; allowed: up to {1 - least / total:.4g}."
+            )
+        return
+    everything = {name: np.ones(size, bool) for name, size in channels_of(problem, chosen.branches).sizes.items()}
+    place = stages.Place(where.removeprefix("config."), 0, {}, (), visits, visits)
+    _select_or_say(problem, chosen, everything, everything, place)
+
+
+def _score(chosen: Cut, group: groups.Group) -> Callable:
+    """`score(statistics, key)` of the group's channels."""
+    options = dict(aggregate=chosen.aggregate, use_l2=chosen.use_l2, use_init=chosen.use_init, skip=chosen.skip)
+    return lambda statistics, key: scores.score(chosen.measure, statistics, group, key=key, **options)
 
 
 def _needs(chosen: Cut) -> tuple[str, ...]:
@@ -201,16 +264,7 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
     @jax.jit
     def score(statistics, key):
         return {
-            name: scores.score(
-                chosen.measure,
-                statistics,
-                group,
-                aggregate=chosen.aggregate,
-                use_l2=chosen.use_l2,
-                use_init=chosen.use_init,
-                skip=chosen.skip,
-                key=jax.random.fold_in(key, i),
-            )
+            name: _score(chosen, group)(statistics, jax.random.fold_in(key, i))
             for i, (name, group) in enumerate(scored.items())
         }
 
@@ -240,7 +294,14 @@ def select(problem: train.Problem, chosen: Cut, found: dict, alive: dict, place:
         protect=chosen.protect,
         exclude=chosen.exclude or None,
     )
-    if chosen.budget == "channels":
+    if chosen.rules:
+        counts = {}
+        for name, share in trees.match_rules(sizes, chosen.rules).items():
+            density = 1.0 if _excluded(chosen, name) else float(chosen.plan(place.visits, share).density[i])
+            counts[name] = sizes[name] - int((1 - density) * sizes[name] + 1e-9)
+        del common["exclude"]
+        keep = budgets.select_to_counts(found, counts, **common)
+    elif chosen.budget == "channels":
         counted = [name for name in sizes if not _excluded(chosen, name)]
         ratio = float(plan.ratios[i])
         if dict(chosen.schedule).get("cumulative") == "truncated":
@@ -282,13 +343,14 @@ def run_cut(problem, state, settings, place, rows) -> Iterator[train.Update]:
         found[i].append(
             dict(
                 measure=chosen.measure,
-                ratio=1 - float(chosen.plan(place.visits).density[place.visit - 1]),
+                ratio=1 - (num / total if chosen.rules else float(chosen.plan(place.visits).density[place.visit - 1])),
                 budget=chosen.budget,
                 round=place.visit,
                 num_kept=num,
                 num_channels=total,
                 kept={name: int(k.sum()) for name, k in keep.items()},
                 sizes=channels.sizes,
+                **(dict(layout=groups.layout(channels)) if place.visit == 1 else {}),
             )
         )
     together = parts[0] if problem.members is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)

@@ -4,7 +4,6 @@ State and numbers (learning rate, radii, ...) are arguments of one compiled step
 puts a leading axis on both and maps the step over it; `Problem.lift` is the only place that knows.
 """
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -177,8 +176,10 @@ class Fit(NamedTuple):
         """Everything but the traced numbers, hashable: equal programs share one compilation."""
         return (optim.program(self.recipe), *self[:2], *self[3:5], self.track, self.growth)
 
-    def transformation(self, problem: Problem, numbers: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
-        """The optimizer, tracker included."""
+    def transformation(
+        self, problem: Problem, numbers: dict[str, Any], key: jax.Array
+    ) -> optax.GradientTransformationExtraArgs:
+        """The optimizer, tracker included. key: raw data of the root key, which the initial weights are made of."""
         spe = self.steps_per_epoch(problem)
         if self.growth is not None:
             numbers = dict(numbers)
@@ -188,7 +189,12 @@ class Fit(NamedTuple):
         if not self.track:
             return tx
         options = dict(self.track)
-        statistic = functools.partial(scores.weight_saliency, use_l2=options.pop("use_l2"))
+        use_l2, use_init = options.pop("use_l2"), options.pop("use_init")
+
+        def statistic(params, grads):
+            init = initial_variables(problem, key, problem.pretrained)["params"] if use_init else None
+            return scores.weight_saliency(params, grads, use_l2=use_l2, init=init)
+
         return scores.track_saliency(tx, steps_per_epoch=spe, statistic=statistic, **options)
 
     def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:
@@ -208,7 +214,7 @@ def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any], pre
         state = create_state(problem, state.key, pretrained)
     params = optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
     params = masks.apply(params, state.masks)
-    opt_state = fit.transformation(problem, numbers).init(params)
+    opt_state = fit.transformation(problem, numbers, state.key).init(params)
     if fit.carry and isinstance(state.opt_state, Carried) and state.opt_state.momentum != ():
         opt_state = optim.with_momentum(opt_state, state.opt_state.momentum)
     zero = jnp.zeros((), jnp.int32)
@@ -256,7 +262,7 @@ def make_step(problem: Problem, fit: Fit) -> Callable:
             return loss_rule(logits, targets, **loss_options).mean(), (batch_stats, logits)
 
         (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        tx = fit.transformation(problem, numbers)
+        tx = fit.transformation(problem, numbers, state.key)
         grads = masks.apply(grads, state.masks)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)

@@ -124,6 +124,20 @@ def test_published_settings_of_gradient_flow():
     assert (manual.model.order, manual.final.epochs) == ("conv_relu_bn", 152)
     with pytest.raises(tables.ConfigError, match=r"variant is 'resnet-56'; known: .* Did you mean 'resnet56'"):
         FLOW.get_config("resnet-56")
+    assert FLOW.get_config("vgg13,schedule=polynomial").cut.schedule.to_dict() == dict(name="polynomial", power=3.0)
+    tracked = FLOW.get_config("resnet18,measure=biased_loss_tracked,use_l2=1,use_init=1,alpha=0.5,track_batches=7")
+    track = dict(name="saliency", alpha=0.5, track_batches=7, use_l2=True, use_init=True)
+    assert tracked.fit.track.to_dict() == track
+    assert (tracked.cut.use_l2, tracked.cut.use_init) == (True, True)
+    for text, message in (
+        ("schedule=cubic", "variant schedule is 'cubic'; known: gradient_flow, polynomial"),
+        ("rounds=many", "variant rounds is 'many'; allowed: int"),
+        ("use_l2=yes", "variant use_l2 is 'yes'; allowed: 0 or 1"),
+        ("thresholds=10;x", "variant thresholds is '10;x'; allowed: percents such as 10;50;80"),
+        ("rounds=100,warmup=60", "100 rounds and 60 epochs of warm-up leave none of 160"),
+    ):
+        with pytest.raises(tables.ConfigError, match=message):
+            FLOW.get_config(f"vgg13,{text}")
     with pytest.raises(tables.ConfigError, match=r"variant key is 'round'; known: .* Did you mean 'rounds'"):
         FLOW.get_config("resnet56,round=3")
 

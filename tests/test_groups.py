@@ -207,6 +207,22 @@ def test_roles_of_depthwise_and_attention():
     assert channels.sizes["params/attention/out"] == 12  # the width, named after its first kernel
 
 
+def test_layout_is_in_order_of_use():
+    found = groups.layout(traced("mobilenet"))
+    layers = ["conv1", *(f"block{i}/{kind}wise" for i in range(13) for kind in ("depth", "point")), "fc"]
+    blocks = len(found["groups"]) - 1  # block10 comes after block9, as the network has it
+    assert found["kernels"] == [f"params/{name}/kernel" for name in (*layers[: 1 + 2 * blocks], "fc")]
+    assert list(found["groups"]) == [f"params/{name}" for name in layers[: 1 + 2 * blocks : 2]]
+    for i, (name, group) in enumerate(found["groups"].items()):
+        marks = dict(depthwise=[2 * i + 1], consumer=[2 * i + 2], producer=[2 * i], other=[2 * i + 0.5, 2 * i + 1.5])
+        if i == blocks:
+            marks = dict(consumer=[2 * i + 1], producer=[2 * i], other=[2 * i + 0.5])
+        assert group == dict(size=traced("mobilenet").sizes[name], marks=marks)
+    assert [member.path for member in traced("vit").groups["params/up"].members] == [
+        f"params/{name}" for name in ("up/kernel", "up/bias", "down/kernel")
+    ]
+
+
 def test_frozen_says_why_and_where():
     def apply(v, x):
         h = jnp.sort(jnp.tanh(x @ v["a"]), 1)

@@ -397,3 +397,27 @@ def test_main_says_what_is_missing(tmp_path, capsys):
 def test_import_is_cheap_and_leaves_pyplot_alone():
     code = "import sys; import sparsity_jax.report; assert not {'matplotlib', 'tensorboardX', 'jax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_channel_groups_and_what_is_left_of_them(tmp_path):
+    """A residual network of 60 groups and two arms: one figure, with the channels kept by the last cut of each."""
+    kernels = [f"params/block{i}/conv{j}/kernel" for i in range(60) for j in (1, 2)]
+    marks = lambda i: dict(producer=[2 * i], other=[2 * i + 0.5], consumer=[2 * i + 1], depthwise=[])
+    layout = dict(kernels=kernels, groups={f"params/block{i}/conv1": dict(size=16, marks=marks(i)) for i in range(60)})
+    rows = []
+    for arm, left in (("magnitude", 6), ("gradients", 7)):
+        for member in (0, 1):
+            for visit, kept in ((1, 12), (2, left + member)):
+                row = dict(stage="cut", kind="cut", visit=visit, arm=arm, member=member, ratio=0.3 * visit)
+                row |= dict(kept=dict.fromkeys(layout["groups"], kept), sizes=dict.fromkeys(layout["groups"], 16))
+                rows.append(row | (dict(layout=layout) if visit == 1 else {}))
+    found, kept = figures.group_layout(figures.group(rows))
+    assert found == layout
+    assert [(label, set(own.values())) for label, own in kept] == [("magnitude", {6.5}), ("gradients", {7.5})]
+    page = report.write(tmp_path, CONFIG, rows).read_text()
+    section = page.split('<section id="groups">')[1].split("</section>")[0]
+    for text in ("block59/conv1", "magnitude: kept", "6.5", "makes the channels", "var(--c7)"):
+        assert text in section
+    assert not re.search("#[0-9a-f]{6}", section)  # all colours follow the page
+    assert (tmp_path / "figures" / "groups.png").stat().st_size > 10_000
+    assert figures.group_layout(figures.group([row for row in rows if row["visit"] == 2])) == ({}, [])
