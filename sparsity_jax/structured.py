@@ -69,6 +69,12 @@ class Cut(NamedTuple):
     exclude: str
     skip: str
 
+    @property
+    def balanced(self) -> bool:
+        """Whether its scores need equally many examples of every class."""
+        needs = scores.required(self.measure, use_l2=self.use_l2, use_init=self.use_init)
+        return any(name.startswith("hg") for name in needs)
+
     def plan(self, num_rounds: int) -> budgets.Rounds:
         fields = dict(self.schedule)
         if fields["name"] != "manual":
@@ -155,12 +161,12 @@ def check_rounds(chosen: Cut, where: str, visits: int, before: Any) -> None:
 
 def check_network(problem: train.Problem, chosen: Cut, where: str) -> None:
     """Raises ConfigError for a cut that does not fit the network or its data."""
-    channels, size = channels_of(problem, chosen.branches), problem.dataset.train.images.shape[0]
+    channels, size = channels_of(problem, chosen.branches), problem.size("train")
     if not channels.groups:
         raise tables.ConfigError(f"{where}: the network has no channels that can be removed.")
     if chosen.exclude:
         trees.matching(channels.groups, chosen.exclude, f"{where}.exclude")
-    if min(chosen.imp_samples, size) < problem.dataset.num_classes and "hg" in "".join(_needs(chosen)):
+    if min(chosen.imp_samples, size) < problem.dataset.num_classes and chosen.balanced:
         raise tables.ConfigError(f"{where}.imp_samples is {chosen.imp_samples}, fewer than one of each class.")
 
 
@@ -179,14 +185,13 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
         logits = problem.model.apply({**variables, "batch_stats": fixed}, problem.images(batch[0]))
         return losses.cross_entropy(logits / temperature, batch[1]).mean()
 
-    size = min(chosen.imp_samples, problem.dataset.train.images.shape[0])
-    images, labels = problem.train_images, problem.train_labels
+    images, labels = problem.examples("train", chosen.imp_samples)
     balanced = None
-    if any(name.startswith("hg") for name in needs):
+    if chosen.balanced:
         classes, known = problem.dataset.num_classes, problem.dataset.train.labels
         rarest = int(np.bincount(known, minlength=classes).min())
-        index = scores.class_balanced(known, classes, min(size, classes * rarest))
-        balanced = (images[index], labels[index])
+        index = scores.class_balanced(known, classes, min(len(labels), classes * rarest))
+        balanced = (problem.train_images[index], problem.train_labels[index])
     collect = scores.gather(
         loss,
         needs,
@@ -216,7 +221,7 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
     def scores_of(state, key):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         init = problem.init(jax.random.wrap_key_data(state.key)) if "w0" in needs else None
-        statistics = collect(variables, (images[:size], labels[:size]), balanced=balanced, init=init)
+        statistics = collect(variables, (images, labels), balanced=balanced, init=init)
         if "saliency" in needs:
             statistics = statistics._replace(saliency={"params": state.opt_state.saliency})
         found = {name: np.asarray(own, np.float64) for name, own in score(statistics, key).items()}
@@ -352,7 +357,7 @@ def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> d
     stock = compacted(problem, state)
     full = {"params": state.params, "batch_stats": state.batch_stats}
     dense, small = jax.jit(problem.model.apply), jax.jit(stock.apply)
-    images = problem.images(problem.test_images[: chosen.batch_size])
+    images = problem.images(problem.examples("test", chosen.batch_size)[0])
     masked, compact = dense(full, images), small(stock.variables, images)
     error = float(jnp.max(jnp.abs(masked - compact)) / jnp.maximum(jnp.max(jnp.abs(masked)), 1e-30))
     if not error <= chosen.tolerance:
@@ -393,6 +398,10 @@ def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> d
 
 def accuracy(problem: train.Problem, apply: Callable, variables: PyTree, split: str = "test") -> float:
     """Share of a split classified rightly by a compiled `apply(variables, images)`."""
+    if problem.streamed:
+        right = lambda images, labels: jnp.sum(losses.correct(apply(variables, problem.images(images)), labels))
+        ((_, found),), _ = train.over_stream(problem, split, [lambda *batch: (jnp.zeros(()), right(*batch))])
+        return float(found)
     images, labels = train.arrays(problem, split)
     size, right = len(labels), 0
     batch = min(problem.eval_batch_size, size)

@@ -14,8 +14,8 @@ NUMERICS = ("tables", "trees", "masks", "polytopes", "linops", "labels", "flow",
 PARTS = ("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets")
 # each may import those before it
 RUNS = (
-    *("checkpoint", "figures", "geometry_figures", "report", "train", "stages", "geometry", "structured", "pipeline"),
-    *("evaluate", "run"),
+    *("checkpoint", "figures", "geometry_figures", "report", "stream", "train", "stages", "geometry", "structured"),
+    *("pipeline", "evaluate", "run"),
 )
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")
 ALLOWED = {
