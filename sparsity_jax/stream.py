@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
+import jax
 import numpy as np
 from absl import flags
 
@@ -42,18 +43,25 @@ class Batch(NamedTuple):
 
 
 def train_batches(
-    images: data.Stream, seed: Sequence[int], *, batch_size: int, epochs: int, start: int = 0, put: Callable
+    images: data.Stream,
+    seed: Sequence[int],
+    *,
+    batch_size: int,
+    epochs: int,
+    start: int = 0,
+    put: Callable = jax.device_put,
 ) -> Iterator[Batch]:
     """The batches of a whole training from step `start` on; close it to stop reading.
 
     Every epoch visits the images in a new order, without those that do not fill a batch, and crops each at random.
-    seed: non-negative integers; put(images, labels) -> both on the device.
+    seed: non-negative integers. put((images, labels)) -> both where they are used.
     """
     import grain  # a second to import, needed by streams only
 
     size = images.shape[0] // batch_size * batch_size
-    (number,) = np.random.SeedSequence(seed).generate_state(1)
-    order = grain.MapDataset.range(images.shape[0]).shuffle(seed=int(number))[:size].repeat(epochs)
+    numbers = np.random.SeedSequence(seed).generate_state(epochs).tolist()
+    every = grain.MapDataset.range(images.shape[0])
+    order = grain.MapDataset.concatenate([every.shuffle(seed=number)[:size] for number in numbers])
 
     def cropped(position: int, index: int) -> Example:
         draw = lambda height, width: random_box(np.random.default_rng([*seed, position]), height, width, images.options)
@@ -63,7 +71,7 @@ def train_batches(
 
 
 def eval_batches(
-    images: data.Stream, *, batch_size: int, put: Callable, indices: Sequence[int] | None = None
+    images: data.Stream, *, batch_size: int, put: Callable = jax.device_put, indices: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """All images, or those at `indices`, in order and with their central part; the last batch is filled up."""
     import grain
@@ -75,7 +83,7 @@ def eval_batches(
 
 def examples(images: data.Stream, indices: Sequence[int], batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded, with their central part."""
-    stay = lambda *arrays: arrays
+    stay = lambda arrays: arrays
     batches = eval_batches(images, batch_size=min(batch_size, len(indices)), put=stay, indices=indices)
     with contextlib.closing(batches):
         found = [(batch.images[batch.labels >= 0], batch.labels[batch.labels >= 0]) for batch in batches]
@@ -103,7 +111,7 @@ def read_ahead(images: data.Stream, found: Any, batch_size: int, put: Callable) 
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         own = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, prefetch * batch_size))
         batches = found.to_iter_dataset(own).batch(batch_size, batch_fn=stack)
-    placed = batches.map(lambda batch: Batch(*put(batch.images, batch.labels), batch.unreadable))
+    placed = batches.map(lambda batch: Batch(*put(batch[:2]), batch.unreadable))
     return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=ON_DEVICE))
 
 

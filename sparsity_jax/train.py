@@ -94,11 +94,12 @@ class Problem(NamedTuple):
         """Number of images of "train" or "test"."""
         return getattr(self.dataset, split).images.shape[0]
 
-    def put(self, images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """A batch on the device, or split over those of the mesh."""
-        if self.mesh is None or len(labels) % self.mesh.size:
-            return self.place((images, labels))
-        return jax.device_put((images, labels), jax.NamedSharding(self.mesh, jax.sharding.PartitionSpec("batch")))
+    def put(self, batch: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+        """Arrays of a batch on the device, or split over those of the mesh."""
+        if self.mesh is None or len(batch[0]) % self.mesh.size:
+            return self.place(batch)
+        spec = jax.sharding.PartitionSpec("batch")
+        return jax.device_put(batch, jax.sharding.NamedSharding(self.mesh, spec))
 
     def batches(self, split: str, batch_size: int = 0) -> Iterator[stream.Batch]:
         """A streamed split in order, for evaluation; `stream.eval_batches`."""

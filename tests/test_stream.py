@@ -27,7 +27,7 @@ from sparsity_jax import data, geometry, losses, models, pipeline, report, stage
 SIZE = 8
 
 
-def here(*arrays):
+def here(arrays):
     return arrays
 
 
@@ -423,7 +423,7 @@ if __name__ == "__main__":
     source = data.Source(4000, lambda indices: [(np.zeros((12, 9), np.uint8), 0)], str)
     options = tables.defaults(data.load) | dict(image_size=8, stream=True, workers=2)
     images = data.Stream(source, np.arange(4000), (4000, 8, 8, 1), 1, options)
-    batches = stream.train_batches(images, [0], batch_size=5, epochs=1, put=lambda *arrays: arrays)
+    batches = stream.train_batches(images, [0], batch_size=5, epochs=1, put=lambda arrays: arrays)
     next(batches), next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(600)
