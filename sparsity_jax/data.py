@@ -1,12 +1,14 @@
 """Image classification sets as uint8 arrays in memory, and the augmentation that runs on the device inside the step.
 
 `load` reads the digits inside scikit-learn, any prepared TFDS set (without TensorFlow) or a folder of images, decodes
-it once and keeps it in memory. Nothing is downloaded here: `python -m sparsity_jax.prepare` does that.
+it once and keeps it in memory; or it leaves the images where they are, for `stream` to read. Nothing is downloaded
+here: `python -m sparsity_jax.prepare` does that.
 """
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import functools
-import inspect
 import itertools
 import json
 import os
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax.tables import ConfigError, Index, check_options, closest, lookup
+from sparsity_jax.tables import ConfigError, Count, Fraction, Index, Positive, check_options, closest, defaults, lookup
 
 CHUNK = 500  # records one thread reads and decodes at a time
 DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION  # 8 bit, grey or BGR as stored, no alpha, no EXIF turning
@@ -29,14 +31,14 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 
 
 class Split(NamedTuple):
-    """Decoded images and their classes, in a fixed order."""
+    """Images and their classes, in a fixed order."""
 
-    images: np.ndarray  # uint8 [N, H, W, C], C is 1 or 3 (RGB)
-    labels: np.ndarray  # int32 [N], in 0..num_classes-1
+    images: "np.ndarray | Stream"  # uint8 [N, H, W, C], C is 1 or 3 (RGB)
+    labels: np.ndarray | None  # int32 [N], in 0..num_classes-1; None with a Stream, which reads them with the images
 
 
 class Dataset(NamedTuple):
-    """A set in memory. `test.images.shape[1:]` is what the network sees; train images may be larger, see `load`."""
+    """A set. `test.images.shape[1:]` is what the network sees; train images in memory may be larger, see `load`."""
 
     name: str
     train: Split
@@ -52,6 +54,17 @@ class Source(NamedTuple):
     size: int
     read: Callable[[Sequence[int]], list[tuple[Any, int]]]  # indices -> (encoded bytes or uint8 [H, W], label) of each
     describe: Callable[[int], str]  # where item i comes from, for errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Images that stay where they are until `stream` reads them; stands where an array of this shape would."""
+
+    source: Source
+    indices: np.ndarray  # of `source`, in the split's order
+    shape: tuple[int, int, int, int]  # [N, H, W, C]
+    num_classes: int
+    options: Mapping[str, Any]  # of `load`
 
 
 class Opened(NamedTuple):
@@ -93,8 +106,15 @@ def load(
     normalization: Literal[
         "auto", "computed", "none", "cifar10", "cifar100", "fashion_mnist", "imagenet", "mnist", "svhn_cropped"
     ] = "auto",
+    stream: bool = False,
+    resize_size: Index = 0,
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0),
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3),
+    workers: Index = 0,
+    prefetch: Count = 4,
+    unreadable: Literal["stop", "skip"] = "stop",
 ) -> Dataset:
-    """A whole set, decoded into memory.
+    """A whole set, decoded into memory or, with `stream`, left where it is.
 
     name: `digits` (1,797 grey 8x8 images inside scikit-learn, every fifth of each class is test: 1,437 / 360);
         `folder:PATH` (`PATH/train/CLASS/**/*.png` and `PATH/test/...` or `PATH/val/...`; classes are numbered in sorted
@@ -112,13 +132,25 @@ def load(
     train_limit, test_limit: keep at most this many images, spread evenly over the stored order and the same every time;
         a smaller limit keeps a subset of a larger one. 0 keeps all.
     normalization: mean and std are those published for the set if there are any and "computed" from the loaded train
-        images otherwise ("auto"), those of a named set, or 0 and 1 ("none").
+        images otherwise ("auto", of a stream: those of ImageNet), those of a named set, or 0 and 1 ("none").
+    stream: the splits hold a `Stream` and no labels. Needs image_size, the side of the square crops that the network
+        sees; the other fields below are of streams only.
+    resize_size: test images are resized to this shorter side, of which the central square stays; 0 is 8/7 of
+        image_size (256 for 224).
+    crop_scale, crop_ratio: least and largest area (as a share of the image's) and ratio of width to height of the
+        random part of a train image; (1, 1) and (1, 1) is always its central square.
+    workers: processes that read and decode; 0 does it in threads of this one, as many as it has CPU cores.
+    prefetch: batches read ahead.
+    unreadable: an image that cannot be decoded stops the run, or is replaced by the next one that can (`skip`; in
+        evaluation it is left out).
 
     Raises ConfigError for whatever `check` finds, and for images that are damaged, of differing shape while their size
     option is 0, in colour in a grey set, or without a label.
     """
     options = dict(locals())
     opened = check_and_open(options)
+    if stream:
+        return streamed(opened, options)
     sizes = {"train": train_image_size or image_size, "test": image_size}
     train = decode_split(opened.train, train_limit, sizes["train"], channels or opened.channels, bool(channels))
     stored = train.images.shape[-1]
@@ -146,8 +178,9 @@ def check(**options) -> None:
 
 
 def check_and_open(options: Mapping[str, Any]) -> Opened:
-    defaults = {key: parameter.default for key, parameter in inspect.signature(load).parameters.items()}
-    options = defaults | check_options(load, options, "config.data")
+    known = defaults(load)
+    options = known | check_options(load, options, "config.data")
+    check_stream(options)
     name, splits = options["name"], (options["train_split"], options["test_split"])
     if name == "digits":
         opened = open_digits(*splits)
@@ -156,8 +189,53 @@ def check_and_open(options: Mapping[str, Any]) -> Opened:
     else:
         opened = open_tfds(name, options["data_dir"], *splits)
     if stored := options["channels"] or opened.channels:
-        check_normalization(options["normalization"], stored)
+        check_normalization(chosen_normalization(options), stored)
     return opened
+
+
+def check_stream(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options of streams without one, and for those that a stream cannot have."""
+    given = lambda name: f"config.data.{name} is {options[name]!r}"
+    if not options["stream"]:
+        for name in ("resize_size", "crop_scale", "crop_ratio", "workers", "prefetch", "unreadable"):
+            if options[name] != defaults(load)[name]:
+                raise ConfigError(f"{given(name)}, which only a stream uses; set config.data.stream=True.")
+        return
+    if not options["image_size"]:
+        raise ConfigError("config.data.stream needs config.data.image_size, the side of its crops, e.g. 224.")
+    if options["train_image_size"]:
+        raise ConfigError(f"{given('train_image_size')}; a stream crops train images to image_size: set it to 0.")
+    if options["normalization"] == "computed":
+        raise ConfigError(f"{given('normalization')}, which needs all images in memory; name a set, or 'none'.")
+    if 0 < options["resize_size"] < options["image_size"]:
+        raise ConfigError(f"{given('resize_size')}; allowed: from image_size, {options['image_size']}, or 0.")
+    for name in ("crop_scale", "crop_ratio"):
+        low, high = options[name]
+        if not 0 < low <= high:
+            raise ConfigError(f"{given(name)}; allowed: two numbers above 0, in ascending order.")
+
+
+def streamed(opened: Opened, options: dict[str, Any]) -> Dataset:
+    """The set of `load`'s options with a `Stream` for each split."""
+    splits, name, size = [], options["name"], options["image_size"]
+    channels = options["channels"] or opened.channels
+    for source, limit in ((opened.train, options["train_limit"]), (opened.test, options["test_limit"])):
+        indices = np.asarray(spread(source.size, limit))
+        channels = channels or first_channels(source, indices)
+        shape = (len(indices), size, size, channels)
+        splits.append(Split(Stream(source, indices, shape, opened.num_classes, options), None))
+    mean, std = statistics(chosen_normalization(options), name, splits[0].images)
+    return Dataset(name, *splits, opened.num_classes, mean, std)
+
+
+def first_channels(source: Source, indices: Sequence[int]) -> int:
+    """1 or 3, as the first image that can be decoded."""
+    for index in indices:
+        with contextlib.suppress(ConfigError):
+            image = as_array(source.read([int(index)])[0][0])
+            if image is not None:
+                return 1 if image.ndim == 2 else 3
+    raise ConfigError(f"{source.describe(int(indices[0]))} and all other images cannot be decoded.")
 
 
 def decode_split(source: Source, limit: int, size: int, channels: int, convert: bool) -> Split:
@@ -168,7 +246,7 @@ def decode_split(source: Source, limit: int, size: int, channels: int, convert: 
     indices = spread(source.size, limit)
 
     def decoded(payload: Any, index: int) -> np.ndarray:
-        image = payload if isinstance(payload, np.ndarray) else decode(payload)
+        image = as_array(payload)
         if image is None:
             raise ConfigError(f"{source.describe(index)} is not an image that can be decoded; is it damaged?")
         return image
@@ -202,9 +280,17 @@ def decode_split(source: Source, limit: int, size: int, channels: int, convert: 
     return Split(images, labels)
 
 
-def decode(data: bytes) -> np.ndarray | None:
-    """uint8 [H, W] (grey) or [H, W, 3] (BGR, OpenCV's order); None if `data` is not a whole image."""
-    return cv2.imdecode(np.frombuffer(data, np.uint8), DECODE) if data else None
+def as_array(payload: Any) -> np.ndarray | None:
+    """What a `Source` reads, decoded if it is not yet."""
+    return payload if isinstance(payload, np.ndarray) else decode(payload)
+
+
+def decode(data: bytes, reduced: int = 0) -> np.ndarray | None:
+    """uint8 [H, W] (grey) or [H, W, 3] (BGR, OpenCV's order); None if `data` is not a whole image.
+
+    reduced: 0, or OpenCV's flag for 1/2, 1/4, 1/8 of the size: 16, 32, 64.
+    """
+    return cv2.imdecode(np.frombuffer(data, np.uint8), DECODE | reduced) if data else None
 
 
 def fit(image: np.ndarray, size: int, channels: int) -> np.ndarray:
@@ -470,11 +556,19 @@ def read_records(
 # Normalisation
 
 
+def chosen_normalization(options: Mapping[str, Any]) -> str:
+    """`load`'s option; of a stream "auto" is decided."""
+    if options["normalization"] == "auto" and options["stream"]:
+        name = re.split("[:/]", options["name"])[0]
+        return name if name in NORMALIZATIONS else "imagenet"
+    return options["normalization"]
+
+
 def check_normalization(normalization: str, channels: int) -> None:
     if normalization in NORMALIZATIONS and len(NORMALIZATIONS[normalization].mean) not in (1, channels):
         raise ConfigError(
             f"config.data.normalization {normalization!r} is for 3 channels, the images have {channels}; use "
-            "'computed', or set channels to 3."
+            "'computed' (a stream: 'none'), or set channels to 3."
         )
 
 

@@ -147,7 +147,8 @@ def _data_options(options: Mapping[str, Any], data_dir: str, name: str) -> dict[
     if name:
         if chosen["normalization"] == "auto":
             known = re.split("[:/]", chosen["name"])[0]
-            chosen["normalization"] = known if known in data.NORMALIZATIONS else "computed"
+            other = "imagenet" if chosen["stream"] else "computed"
+            chosen["normalization"] = known if known in data.NORMALIZATIONS else other
         if not (name.startswith("folder:") and chosen["name"].startswith("folder:")):
             whole = tables.defaults(data.load)  # names of splits are the set's own
             chosen |= {field: whole[field] for field in ("train_split", "test_split", "train_limit", "test_limit")}
@@ -275,7 +276,7 @@ def measure(
     row: dict[str, Any] = {}
     for split in ("test", "train") if on_train else ("test",):
         loss, accuracy = jax.device_get(train.evaluate(problem, state.params, state.batch_stats, split))
-        examples = len(train.arrays(problem, split)[1])
+        examples = problem.size(split)
         right = round(float(accuracy) * examples) / examples  # not rounded to float32
         row |= {f"{split}_accuracy": right, f"{split}_loss": float(loss), f"{split}_examples": examples}
     one = jax.ShapeDtypeStruct((1, *problem.dataset.test.images.shape[1:]), jnp.float32)
@@ -303,7 +304,7 @@ def measure(
         times += ("speedup", "speedup_low", "speedup_high", "verdict")
         row |= {name: stock[name] for name in ("difference", "kept", "sizes", *times) if name in stock}
     elif latency:
-        images = problem.images(problem.test_images[:batch_size])
+        images = problem.images(problem.examples("test", batch_size)[0])
         own = cost.latency(jax.jit(problem.model.apply), variables, images, repeats=repeats)
         spread = dict(milliseconds=own.median, milliseconds_low=own.low, milliseconds_high=own.high)
         row |= dict(batch_size=len(images), **{name: {"dense": 1e3 * value} for name, value in spread.items()})

@@ -37,6 +37,9 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
         "train_accuracy",
         "test_loss",
         "test_accuracy",
+        "unreadable",
+        "unreadable_images",
+        "test_unreadable",
     },
     "curve": {
         "ratio",

@@ -245,9 +245,8 @@ def row_norms_options(
 
 
 def examples(problem: train.Problem, num: int) -> tuple[jax.Array, jax.Array]:
-    """The first `num` train images and labels; 0 for all."""
-    num = min(num or problem.train_images.shape[0], problem.train_images.shape[0])
-    return problem.train_images[:num], problem.train_labels[:num]
+    """`num` train images and labels, see `Problem.examples`; 0 for all."""
+    return problem.examples("train", num or problem.size("train"))
 
 
 def curvature(problem: train.Problem, chosen: Any, kind: str = "hessian") -> Callable:

@@ -365,7 +365,6 @@ def begin_grow(problem, state, settings, place) -> train.State:
 
 
 def run_grow(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows
     fit = _sized(problem, settings[0])
     growth, spe = fit.growth, fit.steps_per_epoch(problem)
     layers = layers_of(problem, growth.choice)
@@ -380,7 +379,8 @@ def run_grow(problem, state, settings, place, rows) -> Iterator[train.Update]:
 
     looks = problem.once(("look", fit.program()), lambda: jax.jit(problem.lift(look)))
     cut = lambda state: removed(problem, state, growth.choice, growing.kept(state.opt_state))
-    for update in train.fit_epochs(problem, state, fit, _numbers(problem, state, settings), place.position, place.name):
+    numbers = _numbers(problem, state, settings)
+    for update in train.fit_epochs(problem, state, fit, numbers, place.position, place.name, rows[0]):
         step = int(np.ravel(update.state.step)[0])
         if step % spe % growth.log_every:
             yield update
@@ -572,8 +572,7 @@ def jacobian_options(where: str, *, num_examples: tables.Count = 100) -> Jacobia
 
 def run_jacobian(problem, state, settings, place, rows) -> Iterator[train.Update]:
     del rows, place
-    size = min(settings[0].num_examples, len(problem.train_images))
-    images = problem.images(problem.train_images[:size])
+    images = problem.images(problem.examples("train", settings[0].num_examples)[0])
 
     def measure(state, images):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -581,7 +580,7 @@ def run_jacobian(problem, state, settings, place, rows) -> Iterator[train.Update
         return dict(probes.isometry(values)._asdict(), mean_by_rank=values.mean(0))
 
     found = jax.jit(problem.lift(measure, (0, None)))(state, images)
-    yield train.Update(state, train.member_rows(problem, found, num_examples=size), 1.0)
+    yield train.Update(state, train.member_rows(problem, found, num_examples=len(images)), 1.0)
 
 
 STAGES = {

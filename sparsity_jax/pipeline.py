@@ -145,9 +145,11 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
         check_order(common["pipeline"], stage_configs, own, done)
     data.check(**dict(common["data"]))
     chosen = {name: share([own[name] for own in checked]) for name in stage_configs}
-    several, mode = len(members) > 1, common["sweep_mode"]
-    together = several and (mode == "vmap" or (mode == "auto" and not convolves(common["model"])))
+    several, mode, streamed = len(members) > 1, common["sweep_mode"], common["data"].get("stream")
+    together = several and (mode == "vmap" or (mode == "auto" and not streamed and not convolves(common["model"])))
     used |= {getattr(own[name], "retrain", "") for own in checked for name in used} - {""}
+    if streamed:
+        check_streamed([(f"config.{name}", own[name]) for own in checked for name in sorted(used)], together)
     for name in used if together else ():
         if len(set(map(static, chosen[name]))) > 1:
             raise tables.ConfigError(
@@ -164,6 +166,29 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     if several and not together:
         return [make([i]) for i in range(len(members))], True
     return [make(range(len(members)))], False
+
+
+def check_streamed(settings: list[tuple[str, Any]], together: bool) -> None:
+    """Raises ConfigError for what needs all images in memory.
+
+    settings: of stages, with their names. together: members of a sweep run side by side.
+    """
+    said = "config.data.stream leaves images where they are"
+    if together:
+        raise tables.ConfigError(f"{said}, one member at a time reads them; allowed: config.sweep_mode 'loop'.")
+    for where, own in settings:
+        if isinstance(own, train.Fit) and own.augment == "resized_crop_flip":
+            raise tables.ConfigError(
+                f"{where}.augment is {own.augment!r}, but a stream crops already; allowed: 'flip'."
+            )
+        if isinstance(own, stages.SfwInit):
+            raise tables.ConfigError(f"{said}, but {where} (sfw_init) draws from all of them in memory.")
+        if isinstance(own, (geometry.RowNorms, geometry.Spectrum)) and not own.num_examples:
+            raise tables.ConfigError(f"{said}; {where}.num_examples is 0, all: say how many to keep in memory.")
+        if isinstance(own, geometry.Width) and not own.epsilon:
+            raise tables.ConfigError(f"{said}, but {where}.epsilon 0 is measured on all of them in memory: set it.")
+        if isinstance(own, structured.Cut) and own.balanced:
+            raise tables.ConfigError(f"{said}, but {where}.measure {own.measure!r} needs equally many of every class.")
 
 
 def convolves(model: Mapping) -> bool:
@@ -662,9 +687,11 @@ def run_stage(
     position, spe = place.position, own[0].steps_per_epoch(run.problem) if isinstance(own[0], train.Fit) else 1
     # what an interruption saves, replaced as one: it may come between any two instructions
     good = (state, checkpoint.Progress(position, True, list(rows)))
-    with Display(f"{place.position + 1}/{len(plan.pipeline)} {place.name}") as display:
+    shown = f"{place.position + 1}/{len(plan.pipeline)} {place.name}"
+    with Display(shown) as display, contextlib.ExitStack() as stack:
         try:
-            for update in stage.run(run.problem, state, own, place, begun):
+            updates = stack.enter_context(contextlib.closing(stage.run(run.problem, state, own, place, begun)))
+            for update in updates:
                 new = [
                     {**common, "member": i, **plan.swept[i], **found}
                     for i, own_rows in enumerate(update.rows)

@@ -5,6 +5,7 @@ gives the state it starts from (pure, so that a resumed run knows its structure)
 be resumed from any update it yielded.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -153,9 +154,8 @@ def begin_train(problem: train.Problem, state: train.State, settings: list[train
 
 
 def run_train(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows
     numbers = numbers_of(problem, state, settings)
-    yield from train.fit_epochs(problem, state, settings[0], numbers, place.position, place.name)
+    yield from train.fit_epochs(problem, state, settings[0], numbers, place.position, place.name, rows[0])
 
 
 # sfw_init ----------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update
     del rows
     chosen, chunk = settings[0], 10
     numbers = train.numbers_of(problem, state, [s.recipe for s in settings])
-    size, half = problem.dataset.train.images.shape[0], chosen.batch_size // 2
+    size, half = problem.size("train"), chosen.batch_size // 2
     augment = data.make_augmentation(chosen.augment, problem.dataset, place.name)
 
     def loss(params, batch_stats, batch):
@@ -340,10 +340,11 @@ def curve_options(
 def pruned_results(problem: train.Problem, chosen: Curve, position: int) -> tuple[Callable, Callable]:
     """(prune, measure) of one member; position: of the stage in the pipeline, for random masks.
 
-    prune(state, counts) -> masks; measure(state, counts, *arrays of every split) -> (loss and accuracy by split, more).
+    prune(state, counts) -> masks; measure(state, counts, *arrays of every split) -> (loss and accuracy by split, more),
+    or on streamed data measure(state, counts) -> (params and batch_stats to evaluate, more).
     """
     options = dict(chosen.options)
-    evaluators = {split: train.evaluation(problem, split) for split in chosen.splits}
+    evaluators = {split: train.evaluation(problem, split) for split in chosen.splits if not problem.streamed}
 
     def prune(state, counts):
         key = train.stage_key(state.key, position)
@@ -354,6 +355,8 @@ def pruned_results(problem: train.Problem, chosen: Curve, position: int) -> tupl
         """Results on all splits of the network pruned to `counts`: one program for all ratios."""
         kept = state.masks if chosen.retrain else prune(state, counts)
         params, found = masks.apply(state.params, kept), {}
+        if problem.streamed:
+            found = params, state.batch_stats
         for i, (split, evaluate) in enumerate(evaluators.items()):
             loss, accuracy = evaluate(params, state.batch_stats, *arrays[2 * i : 2 * i + 2])
             found[split] = dict(loss=loss, accuracy=accuracy)
@@ -365,7 +368,19 @@ def pruned_results(problem: train.Problem, chosen: Curve, position: int) -> tupl
 
 
 def split_arrays(problem: train.Problem, chosen: Curve) -> list[jax.Array]:
-    return [array for split in chosen.splits for array in train.arrays(problem, split)]
+    return [array for split in chosen.splits for array in train.arrays(problem, split) if not problem.streamed]
+
+
+def read_results(problem: train.Problem, chosen: Curve, results: list[tuple]) -> list[tuple]:
+    """Results of `measure` with losses and accuracies; streamed splits are read once for all of them."""
+    if not problem.streamed:
+        return results
+    sums = problem.once("sums", lambda: jax.jit(train.batch_sums(problem)))
+    looks, found = [functools.partial(sums, *variables) for variables, _ in results], [{} for _ in results]
+    for split in chosen.splits:
+        for own, (loss, accuracy) in zip(found, train.over_stream(problem, split, looks)[0], strict=True):
+            own[split] = dict(loss=loss, accuracy=accuracy)
+    return [(own, more) for own, (_, more) in zip(found, results, strict=True)]
 
 
 def pruned_evaluation(
@@ -382,7 +397,7 @@ def pruned_evaluation(
 
     def evaluate(ratio):
         counts = allocate.keep_counts(shapes, ratio, selection=chosen.selection, **dict(chosen.options))
-        found, _ = compiled(state, counts, *inputs)
+        ((found, _),) = read_results(problem, chosen, [compiled(state, counts, *inputs)])
         return {name: float(value) for name, value in found[chosen.splits[0]].items()}
 
     return evaluate
@@ -432,7 +447,7 @@ def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
         # results are fetched a few ratios late, so the device never waits for the host
         if len(waiting) >= (1 if chosen.retrain else 16) or i + 1 == len(chosen.ratios):
             new = rows_per_member(problem)
-            for finished, result in waiting:
+            for (finished, _), result in zip(waiting, read_results(problem, chosen, [r for _, r in waiting])):
                 for own, more in zip(new, rows_of(finished, result), strict=True):
                     own.extend(more)
             waiting = []

@@ -71,6 +71,11 @@ class Cut(NamedTuple):
     skip: str
     rules: tuple
 
+    @property
+    def balanced(self) -> bool:
+        """Whether its scores need equally many examples of every class."""
+        return any(name.startswith("hg") for name in _needs(self))
+
     def plan(self, num_rounds: int, ratio: float | None = None) -> budgets.Rounds:
         """ratio: of one group, instead of that of the whole network."""
         fields = dict(self.schedule)
@@ -170,7 +175,7 @@ def check_rounds(chosen: Cut, where: str, visits: int, before: Any) -> None:
 
 def check_network(problem: train.Problem, chosen: Cut, where: str, visits: int = 1) -> None:
     """Raises ConfigError for `visits` rounds that do not fit the network or its data."""
-    channels, size = channels_of(problem, chosen.branches), problem.dataset.train.images.shape[0]
+    channels, size = channels_of(problem, chosen.branches), problem.size("train")
     if not channels.groups:
         raise tables.ConfigError(f"{where}: the network has no channels that can be removed.")
     if chosen.exclude and all(trees.matching(channels.sizes, chosen.exclude, f"{where}.exclude").values()):
@@ -179,7 +184,7 @@ def check_network(problem: train.Problem, chosen: Cut, where: str, visits: int =
         trees.match_rules(channels.sizes, chosen.rules, f"{where}.rules")
     _check_readable(problem, chosen, where)
     _check_reach(problem, chosen, where, visits)
-    if min(chosen.imp_samples, size) < problem.dataset.num_classes and "hg" in "".join(_needs(chosen)):
+    if min(chosen.imp_samples, size) < problem.dataset.num_classes and chosen.balanced:
         raise tables.ConfigError(f"{where}.imp_samples is {chosen.imp_samples}, fewer than one of each class.")
 
 
@@ -243,14 +248,13 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
         logits = problem.model.apply({**variables, "batch_stats": fixed}, problem.images(batch[0]))
         return losses.cross_entropy(logits / temperature, batch[1]).mean()
 
-    size = min(chosen.imp_samples, problem.dataset.train.images.shape[0])
-    images, labels = problem.train_images, problem.train_labels
+    images, labels = problem.examples("train", chosen.imp_samples)
     balanced = None
-    if any(name.startswith("hg") for name in needs):
+    if chosen.balanced:
         classes, known = problem.dataset.num_classes, problem.dataset.train.labels
         rarest = int(np.bincount(known, minlength=classes).min())
-        index = scores.class_balanced(known, classes, min(size, classes * rarest))
-        balanced = (images[index], labels[index])
+        index = scores.class_balanced(known, classes, min(len(labels), classes * rarest))
+        balanced = (problem.train_images[index], problem.train_labels[index])
     collect = scores.gather(
         loss,
         needs,
@@ -271,7 +275,7 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
     def scores_of(state, key):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         init = train.initial_variables(problem, state.key, problem.pretrained) if "w0" in needs else None
-        statistics = collect(variables, (images[:size], labels[:size]), balanced=balanced, init=init)
+        statistics = collect(variables, (images, labels), balanced=balanced, init=init)
         if "saliency" in needs:
             statistics = statistics._replace(saliency={"params": state.opt_state.saliency})
         found = {name: np.asarray(own, np.float64) for name, own in score(statistics, key).items()}
@@ -415,7 +419,7 @@ def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> d
     stock = compacted(problem, state)
     full = {"params": state.params, "batch_stats": state.batch_stats}
     dense, small = jax.jit(problem.model.apply), jax.jit(stock.apply)
-    images = problem.images(problem.test_images[: chosen.batch_size])
+    images = problem.images(problem.examples("test", chosen.batch_size)[0])
     masked, compact = dense(full, images), small(stock.variables, images)
     error = float(jnp.max(jnp.abs(masked - compact)) / jnp.maximum(jnp.max(jnp.abs(masked)), 1e-30))
     if not error <= chosen.tolerance:
@@ -457,9 +461,9 @@ def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> d
 def accuracy(problem: train.Problem, stock: Stock) -> float:
     """Of the compact network on the test set."""
     compact = problem._replace(model=problem.model._replace(apply=stock.apply), members=None, compiled={})
-    _, found = train.evaluate(compact, stock.variables["params"], stock.variables["batch_stats"], "test")
-    size = len(problem.test_labels)
-    return round(float(found) * size) / size  # not rounded to float32
+    found = train.measure(compact, stock.variables["params"], stock.variables["batch_stats"], "test")
+    size = problem.size("test") - len(found.unreadable)
+    return round(float(found.accuracy) * size) / size  # not rounded to float32
 
 
 def run_compact(problem, state, settings, place, rows) -> Iterator[train.Update]:

@@ -4,8 +4,10 @@ State and numbers (learning rate, radii, ...) are arguments of one compiled step
 puts a leading axis on both and maps the step over it; `Problem.lift` is the only place that knows.
 """
 
+import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import data, losses, masks, models, optim, polytopes, scores, trees
+from sparsity_jax import data, losses, masks, models, optim, polytopes, scores, stream, trees
 
 PyTree = Any
 
@@ -50,10 +52,10 @@ class Problem(NamedTuple):
     """What stays the same during a run: network, data on the device, and where to compute."""
 
     model: models.Model
-    train_images: jax.Array  # uint8 [N, H, W, C]
-    train_labels: jax.Array  # int32 [N]
-    test_images: jax.Array
-    test_labels: jax.Array
+    train_images: jax.Array | None  # uint8 [N, H, W, C]; these four are None where the data is streamed
+    train_labels: jax.Array | None  # int32 [N]
+    test_images: jax.Array | None
+    test_labels: jax.Array | None
     dataset: data.Dataset  # for names, sizes and statistics
     mesh: jax.sharding.Mesh | None
     members: int | None  # size of the leading axis of states; None: no such axis
@@ -85,6 +87,36 @@ class Problem(NamedTuple):
             return jax.device_put(tree)
         return jax.device_put(tree, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()))
 
+    @property
+    def streamed(self) -> bool:
+        return self.train_images is None
+
+    def size(self, split: str) -> int:
+        """Number of images of "train" or "test"."""
+        return getattr(self.dataset, split).images.shape[0]
+
+    def put(self, batch: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+        """Arrays of a batch on the device, or split over those of the mesh."""
+        if self.mesh is None or len(batch[0]) % self.mesh.size:
+            return self.place(batch)
+        spec = jax.sharding.PartitionSpec("batch")
+        return jax.device_put(batch, jax.sharding.NamedSharding(self.mesh, spec))
+
+    def batches(self, split: str, batch_size: int = 0) -> Iterator[stream.Batch]:
+        """A streamed split in order, for evaluation; `stream.eval_batches`."""
+        batch_size = min(batch_size or self.eval_batch_size, self.size(split))
+        return stream.eval_batches(getattr(self.dataset, split).images, batch_size=batch_size, put=self.put)
+
+    def examples(self, split: str, num: int) -> tuple[jax.Array, jax.Array]:
+        """The first `num` images and labels of a split; of a streamed one as many, spread evenly over its order."""
+        if not self.streamed:
+            return tuple(array[:num] for array in arrays(self, split))
+        indices = data.spread(self.size(split), num)
+        return self.once(
+            ("examples", split, num),
+            lambda: self.place(stream.examples(getattr(self.dataset, split).images, indices)),
+        )
+
     def images(self, batch: jax.Array) -> jax.Array:
         """uint8 images as the network's normalised input; train images stored larger are resized when evaluated."""
         inputs, shape = self.shard(batch), self.dataset.test.images.shape[1:]
@@ -106,10 +138,12 @@ def build_problem(
     eval_batch_size: int = 1000,
     steps_per_call: int = 0,
 ) -> Problem:
-    """Puts the data on the device. mesh: number of local devices that share each batch, 0 for all."""
+    """Puts data in memory on the device. mesh: number of local devices that share each batch, 0 for all."""
     devices = jax.local_devices()[: mesh or None]
     grid = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
     problem = Problem(model, *[None] * 4, dataset, grid, members, eval_batch_size, steps_per_call, {})
+    if isinstance(dataset.train.images, data.Stream):
+        return problem
     arrays = problem.place((*dataset.train, *dataset.test))
     return problem._replace(**dict(zip(Problem._fields[1:5], arrays, strict=True)))
 
@@ -170,7 +204,7 @@ class Fit(NamedTuple):
     growth: Any = None
 
     def steps_per_epoch(self, problem: Problem) -> int:
-        return problem.dataset.train.images.shape[0] // self.batch_size
+        return problem.size("train") // self.batch_size
 
     def program(self) -> tuple:
         """Everything but the traced numbers, hashable: equal programs share one compilation."""
@@ -242,19 +276,29 @@ def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe | opti
 
 
 def make_step(problem: Problem, fit: Fit) -> Callable:
-    """`step(state, numbers, order, position, images, labels) -> state`, of one member.
+    """`step(state, numbers, order, position, images, labels) -> state`, of one member, on data in memory.
 
     order: int32 [N], this epoch's examples. position: int, the stage's in the pipeline; it decides the random numbers.
     """
+    spe, step_on = fit.steps_per_epoch(problem), make_batch_step(problem, fit)
+
+    def step(state: State, numbers, order, position, images, labels) -> State:
+        chosen = jax.lax.dynamic_slice_in_dim(order, (state.step % spe) * fit.batch_size, fit.batch_size)
+        return step_on(state, numbers, position, images[chosen], labels[chosen])
+
+    return step
+
+
+def make_batch_step(problem: Problem, fit: Fit) -> Callable:
+    """`step(state, numbers, position, images, labels) -> state`, of one member, on one batch."""
     spe = fit.steps_per_epoch(problem)
     augment = data.make_augmentation(fit.augment, problem.dataset, "augment")
     loss_rule, loss_options = losses.LOSSES[fit.loss[0]], dict(fit.loss[1])
 
-    def step(state: State, numbers, order, position, images, labels) -> State:
+    def step(state: State, numbers, position, images, labels) -> State:
         key = jax.random.fold_in(stage_key(state.key, position), state.step)
-        chosen = jax.lax.dynamic_slice_in_dim(order, (state.step % spe) * fit.batch_size, fit.batch_size)
-        inputs = problem.images(augment(key, problem.shard(images[chosen])))
-        targets = problem.shard(labels[chosen])
+        inputs = problem.images(augment(key, problem.shard(images)))
+        targets = problem.shard(labels)
 
         def loss_fn(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -315,13 +359,23 @@ class Update(NamedTuple):
 
 
 def fit_epochs(
-    problem: Problem, state: State, fit: Fit, numbers: dict[str, Any], position: int, where: str = "train"
+    problem: Problem,
+    state: State,
+    fit: Fit,
+    numbers: dict[str, Any],
+    position: int,
+    where: str = "train",
+    rows: Sequence[dict] = (),
 ) -> Iterator[Update]:
     """Trains from `state` (from `begin`, or any state this yielded) to the end; yields after every compiled call.
 
     Rows of an epoch: epoch, step, learning_rate, train_loss, train_accuracy, seconds; on evaluated epochs test_loss and
-    test_accuracy. Raises NonFiniteLossError naming the first bad step.
+    test_accuracy. Raises NonFiniteLossError naming the first bad step. Where data is streamed, see `fit_stream`; rows:
+    those that came with the states so far.
     """
+    if problem.streamed:
+        yield from fit_stream(problem, state, fit, numbers, position, where, rows)
+        return
     spe = fit.steps_per_epoch(problem)
     sizes = calls_per_epoch(problem, state, spe, fit.growth and fit.growth.log_every)
     starts = np.cumsum([0, *sizes])[:-1].tolist()
@@ -338,7 +392,7 @@ def fit_epochs(
         donate = () if jax.default_backend() == "cpu" else (0,)  # on CPU donated buffers cost copies
         return jax.jit(problem.lift(one, axes), donate_argnums=donate)
 
-    examples = problem.dataset.train.images.shape[0]
+    examples = problem.size("train")
 
     def shuffle(key, position, epoch):
         return jax.random.permutation(jax.random.fold_in(stage_key(key, position), 2**31 - 1 - epoch), examples)
@@ -361,6 +415,44 @@ def fit_epochs(
         yield Update(state, rows, step / (fit.epochs * spe))
 
 
+def fit_stream(
+    problem: Problem, state: State, fit: Fit, numbers: dict[str, Any], position: int, where: str, rows: Sequence[dict]
+) -> Iterator[Update]:
+    """`fit_epochs` on streamed data: every call is one step, on a batch that was read ahead.
+
+    A step that met unreadable images has a row of its own, with step, unreadable (how many) and unreadable_images
+    (which); the epoch's row sums them up and names the first five. Those of the test images are its test_unreadable.
+    """
+    spe, step, started = fit.steps_per_epoch(problem), int(state.step), time.perf_counter()
+    donate = () if jax.default_backend() == "cpu" else (0,)
+    make = lambda: jax.jit(make_batch_step(problem, fit), donate_argnums=donate)
+    call = problem.once((fit.program(), "batch"), make)
+    met = [row for row in rows if "unreadable" in row and "epoch" not in row]
+    batches = stream.train_batches(
+        problem.dataset.train.images,
+        [*np.asarray(state.key).tolist(), position],
+        batch_size=fit.batch_size,
+        epochs=fit.epochs,
+        start=step,
+        put=problem.put,
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            state, step, new = call(state, numbers, position, batch.images, batch.labels), step + 1, []
+            if batch.unreadable:
+                new.append(dict(step=step, unreadable=len(batch.unreadable), unreadable_images=list(batch.unreadable)))
+                met += new
+            if step % spe == 0:
+                check_finite(state, spe, where)
+                ((row,),) = epoch_rows(problem, state, fit, step // spe, time.perf_counter() - started)
+                own = [one for one in met if one["step"] > step - spe]
+                if own:
+                    names = [name for one in own for name in one["unreadable_images"]]
+                    row |= dict(unreadable=len(names), unreadable_images=names[:5])
+                new.append(row)
+            yield Update(state, [new], step / (fit.epochs * spe))
+
+
 def check_finite(state: State, steps_per_epoch: int, where: str) -> None:
     """Raises NonFiniteLossError if some loss so far was not finite."""
     bad = np.ravel(jax.device_get(state.metrics.bad_step))
@@ -380,10 +472,13 @@ def epoch_rows(problem: Problem, state: State, fit: Fit, epoch: int, seconds: fl
         "train_loss": state.metrics.loss / fit.steps_per_epoch(problem),
         "train_accuracy": state.metrics.correct / state.metrics.examples,
     }
+    unreadable = {}
     if epoch % fit.evaluate_every == 0 or epoch == fit.epochs:
-        values["test_loss"], values["test_accuracy"] = evaluate(problem, state.params, state.batch_stats, "test")
+        found = measure(problem, state.params, state.batch_stats, "test")
+        values["test_loss"], values["test_accuracy"] = found.loss, found.accuracy
+        unreadable = dict(test_unreadable=len(found.unreadable)) if found.unreadable else {}
     step = epoch * fit.steps_per_epoch(problem)
-    return member_rows(problem, values, epoch=epoch, step=step, seconds=round(seconds, 3))
+    return member_rows(problem, values, epoch=epoch, step=step, seconds=round(seconds, 3), **unreadable)
 
 
 def member_rows(problem: Problem, values: dict[str, Any], **common: Any) -> list[list[dict]]:
@@ -394,22 +489,29 @@ def member_rows(problem: Problem, values: dict[str, Any], **common: Any) -> list
     return [[{**common, **jax.tree.map(lambda leaf, i=i: take(leaf, i), values)}] for i in each]
 
 
+def batch_sums(problem: Problem) -> Callable:
+    """`(params, batch_stats, images, labels) -> (sum of losses, number of right ones)`, where the label is not -1."""
+
+    def sums(params, batch_stats, images, labels):
+        logits = problem.model.apply({"params": params, "batch_stats": batch_stats}, problem.images(images))
+        counts = labels >= 0
+        loss = jnp.where(counts, losses.cross_entropy(logits, jnp.maximum(labels, 0)), 0)
+        return jnp.sum(loss), jnp.sum(losses.correct(logits, labels), dtype=jnp.int32)
+
+    return sums
+
+
 def evaluation(problem: Problem, split: str) -> Callable:
-    """`(params, batch_stats, images, labels) -> (mean loss, accuracy)` over a whole split, of one member."""
-    size = getattr(problem.dataset, split).images.shape[0]
-    batch = min(problem.eval_batch_size, size)
+    """`(params, batch_stats, images, labels) -> (mean loss, accuracy)` over a whole split in memory, of one member."""
+    size = problem.size(split)
+    batch, sums = min(problem.eval_batch_size, size), batch_sums(problem)
 
     def evaluate(params, batch_stats, images, labels):
-        variables = {"params": params, "batch_stats": batch_stats}
-
         def add(total, start):
             index = start + jnp.arange(batch)
-            inside = index < size
-            index = jnp.minimum(index, size - 1)
-            logits = problem.model.apply(variables, problem.images(images[index]))
-            loss = losses.cross_entropy(logits, labels[index])
-            correct = jnp.sum(inside & losses.correct(logits, labels[index]), dtype=jnp.int32)
-            return (total[0] + jnp.sum(jnp.where(inside, loss, 0)), total[1] + correct), None
+            inside = jnp.minimum(index, size - 1)
+            found = sums(params, batch_stats, images[inside], jnp.where(index < size, labels[inside], -1))
+            return jax.tree.map(jnp.add, total, found), None
 
         zero = (jnp.zeros(()), jnp.zeros((), jnp.int32))
         (loss, correct), _ = jax.lax.scan(add, zero, jnp.arange(0, size, batch))
@@ -419,13 +521,48 @@ def evaluation(problem: Problem, split: str) -> Callable:
 
 
 def arrays(problem: Problem, split: str) -> tuple[jax.Array, jax.Array]:
-    """Images and labels of "train" or "test"."""
+    """Images and labels of "train" or "test", in memory."""
     if split == "train":
         return problem.train_images, problem.train_labels
     return problem.test_images, problem.test_labels
 
 
+class Measured(NamedTuple):
+    """Results on a split; one number a member if there are members. unreadable: images left out."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    unreadable: Sequence[str] = ()
+
+
+def measure(problem: Problem, params: PyTree, batch_stats: PyTree, split: str) -> Measured:
+    """Mean cross-entropy in nats and accuracy on a split."""
+    if problem.streamed:
+        sums = problem.once("sums", lambda: jax.jit(batch_sums(problem)))
+        (found,), unreadable = over_stream(problem, split, [functools.partial(sums, params, batch_stats)])
+        return Measured(*found, unreadable)
+    compile_it = lambda: jax.jit(problem.lift(evaluation(problem, split), (0, 0, None, None)))
+    found = problem.once(("evaluate", split), compile_it)(params, batch_stats, *arrays(problem, split))
+    return Measured(*found)
+
+
+def over_stream(
+    problem: Problem, split: str, looks: Sequence[Callable]
+) -> tuple[list[tuple[jax.Array, jax.Array]], list[str]]:
+    """((mean loss, accuracy) of each look, unreadable images) of a streamed split, read once.
+
+    looks: `(images, labels) -> sums` as of `batch_sums`.
+    """
+    totals, unreadable = [None] * len(looks), []
+    with contextlib.closing(problem.batches(split)) as batches:
+        for batch in batches:
+            found = [look(batch.images, batch.labels) for look in looks]
+            totals = [new if old is None else jax.tree.map(jnp.add, old, new) for old, new in zip(totals, found)]
+            unreadable += batch.unreadable
+    count = problem.size(split) - len(unreadable)
+    return [(loss / max(count, 1), correct / max(count, 1)) for loss, correct in totals], unreadable
+
+
 def evaluate(problem: Problem, params: PyTree, batch_stats: PyTree, split: str) -> tuple[jax.Array, jax.Array]:
     """(mean cross-entropy in nats, accuracy) on a split; one number a member if there are members."""
-    compile_it = lambda: jax.jit(problem.lift(evaluation(problem, split), (0, 0, None, None)))
-    return problem.once(("evaluate", split), compile_it)(params, batch_stats, *arrays(problem, split))
+    return measure(problem, params, batch_stats, split)[:2]

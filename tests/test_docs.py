@@ -13,8 +13,7 @@ from sparsity_jax import data, pipeline, stages, tables
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = (
     *("README.md", "docs/sfw_options.md", "docs/geometric_limit.md", "docs/gradient_flow.md", "docs/greg.md"),
-    "docs/pretrained.md",
-    "experiments/LEDGER.md",
+    *("docs/pretrained.md", "docs/streaming.md", "experiments/LEDGER.md"),
 )
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 FULL_VARIANTS = {  # variants that together have every field of a config

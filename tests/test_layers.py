@@ -17,20 +17,8 @@ PARTS = (
 )
 # each may import those before it
 RUNS = (
-    *(
-        "checkpoint",
-        "figures",
-        "geometry_figures",
-        "growing_figures",
-        "report",
-        "train",
-        "stages",
-        "geometry",
-        "structured",
-        "greg",
-        "pipeline",
-    ),
-    *("evaluate", "run"),
+    *("checkpoint", "figures", "geometry_figures", "growing_figures", "report", "stream", "train", "stages"),
+    *("geometry", "structured", "greg", "pipeline", "evaluate", "run"),
 )
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")
 ALLOWED = {
