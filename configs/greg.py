@@ -164,7 +164,9 @@ def get_config(variant: str = "resnet56"):
     )
     config = pipeline.base(
         title=f"Growing regularisation: {name}, {method}",
-        data=dict(name=network.data, **(dict(stream=True, image_size=224) if imagenet else {})),
+        data=dict(
+            name=network.data, **(dict(stream=True, image_size=224, test_split="validation") if imagenet else {})
+        ),
         model=tables.options(models.MODELS, network.model, init="torch", dtype="float32", **network.options),
     )
     has_base = chosen["base"] == "1" and not imagenet

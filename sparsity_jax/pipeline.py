@@ -187,6 +187,8 @@ def check_streamed(settings: list[tuple[str, Any]], together: bool) -> None:
             raise tables.ConfigError(f"{said}; {where}.num_examples is 0, all: say how many to keep in memory.")
         if isinstance(own, geometry.Width) and not own.epsilon:
             raise tables.ConfigError(f"{said}, but {where}.epsilon 0 is measured on all of them in memory: set it.")
+        if isinstance(own, greg.Oracle):
+            raise tables.ConfigError(f"{said}, but {where} (oracle) evaluates every choice on all of them in memory.")
         if isinstance(own, structured.Cut) and own.balanced:
             raise tables.ConfigError(f"{said}, but {where}.measure {own.measure!r} needs equally many of every class.")
 
