@@ -134,9 +134,8 @@ def mobilenet_v2(
     """MobileNet V2 as in torchvision, whose weights fit: 3,504,872 parameters with 1,000 classes, 2,236,682 with 10.
 
     blocks: (expansion, width, repeats, stride of the first) of inverted residual blocks; one that keeps image size and
-    channels adds its input. multiplier: of all widths,
-    which are rounded to multiples of 8 (the last convolution, 1,280, only grows). stem_stride: 1 for small images.
-    dropout: before `fc`; 0.2 in training on ImageNet.
+    channels adds its input. multiplier: of all widths, which are rounded to multiples of 8 (that of the last
+    convolution, 1,280, only grows). stem_stride: 1 for small images. dropout: before `fc`; 0.2 in training on ImageNet.
     """
     stem_width = previous = divisible(32 * multiplier)
     flat = []
