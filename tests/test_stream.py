@@ -275,11 +275,9 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
     for a, b in zip(*map(list, map(itertools.chain.from_iterable, tables_of)), strict=True):
         assert (a["ratio"], a["split"], a["num_kept"]) == (b["ratio"], b["split"], b["num_kept"])
         np.testing.assert_allclose([a["loss"], a["accuracy"]], [b["loss"], b["accuracy"]], rtol=1e-5)
-    apply = jax.jit(streamed.model.apply)
     variables = dict(params=state.params, batch_stats=state.batch_stats)
-    assert structured.accuracy(streamed, apply, variables) == pytest.approx(
-        structured.accuracy(memory, apply, variables)
-    )
+    stock = structured.Stock(variables, streamed.model.apply, {}, None)
+    assert structured.accuracy(streamed, stock) == structured.accuracy(memory, stock)
 
 
 def test_examples_in_memory_are_spread_over_the_set(pair):
