@@ -222,30 +222,26 @@ def _score(leaves: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
 
 
 def _select(leaves: Mapping, layers: Sequence[Layer], how: Pick, keys: Mapping[str, jax.Array]) -> Keep:
-    """What stays of every layer; slices of all kernels are searched together, as rows of one matrix."""
-    keep, rows = {}, {}
+    """What stays of every layer. Layers of one shape share a compiled search: filters of ResNet-56 need three."""
+    keep, by_shape = {}, {}
     for layer in layers:
         values = leaves[layer.scored[0].path] if layer.of_weights else _score(leaves, layer)
         number = largest_gap(jnp.abs(values)) if layer.num_pruned is None else layer.num_pruned
         if keys:
             values = jax.random.uniform(keys[layer.name], layer.shape)
-        if layer.of_weights:
-            keep[layer.name] = _keep_all_but(values, number, layer.size, how, magnitude=True)
-        else:
-            rows[layer.name] = (values, jnp.asarray(number, jnp.int32), layer.size)
-    if rows:
-        values, numbers, sizes = zip(*rows.values())
-        pad = lambda row: jnp.pad(jnp.fmax(row, 0), (0, max(sizes) - row.size), constant_values=-1)  # below NaN too
-        search = jax.vmap(lambda *row: _keep_all_but(*row, how))
-        found = search(jnp.stack([pad(row) for row in values]), jnp.stack(numbers), jnp.asarray(sizes))
-        keep |= {name: found[i, : sizes[i]] for i, name in enumerate(rows)}
+        by_shape.setdefault(layer.shape, []).append((layer.name, values, jnp.asarray(number, jnp.int32)))
+
+    def search(row):
+        values, number = row
+        if how == "max":
+            return ~masks.k_largest_mask(values, number, magnitude=True)
+        return masks.k_largest_mask(values, values.size - number, magnitude=True)
+
+    for own in by_shape.values():
+        names, values, numbers = zip(*own)
+        found = jax.lax.map(search, (jnp.stack(values), jnp.stack(numbers)))
+        keep |= {name: found[i] for i, name in enumerate(names)}
     return keep
-
-
-def _keep_all_but(values: jax.Array, number: Any, size: Any, how: Pick, magnitude: bool = False) -> jax.Array:
-    if how == "max":
-        return ~masks.k_largest_mask(values, number, magnitude=magnitude)
-    return masks.k_largest_mask(values, size - number, magnitude=magnitude)
 
 
 # How the penalty grows -----------------------------------------------------------------------------------------------
@@ -404,9 +400,8 @@ def growing_l2(
         whole = {layer.name: jnp.ones(layer.shape, bool) for layer in active}
         picked = {} if chosen.pick_updates else _select(leaves, free, chosen.pick, keys)
         known = {layer.name: jnp.asarray(given[layer.name]) for layer in active if layer.name in given}
-        integers, floats = jnp.zeros(len(active), jnp.int32), jnp.zeros(len(active), float)
-        phase = jnp.full_like(integers, PICK if chosen.pick_updates else PUSH)
-        progress = Progress(phase, integers, *[floats] * 5)
+        zeros = [jnp.zeros(len(active), dtype) for dtype in (jnp.int32, *[float] * 5)]  # apart, to be donated
+        progress = Progress(jnp.full(len(active), PICK if chosen.pick_updates else PUSH, jnp.int32), *zeros)
         left = jnp.asarray(chosen.stabilize_steps + 1, jnp.int32)  # with the step that makes the last layer done
         return GrowingState(jnp.zeros((), jnp.int32), left, whole | picked | known, progress)
 
@@ -482,7 +477,7 @@ def _mean_scores(leaves: Mapping[str, jax.Array], layer: Layer, keep: jax.Array)
     scores = leaves[layer.scored[0].path] if layer.of_weights else _score(leaves, layer)
     kept = trees.fold_sum(lambda s, k: jnp.where(k, jnp.abs(_wide(s)), 0), scores, keep)
     pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, jnp.abs(_wide(s))), scores, keep)
-    number = jnp.sum(keep)
+    number = trees.fold_sum(lambda k: k.astype(jnp.int32), keep)
     return kept / number, pruned / jnp.maximum(layer.size - number, 1)
 
 
