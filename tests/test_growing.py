@@ -1,6 +1,7 @@
 """Growing regularisation: golden numbers of the original, an obvious reference, coupled groups, transformations."""
 
 import math
+from fractions import Fraction
 
 import golden_data
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
-from sparsity_jax import growing
+from sparsity_jax import groups, growing, tables
 
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 GOLDEN = "08_growing_reg.npz"
@@ -175,3 +177,384 @@ def test_training_ends_where_the_original_does(case):
             np.testing.assert_allclose(
                 carry[0][module][leaf], golden[f"{case}/before_prune/{name}"], rtol=1e-7, atol=1e-9
             )
+
+
+# Numbers and picks
+
+
+def test_updates_are_counted_exactly_or_as_the_original_adds_up():
+    for bits, increment, limit, reach, number in golden_data.load(GOLDEN)["accumulation_counts"]:
+        own = dict(method="greg2" if reach else "greg1", mag_ratio_limit=1.0)
+        own |= dict(granularity_pick=increment, upper_limit_pick=limit) if reach else {}
+        own |= {} if reach else dict(granularity_prune=increment, upper_limit=limit)
+        counts = lambda plan, reach=reach: plan.pick_updates if reach else plan.push_updates
+        assert counts(growing.plan(**own, counting=f"float{bits:.0f}")) == number
+        steps = Fraction(str(limit)) / Fraction(str(increment))
+        assert counts(growing.plan(**own)) == (steps if reach else steps + 1)
+    plan = growing.plan(method="greg2")  # 1,000 of 1e-5, then 9,901 of 1e-4 from 1e-2
+    assert (plan.pick_updates, plan.push_updates, plan.push_start) == (1000, 9901, 0.01)
+    with pytest.raises(tables.ConfigError, match="never get to"):
+        growing.plan(granularity_prune=1e-7, upper_limit=4.0, counting="float32")
+
+
+def test_number_of_groups_to_remove_is_that_of_the_original():
+    golden = golden_data.load(GOLDEN)
+    ours = [[growing.num_pruned(ratio, int(n)) for n in golden["pick_count/n"]] for ratio in golden["pick_count/pr"]]
+    np.testing.assert_array_equal(ours, golden["pick_count/count"])
+
+
+@pytest.mark.parametrize("granularity", ["filter", "channel", "weight"])
+def test_picks_of_the_original(granularity):
+    golden = golden_data.load(GOLDEN)
+    scores = jnp.asarray(golden["pick_modes/score"])
+    kernel = scores[:, None] if granularity == "channel" else -scores[None]
+    params = {"a": {"kernel": kernel}, "b": {"kernel": 2 * kernel}}
+    picked = lambda ratio, **own: growing.pick(
+        params, growing.layers(params, {"a/kernel": ratio, "b/kernel": 0.0}, granularity), **own
+    )
+    gone = lambda ratio, **own: np.flatnonzero(~picked(ratio, **own)["a/kernel"])
+    assert set(gone(0.3)) == set(golden["pick_modes/min"])
+    assert set(gone(0.3, pick="max")) == set(golden["pick_modes/max"])
+    # the original returns as many, but of the wrong groups
+    number = golden["pick_modes/auto_pr_minus_one"].size
+    assert set(gone(growing.AUTOMATIC)) == set(np.argsort(scores)[:number].tolist())
+    draw = lambda seed: gone(0.3, pick="rand", key=jax.random.key(seed)).tolist()
+    assert draw(0) == draw(0) != draw(1)
+    assert len(draw(0)) == 36
+    assert picked(0.3)["b/kernel"].all()
+
+
+@pytest.mark.parametrize(
+    ("scores", "number"),
+    [([1, 2], 1), ([3, 1, 2, 9], 3), ([5, 5, 5], 1), ([0, 4, 8, 8.1], 1), ([0] + [50] * 48 + [100], 2)],
+)
+def test_largest_gap(scores, number):
+    assert growing.largest_gap(jnp.asarray(scores, float)) == number
+
+
+def test_largest_gap_leaves_out_the_ends():
+    scores = np.r_[-1e6, np.arange(40), np.arange(60, 118), 1e6]  # 2 of 100 at either end
+    assert growing.largest_gap(jnp.asarray(scores)) == 41
+
+
+# Against a reference that stores every penalty
+
+
+def reference(trajectory, ratios, axis, *, method, update_every, prune, pick, recover, upper, upper_pick, limit, fix):
+    """Penalties [steps][layer] and phases: the rules word by word, one layer after the other."""
+    names = list(ratios)
+    score = lambda w: (
+        np.abs(w) if axis is None else np.abs(w).mean(tuple(i for i in range(w.ndim) if i != axis % w.ndim))
+    )
+    lowest = lambda w, r: np.argsort(score(w), axis=None)[: min(math.ceil(r * score(w).size), score(w).size - 1)]
+    reg = {n: np.zeros(score(trajectory[0][n]).size) for n in names}
+    gone = {n: lowest(trajectory[0][n], ratios[n]) for n in names}
+    picked = dict.fromkeys(names, method != "greg2")
+    done, ratio, rows = dict.fromkeys(names, False), {}, []
+    for i, weights in enumerate(trajectory):
+        if i % update_every == 0:
+            going = [n for n in names if not done[n]]
+            for n in going:
+                scores = score(weights[n]).ravel()
+                if not picked[n]:
+                    gone[n] = lowest(weights[n], ratios[n])
+                new = np.delete(scores, gone[n]).mean() / scores[gone[n]].mean()
+                ratio[n] = 0.9 * ratio[n] + 0.1 * new if n in ratio else new
+            for n in going:
+                if method == "fixreg":
+                    reg[n][gone[n]] = upper
+                    done[n] = i > fix
+                    continue
+                if not picked[n]:
+                    reg[n] += pick
+                    picked[n] = reg[n].max() >= upper_pick
+                else:
+                    if method == "greg2":
+                        reg[n][:] = np.where(np.isin(np.arange(reg[n].size), gone[n]), reg[n], recover)
+                    reg[n][gone[n]] += prune
+                enough = axis is not None and (min(ratio.values()) if method == "greg1" else ratio[n]) >= limit
+                done[n] = picked[n] and (enough or reg[n].max() > upper)
+        rows.append(({n: reg[n].copy() for n in names}, {n: 2 if done[n] else int(picked[n]) for n in names}))
+    return rows
+
+
+PATHS = {"a/kernel": 0.5, "b/kernel": 0.3}
+RULES = {  # increments are powers of two, on whose grid most limits lie
+    "greg1": dict(method="greg1", update_every=3, prune=2.0**-4, upper=0.5, limit=1e6),
+    "greg1, ratio": dict(method="greg1", update_every=1, prune=2.0**-4, upper=2.0, limit=3.0),
+    "greg2": dict(method="greg2", update_every=2, prune=2.0**-3, upper=0.75, limit=1e6),
+    "greg2, ratio": dict(method="greg2", update_every=1, prune=2.0**-4, upper=2.0, limit=3.0),
+    "fixreg": dict(method="fixreg", update_every=4, prune=1.0, upper=0.7, limit=1.0),
+}
+REST = dict(pick=2.0**-6, recover=-(2.0**-5), upper_pick=2.0**-4, fix=12)
+STEPS = 45
+
+
+def ours(rule):
+    own = {**RULES[rule], **REST}
+    return dict(
+        method=own["method"],
+        update_every=own["update_every"],
+        granularity_prune=own["prune"],
+        granularity_pick=own["pick"],
+        granularity_recover=own["recover"],
+        upper_limit=own["upper"],
+        upper_limit_pick=own["upper_pick"],
+        mag_ratio_limit=own["limit"],
+        fix_steps=own["fix"],
+        stabilize_steps=3,
+    )
+
+
+def trajectory(seed):
+    """Weights that drift; first slices on both axes are small and shrink, so that ratios rise."""
+    rng = np.random.default_rng(seed)
+
+    def drift(*shape):
+        start = rng.normal(size=shape)
+        shrink = np.linspace(0.85, 1, shape[-2])[:, None] * np.linspace(0.8, 1, shape[-1])
+        return [(start * shrink ** (i + 15) * (1 + 0.02 * np.sin(i + start))).astype(np.float32) for i in range(STEPS)]
+
+    return [{"a": {"kernel": a}, "b": {"kernel": b}} for a, b in zip(drift(3, 3, 4, 6), drift(7, 5))]
+
+
+def run(tx, stacked):
+    """State after every step."""
+
+    def step(state, params):
+        _, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return state, (growing.penalties(state), state, growing.finished(state))
+
+    return jax.lax.scan(step, tx.init(jax.tree.map(lambda x: x[0], stacked)), stacked)[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "granularity"),
+    [*((rule, granularity) for rule in RULES for granularity in ("filter", "weight")), ("greg2, ratio", "channel")],
+)
+def test_penalties_and_phases_follow_the_rules(rule, granularity):
+    members = [trajectory(seed) for seed in (0, 1)]
+    layers = growing.layers(members[0][0], PATHS, granularity)
+    tx = growing.growing_l2(layers, **ours(rule))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(jax.tree.map(lambda *x: jnp.stack(x), *own) for own in members))
+    if rule == "greg2" or granularity == "filter":  # the members of a sweep side by side
+        regs, states, finished = jax.jit(jax.vmap(lambda x: run(tx, x)))(stacked)
+    else:
+        first = jax.jit(lambda x: run(tx, x))
+        regs, states, finished = jax.tree.map(
+            lambda *x: jnp.stack(x), *(first(jax.tree.map(lambda x, m=m: x[m], stacked)) for m in range(2))
+        )
+    axis = {"filter": -1, "channel": -2, "weight": None}[granularity]
+    for m, own in enumerate(members):
+        flat = [{path: weights[path[0]]["kernel"] for path in PATHS} for weights in own]
+        rows = reference(flat, PATHS, axis, **RULES[rule], **REST)
+        phases = np.array([[phase[path] for path in PATHS] for _, phase in rows])
+        np.testing.assert_array_equal(states.progress.phase[m], phases)
+        for path in PATHS:
+            wanted = np.stack([reg[path] for reg, _ in rows])
+            np.testing.assert_array_equal(np.asarray(regs[path][m]).reshape(STEPS, -1), wanted.astype(np.float32))
+        resting = np.cumsum((phases == growing.STABILIZE).all(1))
+        assert (phases[-1] == growing.STABILIZE).all(), "the rule never ends; choose other numbers"
+        np.testing.assert_array_equal(finished[m], resting > 3)
+
+
+def test_jit_changes_nothing():
+    own = trajectory(2)[:4]
+    tx = growing.growing_l2(growing.layers(own[0], PATHS, "filter"), **ours("greg2, ratio"))
+    plain = jitted = tx.init(own[0])
+    step = jax.jit(tx.update)
+    for params in own:
+        added, plain = tx.update(params, plain, params)
+        expected, jitted = step(params, jitted, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (added, plain), (expected, jitted))
+    assert plain.step == 4
+
+
+# What the penalty acts on
+
+
+class Residual(nn.Module):
+    """A residual sum, a depthwise convolution and a flattened map that a dense layer reads."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 3), name="stem")(x)
+        y = nn.relu(nn.BatchNorm(use_running_average=True, name="bn")(nn.Conv(4, (3, 3), name="inner")(x)))
+        y = nn.Conv(4, (3, 3), feature_group_count=4, name="depthwise")(y)
+        x = nn.relu(x + nn.Conv(6, (1, 1), name="outer")(y))
+        return nn.Dense(3, name="fc")(x.reshape(len(x), -1))
+
+
+@pytest.fixture(scope="module")
+def residual():
+    images = jnp.ones((2, 4, 4, 2))
+    variables = jax.tree.map(lambda x: x + 0.1, jax.jit(Residual().init)(jax.random.key(0), images))
+    return variables, groups.trace(Residual().apply, variables, images)
+
+
+@pytest.mark.parametrize("members", ["all", "kernels", "producers"])
+def test_coupled_groups_are_penalised_as_a_whole(residual, members):
+    variables, channels = residual
+    assert sorted(channels.sizes.values()) == [4, 6]
+    params = variables["params"]
+    layers = growing.coupled(channels, params, dict.fromkeys(channels.names, 0.5), members=members)
+    tx = growing.growing_l2(layers, method="fixreg", upper_limit=0.25)
+    added, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), jax.jit(tx.init)(params), params)
+    reg = growing.penalties(state)
+    wanted = jax.tree.map(jnp.zeros_like, params)
+    for name, group in channels.groups.items():
+        for channel in range(group.size):  # what masking a channel sets to zero belongs to it
+            keep = {name: np.arange(group.size) != channel}
+            masked = groups.mask(variables, channels, keep)["params"]
+            wanted = jax.tree.map(lambda t, w, m, r=reg[name][channel]: t + r * (w - m), wanted, params, masked)
+    if members != "all":
+        kernel = lambda path, g: g if path[-1].key == "kernel" else 0 * g
+        wanted = jax.tree_util.tree_map_with_path(kernel, wanted)
+    if members == "producers":
+        made = {"stem": 6, "outer": 6, "inner": 4}
+        own = lambda name: next(x for x in reg.values() if x.size == made[name])
+        wanted = jax.tree.map(jnp.zeros_like, params)
+        for name in made:
+            wanted[name]["kernel"] = own(name) * params[name]["kernel"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), added, wanted)
+    assert any(x.any() for x in jax.tree.leaves(added))
+
+
+def test_scores_of_coupled_groups_are_means_over_their_producers(residual):
+    variables, channels = residual
+    params = variables["params"]
+    name = next(name for name, size in channels.sizes.items() if size == 6)
+    keep = growing.pick(params, growing.coupled(channels, params, {name: 0.5}))[name]
+    stem, outer = (np.abs(params[name]["kernel"]) for name in ("stem", "outer"))
+    sums, entries = stem.sum((0, 1, 2)) + outer.sum((0, 1, 2)), (stem.size + outer.size) / 6
+    assert set(np.flatnonzero(~np.asarray(keep))) == set(np.argsort(sums / entries)[:3])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+def test_updates_keep_their_type(dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        params = {"kernel": jnp.asarray(np.arange(1, 13).reshape(3, 4) / 8, dtype)}
+        tx = growing.growing_l2(growing.layers(params, {"kernel": 0.5}, "weight"), method="fixreg", upper_limit=0.5)
+        added, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        assert added["kernel"].dtype == dtype
+        wanted = 1 + np.where(np.arange(12).reshape(3, 4) < 6, 0.5, 0) * np.asarray(params["kernel"], float)
+        np.testing.assert_array_equal(np.asarray(added["kernel"], float), wanted)
+        assert growing.progress(state)["kernel"].score_pruned == np.arange(1, 7).mean() / 8
+
+
+def test_layers_that_lose_nothing_are_done_at_once():
+    params = trajectory(0)[0]
+    single = {"kernel": jnp.ones((3, 3, 1, 5))}
+    assert growing.layers(single, {"kernel": 1.0}, "channel")[0].num_pruned == 0  # depthwise: one input slice
+    assert growing.layers(single, {"kernel": growing.AUTOMATIC}, "channel")[0].num_pruned == 0
+    tx = growing.growing_l2(growing.layers(params, dict.fromkeys(PATHS, 0.0)), stabilize_steps=2)
+    state, seen = tx.init(params), []
+    for _ in range(4):
+        added, state = tx.update(params, state, params)
+        seen.append(bool(growing.finished(state)))
+    assert seen == [False, False, True, True]
+    assert growing.kept(state) == growing.penalties(state) == growing.progress(state) == {}
+    jax.tree.map(np.testing.assert_array_equal, added, params)
+
+
+@pytest.mark.parametrize("method", ["greg1", "greg2"])
+def test_given_picks_replace_those_by_score(method):
+    params = trajectory(0)[0]
+    layers = growing.layers(params, PATHS)
+    given = {"b/kernel": np.array([True, False, True, True, False])}
+    tx = growing.growing_l2(layers, keep=given, method=method, granularity_pick=1.0, upper_limit_pick=1.0)
+    _, state = tx.update(params, tx.init(params), params)
+    np.testing.assert_array_equal(growing.kept(state)["b/kernel"], given["b/kernel"])
+    np.testing.assert_array_equal(growing.kept(state)["a/kernel"], growing.pick(params, layers)["a/kernel"])
+    whole = growing.growing_l2(layers, keep={"a/kernel": np.ones(6, bool)}, method=method).init(params)
+    assert list(growing.kept(whole)) == ["b/kernel"]
+
+
+def test_random_picks_are_those_of_the_key():
+    params, key = trajectory(0)[0], jax.random.key(3)
+    layers = growing.layers(params, PATHS, "weight")
+    tx = growing.growing_l2(layers, pick="rand", key=key)
+    jax.tree.map(
+        np.testing.assert_array_equal, growing.kept(tx.init(params)), growing.pick(params, layers, pick="rand", key=key)
+    )
+
+
+def test_a_stage_runs_to_its_end_inside_one_program():
+    """A linear model grows sparse without the host; its state can be donated."""
+    key = jax.random.key(0)
+    inputs = jax.random.normal(key, (64, 8))
+    targets = inputs @ (jnp.zeros((8, 2)).at[:3].set(1.0))
+    params = {"kernel": 0.3 + jax.random.uniform(key, (8, 2)) * jnp.linspace(2, 0, 8)[:, None]}
+    loss = lambda p: jnp.mean((inputs @ p["kernel"] - targets) ** 2)
+    layers = growing.layers(params, {"kernel": 5 / 8}, "channel")
+    options = dict(granularity_pick=0.01, upper_limit_pick=0.2, granularity_prune=0.1, upper_limit=50.0)
+    options |= dict(granularity_recover=0.0, mag_ratio_limit=300.0, stabilize_steps=20)
+    tx = optax.chain(growing.growing_l2(layers, method="greg2", **options), optax.sgd(0.05))
+
+    def step(carry):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    end = jax.jit(lambda c: jax.lax.while_loop(lambda c: ~growing.finished(c[1]), step, c), donate_argnums=0)
+    grown, state = end((jax.tree.map(jnp.copy, params), tx.init(params)))
+    progress = growing.progress(state)["kernel"]
+    assert progress.ratio >= 300
+    assert progress.reg_pruned < 50  # the ratio ended it
+    np.testing.assert_array_equal(growing.kept(state)["kernel"], np.arange(8) < 3)
+    small = jnp.where(growing.kept(state)["kernel"][:, None], grown["kernel"], 0)
+    assert loss({"kernel": small}) < loss(grown) + 1e-4 < 1e-3
+
+
+# Misuse
+
+W = {"conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)}}
+OTHER = {"conv": {"kernel": jnp.ones((3, 3, 2, 5))}}
+LAYERS = growing.layers(W, {"conv/kernel": 0.5})
+AUTO = growing.layers(W, {"conv/kernel": growing.AUTOMATIC})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: growing.layers(W, {"conv/kernle": 0.5}), "Did you mean 'conv/kernel'"),
+        (lambda: growing.layers(W, {}), "name at least one"),
+        (lambda: growing.layers(W, {"conv/kernel": 1.5}), "is 1.5; allowed: 0 to 1, or -1"),
+        (lambda: growing.layers(W, {"conv/kernel": float("nan")}), "is nan; allowed"),
+        (lambda: growing.layers(W, {"conv/bias": 0.5}), "a slice of a matrix"),
+        (lambda: growing.layers(W, {"conv/kernel": 0.5}, "filters"), "Did you mean 'filter'"),
+        (lambda: growing.pick(OTHER, LAYERS), "made for another array"),
+        (lambda: growing.pick({"conv": {"bias": jnp.ones(4)}}, LAYERS), "'conv/kernel' is no path"),
+        (lambda: growing.pick(W, LAYERS, pick="rand"), "needs a key"),
+        (lambda: growing.pick(W, LAYERS, pick="least"), "allowed: 'min'"),
+        (lambda: growing.pick(W, AUTO, pick="max"), "needs pick='min'"),
+        (lambda: growing.growing_l2(LAYERS, pick="rand"), "needs a key"),
+        (lambda: growing.growing_l2(LAYERS, method="greg3"), "Did you mean 'greg"),
+        (lambda: growing.growing_l2(LAYERS, granularity=1e-3), "no field 'granularity'"),
+        (lambda: growing.growing_l2(LAYERS, granularity_prune=0.0), "allowed: float > 0"),
+        (lambda: growing.growing_l2(LAYERS + LAYERS), "same name"),
+        (lambda: growing.growing_l2(LAYERS, keep={"conv": np.ones(4, bool)}), "which is no layer"),
+        (lambda: growing.growing_l2(LAYERS, keep={"conv/kernel": np.ones(3, bool)}), r"allowed: bool \(4,\)"),
+        (lambda: growing.growing_l2(LAYERS, keep={"conv/kernel": np.zeros(4, bool)}), "keeps one or more"),
+        (lambda: growing.growing_l2(LAYERS).init(OTHER), "made for another array"),
+        (
+            lambda: growing.growing_l2(LAYERS).update(W, growing.growing_l2(LAYERS).init(W)),
+            r"update\(grads, state, params\)",
+        ),
+        (lambda: growing.finished(optax.sgd(0.1).init(W)), "holds 0 states"),
+    ],
+)
+def test_misuse_says_what_is_allowed(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_coupled_misuse(residual):
+    variables, channels = residual
+    name = channels.names[0]
+    with pytest.raises(ValueError, match="is no group"):
+        growing.coupled(channels, variables, {"stm": 0.5})
+    with pytest.raises(ValueError, match="has no kernel among the params"):
+        growing.coupled(channels, variables["batch_stats"], {name: 0.5})
+    with pytest.raises(tables.ConfigError, match="'kernels'"):
+        growing.coupled(channels, variables["params"], {name: 0.5}, members="kernel")
