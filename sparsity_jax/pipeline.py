@@ -316,6 +316,8 @@ def check_order(
             raise tables.ConfigError(
                 f"config.pipeline runs {name!r} (kind {kind!r}) before any stage of kind "
                 f"{' or '.join(map(repr, needs))}, whose result it needs."
+                + " A trained network may also come from config.start_from or config.pretrained."
+                * ("train" in needs)
             )
         if isinstance(checked[name], structured.Cut):
             before = [

@@ -8,7 +8,7 @@ import jax
 import pytest
 import tiny
 
-from sparsity_jax import data, pipeline, tables
+from sparsity_jax import data, pipeline, pretrained, tables
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
@@ -69,9 +69,13 @@ def test_every_config_is_tried():
 
 
 @pytest.mark.parametrize(("name", "variant"), ALL, ids=label)
-def test_configs_pass_all_checks(name, variant, monkeypatch):
+def test_configs_pass_all_checks(name, variant, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "check", lambda **_: None)
     config = load(name).get_config(*variant)
+    if config[config.pipeline[0]].kind == "grow":  # of a network that comes from elsewhere
+        with pytest.raises(tables.ConfigError, match=r"'grow' .* before .* 'train'.* config.start_from or config.pret"):
+            pipeline.check(config)
+        config.pretrained = str(pretrained.write(tmp_path / "weights.safetensors", {}))
     plans, _ = pipeline.check(config)
     assert plans[0].pipeline == tuple(config.pipeline)
     for stage in config.pipeline:  # every field is there, to be overridden
