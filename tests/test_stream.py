@@ -387,7 +387,7 @@ def test_labels_and_colours_that_do_not_fit_always_stop():
 
 
 def test_processes_give_the_batches_of_threads(tmp_path):
-    """On a TFDS set, whose reader travels to them; in three classes of difficulty: order, pixels, last batch."""
+    """On a TFDS set, whose reader travels to them."""
     write_tfds(tmp_path, "cifar10", {"train": random_split(0, 14), "test": random_split(1, 5)})
     options = dict(name="cifar10", data_dir=str(tmp_path), stream=True, image_size=SIZE)
     alone, several = (data.load(**options, workers=workers) for workers in (0, 2))
