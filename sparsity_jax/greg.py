@@ -315,7 +315,7 @@ def grow_options(
     upper_limit_pick: tables.Positive = 1e-2,
     mag_ratio_limit: tables.Positive = 1000.0,
     stabilize_steps: tables.Index = 40_000,
-    fix_steps: tables.Index = 30_000,
+    fix_steps: tables.Index = 10_000,
     counting: Literal["exact", "float32", "float64"] = "exact",
     penalty_only: bool = False,
     evaluate_every: tables.Count = 1,

@@ -279,7 +279,7 @@ def plan(
     upper_limit: tables.Positive = 1.0,
     upper_limit_pick: tables.Positive = 1e-2,
     mag_ratio_limit: tables.Positive = 1000.0,
-    fix_steps: tables.Index = 30_000,
+    fix_steps: tables.Index = 10_000,
     stabilize_steps: tables.Index = 40_000,
     counting: Literal["exact", "float32", "float64"] = "exact",
 ) -> Plan:
