@@ -97,7 +97,7 @@ def test_readme_has_two_setup_commands():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_configs_exist(document):
     """Every `configs/NAME.py:variant` loads, and its model and stage settings are accepted."""
-    found = re.findall(r"configs/(\w+)\.py(?::([\w=.,;:$-]+))?", TEXTS[document])
+    found = re.findall(r"configs/(\w+)\.py(?::([\w=.,;:-]+))?", TEXTS[document])
     for name, variant in dict.fromkeys(found):
         if name != "NAME":
             check_members(config_of(name, variant or None))

@@ -27,9 +27,9 @@ def stage(**fields):
     return pipeline.stage("train", **dict(epochs=2, batch_size=32, optimizer=tiny.SGD) | fields)
 
 
-GROW = pipeline.stage(  # three calls and more in every phase
-    "grow", method="greg2", ratios="[0:0.5]", optimizer=tiny.SGD, batch_size=32, update_every=1, granularity_pick=0.02,
-    granularity_prune=0.4, upper_limit_pick=0.1, upper_limit=3.0, stabilize_steps=4, log_every=2,
+GROW = pipeline.stage(  # three steps of picking, three of pushing, two at rest; two a call
+    "grow", method="greg2", ratios="[0:0.5]", optimizer=tiny.SGD, batch_size=32, update_every=1, granularity_pick=0.05,
+    granularity_prune=1.0, upper_limit_pick=0.15, upper_limit=3.0, stabilize_steps=2, log_every=2,
 )  # fmt: skip
 GEOMETRY = {  # stages for few products on few digits
     "limit": pipeline.stage("limit", scan=(0.5,), resolution=0.25),
