@@ -28,7 +28,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax import export as stablehlo
 
 from sparsity_jax import (
@@ -170,13 +169,11 @@ def restore(workdir: pathlib.Path, problem: train.Problem, hint: str = "") -> tu
     """
     with contextlib.closing(checkpoint.Checkpoints(workdir)) as saved:
         progress = saved.progress()
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), _saved(workdir))
-        shapes = {path: leaf.shape for path, leaf in trees.named_leaves(like).items()}
+        shapes = saved.shapes()
         variables = jax.eval_shape(problem.init, jax.random.key(0))
         wanted = {**variables, "masks": variables["params"]}
         _check_shapes(workdir, shapes, wanted, hint)
-        arrays = trees.named_leaves(saved.restore(like))
+        arrays = saved.arrays()
     parts = trees.map_named(lambda path, _: arrays[path], wanted)
     state = train.State(
         parts["params"], parts["batch_stats"], parts["masks"], (), arrays["step"], arrays["key"], train.no_metrics()
@@ -185,14 +182,6 @@ def restore(workdir: pathlib.Path, problem: train.Problem, hint: str = "") -> tu
         return [state], progress
     slices = lambda i: jax.tree.map(lambda leaf: leaf[i], state._replace(metrics=()))
     return [slices(i)._replace(metrics=train.no_metrics()) for i in range(shapes["step"][0])], progress
-
-
-def _saved(workdir: pathlib.Path) -> PyTree:
-    """Shapes and types of all arrays of the newest checkpoint, in the structure in which they were written."""
-    folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    newest = max((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-        return reader.metadata(newest / "state").tree
 
 
 def _check_shapes(workdir: pathlib.Path, found: dict[str, tuple], wanted: PyTree, hint: str) -> None:
