@@ -84,7 +84,15 @@ def _layers(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]
     shapes = stages.shapes_of(problem)
     if chosen.granularity == "group":
         channels = structured.channels_of(problem)
-        rules = ((".*", float(chosen.ratios)),) if isinstance(chosen.ratios, str) else chosen.ratios
+        rules = chosen.ratios
+        if isinstance(rules, str):
+            try:
+                rules = ((".*", float(rules)),)
+            except ValueError:
+                raise tables.ConfigError(
+                    f"{chosen.where}.ratios is {rules!r}; allowed with granularity 'group': one number for all groups, "
+                    "e.g. '0.5', or pairs of a pattern of their names and a ratio."
+                ) from None
         table = trees.match_rules(dict.fromkeys(channels.groups, 0), rules, f"{chosen.where}.ratios")
         return growing.coupled(channels, shapes, table)
     return growing.layers(shapes, table_of(problem, chosen), chosen.granularity)

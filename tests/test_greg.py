@@ -307,6 +307,10 @@ def test_options_that_do_not_fit(fields, message):
             r"config.x.ratios is '2x', a speed-up; allowed with granularity",
         ),
         (dict(ratios=((".*/kernle", 0.5),)), r"config.x.ratios"),
+        (
+            dict(ratios="[0:0.5]", granularity="group"),
+            r"config.x.ratios is '\[0:0.5\]'; allowed with granularity 'group'",
+        ),
         (dict(ratios="[0:0.5]", skip="9"), r"config.x.ratios: skip: '9' matches no layer"),
     ],
 )
