@@ -249,8 +249,8 @@ def examples(problem: train.Problem, num: int) -> tuple[jax.Array, jax.Array]:
     return problem.examples("train", num or problem.size("train"))
 
 
-def curvature(problem: train.Problem, chosen: Any, kind: str = "hessian") -> Callable:
-    """`product(variables, v)` with the curvature of the training loss in the parameters `chosen.parameters`."""
+def batch_product(problem: train.Problem, chosen: Any, kind: str = "hessian") -> spectrum.Product:
+    """`product(variables, v, batch)` with the curvature of the training loss in the parameters `chosen.parameters`."""
     network = network_of(problem, chosen.loss)
 
     def product(variables, v, batch):
@@ -261,11 +261,26 @@ def curvature(problem: train.Problem, chosen: Any, kind: str = "hessian") -> Cal
             return linops.gauss_newton(outputs, network.loss, selected.params, batch)(v)
         return linops.hvp(lambda part, batch: network.loss(outputs(part, batch), batch), selected.params, batch)(v)
 
-    data = examples(problem, chosen.num_examples)
+    return product
+
+
+def curvature(problem: train.Problem, chosen: Any, kind: str = "hessian") -> Callable:
+    """`product(variables, v)`: `batch_product` over `chosen.num_examples` of the train set."""
     on_host = train.convolves(stages.shapes_of(problem)) and jax.default_backend() == "cpu"
     name = ("curvature", kind, chosen.loss, chosen.parameters, chosen.batch_size, chosen.num_examples)
-    make = lambda: spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host)
-    return problem.once(name, make)
+    product, data = batch_product(problem, chosen, kind), examples(problem, chosen.num_examples)
+    return problem.once(name, lambda: spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host))
+
+
+def curvature_at(problem: train.Problem, chosen: Any, kind: str, variables: tuple[PyTree, PyTree]) -> Callable:
+    """`matvec(v)`: `curvature` at these variables."""
+    if not chosen.linearize_once:
+        product = curvature(problem, chosen, kind)
+        return lambda v: product(variables, v)
+    (params, batch_stats), product = variables, batch_product(problem, chosen, kind)
+    selected = spectrum.select(params, chosen.parameters)
+    of_selected = lambda part, v, batch: product((selected.rebuild(part), batch_stats), v, batch)
+    return spectrum.linearized(of_selected, selected.params, examples(problem, chosen.num_examples), chosen.batch_size)
 
 
 def run_row_norms(problem, state, settings, place, rows) -> Iterator[train.Update]:
@@ -332,6 +347,7 @@ class Spectrum(NamedTuple):
     num_probes: int
     reorthogonalize: str
     stop_width: float
+    linearize_once: bool
     l2: float
     batch_size: int
     num_examples: int
@@ -347,6 +363,7 @@ def spectrum_options(
     num_probes: tables.Count = 1,
     reorthogonalize: Literal["full", "bfloat16", "host", "none"] = "full",
     stop_width: tables.NonNegative = 0.0,
+    linearize_once: bool = False,
     l2: tables.NonNegative = 0.0,
     batch_size: tables.Count = 1000,
     num_examples: tables.Index = 0,
@@ -359,7 +376,9 @@ def spectrum_options(
     whose square root is its absolute value (two products a step).
     num_matvecs: Lanczos steps; num_probes: random start vectors. reorthogonalize: see `linops.lanczos_method`.
     stop_width: a probe ends once its enclosure of the prediction is narrower than this; 0: never. Needs a later stage
-    of kind `width`, whose tolerance it uses. l2: strength of an L2 penalty in the loss (an L1 one has no curvature).
+    of kind `width`, whose tolerance it uses. linearize_once: keep activations and the like for all examples between
+    products: faster, at the memory told in `spectrum.linearized`. l2: strength of an L2 penalty in the loss (an L1 one
+    has no curvature).
     num_examples: of the train set, from its beginning; 0 for all. parameters: pattern of the variables; the default
     leaves out batch norms, as the original does.
     Rows: coefficients of the tridiagonal matrix of every probe; everything else follows from them.
@@ -371,6 +390,7 @@ def spectrum_options(
         num_probes,
         reorthogonalize,
         stop_width,
+        linearize_once,
         l2,
         batch_size,
         num_examples,
@@ -411,18 +431,20 @@ def begin_spectrum(problem, state, settings, place) -> train.State:
 def run_spectrum(problem, state, settings, place, rows) -> Iterator[train.Update]:
     chosen, total = settings[0], settings[0].num_probes * (problem.members or 1)
     method = linops.lanczos_method(chosen.num_matvecs, reorthogonalize=chosen.reorthogonalize)
-    product = curvature(problem, chosen, "gauss_newton" if chosen.operator == "gauss_newton" else "hessian")
-    finished = sum(map(len, rows))
+    kind = "gauss_newton" if chosen.operator == "gauss_newton" else "hessian"
+    finished, applied, at = sum(map(len, rows)), None, None
     for number in range(finished, total):
         if int(state.opt_state.number) != number:
             state = state._replace(opt_state=_start(problem, state, chosen, place, number))
         member, probe = divmod(number, chosen.num_probes)
         variables = one_member(problem, state, member)
-        applied = lambda v, variables=variables: product(variables, v)
+        if at != member:
+            applied, at = curvature_at(problem, chosen, kind, variables), member
+        matvec = applied
         if chosen.l2:
-            bare = applied
-            applied = lambda v, bare=bare: jax.tree.map(lambda a, b: a + 2 * chosen.l2 * b, bare(v), v)
-        matvec = linops.squared(applied) if chosen.operator == "absolute" else applied
+            matvec = lambda v, bare=matvec: jax.tree.map(lambda a, b: a + 2 * chosen.l2 * b, bare(v), v)
+        if chosen.operator == "absolute":
+            matvec = linops.squared(matvec)
         narrow = _enclosure_width(problem, chosen, place, variables) if chosen.stop_width else None
         lanczos, started = state.opt_state.lanczos, time.perf_counter()
         while (step := int(lanczos.step)) < chosen.num_matvecs:

@@ -1,7 +1,7 @@
 """Curvature of a loss over a whole data set: deterministic products, and the Hessian rows of chosen weights.
 
     product = over_batches(hessian_product(loss), (images, labels), 1000)    # loss(params, batch): a batch's mean
-    matvec = functools.partial(product, params)
+    matvec = functools.partial(product, params)     # or: linearized(hessian_product(loss), params, data, 1000)
     tridiagonal = linops.lanczos(64, on_host=True)(matvec, linops.rademacher(key, params))
 
 Examples come in a fixed order, without augmentation, and every batch counts by its size: the same product twice is
@@ -42,18 +42,11 @@ def over_batches(product: Product, data: PyTree, batch_size: int, *, on_host: bo
     a scan their gradients become a naive loop); the function is then not traceable.
     Sharded data keep their sharding. Raises ValueError for empty data and for a batch size below 1.
     """
-    sizes = {len(leaf) for leaf in jax.tree.leaves(data)}
-    if len(sizes) != 1 or not min(sizes):
-        raise ValueError(f"data has arrays of length {sorted(sizes)}; allowed: one length, at least 1.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
-    size = sizes.pop()
-    batch_size = min(batch_size, size)
+    size, batch_size = _sizes(data, batch_size)
     whole, rest = divmod(size, batch_size)
-    take = lambda data, start, length: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
 
     def add(total, params, v, data, start, length):
-        part = product(params, v, take(data, start, length))
+        part = product(params, v, _cut(data, start, length))
         return jax.tree.map(lambda t, p: t + p * (length / size), total, part)
 
     def scanned(params, v, data):
@@ -77,6 +70,51 @@ def over_batches(product: Product, data: PyTree, batch_size: int, *, on_host: bo
     return looped
 
 
+def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) -> Callable:
+    """`matvec(v)`: what `over_batches` computes, for many v at the same `params`.
+
+    All that does not depend on v, such as activations and back-propagated errors, is computed here, once, and kept for
+    every example; a product then takes 0.7 to 0.8 of its time on a dense network. The device holds some dozen numbers
+    a unit and example: 2.4 GB for FC5 and 7.2 GB for FC12 on 50,000 images of CIFAR-10, float32.
+    matvec is not traceable: it makes one compiled call per batch. Raises as `over_batches`.
+    """
+    size, batch_size = _sizes(data, batch_size)
+    zero = jax.tree.map(jnp.zeros_like, params)
+
+    def prepare(params, data, start, length):
+        return jax.linearize(lambda v: product(params, v, _cut(data, start, length)), zero)[1]
+
+    def add(total, part, v, share):
+        return jax.tree.map(lambda t, p: t + p * share, total, part(v))
+
+    prepare, add = jax.jit(prepare, static_argnums=3), jax.jit(add, static_argnums=3)
+    lengths = {start: min(batch_size, size - start) for start in range(0, size, batch_size)}
+    parts = [(prepare(params, data, start, length), length / size) for start, length in lengths.items()]
+
+    def matvec(v):
+        total = zero
+        for part, share in parts:
+            total = add(total, part, v, share)
+        return total
+
+    return matvec
+
+
+def _sizes(data: PyTree, batch_size: int) -> tuple[int, int]:
+    """(number of examples, examples in a batch); ValueError for empty or unequal arrays and no batch."""
+    sizes = {len(leaf) for leaf in jax.tree.leaves(data)}
+    if len(sizes) != 1 or not min(sizes):
+        raise ValueError(f"data has arrays of length {sorted(sizes)}; allowed: one length, at least 1.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
+    size = sizes.pop()
+    return size, min(batch_size, size)
+
+
+def _cut(data: PyTree, start: int, length: int) -> PyTree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
+
+
 def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) -> jax.Array:
     """`loss(params, batch)` of every whole batch of `data` in order: [N // batch_size]."""
     size = len(jax.tree.leaves(data)[0])
@@ -84,8 +122,7 @@ def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) 
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 to {size}, the number of examples.")
 
     def one(_, i):
-        batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * batch_size, batch_size), data)
-        return None, loss(params, batch)
+        return None, loss(params, _cut(data, i * batch_size, batch_size))
 
     return jax.lax.scan(one, None, jnp.arange(size // batch_size))[1]
 

@@ -376,9 +376,11 @@ def start_of(problem, state, own, position=1):
     return begun.opt_state.lanczos.current
 
 
-@pytest.mark.parametrize("operator", ["hessian", "gauss_newton", "absolute"])
-def test_coefficients_are_those_of_the_operator(problem, trained, operator):
-    own = settings("spectrum", operator=operator, num_matvecs=6, batch_size=48)
+@pytest.mark.parametrize(
+    ("operator", "once"), [("hessian", False), ("hessian", True), ("gauss_newton", True), ("absolute", False)]
+)
+def test_coefficients_are_those_of_the_operator(problem, trained, operator, once):
+    own = settings("spectrum", operator=operator, num_matvecs=6, batch_size=48, linearize_once=once)
     (row,) = run(problem, trained, "spectrum", own)
     outputs, rule, params = network_loss(problem, trained)
     plain = linops.hvp(lambda part: rule(outputs(part)), params)
@@ -430,6 +432,7 @@ def pair(problem, trained):
         ("limit", dict(scan=(0.5,), resolution=0.2)),
         ("row_norms", dict(num_weights=3)),
         ("spectrum", dict(num_matvecs=4, num_probes=2)),
+        ("spectrum", dict(num_matvecs=3, num_probes=2, linearize_once=True)),
     ],
 )
 def test_members_of_a_sweep_are_single_networks(problem, pair, kind, fields):

@@ -132,6 +132,31 @@ def test_data_on_eight_devices_give_the_same_products():
         assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+def test_products_linearized_once_are_the_same(kind):
+    params, data = small()
+    outer = lambda z, batch: losses.cross_entropy(z, batch["y"]).mean()
+    products = dict(
+        hessian=spectrum.hessian_product(smooth), gauss_newton=spectrum.gauss_newton_product(outputs, outer)
+    )
+    calls = []
+
+    def counted(params, v, batch):
+        calls.append(batch["x"].shape)
+        return products[kind](params, v, batch)
+
+    matvec = spectrum.linearized(counted, params, data, 16)
+    assert len(calls) == 2  # traced once for whole batches and once for the last
+    expected = spectrum.over_batches(products[kind], data, 16, on_host=True)
+    for seed in (1, 2):
+        vector = draw_vector(params, seed)
+        np.testing.assert_allclose(flat(matvec(vector)), flat(expected(params, vector)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(flat(matvec(vector)), flat(matvec(vector)))
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match="batch_size is 0; allowed: 1 and above"):
+        spectrum.linearized(counted, params, data, 0)
+
+
 def test_batch_losses_are_those_of_whole_batches():
     params, data = small()
     found = jax.jit(lambda params, data: spectrum.batch_losses(smooth, params, data, 10))(params, data)
