@@ -30,7 +30,6 @@ Keep = dict[str, jax.Array]  # bools by name of layer, True = keep
 Granularity = Literal["filter", "channel", "weight"]
 Members = Literal["all", "kernels", "producers"]
 Pick = Literal["min", "max", "rand"]
-AUTOMATIC = -1  # a ratio: cut at the largest gap
 PICK, PUSH, STABILIZE = 0, 1, 2  # phases of a layer
 
 
@@ -74,7 +73,7 @@ def layers(params: PyTree, ratios: Mapping[str, float], granularity: Granularity
     """A layer for every kernel in `ratios`, named by its path: its output slices, input slices or entries.
 
     params: arrays or shape structs; kernels end in [inputs, outputs] as in Flax, where those of a grouped convolution
-    have the inputs of one of its groups. ratios: share to remove by path, or AUTOMATIC; see `num_pruned`.
+    have the inputs of one of its groups. ratios: share to remove by path, or `masks.AUTOMATIC`; see `masks.num_pruned`.
     Raises ValueError for unknown paths, ratios out of range and slices of vectors.
     """
     tables.convert(granularity, Granularity, "granularity")
@@ -131,15 +130,11 @@ def _part(member: groups.Member, leaves: Mapping[str, Any]) -> Part | None:
     return Part(path, member.axis, None if np.array_equal(member.index, positions) else np.asarray(member.index))
 
 
-def num_pruned(ratio: float, size: int) -> int:
-    """min(ceil(ratio * size), size - 1), of the floating-point product as in the original: of 25, 0.28 are 8."""
-    return min(math.ceil(ratio * size), size - 1)
-
-
 def _num_pruned(name: str, ratio: float, size: int) -> int | None:
-    if not (ratio == AUTOMATIC or 0 <= ratio <= 1):
-        raise ValueError(f"the ratio of {name!r} is {ratio}; allowed: 0 to 1, or {AUTOMATIC} for the largest gap.")
-    return None if ratio == AUTOMATIC and size > 1 else num_pruned(abs(ratio), size)
+    if not (ratio == masks.AUTOMATIC or 0 <= ratio <= 1):
+        allowed = f"0 to 1, or {masks.AUTOMATIC:g} for the largest gap"
+        raise ValueError(f"the ratio of {name!r} is {ratio}; allowed: {allowed}.")
+    return None if ratio == masks.AUTOMATIC and size > 1 else masks.num_pruned(abs(ratio), size)
 
 
 def _check_names(named: Collection[str], known: Collection[str], kind: str) -> None:

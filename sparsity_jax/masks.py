@@ -18,6 +18,15 @@ import numpy as np
 from sparsity_jax import trees
 
 PyTree = Any
+AUTOMATIC = -1.0  # a pruning ratio: cut at the largest gap between scores
+
+
+def num_pruned(ratio: float, size: int) -> int:
+    """How many of a layer's `size` filters, channels or weights go: min(ceil(ratio * size), size - 1).
+
+    Of the floating-point product, as the original of growing regularisation (arXiv:2012.09243): of 25, 0.28 are 8.
+    """
+    return min(math.ceil(ratio * size), size - 1)
 
 
 class Selection(NamedTuple):

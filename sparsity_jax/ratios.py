@@ -8,7 +8,7 @@
     found = ratios.for_speedup(lambda table: price(ratios.keep_of(channels, table)), 2.55, table)
 
 A table maps the path of every kernel to the share of its filters, channels or weights that goes: 0 <= ratio < 1, or
-AUTOMATIC (cut at the largest gap of the scores). Kernels are laid out as Flax's: [..., in, out].
+`masks.AUTOMATIC` (cut at the largest gap of the scores). Kernels are laid out as Flax's: [..., in, out].
 Source: Wang et al. 2021, arXiv:2012.09243, and its published code.
 """
 
@@ -20,13 +20,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from sparsity_jax import groups, tables, trees
+from sparsity_jax import groups, masks, tables, trees
 
 PyTree = Any
 Table = dict[str, float]
 Granularity = Literal["filter", "channel", "weight"]
 
-AUTOMATIC = -1.0
 # A layer inside a residual block: the named groups are numbers, `shortcut` matches only in layers of the other branch.
 BLOCKS = r"(?:.*/)?(?:stage|layer)(?P<stage>\d+)(?:_block|[./])(?P<block>\d+)[./](?P<shortcut>shortcut|downsample)?.*"
 
@@ -206,7 +205,7 @@ def _ratio(value: Any, where: str) -> float:
         ratio = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         ratio = math.nan
-    if not (0 <= ratio < 1 or ratio == AUTOMATIC):
+    if not (0 <= ratio < 1 or ratio == masks.AUTOMATIC):
         raise tables.ConfigError(
             f"{where}: the ratio {value!r} is not allowed; allowed: the share removed, 0 <= ratio < 1, or -1 to cut at "
             "the largest gap of the scores."
@@ -280,19 +279,19 @@ def _skipped(skip: str | Sequence[str], located: Sequence[Layer], reading: str, 
 # Another network's ratios --------------------------------------------------------------------------------------------
 
 
-def kept_groups(masks: Mapping[str, Any], layers: Sequence[str], *, granularity: Granularity) -> dict[str, np.ndarray]:
+def kept_groups(given: Mapping[str, Any], layers: Sequence[str], *, granularity: Granularity) -> dict[str, np.ndarray]:
     """Which filters [out], channels [in] or weights (the kernel's shape) of each layer another pruned network keeps.
 
-    masks: its masks by path (`trees.named_leaves`), bool in the shape of the kernel, or bool [number of groups] for
+    given: its masks by path (`trees.named_leaves`), bool in the shape of the kernel, or bool [number of groups] for
     filters and channels; arrays that are no layers are ignored. A group is kept if any of its weights is.
     Raises ValueError for a layer without a mask and for masks that are not bool.
     """
     tables.convert(granularity, Granularity, "granularity")
     result = {}
     for path in layers:
-        if path not in masks:
-            raise ValueError(f"masks have no {path!r}; they have {list(masks)[:5]}.{tables.closest(path, masks)}")
-        mask = np.asarray(masks[path])
+        if path not in given:
+            raise ValueError(f"masks have no {path!r}; they have {list(given)[:5]}.{tables.closest(path, given)}")
+        mask = np.asarray(given[path])
         if mask.dtype != bool or mask.ndim == 0 or (mask.ndim == 1 and granularity == "weight"):
             raise ValueError(f"the mask of {path!r} is {mask.dtype} {mask.shape}; allowed: bool, True = kept.")
         if granularity != "weight" and mask.ndim > 1:
@@ -302,25 +301,23 @@ def kept_groups(masks: Mapping[str, Any], layers: Sequence[str], *, granularity:
     return result
 
 
-def inherited(masks: Mapping[str, Any], layers: Sequence[str], *, granularity: Granularity) -> Table:
+def inherited(given: Mapping[str, Any], layers: Sequence[str], *, granularity: Granularity) -> Table:
     """The ratios that another pruned network has; arguments and errors as `kept_groups`.
 
-    `num_pruned` of them gives back its counts. Raises ValueError if a layer keeps nothing.
+    `masks.num_pruned` of them gives back its counts. Raises ValueError if a layer keeps nothing.
     """
     table = {}
-    for path, kept in kept_groups(masks, layers, granularity=granularity).items():
+    for path, kept in kept_groups(given, layers, granularity=granularity).items():
         if not kept.any():
             raise ValueError(f"the mask of {path!r} keeps nothing; a ratio below 1 is needed.")
-        table[path] = int((~kept).sum()) / kept.size
+        removed = int((~kept).sum())
+        table[path] = removed / kept.size
+        while masks.num_pruned(table[path], kept.size) > removed:  # 7 / 25 * 25 is above 7
+            table[path] = math.nextafter(table[path], 0.0)
     return table
 
 
 # Speed-up ------------------------------------------------------------------------------------------------------------
-
-
-def num_pruned(ratio: float, size: int) -> int:
-    """min(ceil(ratio * size), size - 1): how many of `size` filters, channels or weights go, in float64."""
-    return min(math.ceil(ratio * size), size - 1)
 
 
 def by_group(
@@ -337,7 +334,7 @@ def by_group(
     for path, ratio in table.items():
         if path not in channels.shapes:
             raise ValueError(f"{path!r} is no variable of the trace.{tables.closest(path, channels.shapes)}")
-        if not (0 <= ratio < 1 or ratio == AUTOMATIC):
+        if not (0 <= ratio < 1 or ratio == masks.AUTOMATIC):
             raise ValueError(f"the ratio of {path!r} is {ratio}; allowed: 0 <= ratio < 1, or -1 for automatic.")
     result, left = {}, {path for path, ratio in table.items() if ratio}
     for name, group in channels.groups.items():
@@ -361,10 +358,10 @@ def keep_of(
     """
     found = by_group(channels, table, granularity=granularity)
     for name, ratio in found.items():
-        if ratio == AUTOMATIC:
+        if ratio == masks.AUTOMATIC:
             raise ValueError(f"the ratio of {name!r} is automatic: its count is known once there are scores.")
     sizes = channels.sizes.items()
-    return {name: np.arange(size) >= num_pruned(found.get(name, 0.0), size) for name, size in sizes}
+    return {name: np.arange(size) >= masks.num_pruned(found.get(name, 0.0), size) for name, size in sizes}
 
 
 class Speedup(NamedTuple):

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from sparsity_jax import groups, growing, tables
+from sparsity_jax import groups, growing, masks, tables
 
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 GOLDEN = "08_growing_reg.npz"
@@ -151,7 +151,7 @@ def test_training_ends_where_the_original_does(case):
             shape = params[str(name)]["weight"].shape
             shape = shape if axis is None else (shape[axis],)
             part = (growing.Part(path, axis),)
-            layers.append(growing.Layer(path, shape, growing.num_pruned(ratio, math.prod(shape)), part, part))
+            layers.append(growing.Layer(path, shape, masks.num_pruned(ratio, math.prod(shape)), part, part))
         tx = optax.chain(
             growing.growing_l2(layers, **options(case)),
             optax.add_decayed_weights(own["weight_decay"]),
@@ -199,7 +199,7 @@ def test_updates_are_counted_exactly_or_as_the_original_adds_up():
 
 def test_number_of_groups_to_remove_is_that_of_the_original():
     golden = golden_data.load(GOLDEN)
-    ours = [[growing.num_pruned(ratio, int(n)) for n in golden["pick_count/n"]] for ratio in golden["pick_count/pr"]]
+    ours = [[masks.num_pruned(ratio, int(n)) for n in golden["pick_count/n"]] for ratio in golden["pick_count/pr"]]
     np.testing.assert_array_equal(ours, golden["pick_count/count"])
 
 
@@ -217,7 +217,7 @@ def test_picks_of_the_original(granularity):
     assert set(gone(0.3, pick="max")) == set(golden["pick_modes/max"])
     # the original returns as many, but of the wrong groups
     number = golden["pick_modes/auto_pr_minus_one"].size
-    assert set(gone(growing.AUTOMATIC)) == set(np.argsort(scores)[:number].tolist())
+    assert set(gone(masks.AUTOMATIC)) == set(np.argsort(scores)[:number].tolist())
     draw = lambda seed: gone(0.3, pick="rand", key=jax.random.key(seed)).tolist()
     assert draw(0) == draw(0) != draw(1)
     assert len(draw(0)) == 36
@@ -446,7 +446,7 @@ def test_layers_that_lose_nothing_are_done_at_once():
     params = trajectory(0)[0]
     single = {"kernel": jnp.ones((3, 3, 1, 5))}
     assert growing.layers(single, {"kernel": 1.0}, "channel")[0].num_pruned == 0  # depthwise: one input slice
-    assert growing.layers(single, {"kernel": growing.AUTOMATIC}, "channel")[0].num_pruned == 0
+    assert growing.layers(single, {"kernel": masks.AUTOMATIC}, "channel")[0].num_pruned == 0
     tx = growing.growing_l2(growing.layers(params, dict.fromkeys(PATHS, 0.0)), stabilize_steps=2)
     state, seen = tx.init(params), []
     for _ in range(4):
@@ -511,7 +511,7 @@ def test_a_stage_runs_to_its_end_inside_one_program():
 W = {"conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)}}
 OTHER = {"conv": {"kernel": jnp.ones((3, 3, 2, 5))}}
 LAYERS = growing.layers(W, {"conv/kernel": 0.5})
-AUTO = growing.layers(W, {"conv/kernel": growing.AUTOMATIC})
+AUTO = growing.layers(W, {"conv/kernel": masks.AUTOMATIC})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 from test_models import TINY
 
-from sparsity_jax import allocate, cost, groups, models, ratios, tables
+from sparsity_jax import allocate, cost, groups, masks, models, ratios, tables
 from sparsity_jax.models import vgg
 
 FILE = "09_stage_pr.npz"
@@ -193,7 +193,7 @@ VGG = ["conv1", "conv2", "conv3", "fc"]
 
 def test_rules_on_paths():
     rules = (("stage2.*", 0.25), ("fc", -1), (".*", 0.5))
-    assert list(ratios.parse(rules, RESNET).values()) == [0.5, 0.5, 0, 0.25, 0, 0, ratios.AUTOMATIC]
+    assert list(ratios.parse(rules, RESNET).values()) == [0.5, 0.5, 0, 0.25, 0, 0, masks.AUTOMATIC]
     assert list(ratios.parse(rules, RESNET, granularity="channel").values()) == [0.5, 0, 0.5, 0, 0.25, 0, -1]
     assert list(ratios.parse(rules, RESNET, granularity="weight").values()) == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25, -1]
     assert list(ratios.parse([["conv.*", 0.5], ["fc", 0]], VGG, skip="1").values()) == [0.5, 0, 0.5, 0]
@@ -254,18 +254,18 @@ def test_inherited():
     rng = np.random.default_rng(0)
     keep_in, keep_out = rng.random(6) < 0.5, rng.random(8) < 0.5
     kernel = np.broadcast_to(keep_in[:, None] & keep_out, (3, 3, 6, 8)) & (rng.random((3, 3, 6, 8)) < 0.9)
-    masks = {"conv/kernel": kernel, "conv/bias": keep_out, "fc/kernel": np.ones((8, 2), bool)}
+    own = {"conv/kernel": kernel, "conv/bias": keep_out, "fc/kernel": np.ones((8, 2), bool)}
     layers = ["conv/kernel", "fc/kernel"]
     for granularity, kept in (("filter", keep_out), ("channel", keep_in), ("weight", kernel)):
-        found = ratios.kept_groups(masks, layers, granularity=granularity)
+        found = ratios.kept_groups(own, layers, granularity=granularity)
         np.testing.assert_array_equal(found["conv/kernel"], kept)
-        table = ratios.inherited(masks, layers, granularity=granularity)
+        table = ratios.inherited(own, layers, granularity=granularity)
         assert table == {"conv/kernel": pytest.approx(1 - kept.mean()), "fc/kernel": 0}
-        assert ratios.num_pruned(table["conv/kernel"], kept.size) == (~kept).sum()
+        assert masks.num_pruned(table["conv/kernel"], kept.size) == (~kept).sum()
     by_group = {"conv/kernel": keep_out, "fc/kernel": np.ones(2, bool)}
     assert ratios.inherited(by_group, layers, granularity="filter")["conv/kernel"] == 1 - keep_out.mean()
     with pytest.raises(ValueError, match="masks have no 'conv2/kernel'"):
-        ratios.kept_groups(masks, ["conv2/kernel"], granularity="filter")
+        ratios.kept_groups(own, ["conv2/kernel"], granularity="filter")
     with pytest.raises(ValueError, match="allowed: bool"):
         ratios.kept_groups(by_group, layers, granularity="weight")
     with pytest.raises(ValueError, match="allowed: bool"):
@@ -275,9 +275,12 @@ def test_inherited():
 
 
 @hypothesis.given(st.integers(1, 10**6), st.data())
+@hypothesis.example(25, 7)
 def test_inherited_counts_are_exact(size, data):
-    removed = data.draw(st.integers(0, size - 1))
-    assert ratios.num_pruned(removed / size, size) == removed
+    removed = data if isinstance(data, int) else data.draw(st.integers(0, size - 1))
+    (ratio,) = ratios.inherited({"w": np.arange(size) >= removed}, ["w"], granularity="filter").values()
+    assert masks.num_pruned(ratio, size) == removed
+    assert ratio == pytest.approx(removed / size, rel=1e-15)
 
 
 # Speed-up ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import linops, losses, models, trees, width
+from sparsity_jax import linops, losses, models, spectrum, trees, width
 
 try:
     from matfree import decomp
@@ -171,10 +171,13 @@ def product(title: str, outputs, params, x, y, repeats: int) -> None:
     v = linops.rademacher(jax.random.key(0), params)
     gradient = jax.jit(jax.grad(function))
     hessian = jax.jit(lambda params, v, x, y: linops.hvp(function, params, x, y)(v))
+    of_batch = lambda params, batch: function(params, *batch)
+    linearized = spectrum.linearized(spectrum.hessian_product(of_batch), params, (x, y), len(x))
     gauss = jax.jit(lambda params, v, x, y: linops.gauss_newton(network, cost, params, x, y)(v))
     calls = {
         "gradient": lambda: gradient(params, x, y),
         "hvp": lambda: hessian(params, v, x, y),
+        "hvp, linearized once": functools.partial(linearized, v),
         "gauss_newton": lambda: gauss(params, v, x, y),
     }
     show(f"one product, {title}", measure(calls, 10 * repeats), "gradient")
