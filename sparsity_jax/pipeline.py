@@ -250,7 +250,7 @@ def check_origin(config: dict) -> dict[str, str]:
     if not (path / "config.json").is_file():
         raise tables.ConfigError(f"{where}, which holds no run (no config.json).")
     other = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    differing = checkpoint.differences(other.get("model"), plain(config["model"]))
+    differing = checkpoint.differences(*map(complete_model, (other.get("model") or {}, plain(config["model"]))))
     if differing:
         lines = "\n".join(f"  config.model.{name}: {old} there, {new} now" for name, old, new in differing)
         raise tables.ConfigError(f"{where}, a run of another network.\n{lines}")
@@ -268,6 +268,12 @@ def check_origin(config: dict) -> dict[str, str]:
     for _, found in reversed(list(ancestry(path))):
         kinds |= trained_before(found) | {name: found[name]["kind"] for name in found["pipeline"]}
     return kinds
+
+
+def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.model` with the defaults of options it lacks, as runs of older versions do of new ones."""
+    known = models.MODELS.get(model.get("name"))
+    return {**tables.defaults(models.build), **(tables.defaults(known) if known else {}), **model}
 
 
 def trained_before(config: Mapping) -> dict[str, str]:

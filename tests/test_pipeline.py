@@ -478,6 +478,17 @@ def test_members_start_from_the_same_members(tmp_path, without_report):
         assert (str(one.with_name("member_000")) in str(error.value)) == (other == "loop")
 
 
+def test_an_option_that_a_run_does_not_have_yet_is_its_default(analysed):
+    config = json.loads((analysed[0] / "config.json").read_text())
+    assert "activation" not in config["model"]
+    start = lambda activation: geometric(
+        "hessian", start_from=str(analysed[0]), model=config["model"] | {"activation": activation}
+    )
+    assert pipeline.check(start("relu"))
+    with pytest.raises(tables.ConfigError, match=r'another network\.\n  config\.model\.activation: "relu" there, "lin'):
+        pipeline.check(start("linear"))
+
+
 def test_runs_that_cannot_be_started_from_are_named(analysed, tmp_path, monkeypatch, without_report):
     start = lambda path, *names, **fields: pipeline.run(
         geometric(*(names or ("hessian",)), **fields, start_from=str(path)), tmp_path / "new"
