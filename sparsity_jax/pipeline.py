@@ -762,10 +762,12 @@ def say(message: str) -> None:
 
 
 class Display:
-    """Progress of a stage: a bar where stderr is a terminal, otherwise a line at most every five seconds."""
+    """Progress of a stage: a bar where stderr is a terminal, otherwise a line for new rows, at most every five seconds,
+    and one a minute where there are none."""
 
     def __init__(self, name: str):
-        self._name, self._started, self._said = name, time.monotonic(), 0.0
+        self._name, self._started = name, time.monotonic()
+        self._said = self._started - 5
         form = "{desc:<24} {percentage:3.0f}% |{bar:30}| {elapsed}<{remaining} {postfix}"
         self._bar = tqdm.tqdm(total=1.0, desc=name, bar_format=form) if sys.stderr.isatty() else None
 
@@ -788,6 +790,6 @@ class Display:
             if text:
                 self._bar.set_postfix_str(text, refresh=False)
             self._bar.refresh() if done >= 1 else self._bar.update(0)
-        elif text and time.monotonic() - self._said > 5:
+        elif time.monotonic() - self._said > (5 if text else 60):
             self._said = time.monotonic()
-            say(f"{self._name}: {done:.0%} {text}")
+            say(f"{self._name}: {done:.0%} {text}".rstrip())

@@ -679,3 +679,15 @@ def test_optimizer_settings_have_every_field():
     assert {"momentum", "rescale", "schedule", "constraint", "norms"} <= set(made["optimizer"])
     assert made["start"] == "current"
     pipeline.check(tiny.config("fit", fit=made))
+
+
+# Progress ------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_gets_a_line_for_rows_and_one_a_minute_without(capsys, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: now)
+    display = pipeline.Display("2/3 hessian")
+    for now, row in [(101, {}), (102, dict(ratio=0.5)), (105, dict(ratio=0.6)), (161, {}), (163, {}), (164, {})]:  # noqa: B007
+        display.show(0.25, [row] if row else [])
+    assert capsys.readouterr().err.splitlines() == ["2/3 hessian: 25% ratio=0.5", "2/3 hessian: 25%"]
