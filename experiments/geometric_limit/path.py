@@ -31,20 +31,20 @@ def main() -> None:
 
     data = geometry.examples(problem, 0)
     over_all = lambda product: spectrum.over_batches(product, data, arguments.batch_size)
-    ones = jnp.ones(())
-    total = over_all(lambda params, one, batch: one * loss(params, batch))
+    total = over_all(lambda params, _, batch: loss(params, batch))
+    mean_loss = lambda params: float(total(params, jnp.zeros(())))
     gradient = over_all(lambda params, _, batch: jax.grad(loss)(params, batch))(state.params, state.params)
     curved = over_all(spectrum.hessian_product(loss))
     dot = lambda first, second: float(sum(jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (first, second)))))
 
-    dense = float(total(state.params, ones))
+    dense = mean_loss(state.params)
     print(f"dense: loss {dense:.4f}\n")
     print("| ratio | R | change of the loss | first order | second order |\n|---|---|---|---|---|")
     for ratio in arguments.ratios:
         keep = allocate.keep_masks(state.params, allocate.keep_counts(state.params, ratio))
         pruned = masks.apply(state.params, keep)
         step = jax.tree.map(jnp.subtract, pruned, state.params)
-        change = float(total(pruned, ones)) - dense
+        change = mean_loss(pruned) - dense
         first, second = dot(gradient, step), dot(step, curved(state.params, step)) / 2
         print(f"| {ratio} | {dot(step, step) ** 0.5:.3f} | {change:+.4f} | {first:+.4f} | {second:+.4f} |", flush=True)
 
