@@ -3,11 +3,12 @@
     python -m sparsity_jax.run --config configs/geometric_limit.py:fc5 --workdir runs/fc5
     python -m sparsity_jax.run --config configs/geometric_limit.py:digits --workdir runs/limit
 
-Variants: SETTINGS, one per published setting, and `digits`, two minutes on a CPU. The stages:
+Variants: SETTINGS, the published ones, then networks that have none (fc2 to cnet), and `digits`, a minute on a CPU. The
+stages:
 
     fit          L1-regularised training
     curve        accuracy and loss of the network pruned at 1,000 ratios
-    limit        the actual largest ratio by bisection, a few dozen evaluations
+    limit        the actual largest ratio by bisection, some 20 evaluations
     row_norms    weights without curvature (convolutional networks only, as published)
     hessian      Lanczos on the Hessian; width: the prediction from it, as published
     gauss_newton Lanczos on its positive semi-definite part; width_gauss_newton: the prediction from it

@@ -115,7 +115,7 @@ def limit_options(
     scope: Literal["", "kernels", "all"] = "",
     count: Literal["", "nearest", "original", "ceil"] = "",
 ) -> Limit:
-    """The largest pruning ratio that loses nothing, by a coarse scan and bisection: a few dozen evaluations.
+    """The largest pruning ratio that loses nothing, by a coarse scan and bisection: some 20 evaluations.
 
     criterion: accuracy not below dense (`accuracy`) or above it (`better_accuracy`, as the original), accuracy at most
     `tolerance` below (`accuracy_within`), loss at most `tolerance` above (`loss_within`); tolerance 0: 0.001 and 0.01.
@@ -319,13 +319,11 @@ def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
     data = examples(problem, chosen.num_examples)
     size = len(data[0])
     pieces = [(i, min(chosen.batch_size, size - i)) for i in range(0, size, chosen.batch_size)]
-    network = network_of(problem, chosen.loss)
+    product = batch_product(problem, chosen)
 
     def batch_norm_of_row(variables, v, data, start, length):
-        batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
-        selected = spectrum.select(variables[0], chosen.parameters)
-        loss = lambda part: network.loss(network.outputs((selected.rebuild(part), variables[1]), batch), batch)
-        return sum(jnp.sum(jnp.abs(leaf)) for leaf in linops.hvp(loss, selected.params)(v).values())
+        row = product(variables, v, spectrum.cut(data, start, length))
+        return sum(jnp.sum(jnp.abs(leaf)) for leaf in row.values())
 
     one = problem.once(("row of a batch", chosen), lambda: jax.jit(batch_norm_of_row, static_argnums=4))
 
@@ -375,10 +373,10 @@ def spectrum_options(
     operator: the `hessian`; `gauss_newton`, its positive semi-definite part; `absolute`, the Hessian applied twice,
     whose square root is its absolute value (two products a step).
     num_matvecs: Lanczos steps; num_probes: random start vectors. reorthogonalize: see `linops.lanczos_method`.
-    stop_width: a probe ends once its enclosure of the prediction is narrower than this; 0: never. Needs a later stage
-    of kind `width`, whose tolerance it uses. linearize_once: keep activations and the like for all examples between
-    products: faster, at the memory told in `spectrum.linearized`. l2: strength of an L2 penalty in the loss (an L1 one
-    has no curvature).
+    stop_width: a probe ends once its enclosure of the prediction is narrower than this; 0: never. Needs a stage of
+    kind `width` in the config, whose tolerance it uses: that of one that names this stage, else of one that names none.
+    linearize_once: keep activations and the like for all examples between products: faster, at the memory told in
+    `spectrum.linearized`. l2: strength of an L2 penalty in the loss (an L1 one has no curvature).
     num_examples: of the train set, from its beginning; 0 for all. parameters: pattern of the variables; the default
     leaves out batch norms, as the original does.
     Rows: coefficients of the tridiagonal matrix of every probe; everything else follows from them.
@@ -439,13 +437,14 @@ def run_spectrum(problem, state, settings, place, rows) -> Iterator[train.Update
         member, probe = divmod(number, chosen.num_probes)
         variables = one_member(problem, state, member)
         if at != member:
+            applied = matvec = None  # what they keep may be large
             applied, at = curvature_at(problem, chosen, kind, variables), member
         matvec = applied
         if chosen.l2:
             matvec = lambda v, bare=matvec: jax.tree.map(lambda a, b: a + 2 * chosen.l2 * b, bare(v), v)
         if chosen.operator == "absolute":
             matvec = linops.squared(matvec)
-        narrow = _enclosure_width(problem, chosen, place, variables) if chosen.stop_width else None
+        narrow = _enclosure_width(problem, chosen, place, variables, member) if chosen.stop_width else None
         lanczos, started = state.opt_state.lanczos, time.perf_counter()
         while (step := int(lanczos.step)) < chosen.num_matvecs:
             lanczos = method.step(matvec, lanczos)
@@ -477,15 +476,16 @@ def run_spectrum(problem, state, settings, place, rows) -> Iterator[train.Update
         yield train.Update(state, only(problem, member, row), (number + 1) / total)
 
 
-def _enclosure_width(problem, chosen: Spectrum, place: stages.Place, variables) -> Callable:
+def _enclosure_width(problem, chosen: Spectrum, place: stages.Place, variables, member: int) -> Callable:
     """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance of the width stage."""
-    found = [own[0] for own in place.others.values() if isinstance(own[0], Width)]
-    reader = min(found, key=lambda own: own.spectrum != place.name)  # its own one, if there is one
+    found = [own[member] for own in place.others.values() if isinstance(own[member], Width)]
+    reader = min(found, key=lambda own: (own.spectrum != place.name, own.spectrum != ""))
     epsilon, _ = tolerated(problem, variables, reader, f"config.{place.name}.stop_width")
+    options = dict(operator=OPERATORS[chosen.operator], zero_share=zero_share_of(reader, place.earlier[member]))
     distances = width.distances(variables[0])
 
     def gap(tridiagonal):
-        answer = width.predict_probes(tridiagonal, distances, epsilon, operator=OPERATORS[chosen.operator])
+        answer = width.predict_probes(tridiagonal, distances, epsilon, **options)
         return answer.upper - answer.lower
 
     return gap
@@ -494,8 +494,8 @@ def _enclosure_width(problem, chosen: Spectrum, place: stages.Place, variables) 
 def tridiagonals(rows: list[dict]) -> linops.Tridiagonal:
     """The Lanczos results in rows of a spectrum stage, one a probe on the leading axis."""
     most = max(row["num_matvecs"] for row in rows)
-    pad = lambda values: np.pad(np.asarray(values, row_type), (0, most - len(values)))
     row_type = np.dtype(rows[0]["dtype"])
+    pad = lambda values: np.pad(np.asarray(values, row_type), (0, most - len(values)))
     return linops.Tridiagonal(
         np.stack([pad(row["alphas"]) for row in rows]),
         np.stack([pad(row["betas"]) for row in rows]),
@@ -534,7 +534,8 @@ def width_options(
     """The predicted largest pruning ratio, from the Gaussian width of the loss basin, beside the actual one.
 
     spectrum: name of the spectrum stage to use (empty: the latest). method: `fixed_point`, or `grid`, the original's
-    discrete answer. negative: Ritz values below zero by `absolute` value (as the original) or at 0 (`clip`).
+    discrete answer (interval and history stay those of the fixed point). negative: Ritz values below zero by `absolute`
+    value (as the original) or at 0 (`clip`).
     zero_share: of directions without curvature; below 0: that of an earlier `row_norms` stage, if there is one.
     epsilon: tolerated loss; 0 for the standard deviation of the training loss over batches of `batch_size`.
     epsilon_draws: bootstrap draws of it for the error bar. tolerance: in accuracy, for the actual limit `within`.
@@ -580,14 +581,19 @@ def run_width(problem, state, settings, place, rows) -> Iterator[train.Update]:
     yield train.Update(state, found, 1.0)
 
 
+def zero_share_of(chosen: Width, earlier: list[dict]) -> float:
+    """The share of directions without curvature: as set, else of the latest `row_norms` stage, else 0."""
+    measured = [row["zero_share"] for row in earlier if row["kind"] == "row_norms" and "zero_share" in row]
+    return chosen.zero_share if chosen.zero_share >= 0 else (measured[-1] if measured else 0.0)
+
+
 def predict(problem, variables, chosen: Width, spectra: list[dict], earlier: list[dict], place: stages.Place) -> dict:
     """The row of a `width` stage."""
     operator, tridiagonal = OPERATORS[spectra[0]["operator"]], tridiagonals(spectra)
     distances = width.distances(variables[0])
     epsilon, batch = tolerated(problem, variables, chosen, f"config.{place.name}")
     draws = () if batch is None else width.epsilon_draws(batch, chosen.epsilon_draws, place.position)
-    shares = [row["zero_share"] for row in earlier if row["kind"] == "row_norms" and "zero_share" in row]
-    zero_share = chosen.zero_share if chosen.zero_share >= 0 else (shares[-1] if shares else 0.0)
+    zero_share = zero_share_of(chosen, earlier)
     options = dict(operator=operator, negative=chosen.negative, zero_share=zero_share)
     answer = width.predict_probes(tridiagonal, distances, epsilon, epsilons=draws, **options)
     values, weights = linops.ritz(tridiagonal)

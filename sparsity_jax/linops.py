@@ -41,7 +41,7 @@ def hvp(loss: Callable, params: PyTree, *args: Any) -> Matvec:
     gradient = jax.grad(scalar)
 
     def matvec(v: PyTree) -> PyTree:
-        return jax.jvp(gradient, (params,), (_tangent(v, params),))[1]
+        return jax.jvp(gradient, (params,), (tangent(v, params),))[1]
 
     return matvec
 
@@ -57,9 +57,9 @@ def gauss_newton(outputs: Callable, loss: Callable, params: PyTree, *args: Any) 
     gradient = jax.grad(scalar)
 
     def matvec(v: PyTree) -> PyTree:
-        z, tangent = jax.jvp(network, (params,), (_tangent(v, params),))
+        z, change = jax.jvp(network, (params,), (tangent(v, params),))
         _, pull_back = jax.vjp(network, params)
-        return pull_back(jax.jvp(gradient, (z,), (tangent,))[1])[0]
+        return pull_back(jax.jvp(gradient, (z,), (change,))[1])[0]
 
     return matvec
 
@@ -77,7 +77,8 @@ def _check_scalar(loss: Callable, argument: PyTree) -> None:
         raise ValueError(f"loss returns {found}; curvature needs one scalar. Take the mean over examples.")
 
 
-def _tangent(v: PyTree, params: PyTree) -> PyTree:
+def tangent(v: PyTree, params: PyTree) -> PyTree:
+    """`v` in the types of `params`, as derivatives need it; raises ValueError for another structure or shape."""
     _check_like(v, params, "the vector of a product", "params")
     return jax.tree.map(lambda x, p: jnp.asarray(x, jnp.result_type(p)), v, params)
 
@@ -187,6 +188,7 @@ class _Basis(NamedTuple):
 
 
 CHUNK = 2**12  # entries whose products are summed one after the other
+SHARDS = 64  # of several chunks there are a multiple, so that many numbers of devices can share them
 
 
 def _on_device(num_blocks: int, dtype: Any = None) -> _Basis:
@@ -200,8 +202,7 @@ def _on_device(num_blocks: int, dtype: Any = None) -> _Basis:
 
     def split(vector: jax.Array) -> jax.Array:
         """[D] as [chunks, entries], the last filled up with zeros."""
-        chunks = -(-vector.size // CHUNK)
-        chunks = -(-chunks // jax.device_count()) * jax.device_count() if chunks > 1 else 1  # so they can be sharded
+        chunks = -(-vector.size // (CHUNK * SHARDS)) * SHARDS if vector.size > CHUNK else 1
         entries = -(-vector.size // chunks)  # the same in all, to fill up less
         return jnp.pad(vector, (0, chunks * entries - vector.size)).reshape(chunks, entries)
 
@@ -444,7 +445,7 @@ def top_eigenpairs(num: int, num_matvecs: int, *, on_host: bool = False) -> Call
             mixing = jnp.asarray(vectors[first : first + block.shape[1], top], block.dtype)
             flat += jnp.einsum("rn,krc->nkc", mixing, block[:, : len(mixing)], precision=HIGHEST)
             first += block.shape[1]
-        flat = flat.reshape(num, -1)[:, : sum(leaf.size for leaf in jax.tree.leaves(start))]
+        flat = flat.reshape(num, -1)[:, : sum(leaf.size for leaf in jax.tree.leaves(state.current))]
         residuals = betas[-1] * np.abs(vectors[-1, top])
         return Eigenpairs(values[top], _unflatten(flat, state.current), residuals)
 
@@ -455,7 +456,9 @@ def top_eigenpairs(num: int, num_matvecs: int, *, on_host: bool = False) -> Call
 
 
 def truncate(tridiagonal: Tridiagonal, num_matvecs: int) -> Tridiagonal:
-    """What Lanczos would have returned after `num_matvecs` products: the history of a result costs nothing."""
+    """What Lanczos would have returned after `num_matvecs` >= 1 products: the history of a result costs nothing."""
+    if num_matvecs < 1:
+        raise ValueError(f"num_matvecs is {num_matvecs}; allowed: 1 and above.")
     alphas, betas, num_steps = tridiagonal
     steps = np.minimum(num_steps, num_matvecs)
     return Tridiagonal(alphas[..., :num_matvecs], betas[..., :num_matvecs], steps)
@@ -556,10 +559,10 @@ def _radau(alphas: np.ndarray, betas: np.ndarray, node: float) -> tuple[np.ndarr
         return np.array([node]), np.ones(1)
     values, vectors = _eigh(alphas, betas)
     largest = np.max(np.abs(values - node))
-    if values[0] < node - 1e-3 * largest:
+    if values[0] < node - 1e-3 * largest or (largest == 0 < betas[-1]):
         raise ValueError(
-            f"the smallest Ritz value is {values[0]:.3g}, below the node {node:g}, where there is no bound. "
-            "Take a node below the spectrum, or a positive semi-definite operator: gauss_newton, squared."
+            f"the smallest Ritz value is {values[0]:.3g}; values reach below the node {node:g}, where there is no "
+            "bound. Take a node below the spectrum, or a positive semi-definite operator: gauss_newton, squared."
         )
     weights = vectors[0] ** 2
     if betas[-1] > 0:
@@ -572,7 +575,7 @@ def _radau(alphas: np.ndarray, betas: np.ndarray, node: float) -> tuple[np.ndarr
 def spectral_density(
     values: np.ndarray, weights: np.ndarray, *, bins: int = 100_000, sigma2: float = 1e-10, overhead: float = 0.01
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ritz values smeared by Gaussians, mean over probes: (density, grid), float64 [bins]; sums to 1 over the grid.
+    """Ritz values smeared by Gaussians, mean over probes: (density, grid), float64 [bins]; its integral is 1.
 
     values, weights: [m] or [num_probes, m]. The grid reaches `overhead` beyond the mean smallest and largest values;
     the Gaussians have variance sigma2 * max(1, grid length). For figures, and as the original's first step to its

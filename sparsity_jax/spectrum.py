@@ -44,9 +44,10 @@ def over_batches(product: Product, data: PyTree, batch_size: int, *, on_host: bo
     """
     size, batch_size = _sizes(data, batch_size)
     whole, rest = divmod(size, batch_size)
+    data = jax.tree.map(jnp.asarray, data)  # NumPy arrays would be sent to the device for every call
 
     def add(total, params, v, data, start, length):
-        part = product(params, v, _cut(data, start, length))
+        part = product(params, v, cut(data, start, length))
         return jax.tree.map(lambda t, p: t + p * (length / size), total, part)
 
     def scanned(params, v, data):
@@ -79,10 +80,10 @@ def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) 
     matvec is not traceable: it makes one compiled call per batch. Raises as `over_batches`.
     """
     size, batch_size = _sizes(data, batch_size)
-    zero = jax.tree.map(jnp.zeros_like, params)
+    data, zero = jax.tree.map(jnp.asarray, data), jax.tree.map(jnp.zeros_like, params)
 
     def prepare(params, data, start, length):
-        return jax.linearize(lambda v: product(params, v, _cut(data, start, length)), zero)[1]
+        return jax.linearize(lambda v: product(params, v, cut(data, start, length)), zero)[1]
 
     def add(total, part, v, share):
         return jax.tree.map(lambda t, p: t + p * share, total, part(v))
@@ -92,7 +93,7 @@ def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) 
     parts = [(prepare(params, data, start, length), length / size) for start, length in lengths.items()]
 
     def matvec(v):
-        total = zero
+        total, v = jax.tree.map(jnp.zeros_like, v), linops.tangent(v, params)
         for part, share in parts:
             total = add(total, part, v, share)
         return total
@@ -111,18 +112,19 @@ def _sizes(data: PyTree, batch_size: int) -> tuple[int, int]:
     return size, min(batch_size, size)
 
 
-def _cut(data: PyTree, start: int, length: int) -> PyTree:
+def cut(data: PyTree, start: int, length: int) -> PyTree:
+    """`length` examples of `data` from `start` on; start may be traced."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
 
 
 def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) -> jax.Array:
     """`loss(params, batch)` of every whole batch of `data` in order: [N // batch_size]."""
-    size = len(jax.tree.leaves(data)[0])
+    size, _ = _sizes(data, 1)
     if not 1 <= batch_size <= size:
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 to {size}, the number of examples.")
 
     def one(_, i):
-        return None, loss(params, _cut(data, i * batch_size, batch_size))
+        return None, loss(params, cut(data, i * batch_size, batch_size))
 
     return jax.lax.scan(one, None, jnp.arange(size // batch_size))[1]
 
@@ -174,6 +176,9 @@ def one_hot(like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> di
     """Zeros in the shapes of `like`, but for a 1 at one entry: the vector whose product is a row of the matrix."""
     if path not in like:
         raise ValueError(f"{path!r} is not among the parameters {list(like)[:5]}.{tables.closest(path, like)}")
+    shape = jnp.shape(like[path])
+    if len(index) != len(shape) or not all(0 <= i < n for i, n in zip(index, shape)):
+        raise ValueError(f"index {index} is no entry of {path!r}, whose shape is {shape}.")
     zeros = {name: jnp.zeros_like(leaf) for name, leaf in like.items()}
     return {**zeros, path: zeros[path].at[index].set(1)}
 

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import scipy.optimize
 
 from sparsity_jax import linops, tables, trees
 
@@ -58,12 +59,6 @@ class _Spectrum(NamedTuple):
 
     def share(self, square: float) -> float:
         return float(self.shares(np.array([square]))[0])
-
-    def slope(self, square: float) -> float:
-        """Derivative of `share` by R^2."""
-        with np.errstate(over="ignore"):
-            root = 1 + self.sharpness * square
-        return -float(np.sum(self.weights * (self.sharpness / root) / root))
 
 
 def _rows(values, weights) -> tuple[np.ndarray, np.ndarray]:
@@ -186,6 +181,7 @@ def distances(params: PyTree, *, scope: Scope = "kernels") -> Distances:
     for path, norm in norms.items():
         if not math.isfinite(norm):
             raise ValueError(f"{path or 'params'} has norm {norm}; did the training diverge?")
+    tables.convert(scope, Scope, "scope")
     chosen = [x for path, x in arrays.items() if scope == "all" or (trees.is_kernel(path) and x.ndim > 1)]
     if not sum(array.size for array in chosen):
         hint = "no array has an entry" if scope == "all" else "no matrix is named kernel, weight or w; use scope='all'"
@@ -212,14 +208,9 @@ def _solve(spectrum: _Spectrum, distances: Distances) -> float:
             low = middle
         else:
             high = middle
-    base, rise, part = float(squares[low]), float(squares[low + 1] - squares[low]), 0.0
-    for _ in range(100):  # Newton on a convex falling function comes from the left and never passes the root
-        square = base + part * rise
-        step = (spectrum.share(square) * size - low - part) / (1 - rise * spectrum.slope(square) * size)
-        if not step > 1e-16:
-            break
-        part = min(part + step, 1.0)
-    return (low + part) / size
+    base, rise = float(squares[low]), float(squares[low + 1] - squares[low])
+    excess = lambda part: spectrum.share(base + part * rise) * size - low - part
+    return (low + scipy.optimize.brentq(excess, 0.0, 1.0, xtol=1e-15)) / size
 
 
 def predict(
@@ -250,6 +241,8 @@ def _fixed_point(values, weights, distances, epsilon, **options) -> float:
 
 def _smoothed(values, weights, distances, epsilon, **options) -> float:
     density, grid = linops.spectral_density(*_rows(values, weights))  # by default the original's
+    if not density.any():
+        raise ValueError("no value lies on the grid, which ends at the mean least and largest of the probes.")
     return predict_on_grid(grid, density, distances, epsilon, **options)
 
 
@@ -320,7 +313,7 @@ def enclosure(
     gauss: (values, weights) of the Gauss rule, which are the Ritz values and weights; radau: of the Gauss-Radau rule
     with a node at 0; each [m] or [probes, m].
     With x an eigenvalue of A, 1 / (1 + x R^2 / (2 epsilon)) is completely monotone (its derivatives alternate in sign),
-    so by the error terms of the two rules Gauss is below its integral and Gauss-Radau at 0 above, at every R. The width
+    so by the error terms of the two rules Gauss is below the integral and Gauss-Radau at 0 above, at every R. The width
     falls as p rises, hence the same order holds for the p where they meet. Each further product narrows the two.
     squared: A = H^2 stands for |H|, the values are squares: 1 / (1 + sqrt(x) R^2 / (2 epsilon)) is completely monotone
     as well, because sqrt has a completely monotone derivative (it is a Bernstein function).
@@ -382,13 +375,13 @@ def _lowest(probe: linops.Tridiagonal, sharpness: float) -> float:
     """The border whose rule has the smallest mean of 1 / (1 + sharpness |x|).
 
     Along the circle of borders, cut where a node is at 0 and the mean is largest, it falls and then rises. The sign of
-    its slope is bisected; distance from the cut counts in decades, since the fall may take place next to it.
+    its slope is bisected; the angle from the cut counts in decades, since the fall may take place next to it.
     """
-    cut, low, high = linops.border_for(probe), -1.0, 1.0
-    scale = np.max(np.abs(probe.alphas)) + np.max(probe.betas)
+    scale = float(np.max(np.abs(probe.alphas)) + np.max(probe.betas)) or 1.0
+    cut, low, high = math.atan2(linops.border_for(probe), scale), -1.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        border = cut + math.copysign(scale * 10 ** (6 - 20 * abs(middle)), -middle)
+        border = scale * math.tan(cut + math.copysign(math.atan(10 ** (6 - 20 * abs(middle))), -middle))
         values, firsts, lasts = _bordered(probe, border)
         size, sign = np.abs(values), np.sign(values)
         moves = firsts * lasts / (1 + sharpness * size)

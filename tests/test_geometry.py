@@ -235,7 +235,10 @@ def test_the_limit_of_a_falling_curve_is_found(edge, criterion, resolution, scan
 
     rows = list(geometry.find_limit(counted, own))
     *_, result = rows
-    assert result["limit"] <= edge < result["limit"] + resolution or result["limit"] == edge == 1
+    if criterion == "better_accuracy" and not any(0 < ratio <= edge for ratio in scan):
+        assert result["limit"] is None
+    else:
+        assert result["limit"] <= edge < result["limit"] + resolution or result["limit"] == edge == 1
     gaps = np.diff([0, *own.scan, 1])
     assert result["evaluations"] == len(calls) == len(rows) - 1
     assert len(calls) <= 1 + len(scan) + max(0, math.ceil(math.log2(max(gaps) / resolution)))
@@ -491,11 +494,30 @@ def test_a_probe_ends_once_its_enclosure_is_narrow(problem, trained, operator):
 
 def test_the_tolerance_of_an_early_end_is_its_own_readers(problem, trained):
     others = {"first": [settings("width", epsilon=1e-6)], "second": [settings("width", spectrum="x", epsilon=50.0)]}
+    unnamed = {"other": [settings("width", spectrum="y", epsilon=1e-6)], "second": [settings("width", epsilon=50.0)]}
     own = settings("spectrum", operator="gauss_newton", num_matvecs=9, stop_width=0.02)
     (row,) = run(problem, trained, "spectrum", own, others=others)
     assert (row["num_matvecs"], row["narrow_enough"]) == (4, True)
+    (row,) = run(problem, trained, "spectrum", own, others=unnamed)
+    assert (row["num_matvecs"], row["narrow_enough"]) == (4, True)
     (row,) = run(problem, trained, "spectrum", own, others={"first": others["first"]})
     assert (row["num_matvecs"], row["narrow_enough"]) == (9, False)
+
+
+def test_an_early_end_counts_directions_without_curvature_as_the_prediction_does(problem, trained):
+    own = settings("spectrum", operator="gauss_newton", num_matvecs=8, stop_width=1e-9)
+    earlier = [dict(kind="row_norms", zero_share=0.6)]
+    (row,) = run(problem, trained, "spectrum", own, others=widths(), earlier=[earlier])
+    answer = width.predict_probes(
+        geometry.tridiagonals([row]),
+        width.distances(trained.params),
+        geometry.tolerated(problem, (trained.params, {}), widths()["width"][0], "x")[0],
+        operator="semidefinite",
+        zero_share=0.6,
+    )
+    assert row["enclosure"] == pytest.approx(answer.upper - answer.lower)
+    (plain,) = run(problem, trained, "spectrum", own, others=widths())
+    assert row["enclosure"] != pytest.approx(plain["enclosure"])
 
 
 def test_more_products_than_dimensions(problem, trained):

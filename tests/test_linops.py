@@ -300,6 +300,8 @@ def test_gauss_radau_by_hand():
     np.testing.assert_array_equal(values, [0, 1])
     with pytest.raises(ValueError, match="below the node 0"):
         linops.gauss_radau(np.array([1.0, -0.1]), np.array([0.0, 0.0]))
+    with pytest.raises(ValueError, match="values reach below the node 0"):
+        linops.gauss_radau(np.array([0.0]), np.array([1.0]))
 
 
 @pytest.mark.parametrize("reorthogonalize", sorted(linops.REORTHOGONALIZE))
@@ -558,6 +560,10 @@ def test_top_eigenpairs():
     assert (np.abs(np.subtract.outer(early.values, np.linalg.eigvalsh(matrix))).min(1) <= early.residuals + 1e-5).all()
     with pytest.raises(ValueError, match="num is 7; allowed: 1 to num_matvecs, 6"):
         linops.top_eigenpairs(7, 6)
+    values, _, _ = linops.top_eigenpairs(1, 2)(lambda v: [2 * v[0], 3 * v[1]], [1.0, 2.0])
+    assert values == pytest.approx([3.0], abs=1e-6)
+    with pytest.raises(ValueError, match="num_matvecs is -1; allowed: 1 and above"):
+        linops.truncate(linops.Tridiagonal(np.ones(3), np.ones(3), np.int32(3)), -1)
     with pytest.raises(ValueError, match="Krylov space has 1 dimensions"):
         linops.top_eigenpairs(2, 6)(lambda v: 2 * v, start)
 

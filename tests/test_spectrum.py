@@ -153,6 +153,12 @@ def test_products_linearized_once_are_the_same(kind):
         np.testing.assert_allclose(flat(matvec(vector)), flat(expected(params, vector)), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(flat(matvec(vector)), flat(matvec(vector)))
     assert len(calls) == 2
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)  # with vectors of Lanczos' type
+    found = spectrum.linearized(products[kind], half, data, 16)(draw_vector(params, 1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(flat(found), flat(expected(half, draw_vector(params, 1))), rtol=0.1, atol=0.01)
+    with pytest.raises(ValueError, match="the vector of a product has the structure"):
+        matvec({"other": jnp.zeros(3)})
     with pytest.raises(ValueError, match="batch_size is 0; allowed: 1 and above"):
         spectrum.linearized(counted, params, data, 0)
 
@@ -165,6 +171,8 @@ def test_batch_losses_are_those_of_whole_batches():
     for size in (0, 38):
         with pytest.raises(ValueError, match=rf"batch_size is {size}; allowed: 1 to 37, the number of examples"):
             spectrum.batch_losses(smooth, params, data, size)
+    with pytest.raises(ValueError, match=r"arrays of length \[36, 37\]; allowed: one length"):
+        spectrum.batch_losses(smooth, params, data | {"y": data["y"][:-1]}, 8)
 
 
 def test_misuse_of_products_is_explained():
@@ -247,5 +255,8 @@ def test_row_norms_are_those_of_the_explicit_hessian():
         assert flat(unit).sum() == 1
         norm = spectrum.row_norm(matvec, chosen.params, path, index)
         np.testing.assert_allclose(norm, np.abs(explicit[position]).sum(), rtol=1e-5)
+    for index in [(5, 0), (-1, 0), (1,)]:
+        with pytest.raises(ValueError, match=r"is no entry of 'dense1/kernel', whose shape is"):
+            spectrum.one_hot(chosen.params, "dense1/kernel", index)
     with pytest.raises(ValueError, match=r"'fc/kernl' is not among the parameters .* Did you mean 'fc/kernel'"):
         spectrum.row_norm(matvec, chosen.params, "fc/kernl", (0, 0))

@@ -2,8 +2,9 @@
 
     python experiments/speed/curvature.py            # rivals: pip install matfree torch
 
-Each row is the median (least to greatest) of repeated calls in one process; rivals take turns in blocks. All multiply
-by the same Hessian, that of the cross-entropy of a dense network on fixed random data.
+Rows of times have the median (least to greatest) of repeated calls in one process, where rivals take turns in blocks;
+those of the prediction the least of a few. All multiply by the same Hessian, that of the cross-entropy of a dense
+network on fixed random data.
 """
 
 import argparse
