@@ -123,17 +123,26 @@ def claim(workdir: pathlib.Path, config: dict) -> None:
 
 def refuse_other(workdir: pathlib.Path, config: dict) -> None:
     """Raises ConfigError naming every field that differs if `workdir` belongs to another config."""
-    path = pathlib.Path(workdir) / "config.json"
-    config = json.loads(json.dumps(config))
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise tables.ConfigError(f"{path} is not readable as JSON ({error}); use another --workdir.") from None
-        differing = differences(found, config)
+    workdir, config = pathlib.Path(workdir), json.loads(json.dumps(config))
+    if workdir.exists() and not workdir.is_dir():
+        raise tables.ConfigError(f"{workdir} is a file; use another --workdir.")
+    if (workdir / "config.json").exists():
+        differing = differences(read_config(workdir), config)
         if differing:
             lines = "\n".join(f"  config.{name}: {old} there, {new} now" for name, old, new in differing)
             raise tables.ConfigError(f"{workdir} holds a run of another config; use another --workdir.\n{lines}")
+
+
+def read_config(workdir: pathlib.Path) -> dict:
+    """The config of the run in `workdir`; raises ConfigError for a file that holds none."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise tables.ConfigError(f"{path} is not readable as JSON ({error}); use another folder.") from None
+    if not isinstance(found, dict):
+        raise tables.ConfigError(f"{path} holds no config but a {type(found).__name__}; use another folder.")
+    return found
 
 
 def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, str, str]]:

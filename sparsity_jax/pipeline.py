@@ -36,6 +36,7 @@ from sparsity_jax import (
 )
 
 PyTree = Any
+Platform = Literal["default", "cpu", "gpu", "tpu"]
 STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES, **greg.STAGES}
 
 
@@ -52,7 +53,7 @@ def settings(
     pretrained: str = "",
     fresh_classifier: bool = False,
     seed: tables.Index = 0,
-    platform: Literal["default", "cpu", "gpu", "tpu"] = "default",
+    platform: Platform = "default",
     mesh: tables.Index = 1,
     steps_per_call: tables.Index = 0,
     eval_batch_size: tables.Count = 1000,
@@ -135,7 +136,14 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
             raise tables.ConfigError(
                 f"config has no field {name!r}; fields: {', '.join(fields)}.{tables.closest(name, fields)}"
             )
+    for name, idle in (("arm", common["arm"]), ("seed", common["seed"])):
+        if idle and name in common["sweep"]:
+            raise tables.ConfigError(
+                f"config.{name} is {idle!r}, but config.sweep.{name} decides; set --config.sweep.{name}=({idle!r},)."
+            )
     members = list(expand(config))
+    for member, _ in members:
+        tables.convert(member["seed"], tables.Index, "config.sweep.seed")
     for path in members[0][1]:
         if path not in ("arm", "seed") and path.split(".")[0] in known:
             raise tables.ConfigError(f"config.sweep names config.{path}; allowed: arm, seed and fields of stages.")
@@ -249,7 +257,7 @@ def check_origin(config: dict) -> dict[str, str]:
     where, path = f"config.start_from is {config['start_from']!r}", pathlib.Path(config["start_from"])
     if not (path / "config.json").is_file():
         raise tables.ConfigError(f"{where}, which holds no run (no config.json).")
-    other = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    other = checkpoint.read_config(path)
     differing = checkpoint.differences(*map(complete_model, (other.get("model") or {}, plain(config["model"]))))
     if differing:
         lines = "\n".join(f"  config.model.{name}: {old} there, {new} now" for name, old, new in differing)
@@ -297,9 +305,12 @@ def check_pretrained(config: dict) -> dict[str, str]:
 
 def ancestry(path: str | pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
     """(path, config) of the run in `path`, of the run it started from, and so on, as far as they are still there."""
-    path = pathlib.Path(path)
+    path, seen = pathlib.Path(path), set()
     while (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if path.resolve() in seen:
+            raise tables.ConfigError(f"{path} started from a run that started from it; use another run.")
+        seen.add(path.resolve())
+        config = checkpoint.read_config(path)
         yield path, config
         if not config.get("start_from"):
             break
@@ -417,8 +428,9 @@ def _swept_fields(sweep: Mapping, config: Mapping, path: str) -> Iterator[tuple[
         where = f"{path}.{name}" if path else name
         if not isinstance(config, Mapping) or name not in config:
             known = list(config) if isinstance(config, Mapping) else []
+            hint = " Fields within fields are nested: sweep=dict(fit=dict(epochs=(1, 2)))." if "." in name else ""
             raise tables.ConfigError(
-                f"config.sweep names config.{where}, which does not exist.{tables.closest(name, known)}"
+                f"config.sweep names config.{where}, which does not exist.{hint or tables.closest(name, known)}"
             )
         if isinstance(value, Mapping):
             yield from _swept_fields(value, config[name], where)
@@ -454,40 +466,63 @@ class Outcome(NamedTuple):
     rows: list[dict]
 
 
-def run(config: Mapping, workdir: str | pathlib.Path) -> Outcome:
+def run(config: Mapping, workdir: str | pathlib.Path, *, command: str = "") -> Outcome:
     """Runs, or continues, the pipeline of `config` in `workdir`; writes rows, checkpoints and the report there.
 
     The same call continues an interrupted run and ends with the same numbers (bit for bit on CPU); a finished run only
-    rewrites its report. Raises ConfigError before anything compiles, and train.NonFiniteLossError.
+    rewrites its report. command: what was typed, for the report. Raises ConfigError before anything compiles, and
+    train.NonFiniteLossError; if members of a sweep run one after the other, once all have run.
     """
     config, workdir = plain(config), pathlib.Path(workdir)
+    use_platform(config.get("platform", "default"))
     plans, separate = check(config)
     checkpoint.refuse_other(workdir, config)
-    common = plans[0].common
-    if common["platform"] != "default":
-        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(common["platform"], common["platform"]))
-        try:
-            jax.local_devices()
-        except (RuntimeError, AssertionError):  # which of them depends on the version of jax
-            wanted = common["platform"]
-            raise tables.ConfigError(f"config.platform is {wanted!r}, but jax finds no such device here.") from None
     problem = build(plans)
     checkpoint.claim(workdir, config)
-    environment = describe_environment(problem)
+    environment = describe_environment(problem) | ({"command": command} if command else {})
+    report.write_environment(workdir, environment)
     if not separate:
-        outcome = run_plan(plans[0], problem, workdir)
+        outcome, diverged = run_plan(plans[0], problem, workdir), []
     else:
-        rows = []
-        for i, plan in enumerate(plans):
-            place = workdir / f"member_{i:03d}"
-            checkpoint.claim(place, plan.configs[0])
-            outcome = run_plan(plan._replace(common=member_origin(plan.common, i)), problem, place)
-            rows += [{**row, "member": i} for row in outcome.rows]
-            report.Writer(workdir, rows).close()
-        outcome = outcome._replace(rows=rows)
-    path = report.write(workdir, config, outcome.rows, title=common["title"] or None, environment=environment)
+        outcome, diverged = run_members(plans, problem, workdir)
+    path = report.write(workdir, config, outcome.rows, title=plans[0].common["title"] or None, environment=environment)
     say(f"report: {path}")
+    if diverged:
+        raise train.NonFiniteLossError("\n".join(diverged))
     return outcome
+
+
+def use_platform(name: str) -> None:
+    """Makes JAX compute on `config.platform`; raises ConfigError where it cannot."""
+    if tables.convert(name, Platform, "config.platform") == "default":
+        return
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+    try:
+        found = jax.local_devices()[0].platform
+    except (RuntimeError, AssertionError):  # which of them depends on the version of jax
+        raise tables.ConfigError(f"config.platform is {name!r}, but jax finds no such device here.") from None
+    if found != name:
+        raise tables.ConfigError(f"config.platform is {name!r}, but this process already uses jax on {found!r}.")
+
+
+def run_members(plans: list[Plan], problem: train.Problem, workdir: pathlib.Path) -> tuple[Outcome, list[str]]:
+    """The members of a sweep one after the other, in folders of their own: (outcome, a line for each that diverged).
+
+    The outcome's state is that of the last member that did not.
+    """
+    rows, state, diverged = [], None, []
+    for i, plan in enumerate(plans):
+        place = workdir / f"member_{i:03d}"
+        checkpoint.claim(place, plan.configs[0])
+        say(f"member {i + 1} of {len(plans)}: " + ", ".join(f"{name}={value}" for name, value in plan.swept[0].items()))
+        try:
+            state, own = run_plan(plan._replace(common=member_origin(plan.common, i)), problem, place)
+        except train.NonFiniteLossError as error:
+            diverged.append(f"member {i}: {error}")
+            own = report.read_rows(place / report.METRICS)
+        rows += [{**row, "member": i} for row in own]
+        report.Writer(workdir, rows).close()
+    return Outcome(state, rows), diverged
 
 
 def member_origin(common: dict[str, Any], member: int) -> dict[str, Any]:

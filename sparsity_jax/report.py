@@ -197,7 +197,7 @@ def write(
     workdir = pathlib.Path(workdir)
     config, rows = plain(config), [row for row in rows if isinstance(row, dict)]
     if environment is not None:
-        write_atomic(workdir / ENVIRONMENT, (json.dumps(plain(environment), indent=2) + "\n").encode())
+        write_environment(workdir, environment)
     environment = plain(environment or {})
     title = str(title or config.get("title") or workdir.resolve().name)
     series = figures.group(rows)
@@ -212,7 +212,7 @@ def write(
         ("pruned", "Pruning steps", prune_section(series)),
         ("config", "Configuration", tree_section(config, "settings")),
         ("environment", "Environment", tree_section(environment, "entries", show=True)),
-        ("reproduce", "Reproduce and cite", reproduce_section(workdir, config, environment)),
+        ("reproduce", "Reproduce and cite", reproduce_section(config, environment)),
     ]
     sections = [section for section in sections if section[2]]
     if not rows:
@@ -225,6 +225,11 @@ def write(
     page = PAGE.format(title=esc(title), style=style(), context=context_line(config, rows), links=links, body=body)
     write_atomic(workdir / REPORT, page.encode())
     return workdir / REPORT
+
+
+def write_environment(workdir, environment: dict) -> None:
+    """Writes `workdir/environment.json`."""
+    write_atomic(pathlib.Path(workdir) / ENVIRONMENT, (json.dumps(plain(environment), indent=2) + "\n").encode())
 
 
 def esc(value: Any) -> str:
@@ -661,19 +666,16 @@ def tree_section(tree: dict, what: str, *, show: bool = False) -> str:
     return f"<details{' open' * show}><summary>{count} {what}</summary>{table}</details>"
 
 
-def reproduce_section(workdir: pathlib.Path, config: dict, environment: dict) -> str:
+def reproduce_section(config: dict, environment: dict) -> str:
     """The command of the run if known, the one that rebuilds this page, and the works the config builds on."""
-    commands = [("Run", environment.get("command") or config.get("command"))]
-    commands.append(("Rebuild this page", f"python -m sparsity_jax.report --workdir {workdir.resolve().name}"))
-    result = ""
-    for label, command in commands:
-        if command:
-            text = command if isinstance(command, str) else " ".join(map(str, command))
-            result += f'<p class="note">{label}</p><pre>{esc(text)}</pre>'
+    commands = {
+        "Run": environment.get("command"),
+        "Rebuild this page, in its folder": "python -m sparsity_jax.report --workdir .",
+    }
+    shown = ((label, command) for label, command in commands.items() if command)
+    result = "".join(f'<p class="note">{label}</p><pre>{esc(command)}</pre>' for label, command in shown)
     words = {str(leaf).lower() for _, leaf in flatten(config)} | {path.split(".")[-1] for path, _ in flatten(config)}
-    own = config.get("citation") or []
-    works = [own] if isinstance(own, str) else list(own)
-    works += [work for word, found in CITATIONS.items() if word in words for work in found]
+    works = [work for word, found in CITATIONS.items() if word in words for work in found]
     if works:
         result += '<p class="note">Cite</p><ul>' + "".join(f"<li>{esc(work)}</li>" for work in works) + "</ul>"
     return result
@@ -741,13 +743,16 @@ PAGE = """<!doctype html>
 def gather(workdir) -> tuple[dict, list[dict], dict | None]:
     """Config, rows and environment of a finished or running workdir.
 
-    Rows come from `metrics.jsonl`, else from those of the folders inside, whose members are numbered anew; so does the
-    config. Raises FileNotFoundError saying what is missing, ValueError for a file that cannot be read.
+    Rows come from a sweep's members, else from `metrics.jsonl`, else from the folders inside, whose members are
+    numbered anew; so does the config. Raises FileNotFoundError saying what is missing, ValueError for a file that
+    cannot be read.
     """
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is not a folder; give the workdir of a run.")
-    files = [workdir / METRICS] if (workdir / METRICS).exists() else sorted(workdir.glob(f"*/{METRICS}"))
+    # of a sweep's members, newer than the joint ones while it runs; its own; of several runs
+    choices = (sorted(workdir.glob(pattern)) for pattern in (f"member_[0-9]*/{METRICS}", METRICS, f"*/{METRICS}"))
+    files = next(filter(None, choices), [])
     if not files:
         raise FileNotFoundError(f"neither {workdir} nor a folder in it has {METRICS}; has the run started there?")
     configs = [path for path in (workdir / CONFIG, *(file.parent / CONFIG for file in files)) if path.exists()]
@@ -756,7 +761,9 @@ def gather(workdir) -> tuple[dict, list[dict], dict | None]:
     rows, numbers = [], {}
     for i, file in enumerate(files):
         for row in read_rows(file):
-            if len(files) > 1:
+            if file.parent.name.startswith("member_"):
+                row["member"] = int(file.parent.name.removeprefix("member_"))
+            elif len(files) > 1:
                 row["member"] = numbers.setdefault((i, row.get("member", 0)), len(numbers))
             rows.append(row)
     saved = [path.parent / ENVIRONMENT for path in configs if (path.parent / ENVIRONMENT).exists()]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import sys
 
@@ -41,23 +42,30 @@ def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-def main(_) -> None:
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
+    if not WORKDIR.value:
+        sys.exit("error: --workdir is empty; name a folder.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
-    file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")[0]
-    file = file if file.endswith(".py") else f"{file}.py"
+    name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
+    file = f"{name}.py" if variant else name
     if not os.path.isfile(file):
-        sys.exit(f"error: --config names {file}, which is not there.")
+        hint = f" Did you mean {file}.py?" if os.path.isfile(f"{file}.py") else ""
+        sys.exit(f"error: --config names {file}, which is not there.{hint}")
     try:
-        pipeline.run(CONFIG.value, WORKDIR.value)
+        pipeline.run(CONFIG.value, WORKDIR.value, command=f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}")
     except tables.ConfigError as error:
         sys.exit(f"error: {error}")
     except train.NonFiniteLossError as error:
         sys.exit(f"error: {error}\nThe last good checkpoint is in {WORKDIR.value}.")
     except OSError as error:  # a full disk, for example
-        sys.stderr.write(f"error: {error}\nThe same command goes on from the last checkpoint in {WORKDIR.value}.\n")
+        saved = os.path.isdir(os.path.join(WORKDIR.value, "checkpoints"))
+        again = f"The same command goes on from the last checkpoint in {WORKDIR.value}.\n" if saved else ""
+        sys.stderr.write(f"error: {error}\n{again}")
         os._exit(1)  # threads that still want to write would only add their own complaints
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted: the same command continues {WORKDIR.value}\n")

@@ -309,7 +309,7 @@ def make_batch_step(problem: Problem, fit: Fit) -> Callable:
         tx = fit.transformation(problem, numbers, state.key)
         grads = masks.apply(grads, state.masks)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
-        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+        params = optax.apply_updates(state.params, updates)
         first = state.step % spe == 0
         old = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x), x), state.metrics)
         bad = state.metrics.bad_step
@@ -336,8 +336,8 @@ def convolves(params: PyTree, stacked: bool = False) -> bool:
     return any(trees.is_kernel(path) and leaf.ndim - stacked > 2 for path, leaf in trees.named_leaves(params).items())
 
 
-def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int, most: int | None = None) -> list[int]:
-    """How many steps each compiled call makes, at most `most`.
+def steps_per_call(problem: Problem, state: State, steps_per_epoch: int) -> int:
+    """How many steps a compiled call makes, at most an epoch's.
 
     XLA's CPU backend compiles convolution gradients inside a scan to a naive loop, so there they run one by one; dense
     networks and accelerators scan a whole epoch.
@@ -346,8 +346,7 @@ def calls_per_epoch(problem: Problem, state: State, steps_per_epoch: int, most: 
     if not size:
         convolutions = convolves(state.params, problem.members is not None)
         size = 1 if convolutions and jax.default_backend() == "cpu" else steps_per_epoch
-    size = min(size, steps_per_epoch, most or size)
-    return [size] * (steps_per_epoch // size) + [steps_per_epoch % size] * (steps_per_epoch % size > 0)
+    return min(size, steps_per_epoch)
 
 
 class Update(NamedTuple):
@@ -370,15 +369,14 @@ def fit_epochs(
     """Trains from `state` (from `begin`, or any state this yielded) to the end; yields after every compiled call.
 
     Rows of an epoch: epoch, step, learning_rate, train_loss, train_accuracy, seconds; on evaluated epochs test_loss and
-    test_accuracy. Raises NonFiniteLossError naming the first bad step. Where data is streamed, see `fit_stream`; rows:
-    those that came with the states so far.
+    test_accuracy. Raises NonFiniteLossError naming the first bad step. rows: those that came with the states so far.
+    Where data is streamed, see `fit_stream`.
     """
     if problem.streamed:
         yield from fit_stream(problem, state, fit, numbers, position, where, rows)
         return
     spe = fit.steps_per_epoch(problem)
-    sizes = calls_per_epoch(problem, state, spe, fit.growth and fit.growth.log_every)
-    starts = np.cumsum([0, *sizes])[:-1].tolist()
+    most, logged = steps_per_call(problem, state, spe), fit.growth.log_every if fit.growth else spe
     axes = (0, 0, 0, None, None, None)
 
     def compile_call(size):
@@ -398,21 +396,26 @@ def fit_epochs(
         return jax.random.permutation(jax.random.fold_in(stage_key(key, position), 2**31 - 1 - epoch), examples)
 
     orders = problem.once("order", lambda: jax.jit(problem.lift(shuffle, (0, None, None))))
-    started, order, order_epoch = time.perf_counter(), None, -1
+    started, order, order_epoch = time.perf_counter() - seconds_so_far(rows), None, -1
     step = int(np.ravel(state.step)[0])
     while step < fit.epochs * spe:
         epoch, at = divmod(step, spe)
         if epoch != order_epoch:
             order, order_epoch = orders(state.key, position, epoch), epoch
-        size = sizes[starts.index(at)]
+        size = min(most, spe - at, logged - at % logged)  # from a checkpoint of other call sizes too
         call = problem.once((fit.program(), size), lambda size=size: compile_call(size))
         state = call(state, numbers, order, position, problem.train_images, problem.train_labels)
         step += size
-        rows = [[] for _ in range(problem.members or 1)]
+        new = [[] for _ in range(problem.members or 1)]
         if step % spe == 0:
             check_finite(state, spe, where)
-            rows = epoch_rows(problem, state, fit, step // spe, time.perf_counter() - started)
-        yield Update(state, rows, step / (fit.epochs * spe))
+            new = epoch_rows(problem, state, fit, step // spe, time.perf_counter() - started)
+        yield Update(state, new, step / (fit.epochs * spe))
+
+
+def seconds_so_far(rows: Sequence[dict]) -> float:
+    """What the stage has taken before it was interrupted, by its newest row."""
+    return max((row["seconds"] for row in rows if "seconds" in row), default=0.0)
 
 
 def fit_stream(
@@ -423,7 +426,7 @@ def fit_stream(
     A step that met unreadable images has a row of its own, with step, unreadable (how many) and unreadable_images
     (which); the epoch's row sums them up and names the first five. Those of the test images are its test_unreadable.
     """
-    spe, step, started = fit.steps_per_epoch(problem), int(state.step), time.perf_counter()
+    spe, step, started = fit.steps_per_epoch(problem), int(state.step), time.perf_counter() - seconds_so_far(rows)
     donate = () if jax.default_backend() == "cpu" else (0,)
     make = lambda: jax.jit(make_batch_step(problem, fit), donate_argnums=donate)
     call = problem.once((fit.program(), "batch"), make)
@@ -457,8 +460,8 @@ def check_finite(state: State, steps_per_epoch: int, where: str) -> None:
     """Raises NonFiniteLossError if some loss so far was not finite."""
     bad = np.ravel(jax.device_get(state.metrics.bad_step))
     if (bad >= 0).any():
-        member = f" of member {int(np.argmax(bad >= 0))}" if bad.size > 1 else ""
-        first = int(bad[bad >= 0].min())
+        which = int(np.argmin(np.where(bad >= 0, bad, np.iinfo(bad.dtype).max)))
+        member, first = f" of member {which}" if bad.size > 1 else "", int(bad[which])
         raise NonFiniteLossError(
             f"{where}: the training loss{member} is not finite at step {first} (epoch {first // steps_per_epoch + 1}). "
             "A lower learning rate, or a smaller tau for Frank-Wolfe, usually helps."

@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import pathlib
 import re
+import shlex
+import subprocess
 
 import jax
 import pytest
@@ -15,7 +17,8 @@ DOCUMENTS = (
     *("README.md", "docs/sfw_options.md", "docs/geometric_limit.md", "docs/gradient_flow.md", "docs/greg.md"),
     *("docs/pretrained.md", "docs/streaming.md", "experiments/LEDGER.md"),
 )
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+STUDIES = tuple(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/README.md")))
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*DOCUMENTS, *STUDIES)}
 FULL_VARIANTS = {  # variants that together have every field of a config
     "quickstart": (None,),
     "sfw_oneshot": ("", "sfw_init=1", "data=tiny"),
@@ -40,7 +43,11 @@ def config_of(name: str, variant: str | None):
 
 
 def check_members(config) -> None:
-    for member, _ in pipeline.expand(pipeline.plain(config)):
+    config, known = pipeline.plain(config), tables.parameters(pipeline.settings)
+    common = {name: value for name, value in config.items() if name in known}
+    tables.check_options(pipeline.settings, common, "config")
+    for member, _ in pipeline.expand(config):
+        tables.convert(member["seed"], tables.Index, "config.seed")
         pipeline.check_member(member)
 
 
@@ -124,12 +131,32 @@ def test_overrides_are_accepted(document):
     """Every `--config.x.y=value` passes the checks of a config that has the field."""
     configs = all_configs()
     for path, text in re.findall(r"--config\.([a-z][\w.]*)=(\([^)]*\)|[^\s`'\",;]+)", TEXTS[document]):
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
         config = next(pipeline.plain(config) for config in configs if has_field(config, path))
-        check_members(pipeline.override_all(config, {path: value}))
+        check_members(pipeline.override_all(config, {path: literal(text)}))
+
+
+@pytest.mark.parametrize("document", TEXTS)
+def test_commands_are_accepted(document):
+    """Every whole `python -m sparsity_jax.run ...` of a code block survives a shell and passes the checks."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", TEXTS[document], re.MULTILINE | re.DOTALL):
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            if not line.startswith("python -m sparsity_jax.run ") or "NAME" in line:
+                continue
+            assert not subprocess.run(["bash", "-n", "-c", line], capture_output=True, check=False).stderr, line
+            words = shlex.split(line)[3:]
+            name, _, variant = words[words.index("--config") + 1].removeprefix("configs/").partition(".py:")
+            config = pipeline.plain(config_of(name.removesuffix(".py"), variant or None))
+            for path, text in (word[9:].split("=", 1) for word in words if word.startswith("--config.")):
+                config = pipeline.override_all(config, {path: literal(text)})
+            check_members(config)
+
+
+def literal(text: str):
+    """The value that a flag's text stands for."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def test_variants_are_accepted():
@@ -149,7 +176,7 @@ def test_variants_are_accepted():
     assert known == set(module.VARIANTS)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", TEXTS)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[document]):
         file, _, anchor = target.partition("#")
@@ -160,7 +187,7 @@ def test_links_lead_somewhere(document):
             assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], target
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", TEXTS)
 def test_tables_are_whole(document):
     """Every row of a table has as many cells as its heading."""
     for table in re.findall(r"(?:^\|.*\n)+", TEXTS[document] + "\n", re.MULTILINE):

@@ -84,6 +84,13 @@ MISTAKES = {
         dict(fit=stage(optimizer=dict(tiny.SFW, learning_rate=2))),
         r"is 2\.0; allowed for sfw: 0 to 1",
     ),
+    "swept seed": (dict(sweep=dict(seed=(0, 1.5))), r"config\.sweep\.seed is 1\.5 \(float\); allowed: int >= 0"),
+    "idle seed": (dict(seed=7, sweep=dict(seed=(0, 1))), r"config\.seed is 7, but config\.sweep\.seed decides"),
+    "idle arm": (
+        dict(arm="a", arms=dict(a={}, b={}), sweep=dict(arm=("a", "b"))),
+        r"config\.arm is 'a', but config\.sweep\.arm decides",
+    ),
+    "flat sweep": (dict(sweep={"fit.epochs": (1, 2)}), r"config\.fit\.epochs, which does not exist\. .* are nested: "),
     "not data": (dict(title=object()), r"config holds a value that is not plain data"),
     "no pipeline": (dict(pipeline=()), r"config\.pipeline is empty"),
     "absent stage": (dict(pipeline=("fti", "curve")), r"pipeline names 'fti', but config has no such.* mean 'fit'"),
@@ -376,7 +383,7 @@ def test_a_workdir_of_another_config_is_refused_and_kept(finished):
 
 def test_a_damaged_config_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(tables.ConfigError, match=r"config\.json is not readable as JSON .*; use another --workdir"):
+    with pytest.raises(tables.ConfigError, match=r"config\.json is not readable as JSON .*; use another folder"):
         pipeline.run(tiny.config("fit"), tmp_path)
 
 
@@ -389,6 +396,27 @@ def test_eight_devices_train_and_resume(tmp_path):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-3)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(outcome.state.params))
     tiny.same(pipeline.run(config, tmp_path / "eight").state, outcome.state)
+
+
+def test_a_member_that_diverges_does_not_stop_the_others(tmp_path):
+    sweep = dict(fit=dict(optimizer=dict(learning_rate=(1e20, 0.1))))
+    config = tiny.config("fit", sweep=sweep, sweep_mode="loop")
+    for _ in range(2):  # the second time the others are finished
+        with pytest.raises(train.NonFiniteLossError, match=r"^member 0: fit: the training loss is not finite at step"):
+            pipeline.run(config, tmp_path)
+        _, rows, _ = report.gather(tmp_path)
+        assert [(row["member"], row["epoch"]) for row in rows] == [(1, 1), (1, 2)]
+        assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_another_device_than_the_process_already_uses_is_refused(tmp_path):
+    before = jax.config.jax_platforms
+    try:
+        with pytest.raises(tables.ConfigError, match=r"platform is 'gpu', but (this process already|jax finds no)"):
+            pipeline.run(tiny.config("fit", platform="gpu"), tmp_path / "run")
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert not (tmp_path / "run").exists()
 
 
 # Starting from another run -------------------------------------------------------------------------------------
@@ -515,6 +543,13 @@ def test_runs_that_cannot_be_started_from_are_named(analysed, tmp_path, monkeypa
         tables.ConfigError, match=r"'width' .* before any stage of kind 'spectrum', whose result it needs"
     ):
         start(tmp_path / "fit", "width")
+    loop = json.loads((tmp_path / "fit" / "config.json").read_text()) | dict(start_from=str(tmp_path / "fit"))
+    (tmp_path / "fit" / "config.json").write_text(json.dumps(loop))
+    with pytest.raises(tables.ConfigError, match="fit started from a run that started from it"):
+        start(tmp_path / "fit")
+    (tmp_path / "fit" / "config.json").write_text("[]")
+    with pytest.raises(tables.ConfigError, match=r"fit/config\.json holds no config but a list"):
+        start(tmp_path / "fit")
     fake = tmp_path / "fake"
     shutil.copytree(analysed[0], fake)
     config = json.loads((fake / "config.json").read_text())

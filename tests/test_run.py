@@ -149,7 +149,14 @@ def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
             start(tmp_path / "c", config="configs/quikstart.py"),
             "names configs/quikstart.py, which is not there",
         ),
+        "file without its ending": (
+            start(tmp_path / "c", config="configs/quickstart"),
+            "names configs/quickstart, which is not there. Did you mean configs/quickstart.py?",
+        ),
         "missing workdir": (start(None), "--workdir"),
+        "empty workdir": (start(""), "error: --workdir is empty"),
+        "workdir that is a file": (start(ROOT / "README.md"), "README.md is a file; use another --workdir"),
+        "forgotten dashes": (start(tmp_path / "d", "config.seed=1"), "error: 'config.seed=1' is no flag"),
         "out of range": (
             start(tmp_path / "d", "--config.fit_sfw.epochs=0"),
             "error: config.fit_sfw.epochs is 0",
@@ -168,5 +175,6 @@ def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
         assert process.returncode not in (0, None), mistake
         for word in words:
             assert word in printed, f"{mistake}: {printed}"
-        assert len(printed.strip().splitlines()) < 40, f"{mistake}: {printed}"
+        assert len(printed.strip().splitlines()) < 10, f"{mistake}: {printed}"
+        assert "Traceback" not in printed, f"{mistake}: {printed}"
     assert not any((tmp_path / name).exists() for name in "abcdef")

@@ -210,11 +210,34 @@ def test_evaluations_come_every_few_epochs_and_at_the_end(problem):
 def test_convolutions_run_step_by_step_on_a_cpu_and_dense_networks_by_the_epoch(problem):
     conv = {"conv1": {"kernel": jnp.zeros((3, 3, 1, 2))}}
     dense, _ = tiny.start(problem, tiny.fit())
-    assert train.calls_per_epoch(problem, dense, 5) == [5]
-    assert train.calls_per_epoch(problem, dense._replace(params=conv), 5) == [1] * 5
-    assert train.calls_per_epoch(problem._replace(steps_per_call=2), dense._replace(params=conv), 5) == [2, 2, 1]
+    assert train.steps_per_call(problem, dense, 5) == 5
+    assert train.steps_per_call(problem, dense._replace(params=conv), 5) == 1
+    assert train.steps_per_call(problem._replace(steps_per_call=2), dense._replace(params=conv), 5) == 2
+    assert train.steps_per_call(problem._replace(steps_per_call=9), dense, 5) == 5
     stacked = jax.tree.map(lambda leaf: leaf[None], dense.params)
-    assert train.calls_per_epoch(problem._replace(members=1), dense._replace(params=stacked), 5) == [5]
+    assert train.steps_per_call(problem._replace(members=1), dense._replace(params=stacked), 5) == 5
+
+
+def test_training_goes_on_with_calls_of_another_size(problem):
+    """As from a checkpoint of a CPU, one step a call, on a GPU."""
+    fit = tiny.fit(epochs=2)
+    singly = problem._replace(steps_per_call=1, compiled={})
+    state, numbers = tiny.start(problem, fit)
+    updates = train.fit_epochs(singly, state, fit, numbers, 0)
+    halfway = [next(updates) for _ in range(6)][-1]
+    assert int(halfway.state.step) == 6  # of 4 an epoch
+    before = [dict(seconds=100.0)]
+    *_, last = train.fit_epochs(problem, halfway.state, fit, numbers, 0, rows=before)
+    whole, _ = tiny.trained(problem, fit)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), last.state.params, whole.params)
+    assert last.rows[0][0]["seconds"] > 100  # its own time comes on top
+
+
+def test_the_first_bad_member_is_named(problem):
+    state, _ = tiny.start(problem, tiny.fit())
+    bad = state._replace(metrics=state.metrics._replace(bad_step=jnp.array([10, -1, 3])))
+    with pytest.raises(train.NonFiniteLossError, match=r"fit: the training loss of member 2 .* at step 3 \(epoch 1\)"):
+        train.check_finite(bad, 4, "fit")
 
 
 def test_a_state_between_stages_has_no_optimizer(problem):

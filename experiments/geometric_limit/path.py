@@ -3,8 +3,8 @@
     python experiments/geometric_limit/path.py runs/fc5 --data_dir DIR --ratios 0.97 0.98 0.99
 
 For each pruning ratio: the distance R, the change of the mean loss over the train set, and its first- and second-order
-terms, g.d and d.Hd / 2, for the step d that magnitude pruning makes. One gradient, and one product per ratio. The loss is
-the cross-entropy, without penalties.
+terms, g.d and d.Hd / 2, for the step d that magnitude pruning makes. One gradient, and one product per ratio. The
+loss is the cross-entropy, without penalties.
 """
 
 import argparse
