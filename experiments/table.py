@@ -14,7 +14,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = report.read_rows(arguments.workdir / "metrics.jsonl")
     curves = [row for row in rows if row["kind"] == "curve" and row["split"] == "test"]
-    print("| network | " + " | ".join(f"{ratio:.0%}" for ratio in arguments.ratios) + " | training s |")
+    print("| network | " + " | ".join(f"{100 * ratio:g}%" for ratio in arguments.ratios) + " | training s |")
     print("|---" * (len(arguments.ratios) + 2) + "|")
     for arm, stage in dict.fromkeys((row["arm"], row["stage"]) for row in curves):
         cells = []
@@ -22,8 +22,8 @@ def main() -> None:
             found = [100 * r["accuracy"] for r in curves if (r["arm"], r["stage"], r["ratio"]) == (arm, stage, ratio)]
             spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "-")
-        seconds = max(row["seconds"] for row in rows if row["kind"] == "train" and row["arm"] == arm)
-        print(f"| {arm} ({stage}) | " + " | ".join(cells) + f" | {seconds:.0f} |")
+        times = [row["seconds"] for row in rows if row["kind"] == "train" and row["arm"] == arm]
+        print(f"| {arm} ({stage}) | " + " | ".join(cells) + f" | {max(times):.0f} |" if times else " | - |")
 
 
 if __name__ == "__main__":

@@ -116,15 +116,9 @@ def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str =
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     """The config of a run, with the defaults of all common fields."""
-    path = workdir / "config.json"
-    if not path.is_file():
+    if not (workdir / "config.json").is_file():
         raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise tables.ConfigError(f"{path} is not readable as JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise tables.ConfigError(f"{path} holds a {type(config).__name__}; it must hold the config of a run.")
+    config = checkpoint.read_config(workdir)
     known = tables.parameters(pipeline.settings)
     tables.check_options(pipeline.settings, {name: value for name, value in config.items() if name in known}, "config")
     return {**tables.defaults(pipeline.settings), **config}
