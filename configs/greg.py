@@ -128,19 +128,34 @@ def parse(variant: str) -> tuple[str, dict[str, str]]:
     return name, chosen
 
 
+def number(chosen: dict[str, str], key: str, kind: type) -> float | int:
+    try:
+        return kind(chosen[key])
+    except ValueError:
+        raise tables.ConfigError(
+            f"variant {key} is {chosen[key]!r}; allowed: a number, e.g. {KEYS[key] or 0.5}."
+        ) from None
+
+
 def ratios_of(network: Network, chosen: dict[str, str]) -> tuple[str, str]:
     """(ratios, skipped layers) in the original's notation; without a choice the first that is published, else 0.5."""
     given = [key for key in ("ratio", "ratios", "speedup") if chosen[key]]
     if len(given) > 1:
         raise tables.ConfigError(f"the variant gives {' and '.join(given)}; give one of them.")
     skip = chosen["skip"].replace(";", ",")
+    if chosen["granularity"] == "group":
+        if idle := [key for key in ("ratios", "speedup", "skip") if chosen[key]]:
+            raise tables.ConfigError(
+                f"the variant gives {idle[0]}; allowed with granularity=group: ratio, for all groups."
+            )
+        return f"{number(chosen, 'ratio', float) if chosen['ratio'] else 0.5}", ""
     if chosen["speedup"]:
         notation, own = tables.lookup(network.published, chosen["speedup"], "variant speedup")
         return notation, skip or own
     if chosen["ratios"]:
         return f"[{chosen['ratios'].strip('[]').replace(';', ',')}]", skip
     if chosen["ratio"]:
-        return network.uniform.format(float(chosen["ratio"])), skip
+        return network.uniform.format(number(chosen, "ratio", float)), skip
     if chosen["granularity"] == "weight" and network.weights:
         return network.weights, skip
     notation, own = next(iter(network.published.values()), (network.uniform.format(0.5), ""))
@@ -169,6 +184,7 @@ def get_config(variant: str = "resnet56"):
         ),
         model=tables.options(models.MODELS, network.model, init="torch", dtype="float32", **network.options),
     )
+    tables.lookup(dict.fromkeys("01"), chosen["base"], "variant base")
     has_base = chosen["base"] == "1" and not imagenet
     middle = "remove" if method == "l1" else "grow"
     config.pipeline = (*["base"] * has_base, middle, "finetune", "compact")
@@ -182,6 +198,6 @@ def get_config(variant: str = "resnet56"):
     epochs, rates = recipe.finetune
     config.finetune = train(epochs, chosen["finetune"].replace(";", ",") or rates, method)
     config.compact = pipeline.stage("compact")
-    if int(chosen["seeds"]) > 1:
-        config.sweep = dict(seed=tuple(range(int(chosen["seeds"]))))
+    if (seeds := number(chosen, "seeds", int)) > 1:
+        config.sweep = dict(seed=tuple(range(seeds)))
     return config

@@ -107,6 +107,12 @@ def finished_stages(workdir: pathlib.Path) -> int | None:
     return progress and progress.stage
 
 
+def is_finished(workdir: pathlib.Path) -> bool:
+    """Whether the run in `workdir` has finished all stages of its pipeline."""
+    workdir = pathlib.Path(workdir)
+    return (workdir / "config.json").is_file() and finished_stages(workdir) == len(read_config(workdir)["pipeline"])
+
+
 def claim(workdir: pathlib.Path, config: dict) -> None:
     """Makes `workdir` the place of `config` (written to config.json), or checks that it already is.
 

@@ -380,8 +380,11 @@ def list_images(split: pathlib.Path) -> dict[str, list[str]]:
     annotations = split / "val_annotations.txt"
     if annotations.is_file():  # Tiny-ImageNet: "file <tab> class <tab> box" for the files in images/
         files: dict[str, list[str]] = {}
-        for line in sorted(annotations.read_text(encoding="utf-8").splitlines()):
-            file, cls = line.split("\t")[:2]
+        for line in sorted(filter(str.strip, annotations.read_text(encoding="utf-8").splitlines())):
+            file, tab, rest = line.partition("\t")
+            if not tab:
+                raise ConfigError(f"{annotations}: the line {line!r} is no file and class with a tab between them.")
+            cls = rest.partition("\t")[0]
             files.setdefault(cls, []).append(str(split / "images" / file))
         return files
     classes = sorted(entry for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))

@@ -242,7 +242,8 @@ def measure(
 ) -> dict[str, Any]:
     """One member's numbers; plain data.
 
-    Always: test_accuracy, test_loss (nats per example), test_examples, parameters, parameters_kept (not masked),
+    Always: test_accuracy, test_loss (nats per example), test_examples (where some images of a stream cannot be decoded,
+    the others, and test_unreadable), parameters, parameters_kept (not masked),
     parameters_nonzero, bytes (params and running statistics as stored), flops (convolutions and matrix products of one
     image, one multiply-add = 2), pruned ("nothing", "weights", "channels" or "channels and weights"), note (why there
     is no compact network, or ""), device. on_train: train_accuracy, train_loss, train_examples.
@@ -258,10 +259,11 @@ def measure(
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     row: dict[str, Any] = {}
     for split in ("test", "train") if on_train else ("test",):
-        loss, accuracy = jax.device_get(train.evaluate(problem, state.params, state.batch_stats, split))
-        examples = problem.size(split)
-        right = round(float(accuracy) * examples) / examples  # not rounded to float32
-        row |= {f"{split}_accuracy": right, f"{split}_loss": float(loss), f"{split}_examples": examples}
+        found = train.measure(problem, state.params, state.batch_stats, split)
+        examples = problem.size(split) - len(found.unreadable)
+        right = round(float(found.accuracy) * examples) / max(examples, 1)  # not rounded to float32
+        row |= {f"{split}_accuracy": right, f"{split}_loss": float(found.loss), f"{split}_examples": examples}
+        row |= {f"{split}_unreadable": len(found.unreadable)} if found.unreadable else {}
     one = jax.ShapeDtypeStruct((1, *problem.dataset.test.images.shape[1:]), jnp.float32)
     count = lambda tree: sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
     row |= dict(

@@ -10,7 +10,7 @@ import contextlib
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -64,6 +64,13 @@ def choice(where: str, ratios: Any, inherit: str, **fields: Any) -> Choice:
         )
     if inherit and fields["granularity"] == "group":
         raise tables.ConfigError(f"{where}.inherit works for filter, channel and weight; granularity is 'group'.")
+    if fields["skip"] and (inherit or fields["granularity"] == "group"):
+        instead = "inherit" if inherit else "granularity 'group'"
+        raise tables.ConfigError(f"{where}.skip is {fields['skip']!r}, which {instead} makes idle; leave it empty.")
+    if inherit and fields["inherit_as"] == "index" and fields["pick"] != "min":
+        raise tables.ConfigError(f"{where}.pick is {fields['pick']!r}, but inherit_as 'index' leaves nothing to pick.")
+    if fields["inherit_as"] == "ratio" and not inherit:
+        raise tables.ConfigError(f"{where}.inherit_as is 'ratio', but there is no run to inherit from.")
     frozen = tuple(tuple(rule) if isinstance(rule, list) else rule for rule in ratios) if ratios else ""
     return Choice(where, ratios if isinstance(ratios, str) else frozen, inherit=inherit, **fields)
 
@@ -99,7 +106,17 @@ def _layers(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]
 
 
 def table_of(problem: train.Problem, chosen: Choice) -> ratios.Table:
-    """The ratio of every kernel, by path in the params."""
+    """The ratio of every kernel, by path in the params; 0 of depthwise ones, whose filters and channels are others'."""
+    table = _given_table(problem, chosen)
+    if chosen.granularity == "weight":
+        return table
+    found = structured.channels_of(problem, "separate").groups.values()
+    members = (member for group in found for member in group.members)
+    passing = {member.path.removeprefix("params/") for member in members if member.role == "depthwise"}
+    return {path: 0.0 if path in passing else ratio for path, ratio in table.items()}
+
+
+def _given_table(problem: train.Problem, chosen: Choice) -> ratios.Table:
     paths = kernels_of(problem)
     if chosen.inherit:
         return ratios.inherited(masks_of(chosen.inherit), paths, granularity=chosen.granularity)
@@ -139,11 +156,15 @@ def masks_of(workdir: str) -> dict[str, np.ndarray]:
     return {path.removeprefix("masks/"): np.asarray(a) for path, a in found.items() if path.startswith("masks/")}
 
 
-def check_network(problem: train.Problem, chosen: Choice) -> None:
-    """Raises ConfigError for ratios that do not fit the network, and where there is nothing to inherit."""
+def check_network(problem: train.Problem, settings: Any) -> None:
+    """Raises ConfigError for ratios that do not fit the network, and where there is nothing to inherit.
+
+    settings: of a stage that has a Choice.
+    """
+    chosen = choice_of(settings)
     where = f"{chosen.where}.inherit is {chosen.inherit!r}"
     if chosen.inherit:
-        if not checkpoint.finished_stages(pathlib.Path(chosen.inherit)):
+        if not checkpoint.is_finished(pathlib.Path(chosen.inherit)):
             raise tables.ConfigError(f"{where}, which holds no finished run.")
         found, shapes = masks_of(chosen.inherit), trees.named_leaves(stages.shapes_of(problem))
         for path in kernels_of(problem):
@@ -159,7 +180,14 @@ def check_network(problem: train.Problem, chosen: Choice) -> None:
         text = str(error)
         raise tables.ConfigError(text if text.startswith(chosen.where) else f"{chosen.where}: {text}") from None
     if all(layer.num_pruned == 0 for layer in layers):
-        raise tables.ConfigError(f"{chosen.where}.ratios is {chosen.ratios!r}: no layer loses anything.")
+        name, value = ("inherit", chosen.inherit) if chosen.inherit else ("ratios", chosen.ratios)
+        raise tables.ConfigError(f"{chosen.where}.{name} is {value!r}: no layer loses anything.")
+    if chosen.pick != "min" and any(layer.num_pruned is None for layer in layers):
+        raise tables.ConfigError(
+            f"{chosen.where}.pick is {chosen.pick!r}; allowed: 'min' with a ratio of -1, the largest gap."
+        )
+    if isinstance(settings, Oracle):
+        oracle_counts(layers, settings)
 
 
 def inherited_keep(problem: train.Problem, chosen: Choice) -> dict[str, np.ndarray]:
@@ -334,7 +362,8 @@ def grow_options(
 
     ratios, skip, granularity, pick, inherit, inherit_as, reading: what goes, see `remove`. method, update_every (steps)
     and the fields after it up to counting: how the penalty grows, see `growing.plan`. The stage ends at the first log
-    after all layers are done and have rested for `stabilize_steps`. penalty_only: the loss has no gradient on
+    after all layers are done and have rested for `stabilize_steps`; networks of a sweep that run side by side end
+    together, and those done first train on at rest. penalty_only: the loss has no gradient on
     kernels, so that only penalties move them. log_every: steps between logs of the penalties and norms of each layer,
     counted anew every epoch; log_scores: with the norm of every group.
     """
@@ -442,16 +471,10 @@ def run_oracle(problem, state, settings, place, rows) -> Iterator[train.Update]:
     for i, own in structured.members_of(problem, state):
         chosen = settings[i]
         losing = [layer for layer in layers_of(problem, chosen.choice) if layer.num_pruned != 0]
-        counts = {layer.name: (layer.size, layer.num_pruned) for layer in losing}
-        where = f"config.{place.name}"
-        if None in [number for _, number in counts.values()]:
-            raise tables.ConfigError(f"{where}.ratios is {chosen.choice.ratios!r}; allowed: numbers of groups, not -1.")
         alone = problem._replace(members=None, compiled={})
-        evaluate = _trained(alone, own, chosen, place) if chosen.retrain else _evaluated(alone, own, chosen)
-        try:
-            result = probes.oracle(evaluate, counts, batch=chosen.batch, limit=chosen.limit)
-        except ValueError as error:
-            raise tables.ConfigError(f"{where}: {error}") from None
+        fits = place.others[chosen.retrain][i : i + 1] if chosen.retrain else []
+        evaluate = _trained(alone, own, chosen, fits, place) if fits else _evaluated(alone, own, chosen)
+        result = probes.oracle(evaluate, oracle_counts(losing, chosen), batch=chosen.batch, limit=chosen.limit)
         by_norm = growing.pick(own.params, losing)
         found[i].append(
             dict(
@@ -468,6 +491,19 @@ def run_oracle(problem, state, settings, place, rows) -> Iterator[train.Update]:
     yield train.Update(together, found, 1.0)
 
 
+def oracle_counts(layers: Sequence[growing.Layer], chosen: Oracle) -> dict[str, tuple[int, int]]:
+    """(groups, how many go) of the layers that lose any; raises ConfigError where that cannot be tried exhaustively."""
+    counts = {layer.name: (layer.size, layer.num_pruned) for layer in layers if layer.num_pruned != 0}
+    where = chosen.choice.where
+    if None in [number for _, number in counts.values()]:
+        raise tables.ConfigError(f"{where}.ratios is {chosen.choice.ratios!r}; allowed: numbers of groups, not -1.")
+    try:
+        probes.check_counts(counts, chosen.limit)
+    except ValueError as error:
+        raise tables.ConfigError(f"{where}: {error}") from None
+    return counts
+
+
 def _evaluated(problem: train.Problem, state: train.State, chosen: Oracle) -> Callable:
     """Training losses of a batch of choices, in one compiled call."""
     measure = train.evaluation(problem, "train")
@@ -480,9 +516,10 @@ def _evaluated(problem: train.Problem, state: train.State, chosen: Oracle) -> Ca
     return lambda keeps: every(state, keeps, *train.arrays(problem, "train"))
 
 
-def _trained(problem: train.Problem, state: train.State, chosen: Oracle, place: stages.Place) -> Callable:
+def _trained(
+    problem: train.Problem, state: train.State, chosen: Oracle, fits: list[train.Fit], place: stages.Place
+) -> Callable:
     """The training loss after training what one choice leaves."""
-    fits = place.others[chosen.retrain][:1]
     numbers = stages.numbers_of(problem, state, fits)
     cut = jax.jit(lambda keep: removed(problem, state, chosen.choice, keep))
 

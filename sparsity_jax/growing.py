@@ -152,8 +152,11 @@ def _check_names(named: Collection[str], known: Collection[str], kind: str) -> N
 def largest_gap(scores: jax.Array) -> jax.Array:
     """How many `scores` lie below the largest gap between neighbours in order: int32, at least 1, never all.
 
-    int(0.02 n) scores at either end are not compared. Of equal gaps the lowest. Sorts.
+    int(0.02 n) scores at either end are not compared. Of equal gaps the lowest. Sorts. Raises ValueError for fewer than
+    2 scores.
     """
+    if scores.size < 2:
+        raise ValueError(f"there are {scores.size} scores; a gap is between 2 or more.")
     trim = int(0.02 * scores.size)
     ordered = jnp.sort(scores.ravel())[trim : scores.size - trim]
     return (jnp.argmax(jnp.diff(ordered)) + trim + 1).astype(jnp.int32)
@@ -318,6 +321,8 @@ def plan(
 
 def _grow(start: Any, increment: float, limit: float, reach: bool, counting: str) -> tuple[int, Any]:
     """(additions of `increment` to `start` until the sum exceeds `limit`, or reaches it if `reach`; that sum)."""
+    if not increment > 0:
+        raise tables.ConfigError(f"steps of {increment} never get to {limit}; allowed: above 0.")
     first, step, end = (fractions.Fraction(str(x)) for x in (start, increment, limit))
     exact = max(math.ceil((end - first) / step) if reach else math.floor((end - first) / step) + 1, 0)
     if counting == "exact":
@@ -416,7 +421,8 @@ def growing_l2(
         updates = jnp.where(going, number, old.updates)
         means = [_mean_scores(leaves, layer, keep[layer.name]) for layer in active]
         kept, pruned = jnp.asarray(means, float).reshape(-1, 2).T
-        ratio = kept / pruned
+        # of two zeros 1: neither is larger; smoothing would keep a NaN for ever
+        ratio = jnp.where(pruned > 0, kept / jnp.where(pruned > 0, pruned, 1), jnp.where(kept > 0, jnp.inf, 1))
         ratio = jnp.where(old.updates == 0, ratio, 0.9 * old.ratio + 0.1 * ratio)
         ratio = jnp.where(going & slices, ratio, old.ratio)
         enough = (ratio >= chosen.ratio_limit) & slices & (chosen.ratio_of != "none")

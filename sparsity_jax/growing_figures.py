@@ -8,10 +8,15 @@ KEPT, PRUNED = 0, 1  # colours
 LAYERS = 4  # panels of single groups
 
 
-def logs(one: figures.Series) -> list[dict]:
-    """Rows of one network's growth with the numbers of its layers, in order; of several members the first."""
+def logs(one: figures.Series) -> list[tuple[str, list[dict]]]:
+    """(label, rows in order) of every growth of one network, with the numbers of its layers; of members the first."""
     rows = [row for row in one.rows if row.get("kind") == "grow" and row.get("growth")]
-    return [row for row in rows if figures.member_of(row) == figures.member_of(rows[0])]
+    visits: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if figures.member_of(row) == figures.member_of(rows[0]):
+            visits.setdefault((row["stage"], row["visit"]), []).append(row)
+    named = {key: f"{one.label}, {stage} {visit}" for key in visits for stage, visit in [key]}
+    return [(named[key] if len(visits) > 1 else one.label, own) for key, own in visits.items()]
 
 
 def columns(rows: list[dict], layer: str, *fields: str) -> list[np.ndarray]:

@@ -268,9 +268,8 @@ def check_origin(config: dict) -> dict[str, str]:
         one = f", or start from one of its networks, e.g. {folders[0]}" if folders else ""
         sweep = f"sweep {json.dumps(other['sweep'])} and its sweep_mode {other['sweep_mode']!r}"
         raise tables.ConfigError(f"{where}, a run of several networks: repeat its {sweep}{one}.")
-    finished = [checkpoint.finished_stages(place) or 0 for place in folders or [path]]
     missing = folders and len(folders) < len(list(expand(other)))
-    if missing or min(finished) < len(other["pipeline"]):
+    if missing or not all(map(checkpoint.is_finished, folders or [path])):
         raise tables.ConfigError(f"{where}, which is not finished: run it to its end first.")
     kinds = {}
     for _, found in reversed(list(ancestry(path))):
@@ -580,8 +579,8 @@ def build(plans: list[Plan]) -> train.Problem:
                 visits = plans[0].pipeline.count(name)
                 structured.check_network(problem, plan.settings[name][0], f"config.{name}", visits)
             for own in plan.settings[name]:
-                if (chosen := greg.choice_of(own)) is not None:
-                    greg.check_network(problem, chosen)
+                if greg.choice_of(own) is not None:
+                    greg.check_network(problem, own)
     return problem
 
 

@@ -336,13 +336,14 @@ def to_variables(
 
     like: variables of one of our networks, or their shape structs; with `names` (see `name_map`) any pytree. Arrays
     called `kernel` are brought into Flax's layouts, all others stay as they are; `num_batches_tracked` is left out.
-    fresh: pattern of the whole paths that stay as in `like`, whatever the state dict has for them, e.g. `CLASSIFIER`.
+    fresh: pattern of whole paths that stay as in `like`, whatever the state dict has for them, e.g. `CLASSIFIER`.
     image_channels: of the images, for networks that begin with a dense layer: PyTorch flattens channels first.
-    Raises ConfigError, which begins with `where`, and names the tensors, unless all of both sides fit one another.
+    Raises ConfigError, which begins with `where`, and names the tensors, unless all of both sides fit one another, and
+    for a `fresh` that matches nothing.
     """
     shapes, paths = {name: array.shape for name, array in state_dict.items()}, trees.named_leaves(like)
     placed = name_map(shapes, like, names)
-    kept = {path for path in paths if fresh and re.fullmatch(fresh, path)}
+    kept = {path for path, chosen in trees.matching(like, fresh, "fresh").items() if chosen} if fresh else set()
     flat, channels = _flattened(paths, image_channels)
     arrays: dict[str, np.ndarray] = {}
     wrong, unexpected = [], []
@@ -400,10 +401,11 @@ def to_torch(
     leaves out.
     """
     paths = trees.named_leaves(variables)
-    names = torch_names(variables) if names is None else names
+    given, names = names is not None, torch_names(variables) if names is None else names
     absent = sorted(set(paths) - set(names.values()))
     if absent:
-        raise ValueError(f"names leave out {', '.join(absent[:4])}; {len(absent)} of {len(paths)} arrays in all.")
+        hint = "" if given else " Without `names`, give whole variables of one of our networks: {'params': ..., ...}."
+        raise ValueError(f"names leave out {', '.join(absent[:4])}; {len(absent)} of {len(paths)} arrays in all.{hint}")
     flat, channels = _flattened(paths, image_channels)
     found: dict[str, np.ndarray] = {}
     for name, path in names.items():

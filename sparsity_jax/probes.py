@@ -57,15 +57,7 @@ def oracle(
     Raises ValueError for counts out of range and for more than `limit` combinations.
     """
     batch, limit = (tables.convert(n, tables.Count, name) for n, name in ((batch, "batch"), (limit, "limit")))
-    for name, (size, num) in counts.items():
-        if not 0 <= num < size:
-            raise ValueError(f"{name!r} loses {num} of {size} groups; allowed: 0 to {size - 1}.")
-    total = math.prod(math.comb(size, num) for size, num in counts.values())
-    if total > limit:
-        raise ValueError(
-            f"there are {total:,} combinations of {dict(counts)}, more than limit = {limit:,}; prune fewer layers at a "
-            "time, take a smaller network or raise the limit."
-        )
+    check_counts(counts, limit)
     pruned: dict[str, list] = {name: [] for name in counts}
     losses: list[np.ndarray] = []
     for rows in _batches(counts, batch):
@@ -87,6 +79,21 @@ def oracle(
     )
 
 
+def check_counts(counts: Mapping[str, tuple[int, int]], limit: int) -> None:
+    """Raises ValueError for no counts, counts out of range and for more than `limit` combinations."""
+    if not counts:
+        raise ValueError("counts names no layer, so there is nothing to try.")
+    for name, (size, num) in counts.items():
+        if not 0 <= num < size:
+            raise ValueError(f"{name!r} loses {num} of {size} groups; allowed: 0 to {size - 1}.")
+    total = math.prod(math.comb(size, num) for size, num in counts.values())
+    if total > limit:
+        raise ValueError(
+            f"there are {total:,} combinations of {dict(counts)}, more than limit = {limit:,}; prune fewer layers at a "
+            "time, take a smaller network or raise the limit."
+        )
+
+
 def _batches(counts: Mapping[str, tuple[int, int]], batch: int) -> Iterator[dict[str, np.ndarray]]:
     networks = itertools.product(*(itertools.combinations(range(size), num) for size, num in counts.values()))
     while rows := list(itertools.islice(networks, batch)):
@@ -98,6 +105,8 @@ def row_of(found: Oracle, keep: Mapping[str, Any]) -> int:
     """The row of `found` that is the network `keep` leaves; raises ValueError if it is none of those tried."""
     same = np.ones(len(found.losses), bool)
     for name, size in found.sizes.items():
+        if name not in keep:
+            raise ValueError(f"keep has no {name!r}, which the oracle tried.{tables.closest(name, keep)}")
         own = np.flatnonzero(~np.asarray(keep[name], bool))
         if np.shape(keep[name]) != (size,) or own.size != found.pruned[name].shape[1]:
             raise ValueError(

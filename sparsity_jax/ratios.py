@@ -14,7 +14,7 @@ Source: Wang et al. 2021, arXiv:2012.09243, and its published code.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -154,12 +154,15 @@ def parse(
         of the layer in a network without blocks.
     reading: `original`, as the published code: "3.1" also skips block 3.10, nothing is skipped in weight pruning of
         residual networks, and ranges and skips beyond the last layer are ignored.
-    Raises ConfigError, naming the setting `where`, for anything malformed, out of range or without effect.
+    Raises ConfigError, naming the setting `where`, for anything malformed or out of range, and for rules and skips that
+    match nothing.
     """
     tables.convert(granularity, Granularity, "granularity")
     tables.convert(reading, Literal["correct", "original"], "reading")
     located = places(layers, blocks)
     residual = any(len(layer.address) > 1 for layer in located)
+    if not isinstance(notation, Iterable):
+        raise tables.ConfigError(f"{where} is {notation!r}; write '[0-4:0.5]', '[0,0.5,0]', or rules on paths.")
     items = _items(notation, where) if isinstance(notation, str) else list(notation)
     if not items:
         raise tables.ConfigError(f"{where} is {notation!r}: it has no ratio.")
@@ -325,12 +328,13 @@ def by_group(
 ) -> Table:
     """The ratios of coupled channels by name of group, from those of the layers that make (channel: read) them.
 
-    table: by path in the traced variables, such as params/conv1/kernel. Groups without a ratio above 0 are left out,
-    AUTOMATIC ones stay. Raises ValueError for a path that is no variable, a ratio out of range, one for a layer whose
-    channels cannot be removed, and different ratios of layers that share their channels.
+    table: by path in the traced variables, such as params/conv1/kernel; depthwise layers may have none, or 0, where the
+    layer before them has one. Groups without a ratio above 0 are left out, AUTOMATIC ones stay.
+    Raises ValueError for a path that is no variable, a ratio out of range, one for a layer whose channels cannot be
+    removed, and different ratios of layers that share their channels.
     """
     tables.convert(granularity, Literal["filter", "channel"], "granularity")
-    roles = ("producer", "depthwise") if granularity == "filter" else ("consumer",)
+    role = "producer" if granularity == "filter" else "consumer"
     for path, ratio in table.items():
         if path not in channels.shapes:
             raise ValueError(f"{path!r} is no variable of the trace.{tables.closest(path, channels.shapes)}")
@@ -338,7 +342,9 @@ def by_group(
             raise ValueError(f"the ratio of {path!r} is {ratio}; allowed: 0 <= ratio < 1, or -1 for automatic.")
     result, left = {}, {path for path, ratio in table.items() if ratio}
     for name, group in channels.groups.items():
-        own = {m.path: table[m.path] for m in group.members if m.role in roles and m.path in table}
+        given = [(member.role, member.path) for member in group.members if member.path in table]
+        following = {path for r, path in given if r == "depthwise" and granularity == "filter" and table[path]}
+        own = {path: table[path] for r, path in given if r == role or path in following}
         if len(set(own.values())) > 1:
             raise ValueError(f"the channels {name!r} belong to layers with different ratios: {own}; use one for all.")
         left -= own.keys()
@@ -384,7 +390,8 @@ def for_speedup(
 
     price: of a table, e.g. FLOPs; it must not rise with any ratio and is called about log2(steps) times. table: the
     proportions between layers, e.g. 1 for each to have one ratio for all; 0 stays 0. highest: where ratios end. steps:
-    the factor is a whole number over `steps`. Channels are whole: the speed-up reached is the least above the target.
+    the factor is a whole number over `steps`. Channels are whole: the speed-up reached is the least one not below the
+    target.
     Raises ValueError if even the highest ratios do not reach the target, naming what they do.
     """
     highest = tables.convert(highest, tables.Fraction, "highest")

@@ -532,8 +532,8 @@ def figure_sections(
     caption = "Loss on the batch before and after the SFW step whose result SFW-Init minimises."
     panels = figures.sfw_init_panels(series)
     add_lines("sfw_init", "SFW-Init", panels, caption, ("after the step", "before the step"))
-    grown = [(label, growing_figures.logs(one)) for label, one in zip(labels, series)]
-    grown = [(label, rows) for label, rows in grown if rows][: geometry_figures.MOST]
+    grown = [found for label, one in zip(labels, series) for found in growing_figures.logs(one._replace(label=label))]
+    grown = grown[: geometry_figures.MOST]
     for name, heading, panels, caption in growth_figures(grown):
         if panels:
             add(name, heading, figures.line_figure(name, panels, ["stays", "goes"], [""]), caption)

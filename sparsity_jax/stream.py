@@ -55,9 +55,12 @@ def train_batches(
 
     Every epoch visits the images in a new order, without those that do not fill a batch, and crops each at random.
     seed: non-negative integers. put((images, labels)) -> both where they are used.
+    Raises ConfigError for a batch_size above the number of images.
     """
     import grain  # a second to import, needed by streams only
 
+    if batch_size > images.shape[0]:
+        raise ConfigError(f"batch_size is {batch_size}; allowed: up to {images.shape[0]}, the images.")
     size = images.shape[0] // batch_size * batch_size
     numbers = np.random.SeedSequence(seed).generate_state(epochs).tolist()
     every = grain.MapDataset.range(images.shape[0])
@@ -83,6 +86,8 @@ def eval_batches(
 
 def examples(images: data.Stream, indices: Sequence[int], batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded, with their central part."""
+    if not len(indices):
+        return np.zeros((0, *images.shape[1:]), np.uint8), np.zeros(0, np.int32)
     stay = lambda arrays: arrays
     batches = eval_batches(images, batch_size=min(batch_size, len(indices)), put=stay, indices=indices)
     with contextlib.closing(batches):

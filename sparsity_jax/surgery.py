@@ -92,7 +92,8 @@ def add_noise(
         own = next(keys)
         if not chosen[path]:
             return leaf
-        square = jnp.sum(jnp.where(mask, jnp.square(leaf), 0)) / jnp.maximum(jnp.sum(mask), 1)
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        square = jnp.sum(jnp.where(mask, jnp.square(wide), 0)) / jnp.maximum(jnp.sum(mask), 1)
         size = std * jnp.sqrt(square) if relative else jnp.asarray(std)
         return jnp.where(mask, leaf + size.astype(leaf.dtype) * jax.random.normal(own, leaf.shape, leaf.dtype), leaf)
 

@@ -50,6 +50,7 @@ VARIANTS = {
         ("vgg19,method=l1,ratios=[0-4:0.5;7-10:0.2],pick=rand",),
         ("resnet50,method=fixreg,granularity=weight",),
         ("resnet34,ratios=0;0.5;0.6;0.4;0;0,skip=1.0;2.0,granularity=channel",),
+        ("resnet56,granularity=group",),
     ],
     "quickstart": [()],
     "toy_cnn": [(), ("cnn",), ("mlp",), ("story",)],
@@ -173,6 +174,16 @@ def test_published_settings_of_growing_regularisation():
         GREG.get_config("resnet50,speedup=2.3")
     with pytest.raises(tables.ConfigError, match=r"variant method is 'greg'; known: .* Did you mean 'greg"):
         GREG.get_config("resnet56,method=greg")
+    groups = GREG.get_config("resnet56,granularity=group,ratio=0.7").grow
+    assert (groups.ratios, groups.granularity) == ("0.7", "group")
+    for variant, message in {
+        "resnet56,granularity=group,skip=1.0": "gives skip; allowed with granularity=group: ratio",
+        "resnet56,ratio=abc": "variant ratio is 'abc'; allowed: a number",
+        "resnet56,seeds=three": "variant seeds is 'three'; allowed: a number",
+        "resnet56,base=yes": "variant base is 'yes'; known: 0, 1",
+    }.items():
+        with pytest.raises(tables.ConfigError, match=message):
+            GREG.get_config(variant)
 
 
 def test_published_settings_of_the_geometric_limit():

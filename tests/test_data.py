@@ -387,7 +387,11 @@ def test_official_tiny_imagenet_layout(tmp_path):
     for i, cls in enumerate(("n02", "n01", "n02")):
         cv2.imwrite(str(tmp_path / "val" / "images" / f"val_{i}.png"), val[i][..., ::-1])
         lines.append(f"val_{i}.png\t{cls}\t0\t0\t1\t1")
-    (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    annotations.write_text("val_0.png n02\n")
+    with pytest.raises(ConfigError, match=r"val_annotations.txt: the line 'val_0.png n02' is no file and class"):
+        data.load(name=f"folder:{tmp_path}")
+    annotations.write_text("\n".join(lines) + "\n\n")
     loaded = data.load(name=f"folder:{tmp_path}")
     assert loaded.train.labels.tolist() == [0, 0, 0, 1, 1]
     assert loaded.test.labels.tolist() == [0, 1, 1]

@@ -1,6 +1,8 @@
 """Stages of growing regularisation: what goes, with what is coupled to it, when growth ends; oracle, noise, ..."""
 
 import itertools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +124,28 @@ def test_a_pruned_residual_network_is_compacted(residual, granularity, ratios):
     assert row["parameters_compact"] < row["parameters"]
 
 
+def test_depthwise_layers_follow_the_layer_before_them():
+    model = models.build(name="mobilenet", num_classes=4, stem_width=8, blocks=((8, 1), (12, 2)))
+    problem = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
+    state = train.create_state(problem, train.key_of(0))
+    cut, _ = run(problem, state, "remove", ratios="[0-4:0.5]")
+    channels = structured.channels_of(problem, "separate")
+    alive = structured.alive_channels(channels, cut.masks)
+    assert {name: int(own.sum()) for name, own in alive.items()} == {
+        name: (size + 1) // 2 for name, size in channels.sizes.items()
+    }
+    norms = np.abs(kernel(state.params, "conv1")).mean((0, 1, 2))
+    kept = norms >= np.sort(norms)[4]
+    for path, axis in (("conv1", -1), ("block0/depthwise", -1), ("block0/pointwise", -2)):
+        own = np.moveaxis(kernel(cut.masks, path), axis, 0).reshape(8, -1).any(1)
+        np.testing.assert_array_equal(own, kept, err_msg=path)
+    row = structured.take_stock(problem, cut, structured.compact_options("config.compact", repeats=0))
+    assert row["difference"] < 1e-5
+    faster, _ = run(problem, state, "remove", ratios="1.5x")
+    row = structured.take_stock(problem, faster, structured.compact_options("config.compact", repeats=0))
+    assert 1.5 <= row["flops"] / row["flops_compact"] < 2
+
+
 def test_a_speedup_is_reached_in_flops(residual):
     problem, state = residual
     cut, _ = run(problem, state, "remove", ratios="1.4x")
@@ -144,6 +168,12 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
     for path in ("dense1", "dense2"):
         assert kernel(counts.masks, path).any(0).sum() == kernel(other.masks, path).any(0).sum()
     assert not np.array_equal(kernel(counts.masks, "dense1"), kernel(other.masks, "dense1"))
+    saved = json.loads((tmp_path / "other" / "config.json").read_text())
+    longer = tmp_path / "longer"
+    shutil.copytree(tmp_path / "other", longer)
+    (longer / "config.json").write_text(json.dumps(saved | dict(pipeline=[*saved["pipeline"], "fit"])))
+    with pytest.raises(tables.ConfigError, match=r"config.x.inherit is '.*longer', which holds no finished run"):
+        greg.check_network(problem, settings("remove", inherit=str(longer)))
     with pytest.raises(tables.ConfigError, match=r"config.x.inherit is '.*none', which holds no finished run"):
         greg.check_network(problem, settings("remove", inherit=str(tmp_path / "none")))
     with pytest.raises(tables.ConfigError, match=r"mask of dense1/kernel has the shape \(64, 12\); allowed: \(64"):
@@ -235,11 +265,23 @@ def test_the_oracle_may_train_every_choice(problem, trained):
     assert row["loss_by_norm"] == pytest.approx(float(train.evaluate(problem, state.params, {}, "train")[0]), rel=1e-5)
 
 
-def test_the_oracle_refuses_what_takes_for_ever(problem, trained):
+def test_the_oracle_trains_every_member_by_its_own_settings(problem, trained):
+    fits = [tiny.fit(dict(tiny.SGD, learning_rate=rate), epochs=1) for rate in (0.1, 1e-6)]
+    both = tiny.problem(widths=(12, 8), members=2)
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trained)
+    place, own = stages.Place("x", 1, {"again": fits}), [settings("oracle", ratios="[1:0.1]", retrain="again")] * 2
+    (update,) = greg.STAGES["oracle"].run(both, state, own, place, [[], []])
+    first, second = (rows[0]["loss"] for rows in update.rows)
+    _, (alone,) = run(problem, trained, "oracle", {"again": fits[1:]}, ratios="[1:0.1]", retrain="again")
+    assert second == pytest.approx(alone["loss"], rel=1e-5)
+    assert first < second
+
+
+def test_the_oracle_refuses_what_takes_for_ever(problem):
     with pytest.raises(tables.ConfigError, match=r"config.x: there are 924 combinations .* more than limit = 100"):
-        run(problem, trained, "oracle", ratios="[0:0.5]", limit=100)
+        greg.check_network(problem, settings("oracle", ratios="[0:0.5]", limit=100))
     with pytest.raises(tables.ConfigError, match=r"config.x.ratios is '\[0:-1\]'; allowed: numbers of groups, not -1"):
-        run(problem, trained, "oracle", ratios="[0:-1]")
+        greg.check_network(problem, settings("oracle", ratios="[0:-1]"))
 
 
 def test_weights_drawn_anew_keep_the_masks(residual):
@@ -285,6 +327,13 @@ def test_singular_values_of_the_jacobian(problem, trained):
         (dict(), r"config.x needs either ratios, .* or inherit, the workdir of a pruned run; it has neither"),
         (dict(ratios="2x", inherit="runs/a"), r"config.x needs either ratios, .*; it has both"),
         (dict(inherit="runs/a", granularity="group"), r"config.x.inherit works for filter, channel and weight"),
+        (
+            dict(ratios="0.5", granularity="group", skip="1"),
+            r"config.x.skip is '1', which granularity 'group' makes",
+        ),
+        (dict(inherit="runs/a", skip="1"), r"config.x.skip is '1', which inherit makes idle"),
+        (dict(inherit="runs/a", pick="max"), r"config.x.pick is 'max', but inherit_as 'index' leaves nothing to pick"),
+        (dict(ratios="[0:0.5]", inherit_as="ratio"), r"config.x.inherit_as is 'ratio', but there is no run"),
         (dict(ratios="[0:0.5]", pick="mni"), r"config.x.pick is 'mni'; allowed: 'min' .* Did you mean 'min'"),
     ],
 )
@@ -312,6 +361,7 @@ def test_options_that_do_not_fit(fields, message):
             r"config.x.ratios is '\[0:0.5\]'; allowed with granularity 'group'",
         ),
         (dict(ratios="[0:0.5]", skip="9"), r"config.x.ratios: skip: '9' matches no layer"),
+        (dict(ratios="[0:-1]", pick="max"), r"config.x.pick is 'max'; allowed: 'min' with a ratio of -1"),
     ],
 )
 def test_ratios_that_do_not_fit_the_network(problem, fields, message):

@@ -232,6 +232,27 @@ def test_largest_gap(scores, number):
     assert growing.largest_gap(jnp.asarray(scores, float)) == number
 
 
+def test_mistakes_of_single_functions_are_told():
+    with pytest.raises(ValueError, match="there are 1 scores; a gap is between 2 or more"):
+        growing.largest_gap(jnp.ones(1))
+    with pytest.raises(tables.ConfigError, match=r"steps of 0.0 never get to 1.0; allowed: above 0"):
+        growing.plan(granularity_prune=0.0)
+
+
+def test_a_layer_of_zeros_does_not_spoil_its_ratio():
+    params = {"a": {"kernel": jnp.zeros((3, 2))}}
+    tx = growing.growing_l2(growing.layers(params, {"a/kernel": 0.5}), update_every=1, mag_ratio_limit=10.0)
+    with jax.debug_nans(True):
+        _, state = tx.update(params, tx.init(params), params)
+        assert growing.progress(state)["a/kernel"].ratio == 1
+        params = {"a": {"kernel": jnp.ones((3, 2)).at[:, 0].set(1e-6)}}
+        keep = growing.kept(state)["a/kernel"]
+        params = {"a": {"kernel": jnp.where(keep, 1.0, 1e-6) * jnp.ones((3, 2))}}
+        _, state = tx.update(params, state, params)
+    assert growing.progress(state)["a/kernel"].ratio > 1e4
+    assert growing.progress(state)["a/kernel"].phase == growing.STABILIZE
+
+
 def test_largest_gap_leaves_out_the_ends():
     scores = np.r_[-1e6, np.arange(40), np.arange(60, 118), 1e6]  # 2 of 100 at either end
     assert growing.largest_gap(jnp.asarray(scores)) == 41

@@ -21,7 +21,7 @@ def growth_rows(steps=4, scores=True, member=0, **fields):
 
 
 def found(rows):
-    return [(one.label, growing_figures.logs(one)) for one in figures.group(rows)]
+    return [pair for one in figures.group(rows) for pair in growing_figures.logs(one)]
 
 
 def test_norms_by_penalty():
@@ -54,6 +54,20 @@ def test_of_several_members_the_first_is_drawn():
     rows = growth_rows(member=0, seed=0) + growth_rows(steps=2, member=1, seed=1)
     ((_, logs),) = found(rows)
     assert [row["step"] for row in logs] == [100, 200, 300, 400]
+
+
+def test_every_growth_is_drawn_on_its_own():
+    later = growth_rows(steps=3, stage="more", visit=1)
+    for row in later:  # of other layers
+        for name in ("growth", "scores", "keep"):
+            row.update({name: {path.replace("a/", "c/"): own for path, own in row.get(name, {}).items()}})
+    again = growth_rows(steps=2, visit=2)
+    pairs = found(growth_rows() + later + again)
+    assert [(label, len(rows)) for label, rows in pairs] == [("net, grow 1", 4), ("net, more 1", 3), ("net, grow 2", 2)]
+    assert [panel.title for panel in growing_figures.group_panels(pairs)] == [
+        "net, grow 1, a", "net, more 1, c", "net, grow 2, a"
+    ]  # fmt: skip
+    assert [len(panel.lines[0].x) for panel in growing_figures.norm_panels(pairs)] == [4, 3, 2]
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,8 @@ def test_names_of_a_network_of_ones_own():
     np.testing.assert_array_equal(found["head"]["kernel"], state_dict["out.weight"].T)
     placed = pretrained.name_map({name: array.shape for name, array in state_dict.items()}, like, names)
     same(pretrained.to_torch(found, placed), state_dict)
+    with pytest.raises(ValueError, match=r"names leave out .* Without `names`, give whole variables"):
+        pretrained.to_torch(filled(resnet()[0])["params"])
     with pytest.raises(ValueError, match=r"names leave out head/pos; 1 of 4 arrays"):
         pretrained.to_torch(found, {name: path for name, path in placed.items() if name != "pos"})
     with pytest.raises(tables.ConfigError, match=r"'pos' is to become 'head/poss', which .* Did you mean 'head/pos'"):
@@ -212,6 +214,8 @@ def test_fresh_classifier():
         same(found["params"]["fc"], kept["params"]["fc"])
         np.testing.assert_array_equal(found["params"]["bn1"]["bias"], other["bn1.bias"])
     assert state_dict.keys() == other.keys()
+    with pytest.raises(tables.ConfigError, match="fresh is 'fcc', which matches no parameter"):
+        pretrained.to_variables(state_dict, like, fresh="fcc")
 
 
 def test_two_tensors_for_one_place():

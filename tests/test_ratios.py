@@ -402,6 +402,11 @@ def test_one_ratio_for_a_published_speedup():
     assert ratio == found.factor == round(ratio, 4)
 
 
+def test_a_bare_number_is_explained():
+    with pytest.raises(tables.ConfigError, match=r"ratios is 0.5; write '\[0-4:0.5\]'"):
+        ratios.parse(0.5, ["conv1", "fc"])
+
+
 @pytest.mark.parametrize(
     ("target", "table", "message"),
     [

@@ -22,7 +22,20 @@ import pytest
 import tiny
 from test_data import SHARED, needs_shared, random_split, write_tfds
 
-from sparsity_jax import data, geometry, losses, models, pipeline, report, stages, stream, structured, tables, train
+from sparsity_jax import (
+    data,
+    evaluate,
+    geometry,
+    losses,
+    models,
+    pipeline,
+    report,
+    stages,
+    stream,
+    structured,
+    tables,
+    train,
+)
 
 SIZE = 8
 
@@ -362,6 +375,14 @@ def test_skipped_images_are_replaced_by_the_next_and_left_out_of_evaluation(dama
     np.testing.assert_allclose(measured.accuracy, losses.correct(logits, labels).mean(), rtol=1e-6)
 
 
+def test_batches_that_cannot_be_are_explained(folder):
+    images = load(folder).train.images
+    with pytest.raises(tables.ConfigError, match=rf"batch_size is 500; allowed: up to {images.shape[0]}, the images"):
+        stream.train_batches(images, 0, batch_size=500, epochs=1)
+    none, labels = stream.examples(images, [])
+    assert (none.shape, labels.shape) == ((0, *images.shape[1:]), (0,))
+
+
 def test_a_file_that_disappears_is_named_too(folder, tmp_path):
     images = load(folder, unreadable="skip").train.images
     gone = images.source._replace(read=lambda indices: [(data.read_file(str(tmp_path / "gone.jpg")), 0)])
@@ -475,6 +496,10 @@ def test_a_killed_run_ends_with_the_same_bits(damaged, tmp_path, monkeypatch):
     assert [row["unreadable"] for row in epochs] == [2, 2]
     assert [row["test_unreadable"] for row in epochs] == [1, 1]
     assert {pathlib.Path(name).name for name in epochs[0]["unreadable_images"]} == {"04.jpg", "06.jpg"}
+    saved = evaluate.open_run(tmp_path / "whole")
+    again = evaluate.measure(saved.problem, saved.networks[0].state)
+    assert (again["test_examples"], again["test_unreadable"]) == (saved.problem.size("test") - 1, 1)
+    assert again["test_accuracy"] == pytest.approx(epochs[-1]["test_accuracy"], rel=1e-6)
     steps = [row for row in whole.rows if row["kind"] == "train" and "epoch" not in row]
     assert sum(row["unreadable"] for row in steps) == 4
     show = pipeline.Display.show

@@ -116,6 +116,9 @@ def test_noise():
     assert abs(added["a"]["kernel"].std() / 0.4 - 1) < 0.02
     assert abs(added["b"]["kernel"][:100].std() / 0.2 - 1) < 0.02
     assert abs(added["a"]["bias"].std() / 0.1 - 1) < 0.2
+    half = {"kernel": jnp.ones((300, 300), jnp.float16)}  # whose squares sum to more than float16 holds
+    noisy = surgery.add_noise(half, KEY, std=0.1, relative=True)["kernel"]
+    assert abs(np.asarray(noisy, float).std() / 0.1 - 1) < 0.02
     whole = difference(surgery.add_noise(params, KEY, std=0.1))
     assert abs(whole["b"]["kernel"].std() / 0.1 - 1) < 0.02
     with pytest.raises(tables.ConfigError, match="matches no parameter"):
