@@ -40,10 +40,14 @@ READ = {  # a value of each type from its text
 }
 
 
+def defaults(model: str) -> dict:
+    return KEYS | (dict(data="digits", rounds=5, epochs=20) if model == "digits" else {})
+
+
 def parse(variant: str) -> tuple[str, dict]:
     model, *pairs = variant.split(",")
     tables.lookup(MODELS, model, "variant")
-    chosen = KEYS | (dict(data="digits", rounds=5, epochs=20) if model == "digits" else {})
+    chosen = defaults(model)
     for pair in pairs:
         key, _, text = pair.partition("=")
         kind = type(tables.lookup(KEYS, key, "variant key"))
@@ -60,6 +64,17 @@ def get_config(variant: str = "resnet56"):
     network, options = MODELS[model]
     thresholds, warmup, epochs = chosen["thresholds"], chosen["warmup"], chosen["epochs"]
     rounds = len(thresholds) or chosen["rounds"]
+    for key, least in dict(rounds=1, seeds=1, warmup=0).items():
+        if chosen[key] < least:
+            raise tables.ConfigError(f"variant {key} is {chosen[key]}; allowed: {least} and above.")
+    idle = [*(("rounds", "ratio", "schedule") if thresholds else ())]
+    idle += ("alpha", "track_batches") if chosen["measure"] != "biased_loss_tracked" else ()
+    for key in idle:
+        if chosen[key] != defaults(model)[key]:
+            raise tables.ConfigError(
+                f"variant {key}={chosen[key]} has no effect with "
+                + ("thresholds." if key in ("rounds", "ratio", "schedule") else f"measure={chosen['measure']}.")
+            )
     schedule = tables.lookup(SCHEDULES, chosen["schedule"], "variant schedule")
     if rounds + warmup >= epochs:
         raise tables.ConfigError(f"variant: {rounds} rounds and {warmup} epochs of warm-up leave none of {epochs}.")

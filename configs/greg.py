@@ -198,6 +198,8 @@ def get_config(variant: str = "resnet56"):
     epochs, rates = recipe.finetune
     config.finetune = train(epochs, chosen["finetune"].replace(";", ",") or rates, method)
     config.compact = pipeline.stage("compact")
-    if (seeds := number(chosen, "seeds", int)) > 1:
+    if (seeds := number(chosen, "seeds", int)) < 1:
+        raise tables.ConfigError(f"variant seeds is {seeds}; allowed: 1 and above.")
+    if seeds > 1:
         config.sweep = dict(seed=tuple(range(seeds)))
     return config

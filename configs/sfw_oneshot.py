@@ -5,7 +5,7 @@ ResNet-18 on CIFAR-10, 180 epochs of stochastic Frank-Wolfe in K-sparse polytope
     python -m sparsity_jax.run --config configs/sfw_oneshot.py --workdir runs/sfw_oneshot
     python -m sparsity_jax.run --config configs/sfw_oneshot.py:arch=vgg16,data=cifar100,tau=10 --workdir runs/vgg16
 
-After the colon come any of `key=value`, separated by commas; VARIANTS lists them with what the original's flags allow.
+After the colon come any of `key=value`, separated by commas; VARIANTS lists them with their defaults, the original's.
 Every single field can be overridden too, e.g. --config.fit.epochs=20. Hours on a GPU, days on a CPU: use
 `configs/toy_cnn.py` there.
 """
@@ -79,10 +79,16 @@ def get_config(variant: str = ""):
     tables.lookup(dict.fromkeys(CONSTRAINTS), set_name, "variant constraint")
     learned = tables.lookup({"0": False, "1": True}, chosen["sfw_init"], "variant sfw_init")
     seeds = number(chosen, "seeds", int)
+    if seeds < 1:
+        raise tables.ConfigError(f"variant seeds is {seeds}; allowed: 1 and above.")
 
     constraint = tables.options(polytopes.SETS, set_name)
     fields = dict(tau=float, mode=str, k=int, k_frac=float)
     constraint.update({key: number(chosen, key, kind) for key, kind in fields.items() if key in constraint})
+    idle = {*(fields.keys() - constraint.keys()), *({"rescale"} if name != "sfw" else ())}
+    for key in sorted(idle):
+        if chosen[key] != VARIANTS[key]:
+            raise tables.ConfigError(f"variant {key}={chosen[key]} has no effect with {name} and {set_name}.")
     optimizer = optim.settings(
         name,
         schedule=chosen["scheme"],

@@ -1,7 +1,7 @@
 """How many entries each parameter array keeps at a pruning ratio, and the masks that follow.
 
-Counts are integers made on the host in exact arithmetic; masks are made of them inside jit, so one compiled program
-serves every ratio. Magnitude is the score.
+Counts are integers made on the host, of floating-point products as the originals' are; masks are made of them inside
+jit, so one compiled program serves every ratio. Magnitude is the score.
 """
 
 import math
@@ -51,7 +51,8 @@ def erk_ratios(shapes: dict[str, tuple[int, ...]], ratio: float) -> dict[str, fl
 
 
 class Selection(NamedTuple):
-    """counts(params, ratio, **options) -> tree of ints, on the host; mask(params, counts, key, **options) -> masks."""
+    """counts(params, ratio, **options) -> tree of ints, on the host; mask(params, counts, key, before, **options) ->
+    masks."""
 
     counts: Callable
     mask: Callable
@@ -68,8 +69,8 @@ def _global_counts(params, ratio, *, scope: Scope = "kernels", count: GlobalCoun
     return size - max(int(ratio * size) - 1, 0) if count == "original" else num_kept(size, ratio)
 
 
-def _global_mask(params, counts, key, *, scope: Scope = "kernels", count: str = "nearest"):
-    del key
+def _global_mask(params, counts, key, before, *, scope: Scope = "kernels", count: str = "nearest"):
+    del key, before
     chosen = prunable(params, scope)
     if count == "original":
         threshold = masks.kth_largest(chosen, counts, magnitude=True)
@@ -86,8 +87,8 @@ def _layerwise_counts(params, ratio, *, scope: Scope = "kernels", count: Literal
     return {path: kept(size) for path, size in sizes.items()}
 
 
-def _layerwise_mask(params, counts, key, *, scope: Scope = "kernels", count: str = "nearest"):
-    one = lambda leaf, k: _global_mask(leaf, k, key, scope="all", count=count)
+def _layerwise_mask(params, counts, key, before, *, scope: Scope = "kernels", count: str = "nearest"):
+    one = lambda leaf, k: _global_mask(leaf, k, key, before, scope="all", count=count)
     chosen = prunable(params, scope)
     return _complete(params, {path: one(leaf, counts[path]) for path, leaf in chosen.items()})
 
@@ -96,21 +97,25 @@ def _random_counts(params, ratio, *, scope: Scope = "kernels"):
     return num_kept(trees.size(prunable(params, scope)), ratio)
 
 
-def _random_mask(params, counts, key, *, scope: Scope = "kernels"):
+def _random_mask(params, counts, key, before, *, scope: Scope = "kernels"):
+    if key is None:
+        raise ValueError("selection 'random' needs a key.")
     chosen = prunable(params, scope)
-    return _complete(params, masks.random_mask(key, chosen, counts))
+    before = None if before is None else {path: trees.named_leaves(before)[path] for path in chosen}
+    return _complete(params, masks.random_mask(key, chosen, counts, before=before))
 
 
 AXES = {"filter": -1, "channel": -2}
 
 
 def _structured_kernels(params: PyTree, granularity: str) -> dict[str, Any]:
-    """Convolution kernels, or dense ones where there are none; the classifier `fc` keeps its outputs."""
+    """Convolution kernels, or dense ones where there are none; a classifier called `fc` keeps its outputs."""
     kernels = prunable(params, "kernels")
     convolutions = {path: leaf for path, leaf in kernels.items() if leaf.ndim > 2}
     if convolutions:
         return convolutions
-    return {path: leaf for path, leaf in kernels.items() if granularity == "channel" or path != "fc/kernel"}
+    classifier = lambda path: path.split("/")[-2:-1] == ["fc"]
+    return {path: leaf for path, leaf in kernels.items() if granularity == "channel" or not classifier(path)}
 
 
 def _structured_counts(
@@ -128,8 +133,8 @@ def _structured_counts(
     return {path: num_kept(leaf.shape[AXES[granularity]], ratios[path]) for path, leaf in kernels.items()}
 
 
-def _structured_mask(params, counts, key, *, granularity: str = "filter", layer_ratios: str = "uniform"):
-    del key, layer_ratios
+def _structured_mask(params, counts, key, before, *, granularity: str = "filter", layer_ratios: str = "uniform"):
+    del key, before, layer_ratios
     axis = AXES[granularity]
 
     def one(kernel, k):
@@ -158,16 +163,31 @@ def keep_counts(params: PyTree, ratio: float, *, selection: str = "global", **op
     """What `keep_masks` may trace: how many entries (or filters) stay at pruning ratio `ratio` in [0, 1].
 
     params: arrays or shape structs. selection: `global` (one magnitude threshold), `layerwise` (the same share of every
-    array), `random` or `structured` (whole filters or input channels of least L1 norm; `layer_ratios` uniform or erk).
+    array), `random` or `structured` (whole filters or input channels of least L1 norm; `layer_ratios` uniform or erk;
+    kernels are [..., in, out] as in Flax; in networks without convolutions a last layer called `fc` keeps its filters).
     options: `scope` (kernels, all), `count` (`original`: the SFW original's counts, one more than nominal, and ties
     kept; `ceil`, global only: the geometric study's, the ceil(p n) smallest go, at least one, and ties with them),
-    `granularity`, `layer_ratios`. Raises ValueError for a ratio outside [0, 1].
+    `granularity`, `layer_ratios`. Raises ValueError for a ratio outside [0, 1] and ConfigError for other options.
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
-    return tables.lookup(SELECTIONS, selection, "selection").counts(params, ratio, **options)
+    options = check(selection, options, "keep_counts")
+    return SELECTIONS[selection].counts(params, ratio, **options)
 
 
-def keep_masks(params: PyTree, counts: PyTree, key: jax.Array | None = None, *, selection: str = "global", **options):
-    """Masks (True = keep) in the structure of `params` for `counts` from `keep_counts`; key: for `random`."""
-    return SELECTIONS[selection].mask(params, counts, key, **options)
+def keep_masks(
+    params: PyTree,
+    counts: PyTree,
+    key: jax.Array | None = None,
+    *,
+    selection: str = "global",
+    before: PyTree | None = None,
+    **options,
+) -> PyTree:
+    """Masks (True = keep) in the structure of `params` for `counts` from `keep_counts`; selection, options: as there.
+
+    key: for `random`. before: masks of earlier pruning; what they leave out goes first, by magnitude as a zero, at
+    random by these masks. Raises ConfigError for unknown options and ValueError for `random` without a key.
+    """
+    options = check(selection, options, "keep_masks")
+    return SELECTIONS[selection].mask(params, counts, key, before, **options)

@@ -34,15 +34,11 @@ class ScaleMetrics(NamedTuple):
     step_sizes: PyTree
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x)))
-
-
 def init(params: PyTree) -> ScaleState:
     """Every scale 1."""
     zeros = jax.tree.map(lambda x: jnp.zeros((), x.dtype), params)
     ones = jax.tree.map(jnp.ones_like, zeros)
-    return ScaleState(jnp.zeros((), jnp.int32), params, ones, jax.tree.map(_norm, params), zeros, zeros)
+    return ScaleState(jnp.zeros((), jnp.int32), params, ones, jax.tree.map(trees.norm, params), zeros, zeros)
 
 
 def scale_step(
@@ -74,19 +70,17 @@ def scale_step(
                 return w - learning_rate * g, jnp.asarray(learning_rate, w.dtype)
             vertex = jax.lax.stop_gradient(constraint.lmo(g))
             gap = vertex - w
-            # both norms are positive wherever the gradient is finite: sqrt has none at 0
+            # sqrt has no gradient at 0, so it only sees positive numbers
             squared, length = jnp.sum(gap * gap), jnp.sum(g * g)
             safe = (squared > 0) & (length > 0)
             ratio = jnp.sqrt(jnp.where(safe, length, 1)) / jnp.sqrt(jnp.where(safe, squared, 1))
             size = jnp.where(safe, jnp.clip(learning_rate * ratio, 0, 1), jnp.where(squared > 0, 0.0, 1.0))
             return (1 - size) * w + size * vertex, size
 
-        moved = jax.tree.map(move, polytopes.broadcast(sets, params), params, grads, is_leaf=polytopes.is_set)
-        is_pair = lambda x: isinstance(x, tuple)
-        return (
-            jax.tree.map(lambda pair: pair[0], moved, is_leaf=is_pair),
-            (before, jax.tree.map(lambda pair: pair[1], moved, is_leaf=is_pair)),
-        )
+        leaves, structure = jax.tree.flatten(params)
+        constraints = jax.tree.leaves(polytopes.broadcast(sets, params), is_leaf=polytopes.is_set)
+        moved, sizes = zip(*map(move, constraints, leaves, jax.tree.leaves(grads)))
+        return structure.unflatten(moved), (before, structure.unflatten(sizes))
 
     def objective(params, inner_batch, outer_batch):
         stepped, aux = inner(params, inner_batch)
@@ -100,7 +94,7 @@ def scale_step(
         products = jax.tree.map(lambda p, g: jnp.sum(p * g), state.params, grads)
 
         def update(path, p, scale, first, product, mean, square):
-            norm = _norm(p)
+            norm = trees.norm(p)
             alive = norm > 0
             grow = first / jnp.where(alive, norm, 1)
             slope = jnp.clip(product * grow, -clip, clip)
@@ -111,9 +105,9 @@ def scale_step(
             scale = jnp.where(alive, jnp.maximum(scale - move, floor), scale)
             return jnp.where(alive, p * (scale * grow), p), scale, mean, square
 
-        new = trees.map_named(update, state.params, state.scales, state.first_norms, products, state.mean, state.square)
-        is_result = lambda x: isinstance(x, tuple)
-        params, scales, means, squares = (jax.tree.map(lambda r, i=i: r[i], new, is_leaf=is_result) for i in range(4))
+        now = (state.params, state.scales, state.first_norms, products, state.mean, state.square)
+        new = zip(*map(update, trees.named_leaves(state.params), *map(jax.tree.leaves, now)))
+        params, scales, means, squares = map(jax.tree.structure(state.params).unflatten, new)
         metrics = ScaleMetrics(before, after * learning_rate, products, sizes)
         return ScaleState(count, params, scales, state.first_norms, means, squares), metrics
 

@@ -1,4 +1,4 @@
-"""Losses and accuracy of a batch, in at least float32 and nats per example."""
+"""Losses and accuracy of a batch, example by example, in at least float32; cross-entropy in nats."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ def cross_entropy(
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
     log_probabilities = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+    if isinstance(label_smoothing, (int, float)) and label_smoothing == 0:
+        return -chosen  # classes masked by logits of -inf have no mean
     return -(1 - label_smoothing) * chosen - label_smoothing * log_probabilities.mean(-1)
 
 

@@ -197,6 +197,8 @@ def _search(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.A
 
 
 def _checked_k(k: int | jax.Array, lowest: int, total: int) -> jax.Array:
+    if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
+        raise TypeError(f"k is {k}, which is no integer; a share of all scores must be made a number first.")
     if not isinstance(k, jax.core.Tracer) and np.any((np.asarray(k) < lowest) | (np.asarray(k) > total)):
         raise ValueError(f"k is {k}; allowed: {lowest} to {total}, the number of scores.")
     return jnp.asarray(k, jnp.int32)
@@ -205,7 +207,8 @@ def _checked_k(k: int | jax.Array, lowest: int, total: int) -> jax.Array:
 def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) -> jax.Array:
     """The k-th largest of all entries of `scores`, exactly.
 
-    scores: an array or a tree of arrays of one float type, any shapes; NaN counts as smallest, subnormals as zero.
+    scores: an array or a tree of arrays of floats, any shapes; NaN counts as smallest, subnormals of float32 and
+    float64 as zero.
     k: int in 1..n, or an integer array of any shape (several answers in one pass); may be traced, then it is clipped.
     magnitude: rank, and return, absolute values without computing them first.
     Returns an array of k's shape and the scores' type. Raises ValueError for empty scores or a k outside 1..n,
@@ -222,7 +225,7 @@ def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) 
         least = [trees.fold(jnp.minimum, jnp.min, kept, leaf) for leaf in leaves]
         enough = _count(order, leaves, jnp.asarray(order.nan + 1, threshold.dtype)) >= k
         exact = jnp.where(enough, order.key(functools.reduce(jnp.minimum, least)), order.nan)
-        return order.value(exact, leaves[0].dtype)
+        return order.value(exact, jnp.result_type(*leaves))
 
     k = _checked_k(k, 1, total)
     return jax.vmap(one)(k.ravel()).reshape(k.shape) if k.ndim else one(k)
@@ -293,14 +296,15 @@ def k_largest_mask(scores: PyTree, k: int | jax.Array, *, magnitude: bool = Fals
     )
 
 
-def layerwise_mask(scores: PyTree, k: PyTree) -> PyTree:
-    """`k_largest_mask` of every leaf by itself; `k`: a tree of the same structure, one number a leaf."""
-    return jax.tree.map(k_largest_mask, scores, k)
+def random_mask(key: jax.Array, tree: PyTree, k: int | jax.Array, *, before: PyTree | None = None) -> PyTree:
+    """True on exactly `k` entries of `tree`, drawn uniformly; of those that a mask `before` leaves out only if it must.
 
-
-def random_mask(key: jax.Array, tree: PyTree, k: int | jax.Array) -> PyTree:
-    """True on exactly `k` entries of `tree`, drawn uniformly."""
-    return k_largest_mask(random_scores(key, tree), k)
+    before: in the structure of `tree`.
+    """
+    scores = random_scores(key, tree)
+    if before is not None:
+        scores = jax.tree.map(lambda score, kept: jnp.where(kept, score, score - 1), scores, before)
+    return k_largest_mask(scores, k)
 
 
 def random_scores(key: jax.Array, tree: PyTree) -> PyTree:

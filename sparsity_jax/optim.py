@@ -71,7 +71,7 @@ def multistep(
 
 
 def decrease_3(learning_rate: float, epochs: int, steps_per_epoch: int) -> Rate:
-    """Divided by 10 at one and at two thirds of the epochs."""
+    """Divided by 10 at one and at two thirds of the epochs, rounded down; of one or two epochs the first are gone."""
     return multistep(learning_rate, epochs, steps_per_epoch, milestones=_thirds(epochs))
 
 
@@ -126,6 +126,7 @@ def dynamic_change(
     it is higher, times 1.06 if lower. loss: an epoch's mean, or as the original the loss of its last batch only.
     `update` needs `value=loss`. Source: Miao et al., ICLR 2022, training script.
     """
+    tables.convert(loss, Literal["mean", "last_batch"], "loss")
     drops = decrease_3(1.0, epochs, steps_per_epoch)
 
     def init():
@@ -275,7 +276,8 @@ def heavy_ball(
         first = state.step == 0
         mix = lambda b, g: jnp.where(first, g, momentum * b + (1 - dampening) * g).astype(b.dtype)
         buffer = jax.tree.map(mix, state.buffer, updates)
-        out = jax.tree.map(lambda g, b: g + momentum * b, updates, buffer) if nesterov else buffer
+        look_ahead = lambda g, b: (g + momentum * b).astype(g.dtype)
+        out = jax.tree.map(look_ahead, updates, buffer) if nesterov else buffer
         return out, HeavyBallState(state.step + 1, buffer)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -396,8 +398,10 @@ def choose(
     """Transformation number `index` of several; the others' states stay as they are.
 
     `index` may be traced, and so differ between the members of a sweep: then, under `vmap`, every member computes all
-    updates and takes its own; without `vmap` only its own are computed.
+    updates and takes its own; without `vmap` only its own are computed. Raises ValueError for an index out of range.
     """
+    if isinstance(index, int) and not 0 <= index < len(transformations):
+        raise ValueError(f"index is {index}; allowed: 0 to {len(transformations) - 1}, the transformations.")
     every = [optax.with_extra_args_support(tx) for tx in transformations]
 
     def init(params):
@@ -417,9 +421,17 @@ def choose(
 
 
 def _rate_in(opt_state: PyTree) -> jax.Array | None:
-    """The `learning_rate` named in an optimizer's state, outside of what was not chosen; None if there is none."""
-    outside = lambda path, _: all(getattr(key, "name", None) != "choices" for key in path)
-    return optax.tree_utils.tree_get(opt_state, "learning_rate", filtering=outside)
+    """The `learning_rate` named in an optimizer's state, outside of what was not chosen; None if there is none.
+
+    That of this module's own states goes before a hyper-parameter of `optax.inject_hyperparams`, which it was made of.
+    """
+    named = lambda path, name: any(getattr(key, "name", None) == name for key in path)
+    found = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
+    found = [(path, rate) for path, rate in found if not named(path, "choices")]
+    rates = [rate for path, rate in found if not named(path, "hyperparams")] or [rate for _, rate in found]
+    if len(rates) > 1:
+        raise ValueError(f"the optimizer's state names {len(rates)} learning rates; allowed: one.")
+    return rates[0] if rates else None
 
 
 def _need_params(params: PyTree) -> None:
@@ -797,6 +809,6 @@ def shift_inside(recipe: Recipe | Choice, values: dict[str, Any], params: PyTree
     return polytopes.shift_inside(params, values["sets"])
 
 
-def learning_rate(opt_state: PyTree) -> jax.Array:
-    """The rate of the latest update, found in the optimizer state by name."""
+def learning_rate(opt_state: PyTree) -> jax.Array | None:
+    """The rate of the latest update, found in the optimizer state by name; raises ValueError if it names several."""
     return _rate_in(opt_state)

@@ -223,7 +223,8 @@ def share(settings: list[Any]) -> list[Any]:
 def static(settings: Any) -> str:
     """What of a stage's settings the compiled program depends on."""
     if isinstance(settings, train.Fit):
-        return repr((settings.program(), settings.start, settings.shift_inside, settings.evaluate_every))
+        begin = (settings.start, settings.shift_inside, settings.carry)
+        return repr((settings.program(), *begin, settings.evaluate_every))
     if isinstance(settings, stages.SfwInit):
         return repr(settings._replace(recipe=optim.program(settings.recipe)))
     return repr(settings)

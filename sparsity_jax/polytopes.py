@@ -34,6 +34,11 @@ def _register(*static: str):
     return decorate
 
 
+def _check_radius(radius: Any) -> None:
+    if isinstance(radius, (int, float)) and not radius > 0:
+        raise ValueError(f"radius is {radius}; allowed: above 0.")
+
+
 @_register()
 class KSparse:
     """Convex hull of the vectors with at most `k` non-zero entries, each +-`radius`.
@@ -44,6 +49,11 @@ class KSparse:
 
     k: int | jax.Array
     radius: float | jax.Array
+
+    def __post_init__(self):
+        if isinstance(self.k, int) and self.k < 1:
+            raise ValueError(f"k is {self.k}; allowed: 1 and above.")
+        _check_radius(self.radius)
 
     def support(self, size: int) -> int | jax.Array:
         """k of an array of `size` entries."""
@@ -86,12 +96,13 @@ class KSparse:
 
         The floor tolerates rounding: n equal entries give n (the original's floating-point floor may give n - 1).
         """
-        length, largest = jnp.sum(jnp.abs(x)), jnp.max(jnp.abs(x))
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        length, largest = jnp.sum(jnp.abs(wide)), jnp.max(jnp.abs(wide))
         outside = (length > self.radius * self.k) | (largest > self.radius)
         length = jnp.where(outside, length, 1)
         ratio = length / jnp.where(outside, largest, 1)
-        factor = jnp.minimum(jnp.floor(ratio * (1 + 8 * jnp.finfo(x.dtype).eps)), self.k)
-        return jnp.where(outside, (factor * self.radius / length * x).astype(x.dtype), x)
+        factor = jnp.minimum(jnp.floor(ratio * (1 + 8 * jnp.finfo(wide.dtype).eps)), self.k)
+        return jnp.where(outside, (factor * self.radius / length * wide).astype(x.dtype), x)
 
     def diameter(self, size: int) -> jax.Array:
         """2 radius sqrt(k)."""
@@ -112,9 +123,10 @@ class LpBall:
     def __post_init__(self):
         if not (self.p == 1 or self.p >= 2):
             raise ValueError(f"p is {self.p}; allowed: 1, or 2 and above (inf included).")
+        _check_radius(self.radius)
 
     def lmo(self, gradient: jax.Array) -> jax.Array:
-        """-radius times the dual unit vector of the gradient; a zero gradient gives zero."""
+        """-radius times the dual unit vector of the gradient; a zero gradient gives zero (p = 2: one below 1e-10)."""
         g, radius = gradient, jnp.asarray(self.radius, gradient.dtype)
         if self.p == 1:
             return KSparse(1, radius).lmo(g)
@@ -131,13 +143,15 @@ class LpBall:
 
     def project(self, x: jax.Array) -> jax.Array:
         """Nearest point for p = 1, 2, inf (optax.projections); other p raise ValueError."""
-        if self.p == 1:
-            return optax.projections.projection_l1_ball(x, self.radius)
-        if self.p == 2:
-            return optax.projections.projection_l2_ball(x, self.radius)
-        if math.isinf(self.p):
-            return optax.projections.projection_linf_ball(x, self.radius)
-        raise ValueError(f"no closed projection onto the L{self.p:g} ball; allowed p: 1, 2, inf.")
+        projections = {
+            1: optax.projections.projection_l1_ball,
+            2: optax.projections.projection_l2_ball,
+            math.inf: optax.projections.projection_linf_ball,
+        }
+        if self.p not in projections:
+            raise ValueError(f"no closed projection onto the L{self.p:g} ball; allowed p: 1, 2, inf.")
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return projections[self.p](wide, jnp.asarray(self.radius, wide.dtype)).astype(x.dtype)
 
     def shift_inside(self, x: jax.Array) -> jax.Array:
         """x if feasible, else x scaled to the boundary."""
@@ -262,6 +276,7 @@ def unconstrained(size: int, norm: float) -> Unconstrained:
 
 def radius_of(tau: float, mode: Mode, norm: float, scale: float) -> float:
     """The radius of a set whose diameter is `scale` times its radius."""
+    tables.convert(mode, Mode, "mode")
     if mode == "radius":
         return tau
     diameter = tau if mode == "diameter" else 2 * tau * (norm if norm > 0 else 1.0)
@@ -313,12 +328,13 @@ def mean_norms(init_params, key: jax.Array, draws: int = 100) -> PyTree:
     """
 
     def add(total, key):
-        norms = jax.tree.map(lambda leaf: jnp.sqrt(jnp.sum(jnp.square(leaf))), init_params(key))
+        norms = jax.tree.map(lambda leaf: jnp.sqrt(trees.square_sum(leaf)), init_params(key))
         return jax.tree.map(jnp.add, total, norms), None
 
     @jax.jit
     def measure(key):
-        start = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), jax.eval_shape(init_params, key))
+        wide = lambda leaf: jnp.promote_types(leaf.dtype, jnp.float32)
+        start = jax.tree.map(lambda leaf: jnp.zeros((), wide(leaf)), jax.eval_shape(init_params, key))
         return jax.lax.scan(add, start, jax.random.split(key, draws))[0]
 
     return jax.tree.map(lambda total: total / draws, measure(key))

@@ -87,9 +87,11 @@ def train_options(
 ) -> train.Fit:
     """Trains the network.
 
-    start: go on from the current weights, or from the run's initial ones (several arms of a comparison). shift_inside:
+    start: go on from the current weights, or from the run's initial ones, without masks (several arms of a comparison).
+    shift_inside:
     moves the weights into the feasible sets first. evaluate_every: epochs between evaluations on the test set.
-    carry: goes on with the momentum of the training before it, which must hand it on too, through cuts (sgd only).
+    carry: goes on with the momentum of the training before it if that has carry too, also through stages of kind `cut`,
+    and no others (sgd only).
     track: `dict(name="saliency", alpha=0.8, track_batches=20, use_l2=False, use_init=False)` keeps a running average of
     every weight's importance over the last batches of each epoch, for a cut by `biased_loss_tracked`.
     label: name of the trained network in the report (default: the stage's).
@@ -143,7 +145,7 @@ def begin_fit(
 ) -> train.State:
     """The state at the start of a training of all members, see `train.begin`."""
     one = lambda state, numbers, pretrained: train.begin(problem, state, settings[0], numbers, pretrained)
-    name = ("begin", settings[0].program(), settings[0].start, settings[0].shift_inside)
+    name = ("begin", settings[0].program(), settings[0].start, settings[0].shift_inside, settings[0].carry)
     compiled = problem.once(name, lambda: jax.jit(problem.lift(one, (0, 0, None))))
     return compiled(state, numbers, problem.pretrained)
 
@@ -184,8 +186,9 @@ def sfw_init_options(
 ) -> SfwInit:
     """Learns one scale per parameter array so that one Frank-Wolfe step helps most (SFW-Init).
 
-    constraint, learning_rate: as in the training that follows. Each iteration draws `batch_size` examples for the inner
-    step, keeps half of them and draws half anew for the objective. scale_learning_rate, min_scale, clip: of the scales.
+    constraint, learning_rate: as in the training that follows. Each iteration draws `batch_size` examples, an
+    even number, for the inner step, keeps half of them and draws half anew for the objective.
+    scale_learning_rate, min_scale, clip: of the scales.
     """
     optimizer = dict(name="sfw", learning_rate=learning_rate, constraint=constraint, norms=norms)
     recipe = optim.check(optimizer, where)
@@ -206,9 +209,9 @@ def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update
         return losses.cross_entropy(logits, batch[1]).mean()
 
     def iterate(scales, state, numbers, images, labels):
-        key = jax.random.fold_in(train.stage_key(state.key, place.position), scales.step)
-        index = jax.random.choice(key, size, (3 * half,), replace=size < 3 * half)
-        inputs, targets = problem.images(augment(key, images[index])), labels[index]
+        keys = jax.random.split(jax.random.fold_in(train.stage_key(state.key, place.position), scales.step), 4)
+        index = jax.random.choice(keys[0], size, (3 * half,), replace=size < 3 * half)
+        inputs, targets = problem.images(augment(keys[1], images[index])), labels[index]
         batch = lambda *parts: tuple(
             jnp.concatenate([array[p * half : (p + 1) * half] for p in parts]) for array in (inputs, targets)
         )
@@ -218,7 +221,7 @@ def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update
             learning_rate=numbers["learning_rate"],
             **dict(chosen.options),
         )
-        scales, metrics = step(scales, (*batch(0, 1), key), (*batch(0, 2), key))
+        scales, metrics = step(scales, (*batch(0, 1), keys[2]), (*batch(0, 2), keys[3]))
         return scales, (metrics.loss_before, metrics.loss_after)
 
     axes = (0, 0, 0, None, None)
@@ -257,10 +260,10 @@ def prune_options(
     granularity: Literal["", "filter", "channel"] = "",
     layer_ratios: Literal["", "uniform", "erk"] = "",
 ) -> Prune:
-    """Prunes the network for good: later training keeps the pruned weights at zero.
+    """Prunes the network for good: later training keeps the pruned weights at zero, unless its start is `init`.
 
-    ratio: share removed. selection: `global`, `layerwise`, `random` or `structured`; the other fields are options of
-    the selection (empty: its default): scope, count, granularity, layer_ratios.
+    ratio: share removed, with what was pruned before. selection: `global`, `layerwise`, `random` or `structured`; the
+    other fields are options of the selection (empty: its default): scope, count, granularity, layer_ratios.
     """
     given = dict(scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios)
     options = {name: value for name, value in given.items() if value}
@@ -279,7 +282,7 @@ def run_prune(problem, state, settings, place, rows) -> Iterator[train.Update]:
 
     def cut(state, counts):
         key = train.stage_key(state.key, place.position)
-        kept = allocate.keep_masks(state.params, counts, key, selection=chosen.selection, **options)
+        kept = allocate.keep_masks(state.params, counts, key, selection=chosen.selection, before=state.masks, **options)
         kept = jax.tree.map(jnp.logical_and, kept, state.masks)
         params = masks.apply(state.params, kept)
         return state._replace(params=params, masks=kept), layer_sparsity(params)
@@ -348,7 +351,7 @@ def pruned_results(problem: train.Problem, chosen: Curve, position: int) -> tupl
 
     def prune(state, counts):
         key = train.stage_key(state.key, position)
-        kept = allocate.keep_masks(state.params, counts, key, selection=chosen.selection, **options)
+        kept = allocate.keep_masks(state.params, counts, key, selection=chosen.selection, before=state.masks, **options)
         return jax.tree.map(jnp.logical_and, kept, state.masks)
 
     def measure(state, counts, *arrays):

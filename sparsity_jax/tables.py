@@ -95,7 +95,7 @@ def check_options(
             raise ConfigError(f"{where} has no field {name!r}; fields: {', '.join(fields)}.{closest(name, fields)}")
     for name, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
-            raise ConfigError(f"{where} needs the field {name!r} ({describe(hints[name])}).")
+            raise ConfigError(f"{where} needs the field {name!r} ({describe(hints.get(name, Any))}).")
     return {name: convert(value, hints.get(name, Any), f"{where}.{name}") for name, value in options.items()}
 
 

@@ -19,8 +19,14 @@ def path_name(path: Sequence) -> str:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves of `tree` by path, in flattening order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """Leaves of `tree` by path, in flattening order; raises ValueError where two have the same path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {path_name(path): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        names = [path_name(path) for path, _ in leaves]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two leaves have the path {double!r}; names of a tree must not hold the '/' between them.")
+    return found
 
 
 def map_named(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:

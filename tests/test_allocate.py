@@ -123,6 +123,9 @@ def test_structured_masks_of_dense_networks_spare_the_classes():
     kept = allocate.keep_masks(params, counts, selection="structured")
     assert kept["dense1"]["kernel"].sum() == 12
     assert bool(kept["fc"]["kernel"].all())
+    whole = {"params": params}  # as Flax gives them
+    counts = allocate.keep_counts(whole, 0.5, selection="structured")
+    assert bool(allocate.keep_masks(whole, counts, selection="structured")["params"]["fc"]["kernel"].all())
 
 
 def test_misuse_is_explained():
@@ -132,5 +135,15 @@ def test_misuse_is_explained():
         allocate.check("globl", {}, "config.curve")
     with pytest.raises(tables.ConfigError, match=r"scope is 'kernel'; allowed: 'kernels' \| 'all'.*Did you mean"):
         allocate.check("global", dict(scope="kernel"), "config.curve")
+    for options, message in (
+        (dict(scope="ALL"), "scope is 'ALL'; allowed: 'kernels'"),
+        (dict(count="orignal"), "count is 'orignal'; allowed: 'nearest'"),
+    ):
+        with pytest.raises(tables.ConfigError, match=message):
+            allocate.keep_counts(network(), 0.5, **options)
+    with pytest.raises(tables.ConfigError, match=r"selection is 'globl'; known: .*Did you mean 'global'"):
+        allocate.keep_masks(network(), 5, selection="globl")
+    with pytest.raises(ValueError, match="'random' needs a key"):
+        allocate.keep_masks(network(), 5, selection="random")
     with pytest.raises(ValueError, match="ERK needs"):
         allocate.erk_ratios({"a": (1, 1)}, 0.5)

@@ -106,6 +106,9 @@ def test_variants_reach_their_fields():
         ("arch=vgg17", r"variant arch is 'vgg17'; known: .* Did you mean 'vgg16'"),
         ("data=cifar11", r"variant data is 'cifar11'; known: .*"),
         ("tau=big", r"variant tau is 'big'; allowed: float"),
+        ("seeds=0", r"variant seeds is 0; allowed: 1 and above"),
+        ("optimizer=sgd,rescale=diameter", r"variant rescale=diameter has no effect with sgd and unconstrained"),
+        ("constraint=unconstrained,tau=5", r"variant tau=5 has no effect with sfw and unconstrained"),
         ("scheme=decreas_3", r"name is 'decreas_3'; known: .* Did you mean 'decrease_3'"),
     ],
 )
@@ -139,6 +142,9 @@ def test_published_settings_of_gradient_flow():
         ("rounds=many", "variant rounds is 'many'; allowed: int"),
         ("use_l2=yes", "variant use_l2 is 'yes'; allowed: 0 or 1"),
         ("thresholds=10;x", "variant thresholds is '10;x'; allowed: percents such as 10;50;80"),
+        ("rounds=-3", "variant rounds is -3; allowed: 1 and above"),
+        ("thresholds=10;50,rounds=5", "variant rounds=5 has no effect with thresholds"),
+        ("alpha=0.5", "variant alpha=0.5 has no effect with measure="),
         ("rounds=100,warmup=60", "100 rounds and 60 epochs of warm-up leave none of 160"),
     ):
         with pytest.raises(tables.ConfigError, match=message):

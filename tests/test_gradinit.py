@@ -57,6 +57,28 @@ def test_scales_match_the_original(constraint, lr):
             np.testing.assert_allclose(state.params[name], golden[f"{case}/final/" + name.replace("/", ".")], **CLOSE)
 
 
+def test_params_may_be_tuples():
+    key = jax.random.key(0)
+    weights, bias = jax.random.normal(key, (6, 4)), jnp.full(4, 0.1)
+    batch = (jax.random.normal(jax.random.key(1), (64, 6)), jnp.arange(64) % 4)
+    found = []
+    for pack, unpack in (
+        (lambda w, b: [w, b], list),
+        (lambda w, b: (w, b), list),
+        (lambda w, b: [(w, b)], lambda p: p[0]),
+    ):
+        loss = lambda p, batch, unpack=unpack: losses.cross_entropy(
+            batch[0] @ unpack(p)[0] + unpack(p)[1], batch[1]
+        ).mean()
+        step = gradinit.scale_step(loss, polytopes.KSparse(8, 1.0))
+        params = pack(weights, bias)
+        state, metrics = step(gradinit.init(params), batch, batch)
+        assert jax.tree.structure(state.params) == jax.tree.structure(metrics.step_sizes) == jax.tree.structure(params)
+        found.append(jax.tree.leaves((state.params, metrics)))
+    for other in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, found[0])
+
+
 def test_scales_lower_the_loss_after_a_step_and_skip_zero_arrays():
     key = jax.random.key(0)
     params = {"kernel": 3 * jax.random.normal(key, (6, 4)), "bias": jnp.zeros(4)}

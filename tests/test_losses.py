@@ -18,6 +18,12 @@ def test_cross_entropy_is_in_nats_per_example():
     np.testing.assert_allclose(found[2], np.log(3), rtol=1e-6)
 
 
+def test_masked_classes_have_no_share():
+    logits = jnp.array([[1.0, 0.0, -jnp.inf]])
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits[:, :2], jnp.array([0]))
+    np.testing.assert_allclose(losses.cross_entropy(logits, jnp.array([0])), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
 def test_smoothing_mixes_in_the_uniform_distribution(smoothing, temperature):

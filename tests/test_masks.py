@@ -145,17 +145,30 @@ def test_sharded_scores_are_not_gathered():
     assert "all-gather" not in text
 
 
-def test_random_and_layerwise_masks_count_exactly():
+def test_random_masks_count_exactly():
     tree = {"a": jnp.arange(10.0), "b": -jnp.arange(6.0).reshape(2, 3)}
-    layerwise = masks.layerwise_mask(tree, {"a": 3, "b": 2})
-    np.testing.assert_array_equal(layerwise["a"], np.arange(10) >= 7)
-    np.testing.assert_array_equal(layerwise["b"].ravel(), np.arange(6) < 2)
     first = masks.random_mask(jax.random.key(0), tree, 7)
     second = masks.random_mask(jax.random.key(1), tree, 7)
     assert sum(int(m.sum()) for m in jax.tree.leaves(first)) == 7
     assert any((x != y).any() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second)))
     share = np.mean([masks.random_mask(jax.random.key(i), tree, 8)["a"].mean() for i in range(30)])
     assert abs(share - 0.5) < 0.1
+    for k in (2, 9):  # of seven that an earlier mask keeps
+        later = masks.random_mask(jax.random.key(2), tree, k, before=first)
+        assert sum(int(m.sum()) for m in jax.tree.leaves(later)) == k
+        both = sum(int((new & old).sum()) for new, old in zip(*map(jax.tree.leaves, (later, first))))
+        assert both == min(k, 7)
+
+
+def test_a_share_is_no_number_of_entries():
+    for select in (masks.k_largest_mask, masks.kth_largest):
+        with pytest.raises(TypeError, match=r"k is 0.5, which is no integer"):
+            select(jnp.arange(4.0), 0.5)
+
+
+def test_the_threshold_of_mixed_types_is_exact():
+    scores = {"a": jnp.ones(1, jnp.bfloat16), "b": jnp.array([1.001, 0.5])}
+    assert float(masks.kth_largest(scores, 1)) == np.float32(1.001)
 
 
 def test_apply_density_and_sparsity():

@@ -191,10 +191,15 @@ def test_cosine_warms_up_and_ends_at_zero():
     assert ours[-1] < 0.002
 
 
-@pytest.mark.parametrize("name", ["sfw", "adagrad_sfw", "sgd"])
-@pytest.mark.parametrize("rescale_or_none", ["gradient", "diameter", "none"])
-def test_weights_stay_feasible(name, rescale_or_none):
-    extra = dict(rescale=rescale_or_none) if name == "sfw" else {}
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        *(("sfw", dict(rescale=rescale)) for rescale in ("gradient", "diameter", "none")),
+        ("adagrad_sfw", {}),
+        ("sgd", {}),
+    ],
+)
+def test_weights_stay_feasible(name, extra):
     key = jax.random.key(0)
     sets = {"a": polytopes.KSparse(7, 0.3), "b": polytopes.LpBall(1.5, 2.0)}
     params = {"a": jax.random.normal(key, (6, 9)), "b": jnp.ones(11)}
@@ -244,6 +249,27 @@ def test_optimizers_compose_with_optax():
     wrapped = optax.inject_hyperparams(lambda learning_rate: optim.sfw(learning_rate, polytopes.KSparse(2, 1.0)))(0.3)
     updates, _ = wrapped.update({"w": jnp.ones(5)}, wrapped.init(params), params)
     assert float(jnp.abs(updates["w"]).sum()) > 0
+    for inner in (lambda learning_rate: optim.sgd(learning_rate), optax.sgd):
+        wrapped = optax.inject_hyperparams(inner)(0.3)
+        tx = optim.proximal_l1(wrapped, 0.5)
+        updates, state = tx.update({"w": -jnp.ones(5)}, tx.init(params), params)
+        np.testing.assert_allclose(updates["w"], 0.3 - 0.3 * 0.5, rtol=1e-6)
+        np.testing.assert_allclose(optim.learning_rate(state), 0.3, rtol=1e-6)
+    both = optax.chain(optim.sgd(0.1), optim.sgd(0.2))
+    with pytest.raises(ValueError, match="names 2 learning rates"):
+        optim.learning_rate(both.init(params))
+
+
+@pytest.mark.parametrize("sets", [polytopes.KSparse(3, jnp.float32(0.5)), polytopes.LpBall(jnp.float32(0.5), 1)])
+def test_short_types_stay_what_they_are(sets):
+    params, grads = {"w": jnp.ones(8, jnp.bfloat16)}, {"w": jnp.arange(8.0).astype(jnp.bfloat16)}
+    for tx in (
+        optim.sfw(jnp.float32(0.1), sets),
+        optim.sgd(jnp.float32(0.1), sets),
+        optim.heavy_ball(jnp.float32(0.9), nesterov=True),
+    ):
+        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+        assert updates["w"].dtype == jnp.bfloat16
 
 
 def test_a_step_never_talks_to_the_host():
@@ -463,5 +489,9 @@ def test_misuse_is_explained():
     tx = optim.sgd(optim.dynamic_change(0.1, 9, 1))
     with pytest.raises(ValueError, match="value=loss"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    with pytest.raises(ValueError, match="index is 2; allowed: 0 to 1, the transformations"):
+        optim.choose(2, [optim.sgd(0.1), optim.sgd(0.2)])
+    with pytest.raises(ValueError, match="loss is 'last'; allowed: 'mean'"):
+        optim.dynamic_change(0.1, 9, 1, loss="last")
     with pytest.raises(ValueError, match="rescale is 'no'"):
         optim.sfw(0.1, polytopes.KSparse(1, 1.0), rescale="no")

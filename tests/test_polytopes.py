@@ -162,6 +162,14 @@ def test_shift_inside_is_feasible_and_leaves_feasible_points_alone(x, data):
     np.testing.assert_array_equal(shift_inside(shifted * 0.999, k, 0.9), shifted * 0.999)
 
 
+def test_shift_inside_is_feasible_in_bfloat16():
+    for seed in range(20):
+        x = jax.random.normal(jax.random.key(seed), 24).astype(jnp.bfloat16)
+        shifted = polytopes.KSparse(5, 0.5).shift_inside(x)
+        assert shifted.dtype == jnp.bfloat16
+        assert np.abs(np.asarray(shifted, np.float64)).max() <= 0.5 * (1 + 2**-8)  # a rounding of the result
+
+
 @pytest.mark.parametrize("p", [1.0, 2.0, 2.5, 4.0, math.inf])
 def test_lp_lmo_reaches_the_dual_norm(p):
     gradient = np.random.default_rng(0).normal(size=50) * 1e-6
@@ -220,6 +228,18 @@ def test_mean_norms_measure_the_initialisation():
     assert norms["b"] == 0.0
     again = polytopes.mean_norms(init, jax.random.key(0), draws=50)
     assert again["w"] == norms["w"]
+    short = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), init(key))
+    np.testing.assert_allclose(polytopes.mean_norms(short, jax.random.key(0))["w"], math.sqrt(1200), rtol=1e-2)
+
+
+def test_sets_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="k is 0; allowed: 1 and above"):
+        polytopes.KSparse(0, 1.0)
+    for make in (lambda radius: polytopes.KSparse(3, radius), lambda radius: polytopes.LpBall(radius, 2)):
+        with pytest.raises(ValueError, match=r"radius is -1.0; allowed: above 0"):
+            make(-1.0)
+    with pytest.raises(ValueError, match=r"mode is 'radus'; allowed: .* Did you mean 'radius'"):
+        polytopes.k_sparse(100, 1.0, mode="radus")
 
 
 def test_broadcast_refuses_another_structure():

@@ -18,6 +18,8 @@ def test_leaves_are_named_in_flattening_order():
     assert sizes["fc"][1] == ("fc/1", 8)
     assert [trees.is_kernel(path) for path in named] == [False, True, False, False]
     assert trees.size(TREE) == 15
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        trees.named_leaves({"a/b": 1, "a": {"b": 2}})
 
 
 def test_the_first_matching_rule_decides():
