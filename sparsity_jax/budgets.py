@@ -20,7 +20,8 @@ Source: Lubana & Dick 2021, arXiv:2009.11839, and its published code.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -77,6 +78,8 @@ def manual_ratios(thresholds: Sequence[float]) -> Rounds:
 
     p_1 = t_1, p_i = (t_i - t_(i-1)) / (1 - t_(i-1)). Raises ConfigError.
     """
+    if not isinstance(thresholds, Iterable) or isinstance(thresholds, str):
+        raise tables.ConfigError(f"thresholds is {thresholds!r}; allowed: increasing shares removed, e.g. (0.1, 0.5).")
     thresholds = [_ratio(t, f"thresholds[{i}]") for i, t in enumerate(thresholds)]
     if not thresholds or thresholds[0] <= 0 or np.any(np.diff(thresholds) <= 0):
         raise tables.ConfigError(
@@ -112,6 +115,11 @@ def _from_density(density: np.ndarray) -> Rounds:
     if not density[-1] > 0:
         raise tables.ConfigError(f"the schedule ends at density {density[-1]}; use fewer rounds or a smaller ratio.")
     return Rounds(1 - density / np.concatenate([[1.0], density[:-1]]), density)
+
+
+def rounded_down(share: float) -> float:
+    """To four digits, for messages: a limit that is rounded up would be refused."""
+    return math.floor(1e4 * share) / 1e4
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -160,9 +168,10 @@ def select(
     wanted, reachable = int(ratio * total), int(removed[-1]) if removed.size else 0
     if wanted > reachable:
         layers = f"layer {next(iter(scores))!r}" if len(scores) == 1 else f"{len(scores)} layers"
+        most = rounded_down(reachable / max(total, 1))
         raise ValueError(
             f"ratio {ratio} of {layers} removes {wanted} of {total} channels, but the minimum kept per layer leaves "
-            f"{reachable} to remove; use a ratio of at most {reachable / max(total, 1):.4g} or smaller floors."
+            f"{reachable} to remove; use a ratio of at most {most} or smaller floors."
         )
     return ranking.keep(int(np.searchsorted(removed, wanted, side="right")))
 
@@ -200,9 +209,12 @@ def select_to_counts(
 ) -> Keep:
     """Removes the least important channels of every layer until `counts[name]` are left, or none if fewer are.
 
-    Raises ValueError for a count below the minimum kept of its layer.
+    Raises ValueError for a count below the minimum kept of its layer, ConfigError unless every layer has a count.
     """
     scores, alive = _checked(scores, alive)
+    counts = _by_name({}, counts, "counts", scores)
+    if missing := [name for name in scores if name not in counts]:
+        raise tables.ConfigError(f"counts have no {missing[0]!r}; allowed: one for every layer.")
     floors, keep = _floors(scores, floors), {}
     for name, array in scores.items():
         ranking = _rank({name: array}, {name: alive[name]}, {name: floors[name]}, protect, None)
@@ -361,11 +373,14 @@ def _floors(scores: dict[str, np.ndarray], floors: Mapping[str, int] | None) -> 
     return _by_name(minimum_kept({name: array.size for name, array in scores.items()}), floors, "floors")
 
 
-def _by_name(default: dict[str, int], given: Mapping[str, int] | None, where: str) -> dict[str, int]:
-    """`default` with the values of `given`, integers of at least 1."""
+def _by_name(
+    default: dict[str, int], given: Mapping[str, int] | None, where: str, known: Collection[str] | None = None
+) -> dict[str, int]:
+    """`default` with the values of `given`, integers of at least 1; known: names that may be given."""
+    known = default if known is None else known
     for name in given or {}:
-        if name not in default:
-            raise tables.ConfigError(f"{where} names {name!r}, which has no scores.{tables.closest(name, default)}")
+        if name not in known:
+            raise tables.ConfigError(f"{where} names {name!r}, which has no scores.{tables.closest(name, known)}")
     return default | {
         name: _convert(value, tables.Count, f"{where}[{name!r}]") for name, value in (given or {}).items()
     }

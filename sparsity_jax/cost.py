@@ -13,7 +13,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -67,7 +67,7 @@ class Flops(NamedTuple):
 _FREE = """
     bitcast_convert_type broadcast_in_dim concatenate copy copy_p device_put dynamic_slice dynamic_update_slice empty
     gather iota layout_constraint optimization_barrier pad random_unwrap random_wrap reshape rev sharding_constraint
-    slice split squeeze stop_gradient transpose
+    slice split squeeze stack stop_gradient tile transpose unstack
 """
 _OPAQUE = """
     cholesky custom_call eig eigh ffi_call fft hessenberg householder_product io_callback lu pallas_call pure_callback
@@ -179,9 +179,13 @@ def _convolution(eqn: Any, padding: bool) -> int:
 
     Right for grouped and depthwise convolution too: the kernel's input axis has the channels of one group only.
     """
-    params, kernel, out = eqn.params, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    return _convolution_of(eqn, eqn.outvars[0].aval.shape, eqn.invars[1].aval.shape, padding)
+
+
+def _convolution_of(eqn: Any, out: Sequence[int], kernel: Sequence[int], padding: bool) -> int:
+    """`_convolution` with other numbers of channels in these shapes."""
+    params, image = eqn.params, eqn.invars[0].aval.shape
     image_axes, kernel_axes, out_axes = params["dimension_numbers"]
-    image = eqn.invars[0].aval.shape
     pairs = 1
     for i, (low, _) in enumerate(params["padding"]):
         dilation = params["lhs_dilation"][i]
@@ -215,7 +219,8 @@ def of_channels(channels: groups.Channels, unit: Literal["parameters", "flops"])
 
     keep: bool [channels] by name of group, all groups. parameters: of the arrays below `params`, or of all if there is
     no such entry. flops: of convolutions and matrix products, one multiply-add = 2, for one example of the batch
-    traced, padded positions included, as `flops`. Takes milliseconds: nothing is traced again.
+    traced (the leading axis of the first input), padded positions included, as `flops`; those inside `shard_map` and
+    other operations that the analysis does not enter are left out. Takes milliseconds: nothing is traced again.
     """
     tables.convert(unit, Literal["parameters", "flops"], "unit")
     inside = [path for path in channels.shapes if path.startswith("params/")] or list(channels.shapes)
@@ -248,9 +253,9 @@ def _products(program: flow.Program, alive: flow.Alive) -> float:
             )
             if eqn.primitive.name == "dot_general":
                 summed = math.prod(first[a] for a in eqn.params["dimension_numbers"][0][0])
+                total += 2 * math.prod(out) * summed
             else:
-                summed = math.prod(second) // second[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(out) * summed
+                total += _convolution_of(eqn, out, second, True)
     return total
 
 

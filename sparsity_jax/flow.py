@@ -12,6 +12,7 @@ Frozen, and why:
 
 - inputs, results and integers: they are the user's, or indices;
 - space, time and position: windows, strided slices, cumulative sums and sorts mix neighbours; a scan walks along them;
+- what is repeated by `tile`, also along an axis of one, which broadcasting would leave free;
 - what is indexed (the vocabulary of an embedding, experts that are routed to), or meets an index computed by `iota`
   (rotary positions turn each pair of q and k by its own angle; triangular masks): entries would change places;
 - what a maximum, a softmax, or a sum of entries that are not zero runs over (a layer norm that subtracts the mean
@@ -406,7 +407,7 @@ def _broadcast(walk, eqn, ins):
     x, shape = ins[0], eqn.outvars[0].aval.shape
     for extra in ins[1:]:  # sizes of a dynamic shape
         walk.freeze(np.concatenate([_fixed(0), *extra.labels]), "sets a shape")
-    found = list(zip(*walk.filled(shape, x.constant)[:3])) or []
+    found = list(zip(*walk.filled(shape, x.constant)[:3]))
     for a, d in enumerate(eqn.params["broadcast_dimensions"]):
         if len(x.labels[a]) == shape[d]:
             found[d] = tuple(field[a] for field in x[:3])

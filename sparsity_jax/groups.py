@@ -71,6 +71,7 @@ class Channels(NamedTuple):
 
 
 class _Traced(NamedTuple):
+    apply: Callable
     analysis: flow.Analysis
     atoms: dict[str, np.ndarray]  # label of every channel, by name of group
     signature: tuple  # of the arguments it was traced for
@@ -156,7 +157,7 @@ def _trace(apply: Callable, variables: PyTree, inputs: tuple, options: dict[str,
     num = len(jax.tree.leaves(variables))
     frozen = range(num, len(closed.jaxpr.invars))
     analysis = flow.analyse(closed, frozen, **options)
-    return _Traced(analysis, {}, _signature(variables, inputs), jax.tree.structure(result))
+    return _Traced(apply, analysis, {}, _signature(variables, inputs), jax.tree.structure(result))
 
 
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -294,13 +295,15 @@ def _places(tree: PyTree, channels: Channels) -> dict[str, str]:
 def mask(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     """`variables` with removed channels at zero; shapes stay, so that `keep` may be traced.
 
-    variables: those traced, a part of them such as `params`, or a state of an optimizer, whose moments follow.
-    Raises ValueError for arrays of another tree, and as `complete` does.
+    variables: those traced, a part of them such as `params`, or a state of an optimizer, whose moments follow. An array
+    belongs to the variable whose path ends its own; those that belong to none stay as they are.
+    Raises ValueError for a tree without any, and as `complete` does.
     """
     alive = _alive(channels, complete(channels, keep))
 
     def one(path: str, leaf: Any, axes: list[tuple[int, Any]]) -> Any:
         del path
+        leaf = jnp.asarray(leaf) if axes else leaf
         for axis, kept in axes:
             shape = [1] * leaf.ndim
             shape[axis] = -1
@@ -365,13 +368,15 @@ def elastic(apply: Callable, channels: Channels, keep: Keep) -> Callable:
 
     The traced program is evaluated at the smaller sizes, so it is exact wherever masking is, for any framework, under
     jit, grad and vmap; sizes written in the code of `apply` need no change, and random numbers (dropout) are those of
-    the full size. Other input shapes or types than those traced (another batch size, bfloat16) are traced once more.
+    the full size. Other input shapes or types than those traced (another batch size, bfloat16) are traced once more,
+    and so is an `apply` that is not the one traced, such as that of training; it must have the same groups.
     Hand-written derivatives (`jax.custom_jvp`, `custom_vjp`) stay. Raises ValueError for one that sums over channels
     which its function keeps apart, and for variables of other shapes than `compact` gives.
     """
     _check_tied(channels)
     keep = {name: np.asarray(own) for name, own in complete(channels, keep).items()}
-    expected, analyses = compact_shapes(channels, keep), {channels.traced.signature: channels.traced}
+    expected, first = compact_shapes(channels, keep), channels.traced
+    analyses = {first.signature: first} if apply == first.apply else {}
     options = dict(channels.options)
 
     def function(variables: PyTree, *inputs: PyTree) -> PyTree:
@@ -380,6 +385,8 @@ def elastic(apply: Callable, channels: Channels, keep: Keep) -> Callable:
             shape = getattr(leaves.get(path), "shape", None)
             if shape != struct.shape:
                 raise ValueError(f"{path} has shape {shape}; the compact variables have {struct.shape} there.")
+        if more := sorted(leaves.keys() - expected.keys()):
+            raise ValueError(f"{more[0]} is no array of the compact variables.")
         key = _signature(variables, inputs)
         if key not in analyses:
             shapes = [jax.ShapeDtypeStruct(channels.shapes[path].shape, leaf.dtype) for path, leaf in leaves.items()]
@@ -387,7 +394,7 @@ def elastic(apply: Callable, channels: Channels, keep: Keep) -> Callable:
             traced = _trace(apply, full, inputs, options)
             found = _groups(traced.analysis, list(channels.shapes))
             if not _same({name: group for name, (group, _) in found.items()}, channels.groups):
-                raise ValueError("with inputs of these shapes the function has other channel groups: trace it anew.")
+                raise ValueError("this function has other channel groups with these inputs: trace it anew.")
             analyses[key] = traced._replace(atoms={name: atoms for name, (_, atoms) in found.items()})
         traced = analyses[key]
         removed = {int(label) for name, atoms in traced.atoms.items() for label in atoms[~keep[name]]}
@@ -421,7 +428,8 @@ def check(apply: Callable, variables: PyTree, channels: Channels, *inputs: PyTre
     not show. Worth a second before a long run.
     """
     keep = random_keep(channels, key)
-    masked = jax.jit(apply)(mask(variables, channels, keep), *inputs)
+    anew = lambda *args: apply(*args)  # jax would not trace the same function twice
+    masked = jax.jit(anew)(mask(variables, channels, keep), *inputs)
     small = jax.jit(elastic(apply, channels, keep))(compact(variables, channels, keep), *inputs)
     scale = worst = 0.0
     for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(small), strict=True):
@@ -447,7 +455,8 @@ def describe(channels: Channels) -> str:
         axes = ", ".join(f"{path} axis {axis}" for path, axis in event.members[:3])
         more = f" and {len(event.members) - 3} more" if len(event.members) > 3 else ""
         where = f" at {event.source}" if event.source else ""
-        lines.append(f"    {axes}{more}: {event.primitive}{where} {event.reason}")
+        what = "" if event.primitive in ("output", "trace") else f"{event.primitive}{where} "  # the axes themselves
+        lines.append(f"    {axes}{more}: {what}{event.reason}")
     return "\n".join(lines)
 
 

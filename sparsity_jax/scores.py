@@ -268,6 +268,7 @@ def of_one_batch(params: PyTree, grads: PyTree, *, squared: bool = True) -> Stat
 
     squared=False leaves g2 the plain gradient, as the original code does for `fisher` and `nvidia` in this case.
     """
+    grads = jax.tree.map(_wide, grads)
     g2 = jax.tree.map(jnp.square, grads) if squared else grads
     return Statistics(w=params, g=grads, g2=g2, saliency=weight_saliency(params, grads))
 

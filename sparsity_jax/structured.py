@@ -109,18 +109,20 @@ def cut_options(
 ) -> Cut:
     """Removes the least important channels of the network; each visit of the stage is one round.
 
-    measure: how important a channel is; see `scores.MEASURES`. ratio: share removed after all rounds. schedule: how the
-    rounds share it: `gradient_flow` (as the original; cumulative: `truncated` as its ResNets), `polynomial` (power) or
-    `manual` (thresholds: cumulative shares, one a round, instead of `ratio`). budget: what the share is of: channels,
-    parameters or FLOPs. aggregate: scores of the kernels that make a channel (`producer`, as the original) or of all
-    that read or make it. branches: `tied` removes what a residual sum adds together; `separate` masks each of its
-    sides alone, as the original does, and cannot be compacted there. use_l2, use_init: see `scores.score`.
-    imp_samples: train examples that gradients are of, or all; for Hessian products as many of every class, at most of
-    the rarest; batch_size: of their batches; temperature: divides the logits, those of Hessian products have their own.
-    min_share: int(min_share * channels) + 1 of each group stay; protect: which, see `budgets`. multiple: what is left
-    of each group is rounded up to a multiple of it. exclude: pattern of names of groups left whole and uncounted.
-    skip: pattern of arrays that scores do not read. rules: pairs (pattern of names of groups, share); given, every
-    group loses the share of its own channels that the first match says, and `ratio` is idle.
+    measure: how important a channel is; see `scores.MEASURES`. ratio: share removed after all rounds; every round takes
+    a whole number of the channels left, rounded down as by the original, so many rounds take less of a small network.
+    schedule: how the rounds share it: `gradient_flow` (as the original; cumulative: `truncated` as its ResNets),
+    `polynomial` (power) or `manual` (thresholds: cumulative shares, one a round, instead of `ratio`). budget: what the
+    share is of: channels, parameters or FLOPs. aggregate: scores of the kernels that make a channel (`producer`, as the
+    original) or of all that read or make it. branches: `tied` removes what a residual sum adds together; `separate`
+    masks each of its sides alone, as the original does, and cannot be compacted there. use_l2, use_init: see
+    `scores.score`. imp_samples: train examples that gradients are averaged over, or all if there are fewer; Hessian
+    products take equally many of every class, no more than the rarest has; batch_size: of their batches; temperature:
+    divides the logits, those of Hessian products have their own. min_share: int(min_share * channels) + 1 of each group
+    stay; protect: which, see `budgets`. multiple: what is left of each group is rounded up to a multiple of it, and
+    every round makes up for that of the one before. exclude: pattern of names of groups left whole and uncounted. skip:
+    pattern of arrays that scores do not read. rules: pairs (pattern of names of groups, share); given, every group
+    loses the share of its own channels that the first match says, and `ratio` is idle.
     """
     tables.lookup(scores.MEASURES, measure, f"{where}.measure")
     for name, pattern in (("exclude", exclude), ("skip", skip)):
@@ -200,9 +202,11 @@ def _check_readable(problem: train.Problem, chosen: Cut, where: str) -> None:
         except ValueError as error:
             found[name] = error
     if found:
-        pattern = "|".join([*filter(None, [chosen.exclude]), *found])
+        pattern = "|".join([*filter(None, [chosen.exclude]), *map(re.escape, found)])
         hint = f" To leave such groups whole, set {where}.exclude={pattern!r}." if len(found) < len(scored) else ""
-        raise tables.ConfigError(f"{where}: {next(iter(found.values()))}{hint} Measures of kernels read any group.")
+        of_norms = scores.MEASURES[chosen.measure].on in ("scale", "norm")
+        hint += " Measures of kernels read any group." if of_norms else " Or set aggregate='sum', or another skip."
+        raise tables.ConfigError(f"{where}: {next(iter(found.values()))}{hint}")
 
 
 def _check_reach(problem: train.Problem, chosen: Cut, where: str, visits: int) -> None:
@@ -217,9 +221,10 @@ def _check_reach(problem: train.Problem, chosen: Cut, where: str, visits: int) -
         return
     if chosen.budget == "channels" and not chosen.rules:
         if density * total < least - 1e-6:
+            limit = budgets.rounded_down(1 - least / total)
             raise tables.ConfigError(
                 f"{where} shall remove {1 - density:.4g} of {total} channels, but {where}.min_share={chosen.min_share} "
-                f"keeps {least} of them, at least one of each group; allowed: up to {1 - least / total:.4g}."
+                f"keeps {least} of them, at least one of each group; allowed: up to {limit}."
             )
         return
     everything = {name: np.ones(size, bool) for name, size in channels_of(problem, chosen.branches).sizes.items()}
@@ -308,7 +313,8 @@ def select(problem: train.Problem, chosen: Cut, found: dict, alive: dict, place:
     elif chosen.budget == "channels":
         counted = [name for name in sizes if not _excluded(chosen, name)]
         ratio = float(plan.ratios[i])
-        if dict(chosen.schedule).get("cumulative") == "truncated":
+        # of the whole, where what is left is not what the earlier rounds asked for
+        if dict(chosen.schedule).get("cumulative") == "truncated" or chosen.multiple > 1:
             living = sum(int(alive[name].sum()) for name in counted)
             ratio = budgets.ratio_to_reach(float(plan.density[i]), sum(sizes[name] for name in counted), living)
         keep = budgets.select(found, ratio, **common)

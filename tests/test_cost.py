@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 from test_models import GOLDEN_NETS
 
-from sparsity_jax import cost, models, tables
+from sparsity_jax import cost, groups, models, tables
 
 # Rows of the zoo in small: (options, side of the images)
 SMALL = {
@@ -144,6 +144,20 @@ def test_any_convolution_equals_xla(data):
     assert count.elementwise == 0
 
 
+def test_the_price_of_channels_counts_transposed_convolutions_as_flops_does():
+    def apply(v, x):
+        x = jax.lax.conv_transpose(x, v["up"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(x, v["out"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    variables, image = {"up": struct(2, 2, 3, 8), "out": struct(1, 1, 8, 2)}, struct(1, 4, 4, 3)
+    channels = groups.trace(apply, variables, image)
+    price = cost.of_channels(channels, "flops")
+    whole = {name: np.ones(size, bool) for name, size in channels.sizes.items()}
+    assert price(whole) == cost.flops(apply, variables, image).products
+    half = {name: np.arange(size) < size // 2 for name, size in channels.sizes.items()}
+    assert price(half) == price(whole) / 2
+
+
 def test_matrix_products_by_hand():
     product = lambda text, *shapes: cost.flops(
         functools.partial(jnp.einsum, text), *(struct(*shape) for shape in shapes)
@@ -164,6 +178,7 @@ def test_elementwise_work_by_hand():
     assert count(lambda x: jnp.argmax(x, axis=1), 4, 5) == 16
     assert count(lambda x: jnp.cumsum(x, axis=1), 4, 5) == 20
     assert count(lambda x: x.T.reshape(-1)[::2], 4, 5) == 0
+    assert count(lambda x: jnp.stack([jnp.tile(x, (2, 3))] * 2), 4, 5) == 0
     pool = lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2, 2), (2, 2), "VALID")
     assert count(pool, 4, 6) == 6 * 3
     scattered = lambda x: jax.ops.segment_sum(x, np.array([0, 1, 0]), num_segments=2)

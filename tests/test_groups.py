@@ -332,6 +332,19 @@ def test_separate_branches():
     assert set(members(channels)) == {("a", 1), ("b", 0)}  # x + x**3 has no branches
 
 
+def test_another_function_of_the_same_groups_is_traced_anew():
+    apply, variables, inputs = network("mlp")
+    channels = traced("mlp")
+    keep = groups.random_keep(channels, KEY)
+    small, twice = groups.compact(variables, channels, keep), lambda v, x: 2 * apply(v, x)
+    plain, double = (groups.elastic(function, channels, keep)(small, *inputs) for function in (apply, twice))
+    np.testing.assert_allclose(double, 2 * plain, rtol=1e-6)
+    with pytest.raises(ValueError, match="this function has other channel groups"):
+        groups.elastic(lambda v, x: apply(v, x) + sum(map(jnp.max, jax.tree.leaves(v))), channels, keep)(small, *inputs)
+    with pytest.raises(ValueError, match="more is no array of the compact variables"):
+        groups.elastic(apply, channels, keep)({**small, "more": jnp.ones(2)}, *inputs)
+
+
 def test_check_notices_a_wrong_group():
     apply, variables, inputs = network("mlp")
     channels = traced("mlp")
@@ -342,6 +355,14 @@ def test_check_notices_a_wrong_group():
     broken = channels._replace(groups={**channels.groups, name: wrong})
     with pytest.raises((TypeError, ValueError)):
         groups.check(apply, variables, broken, *inputs, key=KEY)
+    turned = []  # read at run time, as no trace shows
+
+    def changing(v, x):
+        return (1 + len(turned)) * apply(v, x)
+
+    once = groups.trace(changing, variables, *inputs)
+    turned.append(1)
+    assert groups.check(changing, variables, once, *inputs, key=KEY) == pytest.approx(0.5, abs=1e-3)
     assert np.isnan(groups.check(lambda v, x: apply(v, x) / 0 * 0, variables, channels, *inputs, key=KEY))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import jax
 import numpy as np
@@ -357,9 +356,7 @@ def test_a_finished_run_is_not_repeated(finished, monkeypatch):
     page = (workdir / "report.html").read_bytes()
     monkeypatch.setattr(train, "make_step", lambda *_: pytest.fail("it trained again"))
     monkeypatch.setattr(train, "evaluation", lambda *_: pytest.fail("it evaluated again"))
-    started = time.monotonic()
     again = pipeline.run(config, workdir)
-    assert time.monotonic() - started < 20
     tiny.same(again.state, outcome.state)
     assert again.rows == json.loads(json.dumps(outcome.rows))
     assert (workdir / "metrics.jsonl").read_bytes() == before

@@ -608,6 +608,9 @@ def test_half_precision_is_widened_before_sums_and_squares():
     statistics = collect(w, jnp.ones((3, 2, 1), jnp.float16))
     small = jnp.square(jnp.float16(1e-4).astype(jnp.float32))  # 0 in half precision
     np.testing.assert_allclose(statistics.g2["w"], jnp.full(w["w"].shape, small), rtol=1e-2)
+    half = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-4), w)
+    alone = scores.of_one_batch(w, half)
+    np.testing.assert_allclose(alone.g2["w"], jnp.full(w["w"].shape, small), rtol=1e-2)
     assert statistics.g2["w"].dtype == scores.weight_saliency(w, w)["w"].dtype == jnp.float32
 
 

@@ -130,18 +130,29 @@ def test_rounds_follow_the_originals_schedule_and_compile_once(problem, trained)
     assert len(set(kept)) > 10  # of 40 channels a share below 1 / 25 is none in many a round
 
 
-def test_manual_thresholds_and_the_truncated_percentage(problem, trained):
+def selected(problem, rounds, **fields):
+    """Channels left after many rounds of one and the same importance."""
+    chosen, random = settings(**fields), np.random.default_rng(0)
+    found = {"params/dense1": random.random(24), "params/dense2": random.random(16)}
+    keep = {name: np.ones(own.size, bool) for name, own in found.items()}
+    for visit in range(1, rounds + 1):
+        keep = structured.select(problem, chosen, found, keep, stages.Place("x", visit, {}, (), visit, rounds))
+    return {name: int(own.sum()) for name, own in keep.items()}
+
+
+def test_manual_thresholds(problem, trained):
     state = trained
     for visit, share in ((1, 0.1), (2, 0.5)):
         fields = dict(schedule=dict(name="manual", thresholds=(0.1, 0.5)), visit=visit, visits=2)
         state, row = run(problem, state, **fields)
         assert row["num_kept"] == pytest.approx(40 * (1 - share), abs=1)
-    state = trained
-    for visit in range(1, 6):
-        schedule = dict(name="gradient_flow", cumulative="truncated")
-        state, row = run(problem, state, schedule=schedule, visit=visit, visits=5)
-    density = budgets.round_ratios(0.75, 5, "truncated").density[-1]
-    assert row["num_kept"] == pytest.approx(40 * density, abs=2)
+
+
+def test_the_truncated_percentage_of_the_published_rounds(problem):
+    schedule = dict(name="gradient_flow", cumulative="truncated")
+    assert budgets.round_ratios(0.75, 25, "truncated").density[-1] == pytest.approx(0.18)
+    assert sum(selected(problem, 25, schedule=schedule).values()) == 8  # 7.2, of whole channels
+    assert sum(selected(problem, 25).values()) > 15  # in the original's rounding many rounds remove none
 
 
 @pytest.mark.parametrize("budget", ["parameters", "flops"])
@@ -208,6 +219,10 @@ def test_groups_without_a_norm_are_named_before_anything_runs(problem):
     model = models.build(name="small_cnn", num_classes=4, batch_norm=True)
     mixed = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
     message = r"config\.x: the measure 'bn' .* no norm scale\. To leave .* config\.x\.exclude='params/dense1'\. Meas"
+    with pytest.raises(
+        tables.ConfigError, match=r"the measure 'l1' .* no producing kernel\. .* Or set aggregate='sum'"
+    ):
+        structured.check_network(mixed, settings(measure="l1", skip="params/dense1/kernel"), "config.x")
     with pytest.raises(tables.ConfigError, match=message):
         structured.check_network(mixed, settings(measure="bn"), "config.x")
     structured.check_network(mixed, settings(measure="bn", exclude="params/dense1"), "config.x")
@@ -222,6 +237,13 @@ def test_excluded_groups_and_multiples(problem, trained):
     assert row["kept"] == {"params/dense1": 24, "params/dense2": 8}
     _, row = run(problem, trained, ratio=0.5, multiple=8)
     assert all(number % 8 == 0 for number in row["kept"].values())
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_many_rounds_reach_their_ratio_in_multiples(problem, multiple):
+    kept = selected(problem, 25, ratio=0.75, multiple=multiple)
+    assert all(number % multiple == 0 for number in kept.values())
+    assert 10 <= sum(kept.values()) < 10 + len(kept) * multiple  # a quarter of 40, rounded up
 
 
 def test_members_are_cut_by_their_own_scores():

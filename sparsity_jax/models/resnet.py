@@ -154,6 +154,8 @@ def resnet(
     `shortcut`: how a block that changes the shape passes its input on: 1x1 convolution (with batch norm, except
     pre-activation), or subsampling with zero channels. Raises ConfigError where these do not fit together.
     """
+    if not stage_sizes:
+        raise tables.ConfigError("config.model.stage_sizes is empty; allowed: at least one stage.")
     if len(stage_sizes) != len(widths):
         raise tables.ConfigError(
             f"config.model.widths has {len(widths)} entries; allowed: one per entry of stage_sizes, {len(stage_sizes)}."
