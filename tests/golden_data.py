@@ -7,8 +7,8 @@ position (`rule_*`, exact in float64), in PyTorch's layouts; `variables` brings 
     variables = golden_data.variables(net["param_names"], net["param_shapes"])
     images = golden_data.images(net["input_shape"])
 
-`tests/golden` holds files 11 and 12; of 11_models.json only the networks that `sparsity_jax.models` can build, with
-names, shapes and counts. Other files are read from the folder `shared/golden` next to the repository, if it exists.
+Of 11_models.json `tests/golden` has only the networks that `sparsity_jax.models` can build, with names, shapes and
+counts.
 """
 
 import functools
@@ -20,23 +20,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pytest
 
-HERE = pathlib.Path(__file__).resolve().parent
-FOLDERS = (HERE / "golden", HERE.parent.parent / "shared" / "golden")
-
-
-def load(name: str) -> Mapping[str, Any]:
-    """The arrays of an .npz file, or the content of a .json file; skips the calling test where the file is absent."""
-    for folder in FOLDERS:
-        if (folder / name).is_file():
-            return _read(folder / name)
-    pytest.skip(f"reference numbers {name} are neither in tests/golden nor in ../shared/golden")
-    raise AssertionError  # skip raised
+FOLDER = pathlib.Path(__file__).resolve().parent / "golden"
 
 
 @functools.cache
-def _read(path: pathlib.Path) -> Mapping[str, Any]:
+def load(name: str) -> Mapping[str, Any]:
+    """The arrays of an .npz file in `tests/golden`, or the content of a .json file."""
+    path = FOLDER / name
     if path.suffix == ".json":
         return json.loads(path.read_text())
     with np.load(path) as arrays:
