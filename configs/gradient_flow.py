@@ -67,14 +67,12 @@ def get_config(variant: str = "resnet56"):
     for key, least in dict(rounds=1, seeds=1, warmup=0).items():
         if chosen[key] < least:
             raise tables.ConfigError(f"variant {key} is {chosen[key]}; allowed: {least} and above.")
-    idle = [*(("rounds", "ratio", "schedule") if thresholds else ())]
-    idle += ("alpha", "track_batches") if chosen["measure"] != "biased_loss_tracked" else ()
-    for key in idle:
+    idle = dict.fromkeys(("rounds", "ratio", "schedule"), "thresholds") if thresholds else {}
+    if chosen["measure"] != "biased_loss_tracked":
+        idle |= dict.fromkeys(("alpha", "track_batches"), f"measure={chosen['measure']}")
+    for key, reason in idle.items():
         if chosen[key] != defaults(model)[key]:
-            raise tables.ConfigError(
-                f"variant {key}={chosen[key]} has no effect with "
-                + ("thresholds." if key in ("rounds", "ratio", "schedule") else f"measure={chosen['measure']}.")
-            )
+            raise tables.ConfigError(f"variant {key}={chosen[key]} has no effect with {reason}.")
     schedule = tables.lookup(SCHEDULES, chosen["schedule"], "variant schedule")
     if rounds + warmup >= epochs:
         raise tables.ConfigError(f"variant: {rounds} rounds and {warmup} epochs of warm-up leave none of {epochs}.")

@@ -128,15 +128,6 @@ def parse(variant: str) -> tuple[str, dict[str, str]]:
     return name, chosen
 
 
-def number(chosen: dict[str, str], key: str, kind: type) -> float | int:
-    try:
-        return kind(chosen[key])
-    except ValueError:
-        raise tables.ConfigError(
-            f"variant {key} is {chosen[key]!r}; allowed: a number, e.g. {KEYS[key] or 0.5}."
-        ) from None
-
-
 def ratios_of(network: Network, chosen: dict[str, str]) -> tuple[str, str]:
     """(ratios, skipped layers) in the original's notation; without a choice the first that is published, else 0.5."""
     given = [key for key in ("ratio", "ratios", "speedup") if chosen[key]]
@@ -148,14 +139,14 @@ def ratios_of(network: Network, chosen: dict[str, str]) -> tuple[str, str]:
             raise tables.ConfigError(
                 f"the variant gives {idle[0]}; allowed with granularity=group: ratio, for all groups."
             )
-        return f"{number(chosen, 'ratio', float) if chosen['ratio'] else 0.5}", ""
+        return f"{tables.read_text(chosen['ratio'] or '0.5', float, 'variant ratio')}", ""
     if chosen["speedup"]:
         notation, own = tables.lookup(network.published, chosen["speedup"], "variant speedup")
         return notation, skip or own
     if chosen["ratios"]:
         return f"[{chosen['ratios'].strip('[]').replace(';', ',')}]", skip
     if chosen["ratio"]:
-        return network.uniform.format(number(chosen, "ratio", float)), skip
+        return network.uniform.format(tables.read_text(chosen["ratio"], float, "variant ratio")), skip
     if chosen["granularity"] == "weight" and network.weights:
         return network.weights, skip
     notation, own = next(iter(network.published.values()), (network.uniform.format(0.5), ""))
@@ -198,8 +189,6 @@ def get_config(variant: str = "resnet56"):
     epochs, rates = recipe.finetune
     config.finetune = train(epochs, chosen["finetune"].replace(";", ",") or rates, method)
     config.compact = pipeline.stage("compact")
-    if (seeds := number(chosen, "seeds", int)) < 1:
-        raise tables.ConfigError(f"variant seeds is {seeds}; allowed: 1 and above.")
-    if seeds > 1:
+    if (seeds := tables.read_text(chosen["seeds"], int, "variant seeds", least=1)) > 1:
         config.sweep = dict(seed=tuple(range(seeds)))
     return config

@@ -62,13 +62,6 @@ def parse(variant: str) -> dict[str, str]:
     return chosen
 
 
-def number(chosen: dict[str, str], key: str, kind: type):
-    try:
-        return kind(chosen[key])
-    except ValueError:
-        raise tables.ConfigError(f"variant {key} is {chosen[key]!r}; allowed: {kind.__name__}.") from None
-
-
 def get_config(variant: str = ""):
     chosen = parse(variant)
     data, augment = tables.lookup(DATASETS, chosen["data"], "variant data")
@@ -78,13 +71,12 @@ def get_config(variant: str = ""):
     set_name = chosen["constraint"] or ("unconstrained" if name == "sgd" else "k_sparse")
     tables.lookup(dict.fromkeys(CONSTRAINTS), set_name, "variant constraint")
     learned = tables.lookup({"0": False, "1": True}, chosen["sfw_init"], "variant sfw_init")
-    seeds = number(chosen, "seeds", int)
-    if seeds < 1:
-        raise tables.ConfigError(f"variant seeds is {seeds}; allowed: 1 and above.")
+    number = lambda key, kind, **limit: tables.read_text(chosen[key], kind, f"variant {key}", **limit)
+    seeds = number("seeds", int, least=1)
 
     constraint = tables.options(polytopes.SETS, set_name)
     fields = dict(tau=float, mode=str, k=int, k_frac=float)
-    constraint.update({key: number(chosen, key, kind) for key, kind in fields.items() if key in constraint})
+    constraint.update({key: number(key, kind) for key, kind in fields.items() if key in constraint})
     idle = {*(fields.keys() - constraint.keys()), *({"rescale"} if name != "sfw" else ())}
     for key in sorted(idle):
         if chosen[key] != VARIANTS[key]:
@@ -92,9 +84,9 @@ def get_config(variant: str = ""):
     optimizer = optim.settings(
         name,
         schedule=chosen["scheme"],
-        learning_rate=number(chosen, "lr", float) if chosen["lr"] else {"sgd": 0.1}.get(name, 1.0),
-        momentum=number(chosen, "momentum", float),
-        weight_decay=number(chosen, "weight_decay", float),
+        learning_rate=number("lr", float) if chosen["lr"] else {"sgd": 0.1}.get(name, 1.0),
+        momentum=number("momentum", float),
+        weight_decay=number("weight_decay", float),
         constraint=constraint,
     )
     if name == "sfw":
@@ -107,14 +99,14 @@ def get_config(variant: str = ""):
         model=tables.options(models.MODELS, arch, init="torch", dtype="float32"),
         pipeline=(*(("sfw_init",) if learned else ()), "fit", "curve", "weights"),
     )
-    batch_size = number(chosen, "batch_size", int)
+    batch_size = number("batch_size", int)
     if learned:
         rate = optimizer["learning_rate"]
         common = dict(constraint=constraint, batch_size=batch_size, augment=augment)
         config.sfw_init = pipeline.stage("sfw_init", learning_rate=rate, **common)
     config.fit = pipeline.stage(
         "train",
-        epochs=number(chosen, "epochs", int),
+        epochs=number("epochs", int),
         batch_size=batch_size,
         optimizer=optimizer,
         augment=augment,

@@ -23,7 +23,8 @@ def main() -> None:
             spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "-")
         times = [row["seconds"] for row in rows if row["kind"] == "train" and row["arm"] == arm]
-        print(f"| {arm} ({stage}) | " + " | ".join(cells) + f" | {max(times):.0f} |" if times else " | - |")
+        cells.append(f"{max(times):.0f}" if times else "-")
+        print(f"| {arm} ({stage}) | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ Source: Lubana & Dick 2021, arXiv:2009.11839, and its published code.
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -212,9 +212,9 @@ def select_to_counts(
     Raises ValueError for a count below the minimum kept of its layer, ConfigError unless every layer has a count.
     """
     scores, alive = _checked(scores, alive)
-    counts = _by_name({}, counts, "counts", scores)
     if missing := [name for name in scores if name not in counts]:
         raise tables.ConfigError(f"counts have no {missing[0]!r}; allowed: one for every layer.")
+    counts = _by_name(dict.fromkeys(scores, 1), counts, "counts")
     floors, keep = _floors(scores, floors), {}
     for name, array in scores.items():
         ranking = _rank({name: array}, {name: alive[name]}, {name: floors[name]}, protect, None)
@@ -373,14 +373,11 @@ def _floors(scores: dict[str, np.ndarray], floors: Mapping[str, int] | None) -> 
     return _by_name(minimum_kept({name: array.size for name, array in scores.items()}), floors, "floors")
 
 
-def _by_name(
-    default: dict[str, int], given: Mapping[str, int] | None, where: str, known: Collection[str] | None = None
-) -> dict[str, int]:
-    """`default` with the values of `given`, integers of at least 1; known: names that may be given."""
-    known = default if known is None else known
+def _by_name(default: dict[str, int], given: Mapping[str, int] | None, where: str) -> dict[str, int]:
+    """`default` with the values of `given`, integers of at least 1."""
     for name in given or {}:
-        if name not in known:
-            raise tables.ConfigError(f"{where} names {name!r}, which has no scores.{tables.closest(name, known)}")
+        if name not in default:
+            raise tables.ConfigError(f"{where} names {name!r}, which has no scores.{tables.closest(name, default)}")
     return default | {
         name: _convert(value, tables.Count, f"{where}[{name!r}]") for name, value in (given or {}).items()
     }

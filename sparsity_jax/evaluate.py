@@ -243,10 +243,10 @@ def measure(
     """One member's numbers; plain data.
 
     Always: test_accuracy, test_loss (nats per example), test_examples (where some images of a stream cannot be decoded,
-    the others, and test_unreadable), parameters, parameters_kept (not masked),
-    parameters_nonzero, bytes (params and running statistics as stored), flops (convolutions and matrix products of one
-    image, one multiply-add = 2), pruned ("nothing", "weights", "channels" or "channels and weights"), note (why there
-    is no compact network, or ""), device. on_train: train_accuracy, train_loss, train_examples.
+    the others, and test_unreadable), parameters, parameters_kept (not masked), parameters_nonzero, bytes (params and
+    running statistics as stored), flops (convolutions and matrix products of one image, one multiply-add = 2), pruned
+    ("nothing", "weights", "channels" or "channels and weights"), note (why there is no compact network, or ""), device.
+    on_train: train_accuracy, train_loss, train_examples.
     Where whole channels are masked: test_accuracy_compact, parameters_compact, flops_compact, bytes_compact,
     compression (bytes over bytes_compact), difference (of the logits, relative to the largest), kept and sizes
     (channels by group). latency: batch_size (at most the test set), milliseconds with low and high (quartiles) by

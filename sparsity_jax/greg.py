@@ -363,9 +363,9 @@ def grow_options(
     ratios, skip, granularity, pick, inherit, inherit_as, reading: what goes, see `remove`. method, update_every (steps)
     and the fields after it up to counting: how the penalty grows, see `growing.plan`. The stage ends at the first log
     after all layers are done and have rested for `stabilize_steps`; networks of a sweep that run side by side end
-    together, and those done first train on at rest. penalty_only: the loss has no gradient on
-    kernels, so that only penalties move them. log_every: steps between logs of the penalties and norms of each layer,
-    counted anew every epoch; log_scores: with the norm of every group.
+    together, and those done first train on at rest. penalty_only: the loss has no gradient on kernels, so that only
+    penalties move them. log_every: steps between logs of the penalties and norms of each layer, counted anew every
+    epoch; log_scores: with the norm of every group.
     """
     fit = stages.train_options(
         where, epochs=1, batch_size=batch_size, optimizer=optimizer, loss=loss, augment=augment,

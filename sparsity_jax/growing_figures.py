@@ -15,8 +15,8 @@ def logs(one: figures.Series) -> list[tuple[str, list[dict]]]:
     for row in rows:
         if figures.member_of(row) == figures.member_of(rows[0]):
             visits.setdefault((row["stage"], row["visit"]), []).append(row)
-    named = {key: f"{one.label}, {stage} {visit}" for key in visits for stage, visit in [key]}
-    return [(named[key] if len(visits) > 1 else one.label, own) for key, own in visits.items()]
+    several = len(visits) > 1
+    return [(f"{one.label}, {name} {n}" if several else one.label, own) for (name, n), own in visits.items()]
 
 
 def columns(rows: list[dict], layer: str, *fields: str) -> list[np.ndarray]:

@@ -514,7 +514,8 @@ def run_members(plans: list[Plan], problem: train.Problem, workdir: pathlib.Path
     for i, plan in enumerate(plans):
         place = workdir / f"member_{i:03d}"
         checkpoint.claim(place, plan.configs[0])
-        say(f"member {i + 1} of {len(plans)}: " + ", ".join(f"{name}={value}" for name, value in plan.swept[0].items()))
+        swept = ", ".join(f"{name}={value}" for name, value in plan.swept[0].items())
+        say(f"member {i} ({i + 1} of {len(plans)}): {swept}")
         try:
             state, own = run_plan(plan._replace(common=member_origin(plan.common, i)), problem, place)
         except train.NonFiniteLossError as error:

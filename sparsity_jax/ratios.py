@@ -342,9 +342,9 @@ def by_group(
             raise ValueError(f"the ratio of {path!r} is {ratio}; allowed: 0 <= ratio < 1, or -1 for automatic.")
     result, left = {}, {path for path, ratio in table.items() if ratio}
     for name, group in channels.groups.items():
-        given = [(member.role, member.path) for member in group.members if member.path in table]
-        following = {path for r, path in given if r == "depthwise" and granularity == "filter" and table[path]}
-        own = {path: table[path] for r, path in given if r == role or path in following}
+        given = [(member, table[member.path]) for member in group.members if member.path in table]
+        decides = lambda m, ratio: m.role == role or (granularity == "filter" and m.role == "depthwise" and ratio)
+        own = {member.path: ratio for member, ratio in given if decides(member, ratio)}
         if len(set(own.values())) > 1:
             raise ValueError(f"the channels {name!r} belong to layers with different ratios: {own}; use one for all.")
         left -= own.keys()

@@ -88,8 +88,8 @@ def train_options(
     """Trains the network.
 
     start: go on from the current weights, or from the run's initial ones, without masks (several arms of a comparison).
-    shift_inside:
-    moves the weights into the feasible sets first. evaluate_every: epochs between evaluations on the test set.
+    shift_inside: moves the weights into the feasible sets first. evaluate_every: epochs between evaluations on the test
+    set.
     carry: goes on with the momentum of the training before it if that has carry too, also through stages of kind `cut`,
     and no others (sgd only).
     track: `dict(name="saliency", alpha=0.8, track_batches=20, use_l2=False, use_init=False)` keeps a running average of

@@ -116,13 +116,15 @@ def cut_options(
     share is of: channels, parameters or FLOPs. aggregate: scores of the kernels that make a channel (`producer`, as the
     original) or of all that read or make it. branches: `tied` removes what a residual sum adds together; `separate`
     masks each of its sides alone, as the original does, and cannot be compacted there. use_l2, use_init: see
-    `scores.score`. imp_samples: train examples that gradients are averaged over, or all if there are fewer; Hessian
-    products take equally many of every class, no more than the rarest has; batch_size: of their batches; temperature:
-    divides the logits, those of Hessian products have their own. min_share: int(min_share * channels) + 1 of each group
-    stay; protect: which, see `budgets`. multiple: what is left of each group is rounded up to a multiple of it, and
-    every round makes up for that of the one before. exclude: pattern of names of groups left whole and uncounted. skip:
-    pattern of arrays that scores do not read. rules: pairs (pattern of names of groups, share); given, every group
-    loses the share of its own channels that the first match says, and `ratio` is idle.
+    `scores.score`.
+    imp_samples: train examples that gradients are averaged over, or all if there are fewer; Hessian products take
+    equally many of every class, no more than the rarest has; batch_size: of their batches; temperature: divides the
+    logits, those of Hessian products have their own.
+    min_share: int(min_share * channels) + 1 of each group stay; protect: which, see `budgets`. multiple: what is left
+    of each group is rounded up to a multiple of it, and every round makes up for that of the one before.
+    exclude: pattern of names of groups left whole and uncounted. skip: pattern of arrays that scores do not read.
+    rules: pairs (pattern of names of groups, share); given, every group loses the share of its own channels that the
+    first match says, and `ratio` is idle.
     """
     tables.lookup(scores.MEASURES, measure, f"{where}.measure")
     for name, pattern in (("exclude", exclude), ("skip", skip)):

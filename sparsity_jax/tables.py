@@ -99,6 +99,17 @@ def check_options(
     return {name: convert(value, hints.get(name, Any), f"{where}.{name}") for name, value in options.items()}
 
 
+def read_text(text: str, kind: type, where: str, least: float | None = None) -> Any:
+    """The value of type `kind` that `text` stands for; raises ConfigError if there is none, or one below `least`."""
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(f"{where} is {text!r}; allowed: {kind.__name__}.") from None
+    if least is not None and value < least:
+        raise ConfigError(f"{where} is {text}; allowed: {least} and above.")
+    return value
+
+
 def convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`; raises ConfigError naming `where`, the value and what is allowed."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)

@@ -208,8 +208,8 @@ def _solve(spectrum: _Spectrum, distances: Distances) -> float:
             low = middle
         else:
             high = middle
-    base, rise = float(squares[low]), float(squares[low + 1] - squares[low])
-    excess = lambda part: spectrum.share(base + part * rise) * size - low - part
+    # of exactly the two distances at 0 and 1, whose signs the search above has found
+    excess = lambda part: spectrum.share((1 - part) * squares[low] + part * squares[low + 1]) * size - low - part
     return (low + scipy.optimize.brentq(excess, 0.0, 1.0, xtol=1e-15)) / size
 
 

@@ -184,8 +184,8 @@ def test_published_settings_of_growing_regularisation():
     assert (groups.ratios, groups.granularity) == ("0.7", "group")
     for variant, message in {
         "resnet56,granularity=group,skip=1.0": "gives skip; allowed with granularity=group: ratio",
-        "resnet56,ratio=abc": "variant ratio is 'abc'; allowed: a number",
-        "resnet56,seeds=three": "variant seeds is 'three'; allowed: a number",
+        "resnet56,ratio=abc": "variant ratio is 'abc'; allowed: float",
+        "resnet56,seeds=three": "variant seeds is 'three'; allowed: int",
         "resnet56,base=yes": "variant base is 'yes'; known: 0, 1",
     }.items():
         with pytest.raises(tables.ConfigError, match=message):

@@ -201,6 +201,16 @@ def test_a_steep_width_is_solved_too():
     assert found == pytest.approx((np.sqrt(1 + 4 * 50 * 0.9) - 1) / 100, abs=1e-12)
 
 
+@given(share=st.integers(0, 20), size=st.integers(1, 20), sharp=st.sampled_from([1.0, 1e12, 1e300]))
+def test_predictions_at_whole_numbers_of_weights(share, size, sharp):
+    """A width that is all but a step: the root lies where bisection and root finder hand over."""
+    distances = width.distances([np.arange(1.0, size + 1)], scope="all")
+    found = width.predict([0.0, sharp], [share / 20, 1 - share / 20], distances, 1e-9)
+    assert share / 20 - 1e-12 <= found <= 1
+    if sharp > 1:
+        assert found == pytest.approx(share / 20, abs=1e-6)
+
+
 def test_extreme_epsilon():
     assert width.predict([1.0], [1.0], EQUAL, 1e-320) < 1e-15
     assert width.predict([1.0], [1.0], EQUAL, 1e300) == pytest.approx(1.0, abs=1e-12)
