@@ -473,7 +473,7 @@ def open_tfds(name: str, data_dir: str, train_split: str, test_split: str) -> Op
         hint = name_hint(name, [*there, *tfds.list_builders(with_community_datasets=False), "digits"])
         raise ConfigError(
             f"config.data.name is {name!r}, which is not prepared in {root} (there: {', '.join(there) or 'nothing'})."
-            f'{hint} To prepare it once, with a network: pip install "sparsity_jax[prepare]" && '
+            f'{hint} To prepare it once, online: pip install "sparsity_jax[prepare]" && '
             f"{prepare_command(name, data_dir)}. Sets without preparation: 'digits', 'folder:PATH'."
         )
     formats = prepared_formats(directory)

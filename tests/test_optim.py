@@ -15,7 +15,7 @@ CLOSE = dict(rtol=1e-9, atol=1e-11)
 
 
 def golden_cases(kind):
-    golden = golden_data._read(golden_data.HERE / "golden" / "02_sfw_optimizers.npz")
+    golden = golden_data.load("02_sfw_optimizers.npz")
     return sorted({key.rsplit("/", 1)[0] for key in golden if key.startswith(kind + "/")})
 
 
