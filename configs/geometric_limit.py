@@ -12,6 +12,7 @@ stages:
     row_norms    weights without curvature (convolutional networks only, as published)
     hessian      Lanczos on the Hessian; width: the prediction from it, as published
     gauss_newton Lanczos on its positive semi-definite part; width_gauss_newton: the prediction from it
+    path         how pruning moves the training loss, and its first two orders: does the gradient matter?
     absolute     Lanczos on the squared Hessian; width_absolute: the prediction from it; not run by default
 
 Each can be run alone on a finished run, e.g. a deeper Lanczos run and its prediction:
@@ -61,7 +62,7 @@ def get_config(variant: str = "fc5"):
         title=f"Geometric limit of sparsity: {variant}",
         data=data,
         model=tables.options(models.MODELS, network, init="kaiming_normal", dtype="float32"),
-        pipeline=(*before, "hessian", "width", "gauss_newton", "width_gauss_newton"),
+        pipeline=(*before, "hessian", "width", "gauss_newton", "width_gauss_newton", "path"),
     )
     optimizer = optim.settings(
         "sgd",
@@ -81,6 +82,7 @@ def get_config(variant: str = "fc5"):
         "spectrum", operator="gauss_newton", num_matvecs=num_matvecs, num_probes=3, stop_width=0.001
     )
     config.width_gauss_newton = pipeline.stage("width", spectrum="gauss_newton")
+    config.path = pipeline.stage("path")
     config.absolute = pipeline.stage("spectrum", operator="absolute", num_matvecs=num_matvecs, stop_width=0.001)
     config.width_absolute = pipeline.stage("width", spectrum="absolute")
     return config

@@ -67,6 +67,7 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
         *("speedup", "speedup_low", "speedup_high", "verdict", "device"),
     },
     "limit": {"phase", "limit", "criterion", "tolerance", "evaluations", "how"},
+    "path": {"ratio", "distance", "change", "first_order", "second_order"},
     "row_norms": {"quantile", "magnitude", "row_norm", "parameter", "zero_share", "rows", "num_weights"},
     "spectrum": {
         "probe",

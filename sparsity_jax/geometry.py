@@ -1,4 +1,4 @@
-"""Stages of the geometric limit of sparsity: the actual limit, weights without curvature, the spectrum, the prediction.
+"""Stages of the geometric limit: the actual one, the pruning path, weights without curvature, spectrum, prediction.
 
 They read a trained network, and earlier rows of the run (or of `config.start_from`); see `stages` for what a stage is.
 Source: Zhang et al. 2023, arXiv:2306.05857.
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import allocate, linops, losses, spectrum, stages, tables, train, trees, width
+from sparsity_jax import allocate, linops, losses, masks, spectrum, stages, tables, train, trees, width
 
 PyTree = Any
 WITHOUT_BATCH_NORM = r"(?!.*bn\d*/).*"  # as the original, which leaves scale and bias of batch norms out
@@ -209,6 +209,96 @@ def largest_ratio(rows: list[dict], criterion: str, tolerance: float | None = No
     return max(good, default=None)
 
 
+# path --------------------------------------------------------------------------------------------------------
+
+
+class Path(NamedTuple):
+    curve: stages.Curve
+    at_limits: bool
+    batch_size: int
+    num_examples: int
+    loss: tuple[str, tuple]
+
+
+def path_options(
+    where: str,
+    *,
+    ratios: tuple[tables.Fraction, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.96, 0.97, 0.975, 0.98, 0.985, 0.99, 0.995),
+    at_limits: bool = True,
+    selection: str = "global",
+    scope: Literal["", "kernels", "all"] = "",
+    count: Literal["", "nearest", "original", "ceil"] = "",
+    batch_size: tables.Count = 1000,
+    num_examples: tables.Index = 0,
+    loss: dict = {"name": "cross_entropy"},  # noqa: B006
+) -> Path:
+    """How pruning really moves the training loss, beside the second order, which is all that the prediction knows.
+
+    For every ratio: the distance R, the change of the loss, and its first- and second-order terms g.d and d.Hd / 2 for
+    the step d that pruning makes. At a minimum the first is small; where it is not, the actual limit lies elsewhere
+    than predicted, at a larger ratio if it is negative.
+    ratios: shares removed; at_limits: and those of earlier predictions and `limit` stages. selection, scope, count: as
+    for `curve`. num_examples: of the train set, from its beginning; 0 for all.
+    """
+    if not ratios:
+        raise tables.ConfigError(f"{where}.ratios must not be empty.")
+    curve = stages.curve_options(where, ratios=ratios, selection=selection, scope=scope, count=count)
+    return Path(curve, at_limits, batch_size, num_examples, check_loss(loss, where))
+
+
+def path_ratios(chosen: Path, earlier: list[dict]) -> list[float]:
+    """Where to measure, ascending. earlier: rows before the stage."""
+    field = {"width": "predicted", "limit": "limit"}
+    limits = [row.get(field[row["kind"]]) for row in earlier if chosen.at_limits and row["kind"] in field]
+    return sorted({*chosen.curve.ratios, *(ratio for ratio in limits if ratio is not None and ratio < 1)})
+
+
+def run_path(problem, state, settings, place, rows) -> Iterator[train.Update]:
+    shapes, total = stages.shapes_of(problem), problem.members or 1
+    for member in members_of(problem):
+        chosen, own = settings[member], stages.member_state(problem, state, member)
+        step_of, terms = pruning_step(problem, chosen, place), path_terms(problem, chosen)
+        selection = dict(selection=chosen.curve.selection, **dict(chosen.curve.options))
+        ratios = path_ratios(chosen, place.earlier[member])
+        for i, ratio in enumerate(ratios):
+            if i < len(rows[member]):
+                continue
+            step, distance = step_of(own, allocate.keep_counts(shapes, ratio, **selection))
+            found = terms((own.params, own.batch_stats), step)._asdict()
+            row = dict(ratio=ratio, distance=float(distance), **{name: float(value) for name, value in found.items()})
+            done = (member + (i + 1) / len(ratios)) / total
+            yield train.Update(state, only(problem, member, row), done)
+
+
+def pruning_step(problem: train.Problem, chosen: Path, place: stages.Place) -> Callable:
+    """`step_of(state, counts) -> (pruned less current params, its norm)` of one member: one program for all ratios."""
+    prune, _ = stages.pruned_results(problem, chosen.curve, place.position)
+
+    def step_of(state, counts):
+        pruned = masks.apply(state.params, prune(state, counts))
+        step = jax.tree.map(jnp.subtract, pruned, state.params)
+        return step, jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(step)))
+
+    position = place.position if chosen.curve.selection == "random" else 0
+    name = ("pruning step", position, chosen.curve._replace(ratios=()))
+    return problem.once(name, lambda: jax.jit(step_of))
+
+
+def path_terms(problem: train.Problem, chosen: Path) -> Callable:
+    """`terms(variables, step)`: `spectrum.taylor` of the training loss for a step of the params."""
+    network = network_of(problem, chosen.loss)
+
+    def loss(variables, batch):
+        return network.loss(network.outputs(variables, batch), batch)
+
+    def build():
+        data = examples(problem, chosen.num_examples)
+        terms = spectrum.taylor(loss, data, chosen.batch_size, on_host=on_host(problem))
+        return lambda variables, step: terms(variables, (step, jax.tree.map(jnp.zeros_like, variables[1])))
+
+    return problem.once(("path", chosen.loss, chosen.batch_size, chosen.num_examples), build)
+
+
 # row_norms ---------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +339,11 @@ def examples(problem: train.Problem, num: int) -> tuple[jax.Array, jax.Array]:
     return problem.examples("train", num or problem.size("train"))
 
 
+def on_host(problem: train.Problem) -> bool:
+    """Whether batches should be compiled calls of their own, see `spectrum.over_batches`."""
+    return train.convolves(stages.shapes_of(problem)) and jax.default_backend() == "cpu"
+
+
 def batch_product(problem: train.Problem, chosen: Any, kind: str = "hessian") -> spectrum.Product:
     """`product(variables, v, batch)` with the curvature of the training loss in the parameters `chosen.parameters`."""
     network = network_of(problem, chosen.loss)
@@ -266,10 +361,9 @@ def batch_product(problem: train.Problem, chosen: Any, kind: str = "hessian") ->
 
 def curvature(problem: train.Problem, chosen: Any, kind: str = "hessian") -> Callable:
     """`product(variables, v)`: `batch_product` over `chosen.num_examples` of the train set."""
-    on_host = train.convolves(stages.shapes_of(problem)) and jax.default_backend() == "cpu"
     name = ("curvature", kind, chosen.loss, chosen.parameters, chosen.batch_size, chosen.num_examples)
     product, data = batch_product(problem, chosen, kind), examples(problem, chosen.num_examples)
-    return problem.once(name, lambda: spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host))
+    return problem.once(name, lambda: spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host(problem)))
 
 
 def curvature_at(problem: train.Problem, chosen: Any, kind: str, variables: tuple[PyTree, PyTree]) -> Callable:
@@ -677,6 +771,7 @@ def check_network(chosen: Any, where: str, shapes: PyTree, num_examples: int) ->
 
 STAGES = {
     "limit": stages.Stage(limit_options, stages.as_it_is, run_limit, ("train",)),
+    "path": stages.Stage(path_options, stages.as_it_is, run_path, ("train",)),
     "row_norms": stages.Stage(row_norms_options, stages.as_it_is, run_row_norms, ("train",)),
     "spectrum": stages.Stage(spectrum_options, begin_spectrum, run_spectrum, ("train",)),
     "width": stages.Stage(width_options, stages.as_it_is, run_width, ("spectrum",)),

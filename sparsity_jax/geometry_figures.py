@@ -1,7 +1,7 @@
 """The geometric limit of sparsity on the page: predicted and actual limits of every network, as numbers and panels.
 
-Rows are those of the stages limit, row_norms, spectrum and width, and of curves; see `geometry`. Figures follow the
-rules of `figures`: colour 0 is the network itself, those from 1 on its predictions, ink the actual limit.
+Rows are those of the stages limit, path, row_norms, spectrum and width, and of curves; see `geometry`. Figures follow
+the rules of `figures`: colour 0 is the network itself, those from 1 on its predictions, ink the actual limit.
 """
 
 import math
@@ -13,6 +13,7 @@ from sparsity_jax import figures
 
 MOST = 6  # networks drawn in one figure
 WIDE = 0.01  # an enclosure wider than this is called so where the config asks for nothing
+STEEP = 0.5  # share of ε that the gradient may change the loss by before a prediction, blind to it, is cautioned
 OPERATORS = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton", "absolute": "absolute Hessian"}
 RULES = {  # definitions of "nothing is lost", as `geometry.CRITERIA` names them
     "accuracy": "{} accuracy not below dense",
@@ -32,10 +33,11 @@ class Network(NamedTuple):
     limits: dict[str, dict]  # result of each limit stage
     predictions: dict[str, dict]  # row of each width stage
     norms: list[dict]  # rows of the latest row_norms stage, its result the last one
+    path: list[dict]  # rows of the latest path stage, by ratio
 
 
 def networks(series: list[figures.Series]) -> list[Network]:
-    """All networks that have rows of a limit, row_norms or width stage."""
+    """All networks that have rows of a limit, path, row_norms or width stage."""
     found = []
     for index, one in enumerate(series):
         by_member = {}
@@ -43,7 +45,7 @@ def networks(series: list[figures.Series]) -> list[Network]:
             by_member.setdefault(figures.member_of(row), []).append(row)
         for rows in by_member.values():
             network = network_of(one.label, index, rows)
-            if network.limits or network.predictions or network.norms:
+            if network.limits or network.predictions or network.norms or network.path:
                 seed = next((row[key] for row in rows for key in row if figures.is_seed(key)), None)
                 name = f"network {rows[0].get('member', 0)}" if seed is None else f"seed {seed}"
                 found.append((network, name if len(by_member) > 1 else ""))
@@ -67,7 +69,8 @@ def network_of(label: str, index: int, rows: list[dict]) -> Network:
     search = [row for row in of_kind("limit") if "ratio" in row]
     limits = {row["stage"]: row for row in of_kind("limit") if row.get("phase") == "result"}
     predictions = {row["stage"]: row for row in of_kind("width")}
-    return Network(label, index, curves, search, limits, predictions, newest(of_kind("row_norms")))
+    path = sorted(newest(of_kind("path")), key=lambda row: row["ratio"])
+    return Network(label, index, curves, search, limits, predictions, newest(of_kind("row_norms")), path)
 
 
 def newest(rows: list[dict]) -> list[dict]:
@@ -152,6 +155,16 @@ def enclosure_width(found: list[Network], stage: str) -> float:
     return max((high - low for low, high in ends if math.isfinite(high - low)), default=math.nan)
 
 
+def slope(network: Network, stage: str) -> tuple[float, float]:
+    """(first-order change of the loss by pruning to the predicted ratio, from a path stage; ε)."""
+    row = network.predictions.get(stage, {})
+    ratios = [one["ratio"] for one in network.path]
+    if not row or not ratios or not ratios[0] <= row["predicted"] <= ratios[-1]:
+        return math.nan, math.nan
+    first = [figures.number(one["first_order"]) for one in network.path]
+    return float(np.interp(row["predicted"], ratios, first)), figures.number(row["epsilon"])
+
+
 class Verdict(NamedTuple):
     """A prediction in words: how far from the actual limit, and how far it is to be trusted."""
 
@@ -191,7 +204,15 @@ def verdicts(found: list[Network], names: dict[str, str], config: dict) -> list[
         else:
             text += f". The enclosure is {100 * wide:.2g} points wide after {products} products"
             text += f", narrower than the {100 * asked:.2g} asked for" if asked else ""
-        result.append(Verdict(name[:1].upper() + name[1:], text + ".", caution))
+        slopes = [pair for pair in (slope(one, stage) for one in found) if math.isfinite(pair[0])]
+        first, epsilon = max(slopes, key=lambda pair: abs(pair[0]) / pair[1], default=(0.0, math.inf))
+        if abs(first) > STEEP * epsilon:
+            side, worst = "larger" if first < 0 else "smaller", " (the worst network)" if len(slopes) > 1 else ""
+            caution += (
+                f" The gradient, which the prediction leaves out, changes the loss by {first:+.2g} on the way there, "
+                f"beside an ε of {epsilon:.2g}{worst}: expect a {side} actual limit."
+            )
+        result.append(Verdict(name[:1].upper() + name[1:], text + ".", caution.strip()))
     return result
 
 
@@ -379,6 +400,24 @@ def spectrum_panels(found: list[Network], names: dict[str, str]) -> list[figures
             panels.append(figures.Panel(f"{prefix}spectral density", "eigenvalue", "density", lines, log="y",
                                         ylim=(floor, 3 * max(tops))))  # fmt: skip
             panels.append(figures.Panel(f"{prefix}Ritz weights", "|eigenvalue|", "weight", points, log="xy"))
+    return panels
+
+
+def path_panels(found: list[Network], names: dict[str, str]) -> list[figures.Panel]:
+    """Change of the training loss along the pruning path, and its first and second order alone, as far as a few ε."""
+    panels = []
+    for one in [one for one in found if one.path][:MOST]:
+        start = dict(ratio=0.0, change=0.0, second_order=0.0, first_order=0.0)  # where nothing is removed
+        x, *lines = (np.array([figures.number(row[field]) for row in (start, *one.path)]) for field in start)
+        drawn = [*(line(x, y, 0, dash=dash) for dash, y in enumerate(lines)), line(x, lines[0], 0, points="open")]
+        marked, ylim, view = guides(one, names), None, window([one]) or (float(x.min()), float(x.max()))
+        epsilon = figures.number(next(iter(one.predictions.values()), {}).get("epsilon"))
+        if math.isfinite(epsilon):
+            least = min(y.min(where=np.isfinite(y) & (x <= view[1]), initial=0.0) for y in lines)
+            ylim = (max(least, -3 * epsilon) - 0.3 * epsilon, 3 * epsilon)
+            marked = (*marked, figures.Guide(epsilon, "ε", across=True))
+        title = (one.label, "weights removed", "change of the train loss")
+        panels.append(figures.Panel(*title, drawn, "x", view, guides=marked, ylim=ylim))
     return panels
 
 

@@ -37,7 +37,7 @@ def hvp(loss: Callable, params: PyTree, *args: Any) -> Matvec:
     is no scalar and for a v of another structure.
     """
     scalar = lambda params: loss(params, *args)
-    _check_scalar(scalar, params)
+    check_scalar(scalar, params)
     gradient = jax.grad(scalar)
 
     def matvec(v: PyTree) -> PyTree:
@@ -53,7 +53,7 @@ def gauss_newton(outputs: Callable, loss: Callable, params: PyTree, *args: Any) 
     """
     network = lambda params: outputs(params, *args)
     scalar = lambda z: loss(z, *args)
-    _check_scalar(scalar, jax.eval_shape(network, params))
+    check_scalar(scalar, jax.eval_shape(network, params))
     gradient = jax.grad(scalar)
 
     def matvec(v: PyTree) -> PyTree:
@@ -69,7 +69,8 @@ def squared(matvec: Matvec) -> Matvec:
     return lambda v: matvec(matvec(v))
 
 
-def _check_scalar(loss: Callable, argument: PyTree) -> None:
+def check_scalar(loss: Callable, argument: PyTree) -> None:
+    """Raises ValueError unless `loss(argument)` is a scalar; nothing is computed."""
     value = jax.eval_shape(loss, argument)
     shape = getattr(value, "shape", None)
     if shape != ():

@@ -191,7 +191,7 @@ def check_streamed(settings: list[tuple[str, Any]], together: bool) -> None:
             )
         if isinstance(own, stages.SfwInit):
             raise tables.ConfigError(f"{said}, but {where} (sfw_init) draws from all of them in memory.")
-        if isinstance(own, (geometry.RowNorms, geometry.Spectrum)) and not own.num_examples:
+        if isinstance(own, (geometry.Path, geometry.RowNorms, geometry.Spectrum)) and not own.num_examples:
             raise tables.ConfigError(f"{said}; {where}.num_examples is 0, all: say how many to keep in memory.")
         if isinstance(own, geometry.Width) and not own.epsilon:
             raise tables.ConfigError(f"{said}, but {where}.epsilon 0 is measured on all of them in memory: set it.")

@@ -165,7 +165,7 @@ def scalars(row: dict) -> list[tuple[str, float, int]]:
         step = row.get("step", row.get("epoch", step))
     elif row["kind"] == "sfw_init":
         step = row.get("iteration", step)
-    elif row["kind"] in ("limit", "row_norms"):
+    elif row["kind"] in ("limit", "path", "row_norms"):
         step = round(1000 * row.get("ratio", row.get("quantile", 0)))
     elif row["kind"] == "spectrum":
         step = row.get("probe", 0)
@@ -544,7 +544,7 @@ def figure_sections(
 
 NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "groups", "channels", "sfw_init"}
 NAMES |= {"growth_norms", "growth_ratio", "growth_groups"}
-NAMES |= {"limits", "crossing", "history", "spectrum", "row_norms"}
+NAMES |= {"limits", "path", "crossing", "history", "spectrum", "row_norms"}
 
 
 def growth_figures(grown: list) -> list[tuple]:
@@ -569,6 +569,8 @@ def limit_figures(limits: list) -> list[tuple]:
         marked += " Circles: evaluations of the bisection."
     caption = {
         "limits": marked,
+        "path": "What pruning does to the loss on the train set, and its first two orders alone. The theory assumes "
+        "that the gradient adds nothing.",
         "crossing": "ω² / D, the squared Gaussian width of the loss basin per dimension, falls with the distance R; "
         "the share p of removed weights grows with it. The prediction is the p at which they meet.",
         "history": "What each number of products would have predicted. Bands: enclosures.",
@@ -579,6 +581,8 @@ def limit_figures(limits: list) -> list[tuple]:
     drawn = (
         ("limits", "Accuracy and loss up to the limit", geometry_figures.limit_panels(limits, names),
          ["pruned network"], splits),
+        ("path", "Training loss along the pruning path", geometry_figures.path_panels(limits, names),
+         ["pruned network"], ["change", "curvature alone (second order)", "gradient alone (first order)"]),
         ("crossing", "Gaussian width against distance", geometry_figures.crossing_panels(limits, names),
          ["share removed p", *(f"ω² / D, {name}" for name in predictions)], [""]),
         ("history", "Prediction by number of products", geometry_figures.history_panels(limits, names),

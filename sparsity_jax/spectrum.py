@@ -3,6 +3,7 @@
     product = over_batches(hessian_product(loss), (images, labels), 1000)    # loss(params, batch): a batch's mean
     matvec = functools.partial(product, params)     # or: linearized(hessian_product(loss), params, data, 1000)
     tridiagonal = linops.lanczos(64, on_host=True)(matvec, linops.rademacher(key, params))
+    terms = taylor(loss, (images, labels), 1000)(params, step)    # is the gradient small against the curvature?
 
 Examples come in a fixed order, without augmentation, and every batch counts by its size: the same product twice is
 equal bit by bit, and the batch size changes rounding only. `select` restricts everything to some of the parameters.
@@ -42,18 +43,22 @@ def over_batches(product: Product, data: PyTree, batch_size: int, *, on_host: bo
     a scan their gradients become a naive loop); the function is then not traceable.
     Sharded data keep their sharding. Raises ValueError for empty data and for a batch size below 1.
     """
+    return _mean(product, lambda params, v: jax.tree.map(jnp.zeros_like, v), data, batch_size, on_host)
+
+
+def _mean(part: Callable, zero: Callable, data: PyTree, batch_size: int, on_host: bool) -> Callable:
+    """`mean(params, v)` of `part(params, v, batch)`, whose structure is that of `zero(params, v)`."""
     size, batch_size = _sizes(data, batch_size)
     whole, rest = divmod(size, batch_size)
     data = jax.tree.map(jnp.asarray, data)  # NumPy arrays would be sent to the device for every call
 
     def add(total, params, v, data, start, length):
-        part = product(params, v, cut(data, start, length))
-        return jax.tree.map(lambda t, p: t + p * (length / size), total, part)
+        found = part(params, v, cut(data, start, length))
+        return jax.tree.map(lambda t, p: t + p * (length / size), total, found)
 
     def scanned(params, v, data):
-        zero = jax.tree.map(jnp.zeros_like, v)
         body = lambda total, i: (add(total, params, v, data, i * batch_size, batch_size), None)
-        total, _ = jax.lax.scan(body, zero, jnp.arange(whole))
+        total, _ = jax.lax.scan(body, zero(params, v), jnp.arange(whole))
         return add(total, params, v, data, whole * batch_size, rest) if rest else total
 
     if not on_host:
@@ -63,7 +68,7 @@ def over_batches(product: Product, data: PyTree, batch_size: int, *, on_host: bo
     one = jax.jit(add, static_argnums=5)
 
     def looped(params, v):
-        total = jax.tree.map(jnp.zeros_like, v)
+        total = zero(params, v)
         for start in range(0, size, batch_size):
             total = one(total, params, v, data, start, min(batch_size, size - start))
         return total
@@ -99,6 +104,38 @@ def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) 
         return total
 
     return matvec
+
+
+class Taylor(NamedTuple):
+    """What a step d does to a loss: `change`, the whole of it; `first_order`, g.d; `second_order`, d.Hd / 2."""
+
+    change: jax.Array
+    first_order: jax.Array
+    second_order: jax.Array
+
+
+def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = False) -> Callable:
+    """`terms(params, step) -> Taylor`: of the mean of `loss(params, batch)` over all examples of `data`.
+
+    step: structure and shapes of `params`. The terms are derivatives along the step, so no gradient is formed: forward
+    mode twice, about five evaluations of the loss. data, batch_size, on_host and errors: as for `over_batches`;
+    ValueError also for a loss that is no scalar and for a step of another structure.
+    """
+
+    def part(params, step, batch):
+        linops.check_scalar(lambda params: loss(params, batch), params)
+        step = linops.tangent(step, params)
+        moved = lambda t: loss(jax.tree.map(lambda w, d: w + t.astype(w.dtype) * d, params, step), batch)
+        slope = lambda t: jax.jvp(moved, (t,), (one,))  # -> loss, first derivative
+        zero, one = jnp.zeros(()), jnp.ones(())
+        (before, first), (_, second) = jax.jvp(slope, (zero,), (one,))
+        return Taylor(moved(one) - before, first, second / 2)
+
+    def zero(params, step):
+        terms = jax.eval_shape(lambda *at: part(*at, cut(data, 0, 1)), params, step)
+        return jax.tree.map(lambda term: jnp.zeros(term.shape, term.dtype), terms)
+
+    return _mean(part, zero, data, batch_size, on_host)
 
 
 def _sizes(data: PyTree, batch_size: int) -> tuple[int, int]:

@@ -55,6 +55,12 @@ def without_optimizer(state: train.State) -> train.State:
     return state._replace(opt_state=(), step=jnp.zeros_like(state.step), metrics=fresh)
 
 
+def member_state(problem: train.Problem, state: train.State, member: int) -> train.State:
+    """One member's state between two stages."""
+    state = without_optimizer(state)
+    return state if problem.members is None else jax.tree.map(lambda leaf: leaf[member], state)
+
+
 def handed_on(state: train.State, settings: Any) -> train.State:
     """The state after a stage of these settings: without optimizer, but with what a training hands on through cuts."""
     bare = without_optimizer(state)
@@ -390,9 +396,7 @@ def pruned_evaluation(
     problem: train.Problem, state: train.State, chosen: Curve, place: Place, member: int
 ) -> Callable[[float], dict[str, float]]:
     """`evaluate(ratio) -> dict(accuracy, loss)` of one member on the first split: one program for all ratios."""
-    state = without_optimizer(state)
-    if problem.members is not None:
-        state = jax.tree.map(lambda leaf: leaf[member], state)
+    state = member_state(problem, state, member)
     static = (place.position if chosen.selection == "random" else 0, chosen._replace(ratios=()))
     _, measure = pruned_results(problem, chosen, place.position)
     compiled = problem.once(("pruned evaluation", static), lambda: jax.jit(measure))

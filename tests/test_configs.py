@@ -213,6 +213,7 @@ def test_published_settings_of_the_geometric_limit():
 
 FEW = {  # products and evaluations
     "limit": dict(scan=[0.5], resolution=0.5),
+    "path": dict(ratios=[0.9]),
     "row_norms": dict(num_weights=2),
     "spectrum": dict(num_matvecs=2, num_probes=1),
     "width": dict(batch_size=4),

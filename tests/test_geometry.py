@@ -362,6 +362,46 @@ def test_weights_of_dead_units_have_no_curvature(problem, trained):
     assert {row["parameter"] for row in run(problem, state, "row_norms", own)[:-1]} == {"fc/kernel"}
 
 
+# path --------------------------------------------------------------------------------------------------------
+
+
+def test_the_path_has_the_terms_of_gradient_and_hessian(problem, trained):
+    own = settings("path", ratios=(0.9, 0.3, 0.0), batch_size=48)
+    earlier = [[dict(kind="limit", limit=0.6), dict(kind="limit", limit=None), dict(kind="width", predicted=1.0)]]
+    rows = run(problem, trained, "path", own, earlier=earlier)
+    assert [row["ratio"] for row in rows] == [0.0, 0.3, 0.6, 0.9]
+    outputs, rule, params = network_loss(problem, trained)
+    loss = lambda part: rule(outputs(part))
+    gradient, matvec = jax.grad(loss)(params), linops.hvp(loss, params)
+    dot = lambda a, b: sum(float(jnp.vdot(x, y)) for x, y in zip(a.values(), b.values(), strict=True))
+    for row in rows:
+        keep = allocate.keep_masks(trained.params, allocate.keep_counts(trained.params, row["ratio"]))
+        pruned = spectrum.select(masks.apply(trained.params, keep), ".*").params
+        step = {name: pruned[name] - params[name] for name in params}
+        assert row["distance"] == pytest.approx(math.sqrt(dot(step, step)), rel=1e-6)
+        assert row["change"] == pytest.approx(float(loss(pruned) - loss(params)), rel=1e-4, abs=1e-6)
+        assert row["first_order"] == pytest.approx(dot(gradient, step), rel=1e-4, abs=1e-6)
+        assert row["second_order"] == pytest.approx(dot(step, matvec(step)) / 2, rel=1e-4, abs=1e-6)
+    assert abs(rows[0]["change"]) < 1e-7
+    assert rows[-1]["change"] > rows[1]["change"]
+    without = settings("path", ratios=(0.9, 0.3, 0.0), batch_size=48, at_limits=False)
+    assert run(problem, trained, "path", without, earlier=earlier) == [row for row in rows if row["ratio"] != 0.6]
+    rest = updates(problem, trained, "path", own, earlier=earlier, rows=[rows[:3]])
+    assert [row for update in rest for row in update.rows[0]] == rows[3:]
+    with pytest.raises(tables.ConfigError, match=r"config\.x\.ratios must not be empty"):
+        settings("path", ratios=())
+
+
+def test_the_path_of_a_network_with_convolutions():
+    model = models.build(name="small_cnn", num_classes=10, widths=(4,), dense_widths=(8,))
+    problem = train.build_problem(tiny.digits(), model)
+    state = train.create_state(problem, train.key_of(0))
+    own = dict(ratios=(0.5,), num_examples=50)
+    (row,) = run(problem, state, "path", settings("path", batch_size=20, **own))
+    (same,) = run(problem, state, "path", settings("path", batch_size=50, **own))
+    assert {key: pytest.approx(row[key], rel=1e-3, abs=1e-7) for key in row} == same
+
+
 # spectrum ------------------------------------------------------------------------------------------------------
 
 
@@ -433,6 +473,7 @@ def pair(problem, trained):
     ("kind", "fields"),
     [
         ("limit", dict(scan=(0.5,), resolution=0.2)),
+        ("path", dict(ratios=(0.5, 0.9))),
         ("row_norms", dict(num_weights=3)),
         ("spectrum", dict(num_matvecs=4, num_probes=2)),
         ("spectrum", dict(num_matvecs=3, num_probes=2, linearize_once=True)),

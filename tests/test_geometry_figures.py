@@ -44,6 +44,12 @@ def norm_rows(member=0, num=10):
     return [*rows, base("row_norms", "rows", member, zero_share=0.5, threshold=1e-5, rows="mean", num_weights=num)]
 
 
+def path_rows(member=0, slope=-0.002):
+    """At 96 % the gradient changes the loss by half of `slope`."""
+    return [base("path", "path", member, ratio=ratio, distance=ratio, change=0.003 * i, first_order=slope * i / 2,
+                 second_order=0.004 * i) for i, ratio in enumerate((0.9, 0.96, 0.99))]  # fmt: skip
+
+
 def width_row(member=0, operator="hessian", predicted=0.96, probes=1, products=8, width=0.02, stage=None, **fields):
     enclosed = operator != "hessian"
     values = np.linspace(0 if enclosed else -0.1, 2, products)[None].repeat(probes, 0)
@@ -75,7 +81,7 @@ def all_rows(members=1, **options):
     for member in range(members):
         seed = {"seed": member} if members > 1 else {}
         own = [*curve_rows(member, **options), *limit_rows(member), *norm_rows(member), spectrum_row(member)]
-        own += [width_row(member), width_row(member, "gauss_newton", 0.97, probes=3)]
+        own += [*path_rows(member), width_row(member), width_row(member, "gauss_newton", 0.97, probes=3)]
         rows += [row | seed for row in own]
     return rows
 
@@ -176,6 +182,22 @@ def test_verdicts_say_how_far_to_trust():
     assert absolute.text.endswith("The enclosure is 0.4 points wide after 8 products.")
 
 
+def test_verdicts_know_the_gradient():
+    told = lambda *rows: geometry_figures.verdicts(networks_of(rows), {"width_absolute": "absolute Hessian"}, CONFIG)[0]
+    row = width_row(operator="absolute", width=0.004)  # 96 % predicted, ε 0.00354
+    assert told(row, *path_rows(slope=-0.002)).caution == ""  # under half of ε
+    assert told(row, *path_rows(slope=-0.004)).caution == (
+        "The gradient, which the prediction leaves out, changes the loss by -0.002 on the way there, beside an ε of "
+        "0.0035: expect a larger actual limit."
+    )
+    both = [row, *path_rows(slope=-0.004), row | {"member": 1}, *path_rows(1, slope=0.01)]
+    assert told(*both).caution.endswith("of 0.0035 (the worst network): expect a smaller actual limit.")
+    beyond = width_row(operator="absolute", predicted=0.995, width=0.004)  # nothing was measured there
+    assert told(beyond, *path_rows(slope=-0.004)).caution == ""
+    wide = width_row(operator="absolute", width=0.02)
+    assert re.fullmatch(r"Not narrow enough.* narrow it\. The gradient.*", told(wide, *path_rows(slope=1.0)).caution)
+
+
 def test_predictions_of_one_operator_are_told_apart():
     found = networks_of([width_row(), width_row(stage="deeper")])
     assert geometry_figures.prediction_names(found) == {"width": "Hessian, width", "deeper": "Hessian, deeper"}
@@ -201,10 +223,11 @@ def test_each_figure_appears_exactly_with_its_rows(tmp_path):
     kinds = {
         "curves": (curve_rows(), {"accuracy", "loss", "accuracy_train", "layers"}),
         "limit": (limit_rows(), {"limits"}),
+        "path": (path_rows(), {"path"}),
         "norms": (norm_rows(), {"row_norms"}),
         "spectrum": ([spectrum_row()], set()),
         "width": ([width_row()], {"crossing", "history", "spectrum"}),
-        "all": (all_rows(), {"limits", "crossing", "history", "spectrum", "row_norms", "layers"}),
+        "all": (all_rows(), {"limits", "path", "crossing", "history", "spectrum", "row_norms", "layers"}),
     }
     for name, (rows, expected) in kinds.items():
         page = page_of(tmp_path, rows)  # the same folder: figures of other rows go
@@ -256,11 +279,11 @@ def test_page_of_a_thousand_ratios_and_long_spectra_stays_small(tmp_path):
 
 def test_missing_numbers_are_no_obstacle(tmp_path):
     holes = dict(actual={}, epsilon_error=None, enclosure_low=None, enclosure_high=None)
-    rows = [width_row(operator="gauss_newton") | holes, *norm_rows(num=1)[:1]]
+    rows = [width_row(operator="gauss_newton") | holes, *norm_rows(num=1)[:1], path_rows()[0] | {"change": None}]
     text = section(page_of(tmp_path, rows), "prediction")
     assert "No enclosure" in text
     assert "nothing is lost if" not in text
-    assert {"crossing", "history", "row_norms", "spectrum"} == set(drawn(tmp_path))
+    assert {"crossing", "history", "path", "row_norms", "spectrum"} == set(drawn(tmp_path))
 
 
 def test_names_are_escaped(tmp_path):
@@ -279,6 +302,7 @@ def test_tensorboard_steps_and_no_lists():
     tags = report.scalars(report.plain(limit_rows()[1]))
     assert tags == [("limit/accuracy", 0.97, 990), ("limit/loss", 0.1, 990)]
     assert ("rows/row_norm", 1e-9, 900) in report.scalars(norm_rows()[9])
+    assert ("path/change", 0.003, 960) in report.scalars(path_rows()[1])
     assert all(step == 2 for _, _, step in report.scalars(spectrum_row(probe=2)))
     fields = {tag for tag, _, _ in report.scalars(report.plain(width_row()))}
     assert {"width/predicted", "width/low", "width/high"} <= fields

@@ -32,6 +32,7 @@ GROW = pipeline.stage(  # three steps of picking, three of pushing, two at rest;
 )  # fmt: skip
 GEOMETRY = {  # stages for few products on few digits
     "limit": pipeline.stage("limit", scan=(0.5,), resolution=0.25),
+    "path": pipeline.stage("path", ratios=(0.5,)),
     "rows": pipeline.stage("row_norms", num_weights=2),
     "hessian": pipeline.stage("spectrum", num_matvecs=3),
     "newton": pipeline.stage("spectrum", num_matvecs=5, operator="gauss_newton", stop_width=0.2),
@@ -441,10 +442,11 @@ def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(analysed, tmp
     workdir, whole = analysed
     pipeline.run(geometric("fit"), tmp_path / "fit")
     # each stage in the place it has above, which decides its random numbers
-    config = geometric("weights", "hessian", "width", "limit", "rows", "curve", start_from=str(tmp_path / "fit"))
+    names = ("weights", "hessian", "width", "limit", "path", "rows", "curve")
+    config = geometric(*names, start_from=str(tmp_path / "fit"))
     later = pipeline.run(config, tmp_path / "later")
     assert plain_rows(later, "hessian", "width") == plain_rows(whole, "hessian", "width")
-    assert {row["stage"] for row in later.rows} == {"weights", "hessian", "width", "limit", "rows", "curve"}
+    assert {row["stage"] for row in later.rows} == set(names)
     assert {row["arm"] for row in later.rows} == {"network"}  # nothing is trained: one network, one line in the report
     tiny.same(later.state.params, whole.state.params)
     rows = pipeline.run(config, tmp_path / "later").rows

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity_jax import losses, spectrum, tables
+from sparsity_jax import linops, losses, spectrum, tables
 
 NAMES = [f"linear.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias")]  # of the original's small network
 
@@ -161,6 +161,41 @@ def test_products_linearized_once_are_the_same(kind):
         matvec({"other": jnp.zeros(3)})
     with pytest.raises(ValueError, match="batch_size is 0; allowed: 1 and above"):
         spectrum.linearized(counted, params, data, 0)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_taylor_terms_are_those_of_gradient_and_hessian(on_host):
+    with jax.enable_x64(True):
+        params, data = jax.tree.map(lambda leaf: leaf.astype(float) if leaf.dtype == np.float32 else leaf, small())
+        step = jax.tree.map(lambda leaf: 0.1 * leaf, draw_vector(params))
+        found = spectrum.taylor(smooth, data, 16, on_host=on_host)(params, step)
+        gradient, matvec = jax.grad(smooth)(params, data), linops.hvp(smooth, params, data)
+        moved = jax.tree.map(jnp.add, params, step)
+        expected = (
+            smooth(moved, data) - smooth(params, data),
+            flat(gradient) @ flat(step),
+            flat(matvec(step)) @ flat(step) / 2,
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+        assert all(term.dtype == np.float64 for term in found)
+        square = lambda params, batch: sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(params))
+        change, first, second = spectrum.taylor(square, data, 10)(params, step)  # nothing beyond the second order
+        assert float(change) == pytest.approx(float(first + second), rel=1e-12)
+
+
+def test_taylor_terms_of_other_types_and_mistakes():
+    params, data = small()
+    step = draw_vector(params)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    terms = spectrum.taylor(smooth, data, 16)
+    np.testing.assert_allclose(terms(half, step), terms(params, step), rtol=0.1, atol=0.02)
+    with pytest.raises(ValueError, match="the vector of a product has the structure"):
+        terms(params, {"other": jnp.zeros(3)})
+    each = lambda params, batch: losses.cross_entropy(outputs(params, batch), batch["y"])
+    with pytest.raises(ValueError, match=r"loss returns an array of shape \(1,\); curvature needs one scalar"):
+        spectrum.taylor(each, data, 8)(params, step)
+    with pytest.raises(ValueError, match="batch_size is 0; allowed: 1 and above"):
+        spectrum.taylor(smooth, data, 0)
 
 
 def test_batch_losses_are_those_of_whole_batches():

@@ -565,6 +565,7 @@ MISTAKES = {
     "no stream": (dict(stream=False), {}, r"unreadable is 'skip', which only a stream uses; set config\.data\.stream"),
     "two crops": ({}, dict(fit=dict(augment="resized_crop_flip")), r"fit\.augment .* a stream crops already"),
     "learned scales": ({}, dict(pipeline=("learn", "fit")), r"config\.learn \(sfw_init\) draws from all of them"),
+    "all examples of the path": ({}, dict(pipeline=("fit", "path")), r"config\.path\.num_examples is 0, all: say how"),
     "all examples": ({}, dict(pipeline=("fit", "hessian")), r"config\.hessian\.num_examples is 0, all: say how many"),
     "tolerance": (
         {},
@@ -583,7 +584,7 @@ MISTAKES = {
 def test_mistakes_stop_before_an_image_is_read(folder, mistake, monkeypatch):
     options, changes, message = MISTAKES[mistake]
     config = config_of(folder, "fit", data=options)
-    config |= dict(hessian=pipeline.stage("spectrum"), width=pipeline.stage("width"))
+    config |= dict(hessian=pipeline.stage("spectrum"), width=pipeline.stage("width"), path=pipeline.stage("path"))
     config |= dict(remove=pipeline.stage("cut", measure="grasp", ratio=0.5))
     config |= {name: config[name] | own if isinstance(own, dict) else own for name, own in changes.items()}
     monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("an image was decoded"))
