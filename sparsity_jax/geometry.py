@@ -51,6 +51,9 @@ class Network(NamedTuple):
     outputs: Callable  # -> logits
     loss: Callable  # (logits, batch) -> mean over the batch
 
+    def mean_loss(self, variables: tuple[PyTree, PyTree], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return self.loss(self.outputs(variables, batch), batch)
+
 
 def network_of(problem: train.Problem, loss: tuple[str, tuple]) -> Network:
     rule, options = losses.LOSSES[loss[0]], dict(loss[1])
@@ -67,10 +70,9 @@ def train_losses(
 ) -> np.ndarray:
     """Mean training loss of every whole batch, in the data's order: float64 [batches]."""
     network = network_of(problem, loss)
-    whole = lambda variables, batch: network.loss(network.outputs(variables, batch), batch)
     compiled = problem.once(
         ("batch losses", loss, batch_size),
-        lambda: jax.jit(lambda variables, *data: spectrum.batch_losses(whole, variables, data, batch_size)),
+        lambda: jax.jit(lambda variables, *data: spectrum.batch_losses(network.mean_loss, variables, data, batch_size)),
     )
     return np.asarray(compiled(variables, problem.train_images, problem.train_labels), np.float64)
 
@@ -288,12 +290,9 @@ def path_terms(problem: train.Problem, chosen: Path) -> Callable:
     """`terms(variables, step)`: `spectrum.taylor` of the training loss for a step of the params."""
     network = network_of(problem, chosen.loss)
 
-    def loss(variables, batch):
-        return network.loss(network.outputs(variables, batch), batch)
-
     def build():
         data = examples(problem, chosen.num_examples)
-        terms = spectrum.taylor(loss, data, chosen.batch_size, on_host=on_host(problem))
+        terms = spectrum.taylor(network.mean_loss, data, chosen.batch_size, on_host=stages.on_host(problem))
         return lambda variables, step: terms(variables, (step, jax.tree.map(jnp.zeros_like, variables[1])))
 
     return problem.once(("path", chosen.loss, chosen.batch_size, chosen.num_examples), build)
@@ -339,11 +338,6 @@ def examples(problem: train.Problem, num: int) -> tuple[jax.Array, jax.Array]:
     return problem.examples("train", num or problem.size("train"))
 
 
-def on_host(problem: train.Problem) -> bool:
-    """Whether batches should be compiled calls of their own, see `spectrum.over_batches`."""
-    return train.convolves(stages.shapes_of(problem)) and jax.default_backend() == "cpu"
-
-
 def batch_product(problem: train.Problem, chosen: Any, kind: str = "hessian") -> spectrum.Product:
     """`product(variables, v, batch)` with the curvature of the training loss in the parameters `chosen.parameters`."""
     network = network_of(problem, chosen.loss)
@@ -363,7 +357,8 @@ def curvature(problem: train.Problem, chosen: Any, kind: str = "hessian") -> Cal
     """`product(variables, v)`: `batch_product` over `chosen.num_examples` of the train set."""
     name = ("curvature", kind, chosen.loss, chosen.parameters, chosen.batch_size, chosen.num_examples)
     product, data = batch_product(problem, chosen, kind), examples(problem, chosen.num_examples)
-    return problem.once(name, lambda: spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host(problem)))
+    on_host = stages.on_host(problem)
+    return problem.once(name, lambda: spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host))
 
 
 def curvature_at(problem: train.Problem, chosen: Any, kind: str, variables: tuple[PyTree, PyTree]) -> Callable:

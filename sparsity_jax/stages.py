@@ -281,6 +281,11 @@ def shapes_of(problem: train.Problem) -> PyTree:
     return jax.eval_shape(problem.init, jax.random.key(0))["params"]
 
 
+def on_host(problem: train.Problem) -> bool:
+    """Whether batches should be compiled calls of their own, see `spectrum.over_batches`."""
+    return train.convolves(shapes_of(problem)) and jax.default_backend() == "cpu"
+
+
 def run_prune(problem, state, settings, place, rows) -> Iterator[train.Update]:
     del rows
     chosen, options = settings[0], dict(settings[0].options)

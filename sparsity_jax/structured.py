@@ -247,7 +247,7 @@ def _needs(chosen: Cut) -> tuple[str, ...]:
 def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
     """`scores_of(state, key) -> {group: float [channels]}` of one member; compiled once for all rounds."""
     needs, channels = _needs(chosen), channels_of(problem, chosen.branches)
-    on_host = train.convolves(stages.shapes_of(problem)) and jax.default_backend() == "cpu"
+    on_host = stages.on_host(problem)
     scored = {name: group for name, group in channels.groups.items() if not _excluded(chosen, name)}
 
     def loss(variables, batch, temperature):
