@@ -107,10 +107,15 @@ def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:
 
 def is_kernel(path: str) -> bool:
     """Whether `path` names weights: `kernel` (Flax; NNX states end in `kernel/value`), `weight` or `w`."""
+    return last_name(path) in ("kernel", "weight", "w")
+
+
+def last_name(path: str) -> str:
+    """The name of an array itself: the end of `path`, without the `value` of NNX states."""
     names = [name.strip(".[]'\"") for name in path.split("/")]
     if len(names) > 1 and names[-1] == "value":
         names.pop()
-    return names[-1] in ("kernel", "weight", "w")
+    return names[-1]
 
 
 def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: jax.Array) -> jax.Array:
