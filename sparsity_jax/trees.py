@@ -133,12 +133,36 @@ def check_pattern(pattern: str, where: str) -> None:
         raise tables.ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
 
 
+def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:
+    """Raises ValueError for the first array of `tree` that holds NaN or, unless `infinite`, an infinity.
+
+    what: begins the sentence, e.g. the stage and member and what the tree is. Arrays without a fraction pass, and
+    those that `jit`, `vmap` or `grad` is tracing, whose values nobody knows yet.
+    """
+    bad, name = (jnp.isnan, "NaN") if infinite else (lambda x: ~jnp.isfinite(x), "NaN or infinite")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            continue
+        number = int(jnp.sum(bad(leaf)))
+        if number:
+            place = f" at {path_name(path)!r}" if path else ""
+            raise ValueError(
+                f"{what}: {number} of {jnp.size(leaf)} entries{place} are {name}; allowed: finite numbers"
+                + (" and infinities." if infinite else ".")
+            )
+
+
 def is_kernel(path: str) -> bool:
     """Whether `path` names weights: `kernel` (Flax; NNX states end in `kernel/value`), `weight` or `w`."""
+    return last_name(path) in ("kernel", "weight", "w")
+
+
+def last_name(path: str) -> str:
+    """The name of an array itself: the end of `path`, without the `value` of NNX states."""
     names = [name.strip(".[]'\"") for name in path.split("/")]
     if len(names) > 1 and names[-1] == "value":
         names.pop()
-    return names[-1] in ("kernel", "weight", "w")
+    return names[-1]
 
 
 def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: jax.Array) -> jax.Array:
