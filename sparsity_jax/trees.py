@@ -143,7 +143,8 @@ def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        number = int(jnp.sum(bad(leaf)))
+        with jax.ensure_compile_time_eval():  # a known array may meet a program that is being traced
+            number = int(jnp.sum(bad(leaf)))
         if number:
             place = f" at {path_name(path)!r}" if path else ""
             raise ValueError(
