@@ -434,9 +434,7 @@ def test_layers_before_the_last_to_get_there_end_an_update_later(order, ends):
 
 
 PUSHED = 5  # updates until the penalty of a layer is above its limit
-TURN_LAYERS = growing.layers(
-    kernels_of_ratio(dict.fromkeys(IN_TURN, 2.0)), {f"{name}/kernel": 0.5 for name in IN_TURN}
-)
+TURN_LAYERS = growing.layers(kernels_of_ratio(dict.fromkeys(IN_TURN, 2.0)), {f"{name}/kernel": 0.5 for name in IN_TURN})
 TURN = growing.growing_l2(
     TURN_LAYERS, update_every=1, granularity_prune=1.0, upper_limit=PUSHED - 0.5, mag_ratio_limit=2.0417
 )
