@@ -199,6 +199,16 @@ def fold_sum(function: Callable, *arrays: jax.Array) -> jax.Array:
     return fold(jnp.add, jnp.sum, function, *arrays)
 
 
+def widen(array: jax.Array) -> jax.Array:
+    """In float32 if its type is narrower, else as it is."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def absolute_sum(array: jax.Array) -> jax.Array:
+    """Sum of the magnitudes of all entries, in at least float32."""
+    return fold_sum(lambda x: jnp.abs(widen(x)), array)
+
+
 def square_sum(array: jax.Array) -> jax.Array:
     """Sum of the squares of all entries, in at least float32.
 
