@@ -5,6 +5,7 @@ channels come from the trace of the network (`groups`), so any network of the zo
 Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `scores` and `budgets`.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
@@ -309,7 +310,7 @@ def select(problem: train.Problem, chosen: Cut, found: dict, alive: dict, place:
         counts = {}
         for name, share in trees.match_rules(sizes, chosen.rules).items():
             density = 1.0 if _excluded(chosen, name) else float(chosen.plan(place.visits, share).density[i])
-            counts[name] = sizes[name] - int((1 - density) * sizes[name] + 1e-9)
+            counts[name] = sizes[name] - masks.count_of(1 - density, sizes[name], math.floor)
         del common["exclude"]
         keep = budgets.select_to_counts(found, counts, **common)
     elif chosen.budget == "channels":
@@ -355,7 +356,7 @@ def run_cut(problem, state, settings, place, rows) -> Iterator[train.Update]:
         found[i].append(
             dict(
                 measure=chosen.measure,
-                ratio=1 - (num / total if chosen.rules else float(chosen.plan(place.visits).density[place.visit - 1])),
+                ratio=1 - num / total,
                 budget=chosen.budget,
                 round=place.visit,
                 num_kept=num,
