@@ -138,11 +138,16 @@ def build_problem(
     eval_batch_size: int = 1000,
     steps_per_call: int = 0,
 ) -> Problem:
-    """Puts data in memory on the device. mesh: number of local devices that share each batch, 0 for all."""
+    """Puts data in memory on the device; of a stream some images are decoded to find mistakes, see `data.look_at`.
+
+    mesh: number of local devices that share each batch, 0 for all.
+    """
     devices = jax.local_devices()[: mesh or None]
     grid = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
     problem = Problem(model, *[None] * 4, dataset, grid, members, eval_batch_size, steps_per_call, {})
     if isinstance(dataset.train.images, data.Stream):
+        data.look_at(dataset.train.images)
+        data.look_at(dataset.test.images)
         return problem
     arrays = problem.place((*dataset.train, *dataset.test))
     return problem._replace(**dict(zip(Problem._fields[1:5], arrays, strict=True)))
@@ -438,6 +443,7 @@ def fit_stream(
         epochs=fit.epochs,
         start=step,
         put=problem.put,
+        lost=[name for row in met for name in row["unreadable_images"]],
     )
     with contextlib.closing(batches):
         for batch in batches:

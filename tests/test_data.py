@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity_jax import data
+from sparsity_jax import data, sources
 from sparsity_jax.tables import ConfigError
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "datasets"
@@ -209,13 +209,13 @@ def test_newest_version_and_single_config_are_found(tmp_path):
     for path in ("a/9.0.0", "a/10.0.0", "a/11.0.0.incompleteX", "b/only/1.0.0", "c/x/1.0.0", "c/y/1.0.0"):
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / "dataset_info.json").write_text("{}")
-    assert data.find_prepared("a", str(tmp_path)) == tmp_path / "a" / "10.0.0"
-    assert data.find_prepared("a:9.0.0", str(tmp_path)) == tmp_path / "a" / "9.0.0"
-    assert data.find_prepared("b", str(tmp_path)) == tmp_path / "b" / "only" / "1.0.0"
-    assert data.find_prepared("c/y", str(tmp_path)) == tmp_path / "c" / "y" / "1.0.0"
-    assert data.find_prepared("d", str(tmp_path)) is None
+    assert sources.find_prepared("a", str(tmp_path)) == tmp_path / "a" / "10.0.0"
+    assert sources.find_prepared("a:9.0.0", str(tmp_path)) == tmp_path / "a" / "9.0.0"
+    assert sources.find_prepared("b", str(tmp_path)) == tmp_path / "b" / "only" / "1.0.0"
+    assert sources.find_prepared("c/y", str(tmp_path)) == tmp_path / "c" / "y" / "1.0.0"
+    assert sources.find_prepared("d", str(tmp_path)) is None
     with pytest.raises(ConfigError, match="several configs are prepared: 'c/x', 'c/y'"):
-        data.find_prepared("c", str(tmp_path))
+        sources.find_prepared("c", str(tmp_path))
 
 
 def test_slices_cut_splits(tiny_cifar):
