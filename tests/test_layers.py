@@ -10,17 +10,8 @@ import sparsity_jax
 ROOT = pathlib.Path(sparsity_jax.__file__).parent
 # each may import those before it
 NUMERICS = (
-    "tables",
-    "decoding",
-    "sources",
-    "trees",
-    "masks",
-    "polytopes",
-    "linops",
-    "labels",
-    "flow",
-    "groups",
-    "relaxed",
+    *("tables", "decoding", "sources", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups"),
+    *("kernels", "relaxed"),
 )
 # never each other
 PARTS = (
