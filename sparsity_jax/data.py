@@ -384,8 +384,36 @@ def spread(size: int, limit: int) -> list[int]:
     """
     if not limit or limit >= size:
         return list(range(size))
-    rank = np.arange(size) * ((5**0.5 - 1) / 2) % 1.0
-    return np.sort(np.argsort(rank, kind="stable")[:limit]).tolist()
+    return np.sort(spread_order(size)[:limit]).tolist()
+
+
+def spread_order(size: int, start: float = 0.0) -> np.ndarray:
+    """The indices 0..size-1 in an order of which every stretch is spread evenly over them; see `spread`.
+
+    start: in [0, 1), where the multiples of the golden ratio begin.
+    """
+    rank = (np.arange(size) * ((5**0.5 - 1) / 2) + start) % 1.0
+    return np.argsort(rank, kind="stable")
+
+
+class FixedSample(NamedTuple):
+    """Which images stand for a whole split where a number of them is asked for.
+
+    rule: "spread" evenly over its stored order, another sample for each seed, or the "first". A larger sample holds
+    the smaller ones of its seed; a sample of all keeps the stored order.
+    """
+
+    rule: Literal["spread", "first"] = "spread"
+    seed: int = 0
+
+    def order(self, size: int) -> np.ndarray:
+        """All indices of a split of `size`; the first n are the sample of n."""
+        if self.rule == "first":
+            return np.arange(size)
+        return spread_order(size, np.random.default_rng(self.seed).random())
+
+    def indices(self, size: int, num: int) -> np.ndarray:
+        return np.arange(size) if num >= size else self.order(size)[:num]
 
 
 # Normalisation

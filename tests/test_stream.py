@@ -334,11 +334,15 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
     assert structured.accuracy(streamed, stock) == structured.accuracy(memory, stock)
 
 
-def test_examples_in_memory_are_spread_over_the_set(pair):
-    streamed, memory, _ = pair
+@pytest.mark.parametrize("rule", ["spread", "first"])
+def test_a_fixed_sample_is_the_same_streamed_and_in_memory(pair, rule):
+    sample = data.FixedSample(rule, seed=3)
+    streamed, memory = (problem._replace(sample=sample, compiled={}) for problem in pair[:2])
     images, labels = geometry.examples(streamed, 7)
-    index = data.spread(24, 7)
+    tiny.same((images, labels), memory.examples("train", 7))
+    index = sample.indices(24, 7)
     tiny.same((images, labels), (memory.train_images[jnp.array(index)], memory.train_labels[jnp.array(index)]))
+    assert index.tolist() == list(range(7)) or rule == "spread"
     assert streamed.examples("train", 7)[0] is images  # kept
     assert len(streamed.examples("test", 50)[1]) == 11
 
