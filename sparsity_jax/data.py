@@ -438,12 +438,9 @@ def check_normalization(normalization: str, channels: int) -> None:
 def statistics(normalization: str, name: str, images: np.ndarray) -> Normalization:
     """Mean and std of each channel for `load`'s option; those of grey sets are repeated for replicated channels."""
     channels = images.shape[-1]
-    check_normalization(normalization, channels)
-    if normalization == "none":
-        return Normalization((0.0,) * channels, (1.0,) * channels)
-    row = NORMALIZATIONS.get(re.split("[:/]", name)[0] if normalization == "auto" else normalization)
-    if row is not None and len(row.mean) in (1, channels):
-        return Normalization(*(values * (channels // len(values)) for values in row))
+    known = published(normalization, name, channels)
+    if known is not None:
+        return known
     # Exact, from counts of the 256 values; in parts, since bincount copies to int64.
     parts = range(0, len(images), 2000)
     counts = np.array(
@@ -453,6 +450,17 @@ def statistics(normalization: str, name: str, images: np.ndarray) -> Normalizati
     mean = shares @ values
     std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
     return Normalization(tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist()))  # a constant channel becomes 0
+
+
+def published(normalization: str, name: str, channels: int) -> Normalization | None:
+    """`statistics` where they are known without an image; None where they have to be computed."""
+    check_normalization(normalization, channels)
+    if normalization == "none":
+        return Normalization((0.0,) * channels, (1.0,) * channels)
+    row = NORMALIZATIONS.get(re.split("[:/]", name)[0] if normalization == "auto" else normalization)
+    if row is None or len(row.mean) not in (1, channels):
+        return None
+    return Normalization(*(values * (channels // len(values)) for values in row))
 
 
 def preprocess(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32) -> jax.Array:
