@@ -118,9 +118,9 @@ def cut_options(
     original) or of all that read or make it. branches: `tied` removes what a residual sum adds together; `separate`
     masks each of its sides alone, as the original does, and cannot be compacted there. use_l2, use_init: see
     `scores.score`.
-    imp_samples: train examples that gradients are averaged over, or all if there are fewer; Hessian products take
-    equally many of every class, no more than the rarest has; batch_size: of their batches; temperature: divides the
-    logits, those of Hessian products have their own.
+    imp_samples: train examples (which ones: see `config.sample`) that gradients are averaged over, or all if there are
+    fewer; Hessian products take equally many of every class, no more than the rarest has; batch_size: of their batches;
+    temperature: divides the logits, those of Hessian products have their own.
     min_share: int(min_share * channels) + 1 of each group stay; protect: which, see `budgets`. multiple: what is left
     of each group is rounded up to a multiple of it, and every round makes up for that of the one before.
     exclude: pattern of names of groups left whole and uncounted. skip: pattern of arrays that scores do not read.
@@ -261,7 +261,8 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
     if chosen.balanced:
         classes, known = problem.dataset.num_classes, problem.dataset.train.labels
         rarest = int(np.bincount(known, minlength=classes).min())
-        index = scores.class_balanced(known, classes, min(len(labels), classes * rarest))
+        order = problem.sample.order(len(known))
+        index = order[scores.class_balanced(known[order], classes, min(len(labels), classes * rarest))]
         balanced = (problem.train_images[index], problem.train_labels[index])
     collect = scores.gather(
         loss,
