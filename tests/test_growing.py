@@ -259,6 +259,31 @@ def test_a_layer_of_zeros_does_not_spoil_its_ratio():
     assert growing.progress(state)["a/kernel"].phase == growing.STABILIZE
 
 
+@pytest.mark.parametrize("pick", ["min", "max", "rand"])
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+def test_nan_goes_first_inside_jit_and_is_named_outside(pick, granularity):
+    params = {"a": {"kernel": jnp.arange(1.0, 9).reshape(2, 4).at[0, 2].set(jnp.nan)}}
+    layers = growing.layers(params, {"a/kernel": 0.25}, granularity)
+    options = dict(pick=pick, key=jax.random.key(0))
+    keep = jax.jit(lambda params: growing.pick(params, layers, **options))(params)["a/kernel"]
+    assert not keep.reshape(-1, 4)[0, 2]
+    assert (~keep).sum() == 0.25 * keep.size
+    with pytest.raises(ValueError, match="NaN") as error:
+        growing.pick(params, layers, **options)
+    assert "a/kernel" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("scores", "number"),
+    [([1, np.nan, 2, 9], 1), ([np.nan, np.nan, 3, 4], 2), ([np.nan] * 3, 1), ([-np.inf, np.inf, np.inf, 1], 1)],
+)
+def test_largest_gap_of_numbers_that_are_none(scores, number):
+    assert jax.jit(growing.largest_gap)(jnp.asarray(scores)) == number
+    if np.isnan(scores).any():
+        with pytest.raises(ValueError, match="NaN"):
+            growing.largest_gap(jnp.asarray(scores))
+
+
 def test_largest_gap_leaves_out_the_ends():
     scores = np.r_[-1e6, np.arange(40), np.arange(60, 118), 1e6]  # 2 of 100 at either end
     assert growing.largest_gap(jnp.asarray(scores)) == 41
@@ -531,6 +556,47 @@ def test_scores_of_coupled_groups_are_means_over_their_producers(residual):
     stem, outer = (np.abs(params[name]["kernel"]) for name in ("stem", "outer"))
     sums, entries = stem.sum((0, 1, 2)) + outer.sum((0, 1, 2)), (stem.size + outer.size) / 6
     assert set(np.flatnonzero(~np.asarray(keep))) == set(np.argsort(sums / entries)[:3])
+
+
+def einsum_network(v, x):
+    return jnp.tanh(jnp.einsum("oi,bi->bo", v["enc"]["w_i"], x)) @ v["out"]["w"]
+
+
+EINSUM = dict(enc=dict(w_i=np.ones((8, 5), np.float32)), out=dict(w=np.ones((8, 3), np.float32)))
+
+
+@pytest.mark.parametrize("members", ["kernels", "producers"])
+def test_roles_of_coupled_groups_do_not_depend_on_names(members):
+    channels = groups.trace(einsum_network, EINSUM, jnp.ones((4, 5)))
+    (name,) = channels.names
+    (layer,) = growing.coupled(channels, EINSUM, {name: 0.5}, members=members)
+    made, read = growing.Part("enc/w_i", 0), growing.Part("out/w", 0)
+    assert layer.scored == (made,)
+    assert layer.parts == ((made,) if members == "producers" else (made, read))
+
+
+CONV = {"conv": {"weight": jnp.ones((16, 3, 5, 5))}}  # [out, in, height, width], as in PyTorch and Equinox
+CONVOLVE = lambda v, x: jax.lax.conv_general_dilated(x, v["conv"]["weight"], (1, 1), "SAME")
+
+
+@pytest.mark.parametrize(("granularity", "size"), [("filter", 16), ("channel", 3)])
+def test_layouts_are_told_by_trace_or_option_and_never_guessed(granularity, size):
+    channels = groups.trace(CONVOLVE, CONV, jnp.ones((1, 3, 8, 8)))
+    for known in (dict(channels=channels), dict(layout="out_in")):
+        (layer,) = growing.layers(CONV, {"conv/weight": 0.5}, granularity, **known)
+        assert layer.shape == (size,)
+    with pytest.raises(ValueError, match="layout="):
+        growing.layers(CONV, {"conv/weight": 0.5}, granularity)
+    assert growing.layers(CONV, {"conv/weight": 0.5}, "weight")[0].shape == (16, 3, 5, 5)
+
+
+def test_heads_of_an_attention_are_no_filters():
+    params = {"query": {"kernel": jnp.ones((6, 2, 3))}}
+    project = lambda v, x: jnp.einsum("bi,ihd->bhd", x, v["query"]["kernel"])
+    channels = groups.trace(project, params, jnp.ones((4, 6)))
+    with pytest.raises(ValueError, match="one axis"):
+        growing.layers(params, {"query/kernel": 0.5}, channels=channels)
+    assert growing.layers(params, {"query/kernel": 0.5}, "channel", channels=channels)[0].shape == (6,)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
