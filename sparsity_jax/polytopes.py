@@ -106,7 +106,7 @@ class KSparse:
         return jnp.where(outside, (factor * self.radius / length * wide).astype(x.dtype), x)
 
     def pull_back(self, x: jax.Array) -> jax.Array:
-        """A point of the set near x, for x a rounding outside: entries cut at the radius, then scaled to the L1 norm."""
+        """A point of the set near x, for x a rounding outside: cut at the radius, then scaled to the L1 norm."""
         inside = jnp.clip(x, -self.radius, self.radius)
         length, budget = trees.absolute_sum(inside), self.radius * self.support(x.size)
         return jnp.where(length > budget, budget * (inside / jnp.where(length > budget, length, 1)), inside)
