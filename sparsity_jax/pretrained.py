@@ -169,7 +169,7 @@ def write(path: str | os.PathLike, state_dict: StateDict) -> pathlib.Path:
     part = path.with_name(f".{path.name}.part")
     arrays = {name: np.array(array, order="C") for name, array in state_dict.items()}
     try:
-        safetensors.numpy.save_file(arrays, part, metadata={"format": "pt"})
+        part.write_bytes(safetensors.numpy.save(arrays, metadata={"format": "pt"}))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
