@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import tqdm
 
 from sparsity_jax import (
@@ -581,8 +582,7 @@ def build(plans: list[Plan]) -> train.Problem:
                 visits = plans[0].pipeline.count(name)
                 structured.check_network(problem, plan.settings[name][0], f"config.{name}", visits)
             for own in plan.settings[name]:
-                if greg.choice_of(own) is not None:
-                    greg.check_network(problem, own)
+                greg.check_network(problem, own)
     return problem
 
 
@@ -662,6 +662,7 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
                 like = stage.begin(problem, state, own, place) if resumed else state
                 state = saved.restore(checkpoint.abstract(like))
             if not resumed:
+                stages.check_weights(problem, state, name)
                 state = stage.begin(problem, state, own, place)
                 saved.save(state, checkpoint.Progress(position, True, rows))
             common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
@@ -768,19 +769,32 @@ def run_stage(
 
 
 def arm_of(plan: Plan, position: int) -> str:
-    """Label of the trained network a stage belongs to: of the latest `train` stage up to it, or the next one.
+    """Label of the network a stage belongs to: of the latest `train` stage up to it, or the next one.
 
-    `network` if this run trains none: all its stages look at one and the same.
+    A stage of `greg.REMOVING` makes another network, which has the label of the next training, or else the name of that
+    stage. `network` before anything is made, if this run trains none.
     """
-    trains = [i for i, name in enumerate(plan.pipeline) if plan.configs[0][name]["kind"] == "train"]
-    if not trains:
+    kinds = [plan.configs[0][name]["kind"] for name in plan.pipeline]
+    trains = [i for i, kind in enumerate(kinds) if kind == "train"]
+    removes = [i for i, kind in enumerate(kinds) if kind in greg.REMOVING]
+    latest = max((i for i in (*trains, *removes) if i <= position), default=-1)
+    named = latest if latest in trains else next((i for i in trains if i > latest), latest)
+    if named < 0:
         return "network"
-    name = plan.pipeline[max((i for i in trains if i <= position), default=trains[0])]
+    name = plan.pipeline[named]
     return plan.configs[0][name].get("label") or name
 
 
-def describe_environment(problem: train.Problem) -> dict[str, str]:
-    """Versions and hardware, for the report."""
+def chance(dataset: data.Dataset) -> float:
+    """Test accuracy of always answering the most frequent class; of a stream, one over the number of classes."""
+    labels = dataset.test.labels
+    if labels is None:
+        return 1 / dataset.num_classes
+    return round(float(np.bincount(labels).max() / labels.size), 4)
+
+
+def describe_environment(problem: train.Problem) -> dict[str, Any]:
+    """Versions and hardware, and the accuracy by chance, for the report."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     device = jax.local_devices()[0]
     shapes = jax.tree.leaves(stages.shapes_of(problem))
@@ -788,6 +802,7 @@ def describe_environment(problem: train.Problem) -> dict[str, str]:
         "device": f"{device.device_kind} ({device.platform}, {len(jax.local_devices())} local)",
         "python": host.python_version(),
         "parameters": f"{sum(leaf.size for leaf in shapes):,}",
+        "chance": chance(problem.dataset),
         **versions,
     }
 

@@ -14,7 +14,20 @@ import pytest
 import tiny
 from jax import export as stablehlo
 
-from sparsity_jax import cost, data, evaluate, groups, masks, models, optim, pipeline, structured, tables, train
+from sparsity_jax import (
+    checkpoint,
+    cost,
+    data,
+    evaluate,
+    groups,
+    masks,
+    models,
+    optim,
+    pipeline,
+    structured,
+    tables,
+    train,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MOMENTUM = optim.settings("sgd", learning_rate=0.1, momentum=0.9)
@@ -149,6 +162,14 @@ def test_members_trained_at_once_and_networks_under_way(dense, tmp_path):
     assert [row["progress"] for row in evaluate.run(under_way)] == ["in stage 1 of 1 (fit)"] * 2
 
 
+def test_the_network_is_that_of_the_last_training():
+    first, second = dict(kind="train", label="SFW"), dict(kind="train", label="SGD")
+    config = dict(pipeline=["one", "curve", "two", "curve"], one=first, two=second, curve=dict(kind="curve"))
+    names = [evaluate._label(config, checkpoint.Progress(stage, begun, [])) for stage in range(4) for begun in (0, 1)]
+    assert names == ["SFW", "SFW", "SFW", "SFW", "SFW", "SGD", "SGD", "SGD"]
+    assert evaluate._label(config, checkpoint.Progress(4, False, [])) == "SGD"
+
+
 def test_members_without_a_checkpoint_are_named(masked, tmp_path, capsys):
     workdir = tmp_path / "half"
     shutil.copytree(masked[0], workdir)
@@ -202,7 +223,7 @@ def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, t
     command = [sys.executable, "-W", "error", "-m", "sparsity_jax.evaluate", "--workdir", str(workdir), "--train"]
     command += ["--latency", "--batch_size", "8", "--repeats", "2", "--json", str(numbers), "--export", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "mlp on digits, member 0: finished" in done.stdout
+    assert "mlp on digits, fit, member 0: finished" in done.stdout
     assert f"exported compact network: {folder}" in done.stdout
     assert done.stderr == ""
     (row,) = json.loads(numbers.read_text(encoding="utf-8"))
