@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsity_jax import stopping
 from sparsity_jax.tables import ConfigError, Count, Fraction, Index, Positive, check_options, closest, defaults, lookup
 
 CHUNK = 500  # records one thread reads and decodes at a time
@@ -274,7 +275,7 @@ def decode_split(source: Source, limit: int, size: int, channels: int, convert: 
         futures = [pool.submit(work, start) for start in range(0, len(indices), CHUNK)]
         try:
             for future in futures:
-                future.result()
+                stopping.result_of(future)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error the rest is not decoded
     return Split(images, labels)

@@ -92,15 +92,15 @@ def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str =
     folders = sorted(path for path in workdir.glob("member_*") if re.fullmatch(r"member_\d+", path.name))
     folders = [workdir] if inside else folders
     numbered = {int(path.name.removeprefix("member_")): path for path in folders}
-    found = {i: checkpoint.finished_stages(path) for i, path in (numbered or {0: workdir}).items()}
-    if all(stage is None for stage in found.values()):
+    found = {i: checkpoint.newest(path) for i, path in (numbered or {0: workdir}).items()}
+    if not any(found.values()):
         raise tables.ConfigError(f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more.")
     problem = build(config, data_dir, data_name)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
-    for i, stage in found.items():
-        if stage is not None:
-            states, progress = restore(numbered.get(i, workdir), problem, hint)
+    for i, snapshot in found.items():
+        if snapshot is not None:
+            states, progress = restore(snapshot, problem, hint)
             own = [members[i] if i < len(members) else {}] if numbered else members
             if len(states) != len(own):
                 raise tables.ConfigError(
@@ -116,7 +116,7 @@ def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str =
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     """The config of a run, with the defaults of all common fields."""
-    if not (workdir / "config.json").is_file():
+    if not checkpoint.holds_run(workdir):
         raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
     config = checkpoint.read_config(workdir)
     known = tables.parameters(pipeline.settings)
@@ -156,18 +156,16 @@ def _progress(config: Mapping[str, Any], progress: checkpoint.Progress) -> str:
     return f"in stage {progress.stage + 1} of {len(names)} ({names[progress.stage]})"
 
 
-def restore(workdir: pathlib.Path, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
-    """(state of each member, progress) of the newest checkpoint in `workdir`, made on whatever devices.
+def restore(snapshot: checkpoint.Snapshot, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
+    """(state of each member, progress) of a checkpoint made on whatever devices.
 
     hint: what else may be the reason if the checkpoint is of another network, which raises ConfigError.
     """
-    with contextlib.closing(checkpoint.Checkpoints(workdir)) as saved:
-        progress = saved.progress()
-        shapes = saved.shapes()
-        variables = jax.eval_shape(problem.init, jax.random.key(0))
-        wanted = {**variables, "masks": variables["params"]}
-        _check_shapes(workdir, shapes, wanted, hint)
-        arrays = saved.arrays()
+    shapes, progress = snapshot.shapes(), snapshot.progress
+    variables = jax.eval_shape(problem.init, jax.random.key(0))
+    wanted = {**variables, "masks": variables["params"]}
+    _check_shapes(snapshot.folder.parent.parent, shapes, wanted, hint)
+    arrays = snapshot.arrays()
     parts = trees.map_named(lambda path, _: arrays[path], wanted)
     state = train.State(
         parts["params"], parts["batch_stats"], parts["masks"], (), arrays["step"], arrays["key"], train.no_metrics()

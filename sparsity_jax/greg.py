@@ -6,7 +6,6 @@ that `structured.compact` really removes them.
 Source: Wang, Qin, Zhang, Fu 2021, arXiv:2012.09243, and its published code; see `growing` and `ratios`.
 """
 
-import contextlib
 import math
 import pathlib
 import re
@@ -151,8 +150,7 @@ def kernels_of(problem: train.Problem) -> list[str]:
 
 def masks_of(workdir: str) -> dict[str, np.ndarray]:
     """The masks of the network at the end of a finished run of one network, by path."""
-    with contextlib.closing(checkpoint.Checkpoints(pathlib.Path(workdir))) as saved:
-        found = saved.arrays()
+    found = checkpoint.newest(pathlib.Path(workdir)).arrays()
     return {path.removeprefix("masks/"): np.asarray(a) for path, a in found.items() if path.startswith("masks/")}
 
 

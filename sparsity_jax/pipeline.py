@@ -9,9 +9,8 @@ import json
 import pathlib
 import platform as host
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,11 +23,13 @@ from sparsity_jax import (
     data,
     geometry,
     greg,
+    lock,
     models,
     optim,
     pretrained,
     report,
     stages,
+    stopping,
     structured,
     tables,
     train,
@@ -36,6 +37,7 @@ from sparsity_jax import (
 )
 
 PyTree = Any
+say = checkpoint.say
 Platform = Literal["default", "cpu", "gpu", "tpu"]
 STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES, **greg.STAGES}
 
@@ -52,7 +54,7 @@ def settings(
     start_from: str = "",
     pretrained: str = "",
     fresh_classifier: bool = False,
-    seed: tables.Index = 0,
+    seed: tables.Seed = 0,
     platform: Platform = "default",
     mesh: tables.Index = 1,
     steps_per_call: tables.Index = 0,
@@ -108,8 +110,24 @@ def plain(config: Mapping) -> dict:
         config = config.to_dict()
     try:
         return json.loads(json.dumps(config))
-    except TypeError as error:
-        raise tables.ConfigError(f"config holds a value that is not plain data: {error}.") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        place = path_of_foreign(config, "config")
+        raise tables.ConfigError(f"{place} is a value that is not plain data: {error}.") from None
+
+
+def path_of_foreign(value: Any, where: str) -> str:
+    """Path of the first value in a config that JSON cannot hold, or "" if there is none."""
+    if isinstance(value, Mapping):
+        inner = ((f"{where}.{name}", item) for name, item in value.items())
+    elif isinstance(value, (list, tuple)):
+        inner = ((f"{where}[{i}]", item) for i, item in enumerate(value))
+    else:
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            return where
+        return ""
+    return next(filter(None, (path_of_foreign(item, path) for path, item in inner)), "")
 
 
 def check(config: Mapping) -> tuple[list[Plan], bool]:
@@ -143,7 +161,7 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
             )
     members = list(expand(config))
     for member, _ in members:
-        tables.convert(member["seed"], tables.Index, "config.sweep.seed")
+        tables.convert(member["seed"], tables.Seed, "config.sweep.seed")
     for path in members[0][1]:
         if path not in ("arm", "seed") and path.split(".")[0] in known:
             raise tables.ConfigError(f"config.sweep names config.{path}; allowed: arm, seed and fields of stages.")
@@ -256,7 +274,7 @@ def check_origin(config: dict) -> dict[str, str]:
     if not config["start_from"]:
         return {}
     where, path = f"config.start_from is {config['start_from']!r}", pathlib.Path(config["start_from"])
-    if not (path / "config.json").is_file():
+    if not checkpoint.holds_run(path):
         raise tables.ConfigError(f"{where}, which holds no run (no config.json).")
     other = checkpoint.read_config(path)
     differing = checkpoint.differences(*map(complete_model, (other.get("model") or {}, plain(config["model"]))))
@@ -452,10 +470,6 @@ def override_all(config: dict, values: dict[str, Any]) -> dict:
     return config
 
 
-# Set by the command line's signal handler: an exception raised there is lost if it hits a garbage collector's callback.
-interrupted = threading.Event()
-
-
 # Running -----------------------------------------------------------------------------------------------------
 
 
@@ -466,30 +480,71 @@ class Outcome(NamedTuple):
     rows: list[dict]
 
 
-def run(config: Mapping, workdir: str | pathlib.Path, *, command: str = "") -> Outcome:
+def run(
+    config: Mapping, workdir: str | pathlib.Path, *, command: str = "", lock_seconds: float = lock.STALE_SECONDS
+) -> Outcome:
     """Runs, or continues, the pipeline of `config` in `workdir`; writes rows, checkpoints and the report there.
 
     The same call continues an interrupted run and ends with the same numbers (bit for bit on CPU); a finished run only
-    rewrites its report. command: what was typed, for the report. Raises ConfigError before anything compiles, and
+    rewrites its report, and needs neither data nor the run it started from. command: what was typed, for the report.
+    lock_seconds: how long a run of another host that holds `workdir` may be silent. Raises ConfigError before anything
+    compiles, LockedError where another run is at work, DamagedError where no checkpoint is whole, and
     train.NonFiniteLossError; if members of a sweep run one after the other, once all have run.
     """
     config, workdir = plain(config), pathlib.Path(workdir)
+    checkpoint.check_path(workdir)
+    if checkpoint.holds_run(workdir) and checkpoint.read_config(workdir) == config:
+        snapshots = last_snapshots(workdir, config)
+        if snapshots:
+            return redraw(config, workdir, snapshots)
     use_platform(config.get("platform", "default"))
     plans, separate = check(config)
     checkpoint.refuse_other(workdir, config)
+    lock.refuse(workdir, lock_seconds)
     problem = build(plans)
-    checkpoint.claim(workdir, config)
-    environment = describe_environment(problem) | ({"command": command} if command else {})
-    report.write_environment(workdir, environment)
-    if not separate:
-        outcome, diverged = run_plan(plans[0], problem, workdir), []
-    else:
-        outcome, diverged = run_members(plans, problem, workdir)
-    path = report.write(workdir, config, outcome.rows, title=plans[0].common["title"] or None, environment=environment)
+    with lock.held(workdir, lock_seconds) as still_mine:
+        checkpoint.claim(workdir, config)
+        environment = describe_environment(problem) | ({"command": command} if command else {})
+        environment = report.continued(workdir, environment)
+        report.write_environment(workdir, environment)
+        if not separate:
+            outcome, diverged = run_plan(plans[0], problem, workdir, config, still_mine), []
+        else:
+            outcome, diverged = run_members(plans, problem, workdir, still_mine)
+        title = plans[0].common["title"] or None
+        path = report.write(workdir, config, outcome.rows, title=title, environment=environment)
     say(f"report: {path}")
     if diverged:
         raise train.NonFiniteLossError("\n".join(diverged))
     return outcome
+
+
+def last_snapshots(workdir: pathlib.Path, config: dict) -> list[checkpoint.Snapshot]:
+    """The last checkpoint of every separate member of a finished run; [] for a run that is not finished."""
+    folders = sorted(workdir.glob("member_[0-9]*"))
+    if folders and len(folders) < len(list(expand({**tables.defaults(settings), **config}))):
+        return []
+    found = [checkpoint.newest(folder) for folder in folders or [workdir]]
+    ended = [snapshot is not None and snapshot.progress.stage == len(config["pipeline"]) for snapshot in found]
+    return found if all(ended) else []
+
+
+def redraw(config: dict, workdir: pathlib.Path, snapshots: list[checkpoint.Snapshot]) -> Outcome:
+    """Writes rows and report of a finished run again; versions stay those it was made with."""
+    rows = []
+    for snapshot in snapshots:
+        own = snapshot.progress.rows
+        folder = snapshot.folder.parent.parent
+        if len(snapshots) > 1:
+            report.Writer(folder, own).close()
+            own = [{**row, "member": int(folder.name.removeprefix("member_"))} for row in own]
+        rows += own
+    report.Writer(workdir, rows).close()
+    title = config.get("title") or None
+    path = report.write(workdir, config, rows, title=title, environment=report.read_environment(workdir))
+    say(f"report: {path}")
+    tree = snapshots[-1].tree()
+    return Outcome(train.State(**{**tree, "metrics": train.Metrics(**tree["metrics"])}), rows)
 
 
 def use_platform(name: str) -> None:
@@ -505,7 +560,9 @@ def use_platform(name: str) -> None:
         raise tables.ConfigError(f"config.platform is {name!r}, but this process already uses jax on {found!r}.")
 
 
-def run_members(plans: list[Plan], problem: train.Problem, workdir: pathlib.Path) -> tuple[Outcome, list[str]]:
+def run_members(
+    plans: list[Plan], problem: train.Problem, workdir: pathlib.Path, still_mine: Callable[[], None]
+) -> tuple[Outcome, list[str]]:
     """The members of a sweep one after the other, in folders of their own: (outcome, a line for each that diverged).
 
     The outcome's state is that of the last member that did not.
@@ -513,11 +570,14 @@ def run_members(plans: list[Plan], problem: train.Problem, workdir: pathlib.Path
     rows, state, diverged = [], None, []
     for i, plan in enumerate(plans):
         place = workdir / f"member_{i:03d}"
-        checkpoint.claim(place, plan.configs[0])
+        stopping.check()
+        plan = plan._replace(common=member_origin(plan.common, i))
+        config = member_config(plan)
+        checkpoint.claim(place, config)
         swept = ", ".join(f"{name}={value}" for name, value in plan.swept[0].items())
         say(f"member {i} ({i + 1} of {len(plans)}): {swept}")
         try:
-            state, own = run_plan(plan._replace(common=member_origin(plan.common, i)), problem, place)
+            state, own = run_plan(plan, problem, place, config, still_mine)
         except train.NonFiniteLossError as error:
             diverged.append(f"member {i}: {error}")
             own = report.read_rows(place / report.METRICS)
@@ -530,6 +590,12 @@ def member_origin(common: dict[str, Any], member: int) -> dict[str, Any]:
     """The common fields of one separate member: it starts from the same member of a run that has such."""
     own = pathlib.Path(common["start_from"]) / f"member_{member:03d}"
     return {**common, "start_from": str(own)} if common["start_from"] and own.is_dir() else common
+
+
+def member_config(plan: Plan) -> dict:
+    """The config of one separate member, which makes the same network alone, in whatever folder."""
+    alone = dict(sweep={}, arms={}, arm="", start_from=plan.common["start_from"])
+    return {**plan.configs[0], **alone}
 
 
 def build(plans: list[Plan]) -> train.Problem:
@@ -630,12 +696,18 @@ class Run(NamedTuple):
         return [[row for row in rows if row["member"] == i] for i in range(self.problem.members or 1)]
 
 
-def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outcome:
-    """Runs the stages of one plan, from its newest checkpoint if there is one."""
-    saved = checkpoint.Checkpoints(workdir)
+def run_plan(
+    plan: Plan, problem: train.Problem, workdir: pathlib.Path, config: dict, still_mine: Callable[[], None]
+) -> Outcome:
+    """Runs the stages of one plan, from its newest whole checkpoint if there is one.
+
+    config: of the plan, as plain data. still_mine: raises OSError if the workdir belongs to another run by now.
+    """
+    found = checkpoint.newest(workdir)
+    saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
     with contextlib.ExitStack() as stack:
         stack.callback(saved.close)
-        progress = saved.progress() or checkpoint.Progress(0, False, [])
+        progress = found.progress if found else checkpoint.Progress(0, False, [])
         state, origin = initial_state(plan, problem), []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
@@ -660,7 +732,7 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
             if resumed or (position == progress.stage and position):
                 state = state._replace(opt_state=carried_before(plan, state, position))
                 like = stage.begin(problem, state, own, place) if resumed else state
-                state = saved.restore(checkpoint.abstract(like))
+                state = found.restore(checkpoint.abstract(like))
             if not resumed:
                 state = stage.begin(problem, state, own, place)
                 saved.save(state, checkpoint.Progress(position, True, rows))
@@ -669,7 +741,7 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
             state = after(plan, state, position)
             saved.save(state, checkpoint.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
-            state = saved.restore(checkpoint.abstract(stages.without_optimizer(state)))
+            state = found.restore(checkpoint.abstract(stages.without_optimizer(state)))
     return Outcome(state, rows)
 
 
@@ -698,8 +770,7 @@ def carried_before(plan: Plan, state: train.State, position: int) -> Any:
 
 def check_arrays(path: str, shapes: PyTree, members: int | None) -> None:
     """Raises ConfigError if the parameters in the finished run in `path` do not have `shapes`, for each member."""
-    with contextlib.closing(checkpoint.Checkpoints(path)) as saved:
-        found = saved.shapes()
+    found = checkpoint.newest(path).shapes()
     for name, leaf in trees.named_leaves(shapes).items():
         there, here = found.get(f"params/{name}"), (() if members is None else (members,)) + leaf.shape
         if there != here:
@@ -716,11 +787,11 @@ def continue_from(path: str, state: train.State) -> tuple[train.State, list[dict
     """
     rows: list[dict] = []
     for place, _ in reversed(list(ancestry(path))):
-        with contextlib.closing(checkpoint.Checkpoints(place)) as saved:
-            new = saved.progress().rows
-            stages_anew = {row["stage"] for row in new}
-            rows = [row for row in rows if row["stage"] not in stages_anew] + new
-            restored = saved.restore(checkpoint.abstract(state)) if place == pathlib.Path(path) else None
+        saved = checkpoint.newest(place)
+        new = saved.progress.rows
+        stages_anew = {row["stage"] for row in new}
+        rows = [row for row in rows if row["stage"] not in stages_anew] + new
+        restored = saved.restore(checkpoint.abstract(state)) if place == pathlib.Path(path) else None
     return restored._replace(key=state.key), rows
 
 
@@ -752,8 +823,7 @@ def run_stage(
                         good = (after(plan, state, position), checkpoint.Progress(position + 1, False, list(rows)))
                 run.writer.append(new)
                 display.show(update.done, new)
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
+                stopping.check()
                 if update.state is not None and update.done < 1 and time.monotonic() - last >= every:
                     train.check_finite(state, spe, place.name)
                     run.saved.save(*good)
@@ -790,11 +860,6 @@ def describe_environment(problem: train.Problem) -> dict[str, str]:
         "parameters": f"{sum(leaf.size for leaf in shapes):,}",
         **versions,
     }
-
-
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    tqdm.tqdm.write(message, file=sys.stderr)
 
 
 class Display:

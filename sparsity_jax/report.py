@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsity_jax import figures, geometry_figures, growing_figures
+from sparsity_jax import checkpoint, figures, geometry_figures, growing_figures, intact
 
 METRICS, CONFIG, ENVIRONMENT, REPORT = "metrics.jsonl", "config.json", "environment.json", "report.html"
 
@@ -76,28 +76,37 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
         raise
 
 
-def to_line(row: Mapping) -> str:
+def to_line(row: Mapping, before: int) -> tuple[str, int]:
+    """(the line of a row, with its checksum, the checksum); before: that of the line before, 0 of the first."""
     missing = [field for field in ("stage", "kind") if field not in row]
     if missing:
         raise ValueError(f"a row lacks {' and '.join(missing)}; it has: {', '.join(map(str, row)) or 'nothing'}.")
-    return json.dumps(plain(row), allow_nan=False) + "\n"
+    line, total = intact.summed_row(json.dumps(plain(row), allow_nan=False), before)
+    return line + "\n", total
+
+
+def to_lines(rows: Iterable[Mapping], before: int = 0) -> tuple[str, int]:
+    """(the lines of rows, the checksum of the last one)."""
+    lines = []
+    for row in rows:
+        line, before = to_line(row, before)
+        lines.append(line)
+    return "".join(lines), before
 
 
 def read_rows(path) -> list[dict]:
-    """Rows of a metrics file. A last line cut off by a killed run is left out.
+    """Rows of a metrics file, without their checksums. A last line cut off by a killed run is left out.
 
-    Raises ValueError with the line number for any other line that is not one JSON object.
+    Raises ValueError with the line number for any other line that is not one JSON object, or not as it was written.
     """
     path = pathlib.Path(path)
     lines = path.read_bytes().split(b"\n")
-    rows = []
+    rows, total = [], 0
     for i, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
+            row, total = intact.read_row(line, total)
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             if i == len(lines) - 1:
                 break
@@ -123,7 +132,8 @@ class Writer:
 
         workdir = pathlib.Path(workdir)
         rows = list(rows_so_far)
-        write_atomic(workdir / METRICS, "".join(map(to_line, rows)).encode())
+        lines, self._sum = to_lines(rows)
+        write_atomic(workdir / METRICS, lines.encode())
         events = workdir / "tensorboard"
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
@@ -134,7 +144,8 @@ class Writer:
 
     def append(self, rows: list[dict]) -> None:
         """Writes all rows and flushes. A row that cannot be written raises, and then none of them is written."""
-        self._file.write("".join([to_line(row) for row in rows]))
+        lines, self._sum = to_lines(rows, self._sum)
+        self._file.write(lines)
         self._file.flush()
         self._add_scalars(rows)
 
@@ -229,7 +240,34 @@ def write(
 
 def write_environment(workdir, environment: dict) -> None:
     """Writes `workdir/environment.json`."""
-    write_atomic(pathlib.Path(workdir) / ENVIRONMENT, (json.dumps(plain(environment), indent=2) + "\n").encode())
+    path = pathlib.Path(workdir) / ENVIRONMENT
+    write_atomic(path, (json.dumps(plain(environment), indent=2) + "\n").encode())
+    intact.record(path)
+
+
+def read_environment(workdir) -> dict | None:
+    """What `workdir/environment.json` holds; None where there is none, or another than was written, which is told."""
+    path = pathlib.Path(workdir) / ENVIRONMENT
+    try:
+        if not path.exists():
+            return None
+        if intact.is_changed(path):
+            raise ValueError(f"{path} is not as it was written (its checksum differs)")
+        return read_dict(path)
+    except ValueError as error:
+        checkpoint.say(f"{error}; versions are left out")
+        return None
+
+
+def continued(workdir, environment: dict) -> dict:
+    """`environment` after that of the run so far in `workdir`: where they differ, both, e.g. `0.10.2, then 0.11.0`."""
+    before = read_environment(workdir) or {}
+    joined = {}
+    for name, value in {**before, **environment}.items():
+        old = before.get(name, value)
+        known = str(old).split(", then ")[-1] == str(value) or name == "command"
+        joined[name] = old if known else f"{old}, then {value}"
+    return joined
 
 
 def esc(value: Any) -> str:
@@ -755,23 +793,47 @@ def gather(workdir) -> tuple[dict, list[dict], dict | None]:
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is not a folder; give the workdir of a run.")
     # of a sweep's members, newer than the joint ones while it runs; its own; of several runs
-    choices = (sorted(workdir.glob(pattern)) for pattern in (f"member_[0-9]*/{METRICS}", METRICS, f"*/{METRICS}"))
-    files = next(filter(None, choices), [])
+    choices = (sorted(workdir.glob("member_[0-9]*")), [workdir], sorted(workdir.iterdir()))
+    files = next(filter(None, ([f / METRICS for f in folders if has_rows(f)] for folders in choices)), [])
     if not files:
         raise FileNotFoundError(f"neither {workdir} nor a folder in it has {METRICS}; has the run started there?")
-    configs = [path for path in (workdir / CONFIG, *(file.parent / CONFIG for file in files)) if path.exists()]
+    configs = [path for path in (workdir, *(file.parent for file in files)) if checkpoint.holds_run(path)]
     if not configs:
         raise FileNotFoundError(f"{workdir} has no {CONFIG}; a run writes it when it starts.")
     rows, numbers = [], {}
     for i, file in enumerate(files):
-        for row in read_rows(file):
+        for row in whole_rows(file):
             if file.parent.name.startswith("member_"):
                 row["member"] = int(file.parent.name.removeprefix("member_"))
             elif len(files) > 1:
                 row["member"] = numbers.setdefault((i, row.get("member", 0)), len(numbers))
             rows.append(row)
-    saved = [path.parent / ENVIRONMENT for path in configs if (path.parent / ENVIRONMENT).exists()]
-    return read_dict(configs[0]), rows, read_dict(saved[0]) if saved else None
+    saved = [path for path in configs if (path / ENVIRONMENT).exists()]
+    return checkpoint.read_config(configs[0]), rows, read_environment(saved[0]) if saved else None
+
+
+def has_rows(folder: pathlib.Path) -> bool:
+    return (folder / METRICS).exists() or (folder / checkpoint.FOLDER).is_dir()
+
+
+def whole_rows(file: pathlib.Path) -> list[dict]:
+    """Rows of the metrics file of a run; of its newest checkpoint where the file is damaged, cut short or gone, aloud.
+
+    Raises ValueError where it is damaged and there is no other copy.
+    """
+    try:
+        rows = read_rows(file)
+    except (FileNotFoundError, ValueError) as error:
+        saved = checkpoint.newest(file.parent)
+        if saved is None:
+            raise
+        checkpoint.say(f"{error}; the rows of the newest checkpoint are used")
+        return saved.progress.rows
+    saved = checkpoint.newest(file.parent)
+    if saved is not None and len(saved.progress.rows) > len(rows):
+        checkpoint.say(f"{file} lacks rows; those of the newest checkpoint are used")
+        return saved.progress.rows
+    return rows
 
 
 def read_dict(path: pathlib.Path) -> dict:
