@@ -43,6 +43,7 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    workdirs,
 )
 
 PyTree = Any
@@ -92,7 +93,7 @@ def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str =
     folders = sorted(path for path in workdir.glob("member_*") if re.fullmatch(r"member_\d+", path.name))
     folders = [workdir] if inside else folders
     numbered = {int(path.name.removeprefix("member_")): path for path in folders}
-    found = {i: checkpoint.newest(path) for i, path in (numbered or {0: workdir}).items()}
+    found = {i: workdirs.newest(path) for i, path in (numbered or {0: workdir}).items()}
     if not any(found.values()):
         raise tables.ConfigError(f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more.")
     problem = build(config, data_dir, data_name)
@@ -116,9 +117,9 @@ def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str =
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     """The config of a run, with the defaults of all common fields."""
-    if not checkpoint.holds_run(workdir):
+    if not workdirs.holds_run(workdir):
         raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
-    config = checkpoint.read_config(workdir)
+    config = workdirs.read_config(workdir)
     known = tables.parameters(pipeline.settings)
     tables.check_options(pipeline.settings, {name: value for name, value in config.items() if name in known}, "config")
     return {**tables.defaults(pipeline.settings), **config}
@@ -149,23 +150,23 @@ def _data_options(options: Mapping[str, Any], data_dir: str, name: str) -> dict[
     return chosen
 
 
-def _progress(config: Mapping[str, Any], progress: checkpoint.Progress) -> str:
+def _progress(config: Mapping[str, Any], progress: workdirs.Progress) -> str:
     names = config["pipeline"]
     if progress.stage >= len(names):
         return "finished"
     return f"in stage {progress.stage + 1} of {len(names)} ({names[progress.stage]})"
 
 
-def restore(snapshot: checkpoint.Snapshot, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
+def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
     """(state of each member, progress) of a checkpoint made on whatever devices.
 
     hint: what else may be the reason if the checkpoint is of another network, which raises ConfigError.
     """
-    shapes, progress = snapshot.shapes(), snapshot.progress
+    shapes, progress = checkpoint.shapes(snapshot), snapshot.progress
     variables = jax.eval_shape(problem.init, jax.random.key(0))
     wanted = {**variables, "masks": variables["params"]}
     _check_shapes(snapshot.folder.parent.parent, shapes, wanted, hint)
-    arrays = snapshot.arrays()
+    arrays = checkpoint.arrays(snapshot)
     parts = trees.map_named(lambda path, _: arrays[path], wanted)
     state = train.State(
         parts["params"], parts["batch_stats"], parts["masks"], (), arrays["step"], arrays["key"], train.no_metrics()

@@ -31,6 +31,7 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    workdirs,
 )
 
 PyTree = Any
@@ -82,7 +83,10 @@ def choice_of(settings: Any) -> Choice | None:
 
 
 def layers_of(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]:
-    """The layers of the run's network and how many groups each loses; raises ConfigError where ratios do not fit."""
+    """The layers of the run's network and how many groups each loses, in the order in which it uses them.
+
+    Raises ConfigError where ratios do not fit.
+    """
     return problem.once(("greg layers", chosen._replace(pick="")), lambda: _layers(problem, chosen))
 
 
@@ -99,8 +103,9 @@ def _layers(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]
                     f"{chosen.where}.ratios is {rules!r}; allowed with granularity 'group': one number for all groups, "
                     "e.g. '0.5', or pairs of a pattern of their names and a ratio."
                 ) from None
-        table = trees.match_rules(dict.fromkeys(channels.groups, 0), rules, f"{chosen.where}.ratios")
-        return growing.coupled(channels, shapes, table)
+        by_name = trees.match_rules(dict.fromkeys(channels.groups, 0), rules, f"{chosen.where}.ratios")
+        in_order = {name: by_name[name] for name in channels.groups}  # as the network uses them
+        return growing.coupled(channels, shapes, in_order)
     return growing.layers(shapes, table_of(problem, chosen), chosen.granularity)
 
 
@@ -150,7 +155,7 @@ def kernels_of(problem: train.Problem) -> list[str]:
 
 def masks_of(workdir: str) -> dict[str, np.ndarray]:
     """The masks of the network at the end of a finished run of one network, by path."""
-    found = checkpoint.newest(pathlib.Path(workdir)).arrays()
+    found = checkpoint.arrays(workdirs.newest(pathlib.Path(workdir)))
     return {path.removeprefix("masks/"): np.asarray(a) for path, a in found.items() if path.startswith("masks/")}
 
 
@@ -162,7 +167,7 @@ def check_network(problem: train.Problem, settings: Any) -> None:
     chosen = choice_of(settings)
     where = f"{chosen.where}.inherit is {chosen.inherit!r}"
     if chosen.inherit:
-        if not checkpoint.is_finished(pathlib.Path(chosen.inherit)):
+        if not workdirs.is_finished(pathlib.Path(chosen.inherit)):
             raise tables.ConfigError(f"{where}, which holds no finished run.")
         found, shapes = masks_of(chosen.inherit), trees.named_leaves(stages.shapes_of(problem))
         for path in kernels_of(problem):

@@ -25,8 +25,8 @@ def mean_squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Whether the largest logit is the label's, bool [...]."""
-    return jnp.argmax(logits, -1) == labels
+    """Whether the largest logit is the label's, bool [...]; never where a logit is NaN."""
+    return (jnp.argmax(logits, -1) == labels) & ~jnp.isnan(logits).any(-1)
 
 
 LOSSES = {"cross_entropy": cross_entropy, "mean_squared_error": mean_squared_error}

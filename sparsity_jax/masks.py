@@ -1,5 +1,9 @@
 """Selection without sorting: the k largest of an array or of a whole tree, and the masks made of them.
 
+One order holds everywhere: numbers by size, subnormals as zero, NaN below every number, and below NaN what an earlier
+mask (`before=`) left out. So NaN is the first to go and stays only where more entries are asked for than there are
+numbers. Outside `jit` NaN is refused, with the path of its array.
+
 Floats order like integers ("keys"), so the k-th largest of n entries is found by counting `scores >= bound` for a dozen
 or two bounds: no sort, no gather, no temporary array, no concatenation of a tree's leaves; under sharding only scalar
 sums cross devices. `k` may be traced, so one compilation serves every pruning ratio.
@@ -9,24 +13,41 @@ A mask is a tree of bool arrays, True = keep, with the structure of the tree it 
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import trees
+from sparsity_jax import tables, trees
 
 PyTree = Any
 AUTOMATIC = -1.0  # a pruning ratio: cut at the largest gap between scores
 
 
-def num_pruned(ratio: float, size: int) -> int:
+def count_of(share: float, total: int, rounding: Callable[[float], int] = round) -> int:
+    """`share` of `total` things, where a decimal share means what it says: math.floor of 0.29 of 100 is 29, not 28.
+
+    share: on the host. A product within rounding errors (of a few units in the last place) of a whole or a half counts
+    as that. rounding: `round` (halves to even), `math.floor` or `math.ceil`.
+    """
+    product = float(str(share)) * total  # of a float32 its decimal, not the nearest binary fraction's
+    halves = round(2 * product)
+    if math.isclose(2 * product, halves, rel_tol=8 * np.finfo(float).eps):
+        product = halves / 2
+    return rounding(product)
+
+
+def num_pruned(ratio: float, size: int, *, count: Literal["exact", "original"] = "exact") -> int:
     """How many of a layer's `size` filters, channels or weights go: min(ceil(ratio * size), size - 1).
 
-    Of the floating-point product, as the original of growing regularisation (arXiv:2012.09243): of 25, 0.28 are 8.
+    count: `exact`, of 25 the share 0.28 are 7; `original`, of the floating-point product they are 8, as in the
+    published code of growing regularisation (arXiv:2012.09243).
     """
-    return min(math.ceil(ratio * size), size - 1)
+    tables.convert(count, Literal["exact", "original"], "count")
+    wanted = math.ceil(ratio * size) if count == "original" else count_of(ratio, size, math.ceil)
+    return min(wanted, size - 1)
 
 
 class Selection(NamedTuple):
@@ -211,11 +232,12 @@ def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) 
     float64 as zero.
     k: int in 1..n, or an integer array of any shape (several answers in one pass); may be traced, then it is clipped.
     magnitude: rank, and return, absolute values without computing them first.
-    Returns an array of k's shape and the scores' type. Raises ValueError for empty scores or a k outside 1..n,
-    TypeError for scores that are no floats.
+    Returns an array of k's shape and the scores' type. Raises ValueError for empty scores, a k outside 1..n and,
+    outside `jit`, NaN; TypeError for scores that are no floats.
     """
     leaves = _leaves(scores)
     order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
+    _check_numbers(scores)
 
     def one(k):
         threshold, _ = _search(order, leaves, jnp.clip(k, 1, total))
@@ -231,13 +253,21 @@ def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) 
     return jax.vmap(one)(k.ravel()).reshape(k.shape) if k.ndim else one(k)
 
 
-def select_k_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) -> Selection:
-    """What `k_largest_mask` needs to know of `scores`: two scalars. k: 0..n, may be traced."""
-    leaves = _leaves(scores)
+def select_k_largest(
+    scores: PyTree, k: int | jax.Array, *, magnitude: bool = False, before: PyTree | None = None
+) -> Selection:
+    """What `k_largest_mask` needs to know of `scores`: two scalars. Arguments and errors as there."""
+    _check_numbers(scores)
+    ranked, positions = _ranked(scores, before)
+    return _select(_leaves(ranked), _leaves(positions), k, magnitude)
+
+
+def _select(leaves: list[jax.Array], positions: list[jax.Array], k: int | jax.Array, magnitude: bool) -> Selection:
     order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
     k = _checked_k(k, 0, total)
     wanted = jnp.clip(k, 1, total)
     threshold, count = _search(order, leaves, wanted)
+    last = jnp.asarray(2 * total, jnp.uint32)  # above the position of every entry
 
     def cut_ties():  # smallest cut with above + tied entries before it >= wanted
         above = _count(order, leaves, threshold + 1)
@@ -245,55 +275,79 @@ def select_k_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = Fa
         def halve(bracket):
             low, high = bracket
             middle = low + (high - low) // 2
-            tied = lambda leaf, index: (_tied(order, leaf, threshold) & (index < middle)).astype(jnp.int32)
-            kept = sum(trees.fold_sum(tied, leaf, index) for leaf, index in zip(leaves, _flat_indices(leaves)))
+            tied = lambda leaf, position: (_tied(order, leaf, threshold) & (position < middle)).astype(jnp.int32)
+            kept = sum(trees.fold_sum(tied, leaf, position) for leaf, position in zip(leaves, positions))
             enough = above + kept >= wanted
             return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-        bracket = (jnp.zeros((), jnp.int32), jnp.asarray(total, jnp.int32))
+        bracket = (jnp.zeros((), jnp.uint32), last)
         return jax.lax.while_loop(lambda bracket: bracket[0] < bracket[1], halve, bracket)[1]
 
     # `cond`, not a loop that ends at once: a loop copies the scores it closes over
-    cut = jax.lax.cond(count != wanted, cut_ties, lambda: jnp.asarray(total, jnp.int32))
+    cut = jax.lax.cond(count != wanted, cut_ties, lambda: last)
     return Selection(jnp.where(k > 0, threshold, order.infinity), jnp.where(k > 0, cut, 0))
+
+
+def _check_numbers(scores: PyTree) -> None:
+    trees.check_finite(scores, "scores", infinite=True)
+
+
+def _ranked(scores: PyTree, before: PyTree | None) -> tuple[PyTree, PyTree]:
+    """(scores, positions): NaN where `before` is False; of equal scores those of lower position come first.
+
+    A position is the index in the concatenation of the flattened leaves, behind all others where `before` is False.
+    """
+    scores = jax.tree.map(jnp.asarray, scores)
+    positions = _flat_positions(scores)
+    if before is None:
+        return scores, positions
+    total = jnp.uint32(trees.size(scores))
+    last = lambda position, kept: jnp.where(kept, position, position + total)
+    lowest = lambda score, kept: jnp.where(kept, score, jnp.nan)
+    return jax.tree.map(lowest, scores, before), jax.tree.map(last, positions, before)
 
 
 def _tied(order: _Order, leaf: jax.Array, threshold: jax.Array) -> jax.Array:
     return order.at_least(leaf, threshold) & ~order.at_least(leaf, threshold + 1)
 
 
-def _flat_indices(leaves: list[jax.Array]) -> list[jax.Array]:
-    """Index of every entry in the concatenation of the flattened leaves, in each leaf's own shape."""
-    indices, offset = [], 0
+def _flat_positions(tree: PyTree) -> PyTree:
+    """Index of every entry in the concatenation of the flattened leaves, in each leaf's own shape; uint32."""
+    leaves, structure = jax.tree.flatten(tree)
+    positions, offset = [], 0
     for leaf in leaves:
-        index = jnp.asarray(offset, jnp.int32)
+        position = jnp.asarray(offset, jnp.uint32)
         for axis in range(leaf.ndim):
-            stride = math.prod(leaf.shape[axis + 1 :])
-            index = index + stride * jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis)
-        indices.append(jnp.broadcast_to(index, leaf.shape))
+            stride = jnp.uint32(math.prod(leaf.shape[axis + 1 :]))
+            position = position + stride * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        positions.append(jnp.broadcast_to(position, leaf.shape))
         offset += leaf.size
-    return indices
+    return jax.tree.unflatten(structure, positions)
 
 
-def k_largest_mask(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) -> PyTree:
+def k_largest_mask(
+    scores: PyTree, k: int | jax.Array, *, magnitude: bool = False, before: PyTree | None = None
+) -> PyTree:
     """True on exactly `k` entries of `scores`: the largest; equal scores: lower flat index first.
 
     scores: an array or a tree of arrays of one float type; the flat index runs through the leaves in tree order.
         NaN counts as smallest, subnormals as zero. k: 0..n, may be traced (then clipped).
-    magnitude: rank absolute values without computing them first. Returns bools in the shape of `scores`.
-    Raises ValueError for empty scores or a k outside 0..n, TypeError for scores that are no floats.
+    magnitude: rank absolute values without computing them first.
+    before: an earlier mask in the structure of `scores`; what it leaves out ranks below everything else, below zeros
+        and NaN too, whatever its scores.
+    Returns bools in the shape of `scores`. Raises ValueError for empty scores, a k outside 0..n and, outside `jit`,
+    NaN; TypeError for scores that are no floats.
     """
-    threshold, cut = select_k_largest(scores, k, magnitude=magnitude)
-    leaves, structure = jax.tree.flatten(scores)
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    order = _order_of(_leaves(scores), magnitude)
-    return jax.tree.unflatten(
-        structure,
-        [
-            order.at_least(leaf, threshold + 1) | (order.at_least(leaf, threshold) & (index < cut))
-            for leaf, index in zip(leaves, _flat_indices(leaves), strict=True)
-        ],
-    )
+    _check_numbers(scores)
+    ranked, positions = _ranked(scores, before)
+    leaves = _leaves(ranked)
+    threshold, cut = _select(leaves, _leaves(positions), k, magnitude)
+    order = _order_of(leaves, magnitude)
+
+    def kept(leaf, position):
+        return order.at_least(leaf, threshold + 1) | (order.at_least(leaf, threshold) & (position < cut))
+
+    return jax.tree.map(kept, ranked, positions)
 
 
 def random_mask(key: jax.Array, tree: PyTree, k: int | jax.Array, *, before: PyTree | None = None) -> PyTree:

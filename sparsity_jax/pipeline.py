@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import tqdm
 
 from sparsity_jax import (
@@ -34,10 +35,11 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    workdirs,
 )
 
 PyTree = Any
-say = checkpoint.say
+say = workdirs.say
 Platform = Literal["default", "cpu", "gpu", "tpu"]
 STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES, **greg.STAGES}
 
@@ -274,10 +276,10 @@ def check_origin(config: dict) -> dict[str, str]:
     if not config["start_from"]:
         return {}
     where, path = f"config.start_from is {config['start_from']!r}", pathlib.Path(config["start_from"])
-    if not checkpoint.holds_run(path):
+    if not workdirs.holds_run(path):
         raise tables.ConfigError(f"{where}, which holds no run (no config.json).")
-    other = checkpoint.read_config(path)
-    differing = checkpoint.differences(*map(complete_model, (other.get("model") or {}, plain(config["model"]))))
+    other = workdirs.read_config(path)
+    differing = workdirs.differences(*map(complete_model, (other.get("model") or {}, plain(config["model"]))))
     if differing:
         lines = "\n".join(f"  config.model.{name}: {old} there, {new} now" for name, old, new in differing)
         raise tables.ConfigError(f"{where}, a run of another network.\n{lines}")
@@ -288,7 +290,7 @@ def check_origin(config: dict) -> dict[str, str]:
         sweep = f"sweep {json.dumps(other['sweep'])} and its sweep_mode {other['sweep_mode']!r}"
         raise tables.ConfigError(f"{where}, a run of several networks: repeat its {sweep}{one}.")
     missing = folders and len(folders) < len(list(expand(other)))
-    if missing or not all(map(checkpoint.is_finished, folders or [path])):
+    if missing or not all(map(workdirs.is_finished, folders or [path])):
         raise tables.ConfigError(f"{where}, which is not finished: run it to its end first.")
     kinds = {}
     for _, found in reversed(list(ancestry(path))):
@@ -328,7 +330,7 @@ def ancestry(path: str | pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
         if path.resolve() in seen:
             raise tables.ConfigError(f"{path} started from a run that started from it; use another run.")
         seen.add(path.resolve())
-        config = checkpoint.read_config(path)
+        config = workdirs.read_config(path)
         yield path, config
         if not config.get("start_from"):
             break
@@ -492,18 +494,18 @@ def run(
     train.NonFiniteLossError; if members of a sweep run one after the other, once all have run.
     """
     config, workdir = plain(config), pathlib.Path(workdir)
-    checkpoint.check_path(workdir)
-    if checkpoint.holds_run(workdir) and checkpoint.read_config(workdir) == config:
+    workdirs.check_path(workdir)
+    if workdirs.holds_run(workdir) and workdirs.read_config(workdir) == config:
         snapshots = last_snapshots(workdir, config)
         if snapshots:
             return redraw(config, workdir, snapshots)
     use_platform(config.get("platform", "default"))
     plans, separate = check(config)
-    checkpoint.refuse_other(workdir, config)
+    workdirs.refuse_other(workdir, config)
     lock.refuse(workdir, lock_seconds)
     problem = build(plans)
     with lock.held(workdir, lock_seconds) as still_mine:
-        checkpoint.claim(workdir, config)
+        workdirs.claim(workdir, config)
         environment = describe_environment(problem) | ({"command": command} if command else {})
         environment = report.continued(workdir, environment)
         report.write_environment(workdir, environment)
@@ -519,17 +521,17 @@ def run(
     return outcome
 
 
-def last_snapshots(workdir: pathlib.Path, config: dict) -> list[checkpoint.Snapshot]:
+def last_snapshots(workdir: pathlib.Path, config: dict) -> list[workdirs.Snapshot]:
     """The last checkpoint of every separate member of a finished run; [] for a run that is not finished."""
     folders = sorted(workdir.glob("member_[0-9]*"))
     if folders and len(folders) < len(list(expand({**tables.defaults(settings), **config}))):
         return []
-    found = [checkpoint.newest(folder) for folder in folders or [workdir]]
+    found = [workdirs.newest(folder) for folder in folders or [workdir]]
     ended = [snapshot is not None and snapshot.progress.stage == len(config["pipeline"]) for snapshot in found]
     return found if all(ended) else []
 
 
-def redraw(config: dict, workdir: pathlib.Path, snapshots: list[checkpoint.Snapshot]) -> Outcome:
+def redraw(config: dict, workdir: pathlib.Path, snapshots: list[workdirs.Snapshot]) -> Outcome:
     """Writes rows and report of a finished run again; versions stay those it was made with."""
     rows = []
     for snapshot in snapshots:
@@ -543,7 +545,7 @@ def redraw(config: dict, workdir: pathlib.Path, snapshots: list[checkpoint.Snaps
     title = config.get("title") or None
     path = report.write(workdir, config, rows, title=title, environment=report.read_environment(workdir))
     say(f"report: {path}")
-    tree = snapshots[-1].tree()
+    tree = checkpoint.tree(snapshots[-1])
     return Outcome(train.State(**{**tree, "metrics": train.Metrics(**tree["metrics"])}), rows)
 
 
@@ -573,7 +575,7 @@ def run_members(
         stopping.check()
         plan = plan._replace(common=member_origin(plan.common, i))
         config = member_config(plan)
-        checkpoint.claim(place, config)
+        workdirs.claim(place, config)
         swept = ", ".join(f"{name}={value}" for name, value in plan.swept[0].items())
         say(f"member {i} ({i + 1} of {len(plans)}): {swept}")
         try:
@@ -703,11 +705,11 @@ def run_plan(
 
     config: of the plan, as plain data. still_mine: raises OSError if the workdir belongs to another run by now.
     """
-    found = checkpoint.newest(workdir)
+    found = workdirs.newest(workdir)
     saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
     with contextlib.ExitStack() as stack:
         stack.callback(saved.close)
-        progress = found.progress if found else checkpoint.Progress(0, False, [])
+        progress = found.progress if found else workdirs.Progress(0, False, [])
         state, origin = initial_state(plan, problem), []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
@@ -732,16 +734,16 @@ def run_plan(
             if resumed or (position == progress.stage and position):
                 state = state._replace(opt_state=carried_before(plan, state, position))
                 like = stage.begin(problem, state, own, place) if resumed else state
-                state = found.restore(checkpoint.abstract(like))
+                state = checkpoint.restore(found, checkpoint.abstract(like))
             if not resumed:
                 state = stage.begin(problem, state, own, place)
-                saved.save(state, checkpoint.Progress(position, True, rows))
+                saved.save(state, workdirs.Progress(position, True, rows))
             common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
             state = run_stage(run, stage, state, place, run.per_member(begun), common)
             state = after(plan, state, position)
-            saved.save(state, checkpoint.Progress(position + 1, False, rows))
+            saved.save(state, workdirs.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
-            state = found.restore(checkpoint.abstract(stages.without_optimizer(state)))
+            state = checkpoint.restore(found, checkpoint.abstract(stages.without_optimizer(state)))
     return Outcome(state, rows)
 
 
@@ -770,7 +772,7 @@ def carried_before(plan: Plan, state: train.State, position: int) -> Any:
 
 def check_arrays(path: str, shapes: PyTree, members: int | None) -> None:
     """Raises ConfigError if the parameters in the finished run in `path` do not have `shapes`, for each member."""
-    found = checkpoint.newest(path).shapes()
+    found = checkpoint.shapes(workdirs.newest(path))
     for name, leaf in trees.named_leaves(shapes).items():
         there, here = found.get(f"params/{name}"), (() if members is None else (members,)) + leaf.shape
         if there != here:
@@ -787,11 +789,11 @@ def continue_from(path: str, state: train.State) -> tuple[train.State, list[dict
     """
     rows: list[dict] = []
     for place, _ in reversed(list(ancestry(path))):
-        saved = checkpoint.newest(place)
+        saved = workdirs.newest(place)
         new = saved.progress.rows
         stages_anew = {row["stage"] for row in new}
         rows = [row for row in rows if row["stage"] not in stages_anew] + new
-        restored = saved.restore(checkpoint.abstract(state)) if place == pathlib.Path(path) else None
+        restored = checkpoint.restore(saved, checkpoint.abstract(state)) if place == pathlib.Path(path) else None
     return restored._replace(key=state.key), rows
 
 
@@ -803,7 +805,7 @@ def run_stage(
     last, every = time.monotonic(), plan.common["checkpoint_seconds"]
     position, spe = place.position, own[0].steps_per_epoch(run.problem) if isinstance(own[0], train.Fit) else 1
     # what an interruption saves, replaced as one: it may come between any two instructions
-    good = (state, checkpoint.Progress(position, True, list(rows)))
+    good = (state, workdirs.Progress(position, True, list(rows)))
     shown = f"{place.position + 1}/{len(plan.pipeline)} {place.name}"
     with Display(shown) as display, contextlib.ExitStack() as stack:
         try:
@@ -818,9 +820,9 @@ def run_stage(
                 if update.state is not None:
                     state = update.state
                     if update.done < 1:
-                        good = (state, checkpoint.Progress(position, True, list(rows)))
+                        good = (state, workdirs.Progress(position, True, list(rows)))
                     else:
-                        good = (after(plan, state, position), checkpoint.Progress(position + 1, False, list(rows)))
+                        good = (after(plan, state, position), workdirs.Progress(position + 1, False, list(rows)))
                 run.writer.append(new)
                 display.show(update.done, new)
                 stopping.check()
@@ -849,8 +851,16 @@ def arm_of(plan: Plan, position: int) -> str:
     return plan.configs[0][name].get("label") or name
 
 
-def describe_environment(problem: train.Problem) -> dict[str, str]:
-    """Versions and hardware, for the report."""
+def chance(dataset: data.Dataset) -> float:
+    """Test accuracy of always answering the most frequent class; of a stream, one over the number of classes."""
+    labels = dataset.test.labels
+    if labels is None:
+        return 1 / dataset.num_classes
+    return round(float(np.bincount(labels).max() / labels.size), 4)
+
+
+def describe_environment(problem: train.Problem) -> dict[str, Any]:
+    """Versions and hardware, and the accuracy by chance, for the report."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     device = jax.local_devices()[0]
     shapes = jax.tree.leaves(stages.shapes_of(problem))
@@ -858,6 +868,7 @@ def describe_environment(problem: train.Problem) -> dict[str, str]:
         "device": f"{device.device_kind} ({device.platform}, {len(jax.local_devices())} local)",
         "python": host.python_version(),
         "parameters": f"{sum(leaf.size for leaf in shapes):,}",
+        "chance": chance(problem.dataset),
         **versions,
     }
 

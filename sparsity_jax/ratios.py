@@ -315,8 +315,6 @@ def inherited(given: Mapping[str, Any], layers: Sequence[str], *, granularity: G
             raise ValueError(f"the mask of {path!r} keeps nothing; a ratio below 1 is needed.")
         removed = int((~kept).sum())
         table[path] = removed / kept.size
-        while masks.num_pruned(table[path], kept.size) > removed:  # 7 / 25 * 25 is above 7
-            table[path] = math.nextafter(table[path], 0.0)
     return table
 
 

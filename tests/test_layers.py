@@ -9,7 +9,19 @@ import sparsity_jax
 
 ROOT = pathlib.Path(sparsity_jax.__file__).parent
 # each may import those before it
-NUMERICS = ("stopping", "tables", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups", "relaxed")
+NUMERICS = (
+    "stopping",
+    "tables",
+    "trees",
+    "masks",
+    "polytopes",
+    "linops",
+    "labels",
+    "flow",
+    "groups",
+    "kernels",
+    "relaxed",
+)
 # never each other
 PARTS = (
     *("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets"),
@@ -17,7 +29,18 @@ PARTS = (
 )
 # each may import those before it
 RUNS = (
-    *("intact", "checkpoint", "lock", "figures", "geometry_figures", "growing_figures", "report", "stream", "train"),
+    *(
+        "intact",
+        "workdirs",
+        "checkpoint",
+        "lock",
+        "figures",
+        "geometry_figures",
+        "growing_figures",
+        "report",
+        "stream",
+        "train",
+    ),
     *("stages", "geometry", "structured", "greg", "pipeline", "evaluate", "run"),
 )
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")

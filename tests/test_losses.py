@@ -51,6 +51,13 @@ def test_large_logits_stay_finite_and_correct_is_per_example():
     assert losses.correct(LOGITS, LABELS).tolist() == [True, False, False]
 
 
+def test_no_nan_is_right():
+    logits = np.full((4, 3), np.nan)
+    logits[1] = [1.0, np.nan, 0.0]
+    logits[2] = [1.0, 0.0, 0.0]
+    assert losses.correct(jnp.asarray(logits), jnp.zeros(4, int)).tolist() == [False, False, True, False]
+
+
 def test_options_are_checked():
     with pytest.raises(tables.ConfigError, match=r"allowed: float >= 0\.0 and <= 1\.0"):
         tables.check_options(losses.cross_entropy, dict(label_smoothing=1.5), "config.fit.loss")

@@ -1,5 +1,8 @@
 """Selection against sorting: exact counts, ties, special values, trees, traced k, sharding."""
 
+import fractions
+import math
+
 import hypothesis
 import hypothesis.extra.numpy
 import hypothesis.strategies as st
@@ -16,6 +19,10 @@ floats = st.one_of(
 arrays = hypothesis.extra.numpy.arrays(np.float32, st.sampled_from([1, 2, 13, 40]), elements=floats)
 mask_of = jax.jit(masks.k_largest_mask)
 value_of = jax.jit(masks.kth_largest)
+mask_before = jax.jit(lambda scores, k, before: masks.k_largest_mask(scores, k, before=before))
+magnitude_mask_before = jax.jit(
+    lambda scores, k, before: masks.k_largest_mask(scores, k, magnitude=True, before=before)
+)
 magnitude_mask_of = jax.jit(lambda scores, k: masks.k_largest_mask(scores, k, magnitude=True))
 
 
@@ -143,6 +150,47 @@ def test_sharded_scores_are_not_gathered():
     text = compiled.as_text()
     assert "all-reduce" in text
     assert "all-gather" not in text
+
+
+@hypothesis.given(arrays, st.data())
+def test_what_an_earlier_mask_left_out_goes_first(scores, data):
+    """Below zeros and NaN, ties or not, whatever its own score."""
+    before = data.draw(hypothesis.extra.numpy.arrays(bool, scores.shape))
+    k = data.draw(st.integers(0, scores.size))
+    for mask_of, sizes in ((mask_before, scores), (magnitude_mask_before, np.abs(scores))):
+        mask = np.asarray(mask_of(scores, k, before))
+        assert mask.sum() == k
+        among = min(k, int(before.sum()))
+        assert (mask & before).sum() == among
+        expected, _ = reference(sizes[before], among)
+        np.testing.assert_array_equal(mask[before], expected)
+
+
+def test_weights_that_became_zero_do_not_tie_with_those_pruned_before():
+    weights = {"a": jnp.zeros((40, 5)), "b": jnp.zeros(50)}
+    before = masks.random_mask(jax.random.key(0), weights, 200)
+    kept = masks.k_largest_mask(weights, 125, magnitude=True, before=before)
+    assert sum(int((new & old).sum()) for new, old in zip(*map(jax.tree.leaves, (kept, before)))) == 125
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_nan_is_refused_outside_jit_and_lowest_inside(dtype):
+    scores = {"a": jnp.ones(3, dtype), "b": jnp.array([1.0, np.nan, -1.0], dtype)}
+    for select in (masks.k_largest_mask, masks.kth_largest, masks.select_k_largest):
+        with pytest.raises(ValueError, match="'b'"):
+            select(scores, 2)
+    kept = mask_of(scores, 5)
+    assert kept["b"].tolist() == [True, False, True]
+
+
+@hypothesis.given(st.integers(0, 1000), st.integers(1, 10**6))
+def test_decimal_shares_mean_what_they_say(thousandths, total):
+    exact = fractions.Fraction(thousandths, 1000) * total
+    for share in (thousandths / 1000, np.float32(thousandths / 1000), 1 - (1000 - thousandths) / 1000):
+        for rounding in (math.floor, math.ceil, round):
+            assert masks.count_of(share, total, rounding) == rounding(exact)
+    assert masks.num_pruned(thousandths / 1000, total) == min(math.ceil(exact), total - 1)
+    assert masks.count_of(1 / total, total, math.floor) == 1
 
 
 def test_random_masks_count_exactly():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sparsity_jax import checkpoint, optim, pipeline, report, stopping, tables, train
+from sparsity_jax import checkpoint, optim, pipeline, report, stopping, tables, train, workdirs
 
 DYNAMIC = dict(tiny.SFW, schedule=dict(name="dynamic_change"))
 BALL = dict(name="l2", tau=15.0)  # quick to compile
@@ -685,7 +685,7 @@ def test_a_signal_whose_exception_was_lost_stops_at_the_next_update(tmp_path):
             pipeline.run(config, tmp_path)
     finally:
         stopping.clear()
-    progress = checkpoint.newest(tmp_path).progress
+    progress = workdirs.newest(tmp_path).progress
     assert (progress.stage, progress.begun, progress.rows) == (0, True, [])
     assert len(pipeline.run(config, tmp_path).rows) == 2
 
@@ -697,13 +697,13 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
     for _ in range(2):  # the same call finds the same step again
         with pytest.raises(train.NonFiniteLossError, match=r"wild: .* not finite at step [12] \(epoch 1\)"):
             pipeline.run(config, tmp_path / "bad")
-    saved = checkpoint.newest(tmp_path / "bad")
+    saved = workdirs.newest(tmp_path / "bad")
     progress = saved.progress
     assert (progress.stage, progress.begun) == (2, True)
     assert tiny.timeless(progress.rows) == tiny.timeless(json.loads(json.dumps(good.rows)))
     fit = tiny.fit(dict(tiny.SGD, learning_rate=1e20))
     like, _ = tiny.start(tiny.problem(), fit)
-    state = saved.restore(checkpoint.abstract(like))
+    state = checkpoint.restore(saved, checkpoint.abstract(like))
     assert int(state.metrics.bad_step) == -1
     assert bool(np.isfinite(state.metrics.loss))
 

@@ -95,3 +95,15 @@ def test_inner_product_and_norm():
     np.testing.assert_allclose(trees.dot(TREE, other), flat @ (flat + 1), rtol=1e-6)
     np.testing.assert_allclose(trees.norm(TREE), np.linalg.norm(flat), rtol=1e-6)
     assert float(trees.dot({}, {})) == 0.0
+
+
+def test_arrays_without_numbers_are_named():
+    trees.check_finite({**TREE, "key": jax.random.key(0), "count": jnp.arange(3)}, "weights")
+    bad = {"a": {"kernel": jnp.ones(3)}, "b": [jnp.array([0.0, np.nan, np.inf], jnp.bfloat16)]}
+    with pytest.raises(ValueError, match="prune, member 2: 2 of 3 entries at 'b/0'"):
+        trees.check_finite(bad, "prune, member 2")
+    with pytest.raises(ValueError, match="1 of 3 entries at 'b/0' are NaN"):
+        trees.check_finite(bad, "scores", infinite=True)
+    with pytest.raises(ValueError, match=r"^scores: 1 of 1 entries are NaN"):
+        trees.check_finite(jnp.full(1, np.nan), "scores")
+    jax.jit(lambda tree: trees.check_finite(tree, "traced"))(bad)
