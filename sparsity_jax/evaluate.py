@@ -35,6 +35,7 @@ from sparsity_jax import (
     cost,
     data,
     groups,
+    intact,
     models,
     pipeline,
     pretrained,
@@ -48,11 +49,13 @@ from sparsity_jax import (
 
 PyTree = Any
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
-FORMAT = 1  # of an exported folder
+FORMAT = 2  # of an exported folder
 VARIABLES, PROGRAM, ABOUT = "variables.npz", "network.stablehlo", "network.json"
-USE = (  # three lines that need jax and flatbuffers only
-    "import jax.export, pathlib",
-    f"network = jax.export.deserialize(bytearray(pathlib.Path('{PROGRAM}').read_bytes()))",
+USE = (  # lines that need jax and flatbuffers only
+    "import hashlib, jax.export, json, pathlib",
+    f"program, about = pathlib.Path('{PROGRAM}').read_bytes(), json.loads(pathlib.Path('{ABOUT}').read_text())",
+    f"assert hashlib.sha256(program).hexdigest() == about['sha256']['{PROGRAM}']  # it is as it was written",
+    "network = jax.export.deserialize(bytearray(program))",
     "logits = network.call(images)  # float32 [any batch, height, width, channels]: (uint8 / 255 - mean) / std",
 )
 
@@ -276,11 +279,13 @@ def measure(
     cut, note = channels_cut(problem, state)
     stock = None
     if cut:
-        chosen = structured.Compact(batch_size, repeats if latency else 0, _tolerance(state))
+        chosen = structured.Compact(batch_size, repeats if latency else 0, 0.0)
         try:
             stock = structured.take_stock(problem, state, chosen)
         except (TypeError, ValueError) as error:
             note = f"cannot be compacted: {error}"
+        if stock is not None and stock["warning"]:
+            stock, note = None, f"cannot be compacted: {stock['warning']}"
     if stock is not None:
         row |= {f"{name}_compact": stock[f"{name}_compact"] for name in ("parameters", "flops", "bytes")}
         row |= dict(test_accuracy_compact=stock["accuracy"], compression=stock["bytes"] / stock["bytes_compact"])
@@ -307,12 +312,6 @@ def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]
         return False, f"its channels cannot be traced: {error}"
     alive = structured.alive_channels(channels, state.masks)
     return any(not own.all() for own in alive.values()), ""
-
-
-def _tolerance(state: train.State) -> float:
-    """Largest relative difference of logits that is rounding: little in float32 on a CPU, more in shorter types."""
-    short = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(state.params))
-    return 2e-2 if short or jax.default_backend() != "cpu" else 1e-4
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -481,7 +480,48 @@ def _write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], program: byte
     folder.mkdir(exist_ok=True)
     np.savez(folder / VARIABLES, **arrays)
     (folder / PROGRAM).write_bytes(program)
-    (folder / ABOUT).write_text(json.dumps(report.plain(about), indent=1) + "\n", encoding="utf-8")
+    about = report.plain(about)
+    about["sha256"] = {name: intact.digest_of(folder / name) for name in (VARIABLES, PROGRAM)}
+    about["checksum"] = intact.digest_of_value(about)
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    verify(folder)
+    stored = read_arrays(folder)
+    same = {path: array.tobytes() for path, array in stored.items()} == {p: a.tobytes() for p, a in arrays.items()}
+    if not same or (folder / PROGRAM).read_bytes() != program:
+        raise OSError(f"{folder} does not read as it was written; its disk or file system is not to be trusted.")
+
+
+def verify(folder: str | os.PathLike) -> dict[str, Any]:
+    """What network.json of an exported folder says, after all its files have been compared with their checksums.
+
+    Raises ConfigError for a folder without an exported network, and naming the file that is not as it was written.
+    network.json has SHA-256 of the other files in `sha256`, and in `checksum` that of its own other fields, as
+    `json.dumps(..., sort_keys=True)` writes them.
+    """
+    folder = pathlib.Path(folder)
+    for name in (ABOUT, VARIABLES, PROGRAM):
+        if not (folder / name).is_file():
+            raise tables.ConfigError(f"{folder} holds no whole exported network (no {name}).")
+    try:
+        about = report.read_dict(folder / ABOUT)
+    except ValueError as error:
+        raise intact.DamagedError(str(error)) from None
+    if about.get("format") != FORMAT:
+        raise tables.ConfigError(f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}.")
+    rest = {name: value for name, value in about.items() if name != "checksum"}
+    sums = {ABOUT: (about.get("checksum"), intact.digest_of_value(rest))}
+    if isinstance(about.get("sha256"), dict):
+        sums |= {name: (about["sha256"].get(name), intact.digest_of(folder / name)) for name in (VARIABLES, PROGRAM)}
+    for name, (written, found) in sums.items():
+        if written != found:
+            raise intact.DamagedError(f"{folder / name} is not as it was written (its checksum differs); export anew.")
+    return about
+
+
+def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an exported folder, by path."""
+    with np.load(folder / VARIABLES, allow_pickle=False) as stored:
+        return {path: stored[path] for path in stored.files}
 
 
 @contextlib.contextmanager
@@ -503,20 +543,11 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
 
     The model is built anew from network.json and traced, so no width has to be known; `apply` can be differentiated
     and trained further. images: float32 [batch, height, width, channels], normalised as network.json says.
-    Raises ConfigError for a folder without an exported network, and if network.json does not fit the arrays.
+    Raises ConfigError for a folder without an exported network, for a file that is not as it was written, see `verify`,
+    and if network.json does not fit the arrays.
     """
     folder = pathlib.Path(folder)
-    for name in (ABOUT, VARIABLES):
-        if not (folder / name).is_file():
-            raise tables.ConfigError(f"{folder} holds no exported network (no {name}).")
-    try:
-        about = report.read_dict(folder / ABOUT)
-    except ValueError as error:
-        raise tables.ConfigError(str(error)) from None
-    if about.get("format") != FORMAT:
-        raise tables.ConfigError(f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}.")
-    with np.load(folder / VARIABLES, allow_pickle=False) as stored:
-        arrays = {path: stored[path] for path in stored.files}
+    about, arrays = verify(folder), read_arrays(folder)
     model = models.build(num_classes=about["num_classes"], **about["model"])
     image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))

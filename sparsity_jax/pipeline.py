@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import itertools
 import json
+import os
 import pathlib
 import platform as host
 import sys
@@ -224,7 +225,11 @@ def check_streamed(settings: list[tuple[str, Any]], together: bool) -> None:
 def convolves(model: Mapping) -> bool:
     """Whether the network of `config.model` has convolutions; only shapes are computed."""
     init, images = models.build(num_classes=10, **model).init, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return train.convolves(jax.eval_shape(lambda: init(jax.random.key(0), images))["params"])
+    try:
+        variables = jax.eval_shape(lambda: init(jax.random.key(0), images))
+    except Exception:  # `check_size` tells, for images of the right size
+        return True
+    return train.convolves(variables["params"])
 
 
 def share(settings: list[Any]) -> list[Any]:
@@ -258,6 +263,12 @@ def check_member(config: dict) -> dict[str, Any]:
     shared = {field: model.pop(field) for field in ("init", "dtype", "param_dtype") if field in model}
     tables.check_options(factory, model, "config.model", also=("init", "dtype", "param_dtype"))
     models.build(name=name, num_classes=10, **shared, **model)
+    for field, value in shared.items():
+        if value == "float64" and not jax.config.jax_enable_x64:
+            raise tables.ConfigError(
+                f"config.model.{field} is 'float64'; allowed: 'float32', 'bfloat16', 'float16', and with JAX_ENABLE_X64=1 "
+                "in the environment also 'float64'."
+            )
     tables.check_options(data.load, config["data"], "config.data")
     found = {}
     for name, value in config.items():
@@ -630,8 +641,14 @@ def build(plans: list[Plan]) -> train.Problem:
         eval_batch_size=common["eval_batch_size"],
         steps_per_call=common["steps_per_call"],
     )
+    check_size(problem, common["model"])
     shapes = stages.shapes_of(problem)
     for where, fit in trained:
+        steps = fit.epochs * fit.steps_per_epoch(problem) if isinstance(fit, train.Fit) else 0
+        if steps >= 2**31:
+            raise tables.ConfigError(
+                f"{where}.epochs is {fit.epochs}, {steps:,} steps; allowed: below {2**31:,} steps."
+            )
         try:
             optim.numbers(fit.recipe, shapes, None)
         except tables.ConfigError as error:
@@ -644,7 +661,13 @@ def build(plans: list[Plan]) -> train.Problem:
             check_arrays(own["start_from"], shapes, problem.members)
     for name in dict.fromkeys(plans[0].pipeline):
         for plan in plans:
-            geometry.check_network(plan.settings[name][0], f"config.{name}", shapes, size)
+            own = plan.settings[name][0]
+            geometry.check_network(own, f"config.{name}", shapes, size)
+            if isinstance(own, greg.Noise):
+                trees.matching(shapes, own.parameters, f"config.{name}.parameters")
+            if isinstance(own, geometry.Spectrum) and own.reorthogonalize == "full":
+                basis = 4 * own.num_matvecs * trees.size(shapes)
+                check_memory(basis, f"config.{name}.num_matvecs is {own.num_matvecs}, whose basis")
             if isinstance(plan.settings[name][0], structured.Cut):
                 visits = plans[0].pipeline.count(name)
                 structured.check_network(problem, plan.settings[name][0], f"config.{name}", visits)
@@ -652,6 +675,41 @@ def build(plans: list[Plan]) -> train.Problem:
                 if greg.choice_of(own) is not None:
                     greg.check_network(problem, own)
     return problem
+
+
+def check_size(problem: train.Problem, model: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a network that cannot be made for the run's images, or is larger than the memory."""
+    height, width, channels = problem.dataset.test.images.shape[1:]
+    images = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
+    where = f"config.model {model['name']!r} for images of {height} x {width} x {channels}"
+    try:
+        variables = jax.eval_shape(problem.init, jax.random.key(0))
+        logits = jax.eval_shape(problem.model.apply, variables, images)
+    except tables.ConfigError:
+        raise
+    except Exception as error:  # which ones depends on the layer that does not fit
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise tables.ConfigError(
+            f"{where} cannot be made: {tables.shortened(reason)}; is it too large for them?"
+        ) from None
+    empty = [path for path, leaf in trees.named_leaves(variables).items() if not leaf.size]
+    if empty or not logits.size:
+        raise tables.ConfigError(
+            f"{where} has nothing in {empty[0] if empty else 'its logits'}: it is too large for them."
+        )
+    leaves = jax.tree.leaves(variables["params"])
+    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)  # with gradients
+    check_memory(needed, f"{where} has {trees.size(variables['params']):,} weights, which with their gradients")
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raises ConfigError for arrays of more bytes than the device has."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed = stats.get("bytes_limit") or pages
+    if needed > allowed:
+        raise tables.ConfigError(f"{what} take {needed / 1e9:,.1f} GB; allowed: {allowed / 1e9:,.1f} GB, the memory.")
 
 
 def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[str, Any]:
@@ -713,6 +771,7 @@ def run_plan(
         state, origin = initial_state(plan, problem), []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
+        check_weights(problem, state, "at the start of the run")
         rows = progress.rows
         writer = stack.enter_context(contextlib.closing(report.Writer(workdir, rows)))
         run = Run(plan, problem, saved, writer, rows, origin)
@@ -740,11 +799,25 @@ def run_plan(
                 saved.save(state, workdirs.Progress(position, True, rows))
             common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
             state = run_stage(run, stage, state, place, run.per_member(begun), common)
+            check_weights(problem, state, f"{name}, at its end")
             state = after(plan, state, position)
             saved.save(state, workdirs.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
             state = checkpoint.restore(found, checkpoint.abstract(stages.without_optimizer(state)))
     return Outcome(state, rows)
+
+
+def check_weights(problem: train.Problem, state: train.State, where: str) -> None:
+    """Raises NonFiniteLossError, naming member and array, unless weights and running statistics are finite.
+
+    Every stage gets its network through here, so that none selects among NaN. where: begins the sentence.
+    """
+    for i, own in structured.members_of(problem, state):
+        member = f", member {i}" if problem.members else ""
+        try:
+            trees.check_finite(dict(params=own.params, batch_stats=own.batch_stats), where + member)
+        except ValueError as error:
+            raise train.NonFiniteLossError(str(error)) from None
 
 
 def after(plan: Plan, state: train.State, position: int) -> train.State:

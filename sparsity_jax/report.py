@@ -539,8 +539,11 @@ def compact_section(series: list, most: int = 60) -> str:
         seed = f", seed {row['seed']}" if "seed" in row else ""
         body += f'<tr><th scope="row">{esc(label + seed)}</th>{cells}<td class="keep">{esc(speed(row))}</td></tr>'
     table = scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-    told = "Compact, of dense. Logits of both are equal to rounding. Time: median of whole batches, in alternation."
-    return table + note(f"{told} The first {most} of {len(found)}." if len(found) > most else told)
+    told = "Compact, of dense. Time: median of whole batches, in alternation."
+    warnings = [f"{label}: {row['warning']}." for label, row in found if row.get("warning")]
+    equal = "" if warnings else " Logits of both are equal to rounding."
+    more = f" The first {most} of {len(found)}." if len(found) > most else ""
+    return table + note(told + equal + more) + "".join(map(note, warnings[:most]))
 
 
 def amount(value: float) -> str:
