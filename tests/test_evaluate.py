@@ -321,6 +321,7 @@ def edited(workdir: pathlib.Path, target: pathlib.Path, change) -> pathlib.Path:
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config)
     path.write_text(json.dumps(config), encoding="utf-8")
+    intact.record(path)
     return target
 
 
