@@ -36,7 +36,7 @@ class ScaleMetrics(NamedTuple):
 
 def init(params: PyTree) -> ScaleState:
     """Every scale 1."""
-    zeros = jax.tree.map(lambda x: jnp.zeros((), x.dtype), params)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x), shape=()), params)
     ones = jax.tree.map(jnp.ones_like, zeros)
     return ScaleState(jnp.zeros((), jnp.int32), params, ones, jax.tree.map(trees.norm, params), zeros, zeros)
 
@@ -70,12 +70,10 @@ def scale_step(
                 return w - learning_rate * g, jnp.asarray(learning_rate, w.dtype)
             vertex = jax.lax.stop_gradient(constraint.lmo(g))
             gap = vertex - w
-            # sqrt has no gradient at 0, so it only sees positive numbers
-            squared, length = jnp.sum(gap * gap), jnp.sum(g * g)
-            safe = (squared > 0) & (length > 0)
-            ratio = jnp.sqrt(jnp.where(safe, length, 1)) / jnp.sqrt(jnp.where(safe, squared, 1))
-            size = jnp.where(safe, jnp.clip(learning_rate * ratio, 0, 1), jnp.where(squared > 0, 0.0, 1.0))
-            return (1 - size) * w + size * vertex, size
+            length = trees.norm(gap)
+            ratio = trees.norm(g) / jnp.where(length > 0, length, 1)
+            size = jnp.where(length > 0, jnp.clip(learning_rate * ratio, 0, 1), 1.0)
+            return ((1 - size) * w + size * vertex).astype(w.dtype), size
 
         leaves, structure = jax.tree.flatten(params)
         constraints = jax.tree.leaves(polytopes.broadcast(sets, params), is_leaf=polytopes.is_set)
@@ -91,7 +89,7 @@ def scale_step(
             state.params, inner_batch, outer_batch
         )
         count = state.step + 1
-        products = jax.tree.map(lambda p, g: jnp.sum(p * g), state.params, grads)
+        products = jax.tree.map(trees.dot, state.params, grads)
 
         def update(path, p, scale, first, product, mean, square):
             norm = trees.norm(p)
@@ -103,7 +101,7 @@ def scale_step(
             move = scale_learning_rate * (mean / (1 - beta1**count)) / (jnp.sqrt(square / (1 - beta2**count)) + eps)
             floor = 0.0 if path.rsplit("/", 1)[-1] == "bias" else min_scale
             scale = jnp.where(alive, jnp.maximum(scale - move, floor), scale)
-            return jnp.where(alive, p * (scale * grow), p), scale, mean, square
+            return jnp.where(alive, (p * (scale * grow)).astype(p.dtype), p), scale, mean, square
 
         now = (state.params, state.scales, state.first_norms, products, state.mean, state.square)
         new = zip(*map(update, trees.named_leaves(state.params), *map(jax.tree.leaves, now)))
