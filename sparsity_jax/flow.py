@@ -80,7 +80,7 @@ class Analysis(NamedTuple):
     labels: Labels
     inputs: list[Value]
     events: list[Event]
-    roles: dict[tuple[int, int], str]  # (input, axis) -> producer, consumer or depthwise
+    roles: dict[tuple[int, int], str]  # (input, axis) -> producer, consumer, depthwise or window
     used: tuple[int, ...]  # inputs that some equation reads, in order of use
 
 
@@ -398,8 +398,7 @@ def _squeeze(walk, eqn, ins):
 def _reverse(walk, eqn, ins):
     (x,), turned = ins, eqn.params["dimensions"]
     labels = tuple(axis[::-1] if a in turned else axis for a, axis in enumerate(x.labels))
-    origin = tuple(() if a in turned else o for a, o in enumerate(x.origin))
-    return [x._replace(labels=labels, origin=origin)]
+    return [x._replace(labels=labels)]
 
 
 @rule("broadcast_in_dim")
@@ -583,6 +582,8 @@ def _convolve(walk, eqn, ins):
         if not (x.zero[feature] or kernel.zero[inward]):
             walk.freeze(inside, "a convolution sums over entries that are not zero when removed")
     depthwise = kernel.labels[inward].size == 1 and groups > 1
+    for a in window:
+        walk.role(kernel, a, "window")
     walk.role(kernel, inward, "consumer")
     walk.role(kernel, out, "depthwise" if depthwise else "producer")
     zero = kernel.zero[out] or (depthwise and groups == len(outputs) and x.zero[feature])

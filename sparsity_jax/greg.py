@@ -83,7 +83,10 @@ def choice_of(settings: Any) -> Choice | None:
 
 
 def layers_of(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]:
-    """The layers of the run's network and how many groups each loses; raises ConfigError where ratios do not fit."""
+    """The layers of the run's network and how many groups each loses, in the order in which it uses them.
+
+    Raises ConfigError where ratios do not fit.
+    """
     return problem.once(("greg layers", chosen._replace(pick="")), lambda: _layers(problem, chosen))
 
 
@@ -100,8 +103,9 @@ def _layers(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]
                     f"{chosen.where}.ratios is {rules!r}; allowed with granularity 'group': one number for all groups, "
                     "e.g. '0.5', or pairs of a pattern of their names and a ratio."
                 ) from None
-        table = trees.match_rules(dict.fromkeys(channels.groups, 0), rules, f"{chosen.where}.ratios")
-        return growing.coupled(channels, shapes, table)
+        by_name = trees.match_rules(dict.fromkeys(channels.groups, 0), rules, f"{chosen.where}.ratios")
+        in_order = {name: by_name[name] for name in channels.groups}  # as the network uses them
+        return growing.coupled(channels, shapes, in_order)
     return growing.layers(shapes, table_of(problem, chosen), chosen.granularity)
 
 

@@ -292,6 +292,27 @@ def _places(tree: PyTree, channels: Channels) -> dict[str, str]:
     return result
 
 
+def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
+    """What the traced function does with the axes of each array of `tree`, by path and axis; also of axes in no group.
+
+    `producer`: it makes channels, or `depthwise`, from one channel each; `consumer`: a matrix product or convolution
+    sums over it; `window`: of a convolution. Other axes are missing. tree: as for `mask`.
+    Raises ValueError for arrays of other shapes than those traced.
+    """
+    traced: dict[str, dict[int, str]] = {}
+    paths = list(channels.shapes)
+    for (number, axis), role in channels.traced.analysis.roles.items():
+        if number < len(paths):
+            traced.setdefault(paths[number], {})[axis] = role
+    leaves = trees.named_leaves(tree)
+    owners = _places(tree, channels)
+    for path, owner in owners.items():
+        given, expected = leaves[path].shape, channels.shapes[owner].shape
+        if given != expected:
+            raise ValueError(f"{path} has shape {given}; the traced variables have {expected} there.")
+    return {path: traced[owner] for path, owner in owners.items() if owner in traced}
+
+
 def mask(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     """`variables` with removed channels at zero; shapes stay, so that `keep` may be traced.
 

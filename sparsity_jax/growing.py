@@ -5,6 +5,7 @@
     ...                                      # steps, until growing.finished(opt_state)
     keep = growing.kept(opt_state)           # bools by name of layer, True = keep
 
+List layers in the order of the network: GReg-1 judges one after the other, see `growing_l2`.
 A layer is a set of groups (filters, channels, weights, or coupled channels of `groups.trace`) of which a share goes.
 Its groups are picked by score, the mean absolute weight; those picked are pushed towards zero; then the penalty rests
 while the network settles. All of it is state of the transformation: it runs under jit, scan and vmap, without the host.
@@ -39,12 +40,22 @@ PICK, PUSH, STABILIZE = 0, 1, 2  # phases of a layer
 class Part(NamedTuple):
     """Where the groups of a layer are in one array: along `axis`; if that is None, every entry is a group.
 
-    index: int [groups, copies], the positions of every group on the axis; None: group i is at position i.
+    path: without the `value` at its end that paths of NNX states may have, or not: `nnx.Optimizer` initialises with it
+    and updates without. index: int [groups, copies], the positions of every group on the axis; None: group i is at position i.
     """
 
     path: str
     axis: int | None
     index: np.ndarray | None = None
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves of `tree` by their paths as `Part` has them."""
+    return {_array_path(path): leaf for path, leaf in trees.named_leaves(tree).items()}
+
+
+def _array_path(path: str) -> str:
+    return path.removesuffix("/value")
 
 
 class Layer(NamedTuple):
@@ -78,17 +89,18 @@ def layers(params: PyTree, ratios: Mapping[str, float], granularity: Granularity
     """
     tables.convert(granularity, Granularity, "granularity")
     axis = {"filter": -1, "channel": -2, "weight": None}[granularity]
-    leaves = trees.named_leaves(params)
-    _check_names(ratios, leaves, "path of the params")
+    leaves = _leaves(params)
+    _check_names(list(map(_array_path, ratios)), leaves, "path of the params")
     found = []
-    for path, ratio in ratios.items():
+    for name, ratio in ratios.items():
+        path = _array_path(name)
         shape = tuple(leaves[path].shape)
         if axis is not None:
             if len(shape) < 2:
                 raise ValueError(f"{path!r} has shape {shape}; a {granularity} is a slice of a matrix or more.")
             shape = (shape[axis],)
         part = (Part(path, axis),)
-        found.append(Layer(path, shape, _num_pruned(path, ratio, math.prod(shape)), part, part))
+        found.append(Layer(name, shape, _num_pruned(name, ratio, math.prod(shape)), part, part))
     return tuple(found)
 
 
@@ -104,7 +116,7 @@ def coupled(
     Raises ValueError for unknown groups, ratios out of range and groups without a kernel in `params`.
     """
     tables.convert(members, Members, "members")
-    leaves = trees.named_leaves(params)
+    leaves = _leaves(params)
     _check_names(ratios, channels.groups, "group")
     found = []
     for name, ratio in ratios.items():
@@ -123,7 +135,8 @@ def coupled(
 
 def _part(member: groups.Member, leaves: Mapping[str, Any]) -> Part | None:
     """The member as a part of `leaves`, which may lack the first name of its path; None for running statistics."""
-    path = next((path for path in (member.path, member.path.partition("/")[2]) if path in leaves), None)
+    whole = _array_path(member.path)
+    path = next((path for path in (whole, whole.partition("/")[2]) if path in leaves), None)
     if path is None:
         return None
     positions = np.arange(leaves[path].shape[member.axis])[:, None]
@@ -188,7 +201,7 @@ def _key(key: jax.Array, name: str) -> jax.Array:
 
 def _checked_leaves(params: PyTree, layers: Sequence[Layer]) -> dict[str, jax.Array]:
     """Leaves of `params` by path; raises ValueError where a layer does not fit them."""
-    leaves = trees.named_leaves(params)
+    leaves = _leaves(params)
     for layer in layers:
         for path, axis, index in (*layer.parts, *layer.scored):
             if path not in leaves:
@@ -250,7 +263,7 @@ class Plan(NamedTuple):
 
     The first `pick_updates` give all groups updates * pick_increment; then what goes has push_start + (updates -
     pick_updates) * push_increment, and what stays `recover`. A layer is done after `push_updates` of these, or earlier
-    once the ratio of scores reaches `ratio_limit`: that of `all` layers, its `own`, or it never matters.
+    once the ratio of scores reaches `ratio_limit`: every one `recorded` so far, its `own`, or it never matters.
     """
 
     update_every: int
@@ -261,7 +274,7 @@ class Plan(NamedTuple):
     push_increment: float
     recover: float
     ratio_limit: float
-    ratio_of: Literal["all", "own", "none"]
+    ratio_of: Literal["recorded", "own", "none"]
     stabilize_steps: int
     pick: Pick
 
@@ -288,8 +301,11 @@ def plan(
         what stays gets the penalty `granularity_recover`. `fixreg` gives what goes `upper_limit` at once, and is done
         with the first update after step `fix_steps`.
     upper_limit: a layer is done once a penalty exceeds it. mag_ratio_limit: or once the mean score of what stays is so
-        many times that of what goes, smoothed (0.9 old + 0.1 new): with greg1 in all layers, with greg2 in this one.
-        Layers of weights go by the penalty only.
+        many times that of what goes, smoothed (0.9 old + 0.1 new): with greg2 in this layer; with greg1 in every layer
+        that has a ratio yet, also those done already. As in the original, greg1 looks at one layer after the other: it
+        compares the new ratios of this layer and those before it, and those of the layers behind it as the update
+        before left them. So layers before the last to get there are done an update later than it; in the first update
+        a layer is compared without those behind it. Layers of weights go by the penalty only.
     pick: what goes has the lowest score, the highest, or is random.
     stabilize_steps: further steps at rest once all layers are done.
     counting: updates to a limit follow from the decimals as written (`exact`), or from what the original reaches by
@@ -313,7 +329,7 @@ def plan(
         push_increment,
         recover,
         mag_ratio_limit,
-        {"greg1": "all", "greg2": "own", "fixreg": "none"}[method],
+        {"greg1": "recorded", "greg2": "own", "fixreg": "none"}[method],
         stabilize_steps,
         pick,
     )
@@ -376,7 +392,8 @@ def growing_l2(
 ) -> optax.GradientTransformationExtraArgs:
     """g + reg * w with the penalties `reg` of a growing regularisation; put it before weight decay and momentum.
 
-    layers: of `layers` or `coupled`; one that loses nothing is left alone. key: for pick='rand'. keep: picks made
+    layers: of `layers` or `coupled`, in the order of the network, in which GReg-1 judges them (see `plan`); one that
+    loses nothing is left alone. key: for pick='rand'. keep: picks made
     before, bools by name of layer as `pick` and `kept` return, known on the host; they replace the picks of these
     layers. options: those of `plan`. GReg-1 and FixReg pick from the params given to `init`.
     Updates happen at steps 0, update_every, 2 update_every, ..., before the penalty acts.
@@ -390,6 +407,9 @@ def growing_l2(
     free = [layer for layer in active if layer.name not in given]
     keys = _keys(free, chosen.pick, key)
     slices = np.array([not layer.of_weights for layer in active], bool)
+    names = [layer.name for layer in layers]
+    turn = np.array([names.index(layer.name) for layer in active], int)
+    judged = turn <= turn[:, None]  # [i, j]: layer i is judged after layer j, or is layer j
     parts: dict[str, list[tuple[int, Part]]] = {}
     for i, layer in enumerate(active):
         for part in layer.parts:
@@ -425,9 +445,11 @@ def growing_l2(
         ratio = jnp.where(pruned > 0, kept / jnp.where(pruned > 0, pruned, 1), jnp.where(kept > 0, jnp.inf, 1))
         ratio = jnp.where(old.updates == 0, ratio, 0.9 * old.ratio + 0.1 * ratio)
         ratio = jnp.where(going & slices, ratio, old.ratio)
-        enough = (ratio >= chosen.ratio_limit) & slices & (chosen.ratio_of != "none")
-        if chosen.ratio_of == "all":
-            enough &= jnp.all(enough | ~slices)
+        reached = lambda ratio: ratio >= chosen.ratio_limit
+        enough = reached(ratio) & slices & (chosen.ratio_of != "none")
+        if chosen.ratio_of == "recorded":
+            before = reached(old.ratio) | (old.updates == 0)
+            enough = slices & jnp.all(jnp.where(judged, reached(ratio), before) | ~slices, axis=1)
         enough |= updates >= chosen.pick_updates + chosen.push_updates
         pushed = updates >= chosen.pick_updates
         phase = jnp.where(pushed, jnp.where(enough, STABILIZE, PUSH), PICK)
@@ -438,7 +460,7 @@ def growing_l2(
         del extra
         if params is None:
             raise ValueError("growing_l2 reads the weights; call update(grads, state, params).")
-        leaves = trees.named_leaves(params)
+        leaves = _leaves(params)
         number, due = state.step // chosen.update_every + 1, state.step % chosen.update_every == 0
         keep = repick(leaves, state.keep, due, number) if chosen.pick_updates else state.keep
         progress = jax.lax.cond(due, lambda: advance(leaves, keep, number, state.progress), lambda: state.progress)
@@ -447,9 +469,10 @@ def growing_l2(
         regs = list(_regs(state).values())
 
         def add(path, update, w):
-            if path not in parts:
+            own = parts.get(_array_path(path), ())
+            if not own:
                 return update
-            reg = sum(_spread(regs[i], part, w.shape) for i, part in parts[path])
+            reg = sum(_spread(regs[i], part, w.shape) for i, part in own)
             return (update + reg * w).astype(update.dtype)
 
         return trees.map_named(add, updates, params), state
@@ -509,7 +532,10 @@ def state_of(opt_state: PyTree) -> GrowingState:
     found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=ours) if ours(leaf)]
     if len(found) != 1:
         raise ValueError(f"the optimizer's state holds {len(found)} states of growing_l2; it must hold one.")
-    return found[0]
+    (state,) = found
+    progress = Progress(*Progress._fields)
+    structure = jax.tree.structure(GrowingState("step", "left", dict.fromkeys(state.keep, "keep"), progress))
+    return jax.tree.unflatten(structure, jax.tree.leaves(state))  # plain arrays, which `nnx.Optimizer` wraps
 
 
 def finished(opt_state: PyTree) -> jax.Array:

@@ -328,11 +328,9 @@ def _add_slope(strength: PyTree, slope: Callable) -> optax.GradientTransformatio
 
 
 def _one_each(strength: PyTree, params: PyTree) -> PyTree:
-    return strength if jax.tree.structure(strength) == jax.tree.structure(params) else _like(strength, params)
-
-
-def _like(value: Any, tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda _: value, tree)
+    if jax.tree.structure(strength) == jax.tree.structure(0.0):
+        return jax.tree.map(lambda _: strength, params)
+    return trees.aligned(strength, params, "strengths")
 
 
 def proximal_l1(
@@ -421,17 +419,34 @@ def choose(
 
 
 def _rate_in(opt_state: PyTree) -> jax.Array | None:
-    """The `learning_rate` named in an optimizer's state, outside of what was not chosen; None if there is none.
-
-    That of this module's own states goes before a hyper-parameter of `optax.inject_hyperparams`, which it was made of.
-    """
-    named = lambda path, name: any(getattr(key, "name", None) == name for key in path)
-    found = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
-    found = [(path, rate) for path, rate in found if not named(path, "choices")]
-    rates = [rate for path, rate in found if not named(path, "hyperparams")] or [rate for _, rate in found]
+    """The one learning rate that an optimizer's state names, outside of what was not chosen; None if there is none."""
+    rates = _rates_in(opt_state)
     if len(rates) > 1:
-        raise ValueError(f"the optimizer's state names {len(rates)} learning rates; allowed: one.")
+        raise ValueError(
+            f"the optimizer's state names {len(rates)} learning rates; allowed: one. Say which is meant with "
+            "learning_rate=, or read it from a part of the state."
+        )
     return rates[0] if rates else None
+
+
+def _rates_in(opt_state: PyTree) -> list[jax.Array]:
+    """All rates of states that are made to hold one; entries of that name in other trees are parameters."""
+    rates = []
+    for state in jax.tree.leaves(opt_state, is_leaf=_names_rate):
+        if isinstance(state, (RateState, ChoiceState)):
+            rates.append(state.learning_rate)
+        elif isinstance(state, INJECTED):
+            # a transformation of this module knows its rate itself; the hyper-parameter is what it was made of
+            injected = [state.hyperparams["learning_rate"]] if "learning_rate" in state.hyperparams else []
+            rates += _rates_in(state.inner_state) or injected
+    return rates
+
+
+INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+
+
+def _names_rate(state: Any) -> bool:
+    return isinstance(state, (RateState, ChoiceState, *INJECTED))
 
 
 def _need_params(params: PyTree) -> None:
@@ -813,5 +828,9 @@ def shift_inside(recipe: Recipe | Choice, values: dict[str, Any], params: PyTree
 
 
 def learning_rate(opt_state: PyTree) -> jax.Array | None:
-    """The rate of the latest update, found in the optimizer state by name; raises ValueError if it names several."""
+    """The rate of the latest update, found in an optimizer's state; None if no part of it names a rate.
+
+    Rates are named by this module's transformations and by `optax.inject_hyperparams`, within any wrapper of optax.
+    Raises ValueError if the state names several.
+    """
     return _rate_in(opt_state)

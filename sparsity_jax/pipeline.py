@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import tqdm
 
 from sparsity_jax import (
@@ -779,8 +780,16 @@ def arm_of(plan: Plan, position: int) -> str:
     return plan.configs[0][name].get("label") or name
 
 
-def describe_environment(problem: train.Problem) -> dict[str, str]:
-    """Versions and hardware, for the report."""
+def chance(dataset: data.Dataset) -> float:
+    """Test accuracy of always answering the most frequent class; of a stream, one over the number of classes."""
+    labels = dataset.test.labels
+    if labels is None:
+        return 1 / dataset.num_classes
+    return round(float(np.bincount(labels).max() / labels.size), 4)
+
+
+def describe_environment(problem: train.Problem) -> dict[str, Any]:
+    """Versions and hardware, and the accuracy by chance, for the report."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     device = jax.local_devices()[0]
     shapes = jax.tree.leaves(stages.shapes_of(problem))
@@ -788,6 +797,7 @@ def describe_environment(problem: train.Problem) -> dict[str, str]:
         "device": f"{device.device_kind} ({device.platform}, {len(jax.local_devices())} local)",
         "python": host.python_version(),
         "parameters": f"{sum(leaf.size for leaf in shapes):,}",
+        "chance": chance(problem.dataset),
         **versions,
     }
 

@@ -265,13 +265,10 @@ def is_set(x: Any) -> bool:
 
 
 def broadcast(sets: PyTree, params: PyTree) -> PyTree:
-    """One set per parameter array: a single set serves all of them, a tree must have the structure of `params`."""
+    """One set per parameter array: a single set serves all of them, a tree has their paths (`trees.aligned`)."""
     if is_set(sets):
         return jax.tree.map(lambda _: sets, params)
-    given = jax.tree.structure(sets, is_leaf=is_set)
-    if given != jax.tree.structure(params):
-        raise ValueError(f"sets have the structure {given}; allowed: one set, or {jax.tree.structure(params)}.")
-    return sets
+    return trees.aligned(sets, params, "sets", is_leaf=is_set)
 
 
 def shift_inside(params: PyTree, sets: PyTree) -> PyTree:

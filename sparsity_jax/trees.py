@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sparsity_jax import tables
 
@@ -20,13 +21,59 @@ def path_name(path: Sequence) -> str:
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Leaves of `tree` by path, in flattening order; raises ValueError where two have the same path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = {path_name(path): leaf for path, leaf in leaves}
+    return _by_path(tree, path_name)
+
+
+def _by_path(tree: PyTree, name_of: Callable, is_leaf: Callable | None = None) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    found = {name_of(path): leaf for path, leaf in leaves}
     if len(found) < len(leaves):
-        names = [path_name(path) for path, _ in leaves]
+        names = [name_of(path) for path, _ in leaves]
         double = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"two leaves have the path {double!r}; names of a tree must not hold the '/' between them.")
     return found
+
+
+def plain_path(path: Sequence) -> str:
+    """`path_name` without the last `value`, the attribute in which a state of Flax NNX wraps every array.
+
+    `nnx.Optimizer` gives wrapped arrays to `init` and bare ones to `update`: in both, an array has the same plain path.
+    """
+    if path and getattr(path[-1], "name", None) == "value":
+        path = path[:-1]
+    return path_name(path)
+
+
+def plain_leaves(tree: PyTree, is_leaf: Callable | None = None) -> dict[str, Any]:
+    """Leaves of `tree` by `plain_path`, in flattening order; raises ValueError where two have the same path."""
+    return _by_path(tree, plain_path, is_leaf)
+
+
+def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = None) -> PyTree:
+    """`tree` in the structure of `like`: its leaves by their plain paths, where the structures differ.
+
+    So a tree that was made of NNX states serves bare arrays, and a tree of all params serves those that `optax.masked`
+    shows: positions which `like` hides (`optax.MaskedNode`) are hidden in the result too.
+    what: names `tree` in errors. is_leaf: what counts as a leaf of `tree`. Raises ValueError naming a path that only
+    one of the two has.
+    """
+    if jax.tree.structure(tree, is_leaf=is_leaf) == jax.tree.structure(like):
+        return tree
+    given = plain_leaves(tree, is_leaf)
+    wanted = plain_leaves(like, _is_hidden)
+    missing = [path for path, leaf in wanted.items() if path not in given and not _is_hidden(leaf)]
+    surplus = [path for path in given if path not in wanted]
+    if missing or surplus:
+        told = f"no entry for {missing[0]!r}" if missing else f"an entry {surplus[0]!r}, which is no parameter"
+        raise ValueError(
+            f"{what} have {told}; allowed: one for all parameters, or a tree with the paths of the params."
+        )
+    leaves = [leaf if _is_hidden(leaf) else given[path] for path, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=_is_hidden), leaves)
+
+
+def _is_hidden(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def map_named(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
@@ -145,10 +192,15 @@ def check_parameters(tree: PyTree, what: str, *, masks: bool = False) -> None:
 
 def is_kernel(path: str) -> bool:
     """Whether `path` names weights: `kernel` (Flax; NNX states end in `kernel/value`), `weight` or `w`."""
+    return last_name(path) in ("kernel", "weight", "w")
+
+
+def last_name(path: str) -> str:
+    """The name of an array itself: the end of `path`, without the `value` of NNX states."""
     names = [name.strip(".[]'\"") for name in path.split("/")]
     if len(names) > 1 and names[-1] == "value":
         names.pop()
-    return names[-1] in ("kernel", "weight", "w")
+    return names[-1]
 
 
 def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: jax.Array) -> jax.Array:

@@ -293,6 +293,12 @@ def test_names_are_escaped(tmp_path):
     assert "<script" not in page_of(tmp_path, rows, {**CONFIG, evil: {"tolerance": evil}})
 
 
+def test_no_label_breaks_a_page(tmp_path):
+    rows = [{**row, "arm": label} for label in ("$$", r"$_\1 {0}% <b>") for row in all_rows(num=10)]
+    page_of(tmp_path, rows)
+    assert {"limits", "crossing", "history", "path", "row_norms", "spectrum"} <= set(drawn(tmp_path))
+
+
 def test_the_study_is_cited(tmp_path):
     assert "arXiv:2306.05857" in page_of(tmp_path, all_rows())
     assert "arXiv:2306.05857" not in page_of(tmp_path, curve_rows(), {"data": {"name": "digits"}})

@@ -146,6 +146,18 @@ def test_depthwise_layers_follow_the_layer_before_them():
     assert 1.5 <= row["flops"] / row["flops_compact"] < 2
 
 
+@pytest.mark.parametrize(
+    ("granularity", "ratios"), [("filter", ((".*", 0.5),)), ("weight", "[0-4:0.5]"), ("group", "0.5")]
+)
+def test_layers_come_in_the_order_of_the_network(granularity, ratios):
+    model = models.build(name="mobilenet", num_classes=4, stem_width=8, blocks=((8, 1), (12, 2)))
+    problem = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
+    layers = greg.layers_of(problem, settings("remove", ratios=ratios, granularity=granularity))
+    first = [layer.scored[0].path for layer in layers]
+    in_order = greg.kernels_of(problem)
+    assert first == [path for path in in_order if path in first] != sorted(first)
+
+
 def test_a_speedup_is_reached_in_flops(residual):
     problem, state = residual
     cut, _ = run(problem, state, "remove", ratios="1.4x")

@@ -4,12 +4,15 @@ import math
 from fractions import Fraction
 
 import golden_data
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
+from hypothesis import strategies as st
 
 from sparsity_jax import groups, growing, masks, tables
 
@@ -277,14 +280,12 @@ def reference(trajectory, ratios, axis, *, method, update_every, prune, pick, re
     done, ratio, rows = dict.fromkeys(names, False), {}, []
     for i, weights in enumerate(trajectory):
         if i % update_every == 0:
-            going = [n for n in names if not done[n]]
-            for n in going:
+            for n in [n for n in names if not done[n]]:
                 scores = score(weights[n]).ravel()
                 if not picked[n]:
                     gone[n] = lowest(weights[n], ratios[n])
                 new = np.delete(scores, gone[n]).mean() / scores[gone[n]].mean()
                 ratio[n] = 0.9 * ratio[n] + 0.1 * new if n in ratio else new
-            for n in going:
                 if method == "fixreg":
                     reg[n][gone[n]] = upper
                     done[n] = i > fix
@@ -302,7 +303,7 @@ def reference(trajectory, ratios, axis, *, method, update_every, prune, pick, re
     return rows
 
 
-PATHS = {"a/kernel": 0.5, "b/kernel": 0.3}
+PATHS = {"b/kernel": 0.3, "a/kernel": 0.5}
 RULES = {  # increments are powers of two, on whose grid most limits lie
     "greg1": dict(method="greg1", update_every=3, prune=2.0**-4, upper=0.5, limit=1e6),
     "greg1, ratio": dict(method="greg1", update_every=1, prune=2.0**-4, upper=2.0, limit=3.0),
@@ -372,7 +373,7 @@ def test_penalties_and_phases_follow_the_rules(rule, granularity):
     for m, own in enumerate(members):
         flat = [{path: weights[path[0]]["kernel"] for path in PATHS} for weights in own]
         rows = reference(flat, PATHS, axis, **RULES[rule], **REST)
-        phases = np.array([[phase[path] for path in PATHS] for _, phase in rows])
+        phases = np.array([[phase[path] for path in sorted(PATHS)] for _, phase in rows])
         np.testing.assert_array_equal(states.progress.phase[m], phases)
         for path in PATHS:
             wanted = np.stack([reg[path] for reg, _ in rows])
@@ -380,6 +381,86 @@ def test_penalties_and_phases_follow_the_rules(rule, granularity):
         resting = np.cumsum((phases == growing.STABILIZE).all(1))
         assert (phases[-1] == growing.STABILIZE).all(), "the rule never ends; choose other numbers"
         np.testing.assert_array_equal(finished[m], resting > 3)
+
+
+# Layers in turn
+
+IN_TURN = ("stem", "block", "head", "fc")  # not the order of their names
+
+
+def kernels_of_ratio(ratios):
+    """Kernels of two filters, the first of which is 1 and the second so many times larger; by layer."""
+    return {name: {"kernel": jnp.stack([jnp.ones(1), ratio * jnp.ones(1)], -1)} for name, ratio in ratios.items()}
+
+
+def walk(ratios, limit, most_updates):
+    """At which update each layer is done: the original's loop over the layers, as its code runs."""
+    smoothed, done = {}, {}
+    for update, given in enumerate(ratios, 1):
+        for name, new in given.items():
+            if name in done:
+                continue
+            if name in smoothed:
+                smoothed[name] = smoothed[name] * 0.9 + new * 0.1
+            else:
+                smoothed[name] = new
+            pushed_enough = True
+            for other in smoothed:
+                if smoothed[other] < limit:
+                    pushed_enough = False
+            if pushed_enough or update >= most_updates:
+                done[name] = update
+    return done
+
+
+def done_at(tx, ratios):
+    """The same of our transformation."""
+    step = jax.jit(lambda state, params: tx.update(params, state, params)[1])
+    state, found = tx.init(kernels_of_ratio(ratios[0])), {}
+    for i, own in enumerate(ratios):
+        state = step(state, kernels_of_ratio(own))
+        for name, progress in growing.progress(state).items():
+            if progress.phase == growing.STABILIZE:
+                found.setdefault(name.removesuffix("/kernel"), i)
+    return found
+
+
+@pytest.mark.parametrize(("order", "ends"), [("ab", {"a": 6, "b": 3}), ("ba", {"a": 3, "b": 6})])
+def test_layers_before_the_last_to_get_there_end_an_update_later(order, ends):
+    rows = [dict.fromkeys("ab", 1.001 if step < 3 else 3.0) for step in range(9)]
+    layers = growing.layers(kernels_of_ratio(rows[0]), {f"{name}/kernel": 0.5 for name in order})
+    tx = growing.growing_l2(layers, method="greg1", update_every=3, mag_ratio_limit=1.05)
+    assert done_at(tx, rows) == ends
+
+
+PUSHED = 5  # updates until the penalty of a layer is above its limit
+TURN_LAYERS = growing.layers(
+    kernels_of_ratio(dict.fromkeys(IN_TURN, 2.0)), {f"{name}/kernel": 0.5 for name in IN_TURN}
+)
+TURN = growing.growing_l2(
+    TURN_LAYERS, update_every=1, granularity_prune=1.0, upper_limit=PUSHED - 0.5, mag_ratio_limit=2.0417
+)
+
+
+@jax.jit
+def turn_phases(ratios):
+    """Phases [updates, layers] for ratios [updates, layers], both in the order of IN_TURN."""
+    kernels = jax.vmap(lambda row: kernels_of_ratio(dict(zip(IN_TURN, row))))(ratios)
+    _, states, _ = run(TURN, kernels)
+    by_name = {name: states.progress.phase[:, i] for i, name in enumerate(sorted(IN_TURN))}
+    return jnp.stack([by_name[name] for name in IN_TURN], 1)
+
+
+VALUES = st.sampled_from([1.001, 1.5, 2.0, 2.1, 3.0, 30.0])
+
+
+@hypothesis.given(st.lists(st.tuples(*[VALUES] * len(IN_TURN)), min_size=7, max_size=7))
+@hypothesis.settings(max_examples=60)
+def test_layers_are_judged_in_turn_as_in_the_original(rows):
+    wanted = walk([dict(zip(IN_TURN, row)) for row in rows], 2.0417, PUSHED)
+    phases = np.asarray(turn_phases(jnp.asarray(rows)))
+    ends = 1 + (phases == growing.STABILIZE).argmax(0)
+    assert dict(zip(IN_TURN, ends.tolist())) == wanted
 
 
 def test_jit_changes_nothing():
@@ -528,6 +609,34 @@ def test_a_stage_runs_to_its_end_inside_one_program():
     np.testing.assert_array_equal(growing.kept(state)["kernel"], np.arange(8) < 3)
     small = jnp.where(growing.kept(state)["kernel"][:, None], grown["kernel"], 0)
     assert loss({"kernel": small}) < loss(grown) + 1e-4 < 1e-3
+
+
+class Pair(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden, self.fc = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+
+
+@pytest.mark.parametrize("path", ["hidden/kernel", "hidden/kernel/value"])
+def test_nnx_optimizer_trains_and_tells(path):
+    network = Pair(nnx.Rngs(0))
+    params = nnx.state(network, nnx.Param)
+    layers = growing.layers(params, {path: 0.5})
+    grow = growing.growing_l2(layers, update_every=1, granularity_prune=1.0, upper_limit=1.5, stabilize_steps=0)
+    optimizer = nnx.Optimizer(network, optax.chain(grow, optax.sgd(0.5)), wrt=nnx.Param)
+    before = np.abs(np.asarray(network.hidden.kernel[...])).mean(0)
+    unmoved = np.asarray(network.fc.kernel[...])
+    for _ in range(2):
+        assert not growing.finished(optimizer.opt_state)
+        optimizer.update(network, jax.tree.map(jnp.zeros_like, params))
+    assert growing.finished(optimizer.opt_state)
+    keep = np.asarray(growing.kept(optimizer.opt_state)[path])
+    assert set(np.flatnonzero(~keep)) == set(np.argsort(before)[:4])
+    assert growing.progress(optimizer.opt_state)[path].updates == 2
+    np.testing.assert_array_equal(growing.penalties(optimizer.opt_state)[path], np.where(keep, 0, 2))
+    after = np.abs(np.asarray(network.hidden.kernel[...])).mean(0)
+    np.testing.assert_allclose(after[~keep], 0, atol=1e-7)  # half of it, then all
+    np.testing.assert_array_equal(after[keep], before[keep])
+    np.testing.assert_array_equal(network.fc.kernel[...], unmoved)
 
 
 # Misuse

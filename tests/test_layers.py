@@ -9,7 +9,7 @@ import sparsity_jax
 
 ROOT = pathlib.Path(sparsity_jax.__file__).parent
 # each may import those before it
-NUMERICS = ("tables", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups", "relaxed")
+NUMERICS = ("tables", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups", "kernels", "relaxed")
 # never each other
 PARTS = (
     *("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets"),

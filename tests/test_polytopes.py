@@ -262,5 +262,5 @@ def test_sets_that_cannot_be_are_refused():
 
 
 def test_broadcast_refuses_another_structure():
-    with pytest.raises(ValueError, match="sets have the structure"):
+    with pytest.raises(ValueError, match="sets have no entry for 'b'"):
         polytopes.broadcast({"a": polytopes.Unconstrained()}, {"b": jnp.ones(2)})
