@@ -139,7 +139,7 @@ def _structured_mask(params, counts, key, before, *, granularity: str = "filter"
 
     def one(kernel, k):
         others = [a for a in range(kernel.ndim) if a != kernel.ndim + axis]
-        kept = masks.k_largest_mask(jnp.sum(jnp.abs(kernel), others, keepdims=True), k)
+        kept = masks.k_largest_mask(jnp.sum(jnp.abs(trees.widen(kernel)), others, keepdims=True), k)
         return jnp.broadcast_to(kept, kernel.shape)
 
     kernels = _structured_kernels(params, granularity)

@@ -96,7 +96,7 @@ def scale_step(
             state.params, inner_batch, outer_batch
         )
         count = state.step + 1
-        products = jax.tree.map(lambda p, g: jnp.sum(trees.widen(p) * trees.widen(g)), state.params, grads)
+        products = jax.tree.map(trees.dot, state.params, grads)
 
         def update(path, p, scale, first, product, mean, square):
             norm = trees.norm(p)

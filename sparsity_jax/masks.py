@@ -385,6 +385,7 @@ def density(masks: PyTree) -> jax.Array:
 
 
 def sparsity(tree: PyTree) -> jax.Array:
-    """Share of exact zeros (or False) over all leaves."""
+    """Share of exact zeros (or False) over all leaves; TypeError for leaves that are neither floats nor bools."""
+    trees.check_parameters(tree, "sparsity", masks=True)
     zeros = sum(jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in jax.tree.leaves(tree))
     return zeros / trees.size(tree)

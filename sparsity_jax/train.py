@@ -260,7 +260,8 @@ def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe | opti
 
     Norms of the initialisation are measured with the member's own key; the network itself is left alone.
     """
-    shapes = jax.eval_shape(problem.init, jax.random.key(0))["params"]
+    variables = jax.eval_shape(problem.init, jax.random.key(0))
+    shapes, order = variables["params"], None
     norms = [None] * len(recipes)
     if any(map(optim.needs_norms, recipes)):
         init = lambda key: problem.init(key)["params"]
@@ -269,10 +270,19 @@ def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe | opti
         measured = jax.device_get(measured)
         take = lambda i: measured if problem.members is None else jax.tree.map(lambda leaf: leaf[i], measured)
         norms = [take(i) for i in range(len(recipes))]
-    each = [optim.numbers(recipe, shapes, norm) for recipe, norm in zip(recipes, norms, strict=True)]
+        order = problem.once("network order", lambda: network_order(problem, variables))
+    each = [optim.numbers(recipe, shapes, norm, order) for recipe, norm in zip(recipes, norms, strict=True)]
     if problem.members is None:
         return problem.place(each[0])
     return problem.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+
+
+def network_order(problem: Problem, variables: PyTree) -> list[str]:
+    """Paths of the params in the network's order. variables: arrays or shape structs; nothing is computed."""
+    image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
+    others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["batch_stats"])
+    apply = lambda params: problem.model.apply({"params": params, "batch_stats": others}, image)
+    return trees.order_of_use(apply, variables["params"])
 
 
 def make_step(problem: Problem, fit: Fit) -> Callable:
