@@ -237,6 +237,16 @@ def fold_sum(function: Callable, *arrays: jax.Array) -> jax.Array:
     return fold(jnp.add, jnp.sum, function, *arrays)
 
 
+def varying_like(x: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
+    """`x` as a value that differs between the devices of a mesh axis, inside `shard_map`, if one of `arrays` does.
+
+    What a loop or a branch starts with must have the type of what it ends with.
+    """
+    for array in arrays:
+        x = x + jnp.zeros_like(array, x.dtype, shape=())
+    return x
+
+
 def widen(array: jax.Array) -> jax.Array:
     """In float32 if its type is narrower, else as it is."""
     array = jnp.asarray(array)

@@ -136,7 +136,7 @@ def test_sizes_on_the_host_and_noise_follow_the_scale(dtype):
             distances = width.distances(params)
             norm = np.linalg.norm(np.asarray(params["kernel"], np.float64))
             np.testing.assert_allclose([distances.norm_sum, distances.at(1.0)], norm, rtol=1e-6)
-            noisy = surgery.add_noise(jax.random.key(0), params, 0.5, relative=True)
+            noisy = surgery.add_noise(params, jax.random.key(0), std=0.5, relative=True)
             change = np.asarray(noisy["kernel"], np.float64) - np.asarray(params["kernel"], np.float64)
             assert 0.2 < np.linalg.norm(change) / norm < 1
 
