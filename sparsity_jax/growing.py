@@ -465,9 +465,11 @@ def growing_l2(
             parts.setdefault(part.path, []).append((i, part))
 
     def init(params):
-        leaves = _checked_leaves(params, layers)
         whole = {layer.name: jnp.ones(layer.shape, bool) for layer in active}
-        picked = {} if chosen.pick_updates else _select(leaves, free, chosen.pick, keys)
+        picked = {}
+        if jax.tree.leaves(params):  # `optax.tree_map_params` calls `init` without arrays
+            leaves = _checked_leaves(params, layers)
+            picked = {} if chosen.pick_updates else _select(leaves, free, chosen.pick, keys)
         known = {layer.name: jnp.asarray(given[layer.name]) for layer in active if layer.name in given}
         zeros = [jnp.zeros(len(active), dtype) for dtype in (jnp.int32, *[float] * 5)]  # apart, to be donated
         progress = Progress(jnp.full(len(active), PICK if chosen.pick_updates else PUSH, jnp.int32), *zeros)

@@ -322,8 +322,8 @@ def tracker(
     first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
 
     def init(params):
-        shapes = jax.eval_shape(statistic, params, params)
-        return TrackerState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        zeros = jax.tree.map(jnp.zeros_like, statistic(params, params))  # sharded as the values that will come
+        return TrackerState(jnp.zeros((), jnp.int32), zeros)
 
     def update(state, params, grads):
         step = state.step if steps_per_epoch is None else state.step % steps_per_epoch
