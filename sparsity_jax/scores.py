@@ -321,8 +321,8 @@ def tracker(
     first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
 
     def init(params):
-        shapes = jax.eval_shape(statistic, params, params)
-        return TrackerState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        # zeros of the statistic itself, so that they are divided among devices as it is; under `jit` it costs nothing
+        return TrackerState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, statistic(params, params)))
 
     def update(state, params, grads):
         step = state.step if steps_per_epoch is None else state.step % steps_per_epoch
