@@ -206,7 +206,7 @@ def _check_names(named: Collection[str], known: Collection[str], kind: str) -> N
 def largest_gap(scores: jax.Array) -> jax.Array:
     """How many `scores` lie below the largest gap between neighbours in order: int32, at least 1, never all.
 
-    int(0.02 n) scores at either end are not compared. Of equal gaps the lowest. Sorts. NaN counts as minus infinity,
+    floor(0.02 n) scores at either end are not compared. Of equal gaps the lowest. Sorts. NaN counts as minus infinity,
     and equal infinities have no gap. Raises ValueError for fewer than 2 scores and, outside `jit`, for NaN.
     """
     if scores.size < 2:
@@ -454,9 +454,9 @@ def growing_l2(
     """g + reg * w with the penalties `reg` of a growing regularisation; put it before weight decay and momentum.
 
     layers: of `layers` or `coupled`, in the order of the network, in which GReg-1 judges them (see `plan`); one that
-    loses nothing is left alone. key: for pick='rand'. keep: picks made
-    before, bools by name of layer as `pick` and `kept` return, known on the host; they replace the picks of these
-    layers. options: those of `plan`. GReg-1 and FixReg pick from the params given to `init`.
+    loses nothing is left alone. key: for pick='rand'. keep: picks made before, bools by name of layer as `pick` and
+    `kept` return, known on the host; they replace the picks of these layers. options: those of `plan`. GReg-1 and
+    FixReg pick from the params given to `init`.
     Updates happen at steps 0, update_every, 2 update_every, ..., before the penalty acts.
     Raises ConfigError for wrong options, ValueError for picks that do not fit, a missing key, layers of other params
     and an `update` without params.
