@@ -576,6 +576,7 @@ def build(plans: list[Plan]) -> train.Problem:
             check_arrays(own["start_from"], shapes, problem.members)
     for name in dict.fromkeys(plans[0].pipeline):
         for plan in plans:
+            stages.check_network(problem, plan.settings[name][0], f"config.{name}")
             geometry.check_network(plan.settings[name][0], f"config.{name}", shapes, size)
             if isinstance(plan.settings[name][0], structured.Cut):
                 visits = plans[0].pipeline.count(name)
