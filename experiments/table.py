@@ -1,30 +1,52 @@
-"""Prints a run's results as a Markdown table: `python experiments/table.py runs/NAME [--ratios 0 0.5 0.9 0.98]`."""
+"""Prints results as a Markdown table: `python experiments/table.py runs/NAME [--ratios 0 0.5 0.9 0.98]`.
+
+Rules and numbers are those of the report: of a folder with several runs, only networks are averaged whose settings
+agree in all but the seed. Accuracy in %, mean ± sample standard deviation; training in seconds, without compilation.
+"""
 
 import argparse
-import pathlib
-import statistics
 
-from sparsity_jax import report
+from sparsity_jax import figures, report
+
+
+def cell(values: tuple[float, float, int] | None, factor: float = 100, decimals: int = 1) -> str:
+    """Mean and, of several networks, deviation."""
+    if values is None:
+        return "–"
+    mean, deviation, count = values
+    text = f"{factor * mean:.{decimals}f}"
+    return f"{text} ± {factor * deviation:.{decimals}f}" if count > 1 else text
+
+
+def table(rows: list[dict], ratios: list[float]) -> str:
+    """A Markdown table of rows as `report.gather` gives them, one line per pruning curve or trained network."""
+    series = figures.group(rows)
+    lines = figures.summary(series, figures.curves(series), tuple(ratios))
+    columns = {str(ratio): f"{100 * ratio:g}%" for ratio in ratios}
+    columns |= {"dense": "unpruned", "channels": "channels removed", "weights": "weights removed", "pruned": "pruned"}
+    if all("0.0" in line.cells for line in lines):
+        columns.pop("dense")
+    shown = [column for column in columns if any(column in line.cells for line in lines)]
+    text = [f"| network | {' | '.join(columns[column] for column in shown)} | training s |"]
+    text.append("|---" * (len(shown) + 2) + "|")
+    for line in lines:
+        name = ", ".join(filter(None, (line.label, line.variant)))
+        cells = [cell(line.cells.get(column)) for column in shown]
+        cells.append(cell(line.cells.get("seconds"), factor=1, decimals=0))
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("workdir", help="folder of a run, or of several runs in folders of their own")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99])
     arguments = parser.parse_args()
-    rows = report.read_rows(arguments.workdir / "metrics.jsonl")
-    curves = [row for row in rows if row["kind"] == "curve" and row["split"] == "test"]
-    print("| network | " + " | ".join(f"{100 * ratio:g}%" for ratio in arguments.ratios) + " | training s |")
-    print("|---" * (len(arguments.ratios) + 2) + "|")
-    for arm, stage in dict.fromkeys((row["arm"], row["stage"]) for row in curves):
-        cells = []
-        for ratio in arguments.ratios:
-            found = [100 * r["accuracy"] for r in curves if (r["arm"], r["stage"], r["ratio"]) == (arm, stage, ratio)]
-            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "-")
-        times = [row["seconds"] for row in rows if row["kind"] == "train" and row["arm"] == arm]
-        cells.append(f"{max(times):.0f}" if times else "-")
-        print(f"| {arm} ({stage}) | " + " | ".join(cells) + " |")
+    try:
+        _, rows, _ = report.gather(arguments.workdir)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(table(rows, arguments.ratios))
 
 
 if __name__ == "__main__":

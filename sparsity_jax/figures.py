@@ -40,6 +40,8 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
         "unreadable",
         "unreadable_images",
         "test_unreadable",
+        "start",
+        "chance",
     },
     "curve": {
         "ratio",
@@ -110,16 +112,22 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
 
 
 class Series(NamedTuple):
-    """All rows of one arm at one setting of the swept values; its members differ in their seeds only."""
+    """All rows of one arm at one setting of the swept values; its members differ in their seeds only.
+
+    before: by member, rows of the same network under earlier names, since its weights were drawn.
+    """
 
     label: str
     rows: list[dict]
+    before: dict[tuple, list[dict]] = {}  # noqa: RUF012 - never changed
 
 
 class Curve(NamedTuple):
     """One way of pruning one series, at every ratio. A value that a member lacks is NaN."""
 
     series: int  # index of the series
+    stage: str
+    visit: int
     variant: str  # what tells this curve from others of the series, "" if nothing needs telling
     dash: int  # index of the variant, the same for all series
     retrained: bool
@@ -228,9 +236,16 @@ def group(rows: list[dict]) -> list[Series]:
     short = collections.Counter(key.rsplit(".", 1)[-1] for key in keys)
     stages = {row.get("stage") for row in rows}
     groups, arm_stages = {}, collections.defaultdict(set)
+    before, lives = collections.defaultdict(dict), collections.defaultdict(list)
     for row in rows:
         arm = str(row.get("arm", "run"))
-        values = tuple((key, json.dumps(row[key], default=str)) for key in keys if key in row)
+        values = tuple((key, json.dumps(row[key], default=str)) for key in keys if row.get(key) is not None)
+        member = member_of(row)
+        if begins_anew(row, lives[member]):
+            lives[member] = []
+        before[arm, values].setdefault(member, list(lives[member]))
+        if row.get("kind") != "curve":
+            lives[member].append(row)
         groups.setdefault((arm, values), []).append(row)
         arm_stages[arm].add(row.get("stage"))
 
@@ -243,14 +258,42 @@ def group(rows: list[dict]) -> list[Series]:
         settings = ", ".join(f"{name(key, arm)}={value.strip(chr(34))}" for key, value in values)
         return f"{arm} ({settings})" if settings else arm
 
-    return [Series(label(arm, values), members) for (arm, values), members in groups.items()]
+    return [Series(label(*name), members, before[name]) for name, members in groups.items()]
+
+
+def begins_anew(row: dict, earlier: list[dict]) -> bool:
+    """Whether `row` is the first one of a training that begins with the initial weights, all of them."""
+    place = lambda row: (row.get("stage"), row.get("visit"))
+    same = bool(earlier) and place(earlier[-1]) == place(row)
+    return row.get("start") == "init" and not same
+
+
+def share_removed(row: dict) -> float:
+    """Share that a row of a curve really removed: the one asked for, unless the counts of weights say another.
+
+    Masks from before a curve, and selections of whole filters, do not allow every share.
+    """
+    asked, total, kept = number(row["ratio"]), number(row.get("num_prunable")), number(row.get("num_kept"))
+    if not total > 0 or not math.isfinite(kept):
+        return round(asked, 6)
+    gone = 1 - kept / total
+    return round(asked, 6) if abs(gone - asked) <= NEAR else round(gone, 4)
+
+
+def removal(row: dict) -> tuple[str, float] | None:
+    """(what was removed, its share of all) after a row of a stage that removes something; None for any other row."""
+    if row.get("kind") == "cut" and number(row.get("num_channels")) > 0:
+        return "channels", 1 - number(row.get("num_kept")) / row["num_channels"]
+    if row.get("kind") in ("prune", "remove") or (row.get("kind") == "grow" and "layers" in row):
+        return "weights", number(row.get("sparsity", row.get("ratio")))
+    return None
 
 
 def curves(series: list[Series], split: str = "test") -> list[Curve]:
     """Every pruning curve of every series on one split.
 
     A series with several ways of pruning (retrained, selection, scope, or another stage or visit) has one curve each.
-    Of two rows of one member at one ratio the later one counts.
+    Of two rows of one member at one ratio the later one counts. Ratios are those of `share_removed`.
     """
     parts = ("retrained", "selection", "scope", "stage", "visit")
     tables = {}
@@ -259,7 +302,7 @@ def curves(series: list[Series], split: str = "test") -> list[Curve]:
             if row.get("kind") == "curve" and row.get("split", "test") == split and "ratio" in row:
                 variant = (bool(row.get("retrained", False)), *(row.get(part) for part in parts[1:]))
                 cells = tables.setdefault((index, variant), {})
-                cells.setdefault(member_of(row), {})[round(float(row["ratio"]), 6)] = row
+                cells.setdefault(member_of(row), {})[share_removed(row)] = row
     seen = [{variant[i] for _, variant in tables} for i in range(len(parts))]
     distinct = [len({(index, variant[:i]) for index, variant in tables}) for i in range(len(parts) + 1)]
     several = [  # stage and visit tell curves apart only where one series has more than one of otherwise the same kind
@@ -279,6 +322,8 @@ def curves(series: list[Series], split: str = "test") -> list[Curve]:
         result.append(
             Curve(
                 index,
+                str(variant[3]),
+                variant[4] or 1,
                 name,
                 names.index(name),
                 variant[0],
@@ -337,7 +382,8 @@ def channel_rounds(one: Series) -> dict[float, dict[str, float]]:
         if row.get("kind") == "cut" and row.get("sizes"):
             for name, size in row["sizes"].items():
                 gone = 1 - number(row["kept"].get(name, size)) / size
-                cells.setdefault(round(number(row["ratio"]), 4), {}).setdefault(name, []).append(gone)
+                share = (removal(row) or ("", number(row["ratio"])))[1]
+                cells.setdefault(round(share, 4), {}).setdefault(name, []).append(gone)
     return {ratio: {name: float(np.mean(gone)) for name, gone in own.items()} for ratio, own in sorted(cells.items())}
 
 
@@ -362,59 +408,149 @@ def at_ratio(curve: Curve, values: np.ndarray, stop: float) -> np.ndarray:
 
 
 class Summary(NamedTuple):
-    """One line of the summary table. `cells` maps a column to (mean, std, number of members)."""
+    """One line of the summary table. `cells` maps a column to (mean, std, number of members).
+
+    floors: columns whose numbers are lower bounds.
+    """
 
     series: int
     label: str
     variant: str
     cells: dict[str, tuple[float, float, int]]
+    floors: frozenset = frozenset()
 
 
-def summary(series: list[Series], found: list[Curve]) -> list[Summary]:
-    """The numbers of the summary table, one line per curve, or per series where it has no curve.
+def summary(series: list[Series], found: list[Curve], stops: tuple[float, ...] = STOPS) -> list[Summary]:
+    """The numbers of the summary table: one line per curve, and one per series whose trained network has none or was
+    pruned on the way.
 
-    Columns: `dense` (the curve without retraining at ratio 0, else with, else the last test accuracy of training),
-    `0.9` ... (accuracy at that ratio), `largest` (largest ratio whose accuracy is at most DROP below dense, per
-    member), `epochs`, `seconds` (sum over the stages of the arm). Columns without any number are left out.
+    Columns of a curve: `dense` (its own accuracy where nothing is removed; without that, the last test accuracy of the
+    training before it if it does not retrain and nothing was removed before), `0.9` ... (accuracy at those `stops`),
+    `largest` (largest share whose accuracy is at most DROP below `dense`, per member; none for a network at chance).
+    Columns of a trained network: `dense` (last test accuracy before anything was removed, `before`: after so many
+    epochs), `pruned` (last test accuracy after that), `channels` or `weights` (the share then gone). Of both: `epochs`
+    and `seconds` under the name of the series until then, see `time_spent`. Columns without any number are left out.
     """
     result = []
     for index, one in enumerate(series):
         mine = [curve for curve in found if curve.series == index]
-        trained = training(one)
-        dense = {}
-        for member, epochs in trained.items():
-            tested = [number(row.get("test_accuracy")) for row in epochs.values()]
-            dense[member] = next((value for value in reversed(tested) if math.isfinite(value)), math.nan)
-        for curve in sorted(mine, key=lambda curve: not curve.retrained):
-            values = at_ratio(curve, curve.accuracy, 0.0)
-            dense |= {member: value for member, value in zip(curve.members, values) if math.isfinite(value)}
-        seconds = []
-        for epochs in trained.values():
-            spent = collections.defaultdict(float)
-            for row in epochs.values():
-                stage = (row.get("stage"), row.get("visit", 1))
-                spent[stage] = max(spent[stage], number(row.get("seconds")))
-            seconds.append(sum(spent.values()) or math.nan)
-        common = {
-            "dense": list(dense.values()),
-            "epochs": [max(epochs) for epochs in trained.values()],
-            "seconds": seconds,
-        }
-        for curve in mine or [None]:
-            columns = dict(common)
-            if curve is not None:
-                columns |= {str(stop): at_ratio(curve, curve.accuracy, stop) for stop in STOPS}
-                limit = np.array([[dense.get(member, np.nan)] for member in curve.members]) - DROP - 1e-9
-                columns["largest"] = np.where(curve.accuracy >= limit, curve.ratio, -np.inf).max(1)
-            cells = {}
-            for column, values in columns.items():
-                known = np.array([value for value in values if math.isfinite(value)])
-                if known.size:
-                    mean, std = mean_std(known[:, None])
-                    cells[column] = (float(mean[0]), float(std[0]), known.size)
-            if cells:
-                result.append(Summary(index, one.label, curve.variant if curve else "", cells))
-    return result
+        for curve in mine:
+            columns, floors = curve_columns(one, curve, stops)
+            result.append(Summary(index, one.label, curve.variant, cells_of(columns), floors))
+        columns = trained_columns(one)
+        if not mine or "pruned" in columns:
+            result.append(Summary(index, one.label, "as trained" if mine else "", cells_of(columns)))
+    return [line for line in result if line.cells]
+
+
+def cells_of(columns: dict[str, list[float]]) -> dict[str, tuple[float, float, int]]:
+    """(mean, std, number of members) of every column with a number."""
+    cells = {}
+    for column, values in columns.items():
+        known = np.array([value for value in values if math.isfinite(value)])
+        if known.size:
+            mean, std = mean_std(known[:, None])
+            cells[column] = (float(mean[0]), float(std[0]), known.size)
+    return cells
+
+
+def curve_columns(one: Series, curve: Curve, stops: tuple[float, ...]) -> tuple[dict[str, list[float]], frozenset]:
+    """(values per member of each column, columns that are lower bounds) of one curve; see `summary`."""
+    pasts = {member: past(one, member, (curve.stage, curve.visit)) for member in curve.members}
+    dense = at_ratio(curve, curve.accuracy, 0.0)
+    if not curve.retrained:
+        trained = [accuracies(pasts[member]) for member in curve.members]
+        fallback = np.array([before if not gone[0] else math.nan for before, _, gone in trained])
+        dense = np.where(np.isfinite(dense), dense, fallback)
+    chance = np.array([chance_of(pasts[member]) for member in curve.members])
+    within = np.where(curve.accuracy >= dense[:, None] - DROP - 1e-9, curve.ratio, -np.inf).max(1)
+    columns = {"dense": list(dense), **{str(stop): list(at_ratio(curve, curve.accuracy, stop)) for stop in stops}}
+    columns["largest"] = list(np.where(dense > chance + DROP, within, np.nan))
+    columns |= time_spent(one, pasts)
+    return columns, frozenset({"largest"} if (within >= curve.ratio.max()).any() else ())
+
+
+def trained_columns(one: Series) -> dict[str, list[float]]:
+    """Values per member of each column of the network as training left it; see `summary`."""
+    members = list(dict.fromkeys(member_of(row) for row in one.rows if row.get("kind") in ("train", "grow")))
+    pasts = {member: past(one, member) for member in members}
+    columns = collections.defaultdict(list)
+    for rows in pasts.values():
+        before, after, gone = accuracies(rows)
+        columns["dense"].append(before)
+        if math.isfinite(after):
+            columns["before"].append(epochs_unpruned(rows))
+            columns[gone[0]].append(gone[1])
+            columns["pruned"].append(after)
+    return {**columns, **time_spent(one, pasts)}
+
+
+def past(one: Series, member: tuple, until: tuple[str, int] | None = None) -> list[dict]:
+    """Rows of one network since its weights were drawn, up to the visit `until` of a stage, (name, number)."""
+    own = [row for row in one.rows if member_of(row) == member]
+    places = [(str(row.get("stage")), row.get("visit") or 1) for row in own]
+    end = places.index(until) if until in places else len(own)
+    return [*one.before.get(member, ()), *own[:end]]
+
+
+def accuracies(rows: list[dict]) -> tuple[float, float, tuple[str, float]]:
+    """(last test accuracy before anything was removed, last one after that, what is gone by then); NaN where none."""
+    before = after = math.nan
+    gone = ("", 0.0)
+    for row in rows:
+        gone = removal(row) or gone
+        tested = number(row.get("test_accuracy"))
+        if math.isnan(tested) or row.get("kind") not in ("train", "grow"):
+            continue
+        if gone[0]:
+            after = tested
+        elif row["kind"] == "train":  # a growing penalty already acts on what will go
+            before = tested
+    return before, after, gone
+
+
+def epochs_unpruned(rows: list[dict]) -> float:
+    """Epochs of training before anything was removed."""
+    last = {}
+    for row in rows:
+        if removal(row):
+            break
+        if row.get("kind") == "train" and "epoch" in row:
+            last[row.get("stage"), row.get("visit")] = int(row["epoch"])
+    return float(sum(last.values()))
+
+
+def chance_of(rows: list[dict]) -> float:
+    """Accuracy of always answering the most frequent class, as far as rows know it; minus infinity otherwise."""
+    known = [row["chance"] for row in rows if "chance" in row]
+    return known[-1] if known else -math.inf
+
+
+def time_spent(one: Series, pasts: dict[tuple, list[dict]]) -> dict[str, list[float]]:
+    """`epochs` and `seconds` of the trainings among `pasts`, rows by member, that are of the series itself.
+
+    seconds: per stage, the number of its epochs times their median time without the first one, which compiles. A stage
+    with a single epoch counts as it was measured.
+    """
+    columns = {"epochs": [], "seconds": []}
+    for rows in pasts.values():
+        inside = {id(row) for row in one.rows}
+        stages = collections.defaultdict(lambda: collections.defaultdict(dict))
+        for row in rows:
+            if id(row) in inside and row.get("kind") in ("train", "grow") and "epoch" in row:
+                stages[row.get("stage")][row.get("visit", 1)][int(row["epoch"])] = number(row.get("seconds"))
+        if not stages:
+            continue
+        durations = [[time for visit in own.values() for time in epoch_times(visit)] for own in stages.values()]
+        columns["epochs"].append(sum(max(visit) for own in stages.values() for visit in own.values()))
+        columns["seconds"].append(sum(len(times) * float(np.median(times[1:] or times)) for times in durations))
+    return columns
+
+
+def epoch_times(visit: dict[int, float]) -> list[float]:
+    """Time of every epoch of one visit of a stage from the time since its start by epoch."""
+    ends = [0.0, *(seconds for _, seconds in sorted(visit.items()))]
+    return list(np.diff(ends))
 
 
 class Histogram(NamedTuple):
@@ -559,9 +695,12 @@ def rc(name: str) -> dict:
     }
 
 
+NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+
+
 def literal(text: str, limit: int = 60) -> str:
-    """`text` for matplotlib: no mathtext, never taken for a hidden label, at most `limit` characters."""
-    text = " ".join(str(text).split())
+    """`text` for matplotlib: no mathtext, no hidden label, nothing that XML lacks, at most `limit` characters."""
+    text = NO_XML.sub("\ufffd", " ".join(str(text).split()))
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
@@ -680,7 +819,7 @@ def draw_guides(axes, panel: Panel, levels: list[int], step: float, rows: int) -
             share = {"left": 0.0, "right": 1.0}.get(side, share)
             axes.text(share, height, literal(one.text), color=paint, fontsize=8, ha=side, transform=axes.transAxes)
     if rows:
-        axes.set_title(panel.title, pad=72 * LEVEL * rows + 6)
+        axes.set_title(literal(panel.title), pad=72 * LEVEL * rows + 6)
 
 
 def dashed(index: int) -> dict:
@@ -715,9 +854,9 @@ def draw_panel(axes, panel: Panel, ticker, num_series: int) -> None:
             axes.fill_between(one.x, one.low, one.high, alpha=0.1 if many else 0.18, lw=0, **paint)
     if panel.shade:
         axes.axvspan(*panel.shade, color=GRID, alpha=0.55, lw=0, zorder=0)
-    axes.set_title(panel.title)
-    axes.set_xlabel(panel.xlabel)
-    axes.set_ylabel(panel.ylabel)
+    axes.set_title(literal(panel.title))
+    axes.set_xlabel(literal(panel.xlabel))
+    axes.set_ylabel(literal(panel.ylabel))
     axes.margins(x=0.02)
     if panel.xlim:
         pad = 0.02 * (panel.xlim[1] - panel.xlim[0])
@@ -924,9 +1063,10 @@ def svg(name: str, fig, alt: str) -> str:
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
     named = {INK: "--ink", MUTED: "--muted", GRID: "--line", **{c: f"--c{i}" for i, c in enumerate(PALETTE)}}
     for value, variable in named.items():
-        text = text.replace(value, f"var({variable})")
+        text = text.replace(f": {value}", f": var({variable})")
     size = re.search(r'viewBox="[^"]*"', text).group(0)
-    return re.sub(r"<svg\b.*?>", f'<svg {size} role="img" aria-label="{alt}">', text, count=1, flags=re.DOTALL)
+    start = f'<svg {size} role="img" aria-label="{alt}">'
+    return re.sub(r"<svg\b.*?>", lambda _: start, text, count=1, flags=re.DOTALL)
 
 
 def save(name: str, fig, kind: str, **options) -> bytes:

@@ -189,6 +189,7 @@ def verdicts(found: list[Network], names: dict[str, str], config: dict) -> list[
             text += inside if told.count == 1 else f"inside the interval of {told.inside} of {told.count}"
         settings = config.get(rows[0].get("spectrum"))
         asked = figures.number(settings.get("stop_width", 0)) if isinstance(settings, dict) else 0.0
+        asked = 0.0 if math.isnan(asked) else asked  # of several runs that ask for different widths
         wide, caution = enclosure_width(found, stage), ""
         if math.isnan(wide):
             caution = (

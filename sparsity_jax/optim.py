@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsity_jax import polytopes, tables, trees
@@ -256,6 +257,18 @@ def scale_by_rate(learning_rate: float | Callable | Rate) -> optax.GradientTrans
     return optax.GradientTransformationExtraArgs(lambda _: _start_rate(rate), update)
 
 
+Accumulator = Literal["float16", "bfloat16", "float32", "float64"] | None
+
+
+def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
+    """Zeros in the shapes of `params`, for sums over many steps.
+
+    dtype: of these; by default that of the array, but at least float32, where small terms still count after many steps.
+    """
+    wide = lambda w: jnp.promote_types(w.dtype, jnp.float32) if dtype is None else jnp.dtype(dtype)
+    return jax.tree.map(lambda w: jnp.zeros(w.shape, wide(w)), params)
+
+
 class HeavyBallState(NamedTuple):
     """step: int32. buffer: momentum, in the structure of the params."""
 
@@ -264,23 +277,39 @@ class HeavyBallState(NamedTuple):
 
 
 def heavy_ball(
-    momentum: float, dampening: float = 0.0, *, nesterov: bool = False
+    momentum: float, dampening: float = 0.0, *, nesterov: bool = False, accumulator_dtype: Accumulator = None
 ) -> optax.GradientTransformationExtraArgs:
-    """buffer = momentum * buffer + (1 - dampening) * g, and simply g at the first step (PyTorch's rule)."""
+    """buffer = momentum * buffer + (1 - dampening) * g, and simply g at the first step (PyTorch's rule).
+
+    Where momentum is 0, dampening does nothing, as in PyTorch. accumulator_dtype: of the buffer, see `accumulators`.
+    """
 
     def init(params):
-        return HeavyBallState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+        return HeavyBallState(jnp.zeros((), jnp.int32), accumulators(params, accumulator_dtype))
 
     def update(updates, state, params=None, **extra):
         del params, extra
-        first = state.step == 0
-        mix = lambda b, g: jnp.where(first, g, momentum * b + (1 - dampening) * g).astype(b.dtype)
-        buffer = jax.tree.map(mix, state.buffer, updates)
-        look_ahead = lambda g, b: (g + momentum * b).astype(g.dtype)
-        out = jax.tree.map(look_ahead, updates, buffer) if nesterov else buffer
-        return out, HeavyBallState(state.step + 1, buffer)
+        state = _blend(state, updates, momentum, dampening)
+        out = state.buffer
+        if nesterov:
+            out = jax.tree.map(lambda g, b: g + momentum * b, updates, out)
+        return jax.tree.map(lambda g, b: b.astype(g.dtype), updates, out), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _blend(state: HeavyBallState, updates: PyTree, momentum: float, dampening: float) -> HeavyBallState:
+    first = state.step == 0
+    share = _share_of_new(momentum, dampening)
+    mix = lambda b, g: jnp.where(first, g, momentum * b + share * g).astype(b.dtype)
+    return HeavyBallState(state.step + 1, jax.tree.map(mix, state.buffer, updates))
+
+
+def _share_of_new(momentum: float | jax.Array, dampening: float | jax.Array) -> float | jax.Array:
+    """The factor of the new gradient in the buffer: 1 - dampening, but 1 without momentum."""
+    if isinstance(momentum, (int, float)):
+        return 1 - dampening if momentum else 1.0
+    return jnp.where(momentum == 0, 1.0, 1 - dampening)
 
 
 def momentum_of(opt_state: PyTree) -> HeavyBallState:
@@ -333,37 +362,150 @@ def _one_each(strength: PyTree, params: PyTree) -> PyTree:
     return trees.aligned(strength, params, "strengths")
 
 
+class ProximalState(NamedTuple):
+    """inner: of the wrapped optimizer. memory: its buffers if every gradient so far had been 1, of one entry per array
+    (two of arrays that have one), as one vector."""
+
+    inner: PyTree
+    memory: jax.Array
+
+
 def proximal_l1(
     inner: optax.GradientTransformation,
     strength: float | jax.Array | PyTree,
     *,
-    learning_rate: float | jax.Array | None = None,
-    momentum: float | jax.Array = 0.0,
+    learning_rate: float | None = None,
+    momentum: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, then soft thresholding: w <- sign(w) max(|w| - t, 0), t = learning_rate * strength / (1 - momentum).
+    """`inner`, then soft thresholding: w <- sign(w) max(|w| - t, 0), t = strength * step per unit of gradient.
 
     Reaches exact zeros, which the subgradient never does. strength: a number, or one per parameter array.
-    learning_rate: of `inner`; by default read from its state (`learning_rate`), where this module's optimizers and
-    `optax.inject_hyperparams` keep it. momentum: of an `inner` whose buffer sums gradients (heavy ball without
-    dampening): its steps are 1 / (1 - momentum) times longer, and without the same factor here the minimum reached
-    would be that of a weaker penalty. Raises ValueError if no learning rate is found or `update` gets no params.
+    inner: gradient descent, in any wrapper: with a schedule, momentum, decay, scaled, in `optax.MultiSteps` or
+    `optax.apply_if_finite`. The step per unit is what it answers to gradients that have always been 1: so t follows
+    momentum as it gathers, and is 0 in calls that make no step. This takes arrays of one entry, in every update.
+    learning_rate: of `inner`; needed where its state names none (this module's optimizers and
+    `optax.inject_hyperparams` do), and checked: the first step per unit, or the last one times 1 - momentum.
+    `init` tries `inner` out, at the cost of one small compilation, and raises ValueError for steps that are no multiple
+    of the gradients: adaptive, normalised, clipped, projected ones, where soft thresholding solves another problem. In
+    a trace that `inner` depends on, nothing can be tried. Raises ValueError if `update` gets no params.
+    Source: Parikh, Boyd 2014, Proximal Algorithms, section 4.2.
     """
     inner = optax.with_extra_args_support(inner)
 
+    def init(params):
+        state, unit = inner.init(params), _unit_arrays(params)
+        if jax.tree.leaves(unit):  # `optax.tree_map_params` calls `init` without arrays
+            if learning_rate is None and _rate_in(state) is None:
+                raise ValueError(
+                    "proximal_l1: the inner optimizer's state names no learning_rate; pass learning_rate=."
+                )
+            _check_descent(inner, unit, learning_rate, momentum)
+        return ProximalState(state, _memory(state, inner.init(unit)))
+
     def update(updates, state, params=None, **extra):
         _need_params(params)
+        unit = _unit_arrays(params)
+        remembered = _remembered(state, jax.eval_shape(inner.init, unit))
+        ones = jax.tree.map(jnp.ones_like, unit)
+        if any(map(_is_skipping, jax.tree.leaves(state.inner, is_leaf=_is_skipping))):
+            # what makes the wrapper skip a step must do so here too
+            ones = jax.tree.map(lambda u, g: jnp.where(jnp.all(jnp.isfinite(g)), u, jnp.nan), ones, updates)
+        steps, remembered = inner.update(ones, remembered, unit, **extra)
+        updates, new = inner.update(updates, state.inner, params, **extra)
+        bounds = jax.tree.map(lambda u, s: -jnp.ravel(u)[0] * s, steps, _one_each(strength, params))
+        return _shrunk(params, updates, bounds), ProximalState(new, _memory(new, remembered))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _proximal_sgd(
+    inner: optax.GradientTransformationExtraArgs, strength: PyTree, momentum: jax.Array
+) -> optax.GradientTransformationExtraArgs:
+    """`proximal_l1` of this module's `sgd` at its known rate and momentum, t = rate * strength / (1 - momentum)."""
+
+    def update(updates, state, params=None, **extra):
         updates, state = inner.update(updates, state, params, **extra)
-        rate = _rate_in(state) if learning_rate is None else learning_rate
-        if rate is None:
-            raise ValueError("proximal_l1: the inner optimizer's state names no learning_rate; pass learning_rate=.")
-
-        def shrink(w, u, s):
-            moved, bound = w + u, rate * s / (1 - momentum)
-            return (jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - bound, 0) - w).astype(u.dtype)
-
-        return jax.tree.map(shrink, params, updates, _one_each(strength, params)), state
+        rate = _rate_in(state)
+        bounds = jax.tree.map(lambda s: rate * s / (1 - momentum), _one_each(strength, params))
+        return _shrunk(params, updates, bounds), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _shrunk(params: PyTree, updates: PyTree, bounds: PyTree) -> PyTree:
+    """`updates` followed by soft thresholding at `bounds`."""
+
+    def shrink(w, u, bound):
+        moved = trees.widen(w) + u
+        return (jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - bound, 0) - w).astype(u.dtype)
+
+    return jax.tree.map(shrink, params, updates, bounds)
+
+
+def _unit_arrays(params: PyTree) -> PyTree:
+    """Zeros of one entry, or two where the parameter has one, with the number of axes of each parameter."""
+    length = lambda w: 2 if jnp.size(w) == 1 else 1
+    return jax.tree.map(lambda w: jnp.zeros((length(w),) * max(jnp.ndim(w), 1), float), params)
+
+
+def _is_skipping(state: Any) -> bool:
+    return isinstance(state, (optax.MultiStepsState, optax.ApplyIfFiniteState))
+
+
+def _memory(state: PyTree, of_units: PyTree) -> jax.Array:
+    """What the state for unit arrays has of its own: the buffers, which have other shapes than those of `state`."""
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(of_units), strict=True)
+    buffers = [jnp.ravel(unit).astype(float) for leaf, unit in pairs if jnp.shape(leaf) != jnp.shape(unit)]
+    return jnp.concatenate([jnp.zeros(0, float), *buffers])
+
+
+def _remembered(state: ProximalState, like: PyTree) -> PyTree:
+    """The state for unit arrays: buffers from the memory; counters, rates and the like are those of the inner state."""
+    leaves, start = [], 0
+    for leaf, unit in zip(jax.tree.leaves(state.inner), jax.tree.leaves(like), strict=True):
+        if jnp.shape(leaf) != unit.shape:
+            leaf = state.memory[start : start + unit.size].reshape(unit.shape).astype(unit.dtype)
+            start += unit.size
+        leaves.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _check_descent(inner: optax.GradientTransformationExtraArgs, unit: PyTree, rate: Any, momentum: Any) -> None:
+    """Raises ValueError where steps of `inner` are no multiple of the gradients, or another one than stated.
+
+    Tries gradients that stay the same until all momentum is gathered; two very different ones tell what is not linear.
+    """
+
+    def try_out(slope):
+        gradient = jax.tree.map(lambda w: jnp.full_like(w, slope), unit)
+
+        def step(state, _):
+            updates, state = inner.update(gradient, state, unit, value=jnp.zeros(()))
+            return state, jnp.stack([-jnp.ravel(update)[0] / slope for update in jax.tree.leaves(updates)])
+
+        return jax.lax.scan(step, inner.init(unit), None, length=2048)[1]
+
+    with jax.ensure_compile_time_eval():
+        tries = [try_out(slope) for slope in (1.0, 2.0**20)]
+    if any(isinstance(x, jax.core.Tracer) for x in (*tries, rate, momentum)):
+        return
+    of_small, of_large = jax.device_get(tries)
+    wrong = ~((of_small >= 0) & (np.abs(of_large - of_small) <= 1e-3 * of_small)).all(0) | ~of_small.any(0)
+    if wrong.any():
+        path = list(trees.named_leaves(unit))[np.argmax(wrong)]
+        raise ValueError(
+            f"proximal_l1: steps of the inner optimizer are no fixed multiple of the gradient of {path!r}; allowed: "
+            "descent without adaptive, normalised, clipped, projected or masked steps. Before such an optimizer use "
+            "add_l1; learning_rate= does not help."
+        )
+    if rate is None:
+        return
+    first, last = of_small[of_small.any(1)][[0, -1]].max(1)
+    if not min(abs(first - rate), abs(last * (1 - momentum) - rate)) <= 0.02 * rate:
+        raise ValueError(
+            f"proximal_l1: learning_rate={rate} and momentum={momentum}, but the first step of the inner optimizer is "
+            f"{first:.3g} times the gradient, and {last:.3g} times in the end."
+        )
 
 
 def projected(inner: optax.GradientTransformation, sets: PyTree) -> optax.GradientTransformationExtraArgs:
@@ -373,14 +515,40 @@ def projected(inner: optax.GradientTransformation, sets: PyTree) -> optax.Gradie
     def update(updates, state, params=None, **extra):
         _need_params(params)
         updates, state = inner.update(updates, state, params, **extra)
-        pull = lambda s, p, u: s.project(p + u) - p
+
+        def pull(s, w, u):
+            wide = trees.widen(w)
+            return _settled(s, w, s.project(wide + u) - wide)
+
         return _map_sets(pull, sets, params, updates), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _map_sets(function: Callable, sets: PyTree, params: PyTree, *rest: PyTree) -> PyTree:
-    return jax.tree.map(function, polytopes.broadcast(sets, params), params, *rest, is_leaf=polytopes.is_set)
+    """`function(set, w, *rest)` of every parameter array `w`; empty arrays stay as they are."""
+    of_array = lambda s, w, *others: function(s, w, *others) if w.size else w
+    return jax.tree.map(of_array, polytopes.broadcast(sets, params), params, *rest, is_leaf=polytopes.is_set)
+
+
+def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Array) -> jax.Array:
+    """`update` in the type of the weights `w`; of types narrower than float32 one that keeps them in the set.
+
+    In float32 or wider a step inside the set ends inside it. In a narrow type the sum w + update is rounded, by more
+    than the pull towards the set of a small step, and the error of many steps would add up. So the new weights are
+    pulled back into the set in float32, then rounded once: they are at most that rounding outside. The cost is one
+    more norm per array.
+    """
+    kind = jnp.finfo(w.dtype)
+    if kind.bits >= 32:
+        return update.astype(w.dtype)
+    rounded = lambda x: jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+    wide = trees.widen(w)
+    target = rounded(constraint.pull_back(wide + update))
+    update = (target - wide).astype(w.dtype)
+    # rounding of the difference may end beyond the target: then a step that is one number shorter or longer does not
+    beyond = jnp.abs(rounded(wide + trees.widen(update))) > jnp.abs(target)
+    return jnp.where(beyond, jnp.nextafter(update, -w), update)
 
 
 class ChoiceState(NamedTuple):
@@ -454,10 +622,6 @@ def _need_params(params: PyTree) -> None:
         raise ValueError("this optimizer depends on the weights: call update(grads, state, params).")
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(trees.square_sum(x))
-
-
 def frank_wolfe_step_size(
     learning_rate: float | jax.Array,
     direction: jax.Array,
@@ -467,9 +631,9 @@ def frank_wolfe_step_size(
 ) -> jax.Array:
     """clip(learning_rate * f, 0, 1): f = ||direction|| / ||gap||, 1 / diameter or 1. gap: vertex - weights."""
     if rescale == "gradient":
-        length = _norm(gap)
+        length = trees.norm(gap)
+        factor = trees.norm(direction) / jnp.where(length > 0, length, 1)
         # at the vertex itself the factor is infinite, hence 1 after clipping
-        factor = jnp.where(length > 0, _norm(direction) / jnp.where(length > 0, length, 1), jnp.inf)
         return jnp.where(length > 0, jnp.clip(learning_rate * factor, 0, 1), 1.0)
     return jnp.clip(learning_rate / diameter if rescale == "diameter" else learning_rate, 0, 1)
 
@@ -488,15 +652,17 @@ def sgd(
     dampening: tables.Fraction = 0.0,
     weight_decay: tables.NonNegative = 0.0,
     nesterov: bool = False,
+    accumulator_dtype: Accumulator = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with momentum as in PyTorch; with constrained `sets` projected SGD.
 
-    sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them.
+    sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them. accumulator_dtype: of the momentum
+    buffer, see `accumulators`.
     Source: Pokutta et al. 2020, arXiv:2010.07243 (projected variant).
     """
     descent = optax.chain(
         add_decayed_weights(weight_decay),
-        heavy_ball(momentum, dampening, nesterov=nesterov),
+        heavy_ball(momentum, dampening, nesterov=nesterov, accumulator_dtype=accumulator_dtype),
         scale_by_rate(learning_rate),
     )
     free = all(isinstance(s, polytopes.Unconstrained) for s in jax.tree.leaves(sets, is_leaf=polytopes.is_set))
@@ -528,15 +694,17 @@ def sfw(
     momentum: tables.Fraction = 0.9,
     rescale: Literal["gradient", "diameter", "none"] = "gradient",
     weight_decay: tables.NonNegative = 0.0,
+    accumulator_dtype: Accumulator = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic Frank-Wolfe: w <- (1 - a) w + a v with the vertex v = LMO(m), m = momentum m + (1 - momentum) g.
 
     a = clip(learning_rate * f, 0, 1); rescale: f = ||m|| / ||v - w|| (`gradient`), 1 / diameter or 1. Feasible weights
-    stay feasible. sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them; unconstrained
-    arrays, where no vertex exists, take the step -learning_rate * m (its length is that of `gradient`).
+    stay feasible; in bfloat16 and float16 they are at most one rounding outside. sets: one feasible set (`polytopes`)
+    for all parameter arrays, or a tree of them; unconstrained arrays, where no vertex exists, take the step
+    -learning_rate * m (its length is that of `gradient`). accumulator_dtype: of m, see `accumulators`.
     Raises ValueError where `update` gets no params. Source: Pokutta et al. 2020, arXiv:2010.07243, Algorithm 1.
     """
-    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum)
+    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype)
     decay = add_decayed_weights(weight_decay)
     if rescale not in ("gradient", "diameter", "none"):
         raise ValueError(f"rescale is {rescale!r}; allowed: 'gradient', 'diameter', 'none'.")
@@ -549,19 +717,20 @@ def sfw(
         _need_params(params)
         lr, rate_state = _next_rate(rate, state.rate, value)
         updates, _ = decay.update(updates, decay.init(params), params)
-        direction, momentum_state = average.update(updates, state.momentum)
-
+        momentum_state = _blend(state.momentum, updates, momentum, momentum)
         size = jnp.zeros(())
 
         def step(s, w, d):
             nonlocal size
             if isinstance(s, polytopes.Unconstrained):
                 return (-lr * d).astype(w.dtype)
+            d = trees.widen(d)
             gap = _after(s, size).lmo(d) - w
             size = frank_wolfe_step_size(lr, d, gap, s.diameter(w.size), rescale)
-            return (size * gap).astype(w.dtype)
+            return _settled(s, w, size * gap)
 
-        return _map_sets(step, sets, params, direction), FrankWolfeState(rate_state, momentum_state)
+        out = _map_sets(step, sets, params, momentum_state.buffer)
+        return out, FrankWolfeState(rate_state, momentum_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -582,39 +751,46 @@ def adagrad_sfw(
     inner_steps: tables.Count = 2,
     delta: tables.Positive = 1e-8,
     weight_decay: tables.NonNegative = 0.0,
+    accumulator_dtype: Accumulator = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Frank-Wolfe with AdaGrad's metric H = sqrt(sum of squares) + delta.
 
     Each update makes `inner_steps` Frank-Wolfe steps on <d, y - w> + ||y - w||_H^2 / (2 learning_rate) from y = w;
-    unconstrained arrays take its minimiser -learning_rate * d / H. sets: as for `sfw`.
+    unconstrained arrays take its minimiser -learning_rate * d / H. sets: as for `sfw`. accumulator_dtype: of the sum of
+    squares and of the averaged gradient d, see `accumulators`.
     Source: Combettes, Spiegel, Pokutta 2020, arXiv:2009.14114.
     """
-    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum)
+    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype)
     decay = add_decayed_weights(weight_decay)
 
     def init(params):
-        return AdaGradSFWState(_start_rate(rate), average.init(params), jax.tree.map(jnp.zeros_like, params))
+        squares = accumulators(params, accumulator_dtype)
+        return AdaGradSFWState(_start_rate(rate), average.init(params), squares)
 
     def update(updates, state, params=None, *, value=None, **extra):
         del extra
         _need_params(params)
         lr, rate_state = _next_rate(rate, state.rate, value)
         updates, _ = decay.update(updates, decay.init(params), params)
-        direction, momentum_state = average.update(updates, state.momentum)
-        squares = jax.tree.map(lambda s, d: s + d * d, state.squares, direction)
+        momentum_state = _blend(state.momentum, updates, momentum, momentum)
+        direction = momentum_state.buffer
+        squares = jax.tree.map(lambda s, d: (s + d * d).astype(s.dtype), state.squares, direction)
 
         def step(s, w, d, square):
-            metric = jnp.sqrt(square) + delta
+            d, square = trees.widen(d), trees.widen(square)
+            positive = square > 0  # the square root has no derivative at 0
+            metric = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0) + delta
             if isinstance(s, polytopes.Unconstrained):
                 return (-lr * d / metric).astype(w.dtype)
-            y = w
+            start = trees.widen(w)
+            y = start
             for _ in range(inner_steps):
-                slope = d + metric * (y - w) / jnp.where(lr > 0, lr, 1)
+                slope = d + metric * (y - start) / jnp.where(lr > 0, lr, 1)
                 gap = y - s.lmo(slope)
                 curvature = jnp.sum(metric * gap * gap)
                 best = lr * jnp.sum(slope * gap) / jnp.where(curvature > 0, curvature, 1)
                 y = y - jnp.clip(best, 0, 1) * gap
-            return (y - w).astype(w.dtype)
+            return _settled(s, w, y - start)
 
         out = _map_sets(step, sets, params, direction, squares)
         return out, AdaGradSFWState(rate_state, momentum_state, squares)
@@ -811,8 +987,9 @@ def make(
         return tx
     penalty, chosen = recipe.penalty
     if chosen.get("method") == "proximal":  # momentum with dampening lengthens steps less
-        kept = (1 - values["momentum"]) / jnp.maximum(1 - values["dampening"], 1e-12)
-        return proximal_l1(tx, strength, momentum=1 - kept)
+        share = _share_of_new(values["momentum"], values["dampening"])
+        kept = (1 - values["momentum"]) / jnp.maximum(share, 1e-12)
+        return _proximal_sgd(tx, strength, 1 - kept)
     return optax.chain({"l1": add_l1, "l2": add_l2}[penalty](strength), tx)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import tqdm
 
 from sparsity_jax import (
@@ -57,6 +58,8 @@ def settings(
     mesh: tables.Index = 1,
     steps_per_call: tables.Index = 0,
     eval_batch_size: tables.Count = 1000,
+    sample: Literal["spread", "first"] = "spread",
+    sample_seed: tables.Index = 0,
     checkpoint_seconds: tables.NonNegative = 60.0,
     arm: str = "",
     arms: dict = {},  # noqa: B006 - never changed
@@ -70,13 +73,15 @@ def settings(
     with which all networks start, also where a `train` stage has start="init"; stages that need a trained network take
     it as one. fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where to
     compute (default: JAX's choice). mesh: local devices that share each batch, 0 for all. steps_per_call: training
-    steps per compiled call, 0 for automatic. checkpoint_seconds: least time between two saves. arms: fields of stages
-    that change together, by name of the arm, e.g. `dict(fast=dict(label="Fast", fit=dict(optimizer=...),
-    again=dict(epochs=1)))`; each is replaced as a whole, the label (default: the arm's name) is that of the report.
-    arm: which of them to run. sweep: lists of values under the names of fields, e.g. `dict(arm=("fast", "slow"),
-    seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all at once
-    (`vmap`, dense networks) or one after the other (`loop`); either way trainings that differ in their optimizers only
-    share a compiled program.
+    steps per compiled call, 0 for automatic. sample: which images a stage takes that is given a number of them
+    (`imp_samples`, `num_examples`): "spread" evenly over the stored order, in memory and streamed alike, another sample
+    for each sample_seed; or the "first", which in a folder are those of the first classes. checkpoint_seconds: least
+    time between two saves. arms: fields of stages that change together, by name of the arm, e.g.
+    `dict(fast=dict(label="Fast", fit=dict(optimizer=...), again=dict(epochs=1)))`; each is replaced as a whole, the
+    label (default: the arm's name) is that of the report. arm: which of them to run. sweep: lists of values under the
+    names of fields, e.g. `dict(arm=("fast", "slow"), seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`;
+    all combinations run. sweep_mode: all at once (`vmap`, dense networks) or one after the other (`loop`); either way
+    trainings that differ in their optimizers only share a compiled program.
     """
 
 
@@ -560,6 +565,7 @@ def build(plans: list[Plan]) -> train.Problem:
         mesh=common["mesh"],
         members=members,
         eval_batch_size=common["eval_batch_size"],
+        sample=data.FixedSample(common["sample"], common["sample_seed"]),
         steps_per_call=common["steps_per_call"],
     )
     shapes = stages.shapes_of(problem)
@@ -582,8 +588,7 @@ def build(plans: list[Plan]) -> train.Problem:
                 visits = plans[0].pipeline.count(name)
                 structured.check_network(problem, plan.settings[name][0], f"config.{name}", visits)
             for own in plan.settings[name]:
-                if greg.choice_of(own) is not None:
-                    greg.check_network(problem, own)
+                greg.check_network(problem, own)
     return problem
 
 
@@ -663,6 +668,7 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
                 like = stage.begin(problem, state, own, place) if resumed else state
                 state = saved.restore(checkpoint.abstract(like))
             if not resumed:
+                stages.check_weights(problem, state, name)
                 state = stage.begin(problem, state, own, place)
                 saved.save(state, checkpoint.Progress(position, True, rows))
             common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
@@ -769,19 +775,32 @@ def run_stage(
 
 
 def arm_of(plan: Plan, position: int) -> str:
-    """Label of the trained network a stage belongs to: of the latest `train` stage up to it, or the next one.
+    """Label of the network a stage belongs to: of the latest `train` stage up to it, or the next one.
 
-    `network` if this run trains none: all its stages look at one and the same.
+    A stage of `greg.REMOVING` makes another network, which has the label of the next training, or else the name of that
+    stage. `network` before anything is made, if this run trains none.
     """
-    trains = [i for i, name in enumerate(plan.pipeline) if plan.configs[0][name]["kind"] == "train"]
-    if not trains:
+    kinds = [plan.configs[0][name]["kind"] for name in plan.pipeline]
+    trains = [i for i, kind in enumerate(kinds) if kind == "train"]
+    removes = [i for i, kind in enumerate(kinds) if kind in greg.REMOVING]
+    latest = max((i for i in (*trains, *removes) if i <= position), default=-1)
+    named = latest if latest in trains else next((i for i in trains if i > latest), latest)
+    if named < 0:
         return "network"
-    name = plan.pipeline[max((i for i in trains if i <= position), default=trains[0])]
+    name = plan.pipeline[named]
     return plan.configs[0][name].get("label") or name
 
 
-def describe_environment(problem: train.Problem) -> dict[str, str]:
-    """Versions and hardware, for the report."""
+def chance(dataset: data.Dataset) -> float:
+    """Test accuracy of always answering the most frequent class; of a stream, one over the number of classes."""
+    labels = dataset.test.labels
+    if labels is None:
+        return 1 / dataset.num_classes
+    return round(float(np.bincount(labels).max() / labels.size), 4)
+
+
+def describe_environment(problem: train.Problem) -> dict[str, Any]:
+    """Versions and hardware, and the accuracy by chance, for the report."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     device = jax.local_devices()[0]
     shapes = jax.tree.leaves(stages.shapes_of(problem))
@@ -789,6 +808,7 @@ def describe_environment(problem: train.Problem) -> dict[str, str]:
         "device": f"{device.device_kind} ({device.platform}, {len(jax.local_devices())} local)",
         "python": host.python_version(),
         "parameters": f"{sum(leaf.size for leaf in shapes):,}",
+        "chance": chance(problem.dataset),
         **versions,
     }
 

@@ -110,16 +110,17 @@ class Writer:
     """Appends rows to `workdir/metrics.jsonl` and their numbers to TensorBoard events in `workdir/tensorboard`.
 
     Both start as exactly `rows_so_far`: what a killed run wrote after its last checkpoint is dropped on resume.
-    Tags are `stage/field`. The step axis is `step` for train rows, `iteration` for SFW-Init, the ratio in tenths of a
-    percent (90 % = 900) for curves and searches of a limit, the quantile likewise for row norms, the probe for spectra,
-    and `visit` otherwise. Rows told apart by more than that get a longer tag: a curve
-    row that is not a first-visit, global, kernels-only, not retrained curve on test data says in what it differs
-    (`curve/accuracy/train`), and once rows of several members have been seen the member is named
-    (`fit/train_loss/member_1`).
+    Events hold every number of the rows, nested ones too, but no lists (spectra, histograms, norms of single groups).
+    Tags are `stage/field` and `stage/field/name`. The step axis is `step` for train rows, `iteration` for SFW-Init, the
+    ratio in billionths (90 % = 900,000,000) for curves, paths and searches of a limit, the quantile likewise for row
+    norms, the probe for spectra, the draw for noise, and `visit` otherwise. Rows told apart by more than that get a
+    longer tag: those of a later visit (`fit/train_loss/visit_2`), those of a curve that is not global, kernels-only,
+    not retrained on test data (`curve/accuracy/train`), and once rows of several members have been seen the member is
+    named (`fit/train_loss/member_1`).
     """
 
     def __init__(self, workdir, rows_so_far: Iterable[dict] = ()):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import FileWriter
 
         workdir = pathlib.Path(workdir)
         rows = list(rows_so_far)
@@ -128,7 +129,7 @@ class Writer:
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
         self._members = set()
-        self._events = SummaryWriter(str(events))
+        self._events = FileWriter(str(events))
         self._file = (workdir / METRICS).open("a", encoding="utf-8")
         self._add_scalars(rows)
 
@@ -149,37 +150,62 @@ class Writer:
         self.close()
 
     def _add_scalars(self, rows: list[dict]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
         self._members |= {row.get("member", 0) for row in rows}
         several = len(self._members) > 1
         for row in map(plain, rows):
-            for tag, value, step in scalars(row):
-                self._events.add_scalar(f"{tag}/member_{row.get('member', 0)}" if several else tag, value, step)
+            member = f"/member_{row.get('member', 0)}" if several else ""
+            found, step = scalars(row)
+            values = [Summary.Value(tag=tag + member, simple_value=value) for tag, value in found.items()]
+            if values:
+                self._events.add_summary(Summary(value=values), step)
         self._events.flush()
 
 
-def scalars(row: dict) -> list[tuple[str, float, int]]:
-    """(tag, value, step) of every number a plain row holds, without those that say which row it is."""
-    skip = {"visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe"}
-    suffix, step = "", row.get("visit", 1)
-    if row["kind"] in ("train", "grow", "remove"):
-        step = row.get("step", row.get("epoch", step))
-    elif row["kind"] == "sfw_init":
-        step = row.get("iteration", step)
-    elif row["kind"] in ("limit", "path", "row_norms"):
-        step = round(1000 * row.get("ratio", row.get("quantile", 0)))
-    elif row["kind"] == "spectrum":
-        step = row.get("probe", 0)
-    elif row["kind"] == "curve":
-        usual = {"split": "test", "selection": "global", "scope": "kernels"}
-        words = [row[key] for key, value in usual.items() if row.get(key, value) != value]
+STEPS = {  # of rows of each kind: the field that is the step axis of their events, and how many steps its unit has
+    "train": ("step", 1),
+    "grow": ("step", 1),
+    "remove": ("step", 1),
+    "sfw_init": ("iteration", 1),
+    "curve": ("ratio", 10**9),
+    "limit": ("ratio", 10**9),
+    "path": ("ratio", 10**9),
+    "row_norms": ("quantile", 10**9),
+    "spectrum": ("probe", 1),
+    "noise": ("draw", 1),
+}
+WHICH = ("visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe", "draw", "layout")
+USUAL = {"split": "test", "selection": "global", "scope": "kernels"}  # what a curve's tag does not name
+
+
+def scalars(row: dict) -> tuple[dict[str, float], int]:
+    """({tag: value} of every number a plain row holds, without those that say which row it is; step)."""
+    visit = row.get("visit", 1)
+    field, unit = STEPS.get(row["kind"], ("visit", 1))
+    words = []
+    if row["kind"] == "curve":
+        words += [row[key] for key, value in USUAL.items() if row.get(key, value) != value]
         words += ["retrained"] * bool(row.get("retrained"))
-        words += [f"visit_{row.get('visit')}"] * (row.get("visit", 1) != 1)
-        suffix, step = "".join(f"/{word}" for word in words), round(1000 * row.get("ratio", 0))
-    return [
-        (f"{row['stage']}/{field}{suffix}", float(value), int(step))
-        for field, value in row.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and field not in skip and "." not in field
-    ]
+    if field != "visit" and visit != 1:
+        words.append(f"visit_{visit}")
+    suffix = "".join(f"/{word}" for word in words)
+    step = row.get(field, row.get("epoch", 0) if field == "step" else 0)
+    told = {key: value for key, value in row.items() if key not in WHICH and "." not in key}
+    found = {f"{row['stage']}/{path}{suffix}": value for path, value in numbers(told).items()}
+    return found, round(unit * step)
+
+
+def numbers(tree: dict, path: str = "") -> dict[str, float]:
+    """The numbers of a nested dict by path; no lists and no truth values."""
+    found = {}
+    for key, value in tree.items():
+        own = f"{path}/{key}" if path else str(key)
+        if isinstance(value, dict):
+            found |= numbers(value, own)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[own] = float(value)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- rows to a page
@@ -195,11 +221,13 @@ def write(
     the same bytes. Sections without rows are left out. Returns the path of the page.
     """
     workdir = pathlib.Path(workdir)
-    config, rows = plain(config), [row for row in rows if isinstance(row, dict)]
+    config = plain(config)
     if environment is not None:
         write_environment(workdir, environment)
     environment = plain(environment or {})
-    title = str(title or config.get("title") or workdir.resolve().name)
+    rows = [complete(row, config, environment) for row in rows if isinstance(row, dict)]
+    titles = config.get("title")
+    title = title or (titles if isinstance(titles, str) else "") or workdir.resolve().name
     series = figures.group(rows)
     found = figures.curves(series) or figures.curves(series, "train")
     table = figures.summary(series, found)
@@ -223,8 +251,23 @@ def write(
         f'<section id="{name}"><h2>{esc(heading)}</h2>{content}</section>' for name, heading, content in sections
     )
     page = PAGE.format(title=esc(title), style=style(), context=context_line(config, rows), links=links, body=body)
-    write_atomic(workdir / REPORT, page.encode())
+    write_atomic(workdir / REPORT, page.encode(errors="replace"))
     return workdir / REPORT
+
+
+def complete(row: dict, config: dict, environment: dict) -> dict:
+    """`row` with what its run knows about it besides, unless it says so itself.
+
+    start: of a training, whether it begins with the initial weights ("init") or the current ones. chance: accuracy of
+    always answering the most frequent class.
+    """
+    stage = config.get(row.get("stage"))
+    more = {}
+    if row.get("kind") == "train" and isinstance(stage, dict) and "start" in stage:
+        more["start"] = stage["start"]
+    if row.get("kind") == "train" and isinstance(environment.get("chance"), float):
+        more["chance"] = environment["chance"]
+    return {**more, **row}
 
 
 def write_environment(workdir, environment: dict) -> None:
@@ -238,21 +281,40 @@ def esc(value: Any) -> str:
 
 def context_line(config: dict, rows: list[dict]) -> str:
     """Dataset, model, size, number of trained networks: whatever is known."""
-    name = lambda key: config[key].get("name") if isinstance(config.get(key), dict) else config.get(key)
+
+    def name(key):
+        value = config[key].get("name") if isinstance(config.get(key), dict) else config.get(key)
+        return ", ".join(map(str, value)) if isinstance(value, list) else value
+
     words = [f"{label} <b>{esc(name(key))}</b>" for key, label in (("data", "data"), ("model", "model")) if name(key)]
     sizes = {"num_params": "parameters", "num_prunable": "prunable weights"}
     for field, label in sizes.items():
         count = max((figures.number(row.get(field, 0)) for row in rows), default=0)
         if count > 0:
             words.append(f"<b>{count:,.0f}</b> {label}")
-    networks = len({(row.get("arm"), figures.member_of(row)) for row in rows if "arm" in row})
+    networks = count_networks(rows)
     if networks:
         words.append(f"<b>{networks}</b> trained network{'s' * (networks > 1)}")
     return " · ".join(words)
 
 
+def count_networks(rows: list[dict]) -> int:
+    """Networks that were trained: a training that goes on from another one's weights makes no new one."""
+    drawn = {}
+    for row in rows:
+        if row.get("kind") in ("train", "grow"):
+            visits = drawn.setdefault(figures.member_of(row), set())
+            if not visits or row.get("start") == "init":
+                visits.add((row.get("stage"), row.get("visit")))
+    return sum(map(len, drawn.values()))
+
+
 COLUMNS = {  # column of figures.summary to (heading, unit, factor, decimals; None: no best)
-    "dense": ("dense", "%", 100, 2),
+    "dense": ("unpruned", "%", 100, 2),
+    "before": ("after epochs", "", 1, None),
+    "channels": ("channels removed", "%", 100, None),
+    "weights": ("weights removed", "%", 100, None),
+    "pruned": ("pruned", "%", 100, 2),
     **{str(stop): (f"at {100 * stop:g}%", "%", 100, 2) for stop in figures.STOPS},
     "largest": ("largest within 1 point", "%", 100, 1),
     "epochs": ("epochs", "", 1, None),
@@ -263,50 +325,80 @@ COLUMNS = {  # column of figures.summary to (heading, unit, factor, decimals; No
 def cell_text(column: str, cell: tuple[float, float, int]) -> tuple[str, str]:
     """Mean and, over several members, the deviation, as shown; equal epochs need none."""
     mean, std, count = cell
-    count = 1 if column == "epochs" and std == 0 else count
+    whole = column in ("epochs", "before")
+    count = 1 if whole and std == 0 else count
     _, _, factor, decimals = COLUMNS[column]
     if decimals is None:
-        decimals = 0 if column == "epochs" or abs(mean) >= 100 else 1
+        decimals = 0 if whole or factor * abs(mean) >= 100 else 1
     return f"{factor * mean:,.{decimals}f}", f"± {factor * std:,.{decimals}f}" if count > 1 else ""
 
 
+def best_line(table: list, column: str) -> int | None:
+    """The line whose mean in `column` is above all others by more than either deviation; None if there is none."""
+    lines = [i for i, line in enumerate(table) if column in line.cells and column not in line.floors]
+    if COLUMNS[column][3] is None or len(lines) < 2:
+        return None
+    first, *others = sorted(lines, key=lambda i: -table[i].cells[column][0])
+    mean, std, _ = table[first].cells[column]
+    for i in others:
+        other, spread, _ = table[i].cells[column]
+        alike = cell_text(column, (mean, 0.0, 1)) == cell_text(column, (other, 0.0, 1))
+        if alike or mean - other <= max(std, spread):
+            return None
+    return first
+
+
 def summary_section(series: list, table: list, found: list) -> str:
-    """The summary table; the best mean of each accuracy column is bold, all of them if they tie as shown."""
+    """The summary table; bold: a mean that is above all others by more than one deviation."""
     if not table:
         return ""
     columns = [column for column in COLUMNS if any(column in line.cells for line in table)]
     variants = any(line.variant for line in table)
-    best = {}
-    for column in columns:
-        if COLUMNS[column][3] is not None and len(table) > 1:
-            means = [line.cells[column][0] for line in table if column in line.cells]
-            best[column] = cell_text(column, (max(means), 0.0, 1))[0]
+    best = {column: best_line(table, column) for column in columns}
     head = '<th scope="col">network</th>' + ('<th scope="col">pruning</th>' if variants else "")
     for column in columns:
         heading, unit, _, _ = COLUMNS[column]
         head += f'<th scope="col" class="num">{esc(heading)}{f"&nbsp;<small>{unit}</small>" if unit else ""}</th>'
     body = ""
-    for line in table:
+    for i, line in enumerate(table):
         body += f'<tr><th scope="row">{swatch(line.series)}{esc(line.label)}</th>'
         body += f'<td class="keep">{esc(line.variant)}</td>' if variants else ""
         for column in columns:
             mean, deviation = cell_text(column, line.cells[column]) if column in line.cells else ("–", "")
-            mean = f"<b>{mean}</b>" if mean == best.get(column) else mean
+            mean = f"≥ {mean}" if column in line.floors and column in line.cells else mean
+            mean = f"<b>{mean}</b>" if i == best[column] else mean
             body += f'<td class="num">{mean}{f" <small>{deviation}</small>" if deviation else ""}</td>'
         body += "</tr>"
-    networks = max(cell[2] for line in table for cell in line.cells.values())
+    notes = summary_notes(series, table, found, columns)
+    table_html = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return scroll(table_html) + note(" ".join(notes))
+
+
+def summary_notes(series: list, table: list, found: list, columns: list[str]) -> list[str]:
+    """What the numbers of the summary table mean, as far as it has them."""
+    tested = any(row.get("split", "test") == "test" for one in series for row in one.rows if row.get("kind") == "curve")
+    kind = "Train" if found and not tested else "Test"
     notes = []
+    if "dense" in columns or "pruned" in columns:
+        notes.append(f"{kind} accuracy. Unpruned: the network of that line before anything was removed.")
+    if "pruned" in columns:
+        notes.append("Pruned: after the last training, with the share removed that stands before it.")
     if found:
-        kind = "Test" if any(row.get("split", "test") == "test" for s in series for row in s.rows) else "Train"
-        notes.append(
-            f"{kind} accuracy of the dense network and with that share of the prunable weights removed; "
-            "the largest share is the last one that loses at most one point."
-        )
-    if networks > 1:
-        notes.append(f"Mean ± sample standard deviation over up to {networks} networks.")
+        notes.append("At: with that share of the prunable weights removed.")
+    if any(curve.retrained for curve in found):
+        notes.append("Retrained: every number of the line is after retraining, also the unpruned one.")
+    if "largest" in columns:
+        notes.append("Largest: the last share that loses at most one point; ≥ where no measured share loses more.")
+    members = max(cell[2] for line in table for cell in line.cells.values())
+    if members > 1:
+        notes.append(f"Mean ± sample standard deviation over up to {members} networks.")
+    if len(table) > 1:
+        notes.append("Bold: above all other lines by more than one deviation.")
     if "seconds" in columns:
+        notes.append("Training: epochs times the median one, so that compilation is left out.")
+    if members > 1 and "seconds" in columns:
         notes.append("Networks trained side by side share their wall time.")
-    return scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>") + note(" ".join(notes))
+    return notes
 
 
 def swatch(index: int) -> str:
@@ -409,7 +501,7 @@ def prediction_section(limits: list, config: dict, most: int = 60) -> str:
 
 COMPACT_COLUMNS = {  # heading to (field, factor)
     "parameters": ("parameters", 1),
-    "MFLOPs an image": ("flops", 1e-6),
+    "MFLOPs per image": ("flops", 1e-6),
     "KiB": ("bytes", 1 / 1024),
 }
 
@@ -427,7 +519,8 @@ def compact_section(series: list, most: int = 60) -> str:
         cells = f'<td class="num">{100 * figures.number(row.get("accuracy")):.2f}</td>'
         for field, factor in COMPACT_COLUMNS.values():
             dense, small = (factor * figures.number(row.get(f"{field}{end}")) for end in ("", "_compact"))
-            cells += f'<td class="num">{small:,.4g} <small>of {dense:,.4g}, {100 * small / dense:.1f}%</small></td>'
+            share = f"{100 * small / dense:.1f}%"
+            cells += f'<td class="num">{amount(small)} <small>of {amount(dense)}, {share}</small></td>'
         times = row.get("milliseconds") or {}
         dense, small = (figures.number(times.get(name)) for name in ("dense", "compact"))
         cells += (
@@ -438,6 +531,11 @@ def compact_section(series: list, most: int = 60) -> str:
     table = scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     told = "Compact, of dense. Logits of both are equal to rounding. Time: median of whole batches, in alternation."
     return table + note(f"{told} The first {most} of {len(found)}." if len(found) > most else told)
+
+
+def amount(value: float) -> str:
+    """A number with all its digits before the point, and four at least: 13,706 and 0.05082."""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == round(value) else f"{value:.4g}"
 
 
 def speed(row: dict) -> str:
@@ -672,8 +770,9 @@ def tree_section(tree: dict, what: str, *, show: bool = False) -> str:
 
 def reproduce_section(config: dict, environment: dict) -> str:
     """The command of the run if known, the one that rebuilds this page, and the works the config builds on."""
+    typed = environment.get("command") or []
     commands = {
-        "Run": environment.get("command"),
+        "Run": "\n".join(typed) if isinstance(typed, list) else typed,
         "Rebuild this page, in its folder": "python -m sparsity_jax.report --workdir .",
     }
     shown = ((label, command) for label, command in commands.items() if command)
@@ -747,9 +846,8 @@ PAGE = """<!doctype html>
 def gather(workdir) -> tuple[dict, list[dict], dict | None]:
     """Config, rows and environment of a finished or running workdir.
 
-    Rows come from a sweep's members, else from `metrics.jsonl`, else from the folders inside, whose members are
-    numbered anew; so does the config. Raises FileNotFoundError saying what is missing, ValueError for a file that
-    cannot be read.
+    Rows come from a sweep's members, else from `metrics.jsonl`, else from the folders inside, see `merged`. Raises
+    FileNotFoundError saying what is missing, ValueError for a file that cannot be read.
     """
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
@@ -759,19 +857,85 @@ def gather(workdir) -> tuple[dict, list[dict], dict | None]:
     files = next(filter(None, choices), [])
     if not files:
         raise FileNotFoundError(f"neither {workdir} nor a folder in it has {METRICS}; has the run started there?")
-    configs = [path for path in (workdir / CONFIG, *(file.parent / CONFIG for file in files)) if path.exists()]
-    if not configs:
+    members = files[0].parent.name.startswith("member_")
+    if len(files) > 1 and not members:
+        return merged([file.parent for file in files])
+    folders = [folder for folder in (workdir, files[0].parent) if (folder / CONFIG).exists()]
+    if not folders:
         raise FileNotFoundError(f"{workdir} has no {CONFIG}; a run writes it when it starts.")
+    rows = []
+    for file in files:
+        own = {"member": int(file.parent.name.removeprefix("member_"))} if members else {}
+        rows += [{**row, **own} for row in read_rows(file)]
+    return read_dict(folders[0] / CONFIG), rows, read_environment(folders[0])
+
+
+def read_environment(folder: pathlib.Path) -> dict | None:
+    return read_dict(folder / ENVIRONMENT) if (folder / ENVIRONMENT).exists() else None
+
+
+IDLE = ("title", "checkpoint_seconds", "sweep", "sweep_mode", "seed")  # they leave the numbers of one network alone
+
+
+def merged(folders: list[pathlib.Path]) -> tuple[dict, list[dict], dict | None]:
+    """Config, rows and environment of several runs together.
+
+    Members are numbered anew. Rows have every setting in which the runs differ, so that only networks whose settings
+    agree in all but the seed are averaged; where even that agrees, the name of the run. Config and environment have one
+    value where the runs agree, else the list of values.
+    """
+    for folder in folders:
+        if not (folder / CONFIG).exists():
+            raise FileNotFoundError(f"{folder} has {METRICS} but no {CONFIG}, so its settings are not known; move it.")
+    configs = [read_dict(folder / CONFIG) for folder in folders]
+    environments = [read_environment(folder) or {} for folder in folders]
+    tables = [read_rows(folder / METRICS) for folder in folders]
+    swept = {key for rows in tables for row in rows for key in row if "." in key and not figures.is_seed(key)}
+    settings = [settings_of(folder, config) for folder, config in zip(folders, configs, strict=True)]
+    paths = dict.fromkeys(path for own in settings for path in own)
+    differing = [path for path in paths if path in swept or len({json.dumps(own.get(path)) for own in settings}) > 1]
     rows, numbers = [], {}
-    for i, file in enumerate(files):
-        for row in read_rows(file):
-            if file.parent.name.startswith("member_"):
-                row["member"] = int(file.parent.name.removeprefix("member_"))
-            elif len(files) > 1:
-                row["member"] = numbers.setdefault((i, row.get("member", 0)), len(numbers))
+    for i, folder in enumerate(folders):
+        more = {path: settings[i].get(path) for path in differing}
+        if is_repeated(i, settings, configs, tables):
+            more["run"] = folder.name
+        for row in tables[i]:
+            row = complete({**more, "seed": configs[i].get("seed", 0), **row}, configs[i], environments[i])
+            row["member"] = numbers.setdefault((i, row.get("member", 0)), len(numbers))
             rows.append(row)
-    saved = [path.parent / ENVIRONMENT for path in configs if (path.parent / ENVIRONMENT).exists()]
-    return read_dict(configs[0]), rows, read_dict(saved[0]) if saved else None
+    return agreed(configs), rows, agreed(environments) or None
+
+
+def settings_of(folder: pathlib.Path, config: dict, seen: tuple = ()) -> dict[str, Any]:
+    """Every setting that decides the numbers of a run, by dotted path; for `start_from`, those of the run there."""
+    settings = dict(flatten({name: value for name, value in config.items() if name not in IDLE}))
+    start = pathlib.Path(config.get("start_from") or "")
+    here = (start / CONFIG).exists() and config.get("start_from")
+    if here and start.resolve() not in seen:
+        own = settings_of(start, read_dict(start / CONFIG), (*seen, folder.resolve(), start.resolve()))
+        settings.pop("start_from")
+        settings |= {f"start_from.{path}": value for path, value in own.items()}
+    return settings
+
+
+def is_repeated(index: int, settings: list[dict], configs: list[dict], tables: list[list[dict]]) -> bool:
+    """Whether another run has the same settings and a seed in common, so that both are no sample of seeds."""
+    seeds = [{row.get("seed", config.get("seed", 0)) for row in rows} for config, rows in zip(configs, tables)]
+    same = [i for i, own in enumerate(settings) if i != index and own == settings[index]]
+    return any(seeds[i] & seeds[index] for i in same)
+
+
+def agreed(trees: list[dict]) -> dict:
+    """One nested dict of several: a value where all have the same, else the list of different values."""
+    result = {}
+    for key in dict.fromkeys(key for tree in trees for key in tree):
+        values = [tree[key] for tree in trees if key in tree]
+        if all(isinstance(value, dict) for value in values):
+            result[key] = agreed(values)
+        else:
+            different = list({json.dumps(value): value for value in values}.values())
+            result[key] = different[0] if len(different) == 1 else different
+    return result
 
 
 def read_dict(path: pathlib.Path) -> dict:
@@ -791,12 +955,19 @@ def main(argv: list[str] | None = None) -> None:
         "--workdir", required=True, help="folder of the run, or of several runs in folders of their own"
     )
     parser.add_argument("--title", help="title of the page; default: the config's, else the folder's name")
+    parser.add_argument("--out", help="folder for report.html and figures/; default: that of --workdir")
     options = parser.parse_args(argv)
     try:
         config, rows, environment = gather(options.workdir)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    path = write(options.workdir, config, rows, title=options.title, environment=environment)
+    name = pathlib.Path(options.workdir).resolve().name
+    title = options.title or (config["title"] if isinstance(config.get("title"), str) else "") or name
+    out = options.out or options.workdir
+    try:
+        path = write(out, config, rows, title=title, environment=environment)
+    except OSError as error:
+        parser.error(f"{out} cannot be written ({error}); --out names another folder for the report.")
     sys.stdout.write(f"{path}\n")
 
 

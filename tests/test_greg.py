@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sparsity_jax import greg, models, optim, pipeline, stages, structured, tables, train, trees
+from sparsity_jax import data, greg, models, optim, pipeline, stages, structured, tables, train, trees
 
 MOMENTUM = optim.settings("sgd", learning_rate=0.05, momentum=0.9)
 FAST = dict(  # done after some 30 steps
@@ -144,6 +144,18 @@ def test_depthwise_layers_follow_the_layer_before_them():
     faster, _ = run(problem, state, "remove", ratios="1.5x")
     row = structured.take_stock(problem, faster, structured.compact_options("config.compact", repeats=0))
     assert 1.5 <= row["flops"] / row["flops_compact"] < 2
+
+
+@pytest.mark.parametrize(
+    ("granularity", "ratios"), [("filter", ((".*", 0.5),)), ("weight", "[0-4:0.5]"), ("group", "0.5")]
+)
+def test_layers_come_in_the_order_of_the_network(granularity, ratios):
+    model = models.build(name="mobilenet", num_classes=4, stem_width=8, blocks=((8, 1), (12, 2)))
+    problem = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
+    layers = greg.layers_of(problem, settings("remove", ratios=ratios, granularity=granularity))
+    first = [layer.scored[0].path for layer in layers]
+    in_order = greg.kernels_of(problem)
+    assert first == [path for path in in_order if path in first] != sorted(first)
 
 
 def test_a_speedup_is_reached_in_flops(residual):
@@ -307,15 +319,67 @@ def test_noise_on_weights(problem, trained):
     assert np.mean([row["accuracy"] for row in rows]) < float(accuracy)
 
 
+def test_noise_on_no_array_is_refused_before_training(problem):
+    with pytest.raises(tables.ConfigError, match=r"config.x.parameters is '.\*/kernle'"):
+        greg.check_network(problem, settings("noise", parameters=".*/kernle"))
+    config = tiny.config("fit", "noise", noise=pipeline.stage("noise", parameters=".*/kernle"))
+    with pytest.raises(tables.ConfigError, match=r"config.noise.parameters"):
+        pipeline.build(pipeline.check(config)[0])
+
+
 def test_singular_values_of_the_jacobian(problem, trained):
     _, (row,) = run(problem, trained, "jacobian", num_examples=7)
     single = lambda x: problem.model.apply({"params": trained.params, "batch_stats": {}}, x[None])[0]
-    images = problem.images(problem.train_images[:7])
+    images = problem.images(problem.train_images[data.FixedSample().indices(problem.size("train"), 7)])
     values = [np.linalg.svd(np.asarray(jax.jacrev(single)(x)).reshape(10, -1), compute_uv=False) for x in images]
     assert row["mean"] == pytest.approx(np.mean(values), rel=1e-4)
     assert row["largest"] == pytest.approx(np.max(values), rel=1e-4)
     np.testing.assert_allclose(row["mean_by_rank"], np.mean(values, 0), rtol=1e-3, atol=1e-6)
     assert row["num_examples"] == 7
+
+
+def test_stages_name_weights_that_are_not_finite(problem, trained):
+    params = jax.tree.map(jnp.asarray, trained.params)
+    params["dense2"]["kernel"] = params["dense2"]["kernel"].at[0, 0].set(jnp.nan)
+    broken = trained._replace(params=params)
+    with pytest.raises(train.NonFiniteLossError, match=r"config.out: .*'dense2/kernel'"):
+        stages.check_weights(problem, broken, "out")
+    both = problem._replace(members=2)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), trained, broken)
+    with pytest.raises(train.NonFiniteLossError, match=r"config.out, member 1: .*'dense2/kernel'"):
+        stages.check_weights(both, stacked, "out")
+    stages.check_weights(problem, trained, "out")
+
+
+def test_no_stage_begins_with_weights_that_are_not_finite(tmp_path, monkeypatch):
+    create = train.create_state
+    spoil = lambda params: jax.tree.map(lambda leaf: leaf.at[0].set(jnp.inf), params)
+    spoiled = lambda *args, **own: (lambda state: state._replace(params=spoil(state.params)))(create(*args, **own))
+    monkeypatch.setattr(train, "create_state", spoiled)
+    config = tiny.config("noise", model=dict(name="mlp", widths=(4,)), noise=pipeline.stage("noise"))
+    with pytest.raises(train.NonFiniteLossError, match=r"config.noise: .*infinite"):
+        pipeline.run(config, tmp_path)
+
+
+# Names of networks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("base", "grow", "tune", "compact"), ["unpruned", "greg1", "greg1", "greg1"]),
+        (("base", "remove", "noise"), ["unpruned", "remove", "remove"]),
+        (("noise", "grow", "compact"), ["network", "grow", "grow"]),
+        (("noise", "base", "noise"), ["unpruned"] * 3),
+        (("noise", "compact"), ["network"] * 2),
+    ],
+)
+def test_a_pruned_network_is_not_called_by_the_name_of_the_one_before(names, labels):
+    kinds = dict(base="train", tune="train")
+    given = dict(base="unpruned", tune="greg1")
+    configs = {name: dict(kind=kinds.get(name, name), label=given.get(name, "")) for name in names}
+    plan = pipeline.Plan(*[None] * len(pipeline.Plan._fields))._replace(pipeline=names, configs=[configs])
+    assert [pipeline.arm_of(plan, i) for i in range(len(names))] == labels
 
 
 # Mistakes ----------------------------------------------------------------------------------------------------------

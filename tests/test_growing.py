@@ -4,12 +4,15 @@ import math
 from fractions import Fraction
 
 import golden_data
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
+from hypothesis import strategies as st
 
 from sparsity_jax import groups, growing, masks, tables
 
@@ -256,6 +259,31 @@ def test_a_layer_of_zeros_does_not_spoil_its_ratio():
     assert growing.progress(state)["a/kernel"].phase == growing.STABILIZE
 
 
+@pytest.mark.parametrize("pick", ["min", "max", "rand"])
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+def test_nan_goes_first_inside_jit_and_is_named_outside(pick, granularity):
+    params = {"a": {"kernel": jnp.arange(1.0, 9).reshape(2, 4).at[0, 2].set(jnp.nan)}}
+    layers = growing.layers(params, {"a/kernel": 0.25}, granularity)
+    options = dict(pick=pick, key=jax.random.key(0))
+    keep = jax.jit(lambda params: growing.pick(params, layers, **options))(params)["a/kernel"]
+    assert not keep.reshape(-1, 4)[0, 2]
+    assert (~keep).sum() == 0.25 * keep.size
+    with pytest.raises(ValueError, match="NaN") as error:
+        growing.pick(params, layers, **options)
+    assert "a/kernel" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("scores", "number"),
+    [([1, np.nan, 2, 9], 1), ([np.nan, np.nan, 3, 4], 2), ([np.nan] * 3, 1), ([-np.inf, np.inf, np.inf, 1], 1)],
+)
+def test_largest_gap_of_numbers_that_are_none(scores, number):
+    assert jax.jit(growing.largest_gap)(jnp.asarray(scores)) == number
+    if np.isnan(scores).any():
+        with pytest.raises(ValueError, match="NaN"):
+            growing.largest_gap(jnp.asarray(scores))
+
+
 def test_largest_gap_leaves_out_the_ends():
     scores = np.r_[-1e6, np.arange(40), np.arange(60, 118), 1e6]  # 2 of 100 at either end
     assert growing.largest_gap(jnp.asarray(scores)) == 41
@@ -277,14 +305,12 @@ def reference(trajectory, ratios, axis, *, method, update_every, prune, pick, re
     done, ratio, rows = dict.fromkeys(names, False), {}, []
     for i, weights in enumerate(trajectory):
         if i % update_every == 0:
-            going = [n for n in names if not done[n]]
-            for n in going:
+            for n in [n for n in names if not done[n]]:
                 scores = score(weights[n]).ravel()
                 if not picked[n]:
                     gone[n] = lowest(weights[n], ratios[n])
                 new = np.delete(scores, gone[n]).mean() / scores[gone[n]].mean()
                 ratio[n] = 0.9 * ratio[n] + 0.1 * new if n in ratio else new
-            for n in going:
                 if method == "fixreg":
                     reg[n][gone[n]] = upper
                     done[n] = i > fix
@@ -302,7 +328,7 @@ def reference(trajectory, ratios, axis, *, method, update_every, prune, pick, re
     return rows
 
 
-PATHS = {"a/kernel": 0.5, "b/kernel": 0.3}
+PATHS = {"b/kernel": 0.3, "a/kernel": 0.5}
 RULES = {  # increments are powers of two, on whose grid most limits lie
     "greg1": dict(method="greg1", update_every=3, prune=2.0**-4, upper=0.5, limit=1e6),
     "greg1, ratio": dict(method="greg1", update_every=1, prune=2.0**-4, upper=2.0, limit=3.0),
@@ -372,7 +398,7 @@ def test_penalties_and_phases_follow_the_rules(rule, granularity):
     for m, own in enumerate(members):
         flat = [{path: weights[path[0]]["kernel"] for path in PATHS} for weights in own]
         rows = reference(flat, PATHS, axis, **RULES[rule], **REST)
-        phases = np.array([[phase[path] for path in PATHS] for _, phase in rows])
+        phases = np.array([[phase[path] for path in sorted(PATHS)] for _, phase in rows])
         np.testing.assert_array_equal(states.progress.phase[m], phases)
         for path in PATHS:
             wanted = np.stack([reg[path] for reg, _ in rows])
@@ -380,6 +406,84 @@ def test_penalties_and_phases_follow_the_rules(rule, granularity):
         resting = np.cumsum((phases == growing.STABILIZE).all(1))
         assert (phases[-1] == growing.STABILIZE).all(), "the rule never ends; choose other numbers"
         np.testing.assert_array_equal(finished[m], resting > 3)
+
+
+# Layers in turn
+
+IN_TURN = ("stem", "block", "head", "fc")  # not the order of their names
+
+
+def kernels_of_ratio(ratios):
+    """Kernels of two filters, the first of which is 1 and the second so many times larger; by layer."""
+    return {name: {"kernel": jnp.stack([jnp.ones(1), ratio * jnp.ones(1)], -1)} for name, ratio in ratios.items()}
+
+
+def walk(ratios, limit, most_updates):
+    """At which update each layer is done: the original's loop over the layers, as its code runs."""
+    smoothed, done = {}, {}
+    for update, given in enumerate(ratios, 1):
+        for name, new in given.items():
+            if name in done:
+                continue
+            if name in smoothed:
+                smoothed[name] = smoothed[name] * 0.9 + new * 0.1
+            else:
+                smoothed[name] = new
+            pushed_enough = True
+            for other in smoothed:
+                if smoothed[other] < limit:
+                    pushed_enough = False
+            if pushed_enough or update >= most_updates:
+                done[name] = update
+    return done
+
+
+def done_at(tx, ratios):
+    """The same of our transformation."""
+    step = jax.jit(lambda state, params: tx.update(params, state, params)[1])
+    state, found = tx.init(kernels_of_ratio(ratios[0])), {}
+    for i, own in enumerate(ratios):
+        state = step(state, kernels_of_ratio(own))
+        for name, progress in growing.progress(state).items():
+            if progress.phase == growing.STABILIZE:
+                found.setdefault(name.removesuffix("/kernel"), i)
+    return found
+
+
+@pytest.mark.parametrize(("order", "ends"), [("ab", {"a": 6, "b": 3}), ("ba", {"a": 3, "b": 6})])
+def test_layers_before_the_last_to_get_there_end_an_update_later(order, ends):
+    rows = [dict.fromkeys("ab", 1.001 if step < 3 else 3.0) for step in range(9)]
+    layers = growing.layers(kernels_of_ratio(rows[0]), {f"{name}/kernel": 0.5 for name in order})
+    tx = growing.growing_l2(layers, method="greg1", update_every=3, mag_ratio_limit=1.05)
+    assert done_at(tx, rows) == ends
+
+
+PUSHED = 5  # updates until the penalty of a layer is above its limit
+TURN_LAYERS = growing.layers(kernels_of_ratio(dict.fromkeys(IN_TURN, 2.0)), {f"{name}/kernel": 0.5 for name in IN_TURN})
+TURN = growing.growing_l2(
+    TURN_LAYERS, update_every=1, granularity_prune=1.0, upper_limit=PUSHED - 0.5, mag_ratio_limit=2.0417
+)
+
+
+@jax.jit
+def turn_phases(ratios):
+    """Phases [updates, layers] for ratios [updates, layers], both in the order of IN_TURN."""
+    kernels = jax.vmap(lambda row: kernels_of_ratio(dict(zip(IN_TURN, row))))(ratios)
+    _, states, _ = run(TURN, kernels)
+    by_name = {name: states.progress.phase[:, i] for i, name in enumerate(sorted(IN_TURN))}
+    return jnp.stack([by_name[name] for name in IN_TURN], 1)
+
+
+VALUES = st.sampled_from([1.001, 1.5, 2.0, 2.1, 3.0, 30.0])
+
+
+@hypothesis.given(st.lists(st.tuples(*[VALUES] * len(IN_TURN)), min_size=7, max_size=7))
+@hypothesis.settings(max_examples=60)
+def test_layers_are_judged_in_turn_as_in_the_original(rows):
+    wanted = walk([dict(zip(IN_TURN, row)) for row in rows], 2.0417, PUSHED)
+    phases = np.asarray(turn_phases(jnp.asarray(rows)))
+    ends = 1 + (phases == growing.STABILIZE).argmax(0)
+    assert dict(zip(IN_TURN, ends.tolist())) == wanted
 
 
 def test_jit_changes_nothing():
@@ -452,6 +556,47 @@ def test_scores_of_coupled_groups_are_means_over_their_producers(residual):
     stem, outer = (np.abs(params[name]["kernel"]) for name in ("stem", "outer"))
     sums, entries = stem.sum((0, 1, 2)) + outer.sum((0, 1, 2)), (stem.size + outer.size) / 6
     assert set(np.flatnonzero(~np.asarray(keep))) == set(np.argsort(sums / entries)[:3])
+
+
+def einsum_network(v, x):
+    return jnp.tanh(jnp.einsum("oi,bi->bo", v["enc"]["w_i"], x)) @ v["out"]["w"]
+
+
+EINSUM = dict(enc=dict(w_i=np.ones((8, 5), np.float32)), out=dict(w=np.ones((8, 3), np.float32)))
+
+
+@pytest.mark.parametrize("members", ["kernels", "producers"])
+def test_roles_of_coupled_groups_do_not_depend_on_names(members):
+    channels = groups.trace(einsum_network, EINSUM, jnp.ones((4, 5)))
+    (name,) = channels.names
+    (layer,) = growing.coupled(channels, EINSUM, {name: 0.5}, members=members)
+    made, read = growing.Part("enc/w_i", 0), growing.Part("out/w", 0)
+    assert layer.scored == (made,)
+    assert layer.parts == ((made,) if members == "producers" else (made, read))
+
+
+CONV = {"conv": {"weight": jnp.ones((16, 3, 5, 5))}}  # [out, in, height, width], as in PyTorch and Equinox
+CONVOLVE = lambda v, x: jax.lax.conv_general_dilated(x, v["conv"]["weight"], (1, 1), "SAME")
+
+
+@pytest.mark.parametrize(("granularity", "size"), [("filter", 16), ("channel", 3)])
+def test_layouts_are_told_by_trace_or_option_and_never_guessed(granularity, size):
+    channels = groups.trace(CONVOLVE, CONV, jnp.ones((1, 3, 8, 8)))
+    for known in (dict(channels=channels), dict(layout="out_in")):
+        (layer,) = growing.layers(CONV, {"conv/weight": 0.5}, granularity, **known)
+        assert layer.shape == (size,)
+    with pytest.raises(ValueError, match="layout="):
+        growing.layers(CONV, {"conv/weight": 0.5}, granularity)
+    assert growing.layers(CONV, {"conv/weight": 0.5}, "weight")[0].shape == (16, 3, 5, 5)
+
+
+def test_heads_of_an_attention_are_no_filters():
+    params = {"query": {"kernel": jnp.ones((6, 2, 3))}}
+    project = lambda v, x: jnp.einsum("bi,ihd->bhd", x, v["query"]["kernel"])
+    channels = groups.trace(project, params, jnp.ones((4, 6)))
+    with pytest.raises(ValueError, match="one axis"):
+        growing.layers(params, {"query/kernel": 0.5}, channels=channels)
+    assert growing.layers(params, {"query/kernel": 0.5}, "channel", channels=channels)[0].shape == (6,)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
@@ -528,6 +673,34 @@ def test_a_stage_runs_to_its_end_inside_one_program():
     np.testing.assert_array_equal(growing.kept(state)["kernel"], np.arange(8) < 3)
     small = jnp.where(growing.kept(state)["kernel"][:, None], grown["kernel"], 0)
     assert loss({"kernel": small}) < loss(grown) + 1e-4 < 1e-3
+
+
+class Pair(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden, self.fc = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+
+
+@pytest.mark.parametrize("path", ["hidden/kernel", "hidden/kernel/value"])
+def test_nnx_optimizer_trains_and_tells(path):
+    network = Pair(nnx.Rngs(0))
+    params = nnx.state(network, nnx.Param)
+    layers = growing.layers(params, {path: 0.5})
+    grow = growing.growing_l2(layers, update_every=1, granularity_prune=1.0, upper_limit=1.5, stabilize_steps=0)
+    optimizer = nnx.Optimizer(network, optax.chain(grow, optax.sgd(0.5)), wrt=nnx.Param)
+    before = np.abs(np.asarray(network.hidden.kernel[...])).mean(0)
+    unmoved = np.asarray(network.fc.kernel[...])
+    for _ in range(2):
+        assert not growing.finished(optimizer.opt_state)
+        optimizer.update(network, jax.tree.map(jnp.zeros_like, params))
+    assert growing.finished(optimizer.opt_state)
+    keep = np.asarray(growing.kept(optimizer.opt_state)[path])
+    assert set(np.flatnonzero(~keep)) == set(np.argsort(before)[:4])
+    assert growing.progress(optimizer.opt_state)[path].updates == 2
+    np.testing.assert_array_equal(growing.penalties(optimizer.opt_state)[path], np.where(keep, 0, 2))
+    after = np.abs(np.asarray(network.hidden.kernel[...])).mean(0)
+    np.testing.assert_allclose(after[~keep], 0, atol=1e-7)  # half of it, then all
+    np.testing.assert_array_equal(after[keep], before[keep])
+    np.testing.assert_array_equal(network.fc.kernel[...], unmoved)
 
 
 # Misuse

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 
 from sparsity_jax import figures, growing_figures, report
 
@@ -86,6 +87,13 @@ def test_figures_are_there_exactly_when_their_rows_are(rows, expected, tmp_path)
         assert (f'<section id="{name}">' in page) == (name in expected)
         assert (tmp_path / "figures" / f"{name}.png").is_file() == (name in expected)
     assert ("Pruning steps" in page) == ("layers" in rows[-1])
+
+
+def test_no_label_breaks_a_page(tmp_path):
+    for i, label in enumerate(tiny.HOSTILE_LABELS[:5]):
+        panels = [panel for make in (growing_figures.norm_panels, growing_figures.group_panels)
+                  for panel in make(found(growth_rows(arm=label)))]  # fmt: skip
+        assert figures.png(f"growth_{i}", figures.line_figure("growth", panels, ["stays", "goes"], [""]))
 
 
 def test_rows_of_other_stages_are_told_as_they_are(tmp_path):

@@ -82,3 +82,8 @@ def same(first, second) -> None:
 def timeless(rows: list[dict]) -> list[dict]:
     """Rows without the one field that two equal runs differ in."""
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+# names that a swept value or a config may carry: mathtext, markup, patterns, formats, colours, text XML cannot hold
+HOSTILE_LABELS = ("$$", "a$b", r"$x_1^2$", r"\d \1 \$ $\frac{1}{2}$", "100% _x_", "_", "<b>&lt;\"'", "#0072b2",
+    "{0} %s", "-->", "]]>", "\x00\x1b\ud800", "名" * 100, "a\nb")  # fmt: skip
