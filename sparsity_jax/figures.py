@@ -47,6 +47,8 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
         "ratio",
         "num_kept",
         "num_prunable",
+        "sparsity",
+        "sparsity_all",
         "selection",
         "scope",
         "split",

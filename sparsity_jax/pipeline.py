@@ -667,6 +667,7 @@ def build(plans: list[Plan]) -> train.Problem:
     for name in dict.fromkeys(plans[0].pipeline):
         for plan in plans:
             own = plan.settings[name][0]
+            stages.check_network(problem, own, f"config.{name}")
             geometry.check_network(own, f"config.{name}", shapes, size)
             if isinstance(own, greg.Noise):
                 trees.matching(shapes, own.parameters, f"config.{name}.parameters")
@@ -775,7 +776,7 @@ def run_plan(
         state, origin = initial_state(plan, problem), []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
-        check_weights(problem, state, "at the start of the run")
+        stages.check_weights(problem, state, "at the start of the run")
         rows = progress.rows
         writer = stack.enter_context(contextlib.closing(report.Writer(workdir, rows)))
         run = Run(plan, problem, saved, writer, rows, origin)
@@ -799,30 +800,16 @@ def run_plan(
                 like = stage.begin(problem, state, own, place) if resumed else state
                 state = checkpoint.restore(found, checkpoint.abstract(like))
             if not resumed:
-                stages.check_weights(problem, state, name)
                 state = stage.begin(problem, state, own, place)
                 saved.save(state, workdirs.Progress(position, True, rows))
             common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
             state = run_stage(run, stage, state, place, run.per_member(begun), common)
-            check_weights(problem, state, f"{name}, at its end")
+            stages.check_weights(problem, state, f"{name}, at its end")
             state = after(plan, state, position)
             saved.save(state, workdirs.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
             state = checkpoint.restore(found, checkpoint.abstract(stages.without_optimizer(state)))
     return Outcome(state, rows)
-
-
-def check_weights(problem: train.Problem, state: train.State, where: str) -> None:
-    """Raises NonFiniteLossError, naming member and array, unless weights and running statistics are finite.
-
-    Every stage gets its network through here, so that none selects among NaN. where: begins the sentence.
-    """
-    for i, own in structured.members_of(problem, state):
-        member = f", member {i}" if problem.members else ""
-        try:
-            trees.check_finite(dict(params=own.params, batch_stats=own.batch_stats), where + member)
-        except ValueError as error:
-            raise train.NonFiniteLossError(str(error)) from None
 
 
 def after(plan: Plan, state: train.State, position: int) -> train.State:
