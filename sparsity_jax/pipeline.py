@@ -486,6 +486,8 @@ def run(config: Mapping, workdir: str | pathlib.Path, *, command: str = "") -> O
     checkpoint.claim(workdir, config)
     environment = describe_environment(problem) | ({"command": command} if command else {})
     report.write_environment(workdir, environment)
+    if "reading" in environment:
+        say(f"images are read by {environment['reading']}")
     if not separate:
         outcome, diverged = run_plan(plans[0], problem, workdir), []
     else:
@@ -803,11 +805,14 @@ def describe_environment(problem: train.Problem) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     device = jax.local_devices()[0]
     shapes = jax.tree.leaves(stages.shapes_of(problem))
+    images = problem.dataset.train.images
+    reading = {"reading": images.reading} if problem.streamed and images.reading else {}
     return {
         "device": f"{device.device_kind} ({device.platform}, {len(jax.local_devices())} local)",
         "python": host.python_version(),
         "parameters": f"{sum(leaf.size for leaf in shapes):,}",
         "chance": chance(problem.dataset),
+        **reading,
         **versions,
     }
 
