@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import decoding
+from sparsity_jax import decoding, stopping
 from sparsity_jax.decoding import decode, fit, why_not
 from sparsity_jax.sources import Opened, Source, UnreadableError, check_label, open_set
 from sparsity_jax.tables import ConfigError, Fraction, Index, Range, check_options, defaults, lookup
@@ -373,7 +373,7 @@ def decode_split(source: Source, limit: int, size: int, channels: int, convert: 
         futures = [pool.submit(work, start) for start in range(0, len(indices), CHUNK)]
         try:
             for future in futures:
-                future.result()
+                stopping.result_of(future)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error the rest is not decoded
     tell_orientation([source.describe(index) for index in sorted(turned)], len(indices), upright)

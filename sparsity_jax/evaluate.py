@@ -35,6 +35,7 @@ from sparsity_jax import (
     cost,
     data,
     groups,
+    intact,
     models,
     pipeline,
     pretrained,
@@ -43,17 +44,21 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    workdirs,
 )
 
 PyTree = Any
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 Statistics = Literal["run", "data"]
-FORMAT = 1  # of an exported folder
+FORMAT = 2  # of an exported folder
 VARIABLES, PROGRAM, ABOUT = "variables.npz", "network.stablehlo", "network.json"
-USE = (  # three lines that need jax and flatbuffers only
-    "import jax.export, pathlib",
-    f"network = jax.export.deserialize(bytearray(pathlib.Path('{PROGRAM}').read_bytes()))",
-    "logits = network.call(images)  # float32 [any batch, height, width, channels]: (uint8 / 255 - mean) / std",
+USE = (  # lines that need jax and flatbuffers only, and one on the arrays alone
+    "import hashlib, jax.export, json, pathlib",
+    f"program, about = pathlib.Path('{PROGRAM}').read_bytes(), json.loads(pathlib.Path('{ABOUT}').read_text())",
+    f"assert hashlib.sha256(program).hexdigest() == about['sha256']['{PROGRAM}']  # it is as it was written",
+    "network = jax.export.deserialize(bytearray(program))",
+    "logits = network.call(images)  # float32 [batch >= 1, height, width, channels]: (uint8 / 255 - mean) / std",
+    f"# numpy.load('{VARIABLES}')[path] is an array; where arrays[path] is bfloat16, its .view(ml_dtypes.bfloat16)",
 )
 
 
@@ -100,15 +105,15 @@ def open_run(
     folders = sorted(path for path in workdir.glob("member_*") if re.fullmatch(r"member_\d+", path.name))
     folders = [workdir] if inside else folders
     numbered = {int(path.name.removeprefix("member_")): path for path in folders}
-    found = {i: checkpoint.finished_stages(path) for i, path in (numbered or {0: workdir}).items()}
-    if all(stage is None for stage in found.values()):
+    found = {i: workdirs.newest(path) for i, path in (numbered or {0: workdir}).items()}
+    if not any(found.values()):
         raise tables.ConfigError(f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more.")
     problem = build(config, data_dir, data_name, statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
-    for i, stage in found.items():
-        if stage is not None:
-            states, progress = restore(numbered.get(i, workdir), problem, hint)
+    for i, snapshot in found.items():
+        if snapshot is not None:
+            states, progress = restore(snapshot, problem, hint)
             own = [members[i] if i < len(members) else {}] if numbered else members
             if len(states) != len(own):
                 raise tables.ConfigError(
@@ -126,9 +131,9 @@ def open_run(
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     """The config of a run, with the defaults of all common fields."""
-    if not (workdir / "config.json").is_file():
+    if not workdirs.holds_run(workdir):
         raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
-    config = checkpoint.read_config(workdir)
+    config = workdirs.read_config(workdir)
     known = tables.parameters(pipeline.settings)
     tables.check_options(pipeline.settings, {name: value for name, value in config.items() if name in known}, "config")
     return {**tables.defaults(pipeline.settings), **config}
@@ -187,32 +192,30 @@ def _statistics_of_run(options: Mapping[str, Any], dataset: data.Dataset) -> dat
     return data.Normalization(trained_on.mean, trained_on.std)
 
 
-def _progress(config: Mapping[str, Any], progress: checkpoint.Progress) -> str:
+def _progress(config: Mapping[str, Any], progress: workdirs.Progress) -> str:
     names = config["pipeline"]
     if progress.stage >= len(names):
         return "finished"
     return f"in stage {progress.stage + 1} of {len(names)} ({names[progress.stage]})"
 
 
-def _label(config: dict[str, Any], progress: checkpoint.Progress) -> str:
+def _label(config: dict[str, Any], progress: workdirs.Progress) -> str:
     """Name of the training that made the network of a checkpoint, as in the report."""
     plan = pipeline.Plan([config], [{}], {}, tuple(config["pipeline"]), {})
     finished = progress.stage - (not progress.begun)
     return pipeline.arm_of(plan, max(finished, 0))
 
 
-def restore(workdir: pathlib.Path, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
-    """(state of each member, progress) of the newest checkpoint in `workdir`, made on whatever devices.
+def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
+    """(state of each member, progress) of a checkpoint made on whatever devices.
 
     hint: what else may be the reason if the checkpoint is of another network, which raises ConfigError.
     """
-    with contextlib.closing(checkpoint.Checkpoints(workdir)) as saved:
-        progress = saved.progress()
-        shapes = saved.shapes()
-        variables = jax.eval_shape(problem.init, jax.random.key(0))
-        wanted = {**variables, "masks": variables["params"]}
-        _check_shapes(workdir, shapes, wanted, hint)
-        arrays = saved.arrays()
+    shapes, progress = checkpoint.shapes(snapshot), snapshot.progress
+    variables = jax.eval_shape(problem.init, jax.random.key(0))
+    wanted = {**variables, "masks": variables["params"]}
+    _check_shapes(snapshot.folder.parent.parent, shapes, wanted, hint)
+    arrays = checkpoint.arrays(snapshot)
     parts = trees.map_named(lambda path, _: arrays[path], wanted)
     state = train.State(
         parts["params"], parts["batch_stats"], parts["masks"], (), arrays["step"], arrays["key"], train.no_metrics()
@@ -254,11 +257,12 @@ def run(
     statistics: Statistics = "run",
     export_to: str | os.PathLike = "",
     platforms: Sequence[str] = ("cpu",),
+    dense: bool = False,
 ) -> list[dict[str, Any]]:
     """The numbers of every member of the run in `workdir` that has a checkpoint; see `measure` for the fields.
 
-    data_dir, data_name, statistics: as in `open_run`. export_to, platforms: a new folder for `export`, and where it is
-    to run.
+    data_dir, data_name, statistics: as in `open_run`. export_to, platforms, dense: a new folder for `export`, and its
+    options.
     Raises ConfigError as `open_run` and `export` do.
     """
     if export_to:
@@ -266,7 +270,7 @@ def run(
     saved = open_run(workdir, data_dir=data_dir, data_name=data_name, statistics=statistics)
     rows = list(measured(saved, on_train=on_train, latency=latency, batch_size=batch_size, repeats=repeats))
     if export_to:
-        export_run(saved, export_to, platforms)
+        export_run(saved, export_to, platforms, dense=dense, notes=[row["note"] for row in rows])
     return rows
 
 
@@ -322,14 +326,7 @@ def measure(
         flops=cost.flops(problem.model.apply, variables, one).products,
         device=jax.local_devices()[0].device_kind,
     )
-    cut, note = channels_cut(problem, state)
-    stock = None
-    if cut:
-        chosen = structured.Compact(batch_size, repeats if latency else 0, _tolerance(state))
-        try:
-            stock = structured.take_stock(problem, state, chosen)
-        except (TypeError, ValueError) as error:
-            note = f"cannot be compacted: {error}"
+    cut, stock, note = compared(problem, state, batch_size, repeats if latency else 0)
     if stock is not None:
         row |= {f"{name}_compact": stock[f"{name}_compact"] for name in ("parameters", "flops", "bytes")}
         row |= dict(test_accuracy_compact=stock["accuracy"], compression=stock["bytes"] / stock["bytes_compact"])
@@ -346,6 +343,26 @@ def measure(
     return {**row, "pruned": " and ".join(kinds) or "nothing", "note": note}
 
 
+def compared(
+    problem: train.Problem, state: train.State, batch_size: int = 64, repeats: int = 0
+) -> tuple[bool, dict[str, Any] | None, str]:
+    """(whether whole channels are masked, numbers of the network without them, why there is none or "").
+
+    The one verdict on the compact network, for tables and exports: its logits of `batch_size` test images are those of
+    the masked network but for rounding. repeats: see `structured.take_stock`.
+    """
+    cut, note = channels_cut(problem, state)
+    if not cut:
+        return cut, None, note
+    try:
+        stock = structured.take_stock(problem, state, structured.Compact(batch_size, repeats, 0.0))
+    except (TypeError, ValueError) as error:
+        return cut, None, f"cannot be compacted: {error}"
+    if stock["warning"]:
+        return cut, None, f"cannot be compacted: {stock['warning']}."
+    return cut, stock, ""
+
+
 def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]:
     """(whether whole channels are masked, why that cannot be told or "")."""
     if all(bool(leaf.all()) for leaf in jax.tree.leaves(state.masks)):
@@ -356,12 +373,6 @@ def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]
         return False, f"its channels cannot be traced: {error}"
     alive = structured.alive_channels(channels, state.masks)
     return any(not own.all() for own in alive.values()), ""
-
-
-def _tolerance(state: train.State) -> float:
-    """Largest relative difference of logits that is rounding: little in float32 on a CPU, more in shorter types."""
-    short = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(state.params))
-    return 2e-2 if short or jax.default_backend() != "cpu" else 1e-4
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -428,14 +439,33 @@ def check_export(folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",))
     tables.convert(tuple(platforms), tuple[Platform, ...], "platforms")
 
 
-def export_run(saved: Saved, folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",)) -> list[pathlib.Path]:
-    """`export` of every member: of several, to `folder/member_000` and so on. Returns the folders."""
+def check_writable(file: str | os.PathLike) -> None:
+    """Raises ConfigError if nothing can be written where `file` is to be."""
+    parents = pathlib.Path(file).absolute().parents
+    there = next(folder for folder in parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise tables.ConfigError(f"{file} cannot be written, since {there} is not writable; name another place.")
+
+
+def export_run(
+    saved: Saved,
+    folder: str | os.PathLike,
+    platforms: Sequence[str] = ("cpu",),
+    *,
+    dense: bool = False,
+    notes: Sequence[str] | None = None,
+) -> list[pathlib.Path]:
+    """`export` of every member: of several, to `folder/member_000` and so on. Returns the folders.
+
+    notes: of the members, as `measure` tells them; they are found anew without.
+    """
     check_export(folder, platforms)
     folder, config = pathlib.Path(folder), saved.config
     with _replacing(folder) as part:
-        for network in saved.networks:
+        for i, network in enumerate(saved.networks):
             own = part / f"member_{network.member:03d}" if len(saved.networks) > 1 else part
-            _write(own, *_exported(saved.problem, config["model"], network.state, platforms))
+            note = None if notes is None else notes[i]
+            _write(own, *_exported(saved.problem, config["model"], network.state, platforms, dense, note))
     return sorted(folder.glob("member_*")) or [folder]
 
 
@@ -445,34 +475,48 @@ def export(
     state: train.State,
     folder: str | os.PathLike,
     platforms: Sequence[str] = ("cpu",),
+    *,
+    dense: bool = False,
 ) -> pathlib.Path:
     """Writes one member's network, compact where whole channels are masked, to the new folder `folder`.
 
-    variables.npz: its arrays by path. network.stablehlo: images to logits with the weights inside, for any batch size,
-    to be run by `jax.export` alone. network.json: classes, image shape, mean and std, the channels kept by group and
-    how many there were, versions, `model` (config.model of the run) and how to run it. The folder appears whole or not
-    at all.
-    platforms: where the program shall run: cpu, cuda, rocm, tpu.
-    Raises ConfigError for a folder that is not empty and for a network that cannot be compacted.
+    variables.npz: its arrays by path; NumPy has no bfloat16, so such an array comes as raw bytes and is read by
+    `array.view(ml_dtypes.bfloat16)`. network.stablehlo: images to logits with the weights inside, for any batch of one
+    image or more, to be run by `jax.export` alone. network.json: classes, image shape, mean and std, the channels kept
+    by group and how many there were, versions, `model` (config.model of the run) and how to run it. The folder appears
+    whole or not at all.
+    platforms: where the program shall run: cpu, cuda, rocm, tpu. dense: with its masked channels, as zeros.
+    Raises ConfigError for a folder that is not empty and, unless dense, for a network that cannot be compacted.
     """
     check_export(folder, platforms)
     with _replacing(pathlib.Path(folder)) as part:
-        _write(part, *_exported(problem, model, state, platforms))
+        _write(part, *_exported(problem, model, state, platforms, dense))
     return pathlib.Path(folder)
 
 
-def _exported(problem: train.Problem, model: Mapping, state: train.State, platforms: Sequence[str]) -> tuple:
-    """(arrays by path, serialized program, contents of network.json)."""
+def _exported(
+    problem: train.Problem,
+    model: Mapping,
+    state: train.State,
+    platforms: Sequence[str],
+    dense: bool = False,
+    note: str | None = None,
+) -> tuple:
+    """(arrays by path, serialized program, contents of network.json). note: of `compared`; None: to be found."""
     variables, apply = {"params": state.params, "batch_stats": state.batch_stats}, problem.model.apply
-    dense, keep, sizes = variables, {}, {}
-    cut, note = channels_cut(problem, state)
-    if note:
-        raise tables.ConfigError(f"the network cannot be exported: {note}")
+    whole, keep, sizes = variables, {}, {}
+    cut = False
+    if not dense:
+        if note is None:
+            _, _, note = compared(problem, state)
+        if note:
+            raise tables.ConfigError(
+                f"the network cannot be exported without its masked channels: {note} With its channels it can: "
+                "--dense, or dense=True."
+            )
+        cut, _ = channels_cut(problem, state)
     if cut:
-        try:
-            variables, apply, keep, channels = structured.compacted(problem, state)
-        except (TypeError, ValueError) as error:
-            raise tables.ConfigError(f"the network cannot be exported, since it cannot be compacted: {error}") from None
+        variables, apply, keep, channels = structured.compacted(problem, state)
         sizes = channels.sizes
     shape = problem.dataset.test.images.shape[1:]
     # one image at a time under vmap: the program is analysed at known sizes, yet its batch may have any
@@ -494,9 +538,9 @@ def _exported(problem: train.Problem, model: Mapping, state: train.State, platfo
         sizes=sizes,
         arrays={path: dict(shape=array.shape, dtype=str(array.dtype)) for path, array in arrays.items()},
         parameters=cost.num_params(variables),
-        parameters_dense=cost.num_params(dense),
+        parameters_dense=cost.num_params(whole),
         bytes=cost.num_bytes(variables),
-        bytes_dense=cost.num_bytes(dense),
+        bytes_dense=cost.num_bytes(whole),
         platforms=list(program.platforms),
         versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         use=USE,
@@ -531,7 +575,48 @@ def _write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], program: byte
     folder.mkdir(exist_ok=True)
     np.savez(folder / VARIABLES, **arrays)
     (folder / PROGRAM).write_bytes(program)
-    (folder / ABOUT).write_text(json.dumps(report.plain(about), indent=1) + "\n", encoding="utf-8")
+    about = report.plain(about)
+    about["sha256"] = {name: intact.digest_of(folder / name) for name in (VARIABLES, PROGRAM)}
+    about["checksum"] = intact.digest_of_value(about)
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    verify(folder)
+    stored = read_arrays(folder)
+    same = {path: array.tobytes() for path, array in stored.items()} == {p: a.tobytes() for p, a in arrays.items()}
+    if not same or (folder / PROGRAM).read_bytes() != program:
+        raise OSError(f"{folder} does not read as it was written; its disk or file system is not to be trusted.")
+
+
+def verify(folder: str | os.PathLike) -> dict[str, Any]:
+    """What network.json of an exported folder says, after all its files have been compared with their checksums.
+
+    Raises ConfigError for a folder without an exported network, and naming the file that is not as it was written.
+    network.json has SHA-256 of the other files in `sha256`, and in `checksum` that of its own other fields, as
+    `json.dumps(..., sort_keys=True)` writes them.
+    """
+    folder = pathlib.Path(folder)
+    for name in (ABOUT, VARIABLES, PROGRAM):
+        if not (folder / name).is_file():
+            raise tables.ConfigError(f"{folder} holds no whole exported network (no {name}).")
+    try:
+        about = report.read_dict(folder / ABOUT)
+    except ValueError as error:
+        raise intact.DamagedError(str(error)) from None
+    if about.get("format") != FORMAT:
+        raise tables.ConfigError(f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}.")
+    rest = {name: value for name, value in about.items() if name != "checksum"}
+    sums = {ABOUT: (about.get("checksum"), intact.digest_of_value(rest))}
+    if isinstance(about.get("sha256"), dict):
+        sums |= {name: (about["sha256"].get(name), intact.digest_of(folder / name)) for name in (VARIABLES, PROGRAM)}
+    for name, (written, found) in sums.items():
+        if written != found:
+            raise intact.DamagedError(f"{folder / name} is not as it was written (its checksum differs); export anew.")
+    return about
+
+
+def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an exported folder, by path."""
+    with np.load(folder / VARIABLES, allow_pickle=False) as stored:
+        return {path: stored[path] for path in stored.files}
 
 
 @contextlib.contextmanager
@@ -553,20 +638,11 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
 
     The model is built anew from network.json and traced, so no width has to be known; `apply` can be differentiated
     and trained further. images: float32 [batch, height, width, channels], normalised as network.json says.
-    Raises ConfigError for a folder without an exported network, and if network.json does not fit the arrays.
+    Raises ConfigError for a folder without an exported network, for a file that is not as it was written, see `verify`,
+    and if network.json does not fit the arrays.
     """
     folder = pathlib.Path(folder)
-    for name in (ABOUT, VARIABLES):
-        if not (folder / name).is_file():
-            raise tables.ConfigError(f"{folder} holds no exported network (no {name}).")
-    try:
-        about = report.read_dict(folder / ABOUT)
-    except ValueError as error:
-        raise tables.ConfigError(str(error)) from None
-    if about.get("format") != FORMAT:
-        raise tables.ConfigError(f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}.")
-    with np.load(folder / VARIABLES, allow_pickle=False) as stored:
-        arrays = {path: stored[path] for path in stored.files}
+    about, arrays = verify(folder), read_arrays(folder)
     model = models.build(num_classes=about["num_classes"], **about["model"])
     image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))
@@ -610,6 +686,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", default="", metavar="FILE", help="write the numbers to this file")
     parser.add_argument("--export", default="", metavar="DIR", help="write the network, compact, to this new folder")
+    parser.add_argument("--dense", action="store_true", help="export with the masked channels, as zeros")
     parser.add_argument("--torch", default="", metavar="FILE", help="write the weights for PyTorch: FILE.safetensors")
     parser.add_argument(
         "--platforms", nargs="+", default=["cpu"], help="where the exported program runs: cpu, cuda, rocm, tpu"
@@ -625,6 +702,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_export(options.export, options.platforms)
         if options.torch:
             check_torch(options.torch)
+        for file in filter(None, (options.export, options.torch, options.json)):
+            check_writable(file)
         other = dict(data_name=options.data, statistics=options.statistics)
         saved = open_run(options.workdir, data_dir=options.data_dir, **other)
         chosen = dict(on_train=options.train, latency=options.latency)
@@ -639,8 +718,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = json.dumps(report.plain(rows), indent=1) + "\n"
             report.write_atomic(pathlib.Path(options.json), text.encode())
         if options.export:
-            for folder, row in zip(export_run(saved, options.export, options.platforms), rows):
+            notes = [row["note"] for row in rows]
+            folders = export_run(saved, options.export, options.platforms, dense=options.dense, notes=notes)
+            for folder, row in zip(folders, rows):
                 kind = "compact" if "channels" in row["pruned"] else "dense, since no channels are cut:"
+                kind = "dense" if options.dense else kind
                 sys.stdout.write(f"exported {kind} network: {folder}\n")
         for path in export_torch(saved, options.torch) if options.torch else ():
             sys.stdout.write(f"wrote PyTorch weights of the dense network: {path}\n")

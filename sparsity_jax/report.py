@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsity_jax import figures, geometry_figures, growing_figures
+from sparsity_jax import figures, geometry_figures, growing_figures, intact, workdirs
 
 METRICS, CONFIG, ENVIRONMENT, REPORT = "metrics.jsonl", "config.json", "environment.json", "report.html"
 
@@ -76,28 +76,37 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
         raise
 
 
-def to_line(row: Mapping) -> str:
+def to_line(row: Mapping, before: int) -> tuple[str, int]:
+    """(the line of a row, with its checksum, the checksum); before: that of the line before, 0 of the first."""
     missing = [field for field in ("stage", "kind") if field not in row]
     if missing:
         raise ValueError(f"a row lacks {' and '.join(missing)}; it has: {', '.join(map(str, row)) or 'nothing'}.")
-    return json.dumps(plain(row), allow_nan=False) + "\n"
+    line, total = intact.summed_row(json.dumps(plain(row), allow_nan=False), before)
+    return line + "\n", total
+
+
+def to_lines(rows: Iterable[Mapping], before: int = 0) -> tuple[str, int]:
+    """(the lines of rows, the checksum of the last one)."""
+    lines = []
+    for row in rows:
+        line, before = to_line(row, before)
+        lines.append(line)
+    return "".join(lines), before
 
 
 def read_rows(path) -> list[dict]:
-    """Rows of a metrics file. A last line cut off by a killed run is left out.
+    """Rows of a metrics file, without their checksums. A last line cut off by a killed run is left out.
 
-    Raises ValueError with the line number for any other line that is not one JSON object.
+    Raises ValueError with the line number for any other line that is not one JSON object, or not as it was written.
     """
     path = pathlib.Path(path)
     lines = path.read_bytes().split(b"\n")
-    rows = []
+    rows, total = [], 0
     for i, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
+            row, total = intact.read_row(line, total)
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             if i == len(lines) - 1:
                 break
@@ -110,31 +119,34 @@ class Writer:
     """Appends rows to `workdir/metrics.jsonl` and their numbers to TensorBoard events in `workdir/tensorboard`.
 
     Both start as exactly `rows_so_far`: what a killed run wrote after its last checkpoint is dropped on resume.
-    Tags are `stage/field`. The step axis is `step` for train rows, `iteration` for SFW-Init, the ratio in tenths of a
-    percent (90 % = 900) for curves and searches of a limit, the quantile likewise for row norms, the probe for spectra,
-    and `visit` otherwise. Rows told apart by more than that get a longer tag: a curve
-    row that is not a first-visit, global, kernels-only, not retrained curve on test data says in what it differs
-    (`curve/accuracy/train`), and once rows of several members have been seen the member is named
-    (`fit/train_loss/member_1`).
+    Events hold every number of the rows, nested ones too, but no lists (spectra, histograms, norms of single groups).
+    Tags are `stage/field` and `stage/field/name`. The step axis is `step` for train rows, `iteration` for SFW-Init, the
+    ratio in billionths (90 % = 900,000,000) for curves, paths and searches of a limit, the quantile likewise for row
+    norms, the probe for spectra, the draw for noise, and `visit` otherwise. Rows told apart by more than that get a
+    longer tag: those of a later visit (`fit/train_loss/visit_2`), those of a curve that is not global, kernels-only,
+    not retrained on test data (`curve/accuracy/train`), and once rows of several members have been seen the member is
+    named (`fit/train_loss/member_1`).
     """
 
     def __init__(self, workdir, rows_so_far: Iterable[dict] = ()):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import FileWriter
 
         workdir = pathlib.Path(workdir)
         rows = list(rows_so_far)
-        write_atomic(workdir / METRICS, "".join(map(to_line, rows)).encode())
+        lines, self._sum = to_lines(rows)
+        write_atomic(workdir / METRICS, lines.encode())
         events = workdir / "tensorboard"
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
         self._members = set()
-        self._events = SummaryWriter(str(events))
+        self._events = FileWriter(str(events))
         self._file = (workdir / METRICS).open("a", encoding="utf-8")
         self._add_scalars(rows)
 
     def append(self, rows: list[dict]) -> None:
         """Writes all rows and flushes. A row that cannot be written raises, and then none of them is written."""
-        self._file.write("".join([to_line(row) for row in rows]))
+        lines, self._sum = to_lines(rows, self._sum)
+        self._file.write(lines)
         self._file.flush()
         self._add_scalars(rows)
 
@@ -149,37 +161,62 @@ class Writer:
         self.close()
 
     def _add_scalars(self, rows: list[dict]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
         self._members |= {row.get("member", 0) for row in rows}
         several = len(self._members) > 1
         for row in map(plain, rows):
-            for tag, value, step in scalars(row):
-                self._events.add_scalar(f"{tag}/member_{row.get('member', 0)}" if several else tag, value, step)
+            member = f"/member_{row.get('member', 0)}" if several else ""
+            found, step = scalars(row)
+            values = [Summary.Value(tag=tag + member, simple_value=value) for tag, value in found.items()]
+            if values:
+                self._events.add_summary(Summary(value=values), step)
         self._events.flush()
 
 
-def scalars(row: dict) -> list[tuple[str, float, int]]:
-    """(tag, value, step) of every number a plain row holds, without those that say which row it is."""
-    skip = {"visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe"}
-    suffix, step = "", row.get("visit", 1)
-    if row["kind"] in ("train", "grow", "remove"):
-        step = row.get("step", row.get("epoch", step))
-    elif row["kind"] == "sfw_init":
-        step = row.get("iteration", step)
-    elif row["kind"] in ("limit", "path", "row_norms"):
-        step = round(1000 * row.get("ratio", row.get("quantile", 0)))
-    elif row["kind"] == "spectrum":
-        step = row.get("probe", 0)
-    elif row["kind"] == "curve":
-        usual = {"split": "test", "selection": "global", "scope": "kernels"}
-        words = [row[key] for key, value in usual.items() if row.get(key, value) != value]
+STEPS = {  # of rows of each kind: the field that is the step axis of their events, and how many steps its unit has
+    "train": ("step", 1),
+    "grow": ("step", 1),
+    "remove": ("step", 1),
+    "sfw_init": ("iteration", 1),
+    "curve": ("ratio", 10**9),
+    "limit": ("ratio", 10**9),
+    "path": ("ratio", 10**9),
+    "row_norms": ("quantile", 10**9),
+    "spectrum": ("probe", 1),
+    "noise": ("draw", 1),
+}
+WHICH = ("visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe", "draw", "layout")
+USUAL = {"split": "test", "selection": "global", "scope": "kernels"}  # what a curve's tag does not name
+
+
+def scalars(row: dict) -> tuple[dict[str, float], int]:
+    """({tag: value} of every number a plain row holds, without those that say which row it is; step)."""
+    visit = row.get("visit", 1)
+    field, unit = STEPS.get(row["kind"], ("visit", 1))
+    words = []
+    if row["kind"] == "curve":
+        words += [row[key] for key, value in USUAL.items() if row.get(key, value) != value]
         words += ["retrained"] * bool(row.get("retrained"))
-        words += [f"visit_{row.get('visit')}"] * (row.get("visit", 1) != 1)
-        suffix, step = "".join(f"/{word}" for word in words), round(1000 * row.get("ratio", 0))
-    return [
-        (f"{row['stage']}/{field}{suffix}", float(value), int(step))
-        for field, value in row.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and field not in skip and "." not in field
-    ]
+    if field != "visit" and visit != 1:
+        words.append(f"visit_{visit}")
+    suffix = "".join(f"/{word}" for word in words)
+    step = row.get(field, row.get("epoch", 0) if field == "step" else 0)
+    told = {key: value for key, value in row.items() if key not in WHICH and "." not in key}
+    found = {f"{row['stage']}/{path}{suffix}": value for path, value in numbers(told).items()}
+    return found, round(unit * step)
+
+
+def numbers(tree: dict, path: str = "") -> dict[str, float]:
+    """The numbers of a nested dict by path; no lists and no truth values."""
+    found = {}
+    for key, value in tree.items():
+        own = f"{path}/{key}" if path else str(key)
+        if isinstance(value, dict):
+            found |= numbers(value, own)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[own] = float(value)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- rows to a page
@@ -246,7 +283,34 @@ def complete(row: dict, config: dict, environment: dict) -> dict:
 
 def write_environment(workdir, environment: dict) -> None:
     """Writes `workdir/environment.json`."""
-    write_atomic(pathlib.Path(workdir) / ENVIRONMENT, (json.dumps(plain(environment), indent=2) + "\n").encode())
+    path = pathlib.Path(workdir) / ENVIRONMENT
+    write_atomic(path, (json.dumps(plain(environment), indent=2) + "\n").encode())
+    intact.record(path)
+
+
+def read_environment(workdir) -> dict | None:
+    """What `workdir/environment.json` holds; None where there is none, or another than was written, which is told."""
+    path = pathlib.Path(workdir) / ENVIRONMENT
+    try:
+        if not path.exists():
+            return None
+        if intact.is_changed(path):
+            raise ValueError(f"{path} is not as it was written (its checksum differs)")
+        return read_dict(path)
+    except ValueError as error:
+        workdirs.say(f"{error}; versions are left out")
+        return None
+
+
+def continued(workdir, environment: dict) -> dict:
+    """`environment` after that of the run so far in `workdir`: where they differ, both, e.g. `0.10.2, then 0.11.0`."""
+    before = read_environment(workdir) or {}
+    joined = {}
+    for name, value in {**before, **environment}.items():
+        old = before.get(name, value)
+        known = str(old).split(", then ")[-1] == str(value) or name == "command"
+        joined[name] = old if known else f"{old}, then {value}"
+    return joined
 
 
 def esc(value: Any) -> str:
@@ -285,6 +349,7 @@ def count_networks(rows: list[dict]) -> int:
 
 COLUMNS = {  # column of figures.summary to (heading, unit, factor, decimals; None: no best)
     "dense": ("unpruned", "%", 100, 2),
+    "before": ("after epochs", "", 1, None),
     "channels": ("channels removed", "%", 100, None),
     "weights": ("weights removed", "%", 100, None),
     "pruned": ("pruned", "%", 100, 2),
@@ -298,10 +363,11 @@ COLUMNS = {  # column of figures.summary to (heading, unit, factor, decimals; No
 def cell_text(column: str, cell: tuple[float, float, int]) -> tuple[str, str]:
     """Mean and, over several members, the deviation, as shown; equal epochs need none."""
     mean, std, count = cell
-    count = 1 if column == "epochs" and std == 0 else count
+    whole = column in ("epochs", "before")
+    count = 1 if whole and std == 0 else count
     _, _, factor, decimals = COLUMNS[column]
     if decimals is None:
-        decimals = 0 if column == "epochs" or factor * abs(mean) >= 100 else 1
+        decimals = 0 if whole or factor * abs(mean) >= 100 else 1
     return f"{factor * mean:,.{decimals}f}", f"± {factor * std:,.{decimals}f}" if count > 1 else ""
 
 
@@ -354,7 +420,7 @@ def summary_notes(series: list, table: list, found: list, columns: list[str]) ->
     if "dense" in columns or "pruned" in columns:
         notes.append(f"{kind} accuracy. Unpruned: the network of that line before anything was removed.")
     if "pruned" in columns:
-        notes.append("Pruned: after the last training, with the share removed that stands beside it.")
+        notes.append("Pruned: after the last training, with the share removed that stands before it.")
     if found:
         notes.append("At: with that share of the prunable weights removed.")
     if any(curve.retrained for curve in found):
@@ -501,8 +567,11 @@ def compact_section(series: list, most: int = 60) -> str:
         seed = f", seed {row['seed']}" if "seed" in row else ""
         body += f'<tr><th scope="row">{esc(label + seed)}</th>{cells}<td class="keep">{esc(speed(row))}</td></tr>'
     table = scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-    told = "Compact, of dense. Logits of both are equal to rounding. Time: median of whole batches, in alternation."
-    return table + note(f"{told} The first {most} of {len(found)}." if len(found) > most else told)
+    told = "Compact, of dense. Time: median of whole batches, in alternation."
+    warnings = [f"{label}: {row['warning']}." for label, row in found if row.get("warning")]
+    equal = "" if warnings else " Logits of both are equal to rounding."
+    more = f" The first {most} of {len(found)}." if len(found) > most else ""
+    return table + note(told + equal + more) + "".join(map(note, warnings[:most]))
 
 
 def amount(value: float) -> str:
@@ -825,25 +894,21 @@ def gather(workdir) -> tuple[dict, list[dict], dict | None]:
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is not a folder; give the workdir of a run.")
     # of a sweep's members, newer than the joint ones while it runs; its own; of several runs
-    choices = (sorted(workdir.glob(pattern)) for pattern in (f"member_[0-9]*/{METRICS}", METRICS, f"*/{METRICS}"))
-    files = next(filter(None, choices), [])
+    choices = (sorted(workdir.glob("member_[0-9]*")), [workdir], sorted(workdir.iterdir()))
+    files = next(filter(None, ([f / METRICS for f in folders if has_rows(f)] for folders in choices)), [])
     if not files:
         raise FileNotFoundError(f"neither {workdir} nor a folder in it has {METRICS}; has the run started there?")
     members = files[0].parent.name.startswith("member_")
     if len(files) > 1 and not members:
         return merged([file.parent for file in files])
-    folders = [folder for folder in (workdir, files[0].parent) if (folder / CONFIG).exists()]
+    folders = [folder for folder in (workdir, files[0].parent) if workdirs.holds_run(folder)]
     if not folders:
         raise FileNotFoundError(f"{workdir} has no {CONFIG}; a run writes it when it starts.")
     rows = []
     for file in files:
         own = {"member": int(file.parent.name.removeprefix("member_"))} if members else {}
-        rows += [{**row, **own} for row in read_rows(file)]
-    return read_dict(folders[0] / CONFIG), rows, read_environment(folders[0])
-
-
-def read_environment(folder: pathlib.Path) -> dict | None:
-    return read_dict(folder / ENVIRONMENT) if (folder / ENVIRONMENT).exists() else None
+        rows += [{**row, **own} for row in whole_rows(file)]
+    return workdirs.read_config(folders[0]), rows, read_environment(folders[0])
 
 
 IDLE = ("title", "checkpoint_seconds", "sweep", "sweep_mode", "seed")  # they leave the numbers of one network alone
@@ -857,11 +922,11 @@ def merged(folders: list[pathlib.Path]) -> tuple[dict, list[dict], dict | None]:
     value where the runs agree, else the list of values.
     """
     for folder in folders:
-        if not (folder / CONFIG).exists():
+        if not workdirs.holds_run(folder):
             raise FileNotFoundError(f"{folder} has {METRICS} but no {CONFIG}, so its settings are not known; move it.")
-    configs = [read_dict(folder / CONFIG) for folder in folders]
+    configs = [workdirs.read_config(folder) for folder in folders]
     environments = [read_environment(folder) or {} for folder in folders]
-    tables = [read_rows(folder / METRICS) for folder in folders]
+    tables = [whole_rows(folder / METRICS) for folder in folders]
     swept = {key for rows in tables for row in rows for key in row if "." in key and not figures.is_seed(key)}
     settings = [settings_of(folder, config) for folder, config in zip(folders, configs, strict=True)]
     paths = dict.fromkeys(path for own in settings for path in own)
@@ -882,9 +947,9 @@ def settings_of(folder: pathlib.Path, config: dict, seen: tuple = ()) -> dict[st
     """Every setting that decides the numbers of a run, by dotted path; for `start_from`, those of the run there."""
     settings = dict(flatten({name: value for name, value in config.items() if name not in IDLE}))
     start = pathlib.Path(config.get("start_from") or "")
-    here = (start / CONFIG).exists() and config.get("start_from")
+    here = config.get("start_from") and workdirs.holds_run(start)
     if here and start.resolve() not in seen:
-        own = settings_of(start, read_dict(start / CONFIG), (*seen, folder.resolve(), start.resolve()))
+        own = settings_of(start, workdirs.read_config(start), (*seen, folder.resolve(), start.resolve()))
         settings.pop("start_from")
         settings |= {f"start_from.{path}": value for path, value in own.items()}
     return settings
@@ -908,6 +973,30 @@ def agreed(trees: list[dict]) -> dict:
             different = list({json.dumps(value): value for value in values}.values())
             result[key] = different[0] if len(different) == 1 else different
     return result
+
+
+def has_rows(folder: pathlib.Path) -> bool:
+    return (folder / METRICS).exists() or (folder / workdirs.FOLDER).is_dir()
+
+
+def whole_rows(file: pathlib.Path) -> list[dict]:
+    """Rows of the metrics file of a run; of its newest checkpoint where the file is damaged, cut short or gone, aloud.
+
+    Raises ValueError where it is damaged and there is no other copy.
+    """
+    try:
+        rows = read_rows(file)
+    except (FileNotFoundError, ValueError) as error:
+        saved = workdirs.newest(file.parent)
+        if saved is None:
+            raise
+        workdirs.say(f"{error}; the rows of the newest checkpoint are used")
+        return saved.progress.rows
+    saved = workdirs.newest(file.parent)
+    if saved is not None and len(saved.progress.rows) > len(rows):
+        workdirs.say(f"{file} lacks rows; those of the newest checkpoint are used")
+        return saved.progress.rows
+    return rows
 
 
 def read_dict(path: pathlib.Path) -> dict:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import linops, tables, trees
+from sparsity_jax import linops, stopping, tables, trees
 
 PyTree = Any
 
@@ -216,6 +216,7 @@ def _mean(function: Callable, batch_size: int, on_host: bool) -> Callable:
     def looped(total, params, vector, data, temperature):
         size = _num_examples(data)
         for start in range(0, size, batch_size):
+            stopping.check()
             batch = jax.tree.map(lambda x, a=start: x[a : a + batch_size], data)
             total = one(total, params, vector, batch, temperature, min(batch_size, size - start) / size)
         return total

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import allocate, data, gradinit, losses, masks, optim, tables, train, trees
+from sparsity_jax import allocate, data, gradinit, losses, masks, optim, stopping, tables, train, trees
 
 PyTree = Any
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
@@ -235,6 +235,7 @@ def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update
     compiled = problem.once(name, lambda: jax.jit(problem.lift(iterate, axes)))
     scales = problem.once("scales", lambda: jax.jit(problem.lift(gradinit.init)))(state.params)
     for i in range(chosen.iterations):
+        stopping.check()
         scales, (before, after) = compiled(scales, state, numbers, problem.train_images, problem.train_labels)
         if (i + 1) % chunk == 0 or i == 0 or i + 1 == chosen.iterations:
             found = train.member_rows(problem, dict(loss_before=before, loss_after=after), iteration=i + 1)
@@ -458,6 +459,7 @@ def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
     for i, ratio in enumerate(chosen.ratios):
         if i < done:
             continue
+        stopping.check()
         counts = allocate.keep_counts(shapes, ratio, selection=chosen.selection, **options)
         current = state
         if chosen.retrain:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import data, losses, masks, models, optim, polytopes, scores, stream, trees
+from sparsity_jax import data, losses, masks, models, optim, polytopes, scores, stopping, stream, trees
 
 PyTree = Any
 
@@ -409,6 +409,7 @@ def fit_epochs(
     started, order, order_epoch = time.perf_counter() - seconds_so_far(rows), None, -1
     step = int(np.ravel(state.step)[0])
     while step < fit.epochs * spe:
+        stopping.check()
         epoch, at = divmod(step, spe)
         if epoch != order_epoch:
             order, order_epoch = orders(state.key, position, epoch), epoch
@@ -452,6 +453,7 @@ def fit_stream(
     )
     with contextlib.closing(batches):
         for batch in batches:
+            stopping.check()
             state, step, new = call(state, numbers, position, batch.images, batch.labels), step + 1, []
             if batch.unreadable:
                 new.append(dict(step=step, unreadable=len(batch.unreadable), unreadable_images=list(batch.unreadable)))
@@ -570,6 +572,7 @@ def over_stream(
     totals, unreadable = [None] * len(looks), []
     with contextlib.closing(problem.batches(split)) as batches:
         for batch in batches:
+            stopping.check()
             found = [look(batch.images, batch.labels) for look in looks]
             totals = [new if old is None else jax.tree.map(jnp.add, old, new) for old, new in zip(totals, found)]
             unreadable += batch.unreadable

@@ -144,6 +144,7 @@ def test_a_network_cut_in_rounds_is_not_called_dense():
     assert line.cells["dense"] == (0.8, 0.0, 1)
     assert line.cells["pruned"] == (0.65, 0.0, 1)
     assert line.cells["channels"] == (0.375, 0.0, 1)
+    assert (line.cells["before"], line.cells["epochs"]) == ((1.0, 0.0, 1), (4.0, 0.0, 1))
     assert list(figures.channel_rounds(figures.group(rows)[0])) == [0.25, 0.375]
 
 
@@ -416,10 +417,12 @@ def test_writer_round_trip_and_json_types(tmp_path):
         writer.append([row])
         text = (tmp_path / "metrics.jsonl").read_text()  # flushed before the close
     assert text.endswith("\n")
-    assert json.loads(text) == {
+    written = json.loads(text)
+    assert len(written.pop("sum")) == 8
+    assert written == {
         "stage": "fit", "kind": "train", "member": 1, "step": 3, "train_loss": 0.5, "test_loss": None, "bad": None,
         "counts": [0, 1, 2], "ok": True, "t": [1, 2]}  # fmt: skip
-    assert report.read_rows(tmp_path / "metrics.jsonl") == [json.loads(text)]
+    assert report.read_rows(tmp_path / "metrics.jsonl") == [written]
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
 
 
@@ -455,17 +458,34 @@ def test_a_row_that_cannot_be_written_writes_nothing(tmp_path):
 
 def test_tensorboard_tags_and_steps(tmp_path):
     base = {"stage": "curve", "kind": "curve", "ratio": 0.985, "accuracy": 0.5, "retrained": False, "layers": {"a": 1}}
-    assert report.scalars(base) == [("curve/accuracy", 0.5, 985)]
-    assert report.scalars(base | {"split": "train", "retrained": True, "visit": 2, "seed": 1, "fit.rate": 0.1}) == [
-        ("curve/accuracy/train/retrained/visit_2", 0.5, 985)
-    ]
+    assert report.scalars(base) == ({"curve/accuracy": 0.5, "curve/layers/a": 1.0}, 985_000_000)
+    more = {"split": "train", "retrained": True, "visit": 2, "seed": 1, "fit.rate": 0.1}
+    end = "train/retrained/visit_2"
+    assert report.scalars(base | more)[0] == {f"curve/accuracy/{end}": 0.5, f"curve/layers/a/{end}": 1.0}
     train = {"stage": "fit", "kind": "train", "step": 390, "epoch": 1, "train_loss": 2.0, "test_loss": None}
-    assert report.scalars(train) == [("fit/train_loss", 2.0, 390)]
+    assert report.scalars(train) == ({"fit/train_loss": 2.0}, 390)
     with report.Writer(tmp_path) as writer:
         writer.append([train | {"member": 0}, train | {"member": 1}])
     (events,) = (tmp_path / "tensorboard").glob("events*")
     assert steps_of(events, b"fit/train_loss/member_0") == 1
     assert steps_of(events, b"fit/train_loss/member_1") == 1
+
+
+def test_no_two_events_share_a_tag_and_a_step():
+    """Visits, ratios however close, draws, members' nested numbers: each number of each row has its own place."""
+    close = (0.9, 0.9004, 0.90041, 0.900410002)
+    rows = [curve_row("A", 0, ratio, 0.5, visit=visit, layers={"a": ratio}, split=split)
+            for visit in (1, 2) for split in ("test", "train") for ratio in close]  # fmt: skip
+    rows += [train_row("A", epoch, 0.5, visit=visit, step=10 * epoch) for visit in (1, 2) for epoch in (1, 2)]
+    rows += [cut_row("A", 8, visit) for visit in (1, 2)]
+    noise = {"stage": "noise", "kind": "noise", "arm": "A", "member": 0}
+    rows += [noise | {"visit": visit, "draw": draw, "loss": 1.0} for visit in (1, 2) for draw in (0, 1)]
+    places = []
+    for row in rows:
+        found, step = report.scalars(report.plain(row))
+        places += [(tag, step) for tag in found]
+    assert len(set(places)) == len(places)
+    assert "cut/kept/conv" in {tag for tag, _ in places}
 
 
 @pytest.mark.parametrize(("bad", "text"), [("{nope", "line 2: Expecting"), ("[1]", "line 2: not a JSON object")])
@@ -576,7 +596,7 @@ def test_main_says_what_is_missing(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     assert "has no config.json; a run writes it when it starts" in error(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    assert "holds a list; it must hold a JSON object" in error(tmp_path)
+    assert "holds no config but a list" in error(tmp_path)
 
 
 def test_import_is_cheap_and_leaves_pyplot_alone():
