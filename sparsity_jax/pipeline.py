@@ -524,6 +524,8 @@ def run(
         environment = describe_environment(problem) | ({"command": command} if command else {})
         environment = report.continued(workdir, environment)
         report.write_environment(workdir, environment)
+        if problem.streamed and problem.dataset.train.images.reading:
+            say(f"images are read by {problem.dataset.train.images.reading}")
         if not separate:
             outcome, diverged = run_plan(plans[0], problem, workdir, config, still_mine), []
         else:
@@ -934,11 +936,16 @@ def describe_environment(problem: train.Problem) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     device = jax.local_devices()[0]
     shapes = jax.tree.leaves(stages.shapes_of(problem))
+    reading = {}
+    if problem.streamed:
+        workers = problem.dataset.train.images.options["workers"]
+        reading["reading"] = f"{workers} processes" if workers > 0 else "threads"
     return {
         "device": f"{device.device_kind} ({device.platform}, {len(jax.local_devices())} local)",
         "python": host.python_version(),
         "parameters": f"{sum(leaf.size for leaf in shapes):,}",
         "chance": chance(problem.dataset),
+        **reading,
         **versions,
     }
 

@@ -146,12 +146,13 @@ def build_problem(
 
     mesh: number of local devices that share each batch, 0 for all. sample: see `Problem.examples`.
     """
+    if isinstance(dataset.train.images, data.Stream):
+        splits = dict(train=data.look_at(dataset.train.images), test=data.look_at(dataset.test.images))
+        dataset = dataset._replace(**{name: data.Split(images, None) for name, images in splits.items()})
     devices = jax.local_devices()[: mesh or None]
     grid = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
     problem = Problem(model, *[None] * 4, dataset, grid, members, eval_batch_size, steps_per_call, {}, sample=sample)
     if isinstance(dataset.train.images, data.Stream):
-        data.look_at(dataset.train.images)
-        data.look_at(dataset.test.images)
         return problem
     arrays = problem.place((*dataset.train, *dataset.test))
     return problem._replace(**dict(zip(Problem._fields[1:5], arrays, strict=True)))
