@@ -425,9 +425,9 @@ def summary(series: list[Series], found: list[Curve], stops: tuple[float, ...] =
     Columns of a curve: `dense` (its own accuracy where nothing is removed; without that, the last test accuracy of the
     training before it if it does not retrain and nothing was removed before), `0.9` ... (accuracy at those `stops`),
     `largest` (largest share whose accuracy is at most DROP below `dense`, per member; none for a network at chance).
-    Columns of a trained network: `dense` (last test accuracy before anything was removed), `pruned` (last test accuracy
-    after that), `channels` or `weights` (the share then gone). Of both: `epochs` and `seconds` under the name of the
-    series until then, see `time_spent`. Columns without any number are left out.
+    Columns of a trained network: `dense` (last test accuracy before anything was removed, `before`: after so many
+    epochs), `pruned` (last test accuracy after that), `channels` or `weights` (the share then gone). Of both: `epochs`
+    and `seconds` under the name of the series until then, see `time_spent`. Columns without any number are left out.
     """
     result = []
     for index, one in enumerate(series):
@@ -477,6 +477,7 @@ def trained_columns(one: Series) -> dict[str, list[float]]:
         before, after, gone = accuracies(rows)
         columns["dense"].append(before)
         if math.isfinite(after):
+            columns["before"].append(epochs_unpruned(rows))
             columns[gone[0]].append(gone[1])
             columns["pruned"].append(after)
     return {**columns, **time_spent(one, pasts)}
@@ -504,6 +505,17 @@ def accuracies(rows: list[dict]) -> tuple[float, float, tuple[str, float]]:
         elif row["kind"] == "train":  # a growing penalty already acts on what will go
             before = tested
     return before, after, gone
+
+
+def epochs_unpruned(rows: list[dict]) -> float:
+    """Epochs of training before anything was removed."""
+    last = {}
+    for row in rows:
+        if removal(row):
+            break
+        if row.get("kind") == "train" and "epoch" in row:
+            last[row.get("stage"), row.get("visit")] = int(row["epoch"])
+    return float(sum(last.values()))
 
 
 def chance_of(rows: list[dict]) -> float:

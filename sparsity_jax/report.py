@@ -110,16 +110,17 @@ class Writer:
     """Appends rows to `workdir/metrics.jsonl` and their numbers to TensorBoard events in `workdir/tensorboard`.
 
     Both start as exactly `rows_so_far`: what a killed run wrote after its last checkpoint is dropped on resume.
-    Tags are `stage/field`. The step axis is `step` for train rows, `iteration` for SFW-Init, the ratio in tenths of a
-    percent (90 % = 900) for curves and searches of a limit, the quantile likewise for row norms, the probe for spectra,
-    and `visit` otherwise. Rows told apart by more than that get a longer tag: a curve
-    row that is not a first-visit, global, kernels-only, not retrained curve on test data says in what it differs
-    (`curve/accuracy/train`), and once rows of several members have been seen the member is named
-    (`fit/train_loss/member_1`).
+    Events hold every number of the rows, nested ones too, but no lists (spectra, histograms, norms of single groups).
+    Tags are `stage/field` and `stage/field/name`. The step axis is `step` for train rows, `iteration` for SFW-Init, the
+    ratio in billionths (90 % = 900,000,000) for curves, paths and searches of a limit, the quantile likewise for row
+    norms, the probe for spectra, the draw for noise, and `visit` otherwise. Rows told apart by more than that get a
+    longer tag: those of a later visit (`fit/train_loss/visit_2`), those of a curve that is not global, kernels-only,
+    not retrained on test data (`curve/accuracy/train`), and once rows of several members have been seen the member is
+    named (`fit/train_loss/member_1`).
     """
 
     def __init__(self, workdir, rows_so_far: Iterable[dict] = ()):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import FileWriter
 
         workdir = pathlib.Path(workdir)
         rows = list(rows_so_far)
@@ -128,7 +129,7 @@ class Writer:
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
         self._members = set()
-        self._events = SummaryWriter(str(events))
+        self._events = FileWriter(str(events))
         self._file = (workdir / METRICS).open("a", encoding="utf-8")
         self._add_scalars(rows)
 
@@ -149,37 +150,62 @@ class Writer:
         self.close()
 
     def _add_scalars(self, rows: list[dict]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
         self._members |= {row.get("member", 0) for row in rows}
         several = len(self._members) > 1
         for row in map(plain, rows):
-            for tag, value, step in scalars(row):
-                self._events.add_scalar(f"{tag}/member_{row.get('member', 0)}" if several else tag, value, step)
+            member = f"/member_{row.get('member', 0)}" if several else ""
+            found, step = scalars(row)
+            values = [Summary.Value(tag=tag + member, simple_value=value) for tag, value in found.items()]
+            if values:
+                self._events.add_summary(Summary(value=values), step)
         self._events.flush()
 
 
-def scalars(row: dict) -> list[tuple[str, float, int]]:
-    """(tag, value, step) of every number a plain row holds, without those that say which row it is."""
-    skip = {"visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe"}
-    suffix, step = "", row.get("visit", 1)
-    if row["kind"] in ("train", "grow", "remove"):
-        step = row.get("step", row.get("epoch", step))
-    elif row["kind"] == "sfw_init":
-        step = row.get("iteration", step)
-    elif row["kind"] in ("limit", "path", "row_norms"):
-        step = round(1000 * row.get("ratio", row.get("quantile", 0)))
-    elif row["kind"] == "spectrum":
-        step = row.get("probe", 0)
-    elif row["kind"] == "curve":
-        usual = {"split": "test", "selection": "global", "scope": "kernels"}
-        words = [row[key] for key, value in usual.items() if row.get(key, value) != value]
+STEPS = {  # of rows of each kind: the field that is the step axis of their events, and how many steps its unit has
+    "train": ("step", 1),
+    "grow": ("step", 1),
+    "remove": ("step", 1),
+    "sfw_init": ("iteration", 1),
+    "curve": ("ratio", 10**9),
+    "limit": ("ratio", 10**9),
+    "path": ("ratio", 10**9),
+    "row_norms": ("quantile", 10**9),
+    "spectrum": ("probe", 1),
+    "noise": ("draw", 1),
+}
+WHICH = ("visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe", "draw", "layout")
+USUAL = {"split": "test", "selection": "global", "scope": "kernels"}  # what a curve's tag does not name
+
+
+def scalars(row: dict) -> tuple[dict[str, float], int]:
+    """({tag: value} of every number a plain row holds, without those that say which row it is; step)."""
+    visit = row.get("visit", 1)
+    field, unit = STEPS.get(row["kind"], ("visit", 1))
+    words = []
+    if row["kind"] == "curve":
+        words += [row[key] for key, value in USUAL.items() if row.get(key, value) != value]
         words += ["retrained"] * bool(row.get("retrained"))
-        words += [f"visit_{row.get('visit')}"] * (row.get("visit", 1) != 1)
-        suffix, step = "".join(f"/{word}" for word in words), round(1000 * row.get("ratio", 0))
-    return [
-        (f"{row['stage']}/{field}{suffix}", float(value), int(step))
-        for field, value in row.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and field not in skip and "." not in field
-    ]
+    if field != "visit" and visit != 1:
+        words.append(f"visit_{visit}")
+    suffix = "".join(f"/{word}" for word in words)
+    step = row.get(field, row.get("epoch", 0) if field == "step" else 0)
+    told = {key: value for key, value in row.items() if key not in WHICH and "." not in key}
+    found = {f"{row['stage']}/{path}{suffix}": value for path, value in numbers(told).items()}
+    return found, round(unit * step)
+
+
+def numbers(tree: dict, path: str = "") -> dict[str, float]:
+    """The numbers of a nested dict by path; no lists and no truth values."""
+    found = {}
+    for key, value in tree.items():
+        own = f"{path}/{key}" if path else str(key)
+        if isinstance(value, dict):
+            found |= numbers(value, own)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[own] = float(value)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- rows to a page
@@ -285,6 +311,7 @@ def count_networks(rows: list[dict]) -> int:
 
 COLUMNS = {  # column of figures.summary to (heading, unit, factor, decimals; None: no best)
     "dense": ("unpruned", "%", 100, 2),
+    "before": ("after epochs", "", 1, None),
     "channels": ("channels removed", "%", 100, None),
     "weights": ("weights removed", "%", 100, None),
     "pruned": ("pruned", "%", 100, 2),
@@ -298,10 +325,11 @@ COLUMNS = {  # column of figures.summary to (heading, unit, factor, decimals; No
 def cell_text(column: str, cell: tuple[float, float, int]) -> tuple[str, str]:
     """Mean and, over several members, the deviation, as shown; equal epochs need none."""
     mean, std, count = cell
-    count = 1 if column == "epochs" and std == 0 else count
+    whole = column in ("epochs", "before")
+    count = 1 if whole and std == 0 else count
     _, _, factor, decimals = COLUMNS[column]
     if decimals is None:
-        decimals = 0 if column == "epochs" or factor * abs(mean) >= 100 else 1
+        decimals = 0 if whole or factor * abs(mean) >= 100 else 1
     return f"{factor * mean:,.{decimals}f}", f"± {factor * std:,.{decimals}f}" if count > 1 else ""
 
 
@@ -354,7 +382,7 @@ def summary_notes(series: list, table: list, found: list, columns: list[str]) ->
     if "dense" in columns or "pruned" in columns:
         notes.append(f"{kind} accuracy. Unpruned: the network of that line before anything was removed.")
     if "pruned" in columns:
-        notes.append("Pruned: after the last training, with the share removed that stands beside it.")
+        notes.append("Pruned: after the last training, with the share removed that stands before it.")
     if found:
         notes.append("At: with that share of the prunable weights removed.")
     if any(curve.retrained for curve in found):

@@ -144,6 +144,7 @@ def test_a_network_cut_in_rounds_is_not_called_dense():
     assert line.cells["dense"] == (0.8, 0.0, 1)
     assert line.cells["pruned"] == (0.65, 0.0, 1)
     assert line.cells["channels"] == (0.375, 0.0, 1)
+    assert (line.cells["before"], line.cells["epochs"]) == ((1.0, 0.0, 1), (4.0, 0.0, 1))
     assert list(figures.channel_rounds(figures.group(rows)[0])) == [0.25, 0.375]
 
 
@@ -455,17 +456,34 @@ def test_a_row_that_cannot_be_written_writes_nothing(tmp_path):
 
 def test_tensorboard_tags_and_steps(tmp_path):
     base = {"stage": "curve", "kind": "curve", "ratio": 0.985, "accuracy": 0.5, "retrained": False, "layers": {"a": 1}}
-    assert report.scalars(base) == [("curve/accuracy", 0.5, 985)]
-    assert report.scalars(base | {"split": "train", "retrained": True, "visit": 2, "seed": 1, "fit.rate": 0.1}) == [
-        ("curve/accuracy/train/retrained/visit_2", 0.5, 985)
-    ]
+    assert report.scalars(base) == ({"curve/accuracy": 0.5, "curve/layers/a": 1.0}, 985_000_000)
+    more = {"split": "train", "retrained": True, "visit": 2, "seed": 1, "fit.rate": 0.1}
+    end = "train/retrained/visit_2"
+    assert report.scalars(base | more)[0] == {f"curve/accuracy/{end}": 0.5, f"curve/layers/a/{end}": 1.0}
     train = {"stage": "fit", "kind": "train", "step": 390, "epoch": 1, "train_loss": 2.0, "test_loss": None}
-    assert report.scalars(train) == [("fit/train_loss", 2.0, 390)]
+    assert report.scalars(train) == ({"fit/train_loss": 2.0}, 390)
     with report.Writer(tmp_path) as writer:
         writer.append([train | {"member": 0}, train | {"member": 1}])
     (events,) = (tmp_path / "tensorboard").glob("events*")
     assert steps_of(events, b"fit/train_loss/member_0") == 1
     assert steps_of(events, b"fit/train_loss/member_1") == 1
+
+
+def test_no_two_events_share_a_tag_and_a_step():
+    """Visits, ratios however close, draws, members' nested numbers: each number of each row has its own place."""
+    close = (0.9, 0.9004, 0.90041, 0.900410002)
+    rows = [curve_row("A", 0, ratio, 0.5, visit=visit, layers={"a": ratio}, split=split)
+            for visit in (1, 2) for split in ("test", "train") for ratio in close]  # fmt: skip
+    rows += [train_row("A", epoch, 0.5, visit=visit, step=10 * epoch) for visit in (1, 2) for epoch in (1, 2)]
+    rows += [cut_row("A", 8, visit) for visit in (1, 2)]
+    noise = {"stage": "noise", "kind": "noise", "arm": "A", "member": 0}
+    rows += [noise | {"visit": visit, "draw": draw, "loss": 1.0} for visit in (1, 2) for draw in (0, 1)]
+    places = []
+    for row in rows:
+        found, step = report.scalars(report.plain(row))
+        places += [(tag, step) for tag in found]
+    assert len(set(places)) == len(places)
+    assert "cut/kept/conv" in {tag for tag, _ in places}
 
 
 @pytest.mark.parametrize(("bad", "text"), [("{nope", "line 2: Expecting"), ("[1]", "line 2: not a JSON object")])
