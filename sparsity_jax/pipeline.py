@@ -56,6 +56,8 @@ def settings(
     title: str = "",
     start_from: str = "",
     pretrained: str = "",
+    pretrained_names: tuple[tuple[str, str], ...] = (),
+    pretrained_zeros: Literal["train", "keep"] = "train",
     fresh_classifier: bool = False,
     seed: tables.Seed = 0,
     platform: Platform = "default",
@@ -75,7 +77,9 @@ def settings(
     pipeline: names of stage configs, in order. start_from: workdir of a finished run, whose trained network and rows
     this one goes on from; its model must be the same. pretrained: a file of PyTorch weights (see `pretrained.read`),
     with which all networks start, also where a `train` stage has start="init"; stages that need a trained network take
-    it as one. fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where to
+    it as one. pretrained_names: which of its layers is which here, see `pretrained.name_map`. pretrained_zeros: whether
+    weights that are zero in the file train as all others, or are masked as pruned ones and stay zero ("keep").
+    fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where to
     compute (default: JAX's choice). mesh: local devices that share each batch, 0 for all. steps_per_call: training
     steps per compiled call, 0 for automatic. sample: which images a stage takes that is given a number of them
     (`imp_samples`, `num_examples`): "spread" evenly over the stored order, in memory and streamed alike, another sample
@@ -326,8 +330,9 @@ def trained_before(config: Mapping) -> dict[str, str]:
 
 def check_pretrained(config: dict) -> dict[str, str]:
     """`trained_before`; raises ConfigError if the weight file cannot be used."""
-    if not config["pretrained"] and config["fresh_classifier"]:
-        raise tables.ConfigError("config.fresh_classifier is for the weights of config.pretrained, which is empty.")
+    for name in ("fresh_classifier", "pretrained_names", "pretrained_zeros"):
+        if not config["pretrained"] and config[name] != tables.defaults(settings)[name]:
+            raise tables.ConfigError(f"config.{name} is for the weights of config.pretrained, which is empty.")
     if config["pretrained"] and config["start_from"]:
         raise tables.ConfigError(
             f"config.pretrained is {config['pretrained']!r} and config.start_from {config['start_from']!r}; allowed: "
@@ -526,6 +531,8 @@ def run(
         report.write_environment(workdir, environment)
         if problem.streamed and problem.dataset.train.images.reading:
             say(f"images are read by {problem.dataset.train.images.reading}")
+        if "pretrained" in environment:
+            say(f"config.pretrained: {environment['pretrained']}")
         if not separate:
             outcome, diverged = run_plan(plans[0], problem, workdir, config, still_mine), []
         else:
@@ -661,7 +668,10 @@ def build(plans: list[Plan]) -> train.Problem:
         except tables.ConfigError as error:
             raise tables.ConfigError(f"{where}: {error}") from None
     if common["pretrained"]:
-        problem = problem._replace(pretrained=problem.place(pretrained_arrays(common, problem)))
+        problem = problem._replace(
+            pretrained=problem.place(pretrained_arrays(common, problem)),
+            keep_zeros=common["pretrained_zeros"] == "keep",
+        )
     for i, plan in enumerate(plans):
         if plan.common["start_from"]:
             own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
@@ -726,6 +736,7 @@ def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[st
     variables = pretrained.to_variables(
         pretrained.read(common["pretrained"]),
         like,
+        names=common["pretrained_names"],
         fresh=fresh,
         image_channels=problem.dataset.test.images.shape[-1],
         where=f"config.pretrained {common['pretrained']!r}",
@@ -947,7 +958,15 @@ def describe_environment(problem: train.Problem) -> dict[str, Any]:
         "chance": chance(problem.dataset),
         **reading,
         **versions,
+        **({"pretrained": zeros_of(problem)} if problem.pretrained else {}),
     }
+
+
+def zeros_of(problem: train.Problem) -> str:
+    """How many weights of the kernels in the file of `config.pretrained` are zero, and what becomes of them."""
+    zeros, size = pretrained.count_zeros(problem.pretrained)
+    after = "masked, they stay zero" if problem.keep_zeros else "training moves them (config.pretrained_zeros)"
+    return f"{zeros:,} of {size:,} weights are zero" + f"; {after}" * (zeros > 0)
 
 
 class Display:
