@@ -615,7 +615,8 @@ def figure_sections(
     if layers:
         caption = "Share of each layer's weights that is kept, in percent, by the share removed from the network."
         fold = f"{len(layers)} heat maps" if len(layers) > 6 else ""
-        add("layers", "Sparsity by layer", figures.layer_figure("layers", layers), caption, fold=fold)
+        drawing = figures.layer_figure("layers", layers)
+        add("layers", "Sparsity by layer", drawing, caption, zeros_table(labels, found), fold)
     layout, kept = figures.group_layout(series)
     if layout.get("kernels"):
         caption = "Channels that only go together, a row each, and the layers that have a part in them."
@@ -712,6 +713,32 @@ def bins_table(labels: list[str], histograms: list) -> str:
             body += f'<tr><th scope="row">{swatch(i)}{esc(label)}</th>{cells}</tr>'
     head = f'<thead><tr><th scope="col">weights with |w|</th>{head}</tr></thead>'
     return scroll(f"<table>{head}<tbody>{body}</tbody></table>")
+
+
+def zeros_table(labels: list[str], found: list) -> str:
+    """Share of zeros in the arrays that were pruned and in all parameters, at the usual ratios; "" if rows lack it."""
+    stops = [
+        stop for stop in figures.LAYER_STOPS if any(np.abs(curve.ratio - stop).min() <= figures.NEAR for curve in found)
+    ]
+    known = [curve for curve in found if np.isfinite(curve.zeros_of_all).any()]
+    if not known or not stops:
+        return ""
+    head = "".join(f'<th scope="col" class="num">{100 * stop:g}%</th>' for stop in stops)
+    body = ""
+    for curve in known:
+        cells = ""
+        for stop in stops:
+            pair = (figures.at_ratio(curve, values, stop) for values in (curve.zeros, curve.zeros_of_all))
+            texts = [f"{100 * figures.mean_std(values[:, None])[0][0]:.2f}" for values in pair]
+            cells += f'<td class="num">{" <small>of all ".join(texts)}</small></td>' if "nan" not in texts else DASH
+        name = ", ".join(filter(None, (labels[curve.series], curve.variant)))
+        body += f'<tr><th scope="row">{swatch(curve.series)}{esc(name)}</th>{cells}</tr>'
+    head = f'<thead><tr><th scope="col">zeros in %, by share removed</th>{head}</tr></thead>'
+    told = "Zeros in the arrays that may be pruned; of all: in all parameters of the network."
+    return scroll(f"<table>{head}<tbody>{body}</tbody></table>") + note(told)
+
+
+DASH = '<td class="num">–</td>'
 
 
 def prune_section(series: list, limit: int = 60) -> str:
