@@ -48,6 +48,7 @@ from sparsity_jax import (
 
 PyTree = Any
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
+Statistics = Literal["run", "data"]
 FORMAT = 1  # of an exported folder
 VARIABLES, PROGRAM, ABOUT = "variables.npz", "network.stablehlo", "network.json"
 USE = (  # three lines that need jax and flatbuffers only, one on the arrays alone
@@ -83,12 +84,15 @@ class Saved(NamedTuple):
     missing: list[int]
 
 
-def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str = "") -> Saved:
+def open_run(
+    workdir: str | os.PathLike, *, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
+) -> Saved:
     """Network, data and newest checkpoint of the run in `workdir`, which may also be one `member_...` folder of it.
 
     data_dir: where prepared sets are on this machine, instead of config.data.data_dir. data_name: another set with the
-    same classes, e.g. `folder:PATH`; mean and std stay those of the run's set where they are published ones, otherwise
-    those of the new set's train images. Stages are not checked, so a run that started from another one can be evaluated
+    same classes, e.g. `folder:PATH`. statistics: mean and std of its images are those of the "run", as the network was
+    trained, for which the run's train images are read again where they are not published; or those of the other "data".
+    Stages are not checked, so a run that started from another one can be evaluated
     without it. Raises ConfigError for a folder without a run or checkpoint, and for a checkpoint of another network.
     """
     workdir = pathlib.Path(workdir)
@@ -101,7 +105,7 @@ def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str =
     found = {i: checkpoint.finished_stages(path) for i, path in (numbered or {0: workdir}).items()}
     if all(stage is None for stage in found.values()):
         raise tables.ConfigError(f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more.")
-    problem = build(config, data_dir, data_name)
+    problem = build(config, data_dir, data_name, statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
     for i, stage in found.items():
@@ -132,10 +136,20 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     return {**tables.defaults(pipeline.settings), **config}
 
 
-def build(config: Mapping[str, Any], data_dir: str = "", data_name: str = "") -> train.Problem:
+def build(
+    config: Mapping[str, Any], data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
+) -> train.Problem:
     """Data and network of a config, for one member on one device; see `open_run`."""
-    chosen = _data_options(config["data"], data_dir, data_name)
-    dataset = data.load(**tables.check_options(data.load, chosen, "config.data"))
+    tables.convert(statistics, Statistics, "statistics")
+    own = _data_options(config["data"], data_dir, "")
+    if data_name:
+        chosen = _data_options(config["data"], data_dir, data_name)
+        chosen["normalization"] = "none" if statistics == "run" else "auto"
+        dataset = _load(chosen)
+        if statistics == "run":
+            dataset = dataset._replace(**_statistics_of_run(own, dataset)._asdict())
+    else:
+        dataset = _load(own)
     tables.lookup(models.MODELS, config["model"].get("name", ""), "config.model.name")
     model = models.build(num_classes=dataset.num_classes, **config["model"])
     return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
@@ -146,15 +160,33 @@ def _data_options(options: Mapping[str, Any], data_dir: str, name: str) -> dict[
     if data_dir:
         chosen["data_dir"] = data_dir
     if name:
-        if chosen["normalization"] == "auto":
-            known = re.split("[:/]", chosen["name"])[0]
-            other = "imagenet" if chosen["stream"] else "computed"
-            chosen["normalization"] = known if known in data.NORMALIZATIONS else other
         if not (name.startswith("folder:") and chosen["name"].startswith("folder:")):
             whole = tables.defaults(data.load)  # names of splits are the set's own
             chosen |= {field: whole[field] for field in ("train_split", "test_split", "train_limit", "test_limit")}
         chosen["name"] = name
     return chosen
+
+
+def _load(options: Mapping[str, Any]) -> data.Dataset:
+    return data.load(**tables.check_options(data.load, options, "config.data"))
+
+
+def _statistics_of_run(options: Mapping[str, Any], dataset: data.Dataset) -> data.Normalization:
+    """Mean and std with which the run of the data `options` trained, for the images of another `dataset`.
+
+    Raises ConfigError if they were computed from images that are not there.
+    """
+    known = data.published(data.chosen_normalization(options), options["name"], dataset.train.images.shape[-1])
+    if known is not None:
+        return known
+    try:
+        trained_on = _load({**options, "test_limit": 1})
+    except tables.ConfigError as error:
+        raise tables.ConfigError(
+            f"--data: mean and std belong to the trained network and are those of its run's train images: {error} "
+            "--data_dir tells where they are; --statistics data takes mean and std of the other set instead."
+        ) from None
+    return data.Normalization(trained_on.mean, trained_on.std)
 
 
 def _progress(config: Mapping[str, Any], progress: checkpoint.Progress) -> str:
@@ -221,18 +253,20 @@ def run(
     repeats: int = 30,
     data_dir: str = "",
     data_name: str = "",
+    statistics: Statistics = "run",
     export_to: str | os.PathLike = "",
     platforms: Sequence[str] = ("cpu",),
     dense: bool = False,
 ) -> list[dict[str, Any]]:
     """The numbers of every member of the run in `workdir` that has a checkpoint; see `measure` for the fields.
 
-    data_dir, data_name: as in `open_run`. export_to, platforms, dense: a new folder for `export`, and its options.
+    data_dir, data_name, statistics: as in `open_run`. export_to, platforms, dense: a new folder for `export`, and its
+    options.
     Raises ConfigError as `open_run` and `export` do.
     """
     if export_to:
         check_export(export_to, platforms)
-    saved = open_run(workdir, data_dir=data_dir, data_name=data_name)
+    saved = open_run(workdir, data_dir=data_dir, data_name=data_name, statistics=statistics)
     rows = list(measured(saved, on_train=on_train, latency=latency, batch_size=batch_size, repeats=repeats))
     if export_to:
         export_run(saved, export_to, platforms, dense=dense, notes=[row["note"] for row in rows])
@@ -624,6 +658,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=30, help="how often each batch is measured (default: 30)")
     parser.add_argument("--data_dir", default="", help="where prepared sets are, if not where the config says")
     parser.add_argument("--data", default="", help="another set of the same classes: a name or folder:PATH")
+    parser.add_argument(
+        "--statistics",
+        choices=["run", "data"],
+        default="run",
+        help="with --data: mean and std of the images are those the run trained with, or those of the other set",
+    )
     parser.add_argument("--json", default="", metavar="FILE", help="write the numbers to this file")
     parser.add_argument("--export", default="", metavar="DIR", help="write the network, compact, to this new folder")
     parser.add_argument("--dense", action="store_true", help="export with the masked channels, as zeros")
@@ -644,10 +684,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_torch(options.torch)
         for file in filter(None, (options.export, options.torch, options.json)):
             check_writable(file)
-        saved = open_run(options.workdir, data_dir=options.data_dir, data_name=options.data)
+        other = dict(data_name=options.data, statistics=options.statistics)
+        saved = open_run(options.workdir, data_dir=options.data_dir, **other)
         chosen = dict(on_train=options.train, latency=options.latency)
         rows = list(measured(saved, batch_size=options.batch_size, repeats=options.repeats, **chosen))
         sys.stdout.write(describe_all(rows) + "\n")
+        if options.data:
+            whose = {"run": "those the run trained with", "data": f"those of {options.data}"}[options.statistics]
+            sys.stdout.write(f"\nmean and std of the images are {whose}\n")
         for member in saved.missing:
             sys.stdout.write(f"\nmember {member} has no checkpoint yet\n")
         if options.json:

@@ -240,7 +240,7 @@ def path_options(
     the step d that pruning makes. At a minimum the first is small; where it is not, the actual limit lies elsewhere
     than predicted, at a larger ratio if it is negative.
     ratios: shares removed; at_limits: and those of earlier predictions and `limit` stages. selection, scope, count: as
-    for `curve`. num_examples: of the train set, from its beginning; 0 for all.
+    for `curve`. num_examples: of the train set, see `config.sample`; 0 for all.
     """
     if not ratios:
         raise tables.ConfigError(f"{where}.ratios must not be empty.")
@@ -326,7 +326,7 @@ def row_norms_options(
 
     A weight has none if the L1 norm of its row is below `threshold`. rows: `mean` is the row of the whole data set's
     Hessian; `original` sums the norms of every batch's row and divides by the number of examples, so that it scales
-    like 1 / batch_size. num_examples: of the train set, from its beginning; 0 for all. parameters: pattern of the
+    like 1 / batch_size. num_examples: of the train set, see `config.sample`; 0 for all. parameters: pattern of the
     arrays whose entries make up a row, and among whose kernels the weights are.
     """
     trees.check_pattern(parameters, f"{where}.parameters")
@@ -466,7 +466,7 @@ def spectrum_options(
     kind `width` in the config, whose tolerance it uses: that of one that names this stage, else of one that names none.
     linearize_once: keep activations and the like for all examples between products: faster, at the memory told in
     `spectrum.linearized`. l2: strength of an L2 penalty in the loss (an L1 one has no curvature).
-    num_examples: of the train set, from its beginning; 0 for all. parameters: pattern of the variables; the default
+    num_examples: of the train set, see `config.sample`; 0 for all. parameters: pattern of the variables; the default
     leaves out batch norms, as the original does.
     Rows: coefficients of the tridiagonal matrix of every probe; everything else follows from them.
     """

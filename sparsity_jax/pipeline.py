@@ -58,6 +58,8 @@ def settings(
     mesh: tables.Index = 1,
     steps_per_call: tables.Index = 0,
     eval_batch_size: tables.Count = 1000,
+    sample: Literal["spread", "first"] = "spread",
+    sample_seed: tables.Index = 0,
     checkpoint_seconds: tables.NonNegative = 60.0,
     arm: str = "",
     arms: dict = {},  # noqa: B006 - never changed
@@ -71,13 +73,15 @@ def settings(
     with which all networks start, also where a `train` stage has start="init"; stages that need a trained network take
     it as one. fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where to
     compute (default: JAX's choice). mesh: local devices that share each batch, 0 for all. steps_per_call: training
-    steps per compiled call, 0 for automatic. checkpoint_seconds: least time between two saves. arms: fields of stages
-    that change together, by name of the arm, e.g. `dict(fast=dict(label="Fast", fit=dict(optimizer=...),
-    again=dict(epochs=1)))`; each is replaced as a whole, the label (default: the arm's name) is that of the report.
-    arm: which of them to run. sweep: lists of values under the names of fields, e.g. `dict(arm=("fast", "slow"),
-    seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all at once
-    (`vmap`, dense networks) or one after the other (`loop`); either way trainings that differ in their optimizers only
-    share a compiled program.
+    steps per compiled call, 0 for automatic. sample: which images a stage takes that is given a number of them
+    (`imp_samples`, `num_examples`): "spread" evenly over the stored order, in memory and streamed alike, another sample
+    for each sample_seed; or the "first", which in a folder are those of the first classes. checkpoint_seconds: least
+    time between two saves. arms: fields of stages that change together, by name of the arm, e.g.
+    `dict(fast=dict(label="Fast", fit=dict(optimizer=...), again=dict(epochs=1)))`; each is replaced as a whole, the
+    label (default: the arm's name) is that of the report. arm: which of them to run. sweep: lists of values under the
+    names of fields, e.g. `dict(arm=("fast", "slow"), seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`;
+    all combinations run. sweep_mode: all at once (`vmap`, dense networks) or one after the other (`loop`); either way
+    trainings that differ in their optimizers only share a compiled program.
     """
 
 
@@ -561,6 +565,7 @@ def build(plans: list[Plan]) -> train.Problem:
         mesh=common["mesh"],
         members=members,
         eval_batch_size=common["eval_batch_size"],
+        sample=data.FixedSample(common["sample"], common["sample_seed"]),
         steps_per_call=common["steps_per_call"],
     )
     shapes = stages.shapes_of(problem)

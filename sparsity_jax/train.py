@@ -63,6 +63,7 @@ class Problem(NamedTuple):
     steps_per_call: int  # 0: automatic
     compiled: dict  # functions by what they depend on, so that visits and members share them
     pretrained: PyTree = ()  # dict of arrays by path with which every network starts instead of its fresh ones
+    sample: data.FixedSample = data.FixedSample()  # the images of `examples`
 
     def lift(self, function: Callable, in_axes: Any = 0) -> Callable:
         """`function` of one member's state, for the states of all members."""
@@ -108,14 +109,16 @@ class Problem(NamedTuple):
         return stream.eval_batches(getattr(self.dataset, split).images, batch_size=batch_size, put=self.put)
 
     def examples(self, split: str, num: int) -> tuple[jax.Array, jax.Array]:
-        """The first `num` images and labels of a split; of a streamed one as many, spread evenly over its order."""
-        if not self.streamed:
-            return tuple(array[:num] for array in arrays(self, split))
-        indices = data.spread(self.size(split), num)
-        return self.once(
-            ("examples", split, num),
-            lambda: self.place(stream.examples(getattr(self.dataset, split).images, indices)),
-        )
+        """`num` images and labels of a split, or all if it has no more; those of `sample`, streamed or in memory."""
+        size = self.size(split)
+        if not self.streamed and num >= size:
+            return arrays(self, split)
+        indices = self.sample.indices(size, num)
+        if self.streamed:
+            take = lambda: self.place(stream.examples(getattr(self.dataset, split).images, indices))
+        else:
+            take = lambda: tuple(array[indices] for array in arrays(self, split))
+        return self.once(("examples", split, num), take)
 
     def images(self, batch: jax.Array) -> jax.Array:
         """uint8 images as the network's normalised input; train images stored larger are resized when evaluated."""
@@ -137,12 +140,18 @@ def build_problem(
     members: int | None = None,
     eval_batch_size: int = 1000,
     steps_per_call: int = 0,
+    sample: data.FixedSample = data.FixedSample(),  # noqa: B008 - a constant
 ) -> Problem:
-    """Puts data in memory on the device. mesh: number of local devices that share each batch, 0 for all."""
+    """Puts data in memory on the device; of a stream some images are decoded to find mistakes, see `data.look_at`.
+
+    mesh: number of local devices that share each batch, 0 for all. sample: see `Problem.examples`.
+    """
     devices = jax.local_devices()[: mesh or None]
     grid = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
-    problem = Problem(model, *[None] * 4, dataset, grid, members, eval_batch_size, steps_per_call, {})
+    problem = Problem(model, *[None] * 4, dataset, grid, members, eval_batch_size, steps_per_call, {}, sample=sample)
     if isinstance(dataset.train.images, data.Stream):
+        data.look_at(dataset.train.images)
+        data.look_at(dataset.test.images)
         return problem
     arrays = problem.place((*dataset.train, *dataset.test))
     return problem._replace(**dict(zip(Problem._fields[1:5], arrays, strict=True)))
@@ -438,6 +447,7 @@ def fit_stream(
         epochs=fit.epochs,
         start=step,
         put=problem.put,
+        lost=[name for row in met for name in row["unreadable_images"]],
     )
     with contextlib.closing(batches):
         for batch in batches:

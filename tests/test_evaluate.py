@@ -179,7 +179,7 @@ def test_members_without_a_checkpoint_are_named(masked, tmp_path, capsys):
     assert "member 1 has no checkpoint yet" in capsys.readouterr().out
 
 
-def test_data_elsewhere(cut, tmp_path, monkeypatch):
+def test_data_elsewhere(cut, tmp_path, monkeypatch, capsys):
     dataset = tiny.digits()
     for split in ("train", "test"):
         images, labels = getattr(dataset, split)
@@ -190,6 +190,19 @@ def test_data_elsewhere(cut, tmp_path, monkeypatch):
     there, here = evaluate.run(cut[0], data_name=f"folder:{tmp_path}"), evaluate.run(cut[0])
     assert there[0]["test_accuracy"] == here[0]["test_accuracy"]
     assert there[0]["test_loss"] == pytest.approx(here[0]["test_loss"], rel=1e-5)
+    other = evaluate.run(cut[0], data_name=f"folder:{tmp_path}", statistics="data")
+    assert other[0]["test_loss"] == pytest.approx(here[0]["test_loss"], rel=1e-5)  # the same train images
+    evaluate.main(["--workdir", str(cut[0]), "--data", f"folder:{tmp_path}", "--statistics", "data"])
+    assert f"mean and std of the images are those of folder:{tmp_path}" in capsys.readouterr().out
+    mixed = dict.fromkeys(map(str, range(10)), images[:1] // 4)
+    for label, (image,) in mixed.items():  # other train images: mean and std are still those of the run
+        shutil.rmtree(tmp_path / "train" / label)
+        (tmp_path / "train" / label).mkdir()
+        cv2.imwrite(str(tmp_path / "train" / label / "0.png"), image)
+    there = evaluate.run(cut[0], data_name=f"folder:{tmp_path}")
+    assert there[0]["test_loss"] == pytest.approx(here[0]["test_loss"], rel=1e-5)
+    other = evaluate.run(cut[0], data_name=f"folder:{tmp_path}", statistics="data")
+    assert other[0]["test_loss"] > 1.1 * here[0]["test_loss"]
     for label in range(3, 10):
         for split in ("train", "test"):
             shutil.rmtree(tmp_path / split / str(label))
@@ -199,9 +212,20 @@ def test_data_elsewhere(cut, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.data, "load", asked_of(data.load, dataset, asked))
     evaluate.open_run(cut[0], data_dir="elsewhere")
     evaluate.open_run(cut[0], data_name="mnist")
-    assert [(one["data_dir"], one["name"]) for one in asked] == [("elsewhere", "digits"), ("", "mnist")]
-    assert [one["train_limit"] for one in asked] == [128, 0]
-    assert asked[1]["normalization"] == "computed"  # as that of the digits
+    places = [(one["data_dir"], one["name"]) for one in asked]
+    assert places == [("elsewhere", "digits"), ("", "mnist"), ("", "digits")]  # the last for mean and std
+    assert [one["train_limit"] for one in asked] == [128, 0, 128]
+
+
+def test_statistics_of_a_run_whose_images_are_gone(cut, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(cut[0], workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"] |= dict(name=f"folder:{tmp_path / 'gone'}", train_limit=0, test_limit=0)
+    (workdir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(tables.ConfigError, match=r"mean and std belong to the trained network.*--statistics data"):
+        evaluate.open_run(workdir, data_name="digits")
+    assert evaluate.open_run(workdir, data_name="digits", statistics="data").networks
 
 
 def asked_of(function, result, asked: list):
