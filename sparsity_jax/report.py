@@ -526,10 +526,14 @@ def compact_section(series: list, most: int = 60) -> str:
         cells += (
             f'<td class="num">{small:.3g} <small>of {dense:.3g}</small></td>' if times else '<td class="num">–</td>'
         )
-        seed = f", seed {row['seed']}" if "seed" in row else ""
-        body += f'<tr><th scope="row">{esc(label + seed)}</th>{cells}<td class="keep">{esc(speed(row))}</td></tr>'
+        name = label + (f", seed {row['seed']}" if "seed" in row else "")
+        name += f", visit {row['visit']}" if row.get("visit", 1) > 1 else ""
+        body += f'<tr><th scope="row">{esc(name)}</th>{cells}<td class="keep">{esc(speed(row))}</td></tr>'
     table = scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-    told = "Compact, of dense. Logits of both are equal to rounding. Time: median of whole batches, in alternation."
+    told = "Compact, of dense. Time: median of whole batches, in alternation."
+    differences = [figures.number(row.get("difference")) for _, row in found]
+    if np.isfinite(differences).any():
+        told += f" Logits of both differ by at most {np.nanmax(differences):.2g} of the largest."
     return table + note(f"{told} The first {most} of {len(found)}." if len(found) > most else told)
 
 
@@ -602,7 +606,8 @@ def figure_sections(
     training = figures.training_panels(series)
     add_lines("training", "Training", training, "Loss and accuracy during training.", ("train", "test"))
     histograms = [figures.histogram(one) for one in series]
-    caption = "Weight magnitudes after training; weights that are exactly zero are off the axis and in the table."
+    caption = "Weight magnitudes; weights that are exactly zero are off the axis and in the table."
+    caption += last_visit(series, "histogram")
     extra = bins_table(labels, histograms)
     add_lines("magnitudes", "Weight magnitudes", figures.histogram_panels(series), caption, extra=extra)
     layers, pruned_only = [], {curve.series for curve in found if curve.layers and not curve.retrained}
@@ -629,6 +634,7 @@ def figure_sections(
         caption = "Share of each group's channels that is kept, in percent, by the share removed from the network."
         add("channels", "Channels by group", figures.layer_figure("channels", rounds, what="channels"), caption)
     caption = "Loss on the batch before and after the SFW step whose result SFW-Init minimises."
+    caption += last_visit(series, "sfw_init")
     panels = figures.sfw_init_panels(series)
     add_lines("sfw_init", "SFW-Init", panels, caption, ("after the step", "before the step"))
     grown = [found for label, one in zip(labels, series) for found in growing_figures.logs(one._replace(label=label))]
@@ -639,6 +645,12 @@ def figure_sections(
     for name in NAMES - {pathlib.Path(name).stem for name in written}:
         (folder / f"{name}.png").unlink(missing_ok=True)
     return result
+
+
+def last_visit(series: list, kind: str) -> str:
+    """A sentence for figures of rows of which only those of the last visit are drawn; "" if there are no others."""
+    visits = [{(row.get("stage"), row.get("visit")) for row in one.rows if row.get("kind") == kind} for one in series]
+    return " Of several visits of a stage the last one." if any(len(own) > 1 for own in visits) else ""
 
 
 NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "groups", "channels", "sfw_init"}

@@ -642,3 +642,13 @@ def test_channel_groups_and_what_is_left_of_them(tmp_path):
     assert not re.search("#[0-9a-f]{6}", section)  # all colours follow the page
     assert (tmp_path / "figures" / "groups.png").stat().st_size > 10_000
     assert figures.group_layout(figures.group([row for row in rows if row["visit"] == 2])) == ({}, [])
+
+
+def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
+    base = dict(stage="compact", kind="compact", arm="A", member=0, accuracy=0.5, flops=183552, flops_compact=50816)
+    base |= dict(parameters=13706, parameters_compact=3658, bytes=54824, bytes_compact=14632)
+    rows = [base | dict(visit=visit, difference=10.0**-visit) for visit in (1, 2)]
+    page = page_of(tmp_path, rows)
+    assert "3,658 <small>of 13,706, 26.7%</small>" in page
+    assert "A, visit 2" in page
+    assert "differ by at most 0.1 of the largest" in page
