@@ -407,9 +407,11 @@ def describe(row: Mapping[str, Any]) -> str:
         words = {"faster": "compact is faster", "slower": "compact is slower"}.get(row["verdict"], row["verdict"])
         spread = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
         lines.append(f"  {words}: {row['speedup']:.2f} times the speed of dense ({spread}) on {row['device']}")
-    if row["pruned"] == "nothing" and row["parameters_nonzero"] < row["parameters"]:
-        zeros = row["parameters"] - row["parameters_nonzero"]
-        lines.append(f"  nothing is masked, but {zeros:,} of {row['parameters']:,} parameters are zero")
+    zeros = row["parameters_kept"] - row["parameters_nonzero"]
+    if row["pruned"] == "nothing" and zeros:
+        lines.append(
+            f"  nothing is masked: {zeros:,} of {row['parameters']:,} parameters are zero, as training or their file left them"
+        )
     elif row["pruned"] == "nothing":
         lines.append("  nothing is pruned: this is the dense network")
     elif row["pruned"] == "weights":
