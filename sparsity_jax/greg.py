@@ -439,6 +439,7 @@ def run_grow(problem, state, settings, place, rows) -> Iterator[train.Update]:
         together = [[*own, *more] for own, more in zip(update.rows, found)]
         if ended:
             train.check_finite(update.state, spe, place.name)
+            stages.check_weights(problem, update.state, f"{place.name}, before it removes")
             last = _last(problem, jax.jit(problem.lift(cut))(update.state), step)
             yield last._replace(rows=[[*own, *more] for own, more in zip(together, last.rows)])
             return
