@@ -474,7 +474,10 @@ def growing_l2(
         zeros = [jnp.zeros(len(active), dtype) for dtype in (jnp.int32, *[float] * 5)]  # apart, to be donated
         progress = Progress(jnp.full(len(active), PICK if chosen.pick_updates else PUSH, jnp.int32), *zeros)
         left = jnp.asarray(chosen.stabilize_steps + 1, jnp.int32)  # with the step that makes the last layer done
-        return GrowingState(jnp.zeros((), jnp.int32), left, whole | picked | known, progress)
+        # inside `shard_map` all this comes to depend on the weights of the device
+        vary = lambda x: trees.varying_like(x, jax.tree.leaves(params))
+        left, keep, progress = jax.tree.map(vary, (left, whole | picked | known, progress))
+        return GrowingState(jnp.zeros((), jnp.int32), left, keep, progress)
 
     def repick(leaves, keep, due, number):
         """The picks after update `number`, of GReg-2."""
