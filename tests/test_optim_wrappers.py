@@ -447,3 +447,27 @@ def test_every_transformation_runs_on_a_mesh(name, axis):
         expected = jax.jit(descend)(params, grads)
     close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-7)
     jax.tree.map(close, found, expected)
+
+
+INJECTABLE = {
+    "sgd": (optim.sgd, dict(learning_rate=0.1, momentum=0.8, weight_decay=0.01), ("nesterov",)),
+    "sfw": (optim.sfw, dict(learning_rate=0.1, sets=BALL, momentum=0.8), ()),
+    "adagrad_sfw": (optim.adagrad_sfw, dict(learning_rate=0.1, sets=BALL, delta=1e-6), ("inner_steps",)),
+    "scale_by_rate": (optim.scale_by_rate, dict(learning_rate=0.1), ()),
+    "heavy_ball": (optim.heavy_ball, dict(momentum=0.8), ("nesterov",)),
+    "add_l1": (optim.add_l1, dict(strength=0.1), ()),
+    "add_l2": (optim.add_l2, dict(strength=0.1), ()),
+    "add_decayed_weights": (optim.add_decayed_weights, dict(weight_decay=0.1), ()),
+    "proximal_l1": (optim.proximal_l1, dict(inner=optim.sgd(0.1), strength=0.1), ()),
+    "projected": (optim.projected, dict(inner=optax.sgd(0.1), sets=BALL), ()),
+    "choose": (optim.choose, dict(index=1, transformations=[optim.sgd(0.1), optim.sgd(0.2)]), ()),
+}
+
+
+@pytest.mark.parametrize("name", INJECTABLE)
+def test_numbers_may_be_injected(name):
+    factory, numbers, static = INJECTABLE[name]
+    found, _ = run(optax.inject_hyperparams(factory, static_args=static)(**numbers), 2)
+    expected, _ = run(factory(**numbers), 2)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, found, expected)
