@@ -27,7 +27,8 @@ WRAPPERS = {
 
 def run(tx, steps=4, params=PARAMS, grads=GRADS):
     """(params, state) after some steps with the same gradient."""
-    tx = optax.with_extra_args_support(tx)
+    if not isinstance(tx, optax.MultiSteps):
+        tx = optax.with_extra_args_support(tx)
 
     @jax.jit
     def step(params, state):
