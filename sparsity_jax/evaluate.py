@@ -407,7 +407,10 @@ def describe(row: Mapping[str, Any]) -> str:
         words = {"faster": "compact is faster", "slower": "compact is slower"}.get(row["verdict"], row["verdict"])
         spread = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
         lines.append(f"  {words}: {row['speedup']:.2f} times the speed of dense ({spread}) on {row['device']}")
-    if row["pruned"] == "nothing":
+    zeros = row["parameters_kept"] - row["parameters_nonzero"]
+    if row["pruned"] == "nothing" and zeros:
+        lines.append(f"  nothing is masked: {zeros:,} parameters are zero, as training or their file left them")
+    elif row["pruned"] == "nothing":
         lines.append("  nothing is pruned: this is the dense network")
     elif row["pruned"] == "weights":
         lines.append("  single weights are masked: the arrays keep their shapes, so bytes and FLOPs stay")

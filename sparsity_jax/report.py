@@ -564,14 +564,17 @@ def compact_section(series: list, most: int = 60) -> str:
         cells += (
             f'<td class="num">{small:.3g} <small>of {dense:.3g}</small></td>' if times else '<td class="num">–</td>'
         )
-        seed = f", seed {row['seed']}" if "seed" in row else ""
-        body += f'<tr><th scope="row">{esc(label + seed)}</th>{cells}<td class="keep">{esc(speed(row))}</td></tr>'
+        name = label + (f", seed {row['seed']}" if "seed" in row else "")
+        name += f", visit {row['visit']}" if row.get("visit", 1) > 1 else ""
+        body += f'<tr><th scope="row">{esc(name)}</th>{cells}<td class="keep">{esc(speed(row))}</td></tr>'
     table = scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     told = "Compact, of dense. Time: median of whole batches, in alternation."
     warnings = [f"{label}: {row['warning']}." for label, row in found if row.get("warning")]
-    equal = "" if warnings else " Logits of both are equal to rounding."
+    differences = [figures.number(row.get("difference")) for _, row in found]
+    if np.isfinite(differences).any():
+        told += f" Logits of both differ by at most {np.nanmax(differences):.2g} of the largest."
     more = f" The first {most} of {len(found)}." if len(found) > most else ""
-    return table + note(told + equal + more) + "".join(map(note, warnings[:most]))
+    return table + note(told + more) + "".join(map(note, warnings[:most]))
 
 
 def amount(value: float) -> str:
@@ -643,7 +646,8 @@ def figure_sections(
     training = figures.training_panels(series)
     add_lines("training", "Training", training, "Loss and accuracy during training.", ("train", "test"))
     histograms = [figures.histogram(one) for one in series]
-    caption = "Weight magnitudes after training; weights that are exactly zero are off the axis and in the table."
+    caption = "Weight magnitudes; weights that are exactly zero are off the axis and in the table."
+    caption += last_visit(series, "histogram")
     extra = bins_table(labels, histograms)
     add_lines("magnitudes", "Weight magnitudes", figures.histogram_panels(series), caption, extra=extra)
     layers, pruned_only = [], {curve.series for curve in found if curve.layers and not curve.retrained}
@@ -656,7 +660,8 @@ def figure_sections(
     if layers:
         caption = "Share of each layer's weights that is kept, in percent, by the share removed from the network."
         fold = f"{len(layers)} heat maps" if len(layers) > 6 else ""
-        add("layers", "Sparsity by layer", figures.layer_figure("layers", layers), caption, fold=fold)
+        drawing = figures.layer_figure("layers", layers)
+        add("layers", "Sparsity by layer", drawing, caption, zeros_table(labels, found), fold)
     layout, kept = figures.group_layout(series)
     if layout.get("kernels"):
         caption = "Channels that only go together, a row each, and the layers that have a part in them."
@@ -669,6 +674,7 @@ def figure_sections(
         caption = "Share of each group's channels that is kept, in percent, by the share removed from the network."
         add("channels", "Channels by group", figures.layer_figure("channels", rounds, what="channels"), caption)
     caption = "Loss on the batch before and after the SFW step whose result SFW-Init minimises."
+    caption += last_visit(series, "sfw_init")
     panels = figures.sfw_init_panels(series)
     add_lines("sfw_init", "SFW-Init", panels, caption, ("after the step", "before the step"))
     grown = [found for label, one in zip(labels, series) for found in growing_figures.logs(one._replace(label=label))]
@@ -679,6 +685,12 @@ def figure_sections(
     for name in NAMES - {pathlib.Path(name).stem for name in written}:
         (folder / f"{name}.png").unlink(missing_ok=True)
     return result
+
+
+def last_visit(series: list, kind: str) -> str:
+    """A sentence for figures of rows of which only those of the last visit are drawn; "" if there are no others."""
+    visits = [{(row.get("stage"), row.get("visit")) for row in one.rows if row.get("kind") == kind} for one in series]
+    return " Of several visits of a stage the last one." if any(len(own) > 1 for own in visits) else ""
 
 
 NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "groups", "channels", "sfw_init"}
@@ -753,6 +765,32 @@ def bins_table(labels: list[str], histograms: list) -> str:
             body += f'<tr><th scope="row">{swatch(i)}{esc(label)}</th>{cells}</tr>'
     head = f'<thead><tr><th scope="col">weights with |w|</th>{head}</tr></thead>'
     return scroll(f"<table>{head}<tbody>{body}</tbody></table>")
+
+
+def zeros_table(labels: list[str], found: list) -> str:
+    """Share of zeros in the arrays that were pruned and in all parameters, at the usual ratios; "" if rows lack it."""
+    stops = [
+        stop for stop in figures.LAYER_STOPS if any(np.abs(curve.ratio - stop).min() <= figures.NEAR for curve in found)
+    ]
+    known = [curve for curve in found if np.isfinite(curve.zeros_of_all).any()]
+    if not known or not stops:
+        return ""
+    head = "".join(f'<th scope="col" class="num">{100 * stop:g}%</th>' for stop in stops)
+    body = ""
+    for curve in known:
+        cells = ""
+        for stop in stops:
+            pair = (figures.at_ratio(curve, values, stop) for values in (curve.zeros, curve.zeros_of_all))
+            texts = [f"{100 * figures.mean_std(values[:, None])[0][0]:.2f}" for values in pair]
+            cells += f'<td class="num">{" <small>of all ".join(texts)}</small></td>' if "nan" not in texts else DASH
+        name = ", ".join(filter(None, (labels[curve.series], curve.variant)))
+        body += f'<tr><th scope="row">{swatch(curve.series)}{esc(name)}</th>{cells}</tr>'
+    head = f'<thead><tr><th scope="col">zeros in %, by share removed</th>{head}</tr></thead>'
+    told = "Zeros in the arrays that may be pruned; of all: in all parameters of the network."
+    return scroll(f"<table>{head}<tbody>{body}</tbody></table>") + note(told)
+
+
+DASH = '<td class="num">–</td>'
 
 
 def prune_section(series: list, limit: int = 60) -> str:

@@ -322,7 +322,7 @@ def tracker(
     first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, statistic(params, params))  # sharded as the values that will come
+        zeros = jax.tree.map(jnp.zeros_like, statistic(params, params))  # divided among devices as its values
         return TrackerState(jnp.zeros((), jnp.int32), zeros)
 
     def update(state, params, grads):

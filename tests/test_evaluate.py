@@ -157,6 +157,8 @@ def test_members_trained_at_once_and_networks_under_way(dense, tmp_path):
         assert list(row["milliseconds"]) == ["dense"]
     assert rows[0]["test_loss"] != rows[1]["test_loss"]
     assert "nothing is pruned" in evaluate.describe(rows[0])
+    sparse = rows[0] | {"parameters_nonzero": rows[0]["parameters_kept"] - 5}
+    assert "nothing is masked: 5 parameters are zero" in evaluate.describe(sparse)
     under_way = tmp_path / "under_way"
     shutil.copytree(workdir, under_way)
     newest = max((under_way / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
@@ -321,6 +323,7 @@ def edited(workdir: pathlib.Path, target: pathlib.Path, change) -> pathlib.Path:
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config)
     path.write_text(json.dumps(config), encoding="utf-8")
+    intact.record(path)
     return target
 
 
