@@ -3,6 +3,9 @@
 A learning rate is a number, an optax schedule (step -> rate) or a `Rate` with state of its own, such as one that
 follows the loss: then pass `value=loss` to `update`. Every number may be traced, so a sweep over learning rates,
 momenta or radii is one compiled program.
+
+They work in the wrappers of optax; docs/sfw_options.md tells what to know of some. Arrays of no entries stay as they
+are. Sums over steps are float32 or wider whatever the weights are (`accumulator_dtype`).
 """
 
 import dataclasses
@@ -125,7 +128,9 @@ def dynamic_change(
 
     At epochs e > 20 with e % 5 == 0 the mean loss of epochs e-6..e-2 is compared with that of e-11..e-2: times 0.7 if
     it is higher, times 1.06 if lower. loss: an epoch's mean, or as the original the loss of its last batch only.
-    `update` needs `value=loss`. Source: Miao et al., ICLR 2022, training script.
+    `update` needs `value=loss`. In `optax.MultiSteps` only the value of the call that makes the step counts: give it
+    the mean over the calls of that step; steps, not calls, are then counted in `steps_per_epoch`.
+    Source: Miao et al., ICLR 2022, training script.
     """
     tables.convert(loss, Literal["mean", "last_batch"], "loss")
     drops = decrease_3(1.0, epochs, steps_per_epoch)

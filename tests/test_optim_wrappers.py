@@ -1,5 +1,6 @@
 """The library's transformations in other people's loops: optax's wrappers, Flax NNX, meshes, other float types."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,8 @@ WRAPPERS = {
 
 def run(tx, steps=4, params=PARAMS, grads=GRADS):
     """(params, state) after some steps with the same gradient."""
-    tx = optax.with_extra_args_support(tx)
+    if not isinstance(tx, optax.MultiSteps):
+        tx = optax.with_extra_args_support(tx)
 
     @jax.jit
     def step(params, state):
@@ -371,6 +373,11 @@ TRANSFORMATIONS = {
 }
 
 
+@functools.cache
+def after_two_steps(name):
+    return run(TRANSFORMATIONS[name], 2)[0]
+
+
 def leaves_of(state):
     return [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
 
@@ -383,10 +390,9 @@ def test_every_transformation_acts_in_every_wrapper_as_alone(name, wrapper):
     if name == "dynamic_change" and wrapper == "MultiSteps":
         tx = optax.MultiSteps(alone, 2)  # as a plain transformation it hands no value on
     steps = 2 if wrapper == "MultiSteps" else 1
-    expected, _ = run(alone, 2)
     found, _ = run(tx, 2 * steps)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-    jax.tree.map(close, found, expected)
+    jax.tree.map(close, found, after_two_steps(name))
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -446,4 +452,28 @@ def test_every_transformation_runs_on_a_mesh(name, axis):
             found = jax.jit(descend)(*jax.device_put((params, grads), sharding))
         expected = jax.jit(descend)(params, grads)
     close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, found, expected)
+
+
+INJECTABLE = {
+    "sgd": (optim.sgd, dict(learning_rate=0.1, momentum=0.8, weight_decay=0.01), ("nesterov",)),
+    "sfw": (optim.sfw, dict(learning_rate=0.1, sets=BALL, momentum=0.8), ()),
+    "adagrad_sfw": (optim.adagrad_sfw, dict(learning_rate=0.1, sets=BALL, delta=1e-6), ("inner_steps",)),
+    "scale_by_rate": (optim.scale_by_rate, dict(learning_rate=0.1), ()),
+    "heavy_ball": (optim.heavy_ball, dict(momentum=0.8), ("nesterov",)),
+    "add_l1": (optim.add_l1, dict(strength=0.1), ()),
+    "add_l2": (optim.add_l2, dict(strength=0.1), ()),
+    "add_decayed_weights": (optim.add_decayed_weights, dict(weight_decay=0.1), ()),
+    "proximal_l1": (optim.proximal_l1, dict(inner=optim.sgd(0.1), strength=0.1), ()),
+    "projected": (optim.projected, dict(inner=optax.sgd(0.1), sets=BALL), ()),
+    "choose": (optim.choose, dict(index=1, transformations=[optim.sgd(0.1), optim.sgd(0.2)]), ()),
+}
+
+
+@pytest.mark.parametrize("name", INJECTABLE)
+def test_numbers_may_be_injected(name):
+    factory, numbers, static = INJECTABLE[name]
+    found, _ = run(optax.inject_hyperparams(factory, static_args=static)(**numbers), 2)
+    expected, _ = run(factory(**numbers), 2)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, found, expected)
