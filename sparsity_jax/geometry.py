@@ -260,7 +260,7 @@ def run_path(problem, state, settings, place, rows) -> Iterator[train.Update]:
     for member in members_of(problem):
         chosen, own = settings[member], stages.member_state(problem, state, member)
         step_of, terms = pruning_step(problem, chosen, place), path_terms(problem, chosen)
-        selection = dict(selection=chosen.curve.selection, **dict(chosen.curve.options))
+        selection = stages.selecting(problem, chosen.curve)
         ratios = path_ratios(chosen, place.earlier[member])
         for i, ratio in enumerate(ratios):
             if i < len(rows[member]):

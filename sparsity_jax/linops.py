@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from sparsity_jax import tables, trees
+from sparsity_jax import stopping, tables, trees
 
 PyTree = Any
 Matvec = Callable[[PyTree], PyTree]
@@ -444,6 +444,7 @@ def _run(method: Lanczos, matvec: Matvec, start: PyTree, on_host: bool) -> Lancz
     if not on_host:
         return jax.lax.fori_loop(0, method.num_matvecs, lambda _, state: method.step(matvec, state), state)
     for _ in range(method.num_matvecs):
+        stopping.check()
         state = method.step(matvec, state)
     return state
 
@@ -693,7 +694,13 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, jax
 
 
 def _map(function: Callable, inputs: jax.Array, on_host: bool) -> jax.Array:
-    return jnp.stack([function(x) for x in inputs]) if on_host else jax.lax.map(function, inputs)
+    if not on_host:
+        return jax.lax.map(function, inputs)
+    results = []
+    for x in inputs:
+        stopping.check()
+        results.append(function(x))
+    return jnp.stack(results)
 
 
 def _mean(samples: jax.Array) -> Trace:

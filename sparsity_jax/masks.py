@@ -389,6 +389,15 @@ def full(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), tree)
 
 
+def nonzero(params: PyTree) -> PyTree:
+    """Masks of what is left of a pruned network: True where a kernel is not zero, and in all other arrays."""
+
+    def mask(path: str, leaf: jax.Array) -> jax.Array:
+        return jnp.asarray(leaf) != 0 if trees.is_kernel(path) else jnp.ones(leaf.shape, bool)
+
+    return trees.map_named(mask, params)
+
+
 def apply(tree: PyTree, masks: PyTree) -> PyTree:
     """`tree` with zeros where `masks` is False (also where the entry is not finite)."""
     return jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), tree, masks)

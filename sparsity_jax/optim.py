@@ -266,7 +266,7 @@ def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
     dtype: of these; by default that of the array, but at least float32, where small terms still count after many steps.
     """
     wide = lambda w: jnp.promote_types(w.dtype, jnp.float32) if dtype is None else jnp.dtype(dtype)
-    return jax.tree.map(lambda w: jnp.zeros(w.shape, wide(w)), params)
+    return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=wide(w)), params)
 
 
 class HeavyBallState(NamedTuple):
@@ -574,14 +574,16 @@ def choose(
         return ChoiceState(jnp.full((), jnp.nan, float), tuple(tx.init(params) for tx in every))
 
     def update(updates, state, params=None, **extra):
-        def one(i, updates, choices, params, extra):
+        def one(i, updates, choices, params):  # not of `extra`, which may hold functions
             updates, own = every[i].update(updates, choices[i], params, **extra)
             rate = _rate_in(own)
             rate = jnp.asarray(jnp.nan if rate is None else rate, float)
             return updates, ChoiceState(rate, (*choices[:i], own, *choices[i + 1 :]))
 
+        if isinstance(index, int):
+            return one(index, updates, state.choices, params)
         branches = [functools.partial(one, i) for i in range(len(every))]
-        return jax.lax.switch(index, branches, updates, state.choices, params, extra)
+        return jax.lax.switch(index, branches, updates, state.choices, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import linops, tables, trees
+from sparsity_jax import linops, stopping, tables, trees
 
 PyTree = Any
 
@@ -212,6 +212,7 @@ def _mean(function: Callable, batch_size: int, on_host: bool) -> Callable:
     def looped(total, params, vector, data, temperature):
         size = _num_examples(data)
         for start in range(0, size, batch_size):
+            stopping.check()
             batch = jax.tree.map(lambda x, a=start: x[a : a + batch_size], data)
             total = one(total, params, vector, batch, temperature, min(batch_size, size - start) / size)
         return total
@@ -321,8 +322,8 @@ def tracker(
     first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
 
     def init(params):
-        shapes = jax.eval_shape(statistic, params, params)
-        return TrackerState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        zeros = jax.tree.map(jnp.zeros_like, statistic(params, params))  # divided among devices as its values
+        return TrackerState(jnp.zeros((), jnp.int32), zeros)
 
     def update(state, params, grads):
         step = state.step if steps_per_epoch is None else state.step % steps_per_epoch
