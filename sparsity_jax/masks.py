@@ -232,25 +232,41 @@ def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) 
     float64 as zero.
     k: int in 1..n, or an integer array of any shape (several answers in one pass); may be traced, then it is clipped.
     magnitude: rank, and return, absolute values without computing them first.
+    Its derivative is that of the entry it returns, of equal ones their mean.
     Returns an array of k's shape and the scores' type. Raises ValueError for empty scores, a k outside 1..n and,
     outside `jit`, NaN; TypeError for scores that are no floats.
     """
     leaves = _leaves(scores)
-    order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
     _check_numbers(scores)
-
-    def one(k):
-        threshold, _ = _search(order, leaves, trees.varying_like(jnp.clip(k, 1, total), leaves))
-        size = jnp.abs if magnitude else lambda x: x
-        chosen = lambda leaf: order.at_least(leaf, threshold) & ~jnp.isnan(leaf)
-        kept = lambda leaf: jnp.where(chosen(leaf), size(leaf.astype(order.real)), jnp.inf)
-        least = [trees.fold(jnp.minimum, jnp.min, kept, leaf) for leaf in leaves]
-        enough = _count(order, leaves, jnp.asarray(order.nan + 1, threshold.dtype)) >= k
-        exact = jnp.where(enough, order.key(functools.reduce(jnp.minimum, least)), order.nan)
-        return order.value(exact, jnp.result_type(*leaves))
-
-    k = _checked_k(k, 1, total)
+    _order_of(leaves, magnitude)
+    k = _checked_k(k, 1, sum(leaf.size for leaf in leaves))
+    one = lambda k: _kth(leaves, k, magnitude)
     return jax.vmap(one)(k.ravel()).reshape(k.shape) if k.ndim else one(k)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _kth(leaves: list[jax.Array], k: jax.Array, magnitude: bool) -> jax.Array:
+    order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
+    threshold, _ = _search(order, leaves, trees.varying_like(jnp.clip(k, 1, total), leaves))
+    size = jnp.abs if magnitude else lambda x: x
+    reached = lambda leaf: order.at_least(leaf, threshold) & ~jnp.isnan(leaf)
+    kept = lambda leaf: jnp.where(reached(leaf), size(leaf.astype(order.real)), jnp.inf)
+    least = [trees.fold(jnp.minimum, jnp.min, kept, leaf) for leaf in leaves]
+    enough = _count(order, leaves, jnp.asarray(order.nan + 1, threshold.dtype)) >= k
+    exact = jnp.where(enough, order.key(functools.reduce(jnp.minimum, least)), order.nan)
+    return order.value(exact, jnp.result_type(*leaves))
+
+
+@_kth.defjvp
+def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """That of the entry which is the k-th largest; the mean of those of equal ones."""
+    (leaves, k), (changes, _) = primals, tangents
+    value = _kth(leaves, k, magnitude)
+    signs = [jnp.sign(leaf) if magnitude else jnp.ones_like(leaf) for leaf in leaves]
+    hits = [leaf == (sign * value if magnitude else value) for leaf, sign in zip(leaves, signs)]
+    number = sum(jnp.sum(hit) for hit in hits)
+    change = sum(jnp.sum(jnp.where(hit, sign * d, 0)) for hit, sign, d in zip(hits, signs, changes))
+    return value, (change / jnp.maximum(number, 1)).astype(value.dtype)
 
 
 def select_k_largest(
@@ -297,7 +313,7 @@ def _ranked(scores: PyTree, before: PyTree | None) -> tuple[PyTree, PyTree]:
 
     A position is the index in the concatenation of the flattened leaves, behind all others where `before` is False.
     """
-    scores = jax.tree.map(jnp.asarray, scores)
+    scores = jax.tree.map(lambda leaf: jax.lax.stop_gradient(jnp.asarray(leaf)), scores)
     positions = _flat_positions(scores)
     if before is None:
         return scores, positions
@@ -335,8 +351,8 @@ def k_largest_mask(
     magnitude: rank absolute values without computing them first.
     before: an earlier mask in the structure of `scores`; what it leaves out ranks below everything else, below zeros
         and NaN too, whatever its scores.
-    Returns bools in the shape of `scores`. Raises ValueError for empty scores, a k outside 0..n and, outside `jit`,
-    NaN; TypeError for scores that are no floats.
+    Returns bools in the shape of `scores`, a constant to derivatives. Raises ValueError for empty scores, a k outside
+    0..n and, outside `jit`, NaN; TypeError for scores that are no floats.
     """
     _check_numbers(scores)
     ranked, positions = _ranked(scores, before)

@@ -68,7 +68,10 @@ class KSparse:
         return min(self.k, size) if isinstance(self.k, int) else jnp.minimum(self.k, size)
 
     def lmo(self, gradient: jax.Array) -> jax.Array:
-        """-radius * sign on the k entries of largest magnitude (ties: lower flat index), 0 elsewhere and for sign 0."""
+        """-radius * sign on the k entries of largest magnitude (ties: lower flat index), 0 elsewhere and for sign 0.
+
+        Constant in the gradient, to derivatives too.
+        """
         if not gradient.size:
             return gradient
         mask = masks.k_largest_mask(gradient, self.support(gradient.size), magnitude=True)

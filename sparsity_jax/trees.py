@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsity_jax import tables
@@ -299,17 +300,17 @@ def scale_of(tree: PyTree) -> jax.Array:
 
     Numbers divided by it are not rounded, and neither are their squares out of range.
     """
-    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(tree) if leaf.size]
-    peaks = [fold(jnp.maximum, jnp.max, jnp.abs, leaf) for leaf in leaves]
+    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(tree)]
+    peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]
     return _power_of_two(functools.reduce(jnp.maximum, peaks)) if peaks else jnp.ones(())
 
 
 def _power_of_two(size: jax.Array) -> jax.Array:
-    """The largest power of two up to `size`, or of the type's smallest normal number; 1 for 0, NaN and infinity."""
-    usable = (size > 0) & jnp.isfinite(size)
-    _, exponent = jnp.frexp(jnp.where(usable, size, 1))
-    exponent = jnp.maximum(exponent - 1, jnp.finfo(size.dtype).minexp)
-    return jnp.where(usable, jnp.ldexp(jnp.ones_like(size), exponent), 1)
+    """The largest power of two up to `size`; 1 for 0, subnormals, NaN and infinity."""
+    integer = jnp.dtype(f"uint{8 * size.dtype.itemsize}")
+    exponent = np.asarray(np.inf, size.dtype).view(integer)  # all bits of the exponent, and no other
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(size, integer) & exponent, size.dtype)
+    return jnp.where((power > 0) & jnp.isfinite(size), power, 1)
 
 
 @jax.custom_jvp
@@ -322,7 +323,7 @@ def _length(array: jax.Array) -> jax.Array:
 
     def scaled():
         scale = scale_of(array)
-        return scale * jnp.sqrt(fold_sum(lambda x: jnp.square(x / scale), array))
+        return scale * jnp.sqrt(jnp.sum(jnp.square(array / scale)))
 
     return jax.lax.cond(precise, lambda: jnp.sqrt(squares), scaled)
 

@@ -670,9 +670,9 @@ def test_narrow_parameters_have_curvature():
     params = {"w": jnp.ones((6, 4), jnp.bfloat16)}
     x = jnp.ones((5, 6), jnp.bfloat16)
     product = linops.hvp(lambda p: jnp.sum(jnp.square(x @ p["w"])), params)
-    trace, error = linops.hutchpp(12)(product, jax.random.key(0), params)
-    np.testing.assert_allclose(trace, 2 * 5 * 6 * 4, rtol=0.02)
-    assert error < 2
+    trace, error = linops.hutchpp(24)(product, jax.random.key(0), params)
+    np.testing.assert_allclose(trace, 2 * 5 * 6 * 4, rtol=0.01)
+    assert error < 1
     with pytest.raises(TypeError, match="float32"):
         linops.lanczos(3)(product, linops.rademacher(jax.random.key(0), params))
     assert width.distances(params, scope="all").size == 24

@@ -1,6 +1,7 @@
 """Selection against sorting: exact counts, ties, special values, trees, traced k, sharding."""
 
 import fractions
+import functools
 import math
 
 import hypothesis
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity_jax import masks, trees
+from sparsity_jax import masks, polytopes, trees
 
 floats = st.one_of(
     st.floats(width=32), st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-42, 3.4e38])
@@ -191,6 +192,41 @@ def test_decimal_shares_mean_what_they_say(thousandths, total):
             assert masks.count_of(share, total, rounding) == rounding(exact)
     assert masks.num_pruned(thousandths / 1000, total) == min(math.ceil(exact), total - 1)
     assert masks.count_of(1 / total, total, math.floor) == 1
+
+
+MESH_AXIS = jax.sharding.PartitionSpec("x")
+ON_EACH = {
+    "mask": lambda x: masks.k_largest_mask(x, 5),
+    "mask after another": lambda x: masks.k_largest_mask(x, 5, magnitude=True, before=x > 0),
+    "threshold": lambda x: masks.kth_largest(x, 5) * jnp.ones_like(x),
+    "vertex": polytopes.KSparse(5, 1.0).lmo,
+    "projection": polytopes.KSparse(5, 0.5).project,
+    "L1 projection": polytopes.LpBall(0.5, 1).project,
+    "L3 vertex": polytopes.LpBall(0.5, 3).lmo,
+    "norm": lambda x: trees.norm(x) * jnp.ones_like(x),
+}
+
+
+def on_each(x):
+    return {name: function(x) for name, function in ON_EACH.items()}
+
+
+def test_values_that_differ_between_devices_and_explicit_meshes():
+    """Inside shard_map each device has an array of its own; under an explicit mesh all share one."""
+    x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
+    compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # run once
+    alone = compiled(jax.vmap(on_each))(x)
+    whole = compiled(on_each)(x)
+    kinds = jax.sharding.AxisType
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kinds.Auto,))
+    row = lambda x: jax.tree.map(lambda y: y[None], on_each(x[0]))
+    mapped = compiled(jax.shard_map(row, mesh=mesh, in_specs=MESH_AXIS, out_specs=MESH_AXIS))(x)
+    explicit = jax.make_mesh((8,), ("x",), axis_types=(kinds.Explicit,))
+    with jax.set_mesh(explicit):
+        shared = compiled(on_each)(jax.device_put(x, jax.NamedSharding(explicit, MESH_AXIS)))
+    for name in ON_EACH:
+        np.testing.assert_allclose(mapped[name], alone[name], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(shared[name], whole[name], rtol=1e-5, err_msg=name)
 
 
 def test_random_masks_count_exactly():

@@ -1,5 +1,6 @@
 """Feasible sets: golden numbers of the original, brute force, and properties."""
 
+import fractions
 import itertools
 import math
 
@@ -170,6 +171,59 @@ def test_k_sparse_projection_satisfies_the_optimality_condition(x, data):
     assert np.abs(p).sum() <= radius * k * (1 + 1e-9)
     for vertex in vertices(x.size, k, radius):
         assert (x - p) @ (vertex - p) <= 1e-8 * (1 + np.abs(x).max()) * radius * k
+
+
+def exact_projection(x, k, radius):
+    """Of rational numbers: between two breakpoints of t, where the sum is linear."""
+    sizes = [fractions.Fraction(float(abs(value))) for value in x]
+    radius = fractions.Fraction(float(radius))
+    above = lambda t: [min(max(size - t, 0), radius) for size in sizes]
+    points = sorted({0, *(p for size in sizes for p in (size, size - radius) if p > 0)})
+    budget = k * radius
+    t = 0
+    if sum(above(0)) > budget:
+        last = max(i for i, point in enumerate(points) if sum(above(point)) >= budget)
+        low, high = points[last], points[last + 1]
+        start, end = sum(above(low)), sum(above(high))
+        t = low + (start - budget) / (start - end) * (high - low)
+    return np.sign(x) * np.array([float(value) for value in above(t)])
+
+
+float32s = st.floats(-(2.0**100), 2.0**100, allow_subnormal=False, width=32)
+wide_vectors = hypothesis.extra.numpy.arrays(np.float32, 8, elements=float32s)
+
+
+@hypothesis.given(wide_vectors, st.integers(1, 8), st.integers(-30, 30))
+@hypothesis.example(np.float32([1e10, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9]), 2, 0)
+@hypothesis.example(np.float32([1e8, -1e8, 1e8 + 8, 3, 2, 1, 0, -0.5]), 2, 0)  # t has fewer digits than the radius
+def test_the_projection_is_exact_whatever_the_range(x, k, exponent):
+    radius = np.float32(1.1 * 2.0**exponent)
+    with jax.enable_x64(False):
+        found = np.asarray(project(x, k, radius), np.float64)
+    np.testing.assert_allclose(found / radius, exact_projection(x, k, radius) / radius, atol=5e-6)
+
+
+def test_the_projection_keeps_what_an_outlier_leaves():
+    x = np.float32([1e10, *[0.9] * 100])
+    found = np.asarray(project(x, 10, np.float32(1)))
+    np.testing.assert_allclose(found, [1, *[0.09] * 100], rtol=1e-5)
+
+
+BOUNDED = (polytopes.KSparse(3, 0.5), *(polytopes.LpBall(0.5, p) for p in (1, 2, 3, math.inf)))
+
+
+@pytest.mark.parametrize("constraint", BOUNDED)
+def test_arrays_without_entries_pass_unchanged(constraint):
+    empty = jnp.zeros((0, 3), jnp.float32)
+    params = {"a": empty, "b": jnp.full(3, 9.0)}
+    moved = polytopes.shift_inside(params, constraint)
+    assert moved["a"].shape == (0, 3)
+    assert jnp.abs(moved["b"]).max() <= 0.5
+    methods = ["lmo"] if constraint == polytopes.LpBall(0.5, 3) else ["lmo", "project"]
+    for method in methods:
+        passed = getattr(constraint, method)(empty)
+        assert (passed.shape, passed.dtype) == (empty.shape, empty.dtype)
+    assert trees.norm(empty) == 0
 
 
 @hypothesis.given(vectors, st.data())
