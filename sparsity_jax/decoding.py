@@ -33,15 +33,15 @@ OTHER_FORMATS = {  # images that are not read
     "Photoshop": rb"8BPS",
     "PAM or PFM": rb"P[7fF]\n",
 }
-STARTS = {**FORMATS, **OTHER_FORMATS}
-START = re.compile(b"|".join(b"(%s)" % start for start in STARTS.values()), re.DOTALL)
+STARTS = (*FORMATS.items(), *OTHER_FORMATS.items())
+START = re.compile(b"|".join(b"(%s)" % start for _, start in STARTS), re.DOTALL)
 TIFF_COLOURS = {5: "CMYK", 8: "CIELAB", 9: "CIELAB", 10: "CIELAB"}  # of which OpenCV makes something else
 
 
 def format_of(data: bytes) -> str:
     """Name of the image format in which `data` begins, "" if it begins like no image."""
     start = START.match(data[:32])
-    return list(STARTS)[start.lastindex - 1] if start else ""
+    return STARTS[start.lastindex - 1][0] if start else ""
 
 
 def decode(data: bytes, reduced: int = 0, upright: bool = False) -> np.ndarray | None:
@@ -52,15 +52,16 @@ def decode(data: bytes, reduced: int = 0, upright: bool = False) -> np.ndarray |
     reduced: 0, or OpenCV's flag for 1/2, 1/4, 1/8 of the size: 16, 32, 64.
     upright: turned and mirrored as the EXIF orientation says.
     """
-    if why_unreadable(data):
+    name = format_of(data)
+    if why_unreadable(data, name):
         return None
-    image = decode_pnm(data) if format_of(data) == "PNM" else decode_with_opencv(data, reduced)
+    image = decode_pnm(data) if name == "PNM" else decode_with_opencv(data, name, reduced)
     return image if image is None or not upright else turned(image, orientation(data))
 
 
-def decode_with_opencv(data: bytes, reduced: int) -> np.ndarray | None:
+def decode_with_opencv(data: bytes, name: str, reduced: int) -> np.ndarray | None:
     flags = DECODE | reduced
-    if format_of(data) == "TIFF" and has_alpha(data):
+    if name == "TIFF" and has_alpha(data):
         flags = cv2.IMREAD_UNCHANGED
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -76,14 +77,13 @@ def decode_with_opencv(data: bytes, reduced: int) -> np.ndarray | None:
 
 def why_not(data: bytes) -> str:
     """The reason why `decode` gave None, as the end of a sentence that begins with the image's name."""
-    return why_unreadable(data) or "is not an image that can be decoded; is it damaged?"
+    return why_unreadable(data, format_of(data)) or "is not an image that can be decoded; is it damaged?"
 
 
-def why_unreadable(data: bytes) -> str:
-    """Why `data` is refused without being decoded, or ""."""
+def why_unreadable(data: bytes, name: str) -> str:
+    """Why `data` of the format `name` is refused without being decoded, or ""."""
     if not data:
         return "is not an image but empty."
-    name = format_of(data)
     if name not in FORMATS:
         what = f"a file of the format {name}" if name else "not an image that can be decoded"
         return f"is {what}; allowed: {', '.join(FORMATS)}."
