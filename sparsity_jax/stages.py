@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import allocate, data, gradinit, groups, losses, masks, optim, tables, train, trees
+from sparsity_jax import allocate, data, gradinit, groups, losses, masks, optim, stopping, tables, train, trees
 
 PyTree = Any
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
@@ -235,6 +235,7 @@ def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update
     compiled = problem.once(name, lambda: jax.jit(problem.lift(iterate, axes)))
     scales = problem.once("scales", lambda: jax.jit(problem.lift(gradinit.init)))(state.params)
     for i in range(chosen.iterations):
+        stopping.check()
         scales, (before, after) = compiled(scales, state, numbers, problem.train_images, problem.train_labels)
         if (i + 1) % chunk == 0 or i == 0 or i + 1 == chosen.iterations:
             found = train.member_rows(problem, dict(loss_before=before, loss_after=after), iteration=i + 1)
@@ -290,13 +291,16 @@ def shapes_of(problem: train.Problem) -> PyTree:
     return jax.eval_shape(problem.init, jax.random.key(0))["params"]
 
 
-def check_weights(problem: train.Problem, state: train.State, name: str) -> None:
-    """Raises train.NonFiniteLossError where a weight is not finite before the stage `name`, with member and array."""
-    for i in range(problem.members or 1):
-        member = f", member {i}" if problem.members else ""
-        own = state.params if problem.members is None else jax.tree.map(lambda leaf, i=i: leaf[i], state.params)
+def check_weights(problem: train.Problem, state: train.State, where: str) -> None:
+    """Raises NonFiniteLossError, naming member and array, unless weights and running statistics are finite.
+
+    The runner hands every network on through here, so that no stage selects among NaN. where: begins the sentence.
+    """
+    for member in range(problem.members or 1):
+        own = member_state(problem, state, member)
+        named = f"{where}, member {member}" if problem.members else where
         try:
-            trees.check_finite(own, f"config.{name}{member}: weights")
+            trees.check_finite(dict(params=own.params, batch_stats=own.batch_stats), named)
         except ValueError as error:
             raise train.NonFiniteLossError(str(error)) from None
 
@@ -517,6 +521,7 @@ def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
     for i, point in enumerate(points):
         if i < done:
             continue
+        stopping.check()
         current = state
         if chosen.retrain:
             current = begin_fit(problem, state._replace(masks=pruned(state, point.counts)), fits, numbers)

@@ -123,9 +123,8 @@ def add_noise(
         own = next(keys)
         if not chosen[path]:
             return leaf
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        square = jnp.sum(jnp.where(mask, jnp.square(wide), 0)) / jnp.maximum(jnp.sum(mask), 1)
-        size = std * jnp.sqrt(square) if relative else jnp.asarray(std)
+        root_mean_square = trees.norm(jnp.where(mask, leaf, 0)) / jnp.sqrt(jnp.maximum(jnp.sum(mask), 1))
+        size = std * root_mean_square if relative else jnp.asarray(std)
         return jnp.where(mask, leaf + size.astype(leaf.dtype) * jax.random.normal(own, leaf.shape, leaf.dtype), leaf)
 
     return trees.map_named(one, params, masks.full(params) if kept is None else kept)
