@@ -73,7 +73,7 @@ def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str,
         rest = [path for path in shapes if path not in dense]
         left = budget - sum(sizes[path] for path in dense)
         scale = left / sum(raw[path] * sizes[path] for path in rest) if rest else 0.0
-        full = {path for path in rest if scale * raw[path] >= 1}
+        full = {path for path in rest if scale * raw[path] > 1 - 1e-12}
         if not full:
             return {path: 0.0 if path in dense else 1 - scale * raw[path] for path in shapes}
         dense |= full
@@ -325,6 +325,11 @@ def _slice_sums(array: jax.Array, own: Slices) -> jax.Array:
     return sums if own.index is None else jnp.sum(sums[own.index], 1)
 
 
+def _entries_left(kept: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
+    """How many entries of each slice the masks `kept` leave."""
+    return sum(_slice_sums(kept[own.path].astype(jnp.int32), own) for own in layer.scored)
+
+
 def _slice_mask(kept: jax.Array, own: Slices, shape: tuple[int, ...]) -> jax.Array:
     """Bools of `shape`, False in the slices that are not kept."""
     sizes = [n if axis in own.axes else 1 for axis, n in enumerate(shape)]
@@ -364,9 +369,7 @@ def _structured_mask(params, counts, key, before, channels, *, layer_ratios="uni
     result: dict[str, jax.Array] = {}
     for name, layer in layers_of(params, channels, **options).items():
         norms = sum(_slice_sums(_magnitudes(leaves[own.path]), own) for own in layer.scored)
-        alive = None
-        if earlier is not None:
-            alive = sum(_slice_sums(earlier[own.path].astype(jnp.int32), own) for own in layer.scored) > 0
+        alive = None if earlier is None else _entries_left(earlier, layer) > 0
         kept = masks.k_largest_mask(norms, counts[name], before=alive)
         for own in layer.masked:
             mask = _slice_mask(kept, own, leaves[own.path].shape)
@@ -445,3 +448,27 @@ def keep_masks(
     found = SELECTIONS[selection].mask(params, counts, key, before, channels, **options)
     kept = trees.map_named(lambda path, leaf: found.get(path, jnp.ones(leaf.shape, bool)), params)
     return kept if before is None else jax.tree.map(jnp.logical_and, kept, before)
+
+
+def left_by(
+    kept: PyTree, *, selection: str = "global", channels: groups.Channels | None = None, **options
+) -> tuple[jax.Array, jax.Array]:
+    """(number, share) of what masks `kept` have left and removed, by the counting of a selection; traceable.
+
+    number: entries left, or slices of which any entry is left: comparable to the sum of `keep_counts`. share: removed;
+    of `structured` at least the share of entries removed inside the slices left, so that it is 0 of whole kernels only.
+    selection, channels, options: as in `keep_counts`.
+    """
+    options = check(selection, options, "left_by")
+    if selection != "structured":
+        patterns = {name: options[name] for name in ("include", "exclude") if name in options}
+        chosen = prunable(kept, options.get("scope", "kernels"), channels, **patterns)
+        number = sum(jnp.sum(mask, dtype=jnp.int32) for mask in chosen.values())
+        return number, 1 - number / trees.size(chosen)
+    shape_of = {name: value for name, value in options.items() if name not in ("layer_ratios", "count")}
+    layers, masks_of = layers_of(kept, channels, **shape_of).values(), trees.named_leaves(kept)
+    entries = [_entries_left(masks_of, layer) for layer in layers]
+    whole = [_entries_left(masks.full(masks_of), layer) for layer in layers]
+    number = sum(jnp.sum(left > 0) for left in entries)
+    inside = sum(map(jnp.sum, entries)) / sum(jnp.sum(jnp.where(left > 0, n, 0)) for left, n in zip(entries, whole))
+    return number, 1 - jnp.minimum(number / sum(layer.size for layer in layers), inside)

@@ -406,8 +406,9 @@ def curve_options(
 ) -> Curve:
     """Accuracy and loss of the trained network pruned at every ratio; the network itself stays as it is.
 
-    ratios: shares removed. splits: evaluated on. selection, scope, count, granularity, layer_ratios, layers, include,
-    exclude: see `prune`.
+    ratios: shares removed, with what was pruned before: a network of which more is gone than some of them starts the
+    curve as it is, at the share that is gone, and has no rows below. splits: evaluated on. selection, scope, count,
+    granularity, layer_ratios, layers, include, exclude: see `prune`.
     retrain: name of a `train` config to run at every ratio, from the same trained state, before evaluating.
     """
     if not ratios or not splits:
@@ -498,37 +499,87 @@ def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
     compiled = problem.once(("curve", static), lambda: jax.jit(problem.lift(measure, axes)))
     pruned = problem.once(("cut", static), lambda: jax.jit(problem.lift(prune, (0, None))))
 
-    def rows_of(ratio, result):
-        found, extra = result
-        each = [train.member_rows(problem, {**found[s], **extra}, ratio=ratio, split=s, **fixed) for s in chosen.splits]
-        return [[row for part in parts for row in part] for parts in zip(*each)]
+    every = [allocate.keep_counts(shapes, ratio, **options) for ratio in chosen.ratios]
+    points = curve_points(problem, state, chosen, every)
 
-    done = len(rows[0]) // len(chosen.splits)  # ratios finished before an interruption
-    waiting: list[tuple[float, Any]] = []
+    def rows_of(point, result):
+        """Rows of each member that takes the point."""
+        found, extra = result
+        new = rows_per_member(problem)
+        for split in chosen.splits:
+            values = {**found[split], **extra}
+            for member, (row,) in enumerate(train.member_rows(problem, values, split=split, **fixed)):
+                if member in point.ratios:
+                    new[member].append(dict(row, ratio=point.ratios[member]))
+        return new
+
+    done = finished_points(points, [len(own) // len(chosen.splits) for own in rows])  # before an interruption
+    waiting: list[tuple[Point, Any]] = []
     if chosen.retrain:
         fits = place.others[chosen.retrain]
         numbers = numbers_of(problem, state, fits)
-    for i, ratio in enumerate(chosen.ratios):
+    for i, point in enumerate(points):
         if i < done:
             continue
         stopping.check()
-        counts = allocate.keep_counts(shapes, ratio, **options)
         current = state
         if chosen.retrain:
-            current = begin_fit(problem, state._replace(masks=pruned(state, counts)), fits, numbers)
-            where = f"{place.name}: {chosen.retrain} at ratio {ratio:g}"
+            current = begin_fit(problem, state._replace(masks=pruned(state, point.counts)), fits, numbers)
+            where = f"{place.name}: {chosen.retrain} at ratio {min(point.ratios.values()):g}"
             for update in train.fit_epochs(problem, current, fits[0], numbers, place.position, where):
                 current = update.state
             current = without_optimizer(current)
-        waiting.append((ratio, compiled(current, counts, *inputs)))
+        waiting.append((point, compiled(current, point.counts, *inputs)))
         # results are fetched a few ratios late, so the device never waits for the host
-        if len(waiting) >= (1 if chosen.retrain else 16) or i + 1 == len(chosen.ratios):
+        if len(waiting) >= (1 if chosen.retrain else 16) or i + 1 == len(points):
             new = rows_per_member(problem)
             for (finished, _), result in zip(waiting, read_results(problem, chosen, [r for _, r in waiting])):
                 for own, more in zip(new, rows_of(finished, result), strict=True):
                     own.extend(more)
             waiting = []
-            yield train.Update(state, new, (i + 1) / len(chosen.ratios))
+            yield train.Update(state, new, (i + 1) / len(points))
+
+
+class Point(NamedTuple):
+    """A ratio of a curve. counts: of `allocate.keep_counts`. ratios: as rows give it, by member that takes it."""
+
+    counts: PyTree
+    ratios: dict[int, float]
+
+
+def curve_points(problem: train.Problem, state: train.State, chosen: Curve, counts: list[PyTree]) -> list[Point]:
+    """The ratios of a curve that are not below what each member's masks have removed already.
+
+    counts: of all ratios. Where some are below, one point comes first: the network as it is, at the share removed.
+    """
+    look = lambda kept: allocate.left_by(kept, **selecting(problem, chosen))
+    compiled = problem.once(("left", chosen._replace(ratios=())), lambda: jax.jit(problem.lift(look)))
+    number, share = (np.atleast_1d(values) for values in jax.device_get(compiled(state.masks)))
+    totals = [sum(jax.tree.leaves(own)) for own in counts]
+    points, starts = [], {}
+    for ratio, own, total in zip(chosen.ratios, counts, totals, strict=True):
+        takes = {}
+        for member, left in enumerate(number.tolist()):
+            reached = chosen.selection != "structured" or ratio >= share[member] or share[member] == 0
+            if total <= left and reached:
+                takes[member] = ratio
+            elif left not in totals:
+                starts[member] = float(share[member])
+        if takes:
+            points.append(Point(own, takes))
+    if starts:
+        whole = allocate.keep_counts(shapes_of(problem), 0.0, **selecting(problem, chosen))
+        points.insert(0, Point(whole, starts))
+    return points
+
+
+def finished_points(points: list[Point], numbers: list[int]) -> int:
+    """How many points are done if each member has so many."""
+    done = 0
+    for member, number in enumerate(numbers):
+        own = [i for i, point in enumerate(points) if member in point.ratios]
+        done = max(done, own[number - 1] + 1 if number else 0)
+    return done
 
 
 # histogram ---------------------------------------------------------------------------------------------------

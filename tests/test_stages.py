@@ -199,6 +199,28 @@ def test_random_pruning_of_a_pruned_network_reaches_its_ratio(problem, trained):
     assert all(bool((old | ~new).all()) for new, old in zip(*map(jax.tree.leaves, (more.masks, half.masks))))
 
 
+def test_a_curve_starts_where_the_masks_are(problem, trained):
+    cut, (row,) = run(problem, trained, "prune", settings("prune", ratio=0.9))
+    assert (row["num_kept"], row["num_prunable"]) == (118, 1184)
+    assert row["sparsity"] == pytest.approx(1 - 118 / 1184)
+    assert row["sparsity_all"] == pytest.approx((1184 - 118 + 0) / (1184 + 26), abs=26 / 1210)
+    own = settings("curve", ratios=(0.0, 0.5, 0.95))
+    _, rows = run(problem, cut, "curve", own)
+    assert [row["num_kept"] for row in rows] == [118, 59]
+    assert rows[0]["ratio"] == pytest.approx(1 - 118 / 1184)
+    assert run(problem, cut, "curve", own, rows[:1])[1] == rows  # resumed behind the first
+    _, rows = run(problem, cut, "curve", settings("curve", ratios=(0.5, 0.9, 0.95)))
+    assert [row["ratio"] for row in rows] == [0.9, 0.95]
+
+
+def test_pruning_again_takes_what_is_gone_before_weights_that_became_zero(problem, trained):
+    half, _ = run(problem, trained, "prune", settings("prune", ratio=0.5))
+    zero = jax.tree.map(lambda leaf, mask: jnp.where(mask & (leaf < 0), 0, leaf), half.params, half.masks)
+    again, (row,) = run(problem, half._replace(params=zero), "prune", settings("prune", ratio=0.5))
+    assert row["num_kept"] == 592
+    tiny.same(again.masks, half.masks)
+
+
 def test_momentum_is_handed_on_where_asked(problem, trained):
     momentum = optim.HeavyBallState(jnp.int32(5), jax.tree.map(jnp.ones_like, trained.params))
     handed = trained._replace(opt_state=train.Carried(momentum, ()))

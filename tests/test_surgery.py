@@ -123,3 +123,25 @@ def test_noise():
     assert abs(whole["b"]["kernel"].std() / 0.1 - 1) < 0.02
     with pytest.raises(tables.ConfigError, match="matches no parameter"):
         surgery.add_noise(params, KEY, std=0.1, pattern="kernel")
+
+
+@pytest.mark.parametrize("method", sorted(surgery.METHODS))
+def test_kernels_of_other_layouts_are_told_or_refused(method):
+    params = {
+        "linear": {"weight": jnp.ones((50, 200)), "bias": jnp.ones(50)},
+        "heads": {"kernel": jnp.ones((200, 5, 10))},
+    }
+    apply = lambda p, x: (
+        x @ p["linear"]["weight"].T + p["linear"]["bias"],
+        jnp.einsum("bi,ihs->bhs", x, p["heads"]["kernel"]),
+    )
+    channels = groups.trace(apply, params, jnp.ones((2, 200)))
+    kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    with pytest.raises(ValueError, match=r"layout='out_in'"):
+        surgery.reinitialize(params, kept, KEY, method=method)
+    drawn = surgery.reinitialize(params, kept, KEY, method=method, channels=channels)
+    for kernel in (drawn["linear"]["weight"].T, drawn["heads"]["kernel"].reshape(200, 50)):
+        if method == "normal":
+            assert float(kernel.std()) == pytest.approx((2 / 200) ** 0.5, rel=0.05)
+        else:
+            np.testing.assert_allclose(kernel.T @ kernel, np.eye(50), atol=1e-4)
