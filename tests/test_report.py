@@ -196,6 +196,24 @@ def test_a_curve_of_a_pruned_network_starts_where_its_masks_are():
     assert line.cells["0.99"][0] == 0.5
 
 
+def test_zeros_of_the_chosen_arrays_and_of_all(tmp_path):
+    rows = [curve_row("A", m, r, 0.5, sparsity=r + 0.002 * m, sparsity_all=0.9 * r, layers={"a": r})
+            for m in (0, 1) for r in (0.0, 0.5, 0.98)]  # fmt: skip
+    page = page_of(tmp_path, rows)
+    assert "98.10 <small>of all 88.20</small>" in page
+    assert "50.10 <small>of all 45.00</small>" in page
+    assert figures.swept_keys(rows) == []
+
+
+def test_shares_removed_are_counted_where_rows_have_counts():
+    counts = {"num_kept": 30, "num_prunable": 100}
+    assert figures.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8} | counts) == ("weights", 0.7)
+    assert figures.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8}) == ("weights", 0.8)
+    assert figures.removal({"kind": "remove", "ratio": 0.5}) == ("weights", 0.5)
+    assert figures.removal({"kind": "cut", "ratio": 0.5, "num_kept": 10, "num_channels": 16}) == ("channels", 0.375)
+    assert figures.removal({"kind": "train", "ratio": 0.5}) is None
+
+
 def test_a_network_at_chance_has_no_largest_share():
     rows = [train_row("A", 1, 0.105, chance=0.1), *(curve_row("A", 0, r, 0.105) for r in (0.0, 0.5, 0.99))]
     (line,) = table_of(rows)
@@ -417,10 +435,12 @@ def test_writer_round_trip_and_json_types(tmp_path):
         writer.append([row])
         text = (tmp_path / "metrics.jsonl").read_text()  # flushed before the close
     assert text.endswith("\n")
-    assert json.loads(text) == {
+    written = json.loads(text)
+    assert len(written.pop("sum")) == 8
+    assert written == {
         "stage": "fit", "kind": "train", "member": 1, "step": 3, "train_loss": 0.5, "test_loss": None, "bad": None,
         "counts": [0, 1, 2], "ok": True, "t": [1, 2]}  # fmt: skip
-    assert report.read_rows(tmp_path / "metrics.jsonl") == [json.loads(text)]
+    assert report.read_rows(tmp_path / "metrics.jsonl") == [written]
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
 
 
@@ -594,7 +614,7 @@ def test_main_says_what_is_missing(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     assert "has no config.json; a run writes it when it starts" in error(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    assert "holds a list; it must hold a JSON object" in error(tmp_path)
+    assert "holds no config but a list" in error(tmp_path)
 
 
 def test_import_is_cheap_and_leaves_pyplot_alone():
@@ -624,3 +644,13 @@ def test_channel_groups_and_what_is_left_of_them(tmp_path):
     assert not re.search("#[0-9a-f]{6}", section)  # all colours follow the page
     assert (tmp_path / "figures" / "groups.png").stat().st_size > 10_000
     assert figures.group_layout(figures.group([row for row in rows if row["visit"] == 2])) == ({}, [])
+
+
+def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
+    base = dict(stage="compact", kind="compact", arm="A", member=0, accuracy=0.5, flops=183552, flops_compact=50816)
+    base |= dict(parameters=13706, parameters_compact=3658, bytes=54824, bytes_compact=14632)
+    rows = [base | dict(visit=visit, difference=10.0**-visit) for visit in (1, 2)]
+    page = page_of(tmp_path, rows)
+    assert "3,658 <small>of 13,706, 26.7%</small>" in page
+    assert "A, visit 2" in page
+    assert "differ by at most 0.1 of the largest" in page

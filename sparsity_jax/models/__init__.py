@@ -59,6 +59,7 @@ class Model(NamedTuple):
     init: Callable  # init(key, images) -> variables; of the images only the shape matters
     apply: Callable  # apply(variables, images) -> logits; inference: running statistics, no dropout
     apply_train: Callable  # apply_train(variables, images, key=None) -> (logits, new batch_stats); key for dropout
+    dtype: Any = jnp.float32  # of its arithmetic
 
 
 def build(
@@ -115,4 +116,4 @@ def build(
         logits, updated = module.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
         return logits, updated.get("batch_stats", {})
 
-    return Model(initialise, apply, apply_train)
+    return Model(initialise, apply, apply_train, settings.dtype)
