@@ -7,31 +7,88 @@ position (`rule_*`, exact in float64), in PyTorch's layouts; `variables` brings 
     variables = golden_data.variables(net["param_names"], net["param_shapes"])
     images = golden_data.images(net["input_shape"])
 
-Of 11_models.json `tests/golden` has only the networks that `sparsity_jax.models` can build, with names, shapes and
-counts.
+The numbers are those of `tests/golden`, or of the folder that the environment variable GOLDEN names: any set of the
+same form, with the originals' hyper-parameters in `hyper.json`, or as `hyper` in `manifest.json`. Tests take names,
+cases and hyper-parameters from there. With GOLDEN_READ=FILE every process appends the keys that it has read to FILE;
+`python tests/golden_data.py FILE` then prints those that no test reads.
 """
 
+import atexit
 import functools
 import json
 import math
+import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-FOLDER = pathlib.Path(__file__).resolve().parent / "golden"
+FOLDER = pathlib.Path(os.environ.get("GOLDEN") or pathlib.Path(__file__).resolve().parent / "golden")
+READ: set[str] = set()  # "FILE KEY"
+
+
+class Arrays(Mapping):
+    """The arrays of a file; remembers which were read."""
+
+    def __init__(self, name: str, arrays: Mapping[str, np.ndarray]):
+        self.name, self.arrays = name, arrays
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        array = self.arrays[key]
+        READ.add(f"{self.name} {key}")
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.arrays
 
 
 @functools.cache
 def load(name: str) -> Mapping[str, Any]:
-    """The arrays of an .npz file in `tests/golden`, or the content of a .json file."""
+    """The arrays of an .npz file, or the content of a .json file; "hyper.json" also of a manifest."""
     path = FOLDER / name
+    if name == "hyper.json" and not path.exists():
+        manifest = json.loads((FOLDER / "manifest.json").read_text())
+        return {file: entries.get("hyper", {}) for file, entries in manifest.items()}
     if path.suffix == ".json":
         return json.loads(path.read_text())
     with np.load(path) as arrays:
-        return {key: arrays[key] for key in arrays.files}
+        return Arrays(name, {key: arrays[key] for key in arrays.files})
+
+
+def hyper(name: str) -> Mapping[str, Any]:
+    """The hyper-parameters behind an .npz file."""
+    return load("hyper.json")[name]
+
+
+def parts(name: str, pattern: str) -> list[Any]:
+    """What the groups of `pattern` match in the keys of a file that begin with it, each once, in their order."""
+    matches = [re.match(pattern, key) for key in load(name)]
+    found = [match.groups() if len(match.groups()) > 1 else match[1] for match in matches if match]
+    return list(dict.fromkeys(found))
+
+
+def write_read() -> None:
+    with open(os.environ["GOLDEN_READ"], "a") as file:
+        file.writelines(f"{entry}\n" for entry in sorted(READ))
+
+
+if os.environ.get("GOLDEN_READ"):
+    atexit.register(write_read)
+
+
+def unread(read: set[str]) -> list[str]:
+    """Arrays of all files, "FILE KEY", that are not in `read`."""
+    names = sorted(path.name for path in FOLDER.glob("*.npz"))
+    return [f"{name} {key}" for name in names for key in load(name) if f"{name} {key}" not in read]
 
 
 # The weight rule (PyTorch layouts, float64)
@@ -48,10 +105,14 @@ def rule_uniform(size: int, salt: int) -> np.ndarray:
     return h / 2.0**32
 
 
+def salt_offset() -> int:
+    return int(load("11_models.npz")["rule/salt_offset"])
+
+
 def rule_params(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     """Parameters in PyTorch's names and layouts; `names` and `shapes` in the network's order."""
     params = {}
-    for salt, (name, shape) in enumerate(zip(names, shapes)):
+    for salt, (name, shape) in enumerate(zip(names, shapes), salt_offset()):
         u = rule_uniform(math.prod(shape), salt).reshape(shape)
         if len(shape) >= 2:
             params[name] = (2 * u - 1) * math.sqrt(3 / math.prod(shape[1:]))
@@ -62,8 +123,9 @@ def rule_params(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[s
 
 def rule_batch_stats(widths: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(running mean, running variance) of batch norms of `widths`, in the network's order."""
+    first = salt_offset() + 100000
     return [
-        (0.2 * rule_uniform(width, 100000 + 2 * i) - 0.1, 0.5 + rule_uniform(width, 100001 + 2 * i))
+        (0.2 * rule_uniform(width, first + 2 * i) - 0.1, 0.5 + rule_uniform(width, first + 2 * i + 1))
         for i, width in enumerate(widths)
     ]
 
@@ -85,7 +147,7 @@ def is_norm(arrays: Mapping[str, np.ndarray], module: str) -> bool:
 
 def rule_input(shape: Sequence[int]) -> np.ndarray:
     """The network input in PyTorch's layout: NCHW images, or [batch, features]."""
-    return (2 * rule_uniform(math.prod(shape), 999999) - 1).reshape(shape)
+    return (2 * rule_uniform(math.prod(shape), salt_offset() + 999999) - 1).reshape(shape)
 
 
 def images(shape: Sequence[int]) -> np.ndarray:
@@ -206,3 +268,7 @@ def variables(
     for path, (mean, var) in zip(norms, rule_batch_stats(list(norms.values()))):
         stats |= {f"{path}/mean": mean, f"{path}/var": var}
     return {"params": nest({ours[name]: from_torch(params[name]) for name in names}), "batch_stats": nest(stats)}
+
+
+if __name__ == "__main__":
+    sys.stdout.writelines(f"{entry}\n" for entry in unread(set(pathlib.Path(sys.argv[1]).read_text().splitlines())))

@@ -42,27 +42,38 @@ def test_magnitude_masks_match_the_original(selection):
     golden, params, paths = golden_params()
     options = dict(selection=selection, scope="all", count="original")
     compiled = jax.jit(lambda p, c: allocate.keep_masks(p, c, **options))
-    for keep, expected in zip(golden["keep_ratios"], golden[f"{selection}_keep_mask"], strict=True):
+    expected = zip(
+        golden["keep_ratios"], golden[f"{selection}_keep_mask"], golden[f"{selection}_kept_count"], strict=True
+    )
+    for keep, mask, number in expected:
         counts = allocate.keep_counts(params, 1 - keep, **options)
-        np.testing.assert_array_equal(flat(compiled(params, counts), paths), expected, err_msg=f"keep {keep}")
+        ours = flat(compiled(params, counts), paths)
+        np.testing.assert_array_equal(ours, mask, err_msg=f"keep {keep}")
+        assert ours.sum() == number
+    if selection == "global":  # the original puts an artificial 0 in front
+        np.testing.assert_array_equal(golden["mask_vector"][:, 1:], golden["global_keep_mask"])
     assert compiled._cache_size() == 1
 
 
 def test_convolution_only_masks_match_the_original():
     golden, params, paths = golden_params()
     kernels = {path: params[path] for path in paths if params[path].ndim == 4}
+    remaining = []
     for share, expected in zip(golden["convonly_px"], golden["convonly_keep_mask"], strict=True):
         counts = allocate.keep_counts(kernels, float(share))
-        np.testing.assert_array_equal(flat(allocate.keep_masks(kernels, counts), list(kernels)), expected)
+        ours = flat(allocate.keep_masks(kernels, counts), list(kernels))
+        np.testing.assert_array_equal(ours, expected)
+        remaining.append(100 * ours.mean())
+    np.testing.assert_allclose(remaining, golden["convonly_remaining_percent"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("case", [0, 1])
+@pytest.mark.parametrize("case", golden_data.parts("05_magnitude_pruning.npz", r"erk_keep_mask/(\d+)"))
 def test_erk_input_channel_masks_match_the_original(case):
     golden, params, paths = golden_params()
     torch = {path: params[path] for path in paths if params[path].ndim == 4}
     kernels = {path: leaf.transpose(2, 3, 1, 0) for path, leaf in torch.items()}
     options = dict(selection="structured", granularity="channel", layer_ratios="erk_original")
-    counts = allocate.keep_counts(kernels, float(golden["erk_ratio"][case]), **options)
+    counts = allocate.keep_counts(kernels, float(golden["erk_ratio"][int(case)]), **options)
     kept = allocate.keep_masks(kernels, counts, **options)
     ours = {path: mask.transpose(3, 2, 0, 1) for path, mask in kept.items()}
     np.testing.assert_array_equal(flat(ours, list(torch)), golden[f"erk_keep_mask/{case}"])

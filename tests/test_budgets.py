@@ -52,7 +52,7 @@ def settings(golden, prefix):
 
 def test_round_ratios_of_the_original(golden):
     cases = list(settings(golden, "p_ratios"))
-    assert len(cases) == 6
+    assert cases
     for expected, ratio, rounds in cases:
         plan = budgets.round_ratios(ratio, rounds)
         np.testing.assert_allclose(plan.ratios, expected, rtol=1e-15)
@@ -66,7 +66,7 @@ def test_truncated_percentages_of_the_original(golden):
 
 
 def test_manual_thresholds_of_the_original(golden):
-    for case in range(2):
+    for case in golden_data.parts("07_rounds_and_cap.npz", r"manual/(\d+)/"):
         percents = [int(number) for number in str(golden[f"manual/{case}/spec"][0]).strip("[]").split(",")]
         plan = budgets.manual_ratios([percent / 100 for percent in percents])
         np.testing.assert_allclose(plan.ratios, golden[f"manual/{case}/p_ratios"], rtol=1e-12)
@@ -120,6 +120,9 @@ def test_schedules_explain_misuse():
 # The original's selections
 
 
+HYPER = golden_data.hyper("07_rounds_and_cap.npz")
+
+
 def by_layer(rows):
     """Rows (layer, channel, score) as scores by name; names sort in the order of the rows."""
     layers = np.unique(rows[:, 0], return_inverse=True)[1]
@@ -143,7 +146,7 @@ def assert_same(keep, expected):
         np.testing.assert_array_equal(keep[name], mask, err_msg=name)
 
 
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", golden_data.parts("07_rounds_and_cap.npz", r"cap/(\d+)/"))
 def test_cap_of_the_original(golden, case):
     scores = by_layer(golden[f"cap/{case}/imp_order_in"])
     floors = budgets.minimum_kept(by_name(golden[f"cap/{case}/original_sizes"]))
@@ -166,7 +169,7 @@ def test_cap_of_the_original(golden, case):
 def replay(golden, net, measure, select):
     """Pairs of `select(scores, round, alive)` and what was kept: every round on survivors only, and in full size."""
     alive = None
-    for i in range(3):
+    for i in range(HYPER["rounds"]):
         prefix = f"rounds/{net}/{measure}/round{i}"
         scores = by_layer(golden[f"{prefix}/imp_order"])
         assert by_name(golden[f"{prefix}/orig_size"]) == {name: array.size for name, array in scores.items()}
@@ -181,9 +184,11 @@ def replay(golden, net, measure, select):
         alive = wanted
 
 
-@pytest.mark.parametrize(("net", "measure"), [("vgg", "mag_based"), ("vgg", "loss_based"), ("mobilenet", "mag_based")])
+@pytest.mark.parametrize(
+    ("net", "measure"), golden_data.parts("07_rounds_and_cap.npz", r"rounds/(vgg|mobilenet)/(\w+)/round")
+)
 def test_rounds_of_the_original(golden, net, measure):
-    plan = budgets.schedule("gradient_flow", ratio=0.6, num_rounds=3)
+    plan = budgets.schedule("gradient_flow", ratio=HYPER["total_percent"] / 100, num_rounds=HYPER["rounds"])
     floors = budgets.minimum_kept(by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"]))
 
     def select(scores, i, alive):
@@ -195,8 +200,8 @@ def test_rounds_of_the_original(golden, net, measure):
 
 def test_mobilenet_rounds_without_the_copies(golden):
     """Depthwise layers (odd entries) follow the layer before: each channel counts twice instead."""
-    plan = budgets.round_ratios(0.6, 3)
-    for i in range(3):
+    plan = budgets.round_ratios(HYPER["total_percent"] / 100, HYPER["rounds"])
+    for i in range(HYPER["rounds"]):
         prefix = f"rounds/mobilenet/mag_based/round{i}"
         every = by_layer(golden[f"{prefix}/imp_order"])
         scores = {name: every[name] for name in list(every)[::2]}
@@ -210,9 +215,9 @@ def test_mobilenet_rounds_without_the_copies(golden):
 
 def test_resnet_rounds_of_the_original(golden):
     """The first layer counts but stays (its score is 1e7); removed second convolutions come back with score 0."""
-    plan = budgets.round_ratios(0.6, 3, "truncated")
+    plan = budgets.round_ratios(HYPER["total_percent"] / 100, HYPER["rounds"], "truncated")
     sizes = by_name(golden["rounds/resnet-56/mag_based/round0/orig_size"])
-    for i in range(3):
+    for i in range(HYPER["rounds"]):
         prefix = f"rounds/resnet-56/mag_based/round{i}"
         scores = by_layer(golden[f"{prefix}/imp_order"])
         alive = sum(array.size for array in scores.values())

@@ -89,6 +89,9 @@ def original(golden, group):
     return problem, state._replace(params=jax.tree.map(jnp.asarray, variables["params"]))
 
 
+HYPER = golden_data.hyper("10_hessian.npz")
+
+
 def test_a_thousand_pruned_networks_have_the_originals_accuracy_and_loss():
     golden = golden_data.load("10_hessian.npz")
     with jax.enable_x64(True):
@@ -101,7 +104,7 @@ def test_a_thousand_pruned_networks_have_the_originals_accuracy_and_loss():
     kernels = np.concatenate([arrays[name].ravel() for name in NAMES if arrays[name].ndim > 1])
     order = np.sort(np.abs(kernels))
     removed = np.maximum(np.ceil(np.arange(1000) / 1000 * order.size).astype(int), 1)
-    penalty = 0.002 * (sum(np.abs(a).sum() for a in arrays.values()) - np.cumsum(order)[removed - 1])
+    penalty = HYPER["lmbda"] * (sum(np.abs(a).sum() for a in arrays.values()) - np.cumsum(order)[removed - 1])
     for split, name in (("test", "val"), ("train", "train")):
         own = [row for row in rows if row["split"] == split]
         assert [row["num_kept"] for row in own] == (order.size - removed).tolist()
@@ -116,11 +119,15 @@ def test_row_norms_are_the_originals():
     golden = golden_data.load("10_hessian.npz")
     with jax.enable_x64(True):
         problem, state = original(golden, "trained")
-        rows = run(problem, state, "row_norms", settings("row_norms", num_weights=20, rows="original", batch_size=16))
-        entries = spectrum.quantile_entries(allocate.prunable(state.params, "kernels"), 20)
+        stats, batch_size = golden["threshold_row_stats"], HYPER["batch_size"]
+        size = len(golden["train/y"])
+        start = (size - 1) // batch_size * batch_size  # of the last batch
+        fields = dict(num_weights=len(stats), rows="original", batch_size=batch_size)
+        rows = run(problem, state, "row_norms", settings("row_norms", **fields))
+        entries = spectrum.quantile_entries(allocate.prunable(state.params, "kernels"), len(stats))
         network = geometry.network_of(problem, ("cross_entropy", ()))
         part = lambda p, batch: network.loss(network.outputs((p, {}), batch), batch)
-        last = (problem.train_images[128:], problem.train_labels[128:])
+        last = (problem.train_images[start:], problem.train_labels[start:])
         whole = (problem.train_images, problem.train_labels)
         slopes = trees.named_leaves(jax.jit(jax.grad(part))(state.params, whole))
         product = jax.jit(lambda v: linops.hvp(part, state.params, last)(v))
@@ -128,26 +135,29 @@ def test_row_norms_are_the_originals():
             lambda name, leaf: jnp.zeros_like(leaf).at[index].set(1) if name == path else jnp.zeros_like(leaf),
             state.params,
         )
-        stats = golden["threshold_row_stats"]
-        assert len(rows) == 21
+        assert len(rows) == len(stats) + 1
         np.testing.assert_array_equal([row["quantile"] for row in rows[:-1]], stats[:, 0] / 1000)
         np.testing.assert_array_equal([row["magnitude"] for row in rows[:-1]], stats[:, 4])
         np.testing.assert_allclose([row["row_norm"] for row in rows[:-1]], stats[:, 3], rtol=1e-9)
         for (path, index, _), (_, slope, diagonal, *_) in zip(entries, stats, strict=True):
-            penalty = 0.002 * jnp.sign(trees.named_leaves(state.params)[path][index])
+            penalty = HYPER["lmbda"] * jnp.sign(trees.named_leaves(state.params)[path][index])
             np.testing.assert_allclose(slopes[path][index] + penalty, slope, rtol=1e-9, atol=1e-12)
             found = trees.named_leaves(product(unit(path, index)))[path][index]
-            np.testing.assert_allclose(found / 139, diagonal, rtol=1e-9, atol=1e-14)
+            np.testing.assert_allclose(found / size, diagonal, rtol=1e-9, atol=1e-14)
     assert rows[-1]["zero_share"] == np.mean(stats[:, 3] < 1e-7)
 
 
 def test_an_epoch_of_training_is_the_originals():
     golden = golden_data.load("10_hessian.npz")
-    settings = optim.settings("sgd", learning_rate=0.05, momentum=0.9, penalty=dict(name="l1", strength=0.002))
+    penalty = dict(name="l1", strength=HYPER["lmbda"])
+    settings = optim.settings("sgd", learning_rate=HYPER["lr"], momentum=HYPER["momentum"], penalty=penalty)
     recipe = optim.check(settings, "optimizer")
+    size, batch_size = len(golden["train/y"]), HYPER["batch_size"]
     with jax.enable_x64(True):
         problem, state = original(golden, "init")
-        tx = optim.make(recipe, optim.numbers(recipe, state.params, None), epochs=1, steps_per_epoch=9)
+        tx = optim.make(
+            recipe, optim.numbers(recipe, state.params, None), epochs=1, steps_per_epoch=-(-size // batch_size)
+        )
         logits = lambda params, x: problem.model.apply({"params": params, "batch_stats": {}}, x)
 
         @jax.jit
@@ -157,8 +167,8 @@ def test_an_epoch_of_training_is_the_originals():
             return jax.tree.map(jnp.add, params, change), opt_state
 
         params, opt_state = state.params, tx.init(state.params)
-        for i in range(0, 139, 16):  # the last batch has 11
-            batch = problem.train_images[i : i + 16], problem.train_labels[i : i + 16]
+        for i in range(0, size, batch_size):
+            batch = problem.train_images[i : i + batch_size], problem.train_labels[i : i + batch_size]
             params, opt_state = step(params, opt_state, *batch)
         expected = original(golden, "after_one_epoch")[1].params
         for found, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):

@@ -25,10 +25,9 @@ def loss(params, batch):
     return losses.cross_entropy(network(params, batch[0]), batch[1]).mean()
 
 
-@pytest.mark.parametrize("constraint", ["ksparse", "l2"])
-@pytest.mark.parametrize("lr", ["1.0", "0.1"])
+@pytest.mark.parametrize(("constraint", "lr"), golden_data.parts("04_sfw_init.npz", r"(\w+)/lr=([^/]+)/"))
 def test_scales_match_the_original(constraint, lr):
-    golden, hyper = golden_data.load("04_sfw_init.npz"), golden_data.load("hyper.json")["04_sfw_init.npz"]
+    golden, hyper = golden_data.load("04_sfw_init.npz"), golden_data.hyper("04_sfw_init.npz")
     case, names = f"{constraint}/lr={lr}", [str(n).replace(".", "/") for n in golden["param_names"]]
     with jax.enable_x64(True):
         params = {name: jnp.asarray(golden["init/" + name.replace("/", ".")]) for name in names}
@@ -36,7 +35,17 @@ def test_scales_match_the_original(constraint, lr):
             sets = {n: polytopes.KSparse(int(k), r) for n, (k, r) in zip(names, golden[f"{case}/constraint_K_radius"])}
         else:
             sets = {n: polytopes.LpBall(hyper["diameter"] / 2, 2.0) for n in names}
-        step = jax.jit(gradinit.scale_step(loss, sets, learning_rate=float(lr)))
+        assert hyper["min_scale_bias"] == 0  # not an option: biases may reach 0
+        options = dict(
+            learning_rate=float(lr),
+            scale_learning_rate=hyper["adam_lr"],
+            min_scale=hyper["min_scale_weight"],
+            clip=hyper["grad_clip"],
+            beta1=hyper["betas"][0],
+            beta2=hyper["betas"][1],
+            eps=hyper["eps"],
+        )
+        step = jax.jit(gradinit.scale_step(loss, sets, **options))
         state, batches = gradinit.init(params), len(golden["batches/x"])
         for i in range(hyper["iterations"]):
             x, y = zip(

@@ -18,14 +18,13 @@ from sparsity_jax import groups, growing, masks, tables
 
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 GOLDEN = "08_growing_reg.npz"
-METHODS = ("GReg-1", "GReg-2", "FixReg")
-CASES = [f"{method}/{group}" for method in METHODS for group in ("filter", "channel", "weight")]
-CASES += ["GReg-1/filter_magratio", "GReg-2/filter_magratio"]
+HYPER = golden_data.hyper(GOLDEN)
+CASES = [case for case in HYPER if "method" in HYPER[case]]
 
 
 def options(case):
     """Our options for the original's."""
-    own = golden_data.load("hyper.json")[GOLDEN][case]
+    own = HYPER[case]
     return dict(
         method=own["method"].lower().replace("-", ""),
         update_every=own["update_reg_interval"],
@@ -41,14 +40,14 @@ def options(case):
 
 
 def golden_layers(params, case):
-    own = golden_data.load("hyper.json")[GOLDEN][case]
+    own = HYPER[case]
     paths = [f"{name}/kernel" for name in golden_data.load(GOLDEN)[f"{case}/layer_names"]]
     return paths, growing.layers(params, dict(zip(paths, own["stage_pr"])), own["wg"])
 
 
 def removed(case, j, kernel):
     """The original's choice as our bools."""
-    golden, group = golden_data.load(GOLDEN), case.split("/")[1]
+    golden, group = golden_data.load(GOLDEN), HYPER[case]["wg"]
     torch_shape = golden_data.to_torch(kernel).shape
     size = {"weight": math.prod(torch_shape), "channel": torch_shape[1]}.get(group, torch_shape[0])
     out = np.zeros(size, bool)
@@ -60,7 +59,7 @@ def removed(case, j, kernel):
 def test_replayed_weights_give_the_penalties_of_the_original(case):
     golden = golden_data.load(GOLDEN)
     names, updates = golden[f"{case}/layer_names"], list(golden[f"{case}/update_iterations"])
-    weights = [golden[f"{case}/replay/weight/{j}"] for j in range(3)]
+    weights = [golden[f"{case}/replay/weight/{j}"] for j in range(len(names))]
     at = lambda u: {name: {"kernel": golden_data.from_torch(w[u])} for name, w in zip(names, weights)}
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, at(0))
@@ -70,7 +69,7 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
         state, picked, done = jax.jit(tx.init)(params), {}, {}
         for iteration in range(int(golden[f"{case}/last_iter"]) + 1):
             assert not growing.finished(state)
-            u = min(iteration // 2, len(updates) - 1)
+            u = min(iteration // HYPER[case]["update_reg_interval"], len(updates) - 1)
             params = jax.tree.map(jnp.asarray, at(u))
             added, state = step(state, params)
             for name, progress in growing.progress(state).items():
@@ -98,6 +97,12 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
                     else reg.reshape(reg.shape if kernel.ndim == 2 else (1, 1, *reg.shape))
                 )
                 np.testing.assert_allclose(added[names[j]]["kernel"], wanted * kernel, **CLOSE)
+                applied = f"{case}/apply_reg/iter={iteration}/layer{j}"
+                if f"{applied}/weight" in golden:
+                    torch = lambda x: golden_data.to_torch(np.asarray(x))
+                    np.testing.assert_array_equal(torch(kernel), golden[f"{applied}/weight"])
+                    after = golden[f"{applied}/grad_before"] + torch(added[names[j]]["kernel"])
+                    np.testing.assert_allclose(after, golden[f"{applied}/grad_after"], **CLOSE)
                 ratio = golden[f"{case}/replay/hist_mag_ratio"][u][j]
                 if path in regs:
                     np.testing.assert_allclose(growing.progress(state)[path].ratio, np.nan_to_num(ratio), **CLOSE)
@@ -121,7 +126,8 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
 
 
 def forward(params, images):
-    x = images
+    """(logits, [mean and variance of each batch norm as PyTorch's running statistics take them])."""
+    x, statistics = images, []
     for conv, norm in (("features.0", "features.1"), ("features.4", "features.5")):
         x = jax.lax.conv_general_dilated(
             x, params[conv]["weight"], (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW")
@@ -129,17 +135,23 @@ def forward(params, images):
         if "bias" in params[conv]:
             x = x + params[conv]["bias"][:, None, None]
         mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+        count = x.size // x.shape[1]
+        statistics += [mean.ravel(), var.ravel() * count / (count - 1)]
         scale, bias = (params[norm][k][:, None, None] for k in ("weight", "bias"))
         x = jax.nn.relu((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias)
         pool = jnp.max if norm == "features.1" else jnp.mean
         x = pool(x.reshape(*x.shape[:2], x.shape[2] // 2, 2, x.shape[3] // 2, 2), (3, 5))
-    return x.reshape(len(x), -1) @ params["classifier"]["weight"].T + params["classifier"]["bias"]
+    logits = x.reshape(len(x), -1) @ params["classifier"]["weight"].T + params["classifier"]["bias"]
+    return logits, statistics
 
 
-@pytest.mark.parametrize("case", ["GReg-1/filter", "GReg-2/filter_magratio", "GReg-2/weight", "FixReg/channel"])
+STATISTICS = [f"features.{i}.running_{name}" for i in (1, 5) for name in ("mean", "var")]
+
+
+@pytest.mark.parametrize("case", [*CASES[::4], *CASES[-1:]])
 def test_training_ends_where_the_original_does(case):
     golden = golden_data.load(GOLDEN)
-    own = golden_data.load("hyper.json")[GOLDEN][case]
+    own, net = HYPER[case], HYPER["net"]
     group = own["wg"]
     params = {}
     for name in golden["param_names"]:
@@ -164,14 +176,20 @@ def test_training_ends_where_the_original_does(case):
 
         @jax.jit
         def step(carry):
-            params, state, i = carry
-            loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(
-                forward(p, images[i % 5]), labels[i % 5]
-            ).mean()
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            return optax.apply_updates(params, updates), state, i + 1
+            params, state, i, running = carry
 
-        carry = (params, jax.jit(tx.init)(params), 0)
+            def loss(params):
+                logits, statistics = forward(params, images[i % net["nb"]])
+                chosen = labels[i % net["nb"]]
+                return optax.softmax_cross_entropy_with_integer_labels(logits, chosen).mean(), statistics
+
+            grads, statistics = jax.grad(loss, has_aux=True)(params)
+            running = [0.9 * old + 0.1 * new for old, new in zip(running, statistics)]
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, i + 1, running
+
+        begun = [np.full(width, float(i % 2)) for i, width in enumerate(np.repeat(net["c"][1:], 2))]
+        carry = (params, jax.jit(tx.init)(params), 0, begun)
         while not growing.finished(carry[1]):
             carry = step(carry)
         assert carry[2] == golden[f"{case}/last_iter"] + 1
@@ -180,6 +198,8 @@ def test_training_ends_where_the_original_does(case):
             np.testing.assert_allclose(
                 carry[0][module][leaf], golden[f"{case}/before_prune/{name}"], rtol=1e-7, atol=1e-9
             )
+        for name, found in zip(STATISTICS, carry[3], strict=True):
+            np.testing.assert_allclose(found, golden[f"{case}/before_prune/{name}"], rtol=1e-7, atol=1e-9)
 
 
 # Numbers and picks

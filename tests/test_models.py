@@ -149,7 +149,7 @@ def test_weight_rule():
     np.testing.assert_array_equal(golden_data.rule_input((3, 32, 32)).ravel()[:8], stored["rule/input_first8_3x32x32"])
 
 
-@pytest.mark.parametrize("key", GOLDEN_NETS)
+@pytest.mark.parametrize("key", [key for key in golden_data.load("11_models.json") if key in GOLDEN_NETS])
 def test_logits_and_parameter_count_of_the_original(key):
     net, expected = golden_data.load("11_models.json")[key], golden_data.load("11_models.npz")[f"{key}/logits"]
     options, shape = GOLDEN_NETS[key], net["input_shape"]
@@ -172,9 +172,10 @@ def test_parameter_count(name, shape):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == COUNTS[name, shape]
 
 
-@pytest.mark.parametrize("key", TRAINED_NETS)
+@pytest.mark.parametrize("key", golden_data.parts("12_training_steps.npz", r"(\w+)/param_names"))
 def test_training_steps_of_the_original(key):
-    stored = golden_data.load("12_training_steps.npz")
+    stored, hyper = golden_data.load("12_training_steps.npz"), golden_data.hyper("12_training_steps.npz")
+    momentum_rate, decay, rate = (hyper[name] for name in ("momentum", "weight_decay", "lr"))
     expected = {name.removeprefix(f"{key}/"): array for name, array in stored.items() if name.startswith(f"{key}/")}
     torch_names = [str(name) for name in expected["param_names"]]
     torch_shapes = [tuple(map(int, str(shape).split("x"))) for shape in expected["param_shapes"]]
@@ -200,15 +201,15 @@ def test_training_steps_of_the_original(key):
         @jax.jit
         def step(params, momentum, batch_stats):
             (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_stats)
-            momentum = jax.tree.map(lambda m, g, p: 0.9 * m + g + 5e-4 * p, momentum, grads, params)
-            params = jax.tree.map(lambda p, m: p - 0.05 * m, params, momentum)
+            momentum = jax.tree.map(lambda m, g, p: momentum_rate * m + g + decay * p, momentum, grads, params)
+            params = jax.tree.map(lambda p, m: p - rate * m, params, momentum)
             return (params, momentum, batch_stats), (loss, logits, grads)
 
         variables = golden_data.variables(torch_names, torch_shapes)
         params, batch_stats = variables["params"], variables["batch_stats"]
         state = params, jax.tree.map(np.zeros_like, params), batch_stats
         losses = []
-        for i in range(3):
+        for i in range(hyper["steps"]):
             state, (loss, logits, grads) = step(*state)
             losses.append(loss)
             if i == 0:

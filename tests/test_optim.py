@@ -15,18 +15,17 @@ CLOSE = dict(rtol=1e-9, atol=1e-11)
 
 
 def golden_cases(kind):
-    golden = golden_data.load("02_sfw_optimizers.npz")
-    return sorted({key.rsplit("/", 1)[0] for key in golden if key.startswith(kind + "/")})
+    return sorted(golden_data.parts("02_sfw_optimizers.npz", rf"({kind}/.+)/\d+"))
 
 
 def golden_sets(name):
-    hyper = golden_data.load("hyper.json")["02_sfw_optimizers.npz"]
+    hyper = golden_data.hyper("02_sfw_optimizers.npz")
     return {
         "ksparse": [polytopes.KSparse(k, r) for k, r in zip(hyper["K"], hyper["k_radius"])],
         "l2": [polytopes.LpBall(r, 2.0, zero_below=1e-10) for r in hyper["l2_radius"]],
         "linf": [polytopes.LpBall(r, float("inf"), zero_up=True) for r in hyper["linf"]],
         "l1": [polytopes.LpBall(r, 1.0) for r in hyper["l1"]],
-        "none": [polytopes.Unconstrained()] * 3,
+        "none": [polytopes.Unconstrained()] * len(hyper["K"]),
     }[name]
 
 
@@ -38,8 +37,9 @@ def replay(case, make_tx):
     """Parameters after each of the golden steps, under the optimizer `make_tx(sets)`."""
     golden, name = golden_data.load("02_sfw_optimizers.npz"), case.split("/")[1]
     starts = "start_raw" if name == "none" else f"start/{name}"
-    params = [jnp.asarray(golden[f"{starts}/{j}"]) for j in range(3)]
-    raw = [jnp.asarray(golden[f"start_raw/{j}"]) for j in range(3)]
+    tensors = range(len(golden_sets(name)))
+    params = [jnp.asarray(golden[f"{starts}/{j}"]) for j in tensors]
+    raw = [jnp.asarray(golden[f"start_raw/{j}"]) for j in tensors]
     np.testing.assert_allclose(
         jnp.concatenate([x.ravel() for x in polytopes.shift_inside(raw, golden_sets(name))]),
         jnp.concatenate([x.ravel() for x in params]),
@@ -48,11 +48,11 @@ def replay(case, make_tx):
     tx = make_tx(golden_sets(name))
     step = jax.jit(lambda g, s, p: tx.update(g, s, p))
     state = tx.init(params)
-    for i in range(12):
-        grads = [jnp.asarray(golden[f"grads/{j}"][i]) for j in range(3)]
+    for i in range(golden_data.hyper("02_sfw_optimizers.npz")["steps"]):
+        grads = [jnp.asarray(golden[f"grads/{j}"][i]) for j in tensors]
         updates, state = step(grads, state, params)
         params = optax.apply_updates(params, updates)
-        for j in range(3):
+        for j in tensors:
             np.testing.assert_allclose(params[j], golden[f"{case}/{j}"][i], err_msg=f"{case} step {i}", **CLOSE)
 
 
@@ -117,45 +117,44 @@ def rates(rate, losses):
     return np.asarray(out).reshape(epochs, steps)
 
 
-@pytest.mark.parametrize("name", ["keep", "decrease_3", "decrease_3_180", "dynamic_change"])
-@pytest.mark.parametrize("base", ["1.0", "0.1"])
+@pytest.mark.parametrize(("name", "base"), golden_data.parts("03_lr_schedules.npz", r"(\w+)/lr0=(.+)"))
 def test_schemes_match_the_original(name, base):
     golden = golden_data.load("03_lr_schedules.npz")
     losses = golden["epoch_batch_losses"]
     own = dict(loss="last_batch") if name == "dynamic_change" else {}
     with jax.enable_x64(True):
-        ours = rates(optim.SCHEDULES[name](float(base), 180, losses.shape[1], **own), losses)
+        ours = rates(optim.SCHEDULES[name](float(base), *losses.shape, **own), losses)
     assert (ours == ours[:, :1]).all()  # constant within an epoch
     np.testing.assert_allclose(ours[:, 0], golden[f"{name}/lr0={base}"], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["decrease_3", "dynamic_change"])
-def test_schemes_of_short_runs_match_the_original(name):
+@pytest.mark.parametrize(("name", "base"), golden_data.parts("03_lr_schedules.npz", r"short/(\w+)/lr0=(.+)"))
+def test_schemes_of_short_runs_match_the_original(name, base):
     golden = golden_data.load("03_lr_schedules.npz")
     losses = golden["short/epoch_losses"][:, None]
     with jax.enable_x64(True):
-        ours = rates(optim.SCHEDULES[name](1.0, 100, 1), losses)
-    np.testing.assert_allclose(ours[:, 0], golden[f"short/{name}/lr0=1.0"], **CLOSE)
+        ours = rates(optim.SCHEDULES[name](float(base), *losses.shape), losses)
+    np.testing.assert_allclose(ours[:, 0], golden[f"short/{name}/lr0={base}"], **CLOSE)
 
 
-@pytest.mark.parametrize("preset", [0, 1])
+@pytest.mark.parametrize("preset", golden_data.parts("03_lr_schedules.npz", r"preset/(\d+)/"))
 def test_piecewise_tables_match_the_original(preset):
     golden = golden_data.load("03_lr_schedules.npz")
     table = str(golden[f"preset/{preset}/spec"][0]).strip("{}")
+    expected = golden[f"preset/{preset}/lr"]
+    shape = (len(expected), 2)
     with jax.enable_x64(True):
-        ours = rates(optim.piecewise(1.0, 160, 2, table=table), np.zeros((160, 2)))
-    np.testing.assert_allclose(ours[:, 1], golden[f"preset/{preset}/lr"], **CLOSE)
+        ours = rates(optim.piecewise(1.0, *shape, table=table), np.zeros(shape))
+    np.testing.assert_allclose(ours[:, 1], expected, **CLOSE)
 
 
 ONE_SHOT = {"multistep": optim.original_multistep, "cos": optim.original_cosine}
 
 
-@pytest.mark.parametrize(
-    "name", ["multistep_warm", "multistep_with_warmup", "cosine_with_warmup", "cosine", "warm_only"]
-)
+@pytest.mark.parametrize("name", golden_data.parts("03_lr_schedules.npz", r"globalprune/(\w+)"))
 def test_schedules_of_the_one_shot_original(name):
     """Rates of every iteration, defects included: milestones and period in iterations, recursion from warm-up rates."""
-    hyper = golden_data.load("hyper.json")["03_lr_schedules.npz"][name]
+    hyper = golden_data.hyper("03_lr_schedules.npz")[name]
     own = dict(warmup_epochs=hyper["warm"])
     if hyper["schedumode"] == "multistep":
         own.update(milestones=tuple(hyper["milestones"]) if hyper["schedu"] else (), gamma=hyper["gamma"])

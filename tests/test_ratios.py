@@ -19,8 +19,8 @@ from sparsity_jax.models import vgg
 
 FILE = "09_stage_pr.npz"
 GRANULARITIES = ("filter", "channel", "weight")
-RESIDUAL = ["0_resnet56", "1_resnet56", "2_resnet34", "3_resnet50", "4_resnet50", "5_resnet18"]
-SINGLE = ["0_vgg19", "1_vgg19", "2_vgg16", "3_lenet5"]
+RESIDUAL = golden_data.parts(FILE, r"resnet/(\w+)/")
+SINGLE = golden_data.parts(FILE, r"single/(\w+)/")
 
 
 # The original --------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def test_places_of_the_original(name):
         assert layer.address == ((stage,) if block == -9 else (stage, block, conv)), layer
 
 
-@pytest.mark.parametrize("i", range(5))
+@pytest.mark.parametrize("i", golden_data.parts(FILE, r"single_branch_parse/(\d+)/"))
 def test_ranges_of_the_original(i):
     stored = golden_data.load(FILE)
     expected = stored[f"single_branch_parse/{i}/ratio"]

@@ -1,6 +1,7 @@
 """Importance measures: against the original's numbers, slow references, and the properties each promises."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,7 +27,19 @@ NETS = {
     },
     "mobilenet": {"stem_width": 4, "blocks": ((5, 1), (6, 2), (7, 2), (8, 1))},
 }
-SIZES = (8, 5, 8, 8, 8, 8)  # of the batches until the 40 samples are reached
+HYPER = golden_data.hyper(FILE)
+
+
+def batch_sizes():
+    """Of the loader's batches, until `num_stop` samples are reached."""
+    sizes = [HYPER["batch_size"]] * HYPER["batches"]
+    sizes[1] = HYPER["second_batch_is_truncated_to"]
+    reached = np.cumsum(sizes) >= HYPER["num_stop"]
+    return tuple(sizes[: np.argmax(reached) + 1])
+
+
+SIZES = batch_sizes()
+TEMPERATURES = {"temperature": HYPER["T"], "grasp_temperature": HYPER["grasp_T"]}
 nets = pytest.mark.parametrize("net", sorted(NETS))
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -99,7 +112,11 @@ def original(net):
 
 
 def model(net):
-    return models.build(name=net, num_classes=4, dtype="float64", param_dtype="float64", **NETS[net])
+    return models.build(name=net, num_classes=num_classes(net), dtype="float64", param_dtype="float64", **NETS[net])
+
+
+def num_classes(net):
+    return golden_data.load(FILE)[f"{net}/logits_eval"].shape[-1]
 
 
 def inference_loss(net, batch_stats):
@@ -118,17 +135,18 @@ def gathered(net):
     with jax.enable_x64(True):
         it = original(net)
         data = jax.tree.map(jnp.asarray, it.data)
-        chosen = scores.class_balanced(it.data[1], 4, 40)
+        chosen = scores.class_balanced(it.data[1], num_classes(net), HYPER["num_stop"])
         balanced = jax.tree.map(lambda x: x[chosen], data)
         init = it.stored("params_init")
         needs = scores.required(*(set(scores.MEASURES) - {"biased_loss_tracked"}))
-        collect = scores.gather(inference_loss(net, it.batch_stats), needs, 8, temperature=5.0, on_host=True)
+        collect = scores.gather(inference_loss(net, it.batch_stats), needs, SIZES[0], on_host=True, **TEMPERATURES)
         # the second batch of the loader is shorter: parts count by their size
+        ends = (0, SIZES[0], SIZES[0] + SIZES[1], sum(SIZES))
         parts = [
             collect(it.params, jax.tree.map(lambda x, a=a, b=b: x[a:b], data), balanced=balanced, init=init)
-            for a, b in ((0, 8), (8, 13), (13, 45))
+            for a, b in itertools.pairwise(ends)
         ]
-        mean = lambda *xs: sum(share * x for share, x in zip((8 / 45, 5 / 45, 32 / 45), xs))
+        mean = lambda *xs: sum(share * x for share, x in zip(np.diff(ends) / ends[-1], xs))
         means = {name: jax.tree.map(mean, *(getattr(part, name) for part in parts)) for name in ("g", "g2")}
         return parts[0]._replace(**means)
 
@@ -150,9 +168,9 @@ def check_all(it, net, statistics, *cases):
 def test_networks_and_gathered_statistics_are_the_originals(net):
     with jax.enable_x64(True):
         it, statistics = original(net), gathered(net)
-        logits = jax.jit(model(net).apply)({**it.params, "batch_stats": it.batch_stats}, it.data[0][:8])
+        logits = jax.jit(model(net).apply)({**it.params, "batch_stats": it.batch_stats}, it.data[0][: SIZES[0]])
         np.testing.assert_allclose(logits, it.golden[f"{net}/logits_eval"], **TIGHT)
-        for field, topic in (("g", "grad"), ("hg_preserve", "hess_grad_T1")):
+        for field, topic in (("g", "grad"), ("hg_preserve", f"hess_grad_T{HYPER['grad_preserve_T']}")):
             found, expected = getattr(statistics, field), it.stored(topic)
             assert jax.tree.structure(found) == jax.tree.structure(expected)
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TIGHT), found, expected)
@@ -248,7 +266,7 @@ def test_tracked_scores_are_the_originals(net):
         weights, grads = replay(net, it)
 
         def run(statistic):
-            own = scores.tracker(alpha=0.8, statistic=statistic)
+            own = scores.tracker(alpha=HYPER["ema_alpha"], statistic=statistic)
             state = own.init(jax.tree.map(lambda x: x[0], weights))
             step = lambda state, pair: (own.update(state, *pair), None)
             return jax.jit(lambda w, g: jax.lax.scan(step, state, (w, g))[0])(weights, grads)
@@ -256,7 +274,7 @@ def test_tracked_scores_are_the_originals(net):
         last, init = jax.tree.map(lambda x: x[-1], weights), it.stored("params_init")
         for topic, start in (("tracked_l2", None), ("tracked_l2_init", init)):
             state = run(functools.partial(scores.weight_saliency, use_l2=True, init=start))
-            assert state.step == 4
+            assert state.step == HYPER["track_batches"]
             statistics = scores.Statistics(w=last, saliency=state.saliency)
             options = {"use_l2": True, "use_init": start is not None}
             check_all(it, net, statistics, (topic, "biased_loss_tracked", options))
@@ -270,15 +288,19 @@ def test_an_epoch_of_training_tracks_what_the_original_tracks():
     net = "vgg"
     with jax.enable_x64(True):
         it, own = original(net), model(net)
-        steps = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.05, momentum=0.9))
+        sgd = HYPER["tracking_sgd"]
+        steps = optax.chain(
+            optax.add_decayed_weights(sgd["weight_decay"]), optax.sgd(sgd["lr"], momentum=sgd["momentum"])
+        )
         statistic = functools.partial(scores.weight_saliency, use_l2=True)
-        tx = scores.track_saliency(steps, steps_per_epoch=8, track_batches=4, statistic=statistic)
+        options = dict(alpha=HYPER["ema_alpha"], track_batches=HYPER["track_batches"])
+        tx = scores.track_saliency(steps, steps_per_epoch=HYPER["batches"], statistic=statistic, **options)
 
         @jax.jit
         def step(params, batch_stats, opt_state, batch):
             def loss(params):
                 logits, updated = own.apply_train({**params, "batch_stats": batch_stats}, batch[0])
-                return losses.cross_entropy(logits, batch[1], temperature=5.0).mean(), updated
+                return losses.cross_entropy(logits, batch[1], temperature=HYPER["T"]).mean(), updated
 
             grads, updated = jax.grad(loss, has_aux=True)(params)
             updates, opt_state = tx.update(grads, opt_state, params)
@@ -286,8 +308,8 @@ def test_an_epoch_of_training_tracks_what_the_original_tracks():
 
         params, batch_stats = jax.tree.map(jnp.asarray, (it.params, it.batch_stats))
         opt_state = tx.init(params)
-        for i in range(8):
-            length = 5 if i == 1 else 8
+        for i in range(HYPER["batches"]):
+            length = HYPER["second_batch_is_truncated_to"] if i == 1 else HYPER["batch_size"]
             batch = it.golden[f"{net}/x"][i][:length].transpose(0, 2, 3, 1), it.golden[f"{net}/y"][i][:length]
             params, batch_stats, opt_state = step(params, batch_stats, opt_state, batch)
         statistics = scores.Statistics(w=params, saliency=optax.tree.get(opt_state, "saliency"))

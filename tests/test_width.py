@@ -230,7 +230,7 @@ def test_a_prediction_evaluates_the_width_a_few_dozen_times(monkeypatch):
 
 @pytest.fixture(scope="module")
 def golden():
-    return golden_data.load("10_width.npz")
+    return golden_data.load("10_hessian.npz")
 
 
 @pytest.fixture(scope="module")
@@ -244,13 +244,13 @@ def golden_params(golden):
     }
 
 
-@pytest.mark.parametrize("epsilon", [0.01, 0.2, 1.5])
+@pytest.mark.parametrize("epsilon", golden_data.parts("10_hessian.npz", r"gw/with_zero_mass/ep=(.+)"))
 def test_width_matches_the_original(golden, epsilon):
     key = "density/two_runs/bins=1000/sigma2=0.01/overhead=0.01"
     density, grid = golden[f"{key}/density"], np.linspace(*golden[f"{key}/grid_first_last"], 1000)
-    found = width.ratio(grid, density, golden["gw/R"], epsilon)
+    found = width.ratio(grid, density, golden["gw/R"], float(epsilon))
     np.testing.assert_allclose(found, golden[f"gw/two_runs_bins=1000/ep={epsilon}"], rtol=1e-9)
-    found = width.ratio(grid, density, golden["gw/R"], epsilon, zero_share=0.3 / 1.3)
+    found = width.ratio(grid, density, golden["gw/R"], float(epsilon), zero_share=0.3 / 1.3)
     np.testing.assert_allclose(found, golden[f"gw/with_zero_mass/ep={epsilon}"], rtol=1e-9)
 
 
@@ -302,14 +302,14 @@ def test_grid_prediction_from_ritz_values_matches_the_original(golden, golden_di
 
 
 def test_original_counts_match_the_thresholds():
-    golden = golden_data.load("10_width.npz")
-    kernels = [golden[f"threshold/params/{name}"] for name in golden["threshold/prunable_order"]]
+    golden = golden_data.load("05b_global_threshold.npz")
+    kernels = [golden[f"params/{name}"] for name in golden["prunable_order"]]
     flat, distances = np.concatenate([k.ravel() for k in kernels]), width.distances(kernels, scope="all")
-    removed = ~golden["threshold/keep_mask"]
+    removed = ~golden["keep_mask"]
     expected = (flat**2 * removed).sum(1) - np.abs(flat).min() ** 2
-    found = distances.at(golden["threshold/sparsities"], count="original") ** 2
+    found = distances.at(golden["sparsities"], count="original") ** 2
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
-    thresholds = golden["threshold/threshold_1000"]
+    thresholds = golden["threshold_1000"]
     expected = (flat**2 * (np.abs(flat) <= thresholds[:, None])).sum(1) - np.abs(flat).min() ** 2
     found = distances.at(np.arange(1000) / 1000, count="original") ** 2
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
