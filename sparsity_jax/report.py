@@ -729,11 +729,10 @@ def bins_table(labels: list[str], histograms: list) -> str:
 
 def zeros_table(labels: list[str], found: list) -> str:
     """Share of zeros in the arrays that were pruned and in all parameters, at the usual ratios; "" if rows lack it."""
-    stops = [
-        stop for stop in figures.LAYER_STOPS if any(np.abs(curve.ratio - stop).min() <= figures.NEAR for curve in found)
-    ]
     known = [curve for curve in found if np.isfinite(curve.zeros_of_all).any()]
-    if not known or not stops:
+    near = lambda curve, stop: np.abs(curve.ratio - stop).min() <= figures.NEAR
+    stops = [stop for stop in figures.LAYER_STOPS if any(near(curve, stop) for curve in known)]
+    if not stops:
         return ""
     head = "".join(f'<th scope="col" class="num">{100 * stop:g}%</th>' for stop in stops)
     body = ""

@@ -405,6 +405,15 @@ def test_table_and_export_have_one_verdict(tmp_path, monkeypatch):
     assert not looks  # compared once
 
 
+def test_what_counts_as_rounding_follows_the_arithmetic():
+    """A network of float32 weights that computes in bfloat16."""
+    problem, state = fresh(dict(name="mlp", widths=(8,), dtype="bfloat16"))
+    assert evaluate._tolerance(problem, state) == 2e-2
+    assert evaluate.compared(problem, state)[2] == ""
+    problem, state = fresh(dict(name="mlp", widths=(8,)))
+    assert evaluate._tolerance(problem, state) == 1e-4
+
+
 def test_places_that_cannot_be_written_are_told_before_anything_is_measured(cut, tmp_path):
     (tmp_path / "file").write_text("")
     for option, name in (("--torch", "w.safetensors"), ("--export", "network"), ("--json", "numbers.json")):
