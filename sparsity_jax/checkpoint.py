@@ -1,171 +1,161 @@
-"""Saving and restoring a whole run with orbax: one pytree of arrays, and the rows and position beside it."""
+"""Saving and restoring the arrays of a whole run, one pytree, with orbax; see `workdirs` for the rest."""
 
 import concurrent.futures
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from sparsity_jax import tables, trees
+from sparsity_jax import intact, trees, workdirs
+from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot
 
 PyTree = Any
 
 
-class Progress(NamedTuple):
-    """Where a run is. stage: index in the pipeline; begun: whether it has made its own state; rows: all so far."""
+# Reading -----------------------------------------------------------------------------------------------------
 
-    stage: int
-    begun: bool
-    rows: list[dict]
+
+def restore(snapshot: Snapshot, like: PyTree) -> PyTree:
+    """The state; `like`: arrays or shape structs (with shardings) of the same structure."""
+    with contextlib.closing(ocp.StandardCheckpointer()) as reader:
+        return reader.restore(snapshot.folder / STATE, like)
+
+
+def shapes(snapshot: Snapshot) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state's arrays, by path."""
+    return {path: leaf.shape for path, leaf in trees.named_leaves(_metadata(snapshot)).items()}
+
+
+def tree(snapshot: Snapshot) -> PyTree:
+    """The state as nested dicts, whatever wrote it, on one local device."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    struct = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    return restore(snapshot, jax.tree.map(struct, _metadata(snapshot)))
+
+
+def arrays(snapshot: Snapshot) -> dict[str, jax.Array]:
+    """The state's arrays by path, whatever wrote them, on one local device."""
+    return trees.named_leaves(tree(snapshot))
+
+
+def _metadata(snapshot: Snapshot) -> PyTree:
+    """Shapes and types of the state's arrays in the structure in which they were written."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        return reader.metadata(snapshot.folder / STATE).tree
+
+
+# Writing -----------------------------------------------------------------------------------------------------
 
 
 class Checkpoints:
-    """The newest states of a run in `workdir/checkpoints`: written atomically in the background, oldest dropped.
+    """Writes the states of a run to `workdir/checkpoints` in the background; the newest `keep` stay.
 
-    A thread of its own starts the writes, so that a Ctrl-C or SIGTERM in the middle of one does not leave it half done.
+    whole: the checkpoint that the run goes on from; it stays until newer ones are written. config: the run's, plain.
+    before_save: called before every write, which an exception of it prevents.
+    A thread of its own starts the writes, so that a Ctrl-C in the middle of one does not leave it half done.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self._folder, item_names=("state", "progress"), options=options)
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: dict,
+        whole: Snapshot | None = None,
+        before_save: Callable[[], None] = lambda: None,
+        keep: int = 2,
+    ):
+        self._folder = pathlib.Path(workdir).absolute() / FOLDER
+        self._config = config
+        self._before_save = before_save
+        self._keep = keep
+        self._whole = [int(whole.folder.name)] if whole else []
+        self._orbax = ocp.StandardCheckpointer()
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
+        self._pending: concurrent.futures.Future | None = None
 
     def save(self, state: PyTree, progress: Progress) -> None:
         """Saves after all earlier ones; afterwards `state` may be donated and `progress.rows` may grow.
 
-        Raises OSError where this one or the one before cannot be written; those before stay.
+        The first one is read back and compared. Raises OSError where this one or the one before cannot be written, or
+        is read otherwise than it was written; those before stay.
         """
-        progress = progress._replace(rows=list(progress.rows))  # written later, when there may be more
+        record = dict(progress._asdict(), rows=list(progress.rows), config=self._config)
+        first = self._pending is None
+        self._before_save()
         with self._told():
-            self._writer.submit(self._save, state, progress).result()
+            self._wait()
+            number = max(workdirs.numbers_in(self._folder), default=0) + 1
+            self._writer.submit(self._begin, number, state).result()
+            self._pending = self._writer.submit(self._finish, number, record)
+            if first:
+                self._wait()
+        if first:
+            self._check_readable(number, state)
+
+    def _begin(self, number: int, state: PyTree) -> None:
+        """Copies the arrays from the devices and begins to write them."""
+        part = self._part(number)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        self._orbax.save(part / STATE, state)
+
+    def _finish(self, number: int, record: dict) -> None:
+        """Once the arrays are written: the rest, the checksums, the final name; then older ones may go."""
+        self._orbax.wait_until_finished()
+        part = self._part(number)
+        (part / PROGRESS).write_text(json.dumps(record), encoding="utf-8")
+        intact.seal(part)
+        part.rename(self._folder / str(number))
+        self._whole = [*self._whole, number][-self._keep :]
+        for old in set(workdirs.numbers_in(self._folder)) - set(self._whole):
+            shutil.rmtree(self._folder / str(old), ignore_errors=True)
+
+    def _part(self, number: int) -> pathlib.Path:
+        return self._folder / f".writing_{number}"
+
+    def _check_readable(self, number: int, state: PyTree) -> None:
+        """Raises OSError unless the checkpoint `number` holds `state`, bit for bit."""
+        folder = self._folder / str(number)
+        reason = intact.damage(folder)
+        if not reason and not _same_bits(restore(workdirs.read(folder), abstract(state)), state):
+            reason = f"{folder} does not read as it was written"
+        if reason:
+            raise OSError(f"{reason}; the disk or file system of {self._folder} is not to be trusted.")
+
+    def _wait(self) -> None:
+        """Waits for the write under way; raises what made it fail."""
+        if self._pending is not None:
+            self._pending.result()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Failures of the file system, which reach here as ValueError with all their history, as a plain OSError."""
+        """Failures of the file system, which come in many types with all their history, as a plain OSError."""
         try:
             yield
+        except OSError as error:
+            raise OSError(f"{self._folder} cannot be written: {error.strerror or error}") from None
         except ValueError as error:
             if "os_error_code" not in str(error):
                 raise
             reason = str(error).rsplit(": ", 1)[-1].partition(" [os_error_code")[0]
             raise OSError(f"{self._folder} cannot be written: {reason}") from None
 
-    def _save(self, state: PyTree, progress: Progress) -> None:
-        self._manager.wait_until_finished()
-        number = (self._manager.latest_step() or 0) + 1
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict()))
-        self._manager.save(number, args=items)
-
-    def progress(self) -> Progress | None:
-        """Position and rows of the newest checkpoint, None if there is none."""
-        number = self._manager.latest_step()
-        if number is None:
-            return None
-        restored = self._manager.restore(number, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-        return Progress(**restored.progress)
-
-    def restore(self, like: PyTree) -> PyTree:
-        """The newest state; `like`: arrays or shape structs (with shardings) of the same structure."""
-        number = self._manager.latest_step()
-        return self._manager.restore(number, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the newest state's arrays, by path."""
-        return {path: leaf.shape for path, leaf in trees.named_leaves(self._metadata()).items()}
-
-    def arrays(self) -> dict[str, jax.Array]:
-        """The newest state's arrays by path, whatever wrote them, on one local device."""
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), self._metadata())
-        return trees.named_leaves(self.restore(like))
-
-    def _metadata(self) -> PyTree:
-        """Shapes and types of the newest state's arrays in the structure in which they were written."""
-        with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-            return reader.metadata(self._folder / str(self._manager.latest_step()) / "state").tree
-
     def close(self) -> None:
         """Waits for writes under way; raises OSError where they fail."""
         self._writer.shutdown()
         with self._told():
-            self._manager.wait_until_finished()
-            self._manager.close()
+            self._wait()
+            self._orbax.close()
 
 
-def finished_stages(workdir: pathlib.Path) -> int | None:
-    """How many stages the run in `workdir` has finished; None if it has saved nothing."""
-    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
-        return None
-    saved = Checkpoints(workdir)
-    progress = saved.progress()
-    saved.close()
-    return progress and progress.stage
-
-
-def is_finished(workdir: pathlib.Path) -> bool:
-    """Whether the run in `workdir` has finished all stages of its pipeline."""
-    workdir = pathlib.Path(workdir)
-    return (workdir / "config.json").is_file() and finished_stages(workdir) == len(read_config(workdir)["pipeline"])
-
-
-def claim(workdir: pathlib.Path, config: dict) -> None:
-    """Makes `workdir` the place of `config` (written to config.json), or checks that it already is.
-
-    Raises ConfigError naming every field that differs.
-    """
-    refuse_other(workdir, config)
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
-
-
-def refuse_other(workdir: pathlib.Path, config: dict) -> None:
-    """Raises ConfigError naming every field that differs if `workdir` belongs to another config."""
-    workdir, config = pathlib.Path(workdir), json.loads(json.dumps(config))
-    if workdir.exists() and not workdir.is_dir():
-        raise tables.ConfigError(f"{workdir} is a file; use another --workdir.")
-    if (workdir / "config.json").exists():
-        differing = differences(read_config(workdir), config)
-        if differing:
-            lines = "\n".join(f"  config.{name}: {old} there, {new} now" for name, old, new in differing)
-            raise tables.ConfigError(f"{workdir} holds a run of another config; use another --workdir.\n{lines}")
-
-
-def read_config(workdir: pathlib.Path) -> dict:
-    """The config of the run in `workdir`; raises ConfigError for a file that holds none."""
-    path = pathlib.Path(workdir) / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise tables.ConfigError(f"{path} is not readable as JSON ({error}); use another folder.") from None
-    if not isinstance(found, dict):
-        raise tables.ConfigError(f"{path} holds no config but a {type(found).__name__}; use another folder.")
-    return found
-
-
-def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, str, str]]:
-    """(field, value in first, value in second) of every field that differs."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        found = []
-        for name in sorted({*first, *second}):
-            deeper = f"{path}.{name}" if path else name
-            missing = {"absent"}
-            a, b = first.get(name, missing), second.get(name, missing)
-            if a is missing or b is missing:
-                show = lambda x: "absent" if x is missing else json.dumps(x)  # noqa: B023 - used at once
-                found.append((deeper, show(a), show(b)))
-            else:
-                found += differences(a, b, deeper)
-        return found
-    return [] if first == second else [(path, json.dumps(first), json.dumps(second))]
+def _same_bits(first: PyTree, second: PyTree) -> bool:
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
 def abstract(tree: PyTree) -> PyTree:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import flow, groups, tables, trees
+from sparsity_jax import flow, groups, stopping, tables, trees
 
 PyTree = Any
 
@@ -329,6 +329,7 @@ def _measure(calls: list[tuple[Callable, tuple]], repeats: int, warmup: int) -> 
             jax.block_until_ready(compiled(*ready[-1][1]))
     samples = [[] for _ in ready]
     for turn in range(repeats):
+        stopping.check()
         for i in range(len(ready)):
             chosen = (i + turn) % len(ready)
             compiled, args = ready[chosen]

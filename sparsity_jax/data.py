@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -20,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import decoding
+from sparsity_jax import decoding, stopping
 from sparsity_jax.decoding import decode, fit, why_not
 from sparsity_jax.sources import Opened, Source, UnreadableError, check_label, open_set
 from sparsity_jax.tables import ConfigError, Fraction, Index, Range, check_options, defaults, lookup
 
 CHUNK = 500  # records one thread reads and decodes at a time
+DECODED_ALONE = 32  # of those looked at, to measure what threads gain
 LOOKED_AT = 512  # images of each split of a stream that are decoded before anything starts
 
 
@@ -56,6 +58,7 @@ class Stream:
     shape: tuple[int, int, int, int]  # [N, H, W, C]
     num_classes: int
     options: Mapping[str, Any]  # of `load`
+    reading: str = ""  # what `look_at` chose, in words
 
 
 class Normalization(NamedTuple):
@@ -94,7 +97,7 @@ def load(
     resize_size: Index = 0,
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0),
     crop_ratio: tuple[Annotated[float, Range(1e-3, 1e3)], Annotated[float, Range(1e-3, 1e3)]] = (3 / 4, 4 / 3),
-    workers: Annotated[int, Range(0, 256)] = 0,
+    workers: Annotated[int, Range(-1, 256)] = -1,
     prefetch: Annotated[int, Range(1, 1000)] = 4,
     unreadable: Literal["stop", "skip"] = "stop",
     unreadable_share: Fraction = 0.1,
@@ -126,7 +129,8 @@ def load(
         image_size (256 for 224).
     crop_scale, crop_ratio: least and largest area (as a share of the image's) and ratio of width to height of the
         random part of a train image; (1, 1) and (1, 1) is always its central square.
-    workers: processes that read and decode; 0 does it in threads of this one, as many as it has CPU cores.
+    workers: processes that read and decode; 0 does it in threads of this one, as many as it has CPU cores; -1 decides
+        between threads and as many processes by measurement, see `look_at`.
     prefetch: batches read ahead.
     unreadable: an image that cannot be decoded stops the run, or is replaced by a random other one (`skip`; in
         evaluation it is left out).
@@ -261,9 +265,10 @@ def first_channels(source: Source, indices: Sequence[int]) -> int:
     raise ConfigError(f"{source.describe(int(indices[0]))} and all other images cannot be decoded.")
 
 
-def look_at(images: Stream) -> None:
+def look_at(images: Stream) -> Stream:
     """Decodes `LOOKED_AT` images of a stream, evenly spread, so that mistakes are told before anything starts.
 
+    Returns it with `workers` decided: some of the images are decoded one after the other, the rest in threads.
     Raises ConfigError for a label that is no class, and for images that cannot be decoded if they would stop the run.
     """
     source, options = images.source, images.options
@@ -279,14 +284,40 @@ def look_at(images: Stream) -> None:
         check_label(label, images.num_classes, source.describe(index))
         return "", orientation_of(payload)
 
+    started = time.perf_counter()
+    seen = list(map(look, sample[:DECODED_ALONE]))
+    between = time.perf_counter()
     with reading_pool() as pool:
-        seen = list(pool.map(look, sample))
+        seen += pool.map(look, sample[DECODED_ALONE:])
+    alone, together = between - started, time.perf_counter() - between
     lost = [reason for reason, _ in seen if reason]
     if lost and options["unreadable"] == "stop":
         raise ConfigError(f"{lost[0]} config.data.unreadable='skip' goes on without such images and counts them.")
     check_losses(lost, len(sample), options)
     turned = [source.describe(index) for index, (_, way) in zip(sample, seen) if way != 1]
     tell_orientation(turned, len(sample), options["orientation"] == "exif")
+    if options["workers"] >= 0 or len(sample) <= 2 * DECODED_ALONE:
+        return images
+    rates = DECODED_ALONE / max(alone, 1e-9), (len(sample) - DECODED_ALONE) / max(together, 1e-9)
+    workers, reading = choose_workers(len(images.indices), usable_cores(), *rates)
+    return dataclasses.replace(images, options={**options, "workers": workers}, reading=reading)
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_workers(count: int, cores: int, alone: float, together: float) -> tuple[int, str]:
+    """(number of processes, 0 for threads; the choice in words) to read `count` images.
+
+    alone, together: images a second decoded by one thread and by a thread per core. Processes take seconds to start and
+    copy what they read. They are worth it where threads leave half of at least four cores idle and an epoch takes a
+    minute and more.
+    """
+    measured = f"{together:.4g} images/s in {cores} threads, {alone:.4g} in one"
+    if cores >= 4 and together < cores * alone / 2 and count / together > 60:
+        return cores, f"{cores} processes, since threads do not keep the cores busy ({measured})"
+    return 0, f"threads ({measured})"
 
 
 def check_losses(lost: Sequence[str], total: int, options: Mapping[str, Any]) -> None:
@@ -342,7 +373,7 @@ def decode_split(source: Source, limit: int, size: int, channels: int, convert: 
         futures = [pool.submit(work, start) for start in range(0, len(indices), CHUNK)]
         try:
             for future in futures:
-                future.result()
+                stopping.result_of(future)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error the rest is not decoded
     tell_orientation([source.describe(index) for index in sorted(turned)], len(indices), upright)

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import re
@@ -36,6 +35,7 @@ from sparsity_jax import (
     cost,
     data,
     groups,
+    intact,
     models,
     pipeline,
     pretrained,
@@ -44,16 +44,19 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    workdirs,
 )
 
 PyTree = Any
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 Statistics = Literal["run", "data"]
-FORMAT = 1  # of an exported folder
+FORMAT = 2  # of an exported folder
 VARIABLES, PROGRAM, ABOUT = "variables.npz", "network.stablehlo", "network.json"
-USE = (  # three lines that need jax and flatbuffers only, one on the arrays alone
-    "import jax.export, pathlib",
-    f"network = jax.export.deserialize(bytearray(pathlib.Path('{PROGRAM}').read_bytes()))",
+USE = (  # lines that need jax and flatbuffers only, and one on the arrays alone
+    "import hashlib, jax.export, json, pathlib",
+    f"program, about = pathlib.Path('{PROGRAM}').read_bytes(), json.loads(pathlib.Path('{ABOUT}').read_text())",
+    f"assert hashlib.sha256(program).hexdigest() == about['sha256']['{PROGRAM}']  # it is as it was written",
+    "network = jax.export.deserialize(bytearray(program))",
     "logits = network.call(images)  # float32 [batch >= 1, height, width, channels]: (uint8 / 255 - mean) / std",
     f"# numpy.load('{VARIABLES}')[path] is an array; where arrays[path] is bfloat16, its .view(ml_dtypes.bfloat16)",
 )
@@ -102,15 +105,15 @@ def open_run(
     folders = sorted(path for path in workdir.glob("member_*") if re.fullmatch(r"member_\d+", path.name))
     folders = [workdir] if inside else folders
     numbered = {int(path.name.removeprefix("member_")): path for path in folders}
-    found = {i: checkpoint.finished_stages(path) for i, path in (numbered or {0: workdir}).items()}
-    if all(stage is None for stage in found.values()):
+    found = {i: workdirs.newest(path) for i, path in (numbered or {0: workdir}).items()}
+    if not any(found.values()):
         raise tables.ConfigError(f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more.")
     problem = build(config, data_dir, data_name, statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
-    for i, stage in found.items():
-        if stage is not None:
-            states, progress = restore(numbered.get(i, workdir), problem, hint)
+    for i, snapshot in found.items():
+        if snapshot is not None:
+            states, progress = restore(snapshot, problem, hint)
             own = [members[i] if i < len(members) else {}] if numbered else members
             if len(states) != len(own):
                 raise tables.ConfigError(
@@ -128,9 +131,9 @@ def open_run(
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     """The config of a run, with the defaults of all common fields."""
-    if not (workdir / "config.json").is_file():
+    if not workdirs.holds_run(workdir):
         raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
-    config = checkpoint.read_config(workdir)
+    config = workdirs.read_config(workdir)
     known = tables.parameters(pipeline.settings)
     tables.check_options(pipeline.settings, {name: value for name, value in config.items() if name in known}, "config")
     return {**tables.defaults(pipeline.settings), **config}
@@ -189,32 +192,30 @@ def _statistics_of_run(options: Mapping[str, Any], dataset: data.Dataset) -> dat
     return data.Normalization(trained_on.mean, trained_on.std)
 
 
-def _progress(config: Mapping[str, Any], progress: checkpoint.Progress) -> str:
+def _progress(config: Mapping[str, Any], progress: workdirs.Progress) -> str:
     names = config["pipeline"]
     if progress.stage >= len(names):
         return "finished"
     return f"in stage {progress.stage + 1} of {len(names)} ({names[progress.stage]})"
 
 
-def _label(config: dict[str, Any], progress: checkpoint.Progress) -> str:
+def _label(config: dict[str, Any], progress: workdirs.Progress) -> str:
     """Name of the training that made the network of a checkpoint, as in the report."""
     plan = pipeline.Plan([config], [{}], {}, tuple(config["pipeline"]), {})
     finished = progress.stage - (not progress.begun)
     return pipeline.arm_of(plan, max(finished, 0))
 
 
-def restore(workdir: pathlib.Path, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
-    """(state of each member, progress) of the newest checkpoint in `workdir`, made on whatever devices.
+def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
+    """(state of each member, progress) of a checkpoint made on whatever devices.
 
     hint: what else may be the reason if the checkpoint is of another network, which raises ConfigError.
     """
-    with contextlib.closing(checkpoint.Checkpoints(workdir)) as saved:
-        progress = saved.progress()
-        shapes = saved.shapes()
-        variables = jax.eval_shape(problem.init, jax.random.key(0))
-        wanted = {**variables, "masks": variables["params"]}
-        _check_shapes(workdir, shapes, wanted, hint)
-        arrays = saved.arrays()
+    shapes, progress = checkpoint.shapes(snapshot), snapshot.progress
+    variables = jax.eval_shape(problem.init, jax.random.key(0))
+    wanted = {**variables, "masks": variables["params"]}
+    _check_shapes(snapshot.folder.parent.parent, shapes, wanted, hint)
+    arrays = checkpoint.arrays(snapshot)
     parts = trees.map_named(lambda path, _: arrays[path], wanted)
     state = train.State(
         parts["params"], parts["batch_stats"], parts["masks"], (), arrays["step"], arrays["key"], train.no_metrics()
@@ -354,16 +355,11 @@ def compared(
     if not cut:
         return cut, None, note
     try:
-        stock = structured.take_stock(problem, state, structured.Compact(batch_size, repeats, math.inf))
+        stock = structured.take_stock(problem, state, structured.Compact(batch_size, repeats, 0.0))
     except (TypeError, ValueError) as error:
         return cut, None, f"cannot be compacted: {error}"
-    allowed = _tolerance(problem, state)
-    if not stock["difference"] <= allowed:
-        note = (
-            f"cannot be compacted: its logits would differ by {stock['difference']:.2g} of the largest; allowed: "
-            f"{allowed:g}. Something besides whole channels is masked, or the network is chaotic."
-        )
-        return cut, None, note
+    if stock["warning"]:
+        return cut, None, f"cannot be compacted: {stock['warning']}."
     return cut, stock, ""
 
 
@@ -377,14 +373,6 @@ def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]
         return False, f"its channels cannot be traced: {error}"
     alive = structured.alive_channels(channels, state.masks)
     return any(not own.all() for own in alive.values()), ""
-
-
-def _tolerance(problem: train.Problem, state: train.State) -> float:
-    """Largest relative difference of logits that is rounding: little in float32 on a CPU, more in shorter types."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    image = jax.ShapeDtypeStruct((1, *problem.dataset.test.images.shape[1:]), jnp.float32)
-    short = "f16[" in str(jax.make_jaxpr(problem.model.apply)(variables, image))  # float16 and bfloat16
-    return 2e-2 if short or jax.default_backend() != "cpu" else 1e-4
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -421,7 +409,9 @@ def describe(row: Mapping[str, Any]) -> str:
         lines.append(f"  {words}: {row['speedup']:.2f} times the speed of dense ({spread}) on {row['device']}")
     zeros = row["parameters_kept"] - row["parameters_nonzero"]
     if row["pruned"] == "nothing" and zeros:
-        lines.append(f"  nothing is masked: {zeros:,} parameters are zero, as training or their file left them")
+        lines.append(
+            f"  nothing is masked: {zeros:,} of {row['parameters']:,} parameters are zero, as training or their file left them"
+        )
     elif row["pruned"] == "nothing":
         lines.append("  nothing is pruned: this is the dense network")
     elif row["pruned"] == "weights":
@@ -590,7 +580,48 @@ def _write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], program: byte
     folder.mkdir(exist_ok=True)
     np.savez(folder / VARIABLES, **arrays)
     (folder / PROGRAM).write_bytes(program)
-    (folder / ABOUT).write_text(json.dumps(report.plain(about), indent=1) + "\n", encoding="utf-8")
+    about = report.plain(about)
+    about["sha256"] = {name: intact.digest_of(folder / name) for name in (VARIABLES, PROGRAM)}
+    about["checksum"] = intact.digest_of_value(about)
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    verify(folder)
+    stored = read_arrays(folder)
+    same = {path: array.tobytes() for path, array in stored.items()} == {p: a.tobytes() for p, a in arrays.items()}
+    if not same or (folder / PROGRAM).read_bytes() != program:
+        raise OSError(f"{folder} does not read as it was written; its disk or file system is not to be trusted.")
+
+
+def verify(folder: str | os.PathLike) -> dict[str, Any]:
+    """What network.json of an exported folder says, after all its files have been compared with their checksums.
+
+    Raises ConfigError for a folder without an exported network, and naming the file that is not as it was written.
+    network.json has SHA-256 of the other files in `sha256`, and in `checksum` that of its own other fields, as
+    `json.dumps(..., sort_keys=True)` writes them.
+    """
+    folder = pathlib.Path(folder)
+    for name in (ABOUT, VARIABLES, PROGRAM):
+        if not (folder / name).is_file():
+            raise tables.ConfigError(f"{folder} holds no whole exported network (no {name}).")
+    try:
+        about = report.read_dict(folder / ABOUT)
+    except ValueError as error:
+        raise intact.DamagedError(str(error)) from None
+    if about.get("format") != FORMAT:
+        raise tables.ConfigError(f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}.")
+    rest = {name: value for name, value in about.items() if name != "checksum"}
+    sums = {ABOUT: (about.get("checksum"), intact.digest_of_value(rest))}
+    if isinstance(about.get("sha256"), dict):
+        sums |= {name: (about["sha256"].get(name), intact.digest_of(folder / name)) for name in (VARIABLES, PROGRAM)}
+    for name, (written, found) in sums.items():
+        if written != found:
+            raise intact.DamagedError(f"{folder / name} is not as it was written (its checksum differs); export anew.")
+    return about
+
+
+def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an exported folder, by path."""
+    with np.load(folder / VARIABLES, allow_pickle=False) as stored:
+        return {path: stored[path] for path in stored.files}
 
 
 @contextlib.contextmanager
@@ -612,20 +643,11 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
 
     The model is built anew from network.json and traced, so no width has to be known; `apply` can be differentiated
     and trained further. images: float32 [batch, height, width, channels], normalised as network.json says.
-    Raises ConfigError for a folder without an exported network, and if network.json does not fit the arrays.
+    Raises ConfigError for a folder without an exported network, for a file that is not as it was written, see `verify`,
+    and if network.json does not fit the arrays.
     """
     folder = pathlib.Path(folder)
-    for name in (ABOUT, VARIABLES):
-        if not (folder / name).is_file():
-            raise tables.ConfigError(f"{folder} holds no exported network (no {name}).")
-    try:
-        about = report.read_dict(folder / ABOUT)
-    except ValueError as error:
-        raise tables.ConfigError(str(error)) from None
-    if about.get("format") != FORMAT:
-        raise tables.ConfigError(f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}.")
-    with np.load(folder / VARIABLES, allow_pickle=False) as stored:
-        arrays = {path: stored[path] for path in stored.files}
+    about, arrays = verify(folder), read_arrays(folder)
     model = models.build(num_classes=about["num_classes"], **about["model"])
     image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))

@@ -260,7 +260,7 @@ def run_path(problem, state, settings, place, rows) -> Iterator[train.Update]:
     for member in members_of(problem):
         chosen, own = settings[member], stages.member_state(problem, state, member)
         step_of, terms = pruning_step(problem, chosen, place), path_terms(problem, chosen)
-        selection = dict(selection=chosen.curve.selection, **dict(chosen.curve.options))
+        selection = stages.selecting(problem, chosen.curve)
         ratios = path_ratios(chosen, place.earlier[member])
         for i, ratio in enumerate(ratios):
             if i < len(rows[member]):
@@ -279,7 +279,7 @@ def pruning_step(problem: train.Problem, chosen: Path, place: stages.Place) -> C
     def step_of(state, counts):
         pruned = masks.apply(state.params, prune(state, counts))
         step = jax.tree.map(jnp.subtract, pruned, state.params)
-        return step, jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(step)))
+        return step, trees.norm(step)
 
     position = place.position if chosen.curve.selection == "random" else 0
     name = ("pruning step", position, chosen.curve._replace(ratios=()))
@@ -412,7 +412,7 @@ def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
 
     def batch_norm_of_row(variables, v, data, start, length):
         row = product(variables, v, spectrum.cut(data, start, length))
-        return sum(jnp.sum(jnp.abs(leaf)) for leaf in row.values())
+        return sum(map(trees.absolute_sum, row.values()))
 
     one = problem.once(("row of a batch", chosen), lambda: jax.jit(batch_norm_of_row, static_argnums=4))
 

@@ -6,7 +6,6 @@ that `structured.compact` really removes them.
 Source: Wang, Qin, Zhang, Fu 2021, arXiv:2012.09243, and its published code; see `growing` and `ratios`.
 """
 
-import contextlib
 import math
 import pathlib
 import re
@@ -32,6 +31,7 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    workdirs,
 )
 
 PyTree = Any
@@ -157,8 +157,7 @@ def kernels_of(problem: train.Problem) -> list[str]:
 
 def masks_of(workdir: str) -> dict[str, np.ndarray]:
     """The masks of the network at the end of a finished run of one network, by path."""
-    with contextlib.closing(checkpoint.Checkpoints(pathlib.Path(workdir))) as saved:
-        found = saved.arrays()
+    found = checkpoint.arrays(workdirs.newest(pathlib.Path(workdir)))
     return {path.removeprefix("masks/"): np.asarray(a) for path, a in found.items() if path.startswith("masks/")}
 
 
@@ -177,7 +176,7 @@ def _check_choice(problem: train.Problem, settings: Any) -> None:
     chosen = choice_of(settings)
     where = f"{chosen.where}.inherit is {chosen.inherit!r}"
     if chosen.inherit:
-        if not checkpoint.is_finished(pathlib.Path(chosen.inherit)):
+        if not workdirs.is_finished(pathlib.Path(chosen.inherit)):
             raise tables.ConfigError(f"{where}, which holds no finished run.")
         found, shapes = masks_of(chosen.inherit), trees.named_leaves(stages.shapes_of(problem))
         for path in kernels_of(problem):

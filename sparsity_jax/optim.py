@@ -266,7 +266,7 @@ def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
     dtype: of these; by default that of the array, but at least float32, where small terms still count after many steps.
     """
     wide = lambda w: jnp.promote_types(w.dtype, jnp.float32) if dtype is None else jnp.dtype(dtype)
-    return jax.tree.map(lambda w: jnp.zeros(w.shape, wide(w)), params)
+    return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=wide(w)), params)
 
 
 class HeavyBallState(NamedTuple):
@@ -574,14 +574,16 @@ def choose(
         return ChoiceState(jnp.full((), jnp.nan, float), tuple(tx.init(params) for tx in every))
 
     def update(updates, state, params=None, **extra):
-        def one(i, updates, choices, params, extra):
+        def one(i, updates, choices, params):  # not of `extra`, which may hold functions
             updates, own = every[i].update(updates, choices[i], params, **extra)
             rate = _rate_in(own)
             rate = jnp.asarray(jnp.nan if rate is None else rate, float)
             return updates, ChoiceState(rate, (*choices[:i], own, *choices[i + 1 :]))
 
+        if isinstance(index, int):
+            return one(index, updates, state.choices, params)
         branches = [functools.partial(one, i) for i in range(len(every))]
-        return jax.lax.switch(index, branches, updates, state.choices, params, extra)
+        return jax.lax.switch(index, branches, updates, state.choices, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -633,6 +635,7 @@ def frank_wolfe_step_size(
     if rescale == "gradient":
         length = trees.norm(gap)
         factor = trees.norm(direction) / jnp.where(length > 0, length, 1)
+        factor = jnp.minimum(factor, float(jnp.finfo(factor.dtype).max))  # infinity times a rate of 0 is no number
         # at the vertex itself the factor is infinite, hence 1 after clipping
         return jnp.where(length > 0, jnp.clip(learning_rate * factor, 0, 1), 1.0)
     return jnp.clip(learning_rate / diameter if rescale == "diameter" else learning_rate, 0, 1)
@@ -787,8 +790,10 @@ def adagrad_sfw(
             for _ in range(inner_steps):
                 slope = d + metric * (y - start) / jnp.where(lr > 0, lr, 1)
                 gap = y - s.lmo(slope)
-                curvature = jnp.sum(metric * gap * gap)
-                best = lr * jnp.sum(slope * gap) / jnp.where(curvature > 0, curvature, 1)
+                scale = trees.scale_of(gap)
+                unit = gap / scale  # its squares stay in range
+                curvature = trees.dot(metric * unit, unit)
+                best = lr * trees.dot(slope, unit) / jnp.where(curvature > 0, curvature, 1) / scale
                 y = y - jnp.clip(best, 0, 1) * gap
             return _settled(s, w, y - start)
 
@@ -935,7 +940,8 @@ def program(recipe: Recipe | Choice) -> str:
     if isinstance(recipe, Choice):
         return repr([program(one) for one in recipe.recipes])
     # of the constraint: pattern, name and exponent of every rule
-    kinds = [(pattern, name, own.get("p"), own.get("zero_up")) for pattern, name, own in recipe.constraint]
+    static = ("p", "zero_up", "zero_below")
+    kinds = [(pattern, name, [own.get(key) for key in static]) for pattern, name, own in recipe.constraint]
     return repr(recipe._replace(numbers=sorted(recipe.numbers), constraint=kinds))
 
 
@@ -949,19 +955,22 @@ def needs_norms(recipe: Recipe | Choice) -> bool:
     )
 
 
-def numbers(recipe: Recipe | Choice, params: PyTree, norms: PyTree | None) -> dict[str, Any]:
+def numbers(
+    recipe: Recipe | Choice, params: PyTree, norms: PyTree | None, order: Sequence[str] | None = None
+) -> dict[str, Any]:
     """What `make` may trace: the recipe's numbers and the feasible set of every parameter array.
 
     params: arrays or shape structs. norms: mean initial norms (`polytopes.mean_norms`), None if not `needs_norms`.
+    order: paths of the params in the network's order, for norms `per_shape`; see `polytopes.share_by_shape`.
     Of a Choice: its index, and the same of every recipe.
     """
     if isinstance(recipe, Choice):
         index = jnp.asarray(recipe.index, jnp.int32)
-        return dict(index=index, choices=[numbers(one, params, norms) for one in recipe.recipes])
+        return dict(index=index, choices=[numbers(one, params, norms, order) for one in recipe.recipes])
     if norms is None:
         norms = jax.tree.map(lambda _: 1.0, params)
     elif recipe.norms == "per_shape":
-        norms = polytopes.share_by_shape(norms, params)
+        norms = polytopes.share_by_shape(norms, params, order)
     sets = polytopes.build(params, norms, recipe.constraint)
     values = {key: jnp.asarray(value, float) for key, value in recipe.numbers.items()}
     if "penalty" in values:

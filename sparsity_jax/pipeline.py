@@ -6,12 +6,12 @@ import copy
 import importlib.metadata
 import itertools
 import json
+import os
 import pathlib
 import platform as host
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,18 +25,22 @@ from sparsity_jax import (
     data,
     geometry,
     greg,
+    lock,
     models,
     optim,
     pretrained,
     report,
     stages,
+    stopping,
     structured,
     tables,
     train,
     trees,
+    workdirs,
 )
 
 PyTree = Any
+say = workdirs.say
 Platform = Literal["default", "cpu", "gpu", "tpu"]
 STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES, **greg.STAGES}
 
@@ -52,8 +56,10 @@ def settings(
     title: str = "",
     start_from: str = "",
     pretrained: str = "",
+    pretrained_names: tuple[tuple[str, str], ...] = (),
+    pretrained_zeros: Literal["train", "keep"] = "train",
     fresh_classifier: bool = False,
-    seed: tables.Index = 0,
+    seed: tables.Seed = 0,
     platform: Platform = "default",
     mesh: tables.Index = 1,
     steps_per_call: tables.Index = 0,
@@ -71,7 +77,9 @@ def settings(
     pipeline: names of stage configs, in order. start_from: workdir of a finished run, whose trained network and rows
     this one goes on from; its model must be the same. pretrained: a file of PyTorch weights (see `pretrained.read`),
     with which all networks start, also where a `train` stage has start="init"; stages that need a trained network take
-    it as one. fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where to
+    it as one. pretrained_names: which of its layers is which here, see `pretrained.name_map`. pretrained_zeros: whether
+    weights that are zero in the file train as all others, or are masked as pruned ones and stay zero ("keep").
+    fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where to
     compute (default: JAX's choice). mesh: local devices that share each batch, 0 for all. steps_per_call: training
     steps per compiled call, 0 for automatic. sample: which images a stage takes that is given a number of them
     (`imp_samples`, `num_examples`): "spread" evenly over the stored order, in memory and streamed alike, another sample
@@ -113,8 +121,24 @@ def plain(config: Mapping) -> dict:
         config = config.to_dict()
     try:
         return json.loads(json.dumps(config))
-    except TypeError as error:
-        raise tables.ConfigError(f"config holds a value that is not plain data: {error}.") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        place = path_of_foreign(config, "config")
+        raise tables.ConfigError(f"{place} is a value that is not plain data: {error}.") from None
+
+
+def path_of_foreign(value: Any, where: str) -> str:
+    """Path of the first value in a config that JSON cannot hold, or "" if there is none."""
+    if isinstance(value, Mapping):
+        inner = ((f"{where}.{name}", item) for name, item in value.items())
+    elif isinstance(value, (list, tuple)):
+        inner = ((f"{where}[{i}]", item) for i, item in enumerate(value))
+    else:
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            return where
+        return ""
+    return next(filter(None, (path_of_foreign(item, path) for path, item in inner)), "")
 
 
 def check(config: Mapping) -> tuple[list[Plan], bool]:
@@ -148,7 +172,7 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
             )
     members = list(expand(config))
     for member, _ in members:
-        tables.convert(member["seed"], tables.Index, "config.sweep.seed")
+        tables.convert(member["seed"], tables.Seed, "config.sweep.seed")
     for path in members[0][1]:
         if path not in ("arm", "seed") and path.split(".")[0] in known:
             raise tables.ConfigError(f"config.sweep names config.{path}; allowed: arm, seed and fields of stages.")
@@ -209,7 +233,11 @@ def check_streamed(settings: list[tuple[str, Any]], together: bool) -> None:
 def convolves(model: Mapping) -> bool:
     """Whether the network of `config.model` has convolutions; only shapes are computed."""
     init, images = models.build(num_classes=10, **model).init, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return train.convolves(jax.eval_shape(lambda: init(jax.random.key(0), images))["params"])
+    try:
+        variables = jax.eval_shape(lambda: init(jax.random.key(0), images))
+    except Exception:  # `check_size` tells, for images of the right size
+        return True
+    return train.convolves(variables["params"])
 
 
 def share(settings: list[Any]) -> list[Any]:
@@ -243,6 +271,12 @@ def check_member(config: dict) -> dict[str, Any]:
     shared = {field: model.pop(field) for field in ("init", "dtype", "param_dtype") if field in model}
     tables.check_options(factory, model, "config.model", also=("init", "dtype", "param_dtype"))
     models.build(name=name, num_classes=10, **shared, **model)
+    for field, value in shared.items():
+        if value == "float64" and not jax.config.jax_enable_x64:
+            raise tables.ConfigError(
+                f"config.model.{field} is 'float64'; allowed: 'float32', 'bfloat16', 'float16', and with "
+                "JAX_ENABLE_X64=1 in the environment also 'float64'."
+            )
     tables.check_options(data.load, config["data"], "config.data")
     found = {}
     for name, value in config.items():
@@ -261,10 +295,10 @@ def check_origin(config: dict) -> dict[str, str]:
     if not config["start_from"]:
         return {}
     where, path = f"config.start_from is {config['start_from']!r}", pathlib.Path(config["start_from"])
-    if not (path / "config.json").is_file():
+    if not workdirs.holds_run(path):
         raise tables.ConfigError(f"{where}, which holds no run (no config.json).")
-    other = checkpoint.read_config(path)
-    differing = checkpoint.differences(*map(complete_model, (other.get("model") or {}, plain(config["model"]))))
+    other = workdirs.read_config(path)
+    differing = workdirs.differences(*map(complete_model, (other.get("model") or {}, plain(config["model"]))))
     if differing:
         lines = "\n".join(f"  config.model.{name}: {old} there, {new} now" for name, old, new in differing)
         raise tables.ConfigError(f"{where}, a run of another network.\n{lines}")
@@ -275,7 +309,7 @@ def check_origin(config: dict) -> dict[str, str]:
         sweep = f"sweep {json.dumps(other['sweep'])} and its sweep_mode {other['sweep_mode']!r}"
         raise tables.ConfigError(f"{where}, a run of several networks: repeat its {sweep}{one}.")
     missing = folders and len(folders) < len(list(expand(other)))
-    if missing or not all(map(checkpoint.is_finished, folders or [path])):
+    if missing or not all(map(workdirs.is_finished, folders or [path])):
         raise tables.ConfigError(f"{where}, which is not finished: run it to its end first.")
     kinds = {}
     for _, found in reversed(list(ancestry(path))):
@@ -296,8 +330,9 @@ def trained_before(config: Mapping) -> dict[str, str]:
 
 def check_pretrained(config: dict) -> dict[str, str]:
     """`trained_before`; raises ConfigError if the weight file cannot be used."""
-    if not config["pretrained"] and config["fresh_classifier"]:
-        raise tables.ConfigError("config.fresh_classifier is for the weights of config.pretrained, which is empty.")
+    for name in ("fresh_classifier", "pretrained_names", "pretrained_zeros"):
+        if not config["pretrained"] and config[name] != tables.defaults(settings)[name]:
+            raise tables.ConfigError(f"config.{name} is for the weights of config.pretrained, which is empty.")
     if config["pretrained"] and config["start_from"]:
         raise tables.ConfigError(
             f"config.pretrained is {config['pretrained']!r} and config.start_from {config['start_from']!r}; allowed: "
@@ -315,7 +350,7 @@ def ancestry(path: str | pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
         if path.resolve() in seen:
             raise tables.ConfigError(f"{path} started from a run that started from it; use another run.")
         seen.add(path.resolve())
-        config = checkpoint.read_config(path)
+        config = workdirs.read_config(path)
         yield path, config
         if not config.get("start_from"):
             break
@@ -457,10 +492,6 @@ def override_all(config: dict, values: dict[str, Any]) -> dict:
     return config
 
 
-# Set by the command line's signal handler: an exception raised there is lost if it hits a garbage collector's callback.
-interrupted = threading.Event()
-
-
 # Running -----------------------------------------------------------------------------------------------------
 
 
@@ -471,30 +502,75 @@ class Outcome(NamedTuple):
     rows: list[dict]
 
 
-def run(config: Mapping, workdir: str | pathlib.Path, *, command: str = "") -> Outcome:
+def run(
+    config: Mapping, workdir: str | pathlib.Path, *, command: str = "", lock_seconds: float = lock.STALE_SECONDS
+) -> Outcome:
     """Runs, or continues, the pipeline of `config` in `workdir`; writes rows, checkpoints and the report there.
 
     The same call continues an interrupted run and ends with the same numbers (bit for bit on CPU); a finished run only
-    rewrites its report. command: what was typed, for the report. Raises ConfigError before anything compiles, and
+    rewrites its report, and needs neither data nor the run it started from. command: what was typed, for the report.
+    lock_seconds: how long a run of another host that holds `workdir` may be silent. Raises ConfigError before anything
+    compiles, LockedError where another run is at work, DamagedError where no checkpoint is whole, and
     train.NonFiniteLossError; if members of a sweep run one after the other, once all have run.
     """
     config, workdir = plain(config), pathlib.Path(workdir)
+    workdirs.check_path(workdir)
+    if workdirs.holds_run(workdir) and workdirs.read_config(workdir) == config:
+        snapshots = last_snapshots(workdir, config)
+        if snapshots:
+            return redraw(config, workdir, snapshots)
     use_platform(config.get("platform", "default"))
     plans, separate = check(config)
-    checkpoint.refuse_other(workdir, config)
+    workdirs.refuse_other(workdir, config)
+    lock.refuse(workdir, lock_seconds)
     problem = build(plans)
-    checkpoint.claim(workdir, config)
-    environment = describe_environment(problem) | ({"command": command} if command else {})
-    report.write_environment(workdir, environment)
-    if not separate:
-        outcome, diverged = run_plan(plans[0], problem, workdir), []
-    else:
-        outcome, diverged = run_members(plans, problem, workdir)
-    path = report.write(workdir, config, outcome.rows, title=plans[0].common["title"] or None, environment=environment)
+    with lock.held(workdir, lock_seconds) as still_mine:
+        workdirs.claim(workdir, config)
+        environment = describe_environment(problem) | ({"command": command} if command else {})
+        environment = report.continued(workdir, environment)
+        report.write_environment(workdir, environment)
+        if problem.streamed and problem.dataset.train.images.reading:
+            say(f"images are read by {problem.dataset.train.images.reading}")
+        if "pretrained" in environment:
+            say(f"config.pretrained: {environment['pretrained']}")
+        if not separate:
+            outcome, diverged = run_plan(plans[0], problem, workdir, config, still_mine), []
+        else:
+            outcome, diverged = run_members(plans, problem, workdir, still_mine)
+        title = plans[0].common["title"] or None
+        path = report.write(workdir, config, outcome.rows, title=title, environment=environment)
     say(f"report: {path}")
     if diverged:
         raise train.NonFiniteLossError("\n".join(diverged))
     return outcome
+
+
+def last_snapshots(workdir: pathlib.Path, config: dict) -> list[workdirs.Snapshot]:
+    """The last checkpoint of every separate member of a finished run; [] for a run that is not finished."""
+    folders = sorted(workdir.glob("member_[0-9]*"))
+    if folders and len(folders) < len(list(expand({**tables.defaults(settings), **config}))):
+        return []
+    found = [workdirs.newest(folder) for folder in folders or [workdir]]
+    ended = [snapshot is not None and snapshot.progress.stage == len(config["pipeline"]) for snapshot in found]
+    return found if all(ended) else []
+
+
+def redraw(config: dict, workdir: pathlib.Path, snapshots: list[workdirs.Snapshot]) -> Outcome:
+    """Writes rows and report of a finished run again; versions stay those it was made with."""
+    rows = []
+    for snapshot in snapshots:
+        own = snapshot.progress.rows
+        folder = snapshot.folder.parent.parent
+        if len(snapshots) > 1:
+            report.Writer(folder, own).close()
+            own = [{**row, "member": int(folder.name.removeprefix("member_"))} for row in own]
+        rows += own
+    report.Writer(workdir, rows).close()
+    title = config.get("title") or None
+    path = report.write(workdir, config, rows, title=title, environment=report.read_environment(workdir))
+    say(f"report: {path}")
+    tree = checkpoint.tree(snapshots[-1])
+    return Outcome(train.State(**{**tree, "metrics": train.Metrics(**tree["metrics"])}), rows)
 
 
 def use_platform(name: str) -> None:
@@ -510,7 +586,9 @@ def use_platform(name: str) -> None:
         raise tables.ConfigError(f"config.platform is {name!r}, but this process already uses jax on {found!r}.")
 
 
-def run_members(plans: list[Plan], problem: train.Problem, workdir: pathlib.Path) -> tuple[Outcome, list[str]]:
+def run_members(
+    plans: list[Plan], problem: train.Problem, workdir: pathlib.Path, still_mine: Callable[[], None]
+) -> tuple[Outcome, list[str]]:
     """The members of a sweep one after the other, in folders of their own: (outcome, a line for each that diverged).
 
     The outcome's state is that of the last member that did not.
@@ -518,11 +596,14 @@ def run_members(plans: list[Plan], problem: train.Problem, workdir: pathlib.Path
     rows, state, diverged = [], None, []
     for i, plan in enumerate(plans):
         place = workdir / f"member_{i:03d}"
-        checkpoint.claim(place, plan.configs[0])
+        stopping.check()
+        plan = plan._replace(common=member_origin(plan.common, i))
+        config = member_config(plan)
+        workdirs.claim(place, config)
         swept = ", ".join(f"{name}={value}" for name, value in plan.swept[0].items())
         say(f"member {i} ({i + 1} of {len(plans)}): {swept}")
         try:
-            state, own = run_plan(plan._replace(common=member_origin(plan.common, i)), problem, place)
+            state, own = run_plan(plan, problem, place, config, still_mine)
         except train.NonFiniteLossError as error:
             diverged.append(f"member {i}: {error}")
             own = report.read_rows(place / report.METRICS)
@@ -535,6 +616,12 @@ def member_origin(common: dict[str, Any], member: int) -> dict[str, Any]:
     """The common fields of one separate member: it starts from the same member of a run that has such."""
     own = pathlib.Path(common["start_from"]) / f"member_{member:03d}"
     return {**common, "start_from": str(own)} if common["start_from"] and own.is_dir() else common
+
+
+def member_config(plan: Plan) -> dict:
+    """The config of one separate member, which makes the same network alone, in whatever folder."""
+    alone = dict(sweep={}, arms={}, arm="", start_from=plan.common["start_from"])
+    return {**plan.configs[0], **alone}
 
 
 def build(plans: list[Plan]) -> train.Problem:
@@ -568,27 +655,78 @@ def build(plans: list[Plan]) -> train.Problem:
         sample=data.FixedSample(common["sample"], common["sample_seed"]),
         steps_per_call=common["steps_per_call"],
     )
+    check_size(problem, common["model"])
     shapes = stages.shapes_of(problem)
     for where, fit in trained:
+        steps = fit.epochs * fit.steps_per_epoch(problem) if isinstance(fit, train.Fit) else 0
+        if steps >= 2**31:
+            raise tables.ConfigError(
+                f"{where}.epochs is {fit.epochs}, {steps:,} steps; allowed: below {2**31:,} steps."
+            )
         try:
             optim.numbers(fit.recipe, shapes, None)
         except tables.ConfigError as error:
             raise tables.ConfigError(f"{where}: {error}") from None
     if common["pretrained"]:
-        problem = problem._replace(pretrained=problem.place(pretrained_arrays(common, problem)))
+        problem = problem._replace(
+            pretrained=problem.place(pretrained_arrays(common, problem)),
+            keep_zeros=common["pretrained_zeros"] == "keep",
+        )
     for i, plan in enumerate(plans):
         if plan.common["start_from"]:
             own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
             check_arrays(own["start_from"], shapes, problem.members)
     for name in dict.fromkeys(plans[0].pipeline):
         for plan in plans:
-            geometry.check_network(plan.settings[name][0], f"config.{name}", shapes, size)
+            own = plan.settings[name][0]
+            stages.check_network(problem, own, f"config.{name}")
+            geometry.check_network(own, f"config.{name}", shapes, size)
+            if isinstance(own, greg.Noise):
+                trees.matching(shapes, own.parameters, f"config.{name}.parameters")
+            if isinstance(own, geometry.Spectrum) and own.reorthogonalize == "full":
+                basis = 4 * own.num_matvecs * trees.size(shapes)
+                check_memory(basis, f"config.{name}.num_matvecs is {own.num_matvecs}, whose basis")
             if isinstance(plan.settings[name][0], structured.Cut):
                 visits = plans[0].pipeline.count(name)
                 structured.check_network(problem, plan.settings[name][0], f"config.{name}", visits)
             for own in plan.settings[name]:
                 greg.check_network(problem, own)
     return problem
+
+
+def check_size(problem: train.Problem, model: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a network that cannot be made for the run's images, or is larger than the memory."""
+    height, width, channels = problem.dataset.test.images.shape[1:]
+    images = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
+    where = f"config.model {model['name']!r} for images of {height} x {width} x {channels}"
+    try:
+        variables = jax.eval_shape(problem.init, jax.random.key(0))
+        logits = jax.eval_shape(problem.model.apply, variables, images)
+    except tables.ConfigError:
+        raise
+    except Exception as error:  # which ones depends on the layer that does not fit
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise tables.ConfigError(
+            f"{where} cannot be made: {tables.shortened(reason)}; is it too large for them?"
+        ) from None
+    empty = [path for path, leaf in trees.named_leaves(variables).items() if not leaf.size]
+    if empty or not logits.size:
+        raise tables.ConfigError(
+            f"{where} has nothing in {empty[0] if empty else 'its logits'}: it is too large for them."
+        )
+    leaves = jax.tree.leaves(variables["params"])
+    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)  # with gradients
+    check_memory(needed, f"{where} has {trees.size(variables['params']):,} weights, which with their gradients")
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raises ConfigError for arrays of more bytes than the device has."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed = stats.get("bytes_limit") or pages
+    if needed > allowed:
+        raise tables.ConfigError(f"{what} take {needed / 1e9:,.1f} GB; allowed: {allowed / 1e9:,.1f} GB, the memory.")
 
 
 def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[str, Any]:
@@ -598,6 +736,7 @@ def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[st
     variables = pretrained.to_variables(
         pretrained.read(common["pretrained"]),
         like,
+        names=common["pretrained_names"],
         fresh=fresh,
         image_channels=problem.dataset.test.images.shape[-1],
         where=f"config.pretrained {common['pretrained']!r}",
@@ -635,15 +774,22 @@ class Run(NamedTuple):
         return [[row for row in rows if row["member"] == i] for i in range(self.problem.members or 1)]
 
 
-def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outcome:
-    """Runs the stages of one plan, from its newest checkpoint if there is one."""
-    saved = checkpoint.Checkpoints(workdir)
+def run_plan(
+    plan: Plan, problem: train.Problem, workdir: pathlib.Path, config: dict, still_mine: Callable[[], None]
+) -> Outcome:
+    """Runs the stages of one plan, from its newest whole checkpoint if there is one.
+
+    config: of the plan, as plain data. still_mine: raises OSError if the workdir belongs to another run by now.
+    """
+    found = workdirs.newest(workdir)
+    saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
     with contextlib.ExitStack() as stack:
         stack.callback(saved.close)
-        progress = saved.progress() or checkpoint.Progress(0, False, [])
+        progress = found.progress if found else workdirs.Progress(0, False, [])
         state, origin = initial_state(plan, problem), []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
+        stages.check_weights(problem, state, "at the start of the run")
         rows = progress.rows
         writer = stack.enter_context(contextlib.closing(report.Writer(workdir, rows)))
         run = Run(plan, problem, saved, writer, rows, origin)
@@ -665,17 +811,17 @@ def run_plan(plan: Plan, problem: train.Problem, workdir: pathlib.Path) -> Outco
             if resumed or (position == progress.stage and position):
                 state = state._replace(opt_state=carried_before(plan, state, position))
                 like = stage.begin(problem, state, own, place) if resumed else state
-                state = saved.restore(checkpoint.abstract(like))
+                state = checkpoint.restore(found, checkpoint.abstract(like))
             if not resumed:
-                stages.check_weights(problem, state, name)
                 state = stage.begin(problem, state, own, place)
-                saved.save(state, checkpoint.Progress(position, True, rows))
+                saved.save(state, workdirs.Progress(position, True, rows))
             common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
             state = run_stage(run, stage, state, place, run.per_member(begun), common)
+            stages.check_weights(problem, state, f"{name}, at its end")
             state = after(plan, state, position)
-            saved.save(state, checkpoint.Progress(position + 1, False, rows))
+            saved.save(state, workdirs.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
-            state = saved.restore(checkpoint.abstract(stages.without_optimizer(state)))
+            state = checkpoint.restore(found, checkpoint.abstract(stages.without_optimizer(state)))
     return Outcome(state, rows)
 
 
@@ -704,8 +850,7 @@ def carried_before(plan: Plan, state: train.State, position: int) -> Any:
 
 def check_arrays(path: str, shapes: PyTree, members: int | None) -> None:
     """Raises ConfigError if the parameters in the finished run in `path` do not have `shapes`, for each member."""
-    with contextlib.closing(checkpoint.Checkpoints(path)) as saved:
-        found = saved.shapes()
+    found = checkpoint.shapes(workdirs.newest(path))
     for name, leaf in trees.named_leaves(shapes).items():
         there, here = found.get(f"params/{name}"), (() if members is None else (members,)) + leaf.shape
         if there != here:
@@ -722,11 +867,11 @@ def continue_from(path: str, state: train.State) -> tuple[train.State, list[dict
     """
     rows: list[dict] = []
     for place, _ in reversed(list(ancestry(path))):
-        with contextlib.closing(checkpoint.Checkpoints(place)) as saved:
-            new = saved.progress().rows
-            stages_anew = {row["stage"] for row in new}
-            rows = [row for row in rows if row["stage"] not in stages_anew] + new
-            restored = saved.restore(checkpoint.abstract(state)) if place == pathlib.Path(path) else None
+        saved = workdirs.newest(place)
+        new = saved.progress.rows
+        stages_anew = {row["stage"] for row in new}
+        rows = [row for row in rows if row["stage"] not in stages_anew] + new
+        restored = checkpoint.restore(saved, checkpoint.abstract(state)) if place == pathlib.Path(path) else None
     return restored._replace(key=state.key), rows
 
 
@@ -738,7 +883,7 @@ def run_stage(
     last, every = time.monotonic(), plan.common["checkpoint_seconds"]
     position, spe = place.position, own[0].steps_per_epoch(run.problem) if isinstance(own[0], train.Fit) else 1
     # what an interruption saves, replaced as one: it may come between any two instructions
-    good = (state, checkpoint.Progress(position, True, list(rows)))
+    good = (state, workdirs.Progress(position, True, list(rows)))
     shown = f"{place.position + 1}/{len(plan.pipeline)} {place.name}"
     with Display(shown) as display, contextlib.ExitStack() as stack:
         try:
@@ -753,13 +898,12 @@ def run_stage(
                 if update.state is not None:
                     state = update.state
                     if update.done < 1:
-                        good = (state, checkpoint.Progress(position, True, list(rows)))
+                        good = (state, workdirs.Progress(position, True, list(rows)))
                     else:
-                        good = (after(plan, state, position), checkpoint.Progress(position + 1, False, list(rows)))
+                        good = (after(plan, state, position), workdirs.Progress(position + 1, False, list(rows)))
                 run.writer.append(new)
                 display.show(update.done, new)
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
+                stopping.check()
                 if update.state is not None and update.done < 1 and time.monotonic() - last >= every:
                     train.check_finite(state, spe, place.name)
                     run.saved.save(*good)
@@ -803,18 +947,26 @@ def describe_environment(problem: train.Problem) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     device = jax.local_devices()[0]
     shapes = jax.tree.leaves(stages.shapes_of(problem))
+    reading = {}
+    if problem.streamed:
+        workers = problem.dataset.train.images.options["workers"]
+        reading["reading"] = f"{workers} processes" if workers > 0 else "threads"
     return {
         "device": f"{device.device_kind} ({device.platform}, {len(jax.local_devices())} local)",
         "python": host.python_version(),
         "parameters": f"{sum(leaf.size for leaf in shapes):,}",
         "chance": chance(problem.dataset),
+        **reading,
         **versions,
+        **({"pretrained": zeros_of(problem)} if problem.pretrained else {}),
     }
 
 
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    tqdm.tqdm.write(message, file=sys.stderr)
+def zeros_of(problem: train.Problem) -> str:
+    """How many weights of the kernels in the file of `config.pretrained` are zero, and what becomes of them."""
+    zeros, size = pretrained.count_zeros(problem.pretrained)
+    after = "masked, they stay zero" if problem.keep_zeros else "training moves them (config.pretrained_zeros)"
+    return f"{zeros:,} of {size:,} weights are zero" + f"; {after}" * (zeros > 0)
 
 
 class Display:

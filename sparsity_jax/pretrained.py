@@ -760,7 +760,7 @@ def merge_pruned(state_dict: StateDict) -> dict[str, np.ndarray]:
     """The state dict with `weight_orig` times `weight_mask` as `weight`, as `torch.nn.utils.prune.remove` makes it.
 
     So for every tensor of which it holds both; all others stay. What the masks left out is zero then, and
-    `nonzero_masks` of the variables gives the masks again.
+    `masks.nonzero` of the params gives the masks again.
     """
     merged = {}
     for name, array in state_dict.items():
@@ -775,14 +775,10 @@ def merge_pruned(state_dict: StateDict) -> dict[str, np.ndarray]:
     return merged
 
 
-def nonzero_masks(params: PyTree) -> PyTree:
-    """Bool masks of `params`, True where a kernel is not zero; all of other arrays is kept."""
-
-    def mask(path: str, leaf: Any) -> np.ndarray:
-        leaf = np.asarray(leaf)
-        return leaf != 0 if trees.is_kernel(path) else np.ones(leaf.shape, bool)
-
-    return trees.map_named(mask, params)
+def count_zeros(arrays: Mapping[str, Any]) -> tuple[int, int]:
+    """(zeros, entries) of the kernels among arrays by path."""
+    kernels = [np.asarray(array) for path, array in arrays.items() if trees.is_kernel(path)]
+    return sum(int(np.sum(kernel == 0)) for kernel in kernels), sum(kernel.size for kernel in kernels)
 
 
 def _as_type(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, str]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import tables
+from sparsity_jax import stopping, tables
 
 PyTree = Any
 
@@ -61,6 +61,7 @@ def oracle(
     pruned: dict[str, list] = {name: [] for name in counts}
     losses: list[np.ndarray] = []
     for rows in _batches(counts, batch):
+        stopping.check()
         found = len(next(iter(rows.values())))
         keep = {}
         for name, (size, _) in counts.items():

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsity_jax import figures, geometry_figures, growing_figures
+from sparsity_jax import figures, geometry_figures, growing_figures, intact, workdirs
 
 METRICS, CONFIG, ENVIRONMENT, REPORT = "metrics.jsonl", "config.json", "environment.json", "report.html"
 
@@ -76,28 +76,37 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
         raise
 
 
-def to_line(row: Mapping) -> str:
+def to_line(row: Mapping, before: int) -> tuple[str, int]:
+    """(the line of a row, with its checksum, the checksum); before: that of the line before, 0 of the first."""
     missing = [field for field in ("stage", "kind") if field not in row]
     if missing:
         raise ValueError(f"a row lacks {' and '.join(missing)}; it has: {', '.join(map(str, row)) or 'nothing'}.")
-    return json.dumps(plain(row), allow_nan=False) + "\n"
+    line, total = intact.summed_row(json.dumps(plain(row), allow_nan=False), before)
+    return line + "\n", total
+
+
+def to_lines(rows: Iterable[Mapping], before: int = 0) -> tuple[str, int]:
+    """(the lines of rows, the checksum of the last one)."""
+    lines = []
+    for row in rows:
+        line, before = to_line(row, before)
+        lines.append(line)
+    return "".join(lines), before
 
 
 def read_rows(path) -> list[dict]:
-    """Rows of a metrics file. A last line cut off by a killed run is left out.
+    """Rows of a metrics file, without their checksums. A last line cut off by a killed run is left out.
 
-    Raises ValueError with the line number for any other line that is not one JSON object.
+    Raises ValueError with the line number for any other line that is not one JSON object, or not as it was written.
     """
     path = pathlib.Path(path)
     lines = path.read_bytes().split(b"\n")
-    rows = []
+    rows, total = [], 0
     for i, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
+            row, total = intact.read_row(line, total)
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             if i == len(lines) - 1:
                 break
@@ -124,7 +133,8 @@ class Writer:
 
         workdir = pathlib.Path(workdir)
         rows = list(rows_so_far)
-        write_atomic(workdir / METRICS, "".join(map(to_line, rows)).encode())
+        lines, self._sum = to_lines(rows)
+        write_atomic(workdir / METRICS, lines.encode())
         events = workdir / "tensorboard"
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
@@ -135,7 +145,8 @@ class Writer:
 
     def append(self, rows: list[dict]) -> None:
         """Writes all rows and flushes. A row that cannot be written raises, and then none of them is written."""
-        self._file.write("".join([to_line(row) for row in rows]))
+        lines, self._sum = to_lines(rows, self._sum)
+        self._file.write(lines)
         self._file.flush()
         self._add_scalars(rows)
 
@@ -272,7 +283,34 @@ def complete(row: dict, config: dict, environment: dict) -> dict:
 
 def write_environment(workdir, environment: dict) -> None:
     """Writes `workdir/environment.json`."""
-    write_atomic(pathlib.Path(workdir) / ENVIRONMENT, (json.dumps(plain(environment), indent=2) + "\n").encode())
+    path = pathlib.Path(workdir) / ENVIRONMENT
+    write_atomic(path, (json.dumps(plain(environment), indent=2) + "\n").encode())
+    intact.record(path)
+
+
+def read_environment(workdir) -> dict | None:
+    """What `workdir/environment.json` holds; None where there is none, or another than was written, which is told."""
+    path = pathlib.Path(workdir) / ENVIRONMENT
+    try:
+        if not path.exists():
+            return None
+        if intact.is_changed(path):
+            raise ValueError(f"{path} is not as it was written (its checksum differs)")
+        return read_dict(path)
+    except ValueError as error:
+        workdirs.say(f"{error}; versions are left out")
+        return None
+
+
+def continued(workdir, environment: dict) -> dict:
+    """`environment` after that of the run so far in `workdir`: where they differ, both, e.g. `0.10.2, then 0.11.0`."""
+    before = read_environment(workdir) or {}
+    joined = {}
+    for name, value in {**before, **environment}.items():
+        old = before.get(name, value)
+        known = str(old).split(", then ")[-1] == str(value) or name == "command"
+        joined[name] = old if known else f"{old}, then {value}"
+    return joined
 
 
 def esc(value: Any) -> str:
@@ -531,10 +569,12 @@ def compact_section(series: list, most: int = 60) -> str:
         body += f'<tr><th scope="row">{esc(name)}</th>{cells}<td class="keep">{esc(speed(row))}</td></tr>'
     table = scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     told = "Compact, of dense. Time: median of whole batches, in alternation."
+    warnings = [f"{label}: {row['warning']}." for label, row in found if row.get("warning")]
     differences = [figures.number(row.get("difference")) for _, row in found]
     if np.isfinite(differences).any():
         told += f" Logits of both differ by at most {np.nanmax(differences):.2g} of the largest."
-    return table + note(f"{told} The first {most} of {len(found)}." if len(found) > most else told)
+    more = f" The first {most} of {len(found)}." if len(found) > most else ""
+    return table + note(told + more) + "".join(map(note, warnings[:most]))
 
 
 def amount(value: float) -> str:
@@ -891,25 +931,21 @@ def gather(workdir) -> tuple[dict, list[dict], dict | None]:
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is not a folder; give the workdir of a run.")
     # of a sweep's members, newer than the joint ones while it runs; its own; of several runs
-    choices = (sorted(workdir.glob(pattern)) for pattern in (f"member_[0-9]*/{METRICS}", METRICS, f"*/{METRICS}"))
-    files = next(filter(None, choices), [])
+    choices = (sorted(workdir.glob("member_[0-9]*")), [workdir], sorted(workdir.iterdir()))
+    files = next(filter(None, ([f / METRICS for f in folders if has_rows(f)] for folders in choices)), [])
     if not files:
         raise FileNotFoundError(f"neither {workdir} nor a folder in it has {METRICS}; has the run started there?")
     members = files[0].parent.name.startswith("member_")
     if len(files) > 1 and not members:
         return merged([file.parent for file in files])
-    folders = [folder for folder in (workdir, files[0].parent) if (folder / CONFIG).exists()]
+    folders = [folder for folder in (workdir, files[0].parent) if workdirs.holds_run(folder)]
     if not folders:
         raise FileNotFoundError(f"{workdir} has no {CONFIG}; a run writes it when it starts.")
     rows = []
     for file in files:
         own = {"member": int(file.parent.name.removeprefix("member_"))} if members else {}
-        rows += [{**row, **own} for row in read_rows(file)]
-    return read_dict(folders[0] / CONFIG), rows, read_environment(folders[0])
-
-
-def read_environment(folder: pathlib.Path) -> dict | None:
-    return read_dict(folder / ENVIRONMENT) if (folder / ENVIRONMENT).exists() else None
+        rows += [{**row, **own} for row in whole_rows(file)]
+    return workdirs.read_config(folders[0]), rows, read_environment(folders[0])
 
 
 IDLE = ("title", "checkpoint_seconds", "sweep", "sweep_mode", "seed")  # they leave the numbers of one network alone
@@ -923,11 +959,11 @@ def merged(folders: list[pathlib.Path]) -> tuple[dict, list[dict], dict | None]:
     value where the runs agree, else the list of values.
     """
     for folder in folders:
-        if not (folder / CONFIG).exists():
+        if not workdirs.holds_run(folder):
             raise FileNotFoundError(f"{folder} has {METRICS} but no {CONFIG}, so its settings are not known; move it.")
-    configs = [read_dict(folder / CONFIG) for folder in folders]
+    configs = [workdirs.read_config(folder) for folder in folders]
     environments = [read_environment(folder) or {} for folder in folders]
-    tables = [read_rows(folder / METRICS) for folder in folders]
+    tables = [whole_rows(folder / METRICS) for folder in folders]
     swept = {key for rows in tables for row in rows for key in row if "." in key and not figures.is_seed(key)}
     settings = [settings_of(folder, config) for folder, config in zip(folders, configs, strict=True)]
     paths = dict.fromkeys(path for own in settings for path in own)
@@ -948,9 +984,9 @@ def settings_of(folder: pathlib.Path, config: dict, seen: tuple = ()) -> dict[st
     """Every setting that decides the numbers of a run, by dotted path; for `start_from`, those of the run there."""
     settings = dict(flatten({name: value for name, value in config.items() if name not in IDLE}))
     start = pathlib.Path(config.get("start_from") or "")
-    here = (start / CONFIG).exists() and config.get("start_from")
+    here = config.get("start_from") and workdirs.holds_run(start)
     if here and start.resolve() not in seen:
-        own = settings_of(start, read_dict(start / CONFIG), (*seen, folder.resolve(), start.resolve()))
+        own = settings_of(start, workdirs.read_config(start), (*seen, folder.resolve(), start.resolve()))
         settings.pop("start_from")
         settings |= {f"start_from.{path}": value for path, value in own.items()}
     return settings
@@ -974,6 +1010,30 @@ def agreed(trees: list[dict]) -> dict:
             different = list({json.dumps(value): value for value in values}.values())
             result[key] = different[0] if len(different) == 1 else different
     return result
+
+
+def has_rows(folder: pathlib.Path) -> bool:
+    return (folder / METRICS).exists() or (folder / workdirs.FOLDER).is_dir()
+
+
+def whole_rows(file: pathlib.Path) -> list[dict]:
+    """Rows of the metrics file of a run; of its newest checkpoint where the file is damaged, cut short or gone, aloud.
+
+    Raises ValueError where it is damaged and there is no other copy.
+    """
+    try:
+        rows = read_rows(file)
+    except (FileNotFoundError, ValueError) as error:
+        saved = workdirs.newest(file.parent)
+        if saved is None:
+            raise
+        workdirs.say(f"{error}; the rows of the newest checkpoint are used")
+        return saved.progress.rows
+    saved = workdirs.newest(file.parent)
+    if saved is not None and len(saved.progress.rows) > len(rows):
+        workdirs.say(f"{file} lacks rows; those of the newest checkpoint are used")
+        return saved.progress.rows
+    return rows
 
 
 def read_dict(path: pathlib.Path) -> dict:

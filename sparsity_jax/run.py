@@ -3,13 +3,12 @@
 import os
 import re
 import shlex
-import signal
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sparsity_jax import pipeline, tables, train
+from sparsity_jax import lock, pipeline, stopping, tables, train
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -19,6 +18,12 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: rows, checkpoints and report; the same continues it."
+)
+LOCK_SECONDS = flags.DEFINE_float(
+    "lock_seconds",
+    lock.STALE_SECONDS,
+    "A run of another host that has been silent for so long is taken for ended, and its workdir taken over.",
+    lower_bound=1.0,
 )
 
 
@@ -36,28 +41,23 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {error}")
 
 
-def interrupt(*_) -> None:
-    """A scheduler's SIGTERM is treated as Ctrl-C: save, then stop."""
-    pipeline.interrupted.set()
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str]) -> None:
     if argv[1:]:
         sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
     if not WORKDIR.value:
         sys.exit("error: --workdir is empty; name a folder.")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
+        logging.set_verbosity(logging.FATAL)  # orbax reports every file it writes; its failures arrive as exceptions
+        logging.logging.getLogger("asyncio").setLevel(logging.logging.CRITICAL)
+    stopping.listen()
     name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
     file = f"{name}.py" if variant else name
     if not os.path.isfile(file):
         hint = f" Did you mean {file}.py?" if os.path.isfile(f"{file}.py") else ""
         sys.exit(f"error: --config names {file}, which is not there.{hint}")
     try:
-        pipeline.run(CONFIG.value, WORKDIR.value, command=f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}")
+        command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
+        pipeline.run(CONFIG.value, WORKDIR.value, command=command, lock_seconds=LOCK_SECONDS.value)
     except tables.ConfigError as error:
         sys.exit(f"error: {error}")
     except train.NonFiniteLossError as error:

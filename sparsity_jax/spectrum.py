@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import linops, tables, trees
+from sparsity_jax import linops, stopping, tables, trees
 
 PyTree = Any
 Product = Callable[[PyTree, PyTree, PyTree], PyTree]
@@ -70,6 +70,7 @@ def _mean(part: Callable, zero: Callable, data: PyTree, batch_size: int, on_host
     def looped(params, v):
         total = zero(params, v)
         for start in range(0, size, batch_size):
+            stopping.check()
             total = one(total, params, v, data, start, min(batch_size, size - start))
         return total
 
@@ -100,6 +101,7 @@ def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) 
     def matvec(v):
         total, v = jax.tree.map(jnp.zeros_like, v), linops.tangent(v, params)
         for part, share in parts:
+            stopping.check()
             total = add(total, part, v, share)
         return total
 
@@ -223,4 +225,4 @@ def one_hot(like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> di
 def row_norm(matvec: Callable, like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> jax.Array:
     """L1 norm of the row of A that belongs to entry `index` of `params[path]`, by one product."""
     row = matvec(one_hot(like, path, index))
-    return sum(jnp.sum(jnp.abs(leaf)) for leaf in row.values())
+    return sum(map(trees.absolute_sum, row.values()))

@@ -4,12 +4,14 @@
 processes. What a batch holds depends on the seed and the step only, so a training goes on anywhere with the same bits.
 """
 
+import atexit
 import contextlib
 import functools
 import math
-import multiprocessing
+import multiprocessing.util  # before `close_all` is registered, so that its own end comes after that
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ REDUCED = {1: 0, 2: 16, 4: 32, 8: decoding.SMALLEST}  # OpenCV's flags that deco
 ON_DEVICE = 2  # batches that wait on the device
 SHUFFLED_WHOLE = 50_000  # images up to which every epoch's order is a permutation in memory
 REPLACEMENTS = 100  # images drawn in the place of one that cannot be decoded
+OPEN: "weakref.WeakSet[Iterator]" = weakref.WeakSet()  # readers that are not closed
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
@@ -82,7 +85,7 @@ def train_batches(
         return found if found.label >= 0 else replacement(images, found, draw, [*seed, position, index])
 
     order = order.map_with_index(cropped)[start * batch_size :]
-    return counted(images, functools.partial(read_ahead, images, order, batch_size, put), lost)
+    return until_lost(images, functools.partial(read_ahead, images, order, batch_size, put), lost)
 
 
 class Order(NamedTuple):
@@ -105,8 +108,21 @@ def permutation(total: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(total)
 
 
-def counted(images: data.Stream, read: Callable, lost: Sequence[str] = ()) -> Iterator[Batch]:
+def until_lost(images: data.Stream, read: Callable, lost: Sequence[str] = ()) -> Iterator[Batch]:
     """The batches of `read()`, until more than the allowed share of the split's images are lost."""
+    batches = counted(images, read, lost)
+    OPEN.add(batches)
+    return batches
+
+
+@atexit.register
+def close_all() -> None:
+    """Readers that nobody closed end before the interpreter does, which would complain about them."""
+    for batches in list(OPEN):
+        batches.close()
+
+
+def counted(images: data.Stream, read: Callable, lost: Sequence[str]) -> Iterator[Batch]:
     names = set(lost)
     with contextlib.closing(read()) as batches:
         for batch in batches:
@@ -124,7 +140,7 @@ def eval_batches(
     order = grain.MapDataset.source(range(images.shape[0]) if indices is None else [int(i) for i in indices])
     draw = functools.partial(central_box, options=images.options)
     order = order.map(lambda index: example(images, index, draw))
-    return counted(images, functools.partial(read_ahead, images, order, batch_size, put))
+    return until_lost(images, functools.partial(read_ahead, images, order, batch_size, put))
 
 
 def examples(images: data.Stream, indices: Sequence[int], batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -148,19 +164,31 @@ def read_ahead(images: data.Stream, found: Any, batch_size: int, put: Callable) 
     cv2.setNumThreads(1)  # images are what runs side by side
     workers, prefetch = images.options["workers"], images.options["prefetch"]
     stack = functools.partial(stack_examples, batch_size)
-    if workers:
+    if workers > 0:
+        check_main_guard()
         if not flags.FLAGS.is_parsed():  # where no command line was; grain asks for flags of its own
             flags.FLAGS.mark_as_parsed()
         own = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=math.ceil(prefetch / workers))
         batches = found.batch(batch_size, batch_fn=stack).to_iter_dataset(own)
+        copied = grain.experimental.DatasetOptions(min_shm_size=2**62)  # shared memory outlives a reader that is closed
+        batches = grain.experimental.WithOptionsIterDataset(batches, copied)
         batches = batches.mp_prefetch(options, worker_init_fn=begin_worker)
     else:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = data.usable_cores()
         own = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, prefetch * batch_size))
         batches = found.to_iter_dataset(own).batch(batch_size, batch_fn=stack)
     placed = batches.map(lambda batch: Batch(*put(batch[:2]), batch.unreadable))
     return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=ON_DEVICE))
+
+
+def check_main_guard() -> None:
+    """Raises ConfigError in a process that is only being started to read, and runs its starter's script again."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ConfigError(
+            "config.data.workers starts processes, which import this script again; put the part that reads under "
+            "`if __name__ == '__main__':`, or set workers to 0."
+        )
 
 
 def stack_examples(batch_size: int, found: Sequence[Example]) -> Batch:

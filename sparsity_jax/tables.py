@@ -6,7 +6,6 @@ A table maps a name to a function whose keyword-only parameters are its options.
 
 import difflib
 import inspect
-import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -17,32 +16,41 @@ class ConfigError(ValueError):
     """A setting that cannot work: says what was given, what is allowed and, where there is one, the closest match."""
 
 
+class TypeConfigError(ConfigError):
+    """A setting of the wrong type."""
+
+
 class Range(NamedTuple):
-    """Allowed numbers: `low <= x <= high`, or strictly above `low` if `above`."""
+    """Allowed numbers: `low <= x <= high`, or strictly above `low` if `above`, strictly below `high` if `below`."""
 
     low: float | None = None
     high: float | None = None
     above: bool = False
+    below: bool = False
 
     def contains(self, value: float) -> bool:
         if self.low is not None and (value <= self.low if self.above else value < self.low):
             return False
-        return self.high is None or value <= self.high
+        return self.high is None or value < self.high or (value == self.high and not self.below)
 
     def __str__(self) -> str:
         parts = []
         if self.low is not None:
             parts.append(f"{'>' if self.above else '>='} {self.low}")
         if self.high is not None:
-            parts.append(f"<= {self.high}")
+            parts.append(f"{'<' if self.below else '<='} {self.high}")
         return " and ".join(parts) or "any number"
 
 
 Fraction = typing.Annotated[float, Range(0.0, 1.0)]
+Share = typing.Annotated[float, Range(0.0, 1.0, below=True)]  # of which something has to be left
 NonNegative = typing.Annotated[float, Range(0.0)]
 Positive = typing.Annotated[float, Range(0.0, above=True)]
-Count = typing.Annotated[int, Range(1)]
-Index = typing.Annotated[int, Range(0)]
+Count = typing.Annotated[int, Range(1, 2**31 - 1)]  # steps and sizes are counted in 32 bits
+Index = typing.Annotated[int, Range(0, 2**31 - 1)]
+Seed = typing.Annotated[int, Range(0, 2**32 - 1)]  # jax makes the same key of larger ones
+
+SMALLEST, LARGEST = 1.2e-38, 3.4e38  # what float32 holds without loss
 
 
 def closest(name: str, known: typing.Iterable[str]) -> str:
@@ -118,11 +126,13 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if origin is typing.Annotated:
         try:
             value = convert(value, args[0], where)
-        except ConfigError:
-            raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); allowed: {describe(hint)}.") from None
+        except TypeConfigError:
+            raise TypeConfigError(
+                f"{where} is {value!r} ({type(value).__name__}); allowed: {describe(hint)}."
+            ) from None
         for rule in args[1:]:
             if isinstance(rule, Range) and not rule.contains(value):
-                raise ConfigError(f"{where} is {value!r}; allowed: {describe(hint)}.")
+                raise ConfigError(f"{where} is {shortened(value)}; allowed: {describe(hint)}.")
         return value
     if origin in (typing.Union, types.UnionType):
         for option in args:
@@ -143,8 +153,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
                 return tuple(convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args)))
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise ConfigError(f"{where} is {value}; allowed: a finite number.")
+            if value and not SMALLEST <= abs(value) <= LARGEST:
+                raise ConfigError(
+                    f"{where} is {shortened(value)}; allowed: a finite number, 0 or {SMALLEST} to {LARGEST} in size."
+                )
             return float(value)
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
@@ -159,8 +171,16 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if value is None:
             return None
     elif isinstance(hint, type) and isinstance(value, hint):
+        if isinstance(value, str) and not value.isprintable():
+            raise ConfigError(f"{where} is {value!r}; allowed: text of one line that can be printed.")
         return value
-    raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); allowed: {describe(hint)}.")
+    raise TypeConfigError(f"{where} is {shortened(value)} ({type(value).__name__}); allowed: {describe(hint)}.")
+
+
+def shortened(value: Any) -> str:
+    """`repr` of a value, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def describe(hint: Any) -> str:

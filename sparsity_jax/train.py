@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import data, losses, masks, models, optim, polytopes, scores, stream, trees
+from sparsity_jax import data, losses, masks, models, optim, polytopes, scores, stopping, stream, trees
 
 PyTree = Any
 
@@ -63,6 +63,7 @@ class Problem(NamedTuple):
     steps_per_call: int  # 0: automatic
     compiled: dict  # functions by what they depend on, so that visits and members share them
     pretrained: PyTree = ()  # dict of arrays by path with which every network starts instead of its fresh ones
+    keep_zeros: bool = False  # whether weights that are zero in `pretrained` are masked
     sample: data.FixedSample = data.FixedSample()  # the images of `examples`
 
     def lift(self, function: Callable, in_axes: Any = 0) -> Callable:
@@ -146,12 +147,13 @@ def build_problem(
 
     mesh: number of local devices that share each batch, 0 for all. sample: see `Problem.examples`.
     """
+    if isinstance(dataset.train.images, data.Stream):
+        splits = dict(train=data.look_at(dataset.train.images), test=data.look_at(dataset.test.images))
+        dataset = dataset._replace(**{name: data.Split(images, None) for name, images in splits.items()})
     devices = jax.local_devices()[: mesh or None]
     grid = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
     problem = Problem(model, *[None] * 4, dataset, grid, members, eval_batch_size, steps_per_call, {}, sample=sample)
     if isinstance(dataset.train.images, data.Stream):
-        data.look_at(dataset.train.images)
-        data.look_at(dataset.test.images)
         return problem
     arrays = problem.place((*dataset.train, *dataset.test))
     return problem._replace(**dict(zip(Problem._fields[1:5], arrays, strict=True)))
@@ -178,10 +180,11 @@ def initial_variables(problem: Problem, key: jax.Array, pretrained: PyTree = ())
 
 
 def create_state(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> State:
-    """A dense network as `initial_variables` makes it; key: from `key_of`."""
+    """A network as `initial_variables` makes it, dense unless `problem.keep_zeros`; key: from `key_of`."""
     variables = initial_variables(problem, key, pretrained)
     params = variables["params"]
-    return State(params, variables["batch_stats"], masks.full(params), (), jnp.zeros((), jnp.int32), key, no_metrics())
+    kept = masks.nonzero(params) if problem.keep_zeros else masks.full(params)
+    return State(params, variables["batch_stats"], kept, (), jnp.zeros((), jnp.int32), key, no_metrics())
 
 
 class Carried(NamedTuple):
@@ -269,7 +272,8 @@ def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe | opti
 
     Norms of the initialisation are measured with the member's own key; the network itself is left alone.
     """
-    shapes = jax.eval_shape(problem.init, jax.random.key(0))["params"]
+    variables = jax.eval_shape(problem.init, jax.random.key(0))
+    shapes, order = variables["params"], None
     norms = [None] * len(recipes)
     if any(map(optim.needs_norms, recipes)):
         init = lambda key: problem.init(key)["params"]
@@ -278,10 +282,19 @@ def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe | opti
         measured = jax.device_get(measured)
         take = lambda i: measured if problem.members is None else jax.tree.map(lambda leaf: leaf[i], measured)
         norms = [take(i) for i in range(len(recipes))]
-    each = [optim.numbers(recipe, shapes, norm) for recipe, norm in zip(recipes, norms, strict=True)]
+        order = problem.once("network order", lambda: network_order(problem, variables))
+    each = [optim.numbers(recipe, shapes, norm, order) for recipe, norm in zip(recipes, norms, strict=True)]
     if problem.members is None:
         return problem.place(each[0])
     return problem.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+
+
+def network_order(problem: Problem, variables: PyTree) -> list[str]:
+    """Paths of the params in the network's order. variables: arrays or shape structs; nothing is computed."""
+    image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
+    others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["batch_stats"])
+    apply = lambda params: problem.model.apply({"params": params, "batch_stats": others}, image)
+    return trees.order_of_use(apply, variables["params"])
 
 
 def make_step(problem: Problem, fit: Fit) -> Callable:
@@ -408,6 +421,7 @@ def fit_epochs(
     started, order, order_epoch = time.perf_counter() - seconds_so_far(rows), None, -1
     step = int(np.ravel(state.step)[0])
     while step < fit.epochs * spe:
+        stopping.check()
         epoch, at = divmod(step, spe)
         if epoch != order_epoch:
             order, order_epoch = orders(state.key, position, epoch), epoch
@@ -451,6 +465,7 @@ def fit_stream(
     )
     with contextlib.closing(batches):
         for batch in batches:
+            stopping.check()
             state, step, new = call(state, numbers, position, batch.images, batch.labels), step + 1, []
             if batch.unreadable:
                 new.append(dict(step=step, unreadable=len(batch.unreadable), unreadable_images=list(batch.unreadable)))
@@ -569,6 +584,7 @@ def over_stream(
     totals, unreadable = [None] * len(looks), []
     with contextlib.closing(problem.batches(split)) as batches:
         for batch in batches:
+            stopping.check()
             found = [look(batch.images, batch.labels) for look in looks]
             totals = [new if old is None else jax.tree.map(jnp.add, old, new) for old, new in zip(totals, found)]
             unreadable += batch.unreadable

@@ -21,6 +21,7 @@ from sparsity_jax import (
     data,
     evaluate,
     groups,
+    intact,
     masks,
     models,
     optim,
@@ -225,6 +226,7 @@ def test_statistics_of_a_run_whose_images_are_gone(cut, tmp_path):
     config = json.loads((workdir / "config.json").read_text())
     config["data"] |= dict(name=f"folder:{tmp_path / 'gone'}", train_limit=0, test_limit=0)
     (workdir / "config.json").write_text(json.dumps(config))
+    intact.record(workdir / "config.json")
     with pytest.raises(tables.ConfigError, match=r"mean and std belong to the trained network.*--statistics data"):
         evaluate.open_run(workdir, data_name="digits")
     assert evaluate.open_run(workdir, data_name="digits", statistics="data").networks
@@ -321,6 +323,7 @@ def edited(workdir: pathlib.Path, target: pathlib.Path, change) -> pathlib.Path:
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config)
     path.write_text(json.dumps(config), encoding="utf-8")
+    intact.record(path)
     return target
 
 

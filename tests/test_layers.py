@@ -10,7 +10,7 @@ import sparsity_jax
 ROOT = pathlib.Path(sparsity_jax.__file__).parent
 # each may import those before it
 NUMERICS = (
-    *("tables", "decoding", "sources", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups"),
+    *("stopping", "tables", "decoding", "sources", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups"),
     *("kernels", "relaxed"),
 )
 # never each other
@@ -20,8 +20,19 @@ PARTS = (
 )
 # each may import those before it
 RUNS = (
-    *("checkpoint", "figures", "geometry_figures", "growing_figures", "report", "stream", "train", "stages"),
-    *("geometry", "structured", "greg", "pipeline", "evaluate", "run"),
+    *(
+        "intact",
+        "workdirs",
+        "checkpoint",
+        "lock",
+        "figures",
+        "geometry_figures",
+        "growing_figures",
+        "report",
+        "stream",
+        "train",
+    ),
+    *("stages", "geometry", "structured", "greg", "pipeline", "evaluate", "run"),
 )
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")
 ALLOWED = {

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from sparsity_jax import optim, polytopes, trees
+from sparsity_jax import growing, optim, polytopes, scores, trees
 
 PARAMS = {"a": {"kernel": jnp.linspace(-0.4, 0.4, 6).reshape(2, 3)}, "b": jnp.array([0.3, -0.1])}
 GRADS = jax.tree.map(lambda p: jnp.cos(7 * p), PARAMS)
@@ -346,3 +346,104 @@ def test_dampening_without_momentum_does_nothing():
         for factor in (1.0, 3.0):
             updates, state = tx.update(factor * TARGET, state)
             np.testing.assert_allclose(updates, factor * TARGET, rtol=1e-6)
+
+
+# Every transformation in every wrapper -------------------------------------------------------------------------------
+
+HALF = growing.layers(PARAMS, {"a/kernel": 0.5})
+TRANSFORMATIONS = {
+    "sgd": optim.sgd(0.1),
+    "sgd, nesterov": optim.sgd(0.1, nesterov=True, weight_decay=0.01),
+    "projected sgd": optim.sgd(0.1, BALL),
+    "projected": optim.projected(optax.sgd(0.1), BALL),
+    "sfw": optim.sfw(0.1, BALL),
+    "adagrad_sfw": optim.adagrad_sfw(0.1, BALL),
+    "scale_by_rate": optim.scale_by_rate(0.1),
+    "heavy_ball": optim.heavy_ball(0.9),
+    "add_l1": optim.add_l1(0.1),
+    "add_l2": optim.add_l2(jax.tree.map(lambda _: 0.1, PARAMS)),
+    "add_decayed_weights": optim.add_decayed_weights(0.1),
+    "proximal_l1": optim.proximal_l1(optim.sgd(0.1), 0.1),
+    "choose": optim.choose(jnp.asarray(1), [optim.sgd(0.1), optim.sfw(0.1, BALL)]),
+    "dynamic_change": optim.sgd(optim.dynamic_change(0.1, 30, 2)),
+    "track_saliency": scores.track_saliency(optim.sgd(0.1), steps_per_epoch=21),
+    "growing_l2": growing.growing_l2(HALF, update_every=1),
+}
+
+
+def leaves_of(state):
+    return [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+
+
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "plain"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_every_transformation_acts_in_every_wrapper_as_alone(name, wrapper):
+    alone = TRANSFORMATIONS[name]
+    tx = WRAPPERS[wrapper](alone)
+    if name == "dynamic_change" and wrapper == "MultiSteps":
+        tx = optax.MultiSteps(alone, 2)  # as a plain transformation it hands no value on
+    steps = 2 if wrapper == "MultiSteps" else 1
+    expected, _ = run(alone, 2)
+    found, _ = run(tx, 2 * steps)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_states_follow_the_conventions_of_optax(name):
+    """Their parameters are found, no buffer is there twice, empty arrays pass, and extra arguments are no matter."""
+    tx = TRANSFORMATIONS[name]
+    state = tx.init(PARAMS)
+    marked = optax.tree_utils.tree_map_params(tx, lambda leaf: leaf + 1, state)
+    assert jax.tree.structure(marked) == jax.tree.structure(state)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in leaves_of(state)]
+    assert len(set(buffers)) == len(buffers)
+    if name in ("add_l2", "growing_l2"):
+        return  # made for the paths of PARAMS
+    params = {**PARAMS, "empty": jnp.zeros((0, 3))}
+    state = tx.init(params)
+    updates, _ = tx.update(params, state, params, value=jnp.ones(()), value_fn=jnp.sin, note="text")
+    assert updates["empty"].shape == (0, 3)
+
+
+MESH = [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
+
+
+@pytest.mark.parametrize("axis", MESH, ids=["shard_map", "explicit"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_every_transformation_runs_on_a_mesh(name, axis):
+    """In `shard_map`, each device takes its block for the whole; `vmap` of it; and with arrays on an explicit mesh."""
+    if name in ("add_l2", "growing_l2"):
+        tree = {"a": {"kernel": jnp.ones((4, 3))}}
+        made = {"add_l2": optim.add_l2(jax.tree.map(lambda _: 0.1, tree))}
+        tx = made.get(name) or growing.growing_l2(growing.layers(tree, {"a/kernel": 0.5}), update_every=1)
+    else:
+        tx = TRANSFORMATIONS[name]
+    tx = optax.with_extra_args_support(tx)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(axis,))
+    params = {"a": {"kernel": jnp.linspace(-0.4, 0.4, 24).reshape(8, 3)}}
+    grads = jax.tree.map(jnp.cos, params)
+
+    def descend(params, grads):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(grads, state, params, value=jnp.ones(()))
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), None, length=2)[0][0]
+
+    if axis == jax.sharding.AxisType.Auto:
+        spec = jax.sharding.PartitionSpec("d")
+        blocks = jax.jit(jax.shard_map(descend, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
+        found = blocks(params, grads)
+        halves = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], (params, grads)) for i in range(2)]
+        expected = jax.tree.map(lambda *x: jnp.concatenate(x), *[jax.jit(descend)(*half) for half in halves])
+    else:
+        if name == "growing_l2":
+            tx = growing.growing_l2(growing.layers(params, {"a/kernel": 0.5}), update_every=1)
+        sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+        with jax.set_mesh(mesh):
+            found = jax.jit(descend)(*jax.device_put((params, grads), sharding))
+        expected = jax.jit(descend)(params, grads)
+    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, found, expected)

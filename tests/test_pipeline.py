@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sparsity_jax import checkpoint, data, optim, pipeline, report, tables, train
+from sparsity_jax import checkpoint, data, optim, pipeline, report, stopping, tables, train, workdirs
 
 DYNAMIC = dict(tiny.SFW, schedule=dict(name="dynamic_change"))
 BALL = dict(name="l2", tau=15.0)  # quick to compile
@@ -91,7 +91,7 @@ MISTAKES = {
         r"config\.arm is 'a', but config\.sweep\.arm decides",
     ),
     "flat sweep": (dict(sweep={"fit.epochs": (1, 2)}), r"config\.fit\.epochs, which does not exist\. .* are nested: "),
-    "not data": (dict(title=object()), r"config holds a value that is not plain data"),
+    "not data": (dict(title=object()), r"config\.title is a value that is not plain data"),
     "no pipeline": (dict(pipeline=()), r"config\.pipeline is empty"),
     "absent stage": (dict(pipeline=("fti", "curve")), r"pipeline names 'fti', but config has no such.* mean 'fit'"),
     "nothing trained": (dict(pipeline=("curve", "fit")), r"'curve' \(kind 'curve'\) before any stage of kind 'train'"),
@@ -543,15 +543,18 @@ def test_runs_that_cannot_be_started_from_are_named(analysed, tmp_path, monkeypa
     ):
         start(tmp_path / "fit", "width")
     loop = json.loads((tmp_path / "fit" / "config.json").read_text()) | dict(start_from=str(tmp_path / "fit"))
+    (tmp_path / "fit" / "SHA256SUMS").unlink()
     (tmp_path / "fit" / "config.json").write_text(json.dumps(loop))
     with pytest.raises(tables.ConfigError, match="fit started from a run that started from it"):
         start(tmp_path / "fit")
+    shutil.rmtree(tmp_path / "fit" / "checkpoints")  # the copy
     (tmp_path / "fit" / "config.json").write_text("[]")
     with pytest.raises(tables.ConfigError, match=r"fit/config\.json holds no config but a list"):
         start(tmp_path / "fit")
     fake = tmp_path / "fake"
     shutil.copytree(analysed[0], fake)
     config = json.loads((fake / "config.json").read_text())
+    (fake / "SHA256SUMS").unlink()
     (fake / "config.json").write_text(json.dumps(config | {"model": {"name": "mlp", "widths": [8]}}))
     with pytest.raises(
         tables.ConfigError, match=r"fake', whose params/dense1/bias has the shape \(16,\); allowed: \(8,\)"
@@ -659,16 +662,16 @@ def test_a_run_interrupted_again_and_again_ends_the_same(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     config = tiny.config("fit", "again", steps_per_call=3, checkpoint_seconds=0.0)
-    expected, manager = pipeline.run(config, tmp_path / "whole"), checkpoint.ocp.CheckpointManager
-    save, reason = manager.save, "RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']"
+    expected = pipeline.run(config, tmp_path / "whole")
+    save, reason = checkpoint.ocp.StandardCheckpointer.save, "No space left on device [os_error_code='28']"
 
-    def full(self, number, **options):
-        if number == 3:
-            raise ValueError(reason)
-        return save(self, number, **options)
+    def full(self, folder, state):
+        if folder.parent.name == ".writing_3":
+            raise ValueError(f"RESOURCE_EXHAUSTED: Error writing: {reason}")
+        return save(self, folder, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(manager, "save", full)
+        patch.setattr(checkpoint.ocp.StandardCheckpointer, "save", full)
         with pytest.raises(OSError, match=r"full/checkpoints cannot be written: No space left on device$"):
             pipeline.run(config, tmp_path / "full")
     tiny.same(pipeline.run(config, tmp_path / "full").state, expected.state)
@@ -676,15 +679,13 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatc
 
 def test_a_signal_whose_exception_was_lost_stops_at_the_next_update(tmp_path):
     config = tiny.config("fit", steps_per_call=1)
-    pipeline.interrupted.set()
+    stopping.request()
     try:
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, tmp_path)
     finally:
-        pipeline.interrupted.clear()
-    saved = checkpoint.Checkpoints(tmp_path)
-    progress = saved.progress()
-    saved.close()
+        stopping.clear()
+    progress = workdirs.newest(tmp_path).progress
     assert (progress.stage, progress.begun, progress.rows) == (0, True, [])
     assert len(pipeline.run(config, tmp_path).rows) == 2
 
@@ -696,14 +697,13 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
     for _ in range(2):  # the same call finds the same step again
         with pytest.raises(train.NonFiniteLossError, match=r"wild: .* not finite at step [12] \(epoch 1\)"):
             pipeline.run(config, tmp_path / "bad")
-    saved = checkpoint.Checkpoints(tmp_path / "bad")
-    progress = saved.progress()
+    saved = workdirs.newest(tmp_path / "bad")
+    progress = saved.progress
     assert (progress.stage, progress.begun) == (2, True)
     assert tiny.timeless(progress.rows) == tiny.timeless(json.loads(json.dumps(good.rows)))
     fit = tiny.fit(dict(tiny.SGD, learning_rate=1e20))
     like, _ = tiny.start(tiny.problem(), fit)
-    state = saved.restore(checkpoint.abstract(like))
-    saved.close()
+    state = checkpoint.restore(saved, checkpoint.abstract(like))
     assert int(state.metrics.bad_step) == -1
     assert bool(np.isfinite(state.metrics.loss))
 

@@ -25,7 +25,7 @@ import safetensors.numpy
 import tiny
 from test_models import GOLDEN_NETS, TINY
 
-from sparsity_jax import evaluate, models, pipeline, pretrained, report, tables, train, trees
+from sparsity_jax import evaluate, masks, models, pipeline, pretrained, report, tables, train, trees
 
 KEY = jax.random.key(0)
 
@@ -344,7 +344,7 @@ def test_pruned_weights():
     found = pretrained.to_variables(saved, network.like)
     for layer, name in (("dense1", "stem"), ("fc", "inner")):
         np.testing.assert_array_equal(found["params"][layer]["kernel"], expected[f"{name}.weight"].T)
-        kept = pretrained.nonzero_masks(found["params"])
+        kept = masks.nonzero(found["params"])
         np.testing.assert_array_equal(kept[layer]["kernel"], mask.T == 1)
         assert kept[layer]["bias"].all()
     with pytest.raises(tables.ConfigError, match=r"stem\.weight_mask is no mask"):
@@ -679,6 +679,22 @@ def test_a_run_starts_from_the_file(weights, mode, tmp_path):
     assert len(again.rows) == len([row for row in outcome.rows if row["stage"] == "curve"])
 
 
+@pytest.mark.parametrize("zeros", ["keep", "train"])
+def test_zeros_of_the_file(weights, zeros, tmp_path, capsys):
+    arrays = pretrained.read(weights[0])
+    kernel = arrays["dense1.weight"]
+    arrays["dense1.weight"] = np.where(np.arange(kernel.size).reshape(kernel.shape) % 3, kernel, 0)
+    path = pretrained.write(tmp_path / "zeros.safetensors", arrays)
+    fields = dict(pretrained=str(path), pretrained_zeros=zeros)
+    outcome = pipeline.run(tiny.config("fit", **fields), tmp_path / "run")
+    left = np.sum(np.asarray(outcome.state.params["dense1"]["kernel"]) == 0)
+    assert left >= 342 if zeros == "keep" else left < 342
+    assert np.sum(~np.asarray(outcome.state.masks["dense1"]["kernel"])) == (342 if zeros == "keep" else 0)
+    environment = report.read_environment(tmp_path / "run")
+    assert "342 of 1,184" in environment["pretrained"]
+    assert "342 of 1,184" in capsys.readouterr().err
+
+
 def test_accuracy_of_the_file(weights, tmp_path):
     path, variables = weights
     problem = tiny.problem()
@@ -727,6 +743,9 @@ def test_mistakes_stop_a_run_before_it_begins(weights, tmp_path):
             dict(fresh_classifier=True),
             r"config\.fresh_classifier is for the weights of config\.pretrained, which is em",
         ),
+        (dict(pretrained_zeros="keep"), r"config\.pretrained_zeros is for the weights of config\.pretrained"),
+        (dict(pretrained=path, pretrained_zeros="drop"), r"config\.pretrained_zeros is 'drop'; allowed: 'train' \| 'k"),
+        (dict(pretrained=path, pretrained_names=[["fc.weight", "x"]]), r"names: 'fc\.weight' is to become 'x', which"),
         (dict(pretrained=path, **wider), r"config\.pretrained '.*' does not fit .*\n  wrong: .* must be \(17, 64\)"),
         (dict(pretrained=path, sweep=dict(pretrained=[path])), r"config\.sweep names config\.pretrained; allowed"),
     ):

@@ -477,7 +477,7 @@ def test_a_worker_that_dies_ends_the_run_instead_of_hanging_it():
     assert not multiprocessing.active_children()
 
 
-PARENT = """
+OPENED = """
 import multiprocessing, time
 import numpy as np
 from sparsity_jax import data, stream, tables
@@ -487,9 +487,49 @@ if __name__ == "__main__":
     images = data.Stream(source, np.arange(4000), (4000, 8, 8, 1), 1, options)
     batches = stream.train_batches(images, [0], batch_size=5, epochs=1, put=lambda arrays: arrays)
     next(batches), next(batches)
+"""
+PARENT = f"""{OPENED}
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(600)
 """
+
+
+def test_readers_left_open_end_without_a_message(tmp_path):
+    (tmp_path / "left_open.py").write_text(OPENED.replace("workers=2", "workers=0"))
+    paths = dict(PYTHONPATH=str(pathlib.Path(__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, "left_open.py"], cwd=tmp_path, env=os.environ | paths, capture_output=True, check=True
+    )
+    assert done.stderr == b""
+
+
+def test_a_script_without_a_main_guard_is_told(monkeypatch):
+    images, _ = numbered(20, workers=2)
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(tables.ConfigError, match="__main__"):
+        labels_of(images)
+
+
+def test_processes_are_chosen_only_where_threads_leave_cores_idle():
+    many = 1_000_000
+    assert data.choose_workers(many, 16, alone=100.0, together=400.0)[0] == 16
+    assert data.choose_workers(many, 16, alone=100.0, together=1200.0)[0] == 0  # threads keep them busy
+    assert data.choose_workers(many, 2, alone=100.0, together=60.0)[0] == 0  # too few cores
+    assert data.choose_workers(20_000, 16, alone=100.0, together=400.0)[0] == 0  # over before they have started
+    assert "400 images/s in 16 threads" in data.choose_workers(many, 16, alone=100.0, together=400.0)[1]
+
+
+def test_the_choice_is_made_and_told_before_training():
+    images, _ = numbered(300)
+    assert images.options["workers"] == -1
+    looked = data.look_at(images)
+    assert looked.options["workers"] == 0
+    assert "threads" in looked.reading
+    fixed, _ = numbered(300, workers=3)
+    assert data.look_at(fixed) is fixed
+    dataset = data.load(name="digits", stream=True, image_size=8, normalization="none")
+    problem = train.build_problem(dataset, models.build(name="mlp", num_classes=10, widths=(4,)))
+    assert pipeline.describe_environment(problem)["reading"] == "threads"
 
 
 def test_workers_do_not_outlive_a_killed_run(tmp_path):

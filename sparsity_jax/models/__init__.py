@@ -59,6 +59,7 @@ class Model(NamedTuple):
     init: Callable  # init(key, images) -> variables; of the images only the shape matters
     apply: Callable  # apply(variables, images) -> logits; inference: running statistics, no dropout
     apply_train: Callable  # apply_train(variables, images, key=None) -> (logits, new batch_stats); key for dropout
+    dtype: Any = jnp.float32  # of its arithmetic
 
 
 def build(
@@ -89,7 +90,7 @@ def build(
 
     def check_precision():
         if "float64" in (dtype, param_dtype) and not jax.config.jax_enable_x64:
-            raise ValueError(
+            raise tables.ConfigError(
                 f"{name} was built with dtype {dtype} and param_dtype {param_dtype}, but jax runs in 32 bits; set "
                 "jax_enable_x64 or call it inside `with jax.enable_x64(True):`."
             )
@@ -115,4 +116,4 @@ def build(
         logits, updated = module.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
         return logits, updated.get("batch_stats", {})
 
-    return Model(initialise, apply, apply_train)
+    return Model(initialise, apply, apply_train, settings.dtype)

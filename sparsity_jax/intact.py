@@ -1,0 +1,111 @@
+"""Checksums: whether files are still as they were written.
+
+`SHA256SUMS` in a folder has the lines of the tool `sha256sum`, whose `--check` verifies it too. Rows of a file that
+grows carry a checksum each, of their own text and all before it.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+import zlib
+from typing import Any
+
+from sparsity_jax import tables
+
+SUMS = "SHA256SUMS"
+ROW_SUM = re.compile(rb', "sum": "([0-9a-f]{8})"\}$')
+
+
+class DamagedError(tables.ConfigError):
+    """A file is not as it was written, and no other copy is whole; the message names it."""
+
+
+def digest_of(path: pathlib.Path) -> str:
+    """SHA-256 of a file, as text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Folders -----------------------------------------------------------------------------------------------------
+
+
+def seal(folder: pathlib.Path) -> None:
+    """Writes `folder/SHA256SUMS` of all files in `folder` and below."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
+    _write_sums(folder, {path.relative_to(folder).as_posix(): digest_of(path) for path in files})
+
+
+def damage(folder: pathlib.Path) -> str:
+    """What of a sealed folder is not as it was written, or "" if all is."""
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    sums = read_sums(folder)
+    if not sums:
+        return f"{folder / SUMS} is missing or holds no checksum"
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    for name in sorted({*sums, *there} - {SUMS}):
+        if name not in there:
+            return f"{folder / name} is missing"
+        if name not in sums:
+            return f"{folder / name} has no checksum in {SUMS}"
+        if digest_of(folder / name) != sums[name]:
+            return f"{folder / name} is not as it was written"
+    return ""
+
+
+def record(path: pathlib.Path) -> None:
+    """Writes the checksum of the file `path` to `SHA256SUMS` beside it."""
+    _write_sums(path.parent, {**read_sums(path.parent), path.name: digest_of(path)})
+
+
+def is_changed(path: pathlib.Path) -> bool:
+    """Whether the file `path` differs from its checksum in `SHA256SUMS`; False where that has none for it."""
+    known = read_sums(path.parent).get(path.name)
+    return known is not None and known != digest_of(path)
+
+
+def read_sums(folder: pathlib.Path) -> dict[str, str]:
+    """Checksums in `folder/SHA256SUMS` by name; lines that are none are left out."""
+    path = folder / SUMS
+    if not path.is_file():
+        return {}
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    pairs = [line.split("  ", 1) for line in lines]
+    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
+
+
+def _write_sums(folder: pathlib.Path, sums: dict[str, str]) -> None:
+    part = folder / f".{SUMS}"
+    part.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8")
+    part.replace(folder / SUMS)
+
+
+# Values and rows ---------------------------------------------------------------------------------------------
+
+
+def digest_of_value(value: Any) -> str:
+    """SHA-256 of JSON data, whatever the order of its fields and the space between them."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def summed_row(line: str, before: int) -> tuple[str, int]:
+    """(a JSON object's text with its checksum as a last field "sum", the checksum); before: that of the line before."""
+    total = zlib.crc32(line.encode(), before)
+    return f'{line[:-1]}, "sum": "{total:08x}"}}', total
+
+
+def read_row(line: bytes, before: int) -> tuple[dict, int]:
+    """(the row of a line without its checksum, the checksum); lines without one are taken as they are.
+
+    Raises ValueError for what is no JSON object, and where line and checksum do not fit.
+    """
+    found = ROW_SUM.search(line)
+    text = line[: found.start()] + b"}" if found else line
+    row = json.loads(text)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    total = zlib.crc32(text, before)
+    if found and int(found[1], 16) != total:
+        raise ValueError("not as it was written (its checksum differs)")
+    return row, total

@@ -1,0 +1,180 @@
+"""One run at a time in a workdir: `run.lock` names its owner and is refreshed while the run lives.
+
+The lock is the run's, by an id of its own, not that of a process. Only runs take it; reports and evaluations do not.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import getpass
+import json
+import os
+import pathlib
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+
+from sparsity_jax import tables
+
+FILE = "run.lock"
+STALE_SECONDS = 600.0  # default of the time after which a lock of another host counts as left behind
+REFRESH_SECONDS = 20.0  # at most
+
+
+class LockedError(tables.ConfigError):
+    """The workdir is in use by another run; the message names its owner."""
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Callable[[], None]]:
+    """Holds the lock of `workdir` while the context lasts; gives `check()`, which raises OSError once it is lost.
+
+    A lock whose process on this host is gone is taken over at once; one of another host if it was not refreshed for
+    `stale_seconds`. Raises LockedError where a run holds it.
+    """
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / FILE
+    mine = _describe()
+    with _one_at_a_time(workdir):
+        refuse(workdir, stale_seconds)
+        _write(path, mine)
+    ended = threading.Event()
+
+    def refresh() -> None:
+        while not ended.wait(min(REFRESH_SECONDS, stale_seconds / 4)):
+            with contextlib.suppress(OSError):
+                if _read(path).get("run") == mine["run"]:
+                    os.utime(path)
+
+    def check() -> None:
+        if not path.exists():
+            _write(path, mine)
+        other = _read(path)
+        if other.get("run") != mine["run"]:
+            raise OSError(f"{path} was taken over by {_owner(other)}; this run stops without saving.")
+
+    refresher = threading.Thread(target=refresh, daemon=True)
+    refresher.start()
+    try:
+        yield check
+    finally:
+        ended.set()
+        refresher.join()
+        with contextlib.suppress(OSError):
+            if _read(path).get("run") == mine["run"]:
+                path.unlink()
+
+
+def refuse(workdir: pathlib.Path, stale_seconds: float = STALE_SECONDS) -> None:
+    """Raises LockedError if a run that may still live holds the lock of `workdir`."""
+    path = pathlib.Path(workdir) / FILE
+    if not path.exists():
+        return
+    owner = _read(path)
+    if _is_gone(owner):
+        return
+    age = max(0.0, _now(path.parent) - path.stat().st_mtime)
+    here = owner.get("machine") == _machine()
+    if not here and age > stale_seconds:
+        return
+    left = "" if here else f" If it no longer lives, its lock ends in {stale_seconds - age:.0f} s."
+    raise LockedError(
+        f"{path.parent} is in use by {_owner(owner)}, whose {FILE} was refreshed {age:.0f} s ago; wait for its end, "
+        f"or use another --workdir.{left}"
+    )
+
+
+def _describe() -> dict:
+    """What this process writes into the lock."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name
+        user = f"user {os.getuid()}"
+    return dict(
+        run=uuid.uuid4().hex,
+        user=user,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        machine=_machine(),
+        process=_process(os.getpid()),
+    )
+
+
+def _machine() -> str:
+    """Where process ids mean the same: host and, on Linux, machine and namespace of process ids."""
+    words = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        words.append(pathlib.Path("/etc/machine-id").read_text().strip())
+    with contextlib.suppress(OSError):
+        words.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(words)
+
+
+def _process(pid: int) -> str:
+    """A living process, told from others that had or will have its id: boot and start time where the system says."""
+    with contextlib.suppress(OSError):
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+        return f"{boot} {after_name.split()[19]}"
+    return ""
+
+
+def _is_gone(owner: dict) -> bool:
+    """Whether the owner was a process of this machine that no longer lives."""
+    pid = owner.get("pid")
+    if owner.get("machine") != _machine() or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return owner.get("process") != _process(pid)
+
+
+def _owner(owner: dict) -> str:
+    return (
+        f"{owner.get('user', 'somebody')} on {owner.get('host', 'an unknown host')} "
+        f"(process {owner.get('pid', 'unknown')}, since {owner.get('started', 'an unknown time')})"
+    )
+
+
+def _read(path: pathlib.Path) -> dict:
+    """The owner; {} for a lock that cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: pathlib.Path, owner: dict) -> None:
+    part = path.with_name(f".{path.name}.{owner['run']}")
+    part.write_text(json.dumps(owner, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _now(folder: pathlib.Path) -> float:
+    """The time by the clock that stamps files in `folder`, which another host may keep."""
+    probe = folder / f".{FILE}.{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: pathlib.Path) -> Iterator[None]:
+    """Processes of this host, and of all hosts where the file system can, pass one after the other."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: `check` finds out
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
