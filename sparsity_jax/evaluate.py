@@ -410,7 +410,8 @@ def describe(row: Mapping[str, Any]) -> str:
     zeros = row["parameters_kept"] - row["parameters_nonzero"]
     if row["pruned"] == "nothing" and zeros:
         lines.append(
-            f"  nothing is masked: {zeros:,} of {row['parameters']:,} parameters are zero, as training or their file left them"
+            f"  nothing is masked: {zeros:,} of {row['parameters']:,} parameters are zero, as training or their file "
+            "left them"
         )
     elif row["pruned"] == "nothing":
         lines.append("  nothing is pruned: this is the dense network")

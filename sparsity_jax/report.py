@@ -1019,7 +1019,8 @@ def has_rows(folder: pathlib.Path) -> bool:
 def whole_rows(file: pathlib.Path) -> list[dict]:
     """Rows of the metrics file of a run; of its newest checkpoint where the file is damaged, cut short or gone, aloud.
 
-    Raises ValueError where it is damaged and there is no other copy.
+    Raises ValueError where it is damaged and there is no other copy. Checkpoints that are all damaged, or older than
+    their checksums, leave the rows as they are, aloud.
     """
     try:
         rows = read_rows(file)
@@ -1029,7 +1030,11 @@ def whole_rows(file: pathlib.Path) -> list[dict]:
             raise
         workdirs.say(f"{error}; the rows of the newest checkpoint are used")
         return saved.progress.rows
-    saved = workdirs.newest(file.parent)
+    try:
+        saved = workdirs.newest(file.parent)
+    except intact.DamagedError as error:
+        workdirs.say(f"{error} The rows of {file.name} are used; whether they are all is not known.")
+        return rows
     if saved is not None and len(saved.progress.rows) > len(rows):
         workdirs.say(f"{file} lacks rows; those of the newest checkpoint are used")
         return saved.progress.rows
