@@ -409,10 +409,7 @@ def describe(row: Mapping[str, Any]) -> str:
         lines.append(f"  {words}: {row['speedup']:.2f} times the speed of dense ({spread}) on {row['device']}")
     zeros = row["parameters_kept"] - row["parameters_nonzero"]
     if row["pruned"] == "nothing" and zeros:
-        lines.append(
-            f"  nothing is masked: {zeros:,} of {row['parameters']:,} parameters are zero, as training or their file "
-            "left them"
-        )
+        lines.append(f"  nothing is masked: {zeros:,} parameters are zero, as training or their file left them")
     elif row["pruned"] == "nothing":
         lines.append("  nothing is pruned: this is the dense network")
     elif row["pruned"] == "weights":
