@@ -68,7 +68,7 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
     "compact": {
         *("accuracy", "difference", "parameters", "parameters_compact", "flops", "flops_compact", "bytes"),
         *("bytes_compact", "kept", "sizes", "batch_size", "milliseconds", "milliseconds_low", "milliseconds_high"),
-        *("speedup", "speedup_low", "speedup_high", "verdict", "device"),
+        *("speedup", "speedup_low", "speedup_high", "verdict", "device", "tolerance", "warning"),
     },
     "limit": {"phase", "limit", "criterion", "tolerance", "evaluations", "how"},
     "path": {"ratio", "distance", "change", "first_order", "second_order"},

@@ -554,11 +554,12 @@ def compact_section(series: list, most: int = 60) -> str:
     head += '<th scope="col" class="num">time&nbsp;<small>ms</small></th><th scope="col">speed</th>'
     body = ""
     for label, row in found[:most]:
-        cells = f'<td class="num">{100 * figures.number(row.get("accuracy")):.2f}</td>'
+        accuracy = 100 * figures.number(row.get("accuracy"))
+        cells = f'<td class="num">{accuracy:.2f}</td>' if math.isfinite(accuracy) else DASH
         for field, factor in COMPACT_COLUMNS.values():
             dense, small = (factor * figures.number(row.get(f"{field}{end}")) for end in ("", "_compact"))
-            share = f"{100 * small / dense:.1f}%"
-            cells += f'<td class="num">{amount(small)} <small>of {amount(dense)}, {share}</small></td>'
+            share = f" <small>of {amount(dense)}, {100 * small / dense:.1f}%</small>" if dense > 0 else ""
+            cells += f'<td class="num">{amount(small)}{share}</td>'
         times = row.get("milliseconds") or {}
         dense, small = (figures.number(times.get(name)) for name in ("dense", "compact"))
         cells += (
@@ -578,7 +579,9 @@ def compact_section(series: list, most: int = 60) -> str:
 
 
 def amount(value: float) -> str:
-    """A number with all its digits before the point, and four at least: 13,706 and 0.05082."""
+    """A number with all its digits before the point, and four at least: 13,706 and 0.05082; "–" for NaN."""
+    if math.isnan(value):
+        return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == round(value) else f"{value:.4g}"
 
 

@@ -664,3 +664,8 @@ def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
     assert "3,658 <small>of 13,706, 26.7%</small>" in page
     assert "A, visit 2" in page
     assert "differ by at most 0.1 of the largest" in page
+    page = page_of(
+        tmp_path, [dict(stage="compact", kind="compact", arm="A", member=0, warning="it has an empty layer")]
+    )
+    assert "it has an empty layer" in page  # without any number
+    assert "nan" not in page.split('<section id="compact">')[1].split("</section>")[0]
