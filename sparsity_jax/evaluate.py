@@ -64,12 +64,16 @@ USE = (  # lines that need jax and flatbuffers only
 
 
 class Network(NamedTuple):
-    """One member of a run. swept: its values of a sweep; progress: how far its run is; state: without optimizer."""
+    """One member of a run. swept: its values of a sweep; progress: how far its run is; state: without optimizer.
+
+    label: name of the training whose network the checkpoint holds, the last one of several in a run.
+    """
 
     member: int
     swept: dict[str, Any]
     progress: str
     state: train.State
+    label: str
 
 
 class Saved(NamedTuple):
@@ -112,7 +116,9 @@ def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str =
                     "config.json edited?"
                 )
             text = _progress(config, progress)
-            networks += [Network(i + j, swept, text, state) for j, (swept, state) in enumerate(zip(own, states))]
+            for j, (swept, state) in enumerate(zip(own, states)):
+                label = swept.get("arm") or _label(config, progress)
+                networks.append(Network(i + j, swept, text, state, label))
     expected = range(len(members)) if numbered and not inside else ()
     missing = sorted({*expected, *found} - {network.member for network in networks})
     return Saved(config, problem, networks, missing)
@@ -158,6 +164,13 @@ def _progress(config: Mapping[str, Any], progress: workdirs.Progress) -> str:
     if progress.stage >= len(names):
         return "finished"
     return f"in stage {progress.stage + 1} of {len(names)} ({names[progress.stage]})"
+
+
+def _label(config: dict[str, Any], progress: workdirs.Progress) -> str:
+    """Name of the training that made the network of a checkpoint, as in the report."""
+    plan = pipeline.Plan([config], [{}], {}, tuple(config["pipeline"]), {})
+    finished = progress.stage - (not progress.begun)
+    return pipeline.arm_of(plan, max(finished, 0))
 
 
 def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
@@ -226,11 +239,12 @@ def run(
 
 
 def measured(saved: Saved, **options: Any) -> Iterator[dict[str, Any]]:
-    """`measure` of every member, with the fields data, model, member, progress and those of its sweep before."""
+    """`measure` of every member; before it the fields data, model, member, swept, network (its label) and progress."""
     about = dict(data=saved.problem.dataset.name, model=saved.config["model"]["name"])
     for network in saved.networks:
         own = measure(saved.problem, network.state, **options)
-        yield {**about, "member": network.member, "swept": network.swept, "progress": network.progress, **own}
+        which = dict(member=network.member, swept=network.swept, network=network.label, progress=network.progress)
+        yield {**about, **which, **own}
 
 
 def measure(
@@ -317,7 +331,8 @@ def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]
 def describe(row: Mapping[str, Any]) -> str:
     """The numbers of one member as a table."""
     swept = ", ".join(f"{name}={value}" for name, value in row["swept"].items())
-    lines = [f"{row['model']} on {row['data']}, member {row['member']}{swept and f' ({swept})'}: {row['progress']}"]
+    which = f"{row['network']}, member {row['member']}{swept and f' ({swept})'}"
+    lines = [f"{row['model']} on {row['data']}, {which}: {row['progress']}"]
     compact = "parameters_compact" in row
 
     def line(name: str, dense: str, small: str = "", more: str = "") -> None:

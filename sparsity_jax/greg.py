@@ -106,7 +106,9 @@ def _layers(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]
         by_name = trees.match_rules(dict.fromkeys(channels.groups, 0), rules, f"{chosen.where}.ratios")
         in_order = {name: by_name[name] for name in channels.groups}  # as the network uses them
         return growing.coupled(channels, shapes, in_order)
-    return growing.layers(shapes, table_of(problem, chosen), chosen.granularity)
+    table = table_of(problem, chosen)
+    traced = None if chosen.granularity == "weight" else structured.channels_of(problem, "separate")
+    return growing.layers(shapes, table, chosen.granularity, channels=traced)
 
 
 def table_of(problem: train.Problem, chosen: Choice) -> ratios.Table:
@@ -160,10 +162,17 @@ def masks_of(workdir: str) -> dict[str, np.ndarray]:
 
 
 def check_network(problem: train.Problem, settings: Any) -> None:
-    """Raises ConfigError for ratios that do not fit the network, and where there is nothing to inherit.
+    """Raises ConfigError for settings of any stage in this file that do not fit the network.
 
-    settings: of a stage that has a Choice.
+    Such as ratios, patterns that match no array, and a run to inherit from that is not there.
     """
+    if isinstance(settings, Noise):
+        trees.matching(stages.shapes_of(problem), settings.parameters, f"{settings.where}.parameters")
+    elif choice_of(settings) is not None:
+        _check_choice(problem, settings)
+
+
+def _check_choice(problem: train.Problem, settings: Any) -> None:
     chosen = choice_of(settings)
     where = f"{chosen.where}.inherit is {chosen.inherit!r}"
     if chosen.inherit:
@@ -567,6 +576,7 @@ def run_reinit(problem, state, settings, place, rows) -> Iterator[train.Update]:
 
 
 class Noise(NamedTuple):
+    where: str
     std: float
     num: int
     relative: bool
@@ -587,7 +597,7 @@ def noise_options(
     whole paths of the arrays that get it. Masked weights stay zero.
     """
     trees.check_pattern(parameters, f"{where}.parameters")
-    return Noise(std, num, relative, parameters)
+    return Noise(where, std, num, relative, parameters)
 
 
 def run_noise(problem, state, settings, place, rows) -> Iterator[train.Update]:
@@ -631,6 +641,7 @@ def run_jacobian(problem, state, settings, place, rows) -> Iterator[train.Update
     yield train.Update(state, train.member_rows(problem, found, num_examples=len(images)), 1.0)
 
 
+REMOVING = ("grow", "remove", "oracle")
 STAGES = {
     "grow": stages.Stage(grow_options, begin_grow, run_grow, ("train",)),
     "remove": stages.Stage(remove_options, stages.as_it_is, run_remove, ("train",)),

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import groups, masks, tables, trees
+from sparsity_jax import groups, kernels, masks, tables, trees
 
 PyTree = Any
 Keep = dict[str, jax.Array]  # bools by name of layer, True = keep
@@ -40,22 +40,13 @@ PICK, PUSH, STABILIZE = 0, 1, 2  # phases of a layer
 class Part(NamedTuple):
     """Where the groups of a layer are in one array: along `axis`; if that is None, every entry is a group.
 
-    path: without the `value` at its end that paths of NNX states may have, or not: `nnx.Optimizer` initialises with it
-    and updates without. index: int [groups, copies], the positions of every group on the axis; None: group i is at position i.
+    path: a plain one, see `trees.plain_path`.
+    index: int [groups, copies], the positions of every group on the axis; None: group i is at position i.
     """
 
     path: str
     axis: int | None
     index: np.ndarray | None = None
-
-
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves of `tree` by their paths as `Part` has them."""
-    return {_array_path(path): leaf for path, leaf in trees.named_leaves(tree).items()}
-
-
-def _array_path(path: str) -> str:
-    return path.removesuffix("/value")
 
 
 class Layer(NamedTuple):
@@ -80,28 +71,65 @@ class Layer(NamedTuple):
         return self.scored[0].axis is None
 
 
-def layers(params: PyTree, ratios: Mapping[str, float], granularity: Granularity = "filter") -> tuple[Layer, ...]:
+def layers(
+    params: PyTree,
+    ratios: Mapping[str, float],
+    granularity: Granularity = "filter",
+    *,
+    channels: groups.Channels | None = None,
+    layout: kernels.Layout | None = None,
+) -> tuple[Layer, ...]:
     """A layer for every kernel in `ratios`, named by its path: its output slices, input slices or entries.
 
-    params: arrays or shape structs; kernels end in [inputs, outputs] as in Flax, where those of a grouped convolution
-    have the inputs of one of its groups. ratios: share to remove by path, or `masks.AUTOMATIC`; see `masks.num_pruned`.
-    Raises ValueError for unknown paths, ratios out of range and slices of vectors.
+    params: arrays or shape structs; the kernel of a grouped convolution has the inputs of one of its groups.
+    ratios: share to remove by path, or `masks.AUTOMATIC`; see `masks.num_pruned`.
+    channels, layout: which axes of a kernel are its inputs and outputs, by the trace of the function that uses it, or
+    `in_out` or `out_in` for all of them; without both the names must tell. See `kernels.axes`.
+    Raises ValueError for unknown paths, ratios out of range, slices of vectors, kernels whose axes nothing tells, and
+    kernels with several axes of outputs (or inputs), such as the heads of an attention.
     """
     tables.convert(granularity, Granularity, "granularity")
-    axis = {"filter": -1, "channel": -2, "weight": None}[granularity]
-    leaves = _leaves(params)
-    _check_names(list(map(_array_path, ratios)), leaves, "path of the params")
+    leaves = trees.plain_leaves(params)
+    paths = {name: _plain(name, leaves) for name in ratios}
+    _check_names(paths.values(), leaves, "path of the params")
     found = []
     for name, ratio in ratios.items():
-        path = _array_path(name)
-        shape = tuple(leaves[path].shape)
-        if axis is not None:
-            if len(shape) < 2:
-                raise ValueError(f"{path!r} has shape {shape}; a {granularity} is a slice of a matrix or more.")
+        path = paths[name]
+        shape, axis = tuple(leaves[path].shape), None
+        if granularity != "weight":
+            axis = _axis_of(params, path, granularity, channels, layout)
             shape = (shape[axis],)
         part = (Part(path, axis),)
         found.append(Layer(name, shape, _num_pruned(name, ratio, math.prod(shape)), part, part))
     return tuple(found)
+
+
+def _plain(path: str, leaves: Mapping[str, Any]) -> str:
+    """`path` as it is among the plain ones of `leaves`, if it is."""
+    return path if path in leaves else path.removesuffix("/value")
+
+
+def _axis_of(
+    params: PyTree,
+    path: str,
+    granularity: Literal["filter", "channel"],
+    channels: groups.Channels | None,
+    layout: kernels.Layout | None,
+) -> int:
+    """The axis of the outputs (filter) or inputs (channel) of a kernel."""
+    leaves = trees.plain_leaves(params)
+    whole_paths = dict(zip(leaves, trees.named_leaves(params)))
+    shape = tuple(leaves[path].shape)
+    if len(shape) < 2:
+        raise ValueError(f"{path!r} has shape {shape}; a {granularity} is a slice of a matrix or more.")
+    (axes,) = kernels.axes(params, [whole_paths[path]], channels, layout=layout).values()
+    sliced = axes.outputs if granularity == "filter" else axes.inputs
+    if len(sliced) != 1:
+        raise ValueError(
+            f"{path!r} of shape {shape} has a {granularity} for every index of the axes {sliced}; allowed: one axis. "
+            "`growing.coupled` takes channels of several axes."
+        )
+    return sliced[0]
 
 
 def coupled(
@@ -112,31 +140,44 @@ def coupled(
     channels: of `groups.trace`. params: what the optimizer sees, the traced variables or their part `params`.
     members: the penalty acts on `all` arrays of the group, with norms, biases and the kernels that read the channels;
     on its `kernels`; or on its `producers`, as with granularity `filter`. An entry in two groups has both penalties.
-    Scores are those of the producers, or of all kernels where a group has none.
+    Kernels are what a matrix product or convolution of the trace multiplies with, whatever their names. Scores are
+    those of the producers, or of all kernels where a group has none.
     Raises ValueError for unknown groups, ratios out of range and groups without a kernel in `params`.
     """
     tables.convert(members, Members, "members")
-    leaves = _leaves(params)
+    leaves = trees.plain_leaves(params)
     _check_names(ratios, channels.groups, "group")
     found = []
     for name, ratio in ratios.items():
         group = channels.groups[name]
-        own = [(member.role, part) for member in group.members if (part := _part(member, leaves)) is not None]
-        kernels = [(role, part) for role, part in own if trees.is_kernel(part.path) and leaves[part.path].ndim > 1]
-        producers = [(role, part) for role, part in kernels if role == "producer"]
-        scored = producers or kernels
+        everything, weights, producers = [], [], []
+        for member in group.members:
+            part = _part(member, leaves)
+            if part is None:
+                continue
+            everything.append(part)
+            if member.role != "other" or _named_kernel(part, leaves):
+                weights.append(part)
+            if member.role == "producer":
+                producers.append(part)
+        scored = producers or weights
         if not scored:
             raise ValueError(f"the group {name!r} has no kernel among the params; leave it out of the ratios.")
-        chosen = {"all": own, "kernels": kernels, "producers": scored}[members]
-        parts, scored = (tuple(part for _, part in pairs) for pairs in (chosen, scored))
-        found.append(Layer(name, (group.size,), _num_pruned(name, ratio, group.size), parts, scored))
+        parts = {"all": everything, "kernels": weights, "producers": scored}[members]
+        number = _num_pruned(name, ratio, group.size)
+        found.append(Layer(name, (group.size,), number, tuple(parts), tuple(scored)))
     return tuple(found)
+
+
+def _named_kernel(part: Part, leaves: Mapping[str, Any]) -> bool:
+    """Whether an array that makes and reads no channels is a kernel all the same, such as one of a depthwise layer."""
+    return trees.is_kernel(part.path) and leaves[part.path].ndim > 1
 
 
 def _part(member: groups.Member, leaves: Mapping[str, Any]) -> Part | None:
     """The member as a part of `leaves`, which may lack the first name of its path; None for running statistics."""
-    whole = _array_path(member.path)
-    path = next((path for path in (whole, whole.partition("/")[2]) if path in leaves), None)
+    paths = [_plain(path, leaves) for path in (member.path, member.path.partition("/")[2])]
+    path = next((path for path in paths if path in leaves), None)
     if path is None:
         return None
     positions = np.arange(leaves[path].shape[member.axis])[:, None]
@@ -165,21 +206,25 @@ def _check_names(named: Collection[str], known: Collection[str], kind: str) -> N
 def largest_gap(scores: jax.Array) -> jax.Array:
     """How many `scores` lie below the largest gap between neighbours in order: int32, at least 1, never all.
 
-    int(0.02 n) scores at either end are not compared. Of equal gaps the lowest. Sorts. Raises ValueError for fewer than
-    2 scores.
+    int(0.02 n) scores at either end are not compared. Of equal gaps the lowest. Sorts. NaN counts as minus infinity,
+    and equal infinities have no gap. Raises ValueError for fewer than 2 scores and, outside `jit`, for NaN.
     """
     if scores.size < 2:
         raise ValueError(f"there are {scores.size} scores; a gap is between 2 or more.")
-    trim = int(0.02 * scores.size)
-    ordered = jnp.sort(scores.ravel())[trim : scores.size - trim]
-    return (jnp.argmax(jnp.diff(ordered)) + trim + 1).astype(jnp.int32)
+    trees.check_finite(scores, "scores", infinite=True)
+    trim = masks.count_of(0.02, scores.size, math.floor)
+    lowest = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    ordered = jnp.sort(lowest.ravel())[trim : scores.size - trim]
+    gaps = jnp.where(ordered[1:] == ordered[:-1], 0, jnp.diff(ordered))
+    return (jnp.argmax(gaps) + trim + 1).astype(jnp.int32)
 
 
 def pick(params: PyTree, layers: Sequence[Layer], *, pick: Pick = "min", key: jax.Array | None = None) -> Keep:
     """What one-shot pruning keeps: all but the `num_pruned` groups of lowest or highest score, or random ones.
 
-    key: for `rand`. Equal scores: groups of lower index stay (`max`: go). Traceable in params and key.
-    Raises ValueError for layers of other params, a missing key, and an automatic number without pick='min'.
+    key: for `rand`. Equal scores: groups of lower index stay (`max`: go). Groups whose score is NaN go first, whatever
+    `pick` is. Traceable in params and key. Raises ValueError for layers of other params, a missing key, an automatic
+    number without pick='min' and, outside `jit`, weights that are NaN.
     """
     tables.convert(pick, Pick, "pick")
     leaves = _checked_leaves(params, layers)
@@ -201,7 +246,7 @@ def _key(key: jax.Array, name: str) -> jax.Array:
 
 def _checked_leaves(params: PyTree, layers: Sequence[Layer]) -> dict[str, jax.Array]:
     """Leaves of `params` by path; raises ValueError where a layer does not fit them."""
-    leaves = _leaves(params)
+    leaves = trees.plain_leaves(params)
     for layer in layers:
         for path, axis, index in (*layer.parts, *layer.scored):
             if path not in leaves:
@@ -234,12 +279,16 @@ def _score(leaves: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
 
 def _select(leaves: Mapping, layers: Sequence[Layer], how: Pick, keys: Mapping[str, jax.Array]) -> Keep:
     """What stays of every layer. Layers of one shape share a compiled search: filters of ResNet-56 need three."""
+    scored = {part.path: leaves[part.path] for layer in layers for part in layer.scored}
+    trees.check_finite(scored, "params", infinite=True)
     keep, by_shape = {}, {}
     for layer in layers:
         values = leaves[layer.scored[0].path] if layer.of_weights else _score(leaves, layer)
         number = largest_gap(jnp.abs(values)) if layer.num_pruned is None else layer.num_pruned
         if keys:
-            values = jax.random.uniform(keys[layer.name], layer.shape)
+            values = jnp.where(jnp.isnan(values), jnp.nan, jax.random.uniform(keys[layer.name], layer.shape))
+        if how == "max":
+            values = jnp.where(jnp.isnan(values), jnp.inf, values)
         by_shape.setdefault(layer.shape, []).append((layer.name, values, jnp.asarray(number, jnp.int32)))
 
     def search(row):
@@ -460,7 +509,7 @@ def growing_l2(
         del extra
         if params is None:
             raise ValueError("growing_l2 reads the weights; call update(grads, state, params).")
-        leaves = _leaves(params)
+        leaves = trees.plain_leaves(params)
         number, due = state.step // chosen.update_every + 1, state.step % chosen.update_every == 0
         keep = repick(leaves, state.keep, due, number) if chosen.pick_updates else state.keep
         progress = jax.lax.cond(due, lambda: advance(leaves, keep, number, state.progress), lambda: state.progress)
@@ -469,13 +518,13 @@ def growing_l2(
         regs = list(_regs(state).values())
 
         def add(path, update, w):
-            own = parts.get(_array_path(path), ())
+            own = parts.get(trees.plain_path(path), ())
             if not own:
                 return update
             reg = sum(_spread(regs[i], part, w.shape) for i, part in own)
             return (update + reg * w).astype(update.dtype)
 
-        return trees.map_named(add, updates, params), state
+        return jax.tree_util.tree_map_with_path(add, updates, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

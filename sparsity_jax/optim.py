@@ -256,6 +256,18 @@ def scale_by_rate(learning_rate: float | Callable | Rate) -> optax.GradientTrans
     return optax.GradientTransformationExtraArgs(lambda _: _start_rate(rate), update)
 
 
+Accumulator = Literal["float16", "bfloat16", "float32", "float64"] | None
+
+
+def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
+    """Zeros in the shapes of `params`, for sums over many steps.
+
+    dtype: of these; by default that of the array, but at least float32, where small terms still count after many steps.
+    """
+    wide = lambda w: jnp.promote_types(w.dtype, jnp.float32) if dtype is None else jnp.dtype(dtype)
+    return jax.tree.map(lambda w: jnp.zeros(w.shape, wide(w)), params)
+
+
 class HeavyBallState(NamedTuple):
     """step: int32. buffer: momentum, in the structure of the params."""
 
@@ -264,23 +276,39 @@ class HeavyBallState(NamedTuple):
 
 
 def heavy_ball(
-    momentum: float, dampening: float = 0.0, *, nesterov: bool = False
+    momentum: float, dampening: float = 0.0, *, nesterov: bool = False, accumulator_dtype: Accumulator = None
 ) -> optax.GradientTransformationExtraArgs:
-    """buffer = momentum * buffer + (1 - dampening) * g, and simply g at the first step (PyTorch's rule)."""
+    """buffer = momentum * buffer + (1 - dampening) * g, and simply g at the first step (PyTorch's rule).
+
+    Where momentum is 0, dampening does nothing, as in PyTorch. accumulator_dtype: of the buffer, see `accumulators`.
+    """
 
     def init(params):
-        return HeavyBallState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+        return HeavyBallState(jnp.zeros((), jnp.int32), accumulators(params, accumulator_dtype))
 
     def update(updates, state, params=None, **extra):
         del params, extra
-        first = state.step == 0
-        mix = lambda b, g: jnp.where(first, g, momentum * b + (1 - dampening) * g).astype(b.dtype)
-        buffer = jax.tree.map(mix, state.buffer, updates)
-        look_ahead = lambda g, b: (g + momentum * b).astype(g.dtype)
-        out = jax.tree.map(look_ahead, updates, buffer) if nesterov else buffer
-        return out, HeavyBallState(state.step + 1, buffer)
+        state = _blend(state, updates, momentum, dampening)
+        out = state.buffer
+        if nesterov:
+            out = jax.tree.map(lambda g, b: g + momentum * b, updates, out)
+        return jax.tree.map(lambda g, b: b.astype(g.dtype), updates, out), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _blend(state: HeavyBallState, updates: PyTree, momentum: float, dampening: float) -> HeavyBallState:
+    first = state.step == 0
+    share = _share_of_new(momentum, dampening)
+    mix = lambda b, g: jnp.where(first, g, momentum * b + share * g).astype(b.dtype)
+    return HeavyBallState(state.step + 1, jax.tree.map(mix, state.buffer, updates))
+
+
+def _share_of_new(momentum: float | jax.Array, dampening: float | jax.Array) -> float | jax.Array:
+    """The factor of the new gradient in the buffer: 1 - dampening, but 1 without momentum."""
+    if isinstance(momentum, (int, float)):
+        return 1 - dampening if momentum else 1.0
+    return jnp.where(momentum == 0, 1.0, 1 - dampening)
 
 
 def momentum_of(opt_state: PyTree) -> HeavyBallState:
@@ -373,14 +401,40 @@ def projected(inner: optax.GradientTransformation, sets: PyTree) -> optax.Gradie
     def update(updates, state, params=None, **extra):
         _need_params(params)
         updates, state = inner.update(updates, state, params, **extra)
-        pull = lambda s, p, u: s.project(p + u) - p
+
+        def pull(s, w, u):
+            wide = trees.widen(w)
+            return _settled(s, w, s.project(wide + u) - wide)
+
         return _map_sets(pull, sets, params, updates), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _map_sets(function: Callable, sets: PyTree, params: PyTree, *rest: PyTree) -> PyTree:
-    return jax.tree.map(function, polytopes.broadcast(sets, params), params, *rest, is_leaf=polytopes.is_set)
+    """`function(set, w, *rest)` of every parameter array `w`; empty arrays stay as they are."""
+    of_array = lambda s, w, *others: function(s, w, *others) if w.size else w
+    return jax.tree.map(of_array, polytopes.broadcast(sets, params), params, *rest, is_leaf=polytopes.is_set)
+
+
+def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Array) -> jax.Array:
+    """`update` in the type of the weights `w`; of types narrower than float32 one that keeps them in the set.
+
+    In float32 or wider a step inside the set ends inside it. In a narrow type the sum w + update is rounded, by more
+    than the pull towards the set of a small step, and the error of many steps would add up. So the new weights are
+    pulled back into the set in float32, then rounded once: they are at most that rounding outside. The cost is one
+    more norm per array.
+    """
+    kind = jnp.finfo(w.dtype)
+    if kind.bits >= 32:
+        return update.astype(w.dtype)
+    rounded = lambda x: jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+    wide = trees.widen(w)
+    target = rounded(constraint.pull_back(wide + update))
+    update = (target - wide).astype(w.dtype)
+    # rounding of the difference may end beyond the target: then a step that is one number shorter or longer does not
+    beyond = jnp.abs(rounded(wide + trees.widen(update))) > jnp.abs(target)
+    return jnp.where(beyond, jnp.nextafter(update, -w), update)
 
 
 class ChoiceState(NamedTuple):
@@ -454,10 +508,6 @@ def _need_params(params: PyTree) -> None:
         raise ValueError("this optimizer depends on the weights: call update(grads, state, params).")
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(trees.square_sum(x))
-
-
 def frank_wolfe_step_size(
     learning_rate: float | jax.Array,
     direction: jax.Array,
@@ -467,9 +517,9 @@ def frank_wolfe_step_size(
 ) -> jax.Array:
     """clip(learning_rate * f, 0, 1): f = ||direction|| / ||gap||, 1 / diameter or 1. gap: vertex - weights."""
     if rescale == "gradient":
-        length = _norm(gap)
+        length = trees.norm(gap)
+        factor = trees.norm(direction) / jnp.where(length > 0, length, 1)
         # at the vertex itself the factor is infinite, hence 1 after clipping
-        factor = jnp.where(length > 0, _norm(direction) / jnp.where(length > 0, length, 1), jnp.inf)
         return jnp.where(length > 0, jnp.clip(learning_rate * factor, 0, 1), 1.0)
     return jnp.clip(learning_rate / diameter if rescale == "diameter" else learning_rate, 0, 1)
 
@@ -488,15 +538,17 @@ def sgd(
     dampening: tables.Fraction = 0.0,
     weight_decay: tables.NonNegative = 0.0,
     nesterov: bool = False,
+    accumulator_dtype: Accumulator = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with momentum as in PyTorch; with constrained `sets` projected SGD.
 
-    sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them.
+    sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them. accumulator_dtype: of the momentum
+    buffer, see `accumulators`.
     Source: Pokutta et al. 2020, arXiv:2010.07243 (projected variant).
     """
     descent = optax.chain(
         add_decayed_weights(weight_decay),
-        heavy_ball(momentum, dampening, nesterov=nesterov),
+        heavy_ball(momentum, dampening, nesterov=nesterov, accumulator_dtype=accumulator_dtype),
         scale_by_rate(learning_rate),
     )
     free = all(isinstance(s, polytopes.Unconstrained) for s in jax.tree.leaves(sets, is_leaf=polytopes.is_set))
@@ -528,15 +580,17 @@ def sfw(
     momentum: tables.Fraction = 0.9,
     rescale: Literal["gradient", "diameter", "none"] = "gradient",
     weight_decay: tables.NonNegative = 0.0,
+    accumulator_dtype: Accumulator = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic Frank-Wolfe: w <- (1 - a) w + a v with the vertex v = LMO(m), m = momentum m + (1 - momentum) g.
 
     a = clip(learning_rate * f, 0, 1); rescale: f = ||m|| / ||v - w|| (`gradient`), 1 / diameter or 1. Feasible weights
-    stay feasible. sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them; unconstrained
-    arrays, where no vertex exists, take the step -learning_rate * m (its length is that of `gradient`).
+    stay feasible; in bfloat16 and float16 they are at most one rounding outside. sets: one feasible set (`polytopes`)
+    for all parameter arrays, or a tree of them; unconstrained arrays, where no vertex exists, take the step
+    -learning_rate * m (its length is that of `gradient`). accumulator_dtype: of m, see `accumulators`.
     Raises ValueError where `update` gets no params. Source: Pokutta et al. 2020, arXiv:2010.07243, Algorithm 1.
     """
-    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum)
+    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype)
     decay = add_decayed_weights(weight_decay)
     if rescale not in ("gradient", "diameter", "none"):
         raise ValueError(f"rescale is {rescale!r}; allowed: 'gradient', 'diameter', 'none'.")
@@ -549,19 +603,20 @@ def sfw(
         _need_params(params)
         lr, rate_state = _next_rate(rate, state.rate, value)
         updates, _ = decay.update(updates, decay.init(params), params)
-        direction, momentum_state = average.update(updates, state.momentum)
-
+        momentum_state = _blend(state.momentum, updates, momentum, momentum)
         size = jnp.zeros(())
 
         def step(s, w, d):
             nonlocal size
             if isinstance(s, polytopes.Unconstrained):
                 return (-lr * d).astype(w.dtype)
+            d = trees.widen(d)
             gap = _after(s, size).lmo(d) - w
             size = frank_wolfe_step_size(lr, d, gap, s.diameter(w.size), rescale)
-            return (size * gap).astype(w.dtype)
+            return _settled(s, w, size * gap)
 
-        return _map_sets(step, sets, params, direction), FrankWolfeState(rate_state, momentum_state)
+        out = _map_sets(step, sets, params, momentum_state.buffer)
+        return out, FrankWolfeState(rate_state, momentum_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -582,39 +637,46 @@ def adagrad_sfw(
     inner_steps: tables.Count = 2,
     delta: tables.Positive = 1e-8,
     weight_decay: tables.NonNegative = 0.0,
+    accumulator_dtype: Accumulator = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Frank-Wolfe with AdaGrad's metric H = sqrt(sum of squares) + delta.
 
     Each update makes `inner_steps` Frank-Wolfe steps on <d, y - w> + ||y - w||_H^2 / (2 learning_rate) from y = w;
-    unconstrained arrays take its minimiser -learning_rate * d / H. sets: as for `sfw`.
+    unconstrained arrays take its minimiser -learning_rate * d / H. sets: as for `sfw`. accumulator_dtype: of the sum of
+    squares and of the averaged gradient d, see `accumulators`.
     Source: Combettes, Spiegel, Pokutta 2020, arXiv:2009.14114.
     """
-    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum)
+    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype)
     decay = add_decayed_weights(weight_decay)
 
     def init(params):
-        return AdaGradSFWState(_start_rate(rate), average.init(params), jax.tree.map(jnp.zeros_like, params))
+        squares = accumulators(params, accumulator_dtype)
+        return AdaGradSFWState(_start_rate(rate), average.init(params), squares)
 
     def update(updates, state, params=None, *, value=None, **extra):
         del extra
         _need_params(params)
         lr, rate_state = _next_rate(rate, state.rate, value)
         updates, _ = decay.update(updates, decay.init(params), params)
-        direction, momentum_state = average.update(updates, state.momentum)
-        squares = jax.tree.map(lambda s, d: s + d * d, state.squares, direction)
+        momentum_state = _blend(state.momentum, updates, momentum, momentum)
+        direction = momentum_state.buffer
+        squares = jax.tree.map(lambda s, d: (s + d * d).astype(s.dtype), state.squares, direction)
 
         def step(s, w, d, square):
-            metric = jnp.sqrt(square) + delta
+            d, square = trees.widen(d), trees.widen(square)
+            positive = square > 0  # the square root has no derivative at 0
+            metric = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0) + delta
             if isinstance(s, polytopes.Unconstrained):
                 return (-lr * d / metric).astype(w.dtype)
-            y = w
+            start = trees.widen(w)
+            y = start
             for _ in range(inner_steps):
-                slope = d + metric * (y - w) / jnp.where(lr > 0, lr, 1)
+                slope = d + metric * (y - start) / jnp.where(lr > 0, lr, 1)
                 gap = y - s.lmo(slope)
                 curvature = jnp.sum(metric * gap * gap)
                 best = lr * jnp.sum(slope * gap) / jnp.where(curvature > 0, curvature, 1)
                 y = y - jnp.clip(best, 0, 1) * gap
-            return (y - w).astype(w.dtype)
+            return _settled(s, w, y - start)
 
         out = _map_sets(step, sets, params, direction, squares)
         return out, AdaGradSFWState(rate_state, momentum_state, squares)
@@ -811,7 +873,7 @@ def make(
         return tx
     penalty, chosen = recipe.penalty
     if chosen.get("method") == "proximal":  # momentum with dampening lengthens steps less
-        kept = (1 - values["momentum"]) / jnp.maximum(1 - values["dampening"], 1e-12)
+        kept = (1 - values["momentum"]) / jnp.maximum(_share_of_new(values["momentum"], values["dampening"]), 1e-12)
         return proximal_l1(tx, strength, momentum=1 - kept)
     return optax.chain({"l1": add_l1, "l2": add_l2}[penalty](strength), tx)
 

@@ -266,8 +266,8 @@ def check_member(config: dict) -> dict[str, Any]:
     for field, value in shared.items():
         if value == "float64" and not jax.config.jax_enable_x64:
             raise tables.ConfigError(
-                f"config.model.{field} is 'float64'; allowed: 'float32', 'bfloat16', 'float16', and with JAX_ENABLE_X64=1 "
-                "in the environment also 'float64'."
+                f"config.model.{field} is 'float64'; allowed: 'float32', 'bfloat16', 'float16', and with "
+                "JAX_ENABLE_X64=1 in the environment also 'float64'."
             )
     tables.check_options(data.load, config["data"], "config.data")
     found = {}
@@ -607,8 +607,11 @@ def member_origin(common: dict[str, Any], member: int) -> dict[str, Any]:
 
 def member_config(plan: Plan) -> dict:
     """The config of one separate member, which makes the same network alone, in whatever folder."""
-    alone = dict(sweep={}, arms={}, arm="", start_from=plan.common["start_from"])
-    return {**plan.configs[0], **alone}
+    config, label = dict(plan.configs[0]), plan.swept[0].get("arm")
+    for name, value in config.items():
+        if label and isinstance(value, Mapping) and value.get("kind") == "train":
+            config[name] = {**value, "label": label}
+    return {**config, "sweep": {}, "arms": {}, "arm": "", "start_from": plan.common["start_from"]}
 
 
 def build(plans: list[Plan]) -> train.Problem:
@@ -672,8 +675,7 @@ def build(plans: list[Plan]) -> train.Problem:
                 visits = plans[0].pipeline.count(name)
                 structured.check_network(problem, plan.settings[name][0], f"config.{name}", visits)
             for own in plan.settings[name]:
-                if greg.choice_of(own) is not None:
-                    greg.check_network(problem, own)
+                greg.check_network(problem, own)
     return problem
 
 
@@ -795,6 +797,7 @@ def run_plan(
                 like = stage.begin(problem, state, own, place) if resumed else state
                 state = checkpoint.restore(found, checkpoint.abstract(like))
             if not resumed:
+                stages.check_weights(problem, state, name)
                 state = stage.begin(problem, state, own, place)
                 saved.save(state, workdirs.Progress(position, True, rows))
             common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
@@ -913,14 +916,19 @@ def run_stage(
 
 
 def arm_of(plan: Plan, position: int) -> str:
-    """Label of the trained network a stage belongs to: of the latest `train` stage up to it, or the next one.
+    """Label of the network a stage belongs to: of the latest `train` stage up to it, or the next one.
 
-    `network` if this run trains none: all its stages look at one and the same.
+    A stage of `greg.REMOVING` makes another network, which has the label of the next training, or else the name of that
+    stage. `network` before anything is made, if this run trains none.
     """
-    trains = [i for i, name in enumerate(plan.pipeline) if plan.configs[0][name]["kind"] == "train"]
-    if not trains:
+    kinds = [plan.configs[0][name]["kind"] for name in plan.pipeline]
+    trains = [i for i, kind in enumerate(kinds) if kind == "train"]
+    removes = [i for i, kind in enumerate(kinds) if kind in greg.REMOVING]
+    latest = max((i for i in (*trains, *removes) if i <= position), default=-1)
+    named = latest if latest in trains else next((i for i in trains if i > latest), latest)
+    if named < 0:
         return "network"
-    name = plan.pipeline[max((i for i in trains if i <= position), default=trains[0])]
+    name = plan.pipeline[named]
     return plan.configs[0][name].get("label") or name
 
 

@@ -5,6 +5,7 @@ A set is a small immutable value, a pytree whose numbers (`k`, `radius`) may be 
     lmo(gradient)    the vertex (or boundary point) v of the set that minimises <v, gradient>
     project(x)       the point of the set nearest to x
     shift_inside(x)  x itself if feasible, else a feasible multiple of x (the original's start: radial, not nearest)
+    pull_back(x)     a feasible point near x, cheap, for x that rounding took out of the set
     diameter(size)   largest Euclidean distance of two points of the set in R^size
 
 Sources: Pokutta, Spiegel, Zimmer 2020, arXiv:2010.07243 (sets and LMOs); Miao et al., ICLR 2022 (K-sparse training).
@@ -104,6 +105,12 @@ class KSparse:
         factor = jnp.minimum(jnp.floor(ratio * (1 + 8 * jnp.finfo(wide.dtype).eps)), self.k)
         return jnp.where(outside, (factor * self.radius / length * wide).astype(x.dtype), x)
 
+    def pull_back(self, x: jax.Array) -> jax.Array:
+        """A point of the set near x, for x a rounding outside: cut at the radius, then scaled to the L1 norm."""
+        inside = jnp.clip(x, -self.radius, self.radius)
+        length, budget = trees.absolute_sum(inside), self.radius * self.support(x.size)
+        return jnp.where(length > budget, budget * (inside / jnp.where(length > budget, length, 1)), inside)
+
     def diameter(self, size: int) -> jax.Array:
         """2 radius sqrt(k)."""
         return 2 * self.radius * jnp.sqrt(jnp.asarray(self.support(size), float))
@@ -159,6 +166,10 @@ class LpBall:
         outside = length > self.radius
         return jnp.where(outside, (self.radius * x / jnp.where(outside, length, 1)).astype(x.dtype), x)
 
+    def pull_back(self, x: jax.Array) -> jax.Array:
+        """A point of the set near x, for x a rounding outside."""
+        return self.shift_inside(x)
+
     def norm(self, x: jax.Array) -> jax.Array:
         """||x||_p."""
         magnitude = jnp.abs(x)
@@ -184,6 +195,9 @@ class Unconstrained:
         return x
 
     def shift_inside(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def pull_back(self, x: jax.Array) -> jax.Array:
         return x
 
     def diameter(self, size: int) -> float:

@@ -8,7 +8,7 @@
     found = ratios.for_speedup(lambda table: price(ratios.keep_of(channels, table)), 2.55, table)
 
 A table maps the path of every kernel to the share of its filters, channels or weights that goes: 0 <= ratio < 1, or
-`masks.AUTOMATIC` (cut at the largest gap of the scores). Kernels are laid out as Flax's: [..., in, out].
+`masks.AUTOMATIC` (cut at the largest gap of the scores).
 Source: Wang et al. 2021, arXiv:2012.09243, and its published code.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from sparsity_jax import groups, masks, tables, trees
+from sparsity_jax import groups, kernels, masks, tables, trees
 
 PyTree = Any
 Table = dict[str, float]
@@ -282,12 +282,19 @@ def _skipped(skip: str | Sequence[str], located: Sequence[Layer], reading: str, 
 # Another network's ratios --------------------------------------------------------------------------------------------
 
 
-def kept_groups(given: Mapping[str, Any], layers: Sequence[str], *, granularity: Granularity) -> dict[str, np.ndarray]:
+def kept_groups(
+    given: Mapping[str, Any],
+    layers: Sequence[str],
+    *,
+    granularity: Granularity,
+    layout: kernels.Layout | None = None,
+) -> dict[str, np.ndarray]:
     """Which filters [out], channels [in] or weights (the kernel's shape) of each layer another pruned network keeps.
 
     given: its masks by path (`trees.named_leaves`), bool in the shape of the kernel, or bool [number of groups] for
-    filters and channels; arrays that are no layers are ignored. A group is kept if any of its weights is.
-    Raises ValueError for a layer without a mask and for masks that are not bool.
+    filters and channels; arrays that are no layers are ignored. A group is kept if any of its weights is. layout: of
+    the kernels, where their names do not tell; see `kernels.axes`.
+    Raises ValueError for a layer without a mask, for masks that are not bool and kernels of unknown layout.
     """
     tables.convert(granularity, Granularity, "granularity")
     result = {}
@@ -298,19 +305,26 @@ def kept_groups(given: Mapping[str, Any], layers: Sequence[str], *, granularity:
         if mask.dtype != bool or mask.ndim == 0 or (mask.ndim == 1 and granularity == "weight"):
             raise ValueError(f"the mask of {path!r} is {mask.dtype} {mask.shape}; allowed: bool, True = kept.")
         if granularity != "weight" and mask.ndim > 1:
-            axis = mask.ndim - (1 if granularity == "filter" else 2)
+            axes = kernels.axes({path: mask}, [path], layout=layout)[path]
+            (axis,) = axes.outputs if granularity == "filter" else axes.inputs
             mask = mask.any(tuple(i for i in range(mask.ndim) if i != axis))
         result[path] = mask
     return result
 
 
-def inherited(given: Mapping[str, Any], layers: Sequence[str], *, granularity: Granularity) -> Table:
+def inherited(
+    given: Mapping[str, Any],
+    layers: Sequence[str],
+    *,
+    granularity: Granularity,
+    layout: kernels.Layout | None = None,
+) -> Table:
     """The ratios that another pruned network has; arguments and errors as `kept_groups`.
 
     `masks.num_pruned` of them gives back its counts. Raises ValueError if a layer keeps nothing.
     """
     table = {}
-    for path, kept in kept_groups(given, layers, granularity=granularity).items():
+    for path, kept in kept_groups(given, layers, granularity=granularity, layout=layout).items():
         if not kept.any():
             raise ValueError(f"the mask of {path!r} keeps nothing; a ratio below 1 is needed.")
         removed = int((~kept).sum())

@@ -282,6 +282,17 @@ def shapes_of(problem: train.Problem) -> PyTree:
     return jax.eval_shape(problem.init, jax.random.key(0))["params"]
 
 
+def check_weights(problem: train.Problem, state: train.State, name: str) -> None:
+    """Raises train.NonFiniteLossError where a weight is not finite before the stage `name`, with member and array."""
+    for i in range(problem.members or 1):
+        member = f", member {i}" if problem.members else ""
+        own = state.params if problem.members is None else jax.tree.map(lambda leaf, i=i: leaf[i], state.params)
+        try:
+            trees.check_finite(own, f"config.{name}{member}: weights")
+        except ValueError as error:
+            raise train.NonFiniteLossError(str(error)) from None
+
+
 def on_host(problem: train.Problem) -> bool:
     """Whether batches should be compiled calls of their own, see `spectrum.over_batches`."""
     return train.convolves(shapes_of(problem)) and jax.default_backend() == "cpu"

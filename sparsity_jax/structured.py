@@ -7,7 +7,7 @@ Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `sco
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -143,7 +143,8 @@ def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        number = int(jnp.sum(bad(leaf)))
+        with jax.ensure_compile_time_eval():  # a known array may meet a program that is being traced
+            number = int(jnp.sum(bad(leaf)))
         if number:
             place = f" at {path_name(path)!r}" if path else ""
             raise ValueError(
@@ -196,6 +197,16 @@ def sample(array: jax.Array) -> jax.Array | None:
 def fold_sum(function: Callable, *arrays: jax.Array) -> jax.Array:
     """Sum over all entries of the elementwise `function(*arrays)`; see `fold`."""
     return fold(jnp.add, jnp.sum, function, *arrays)
+
+
+def widen(array: jax.Array) -> jax.Array:
+    """In float32 if its type is narrower, else as it is."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def absolute_sum(array: jax.Array) -> jax.Array:
+    """Sum of the magnitudes of all entries, in at least float32."""
+    return fold_sum(lambda x: jnp.abs(widen(x)), array)
 
 
 def square_sum(array: jax.Array) -> jax.Array:

@@ -37,6 +37,32 @@ def load(name: str):
     return module
 
 
+def load_claims():
+    spec = importlib.util.spec_from_file_location("claims", ROOT / "experiments" / "claims.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CLAIMS = load_claims()
+
+
+@pytest.mark.parametrize("study", CLAIMS.STUDIES, ids=lambda study: study.__name__)
+def test_measured_numbers_are_those_of_the_rows_kept(study):
+    """If not, `python experiments/claims.py` writes the right ones."""
+    for claim in study():
+        assert not CLAIMS.stale(claim, claim.document.read_text(encoding="utf-8")), claim.truth()
+
+
+def test_a_wrong_number_is_found(tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("dense 98.7 ± 0.2 %, at 90 %: 97.9\n", encoding="utf-8")
+    claim = CLAIMS.Claim(document, "dense {} %, at 90 %: {}", ["98.7 ± 0.2", "98.0"])
+    assert CLAIMS.stale(claim, document.read_text(encoding="utf-8")) == "dense 98.7 ± 0.2 %, at 90 %: 97.9"
+    with pytest.raises(ValueError, match="0 places"):
+        CLAIMS.stale(claim, "at 90 %")
+
+
 def config_of(name: str, variant: str | None):
     module = load(name)
     return module.get_config() if variant is None else module.get_config(variant)

@@ -14,7 +14,21 @@ import pytest
 import tiny
 from jax import export as stablehlo
 
-from sparsity_jax import cost, data, evaluate, groups, masks, models, optim, pipeline, structured, tables, train
+from sparsity_jax import (
+    cost,
+    data,
+    evaluate,
+    groups,
+    intact,
+    masks,
+    models,
+    optim,
+    pipeline,
+    structured,
+    tables,
+    train,
+    workdirs,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MOMENTUM = optim.settings("sgd", learning_rate=0.1, momentum=0.9)
@@ -149,6 +163,14 @@ def test_members_trained_at_once_and_networks_under_way(dense, tmp_path):
     assert [row["progress"] for row in evaluate.run(under_way)] == ["in stage 1 of 1 (fit)"] * 2
 
 
+def test_the_network_is_that_of_the_last_training():
+    first, second = dict(kind="train", label="SFW"), dict(kind="train", label="SGD")
+    config = dict(pipeline=["one", "curve", "two", "curve"], one=first, two=second, curve=dict(kind="curve"))
+    names = [evaluate._label(config, workdirs.Progress(stage, begun, [])) for stage in range(4) for begun in (0, 1)]
+    assert names == ["SFW", "SFW", "SFW", "SFW", "SFW", "SGD", "SGD", "SGD"]
+    assert evaluate._label(config, workdirs.Progress(4, False, [])) == "SGD"
+
+
 def test_members_without_a_checkpoint_are_named(masked, tmp_path, capsys):
     workdir = tmp_path / "half"
     shutil.copytree(masked[0], workdir)
@@ -202,7 +224,7 @@ def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, t
     command = [sys.executable, "-W", "error", "-m", "sparsity_jax.evaluate", "--workdir", str(workdir), "--train"]
     command += ["--latency", "--batch_size", "8", "--repeats", "2", "--json", str(numbers), "--export", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "mlp on digits, member 0: finished" in done.stdout
+    assert "mlp on digits, fit, member 0: finished" in done.stdout
     assert f"exported compact network: {folder}" in done.stdout
     assert done.stderr == ""
     (row,) = json.loads(numbers.read_text(encoding="utf-8"))
@@ -273,6 +295,7 @@ def edited(workdir: pathlib.Path, target: pathlib.Path, change) -> pathlib.Path:
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config)
     path.write_text(json.dumps(config), encoding="utf-8")
+    (target / "SHA256SUMS").unlink()
     return target
 
 
@@ -340,16 +363,22 @@ def test_folders_that_cannot_be_loaded(tmp_path):
     model = dict(name="mlp", widths=(4,))
     problem, state = fresh(model)
     folder = evaluate.export(problem, model, state, tmp_path / "network")
-    with pytest.raises(tables.ConfigError, match=r"holds no exported network \(no network.json\)"):
+    with pytest.raises(tables.ConfigError, match=r"no network.json"):
         evaluate.load(tmp_path)
     path = folder / "network.json"
     about = json.loads(path.read_text(encoding="utf-8"))
     for change, message in (
-        (dict(format=0), "has the format 0; known: 1"),
+        (dict(format=0), "has the format 0; known: 2"),
         (dict(num_classes=9), r"params/fc/bias is \(10,\) in variables.npz, \(9,\) in the network"),
         (dict(sizes={}), "has other channel groups"),
     ):
-        path.write_text(json.dumps(about | change), encoding="utf-8")
+        other = about | change
+        path.write_text(json.dumps(other), encoding="utf-8")
+        if "format" not in change:
+            with pytest.raises(intact.DamagedError, match="network.json is not as it was written"):
+                evaluate.load(folder)
+        other["checksum"] = intact.digest_of_value({name: other[name] for name in other if name != "checksum"})
+        path.write_text(json.dumps(other), encoding="utf-8")
         with pytest.raises(tables.ConfigError, match=message):
             evaluate.load(folder)
     path.write_text("{", encoding="utf-8")

@@ -319,6 +319,14 @@ def test_noise_on_weights(problem, trained):
     assert np.mean([row["accuracy"] for row in rows]) < float(accuracy)
 
 
+def test_noise_on_no_array_is_refused_before_training(problem):
+    with pytest.raises(tables.ConfigError, match=r"config.x.parameters is '.\*/kernle'"):
+        greg.check_network(problem, settings("noise", parameters=".*/kernle"))
+    config = tiny.config("fit", "noise", noise=pipeline.stage("noise", parameters=".*/kernle"))
+    with pytest.raises(tables.ConfigError, match=r"config.noise.parameters"):
+        pipeline.build(pipeline.check(config)[0])
+
+
 def test_singular_values_of_the_jacobian(problem, trained):
     _, (row,) = run(problem, trained, "jacobian", num_examples=7)
     single = lambda x: problem.model.apply({"params": trained.params, "batch_stats": {}}, x[None])[0]
@@ -328,6 +336,50 @@ def test_singular_values_of_the_jacobian(problem, trained):
     assert row["largest"] == pytest.approx(np.max(values), rel=1e-4)
     np.testing.assert_allclose(row["mean_by_rank"], np.mean(values, 0), rtol=1e-3, atol=1e-6)
     assert row["num_examples"] == 7
+
+
+def test_stages_name_weights_that_are_not_finite(problem, trained):
+    params = jax.tree.map(jnp.asarray, trained.params)
+    params["dense2"]["kernel"] = params["dense2"]["kernel"].at[0, 0].set(jnp.nan)
+    broken = trained._replace(params=params)
+    with pytest.raises(train.NonFiniteLossError, match=r"config.out: .*'dense2/kernel'"):
+        stages.check_weights(problem, broken, "out")
+    both = problem._replace(members=2)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), trained, broken)
+    with pytest.raises(train.NonFiniteLossError, match=r"config.out, member 1: .*'dense2/kernel'"):
+        stages.check_weights(both, stacked, "out")
+    stages.check_weights(problem, trained, "out")
+
+
+def test_no_stage_begins_with_weights_that_are_not_finite(tmp_path, monkeypatch):
+    create = train.create_state
+    spoil = lambda params: jax.tree.map(lambda leaf: leaf.at[0].set(jnp.inf), params)
+    spoiled = lambda *args, **own: (lambda state: state._replace(params=spoil(state.params)))(create(*args, **own))
+    monkeypatch.setattr(train, "create_state", spoiled)
+    config = tiny.config("noise", model=dict(name="mlp", widths=(4,)), noise=pipeline.stage("noise"))
+    with pytest.raises(train.NonFiniteLossError, match=r"config.noise: .*infinite"):
+        pipeline.run(config, tmp_path)
+
+
+# Names of networks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("base", "grow", "tune", "compact"), ["unpruned", "greg1", "greg1", "greg1"]),
+        (("base", "remove", "noise"), ["unpruned", "remove", "remove"]),
+        (("noise", "grow", "compact"), ["network", "grow", "grow"]),
+        (("noise", "base", "noise"), ["unpruned"] * 3),
+        (("noise", "compact"), ["network"] * 2),
+    ],
+)
+def test_a_pruned_network_is_not_called_by_the_name_of_the_one_before(names, labels):
+    kinds = dict(base="train", tune="train")
+    given = dict(base="unpruned", tune="greg1")
+    configs = {name: dict(kind=kinds.get(name, name), label=given.get(name, "")) for name in names}
+    plan = pipeline.Plan(*[None] * len(pipeline.Plan._fields))._replace(pipeline=names, configs=[configs])
+    assert [pipeline.arm_of(plan, i) for i in range(len(names))] == labels
 
 
 # Mistakes ----------------------------------------------------------------------------------------------------------

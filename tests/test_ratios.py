@@ -274,6 +274,19 @@ def test_inherited():
         ratios.inherited({"w": np.zeros((2, 2), bool)}, ["w"], granularity="weight")
 
 
+def test_layouts_of_inherited_masks_are_told_or_refused():
+    mask = np.ones((8, 6, 3, 3), bool)  # [out, in, height, width]
+    mask[2], mask[:, 4] = False, False
+    given = {"conv/weight": mask}
+    found = lambda granularity: ratios.kept_groups(given, ["conv/weight"], granularity=granularity, layout="out_in")[
+        "conv/weight"
+    ]
+    np.testing.assert_array_equal(found("filter"), np.arange(8) != 2)
+    np.testing.assert_array_equal(found("channel"), np.arange(6) != 4)
+    with pytest.raises(ValueError, match="layout="):
+        ratios.kept_groups(given, ["conv/weight"], granularity="filter")
+
+
 @hypothesis.given(st.integers(1, 10**6), st.floats(0, 1, exclude_max=True))
 @hypothesis.example(25, 0.3)  # 7 of them
 def test_inherited_counts_are_exact(size, share):

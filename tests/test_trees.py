@@ -107,3 +107,10 @@ def test_arrays_without_numbers_are_named():
     with pytest.raises(ValueError, match=r"^scores: 1 of 1 entries are NaN"):
         trees.check_finite(jnp.full(1, np.nan), "scores")
     jax.jit(lambda tree: trees.check_finite(tree, "traced"))(bad)
+
+
+def test_a_known_array_inside_a_traced_program_is_checked_too():
+    numbers, broken = jnp.ones(3), jnp.full(3, jnp.inf)
+    jax.jit(lambda x: trees.check_finite(numbers, "scores") or x)(1.0)
+    with pytest.raises(ValueError, match="scores"):
+        jax.jit(lambda x: trees.check_finite(broken, "scores") or x)(1.0)

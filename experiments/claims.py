@@ -1,0 +1,252 @@
+"""Writes the measured numbers of README.md and of the ledger from the rows kept in this folder.
+
+    python experiments/claims.py                                replaces every number that differs from its rows
+    python experiments/claims.py --check                        only says which differ, and then exits with 1
+    python experiments/claims.py --take quickstart runs/quickstart    keeps the rows of a new run first
+
+A claim is a piece of text in which every number stands for a value of rows; its other words are found literally.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sparsity_jax import figures, report
+
+HERE = pathlib.Path(__file__).resolve().parent
+README, LEDGER = HERE.parent / "README.md", HERE / "LEDGER.md"
+NUMBER = r"\d[\d.,]*(?: ± \d[\d.,]*)?"
+KEPT = {  # what `--take` keeps, by name
+    "quickstart": "quickstart/metrics.jsonl",
+    "limit": "geometric_limit/digits.jsonl",
+    "greg": "growing_regularisation/digits.jsonl",
+}
+
+
+class Claim(NamedTuple):
+    """text: with a pair of braces in the place of every one of `numbers`. document: where it stands, once."""
+
+    document: pathlib.Path
+    text: str
+    numbers: list[str]
+
+    def pattern(self) -> re.Pattern:
+        return re.compile(NUMBER.join(re.escape(piece) for piece in self.text.split("{}")))
+
+    def truth(self) -> str:
+        return self.text.format(*self.numbers)
+
+
+# Rows to numbers ---------------------------------------------------------------------------------------------
+
+
+def rows_of(name: str) -> list[dict]:
+    return report.read_rows(HERE / name)
+
+
+def percent(values: tuple[float, float, int] | float, decimals: int = 1) -> str:
+    """A share, or (mean, deviation, count) of some, in percent."""
+    if isinstance(values, float):
+        return f"{100 * values:.{decimals}f}"
+    mean, deviation, count = values
+    text = percent(mean, decimals)
+    return f"{text} ± {percent(deviation, decimals)}" if count > 1 else text
+
+
+def extent(values: list[float]) -> list[str]:
+    return [percent(min(values)), percent(max(values))]
+
+
+def lines_of(name: str, *stops: float) -> dict[str, dict]:
+    """Cells of the report's summary by label."""
+    series = figures.group(rows_of(name))
+    return {line.label: line.cells for line in figures.summary(series, figures.curves(series), stops)}
+
+
+def last_accuracy(name: str) -> tuple[float, float, int]:
+    """Last test accuracy of every seed: mean, deviation, count."""
+    last = {}
+    for row in rows_of(name):
+        if row["kind"] == "train" and "test_accuracy" in row:
+            last[row.get("seed", 0)] = row["test_accuracy"]
+    return figures.cells_of({"": list(last.values())})[""]
+
+
+def of_kind(name: str, kind: str) -> list[dict]:
+    return [row for row in rows_of(name) if row["kind"] == kind]
+
+
+def predicted(names: list[str]) -> list[float]:
+    return [row["predicted"] for name in names for row in of_kind(name, "width") if row["stage"] == "width"]
+
+
+def searched(names: list[str]) -> list[float]:
+    return [row["limit"] for name in names for row in of_kind(name, "limit") if row.get("phase") == "result"]
+
+
+# Claims ------------------------------------------------------------------------------------------------------
+
+
+def quickstart() -> list[Claim]:
+    stops = (0.0, 0.9, 0.95, 0.98, 0.99)
+    lines = lines_of(KEPT["quickstart"], *stops)
+    sfw, sgd = ([percent(lines[arm][str(stop)]) for stop in stops] for arm in ("SFW, K-sparse polytope", "SGD"))
+    ledger = "dense {} %, at 90 %: {}, 95 %: {}, 98 %: {}, 99 %: {}"
+    return [
+        Claim(README, "| SFW in a K-sparse polytope | {} | {} | {} | {} | {} |", sfw),
+        Claim(README, "| plain SGD | {} | {} | {} | {} | {} |", sgd),
+        Claim(LEDGER, f"seeds 0-2 | none (own experiment) | {ledger}", sfw),
+        Claim(LEDGER, f"the same with SGD | none (own experiment) | {ledger}", sgd),
+    ]
+
+
+def small_cnn() -> list[Claim]:
+    stops = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+    lines = lines_of("cifar10_small_cnn/metrics.jsonl", *stops)
+    sgd, sfw = ([percent(cells[str(stop)]) for stop in stops] for cells in lines.values())
+    study = HERE / "cifar10_small_cnn" / "README.md"
+    return [
+        Claim(README, "90 % removed: SFW {} of {}, SGD {} of {}", [sfw[4], sfw[0], sgd[4], sgd[0]]),
+        Claim(
+            LEDGER,
+            "SFW {} % dense, {} at 90 %, {} at 95 %, {} at 98 %; SGD {}, {}, {}, {}",
+            [sfw[0], *sfw[4:], sgd[0], *sgd[4:]],
+        ),
+        Claim(study, "| SGD, rate 0.1, momentum 0.9 |" + " {} |" * 7, sgd),
+        Claim(study, "| SFW, rate 1.0, k_frac 0.05, τ 15 |" + " {} |" * 7, sfw),
+    ]
+
+
+def digits_limit() -> list[Claim]:
+    hessian, gauss_newton = of_kind(KEPT["limit"], "width")
+    ends = [percent(hessian[end], 2) for end in ("predicted", "low", "high")]
+    others = [percent(gauss_newton[end], 2) for end in ("predicted", "low", "high")]
+    enclosed = percent(gauss_newton["enclosure_high"] - gauss_newton["enclosure_low"], 2)
+    (actual,) = searched([KEPT["limit"]])
+    text = "predicted {} % ({} to {})"
+    ledger = " from the Hessian, {} % ({} to {}, enclosed to {} points) from Gauss-Newton; actual: {} % by bisection, "
+    defined = extent([value for row in (hessian, gauss_newton) for value in row["actual"].values()])
+    return [
+        Claim(README, f"{text}, actual {{}} %", [*ends, percent(actual)]),
+        Claim(
+            LEDGER,
+            f"{text}{ledger}{{}} to {{}} % by definition",
+            [*ends, *others, enclosed, percent(actual), *defined],
+        ),
+    ]
+
+
+def cifar_limit() -> list[Claim]:
+    place = lambda *names: [f"geometric_limit/{name}.jsonl" for name in names]
+    shared = ("fc5_seed1_whole", "fc5_seed1_third", "fc5_seed2")
+    fc5, whole = place("fc5_seed0", *shared), place("fc5_seed0_whole", *shared)
+    fc12 = place("fc12_seed0", "fc12_seed1", "fc12_seed2")
+    return [
+        Claim(README, "FC5: predicted {} to {} %, actual {} to {} %", extent(predicted(whole)) + extent(searched(fc5))),
+        Claim(README, "FC12: {} to {} %, actual {} to {} %", extent(predicted(fc12)) + extent(searched(fc12))),
+    ]
+
+
+def gradient_flow() -> list[Claim]:
+    measures = ("loss_based", "grasp", "mag_based")
+    final = [percent(last_accuracy(f"gradient_flow/{measure}.jsonl")) for measure in measures]
+    text = ", ".join(f"`{measure}` {{}} %" for measure in measures)
+    return [Claim(README, text, final), Claim(LEDGER, text, final)]
+
+
+def growing() -> list[Claim]:
+    (pruned,) = (cells for cells in lines_of(KEPT["greg"]).values() if "pruned" in cells)
+    accuracy = [percent(pruned["pruned"]), percent(pruned["dense"])]
+    (row,) = of_kind(KEPT["greg"], "compact")
+    sizes = [report.amount(row[field]) for field in ("parameters_compact", "parameters")]
+    flops = percent(row["flops_compact"] / row["flops"], 0)
+    names = ("base", "l1", "greg1", "greg2", "l1_longer")
+    base, l1, greg1, greg2, longer = (last_accuracy(f"growing_regularisation/{name}.jsonl") for name in names)
+    short = [percent(values[0]) for values in (greg1, greg2, l1, longer)]
+    return [
+        Claim(README, "half of all channels removed: {} % of {} %", accuracy),
+        Claim(
+            LEDGER,
+            "unpruned {} %, pruned {} %; {} of {} parameters and {} % of the FLOPs stay",
+            [*reversed(accuracy), *sizes, flops],
+        ),
+        Claim(README, "GReg-1 {} %, GReg-2 {} %, L1 {} %, but L1 trained as long {} %", short),
+        Claim(
+            LEDGER,
+            "unpruned {} %, L1 {}, GReg-1 {}, GReg-2 {}, L1 of as many steps {}",
+            [percent(values) for values in (base, l1, greg1, greg2, longer)],
+        ),
+    ]
+
+
+STUDIES: tuple[Callable[[], list[Claim]], ...] = (
+    quickstart,
+    small_cnn,
+    digits_limit,
+    cifar_limit,
+    gradient_flow,
+    growing,
+)
+
+
+# Command line ------------------------------------------------------------------------------------------------
+
+
+def slim(rows: list[dict]) -> list[dict]:
+    """What claims need of a run: no histograms and spectra, of a training the last epoch of every visit."""
+    last = {}
+    for row in rows:
+        if row["kind"] in ("train", "grow"):
+            last[row["stage"], row["visit"], row["member"], "layers" in row] = id(row)
+    few = sum(row["kind"] == "curve" for row in rows) <= 500
+    kept = [row for row in rows if row["kind"] not in ("train", "grow", "curve", "histogram", "spectrum", "path")]
+    kept += [row for row in rows if id(row) in last.values() or (few and row["kind"] == "curve")]
+    order = {id(row): place for place, row in enumerate(rows)}
+    short = lambda value: not isinstance(value, (list, dict)) or (isinstance(value, dict) and len(value) <= 8)
+    return [{key: value for key, value in row.items() if short(value) and key not in ("history", "growth", "layout")}
+            for row in sorted(kept, key=lambda row: order[id(row)])]  # fmt: skip
+
+
+def take(name: str, workdir: str) -> None:
+    """Keeps the rows of the finished run in `workdir`."""
+    path = HERE / KEPT[name]
+    _, rows, _ = report.gather(workdir)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in slim(rows)), encoding="utf-8")
+
+
+def stale(claim: Claim, text: str) -> str:
+    """What stands in `text` instead of the claim's truth, "" if nothing does; ValueError if it is not there once."""
+    places = claim.pattern().findall(text)
+    if len(places) != 1:
+        raise ValueError(f"{claim.document} has {len(places)} places for {claim.text!r}; one is needed.")
+    return "" if places[0] == claim.truth() else places[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a number differs")
+    parser.add_argument("--take", nargs=2, metavar=("NAME", "WORKDIR"), help=f"keep rows first: {', '.join(KEPT)}")
+    options = parser.parse_args()
+    if options.take:
+        if options.take[0] not in KEPT:
+            parser.error(f"--take {options.take[0]}; allowed: {', '.join(KEPT)}.")
+        take(*options.take)
+    differing = 0
+    for claim in (claim for study in STUDIES for claim in study()):
+        text = claim.document.read_text(encoding="utf-8")
+        old = stale(claim, text)
+        if old:
+            differing += 1
+            print(f"{claim.document.name}: {old}\n  by its rows: {claim.truth()}")
+        if old and not options.check:
+            claim.document.write_text(text.replace(old, claim.truth()), encoding="utf-8")
+    return int(options.check and differing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
