@@ -206,7 +206,7 @@ def _check_names(named: Collection[str], known: Collection[str], kind: str) -> N
 def largest_gap(scores: jax.Array) -> jax.Array:
     """How many `scores` lie below the largest gap between neighbours in order: int32, at least 1, never all.
 
-    int(0.02 n) scores at either end are not compared. Of equal gaps the lowest. Sorts. NaN counts as minus infinity,
+    floor(0.02 n) scores at either end are not compared. Of equal gaps the lowest. Sorts. NaN counts as minus infinity,
     and equal infinities have no gap. Raises ValueError for fewer than 2 scores and, outside `jit`, for NaN.
     """
     if scores.size < 2:
@@ -214,7 +214,7 @@ def largest_gap(scores: jax.Array) -> jax.Array:
     trees.check_finite(scores, "scores", infinite=True)
     trim = masks.count_of(0.02, scores.size, math.floor)
     lowest = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    ordered = jnp.sort(lowest.ravel())[trim : scores.size - trim]
+    ordered = jnp.sort(_gathered(lowest).ravel())[trim : scores.size - trim]
     gaps = jnp.where(ordered[1:] == ordered[:-1], 0, jnp.diff(ordered))
     return (jnp.argmax(gaps) + trim + 1).astype(jnp.int32)
 
@@ -262,8 +262,19 @@ def _checked_leaves(params: PyTree, layers: Sequence[Layer]) -> dict[str, jax.Ar
     return leaves
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _gathered(x: jax.Array) -> jax.Array:
+    """`x` whole on every device, where a mesh of explicit axes divides it."""
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if any(_division(x)) else x
+
+
+def _division(x: jax.Array) -> tuple:
+    """Names of the explicit mesh axes that divide the axes of `x`, None for none; () where no mesh is explicit."""
+    return tuple(jax.typeof(x).sharding.spec)
+
+
+def _values(leaves: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
+    """What ranks the groups of a layer: their scores, of weights the weights themselves, with their signs."""
+    return leaves[layer.scored[0].path] if layer.of_weights else _score(leaves, layer)
 
 
 def _score(leaves: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
@@ -271,7 +282,7 @@ def _score(leaves: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
     total, entries = 0.0, 0
     for path, axis, index in layer.scored:
         w = leaves[path]
-        sums = jnp.sum(jnp.abs(_wide(w)), [i for i in range(w.ndim) if i != axis % w.ndim])
+        sums = _gathered(jnp.sum(jnp.abs(trees.widen(w)), [i for i in range(w.ndim) if i != axis % w.ndim]))
         total = total + (sums if index is None else jnp.sum(sums[index], 1))
         entries += w.size // w.shape[axis] * (1 if index is None else index.shape[1])
     return total / entries
@@ -283,13 +294,14 @@ def _select(leaves: Mapping, layers: Sequence[Layer], how: Pick, keys: Mapping[s
     trees.check_finite(scored, "params", infinite=True)
     keep, by_shape = {}, {}
     for layer in layers:
-        values = leaves[layer.scored[0].path] if layer.of_weights else _score(leaves, layer)
+        values = _values(leaves, layer)
         number = largest_gap(jnp.abs(values)) if layer.num_pruned is None else layer.num_pruned
         if keys:
             values = jnp.where(jnp.isnan(values), jnp.nan, jax.random.uniform(keys[layer.name], layer.shape))
         if how == "max":
             values = jnp.where(jnp.isnan(values), jnp.inf, values)
-        by_shape.setdefault(layer.shape, []).append((layer.name, values, jnp.asarray(number, jnp.int32)))
+        row = (layer.name, values, jnp.asarray(number, jnp.int32))
+        by_shape.setdefault((layer.shape, _division(values)), []).append(row)
 
     def search(row):
         values, number = row
@@ -442,9 +454,9 @@ def growing_l2(
     """g + reg * w with the penalties `reg` of a growing regularisation; put it before weight decay and momentum.
 
     layers: of `layers` or `coupled`, in the order of the network, in which GReg-1 judges them (see `plan`); one that
-    loses nothing is left alone. key: for pick='rand'. keep: picks made
-    before, bools by name of layer as `pick` and `kept` return, known on the host; they replace the picks of these
-    layers. options: those of `plan`. GReg-1 and FixReg pick from the params given to `init`.
+    loses nothing is left alone. key: for pick='rand'. keep: picks made before, bools by name of layer as `pick` and
+    `kept` return, known on the host; they replace the picks of these layers. options: those of `plan`. GReg-1 and
+    FixReg pick from the params given to `init`.
     Updates happen at steps 0, update_every, 2 update_every, ..., before the penalty acts.
     Raises ConfigError for wrong options, ValueError for picks that do not fit, a missing key, layers of other params
     and an `update` without params.
@@ -465,14 +477,21 @@ def growing_l2(
             parts.setdefault(part.path, []).append((i, part))
 
     def init(params):
-        leaves = _checked_leaves(params, layers)
-        whole = {layer.name: jnp.ones(layer.shape, bool) for layer in active}
-        picked = {} if chosen.pick_updates else _select(leaves, free, chosen.pick, keys)
+        if jax.tree.leaves(params):
+            leaves = _checked_leaves(params, layers)
+            values = {layer.name: _values(leaves, layer) for layer in active}
+            picked = {} if chosen.pick_updates else _select(leaves, free, chosen.pick, keys)
+        else:  # `optax.tree_map_params` calls `init` without arrays
+            values = {layer.name: jnp.ones(layer.shape) for layer in active}
+            picked = {}
+        whole = {name: jnp.ones_like(own, bool) for name, own in values.items()}
         known = {layer.name: jnp.asarray(given[layer.name]) for layer in active if layer.name in given}
+        like_params = lambda x: trees.varying_like(x, list(values.values()))
+        phase = jnp.full(len(active), PICK if chosen.pick_updates else PUSH, jnp.int32)
         zeros = [jnp.zeros(len(active), dtype) for dtype in (jnp.int32, *[float] * 5)]  # apart, to be donated
-        progress = Progress(jnp.full(len(active), PICK if chosen.pick_updates else PUSH, jnp.int32), *zeros)
+        progress = Progress(*map(like_params, (phase, *zeros)))
         left = jnp.asarray(chosen.stabilize_steps + 1, jnp.int32)  # with the step that makes the last layer done
-        return GrowingState(jnp.zeros((), jnp.int32), left, whole | picked | known, progress)
+        return GrowingState(jnp.zeros((), jnp.int32), like_params(left), whole | picked | known, progress)
 
     def repick(leaves, keep, due, number):
         """The picks after update `number`, of GReg-2."""
@@ -547,9 +566,9 @@ def _checked_keep(layers: Sequence[Layer], keep: Mapping[str, Any]) -> dict[str,
 
 def _mean_scores(leaves: Mapping[str, jax.Array], layer: Layer, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean scores of what stays and of what goes, 0 if that is nothing."""
-    scores = leaves[layer.scored[0].path] if layer.of_weights else _score(leaves, layer)
-    kept = trees.fold_sum(lambda s, k: jnp.where(k, jnp.abs(_wide(s)), 0), scores, keep)
-    pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, jnp.abs(_wide(s))), scores, keep)
+    scores = _values(leaves, layer)
+    kept = trees.fold_sum(lambda s, k: jnp.where(k, jnp.abs(trees.widen(s)), 0), scores, keep)
+    pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, jnp.abs(trees.widen(s))), scores, keep)
     number = trees.fold_sum(lambda k: k.astype(jnp.int32), keep)
     return kept / number, pruned / jnp.maximum(layer.size - number, 1)
 
@@ -620,5 +639,4 @@ def progress(opt_state: PyTree) -> dict[str, Progress]:
 def scores(params: PyTree, layers: Sequence[Layer]) -> dict[str, jax.Array]:
     """The score of every group, by layer: mean absolute weights [groups], of weights their magnitudes."""
     leaves = _checked_leaves(params, layers)
-    own = lambda layer: jnp.abs(leaves[layer.scored[0].path]) if layer.of_weights else _score(leaves, layer)
-    return {layer.name: own(layer) for layer in layers}
+    return {layer.name: jnp.abs(_values(leaves, layer)) for layer in layers}

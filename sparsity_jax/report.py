@@ -952,22 +952,22 @@ def has_rows(folder: pathlib.Path) -> bool:
 
 
 def whole_rows(file: pathlib.Path) -> list[dict]:
-    """Rows of the metrics file of a run; of its newest checkpoint where the file is damaged, cut short or gone, aloud.
+    """Rows of the metrics file of a run; of its newest checkpoint, aloud, where those are not its first ones.
 
-    Raises ValueError where it is damaged and there is no other copy.
+    Raises ValueError where the file is damaged and there is no other copy.
     """
+    saved = workdirs.newest(file.parent)
+    if saved is None:
+        return read_rows(file)
+    known = plain(saved.progress.rows)
     try:
         rows = read_rows(file)
+        reason = "" if rows[: len(known)] == known else f"{file} is not as it was written"
     except (FileNotFoundError, ValueError) as error:
-        saved = workdirs.newest(file.parent)
-        if saved is None:
-            raise
-        workdirs.say(f"{error}; the rows of the newest checkpoint are used")
-        return saved.progress.rows
-    saved = workdirs.newest(file.parent)
-    if saved is not None and len(saved.progress.rows) > len(rows):
-        workdirs.say(f"{file} lacks rows; those of the newest checkpoint are used")
-        return saved.progress.rows
+        rows, reason = known, str(error)
+    if reason:
+        workdirs.say(f"{reason}; the rows of the newest checkpoint are used")
+        return known
     return rows
 
 

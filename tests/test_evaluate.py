@@ -375,7 +375,7 @@ def test_folders_that_cannot_be_loaded(tmp_path):
         other = about | change
         path.write_text(json.dumps(other), encoding="utf-8")
         if "format" not in change:
-            with pytest.raises(intact.DamagedError, match="network.json is not as it was written"):
+            with pytest.raises(intact.DamagedError, match=r"network\.json is not as it was written"):
                 evaluate.load(folder)
         other["checksum"] = intact.digest_of_value({name: other[name] for name in other if name != "checksum"})
         path.write_text(json.dumps(other), encoding="utf-8")

@@ -675,6 +675,70 @@ def test_a_stage_runs_to_its_end_inside_one_program():
     assert loss({"kernel": small}) < loss(grown) + 1e-4 < 1e-3
 
 
+# On several devices
+
+SHARDED = {"a": {"kernel": jax.random.normal(jax.random.key(0), (2, 6, 4))}}
+OF_DEVICES = {  # (granularity, ratio, options)
+    "at once": ("filter", masks.AUTOMATIC, dict(method="greg1")),
+    "later": ("weight", masks.AUTOMATIC, dict(method="greg2")),
+}
+
+
+def transformations(params):
+    rates = dict(update_every=2, granularity_prune=0.5, upper_limit=1.5, granularity_pick=0.1, upper_limit_pick=0.2)
+    return {
+        name: growing.growing_l2(growing.layers(params, {"a/kernel": ratio}, granularity), **rates, **options)
+        for name, (granularity, ratio, options) in OF_DEVICES.items()
+    }
+
+
+def grown(params):
+    """What is kept, progress, and the params, after nine steps of each transformation."""
+    found = {}
+    for name, tx in transformations(params).items():
+
+        def step(carry, _, tx=tx):
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            return (optax.apply_updates(params, jax.tree.map(lambda u: -0.1 * u, updates)), state), None
+
+        (last, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=9)
+        found[name] = (last, growing.kept(state), growing.progress(state))
+    return found
+
+
+def grown_on_devices(params):
+    """The same of params with one network for each device."""
+    mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    spec = jax.sharding.PartitionSpec("x")
+    first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
+    one = lambda params: jax.tree.map(lambda leaf: leaf[None], grown(first(params)))
+    return jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec)(params)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    own = jax.jit(grown)
+    return [own(jax.tree.map(lambda leaf, i=i: leaf[i], SHARDED)) for i in range(2)]
+
+
+def test_growth_inside_vmap_of_shard_map(alone):
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), SHARDED)
+    found = jax.jit(jax.vmap(grown_on_devices))(both)
+    for i in range(2):
+        own = jax.tree.map(lambda leaf, i=i: leaf[1, 1 - i], found)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), own, alone[i])
+
+
+def test_growth_on_a_mesh_of_explicit_axes(alone):
+    mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    spec = jax.sharding.PartitionSpec(None, "x")
+    params = jax.tree.map(lambda leaf: jax.device_put(leaf[0], jax.NamedSharding(mesh, spec)), SHARDED)
+    with jax.set_mesh(mesh):
+        found = jax.device_get(jax.jit(grown)(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, alone[0])
+
+
 class Pair(nnx.Module):
     def __init__(self, rngs):
         self.hidden, self.fc = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Damaged files of a workdir and of an exported folder: harmless, recovered, or refused by name, never another number."""
+"""Damaged files of a workdir and of an export: harmless, recovered, or refused by name, never another number."""
 
 import json
 import pathlib
@@ -77,30 +77,48 @@ def drawn_once(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tmp_path, monkeypatch, drawn_once):
-    workdir, state, rows = whole
-    problem = pipeline.build(pipeline.check(CONFIG)[0])
-    monkeypatch.setattr(pipeline, "build", lambda _: problem)
+def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tmp_path):
+    """What is read of a damaged workdir; `experiments/robustness/faults.py` also runs and evaluates each."""
+    workdir, _, rows = whole
     rng = np.random.default_rng(0)
     names = [name for name in files_of(workdir) if name.parts[0] not in ("figures", "tensorboard", "report.html")]
     assert len(names) > 20
+    kept = {path.name: intact.read_sums(path) for path in (workdir / "checkpoints").iterdir()}
     for name in names:
         place = damaged(workdir, tmp_path / "damaged", name, fault, rng)
-
-        def read(place):
-            _, told, _ = report.gather(place)
-            assert tiny.timeless(told) == rows, name
-            return pipeline.run(CONFIG, place)
-
-        outcome, refusal = outcome_or_refusal(read, place)
-        if outcome is None:
-            assert any(str(other) in refusal for other in files_of(workdir)), (name, refusal)
-        else:
-            tiny.same(outcome.state, state)
-            assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows, name
+        snapshot, refusal = outcome_or_refusal(workdirs.newest, place)
+        if snapshot:  # verified against checksums that are those of the whole one
+            assert intact.read_sums(snapshot.folder) == kept[snapshot.folder.name]
+        gathered, second = outcome_or_refusal(report.gather, place)
+        if gathered:
+            config, told, _ = gathered
+            assert config == workdirs.read_config(workdir)
+            assert tiny.timeless(told) == rows[: len(told)], name
+        for sentence in filter(None, (refusal, second)):
+            assert any(str(other) in sentence for other in names), (name, sentence)
 
 
-def test_without_a_whole_checkpoint_the_run_says_so_and_an_empty_one_is_passed_over(whole, tmp_path, drawn_once, capsys):
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "progress.json", "manifest.ocdbt", "SHA256SUMS"])
+def test_a_run_goes_on_from_what_is_whole(name, whole, tmp_path, monkeypatch, drawn_once):
+    workdir, state, rows = whole
+    problem = pipeline.build(pipeline.check(CONFIG)[0])
+    monkeypatch.setattr(pipeline, "build", lambda _: problem)
+    place = shutil.copytree(workdir, tmp_path / "run")
+    newest = workdirs.newest(place).folder
+    flip(
+        next(p for p in (place / name, newest / name, newest / "state" / name) if p.exists()),
+        None,
+        np.random.default_rng(1),
+    )
+    outcome = pipeline.run(CONFIG, place)
+    tiny.same(outcome.state, state)
+    assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows
+    assert tiny.timeless(report.read_rows(place / "metrics.jsonl")) == rows
+
+
+def test_without_a_whole_checkpoint_the_run_says_so_and_an_empty_one_is_passed_over(
+    whole, tmp_path, drawn_once, capsys
+):
     place = shutil.copytree(whole[0], tmp_path / "run")
     newest = workdirs.newest(place).folder
     (newest.parent / "99").mkdir()
@@ -172,7 +190,7 @@ def test_environment_and_rows_say_when_they_were_changed(whole, tmp_path, capsys
 
 @pytest.mark.parametrize("name", ["a[1]", "a]", "back\\slash", "gs:"])
 def test_paths_that_cannot_be_read_back_are_refused_before_anything_is_made(name, tmp_path):
-    with pytest.raises(tables.ConfigError, match="workdir.*allowed: paths without"):
+    with pytest.raises(tables.ConfigError, match=r"workdir.*allowed: paths without"):
         pipeline.run(CONFIG, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
