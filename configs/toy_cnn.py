@@ -57,9 +57,12 @@ def get_config(variant: str = "cnn"):
         config.curve = pipeline.stage("curve")
         return config
     config.fit, config.retrain = pipeline.stage("train", **fit), pipeline.stage("train", epochs=2, **common)
-    config.layerwise = pipeline.stage("curve", ratios=STEPS, selection="layerwise")
-    config.filters = pipeline.stage("curve", ratios=STEPS, selection="structured")
-    config.retrained = pipeline.stage("curve", ratios=STEPS, selection="layerwise", retrain="retrain")
+    # rounded in every layer as the original does, and filters of convolutions only
+    steps = dict(ratios=STEPS, count="per_layer")
+    config.layerwise = pipeline.stage("curve", selection="layerwise", **steps)
+    layers = "all" if dense else "convolutions"
+    config.filters = pipeline.stage("curve", selection="structured", layers=layers, **steps)
+    config.retrained = pipeline.stage("curve", selection="layerwise", retrain="retrain", **steps)
     config.arms = {}
     for arm in ARMS:
         first = optimizer_of(arm, dense)

@@ -140,12 +140,35 @@ def digits_limit() -> list[Claim]:
     ]
 
 
+def found_limit(width: str, limit: str, *, products: bool = False) -> list[str]:
+    """Number of products if asked for, prediction and its enclosure, and actual limit, of two files of one network."""
+    (row,) = (row for row in of_kind(f"geometric_limit/{width}.jsonl", "width") if row["stage"] == "width")
+    (actual,) = searched([f"geometric_limit/{limit}.jsonl"])
+    shares = (row["predicted"], row["enclosure_low"], row["enclosure_high"], actual)
+    return [str(row["num_matvecs"])] * products + [percent(share, 2) for share in shares]
+
+
+def dense(name: str) -> str:
+    return percent(last_accuracy(f"geometric_limit/{name}.jsonl"))
+
+
 def cifar_limit() -> list[Claim]:
     place = lambda *names: [f"geometric_limit/{name}.jsonl" for name in names]
     shared = ("fc5_seed1_whole", "fc5_seed1_third", "fc5_seed2")
     fc5, whole = place("fc5_seed0", *shared), place("fc5_seed0_whole", *shared)
     fc12 = place("fc12_seed0", "fc12_seed1", "fc12_seed2")
+    again = "({} products): {} % ({} to {}), actual {} %"
+    first = "seed 0: predicted {} % (enclosed by {} and {}), actual {} %, dense accuracy {} %"
+    own = "{} % ({} to {}), actual {} %, dense {} %"
+    names = ("fc5_seed1_whole", "fc5_seed1_third", "fc5_seed2")
+    fc5_numbers = [*found_limit("fc5_seed0_whole", "fc5_seed0"), dense("fc5_seed0")]
+    fc5_numbers += [number for name in names for number in found_limit(name, name, products=True)]
+    fc12_numbers = [*found_limit("fc12_seed0", "fc12_seed0"), dense("fc12_seed0")]
+    fc12_numbers += [*found_limit("fc12_seed1", "fc12_seed1"), dense("fc12_seed1")]
+    fc12_numbers += [*found_limit("fc12_seed2", "fc12_seed2", products=True), dense("fc12_seed2")]
     return [
+        Claim(LEDGER, f"{first}; seed 1 {again}, trained again {again}; seed 2 {again}", fc5_numbers),
+        Claim(LEDGER, f"{first}; seed 1: {own}; seed 2 {again}, dense {{}} %", fc12_numbers),
         Claim(README, "FC5: predicted {} to {} %, actual {} to {} %", extent(predicted(whole)) + extent(searched(fc5))),
         Claim(README, "FC12: {} to {} %, actual {} to {} %", extent(predicted(fc12)) + extent(searched(fc12))),
     ]

@@ -1,149 +1,377 @@
 """How many entries each parameter array keeps at a pruning ratio, and the masks that follow.
 
-Counts are integers made on the host, of floating-point products as the originals' are; masks are made of them inside
-jit, so one compiled program serves every ratio. Magnitude is the score.
+    counts = allocate.keep_counts(params, 0.9)                  # integers, on the host
+    kept = allocate.keep_masks(params, counts)                  # traceable: one program for every ratio
+    channels = groups.trace(apply, params, inputs)              # tells what is prunable, whatever the names
+    counts = allocate.keep_counts(params, 0.5, channels=channels, selection="structured")
+    kept = allocate.keep_masks(params, counts, channels=channels, selection="structured")
+
+Magnitude is the score. Whole filters or input channels go by their L1 norm.
 """
 
+import fractions
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sparsity_jax import masks, tables, trees
+from sparsity_jax import groups, kernels, masks, tables, trees
 
 PyTree = Any
 Scope = Literal["kernels", "all"]
 GlobalCount = Literal["nearest", "original", "ceil"]
+LayerCount = Literal["nearest", "per_layer", "original"]
+SliceCount = Literal["nearest", "per_layer"]
+LayerRatios = Literal["uniform", "erk", "erk_original"]
+Granularity = Literal["filter", "channel"]
+Layers = Literal["auto", "convolutions", "all"]
 
 
 def num_kept(size: int, ratio: float) -> int:
-    """size - round(ratio * size): entries left when the share `ratio` is removed."""
-    return size - round(ratio * size)
+    """Entries left of `size` when the share `ratio`, rounded to a whole number of them, is removed."""
+    return size - masks.count_of(ratio, size)
 
 
-def prunable(params: PyTree, scope: Scope) -> dict[str, Any]:
-    """The arrays that may be pruned, by path: `kernels` (matrices and convolutions) or `all` (as the SFW original).
+def prunable(
+    params: PyTree,
+    scope: Scope,
+    channels: groups.Channels | None = None,
+    *,
+    include: str = "",
+    exclude: str = "",
+) -> dict[str, Any]:
+    """The arrays that may be pruned, by path: `kernels` or `all` (as the SFW original).
 
-    Raises ValueError if no array is named like a kernel.
+    Which arrays are kernels a trace tells, `channels`, or their names; see `kernels.paths`, also for `include`,
+    `exclude` and the errors raised. `exclude` holds for `all` too.
     """
     leaves = trees.named_leaves(params)
-    kernels = {path: leaf for path, leaf in leaves.items() if trees.is_kernel(path) and leaf.ndim > 1}
-    if scope == "kernels" and not kernels:
-        raise ValueError(f"no matrix is named kernel, weight or w; use scope='all'. Paths: {list(leaves)[:5]}")
-    return leaves if scope == "all" else kernels
+    if scope == "kernels":
+        chosen = kernels.paths(params, channels, include=include, exclude=exclude)
+    else:
+        excluded = trees.matching(params, exclude, "exclude") if exclude else {}
+        chosen = [path for path in leaves if not excluded.get(path, False)]
+    return {path: leaves[path] for path in chosen}
 
 
-def erk_ratios(shapes: dict[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
-    """Share to remove from each kernel so that about `ratio` of all weights goes (Erdos-Renyi-Kernel).
+# Shares of layers ----------------------------------------------------------------------------------
+
+
+def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
+    """Share to remove from each kernel so that `ratio` of all weights goes (Erdos-Renyi-Kernel).
+
+    The density of a kernel is proportional to (sum of its dimensions) / (their product). Kernels that this would fill
+    more than whole stay dense, and the others share the rest. Source: Evci et al. 2020, arXiv:1911.11134.
+    """
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+    raw = {path: sum(shape) / sizes[path] for path, shape in shapes.items()}
+    budget, dense = (1 - ratio) * sum(sizes.values()), set()
+    while True:
+        rest = [path for path in shapes if path not in dense]
+        left = budget - sum(sizes[path] for path in dense)
+        scale = left / sum(raw[path] * sizes[path] for path in rest) if rest else 0.0
+        full = {path for path in rest if scale * raw[path] >= 1}
+        if not full:
+            return {path: 0.0 if path in dense else 1 - scale * raw[path] for path in shapes}
+        dense |= full
+
+
+def erk_original_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
+    """What the SFW original's utilities call ERK, and is another rule than `erk_ratios`: nearly uniform.
 
     ratio_l = c s_l with s = 1 - (sum of the kernel's dimensions) / (their product) and c = ratio sum(n) / sum(n s),
-    at most 1. Source: Evci et al. 2020, arXiv:1911.11134, as in the SFW original's utilities.
+    at most 1. Counts that follow are rounded in every layer, as there.
+    Raises ValueError if no kernel is larger than the sum of its dimensions.
     """
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     slack = {path: 1 - sum(shape) / sizes[path] for path, shape in shapes.items()}
     weighted = sum(sizes[path] * slack[path] for path in shapes)
     if weighted <= 0:
-        raise ValueError(f"ERK needs kernels larger than the sum of their dimensions; given shapes: {shapes}.")
+        raise ValueError(
+            f"erk_original needs kernels larger than the sum of their dimensions; given shapes: {dict(shapes)}."
+        )
     scale = ratio * sum(sizes.values()) / weighted
     return {path: min(max(scale * slack[path], 0.0), 1.0) for path in shapes}
 
 
+def uniform_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
+    """The same share of every kernel."""
+    return dict.fromkeys(shapes, ratio)
+
+
+LAYER_RATIOS = {"uniform": uniform_ratios, "erk": erk_ratios, "erk_original": erk_original_ratios}
+
+
+def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) -> dict[str, int]:
+    """How many of each layer's `sizes` stay, so that together as many go as `ratios` ask for, rounded once.
+
+    Every layer loses its share rounded down, and those with the largest remainders one more; equal ones in order.
+    """
+    shares = {name: size * fractions.Fraction(str(ratios[name])) for name, size in sizes.items()}
+    removed = {name: math.floor(share) for name, share in shares.items()}
+    missing = round(sum(shares.values())) - sum(removed.values())
+    by_remainder = sorted(shares, key=lambda name: removed[name] - shares[name])
+    for name in by_remainder[:missing]:
+        removed[name] += 1
+    return {name: size - removed[name] for name, size in sizes.items()}
+
+
 class Selection(NamedTuple):
-    """counts(params, ratio, **options) -> tree of ints, on the host; mask(params, counts, key, before, **options) ->
-    masks."""
+    """counts(params, ratio, channels, **options) -> tree of ints, on the host; mask(params, counts, key, before,
+    channels, **options) -> masks of the chosen arrays by path."""
 
     counts: Callable
     mask: Callable
 
 
-def _complete(params: PyTree, chosen: dict[str, jax.Array]) -> PyTree:
-    return trees.map_named(lambda path, leaf: chosen.get(path, jnp.ones(leaf.shape, bool)), params)
+def _of(tree: PyTree | None, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The leaves of `tree` at the paths of `chosen`."""
+    if tree is None:
+        return None
+    leaves = trees.named_leaves(tree)
+    return {path: leaves[path] for path in chosen}
 
 
-def _global_counts(params, ratio, *, scope: Scope = "kernels", count: GlobalCount = "nearest"):
-    size = trees.size(prunable(params, scope))
+# Single weights ------------------------------------------------------------------------------------
+
+
+def _global_counts(
+    params,
+    ratio,
+    channels,
+    *,
+    scope: Scope = "kernels",
+    count: GlobalCount = "nearest",
+    include: str = "",
+    exclude: str = "",
+):
+    size = trees.size(prunable(params, scope, channels, include=include, exclude=exclude))
     if count == "ceil":
         return size - max(math.ceil(ratio * size), 1)
     return size - max(int(ratio * size) - 1, 0) if count == "original" else num_kept(size, ratio)
 
 
-def _global_mask(params, counts, key, before, *, scope: Scope = "kernels", count: str = "nearest"):
-    del key, before
-    chosen = prunable(params, scope)
+def _global_mask(params, counts, key, before, channels, *, scope="kernels", count="nearest", **patterns):
+    del key
+    chosen = prunable(params, scope, channels, **patterns)
+    return _largest(chosen, counts, _of(before, chosen), count)
+
+
+def _largest(chosen: PyTree, counts: Any, before: PyTree | None, count: str) -> PyTree:
+    if count == "nearest":
+        return masks.k_largest_mask(chosen, counts, magnitude=True, before=before)
+    if before is not None:
+        chosen = masks.apply(chosen, before)
     if count == "original":
         threshold = masks.kth_largest(chosen, counts, magnitude=True)
-        return _complete(params, {path: jnp.abs(leaf) >= threshold for path, leaf in chosen.items()})
-    if count == "ceil":
-        threshold = masks.kth_largest(chosen, counts + 1, magnitude=True)
-        return _complete(params, {path: jnp.abs(leaf) > threshold for path, leaf in chosen.items()})
-    return _complete(params, masks.k_largest_mask(chosen, counts, magnitude=True))
+        return jax.tree.map(lambda leaf: jnp.abs(leaf) >= threshold, chosen)
+    threshold = masks.kth_largest(chosen, counts + 1, magnitude=True)
+    return jax.tree.map(lambda leaf: jnp.abs(leaf) > threshold, chosen)
 
 
-def _layerwise_counts(params, ratio, *, scope: Scope = "kernels", count: Literal["nearest", "original"] = "nearest"):
-    sizes = {path: leaf.size for path, leaf in prunable(params, scope).items()}
-    kept = (lambda n: n - int(ratio * (n - 1))) if count == "original" else (lambda n: num_kept(n, ratio))
-    return {path: kept(size) for path, size in sizes.items()}
+def _layerwise_counts(
+    params,
+    ratio,
+    channels,
+    *,
+    scope: Scope = "kernels",
+    count: LayerCount = "nearest",
+    layer_ratios: LayerRatios = "uniform",
+    include: str = "",
+    exclude: str = "",
+):
+    chosen = prunable(params, scope, channels, include=include, exclude=exclude)
+    sizes = {path: leaf.size for path, leaf in chosen.items()}
+    ratios = LAYER_RATIOS[layer_ratios]({path: leaf.shape for path, leaf in chosen.items()}, ratio)
+    if count == "original":
+        return {path: size - int(ratios[path] * (size - 1)) for path, size in sizes.items()}
+    return _layer_counts(sizes, ratios, count, layer_ratios)
 
 
-def _layerwise_mask(params, counts, key, before, *, scope: Scope = "kernels", count: str = "nearest"):
-    one = lambda leaf, k: _global_mask(leaf, k, key, before, scope="all", count=count)
-    chosen = prunable(params, scope)
-    return _complete(params, {path: one(leaf, counts[path]) for path, leaf in chosen.items()})
+def _layer_counts(sizes: dict, ratios: dict, count: str, layer_ratios: str) -> dict[str, int]:
+    if count == "per_layer" or layer_ratios == "erk_original":
+        return {path: num_kept(size, ratios[path]) for path, size in sizes.items()}
+    return largest_remainders(sizes, ratios)
 
 
-def _random_counts(params, ratio, *, scope: Scope = "kernels"):
-    return num_kept(trees.size(prunable(params, scope)), ratio)
+def _layerwise_mask(
+    params, counts, key, before, channels, *, scope="kernels", count="nearest", layer_ratios="uniform", **patterns
+):
+    del key, layer_ratios
+    rule = "original" if count == "original" else "nearest"
+    chosen = prunable(params, scope, channels, **patterns)
+    earlier = _of(before, chosen) or dict.fromkeys(chosen)
+    return {path: _largest(leaf, counts[path], earlier[path], rule) for path, leaf in chosen.items()}
 
 
-def _random_mask(params, counts, key, before, *, scope: Scope = "kernels"):
+def _random_counts(params, ratio, channels, *, scope: Scope = "kernels", include: str = "", exclude: str = ""):
+    return num_kept(trees.size(prunable(params, scope, channels, include=include, exclude=exclude)), ratio)
+
+
+def _random_mask(params, counts, key, before, channels, *, scope="kernels", **patterns):
     if key is None:
         raise ValueError("selection 'random' needs a key.")
-    chosen = prunable(params, scope)
-    before = None if before is None else {path: trees.named_leaves(before)[path] for path in chosen}
-    return _complete(params, masks.random_mask(key, chosen, counts, before=before))
+    chosen = prunable(params, scope, channels, **patterns)
+    return masks.random_mask(key, chosen, counts, before=_of(before, chosen))
 
 
-AXES = {"filter": -1, "channel": -2}
+# Filters and input channels ------------------------------------------------------------------------
 
 
-def _structured_kernels(params: PyTree, granularity: str) -> dict[str, Any]:
-    """Convolution kernels, or dense ones where there are none; a classifier called `fc` keeps its outputs."""
-    kernels = prunable(params, "kernels")
-    convolutions = {path: leaf for path, leaf in kernels.items() if leaf.ndim > 2}
-    if convolutions:
-        return convolutions
-    classifier = lambda path: path.split("/")[-2:-1] == ["fc"]
-    return {path: leaf for path, leaf in kernels.items() if granularity == "channel" or not classifier(path)}
+class Slices(NamedTuple):
+    """Slices of one array along `axes`, of which slice i is at the positions index[i]: int [slices, copies].
+
+    Positions count along `axes` flattened; index None: slice i is at position i.
+    """
+
+    path: str
+    axes: tuple[int, ...]
+    index: np.ndarray | None = None
+
+
+class Layer(NamedTuple):
+    """Slices of which whole ones go: `size` of them, ranked by the L1 norm of `scored`; `masked` are all that go.
+
+    shape: of the first kernel, for shares of layers.
+    """
+
+    size: int
+    shape: tuple[int, ...]
+    scored: tuple[Slices, ...]
+    masked: tuple[Slices, ...]
+
+
+def layers_of(
+    params: PyTree,
+    channels: groups.Channels | None = None,
+    *,
+    granularity: Granularity = "filter",
+    layers: Layers = "auto",
+    layout: kernels.Layout | None = None,
+    include: str = "",
+    exclude: str = "",
+) -> dict[str, Layer]:
+    """What selection `structured` chooses slices of, by name; options and errors as in `keep_counts`."""
+    paths = kernels.paths(params, channels, include=include, exclude=exclude)
+    every = kernels.axes(params, paths, channels, layout=layout)
+    convolutions = {path: own for path, own in every.items() if own.window}
+    only = layers == "convolutions" or (layers == "auto" and channels is None and convolutions)
+    axes = convolutions if only else every
+    if channels is not None and granularity == "filter":
+        found = _traced_layers(params, channels, axes)
+    else:
+        if granularity == "filter":
+            axes = _without_classifier(axes, bool(include or exclude or len(axes) < len(every)))
+        found = {path: _kernel_layer(params, path, own, granularity) for path, own in axes.items()}
+    if not found:
+        raise ValueError(f"no {granularity} can be removed: layers={layers!r}, kernels {paths[:5]}.")
+    return found
+
+
+def _without_classifier(axes: dict[str, kernels.Axes], others: bool) -> dict[str, kernels.Axes]:
+    """Without the kernel of a layer called `fc`, whose outputs are the classes.
+
+    others: whether some kernels keep their filters anyway. Raises ValueError where all might lose some.
+    """
+    chosen = {path: own for path, own in axes.items() if path.split("/")[-2:-1] != ["fc"]}
+    if len(chosen) == len(axes) and not others:
+        raise ValueError(
+            f"names do not tell which of the layers {list(axes)[:5]} makes the network's outputs, and keeps its "
+            "filters (none is called fc). Give channels=groups.trace(apply, variables, inputs), or exclude=pattern of "
+            "its path."
+        )
+    return chosen
+
+
+def _kernel_layer(params: PyTree, path: str, axes: kernels.Axes, granularity: str) -> Layer:
+    shape = tuple(trees.named_leaves(params)[path].shape)
+    along = axes.outputs if granularity == "filter" else axes.inputs
+    own = (Slices(path, along),)
+    return Layer(math.prod(shape[axis] for axis in along), shape, own, own)
+
+
+def _traced_layers(params: PyTree, channels: groups.Channels, axes: dict[str, kernels.Axes]) -> dict[str, Layer]:
+    """The groups of channels that the kernels in `axes`, and no others, make."""
+    leaves, found = trees.named_leaves(params), {}
+    owned = {owner: path for path, owner in groups.owners(params, channels).items()}
+    for name, group in channels.groups.items():
+        made = [member for member in group.members if member.role in ("producer", "depthwise")]
+        made_by = [owned.get(member.path) for member in made]
+        if not made or not all(path in axes for path in made_by):
+            continue
+        scored = [member for member in made if member.role == "producer"] or made
+        # kernels that read the channels may stay: what they read is zero, if all that makes it is masked
+        inside = all(member.path in owned for member in group.members)
+        goes = lambda member, inside=inside: not (inside and member.role == "consumer" and not member.exposed)
+        masked = [member for member in group.members if member.path in owned and goes(member)]
+        place = lambda member: Slices(owned[member.path], (member.axis,), member.index)
+        shape = tuple(leaves[owned[scored[0].path]].shape)
+        found[name] = Layer(group.size, shape, tuple(map(place, scored)), tuple(map(place, masked)))
+    return found
+
+
+def _magnitudes(array: jax.Array) -> jax.Array:
+    """In at least float32, so that sums of narrow types do not tie."""
+    return jnp.abs(array).astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _slice_sums(array: jax.Array, own: Slices) -> jax.Array:
+    """Sum over each slice."""
+    others = [axis for axis in range(array.ndim) if axis not in own.axes]
+    sums = jnp.sum(array, others).ravel()
+    return sums if own.index is None else jnp.sum(sums[own.index], 1)
+
+
+def _slice_mask(kept: jax.Array, own: Slices, shape: tuple[int, ...]) -> jax.Array:
+    """Bools of `shape`, False in the slices that are not kept."""
+    sizes = [n if axis in own.axes else 1 for axis, n in enumerate(shape)]
+    if own.index is None:
+        along = kept
+    else:
+        removed = jnp.broadcast_to(~kept[:, None], own.index.shape)
+        along = ~jnp.zeros(math.prod(sizes), bool).at[own.index].max(removed)
+    return jnp.broadcast_to(along.reshape(sizes), shape)
 
 
 def _structured_counts(
     params,
     ratio,
+    channels,
     *,
-    granularity: Literal["filter", "channel"] = "filter",
-    layer_ratios: Literal["uniform", "erk"] = "uniform",
+    granularity: Granularity = "filter",
+    layer_ratios: LayerRatios = "uniform",
+    count: SliceCount = "nearest",
+    layers: Layers = "auto",
+    layout: kernels.Layout | None = None,
+    include: str = "",
+    exclude: str = "",
 ):
-    kernels = _structured_kernels(params, granularity)
-    if layer_ratios == "erk":
-        ratios = erk_ratios({path: leaf.shape for path, leaf in kernels.items()}, ratio)
-    else:
-        ratios = dict.fromkeys(kernels, ratio)
-    return {path: num_kept(leaf.shape[AXES[granularity]], ratios[path]) for path, leaf in kernels.items()}
+    options = dict(granularity=granularity, layers=layers, layout=layout, include=include, exclude=exclude)
+    found = layers_of(params, channels, **options)
+    ratios = LAYER_RATIOS[layer_ratios]({name: layer.shape for name, layer in found.items()}, ratio)
+    sizes = {name: layer.size for name, layer in found.items()}
+    counts = _layer_counts(sizes, ratios, count, layer_ratios)
+    return {name: max(kept, 1) for name, kept in counts.items()}
 
 
-def _structured_mask(params, counts, key, before, *, granularity: str = "filter", layer_ratios: str = "uniform"):
-    del key, before, layer_ratios
-    axis = AXES[granularity]
-
-    def one(kernel, k):
-        others = [a for a in range(kernel.ndim) if a != kernel.ndim + axis]
-        kept = masks.k_largest_mask(jnp.sum(jnp.abs(kernel), others, keepdims=True), k)
-        return jnp.broadcast_to(kept, kernel.shape)
-
-    kernels = _structured_kernels(params, granularity)
-    return _complete(params, {path: one(kernel, counts[path]) for path, kernel in kernels.items()})
+def _structured_mask(params, counts, key, before, channels, *, layer_ratios="uniform", count="nearest", **options):
+    del key, layer_ratios, count
+    leaves = trees.named_leaves(params)
+    earlier = None if before is None else trees.named_leaves(before)
+    result: dict[str, jax.Array] = {}
+    for name, layer in layers_of(params, channels, **options).items():
+        norms = sum(_slice_sums(_magnitudes(leaves[own.path]), own) for own in layer.scored)
+        alive = None
+        if earlier is not None:
+            alive = sum(_slice_sums(earlier[own.path].astype(jnp.int32), own) for own in layer.scored) > 0
+        kept = masks.k_largest_mask(norms, counts[name], before=alive)
+        for own in layer.masked:
+            mask = _slice_mask(kept, own, leaves[own.path].shape)
+            result[own.path] = result[own.path] & mask if own.path in result else mask
+    return result
 
 
 SELECTIONS = {
@@ -159,20 +387,42 @@ def check(selection: str, options: dict[str, Any], where: str) -> dict[str, Any]
     return tables.check_options(tables.lookup(SELECTIONS, selection, f"{where}.selection").counts, options, where)
 
 
-def keep_counts(params: PyTree, ratio: float, *, selection: str = "global", **options) -> PyTree:
+def keep_counts(
+    params: PyTree,
+    ratio: float,
+    *,
+    selection: str = "global",
+    channels: groups.Channels | None = None,
+    **options,
+) -> PyTree:
     """What `keep_masks` may trace: how many entries (or filters) stay at pruning ratio `ratio` in [0, 1].
 
-    params: arrays or shape structs. selection: `global` (one magnitude threshold), `layerwise` (the same share of every
-    array), `random` or `structured` (whole filters or input channels of least L1 norm; `layer_ratios` uniform or erk;
-    kernels are [..., in, out] as in Flax; in networks without convolutions a last layer called `fc` keeps its filters).
-    options: `scope` (kernels, all), `count` (`original`: the SFW original's counts, one more than nominal, and ties
-    kept; `ceil`, global only: the geometric study's, the ceil(p n) smallest go, at least one, and ties with them),
-    `granularity`, `layer_ratios`. Raises ValueError for a ratio outside [0, 1] and ConfigError for other options.
+    params: arrays or shape structs. selection: `global` (one magnitude threshold), `layerwise` (a share of every
+    array), `random`, or `structured` (whole filters or input channels of least L1 norm; every layer keeps at least one,
+    so a depthwise kernel loses none of its one input channel).
+    channels: `groups.trace` of the function that uses the params. It tells, in any framework, which arrays are kernels
+    and which of their axes are inputs and outputs; without it names tell, or the call is refused (see `kernels`).
+    With it a removed filter is a whole channel: the norm's scale and shift, the bias and a depthwise kernel that it
+    feeds are masked with it, and kernels that read it where they would read anything but zero, so that the outputs
+    are those of the network without the channel; channels that are the network's outputs stay. Without it only kernels
+    are masked: a batch norm behind a removed filter still sends its shift on.
+    Options:
+    scope: `kernels` or `all` arrays (not of `structured`). include, exclude: patterns of paths of arrays that are, or
+    are no, kernels.
+    count: `nearest` removes ratio * total, rounded once; among layers it is shared by largest remainders. `per_layer`
+    (layerwise, structured) rounds in every layer, as `torch.nn.utils.prune`. `original` (global, layerwise): the SFW
+    original's counts, one more than nominal, and ties kept; `ceil` (global): the geometric study's, the ceil(p n)
+    smallest go, at least one, and ties with them.
+    layer_ratios (layerwise, structured): `uniform`, `erk` (`erk_ratios`) or `erk_original`.
+    Of `structured`: granularity: `filter` or `channel`. layers: `convolutions`, `all`, or `auto`: all with a trace; by
+    name convolutions if there are any; a layer called `fc` keeps its filters. layout: of all kernels without a trace,
+    `in_out` ([..., in, out], Flax and Haiku) or `out_in` ([out, in, ...], PyTorch and Equinox).
+    Raises ValueError for a ratio outside [0, 1] and where it is open what may be pruned, ConfigError for other options.
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
     options = check(selection, options, "keep_counts")
-    return SELECTIONS[selection].counts(params, ratio, **options)
+    return SELECTIONS[selection].counts(params, ratio, channels, **options)
 
 
 def keep_masks(
@@ -181,13 +431,17 @@ def keep_masks(
     key: jax.Array | None = None,
     *,
     selection: str = "global",
+    channels: groups.Channels | None = None,
     before: PyTree | None = None,
     **options,
 ) -> PyTree:
-    """Masks (True = keep) in the structure of `params` for `counts` from `keep_counts`; selection, options: as there.
+    """Masks (True = keep) in the structure of `params` for `counts` from `keep_counts`; other arguments: as there.
 
-    key: for `random`. before: masks of earlier pruning; what they leave out goes first, by magnitude as a zero, at
-    random by these masks. Raises ConfigError for unknown options and ValueError for `random` without a key.
+    With selection `structured` and no `channels`, batch norms still add their shift where a filter is gone.
+    key: for `random`. before: masks of earlier pruning; what they leave out stays out, and counts first.
+    Raises ConfigError for unknown options and ValueError for `random` without a key and, outside `jit`, for NaN.
     """
     options = check(selection, options, "keep_masks")
-    return SELECTIONS[selection].mask(params, counts, key, before, **options)
+    found = SELECTIONS[selection].mask(params, counts, key, before, channels, **options)
+    kept = trees.map_named(lambda path, leaf: found.get(path, jnp.ones(leaf.shape, bool)), params)
+    return kept if before is None else jax.tree.map(jnp.logical_and, kept, before)

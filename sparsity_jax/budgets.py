@@ -11,11 +11,14 @@ Throughout: `scores` maps the name of a layer or group to floats [channels], lar
 same names to bools [channels], True = kept. Random pruning is random scores. Of equal scores the lower index stays,
 names in sorted order (that of a tree's leaves). NaN scores of channels alive raise ValueError.
 
-Every layer keeps a minimum, by default int(0.05 * channels) + 1, so none ever vanishes; `floors` sets other minima by
+A share of channels is rounded down to a whole number, where decimals mean what they say (`masks.count_of`): 0.29 of
+100 are 29, for which the original takes 28.
+
+Every layer keeps a minimum, by default floor(0.05 * channels) + 1, so none ever vanishes; `floors` sets other minima by
 name (`minimum_kept` of the original sizes where `scores` hold survivors only). `protect` says which channels these are:
 `correct`, the most important alive; `original`, as the gradient-flow original, those of the highest index;
 `original_resnet`, as its ResNets: any may be selected, then the best of a layer left below its minimum come back, so
-that fewer go than asked.
+that fewer go than asked. With both `original` ones `select` rounds the floating-point product down, as it does.
 Source: Lubana & Dick 2021, arXiv:2009.11839, and its published code.
 """
 
@@ -26,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sparsity_jax import tables, trees
+from sparsity_jax import masks, tables, trees
 
 Scores = Mapping[str, Any]
 Keep = dict[str, np.ndarray]
@@ -138,9 +141,9 @@ def _ratio(value: float, where: str = "ratio") -> float:
 
 
 def minimum_kept(sizes: Mapping[str, int], share: float = 0.05) -> dict[str, int]:
-    """int(share * size) + 1 channels for every layer of `sizes` (its channels before any pruning), at most all."""
+    """floor(share * size) + 1 channels for every layer of `sizes` (its channels before any pruning), at most all."""
     _convert(share, tables.Fraction, "share")
-    return {name: min(int(share * size) + 1, int(size)) for name, size in sizes.items()}
+    return {name: min(masks.count_of(share, int(size), math.floor) + 1, int(size)) for name, size in sizes.items()}
 
 
 def select(
@@ -153,19 +156,20 @@ def select(
     protect: Protect = "correct",
     exclude: str | None = None,
 ) -> Keep:
-    """Removes the least important int(ratio * N) of the N channels alive in the whole network.
+    """Removes the least important floor(ratio * N) of the N channels alive in the whole network.
 
     counts: how often a channel of a layer counts in N (default 1; 2 for the original's MobileNet, which also counts
-    the depthwise copies); removal stops before the channel that would exceed int(ratio * N), in floating point as the
-    original. exclude: regular expression of whole names that stay whole and do not count in N; a floor of the layer's
-    size keeps it whole and counts it. Raises ValueError if the protection leaves fewer than that to remove.
+    the depthwise copies); removal stops before the channel that would exceed floor(ratio * N). exclude: regular
+    expression of whole names that stay whole and do not count in N; a floor of the layer's size keeps it whole and
+    counts it. Raises ValueError if the protection leaves fewer than that to remove.
     """
     ratio = _convert(ratio, tables.Fraction, "ratio")
     ranking = _rank(scores, alive, floors, protect, exclude)
     weights = _by_name(dict.fromkeys(ranking.sizes, 1), counts, "counts")
     weight = np.repeat([weights[name] for name in ranking.sizes], list(ranking.sizes.values()))
     total, removed = int(weight[ranking.counted].sum()), np.cumsum(weight[ranking.order])
-    wanted, reachable = int(ratio * total), int(removed[-1]) if removed.size else 0
+    wanted = masks.count_of(ratio, total, math.floor) if protect == "correct" else int(ratio * total)
+    reachable = int(removed[-1]) if removed.size else 0
     if wanted > reachable:
         layers = f"layer {next(iter(scores))!r}" if len(scores) == 1 else f"{len(scores)} layers"
         most = rounded_down(reachable / max(total, 1))
@@ -184,7 +188,7 @@ def select_by_rule(
     floors: Mapping[str, int] | None = None,
     protect: Protect = "correct",
 ) -> Keep:
-    """Removes int(ratio * n) of the n channels alive in every layer, the least important; `ratio` by rule.
+    """Removes floor(ratio * n) of the n channels alive in every layer, the least important; `ratio` by rule.
 
     rules: pairs of a regular expression and a ratio, the first that matches the whole name decides; see
     `trees.match_rules`. Raises ValueError for a layer whose minimum kept leaves fewer to remove, ConfigError for rules.
@@ -192,10 +196,10 @@ def select_by_rule(
     scores, alive = _checked(scores, alive)
     ratios = trees.match_rules(scores, rules)
     living = {name: int(own.sum()) for name, own in alive.items()}
-    counts = {
-        name: living[name] - int(_convert(ratio, tables.Fraction, "ratio") * living[name])
-        for name, ratio in ratios.items()
-    }
+    counts = {}
+    for name, ratio in ratios.items():
+        share = _convert(ratio, tables.Fraction, "ratio")
+        counts[name] = living[name] - masks.count_of(share, living[name], math.floor)
     return select_to_counts(scores, counts, alive=alive, floors=floors, protect=protect)
 
 

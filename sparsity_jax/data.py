@@ -9,26 +9,26 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import itertools
-import json
+import math
 import os
-import pathlib
 import re
-import shlex
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import stopping
-from sparsity_jax.tables import ConfigError, Count, Fraction, Index, Positive, check_options, closest, defaults, lookup
+from sparsity_jax import decoding, stopping
+from sparsity_jax.decoding import decode, fit, why_not
+from sparsity_jax.sources import Opened, Source, UnreadableError, check_label, open_set
+from sparsity_jax.tables import ConfigError, Fraction, Index, Range, check_options, defaults, lookup
 
 CHUNK = 500  # records one thread reads and decodes at a time
-DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION  # 8 bit, grey or BGR as stored, no alpha, no EXIF turning
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+DECODED_ALONE = 32  # of those looked at, to measure what threads gain
+LOOKED_AT = 512  # images of each split of a stream that are decoded before anything starts
 
 
 class Split(NamedTuple):
@@ -49,14 +49,6 @@ class Dataset(NamedTuple):
     std: tuple[float, ...]
 
 
-class Source(NamedTuple):
-    """One split that is there but not decoded."""
-
-    size: int
-    read: Callable[[Sequence[int]], list[tuple[Any, int]]]  # indices -> (encoded bytes or uint8 [H, W], label) of each
-    describe: Callable[[int], str]  # where item i comes from, for errors
-
-
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """Images that stay where they are until `stream` reads them; stands where an array of this shape would."""
@@ -66,13 +58,7 @@ class Stream:
     shape: tuple[int, int, int, int]  # [N, H, W, C]
     num_classes: int
     options: Mapping[str, Any]  # of `load`
-
-
-class Opened(NamedTuple):
-    train: Source
-    test: Source
-    num_classes: int
-    channels: int  # 0: decided by the first train image
+    reading: str = ""  # what `look_at` chose, in words
 
 
 class Normalization(NamedTuple):
@@ -110,20 +96,23 @@ def load(
     stream: bool = False,
     resize_size: Index = 0,
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0),
-    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3),
-    workers: Index = 0,
-    prefetch: Count = 4,
+    crop_ratio: tuple[Annotated[float, Range(1e-3, 1e3)], Annotated[float, Range(1e-3, 1e3)]] = (3 / 4, 4 / 3),
+    workers: Annotated[int, Range(-1, 256)] = -1,
+    prefetch: Annotated[int, Range(1, 1000)] = 4,
     unreadable: Literal["stop", "skip"] = "stop",
+    unreadable_share: Fraction = 0.1,
+    orientation: Literal["stored", "exif"] = "stored",
 ) -> Dataset:
     """A whole set, decoded into memory or, with `stream`, left where it is.
 
     name: `digits` (1,797 grey 8x8 images inside scikit-learn, every fifth of each class is test: 1,437 / 360);
         `folder:PATH` (`PATH/train/CLASS/**/*.png` and `PATH/test/...` or `PATH/val/...`; classes are numbered in sorted
-        order; the official Tiny-ImageNet folder works as it is); anything else is a set prepared by TFDS as
-        array_record, `name`, `name/config` or `name:version` (without a version the newest there).
+        order; the official Tiny-ImageNet folder works as it is; hidden files and folders do not count, a file counts
+        once however many links lead to it; see `decoding.FORMATS` for what is read); anything else is a set prepared
+        by TFDS as array_record, `name`, `name/config` or `name:version` (without a version the newest there).
     data_dir: of TFDS; "" is TFDS's own default, `TFDS_DATA_DIR` or `~/tensorflow_datasets`. Other sets ignore it.
     image_size: every image becomes a square of this side: its central square, resized (area average to shrink, bilinear
-        to grow). 0 leaves images as they are; they must then all have the same shape.
+        to grow; `decoding.resize`). 0 leaves images as they are; they must then all have the same shape.
     train_image_size: the same for train images only, for `resized_crop_flip`, which crops from larger images and
         returns the network's size (Tiny-ImageNet: 64 with image_size 32). 0 is image_size.
     channels: 1 is luminance (Rec. 601), 3 repeats grey; 0 is as stored (of a folder: as the first train image). Alpha
@@ -140,29 +129,30 @@ def load(
         image_size (256 for 224).
     crop_scale, crop_ratio: least and largest area (as a share of the image's) and ratio of width to height of the
         random part of a train image; (1, 1) and (1, 1) is always its central square.
-    workers: processes that read and decode; 0 does it in threads of this one, as many as it has CPU cores.
+    workers: processes that read and decode; 0 does it in threads of this one, as many as it has CPU cores; -1 decides
+        between threads and as many processes by measurement, see `look_at`.
     prefetch: batches read ahead.
-    unreadable: an image that cannot be decoded stops the run, or is replaced by the next one that can (`skip`; in
+    unreadable: an image that cannot be decoded stops the run, or is replaced by a random other one (`skip`; in
         evaluation it is left out).
+    unreadable_share: a run that skips ends when more than this share of a split's images are lost.
+    orientation: images are used as they are stored (as by torchvision and TFDS; a warning tells if some are to be
+        turned), or turned and mirrored as their EXIF orientation says. For sets in memory too.
 
     Raises ConfigError for whatever `check` finds, and for images that are damaged, of differing shape while their size
-    option is 0, in colour in a grey set, or without a label.
+    option is 0, in colour in a grey set, or without a label; of a stream `look_at` tells them.
     """
     options = dict(locals())
     opened = check_and_open(options)
     if stream:
         return streamed(opened, options)
-    sizes = {"train": train_image_size or image_size, "test": image_size}
-    train = decode_split(opened.train, train_limit, sizes["train"], channels or opened.channels, bool(channels))
+    upright = orientation == "exif"
+    train_size, convert = train_image_size or image_size, bool(channels)
+    train = decode_split(opened.train, train_limit, train_size, channels or opened.channels, convert, upright)
     stored = train.images.shape[-1]
-    test = decode_split(opened.test, test_limit, sizes["test"], stored, bool(channels))
-    for split, labels in (("train", train.labels), ("test", test.labels)):
-        if labels.min() < 0 or labels.max() >= opened.num_classes:
-            raise ConfigError(
-                f"{name!r}: the split used for {split} has labels {labels.min()}..{labels.max()} where "
-                f"0..{opened.num_classes - 1} are classes; unlabelled splits cannot be used, name another one through "
-                f"config.data.{split}_split."
-            )
+    test = decode_split(opened.test, test_limit, image_size, stored, convert, upright)
+    check_labels(opened, "train", train.labels, train_limit)
+    check_labels(opened, "test", test.labels, test_limit)
+    train, test = (Split(images, labels.astype(np.int32)) for images, labels in (train, test))
     shapes = [f"{split.images.shape[1]}x{split.images.shape[2]}" for split in (train, test)]
     if shapes[0] != shapes[1] and not train_image_size:
         raise ConfigError(f"{name!r} has train images of {shapes[0]}, test images of {shapes[1]}; set image_size.")
@@ -182,13 +172,11 @@ def check_and_open(options: Mapping[str, Any]) -> Opened:
     known = defaults(load)
     options = known | check_options(load, options, "config.data")
     check_stream(options)
-    name, splits = options["name"], (options["train_split"], options["test_split"])
-    if name == "digits":
-        opened = open_digits(*splits)
-    elif name.startswith("folder:"):
-        opened = open_folder(name.removeprefix("folder:"), *splits)
-    else:
-        opened = open_tfds(name, options["data_dir"], *splits)
+    for field in ("name", "data_dir", "train_split", "test_split"):
+        if "\0" in options[field]:
+            raise ConfigError(f"config.data.{field} is {options[field]!r}; allowed: text without zero bytes.")
+    opened = open_set(*(options[field] for field in ("name", "data_dir", "train_split", "test_split")))
+    check_sizes(opened, options)
     if stored := options["channels"] or opened.channels:
         check_normalization(chosen_normalization(options), stored)
     return opened
@@ -198,7 +186,8 @@ def check_stream(options: Mapping[str, Any]) -> None:
     """Raises ConfigError for options of streams without one, and for those that a stream cannot have."""
     given = lambda name: f"config.data.{name} is {options[name]!r}"
     if not options["stream"]:
-        for name in ("resize_size", "crop_scale", "crop_ratio", "workers", "prefetch", "unreadable"):
+        fields = ("resize_size", "crop_scale", "crop_ratio", "workers", "prefetch", "unreadable", "unreadable_share")
+        for name in fields:
             if options[name] != defaults(load)[name]:
                 raise ConfigError(f"{given(name)}, which only a stream uses; set config.data.stream=True.")
         return
@@ -214,6 +203,44 @@ def check_stream(options: Mapping[str, Any]) -> None:
         low, high = options[name]
         if not 0 < low <= high:
             raise ConfigError(f"{given(name)}; allowed: two numbers above 0, in ascending order.")
+
+
+def check_sizes(opened: Opened, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for sizes of images that the machine's memory cannot hold, before any is decoded."""
+    size, train_size = options["image_size"], options["train_image_size"]
+    for source, limit, side in (
+        (opened.train, options["train_limit"], train_size or size),
+        (opened.test, options["test_limit"], size),
+    ):
+        count = 1 if options["stream"] else min(limit or source.size, source.size)
+        check_memory((count, side, side, options["channels"] or opened.channels or 1))
+
+
+def check_memory(shape: tuple[int, ...]) -> None:
+    """Raises ConfigError if uint8 images of `shape`, [N, H, W, C], need more than the machine's whole memory."""
+    if not hasattr(os, "sysconf"):
+        return
+    needed, there = math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"{shape[0]} images of {shape[1]}x{shape[2]} need {needed / 2**30:.4g} GiB, this machine has "
+            f"{there / 2**30:.4g}; allowed: a smaller config.data.image_size, fewer images (train_limit, test_limit), "
+            "or config.data.stream=True, which reads them while it trains."
+        )
+
+
+def check_labels(opened: Opened, split: str, labels: np.ndarray, limit: int) -> None:
+    """Raises ConfigError for labels of a decoded split that are no classes, with the first image that has one."""
+    wrong = (labels < 0) | (labels >= opened.num_classes)
+    if not wrong.any():
+        return
+    source = getattr(opened, split)
+    first = spread(source.size, limit)[int(np.argmax(wrong))]
+    raise ConfigError(
+        f"the split used for {split} has labels {labels.min()}..{labels.max()} where 0..{opened.num_classes - 1} are "
+        f"classes, the first wrong one of {source.describe(first)}; unlabelled splits cannot be used, name another one "
+        f"through config.data.{split}_split."
+    )
 
 
 def streamed(opened: Opened, options: dict[str, Any]) -> Dataset:
@@ -232,35 +259,104 @@ def streamed(opened: Opened, options: dict[str, Any]) -> Dataset:
 def first_channels(source: Source, indices: Sequence[int]) -> int:
     """1 or 3, as the first image that can be decoded."""
     for index in indices:
-        with contextlib.suppress(ConfigError):
-            image = as_array(source.read([int(index)])[0][0])
-            if image is not None:
-                return 1 if image.ndim == 2 else 3
+        with contextlib.suppress(UnreadableError):
+            image = decoded(source, int(index))[0]
+            return 1 if image.ndim == 2 else 3
     raise ConfigError(f"{source.describe(int(indices[0]))} and all other images cannot be decoded.")
 
 
-def decode_split(source: Source, limit: int, size: int, channels: int, convert: bool) -> Split:
+def look_at(images: Stream) -> Stream:
+    """Decodes `LOOKED_AT` images of a stream, evenly spread, so that mistakes are told before anything starts.
+
+    Returns it with `workers` decided: some of the images are decoded one after the other, the rest in threads.
+    Raises ConfigError for a label that is no class, and for images that cannot be decoded if they would stop the run.
+    """
+    source, options = images.source, images.options
+    sample = images.indices[spread(len(images.indices), LOOKED_AT)].tolist()
+
+    def look(index: int) -> tuple[str, int]:
+        """(why it cannot be read, or ""; its orientation) of one image."""
+        try:
+            ((payload, label),) = source.read([index])
+            to_array(payload, source.describe(index), decoding.reduction(payload))
+        except UnreadableError as error:
+            return str(error), 1
+        check_label(label, images.num_classes, source.describe(index))
+        return "", orientation_of(payload)
+
+    started = time.perf_counter()
+    seen = list(map(look, sample[:DECODED_ALONE]))
+    between = time.perf_counter()
+    with reading_pool() as pool:
+        seen += pool.map(look, sample[DECODED_ALONE:])
+    alone, together = between - started, time.perf_counter() - between
+    lost = [reason for reason, _ in seen if reason]
+    if lost and options["unreadable"] == "stop":
+        raise ConfigError(f"{lost[0]} config.data.unreadable='skip' goes on without such images and counts them.")
+    check_losses(lost, len(sample), options)
+    turned = [source.describe(index) for index, (_, way) in zip(sample, seen) if way != 1]
+    tell_orientation(turned, len(sample), options["orientation"] == "exif")
+    if options["workers"] >= 0 or len(sample) <= 2 * DECODED_ALONE:
+        return images
+    rates = DECODED_ALONE / max(alone, 1e-9), (len(sample) - DECODED_ALONE) / max(together, 1e-9)
+    workers, reading = choose_workers(len(images.indices), usable_cores(), *rates)
+    return dataclasses.replace(images, options={**options, "workers": workers}, reading=reading)
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_workers(count: int, cores: int, alone: float, together: float) -> tuple[int, str]:
+    """(number of processes, 0 for threads; the choice in words) to read `count` images.
+
+    alone, together: images a second decoded by one thread and by a thread per core. Processes take seconds to start and
+    copy what they read. They are worth it where threads leave half of at least four cores idle and an epoch takes a
+    minute and more.
+    """
+    measured = f"{together:.4g} images/s in {cores} threads, {alone:.4g} in one"
+    if cores >= 4 and together < cores * alone / 2 and count / together > 60:
+        return cores, f"{cores} processes, since threads do not keep the cores busy ({measured})"
+    return 0, f"threads ({measured})"
+
+
+def check_losses(lost: Sequence[str], total: int, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError if more than the allowed share of `total` images are lost; lost: their names."""
+    if len(lost) > options["unreadable_share"] * total:
+        raise ConfigError(
+            f"{len(lost)} of {total} images cannot be read, e.g. {lost[0].rstrip('.')}; allowed: a share of "
+            f"{options['unreadable_share']}, config.data.unreadable_share."
+        )
+
+
+def tell_orientation(names: Sequence[str], total: int, upright: bool) -> None:
+    """Warns of images that are to be turned and are not."""
+    if names and not upright:
+        warnings.warn(
+            f"{len(names)} of {total} images are to be turned by their EXIF orientation, e.g. {names[0]}; they are "
+            "used as stored. config.data.orientation='exif' turns them.",
+            stacklevel=4,
+        )
+
+
+def decode_split(source: Source, limit: int, size: int, channels: int, convert: bool, upright: bool = False) -> Split:
     """Read and decode `source` in a pool of threads (OpenCV and the reader release the interpreter lock).
 
-    size: see `fit`. channels 0: as the first image. convert: colour may become grey.
+    size: see `fit`. channels 0: as the first image. convert: colour may become grey. upright: see `decode`. The labels
+    are int64, as stored.
     """
     indices = spread(source.size, limit)
-
-    def decoded(payload: Any, index: int) -> np.ndarray:
-        image = as_array(payload)
-        if image is None:
-            raise ConfigError(f"{source.describe(index)} is not an image that can be decoded; is it damaged?")
-        return image
-
-    first = decoded(source.read(indices[:1])[0][0], indices[0])
+    first, _ = decoded(source, indices[0], upright)
     target = channels or (1 if first.ndim == 2 else 3)
     shape = fit(first, size, target).shape
-    images, labels = np.empty((len(indices), *shape), np.uint8), np.empty(len(indices), np.int32)
+    check_memory((len(indices), *shape))
+    images, labels = np.empty((len(indices), *shape), np.uint8), np.empty(len(indices), np.int64)
+    turned: list[int] = []
 
     def work(start: int) -> None:
         chunk = indices[start : start + CHUNK]
         for position, (index, (payload, label)) in enumerate(zip(chunk, source.read(chunk)), start):
-            image = decoded(payload, index)
+            image = to_array(payload, source.describe(index), upright=upright)
             if image.ndim == 3 and target == 1 and not convert:
                 raise ConfigError(f"{source.describe(index)} is in colour, the set is grey; set channels to 1 or 3.")
             image = fit(image, size, target)
@@ -270,42 +366,45 @@ def decode_split(source: Source, limit: int, size: int, channels: int, convert: 
                     f"{shape[0]}x{shape[1]}; set image_size, images of differing sizes need one."
                 )
             images[position], labels[position] = image, label
+            if orientation_of(payload) != 1:
+                turned.append(index)
 
-    with concurrent.futures.ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+    with reading_pool() as pool:
         futures = [pool.submit(work, start) for start in range(0, len(indices), CHUNK)]
         try:
             for future in futures:
                 stopping.result_of(future)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error the rest is not decoded
+    tell_orientation([source.describe(index) for index in sorted(turned)], len(indices), upright)
     return Split(images, labels)
 
 
-def as_array(payload: Any) -> np.ndarray | None:
-    """What a `Source` reads, decoded if it is not yet."""
-    return payload if isinstance(payload, np.ndarray) else decode(payload)
+def reading_pool() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(min(32, os.cpu_count() or 1))
 
 
-def decode(data: bytes, reduced: int = 0) -> np.ndarray | None:
-    """uint8 [H, W] (grey) or [H, W, 3] (BGR, OpenCV's order); None if `data` is not a whole image.
-
-    reduced: 0, or OpenCV's flag for 1/2, 1/4, 1/8 of the size: 16, 32, 64.
-    """
-    return cv2.imdecode(np.frombuffer(data, np.uint8), DECODE | reduced) if data else None
+def decoded(source: Source, index: int, upright: bool = False) -> tuple[np.ndarray, int]:
+    """Image `index` (see `decode`) and its label; raises UnreadableError where it cannot be read or decoded."""
+    ((payload, label),) = source.read([index])
+    return to_array(payload, source.describe(index), upright=upright), label
 
 
-def fit(image: np.ndarray, size: int, channels: int) -> np.ndarray:
-    """Grey [H, W] or BGR [H, W, 3] as [h, w, channels] in RGB; h = w = `size` unless that is 0 (unchanged)."""
-    if channels == 1:
-        image = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-    else:
-        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB if image.ndim == 2 else cv2.COLOR_BGR2RGB)
-    if size and image.shape[:2] != (size, size):
-        side = min(image.shape[:2])
-        top, left = ((length - side) // 2 for length in image.shape[:2])
-        method = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
-        image = cv2.resize(image[top : top + side, left : left + side], (size, size), interpolation=method)
-    return image if image.ndim == 3 else image[:, :, None]
+def to_array(payload: Any, name: str, reduced: int = 0, *, upright: bool = False) -> np.ndarray:
+    """`as_array`; raises UnreadableError for an image that is damaged. name: of it."""
+    image = as_array(payload, reduced, upright=upright)
+    if image is None:
+        raise UnreadableError(f"{name} {why_not(payload)}")
+    return image
+
+
+def as_array(payload: Any, reduced: int = 0, *, upright: bool = False) -> np.ndarray | None:
+    """What a `Source` reads, decoded if it is not yet; see `decode`."""
+    return payload if isinstance(payload, np.ndarray) else decode(payload, reduced, upright)
+
+
+def orientation_of(payload: Any) -> int:
+    return 1 if isinstance(payload, np.ndarray) else decoding.orientation(payload)
 
 
 def spread(size: int, limit: int) -> list[int]:
@@ -316,245 +415,36 @@ def spread(size: int, limit: int) -> list[int]:
     """
     if not limit or limit >= size:
         return list(range(size))
-    rank = np.arange(size) * ((5**0.5 - 1) / 2) % 1.0
-    return np.sort(np.argsort(rank, kind="stable")[:limit]).tolist()
+    return np.sort(spread_order(size)[:limit]).tolist()
 
 
-# Where images come from
+def spread_order(size: int, start: float = 0.0) -> np.ndarray:
+    """The indices 0..size-1 in an order of which every stretch is spread evenly over them; see `spread`.
 
-
-def open_digits(train_split: str, test_split: str) -> Opened:
-    if train_split != "train" or test_split not in ("", "test"):
-        raise ConfigError(f"'digits' has the splits 'train' and 'test', not {train_split!r} and {test_split!r}.")
-
-    def source(size: int, part: int) -> Source:
-        return Source(size, lambda indices: [read_digits()[part][i] for i in indices], lambda i: f"digit {i}")
-
-    return Opened(source(1437, 0), source(360, 1), 10, 1)
-
-
-@functools.cache
-def read_digits() -> tuple[list[tuple[np.ndarray, int]], list[tuple[np.ndarray, int]]]:
-    """(image, label) of the train and of the test digits. Within each class every fifth image is test."""
-    from sklearn import datasets  # a second to import, needed by this set only
-
-    digits = datasets.load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    is_test = np.zeros(len(images), bool)
-    is_test[np.argsort(digits.target, kind="stable")[::5]] = True
-    train, test = ([(images[i], int(digits.target[i])) for i in np.flatnonzero(part)] for part in (~is_test, is_test))
-    return train, test
-
-
-def open_folder(path: str, train_split: str, test_split: str) -> Opened:
-    root = pathlib.Path(path).expanduser()
-    if not path or not root.is_dir():
-        raise ConfigError(f"config.data.name is 'folder:{path}', but there is no directory {root.absolute()}.")
-    if not test_split:
-        # The official Tiny-ImageNet has a test directory too, without labels.
-        order = ("val", "test") if (root / "val" / "val_annotations.txt").is_file() else ("test", "val", "validation")
-        test_split = next((split for split in order if (root / split).is_dir()), "test")
-    if train_split == test_split:
-        raise ConfigError(f"config.data.train_split and test_split are both {train_split!r}.")
-    files = {split: list_images(root / split) for split in (train_split, test_split)}
-    classes, other = (sorted(files[split]) for split in (train_split, test_split))
-    if classes != other:
-        only = {split: sorted(set(files[split]) - set(a)) for split, a in ((train_split, other), (test_split, classes))}
-        detail = "; ".join(f"only in {split}: {', '.join(map(repr, c[:5]))}" for split, c in only.items() if c)
-        raise ConfigError(f"{root}: {train_split} and {test_split} need the same class directories; {detail}.")
-
-    def source(split: str) -> Source:
-        items = [(file, label) for label, cls in enumerate(classes) for file in files[split][cls]]
-        return Source(
-            len(items), lambda indices: [(read_file(items[i][0]), items[i][1]) for i in indices], lambda i: items[i][0]
-        )
-
-    return Opened(source(train_split), source(test_split), len(classes), 0)
-
-
-def list_images(split: pathlib.Path) -> dict[str, list[str]]:
-    """Class -> sorted image files below its directory (hidden and other files are passed over); all errors named."""
-    if not split.is_dir():
-        raise ConfigError(
-            f"{split} is missing; a folder needs train/ and test/ (or val/), with one directory per class."
-        )
-    annotations = split / "val_annotations.txt"
-    if annotations.is_file():  # Tiny-ImageNet: "file <tab> class <tab> box" for the files in images/
-        files: dict[str, list[str]] = {}
-        for line in sorted(filter(str.strip, annotations.read_text(encoding="utf-8").splitlines())):
-            file, tab, rest = line.partition("\t")
-            if not tab:
-                raise ConfigError(f"{annotations}: the line {line!r} is no file and class with a tab between them.")
-            cls = rest.partition("\t")[0]
-            files.setdefault(cls, []).append(str(split / "images" / file))
-        return files
-    classes = sorted(entry for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise ConfigError(f"{split} has no class directories; put the images of class X into {split / 'X'}.")
-    files = {}
-    for cls in classes:
-        found = (
-            os.path.join(parent, file)
-            for parent, _, names in os.walk(cls, followlinks=True)
-            for file in names
-            if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-        )
-        files[cls.name] = sorted(found)
-        if not files[cls.name]:
-            raise ConfigError(f"{cls} has no images ({', '.join(SUFFIXES)}); remove the directory or fill it.")
-    return files
-
-
-def read_file(file: str) -> bytes:
-    try:
-        return pathlib.Path(file).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
-
-
-def tfds_directory(data_dir: str) -> pathlib.Path:
-    """Where TFDS keeps prepared sets: `data_dir`, or TFDS's own default if that is ""."""
-    return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-
-
-def find_prepared(name: str, data_dir: str) -> pathlib.Path | None:
-    """The directory of the newest prepared version of `name` (forms: see `load`), or None if there is none.
-
-    Raises ConfigError if `name` is malformed, or has several prepared configs and does not say which.
+    start: in [0, 1), where the multiples of the golden ratio begin.
     """
-    if not re.fullmatch(r"\w+(/[\w.+-]+)?([:/]\d+\.\d+\.\d+)?", name):
-        raise ConfigError(
-            f"config.data.name is {name!r}; allowed: 'digits', 'folder:PATH', or a TFDS set as 'name', 'name/config', "
-            "'name:version'."
-        )
-    root = tfds_directory(data_dir) / name.replace(":", "/")
-    for level in ("", "*/", "*/*/"):  # root is the version, the config, the name
-        found = [file.parent for file in root.glob(f"{level}dataset_info.json")]
-        found = [path for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
-        configs = sorted({path.parent.name for path in found})
-        if len(configs) > 1:
-            choices = ", ".join(repr(f"{name}/{config}") for config in configs)
-            raise ConfigError(f"config.data.name is {name!r}, of which several configs are prepared: {choices}.")
-        if found:
-            return max(found, key=lambda path: [int(number) for number in path.name.split(".")])
-    return None
+    rank = (np.arange(size) * ((5**0.5 - 1) / 2) + start) % 1.0
+    return np.argsort(rank, kind="stable")
 
 
-def prepared_formats(directory: pathlib.Path) -> list[str]:
-    """File formats in which a set is prepared. Raises ConfigError if its metadata is damaged."""
-    file = directory / "dataset_info.json"
-    try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-        return [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", ())]
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{file} is not the metadata of a TFDS set: {error}.") from error
+class FixedSample(NamedTuple):
+    """Which images stand for a whole split where a number of them is asked for.
 
+    rule: "spread" evenly over its stored order, another sample for each seed, or the "first". A larger sample holds
+    the smaller ones of its seed; a sample of all keeps the stored order.
+    """
 
-def prepare_command(name: str, data_dir: str, *flags: str) -> str:
-    where = ["--data_dir", str(tfds_directory(data_dir))] if data_dir else []
-    return shlex.join(["python", "-m", "sparsity_jax.prepare", name, *where, *flags])
+    rule: Literal["spread", "first"] = "spread"
+    seed: int = 0
 
+    def order(self, size: int) -> np.ndarray:
+        """All indices of a split of `size`; the first n are the sample of n."""
+        if self.rule == "first":
+            return np.arange(size)
+        return spread_order(size, np.random.default_rng(self.seed).random())
 
-def name_hint(name: str, known: Sequence[str]) -> str:
-    """` Did you mean ...?` for a misspelled name, also for a shortened one (svhn), or ""."""
-    name, known = re.split("[:/]", name)[0], sorted(known)
-    if name in known:
-        return ""
-    longer = next((other for other in known if other.startswith(name.lower())), None)
-    return closest(name.lower(), known) or (f" Did you mean {longer!r}?" if longer else "")
-
-
-def open_tfds(name: str, data_dir: str, train_split: str, test_split: str) -> Opened:
-    directory = find_prepared(name, data_dir)
-    import tensorflow_datasets as tfds  # half a second to import, not needed by the other sets
-
-    if directory is None:
-        root = tfds_directory(data_dir)
-        there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        hint = name_hint(name, [*there, *tfds.list_builders(with_community_datasets=False), "digits"])
-        raise ConfigError(
-            f"config.data.name is {name!r}, which is not prepared in {root} (there: {', '.join(there) or 'nothing'})."
-            f'{hint} To prepare it once, online: pip install "sparsity_jax[prepare]" && '
-            f"{prepare_command(name, data_dir)}. Sets without preparation: 'digits', 'folder:PATH'."
-        )
-    formats = prepared_formats(directory)
-    if "array_record" not in formats:
-        raise ConfigError(
-            f"{directory} is prepared as {', '.join(formats)}, which only TensorFlow reads; prepare it again as "
-            f"array_record: {prepare_command(name, data_dir, '--overwrite')} (or into another --data_dir)."
-        )
-    if not (directory / "features.json").is_file():
-        raise ConfigError(f"{directory / 'features.json'} is missing; {prepare_command(name, data_dir, '--overwrite')}")
-    builder = tfds.builder_from_directory(directory, file_format="array_record")
-
-    features, supervised = builder.info.features, builder.info.supervised_keys or ()
-    image_key = pick_feature(name, features, tfds.features.Image, [*supervised, "image"])
-    label_key = pick_feature(name, features, tfds.features.ClassLabel, [*supervised, "label"])
-    if features[image_key].np_dtype != np.uint8:
-        stored_as = np.dtype(features[image_key].np_dtype)
-        raise ConfigError(f"{name!r} has {stored_as} images; only uint8 images can be read.")
-
-    splits = builder.info.splits
-    if not test_split:
-        test_split = next((split for split in ("test", "validation", "val") if split in splits), "")
-        if not test_split:
-            raise ConfigError(
-                f"{name!r} has the splits {', '.join(map(repr, splits))} and none for testing; cut one, e.g. "
-                "config.data.train_split='train[:90%]' and test_split='train[90%:]'."
-            )
-
-    def source(option: str, split: str) -> tuple[Source, list]:
-        try:
-            instructions = splits[split].file_instructions
-        except (ValueError, KeyError) as error:
-            detail = f"config.data.{option} is {split!r}; {name!r} has the splits {', '.join(map(repr, splits))}"
-            raise ConfigError(f"{detail}, and slices such as 'train[:90%]'. TFDS says: {error}") from error
-        if not sum(instruction.take for instruction in instructions):
-            raise ConfigError(f"config.data.{option} is {split!r}, which is empty in {directory}.")
-        for instruction in instructions:
-            if not os.path.isfile(instruction.filename):
-                raise ConfigError(
-                    f"{instruction.filename} is missing; {prepare_command(name, data_dir, '--overwrite')} restores it."
-                )
-        records = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        read = functools.partial(read_records, records, f"{directory}, split {split!r}", image_key, label_key)
-        return Source(len(records), read, lambda i: f"{directory}, split {split!r}, record {i}"), instructions
-
-    (train, train_parts), (test, test_parts) = source("train_split", train_split), source("test_split", test_split)
-    for a, b in itertools.product(train_parts, test_parts):
-        if a.filename == b.filename and max(a.skip, b.skip) < min(a.skip + a.take, b.skip + b.take):
-            raise ConfigError(f"config.data.train_split {train_split!r} and test_split {test_split!r} share images.")
-    stored = {1: 1, 3: 3, 4: 3}.get(features[image_key].shape[-1], 0)
-    return Opened(train, test, features[label_key].num_classes, stored)
-
-
-def pick_feature(name: str, features: Mapping[str, Any], kind: type, preferred: Sequence[str]) -> str:
-    """The feature of type `kind`: the first of `preferred` that is one, or else the only one."""
-    found = [key for key, feature in features.items() if isinstance(feature, kind)]
-    choice = next((key for key in preferred if key in found), found[0] if len(found) == 1 else None)
-    if choice is None:
-        raise ConfigError(
-            f"{name!r} is no image classification set: it needs one {kind.__name__} feature and has "
-            f"{', '.join(map(repr, found)) or 'none'}."
-        )
-    return choice
-
-
-def read_records(
-    records: Any, where: str, image_key: str, label_key: str, indices: Sequence[int]
-) -> list[tuple[bytes, int]]:
-    """Encoded image and label of each record. Parsed here, which is 4 times as fast as by TFDS."""
-    from tensorflow_datasets.proto import tf_example_generated_pb2
-
-    try:
-        raw = records.__getitems__(list(indices))
-    except (RuntimeError, IndexError, ValueError) as error:  # array_record's, for a damaged or too short file
-        raise ConfigError(f"{where} cannot be read, prepare the set again: {error}") from error
-    pairs = []
-    for record in raw:
-        feature = tf_example_generated_pb2.Example.FromString(record).features.feature
-        pairs.append((feature[image_key].bytes_list.value[0], feature[label_key].int64_list.value[0]))
-    return pairs
+    def indices(self, size: int, num: int) -> np.ndarray:
+        return np.arange(size) if num >= size else self.order(size)[:num]
 
 
 # Normalisation
@@ -579,12 +469,9 @@ def check_normalization(normalization: str, channels: int) -> None:
 def statistics(normalization: str, name: str, images: np.ndarray) -> Normalization:
     """Mean and std of each channel for `load`'s option; those of grey sets are repeated for replicated channels."""
     channels = images.shape[-1]
-    check_normalization(normalization, channels)
-    if normalization == "none":
-        return Normalization((0.0,) * channels, (1.0,) * channels)
-    row = NORMALIZATIONS.get(re.split("[:/]", name)[0] if normalization == "auto" else normalization)
-    if row is not None and len(row.mean) in (1, channels):
-        return Normalization(*(values * (channels // len(values)) for values in row))
+    known = published(normalization, name, channels)
+    if known is not None:
+        return known
     # Exact, from counts of the 256 values; in parts, since bincount copies to int64.
     parts = range(0, len(images), 2000)
     counts = np.array(
@@ -594,6 +481,17 @@ def statistics(normalization: str, name: str, images: np.ndarray) -> Normalizati
     mean = shares @ values
     std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
     return Normalization(tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist()))  # a constant channel becomes 0
+
+
+def published(normalization: str, name: str, channels: int) -> Normalization | None:
+    """`statistics` where they are known without an image; None where they have to be computed."""
+    check_normalization(normalization, channels)
+    if normalization == "none":
+        return Normalization((0.0,) * channels, (1.0,) * channels)
+    row = NORMALIZATIONS.get(re.split("[:/]", name)[0] if normalization == "auto" else normalization)
+    if row is None or len(row.mean) not in (1, channels):
+        return None
+    return Normalization(*(values * (channels // len(values)) for values in row))
 
 
 def preprocess(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32) -> jax.Array:

@@ -49,14 +49,16 @@ from sparsity_jax import (
 
 PyTree = Any
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
+Statistics = Literal["run", "data"]
 FORMAT = 2  # of an exported folder
 VARIABLES, PROGRAM, ABOUT = "variables.npz", "network.stablehlo", "network.json"
-USE = (  # lines that need jax and flatbuffers only
+USE = (  # lines that need jax and flatbuffers only, and one on the arrays alone
     "import hashlib, jax.export, json, pathlib",
     f"program, about = pathlib.Path('{PROGRAM}').read_bytes(), json.loads(pathlib.Path('{ABOUT}').read_text())",
     f"assert hashlib.sha256(program).hexdigest() == about['sha256']['{PROGRAM}']  # it is as it was written",
     "network = jax.export.deserialize(bytearray(program))",
-    "logits = network.call(images)  # float32 [any batch, height, width, channels]: (uint8 / 255 - mean) / std",
+    "logits = network.call(images)  # float32 [batch >= 1, height, width, channels]: (uint8 / 255 - mean) / std",
+    f"# numpy.load('{VARIABLES}')[path] is an array; where arrays[path] is bfloat16, its .view(ml_dtypes.bfloat16)",
 )
 
 
@@ -85,12 +87,15 @@ class Saved(NamedTuple):
     missing: list[int]
 
 
-def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str = "") -> Saved:
+def open_run(
+    workdir: str | os.PathLike, *, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
+) -> Saved:
     """Network, data and newest checkpoint of the run in `workdir`, which may also be one `member_...` folder of it.
 
     data_dir: where prepared sets are on this machine, instead of config.data.data_dir. data_name: another set with the
-    same classes, e.g. `folder:PATH`; mean and std stay those of the run's set where they are published ones, otherwise
-    those of the new set's train images. Stages are not checked, so a run that started from another one can be evaluated
+    same classes, e.g. `folder:PATH`. statistics: mean and std of its images are those of the "run", as the network was
+    trained, for which the run's train images are read again where they are not published; or those of the other "data".
+    Stages are not checked, so a run that started from another one can be evaluated
     without it. Raises ConfigError for a folder without a run or checkpoint, and for a checkpoint of another network.
     """
     workdir = pathlib.Path(workdir)
@@ -103,7 +108,7 @@ def open_run(workdir: str | os.PathLike, *, data_dir: str = "", data_name: str =
     found = {i: workdirs.newest(path) for i, path in (numbered or {0: workdir}).items()}
     if not any(found.values()):
         raise tables.ConfigError(f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more.")
-    problem = build(config, data_dir, data_name)
+    problem = build(config, data_dir, data_name, statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
     for i, snapshot in found.items():
@@ -134,10 +139,20 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     return {**tables.defaults(pipeline.settings), **config}
 
 
-def build(config: Mapping[str, Any], data_dir: str = "", data_name: str = "") -> train.Problem:
+def build(
+    config: Mapping[str, Any], data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
+) -> train.Problem:
     """Data and network of a config, for one member on one device; see `open_run`."""
-    chosen = _data_options(config["data"], data_dir, data_name)
-    dataset = data.load(**tables.check_options(data.load, chosen, "config.data"))
+    tables.convert(statistics, Statistics, "statistics")
+    own = _data_options(config["data"], data_dir, "")
+    if data_name:
+        chosen = _data_options(config["data"], data_dir, data_name)
+        chosen["normalization"] = "none" if statistics == "run" else "auto"
+        dataset = _load(chosen)
+        if statistics == "run":
+            dataset = dataset._replace(**_statistics_of_run(own, dataset)._asdict())
+    else:
+        dataset = _load(own)
     tables.lookup(models.MODELS, config["model"].get("name", ""), "config.model.name")
     model = models.build(num_classes=dataset.num_classes, **config["model"])
     return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
@@ -148,15 +163,33 @@ def _data_options(options: Mapping[str, Any], data_dir: str, name: str) -> dict[
     if data_dir:
         chosen["data_dir"] = data_dir
     if name:
-        if chosen["normalization"] == "auto":
-            known = re.split("[:/]", chosen["name"])[0]
-            other = "imagenet" if chosen["stream"] else "computed"
-            chosen["normalization"] = known if known in data.NORMALIZATIONS else other
         if not (name.startswith("folder:") and chosen["name"].startswith("folder:")):
             whole = tables.defaults(data.load)  # names of splits are the set's own
             chosen |= {field: whole[field] for field in ("train_split", "test_split", "train_limit", "test_limit")}
         chosen["name"] = name
     return chosen
+
+
+def _load(options: Mapping[str, Any]) -> data.Dataset:
+    return data.load(**tables.check_options(data.load, options, "config.data"))
+
+
+def _statistics_of_run(options: Mapping[str, Any], dataset: data.Dataset) -> data.Normalization:
+    """Mean and std with which the run of the data `options` trained, for the images of another `dataset`.
+
+    Raises ConfigError if they were computed from images that are not there.
+    """
+    known = data.published(data.chosen_normalization(options), options["name"], dataset.train.images.shape[-1])
+    if known is not None:
+        return known
+    try:
+        trained_on = _load({**options, "test_limit": 1})
+    except tables.ConfigError as error:
+        raise tables.ConfigError(
+            f"--data: mean and std belong to the trained network and are those of its run's train images: {error} "
+            "--data_dir tells where they are; --statistics data takes mean and std of the other set instead."
+        ) from None
+    return data.Normalization(trained_on.mean, trained_on.std)
 
 
 def _progress(config: Mapping[str, Any], progress: workdirs.Progress) -> str:
@@ -221,20 +254,23 @@ def run(
     repeats: int = 30,
     data_dir: str = "",
     data_name: str = "",
+    statistics: Statistics = "run",
     export_to: str | os.PathLike = "",
     platforms: Sequence[str] = ("cpu",),
+    dense: bool = False,
 ) -> list[dict[str, Any]]:
     """The numbers of every member of the run in `workdir` that has a checkpoint; see `measure` for the fields.
 
-    data_dir, data_name: as in `open_run`. export_to, platforms: a new folder for `export`, and where it is to run.
+    data_dir, data_name, statistics: as in `open_run`. export_to, platforms, dense: a new folder for `export`, and its
+    options.
     Raises ConfigError as `open_run` and `export` do.
     """
     if export_to:
         check_export(export_to, platforms)
-    saved = open_run(workdir, data_dir=data_dir, data_name=data_name)
+    saved = open_run(workdir, data_dir=data_dir, data_name=data_name, statistics=statistics)
     rows = list(measured(saved, on_train=on_train, latency=latency, batch_size=batch_size, repeats=repeats))
     if export_to:
-        export_run(saved, export_to, platforms)
+        export_run(saved, export_to, platforms, dense=dense, notes=[row["note"] for row in rows])
     return rows
 
 
@@ -290,16 +326,7 @@ def measure(
         flops=cost.flops(problem.model.apply, variables, one).products,
         device=jax.local_devices()[0].device_kind,
     )
-    cut, note = channels_cut(problem, state)
-    stock = None
-    if cut:
-        chosen = structured.Compact(batch_size, repeats if latency else 0, 0.0)
-        try:
-            stock = structured.take_stock(problem, state, chosen)
-        except (TypeError, ValueError) as error:
-            note = f"cannot be compacted: {error}"
-        if stock is not None and stock["warning"]:
-            stock, note = None, f"cannot be compacted: {stock['warning']}"
+    cut, stock, note = compared(problem, state, batch_size, repeats if latency else 0)
     if stock is not None:
         row |= {f"{name}_compact": stock[f"{name}_compact"] for name in ("parameters", "flops", "bytes")}
         row |= dict(test_accuracy_compact=stock["accuracy"], compression=stock["bytes"] / stock["bytes_compact"])
@@ -314,6 +341,26 @@ def measure(
     left = row.get("parameters_compact", row["parameters"])
     kinds = [kind for kind, found in (("channels", cut), ("weights", row["parameters_kept"] < left)) if found]
     return {**row, "pruned": " and ".join(kinds) or "nothing", "note": note}
+
+
+def compared(
+    problem: train.Problem, state: train.State, batch_size: int = 64, repeats: int = 0
+) -> tuple[bool, dict[str, Any] | None, str]:
+    """(whether whole channels are masked, numbers of the network without them, why there is none or "").
+
+    The one verdict on the compact network, for tables and exports: its logits of `batch_size` test images are those of
+    the masked network but for rounding. repeats: see `structured.take_stock`.
+    """
+    cut, note = channels_cut(problem, state)
+    if not cut:
+        return cut, None, note
+    try:
+        stock = structured.take_stock(problem, state, structured.Compact(batch_size, repeats, 0.0))
+    except (TypeError, ValueError) as error:
+        return cut, None, f"cannot be compacted: {error}"
+    if stock["warning"]:
+        return cut, None, f"cannot be compacted: {stock['warning']}."
+    return cut, stock, ""
 
 
 def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]:
@@ -360,7 +407,10 @@ def describe(row: Mapping[str, Any]) -> str:
         words = {"faster": "compact is faster", "slower": "compact is slower"}.get(row["verdict"], row["verdict"])
         spread = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
         lines.append(f"  {words}: {row['speedup']:.2f} times the speed of dense ({spread}) on {row['device']}")
-    if row["pruned"] == "nothing":
+    zeros = row["parameters_kept"] - row["parameters_nonzero"]
+    if row["pruned"] == "nothing" and zeros:
+        lines.append(f"  nothing is masked: {zeros:,} parameters are zero, as training or their file left them")
+    elif row["pruned"] == "nothing":
         lines.append("  nothing is pruned: this is the dense network")
     elif row["pruned"] == "weights":
         lines.append("  single weights are masked: the arrays keep their shapes, so bytes and FLOPs stay")
@@ -392,14 +442,33 @@ def check_export(folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",))
     tables.convert(tuple(platforms), tuple[Platform, ...], "platforms")
 
 
-def export_run(saved: Saved, folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",)) -> list[pathlib.Path]:
-    """`export` of every member: of several, to `folder/member_000` and so on. Returns the folders."""
+def check_writable(file: str | os.PathLike) -> None:
+    """Raises ConfigError if nothing can be written where `file` is to be."""
+    parents = pathlib.Path(file).absolute().parents
+    there = next(folder for folder in parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise tables.ConfigError(f"{file} cannot be written, since {there} is not writable; name another place.")
+
+
+def export_run(
+    saved: Saved,
+    folder: str | os.PathLike,
+    platforms: Sequence[str] = ("cpu",),
+    *,
+    dense: bool = False,
+    notes: Sequence[str] | None = None,
+) -> list[pathlib.Path]:
+    """`export` of every member: of several, to `folder/member_000` and so on. Returns the folders.
+
+    notes: of the members, as `measure` tells them; they are found anew without.
+    """
     check_export(folder, platforms)
     folder, config = pathlib.Path(folder), saved.config
     with _replacing(folder) as part:
-        for network in saved.networks:
+        for i, network in enumerate(saved.networks):
             own = part / f"member_{network.member:03d}" if len(saved.networks) > 1 else part
-            _write(own, *_exported(saved.problem, config["model"], network.state, platforms))
+            note = None if notes is None else notes[i]
+            _write(own, *_exported(saved.problem, config["model"], network.state, platforms, dense, note))
     return sorted(folder.glob("member_*")) or [folder]
 
 
@@ -409,34 +478,48 @@ def export(
     state: train.State,
     folder: str | os.PathLike,
     platforms: Sequence[str] = ("cpu",),
+    *,
+    dense: bool = False,
 ) -> pathlib.Path:
     """Writes one member's network, compact where whole channels are masked, to the new folder `folder`.
 
-    variables.npz: its arrays by path. network.stablehlo: images to logits with the weights inside, for any batch size,
-    to be run by `jax.export` alone. network.json: classes, image shape, mean and std, the channels kept by group and
-    how many there were, versions, `model` (config.model of the run) and how to run it. The folder appears whole or not
-    at all.
-    platforms: where the program shall run: cpu, cuda, rocm, tpu.
-    Raises ConfigError for a folder that is not empty and for a network that cannot be compacted.
+    variables.npz: its arrays by path; NumPy has no bfloat16, so such an array comes as raw bytes and is read by
+    `array.view(ml_dtypes.bfloat16)`. network.stablehlo: images to logits with the weights inside, for any batch of one
+    image or more, to be run by `jax.export` alone. network.json: classes, image shape, mean and std, the channels kept
+    by group and how many there were, versions, `model` (config.model of the run) and how to run it. The folder appears
+    whole or not at all.
+    platforms: where the program shall run: cpu, cuda, rocm, tpu. dense: with its masked channels, as zeros.
+    Raises ConfigError for a folder that is not empty and, unless dense, for a network that cannot be compacted.
     """
     check_export(folder, platforms)
     with _replacing(pathlib.Path(folder)) as part:
-        _write(part, *_exported(problem, model, state, platforms))
+        _write(part, *_exported(problem, model, state, platforms, dense))
     return pathlib.Path(folder)
 
 
-def _exported(problem: train.Problem, model: Mapping, state: train.State, platforms: Sequence[str]) -> tuple:
-    """(arrays by path, serialized program, contents of network.json)."""
+def _exported(
+    problem: train.Problem,
+    model: Mapping,
+    state: train.State,
+    platforms: Sequence[str],
+    dense: bool = False,
+    note: str | None = None,
+) -> tuple:
+    """(arrays by path, serialized program, contents of network.json). note: of `compared`; None: to be found."""
     variables, apply = {"params": state.params, "batch_stats": state.batch_stats}, problem.model.apply
-    dense, keep, sizes = variables, {}, {}
-    cut, note = channels_cut(problem, state)
-    if note:
-        raise tables.ConfigError(f"the network cannot be exported: {note}")
+    whole, keep, sizes = variables, {}, {}
+    cut = False
+    if not dense:
+        if note is None:
+            _, _, note = compared(problem, state)
+        if note:
+            raise tables.ConfigError(
+                f"the network cannot be exported without its masked channels: {note} With its channels it can: "
+                "--dense, or dense=True."
+            )
+        cut, _ = channels_cut(problem, state)
     if cut:
-        try:
-            variables, apply, keep, channels = structured.compacted(problem, state)
-        except (TypeError, ValueError) as error:
-            raise tables.ConfigError(f"the network cannot be exported, since it cannot be compacted: {error}") from None
+        variables, apply, keep, channels = structured.compacted(problem, state)
         sizes = channels.sizes
     shape = problem.dataset.test.images.shape[1:]
     # one image at a time under vmap: the program is analysed at known sizes, yet its batch may have any
@@ -458,9 +541,9 @@ def _exported(problem: train.Problem, model: Mapping, state: train.State, platfo
         sizes=sizes,
         arrays={path: dict(shape=array.shape, dtype=str(array.dtype)) for path, array in arrays.items()},
         parameters=cost.num_params(variables),
-        parameters_dense=cost.num_params(dense),
+        parameters_dense=cost.num_params(whole),
         bytes=cost.num_bytes(variables),
-        bytes_dense=cost.num_bytes(dense),
+        bytes_dense=cost.num_bytes(whole),
         platforms=list(program.platforms),
         versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         use=USE,
@@ -598,8 +681,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=30, help="how often each batch is measured (default: 30)")
     parser.add_argument("--data_dir", default="", help="where prepared sets are, if not where the config says")
     parser.add_argument("--data", default="", help="another set of the same classes: a name or folder:PATH")
+    parser.add_argument(
+        "--statistics",
+        choices=["run", "data"],
+        default="run",
+        help="with --data: mean and std of the images are those the run trained with, or those of the other set",
+    )
     parser.add_argument("--json", default="", metavar="FILE", help="write the numbers to this file")
     parser.add_argument("--export", default="", metavar="DIR", help="write the network, compact, to this new folder")
+    parser.add_argument("--dense", action="store_true", help="export with the masked channels, as zeros")
     parser.add_argument("--torch", default="", metavar="FILE", help="write the weights for PyTorch: FILE.safetensors")
     parser.add_argument(
         "--platforms", nargs="+", default=["cpu"], help="where the exported program runs: cpu, cuda, rocm, tpu"
@@ -615,18 +705,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_export(options.export, options.platforms)
         if options.torch:
             check_torch(options.torch)
-        saved = open_run(options.workdir, data_dir=options.data_dir, data_name=options.data)
+        for file in filter(None, (options.export, options.torch, options.json)):
+            check_writable(file)
+        other = dict(data_name=options.data, statistics=options.statistics)
+        saved = open_run(options.workdir, data_dir=options.data_dir, **other)
         chosen = dict(on_train=options.train, latency=options.latency)
         rows = list(measured(saved, batch_size=options.batch_size, repeats=options.repeats, **chosen))
         sys.stdout.write(describe_all(rows) + "\n")
+        if options.data:
+            whose = {"run": "those the run trained with", "data": f"those of {options.data}"}[options.statistics]
+            sys.stdout.write(f"\nmean and std of the images are {whose}\n")
         for member in saved.missing:
             sys.stdout.write(f"\nmember {member} has no checkpoint yet\n")
         if options.json:
             text = json.dumps(report.plain(rows), indent=1) + "\n"
             report.write_atomic(pathlib.Path(options.json), text.encode())
         if options.export:
-            for folder, row in zip(export_run(saved, options.export, options.platforms), rows):
+            notes = [row["note"] for row in rows]
+            folders = export_run(saved, options.export, options.platforms, dense=options.dense, notes=notes)
+            for folder, row in zip(folders, rows):
                 kind = "compact" if "channels" in row["pruned"] else "dense, since no channels are cut:"
+                kind = "dense" if options.dense else kind
                 sys.stdout.write(f"exported {kind} network: {folder}\n")
         for path in export_torch(saved, options.torch) if options.torch else ():
             sys.stdout.write(f"wrote PyTorch weights of the dense network: {path}\n")

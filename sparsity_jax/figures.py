@@ -47,6 +47,8 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
         "ratio",
         "num_kept",
         "num_prunable",
+        "sparsity",
+        "sparsity_all",
         "selection",
         "scope",
         "split",
@@ -133,6 +135,8 @@ class Curve(NamedTuple):
     members: tuple  # [members], identity of each
     accuracy: np.ndarray  # [members, ratios]
     loss: np.ndarray  # [members, ratios]
+    zeros: np.ndarray  # [members, ratios], share of zeros in the arrays that may be pruned
+    zeros_of_all: np.ndarray  # [members, ratios], in all parameters
     layers: dict  # ratio to {path: mean sparsity}
 
 
@@ -266,24 +270,29 @@ def begins_anew(row: dict, earlier: list[dict]) -> bool:
     return row.get("start") == "init" and not same
 
 
+def share_gone(row: dict, total: str = "num_prunable") -> float:
+    """Share of what a row counts that is not kept; NaN of a row without counts."""
+    whole = number(row.get(total))
+    return 1 - number(row.get("num_kept")) / whole if whole > 0 else math.nan
+
+
 def share_removed(row: dict) -> float:
     """Share that a row of a curve really removed: the one asked for, unless the counts of weights say another.
 
     Masks from before a curve, and selections of whole filters, do not allow every share.
     """
-    asked, total, kept = number(row["ratio"]), number(row.get("num_prunable")), number(row.get("num_kept"))
-    if not total > 0 or not math.isfinite(kept):
-        return round(asked, 6)
-    gone = 1 - kept / total
-    return round(asked, 6) if abs(gone - asked) <= NEAR else round(gone, 4)
+    asked, gone = number(row["ratio"]), share_gone(row)
+    exact = math.isnan(gone) or abs(gone - asked) <= NEAR
+    return round(asked, 6) if exact else round(gone, 4)
 
 
 def removal(row: dict) -> tuple[str, float] | None:
     """(what was removed, its share of all) after a row of a stage that removes something; None for any other row."""
-    if row.get("kind") == "cut" and number(row.get("num_channels")) > 0:
-        return "channels", 1 - number(row.get("num_kept")) / row["num_channels"]
+    if row.get("kind") == "cut" and "num_channels" in row:
+        return "channels", share_gone(row, "num_channels")
     if row.get("kind") in ("prune", "remove") or (row.get("kind") == "grow" and "layers" in row):
-        return "weights", number(row.get("sparsity", row.get("ratio")))
+        gone = share_gone(row)
+        return "weights", number(row.get("sparsity", row.get("ratio"))) if math.isnan(gone) else gone
     return None
 
 
@@ -329,6 +338,8 @@ def curves(series: list[Series], split: str = "test") -> list[Curve]:
                 tuple(cells),
                 tabulate(cells.values(), ratios, "accuracy"),
                 tabulate(cells.values(), ratios, "loss"),
+                tabulate(cells.values(), ratios, "sparsity"),
+                tabulate(cells.values(), ratios, "sparsity_all"),
                 layer_means(cells, ratios),
             )
         )
@@ -425,9 +436,9 @@ def summary(series: list[Series], found: list[Curve], stops: tuple[float, ...] =
     Columns of a curve: `dense` (its own accuracy where nothing is removed; without that, the last test accuracy of the
     training before it if it does not retrain and nothing was removed before), `0.9` ... (accuracy at those `stops`),
     `largest` (largest share whose accuracy is at most DROP below `dense`, per member; none for a network at chance).
-    Columns of a trained network: `dense` (last test accuracy before anything was removed), `pruned` (last test accuracy
-    after that), `channels` or `weights` (the share then gone). Of both: `epochs` and `seconds` under the name of the
-    series until then, see `time_spent`. Columns without any number are left out.
+    Columns of a trained network: `dense` (last test accuracy before anything was removed, `before`: after so many
+    epochs), `pruned` (last test accuracy after that), `channels` or `weights` (the share then gone). Of both: `epochs`
+    and `seconds` under the name of the series until then, see `time_spent`. Columns without any number are left out.
     """
     result = []
     for index, one in enumerate(series):
@@ -477,6 +488,7 @@ def trained_columns(one: Series) -> dict[str, list[float]]:
         before, after, gone = accuracies(rows)
         columns["dense"].append(before)
         if math.isfinite(after):
+            columns["before"].append(epochs_unpruned(rows))
             columns[gone[0]].append(gone[1])
             columns["pruned"].append(after)
     return {**columns, **time_spent(one, pasts)}
@@ -504,6 +516,17 @@ def accuracies(rows: list[dict]) -> tuple[float, float, tuple[str, float]]:
         elif row["kind"] == "train":  # a growing penalty already acts on what will go
             before = tested
     return before, after, gone
+
+
+def epochs_unpruned(rows: list[dict]) -> float:
+    """Epochs of training before anything was removed."""
+    last = {}
+    for row in rows:
+        if removal(row):
+            break
+        if row.get("kind") == "train" and "epoch" in row:
+            last[row.get("stage"), row.get("visit")] = int(row["epoch"])
+    return float(sum(last.values()))
 
 
 def chance_of(rows: list[dict]) -> float:

@@ -81,6 +81,7 @@ class Analysis(NamedTuple):
     inputs: list[Value]
     events: list[Event]
     roles: dict[tuple[int, int], str]  # (input, axis) -> producer, consumer, depthwise or window
+    exposed: frozenset[tuple[int, int]]  # axes summed over with entries that are not zero when removed
     used: tuple[int, ...]  # inputs that some equation reads, in order of use
 
 
@@ -106,7 +107,16 @@ def analyse(closed: Any, frozen_inputs: Iterable[int], *, sums: str = "allow", b
         for axis in value.labels:
             walk.freeze(axis, "is an output")
     walk.attribute("is an output", "output")
-    return Analysis(program, closed.consts, walk.labels, inputs, walk.events, walk.roles, _reads(closed.jaxpr))
+    return Analysis(
+        program,
+        closed.consts,
+        walk.labels,
+        inputs,
+        walk.events,
+        walk.roles,
+        frozenset(walk.exposed),
+        _reads(closed.jaxpr),
+    )
 
 
 def _reads(jaxpr: Any) -> tuple[int, ...]:
@@ -153,6 +163,7 @@ class _Walk:
         self.labels, self.sums, self.branches = labels or Labels(), sums, branches
         self.events: list[Event] = []
         self.roles: dict[tuple[int, int], str] = {}
+        self.exposed: set[tuple[int, int]] = set()
         self.reason = ""
         self.path: list[Any] = []  # the equation at work, after those it is inside of
         self.watch([])
@@ -249,6 +260,9 @@ class _Walk:
         self.labels.tie(x.labels[i], y.labels[j])
         if not (x.zero[i] or y.zero[j]):
             self.freeze(x.labels[i], f"{what} over entries that are not zero when removed")
+        for value, axis, zero in ((x, i, y.zero[j]), (y, j, x.zero[i])):
+            if not zero:
+                self.exposed.update(value.origin[axis])
 
 
 def unknown(walk: _Walk, eqn: Any, ins: Sequence[Value]) -> list[Value]:
@@ -581,6 +595,8 @@ def _convolve(walk, eqn, ins):
         walk.labels.tie(inside, kernel.labels[inward])
         if not (x.zero[feature] or kernel.zero[inward]):
             walk.freeze(inside, "a convolution sums over entries that are not zero when removed")
+        if not x.zero[feature]:
+            walk.exposed.update(kernel.origin[inward])
     depthwise = kernel.labels[inward].size == 1 and groups > 1
     for a in window:
         walk.role(kernel, a, "window")

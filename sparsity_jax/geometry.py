@@ -240,7 +240,7 @@ def path_options(
     the step d that pruning makes. At a minimum the first is small; where it is not, the actual limit lies elsewhere
     than predicted, at a larger ratio if it is negative.
     ratios: shares removed; at_limits: and those of earlier predictions and `limit` stages. selection, scope, count: as
-    for `curve`. num_examples: of the train set, from its beginning; 0 for all.
+    for `curve`. num_examples: of the train set, see `config.sample`; 0 for all.
     """
     if not ratios:
         raise tables.ConfigError(f"{where}.ratios must not be empty.")
@@ -260,7 +260,7 @@ def run_path(problem, state, settings, place, rows) -> Iterator[train.Update]:
     for member in members_of(problem):
         chosen, own = settings[member], stages.member_state(problem, state, member)
         step_of, terms = pruning_step(problem, chosen, place), path_terms(problem, chosen)
-        selection = dict(selection=chosen.curve.selection, **dict(chosen.curve.options))
+        selection = stages.selecting(problem, chosen.curve)
         ratios = path_ratios(chosen, place.earlier[member])
         for i, ratio in enumerate(ratios):
             if i < len(rows[member]):
@@ -279,7 +279,7 @@ def pruning_step(problem: train.Problem, chosen: Path, place: stages.Place) -> C
     def step_of(state, counts):
         pruned = masks.apply(state.params, prune(state, counts))
         step = jax.tree.map(jnp.subtract, pruned, state.params)
-        return step, jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(step)))
+        return step, trees.norm(step)
 
     position = place.position if chosen.curve.selection == "random" else 0
     name = ("pruning step", position, chosen.curve._replace(ratios=()))
@@ -326,7 +326,7 @@ def row_norms_options(
 
     A weight has none if the L1 norm of its row is below `threshold`. rows: `mean` is the row of the whole data set's
     Hessian; `original` sums the norms of every batch's row and divides by the number of examples, so that it scales
-    like 1 / batch_size. num_examples: of the train set, from its beginning; 0 for all. parameters: pattern of the
+    like 1 / batch_size. num_examples: of the train set, see `config.sample`; 0 for all. parameters: pattern of the
     arrays whose entries make up a row, and among whose kernels the weights are.
     """
     trees.check_pattern(parameters, f"{where}.parameters")
@@ -412,7 +412,7 @@ def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
 
     def batch_norm_of_row(variables, v, data, start, length):
         row = product(variables, v, spectrum.cut(data, start, length))
-        return sum(jnp.sum(jnp.abs(leaf)) for leaf in row.values())
+        return sum(map(trees.absolute_sum, row.values()))
 
     one = problem.once(("row of a batch", chosen), lambda: jax.jit(batch_norm_of_row, static_argnums=4))
 
@@ -466,7 +466,7 @@ def spectrum_options(
     kind `width` in the config, whose tolerance it uses: that of one that names this stage, else of one that names none.
     linearize_once: keep activations and the like for all examples between products: faster, at the memory told in
     `spectrum.linearized`. l2: strength of an L2 penalty in the loss (an L1 one has no curvature).
-    num_examples: of the train set, from its beginning; 0 for all. parameters: pattern of the variables; the default
+    num_examples: of the train set, see `config.sample`; 0 for all. parameters: pattern of the variables; the default
     leaves out batch norms, as the original does.
     Rows: coefficients of the tridiagonal matrix of every probe; everything else follows from them.
     """

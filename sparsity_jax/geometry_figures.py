@@ -61,7 +61,7 @@ def network_of(label: str, index: int, rows: list[dict]) -> Network:
     curves = {}
     cut = [row for row in of_kind("curve") if not row.get("retrained") and "ratio" in row]
     for row in newest(cut):
-        curves.setdefault(row.get("split", "test"), {})[float(row["ratio"])] = row
+        curves.setdefault(row.get("split", "test"), {})[figures.share_removed(row)] = row
     for split, by_ratio in curves.items():
         numbers = [(ratio, figures.number(row.get("accuracy")), figures.number(row.get("loss")))
                    for ratio, row in sorted(by_ratio.items())]  # fmt: skip

@@ -15,7 +15,11 @@ PyTree = Any
 
 
 class ScaleState(NamedTuple):
-    """params: scaled so far. scales: factors (scalars). first_norms: L2 norms at scale 1. mean, square: Adam's."""
+    """params: scaled so far. scales: factors (scalars). first_norms: L2 norms at scale 1. mean, square: Adam's.
+
+    All but the params are in float32 or wider. No two leaves share a buffer, so the state can be donated; its params
+    are those given to `init`.
+    """
 
     step: jax.Array
     params: PyTree
@@ -36,9 +40,10 @@ class ScaleMetrics(NamedTuple):
 
 def init(params: PyTree) -> ScaleState:
     """Every scale 1."""
-    zeros = jax.tree.map(lambda x: jnp.zeros((), x.dtype), params)
-    ones = jax.tree.map(jnp.ones_like, zeros)
-    return ScaleState(jnp.zeros((), jnp.int32), params, ones, jax.tree.map(trees.norm, params), zeros, zeros)
+    norms = jax.tree.map(trees.norm, params)
+    scales = jax.tree.map(jnp.ones_like, norms)
+    mean, square = (jax.tree.map(jnp.zeros_like, norms) for _ in range(2))
+    return ScaleState(jnp.zeros((), jnp.int32), params, scales, norms, mean, square)
 
 
 def scale_step(
@@ -68,14 +73,14 @@ def scale_step(
         def move(constraint, w, g):
             if isinstance(constraint, polytopes.Unconstrained):
                 return w - learning_rate * g, jnp.asarray(learning_rate, w.dtype)
+            if not w.size:
+                return w, jnp.ones((), w.dtype)
+            g, wide = trees.widen(g), trees.widen(w)
             vertex = jax.lax.stop_gradient(constraint.lmo(g))
-            gap = vertex - w
-            # sqrt has no gradient at 0, so it only sees positive numbers
-            squared, length = jnp.sum(gap * gap), jnp.sum(g * g)
-            safe = (squared > 0) & (length > 0)
-            ratio = jnp.sqrt(jnp.where(safe, length, 1)) / jnp.sqrt(jnp.where(safe, squared, 1))
-            size = jnp.where(safe, jnp.clip(learning_rate * ratio, 0, 1), jnp.where(squared > 0, 0.0, 1.0))
-            return (1 - size) * w + size * vertex, size
+            length = trees.norm(vertex - wide)
+            ratio = trees.norm(g) / jnp.where(length > 0, length, 1)
+            size = jnp.where(length > 0, jnp.clip(learning_rate * ratio, 0, 1), 1.0)
+            return ((1 - size) * wide + size * vertex).astype(w.dtype), size
 
         leaves, structure = jax.tree.flatten(params)
         constraints = jax.tree.leaves(polytopes.broadcast(sets, params), is_leaf=polytopes.is_set)
@@ -91,7 +96,7 @@ def scale_step(
             state.params, inner_batch, outer_batch
         )
         count = state.step + 1
-        products = jax.tree.map(lambda p, g: jnp.sum(p * g), state.params, grads)
+        products = jax.tree.map(trees.dot, state.params, grads)
 
         def update(path, p, scale, first, product, mean, square):
             norm = trees.norm(p)
@@ -103,7 +108,7 @@ def scale_step(
             move = scale_learning_rate * (mean / (1 - beta1**count)) / (jnp.sqrt(square / (1 - beta2**count)) + eps)
             floor = 0.0 if path.rsplit("/", 1)[-1] == "bias" else min_scale
             scale = jnp.where(alive, jnp.maximum(scale - move, floor), scale)
-            return jnp.where(alive, p * (scale * grow), p), scale, mean, square
+            return jnp.where(alive, (trees.widen(p) * (scale * grow)).astype(p.dtype), p), scale, mean, square
 
         now = (state.params, state.scales, state.first_norms, products, state.mean, state.square)
         new = zip(*map(update, trees.named_leaves(state.params), *map(jax.tree.leaves, now)))

@@ -620,7 +620,8 @@ class Jacobian(NamedTuple):
 
 
 def jacobian_options(where: str, *, num_examples: tables.Count = 100) -> Jacobian:
-    """Singular values of the Jacobian of the logits in the image, of the first train images: mean, spread and range.
+    """Singular values of the Jacobian of the logits in the image, of `num_examples` train images: mean, spread
+    and range. Which ones: see `config.sample`.
 
     Mean 1 and spread 0 is dynamical isometry. The network stays as it is.
     """

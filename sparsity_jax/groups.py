@@ -33,6 +33,7 @@ class Member(NamedTuple):
     axis: int
     index: np.ndarray  # int [channels, copies]
     role: str  # producer: a kernel's outputs; consumer: its inputs; depthwise: both; other: biases, norms
+    exposed: bool = False  # a consumer of what is not zero where other members are, e.g. behind a sigmoid
 
 
 class Group(NamedTuple):
@@ -192,7 +193,8 @@ def _groups(analysis: flow.Analysis, paths: list[str]) -> dict[str, tuple[Group,
         positions, members = np.stack([position for _, _, position in found]), []
         for k in np.unique(place).tolist():
             i, a = places[k]
-            members.append(Member(paths[i], a, positions[:, place == k], analysis.roles.get((i, a), "other")))
+            role, exposed = analysis.roles.get((i, a), "other"), (i, a) in analysis.exposed
+            members.append(Member(paths[i], a, positions[:, place == k], role, exposed))
         name = _name(members, paths, result)
         result[name] = (Group(name, len(atoms), tuple(members)), atoms)
     return result
@@ -269,7 +271,7 @@ def _channels_of(index: np.ndarray, size: int) -> np.ndarray:
     return channels
 
 
-def _places(tree: PyTree, channels: Channels) -> dict[str, str]:
+def owners(tree: PyTree, channels: Channels) -> dict[str, str]:
     """Path of the variable that each leaf of `tree` belongs to: the variables themselves, a part, or optimizer state.
 
     A leaf belongs to the variable whose path, whole or without its first part, ends its own. Raises ValueError if
@@ -282,13 +284,13 @@ def _places(tree: PyTree, channels: Channels) -> dict[str, str]:
     for path in trees.named_leaves(tree):
         parts = path.split("/")
         ends = ["/".join(parts[i:]) for i in range(len(parts))]
-        owners = next((known[end] for known in (whole, rest) for end in ends if end in known), [])
-        if len(owners) > 1:
+        fitting = next((known[end] for known in (whole, rest) for end in ends if end in known), [])
+        if len(fitting) > 1:
             raise ValueError(
-                f"{path} may belong to {' or '.join(owners)}; give a tree with the paths of the variables."
+                f"{path} may belong to {' or '.join(fitting)}; give a tree with the paths of the variables."
             )
-        if owners:
-            result[path] = owners[0]
+        if fitting:
+            result[path] = fitting[0]
     return result
 
 
@@ -305,12 +307,12 @@ def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
         if number < len(paths):
             traced.setdefault(paths[number], {})[axis] = role
     leaves = trees.named_leaves(tree)
-    owners = _places(tree, channels)
-    for path, owner in owners.items():
+    owned = owners(tree, channels)
+    for path, owner in owned.items():
         given, expected = leaves[path].shape, channels.shapes[owner].shape
         if given != expected:
             raise ValueError(f"{path} has shape {given}; the traced variables have {expected} there.")
-    return {path: traced[owner] for path, owner in owners.items() if owner in traced}
+    return {path: traced[owner] for path, owner in owned.items() if owner in traced}
 
 
 def mask(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
@@ -355,16 +357,16 @@ def _check_tied(channels: Channels) -> None:
 
 
 def _map(function: Callable, tree: PyTree, channels: Channels, alive: Mapping) -> PyTree:
-    owners = _places(tree, channels)
-    if not owners and any(jnp.ndim(leaf) for leaf in jax.tree.leaves(tree)):
+    owned = owners(tree, channels)
+    if not owned and any(jnp.ndim(leaf) for leaf in jax.tree.leaves(tree)):
         raise ValueError(
             f"no array of the tree belongs to the traced variables; it has {list(trees.named_leaves(tree))[:3]}, they "
             f"have {list(channels.shapes)[:3]}."
         )
 
     def one(path: str, leaf: Any) -> Any:
-        axes = alive.get(owners.get(path), [])
-        shape = channels.shapes[owners[path]].shape if axes else ()
+        axes = alive.get(owned.get(path), [])
+        shape = channels.shapes[owned[path]].shape if axes else ()
         if axes and jnp.shape(leaf) != shape:
             raise ValueError(f"{path} has shape {jnp.shape(leaf)}; the traced variables have {shape} there.")
         return function(path, leaf, axes)

@@ -30,7 +30,12 @@ class Axes(NamedTuple):
 
 
 def paths(
-    params: PyTree, channels: groups.Channels | None = None, *, include: str = "", exclude: str = ""
+    params: PyTree,
+    channels: groups.Channels | None = None,
+    *,
+    include: str = "",
+    exclude: str = "",
+    strict: bool = True,
 ) -> list[str]:
     """Paths of the kernels in `params`, in its order.
 
@@ -39,20 +44,21 @@ def paths(
     `kernel`, `weight` or `w`; embeddings, biases, norms and their statistics are known too, and left out.
     include, exclude: regular expressions for whole paths of arrays that are kernels, or are none, whatever they are
     called; `exclude` wins.
-    Raises ValueError without a trace if matrices with other names hold more than 1 % of all entries, or if nothing is a
-    kernel; ConfigError for a pattern that matches nothing.
+    Raises ConfigError for a pattern that matches nothing and, if `strict`, ValueError if nothing is a kernel or if,
+    without a trace, matrices with other names hold more than 1 % of all entries.
     """
     leaves = trees.named_leaves(params)
     included = trees.matching(params, include, "include") if include else dict.fromkeys(leaves, False)
     excluded = trees.matching(params, exclude, "exclude") if exclude else dict.fromkeys(leaves, False)
     if channels is None:
         decided = [path for path in leaves if included[path] or excluded[path]]
-        _refuse_unknown(leaves, decided)
+        if strict:
+            _refuse_unknown(leaves, decided)
         known = [path for path, leaf in leaves.items() if trees.is_kernel(path) and leaf.ndim > 1]
     else:
         known = list(_traced(params, channels))
     result = [path for path in leaves if (path in known or included[path]) and not excluded[path]]
-    if not result:
+    if strict and not result:
         names = "is called kernel, weight or w" if channels is None else "is summed over by the traced function"
         raise ValueError(
             f"no matrix {names}; name those to prune by include='pattern', or take every array by scope='all'. "

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from sparsity_jax import stopping, tables
+from sparsity_jax import stopping, tables, trees
 
 PyTree = Any
 Matvec = Callable[[PyTree], PyTree]
@@ -34,8 +34,9 @@ def hvp(loss: Callable, params: PyTree, *args: Any) -> Matvec:
     """The product with the Hessian of `loss(params, *args)` at `params`, forward over reverse.
 
     matvec(v): v has the structure and shapes of `params`, and so has the product. Raises ValueError for a loss that
-    is no scalar and for a v of another structure.
+    is no scalar and for a v of another structure, TypeError for params that are no floats.
     """
+    trees.check_parameters(params, "hvp")
     scalar = lambda params: loss(params, *args)
     check_scalar(scalar, params)
     gradient = jax.grad(scalar)
@@ -51,6 +52,7 @@ def gauss_newton(outputs: Callable, loss: Callable, params: PyTree, *args: Any) 
 
     Positive semi-definite if the loss is convex in z. z may be a pytree; raises as `hvp` does.
     """
+    trees.check_parameters(params, "gauss_newton")
     network = lambda params: outputs(params, *args)
     scalar = lambda z: loss(z, *args)
     check_scalar(scalar, jax.eval_shape(network, params))
@@ -65,8 +67,18 @@ def gauss_newton(outputs: Callable, loss: Callable, params: PyTree, *args: Any) 
 
 
 def squared(matvec: Matvec) -> Matvec:
-    """The product with A^2: positive semi-definite, and |A| is its square root. Costs two products."""
-    return lambda v: matvec(matvec(v))
+    """The product with A^2: positive semi-definite, and |A| is its square root. Costs two products.
+
+    Its type is at least float32, as squares may leave the range of narrower types.
+    """
+
+    def twice(v: PyTree) -> PyTree:
+        once = matvec(v)
+        scale = trees.scale_of(once)
+        product = matvec(jax.tree.map(lambda x: (x / scale).astype(x.dtype), once))
+        return jax.tree.map(lambda x: trees.widen(x) * scale, product)
+
+    return twice
 
 
 def check_scalar(loss: Callable, argument: PyTree) -> None:
@@ -98,7 +110,8 @@ def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
 
 
 def rademacher(key: jax.Array, like: PyTree) -> PyTree:
-    """Independent signs +-1 in the structure, shapes and types of `like`."""
+    """Independent signs +-1 in the structure, shapes and types of `like`; TypeError for types that are no floats."""
+    trees.check_parameters(like, "rademacher")
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(
@@ -109,21 +122,24 @@ def rademacher(key: jax.Array, like: PyTree) -> PyTree:
 def _dot(first: PyTree, second: PyTree) -> jax.Array:
     """Inner product. Of two vectors at a time: XLA's CPU backend sums those pairwise (error 1e-9 for 1e6 entries), a
     matrix-vector product one after the other (1e-5)."""
-    dot = lambda x, y: jnp.dot(x.ravel(), y.ravel(), precision=HIGHEST)
+    dot = lambda x, y: jnp.dot(trees.widen(x).ravel(), trees.widen(y).ravel(), precision=HIGHEST)
     return sum(jax.tree.leaves(jax.tree.map(dot, first, second)))
 
 
 def _flatten(tree: PyTree) -> jax.Array:
-    leaves = [leaf.ravel() for leaf in jax.tree.leaves(tree)]
+    leaves = [trees.widen(leaf).ravel() for leaf in jax.tree.leaves(tree)]
     return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
 
 
 def _unflatten(vector: jax.Array, like: PyTree) -> PyTree:
-    """`vector` [..., D] cut into the leaves of `like`: each [..., *shape]."""
+    """`vector` [..., D] cut into the leaves of `like`: each [..., *shape], in its type."""
     leaves, structure = jax.tree.flatten(like)
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    cut = [vector[..., end - x.size : end].reshape(*vector.shape[:-1], *x.shape) for x, end in zip(leaves, ends)]
-    return jax.tree.unflatten(structure, cut)
+    pieces, start = [], 0
+    for leaf in leaves:
+        piece = vector[..., start : start + leaf.size]
+        pieces.append(piece.reshape(*vector.shape[:-1], *leaf.shape).astype(leaf.dtype))
+        start += leaf.size
+    return jax.tree.unflatten(structure, pieces)
 
 
 # Lanczos ---------------------------------------------------------------------------------------------------------
@@ -326,15 +342,17 @@ def _checked_start(start: PyTree) -> PyTree:
         found = ", ".join(sorted(map(str, types))) or "no arrays"
         raise TypeError(f"the start vector has {found}; Lanczos needs leaves of one type, float32 or float64.")
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        length = float(jnp.sqrt(_dot(start, start)))
+        length = float(trees.norm(start))
         if not 0 < length < math.inf:
             raise ValueError(f"the start vector has length {length}; Lanczos needs a finite vector that is not zero.")
     return start
 
 
 def _begin(start: PyTree, num_matvecs: int, basis: _Basis | None, shift: float) -> LanczosState:
-    scale = jnp.sqrt(_dot(start, start)) + shift
-    current = jax.tree.map(lambda leaf: leaf / scale, start)
+    unit = trees.scale_of(start)
+    start = jax.tree.map(lambda leaf: leaf / unit, start)
+    length = jnp.sqrt(_dot(start, start)) + shift / unit
+    current = jax.tree.map(lambda leaf: leaf / length, start)
     vector = _flatten(current)
     rows = basis.create(vector, min(num_matvecs, vector.size)) if basis else None
     zero, numbers = jnp.zeros((), jnp.int32), jnp.zeros(num_matvecs, vector.dtype)
@@ -347,14 +365,17 @@ _begin_compiled = jax.jit(_begin, static_argnums=(1, 2, 3))
 def _advance(
     basis: _Basis | None, shift: float, numbers: tuple, current: PyTree, product: PyTree, previous: PyTree, rows: Any
 ) -> tuple[tuple, PyTree, Any]:
-    """(step, num_steps, alphas, betas), the next vector and the basis after one step."""
+    """(step, num_steps, alphas, betas), the next vector and the basis after one step.
+
+    The product is divided by a power of two near its size first: no square leaves the range, whatever the unit of A.
+    """
     step, num_steps, alphas, betas = numbers
     before = jnp.where(step > 0, betas[step - 1], 0)
-    alpha, rest = _recurrence(current, product, previous, before)
+    unit, alpha, rest = _recurrence(current, product, previous, before)
     if basis:
         rest = _orthogonalize(basis, rows, step, _flatten(rest))
     size = sum(leaf.size for leaf in jax.tree.leaves(current))
-    numbers, factor = _close((step, num_steps, alphas, betas), alpha, before, rest, size, shift)
+    numbers, factor = _close((step, num_steps, alphas, betas), unit, alpha, before, rest, size, shift)
     following = jax.tree.map(lambda leaf: leaf * factor, rest)
     if basis:
         rows, following = basis.write(rows, step + 1, following), _unflatten(following, current)
@@ -365,10 +386,15 @@ _advance_in_place = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(5, 
 
 
 @jax.jit
-def _recurrence(current: PyTree, product: PyTree, previous: PyTree, beta: jax.Array) -> tuple[jax.Array, PyTree]:
+def _recurrence(
+    current: PyTree, product: PyTree, previous: PyTree, beta: jax.Array
+) -> tuple[jax.Array, jax.Array, PyTree]:
+    """(unit, alpha / unit, residual / unit)."""
     product = jax.tree.map(lambda p, v: p.astype(v.dtype), product, current)
-    alpha = _dot(product, current)
-    return alpha, jax.tree.map(lambda p, v, u: p - alpha * v - beta * u, product, current, previous)
+    unit = trees.scale_of(product)
+    product = jax.tree.map(lambda p: p / unit, product)
+    alpha, beta = _dot(product, current), beta / unit
+    return unit, alpha, jax.tree.map(lambda p, v, u: p - alpha * v - beta * u, product, current, previous)
 
 
 def _orthogonalize(basis: _Basis, rows: Any, row: jax.Array, vector: jax.Array) -> jax.Array:
@@ -377,17 +403,24 @@ def _orthogonalize(basis: _Basis, rows: Any, row: jax.Array, vector: jax.Array) 
     return basis.choose(jnp.dot(rest, rest, precision=HIGHEST) < found, again, lambda rest: rest, rest)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _close(numbers: tuple, alpha: jax.Array, before: jax.Array, rest: PyTree, size: int, shift: float) -> tuple:
-    """The numbers after a step, and what to multiply its residual `rest` by: 0 once the Krylov space is exhausted."""
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _close(
+    numbers: tuple, unit: jax.Array, alpha: jax.Array, before: jax.Array, rest: PyTree, size: int, shift: float
+) -> tuple:
+    """The numbers after a step, and what to multiply its residual `rest` by: 0 once the Krylov space is exhausted.
+
+    alpha, rest: divided by `unit`.
+    """
     step, num_steps, alphas, betas = numbers
     running = (step == 0) | (before != 0)
-    alpha, beta = jnp.where(running, alpha, 0), jnp.sqrt(_dot(rest, rest))
+    alpha, length = jnp.where(running, unit * alpha, 0), jnp.sqrt(_dot(rest, rest))
+    beta = unit * length
     scale = jnp.maximum(jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas)), jnp.abs(alpha))
-    more = running & (step + 1 < size) & ~(beta <= 16 * jnp.finfo(beta.dtype).eps * scale)  # NaN goes on, to be seen
+    rounding = beta / (16 * jnp.finfo(beta.dtype).eps) <= scale  # False for NaN, which goes on, to be seen
+    more = running & (step + 1 < size) & ~rounding
     beta = jnp.where(more, beta, 0)
     numbers = (step + 1, num_steps + running, alphas.at[step].set(alpha), betas.at[step].set(beta))
-    return numbers, jnp.where(more, 1 / jnp.where(more, beta + shift, 1), 0)
+    return numbers, jnp.where(more, 1 / jnp.where(more, length + shift / unit, 1), 0)
 
 
 def lanczos(
@@ -511,9 +544,11 @@ def bordered(
 def border_for(alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, node: float = 0.0) -> float:
     """The `last` with which `bordered` has a value at `node`, anywhere on the line; huge if a Ritz value is there."""
     alphas, betas = _coefficients(alphas, betas)
+    size = max(np.max(np.abs(alphas)), np.max(betas, initial=0.0), abs(node))
+    least = np.finfo(np.float64).tiny ** 0.25 * (size or 1.0)
     pivot, last = math.inf, node
     for alpha, beta, after in zip(alphas, [0.0, *betas], betas):  # of T - node, eliminating from the top
-        pivot = (alpha - node - beta**2 / pivot) or np.finfo(np.float64).tiny ** 0.25
+        pivot = (alpha - node - beta**2 / pivot) or least
         last = node + after**2 / pivot
     return float(last)
 
@@ -644,7 +679,7 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, jax
         product = lambda vector: _flatten(matvec(_unflatten(vector, like)))
         keys = jax.random.split(key, num_matvecs - third)
         images = _map(lambda key: _flatten(matvec(rademacher(key, like))), keys[:third], on_host)
-        basis = jnp.linalg.qr(images.T)[0].T
+        basis = jnp.linalg.qr(images.T / trees.scale_of(images))[0].T
         known = jnp.sum(_map(lambda row: dot(row, product(row)), basis, on_host))
 
         def sample(key):
@@ -669,4 +704,6 @@ def _map(function: Callable, inputs: jax.Array, on_host: bool) -> jax.Array:
 
 
 def _mean(samples: jax.Array) -> Trace:
-    return Trace(jnp.mean(samples), jnp.std(samples, ddof=1) / math.sqrt(len(samples)))
+    scale = trees.scale_of(samples)
+    deviation = scale * jnp.std(samples / scale, ddof=1)
+    return Trace(jnp.mean(samples), deviation / math.sqrt(len(samples)))

@@ -207,7 +207,7 @@ def _search(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.A
         halved = 2 * (closer.count_low - closer.count_high).astype(real) <= over + under
         return closer, side, jnp.where(halved | (slow == 3), 0, slow + 1)
 
-    state = (_bracket(order, leaves, k), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    state = (_bracket(order, leaves, k), jnp.zeros_like(k), jnp.zeros_like(k))
     # a loop copies the scores it closes over, `cond` does not
     probes = 6 if len(leaves) == 1 and trees.sample(leaves[0]) is not None else 0
     for _ in range(probes):
@@ -240,7 +240,7 @@ def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) 
     _check_numbers(scores)
 
     def one(k):
-        threshold, _ = _search(order, leaves, jnp.clip(k, 1, total))
+        threshold, _ = _search(order, leaves, trees.varying_like(jnp.clip(k, 1, total), leaves))
         size = jnp.abs if magnitude else lambda x: x
         chosen = lambda leaf: order.at_least(leaf, threshold) & ~jnp.isnan(leaf)
         kept = lambda leaf: jnp.where(chosen(leaf), size(leaf.astype(order.real)), jnp.inf)
@@ -265,9 +265,9 @@ def select_k_largest(
 def _select(leaves: list[jax.Array], positions: list[jax.Array], k: int | jax.Array, magnitude: bool) -> Selection:
     order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
     k = _checked_k(k, 0, total)
-    wanted = jnp.clip(k, 1, total)
+    wanted = trees.varying_like(jnp.clip(k, 1, total), leaves)
     threshold, count = _search(order, leaves, wanted)
-    last = jnp.asarray(2 * total, jnp.uint32)  # above the position of every entry
+    last = jnp.full_like(wanted, 2 * total, jnp.uint32)  # above the position of every entry
 
     def cut_ties():  # smallest cut with above + tied entries before it >= wanted
         above = _count(order, leaves, threshold + 1)
@@ -280,7 +280,7 @@ def _select(leaves: list[jax.Array], positions: list[jax.Array], k: int | jax.Ar
             enough = above + kept >= wanted
             return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-        bracket = (jnp.zeros((), jnp.uint32), last)
+        bracket = (jnp.zeros_like(last), last)
         return jax.lax.while_loop(lambda bracket: bracket[0] < bracket[1], halve, bracket)[1]
 
     # `cond`, not a loop that ends at once: a loop copies the scores it closes over
@@ -302,7 +302,7 @@ def _ranked(scores: PyTree, before: PyTree | None) -> tuple[PyTree, PyTree]:
     if before is None:
         return scores, positions
     total = jnp.uint32(trees.size(scores))
-    last = lambda position, kept: jnp.where(kept, position, position + total)
+    last = lambda position, kept: position + total * (~kept).astype(total.dtype)
     lowest = lambda score, kept: jnp.where(kept, score, jnp.nan)
     return jax.tree.map(lowest, scores, before), jax.tree.map(last, positions, before)
 
@@ -373,6 +373,15 @@ def full(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), tree)
 
 
+def nonzero(params: PyTree) -> PyTree:
+    """Masks of what is left of a pruned network: True where a kernel is not zero, and in all other arrays."""
+
+    def mask(path: str, leaf: jax.Array) -> jax.Array:
+        return jnp.asarray(leaf) != 0 if trees.is_kernel(path) else jnp.ones(leaf.shape, bool)
+
+    return trees.map_named(mask, params)
+
+
 def apply(tree: PyTree, masks: PyTree) -> PyTree:
     """`tree` with zeros where `masks` is False (also where the entry is not finite)."""
     return jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), tree, masks)
@@ -385,6 +394,7 @@ def density(masks: PyTree) -> jax.Array:
 
 
 def sparsity(tree: PyTree) -> jax.Array:
-    """Share of exact zeros (or False) over all leaves."""
+    """Share of exact zeros (or False) over all leaves; TypeError for leaves that are neither floats nor bools."""
+    trees.check_parameters(tree, "sparsity", masks=True)
     zeros = sum(jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in jax.tree.leaves(tree))
     return zeros / trees.size(tree)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsity_jax import polytopes, tables, trees
@@ -265,7 +266,7 @@ def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
     dtype: of these; by default that of the array, but at least float32, where small terms still count after many steps.
     """
     wide = lambda w: jnp.promote_types(w.dtype, jnp.float32) if dtype is None else jnp.dtype(dtype)
-    return jax.tree.map(lambda w: jnp.zeros(w.shape, wide(w)), params)
+    return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=wide(w)), params)
 
 
 class HeavyBallState(NamedTuple):
@@ -361,37 +362,150 @@ def _one_each(strength: PyTree, params: PyTree) -> PyTree:
     return trees.aligned(strength, params, "strengths")
 
 
+class ProximalState(NamedTuple):
+    """inner: of the wrapped optimizer. memory: its buffers if every gradient so far had been 1, of one entry per array
+    (two of arrays that have one), as one vector."""
+
+    inner: PyTree
+    memory: jax.Array
+
+
 def proximal_l1(
     inner: optax.GradientTransformation,
     strength: float | jax.Array | PyTree,
     *,
-    learning_rate: float | jax.Array | None = None,
-    momentum: float | jax.Array = 0.0,
+    learning_rate: float | None = None,
+    momentum: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, then soft thresholding: w <- sign(w) max(|w| - t, 0), t = learning_rate * strength / (1 - momentum).
+    """`inner`, then soft thresholding: w <- sign(w) max(|w| - t, 0), t = strength * step per unit of gradient.
 
     Reaches exact zeros, which the subgradient never does. strength: a number, or one per parameter array.
-    learning_rate: of `inner`; by default read from its state (`learning_rate`), where this module's optimizers and
-    `optax.inject_hyperparams` keep it. momentum: of an `inner` whose buffer sums gradients (heavy ball without
-    dampening): its steps are 1 / (1 - momentum) times longer, and without the same factor here the minimum reached
-    would be that of a weaker penalty. Raises ValueError if no learning rate is found or `update` gets no params.
+    inner: gradient descent, in any wrapper: with a schedule, momentum, decay, scaled, in `optax.MultiSteps` or
+    `optax.apply_if_finite`. The step per unit is what it answers to gradients that have always been 1: so t follows
+    momentum as it gathers, and is 0 in calls that make no step. This takes arrays of one entry, in every update.
+    learning_rate: of `inner`; needed where its state names none (this module's optimizers and
+    `optax.inject_hyperparams` do), and checked: the first step per unit, or the last one times 1 - momentum.
+    `init` tries `inner` out, at the cost of one small compilation, and raises ValueError for steps that are no multiple
+    of the gradients: adaptive, normalised, clipped, projected ones, where soft thresholding solves another problem. In
+    a trace that `inner` depends on, nothing can be tried. Raises ValueError if `update` gets no params.
+    Source: Parikh, Boyd 2014, Proximal Algorithms, section 4.2.
     """
     inner = optax.with_extra_args_support(inner)
 
+    def init(params):
+        state, unit = inner.init(params), _unit_arrays(params)
+        if jax.tree.leaves(unit):  # `optax.tree_map_params` calls `init` without arrays
+            if learning_rate is None and _rate_in(state) is None:
+                raise ValueError(
+                    "proximal_l1: the inner optimizer's state names no learning_rate; pass learning_rate=."
+                )
+            _check_descent(inner, unit, learning_rate, momentum)
+        return ProximalState(state, _memory(state, inner.init(unit)))
+
     def update(updates, state, params=None, **extra):
         _need_params(params)
+        unit = _unit_arrays(params)
+        remembered = _remembered(state, jax.eval_shape(inner.init, unit))
+        ones = jax.tree.map(jnp.ones_like, unit)
+        if any(map(_is_skipping, jax.tree.leaves(state.inner, is_leaf=_is_skipping))):
+            # what makes the wrapper skip a step must do so here too
+            ones = jax.tree.map(lambda u, g: jnp.where(jnp.all(jnp.isfinite(g)), u, jnp.nan), ones, updates)
+        steps, remembered = inner.update(ones, remembered, unit, **extra)
+        updates, new = inner.update(updates, state.inner, params, **extra)
+        bounds = jax.tree.map(lambda u, s: -jnp.ravel(u)[0] * s, steps, _one_each(strength, params))
+        return _shrunk(params, updates, bounds), ProximalState(new, _memory(new, remembered))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _proximal_sgd(
+    inner: optax.GradientTransformationExtraArgs, strength: PyTree, momentum: jax.Array
+) -> optax.GradientTransformationExtraArgs:
+    """`proximal_l1` of this module's `sgd` at its known rate and momentum, t = rate * strength / (1 - momentum)."""
+
+    def update(updates, state, params=None, **extra):
         updates, state = inner.update(updates, state, params, **extra)
-        rate = _rate_in(state) if learning_rate is None else learning_rate
-        if rate is None:
-            raise ValueError("proximal_l1: the inner optimizer's state names no learning_rate; pass learning_rate=.")
-
-        def shrink(w, u, s):
-            moved, bound = w + u, rate * s / (1 - momentum)
-            return (jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - bound, 0) - w).astype(u.dtype)
-
-        return jax.tree.map(shrink, params, updates, _one_each(strength, params)), state
+        rate = _rate_in(state)
+        bounds = jax.tree.map(lambda s: rate * s / (1 - momentum), _one_each(strength, params))
+        return _shrunk(params, updates, bounds), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _shrunk(params: PyTree, updates: PyTree, bounds: PyTree) -> PyTree:
+    """`updates` followed by soft thresholding at `bounds`."""
+
+    def shrink(w, u, bound):
+        moved = trees.widen(w) + u
+        return (jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - bound, 0) - w).astype(u.dtype)
+
+    return jax.tree.map(shrink, params, updates, bounds)
+
+
+def _unit_arrays(params: PyTree) -> PyTree:
+    """Zeros of one entry, or two where the parameter has one, with the number of axes of each parameter."""
+    length = lambda w: 2 if jnp.size(w) == 1 else 1
+    return jax.tree.map(lambda w: jnp.zeros((length(w),) * max(jnp.ndim(w), 1), float), params)
+
+
+def _is_skipping(state: Any) -> bool:
+    return isinstance(state, (optax.MultiStepsState, optax.ApplyIfFiniteState))
+
+
+def _memory(state: PyTree, of_units: PyTree) -> jax.Array:
+    """What the state for unit arrays has of its own: the buffers, which have other shapes than those of `state`."""
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(of_units), strict=True)
+    buffers = [jnp.ravel(unit).astype(float) for leaf, unit in pairs if jnp.shape(leaf) != jnp.shape(unit)]
+    return jnp.concatenate([jnp.zeros(0, float), *buffers])
+
+
+def _remembered(state: ProximalState, like: PyTree) -> PyTree:
+    """The state for unit arrays: buffers from the memory; counters, rates and the like are those of the inner state."""
+    leaves, start = [], 0
+    for leaf, unit in zip(jax.tree.leaves(state.inner), jax.tree.leaves(like), strict=True):
+        if jnp.shape(leaf) != unit.shape:
+            leaf = state.memory[start : start + unit.size].reshape(unit.shape).astype(unit.dtype)
+            start += unit.size
+        leaves.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _check_descent(inner: optax.GradientTransformationExtraArgs, unit: PyTree, rate: Any, momentum: Any) -> None:
+    """Raises ValueError where steps of `inner` are no multiple of the gradients, or another one than stated.
+
+    Tries gradients that stay the same until all momentum is gathered; two very different ones tell what is not linear.
+    """
+
+    def try_out(slope):
+        gradient = jax.tree.map(lambda w: jnp.full_like(w, slope), unit)
+
+        def step(state, _):
+            updates, state = inner.update(gradient, state, unit, value=jnp.zeros(()))
+            return state, jnp.stack([-jnp.ravel(update)[0] / slope for update in jax.tree.leaves(updates)])
+
+        return jax.lax.scan(step, inner.init(unit), None, length=2048)[1]
+
+    with jax.ensure_compile_time_eval():
+        tries = [try_out(slope) for slope in (1.0, 2.0**20)]
+    if any(isinstance(x, jax.core.Tracer) for x in (*tries, rate, momentum)):
+        return
+    of_small, of_large = jax.device_get(tries)
+    wrong = ~((of_small >= 0) & (np.abs(of_large - of_small) <= 1e-3 * of_small)).all(0) | ~of_small.any(0)
+    if wrong.any():
+        path = list(trees.named_leaves(unit))[np.argmax(wrong)]
+        raise ValueError(
+            f"proximal_l1: steps of the inner optimizer are no fixed multiple of the gradient of {path!r}; allowed: "
+            "descent without adaptive, normalised, clipped, projected or masked steps. Before such an optimizer use "
+            "add_l1; learning_rate= does not help."
+        )
+    if rate is None:
+        return
+    first, last = of_small[of_small.any(1)][[0, -1]].max(1)
+    if not min(abs(first - rate), abs(last * (1 - momentum) - rate)) <= 0.02 * rate:
+        raise ValueError(
+            f"proximal_l1: learning_rate={rate} and momentum={momentum}, but the first step of the inner optimizer is "
+            f"{first:.3g} times the gradient, and {last:.3g} times in the end."
+        )
 
 
 def projected(inner: optax.GradientTransformation, sets: PyTree) -> optax.GradientTransformationExtraArgs:
@@ -460,14 +574,16 @@ def choose(
         return ChoiceState(jnp.full((), jnp.nan, float), tuple(tx.init(params) for tx in every))
 
     def update(updates, state, params=None, **extra):
-        def one(i, updates, choices, params, extra):
+        def one(i, updates, choices, params):  # not of `extra`, which may hold functions
             updates, own = every[i].update(updates, choices[i], params, **extra)
             rate = _rate_in(own)
             rate = jnp.asarray(jnp.nan if rate is None else rate, float)
             return updates, ChoiceState(rate, (*choices[:i], own, *choices[i + 1 :]))
 
+        if isinstance(index, int):
+            return one(index, updates, state.choices, params)
         branches = [functools.partial(one, i) for i in range(len(every))]
-        return jax.lax.switch(index, branches, updates, state.choices, params, extra)
+        return jax.lax.switch(index, branches, updates, state.choices, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -519,6 +635,7 @@ def frank_wolfe_step_size(
     if rescale == "gradient":
         length = trees.norm(gap)
         factor = trees.norm(direction) / jnp.where(length > 0, length, 1)
+        factor = jnp.minimum(factor, float(jnp.finfo(factor.dtype).max))  # infinity times a rate of 0 is no number
         # at the vertex itself the factor is infinite, hence 1 after clipping
         return jnp.where(length > 0, jnp.clip(learning_rate * factor, 0, 1), 1.0)
     return jnp.clip(learning_rate / diameter if rescale == "diameter" else learning_rate, 0, 1)
@@ -673,8 +790,10 @@ def adagrad_sfw(
             for _ in range(inner_steps):
                 slope = d + metric * (y - start) / jnp.where(lr > 0, lr, 1)
                 gap = y - s.lmo(slope)
-                curvature = jnp.sum(metric * gap * gap)
-                best = lr * jnp.sum(slope * gap) / jnp.where(curvature > 0, curvature, 1)
+                scale = trees.scale_of(gap)
+                unit = gap / scale  # its squares stay in range
+                curvature = trees.dot(metric * unit, unit)
+                best = lr * trees.dot(slope, unit) / jnp.where(curvature > 0, curvature, 1) / scale
                 y = y - jnp.clip(best, 0, 1) * gap
             return _settled(s, w, y - start)
 
@@ -821,7 +940,8 @@ def program(recipe: Recipe | Choice) -> str:
     if isinstance(recipe, Choice):
         return repr([program(one) for one in recipe.recipes])
     # of the constraint: pattern, name and exponent of every rule
-    kinds = [(pattern, name, own.get("p"), own.get("zero_up")) for pattern, name, own in recipe.constraint]
+    static = ("p", "zero_up", "zero_below")
+    kinds = [(pattern, name, [own.get(key) for key in static]) for pattern, name, own in recipe.constraint]
     return repr(recipe._replace(numbers=sorted(recipe.numbers), constraint=kinds))
 
 
@@ -835,19 +955,22 @@ def needs_norms(recipe: Recipe | Choice) -> bool:
     )
 
 
-def numbers(recipe: Recipe | Choice, params: PyTree, norms: PyTree | None) -> dict[str, Any]:
+def numbers(
+    recipe: Recipe | Choice, params: PyTree, norms: PyTree | None, order: Sequence[str] | None = None
+) -> dict[str, Any]:
     """What `make` may trace: the recipe's numbers and the feasible set of every parameter array.
 
     params: arrays or shape structs. norms: mean initial norms (`polytopes.mean_norms`), None if not `needs_norms`.
+    order: paths of the params in the network's order, for norms `per_shape`; see `polytopes.share_by_shape`.
     Of a Choice: its index, and the same of every recipe.
     """
     if isinstance(recipe, Choice):
         index = jnp.asarray(recipe.index, jnp.int32)
-        return dict(index=index, choices=[numbers(one, params, norms) for one in recipe.recipes])
+        return dict(index=index, choices=[numbers(one, params, norms, order) for one in recipe.recipes])
     if norms is None:
         norms = jax.tree.map(lambda _: 1.0, params)
     elif recipe.norms == "per_shape":
-        norms = polytopes.share_by_shape(norms, params)
+        norms = polytopes.share_by_shape(norms, params, order)
     sets = polytopes.build(params, norms, recipe.constraint)
     values = {key: jnp.asarray(value, float) for key, value in recipe.numbers.items()}
     if "penalty" in values:
@@ -873,8 +996,9 @@ def make(
         return tx
     penalty, chosen = recipe.penalty
     if chosen.get("method") == "proximal":  # momentum with dampening lengthens steps less
-        kept = (1 - values["momentum"]) / jnp.maximum(_share_of_new(values["momentum"], values["dampening"]), 1e-12)
-        return proximal_l1(tx, strength, momentum=1 - kept)
+        share = _share_of_new(values["momentum"], values["dampening"])
+        kept = (1 - values["momentum"]) / jnp.maximum(share, 1e-12)
+        return _proximal_sgd(tx, strength, 1 - kept)
     return optax.chain({"l1": add_l1, "l2": add_l2}[penalty](strength), tx)
 
 

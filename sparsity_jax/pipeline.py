@@ -56,12 +56,16 @@ def settings(
     title: str = "",
     start_from: str = "",
     pretrained: str = "",
+    pretrained_names: tuple[tuple[str, str], ...] = (),
+    pretrained_zeros: Literal["train", "keep"] = "train",
     fresh_classifier: bool = False,
     seed: tables.Seed = 0,
     platform: Platform = "default",
     mesh: tables.Index = 1,
     steps_per_call: tables.Index = 0,
     eval_batch_size: tables.Count = 1000,
+    sample: Literal["spread", "first"] = "spread",
+    sample_seed: tables.Index = 0,
     checkpoint_seconds: tables.NonNegative = 60.0,
     arm: str = "",
     arms: dict = {},  # noqa: B006 - never changed
@@ -73,15 +77,19 @@ def settings(
     pipeline: names of stage configs, in order. start_from: workdir of a finished run, whose trained network and rows
     this one goes on from; its model must be the same. pretrained: a file of PyTorch weights (see `pretrained.read`),
     with which all networks start, also where a `train` stage has start="init"; stages that need a trained network take
-    it as one. fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where to
+    it as one. pretrained_names: which of its layers is which here, see `pretrained.name_map`. pretrained_zeros: whether
+    weights that are zero in the file train as all others, or are masked as pruned ones and stay zero ("keep").
+    fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where to
     compute (default: JAX's choice). mesh: local devices that share each batch, 0 for all. steps_per_call: training
-    steps per compiled call, 0 for automatic. checkpoint_seconds: least time between two saves. arms: fields of stages
-    that change together, by name of the arm, e.g. `dict(fast=dict(label="Fast", fit=dict(optimizer=...),
-    again=dict(epochs=1)))`; each is replaced as a whole, the label (default: the arm's name) is that of the report.
-    arm: which of them to run. sweep: lists of values under the names of fields, e.g. `dict(arm=("fast", "slow"),
-    seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all at once
-    (`vmap`, dense networks) or one after the other (`loop`); either way trainings that differ in their optimizers only
-    share a compiled program.
+    steps per compiled call, 0 for automatic. sample: which images a stage takes that is given a number of them
+    (`imp_samples`, `num_examples`): "spread" evenly over the stored order, in memory and streamed alike, another sample
+    for each sample_seed; or the "first", which in a folder are those of the first classes. checkpoint_seconds: least
+    time between two saves. arms: fields of stages that change together, by name of the arm, e.g.
+    `dict(fast=dict(label="Fast", fit=dict(optimizer=...), again=dict(epochs=1)))`; each is replaced as a whole, the
+    label (default: the arm's name) is that of the report. arm: which of them to run. sweep: lists of values under the
+    names of fields, e.g. `dict(arm=("fast", "slow"), seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`;
+    all combinations run. sweep_mode: all at once (`vmap`, dense networks) or one after the other (`loop`); either way
+    trainings that differ in their optimizers only share a compiled program.
     """
 
 
@@ -322,8 +330,9 @@ def trained_before(config: Mapping) -> dict[str, str]:
 
 def check_pretrained(config: dict) -> dict[str, str]:
     """`trained_before`; raises ConfigError if the weight file cannot be used."""
-    if not config["pretrained"] and config["fresh_classifier"]:
-        raise tables.ConfigError("config.fresh_classifier is for the weights of config.pretrained, which is empty.")
+    for name in ("fresh_classifier", "pretrained_names", "pretrained_zeros"):
+        if not config["pretrained"] and config[name] != tables.defaults(settings)[name]:
+            raise tables.ConfigError(f"config.{name} is for the weights of config.pretrained, which is empty.")
     if config["pretrained"] and config["start_from"]:
         raise tables.ConfigError(
             f"config.pretrained is {config['pretrained']!r} and config.start_from {config['start_from']!r}; allowed: "
@@ -520,6 +529,10 @@ def run(
         environment = describe_environment(problem) | ({"command": command} if command else {})
         environment = report.continued(workdir, environment)
         report.write_environment(workdir, environment)
+        if problem.streamed and problem.dataset.train.images.reading:
+            say(f"images are read by {problem.dataset.train.images.reading}")
+        if "pretrained" in environment:
+            say(f"config.pretrained: {environment['pretrained']}")
         if not separate:
             outcome, diverged = run_plan(plans[0], problem, workdir, config, still_mine), []
         else:
@@ -642,6 +655,7 @@ def build(plans: list[Plan]) -> train.Problem:
         mesh=common["mesh"],
         members=members,
         eval_batch_size=common["eval_batch_size"],
+        sample=data.FixedSample(common["sample"], common["sample_seed"]),
         steps_per_call=common["steps_per_call"],
     )
     check_size(problem, common["model"])
@@ -657,7 +671,10 @@ def build(plans: list[Plan]) -> train.Problem:
         except tables.ConfigError as error:
             raise tables.ConfigError(f"{where}: {error}") from None
     if common["pretrained"]:
-        problem = problem._replace(pretrained=problem.place(pretrained_arrays(common, problem)))
+        problem = problem._replace(
+            pretrained=problem.place(pretrained_arrays(common, problem)),
+            keep_zeros=common["pretrained_zeros"] == "keep",
+        )
     for i, plan in enumerate(plans):
         if plan.common["start_from"]:
             own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
@@ -665,6 +682,7 @@ def build(plans: list[Plan]) -> train.Problem:
     for name in dict.fromkeys(plans[0].pipeline):
         for plan in plans:
             own = plan.settings[name][0]
+            stages.check_network(problem, own, f"config.{name}")
             geometry.check_network(own, f"config.{name}", shapes, size)
             if isinstance(own, greg.Noise):
                 trees.matching(shapes, own.parameters, f"config.{name}.parameters")
@@ -721,6 +739,7 @@ def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[st
     variables = pretrained.to_variables(
         pretrained.read(common["pretrained"]),
         like,
+        names=common["pretrained_names"],
         fresh=fresh,
         image_channels=problem.dataset.test.images.shape[-1],
         where=f"config.pretrained {common['pretrained']!r}",
@@ -773,7 +792,7 @@ def run_plan(
         state, origin = initial_state(plan, problem), []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
-        check_weights(problem, state, "at the start of the run")
+        stages.check_weights(problem, state, "at the start of the run")
         rows = progress.rows
         writer = stack.enter_context(contextlib.closing(report.Writer(workdir, rows)))
         run = Run(plan, problem, saved, writer, rows, origin)
@@ -797,30 +816,16 @@ def run_plan(
                 like = stage.begin(problem, state, own, place) if resumed else state
                 state = checkpoint.restore(found, checkpoint.abstract(like))
             if not resumed:
-                stages.check_weights(problem, state, name)
                 state = stage.begin(problem, state, own, place)
                 saved.save(state, workdirs.Progress(position, True, rows))
             common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
             state = run_stage(run, stage, state, place, run.per_member(begun), common)
-            check_weights(problem, state, f"{name}, at its end")
+            stages.check_weights(problem, state, f"{name}, at its end")
             state = after(plan, state, position)
             saved.save(state, workdirs.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
             state = checkpoint.restore(found, checkpoint.abstract(stages.without_optimizer(state)))
     return Outcome(state, rows)
-
-
-def check_weights(problem: train.Problem, state: train.State, where: str) -> None:
-    """Raises NonFiniteLossError, naming member and array, unless weights and running statistics are finite.
-
-    Every stage gets its network through here, so that none selects among NaN. where: begins the sentence.
-    """
-    for i, own in structured.members_of(problem, state):
-        member = f", member {i}" if problem.members else ""
-        try:
-            trees.check_finite(dict(params=own.params, batch_stats=own.batch_stats), where + member)
-        except ValueError as error:
-            raise train.NonFiniteLossError(str(error)) from None
 
 
 def after(plan: Plan, state: train.State, position: int) -> train.State:
@@ -945,13 +950,26 @@ def describe_environment(problem: train.Problem) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     device = jax.local_devices()[0]
     shapes = jax.tree.leaves(stages.shapes_of(problem))
+    reading = {}
+    if problem.streamed:
+        workers = problem.dataset.train.images.options["workers"]
+        reading["reading"] = f"{workers} processes" if workers > 0 else "threads"
     return {
         "device": f"{device.device_kind} ({device.platform}, {len(jax.local_devices())} local)",
         "python": host.python_version(),
         "parameters": f"{sum(leaf.size for leaf in shapes):,}",
         "chance": chance(problem.dataset),
+        **reading,
         **versions,
+        **({"pretrained": zeros_of(problem)} if problem.pretrained else {}),
     }
+
+
+def zeros_of(problem: train.Problem) -> str:
+    """How many weights of the kernels in the file of `config.pretrained` are zero, and what becomes of them."""
+    zeros, size = pretrained.count_zeros(problem.pretrained)
+    after = "masked, they stay zero" if problem.keep_zeros else "training moves them (config.pretrained_zeros)"
+    return f"{zeros:,} of {size:,} weights are zero" + f"; {after}" * (zeros > 0)
 
 
 class Display:

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from sparsity_jax import masks, tables, trees
 
@@ -38,6 +37,14 @@ def _register(*static: str):
 def _check_radius(radius: Any) -> None:
     if isinstance(radius, (int, float)) and not radius > 0:
         raise ValueError(f"radius is {radius}; allowed: above 0.")
+
+
+def _narrow(x: float | jax.Array, dtype: Any) -> jax.Array:
+    """`x` in a type that may be narrower: rounded, and never beyond its largest number."""
+    if jnp.result_type(x) == dtype:
+        return x
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest).astype(dtype)
 
 
 @_register()
@@ -62,48 +69,37 @@ class KSparse:
 
     def lmo(self, gradient: jax.Array) -> jax.Array:
         """-radius * sign on the k entries of largest magnitude (ties: lower flat index), 0 elsewhere and for sign 0."""
+        if not gradient.size:
+            return gradient
         mask = masks.k_largest_mask(gradient, self.support(gradient.size), magnitude=True)
-        return jnp.where(mask, -jnp.asarray(self.radius, gradient.dtype) * jnp.sign(gradient), 0)
+        return jnp.where(mask, -_narrow(self.radius, gradient.dtype) * jnp.sign(gradient), 0)
 
     def project(self, x: jax.Array) -> jax.Array:
         """sign(x) * clip(|x| - t, 0, radius) with the smallest t >= 0 whose L1 norm is at most k * radius.
 
-        That is the KKT point of the projection. t is bracketed by bisection, then solved for on its linear piece.
+        That is the KKT point of the projection, exact but for rounding whatever the range of x. Its derivative is the
+        exact one wherever there is one.
         """
-        magnitude = jnp.abs(x)
-        radius = jnp.asarray(self.radius, x.dtype)
-        budget = self.k * radius
-        clipped = lambda t: jnp.clip(magnitude - t, 0, radius)
-
-        def halve(_, bracket):
-            low, high = bracket
-            middle = (low + high) / 2
-            above = jnp.sum(clipped(middle)) > budget
-            return jnp.where(above, middle, low), jnp.where(above, high, middle)
-
-        steps = 60 if x.dtype == jnp.float64 else 30
-        low, high = jax.lax.fori_loop(0, steps, halve, (jnp.zeros((), x.dtype), jnp.max(magnitude)))
-        middle = (low + high) / 2
-        free = (magnitude > middle) & (magnitude < middle + radius)
-        full = jnp.sum(magnitude >= middle + radius)
-        count = jnp.sum(free)
-        linear = (jnp.sum(jnp.where(free, magnitude, 0)) + full * radius - budget) / jnp.maximum(count, 1)
-        t = jnp.where(count > 0, jnp.clip(linear, low, high), high)
-        t = jnp.where(jnp.sum(clipped(jnp.zeros((), x.dtype))) <= budget, 0, t)
-        return jnp.sign(x) * clipped(t)
+        if not x.size:
+            return x
+        wide = trees.widen(x)
+        radius = jnp.asarray(self.radius, wide.dtype)
+        return _narrow(_project(wide, self.support(x.size) * radius, radius), x.dtype)
 
     def shift_inside(self, x: jax.Array) -> jax.Array:
         """x if feasible, else x scaled to L1 norm f * radius with f = min(floor(||x||_1 / ||x||_inf), k).
 
         The floor tolerates rounding: n equal entries give n (the original's floating-point floor may give n - 1).
         """
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        length, largest = jnp.sum(jnp.abs(wide)), jnp.max(jnp.abs(wide))
+        if not x.size:
+            return x
+        wide = trees.widen(x)
+        length, largest = trees.absolute_sum(wide), jnp.max(jnp.abs(wide))
         outside = (length > self.radius * self.k) | (largest > self.radius)
         length = jnp.where(outside, length, 1)
         ratio = length / jnp.where(outside, largest, 1)
         factor = jnp.minimum(jnp.floor(ratio * (1 + 8 * jnp.finfo(wide.dtype).eps)), self.k)
-        return jnp.where(outside, (factor * self.radius / length * wide).astype(x.dtype), x)
+        return jnp.where(outside, _narrow(factor * self.radius * (wide / length), x.dtype), x)
 
     def pull_back(self, x: jax.Array) -> jax.Array:
         """A point of the set near x, for x a rounding outside: cut at the radius, then scaled to the L1 norm."""
@@ -116,16 +112,18 @@ class KSparse:
         return 2 * self.radius * jnp.sqrt(jnp.asarray(self.support(size), float))
 
 
-@_register("p", "zero_up")
+@_register("p", "zero_up", "zero_below")
 class LpBall:
     """{||x||_p <= radius}. p: 1 or >= 2, `inf` included (1 < p < 2 is not supported); static. radius > 0.
 
     zero_up: the original's LMO for p = inf, which sends zero gradient entries to +radius instead of 0.
+    zero_below: of the LMO for p = 2, which gives zero for gradients of a norm up to this. The original's is 1e-10.
     """
 
     radius: float | jax.Array
     p: float
     zero_up: bool = False
+    zero_below: float = 0.0
 
     def __post_init__(self):
         if not (self.p == 1 or self.p >= 2):
@@ -133,54 +131,74 @@ class LpBall:
         _check_radius(self.radius)
 
     def lmo(self, gradient: jax.Array) -> jax.Array:
-        """-radius times the dual unit vector of the gradient; a zero gradient gives zero (p = 2: one below 1e-10)."""
-        g, radius = gradient, jnp.asarray(self.radius, gradient.dtype)
+        """-radius times the dual unit vector of the gradient; a zero gradient gives zero."""
         if self.p == 1:
-            return KSparse(1, radius).lmo(g)
+            return KSparse(1, self.radius).lmo(gradient)
+        if not gradient.size:
+            return gradient
+        g = trees.widen(gradient)
+        radius = jnp.asarray(self.radius, g.dtype)
         if self.p == 2:
-            length = jnp.sqrt(jnp.sum(g * g))
-            return jnp.where(length > 1e-10, -radius * g / jnp.where(length > 1e-10, length, 1), 0)
-        if math.isinf(self.p):
-            return jnp.where(g > 0, -radius, radius) if self.zero_up else -radius * jnp.sign(g)
+            length = trees.norm(g)
+            usable = length > self.zero_below
+            vertex = jnp.where(usable, -radius * (g / jnp.where(usable, length, 1)), 0)
+        elif math.isinf(self.p):
+            vertex = jnp.where(g > 0, -radius, radius) if self.zero_up else -radius * jnp.sign(g)
+        else:
+            vertex = -radius * self._dual_unit_vector(g)
+        return _narrow(vertex, gradient.dtype)
+
+    def _dual_unit_vector(self, g: jax.Array) -> jax.Array:
+        """sign(g) (|g| / ||g||_q)^(q / p) with 1/p + 1/q = 1, for finite p > 2.
+
+        Its slope at zero entries is infinite; there, its derivative is taken as 0.
+        """
         q = self.p / (self.p - 1)
-        largest = jnp.max(jnp.abs(g))
-        scaled = jnp.abs(g) / jnp.where(largest > 0, largest, 1)  # keeps powers of small numbers from underflowing
-        length = jnp.where(largest > 0, jnp.sum(scaled**q) ** (1 / q), 1)
-        return -radius * jnp.sign(g) * scaled ** (q / self.p) / length ** (q / self.p)
+        magnitude = jnp.abs(g / trees.scale_of(g))  # keeps powers of small numbers from underflowing
+        positive = magnitude > 0
+        magnitude = jnp.where(positive, magnitude, 1)
+        length = jnp.sum(jnp.where(positive, magnitude**q, 0)) ** (1 / q)
+        return jnp.where(positive, jnp.sign(g) * (magnitude / length) ** (q / self.p), 0)
 
     def project(self, x: jax.Array) -> jax.Array:
-        """Nearest point for p = 1, 2, inf (optax.projections); other p raise ValueError."""
-        projections = {
-            1: optax.projections.projection_l1_ball,
-            2: optax.projections.projection_l2_ball,
-            math.inf: optax.projections.projection_linf_ball,
-        }
-        if self.p not in projections:
+        """Nearest point for p = 1, 2, inf; other p raise ValueError."""
+        if self.p not in (1, 2, math.inf):
             raise ValueError(f"no closed projection onto the L{self.p:g} ball; allowed p: 1, 2, inf.")
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return projections[self.p](wide, jnp.asarray(self.radius, wide.dtype)).astype(x.dtype)
+        if self.p == 1:
+            return KSparse(1, self.radius).project(x)
+        if self.p == 2:
+            return self.shift_inside(x)
+        wide = trees.widen(x)
+        radius = jnp.asarray(self.radius, wide.dtype)
+        return _narrow(jnp.clip(wide, -radius, radius), x.dtype)
 
     def shift_inside(self, x: jax.Array) -> jax.Array:
         """x if feasible, else x scaled to the boundary."""
-        length = self.norm(x)
+        if not x.size:
+            return x
+        wide = trees.widen(x)
+        length = self.norm(wide)
         outside = length > self.radius
-        return jnp.where(outside, (self.radius * x / jnp.where(outside, length, 1)).astype(x.dtype), x)
+        scaled = jnp.asarray(self.radius, wide.dtype) * (wide / jnp.where(outside, length, 1))
+        return jnp.where(outside, _narrow(scaled, x.dtype), x)
 
     def pull_back(self, x: jax.Array) -> jax.Array:
         """A point of the set near x, for x a rounding outside."""
         return self.shift_inside(x)
 
     def norm(self, x: jax.Array) -> jax.Array:
-        """||x||_p."""
-        magnitude = jnp.abs(x)
+        """||x||_p, in at least float32; its derivative at zero is zero."""
+        wide = trees.widen(x)
         if self.p == 1:
-            return jnp.sum(magnitude)
+            return trees.absolute_sum(wide)
         if self.p == 2:
-            return jnp.sqrt(jnp.sum(x * x))
-        largest = jnp.max(magnitude)
+            return trees.norm(wide)
         if math.isinf(self.p):
-            return largest
-        return largest * jnp.sum((magnitude / jnp.where(largest > 0, largest, 1)) ** self.p) ** (1 / self.p)
+            return jnp.max(jnp.abs(wide), initial=0)
+        scale = trees.scale_of(wide)
+        powers = jnp.sum(jnp.abs(wide / scale) ** self.p)
+        positive = powers > 0
+        return scale * jnp.where(positive, jnp.where(positive, powers, 1) ** (1 / self.p), 0)
 
     def diameter(self, size: int) -> jax.Array:
         """2 radius size^(1/2 - 1/p) for p >= 2; 2 radius for p = 1."""
@@ -203,6 +221,53 @@ class Unconstrained:
     def diameter(self, size: int) -> float:
         del size
         return math.inf
+
+
+@jax.custom_jvp
+def _project(x: jax.Array, budget: jax.Array, radius: jax.Array) -> jax.Array:
+    """The nearest point to x of at least float32 with L1 norm at most `budget`, in magnitude at most `radius`.
+
+    The threshold t is found by bisection among the floating-point numbers. Between two neighbours of them it is
+    `high` - `beyond`, where |x| - high is exact near t: so nothing is lost where t has fewer digits than the radius.
+    """
+    magnitude = jnp.abs(x)
+    integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    number = lambda key: jax.lax.bitcast_convert_type(key, x.dtype)  # ascending, as x is not negative
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = low + (high - low) // 2
+        over = trees.fold_sum(lambda m: jnp.clip(m - number(middle), 0, radius), magnitude) > budget
+        return jnp.where(over, middle, low), jnp.where(over, high, middle)
+
+    last = jax.lax.bitcast_convert_type(jnp.where(budget > 0, jnp.max(magnitude), 0), integer)
+    _, key = jax.lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (jnp.zeros_like(last), last))
+    high = number(key)
+    rest = magnitude - high
+    beyond = jnp.zeros_like(high)
+    for _ in range(2):  # of a sum that is concave in `beyond` and has one kink at most
+        raised = rest + beyond
+        free = (raised >= 0) & (raised < radius)
+        missing = budget - jnp.sum(jnp.clip(raised, 0, radius))
+        beyond = beyond + missing / jnp.maximum(jnp.sum(free), 1)
+    inside = jnp.sum(jnp.clip(magnitude, 0, radius)) <= budget
+    moved = jnp.where(inside, magnitude, rest + beyond)
+    return jnp.sign(x) * jnp.clip(moved, 0, radius)
+
+
+@_project.defjvp
+def _project_derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """t follows from the budget: where it is active, the changes of the free magnitudes and of the full ones add up."""
+    x, budget, radius = primals
+    change, more_budget, more_radius = tangents
+    projected = _project(x, budget, radius)
+    inside = jnp.sum(jnp.clip(jnp.abs(x), 0, radius)) <= budget
+    sign, size = jnp.sign(x), jnp.abs(projected)
+    full = size >= radius
+    free = ~full & ((size > 0) | inside)
+    outer = jnp.sum(jnp.where(free, sign * change, jnp.where(full, more_radius, 0)))
+    rise = jnp.where(inside, 0, (outer - more_budget) / jnp.maximum(jnp.sum(free), 1))
+    return projected, jnp.where(free, change - sign * rise, jnp.where(full, sign * more_radius, 0))
 
 
 ConstraintSet = KSparse | LpBall | Unconstrained
@@ -244,10 +309,11 @@ def k_sparse(
 ) -> KSparse:
     """The K-sparse polytope of one parameter array of `size` entries whose mean initial L2 norm is `norm`.
 
-    k = min(max(k, floor(k_frac * size)), size); 0 switches either off. mode: `initialization` gives the diameter
-    2 tau norm (norm 0 counts as 1), `diameter` and `radius` take tau itself. Raises ConfigError if k comes out as 0.
+    k = min(max(k, floor(k_frac * size)), size), where the decimal k_frac counts: 0.29 of 100 are 29; 0 switches either
+    off. mode: `initialization` gives the diameter 2 tau norm (norm 0 counts as 1), `diameter` and `radius` take tau
+    itself. Raises ConfigError if k comes out as 0.
     """
-    kept = min(max(k, int(k_frac * size)), size)
+    kept = min(max(k, masks.count_of(k_frac, size, math.floor)), size)
     if kept < 1:
         raise tables.ConfigError(f"k={k} and k_frac={k_frac} select no entry of an array of {size}; raise one of them.")
     scale = 2 * math.sqrt(kept)
@@ -262,8 +328,12 @@ def lp_ball(
     tau: tables.Positive = 15.0,
     mode: Mode = "initialization",
     zero_up: bool = False,
+    zero_below: tables.NonNegative = 0.0,
 ) -> LpBall:
-    """The Lp ball of one parameter array; p: 1, a number >= 2, or "inf". mode and tau as for `k_sparse`."""
+    """The Lp ball of one parameter array; p: 1, a number >= 2, or "inf". mode and tau as for `k_sparse`.
+
+    zero_up, zero_below: rules of the original's LMO, see `LpBall`.
+    """
     try:
         p = float(p)
         allowed = p == 1 or p >= 2
@@ -271,12 +341,19 @@ def lp_ball(
         allowed = False
     if not allowed:
         raise tables.ConfigError(f"constraint.p is {p!r}; allowed: 1, a number >= 2, or 'inf'.")
-    return LpBall(radius_of(tau, mode, norm, 2 * _stretch(p, size)), p, zero_up)
+    return LpBall(radius_of(tau, mode, norm, 2 * _stretch(p, size)), p, zero_up, zero_below)
 
 
-def l2(size: int, norm: float, *, tau: tables.Positive = 15.0, mode: Mode = "initialization") -> LpBall:
-    """The Euclidean ball; tau and mode as for `k_sparse`."""
-    return lp_ball(size, norm, p=2.0, tau=tau, mode=mode)
+def l2(
+    size: int,
+    norm: float,
+    *,
+    tau: tables.Positive = 15.0,
+    mode: Mode = "initialization",
+    zero_below: tables.NonNegative = 0.0,
+) -> LpBall:
+    """The Euclidean ball; tau and mode as for `k_sparse`, zero_below as for `lp_ball`."""
+    return lp_ball(size, norm, p=2.0, tau=tau, mode=mode, zero_below=zero_below)
 
 
 def unconstrained(size: int, norm: float) -> Unconstrained:
@@ -339,7 +416,7 @@ def mean_norms(init_params, key: jax.Array, draws: int = 100) -> PyTree:
     """
 
     def add(total, key):
-        norms = jax.tree.map(lambda leaf: jnp.sqrt(trees.square_sum(leaf)), init_params(key))
+        norms = jax.tree.map(trees.norm, init_params(key))
         return jax.tree.map(jnp.add, total, norms), None
 
     @jax.jit
@@ -351,20 +428,32 @@ def mean_norms(init_params, key: jax.Array, draws: int = 100) -> PyTree:
     return jax.tree.map(lambda total: total / draws, measure(key))
 
 
-def share_by_shape(norms: PyTree, params: PyTree) -> PyTree:
+def share_by_shape(norms: PyTree, params: PyTree, order: Sequence[str] | None = None) -> PyTree:
     """The original's norm table: keyed by shape, so a later array of equal shape overwrites an earlier one.
 
-    Later means: kernels come before dense and convolution biases, these before the scale and then the bias of batch
-    norms. norms: mean norms (0 counts as 1), one per array of `params`.
+    norms: mean norms (0 counts as 1), one per array of `params`.
+    order: paths of all arrays in the network's order, see `trees.order_of_use`. JAX sorts the names of a tree, so
+    without it the order is a guess: biases of convolutions, then norms, then biases of dense layers, each by name.
+    Raises ValueError for an order that does not name every array once.
     """
     paths = trees.named_leaves(params)
-    rank = {"kernel": 0, "scale": 2}
-
-    def age(path):
-        module, _, leaf = path.rpartition("/")
-        return rank.get(leaf, 3 if f"{module}/scale" in paths else 1)
-
+    order = _guessed_order(paths) if order is None else list(order)
+    if sorted(order) != sorted(paths):
+        raise ValueError(f"order has {len(order)} paths; allowed: each of the {len(paths)} of params once.")
     by_path, table = trees.named_leaves(norms), {}
-    for path in sorted(paths, key=age):  # stable: modules stay in order
+    for path in order:
         table[paths[path].shape] = float(by_path[path]) or 1.0
     return jax.tree.map(lambda leaf: table[leaf.shape], params)
+
+
+def _guessed_order(paths: dict[str, Any]) -> list[str]:
+    def age(path: str) -> int:
+        module, _, name = path.rpartition("/")
+        if name in ("kernel", "scale"):
+            return ("kernel", "scale").index(name) * 2
+        if f"{module}/scale" in paths:
+            return 3
+        kernel = paths.get(f"{module}/kernel")
+        return 4 if kernel is not None and len(kernel.shape) == 2 else 1
+
+    return sorted(paths, key=age)  # stable

@@ -119,16 +119,17 @@ class Writer:
     """Appends rows to `workdir/metrics.jsonl` and their numbers to TensorBoard events in `workdir/tensorboard`.
 
     Both start as exactly `rows_so_far`: what a killed run wrote after its last checkpoint is dropped on resume.
-    Tags are `stage/field`. The step axis is `step` for train rows, `iteration` for SFW-Init, the ratio in tenths of a
-    percent (90 % = 900) for curves and searches of a limit, the quantile likewise for row norms, the probe for spectra,
-    and `visit` otherwise. Rows told apart by more than that get a longer tag: a curve
-    row that is not a first-visit, global, kernels-only, not retrained curve on test data says in what it differs
-    (`curve/accuracy/train`), and once rows of several members have been seen the member is named
-    (`fit/train_loss/member_1`).
+    Events hold every number of the rows, nested ones too, but no lists (spectra, histograms, norms of single groups).
+    Tags are `stage/field` and `stage/field/name`. The step axis is `step` for train rows, `iteration` for SFW-Init, the
+    ratio in billionths (90 % = 900,000,000) for curves, paths and searches of a limit, the quantile likewise for row
+    norms, the probe for spectra, the draw for noise, and `visit` otherwise. Rows told apart by more than that get a
+    longer tag: those of a later visit (`fit/train_loss/visit_2`), those of a curve that is not global, kernels-only,
+    not retrained on test data (`curve/accuracy/train`), and once rows of several members have been seen the member is
+    named (`fit/train_loss/member_1`).
     """
 
     def __init__(self, workdir, rows_so_far: Iterable[dict] = ()):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import FileWriter
 
         workdir = pathlib.Path(workdir)
         rows = list(rows_so_far)
@@ -138,7 +139,7 @@ class Writer:
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
         self._members = set()
-        self._events = SummaryWriter(str(events))
+        self._events = FileWriter(str(events))
         self._file = (workdir / METRICS).open("a", encoding="utf-8")
         self._add_scalars(rows)
 
@@ -160,37 +161,62 @@ class Writer:
         self.close()
 
     def _add_scalars(self, rows: list[dict]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
         self._members |= {row.get("member", 0) for row in rows}
         several = len(self._members) > 1
         for row in map(plain, rows):
-            for tag, value, step in scalars(row):
-                self._events.add_scalar(f"{tag}/member_{row.get('member', 0)}" if several else tag, value, step)
+            member = f"/member_{row.get('member', 0)}" if several else ""
+            found, step = scalars(row)
+            values = [Summary.Value(tag=tag + member, simple_value=value) for tag, value in found.items()]
+            if values:
+                self._events.add_summary(Summary(value=values), step)
         self._events.flush()
 
 
-def scalars(row: dict) -> list[tuple[str, float, int]]:
-    """(tag, value, step) of every number a plain row holds, without those that say which row it is."""
-    skip = {"visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe"}
-    suffix, step = "", row.get("visit", 1)
-    if row["kind"] in ("train", "grow", "remove"):
-        step = row.get("step", row.get("epoch", step))
-    elif row["kind"] == "sfw_init":
-        step = row.get("iteration", step)
-    elif row["kind"] in ("limit", "path", "row_norms"):
-        step = round(1000 * row.get("ratio", row.get("quantile", 0)))
-    elif row["kind"] == "spectrum":
-        step = row.get("probe", 0)
-    elif row["kind"] == "curve":
-        usual = {"split": "test", "selection": "global", "scope": "kernels"}
-        words = [row[key] for key, value in usual.items() if row.get(key, value) != value]
+STEPS = {  # of rows of each kind: the field that is the step axis of their events, and how many steps its unit has
+    "train": ("step", 1),
+    "grow": ("step", 1),
+    "remove": ("step", 1),
+    "sfw_init": ("iteration", 1),
+    "curve": ("ratio", 10**9),
+    "limit": ("ratio", 10**9),
+    "path": ("ratio", 10**9),
+    "row_norms": ("quantile", 10**9),
+    "spectrum": ("probe", 1),
+    "noise": ("draw", 1),
+}
+WHICH = ("visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe", "draw", "layout")
+USUAL = {"split": "test", "selection": "global", "scope": "kernels"}  # what a curve's tag does not name
+
+
+def scalars(row: dict) -> tuple[dict[str, float], int]:
+    """({tag: value} of every number a plain row holds, without those that say which row it is; step)."""
+    visit = row.get("visit", 1)
+    field, unit = STEPS.get(row["kind"], ("visit", 1))
+    words = []
+    if row["kind"] == "curve":
+        words += [row[key] for key, value in USUAL.items() if row.get(key, value) != value]
         words += ["retrained"] * bool(row.get("retrained"))
-        words += [f"visit_{row.get('visit')}"] * (row.get("visit", 1) != 1)
-        suffix, step = "".join(f"/{word}" for word in words), round(1000 * row.get("ratio", 0))
-    return [
-        (f"{row['stage']}/{field}{suffix}", float(value), int(step))
-        for field, value in row.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and field not in skip and "." not in field
-    ]
+    if field != "visit" and visit != 1:
+        words.append(f"visit_{visit}")
+    suffix = "".join(f"/{word}" for word in words)
+    step = row.get(field, row.get("epoch", 0) if field == "step" else 0)
+    told = {key: value for key, value in row.items() if key not in WHICH and "." not in key}
+    found = {f"{row['stage']}/{path}{suffix}": value for path, value in numbers(told).items()}
+    return found, round(unit * step)
+
+
+def numbers(tree: dict, path: str = "") -> dict[str, float]:
+    """The numbers of a nested dict by path; no lists and no truth values."""
+    found = {}
+    for key, value in tree.items():
+        own = f"{path}/{key}" if path else str(key)
+        if isinstance(value, dict):
+            found |= numbers(value, own)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[own] = float(value)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- rows to a page
@@ -323,6 +349,7 @@ def count_networks(rows: list[dict]) -> int:
 
 COLUMNS = {  # column of figures.summary to (heading, unit, factor, decimals; None: no best)
     "dense": ("unpruned", "%", 100, 2),
+    "before": ("after epochs", "", 1, None),
     "channels": ("channels removed", "%", 100, None),
     "weights": ("weights removed", "%", 100, None),
     "pruned": ("pruned", "%", 100, 2),
@@ -336,10 +363,11 @@ COLUMNS = {  # column of figures.summary to (heading, unit, factor, decimals; No
 def cell_text(column: str, cell: tuple[float, float, int]) -> tuple[str, str]:
     """Mean and, over several members, the deviation, as shown; equal epochs need none."""
     mean, std, count = cell
-    count = 1 if column == "epochs" and std == 0 else count
+    whole = column in ("epochs", "before")
+    count = 1 if whole and std == 0 else count
     _, _, factor, decimals = COLUMNS[column]
     if decimals is None:
-        decimals = 0 if column == "epochs" or factor * abs(mean) >= 100 else 1
+        decimals = 0 if whole or factor * abs(mean) >= 100 else 1
     return f"{factor * mean:,.{decimals}f}", f"± {factor * std:,.{decimals}f}" if count > 1 else ""
 
 
@@ -392,7 +420,7 @@ def summary_notes(series: list, table: list, found: list, columns: list[str]) ->
     if "dense" in columns or "pruned" in columns:
         notes.append(f"{kind} accuracy. Unpruned: the network of that line before anything was removed.")
     if "pruned" in columns:
-        notes.append("Pruned: after the last training, with the share removed that stands beside it.")
+        notes.append("Pruned: after the last training, with the share removed that stands before it.")
     if found:
         notes.append("At: with that share of the prunable weights removed.")
     if any(curve.retrained for curve in found):
@@ -536,14 +564,17 @@ def compact_section(series: list, most: int = 60) -> str:
         cells += (
             f'<td class="num">{small:.3g} <small>of {dense:.3g}</small></td>' if times else '<td class="num">–</td>'
         )
-        seed = f", seed {row['seed']}" if "seed" in row else ""
-        body += f'<tr><th scope="row">{esc(label + seed)}</th>{cells}<td class="keep">{esc(speed(row))}</td></tr>'
+        name = label + (f", seed {row['seed']}" if "seed" in row else "")
+        name += f", visit {row['visit']}" if row.get("visit", 1) > 1 else ""
+        body += f'<tr><th scope="row">{esc(name)}</th>{cells}<td class="keep">{esc(speed(row))}</td></tr>'
     table = scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     told = "Compact, of dense. Time: median of whole batches, in alternation."
     warnings = [f"{label}: {row['warning']}." for label, row in found if row.get("warning")]
-    equal = "" if warnings else " Logits of both are equal to rounding."
+    differences = [figures.number(row.get("difference")) for _, row in found]
+    if np.isfinite(differences).any():
+        told += f" Logits of both differ by at most {np.nanmax(differences):.2g} of the largest."
     more = f" The first {most} of {len(found)}." if len(found) > most else ""
-    return table + note(told + equal + more) + "".join(map(note, warnings[:most]))
+    return table + note(told + more) + "".join(map(note, warnings[:most]))
 
 
 def amount(value: float) -> str:
@@ -615,7 +646,8 @@ def figure_sections(
     training = figures.training_panels(series)
     add_lines("training", "Training", training, "Loss and accuracy during training.", ("train", "test"))
     histograms = [figures.histogram(one) for one in series]
-    caption = "Weight magnitudes after training; weights that are exactly zero are off the axis and in the table."
+    caption = "Weight magnitudes; weights that are exactly zero are off the axis and in the table."
+    caption += last_visit(series, "histogram")
     extra = bins_table(labels, histograms)
     add_lines("magnitudes", "Weight magnitudes", figures.histogram_panels(series), caption, extra=extra)
     layers, pruned_only = [], {curve.series for curve in found if curve.layers and not curve.retrained}
@@ -628,7 +660,8 @@ def figure_sections(
     if layers:
         caption = "Share of each layer's weights that is kept, in percent, by the share removed from the network."
         fold = f"{len(layers)} heat maps" if len(layers) > 6 else ""
-        add("layers", "Sparsity by layer", figures.layer_figure("layers", layers), caption, fold=fold)
+        drawing = figures.layer_figure("layers", layers)
+        add("layers", "Sparsity by layer", drawing, caption, zeros_table(labels, found), fold)
     layout, kept = figures.group_layout(series)
     if layout.get("kernels"):
         caption = "Channels that only go together, a row each, and the layers that have a part in them."
@@ -641,6 +674,7 @@ def figure_sections(
         caption = "Share of each group's channels that is kept, in percent, by the share removed from the network."
         add("channels", "Channels by group", figures.layer_figure("channels", rounds, what="channels"), caption)
     caption = "Loss on the batch before and after the SFW step whose result SFW-Init minimises."
+    caption += last_visit(series, "sfw_init")
     panels = figures.sfw_init_panels(series)
     add_lines("sfw_init", "SFW-Init", panels, caption, ("after the step", "before the step"))
     grown = [found for label, one in zip(labels, series) for found in growing_figures.logs(one._replace(label=label))]
@@ -651,6 +685,12 @@ def figure_sections(
     for name in NAMES - {pathlib.Path(name).stem for name in written}:
         (folder / f"{name}.png").unlink(missing_ok=True)
     return result
+
+
+def last_visit(series: list, kind: str) -> str:
+    """A sentence for figures of rows of which only those of the last visit are drawn; "" if there are no others."""
+    visits = [{(row.get("stage"), row.get("visit")) for row in one.rows if row.get("kind") == kind} for one in series]
+    return " Of several visits of a stage the last one." if any(len(own) > 1 for own in visits) else ""
 
 
 NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "groups", "channels", "sfw_init"}
@@ -725,6 +765,32 @@ def bins_table(labels: list[str], histograms: list) -> str:
             body += f'<tr><th scope="row">{swatch(i)}{esc(label)}</th>{cells}</tr>'
     head = f'<thead><tr><th scope="col">weights with |w|</th>{head}</tr></thead>'
     return scroll(f"<table>{head}<tbody>{body}</tbody></table>")
+
+
+def zeros_table(labels: list[str], found: list) -> str:
+    """Share of zeros in the arrays that were pruned and in all parameters, at the usual ratios; "" if rows lack it."""
+    stops = [
+        stop for stop in figures.LAYER_STOPS if any(np.abs(curve.ratio - stop).min() <= figures.NEAR for curve in found)
+    ]
+    known = [curve for curve in found if np.isfinite(curve.zeros_of_all).any()]
+    if not known or not stops:
+        return ""
+    head = "".join(f'<th scope="col" class="num">{100 * stop:g}%</th>' for stop in stops)
+    body = ""
+    for curve in known:
+        cells = ""
+        for stop in stops:
+            pair = (figures.at_ratio(curve, values, stop) for values in (curve.zeros, curve.zeros_of_all))
+            texts = [f"{100 * figures.mean_std(values[:, None])[0][0]:.2f}" for values in pair]
+            cells += f'<td class="num">{" <small>of all ".join(texts)}</small></td>' if "nan" not in texts else DASH
+        name = ", ".join(filter(None, (labels[curve.series], curve.variant)))
+        body += f'<tr><th scope="row">{swatch(curve.series)}{esc(name)}</th>{cells}</tr>'
+    head = f'<thead><tr><th scope="col">zeros in %, by share removed</th>{head}</tr></thead>'
+    told = "Zeros in the arrays that may be pruned; of all: in all parameters of the network."
+    return scroll(f"<table>{head}<tbody>{body}</tbody></table>") + note(told)
+
+
+DASH = '<td class="num">–</td>'
 
 
 def prune_section(series: list, limit: int = 60) -> str:

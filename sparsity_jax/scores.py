@@ -44,14 +44,10 @@ class Statistics(NamedTuple):
     saliency: PyTree = None
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
-
-
 # The measures ----------------------------------------------------------------------------------------------------
 
 _sum = functools.partial(jnp.sum, axis=-1)
-_norm = functools.partial(jnp.linalg.norm, axis=-1)
+_norm = functools.partial(trees.norm_along, axis=-1)
 _abs_sum = lambda rows: jnp.abs(_sum(rows))
 
 
@@ -64,7 +60,7 @@ def _distances(rows: jax.Array) -> jax.Array:
 
 def _layer_adaptive(rows: jax.Array) -> jax.Array:
     """Squared norm over the sum of those at least as large, in (0, 1]; a row of zeros scores 0."""
-    squares = _sum(jnp.square(rows))
+    squares = _sum(jnp.square(rows / trees.scale_of(rows)))  # only their ratios matter
     at_least = _sum(jnp.where(squares >= squares[:, None], squares, 0))
     return squares / jnp.where(at_least == 0, 1, at_least)
 
@@ -116,7 +112,7 @@ AGGREGATES = {
     "producer": lambda scores: jnp.mean(scores, 0),
     "sum": lambda scores: jnp.sum(scores, 0),
     "mean": lambda scores: jnp.mean(scores, 0),
-    "l2": lambda scores: jnp.sqrt(jnp.sum(jnp.square(scores), 0)),
+    "l2": functools.partial(trees.norm_along, axis=0),
 }
 
 
@@ -180,7 +176,7 @@ def gather(
     temperatures = {name: value for name, value in known.items() if name in needs}
 
     def moments(params, _, batch, temperature):
-        g = jax.tree.map(_wide, jax.grad(loss)(params, batch, temperature))
+        g = jax.tree.map(trees.widen, jax.grad(loss)(params, batch, temperature))
         return {"g": g, "g2": jax.tree.map(jnp.square, g)} if "g2" in needs else {"g": g}
 
     def product(params, vector, batch, temperature):
@@ -192,7 +188,7 @@ def gather(
         for given, kind, users in ((data, "data", first), (balanced, "balanced", temperatures), (init, "init", ["w0"])):
             if given is None and (names := [name for name in users if name in needs]):
                 raise ValueError(f"{' and '.join(names)} cannot be gathered: {kind} is missing.")
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), params)
         start = {"g": zeros, "g2": zeros} if "g2" in needs else {"g": zeros}
         found = mean_moments(start, params, None, data, temperature) if first else {}
         found = {name: found[name] for name in first}
@@ -269,7 +265,7 @@ def of_one_batch(params: PyTree, grads: PyTree, *, squared: bool = True) -> Stat
 
     squared=False leaves g2 the plain gradient, as the original code does for `fisher` and `nvidia` in this case.
     """
-    grads = jax.tree.map(_wide, grads)
+    grads = jax.tree.map(trees.widen, grads)
     g2 = jax.tree.map(jnp.square, grads) if squared else grads
     return Statistics(w=params, g=grads, g2=g2, saliency=weight_saliency(params, grads))
 
@@ -287,7 +283,7 @@ def check_finite(statistics: Statistics) -> None:
 
 def weight_saliency(params: PyTree, grads: PyTree, *, use_l2: bool = False, init: PyTree = None) -> PyTree:
     """abs(w g) of every weight, times abs(w) if `use_l2`, or times abs(w - init) if `init` is given too."""
-    saliency = jax.tree.map(lambda w, g: _abs_product(_wide(w), _wide(g)), params, grads)
+    saliency = jax.tree.map(lambda w, g: _abs_product(trees.widen(w), trees.widen(g)), params, grads)
     if not use_l2:
         return saliency
     distance = params if init is None else jax.tree.map(jnp.subtract, params, init)
@@ -326,8 +322,8 @@ def tracker(
     first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
 
     def init(params):
-        shapes = jax.eval_shape(statistic, params, params)
-        return TrackerState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        zeros = jax.tree.map(jnp.zeros_like, statistic(params, params))  # divided among devices as its values
+        return TrackerState(jnp.zeros((), jnp.int32), zeros)
 
     def update(state, params, grads):
         step = state.step if steps_per_epoch is None else state.step % steps_per_epoch
@@ -409,7 +405,7 @@ def score(
     members = [member for member in group.members if not (skip and re.fullmatch(skip, member.path))]
 
     def one(member):
-        arrays = {field: _wide(_leaf(leaves[field], member.path, field)) for field in needed}
+        arrays = {field: trees.widen(_leaf(leaves[field], member.path, field)) for field in needed}
         values = measure.value(*(arrays[field] for field in measure.needs))
         if _multiplies(measure, use_l2):
             values = values * jnp.abs(arrays["w"] - arrays["w0"] if use_init else arrays["w"])

@@ -225,4 +225,4 @@ def one_hot(like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> di
 def row_norm(matvec: Callable, like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> jax.Array:
     """L1 norm of the row of A that belongs to entry `index` of `params[path]`, by one product."""
     row = matvec(one_hot(like, path, index))
-    return sum(jnp.sum(jnp.abs(leaf)) for leaf in row.values())
+    return sum(map(trees.absolute_sum, row.values()))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import allocate, data, gradinit, losses, masks, optim, stopping, tables, train, trees
+from sparsity_jax import allocate, data, gradinit, groups, losses, masks, optim, stopping, tables, train, trees
 
 PyTree = Any
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
@@ -263,17 +263,26 @@ def prune_options(
     ratio: tables.Fraction,
     selection: str = "global",
     scope: Literal["", "kernels", "all"] = "",
-    count: Literal["", "nearest", "original", "ceil"] = "",
+    count: Literal["", "nearest", "per_layer", "original", "ceil"] = "",
     granularity: Literal["", "filter", "channel"] = "",
-    layer_ratios: Literal["", "uniform", "erk"] = "",
+    layer_ratios: Literal["", "uniform", "erk", "erk_original"] = "",
+    layers: Literal["", "convolutions", "all"] = "",
+    include: str = "",
+    exclude: str = "",
 ) -> Prune:
     """Prunes the network for good: later training keeps the pruned weights at zero, unless its start is `init`.
 
     ratio: share removed, with what was pruned before. selection: `global`, `layerwise`, `random` or `structured`; the
-    other fields are options of the selection (empty: its default): scope, count, granularity, layer_ratios.
+    other fields are options of the selection (empty: its default), see `allocate.keep_counts`: scope, count,
+    granularity, layer_ratios; layers: `structured` takes `all` layers or `convolutions` only; include, exclude:
+    patterns of arrays. `structured` removes the filters of each layer alone, also where a residual sum adds to them,
+    with the scale and shift of the norm behind them and their bias.
     """
-    given = dict(scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios)
+    given = dict(scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios, layers=layers)
+    given |= dict(include=include, exclude=exclude)
     options = {name: value for name, value in given.items() if value}
+    for name, pattern in (("include", include), ("exclude", exclude)):
+        trees.check_pattern(pattern, f"{where}.{name}")
     return Prune(ratio, selection, tuple(sorted(allocate.check(selection, options, where).items())))
 
 
@@ -282,13 +291,16 @@ def shapes_of(problem: train.Problem) -> PyTree:
     return jax.eval_shape(problem.init, jax.random.key(0))["params"]
 
 
-def check_weights(problem: train.Problem, state: train.State, name: str) -> None:
-    """Raises train.NonFiniteLossError where a weight is not finite before the stage `name`, with member and array."""
-    for i in range(problem.members or 1):
-        member = f", member {i}" if problem.members else ""
-        own = state.params if problem.members is None else jax.tree.map(lambda leaf, i=i: leaf[i], state.params)
+def check_weights(problem: train.Problem, state: train.State, where: str) -> None:
+    """Raises NonFiniteLossError, naming member and array, unless weights and running statistics are finite.
+
+    The runner hands every network on through here, so that no stage selects among NaN. where: begins the sentence.
+    """
+    for member in range(problem.members or 1):
+        own = member_state(problem, state, member)
+        named = f"{where}, member {member}" if problem.members else where
         try:
-            trees.check_finite(own, f"config.{name}{member}: weights")
+            trees.check_finite(dict(params=own.params, batch_stats=own.batch_stats), named)
         except ValueError as error:
             raise train.NonFiniteLossError(str(error)) from None
 
@@ -298,22 +310,67 @@ def on_host(problem: train.Problem) -> bool:
     return train.convolves(shapes_of(problem)) and jax.default_backend() == "cpu"
 
 
+def filters_of(problem: train.Problem) -> groups.Channels:
+    """Channels of the network as a function of its params alone: each side of a residual sum may lose its own."""
+
+    def make():
+        variables = jax.eval_shape(problem.init, jax.random.key(0))
+        fixed = {name: tree for name, tree in variables.items() if name != "params"}
+        fixed = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), fixed)  # statistics are never masked
+        image = jax.ShapeDtypeStruct((2, *problem.dataset.test.images.shape[1:]), jnp.float32)
+        apply = lambda params, images: problem.model.apply({**fixed, "params": params}, images)
+        return groups.trace(apply, variables["params"], image, branches="separate")
+
+    return problem.once("filters", make)
+
+
+def selecting(problem: train.Problem, chosen: "Prune | Curve") -> dict[str, Any]:
+    """Keyword arguments of `allocate.keep_counts` and `keep_masks`."""
+    channels = filters_of(problem) if chosen.selection == "structured" else None
+    return dict(chosen.options, selection=chosen.selection, channels=channels)
+
+
+def check_network(problem: train.Problem, chosen: Any, where: str) -> None:
+    """Raises ConfigError for a selection that does not fit the network: before anything trains."""
+    if isinstance(chosen, (Prune, Curve)):
+        try:
+            allocate.keep_counts(shapes_of(problem), 0.0, **selecting(problem, chosen))
+        except ValueError as error:
+            raise tables.ConfigError(f"{where}: {error}") from None
+
+
 def run_prune(problem, state, settings, place, rows) -> Iterator[train.Update]:
     del rows
-    chosen, options = settings[0], dict(settings[0].options)
-    counts = allocate.keep_counts(shapes_of(problem), chosen.ratio, selection=chosen.selection, **options)
+    chosen, options = settings[0], selecting(problem, settings[0])
+    counts = allocate.keep_counts(shapes_of(problem), chosen.ratio, **options)
 
     def cut(state, counts):
         key = train.stage_key(state.key, place.position)
-        kept = allocate.keep_masks(state.params, counts, key, selection=chosen.selection, before=state.masks, **options)
-        kept = jax.tree.map(jnp.logical_and, kept, state.masks)
+        kept = allocate.keep_masks(state.params, counts, key, before=state.masks, **options)
         params = masks.apply(state.params, kept)
-        return state._replace(params=params, masks=kept), layer_sparsity(params)
+        return state._replace(params=params, masks=kept), sparsity(params, kept, options)
 
     name = ("prune", place.position if chosen.selection == "random" else 0, chosen._replace(ratio=0.0))
-    state, layers = problem.once(name, lambda: jax.jit(problem.lift(cut, (0, None))))(state, counts)
+    state, found = problem.once(name, lambda: jax.jit(problem.lift(cut, (0, None))))(state, counts)
     common = dict(ratio=chosen.ratio, selection=chosen.selection)
-    yield train.Update(state, train.member_rows(problem, dict(layers=layers), **common), 1.0)
+    common |= dict(num_prunable=trees.size(choosable(shapes_of(problem), options)))
+    yield train.Update(state, train.member_rows(problem, found, **common), 1.0)
+
+
+def sparsity(params: PyTree, kept: PyTree, options: dict[str, Any]) -> dict[str, Any]:
+    """num_kept entries of the arrays that may be pruned; shares of zeros: `sparsity` in these arrays, `sparsity_all`
+    in all parameters, and `layers` in every kernel."""
+    alive = choosable(kept, options)
+    num_kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in alive.values())
+    chosen = {path: trees.named_leaves(params)[path] for path in alive}
+    shares = dict(sparsity=masks.sparsity(chosen), sparsity_all=masks.sparsity(params))
+    return dict(num_kept=num_kept, layers=layer_sparsity(params), **shares)
+
+
+def choosable(tree: PyTree, options: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of `tree` that may be pruned."""
+    patterns = {name: options.get(name, "") for name in ("include", "exclude")}
+    return allocate.prunable(tree, options.get("scope", "kernels"), **patterns)
 
 
 def layer_sparsity(params: PyTree) -> dict[str, jax.Array]:
@@ -339,27 +396,24 @@ def curve_options(
     splits: tuple[Literal["test", "train"], ...] = ("test",),
     selection: str = "global",
     scope: Literal["", "kernels", "all"] = "",
-    count: Literal["", "nearest", "original", "ceil"] = "",
+    count: Literal["", "nearest", "per_layer", "original", "ceil"] = "",
     granularity: Literal["", "filter", "channel"] = "",
-    layer_ratios: Literal["", "uniform", "erk"] = "",
+    layer_ratios: Literal["", "uniform", "erk", "erk_original"] = "",
+    layers: Literal["", "convolutions", "all"] = "",
+    include: str = "",
+    exclude: str = "",
     retrain: str = "",
 ) -> Curve:
     """Accuracy and loss of the trained network pruned at every ratio; the network itself stays as it is.
 
-    ratios: shares removed. splits: evaluated on. selection, scope, count, granularity, layer_ratios: see `prune`.
+    ratios: shares removed. splits: evaluated on. selection, scope, count, granularity, layer_ratios, layers, include,
+    exclude: see `prune`.
     retrain: name of a `train` config to run at every ratio, from the same trained state, before evaluating.
     """
     if not ratios or not splits:
         raise tables.ConfigError(f"{where}.ratios and .splits must not be empty.")
-    cut = prune_options(
-        where,
-        ratio=0.0,
-        selection=selection,
-        scope=scope,
-        count=count,
-        granularity=granularity,
-        layer_ratios=layer_ratios,
-    )
+    options = dict(scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios, layers=layers)
+    cut = prune_options(where, ratio=0.0, selection=selection, include=include, exclude=exclude, **options)
     return Curve(ratios, splits, selection, cut.options, retrain)
 
 
@@ -369,13 +423,12 @@ def pruned_results(problem: train.Problem, chosen: Curve, position: int) -> tupl
     prune(state, counts) -> masks; measure(state, counts, *arrays of every split) -> (loss and accuracy by split, more),
     or on streamed data measure(state, counts) -> (params and batch_stats to evaluate, more).
     """
-    options = dict(chosen.options)
+    options = selecting(problem, chosen)
     evaluators = {split: train.evaluation(problem, split) for split in chosen.splits if not problem.streamed}
 
     def prune(state, counts):
         key = train.stage_key(state.key, position)
-        kept = allocate.keep_masks(state.params, counts, key, selection=chosen.selection, before=state.masks, **options)
-        return jax.tree.map(jnp.logical_and, kept, state.masks)
+        return allocate.keep_masks(state.params, counts, key, before=state.masks, **options)
 
     def measure(state, counts, *arrays):
         """Results on all splits of the network pruned to `counts`: one program for all ratios."""
@@ -386,9 +439,7 @@ def pruned_results(problem: train.Problem, chosen: Curve, position: int) -> tupl
         for i, (split, evaluate) in enumerate(evaluators.items()):
             loss, accuracy = evaluate(params, state.batch_stats, *arrays[2 * i : 2 * i + 2])
             found[split] = dict(loss=loss, accuracy=accuracy)
-        alive = allocate.prunable(kept, options.get("scope", "kernels"))
-        num_kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in alive.values())
-        return found, dict(num_kept=num_kept, layers=layer_sparsity(params))
+        return found, sparsity(params, kept, options)
 
     return prune, measure
 
@@ -418,9 +469,10 @@ def pruned_evaluation(
     _, measure = pruned_results(problem, chosen, place.position)
     compiled = problem.once(("pruned evaluation", static), lambda: jax.jit(measure))
     inputs, shapes = split_arrays(problem, chosen), shapes_of(problem)
+    options = selecting(problem, chosen)
 
     def evaluate(ratio):
-        counts = allocate.keep_counts(shapes, ratio, selection=chosen.selection, **dict(chosen.options))
+        counts = allocate.keep_counts(shapes, ratio, **options)
         ((found, _),) = read_results(problem, chosen, [compiled(state, counts, *inputs)])
         return {name: float(value) for name, value in found[chosen.splits[0]].items()}
 
@@ -428,11 +480,11 @@ def pruned_evaluation(
 
 
 def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    chosen, options = settings[0], dict(settings[0].options)
+    chosen, options = settings[0], selecting(problem, settings[0])
     shapes = shapes_of(problem)
     prune, measure = pruned_results(problem, chosen, place.position)
     fixed = dict(
-        num_prunable=trees.size(allocate.prunable(shapes, options.get("scope", "kernels"))),
+        num_prunable=trees.size(choosable(shapes, options)),
         selection=chosen.selection,
         scope=options.get("scope", "kernels"),
         retrained=bool(chosen.retrain),
@@ -460,7 +512,7 @@ def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
         if i < done:
             continue
         stopping.check()
-        counts = allocate.keep_counts(shapes, ratio, selection=chosen.selection, **options)
+        counts = allocate.keep_counts(shapes, ratio, **options)
         current = state
         if chosen.retrain:
             current = begin_fit(problem, state._replace(masks=pruned(state, counts)), fits, numbers)

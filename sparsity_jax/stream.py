@@ -4,12 +4,14 @@
 processes. What a batch holds depends on the seed and the step only, so a training goes on anywhere with the same bits.
 """
 
+import atexit
 import contextlib
 import functools
 import math
-import multiprocessing
+import multiprocessing.util  # before `close_all` is registered, so that its own end comes after that
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,17 +20,22 @@ import jax
 import numpy as np
 from absl import flags
 
-from sparsity_jax import data
+from sparsity_jax import data, decoding, sources
+from sparsity_jax.decoding import jpeg_shape
 from sparsity_jax.tables import ConfigError
 
+REDUCED = {1: 0, 2: 16, 4: 32, 8: decoding.SMALLEST}  # OpenCV's flags that decode a JPEG at 1/n of its size
 ON_DEVICE = 2  # batches that wait on the device
+SHUFFLED_WHOLE = 50_000  # images up to which every epoch's order is a permutation in memory
+REPLACEMENTS = 100  # images drawn in the place of one that cannot be decoded
+OPEN: "weakref.WeakSet[Iterator]" = weakref.WeakSet()  # readers that are not closed
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 class Example(NamedTuple):
     image: np.ndarray  # uint8 [H, W, C]
     label: int  # -1: does not count
-    unreadable: tuple[str, ...]  # images that could not be decoded on the way to this one
+    unreadable: tuple[str, ...]  # the image that should have been here, if it could not be decoded
 
 
 class Batch(NamedTuple):
@@ -50,12 +57,14 @@ def train_batches(
     epochs: int,
     start: int = 0,
     put: Callable = jax.device_put,
+    lost: Sequence[str] = (),
 ) -> Iterator[Batch]:
     """The batches of a whole training from step `start` on; close it to stop reading.
 
     Every epoch visits the images in a new order, without those that do not fill a batch, and crops each at random.
-    seed: non-negative integers. put((images, labels)) -> both where they are used.
-    Raises ConfigError for a batch_size above the number of images.
+    seed: non-negative integers. put((images, labels)) -> both where they are used. lost: images found unreadable by
+    the steps before `start`.
+    Raises ConfigError for a batch_size above the number of images, and when too many images cannot be decoded.
     """
     import grain  # a second to import, needed by streams only
 
@@ -63,14 +72,63 @@ def train_batches(
         raise ConfigError(f"batch_size is {batch_size}; allowed: up to {images.shape[0]}, the images.")
     size = images.shape[0] // batch_size * batch_size
     numbers = np.random.SeedSequence(seed).generate_state(epochs).tolist()
-    every = grain.MapDataset.range(images.shape[0])
-    order = grain.MapDataset.concatenate([every.shuffle(seed=number)[:size] for number in numbers])
+    if images.shape[0] <= SHUFFLED_WHOLE:
+        order = grain.MapDataset.source(Order(images.shape[0], size, numbers))
+    else:
+        every = grain.MapDataset.range(images.shape[0])
+        order = grain.MapDataset.concatenate([every.shuffle(seed=number)[:size] for number in numbers])
 
     def cropped(position: int, index: int) -> Example:
-        draw = lambda height, width: random_box(np.random.default_rng([*seed, position]), height, width, images.options)
-        return example(images, index, draw)
+        rng = functools.partial(np.random.default_rng, [*seed, position])
+        draw = lambda height, width: random_box(rng(), height, width, images.options)
+        found = example(images, index, draw)
+        return found if found.label >= 0 else replacement(images, found, draw, [*seed, position, index])
 
-    return read_ahead(images, order.map_with_index(cropped)[start * batch_size :], batch_size, put)
+    order = order.map_with_index(cropped)[start * batch_size :]
+    return until_lost(images, functools.partial(read_ahead, images, order, batch_size, put), lost)
+
+
+class Order(NamedTuple):
+    """The images of every epoch one after the other: the first `size` of a permutation of all `total`."""
+
+    total: int
+    size: int
+    numbers: Sequence[int]  # seed of each epoch
+
+    def __len__(self) -> int:
+        return self.size * len(self.numbers)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, at = divmod(position, self.size)
+        return int(permutation(self.total, self.numbers[epoch])[at])
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(total: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(total)
+
+
+def until_lost(images: data.Stream, read: Callable, lost: Sequence[str] = ()) -> Iterator[Batch]:
+    """The batches of `read()`, until more than the allowed share of the split's images are lost."""
+    batches = counted(images, read, lost)
+    OPEN.add(batches)
+    return batches
+
+
+@atexit.register
+def close_all() -> None:
+    """Readers that nobody closed end before the interpreter does, which would complain about them."""
+    for batches in list(OPEN):
+        batches.close()
+
+
+def counted(images: data.Stream, read: Callable, lost: Sequence[str]) -> Iterator[Batch]:
+    names = set(lost)
+    with contextlib.closing(read()) as batches:
+        for batch in batches:
+            names.update(batch.unreadable)
+            data.check_losses(sorted(names), images.shape[0], images.options)
+            yield batch
 
 
 def eval_batches(
@@ -81,7 +139,8 @@ def eval_batches(
 
     order = grain.MapDataset.source(range(images.shape[0]) if indices is None else [int(i) for i in indices])
     draw = functools.partial(central_box, options=images.options)
-    return read_ahead(images, order.map(lambda index: example(images, index, draw, replace=False)), batch_size, put)
+    order = order.map(lambda index: example(images, index, draw))
+    return until_lost(images, functools.partial(read_ahead, images, order, batch_size, put))
 
 
 def examples(images: data.Stream, indices: Sequence[int], batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -105,19 +164,31 @@ def read_ahead(images: data.Stream, found: Any, batch_size: int, put: Callable) 
     cv2.setNumThreads(1)  # images are what runs side by side
     workers, prefetch = images.options["workers"], images.options["prefetch"]
     stack = functools.partial(stack_examples, batch_size)
-    if workers:
+    if workers > 0:
+        check_main_guard()
         if not flags.FLAGS.is_parsed():  # where no command line was; grain asks for flags of its own
             flags.FLAGS.mark_as_parsed()
         own = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=math.ceil(prefetch / workers))
         batches = found.batch(batch_size, batch_fn=stack).to_iter_dataset(own)
+        copied = grain.experimental.DatasetOptions(min_shm_size=2**62)  # shared memory outlives a reader that is closed
+        batches = grain.experimental.WithOptionsIterDataset(batches, copied)
         batches = batches.mp_prefetch(options, worker_init_fn=begin_worker)
     else:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = data.usable_cores()
         own = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, prefetch * batch_size))
         batches = found.to_iter_dataset(own).batch(batch_size, batch_fn=stack)
     placed = batches.map(lambda batch: Batch(*put(batch[:2]), batch.unreadable))
     return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=ON_DEVICE))
+
+
+def check_main_guard() -> None:
+    """Raises ConfigError in a process that is only being started to read, and runs its starter's script again."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ConfigError(
+            "config.data.workers starts processes, which import this script again; put the part that reads under "
+            "`if __name__ == '__main__':`, or set workers to 0."
+        )
 
 
 def stack_examples(batch_size: int, found: Sequence[Example]) -> Batch:
@@ -145,72 +216,60 @@ def begin_worker(index: int, count: int) -> None:
 # One image ---------------------------------------------------------------------------------------------------
 
 
-def example(images: data.Stream, index: int, draw: Callable[[int, int], Box], *, replace: bool = True) -> Example:
+def example(images: data.Stream, index: int, draw: Callable[[int, int], Box]) -> Example:
     """Image `index` of the split, of which `draw(height, width)` says the part to use.
 
-    An image that cannot be decoded raises ConfigError, or with `unreadable="skip"` gives its place to the next of the
-    split that can; without `replace` to a black image that does not count.
+    An image that cannot be decoded raises ConfigError, or with `unreadable="skip"` becomes a black one that does not
+    count.
     """
-    total, size, _, channels = images.shape
-    names = ()
-    for step in range(total if replace else 1):
-        stored = int(images.indices[(index + step) % total])
-        name = images.source.describe(stored)
-        try:
-            ((payload, label),) = images.source.read([stored])
-            image = part(payload, size, draw)
-            reason = f"{name} is not an image that can be decoded; is it damaged?"
-        except ConfigError as error:  # the file or record itself cannot be read
-            image, reason = None, str(error)
-        if image is not None:
-            check_example(images, image, label, name)
-            return Example(data.fit(image, 0, channels), label, names)
+    _, size, _, channels = images.shape
+    stored = int(images.indices[index])
+    name = images.source.describe(stored)
+    try:
+        ((payload, label),) = images.source.read([stored])
+        image = part(payload, size, draw, upright=images.options["orientation"] == "exif")
+        if image is None:
+            raise sources.UnreadableError(f"{name} {decoding.why_not(payload)}")
+    except sources.UnreadableError as error:
         if images.options["unreadable"] == "stop":
-            raise ConfigError(f"{reason} config.data.unreadable='skip' goes on without such images and counts them.")
-        names += (name,)
-    if replace:
-        raise ConfigError(f"{names[0]} and all other images of its split cannot be decoded.")
-    return Example(np.zeros(images.shape[1:], np.uint8), -1, names)
-
-
-def check_example(images: data.Stream, image: np.ndarray, label: int, name: str) -> None:
-    if image.ndim == 3 and images.shape[3] == 1 and not images.options["channels"]:
+            hint = "config.data.unreadable='skip' goes on without such images and counts them."
+            raise ConfigError(f"{error} {hint}") from None
+        return Example(np.zeros(images.shape[1:], np.uint8), -1, (name,))
+    sources.check_label(label, images.num_classes, name)
+    if image.ndim == 3 and channels == 1 and not images.options["channels"]:
         raise ConfigError(f"{name} is in colour, the set is grey; set config.data.channels to 1 or 3.")
-    if not 0 <= label < images.num_classes:
-        raise ConfigError(
-            f"{name} has the label {label} where 0..{images.num_classes - 1} are classes; unlabelled splits cannot be "
-            "used, name another one through config.data.train_split or test_split."
-        )
+    return Example(decoding.fit(image, 0, channels), label, ())
 
 
-def part(payload: Any, size: int, draw: Callable[[int, int], Box]) -> np.ndarray | None:
-    """The part `draw(height, width)` of an image, resized to [size, size] as `data.fit` does; None if it is damaged.
+def replacement(images: data.Stream, lost: Example, draw: Callable[[int, int], Box], seed: Sequence[int]) -> Example:
+    """A random image of the split in the place of a lost one, which alone counts as unreadable."""
+    for index in np.random.default_rng(seed).integers(images.shape[0], size=REPLACEMENTS):
+        found = example(images, int(index), draw)
+        if found.label >= 0:
+            return found._replace(unreadable=lost.unreadable)
+    raise ConfigError(
+        f"{lost.unreadable[0]} cannot be decoded, nor can {REPLACEMENTS} other images of its split drawn instead."
+    )
+
+
+def part(payload: Any, size: int, draw: Callable[[int, int], Box], *, upright: bool = False) -> np.ndarray | None:
+    """The part `draw(height, width)` of an image, resized to [size, size] by `decoding.resize`; None if it is damaged.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which takes a fraction of the time, where the part stays at least
-    `size` on both sides; its edges are then rounded to the coarser pixels.
+    `size` on both sides; its edges are then rounded to the coarser pixels. upright: as in `decoding.decode`, before
+    the part is taken.
     """
     shape = jpeg_shape(payload) if isinstance(payload, bytes) else None
+    if shape and upright and decoding.orientation(payload) >= 5:
+        shape = shape[::-1]
     box = draw(*shape) if shape else None
     reduced = max(r for r in (1, 2, 4, 8) if r == 1 or min(box[2:]) >= r * size) if shape else 1
-    image = data.decode(payload, {1: 0, 2: 16, 4: 32, 8: 64}[reduced]) if shape else data.as_array(payload)
+    image = data.as_array(payload, REDUCED[reduced], upright=upright)
     if image is None:
         return None
     top, left, height, width = box or draw(*image.shape[:2])
     rows, columns = (slice(round(a / reduced), round((a + n) / reduced)) for a, n in ((top, height), (left, width)))
-    image = image[rows, columns]
-    method = cv2.INTER_AREA if min(image.shape[:2]) > size else cv2.INTER_LINEAR
-    return image if image.shape[:2] == (size, size) else cv2.resize(image, (size, size), interpolation=method)
-
-
-def jpeg_shape(encoded: bytes) -> tuple[int, int] | None:
-    """(height, width) in the frame header of a JPEG; None if `encoded` is something else, or not a plain one."""
-    at = 2 if encoded[:2] == b"\xff\xd8" else len(encoded)
-    while at + 9 <= len(encoded) and encoded[at] == 0xFF:
-        if 0xC0 <= encoded[at + 1] <= 0xCF and encoded[at + 1] not in (0xC4, 0xC8, 0xCC):
-            height, width = (int.from_bytes(encoded[at + i : at + i + 2], "big") for i in (5, 7))
-            return (height, width) if height and width else None
-        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
-    return None
+    return decoding.resize(image[rows, columns], size, size)
 
 
 def central_box(height: int, width: int, options: dict[str, Any]) -> Box:

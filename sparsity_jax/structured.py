@@ -5,6 +5,7 @@ channels come from the trace of the network (`groups`), so any network of the zo
 Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `scores` and `budgets`.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -117,9 +118,9 @@ def cut_options(
     original) or of all that read or make it. branches: `tied` removes what a residual sum adds together; `separate`
     masks each of its sides alone, as the original does, and cannot be compacted there. use_l2, use_init: see
     `scores.score`.
-    imp_samples: train examples that gradients are averaged over, or all if there are fewer; Hessian products take
-    equally many of every class, no more than the rarest has; batch_size: of their batches; temperature: divides the
-    logits, those of Hessian products have their own.
+    imp_samples: train examples (which ones: see `config.sample`) that gradients are averaged over, or all if there are
+    fewer; Hessian products take equally many of every class, no more than the rarest has; batch_size: of their batches;
+    temperature: divides the logits, those of Hessian products have their own.
     min_share: int(min_share * channels) + 1 of each group stay; protect: which, see `budgets`. multiple: what is left
     of each group is rounded up to a multiple of it, and every round makes up for that of the one before.
     exclude: pattern of names of groups left whole and uncounted. skip: pattern of arrays that scores do not read.
@@ -260,7 +261,8 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
     if chosen.balanced:
         classes, known = problem.dataset.num_classes, problem.dataset.train.labels
         rarest = int(np.bincount(known, minlength=classes).min())
-        index = scores.class_balanced(known, classes, min(len(labels), classes * rarest))
+        order = problem.sample.order(len(known))
+        index = order[scores.class_balanced(known[order], classes, min(len(labels), classes * rarest))]
         balanced = (problem.train_images[index], problem.train_labels[index])
     collect = scores.gather(
         loss,
@@ -309,7 +311,7 @@ def select(problem: train.Problem, chosen: Cut, found: dict, alive: dict, place:
         counts = {}
         for name, share in trees.match_rules(sizes, chosen.rules).items():
             density = 1.0 if _excluded(chosen, name) else float(chosen.plan(place.visits, share).density[i])
-            counts[name] = sizes[name] - int((1 - density) * sizes[name] + 1e-9)
+            counts[name] = sizes[name] - masks.count_of(1 - density, sizes[name], math.floor)
         del common["exclude"]
         keep = budgets.select_to_counts(found, counts, **common)
     elif chosen.budget == "channels":
@@ -355,7 +357,7 @@ def run_cut(problem, state, settings, place, rows) -> Iterator[train.Update]:
         found[i].append(
             dict(
                 measure=chosen.measure,
-                ratio=1 - (num / total if chosen.rules else float(chosen.plan(place.visits).density[place.visit - 1])),
+                ratio=1 - num / total,
                 budget=chosen.budget,
                 round=place.visit,
                 num_kept=num,

@@ -3,22 +3,26 @@
     params = surgery.reinitialize(params, masks, key)                    # before fine-tuning
     noisy = surgery.add_noise(params, key, std=0.1, relative=True, pattern=".*/kernel")
 
-Kernels are laid out as Flax's, [..., in, out]. Both work under jit and vmap.
+Both work under jit and vmap.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sparsity_jax import masks, tables, trees
+from sparsity_jax import groups, kernels, masks, tables, trees
 
 PyTree = Any
 
 
 def normal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 2**0.5) -> jax.Array:
-    """N(0, gain^2 / fan_in); the gain is right for ReLU. Source: He et al. 2015, arXiv:1502.01852."""
+    """N(0, gain^2 / fan_in); the gain is right for ReLU. mask: [..., in, out].
+
+    Source: He et al. 2015, arXiv:1502.01852.
+    """
     rows, _ = _kept(mask)
     return jax.random.normal(key, mask.shape, dtype) * (gain / jnp.sqrt(jnp.maximum(rows.sum(), 1))).astype(dtype)
 
@@ -27,7 +31,7 @@ def orthogonal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 1.0
     """`gain` times a random matrix [fan_in, out] of orthonormal columns, or rows where fewer inputs than outputs stay.
 
     Uniform (Haar) among them: the polar factor of a Gaussian matrix. Weights missing inside the matrix make it less
-    than orthogonal. Source: Saxe et al. 2014, arXiv:1312.6120.
+    than orthogonal. mask: [..., in, out]. Source: Saxe et al. 2014, arXiv:1312.6120.
     """
     rows, columns = _kept(mask)
     gaussian = jax.random.normal(key, (rows.size, columns.size), jnp.promote_types(dtype, jnp.float32))
@@ -47,28 +51,55 @@ METHODS = {"normal": normal, "orthogonal": orthogonal}
 
 
 def reinitialize(
-    params: PyTree, kept: PyTree, key: jax.Array, *, method: str = "normal", gain: float | None = None
+    params: PyTree,
+    kept: PyTree,
+    key: jax.Array,
+    *,
+    method: str = "normal",
+    gain: float | None = None,
+    channels: groups.Channels | None = None,
+    layout: kernels.Layout | None = None,
 ) -> PyTree:
     """`params` as if drawn anew: kernels by `method`, scales of norms 1, biases 0; zero where `kept` is False.
 
     kept: masks in the structure of `params`. A kernel's fan-in is what it has in the compact network: positions times
     input channels with any weight left, so that single missing weights do not lower it. gain: of the kernels, by
-    default that of the row of METHODS. Other arrays stay as they are; running statistics are not in `params`: start
-    them anew too. Raises ConfigError for an unknown method.
+    default that of the row of METHODS. channels, layout: which arrays are kernels, and which of their axes are inputs
+    and outputs; see `kernels.axes`. Norms and biases go by the names of Flax, Haiku, Equinox and PyTorch; other arrays
+    stay as they are. Running statistics are not in `params`: start them anew too.
+    Raises ConfigError for an unknown method and ValueError where it is open what the kernels are, or their layout.
     """
     draw: Callable = tables.lookup(METHODS, method, "method")
     options = {} if gain is None else {"gain": gain}
+    axes = kernels.axes(params, kernels.paths(params, channels, strict=False), channels, layout=layout)
     keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
 
-    def one(path: str, leaf: jax.Array, mask: jax.Array) -> jax.Array:
-        own, name = next(keys), path.removesuffix("/value").rpartition("/")[2].strip(".[]'\"")
-        if trees.is_kernel(path) and leaf.ndim > 1:
-            return draw(own, jnp.asarray(mask), leaf.dtype, **options)
-        if name == "bias":
+    def renewed(path: str, leaf: jax.Array, mask: jax.Array) -> jax.Array:
+        leaf_key, name = next(keys), trees.last_name(path)
+        if path in axes:
+            return _drawn(lambda key, mask: draw(key, mask, leaf.dtype, **options), leaf_key, mask, axes[path])
+        if name in ("bias", "b", "offset"):
             return jnp.zeros_like(leaf)
         return jnp.ones_like(leaf) if name in ("scale", "weight") else leaf
 
-    return masks.apply(trees.map_named(one, params, kept), kept)
+    return masks.apply(trees.map_named(renewed, params, kept), kept)
+
+
+def _drawn(draw: Callable, key: jax.Array, mask: jax.Array, axes: kernels.Axes) -> jax.Array:
+    """`draw(key, mask)` of a kernel laid out in any way; each kernel of a stack on its own."""
+    mask = jnp.asarray(mask)
+    along = lambda own: [mask.shape[axis] for axis in own]
+    inner = (*axes.window, *axes.inputs, *axes.outputs)
+    stack = tuple(axis for axis in range(mask.ndim) if axis not in inner)
+    order = (*stack, *inner)
+    ordered = mask.transpose(order)
+    shape = (*along(axes.window), math.prod(along(axes.inputs)), math.prod(along(axes.outputs)))
+    if stack:
+        several = ordered.reshape(-1, *shape)
+        drawn = jax.vmap(draw)(jax.random.split(key, len(several)), several)
+    else:
+        drawn = draw(key, ordered.reshape(shape))
+    return drawn.reshape(ordered.shape).transpose(sorted(range(mask.ndim), key=order.__getitem__))
 
 
 def add_noise(
@@ -92,9 +123,8 @@ def add_noise(
         own = next(keys)
         if not chosen[path]:
             return leaf
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        square = jnp.sum(jnp.where(mask, jnp.square(wide), 0)) / jnp.maximum(jnp.sum(mask), 1)
-        size = std * jnp.sqrt(square) if relative else jnp.asarray(std)
+        root_mean_square = trees.norm(jnp.where(mask, leaf, 0)) / jnp.sqrt(jnp.maximum(jnp.sum(mask), 1))
+        size = std * root_mean_square if relative else jnp.asarray(std)
         return jnp.where(mask, leaf + size.astype(leaf.dtype) * jax.random.normal(own, leaf.shape, leaf.dtype), leaf)
 
     return trees.map_named(one, params, masks.full(params) if kept is None else kept)

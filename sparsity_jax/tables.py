@@ -21,27 +21,29 @@ class TypeConfigError(ConfigError):
 
 
 class Range(NamedTuple):
-    """Allowed numbers: `low <= x <= high`, or strictly above `low` if `above`."""
+    """Allowed numbers: `low <= x <= high`, or strictly above `low` if `above`, strictly below `high` if `below`."""
 
     low: float | None = None
     high: float | None = None
     above: bool = False
+    below: bool = False
 
     def contains(self, value: float) -> bool:
         if self.low is not None and (value <= self.low if self.above else value < self.low):
             return False
-        return self.high is None or value <= self.high
+        return self.high is None or value < self.high or (value == self.high and not self.below)
 
     def __str__(self) -> str:
         parts = []
         if self.low is not None:
             parts.append(f"{'>' if self.above else '>='} {self.low}")
         if self.high is not None:
-            parts.append(f"<= {self.high}")
+            parts.append(f"{'<' if self.below else '<='} {self.high}")
         return " and ".join(parts) or "any number"
 
 
 Fraction = typing.Annotated[float, Range(0.0, 1.0)]
+Share = typing.Annotated[float, Range(0.0, 1.0, below=True)]  # of which something has to be left
 NonNegative = typing.Annotated[float, Range(0.0)]
 Positive = typing.Annotated[float, Range(0.0, above=True)]
 Count = typing.Annotated[int, Range(1, 2**31 - 1)]  # steps and sizes are counted in 32 bits

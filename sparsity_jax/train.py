@@ -63,6 +63,8 @@ class Problem(NamedTuple):
     steps_per_call: int  # 0: automatic
     compiled: dict  # functions by what they depend on, so that visits and members share them
     pretrained: PyTree = ()  # dict of arrays by path with which every network starts instead of its fresh ones
+    keep_zeros: bool = False  # whether weights that are zero in `pretrained` are masked
+    sample: data.FixedSample = data.FixedSample()  # the images of `examples`
 
     def lift(self, function: Callable, in_axes: Any = 0) -> Callable:
         """`function` of one member's state, for the states of all members."""
@@ -108,14 +110,16 @@ class Problem(NamedTuple):
         return stream.eval_batches(getattr(self.dataset, split).images, batch_size=batch_size, put=self.put)
 
     def examples(self, split: str, num: int) -> tuple[jax.Array, jax.Array]:
-        """The first `num` images and labels of a split; of a streamed one as many, spread evenly over its order."""
-        if not self.streamed:
-            return tuple(array[:num] for array in arrays(self, split))
-        indices = data.spread(self.size(split), num)
-        return self.once(
-            ("examples", split, num),
-            lambda: self.place(stream.examples(getattr(self.dataset, split).images, indices)),
-        )
+        """`num` images and labels of a split, or all if it has no more; those of `sample`, streamed or in memory."""
+        size = self.size(split)
+        if not self.streamed and num >= size:
+            return arrays(self, split)
+        indices = self.sample.indices(size, num)
+        if self.streamed:
+            take = lambda: self.place(stream.examples(getattr(self.dataset, split).images, indices))
+        else:
+            take = lambda: tuple(array[indices] for array in arrays(self, split))
+        return self.once(("examples", split, num), take)
 
     def images(self, batch: jax.Array) -> jax.Array:
         """uint8 images as the network's normalised input; train images stored larger are resized when evaluated."""
@@ -137,11 +141,18 @@ def build_problem(
     members: int | None = None,
     eval_batch_size: int = 1000,
     steps_per_call: int = 0,
+    sample: data.FixedSample = data.FixedSample(),  # noqa: B008 - a constant
 ) -> Problem:
-    """Puts data in memory on the device. mesh: number of local devices that share each batch, 0 for all."""
+    """Puts data in memory on the device; of a stream some images are decoded to find mistakes, see `data.look_at`.
+
+    mesh: number of local devices that share each batch, 0 for all. sample: see `Problem.examples`.
+    """
+    if isinstance(dataset.train.images, data.Stream):
+        splits = dict(train=data.look_at(dataset.train.images), test=data.look_at(dataset.test.images))
+        dataset = dataset._replace(**{name: data.Split(images, None) for name, images in splits.items()})
     devices = jax.local_devices()[: mesh or None]
     grid = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
-    problem = Problem(model, *[None] * 4, dataset, grid, members, eval_batch_size, steps_per_call, {})
+    problem = Problem(model, *[None] * 4, dataset, grid, members, eval_batch_size, steps_per_call, {}, sample=sample)
     if isinstance(dataset.train.images, data.Stream):
         return problem
     arrays = problem.place((*dataset.train, *dataset.test))
@@ -169,10 +180,11 @@ def initial_variables(problem: Problem, key: jax.Array, pretrained: PyTree = ())
 
 
 def create_state(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> State:
-    """A dense network as `initial_variables` makes it; key: from `key_of`."""
+    """A network as `initial_variables` makes it, dense unless `problem.keep_zeros`; key: from `key_of`."""
     variables = initial_variables(problem, key, pretrained)
     params = variables["params"]
-    return State(params, variables["batch_stats"], masks.full(params), (), jnp.zeros((), jnp.int32), key, no_metrics())
+    kept = masks.nonzero(params) if problem.keep_zeros else masks.full(params)
+    return State(params, variables["batch_stats"], kept, (), jnp.zeros((), jnp.int32), key, no_metrics())
 
 
 class Carried(NamedTuple):
@@ -260,7 +272,8 @@ def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe | opti
 
     Norms of the initialisation are measured with the member's own key; the network itself is left alone.
     """
-    shapes = jax.eval_shape(problem.init, jax.random.key(0))["params"]
+    variables = jax.eval_shape(problem.init, jax.random.key(0))
+    shapes, order = variables["params"], None
     norms = [None] * len(recipes)
     if any(map(optim.needs_norms, recipes)):
         init = lambda key: problem.init(key)["params"]
@@ -269,10 +282,19 @@ def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe | opti
         measured = jax.device_get(measured)
         take = lambda i: measured if problem.members is None else jax.tree.map(lambda leaf: leaf[i], measured)
         norms = [take(i) for i in range(len(recipes))]
-    each = [optim.numbers(recipe, shapes, norm) for recipe, norm in zip(recipes, norms, strict=True)]
+        order = problem.once("network order", lambda: network_order(problem, variables))
+    each = [optim.numbers(recipe, shapes, norm, order) for recipe, norm in zip(recipes, norms, strict=True)]
     if problem.members is None:
         return problem.place(each[0])
     return problem.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+
+
+def network_order(problem: Problem, variables: PyTree) -> list[str]:
+    """Paths of the params in the network's order. variables: arrays or shape structs; nothing is computed."""
+    image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
+    others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["batch_stats"])
+    apply = lambda params: problem.model.apply({"params": params, "batch_stats": others}, image)
+    return trees.order_of_use(apply, variables["params"])
 
 
 def make_step(problem: Problem, fit: Fit) -> Callable:
@@ -439,6 +461,7 @@ def fit_stream(
         epochs=fit.epochs,
         start=step,
         put=problem.put,
+        lost=[name for row in met for name in row["unreadable_images"]],
     )
     with contextlib.closing(batches):
         for batch in batches:

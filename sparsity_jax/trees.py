@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -133,6 +133,27 @@ def check_pattern(pattern: str, where: str) -> None:
         raise tables.ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
 
 
+def order_of_use(function: Callable, tree: PyTree) -> list[str]:
+    """Paths of all leaves of `tree` by their first use in `function(tree)`; unused ones first.
+
+    Of a network's parameters it is the order of its modules. Leaves: arrays or shape structs; nothing is computed.
+    """
+    paths = list(named_leaves(tree))
+    closed = jax.make_jaxpr(function)(tree)
+    used = list(dict.fromkeys(_uses(closed.jaxpr, dict(zip(closed.jaxpr.invars, paths)))))
+    return [path for path in paths if path not in used] + used
+
+
+def _uses(jaxpr: Any, names: dict[Any, str]) -> Iterator[str]:
+    """Names of variables, in the order in which the equations of `jaxpr` read them, inner programs included."""
+    for eqn in jaxpr.eqns:
+        given = [None if hasattr(var, "val") else names.get(var) for var in eqn.invars]
+        inner = getattr(eqn.params.get("jaxpr"), "jaxpr", eqn.params.get("jaxpr"))
+        if inner is not None and len(inner.invars) == len(given):
+            yield from _uses(inner, {var: name for var, name in zip(inner.invars, given) if name})
+        yield from (name for name in given if name)
+
+
 def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:
     """Raises ValueError for the first array of `tree` that holds NaN or, unless `infinite`, an infinity.
 
@@ -151,6 +172,23 @@ def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:
                 f"{what}: {number} of {jnp.size(leaf)} entries{place} are {name}; allowed: finite numbers"
                 + (" and infinities." if infinite else ".")
             )
+
+
+def check_parameters(tree: PyTree, what: str, *, masks: bool = False) -> None:
+    """Raises TypeError for the first leaf of `tree` that is no array of real numbers, or bools if `masks`.
+
+    Counters, random keys and masks are state of a network, but no parameters: nothing can be differentiated by them.
+    """
+    allowed = (jnp.floating, jnp.bool_) if masks else (jnp.floating,)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if any(jnp.issubdtype(dtype, kind) for kind in allowed):
+            continue
+        raise TypeError(
+            f"{what}: {path_name(path) or 'the array'!r} is {dtype}; allowed: floating-point arrays. Give parameters "
+            "only and keep counters, keys and running statistics apart; of a Flax NNX network they are the second of "
+            "nnx.split(net, nnx.Param, ...)."
+        )
 
 
 def is_kernel(path: str) -> bool:
@@ -199,8 +237,19 @@ def fold_sum(function: Callable, *arrays: jax.Array) -> jax.Array:
     return fold(jnp.add, jnp.sum, function, *arrays)
 
 
+def varying_like(x: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
+    """`x` as a value that differs between the devices of a mesh axis, inside `shard_map`, if one of `arrays` does.
+
+    What a loop or a branch starts with must have the type of what it ends with.
+    """
+    for array in arrays:
+        x = x + jnp.zeros_like(array, x.dtype, shape=())
+    return x
+
+
 def widen(array: jax.Array) -> jax.Array:
     """In float32 if its type is narrower, else as it is."""
+    array = jnp.asarray(array)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
@@ -210,15 +259,17 @@ def absolute_sum(array: jax.Array) -> jax.Array:
 
 
 def square_sum(array: jax.Array) -> jax.Array:
-    """Sum of the squares of all entries, in at least float32.
+    """Sum of the squares of all entries, in at least float32; for a norm, whose squares may leave the range, `norm`.
 
     On one CPU as an inner product, which XLA hands to a library: two times faster than `fold`, six than `jnp.sum`.
     """
-    array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return _inner(widen(array), widen(array))
+
+
+def _inner(first: jax.Array, second: jax.Array) -> jax.Array:
     if not _one_cpu():
-        return jnp.sum(jnp.square(array))
-    flat = array.ravel()
-    return jnp.dot(flat, flat, precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(first * second)
+    return jnp.dot(first.ravel(), second.ravel(), precision=jax.lax.Precision.HIGHEST)
 
 
 def size(tree: PyTree) -> int:
@@ -227,10 +278,69 @@ def size(tree: PyTree) -> int:
 
 
 def dot(first: PyTree, second: PyTree) -> jax.Array:
-    """Inner product of two trees of the same structure."""
-    return sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), first, second)), start=jnp.zeros(()))
+    """Inner product of two trees of the same structure, in at least float32."""
+    product = lambda x, y: _inner(widen(x), widen(y))
+    return sum(jax.tree.leaves(jax.tree.map(product, first, second)), start=jnp.zeros(()))
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """Euclidean norm of all entries of `tree`."""
-    return jnp.sqrt(dot(tree, tree))
+    """Euclidean norm of all entries of `tree`, in at least float32, whether or not their squares leave its range.
+
+    Its derivative at zero is zero, a subgradient.
+    """
+    lengths = [_length(widen(leaf)) for leaf in jax.tree.leaves(tree)]
+    if len(lengths) == 1:
+        return lengths[0]
+    return _length(jnp.stack(lengths)) if lengths else jnp.zeros(())
+
+
+def scale_of(tree: PyTree) -> jax.Array:
+    """A power of two near the largest magnitude in `tree`, a constant to derivatives; 1 of zeros.
+
+    Numbers divided by it are not rounded, and neither are their squares out of range.
+    """
+    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(tree) if leaf.size]
+    peaks = [fold(jnp.maximum, jnp.max, jnp.abs, leaf) for leaf in leaves]
+    return _power_of_two(functools.reduce(jnp.maximum, peaks)) if peaks else jnp.ones(())
+
+
+def _power_of_two(size: jax.Array) -> jax.Array:
+    """The largest power of two up to `size`, or of the type's smallest normal number; 1 for 0, NaN and infinity."""
+    usable = (size > 0) & jnp.isfinite(size)
+    _, exponent = jnp.frexp(jnp.where(usable, size, 1))
+    exponent = jnp.maximum(exponent - 1, jnp.finfo(size.dtype).minexp)
+    return jnp.where(usable, jnp.ldexp(jnp.ones_like(size), exponent), 1)
+
+
+@jax.custom_jvp
+def _length(array: jax.Array) -> jax.Array:
+    """Euclidean norm of one array of at least float32."""
+    squares = square_sum(array)
+    info = jnp.finfo(array.dtype)
+    # squares that vanished, at most `tiny` each, are less than a rounding error of the sum; NaN stays what it is
+    precise = (squares >= array.size * float(info.tiny) / float(info.eps)) & (squares <= float(info.max))
+
+    def scaled():
+        scale = scale_of(array)
+        return scale * jnp.sqrt(fold_sum(lambda x: jnp.square(x / scale), array))
+
+    return jax.lax.cond(precise, lambda: jnp.sqrt(squares), scaled)
+
+
+@_length.defjvp
+def _length_derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (array,), (change,) = primals, tangents
+    length = _length(array)
+    direction = array / jnp.where(length > 0, length, 1)
+    return length, jnp.sum(direction * change)
+
+
+def norm_along(array: jax.Array, axis: int) -> jax.Array:
+    """Euclidean norm of every slice of `array` along `axis`, as `norm`."""
+    wide = widen(array)
+    peaks = jnp.max(jnp.abs(jax.lax.stop_gradient(wide)), axis, keepdims=True, initial=0)
+    scale = _power_of_two(peaks)
+    squares = jnp.sum(jnp.square(wide / scale), axis, keepdims=True)
+    positive = squares > 0
+    roots = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), squares)
+    return jnp.squeeze(scale * roots, axis)

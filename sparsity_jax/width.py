@@ -172,9 +172,10 @@ def distances(params: PyTree, *, scope: Scope = "kernels") -> Distances:
 
     params: arrays; those that may be pruned are sorted once, in their own precision.
     scope: `kernels` (matrices and convolutions, as the original) or `all`, which any list of arrays goes with.
-    Raises ValueError if there is nothing to prune or an array is not finite. If all weights are 0 then R is 0 at every
-    ratio and the prediction is 1: nothing is left to remove.
+    Raises TypeError for leaves that are no floats, ValueError if there is nothing to prune or an array is not finite.
+    If all weights are 0 then R is 0 at every ratio and the prediction is 1: nothing is left to remove.
     """
+    trees.check_parameters(params, "distances")
     arrays = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(params).items()}
     arrays = {path: array if array.dtype == np.float64 else array.astype(np.float32) for path, array in arrays.items()}
     norms = {path: math.sqrt(np.sum(np.square(array, dtype=np.float64))) for path, array in arrays.items()}

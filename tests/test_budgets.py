@@ -1,5 +1,8 @@
 """Schedules and selections: the original's numbers, slow references, exact counts, budgets met, errors."""
 
+import math
+from fractions import Fraction
+
 import golden_data
 import hypothesis
 import numpy as np
@@ -25,6 +28,11 @@ def random_scores(seed=0, sizes=SIZES, levels=None):
 
 def total(keep):
     return sum(int(mask.sum()) for mask in keep.values())
+
+
+def share_of(ratio, number):
+    """`ratio` of `number`, rounded down; the fraction that the decimal says."""
+    return math.floor(Fraction(ratio).limit_denominator(10**9) * int(number))
 
 
 def removed(keep, alive):
@@ -233,7 +241,7 @@ def reference(scores, ratio, alive, counts, floors, excluded):
         )
     )
     names = sorted(scores)
-    budget = int(ratio * sum(counts[name] * alive[name].sum() for name in names if name not in excluded))
+    budget = share_of(ratio, sum(counts[name] * alive[name].sum() for name in names if name not in excluded))
     keep = {name: mask.copy() for name, mask in alive.items()}
     for _, i, j in order:
         name, j = names[-i], -j
@@ -271,7 +279,9 @@ def test_select_equals_the_slow_reference(problem):
     except ValueError as error:
         assert "minimum kept per layer leaves" in str(error)  # noqa: PT017
         free = {n: 0 if n in excluded else max(alive[n].sum() - floors[n], 0) * counts[n] for n in scores}
-        assert int(ratio * sum(counts[n] * alive[n].sum() for n in scores if n not in excluded)) > sum(free.values())
+        assert share_of(ratio, sum(counts[n] * alive[n].sum() for n in scores if n not in excluded)) > sum(
+            free.values()
+        )
         return
     assert_same(keep, reference(scores, ratio, alive, counts, floors, excluded))
     assert list(keep) == list(scores)
@@ -287,8 +297,8 @@ def test_counts_are_exact_and_masks_nested(protect, levels):
     scores = random_scores(1, levels=levels)
     masks = [budgets.select(scores, ratio, protect=protect) for ratio in np.linspace(0, 0.9, 31)]
     for ratio, keep in zip(np.linspace(0, 0.9, 31), masks):
-        assert total(keep) == sum(SIZES.values()) - int(ratio * sum(SIZES.values()))
-        assert all(keep[name].sum() >= int(0.05 * size) + 1 for name, size in SIZES.items())
+        assert total(keep) == sum(SIZES.values()) - share_of(ratio, sum(SIZES.values()))
+        assert all(keep[name].sum() >= share_of(0.05, size) + 1 for name, size in SIZES.items())
     for larger, smaller in zip(masks, masks[1:]):  # noqa: RUF007
         assert all((smaller[name] <= larger[name]).all() for name in SIZES)
 
@@ -321,6 +331,15 @@ def test_rounds_under_masks_remove_what_survivors_alone_would():
         assert total(keep) == pytest.approx(plan.density[i] * sum(SIZES.values()), abs=i + 1)
 
 
+def test_decimal_shares_mean_what_they_say():
+    scores = {"a": np.arange(100.0)}
+    for percent in range(1, 95):
+        assert budgets.select(scores, percent / 100)["a"].sum() == 100 - percent
+        assert budgets.select_by_rule(scores, ((".*", percent / 100),))["a"].sum() == 100 - percent
+        assert budgets.minimum_kept({"a": 100}, percent / 100) == {"a": percent + 1}
+    assert budgets.select(scores, 0.29, protect="original")["a"].sum() == 72  # int(0.29 * 100) is 28
+
+
 # Other budgets
 
 
@@ -331,7 +350,7 @@ def test_ratios_by_rule():
         "conv1": 16,
         "stage1/conv1": 20,
         "stage1/conv2": 20,
-        "stage2/conv1": 72,  # int(0.29 * 100) is 28
+        "stage2/conv1": 71,  # the floating-point product 0.29 * 100 is below 29
         "tiny": 1,
     }
     for name, mask in keep.items():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity_jax import data
+from sparsity_jax import data, sources
 from sparsity_jax.tables import ConfigError
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "datasets"
@@ -154,6 +154,25 @@ def test_spread_is_nested_even_and_of_the_asked_size(size, a, b):
     assert abs(quarter - len(fewer) / 4) <= 4
 
 
+@hypothesis.given(st.integers(2, 12), st.integers(5, 60), st.integers(0, 99), st.integers(1, 400))
+def test_a_fixed_sample_holds_every_class_evenly(classes, each, seed, num):
+    """Of a set stored class by class, as folders are; every part of it too, since it is read in batches."""
+    labels = np.repeat(np.arange(classes), each)
+    sample = data.FixedSample(seed=seed).indices(len(labels), num)
+    assert len(set(sample.tolist())) == min(num, len(labels))
+    parts = (sample, sample[: num // 3]) if num < len(labels) else (sample,)
+    for part in parts:
+        counts = np.bincount(labels[part], minlength=classes)
+        assert np.abs(counts - len(part) / classes).max() <= 4
+    np.testing.assert_array_equal(sample, data.FixedSample(seed=seed).indices(len(labels), num))
+
+
+def test_other_seeds_take_other_samples():
+    samples = {tuple(sorted(data.FixedSample(seed=seed).indices(1000, 50).tolist())) for seed in range(20)}
+    assert len(samples) == 20
+    assert set(data.FixedSample(seed=1).indices(1000, 50)) < set(data.FixedSample(seed=1).indices(1000, 300))
+
+
 def test_data_needs_no_slow_import():
     code = (
         "import sys; from sparsity_jax import data; data.check(); "
@@ -209,13 +228,13 @@ def test_newest_version_and_single_config_are_found(tmp_path):
     for path in ("a/9.0.0", "a/10.0.0", "a/11.0.0.incompleteX", "b/only/1.0.0", "c/x/1.0.0", "c/y/1.0.0"):
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / "dataset_info.json").write_text("{}")
-    assert data.find_prepared("a", str(tmp_path)) == tmp_path / "a" / "10.0.0"
-    assert data.find_prepared("a:9.0.0", str(tmp_path)) == tmp_path / "a" / "9.0.0"
-    assert data.find_prepared("b", str(tmp_path)) == tmp_path / "b" / "only" / "1.0.0"
-    assert data.find_prepared("c/y", str(tmp_path)) == tmp_path / "c" / "y" / "1.0.0"
-    assert data.find_prepared("d", str(tmp_path)) is None
+    assert sources.find_prepared("a", str(tmp_path)) == tmp_path / "a" / "10.0.0"
+    assert sources.find_prepared("a:9.0.0", str(tmp_path)) == tmp_path / "a" / "9.0.0"
+    assert sources.find_prepared("b", str(tmp_path)) == tmp_path / "b" / "only" / "1.0.0"
+    assert sources.find_prepared("c/y", str(tmp_path)) == tmp_path / "c" / "y" / "1.0.0"
+    assert sources.find_prepared("d", str(tmp_path)) is None
     with pytest.raises(ConfigError, match="several configs are prepared: 'c/x', 'c/y'"):
-        data.find_prepared("c", str(tmp_path))
+        sources.find_prepared("c", str(tmp_path))
 
 
 def test_slices_cut_splits(tiny_cifar):

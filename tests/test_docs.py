@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import pathlib
 import re
 import shlex
@@ -10,7 +11,7 @@ import subprocess
 import jax
 import pytest
 
-from sparsity_jax import data, pipeline, stages, tables
+from sparsity_jax import data, pipeline, report, stages, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = (
@@ -37,14 +38,15 @@ def load(name: str):
     return module
 
 
-def load_claims():
-    spec = importlib.util.spec_from_file_location("claims", ROOT / "experiments" / "claims.py")
+def load_script(name: str):
+    """The module `experiments/NAME.py`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-CLAIMS = load_claims()
+CLAIMS = load_script("claims")
 
 
 @pytest.mark.parametrize("study", CLAIMS.STUDIES, ids=lambda study: study.__name__)
@@ -52,6 +54,23 @@ def test_measured_numbers_are_those_of_the_rows_kept(study):
     """If not, `python experiments/claims.py` writes the right ones."""
     for claim in study():
         assert not CLAIMS.stale(claim, claim.document.read_text(encoding="utf-8")), claim.truth()
+
+
+def test_the_table_has_the_rules_of_the_report(tmp_path, capsys, monkeypatch):
+    """Two runs with different settings are two lines, two seeds of one are averaged."""
+    for name, rate, seed, accuracy in (("a", 0.1, 0, 0.5), ("b", 0.1, 1, 0.7), ("c", 0.3, 0, 0.9)):
+        row = dict(stage="curve", kind="curve", visit=1, arm="A", member=0, ratio=0.9, accuracy=accuracy, split="test")
+        with report.Writer(tmp_path / name) as writer:
+            writer.append([row])
+        config = dict(seed=seed, fit=dict(kind="train", rate=rate))
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    table = load_script("table")
+    monkeypatch.setattr("sys.argv", ["table.py", str(tmp_path), "--ratios", "0.9"])
+    table.main()
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| A (rate=0.1) | 60.0 ± 14.1 | – |",
+        "| A (rate=0.3) | 90.0 | – |",
+    ]
 
 
 def test_a_wrong_number_is_found(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import cv2
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -156,6 +157,8 @@ def test_members_trained_at_once_and_networks_under_way(dense, tmp_path):
         assert list(row["milliseconds"]) == ["dense"]
     assert rows[0]["test_loss"] != rows[1]["test_loss"]
     assert "nothing is pruned" in evaluate.describe(rows[0])
+    sparse = rows[0] | {"parameters_nonzero": rows[0]["parameters_kept"] - 5}
+    assert "nothing is masked: 5 parameters are zero" in evaluate.describe(sparse)
     under_way = tmp_path / "under_way"
     shutil.copytree(workdir, under_way)
     newest = max((under_way / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
@@ -179,7 +182,7 @@ def test_members_without_a_checkpoint_are_named(masked, tmp_path, capsys):
     assert "member 1 has no checkpoint yet" in capsys.readouterr().out
 
 
-def test_data_elsewhere(cut, tmp_path, monkeypatch):
+def test_data_elsewhere(cut, tmp_path, monkeypatch, capsys):
     dataset = tiny.digits()
     for split in ("train", "test"):
         images, labels = getattr(dataset, split)
@@ -190,6 +193,19 @@ def test_data_elsewhere(cut, tmp_path, monkeypatch):
     there, here = evaluate.run(cut[0], data_name=f"folder:{tmp_path}"), evaluate.run(cut[0])
     assert there[0]["test_accuracy"] == here[0]["test_accuracy"]
     assert there[0]["test_loss"] == pytest.approx(here[0]["test_loss"], rel=1e-5)
+    other = evaluate.run(cut[0], data_name=f"folder:{tmp_path}", statistics="data")
+    assert other[0]["test_loss"] == pytest.approx(here[0]["test_loss"], rel=1e-5)  # the same train images
+    evaluate.main(["--workdir", str(cut[0]), "--data", f"folder:{tmp_path}", "--statistics", "data"])
+    assert f"mean and std of the images are those of folder:{tmp_path}" in capsys.readouterr().out
+    mixed = dict.fromkeys(map(str, range(10)), images[:1] // 4)
+    for label, (image,) in mixed.items():  # other train images: mean and std are still those of the run
+        shutil.rmtree(tmp_path / "train" / label)
+        (tmp_path / "train" / label).mkdir()
+        cv2.imwrite(str(tmp_path / "train" / label / "0.png"), image)
+    there = evaluate.run(cut[0], data_name=f"folder:{tmp_path}")
+    assert there[0]["test_loss"] == pytest.approx(here[0]["test_loss"], rel=1e-5)
+    other = evaluate.run(cut[0], data_name=f"folder:{tmp_path}", statistics="data")
+    assert other[0]["test_loss"] > 1.1 * here[0]["test_loss"]
     for label in range(3, 10):
         for split in ("train", "test"):
             shutil.rmtree(tmp_path / split / str(label))
@@ -199,9 +215,21 @@ def test_data_elsewhere(cut, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.data, "load", asked_of(data.load, dataset, asked))
     evaluate.open_run(cut[0], data_dir="elsewhere")
     evaluate.open_run(cut[0], data_name="mnist")
-    assert [(one["data_dir"], one["name"]) for one in asked] == [("elsewhere", "digits"), ("", "mnist")]
-    assert [one["train_limit"] for one in asked] == [128, 0]
-    assert asked[1]["normalization"] == "computed"  # as that of the digits
+    places = [(one["data_dir"], one["name"]) for one in asked]
+    assert places == [("elsewhere", "digits"), ("", "mnist"), ("", "digits")]  # the last for mean and std
+    assert [one["train_limit"] for one in asked] == [128, 0, 128]
+
+
+def test_statistics_of_a_run_whose_images_are_gone(cut, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(cut[0], workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"] |= dict(name=f"folder:{tmp_path / 'gone'}", train_limit=0, test_limit=0)
+    (workdir / "config.json").write_text(json.dumps(config))
+    intact.record(workdir / "config.json")
+    with pytest.raises(tables.ConfigError, match=r"mean and std belong to the trained network.*--statistics data"):
+        evaluate.open_run(workdir, data_name="digits")
+    assert evaluate.open_run(workdir, data_name="digits", statistics="data").networks
 
 
 def asked_of(function, result, asked: list):
@@ -295,7 +323,7 @@ def edited(workdir: pathlib.Path, target: pathlib.Path, change) -> pathlib.Path:
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config)
     path.write_text(json.dumps(config), encoding="utf-8")
-    (target / "SHA256SUMS").unlink()
+    intact.record(path)
     return target
 
 
@@ -354,9 +382,51 @@ def test_an_emptied_layer_cannot_be_compacted(tmp_path):
     row = evaluate.measure(problem, state, latency=True, repeats=2)
     assert row["note"].startswith("cannot be compacted: all channels of")
     assert list(row["milliseconds"]) == ["dense"]
-    with pytest.raises(tables.ConfigError, match="cannot be exported, since it cannot be compacted: all channels of"):
-        evaluate.export(problem, dict(name="mlp", widths=(4,)), state, tmp_path / "network")
+    model = dict(name="mlp", widths=(4,))
+    with pytest.raises(tables.ConfigError, match=r"cannot be compacted: all channels of .* --dense"):
+        evaluate.export(problem, model, state, tmp_path / "network")
     assert not list(tmp_path.iterdir())
+    variables, _ = evaluate.load(evaluate.export(problem, model, state, tmp_path / "network", dense=True))
+    tiny.same(variables["params"], state.params)
+
+
+def test_table_and_export_have_one_verdict(tmp_path, monkeypatch):
+    """A network whose compact logits would differ is not exported compact, and the table says the same."""
+    model = dict(name="mlp", widths=(8,))
+    problem, state = fresh(model)
+    state = state._replace(params=jax.tree.map(lambda leaf: leaf + 0.1, state.params))  # masked channels live
+    row = evaluate.measure(problem, state)
+    assert "cannot be compacted: its logits would differ" in row["note"]
+    assert "parameters_compact" not in row
+    with pytest.raises(tables.ConfigError, match="its logits would differ"):
+        evaluate.export(problem, model, state, tmp_path / "network")
+    saved = evaluate.Saved(dict(model=model), problem, [evaluate.Network(0, {}, "finished", state, "fit")], [])
+    looks = []
+    monkeypatch.setattr(structured, "take_stock", lambda *_: looks.append(1))
+    with pytest.raises(tables.ConfigError, match="its logits would differ"):
+        evaluate.export_run(saved, tmp_path / "network", notes=[row["note"]])
+    assert not looks  # compared once
+
+
+def test_places_that_cannot_be_written_are_told_before_anything_is_measured(cut, tmp_path):
+    (tmp_path / "file").write_text("")
+    for option, name in (("--torch", "w.safetensors"), ("--export", "network"), ("--json", "numbers.json")):
+        with pytest.raises(SystemExit, match="cannot be written, since"):
+            evaluate.main(["--workdir", str(cut[0]), option, str(tmp_path / "file" / name)])
+
+
+def test_exported_files_have_the_usual_mode_and_short_types_are_read_as_documented(tmp_path):
+    problem, state = fresh(dict(name="mlp", widths=(4,), param_dtype="bfloat16"), cut_half=False)
+    saved = evaluate.Saved({}, problem, [evaluate.Network(0, {}, "finished", state, "fit")], [])
+    (tmp_path / "usual").write_text("")
+    (file,) = evaluate.export_torch(saved, tmp_path / "w.safetensors")
+    assert file.stat().st_mode == (tmp_path / "usual").stat().st_mode
+    folder = evaluate.export(problem, dict(name="mlp", widths=(4,), param_dtype="bfloat16"), state, tmp_path / "net")
+    about = json.loads((folder / "network.json").read_text(encoding="utf-8"))
+    stored = np.load(folder / "variables.npz")["params/dense1/kernel"]
+    assert about["arrays"]["params/dense1/kernel"]["dtype"] == "bfloat16"
+    tiny.same(stored.view(ml_dtypes.bfloat16), np.asarray(state.params["dense1"]["kernel"]))
+    assert any("ml_dtypes.bfloat16" in line for line in about["use"])
 
 
 def test_folders_that_cannot_be_loaded(tmp_path):

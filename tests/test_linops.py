@@ -1,6 +1,7 @@
 """Curvature products, Lanczos, quadrature and traces against dense linear algebra and the original's numbers."""
 
 import functools
+import pathlib
 
 import golden_data
 import hypothesis
@@ -10,8 +11,9 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from sparsity_jax import linops, losses, tables
+from sparsity_jax import linops, losses, masks, tables, width
 
 SEED = st.integers(0, 2**16)
 TRACED = ("full", "bfloat16", "none")
@@ -610,3 +612,67 @@ def test_hutchpp_beats_hutchinson_where_the_spectrum_decays():
     ):
         with pytest.raises(ValueError, match=match):
             wrong()
+
+
+# What counts as a parameter
+
+
+class Mixed(nnx.Module):
+    """A network with running statistics, counters and random keys beside its parameters."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(nnx.tanh(self.norm(self.first(x)))))
+
+
+def test_the_documented_split_leaves_parameters_only():
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "geometric_limit.md").read_text(encoding="utf-8")
+    assert "graph, params, rest = nnx.split(net, nnx.Param, ...)" in text
+    assert "net.eval()" in text
+    net = Mixed(nnx.Rngs(0))
+    net.eval()
+    graph, params, rest = nnx.split(net, nnx.Param, ...)
+    x = jax.random.normal(jax.random.key(0), (6, 3))
+    loss = lambda params: jnp.mean(nnx.merge(graph, params, rest)(x) ** 2)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 3 * 4 + 4 + 2 * 4 + 4 * 2 + 2
+    vector, rebuild = jax.flatten_util.ravel_pytree(params)
+    dense = jax.hessian(lambda flat: loss(rebuild(flat)))(vector)
+    signs = linops.rademacher(jax.random.key(1), params)
+    product = linops.hvp(loss, params)(signs)
+    flat = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
+    np.testing.assert_allclose(flat(product), dense @ flat(signs), atol=1e-5)
+
+
+@pytest.mark.parametrize("leaf", [jnp.arange(3), jnp.ones(3, bool), jax.random.key(0), jnp.ones(3, complex)])
+def test_state_that_is_no_parameter_is_told_apart(leaf):
+    state = {"dense": {"kernel": jnp.ones((2, 2))}, "other": leaf}
+    for call in (
+        lambda: linops.rademacher(jax.random.key(0), state),
+        lambda: linops.hvp(lambda p: jnp.sum(p["dense"]["kernel"] ** 2), state),
+        lambda: linops.gauss_newton(lambda p: p["dense"]["kernel"], jnp.sum, state),
+        lambda: width.distances(state),
+    ):
+        with pytest.raises(TypeError, match=r"'other' is .* allowed: floating-point .* nnx\.Param"):
+            call()
+    if leaf.dtype == bool:
+        assert masks.sparsity({"kept": leaf}) == 0
+    else:
+        with pytest.raises(TypeError, match="sparsity: 'other' is"):
+            masks.sparsity(state)
+
+
+def test_narrow_parameters_have_curvature():
+    params = {"w": jnp.ones((6, 4), jnp.bfloat16)}
+    x = jnp.ones((5, 6), jnp.bfloat16)
+    product = linops.hvp(lambda p: jnp.sum(jnp.square(x @ p["w"])), params)
+    trace, error = linops.hutchpp(12)(product, jax.random.key(0), params)
+    np.testing.assert_allclose(trace, 2 * 5 * 6 * 4, rtol=0.02)
+    assert error < 2
+    with pytest.raises(TypeError, match="float32"):
+        linops.lanczos(3)(product, linops.rademacher(jax.random.key(0), params))
+    assert width.distances(params, scope="all").size == 24

@@ -544,3 +544,21 @@ def test_float64_needs_x64():
         variables = model.init(KEY, images)
         assert variables["params"]["fc"]["kernel"].dtype == jnp.float64
         assert model.apply(variables, images).dtype == jnp.float64
+
+
+def test_tanh():
+    model = models.build(name="mlp", num_classes=3, widths=(4,), activation="tanh")
+    images = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    variables = model.init(KEY, images)
+    params = variables["params"]
+    hidden = np.tanh(images @ params["dense1"]["kernel"] + params["dense1"]["bias"])
+    expected = hidden @ params["fc"]["kernel"] + params["fc"]["bias"]
+    np.testing.assert_allclose(model.apply(variables, images), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "small_cnn", "vgg11", "mobilenet_v2"])
+@pytest.mark.parametrize("dropout", [1, 1.0, 1.5, -0.1])
+def test_dropout_leaves_something(name, dropout):
+    with pytest.raises(tables.ConfigError, match=r"config\.model\.dropout is .*< 1"):
+        models.build(name=name, num_classes=2, dropout=dropout)
+    models.build(name=name, num_classes=2, dropout=0.999)

@@ -23,7 +23,7 @@ def golden_sets(name):
     hyper = golden_data.load("hyper.json")["02_sfw_optimizers.npz"]
     return {
         "ksparse": [polytopes.KSparse(k, r) for k, r in zip(hyper["K"], hyper["k_radius"])],
-        "l2": [polytopes.LpBall(r, 2.0) for r in hyper["l2_radius"]],
+        "l2": [polytopes.LpBall(r, 2.0, zero_below=1e-10) for r in hyper["l2_radius"]],
         "linf": [polytopes.LpBall(r, float("inf"), zero_up=True) for r in hyper["linf"]],
         "l1": [polytopes.LpBall(r, 1.0) for r in hyper["l1"]],
         "none": [polytopes.Unconstrained()] * 3,

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from sparsity_jax import optim, polytopes, trees
+from sparsity_jax import growing, optim, polytopes, scores, trees
 
 PARAMS = {"a": {"kernel": jnp.linspace(-0.4, 0.4, 6).reshape(2, 3)}, "b": jnp.array([0.3, -0.1])}
 GRADS = jax.tree.map(lambda p: jnp.cos(7 * p), PARAMS)
@@ -145,3 +145,305 @@ def test_plain_paths_drop_the_wrapper_of_nnx():
     state = nnx.state(Net(), nnx.Param)
     assert list(trees.plain_leaves(state)) == list(trees.named_leaves(nnx.to_pure_dict(state)))
     assert "value" in trees.plain_leaves({"value": 1.0})  # an entry of a dict is no wrapper
+
+
+# Narrow types --------------------------------------------------------------------------------------------------------
+
+SETS = {
+    "k_sparse": polytopes.KSparse(5, 0.5),
+    "l1": polytopes.LpBall(1.0, 1.0),
+    "l2": polytopes.LpBall(0.7, 2.0),
+    "l3": polytopes.LpBall(0.7, 3.0),
+    "linf": polytopes.LpBall(0.3, float("inf")),
+}
+IN_SETS = {
+    "sfw": lambda sets: optim.sfw(0.003, sets, rescale="none"),
+    "adagrad_sfw": lambda sets: optim.adagrad_sfw(0.003, sets),
+    "projected": lambda sets: optim.sgd(0.003, sets),
+}
+
+
+def excess(constraint, w):
+    """How far outside its set an array is, relative to the radius; of members along the first axis the most."""
+    w = np.abs(np.asarray(w, np.float64)).reshape(len(w), -1)
+    if isinstance(constraint, polytopes.KSparse):
+        largest = w.max() / constraint.radius
+        return max(w.sum(1).max() / (constraint.k * constraint.radius), largest) - 1
+    return np.linalg.norm(w, constraint.p, axis=1).max() / constraint.radius - 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", IN_SETS)
+def test_narrow_weights_stay_in_their_sets_for_thousands_of_steps(name, dtype):
+    sets = {key: value for key, value in SETS.items() if name != "projected" or key != "l3"}
+    tx = IN_SETS[name](sets)
+    start = {key: s.shift_inside(jax.random.normal(jax.random.key(0), (24,)).astype(dtype)) for key, s in sets.items()}
+
+    def step(carry, i):
+        params, state = carry
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), i), (24,))
+        grads = jax.tree.map(lambda w: (w + noise - 0.3).astype(dtype), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), None
+
+    def thousand(carry, i):
+        carry, _ = jax.lax.scan(step, carry, 1000 * i + jnp.arange(1000))
+        return carry, carry[0]
+
+    _, seen = jax.jit(lambda p: jax.lax.scan(thousand, (p, tx.init(p)), jnp.arange(3)))(start)
+    rounding = float(jnp.finfo(dtype).eps) / 2
+    for key, constraint in sets.items():
+        assert seen[key].dtype == dtype
+        assert excess(constraint, seen[key]) <= rounding * (1 + 1e-3), key
+        assert np.abs(np.asarray(seen[key], np.float64)).max() > 0
+
+
+def test_a_narrow_update_ends_at_the_number_nearest_to_its_target():
+    """w + u in bfloat16 is never further from 0 than the rounded target, whatever the two magnitudes."""
+    key = jax.random.key(0)
+    w = (jax.random.normal(key, (4096,)) * jnp.exp(4 * jax.random.normal(jax.random.key(1), (4096,)))).astype(
+        jnp.bfloat16
+    )
+    target = w[::-1] * jnp.bfloat16(0.01)
+    update = optim._settled(polytopes.Unconstrained(), w, target.astype(jnp.float32) - w.astype(jnp.float32))
+    after = np.asarray(w + update, np.float64)
+    before, target = np.asarray(w, np.float64), np.asarray(target, np.float64)
+    assert (np.abs(after) <= np.abs(target)).all()
+    assert (np.abs(after - target) <= 2.0**-7 * np.abs(before - target)).all()
+
+
+@pytest.mark.parametrize("name", ["adagrad_sfw", "sfw", "sgd"])
+def test_sums_over_steps_are_wide_unless_asked_otherwise(name):
+    params = {"w": jnp.zeros(3, jnp.bfloat16)}
+    floats = lambda state: {x.dtype for x in jax.tree.leaves(state) if x.shape == (3,)}
+    make = lambda **options: optim.OPTIMIZERS[name](0.1, polytopes.Unconstrained(), **options)
+    assert floats(make().init(params)) == {jnp.dtype("float32")}
+    narrow = make(accumulator_dtype="bfloat16")
+    assert floats(narrow.init(params)) == {jnp.dtype("bfloat16")}
+    _, state = run(narrow, 1, params, params)
+    assert floats(state) == {jnp.dtype("bfloat16")}
+    config = dict(name=name, learning_rate=0.1, accumulator_dtype="float61")
+    with pytest.raises(ValueError, match="accumulator_dtype"):
+        optim.check(config, "config.fit.optimizer")
+
+
+def test_the_sum_of_squares_grows_for_ever():
+    tx = optim.adagrad_sfw(0.1, polytopes.Unconstrained(), momentum=0.0)
+    ones = jnp.ones(2, jnp.bfloat16)
+
+    def step(state, _):
+        update, state = tx.update(ones, state, ones)
+        return state, update
+
+    state, updates = jax.lax.scan(step, tx.init(ones), None, length=4096)
+    np.testing.assert_array_equal(state.squares, 4096.0)
+    np.testing.assert_allclose(np.asarray(updates[-1], float), -0.1 / 64, rtol=2**-8)
+
+
+# Derivatives ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sfw", "adagrad_sfw"])
+@pytest.mark.parametrize("constraint", ["l2", "linf"])
+def test_gradients_through_steps_are_right_where_gradients_are_zero(name, constraint):
+    """Derivatives with respect to the learning rate and the data, with a dead array and a dead entry."""
+    make = {"sfw": lambda lr, sets: optim.sfw(lr, sets, momentum=0.5), "adagrad_sfw": optim.adagrad_sfw}[name]
+
+    def after(lr, shift):
+        tx = make(lr, SETS[constraint])
+        params = {"dead": jnp.array([0.1, 0.0]), "w": jnp.array([0.1, 0.2, -0.1])}
+        state = tx.init(params)
+        for _ in range(2):
+            slopes = {"dead": 0 * params["dead"], "w": (params["w"] - shift) * jnp.array([1.0, 1.0, 0.0])}
+            updates, state = tx.update(slopes, state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum(jnp.sin(params["w"])) + jnp.sum(params["dead"] ** 2)
+
+    lr, shift, small = 0.05, 0.3, 1e-6
+    with jax.enable_x64(True):
+        found = jax.jit(jax.grad(after, (0, 1)))(lr, shift)
+        value = jax.jit(after)
+        by_lr = (value(lr + small, shift) - value(lr - small, shift)) / (2 * small)
+        by_shift = (value(lr, shift + small) - value(lr, shift - small)) / (2 * small)
+    np.testing.assert_allclose(found, [by_lr, by_shift], rtol=1e-4, atol=1e-7)
+
+
+# Proximal steps ------------------------------------------------------------------------------------------------------
+
+TARGET, STRENGTH = jnp.array([1.0, -0.5, 0.2, 0.05, -0.3]), 0.25
+descent = optax.inject_hyperparams(optax.sgd)
+ACCEPTED = {
+    "sgd": (optim.sgd(0.1, momentum=0.0), {}),
+    "momentum": (optim.sgd(0.02), {}),
+    "dampened": (optim.sgd(0.1, dampening=0.9), {}),
+    "nesterov": (optim.sgd(0.02, nesterov=True), {}),
+    "optax, a schedule": (descent(optax.linear_schedule(0.2, 0.1, 20)), {}),
+    "optax, momentum": (descent(0.02, momentum=0.9), dict(momentum=0.9)),
+    "scaled": (optax.chain(descent(0.1), optax.scale(0.5)), {}),
+    "scaled, not named": (optax.chain(optax.sgd(0.1), optax.scale(0.5)), dict(learning_rate=0.05)),
+    "not named": (optax.sgd(0.1), dict(learning_rate=0.1)),
+    "MultiSteps": (optax.MultiSteps(descent(0.1), 4).gradient_transformation(), {}),
+    "apply_if_finite": (optax.apply_if_finite(descent(0.1), 5), {}),
+    "both": (optax.MultiSteps(optax.apply_if_finite(descent(0.1), 5), 2).gradient_transformation(), {}),
+    "choose": (optim.choose(0, [optim.sgd(0.1, momentum=0.0), optax.adam(0.1)]), {}),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_every_accepted_optimizer_solves_the_stated_lasso(name):
+    """Orthonormal design: the minimum is the soft-thresholded target."""
+    inner, options = ACCEPTED[name]
+    tx = optim.proximal_l1(inner, STRENGTH, **options)
+
+    def step(carry, i):
+        w, state = carry
+        bad = (i % 3 == 1) & (name == "apply_if_finite")
+        updates, state = tx.update(jnp.where(bad, jnp.nan, w - TARGET), state, w)
+        return (w + updates, state), None
+
+    (w, _), _ = jax.lax.scan(step, (jnp.ones(5), tx.init(jnp.ones(5))), jnp.arange(600))
+    expected = np.sign(TARGET) * np.maximum(np.abs(TARGET) - STRENGTH, 0)
+    np.testing.assert_allclose(w, expected, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(w) == 0, expected == 0)
+
+
+REFUSED = {
+    "clipped": optax.chain(optax.clip_by_global_norm(1.0), descent(0.1)),
+    "adam": optax.inject_hyperparams(optax.adam)(0.1),
+    "adagrad": optax.inject_hyperparams(optax.adagrad)(0.1),
+    "rmsprop": optax.inject_hyperparams(optax.rmsprop)(0.1),
+    "lion": optax.inject_hyperparams(optax.lion)(0.1),
+    "sfw": optim.sfw(0.1, polytopes.LpBall(0.5, 2.0)),
+    "frozen": optax.partition({"b": descent(0.1), "a": optax.set_to_zero()}, {"a": "a", "b": "b"}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_steps_that_are_no_multiple_of_the_gradient_are_refused(name):
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match="add_l1"):
+        optim.proximal_l1(REFUSED[name], 0.1).init(params)
+    with pytest.raises(ValueError, match=r"learning_rate=0\.2"):
+        optim.proximal_l1(descent(0.1), 0.1, learning_rate=0.2).init(params)
+
+
+def test_a_rate_inside_a_trace_is_not_tried_out():
+    w = jnp.ones(3)
+
+    @jax.jit
+    def moved(rate):
+        tx = optim.proximal_l1(descent(rate), 0.5)
+        return w + tx.update(w, tx.init(w), w)[0]
+
+    np.testing.assert_allclose(moved(0.1), 1 - 0.1 - 0.05, rtol=1e-6)
+
+
+def test_dampening_without_momentum_does_nothing():
+    for momentum in (0.0, jnp.asarray(0.0)):
+        tx = optim.heavy_ball(momentum, 0.5)
+        state = tx.init(TARGET)
+        for factor in (1.0, 3.0):
+            updates, state = tx.update(factor * TARGET, state)
+            np.testing.assert_allclose(updates, factor * TARGET, rtol=1e-6)
+
+
+# Every transformation in every wrapper -------------------------------------------------------------------------------
+
+HALF = growing.layers(PARAMS, {"a/kernel": 0.5})
+TRANSFORMATIONS = {
+    "sgd": optim.sgd(0.1),
+    "sgd, nesterov": optim.sgd(0.1, nesterov=True, weight_decay=0.01),
+    "projected sgd": optim.sgd(0.1, BALL),
+    "projected": optim.projected(optax.sgd(0.1), BALL),
+    "sfw": optim.sfw(0.1, BALL),
+    "adagrad_sfw": optim.adagrad_sfw(0.1, BALL),
+    "scale_by_rate": optim.scale_by_rate(0.1),
+    "heavy_ball": optim.heavy_ball(0.9),
+    "add_l1": optim.add_l1(0.1),
+    "add_l2": optim.add_l2(jax.tree.map(lambda _: 0.1, PARAMS)),
+    "add_decayed_weights": optim.add_decayed_weights(0.1),
+    "proximal_l1": optim.proximal_l1(optim.sgd(0.1), 0.1),
+    "choose": optim.choose(jnp.asarray(1), [optim.sgd(0.1), optim.sfw(0.1, BALL)]),
+    "dynamic_change": optim.sgd(optim.dynamic_change(0.1, 30, 2)),
+    "track_saliency": scores.track_saliency(optim.sgd(0.1), steps_per_epoch=21),
+    "growing_l2": growing.growing_l2(HALF, update_every=1),
+}
+
+
+def leaves_of(state):
+    return [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+
+
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "plain"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_every_transformation_acts_in_every_wrapper_as_alone(name, wrapper):
+    alone = TRANSFORMATIONS[name]
+    tx = WRAPPERS[wrapper](alone)
+    if name == "dynamic_change" and wrapper == "MultiSteps":
+        tx = optax.MultiSteps(alone, 2)  # as a plain transformation it hands no value on
+    steps = 2 if wrapper == "MultiSteps" else 1
+    expected, _ = run(alone, 2)
+    found, _ = run(tx, 2 * steps)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_states_follow_the_conventions_of_optax(name):
+    """Their parameters are found, no buffer is there twice, empty arrays pass, and extra arguments are no matter."""
+    tx = TRANSFORMATIONS[name]
+    state = tx.init(PARAMS)
+    marked = optax.tree_utils.tree_map_params(tx, lambda leaf: leaf + 1, state)
+    assert jax.tree.structure(marked) == jax.tree.structure(state)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in leaves_of(state)]
+    assert len(set(buffers)) == len(buffers)
+    if name in ("add_l2", "growing_l2"):
+        return  # made for the paths of PARAMS
+    params = {**PARAMS, "empty": jnp.zeros((0, 3))}
+    state = tx.init(params)
+    updates, _ = tx.update(params, state, params, value=jnp.ones(()), value_fn=jnp.sin, note="text")
+    assert updates["empty"].shape == (0, 3)
+
+
+MESH = [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
+
+
+@pytest.mark.parametrize("axis", MESH, ids=["shard_map", "explicit"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_every_transformation_runs_on_a_mesh(name, axis):
+    """In `shard_map`, each device takes its block for the whole; `vmap` of it; and with arrays on an explicit mesh."""
+    if name in ("add_l2", "growing_l2"):
+        tree = {"a": {"kernel": jnp.ones((4, 3))}}
+        made = {"add_l2": optim.add_l2(jax.tree.map(lambda _: 0.1, tree))}
+        tx = made.get(name) or growing.growing_l2(growing.layers(tree, {"a/kernel": 0.5}), update_every=1)
+    else:
+        tx = TRANSFORMATIONS[name]
+    tx = optax.with_extra_args_support(tx)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(axis,))
+    params = {"a": {"kernel": jnp.linspace(-0.4, 0.4, 24).reshape(8, 3)}}
+    grads = jax.tree.map(jnp.cos, params)
+
+    def descend(params, grads):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(grads, state, params, value=jnp.ones(()))
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), None, length=2)[0][0]
+
+    if axis == jax.sharding.AxisType.Auto:
+        spec = jax.sharding.PartitionSpec("d")
+        blocks = jax.jit(jax.shard_map(descend, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
+        found = blocks(params, grads)
+        halves = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], (params, grads)) for i in range(2)]
+        expected = jax.tree.map(lambda *x: jnp.concatenate(x), *[jax.jit(descend)(*half) for half in halves])
+    else:
+        if name == "growing_l2":
+            tx = growing.growing_l2(growing.layers(params, {"a/kernel": 0.5}), update_every=1)
+        sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+        with jax.set_mesh(mesh):
+            found = jax.jit(descend)(*jax.device_put((params, grads), sharding))
+        expected = jax.jit(descend)(params, grads)
+    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, found, expected)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sparsity_jax import checkpoint, optim, pipeline, report, stopping, tables, train, workdirs
+from sparsity_jax import checkpoint, data, optim, pipeline, report, stopping, tables, train, workdirs
 
 DYNAMIC = dict(tiny.SFW, schedule=dict(name="dynamic_change"))
 BALL = dict(name="l2", tau=15.0)  # quick to compile
@@ -725,3 +725,11 @@ def test_a_log_gets_a_line_for_rows_and_one_a_minute_without(capsys, monkeypatch
     for now, row in [(101, {}), (102, dict(ratio=0.5)), (105, dict(ratio=0.6)), (161, {}), (163, {}), (164, {})]:  # noqa: B007
         display.show(0.25, [row] if row else [])
     assert capsys.readouterr().err.splitlines() == ["2/3 hessian: 25% ratio=0.5", "2/3 hessian: 25%"]
+
+
+def test_accuracy_by_chance_is_that_of_the_largest_class():
+    images = np.zeros((4, 2, 2, 1), np.uint8)
+    known = data.Split(images, np.array([0, 1, 1, 1], np.int32))
+    dataset = data.Dataset("few", known, known, 4, (0.0,), (1.0,))
+    assert pipeline.chance(dataset) == 0.75
+    assert pipeline.chance(dataset._replace(test=known._replace(labels=None))) == 0.25

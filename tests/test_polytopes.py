@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity_jax import polytopes, tables
+from sparsity_jax import models, polytopes, tables, trees
 
 INPUTS = ("small", "mid", "large", "zeros_inside", "zeros_large", "ones", "all_zero")
 call = jax.jit(lambda constraint, x, method: getattr(constraint, method)(x), static_argnames="method")
@@ -55,7 +55,7 @@ def test_lp_balls_match_the_original(shape, p):
         prefix = f"{shape}/lp{p}/{mode}"
         _, _, value, radius, diameter = golden[f"{prefix}/params"]
         size = golden[f"{shape}/mid"].size
-        ball = polytopes.lp_ball(size, 1.0, p=float(p), tau=value, mode=mode, zero_up=True)
+        ball = polytopes.lp_ball(size, 1.0, p=float(p), tau=value, mode=mode, zero_up=True, zero_below=1e-10)
         np.testing.assert_allclose([ball.radius, ball.diameter(size)], [radius, diameter], **CLOSE)
         operations = {"lmo": "lmo", "shift_inside": "shift_inside", "euclidean_project": "project"}
         compared = 0
@@ -96,12 +96,31 @@ def test_sets_of_a_network_match_the_original(setting):
     norms = dict.fromkeys(paths, 1.0)
     measured = f"model/ksparse/{setting}/measured_avg_norm"
     if measured in golden:
-        norms = polytopes.share_by_shape(dict(zip(paths, golden[measured])), params)
-        np.testing.assert_allclose([norms[n] for n in paths], golden[f"model/ksparse/{setting}/norm_used"], **CLOSE)
+        given = dict(zip(paths, golden[measured]))
+        for order in (None, paths):
+            norms = polytopes.share_by_shape(given, params, order)
+            np.testing.assert_allclose([norms[n] for n in paths], golden[f"model/ksparse/{setting}/norm_used"], **CLOSE)
     rules = polytopes.check(dict(name="k_sparse", **golden_rules(setting)), "constraint")
     sets = polytopes.build(params, norms, rules)
     ours = [(sets[n].k, sets[n].radius, sets[n].diameter(params[n].size)) for n in paths]
     np.testing.assert_allclose(ours, golden[f"model/ksparse/{setting}/K_radius_diameter"], **CLOSE)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_later_array_of_equal_shape_overwrites_in_the_order_of_modules(traced):
+    options = dict(widths=(8, 8, 16), dense_widths=(16,), batch_norm=True)
+    network = models.build(name="small_cnn", num_classes=10, **options)
+    variables = network.init(jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
+    apply = lambda params: network.apply({**variables, "params": params}, jnp.zeros((1, 8, 8, 1)))
+    order = trees.order_of_use(apply, variables["params"])
+    assert order.index("bn3/scale") < order.index("bn3/bias") < order.index("dense1/kernel")
+    own = {path: float(i) for i, path in enumerate(order, 1)}
+    norms = trees.map_named(lambda path, _: own[path], variables["params"])
+    shared = polytopes.share_by_shape(norms, variables["params"], order if traced else None)
+    assert shared["bn3"] == dict.fromkeys(("scale", "bias"), own["dense1/bias"])
+    assert shared["bn1"]["scale"] == own["bn2/bias"]
+    with pytest.raises(ValueError, match="order has 1 paths"):
+        polytopes.share_by_shape(norms, variables["params"], ["bn1/scale"])
 
 
 @pytest.mark.parametrize("p", ["1", "2", "inf"])

@@ -1,13 +1,22 @@
 """PyTorch's weights: the originals' numbers through real files, every tensor accounted for, and the way back."""
 
+import argparse
 import functools
+import importlib
 import importlib.util
+import itertools
+import os
 import pathlib
 import pickle
+import random
+import re
 import sys
 import types
+from typing import NamedTuple
 
 import golden_data
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +25,7 @@ import safetensors.numpy
 import tiny
 from test_models import GOLDEN_NETS, TINY
 
-from sparsity_jax import evaluate, models, pipeline, pretrained, report, tables, train, trees
+from sparsity_jax import evaluate, masks, models, pipeline, pretrained, report, tables, train, trees
 
 KEY = jax.random.key(0)
 
@@ -169,7 +178,211 @@ def test_names_of_a_network_of_ones_own():
         pretrained.to_variables(state_dict, like, names=(*names[:3], ("pos", "head/poss")))
 
 
+# Equally shaped layers
+
+
+class Network(NamedTuple):
+    """A random network: shape structs of ours, and a state dict with the path of each of its weights, in order."""
+
+    like: dict
+    state_dict: dict
+    weights: dict
+
+
+WORDS = ("stem", "inner", "mid", "tail", "alpha", "omega", "encode", "middle", "proj", "zeta")
+SCHEMES = {
+    "numbers": lambda i, words: f"fc{i}",
+    "sequence": lambda i, words: f"net.{3 * i}",
+    "nested": lambda i, words: f"stages.{i // 2}.{i % 2}.layer",
+    "words": lambda i, words: words[i],
+    "words and numbers": lambda i, words: words[0] if i == 0 else f"hidden{i}",
+    "ours": lambda i, words: f"dense{i}",
+}
+
+
+def random_network(widths, scheme, words, conv):
+    """Dense layers, or convolutions with batch norms, of `widths`, and `fc`, by names of the scheme."""
+    rng = np.random.default_rng(0)
+    like, state_dict, weights = {}, {}, {}
+    kind, extent = ("conv", (3, 3)) if conv else ("dense", ())
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
+        ours = f"{kind}{i + 1}" if i + 2 < len(widths) else "fc"
+        if ours == "fc":
+            extent = ()
+        theirs = SCHEMES[scheme](i, words)
+        layers = {ours: dict(kernel=(*extent, before, after), bias=(after,))}
+        if conv and ours != "fc":
+            layers[f"bn{i + 1}"] = dict(scale=(after,), bias=(after,))
+        for name, shapes in layers.items():
+            module = f"{theirs}.norm" if name.startswith("bn") else theirs
+            like[name] = {leaf: jax.ShapeDtypeStruct(shape, jnp.float32) for leaf, shape in shapes.items()}
+            for leaf, shape in shapes.items():
+                torch_leaf = "bias" if leaf == "bias" else "weight"
+                torch_shape = (*shape[:-3:-1], *shape[:-2])
+                array = rng.normal(size=torch_shape).astype(np.float32)
+                state_dict[f"{module}.{torch_leaf}"] = array
+                weights[f"{module}.{torch_leaf}"] = f"params/{name}/{leaf}"
+    return Network({"params": like}, state_dict, weights)
+
+
+def permuted(network, state_dict):
+    """Whether the weights load, but at other places than their own; None if they are refused."""
+    try:
+        found = pretrained.to_variables(state_dict, network.like)
+    except tables.ConfigError as error:
+        if "which layers are which" in str(error) and "names=((" in str(error):
+            return None
+        raise
+    leaves = trees.named_leaves(found)
+    for name, path in network.weights.items():
+        expected = network.state_dict[name]
+        expected = expected.transpose(*range(2, expected.ndim), 1, 0) if expected.ndim > 1 else expected
+        if not np.array_equal(leaves[path], expected):
+            return True
+    return False
+
+
+networks = st.tuples(
+    st.lists(st.sampled_from((3, 4)), min_size=2, max_size=6),
+    st.sampled_from(sorted(SCHEMES)),
+    st.permutations(WORDS),
+    st.booleans(),
+)
+
+
+@hypothesis.given(networks, st.randoms(use_true_random=False))
+@hypothesis.settings(max_examples=150)
+def test_equally_shaped_layers_are_never_permuted(arguments, rng):
+    network = random_network(*arguments)
+    assert permuted(network, network.state_dict) is False  # in the order of the layers
+    items = sorted(network.state_dict.items())
+    rng.shuffle(items)
+    scheme = arguments[1]
+    found = permuted(network, pretrained.Unordered(items))
+    assert not found
+    shapes = [array.shape for array in network.state_dict.values() if array.ndim > 1]
+    if scheme not in ("words", "words and numbers") or len(set(shapes)) == len(shapes) == 1:
+        assert found is False
+    if not pretrained._is_as_defined(name for name, _ in items):
+        assert not permuted(network, dict(items))
+
+
+@hypothesis.given(st.integers(2, 5), st.randoms(use_true_random=False))
+def test_numbers_against_the_order_are_refused_or_idle(count, rng):
+    """Definition order is right, whatever the numbers in the names are."""
+    network = random_network((3,) * (count + 1), "numbers", WORDS, False)
+    numbers = list(range(count))
+    rng.shuffle(numbers)
+    rename = lambda name: re.sub(r"\d+", lambda match: str(numbers[int(match[0])]), name)
+    state_dict = {rename(name): array for name, array in network.state_dict.items()}
+    weights = {rename(name): path for name, path in network.weights.items()}
+    found = permuted(Network(network.like, state_dict, weights), state_dict)
+    assert not found
+    assert (found is None) == (numbers != sorted(numbers))
+
+
+def test_a_shortcut_defined_first_is_told_by_its_names_or_refused():
+    """All batch norms of a block are of one shape; a network may define the shortcut before or after the others."""
+    like = shapes_of("resnet", stage_sizes=(1, 1), widths=(4, 8))
+    state_dict = pretrained.to_torch(filled(like))
+    names = sorted(state_dict, key=lambda name: "downsample" not in name)
+    moved = {name: state_dict[name] for name in names}
+    same(pretrained.to_variables(moved, like), pretrained.to_variables(state_dict, like))
+    unknown = {name.replace("downsample", "skip").replace("layer", "part"): moved[name] for name in names}
+    with pytest.raises(tables.ConfigError, match=r"part2\.0\.skip\.1\.weight.*neither an order nor"):
+        pretrained.to_variables(unknown, like)
+
+
+def test_names_lead_out():
+    network = random_network((3, 3, 3, 3), "words", WORDS, False)
+    shuffled = pretrained.Unordered(sorted(network.state_dict.items()))
+    assert permuted(network, shuffled) is None
+    names = (("stem.weight", "params/dense1/kernel"), ("inner.weight", "params/dense2/kernel"))
+    found = pretrained.to_variables(shuffled, network.like, names=names)
+    expected = pretrained.to_variables(network.state_dict, network.like)
+    same(found, expected)
+
+
+def test_a_fresh_classifier_is_told_from_equal_layers():
+    network = random_network((3, 3, 3, 3), "words", WORDS, False)
+    like = {"params": {**network.like["params"], "fc": filled(network.like["params"]["fc"])}}
+    like["params"]["fc"]["kernel"] = np.zeros((3, 2), np.float32)
+    like["params"]["fc"]["bias"] = np.zeros(2, np.float32)
+    found = pretrained.to_variables(network.state_dict, like, fresh=pretrained.CLASSIFIER)
+    np.testing.assert_array_equal(found["params"]["dense2"]["kernel"], network.state_dict["inner.weight"].T)
+    assert found["params"]["fc"]["kernel"].shape == (3, 2)
+    shuffled = pretrained.Unordered(network.state_dict)
+    with pytest.raises(tables.ConfigError, match="which layers are which"):
+        pretrained.to_variables(shuffled, like, fresh=pretrained.CLASSIFIER)
+
+
 # Whatever does not fit
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "module._orig_mod.", "net.features."])
+def test_one_foreign_tensor_is_named_alone(prefix):
+    like, state_dict = resnet()
+    wrapped = {prefix + name: array for name, array in state_dict.items()}
+    same(pretrained.to_variables(wrapped, like), pretrained.to_variables(state_dict, like))
+    with pytest.raises(tables.ConfigError, match=r"32 of 32 arrays do\.\n  unexpected: n_averaged \(\)$"):
+        pretrained.to_variables({"n_averaged": np.array(5), **wrapped}, like)
+    averaged = {"ema." + name: array for name, array in state_dict.items()}
+    with pytest.raises(tables.ConfigError, match=r"averaged weights"):
+        pretrained.to_variables({**wrapped, **averaged}, like)
+
+
+def test_pruned_weights():
+    """As torch.nn.utils.prune saves them: the weight behind the bias, its mask among the buffers."""
+    network = random_network((3, 3, 3), "words", WORDS, False)
+    mask = np.array([[1, 0, 1], [0, 1, 1], [0, 0, 1]], np.float32)
+    saved, expected = {}, {}
+    for name, array in network.state_dict.items():
+        if name.endswith("bias"):
+            weight = name.replace("bias", "weight")
+            saved |= {name: array, f"{weight}_orig": network.state_dict[weight], f"{weight}_mask": mask}
+            expected[weight] = network.state_dict[weight] * mask
+    found = pretrained.to_variables(saved, network.like)
+    for layer, name in (("dense1", "stem"), ("fc", "inner")):
+        np.testing.assert_array_equal(found["params"][layer]["kernel"], expected[f"{name}.weight"].T)
+        kept = masks.nonzero(found["params"])
+        np.testing.assert_array_equal(kept[layer]["kernel"], mask.T == 1)
+        assert kept[layer]["bias"].all()
+    with pytest.raises(tables.ConfigError, match=r"stem\.weight_mask is no mask"):
+        pretrained.to_variables({**saved, "stem.weight_mask": mask / 2}, network.like)
+    normed = {name.replace("weight_orig", "weight_g"): array for name, array in saved.items()}
+    with pytest.raises(tables.ConfigError, match=r"prune\.remove"):
+        pretrained.to_variables(normed, network.like)
+
+
+WEIGHTLESS = {
+    "complex": np.ones((3, 3), np.complex64),
+    "int8": np.ones((3, 3), np.int8),
+    "int64": np.ones((3, 3), np.int64),
+    "bool": np.ones((3, 3), bool),
+    "float8": np.ones((3, 3), jnp.float8_e4m3fn),
+    "NaN": np.array([[1, 2, np.nan]] * 3, np.float32),
+    "infinite": np.array([[1, 2, -np.inf]] * 3, jnp.bfloat16),
+    "beyond": np.array([[1, 2, 1e39]] * 3),
+    "object": np.array([[1, 2, None]] * 3),
+    "text": np.array([["a", "b", "c"]] * 3),
+}
+
+
+@pytest.mark.parametrize("case", sorted(WEIGHTLESS))
+@pytest.mark.parametrize("name", ["stem.weight", "inner.weight"])
+def test_what_is_no_weight_is_refused(case, name):
+    network = random_network((3, 3, 3), "words", WORDS, False)
+    state_dict = {**network.state_dict, name: WEIGHTLESS[case]}
+    with pytest.raises(tables.ConfigError, match=rf"3 of 4 arrays do\.\n  no weights: {name} "):
+        pretrained.to_variables(state_dict, network.like)
+    if name == "inner.weight":  # a fresh classifier needs none
+        pretrained.to_variables(state_dict, filled(network.like), fresh=pretrained.CLASSIFIER)
+
+
+def test_values_beyond_half_precision_are_refused():
+    like = {"params": {"bn1": {"scale": jax.ShapeDtypeStruct((2,), jnp.float16)}}}
+    with pytest.raises(tables.ConfigError, match=r"bn1\.weight holds values beyond float16"):
+        pretrained.to_variables({"bn1.weight": np.array([1.0, 7e4])}, like)
 
 
 def resnet(num_classes=5, **options):
@@ -273,19 +486,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 class Tensor:
     """As much of PyTorch's tensor as reading needs."""
 
-    def __init__(self, array, dtype="float"):
+    def __init__(self, array, dtype="torch.float32"):
         self.array, self.dtype = array, dtype
 
     def detach(self):
         return self
 
-    contiguous = detach
+    def float(self):
+        return Tensor(self.array.astype(np.float32))
 
-    def view(self, dtype):
-        return Tensor(self.array.view(dtype))
-
-    def numpy(self):
-        assert self.dtype != "bfloat16", "NumPy has no such type"
+    def numpy(self, *, force):
+        if not force or self.dtype != "torch.float32":
+            raise TypeError(f"Got unsupported ScalarType {self.dtype}.")
         return self.array
 
 
@@ -299,29 +511,132 @@ def test_files_of_pytorch(tmp_path, monkeypatch):
             raise content["it"]
         return content["it"]
 
-    fake = types.SimpleNamespace(Tensor=Tensor, load=load, bfloat16="bfloat16", int16=np.int16)
+    fake = types.SimpleNamespace(Tensor=Tensor, load=load)
     monkeypatch.setitem(sys.modules, "torch", fake)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     brain = np.arange(3).astype(jnp.bfloat16)
     arrays = {"module.w": np.arange(4.0), "module.b": brain}
-    tensors = {"module.w": Tensor(arrays["module.w"]), "module.b": Tensor(brain, "bfloat16")}
+    tensors = {"module.w": Tensor(arrays["module.w"]), "module.b": Tensor(brain, "torch.bfloat16")}
     for content["it"] in (tensors, {"epoch": 3, "state_dict": tensors}, {"model": tensors}):
         same(pretrained.read(path), arrays)
     for content["it"], reason in (
         (RuntimeError("PytorchStreamReader failed.\nmany lines"), "PytorchStreamReader failed"),
         (EOFError(), "it ends too early"),
         (pickle.UnpicklingError("Weights only load failed."), "other objects than tensors"),
+        (pickle.UnpicklingError("Unsupported global: GLOBAL argparse.Namespace was"), "argparse.Namespace"),
     ):
-        with pytest.raises(
-            tables.ConfigError, match=rf"net\.pth cannot be read as weights alone: {reason}\. Is it cut"
-        ):
+        with pytest.raises(tables.ConfigError, match=rf"net\.pth cannot be read .*{reason}"):
             pretrained.read(path)
-    for content["it"], shown in (({"epoch": 3}, "a dict of epoch"), ([1], "list")):
-        with pytest.raises(tables.ConfigError, match=f"holds {shown}; allowed: tensors by name"):
+    itself = {}
+    itself["model"] = itself
+    for content["it"], shown in (
+        ({"epoch": 3}, "'epoch'"),
+        ([1], "list"),
+        ({0: tensors["module.w"]}, "0, of type"),
+        ({"w": Tensor(np.zeros(2), "torch.float8_e4m3fn")}, r"w is no plain array \(torch\.float8"),
+        (itself, "dict"),
+    ):
+        with pytest.raises(tables.ConfigError, match=shown):
             pretrained.read(path)
+    content["it"] = {"model": tensors, "model_ema": {"module.w": Tensor(arrays["module.w"] + 1)}}
+    assert pretrained.read(path).keys() == arrays.keys()
+    same(pretrained.read(path, key="model_ema"), {"module.w": arrays["module.w"] + 1})
+    with pytest.raises(tables.ConfigError, match=r"key is 'emma'; .* model, model_ema"):
+        pretrained.read(path, key="emma")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(tables.ConfigError, match=r"`pip install torch`, or convert it to .safetensors"):
         pretrained.read(path)
+
+
+@pytest.fixture(scope="module")
+def torch():
+    """PyTorch, from the environment or from the folder TORCH_PATH."""
+    sys.path.append(os.environ.get("TORCH_PATH", ""))
+    try:
+        return pytest.importorskip("torch", reason="needs PyTorch (install it, or set TORCH_PATH)")
+    finally:
+        sys.path.pop()
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of sparse and quantized tensors
+def test_odd_tensors_of_pytorch(torch, tmp_path):
+    path, plain = tmp_path / "net.pth", torch.arange(6.0).reshape(2, 3)
+    expected = plain.numpy()
+    for tensor, found in (
+        (torch._neg_view(plain), -expected),
+        (plain.t(), expected.T),
+        (torch.nn.Parameter(plain), expected),
+        (torch._neg_view(plain.to(torch.bfloat16)), (-expected).astype(jnp.bfloat16)),
+    ):
+        torch.save({"state_dict": {"w": tensor}, "epoch": 3}, path)
+        same(pretrained.read(path), {"w": found})
+    for tensor in (
+        plain.to(torch.float8_e4m3fn),
+        plain.to_sparse(),
+        torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+        torch.empty(2, device="meta"),
+    ):
+        torch.save({"w": tensor}, path)
+        with pytest.raises(tables.ConfigError, match=r"net\.pth: w is no plain array"):
+            pretrained.read(path)
+    torch.save({"state_dict": {"w": plain}, "args": argparse.Namespace(lr=0.1)}, path)
+    with pytest.raises(tables.ConfigError, match=r"argparse\.Namespace"):
+        pretrained.read(path)
+
+
+def test_pruned_network_of_pytorch(torch):
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3))
+    images = torch.randn(4, 3)
+    prune = importlib.import_module("torch.nn.utils.prune")
+    for layer in (network[0], network[2]):
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    like = random_network((3, 3, 3), "sequence", WORDS, False).like
+    found = pretrained.to_variables(network.state_dict(), like)
+    model = models.build(name="mlp", num_classes=3, widths=(3,))
+    logits = model.apply(found, images.numpy())
+    np.testing.assert_allclose(logits, network(images).detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert np.mean(found["params"]["dense1"]["kernel"] == 0) == pytest.approx(4 / 9)
+
+
+def damaged(whole, random):
+    """Copies of a file that are cut short or have flipped bits."""
+    for i in range(60):
+        content = bytearray(whole)
+        if i % 3 == 0:
+            del content[random.randrange(len(content)) :]
+        for _ in range((0, 1, 8)[i % 3]):
+            content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+        yield bytes(content)
+
+
+def test_damaged_files_of_pytorch_are_refused_or_right(torch, tmp_path):
+    path, outcomes = tmp_path / "net.pth", []
+    torch.save({"state_dict": {f"layer{i}.weight": torch.randn(3, 3) for i in range(3)}}, path)
+    right = pretrained.read(path)
+    for content in damaged(path.read_bytes(), random.Random(0)):
+        path.write_bytes(content)
+        try:
+            same(pretrained.read(path), right)
+            outcomes.append("right")
+        except tables.ConfigError:
+            outcomes.append("refused")
+    assert 40 <= outcomes.count("refused") < len(outcomes) == 60
+
+
+def test_damaged_safetensors_are_refused_or_have_the_same_layout(tmp_path):
+    """Safetensors has no checksum: flipped bits of the values themselves cannot be seen, but all of the header are."""
+    arrays = {"layer1.weight": np.ones((2, 3), np.float32), "layer2.weight": np.ones(3, np.float32)}
+    path, outcomes = pretrained.write(tmp_path / "net.safetensors", arrays), []
+    for content in damaged(path.read_bytes(), random.Random(0)):
+        path.write_bytes(content)
+        try:
+            found = pretrained.read(path)
+        except tables.ConfigError:
+            outcomes.append("refused")
+            continue
+        outcomes.append("read")
+        assert sum(array.nbytes for array in found.values()) == 36
+    assert outcomes.count("refused") >= 20
 
 
 # Runs
@@ -362,6 +677,22 @@ def test_a_run_starts_from_the_file(weights, mode, tmp_path):
         evaluate.export_torch(saved, tmp_path / "out.safetensors")
     again = pipeline.run(tiny.config("curve", start_from=str(tmp_path / "run"), **sweep), tmp_path / "again")
     assert len(again.rows) == len([row for row in outcome.rows if row["stage"] == "curve"])
+
+
+@pytest.mark.parametrize("zeros", ["keep", "train"])
+def test_zeros_of_the_file(weights, zeros, tmp_path, capsys):
+    arrays = pretrained.read(weights[0])
+    kernel = arrays["dense1.weight"]
+    arrays["dense1.weight"] = np.where(np.arange(kernel.size).reshape(kernel.shape) % 3, kernel, 0)
+    path = pretrained.write(tmp_path / "zeros.safetensors", arrays)
+    fields = dict(pretrained=str(path), pretrained_zeros=zeros)
+    outcome = pipeline.run(tiny.config("fit", **fields), tmp_path / "run")
+    left = np.sum(np.asarray(outcome.state.params["dense1"]["kernel"]) == 0)
+    assert left >= 342 if zeros == "keep" else left < 342
+    assert np.sum(~np.asarray(outcome.state.masks["dense1"]["kernel"])) == (342 if zeros == "keep" else 0)
+    environment = report.read_environment(tmp_path / "run")
+    assert "342 of 1,184" in environment["pretrained"]
+    assert "342 of 1,184" in capsys.readouterr().err
 
 
 def test_accuracy_of_the_file(weights, tmp_path):
@@ -412,6 +743,9 @@ def test_mistakes_stop_a_run_before_it_begins(weights, tmp_path):
             dict(fresh_classifier=True),
             r"config\.fresh_classifier is for the weights of config\.pretrained, which is em",
         ),
+        (dict(pretrained_zeros="keep"), r"config\.pretrained_zeros is for the weights of config\.pretrained"),
+        (dict(pretrained=path, pretrained_zeros="drop"), r"config\.pretrained_zeros is 'drop'; allowed: 'train' \| 'k"),
+        (dict(pretrained=path, pretrained_names=[["fc.weight", "x"]]), r"names: 'fc\.weight' is to become 'x', which"),
         (dict(pretrained=path, **wider), r"config\.pretrained '.*' does not fit .*\n  wrong: .* must be \(17, 64\)"),
         (dict(pretrained=path, sweep=dict(pretrained=[path])), r"config\.sweep names config\.pretrained; allowed"),
     ):

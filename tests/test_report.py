@@ -144,6 +144,7 @@ def test_a_network_cut_in_rounds_is_not_called_dense():
     assert line.cells["dense"] == (0.8, 0.0, 1)
     assert line.cells["pruned"] == (0.65, 0.0, 1)
     assert line.cells["channels"] == (0.375, 0.0, 1)
+    assert (line.cells["before"], line.cells["epochs"]) == ((1.0, 0.0, 1), (4.0, 0.0, 1))
     assert list(figures.channel_rounds(figures.group(rows)[0])) == [0.25, 0.375]
 
 
@@ -193,6 +194,24 @@ def test_a_curve_of_a_pruned_network_starts_where_its_masks_are():
     (line,) = table_of(rows)
     assert not {"dense", "0.9", "largest"} & set(line.cells)
     assert line.cells["0.99"][0] == 0.5
+
+
+def test_zeros_of_the_chosen_arrays_and_of_all(tmp_path):
+    rows = [curve_row("A", m, r, 0.5, sparsity=r + 0.002 * m, sparsity_all=0.9 * r, layers={"a": r})
+            for m in (0, 1) for r in (0.0, 0.5, 0.98)]  # fmt: skip
+    page = page_of(tmp_path, rows)
+    assert "98.10 <small>of all 88.20</small>" in page
+    assert "50.10 <small>of all 45.00</small>" in page
+    assert figures.swept_keys(rows) == []
+
+
+def test_shares_removed_are_counted_where_rows_have_counts():
+    counts = {"num_kept": 30, "num_prunable": 100}
+    assert figures.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8} | counts) == ("weights", 0.7)
+    assert figures.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8}) == ("weights", 0.8)
+    assert figures.removal({"kind": "remove", "ratio": 0.5}) == ("weights", 0.5)
+    assert figures.removal({"kind": "cut", "ratio": 0.5, "num_kept": 10, "num_channels": 16}) == ("channels", 0.375)
+    assert figures.removal({"kind": "train", "ratio": 0.5}) is None
 
 
 def test_a_network_at_chance_has_no_largest_share():
@@ -457,17 +476,34 @@ def test_a_row_that_cannot_be_written_writes_nothing(tmp_path):
 
 def test_tensorboard_tags_and_steps(tmp_path):
     base = {"stage": "curve", "kind": "curve", "ratio": 0.985, "accuracy": 0.5, "retrained": False, "layers": {"a": 1}}
-    assert report.scalars(base) == [("curve/accuracy", 0.5, 985)]
-    assert report.scalars(base | {"split": "train", "retrained": True, "visit": 2, "seed": 1, "fit.rate": 0.1}) == [
-        ("curve/accuracy/train/retrained/visit_2", 0.5, 985)
-    ]
+    assert report.scalars(base) == ({"curve/accuracy": 0.5, "curve/layers/a": 1.0}, 985_000_000)
+    more = {"split": "train", "retrained": True, "visit": 2, "seed": 1, "fit.rate": 0.1}
+    end = "train/retrained/visit_2"
+    assert report.scalars(base | more)[0] == {f"curve/accuracy/{end}": 0.5, f"curve/layers/a/{end}": 1.0}
     train = {"stage": "fit", "kind": "train", "step": 390, "epoch": 1, "train_loss": 2.0, "test_loss": None}
-    assert report.scalars(train) == [("fit/train_loss", 2.0, 390)]
+    assert report.scalars(train) == ({"fit/train_loss": 2.0}, 390)
     with report.Writer(tmp_path) as writer:
         writer.append([train | {"member": 0}, train | {"member": 1}])
     (events,) = (tmp_path / "tensorboard").glob("events*")
     assert steps_of(events, b"fit/train_loss/member_0") == 1
     assert steps_of(events, b"fit/train_loss/member_1") == 1
+
+
+def test_no_two_events_share_a_tag_and_a_step():
+    """Visits, ratios however close, draws, members' nested numbers: each number of each row has its own place."""
+    close = (0.9, 0.9004, 0.90041, 0.900410002)
+    rows = [curve_row("A", 0, ratio, 0.5, visit=visit, layers={"a": ratio}, split=split)
+            for visit in (1, 2) for split in ("test", "train") for ratio in close]  # fmt: skip
+    rows += [train_row("A", epoch, 0.5, visit=visit, step=10 * epoch) for visit in (1, 2) for epoch in (1, 2)]
+    rows += [cut_row("A", 8, visit) for visit in (1, 2)]
+    noise = {"stage": "noise", "kind": "noise", "arm": "A", "member": 0}
+    rows += [noise | {"visit": visit, "draw": draw, "loss": 1.0} for visit in (1, 2) for draw in (0, 1)]
+    places = []
+    for row in rows:
+        found, step = report.scalars(report.plain(row))
+        places += [(tag, step) for tag in found]
+    assert len(set(places)) == len(places)
+    assert "cut/kept/conv" in {tag for tag, _ in places}
 
 
 @pytest.mark.parametrize(("bad", "text"), [("{nope", "line 2: Expecting"), ("[1]", "line 2: not a JSON object")])
@@ -608,3 +644,13 @@ def test_channel_groups_and_what_is_left_of_them(tmp_path):
     assert not re.search("#[0-9a-f]{6}", section)  # all colours follow the page
     assert (tmp_path / "figures" / "groups.png").stat().st_size > 10_000
     assert figures.group_layout(figures.group([row for row in rows if row["visit"] == 2])) == ({}, [])
+
+
+def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
+    base = dict(stage="compact", kind="compact", arm="A", member=0, accuracy=0.5, flops=183552, flops_compact=50816)
+    base |= dict(parameters=13706, parameters_compact=3658, bytes=54824, bytes_compact=14632)
+    rows = [base | dict(visit=visit, difference=10.0**-visit) for visit in (1, 2)]
+    page = page_of(tmp_path, rows)
+    assert "3,658 <small>of 13,706, 26.7%</small>" in page
+    assert "A, visit 2" in page
+    assert "differ by at most 0.1 of the largest" in page

@@ -326,6 +326,19 @@ def test_the_tracker_averages_the_last_steps_of_every_epoch():
     np.testing.assert_allclose(state.saliency["fc"]["kernel"], 0.8 * jnp.square(params["fc"]["kernel"]), rtol=1e-6)
 
 
+def test_tracking_inside_shard_map():
+    mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    spec = jax.sharding.PartitionSpec("x")
+    own = scores.tracker(alpha=0.5, steps_per_epoch=3, track_batches=2)
+
+    def track(params):
+        update = lambda state, _: (own.update(state, params, 2 * params), None)
+        return jax.lax.scan(update, own.init(params), length=3)[0].saliency
+
+    found = jax.jit(jax.shard_map(track, mesh=mesh, in_specs=spec, out_specs=spec))(jnp.arange(4.0))
+    np.testing.assert_allclose(found, 0.75 * 2 * np.arange(4.0) ** 2)
+
+
 def test_tracking_leaves_the_optimizer_as_it_is():
     loss, params, data = toy()
     plain, tracked = optax.adam(0.1), scores.track_saliency(optax.adam(0.1))

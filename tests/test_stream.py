@@ -30,6 +30,7 @@ from sparsity_jax import (
     models,
     pipeline,
     report,
+    sources,
     stages,
     stream,
     structured,
@@ -107,7 +108,7 @@ def test_a_part_is_the_mean_of_its_pixels(down, right, top, left):
 def test_a_jpeg_is_decoded_no_larger_than_needed(side, reduced, monkeypatch):
     side, flags, decode = SIZE + 3 if not reduced else side, [], data.decode
     encoded = cv2.imencode(".jpg", smooth(np.random.default_rng(1), 90, 120), [cv2.IMWRITE_JPEG_QUALITY, 98])[1]
-    monkeypatch.setattr(data, "decode", lambda found, flag=0: flags.append(flag) or decode(found, flag))
+    monkeypatch.setattr(data, "decode", lambda found, flag=0, upright=False: flags.append(flag) or decode(found, flag))
     box = (8, 24, side, side)
     found = stream.part(encoded.tobytes(), SIZE, lambda height, width: box if (height, width) == (90, 120) else None)
     assert flags == [reduced]
@@ -190,6 +191,46 @@ def test_every_epoch_visits_every_image_once_in_a_new_order():
     assert found == labels_of(images, epochs=3)
     assert found != labels_of(images, epochs=3, seed=(1, 3))
     assert len(labels_of(images, batch_size=7)) == 2  # the rest does not fill a batch
+
+
+def test_small_sets_are_shuffled_uniformly():
+    """Of 400 images in 300 epochs few stay in their place or behind their neighbour: 1 of each on average."""
+    numbers = np.random.SeedSequence([3]).generate_state(300).tolist()
+    order = stream.Order(400, 400, numbers)
+    found = np.array([order[i] for i in range(len(order))]).reshape(300, 400)
+    assert (np.sort(found) == np.arange(400)).all()
+    stay = (found == np.arange(400)).sum(1)
+    follow = (np.diff(found) == 1).sum(1)
+    assert max(stay.max(), follow.max()) < 10
+    assert 0.8 < stay.mean() < 1.2
+    assert 0.8 < follow.mean() < 1.2
+
+
+def test_lost_images_are_replaced_evenly_and_count_once():
+    images, _ = numbered(50, unreadable="skip", unreadable_share=0.5)
+    read = lambda indices: [(b"", i) if 10 <= i < 20 else pair for i, pair in zip(indices, images.source.read(indices))]
+    lossy = data.Stream(images.source._replace(read=read), images.indices, images.shape, 50, images.options)
+    batches = list(stream.train_batches(lossy, [4], batch_size=10, epochs=40, put=here))
+    per_epoch = np.array([len(batch.unreadable) for batch in batches]).reshape(40, 5).sum(1)
+    assert per_epoch.tolist() == [10] * 40
+    seen = np.bincount(np.concatenate([batch.labels for batch in batches]), minlength=50)
+    kept = np.delete(seen, range(10, 20))
+    assert seen.sum() == kept.sum() == 40 * 50
+    assert kept.min() >= 40  # each in its own place
+    assert kept.max() < 40 + 30  # 400 places are shared by 40 images: 10 each on average
+    late = list(stream.train_batches(lossy, [4], batch_size=10, epochs=40, start=190, put=here))
+    tiny.same(late, batches[190:])
+
+
+def test_too_many_losses_end_a_training_also_when_it_goes_on():
+    images, _ = numbered(50, unreadable="skip", unreadable_share=0.1)
+    read = lambda indices: [(b"", i) if i < 6 else pair for i, pair in zip(indices, images.source.read(indices))]
+    lossy = data.Stream(images.source._replace(read=read), images.indices, images.shape, 50, images.options)
+    with pytest.raises(tables.ConfigError, match="6 of 50 images cannot be read"):
+        list(stream.train_batches(lossy, [4], batch_size=10, epochs=1, put=here))
+    before = [f"image {i}" for i in range(6)]
+    with pytest.raises(tables.ConfigError, match="6 of 50 images cannot be read"):
+        next(stream.train_batches(lossy, [4], batch_size=10, epochs=2, start=5, put=here, lost=before))
 
 
 @pytest.fixture(scope="module")
@@ -293,11 +334,15 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
     assert structured.accuracy(streamed, stock) == structured.accuracy(memory, stock)
 
 
-def test_examples_in_memory_are_spread_over_the_set(pair):
-    streamed, memory, _ = pair
+@pytest.mark.parametrize("rule", ["spread", "first"])
+def test_a_fixed_sample_is_the_same_streamed_and_in_memory(pair, rule):
+    sample = data.FixedSample(rule, seed=3)
+    streamed, memory = (problem._replace(sample=sample, compiled={}) for problem in pair[:2])
     images, labels = geometry.examples(streamed, 7)
-    index = data.spread(24, 7)
+    tiny.same((images, labels), memory.examples("train", 7))
+    index = sample.indices(24, 7)
     tiny.same((images, labels), (memory.train_images[jnp.array(index)], memory.train_labels[jnp.array(index)]))
+    assert index.tolist() == list(range(7)) or rule == "spread"
     assert streamed.examples("train", 7)[0] is images  # kept
     assert len(streamed.examples("test", 50)[1]) == 11
 
@@ -352,15 +397,9 @@ def test_an_unreadable_image_stops_a_training_and_is_named(damaged):
         list(stream.eval_batches(load(damaged).test.images, batch_size=4, put=here))
 
 
-def test_skipped_images_are_replaced_by_the_next_and_left_out_of_evaluation(damaged):
+def test_skipped_images_are_replaced_at_random_and_left_out_of_evaluation(damaged):
     splits = load(damaged, unreadable="skip", crop_scale=(1.0, 1.0))
     images = splits.train.images
-    names = [images.source.describe(i) for i in range(24)]
-    (bad,) = (i for i, name in enumerate(names) if name.endswith("a/06.jpg"))
-    draw = functools.partial(stream.central_box, options=images.options)
-    found, following = (stream.example(images, i, draw) for i in (bad, bad + 1))
-    np.testing.assert_array_equal(found.image, following.image)
-    assert (found.label, found.unreadable, following.unreadable) == (following.label, (names[bad],), ())
     batches = list(stream.train_batches(images, [0], batch_size=4, epochs=2, put=here))
     assert sorted(name[-8:] for batch in batches for name in batch.unreadable) == ["a/06.jpg"] * 2 + ["b/04.jpg"] * 2
     tests = list(stream.eval_batches(splits.test.images, batch_size=4, put=here))
@@ -384,14 +423,18 @@ def test_batches_that_cannot_be_are_explained(folder):
 
 
 def test_a_file_that_disappears_is_named_too(folder, tmp_path):
-    images = load(folder, unreadable="skip").train.images
-    gone = images.source._replace(read=lambda indices: [(data.read_file(str(tmp_path / "gone.jpg")), 0)])
+    images = load(folder).train.images
+    gone = images.source._replace(read=lambda indices: [(sources.read_file(str(tmp_path / "gone.jpg")), 0)])
     lost = data.Stream(gone, images.indices, images.shape, 3, images.options)
-    with pytest.raises(tables.ConfigError, match="and all other images of its split cannot be decoded"):
-        stream.example(lost, 0, lambda height, width: (0, 0, height, width))
-    lost = data.Stream(gone, images.indices, images.shape, 3, images.options | dict(unreadable="stop"))
     with pytest.raises(tables.ConfigError, match=r"gone\.jpg cannot be read: No such file"):
         stream.example(lost, 0, lambda height, width: (0, 0, height, width))
+    skipping = images.options | dict(unreadable="skip", unreadable_share=1.0)
+    lost = data.Stream(gone, images.indices, images.shape, 3, skipping)
+    with pytest.raises(tables.ConfigError, match="100 other images of its split"):
+        next(stream.train_batches(lost, [0], batch_size=4, epochs=1, put=here))
+    lost = data.Stream(gone, images.indices, images.shape, 3, images.options | dict(unreadable="skip"))
+    with pytest.raises(tables.ConfigError, match=r"of 24 images cannot be read.*unreadable_share"):
+        list(stream.eval_batches(lost, batch_size=4, put=here))
 
 
 def test_labels_and_colours_that_do_not_fit_always_stop():
@@ -434,7 +477,7 @@ def test_a_worker_that_dies_ends_the_run_instead_of_hanging_it():
     assert not multiprocessing.active_children()
 
 
-PARENT = """
+OPENED = """
 import multiprocessing, time
 import numpy as np
 from sparsity_jax import data, stream, tables
@@ -444,9 +487,49 @@ if __name__ == "__main__":
     images = data.Stream(source, np.arange(4000), (4000, 8, 8, 1), 1, options)
     batches = stream.train_batches(images, [0], batch_size=5, epochs=1, put=lambda arrays: arrays)
     next(batches), next(batches)
+"""
+PARENT = f"""{OPENED}
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(600)
 """
+
+
+def test_readers_left_open_end_without_a_message(tmp_path):
+    (tmp_path / "left_open.py").write_text(OPENED.replace("workers=2", "workers=0"))
+    paths = dict(PYTHONPATH=str(pathlib.Path(__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, "left_open.py"], cwd=tmp_path, env=os.environ | paths, capture_output=True, check=True
+    )
+    assert done.stderr == b""
+
+
+def test_a_script_without_a_main_guard_is_told(monkeypatch):
+    images, _ = numbered(20, workers=2)
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(tables.ConfigError, match="__main__"):
+        labels_of(images)
+
+
+def test_processes_are_chosen_only_where_threads_leave_cores_idle():
+    many = 1_000_000
+    assert data.choose_workers(many, 16, alone=100.0, together=400.0)[0] == 16
+    assert data.choose_workers(many, 16, alone=100.0, together=1200.0)[0] == 0  # threads keep them busy
+    assert data.choose_workers(many, 2, alone=100.0, together=60.0)[0] == 0  # too few cores
+    assert data.choose_workers(20_000, 16, alone=100.0, together=400.0)[0] == 0  # over before they have started
+    assert "400 images/s in 16 threads" in data.choose_workers(many, 16, alone=100.0, together=400.0)[1]
+
+
+def test_the_choice_is_made_and_told_before_training():
+    images, _ = numbered(300)
+    assert images.options["workers"] == -1
+    looked = data.look_at(images)
+    assert looked.options["workers"] == 0
+    assert "threads" in looked.reading
+    fixed, _ = numbered(300, workers=3)
+    assert data.look_at(fixed) is fixed
+    dataset = data.load(name="digits", stream=True, image_size=8, normalization="none")
+    problem = train.build_problem(dataset, models.build(name="mlp", num_classes=10, widths=(4,)))
+    assert pipeline.describe_environment(problem)["reading"] == "threads"
 
 
 def test_workers_do_not_outlive_a_killed_run(tmp_path):

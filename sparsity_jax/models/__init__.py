@@ -90,7 +90,7 @@ def build(
 
     def check_precision():
         if "float64" in (dtype, param_dtype) and not jax.config.jax_enable_x64:
-            raise ValueError(
+            raise tables.ConfigError(
                 f"{name} was built with dtype {dtype} and param_dtype {param_dtype}, but jax runs in 32 bits; set "
                 "jax_enable_x64 or call it inside `with jax.enable_x64(True):`."
             )

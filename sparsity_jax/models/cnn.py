@@ -102,7 +102,7 @@ def small_cnn(
     widths: tuple[tables.Count, ...] = (32, 64, 64),
     dense_widths: tuple[tables.Count, ...] = (64,),
     batch_norm: bool = False,
-    dropout: tables.Fraction = 0.0,
+    dropout: tables.Share = 0.0,
 ) -> nn.Module:
     """3x3 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers of `dense_widths`, then `fc`.
 
@@ -179,7 +179,7 @@ def alexnet(
     *,
     widths: Widths = (96, 256, 384, 384, 256),
     dense_widths: tuple[tables.Count, ...] = (4096, 4096),
-    dropout: tables.Fraction = 0.0,
+    dropout: tables.Share = 0.0,
     upsample: tables.Count = 7,
 ) -> nn.Module:
     """AlexNet (Krizhevsky et al. 2012), one tower, without local response normalisation; images enlarged first.
@@ -206,7 +206,7 @@ def alexnet_cifar(
     *,
     widths: Widths = (48, 128, 192, 192, 128),
     dense_widths: tuple[tables.Count, ...] = (512, 256),
-    dropout: tables.Fraction = 0.0,
+    dropout: tables.Share = 0.0,
 ) -> nn.Module:
     """AlexNet for small images, of the growing-regularisation study: batch norm behind each ReLU and max-pool.
 
@@ -230,7 +230,7 @@ def alexnet_bn(
     *,
     widths: Widths = (32, 96, 192, 128, 128),
     dense_widths: tuple[tables.Count, ...] = (2048, 2048),
-    dropout: tables.Fraction = 0.0,
+    dropout: tables.Share = 0.0,
 ) -> nn.Module:
     """A thin AlexNet for images of 224x224, batch norm after each convolution: of the growing-regularisation study.
 

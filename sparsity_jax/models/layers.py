@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from sparsity_jax import tables
+
 
 class Settings(NamedTuple):
     """What all layers of a network share."""
@@ -63,11 +65,11 @@ def at_least_float32(dtype: np.dtype) -> np.dtype:
 
 
 def as_images(images: jax.Array, dtype: np.dtype, *, smallest: int = 1) -> jax.Array:
-    """`images` in `dtype`. Raises ValueError unless they are [batch, height, width, channels], >= `smallest` a side."""
+    """`images` [batch, height, width, channels] in `dtype`; ConfigError for others, and below `smallest` a side."""
     if images.ndim != 4 or min(images.shape[1:3]) < smallest:
-        raise ValueError(
-            f"images have the shape {tuple(images.shape)}; needed: [batch, height, width, channels] with height and "
-            f"width at least {smallest}."
+        raise tables.ConfigError(
+            f"images have the shape {tuple(images.shape)}; this network needs [batch, height, width, channels] with "
+            f"height and width at least {smallest}: larger images, or fewer max-pools and strides."
         )
     return jnp.asarray(images, dtype)
 
@@ -130,7 +132,7 @@ class BatchNorm(nn.Module):
     Training normalises by the mean and the biased variance of the batch and moves the running statistics by a tenth
     towards the mean and the *unbiased* variance (Flax's own layer stores the biased one). Statistics and arithmetic are
     float32 or wider whatever `settings.dtype` is. params: scale, bias; batch_stats: mean, var; all [channels].
-    Raises ValueError when training on a single value per channel, which has no variance.
+    Raises ConfigError when training on a single value per channel, which has no variance.
     """
 
     settings: Settings
@@ -147,7 +149,7 @@ class BatchNorm(nn.Module):
         if train:
             count = x.size // x.shape[-1]  # values per channel
             if count < 2:
-                raise ValueError(
+                raise tables.ConfigError(
                     f"batch norm {'/'.join(self.path)} gets the shape {tuple(x.shape)} in training: one value per "
                     "channel has no variance. Use a larger batch or larger images."
                 )

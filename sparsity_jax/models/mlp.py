@@ -10,7 +10,8 @@ from flax import linen as nn
 from sparsity_jax import tables
 from sparsity_jax.models import layers
 
-Activation = Literal["relu", "linear"]
+Activation = Literal["relu", "tanh", "linear"]
+ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh, "linear": lambda x: x}
 
 
 class MLP(nn.Module):
@@ -25,13 +26,13 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         if images.ndim < 2:
-            raise ValueError(
+            raise tables.ConfigError(
                 f"images have the shape {tuple(images.shape)}; needed: [batch, ...] with at least two axes."
             )
         x = jnp.asarray(images, self.settings.dtype).reshape(images.shape[0], -1)
         for i, width in enumerate(self.widths, 1):
             x = layers.dense(x, width, settings=self.settings, name=f"dense{i}")
-            x = nn.relu(x) if self.activation == "relu" else x
+            x = ACTIVATIONS[self.activation](x)
             x = layers.dropout(x, self.dropout, train=train)
         return layers.classifier(x, self.num_classes, settings=self.settings)
 
@@ -41,12 +42,12 @@ def mlp(
     settings: layers.Settings,
     *,
     widths: tuple[tables.Count, ...] = (128, 128),
-    dropout: tables.Fraction = 0.0,
+    dropout: tables.Share = 0.0,
     activation: Activation = "relu",
 ) -> nn.Module:
     """Dense layers of `widths` with ReLU (and dropout after each) on flattened images of any shape, then `fc`.
 
-    activation: "linear" leaves the ReLUs out.
+    activation: what stands for the ReLUs; "linear" leaves them out.
     The default on 784 inputs and 10 classes has 118,282 parameters: the 784-128-128-10 net of the SFW study.
     """
     return MLP(num_classes, settings, widths=widths, dropout=dropout, activation=activation)
@@ -61,7 +62,7 @@ def preset(name: str, doc: str, *, widths: tuple[int, ...]) -> Callable:
         settings: layers.Settings,
         *,
         widths: tuple[tables.Count, ...] = default_widths,
-        dropout: tables.Fraction = 0.0,
+        dropout: tables.Share = 0.0,
         activation: Activation = "relu",
     ) -> nn.Module:
         return mlp(num_classes, settings, widths=widths, dropout=dropout, activation=activation)

@@ -129,7 +129,7 @@ def mobilenet_v2(
     multiplier: tables.Positive = 1.0,
     stem_stride: tables.Count = 2,
     blocks: tuple[tuple[tables.Count, tables.Count, tables.Count, tables.Count], ...] = V2,
-    dropout: tables.Fraction = 0.0,
+    dropout: tables.Share = 0.0,
 ) -> nn.Module:
     """MobileNet V2 as in torchvision, whose weights fit: 3,504,872 parameters with 1,000 classes, 2,236,682 with 10.
 

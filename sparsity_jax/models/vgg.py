@@ -65,7 +65,7 @@ def vgg(
     order: Order = "conv_bn_relu",
     conv_bias: bool = True,
     batch_norm: bool = True,
-    dropout: tables.Fraction = 0.0,
+    dropout: tables.Share = 0.0,
 ) -> nn.Module:
     """A VGG of any `layout`: widths of 3x3 convolutions and "M" for 2x2 max-pools, e.g. `(8, "M", 16, 16, "M")`.
 
@@ -94,7 +94,7 @@ def preset(depth: int) -> Callable:
         order: Order = "conv_bn_relu",
         conv_bias: bool = True,
         batch_norm: bool = True,
-        dropout: tables.Fraction = 0.0,
+        dropout: tables.Share = 0.0,
     ) -> nn.Module:
         return vgg(
             num_classes,

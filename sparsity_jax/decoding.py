@@ -1,0 +1,314 @@
+"""Encoded images as uint8 arrays: which formats are read, what is damaged, which way is up, and how images shrink.
+
+OpenCV decodes all formats but PGM and its relatives. What it would read wrongly, or only in some of its versions, is
+refused here, so that every allowed version gives the same images. `tests/test_decoding.py` compares with Pillow.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+
+DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION  # 8 bit, grey or BGR, no alpha, not turned
+SMALLEST = 64  # OpenCV's flag that decodes a JPEG at 1/8 of its size
+JPEGS = (".jfif", ".jpe", ".jpeg", ".jpg")
+SUFFIXES = (".bmp", ".dib", *JPEGS, ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = {  # what a file of the format begins with; those that are read
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "BMP": rb"BM.{12}[\x0c-\x7c]\0\0\0",
+    "WebP": rb"RIFF.{4}WEBP",
+    "TIFF": rb"II\*\0|MM\0\*",
+    "PNM": rb"P[1-6]\s*[\s#][\s\d#]",
+}
+OTHER_FORMATS = {  # images that are not read
+    "GIF": rb"GIF8",
+    "HEIF or AVIF": rb".{4}ftyp(?:avi|hei|hev|mif|msf)",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "OpenEXR": rb"\x76\x2f\x31\x01",
+    "Photoshop": rb"8BPS",
+    "PAM or PFM": rb"P[7fF]\n",
+}
+STARTS = {**FORMATS, **OTHER_FORMATS}
+START = re.compile(b"|".join(b"(%s)" % start for start in STARTS.values()), re.DOTALL)
+TIFF_COLOURS = {5: "CMYK", 8: "CIELAB", 9: "CIELAB", 10: "CIELAB"}  # of which OpenCV makes something else
+
+
+def format_of(data: bytes) -> str:
+    """Name of the image format in which `data` begins, "" if it begins like no image."""
+    start = START.match(data[:32])
+    return list(STARTS)[start.lastindex - 1] if start else ""
+
+
+def decode(data: bytes, reduced: int = 0, upright: bool = False) -> np.ndarray | None:
+    """uint8 [H, W] (grey) or [H, W, 3] (BGR, OpenCV's order); None if `data` is not a whole image of `FORMATS`.
+
+    16-bit images become 8-bit, of several pages the first counts, alpha is dropped. `why_not` tells the reason for
+    None.
+    reduced: 0, or OpenCV's flag for 1/2, 1/4, 1/8 of the size: 16, 32, 64.
+    upright: turned and mirrored as the EXIF orientation says.
+    """
+    if why_unreadable(data):
+        return None
+    image = decode_pnm(data) if format_of(data) == "PNM" else decode_with_opencv(data, reduced)
+    return image if image is None or not upright else turned(image, orientation(data))
+
+
+def decode_with_opencv(data: bytes, reduced: int) -> np.ndarray | None:
+    flags = DECODE | reduced
+    if format_of(data) == "TIFF" and has_alpha(data):
+        flags = cv2.IMREAD_UNCHANGED
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:  # more pixels than it allows, for example
+        return None
+    if image is None or image.ndim == 2 or image.shape[2] == 3:
+        return image
+    opaque = np.iinfo(image.dtype).max
+    if image[..., 3].min() < opaque:  # its colours come multiplied by alpha
+        return None
+    return (image[..., :3] // (opaque // 255)).astype(np.uint8)
+
+
+def why_not(data: bytes) -> str:
+    """The reason why `decode` gave None, as the end of a sentence that begins with the image's name."""
+    return why_unreadable(data) or "is not an image that can be decoded; is it damaged?"
+
+
+def why_unreadable(data: bytes) -> str:
+    """Why `data` is refused without being decoded, or ""."""
+    if not data:
+        return "is not an image but empty."
+    name = format_of(data)
+    if name not in FORMATS:
+        what = f"a file of the format {name}" if name else "not an image that can be decoded"
+        return f"is {what}; allowed: {', '.join(FORMATS)}."
+    if name == "JPEG" and not is_whole_jpeg(data):
+        return "is not an image that can be decoded: its end is missing."
+    if name == "TIFF":
+        return why_not_tiff(data)
+    return ""
+
+
+# JPEG --------------------------------------------------------------------------------------------------------
+
+
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of the segments of a JPEG before its first scan, and of that scan's header."""
+    at = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        yield marker, at + 4, end
+        if marker == 0xDA:
+            return
+        at = end
+
+
+def jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """(height, width) in the frame header of a JPEG; None if `data` is something else, or not a plain one."""
+    for marker, start, end in jpeg_segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if end < start + 5 or len(data) < start + 5:
+                return None
+            height, width = struct.unpack(">HH", data[start + 1 : start + 5])
+            return (height, width) if height and width else None
+    return None
+
+
+def reduction(data: Any) -> int:
+    """OpenCV's flag to decode a JPEG as small as it can be, 0 for small ones and all else."""
+    shape = jpeg_shape(data) if isinstance(data, bytes) else None
+    return SMALLEST if shape and min(shape) >= 64 else 0
+
+
+def is_whole_jpeg(data: bytes) -> bool:
+    """Whether the end-of-image marker follows the first scan; in the pixels themselves it cannot occur."""
+    for marker, _, end in jpeg_segments(data):
+        if marker == 0xDA:
+            return data.find(b"\xff\xd9", end) >= 0
+    return False
+
+
+# Orientation -------------------------------------------------------------------------------------------------
+
+
+def orientation(data: bytes) -> int:
+    """The EXIF orientation of a JPEG, PNG or WebP: 1 (as stored, also where nothing is said) to 8.
+
+    That of a TIFF is part of the format, and applied when it is decoded.
+    """
+    name = format_of(data)
+    block = b""
+    if name == "JPEG":
+        for marker, start, end in jpeg_segments(data):
+            if marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
+                block = data[start + 6 : end]
+                break
+    elif name == "PNG":
+        block = chunk(data, b"eXIf", 8, ">I", size_first=True)
+    elif name == "WebP":
+        block = chunk(data, b"EXIF", 12, "<I", size_first=False).removeprefix(b"Exif\0\0")
+    value = tiff_tags(block).get(274, 1)
+    return value if 1 <= value <= 8 else 1
+
+
+def chunk(data: bytes, wanted: bytes, at: int, size_format: str, *, size_first: bool) -> bytes:
+    """Content of the first chunk `wanted` from `at` on, b"" if there is none: of PNG (size first) or RIFF."""
+    while at + 8 <= len(data):
+        first, second = data[at : at + 4], data[at + 4 : at + 8]
+        size_bytes, name = (first, second) if size_first else (second, first)
+        (size,) = struct.unpack(size_format, size_bytes)
+        if name == wanted:
+            return data[at + 8 : at + 8 + size]
+        checksum_or_padding = 4 if size_first else size % 2
+        at += 8 + size + checksum_or_padding
+    return b""
+
+
+def turned(image: np.ndarray, orientation: int) -> np.ndarray:
+    """`image` as an EXIF orientation of 1 to 8 says that it is to be seen."""
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+# TIFF --------------------------------------------------------------------------------------------------------
+
+
+def tiff_tags(data: bytes) -> dict[int, int]:
+    """First value of each whole-number tag of the first page of a TIFF, or of an EXIF block; {} if it is none."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    if order is None or len(data) < 8:
+        return {}
+    (at,) = struct.unpack(order + "I", data[4:8])
+    if at + 2 > len(data):
+        return {}
+    (count,) = struct.unpack(order + "H", data[at : at + 2])
+    tags = {}
+    for entry in range(at + 2, at + 2 + 12 * count, 12):
+        if entry + 12 > len(data):
+            break
+        tag, kind, number = struct.unpack(order + "HHI", data[entry : entry + 8])
+        if kind not in (3, 4):
+            continue
+        size, letter = (2, "H") if kind == 3 else (4, "I")
+        place = entry + 8
+        if size * number > 4:
+            (place,) = struct.unpack(order + "I", data[place : place + 4])
+        if place + size <= len(data):
+            (tags[tag],) = struct.unpack(order + letter, data[place : place + size])
+    return tags
+
+
+def why_not_tiff(data: bytes) -> str:
+    tags = tiff_tags(data)
+    colours = TIFF_COLOURS.get(tags.get(262, 1))
+    if colours not in (None, "CMYK"):
+        return f"is a TIFF with {colours} colours, which are not read; convert it to RGB."
+    if tags.get(339, 1) != 1 or tags.get(258, 1) not in (1, 2, 4, 8, 16):
+        return "is a TIFF of floating-point, signed or wide numbers; allowed: 8 or 16 bits without sign."
+    return ""
+
+
+def has_alpha(data: bytes) -> bool:
+    """Whether a TIFF in RGB has a fourth sample of each pixel."""
+    tags = tiff_tags(data)
+    return tags.get(262) == 2 and tags.get(277, 1) == 4
+
+
+# PGM and its relatives ---------------------------------------------------------------------------------------
+
+
+def decode_pnm(data: bytes) -> np.ndarray | None:
+    """`decode` of PBM, PGM and PPM, plain or binary, with any maximum; None if pixels are missing.
+
+    A value v of at most `maximum` becomes the whole number nearest to 255 v / maximum.
+    """
+    kind = int(data[1:2])
+    bitmap, plain, channels = kind in (1, 4), kind <= 3, 3 if kind in (3, 6) else 1
+    gap = rb"(?:\s|#[^\n\r]*[\n\r])+"
+    fields = 2 if bitmap else 3
+    header = re.match(rb"P\d" + (gap + rb"(\d{1,9})") * fields + (rb"" if plain else rb"\s"), data)
+    if header is None:
+        return None
+    width, height, maximum = (int(number) for number in (*header.groups(), b"1")[:3])
+    count = width * height * channels
+    if not count or not 1 <= maximum <= 65535:
+        return None
+    body = data[header.end() :]
+    read = plain_values if plain else packed_bits if bitmap else binary_values
+    values = read(body, width, count, maximum)
+    if values is None or len(values) < count:
+        return None
+    levels = values[:count].astype(np.int64).clip(0, maximum)
+    if bitmap:
+        levels = 1 - levels  # 1 is black
+    levels = (255 * levels + maximum // 2) // maximum
+    image = levels.astype(np.uint8).reshape(height, width, channels)
+    return image[..., 0] if channels == 1 else np.ascontiguousarray(image[..., ::-1])
+
+
+def plain_values(body: bytes, width: int, count: int, maximum: int) -> np.ndarray | None:
+    del width
+    text = re.sub(rb"#[^\n\r]*", b" ", body)
+    words = re.findall(rb"[01]", text) if maximum == 1 else text.split()
+    if len(words) < count or not all(word.isdigit() and len(word) <= 9 for word in words[:count]):
+        return None
+    return np.array([int(word) for word in words[:count]])
+
+
+def packed_bits(body: bytes, width: int, count: int, maximum: int) -> np.ndarray | None:
+    del maximum
+    row_bytes = (width + 7) // 8
+    needed = row_bytes * (count // width)
+    if len(body) < needed:
+        return None
+    rows = np.frombuffer(body, np.uint8, needed).reshape(-1, row_bytes)
+    return np.unpackbits(rows, axis=1)[:, :width].ravel()
+
+
+def binary_values(body: bytes, width: int, count: int, maximum: int) -> np.ndarray | None:
+    del width
+    kind = np.dtype(np.uint8) if maximum < 256 else np.dtype(">u2")
+    return np.frombuffer(body, kind, count) if len(body) >= count * kind.itemsize else None
+
+
+# Size and channels -------------------------------------------------------------------------------------------
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W] or [H, W, C] at another size; each axis apart: shrinking averages areas, growing is bilinear."""
+    shrunk = min(height, image.shape[0]), min(width, image.shape[1])
+    if shrunk != image.shape[:2]:
+        image = cv2.resize(image, shrunk[::-1], interpolation=cv2.INTER_AREA)
+    if shrunk != (height, width):
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return image
+
+
+def fit(image: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """Grey [H, W] or BGR [H, W, 3] as [h, w, channels] in RGB.
+
+    size: h and w, of the image's central square; 0 leaves its size.
+    """
+    if channels == 1:
+        image = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    else:
+        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB if image.ndim == 2 else cv2.COLOR_BGR2RGB)
+    if size:
+        side = min(image.shape[:2])
+        top, left = ((length - side) // 2 for length in image.shape[:2])
+        image = resize(image[top : top + side, left : left + side], size, size)
+    return image if image.ndim == 3 else image[:, :, None]
