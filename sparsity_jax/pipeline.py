@@ -705,8 +705,6 @@ def check_size(problem: train.Problem, model: Mapping[str, Any]) -> None:
     try:
         variables = jax.eval_shape(problem.init, jax.random.key(0))
         logits = jax.eval_shape(problem.model.apply, variables, images)
-    except tables.ConfigError:
-        raise
     except Exception as error:  # which ones depends on the layer that does not fit
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise tables.ConfigError(
