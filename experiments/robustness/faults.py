@@ -2,7 +2,7 @@
 
     python experiments/robustness/faults.py --workdir /tmp/faults --flips 40
 
-Faults: every file truncated, deleted, emptied and swapped with every other one, and `--flips` single bits of it flipped.
+Faults: every file truncated, deleted, emptied, swapped with every other one, and `--flips` single bits of it flipped.
 Allowed: the numbers of the whole run, or one sentence that names a file. Prints the count of each; exits 1 for anything
 else.
 """
