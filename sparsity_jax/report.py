@@ -1020,27 +1020,28 @@ def has_rows(folder: pathlib.Path) -> bool:
 
 
 def whole_rows(file: pathlib.Path) -> list[dict]:
-    """Rows of the metrics file of a run; of its newest checkpoint where the file is damaged, cut short or gone, aloud.
+    """Rows of the metrics file of a run; of its newest checkpoint, aloud, where those are not its first ones.
 
-    Raises ValueError where it is damaged and there is no other copy. Checkpoints that are all damaged, or older than
-    their checksums, leave the rows as they are, aloud.
+    Raises ValueError where the file is damaged and there is no other copy. Checkpoints that are all damaged, or older
+    than their checksums, leave the rows as they are, aloud.
     """
-    try:
-        rows = read_rows(file)
-    except (FileNotFoundError, ValueError) as error:
-        saved = workdirs.newest(file.parent)
-        if saved is None:
-            raise
-        workdirs.say(f"{error}; the rows of the newest checkpoint are used")
-        return saved.progress.rows
     try:
         saved = workdirs.newest(file.parent)
     except intact.DamagedError as error:
+        rows = read_rows(file)
         workdirs.say(f"{error} The rows of {file.name} are used; whether they are all is not known.")
         return rows
-    if saved is not None and len(saved.progress.rows) > len(rows):
-        workdirs.say(f"{file} lacks rows; those of the newest checkpoint are used")
-        return saved.progress.rows
+    if saved is None:
+        return read_rows(file)
+    known = plain(saved.progress.rows)
+    try:
+        rows = read_rows(file)
+        reason = "" if rows[: len(known)] == known else f"{file} is not as it was written"
+    except (FileNotFoundError, ValueError) as error:
+        rows, reason = known, str(error)
+    if reason:
+        workdirs.say(f"{reason}; the rows of the newest checkpoint are used")
+        return known
     return rows
 
 

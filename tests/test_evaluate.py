@@ -16,7 +16,6 @@ import tiny
 from jax import export as stablehlo
 
 from sparsity_jax import (
-    checkpoint,
     cost,
     data,
     evaluate,
@@ -29,6 +28,7 @@ from sparsity_jax import (
     structured,
     tables,
     train,
+    workdirs,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -169,9 +169,9 @@ def test_members_trained_at_once_and_networks_under_way(dense, tmp_path):
 def test_the_network_is_that_of_the_last_training():
     first, second = dict(kind="train", label="SFW"), dict(kind="train", label="SGD")
     config = dict(pipeline=["one", "curve", "two", "curve"], one=first, two=second, curve=dict(kind="curve"))
-    names = [evaluate._label(config, checkpoint.Progress(stage, begun, [])) for stage in range(4) for begun in (0, 1)]
+    names = [evaluate._label(config, workdirs.Progress(stage, begun, [])) for stage in range(4) for begun in (0, 1)]
     assert names == ["SFW", "SFW", "SFW", "SFW", "SFW", "SGD", "SGD", "SGD"]
-    assert evaluate._label(config, checkpoint.Progress(4, False, [])) == "SGD"
+    assert evaluate._label(config, workdirs.Progress(4, False, [])) == "SGD"
 
 
 def test_members_without_a_checkpoint_are_named(masked, tmp_path, capsys):
