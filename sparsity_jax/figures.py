@@ -68,7 +68,7 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
     "compact": {
         *("accuracy", "difference", "parameters", "parameters_compact", "flops", "flops_compact", "bytes"),
         *("bytes_compact", "kept", "sizes", "batch_size", "milliseconds", "milliseconds_low", "milliseconds_high"),
-        *("speedup", "speedup_low", "speedup_high", "verdict", "device"),
+        *("speedup", "speedup_low", "speedup_high", "verdict", "device", "tolerance", "warning"),
     },
     "limit": {"phase", "limit", "criterion", "tolerance", "evaluations", "how"},
     "path": {"ratio", "distance", "change", "first_order", "second_order"},
@@ -475,8 +475,9 @@ def curve_columns(one: Series, curve: Curve, stops: tuple[float, ...]) -> tuple[
     within = np.where(curve.accuracy >= dense[:, None] - DROP - 1e-9, curve.ratio, -np.inf).max(1)
     columns = {"dense": list(dense), **{str(stop): list(at_ratio(curve, curve.accuracy, stop)) for stop in stops}}
     columns["largest"] = list(np.where(dense > chance + DROP, within, np.nan))
+    reached = any(value >= curve.ratio.max() for value in columns["largest"])
     columns |= time_spent(one, pasts)
-    return columns, frozenset({"largest"} if (within >= curve.ratio.max()).any() else ())
+    return columns, frozenset({"largest"} if reached else ())
 
 
 def trained_columns(one: Series) -> dict[str, list[float]]:

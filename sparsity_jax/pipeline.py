@@ -620,8 +620,11 @@ def member_origin(common: dict[str, Any], member: int) -> dict[str, Any]:
 
 def member_config(plan: Plan) -> dict:
     """The config of one separate member, which makes the same network alone, in whatever folder."""
-    alone = dict(sweep={}, arms={}, arm="", start_from=plan.common["start_from"])
-    return {**plan.configs[0], **alone}
+    config, label = dict(plan.configs[0]), plan.swept[0].get("arm")
+    for name, value in config.items():
+        if label and isinstance(value, Mapping) and value.get("kind") == "train":
+            config[name] = {**value, "label": label}
+    return {**config, "sweep": {}, "arms": {}, "arm": "", "start_from": plan.common["start_from"]}
 
 
 def build(plans: list[Plan]) -> train.Problem:
@@ -702,8 +705,6 @@ def check_size(problem: train.Problem, model: Mapping[str, Any]) -> None:
     try:
         variables = jax.eval_shape(problem.init, jax.random.key(0))
         logits = jax.eval_shape(problem.model.apply, variables, images)
-    except tables.ConfigError:
-        raise
     except Exception as error:  # which ones depends on the layer that does not fit
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise tables.ConfigError(

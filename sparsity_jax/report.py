@@ -554,11 +554,12 @@ def compact_section(series: list, most: int = 60) -> str:
     head += '<th scope="col" class="num">time&nbsp;<small>ms</small></th><th scope="col">speed</th>'
     body = ""
     for label, row in found[:most]:
-        cells = f'<td class="num">{100 * figures.number(row.get("accuracy")):.2f}</td>'
+        accuracy = 100 * figures.number(row.get("accuracy"))
+        cells = f'<td class="num">{accuracy:.2f}</td>' if math.isfinite(accuracy) else DASH
         for field, factor in COMPACT_COLUMNS.values():
             dense, small = (factor * figures.number(row.get(f"{field}{end}")) for end in ("", "_compact"))
-            share = f"{100 * small / dense:.1f}%"
-            cells += f'<td class="num">{amount(small)} <small>of {amount(dense)}, {share}</small></td>'
+            share = f" <small>of {amount(dense)}, {100 * small / dense:.1f}%</small>" if dense > 0 else ""
+            cells += f'<td class="num">{amount(small)}{share}</td>'
         times = row.get("milliseconds") or {}
         dense, small = (figures.number(times.get(name)) for name in ("dense", "compact"))
         cells += (
@@ -578,7 +579,9 @@ def compact_section(series: list, most: int = 60) -> str:
 
 
 def amount(value: float) -> str:
-    """A number with all its digits before the point, and four at least: 13,706 and 0.05082."""
+    """A number with all its digits before the point, and four at least: 13,706 and 0.05082; "–" for NaN."""
+    if math.isnan(value):
+        return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == round(value) else f"{value:.4g}"
 
 
@@ -769,11 +772,10 @@ def bins_table(labels: list[str], histograms: list) -> str:
 
 def zeros_table(labels: list[str], found: list) -> str:
     """Share of zeros in the arrays that were pruned and in all parameters, at the usual ratios; "" if rows lack it."""
-    stops = [
-        stop for stop in figures.LAYER_STOPS if any(np.abs(curve.ratio - stop).min() <= figures.NEAR for curve in found)
-    ]
     known = [curve for curve in found if np.isfinite(curve.zeros_of_all).any()]
-    if not known or not stops:
+    near = lambda curve, stop: np.abs(curve.ratio - stop).min() <= figures.NEAR
+    stops = [stop for stop in figures.LAYER_STOPS if any(near(curve, stop) for curve in known)]
+    if not stops:
         return ""
     head = "".join(f'<th scope="col" class="num">{100 * stop:g}%</th>' for stop in stops)
     body = ""
@@ -1018,22 +1020,28 @@ def has_rows(folder: pathlib.Path) -> bool:
 
 
 def whole_rows(file: pathlib.Path) -> list[dict]:
-    """Rows of the metrics file of a run; of its newest checkpoint where the file is damaged, cut short or gone, aloud.
+    """Rows of the metrics file of a run; of its newest checkpoint, aloud, where those are not its first ones.
 
-    Raises ValueError where it is damaged and there is no other copy.
+    Raises ValueError where the file is damaged and there is no other copy. Checkpoints that are all damaged, or older
+    than their checksums, leave the rows as they are, aloud.
     """
     try:
-        rows = read_rows(file)
-    except (FileNotFoundError, ValueError) as error:
         saved = workdirs.newest(file.parent)
-        if saved is None:
-            raise
-        workdirs.say(f"{error}; the rows of the newest checkpoint are used")
-        return saved.progress.rows
-    saved = workdirs.newest(file.parent)
-    if saved is not None and len(saved.progress.rows) > len(rows):
-        workdirs.say(f"{file} lacks rows; those of the newest checkpoint are used")
-        return saved.progress.rows
+    except intact.DamagedError as error:
+        rows = read_rows(file)
+        workdirs.say(f"{error} The rows of {file.name} are used; whether they are all is not known.")
+        return rows
+    if saved is None:
+        return read_rows(file)
+    known = plain(saved.progress.rows)
+    try:
+        rows = read_rows(file)
+        reason = "" if rows[: len(known)] == known else f"{file} is not as it was written"
+    except (FileNotFoundError, ValueError) as error:
+        rows, reason = known, str(error)
+    if reason:
+        workdirs.say(f"{reason}; the rows of the newest checkpoint are used")
+        return known
     return rows
 
 

@@ -90,7 +90,7 @@ def is_finished(workdir: pathlib.Path) -> bool:
 def check_path(workdir: pathlib.Path) -> None:
     """Raises ConfigError for a path under which checkpoints could not be read."""
     path = pathlib.Path(workdir).absolute()
-    if re.search(UNREADABLE, str(path)):
+    if re.search(UNREADABLE, f"{path}/"):
         raise tables.ConfigError(
             f"--workdir is {path}; allowed: paths without [, ], backslash, or a name that ends in a colon."
         )

@@ -16,7 +16,6 @@ import tiny
 from jax import export as stablehlo
 
 from sparsity_jax import (
-    checkpoint,
     cost,
     data,
     evaluate,
@@ -29,6 +28,7 @@ from sparsity_jax import (
     structured,
     tables,
     train,
+    workdirs,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -169,9 +169,9 @@ def test_members_trained_at_once_and_networks_under_way(dense, tmp_path):
 def test_the_network_is_that_of_the_last_training():
     first, second = dict(kind="train", label="SFW"), dict(kind="train", label="SGD")
     config = dict(pipeline=["one", "curve", "two", "curve"], one=first, two=second, curve=dict(kind="curve"))
-    names = [evaluate._label(config, checkpoint.Progress(stage, begun, [])) for stage in range(4) for begun in (0, 1)]
+    names = [evaluate._label(config, workdirs.Progress(stage, begun, [])) for stage in range(4) for begun in (0, 1)]
     assert names == ["SFW", "SFW", "SFW", "SFW", "SFW", "SGD", "SGD", "SGD"]
-    assert evaluate._label(config, checkpoint.Progress(4, False, [])) == "SGD"
+    assert evaluate._label(config, workdirs.Progress(4, False, [])) == "SGD"
 
 
 def test_members_without_a_checkpoint_are_named(masked, tmp_path, capsys):
@@ -396,16 +396,22 @@ def test_table_and_export_have_one_verdict(tmp_path, monkeypatch):
     problem, state = fresh(model)
     state = state._replace(params=jax.tree.map(lambda leaf: leaf + 0.1, state.params))  # masked channels live
     row = evaluate.measure(problem, state)
-    assert "cannot be compacted: its logits would differ" in row["note"]
+    assert "cannot be compacted: the compact network's logits differ" in row["note"]
     assert "parameters_compact" not in row
-    with pytest.raises(tables.ConfigError, match="its logits would differ"):
+    with pytest.raises(tables.ConfigError, match="logits differ"):
         evaluate.export(problem, model, state, tmp_path / "network")
     saved = evaluate.Saved(dict(model=model), problem, [evaluate.Network(0, {}, "finished", state, "fit")], [])
     looks = []
     monkeypatch.setattr(structured, "take_stock", lambda *_: looks.append(1))
-    with pytest.raises(tables.ConfigError, match="its logits would differ"):
+    with pytest.raises(tables.ConfigError, match="logits differ"):
         evaluate.export_run(saved, tmp_path / "network", notes=[row["note"]])
     assert not looks  # compared once
+
+
+def test_what_counts_as_rounding_follows_the_arithmetic():
+    """A network of float32 weights that computes in bfloat16."""
+    problem, state = fresh(dict(name="mlp", widths=(8,), dtype="bfloat16"))
+    assert evaluate.compared(problem, state)[2] == ""
 
 
 def test_places_that_cannot_be_written_are_told_before_anything_is_measured(cut, tmp_path):
@@ -433,16 +439,22 @@ def test_folders_that_cannot_be_loaded(tmp_path):
     model = dict(name="mlp", widths=(4,))
     problem, state = fresh(model)
     folder = evaluate.export(problem, model, state, tmp_path / "network")
-    with pytest.raises(tables.ConfigError, match=r"holds no exported network \(no network.json\)"):
+    with pytest.raises(tables.ConfigError, match=r"no network.json"):
         evaluate.load(tmp_path)
     path = folder / "network.json"
     about = json.loads(path.read_text(encoding="utf-8"))
     for change, message in (
-        (dict(format=0), "has the format 0; known: 1"),
+        (dict(format=0), "has the format 0; known: 2"),
         (dict(num_classes=9), r"params/fc/bias is \(10,\) in variables.npz, \(9,\) in the network"),
         (dict(sizes={}), "has other channel groups"),
     ):
-        path.write_text(json.dumps(about | change), encoding="utf-8")
+        other = about | change
+        path.write_text(json.dumps(other), encoding="utf-8")
+        if "format" not in change:
+            with pytest.raises(intact.DamagedError, match=r"network\.json is not as it was written"):
+                evaluate.load(folder)
+        other["checksum"] = intact.digest_of_value({name: other[name] for name in other if name != "checksum"})
+        path.write_text(json.dumps(other), encoding="utf-8")
         with pytest.raises(tables.ConfigError, match=message):
             evaluate.load(folder)
     path.write_text("{", encoding="utf-8")

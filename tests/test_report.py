@@ -591,6 +591,16 @@ def test_one_merged_run_without_settings_is_refused(tmp_path):
         report.gather(tmp_path)
 
 
+def test_rows_beside_checkpoints_without_checksums_are_used_aloud(tmp_path, capsys):
+    save_run(tmp_path, [curve_row("A", 0, 0.0, 0.5)])
+    checkpoint = tmp_path / "checkpoints" / "3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "data").write_text("of an older version")
+    _, rows, _ = report.gather(tmp_path)
+    assert [row["accuracy"] for row in rows] == [0.5]
+    assert "checksum" in capsys.readouterr().err
+
+
 def test_a_report_can_be_written_elsewhere(tmp_path, capsys):
     save_run(tmp_path / "run", [curve_row("A", 0, 0.0, 0.5)])
     before = sorted((tmp_path / "run").rglob("*"))
@@ -654,3 +664,8 @@ def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
     assert "3,658 <small>of 13,706, 26.7%</small>" in page
     assert "A, visit 2" in page
     assert "differ by at most 0.1 of the largest" in page
+    page = page_of(
+        tmp_path, [dict(stage="compact", kind="compact", arm="A", member=0, warning="it has an empty layer")]
+    )
+    assert "it has an empty layer" in page  # without any number
+    assert "nan" not in page.split('<section id="compact">')[1].split("</section>")[0]

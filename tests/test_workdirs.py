@@ -1,0 +1,214 @@
+"""Damaged files of a workdir and of an export: harmless, recovered, or refused by name, never another number."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from sparsity_jax import checkpoint, evaluate, intact, pipeline, report, tables, workdirs
+
+CONFIG = tiny.config("fit", "curve", fit=pipeline.stage("train", epochs=1, batch_size=32, optimizer=tiny.SGD))
+
+
+def flip(path: pathlib.Path, other: pathlib.Path, rng: np.random.Generator) -> None:
+    content = bytearray(path.read_bytes())
+    if content:
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(content)
+
+
+def truncate(path, other, rng):
+    path.write_bytes(path.read_bytes()[: int(rng.integers(max(path.stat().st_size, 1)))])
+
+
+def delete(path, other, rng):
+    path.unlink()
+
+
+def empty(path, other, rng):
+    path.write_bytes(b"")
+
+
+def swap(path, other, rng):
+    first, second = path.read_bytes(), other.read_bytes()
+    path.write_bytes(second)
+    other.write_bytes(first)
+
+
+FAULTS = (flip, truncate, delete, empty, swap)
+
+
+def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def damaged(whole: pathlib.Path, target: pathlib.Path, name: pathlib.Path, fault, rng) -> pathlib.Path:
+    """A copy of the folder `whole` with a fault in its file `name`, or in it and another one."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(whole, target)
+    others = [target / other for other in files_of(whole) if other != name]
+    fault(target / name, others[int(rng.integers(len(others)))], rng)
+    return target
+
+
+def outcome_or_refusal(read, folder):
+    """What `read(folder)` gives, or the sentence that refuses it."""
+    try:
+        return read(folder), ""
+    except (tables.ConfigError, OSError) as error:
+        return None, str(error)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(workdir, its state, its rows) of a finished run, with the checkpoint before the last."""
+    workdir = tmp_path_factory.mktemp("whole")
+    outcome = pipeline.run(CONFIG, workdir)
+    return workdir, outcome.state, tiny.timeless(json.loads(json.dumps(outcome.rows)))
+
+
+@pytest.fixture
+def drawn_once(monkeypatch):
+    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tmp_path):
+    """What is read of a damaged workdir; `experiments/robustness/faults.py` also runs and evaluates each."""
+    workdir, _, rows = whole
+    rng = np.random.default_rng(0)
+    names = [name for name in files_of(workdir) if name.parts[0] not in ("figures", "tensorboard", "report.html")]
+    assert len(names) > 20
+    kept = {path.name: intact.read_sums(path) for path in (workdir / "checkpoints").iterdir()}
+    for name in names:
+        place = damaged(workdir, tmp_path / "damaged", name, fault, rng)
+        snapshot, refusal = outcome_or_refusal(workdirs.newest, place)
+        if snapshot:  # verified against checksums that are those of the whole one
+            assert intact.read_sums(snapshot.folder) == kept[snapshot.folder.name]
+        gathered, second = outcome_or_refusal(report.gather, place)
+        if gathered:
+            config, told, _ = gathered
+            assert config == workdirs.read_config(workdir)
+            assert tiny.timeless(told) == rows[: len(told)], name
+        for sentence in filter(None, (refusal, second)):
+            assert any(str(other) in sentence for other in names), (name, sentence)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "progress.json", "manifest.ocdbt", "SHA256SUMS"])
+def test_a_run_goes_on_from_what_is_whole(name, whole, tmp_path, monkeypatch, drawn_once):
+    workdir, state, rows = whole
+    problem = pipeline.build(pipeline.check(CONFIG)[0])
+    monkeypatch.setattr(pipeline, "build", lambda _: problem)
+    place = shutil.copytree(workdir, tmp_path / "run")
+    newest = workdirs.newest(place).folder
+    flip(
+        next(p for p in (place / name, newest / name, newest / "state" / name) if p.exists()),
+        None,
+        np.random.default_rng(1),
+    )
+    outcome = pipeline.run(CONFIG, place)
+    tiny.same(outcome.state, state)
+    assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows
+    assert tiny.timeless(report.read_rows(place / "metrics.jsonl")) == rows
+
+
+def test_without_a_whole_checkpoint_the_run_says_so_and_an_empty_one_is_passed_over(
+    whole, tmp_path, drawn_once, capsys
+):
+    place = shutil.copytree(whole[0], tmp_path / "run")
+    newest = workdirs.newest(place).folder
+    (newest.parent / "99").mkdir()
+    assert workdirs.newest(place).folder == newest
+    assert "99" in capsys.readouterr().err
+    tiny.same(pipeline.run(CONFIG, place).state, whole[1])
+    for folder in newest.parent.glob("[0-9]*"):
+        for path in folder.glob("progress.json"):
+            path.write_bytes(path.read_bytes().replace(b"1", b"7", 1))
+    with pytest.raises(intact.DamagedError, match=r"no checkpoint in .* is whole: .*progress\.json"):
+        pipeline.run(CONFIG, place)
+    with pytest.raises(intact.DamagedError, match="is whole"):
+        evaluate.run(place)
+
+
+def test_evaluation_uses_the_checkpoint_before_and_the_copy_of_the_config(whole, tmp_path, capsys):
+    expected = evaluate.run(whole[0])
+    place = shutil.copytree(whole[0], tmp_path / "run")
+    config = place / "config.json"
+    config.write_bytes(config.read_bytes().replace(b'"normalization": "auto"', b'"normalization": "none"'))
+    config.write_bytes(config.read_bytes().replace(b'"test_limit": 50', b'"test_limit": 40'))
+    assert evaluate.run(place) == expected
+    assert "config.json is not as it was written" in capsys.readouterr().err
+    newest = workdirs.newest(place)
+    (newest.folder / "state" / "manifest.ocdbt").unlink()
+    (row,) = evaluate.run(place)
+    assert row["test_accuracy"] == expected[0]["test_accuracy"]  # the curve leaves the network as it is
+    assert row["progress"] != expected[0]["progress"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_file_of_an_exported_folder_is_refused(fault, tmp_path):
+    model = dict(name="mlp", widths=(4,))
+    problem = tiny.problem(widths=(4,))
+    state, _ = tiny.start(problem, tiny.fit())
+    folder = evaluate.export(problem, model, state, tmp_path / "network")
+    variables, _ = evaluate.load(folder)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for name in files_of(folder) * 8:
+        place = damaged(folder, tmp_path / "damaged", name, fault, rng)
+        loaded, refusal = outcome_or_refusal(evaluate.load, place)
+        if loaded is None:
+            refused += 1
+            assert any(str(other) in refusal for other in files_of(folder)), refusal
+        else:
+            tiny.same(loaded[0], variables)
+    assert refused > 12
+
+
+def test_environment_and_rows_say_when_they_were_changed(whole, tmp_path, capsys):
+    place = shutil.copytree(whole[0], tmp_path / "run")
+    (place / "environment.json").write_text("{}", encoding="utf-8")
+    assert report.read_environment(place) is None
+    assert "environment.json is not as it was written" in capsys.readouterr().err
+    rows = place / "metrics.jsonl"
+    lines = rows.read_bytes().split(b"\n")
+    rows.write_bytes(b"\n".join([lines[0], *lines[2:]]))  # a whole line is gone
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: not as it was written"):
+        report.read_rows(rows)
+    assert tiny.timeless(report.gather(place)[1]) == whole[2]
+    shutil.rmtree(place / "checkpoints")
+    with pytest.raises(ValueError, match="line 2"):
+        report.gather(place)
+
+
+# Paths ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a]", "back\\slash", "gs:"])
+def test_paths_that_cannot_be_read_back_are_refused_before_anything_is_made(name, tmp_path):
+    with pytest.raises(tables.ConfigError, match=r"workdir.*allowed: paths without"):
+        pipeline.run(CONFIG, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["st*r", "q?", "{x}", "p%20", "é b", "a'b\"c", "$HOME", "~", "#x"])
+def test_other_paths_hold_checkpoints(name, tmp_path):
+    state = {"w": np.arange(6.0).reshape(2, 3)}
+    saved = checkpoint.Checkpoints(tmp_path / name, {})
+    saved.save(state, workdirs.Progress(0, True, []))
+    saved.close()
+    workdirs.check_path(tmp_path / name)
+    tiny.same(checkpoint.restore(workdirs.newest(tmp_path / name), state), jax.tree.map(np.asarray, state))
+
+
+def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
+    restore = checkpoint.restore
+    monkeypatch.setattr(checkpoint, "restore", lambda *args: jax.tree.map(lambda leaf: leaf + 1, restore(*args)))
+    saved = checkpoint.Checkpoints(tmp_path, {})
+    with pytest.raises(OSError, match="does not read as it was written"):
+        saved.save({"w": np.ones(3)}, workdirs.Progress(0, True, []))
+    saved.close()
