@@ -293,7 +293,7 @@ def test_rules_choose_sets_by_parameter():
         (dict(name="l2", mode="norm"), "mode is 'norm'; allowed: 'initialization'"),
         (dict(name="l2", rules=((".*", dict(name="ball")),)), r"rules\[0\].name is 'ball'"),
         (dict(name="l2", rules=(".*",)), r"rules\[0\] is '\.\*'"),
-        (dict(name="l2", tau=float("inf")), r"tau is inf \(float\); allowed: float > 0.0"),
+        (dict(name="l2", tau=float("inf")), r"tau is inf"),
     ],
 )
 def test_bad_constraints_are_refused(constraint, message):

@@ -64,7 +64,8 @@ def kept_filters(x, unit):
     del unit
     params = {"fully": {"kernel": x}}
     counts = {"fully/kernel": 2}
-    return allocate.keep_masks(params, counts, selection="structured")["fully"]["kernel"].astype(float)
+    kept = allocate.keep_masks(params, counts, selection="structured", include="fully/kernel")
+    return kept["fully"]["kernel"].astype(float)
 
 
 def row_norm(x):

@@ -92,7 +92,7 @@ def test_power_law_spectrum(power, share):
 
 def test_distances_of_a_ramp():
     n = 1000
-    ramp = np.random.default_rng(0).permutation(np.arange(1, n + 1)) * np.where(np.arange(n) % 3, 1, -1)
+    ramp = np.random.default_rng(0).permutation(np.arange(1.0, n + 1)) * np.where(np.arange(n) % 3, 1, -1)
     distances = width.distances({"a": {"kernel": ramp[:600].reshape(20, 30)}, "b": {"kernel": ramp[600:, None]}})
     removed = np.array([0, 1, 2, 499, 999, 1000])
     squares = removed * (removed + 1) * (2 * removed + 1) / 6
