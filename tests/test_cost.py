@@ -66,7 +66,7 @@ def test_multiply_adds_of_the_originals_counter(key):
     counter = net["flops_conv_linear_no_bias"]
     num_classes = next(shape[0] for shape in reversed(net["param_shapes"]) if len(shape) == 2)
     model = models.build(num_classes=num_classes, **GOLDEN_NETS[key])
-    side = counter["resolution"] // net.get("upsample", 1)  # the network enlarges the image itself
+    side = counter["resolution"] // (net.get("upsample") or 1)  # the network enlarges the image itself
     images = struct(1, side, side, net["input_shape"][1])
     variables = shapes_of(model, images)
     count = cost.flops(model.apply, variables, images)

@@ -205,7 +205,7 @@ def test_thresholds_and_masks_are_the_originals():
         kept = allocate.keep_masks(tied, allocate.keep_counts(tied, 0.0, count="ceil"), count="ceil")
         assert kept["w"].tolist() == [[False, False, True, True]]
         assert width.distances(params).norm_sum == pytest.approx(float(golden["params_size"][1]), rel=1e-12)
-    with pytest.raises(tables.ConfigError, match=r"count is 'ceil'; allowed: 'nearest' \| 'original'"):
+    with pytest.raises(tables.ConfigError, match="count is 'ceil'; allowed: "):
         allocate.check("layerwise", dict(count="ceil"), "config.curve")
 
 
