@@ -137,7 +137,8 @@ def _unflatten(vector: jax.Array, like: PyTree) -> PyTree:
     pieces, start = [], 0
     for leaf in leaves:
         piece = vector[..., start : start + leaf.size]
-        pieces.append(piece.reshape(*vector.shape[:-1], *leaf.shape).astype(leaf.dtype))
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)  # of NumPy's float64, float32 unless x64 is enabled
+        pieces.append(piece.reshape(*vector.shape[:-1], *leaf.shape).astype(dtype))
         start += leaf.size
     return jax.tree.unflatten(structure, pieces)
 
