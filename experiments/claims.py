@@ -121,6 +121,18 @@ def small_cnn() -> list[Claim]:
     ]
 
 
+def resnet18() -> list[Claim]:
+    stops = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+    (cells,) = lines_of("sfw_oneshot/sgd_resnet18_cifar10.jsonl", *stops).values()
+    sgd = [percent(cells[str(stop)]) for stop in stops]
+    text = "dense {} %, at 50 %: {}, 70 %: {}, 80 %: {}, 90 %: {}, 95 %: {}"
+    return [
+        Claim(LEDGER, f"JPEG copy of CIFAR-10: {text}", sgd[:-1]),
+        Claim(README, "ResNet-18, CIFAR-10, SGD: {} %, {} % with 90 % removed", [sgd[0], sgd[4]]),
+        Claim(HERE / "sfw_oneshot" / "README.md", "| SGD |" + " {} |" * 7, sgd),
+    ]
+
+
 def digits_limit() -> list[Claim]:
     hessian, gauss_newton = of_kind(KEPT["limit"], "width")
     ends = [percent(hessian[end], 2) for end in ("predicted", "low", "high")]
@@ -209,6 +221,7 @@ def growing() -> list[Claim]:
 STUDIES: tuple[Callable[[], list[Claim]], ...] = (
     quickstart,
     small_cnn,
+    resnet18,
     digits_limit,
     cifar_limit,
     gradient_flow,
