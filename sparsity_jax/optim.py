@@ -88,7 +88,7 @@ def cosine(learning_rate: float, epochs: int, steps_per_epoch: int, *, warmup_ep
     """Linear warm-up from 0, then half a cosine to 0 over the remaining steps."""
     total, warm = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
     if warm >= total:
-        raise ValueError(f"warmup_epochs is {warmup_epochs}; allowed: below epochs ({epochs}).")
+        raise tables.ConfigError(f"warmup_epochs is {warmup_epochs}; allowed: below epochs ({epochs}).")
 
     def rule(step):
         progress = jnp.clip((step - warm) / (total - warm), 0, 1)
