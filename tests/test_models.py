@@ -516,9 +516,9 @@ def test_lists_are_accepted_for_tuples():
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("vgg16", (2, 16, 16, 3), r"shape \(2, 16, 16, 3\); needed: .* height and width at least 32"),
-        ("small_cnn", (2, 7, 9, 3), r"shape \(2, 7, 9, 3\); needed: .* at least 8"),
-        ("resnet18", (32, 32, 3), r"shape \(32, 32, 3\); needed: \[batch, height, width, channels\]"),
+        ("vgg16", (2, 16, 16, 3), r"shape \(2, 16, 16, 3\); this network needs .* height and width at least 32"),
+        ("small_cnn", (2, 7, 9, 3), r"shape \(2, 7, 9, 3\); this network needs .* at least 8"),
+        ("resnet18", (32, 32, 3), r"shape \(32, 32, 3\); this network needs \[batch, height, width, channels\]"),
         ("mlp", (784,), r"shape \(784,\); needed: \[batch, \.\.\.\]"),
     ],
 )
