@@ -191,9 +191,7 @@ def replay(golden, net, measure, select):
         alive = wanted
 
 
-@pytest.mark.parametrize(
-    ("net", "measure"), golden_data.parts(FILE, r"rounds/(vgg|mobilenet)/(\w+)/round")
-)
+@pytest.mark.parametrize(("net", "measure"), golden_data.parts(FILE, r"rounds/(vgg|mobilenet)/(\w+)/round"))
 def test_rounds_of_the_original(golden, net, measure):
     plan = budgets.schedule("gradient_flow", ratio=HYPER["total_percent"] / 100, num_rounds=HYPER["rounds"])
     floors = budgets.minimum_kept(by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"]))

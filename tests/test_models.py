@@ -59,23 +59,6 @@ COUNTS = {
     ("fc13", (32, 32, 3)): 7_269_610 - (400 * 200 + 200) + (400 * 250 + 250) + (250 * 200 + 200),  # from FC12
     ("lenet", (28, 28, 1)): (25 + 1) * 16 + (400 + 1) * 32 + (512 + 1) * 120 + (120 + 1) * 84 + (84 + 1) * 10,
 }
-RESNET_3 = {"name": "resnet", "stage_sizes": (1, 1, 1), "widths": (16, 32, 64)}
-TRAINED_NETS = {
-    "resnet_zero_pad_shortcut": {**RESNET_3, "shortcut": "zero_pad"},
-    "resnet_projection_shortcut": {**RESNET_3, "shortcut": "projection"},
-    "vgg_conv_relu_bn": {
-        "name": "vgg",
-        "layout": (8, "M", 12, 10, "M", 14, "M"),
-        "order": "conv_relu_bn",
-        "conv_bias": False,
-    },
-    "vgg_conv_bn_relu": {"name": "vgg", "layout": (8, "M", 12, 10, "M", 14), "conv_bias": False},
-    "mobilenet_depthwise": {
-        "name": "mobilenet",
-        "stem_width": 6,
-        "blocks": ((8, 1), (10, 2), (12, 2), (14, 1)),
-    },
-}
 # Every row of MODELS in a size that compiles in a moment, and the side of its images.
 TINY = {
     "mlp": ({"widths": (8, 6)}, 8),
@@ -178,7 +161,7 @@ def test_training_steps_of_the_original(key):
     momentum_rate, decay, rate = (hyper[name] for name in ("momentum", "weight_decay", "lr"))
     expected = {name.removeprefix(f"{key}/"): array for name, array in stored.items() if name.startswith(f"{key}/")}
     torch_names = [str(name) for name in expected["param_names"]]
-    torch_shapes = [tuple(map(int, str(shape).split("x"))) for shape in expected["param_shapes"]]
+    torch_shapes = golden_data.shapes_of(expected["param_shapes"])
     paths = golden_data.paths(torch_names, torch_shapes)
     norms = golden_data.batch_norms(torch_names, torch_shapes)
     images, labels = golden_data.images(expected["input_shape"]), expected["labels"]
@@ -191,7 +174,8 @@ def test_training_steps_of_the_original(key):
 
     with jax.enable_x64(True):
         num_classes = expected["logits_train_step0"].shape[-1]
-        model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **TRAINED_NETS[key])
+        options = golden_data.architecture(torch_names, torch_shapes)
+        model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **options)
 
         def loss_fn(params, batch_stats):
             logits, batch_stats = model.apply_train({"params": params, "batch_stats": batch_stats}, images)

@@ -410,7 +410,8 @@ def test_full_depth_closes_the_enclosure():
 def test_enclosure_of_the_original_network(golden, golden_distances):
     eigenvalues, epsilon = np.abs(golden["hessian/eigenvalues"]), float(golden["pipeline/epsilon"])
     start = np.random.default_rng(0).choice([-1.0, 1.0], eigenvalues.size)
-    found = width.predict_probes(lanczos(eigenvalues, start, HYPER["lanczos_iter"]), golden_distances, epsilon, operator="semidefinite")
+    run = lanczos(eigenvalues, start, HYPER["lanczos_iter"])
+    found = width.predict_probes(run, golden_distances, epsilon, operator="semidefinite")
     dense = width.predict(eigenvalues, np.ones(eigenvalues.size), golden_distances, epsilon)
     assert found.lower <= dense <= found.upper
     assert found.upper - found.lower < 1e-6
