@@ -1,5 +1,6 @@
 """Growing regularisation: golden numbers of the original, an obvious reference, coupled groups, transformations."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -77,9 +78,14 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
                     picked.setdefault(name, iteration)
                 if progress.phase == growing.STABILIZE:
                     done.setdefault(name, iteration)
+            rests = all(progress.phase == growing.STABILIZE for progress in growing.progress(state).values())
+            assert ("stabilize_reg" if rests else "update_reg") == golden[f"{case}/state"][iteration]
+            regs = growing.penalties(state)
+            in_force = [np.asarray(regs.get(path, 0.0)) for path in paths]
+            found = [[reg.min(), reg.mean(), reg.max()] for reg in in_force]
+            np.testing.assert_allclose(found, golden[f"{case}/reg_min_mean_max"][iteration], **CLOSE)
             if iteration not in updates:
                 continue
-            regs = growing.penalties(state)
             for j, path in enumerate(paths):
                 kernel = params[names[j]]["kernel"]
                 reg = golden[f"{case}/replay/reg/{j}"][u]
@@ -120,6 +126,34 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
             assert finish[j] == 0
             assert golden[f"{case}/pruned_idx/{j}"].size == 0
     assert max(done.values()) == golden[f"{case}/iter_stabilize"]
+    np.testing.assert_array_equal(golden[f"{case}/iterations"], np.arange(len(golden[f"{case}/state"])))
+    np.testing.assert_array_equal(golden[f"{case}/pr"], HYPER[case]["stage_pr"])
+
+
+@functools.cache
+def first_choice(layers):
+    golden = golden_data.load(GOLDEN)
+    names = [layer.name.removesuffix("/kernel") for layer in layers]
+    with jax.enable_x64(True):
+        kernels = {name: jnp.asarray(golden_data.from_torch(golden[f"init/{name}.weight"])) for name in names}
+        return jax.jit(lambda params: growing.pick(params, layers))({k: {"kernel": x} for k, x in kernels.items()})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_first_choice_of_the_original(case):
+    golden = golden_data.load(GOLDEN)
+    names = golden[f"{case}/layer_names"]
+    params = {name: {"kernel": golden_data.from_torch(golden[f"init/{name}.weight"])} for name in names}
+    paths, layers = golden_layers(params, case)
+    keep = first_choice(layers)
+    axes = {"filter": (1, 2, 3), "channel": (0, 2, 3), "weight": ()}[HYPER[case]["wg"]]
+    for j, path in enumerate(paths):
+        weights = golden[f"init/{names[j]}.weight"]
+        scores = np.abs(weights).mean(tuple(axis for axis in axes if axis < weights.ndim))
+        kept = np.asarray(keep.get(path, np.ones(scores.shape)), bool)
+        kept = golden_data.to_torch(kept) if HYPER[case]["wg"] == "weight" else kept
+        assert set(np.flatnonzero(~kept)) == set(golden[f"{case}/L1_pruned_idx/{j}"])
+        np.testing.assert_allclose(scores[kept].mean(), golden[f"{case}/original_kept_w_mag"][j], **CLOSE)
 
 
 # A training run of the original, from its initial weights to those before the removal
