@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sparsity_jax import models, pretrained, tables
+from sparsity_jax import models, pretrained, tables, trees
 from sparsity_jax.models import layers, vgg
 
 GOLDEN_NETS = {
@@ -146,6 +146,65 @@ def test_logits_and_parameter_count_of_the_original(key):
         logits = jax.jit(model.apply)(variables, images)
     expected = expected.reshape(shape[0], -1)  # some drop the batch axis of a single image
     np.testing.assert_allclose(logits, expected, rtol=1e-8, atol=1e-11)
+
+
+def layers_of(model, images):
+    """(convolutions and dense layers as the file of the originals lists them, widths of norms), by our path, in order.
+
+    A convolution is described by [[strides, padding, groups, has a bias]], a dense layer by None.
+    """
+    found, norms = {}, {}
+
+    def note(call, args, kwargs, context):
+        module, path = context.module, "/".join(context.module.path)
+        if isinstance(module, nn.Conv):
+            padding = [low for low, high in module.padding if low == high]
+            found[path] = [list(module.strides), padding, module.feature_group_count, module.use_bias]
+        elif isinstance(module, nn.Dense):
+            found[path] = None
+        elif isinstance(module, layers.BatchNorm):
+            norms[path] = args[0].shape[-1]
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        variables = jax.eval_shape(lambda: model.init(KEY, images))
+    return found, norms, variables
+
+
+def shape_of_images(shape):
+    """[batch, height, width, channels] for NCHW; other shapes unchanged."""
+    return (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else tuple(shape)
+
+
+@pytest.mark.parametrize("key", [key for key in golden_data.load("11_models.json") if key in GOLDEN_NETS])
+def test_names_orders_and_layers_of_the_original(key):
+    net = golden_data.load("11_models.json")[key]
+    num_classes = net["weight_layers"][-1][2][0]
+    model = models.build(num_classes=num_classes, **GOLDEN_NETS[key])
+    images = jnp.zeros(shape_of_images(net["input_shape"]))
+    found, norms, variables = layers_of(model, images)
+    shapes = dict(zip(net["param_names"], net["param_shapes"], strict=True))
+    paths = pretrained.name_map(shapes, variables)
+    assert sorted(paths) == sorted(shapes)
+    place = lambda module: paths[f"{module}.weight"].removeprefix("params/").rpartition("/")[0]
+    expected = {place(module): details for module, _, _, details in net["weight_layers"]}
+    assert found == expected
+    of_blocks = lambda layers: [path for path in layers if "shortcut" not in path]
+    # shortcuts are defined last in the originals' blocks, and called first where the block begins with its norm
+    assert of_blocks(found) == of_blocks(expected)
+    for module, _, shape, _ in net["weight_layers"]:
+        assert shapes[f"{module}.weight"] == shape
+    leaves = trees.named_leaves(variables["params"])
+    sizes = [leaf.size for path, leaf in leaves.items() if path.rpartition("/")[0] in found]
+    assert sum(sizes) == net.get("params_conv_linear_only", net["n_params"])
+    expected = {place(module): width for module, width, _, _ in net["bn_layers"]}
+    assert norms == expected
+    assert of_blocks(norms) == of_blocks(expected)
+    for module, _, epsilon, momentum in net["bn_layers"]:
+        assert (epsilon, momentum) == (1e-5, 0.1), module
+    listed = [name for name, kind in net["leaf_module_order"] if kind in ("Conv2d", "Linear", "BatchNorm2d")]
+    known = [name.rpartition(".")[0] for name in net["param_names"] if name.endswith("weight")]
+    assert listed == known
 
 
 @pytest.mark.parametrize(("name", "shape"), COUNTS)
