@@ -251,11 +251,15 @@ def architecture(names: Sequence[str], shapes: Sequence[Sequence[int]], strides:
     and 2 between them, as in files 06 and 12.
     """
     kernels = {name.removesuffix(".weight"): shape for name, shape in zip(names, shapes) if len(shape) == 4}
-    if any(name.startswith("layers.") for name in kernels):
+    if is_mobilenet(names):
         return mobilenet(kernels, strides)
     if any(name.startswith("layer1.") for name in kernels):
         return resnet(kernels)
     return vgg(names, kernels)
+
+
+def is_mobilenet(names: Sequence[str]) -> bool:
+    return any(str(name).startswith("layers.") for name in names)
 
 
 def mobilenet(kernels: Mapping[str, Sequence[int]], strides: Sequence[int]) -> dict[str, Any]:

@@ -122,6 +122,11 @@ def test_schedules_explain_misuse():
 
 
 HYPER = golden_data.hyper(FILE)
+ROUNDS = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/")
+RESIDUAL = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/prune_fraction_requested")
+DEPTHWISE = [
+    case for case in ROUNDS if golden_data.is_mobilenet(golden_data.load(FILE)[f"rounds/{case[0]}/param_names"])
+]
 
 
 def by_layer(rows):
@@ -191,7 +196,7 @@ def replay(golden, net, measure, select):
         alive = wanted
 
 
-@pytest.mark.parametrize(("net", "measure"), golden_data.parts(FILE, r"rounds/(vgg|mobilenet)/(\w+)/round"))
+@pytest.mark.parametrize(("net", "measure"), [case for case in ROUNDS if case not in RESIDUAL])
 def test_rounds_of_the_original(golden, net, measure):
     plan = budgets.schedule("gradient_flow", ratio=HYPER["total_percent"] / 100, num_rounds=HYPER["rounds"])
     floors = budgets.minimum_kept(by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"]))
@@ -203,27 +208,29 @@ def test_rounds_of_the_original(golden, net, measure):
         assert_same(keep, expected)
 
 
-def test_mobilenet_rounds_without_the_copies(golden):
+@pytest.mark.parametrize(("net", "measure"), DEPTHWISE)
+def test_mobilenet_rounds_without_the_copies(golden, net, measure):
     """Depthwise layers (odd entries) follow the layer before: each channel counts twice instead."""
     plan = budgets.round_ratios(HYPER["total_percent"] / 100, HYPER["rounds"])
     for i in range(HYPER["rounds"]):
-        prefix = f"rounds/mobilenet/mag_based/round{i}"
+        prefix = f"rounds/{net}/{measure}/round{i}"
         every = by_layer(golden[f"{prefix}/imp_order"])
         scores = {name: every[name] for name in list(every)[::2]}
         counts = dict.fromkeys(list(scores)[:-1], 2)
-        floors = by_name(golden["rounds/mobilenet/mag_based/round0/orig_size"])
+        floors = by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"])
         floors = {name: floor for name, floor in budgets.minimum_kept(floors).items() if name in scores}
         keep = budgets.select(scores, plan.ratios[i], counts=counts, floors=floors, protect="original")
         expected = masks_without(golden, prefix, every, 2)
         assert_same(keep, {name: expected[name] for name in scores})
 
 
-def test_resnet_rounds_of_the_original(golden):
+@pytest.mark.parametrize(("net", "measure"), RESIDUAL)
+def test_resnet_rounds_of_the_original(golden, net, measure):
     """The first layer counts but stays (its score is 1e7); removed second convolutions come back with score 0."""
     plan = budgets.round_ratios(HYPER["total_percent"] / 100, HYPER["rounds"], "truncated")
-    sizes = by_name(golden["rounds/resnet-56/mag_based/round0/orig_size"])
+    sizes = by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"])
     for i in range(HYPER["rounds"]):
-        prefix = f"rounds/resnet-56/mag_based/round{i}"
+        prefix = f"rounds/{net}/{measure}/round{i}"
         scores = by_layer(golden[f"{prefix}/imp_order"])
         alive = sum(array.size for array in scores.values())
         ratio = budgets.ratio_to_reach(plan.density[i], sum(sizes.values()), alive)

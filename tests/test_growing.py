@@ -89,17 +89,17 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
             for j, path in enumerate(paths):
                 kernel = params[names[j]]["kernel"]
                 reg = golden[f"{case}/replay/reg/{j}"][u]
-                if case.endswith("weight"):
+                if HYPER[case]["wg"] == "weight":
                     reg = golden_data.from_torch(reg.reshape(golden_data.to_torch(kernel).shape))
                     own = regs.get(path, jnp.zeros(()))
                 else:
                     reg = reg.T  # [in, out]
                     own = regs.get(path, jnp.zeros(()))
-                    own = own[:, None] if own.ndim and "channel" in case else own
+                    own = own[:, None] if own.ndim and HYPER[case]["wg"] == "channel" else own
                 np.testing.assert_allclose(jnp.broadcast_to(own, reg.shape), reg, err_msg=f"{path} {u}", **CLOSE)
                 wanted = (
                     reg
-                    if case.endswith("weight")
+                    if HYPER[case]["wg"] == "weight"
                     else reg.reshape(reg.shape if kernel.ndim == 2 else (1, 1, *reg.shape))
                 )
                 np.testing.assert_allclose(added[names[j]]["kernel"], wanted * kernel, **CLOSE)
