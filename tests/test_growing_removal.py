@@ -85,8 +85,7 @@ def test_what_is_left_is_the_originals(case):
 # Whole networks, whose weights follow a rule: selection by L1 norm and removal
 
 SIDES = {"vgg": 16, "resnet": 32}  # of their images, which are not in the file
-NETWORKS = golden_data.parts(FILE, r"structural/(\w+)/\w+/pr$")
-GRANULARITIES = golden_data.parts(FILE, r"structural/\w+/(\w+)/pr$")
+WHOLE = golden_data.parts(FILE, r"structural/(\w+)/(\w+)/pr$")
 
 
 class Whole(NamedTuple):
@@ -115,7 +114,7 @@ def parameter_names(layers, shapes):
 
 @functools.cache
 def whole(net):
-    golden, key = golden_data.load(FILE), f"structural/{net}/{GRANULARITIES[0]}"
+    golden, key = golden_data.load(FILE), f"structural/{net}/{dict(WHOLE)[net]}"
     shapes = golden_data.shapes_of(golden[f"{key}/param_shapes_before"])
     names = parameter_names(golden[f"{key}/layer_names"], shapes)
     batch, num_classes = golden[f"{key}/logits_before"].shape
@@ -147,12 +146,11 @@ def to_text(shape):
     return "x".join(map(str, golden_data.to_torch(np.empty(shape)).shape))
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("net", NETWORKS)
+@pytest.mark.parametrize(("net", "granularity"), WHOLE)
 def test_whole_networks_after_the_removal(net, granularity):
     golden, case = golden_data.load(FILE), f"structural/{net}/{granularity}"
     own = golden_data.hyper(FILE)[case]
-    numbers = golden_data.parts(FILE, rf"{case}/pruned_idx/(\d+)")
+    numbers = sorted(golden_data.parts(FILE, rf"{case}/pruned_idx/(\d+)"))
     pruned = [golden[f"{case}/pruned_idx/{number}"] for number in numbers]
     with jax.enable_x64(True):
         it = whole(net)

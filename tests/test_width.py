@@ -271,7 +271,7 @@ def golden_losses(golden, drop_smallest):
         least = min(np.abs(array).min() for array in params.values() if array.ndim > 1)
         params = {k: np.where((np.abs(x) <= least) & (x.ndim > 1), 0, x) for k, x in params.items()}
     x, y = golden["train/x"], golden["train/y"]
-    layers = golden_data.parts(FILE, r"(trained/.+)\.weight")
+    layers = sorted(golden_data.parts(FILE, r"(trained/.+)\.weight"))
     for layer in layers:
         x = np.maximum(x, 0) if layer != layers[0] else x
         x = x @ params[f"{layer}.weight"].T + params[f"{layer}.bias"]
