@@ -91,6 +91,12 @@ def unread(read: set[str]) -> list[str]:
     return [f"{name} {key}" for name in names for key in load(name) if f"{name} {key}" not in read]
 
 
+def dense_names() -> list[str]:
+    """Parameters of the small network of file 10, in its order."""
+    layers = sorted(parts("10_hessian.npz", r"trained/(.+)\.weight"))
+    return [f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
+
+
 # The weight rule (PyTorch layouts, float64)
 
 
