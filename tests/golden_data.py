@@ -91,6 +91,12 @@ def unread(read: set[str]) -> list[str]:
     return [f"{name} {key}" for name in names for key in load(name) if f"{name} {key}" not in read]
 
 
+def dense_names() -> list[str]:
+    """Parameters of the small network of file 10, in its order."""
+    layers = sorted(parts("10_hessian.npz", r"trained/(.+)\.weight"))
+    return [f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
+
+
 # The weight rule (PyTorch layouts, float64)
 
 
@@ -233,6 +239,73 @@ def batch_norms(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[s
         modules[name.rpartition(".")[0]]: shape[0]
         for name, shape in zip(names, shapes)
         if len(shape) == 1 and name.endswith("weight")
+    }
+
+
+# Architectures
+
+
+def shapes_of(texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Shapes as the files write them, e.g. "16x3x3x3"."""
+    return [tuple(int(size) for size in str(text).split("x")) for text in texts]
+
+
+def architecture(names: Sequence[str], shapes: Sequence[Sequence[int]], strides: Sequence[int] = ()) -> dict[str, Any]:
+    """Options of `models.build` for an original's network, but for `num_classes`, from its parameters.
+
+    strides: of the blocks of a MobileNet, which parameters do not tell; by default 1 for the first and the last block
+    and 2 between them, as in files 06 and 12.
+    """
+    kernels = {name.removesuffix(".weight"): shape for name, shape in zip(names, shapes) if len(shape) == 4}
+    if is_mobilenet(names):
+        return mobilenet(kernels, strides)
+    if any(name.startswith("layer1.") for name in kernels):
+        return resnet(kernels)
+    return vgg(names, kernels)
+
+
+def is_mobilenet(names: Sequence[str]) -> bool:
+    return any(str(name).startswith("layers.") for name in names)
+
+
+def mobilenet(kernels: Mapping[str, Sequence[int]], strides: Sequence[int]) -> dict[str, Any]:
+    widths = [shape[0] for name, shape in kernels.items() if re.fullmatch(r"layers\.\d+\.conv2", name)]
+    strides = strides or (1, *(2,) * (len(widths) - 2), 1)
+    return {"name": "mobilenet", "stem_width": kernels["conv1"][0], "blocks": tuple(zip(widths, strides, strict=True))}
+
+
+def resnet(kernels: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Of blocks of two convolutions."""
+    inner, outer = {}, {}
+    for name, shape in kernels.items():
+        match = re.fullmatch(r"layer(\d+)\.\d+\.conv([12])", name)
+        if match:
+            {"1": inner, "2": outer}[match[2]].setdefault(int(match[1]), []).append(shape[0])
+    return {
+        "name": "resnet",
+        "stem_width": kernels["conv1"][0],
+        "stage_sizes": tuple(len(outer[stage]) for stage in sorted(outer)),
+        "widths": tuple(outer[stage][-1] for stage in sorted(outer)),
+        "inner_widths": tuple(width for stage in sorted(inner) for width in inner[stage]),
+        "shortcut": "projection" if any(".shortcut." in name for name in kernels) else "zero_pad",
+    }
+
+
+def vgg(names: Sequence[str], kernels: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """`features` is a sequence of convolution, norm, ReLU (two orders) and, where a number is skipped, a pool.
+
+    Networks with the norm after the ReLU end in a pool, the others in an average.
+    """
+    places = [int(name.removeprefix("features.")) for name in kernels]
+    relu_first = "features.1.weight" not in names
+    layout = []
+    for place, following, shape in zip(places, [*places[1:], places[-1] + 3 + relu_first], kernels.values()):
+        layout += [shape[0], "M"] if following - place == 4 else [shape[0]]
+    return {
+        "name": "vgg",
+        "layout": tuple(layout),
+        "order": "conv_relu_bn" if relu_first else "conv_bn_relu",
+        "conv_bias": "features.0.bias" in names,
     }
 
 

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from sparsity_jax import budgets, tables
 
+FILE = "07_rounds_and_cap.npz"
 SIZES = {"conv1": 16, "stage1/conv1": 40, "stage1/conv2": 40, "stage2/conv1": 100, "tiny": 1}
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return golden_data.load("07_rounds_and_cap.npz")
+    return golden_data.load(FILE)
 
 
 def random_scores(seed=0, sizes=SIZES, levels=None):
@@ -66,7 +67,7 @@ def test_truncated_percentages_of_the_original(golden):
 
 
 def test_manual_thresholds_of_the_original(golden):
-    for case in golden_data.parts("07_rounds_and_cap.npz", r"manual/(\d+)/"):
+    for case in golden_data.parts(FILE, r"manual/(\d+)/"):
         percents = [int(number) for number in str(golden[f"manual/{case}/spec"][0]).strip("[]").split(",")]
         plan = budgets.manual_ratios([percent / 100 for percent in percents])
         np.testing.assert_allclose(plan.ratios, golden[f"manual/{case}/p_ratios"], rtol=1e-12)
@@ -120,7 +121,12 @@ def test_schedules_explain_misuse():
 # The original's selections
 
 
-HYPER = golden_data.hyper("07_rounds_and_cap.npz")
+HYPER = golden_data.hyper(FILE)
+ROUNDS = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/")
+RESIDUAL = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/prune_fraction_requested")
+DEPTHWISE = [
+    case for case in ROUNDS if golden_data.is_mobilenet(golden_data.load(FILE)[f"rounds/{case[0]}/param_names"])
+]
 
 
 def by_layer(rows):
@@ -137,6 +143,8 @@ def masks_without(stored, prefix, scores, digits):
     keep = {name: np.ones(array.shape, bool) for name, array in scores.items()}
     for layer, name in enumerate(keep):
         keep[name][stored[f"{prefix}/pruned_idx/{layer:0{digits}d}"]] = False
+    removed_by_layer = [int((~mask).sum()) for mask in keep.values()]
+    np.testing.assert_array_equal(removed_by_layer, stored[f"{prefix}/n_pruned"])
     return keep
 
 
@@ -146,24 +154,28 @@ def assert_same(keep, expected):
         np.testing.assert_array_equal(keep[name], mask, err_msg=name)
 
 
-@pytest.mark.parametrize("case", golden_data.parts("07_rounds_and_cap.npz", r"cap/(\d+)/"))
+@pytest.mark.parametrize("case", golden_data.parts(FILE, r"cap/(\d+)/"))
 def test_cap_of_the_original(golden, case):
     scores = by_layer(golden[f"cap/{case}/imp_order_in"])
     floors = budgets.minimum_kept(by_name(golden[f"cap/{case}/original_sizes"]))
     options = dict(floors=floors, protect="original")
-    for ratio in (0.2, 0.55):
+    sizes = {name: array.size for name, array in scores.items()}
+    assert by_name(golden[f"cap/{case}/current_sizes"]) == sizes
+    protected = {name: np.arange(size) >= size - floors[name] for name, size in sizes.items()}
+    importance = np.where(np.concatenate([*protected.values()]), 1e7, np.concatenate([*scores.values()]))
+    np.testing.assert_array_equal(golden[f"cap/{case}/importance_out"], importance)
+    least = total(protected)
+    for ratio in golden_data.parts(FILE, rf"cap/{case}/ratio=([\d.]+)/"):
         expected = masks_without(golden, f"cap/{case}/ratio={ratio}", scores, 1)
-        assert_same(budgets.select(scores, ratio, **options), expected)
-    # at 0.93 its protected channels do not suffice: it cuts into them and empties layers, where we refuse
-    expected = masks_without(golden, f"cap/{case}/ratio=0.93", scores, 1)
-    with pytest.raises(ValueError, match="minimum kept per layer leaves"):
-        budgets.select(scores, 0.93, **options)
-    least = sum(min(floors[name], array.size) for name, array in scores.items())
-    keep = budgets.select_to_cost(scores, total, least, tolerance=0, **options)
-    protected = {name: np.arange(array.size) >= array.size - floors[name] for name, array in scores.items()}
-    assert_same(keep, protected)
-    assert all((expected[name] <= keep[name]).all() for name in scores)
-    np.testing.assert_array_equal(golden[f"cap/{case}/importance_out"] == 1e7, np.concatenate([*protected.values()]))
+        if sum(sizes.values()) - share_of(float(ratio), sum(sizes.values())) >= least:
+            assert_same(budgets.select(scores, float(ratio), **options), expected)
+            continue
+        # the protected channels do not suffice: the original cuts into them and empties layers, where we refuse
+        with pytest.raises(ValueError, match="minimum kept per layer leaves"):
+            budgets.select(scores, float(ratio), **options)
+        keep = budgets.select_to_cost(scores, total, least, tolerance=0, **options)
+        assert_same(keep, protected)
+        assert all((expected[name] <= keep[name]).all() for name in scores)
 
 
 def replay(golden, net, measure, select):
@@ -184,9 +196,7 @@ def replay(golden, net, measure, select):
         alive = wanted
 
 
-@pytest.mark.parametrize(
-    ("net", "measure"), golden_data.parts("07_rounds_and_cap.npz", r"rounds/(vgg|mobilenet)/(\w+)/round")
-)
+@pytest.mark.parametrize(("net", "measure"), [case for case in ROUNDS if case not in RESIDUAL])
 def test_rounds_of_the_original(golden, net, measure):
     plan = budgets.schedule("gradient_flow", ratio=HYPER["total_percent"] / 100, num_rounds=HYPER["rounds"])
     floors = budgets.minimum_kept(by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"]))
@@ -198,27 +208,29 @@ def test_rounds_of_the_original(golden, net, measure):
         assert_same(keep, expected)
 
 
-def test_mobilenet_rounds_without_the_copies(golden):
+@pytest.mark.parametrize(("net", "measure"), DEPTHWISE)
+def test_mobilenet_rounds_without_the_copies(golden, net, measure):
     """Depthwise layers (odd entries) follow the layer before: each channel counts twice instead."""
     plan = budgets.round_ratios(HYPER["total_percent"] / 100, HYPER["rounds"])
     for i in range(HYPER["rounds"]):
-        prefix = f"rounds/mobilenet/mag_based/round{i}"
+        prefix = f"rounds/{net}/{measure}/round{i}"
         every = by_layer(golden[f"{prefix}/imp_order"])
         scores = {name: every[name] for name in list(every)[::2]}
         counts = dict.fromkeys(list(scores)[:-1], 2)
-        floors = by_name(golden["rounds/mobilenet/mag_based/round0/orig_size"])
+        floors = by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"])
         floors = {name: floor for name, floor in budgets.minimum_kept(floors).items() if name in scores}
         keep = budgets.select(scores, plan.ratios[i], counts=counts, floors=floors, protect="original")
         expected = masks_without(golden, prefix, every, 2)
         assert_same(keep, {name: expected[name] for name in scores})
 
 
-def test_resnet_rounds_of_the_original(golden):
+@pytest.mark.parametrize(("net", "measure"), RESIDUAL)
+def test_resnet_rounds_of_the_original(golden, net, measure):
     """The first layer counts but stays (its score is 1e7); removed second convolutions come back with score 0."""
     plan = budgets.round_ratios(HYPER["total_percent"] / 100, HYPER["rounds"], "truncated")
-    sizes = by_name(golden["rounds/resnet-56/mag_based/round0/orig_size"])
+    sizes = by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"])
     for i in range(HYPER["rounds"]):
-        prefix = f"rounds/resnet-56/mag_based/round{i}"
+        prefix = f"rounds/{net}/{measure}/round{i}"
         scores = by_layer(golden[f"{prefix}/imp_order"])
         alive = sum(array.size for array in scores.values())
         ratio = budgets.ratio_to_reach(plan.density[i], sum(sizes.values()), alive)

@@ -73,15 +73,17 @@ class Floats(train.Problem):
         return batch
 
 
-NAMES = [f"linear.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias")]
+NAMES = golden_data.dense_names()
 
 
 def original(golden, group):
     """(problem, state) of its small network; call with 64 bits enabled."""
     split = lambda name: data.Split(golden[f"{name}/x"][:, None, None], golden[f"{name}/y"].astype(np.int32))
-    dataset = data.Dataset("original", split("train"), split("val"), 4, (0.0,) * 12, (1.0,) * 12)
+    num_inputs, *widths, num_classes = HYPER["dims"]
+    mean, std = (0.0,) * num_inputs, (1.0,) * num_inputs
+    dataset = data.Dataset("original", split("train"), split("val"), num_classes, mean, std)
     double = dict(dtype="float64", param_dtype="float64")
-    model = models.build(name="mlp", num_classes=4, widths=(9, 7), **double)
+    model = models.build(name="mlp", num_classes=num_classes, widths=tuple(widths), **double)
     problem = Floats(*train.build_problem(dataset, model))
     arrays = {name: golden[f"{group}/{name}"] for name in NAMES}
     variables = golden_data.variables(NAMES, [array.shape for array in arrays.values()], arrays)

@@ -1,5 +1,6 @@
 """Growing regularisation: golden numbers of the original, an obvious reference, coupled groups, transformations."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -77,23 +78,28 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
                     picked.setdefault(name, iteration)
                 if progress.phase == growing.STABILIZE:
                     done.setdefault(name, iteration)
+            rests = all(progress.phase == growing.STABILIZE for progress in growing.progress(state).values())
+            assert ("stabilize_reg" if rests else "update_reg") == golden[f"{case}/state"][iteration]
+            regs = growing.penalties(state)
+            in_force = [np.asarray(regs.get(path, 0.0)) for path in paths]
+            found = [[reg.min(), reg.mean(), reg.max()] for reg in in_force]
+            np.testing.assert_allclose(found, golden[f"{case}/reg_min_mean_max"][iteration], **CLOSE)
             if iteration not in updates:
                 continue
-            regs = growing.penalties(state)
             for j, path in enumerate(paths):
                 kernel = params[names[j]]["kernel"]
                 reg = golden[f"{case}/replay/reg/{j}"][u]
-                if case.endswith("weight"):
+                if HYPER[case]["wg"] == "weight":
                     reg = golden_data.from_torch(reg.reshape(golden_data.to_torch(kernel).shape))
                     own = regs.get(path, jnp.zeros(()))
                 else:
                     reg = reg.T  # [in, out]
                     own = regs.get(path, jnp.zeros(()))
-                    own = own[:, None] if own.ndim and "channel" in case else own
+                    own = own[:, None] if own.ndim and HYPER[case]["wg"] == "channel" else own
                 np.testing.assert_allclose(jnp.broadcast_to(own, reg.shape), reg, err_msg=f"{path} {u}", **CLOSE)
                 wanted = (
                     reg
-                    if case.endswith("weight")
+                    if HYPER[case]["wg"] == "weight"
                     else reg.reshape(reg.shape if kernel.ndim == 2 else (1, 1, *reg.shape))
                 )
                 np.testing.assert_allclose(added[names[j]]["kernel"], wanted * kernel, **CLOSE)
@@ -120,6 +126,34 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
             assert finish[j] == 0
             assert golden[f"{case}/pruned_idx/{j}"].size == 0
     assert max(done.values()) == golden[f"{case}/iter_stabilize"]
+    np.testing.assert_array_equal(golden[f"{case}/iterations"], np.arange(len(golden[f"{case}/state"])))
+    np.testing.assert_array_equal(golden[f"{case}/pr"], HYPER[case]["stage_pr"])
+
+
+@functools.cache
+def first_choice(layers):
+    golden = golden_data.load(GOLDEN)
+    names = [layer.name.removesuffix("/kernel") for layer in layers]
+    with jax.enable_x64(True):
+        kernels = {name: jnp.asarray(golden_data.from_torch(golden[f"init/{name}.weight"])) for name in names}
+        return jax.jit(lambda params: growing.pick(params, layers))({k: {"kernel": x} for k, x in kernels.items()})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_first_choice_of_the_original(case):
+    golden = golden_data.load(GOLDEN)
+    names = golden[f"{case}/layer_names"]
+    params = {name: {"kernel": golden_data.from_torch(golden[f"init/{name}.weight"])} for name in names}
+    paths, layers = golden_layers(params, case)
+    keep = first_choice(layers)
+    axes = {"filter": (1, 2, 3), "channel": (0, 2, 3), "weight": ()}[HYPER[case]["wg"]]
+    for j, path in enumerate(paths):
+        weights = golden[f"init/{names[j]}.weight"]
+        scores = np.abs(weights).mean(tuple(axis for axis in axes if axis < weights.ndim))
+        kept = np.asarray(keep.get(path, np.ones(scores.shape)), bool)
+        kept = golden_data.to_torch(kept) if HYPER[case]["wg"] == "weight" else kept
+        assert set(np.flatnonzero(~kept)) == set(golden[f"{case}/L1_pruned_idx/{j}"])
+        np.testing.assert_allclose(scores[kept].mean(), golden[f"{case}/original_kept_w_mag"][j], **CLOSE)
 
 
 # A training run of the original, from its initial weights to those before the removal
@@ -239,15 +273,17 @@ def test_picks_of_the_original(granularity):
         params, growing.layers(params, {"a/kernel": ratio, "b/kernel": 0.0}, granularity), **own
     )
     gone = lambda ratio, **own: np.flatnonzero(~picked(ratio, **own)["a/kernel"])
-    assert set(gone(0.3)) == set(golden["pick_modes/min"])
-    assert set(gone(0.3, pick="max")) == set(golden["pick_modes/max"])
+    num_pruned = len(golden["pick_modes/min"])
+    ratio = num_pruned / len(scores)
+    assert set(gone(ratio)) == set(golden["pick_modes/min"])
+    assert set(gone(ratio, pick="max")) == set(golden["pick_modes/max"])
     # the original returns as many, but of the wrong groups
     number = golden["pick_modes/auto_pr_minus_one"].size
     assert set(gone(masks.AUTOMATIC)) == set(np.argsort(scores)[:number].tolist())
-    draw = lambda seed: gone(0.3, pick="rand", key=jax.random.key(seed)).tolist()
+    draw = lambda seed: gone(ratio, pick="rand", key=jax.random.key(seed)).tolist()
     assert draw(0) == draw(0) != draw(1)
-    assert len(draw(0)) == 36
-    assert picked(0.3)["b/kernel"].all()
+    assert len(draw(0)) == num_pruned
+    assert picked(ratio)["b/kernel"].all()
 
 
 @pytest.mark.parametrize(

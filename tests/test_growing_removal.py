@@ -1,12 +1,17 @@
 """Growing regularisation: what is left after the removal, by the channels that we trace in the original's network."""
 
+import functools
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
 import golden_data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity_jax import groups
+from sparsity_jax import groups, growing, models, ratios, trees
 
 FILE = "08_growing_reg.npz"
 CASES = golden_data.parts(FILE, r"(\w+-?\d?/(?:filter|channel|weight)\w*)/pr$")
@@ -39,14 +44,10 @@ def stored(case, moment):
     return variables
 
 
-def kept_channels(channels, case):
-    """Which channels of each group the original keeps."""
-    golden = golden_data.load(FILE)
-    weights = [f"params/{name}/weight" for name in golden[f"{case}/layer_names"]]
-    axis = 0 if golden_data.hyper(FILE)[case]["wg"] == "filter" else 1
+def kept_channels(channels, paths, pruned, axis):
+    """Which channels of each group the original keeps; pruned: its choice for the kernel of each path, along `axis`."""
     keep = {name: np.ones(group.size, bool) for name, group in channels.groups.items()}
-    for j, path in enumerate(weights):
-        removed = golden[f"{case}/pruned_idx/{j}"]
+    for path, removed in zip(paths, pruned, strict=True):
         for name, group in channels.groups.items():
             for member in group.members:
                 if (member.path, member.axis) == (path, axis) and removed.size:
@@ -68,11 +69,109 @@ def test_what_is_left_is_the_originals(case):
             logits = jax.jit(network)(variables, images)  # the original multiplies the masks later
         else:
             channels = groups.trace(network, variables, images)
-            keep = kept_channels(channels, case)
+            names = golden[f"{case}/layer_names"]
+            axis = 0 if golden_data.hyper(FILE)[case]["wg"] == "filter" else 1
+            pruned = [golden[f"{case}/pruned_idx/{j}"] for j, _ in enumerate(names)]
+            keep = kept_channels(channels, [f"params/{name}/weight" for name in names], pruned, axis)
             compact = groups.compact(variables, channels, keep)
             expected = stored(case, "after_prune")["params"]
             for module, leaves in expected.items():
                 for leaf, array in leaves.items():
                     np.testing.assert_array_equal(compact["params"][module][leaf], array, err_msg=f"{module}.{leaf}")
             logits = groups.elastic(network, channels, keep)(compact, images)
+        np.testing.assert_allclose(logits, golden[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)
+
+
+# Whole networks, whose weights follow a rule: selection by L1 norm and removal
+
+SIDES = {"vgg": 16, "resnet": 32}  # of their images, which are not in the file
+WHOLE = golden_data.parts(FILE, r"structural/(\w+)/(\w+)/pr$")
+
+
+class Whole(NamedTuple):
+    """A network before the removal; paths: of its arrays in the original's order; layers: paths of its kernels."""
+
+    apply: Callable
+    variables: dict
+    channels: groups.Channels
+    images: np.ndarray
+    paths: list[str]
+    layers: list[str]
+
+
+def parameter_names(layers, shapes):
+    """Convolutions without bias, each followed by a norm, then the classifier with its bias."""
+    *convolutions, classifier = map(str, layers)
+    names = []
+    for name in convolutions:
+        before, number = re.fullmatch(r"(.*?)(\d+)", name).groups()
+        norm = f"{before}{int(number) + 1}" if before == "features." else f"{before.replace('conv', 'bn')}{number}"
+        names += [f"{name}.weight", f"{norm}.weight", f"{norm}.bias"]
+    names += [f"{classifier}.weight", f"{classifier}.bias"]
+    assert len(names) == len(shapes)
+    return names
+
+
+@functools.cache
+def whole(net):
+    golden, key = golden_data.load(FILE), f"structural/{net}/{dict(WHOLE)[net]}"
+    shapes = golden_data.shapes_of(golden[f"{key}/param_shapes_before"])
+    names = parameter_names(golden[f"{key}/layer_names"], shapes)
+    batch, num_classes = golden[f"{key}/logits_before"].shape
+    options = golden_data.architecture(names, shapes)
+    side = SIDES[options["name"]]
+    images = golden_data.images((batch, shapes[0][1], side, side))
+    model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **options)
+    variables = golden_data.variables(names, shapes)
+    channels = groups.trace(model.apply, variables, images)
+    paths = [f"params/{path}" for path in golden_data.paths(names, shapes).values()]
+    layers = [path for path in paths if path.endswith("kernel")]
+    return Whole(jax.jit(model.apply), variables, channels, images, paths, layers)
+
+
+def masked_by(variables, keep):
+    """The variables without the entries that `keep`, by path, leaves out."""
+    return trees.map_named(lambda path, leaf: leaf * keep.get(path, True), variables)
+
+
+def notation_of(shares, layers):
+    """The original's list of ratios: per stage in residual networks, per layer in others."""
+    if any(len(layer.address) == 3 for layer in ratios.places(layers)):
+        return tuple(shares)
+    return f"[{', '.join(f'{i}:{share}' for i, share in enumerate(shares))}]"
+
+
+def to_text(shape):
+    """A shape of ours as the file writes it, in PyTorch's layout."""
+    return "x".join(map(str, golden_data.to_torch(np.empty(shape)).shape))
+
+
+@pytest.mark.parametrize(("net", "granularity"), WHOLE)
+def test_whole_networks_after_the_removal(net, granularity):
+    golden, case = golden_data.load(FILE), f"structural/{net}/{granularity}"
+    own = golden_data.hyper(FILE)[case]
+    numbers = sorted(golden_data.parts(FILE, rf"{case}/pruned_idx/(\d+)"))
+    pruned = [golden[f"{case}/pruned_idx/{number}"] for number in numbers]
+    with jax.enable_x64(True):
+        it = whole(net)
+        logits = it.apply(it.variables, it.images)
+        np.testing.assert_allclose(logits, golden[f"{case}/logits_before"], rtol=1e-9, atol=1e-11)
+        options = dict(granularity=granularity, skip=own["skip_layers"], reading="original")
+        table = ratios.parse(notation_of(own["stage_pr"], it.layers), it.layers, **options)
+        np.testing.assert_array_equal(list(table.values()), golden[f"{case}/pr"])
+        picked = growing.pick(it.variables, growing.layers(it.variables, table, granularity))
+        for path, removed in zip(it.layers, pruned, strict=True):
+            kept = np.asarray(picked.get(path, True))
+            found = golden_data.to_torch(kept) if kept.ndim > 1 else kept
+            assert set(np.flatnonzero(~found)) == set(removed)
+        if granularity == "weight":
+            logits = it.apply(masked_by(it.variables, picked), it.images)
+        else:
+            axis = 3 if granularity == "filter" else 2
+            keep = kept_channels(it.channels, it.layers, pruned, axis)
+            shapes = groups.compact_shapes(it.channels, keep)
+            found = [to_text(shapes[path].shape) for path in it.paths]
+            assert found == golden[f"{case}/param_shapes_after"].tolist()
+            compact = groups.compact(it.variables, it.channels, keep)
+            logits = jax.jit(groups.elastic(it.apply, it.channels, keep))(compact, it.images)
         np.testing.assert_allclose(logits, golden[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sparsity_jax import models, pretrained, tables
+from sparsity_jax import models, pretrained, tables, trees
 from sparsity_jax.models import layers, vgg
 
 GOLDEN_NETS = {
@@ -58,23 +58,6 @@ COUNTS = {
     ("fc2", (28, 28, 1)): 784 * 100 + 100 + 100 * 10 + 10,
     ("fc13", (32, 32, 3)): 7_269_610 - (400 * 200 + 200) + (400 * 250 + 250) + (250 * 200 + 200),  # from FC12
     ("lenet", (28, 28, 1)): (25 + 1) * 16 + (400 + 1) * 32 + (512 + 1) * 120 + (120 + 1) * 84 + (84 + 1) * 10,
-}
-RESNET_3 = {"name": "resnet", "stage_sizes": (1, 1, 1), "widths": (16, 32, 64)}
-TRAINED_NETS = {
-    "resnet_zero_pad_shortcut": {**RESNET_3, "shortcut": "zero_pad"},
-    "resnet_projection_shortcut": {**RESNET_3, "shortcut": "projection"},
-    "vgg_conv_relu_bn": {
-        "name": "vgg",
-        "layout": (8, "M", 12, 10, "M", 14, "M"),
-        "order": "conv_relu_bn",
-        "conv_bias": False,
-    },
-    "vgg_conv_bn_relu": {"name": "vgg", "layout": (8, "M", 12, 10, "M", 14), "conv_bias": False},
-    "mobilenet_depthwise": {
-        "name": "mobilenet",
-        "stem_width": 6,
-        "blocks": ((8, 1), (10, 2), (12, 2), (14, 1)),
-    },
 }
 # Every row of MODELS in a size that compiles in a moment, and the side of its images.
 TINY = {
@@ -165,6 +148,65 @@ def test_logits_and_parameter_count_of_the_original(key):
     np.testing.assert_allclose(logits, expected, rtol=1e-8, atol=1e-11)
 
 
+def layers_of(model, images):
+    """(convolutions and dense layers as the file of the originals lists them, widths of norms), by our path, in order.
+
+    A convolution is described by [[strides, padding, groups, has a bias]], a dense layer by None.
+    """
+    found, norms = {}, {}
+
+    def note(call, args, kwargs, context):
+        module, path = context.module, "/".join(context.module.path)
+        if isinstance(module, nn.Conv):
+            padding = [low for low, high in module.padding if low == high]
+            found[path] = [list(module.strides), padding, module.feature_group_count, module.use_bias]
+        elif isinstance(module, nn.Dense):
+            found[path] = None
+        elif isinstance(module, layers.BatchNorm):
+            norms[path] = args[0].shape[-1]
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        variables = jax.eval_shape(lambda: model.init(KEY, images))
+    return found, norms, variables
+
+
+def shape_of_images(shape):
+    """[batch, height, width, channels] for NCHW; other shapes unchanged."""
+    return (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else tuple(shape)
+
+
+@pytest.mark.parametrize("key", [key for key in golden_data.load("11_models.json") if key in GOLDEN_NETS])
+def test_names_orders_and_layers_of_the_original(key):
+    net = golden_data.load("11_models.json")[key]
+    num_classes = net["weight_layers"][-1][2][0]
+    model = models.build(num_classes=num_classes, **GOLDEN_NETS[key])
+    images = jnp.zeros(shape_of_images(net["input_shape"]))
+    found, norms, variables = layers_of(model, images)
+    shapes = dict(zip(net["param_names"], net["param_shapes"], strict=True))
+    paths = pretrained.name_map(shapes, variables)
+    assert sorted(paths) == sorted(shapes)
+    place = lambda module: paths[f"{module}.weight"].removeprefix("params/").rpartition("/")[0]
+    expected = {place(module): details for module, _, _, details in net["weight_layers"]}
+    assert found == expected
+    of_blocks = lambda layers: [path for path in layers if "shortcut" not in path]
+    # shortcuts are defined last in the originals' blocks, and called first where the block begins with its norm
+    assert of_blocks(found) == of_blocks(expected)
+    for module, _, shape, _ in net["weight_layers"]:
+        assert shapes[f"{module}.weight"] == shape
+    leaves = trees.named_leaves(variables["params"])
+    sizes = [leaf.size for path, leaf in leaves.items() if path.rpartition("/")[0] in found]
+    assert sum(sizes) == net.get("params_conv_linear_only", net["n_params"])
+    expected = {place(module): width for module, width, _, _ in net["bn_layers"]}
+    assert norms == expected
+    assert of_blocks(norms) == of_blocks(expected)
+    for module, _, epsilon, momentum in net["bn_layers"]:
+        assert (epsilon, momentum) == (1e-5, 0.1), module
+    listed = [name for name, kind in net["leaf_module_order"] if kind in ("Conv2d", "Linear", "BatchNorm2d")]
+    known = [name.rpartition(".")[0] for name in net["param_names"] if name.endswith("weight")]
+    assert listed == known
+
+
 @pytest.mark.parametrize(("name", "shape"), COUNTS)
 def test_parameter_count(name, shape):
     model = models.build(name=name, num_classes=10)
@@ -178,7 +220,7 @@ def test_training_steps_of_the_original(key):
     momentum_rate, decay, rate = (hyper[name] for name in ("momentum", "weight_decay", "lr"))
     expected = {name.removeprefix(f"{key}/"): array for name, array in stored.items() if name.startswith(f"{key}/")}
     torch_names = [str(name) for name in expected["param_names"]]
-    torch_shapes = [tuple(map(int, str(shape).split("x"))) for shape in expected["param_shapes"]]
+    torch_shapes = golden_data.shapes_of(expected["param_shapes"])
     paths = golden_data.paths(torch_names, torch_shapes)
     norms = golden_data.batch_norms(torch_names, torch_shapes)
     images, labels = golden_data.images(expected["input_shape"]), expected["labels"]
@@ -191,7 +233,8 @@ def test_training_steps_of_the_original(key):
 
     with jax.enable_x64(True):
         num_classes = expected["logits_train_step0"].shape[-1]
-        model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **TRAINED_NETS[key])
+        options = golden_data.architecture(torch_names, torch_shapes)
+        model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **options)
 
         def loss_fn(params, batch_stats):
             logits, batch_stats = model.apply_train({"params": params, "batch_stats": batch_stats}, images)

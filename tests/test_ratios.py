@@ -59,21 +59,22 @@ def test_ranges_of_the_original(i):
     np.testing.assert_array_equal(list(table.values()), expected)
 
 
-@pytest.mark.parametrize("i", range(3))
+@pytest.mark.parametrize("i", golden_data.parts(FILE, r"list_parse/(\d+)/"))
 def test_lists_of_the_original(i):
     stored = golden_data.load(FILE)
     items = stored[f"list_parse/{i}/items"].tolist()
     text = str(stored[f"list_parse/{i}/spec"][0])
-    layers = ["stem", *(f"stage{s}_block{b}/conv{c}" for s in range(1, 4) for b in range(11) for c in (1, 2)), "fc"]
+    # a list of ratios begins with that of the first stage, 0; no list of places to skip does
+    if items[0] == "0":
+        layers = ["stem", *(f"stage{stage}_block0/conv1" for stage in range(1, len(items) - 1)), "fc"]
+        table = ratios.parse(text, layers, granularity="weight")
+        assert list(table.values()) == [float(item) for item in items]
+        return
+    blocks = range(1 + max(int(part) for item in items for part in item.split(".")))
+    layers = ["stem", *(f"stage{s}_block{b}/conv{c}" for s in blocks if s for b in blocks for c in (1, 2)), "fc"]
     skipped = {layer.path for layer in ratios.places(layers) for item in items if in_place(layer.address, item)}
-    if i != 1:
-        table = ratios.parse(((".*", 0.5),), layers, granularity="weight", skip=text)
-        assert {path for path, ratio in table.items() if ratio == 0} == skipped != set()
-    else:
-        table = ratios.parse(text.replace(", ]", ", 0, ]"), layers, granularity="weight")
-        assert [table[layer.path] for layer in ratios.places(layers)] == [
-            [0, 0.3, 0.3, 0, 0][layer.address[0]] for layer in ratios.places(layers)
-        ]
+    table = ratios.parse(((".*", 0.5),), layers, granularity="weight", skip=text)
+    assert {path for path, ratio in table.items() if ratio == 0} == skipped != set()
 
 
 def in_place(address, item):

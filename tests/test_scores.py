@@ -17,16 +17,7 @@ import pytest
 from sparsity_jax import losses, models, scores, tables, trees
 
 FILE = "06_filter_importance.npz"
-NETS = {
-    "vgg": {"layout": (4, "M", 6, 5, "M", 7, "M"), "order": "conv_relu_bn", "conv_bias": False},
-    "resnet": {
-        "stage_sizes": (2, 1, 1),
-        "widths": (4, 6, 8),
-        "inner_widths": (3, 5, 5, 6),
-        "shortcut": "projection",
-    },
-    "mobilenet": {"stem_width": 4, "blocks": ((5, 1), (6, 2), (7, 2), (8, 1))},
-}
+NETS = golden_data.parts(FILE, r"(\w+)/param_names")
 HYPER = golden_data.hyper(FILE)
 
 
@@ -112,7 +103,10 @@ def original(net):
 
 
 def model(net):
-    return models.build(name=net, num_classes=num_classes(net), dtype="float64", param_dtype="float64", **NETS[net])
+    golden = golden_data.load(FILE)
+    names = [str(name) for name in golden[f"{net}/param_names"]]
+    options = golden_data.architecture(names, [golden[f"{net}/params/{name}"].shape for name in names])
+    return models.build(num_classes=num_classes(net), dtype="float64", param_dtype="float64", **options)
 
 
 def num_classes(net):
@@ -193,7 +187,7 @@ def test_every_measure_gives_the_originals_scores(net):
 
 
 def test_the_temperature_is_an_option():
-    net = "vgg"
+    net = NETS[0]
     with jax.enable_x64(True):
         it = original(net)
         collect = scores.gather(inference_loss(net, it.batch_stats), ("g",), 9, on_host=True)
@@ -223,7 +217,7 @@ def test_stored_gradients_give_the_originals_scores(net):
 
 
 def test_depthwise_filters_share_the_score_of_the_pointwise_ones_before():
-    net = "mobilenet"
+    net = next(net for net in NETS if golden_data.is_mobilenet(golden_data.load(FILE)[f"{net}/param_names"]))
     with jax.enable_x64(True):
         it = original(net)
         pointwise, depthwise = it.groups[2], it.groups[3]  # five filters each
@@ -285,7 +279,7 @@ def test_tracked_scores_are_the_originals(net):
 
 
 def test_an_epoch_of_training_tracks_what_the_original_tracks():
-    net = "vgg"
+    net = NETS[0]
     with jax.enable_x64(True):
         it, own = original(net), model(net)
         sgd = HYPER["tracking_sgd"]

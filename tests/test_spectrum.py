@@ -11,12 +11,12 @@ import pytest
 
 from sparsity_jax import linops, losses, spectrum, tables
 
-NAMES = [f"linear.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias")]  # of the original's small network
+STRENGTH = golden_data.hyper("10_hessian.npz")["lmbda"]
 
 
 def original(golden):
     """(params in its order and layouts, data): 139 examples, so that batches of 16 end with one of 11."""
-    params = [jnp.asarray(golden[f"trained/{name}"]) for name in NAMES]
+    params = [jnp.asarray(golden[f"trained/{name}"]) for name in golden_data.dense_names()]
     return params, (jnp.asarray(golden["train/x"]), jnp.asarray(golden["train/y"]))
 
 
@@ -27,7 +27,7 @@ def logits(params, x):
 
 
 def loss(params, batch):
-    return losses.cross_entropy(logits(params, batch[0]), batch[1]).mean() + 0.002 * sum(
+    return losses.cross_entropy(logits(params, batch[0]), batch[1]).mean() + STRENGTH * sum(
         jnp.abs(leaf).sum() for leaf in params
     )
 

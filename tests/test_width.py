@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from sparsity_jax import linops, width
 
+FILE = "10_hessian.npz"
+HYPER = golden_data.hyper(FILE)
+NUMS = golden_data.parts(FILE, r"pipeline/num=(\d+)/gw")
 EQUAL = width.distances([np.full(50, 0.3)], scope="all")  # R(p)^2 = 0.09 * 50 p
 UNIT = width.distances([np.ones(1)], scope="all")  # R(p)^2 = p
 
@@ -230,7 +233,7 @@ def test_a_prediction_evaluates_the_width_a_few_dozen_times(monkeypatch):
 
 @pytest.fixture(scope="module")
 def golden():
-    return golden_data.load("10_hessian.npz")
+    return golden_data.load(FILE)
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +247,13 @@ def golden_params(golden):
     }
 
 
-@pytest.mark.parametrize("epsilon", golden_data.parts("10_hessian.npz", r"gw/with_zero_mass/ep=(.+)"))
+@pytest.mark.parametrize("epsilon", golden_data.parts(FILE, r"gw/with_zero_mass/ep=(.+)"))
 def test_width_matches_the_original(golden, epsilon):
-    key = "density/two_runs/bins=1000/sigma2=0.01/overhead=0.01"
-    density, grid = golden[f"{key}/density"], np.linspace(*golden[f"{key}/grid_first_last"], 1000)
+    (bins,) = golden_data.parts(FILE, r"gw/two_runs_bins=(\d+)/")
+    (key,) = golden_data.parts(FILE, rf"(density/two_runs/bins={bins}/.+)/density")
+    density, grid = golden[f"{key}/density"], np.linspace(*golden[f"{key}/grid_first_last"], int(bins))
     found = width.ratio(grid, density, golden["gw/R"], float(epsilon))
-    np.testing.assert_allclose(found, golden[f"gw/two_runs_bins=1000/ep={epsilon}"], rtol=1e-9)
+    np.testing.assert_allclose(found, golden[f"gw/two_runs_bins={bins}/ep={epsilon}"], rtol=1e-9)
     found = width.ratio(grid, density, golden["gw/R"], float(epsilon), zero_share=0.3 / 1.3)
     np.testing.assert_allclose(found, golden[f"gw/with_zero_mass/ep={epsilon}"], rtol=1e-9)
 
@@ -261,39 +265,41 @@ def test_distances_match_the_original(golden, golden_distances):
 
 
 def golden_losses(golden, drop_smallest):
-    """Cross-entropy plus penalty of every batch of 16; `drop_smallest`: of the network pruned at ratio 0."""
+    """Cross-entropy plus penalty of every batch; `drop_smallest`: of the network pruned at ratio 0."""
     params = {key: golden[key] for key in golden if key[:8] == "trained/"}
     if drop_smallest:
         least = min(np.abs(array).min() for array in params.values() if array.ndim > 1)
         params = {k: np.where((np.abs(x) <= least) & (x.ndim > 1), 0, x) for k, x in params.items()}
     x, y = golden["train/x"], golden["train/y"]
-    for layer in (0, 2, 4):
-        x = np.maximum(x, 0) if layer else x
-        x = x @ params[f"trained/linear.{layer}.weight"].T + params[f"trained/linear.{layer}.bias"]
+    layers = sorted(golden_data.parts(FILE, r"(trained/.+)\.weight"))
+    for layer in layers:
+        x = np.maximum(x, 0) if layer != layers[0] else x
+        x = x @ params[f"{layer}.weight"].T + params[f"{layer}.bias"]
     losses = np.log(np.exp(x).sum(1)) - x[np.arange(len(y)), y]
-    penalty = 0.002 * sum(np.abs(array).sum() for array in params.values())
-    return [losses[i : i + 16].mean() + penalty for i in range(0, len(y), 16)]
+    penalty = HYPER["lmbda"] * sum(np.abs(array).sum() for array in params.values())
+    size = HYPER["batch_size"]
+    return [losses[i : i + size].mean() + penalty for i in range(0, len(y), size)]
 
 
 def test_epsilon_matches_the_original(golden):
     assert width.epsilon(golden_losses(golden, False)) == pytest.approx(float(golden["pipeline/epsilon"]), rel=1e-9)
 
 
-@pytest.mark.parametrize("num", [0, 3])
+@pytest.mark.parametrize("num", NUMS)
 def test_grid_prediction_matches_the_original(golden, golden_distances, num):
     bins, density = golden["pipeline/density_nonzero_bins"], golden["pipeline/density_nonzero_values"]
-    grid, share = np.linspace(*golden["pipeline/grid_first_last"], 100_000)[bins], num / 100
+    grid, share = np.linspace(*golden["pipeline/grid_first_last"], 100_000)[bins], int(num) / 100
     epsilon = width.epsilon(golden_losses(golden, True))  # the original measures the network it pruned at ratio 0
-    found = width.ratio(grid, density, np.arange(17), epsilon, zero_share=share)
+    found = width.ratio(grid, density, np.arange(int(golden["pipeline/norm2"]) + 1), epsilon, zero_share=share)
     np.testing.assert_allclose(found, golden[f"pipeline/num={num}/gw"], rtol=1e-9)
     index = 1000 * width.predict_on_grid(grid, density, golden_distances, epsilon, zero_share=share)
     assert index == pytest.approx(int(golden[f"pipeline/num={num}/predicted_index"]), abs=1e-9)
 
 
-@pytest.mark.parametrize("num", [0, 3])
+@pytest.mark.parametrize("num", NUMS)
 def test_grid_prediction_from_ritz_values_matches_the_original(golden, golden_distances, num):
     ritz = golden["lanczos/main/ritz_values"], golden["lanczos/main/ritz_weights"]
-    epsilon, share = float(golden["pipeline/epsilon"]), num / 100
+    epsilon, share = float(golden["pipeline/epsilon"]), int(num) / 100
     found = width.predict(*ritz, golden_distances, epsilon, method="grid", zero_share=share)
     assert found == golden[f"pipeline/num={num}/predicted_index"] / 1000
     exact = width.predict(*ritz, golden_distances, epsilon, zero_share=share)
@@ -404,8 +410,9 @@ def test_full_depth_closes_the_enclosure():
 def test_enclosure_of_the_original_network(golden, golden_distances):
     eigenvalues, epsilon = np.abs(golden["hessian/eigenvalues"]), float(golden["pipeline/epsilon"])
     start = np.random.default_rng(0).choice([-1.0, 1.0], eigenvalues.size)
-    found = width.predict_probes(lanczos(eigenvalues, start, 24), golden_distances, epsilon, operator="semidefinite")
-    dense = width.predict(eigenvalues, np.ones(219), golden_distances, epsilon)
+    run = lanczos(eigenvalues, start, HYPER["lanczos_iter"])
+    found = width.predict_probes(run, golden_distances, epsilon, operator="semidefinite")
+    dense = width.predict(eigenvalues, np.ones(eigenvalues.size), golden_distances, epsilon)
     assert found.lower <= dense <= found.upper
     assert found.upper - found.lower < 1e-6
 

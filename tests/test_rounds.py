@@ -1,0 +1,117 @@
+"""Networks of the originals after each of their pruning rounds: logits and numbers of parameters."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import golden_data
+import jax
+import numpy as np
+import pytest
+
+from sparsity_jax import groups, models
+
+FILE = "07_rounds_and_cap.npz"
+HYPER = golden_data.hyper(FILE)
+CASES = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/")
+
+
+def unpacked(net):
+    """(names, shapes, parameters, running statistics) of a network before the first round, in PyTorch's layouts."""
+    golden = golden_data.load(FILE)
+    names = [str(name) for name in golden[f"rounds/{net}/param_names"]]
+    shapes = golden_data.shapes_of(golden[f"rounds/{net}/param_shapes"])
+    ends = np.cumsum([np.prod(shape) for shape in shapes])
+    flat = golden[f"rounds/{net}/flat_params"].astype(np.float64)
+    parts = np.split(flat, ends[:-1])
+    params = {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes)}
+    return names, shapes, params, golden[f"rounds/{net}/flat_running_stats"].astype(np.float64)
+
+
+class Original(NamedTuple):
+    """A network before the first round.
+
+    kernels: paths of its convolutions, in the original's order; norms: of the batch norm of each. owners: for each
+    kernel the group of its outputs; shrinking: those groups that the original takes out of memory, which are all that
+    no sum of several convolutions needs.
+    """
+
+    apply: Callable
+    variables: dict
+    channels: groups.Channels
+    kernels: list[str]
+    norms: list[str]
+    owners: list[str]
+    shrinking: list[str]
+
+
+@functools.cache
+def original(net):
+    golden = golden_data.load(FILE)
+    names, shapes, params, running = unpacked(net)
+    variables = golden_data.variables(names, shapes, params)
+    norms, stats = golden_data.batch_norms(names, shapes), {}
+    for path, width in norms.items():
+        stats |= {f"{path}/mean": running[:width], f"{path}/var": running[width : 2 * width]}
+        running = running[2 * width :]
+    variables["batch_stats"] = golden_data.nest(stats)
+    strides = [block[1] if isinstance(block, list) else 1 for block in HYPER["mobilenet_cfg"][1]]
+    options = golden_data.architecture(names, shapes, strides)
+    num_classes = golden[f"rounds/{net}/logits_before"].shape[-1]
+    model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **options)
+    channels = groups.trace(model.apply, variables, images())
+    paths = golden_data.paths(names, shapes)
+    kernels = [f"params/{paths[name]}" for name, shape in zip(names, shapes) if len(shape) == 4]
+    producers = {name: producers_of(group) for name, group in channels.groups.items()}
+    owners = [next(name for name, own in producers.items() if kernel in own) for kernel in kernels]
+    shrinking = [name for name, own in producers.items() if list(own.values()).count("producer") == 1]
+    return Original(jax.jit(model.apply), variables, channels, kernels, list(norms), owners, shrinking)
+
+
+def images():
+    return golden_data.load(FILE)["rounds/x"].transpose(0, 2, 3, 1)
+
+
+def producers_of(group):
+    """Roles of the kernels that compute the channels of a group, by path."""
+    return {member.path: member.role for member in group.members if member.role in ("producer", "depthwise")}
+
+
+def num_params_left(it, keep):
+    shapes = groups.compact_shapes(it.channels, {name: keep[name] for name in it.shrinking})
+    return sum(math.prod(leaf.shape) for path, leaf in shapes.items() if path.startswith("params/"))
+
+
+def silenced(it, silent):
+    """The variables with the norms of filters at zero, and so all that they give."""
+    variables = jax.tree.map(np.copy, it.variables)
+    for path, filters in zip(it.norms, silent, strict=True):
+        norm = golden_data.leaf(variables["params"], path)
+        norm["scale"][filters] = 0
+        norm["bias"][filters] = 0
+    return variables
+
+
+@pytest.mark.parametrize(("net", "measure"), CASES)
+def test_networks_after_the_rounds_of_the_original(net, measure):
+    golden = golden_data.load(FILE)
+    with jax.enable_x64(True):
+        it = original(net)
+        logits = it.apply(it.variables, images())
+        np.testing.assert_allclose(logits, golden[f"rounds/{net}/logits_before"], rtol=1e-8, atol=1e-11)
+        keep = {name: np.ones(group.size, bool) for name, group in it.channels.groups.items()}
+        silent = [np.zeros(golden_data.leaf(it.variables, kernel).shape[-1], bool) for kernel in it.kernels]
+        for i in range(HYPER["rounds"]):
+            prefix = f"rounds/{net}/{measure}/round{i}"
+            for j, owner in enumerate(it.owners):
+                present = ~silent[j] if owner in it.shrinking else np.ones(silent[j].size, bool)
+                assert golden[f"{prefix}/orig_size"][j] == present.sum()
+                gone = np.flatnonzero(present)[golden[f"{prefix}/pruned_idx/{j:02d}"]]
+                silent[j][gone] = True
+                if owner in it.shrinking:
+                    keep[owner] &= ~silent[j]
+            masked = groups.mask(silenced(it, silent), it.channels, {name: keep[name] for name in it.shrinking})
+            logits = it.apply(masked, images())
+            np.testing.assert_allclose(logits, golden[f"{prefix}/logits_after"], rtol=1e-8, atol=1e-11)
+            assert num_params_left(it, keep) == golden[f"{prefix}/n_params_after"]
