@@ -678,14 +678,18 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatc
     tiny.same(pipeline.run(config, tmp_path / "full").state, expected.state)
 
 
-def test_a_signal_whose_exception_was_lost_stops_at_the_next_update(tmp_path):
-    config = tiny.config("fit", steps_per_call=1)
-    stopping.request()
-    try:
+def test_a_request_to_stop_is_met_at_the_next_update(tmp_path, monkeypatch):
+    config, save = tiny.config("fit", steps_per_call=1), checkpoint.Checkpoints.save
+
+    def save_and_ask(*arguments):
+        save(*arguments)
+        stopping.request()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", save_and_ask)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, tmp_path)
-    finally:
-        stopping.clear()
+    stopping.clear()
     progress = workdirs.newest(tmp_path).progress
     assert (progress.stage, progress.begun, progress.rows) == (0, True, [])
     assert len(pipeline.run(config, tmp_path).rows) == 2
