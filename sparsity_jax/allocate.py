@@ -313,11 +313,6 @@ def _traced_layers(params: PyTree, channels: groups.Channels, axes: dict[str, ke
     return found
 
 
-def _magnitudes(array: jax.Array) -> jax.Array:
-    """In at least float32, so that sums of narrow types do not tie."""
-    return jnp.abs(array).astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
 def _slice_sums(array: jax.Array, own: Slices) -> jax.Array:
     """Sum over each slice."""
     others = [axis for axis in range(array.ndim) if axis not in own.axes]
@@ -368,7 +363,7 @@ def _structured_mask(params, counts, key, before, channels, *, layer_ratios="uni
     earlier = None if before is None else trees.named_leaves(before)
     result: dict[str, jax.Array] = {}
     for name, layer in layers_of(params, channels, **options).items():
-        norms = sum(_slice_sums(_magnitudes(leaves[own.path]), own) for own in layer.scored)
+        norms = sum(_slice_sums(jnp.abs(trees.widen(leaves[own.path])), own) for own in layer.scored)
         alive = None if earlier is None else _entries_left(earlier, layer) > 0
         kept = masks.k_largest_mask(norms, counts[name], before=alive)
         for own in layer.masked:

@@ -275,24 +275,25 @@ def select_k_largest(
     """What `k_largest_mask` needs to know of `scores`: two scalars. Arguments and errors as there."""
     _check_numbers(scores)
     ranked, positions = _ranked(scores, before)
-    return _select(_leaves(ranked), _leaves(positions), k, magnitude)
+    return _select(_leaves(ranked), positions, k, magnitude)
 
 
-def _select(leaves: list[jax.Array], positions: list[jax.Array], k: int | jax.Array, magnitude: bool) -> Selection:
+def _select(leaves: list[jax.Array], positions: Callable[[], PyTree], k: int | jax.Array, magnitude: bool) -> Selection:
     order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
     k = _checked_k(k, 0, total)
     wanted = trees.varying_like(jnp.clip(k, 1, total), leaves)
     threshold, count = _search(order, leaves, wanted)
-    last = jnp.full_like(wanted, 2 * total, jnp.uint32)  # above the position of every entry
+    last = jnp.full_like(wanted, 2 * total, _position_type(leaves))  # above the position of every entry
 
     def cut_ties():  # smallest cut with above + tied entries before it >= wanted
         above = _count(order, leaves, threshold + 1)
+        places = jax.tree.leaves(positions())
 
         def halve(bracket):
             low, high = bracket
             middle = low + (high - low) // 2
             tied = lambda leaf, position: (_tied(order, leaf, threshold) & (position < middle)).astype(jnp.int32)
-            kept = sum(trees.fold_sum(tied, leaf, position) for leaf, position in zip(leaves, positions))
+            kept = sum(trees.fold_sum(tied, leaf, position) for leaf, position in zip(leaves, places))
             enough = above + kept >= wanted
             return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
@@ -308,19 +309,25 @@ def _check_numbers(scores: PyTree) -> None:
     trees.check_finite(scores, "scores", infinite=True)
 
 
-def _ranked(scores: PyTree, before: PyTree | None) -> tuple[PyTree, PyTree]:
-    """(scores, positions): NaN where `before` is False; of equal scores those of lower position come first.
+def _ranked(scores: PyTree, before: PyTree | None) -> tuple[PyTree, Callable[[], PyTree]]:
+    """(scores, positions()): NaN where `before` is False; of equal scores those of lower position come first.
 
     A position is the index in the concatenation of the flattened leaves, behind all others where `before` is False.
+    They are made where they are used: kept for later, they would be written to memory.
     """
     scores = jax.tree.map(lambda leaf: jax.lax.stop_gradient(jnp.asarray(leaf)), scores)
-    positions = _flat_positions(scores)
     if before is None:
-        return scores, positions
-    total = jnp.uint32(trees.size(scores))
+        return scores, lambda: _flat_positions(scores)
+    total = jnp.asarray(trees.size(scores), _position_type(scores))
     last = lambda position, kept: position + total * (~kept).astype(total.dtype)
     lowest = lambda score, kept: jnp.where(kept, score, jnp.nan)
-    return jax.tree.map(lowest, scores, before), jax.tree.map(last, positions, before)
+    positions = lambda: jax.tree.map(last, _flat_positions(scores), before)
+    return jax.tree.map(lowest, scores, before), positions
+
+
+def _position_type(tree: PyTree) -> Any:
+    """Of integers up to twice the number of entries; CPUs compare signed ones faster."""
+    return jnp.int32 if 2 * trees.size(tree) < 2**31 else jnp.uint32
 
 
 def _tied(order: _Order, leaf: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -328,14 +335,15 @@ def _tied(order: _Order, leaf: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _flat_positions(tree: PyTree) -> PyTree:
-    """Index of every entry in the concatenation of the flattened leaves, in each leaf's own shape; uint32."""
+    """Index of every entry in the concatenation of the flattened leaves, in each leaf's own shape."""
     leaves, structure = jax.tree.flatten(tree)
+    integer = _position_type(tree)
     positions, offset = [], 0
     for leaf in leaves:
-        position = jnp.asarray(offset, jnp.uint32)
+        position = jnp.asarray(offset, integer)
         for axis in range(leaf.ndim):
-            stride = jnp.uint32(math.prod(leaf.shape[axis + 1 :]))
-            position = position + stride * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            stride = jnp.asarray(math.prod(leaf.shape[axis + 1 :]), integer)
+            position = position + stride * jax.lax.broadcasted_iota(integer, leaf.shape, axis)
         positions.append(jnp.broadcast_to(position, leaf.shape))
         offset += leaf.size
     return jax.tree.unflatten(structure, positions)
@@ -357,13 +365,13 @@ def k_largest_mask(
     _check_numbers(scores)
     ranked, positions = _ranked(scores, before)
     leaves = _leaves(ranked)
-    threshold, cut = _select(leaves, _leaves(positions), k, magnitude)
+    threshold, cut = _select(leaves, positions, k, magnitude)
     order = _order_of(leaves, magnitude)
 
     def kept(leaf, position):
         return order.at_least(leaf, threshold + 1) | (order.at_least(leaf, threshold) & (position < cut))
 
-    return jax.tree.map(kept, ranked, positions)
+    return jax.tree.map(kept, ranked, positions())
 
 
 def random_mask(key: jax.Array, tree: PyTree, k: int | jax.Array, *, before: PyTree | None = None) -> PyTree:

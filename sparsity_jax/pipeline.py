@@ -684,8 +684,6 @@ def build(plans: list[Plan]) -> train.Problem:
             own = plan.settings[name][0]
             stages.check_network(problem, own, f"config.{name}")
             geometry.check_network(own, f"config.{name}", shapes, size)
-            if isinstance(own, greg.Noise):
-                trees.matching(shapes, own.parameters, f"config.{name}.parameters")
             if isinstance(own, geometry.Spectrum) and own.reorthogonalize == "full":
                 basis = 4 * own.num_matvecs * trees.size(shapes)
                 check_memory(basis, f"config.{name}.num_matvecs is {own.num_matvecs}, whose basis")
