@@ -19,8 +19,11 @@ WITHOUT_BATCH_NORM = r"(?!.*bn\d*/).*"  # as the original, which leaves scale an
 
 
 def one_member(problem: train.Problem, state: train.State, member: int) -> tuple[PyTree, PyTree]:
-    """(params, batch_stats) of one member."""
-    pair = (state.params, state.batch_stats)
+    """(params, batch_stats) of one member, in float32 or wider.
+
+    Weights of a narrower type keep their values, and the network its arithmetic; directions of curvature do not fit.
+    """
+    pair = jax.tree.map(trees.widen, (state.params, state.batch_stats))
     return pair if problem.members is None else jax.tree.map(lambda leaf: leaf[member], pair)
 
 

@@ -338,7 +338,7 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformationExtr
     """g + weight_decay * w; a weight decay that is the number 0 needs no params."""
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return optax.with_extra_args_support(optax.identity())
-    return optax.with_extra_args_support(optax.add_decayed_weights(weight_decay))
+    return _add_slope(weight_decay, lambda w: w)
 
 
 def add_l1(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:

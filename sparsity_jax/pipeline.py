@@ -96,6 +96,7 @@ def settings(
 def base(**fields: Any) -> ml_collections.ConfigDict:
     """A config with all common fields, so that every one can be overridden on the command line."""
     fields["data"] = {**tables.defaults(data.load), **fields.get("data", {})}
+    fields["model"] = complete_model(fields.get("model", {}))
     return ml_collections.ConfigDict({**tables.defaults(settings), **fields})
 
 
@@ -318,7 +319,7 @@ def check_origin(config: dict) -> dict[str, str]:
 
 
 def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.model` with the defaults of options it lacks, as runs of older versions do of new ones."""
+    """`config.model` with the defaults of the options that it lacks: a config's, or those of an older version's run."""
     known = models.MODELS.get(model.get("name"))
     return {**tables.defaults(models.build), **(tables.defaults(known) if known else {}), **model}
 

@@ -262,10 +262,16 @@ def test_optimizers_compose_with_optax():
 @pytest.mark.parametrize("sets", [polytopes.KSparse(3, jnp.float32(0.5)), polytopes.LpBall(jnp.float32(0.5), 1)])
 def test_short_types_stay_what_they_are(sets):
     params, grads = {"w": jnp.ones(8, jnp.bfloat16)}, {"w": jnp.arange(8.0).astype(jnp.bfloat16)}
+    traced = jnp.float32(0.1)  # a number of a wider type, as in the arms of a sweep
     for tx in (
-        optim.sfw(jnp.float32(0.1), sets),
-        optim.sgd(jnp.float32(0.1), sets),
-        optim.heavy_ball(jnp.float32(0.9), nesterov=True),
+        optim.sfw(traced, sets, weight_decay=traced),
+        optim.adagrad_sfw(traced, sets, weight_decay=traced),
+        optim.sgd(traced, sets, weight_decay=traced),
+        optim.sgd(traced, weight_decay=traced, momentum=traced),
+        optim.heavy_ball(traced, nesterov=True),
+        optim.add_decayed_weights(traced),
+        optim.add_l1(traced),
+        optim.add_l2(traced),
     ):
         updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
         assert updates["w"].dtype == jnp.bfloat16

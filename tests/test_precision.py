@@ -7,8 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from sparsity_jax import allocate, linops, optim, polytopes, scores, spectrum, surgery, trees, width
+from sparsity_jax import (
+    allocate,
+    geometry,
+    linops,
+    models,
+    optim,
+    polytopes,
+    scores,
+    spectrum,
+    surgery,
+    train,
+    trees,
+    width,
+)
 
 TYPES = ("float16", "bfloat16", "float32", "float64")
 RANDOM = np.random.default_rng(0)
@@ -173,3 +187,18 @@ def test_lanczos_follows_the_unit_of_the_operator(scale):
 @functools.partial(jax.jit, static_argnames="num")
 def steps_of(matrix, scale, start, num=12):
     return linops.lanczos(num)(lambda v: scale * (matrix @ v), start)
+
+
+@pytest.mark.parametrize(("dtype", "param_dtype"), [("bfloat16", "bfloat16"), ("float32", "float16")])
+def test_curvature_is_that_of_narrow_weights_in_wide_ones(dtype, param_dtype):
+    """experiments/robustness/precisions.py runs every config in every type."""
+    dataset = tiny.digits()
+    model = models.build(name="mlp", num_classes=10, widths=(4,), dtype=dtype, param_dtype=param_dtype)
+    problem = train.build_problem(dataset, model)
+    state = train.create_state(problem, train.key_of(0))
+    params, _ = geometry.one_member(problem, state, 0)
+    tiny.same(params, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.params))
+    images = problem.images(dataset.test.images)
+    outputs = jax.jit(lambda params: problem.model.apply({"params": params}, images))
+    tiny.same(outputs(params), outputs(state.params))
+    linops.lanczos_method(2).init(params)  # takes no narrow type
