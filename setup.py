@@ -24,6 +24,7 @@ setuptools.setup(
         "scipy>=1.13",
         "tensorflow-datasets>=4.9.10",
         "opencv-python-headless>=4.10",
+        "pillow>=10",
         "grain>=0.2.18",
         "scikit-learn>=1.5",
         "matplotlib>=3.9",

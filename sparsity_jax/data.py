@@ -111,8 +111,8 @@ def load(
         once however many links lead to it; see `decoding.FORMATS` for what is read); anything else is a set prepared
         by TFDS as array_record, `name`, `name/config` or `name:version` (without a version the newest there).
     data_dir: of TFDS; "" is TFDS's own default, `TFDS_DATA_DIR` or `~/tensorflow_datasets`. Other sets ignore it.
-    image_size: every image becomes a square of this side: its central square, resized (area average to shrink, bilinear
-        to grow; `decoding.resize`). 0 leaves images as they are; they must then all have the same shape.
+    image_size: every image becomes a square of this side: its central square, resized (bilinear and antialiased, see
+        `decoding.resize`). 0 leaves images as they are; they must then all have the same shape.
     train_image_size: the same for train images only, for `resized_crop_flip`, which crops from larger images and
         returns the network's size (Tiny-ImageNet: 64 with image_size 32). 0 is image_size.
     channels: 1 is luminance (Rec. 601), 3 repeats grey; 0 is as stored (of a folder: as the first train image). Alpha

@@ -24,7 +24,7 @@ import cv2
 import jax
 import numpy as np
 
-from sparsity_jax import data, models, optim, stages, stream, tables, train
+from sparsity_jax import data, decoding, models, optim, stages, stream, tables, train
 
 SIZE, CLASSES = 224, 10
 
@@ -84,9 +84,7 @@ class Folder:
         else:
             image = data.decode(encoded)
             top, left, height, width = draw(*image.shape[:2])
-            method = cv2.INTER_AREA if min(height, width) > SIZE else cv2.INTER_LINEAR
-            part = image[top : top + height, left : left + width]
-            image = cv2.resize(part, (SIZE, SIZE), interpolation=method)
+            image = decoding.resize(image[top : top + height, left : left + width], SIZE, SIZE)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), index % CLASSES
 
 
