@@ -49,6 +49,7 @@ FIELDS = {  # what rows of each kind hold; any other key may be a swept value
         "num_prunable",
         "sparsity",
         "sparsity_all",
+        "channels_removed",
         "selection",
         "scope",
         "split",
@@ -137,6 +138,7 @@ class Curve(NamedTuple):
     loss: np.ndarray  # [members, ratios]
     zeros: np.ndarray  # [members, ratios], share of zeros in the arrays that may be pruned
     zeros_of_all: np.ndarray  # [members, ratios], in all parameters
+    channels: np.ndarray  # [members, ratios], share of channels removed by a structured selection
     layers: dict  # ratio to {path: mean sparsity}
 
 
@@ -340,6 +342,7 @@ def curves(series: list[Series], split: str = "test") -> list[Curve]:
                 tabulate(cells.values(), ratios, "loss"),
                 tabulate(cells.values(), ratios, "sparsity"),
                 tabulate(cells.values(), ratios, "sparsity_all"),
+                tabulate(cells.values(), ratios, "channels_removed"),
                 layer_means(cells, ratios),
             )
         )
@@ -563,8 +566,17 @@ def epoch_times(visit: dict[int, float]) -> list[float]:
     return list(np.diff(ends))
 
 
+def visits(rows: list[dict], kind: str) -> dict[tuple[str, int], list[dict]]:
+    """Rows of one kind by the visit of a stage, (its name, number), in the order of the run."""
+    result = {}
+    for row in rows:
+        if row.get("kind") == kind:
+            result.setdefault((str(row.get("stage")), row.get("visit") or 1), []).append(row)
+    return result
+
+
 class Histogram(NamedTuple):
-    """Weight magnitudes of one series at its end, means over members."""
+    """Weight magnitudes of one series at one visit, means over members."""
 
     edges: np.ndarray  # [bins + 1], log10 of the magnitude
     share: np.ndarray  # [members, bins], of all weights
@@ -574,9 +586,17 @@ class Histogram(NamedTuple):
     total: float  # number of weights
 
 
-def histogram(one: Series) -> Histogram | None:
-    """The last histogram row of each member, those on the bins of the first; None if there is none."""
-    last = {member_of(row): row for row in one.rows if row.get("kind") == "histogram" and row.get("counts")}
+def histograms(one: Series) -> dict[str, Histogram]:
+    """The magnitudes at every visit, by its name, which is empty if it is the only one."""
+    found = {place: histogram(rows) for place, rows in visits(one.rows, "histogram").items()}
+    known = {place: counted for place, counted in found.items() if counted is not None}
+    name = lambda stage, visit: f"{stage}, visit {visit}" if len(known) > 1 else ""
+    return {name(*place): counted for place, counted in known.items()}
+
+
+def histogram(rows: list[dict]) -> Histogram | None:
+    """The last row of each member, those on the bins of the first; None if there is none."""
+    last = {member_of(row): row for row in rows if row.get("counts")}
     if not last:
         return None
     first = next(iter(last.values()))
@@ -646,25 +666,25 @@ def training_panels(series: list[Series]) -> list[Panel]:
 
 
 def histogram_panels(series: list[Series]) -> list[Panel]:
-    """Share of the weights per bin of log10 |w|."""
+    """Share of the weights per bin of log10 |w|, at the last visit."""
     lines = []
     for index, one in enumerate(series):
-        found = histogram(one)
-        if found is not None:
-            values = np.concatenate([found.share, found.share[:, -1:]], 1)
-            lines.append(line(found.edges, values, color=index))
+        for last in list(histograms(one).values())[-1:]:
+            values = np.concatenate([last.share, last.share[:, -1:]], 1)
+            lines.append(line(last.edges, values, color=index))
     title = ("", "magnitude |w|", "share of weights per bin")
     return [Panel(*title, lines, "y", steps=True, powers=True)] if lines else []
 
 
 def sfw_init_panels(series: list[Series]) -> list[Panel]:
-    """Loss before and after the one SFW step that SFW-Init differentiates."""
+    """Loss before and after the one SFW step that SFW-Init differentiates, at the last visit."""
     lines = []
     for index, one in enumerate(series):
         members = {}
-        for row in one.rows:
-            if row.get("kind") == "sfw_init" and "iteration" in row:
-                members.setdefault(member_of(row), {})[int(row["iteration"])] = row
+        for rows in list(visits(one.rows, "sfw_init").values())[-1:]:
+            for row in rows:
+                if "iteration" in row:
+                    members.setdefault(member_of(row), {})[int(row["iteration"])] = row
         iterations = sorted({iteration for found in members.values() for iteration in found})
         for dash, field in enumerate(("loss_after", "loss_before")):
             values = tabulate(members.values(), iterations, field)

@@ -23,6 +23,9 @@ RULES = {  # definitions of "nothing is lost", as `geometry.CRITERIA` names them
 }
 
 
+KINDS = ("curve", "limit", "path", "row_norms", "width")  # of the rows that are drawn
+
+
 class Network(NamedTuple):
     """What the rows say about one trained network. Of several visits of a stage the latest counts."""
 
@@ -66,8 +69,10 @@ def network_of(label: str, index: int, rows: list[dict]) -> Network:
         numbers = [(ratio, figures.number(row.get("accuracy")), figures.number(row.get("loss")))
                    for ratio, row in sorted(by_ratio.items())]  # fmt: skip
         curves[split] = np.array(numbers).T
-    search = [row for row in of_kind("limit") if "ratio" in row]
-    limits = {row["stage"]: row for row in of_kind("limit") if row.get("phase") == "result"}
+    last = {stage: own for (stage, _), own in figures.visits(rows, "limit").items()}
+    searched = [row for own in last.values() for row in own]
+    search = [row for row in searched if "ratio" in row]
+    limits = {row["stage"]: row for row in searched if row.get("phase") == "result"}
     predictions = {row["stage"]: row for row in of_kind("width")}
     path = sorted(newest(of_kind("path")), key=lambda row: row["ratio"])
     return Network(label, index, curves, search, limits, predictions, newest(of_kind("row_norms")), path)

@@ -11,10 +11,8 @@ LAYERS = 4  # panels of single groups
 def logs(one: figures.Series) -> list[tuple[str, list[dict]]]:
     """(label, rows in order) of every growth of one network, with the numbers of its layers; of members the first."""
     rows = [row for row in one.rows if row.get("kind") == "grow" and row.get("growth")]
-    visits: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if figures.member_of(row) == figures.member_of(rows[0]):
-            visits.setdefault((row["stage"], row["visit"]), []).append(row)
+    rows = [row for row in rows if figures.member_of(row) == figures.member_of(rows[0])]
+    visits = figures.visits(rows, "grow")
     several = len(visits) > 1
     return [(f"{one.label}, {name} {n}" if several else one.label, own) for (name, n), own in visits.items()]
 

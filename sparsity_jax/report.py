@@ -248,6 +248,7 @@ def write(
         ("prediction", "Predicted and actual limit", prediction_section(limits, config)),
         ("compact", "Compact network", compact_section(series)),
         *figure_sections(workdir, series, found, table, limits),
+        ("channels_removed", "Channels removed and zeros", channels_section(series, found)),
         ("pruned", "Pruning steps", prune_section(series)),
         ("config", "Configuration", tree_section(config, "settings")),
         ("environment", "Environment", tree_section(environment, "entries", show=True)),
@@ -631,9 +632,11 @@ def figure_sections(
         if panels:
             add(name, heading, figures.line_figure(name, panels, labels, list(dashes)), caption, extra)
 
+    repeated = " Of several visits of a stage the last one." if visited_again(series, geometry_figures.KINDS) else ""
     for name, heading, panels, colors, dashes, caption in limit_figures(limits):
-        add(name, heading, figures.line_figure(name, panels, colors, dashes), caption)
-    pruned = [] if "limits.png" in written and len(series) == 1 else found  # `limits` has the same curves and more
+        add(name, heading, figures.line_figure(name, panels, colors, dashes), caption + repeated)
+    drawn = "limits.png" in written and len(found) == 1 and not found[0].retrained  # with more besides
+    pruned = [] if drawn else found
     band = " Bands: ± one standard deviation over networks." if any(len(c.members) > 1 for c in found) else ""
     accuracy = figures.ratio_panels(pruned, "accuracy", "accuracy", "xy")
     told = finding(table)
@@ -648,10 +651,9 @@ def figure_sections(
         add_lines("accuracy_train", "Accuracy under pruning, training data", panels, "As above." + band, dashes)
     training = figures.training_panels(series)
     add_lines("training", "Training", training, "Loss and accuracy during training.", ("train", "test"))
-    histograms = [figures.histogram(one) for one in series]
     caption = "Weight magnitudes; weights that are exactly zero are off the axis and in the table."
-    caption += last_visit(series, "histogram")
-    extra = bins_table(labels, histograms)
+    caption += last_visit(series, "histogram") and " The figure shows the last visit of a stage, the table every one."
+    extra = bins_table(labels, [figures.histograms(one) for one in series])
     add_lines("magnitudes", "Weight magnitudes", figures.histogram_panels(series), caption, extra=extra)
     layers, pruned_only = [], {curve.series for curve in found if curve.layers and not curve.retrained}
     for curve in found:  # retraining does not change the masks
@@ -692,8 +694,14 @@ def figure_sections(
 
 def last_visit(series: list, kind: str) -> str:
     """A sentence for figures of rows of which only those of the last visit are drawn; "" if there are no others."""
-    visits = [{(row.get("stage"), row.get("visit")) for row in one.rows if row.get("kind") == kind} for one in series]
-    return " Of several visits of a stage the last one." if any(len(own) > 1 for own in visits) else ""
+    several = any(len(figures.visits(one.rows, kind)) > 1 for one in series)
+    return " Of several visits of a stage the last one." if several else ""
+
+
+def visited_again(series: list, kinds: tuple[str, ...]) -> bool:
+    """Whether a stage of one of these kinds was visited more than once."""
+    rows = [row for one in series for row in one.rows if row.get("kind") in kinds]
+    return any((row.get("visit") or 1) > 1 for row in rows)
 
 
 NAMES = {"accuracy", "loss", "accuracy_train", "training", "magnitudes", "layers", "groups", "channels", "sfw_init"}
@@ -749,23 +757,27 @@ def limit_figures(limits: list) -> list[tuple]:
     return [(*figure, caption[figure[0]] + more) for figure in drawn if figure[2]]
 
 
-def bins_table(labels: list[str], histograms: list) -> str:
-    """Number and share of the weights that are zero and above each of the published thresholds."""
-    thresholds = next((h.threshold for h in histograms if h is not None and h.threshold), [])
+def bins_table(labels: list[str], histograms: list[dict[str, figures.Histogram]]) -> str:
+    """Number and share of the weights that are zero and above each of the published thresholds, at every visit."""
+    lines = [
+        (i, ", ".join(filter(None, (label, visit))), counted)
+        for i, (label, own) in enumerate(zip(labels, histograms))
+        for visit, counted in own.items()
+    ]
+    thresholds = next((counted.threshold for _, _, counted in lines if counted.threshold), [])
     head = '<th scope="col" class="num">exactly 0</th>'
     head += "".join(f'<th scope="col" class="num">&gt; {value:g}</th>' for value in thresholds)
     body = ""
-    for i, (label, found) in enumerate(zip(labels, histograms)):
-        if found is not None:
-            known = found.threshold == thresholds and len(found.above) == len(thresholds)
-            counts = [found.zero * found.total, *(found.above if known else [math.nan] * len(thresholds))]
-            cells = "".join(
-                f'<td class="num">{count:,.0f} <small>{100 * count / found.total:.3g}%</small></td>'
-                if math.isfinite(count)
-                else '<td class="num">–</td>'
-                for count in counts
-            )
-            body += f'<tr><th scope="row">{swatch(i)}{esc(label)}</th>{cells}</tr>'
+    for i, name, counted in lines:
+        known = counted.threshold == thresholds and len(counted.above) == len(thresholds)
+        counts = [counted.zero * counted.total, *(counted.above if known else [math.nan] * len(thresholds))]
+        cells = "".join(
+            f'<td class="num">{count:,.0f} <small>{100 * count / counted.total:.3g}%</small></td>'
+            if math.isfinite(count)
+            else DASH
+            for count in counts
+        )
+        body += f'<tr><th scope="row">{swatch(i)}{esc(name)}</th>{cells}</tr>'
     head = f'<thead><tr><th scope="col">weights with |w|</th>{head}</tr></thead>'
     return scroll(f"<table>{head}<tbody>{body}</tbody></table>")
 
@@ -790,6 +802,27 @@ def zeros_table(labels: list[str], found: list) -> str:
     head = f'<thead><tr><th scope="col">zeros in %, by share removed</th>{head}</tr></thead>'
     told = "Zeros in the arrays that may be pruned; of all: in all parameters of the network."
     return scroll(f"<table>{head}<tbody>{body}</tbody></table>") + note(told)
+
+
+def channels_section(series: list, found: list, most: int = 60) -> str:
+    """Share of channels removed, and of zeros, at every ratio of curves of structured selections."""
+    lines = []
+    for curve in found:
+        name = ", ".join(filter(None, (series[curve.series].label, curve.variant)))
+        shares = zip(*(figures.mean_std(part)[0] for part in (curve.channels, curve.zeros, curve.zeros_of_all)))
+        lines += [(curve.series, name, own) for own in shares if math.isfinite(own[0])]
+    if not lines:
+        return ""
+    head = '<th scope="col">network</th><th scope="col" class="num">channels removed&nbsp;<small>%</small></th>'
+    head += '<th scope="col" class="num">zeros, prunable arrays&nbsp;<small>%</small></th>'
+    head += '<th scope="col" class="num">zeros, all parameters&nbsp;<small>%</small></th>'
+    body = ""
+    for i, name, shares in lines[:most]:
+        cells = "".join(f'<td class="num">{100 * share:.2f}</td>' if math.isfinite(share) else DASH for share in shares)
+        body += f'<tr><th scope="row">{swatch(i)}{esc(name)}</th>{cells}</tr>'
+    more = f" The first {most} of {len(lines)} lines." if len(lines) > most else ""
+    table = scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    return table + note("One line per ratio; a removed channel is zero with all its weights." + more)
 
 
 DASH = '<td class="num">–</td>'

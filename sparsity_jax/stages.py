@@ -359,11 +359,14 @@ def run_prune(problem, state, settings, place, rows) -> Iterator[train.Update]:
 
 def sparsity(params: PyTree, kept: PyTree, options: dict[str, Any]) -> dict[str, Any]:
     """num_kept entries of the arrays that may be pruned; shares of zeros: `sparsity` in these arrays, `sparsity_all`
-    in all parameters, and `layers` in every kernel."""
+    in all parameters, and `layers` in every kernel; of structured selections `channels_removed`, their share."""
     alive = choosable(kept, options)
     num_kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in alive.values())
     chosen = {path: trees.named_leaves(params)[path] for path in alive}
     shares = dict(sparsity=masks.sparsity(chosen), sparsity_all=masks.sparsity(params))
+    if options["selection"] == "structured":
+        left, _ = allocate.left_by(kept, **options)
+        shares["channels_removed"] = 1 - left / sum(jax.tree.leaves(allocate.keep_counts(params, 0.0, **options)))
     return dict(num_kept=num_kept, layers=layer_sparsity(params), **shares)
 
 

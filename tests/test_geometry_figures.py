@@ -131,6 +131,10 @@ def test_later_visits_count():
     (one,) = networks_of(rows)
     assert one.curves["test"].shape == (3, 20)
     assert one.predictions["width"]["predicted"] == 0.5
+    searched = limit_rows()
+    (one,) = networks_of(searched + [row | {"visit": 2} for row in searched[-2:]])
+    assert len(one.search) == 1
+    assert len(one.limits) == 1
 
 
 def test_actual_limits_and_their_definitions():

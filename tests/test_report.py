@@ -286,13 +286,44 @@ def test_a_swept_setting_of_another_arms_stage_is_named_in_full():
     assert labels == ["SFW (rate=0)", "SFW (rate=1)", "SGD (fit_sfw.rate=0)", "SGD (fit_sfw.rate=1)"]
 
 
+def weights_row(num_zero, visit=1):
+    row = {"stage": "weights", "kind": "histogram", "arm": "A", "member": 0, "visit": visit, "edges": [-2, -1, 0]}
+    return row | {"counts": [30, 50], "num_zero": num_zero, "threshold": [0, 1], "count_above": [80, 0]}
+
+
 def test_histogram_shares():
-    row = {"stage": "fit", "kind": "histogram", "arm": "A", "member": 0, "edges": [-2, -1, 0], "counts": [30, 50]}
-    found = figures.histogram(
-        figures.Series("A", [row | {"num_zero": 20, "threshold": [0, 1], "count_above": [80, 0]}])
-    )
+    (found,) = figures.histograms(figures.Series("A", [weights_row(20)])).values()
     np.testing.assert_allclose(found.share, [[0.3, 0.5]])
     assert (found.zero, found.total, list(found.above)) == (0.2, 100.0, [80.0, 0.0])
+
+
+def test_magnitudes_of_every_visit_are_in_the_table(tmp_path):
+    rows = [weights_row(0), weights_row(20, visit=2)]
+    assert list(figures.histograms(figures.Series("A", rows))) == ["weights, visit 1", "weights, visit 2"]
+    (panel,) = figures.histogram_panels(figures.group(rows))
+    np.testing.assert_allclose(panel.lines[0].mean, [0.3, 0.5, 0.5])  # the last visit
+    page = page_of(tmp_path, rows)
+    assert "A, weights, visit 1" in page
+    assert "A, weights, visit 2" in page
+    assert "the last visit" in page
+    assert "visit" not in page_of(tmp_path, rows[:1])
+
+
+def test_sfw_init_shows_one_visit_only():
+    row = {"stage": "init", "kind": "sfw_init", "arm": "A", "member": 0, "loss_before": 3.0}
+    rows = [row | {"visit": 1, "iteration": i, "loss_after": 2.0} for i in range(5)]
+    rows += [row | {"visit": 2, "iteration": i, "loss_after": 1.0} for i in range(3)]
+    (panel,) = figures.sfw_init_panels(figures.group(rows))
+    np.testing.assert_allclose(panel.lines[0].mean, [1.0] * 3)
+
+
+def test_structured_curves_tell_channels_and_zeros(tmp_path):
+    told = dict(selection="structured", channels_removed=0.25, sparsity=0.4375, sparsity_all=0.41)
+    rows = [curve_row("A", 0, 0.25, 0.8, num_kept=56, num_prunable=100, **told), curve_row("B", 0, 0.5, 0.7)]
+    page = page_of(tmp_path, rows)
+    section = page[page.index('id="channels_removed"') :]
+    assert [f'"num">{number}<' in section for number in ("25.00", "43.75", "41.00")] == [True] * 3
+    assert 'id="channels_removed"' not in page_of(tmp_path, rows[1:])
 
 
 def test_short_paths():

@@ -103,7 +103,9 @@ def test_other_selections_cut_the_counts_they_promise(problem, trained, selectio
     assert half["selection"] == selection
     if selection == "structured":  # the classifier keeps its outputs
         assert half["layers"] == pytest.approx({"dense1/kernel": 0.5, "fc/kernel": 0.0}, abs=1e-6)
+        assert [row["channels_removed"] for row in rows] == [0.0, 0.5]
     else:
+        assert "channels_removed" not in half
         assert half["num_kept"] == half["num_prunable"] // 2
     if selection == "layerwise":
         assert half["layers"] == pytest.approx({"dense1/kernel": 0.5, "fc/kernel": 0.5}, abs=1e-6)
