@@ -214,7 +214,7 @@ def largest_gap(scores: jax.Array) -> jax.Array:
     trees.check_finite(scores, "scores", infinite=True)
     trim = masks.count_of(0.02, scores.size, math.floor)
     lowest = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    ordered = jnp.sort(_gathered(lowest).ravel())[trim : scores.size - trim]
+    ordered = jnp.sort(trees.gathered(lowest).ravel())[trim : scores.size - trim]
     gaps = jnp.where(ordered[1:] == ordered[:-1], 0, jnp.diff(ordered))
     return (jnp.argmax(gaps) + trim + 1).astype(jnp.int32)
 
@@ -262,16 +262,6 @@ def _checked_leaves(params: PyTree, layers: Sequence[Layer]) -> dict[str, jax.Ar
     return leaves
 
 
-def _gathered(x: jax.Array) -> jax.Array:
-    """`x` whole on every device, where a mesh of explicit axes divides it."""
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if any(_division(x)) else x
-
-
-def _division(x: jax.Array) -> tuple:
-    """Names of the explicit mesh axes that divide the axes of `x`, None for none; () where no mesh is explicit."""
-    return tuple(jax.typeof(x).sharding.spec)
-
-
 def _values(leaves: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
     """What ranks the groups of a layer: their scores, of weights the weights themselves, with their signs."""
     return leaves[layer.scored[0].path] if layer.of_weights else _score(leaves, layer)
@@ -282,7 +272,7 @@ def _score(leaves: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
     total, entries = 0.0, 0
     for path, axis, index in layer.scored:
         w = leaves[path]
-        sums = _gathered(jnp.sum(jnp.abs(trees.widen(w)), [i for i in range(w.ndim) if i != axis % w.ndim]))
+        sums = trees.gathered(jnp.sum(jnp.abs(trees.widen(w)), [i for i in range(w.ndim) if i != axis % w.ndim]))
         total = total + (sums if index is None else jnp.sum(sums[index], 1))
         entries += w.size // w.shape[axis] * (1 if index is None else index.shape[1])
     return total / entries
@@ -301,7 +291,7 @@ def _select(leaves: Mapping, layers: Sequence[Layer], how: Pick, keys: Mapping[s
         if how == "max":
             values = jnp.where(jnp.isnan(values), jnp.inf, values)
         row = (layer.name, values, jnp.asarray(number, jnp.int32))
-        by_shape.setdefault((layer.shape, _division(values)), []).append(row)
+        by_shape.setdefault((layer.shape, trees.division(values)), []).append(row)
 
     def search(row):
         values, number = row

@@ -91,9 +91,18 @@ def check_scalar(loss: Callable, argument: PyTree) -> None:
 
 
 def tangent(v: PyTree, params: PyTree) -> PyTree:
-    """`v` in the types of `params`, as derivatives need it; raises ValueError for another structure or shape."""
+    """`v` in the types of `params` and, on a mesh of explicit axes, divided as they are, as derivatives need it.
+
+    Raises ValueError for another structure or shape.
+    """
     _check_like(v, params, "the vector of a product", "params")
-    return jax.tree.map(lambda x, p: jnp.asarray(x, jnp.result_type(p)), v, params)
+
+    def fitted(x, p):
+        x = jnp.asarray(x, jnp.result_type(p))
+        same = trees.division(x) == trees.division(p)
+        return x if same else jax.sharding.reshard(x, jax.sharding.PartitionSpec(*trees.division(p)))
+
+    return jax.tree.map(fitted, v, params)
 
 
 def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
@@ -253,7 +262,7 @@ def _on_device(num_blocks: int, dtype: Any = None) -> _Basis:
             return vector - einsum("kr,krc->kc", every, block), found + jnp.dot(part, part, precision=HIGHEST)
 
         size, vector = vector.size, split(vector)
-        found, first = jnp.zeros((), vector.dtype), 0
+        found, first = trees.varying_like(jnp.zeros((), vector.dtype), [vector]), 0
         for block in basis:
             vector, found = jax.lax.cond(row >= first, subtract, lambda v, f, _: (v, f), vector, found, block)
             first += block.shape[1]
@@ -306,6 +315,9 @@ def lanczos_method(num_matvecs: int, *, reorthogonalize: str = "full", shift: fl
 
     shift: added to every norm a vector is divided by. The original of the geometric study uses 1e-6.
 
+    Inside `shard_map` the start vector varies over the axes that the products vary over (`jax.lax.pcast`); on a mesh of
+    explicit axes every device holds whole vectors.
+
     Start vectors have floating-point leaves of one type, float32 or float64: TypeError; ValueError for a start vector
     that is zero or not finite (NaN results while tracing), for a product of another structure, for num_matvecs < 1.
     """
@@ -319,6 +331,7 @@ def lanczos_method(num_matvecs: int, *, reorthogonalize: str = "full", shift: fl
 
     def update(state: LanczosState, product: PyTree) -> LanczosState:
         _check_like(product, state.current, "the product", "the start vector")
+        product = jax.tree.map(trees.gathered, product)
         leaves = jax.tree.leaves((state, product))
         pure = basis is REORTHOGONALIZE["host"] or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
         numbers = (state.step, state.num_steps, state.alphas, state.betas)
@@ -336,7 +349,7 @@ def lanczos_method(num_matvecs: int, *, reorthogonalize: str = "full", shift: fl
 
 
 def _checked_start(start: PyTree) -> PyTree:
-    start = jax.tree.map(jnp.asarray, start)
+    start = jax.tree.map(lambda leaf: trees.gathered(jnp.asarray(leaf)), start)
     leaves = jax.tree.leaves(start)
     types = {leaf.dtype for leaf in leaves}
     if len(types) != 1 or not types <= {np.dtype("float32"), np.dtype("float64")}:
@@ -356,7 +369,8 @@ def _begin(start: PyTree, num_matvecs: int, basis: _Basis | None, shift: float) 
     current = jax.tree.map(lambda leaf: leaf / length, start)
     vector = _flatten(current)
     rows = basis.create(vector, min(num_matvecs, vector.size)) if basis else None
-    zero, numbers = jnp.zeros((), jnp.int32), jnp.zeros(num_matvecs, vector.dtype)
+    like_start = lambda x: trees.varying_like(x, [vector])
+    zero, numbers = like_start(jnp.zeros((), jnp.int32)), like_start(jnp.zeros(num_matvecs, vector.dtype))
     return LanczosState(zero, zero, numbers, numbers, current, jax.tree.map(jnp.zeros_like, current), rows)
 
 
@@ -677,9 +691,10 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, jax
     dot = functools.partial(jnp.dot, precision=HIGHEST)
 
     def estimate(matvec: Matvec, key: jax.Array, like: PyTree) -> Trace:
-        product = lambda vector: _flatten(matvec(_unflatten(vector, like)))
+        flat = lambda tree: _flatten(jax.tree.map(trees.gathered, tree))
+        product = lambda vector: flat(matvec(_unflatten(vector, like)))
         keys = jax.random.split(key, num_matvecs - third)
-        images = _map(lambda key: _flatten(matvec(rademacher(key, like))), keys[:third], on_host)
+        images = _map(lambda key: flat(matvec(rademacher(key, like))), keys[:third], on_host)
         basis = jnp.linalg.qr(images.T / trees.scale_of(images))[0].T
         known = jnp.sum(_map(lambda row: dot(row, product(row)), basis, on_host))
 

@@ -386,8 +386,10 @@ def proximal_l1(
 
     Reaches exact zeros, which the subgradient never does. strength: a number, or one per parameter array.
     inner: gradient descent, in any wrapper: with a schedule, momentum, decay, scaled, in `optax.MultiSteps` or
-    `optax.apply_if_finite`. The step per unit is what it answers to gradients that have always been 1: so t follows
-    momentum as it gathers, and is 0 in calls that make no step. This takes arrays of one entry, in every update.
+    `optax.apply_if_finite`. Descent multiplies gradients by a number, the step per unit, which depends on the update
+    and on what wrappers did, but not on the gradients. So `inner` runs beside the real arrays on one more entry per
+    array, whose weight is 0 and whose gradient is always 1: minus its update is that number. It follows momentum as it
+    gathers, and is 0 in calls that make no step.
     learning_rate: of `inner`; needed where its state names none (this module's optimizers and
     `optax.inject_hyperparams` do), and checked: the first step per unit, or the last one times 1 - momentum.
     `init` tries `inner` out, at the cost of one small compilation, and raises ValueError for steps that are no multiple

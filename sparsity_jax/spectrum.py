@@ -41,7 +41,8 @@ def over_batches(product: Product, data: PyTree, batch_size: int, *, on_host: bo
     product: as above, of the mean over a batch. data: a pytree of arrays [N, ...]; a shorter last batch counts by its
     size. on_host: one compiled call per batch instead of a scan, which XLA's CPU backend needs for convolutions (inside
     a scan their gradients become a naive loop); the function is then not traceable.
-    Sharded data keep their sharding. Raises ValueError for empty data and for a batch size below 1.
+    Sharded data keep their sharding; explicit mesh axes over the examples must divide every batch. Raises ValueError
+    for empty data and for a batch size below 1.
     """
     return _mean(product, lambda params, v: jax.tree.map(jnp.zeros_like, v), data, batch_size, on_host)
 
@@ -58,7 +59,9 @@ def _mean(part: Callable, zero: Callable, data: PyTree, batch_size: int, on_host
 
     def scanned(params, v, data):
         body = lambda total, i: (add(total, params, v, data, i * batch_size, batch_size), None)
-        total, _ = jax.lax.scan(body, zero(params, v), jnp.arange(whole))
+        inputs = jax.tree.leaves((params, v, data))
+        start = jax.tree.map(lambda leaf: trees.varying_like(leaf, inputs), zero(params, v))
+        total, _ = jax.lax.scan(body, start, jnp.arange(whole))
         return add(total, params, v, data, whole * batch_size, rest) if rest else total
 
     if not on_host:
@@ -134,7 +137,7 @@ def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = Fal
         return Taylor(moved(one) - before, first, second / 2)
 
     def zero(params, step):
-        terms = jax.eval_shape(lambda *at: part(*at, cut(data, 0, 1)), params, step)
+        terms = jax.eval_shape(lambda *at: part(*at, data), params, step)
         return jax.tree.map(lambda term: jnp.zeros(term.shape, term.dtype), terms)
 
     return _mean(part, zero, data, batch_size, on_host)
@@ -218,8 +221,8 @@ def one_hot(like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> di
     shape = jnp.shape(like[path])
     if len(index) != len(shape) or not all(0 <= i < n for i, n in zip(index, shape)):
         raise ValueError(f"index {index} is no entry of {path!r}, whose shape is {shape}.")
-    zeros = {name: jnp.zeros_like(leaf) for name, leaf in like.items()}
-    return {**zeros, path: zeros[path].at[index].set(1)}
+    zeros = {name: trees.gathered(jnp.zeros_like(leaf)) for name, leaf in like.items()}
+    return linops.tangent({**zeros, path: zeros[path].at[index].set(1)}, like)
 
 
 def row_norm(matvec: Callable, like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> jax.Array:

@@ -248,6 +248,16 @@ def varying_like(x: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
     return x
 
 
+def division(x: jax.Array) -> tuple:
+    """Names of the explicit mesh axes that divide the axes of `x`, None for none; () where no mesh is explicit."""
+    return tuple(jax.typeof(x).sharding.spec)
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """`x` whole on every device, where a mesh of explicit axes divides it."""
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if any(division(x)) else x
+
+
 def widen(array: jax.Array) -> jax.Array:
     """In float32 if its type is narrower, else as it is."""
     array = jnp.asarray(array)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from sparsity_jax import gradinit, losses, polytopes
 
@@ -104,3 +105,14 @@ def test_scales_lower_the_loss_after_a_step_and_skip_zero_arrays():
     assert float(state.scales["bias"]) == 1.0
     np.testing.assert_array_equal(state.params["bias"], 0)
     np.testing.assert_allclose(state.params["kernel"], params["kernel"] * state.scales["kernel"], rtol=1e-4)
+
+
+def test_scales_on_meshes():
+    rng = np.random.default_rng(0)
+    inputs, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 6, 4), (2, 4)))
+    step = gradinit.scale_step(lambda params, batch: jnp.mean(jnp.tanh(batch @ params["w"])), polytopes.KSparse(2, 1.0))
+
+    def learn(inputs, weights):
+        return jax.lax.scan(lambda state, _: step(state, inputs, inputs), gradinit.init({"w": weights}), length=2)
+
+    tiny.check_on_meshes(learn, inputs, weights)

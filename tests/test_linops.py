@@ -11,6 +11,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from sparsity_jax import linops, losses, masks, tables, width
@@ -680,3 +681,16 @@ def test_narrow_parameters_have_curvature():
     with pytest.raises(TypeError, match="float32"):
         linops.lanczos(3)(product, linops.rademacher(jax.random.key(0), params))
     assert width.distances(params, scope="all").size == 24
+
+
+def test_curvature_on_meshes():
+    rng = np.random.default_rng(0)
+    matrices = rng.normal(size=(2, 6, 6)).astype(np.float32)
+    starts = np.sign(rng.normal(size=(2, 6))).astype(np.float32)
+
+    def measure(matrix, start):
+        matvec = lambda v: matrix @ v
+        traces = [method(matvec, jax.random.key(0), start) for method in (linops.hutchinson(3), linops.hutchpp(6))]
+        return linops.lanczos(4)(matvec, start), linops.lanczos(4, reorthogonalize="none")(matvec, start), traces
+
+    tiny.check_on_meshes(measure, matrices + matrices.swapaxes(1, 2), starts)

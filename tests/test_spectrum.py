@@ -8,6 +8,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from sparsity_jax import linops, losses, spectrum, tables
 
@@ -295,3 +296,17 @@ def test_row_norms_are_those_of_the_explicit_hessian():
             spectrum.one_hot(chosen.params, "dense1/kernel", index)
     with pytest.raises(ValueError, match=r"'fc/kernl' is not among the parameters .* Did you mean 'fc/kernel'"):
         spectrum.row_norm(matvec, chosen.params, "fc/kernl", (0, 0))
+
+
+def test_data_sets_on_meshes():
+    rng = np.random.default_rng(0)
+    inputs, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 6, 4), (2, 4)))
+    loss = lambda params, batch: jnp.mean(jnp.tanh(batch @ params["w"]))
+
+    def measure(inputs, weights):
+        params = {"w": weights}
+        product = spectrum.over_batches(spectrum.hessian_product(loss), inputs, 4)
+        row = spectrum.row_norm(functools.partial(product, params), params, "w", (1,))
+        return product(params, params), row, spectrum.taylor(loss, inputs, 4)(params, params)
+
+    tiny.check_on_meshes(measure, inputs, weights, rtol=1e-4)

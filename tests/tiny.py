@@ -1,6 +1,7 @@
 """Tiny runs that tests share: a small network on few digits, and small random sets."""
 
 import copy
+import functools
 
 import jax
 import numpy as np
@@ -77,6 +78,27 @@ def same(first, second) -> None:
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def check_on_meshes(function, *arrays, rtol=1e-5) -> None:
+    """Asserts that `function` of the rows of arrays [2, ...] gives the same in each of `shard_map`, one row per device,
+    `vmap` of it, and on arrays that an explicit mesh divides."""
+    compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # run once
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+    alone = compiled(jax.vmap(function))(*arrays)
+    kinds, spec = jax.sharding.AxisType, jax.sharding.PartitionSpec("x")
+    make = lambda kind: jax.make_mesh((2,), ("x",), (kind,), devices=jax.devices()[:2])
+    mesh, explicit = make(kinds.Auto), make(kinds.Explicit)
+
+    def first(*rows):
+        return jax.tree.map(lambda leaf: leaf[None], function(*(row[0] for row in rows)))
+
+    mapped = jax.vmap(jax.shard_map(first, mesh=mesh, in_specs=spec, out_specs=spec))
+    both = compiled(mapped)(*(np.stack([array, array[::-1]]) for array in arrays))
+    jax.tree.map(lambda a, b: close(a, np.stack([b, b[::-1]])), both, alone)
+    with jax.set_mesh(explicit):
+        shared = compiled(function)(*(jax.device_put(array[0], jax.NamedSharding(explicit, spec)) for array in arrays))
+    jax.tree.map(lambda a, b: close(a, b[0]), shared, alone)
 
 
 def timeless(rows: list[dict]) -> list[dict]:
