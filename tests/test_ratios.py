@@ -28,8 +28,7 @@ SINGLE = golden_data.parts(FILE, r"single/(\w+)/")
 
 def golden(key):
     """(notation, skip, layers, ratios by granularity, all stored arrays of the network)."""
-    stored = golden_data.load(FILE)
-    own = {name.removeprefix(f"{key}/"): stored[name] for name in stored if name.startswith(f"{key}/")}
+    own = golden_data.load(FILE).under(key)
     text = lambda name: str(own[name][0])
     return text("stage_pr"), text("skip_layers"), own["layer_names"].tolist(), own
 
