@@ -71,9 +71,8 @@ def test_products_equal_the_explicit_hessian_of_the_original():
             product = spectrum.over_batches(spectrum.hessian_product(loss), data, HYPER["batch_size"], on_host=on_host)
             found = flat(product(params, unflatten(jnp.asarray(golden["hvp/v"]))))
             np.testing.assert_allclose(found, golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
-        columns = jax.vmap(lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0])(
-            jnp.eye(vector.size)
-        )
+        column = lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0]
+        columns = jax.vmap(column)(jnp.eye(vector.size))
         explicit = jax.jit(jax.hessian(lambda p: loss(unflatten(p), data)))(vector)
         largest = np.abs(explicit).max()
         assert np.abs(columns - explicit).max() <= 1e-10 * largest
