@@ -11,13 +11,13 @@ The numbers are those of `tests/golden`, or of the folder that the environment v
 same form, with the originals' hyper-parameters in `hyper.json`, or as `hyper` in `manifest.json`. Tests take names,
 cases and hyper-parameters from there; the section "What no file holds" is about the rest.
 
-Every number is compared, or `NOT_COMPARED` says why not. With GOLDEN_READ=FILE every process appends the keys that it
-has read to FILE, and after a run of all tests
+Every number is compared, or `NOT_COMPARED` says why not. With GOLDEN_READ=FILE every process
+appends the keys that it has read to FILE, and after a run of all tests
 
     python tests/golden_data.py FILE
 
-prints those that are neither read nor in `NOT_COMPARED`, and exits with 1 if there are any. `.ci/run` does so: a test
-inside the suite could not, because each of its processes reads a share of the keys only.
+prints those that are neither read nor in `NOT_COMPARED`, and exits with 1 if there are any.
+`.ci/run` does so: a test inside the suite could not, as each of its processes reads some keys only.
 """
 
 import atexit
@@ -38,12 +38,17 @@ READ: set[str] = set()  # "FILE KEY"
 
 # Pattern of "FILE KEY" to the reason why no test compares it with a number of ours.
 NOT_COMPARED = {
-    r"11_models\.json .*/float32_rel_dev": "says how far the original's float32 is from its float64",
+    r"11_models\.json .*/float32_rel_dev": "how far the original's float32 is from its float64",
+    r"hyper\.json 03_.*/(milestones|gamma)": "a cosine schedule has none",
+    r"hyper\.json 08_.*/(lr_prune|momentum|weight_decay)": "not all trainings are repeated",
 }
 
 
 class Entries(Mapping):
-    """The entries of a file, or of a part of it; remembers which were read. place: "FILE " and the part's name."""
+    """The entries of a file, or of a part of it; remembers which were read.
+
+    place: "FILE " and the name of the part.
+    """
 
     def __init__(self, place: str, entries: Mapping[str, Any]):
         self.place, self.entries = place, entries
@@ -67,8 +72,8 @@ class Entries(Mapping):
     def under(self, prefix: str) -> "Entries":
         """Those whose keys begin with `prefix`/, by the rest of their keys."""
         start = f"{prefix}/"
-        chosen = {key.removeprefix(start): entry for key, entry in self.entries.items() if key.startswith(start)}
-        return Entries(self.place + start, chosen)
+        keys = [key for key in self.entries if key.startswith(start)]
+        return Entries(self.place + start, {key.removeprefix(start): self.entries[key] for key in keys})
 
     def places(self) -> list[str]:
         """All of them, those of parts included, as "FILE KEY"."""
@@ -134,14 +139,19 @@ def growing_modules() -> tuple[list[tuple[str, str]], str]:
     return list(zip(modules[::2], modules[1::2], strict=True)), classifier
 
 
+def dense_layers() -> list[str]:
+    """Of the small network of file 10, in its order, which the numbers in their names tell."""
+    number = lambda layer: [int(digits) for digits in re.findall(r"\d+", layer)]
+    return sorted(parts("10_hessian.npz", r"trained/(.+)\.weight"), key=number)
+
+
 def dense_names() -> list[str]:
     """Parameters of the small network of file 10, in its order."""
-    layers = sorted(parts("10_hessian.npz", r"trained/(.+)\.weight"))
-    return [f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
+    return [f"{layer}.{leaf}" for layer in dense_layers() for leaf in ("weight", "bias")]
 
 
 def fine_grid() -> np.ndarray:
-    """Of the density of file 10's pipeline. Its sum over the grid is 1 / step, which gives the number of bins."""
+    """Of the density of file 10's pipeline, whose sum, 1 / step, gives the number of bins."""
     golden = load("10_hessian.npz")
     first, last = golden["pipeline/grid_first_last"]
     steps = (last - first) * golden["pipeline/density_nonzero_values"].sum()
@@ -294,13 +304,16 @@ def batch_norms(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[s
 
 
 # What no file holds. The logits that the tests compare tell whether it is right for another set.
+#
+# Other such values follow from one of the numbers, and the tests that need them compare the rest:
+# tau of the balls (01), strength of the penalties (05b), the share of the mass at 0 (10).
 
-# Of the images of structural/* in file 08. Both networks end in an average, so that any side fits their shapes.
+# Of the images of structural/* in file 08. Both networks end in an average: any side fits their shapes.
 STRUCTURAL_SIDES = {"vgg": 16, "resnet": 32}
 
 
 def usual_strides(num_blocks: int) -> tuple[int, ...]:
-    """Of the blocks of a MobileNet in files 06 and 12: shapes tell at most how many are 2, not which."""
+    """Of the blocks of the MobileNets in files 06 and 12: shapes tell how many are 2, not which."""
     return (1, *(2,) * (num_blocks - 2), 1)
 
 
@@ -318,7 +331,8 @@ def is_mobilenet(names: Sequence[str]) -> bool:
 
 def kernels_of(names: Sequence[str], shapes: Sequence[Sequence[int]], rank: int) -> dict[str, Sequence[int]]:
     """Shape of every convolution (rank 4) or dense layer (rank 2), by module, in order."""
-    return {str(name).removesuffix(".weight"): shape for name, shape in zip(names, shapes) if len(shape) == rank}
+    kernels = zip(names, shapes)
+    return {str(name).removesuffix(".weight"): shape for name, shape in kernels if len(shape) == rank}
 
 
 def architecture(
@@ -328,18 +342,19 @@ def architecture(
     modules: Sequence[tuple[str, str]] = (),
     upsample: int | None = None,
 ) -> dict[str, Any]:
-    """Options of `models.build`, but for `num_classes`, for an original's network, which its parameters tell.
+    """Options of `models.build`, but for `num_classes`, for an original's network, from its parameters.
 
-    strides: of the blocks of a MobileNet, by default `usual_strides`. modules: (name, PyTorch's class) of the modules
-    without children, in order, where the file lists them. upsample: how often an AlexNet repeats a pixel. Raises
-    ValueError for a network that none of ours is like.
+    strides: of the blocks of a MobileNet, by default `usual_strides`. modules: (name, PyTorch's class)
+    of the modules without children, in order, where the file lists them. upsample: how often an
+    AlexNet repeats a pixel. Raises ValueError for a network that none of ours is like.
     """
     convolutions = kernels_of(names, shapes, 4)
     widths = tuple(shape[0] for shape in convolutions.values())
     dense_widths = tuple(shape[0] for shape in kernels_of(names, shapes, 2).values())[:-1]
     kinds = [kind for _, kind in modules]
     if not convolutions:
-        return {"name": "mlp", "widths": dense_widths, "activation": "linear" if "Identity" in kinds else "relu"}
+        activation = "linear" if "Identity" in kinds else "relu"
+        return {"name": "mlp", "widths": dense_widths, "activation": activation}
     if is_mobilenet(names):
         return mobilenet(convolutions, strides)
     if any(re.search(RESIDUAL_CONVOLUTION, module) for module in convolutions):
@@ -348,23 +363,24 @@ def architecture(
         return {"name": "mobilenet_v2", "multiplier": widths[0] / 32}
     if not dense_widths:
         return vgg(names, convolutions, kinds or vgg_modules(names, convolutions))
-    return {"name": plain(convolutions, kinds), "widths": widths, "dense_widths": dense_widths} | (
-        {"upsample": upsample} if upsample else {}
-    )
+    options = {"name": plain(convolutions, kinds), "widths": widths, "dense_widths": dense_widths}
+    return options | ({"upsample": upsample} if upsample else {})
 
 
 def network_options(key: str) -> dict[str, Any]:
     """All options of `models.build` for a network of 11_models.json."""
     net = load("11_models.json")[key]
     layers = net["weight_layers"]
-    strides = [details[0][0] for _, kind, _, details in layers if kind == "Conv2d" and details[2] > 1]
-    options = architecture(net["param_names"], net["param_shapes"], strides, net["leaf_module_order"], net["upsample"])
+    details = [details for _, kind, _, details in layers if kind == "Conv2d"]
+    strides = [strides[0] for strides, _, num_groups, _ in details if num_groups > 1]
+    names, shapes = net["param_names"], net["param_shapes"]
+    options = architecture(names, shapes, strides, net["leaf_module_order"], net["upsample"])
     return options | {"num_classes": layers[-1][2][0]}
 
 
 def plain(convolutions: Mapping[str, Sequence[int]], kinds: Sequence[str]) -> str:
-    """Name of a network of convolutions in a row with several dense layers, by the sizes of its kernels."""
-    first, number = next(iter(convolutions.values()))[-1], len(convolutions)
+    """Name of a network of convolutions in a row and several dense layers, by its kernels' sizes."""
+    number, first = len(convolutions), next(iter(convolutions.values()))[-1]
     if first == 11:
         return "alexnet_bn" if "BatchNorm2d" in kinds else "alexnet"
     if "LocalResponseNorm" in kinds:
@@ -372,7 +388,7 @@ def plain(convolutions: Mapping[str, Sequence[int]], kinds: Sequence[str]) -> st
     if "BatchNorm2d" in kinds:
         return "cnet"
     if first != 5 or number not in (2, 3):
-        raise ValueError(f"no network of ours is like the original's with the convolutions {dict(convolutions)}.")
+        raise ValueError(f"no network of ours is like the original's of {dict(convolutions)}.")
     return "lenet" if number == 2 else "lenet5"
 
 
@@ -388,7 +404,8 @@ RESIDUAL_CONVOLUTION = r"^(?:layer|conv|block)(\d+)(?:_x)?(?:\.layer)?\.(\d+)\.(
 
 
 def resnet(names: Sequence[str], convolutions: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    blocks, shortcut = {}, "zero_pad"  # blocks: widths of the convolutions of each, by (stage, number)
+    blocks = {}  # widths of the convolutions of each, by (stage, number)
+    shortcut = "zero_pad"
     for name, shape in convolutions.items():
         match = re.match(RESIDUAL_CONVOLUTION, name)
         if match and match[3] in ("conv1", "conv2", "conv3", "residual_function"):
@@ -397,7 +414,7 @@ def resnet(names: Sequence[str], convolutions: Mapping[str, Sequence[int]]) -> d
             shortcut = "projection"
     stages = sorted({stage for stage, _ in blocks})
     depth = len(next(iter(blocks.values())))
-    norm_first = ".bn1." in names[1]  # the second parameter is the first norm's: of the stem or of a block
+    norm_first = ".bn1." in names[1]  # the first norm is a block's and not the stem's
     outer = [[widths[-1] for (own, _), widths in blocks.items() if own == stage] for stage in stages]
     stem = next(iter(convolutions.values()))
     return {

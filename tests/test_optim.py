@@ -106,6 +106,7 @@ def rates(rate, losses):
 def test_schemes_match_the_original(name, base):
     golden = golden_data.load(SCHEDULES)
     losses = golden["epoch_batch_losses"]
+    assert len(losses) == golden_data.hyper(SCHEDULES)["epochs"]
     own = dict(loss="last_batch") if name == "dynamic_change" else {}
     with jax.enable_x64(True):
         ours = rates(optim.SCHEDULES[name](float(base), *losses.shape, **own), losses)
@@ -117,6 +118,7 @@ def test_schemes_match_the_original(name, base):
 def test_schemes_of_short_runs_match_the_original(name, base):
     golden = golden_data.load(SCHEDULES)
     losses = golden["short/epoch_losses"][:, None]
+    assert len(losses) == golden_data.hyper(SCHEDULES)["short_epochs"]
     with jax.enable_x64(True):
         ours = rates(optim.SCHEDULES[name](float(base), *losses.shape), losses)
     np.testing.assert_allclose(ours[:, 0], golden[f"short/{name}/lr0={base}"], **CLOSE)
@@ -143,6 +145,8 @@ def test_schedules_of_the_one_shot_original(name):
     own = dict(warmup_epochs=hyper["warm"])
     if hyper["schedumode"] == "multistep":
         own.update(milestones=tuple(hyper["milestones"]) if hyper["schedu"] else (), gamma=hyper["gamma"])
+    else:
+        assert hyper["schedu"]
     epochs, steps = hyper["epoch"], hyper["iterations_per_epoch"]
     with jax.enable_x64(True):
         ours = rates(ONE_SHOT[hyper["schedumode"]](hyper["base_lr"], epochs, steps, **own), np.zeros((epochs, steps)))

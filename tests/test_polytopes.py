@@ -37,7 +37,7 @@ def test_k_sparse_matches_the_original(shape):
     for case in cases:
         _, k, value, radius, diameter = golden[case]
         mode = case.split("/")[2].rstrip("0123456789")
-        size = golden[f"{shape}/mid"].size
+        size = golden[f"{shape}/{INPUTS[0]}"].size
         built = polytopes.k_sparse(size, 1.0, k=int(golden[case][0]), k_frac=0.0, tau=value, mode=mode)
         assert built.k == k
         np.testing.assert_allclose([built.radius, built.diameter(size)], [radius, diameter], **CLOSE)
@@ -63,7 +63,7 @@ def test_lp_balls_match_the_original(shape, p):
     for mode in ("radius", "diameter"):
         prefix = f"{shape}/lp{p}/{mode}"
         _, _, value, radius, diameter = golden[f"{prefix}/params"]
-        size = golden[f"{shape}/mid"].size
+        size = golden[f"{shape}/{INPUTS[0]}"].size
         ball = polytopes.lp_ball(size, 1.0, p=float(p), tau=value, mode=mode, zero_up=True, zero_below=1e-10)
         np.testing.assert_allclose([ball.radius, ball.diameter(size)], [radius, diameter], **CLOSE)
         operations = {"lmo": "lmo", "shift_inside": "shift_inside", "euclidean_project": "project"}

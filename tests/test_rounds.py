@@ -48,6 +48,11 @@ class Original(NamedTuple):
     shrinking: list[str]
 
 
+def options_of(names, shapes):
+    strides = [block[1] if isinstance(block, list) else 1 for block in HYPER["mobilenet_cfg"][1]]
+    return golden_data.architecture(names, shapes, strides)
+
+
 @functools.cache
 def original(net):
     golden = golden_data.load(FILE)
@@ -58,8 +63,7 @@ def original(net):
         stats |= {f"{path}/mean": running[:width], f"{path}/var": running[width : 2 * width]}
         running = running[2 * width :]
     variables["batch_stats"] = golden_data.nest(stats)
-    strides = [block[1] if isinstance(block, list) else 1 for block in HYPER["mobilenet_cfg"][1]]
-    options = golden_data.architecture(names, shapes, strides)
+    options = options_of(names, shapes)
     num_classes = golden[f"rounds/{net}/logits_before"].shape[-1]
     model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **options)
     channels = groups.trace(model.apply, variables, images())
@@ -69,6 +73,26 @@ def original(net):
     owners = [next(name for name, own in producers.items() if kernel in own) for kernel in kernels]
     shrinking = [name for name, own in producers.items() if list(own.values()).count("producer") == 1]
     return Original(jax.jit(model.apply), variables, channels, kernels, list(norms), owners, shrinking)
+
+
+@pytest.mark.parametrize("net", dict(CASES))
+def test_networks_are_those_of_the_hyper_parameters(net):
+    names, shapes, _, _ = unpacked(net)
+    options = options_of(names, shapes)
+    if options["name"] == "vgg":
+        assert list(options["layout"]) == HYPER["vgg_cfg"]
+    elif options["name"] == "mobilenet":
+        first = lambda block: block[0] if isinstance(block, list) else block
+        stem, blocks = HYPER["mobilenet_cfg"]
+        assert (options["stem_width"], [width for width, _ in options["blocks"]]) == (stem, list(map(first, blocks)))
+    else:
+        own = HYPER["resnet56_cfg"]
+        stages = [own["l1"], own["l2"], own["l3"]]  # of each block the inner and the outer width
+        assert options["stem_width"] == own["base"]
+        assert list(options["inner_widths"]) == [width for widths in stages for width in widths[::2]]
+        for outer, count, widths in zip(options["widths"], options["stage_sizes"], stages, strict=True):
+            assert widths[1::2] == [outer] * count
+        assert list(options["widths"][1:]) == [own["l2s"], own["l3s"]]
 
 
 def images():

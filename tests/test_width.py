@@ -255,9 +255,9 @@ def test_width_matches_the_original(golden, epsilon):
     found = width.ratio(grid, density, golden["gw/R"], float(epsilon))
     np.testing.assert_allclose(found, golden[f"gw/two_runs_bins={bins}/ep={epsilon}"], rtol=1e-9)
     expected = golden[f"gw/with_zero_mass/ep={epsilon}"]
-    # the mass at 0 is in no file: where the curve falls first it gives the share, and all distances must have it
-    last, curve = len(found) - 1, golden[f"gw/two_runs_bins={bins}/ep={epsilon}"]
-    share = (expected[last] - curve[last]) / (1 - curve[last])
+    # no file holds the share of the mass at 0: the largest distance gives it, for all others
+    curve = golden[f"gw/two_runs_bins={bins}/ep={epsilon}"]
+    share = (expected[-1] - curve[-1]) / (1 - curve[-1])
     found = width.ratio(grid, density, golden["gw/R"], float(epsilon), zero_share=share)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
@@ -280,10 +280,9 @@ def golden_losses(golden, drop_smallest):
         least = min(np.abs(array).min() for array in params.values() if array.ndim > 1)
         params = {k: np.where((np.abs(x) <= least) & (x.ndim > 1), 0, x) for k, x in params.items()}
     x, y = golden["train/x"], golden["train/y"]
-    layers = sorted(golden_data.parts(FILE, r"(trained/.+)\.weight"))
-    for layer in layers:
-        x = np.maximum(x, 0) if layer != layers[0] else x
-        x = x @ params[f"{layer}.weight"].T + params[f"{layer}.bias"]
+    for i, layer in enumerate(golden_data.dense_layers()):
+        x = np.maximum(x, 0) if i else x
+        x = x @ params[f"trained/{layer}.weight"].T + params[f"trained/{layer}.bias"]
     if not drop_smallest:
         np.testing.assert_allclose(x, golden["logits_train"], rtol=1e-8, atol=1e-11)
         assert golden_penalty(params) == pytest.approx(float(golden["l1_penalty"]), rel=1e-12)
