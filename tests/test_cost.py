@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import strategies as st
-from test_models import GOLDEN_NETS
 
 from sparsity_jax import cost, groups, models, tables
+from sparsity_jax.models import layers
 
 # Rows of the zoo in small: (options, side of the images)
 SMALL = {
@@ -63,14 +64,11 @@ def test_num_params_and_bytes():
 ORIGINALS = golden_data.load("11_models.json")
 
 
-@pytest.mark.parametrize("key", [key for key in ORIGINALS if key in GOLDEN_NETS])
+@pytest.mark.parametrize("key", [key for key in ORIGINALS if "flops_conv_linear_no_bias" in ORIGINALS[key]])
 def test_multiply_adds_of_the_originals_counter(key):
     net = ORIGINALS[key]
-    if "flops_conv_linear_no_bias" not in net:
-        pytest.skip("the original did not count this network")
     counter = net["flops_conv_linear_no_bias"]
-    num_classes = next(shape[0] for shape in reversed(net["param_shapes"]) if len(shape) == 2)
-    model = models.build(num_classes=num_classes, **GOLDEN_NETS[key])
+    model = models.build(**golden_data.network_options(key))
     side = counter["resolution"] // (net.get("upsample") or 1)  # the network enlarges the image itself
     images = struct(1, side, side, net["input_shape"][1])
     variables = shapes_of(model, images)
@@ -81,7 +79,11 @@ def test_multiply_adds_of_the_originals_counter(key):
         biases = sum(shape[0] for _, kind, shape, _ in net["weight_layers"] if kind == "Linear")
         assert (sum(products) + biases) / 1e9 == pytest.approx(with_biases, rel=1e-6)
     assert net.get("layer_counter_params", net["n_params"]) == cost.num_params(variables["params"])
-    if "mobilenet" in key.lower():  # that counter divides depthwise layers by the number of groups twice
+    if "layer_counter_macs" in net:
+        products_and_layers = sum(products) // 2 + work_of_layers(net, model, variables, images)
+        assert products_and_layers == net["layer_counter_macs"]
+    if any(details and details[2] > 1 for *_, details in net["weight_layers"]):
+        # that counter divides depthwise layers by the number of groups twice
         width = lambda place: variables["params"][place.split("/")[1]]["depthwise"]["kernel"].shape[-1]
         products = [
             flops // width(where) if where.endswith("depthwise") else flops for _, where, flops in count.equations
@@ -89,6 +91,33 @@ def test_multiply_adds_of_the_originals_counter(key):
         assert sum(products) < count.products
     assert sum(products) == counter["multiply_adds_counted_twice"] == 2 * counter["macs"]
     assert not count.notes
+
+
+def work_of_layers(net, model, variables, images):
+    """What the original's other counter adds: a norm counts twice for each of its numbers, a listed ReLU or pool once.
+
+    In these networks a norm follows each convolution, and the listed ReLUs and pools see as many numbers as it.
+    """
+    sizes, times = norm_sizes(model, variables, images), {"BatchNorm2d": 2, "ReLU": 1, "MaxPool2d": 1}
+    work, place = 0, -1
+    for _, kind in net["leaf_module_order"]:
+        place += kind == "Conv2d"
+        work += times.get(kind, 0) * sizes[min(place, len(sizes) - 1)]
+    return work
+
+
+def norm_sizes(model, variables, images):
+    """Numbers that each norm sees, in order."""
+    sizes = []
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, layers.BatchNorm):
+            sizes.append(args[0].size)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda *args: model.apply(*args), variables, images)
+    return sizes
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))

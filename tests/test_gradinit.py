@@ -1,5 +1,7 @@
 """SFW-Init: golden numbers of the original, and its promise."""
 
+import functools
+
 import golden_data
 import jax
 import jax.numpy as jnp
@@ -12,50 +14,74 @@ from sparsity_jax import gradinit, losses, polytopes
 CLOSE = dict(rtol=1e-6, atol=1e-11)
 
 
+FILE = "04_sfw_init.npz"
+NAMES = [str(name) for name in golden_data.load(FILE)["param_names"]]
+PATHS = [name.replace(".", "/") for name in NAMES]  # the last part tells a bias
+FIRST, NORM, SECOND, DENSE = dict.fromkeys(path.rpartition("/")[0] for path in PATHS)  # modules with parameters
+
+
 def network(params, x):
     """The golden network on NCHW images, weights in PyTorch layouts, batch statistics in its batch norm."""
     conv = lambda x, w, stride: jax.lax.conv_general_dilated(x, w, (stride, stride), ((1, 1), (1, 1)))
-    x = conv(x, params["0/weight"], 1)
+    column = lambda name: params[name][:, None, None]
+    x = conv(x, params[f"{FIRST}/weight"], 1)
     x = (x - x.mean((0, 2, 3), keepdims=True)) / jnp.sqrt(x.var((0, 2, 3), keepdims=True) + 1e-5)
-    x = jax.nn.relu(x * params["1/weight"][:, None, None] + params["1/bias"][:, None, None])
-    x = jax.nn.relu(conv(x, params["3/weight"], 2) + params["3/bias"][:, None, None])
-    return x.mean((2, 3)) @ params["7/weight"].T + params["7/bias"]
+    x = jax.nn.relu(x * column(f"{NORM}/weight") + column(f"{NORM}/bias"))
+    x = jax.nn.relu(conv(x, params[f"{SECOND}/weight"], 2) + column(f"{SECOND}/bias"))
+    return x.mean((2, 3)) @ params[f"{DENSE}/weight"].T + params[f"{DENSE}/bias"]
 
 
 def loss(params, batch):
     return losses.cross_entropy(network(params, batch[0]), batch[1]).mean()
 
 
-@pytest.mark.parametrize(("constraint", "lr"), golden_data.parts("04_sfw_init.npz", r"(\w+)/lr=([^/]+)/"))
+def golden_set(constraint, size):
+    """The feasible set of an array of `size` entries, for the original's hyper-parameters."""
+    hyper = golden_data.hyper(FILE)
+    own = dict(tau=hyper["diameter"], mode="diameter")
+    if constraint == "ksparse":
+        return polytopes.k_sparse(size, 1.0, k=hyper["K"], k_frac=hyper["K_frac"], **own)
+    return polytopes.lp_ball(size, 1.0, p=constraint.removeprefix("l"), **own)
+
+
+@functools.cache
+def compiled(constraint):
+    """One step of the scales' optimizer; the inner learning rate is an argument."""
+    golden, hyper = golden_data.load(FILE), golden_data.hyper(FILE)
+    sets = {path: golden_set(constraint, golden[f"init/{name}"].size) for path, name in zip(PATHS, NAMES)}
+    options = dict(
+        scale_learning_rate=hyper["adam_lr"],
+        min_scale=hyper["min_scale_weight"],
+        clip=hyper["grad_clip"],
+        beta1=hyper["betas"][0],
+        beta2=hyper["betas"][1],
+        eps=hyper["eps"],
+    )
+
+    @jax.jit
+    def step(learning_rate, state, inner, outer):
+        return gradinit.scale_step(loss, sets, learning_rate=learning_rate, **options)(state, inner, outer)
+
+    return sets, step
+
+
+@pytest.mark.parametrize(("constraint", "lr"), golden_data.parts(FILE, r"(\w+)/lr=([^/]+)/"))
 def test_scales_match_the_original(constraint, lr):
-    golden, hyper = golden_data.load("04_sfw_init.npz"), golden_data.hyper("04_sfw_init.npz")
-    case, names = f"{constraint}/lr={lr}", [str(n).replace(".", "/") for n in golden["param_names"]]
+    golden, hyper, case = golden_data.load(FILE), golden_data.hyper(FILE), f"{constraint}/lr={lr}"
+    assert hyper["min_scale_bias"] == 0  # not an option: biases may reach 0
     with jax.enable_x64(True):
-        params = {name: jnp.asarray(golden["init/" + name.replace("/", ".")]) for name in names}
-        if constraint == "ksparse":
-            sets = {n: polytopes.KSparse(int(k), r) for n, (k, r) in zip(names, golden[f"{case}/constraint_K_radius"])}
-        else:
-            sets = {n: polytopes.LpBall(hyper["diameter"] / 2, 2.0) for n in names}
-        assert hyper["min_scale_bias"] == 0  # not an option: biases may reach 0
-        options = dict(
-            learning_rate=float(lr),
-            scale_learning_rate=hyper["adam_lr"],
-            min_scale=hyper["min_scale_weight"],
-            clip=hyper["grad_clip"],
-            beta1=hyper["betas"][0],
-            beta2=hyper["betas"][1],
-            eps=hyper["eps"],
-        )
-        step = jax.jit(gradinit.scale_step(loss, sets, **options))
+        params = {path: jnp.asarray(golden[f"init/{name}"]) for path, name in zip(PATHS, NAMES)}
+        sets, step = compiled(constraint)
+        ours = [(getattr(sets[path], "k", 0), sets[path].radius) for path in PATHS]
+        np.testing.assert_allclose(ours, golden[f"{case}/constraint_K_radius"], **CLOSE)
         state, batches = gradinit.init(params), len(golden["batches/x"])
+        in_order = lambda tree: [tree[path] for path in PATHS]
         for i in range(hyper["iterations"]):
-            x, y = zip(
-                *((golden["batches/x"][j % batches], golden["batches/y"][j % batches]) for j in range(3 * i, 3 * i + 3))
-            )
+            numbers = [j % batches for j in range(3 * i, 3 * i + 3)]
+            x, y = ([golden[f"batches/{part}"][j] for j in numbers] for part in "xy")
             inner = (np.concatenate(x[:2]), np.concatenate(y[:2]))
             outer = (np.concatenate((x[0], x[2])), np.concatenate((y[0], y[2])))
-            state, metrics = step(state, inner, outer)
-            in_order = lambda tree: [tree[name] for name in names]
+            state, metrics = step(float(lr), state, inner, outer)
             before_after = [metrics.loss_before, metrics.loss_after]
             np.testing.assert_allclose(before_after, golden[f"{case}/losses"][i], **CLOSE)
             np.testing.assert_allclose(in_order(metrics.step_sizes), golden[f"{case}/inner_step_size"][i], **CLOSE)
@@ -63,8 +89,10 @@ def test_scales_match_the_original(constraint, lr):
                 in_order(metrics.inner_products), golden[f"{case}/inner_product"][i], rtol=1e-6, atol=1e-10
             )
             np.testing.assert_allclose(in_order(state.scales), golden[f"{case}/alpha"][i], **CLOSE)
-        for name in names:
-            np.testing.assert_allclose(state.params[name], golden[f"{case}/final/" + name.replace("/", ".")], **CLOSE)
+        for path, name in zip(PATHS, NAMES):
+            np.testing.assert_allclose(state.params[path], golden[f"{case}/final/{name}"], **CLOSE)
+    for name in golden_data.parts(FILE, rf"{case}/final_buffers/(.+)"):  # as new; our steps have none to change
+        np.testing.assert_array_equal(golden[f"{case}/final_buffers/{name}"], float(name.endswith("running_var")))
 
 
 def test_params_may_be_tuples():

@@ -20,7 +20,8 @@ from sparsity_jax import groups, growing, masks, tables
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 GOLDEN = "08_growing_reg.npz"
 HYPER = golden_data.hyper(GOLDEN)
-CASES = [case for case in HYPER if "method" in HYPER[case]]
+CASES = golden_data.parts(GOLDEN, r"(?!structural/)(.+)/layer_names$")
+PAIRS, CLASSIFIER = golden_data.growing_modules()
 
 
 def options(case):
@@ -121,10 +122,14 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
         if path in done:
             assert done[path] == finish[j]
             assert picked[path] == max(pick[j], 0)  # -1: never, which is from the start
-            np.testing.assert_array_equal(~growing.kept(state)[path], removed(case, j, params[names[j]]["kernel"]))
+            kept = np.asarray(growing.kept(state)[path])
+            np.testing.assert_array_equal(~kept, removed(case, j, params[names[j]]["kernel"]))
         else:
+            kept = np.ones(params[names[j]]["kernel"].shape, bool)
             assert finish[j] == 0
             assert golden[f"{case}/pruned_idx/{j}"].size == 0
+        if HYPER[case]["wg"] == "weight":
+            np.testing.assert_array_equal(golden_data.to_torch(kept), golden[f"{case}/mask/{j}"])
     assert max(done.values()) == golden[f"{case}/iter_stabilize"]
     np.testing.assert_array_equal(golden[f"{case}/iterations"], np.arange(len(golden[f"{case}/state"])))
     np.testing.assert_array_equal(golden[f"{case}/pr"], HYPER[case]["stage_pr"])
@@ -162,7 +167,7 @@ def test_first_choice_of_the_original(case):
 def forward(params, images):
     """(logits, [mean and variance of each batch norm as PyTorch's running statistics take them])."""
     x, statistics = images, []
-    for conv, norm in (("features.0", "features.1"), ("features.4", "features.5")):
+    for (conv, norm), pool in zip(PAIRS, (jnp.max, jnp.mean), strict=True):
         x = jax.lax.conv_general_dilated(
             x, params[conv]["weight"], (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW")
         )
@@ -173,13 +178,20 @@ def forward(params, images):
         statistics += [mean.ravel(), var.ravel() * count / (count - 1)]
         scale, bias = (params[norm][k][:, None, None] for k in ("weight", "bias"))
         x = jax.nn.relu((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias)
-        pool = jnp.max if norm == "features.1" else jnp.mean
         x = pool(x.reshape(*x.shape[:2], x.shape[2] // 2, 2, x.shape[3] // 2, 2), (3, 5))
-    logits = x.reshape(len(x), -1) @ params["classifier"]["weight"].T + params["classifier"]["bias"]
+    logits = x.reshape(len(x), -1) @ params[CLASSIFIER]["weight"].T + params[CLASSIFIER]["bias"]
     return logits, statistics
 
 
-STATISTICS = [f"features.{i}.running_{name}" for i in (1, 5) for name in ("mean", "var")]
+STATISTICS = [f"{norm}.running_{name}" for _, norm in PAIRS for name in ("mean", "var")]
+
+
+def test_the_network_is_that_of_its_hyper_parameters():
+    golden, net = golden_data.load(GOLDEN), HYPER["net"]
+    kernels = [golden[f"init/{conv}.weight"].shape for conv, _ in PAIRS]
+    assert [kernels[0][1], *(shape[0] for shape in kernels)] == net["c"]
+    assert golden[f"init/{CLASSIFIER}.weight"].shape == (net["nc"], net["c"][-1] * net["fs"] ** 2)
+    assert golden["data/x"].shape == (net["nb"], net["B"], net["c"][0], net["hw"], net["hw"])
 
 
 @pytest.mark.parametrize("case", [*CASES[::4], *CASES[-1:]])

@@ -14,13 +14,14 @@ import pytest
 from sparsity_jax import groups, growing, models, ratios, trees
 
 FILE = "08_growing_reg.npz"
-CASES = golden_data.parts(FILE, r"(\w+-?\d?/(?:filter|channel|weight)\w*)/pr$")
+CASES = golden_data.parts(FILE, r"(?!structural/)(.+)/layer_names$")
+PAIRS, CLASSIFIER = golden_data.growing_modules()
 
 
 def network(variables, images):
     """The original's network in its layouts, with running statistics."""
     params, stats, x = variables["params"], variables["batch_stats"], images
-    for conv, norm, pool in (("features.0", "features.1", jnp.max), ("features.4", "features.5", jnp.mean)):
+    for (conv, norm), pool in zip(PAIRS, (jnp.max, jnp.mean), strict=True):
         dimensions = ("NCHW", "OIHW", "NCHW")
         x = jax.lax.conv_general_dilated(x, params[conv]["weight"], (1, 1), "SAME", dimension_numbers=dimensions)
         if "bias" in params[conv]:
@@ -31,7 +32,7 @@ def network(variables, images):
         x = jax.nn.relu(x)
         batch, channels, height, width = x.shape
         x = pool(x.reshape(batch, channels, height // 2, 2, width // 2, 2), (3, 5))
-    return x.reshape(len(x), -1) @ params["classifier"]["weight"].T + params["classifier"]["bias"]
+    return x.reshape(len(x), -1) @ params[CLASSIFIER]["weight"].T + params[CLASSIFIER]["bias"]
 
 
 def stored(case, moment):
@@ -84,12 +85,14 @@ def test_what_is_left_is_the_originals(case):
 
 # Whole networks, whose weights follow a rule: selection by L1 norm and removal
 
-SIDES = {"vgg": 16, "resnet": 32}  # of their images, which are not in the file
 WHOLE = golden_data.parts(FILE, r"structural/(\w+)/(\w+)/pr$")
 
 
 class Whole(NamedTuple):
-    """A network before the removal; paths: of its arrays in the original's order; layers: paths of its kernels."""
+    """A network before the removal.
+
+    paths: of its arrays in the original's order. layers: paths of its kernels; modules: their names in the file.
+    """
 
     apply: Callable
     variables: dict
@@ -97,6 +100,7 @@ class Whole(NamedTuple):
     images: np.ndarray
     paths: list[str]
     layers: list[str]
+    modules: list[str]
 
 
 def parameter_names(layers, shapes):
@@ -116,17 +120,18 @@ def parameter_names(layers, shapes):
 def whole(net):
     golden, key = golden_data.load(FILE), f"structural/{net}/{dict(WHOLE)[net]}"
     shapes = golden_data.shapes_of(golden[f"{key}/param_shapes_before"])
-    names = parameter_names(golden[f"{key}/layer_names"], shapes)
+    modules = golden[f"{key}/layer_names"].tolist()
+    names = parameter_names(modules, shapes)
     batch, num_classes = golden[f"{key}/logits_before"].shape
     options = golden_data.architecture(names, shapes)
-    side = SIDES[options["name"]]
+    side = golden_data.STRUCTURAL_SIDES[options["name"]]
     images = golden_data.images((batch, shapes[0][1], side, side))
     model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **options)
     variables = golden_data.variables(names, shapes)
     channels = groups.trace(model.apply, variables, images)
     paths = [f"params/{path}" for path in golden_data.paths(names, shapes).values()]
     layers = [path for path in paths if path.endswith("kernel")]
-    return Whole(jax.jit(model.apply), variables, channels, images, paths, layers)
+    return Whole(jax.jit(model.apply), variables, channels, images, paths, layers, modules)
 
 
 def masked_by(variables, keep):
@@ -154,6 +159,9 @@ def test_whole_networks_after_the_removal(net, granularity):
     pruned = [golden[f"{case}/pruned_idx/{number}"] for number in numbers]
     with jax.enable_x64(True):
         it = whole(net)
+        assert it.modules == golden[f"{case}/layer_names"].tolist()
+        ours = [to_text(golden_data.leaf(it.variables, path).shape) for path in it.paths]
+        assert ours == golden[f"{case}/param_shapes_before"].tolist()
         logits = it.apply(it.variables, it.images)
         np.testing.assert_allclose(logits, golden[f"{case}/logits_before"], rtol=1e-9, atol=1e-11)
         options = dict(granularity=granularity, skip=own["skip_layers"], reading="original")

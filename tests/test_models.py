@@ -1,6 +1,7 @@
 """The model zoo: numbers of the original PyTorch networks, and what every row of MODELS promises."""
 
 import functools
+import os
 import re
 
 import golden_data
@@ -11,46 +12,32 @@ import pytest
 from flax import linen as nn
 
 from sparsity_jax import models, pretrained, tables, trees
-from sparsity_jax.models import layers, vgg
+from sparsity_jax.models import layers
 
-GOLDEN_NETS = {
-    "sfw/MLP": {"name": "mlp"},
-    "sfw/ResNet18": {"name": "resnet18"},
-    "sfw/ResNet50": {"name": "resnet50"},
-    "sfw/PreActResNet18": {"name": "preact_resnet18"},
-    "sfw/VGG16": {"name": "vgg16"},
-    "flow/VGG": {"name": "vgg13", "order": "conv_relu_bn", "conv_bias": False},
-    "flow/MobileNet": {"name": "mobilenet"},
-    "flow/ResNet18": {"name": "resnet18"},
-    "flow/ResNet34": {"name": "resnet34"},
-    "flow/ResNet56": {"name": "resnet56", "shortcut": "projection"},
-    "greg/resnet20": {"name": "resnet20"},
-    "greg/resnet56": {"name": "resnet56"},
-    "greg/vgg19": {"name": "vgg", "layout": vgg.stages(19, 64)[:-1], "conv_bias": False},
-    "greg/vgg16_nobn": {"name": "vgg", "layout": vgg.stages(16, 64)[:-1], "conv_bias": False, "batch_norm": False},
-    "greg/lenet5": {"name": "lenet5"},
-    "greg/lenet5_mini": {"name": "lenet5", "widths": (10, 10, 10), "dense_widths": (10,)},
-    "greg/mlp_7_linear": {"name": "mlp7", "activation": "linear"},
-    "greg/alexnet_cifar10": {"name": "alexnet_cifar"},
-    "greg/alexnet_cifar10_half": {
-        "name": "alexnet_cifar",
-        "widths": (24, 64, 96, 96, 64),
-        "dense_widths": (256, 128),
-    },
-    "greg/alexnet_bn_224": {"name": "alexnet_bn"},
-    "greg/wrn": {"name": "wrn"},
-    "greg/mobilenetv2": {"name": "mobilenet_v2"},
-    "imagenet/resnet34": {"name": "resnet34", "stem": "imagenet"},
-    "imagenet/resnet50": {"name": "resnet50", "stem": "imagenet"},
-    "oneshot/FC5": {"name": "fc5"},
-    "oneshot/FC5_mnist": {"name": "fc5"},
-    "oneshot/FC12": {"name": "fc12"},
-    "oneshot/AlexNet": {"name": "alexnet"},
-    "oneshot/VGG16": {"name": "vgg16"},
-    "oneshot/ResNet18": {"name": "resnet18"},
-    "oneshot/ResNet50": {"name": "resnet50"},
-    "oneshot/LeNet": {"name": "lenet"},
-    "oneshot/CNet": {"name": "cnet"},
+ORIGINALS = golden_data.load("11_models.json")
+# Rows of MODELS that are a network of the originals: options besides the defaults.
+PUBLISHED = {
+    "mlp": {},
+    "fc5": {},
+    "fc12": {},
+    "mlp7": {"activation": "linear"},
+    "lenet": {},
+    "lenet5": {},
+    "cnet": {},
+    "alexnet": {},
+    "alexnet_cifar": {},
+    "alexnet_bn": {},
+    "vgg13": {"order": "conv_relu_bn", "conv_bias": False},
+    "vgg16": {},
+    "resnet18": {},
+    "resnet34": {"stem": "imagenet"},
+    "resnet50": {},
+    "resnet20": {},
+    "resnet56": {},
+    "preact_resnet18": {},
+    "wrn": {},
+    "mobilenet": {},
+    "mobilenet_v2": {},
 }
 # Networks and image sizes without stored logits: parameters with 10 classes, counted by hand.
 COUNTS = {
@@ -132,14 +119,26 @@ def test_weight_rule():
     np.testing.assert_array_equal(golden_data.rule_input((3, 32, 32)).ravel()[:8], stored["rule/input_first8_3x32x32"])
 
 
-@pytest.mark.parametrize("key", [key for key in golden_data.load("11_models.json") if key in GOLDEN_NETS])
+@pytest.mark.skipif("GOLDEN" in os.environ, reason="other sets need not have all of our published networks")
+def test_presets_are_networks_of_the_originals():
+    def module(name, num_classes, **options):
+        return models.MODELS[name](num_classes, settings(), **options)
+
+    originals = [golden_data.network_options(key) for key in ORIGINALS]
+    theirs = [module(**options) for options in originals]
+    for name, options in PUBLISHED.items():
+        ours = [module(name, num_classes, **options) for num_classes in {own["num_classes"] for own in originals}]
+        assert any(preset in theirs for preset in ours), name
+
+
+@pytest.mark.parametrize("key", ORIGINALS)
 def test_logits_and_parameter_count_of_the_original(key):
-    net, expected = golden_data.load("11_models.json")[key], golden_data.load("11_models.npz")[f"{key}/logits"]
-    options, shape = GOLDEN_NETS[key], net["input_shape"]
+    net, expected = ORIGINALS[key], golden_data.load("11_models.npz")[f"{key}/logits"]
+    shape = net["input_shape"]
     dense = max(map(len, net["param_shapes"])) == 2  # those of the originals flatten NCHW images
     images = golden_data.rule_input(shape) if dense else golden_data.images(shape)
     with jax.enable_x64(True):
-        model = models.build(num_classes=expected.shape[-1], dtype="float64", param_dtype="float64", **options)
+        model = models.build(dtype="float64", param_dtype="float64", **golden_data.network_options(key))
         created = jax.eval_shape(model.init, jax.random.key(0), images)
         variables = pretrained.to_variables(golden_data.state_dict(net["param_names"], net["param_shapes"]), created)
         assert sum(leaf.size for leaf in jax.tree.leaves(created["params"])) == net["n_params"]
@@ -176,11 +175,10 @@ def shape_of_images(shape):
     return (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else tuple(shape)
 
 
-@pytest.mark.parametrize("key", [key for key in golden_data.load("11_models.json") if key in GOLDEN_NETS])
+@pytest.mark.parametrize("key", ORIGINALS)
 def test_names_orders_and_layers_of_the_original(key):
-    net = golden_data.load("11_models.json")[key]
-    num_classes = net["weight_layers"][-1][2][0]
-    model = models.build(num_classes=num_classes, **GOLDEN_NETS[key])
+    net = ORIGINALS[key]
+    model = models.build(**golden_data.network_options(key))
     images = jnp.zeros(shape_of_images(net["input_shape"]))
     found, norms, variables = layers_of(model, images)
     shapes = dict(zip(net["param_names"], net["param_shapes"], strict=True))
@@ -218,7 +216,7 @@ def test_parameter_count(name, shape):
 def test_training_steps_of_the_original(key):
     stored, hyper = golden_data.load("12_training_steps.npz"), golden_data.hyper("12_training_steps.npz")
     momentum_rate, decay, rate = (hyper[name] for name in ("momentum", "weight_decay", "lr"))
-    expected = {name.removeprefix(f"{key}/"): array for name, array in stored.items() if name.startswith(f"{key}/")}
+    expected = stored.under(key)
     torch_names = [str(name) for name in expected["param_names"]]
     torch_shapes = golden_data.shapes_of(expected["param_shapes"])
     paths = golden_data.paths(torch_names, torch_shapes)

@@ -1,5 +1,6 @@
 """Optimizers and schedules: golden numbers of the original, feasibility, composition, errors."""
 
+import functools
 import re
 
 import golden_data
@@ -14,94 +15,78 @@ from sparsity_jax import optim, polytopes, tables, trees
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 
 
-def golden_cases(kind):
-    return sorted(golden_data.parts("02_sfw_optimizers.npz", rf"({kind}/.+)/\d+"))
+FILE = "02_sfw_optimizers.npz"
+SCHEDULES = "03_lr_schedules.npz"
+CASES = golden_data.parts(FILE, r"((?:sfw|adagradsfw|projsgd)/.+)/\d+")
+NOT_TRACED = ("rescale", "inner", "nesterov")
 
 
 def golden_sets(name):
-    hyper = golden_data.hyper("02_sfw_optimizers.npz")
-    return {
-        "ksparse": [polytopes.KSparse(k, r) for k, r in zip(hyper["K"], hyper["k_radius"])],
-        "l2": [polytopes.LpBall(r, 2.0, zero_below=1e-10) for r in hyper["l2_radius"]],
-        "linf": [polytopes.LpBall(r, float("inf"), zero_up=True) for r in hyper["linf"]],
-        "l1": [polytopes.LpBall(r, 1.0) for r in hyper["l1"]],
-        "none": [polytopes.Unconstrained()] * len(hyper["K"]),
-    }[name]
+    """Of each tensor; `name`: "ksparse", "none", or "l" and the order of the norm."""
+    hyper = golden_data.hyper(FILE)
+    if name == "none":
+        return [polytopes.Unconstrained()] * len(hyper["K"])
+    if name == "ksparse":
+        return [polytopes.KSparse(k, radius) for k, radius in zip(hyper["K"], hyper["k_radius"])]
+    radii = hyper[name] if name in hyper else hyper[f"{name}_radius"]
+    order = float(name.removeprefix("l"))
+    return [polytopes.LpBall(radius, order, zero_up=True, zero_below=1e-10) for radius in radii]
 
 
-def settings(case):
-    return dict(item.split("=") for item in case.split("/")[2:])
+def transformation(kind, sets, given):
+    """Our optimizer for the original's; given: its settings, of which numbers may be traced."""
+    if kind == "sfw":
+        rescale = given["rescale"].replace("None", "none")
+        return optim.sfw(given["lr"], sets, momentum=given["momentum"], rescale=rescale)
+    if kind == "adagradsfw":
+        own = dict(inner_steps=int(given["inner"]), delta=given["delta"])
+        return optim.adagrad_sfw(given["lr"], sets, momentum=given["momentum"], **own)
+    own = dict(dampening=given["dampening"], weight_decay=given["wd"], nesterov=given["nesterov"] == "True")
+    return optim.sgd(given["lr"], sets, momentum=given["momentum"], **own)
 
 
-def replay(case, make_tx):
-    """Parameters after each of the golden steps, under the optimizer `make_tx(sets)`."""
-    golden, name = golden_data.load("02_sfw_optimizers.npz"), case.split("/")[1]
+@functools.cache
+def program(kind, name, fixed):
+    """Parameters after every step, as a compiled function of the numbers among the settings."""
+
+    @jax.jit
+    def replay(numbers, params, grads):
+        tx = transformation(kind, golden_sets(name), numbers | dict(fixed))
+
+        def step(carry, grads):
+            params, state = carry
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
+
+    return replay
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_optimizers_match_the_original(case):
+    golden, (kind, name, *settings) = golden_data.load(FILE), case.split("/")
+    given = dict(setting.split("=") for setting in settings)
+    fixed = tuple((key, value) for key, value in given.items() if key in NOT_TRACED)
+    numbers = {key: float(value) for key, value in given.items() if key not in NOT_TRACED}
     starts = "start_raw" if name == "none" else f"start/{name}"
-    tensors = range(len(golden_sets(name)))
-    params = [jnp.asarray(golden[f"{starts}/{j}"]) for j in tensors]
-    raw = [jnp.asarray(golden[f"start_raw/{j}"]) for j in tensors]
-    np.testing.assert_allclose(
-        jnp.concatenate([x.ravel() for x in polytopes.shift_inside(raw, golden_sets(name))]),
-        jnp.concatenate([x.ravel() for x in params]),
-        **CLOSE,
-    )
-    tx = make_tx(golden_sets(name))
-    step = jax.jit(lambda g, s, p: tx.update(g, s, p))
-    state = tx.init(params)
-    for i in range(golden_data.hyper("02_sfw_optimizers.npz")["steps"]):
-        grads = [jnp.asarray(golden[f"grads/{j}"][i]) for j in tensors]
-        updates, state = step(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        for j in tensors:
-            np.testing.assert_allclose(params[j], golden[f"{case}/{j}"][i], err_msg=f"{case} step {i}", **CLOSE)
-
-
-@pytest.mark.parametrize("case", golden_cases("sfw"))
-def test_sfw_matches_the_original(case):
-    given = settings(case)
     with jax.enable_x64(True):
-        replay(
-            case,
-            lambda sets: optim.sfw(
-                float(given["lr"]),
-                sets,
-                momentum=float(given["momentum"]),
-                rescale=given["rescale"].replace("None", "none"),
-            ),
+        sets = golden_sets(name)
+        params, raw, grads = (
+            [jnp.asarray(golden[f"{group}/{j}"]) for j in range(len(sets))] for group in (starts, "start_raw", "grads")
         )
+        for ours, expected in zip(inside(raw, name), params):
+            np.testing.assert_allclose(ours, expected, **CLOSE)
+        found = program(kind, name, fixed)(numbers, params, grads)
+        for j, ours in enumerate(found):
+            assert len(ours) == golden_data.hyper(FILE)["steps"]
+            np.testing.assert_allclose(ours, golden[f"{case}/{j}"], err_msg=f"{case} {j}", **CLOSE)
 
 
-@pytest.mark.parametrize("case", golden_cases("adagradsfw"))
-def test_adagrad_sfw_matches_the_original(case):
-    given = settings(case)
-    with jax.enable_x64(True):
-        replay(
-            case,
-            lambda sets: optim.adagrad_sfw(
-                float(given["lr"]),
-                sets,
-                momentum=float(given["momentum"]),
-                inner_steps=int(given["inner"]),
-                delta=float(given["delta"]),
-            ),
-        )
-
-
-@pytest.mark.parametrize("case", golden_cases("projsgd"))
-def test_projected_sgd_matches_the_original(case):
-    given = settings(case)
-    with jax.enable_x64(True):
-        replay(
-            case,
-            lambda sets: optim.sgd(
-                float(given["lr"]),
-                sets,
-                momentum=float(given["momentum"]),
-                dampening=float(given["dampening"]),
-                weight_decay=float(given["wd"]),
-                nesterov=given["nesterov"] == "True",
-            ),
-        )
+@functools.partial(jax.jit, static_argnums=1)
+def inside(params, name):
+    return polytopes.shift_inside(params, golden_sets(name))
 
 
 def rates(rate, losses):
@@ -117,10 +102,11 @@ def rates(rate, losses):
     return np.asarray(out).reshape(epochs, steps)
 
 
-@pytest.mark.parametrize(("name", "base"), golden_data.parts("03_lr_schedules.npz", r"(\w+)/lr0=(.+)"))
+@pytest.mark.parametrize(("name", "base"), golden_data.parts(SCHEDULES, r"(\w+)/lr0=(.+)"))
 def test_schemes_match_the_original(name, base):
-    golden = golden_data.load("03_lr_schedules.npz")
+    golden = golden_data.load(SCHEDULES)
     losses = golden["epoch_batch_losses"]
+    assert len(losses) == golden_data.hyper(SCHEDULES)["epochs"]
     own = dict(loss="last_batch") if name == "dynamic_change" else {}
     with jax.enable_x64(True):
         ours = rates(optim.SCHEDULES[name](float(base), *losses.shape, **own), losses)
@@ -128,18 +114,19 @@ def test_schemes_match_the_original(name, base):
     np.testing.assert_allclose(ours[:, 0], golden[f"{name}/lr0={base}"], **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "base"), golden_data.parts("03_lr_schedules.npz", r"short/(\w+)/lr0=(.+)"))
+@pytest.mark.parametrize(("name", "base"), golden_data.parts(SCHEDULES, r"short/(\w+)/lr0=(.+)"))
 def test_schemes_of_short_runs_match_the_original(name, base):
-    golden = golden_data.load("03_lr_schedules.npz")
+    golden = golden_data.load(SCHEDULES)
     losses = golden["short/epoch_losses"][:, None]
+    assert len(losses) == golden_data.hyper(SCHEDULES)["short_epochs"]
     with jax.enable_x64(True):
         ours = rates(optim.SCHEDULES[name](float(base), *losses.shape), losses)
     np.testing.assert_allclose(ours[:, 0], golden[f"short/{name}/lr0={base}"], **CLOSE)
 
 
-@pytest.mark.parametrize("preset", golden_data.parts("03_lr_schedules.npz", r"preset/(\d+)/"))
+@pytest.mark.parametrize("preset", golden_data.parts(SCHEDULES, r"preset/(\d+)/"))
 def test_piecewise_tables_match_the_original(preset):
-    golden = golden_data.load("03_lr_schedules.npz")
+    golden = golden_data.load(SCHEDULES)
     table = str(golden[f"preset/{preset}/spec"][0]).strip("{}")
     expected = golden[f"preset/{preset}/lr"]
     shape = (len(expected), 2)
@@ -151,17 +138,19 @@ def test_piecewise_tables_match_the_original(preset):
 ONE_SHOT = {"multistep": optim.original_multistep, "cos": optim.original_cosine}
 
 
-@pytest.mark.parametrize("name", golden_data.parts("03_lr_schedules.npz", r"globalprune/(\w+)"))
+@pytest.mark.parametrize("name", golden_data.parts(SCHEDULES, r"globalprune/(\w+)"))
 def test_schedules_of_the_one_shot_original(name):
     """Rates of every iteration, defects included: milestones and period in iterations, recursion from warm-up rates."""
-    hyper = golden_data.hyper("03_lr_schedules.npz")[name]
+    hyper = golden_data.hyper(SCHEDULES)[name]
     own = dict(warmup_epochs=hyper["warm"])
     if hyper["schedumode"] == "multistep":
         own.update(milestones=tuple(hyper["milestones"]) if hyper["schedu"] else (), gamma=hyper["gamma"])
+    else:
+        assert hyper["schedu"]
     epochs, steps = hyper["epoch"], hyper["iterations_per_epoch"]
     with jax.enable_x64(True):
         ours = rates(ONE_SHOT[hyper["schedumode"]](hyper["base_lr"], epochs, steps, **own), np.zeros((epochs, steps)))
-    expected = golden_data.load("03_lr_schedules.npz")[f"globalprune/{name}"]
+    expected = golden_data.load(SCHEDULES)[f"globalprune/{name}"]
     np.testing.assert_allclose(ours.ravel(), expected, rtol=1e-12, atol=1e-15)
 
 

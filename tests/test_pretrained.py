@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
-from test_models import GOLDEN_NETS, TINY
+from test_models import ORIGINALS, TINY
 
 from sparsity_jax import evaluate, masks, models, pipeline, pretrained, report, tables, train, trees
 
@@ -60,14 +60,21 @@ def without_counters(state_dict):
 # PyTorch's numbers
 
 
-@pytest.mark.parametrize("key", ["imagenet/resnet50", "greg/mobilenetv2"])
+# Of a ResNet with a projection in its first block, or of a MobileNet V2
+TORCHVISIONS_NAME = r"(net\.)?(layer1\.0\.downsample\.0|features\.1\.conv\.0\.0)\.weight"
+TORCHVISION = [
+    key for key, net in ORIGINALS.items() if any(re.fullmatch(TORCHVISIONS_NAME, name) for name in net["param_names"])
+]
+
+
+@pytest.mark.parametrize("key", TORCHVISION)
 def test_logits_of_the_original_through_a_file(key, tmp_path):
-    net, expected = golden_data.load("11_models.json")[key], golden_data.load("11_models.npz")[f"{key}/logits"]
+    net, expected = ORIGINALS[key], golden_data.load("11_models.npz")[f"{key}/logits"]
     state_dict = golden_data.state_dict(net["param_names"], net["param_shapes"])
     state_dict = {name: array.astype(np.float32 if array.ndim else np.int64) for name, array in state_dict.items()}
     path = pretrained.write(tmp_path / "net.safetensors", state_dict)
     same(pretrained.read(path), state_dict)
-    model = models.build(num_classes=expected.shape[-1], **GOLDEN_NETS[key])
+    model = models.build(**golden_data.network_options(key))
     images = golden_data.images(net["input_shape"]).astype(np.float32)
     like = jax.eval_shape(model.init, KEY, images)
     variables = pretrained.to_variables(pretrained.read(path), like)

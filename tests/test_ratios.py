@@ -28,14 +28,16 @@ SINGLE = golden_data.parts(FILE, r"single/(\w+)/")
 
 def golden(key):
     """(notation, skip, layers, ratios by granularity, all stored arrays of the network)."""
-    stored = golden_data.load(FILE)
-    own = {name.removeprefix(f"{key}/"): stored[name] for name in stored if name.startswith(f"{key}/")}
+    own = golden_data.load(FILE).under(key)
     text = lambda name: str(own[name][0])
     return text("stage_pr"), text("skip_layers"), own["layer_names"].tolist(), own
 
 
+NETWORKS = [f"resnet/{name}" for name in RESIDUAL] + [f"single/{name}" for name in SINGLE]
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("key", [f"resnet/{name}" for name in RESIDUAL] + [f"single/{name}" for name in SINGLE])
+@pytest.mark.parametrize("key", NETWORKS)
 def test_ratios_of_the_original(key, granularity):
     notation, skip, layers, own = golden(key)
     table = ratios.parse(notation, layers, granularity=granularity, skip=skip, reading="original")
@@ -48,6 +50,14 @@ def test_places_of_the_original(name):
     _, _, layers, own = golden(f"resnet/{name}")
     for layer, (stage, block, conv) in zip(ratios.places(layers), own["stage_seq_block"], strict=True):
         assert layer.address == ((stage,) if block == -9 else (stage, block, conv)), layer
+
+
+@pytest.mark.parametrize("key", NETWORKS)
+def test_layers_are_counted_as_in_the_original(key):
+    """A projection shortcut has the number of the layer before it."""
+    _, _, layers, own = golden(key)
+    counted = [layer.address[2:] != (-1,) for layer in ratios.places(layers)]
+    np.testing.assert_array_equal(np.cumsum(counted) - 1, own["layer_index"])
 
 
 @pytest.mark.parametrize("i", golden_data.parts(FILE, r"single_branch_parse/(\d+)/"))

@@ -9,8 +9,10 @@ import golden_data
 import jax
 import numpy as np
 import pytest
+from test_budgets import by_layer
+from test_scores import Group, member
 
-from sparsity_jax import groups, models
+from sparsity_jax import groups, losses, models, scores
 
 FILE = "07_rounds_and_cap.npz"
 HYPER = golden_data.hyper(FILE)
@@ -46,6 +48,11 @@ class Original(NamedTuple):
     shrinking: list[str]
 
 
+def options_of(names, shapes):
+    strides = [block[1] if isinstance(block, list) else 1 for block in HYPER["mobilenet_cfg"][1]]
+    return golden_data.architecture(names, shapes, strides)
+
+
 @functools.cache
 def original(net):
     golden = golden_data.load(FILE)
@@ -56,8 +63,7 @@ def original(net):
         stats |= {f"{path}/mean": running[:width], f"{path}/var": running[width : 2 * width]}
         running = running[2 * width :]
     variables["batch_stats"] = golden_data.nest(stats)
-    strides = [block[1] if isinstance(block, list) else 1 for block in HYPER["mobilenet_cfg"][1]]
-    options = golden_data.architecture(names, shapes, strides)
+    options = options_of(names, shapes)
     num_classes = golden[f"rounds/{net}/logits_before"].shape[-1]
     model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **options)
     channels = groups.trace(model.apply, variables, images())
@@ -67,6 +73,26 @@ def original(net):
     owners = [next(name for name, own in producers.items() if kernel in own) for kernel in kernels]
     shrinking = [name for name, own in producers.items() if list(own.values()).count("producer") == 1]
     return Original(jax.jit(model.apply), variables, channels, kernels, list(norms), owners, shrinking)
+
+
+@pytest.mark.parametrize("net", dict(CASES))
+def test_networks_are_those_of_the_hyper_parameters(net):
+    names, shapes, _, _ = unpacked(net)
+    options = options_of(names, shapes)
+    if options["name"] == "vgg":
+        assert list(options["layout"]) == HYPER["vgg_cfg"]
+    elif options["name"] == "mobilenet":
+        first = lambda block: block[0] if isinstance(block, list) else block
+        stem, blocks = HYPER["mobilenet_cfg"]
+        assert (options["stem_width"], [width for width, _ in options["blocks"]]) == (stem, list(map(first, blocks)))
+    else:
+        own = HYPER["resnet56_cfg"]
+        stages = [own["l1"], own["l2"], own["l3"]]  # of each block the inner and the outer width
+        assert options["stem_width"] == own["base"]
+        assert list(options["inner_widths"]) == [width for widths in stages for width in widths[::2]]
+        for outer, count, widths in zip(options["widths"], options["stage_sizes"], stages, strict=True):
+            assert widths[1::2] == [outer] * count
+        assert list(options["widths"][1:]) == [own["l2s"], own["l3s"]]
 
 
 def images():
@@ -93,6 +119,26 @@ def silenced(it, silent):
     return variables
 
 
+@functools.cache
+def importance(net, measure):
+    """scores(variables) of the filters of each convolution, on the original's training batches."""
+    golden, it = golden_data.load(FILE), original(net)
+    inputs, labels = golden["rounds/train_x"], golden["rounds/train_y"]
+    num_batches = -(-HYPER["imp_samples"] // labels.shape[1])
+    data = np.concatenate(inputs[:num_batches]).transpose(0, 2, 3, 1), np.concatenate(labels[:num_batches])
+
+    def loss(params, batch, temperature):
+        logits = it.apply(it.variables | params, batch[0])
+        return losses.cross_entropy(logits, batch[1], temperature=temperature).mean()
+
+    needs, size = scores.required(measure), labels.shape[1]
+    collect = scores.gather(loss, needs, size, temperature=HYPER["T"], on_host=True)
+    widths = [golden_data.leaf(it.variables, kernel).shape[-1] for kernel in it.kernels]
+    filters = [Group((member(path, 3, width, "producer"),)) for path, width in zip(it.kernels, widths)]
+    score = jax.jit(lambda statistics: [scores.score(measure, statistics, own) for own in filters])
+    return lambda variables: score(collect({"params": variables["params"]}, data))
+
+
 @pytest.mark.parametrize(("net", "measure"), CASES)
 def test_networks_after_the_rounds_of_the_original(net, measure):
     golden = golden_data.load(FILE)
@@ -102,8 +148,13 @@ def test_networks_after_the_rounds_of_the_original(net, measure):
         np.testing.assert_allclose(logits, golden[f"rounds/{net}/logits_before"], rtol=1e-8, atol=1e-11)
         keep = {name: np.ones(group.size, bool) for name, group in it.channels.groups.items()}
         silent = [np.zeros(golden_data.leaf(it.variables, kernel).shape[-1], bool) for kernel in it.kernels]
+        masked = it.variables
         for i in range(HYPER["rounds"]):
             prefix = f"rounds/{net}/{measure}/round{i}"
+            if "g" in scores.required(measure):
+                theirs = by_layer(golden[f"{prefix}/imp_order"]).values()
+                for found, expected, gone in zip(importance(net, measure)(masked), theirs, silent, strict=True):
+                    np.testing.assert_allclose(found[~gone], expected, rtol=1e-8, atol=1e-11)
             for j, owner in enumerate(it.owners):
                 present = ~silent[j] if owner in it.shrinking else np.ones(silent[j].size, bool)
                 assert golden[f"{prefix}/orig_size"][j] == present.sum()

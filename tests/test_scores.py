@@ -30,6 +30,7 @@ def batch_sizes():
 
 
 SIZES = batch_sizes()
+HESSIAN = f"hess_grad_T{HYPER['grad_preserve_T']}"
 TEMPERATURES = {"temperature": HYPER["T"], "grasp_temperature": HYPER["grasp_T"]}
 nets = pytest.mark.parametrize("net", sorted(NETS))
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
@@ -60,7 +61,7 @@ def member(path, axis, size, role):
 class Original(NamedTuple):
     """One of its networks in our layouts, float64 NumPy arrays.
 
-    data: (images, labels) of the 45 examples used. groups: one per convolution, with its norm, in its order. paths: its
+    data: (images, labels) of the examples used. groups: one per convolution, with its norm, in its order. paths: its
     parameter names to ours. stored(topic): the arrays of `topic` by parameter, as a tree. golden: the file.
     """
 
@@ -124,20 +125,26 @@ def inference_loss(net, batch_stats):
 
 
 @functools.cache
-def gathered(net):
-    """All statistics of the original's loader: float64."""
+def collector(net):
+    """`scores.gather` of all statistics, compiled once for a network."""
+    needs = scores.required(*(set(scores.MEASURES) - {"biased_loss_tracked"}))
+    return scores.gather(inference_loss(net, original(net).batch_stats), needs, SIZES[0], on_host=True, **TEMPERATURES)
+
+
+@functools.cache
+def gathered(net, factor=1.0):
+    """All statistics of the original's loader for logits of `factor` times the size: float64."""
     with jax.enable_x64(True):
-        it = original(net)
+        it, collect = original(net), collector(net)
+        params = trees.map_named(lambda path, leaf: leaf * (factor if "/fc/" in path else 1.0), it.params)
         data = jax.tree.map(jnp.asarray, it.data)
         chosen = scores.class_balanced(it.data[1], num_classes(net), HYPER["num_stop"])
         balanced = jax.tree.map(lambda x: x[chosen], data)
         init = it.stored("params_init")
-        needs = scores.required(*(set(scores.MEASURES) - {"biased_loss_tracked"}))
-        collect = scores.gather(inference_loss(net, it.batch_stats), needs, SIZES[0], on_host=True, **TEMPERATURES)
         # the second batch of the loader is shorter: parts count by their size
         ends = (0, SIZES[0], SIZES[0] + SIZES[1], sum(SIZES))
         parts = [
-            collect(it.params, jax.tree.map(lambda x, a=a, b=b: x[a:b], data), balanced=balanced, init=init)
+            collect(params, jax.tree.map(lambda x, a=a, b=b: x[a:b], data), balanced=balanced, init=init)
             for a, b in itertools.pairwise(ends)
         ]
         mean = lambda *xs: sum(share * x for share, x in zip(np.diff(ends) / ends[-1], xs))
@@ -162,9 +169,10 @@ def check_all(it, net, statistics, *cases):
 def test_networks_and_gathered_statistics_are_the_originals(net):
     with jax.enable_x64(True):
         it, statistics = original(net), gathered(net)
+        assert len(it.groups) == HYPER[f"{net}_n_layers"]
         logits = jax.jit(model(net).apply)({**it.params, "batch_stats": it.batch_stats}, it.data[0][: SIZES[0]])
         np.testing.assert_allclose(logits, it.golden[f"{net}/logits_eval"], **TIGHT)
-        for field, topic in (("g", "grad"), ("hg_preserve", f"hess_grad_T{HYPER['grad_preserve_T']}")):
+        for field, topic in (("g", "grad"), ("hg_preserve", HESSIAN)):
             found, expected = getattr(statistics, field), it.stored(topic)
             assert jax.tree.structure(found) == jax.tree.structure(expected)
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TIGHT), found, expected)
@@ -186,12 +194,10 @@ def test_every_measure_gives_the_originals_scores(net):
         check_all(it, net, swapped, ("grasp_T1", "grasp", {}), ("grad_preserve_Tg", "grad_preserve", {}))
 
 
-def test_the_temperature_is_an_option():
-    net = NETS[0]
+@nets
+def test_larger_logits_undo_the_temperature(net):
     with jax.enable_x64(True):
-        it = original(net)
-        collect = scores.gather(inference_loss(net, it.batch_stats), ("g",), 9, on_host=True)
-        check_all(it, net, collect(it.params, it.data), ("loss_based_T1", "loss_based", {}))
+        check_all(original(net), net, gathered(net, HYPER["T"]), ("loss_based_T1", "loss_based", {}))
 
 
 @nets
@@ -199,7 +205,7 @@ def test_stored_gradients_give_the_originals_scores(net):
     with jax.enable_x64(True):
         it = original(net)
         params, grads, init = it.params, it.stored("grad"), it.stored("params_init")
-        stored = scores.Statistics(w=params, g=grads, hg_preserve=it.stored("hess_grad_T1"))
+        stored = scores.Statistics(w=params, g=grads, hg_preserve=it.stored(HESSIAN))
         check_all(it, net, stored, *((x, x, {}) for x in ("loss_based", "biased_loss", "tfo", "grad_preserve")))
         one = params_of(params, it.stored("train_grad"))
         unsquared = scores.of_one_batch(*one, squared=False)._replace(w0=init)

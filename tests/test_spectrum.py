@@ -12,11 +12,11 @@ import tiny
 
 from sparsity_jax import linops, losses, spectrum, tables
 
-STRENGTH = golden_data.hyper("10_hessian.npz")["lmbda"]
+HYPER = golden_data.hyper("10_hessian.npz")
 
 
 def original(golden):
-    """(params in its order and layouts, data): 139 examples, so that batches of 16 end with one of 11."""
+    """(params in its order and layouts, data), whose last batch is shorter."""
     params = [jnp.asarray(golden[f"trained/{name}"]) for name in golden_data.dense_names()]
     return params, (jnp.asarray(golden["train/x"]), jnp.asarray(golden["train/y"]))
 
@@ -28,7 +28,7 @@ def logits(params, x):
 
 
 def loss(params, batch):
-    return losses.cross_entropy(logits(params, batch[0]), batch[1]).mean() + STRENGTH * sum(
+    return losses.cross_entropy(logits(params, batch[0]), batch[1]).mean() + HYPER["lmbda"] * sum(
         jnp.abs(leaf).sum() for leaf in params
     )
 
@@ -68,11 +68,12 @@ def test_products_equal_the_explicit_hessian_of_the_original():
     with jax.enable_x64(True):
         params, data = original(golden)
         vector, unflatten = jax.flatten_util.ravel_pytree(params)
-        for batch_size, on_host in [(16, True), (16, False)]:
-            product = spectrum.over_batches(spectrum.hessian_product(loss), data, batch_size, on_host=on_host)
+        for on_host in (True, False):
+            product = spectrum.over_batches(spectrum.hessian_product(loss), data, HYPER["batch_size"], on_host=on_host)
             found = flat(product(params, unflatten(jnp.asarray(golden["hvp/v"]))))
             np.testing.assert_allclose(found, golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
-        columns = jax.vmap(lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0])(jnp.eye(219))
+        column = lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0]
+        columns = jax.vmap(column)(jnp.eye(vector.size))
         explicit = jax.jit(jax.hessian(lambda p: loss(unflatten(p), data)))(vector)
         largest = np.abs(explicit).max()
         assert np.abs(columns - explicit).max() <= 1e-10 * largest

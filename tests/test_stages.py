@@ -281,3 +281,31 @@ def test_training_starts_inside_the_feasible_sets(problem):
 def test_options_that_cannot_work_are_named(kind, fields, message):
     with pytest.raises(tables.ConfigError, match=message):
         settings(kind, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (dict(include="conv.*"), "include"),
+        (dict(exclude=".*"), "include="),
+        (dict(selection="layerwise", exclude="dense9/kernel"), "dense1/kernel"),
+        (dict(selection="structured", exclude=".*"), "include="),
+        (dict(selection="structured", layers="convolutions"), "convolutions"),
+    ],
+)
+def test_selections_that_fit_no_kernel_are_refused_before_training(problem, fields, named):
+    for kind, ratios in (("prune", dict(ratio=0.5)), ("curve", {})):
+        selection = {name: value for name, value in fields.items() if name == "selection"}
+        stages.check_network(problem, settings(kind, **ratios, **selection), "config.x")
+        with pytest.raises(tables.ConfigError, match=rf"^config\.x: .*{named}"):
+            stages.check_network(problem, settings(kind, **ratios, **fields), "config.x")
+    stages.check_network(problem, tiny.fit(), "config.fit")  # nothing is selected
+
+
+def test_whole_filters_are_refused_where_all_are_outputs():
+    one_layer = tiny.problem(widths=())
+    own = settings("prune", ratio=0.5, selection="structured")
+    with pytest.raises(tables.ConfigError, match=r"^config\.x: .*fc/kernel"):
+        stages.check_network(one_layer, own, "config.x")
+    by_channel = settings("prune", ratio=0.5, selection="structured", granularity="channel")
+    stages.check_network(one_layer, by_channel, "config.x")  # inputs may go
