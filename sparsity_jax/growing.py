@@ -14,6 +14,7 @@ Source: Wang, Qin, Zhang, Fu 2021, arXiv:2012.09243, and its published code.
 """
 
 import fractions
+import functools
 import math
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -293,17 +294,24 @@ def _select(leaves: Mapping, layers: Sequence[Layer], how: Pick, keys: Mapping[s
         row = (layer.name, values, jnp.asarray(number, jnp.int32))
         by_shape.setdefault((layer.shape, trees.division(values)), []).append(row)
 
+    for own in by_shape.values():
+        names, values, numbers = zip(*own)
+        found = _kept(jnp.stack(values), jnp.stack(numbers), largest_go=how == "max")
+        keep |= {name: found[i] for i, name in enumerate(names)}
+    return keep
+
+
+@functools.partial(jax.jit, static_argnames="largest_go")
+def _kept(values: jax.Array, numbers: jax.Array, *, largest_go: bool) -> jax.Array:
+    """What stays of every row of `values` [layers, ...] where `numbers` [layers] of its entries go: bool."""
+
     def search(row):
         values, number = row
-        if how == "max":
+        if largest_go:
             return ~masks.k_largest_mask(values, number, magnitude=True)
         return masks.k_largest_mask(values, values.size - number, magnitude=True)
 
-    for own in by_shape.values():
-        names, values, numbers = zip(*own)
-        found = jax.lax.map(search, (jnp.stack(values), jnp.stack(numbers)))
-        keep |= {name: found[i] for i, name in enumerate(names)}
-    return keep
+    return jax.lax.map(search, (values, numbers))
 
 
 # How the penalty grows -----------------------------------------------------------------------------------------------

@@ -755,9 +755,7 @@ def initial_state(plan: Plan, problem: train.Problem) -> train.State:
     """The networks at the start, one per member; members of the same seed start alike."""
     keys = [train.key_of(config["seed"]) for config in plan.configs]
     key = keys[0] if problem.members is None else jnp.stack(keys)
-    create = lambda key, arrays: train.create_state(problem, key, arrays)
-    compiled = problem.once("create", lambda: jax.jit(problem.lift(create, (0, None))))
-    return compiled(problem.place(key), problem.pretrained)
+    return train.initial_state(problem, problem.place(key))
 
 
 class Run(NamedTuple):

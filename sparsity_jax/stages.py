@@ -150,10 +150,12 @@ def begin_fit(
     problem: train.Problem, state: train.State, settings: list[train.Fit], numbers: dict[str, Any]
 ) -> train.State:
     """The state at the start of a training of all members, see `train.begin`."""
-    one = lambda state, numbers, pretrained: train.begin(problem, state, settings[0], numbers, pretrained)
-    name = ("begin", settings[0].program(), settings[0].start, settings[0].shift_inside, settings[0].carry)
-    compiled = problem.once(name, lambda: jax.jit(problem.lift(one, (0, 0, None))))
-    return compiled(state, numbers, problem.pretrained)
+    if settings[0].start == "init":
+        state = train.initial_state(problem, state.key)
+    name = ("begin", settings[0].program(), settings[0].shift_inside, settings[0].carry)
+    begin = lambda state, numbers: train.begin(problem, state, settings[0], numbers)
+    compiled = problem.once(name, lambda: jax.jit(problem.lift(begin)))
+    return compiled(state, numbers)
 
 
 def begin_train(problem: train.Problem, state: train.State, settings: list[train.Fit], place: Place) -> train.State:
@@ -291,11 +293,18 @@ def shapes_of(problem: train.Problem) -> PyTree:
     return jax.eval_shape(problem.init, jax.random.key(0))["params"]
 
 
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
 def check_weights(problem: train.Problem, state: train.State, where: str) -> None:
     """Raises NonFiniteLossError, naming member and array, unless weights and running statistics are finite.
 
     The runner hands every network on through here, so that no stage selects among NaN. where: begins the sentence.
     """
+    if bool(_all_finite((state.params, state.batch_stats))):
+        return
     for member in range(problem.members or 1):
         own = member_state(problem, state, member)
         named = f"{where}, member {member}" if problem.members else where

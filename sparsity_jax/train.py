@@ -251,13 +251,21 @@ class Fit(NamedTuple):
         return Carried(momentum, optax.tree.get(opt_state, "saliency") if self.track else ())
 
 
-def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any], pretrained: PyTree = ()) -> State:
-    """The state at the start of a `train` stage, of one member: the first weights if asked for, in the feasible sets.
+def initial_state(problem: Problem, key: jax.Array) -> State:
+    """The networks at the start of a run, one per member; key: their root keys, from `key_of`, stacked for members.
 
-    pretrained: see `initial_variables`.
+    One program for the whole run: random numbers of many shapes take longer to compile than most stages.
     """
-    if fit.start == "init":
-        state = create_state(problem, state.key, pretrained)
+    create = lambda key, arrays: create_state(problem, key, arrays)
+    compiled = problem.once("create", lambda: jax.jit(problem.lift(create, (0, None))))
+    return compiled(key, problem.pretrained)
+
+
+def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> State:
+    """The state at the start of a `train` stage, of one member: its weights in the feasible sets.
+
+    A stage that starts from the first weights is given those, see `initial_state`.
+    """
     params = optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
     params = masks.apply(params, state.masks)
     opt_state = fit.transformation(problem, numbers, state.key).init(params)

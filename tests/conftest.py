@@ -12,7 +12,7 @@ CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
     pathlib.Path(tempfile.gettempdir()) / "sparsity_jax_test_cache"
 )
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # also for the command lines that tests start
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 
@@ -21,10 +21,15 @@ hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """Drops a file's compiled programs after it: a worker that keeps thousands of them needs 5 GB and slows down."""
-    yield
+def compile_quickly(request):
+    """Compiles with few optimizations, which halves the time of the suite, but for files that say OPTIMIZED = True.
+
+    Drops a file's compiled programs after it: a worker that keeps thousands of them needs 5 GB and slows down.
+    """
     import jax  # after the settings above
 
+    optimized = getattr(request.module, "OPTIMIZED", False)
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    yield
     jax.clear_caches()
     gc.collect()

@@ -250,7 +250,6 @@ def shrink(config) -> dict:
     [
         ("quickstart", ()),
         ("toy_cnn", ("cnn",)),
-        ("toy_cnn", ("mlp",)),
         ("toy_cnn", ("story",)),
         ("geometric_limit", ("digits",)),
         ("gradient_flow", ("resnet56,rounds=2,measure=fisher",)),

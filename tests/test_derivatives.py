@@ -14,6 +14,8 @@ import pytest
 
 from sparsity_jax import masks, polytopes, trees
 
+OPTIMIZED = True  # as users compile, see conftest.py
+
 SIZE = 6
 seeds = st.integers(0, 2**20)
 

@@ -16,6 +16,8 @@ from flax import nnx
 
 from sparsity_jax import linops, losses, masks, tables, width
 
+OPTIMIZED = True  # as users compile, see conftest.py
+
 SEED = st.integers(0, 2**16)
 TRACED = ("full", "bfloat16", "none")
 LIKE = {"a": np.zeros((3, 4)), "b": [np.zeros(()), np.zeros(7)]}  # 20 entries

@@ -14,6 +14,8 @@ import pytest
 
 from sparsity_jax import masks, polytopes, trees
 
+OPTIMIZED = True  # as users compile, see conftest.py
+
 floats = st.one_of(
     st.floats(width=32), st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-42, 3.4e38])
 )

@@ -15,6 +15,8 @@ import pytest
 
 from sparsity_jax import models, polytopes, tables, trees
 
+OPTIMIZED = True  # as users compile, see conftest.py
+
 FILE = "01_constraints.npz"
 SHAPES = golden_data.parts(FILE, r"(x\w+)/ksparse/")
 INPUTS = golden_data.parts(FILE, rf"{SHAPES[0]}/(\w+)$")

@@ -9,6 +9,8 @@ import tiny
 
 from sparsity_jax import losses, masks, stages, train, trees
 
+OPTIMIZED = True  # as users compile, see conftest.py
+
 
 @pytest.fixture(scope="module")
 def problem():

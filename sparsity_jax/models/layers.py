@@ -182,16 +182,18 @@ def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
     """Maximum over `size` x `size` windows, stride 2; rows or columns that fill no window are dropped, as in PyTorch.
 
     [batch, height, width, channels] to [batch, (height - size) // 2 + 1, (width - size) // 2 + 1, channels]. Written
-    with plain maxima: on CPU the gradient of XLA's window reduction is 25 times slower. Their gradient compares x with
-    the maximum, so x must be computed once: fused into both (jax 0.12) it may be rounded differently in each.
+    with choices between two entries: on CPU the gradient of XLA's window reduction is 25 times slower. The gradient of
+    `jnp.max` asks which entries equal the maximum: where XLA computes x twice, rounded differently, none does. A choice
+    gives the gradient to one entry, of equal ones to the first, as PyTorch.
     """
-    x = jax.lax.optimization_barrier(x)
-    batch, height, width, channels = x.shape
-    rows, columns = (height - size) // 2 + 1, (width - size) // 2 + 1
-    if size == 2:
-        return x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels).max((2, 4))
-    x = functools.reduce(jnp.maximum, [x[:, i : i + 2 * rows - 1 : 2] for i in range(size)])
-    return functools.reduce(jnp.maximum, [x[:, :, i : i + 2 * columns - 1 : 2] for i in range(size)])
+    rows, columns = (x.shape[1] - size) // 2 + 1, (x.shape[2] - size) // 2 + 1
+    x = functools.reduce(_larger, [x[:, i : i + 2 * rows - 1 : 2] for i in range(size)])
+    return functools.reduce(_larger, [x[:, :, i : i + 2 * columns - 1 : 2] for i in range(size)])
+
+
+def _larger(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The larger entry of two arrays, NaN where one is."""
+    return jnp.where((first >= second) | jnp.isnan(first), first, second)
 
 
 def local_response_norm(x: jax.Array, size: int = 2) -> jax.Array:
