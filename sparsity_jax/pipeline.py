@@ -11,7 +11,7 @@ import pathlib
 import platform as host
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -151,14 +151,7 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     common = {**common, **tables.check_options(settings, common, "config")}
     stage_configs = {name: value for name, value in config.items() if name not in known}
     used = set(common["pipeline"])
-    if not used:
-        raise tables.ConfigError("config.pipeline is empty; name at least one stage.")
-    for name in common["pipeline"]:
-        if name not in stage_configs:
-            raise tables.ConfigError(
-                f"config.pipeline names {name!r}, but config has no such stage; stages: "
-                f"{', '.join(sorted(stage_configs))}.{tables.closest(name, stage_configs)}"
-            )
+    check_names(common["pipeline"], stage_configs)
     for name, value in stage_configs.items():
         if not isinstance(value, Mapping) or "kind" not in value:
             fields = sorted({*known, *(n for n, v in stage_configs.items() if isinstance(v, Mapping) and "kind" in v)})
@@ -203,6 +196,18 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     if several and not together:
         return [make([i]) for i in range(len(members))], True
     return [make(range(len(members)))], False
+
+
+def check_names(pipeline: Sequence[str], stage_configs: Mapping) -> None:
+    """Raises ConfigError for a pipeline that is empty or names a stage that the config has not."""
+    if not pipeline:
+        raise tables.ConfigError("config.pipeline is empty; name at least one stage.")
+    for name in pipeline:
+        if name not in stage_configs:
+            raise tables.ConfigError(
+                f"config.pipeline names {name!r}, but config has no such stage; stages: "
+                f"{', '.join(sorted(stage_configs))}.{tables.closest(name, stage_configs)}"
+            )
 
 
 def check_streamed(settings: list[tuple[str, Any]], together: bool) -> None:
@@ -569,8 +574,10 @@ def redraw(config: dict, workdir: pathlib.Path, snapshots: list[workdirs.Snapsho
     title = config.get("title") or None
     path = report.write(workdir, config, rows, title=title, environment=report.read_environment(workdir))
     say(f"report: {path}")
-    tree = checkpoint.tree(snapshots[-1])
-    return Outcome(train.State(**{**tree, "metrics": train.Metrics(**tree["metrics"])}), rows)
+    with checkpoint.reading(snapshots[-1]):
+        tree = checkpoint.tree(snapshots[-1])
+        state = train.State(**{**tree, "metrics": train.Metrics(**tree["metrics"])})
+    return Outcome(state, rows)
 
 
 def use_platform(name: str) -> None:
