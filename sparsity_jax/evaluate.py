@@ -155,7 +155,7 @@ def build(
             dataset = dataset._replace(**_statistics_of_run(own, dataset)._asdict())
     else:
         dataset = _load(own)
-    tables.lookup(models.MODELS, config["model"].get("name", ""), "config.model.name")
+    pipeline.check_model(config["model"])
     model = models.build(num_classes=dataset.num_classes, **config["model"])
     return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
 
@@ -666,6 +666,7 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
     """
     folder = pathlib.Path(folder)
     about, arrays = verify(folder), read_arrays(folder)
+    pipeline.check_model(about["model"], f"{folder / ABOUT}: model")
     model = models.build(num_classes=about["num_classes"], **about["model"])
     image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))

@@ -91,7 +91,7 @@ def _is_record(saved: Any) -> bool:
     if not all(isinstance(saved.get(name), kind) for name, kind in fields.items()):
         return False
     rows_are_dicts = all(isinstance(row, dict) for row in saved["rows"])
-    return rows_are_dicts and isinstance(saved["config"].get("pipeline"), list)
+    return rows_are_dicts and isinstance(saved["config"].get("pipeline", []), list)
 
 
 def numbers_in(folder: pathlib.Path) -> list[int]:

@@ -107,6 +107,7 @@ def until_finished(workdir: pathlib.Path, seed: int, whole_seconds: float, most:
         number = draw.choice(SIGNALS)
         ending, seconds = interrupted(workdir, number, draw.uniform(0.0, whole_seconds))
         starts.append((number.name, ending, seconds))
+        sys.stdout.write(f"{workdir.name}: {number.name} {ending}, {seconds:.1f} s\n")
         if ending == STATUSES[0] or ending not in STATUSES.values():
             break
     return starts
@@ -118,6 +119,8 @@ def main() -> None:
     parser.add_argument("--signals", type=int, default=100, help="starts that get a signal (100)")
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time (2)")
     arguments = parser.parse_args()
+    for number in SIGNALS:  # whatever this process ignores, as one in the background does, its runs do not
+        signal.signal(number, signal.SIG_DFL)
     folder = arguments.workdir.absolute()
     folder.mkdir(parents=True)
     for name in ("warm", "whole"):
