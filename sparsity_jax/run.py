@@ -5,7 +5,6 @@ import pathlib
 import re
 import shlex
 import sys
-import threading
 from typing import Any
 
 from absl import app, flags, logging
@@ -44,10 +43,10 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {error}")
 
 
-def report_main_thread(kind: type, error: BaseException, trace: Any) -> None:
-    """Tracebacks of the main thread; those of writers, for each array of a failed save, say nothing more."""
-    if threading.current_thread() is threading.main_thread():
-        sys.__excepthook__(kind, error, trace)
+def report_unraisable(unraisable: Any) -> None:
+    """What nobody can catch, but for the echo of a save that failed, once per array: the failure itself is told."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def main(argv: list[str]) -> None:
@@ -58,7 +57,7 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax reports every file it writes; its failures arrive as exceptions
         logging.logging.getLogger("asyncio").setLevel(logging.logging.CRITICAL)
-    sys.excepthook = report_main_thread
+    sys.unraisablehook = report_unraisable
     stopping.listen()
     name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
     file = f"{name}.py" if variant else name
