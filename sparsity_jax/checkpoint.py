@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sparsity_jax import intact, trees, workdirs
+from sparsity_jax import intact, tables, trees, workdirs
 from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot
 
 PyTree = Any
@@ -21,22 +21,43 @@ PyTree = Any
 # Reading -----------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def reading(snapshot: Snapshot) -> Iterator[None]:
+    """What goes wrong inside, in whatever type, as a DamagedError that names the folder of the state.
+
+    Checksums say that a state is as it was written, not that this library wrote it. A memory that is full stays what
+    it is.
+    """
+    try:
+        yield
+    except (tables.ConfigError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        reason = tables.shortened((str(error).strip() or type(error).__name__).splitlines()[0])
+        raise intact.DamagedError(f"{snapshot.folder / STATE} is no state of this run's network: {reason}") from error
+
+
 def restore(snapshot: Snapshot, like: PyTree) -> PyTree:
-    """The state; `like`: arrays or shape structs (with shardings) of the same structure."""
-    with contextlib.closing(ocp.StandardCheckpointer()) as reader:
+    """The state; `like`: arrays or shape structs (with shardings) of the same structure.
+
+    Raises DamagedError where it is another one.
+    """
+    with reading(snapshot), contextlib.closing(ocp.StandardCheckpointer()) as reader:
         return reader.restore(snapshot.folder / STATE, like)
 
 
 def shapes(snapshot: Snapshot) -> dict[str, tuple[int, ...]]:
     """Shapes of the state's arrays, by path."""
-    return {path: leaf.shape for path, leaf in trees.named_leaves(_metadata(snapshot)).items()}
+    with reading(snapshot):
+        return {path: leaf.shape for path, leaf in trees.named_leaves(_metadata(snapshot)).items()}
 
 
 def tree(snapshot: Snapshot) -> PyTree:
     """The state as nested dicts, whatever wrote it, on one local device."""
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     struct = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-    return restore(snapshot, jax.tree.map(struct, _metadata(snapshot)))
+    with reading(snapshot):
+        return restore(snapshot, jax.tree.map(struct, _metadata(snapshot)))
 
 
 def arrays(snapshot: Snapshot) -> dict[str, jax.Array]:
@@ -121,10 +142,12 @@ class Checkpoints:
     def _check_readable(self, number: int, state: PyTree) -> None:
         """Raises OSError unless the checkpoint `number` holds `state`, bit for bit."""
         folder = self._folder / str(number)
-        reason = intact.damage(folder)
-        if not reason and not _same_bits(restore(workdirs.read(folder), abstract(state)), state):
-            reason = f"{folder} does not read as it was written"
-        if reason:
+        reason = f"{folder} does not read as it was written"
+        try:
+            as_written = _same_bits(restore(workdirs.read(folder), abstract(state)), state)
+        except intact.DamagedError as error:
+            as_written, reason = False, str(error)
+        if not as_written:
             raise OSError(f"{reason}; the disk or file system of {self._folder} is not to be trusted.")
 
     def _wait(self) -> None:

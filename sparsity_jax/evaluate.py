@@ -105,27 +105,27 @@ def open_run(
     folders = sorted(path for path in workdir.glob("member_*") if re.fullmatch(r"member_\d+", path.name))
     folders = [workdir] if inside else folders
     numbered = {int(path.name.removeprefix("member_")): path for path in folders}
-    found = {i: workdirs.newest(path) for i, path in (numbered or {0: workdir}).items()}
-    if not any(found.values()):
+    places = numbered or {0: workdir}
+    begun = {i: path for i, path in places.items() if workdirs.newest(path) is not None}
+    if not begun:
         raise tables.ConfigError(f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more.")
     problem = build(config, data_dir, data_name, statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
-    for i, snapshot in found.items():
-        if snapshot is not None:
-            states, progress = restore(snapshot, problem, hint)
-            own = [members[i] if i < len(members) else {}] if numbered else members
-            if len(states) != len(own):
-                raise tables.ConfigError(
-                    f"{workdir}: config.json makes {len(own)} networks, the checkpoint has {len(states)}. Was "
-                    "config.json edited?"
-                )
-            text = _progress(config, progress)
-            for j, (swept, state) in enumerate(zip(own, states)):
-                label = swept.get("arm") or _label(config, progress)
-                networks.append(Network(i + j, swept, text, state, label))
+    for i, path in begun.items():
+        states, progress = restore_newest(path, problem, hint)
+        own = [members[i] if i < len(members) else {}] if numbered else members
+        if len(states) != len(own):
+            raise tables.ConfigError(
+                f"{workdir}: config.json makes {len(own)} networks, the checkpoint has {len(states)}. Was "
+                "config.json edited?"
+            )
+        text = _progress(config, progress)
+        for j, (swept, state) in enumerate(zip(own, states)):
+            label = swept.get("arm") or _label(config, progress)
+            networks.append(Network(i + j, swept, text, state, label))
     expected = range(len(members)) if numbered and not inside else ()
-    missing = sorted({*expected, *found} - {network.member for network in networks})
+    missing = sorted({*expected, *places} - {network.member for network in networks})
     return Saved(config, problem, networks, missing)
 
 
@@ -136,6 +136,8 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     config = workdirs.read_config(workdir)
     known = tables.parameters(pipeline.settings)
     tables.check_options(pipeline.settings, {name: value for name, value in config.items() if name in known}, "config")
+    stage_configs = {n: c for n, c in config.items() if n not in known and isinstance(c, Mapping) and "kind" in c}
+    pipeline.check_names(config["pipeline"], stage_configs)
     return {**tables.defaults(pipeline.settings), **config}
 
 
@@ -153,7 +155,7 @@ def build(
             dataset = dataset._replace(**_statistics_of_run(own, dataset)._asdict())
     else:
         dataset = _load(own)
-    tables.lookup(models.MODELS, config["model"].get("name", ""), "config.model.name")
+    pipeline.check_model(config["model"])
     model = models.build(num_classes=dataset.num_classes, **config["model"])
     return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
 
@@ -206,12 +208,30 @@ def _label(config: dict[str, Any], progress: workdirs.Progress) -> str:
     return pipeline.arm_of(plan, max(finished, 0))
 
 
+def restore_newest(
+    workdir: pathlib.Path, problem: train.Problem, hint: str = ""
+) -> tuple[list[train.State], workdirs.Progress]:
+    """`restore` of the newest checkpoint in `workdir`, whose run may be at work and remove it meanwhile."""
+    while True:
+        snapshot = workdirs.newest(workdir)
+        try:
+            return restore(snapshot, problem, hint)
+        except intact.DamagedError:
+            if workdirs.newest(workdir).folder == snapshot.folder:
+                raise
+
+
 def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
     """(state of each member, progress) of a checkpoint made on whatever devices.
 
     hint: what else may be the reason if the checkpoint is of another network, which raises ConfigError.
     """
-    shapes, progress = checkpoint.shapes(snapshot), snapshot.progress
+    with checkpoint.reading(snapshot):
+        return _restored(snapshot, problem, hint), snapshot.progress
+
+
+def _restored(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str) -> list[train.State]:
+    shapes = checkpoint.shapes(snapshot)
     variables = jax.eval_shape(problem.init, jax.random.key(0))
     wanted = {**variables, "masks": variables["params"]}
     _check_shapes(snapshot.folder.parent.parent, shapes, wanted, hint)
@@ -221,9 +241,9 @@ def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = "")
         parts["params"], parts["batch_stats"], parts["masks"], (), arrays["step"], arrays["key"], train.no_metrics()
     )
     if not shapes["step"]:
-        return [state], progress
+        return [state]
     slices = lambda i: jax.tree.map(lambda leaf: leaf[i], state._replace(metrics=()))
-    return [slices(i)._replace(metrics=train.no_metrics()) for i in range(shapes["step"][0])], progress
+    return [slices(i)._replace(metrics=train.no_metrics()) for i in range(shapes["step"][0])]
 
 
 def _check_shapes(workdir: pathlib.Path, found: dict[str, tuple], wanted: PyTree, hint: str) -> None:
@@ -646,6 +666,7 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
     """
     folder = pathlib.Path(folder)
     about, arrays = verify(folder), read_arrays(folder)
+    pipeline.check_model(about["model"], f"{folder / ABOUT}: model")
     model = models.build(num_classes=about["num_classes"], **about["model"])
     image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))

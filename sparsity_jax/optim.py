@@ -306,7 +306,7 @@ def heavy_ball(
 def _blend(state: HeavyBallState, updates: PyTree, momentum: float, dampening: float) -> HeavyBallState:
     first = state.step == 0
     share = _share_of_new(momentum, dampening)
-    mix = lambda b, g: jnp.where(first, g, momentum * b + share * g).astype(b.dtype)
+    mix = lambda b, g: jnp.where(first, g, momentum * b + share * trees.widen(g)).astype(b.dtype)
     return HeavyBallState(state.step + 1, jax.tree.map(mix, state.buffer, updates))
 
 
@@ -546,16 +546,29 @@ def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Arra
     pulled back into the set in float32, then rounded once: they are at most that rounding outside. The cost is one
     more norm per array.
     """
-    kind = jnp.finfo(w.dtype)
-    if kind.bits >= 32:
+    if jnp.finfo(w.dtype).bits >= 32:
         return update.astype(w.dtype)
-    rounded = lambda x: jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
     wide = trees.widen(w)
-    target = rounded(constraint.pull_back(wide + update))
+    target = _rounded(constraint.pull_back(wide + update), w.dtype)
     update = (target - wide).astype(w.dtype)
     # rounding of the difference may end beyond the target: then a step that is one number shorter or longer does not
-    beyond = jnp.abs(rounded(wide + trees.widen(update))) > jnp.abs(target)
+    beyond = jnp.abs(_rounded(wide + trees.widen(update), w.dtype)) > jnp.abs(target)
     return jnp.where(beyond, jnp.nextafter(update, -w), update)
+
+
+def _rounded(wide: jax.Array, dtype: Any) -> jax.Array:
+    """The numbers of a narrow `dtype` nearest to those of `wide`, in whose type they stay.
+
+    XLA may leave out a conversion to and fro, and its `reduce_precision` makes zeros of subnormal numbers, which
+    float16 weights below 6e-5 are.
+    """
+    kind = jnp.finfo(dtype)
+    normal = jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
+    if kind.minexp <= jnp.finfo(wide.dtype).minexp:
+        return normal
+    spacing = float(kind.smallest_subnormal)
+    subnormal = spacing * jnp.round(wide / spacing)
+    return jnp.where(jnp.abs(wide) < float(kind.tiny), subnormal, normal)
 
 
 class ChoiceState(NamedTuple):
@@ -746,11 +759,16 @@ def sfw(
 
 
 class AdaGradSFWState(NamedTuple):
-    """rate: RateState. momentum: HeavyBallState. squares: sum of squared directions, in the structure of the params."""
+    """rate: RateState. momentum: HeavyBallState.
+
+    squares: sum of squared directions, in the structure of the params, in units of their array's `units` squared.
+    units: [arrays] powers of two that keep the squares in the range of their type, 1 in ordinary ranges.
+    """
 
     rate: RateState
     momentum: HeavyBallState
     squares: PyTree
+    units: jax.Array
 
 
 def adagrad_sfw(
@@ -775,7 +793,7 @@ def adagrad_sfw(
 
     def init(params):
         squares = accumulators(params, accumulator_dtype)
-        return AdaGradSFWState(_start_rate(rate), average.init(params), squares)
+        return AdaGradSFWState(_start_rate(rate), average.init(params), squares, _smallest_units(squares))
 
     def update(updates, state, params=None, *, value=None, **extra):
         del extra
@@ -784,30 +802,65 @@ def adagrad_sfw(
         updates, _ = decay.update(updates, decay.init(params), params)
         momentum_state = _blend(state.momentum, updates, momentum, momentum)
         direction = momentum_state.buffer
-        squares = jax.tree.map(lambda s, d: (s + d * d).astype(s.dtype), state.squares, direction)
+        units = _units_for(direction, state.units)
+        squares = _add_squares(state.squares, direction, state.units, units)
 
-        def step(s, w, d, square):
-            d, square = trees.widen(d), trees.widen(square)
+        def step(s, w, d, square, unit):
+            unit = unit.astype(trees.widen(d).dtype)
+            d, square = trees.widen(d) / unit, trees.widen(square)
             positive = square > 0  # the square root has no derivative at 0
-            metric = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0) + delta
+            root = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+            metric = root + delta / unit
             if isinstance(s, polytopes.Unconstrained):
                 return (-lr * d / metric).astype(w.dtype)
             start = trees.widen(w)
             y = start
             for _ in range(inner_steps):
                 slope = d + metric * (y - start) / jnp.where(lr > 0, lr, 1)
-                gap = y - s.lmo(slope)
+                gap = y - s.lmo(slope * unit)
                 scale = trees.scale_of(gap)
-                unit = gap / scale  # its squares stay in range
-                curvature = trees.dot(metric * unit, unit)
-                best = lr * trees.dot(slope, unit) / jnp.where(curvature > 0, curvature, 1) / scale
+                scaled = gap / scale  # its squares stay in range
+                curvature = trees.dot(metric * scaled, scaled)
+                best = lr * trees.dot(slope, scaled) / jnp.where(curvature > 0, curvature, 1) / scale
                 y = y - jnp.clip(best, 0, 1) * gap
             return _settled(s, w, y - start)
 
-        out = _map_sets(step, sets, params, direction, squares)
-        return out, AdaGradSFWState(rate_state, momentum_state, squares)
+        per_array = jax.tree.unflatten(jax.tree.structure(direction), list(units))
+        out = _map_sets(step, sets, params, direction, squares, per_array)
+        return out, AdaGradSFWState(rate_state, momentum_state, squares, units)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _smallest_units(squares: PyTree) -> jax.Array:
+    """Units of the squares before anything is summed: [arrays], so small that any other is larger."""
+    leaves = jax.tree.leaves(squares)
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    units = jnp.full(len(leaves), float(jnp.finfo(dtype).tiny), dtype)
+    return trees.varying_like(units, leaves)
+
+
+def _units_for(direction: PyTree, units: jax.Array) -> jax.Array:
+    """The units, each larger where the squares of its array's `direction` would leave the range, and 1 where not."""
+    needed = []
+    for d in jax.tree.leaves(direction):
+        scale = trees.scale_of(trees.widen(d)).astype(units.dtype)
+        reach = 2.0 ** (jnp.finfo(d.dtype).maxexp // 4)  # the squares fill half of the range, their sums the other
+        needed.append(scale / jnp.clip(scale, 1 / reach, reach))
+    return jnp.maximum(units, jnp.stack(needed)) if needed else units
+
+
+def _add_squares(squares: PyTree, direction: PyTree, before: jax.Array, after: jax.Array) -> PyTree:
+    """The sums, in units of `before`, with the squares of `direction`, in units of `after`."""
+    sums = []
+    leaves, structure = jax.tree.flatten(squares)
+    for square, d, unit, ratio in zip(leaves, jax.tree.leaves(direction), after, before / after):
+        wide = trees.widen(d)
+        term = wide / unit.astype(wide.dtype)
+        rescaled = trees.widen(square) * ratio.astype(wide.dtype) ** 2
+        total = jnp.where(ratio == 1, square, rescaled) + term * term
+        sums.append(total.astype(square.dtype))
+    return jax.tree.unflatten(structure, sums)
 
 
 OPTIMIZERS = {"sfw": sfw, "adagrad_sfw": adagrad_sfw, "sgd": sgd}

@@ -11,7 +11,7 @@ import pathlib
 import platform as host
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -43,6 +43,7 @@ PyTree = Any
 say = workdirs.say
 Platform = Literal["default", "cpu", "gpu", "tpu"]
 STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES, **greg.STAGES}
+LARGE = ("batch_size", "num_examples", "imp_samples", "num_matvecs")  # fields that decide how much a stage holds
 
 
 # Configs -----------------------------------------------------------------------------------------------------
@@ -152,14 +153,7 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     common = {**common, **tables.check_options(settings, common, "config")}
     stage_configs = {name: value for name, value in config.items() if name not in known}
     used = set(common["pipeline"])
-    if not used:
-        raise tables.ConfigError("config.pipeline is empty; name at least one stage.")
-    for name in common["pipeline"]:
-        if name not in stage_configs:
-            raise tables.ConfigError(
-                f"config.pipeline names {name!r}, but config has no such stage; stages: "
-                f"{', '.join(sorted(stage_configs))}.{tables.closest(name, stage_configs)}"
-            )
+    check_names(common["pipeline"], stage_configs)
     for name, value in stage_configs.items():
         if not isinstance(value, Mapping) or "kind" not in value:
             fields = sorted({*known, *(n for n, v in stage_configs.items() if isinstance(v, Mapping) and "kind" in v)})
@@ -204,6 +198,18 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     if several and not together:
         return [make([i]) for i in range(len(members))], True
     return [make(range(len(members)))], False
+
+
+def check_names(pipeline: Sequence[str], stage_configs: Mapping) -> None:
+    """Raises ConfigError for a pipeline that is empty or names a stage that the config has not."""
+    if not pipeline:
+        raise tables.ConfigError("config.pipeline is empty; name at least one stage.")
+    for name in pipeline:
+        if name not in stage_configs:
+            raise tables.ConfigError(
+                f"config.pipeline names {name!r}, but config has no such stage; stages: "
+                f"{', '.join(sorted(stage_configs))}.{tables.closest(name, stage_configs)}"
+            )
 
 
 def check_streamed(settings: list[tuple[str, Any]], together: bool) -> None:
@@ -266,18 +272,7 @@ def static(settings: Any) -> str:
 
 def check_member(config: dict) -> dict[str, Any]:
     """The checked settings of all stages of one member, by name; checks data and model options too."""
-    model = dict(config["model"])
-    name = model.pop("name", "")
-    factory = tables.lookup(models.MODELS, name, "config.model.name")
-    shared = {field: model.pop(field) for field in ("init", "dtype", "param_dtype") if field in model}
-    tables.check_options(factory, model, "config.model", also=("init", "dtype", "param_dtype"))
-    models.build(name=name, num_classes=10, **shared, **model)
-    for field, value in shared.items():
-        if value == "float64" and not jax.config.jax_enable_x64:
-            raise tables.ConfigError(
-                f"config.model.{field} is 'float64'; allowed: 'float32', 'bfloat16', 'float16', and with "
-                "JAX_ENABLE_X64=1 in the environment also 'float64'."
-            )
+    check_model(config["model"])
     tables.check_options(data.load, config["data"], "config.data")
     found = {}
     for name, value in config.items():
@@ -286,6 +281,22 @@ def check_member(config: dict) -> dict[str, Any]:
             row = tables.lookup(STAGES, value.pop("kind"), f"config.{name}.kind")
             found[name] = row.options(f"config.{name}", **tables.check_options(row.options, value, f"config.{name}"))
     return found
+
+
+def check_model(model: Mapping[str, Any], where: str = "config.model") -> None:
+    """Raises ConfigError for a network that cannot be built of `model`; nothing is computed."""
+    options = dict(model)
+    name = options.pop("name", "")
+    factory = tables.lookup(models.MODELS, name, f"{where}.name")
+    shared = {field: options.pop(field) for field in ("init", "dtype", "param_dtype") if field in options}
+    tables.check_options(factory, options, where, also=("init", "dtype", "param_dtype"))
+    models.build(name=name, num_classes=10, **shared, **options)
+    for field, value in shared.items():
+        if value == "float64" and not jax.config.jax_enable_x64:
+            raise tables.ConfigError(
+                f"{where}.{field} is 'float64'; allowed: 'float32', 'bfloat16', 'float16', and with "
+                "JAX_ENABLE_X64=1 in the environment also 'float64'."
+            )
 
 
 def check_origin(config: dict) -> dict[str, str]:
@@ -524,7 +535,8 @@ def run(
     plans, separate = check(config)
     workdirs.refuse_other(workdir, config)
     lock.refuse(workdir, lock_seconds)
-    problem = build(plans)
+    with enough_memory("config.data", None, plans[0].common):
+        problem = build(plans)
     with lock.held(workdir, lock_seconds) as still_mine:
         workdirs.claim(workdir, config)
         environment = describe_environment(problem) | ({"command": command} if command else {})
@@ -570,8 +582,10 @@ def redraw(config: dict, workdir: pathlib.Path, snapshots: list[workdirs.Snapsho
     title = config.get("title") or None
     path = report.write(workdir, config, rows, title=title, environment=report.read_environment(workdir))
     say(f"report: {path}")
-    tree = checkpoint.tree(snapshots[-1])
-    return Outcome(train.State(**{**tree, "metrics": train.Metrics(**tree["metrics"])}), rows)
+    with checkpoint.reading(snapshots[-1]):
+        tree = checkpoint.tree(snapshots[-1])
+        state = train.State(**{**tree, "metrics": train.Metrics(**tree["metrics"])})
+    return Outcome(state, rows)
 
 
 def use_platform(name: str) -> None:
@@ -784,7 +798,8 @@ def run_plan(
     with contextlib.ExitStack() as stack:
         stack.callback(saved.close)
         progress = found.progress if found else workdirs.Progress(0, False, [])
-        state, origin = initial_state(plan, problem), []
+        with enough_memory("config.model", None, plan.common):
+            state, origin = initial_state(plan, problem), []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
         stages.check_weights(problem, state, "at the start of the run")
@@ -805,22 +820,44 @@ def run_plan(
             visits = plan.pipeline.count(name)
             place = stages.Place(name, position, plan.settings, run.per_member(earlier), visit, visits)
             stage = STAGES[kind]
-            resumed = position == progress.stage and progress.begun
-            if resumed or (position == progress.stage and position):
-                state = state._replace(opt_state=carried_before(plan, state, position))
-                like = stage.begin(problem, state, own, place) if resumed else state
-                state = checkpoint.restore(found, checkpoint.abstract(like))
-            if not resumed:
-                state = stage.begin(problem, state, own, place)
-                saved.save(state, workdirs.Progress(position, True, rows))
-            common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
-            state = run_stage(run, stage, state, place, run.per_member(begun), common)
-            stages.check_weights(problem, state, f"{name}, at its end")
-            state = after(plan, state, position)
-            saved.save(state, workdirs.Progress(position + 1, False, rows))
+            with enough_memory(f"config.{name}", own[0], plan.common):
+                resumed = position == progress.stage and progress.begun
+                if resumed or (position == progress.stage and position):
+                    state = state._replace(opt_state=carried_before(plan, state, position))
+                    like = stage.begin(problem, state, own, place) if resumed else state
+                    state = checkpoint.restore(found, checkpoint.abstract(like))
+                if not resumed:
+                    state = stage.begin(problem, state, own, place)
+                    saved.save(state, workdirs.Progress(position, True, rows))
+                common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
+                state = run_stage(run, stage, state, place, run.per_member(begun), common)
+                stages.check_weights(problem, state, f"{name}, at its end")
+                state = after(plan, state, position)
+                saved.save(state, workdirs.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
             state = checkpoint.restore(found, checkpoint.abstract(stages.without_optimizer(state)))
     return Outcome(state, rows)
+
+
+@contextlib.contextmanager
+def enough_memory(where: str, settings: Any, common: Mapping[str, Any]) -> Iterator[None]:
+    """Memory that is full inside, of the host or of a device, as a ConfigError that says what to lower.
+
+    where: the stage, with its `settings`, if it has such.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = (str(error) or "MemoryError").splitlines()[0]
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        lower = [f"{where}.{field}" for field in LARGE if hasattr(settings, field)]
+        lower += ["config.eval_batch_size", "the network of config.model"]
+        loop = " or set config.sweep_mode to 'loop'" if common["sweep"] else ""
+        raise tables.ConfigError(
+            f"{where}: the memory is full ({tables.shortened(reason)}). Lower {', '.join(lower)}{loop}, in another "
+            "--workdir; with more memory the same command goes on from the last checkpoint."
+        ) from error
 
 
 def after(plan: Plan, state: train.State, position: int) -> train.State:

@@ -1,14 +1,16 @@
 """Command line: `python -m sparsity_jax.run --config configs/NAME.py[:variant] --workdir DIR [--config.x.y=value]`."""
 
 import os
+import pathlib
 import re
 import shlex
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sparsity_jax import lock, pipeline, stopping, tables, train
+from sparsity_jax import lock, pipeline, stopping, tables, train, workdirs
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -41,6 +43,12 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {error}")
 
 
+def report_unraisable(unraisable: Any) -> None:
+    """What nobody can catch, but for the echo of a save that failed, once per array: the failure itself is told."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def main(argv: list[str]) -> None:
     if argv[1:]:
         sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
@@ -49,6 +57,7 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax reports every file it writes; its failures arrive as exceptions
         logging.logging.getLogger("asyncio").setLevel(logging.logging.CRITICAL)
+    sys.unraisablehook = report_unraisable
     stopping.listen()
     name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
     file = f"{name}.py" if variant else name
@@ -63,9 +72,10 @@ def main(argv: list[str]) -> None:
     except train.NonFiniteLossError as error:
         sys.exit(f"error: {error}\nThe last good checkpoint is in {WORKDIR.value}.")
     except OSError as error:  # a full disk, for example
-        saved = os.path.isdir(os.path.join(WORKDIR.value, "checkpoints"))
+        saved = workdirs.numbers_in(pathlib.Path(WORKDIR.value) / workdirs.FOLDER)
         again = f"The same command goes on from the last checkpoint in {WORKDIR.value}.\n" if saved else ""
-        sys.stderr.write(f"error: {error}\n{again}")
+        place = "" if WORKDIR.value in str(error) else f"{WORKDIR.value}: "
+        sys.stderr.write(f"error: {place}{error}\n{again}")
         os._exit(1)  # threads that still want to write would only add their own complaints
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted: the same command continues {WORKDIR.value}\n")

@@ -10,6 +10,7 @@ import functools
 import math
 import multiprocessing.util  # before `close_all` is registered, so that its own end comes after that
 import os
+import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from sparsity_jax import data, decoding, sources
+from sparsity_jax import data, decoding, sources, stopping
 from sparsity_jax.decoding import jpeg_shape
 from sparsity_jax.tables import ConfigError
 
 REDUCED = {1: 0, 2: 16, 4: 32, 8: decoding.SMALLEST}  # OpenCV's flags that decode a JPEG at 1/n of its size
 ON_DEVICE = 2  # batches that wait on the device
+PATIENCE = 0.5  # seconds between two looks for a request to stop
 SHUFFLED_WHOLE = 50_000  # images up to which every epoch's order is a permutation in memory
 REPLACEMENTS = 100  # images drawn in the place of one that cannot be decoded
 OPEN: "weakref.WeakSet[Iterator]" = weakref.WeakSet()  # readers that are not closed
@@ -179,7 +181,53 @@ def read_ahead(images: data.Stream, found: Any, batch_size: int, put: Callable) 
         own = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, prefetch * batch_size))
         batches = found.to_iter_dataset(own).batch(batch_size, batch_fn=stack)
     placed = batches.map(lambda batch: Batch(*put(batch[:2]), batch.unreadable))
-    return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=ON_DEVICE))
+    return ahead(iter(placed), ON_DEVICE)
+
+
+def ahead(batches: Iterator, number: int) -> Iterator:
+    """`batches`, of which a thread reads up to `number` ahead; close it to end the thread.
+
+    Raises KeyboardInterrupt where a stop is asked for while a batch is waited for. After that a read under way, which
+    may hang, is left to its thread.
+    """
+    ready = queue.Queue(number)
+    ended = threading.Event()
+
+    def offer(batch: Any, error: BaseException | None) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put((batch, error), timeout=PATIENCE)
+                return
+
+    def read() -> None:
+        try:
+            for batch in batches:
+                offer(batch, None)
+                if ended.is_set():
+                    break
+            offer(None, StopIteration())
+        except BaseException as error:
+            offer(None, error)
+        finally:
+            batches.close()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        while True:
+            stopping.check()
+            try:
+                batch, error = ready.get(timeout=PATIENCE)
+            except queue.Empty:
+                continue
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield batch
+    finally:
+        ended.set()
+        reader.join(timeout=4 * PATIENCE if stopping.requested() else None)
 
 
 def check_main_guard() -> None:

@@ -311,8 +311,12 @@ def scale_of(tree: PyTree) -> jax.Array:
     Numbers divided by it are not rounded, and neither are their squares out of range.
     """
     leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(tree)]
-    peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]
+    peaks = [fold(jnp.maximum, _peak, jnp.abs, leaf) for leaf in leaves]
     return _power_of_two(functools.reduce(jnp.maximum, peaks)) if peaks else jnp.ones(())
+
+
+def _peak(magnitudes: jax.Array) -> jax.Array:
+    return jnp.max(magnitudes, initial=0)
 
 
 def _power_of_two(size: jax.Array) -> jax.Array:

@@ -52,12 +52,14 @@ def newest(workdir: pathlib.Path) -> Snapshot | None:
         numbers = numbers_in(folder)
         damages = []
         for number in reversed(numbers):
-            problem = intact.damage(folder / str(number))
-            if not problem:
-                for found in damages:
-                    say(f"checkpoint passed over: {found}; the one before is used")
-                return read(folder / str(number))
-            damages.append(problem)
+            try:
+                snapshot = read(folder / str(number))
+            except (intact.DamagedError, FileNotFoundError) as error:  # a run at work may remove it
+                damages.append(str(error))
+                continue
+            for damage in damages:
+                say(f"checkpoint passed over: {damage}; the one before is used")
+            return snapshot
         if not damages:
             return None
         if numbers == numbers_in(folder):  # else the run has gone on in the meantime
@@ -67,8 +69,29 @@ def newest(workdir: pathlib.Path) -> Snapshot | None:
 
 
 def read(folder: pathlib.Path) -> Snapshot:
-    saved = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    """The checkpoint in `folder`; raises DamagedError unless it is whole."""
+    damage = intact.damage(folder)
+    if damage:
+        raise intact.DamagedError(damage)
+    path = folder / PROGRESS
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise intact.DamagedError(f"{path} is not readable as JSON ({error})") from None
+    if not _is_record(saved):
+        raise intact.DamagedError(f"{path} is not the progress of a run")
     return Snapshot(folder, Progress(saved["stage"], saved["begun"], saved["rows"]), saved["config"])
+
+
+def _is_record(saved: Any) -> bool:
+    """Whether JSON data has the fields that a checkpoint's progress has."""
+    fields = dict(stage=int, begun=bool, rows=list, config=dict)
+    if not isinstance(saved, dict):
+        return False
+    if not all(isinstance(saved.get(name), kind) for name, kind in fields.items()):
+        return False
+    rows_are_dicts = all(isinstance(row, dict) for row in saved["rows"])
+    return rows_are_dicts and isinstance(saved["config"].get("pipeline", []), list)
 
 
 def numbers_in(folder: pathlib.Path) -> list[int]:
@@ -156,7 +179,7 @@ def _parse_config(path: pathlib.Path) -> dict:
         raise tables.ConfigError(f"{path} is missing")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise tables.ConfigError(f"{path} is not readable as JSON ({error})") from None
     if not isinstance(found, dict):
         raise tables.ConfigError(f"{path} holds no config but a {type(found).__name__}")

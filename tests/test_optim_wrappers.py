@@ -243,6 +243,26 @@ def test_the_sum_of_squares_grows_for_ever():
     np.testing.assert_allclose(np.asarray(updates[-1], float), -0.1 / 64, rtol=2**-8)
 
 
+@pytest.mark.parametrize(("accumulator", "huge", "rounding"), [(None, 1e25, 1e-6), ("float16", 1e4, 1e-3)])
+def test_squares_of_huge_gradients_stay_in_range(accumulator, huge, rounding):
+    """In one array gradients whose squares the type of the sum cannot hold; the other array is as without them."""
+    gradients = {"huge": jnp.array([1e-3, 1, 2, 1e-3]) * jnp.array([1, huge, huge, 1]), "small": jnp.full(4, 0.5)}
+
+    def updates(gradients, accumulator):
+        rate = jnp.asarray(0.1, gradients["small"].dtype)
+        tx = optim.adagrad_sfw(rate, polytopes.Unconstrained(), momentum=0.0, accumulator_dtype=accumulator)
+        state, steps = tx.init(jax.tree.map(lambda g: g[:1], gradients)), []
+        for i in range(4):
+            slopes = jax.tree.map(lambda g, i=i: g[i : i + 1], gradients)
+            update, state = tx.update(slopes, state, slopes)
+            steps.append([float(update["huge"][0]), float(update["small"][0])])
+        return steps
+
+    with jax.enable_x64(True):
+        expected = updates(jax.tree.map(lambda g: g.astype(jnp.float64), gradients), None)
+    np.testing.assert_allclose(updates(gradients, accumulator), expected, rtol=4 * rounding)
+
+
 # Derivatives ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -76,6 +77,22 @@ def trace(method):
     return per_unit(lambda x: jnp.stack(method(matvec(x), jax.random.key(0), x)))
 
 
+def frank_wolfe(make):
+    """Two steps in a ball, where weights and gradients have the same unit."""
+
+    def steps(x, unit):
+        size = trees.widen(unit)
+        tx = make(0.3 * size, polytopes.LpBall(40 * size, 2), 1e-3 * size)
+        weights = x[::-1]
+        state = tx.init(weights)
+        for gradients in (x, jnp.roll(x, 1)):
+            updates, state = tx.update(gradients, state, weights)
+            weights = optax.apply_updates(weights, updates)
+        return trees.widen(weights) / size
+
+    return steps
+
+
 def kept_filters(x, unit):
     del unit
     params = {"fully": {"kernel": x}}
@@ -102,6 +119,8 @@ REDUCTIONS = {
     "step size": step_size,
     **{f"score {name}": score(name) for name in ("mag_based", "l1", "fpgm", "lamp")},
     "score l2": per_unit(lambda x: scores.AGGREGATES["l2"](trees.widen(x))),
+    "sfw": frank_wolfe(lambda rate, ball, delta: optim.sfw(0.1, ball, rescale="none")),
+    "adagrad_sfw": frank_wolfe(lambda rate, ball, delta: optim.adagrad_sfw(rate, ball, delta=delta)),
     "kept filters": kept_filters,
     "row norm": per_unit(row_norm),
     "hutchinson": trace(linops.hutchinson(4)),

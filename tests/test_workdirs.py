@@ -1,15 +1,19 @@
 """Damaged files of a workdir and of an export: harmless, recovered, or refused by name, never another number."""
 
+import importlib
 import json
 import pathlib
+import pickle
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from sparsity_jax import checkpoint, evaluate, intact, pipeline, report, tables, workdirs
+from sparsity_jax import checkpoint, evaluate, intact, pipeline, report, tables, train, workdirs
 
 CONFIG = tiny.config("fit", "curve", fit=pipeline.stage("train", epochs=1, batch_size=32, optimizer=tiny.SGD))
 
@@ -59,7 +63,7 @@ def outcome_or_refusal(read, folder):
     """What `read(folder)` gives, or the sentence that refuses it."""
     try:
         return read(folder), ""
-    except (tables.ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:
         return None, str(error)
 
 
@@ -76,10 +80,19 @@ def drawn_once(monkeypatch):
     monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
 
 
+@pytest.fixture
+def built_once(whole, monkeypatch):
+    """Data and network of the whole run for all readers; the evaluation's own `build`."""
+    problem, build = pipeline.build(pipeline.check(CONFIG)[0]), evaluate.build
+    monkeypatch.setattr(pipeline, "build", lambda _: problem)
+    monkeypatch.setattr(evaluate, "build", lambda *_: problem)
+    return build
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tmp_path):
-    """What is read of a damaged workdir; `experiments/robustness/faults.py` also runs and evaluates each."""
-    workdir, _, rows = whole
+def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tmp_path, built_once):
+    """What is read and evaluated; `experiments/robustness/faults.py` also runs each."""
+    workdir, state, rows = whole
     rng = np.random.default_rng(0)
     names = [name for name in files_of(workdir) if name.parts[0] not in ("figures", "tensorboard", "report.html")]
     assert len(names) > 20
@@ -94,15 +107,16 @@ def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tm
             config, told, _ = gathered
             assert config == workdirs.read_config(workdir)
             assert tiny.timeless(told) == rows[: len(told)], name
-        for sentence in filter(None, (refusal, second)):
+        saved, third = outcome_or_refusal(evaluate.open_run, place)
+        if saved:  # the curve leaves the network as it is
+            tiny.same(saved.networks[0].state.params, state.params)
+        for sentence in filter(None, (refusal, second, third)):
             assert any(str(other) in sentence for other in names), (name, sentence)
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "progress.json", "manifest.ocdbt", "SHA256SUMS"])
-def test_a_run_goes_on_from_what_is_whole(name, whole, tmp_path, monkeypatch, drawn_once):
+def test_a_run_goes_on_from_what_is_whole(name, whole, tmp_path, built_once, drawn_once):
     workdir, state, rows = whole
-    problem = pipeline.build(pipeline.check(CONFIG)[0])
-    monkeypatch.setattr(pipeline, "build", lambda _: problem)
     place = shutil.copytree(workdir, tmp_path / "run")
     newest = workdirs.newest(place).folder
     flip(
@@ -183,6 +197,123 @@ def test_environment_and_rows_say_when_they_were_changed(whole, tmp_path, capsys
     shutil.rmtree(place / "checkpoints")
     with pytest.raises(ValueError, match="line 2"):
         report.gather(place)
+
+
+# Hostile folders, whose checksums are right --------------------------------------------------------------------
+
+
+class Payload:
+    """Imports a module when it is unpickled."""
+
+    def __reduce__(self):
+        return importlib.import_module, ("hostile_module",)
+
+
+def with_class(value):
+    """JSON data whose first text names a class, and the rest too where it is a list."""
+    if isinstance(value, dict):
+        return {name: with_class(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [with_class(entry) for entry in value]
+    return "hostile_module.Feature" if isinstance(value, str) else value
+
+
+def write_sealed(place: pathlib.Path, name: pathlib.Path, content: bytes) -> None:
+    """`content` in a file of the workdir `place`, in all its checkpoints, with checksums that fit."""
+    if name.parts[0] != "checkpoints":
+        (place / name).write_bytes(content)
+        intact.record(place / name)
+        return
+    for folder in (place / "checkpoints").iterdir():
+        path = folder.joinpath(*name.parts[2:])
+        if path.is_file():
+            path.write_bytes(content)
+        intact.seal(folder)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of readers that failed
+@pytest.mark.parametrize("content", ["pickle", "names of classes", "other data"])
+def test_nothing_in_a_run_folder_is_imported_or_unpickled(content, whole, tmp_path, built_once, monkeypatch):
+    (tmp_path / "hostile_module.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    newest = workdirs.newest(whole[0]).folder.name
+    names = [name for name in files_of(whole[0]) if name.parts[0] not in ("figures", "tensorboard", "report.html")]
+    names = [name for name in names if name.parts[0] != "checkpoints" or name.parts[1] == newest]
+    refused = []
+    for name in (name for name in names if name.name != intact.SUMS):
+        original = (whole[0] / name).read_bytes()
+        if content == "names of classes":
+            try:
+                made = json.dumps(with_class(json.loads(original))).encode()
+            except ValueError:
+                continue
+        else:
+            made = pickle.dumps(Payload()) if content == "pickle" else b"[3]"
+        place = tmp_path / "run"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(whole[0], place)
+        write_sealed(place, name, made)
+        for read in (evaluate.open_run, report.gather):
+            _, sentence = outcome_or_refusal(read, place)
+            if sentence:
+                refused.append(name.name)
+                assert str(place) in sentence or "config." in sentence, (name, sentence)
+    assert content == "names of classes" or "progress.json" in refused
+    assert "_METADATA" in refused
+    assert not (tmp_path / "ran").exists()
+    assert "hostile_module" not in sys.modules
+
+
+def test_a_network_of_absurd_size_in_a_run_folder_is_refused(whole, tmp_path, built_once, monkeypatch):
+    monkeypatch.setattr(evaluate, "build", built_once)
+    place = shutil.copytree(whole[0], tmp_path / "run")
+    config = workdirs.read_config(place)
+    for model in (dict(name="mlp", widths=[10**20]), dict(name="mlp", width=3), dict(name="os.system")):
+        write_sealed(place, pathlib.Path("config.json"), json.dumps({**config, "model": model}).encode())
+        with pytest.raises(tables.ConfigError, match=r"config\.model"):
+            evaluate.open_run(place)
+
+
+# Memory and disk -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")])
+def test_memory_that_is_full_names_the_stage_and_leaves_the_checkpoints(error, whole, tmp_path, built_once, drawn_once):
+    loop = train.fit_epochs
+
+    def fails(*args):
+        yield next(loop(*args))
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit_epochs", fails)
+        with pytest.raises(tables.ConfigError, match=r"config\.fit: the memory is full.* config\.fit\.batch_size"):
+            pipeline.run(CONFIG, tmp_path)
+    assert workdirs.newest(tmp_path) is not None
+    tiny.same(pipeline.run(CONFIG, tmp_path).state, whole[1])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, and how to give it another size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = lambda options: ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    tried = subprocess.run(mount("size=60k"), capture_output=True, check=False)
+    if tried.returncode:
+        pytest.skip("mounting a small file system needs rights that this process has not")
+    yield folder, lambda size: subprocess.run(mount(f"remount,size={size}"), check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of writers that failed
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(small_disk, whole, built_once, drawn_once):
+    folder, resize = small_disk
+    with pytest.raises(OSError, match="No space left") as full:
+        pipeline.run(CONFIG, folder / "run")
+    assert str(folder) in str(full.value)
+    resize("20m")
+    tiny.same(pipeline.run(CONFIG, folder / "run").state, whole[1])
 
 
 # Paths ---------------------------------------------------------------------------------------------------------
