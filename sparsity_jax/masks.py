@@ -50,6 +50,10 @@ def num_pruned(ratio: float, size: int, *, count: Literal["exact", "original"] =
     return min(wanted, size - 1)
 
 
+# What users call outside `jit` compiles once per shape, instead of its loops at every call; inside it nothing changes.
+_compiled = functools.partial(jax.jit, static_argnames="magnitude", inline=True)
+
+
 class Selection(NamedTuple):
     """The k largest entries of a tree: those above the key `threshold`, and tied ones at a flat index below `cut`."""
 
@@ -239,7 +243,11 @@ def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) 
     leaves = _leaves(scores)
     _check_numbers(scores)
     _order_of(leaves, magnitude)
-    k = _checked_k(k, 1, sum(leaf.size for leaf in leaves))
+    return _kths(leaves, _checked_k(k, 1, sum(leaf.size for leaf in leaves)), magnitude)
+
+
+@_compiled
+def _kths(leaves: list[jax.Array], k: jax.Array, magnitude: bool) -> jax.Array:
     one = lambda k: _kth(leaves, k, magnitude)
     return jax.vmap(one)(k.ravel()).reshape(k.shape) if k.ndim else one(k)
 
@@ -273,14 +281,24 @@ def select_k_largest(
     scores: PyTree, k: int | jax.Array, *, magnitude: bool = False, before: PyTree | None = None
 ) -> Selection:
     """What `k_largest_mask` needs to know of `scores`: two scalars. Arguments and errors as there."""
+    return _selection(scores, _checked(scores, k), before, magnitude=magnitude)
+
+
+def _checked(scores: PyTree, k: int | jax.Array) -> jax.Array:
+    """`k` as an array; raises what `k_largest_mask` does."""
     _check_numbers(scores)
+    _order_of(_leaves(scores), magnitude=False)
+    return _checked_k(k, 0, trees.size(jax.tree.map(jnp.asarray, scores)))
+
+
+@_compiled
+def _selection(scores: PyTree, k: jax.Array, before: PyTree | None, magnitude: bool) -> Selection:
     ranked, positions = _ranked(scores, before)
     return _select(_leaves(ranked), positions, k, magnitude)
 
 
-def _select(leaves: list[jax.Array], positions: Callable[[], PyTree], k: int | jax.Array, magnitude: bool) -> Selection:
+def _select(leaves: list[jax.Array], positions: Callable[[], PyTree], k: jax.Array, magnitude: bool) -> Selection:
     order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
-    k = _checked_k(k, 0, total)
     wanted = trees.varying_like(jnp.clip(k, 1, total), leaves)
     threshold, count = _search(order, leaves, wanted)
     last = jnp.full_like(wanted, 2 * total, _position_type(leaves))  # above the position of every entry
@@ -362,7 +380,11 @@ def k_largest_mask(
     Returns bools in the shape of `scores`, a constant to derivatives. Raises ValueError for empty scores, a k outside
     0..n and, outside `jit`, NaN; TypeError for scores that are no floats.
     """
-    _check_numbers(scores)
+    return _mask(scores, _checked(scores, k), before, magnitude=magnitude)
+
+
+@_compiled
+def _mask(scores: PyTree, k: jax.Array, before: PyTree | None, magnitude: bool) -> PyTree:
     ranked, positions = _ranked(scores, before)
     leaves = _leaves(ranked)
     threshold, cut = _select(leaves, positions, k, magnitude)

@@ -328,6 +328,7 @@ def _power_of_two(size: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
+@functools.partial(jax.jit, inline=True)  # outside `jit` else both branches would compile at every call
 def _length(array: jax.Array) -> jax.Array:
     """Euclidean norm of one array of at least float32."""
     squares = square_sum(array)
