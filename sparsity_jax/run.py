@@ -10,7 +10,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sparsity_jax import lock, pipeline, stopping, tables, train, workdirs
+from sparsity_jax import lock, stopping, tables
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -50,6 +50,9 @@ def report_unraisable(unraisable: Any) -> None:
 
 
 def main(argv: list[str]) -> None:
+    # not at the top: an exception that a signal raises inside these imports can crash them, see `stopping.listen`
+    from sparsity_jax import pipeline, train, workdirs
+
     if argv[1:]:
         sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
     if not WORKDIR.value:
@@ -58,13 +61,13 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.FATAL)  # orbax reports every file it writes; its failures arrive as exceptions
         logging.logging.getLogger("asyncio").setLevel(logging.logging.CRITICAL)
     sys.unraisablehook = report_unraisable
-    stopping.listen()
     name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
     file = f"{name}.py" if variant else name
     if not os.path.isfile(file):
         hint = f" Did you mean {file}.py?" if os.path.isfile(f"{file}.py") else ""
         sys.exit(f"error: --config names {file}, which is not there.{hint}")
     try:
+        stopping.check()
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
         pipeline.run(CONFIG.value, WORKDIR.value, command=command, lock_seconds=LOCK_SECONDS.value)
     except tables.ConfigError as error:
@@ -83,5 +86,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    stopping.listen()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse)

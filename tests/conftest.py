@@ -33,3 +33,14 @@ def compile_quickly(request):
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def as_users_compile():
+    """With all optimizations, for a test of what the compiler makes of a program."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -255,7 +255,6 @@ def shrink(config) -> dict:
         ("gradient_flow", ("resnet56,rounds=2,measure=fisher",)),
         ("greg", ("resnet56",)),
         ("greg", ("vgg19,method=l1",)),
-        ("geometric_limit", ("resnet18_tiny",)),
         ("sfw_oneshot", ()),
         ("sfw_oneshot", ("data=tiny,arch=mlp,optimizer=adagrad_sfw,constraint=l2",)),
         ("sfw_oneshot", ("data=svhn,arch=mlp,sfw_init=1,rescale=diameter",)),

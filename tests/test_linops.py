@@ -16,8 +16,6 @@ from flax import nnx
 
 from sparsity_jax import linops, losses, masks, tables, width
 
-OPTIMIZED = True  # as users compile, see conftest.py
-
 SEED = st.integers(0, 2**16)
 TRACED = ("full", "bfloat16", "none")
 LIKE = {"a": np.zeros((3, 4)), "b": [np.zeros(()), np.zeros(7)]}  # 20 entries
@@ -430,7 +428,7 @@ def test_a_saved_state_resumes_to_the_same_bits(reorthogonalize):
     np.testing.assert_array_equal(half.betas[:4], history.betas)
 
 
-def test_the_basis_is_updated_in_place():
+def test_the_basis_is_updated_in_place(as_users_compile):
     method = linops.lanczos_method(16)
     state = method.init(jnp.ones(1000))
     matvec = lambda v: v * jnp.linspace(0, 1, 1000)
@@ -455,7 +453,7 @@ def test_many_entries_stay_orthogonal():
     assert np.abs(basis @ basis.T - np.eye(32)).max() < 1e-5
 
 
-def test_memory_without_basis():
+def test_memory_without_basis(as_users_compile):
     method = linops.lanczos_method(8, reorthogonalize="none")
     start = {"w": jnp.ones((100, 100)), "b": jnp.ones(100)}
     step = jax.jit(lambda state: method.step(lambda v: jax.tree.map(lambda x: 2 * x, v), state))

@@ -119,6 +119,17 @@ def test_killed_runs_continue_to_the_same_rows(whole, tmp_path):
         assert tiny.timeless(report.read_rows(tmp_path / name / "metrics.jsonl")) == expected
 
 
+def test_a_signal_before_anything_runs_is_heard_once_all_is_imported(tmp_path):
+    """An exception inside the import of a library can crash it."""
+    send = "import os\nimport signal\n\nif not os.environ.get('SENT'):\n    os.environ['SENT'] = 'yes'\n"
+    send += "    os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "config.py").write_text(send + (ROOT / "configs" / "quickstart.py").read_text())
+    run = start(tmp_path / "run", *QUICK, config=tmp_path / "config.py")
+    printed, _ = run.communicate(timeout=120)
+    assert (run.returncode, printed) == (130, f"interrupted: the same command continues {tmp_path / 'run'}\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_killed_in_the_middle_of_lanczos_continues_to_the_same_rows(tmp_path):
     begin = lambda name: start(tmp_path / name, *LIMIT, config="configs/geometric_limit.py:digits")
     broken, rows, checkpoints = begin("broken"), tmp_path / "broken" / "metrics.jsonl", tmp_path / "broken/checkpoints"

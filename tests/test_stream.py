@@ -33,6 +33,7 @@ from sparsity_jax import (
     report,
     sources,
     stages,
+    stopping,
     stream,
     structured,
     tables,
@@ -274,6 +275,35 @@ def test_reading_waits_for_the_one_who_uses_it_and_ends_when_closed():
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() <= before
+
+
+def test_a_stop_ends_the_wait_for_a_batch_that_does_not_come():
+    comes = threading.Event()
+
+    def batches():
+        yield 1
+        comes.wait(60)
+
+    reader = stream.ahead(batches(), 2)
+    assert next(reader) == 1
+    threading.Timer(0.1, stopping.request).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(reader)
+    finally:
+        stopping.clear()
+        comes.set()
+
+
+def test_what_goes_wrong_while_reading_ahead_is_raised_in_its_place():
+    def batches():
+        yield 1
+        raise OSError("lost")
+
+    reader = stream.ahead(batches(), 2)
+    assert next(reader) == 1
+    with pytest.raises(OSError, match="lost"):
+        next(reader)
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------

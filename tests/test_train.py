@@ -9,8 +9,6 @@ import tiny
 
 from sparsity_jax import losses, masks, stages, train, trees
 
-OPTIMIZED = True  # as users compile, see conftest.py
-
 
 @pytest.fixture(scope="module")
 def problem():
@@ -139,7 +137,7 @@ def test_members_side_by_side_equal_single_runs(problem):
     assert rows[0][-1]["train_loss"] != rows[1][-1]["train_loss"]
 
 
-def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem):
+def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem, as_users_compile):
     fit = tiny.fit(tiny.SFW)
     wide = tiny.problem(mesh=0)
     assert len(jax.local_devices()) == 8

@@ -130,6 +130,24 @@ def test_a_run_goes_on_from_what_is_whole(name, whole, tmp_path, built_once, dra
     assert tiny.timeless(report.read_rows(place / "metrics.jsonl")) == rows
 
 
+def test_evaluation_goes_on_where_a_run_removes_what_it_reads(whole, tmp_path, built_once, monkeypatch):
+    place = shutil.copytree(whole[0], tmp_path / "run")
+    restore, calls = evaluate.restore, []
+
+    def beside_a_run(snapshot, *others):
+        if not calls:  # the run saves once more, and removes the checkpoint that is being read
+            later = str(int(snapshot.folder.name) + 1)
+            shutil.copytree(snapshot.folder, snapshot.folder.with_name(later))
+            shutil.rmtree(snapshot.folder)
+        calls.append(snapshot.folder.name)
+        return restore(snapshot, *others)
+
+    monkeypatch.setattr(evaluate, "restore", beside_a_run)
+    saved = evaluate.open_run(place)
+    tiny.same(saved.networks[0].state.params, whole[1].params)
+    assert len(set(calls)) == 2
+
+
 def test_without_a_whole_checkpoint_the_run_says_so_and_an_empty_one_is_passed_over(
     whole, tmp_path, drawn_once, capsys
 ):
