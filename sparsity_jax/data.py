@@ -24,7 +24,7 @@ import numpy as np
 from sparsity_jax import decoding, stopping
 from sparsity_jax.decoding import decode, fit, why_not
 from sparsity_jax.sources import Opened, Source, UnreadableError, check_label, open_set
-from sparsity_jax.tables import ConfigError, Fraction, Index, Range, check_options, defaults, lookup
+from sparsity_jax.tables import ConfigError, Fraction, Index, Range, check_options, defaults, host_memory, lookup
 
 CHUNK = 500  # records one thread reads and decodes at a time
 DECODED_ALONE = 32  # of those looked at, to measure what threads gain
@@ -218,9 +218,7 @@ def check_sizes(opened: Opened, options: Mapping[str, Any]) -> None:
 
 def check_memory(shape: tuple[int, ...]) -> None:
     """Raises ConfigError if uint8 images of `shape`, [N, H, W, C], need more than the machine's whole memory."""
-    if not hasattr(os, "sysconf"):
-        return
-    needed, there = math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = math.prod(shape), host_memory()
     if needed > there:
         raise ConfigError(
             f"{shape[0]} images of {shape[1]}x{shape[2]} need {needed / 2**30:.4g} GiB, this machine has "

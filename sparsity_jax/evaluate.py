@@ -51,6 +51,10 @@ PyTree = Any
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 Statistics = Literal["run", "data"]
 FORMAT = 2  # of an exported folder
+MORE_MEMORY = (
+    "Lower --batch_size if --latency fills it, or evaluate where there is more: with JAX_PLATFORMS=cpu in the "
+    "environment the memory of the host counts."
+)
 VARIABLES, PROGRAM, ABOUT = "variables.npz", "network.stablehlo", "network.json"
 USE = (  # lines that need jax and flatbuffers only, and one on the arrays alone
     "import hashlib, jax.export, json, pathlib",
@@ -231,10 +235,11 @@ def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = "")
 
 
 def _restored(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str) -> list[train.State]:
-    shapes = checkpoint.shapes(snapshot)
-    variables = jax.eval_shape(problem.init, jax.random.key(0))
+    shapes, workdir = checkpoint.shapes(snapshot), snapshot.folder.parent.parent
+    with pipeline.making_network(f"{workdir}: the network of config.model"):
+        variables = jax.eval_shape(problem.init, jax.random.key(0))
     wanted = {**variables, "masks": variables["params"]}
-    _check_shapes(snapshot.folder.parent.parent, shapes, wanted, hint)
+    _check_shapes(workdir, shapes, wanted, hint)
     arrays = checkpoint.arrays(snapshot)
     parts = trees.map_named(lambda path, _: arrays[path], wanted)
     state = train.State(
@@ -283,14 +288,15 @@ def run(
 
     data_dir, data_name, statistics: as in `open_run`. export_to, platforms, dense: a new folder for `export`, and its
     options.
-    Raises ConfigError as `open_run` and `export` do.
+    Raises ConfigError as `open_run` and `export` do, and where the memory is full.
     """
     if export_to:
         check_export(export_to, platforms)
-    saved = open_run(workdir, data_dir=data_dir, data_name=data_name, statistics=statistics)
-    rows = list(measured(saved, on_train=on_train, latency=latency, batch_size=batch_size, repeats=repeats))
-    if export_to:
-        export_run(saved, export_to, platforms, dense=dense, notes=[row["note"] for row in rows])
+    with pipeline.enough_memory(str(workdir), MORE_MEMORY):
+        saved = open_run(workdir, data_dir=data_dir, data_name=data_name, statistics=statistics)
+        rows = list(measured(saved, on_train=on_train, latency=latency, batch_size=batch_size, repeats=repeats))
+        if export_to:
+            export_run(saved, export_to, platforms, dense=dense, notes=[row["note"] for row in rows])
     return rows
 
 
@@ -666,10 +672,13 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
     """
     folder = pathlib.Path(folder)
     about, arrays = verify(folder), read_arrays(folder)
-    pipeline.check_model(about["model"], f"{folder / ABOUT}: model")
-    model = models.build(num_classes=about["num_classes"], **about["model"])
-    image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))
+    where = f"{folder / ABOUT}: model"
+    pipeline.check_model(about["model"], where)
+    with pipeline.making_network(where):
+        model = models.build(num_classes=about["num_classes"], **about["model"])
+        image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))
+    pipeline.check_memory(cost.num_bytes(shapes), f"{where} makes a network whose weights")
     wanted, apply = trees.named_leaves(shapes), model.apply
     if about["compact"]:
         channels = groups.trace(model.apply, shapes, image(2))
@@ -722,36 +731,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: tables to standard output, mistakes in one line."""
     options = make_parser().parse_args(arguments)
     try:
-        if options.export:
-            check_export(options.export, options.platforms)
-        if options.torch:
-            check_torch(options.torch)
-        for file in filter(None, (options.export, options.torch, options.json)):
-            check_writable(file)
-        other = dict(data_name=options.data, statistics=options.statistics)
-        saved = open_run(options.workdir, data_dir=options.data_dir, **other)
-        chosen = dict(on_train=options.train, latency=options.latency)
-        rows = list(measured(saved, batch_size=options.batch_size, repeats=options.repeats, **chosen))
-        sys.stdout.write(describe_all(rows) + "\n")
-        if options.data:
-            whose = {"run": "those the run trained with", "data": f"those of {options.data}"}[options.statistics]
-            sys.stdout.write(f"\nmean and std of the images are {whose}\n")
-        for member in saved.missing:
-            sys.stdout.write(f"\nmember {member} has no checkpoint yet\n")
-        if options.json:
-            text = json.dumps(report.plain(rows), indent=1) + "\n"
-            report.write_atomic(pathlib.Path(options.json), text.encode())
-        if options.export:
-            notes = [row["note"] for row in rows]
-            folders = export_run(saved, options.export, options.platforms, dense=options.dense, notes=notes)
-            for folder, row in zip(folders, rows):
-                kind = "compact" if "channels" in row["pruned"] else "dense, since no channels are cut:"
-                kind = "dense" if options.dense else kind
-                sys.stdout.write(f"exported {kind} network: {folder}\n")
-        for path in export_torch(saved, options.torch) if options.torch else ():
-            sys.stdout.write(f"wrote PyTorch weights of the dense network: {path}\n")
+        with pipeline.enough_memory(options.workdir, MORE_MEMORY):
+            answer(options)
     except (tables.ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def answer(options: argparse.Namespace) -> None:
+    """Prints and writes what the command line asks for."""
+    if options.export:
+        check_export(options.export, options.platforms)
+    if options.torch:
+        check_torch(options.torch)
+    for file in filter(None, (options.export, options.torch, options.json)):
+        check_writable(file)
+    other = dict(data_name=options.data, statistics=options.statistics)
+    saved = open_run(options.workdir, data_dir=options.data_dir, **other)
+    chosen = dict(on_train=options.train, latency=options.latency)
+    rows = list(measured(saved, batch_size=options.batch_size, repeats=options.repeats, **chosen))
+    sys.stdout.write(describe_all(rows) + "\n")
+    if options.data:
+        whose = {"run": "those the run trained with", "data": f"those of {options.data}"}[options.statistics]
+        sys.stdout.write(f"\nmean and std of the images are {whose}\n")
+    for member in saved.missing:
+        sys.stdout.write(f"\nmember {member} has no checkpoint yet\n")
+    if options.json:
+        text = json.dumps(report.plain(rows), indent=1) + "\n"
+        report.write_atomic(pathlib.Path(options.json), text.encode())
+    if options.export:
+        notes = [row["note"] for row in rows]
+        folders = export_run(saved, options.export, options.platforms, dense=options.dense, notes=notes)
+        for folder, row in zip(folders, rows):
+            kind = "compact" if "channels" in row["pruned"] else "dense, since no channels are cut:"
+            kind = "dense" if options.dense else kind
+            sys.stdout.write(f"exported {kind} network: {folder}\n")
+    for path in export_torch(saved, options.torch) if options.torch else ():
+        sys.stdout.write(f"wrote PyTorch weights of the dense network: {path}\n")
 
 
 if __name__ == "__main__":

@@ -190,7 +190,8 @@ def _check_choice(problem: train.Problem, settings: Any) -> None:
         layers = layers_of(problem, chosen)
     except ValueError as error:
         text = str(error)
-        raise tables.ConfigError(text if text.startswith(chosen.where) else f"{chosen.where}: {text}") from None
+        field = "inherit" if chosen.inherit else "ratios"
+        raise tables.ConfigError(text if text.startswith(chosen.where) else f"{chosen.where}.{field}: {text}") from None
     if all(layer.num_pruned == 0 for layer in layers):
         name, value = ("inherit", chosen.inherit) if chosen.inherit else ("ratios", chosen.ratios)
         raise tables.ConfigError(f"{chosen.where}.{name} is {value!r}: no layer loses anything.")

@@ -6,7 +6,6 @@ import copy
 import importlib.metadata
 import itertools
 import json
-import os
 import pathlib
 import platform as host
 import sys
@@ -184,9 +183,10 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
         check_streamed([(f"config.{name}", own[name]) for own in checked for name in sorted(used)], together)
     for name in used if together else ():
         if len(set(map(static, chosen[name]))) > 1:
+            changed = ", ".join(fields_that_differ([member[name] for member, _ in members]))
             raise tables.ConfigError(
-                f"config.sweep changes config.{name} in a way that needs another program; allowed: optimizers and "
-                "seed. Set config.sweep_mode='loop'."
+                f"config.sweep changes config.{name} in a way that needs another program ({changed}); allowed: "
+                "optimizers and seed. Set config.sweep_mode='loop'."
             )
     make = lambda found: Plan(
         [members[i][0] for i in found],
@@ -198,6 +198,13 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     if several and not together:
         return [make([i]) for i in range(len(members))], True
     return [make(range(len(members)))], False
+
+
+def fields_that_differ(stage_configs: Sequence[Mapping]) -> list[str]:
+    """Names of the fields, but for labels, in which configs of one stage are not all equal."""
+    names = {name for config in stage_configs for name in config} - {"label"}
+    values = lambda name: [config.get(name) for config in stage_configs]
+    return sorted(name for name in names if any(value != values(name)[0] for value in values(name)))
 
 
 def check_names(pipeline: Sequence[str], stage_configs: Mapping) -> None:
@@ -226,13 +233,15 @@ def check_streamed(settings: list[tuple[str, Any]], together: bool) -> None:
                 f"{where}.augment is {own.augment!r}, but a stream crops already; allowed: 'flip'."
             )
         if isinstance(own, stages.SfwInit):
-            raise tables.ConfigError(f"{said}, but {where} (sfw_init) draws from all of them in memory.")
+            raise tables.ConfigError(f"{said}, but {where}.kind 'sfw_init' draws from all of them in memory.")
         if isinstance(own, (geometry.Path, geometry.RowNorms, geometry.Spectrum)) and not own.num_examples:
             raise tables.ConfigError(f"{said}; {where}.num_examples is 0, all: say how many to keep in memory.")
         if isinstance(own, geometry.Width) and not own.epsilon:
             raise tables.ConfigError(f"{said}, but {where}.epsilon 0 is measured on all of them in memory: set it.")
         if isinstance(own, greg.Oracle):
-            raise tables.ConfigError(f"{said}, but {where} (oracle) evaluates every choice on all of them in memory.")
+            raise tables.ConfigError(
+                f"{said}, but {where}.kind 'oracle' evaluates every choice on all of them in memory."
+            )
         if isinstance(own, structured.Cut) and own.balanced:
             raise tables.ConfigError(f"{said}, but {where}.measure {own.measure!r} needs equally many of every class.")
 
@@ -535,7 +544,7 @@ def run(
     plans, separate = check(config)
     workdirs.refuse_other(workdir, config)
     lock.refuse(workdir, lock_seconds)
-    with enough_memory("config.data", None, plans[0].common):
+    with enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
     with lock.held(workdir, lock_seconds) as still_mine:
         workdirs.claim(workdir, config)
@@ -683,13 +692,13 @@ def build(plans: list[Plan]) -> train.Problem:
             )
         try:
             optim.numbers(fit.recipe, shapes, None)
-        except tables.ConfigError as error:
-            raise tables.ConfigError(f"{where}: {error}") from None
+        except tables.ConfigError as error:  # of a field such as constraint.rules
+            part = f"{where}.optimizer" if isinstance(fit, train.Fit) else where
+            raise tables.ConfigError(f"{part}.{error}") from None
     if common["pretrained"]:
-        problem = problem._replace(
-            pretrained=problem.place(pretrained_arrays(common, problem)),
-            keep_zeros=common["pretrained_zeros"] == "keep",
-        )
+        with enough_memory_for("config.pretrained", None, common):
+            arrays = problem.place(pretrained_arrays(common, problem))
+        problem = problem._replace(pretrained=arrays, keep_zeros=common["pretrained_zeros"] == "keep")
     for i, plan in enumerate(plans):
         if plan.common["start_from"]:
             own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
@@ -715,14 +724,9 @@ def check_size(problem: train.Problem, model: Mapping[str, Any]) -> None:
     height, width, channels = problem.dataset.test.images.shape[1:]
     images = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
     where = f"config.model {model['name']!r} for images of {height} x {width} x {channels}"
-    try:
+    with making_network(where):
         variables = jax.eval_shape(problem.init, jax.random.key(0))
         logits = jax.eval_shape(problem.model.apply, variables, images)
-    except Exception as error:  # which ones depends on the layer that does not fit
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise tables.ConfigError(
-            f"{where} cannot be made: {tables.shortened(reason)}; is it too large for them?"
-        ) from None
     empty = [path for path, leaf in trees.named_leaves(variables).items() if not leaf.size]
     if empty or not logits.size:
         raise tables.ConfigError(
@@ -733,12 +737,23 @@ def check_size(problem: train.Problem, model: Mapping[str, Any]) -> None:
     check_memory(needed, f"{where} has {trees.size(variables['params']):,} weights, which with their gradients")
 
 
+@contextlib.contextmanager
+def making_network(where: str) -> Iterator[None]:
+    """What goes wrong while a network is traced inside, in whatever type, as a ConfigError about `where`."""
+    try:
+        yield
+    except Exception as error:  # which ones depends on the layer that does not fit
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise tables.ConfigError(
+            f"{where} cannot be made: {tables.shortened(reason)}; is it too large for its images?"
+        ) from None
+
+
 def check_memory(needed: int, what: str) -> None:
     """Raises ConfigError for arrays of more bytes than the device has."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    allowed = stats.get("bytes_limit") or pages
+    allowed = stats.get("bytes_limit") or tables.host_memory()
     if needed > allowed:
         raise tables.ConfigError(f"{what} take {needed / 1e9:,.1f} GB; allowed: {allowed / 1e9:,.1f} GB, the memory.")
 
@@ -798,7 +813,7 @@ def run_plan(
     with contextlib.ExitStack() as stack:
         stack.callback(saved.close)
         progress = found.progress if found else workdirs.Progress(0, False, [])
-        with enough_memory("config.model", None, plan.common):
+        with enough_memory_for("config.model", None, plan.common):
             state, origin = initial_state(plan, problem), []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
@@ -820,7 +835,7 @@ def run_plan(
             visits = plan.pipeline.count(name)
             place = stages.Place(name, position, plan.settings, run.per_member(earlier), visit, visits)
             stage = STAGES[kind]
-            with enough_memory(f"config.{name}", own[0], plan.common):
+            with enough_memory_for(f"config.{name}", own[0], plan.common):
                 resumed = position == progress.stage and progress.begun
                 if resumed or (position == progress.stage and position):
                     state = state._replace(opt_state=carried_before(plan, state, position))
@@ -840,24 +855,27 @@ def run_plan(
 
 
 @contextlib.contextmanager
-def enough_memory(where: str, settings: Any, common: Mapping[str, Any]) -> Iterator[None]:
-    """Memory that is full inside, of the host or of a device, as a ConfigError that says what to lower.
-
-    where: the stage, with its `settings`, if it has such.
-    """
+def enough_memory(where: str, advice: str) -> Iterator[None]:
+    """Memory that is full inside, of the host or of a device, as a ConfigError that ends with `advice`."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error) or "MemoryError").splitlines()[0]
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
             raise
-        lower = [f"{where}.{field}" for field in LARGE if hasattr(settings, field)]
-        lower += ["config.eval_batch_size", "the network of config.model"]
-        loop = " or set config.sweep_mode to 'loop'" if common["sweep"] else ""
-        raise tables.ConfigError(
-            f"{where}: the memory is full ({tables.shortened(reason)}). Lower {', '.join(lower)}{loop}, in another "
-            "--workdir; with more memory the same command goes on from the last checkpoint."
-        ) from error
+        raise tables.ConfigError(f"{where}: the memory is full ({tables.shortened(reason)}). {advice}") from error
+
+
+def enough_memory_for(where: str, settings: Any, common: Mapping[str, Any]) -> contextlib.AbstractContextManager:
+    """`enough_memory` for a part of a run that says what to lower. where: a stage with its `settings`, or another."""
+    lower = [f"{where}.{field}" for field in LARGE if hasattr(settings, field)]
+    lower += ["config.eval_batch_size", "the network of config.model"]
+    loop = " or set config.sweep_mode to 'loop'" if common["sweep"] else ""
+    advice = (
+        f"Lower {', '.join(lower)}{loop}, in another --workdir; with more memory the same command goes on from the "
+        "last checkpoint."
+    )
+    return enough_memory(where, advice)
 
 
 def after(plan: Plan, state: train.State, position: int) -> train.State:

@@ -318,7 +318,9 @@ def k_sparse(
     """
     kept = min(max(k, masks.count_of(k_frac, size, math.floor)), size)
     if kept < 1:
-        raise tables.ConfigError(f"k={k} and k_frac={k_frac} select no entry of an array of {size}; raise one of them.")
+        raise tables.ConfigError(
+            f"constraint.k={k} and k_frac={k_frac} select no entry of an array of {size}; raise one."
+        )
     scale = 2 * math.sqrt(kept)
     return KSparse(kept, radius_of(tau, mode, norm, scale))
 

@@ -121,6 +121,7 @@ def check(path: str | os.PathLike, where: str = "path") -> None:
         raise tables.ConfigError(f"{where}; allowed: a file of weights, .safetensors or {', '.join(TORCH_FILES)}.")
     if not path.is_file():
         raise tables.ConfigError(f"{where}, but there is no such file.")
+    _check_memory(path.stat().st_size, f"{where}, which has")
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, framework="np"):
@@ -136,13 +137,20 @@ def check(path: str | os.PathLike, where: str = "path") -> None:
         )
 
 
+def _check_memory(size: int, what: str) -> None:
+    """Raises ConfigError for more bytes than the memory of this machine."""
+    memory = tables.host_memory()
+    if size > memory:
+        raise tables.ConfigError(f"{what} {size / 1e9:,.1f} GB; allowed: {memory / 1e9:,.1f} GB, the memory.")
+
+
 def read(path: str | os.PathLike, key: str = "") -> dict[str, np.ndarray]:
     """The state dict in a `.safetensors` file, or in one that `torch.save` wrote (needs PyTorch).
 
     key: name of the state dict in a checkpoint that holds several, e.g. "model_ema"; by default the first of
     `STATE_DICTS`, or the whole file. Nothing in a file is executed: pickled modules are refused. That of a safetensors
-    file is `Unordered`. Raises ConfigError for files that are cut short or something else, and for tensors that are no
-    plain arrays (sparse, quantized, complex, float8).
+    file is `Unordered`. Raises ConfigError for files that are cut short or something else, for tensors that are no
+    plain arrays (sparse, quantized, complex, float8), and for files and shapes larger than the memory.
     """
     check(path)
     path = pathlib.Path(path)
@@ -155,7 +163,11 @@ def read(path: str | os.PathLike, key: str = "") -> dict[str, np.ndarray]:
         if entry["dtype"] not in DTYPES:
             raise tables.ConfigError(f"{path}: {name} is of type {entry['dtype']}; known: {', '.join(DTYPES)}.")
         flat = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
-        state_dict[name] = flat.reshape(entry["shape"])
+        try:
+            state_dict[name] = flat.reshape(entry["shape"])
+        except (ValueError, OverflowError) as error:  # of empty arrays: of too many axes, or too long ones
+            shape = tables.shortened(entry["shape"])
+            raise tables.ConfigError(f"{path}: {name} has the shape {shape}, of no array: {error}.") from None
     return state_dict
 
 
@@ -174,6 +186,8 @@ def _read_torch(path: pathlib.Path, key: str) -> dict[str, np.ndarray]:
                 f"{path} holds {name!r}, of type {type(value).__name__}; allowed: tensors by name, "
                 f"alone or as {', '.join(map(repr, STATE_DICTS))}."
             )
+    for name, value in state_dict.items():  # one number in the file may stand for any shape
+        _check_memory(value.numel() * value.element_size(), f"{path}: {name}, of the shape {tuple(value.shape)}, takes")
     return {name: _array(value, f"{path}: {name}") for name, value in state_dict.items()}
 
 
@@ -730,11 +744,13 @@ def to_variables(
         if kernel and array.ndim == len(shape):
             fits = array.size == np.prod(shape, dtype=int)  # else it cannot be rearranged either
             array = _from_torch(array, channels if path == flat and fits else 1)
-        loaded[path], problem = _as_type(array, np.dtype(paths[path].dtype))
         if array.shape != shape:
+            loaded[path] = array
             needed = _torch_shape(shape) if kernel else shape
             misfits.wrong.append((path, f"{name} is {shapes[name]}, for {path} it must be {needed}"))
-        elif problem:
+            continue
+        loaded[path], problem = _as_type(array, np.dtype(paths[path].dtype))
+        if problem:
             misfits.no_weights.append(f"{name} {problem}")
     for path, leaf in paths.items():
         if path not in loaded and path not in kept:

@@ -154,8 +154,8 @@ def parse(
         of the layer in a network without blocks.
     reading: `original`, as the published code: "3.1" also skips block 3.10, nothing is skipped in weight pruning of
         residual networks, and ranges and skips beyond the last layer are ignored.
-    Raises ConfigError, naming the setting `where`, for anything malformed or out of range, and for rules and skips that
-    match nothing.
+    Raises ConfigError, naming the setting `where` (of `skip`: the one beside it), for anything malformed or out of
+    range, and for rules and skips that match nothing.
     """
     tables.convert(granularity, Granularity, "granularity")
     tables.convert(reading, Literal["correct", "original"], "reading")
@@ -184,7 +184,7 @@ def parse(
                 f"the layers 0 to {len(layers) - 1}, e.g. '[0-{len(layers) - 2}:0.5]', rules on paths, or `blocks`."
             )
         table = _by_stage(items, located, where)
-    skipped = _skipped(skip, located, reading, f"{where}: skip")
+    skipped = _skipped(skip, located, reading, f"{where[: where.rfind('.') + 1]}skip")
     if reading == "original" and granularity == "weight" and residual:
         skipped = set()
     return {path: 0.0 if path in whole or path in skipped else ratio for path, ratio in table.items()}

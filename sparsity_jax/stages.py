@@ -423,8 +423,9 @@ def curve_options(
     granularity, layer_ratios, layers, include, exclude: see `prune`.
     retrain: name of a `train` config to run at every ratio, from the same trained state, before evaluating.
     """
-    if not ratios or not splits:
-        raise tables.ConfigError(f"{where}.ratios and .splits must not be empty.")
+    for name, values in (("ratios", ratios), ("splits", splits)):
+        if not values:
+            raise tables.ConfigError(f"{where}.{name} must not be empty.")
     options = dict(scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios, layers=layers)
     cut = prune_options(where, ratio=0.0, selection=selection, include=include, exclude=exclude, **options)
     return Curve(ratios, splits, selection, cut.options, retrain)

@@ -84,6 +84,13 @@ class Cut(NamedTuple):
             fields |= dict(ratio=self.ratio if ratio is None else ratio, num_rounds=num_rounds)
         return budgets.schedule(**fields)
 
+    @property
+    def share_field(self) -> str:
+        """The field that says how much is removed."""
+        if self.rules:
+            return "rules"
+        return "schedule.thresholds" if dict(self.schedule)["name"] == "manual" else "ratio"
+
 
 def cut_options(
     where: str,
@@ -146,10 +153,13 @@ def cut_options(
         raise tables.ConfigError(f"{where}.schedule names thresholds, but {where}.rules say what goes of each group.")
     try:
         scores.required(measure, use_l2=use_l2, use_init=use_init)
-        for share in (None, *(share for _, share in rules)):
+    except tables.ConfigError as error:  # of use_l2 or use_init
+        raise tables.ConfigError(f"{where}.{error}") from None
+    for field, share in (("", None), *((".rules", share) for _, share in rules)):
+        try:
             chosen.plan(1, share)
-    except tables.ConfigError as error:
-        raise tables.ConfigError(f"{where}: {error}") from None
+        except tables.ConfigError as error:
+            raise tables.ConfigError(f"{where}{field}: {error}") from None
     return chosen
 
 
@@ -182,7 +192,7 @@ def check_network(problem: train.Problem, chosen: Cut, where: str, visits: int =
     """Raises ConfigError for `visits` rounds that do not fit the network or its data."""
     channels, size = channels_of(problem, chosen.branches), problem.size("train")
     if not channels.groups:
-        raise tables.ConfigError(f"{where}: the network has no channels that can be removed.")
+        raise tables.ConfigError(f"{where}: the network of config.model has no channels that can be removed.")
     if chosen.exclude and all(trees.matching(channels.sizes, chosen.exclude, f"{where}.exclude").values()):
         raise tables.ConfigError(f"{where}.exclude is {chosen.exclude!r}, which leaves no group to cut.")
     if chosen.rules:
@@ -227,7 +237,8 @@ def _check_reach(problem: train.Problem, chosen: Cut, where: str, visits: int) -
             limit = budgets.rounded_down(1 - least / total)
             raise tables.ConfigError(
                 f"{where} shall remove {1 - density:.4g} of {total} channels, but {where}.min_share={chosen.min_share} "
-                f"keeps {least} of them, at least one of each group; allowed: up to {limit}."
+                f"keeps {least} of them, at least one of each group; allowed: a {where}.{chosen.share_field} up to "
+                f"{limit}."
             )
         return
     everything = {name: np.ones(size, bool) for name, size in channels_of(problem, chosen.branches).sizes.items()}
@@ -375,7 +386,9 @@ def _select_or_say(problem, chosen, importance, alive, place):
     try:
         return select(problem, chosen, importance, alive, place)
     except ValueError as error:
-        raise tables.ConfigError(f"config.{place.name}, round {place.visit}: {error}") from None
+        where = f"config.{place.name}"
+        hint = f" {where}.{chosen.share_field} says how much is removed."
+        raise tables.ConfigError(f"{where}, round {place.visit}: {error}{hint}") from None
 
 
 # compact -----------------------------------------------------------------------------------------------------

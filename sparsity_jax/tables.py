@@ -6,6 +6,8 @@ A table maps a name to a function whose keyword-only parameters are its options.
 
 import difflib
 import inspect
+import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -51,6 +53,13 @@ Index = typing.Annotated[int, Range(0, 2**31 - 1)]
 Seed = typing.Annotated[int, Range(0, 2**32 - 1)]  # jax makes the same key of larger ones
 
 SMALLEST, LARGEST = 1.2e-38, 3.4e38  # what float32 holds without loss
+
+
+def host_memory() -> float:
+    """Bytes of memory of this machine; infinite where its system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def closest(name: str, known: typing.Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -374,6 +375,19 @@ def test_options_that_cannot_work(cut, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")])
+def test_memory_that_is_full_is_one_sentence(error, cut, monkeypatch):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(train, "measure", full)
+    sentence = rf"{re.escape(str(cut[0]))}: the memory is full .*--batch_size.*JAX_PLATFORMS=cpu"
+    with pytest.raises(tables.ConfigError, match=sentence):
+        evaluate.run(cut[0])
+    with pytest.raises(SystemExit, match=f"^error: {sentence}"):
+        evaluate.main(["--workdir", str(cut[0])])
+
+
 def test_an_emptied_layer_cannot_be_compacted(tmp_path):
     problem, state = fresh(dict(name="mlp", widths=(4,)), cut_half=False)
     gone = jax.tree.map(jnp.zeros_like, state.masks["dense1"])
@@ -447,6 +461,11 @@ def test_folders_that_cannot_be_loaded(tmp_path):
         (dict(format=0), "has the format 0; known: 2"),
         (dict(num_classes=9), r"params/fc/bias is \(10,\) in variables.npz, \(9,\) in the network"),
         (dict(sizes={}), "has other channel groups"),
+        (dict(model=dict(name="mlp", widths=[2 * 10**9])), r"network\.json: model .* weights take .* GB; allowed: "),
+        (dict(model=dict(name="mlp", widths=[2**31 - 1] * 3)), r"network\.json: model"),
+        (dict(model=dict(name="mlp", widths=[10**20])), r"network\.json: model\.widths"),
+        (dict(num_classes=10**30), r"network\.json: model cannot be made"),
+        (dict(image_shape=[10**12] * 3), r"network\.json: model .* GB"),
     ):
         other = about | change
         path.write_text(json.dumps(other), encoding="utf-8")

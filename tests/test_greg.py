@@ -426,7 +426,7 @@ def test_options_that_do_not_fit(fields, message):
             dict(ratios="[0:0.5]", granularity="group"),
             r"config.x.ratios is '\[0:0.5\]'; allowed with granularity 'group'",
         ),
-        (dict(ratios="[0:0.5]", skip="9"), r"config.x.ratios: skip: '9' matches no layer"),
+        (dict(ratios="[0:0.5]", skip="9"), r"config.x.skip: '9' matches no layer"),
         (dict(ratios="[0:-1]", pick="max"), r"config.x.pick is 'max'; allowed: 'min' with a ratio of -1"),
     ],
 )

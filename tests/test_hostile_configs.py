@@ -62,8 +62,10 @@ WRONG = {
     "more weights than memory": (dict(model=dict(name="mlp", widths=(2 * 10**9, 2))), r"config\.model .*weights.* GB"),
     "more weights than can be counted": (dict(model=dict(name="mlp", widths=(2**31 - 1,) * 3)), r"config\.model 'mlp'"),
     "float64": (dict(model=dict(name="mlp", dtype="float64")), r"model\.dtype is 'float64'; allowed: .*JAX_ENABLE_X64"),
+    "float64 weights": (dict(model=dict(name="mlp", param_dtype="float64")), r"model\.param_dtype is 'float64'"),
     "seed beyond 32 bits": (dict(seed=2**32), r"config\.seed is 4294967296; allowed: int >= 0 and <= 4294967295"),
     "seed that is no integer": (dict(seed=1e20), r"config\.seed is 1e\+20"),
+    "swept seed": (dict(sweep=dict(seed=(0, 1e20))), r"config\.sweep\.seed is 1e\+20"),
     "too many steps": (
         dict(fit=pipeline.stage("train", epochs=2**31 - 1, batch_size=32, optimizer=tiny.SGD)),
         r"config\.fit\.epochs is 2147483647, .*steps",

@@ -114,7 +114,7 @@ MISTAKES = {
     ),
     "sweep of another program": (
         dict(sweep=dict(fit=dict(epochs=(1, 2)))),
-        r"config\.sweep changes config\.fit .*'loop'",
+        r"config\.sweep changes config\.fit .*\(epochs\).*'loop'",
     ),
     "sweep of a retraining's length": (
         dict(pipeline=("fit", "retrained"), sweep=dict(again=dict(epochs=(1, 2)))),
@@ -192,7 +192,7 @@ LATE_MISTAKES = {  # found when the data and devices are known, still before any
     ),
     "idle rule": (
         dict(fit=stage(optimizer=dict(tiny.SFW, constraint=dict(tiny.POLYTOPE, rules=[["conv.*", dict(name="l2")]])))),
-        r"config\.fit: constraint\.rules: 'conv\.\*' decides no parameter",
+        r"config\.fit\.optimizer\.constraint\.rules: 'conv\.\*' decides no parameter",
     ),
 }
 

@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import json
 import os
 import pathlib
 import pickle
@@ -12,6 +13,7 @@ import random
 import re
 import sys
 import types
+import zipfile
 from typing import NamedTuple
 
 import golden_data
@@ -482,6 +484,49 @@ def test_files_cut_short_or_foreign(tmp_path):
         pretrained.write(tmp_path / "net.pth", {})
 
 
+def safetensors_of(shape, offsets, content=bytes(4)):
+    header = json.dumps({"fc.weight": dict(dtype="F32", shape=shape, data_offsets=offsets)}).encode()
+    return len(header).to_bytes(8, "little") + header + content
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ([10**12], [0, 4]),
+        ([10**12], [0, 4 * 10**12]),
+        ([10**30], [0, 4]),
+        ([2**62, 4], [0, 4]),
+        ([-1], [0, 4]),
+        ([1] * 99, [0, 4]),
+        ([0, 10**18, 10**18], [0, 0]),
+        ([0, 10**12], [0, 0]),
+    ],
+)
+def test_absurd_shapes_in_a_file_are_refused(shape, offsets, tmp_path):
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(safetensors_of(shape, offsets, bytes(4 if offsets[1] else 0)))
+    like = {"params": {"fc": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}}
+    with pytest.raises(tables.ConfigError, match=r"net\.safetensors|fc\.weight is \(0, 10+\), for .* must be \(2, 3\)"):
+        pretrained.to_variables(pretrained.read(path), like)
+
+
+def test_files_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
+    path = pretrained.write(tmp_path / "net.safetensors", {"a": np.ones(3)})
+    monkeypatch.setattr(tables, "host_memory", lambda: 50.0)
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.pretrained is '.*', which has .* GB; allowed: .* the memory"
+    ):
+        pretrained.check(path, "config.pretrained")
+
+
+def test_absurd_shapes_in_memory_are_refused_unread():
+    """PyTorch's and NumPy's views may stand for any shape with one number."""
+    network = random_network((3, 3, 3), "words", WORDS, False)
+    state_dict = {**network.state_dict, "stem.weight": np.broadcast_to(np.float32(1), (10**8, 10**8))}
+    with pytest.raises(tables.ConfigError, match=r"stem\.weight is \(10+, 10+\), for .* must be \(3, 3\)"):
+        pretrained.to_variables(state_dict, network.like)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = pretrained.write(tmp_path / "net.safetensors", {"a": np.ones(3)})
     with pytest.raises(Exception, match="object"):
@@ -494,7 +539,13 @@ class Tensor:
     """As much of PyTorch's tensor as reading needs."""
 
     def __init__(self, array, dtype="torch.float32"):
-        self.array, self.dtype = array, dtype
+        self.array, self.dtype, self.shape = array, dtype, array.shape
+
+    def numel(self):
+        return self.array.size
+
+    def element_size(self):
+        return self.array.itemsize
 
     def detach(self):
         return self
@@ -541,6 +592,10 @@ def test_files_of_pytorch(tmp_path, monkeypatch):
         ([1], "list"),
         ({0: tensors["module.w"]}, "0, of type"),
         ({"w": Tensor(np.zeros(2), "torch.float8_e4m3fn")}, r"w is no plain array \(torch\.float8"),
+        (
+            {"w": Tensor(np.broadcast_to(np.float32(0), 10**15))},
+            r"w, of the shape \(10+,\), takes 4,000,000\.0 GB; allo",
+        ),
         (itself, "dict"),
     ):
         with pytest.raises(tables.ConfigError, match=shown):
@@ -588,6 +643,22 @@ def test_odd_tensors_of_pytorch(torch, tmp_path):
             pretrained.read(path)
     torch.save({"state_dict": {"w": plain}, "args": argparse.Namespace(lr=0.1)}, path)
     with pytest.raises(tables.ConfigError, match=r"argparse\.Namespace"):
+        pretrained.read(path)
+
+
+def test_absurd_shapes_in_a_file_of_pytorch_are_refused(torch, tmp_path):
+    path = tmp_path / "net.pth"
+    torch.save({"w": torch.zeros(1).expand(10**15)}, path)
+    with pytest.raises(tables.ConfigError, match=r"net\.pth: w, of the shape \(10+,\), takes 4,000,000\.0 GB"):
+        pretrained.read(path)
+    torch.save({"w": torch.zeros(10**4)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    count, claimed = pickle.dumps(10**4, 2)[2:-1], pickle.dumps(10**12, 2)[2:-1]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, record.replace(count, claimed) if name.endswith("data.pkl") else record)
+    with pytest.raises(tables.ConfigError, match=r"net\.pth cannot be read as weights alone: .*size"):
         pretrained.read(path)
 
 
@@ -739,10 +810,13 @@ def test_mistakes_stop_a_run_before_it_begins(weights, tmp_path):
     path, _ = weights
     truncated = tmp_path / "cut.safetensors"
     truncated.write_bytes(pathlib.Path(path).read_bytes()[:-10])
+    absurd = tmp_path / "absurd.safetensors"
+    absurd.write_bytes(safetensors_of([10**12], [0, 4 * 10**12]))
     wider = dict(model=dict(name="mlp", widths=(17,)))
     for fields, message in (
         (dict(pretrained="nowhere.safetensors"), r"config\.pretrained is 'nowhere\.safetensors', but there is no such"),
         (dict(pretrained=str(truncated)), r"config\.pretrained is '.*cut\.safetensors', which is no whole safetensors"),
+        (dict(pretrained=str(absurd)), r"config\.pretrained is '.*absurd\.safetensors', which is no whole safetensors"),
         (
             dict(pretrained=path, start_from="x"),
             r"config\.pretrained is '.*' and config\.start_from 'x'; allowed: one of",

@@ -152,6 +152,25 @@ def test_a_run_killed_in_the_middle_of_lanczos_continues_to_the_same_rows(tmp_pa
     assert expected[-1]["actual"] == {"limit": next(row["limit"] for row in expected if row.get("phase") == "result")}
 
 
+def test_a_full_disk_is_two_lines(tmp_path):
+    """However deep in threads and libraries it was noticed."""
+    program = """
+import runpy
+from sparsity_jax import pipeline
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+pipeline.run = full
+runpy.run_module("sparsity_jax.run", run_name="__main__", alter_sys=True)
+"""
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    command = [sys.executable, "-c", program, "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    told, again = ended.stderr.splitlines()
+    assert told == f"error: {tmp_path}: [Errno 28] No space left on device"
+    assert "goes on from the last checkpoint" in again
+
+
 def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
     commands = {
         "unknown field": (start(tmp_path / "a", "--config.fit_sfw.epocs=3"), "epocs", "epochs"),

@@ -261,7 +261,8 @@ def test_training_starts_inside_the_feasible_sets(problem):
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("curve", dict(ratios=()), "must not be empty"),
+        ("curve", dict(ratios=()), r"config\.x\.ratios must not be empty"),
+        ("curve", dict(splits=()), r"config\.x\.splits must not be empty"),
         ("curve", dict(ratios=(0.5, 1.5)), r"ratios\[1\] is 1.5; allowed: float >= 0.0 and <= 1.0"),
         (
             "curve",

@@ -671,7 +671,7 @@ MISTAKES = {
     "no prefetch": (dict(prefetch=0), {}, r"config\.data\.prefetch is 0; allowed: int >= 1"),
     "no stream": (dict(stream=False), {}, r"unreadable is 'skip', which only a stream uses; set config\.data\.stream"),
     "two crops": ({}, dict(fit=dict(augment="resized_crop_flip")), r"fit\.augment .* a stream crops already"),
-    "learned scales": ({}, dict(pipeline=("learn", "fit")), r"config\.learn \(sfw_init\) draws from all of them"),
+    "learned scales": ({}, dict(pipeline=("learn", "fit")), r"config\.learn\.kind 'sfw_init' draws from all of them"),
     "all examples of the path": ({}, dict(pipeline=("fit", "path")), r"config\.path\.num_examples is 0, all: say how"),
     "all examples": ({}, dict(pipeline=("fit", "hessian")), r"config\.hessian\.num_examples is 0, all: say how many"),
     "tolerance": (

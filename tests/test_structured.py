@@ -268,10 +268,10 @@ def test_members_are_cut_by_their_own_scores():
         (dict(ratio=1.0), r"config\.x: ratio is 1, which removes everything"),
         (dict(schedule=dict(name="cubic")), r"config\.x: schedule\.name is 'cubic'; known: gradient_flow"),
         (dict(schedule=dict(name="polynomial", powr=2)), r"config\.x: schedule 'polynomial': .*powr.*; fields: ratio"),
-        (dict(measure="tfo", use_init=True), "use_init replaces the factor"),
+        (dict(measure="tfo", use_init=True), r"config\.x\.use_init replaces the factor"),
         (dict(exclude="("), r"config\.x\.exclude: '\(' is not a regular expression"),
         (dict(budget="filters"), r"config\.x\.budget is 'filters'; allowed: 'channels'"),
-        (dict(rules=((".*", 1.0),)), r"config\.x: ratio is 1, which removes everything"),
+        (dict(rules=((".*", 1.0),)), r"config\.x\.rules: ratio is 1, which removes everything"),
         (dict(rules=((".*", 0.5),), budget="flops"), r"budget is 'flops', but config\.x\.rules need 'channels'"),
         (
             dict(rules=((".*", 0.5),), schedule=dict(name="manual", thresholds=(0.5,))),
@@ -302,10 +302,13 @@ def test_cuts_that_cannot_be_are_named_before_anything_runs(problem, trained, tm
     for fields, message in (
         (
             dict(ratio=0.99),
-            r"config\.x shall remove 0\.99 of 40 channels, but .*min_share=0\.05 keeps 3 .* up to 0\.925",
+            r"config\.x shall remove 0\.99 of 40 channels, but .*min_share=0\.05 keeps 3 .* x\.ratio up to 0\.925",
         ),
-        (dict(ratio=0.99, budget="parameters"), r"config\.x, round 3: cost target .* use a larger target"),
-        (dict(rules=((".*", 0.98),)), r"config\.x, round 3: 1 of 24 channels of layer 'params/dense1'"),
+        (
+            dict(ratio=0.99, budget="parameters"),
+            r"config\.x, round 3: cost target .* larger target.* config\.x\.ratio says",
+        ),
+        (dict(rules=((".*", 0.98),)), r"config\.x, round 3: 1 of 24 .*'params/dense1'.* config\.x\.rules says"),
     ):
         with pytest.raises(tables.ConfigError, match=message):
             structured.check_network(problem, settings(**fields), "config.x", 3)

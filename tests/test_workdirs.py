@@ -286,7 +286,9 @@ def test_a_network_of_absurd_size_in_a_run_folder_is_refused(whole, tmp_path, bu
     monkeypatch.setattr(evaluate, "build", built_once)
     place = shutil.copytree(whole[0], tmp_path / "run")
     config = workdirs.read_config(place)
-    for model in (dict(name="mlp", widths=[10**20]), dict(name="mlp", width=3), dict(name="os.system")):
+    absurd = ([10**20], [2**31 - 1] * 3, [2 * 10**9, 2])
+    models = [dict(name="mlp", widths=widths) for widths in absurd]
+    for model in (*models, dict(name="mlp", width=3), dict(name="os.system")):
         write_sealed(place, pathlib.Path("config.json"), json.dumps({**config, "model": model}).encode())
         with pytest.raises(tables.ConfigError, match=r"config\.model"):
             evaluate.open_run(place)
