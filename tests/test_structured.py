@@ -302,7 +302,7 @@ def test_cuts_that_cannot_be_are_named_before_anything_runs(problem, trained, tm
     for fields, message in (
         (
             dict(ratio=0.99),
-            r"config\.x shall remove 0\.99 of 40 channels, but .*min_share=0\.05 keeps 3 .* x\.ratio up to 0\.925",
+            r"config\.x shall remove 0\.99 of 40 .*min_share=0\.05 keeps 3 .* config\.x\.ratio up to 0\.925",
         ),
         (
             dict(ratio=0.99, budget="parameters"),
