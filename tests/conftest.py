@@ -36,11 +36,10 @@ def compile_quickly(request):
 
 
 @pytest.fixture
-def as_users_compile():
+def as_users_compile(request, compile_quickly):
     """With all optimizations, for a test of what the compiler makes of a program."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "OPTIMIZED", False))
