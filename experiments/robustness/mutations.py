@@ -16,19 +16,31 @@ a module adapts `file`, `old` and `new` to the new text, and leaves number and w
 
 import argparse
 import collections
+import importlib
 import os
 import pathlib
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from typing import NamedTuple
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = "sparsity_jax"
 SLOWEST = 900  # seconds after which tests are ended: a fault may make a loop endless
+LIBRARIES = (  # imported once, before any fork: they take seconds
+    "flax.linen",
+    "hypothesis",
+    "jax",
+    "matplotlib.figure",
+    "optax",
+    "orbax.checkpoint",
+    "scipy.linalg",
+)
 GUARD = """
 import pathlib
 import pytest
@@ -254,8 +266,8 @@ MUTATIONS = (
         "data.py",
         "wrong = (labels < 0) | (labels >= opened.num_classes)",
         "wrong = (labels < 0) | (labels > opened.num_classes)",
-        "test_data.py",
-        "unlabelled_split_is_refused or sources",
+        "test_sources.py",
+        "a_bad_record_is_told",
     ),
     Mutation(
         21,
@@ -1632,8 +1644,8 @@ def misplaced(mutations: list[Mutation]) -> list[str]:
 def unselected(mutations: list[Mutation]) -> list[str]:
     """Sentences on selections that choose no test."""
     files = sorted({mutation.tests for mutation in mutations})
-    listed = run_pytest(["--collect-only", *(f"tests/{name}" for name in files)], ROOT)
-    names = [line.partition("::") for line in listed.stdout.splitlines() if "::" in line]
+    _, listed = run_pytest(["--collect-only", *(f"tests/{name}" for name in files)])
+    names = [line.partition("::") for line in listed.splitlines() if "::" in line]
     found = []
     for mutation in mutations:
         own = [name.lower() for file, _, name in names if file.endswith(mutation.tests)]
@@ -1651,36 +1663,52 @@ def is_chosen(name: str, select: str) -> bool:
     return eval(re.sub(r"[^\s()]+", as_value, select))
 
 
-def run_pytest(arguments: list[str], package_folder: pathlib.Path) -> subprocess.CompletedProcess:
-    """Runs pytest on this tree's tests, which import the package in `package_folder`."""
-    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "--tb=line"]
-    environment = os.environ | {
-        "PYTHONPATH": str(package_folder),
-        "PYTHONSAFEPATH": "1",  # else the folder of the working tree comes first
-    }
-    return subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SLOWEST,
-    )
+def prepare_environment(package_folder: pathlib.Path) -> None:
+    """What tests and the processes that they start need to import the package in that folder."""
+    os.environ["PYTHONPATH"] = str(package_folder)
+    os.environ["PYTHONSAFEPATH"] = "1"  # else the folder of the working tree comes first
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    cache = pathlib.Path(tempfile.gettempdir()) / "sparsity_jax_test_cache"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    sys.path[0] = str(package_folder)
+    os.chdir(ROOT)
 
 
-def outcome(folder: pathlib.Path, tests: str, select: str) -> tuple[str, str]:
+def run_pytest(arguments: list[str]) -> tuple[int, str]:
+    """(exit code, output) of pytest in a fork of this process, which has the libraries imported."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                code = int(pytest.main(["-x", "-n", "0", "--tb=line", *arguments]))
+                sys.stdout.flush()
+            finally:
+                os._exit(code)
+        ended = time.monotonic() + SLOWEST
+        found = (0, 0)
+        while not found[0] and time.monotonic() < ended:
+            time.sleep(0.05)
+            found = os.waitpid(child, os.WNOHANG)
+        if not found[0]:
+            os.kill(child, signal.SIGKILL)
+            found = os.waitpid(child, 0)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(found[1]), output.read()
+
+
+def outcome(tests: str, select: str) -> tuple[str, str]:
     """("caught", the test that failed), ("missed", "") or ("error", the end of the output)."""
-    try:
-        done = run_pytest(["-p", "imported_copy", "-k", select, f"tests/{tests}"], folder)
-    except subprocess.TimeoutExpired:
-        return "error", f"the tests took more than {SLOWEST} s"
-    if done.returncode == 0:
+    code, printed = run_pytest(["-p", "imported_copy", "-k", select, f"tests/{tests}"])
+    if code == 0:
         return "missed", ""
-    failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", done.stdout, re.MULTILINE)
-    if done.returncode == 1 and failed:
+    failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", printed, re.MULTILINE)
+    if code == 1 and failed:
         return "caught", failed[1]
-    return "error", f"{done.stdout}\n{done.stderr}"[-1500:]
+    return "error", f"exit code {code}\n{printed[-1500:]}"
 
 
 def try_mutation(folder: pathlib.Path, mutation: Mutation) -> bool:
@@ -1690,7 +1718,7 @@ def try_mutation(folder: pathlib.Path, mutation: Mutation) -> bool:
     started = time.monotonic()
     path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
-        told, detail = outcome(folder, mutation.tests, mutation.select)
+        told, detail = outcome(mutation.tests, mutation.select)
     finally:
         path.write_text(text, encoding="utf-8")
     seconds = time.monotonic() - started
@@ -1699,14 +1727,14 @@ def try_mutation(folder: pathlib.Path, mutation: Mutation) -> bool:
     return told == "caught"
 
 
-def try_unmutated(folder: pathlib.Path, mutations: list[Mutation]) -> bool:
+def try_unmutated(mutations: list[Mutation]) -> bool:
     """Prints a row for each file of tests; returns whether all selections pass without a fault."""
     selections = collections.defaultdict(set)
     for mutation in mutations:
         selections[mutation.tests].add(f"({mutation.select})")
     passed = True
     for tests, own in selections.items():
-        told, detail = outcome(folder, tests, " or ".join(sorted(own)))
+        told, detail = outcome(tests, " or ".join(sorted(own)))
         passed = passed and told == "missed"
         print(f"{tests:<28}{'passed' if told == 'missed' else f'FAILED {detail}'}", flush=True)
     return passed
@@ -1726,18 +1754,21 @@ def main() -> None:
             print(f"{one.number:>4}  {one.file:<22}{one.kind:<16}{one.what}")
         return
     complaints = misplaced(mutations)
-    if arguments.check:
-        complaints += unselected(mutations)
-    if complaints or arguments.check:
-        print("\n".join(complaints) or f"{len(mutations)} faults: texts and tests are there")
-        sys.exit(bool(complaints))
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name).resolve()
         compiled = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / PACKAGE, folder / PACKAGE, ignore=compiled)
         (folder / "imported_copy.py").write_text(GUARD, encoding="utf-8")
+        prepare_environment(folder)
+        for library in LIBRARIES:
+            importlib.import_module(library)
+        if arguments.check:
+            complaints += unselected(mutations)
+        if complaints or arguments.check:
+            print("\n".join(complaints) or f"{len(mutations)} faults: texts and tests are there")
+            sys.exit(bool(complaints))
         if arguments.unmutated:
-            sys.exit(not try_unmutated(folder, mutations))
+            sys.exit(not try_unmutated(mutations))
         caught = sum([try_mutation(folder, one) for one in mutations])
     print(f"{caught} of {len(mutations)} caught")
     sys.exit(caught < len(mutations))
