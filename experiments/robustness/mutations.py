@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from typing import NamedTuple
 
 import pytest
@@ -34,7 +35,6 @@ PACKAGE = "sparsity_jax"
 SLOWEST = 900  # seconds after which tests are ended: a fault may make a loop endless
 LIBRARIES = (  # imported once, before any fork: they take seconds
     "flax.linen",
-    "hypothesis",
     "jax",
     "matplotlib.figure",
     "optax",
@@ -1680,14 +1680,16 @@ def run_pytest(arguments: list[str]) -> tuple[int, str]:
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         child = os.fork()
         if not child:
-            code = 1
+            code = 3
             try:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 code = int(pytest.main(["-x", "-n", "0", "--tb=line", *arguments]))
-                sys.stdout.flush()
-            finally:
-                os._exit(code)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         ended = time.monotonic() + SLOWEST
         found = (0, 0)
         while not found[0] and time.monotonic() < ended:
