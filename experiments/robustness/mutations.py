@@ -317,7 +317,7 @@ MUTATIONS = (
         "np.std(values, ddof=1)",
         "np.std(values)",
         "test_evaluate.py",
-        "members_trained_at_once",
+        "single_weights_are_no_compression",
     ),
     Mutation(
         26,
@@ -357,7 +357,7 @@ MUTATIONS = (
         "    return all(own)\n",
         "    return any(own)\n",
         "test_groups.py",
-        "frozen_says_why_and_where or hostile",
+        "channels_by_hand_and_nothing_left_out",
     ),
     Mutation(
         30,
@@ -487,7 +487,7 @@ MUTATIONS = (
         "return 1 - sum(map(jnp.sum, kernels)) / sum(",
         "return sum(map(jnp.sum, kernels)) / sum(",
         "test_greg.py",
-        "picks_by_norm",
+        "filters_go_with_all_that_is_coupled",
     ),
     Mutation(
         43,
@@ -517,7 +517,7 @@ MUTATIONS = (
         "[_channels_of(member.index, size)].all(1)",
         "[_channels_of(member.index, size)].any(1)",
         "test_groups.py",
-        "index_of_flattened_concatenated_and_fused_axes or any_keep_pattern",
+        "masked_equals_compact and fused",
     ),
     Mutation(
         46,
@@ -1749,8 +1749,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only look for texts and tests")
     parser.add_argument("--unmutated", action="store_true", help="run the tests without any fault")
     arguments = parser.parse_args()
-    only = arguments.only
-    mutations = [one for one in MUTATIONS if only is None or one.number in only]
+    by_number = {one.number: one for one in MUTATIONS}
+    mutations = [by_number[number] for number in arguments.only or by_number]
     if arguments.list:
         for one in mutations:
             print(f"{one.number:>4}  {one.file:<22}{one.kind:<16}{one.what}")
