@@ -140,6 +140,9 @@ def test_single_weights_are_no_compression(masked):
     text = evaluate.describe_all(found)
     assert "so bytes and FLOPs stay" in text
     assert "compact" not in text
+    apart = [row | {"test_accuracy": share} for row, share in zip(found, (0.5, 0.6))]
+    told = evaluate.describe_all(apart)
+    assert "test accuracy of 2 seeds: 55.00%, standard deviation 7.07%" in told
     assert "test accuracy of 2 seeds" in text
     (alone,) = evaluate.run(workdir / "member_001")
     assert alone == found[1]

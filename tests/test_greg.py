@@ -72,6 +72,8 @@ def test_filters_go_with_all_that_is_coupled_to_them(problem, trained):
     assert kernel(state.masks, "dense2").any(0).sum() == 6
     assert kernel(state.masks, "fc").any(0).all()
     assert row["layers"] == pytest.approx({"dense1/kernel": 0.5, "dense2/kernel": 1 - 36 / 96, "fc/kernel": 0.25})
+    kernels = [kernel(state.masks, path) for path in ("dense1", "dense2", "fc")]
+    assert row["ratio"] == pytest.approx(sum((~own).sum() for own in kernels) / sum(own.size for own in kernels))
     for leaf, mask in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.masks)):
         assert not np.any(np.asarray(leaf)[~np.asarray(mask)])
 
@@ -319,6 +321,12 @@ def test_noise_on_weights(problem, trained):
     assert [row["draw"] for row in rows] == [0, 1, 2]
     assert len({row["loss"] for row in rows}) == 3
     assert np.mean([row["accuracy"] for row in rows]) < float(accuracy)
+    nothing = trained._replace(
+        params=jax.tree.map(jnp.zeros_like, trained.params),
+        masks=jax.tree.map(lambda mask: jnp.zeros(mask.shape, bool), trained.masks),
+    )
+    _, rows = run(problem, nothing, "noise", std=2.0, num=2)
+    assert rows[0]["loss"] == rows[1]["loss"] == pytest.approx(np.log(10))  # masked weights stay zero
 
 
 def test_noise_on_no_array_is_refused_before_training(problem):

@@ -54,7 +54,7 @@ def shapes(**arrays):
 
 def test_names_decide_only_as_far_as_they_tell():
     known = {"dense/kernel": (40, 30), "gru/w": (30, 30), "layer/weight": (20, 30), "embed/embedding": (500, 30)}
-    small = {"gamma_matrix": (4, 4), "norm/bias": (8, 9), "row": (1, 3000)}
+    small = {"gamma_matrix": (4, 4), "norm/bias": (8, 9), "norm/weight": (9,), "row": (1, 3000)}
     assert kernels.paths(shapes(**known, **small)) == ["dense/kernel", "gru/w", "layer/weight"]
     large = shapes(**known, **{"mlp/gate": (2, 90, 30), "mlp/up": (30, 20)})
     with pytest.raises(ValueError, match=r"'mlp/gate' and 1 more hold .*include=.*exclude="):

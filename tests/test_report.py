@@ -170,6 +170,12 @@ def test_a_training_from_initial_weights_forgets_what_was_pruned():
     assert report.count_networks([row | {"start": "current"} for row in rows if row["kind"] == "train"]) == 1
 
 
+def test_what_a_row_says_counts_before_what_its_run_knows():
+    config, row = {"fit": {"start": "init"}}, {"stage": "fit", "kind": "train"}
+    assert report.complete(row, config, {"chance": 0.1}) == row | {"start": "init", "chance": 0.1}
+    assert report.complete(row | {"start": "current"}, config, {})["start"] == "current"
+
+
 def test_every_visit_of_a_stage_has_its_own_line():
     rows = []
     for visit, dense in ((1, 0.9), (2, 0.95)):

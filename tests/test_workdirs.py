@@ -217,6 +217,14 @@ def test_environment_and_rows_say_when_they_were_changed(whole, tmp_path, capsys
         report.gather(place)
 
 
+def test_a_file_that_came_into_a_sealed_folder_is_damage(tmp_path):
+    (tmp_path / "known").write_text("1", encoding="utf-8")
+    intact.seal(tmp_path)
+    assert intact.damage(tmp_path) == ""
+    (tmp_path / "stranger").write_text("2", encoding="utf-8")
+    assert "stranger has no checksum" in intact.damage(tmp_path)
+
+
 # Hostile folders, whose checksums are right --------------------------------------------------------------------
 
 
