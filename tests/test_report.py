@@ -231,14 +231,16 @@ def test_a_network_at_chance_has_no_largest_share():
 
 
 def test_bold_needs_more_than_a_deviation():
-    def lines(first, second, spread):
+    def lines(first, second, spread, other_spread=None):
+        other_spread = spread if other_spread is None else other_spread
         rows = [curve_row("A", m, 0.0, first + d * spread) for m, d in enumerate((-1, 0, 1))]
-        rows += [curve_row("B", m, 0.0, second + d * spread) for m, d in enumerate((-1, 0, 1))]
+        rows += [curve_row("B", m, 0.0, second + d * other_spread) for m, d in enumerate((-1, 0, 1))]
         return report.best_line(table_of(rows), "dense")
 
     assert lines(0.9, 0.88, 0.01) == 0
     assert lines(0.9, 0.895, 0.01) is None
     assert lines(0.9, 0.92, 0.01) == 1
+    assert lines(0.9, 0.88, 0.001, 0.03) is lines(0.9, 0.88, 0.03, 0.001) is None
     assert lines(0.9, 0.9, 0.0) is None
 
 

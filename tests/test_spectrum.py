@@ -274,6 +274,7 @@ def test_weights_at_quantiles():
     entries = spectrum.quantile_entries(params, 3)  # of 0.5, 1, 1, 2, 3, 4: the 1st, 2nd and 4th
     assert entries == [("a", (1, 1), 0.5), ("a", (0, 1), 1.0), ("a", (1, 0), 2.0)]
     assert [entry[2] for entry in spectrum.quantile_entries(params, 6)] == [0.5, 0.5, 1.0, 1.0, 2.0, 3.0]
+    assert [entry[2] for entry in spectrum.quantile_entries(params, 4)] == [0.5, 1.0, 1.0, 3.0]  # rounded up
     assert spectrum.quantile_entries(params, 6)[3] == ("b", (1,), 1.0)  # of equal ones the first comes first
     assert [entry[2] for entry in spectrum.quantile_entries(params, 1)] == [0.5]
 

@@ -607,7 +607,7 @@ MUTATIONS = (
         "total = zlib.crc32(line.encode(), before)",
         "total = zlib.crc32(line.encode())",
         "test_report.py",
-        "writer_round_trip",
+        "resume_drops_rows_after_the_checkpoint",
     ),
     Mutation(
         55,
