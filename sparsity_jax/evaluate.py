@@ -110,14 +110,16 @@ def open_run(
     folders = [workdir] if inside else folders
     numbered = {int(path.name.removeprefix("member_")): path for path in folders}
     places = numbered or {0: workdir}
-    begun = {i: path for i, path in places.items() if workdirs.newest(path) is not None}
-    if not begun:
+    found = {i: workdirs.newest(path) for i, path in places.items()}
+    if not any(found.values()):
         raise tables.ConfigError(f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more.")
     problem = build(config, data_dir, data_name, statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
-    for i, path in begun.items():
-        states, progress = restore_newest(path, problem, hint)
+    for i, snapshot in found.items():
+        if snapshot is None:
+            continue
+        states, progress = restore_newest(snapshot, problem, hint)
         own = [members[i] if i < len(members) else {}] if numbered else members
         if len(states) != len(own):
             raise tables.ConfigError(
@@ -213,16 +215,17 @@ def _label(config: dict[str, Any], progress: workdirs.Progress) -> str:
 
 
 def restore_newest(
-    workdir: pathlib.Path, problem: train.Problem, hint: str = ""
+    snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = ""
 ) -> tuple[list[train.State], workdirs.Progress]:
-    """`restore` of the newest checkpoint in `workdir`, whose run may be at work and remove it meanwhile."""
+    """`restore` of the newest checkpoint of a workdir, or of a later one if its run, at work, has removed it."""
     while True:
-        snapshot = workdirs.newest(workdir)
         try:
             return restore(snapshot, problem, hint)
         except intact.DamagedError:
-            if workdirs.newest(workdir).folder == snapshot.folder:
+            later = workdirs.newest(snapshot.folder.parent.parent)
+            if later is None or later.folder == snapshot.folder:
                 raise
+            snapshot = later
 
 
 def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:

@@ -240,10 +240,7 @@ def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) 
     Returns an array of k's shape and the scores' type. Raises ValueError for empty scores, a k outside 1..n and,
     outside `jit`, NaN; TypeError for scores that are no floats.
     """
-    leaves = _leaves(scores)
-    _check_numbers(scores)
-    _order_of(leaves, magnitude)
-    return _kths(leaves, _checked_k(k, 1, sum(leaf.size for leaf in leaves)), magnitude)
+    return _kths(_leaves(scores), _checked(scores, k, lowest=1), magnitude=magnitude)
 
 
 @_compiled
@@ -284,11 +281,12 @@ def select_k_largest(
     return _selection(scores, _checked(scores, k), before, magnitude=magnitude)
 
 
-def _checked(scores: PyTree, k: int | jax.Array) -> jax.Array:
-    """`k` as an array; raises what `k_largest_mask` does."""
-    _check_numbers(scores)
-    _order_of(_leaves(scores), magnitude=False)
-    return _checked_k(k, 0, trees.size(jax.tree.map(jnp.asarray, scores)))
+def _checked(scores: PyTree, k: int | jax.Array, lowest: int = 0) -> jax.Array:
+    """`k` as an array; raises what `k_largest_mask` does, here where numbers outside `jit` are known."""
+    trees.check_finite(scores, "scores", infinite=True)
+    leaves = _leaves(scores)
+    _order_of(leaves, magnitude=False)
+    return _checked_k(k, lowest, sum(leaf.size for leaf in leaves))
 
 
 @_compiled
@@ -321,10 +319,6 @@ def _select(leaves: list[jax.Array], positions: Callable[[], PyTree], k: jax.Arr
     # `cond`, not a loop that ends at once: a loop copies the scores it closes over
     cut = jax.lax.cond(count != wanted, cut_ties, lambda: last)
     return Selection(jnp.where(k > 0, threshold, order.infinity), jnp.where(k > 0, cut, 0))
-
-
-def _check_numbers(scores: PyTree) -> None:
-    trees.check_finite(scores, "scores", infinite=True)
 
 
 def _ranked(scores: PyTree, before: PyTree | None) -> tuple[PyTree, Callable[[], PyTree]]:

@@ -202,9 +202,9 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
 
 def fields_that_differ(stage_configs: Sequence[Mapping]) -> list[str]:
     """Names of the fields, but for labels, in which configs of one stage are not all equal."""
+    first, *others = stage_configs
     names = {name for config in stage_configs for name in config} - {"label"}
-    values = lambda name: [config.get(name) for config in stage_configs]
-    return sorted(name for name in names if any(value != values(name)[0] for value in values(name)))
+    return sorted(name for name in names if any(other.get(name) != first.get(name) for other in others))
 
 
 def check_names(pipeline: Sequence[str], stage_configs: Mapping) -> None:
@@ -753,9 +753,7 @@ def check_memory(needed: int, what: str) -> None:
     """Raises ConfigError for arrays of more bytes than the device has."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
-    allowed = stats.get("bytes_limit") or tables.host_memory()
-    if needed > allowed:
-        raise tables.ConfigError(f"{what} take {needed / 1e9:,.1f} GB; allowed: {allowed / 1e9:,.1f} GB, the memory.")
+    tables.check_memory(needed, f"{what} take", stats.get("bytes_limit") or 0)
 
 
 def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[str, Any]:

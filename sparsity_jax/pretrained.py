@@ -121,7 +121,7 @@ def check(path: str | os.PathLike, where: str = "path") -> None:
         raise tables.ConfigError(f"{where}; allowed: a file of weights, .safetensors or {', '.join(TORCH_FILES)}.")
     if not path.is_file():
         raise tables.ConfigError(f"{where}, but there is no such file.")
-    _check_memory(path.stat().st_size, f"{where}, which has")
+    tables.check_memory(path.stat().st_size, f"{where}, which has")
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, framework="np"):
@@ -135,13 +135,6 @@ def check(path: str | os.PathLike, where: str = "path") -> None:
             f"{where}, a file of PyTorch's, which only PyTorch reads: `pip install torch`, or convert it to "
             ".safetensors where PyTorch is installed."
         )
-
-
-def _check_memory(size: int, what: str) -> None:
-    """Raises ConfigError for more bytes than the memory of this machine."""
-    memory = tables.host_memory()
-    if size > memory:
-        raise tables.ConfigError(f"{what} {size / 1e9:,.1f} GB; allowed: {memory / 1e9:,.1f} GB, the memory.")
 
 
 def read(path: str | os.PathLike, key: str = "") -> dict[str, np.ndarray]:
@@ -187,7 +180,8 @@ def _read_torch(path: pathlib.Path, key: str) -> dict[str, np.ndarray]:
                 f"alone or as {', '.join(map(repr, STATE_DICTS))}."
             )
     for name, value in state_dict.items():  # one number in the file may stand for any shape
-        _check_memory(value.numel() * value.element_size(), f"{path}: {name}, of the shape {tuple(value.shape)}, takes")
+        size = value.numel() * value.element_size()
+        tables.check_memory(size, f"{path}: {name}, of the shape {tuple(value.shape)}, takes")
     return {name: _array(value, f"{path}: {name}") for name, value in state_dict.items()}
 
 

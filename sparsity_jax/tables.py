@@ -62,6 +62,13 @@ def host_memory() -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_memory(needed: int, what: str, memory: float = 0) -> None:
+    """Raises ConfigError for more bytes than `memory`, by default that of this machine. what: begins the sentence."""
+    memory = memory or host_memory()
+    if needed > memory:
+        raise ConfigError(f"{what} {needed / 1e9:,.1f} GB; allowed: {memory / 1e9:,.1f} GB, the memory.")
+
+
 def closest(name: str, known: typing.Iterable[str]) -> str:
     """A hint such as ` Did you mean 'momentum'?`, or nothing when no known name is near."""
     matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)

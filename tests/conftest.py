@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("suite")
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly(request):
-    """Compiles with few optimizations, which halves the time of the suite, but for files that say OPTIMIZED = True.
+    """Compiles with few optimizations, for most of a test's time is compilation, but in files with OPTIMIZED = True.
 
     Drops a file's compiled programs after it: a worker that keeps thousands of them needs 5 GB and slows down.
     """
