@@ -30,6 +30,7 @@ RUNS = (
         "growing_figures",
         "report",
         "stream",
+        "interface",
         "train",
     ),
     *("stages", "geometry", "structured", "greg", "pipeline", "evaluate", "run"),
