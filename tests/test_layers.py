@@ -11,7 +11,7 @@ ROOT = pathlib.Path(sparsity_jax.__file__).parent
 # each may import those before it
 NUMERICS = (
     *("stopping", "tables", "decoding", "sources", "trees", "masks", "polytopes", "linops", "labels", "flow", "groups"),
-    *("kernels", "relaxed"),
+    "kernels",
 )
 # never each other
 PARTS = (
