@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import flow, trees
+from sparsity_jax import trees
+from sparsity_jax.channels import execute, walk
 
 PyTree = Any
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
@@ -70,13 +71,24 @@ class Channels(NamedTuple):
     def sizes(self) -> dict[str, int]:
         return {name: group.size for name, group in self.groups.items()}
 
+    def alive(self, keep: Keep) -> execute.Alive:
+        """Which entries of the traced program stay. keep: NumPy arrays, of all groups."""
+        return self.traced.alive(keep)
+
 
 class _Traced(NamedTuple):
     apply: Callable
-    analysis: flow.Analysis
+    analysis: walk.Analysis
     atoms: dict[str, np.ndarray]  # label of every channel, by name of group
     signature: tuple  # of the arguments it was traced for
     tree: Any  # of the results
+
+    def alive(self, keep: Keep) -> execute.Alive:
+        """Which entries of the traced program stay. keep: NumPy arrays, of all groups."""
+        removed = set()
+        for name, atoms in self.atoms.items():
+            removed.update(atoms[~np.asarray(keep[name])].tolist())
+        return execute.Alive(self.analysis.labels, removed)
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -119,13 +131,13 @@ def trace(
     return Channels(grouped, tuple(frozen), shapes, traced._replace(atoms=atoms), options)
 
 
-def _left(analysis: flow.Analysis, paths: list[str], groups: dict[str, Group]) -> list[Frozen]:
+def _left(analysis: walk.Analysis, paths: list[str], groups: dict[str, Group]) -> list[Frozen]:
     """Axes that nothing froze but that are in no group."""
     grouped = {(member.path, member.axis) for group in groups.values() for member in group.members}
     left: dict[str, list] = {}
     for i, path in enumerate(paths):
-        for a, axis in enumerate(analysis.inputs[i].labels):
-            if (path, a) not in grouped and analysis.labels.is_live(axis):
+        for a, axis in enumerate(analysis.inputs[i].axes):
+            if (path, a) not in grouped and analysis.labels.is_live(axis.labels):
                 reason = "could lose one channel only" if i in analysis.used else "is not used"
                 left.setdefault(reason, []).append((path, a))
     return [Frozen(reason, "trace", "", tuple(places)) for reason, places in left.items()]
@@ -157,7 +169,7 @@ def _trace(apply: Callable, variables: PyTree, inputs: tuple, options: dict[str,
         ) from error
     num = len(jax.tree.leaves(variables))
     frozen = range(num, len(closed.jaxpr.invars))
-    analysis = flow.analyse(closed, frozen, **options)
+    analysis = walk.analyse(closed, frozen, **options)
     return _Traced(apply, analysis, {}, _signature(variables, inputs), jax.tree.structure(result))
 
 
@@ -171,13 +183,13 @@ def _signature(variables: PyTree, inputs: tuple) -> tuple:
     return tuple(leaf.dtype for leaf in jax.tree.leaves(variables)), tuple(map(_struct, leaves)), tree
 
 
-def _groups(analysis: flow.Analysis, paths: list[str]) -> dict[str, tuple[Group, np.ndarray]]:
+def _groups(analysis: walk.Analysis, paths: list[str]) -> dict[str, tuple[Group, np.ndarray]]:
     """Groups and the labels of their channels, by name: channels that are the same entries of the same axes.
 
     Groups and their members are in the order in which the program uses them.
     """
     order = [i for i in dict.fromkeys((*analysis.used, *range(len(paths)))) if i < len(paths)]
-    places = [(i, a) for i in order for a in range(len(analysis.inputs[i].labels))]
+    places = [(i, a) for i in order for a in range(len(analysis.inputs[i].axes))]
     marks: dict[int, set] = {}
     for label, mark in analysis.labels.marks():
         marks.setdefault(label, set()).add(mark)
@@ -200,11 +212,11 @@ def _groups(analysis: flow.Analysis, paths: list[str]) -> dict[str, tuple[Group,
     return result
 
 
-def _entries(analysis: flow.Analysis, places: list) -> list[tuple[int, np.ndarray, np.ndarray]]:
+def _entries(analysis: walk.Analysis, places: list) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """(label, number in `places`, position) of all entries that die with each label, in order of the first of them."""
     labels, rows = analysis.labels, []
     for k, (i, a) in enumerate(places):
-        found = labels.find(analysis.inputs[i].labels[a])
+        found = labels.find(analysis.inputs[i].axes[a].labels)
         position = np.flatnonzero(found)
         parts = [labels.parts(label) for label in found[position].tolist()]
         position = np.repeat(position, [len(own) for own in parts])
@@ -420,8 +432,7 @@ def elastic(apply: Callable, channels: Channels, keep: Keep) -> Callable:
                 raise ValueError("this function has other channel groups with these inputs: trace it anew.")
             analyses[key] = traced._replace(atoms={name: atoms for name, (_, atoms) in found.items()})
         traced = analyses[key]
-        removed = {int(label) for name, atoms in traced.atoms.items() for label in atoms[~keep[name]]}
-        outs = flow.run(traced.analysis, removed, [*leaves.values(), *jax.tree.leaves(inputs)])
+        outs = execute.run(traced.analysis, traced.alive(keep), [*leaves.values(), *jax.tree.leaves(inputs)])
         return jax.tree.unflatten(traced.tree, outs)
 
     return function
@@ -433,6 +444,16 @@ def _same(first: Mapping[str, Group], second: Mapping[str, Group]) -> bool:
         len(first[name].members) == len(group.members) and all(map(equal, first[name].members, group.members))
         for name, group in second.items()
     )
+
+
+def order_of_use(function: Callable, tree: PyTree) -> list[str]:
+    """Paths of all leaves of `tree` by their first use in `function(tree)`; unused ones first.
+
+    Of a network's parameters it is the order of its modules. Leaves: arrays or shape structs; nothing is computed.
+    """
+    paths = list(trees.named_leaves(tree))
+    used = [paths[number] for number in walk.read(function, tree).used]
+    return [path for path in paths if path not in used] + used
 
 
 def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> dict[str, np.ndarray]:

@@ -274,13 +274,6 @@ def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[j
     return value, (change / jnp.maximum(number, 1)).astype(value.dtype)
 
 
-def select_k_largest(
-    scores: PyTree, k: int | jax.Array, *, magnitude: bool = False, before: PyTree | None = None
-) -> Selection:
-    """What `k_largest_mask` needs to know of `scores`: two scalars. Arguments and errors as there."""
-    return _selection(scores, _checked(scores, k), before, magnitude=magnitude)
-
-
 def _checked(scores: PyTree, k: int | jax.Array, lowest: int = 0) -> jax.Array:
     """`k` as an array; raises what `k_largest_mask` does, here where numbers outside `jit` are known."""
     trees.check_finite(scores, "scores", infinite=True)

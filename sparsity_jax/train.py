@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import data, losses, masks, models, optim, polytopes, scores, stopping, stream, trees
+from sparsity_jax import data, groups, losses, masks, models, optim, polytopes, scores, stopping, stream, trees
 
 PyTree = Any
 
@@ -302,7 +302,7 @@ def network_order(problem: Problem, variables: PyTree) -> list[str]:
     image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
     others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["batch_stats"])
     apply = lambda params: problem.model.apply({"params": params, "batch_stats": others}, image)
-    return trees.order_of_use(apply, variables["params"])
+    return groups.order_of_use(apply, variables["params"])
 
 
 def make_step(problem: Problem, fit: Fit) -> Callable:
