@@ -221,7 +221,7 @@ def of_channels(channels: groups.Channels, unit: Literal["parameters", "flops"])
         return float(sum(found[path].size for path in inside))
 
     def products(keep: Mapping) -> float:
-        alive = channels.alive(keep)
+        alive = channels.traced.alive(keep)
 
         def price(eqn: Any, program: Program, path: Path) -> Flops:
             if eqn.primitive.name not in walk.PRODUCTS:

@@ -282,12 +282,6 @@ def _checked(scores: PyTree, k: int | jax.Array, lowest: int = 0) -> jax.Array:
     return _checked_k(k, lowest, sum(leaf.size for leaf in leaves))
 
 
-@_compiled
-def _selection(scores: PyTree, k: jax.Array, before: PyTree | None, magnitude: bool) -> Selection:
-    ranked, positions = _ranked(scores, before)
-    return _select(_leaves(ranked), positions, k, magnitude)
-
-
 def _select(leaves: list[jax.Array], positions: Callable[[], PyTree], k: jax.Array, magnitude: bool) -> Selection:
     order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
     wanted = trees.varying_like(jnp.clip(k, 1, total), leaves)

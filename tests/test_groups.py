@@ -639,6 +639,36 @@ def test_derivative_that_couples_more_is_refused():
         slopes(function, keep, channels)
 
 
+def test_training_equals_training_of_the_masked_network():
+    """With running statistics, which lose the channels of the variables of their names."""
+    _, variables, (images,) = network("vgg")
+    model = models.build(name="vgg", num_classes=5, **TINY["vgg"][0])
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
+    channels = groups.trace(model.apply, variables, images)
+    keep = keeps(channels, 1)
+    mask = lambda tree: groups.mask(tree, channels, keep)
+    compact = lambda tree: groups.compact(tree, channels, keep)
+
+    def trained(apply, restrict, variables):
+        def loss(params, batch_stats):
+            logits, batch_stats = apply({"params": params, "batch_stats": batch_stats}, images)
+            return jnp.sum(jnp.sin(logits)), batch_stats
+
+        for _ in range(2):
+            slopes, batch_stats = jax.grad(loss, has_aux=True)(variables["params"], variables["batch_stats"])
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], slopes)
+            variables = {"params": restrict(params), "batch_stats": batch_stats}
+        return variables
+
+    elastic = groups.elastic(model.apply_train, channels, keep, state="1")
+    small = jit(lambda v: trained(elastic, lambda params: params, v))(compact(variables))
+    full = jit(lambda v: trained(model.apply_train, mask, v))(mask(variables))
+    close(compact(full), small)
+    assert float(jnp.abs(small["batch_stats"]["bn1"]["mean"]).max()) > 1e-3
+    with pytest.raises(ValueError, match="state is '0'"):
+        groups.elastic(model.apply_train, channels, keep, state="0")(compact(variables), images)
+
+
 PROGRAM = {  # h: [4, 6], variables, 0..3
     "tanh": lambda h, v, k: jnp.tanh(h),
     "exp": lambda h, v, k: jnp.exp(-jnp.abs(h)),

@@ -4,7 +4,6 @@ Most equations take their sizes from their operands. `RESIZES` has those with si
 those with jaxprs inside, and `DRAWS` those that run at the full size and are then cut.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax.channels.labels import FROZEN, Labels
-from sparsity_jax.channels.values import Program, Value, is_literal
+from sparsity_jax.channels.values import Axis, Program, Value, is_literal, nowhere_zero
 from sparsity_jax.channels.walk import Analysis, Walk, scan_operands, while_operands
 
 Arrays = Sequence[Any]
-Resize = Callable[["Alive", Any, list[Value], list[Value]], dict[str, Any]]
+Params = dict[str, Any]
 FLOAT0 = jax.dtypes.float0
 
 
@@ -46,7 +45,11 @@ class Alive:
     def shape(self, value: Value) -> tuple[int, ...]:
         if not self.removed:
             return value.shape
-        return tuple(int(self(axis.labels).sum()) for axis in value.axes)
+        return tuple(self.count(axis) for axis in value.axes)
+
+    def count(self, axis: Axis, end: int | None = None) -> int:
+        """How many entries stay, of those before `end`."""
+        return int(self(axis.labels)[:end].sum())
 
     def cut(self, array: Any, value: Value) -> Any:
         for position, axis in enumerate(value.axes):
@@ -106,72 +109,85 @@ def _run_equation(alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: 
     name, params = eqn.primitive.name, eqn.params
     if name in RUNS:
         return RUNS[name](alive, eqn, ins, inner)
+    results = [program.value(var) for var in eqn.outvars]
     if name in RESIZES:
         given = [program.value(var) for var in eqn.invars]
-        results = [program.value(var) for var in eqn.outvars]
-        params = {**params, **RESIZES[name](alive, eqn, given, results)}
-    outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(params))
+        sizes = Sizes(alive, params, given, results)
+        params = {**params, **RESIZES[name](sizes)}
+    bound = eqn.primitive.get_bind_params(params)
+    outs = eqn.primitive.bind(*ins, **bound)
     if not eqn.primitive.multiple_results:
         outs = [outs]
     if name in DRAWS:
-        values = [program.values[var] for var in eqn.outvars]
-        outs = list(map(alive.cut, outs, values))
+        outs = list(map(alive.cut, outs, results))
     return outs
 
 
 # Parameters of equations that hold sizes ---------------------------------------------------------
 
 
+class Sizes(NamedTuple):
+    """What new parameters of an equation are made from."""
+
+    alive: Alive
+    params: Params  # of the full size
+    ins: list[Value]
+    outs: list[Value]
+
+
+Resize = Callable[[Sizes], Params]
+
+
 def resizes_to(name: str) -> Resize:
     """For a parameter that is the shape of the result."""
 
-    def resize(alive: Alive, eqn: Any, ins: list[Value], outs: list[Value]) -> dict[str, Any]:
-        return {name: alive.shape(outs[0])}
+    def resize(at: Sizes) -> Params:
+        return {name: at.alive.shape(at.outs[0])}
 
     return resize
 
 
-def _limits(alive: Alive, eqn: Any, ins: list[Value], outs: list[Value]) -> dict[str, Any]:
+def _limits(at: Sizes) -> Params:
     changed = {}
     for name in ("start_indices", "limit_indices"):
-        kept = []
-        for axis, stop in zip(ins[0].axes, eqn.params[name], strict=True):
-            kept.append(int(alive(axis.labels)[:stop].sum()))
-        changed[name] = tuple(kept)
+        ends = zip(at.ins[0].axes, at.params[name], strict=True)
+        changed[name] = tuple(at.alive.count(axis, end) for axis, end in ends)
     return changed
 
 
-def _paddings(alive: Alive, eqn: Any, ins: list[Value], outs: list[Value]) -> dict[str, Any]:
+def _paddings(at: Sizes) -> Params:
     config = []
-    for (low, high, inside), axis in zip(eqn.params["padding_config"], outs[0].axes, strict=True):
+    given = at.params["padding_config"]
+    for axis, (low, high, inside) in zip(at.outs[0].axes, given, strict=True):
         if min(low, high) >= 0 and not inside:
-            kept = alive(axis.labels)
-            start = len(kept) - high
-            low, high = int(kept[:low].sum()), int(kept[start:].sum())
+            end = at.alive.count(axis, axis.size - high)
+            high = at.alive.count(axis) - end
+            low = at.alive.count(axis, low)
         config.append((low, high, inside))
     return dict(padding_config=tuple(config))
 
 
-def _groups(alive: Alive, eqn: Any, ins: list[Value], outs: list[Value]) -> dict[str, Any]:
-    groups = eqn.params["feature_group_count"]
+def _groups(at: Sizes) -> Params:
+    groups = at.params["feature_group_count"]
     if groups == 1:
         return {}
-    outputs = ins[1].axes[eqn.params["dimension_numbers"].rhs_spec[0]]
-    kept = alive(outputs.labels).reshape(groups, -1)
-    return dict(feature_group_count=int(kept.any(1).sum()))
+    spec = at.params["dimension_numbers"].rhs_spec
+    outputs = at.ins[1].axes[spec[0]]
+    rows = at.alive(outputs.labels).reshape(groups, -1)
+    return dict(feature_group_count=int(rows.any(1).sum()))
 
 
-def _split_sizes(alive: Alive, eqn: Any, ins: list[Value], outs: list[Value]) -> dict[str, Any]:
-    sizes = [alive.shape(out)[eqn.params["axis"]] for out in outs]
-    return dict(sizes=tuple(sizes))
+def _split_sizes(at: Sizes) -> Params:
+    axis = at.params["axis"]
+    sizes = tuple(at.alive.count(out.axes[axis]) for out in at.outs)
+    return dict(sizes=sizes)
 
 
-def _slice_sizes(alive: Alive, eqn: Any, ins: list[Value], outs: list[Value]) -> dict[str, Any]:
-    sizes = list(eqn.params["slice_sizes"])
-    full, kept = ins[0].shape, alive.shape(ins[0])
-    for d, size in enumerate(sizes):
-        if size == full[d]:
-            sizes[d] = kept[d]
+def _slice_sizes(at: Sizes) -> Params:
+    sizes = []
+    for axis, size in zip(at.ins[0].axes, at.params["slice_sizes"], strict=True):
+        whole = size == axis.size
+        sizes.append(at.alive.count(axis) if whole else size)
     return dict(slice_sizes=tuple(sizes))
 
 
@@ -200,22 +216,32 @@ def _run_call(name: str) -> Callable:
 
 
 def _run_remat(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    options = {"policy": None, "prevent_cse": True}
-    options = {name: eqn.params.get(name, default) for name, default in options.items()}
     function = _inner(alive, eqn.params["jaxpr"], inner[0])
-    return jax.checkpoint(function, **options)(*ins)
+    again = jax.checkpoint(
+        function,
+        policy=eqn.params.get("policy"),
+        prevent_cse=eqn.params.get("prevent_cse", True),
+    )
+    return again(*ins)
 
 
 def _run_scan(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
     given = scan_operands(eqn, ins)
     body = _inner(alive, eqn.params["jaxpr"], inner[0])
 
-    def turn(carry: tuple, each: tuple) -> tuple[tuple, tuple]:
+    def turn(carry: list, each: list) -> tuple[list, list]:
         outs = body(*given.consts, *carry, *each)
-        return tuple(outs[: len(carry)]), tuple(outs[len(carry) :])
+        end = len(carry)
+        return outs[:end], outs[end:]
 
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, outs = jax.lax.scan(turn, tuple(given.carry), tuple(given.scanned), **options)
+    carry, outs = jax.lax.scan(
+        turn,
+        given.carry,
+        given.scanned,
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
     return [*carry, *outs]
 
 
@@ -224,24 +250,21 @@ def _run_while(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arr
     test = _inner(alive, eqn.params["cond_jaxpr"], inner[0])
     body = _inner(alive, eqn.params["body_jaxpr"], inner[1])
 
-    def goes_on(carry: tuple) -> Any:
+    def goes_on(carry: list) -> Any:
         (decision,) = test(*given.for_test, *carry)
         return decision
 
-    def turn(carry: tuple) -> tuple:
-        return tuple(body(*given.consts, *carry))
+    def turn(carry: list) -> list:
+        return body(*given.consts, *carry)
 
-    return jax.lax.while_loop(goes_on, turn, tuple(given.carry))
+    return jax.lax.while_loop(goes_on, turn, given.carry)
 
 
 def _run_cond(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    def branch(function: Callable, *arrays: Any) -> tuple:
-        return tuple(function(*arrays))
-
-    branches = []
-    for closed, program in zip(eqn.params["branches"], inner, strict=True):
-        branches.append(functools.partial(branch, _inner(alive, closed, program)))
-    return jax.lax.switch(ins[0], branches, *ins[1:])
+    index, *operands = ins
+    pairs = zip(eqn.params["branches"], inner, strict=True)
+    branches = [_inner(alive, closed, program) for closed, program in pairs]
+    return jax.lax.switch(index, branches, *operands)
 
 
 # Functions with a hand-written derivative --------------------------------------------------------
@@ -273,14 +296,21 @@ class _Custom(NamedTuple):
 
 def _custom(alive: Alive, eqn: Any, program: Program) -> _Custom:
     plain = _inner(alive, eqn.params["call_jaxpr"], program)
-    inputs = [program.values[var] for var in program.jaxpr.invars]
-    operands = [value._replace(constant=None) for value in inputs]
+    operands = [program.value(var)._replace(constant=None) for var in program.jaxpr.invars]
     results = [program.value(var) for var in program.jaxpr.outvars]
     return _Custom(alive, eqn, plain, operands, results)
 
 
 def _is_inexact(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+def _is_steep(slope: Any) -> bool:
+    return slope.dtype != FLOAT0
+
+
+def _take(items: Sequence, positions: list[int]) -> list:
+    return [items[i] for i in positions]
 
 
 def _no_slope(array: Any) -> np.ndarray:
@@ -324,19 +354,20 @@ def _run_custom_jvp(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -
 
     @function.defjvp
     def derivative(primals: tuple, tangents: tuple) -> tuple[list, list]:
+        count = len(primals)
         _, moving = custom.at_full_size(primals)
 
         def outs_and_slopes(*arrays: Any) -> list[Any]:
-            full, _ = custom.at_full_size(arrays[: len(primals)])
-            start = [arrays[i] for i in moving]
-            outs, slopes = jax.jvp(full, start, list(arrays[len(primals) :]))
-            return [*outs, *(slope for slope in slopes if slope.dtype != FLOAT0)]
+            full, _ = custom.at_full_size(arrays[:count])
+            start = _take(arrays, moving)
+            outs, slopes = jax.jvp(full, start, list(arrays[count:]))
+            return [*outs, *filter(_is_steep, slopes)]
 
         outs = custom.plain(*primals)
         steep = [i for i, out in enumerate(outs) if _is_inexact(out)]
-        known = [*custom.operands, *(custom.operands[i] for i in moving)]
-        wanted = [*custom.results, *(custom.results[i] for i in steep)]
-        arrays = [*primals, *(tangents[i] for i in moving)]
+        known = custom.operands + _take(custom.operands, moving)
+        wanted = custom.results + _take(custom.results, steep)
+        arrays = [*primals, *_take(tangents, moving)]
         found = _beside(alive, outs_and_slopes, known, wanted, arrays)
         slopes = list(map(_no_slope, outs))
         for i, slope in zip(steep, found[len(outs) :], strict=True):
@@ -358,31 +389,30 @@ def _run_custom_vjp(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -
         return function(*primals), primals
 
     def backward(primals: tuple, slopes: tuple) -> tuple:
+        count = len(primals)
         _, moving = custom.at_full_size(primals)
-        steep = [i for i, slope in enumerate(slopes) if slope.dtype != FLOAT0]
+        steep = [i for i, slope in enumerate(slopes) if _is_steep(slope)]
 
         def pulled(*arrays: Any) -> tuple:
-            full, _ = custom.at_full_size(arrays[: len(primals)])
-            outs, pull = jax.vjp(full, *(arrays[i] for i in moving))
+            full, _ = custom.at_full_size(arrays[:count])
+            outs, pull = jax.vjp(full, *_take(arrays, moving))
             given = list(map(_no_slope, outs))
-            for i, slope in zip(steep, arrays[len(primals) :], strict=True):
+            for i, slope in zip(steep, arrays[count:], strict=True):
                 given[i] = slope
             return pull(given)
 
         # Slopes along removed channels need not be zero, even if the entries are.
-        known = [*custom.operands, *(_slope_of(custom.results[i]) for i in steep)]
-        wanted = [custom.operands[i] for i in moving]
-        arrays = [*primals, *(slopes[i] for i in steep)]
-        found = dict(zip(moving, _beside(alive, pulled, known, wanted, arrays), strict=True))
-        return tuple(found.get(i) for i in range(len(primals)))
+        results = map(nowhere_zero, _take(custom.results, steep))
+        known = [*custom.operands, *results]
+        wanted = _take(custom.operands, moving)
+        arrays = [*primals, *_take(slopes, steep)]
+        found = [None] * count
+        for i, slope in zip(moving, _beside(alive, pulled, known, wanted, arrays), strict=True):
+            found[i] = slope
+        return tuple(found)
 
     function.defvjp(forward, backward)
     return function(*ins)
-
-
-def _slope_of(value: Value) -> Value:
-    axes = tuple(axis._replace(zero=False) for axis in value.axes)
-    return value._replace(axes=axes, constant=None)
 
 
 RUNS: dict[str, Callable] = {

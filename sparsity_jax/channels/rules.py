@@ -9,16 +9,17 @@ which labels it has and whether removed entries are zero in the masked program. 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsity_jax.channels.values import Axis, Value, fixed, whole
+from sparsity_jax.channels.values import Axis, Value, fixed, nowhere_zero, whole
 
 Walk = Any  # `walk.Walk`, which imports this module
 Values = list[Value]
 Rule = Callable[[Walk, Any, Values], Values]
-Zero = Callable[[list[bool], list[float | None]], bool | None]
+
+Shape = Sequence[int]
 
 RULES: dict[str, Rule] = {}
 
@@ -49,35 +50,47 @@ def shape_of(eqn: Any) -> tuple[int, ...]:
 # Elementwise -------------------------------------------------------------------------------------
 
 
+class Operand(NamedTuple):
+    """What the result of an elementwise operation may depend on, along one axis."""
+
+    zero: bool  # removed entries are zero; without an axis of its own: it is 0
+    constant: float | None  # its value, if it has only one
+
+
+Operands = list[Operand]
+Flag = bool | None
+Zero = Callable[[Operands], Flag]
+
+
 def elementwise(zero: Zero, *, cases: int = 0) -> Rule:
     """The rule of an operation on each entry.
 
-    zero(flags, constants): whether removed entries of the result are zero, or None if the masked
-    program would be infinite or undefined there. flags: whether removed entries of each operand
-    are zero; of an operand that does not vary along the axis, whether it is 0. constants: of each
-    operand, its value if it has only one. Of the operands the first `cases` do not count.
+    zero(operands): whether removed entries of the result are zero, or None if the masked program
+    would be infinite or undefined there. The first `cases` operands do not count.
     """
 
     def apply(walk: Walk, eqn: Any, ins: Values) -> Values:
-        constants = [value.constant for value in ins[cases:]]
         axes = []
         for d, size in enumerate(shape_of(eqn)):
-            varying, flags = [], []
+            varying, operands = [], []
             for value in ins:
+                flag = value.constant == 0
                 if value.axes and value.axes[d].size == size:
                     varying.append(value.axes[d])
-                    flags.append(value.axes[d].zero)
-                else:
-                    flags.append(value.constant == 0)
-            axes.append(_joined(walk, varying, zero(flags[cases:], constants)))
-        keeps = len(ins) == 1 and eqn.primitive.name in KEEPS_CONSTANTS
-        result = Value(tuple(axes), ins[0].constant if keeps else None)
+                    flag = value.axes[d].zero
+                operands.append(Operand(flag, value.constant))
+            flag = zero(operands[cases:])
+            axes.append(_joined(walk, varying, flag))
+        constant = None
+        if len(ins) == 1 and eqn.primitive.name in KEEPS_CONSTANTS:
+            constant = ins[0].constant
+        result = Value(tuple(axes), constant)
         return [result] * len(eqn.outvars)
 
     return apply
 
 
-def _joined(walk: Walk, axes: Sequence[Axis], zero: bool | None) -> Axis:
+def _joined(walk: Walk, axes: Sequence[Axis], zero: Flag) -> Axis:
     """The axis of a result that several operands have."""
     first = axes[0]
     origin = first.origin
@@ -103,52 +116,56 @@ eq ne lt le gt ge nextafter shift_left shift_right_logical shift_right_arithmeti
 INFINITE_AT_ZERO = "log log2 rsqrt lgamma digamma acosh"
 
 
-def first_zero(flags: list[bool], constants: list) -> bool:
-    return flags[0]
+def first_zero(operands: Operands) -> Flag:
+    return operands[0].zero
 
 
-def never_zero(flags: list[bool], constants: list) -> bool:
+def never_zero(operands: Operands) -> Flag:
     return False
 
 
-def infinite_at_zero(flags: list[bool], constants: list) -> bool | None:
-    return None if flags[0] else False
+def infinite_at_zero(operands: Operands) -> Flag:
+    return None if operands[0].zero else False
 
 
-def any_zero(flags: list[bool], constants: list) -> bool:
-    return any(flags)
+def any_zero(operands: Operands) -> Flag:
+    return any(operand.zero for operand in operands)
 
 
-def all_zero(flags: list[bool], constants: list) -> bool:
-    return all(flags)
+def all_zero(operands: Operands) -> Flag:
+    return all(operand.zero for operand in operands)
 
 
-def _quotient(flags: list[bool], constants: list) -> bool | None:
-    numerator, denominator = flags
-    return None if denominator else numerator
+def _quotient(operands: Operands) -> Flag:
+    numerator, denominator = operands
+    return None if denominator.zero else numerator.zero
 
 
-def _power(flags: list[bool], constants: list) -> bool | None:
-    exponent = constants[1]
-    if flags[0] and (exponent is None or exponent < 0):
-        return None
-    return flags[0] and exponent > 0
+def _power(operands: Operands) -> Flag:
+    base, exponent = operands
+    if not base.zero:
+        return False
+    positive = exponent.constant is not None and exponent.constant >= 0
+    return exponent.constant > 0 if positive else None
 
 
-def _clamped(flags: list[bool], constants: list) -> bool:
-    low, _, high = constants
-    return flags[1] and low is not None and high is not None and low <= 0 <= high
+def _clamped(operands: Operands) -> Flag:
+    low, x, high = operands
+    if low.constant is None or high.constant is None:
+        return False
+    return x.zero and low.constant <= 0 <= high.constant
 
 
 def _extreme(sign: int) -> Zero:
     """max (1) or min (-1): zero if all operands are, or constants on the other side of zero."""
 
-    def zero(flags: list[bool], constants: list) -> bool:
-        for flag, constant in zip(flags, constants):
-            beyond = constant is not None and sign * constant <= 0
-            if not (flag or beyond):
+    def zero(operands: Operands) -> Flag:
+        for operand in operands:
+            known = operand.constant is not None
+            beyond = known and sign * operand.constant <= 0
+            if not (operand.zero or beyond):
                 return False
-        return any(flags)
+        return any_zero(operands)
 
     return zero
 
@@ -175,8 +192,8 @@ def _integer_power(walk: Walk, eqn: Any, ins: Values) -> Values:
 @rule("add", "sub", "add_any")
 def _sum(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, y = ins
-    branches = walk.separate and walk.is_data(x) and walk.is_data(y) and x.shape == y.shape
-    if branches and not walk.are_tied(x, y):  # else one channel, e.g. x + x**3
+    branches = walk.separate and walk.is_data(x) and walk.is_data(y)
+    if branches and x.shape == y.shape and not walk.are_tied(x, y):  # tied e.g. in x + x**3
         return [whole(eqn.outvars[0].aval)]
     return elementwise(all_zero)(walk, eqn, ins)
 
@@ -203,16 +220,15 @@ def _transpose(walk: Walk, eqn: Any, ins: Values) -> Values:
 
 @rule("squeeze")
 def _squeeze(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,), dropped = ins, eqn.params["dimensions"]
-    return [x.pick([a for a in range(len(x.axes)) if a not in dropped])]
+    return [ins[0].drop(eqn.params["dimensions"])]
 
 
 @rule("rev")
 def _reverse(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     for a in eqn.params["dimensions"]:
-        axis = x.axes[a]
-        x = x.put(a, axis._replace(labels=axis.labels[::-1]))
+        turned = x.axes[a].labels[::-1]
+        x = x.relabel(a, turned)
     return [x]
 
 
@@ -255,7 +271,7 @@ def _regrouped(walk: Walk, eqn: Any, axes: list[Axis], sizes: list[int]) -> list
     return [Axis(labels, zero) for labels in parts]
 
 
-def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+def blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
     """Axes of two shapes of one size in pairs of runs of equal product; without axes of size 1."""
     if 0 in old:
         return
@@ -299,7 +315,8 @@ def _stack(walk: Walk, eqn: Any, ins: Values) -> Values:
     for parts in zip(*(value.axes for value in ins)):
         for axis in parts[1:]:
             walk.tie(parts[0], axis)
-        axes.append(Axis(parts[0].labels, all(axis.zero for axis in parts)))
+        zero = all(axis.zero for axis in parts)
+        axes.append(Axis(parts[0].labels, zero))
     axes.insert(position, Axis(fixed(len(ins)), False))
     return [Value(tuple(axes))]
 
@@ -308,8 +325,7 @@ def _stack(walk: Walk, eqn: Any, ins: Values) -> Values:
 def _unstack(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,), gone = ins, eqn.params["axis"]
     walk.freeze(x.axes[gone], "is taken apart")
-    part = x.pick([a for a in range(len(x.axes)) if a != gone])
-    return [part] * len(eqn.outvars)
+    return [x.drop([gone])] * len(eqn.outvars)
 
 
 def _part(walk: Walk, axis: Axis, low: int, high: int, step: int = 1) -> Axis:
@@ -349,8 +365,8 @@ def _split(walk: Walk, eqn: Any, ins: Values) -> Values:
 def _tile(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     for a, times in enumerate(eqn.params["reps"]):
-        axis = x.axes[a]
-        x = x.put(a, axis._replace(labels=np.tile(axis.labels, times)))
+        tiled = np.tile(x.axes[a].labels, times)
+        x = x.relabel(a, tiled)
     return [x]
 
 
@@ -358,7 +374,8 @@ def _tile(walk: Walk, eqn: Any, ins: Values) -> Values:
 def _pad(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, fill = ins
     config = eqn.params["padding_config"]
-    clean = fill.constant == 0 or all(ends == (0, 0, 0) for ends in config)
+    nothing = [(0, 0, 0)] * len(config)
+    clean = fill.constant == 0 or list(config) == nothing
     axes = []
     for axis, size, (low, high, inside) in zip(x.axes, shape_of(eqn), config, strict=True):
         labels = fixed(size)
@@ -387,11 +404,10 @@ def _dot(walk: Walk, eqn: Any, ins: Values) -> Values:
         first, second = x.axes[i], y.axes[j]
         walk.tie(first, second)
         axes.append(Axis(first.labels, first.zero or second.zero))
-    for value, used in ((x, (*x_sum, *x_batch)), (y, (*y_sum, *y_batch))):
-        for d, axis in enumerate(value.axes):
-            if d not in used:
-                walk.role(axis, "producer")
-                axes.append(Axis(axis.labels, axis.zero))
+    free = [*x.drop([*x_sum, *x_batch]).axes, *y.drop([*y_sum, *y_batch]).axes]
+    for axis in free:
+        walk.role(axis, "producer")
+        axes.append(Axis(axis.labels, axis.zero))
     return [Value(tuple(axes))]
 
 
@@ -414,10 +430,13 @@ def _convolve(walk: Walk, eqn: Any, ins: Values) -> Values:
     walk.role(inputs, "consumer")
     depthwise = inputs.size == 1 and groups > 1
     walk.role(outputs, "depthwise" if depthwise else "producer")
-    zero = outputs.zero or (depthwise and groups == outputs.size and features.zero)
+    zero = outputs.zero
+    if depthwise and groups == outputs.size:
+        zero = zero or features.zero
+    out_batch, out_features, *_ = spec.out_spec
     result = whole(eqn.outvars[0].aval)
-    result = result.put(spec.out_spec[0], Axis(batch.labels, batch.zero))
-    return [result.put(spec.out_spec[1], Axis(outputs.labels, zero))]
+    result = result.put(out_batch, Axis(batch.labels, batch.zero))
+    return [result.put(out_features, Axis(outputs.labels, zero))]
 
 
 def _contract_groups(walk: Walk, eqn: Any, features: Axis, inputs: Axis, outputs: Axis) -> None:
@@ -454,17 +473,12 @@ def _reduce_others(walk: Walk, eqn: Any, ins: Values) -> Values:
     outs = _reduced(eqn, ins)
     if 0 not in ins[0].shape:
         return outs
-    return [_nowhere_zero(x) for x in outs]  # the largest of nothing is not zero
+    return [nowhere_zero(x) for x in outs]  # the largest of nothing is not zero
 
 
 def _reduced(eqn: Any, ins: Values) -> Values:
-    kept = [d for d in range(len(ins[0].axes)) if d not in eqn.params["axes"]]
-    return [x.pick(kept)._replace(constant=None) for x in ins[: len(eqn.outvars)]]
-
-
-def _nowhere_zero(value: Value) -> Value:
-    axes = tuple(axis._replace(zero=False) for axis in value.axes)
-    return value._replace(axes=axes, constant=None)
+    outs = [x.drop(eqn.params["axes"]) for x in ins[: len(eqn.outvars)]]
+    return [x._replace(constant=None) for x in outs]
 
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
@@ -495,7 +509,7 @@ def _cumulative(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     walk.freeze(x.axes[eqn.params["axis"]], "accumulates along it")
     if eqn.primitive.name not in ("cumsum", "cummax", "cummin"):
-        return [_nowhere_zero(x)]
+        return [nowhere_zero(x)]
     return [x._replace(constant=None)]
 
 
@@ -505,7 +519,7 @@ def _sort(walk: Walk, eqn: Any, ins: Values) -> Values:
         walk.tie_all(ins[0], x)
         walk.freeze(x.axes[eqn.params["dimension"]], "sorts along it")
     if len(ins) > 1:
-        return [_nowhere_zero(x) for x in ins]
+        return [nowhere_zero(x) for x in ins]
     return [x._replace(constant=None) for x in ins]
 
 

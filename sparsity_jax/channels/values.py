@@ -1,7 +1,7 @@
 """What is known of the arrays of a program while it is walked: an `Axis` per axis, a `Value` each."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,23 +33,22 @@ class Value(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return tuple(axis.size for axis in self.axes)
 
-    @property
-    def labels(self) -> list[np.ndarray]:
-        return [axis.labels for axis in self.axes]
-
     def pick(self, axes: list[int]) -> "Value":
         """With only these of its axes, in their order."""
         return self._replace(axes=tuple(self.axes[a] for a in axes))
+
+    def drop(self, gone: Container[int]) -> "Value":
+        """Without these of its axes."""
+        return self.pick([a for a in range(len(self.axes)) if a not in gone])
+
+    def relabel(self, position: int, labels: np.ndarray) -> "Value":
+        """With other entries along the axis at `position`."""
+        return self.put(position, self.axes[position]._replace(labels=labels))
 
     def put(self, position: int, axis: Axis) -> "Value":
         """With another axis at `position`."""
         before, after = self.axes[:position], self.axes[position + 1 :]
         return self._replace(axes=(*before, axis, *after))
-
-    def derived(self) -> "Value":
-        """With entries of its own: they are no input's, nor known to be one constant."""
-        axes = tuple(Axis(axis.labels, axis.zero) for axis in self.axes)
-        return Value(axes, None, self.sources)
 
 
 class Program(NamedTuple):
@@ -82,6 +81,12 @@ def whole(aval: Any) -> Value:
     """Of an array of which nothing may be removed."""
     shape = getattr(aval, "shape", ())
     return Value(tuple(Axis(fixed(size), False) for size in shape))
+
+
+def nowhere_zero(value: Value) -> Value:
+    """The array, but removed entries need not be zero."""
+    axes = tuple(axis._replace(zero=False) for axis in value.axes)
+    return value._replace(axes=axes, constant=None)
 
 
 def is_literal(var: Any) -> bool:
