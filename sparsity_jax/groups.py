@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax import trees
-from sparsity_jax.channels import execute, walk
+from sparsity_jax.channels import execute, rules, walk
 
 PyTree = Any
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
@@ -539,6 +539,22 @@ def _content(group: Group) -> tuple:
     """What makes two groups equal."""
     members = [(m.path, m.axis, m.index.shape, m.index.tobytes()) for m in group.members]
     return group.name, members
+
+
+def teach(primitive: str, rule: rules.Rule, *, resize: execute.Resize | None = None) -> None:
+    """Makes traces understand a primitive; docs/teach_a_primitive.md has examples.
+
+    rule: rule(walk, eqn, ins) -> [Value, ...], what is known of the results from what is known of
+    the operands. resize: resize(sizes) -> parameters that change at the smaller sizes; None if the
+    primitive has no sizes among its parameters.
+    Raises ValueError for a primitive with programs inside, which the walk enters itself.
+    """
+    if primitive in walk.INNER:
+        raise ValueError(f"{primitive!r} runs programs inside; it cannot have another rule.")
+    rules.RULES[primitive] = rule
+    execute.RESIZES.pop(primitive, None)
+    if resize is not None:
+        execute.RESIZES[primitive] = resize
 
 
 def order_of_use(function: Callable, tree: PyTree) -> list[str]:

@@ -14,6 +14,7 @@ from jax import lax
 from test_models import TINY
 
 from sparsity_jax import groups, models, trees
+from sparsity_jax.channels import rules
 
 # Sizes of the groups of `TINY`, in any order. A residual sum is one group; a zero_pad shortcut leaves the channels it
 # pads to a group of their own.
@@ -604,6 +605,11 @@ def test_hostile(name):
     assert sorted(channels.sizes.values()) == sorted(sizes)
     if sizes:
         compare(function, V, (X,), channels, keeps(channels, 1))
+
+
+def test_a_loop_cannot_be_taught_anew():
+    with pytest.raises(ValueError, match="'scan' runs programs inside"):
+        groups.teach("scan", rules.elementwise(rules.all_zero))
 
 
 def test_random_key_as_input():
