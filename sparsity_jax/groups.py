@@ -1,15 +1,16 @@
-"""Channels of any JAX function that live or die together, derived from its jaxpr: trace, mask, compact, run.
+"""Channels of any JAX function that live or die together, derived from its jaxpr.
 
     channels = groups.trace(model.apply, variables, images)
     print(groups.describe(channels))
-    keep = {name: scores[name] > threshold for name in channels.names}         # bool [channels] of every group
-    logits = model.apply(groups.mask(variables, channels, keep), images)       # shapes unchanged, keep may be traced
-    small = groups.compact(variables, channels, keep)                          # removed channels cut out, once
-    logits = groups.elastic(model.apply, channels, keep)(small, images)        # the same function on smaller arrays
+    keep = {name: scores[name] > 0 for name in channels.names}  # bool [channels] of every group
+    logits = model.apply(groups.mask(variables, channels, keep), images)  # keep may be traced
+    small = groups.compact(variables, channels, keep)  # removed channels cut out, once
+    logits = groups.elastic(model.apply, channels, keep)(small, images)  # the same function
 
-Linen, NNX, Equinox and hand-written functions work alike: `apply(variables, *inputs)` must be traceable and its
-variables a pytree of arrays. A group is data: which entries of which axes of which arrays belong to each channel. What
-the analysis cannot follow stays whole and is listed in `channels.frozen`, never guessed. `flow` has the rules.
+Linen, NNX, Equinox and hand-written functions work alike: `apply(variables, *inputs)` must be
+traceable and its variables a pytree of arrays. A group is data: which entries of which axes of
+which arrays belong to each channel. What the analysis cannot follow stays whole and is listed in
+`channels.frozen`, never guessed. `channels.walk` tells what, `channels.rules` has the rules.
 """
 
 import itertools
@@ -22,8 +23,11 @@ import numpy as np
 
 from sparsity_jax import trees
 from sparsity_jax.channels import execute, rules, walk
+from sparsity_jax.channels.values import Place
 
 PyTree = Any
+Struct = jax.ShapeDtypeStruct
+Arrays = dict[str, Any]  # by path, or by name of group
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
 
 
@@ -33,8 +37,10 @@ class Member(NamedTuple):
     path: str  # e.g. params/conv1/kernel
     axis: int
     index: np.ndarray  # int [channels, copies]
-    role: str  # producer: a kernel's outputs; consumer: its inputs; depthwise: both; other: biases, norms
-    exposed: bool = False  # a consumer of what is not zero where other members are, e.g. behind a sigmoid
+    # producer: a kernel's outputs; consumer: its inputs; depthwise: both; other: biases, norms
+    role: str
+    # a consumer of what is not zero where other members are, e.g. behind a sigmoid
+    exposed: bool = False
 
 
 class Group(NamedTuple):
@@ -59,7 +65,7 @@ class Channels(NamedTuple):
 
     groups: dict[str, Group]
     frozen: tuple[Frozen, ...]
-    shapes: dict[str, jax.ShapeDtypeStruct]  # of the full variables, by path
+    shapes: dict[str, Struct]  # of the full variables, by path
     traced: "_Traced"
     options: tuple[tuple[str, str], ...]
 
@@ -81,7 +87,7 @@ class _Traced(NamedTuple):
     tree: Any  # of the results
 
     @property
-    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def inputs(self) -> tuple[Struct, ...]:
         """Shapes and types of the inputs it was traced for."""
         return self.signature[1]
 
@@ -119,11 +125,12 @@ def trace(
     traced = _trace(apply, variables, inputs, options)
     frozen = []
     for event in traced.analysis.events:
-        members = tuple((paths[i], a) for i, a in event.axes if i < len(paths))
-        if members:
+        places = [place for place in event.axes if place[0] < len(paths)]
+        if places:
+            members = tuple((paths[i], a) for i, a in places)
             frozen.append(Frozen(event.reason, event.primitive, event.source, members))
     frozen += _left(traced, paths)
-    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    shapes = {path: _struct(leaf) for path, leaf in leaves.items()}
     return Channels(traced.groups, tuple(frozen), shapes, traced, tuple(options.items()))
 
 
@@ -168,7 +175,7 @@ def _trace(
     state: str = "",
 ) -> _Traced:
     """state: see `elastic`."""
-    abstract = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else _struct(leaf), inputs)
+    abstract = jax.tree.map(_abstract, inputs)
     try:
         closed, result = jax.make_jaxpr(apply, return_shape=True)(variables, *abstract)
     except (
@@ -193,18 +200,26 @@ def _trace(
 def _carried(result: PyTree, paths: list[str], state: str) -> dict[int, int]:
     """Numbers of the results below `state`, each with that of the variable it is the next of."""
     leaves = list(trees.named_leaves(result))
-    below = {path.removeprefix(f"{state}/"): path for path in leaves if path.startswith(f"{state}/")}
-    owned = _owners(below, paths)
+    below = {path: path.removeprefix(f"{state}/") for path in leaves}
+    below = {path: name for path, name in below.items() if path != name}
+    owned = _owners(below.values(), paths)
     if not owned or len(owned) < len(below):
         raise ValueError(
             f"state is {state!r}; the results below it must have the paths of variables. Results: "
             f"{leaves[:5]}, variables: {paths[:5]}."
         )
-    return {leaves.index(below[path]): paths.index(owner) for path, owner in owned.items()}
+    carried = {}
+    for path, name in below.items():
+        carried[leaves.index(path)] = paths.index(owned[name])
+    return carried
 
 
-def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+def _struct(leaf: Any) -> Struct:
+    return Struct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def _abstract(leaf: Any) -> Any:
+    return leaf if hasattr(leaf, "dtype") else _struct(leaf)
 
 
 def _signature(variables: PyTree, inputs: tuple) -> tuple:
@@ -218,32 +233,32 @@ class _Channel(NamedTuple):
     """What is removed with one label."""
 
     label: int
-    places: np.ndarray  # int [entries]: positions in a list of (input, axis)
+    places: np.ndarray  # int [entries]: positions in a list of places
     positions: np.ndarray  # int [entries]: where on these axes
 
 
-def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[dict[str, Group], dict[str, np.ndarray]]:
-    """Groups and the labels of their channels, by name: channels that are entries of the same axes.
+def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[dict[str, Group], Arrays]:
+    """Groups, and the labels of their channels: channels that are entries of the same axes.
 
     Groups and their members are in the order in which the program uses them.
     """
-    order = dict.fromkeys((*analysis.used, *range(len(paths))))
-    places = []
-    for i in order:
+    places: list[Place] = []
+    for i in dict.fromkeys((*analysis.used, *range(len(paths)))):
         if i < len(paths):
-            places += [(i, a) for a in range(len(analysis.inputs[i].axes))]
+            places.extend((i, a) for a in range(len(analysis.inputs[i].axes)))
     marks: dict[int, set] = {}
     for label, mark in analysis.labels.marks():
         marks.setdefault(label, set()).add(mark)
     clusters: dict[tuple, list[_Channel]] = {}
     for channel in _channels(analysis, places):
-        key = (channel.places.tobytes(), frozenset(marks.get(channel.label, ())))
+        marked = frozenset(marks.get(channel.label, ()))
+        key = (channel.places.tobytes(), marked)
         clusters.setdefault(key, []).append(channel)
     groups: dict[str, Group] = {}
-    atoms: dict[str, np.ndarray] = {}
+    atoms: Arrays = {}
     for channels in clusters.values():
-        inputs = {places[k][0] for k in channels[0].places.tolist()}
-        if len(channels) < 2 or inputs.isdisjoint(analysis.used):
+        inputs = [places[k][0] for k in channels[0].places.tolist()]
+        if len(channels) < 2 or set(inputs).isdisjoint(analysis.used):
             continue
         members = _members(analysis, paths, places, channels)
         name = _name(members, paths, groups)
@@ -255,21 +270,22 @@ def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[dict[str, Group]
 def _members(
     analysis: walk.Analysis,
     paths: list[str],
-    places: list[tuple[int, int]],
+    places: list[Place],
     channels: list[_Channel],
 ) -> tuple[Member, ...]:
+    at = channels[0].places
     positions = np.stack([channel.positions for channel in channels])
     members = []
-    for k in np.unique(channels[0].places).tolist():
-        i, a = places[k]
-        role = analysis.roles.get((i, a), "other")
-        exposed = (i, a) in analysis.exposed
-        index = positions[:, channels[0].places == k]
-        members.append(Member(paths[i], a, index, role, exposed))
+    for k in np.unique(at).tolist():
+        number, axis = place = places[k]
+        role = analysis.roles.get(place, "other")
+        exposed = place in analysis.exposed
+        index = positions[:, at == k]
+        members.append(Member(paths[number], axis, index, role, exposed))
     return tuple(members)
 
 
-def _channels(analysis: walk.Analysis, places: list[tuple[int, int]]) -> list[_Channel]:
+def _channels(analysis: walk.Analysis, places: list[Place]) -> list[_Channel]:
     """All entries that die with each label, in order of the first of them."""
     labels = analysis.labels
     rows = [np.zeros((3, 0), int)]
@@ -277,21 +293,29 @@ def _channels(analysis: walk.Analysis, places: list[tuple[int, int]]) -> list[_C
         roots = labels.find(analysis.inputs[i].axes[a].labels)
         position = np.flatnonzero(roots)
         parts = [labels.parts(label) for label in roots[position].tolist()]
-        atoms = list(itertools.chain.from_iterable(parts))
+        atoms = [atom for several in parts for atom in several]
         position = np.repeat(position, list(map(len, parts)))
-        rows.append(np.stack([np.array(atoms, int), np.full(len(position), k), position]))
+        place = np.full(len(position), k)
+        rows.append(np.stack([np.array(atoms, int), place, position]))
     label, place, position = np.concatenate(rows, axis=1)
     order = np.argsort(label, kind="stable")
     starts = np.flatnonzero(np.diff(label[order], prepend=-1))
     pieces = np.split(order, starts[1:]) if len(order) else []
-    pieces.sort(key=lambda piece: piece[0])
-    return [_Channel(int(label[own[0]]), place[own], position[own]) for own in pieces]
+    channels = []
+    for piece in sorted(pieces, key=lambda piece: piece[0]):
+        atom = int(label[piece[0]])
+        channels.append(_Channel(atom, place[piece], position[piece]))
+    return channels
 
 
 def _name(members: Sequence[Member], paths: list[str], taken: Mapping) -> str:
     """Path of the first array that makes the channels, without `kernel`; made unique if need be."""
     roles = ("producer", "depthwise", "consumer", "other")
-    first = min(members, key=lambda m: (roles.index(m.role), paths.index(m.path)))
+
+    def rank(member: Member) -> tuple[int, int]:
+        return roles.index(member.role), paths.index(member.path)
+
+    first = min(members, key=rank)
     name = ""
     if trees.is_kernel(first.path):
         name = first.path.removesuffix("/value").rpartition("/")[0]
@@ -302,7 +326,7 @@ def _name(members: Sequence[Member], paths: list[str], taken: Mapping) -> str:
     return next(option for option in options if option not in taken)
 
 
-def complete(channels: Channels, keep: Keep) -> dict[str, Any]:
+def complete(channels: Channels, keep: Keep) -> Arrays:
     """`keep` with every group, checked.
 
     Raises ValueError for unknown groups, wrong sizes and emptied groups.
@@ -317,8 +341,9 @@ def complete(channels: Channels, keep: Keep) -> dict[str, Any]:
             kept = np.ones(group.size, bool)
         elif not hasattr(kept, "dtype"):
             kept = np.asarray(kept)
-        if jnp.shape(kept) != (group.size,) or kept.dtype != bool:
-            given = f"{kept.dtype} {jnp.shape(kept)}"
+        shape = jnp.shape(kept)
+        if shape != (group.size,) or kept.dtype != bool:
+            given = f"{kept.dtype} {shape}"
             raise ValueError(f"keep[{name!r}] is {given}; allowed: bool ({group.size},).")
         if not isinstance(kept, jax.core.Tracer) and not np.any(kept):
             raise ValueError(f"keep[{name!r}] keeps none of {group.size} channels; at least one must stay.")
@@ -326,13 +351,14 @@ def complete(channels: Channels, keep: Keep) -> dict[str, Any]:
     return result
 
 
-def _known(channels: Channels, keep: Keep) -> dict[str, np.ndarray]:
+def _known(channels: Channels, keep: Keep) -> Arrays:
     """`complete` of what is known while tracing."""
-    return {name: np.asarray(kept) for name, kept in complete(channels, keep).items()}
+    checked = complete(channels, keep)
+    return {name: np.asarray(kept) for name, kept in checked.items()}
 
 
-def _alive(channels: Channels, keep: Keep) -> dict[str, list[tuple[int, Any]]]:
-    """(axis, bool of its length: entries that stay), by path: of axes with members only."""
+def _alive(channels: Channels, keep: Keep) -> dict[str, dict[int, Any]]:
+    """bool [size], which entries stay, by path and axis: of axes with members only."""
     traced = any(isinstance(kept, jax.Array) for kept in keep.values())
     xp = jnp if traced else np
     alive: dict[str, dict[int, Any]] = {}
@@ -345,7 +371,7 @@ def _alive(channels: Channels, keep: Keep) -> dict[str, list[tuple[int, Any]]]:
             if member.axis in axes:
                 stays = axes[member.axis] & stays
             axes[member.axis] = stays
-    return {path: sorted(axes.items()) for path, axes in alive.items()}
+    return alive
 
 
 def _channels_of(index: np.ndarray, size: int) -> np.ndarray:
@@ -379,10 +405,7 @@ def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
         rest.setdefault(path.partition("/")[2], []).append(path)
     result: dict[str, str] = {}
     for path in paths:
-        parts = path.split("/")
-        ends = ["/".join(parts[i:]) for i in range(len(parts))]
-        candidates = [known[end] for known in (whole, rest) for end in ends if end in known]
-        fitting = candidates[0] if candidates else []
+        fitting = _fitting(path, whole) or _fitting(path, rest)
         if len(fitting) > 1:
             raise ValueError(
                 f"{path} may belong to {' or '.join(fitting)}; give a tree with the paths of the variables."
@@ -390,6 +413,15 @@ def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
         if fitting:
             result[path] = fitting[0]
     return result
+
+
+def _fitting(path: str, known: Mapping[str, list[str]]) -> list[str]:
+    """What is known of the longest end of the path of which anything is."""
+    while path not in known:
+        if "/" not in path:
+            return []
+        _, _, path = path.partition("/")
+    return known[path]
 
 
 def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
@@ -414,7 +446,7 @@ def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
     return result
 
 
-def _check_shape(path: str, given: Any, expected: jax.ShapeDtypeStruct, what: str) -> None:
+def _check_shape(path: str, given: Any, expected: Struct, what: str) -> None:
     if given != expected.shape:
         told = f"the {what} variables have {expected.shape} there"
         raise ValueError(f"{path} has shape {given}; {told}.")
@@ -465,25 +497,26 @@ def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> Py
         )
 
     def of_leaf(path: str, leaf: Any) -> Any:
-        axes = alive.get(owned.get(path, ""), [])
-        if axes:
-            _check_shape(path, jnp.shape(leaf), channels.shapes[owned[path]], "traced")
-        for axis, kept in axes:
+        owner = owned.get(path)
+        if owner not in alive:
+            return leaf
+        _check_shape(path, jnp.shape(leaf), channels.shapes[owner], "traced")
+        for axis, kept in sorted(alive[owner].items()):
             leaf = function(leaf, axis, kept)
         return leaf
 
     return trees.map_named(of_leaf, tree)
 
 
-def compact_shapes(channels: Channels, keep: Keep) -> dict[str, jax.ShapeDtypeStruct]:
+def compact_shapes(channels: Channels, keep: Keep) -> dict[str, Struct]:
     """Shapes of the compact variables, by path."""
     alive = _alive(channels, _known(channels, keep))
     result = {}
     for path, full in channels.shapes.items():
         sizes = list(full.shape)
-        for axis, kept in alive.get(path, []):
+        for axis, kept in alive.get(path, {}).items():
             sizes[axis] = int(kept.sum())
-        result[path] = jax.ShapeDtypeStruct(tuple(sizes), full.dtype)
+        result[path] = Struct(tuple(sizes), full.dtype)
     return result
 
 
@@ -515,14 +548,7 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "")
             raise ValueError(f"{more[0]} is no array of the compact variables.")
         key = _signature(variables, inputs)
         if key not in traces:
-            shapes = []
-            for path, leaf in leaves.items():
-                shapes.append(jax.ShapeDtypeStruct(channels.shapes[path].shape, leaf.dtype))
-            full = jax.tree.unflatten(jax.tree.structure(variables), shapes)
-            traced = _trace(apply, full, inputs, dict(channels.options), state)
-            if not _same(traced.groups, channels.groups):
-                raise ValueError("this function has other channel groups with these inputs: trace it anew.")
-            traces[key] = traced
+            traces[key] = _anew(apply, variables, inputs, channels, state)
         traced = traces[key]
         arrays = [*leaves.values(), *jax.tree.leaves(inputs)]
         outs = execute.run(traced.analysis, traced.alive(keep), arrays)
@@ -531,14 +557,27 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "")
     return function
 
 
-def _same(first: Mapping[str, Group], second: Mapping[str, Group]) -> bool:
-    return list(map(_content, first.values())) == list(map(_content, second.values()))
+def _anew(apply: Callable, variables: PyTree, inputs: tuple, channels: Channels, state: str) -> _Traced:
+    """Another trace with the same groups, or ValueError. variables: compact."""
+    leaves, tree = jax.tree.flatten(variables)
+    full = []
+    for traced, leaf in zip(channels.shapes.values(), leaves, strict=True):
+        full.append(Struct(traced.shape, leaf.dtype))
+    options = dict(channels.options)
+    again = _trace(apply, jax.tree.unflatten(tree, full), inputs, options, state)
+    if _content(again.groups) != _content(channels.groups):
+        raise ValueError("this function has other channel groups here: trace it anew.")
+    return again
 
 
-def _content(group: Group) -> tuple:
-    """What makes two groups equal."""
-    members = [(m.path, m.axis, m.index.shape, m.index.tobytes()) for m in group.members]
-    return group.name, members
+def _content(groups: dict[str, Group]) -> list:
+    """What makes groups equal."""
+    content = []
+    for group in groups.values():
+        for member in group.members:
+            entries = member.index.tolist()
+            content.append((group.name, member.path, member.axis, entries))
+    return content
 
 
 def teach(primitive: str, rule: rules.Rule, *, resize: execute.Resize | None = None) -> None:
@@ -590,22 +629,25 @@ def check(apply: Callable, variables: PyTree, channels: Channels, *inputs: PyTre
     small = compact(variables, channels, keep)
     compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
     scale = worst = 0.0
-    for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(compacted), strict=True):
-        a, b = _wide(a), _wide(b)
+    pairs = zip(jax.tree.leaves(masked), jax.tree.leaves(compacted), strict=True)
+    for pair in pairs:
+        a, b = map(_wide, pair)
         differ = a != b  # infinities may be equal
-        largest = np.max(np.abs(a), where=np.isfinite(a), initial=0.0)
-        scale = np.maximum(scale, largest)
-        worst = np.maximum(worst, np.max(np.abs(a[differ] - b[differ]), initial=0.0))
+        error = np.abs(a[differ] - b[differ])
+        scale = np.maximum(scale, np.max(np.abs(a), where=np.isfinite(a), initial=0.0))
+        worst = np.maximum(worst, np.max(error, initial=0.0))
     return float(worst / scale if scale else worst)
 
 
 def _wide(array: Any) -> np.ndarray:
-    return np.asarray(array, np.complex128 if np.iscomplexobj(array) else np.float64)
+    dtype = np.complex128 if np.iscomplexobj(array) else np.float64
+    return np.asarray(array, dtype)
 
 
 def describe(channels: Channels) -> str:
     """The groups and what was frozen, as text."""
-    lines = [f"{len(channels.groups)} groups, {sum(channels.sizes.values())} channels"]
+    total = sum(channels.sizes.values())
+    lines = [f"{len(channels.groups)} groups, {total} channels"]
     for group in channels.groups.values():
         lines.append(f"{group.name}: {group.size} channels")
         for member in group.members:
@@ -632,20 +674,28 @@ def _frozen_line(event: Frozen) -> str:
 def layout(channels: Channels) -> dict[str, Any]:
     """The groups as plain data, for `figures.group_figure`.
 
-    kernels: paths of the arrays that make or read channels, in order of use. groups: by name the size and, by role,
-    positions of the members among the kernels; other arrays are half a step behind the kernel used before them.
+    kernels: paths of the arrays that make or read channels, in order of use. groups: by name the
+    size and, by role, positions of the members among the kernels; other arrays are half a step
+    behind the kernel used before them.
     """
-    paths, analysis = list(channels.shapes), channels.traced.analysis
+    paths = list(channels.shapes)
+    analysis = channels.traced.analysis
     used = [paths[i] for i in analysis.used if i < len(paths)]
-    kernels = {paths[i] for i, _ in analysis.roles if i < len(paths)}
-    count = dict(zip(used, itertools.accumulate(path in kernels for path in used)))
+    with_roles = {i for i, _ in analysis.roles}
+    kernels = [path for i, path in enumerate(paths) if i in with_roles]
+    before, count = 0, {}
+    for path in used:
+        before += path in kernels
+        count[path] = before
     layouts: dict[str, Any] = {}
     for name, group in channels.groups.items():
         marks: dict[str, set[float]] = {}
         for member in group.members:
             if member.path in count:
-                position = count[member.path] - (1 if member.path in kernels else 0.5)
+                behind = 1 if member.path in kernels else 0.5
+                position = count[member.path] - behind
                 marks.setdefault(member.role, set()).add(position)
         ordered = {role: sorted(marks[role]) for role in sorted(marks)}
         layouts[name] = dict(size=group.size, marks=ordered)
-    return dict(kernels=[path for path in used if path in kernels], groups=layouts)
+    in_order = [path for path in used if path in kernels]
+    return dict(kernels=in_order, groups=layouts)
