@@ -1,12 +1,13 @@
 """What a network costs: parameters, bytes, FLOPs of any JAX function, and measured time.
 
-    count = cost.flops(model.apply, variables, images)      # arrays or jax.ShapeDtypeStruct; nothing is computed
-    count.products, count.elementwise                       # FLOPs; one multiply-add = 2
-    pair = cost.compare({"dense": (dense, (images,)), "compact": (compact, (images,))})
-    pair.verdict, pair.speedup                              # "faster", 1.9
+    count = cost.flops(model.apply, variables, images)      # arrays or jax.ShapeDtypeStruct;
+    nothing is computed count.products, count.elementwise                       # FLOPs; one
+    multiply-add = 2 pair = cost.compare({"dense": (dense, (images,)), "compact": (compact,
+    (images,))}) pair.verdict, pair.speedup                              # "faster", 1.9
 
-FLOPs are read off the jaxpr. XLA's own estimate, `jax.jit(f).lower(*args).cost_analysis()`, is `products +
-elementwise` with `count_padding=False` (it reports square roots, exponentials and the like apart, as transcendentals).
+FLOPs are read off the jaxpr. XLA's own estimate, `jax.jit(f).lower(*args).cost_analysis()`, is
+`products + elementwise` with `count_padding=False` (it reports square roots, exponentials and the
+like apart, as transcendentals).
 """
 
 import math
@@ -26,21 +27,26 @@ from sparsity_jax.channels.values import Program
 PyTree = Any
 
 
-# Size ------------------------------------------------------------------------------------------------------------
+# Size --------------------------------------------------------------------------------------------
 
 
 def num_params(variables: PyTree) -> int:
-    """Number of parameters: of `variables["params"]` if there is such an entry, else of the whole tree.
+    """Number of parameters: of `variables["params"]` if there is such an entry, else of the whole
+    tree.
 
     Leaves: arrays or shape structs. Running statistics are no parameters.
     """
-    return trees.size(variables["params"] if isinstance(variables, Mapping) and "params" in variables else variables)
+    if isinstance(variables, Mapping) and "params" in variables:
+        variables = variables["params"]
+    return trees.size(variables)
 
 
 def num_bytes(tree: PyTree) -> int:
-    """Bytes of all arrays of `tree` as stored: entries times the size of their type, no headers, no compression.
+    """Bytes of all arrays of `tree` as stored: entries times the size of their type, no headers, no
+    compression.
 
-    Leaves: arrays or shape structs. The compression ratio is that of the dense network over that of the compact one.
+    Leaves: arrays or shape structs. The compression ratio is that of the dense network over that of
+    the compact one.
     """
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -62,7 +68,8 @@ class Flops(NamedTuple):
     products: int  # convolutions and matrix products
     elementwise: int  # one per entry that an elementwise operation or a step of a reduction makes
     equations: tuple[Equation, ...]  # those of `products`, in the program's order
-    notes: tuple[str, ...]  # what could not be known: loops counted once, operations of unknown work
+    # what could not be known: loops counted once, operations of unknown work
+    notes: tuple[str, ...]
 
 
 NOTHING = Flops(0, 0, (), ())
@@ -80,21 +87,24 @@ Path = tuple[Any, ...]  # an equation and those it is inside of, outermost first
 def flops(function: Callable, *args: Any, count_padding: bool = True) -> Flops:
     """FLOPs of `function(*args)` from its jaxpr; nothing is compiled or computed.
 
-    args: pytrees of arrays or `jax.ShapeDtypeStruct`; anything that is no array must be closed over.
-    count_padding: whether products with the zeros around a padded image count. True is the literature's convention
-        (output positions times kernel size); XLA leaves them out. Zeros between the entries of a dilated image
-        (transposed convolution) never count.
-    Loops of known length count as often as they run, of a conditional the most expensive branch counts; a `while` loop
-    counts once and is listed in `notes`, as are operations whose work the shapes do not tell (they count nothing).
-    A function run on shards (`shard_map`) counts for all devices together.
-    Raises what tracing `function` raises.
+    args: pytrees of arrays or `jax.ShapeDtypeStruct`; anything that is no array must be closed
+    over.
+    count_padding: whether products with the zeros around a padded image count. True is the
+    literature's convention
+        (output positions times kernel size); XLA leaves them out. Zeros between the entries of a
+        dilated image (transposed convolution) never count.
+    Loops of known length count as often as they run, of a conditional the most expensive branch
+    counts; a `while` loop counts once and is listed in `notes`, as are operations whose work the
+    shapes do not tell (they count nothing). A function run on shards (`shard_map`) counts for all
+    devices together. Raises what tracing `function` raises.
     """
     program = walk.read(function, *args).program
     return _total(program, lambda eqn, _, path: _work(eqn, path, count_padding))
 
 
 def _total(program: Program, price: Callable, path: Path = ()) -> Flops:
-    """FLOPs of a program; price(eqn, program, path) -> Flops of an equation without programs inside."""
+    """FLOPs of a program; price(eqn, program, path) -> Flops of an equation without programs
+    inside."""
     parts = [NOTHING]
     for eqn, inner in program.equations():
         inside = (*path, eqn)
@@ -103,6 +113,10 @@ def _total(program: Program, price: Callable, path: Path = ()) -> Flops:
             parts.append(_repeated(eqn, bodies, inside))
         else:
             parts.append(price(eqn, program, inside))
+    return _added(parts)
+
+
+def _added(parts: list[Flops]) -> Flops:
     products, elementwise, equations, notes = zip(*parts)
     return Flops(sum(products), sum(elementwise), sum(equations, ()), sum(notes, ()))
 
@@ -112,14 +126,14 @@ def _repeated(eqn: Any, bodies: list[Flops], path: Path) -> Flops:
     name = eqn.primitive.name
     if name == "cond":
         return max(bodies, key=lambda body: (body.products + body.elementwise, body.products))
-    products, elementwise, equations, notes = zip(*bodies)
-    count = Flops(sum(products), sum(elementwise), sum(equations, ()), sum(notes, ()))
+    count = _added(bodies)
     if name == "scan":
         return _scale(count, eqn.params["length"])
     if name == "shard_map":
         return _scale(count, eqn.params["mesh"].size)
     if name == "while":
-        return count._replace(notes=(*count.notes, f"while at {_where(path)}: counted once"))
+        note = f"while at {_where(path)}: counted once"
+        return count._replace(notes=(*count.notes, note))
     return count
 
 
@@ -134,7 +148,8 @@ def _work(eqn: Any, path: Path, padding: bool) -> Flops:
     if name in walk.PRODUCTS:
         first, second = (var.aval.shape for var in eqn.invars)
         count = _product(eqn, first, second, eqn.outvars[0].aval.shape, padding)
-        return NOTHING._replace(products=count, equations=(Equation(name, _where(path), count),))
+        equation = Equation(name, _where(path), count)
+        return NOTHING._replace(products=count, equations=(equation,))
     if name in walk.OPAQUE:
         return NOTHING._replace(notes=(f"{name} at {_where(path)}: not counted",))
     if name in FREE:
@@ -146,7 +161,8 @@ def _work(eqn: Any, path: Path, padding: bool) -> Flops:
 
 
 def _where(path: Path) -> str:
-    """Name stack of an equation and its callers; file and line where it says nothing of the place."""
+    """Name stack of an equation and its callers; file and line where it says nothing of the
+    place."""
     stacks = [str(eqn.source_info.name_stack) for eqn in path]
     stack = "/".join(filter(None, stacks))
     if re.sub(r"\w+\(|[)/]", "", stack):  # more than transformations such as "transpose(jvp())"
@@ -159,7 +175,8 @@ Shape = Sequence[int]
 
 
 def _product(eqn: Any, first: Shape, second: Shape, out: Shape, padding: bool) -> int:
-    """FLOPs of a matrix product or convolution, if its operands and its result have these shapes."""
+    """FLOPs of a matrix product or convolution, if its operands and its result have these
+    shapes."""
     if eqn.primitive.name == "conv_general_dilated":
         return _convolution(eqn, out, second, padding)
     (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -167,29 +184,38 @@ def _product(eqn: Any, first: Shape, second: Shape, out: Shape, padding: bool) -
 
 
 def _convolution(eqn: Any, out: Shape, kernel: Shape, padding: bool) -> int:
-    """2 x images x output channels x (input channels of a filter) x pairs of output and kernel position.
+    """2 x images x output channels x (input channels of a filter) x pairs of output and kernel
+    position.
 
-    Right for grouped and depthwise convolution too: the kernel's input axis has the channels of one group only.
+    Right for grouped and depthwise convolution too: the kernel's input axis has the channels of one
+    group only.
     """
-    params, image = eqn.params, eqn.invars[0].aval.shape
-    image_axes, kernel_axes, out_axes = params["dimension_numbers"]
+    params = eqn.params
+    spec = params["dimension_numbers"]
+    image = eqn.invars[0].aval.shape
+    sizes = [image[a] for a in spec.lhs_spec[2:]]
+    batch, features, *outs = (out[a] for a in spec.out_spec)
+    _, inputs, *window = (kernel[a] for a in spec.rhs_spec)
     pairs = 1
     for i, (low, _) in enumerate(params["padding"]):
         dilation = params["lhs_dilation"][i]
-        starts = np.arange(out[out_axes[2 + i]]) * params["window_strides"][i] - low
-        offsets = np.arange(kernel[kernel_axes[2 + i]]) * params["rhs_dilation"][i]
+        starts = np.arange(outs[i]) * params["window_strides"][i] - low
+        offsets = np.arange(window[i]) * params["rhs_dilation"][i]
         positions = np.add.outer(starts, offsets)
         counted = positions % dilation == 0
         if not padding:
-            end = image[image_axes[2 + i]] * dilation
+            end = sizes[i] * dilation
             counted &= (positions >= 0) & (positions < end)
         pairs *= int(counted.sum())
-    return 2 * out[out_axes[0]] * out[out_axes[1]] * kernel[kernel_axes[1]] * pairs
+    return 2 * batch * features * inputs * pairs
 
 
 def _reduction(eqn: Any) -> int:
-    """Combinations of two entries: entries that vanish, and per entry of a window, cumulative sum or scatter."""
-    name, entries, out = eqn.primitive.name, eqn.invars[0].aval.size, eqn.outvars[0].aval.size
+    """Combinations of two entries: entries that vanish, and per entry of a window, cumulative sum
+    or scatter."""
+    name = eqn.primitive.name
+    entries = eqn.invars[0].aval.size
+    out = eqn.outvars[0].aval.size
     if name == "reduce_precision":
         return out
     if name.startswith("reduce_window"):
@@ -202,15 +228,20 @@ def _reduction(eqn: Any) -> int:
 # Budgets of channels ---------------------------------------------------------------------------
 
 
-def of_channels(channels: groups.Channels, unit: Literal["parameters", "flops"]) -> Callable[[Mapping], float]:
-    """`price(keep)` of the network that `groups.trace` has seen, without the channels that `keep` leaves out.
+Price = Callable[[Mapping], float]
+Unit = Literal["parameters", "flops"]
 
-    keep: bool [channels] by name of group, all groups. parameters: of the arrays below `params`, or of all if there is
-    no such entry. flops: of convolutions and matrix products, one multiply-add = 2, for one example of the batch
-    traced (the leading axis of the first input), padded positions included, as `flops`. Takes milliseconds: nothing is
-    traced again.
+
+def of_channels(channels: groups.Channels, unit: Unit) -> Price:
+    """`price(keep)` of the network that `groups.trace` has seen, without the channels that `keep`
+    leaves out.
+
+    keep: bool [channels] by name of group, all groups. parameters: of the arrays below `params`, or
+    of all if there is no such entry. flops: of convolutions and matrix products, one multiply-add =
+    2, for one example of the batch traced (the leading axis of the first input), padded positions
+    included, as `flops`. Takes milliseconds: nothing is traced again.
     """
-    tables.convert(unit, Literal["parameters", "flops"], "unit")
+    tables.convert(unit, Unit, "unit")
     inside = [path for path in channels.shapes if path.startswith("params/")]
     inside = inside or list(channels.shapes)
     inputs = channels.traced.inputs
@@ -235,7 +266,7 @@ def of_channels(channels: groups.Channels, unit: Literal["parameters", "flops"])
     return dict(parameters=parameters, flops=products)[unit]
 
 
-# Time ------------------------------------------------------------------------------------------------------------
+# Time --------------------------------------------------------------------------------------------
 
 
 class Latency(NamedTuple):
@@ -252,31 +283,41 @@ class Comparison(NamedTuple):
 
     latencies: dict[str, Latency]
     speedup: float  # median of the first over median of the second: above 1, the second is faster
-    speedup_low: float  # least and greatest quotient of the two spreads: 1 is outside exactly if they do not overlap
+    # least and greatest quotient of the two spreads: 1 is outside exactly if they do not overlap
+    speedup_low: float
     speedup_high: float
-    verdict: Literal["faster", "slower", "no measurable difference"]  # of the second against the first
+    # of the second against the first
+    verdict: Literal["faster", "slower", "no measurable difference"]
 
 
 def latency(function: Callable, *args: Any, repeats: int = 30, warmup: int = 3) -> Latency:
     """Measured wall time of compiled `function(*args)` on the default device.
 
-    function: traceable, jitted or `jax.stages.Compiled`; it must not donate its arguments. args: pytrees of arrays,
-    moved to the device before. warmup: calls not measured, of which the first compiles.
-    Raises ConfigError for repeats below 2 or warmup below 1.
+    function: traceable, jitted or `jax.stages.Compiled`; it must not donate its arguments. args:
+    pytrees of arrays, moved to the device before. warmup: calls not measured, of which the first
+    compiles. Raises ConfigError for repeats below 2 or warmup below 1.
     """
     return _measure([(function, args)], repeats, warmup)[0]
 
 
-def compare(candidates: Mapping[str, tuple[Callable, tuple]], *, repeats: int = 30, warmup: int = 3) -> Comparison:
+def compare(
+    candidates: Mapping[str, tuple[Callable, tuple]],
+    *,
+    repeats: int = 30,
+    warmup: int = 3,
+) -> Comparison:
     """Whether the second of two functions is measurably faster: their spreads do not overlap.
 
-    candidates: name to (function, tuple of its arguments), exactly two, the reference first. They take turns, and turns
+    candidates: name to (function, tuple of its arguments), exactly two, the reference first. They
+    take turns, and turns
         at going first, so that noise of the machine hits both.
     Raises ValueError for any other number of candidates, otherwise as `latency`.
     """
     if len(candidates) != 2:
-        raise ValueError(f"candidates has {len(candidates)} entries; compare takes two: a reference and one other.")
-    return comparison(dict(zip(candidates, _measure(list(candidates.values()), repeats, warmup))))
+        told = "compare takes two: a reference and one other"
+        raise ValueError(f"candidates has {len(candidates)} entries; {told}.")
+    latencies = _measure(list(candidates.values()), repeats, warmup)
+    return comparison(dict(zip(candidates, latencies)))
 
 
 def comparison(latencies: dict[str, Latency]) -> Comparison:

@@ -21,13 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import trees
+from sparsity_jax import tables, trees
 from sparsity_jax.channels import execute, rules, walk
 from sparsity_jax.channels.values import Place
 
 PyTree = Any
 Struct = jax.ShapeDtypeStruct
 Arrays = dict[str, Any]  # by path, or by name of group
+Sums = Literal["allow", "freeze"]
+Branches = Literal["tied", "separate"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
 
 
@@ -51,6 +53,9 @@ class Group(NamedTuple):
     members: tuple[Member, ...]
 
 
+Groups = dict[str, Group]
+
+
 class Frozen(NamedTuple):
     """An operation that keeps axes of the variables whole."""
 
@@ -63,7 +68,7 @@ class Frozen(NamedTuple):
 class Channels(NamedTuple):
     """What `trace` finds: data only, except for the analysis that `elastic` runs on."""
 
-    groups: dict[str, Group]
+    groups: Groups
     frozen: tuple[Frozen, ...]
     shapes: dict[str, Struct]  # of the full variables, by path
     traced: "_Traced"
@@ -81,7 +86,7 @@ class Channels(NamedTuple):
 class _Traced(NamedTuple):
     apply: Callable
     analysis: walk.Analysis
-    groups: dict[str, Group]
+    groups: Groups
     atoms: dict[str, np.ndarray]  # label of every channel, by name of group
     signature: tuple  # of the arguments it was traced for
     tree: Any  # of the results
@@ -95,7 +100,8 @@ class _Traced(NamedTuple):
         """Which entries of the program stay. keep: of all groups."""
         removed: set[int] = set()
         for name, atoms in self.atoms.items():
-            removed.update(atoms[~np.asarray(keep[name])].tolist())
+            gone = ~np.asarray(keep[name])
+            removed.update(atoms[gone].tolist())
         return execute.Alive(self.analysis.labels, removed)
 
 
@@ -103,8 +109,8 @@ def trace(
     apply: Callable,
     variables: PyTree,
     *inputs: PyTree,
-    sums: Literal["allow", "freeze"] = "allow",
-    branches: Literal["tied", "separate"] = "tied",
+    sums: Sums = "allow",
+    branches: Branches = "tied",
 ) -> Channels:
     """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode.
 
@@ -117,8 +123,8 @@ def trace(
     gradient-flow original does; such channels cannot be compacted.
     Raises TypeError for an apply that cannot be traced and for variables that are no arrays.
     """
-    _check_option("sums", sums, ("allow", "freeze"))
-    _check_option("branches", branches, ("tied", "separate"))
+    tables.convert(sums, Sums, "sums")
+    tables.convert(branches, Branches, "branches")
     options = dict(sums=sums, branches=branches)
     leaves = _arrays(variables)
     paths = list(leaves)
@@ -134,11 +140,6 @@ def trace(
     return Channels(traced.groups, tuple(frozen), shapes, traced, tuple(options.items()))
 
 
-def _check_option(name: str, value: Any, allowed: tuple[str, str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed[0]!r} or {allowed[1]!r}.")
-
-
 def _left(traced: _Traced, paths: list[str]) -> list[Frozen]:
     """Axes that nothing froze but that are in no group."""
     grouped = set()
@@ -149,7 +150,8 @@ def _left(traced: _Traced, paths: list[str]) -> list[Frozen]:
     for i, path in enumerate(paths):
         reason = "could lose one channel only" if i in analysis.used else "is not used"
         for a, axis in enumerate(analysis.inputs[i].axes):
-            if (path, a) not in grouped and analysis.labels.is_live(axis.labels):
+            live = analysis.labels.is_live(axis.labels)
+            if live and (path, a) not in grouped:
                 left.setdefault(reason, []).append((path, a))
     return [Frozen(reason, "trace", "", tuple(places)) for reason, places in left.items()]
 
@@ -237,7 +239,7 @@ class _Channel(NamedTuple):
     positions: np.ndarray  # int [entries]: where on these axes
 
 
-def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[dict[str, Group], Arrays]:
+def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[Groups, Arrays]:
     """Groups, and the labels of their channels: channels that are entries of the same axes.
 
     Groups and their members are in the order in which the program uses them.
@@ -245,7 +247,8 @@ def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[dict[str, Group]
     places: list[Place] = []
     for i in dict.fromkeys((*analysis.used, *range(len(paths)))):
         if i < len(paths):
-            places.extend((i, a) for a in range(len(analysis.inputs[i].axes)))
+            rank = len(analysis.inputs[i].axes)
+            places += [(i, a) for a in range(rank)]
     marks: dict[int, set] = {}
     for label, mark in analysis.labels.marks():
         marks.setdefault(label, set()).add(mark)
@@ -254,7 +257,7 @@ def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[dict[str, Group]
         marked = frozenset(marks.get(channel.label, ()))
         key = (channel.places.tobytes(), marked)
         clusters.setdefault(key, []).append(channel)
-    groups: dict[str, Group] = {}
+    groups: Groups = {}
     atoms: Arrays = {}
     for channels in clusters.values():
         inputs = [places[k][0] for k in channels[0].places.tolist()]
@@ -346,7 +349,8 @@ def complete(channels: Channels, keep: Keep) -> Arrays:
             given = f"{kept.dtype} {shape}"
             raise ValueError(f"keep[{name!r}] is {given}; allowed: bool ({group.size},).")
         if not isinstance(kept, jax.core.Tracer) and not np.any(kept):
-            raise ValueError(f"keep[{name!r}] keeps none of {group.size} channels; at least one must stay.")
+            told = f"keeps none of {group.size} channels; at least one must stay"
+            raise ValueError(f"keep[{name!r}] {told}.")
         result[name] = kept
     return result
 
@@ -399,7 +403,7 @@ def owners(tree: PyTree, channels: Channels) -> dict[str, str]:
 
 
 def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
-    whole: dict[str, list[str]] = {path: [path] for path in variables}
+    whole = {path: [path] for path in variables}
     rest: dict[str, list[str]] = {}
     for path in whole:
         rest.setdefault(path.partition("/")[2], []).append(path)
@@ -407,9 +411,9 @@ def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
     for path in paths:
         fitting = _fitting(path, whole) or _fitting(path, rest)
         if len(fitting) > 1:
-            raise ValueError(
-                f"{path} may belong to {' or '.join(fitting)}; give a tree with the paths of the variables."
-            )
+            several = " or ".join(fitting)
+            told = "give a tree with the paths of the variables"
+            raise ValueError(f"{path} may belong to {several}; {told}.")
         if fitting:
             result[path] = fitting[0]
     return result
@@ -483,18 +487,19 @@ def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
 
 def _check_tied(channels: Channels) -> None:
     if ("branches", "separate") in channels.options:
-        raise ValueError("channels were traced with branches='separate': mask them; only tied ones can be compacted.")
+        told = "mask them; only tied ones can be compacted"
+        raise ValueError(f"channels were traced with branches='separate': {told}.")
 
 
 def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> PyTree:
     """function(leaf, axis, kept) along all axes with members; keep: of all groups."""
     alive = _alive(channels, keep)
     owned = owners(tree, channels)
-    if not owned and any(jnp.ndim(leaf) for leaf in jax.tree.leaves(tree)):
-        raise ValueError(
-            "no array of the tree belongs to the traced variables; it has "
-            f"{list(trees.named_leaves(tree))[:3]}, they have {list(channels.shapes)[:3]}."
-        )
+    arrays = [path for path, leaf in trees.named_leaves(tree).items() if jnp.ndim(leaf)]
+    if arrays and not owned:
+        known = list(channels.shapes)
+        told = f"it has {arrays[:3]}, they have {known[:3]}"
+        raise ValueError(f"no array of the tree belongs to the traced variables; {told}.")
 
     def of_leaf(path: str, leaf: Any) -> Any:
         owner = owned.get(path)
@@ -557,7 +562,13 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "")
     return function
 
 
-def _anew(apply: Callable, variables: PyTree, inputs: tuple, channels: Channels, state: str) -> _Traced:
+def _anew(
+    apply: Callable,
+    variables: PyTree,
+    inputs: tuple,
+    channels: Channels,
+    state: str,
+) -> _Traced:
     """Another trace with the same groups, or ValueError. variables: compact."""
     leaves, tree = jax.tree.flatten(variables)
     full = []
@@ -570,7 +581,7 @@ def _anew(apply: Callable, variables: PyTree, inputs: tuple, channels: Channels,
     return again
 
 
-def _content(groups: dict[str, Group]) -> list:
+def _content(groups: Groups) -> list:
     """What makes groups equal."""
     content = []
     for group in groups.values():
@@ -617,7 +628,13 @@ def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> dic
     return result
 
 
-def check(apply: Callable, variables: PyTree, channels: Channels, *inputs: PyTree, key: jax.Array) -> float:
+def check(
+    apply: Callable,
+    variables: PyTree,
+    channels: Channels,
+    *inputs: PyTree,
+    key: jax.Array,
+) -> float:
     """Largest difference of masked and compact results at a random `keep`, over the largest result.
 
     About 1e-6 in float32; anything much larger means that the function does something at run time
@@ -629,13 +646,13 @@ def check(apply: Callable, variables: PyTree, channels: Channels, *inputs: PyTre
     small = compact(variables, channels, keep)
     compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
     scale = worst = 0.0
-    pairs = zip(jax.tree.leaves(masked), jax.tree.leaves(compacted), strict=True)
-    for pair in pairs:
-        a, b = map(_wide, pair)
+    first, second = jax.tree.leaves(masked), jax.tree.leaves(compacted)
+    for a, b in zip(map(_wide, first), map(_wide, second), strict=True):
         differ = a != b  # infinities may be equal
         error = np.abs(a[differ] - b[differ])
-        scale = np.maximum(scale, np.max(np.abs(a), where=np.isfinite(a), initial=0.0))
+        finite = np.abs(a[np.isfinite(a)])
         worst = np.maximum(worst, np.max(error, initial=0.0))
+        scale = np.maximum(scale, np.max(finite, initial=0.0))
     return float(worst / scale if scale else worst)
 
 
@@ -653,7 +670,8 @@ def describe(channels: Channels) -> str:
         for member in group.members:
             copies = member.index.shape[1]
             times = f" x {copies}" if copies > 1 else ""
-            lines.append(f"    {member.path} axis {member.axis}{times} ({member.role})")
+            place = f"{member.path} axis {member.axis}"
+            lines.append(f"    {place}{times} ({member.role})")
     if channels.frozen:
         lines.append("kept whole:")
     lines += map(_frozen_line, channels.frozen)

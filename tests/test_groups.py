@@ -393,7 +393,7 @@ def test_errors():
         groups.trace(lambda v, x: x[v > 0], jnp.ones(3), jnp.ones(3))
     with pytest.raises(TypeError, match="variables hold float at 'rate'"):
         groups.trace(lambda v, x: x, {"rate": 0.1}, jnp.ones(3))
-    with pytest.raises(ValueError, match="sums is 'never'; allowed: 'allow' or 'freeze'"):
+    with pytest.raises(ValueError, match="sums is 'never'; allowed: 'allow'"):
         groups.trace(apply, variables, *inputs, sums="never")
 
 

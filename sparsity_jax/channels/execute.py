@@ -1,7 +1,8 @@
 """A walked program run without its removed entries: same equations, smaller arrays.
 
-Most equations take their sizes from their operands. `RESIZES` has those with sizes among their parameters, `RUNS`
-those with jaxprs inside, and `DRAWS` those that run at the full size and are then cut.
+Most equations take their sizes from their operands. `RESIZES` has those with sizes among their
+parameters, `RUNS` those with jaxprs inside, and `DRAWS` those that run at the full size and are
+then cut.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,7 +106,13 @@ def _read(env: dict, var: Any) -> Any:
     return var.val if is_literal(var) else env[var]
 
 
-def _run_equation(alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
+def _run_equation(
+    alive: Alive,
+    program: Program,
+    eqn: Any,
+    ins: Arrays,
+    inner: list[Program],
+) -> Arrays:
     name, params = eqn.primitive.name, eqn.params
     if name in RUNS:
         return RUNS[name](alive, eqn, ins, inner)
@@ -324,9 +331,11 @@ def _beside(
     wanted: Sequence[Value],
     arrays: Arrays,
 ) -> list[Any]:
-    """Results of another function of arrays in the program, e.g. a derivative, at the smaller sizes.
+    """Results of another function of arrays in the program, e.g. a derivative, at the smaller
+    sizes.
 
-    known, wanted: what its operands and its results correspond to. Raises ValueError if it would couple more
+    known, wanted: what its operands and its results correspond to. Raises ValueError if it would
+    couple more
     entries than the program does: then it has no meaning without the removed ones.
     """
     structs = []
@@ -341,8 +350,9 @@ def _beside(
     for value in (*known, *wanted):
         if inside.shape(value) != alive.shape(value):
             raise ValueError(
-                "the hand-written derivative of a jax.custom_jvp or custom_vjp function couples channels that the "
-                "function itself does not: it cannot be evaluated without the removed ones."
+                "the hand-written derivative of a jax.custom_jvp or custom_vjp function couples "
+                "channels that the function itself does not: it cannot be evaluated without the "
+                "removed ones."
             )
     return _inner(inside, closed, program)(*arrays)
 
@@ -378,7 +388,8 @@ def _run_custom_jvp(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -
 
 
 def _run_custom_vjp(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    """The function with its own backward rule, which evaluates it anew: a straight-through rounding has slope 1."""
+    """The function with its own backward rule, which evaluates it anew: a straight-through rounding
+    has slope 1."""
     custom = _custom(alive, eqn, inner[0])
 
     @jax.custom_vjp

@@ -1,10 +1,12 @@
-"""Rules: what an equation makes of what is known of its operands, for each primitive that is understood.
+"""Rules: what an equation makes of what is known of its operands, for each primitive that is
+understood.
 
     rule(walk, eqn, ins) -> [Value, ...]        # ins: of the operands; one Value per result
 
-A rule ties axes that must lose the same entries, freezes those that must stay, and says of every axis of the results
-which labels it has and whether removed entries are zero in the masked program. `walk` offers `tie`, `freeze`,
-`contract` and `role`. Primitives with jaxprs inside are the walk's own affair.
+A rule ties axes that must lose the same entries, freezes those that must stay, and says of every
+axis of the results which labels it has and whether removed entries are zero in the masked program.
+`walk` offers `tie`, `freeze`, `contract` and `role`. Primitives with jaxprs inside are the walk's
+own affair.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What is known of the arrays of a program while it is walked: an `Axis` per axis, a `Value` each."""
+"""What is known of the arrays of a program while it is walked: a `Value` each, of `Axis`."""
 
 import functools
 from collections.abc import Container, Iterator

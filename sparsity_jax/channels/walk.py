@@ -1,32 +1,39 @@
-"""One walk over a jaxpr: which entries of its arrays live or die together, in which order inputs are used.
+"""One walk over a jaxpr: which entries live or die together, in which order inputs are used.
 
-`analyse` labels every axis of every array (`labels.Labels`): entries that must be removed together get one label,
-entries that must stay are FROZEN. `execute.run` evaluates the same jaxpr on arrays whose removed entries have been cut
-out. Neither knows a framework; `groups` gives both to users, and `cost` and `ratios` read FLOPs and order off them.
+`analyse` labels every axis of every array (`labels.Labels`): entries that must be removed together
+get one label, entries that must stay are FROZEN. `execute.run` evaluates the same jaxpr on arrays
+whose removed entries have been cut out. Neither knows a framework; `groups` gives both to users,
+and `cost` and `ratios` read FLOPs and order off them.
 
-What keeps it exact is one flag per axis: are removed entries exactly zero while they are still there, masked? A sum
-over an axis with removed entries is the same with and without them only if they are. An operation that would not be
-the same, or that is not known, freezes the axes it touches and is reported.
+What keeps it exact is one flag per axis: are removed entries exactly zero while they are still
+there, masked? A sum over an axis with removed entries is the same with and without them only if
+they are. An operation that would not be the same, or that is not known, freezes the axes it touches
+and is reported.
 
 Frozen, and why:
 
 - inputs, results and integers: they are the user's, or indices;
-- space, time and position: windows, strided slices, cumulative sums and sorts mix neighbours; a scan walks along them;
+- space, time and position: windows, strided slices, cumulative sums and sorts mix neighbours; a
+  scan walks along them;
 - what is repeated by `tile`, also along an axis of one, which broadcasting would leave free;
-- what is indexed (the vocabulary of an embedding, experts that are routed to), or meets an index computed by `iota`
-  (rotary positions turn each pair of q and k by its own angle; triangular masks): entries would change places;
-- what a maximum, a softmax, or a sum of entries that are not zero runs over (a layer norm that subtracts the mean
-  before it squares): removed entries would count. Sums of zeros, e.g. of a norm that squares first, keep the full
-  program's divisor: see `sums`;
-- kernels divided by their own norm without an epsilon, logarithms and negative powers: 0 / 0 in the masked program;
-- scatter, top_k, ragged products, Fourier transforms, linear algebra, callbacks, Pallas kernels, convolutions with
-  batch groups, gradients of max-pooling inside the function: no rule. They run as they are.
-- channels that two layouts of one axis put in different rows (a channel shuffle): tied until the layouts agree, in
-  the end to entries that stay.
+- what is indexed (the vocabulary of an embedding, experts that are routed to), or meets an index
+  computed by `iota` (rotary positions turn each pair of q and k by its own angle; triangular
+  masks): entries would change places;
+- what a maximum, a softmax, or a sum of entries that are not zero runs over (a layer norm that
+  subtracts the mean before it squares): removed entries would count. Sums of zeros, e.g. of a norm
+  that squares first, keep the full program's divisor: see `sums`;
+- kernels divided by their own norm without an epsilon, logarithms and negative powers: 0 / 0 in the
+  masked program;
+- scatter, top_k, ragged products, Fourier transforms, linear algebra, callbacks, Pallas kernels,
+  convolutions with batch groups, gradients of max-pooling inside the function: no rule. They run as
+  they are.
+- channels that two layouts of one axis put in different rows (a channel shuffle): tied until the
+  layouts agree, in the end to entries that stay.
 
-Two limits. The flag only sees zeros: where another value cancels to zero (1 - cos(0)) and is then divided by, the
-masked program gives NaN, which the compact one does not. And equations that name a device mesh keep it, so programs
-traced for explicitly sharded arrays should be traced on one device.
+Two limits. The flag only sees zeros: where another value cancels to zero (1 - cos(0)) and is then
+divided by, the masked program gives NaN, which the compact one does not. And equations that name a
+device mesh keep it, so programs traced for explicitly sharded arrays should be traced on one
+device.
 """
 
 import contextlib
@@ -61,7 +68,8 @@ tridiagonal_solve
 OPAQUE = frozenset(_OPAQUE.split())
 # Reductions and the like: their jaxprs, if any, combine two scalars, and are not walked.
 SCALAR_BODIES = ("reduce", "scatter", "select_and_scatter", "cum", "argmax", "argmin")
-LIBRARIES = (__file__, "/jax/", "/jaxlib/", "/flax/", "/equinox/", "/contextlib.py", "/functools.py")
+_FOLDERS = ("/jax/", "/jaxlib/", "/flax/", "/equinox/")
+LIBRARIES = (__file__, *_FOLDERS, "/contextlib.py", "/functools.py")
 LARGEST_CONSTANT = 4096  # entries up to which a constant array is looked at
 
 
@@ -96,16 +104,21 @@ def analyse(
     branches: str = "tied",
     carried: Mapping[int, int] | None = None,
 ) -> Analysis:
-    """Labels of a closed jaxpr. frozen_inputs: numbers of inputs none of whose entries may be removed.
+    """Labels of a closed jaxpr. frozen_inputs: numbers of inputs none of whose entries may be
+    removed.
 
-    sums: `freeze` forbids removing what a plain sum runs over, e.g. the channels of a layer norm, where a program
-    traced anew at the smaller size would divide by another number; `allow` keeps the number of the full one.
-    branches: `separate` does not tie what is only added together, such as the two sides of a skip connection: their
-    entries can be masked one by one, but not cut out.
-    carried: results that lose the entries of an input, by number, such as running statistics; all others stay whole.
+    sums: `freeze` forbids removing what a plain sum runs over, e.g. the channels of a layer norm,
+    where a program traced anew at the smaller size would divide by another number; `allow` keeps
+    the number of the full one.
+    branches: `separate` does not tie what is only added together, such as the two sides of a skip
+    connection: their entries can be masked one by one, but not cut out.
+    carried: results that lose the entries of an input, by number, such as running statistics; all
+    others stay whole.
     """
     data = sum(1 << number for number in set(frozen_inputs))
-    walk = Walk(Labels(), data=data, sums=sums, branches=branches)
+    walk = Walk(Labels(), data)
+    walk.freezes_sums = sums == "freeze"
+    walk.separate = branches == "separate"
     inputs = []
     for number, var in enumerate(closed.jaxpr.invars):
         free = not data >> number & 1 and jnp.issubdtype(var.aval.dtype, jnp.inexact)
@@ -114,7 +127,8 @@ def analyse(
 
 
 def read(function: Callable, *args: Any) -> Analysis:
-    """Analysis of `function(*args)` as it is, no entry of which may be removed: for its order and its sizes.
+    """Analysis of `function(*args)` as it is, no entry of which may be removed: for its order and
+    its sizes.
 
     args: pytrees of arrays or shape structs; nothing is computed.
     """
@@ -175,13 +189,15 @@ class _Blame:
 
 
 class Walk:
-    """State of a walk, and what rules do to it. data: bits of the inputs that may not be cut: no weights."""
+    """State of a walk, and what rules do to it. data: bits of the inputs that may not be cut: no
+    weights."""
 
-    def __init__(self, labels: Labels, *, data: int = 0, sums: str = "allow", branches: str = "tied"):
+    freezes_sums = False
+    separate = False  # branches that are only added are not tied
+
+    def __init__(self, labels: Labels, data: int = 0):
         self.labels = labels
         self.data = data
-        self.freezes_sums = sums == "freeze"
-        self.separate = branches == "separate"
         self.blame = _Blame(labels)
         self.reason = ""
         self.path: list[Any] = []  # the equation at work, after those it is inside of
@@ -232,7 +248,8 @@ class Walk:
             self.roles.setdefault(place, role)
 
     def is_data(self, value: Value) -> bool:
-        """Whether an array depends on an input that may not be cut, e.g. images: it is no weight."""
+        """Whether an array depends on an input that may not be cut, e.g. images: it is no
+        weight."""
         return bool(value.sources & self.data)
 
     def new(self, size: int, zero: bool) -> Axis:
@@ -326,7 +343,8 @@ class Walk:
         return [self.dependent(out, sources) for out in outs], inner
 
     def use(self, name: str, ins: Values) -> int:
-        """Notes which inputs an equation is the first to read; returns bits of those it depends on."""
+        """Notes which inputs an equation is the first to read; returns bits of those it depends
+        on."""
         sources = 0
         for value in ins:
             sources |= value.sources
@@ -405,7 +423,8 @@ def scan_operands(eqn: Any, operands: Sequence) -> Scan:
         given, carried, _ = eqn.params["ft_in"].unpack()  # jax 0.12
         consts, carry = len(given), len(carried)
     end = consts + carry
-    return Scan(list(operands[:consts]), list(operands[consts:end]), list(operands[end:]))
+    operands = list(operands)
+    return Scan(operands[:consts], operands[consts:end], operands[end:])
 
 
 class While(NamedTuple):
@@ -420,7 +439,8 @@ def while_operands(eqn: Any, operands: Sequence) -> While:
     """The operands of a `while` loop, by what it does with them."""
     tested = eqn.params["cond_nconsts"]
     end = tested + eqn.params["body_nconsts"]
-    return While(list(operands[:tested]), list(operands[tested:end]), list(operands[end:]))
+    operands = list(operands)
+    return While(operands[:tested], operands[tested:end], operands[end:])
 
 
 def _settled(walk: Walk, turn: Callable, carry: Values) -> tuple[Values, list[Program]]:
