@@ -17,6 +17,7 @@ import optax
 
 from sparsity_jax import (
     data,
+    groups,
     interface,
     losses,
     masks,
@@ -394,7 +395,7 @@ def network_order(problem: Problem, variables: PyTree) -> list[str]:
     image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
     others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["batch_stats"])
     apply = lambda params: problem.model.apply({"params": params, "batch_stats": others}, image)
-    return trees.order_of_use(apply, variables["params"])
+    return groups.order_of_use(apply, variables["params"])
 
 
 def make_step(problem: Problem, fit: Fit) -> Callable:
