@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsity_jax import report
-from sparsity_jax.report import events, limit_figures, limits, runs, series
+from sparsity_jax.report import events, limit_figures, limit_numbers, runs, series
 
 CONFIG = {
     "data": {"name": "digits"},
@@ -88,7 +88,7 @@ def all_rows(members=1, **options):
 
 
 def networks_of(rows, config=CONFIG):
-    return limits.networks(series.group([runs.complete(row, config, {}) for row in rows]))
+    return limit_numbers.networks(series.group([runs.complete(row, config, {}) for row in rows]))
 
 
 def page_of(folder, rows, config=CONFIG):
@@ -134,47 +134,47 @@ def test_later_visits_count():
     assert one.predictions["width"]["predicted"] == 0.5
     searched = limit_rows()
     (one,) = networks_of(searched + [row | {"visit": 2} for row in searched[-2:]])
-    assert len(one.search) == 1
+    assert len(one.of_kind("limit")) == 2
     assert len(one.limits) == 1
 
 
 def test_actual_limits_and_their_definitions():
     rows = all_rows()
     found = networks_of(rows)
-    assert limits.actual(found[0]) == {**ACTUAL, "limit": 0.951}
-    assert limits.main_limits(found[0]) == {"limit": 0.951}
+    assert limit_numbers.actual(found[0]) == {**ACTUAL, "limit": 0.951}
+    assert limit_numbers.main_limits(found[0]) == {"limit": 0.951}
     without = networks_of([row for row in rows if row["kind"] != "limit"])
-    assert limits.main_limits(without[0]) == {"test accuracy": 0.95}
-    told = lambda name: limits.definition(name, found)
+    assert limit_numbers.main_limits(without[0]) == {"test accuracy": 0.95}
+    told = lambda name: limit_numbers.definition(name, found)
     assert told("limit") == "test accuracy not below dense, by bisection"
     assert told("train accuracy_within") == "train accuracy at most 0.2 points below dense"
     assert told("test loss_within") == "test loss at most ε above dense"
     assert told("elsewhere") == "by bisection, in the run this one started from"
-    unknown = limits.definition("test accuracy_within", networks_of(rows, {}))
+    unknown = limit_numbers.definition("test accuracy_within", networks_of(rows, {}))
     assert unknown == "test accuracy at most the tolerance below dense"
 
 
 def test_definitions_have_one_order():
     first = width_row(0, actual={"train accuracy": 0.9, "limit": 0.9, "test loss_within": 0.9})
     second = width_row(1, actual={"test accuracy": 0.9})
-    assert limits.definitions(networks_of([first, second])) == [
+    assert limit_numbers.definitions(networks_of([first, second])) == [
         "test accuracy", "test loss_within", "train accuracy", "limit"]  # fmt: skip
 
 
 def test_gap_is_worked_by_hand():
     found = networks_of([width_row(0, predicted=0.96), width_row(1, predicted=0.98)])
-    told = limits.gap(found, "width", "test accuracy")  # 1 and 3 points; the intervals are 2 points wide
+    told = limit_numbers.gap(found, "width", "test accuracy")  # 1 and 3 points; the intervals are 2 points wide
     assert told == pytest.approx((0.02, math.sqrt(2) * 0.01, 2, 1))
-    assert limits.gap(found, "width", "nothing") is None
+    assert limit_numbers.gap(found, "width", "nothing") is None
 
 
 def test_verdicts_say_how_far_to_trust():
     rows = [width_row(), width_row(operator="gauss_newton", width=0.02)]
     rows.append(width_row(operator="absolute", width=0.004))
     found = networks_of(rows)
-    names = limits.prediction_names(found)
+    names = limit_numbers.prediction_names(found)
     assert list(names.values()) == ["Hessian", "Gauss-Newton", "absolute Hessian"]
-    hessian, newton, absolute = limits.verdicts(found, names)
+    hessian, newton, absolute = limit_numbers.verdicts(found, names)
     assert hessian[1] == (
         "96.00% predicted, 1.00 points above the actual limit (test accuracy not below dense), which is inside the "
         "interval."
@@ -188,7 +188,7 @@ def test_verdicts_say_how_far_to_trust():
 
 
 def test_verdicts_know_the_gradient():
-    told = lambda *rows: limits.verdicts(networks_of(rows), {"width_absolute": "absolute Hessian"})[0]
+    told = lambda *rows: limit_numbers.verdicts(networks_of(rows), {"width_absolute": "absolute Hessian"})[0]
     row = width_row(operator="absolute", width=0.004)  # 96 % predicted, ε 0.00354
     assert told(row, *path_rows(slope=-0.002))[2] == ""  # under half of ε
     assert told(row, *path_rows(slope=-0.004))[2] == (
@@ -205,7 +205,7 @@ def test_verdicts_know_the_gradient():
 
 def test_predictions_of_one_operator_are_told_apart():
     found = networks_of([width_row(), width_row(stage="deeper")])
-    assert limits.prediction_names(found) == {"width": "Hessian, width", "deeper": "Hessian, deeper"}
+    assert limit_numbers.prediction_names(found) == {"width": "Hessian, width", "deeper": "Hessian, deeper"}
 
 
 def test_window_is_around_the_limits_or_left_out():

@@ -35,7 +35,7 @@ RUNS = (
 MODELS = ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__")
 REPORT = (
     *("files", "events", "runs", "sections", "series", "draw", "summary", "pruning", "training", "channels"),
-    *("growing", "limits", "limit_figures", "page", "__init__", "__main__"),
+    *("growing", "limit_numbers", "limit_figures", "page", "__init__", "__main__"),
 )
 PACKAGES = {"models": MODELS, "report": REPORT}
 ALLOWED = {

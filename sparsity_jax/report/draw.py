@@ -101,12 +101,6 @@ def dashed(index: int) -> str | tuple:
     return DASHES[index % len(DASHES)]
 
 
-def points(axes: Axes, x: np.ndarray, y: np.ndarray, index: int | None, *, filled: bool = True) -> None:
-    """Markers without a line."""
-    fill = color(index) if filled else "none"
-    axes.plot(x, y, "o", ms=4, color=color(index), mfc=fill, mew=0.9, zorder=4)
-
-
 def key(text: str, index: int | None = None, **style) -> Line2D:
     """An entry of a legend: a line, of variants in grey."""
     style = {"color": MUTED if index is None else color(index), **style}
@@ -139,6 +133,14 @@ def percents(*axis: Axis) -> None:
 def counts(axis: Axis) -> None:
     """Shows whole numbers only."""
     axis.set_major_locator(MaxNLocator(8, integer=True))
+
+
+def scale(field: str, *panels: Axes) -> None:
+    """The y axis of accuracies or losses."""
+    if field == "accuracy":
+        from_zero(*panels)
+    else:
+        loss_scale(*panels)
 
 
 def from_zero(*panels: Axes) -> None:

@@ -1,66 +1,85 @@
 """The geometric limit of sparsity as figures: colour 0 is the network, those from 1 on its predictions.
 
-Ink marks the actual limit. Each function draws the panels of the first MOST networks.
+Ink marks the actual limit. Of several networks the first MOST are drawn.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from sparsity_jax.report import draw, sections, series
-from sparsity_jax.report.limits import RULES as LIMIT_RULES
-from sparsity_jax.report.limits import Network, actual, colors, main_limits, networks, prediction_names
+from sparsity_jax.report import draw, limit_numbers, sections, series
+from sparsity_jax.report.limit_numbers import Names, Network, Networks, colors, main_limits
 from sparsity_jax.report.sections import Section
-from sparsity_jax.report.series import Series, number
+from sparsity_jax.report.series import Grouped, number, numbers
 
 MOST = 6  # networks drawn in one figure
 KINDS = ("curve", "limit", "path", "row_norms", "width")  # of the rows that are drawn
 View = tuple[float, float]
-Names = dict[str, str]
+Keys = list[Line2D]
 
 
 def show(
-    grouped: list[Series],
+    grouped: Grouped,
     heading: str,
     caption: str,
-    draw_figure: Callable[[list[Network], Names], Figure],
-    has_rows: Callable[[Network], bool],
+    needs: tuple[str, str],
+    draw_network: Callable,
+    keys: Callable[[Names], Keys],
+    panels: int = 1,
 ) -> Section | None:
-    """The section of the networks that have rows for it; None without any."""
-    every = networks(grouped)
-    shown = [network for network in every if has_rows(network)][:MOST]
+    """The section of all networks that have rows of a kind with a field, `needs`.
+
+    draw_network: of (network, names, axes ...) draws its panels.
+    """
+    kind, field = needs
+    every = limit_numbers.networks(grouped)
+    names = limit_numbers.prediction_names(every)
+    shown = [network for network in every if any(field in row for row in network.of_kind(kind))]
+    shown = shown[:MOST]
     if not shown:
         return None
-    caption += sections.first(MOST, len(every), " networks") + series.seen_again(grouped, *KINDS)
-    return Section(heading, draw_figure(shown, prediction_names(every)), caption)
+    figure, axes = draw.panels(panels * len(shown))
+    for i, network in enumerate(shown):
+        draw_network(network, names, *axes[panels * i :][:panels])
+    draw.legend(figure, keys(names))
+    return Section(heading, figure, caption + more(grouped, every))
 
 
-def prediction_keys(names: Names) -> list:
+def more(grouped: Grouped, every: Networks) -> str:
+    """Sentences on what is not drawn."""
+    return sections.first(MOST, len(every), " networks") + series.seen_again(grouped, *KINDS)
+
+
+def prediction_keys(names: Names) -> Keys:
     """Entries of a legend."""
     return [draw.key(names[stage], color) for stage, color in colors(names).items()]
 
 
-def mark(axes: Axes, network: Network, names: Names, *, told: bool = True) -> None:
-    """Predicted limits with their intervals, and the actual ones; above the panel what they are."""
+def mark(axes: Axes, network: Network, names: Names) -> None:
+    """Predicted limits with their intervals, and the actual ones."""
     for stage, color in colors(names).items():
-        if stage in network.predictions:
-            row = network.predictions[stage]
-            axes.axvspan(row["low"], row["high"], color=draw.color(color), alpha=0.14, lw=0, zorder=1)
-            text = f"{names[stage]} {sections.percent(row['predicted'])}%"
-            axes.axvline(row["predicted"], color=draw.color(color), lw=1.4, label=draw.literal(text))
-    limits = main_limits(network)
-    for name, value in limits.items():
-        which = name if name in network.limits and len(limits) > 1 else ""
-        text = sections.name(f"actual {sections.percent(value)}%", which)
+        row = network.predictions.get(stage)
+        if row:
+            paint = draw.color(color)
+            text = draw.literal(f"{names[stage]} {row['predicted']:.2%}")
+            axes.axvspan(row["low"], row["high"], color=paint, alpha=0.14, lw=0, zorder=1)
+            axes.axvline(row["predicted"], color=paint, lw=1.4, label=text)
+    marked = main_limits(network)
+    for name, value in marked.items():
+        text = sections.name(f"actual {value:.2%}", name if len(marked) > 1 else "")
         axes.axvline(value, color=draw.INK, lw=1.4, ls=draw.dashed(2), label=draw.literal(text))
+
+
+def explain(axes: Axes) -> None:
+    """Writes above the panel, below its title, what the marks are."""
     handles, _ = axes.get_legend_handles_labels()
-    if told and handles:
+    if handles:
         place = dict(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, borderpad=0.2)
-        box = axes.legend(handles=handles, fontsize=8, ncols=2, handlelength=1.4, alignment="left", **place)
+        style = dict(fontsize=8, ncols=2, handlelength=1.4, alignment="left")
+        box = axes.legend(handles=handles, **place, **style)
         box.set_title(axes.get_title(loc="left"), prop=dict(weight="bold", size=9.5))
         axes.set_title("", loc="left")
 
@@ -68,93 +87,104 @@ def mark(axes: Axes, network: Network, names: Names, *, told: bool = True) -> No
 def level(axes: Axes, value: float, text: str) -> None:
     """A dotted line across the panel, with its text at the right end."""
     axes.axhline(value, color=draw.INK, lw=1.4, ls=draw.dashed(2))
-    place = dict(ha="right", va="bottom", transform=axes.get_yaxis_transform())
-    axes.text(0.995, value, draw.literal(text), fontsize=8, **place)
+    place = axes.get_yaxis_transform()
+    axes.text(0.995, value, text, fontsize=8, ha="right", va="bottom", transform=place)
 
 
-def window(found: list[Network]) -> View | None:
+def window(found: Networks) -> View | None:
     """Ratios around all predicted and marked actual limits; None if that is most of them anyway."""
     values = [value for network in found for value in main_limits(network).values()]
     for network in found:
         for row in network.predictions.values():
             values += [row["low"], row["predicted"], row["high"]]
-    if not values:
-        return None
     low, high = around(values, 0.3, 0.01)
-    return (low, high) if high - low < 0.6 else None
+    return (low, high) if values and high - low < 0.6 else None
+
+
+def around(values: list[float], margin: float, least: float) -> View:
+    """A part of [0, 1] with all values and a margin, a share of their range and at least `least`."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    pad = max(margin * (high - low), least)
+    return max(low - pad, 0.0), min(high + pad, 1.0)
 
 
 def zoom_to(axes: Axes, view: View) -> None:
     """Shows ratios in `view` and a little more."""
-    pad = 0.02 * (view[1] - view[0])
-    axes.set_xlim(view[0] - pad, view[1] + pad)
+    low, high = view
+    pad = 0.02 * (high - low)
+    axes.set_xlim(low - pad, high + pad)
+    draw.percents(axes.xaxis)
 
 
-def around(values: list[float], margin: float, least: float) -> View:
-    """A part of [0, 1] with all values inside and a margin, a share of their range and at least `least`."""
-    pad = max(margin * (max(values) - min(values)), least)
-    return max(min(values) - pad, 0.0), min(max(values) + pad, 1.0)
+def title(network: Network, text: str) -> str:
+    """Title of a panel."""
+    return f"{network.label}: {text}" if network.label else text
 
 
 # ------------------------------------------------------------------------- accuracy and loss by ratio
 
 
-def limits(grouped: list[Series]) -> Section | None:
-    """Accuracy and loss against the pruning ratio with predicted and actual limits."""
-    caption = "Bands: intervals of the predictions. Dots: the actual limit by the other definitions in the table."
-    if any("ratio" in row for one in grouped for row in one.of_kind("limit")):
-        caption += " Circles: evaluations of the bisection."
-    has_rows = lambda network: bool(network.curves or network.search)
-    return show(grouped, "Accuracy and loss up to the limit", caption, limit_figure, has_rows)
+def limits(grouped: Grouped) -> Section | None:
+    """Accuracy and loss against the pruning ratio with predicted and actual limits.
 
-
-def limit_figure(found: list[Network], names: Names) -> Figure:
-    """One row of panels per network; one network has the full range too if its limits are close together."""
-    zoom = window(found)
+    One row of panels per network; one network has the full range too if its limits are close together.
+    """
+    every = limit_numbers.networks(grouped)
+    names = limit_numbers.prediction_names(every)
+    shown = [network for network in every if network.curves or network.of_kind("limit")][:MOST]
+    zoom = window(shown)
     views = [zoom or (0.0, 1.0)]
-    if zoom and len(found) == 1:
+    if zoom and len(shown) == 1:
         views = [(0.0, 1.0), zoom]
     wanted = []
-    for network in found:
+    for network in shown:
         for field in ("accuracy", "loss"):
             for view in views:
                 lines = ratio_lines(network, field, view)
                 wanted += [(network, field, view, lines)] if lines else []
-    figure, axes = draw.panels(len(wanted), height=3.7)
+    if not wanted:
+        return None
+    figure, axes = draw.panels(len(wanted))
     for panel, (network, field, view, lines) in zip(axes, wanted):
         for line, style in lines:
             panel.plot(line.index, line, **style)
-        (draw.from_zero if field == "accuracy" else draw.loss_scale)(panel)
-        draw.percents(panel.xaxis)
-        title = network.label or ("Around the limits" if view == zoom else "All ratios")
-        draw.label(panel, title, "weights removed", field)
+        draw.scale(field, panel)
+        text = "Around the limits" if view == zoom else "All ratios"
+        draw.label(panel, network.label or text, "weights removed", field)
         zoom_to(panel, view)
-        if len(views) > 1 and view == views[0]:
-            panel.axvspan(*zoom, color=draw.GRID, alpha=0.55, lw=0, zorder=0)
-        mark(panel, network, names, told=view == views[-1])
-    on_train = any("train" in network.curves for network in found)
-    splits = ["test", "train"] if on_train else []
+        mark(panel, network, names)
+        if view == views[-1]:
+            explain(panel)
+    splits = ["test", "train"] if any("train" in network.curves for network in shown) else []
     draw.legend(figure, [draw.key("pruned network", 0), *draw.variant_keys(splits)])
-    return figure
+    caption = (
+        "Bands: intervals of the predictions. "
+        "Dots: the actual limit by the other definitions in the table."
+    )
+    if any("ratio" in row for network in shown for row in network.of_kind("limit")):
+        caption += " Circles: evaluations of the bisection."
+    return Section("Accuracy and loss up to the limit", figure, caption + more(grouped, every))
 
 
 def ratio_lines(network: Network, field: str, view: View) -> list[tuple[pd.Series, dict]]:
-    """(numbers by ratio, style) of curves, evaluations of the search, and other definitions of the limit."""
+    """(numbers by ratio, style) of curves, evaluations of the search, and other definitions."""
     low, high = view
     lines = []
+    paint = draw.color(0)
     for split, curve in network.curves.items():
-        style = dict(color=draw.color(0), ls=draw.dashed(int(split == "train")))
-        lines.append((curve[field].loc[low - 0.02 : high + 0.02], style))
-    search = series.numbers(network.search, "ratio", field).set_index("ratio")[field].sort_index()
-    open_points = dict(color=draw.color(0), marker="o", ms=4, mfc="none", ls="none" if lines else "-")
-    lines.append((search.loc[low:high], open_points))
-    for name, limit in actual(network).items():
+        near = curve[field].loc[low - 0.02 : high + 0.02]
+        lines.append((near, dict(color=paint, ls=draw.dashed(int(split == "train")))))
+    search = numbers(network.of_kind("limit"), "ratio", field).dropna()
+    evaluations = search.set_index("ratio")[field].sort_index().loc[low:high]
+    line = "none" if lines else "-"
+    lines.append((evaluations, dict(color=paint, marker="o", ms=4, mfc="none", ls=line)))
+    for name, limit in limit_numbers.actual(network).items():
         split, _, rule = name.partition(" ")
-        of_field = rule in LIMIT_RULES and rule.startswith("loss") == (field == "loss")
+        of_field = rule in limit_numbers.RULES and rule.startswith("loss") == (field == "loss")
         if of_field and split in network.curves and low <= limit <= high:
             curve = network.curves[split][field]
-            value = np.interp(limit, curve.index, curve)
-            lines.append((pd.Series([value], [limit]), dict(color=draw.INK, marker="o", ms=4, ls="none")))
+            dot = pd.Series(np.interp(limit, curve.index, curve), [limit])
+            lines.append((dot, dict(color=draw.INK, marker="o", ms=4, ls="none")))
     known = [(line.dropna(), style) for line, style in lines]
     return [(line, style) for line, style in known if line.size]
 
@@ -162,115 +192,102 @@ def ratio_lines(network: Network, field: str, view: View) -> list[tuple[pd.Serie
 # -------------------------------------------------------------------------------- how predictions arise
 
 
-def has_prediction(network: Network) -> bool:
-    return bool(network.predictions)
-
-
-def crossing(grouped: list[Series]) -> Section | None:
-    """omega(R)^2 / D against R with the network's own p(R), and against p around the point where they meet."""
+def crossing(grouped: Grouped) -> Section | None:
+    """omega(R)^2 / D against R with the network's own p(R), and against p around where they meet."""
     caption = (
-        "ω² / D, the squared Gaussian width of the loss basin per dimension, falls with the distance R; "
-        "the share p of removed weights grows with it. The prediction is the p at which they meet."
+        "ω² / D, the squared Gaussian width of the loss basin per dimension, falls with the distance "
+        "R; the share p of removed weights grows with it. The prediction is the p at which they meet."
     )
-    return show(grouped, "Gaussian width against distance", caption, crossing_figure, has_prediction)
+
+    def keys(names: Names) -> Keys:
+        widths = {stage: f"ω² / D, {name}" for stage, name in names.items()}
+        return [draw.key("share removed p", 0), *prediction_keys(widths)]
+
+    heading = "Gaussian width against distance"
+    return show(grouped, heading, caption, ("width", "widths"), draw_crossing, keys, panels=2)
 
 
-def crossing_figure(found: list[Network], names: Names) -> Figure:
-    """Two panels per network: by distance and by share removed."""
-    figure, axes = draw.panels(2 * len(found), height=3.6)
-    for network, by_distance, by_ratio in zip(found, axes[::2], axes[1::2]):
-        rows = {color: network.predictions.get(stage) for stage, color in colors(names).items()}
-        rows = {color: row for color, row in rows.items() if row}
-        far = 0.0
-        for color, row in rows.items():
-            meets = np.interp(row["predicted"], row["ratios"], row["distances"])
-            far = max(far, meets)
-            by_distance.plot(row["distances"], row["ratios"], color=draw.color(0))
-            by_ratio.plot([0, 1], [0, 1], color=draw.color(0))
-            for panel, x, at in ((by_distance, "distances", meets), (by_ratio, "ratios", row["predicted"])):
-                panel.plot(row[x], row["widths"], color=draw.color(color))
-                draw.points(panel, [at], [row["predicted"]], color)
-        view = window([network]) or (0.0, 1.0)
-        title = f"{network.label}: " if network.label else ""
-        draw.label(by_distance, f"{title}by distance", "distance R(p) from the trained weights", "ω² / D, and p")
-        draw.label(by_ratio, f"{title}by share removed", "share removed p", "ω² / D, and p")
-        by_distance.set(xlim=(0, 1.6 * far or None), ylim=view)
-        by_ratio.set_ylim(view)
-        zoom_to(by_ratio, view)
-        draw.percents(by_distance.yaxis, by_ratio.xaxis, by_ratio.yaxis)
-        mark(by_ratio, network, names)
-    widths = {stage: f"ω² / D, {name}" for stage, name in names.items()}
-    draw.legend(figure, [draw.key("share removed p", 0), *prediction_keys(widths)])
-    return figure
+def draw_crossing(network: Network, names: Names, by_distance: Axes, by_ratio: Axes) -> None:
+    """Widths of every prediction by distance and by share removed."""
+    far = 0.0
+    for stage, row in network.predictions.items():
+        paint = draw.color(colors(names)[stage])
+        predicted, ratios, distances = row["predicted"], row["ratios"], row["distances"]
+        meets = np.interp(predicted, ratios, distances)
+        far = max(far, 1.6 * meets)
+        by_distance.plot(distances, ratios, color=draw.color(0))
+        by_distance.plot(distances, row["widths"], color=paint)
+        by_distance.plot(meets, predicted, "o", ms=4, color=paint)
+        by_ratio.plot(ratios, row["widths"], color=paint)
+        by_ratio.plot(predicted, predicted, "o", ms=4, color=paint)
+    by_ratio.plot([0, 1], [0, 1], color=draw.color(0))
+    view = window([network]) or (0.0, 1.0)
+    ylabel = "ω² / D, and p"
+    draw.label(by_distance, title(network, "by distance"), "distance R(p) from the trained weights", ylabel)
+    draw.label(by_ratio, title(network, "by share removed"), "share removed p", ylabel)
+    by_distance.set(xlim=(0, far or None), ylim=view)
+    by_ratio.set_ylim(view)
+    zoom_to(by_ratio, view)
+    draw.percents(by_distance.yaxis, by_ratio.yaxis)
+    mark(by_ratio, network, names)
+    explain(by_ratio)
 
 
-def history(grouped: list[Series]) -> Section | None:
+def history(grouped: Grouped) -> Section | None:
     """The prediction after each number of products, with its enclosure."""
     caption = "What each number of products would have predicted. Bands: enclosures."
-    has_rows = lambda network: any(row.get("history") for row in network.predictions.values())
-    return show(grouped, "Prediction by number of products", caption, history_figure, has_rows)
+    heading = "Prediction by number of products"
+    return show(grouped, heading, caption, ("width", "history"), draw_history, prediction_keys)
 
 
-def history_figure(found: list[Network], names: Names) -> Figure:
-    """One panel per network, cut to what it does after the first quarter."""
-    figure, axes = draw.panels(len(found))
-    for panel, network in zip(axes, found):
-        late = list(main_limits(network).values())
-        for stage, color in colors(names).items():
-            course = network.predictions.get(stage, {}).get("history")
-            if course:
-                table = pd.DataFrame(course).astype(float).set_index("num_matvecs")
-                panel.plot(table.index, table["predicted"], color=draw.color(color))
-                panel.fill_between(
-                    table.index, table["lower"], table["upper"], color=draw.color(color), alpha=0.18, lw=0
-                )
-                settled = table[table.index >= table.index.max() / 4].stack()
-                late += [settled.min(), settled.max()]
-        draw.label(panel, network.label, "products (Lanczos steps)", "predicted limit")
-        draw.percents(panel.yaxis)
-        draw.counts(panel.xaxis)
-        panel.set_ylim(around(late, 0.06, 0.005))
-        panel.set_xlim(0, 1.15 * panel.dataLim.xmax)  # room for the text of the limit
-        for value in main_limits(network).values():
-            level(panel, value, f"actual {sections.percent(value)}%")
-    draw.legend(figure, prediction_keys(names))
-    return figure
+def draw_history(network: Network, names: Names, axes: Axes) -> None:
+    """The course of every prediction, cut to what it does after the first quarter."""
+    actual = list(main_limits(network).values())
+    late = [*actual]
+    for stage, row in network.predictions.items():
+        paint = draw.color(colors(names)[stage])
+        table = pd.DataFrame(row["history"], dtype=float).set_index("num_matvecs")
+        axes.plot(table.index, table["predicted"], color=paint)
+        axes.fill_between(table.index, table["lower"], table["upper"], color=paint, alpha=0.18, lw=0)
+        settled = table[table.index >= table.index.max() / 4].stack()
+        late += [settled.min(), settled.max()]
+    draw.label(axes, network.label, "products (Lanczos steps)", "predicted limit")
+    draw.percents(axes.yaxis)
+    draw.counts(axes.xaxis)
+    axes.set_ylim(around(late, 0.06, 0.005))
+    axes.set_xlim(0, 1.15 * axes.dataLim.xmax)  # room for the text of the limit
+    for value in actual:
+        level(axes, value, f"actual {value:.2%}")
 
 
-def spectrum(grouped: list[Series]) -> Section | None:
+def spectrum(grouped: Grouped) -> Section | None:
     """Spectral density, smeared visibly, and the Ritz weights themselves against |value|."""
     caption = (
         "Left: Ritz values smeared by Gaussians of 0.8% of the range. Right: the values and weights "
         "themselves, one per Lanczos step and probe; open: negative values."
     )
-    has_rows = lambda network: any(row.get("ritz_values") for row in network.predictions.values())
-    return show(grouped, "Spectrum of the curvature", caption, spectrum_figure, has_rows)
+    needs = ("width", "ritz_values")
+    return show(grouped, "Spectrum of the curvature", caption, needs, draw_spectrum, prediction_keys, panels=2)
 
 
-def spectrum_figure(found: list[Network], names: Names) -> Figure:
-    """Two panels per network: density and Ritz weights, both on logarithmic axes."""
-    figure, axes = draw.panels(2 * len(found))
-    for network, smooth, ritz in zip(found, axes[::2], axes[1::2]):
-        top = 0.0
-        for stage, color in colors(names).items():
-            row = network.predictions.get(stage, {})
-            if row.get("ritz_values"):
-                values = np.atleast_2d(np.array(row["ritz_values"], float))
-                weights = np.atleast_2d(np.array(row["ritz_weights"], float))
-                grid, density = smeared(values, weights)
-                top = max(top, density.max())
-                smooth.plot(grid, density, color=draw.color(color))
-                smooth.fill_between(grid, density, 1e-300, color=draw.color(color), alpha=0.18, lw=0)
-                for filled, sign in ((True, values > 0), (False, values < 0)):
-                    seen = sign & (weights > 1e-10)
-                    draw.points(ritz, abs(values[seen]), weights[seen], color, filled=filled)
-        prefix = f"{network.label}: " if network.label else ""
-        draw.label(smooth, f"{prefix}spectral density", "eigenvalue", "density")
-        draw.label(ritz, f"{prefix}Ritz weights", "|eigenvalue|", "weight")
-        smooth.set(yscale="log", ylim=(1e-7 * top, 3 * top))
-        ritz.set(xscale="log", yscale="log")
-    draw.legend(figure, prediction_keys(names))
-    return figure
+def draw_spectrum(network: Network, names: Names, smooth: Axes, ritz: Axes) -> None:
+    """Density and Ritz weights, on logarithmic axes."""
+    top = 0.0
+    for stage, row in network.predictions.items():
+        paint = draw.color(colors(names)[stage])
+        values = np.atleast_2d(np.array(row["ritz_values"], float))
+        weights = np.atleast_2d(np.array(row["ritz_weights"], float))
+        grid, density = smeared(values, weights)
+        top = max(top, density.max())
+        smooth.plot(grid, density, color=paint)
+        smooth.fill_between(grid, density, 1e-300, color=paint, alpha=0.18, lw=0)
+        for fill, sign in ((paint, values > 0), ("none", values < 0)):
+            seen = sign & (weights > 1e-10)
+            ritz.plot(abs(values[seen]), weights[seen], "o", ms=4, color=paint, mfc=fill)
+    draw.label(smooth, title(network, "spectral density"), "eigenvalue", "density")
+    draw.label(ritz, title(network, "Ritz weights"), "|eigenvalue|", "weight")
+    smooth.set(yscale="log", ylim=(1e-7 * top, 3 * top))
+    ritz.set(xscale="log", yscale="log")
 
 
 def smeared(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -279,73 +296,79 @@ def smeared(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.nda
 
     span = max(np.ptp(values), 1e-12)
     variance = (0.008 * span) ** 2 / max(1.0, 1.12 * span)
-    density, grid = linops.spectral_density(values, weights, bins=1200, sigma2=variance, overhead=0.06 * span)
+    options = dict(bins=1200, sigma2=variance, overhead=0.06 * span)
+    density, grid = linops.spectral_density(values, weights, **options)
     return np.asarray(grid), np.maximum(density, 1e-8 * np.max(density))
 
 
 # ------------------------------------------------------------------------------- along the way to a limit
 
+ORDERS = {
+    "change": "change",
+    "second_order": "curvature alone (second order)",
+    "first_order": "gradient alone (first order)",
+}
 
-def path(grouped: list[Series]) -> Section | None:
+
+def path(grouped: Grouped) -> Section | None:
     """Change of the training loss along the pruning path, and its first and second order alone."""
     caption = (
         "What pruning does to the loss on the train set, and its first two orders alone. "
         "The theory assumes that the gradient adds nothing."
     )
-    has_rows = lambda network: bool(network.path)
-    return show(grouped, "Training loss along the pruning path", caption, path_figure, has_rows)
+
+    def keys(_: Names) -> Keys:
+        return [draw.key("pruned network", 0), *draw.variant_keys(list(ORDERS.values()))]
+
+    heading = "Training loss along the pruning path"
+    return show(grouped, heading, caption, ("path", "change"), draw_path, keys)
 
 
-def path_figure(found: list[Network], names: Names) -> Figure:
-    """One panel per network, as far as a few ε."""
-    fields = {
-        "change": "change",
-        "second_order": "curvature alone (second order)",
-        "first_order": "gradient alone (first order)",
-    }
-    start = dict.fromkeys(["ratio", *fields], 0.0)  # where nothing is removed
-    figure, axes = draw.panels(len(found), height=3.6)
-    for panel, network in zip(axes, found):
-        table = series.numbers([start, *network.path], "ratio", *fields).set_index("ratio")
-        for dash, field in enumerate(fields):
-            panel.plot(table.index, table[field], color=draw.color(0), ls=draw.dashed(dash))
-        draw.points(panel, table.index, table["change"], 0, filled=False)
-        draw.label(panel, network.label, "weights removed", "change of the train loss")
-        draw.percents(panel.xaxis)
-        view = window([network]) or (table.index.min(), table.index.max())
-        zoom_to(panel, view)
-        epsilon = min((number(row.get("epsilon")) for row in network.predictions.values()), default=math.nan)
-        if not math.isnan(epsilon):
-            least = min(table[table.index <= view[1]].min().min(), 0.0)
-            panel.set_ylim(max(least, -3 * epsilon) - 0.3 * epsilon, 3 * epsilon)
-            level(panel, epsilon, "ε")
-        mark(panel, network, names)
-    draw.legend(figure, [draw.key("pruned network", 0), *draw.variant_keys(list(fields.values()))])
-    return figure
+def draw_path(network: Network, names: Names, axes: Axes) -> None:
+    """The change and its orders, as far as a few ε."""
+    start = dict.fromkeys(["ratio", *ORDERS], 0.0)  # where nothing is removed
+    rows = [start, *network.of_kind("path")]
+    table = numbers(rows, "ratio", *ORDERS).set_index("ratio").sort_index()
+    paint = draw.color(0)
+    for dash, field in enumerate(ORDERS):
+        marker = "" if dash else "o"
+        axes.plot(table.index, table[field], color=paint, ls=draw.dashed(dash), marker=marker, mfc="none", ms=4)
+    draw.label(axes, network.label, "weights removed", "change of the train loss")
+    view = window([network]) or (table.index.min(), table.index.max())
+    zoom_to(axes, view)
+    epsilons = [number(row.get("epsilon")) for row in network.predictions.values()]
+    for epsilon in epsilons[:1]:
+        least = min(table[table.index <= view[1]].min().min(), 0.0)
+        axes.set_ylim(max(least, -3 * epsilon) - 0.3 * epsilon, 3 * epsilon)
+        level(axes, epsilon, "ε")
+    mark(axes, network, names)
+    explain(axes)
 
 
-def row_norms(grouped: list[Series]) -> Section | None:
+def row_norms(grouped: Grouped) -> Section | None:
     """L1 norms of Hessian rows against the magnitude quantile of their weights."""
     caption = "L1 norm of the Hessian row of one weight per quantile. Open: exactly 0."
-    has_rows = lambda network: any(number(row.get("row_norm")) >= 0 for row in network.norms)
-    return show(grouped, "Hessian rows by weight magnitude", caption, norm_figure, has_rows)
+
+    def keys(_: Names) -> Keys:
+        return [draw.key("one weight", 0, linestyle="none", marker="o")]
+
+    heading = "Hessian rows by weight magnitude"
+    return show(grouped, heading, caption, ("row_norms", "row_norm"), draw_norms, keys)
 
 
-def norm_figure(found: list[Network], names: Names) -> Figure:
-    """One panel per network; norms of 0 lie at the bottom, open."""
-    figure, axes = draw.panels(len(found))
-    for panel, network in zip(axes, found):
-        norms = series.numbers(network.norms, "quantile", "row_norm").set_index("quantile")["row_norm"].dropna()
-        result = network.norms[-1]
-        threshold = number(result.get("threshold"))
-        positive = [*norms[norms > 0], *([threshold] if threshold > 0 else [])]
-        floor, top = 0.3 * min(positive, default=1.0), 3 * max(positive, default=1.0)
-        for filled, shown in ((True, norms[norms > 0]), (False, norms[norms <= 0])):
-            draw.points(panel, shown.index, np.maximum(shown, floor), 0, filled=filled)
-        draw.label(panel, network.label, "quantile of the weight's magnitude", "row norm")
-        draw.percents(panel.xaxis)
-        panel.set(yscale="log", ylim=(0.7 * floor, top))
-        if threshold > 0:
-            level(panel, threshold, f"threshold {threshold:g}: {sections.percent(result['zero_share'])}% below")
-    draw.legend(figure, [draw.key("one weight", 0, linestyle="none", marker="o")])
-    return figure
+def draw_norms(network: Network, _: Names, axes: Axes) -> None:
+    """Norms on a logarithmic axis; those of 0 lie at the bottom, open."""
+    rows = network.of_kind("row_norms")
+    norms = numbers(rows, "quantile", "row_norm").dropna().set_index("quantile")["row_norm"]
+    threshold = number(rows[-1].get("threshold"))
+    positive = pd.Series([*norms[norms > 0], threshold]).dropna()
+    floor = 0.3 * (positive.min() if positive.size else 1.0)
+    top = 3 * (positive.max() if positive.size else 1.0)
+    paint = draw.color(0)
+    for fill, shown in ((paint, norms[norms > 0]), ("none", norms[norms <= 0])):
+        axes.plot(shown.index, np.maximum(shown, floor), "o", ms=4, color=paint, mfc=fill)
+    draw.label(axes, network.label, "quantile of the weight's magnitude", "row norm")
+    draw.percents(axes.xaxis)
+    axes.set(yscale="log", ylim=(0.7 * floor, top))
+    if threshold > 0:
+        level(axes, threshold, f"threshold {threshold:g}: {rows[-1]['zero_share']:.2%} below")

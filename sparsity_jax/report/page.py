@@ -15,7 +15,7 @@ from sparsity_jax.report import (
     files,
     growing,
     limit_figures,
-    limits,
+    limit_numbers,
     pruning,
     runs,
     sections,
@@ -60,7 +60,7 @@ def pruned(grouped: list[Series]) -> Section | None:
 
 FIGURES = {  # what shows rows, in the order of the page: the kinds of stages that it shows
     summary.summary: ("train", "curve"),
-    limits.prediction: ("limit", "width"),
+    limit_numbers.prediction: ("limit", "width"),
     channels.compact: ("compact",),
     limit_figures.limits: ("limit", "width", "path", "row_norms"),
     limit_figures.path: ("path",),

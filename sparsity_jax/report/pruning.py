@@ -72,7 +72,7 @@ def ratio_figure(labels: list[str], drawn: list[tuple[Curve, pd.DataFrame]], fie
             style = dict(marker=marker(curve.series), ms=3.6, markevery=max(1, len(near) // 20))
             draw.band(panel, near, curve.series, dash=curve.dash, fine=fine, **style)
         draw.percents(panel.xaxis)
-    (draw.from_zero if field == "accuracy" else draw.loss_scale)(*axes)
+    draw.scale(field, *axes)
     draw.label(axes[0], "All ratios", "weights removed", ylabel)
     if zoom:
         axes[0].axvspan(ZOOM, end, color=draw.GRID, alpha=0.55, lw=0, zorder=0)

@@ -47,6 +47,20 @@ def percent(value: float, decimals: int = 2) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.{decimals}f}"
 
 
+def mean_cell(mean: float, deviation: float, count: int, form: str = ".2f") -> Cell:
+    """A mean share in percent and, of several networks, its deviation."""
+    small = f"± {100 * deviation:.2f}" if count > 1 else ""
+    return Cell(format(100 * mean, form), small)
+
+
+def fill(template: str, row: dict) -> str:
+    """`template` with fields of a row, shares without the sign; "–" where one is missing."""
+    try:
+        return template.format_map(row).replace("%", "")
+    except (KeyError, TypeError):
+        return "–"
+
+
 def amount(value: float) -> str:
     """A number with all its digits before the point, and four at least: 13,706 and 0.05082."""
     if math.isnan(value):

@@ -48,6 +48,9 @@ class Curve(NamedTuple):
         return by_member(self.rows, "removed", field)
 
 
+Grouped = list[Series]
+
+
 def number(value: Any) -> float:
     """`value` as a float; anything that is no finite number becomes NaN."""
     known = isinstance(value, (int, float)) and math.isfinite(value)
@@ -102,7 +105,7 @@ def swept_keys(rows: list[dict]) -> list[str]:
     return sorted({key for (key, _), seen in values.items() if len(seen) > 1})
 
 
-def group(rows: list[dict]) -> list[Series]:
+def group(rows: list[dict]) -> Grouped:
     """Rows by arm and swept values, in order of first appearance; seeds stay together."""
     keys = swept_keys(rows)
     grouped, lives = {}, {}
@@ -164,9 +167,9 @@ def last_visit(rows: list[dict]) -> list[dict]:
     return [row for row in rows if place_of(row) == place_of(rows[-1])]
 
 
-def seen_again(series: list[Series], *kinds: str) -> str:
+def seen_again(grouped: Grouped, *kinds: str) -> str:
     """A sentence for figures that show the last visit only; "" if no stage of these kinds has another."""
-    places = [set(visits(one.of_kind(*kinds))) for one in series]
+    places = [set(visits(one.of_kind(*kinds))) for one in grouped]
     several = any(len({stage for stage, _ in own}) < len(own) for own in places)
     return " Of several visits of a stage the last one." if several else ""
 
@@ -199,13 +202,13 @@ def removal(row: dict) -> tuple[str, float] | None:
     return "weights", told if math.isnan(gone) else gone
 
 
-def curves(series: list[Series], split: str = "test") -> list[Curve]:
+def curves(grouped: Grouped, split: str = "test") -> list[Curve]:
     """Every pruning curve of every series on one split.
 
     A series with several ways of pruning (retrained, selection, scope, or another stage or visit) has one curve each.
     """
     rows_of = {}
-    for index, one in enumerate(series):
+    for index, one in enumerate(grouped):
         for row in one.of_kind("curve"):
             if row.get("split", "test") == split and "ratio" in row:
                 variant = (bool(row.get("retrained")), *(str(row.get(part)) for part in PARTS[1:]))

@@ -34,7 +34,7 @@ def training(grouped: list[Series]) -> Section | None:
         draw_splits(panel, splits, fine=apart)
         draw.label(panel, title, "epoch")
         draw.counts(panel.xaxis)
-        (draw.from_zero if field == "accuracy" else draw.loss_scale)(panel)
+        draw.scale(field, panel)
     shown = {index for _, _, splits in views for own in splits.values() for index in own}
     keys = [draw.key(grouped[i].label, i) for i in sorted(shown)]
     draw.legend(figure, keys + draw.variant_keys(["train", "test"]))

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from sparsity_jax.report import runs, sections, series
-from sparsity_jax.report.sections import Cell, Section, Table, percent
-from sparsity_jax.report.series import Series, number
+from sparsity_jax.report.sections import Cell, Section, Table
+from sparsity_jax.report.series import Grouped, member_of, number, numbers
 
-WIDE = 0.01  # an enclosure wider than this is called so where the config asks for nothing
+WIDE = 1.0  # an enclosure of more points than this is called so where the config asks for nothing
 STEEP = 0.5  # share of ε that the gradient may change the loss by before a prediction is cautioned
 OPERATORS = {
     "hessian": "Hessian",
@@ -32,69 +32,75 @@ class Network(NamedTuple):
     """What the rows say about one trained network. Of several visits of a stage the last counts."""
 
     label: str  # "" if there is only one network
-    curves: dict[str, pd.DataFrame]  # by split: accuracy and loss by ratio, without retraining
-    search: list[dict]  # evaluations of the limit stages
+    rows: dict[str, list[dict]]  # by kind
     limits: dict[str, dict]  # result of each limit stage
     predictions: dict[str, dict]  # row of each width stage
-    norms: list[dict]  # rows of the last row_norms stage, its result the last one
-    path: list[dict]  # rows of the last path stage, by ratio
+    curves: dict[str, pd.DataFrame]  # by split: accuracy and loss by ratio, without retraining
 
-    def is_measured(self) -> bool:
-        """Whether there are rows besides those of curves."""
-        return bool(self.limits or self.predictions or self.norms or self.path)
+    def of_kind(self, kind: str) -> list[dict]:
+        """Rows of stages of that kind."""
+        return self.rows.get(kind, [])
 
 
-def networks(grouped: list[Series]) -> list[Network]:
+Networks = list[Network]
+Names = dict[str, str]  # of predictions, by the stage that makes them
+
+
+def networks(grouped: Grouped) -> Networks:
     """All networks that have rows of a limit, path, row_norms or width stage."""
     result = []
+    several = len(grouped) > 1
     for one in grouped:
         by_member = {}
         for row in one.rows:
-            by_member.setdefault(series.member_of(row), []).append(row)
+            by_member.setdefault(member_of(row), []).append(row)
         for rows in by_member.values():
-            seeds = [f"seed {row[key]}" for row in rows for key in row if runs.is_seed(key)]
-            name = [*seeds, f"network {rows[0].get('member', 0)}"][0]
-            network = network_of(name if len(by_member) > 1 else "", rows)
-            if network.is_measured():
-                result.append((one.label, network))
-    several = len({label for label, _ in result}) > 1
-    return [network._replace(label=sections.name(label if several else "", network.label)) for label, network in result]
+            network = network_of(rows)
+            if set(network.rows) & {"limit", "path", "row_norms", "width"}:
+                name = seed_of(rows) if len(by_member) > 1 else ""
+                label = sections.name(one.label if several else "", name)
+                result.append(network._replace(label=label))
+    return result
 
 
-def network_of(label: str, rows: list[dict]) -> Network:
+def seed_of(rows: list[dict]) -> str:
+    """Name of a network among those of its series."""
+    seeds = [row[key] for row in rows for key in row if runs.is_seed(key)]
+    return f"seed {seeds[0]}" if seeds else f"network {rows[0].get('member', 0)}"
+
+
+def network_of(rows: list[dict]) -> Network:
     """The network of these rows."""
+    last = {stage: own for (stage, _), own in series.visits(rows).items()}
     by_kind = {}
-    for row in rows:
-        by_kind.setdefault(row.get("kind"), []).append(row)
-    last = {stage: own for (stage, _), own in series.visits(by_kind.get("limit", [])).items()}
-    searched = [row for own in last.values() for row in own]
-    path = series.last_visit(by_kind.get("path", []))
+    for own in last.values():
+        for row in own:
+            by_kind.setdefault(row.get("kind"), []).append(row)
+    limits = [row for row in by_kind.get("limit", []) if row.get("phase") == "result"]
     return Network(
-        label,
-        last_curves(by_kind.get("curve", [])),
-        [row for row in searched if "ratio" in row],
-        {row["stage"]: row for row in searched if row.get("phase") == "result"},
+        "",
+        by_kind,
+        {row["stage"]: row for row in limits},
         {row["stage"]: row for row in by_kind.get("width", [])},
-        series.last_visit(by_kind.get("row_norms", [])),
-        sorted(path, key=lambda row: row["ratio"]),
+        last_curves(by_kind.get("curve", [])),
     )
 
 
 def last_curves(rows: list[dict]) -> dict[str, pd.DataFrame]:
-    """Accuracy and loss by ratio of the last curve without retraining, by split."""
-    pruned = [row for row in rows if not row.get("retrained") and "ratio" in row]
+    """Accuracy and loss by ratio, without retraining, by split."""
     by_split = {}
-    for row in series.last_visit(pruned):
-        by_split.setdefault(row.get("split", "test"), []).append(row)
+    for row in rows:
+        if not row.get("retrained") and "ratio" in row:
+            by_split.setdefault(row.get("split", "test"), []).append(row)
     result = {}
     for split, own in by_split.items():
-        table = series.numbers(own, "accuracy", "loss")
-        table.index = [series.share_removed(row) for row in own]
-        result[split] = table[~table.index.duplicated(keep="last")].sort_index()
+        table = numbers(own, "accuracy", "loss")
+        table.index = list(map(series.share_removed, own))
+        result[split] = table.groupby(level=0).last()
     return result
 
 
-def prediction_names(found: list[Network]) -> dict[str, str]:
+def prediction_names(found: Networks) -> Names:
     """What each width stage is called: its operator, and its own name where operators repeat."""
     rows = {stage: row for network in found for stage, row in network.predictions.items()}
     operators = {stage: row.get("operator", "") for stage, row in rows.items()}
@@ -115,7 +121,7 @@ def actual(network: Network) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
 
-def definitions(found: list[Network]) -> list[str]:
+def definitions(found: Networks) -> list[str]:
     """Names of all definitions that some network has an actual limit by: test, train, then stages."""
     order = [f"{split} {rule}" for split in ("test", "train") for rule in RULES]
     names = list(dict.fromkeys(name for network in found for name in actual(network)))
@@ -132,7 +138,7 @@ def main_limits(network: Network) -> dict[str, float]:
     return {name: known[name] for name in names}
 
 
-def definition(name: str, found: list[Network]) -> str:
+def definition(name: str, found: Networks) -> str:
     """What the definition `name` of an actual limit means."""
     split, _, rule = name.partition(" ")
     if rule in RULES:
@@ -162,11 +168,12 @@ class Gap(NamedTuple):
     inside: int  # networks whose interval contains the actual limit
 
 
-def gap(found: list[Network], stage: str, name: str) -> Gap | None:
+def gap(found: Networks, stage: str, name: str) -> Gap | None:
     """How far the predictions of a stage are from the actual limits; None without any pair."""
     differences, inside = [], 0
     for network in found:
-        row, limit = network.predictions.get(stage), actual(network).get(name)
+        row = network.predictions.get(stage)
+        limit = actual(network).get(name)
         if row and limit is not None:
             differences.append(row["predicted"] - limit)
             inside += row["low"] <= limit <= row["high"]
@@ -176,18 +183,20 @@ def gap(found: list[Network], stage: str, name: str) -> Gap | None:
 # ------------------------------------------------------------------------------------ in plain words
 
 
-def verdicts(found: list[Network], names: dict[str, str]) -> list[tuple[str, str, str]]:
+def verdicts(found: Networks, names: Names) -> list[tuple[str, str, str]]:
     """(prediction, how far it is from the actual limit, what stands against trusting it) of each."""
-    limits = list(dict.fromkeys(name for network in found for name in main_limits(network)))
+    limits = [name for network in found for name in main_limits(network)]
     result = []
     for stage, name in names.items():
         rows = [network.predictions[stage] for network in found if stage in network.predictions]
-        text = f"{percent(np.mean([row['predicted'] for row in rows]))}% predicted"
-        text += f" (mean of {len(rows)} networks)" if len(rows) > 1 else ""
+        table = numbers(rows, "predicted", "num_matvecs", "stop_width", "enclosure_low", "enclosure_high")
+        text = f"{table['predicted'].mean():.2%} predicted"
+        if len(rows) > 1:
+            text += f" (mean of {len(rows)} networks)"
         told = gap(found, stage, limits[0]) if limits else None
         if told is not None:
             text += distance_text(told, definition(limits[0], found))
-        narrow, caution = enclosure_text(rows)
+        narrow, caution = enclosure_text(table)
         caution += gradient_text(found, stage)
         result.append((name[:1].upper() + name[1:], f"{text}{narrow}.", caution.strip()))
     return result
@@ -196,56 +205,55 @@ def verdicts(found: list[Network], names: dict[str, str]) -> list[tuple[str, str
 def distance_text(told: Gap, defined: str) -> str:
     """How far predictions are from the actual limit."""
     side = "above" if told.mean >= 0 else "below"
-    place = "inside the interval" if told.inside else "outside the interval"
-    if told.count > 1:
-        place = f"inside the interval of {told.inside} of {told.count}"
-    return f", {100 * abs(told.mean):.2f} points {side} the actual limit ({defined}), which is {place}"
+    points = 100 * abs(told.mean)
+    place = "inside" if told.inside else "outside"
+    of_all = f" of {told.inside} of {told.count}" if told.count > 1 else ""
+    place = "inside" if of_all else place
+    return f", {points:.2f} points {side} the actual limit ({defined}), which is {place} the interval{of_all}"
 
 
-def enclosure_text(rows: list[dict]) -> tuple[str, str]:
-    """(praise, caution) for the widest enclosure of a prediction, one of them "" ."""
-    products = max(int(row.get("num_matvecs", 0)) for row in rows)
-    asked = max(number(rows[0].get("stop_width", 0)), 0.0)
-    asked = 0.0 if math.isnan(asked) else asked  # of several runs that ask for different widths
-    ends = series.numbers(rows, "enclosure_low", "enclosure_high")
-    wide = (ends["enclosure_high"] - ends["enclosure_low"]).max()
+def enclosure_text(rows: pd.DataFrame) -> tuple[str, str]:
+    """(praise, caution) for the widest enclosure of a prediction, one of them empty."""
+    products = int(rows["num_matvecs"].max())
+    asked = 100 * rows["stop_width"].fillna(0.0).iloc[0]
+    wide = 100 * (rows["enclosure_high"] - rows["enclosure_low"]).max()
     if math.isnan(wide):
         return "", (
             "No enclosure: with negative values clipped nothing bounds the error left after "
             f"{products} products; only the history shows whether it has settled."
         )
-    points = f"{100 * wide:.2g} points wide"
     if wide > (asked or WIDE):
-        wanted = f" ({100 * asked:.2g} were asked for)" if asked else ""
+        wanted = f" ({asked:.2g} were asked for)" if asked else ""
         return "", (
-            f"Not narrow enough: after {products} products the enclosure is {points}{wanted}; "
-            "any value in it is possible, and more products narrow it."
+            f"Not narrow enough: after {products} products the enclosure is {wide:.2g} points wide"
+            f"{wanted}; any value in it is possible, and more products narrow it."
         )
-    narrower = f", narrower than the {100 * asked:.2g} asked for" if asked else ""
-    return f". The enclosure is {points} after {products} products{narrower}", ""
+    narrower = f", narrower than the {asked:.2g} asked for" if asked else ""
+    return f". The enclosure is {wide:.2g} points wide after {products} products{narrower}", ""
 
 
-def gradient_text(found: list[Network], stage: str) -> str:
+def gradient_text(found: Networks, stage: str) -> str:
     """A caution where the gradient, which predictions leave out, changes the loss; "" if it does not."""
-    slopes = [slope(network, stage) for network in found]
-    known = [pair for pair in slopes if not math.isnan(pair[0])]
-    first, epsilon = max(known, key=lambda pair: abs(pair[0]) / pair[1], default=(0.0, math.inf))
-    if abs(first) <= STEEP * epsilon:
+    slopes = pd.DataFrame([slope(network, stage) for network in found], columns=["first", "epsilon"])
+    slopes = slopes.dropna()
+    steepness = abs(slopes["first"]) / slopes["epsilon"]
+    if not (steepness > STEEP).any():
         return ""
+    first, epsilon = slopes.loc[steepness.idxmax()]
     side = "larger" if first < 0 else "smaller"
-    worst = " (the worst network)" if len(known) > 1 else ""
+    worst = " (the worst network)" if len(slopes) > 1 else ""
     return (
-        f" The gradient, which the prediction leaves out, changes the loss by {first:+.2g} on the way there, "
-        f"beside an ε of {epsilon:.2g}{worst}: expect a {side} actual limit."
+        f" The gradient, which the prediction leaves out, changes the loss by {first:+.2g} on the way "
+        f"there, beside an ε of {epsilon:.2g}{worst}: expect a {side} actual limit."
     )
 
 
 def slope(network: Network, stage: str) -> tuple[float, float]:
     """(first-order change of the loss by pruning to the predicted ratio, ε); NaN where not measured."""
     row = network.predictions.get(stage)
-    if not row or not network.path:
+    path = numbers(network.of_kind("path"), "ratio", "first_order").sort_values("ratio")
+    if not row or path.empty:
         return math.nan, math.nan
-    path = series.numbers(network.path, "ratio", "first_order")
     nowhere = dict(left=math.nan, right=math.nan)
     first = np.interp(row["predicted"], path["ratio"], path["first_order"], **nowhere)
     return float(first), number(row["epsilon"])
@@ -253,91 +261,86 @@ def slope(network: Network, stage: str) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------------------- the section
 
+COLUMNS = {  # of one prediction
+    "predicted": "{predicted:.2%}",
+    "interval": "{low:.2%}–{high:.2%}",
+    "enclosure": "{enclosure_low:.2%}–{enclosure_high:.2%}",
+    "± probes": "{standard_error:.2%}",
+    "± ε": "{epsilon_error:.2%}",
+    "ε": "{epsilon:.3g}",
+    "probes × products": "{num_probes} × {num_matvecs}",
+    "share without curvature": "{zero_share:.1%}",
+    "weight below 0": "{negative_mass:.1%}",
+    "on the original's grid": "{predicted_on_grid:.1%}",
+}
 
-def prediction(grouped: list[Series]) -> Section | None:
+
+def prediction(grouped: Grouped) -> Section | None:
     """Predictions, then every definition of the actual limit and how far off they are."""
     found = networks(grouped)
     names = prediction_names(found)
-    tables = []
-    if names:
-        tables.append(prediction_table(found, names))
+    tables = [prediction_table(found, names)] if names else []
     if definitions(found):
         tables.append(actual_table(found, names))
-    if not tables:
-        return None
-    return Section("Predicted and actual limit", statements=verdicts(found, names), tables=tables)
+    statements = verdicts(found, names)
+    heading = "Predicted and actual limit"
+    return Section(heading, statements=statements, tables=tables) if tables else None
 
 
-def colors(names: dict[str, str]) -> dict[str, int]:
+def colors(names: Names) -> dict[str, int]:
     """Colour of each prediction; 0 is the network itself."""
     return {stage: i for i, stage in enumerate(names, start=1)}
 
 
-PERCENTS = {  # columns of one prediction in percent: their fields and decimals
-    "predicted": (2, "predicted"),
-    "interval": (2, "low", "high"),
-    "enclosure": (2, "enclosure_low", "enclosure_high"),
-    "± probes": (2, "standard_error"),
-    "± ε": (2, "epsilon_error"),
-    "share without curvature": (1, "zero_share"),
-    "weight below 0": (1, "negative_mass"),
-    "on the original's grid": (1, "predicted_on_grid"),
-}
-AFTER_EPSILON = 5  # columns in percent before those that are not
-
-
-def prediction_table(found: list[Network], names: dict[str, str]) -> Table:
+def prediction_table(found: Networks, names: Names) -> Table:
     """One line per prediction and network."""
-    heads = [Cell(column, "" if column[0] == "±" else "%") for column in PERCENTS]
-    heads[AFTER_EPSILON:AFTER_EPSILON] = ["ε", "probes × products"]
     several = len(found) > 1
+    heads = ["prediction", "network"] if several else ["prediction"]
+    words = tuple(range(len(heads)))
+    for column, template in COLUMNS.items():
+        percent = template.endswith("%}") and column[0] != "±"
+        heads.append(Cell(column, "%" if percent else ""))
     rows = []
     for network in found:
-        for stage in (stage for stage in names if stage in network.predictions):
-            row = network.predictions[stage]
-            cells = [percents(row, *columns) for columns in PERCENTS.values()]
-            products = f"{row.get('num_probes', 1)} × {row.get('num_matvecs', 0)}"
-            cells[AFTER_EPSILON:AFTER_EPSILON] = [f"{number(row.get('epsilon')):.3g}", products]
-            first = [Cell(names[stage], color=colors(names)[stage])]
-            rows.append([*first, *([network.label] if several else []), *cells])
-    note = "Interval: the enclosure, or the prediction alone, widened by two deviations (±) of probes and ε."
-    note += sections.first(sections.MOST, len(rows), "")
-    first = ["prediction", *(["network"] if several else [])]
-    return Table([*first, *heads], rows[: sections.MOST], (0, 1) if several else (0,), note)
+        for stage, row in network.predictions.items():
+            about = [Cell(names[stage], color=colors(names)[stage]), network.label]
+            cells = [sections.fill(template, row) for template in COLUMNS.values()]
+            rows.append([*about[: len(words)], *cells])
+    note = (
+        "Interval: the enclosure, or the prediction alone, widened by two deviations (±) of probes "
+        f"and ε.{sections.first(sections.MOST, len(rows), '')}"
+    )
+    return Table(heads, rows[: sections.MOST], words, note)
 
 
-def percents(row: dict, decimals: int, *fields: str) -> str:
-    """The ends of a range, or one number; "–" where one is missing."""
-    texts = [percent(number(row.get(field)), decimals) for field in fields]
-    return "–" if "–" in texts else "–".join(texts)
-
-
-def actual_table(found: list[Network], names: dict[str, str]) -> Table:
+def actual_table(found: Networks, names: Names) -> Table:
     """One line per definition: the actual limit, and how far every prediction is from it."""
-    table = Table(["nothing is lost if", Cell("actual", "%")], [])
+    heads = ["nothing is lost if", Cell("actual", "%")]
     for stage, name in names.items():
-        table.heads.append(Cell(f"{name} less actual", "points", color=colors(names)[stage]))
+        heads.append(Cell(f"{name} less actual", "points", color=colors(names)[stage]))
+    rows = []
     for name in definitions(found):
         limits = [actual(network).get(name) for network in found]
-        mean, deviation, count = series.spread(limits)
-        limit = Cell(percent(mean), f"± {percent(deviation)}" if count > 1 else "")
         gaps = [gap_cell(gap(found, stage, name)) for stage in names]
-        table.rows.append([definition(name, found), limit, *gaps])
-    several = len(found) > 1
-    note = "Means ± sample standard deviation over networks. " if several else ""
-    note += f"Bold: inside the interval{' of every network' if several else ''}."
+        rows.append([definition(name, found), sections.mean_cell(*series.spread(limits)), *gaps])
+    note = "Bold: inside the interval."
+    if len(found) > 1:
+        note = (
+            "Means ± sample standard deviation over networks. "
+            "Bold: inside the interval of every network."
+        )
     remarks = []
-    for network in found:
+    for network in found[: sections.MOST]:
         for stage, row in network.limits.items():
             name = sections.name(network.label, stage)
             remarks.append(f"{name}: {row.get('how')}; {row.get('evaluations')} evaluations.")
-    return table._replace(note=note, remarks=tuple(remarks[: sections.MOST]))
+    return Table(heads, rows, note=note, remarks=tuple(remarks))
 
 
 def gap_cell(told: Gap | None) -> Cell | str:
     """Predicted less actual; bold where the actual limit is inside every interval."""
     if told is None:
         return "–"
-    text = f"{100 * told.mean:+.2f}".replace("-", "−")
-    deviation = f"± {percent(told.std)}" if told.count > 1 else ""
-    return Cell(text, deviation, bold=told.inside == told.count)
+    text, deviation, *_ = sections.mean_cell(told.mean, told.std, told.count, "+.2f")
+    bold = told.inside == told.count
+    return Cell(text.replace("-", "−"), deviation, bold)
