@@ -6,6 +6,7 @@ Accuracies and ratios are fractions in [0, 1] throughout and become percentages 
 import collections
 import json
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -214,7 +215,7 @@ def curves(grouped: Grouped, split: str = "test") -> list[Curve]:
                 variant = (bool(row.get("retrained")), *(str(row.get(part)) for part in PARTS[1:]))
                 told = {**row, "removed": share_removed(row)}
                 rows_of.setdefault((index, *variant), []).append(told)
-    telling = telling_parts(rows_of)
+    telling = telling_parts(list(rows_of))
     described = {key: describe(key[1:], telling) for key in rows_of}
     names = list(dict.fromkeys(described[key] for key in sorted(rows_of, key=lambda key: key[1:])))
     result = []
@@ -225,24 +226,20 @@ def curves(grouped: Grouped, split: str = "test") -> list[Curve]:
     return sorted(result, key=lambda curve: (curve.series, curve.dash))
 
 
-def telling_parts(variants: dict) -> list[str]:
-    """The parts of a variant that differ: within a series, or at all for those of the pruning itself."""
-    frame = pd.DataFrame(list(variants), columns=["series", *PARTS])
-    telling = []
-    for i, part in enumerate(PARTS):
-        coarse = frame[["series", *PARTS[:i]]].drop_duplicates()
-        fine = frame[["series", *PARTS[: i + 1]]].drop_duplicates()
-        differs = part not in ("stage", "visit") and frame[part].nunique() > 1
-        if differs or len(fine) > len(coarse):
-            telling.append(part)
-    return telling
+def telling_parts(variants: Iterable[tuple]) -> list[str]:
+    """The parts of a variant that tell curves apart; stage and visit only where the others do not."""
+    frame = pd.DataFrame(variants, columns=["series", *PARTS])
+    differing = [part for part in PARTS if frame[part].nunique() > 1]
+    telling = [part for part in differing if part not in ("stage", "visit")]
+    alike = frame.duplicated(["series", *telling]).any()
+    return differing if alike else telling
 
 
 def describe(variant: tuple, telling: list[str]) -> str:
     """What tells this way of pruning from others."""
-    values = dict(zip(PARTS, variant, strict=True))
-    words = {**values, "visit": f"visit {values['visit']}"}
-    words["retrained"] = "retrained" if values["retrained"] else "no retraining"
+    words = dict(zip(PARTS, variant, strict=True))
+    words["visit"] = f"visit {words['visit']}"
+    words["retrained"] = "retrained" if words["retrained"] else "no retraining"
     return ", ".join(words[part] for part in telling)
 
 

@@ -3,11 +3,12 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from sparsity_jax.report import series
 from sparsity_jax.report.sections import Cell, Section, Table
-from sparsity_jax.report.series import Curve, Series
+from sparsity_jax.report.series import Curve, Grouped, Series, member_of, number, place_of, removal
 
 STOPS = (0.9, 0.95, 0.98, 0.99)  # pruning ratios with a column of their own
 DROP = 0.01  # "within one point of dense"
@@ -15,23 +16,42 @@ Numbers = tuple[float, float, int]  # mean, sample standard deviation, number of
 
 
 class Column(NamedTuple):
-    """How one column is shown. decimals: None where no number is best."""
+    """How one column is shown. decimals: None where no number is best. note: what its numbers are."""
 
     heading: str
     unit: str = "%"
     decimals: int | None = None
+    note: str = ""
 
 
+AT = "At: with that share of the prunable weights removed."
 COLUMNS = {
-    "dense": Column("unpruned", decimals=2),
+    "dense": Column(
+        "unpruned", "%", 2, "Unpruned: the network of that line before anything was removed."
+    ),
     "before": Column("after epochs", ""),
     "channels": Column("channels removed"),
     "weights": Column("weights removed"),
-    "pruned": Column("pruned", decimals=2),
-    **{str(stop): Column(f"at {100 * stop:g}%", decimals=2) for stop in STOPS},
-    "largest": Column("largest within 1 point", decimals=1),
+    "pruned": Column(
+        "pruned",
+        "%",
+        2,
+        "Pruned: after the last training, with the share removed that stands before it.",
+    ),
+    **{str(stop): Column(f"at {stop:.0%}", "%", 2, AT) for stop in STOPS},
+    "largest": Column(
+        "largest within 1 point",
+        "%",
+        1,
+        "Largest: the last share that loses at most one point; ≥ where no measured share loses more.",
+    ),
     "epochs": Column("epochs", ""),
-    "seconds": Column("training", "s"),
+    "seconds": Column(
+        "training",
+        "s",
+        None,
+        "Training: epochs times the median one, so that compilation is left out.",
+    ),
 }
 
 
@@ -49,7 +69,7 @@ class Summary(NamedTuple):
         return f"{self.label} ({self.variant})" if self.variant else self.label
 
 
-def summarize(grouped: list[Series], curves: list[Curve], stops: tuple[float, ...] = STOPS) -> list[Summary]:
+def summarize(grouped: Grouped, curves: list[Curve], stops: tuple[float, ...] = STOPS) -> list[Summary]:
     """One line per curve, and one per series whose trained network has none or was pruned on the way.
 
     Columns of a curve: `dense` (its own accuracy where nothing is removed; without that, the last test accuracy of the
@@ -107,7 +127,7 @@ def largest(accuracy: pd.Series, dense: float, chance: float) -> float:
 def trained_columns(one: Series) -> dict[str, list[float]]:
     """Values per member of each column of the network as training left it; see `summarize`."""
     columns = {"dense": [], "epochs": [], "seconds": []}
-    members = dict.fromkeys(series.member_of(row) for row in one.of_kind(*series.TRAINING))
+    members = dict.fromkeys(member_of(row) for row in one.of_kind(*series.TRAINING))
     for member in members:
         own = rows_until(one, member)
         past = [*one.before[member], *own]
@@ -123,8 +143,8 @@ def trained_columns(one: Series) -> dict[str, list[float]]:
 
 def rows_until(one: Series, member: str, place: tuple[str, int] | None = None) -> list[dict]:
     """Rows of one member, up to the visit `place` of a stage."""
-    own = [row for row in one.rows if series.member_of(row) == member]
-    places = [series.place_of(row) for row in own]
+    own = [row for row in one.rows if member_of(row) == member]
+    places = [place_of(row) for row in own]
     return own[: places.index(place)] if place in places else own
 
 
@@ -133,8 +153,8 @@ def accuracies(rows: list[dict]) -> tuple[float, float, tuple[str, float]]:
     before = after = math.nan
     gone = ("", 0.0)
     for row in rows:
-        gone = series.removal(row) or gone
-        tested = series.number(row.get("test_accuracy"))
+        gone = removal(row) or gone
+        tested = number(row.get("test_accuracy"))
         if math.isnan(tested) or row.get("kind") not in series.TRAINING:
             continue
         if gone[0]:
@@ -148,10 +168,10 @@ def epochs_unpruned(rows: list[dict]) -> float:
     """Epochs of training before anything was removed."""
     last = {}
     for row in rows:
-        if series.removal(row):
+        if removal(row):
             break
         if row.get("kind") == "train" and "epoch" in row:
-            last[series.place_of(row)] = int(row["epoch"])
+            last[place_of(row)] = int(row["epoch"])
     return float(sum(last.values()))
 
 
@@ -167,25 +187,21 @@ def add_time(columns: dict[str, list[float]], rows: list[dict]) -> None:
     seconds: per stage, the number of its epochs times their median time without the first one, which compiles. A stage
     with a single epoch counts as it was measured.
     """
-    trained = [row for row in rows if row.get("kind") in series.TRAINING and "epoch" in row]
-    if not trained:
-        return
-    frame = series.numbers(trained, "epoch", "seconds")
-    frame[["stage", "visit"]] = [series.place_of(row) for row in trained]
-    frame = frame.drop_duplicates(["stage", "visit", "epoch"], keep="last")
-    visits = frame.groupby(["stage", "visit"])
-    frame["time"] = visits["seconds"].diff().fillna(frame["seconds"])
-    total = 0.0
-    for _, times in frame.groupby("stage")["time"]:
-        total += len(times) * (times.iloc[1:] if len(times) > 1 else times).median()
-    columns["epochs"].append(visits["epoch"].max().sum())
-    columns["seconds"].append(total)
+    times, epochs = {}, {}
+    for row in rows:
+        if row.get("kind") in series.TRAINING and "epoch" in row:
+            epochs.setdefault(place_of(row), {})[row["epoch"]] = number(row.get("seconds"))
+    for (stage, _), ends in epochs.items():
+        times.setdefault(stage, []).extend(np.diff([0.0, *ends.values()]))
+    if times:
+        columns["epochs"].append(float(sum(max(ends) for ends in epochs.values())))
+        columns["seconds"].append(sum(len(own) * np.median(own[1:] or own) for own in times.values()))
 
 
 # ------------------------------------------------------------------------------------------- the section
 
 
-def summary(grouped: list[Series]) -> Section | None:
+def summary(grouped: Grouped) -> Section | None:
     """The summary table; bold: a mean that is above all others by more than one deviation."""
     curves = series.curves(grouped) or series.curves(grouped, "train")
     lines = summarize(grouped, curves)
@@ -201,14 +217,14 @@ def summary(grouped: list[Series]) -> Section | None:
         cells = [Cell(line.label, color=line.series), *([line.variant] if variants else [])]
         cells += [shown(line, column, bold=best[column] == i) for column in columns]
         table.rows.append(cells)
-    notes = " ".join(explanations(grouped, lines, curves, columns))
-    return Section("Summary", tables=[table._replace(note=notes)])
+    note = explanations(grouped, lines, curves, columns)
+    return Section("Summary", tables=[table._replace(note=note)])
 
 
 def cell_text(column: str, cell: Numbers) -> tuple[str, str]:
     """Mean and, over several members, the deviation, as shown; equal epochs need none."""
     mean, std, count = cell
-    _, unit, decimals = COLUMNS[column]
+    _, unit, decimals, _ = COLUMNS[column]
     factor = 100 if unit == "%" else 1
     if decimals is None:
         decimals = 0 if unit == "" or factor * abs(mean) >= 100 else 1
@@ -242,27 +258,20 @@ def best_line(lines: list[Summary], column: str) -> int | None:
     return best
 
 
-def explanations(grouped: list[Series], lines: list[Summary], curves: list[Curve], columns: list[str]) -> list[str]:
+def explanations(grouped: Grouped, lines: list[Summary], curves: list[Curve], columns: list[str]) -> str:
     """What the numbers of the table mean, as far as it has them."""
-    pruned = [row for one in grouped for row in one.of_kind("curve")]
-    tested = not pruned or any(row.get("split", "test") == "test" for row in pruned)
+    tested = series.curves(grouped) or not curves
+    notes = ["Test accuracy." if tested else "Train accuracy."]
+    notes += [COLUMNS[column].note for column in columns]
+    if any(curve.retrained for curve in curves):
+        notes.append("Retrained: every number of the line is after retraining, also the unpruned one.")
     members = max(cell[2] for line in lines for cell in line.cells.values())
-    told = {
-        f"{'Test' if tested else 'Train'} accuracy. Unpruned: the network of that line before anything "
-        "was removed.": "dense" in columns or "pruned" in columns,
-        "Pruned: after the last training, with the share removed that stands before it.": "pruned" in columns,
-        "At: with that share of the prunable weights removed.": curves,
-        "Retrained: every number of the line is after retraining, also the unpruned one.": any(
-            curve.retrained for curve in curves
-        ),
-        "Largest: the last share that loses at most one point; ≥ where no measured share loses more.": "largest"
-        in columns,
-        f"Mean ± sample standard deviation over up to {members} networks.": members > 1,
-        "Bold: above all other lines by more than one deviation.": len(lines) > 1,
-        "Training: epochs times the median one, so that compilation is left out.": "seconds" in columns,
-        "Networks trained side by side share their wall time.": members > 1 and "seconds" in columns,
-    }
-    return [sentence for sentence, holds in told.items() if holds]
+    if members > 1:
+        notes.append(f"Mean ± sample standard deviation over up to {members} networks.")
+        notes.append("Networks trained side by side share their wall time.")
+    if len(lines) > 1:
+        notes.append("Bold: above all other lines by more than one deviation.")
+    return " ".join(dict.fromkeys(filter(None, notes)))
 
 
 def finding(lines: list[Summary]) -> str:
