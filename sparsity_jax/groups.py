@@ -690,7 +690,7 @@ def _frozen_line(event: Frozen) -> str:
 
 
 def layout(channels: Channels) -> dict[str, Any]:
-    """The groups as plain data, for `figures.group_figure`.
+    """The groups as plain data, for `report.channels.group_figure`.
 
     kernels: paths of the arrays that make or read channels, in order of use. groups: by name the
     size and, by role, positions of the members among the kernels; other arrays are half a step
