@@ -48,7 +48,10 @@ def num_bytes(tree: PyTree) -> int:
     Leaves: arrays or shape structs. The compression ratio is that of the dense network over that of
     the compact one.
     """
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total += leaf.size * leaf.dtype.itemsize
+    return total
 
 
 # FLOPs -----------------------------------------------------------------------------------------
@@ -167,8 +170,10 @@ def _where(path: Path) -> str:
     stack = "/".join(filter(None, stacks))
     if re.sub(r"\w+\(|[)/]", "", stack):  # more than transformations such as "transpose(jvp())"
         return stack
-    line = next(filter(None, map(walk.line_of, reversed(path))), "unknown place")
-    return f"{stack} {line}".strip()
+    for eqn in reversed(path):
+        if line := walk.line_of(eqn):
+            return f"{stack} {line}".strip()
+    return f"{stack} unknown place".strip()
 
 
 Shape = Sequence[int]
@@ -245,7 +250,9 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
     inside = [path for path in channels.shapes if path.startswith("params/")]
     inside = inside or list(channels.shapes)
     inputs = channels.traced.inputs
-    batch = inputs[0].shape[0] if inputs and inputs[0].shape else 1
+    batch = 1
+    if inputs and inputs[0].shape:
+        batch = inputs[0].shape[0]
 
     def parameters(keep: Mapping) -> float:
         found = groups.compact_shapes(channels, keep)
@@ -340,7 +347,9 @@ def _measure(calls: list[tuple[Callable, tuple]], repeats: int, warmup: int) -> 
     tables.convert(warmup, tables.Count, "warmup")
     ready = []
     for function, args in calls:
-        compiled = function if isinstance(function, jax.stages.Compiled) else jax.jit(function)
+        compiled = function
+        if not isinstance(function, jax.stages.Compiled):
+            compiled = jax.jit(function)
         ready.append((compiled, jax.tree.map(jnp.asarray, tuple(args))))
         for _ in range(warmup):
             jax.block_until_ready(compiled(*ready[-1][1]))

@@ -80,7 +80,9 @@ class Labels:
 
     def is_live(self, labels: np.ndarray) -> bool:
         """Whether any of them can die."""
-        return bool(labels.any()) and bool(self.find(labels).any())
+        if not labels.any():
+            return False
+        return bool(self.find(labels).any())
 
     def freeze(self, labels: np.ndarray) -> None:
         roots = np.unique(self.find(labels)).tolist()
@@ -203,8 +205,7 @@ class Labels:
         of_first, of_second = set(self.parts(first)), set(self.parts(second))
         a = sorted(of_first - of_second)
         b = sorted(of_second - of_first)
-        if len(a) > len(b):
-            a, b = b, a
+        a, b = sorted((a, b), key=len)
         if not a:  # {x} against {x, y}: y may not die alone
             self._unite(b, FROZEN)
             return
