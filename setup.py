@@ -12,6 +12,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["sparsity_jax", "sparsity_jax.*"]),
+    package_data={"sparsity_jax.report": ["page.html.j2"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
@@ -28,6 +29,8 @@ setuptools.setup(
         "grain>=0.2.18",
         "scikit-learn>=1.5",
         "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "pandas>=2.2",
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",
         "flatbuffers>=24.3",  # jax.export writes with it

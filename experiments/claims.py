@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sparsity_jax import figures, report
+from sparsity_jax import report
+from sparsity_jax.report import sections, series, summary
 
 HERE = pathlib.Path(__file__).resolve().parent
 README, LEDGER = HERE.parent / "README.md", HERE / "LEDGER.md"
@@ -63,8 +64,9 @@ def extent(values: list[float]) -> list[str]:
 
 def lines_of(name: str, *stops: float) -> dict[str, dict]:
     """Cells of the report's summary by label."""
-    series = figures.group(rows_of(name))
-    return {line.label: line.cells for line in figures.summary(series, figures.curves(series), stops)}
+    grouped = series.group(rows_of(name))
+    lines = summary.summarize(grouped, series.curves(grouped), stops)
+    return {line.label: line.cells for line in lines}
 
 
 def last_accuracy(name: str) -> tuple[float, float, int]:
@@ -73,7 +75,7 @@ def last_accuracy(name: str) -> tuple[float, float, int]:
     for row in rows_of(name):
         if row["kind"] == "train" and "test_accuracy" in row:
             last[row.get("seed", 0)] = row["test_accuracy"]
-    return figures.cells_of({"": list(last.values())})[""]
+    return series.spread(last.values())
 
 
 def of_kind(name: str, kind: str) -> list[dict]:
@@ -197,7 +199,7 @@ def growing() -> list[Claim]:
     (pruned,) = (cells for cells in lines_of(KEPT["greg"]).values() if "pruned" in cells)
     accuracy = [percent(pruned["pruned"]), percent(pruned["dense"])]
     (row,) = of_kind(KEPT["greg"], "compact")
-    sizes = [report.amount(row[field]) for field in ("parameters_compact", "parameters")]
+    sizes = [sections.amount(row[field]) for field in ("parameters_compact", "parameters")]
     flops = percent(row["flops_compact"] / row["flops"], 0)
     names = ("base", "l1", "greg1", "greg2", "l1_longer")
     base, l1, greg1, greg2, longer = (last_accuracy(f"growing_regularisation/{name}.jsonl") for name in names)

@@ -6,7 +6,8 @@ agree in all but the seed. Accuracy in %, mean ± sample standard deviation; tra
 
 import argparse
 
-from sparsity_jax import figures, report
+from sparsity_jax import report
+from sparsity_jax.report import series, summary
 
 
 def cell(values: tuple[float, float, int] | None, factor: float = 100, decimals: int = 1) -> str:
@@ -20,8 +21,8 @@ def cell(values: tuple[float, float, int] | None, factor: float = 100, decimals:
 
 def table(rows: list[dict], ratios: list[float]) -> str:
     """A Markdown table of rows as `report.gather` gives them, one line per pruning curve or trained network."""
-    series = figures.group(rows)
-    lines = figures.summary(series, figures.curves(series), tuple(ratios))
+    grouped = series.group(rows)
+    lines = summary.summarize(grouped, series.curves(grouped), tuple(ratios))
     columns = {str(ratio): f"{100 * ratio:g}%" for ratio in ratios}
     columns |= {"dense": "unpruned", "channels": "channels removed", "weights": "weights removed", "pruned": "pruned"}
     if all("0.0" in line.cells for line in lines):

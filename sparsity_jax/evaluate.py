@@ -384,7 +384,7 @@ def compared(
     if not cut:
         return cut, None, note
     try:
-        stock = structured.take_stock(problem, state, structured.Compact(batch_size, repeats, 0.0))
+        stock = structured.take_stock(problem, state, structured.Compact(batch_size=batch_size, repeats=repeats))
     except (TypeError, ValueError) as error:
         return cut, None, f"cannot be compacted: {error}"
     if stock["warning"]:
@@ -681,7 +681,7 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
         model = models.build(num_classes=about["num_classes"], **about["model"])
         image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))
-    pipeline.check_memory(cost.num_bytes(shapes), f"{where} makes a network whose weights")
+    train.check_memory(cost.num_bytes(shapes), f"{where} makes a network whose weights")
     wanted, apply = trees.named_leaves(shapes), model.apply
     if about["compact"]:
         channels = groups.trace(model.apply, shapes, image(2))

@@ -1,18 +1,18 @@
 """Stages of the geometric limit: the actual one, the pruning path, weights without curvature, spectrum, prediction.
 
-They read a trained network, and earlier rows of the run (or of `config.start_from`); see `stages` for what a stage is.
+They read a trained network, and earlier rows of the run (or of `config.start_from`); see `interface`.
 Source: Zhang et al. 2023, arXiv:2306.05857.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import allocate, linops, losses, masks, spectrum, stages, tables, train, trees, width
+from sparsity_jax import allocate, interface, linops, losses, masks, spectrum, stages, tables, train, trees, width
 
 PyTree = Any
 WITHOUT_BATCH_NORM = r"(?!.*bn\d*/).*"  # as the original, which leaves scale and bias of batch norms out
@@ -40,14 +40,6 @@ def only(problem: train.Problem, member: int, row: dict) -> list[list[dict]]:
     return [[row] if i == member else [] for i in members_of(problem)]
 
 
-def check_loss(loss: dict, where: str) -> tuple[str, tuple]:
-    """(name, options) of a loss config such as `dict(name="cross_entropy")`."""
-    given = dict(loss)
-    name = given.pop("name", "cross_entropy")
-    rule = tables.lookup(losses.LOSSES, name, f"{where}.loss.name")
-    return name, tuple(sorted(tables.check_options(rule, given, f"{where}.loss").items()))
-
-
 class Network(NamedTuple):
     """A trained network as functions of (params, batch_stats) and a batch (images, labels), in inference mode."""
 
@@ -58,8 +50,9 @@ class Network(NamedTuple):
         return self.loss(self.outputs(variables, batch), batch)
 
 
-def network_of(problem: train.Problem, loss: tuple[str, tuple]) -> Network:
-    rule, options = losses.LOSSES[loss[0]], dict(loss[1])
+def network_of(problem: train.Problem, loss: tables.Options) -> Network:
+    name, pairs = losses.checked(loss, "loss")
+    rule, options = losses.LOSSES[name], dict(pairs)
 
     def outputs(variables, batch):
         params, batch_stats = variables
@@ -69,7 +62,7 @@ def network_of(problem: train.Problem, loss: tuple[str, tuple]) -> Network:
 
 
 def train_losses(
-    problem: train.Problem, variables: tuple[PyTree, PyTree], loss: tuple[str, tuple], batch_size: int
+    problem: train.Problem, variables: tuple[PyTree, PyTree], loss: tables.Options, batch_size: int
 ) -> np.ndarray:
     """Mean training loss of every whole batch, in the data's order: float64 [batches]."""
     network = network_of(problem, loss)
@@ -99,27 +92,8 @@ CRITERIA = {
 }
 
 
-class Limit(NamedTuple):
-    criterion: str
-    tolerance: float
-    split: str
-    scan: tuple[float, ...]
-    resolution: float
-    curve: stages.Curve
-
-
-def limit_options(
-    where: str,
-    *,
-    criterion: Literal["accuracy", "better_accuracy", "accuracy_within", "loss_within"] = "accuracy",
-    tolerance: tables.NonNegative = 0.0,
-    split: Literal["test", "train"] = "test",
-    scan: tuple[tables.Fraction, ...] = (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99),
-    resolution: Annotated[float, tables.Range(0.0, 0.5, above=True)] = 0.001,
-    selection: str = "global",
-    scope: Literal["", "kernels", "all"] = "",
-    count: Literal["", "nearest", "original", "ceil"] = "",
-) -> Limit:
+@tables.option
+class Limit(stages.Selecting):
     """The largest pruning ratio that loses nothing, by a coarse scan and bisection: some 20 evaluations.
 
     criterion: accuracy not below dense (`accuracy`) or above it (`better_accuracy`, as the original), accuracy at most
@@ -127,25 +101,40 @@ def limit_options(
     The last ratio of the scan that passes is the start; between it and the next one bisection finds a place where
     passing turns into failing, to `resolution`; if not even dense passes, the limit is None. Ratios beyond a failure in
     between are not looked at: accuracy is ragged, and a curve of 1,000 ratios may find a larger one by luck.
-    selection, scope, count: as for `curve`.
+    selection and the fields with it: as for `curve`.
     """
-    if not scan or list(scan) != sorted(set(scan)):
-        raise tables.ConfigError(f"{where}.scan is {scan!r}; allowed: at least one ratio, ascending.")
-    if tolerance and not CRITERIA[criterion].tolerance:
-        raise tables.ConfigError(f"{where}.tolerance is {tolerance}; allowed: 0 with criterion {criterion!r}.")
-    curve = stages.curve_options(where, ratios=scan, splits=(split,), selection=selection, scope=scope, count=count)
-    return Limit(criterion, tolerance or CRITERIA[criterion].tolerance, split, scan, resolution, curve)
 
+    kind: ClassVar[str] = "limit"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    criterion: Literal["accuracy", "better_accuracy", "accuracy_within", "loss_within"] = "accuracy"
+    tolerance: tables.NonNegative = 0.0
+    split: Literal["test", "train"] = "test"
+    scan: tuple[tables.Fraction, ...] = (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+    resolution: Annotated[float, tables.Range(0.0, 0.5, above=True)] = 0.001
 
-def run_limit(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    for member in members_of(problem):
-        chosen = settings[member]
-        if rows[member] and rows[member][-1].get("phase") == "result":
-            continue
-        evaluate = stages.pruned_evaluation(problem, state, chosen.curve, place, member)
-        known = {(row["phase"], row["ratio"]): row for row in rows[member] if "ratio" in row}
-        for row in find_limit(evaluate, chosen, known):
-            yield train.Update(state, only(problem, member, row), (member + row.pop("done")) / (problem.members or 1))
+    def check(self, where: str) -> None:
+        super().check(where)
+        if not self.scan or list(self.scan) != sorted(set(self.scan)):
+            raise tables.ConfigError(f"{where}.scan is {self.scan!r}; allowed: at least one ratio, ascending.")
+        if self.tolerance and not CRITERIA[self.criterion].tolerance:
+            raise tables.ConfigError(
+                f"{where}.tolerance is {self.tolerance}; allowed: 0 with criterion {self.criterion!r}."
+            )
+
+    def tolerated(self) -> float:
+        """The tolerance in use."""
+        return self.tolerance or CRITERIA[self.criterion].tolerance
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        for member in members_of(problem):
+            chosen = settings[member]
+            if rows[member] and rows[member][-1].get("phase") == "result":
+                continue
+            evaluate = stages.pruned_evaluation(problem, state, chosen, place, member, chosen.split)
+            known = {(row["phase"], row["ratio"]): row for row in rows[member] if "ratio" in row}
+            for row in find_limit(evaluate, chosen, known):
+                done = (member + row.pop("done")) / (problem.members or 1)
+                yield train.Update(state, only(problem, member, row), done)
 
 
 def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | None = None) -> Iterator[dict]:
@@ -166,7 +155,7 @@ def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | N
     dense, new = look("dense", 0.0, 0.0)
     yield from new
     passes = lambda row: bool(
-        rule.test(row["accuracy"], row["loss"], dense["accuracy"], dense["loss"], chosen.tolerance)
+        rule.test(row["accuracy"], row["loss"], dense["accuracy"], dense["loss"], chosen.tolerated())
     )
     low, high = (0.0 if passes(dense) else None), None
     for i, ratio in enumerate(reversed(chosen.scan)):
@@ -176,7 +165,7 @@ def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | N
             low = ratio
             break
         high = ratio
-    how = rule.text.format(f"{chosen.tolerance:g}")
+    how = rule.text.format(f"{chosen.tolerated():g}")
     if low is None:
         how += "; passes nowhere on the scan"
     else:
@@ -194,7 +183,7 @@ def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | N
         phase="result",
         limit=low,
         criterion=chosen.criterion,
-        tolerance=chosen.tolerance,
+        tolerance=chosen.tolerated(),
         split=chosen.split,
         evaluations=count,
         how=how,
@@ -217,75 +206,69 @@ def largest_ratio(rows: list[dict], criterion: str, tolerance: float | None = No
 # path --------------------------------------------------------------------------------------------------------
 
 
-class Path(NamedTuple):
-    curve: stages.Curve
-    at_limits: bool
-    batch_size: int
-    num_examples: int
-    loss: tuple[str, tuple]
-
-
-def path_options(
-    where: str,
-    *,
-    ratios: tuple[tables.Fraction, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.96, 0.97, 0.975, 0.98, 0.985, 0.99, 0.995),
-    at_limits: bool = True,
-    selection: str = "global",
-    scope: Literal["", "kernels", "all"] = "",
-    count: Literal["", "nearest", "original", "ceil"] = "",
-    batch_size: tables.Count = 1000,
-    num_examples: tables.Index = 0,
-    loss: dict = {"name": "cross_entropy"},  # noqa: B006
-) -> Path:
+@tables.option
+class Path(stages.Selecting):
     """How pruning really moves the training loss, beside the second order, which is all that the prediction knows.
 
     For every ratio: the distance R, the change of the loss, and its first- and second-order terms g.d and d.Hd / 2 for
     the step d that pruning makes. At a minimum the first is small; where it is not, the actual limit lies elsewhere
     than predicted, at a larger ratio if it is negative.
-    ratios: shares removed; at_limits: and those of earlier predictions and `limit` stages. selection, scope, count: as
-    for `curve`. num_examples: of the train set, see `config.sample`; 0 for all.
+    ratios: shares removed; at_limits: and those of earlier predictions and `limit` stages. selection and the fields
+    with it: as for `curve`. num_examples: of the train set, see `config.sample`; 0 for all.
     """
-    if not ratios:
-        raise tables.ConfigError(f"{where}.ratios must not be empty.")
-    curve = stages.curve_options(where, ratios=ratios, selection=selection, scope=scope, count=count)
-    return Path(curve, at_limits, batch_size, num_examples, check_loss(loss, where))
+
+    kind: ClassVar[str] = "path"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    ratios: tuple[tables.Fraction, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.96, 0.97, 0.975, 0.98, 0.985, 0.99, 0.995)
+    at_limits: bool = True
+    batch_size: tables.Count = 1000
+    num_examples: tables.Index = 0
+    loss: dict = losses.CROSS_ENTROPY
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        if not self.ratios:
+            raise tables.ConfigError(f"{where}.ratios must not be empty.")
+        losses.checked(self.loss, f"{where}.loss")
+
+    def check_streamed(self, where: str) -> None:
+        _check_number(self.num_examples, where)
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        shapes, total = stages.shapes_of(problem), problem.members or 1
+        for member in members_of(problem):
+            chosen, own = settings[member], stages.member_state(problem, state, member)
+            step_of, terms = pruning_step(problem, chosen, place), path_terms(problem, chosen)
+            ratios = path_ratios(chosen, place.earlier[member])
+            for i, ratio in enumerate(ratios):
+                if i < len(rows[member]):
+                    continue
+                counts = allocate.keep_counts(shapes, ratio, **chosen.keywords(problem))
+                step, distance = step_of(own, counts)
+                found = terms((own.params, own.batch_stats), step)._asdict()
+                row = dict(ratio=ratio, distance=float(distance))
+                row |= {name: float(value) for name, value in found.items()}
+                done = (member + (i + 1) / len(ratios)) / total
+                yield train.Update(state, only(problem, member, row), done)
 
 
 def path_ratios(chosen: Path, earlier: list[dict]) -> list[float]:
     """Where to measure, ascending. earlier: rows before the stage."""
     field = {"width": "predicted", "limit": "limit"}
     limits = [row.get(field[row["kind"]]) for row in earlier if chosen.at_limits and row["kind"] in field]
-    return sorted({*chosen.curve.ratios, *(ratio for ratio in limits if ratio is not None and ratio < 1)})
+    return sorted({*chosen.ratios, *(ratio for ratio in limits if ratio is not None and ratio < 1)})
 
 
-def run_path(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    shapes, total = stages.shapes_of(problem), problem.members or 1
-    for member in members_of(problem):
-        chosen, own = settings[member], stages.member_state(problem, state, member)
-        step_of, terms = pruning_step(problem, chosen, place), path_terms(problem, chosen)
-        selection = stages.selecting(problem, chosen.curve)
-        ratios = path_ratios(chosen, place.earlier[member])
-        for i, ratio in enumerate(ratios):
-            if i < len(rows[member]):
-                continue
-            step, distance = step_of(own, allocate.keep_counts(shapes, ratio, **selection))
-            found = terms((own.params, own.batch_stats), step)._asdict()
-            row = dict(ratio=ratio, distance=float(distance), **{name: float(value) for name, value in found.items()})
-            done = (member + (i + 1) / len(ratios)) / total
-            yield train.Update(state, only(problem, member, row), done)
-
-
-def pruning_step(problem: train.Problem, chosen: Path, place: stages.Place) -> Callable:
+def pruning_step(problem: train.Problem, chosen: Path, place: interface.Place) -> Callable:
     """`step_of(state, counts) -> (pruned less current params, its norm)` of one member: one program for all ratios."""
-    prune, _ = stages.pruned_results(problem, chosen.curve, place.position)
+    prune = stages.pruning(problem, chosen, place.position)
 
     def step_of(state, counts):
         pruned = masks.apply(state.params, prune(state, counts))
         step = jax.tree.map(jnp.subtract, pruned, state.params)
         return step, trees.norm(step)
 
-    position = place.position if chosen.curve.selection == "random" else 0
-    name = ("pruning step", position, chosen.curve._replace(ratios=()))
+    name = ("pruning step", chosen.selecting(place.position))
     return problem.once(name, lambda: jax.jit(step_of))
 
 
@@ -304,27 +287,8 @@ def path_terms(problem: train.Problem, chosen: Path) -> Callable:
 # row_norms ---------------------------------------------------------------------------------------------------
 
 
-class RowNorms(NamedTuple):
-    num_weights: int
-    threshold: float
-    rows: str
-    batch_size: int
-    num_examples: int
-    parameters: str
-    loss: tuple[str, tuple]
-
-
-def row_norms_options(
-    where: str,
-    *,
-    num_weights: tables.Count = 100,
-    threshold: tables.NonNegative = 1e-7,
-    rows: Literal["mean", "original"] = "mean",
-    batch_size: tables.Count = 128,
-    num_examples: tables.Index = 0,
-    parameters: str = ".*",
-    loss: dict = {"name": "cross_entropy"},  # noqa: B006 - never changed
-) -> RowNorms:
+@tables.option
+class RowNorms(interface.Stage):
     """Share of weights without curvature, from the Hessian rows of the weights at `num_weights` magnitude quantiles.
 
     A weight has none if the L1 norm of its row is below `threshold`. rows: `mean` is the row of the whole data set's
@@ -332,8 +296,60 @@ def row_norms_options(
     like 1 / batch_size. num_examples: of the train set, see `config.sample`; 0 for all. parameters: pattern of the
     arrays whose entries make up a row, and among whose kernels the weights are.
     """
-    trees.check_pattern(parameters, f"{where}.parameters")
-    return RowNorms(num_weights, threshold, rows, batch_size, num_examples, parameters, check_loss(loss, where))
+
+    kind: ClassVar[str] = "row_norms"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    num_weights: tables.Count = 100
+    threshold: tables.NonNegative = 1e-7
+    rows: Literal["mean", "original"] = "mean"
+    batch_size: tables.Count = 128
+    num_examples: tables.Index = 0
+    parameters: str = ".*"
+    loss: dict = losses.CROSS_ENTROPY
+
+    def check(self, where: str) -> None:
+        trees.check_pattern(self.parameters, f"{where}.parameters")
+        losses.checked(self.loss, f"{where}.loss")
+
+    def check_streamed(self, where: str) -> None:
+        _check_number(self.num_examples, where)
+
+    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+        shapes = stages.shapes_of(problem)
+        found = trees.matching(shapes, self.parameters, f"{where}.parameters")
+        if not any(found[path] for path in allocate.prunable(shapes, "kernels")):
+            raise tables.ConfigError(f"{where}.parameters is {self.parameters!r}, which matches no kernel.")
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        total = problem.members or 1
+        for member in members_of(problem):
+            chosen = settings[member]
+            if len(rows[member]) > chosen.num_weights:
+                continue
+            variables = one_member(problem, state, member)
+            prunable = allocate.prunable(spectrum.select(variables[0], chosen.parameters).params, "kernels")
+            entries = spectrum.quantile_entries(prunable, chosen.num_weights)
+            norm = row_measure(problem, chosen)
+            norms = [row["row_norm"] for row in rows[member]]
+            for i, (path, index, magnitude) in enumerate(entries):
+                if i < len(norms):
+                    continue
+                norms.append(norm(variables, path, index))
+                row = dict(quantile=i / chosen.num_weights, magnitude=magnitude, row_norm=norms[-1], parameter=path)
+                done = (member + (i + 1) / (len(entries) + 1)) / total
+                yield train.Update(state, only(problem, member, row), done)
+            share = float(np.mean(np.asarray(norms) < chosen.threshold))
+            result = dict(zero_share=share, threshold=chosen.threshold, rows=chosen.rows, num_weights=len(entries))
+            yield train.Update(state, only(problem, member, result), (member + 1) / total)
+
+
+def _check_number(num_examples: int, where: str) -> None:
+    """Raises ConfigError, of streamed data, unless a number of images says how many to keep in memory."""
+    if not num_examples:
+        raise tables.ConfigError(
+            f"config.data.stream leaves images where they are; {where}.num_examples is 0, all: say how many to keep in "
+            "memory."
+        )
 
 
 def examples(problem: train.Problem, num: int) -> tuple[jax.Array, jax.Array]:
@@ -375,28 +391,6 @@ def curvature_at(problem: train.Problem, chosen: Any, kind: str, variables: tupl
     return spectrum.linearized(of_selected, selected.params, examples(problem, chosen.num_examples), chosen.batch_size)
 
 
-def run_row_norms(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    total = problem.members or 1
-    for member in members_of(problem):
-        chosen = settings[member]
-        if len(rows[member]) > chosen.num_weights:
-            continue
-        variables = one_member(problem, state, member)
-        prunable = allocate.prunable(spectrum.select(variables[0], chosen.parameters).params, "kernels")
-        entries = spectrum.quantile_entries(prunable, chosen.num_weights)
-        norm = row_measure(problem, chosen)
-        norms = [row["row_norm"] for row in rows[member]]
-        for i, (path, index, magnitude) in enumerate(entries):
-            if i < len(norms):
-                continue
-            norms.append(norm(variables, path, index))
-            row = dict(quantile=i / chosen.num_weights, magnitude=magnitude, row_norm=norms[-1], parameter=path)
-            yield train.Update(state, only(problem, member, row), (member + (i + 1) / (len(entries) + 1)) / total)
-        share = float(np.mean(np.asarray(norms) < chosen.threshold))
-        result = dict(zero_share=share, threshold=chosen.threshold, rows=chosen.rows, num_weights=len(entries))
-        yield train.Update(state, only(problem, member, result), (member + 1) / total)
-
-
 def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
     """`norm(variables, path, index)`: a row's L1 norm as `chosen.rows` defines it."""
     if chosen.rows == "mean":
@@ -431,35 +425,8 @@ def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
 OPERATORS = {"hessian": "symmetric", "gauss_newton": "semidefinite", "absolute": "squared"}  # as `width` calls them
 
 
-class Spectrum(NamedTuple):
-    operator: str
-    num_matvecs: int
-    num_probes: int
-    reorthogonalize: str
-    stop_width: float
-    linearize_once: bool
-    l2: float
-    batch_size: int
-    num_examples: int
-    parameters: str
-    loss: tuple[str, tuple]
-
-
-def spectrum_options(
-    where: str,
-    *,
-    operator: Literal["hessian", "gauss_newton", "absolute"] = "hessian",
-    num_matvecs: tables.Count = 96,
-    num_probes: tables.Count = 1,
-    reorthogonalize: Literal["full", "bfloat16", "host", "none"] = "full",
-    stop_width: tables.NonNegative = 0.0,
-    linearize_once: bool = False,
-    l2: tables.NonNegative = 0.0,
-    batch_size: tables.Count = 1000,
-    num_examples: tables.Index = 0,
-    parameters: str = WITHOUT_BATCH_NORM,
-    loss: dict = {"name": "cross_entropy"},  # noqa: B006
-) -> Spectrum:
+@tables.option
+class Spectrum(interface.Stage):
     """Stochastic Lanczos quadrature of the curvature of the training loss at the trained weights.
 
     operator: the `hessian`; `gauss_newton`, its positive semi-definite part; `absolute`, the Hessian applied twice,
@@ -473,28 +440,92 @@ def spectrum_options(
     leaves out batch norms, as the original does.
     Rows: coefficients of the tridiagonal matrix of every probe; everything else follows from them.
     """
-    trees.check_pattern(parameters, f"{where}.parameters")
-    return Spectrum(
-        operator,
-        num_matvecs,
-        num_probes,
-        reorthogonalize,
-        stop_width,
-        linearize_once,
-        l2,
-        batch_size,
-        num_examples,
-        parameters,
-        check_loss(loss, where),
-    )
 
+    kind: ClassVar[str] = "spectrum"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    operator: Literal["hessian", "gauss_newton", "absolute"] = "hessian"
+    num_matvecs: tables.Count = 96
+    num_probes: tables.Count = 1
+    reorthogonalize: Literal["full", "bfloat16", "host", "none"] = "full"
+    stop_width: tables.NonNegative = 0.0
+    linearize_once: bool = False
+    l2: tables.NonNegative = 0.0
+    batch_size: tables.Count = 1000
+    num_examples: tables.Index = 0
+    parameters: str = WITHOUT_BATCH_NORM
+    loss: dict = losses.CROSS_ENTROPY
 
-def check_stop(chosen: Spectrum, where: str, settings: Iterable[Any]) -> None:
-    """Raises ConfigError for a `stop_width` that none of the run's `settings` of width stages can work with."""
-    if chosen.stop_width and not any(isinstance(own, Width) for own in settings):
-        raise tables.ConfigError(
-            f"{where}.stop_width needs a stage of kind 'width' in the config: it defines the tolerance."
-        )
+    def check(self, where: str) -> None:
+        trees.check_pattern(self.parameters, f"{where}.parameters")
+        losses.checked(self.loss, f"{where}.loss")
+
+    def check_order(self, where: str, order: interface.Order) -> None:
+        if self.stop_width and not any(isinstance(own, Width) for own in order.all.values()):
+            raise tables.ConfigError(
+                f"{where}.stop_width needs a stage of kind 'width' in the config: it defines the tolerance."
+            )
+
+    def check_streamed(self, where: str) -> None:
+        _check_number(self.num_examples, where)
+
+    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+        shapes = stages.shapes_of(problem)
+        trees.matching(shapes, self.parameters, f"{where}.parameters")
+        if self.reorthogonalize == "full":
+            basis = 4 * self.num_matvecs * trees.size(shapes)
+            train.check_memory(basis, f"{where}.num_matvecs is {self.num_matvecs}, whose basis")
+
+    def begin(self, problem, state, settings, place) -> train.State:
+        return interface.without_optimizer(state)._replace(opt_state=_start(problem, state, self, place, 0))
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        total = self.num_probes * (problem.members or 1)
+        method = linops.lanczos_method(self.num_matvecs, reorthogonalize=self.reorthogonalize)
+        kind = "gauss_newton" if self.operator == "gauss_newton" else "hessian"
+        finished, applied, at = sum(map(len, rows)), None, None
+        for number in range(finished, total):
+            if int(state.opt_state.number) != number:
+                state = state._replace(opt_state=_start(problem, state, self, place, number))
+            member, probe = divmod(number, self.num_probes)
+            variables = one_member(problem, state, member)
+            if at != member:
+                applied = matvec = None  # what they keep may be large
+                applied, at = curvature_at(problem, self, kind, variables), member
+            matvec = applied
+            if self.l2:
+                matvec = lambda v, bare=matvec: jax.tree.map(lambda a, b: a + 2 * self.l2 * b, bare(v), v)
+            if self.operator == "absolute":
+                matvec = linops.squared(matvec)
+            narrow = _enclosure_width(problem, self, place, variables, member) if self.stop_width else None
+            lanczos, started = state.opt_state.lanczos, time.perf_counter()
+            while (step := int(lanczos.step)) < self.num_matvecs:
+                lanczos = method.step(matvec, lanczos)
+                state = state._replace(opt_state=Probe(state.opt_state.number, lanczos))
+                step += 1
+                if not np.isfinite(float(lanczos.alphas[step - 1])):
+                    raise train.NonFiniteLossError(f"{place.name}: a product is not finite; did the training diverge?")
+                if narrow and step % 4 == 0 and narrow(method.result(lanczos)) <= self.stop_width:
+                    break
+                if int(lanczos.num_steps) < step:
+                    break  # the Krylov space is exhausted
+                done = (number + step / (self.num_matvecs + 1)) / total  # 1 is for the row
+                yield train.Update(state, interface.rows_per_member(problem), done)
+            found = method.result(lanczos)
+            steps = int(found.num_steps)
+            row = dict(
+                probe=probe,
+                operator=self.operator,
+                num_matvecs=steps,
+                alphas=np.asarray(found.alphas, np.float64)[:steps].tolist(),
+                betas=np.asarray(found.betas, np.float64)[:steps].tolist(),
+                dtype=str(found.alphas.dtype),
+                dimension=trees.size(lanczos.current),
+                seconds=round(time.perf_counter() - started, 3),
+            )
+            if narrow:
+                gap = narrow(found)
+                row.update(enclosure=gap, narrow_enough=gap <= self.stop_width)
+            yield train.Update(state, only(problem, member, row), (number + 1) / total)
 
 
 class Probe(NamedTuple):
@@ -504,7 +535,7 @@ class Probe(NamedTuple):
     lanczos: linops.LanczosState
 
 
-def _start(problem: train.Problem, state: train.State, chosen: Spectrum, place: stages.Place, number: int) -> Probe:
+def _start(problem: train.Problem, state: train.State, chosen: Spectrum, place: interface.Place, number: int) -> Probe:
     """The state before the first product of probe `number`."""
     member, probe = divmod(number, chosen.num_probes)
     params, _ = one_member(problem, state, member)
@@ -514,61 +545,7 @@ def _start(problem: train.Problem, state: train.State, chosen: Spectrum, place: 
     return Probe(jnp.asarray(number, jnp.int32), method.init(linops.rademacher(key, like)))
 
 
-def begin_spectrum(problem, state, settings, place) -> train.State:
-    return stages.without_optimizer(state)._replace(opt_state=_start(problem, state, settings[0], place, 0))
-
-
-def run_spectrum(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    chosen, total = settings[0], settings[0].num_probes * (problem.members or 1)
-    method = linops.lanczos_method(chosen.num_matvecs, reorthogonalize=chosen.reorthogonalize)
-    kind = "gauss_newton" if chosen.operator == "gauss_newton" else "hessian"
-    finished, applied, at = sum(map(len, rows)), None, None
-    for number in range(finished, total):
-        if int(state.opt_state.number) != number:
-            state = state._replace(opt_state=_start(problem, state, chosen, place, number))
-        member, probe = divmod(number, chosen.num_probes)
-        variables = one_member(problem, state, member)
-        if at != member:
-            applied = matvec = None  # what they keep may be large
-            applied, at = curvature_at(problem, chosen, kind, variables), member
-        matvec = applied
-        if chosen.l2:
-            matvec = lambda v, bare=matvec: jax.tree.map(lambda a, b: a + 2 * chosen.l2 * b, bare(v), v)
-        if chosen.operator == "absolute":
-            matvec = linops.squared(matvec)
-        narrow = _enclosure_width(problem, chosen, place, variables, member) if chosen.stop_width else None
-        lanczos, started = state.opt_state.lanczos, time.perf_counter()
-        while (step := int(lanczos.step)) < chosen.num_matvecs:
-            lanczos = method.step(matvec, lanczos)
-            state = state._replace(opt_state=Probe(state.opt_state.number, lanczos))
-            step += 1
-            if not np.isfinite(float(lanczos.alphas[step - 1])):
-                raise train.NonFiniteLossError(f"{place.name}: a product is not finite; did the training diverge?")
-            if narrow and step % 4 == 0 and narrow(method.result(lanczos)) <= chosen.stop_width:
-                break
-            if int(lanczos.num_steps) < step:
-                break  # the Krylov space is exhausted
-            done = (number + step / (chosen.num_matvecs + 1)) / total  # 1 is for the row
-            yield train.Update(state, stages.rows_per_member(problem), done)
-        found = method.result(lanczos)
-        steps = int(found.num_steps)
-        row = dict(
-            probe=probe,
-            operator=chosen.operator,
-            num_matvecs=steps,
-            alphas=np.asarray(found.alphas, np.float64)[:steps].tolist(),
-            betas=np.asarray(found.betas, np.float64)[:steps].tolist(),
-            dtype=str(found.alphas.dtype),
-            dimension=trees.size(lanczos.current),
-            seconds=round(time.perf_counter() - started, 3),
-        )
-        if narrow:
-            gap = narrow(found)
-            row.update(enclosure=gap, narrow_enough=gap <= chosen.stop_width)
-        yield train.Update(state, only(problem, member, row), (number + 1) / total)
-
-
-def _enclosure_width(problem, chosen: Spectrum, place: stages.Place, variables, member: int) -> Callable:
+def _enclosure_width(problem, chosen: Spectrum, place: interface.Place, variables, member: int) -> Callable:
     """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance of the width stage."""
     found = [own[member] for own in place.others.values() if isinstance(own[member], Width)]
     reader = min(found, key=lambda own: (own.spectrum != place.name, own.spectrum != ""))
@@ -598,31 +575,8 @@ def tridiagonals(rows: list[dict]) -> linops.Tridiagonal:
 # width -------------------------------------------------------------------------------------------------------
 
 
-class Width(NamedTuple):
-    spectrum: str
-    method: str
-    negative: str
-    zero_share: float
-    epsilon: float
-    batch_size: int
-    epsilon_draws: int
-    tolerance: float
-    loss: tuple[str, tuple]
-
-
-def width_options(
-    where: str,
-    *,
-    spectrum: str = "",
-    method: Literal["fixed_point", "grid"] = "fixed_point",
-    negative: Literal["absolute", "clip"] = "absolute",
-    zero_share: Annotated[float, tables.Range(-1.0, 1.0)] = -1.0,
-    epsilon: tables.NonNegative = 0.0,
-    batch_size: tables.Count = 128,
-    epsilon_draws: tables.Index = 200,
-    tolerance: tables.NonNegative = 0.001,
-    loss: dict = {"name": "cross_entropy"},  # noqa: B006
-) -> Width:
+@tables.option
+class Width(interface.Stage):
     """The predicted largest pruning ratio, from the Gaussian width of the loss basin, beside the actual one.
 
     spectrum: name of the spectrum stage to use (empty: the latest). method: `fixed_point`, or `grid`, the original's
@@ -632,17 +586,57 @@ def width_options(
     epsilon: tolerated loss; 0 for the standard deviation of the training loss over batches of `batch_size`.
     epsilon_draws: bootstrap draws of it for the error bar. tolerance: in accuracy, for the actual limit `within`.
     """
-    chosen = check_loss(loss, where)
-    return Width(spectrum, method, negative, zero_share, epsilon, batch_size, epsilon_draws, tolerance, chosen)
 
+    kind: ClassVar[str] = "width"
+    needs: ClassVar[tuple[str, ...]] = ("spectrum",)
+    spectrum: str = ""
+    method: Literal["fixed_point", "grid"] = "fixed_point"
+    negative: Literal["absolute", "clip"] = "absolute"
+    zero_share: Annotated[float, tables.Range(-1.0, 1.0)] = -1.0
+    epsilon: tables.NonNegative = 0.0
+    batch_size: tables.Count = 128
+    epsilon_draws: tables.Index = 200
+    tolerance: tables.NonNegative = 0.001
+    loss: dict = losses.CROSS_ENTROPY
 
-def check_source(chosen: Width, where: str, known: list[str]) -> None:
-    """Raises ConfigError if `chosen` names none of the spectrum stages before it, `known`."""
-    if chosen.spectrum and chosen.spectrum not in known:
-        raise tables.ConfigError(
-            f"{where}.spectrum is {chosen.spectrum!r}; earlier stages of kind 'spectrum': {', '.join(known)}."
-            + tables.closest(chosen.spectrum, known)
-        )
+    def check(self, where: str) -> None:
+        losses.checked(self.loss, f"{where}.loss")
+
+    def check_order(self, where: str, order: interface.Order) -> None:
+        known = [name for name, kind in order.done.items() if kind == Spectrum.kind]
+        if self.spectrum and self.spectrum not in known:
+            raise tables.ConfigError(
+                f"{where}.spectrum is {self.spectrum!r}; earlier stages of kind 'spectrum': {', '.join(known)}."
+                + tables.closest(self.spectrum, known)
+            )
+
+    def check_streamed(self, where: str) -> None:
+        if not self.epsilon:
+            raise tables.ConfigError(
+                f"config.data.stream leaves images where they are, but {where}.epsilon 0 is measured on all of them in "
+                "memory: set it."
+            )
+
+    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+        num_examples = problem.size("train")
+        if not self.epsilon and num_examples < 2 * self.batch_size:
+            raise tables.ConfigError(
+                f"{where}.batch_size is {self.batch_size}; allowed: up to {num_examples // 2}, half the train set "
+                "(epsilon is a deviation over batches), or set epsilon."
+            )
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        found = []
+        for member in members_of(problem):
+            chosen, earlier = settings[member], place.earlier[member]
+            spectra = [row for row in earlier if row["kind"] == Spectrum.kind]
+            name = chosen.spectrum or spectra[-1]["stage"]
+            used = [row for row in spectra if row["stage"] == name]
+            newest = max(row["visit"] for row in used)
+            used = [row for row in used if row["visit"] == newest]
+            variables = one_member(problem, state, member)
+            found.append([predict(problem, variables, chosen, used, earlier, place)])
+        yield train.Update(state, found, 1.0)
 
 
 def tolerated(problem, variables, chosen: Width, where: str) -> tuple[float, np.ndarray | None]:
@@ -658,28 +652,15 @@ def tolerated(problem, variables, chosen: Width, where: str) -> tuple[float, np.
         raise tables.ConfigError(f"{where}: {error}{hint}") from None
 
 
-def run_width(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows
-    found = []
-    for member in members_of(problem):
-        chosen, earlier = settings[member], place.earlier[member]
-        spectra = [row for row in earlier if row["kind"] == "spectrum"]
-        name = chosen.spectrum or spectra[-1]["stage"]
-        used = [row for row in spectra if row["stage"] == name]
-        newest = max(row["visit"] for row in used)
-        used = [row for row in used if row["visit"] == newest]
-        variables = one_member(problem, state, member)
-        found.append([predict(problem, variables, chosen, used, earlier, place)])
-    yield train.Update(state, found, 1.0)
-
-
 def zero_share_of(chosen: Width, earlier: list[dict]) -> float:
     """The share of directions without curvature: as set, else of the latest `row_norms` stage, else 0."""
     measured = [row["zero_share"] for row in earlier if row["kind"] == "row_norms" and "zero_share" in row]
     return chosen.zero_share if chosen.zero_share >= 0 else (measured[-1] if measured else 0.0)
 
 
-def predict(problem, variables, chosen: Width, spectra: list[dict], earlier: list[dict], place: stages.Place) -> dict:
+def predict(
+    problem, variables, chosen: Width, spectra: list[dict], earlier: list[dict], place: interface.Place
+) -> dict:
     """The row of a `width` stage."""
     operator, tridiagonal = OPERATORS[spectra[0]["operator"]], tridiagonals(spectra)
     distances = width.distances(variables[0])
@@ -754,23 +735,4 @@ def actual_limits(rows: list[dict], tolerance: float, epsilon: float) -> dict[st
     return found
 
 
-def check_network(chosen: Any, where: str, shapes: PyTree, num_examples: int) -> None:
-    """Raises ConfigError for settings of a stage that do not fit the network's parameters or the train set's size."""
-    if isinstance(chosen, (RowNorms, Spectrum)):
-        found = trees.matching(shapes, chosen.parameters, f"{where}.parameters")
-        if isinstance(chosen, RowNorms) and not any(found[path] for path in allocate.prunable(shapes, "kernels")):
-            raise tables.ConfigError(f"{where}.parameters is {chosen.parameters!r}, which matches no kernel.")
-    if isinstance(chosen, Width) and not chosen.epsilon and num_examples < 2 * chosen.batch_size:
-        raise tables.ConfigError(
-            f"{where}.batch_size is {chosen.batch_size}; allowed: up to {num_examples // 2}, half the train set "
-            "(epsilon is a deviation over batches), or set epsilon."
-        )
-
-
-STAGES = {
-    "limit": stages.Stage(limit_options, stages.as_it_is, run_limit, ("train",)),
-    "path": stages.Stage(path_options, stages.as_it_is, run_path, ("train",)),
-    "row_norms": stages.Stage(row_norms_options, stages.as_it_is, run_row_norms, ("train",)),
-    "spectrum": stages.Stage(spectrum_options, begin_spectrum, run_spectrum, ("train",)),
-    "width": stages.Stage(width_options, stages.as_it_is, run_width, ("spectrum",)),
-}
+STAGES = (Limit, Path, RowNorms, Spectrum, Width)

@@ -6,11 +6,12 @@ that `structured.compact` really removes them.
 Source: Wang, Qin, Zhang, Fu 2021, arXiv:2012.09243, and its published code; see `growing` and `ratios`.
 """
 
+import dataclasses
 import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from sparsity_jax import (
     cost,
     groups,
     growing,
+    interface,
+    losses,
     masks,
     probes,
     ratios,
@@ -43,7 +46,7 @@ SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
 
 
 class Choice(NamedTuple):
-    """Which groups of weights go, hashable; the fields are options of the stages, see `remove_options`."""
+    """Which groups of weights go; the fields are options of the stages, see `Remove`. where: the stage's place."""
 
     where: str
     ratios: Any
@@ -73,13 +76,6 @@ def choice(where: str, ratios: Any, inherit: str, **fields: Any) -> Choice:
         raise tables.ConfigError(f"{where}.inherit_as is 'ratio', but there is no run to inherit from.")
     frozen = tuple(tuple(rule) if isinstance(rule, list) else rule for rule in ratios) if ratios else ""
     return Choice(where, ratios if isinstance(ratios, str) else frozen, inherit=inherit, **fields)
-
-
-def choice_of(settings: Any) -> Choice | None:
-    """The Choice in the settings of a stage, if they have one."""
-    if isinstance(settings, train.Fit):
-        return settings.growth and settings.growth.choice
-    return settings if isinstance(settings, Choice) else getattr(settings, "choice", None)
 
 
 def layers_of(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]:
@@ -161,19 +157,11 @@ def masks_of(workdir: str) -> dict[str, np.ndarray]:
     return {path.removeprefix("masks/"): np.asarray(a) for path, a in found.items() if path.startswith("masks/")}
 
 
-def check_network(problem: train.Problem, settings: Any) -> None:
-    """Raises ConfigError for settings of any stage in this file that do not fit the network.
+def check_choice(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]:
+    """The layers; raises ConfigError for a choice that does not fit the network.
 
     Such as ratios, patterns that match no array, and a run to inherit from that is not there.
     """
-    if isinstance(settings, Noise):
-        trees.matching(stages.shapes_of(problem), settings.parameters, f"{settings.where}.parameters")
-    elif choice_of(settings) is not None:
-        _check_choice(problem, settings)
-
-
-def _check_choice(problem: train.Problem, settings: Any) -> None:
-    chosen = choice_of(settings)
     where = f"{chosen.where}.inherit is {chosen.inherit!r}"
     if chosen.inherit:
         if not workdirs.is_finished(pathlib.Path(chosen.inherit)):
@@ -199,8 +187,7 @@ def _check_choice(problem: train.Problem, settings: Any) -> None:
         raise tables.ConfigError(
             f"{chosen.where}.pick is {chosen.pick!r}; allowed: 'min' with a ratio of -1, the largest gap."
         )
-    if isinstance(settings, Oracle):
-        oracle_counts(layers, settings)
+    return layers
 
 
 def inherited_keep(problem: train.Problem, chosen: Choice) -> dict[str, np.ndarray]:
@@ -266,17 +253,28 @@ def layers_removed(state: train.State) -> dict[str, jax.Array]:
 # remove ------------------------------------------------------------------------------------------------------
 
 
-def remove_options(
-    where: str,
-    *,
-    ratios: str | tuple = "",
-    skip: str = "",
-    granularity: Granularity = "filter",
-    pick: growing.Pick = "min",
-    inherit: str = "",
-    inherit_as: Literal["index", "ratio"] = "index",
-    reading: Literal["correct", "original"] = "correct",
-) -> Choice:
+@tables.option
+class Removing(interface.Stage):
+    """A stage that removes groups of weights, see `Remove`."""
+
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    makes_network: ClassVar[bool] = True
+    ratios: str | tuple = ""
+    skip: str = ""
+    granularity: Granularity = "filter"
+    pick: growing.Pick = "min"
+    inherit: str = ""
+    inherit_as: Literal["index", "ratio"] = "index"
+    reading: Literal["correct", "original"] = "correct"
+
+    def choice(self, where: str) -> Choice:
+        """What it removes; raises ConfigError."""
+        names = ("skip", "granularity", "pick", "inherit_as", "reading")
+        return choice(where, self.ratios, self.inherit, **{name: getattr(self, name) for name in names})
+
+
+@tables.option
+class Remove(Removing):
     """Removes groups of weights at once: by L1 norm, the smallest or largest, or at random.
 
     ratios: share removed from every layer. `[0,0.75,0.75,0.32,0]`: of residual networks, before the blocks, in each
@@ -289,23 +287,25 @@ def remove_options(
     ratios: what it removed (`index`), or as much of each layer (`ratio`). reading: `original` reads `skip` as prefixes
     and ignores what is out of range, see `ratios.parse`.
     """
-    return choice(
-        where, ratios, inherit,
-        skip=skip, granularity=granularity, pick=pick, inherit_as=inherit_as, reading=reading,
-    )  # fmt: skip
 
+    kind: ClassVar[str] = "remove"
 
-def run_remove(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows
-    chosen = settings[0]
-    layers, given = layers_of(problem, chosen), inherited_keep(problem, chosen)
+    def check(self, where: str) -> None:
+        self.choice(where)
 
-    def cut(state):
-        key = train.stage_key(state.key, place.position)
-        keep = growing.pick(state.params, layers, pick=chosen.pick, key=key) | given
-        return removed(problem, state, chosen, keep)
+    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+        check_choice(problem, self.choice(where))
 
-    yield _last(problem, jax.jit(problem.lift(cut))(state), step=0)
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        chosen = self.choice(f"config.{place.name}")
+        layers, given = layers_of(problem, chosen), inherited_keep(problem, chosen)
+
+        def cut(state):
+            key = train.stage_key(state.key, place.position)
+            keep = growing.pick(state.params, layers, pick=chosen.pick, key=key) | given
+            return removed(problem, state, chosen, keep)
+
+        yield _last(problem, jax.jit(problem.lift(cut))(state), step=0)
 
 
 def _last(problem: train.Problem, state: train.State, step: int) -> train.Update:
@@ -341,36 +341,8 @@ class Growth(NamedTuple):
         return chosen.update_every * (chosen.pick_updates + chosen.push_updates) + chosen.stabilize_steps + 1
 
 
-def grow_options(
-    where: str,
-    *,
-    optimizer: dict,
-    method: Literal["greg1", "greg2", "fixreg"] = "greg1",
-    ratios: str | tuple = "",
-    skip: str = "",
-    granularity: Granularity = "filter",
-    pick: growing.Pick = "min",
-    inherit: str = "",
-    inherit_as: Literal["index", "ratio"] = "index",
-    reading: Literal["correct", "original"] = "correct",
-    batch_size: tables.Count = 128,
-    augment: str = "none",
-    loss: dict = {"name": "cross_entropy"},  # noqa: B006 - never changed
-    update_every: tables.Count = 5,
-    granularity_prune: tables.Positive = 1e-4,
-    granularity_pick: tables.Positive = 1e-5,
-    granularity_recover: float = -1e-4,
-    upper_limit: tables.Positive = 1.0,
-    upper_limit_pick: tables.Positive = 1e-2,
-    mag_ratio_limit: tables.Positive = 1000.0,
-    stabilize_steps: tables.Index = 40_000,
-    fix_steps: tables.Index = 10_000,
-    counting: Literal["exact", "float32", "float64"] = "exact",
-    penalty_only: bool = False,
-    evaluate_every: tables.Count = 1,
-    log_every: tables.Count = 100,
-    log_scores: bool = False,
-) -> train.Fit:
+@tables.option
+class Grow(Removing):
     """Trains under a growing penalty until what it pushes is small, then removes that: GReg-1, GReg-2, FixReg.
 
     ratios, skip, granularity, pick, inherit, inherit_as, reading: what goes, see `remove`. method, update_every (steps)
@@ -380,93 +352,102 @@ def grow_options(
     penalties move them. log_every: steps between logs of the penalties and norms of each layer, counted anew every
     epoch; log_scores: with the norm of every group.
     """
-    fit = stages.train_options(
-        where, epochs=1, batch_size=batch_size, optimizer=optimizer, loss=loss, augment=augment,
-        evaluate_every=evaluate_every,
-    )  # fmt: skip
-    chosen = choice(
-        where, ratios, inherit,
-        skip=skip, granularity=granularity, pick=pick, inherit_as=inherit_as, reading=reading,
-    )  # fmt: skip
-    options = dict(
-        method=method, update_every=update_every, granularity_prune=granularity_prune,
-        granularity_pick=granularity_pick, granularity_recover=granularity_recover, upper_limit=upper_limit,
-        upper_limit_pick=upper_limit_pick, mag_ratio_limit=mag_ratio_limit, stabilize_steps=stabilize_steps,
-        fix_steps=fix_steps, counting=counting,
-    )  # fmt: skip
-    growing.plan(**options)
-    growth = Growth(chosen, tuple(sorted(options.items())), penalty_only, log_every, log_scores)
-    return fit._replace(growth=growth)
+
+    kind: ClassVar[str] = "grow"
+    optimizer: dict
+    method: Literal["greg1", "greg2", "fixreg"] = "greg1"
+    batch_size: tables.Count = 128
+    augment: str = "none"
+    loss: dict = losses.CROSS_ENTROPY
+    update_every: tables.Count = 5
+    granularity_prune: tables.Positive = 1e-4
+    granularity_pick: tables.Positive = 1e-5
+    granularity_recover: float = -1e-4
+    upper_limit: tables.Positive = 1.0
+    upper_limit_pick: tables.Positive = 1e-2
+    mag_ratio_limit: tables.Positive = 1000.0
+    stabilize_steps: tables.Index = 40_000
+    fix_steps: tables.Index = 10_000
+    counting: Literal["exact", "float32", "float64"] = "exact"
+    penalty_only: bool = False
+    evaluate_every: tables.Count = 1
+    log_every: tables.Count = 100
+    log_scores: bool = False
+
+    def settings(self, where: str) -> "Growing":
+        names = ("batch_size", "optimizer", "loss", "augment", "evaluate_every")
+        training = stages.Train(epochs=1, **{name: getattr(self, name) for name in names})
+        fit = training.settings(where)
+        options = {name: getattr(self, name) for name in PENALTY}
+        growing.plan(**options)
+        growth = Growth(
+            self.choice(where), tuple(sorted(options.items())), self.penalty_only, self.log_every, self.log_scores
+        )
+        fields = {field.name: getattr(fit, field.name) for field in dataclasses.fields(fit)}
+        return Growing(**{**fields, "growth": growth})
 
 
-def _sized(problem: train.Problem, fit: train.Fit) -> train.Fit:
-    """With as many epochs as growth may take, and one more, which it never ends."""
-    return fit._replace(epochs=math.ceil(fit.growth.most_steps() / fit.steps_per_epoch(problem)) + 1)
+PENALTY = tuple(name for name in tables.parameters(growing.plan) if name != "pick")
 
 
-def _numbers(problem: train.Problem, state: train.State, settings: list[train.Fit]) -> dict[str, Any]:
-    return stages.numbers_of(problem, state, settings) | dict(key=state.key)
+class Growing(train.Fit):
+    """A checked `grow` stage: a training that ends by removing what it pushed to zero."""
+
+    def sized(self, problem: train.Problem) -> "Growing":
+        """With as many epochs as growth may take, and one more, which it never ends."""
+        epochs = math.ceil(self.growth.most_steps() / self.steps_per_epoch(problem)) + 1
+        return dataclasses.replace(self, epochs=epochs)
+
+    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+        super().check_network(problem, where, visits)
+        check_choice(problem, self.growth.choice)
+
+    def begin(self, problem, state, settings, place) -> train.State:
+        fits = [own.sized(problem) for own in settings]
+        return train.begin_members(problem, state, fits, _numbers(problem, state, settings))
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        fit = self.sized(problem)
+        growth, spe = fit.growth, fit.steps_per_epoch(problem)
+        layers = layers_of(problem, growth.choice)
+
+        def look(state):
+            numbers = {name: one._asdict() for name, one in growing.progress(state.opt_state).items()}
+            found = dict(finished=growing.finished(state.opt_state), growth=numbers)
+            if not growth.log_scores:
+                return found
+            keep, norms = growing.kept(state.opt_state), growing.scores(state.params, layers)
+            return found | dict(keep=keep, scores={name: norms[name] for name in keep})
+
+        looks = problem.once(("look", fit.program()), lambda: jax.jit(problem.lift(look)))
+        cut = lambda state: removed(problem, state, growth.choice, growing.kept(state.opt_state))
+        numbers = _numbers(problem, state, settings)
+        for update in train.fit_epochs(problem, state, fit, numbers, place.position, place.name, rows[0]):
+            step = int(np.ravel(update.state.step)[0])
+            if step % spe % growth.log_every:
+                yield update
+                continue
+            found = train.member_rows(problem, looks(update.state), step=step)
+            ended = all([row.pop("finished") for (row,) in found])  # noqa: C419 - of every row
+            together = [[*own, *more] for own, more in zip(update.rows, found)]
+            if ended:
+                train.check_finite(update.state, spe, place.name)
+                stages.check_weights(problem, update.state, f"{place.name}, before it removes")
+                last = _last(problem, jax.jit(problem.lift(cut))(update.state), step)
+                yield last._replace(rows=[[*own, *more] for own, more in zip(together, last.rows)])
+                return
+            yield update._replace(rows=together)
 
 
-def begin_grow(problem, state, settings, place) -> train.State:
-    del place
-    fits = [_sized(problem, fit) for fit in settings]
-    return stages.begin_fit(problem, state, fits, _numbers(problem, state, settings))
-
-
-def run_grow(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    fit = _sized(problem, settings[0])
-    growth, spe = fit.growth, fit.steps_per_epoch(problem)
-    layers = layers_of(problem, growth.choice)
-
-    def look(state):
-        numbers = {name: one._asdict() for name, one in growing.progress(state.opt_state).items()}
-        found = dict(finished=growing.finished(state.opt_state), growth=numbers)
-        if not growth.log_scores:
-            return found
-        keep, norms = growing.kept(state.opt_state), growing.scores(state.params, layers)
-        return found | dict(keep=keep, scores={name: norms[name] for name in keep})
-
-    looks = problem.once(("look", fit.program()), lambda: jax.jit(problem.lift(look)))
-    cut = lambda state: removed(problem, state, growth.choice, growing.kept(state.opt_state))
-    numbers = _numbers(problem, state, settings)
-    for update in train.fit_epochs(problem, state, fit, numbers, place.position, place.name, rows[0]):
-        step = int(np.ravel(update.state.step)[0])
-        if step % spe % growth.log_every:
-            yield update
-            continue
-        found = train.member_rows(problem, looks(update.state), step=step)
-        ended = all([row.pop("finished") for (row,) in found])  # noqa: C419 - of every row
-        together = [[*own, *more] for own, more in zip(update.rows, found)]
-        if ended:
-            train.check_finite(update.state, spe, place.name)
-            stages.check_weights(problem, update.state, f"{place.name}, before it removes")
-            last = _last(problem, jax.jit(problem.lift(cut))(update.state), step)
-            yield last._replace(rows=[[*own, *more] for own, more in zip(together, last.rows)])
-            return
-        yield update._replace(rows=together)
+def _numbers(problem: train.Problem, state: train.State, settings: Sequence[Growing]) -> dict[str, Any]:
+    return train.numbers_of_fits(problem, state, settings) | dict(key=state.key)
 
 
 # oracle ------------------------------------------------------------------------------------------------------
 
 
-class Oracle(NamedTuple):
-    choice: Choice
-    limit: int
-    batch: int
-    retrain: str
-
-
-def oracle_options(
-    where: str,
-    *,
-    ratios: str | tuple,
-    skip: str = "",
-    granularity: Literal["filter", "channel"] = "filter",
-    limit: tables.Count = 100_000,
-    batch: tables.Count = 16,
-    retrain: str = "",
-) -> Oracle:
+@tables.option
+class Oracle(interface.Stage):
     """Tries every choice of groups, all layers together, and removes that of the least training loss: tiny networks.
 
     ratios, skip, granularity: what may go, see `remove`; -1 is not allowed. limit: choices above which it refuses.
@@ -474,43 +455,66 @@ def oracle_options(
     choice, before its loss counts; the choices then run one after the other. The row tells how many choices are better
     than that by norm (`rank`, 1: none).
     """
-    fields = dict(pick="min", inherit_as="index", reading="correct")
-    chosen = choice(where, ratios, "", skip=skip, granularity=granularity, **fields)
-    return Oracle(chosen, limit, 1 if retrain else batch, retrain)
 
+    kind: ClassVar[str] = "oracle"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    makes_network: ClassVar[bool] = True
+    ratios: str | tuple
+    skip: str = ""
+    granularity: Literal["filter", "channel"] = "filter"
+    limit: tables.Count = 100_000
+    batch: tables.Count = 16
+    retrain: str = ""
 
-def run_oracle(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows
-    found, parts = stages.rows_per_member(problem), []
-    for i, own in structured.members_of(problem, state):
-        chosen = settings[i]
-        losing = [layer for layer in layers_of(problem, chosen.choice) if layer.num_pruned != 0]
-        alone = problem._replace(members=None, compiled={})
-        fits = place.others[chosen.retrain][i : i + 1] if chosen.retrain else []
-        evaluate = _trained(alone, own, chosen, fits, place) if fits else _evaluated(alone, own, chosen)
-        result = probes.oracle(evaluate, oracle_counts(losing, chosen), batch=chosen.batch, limit=chosen.limit)
-        by_norm = growing.pick(own.params, losing)
-        found[i].append(
-            dict(
-                choices=len(result.losses),
-                loss=float(result.losses.min()),
-                loss_by_norm=float(result.losses[probes.row_of(result, by_norm)]),
-                rank=probes.rank(result, by_norm),
-                losses=np.sort(result.losses)[:10_000].tolist(),
-            )
+    def choice(self, where: str) -> Choice:
+        """What may go; raises ConfigError."""
+        fields = dict(skip=self.skip, granularity=self.granularity)
+        return choice(where, self.ratios, "", pick="min", inherit_as="index", reading="correct", **fields)
+
+    def check(self, where: str) -> None:
+        self.choice(where)
+
+    def check_streamed(self, where: str) -> None:
+        raise tables.ConfigError(
+            f"config.data.stream leaves images where they are, but {where}.kind 'oracle' evaluates every choice on all "
+            "of them in memory."
         )
-        keep = {name: jnp.asarray(kept) for name, kept in result.best.items()}
-        parts.append(removed(problem, own, chosen.choice, keep))
-    together = parts[0] if problem.members is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    yield train.Update(together, found, 1.0)
+
+    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+        oracle_counts(check_choice(problem, self.choice(where)), self, where)
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        found, parts = interface.rows_per_member(problem), []
+        for i, own in structured.members_of(problem, state):
+            chosen = settings[i]
+            removing = chosen.choice(f"config.{place.name}")
+            losing = [layer for layer in layers_of(problem, removing) if layer.num_pruned != 0]
+            alone = problem._replace(members=None, compiled={})
+            fits = place.others[chosen.retrain][i : i + 1] if chosen.retrain else []
+            evaluate = _trained(alone, own, removing, fits, place) if fits else _evaluated(alone, own, removing)
+            counts = oracle_counts(losing, chosen, removing.where)
+            result = probes.oracle(evaluate, counts, batch=1 if fits else chosen.batch, limit=chosen.limit)
+            by_norm = growing.pick(own.params, losing)
+            found[i].append(
+                dict(
+                    choices=len(result.losses),
+                    loss=float(result.losses.min()),
+                    loss_by_norm=float(result.losses[probes.row_of(result, by_norm)]),
+                    rank=probes.rank(result, by_norm),
+                    losses=np.sort(result.losses)[:10_000].tolist(),
+                )
+            )
+            keep = {name: jnp.asarray(kept) for name, kept in result.best.items()}
+            parts.append(removed(problem, own, removing, keep))
+        together = parts[0] if problem.members is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        yield train.Update(together, found, 1.0)
 
 
-def oracle_counts(layers: Sequence[growing.Layer], chosen: Oracle) -> dict[str, tuple[int, int]]:
+def oracle_counts(layers: Sequence[growing.Layer], chosen: Oracle, where: str) -> dict[str, tuple[int, int]]:
     """(groups, how many go) of the layers that lose any; raises ConfigError where that cannot be tried exhaustively."""
     counts = {layer.name: (layer.size, layer.num_pruned) for layer in layers if layer.num_pruned != 0}
-    where = chosen.choice.where
     if None in [number for _, number in counts.values()]:
-        raise tables.ConfigError(f"{where}.ratios is {chosen.choice.ratios!r}; allowed: numbers of groups, not -1.")
+        raise tables.ConfigError(f"{where}.ratios is {chosen.ratios!r}; allowed: numbers of groups, not -1.")
     try:
         probes.check_counts(counts, chosen.limit)
     except ValueError as error:
@@ -518,12 +522,12 @@ def oracle_counts(layers: Sequence[growing.Layer], chosen: Oracle) -> dict[str, 
     return counts
 
 
-def _evaluated(problem: train.Problem, state: train.State, chosen: Oracle) -> Callable:
+def _evaluated(problem: train.Problem, state: train.State, chosen: Choice) -> Callable:
     """Training losses of a batch of choices, in one compiled call."""
     measure = train.evaluation(problem, "train")
 
     def one(state, keep, images, labels):
-        cut = removed(problem, state, chosen.choice, keep)
+        cut = removed(problem, state, chosen, keep)
         return measure(cut.params, cut.batch_stats, images, labels)[0]
 
     every = jax.jit(lambda state, keeps, *data: jax.lax.map(lambda keep: one(state, keep, *data), keeps))
@@ -531,15 +535,15 @@ def _evaluated(problem: train.Problem, state: train.State, chosen: Oracle) -> Ca
 
 
 def _trained(
-    problem: train.Problem, state: train.State, chosen: Oracle, fits: list[train.Fit], place: stages.Place
+    problem: train.Problem, state: train.State, chosen: Choice, fits: list[train.Fit], place: interface.Place
 ) -> Callable:
     """The training loss after training what one choice leaves."""
-    numbers = stages.numbers_of(problem, state, fits)
-    cut = jax.jit(lambda keep: removed(problem, state, chosen.choice, keep))
+    numbers = train.numbers_of_fits(problem, state, fits)
+    cut = jax.jit(lambda keep: removed(problem, state, chosen, keep))
 
     def evaluate(keeps):
         current = cut({name: jnp.asarray(keep[0]) for name, keep in keeps.items()})
-        current = stages.begin_fit(problem, current, fits, numbers)
+        current = train.begin_members(problem, current, fits, numbers)
         for update in train.fit_epochs(problem, current, fits[0], numbers, place.position, place.name):
             current = update.state
         loss, _ = train.evaluate(problem, current.params, current.batch_stats, "train")
@@ -551,105 +555,85 @@ def _trained(
 # Changes and measurements without training -------------------------------------------------------------------
 
 
-class Reinit(NamedTuple):
-    method: str
-
-
-def reinit_options(where: str, *, method: str = "normal") -> Reinit:
+@tables.option
+class Reinit(interface.Stage):
     """Draws the weights that are left anew, and starts the running statistics anew: is it the structure that matters?
 
     method: `normal` (He et al.) or `orthogonal`, with the fan-in of what is left; see `surgery.reinitialize`.
     """
-    tables.lookup(surgery.METHODS, method, f"{where}.method")
-    return Reinit(method)
+
+    kind: ClassVar[str] = "reinit"
+    method: str = "normal"
+
+    def check(self, where: str) -> None:
+        tables.lookup(surgery.METHODS, self.method, f"{where}.method")
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        def draw(state):
+            key = train.stage_key(state.key, place.position)
+            params = surgery.reinitialize(state.params, state.masks, key, method=self.method)
+            fresh = problem.init(jax.random.wrap_key_data(state.key))["batch_stats"]
+            return state._replace(params=params, batch_stats=fresh)
+
+        yield train.Update(jax.jit(problem.lift(draw))(state), interface.rows_per_member(problem), 1.0)
 
 
-def run_reinit(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows
-    method = settings[0].method
-
-    def draw(state):
-        key = train.stage_key(state.key, place.position)
-        params = surgery.reinitialize(state.params, state.masks, key, method=method)
-        fresh = problem.init(jax.random.wrap_key_data(state.key))["batch_stats"]
-        return state._replace(params=params, batch_stats=fresh)
-
-    yield train.Update(jax.jit(problem.lift(draw))(state), stages.rows_per_member(problem), 1.0)
-
-
-class Noise(NamedTuple):
-    where: str
-    std: float
-    num: int
-    relative: bool
-    parameters: str
-
-
-def noise_options(
-    where: str,
-    *,
-    std: tables.NonNegative = 0.01,
-    num: tables.Count = 10,
-    relative: bool = False,
-    parameters: str = ".*",
-) -> Noise:
+@tables.option
+class Noise(interface.Stage):
     """Accuracy and loss of the network with Gaussian noise on its weights, `num` times; the network stays as it is.
 
     std: of the noise, or with `relative` of that over the root mean square of each array. parameters: pattern of the
     whole paths of the arrays that get it. Masked weights stay zero.
     """
-    trees.check_pattern(parameters, f"{where}.parameters")
-    return Noise(where, std, num, relative, parameters)
+
+    kind: ClassVar[str] = "noise"
+    std: tables.NonNegative = 0.01
+    num: tables.Count = 10
+    relative: bool = False
+    parameters: str = ".*"
+
+    def check(self, where: str) -> None:
+        trees.check_pattern(self.parameters, f"{where}.parameters")
+
+    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+        trees.matching(stages.shapes_of(problem), self.parameters, f"{where}.parameters")
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        done = len(rows[0])
+
+        def disturb(state, draw):
+            key = jax.random.fold_in(train.stage_key(state.key, place.position), draw)
+            options = dict(std=self.std, relative=self.relative, pattern=self.parameters, kept=state.masks)
+            return surgery.add_noise(state.params, key, **options)
+
+        compiled = jax.jit(problem.lift(disturb, (0, None)))
+        for draw in range(done, self.num):
+            loss, accuracy = train.evaluate(problem, compiled(state, draw), state.batch_stats, "test")
+            found = train.member_rows(problem, dict(loss=loss, accuracy=accuracy), draw=draw, std=self.std)
+            yield train.Update(state, found, (draw + 1) / self.num)
 
 
-def run_noise(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    done, chosen = len(rows[0]), settings[0]
-
-    def disturb(state, draw):
-        key = jax.random.fold_in(train.stage_key(state.key, place.position), draw)
-        options = dict(std=chosen.std, relative=chosen.relative, pattern=chosen.parameters, kept=state.masks)
-        return surgery.add_noise(state.params, key, **options)
-
-    compiled = jax.jit(problem.lift(disturb, (0, None)))
-    for draw in range(done, chosen.num):
-        loss, accuracy = train.evaluate(problem, compiled(state, draw), state.batch_stats, "test")
-        found = train.member_rows(problem, dict(loss=loss, accuracy=accuracy), draw=draw, std=chosen.std)
-        yield train.Update(state, found, (draw + 1) / chosen.num)
-
-
-class Jacobian(NamedTuple):
-    num_examples: int
-
-
-def jacobian_options(where: str, *, num_examples: tables.Count = 100) -> Jacobian:
+@tables.option
+class Jacobian(interface.Stage):
     """Singular values of the Jacobian of the logits in the image, of `num_examples` train images: mean, spread
     and range. Which ones: see `config.sample`.
 
     Mean 1 and spread 0 is dynamical isometry. The network stays as it is.
     """
-    del where
-    return Jacobian(num_examples)
+
+    kind: ClassVar[str] = "jacobian"
+    num_examples: tables.Count = 100
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        images = problem.images(problem.examples("train", self.num_examples)[0])
+
+        def measure(state, images):
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            values = probes.jacobian_singular_values(problem.model.apply, variables, images)
+            return dict(probes.isometry(values)._asdict(), mean_by_rank=values.mean(0))
+
+        found = jax.jit(problem.lift(measure, (0, None)))(state, images)
+        yield train.Update(state, train.member_rows(problem, found, num_examples=len(images)), 1.0)
 
 
-def run_jacobian(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows, place
-    images = problem.images(problem.examples("train", settings[0].num_examples)[0])
-
-    def measure(state, images):
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        values = probes.jacobian_singular_values(problem.model.apply, variables, images)
-        return dict(probes.isometry(values)._asdict(), mean_by_rank=values.mean(0))
-
-    found = jax.jit(problem.lift(measure, (0, None)))(state, images)
-    yield train.Update(state, train.member_rows(problem, found, num_examples=len(images)), 1.0)
-
-
-REMOVING = ("grow", "remove", "oracle")
-STAGES = {
-    "grow": stages.Stage(grow_options, begin_grow, run_grow, ("train",)),
-    "remove": stages.Stage(remove_options, stages.as_it_is, run_remove, ("train",)),
-    "oracle": stages.Stage(oracle_options, stages.as_it_is, run_oracle, ("train",)),
-    "reinit": stages.Stage(reinit_options, stages.as_it_is, run_reinit),
-    "noise": stages.Stage(noise_options, stages.as_it_is, run_noise),
-    "jacobian": stages.Stage(jacobian_options, stages.as_it_is, run_jacobian),
-}
+STAGES = (Grow, Remove, Oracle, Reinit, Noise, Jacobian)

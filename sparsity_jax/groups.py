@@ -1,28 +1,35 @@
-"""Channels of any JAX function that live or die together, derived from its jaxpr: trace, mask, compact, run.
+"""Channels of any JAX function that live or die together, derived from its jaxpr.
 
     channels = groups.trace(model.apply, variables, images)
     print(groups.describe(channels))
-    keep = {name: scores[name] > threshold for name in channels.names}         # bool [channels] of every group
-    logits = model.apply(groups.mask(variables, channels, keep), images)       # shapes unchanged, keep may be traced
-    small = groups.compact(variables, channels, keep)                          # removed channels cut out, once
-    logits = groups.elastic(model.apply, channels, keep)(small, images)        # the same function on smaller arrays
+    keep = {name: scores[name] > 0 for name in channels.names}  # bool [channels] of every group
+    logits = model.apply(groups.mask(variables, channels, keep), images)  # keep may be traced
+    small = groups.compact(variables, channels, keep)  # removed channels cut out, once
+    logits = groups.elastic(model.apply, channels, keep)(small, images)  # the same function
 
-Linen, NNX, Equinox and hand-written functions work alike: `apply(variables, *inputs)` must be traceable and its
-variables a pytree of arrays. A group is data: which entries of which axes of which arrays belong to each channel. What
-the analysis cannot follow stays whole and is listed in `channels.frozen`, never guessed. `flow` has the rules.
+Linen, NNX, Equinox and hand-written functions work alike: `apply(variables, *inputs)` must be
+traceable and its variables a pytree of arrays. A group is data: which entries of which axes of
+which arrays belong to each channel. What the analysis cannot follow stays whole and is listed in
+`channels.frozen`, never guessed. `channels.walk` tells what, `channels.rules` has the rules.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import flow, trees
+from sparsity_jax import tables, trees
+from sparsity_jax.channels import execute, rules, walk
+from sparsity_jax.channels.values import Place
 
 PyTree = Any
+Struct = jax.ShapeDtypeStruct
+Arrays = dict[str, Any]  # by path, or by name of group
+Sums = Literal["allow", "freeze"]
+Branches = Literal["tied", "separate"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
 
 
@@ -32,8 +39,10 @@ class Member(NamedTuple):
     path: str  # e.g. params/conv1/kernel
     axis: int
     index: np.ndarray  # int [channels, copies]
-    role: str  # producer: a kernel's outputs; consumer: its inputs; depthwise: both; other: biases, norms
-    exposed: bool = False  # a consumer of what is not zero where other members are, e.g. behind a sigmoid
+    # producer: a kernel's outputs; consumer: its inputs; depthwise: both; other: biases, norms
+    role: str
+    # a consumer of what is not zero where other members are, e.g. behind a sigmoid
+    exposed: bool = False
 
 
 class Group(NamedTuple):
@@ -42,6 +51,9 @@ class Group(NamedTuple):
     name: str
     size: int
     members: tuple[Member, ...]
+
+
+Groups = dict[str, Group]
 
 
 class Frozen(NamedTuple):
@@ -56,9 +68,9 @@ class Frozen(NamedTuple):
 class Channels(NamedTuple):
     """What `trace` finds: data only, except for the analysis that `elastic` runs on."""
 
-    groups: dict[str, Group]
+    groups: Groups
     frozen: tuple[Frozen, ...]
-    shapes: dict[str, jax.ShapeDtypeStruct]  # of the full variables, by path
+    shapes: dict[str, Struct]  # of the full variables, by path
     traced: "_Traced"
     options: tuple[tuple[str, str], ...]
 
@@ -73,77 +85,99 @@ class Channels(NamedTuple):
 
 class _Traced(NamedTuple):
     apply: Callable
-    analysis: flow.Analysis
+    analysis: walk.Analysis
+    groups: Groups
     atoms: dict[str, np.ndarray]  # label of every channel, by name of group
     signature: tuple  # of the arguments it was traced for
     tree: Any  # of the results
 
     @property
-    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def inputs(self) -> tuple[Struct, ...]:
         """Shapes and types of the inputs it was traced for."""
         return self.signature[1]
+
+    def alive(self, keep: Keep) -> execute.Alive:
+        """Which entries of the program stay. keep: of all groups."""
+        removed: set[int] = set()
+        for name, atoms in self.atoms.items():
+            gone = ~np.asarray(keep[name])
+            removed.update(atoms[gone].tolist())
+        return execute.Alive(self.analysis.labels, removed)
 
 
 def trace(
     apply: Callable,
     variables: PyTree,
     *inputs: PyTree,
-    sums: Literal["allow", "freeze"] = "allow",
-    branches: Literal["tied", "separate"] = "tied",
+    sums: Sums = "allow",
+    branches: Branches = "tied",
 ) -> Channels:
-    """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode; nothing is computed.
+    """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode.
 
-    variables, inputs: arrays or shape structs. Axes of inputs and results are never removed, nor are integer arrays.
-    sums: `freeze` keeps axes whole that are summed up without weights (the width of a layer norm): a module built anew
-    at the smaller width would divide by another number. `elastic` runs the traced program, for which `allow` is exact.
-    branches: `separate` lets the two sides of a skip connection be masked one by one, as the gradient-flow original
-    does; such channels cannot be compacted.
+    variables, inputs: arrays or shape structs; nothing is computed. Axes of inputs and results are
+    never removed, nor are integer arrays.
+    sums: `freeze` keeps axes whole that are summed up without weights (the width of a layer norm):
+    a module built anew at the smaller width would divide by another number. `elastic` runs the
+    traced program, for which `allow` is exact.
+    branches: `separate` lets the two sides of a skip connection be masked one by one, as the
+    gradient-flow original does; such channels cannot be compacted.
     Raises TypeError for an apply that cannot be traced and for variables that are no arrays.
     """
-    for name, value, known in (("sums", sums, ("allow", "freeze")), ("branches", branches, ("tied", "separate"))):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; allowed: {known[0]!r} or {known[1]!r}.")
-    leaves, shapes = _shapes(variables)
-    traced = _trace(apply, variables, inputs, dict(sums=sums, branches=branches))
-    found = _groups(traced.analysis, list(leaves))
-    atoms = {name: labels for name, (_, labels) in found.items()}
+    tables.convert(sums, Sums, "sums")
+    tables.convert(branches, Branches, "branches")
+    options = dict(sums=sums, branches=branches)
+    leaves = _arrays(variables)
     paths = list(leaves)
+    traced = _trace(apply, variables, inputs, options)
     frozen = []
     for event in traced.analysis.events:
-        members = tuple((paths[i], a) for i, a in event.axes if i < len(paths))
-        if members:
+        places = [place for place in event.axes if place[0] < len(paths)]
+        if places:
+            members = tuple((paths[i], a) for i, a in places)
             frozen.append(Frozen(event.reason, event.primitive, event.source, members))
-    grouped = {name: group for name, (group, _) in found.items()}
-    frozen += _left(traced.analysis, paths, grouped)
-    options = (("sums", sums), ("branches", branches))
-    return Channels(grouped, tuple(frozen), shapes, traced._replace(atoms=atoms), options)
+    frozen += _left(traced, paths)
+    shapes = {path: _struct(leaf) for path, leaf in leaves.items()}
+    return Channels(traced.groups, tuple(frozen), shapes, traced, tuple(options.items()))
 
 
-def _left(analysis: flow.Analysis, paths: list[str], groups: dict[str, Group]) -> list[Frozen]:
+def _left(traced: _Traced, paths: list[str]) -> list[Frozen]:
     """Axes that nothing froze but that are in no group."""
-    grouped = {(member.path, member.axis) for group in groups.values() for member in group.members}
+    grouped = set()
+    for group in traced.groups.values():
+        grouped.update((member.path, member.axis) for member in group.members)
+    analysis = traced.analysis
     left: dict[str, list] = {}
     for i, path in enumerate(paths):
-        for a, axis in enumerate(analysis.inputs[i].labels):
-            if (path, a) not in grouped and analysis.labels.is_live(axis):
-                reason = "could lose one channel only" if i in analysis.used else "is not used"
+        reason = "could lose one channel only" if i in analysis.used else "is not used"
+        for a, axis in enumerate(analysis.inputs[i].axes):
+            live = analysis.labels.is_live(axis.labels)
+            if live and (path, a) not in grouped:
                 left.setdefault(reason, []).append((path, a))
     return [Frozen(reason, "trace", "", tuple(places)) for reason, places in left.items()]
 
 
-def _shapes(variables: PyTree) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
+def _arrays(variables: PyTree) -> dict[str, Any]:
+    """Leaves by path; raises TypeError for one that is no array."""
     leaves = trees.named_leaves(variables)
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise TypeError(
-                f"variables hold {type(leaf).__name__} at {path!r}; give arrays only, e.g. the first part of "
-                "equinox.partition(model, equinox.is_array) or the state of nnx.split(model)."
+                f"variables hold {type(leaf).__name__} at {path!r}; give arrays only, e.g. the "
+                "first part of equinox.partition(model, equinox.is_array) or the state of "
+                "nnx.split(model)."
             )
-    return leaves, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    return leaves
 
 
-def _trace(apply: Callable, variables: PyTree, inputs: tuple, options: dict[str, str]) -> _Traced:
-    abstract = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else _struct(leaf), inputs)
+def _trace(
+    apply: Callable,
+    variables: PyTree,
+    inputs: tuple,
+    options: dict[str, str],
+    state: str = "",
+) -> _Traced:
+    """state: see `elastic`."""
+    abstract = jax.tree.map(_abstract, inputs)
     try:
         closed, result = jax.make_jaxpr(apply, return_shape=True)(variables, *abstract)
     except (
@@ -152,117 +186,205 @@ def _trace(apply: Callable, variables: PyTree, inputs: tuple, options: dict[str,
         jax.errors.TracerArrayConversionError,
     ) as error:
         raise TypeError(
-            f"apply cannot be traced: {type(error).__name__}. It must not branch on values or turn them into NumPy; "
-            "call it in inference mode with all settings bound, e.g. functools.partial(model.apply, train=False)."
+            f"apply cannot be traced: {type(error).__name__}. It must not branch on values or turn "
+            "them into NumPy; call it in inference mode with all settings bound, e.g. "
+            "functools.partial(model.apply, train=False)."
         ) from error
-    num = len(jax.tree.leaves(variables))
-    frozen = range(num, len(closed.jaxpr.invars))
-    analysis = flow.analyse(closed, frozen, **options)
-    return _Traced(apply, analysis, {}, _signature(variables, inputs), jax.tree.structure(result))
+    paths = list(trees.named_leaves(variables))
+    carried = _carried(result, paths, state) if state else {}
+    inputs_only = range(len(paths), len(closed.jaxpr.invars))
+    analysis = walk.analyse(closed, inputs_only, carried=carried, **options)
+    groups, atoms = _groups(analysis, paths)
+    tree = jax.tree.structure(result)
+    return _Traced(apply, analysis, groups, atoms, _signature(variables, inputs), tree)
 
 
-def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+def _carried(result: PyTree, paths: list[str], state: str) -> dict[int, int]:
+    """Numbers of the results below `state`, each with that of the variable it is the next of."""
+    leaves = list(trees.named_leaves(result))
+    below = {path: path.removeprefix(f"{state}/") for path in leaves}
+    below = {path: name for path, name in below.items() if path != name}
+    owned = _owners(below.values(), paths)
+    if not owned or len(owned) < len(below):
+        raise ValueError(
+            f"state is {state!r}; the results below it must have the paths of variables. Results: "
+            f"{leaves[:5]}, variables: {paths[:5]}."
+        )
+    carried = {}
+    for path, name in below.items():
+        carried[leaves.index(path)] = paths.index(owned[name])
+    return carried
+
+
+def _struct(leaf: Any) -> Struct:
+    return Struct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def _abstract(leaf: Any) -> Any:
+    return leaf if hasattr(leaf, "dtype") else _struct(leaf)
 
 
 def _signature(variables: PyTree, inputs: tuple) -> tuple:
-    """What a trace is valid for: the types of the variables, whose shapes are known, and all of the inputs."""
+    """What a trace is valid for: types of the variables, whose shapes are known; all of inputs."""
     leaves, tree = jax.tree.flatten(inputs)
-    return tuple(leaf.dtype for leaf in jax.tree.leaves(variables)), tuple(map(_struct, leaves)), tree
+    types = tuple(leaf.dtype for leaf in jax.tree.leaves(variables))
+    return types, tuple(map(_struct, leaves)), tree
 
 
-def _groups(analysis: flow.Analysis, paths: list[str]) -> dict[str, tuple[Group, np.ndarray]]:
-    """Groups and the labels of their channels, by name: channels that are the same entries of the same axes.
+class _Channel(NamedTuple):
+    """What is removed with one label."""
+
+    label: int
+    places: np.ndarray  # int [entries]: positions in a list of places
+    positions: np.ndarray  # int [entries]: where on these axes
+
+
+def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[Groups, Arrays]:
+    """Groups, and the labels of their channels: channels that are entries of the same axes.
 
     Groups and their members are in the order in which the program uses them.
     """
-    order = [i for i in dict.fromkeys((*analysis.used, *range(len(paths)))) if i < len(paths)]
-    places = [(i, a) for i in order for a in range(len(analysis.inputs[i].labels))]
+    places: list[Place] = []
+    for i in dict.fromkeys((*analysis.used, *range(len(paths)))):
+        if i < len(paths):
+            rank = len(analysis.inputs[i].axes)
+            places += [(i, a) for a in range(rank)]
     marks: dict[int, set] = {}
     for label, mark in analysis.labels.marks():
         marks.setdefault(label, set()).add(mark)
-    clusters: dict[tuple, list[tuple[int, np.ndarray]]] = {}
-    for label, place, position in _entries(analysis, places):
-        key = (place.tobytes(), frozenset(marks.get(label, ())))
-        clusters.setdefault(key, []).append((label, place, position))
-    result: dict[str, tuple[Group, np.ndarray]] = {}
-    for found in clusters.values():
-        atoms, place = np.array([label for label, _, _ in found]), found[0][1]
-        if len(atoms) < 2 or not any(places[k][0] in analysis.used for k in place.tolist()):
+    clusters: dict[tuple, list[_Channel]] = {}
+    for channel in _channels(analysis, places):
+        marked = frozenset(marks.get(channel.label, ()))
+        key = (channel.places.tobytes(), marked)
+        clusters.setdefault(key, []).append(channel)
+    groups: Groups = {}
+    atoms: Arrays = {}
+    for channels in clusters.values():
+        inputs = [places[k][0] for k in channels[0].places.tolist()]
+        if len(channels) < 2 or set(inputs).isdisjoint(analysis.used):
             continue
-        positions, members = np.stack([position for _, _, position in found]), []
-        for k in np.unique(place).tolist():
-            i, a = places[k]
-            role, exposed = analysis.roles.get((i, a), "other"), (i, a) in analysis.exposed
-            members.append(Member(paths[i], a, positions[:, place == k], role, exposed))
-        name = _name(members, paths, result)
-        result[name] = (Group(name, len(atoms), tuple(members)), atoms)
-    return result
+        members = _members(analysis, paths, places, channels)
+        name = _name(members, paths, groups)
+        groups[name] = Group(name, len(channels), members)
+        atoms[name] = np.array([channel.label for channel in channels])
+    return groups, atoms
 
 
-def _entries(analysis: flow.Analysis, places: list) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """(label, number in `places`, position) of all entries that die with each label, in order of the first of them."""
-    labels, rows = analysis.labels, []
+def _members(
+    analysis: walk.Analysis,
+    paths: list[str],
+    places: list[Place],
+    channels: list[_Channel],
+) -> tuple[Member, ...]:
+    at = channels[0].places
+    positions = np.stack([channel.positions for channel in channels])
+    members = []
+    for k in np.unique(at).tolist():
+        number, axis = place = places[k]
+        role = analysis.roles.get(place, "other")
+        exposed = place in analysis.exposed
+        index = positions[:, at == k]
+        members.append(Member(paths[number], axis, index, role, exposed))
+    return tuple(members)
+
+
+def _channels(analysis: walk.Analysis, places: list[Place]) -> list[_Channel]:
+    """All entries that die with each label, in order of the first of them."""
+    labels = analysis.labels
+    rows = [np.zeros((3, 0), int)]
     for k, (i, a) in enumerate(places):
-        found = labels.find(analysis.inputs[i].labels[a])
-        position = np.flatnonzero(found)
-        parts = [labels.parts(label) for label in found[position].tolist()]
-        position = np.repeat(position, [len(own) for own in parts])
-        rows.append(np.stack([[part for own in parts for part in own], np.full(len(position), k), position]))
-    label, place, position = np.concatenate([np.zeros((3, 0), int), *rows], axis=1).astype(int)
+        roots = labels.find(analysis.inputs[i].axes[a].labels)
+        position = np.flatnonzero(roots)
+        parts = [labels.parts(label) for label in roots[position].tolist()]
+        atoms = [atom for several in parts for atom in several]
+        position = np.repeat(position, list(map(len, parts)))
+        place = np.full(len(position), k)
+        rows.append(np.stack([np.array(atoms, int), place, position]))
+    label, place, position = np.concatenate(rows, axis=1)
     order = np.argsort(label, kind="stable")
     starts = np.flatnonzero(np.diff(label[order], prepend=-1))
-    pieces = sorted(np.split(order, starts[1:]) if len(order) else [], key=lambda piece: piece[0])
-    return [(int(label[piece[0]]), place[piece], position[piece]) for piece in pieces]
+    pieces = np.split(order, starts[1:]) if len(order) else []
+    channels = []
+    for piece in sorted(pieces, key=lambda piece: piece[0]):
+        atom = int(label[piece[0]])
+        channels.append(_Channel(atom, place[piece], position[piece]))
+    return channels
 
 
 def _name(members: Sequence[Member], paths: list[str], taken: Mapping) -> str:
-    """Path of the first array that makes the channels, without `kernel`; with its axis, or a number, if need be."""
+    """Path of the first array that makes the channels, without `kernel`; made unique if need be."""
     roles = ("producer", "depthwise", "consumer", "other")
-    first = min(members, key=lambda m: (roles.index(m.role), paths.index(m.path)))
-    name = first.path.removesuffix("/value").rpartition("/")[0] if trees.is_kernel(first.path) else ""
+
+    def rank(member: Member) -> tuple[int, int]:
+        return roles.index(member.role), paths.index(member.path)
+
+    first = min(members, key=rank)
+    name = ""
+    if trees.is_kernel(first.path):
+        name = first.path.removesuffix("/value").rpartition("/")[0]
     name = name or first.path
-    options = itertools.chain(
-        (name, f"{name}[{first.axis}]"), (f"{name}[{first.axis}].{i}" for i in itertools.count(2))
-    )
+    with_axis = f"{name}[{first.axis}]"
+    numbered = (f"{with_axis}.{number}" for number in itertools.count(2))
+    options = itertools.chain((name, with_axis), numbered)
     return next(option for option in options if option not in taken)
 
 
-def complete(channels: Channels, keep: Keep) -> dict[str, Any]:
-    """`keep` with every group, checked: raises ValueError for unknown groups, wrong sizes and emptied groups."""
+def complete(channels: Channels, keep: Keep) -> Arrays:
+    """`keep` with every group, checked.
+
+    Raises ValueError for unknown groups, wrong sizes and emptied groups.
+    """
     unknown = sorted(set(keep) - set(channels.groups))
     if unknown:
         raise ValueError(f"keep names {unknown[0]!r}; groups: {', '.join(channels.names)}.")
     result = {}
     for name, group in channels.groups.items():
-        own = keep.get(name)
-        own = np.ones(group.size, bool) if own is None else own if hasattr(own, "dtype") else np.asarray(own)
-        if jnp.shape(own) != (group.size,) or own.dtype != bool:
-            raise ValueError(f"keep[{name!r}] is {own.dtype} {jnp.shape(own)}; allowed: bool ({group.size},).")
-        if not isinstance(own, jax.core.Tracer) and not np.any(own):
-            raise ValueError(f"keep[{name!r}] keeps none of {group.size} channels; at least one must stay.")
-        result[name] = own
+        kept = keep.get(name)
+        if kept is None:
+            kept = np.ones(group.size, bool)
+        elif not hasattr(kept, "dtype"):
+            kept = np.asarray(kept)
+        shape = jnp.shape(kept)
+        if shape != (group.size,) or kept.dtype != bool:
+            given = f"{kept.dtype} {shape}"
+            raise ValueError(f"keep[{name!r}] is {given}; allowed: bool ({group.size},).")
+        if not isinstance(kept, jax.core.Tracer) and not np.any(kept):
+            told = f"keeps none of {group.size} channels; at least one must stay"
+            raise ValueError(f"keep[{name!r}] {told}.")
+        result[name] = kept
     return result
 
 
-def _alive(channels: Channels, keep: Keep) -> dict[str, list[tuple[int, Any]]]:
-    """(axis, bool of its length: which entries stay), by path: of axes with members only."""
-    numpy = not any(isinstance(own, jax.Array) for own in keep.values())
-    xp = np if numpy else jnp
-    found: dict[str, dict[int, Any]] = {}
+def _known(channels: Channels, keep: Keep) -> Arrays:
+    """`complete` of what is known while tracing."""
+    checked = complete(channels, keep)
+    return {name: np.asarray(kept) for name, kept in checked.items()}
+
+
+def _alive(channels: Channels, keep: Keep) -> dict[str, dict[int, Any]]:
+    """bool [size], which entries stay, by path and axis: of axes with members only."""
+    traced = any(isinstance(kept, jax.Array) for kept in keep.values())
+    xp = jnp if traced else np
+    alive: dict[str, dict[int, Any]] = {}
     for name, group in channels.groups.items():
+        padded = xp.append(keep[name], True)
         for member in group.members:
             size = channels.shapes[member.path].shape[member.axis]
-            own = xp.append(keep[name], True)[_channels_of(member.index, size)].all(1)
-            axes = found.setdefault(member.path, {})
-            axes[member.axis] = axes[member.axis] & own if member.axis in axes else own
-    return {path: sorted(axes.items()) for path, axes in found.items()}
+            stays = padded[_channels_of(member.index, size)].all(1)
+            axes = alive.setdefault(member.path, {})
+            if member.axis in axes:
+                stays = axes[member.axis] & stays
+            axes[member.axis] = stays
+    return alive
 
 
 def _channels_of(index: np.ndarray, size: int) -> np.ndarray:
-    """int [size, most]: the channels that each entry belongs to, several for those of x[:, None] * x[None]; filled up
-    with the number of channels."""
-    entry, channel = index.ravel(), np.repeat(np.arange(len(index)), index.shape[1])
+    """int [size, most]: the channels each entry belongs to, several for x[:, None] * x[None].
+
+    Filled up with the number of channels.
+    """
+    entry = index.ravel()
+    channel = np.repeat(np.arange(len(index)), index.shape[1])
     order = np.argsort(entry, kind="stable")
     entry, channel = entry[order], channel[order]
     rank = np.arange(len(entry)) - np.searchsorted(entry, entry)
@@ -272,33 +394,46 @@ def _channels_of(index: np.ndarray, size: int) -> np.ndarray:
 
 
 def owners(tree: PyTree, channels: Channels) -> dict[str, str]:
-    """Path of the variable that each leaf of `tree` belongs to: the variables themselves, a part, or optimizer state.
+    """Path of the variable that each leaf of `tree` belongs to.
 
-    A leaf belongs to the variable whose path, whole or without its first part, ends its own. Raises ValueError if
-    there are several.
+    tree: the variables themselves, a part, or optimizer state. A leaf belongs to the variable whose
+    path, whole or without its first part, ends its own. Raises ValueError if there are several.
     """
-    whole, rest = {path: [path] for path in channels.shapes}, {}
-    for path in channels.shapes:
+    return _owners(trees.named_leaves(tree), channels.shapes)
+
+
+def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
+    whole = {path: [path] for path in variables}
+    rest: dict[str, list[str]] = {}
+    for path in whole:
         rest.setdefault(path.partition("/")[2], []).append(path)
     result: dict[str, str] = {}
-    for path in trees.named_leaves(tree):
-        parts = path.split("/")
-        ends = ["/".join(parts[i:]) for i in range(len(parts))]
-        fitting = next((known[end] for known in (whole, rest) for end in ends if end in known), [])
+    for path in paths:
+        fitting = _fitting(path, whole) or _fitting(path, rest)
         if len(fitting) > 1:
-            raise ValueError(
-                f"{path} may belong to {' or '.join(fitting)}; give a tree with the paths of the variables."
-            )
+            several = " or ".join(fitting)
+            told = "give a tree with the paths of the variables"
+            raise ValueError(f"{path} may belong to {several}; {told}.")
         if fitting:
             result[path] = fitting[0]
     return result
 
 
-def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
-    """What the traced function does with the axes of each array of `tree`, by path and axis; also of axes in no group.
+def _fitting(path: str, known: Mapping[str, list[str]]) -> list[str]:
+    """What is known of the longest end of the path of which anything is."""
+    while path not in known:
+        if "/" not in path:
+            return []
+        _, _, path = path.partition("/")
+    return known[path]
 
-    `producer`: it makes channels, or `depthwise`, from one channel each; `consumer`: a matrix product or convolution
-    sums over it; `window`: of a convolution. Other axes are missing. tree: as for `mask`.
+
+def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
+    """What the traced function does with axes of each array of `tree`, by path and axis.
+
+    `producer`: it makes channels, or `depthwise`, from one channel each; `consumer`: a matrix
+    product or convolution sums over it; `window`: of a convolution. Axes in no group are told too,
+    others are missing. tree: as for `mask`.
     Raises ValueError for arrays of other shapes than those traced.
     """
     traced: dict[str, dict[int, str]] = {}
@@ -307,198 +442,278 @@ def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
         if number < len(paths):
             traced.setdefault(paths[number], {})[axis] = role
     leaves = trees.named_leaves(tree)
-    owned = owners(tree, channels)
-    for path, owner in owned.items():
-        given, expected = leaves[path].shape, channels.shapes[owner].shape
-        if given != expected:
-            raise ValueError(f"{path} has shape {given}; the traced variables have {expected} there.")
-    return {path: traced[owner] for path, owner in owned.items() if owner in traced}
+    result = {}
+    for path, owner in owners(tree, channels).items():
+        _check_shape(path, leaves[path].shape, channels.shapes[owner], "traced")
+        if owner in traced:
+            result[path] = traced[owner]
+    return result
+
+
+def _check_shape(path: str, given: Any, expected: Struct, what: str) -> None:
+    if given != expected.shape:
+        told = f"the {what} variables have {expected.shape} there"
+        raise ValueError(f"{path} has shape {given}; {told}.")
 
 
 def mask(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     """`variables` with removed channels at zero; shapes stay, so that `keep` may be traced.
 
-    variables: those traced, a part of them such as `params`, or a state of an optimizer, whose moments follow. An array
-    belongs to the variable whose path ends its own; those that belong to none stay as they are.
+    variables: those traced, a part of them such as `params`, or a state of an optimizer, whose
+    moments follow. An array belongs to the variable whose path ends its own; those that belong to
+    none stay as they are.
     Raises ValueError for a tree without any, and as `complete` does.
     """
-    alive = _alive(channels, complete(channels, keep))
 
-    def one(path: str, leaf: Any, axes: list[tuple[int, Any]]) -> Any:
-        del path
-        leaf = jnp.asarray(leaf) if axes else leaf
-        for axis, kept in axes:
-            shape = [1] * leaf.ndim
-            shape[axis] = -1
-            leaf = jnp.where(kept.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
-        return leaf
+    def masked(leaf: Any, axis: int, kept: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        shape = [1] * leaf.ndim
+        shape[axis] = -1
+        return jnp.where(kept.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
 
-    return _map(one, variables, channels, alive)
+    return _map(masked, variables, channels, complete(channels, keep))
 
 
 def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
-    """`variables` without removed channels, for `elastic`; takes what `mask` takes, with `keep` known."""
+    """`variables` without removed channels, for `elastic`; arguments as for `mask`, keep known."""
     _check_tied(channels)
-    alive = _alive(channels, {name: np.asarray(own) for name, own in complete(channels, keep).items()})
 
-    def one(path: str, leaf: Any, axes: list[tuple[int, Any]]) -> Any:
-        del path
-        for axis, kept in axes:
-            if not kept.all():
-                leaf = (np if isinstance(leaf, np.ndarray) else jnp).take(leaf, np.flatnonzero(kept), axis)
-        return leaf
+    def cut(leaf: Any, axis: int, kept: Any) -> Any:
+        xp = np if isinstance(leaf, np.ndarray) else jnp
+        return leaf if kept.all() else xp.take(leaf, np.flatnonzero(kept), axis)
 
-    return _map(one, variables, channels, alive)
+    return _map(cut, variables, channels, _known(channels, keep))
 
 
 def _check_tied(channels: Channels) -> None:
     if ("branches", "separate") in channels.options:
-        raise ValueError("channels were traced with branches='separate': mask them; only tied ones can be compacted.")
+        told = "mask them; only tied ones can be compacted"
+        raise ValueError(f"channels were traced with branches='separate': {told}.")
 
 
-def _map(function: Callable, tree: PyTree, channels: Channels, alive: Mapping) -> PyTree:
+def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> PyTree:
+    """function(leaf, axis, kept) along all axes with members; keep: of all groups."""
+    alive = _alive(channels, keep)
     owned = owners(tree, channels)
-    if not owned and any(jnp.ndim(leaf) for leaf in jax.tree.leaves(tree)):
-        raise ValueError(
-            f"no array of the tree belongs to the traced variables; it has {list(trees.named_leaves(tree))[:3]}, they "
-            f"have {list(channels.shapes)[:3]}."
-        )
+    arrays = [path for path, leaf in trees.named_leaves(tree).items() if jnp.ndim(leaf)]
+    if arrays and not owned:
+        known = list(channels.shapes)
+        told = f"it has {arrays[:3]}, they have {known[:3]}"
+        raise ValueError(f"no array of the tree belongs to the traced variables; {told}.")
 
-    def one(path: str, leaf: Any) -> Any:
-        axes = alive.get(owned.get(path), [])
-        shape = channels.shapes[owned[path]].shape if axes else ()
-        if axes and jnp.shape(leaf) != shape:
-            raise ValueError(f"{path} has shape {jnp.shape(leaf)}; the traced variables have {shape} there.")
-        return function(path, leaf, axes)
+    def of_leaf(path: str, leaf: Any) -> Any:
+        owner = owned.get(path)
+        if owner not in alive:
+            return leaf
+        _check_shape(path, jnp.shape(leaf), channels.shapes[owner], "traced")
+        for axis, kept in sorted(alive[owner].items()):
+            leaf = function(leaf, axis, kept)
+        return leaf
 
-    return trees.map_named(one, tree)
+    return trees.map_named(of_leaf, tree)
 
 
-def compact_shapes(channels: Channels, keep: Keep) -> dict[str, jax.ShapeDtypeStruct]:
+def compact_shapes(channels: Channels, keep: Keep) -> dict[str, Struct]:
     """Shapes of the compact variables, by path."""
-    alive = _alive(channels, {name: np.asarray(own) for name, own in complete(channels, keep).items()})
+    alive = _alive(channels, _known(channels, keep))
     result = {}
     for path, full in channels.shapes.items():
         sizes = list(full.shape)
-        for axis, kept in alive.get(path, []):
+        for axis, kept in alive.get(path, {}).items():
             sizes[axis] = int(kept.sum())
-        result[path] = jax.ShapeDtypeStruct(tuple(sizes), full.dtype)
+        result[path] = Struct(tuple(sizes), full.dtype)
     return result
 
 
-def elastic(apply: Callable, channels: Channels, keep: Keep) -> Callable:
-    """`function(compact_variables, *inputs)`: what `apply` computes with masked variables, on the compact ones.
+def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "") -> Callable:
+    """`function(compact_variables, *inputs)`: what `apply` computes with masked variables.
 
-    The traced program is evaluated at the smaller sizes, so it is exact wherever masking is, for any framework, under
-    jit, grad and vmap; sizes written in the code of `apply` need no change, and random numbers (dropout) are those of
-    the full size. Other input shapes or types than those traced (another batch size, bfloat16) are traced once more,
-    and so is an `apply` that is not the one traced, such as that of training; it must have the same groups.
-    Hand-written derivatives (`jax.custom_jvp`, `custom_vjp`) stay. Raises ValueError for one that sums over channels
-    which its function keeps apart, and for variables of other shapes than `compact` gives.
+    The traced program is evaluated at the smaller sizes, so it is exact wherever masking is, for
+    any framework, under jit, grad and vmap; sizes written in the code of `apply` need no change,
+    and random numbers (dropout) are those of the full size. Other input shapes or types than those
+    traced (another batch size, bfloat16) are traced once more, and so is an `apply` that is not the
+    one traced, such as that of training; it must have the same groups.
+    state: path among the results of arrays with the names of variables, such as "1" if `apply`
+    returns (logits, running statistics): they lose the channels of these variables, too. All other
+    results have their full size.
+    Hand-written derivatives (`jax.custom_jvp`, `custom_vjp`) stay. Raises ValueError for one that
+    sums over channels which its function keeps apart, for variables of other shapes than `compact`
+    gives, and for a `state` that holds other arrays.
     """
     _check_tied(channels)
-    keep = {name: np.asarray(own) for name, own in complete(channels, keep).items()}
+    keep = _known(channels, keep)
     expected, first = compact_shapes(channels, keep), channels.traced
-    analyses = {first.signature: first} if apply == first.apply else {}
-    options = dict(channels.options)
+    traces = {first.signature: first} if apply == first.apply and not state else {}
 
     def function(variables: PyTree, *inputs: PyTree) -> PyTree:
         leaves = trees.named_leaves(variables)
         for path, struct in expected.items():
-            shape = getattr(leaves.get(path), "shape", None)
-            if shape != struct.shape:
-                raise ValueError(f"{path} has shape {shape}; the compact variables have {struct.shape} there.")
+            _check_shape(path, getattr(leaves.get(path), "shape", None), struct, "compact")
         if more := sorted(leaves.keys() - expected.keys()):
             raise ValueError(f"{more[0]} is no array of the compact variables.")
         key = _signature(variables, inputs)
-        if key not in analyses:
-            shapes = [jax.ShapeDtypeStruct(channels.shapes[path].shape, leaf.dtype) for path, leaf in leaves.items()]
-            full = jax.tree.unflatten(jax.tree.structure(variables), shapes)
-            traced = _trace(apply, full, inputs, options)
-            found = _groups(traced.analysis, list(channels.shapes))
-            if not _same({name: group for name, (group, _) in found.items()}, channels.groups):
-                raise ValueError("this function has other channel groups with these inputs: trace it anew.")
-            analyses[key] = traced._replace(atoms={name: atoms for name, (_, atoms) in found.items()})
-        traced = analyses[key]
-        removed = {int(label) for name, atoms in traced.atoms.items() for label in atoms[~keep[name]]}
-        outs = flow.run(traced.analysis, removed, [*leaves.values(), *jax.tree.leaves(inputs)])
+        if key not in traces:
+            traces[key] = _anew(apply, variables, inputs, channels, state)
+        traced = traces[key]
+        arrays = [*leaves.values(), *jax.tree.leaves(inputs)]
+        outs = execute.run(traced.analysis, traced.alive(keep), arrays)
         return jax.tree.unflatten(traced.tree, outs)
 
     return function
 
 
-def _same(first: Mapping[str, Group], second: Mapping[str, Group]) -> bool:
-    equal = lambda a, b: a[:2] == b[:2] and np.array_equal(a.index, b.index)
-    return list(first) == list(second) and all(
-        len(first[name].members) == len(group.members) and all(map(equal, first[name].members, group.members))
-        for name, group in second.items()
-    )
+def _anew(
+    apply: Callable,
+    variables: PyTree,
+    inputs: tuple,
+    channels: Channels,
+    state: str,
+) -> _Traced:
+    """Another trace with the same groups, or ValueError. variables: compact."""
+    leaves, tree = jax.tree.flatten(variables)
+    full = []
+    for traced, leaf in zip(channels.shapes.values(), leaves, strict=True):
+        full.append(Struct(traced.shape, leaf.dtype))
+    options = dict(channels.options)
+    again = _trace(apply, jax.tree.unflatten(tree, full), inputs, options, state)
+    if _content(again.groups) != _content(channels.groups):
+        raise ValueError("this function has other channel groups here: trace it anew.")
+    return again
+
+
+def _content(groups: Groups) -> list:
+    """What makes groups equal."""
+    content = []
+    for group in groups.values():
+        for member in group.members:
+            entries = member.index.tolist()
+            content.append((group.name, member.path, member.axis, entries))
+    return content
+
+
+def teach(primitive: str, rule: rules.Rule, *, resize: execute.Resize | None = None) -> None:
+    """Makes traces understand a primitive; docs/teach_a_primitive.md has examples.
+
+    rule: rule(walk, eqn, ins) -> [Value, ...], what is known of the results from what is known of
+    the operands. resize: resize(sizes) -> parameters that change at the smaller sizes; None if the
+    primitive has no sizes among its parameters.
+    Raises ValueError for a primitive with programs inside, which the walk enters itself.
+    """
+    if primitive in walk.INNER:
+        raise ValueError(f"{primitive!r} runs programs inside; it cannot have another rule.")
+    rules.RULES[primitive] = rule
+    execute.RESIZES.pop(primitive, None)
+    if resize is not None:
+        execute.RESIZES[primitive] = resize
+
+
+def order_of_use(function: Callable, tree: PyTree) -> list[str]:
+    """Paths of all leaves of `tree` by their first use in `function(tree)`; unused ones first.
+
+    Of a network's parameters it is the order of its modules. Leaves: arrays or shape structs;
+    nothing is computed.
+    """
+    paths = list(trees.named_leaves(tree))
+    used = [paths[number] for number in walk.read(function, tree).used]
+    return [path for path in paths if path not in used] + used
 
 
 def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> dict[str, np.ndarray]:
     """A random choice that keeps about `density` of every group's channels, at least one."""
     result = {}
     for i, (name, group) in enumerate(channels.groups.items()):
-        draws = np.asarray(jax.random.uniform(jax.random.fold_in(key, i), (group.size,)))
+        group_key = jax.random.fold_in(key, i)
+        draws = np.asarray(jax.random.uniform(group_key, (group.size,)))
         result[name] = (draws < density) | (draws == draws.min())
     return result
 
 
-def check(apply: Callable, variables: PyTree, channels: Channels, *inputs: PyTree, key: jax.Array) -> float:
-    """Largest difference between masked and compact results at a random `keep`, relative to the largest result.
+def check(
+    apply: Callable,
+    variables: PyTree,
+    channels: Channels,
+    *inputs: PyTree,
+    key: jax.Array,
+) -> float:
+    """Largest difference of masked and compact results at a random `keep`, over the largest result.
 
-    About 1e-6 in float32; anything much larger means that the function does something at run time that its trace does
-    not show. Worth a second before a long run.
+    About 1e-6 in float32; anything much larger means that the function does something at run time
+    that its trace does not show. Worth a second before a long run.
     """
     keep = random_keep(channels, key)
     anew = lambda *args: apply(*args)  # jax would not trace the same function twice
     masked = jax.jit(anew)(mask(variables, channels, keep), *inputs)
-    small = jax.jit(elastic(apply, channels, keep))(compact(variables, channels, keep), *inputs)
+    small = compact(variables, channels, keep)
+    compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
     scale = worst = 0.0
-    for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(small), strict=True):
-        a, b = (np.asarray(leaf, np.complex128 if np.iscomplexobj(leaf) else np.float64) for leaf in (a, b))
+    first, second = jax.tree.leaves(masked), jax.tree.leaves(compacted)
+    for a, b in zip(map(_wide, first), map(_wide, second), strict=True):
         differ = a != b  # infinities may be equal
-        scale = np.maximum(scale, np.max(np.abs(a), where=np.isfinite(a), initial=0.0))
-        worst = np.maximum(worst, np.max(np.abs(a[differ] - b[differ]), initial=0.0))
+        error = np.abs(a[differ] - b[differ])
+        finite = np.abs(a[np.isfinite(a)])
+        worst = np.maximum(worst, np.max(error, initial=0.0))
+        scale = np.maximum(scale, np.max(finite, initial=0.0))
     return float(worst / scale if scale else worst)
+
+
+def _wide(array: Any) -> np.ndarray:
+    dtype = np.complex128 if np.iscomplexobj(array) else np.float64
+    return np.asarray(array, dtype)
 
 
 def describe(channels: Channels) -> str:
     """The groups and what was frozen, as text."""
-    lines = [f"{len(channels.groups)} groups, {sum(channels.sizes.values())} channels"]
+    total = sum(channels.sizes.values())
+    lines = [f"{len(channels.groups)} groups, {total} channels"]
     for group in channels.groups.values():
         lines.append(f"{group.name}: {group.size} channels")
         for member in group.members:
             copies = member.index.shape[1]
             times = f" x {copies}" if copies > 1 else ""
-            lines.append(f"    {member.path} axis {member.axis}{times} ({member.role})")
+            place = f"{member.path} axis {member.axis}"
+            lines.append(f"    {place}{times} ({member.role})")
     if channels.frozen:
         lines.append("kept whole:")
-    for event in channels.frozen:
-        axes = ", ".join(f"{path} axis {axis}" for path, axis in event.members[:3])
-        more = f" and {len(event.members) - 3} more" if len(event.members) > 3 else ""
-        where = f" at {event.source}" if event.source else ""
-        what = "" if event.primitive in ("output", "trace") else f"{event.primitive}{where} "  # the axes themselves
-        lines.append(f"    {axes}{more}: {what}{event.reason}")
+    lines += map(_frozen_line, channels.frozen)
     return "\n".join(lines)
 
 
-def layout(channels: Channels) -> dict[str, Any]:
-    """The groups as plain data, for `figures.group_figure`.
+def _frozen_line(event: Frozen) -> str:
+    shown = [f"{path} axis {axis}" for path, axis in event.members[:3]]
+    text = ", ".join(shown)
+    if len(event.members) > len(shown):
+        text += f" and {len(event.members) - len(shown)} more"
+    where = f" at {event.source}" if event.source else ""
+    if event.primitive not in ("output", "trace"):  # the axes themselves
+        return f"    {text}: {event.primitive}{where} {event.reason}"
+    return f"    {text}: {event.reason}"
 
-    kernels: paths of the arrays that make or read channels, in order of use. groups: by name the size and, by role,
-    positions of the members among the kernels; other arrays are half a step behind the kernel used before them.
+
+def layout(channels: Channels) -> dict[str, Any]:
+    """The groups as plain data, for `report.channels.group_figure`.
+
+    kernels: paths of the arrays that make or read channels, in order of use. groups: by name the
+    size and, by role, positions of the members among the kernels; other arrays are half a step
+    behind the kernel used before them.
     """
-    paths, analysis = list(channels.shapes), channels.traced.analysis
+    paths = list(channels.shapes)
+    analysis = channels.traced.analysis
     used = [paths[i] for i in analysis.used if i < len(paths)]
-    kernels = {paths[i] for i, _ in analysis.roles if i < len(paths)}
-    count = dict(zip(used, itertools.accumulate(path in kernels for path in used)))
-    found: dict[str, Any] = {}
+    with_roles = {i for i, _ in analysis.roles}
+    kernels = [path for i, path in enumerate(paths) if i in with_roles]
+    before, count = 0, {}
+    for path in used:
+        before += path in kernels
+        count[path] = before
+    layouts: dict[str, Any] = {}
     for name, group in channels.groups.items():
         marks: dict[str, set[float]] = {}
         for member in group.members:
             if member.path in count:
-                position = count[member.path] - (1 if member.path in kernels else 0.5)
+                behind = 1 if member.path in kernels else 0.5
+                position = count[member.path] - behind
                 marks.setdefault(member.role, set()).add(position)
-        found[name] = dict(size=group.size, marks={role: sorted(marks[role]) for role in sorted(marks)})
-    return dict(kernels=[path for path in used if path in kernels], groups=found)
+        ordered = {role: sorted(marks[role]) for role in sorted(marks)}
+        layouts[name] = dict(size=group.size, marks=ordered)
+    in_order = [path for path in used if path in kernels]
+    return dict(kernels=in_order, groups=layouts)

@@ -1,8 +1,9 @@
-"""Which arrays of a network are kernels (weights to prune), and which of their axes are inputs and outputs.
+"""Which arrays of a network are kernels (weights to prune), and which of their axes are inputs and
+outputs.
 
-    channels = groups.trace(apply, variables, inputs)
-    paths = kernels.paths(params, channels)    # what the matrix products and convolutions of `apply` sum over
-    kernels.axes(params, paths, channels)      # {"conv1/weight": Axes(inputs=(1,), outputs=(0,), window=(2, 3))}
+    channels = groups.trace(apply, variables, inputs) paths = kernels.paths(params, channels)    #
+    what the matrix products and convolutions of `apply` sum over kernels.axes(params, paths,
+    channels)      # {"conv1/weight": Axes(inputs=(1,), outputs=(0,), window=(2, 3))}
 
 Without a trace names decide, as far as they can: what they do not tell is refused, never guessed.
 """
@@ -16,13 +17,16 @@ from sparsity_jax import groups, tables, trees
 
 PyTree = Any
 Layout = Literal["in_out", "out_in"]
-LEFT_OUT = ("embedding", "embeddings", "bias", "b", "scale", "offset", "mean", "var")  # known names of no kernels
+# known names of no kernels
+LEFT_OUT = ("embedding", "embeddings", "bias", "b", "scale", "offset", "mean", "var")
 TELLING = ("kernel", "w")  # Flax, Haiku: [..., in, out]
-UNKNOWN_SHARE = 0.01  # of all entries: matrices with unknown names may hold as much, and are then left out
+# of all entries: matrices with unknown names may hold as much, and are then left out
+UNKNOWN_SHARE = 0.01
 
 
 class Axes(NamedTuple):
-    """Axes of a kernel, counted from the front. window: of a convolution. Others stack several kernels."""
+    """Axes of a kernel, counted from the front. window: of a convolution. Others stack several
+    kernels."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -39,17 +43,18 @@ def paths(
 ) -> list[str]:
     """Paths of the kernels in `params`, in its order.
 
-    params: arrays or shape structs. channels: trace of the function that uses them (`groups.trace`); kernels are then
-    the arrays of two axes or more that its matrix products and convolutions sum over. Without it they are those called
-    `kernel`, `weight` or `w`; embeddings, biases, norms and their statistics are known too, and left out.
-    include, exclude: regular expressions for whole paths of arrays that are kernels, or are none, whatever they are
-    called; `exclude` wins.
-    Raises ConfigError for a pattern that matches nothing and, if `strict`, ValueError if nothing is a kernel or if,
-    without a trace, matrices with other names hold more than 1 % of all entries.
+    params: arrays or shape structs. channels: trace of the function that uses them
+    (`groups.trace`); kernels are then the arrays of two axes or more that its matrix products and
+    convolutions sum over. Without it they are those called `kernel`, `weight` or `w`; embeddings,
+    biases, norms and their statistics are known too, and left out.
+    include, exclude: regular expressions for whole paths of arrays that are kernels, or are none,
+    whatever they are called; `exclude` wins. Raises ConfigError for a pattern that matches nothing
+    and, if `strict`, ValueError if nothing is a kernel or if, without a trace, matrices with other
+    names hold more than 1 % of all entries.
     """
     leaves = trees.named_leaves(params)
-    included = trees.matching(params, include, "include") if include else dict.fromkeys(leaves, False)
-    excluded = trees.matching(params, exclude, "exclude") if exclude else dict.fromkeys(leaves, False)
+    included = _matching(params, include, "include")
+    excluded = _matching(params, exclude, "exclude")
     if channels is None:
         decided = [path for path in leaves if included[path] or excluded[path]]
         if strict:
@@ -59,12 +64,20 @@ def paths(
         known = list(_traced(params, channels))
     result = [path for path in leaves if (path in known or included[path]) and not excluded[path]]
     if strict and not result:
-        names = "is called kernel, weight or w" if channels is None else "is summed over by the traced function"
+        names = "is summed over by the traced function"
+        if channels is None:
+            names = "is called kernel, weight or w"
         raise ValueError(
-            f"no matrix {names}; name those to prune by include='pattern', or take every array by scope='all'. "
-            f"Paths: {list(leaves)[:5]}"
+            f"no matrix {names}; name those to prune by include='pattern', or take every array by "
+            f"scope='all'. Paths: {list(leaves)[:5]}"
         )
     return result
+
+
+def _matching(params: PyTree, pattern: str, where: str) -> dict[str, bool]:
+    if not pattern:
+        return dict.fromkeys(trees.named_leaves(params), False)
+    return trees.matching(params, pattern, where)
 
 
 def _refuse_unknown(leaves: dict[str, Any], decided: list[str]) -> None:
@@ -81,23 +94,29 @@ def _refuse_unknown(leaves: dict[str, Any], decided: list[str]) -> None:
     largest = max(unknown, key=unknown.get)
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise ValueError(
-        f"{largest!r}{more} hold {sum(unknown.values()) / total:.1%} of all entries, and names do not tell whether "
-        "they may be pruned (kernel, weight and w may). Give channels=groups.trace(apply, variables, inputs), or take "
-        f"them in by include={largest!r}, or leave them out by exclude={largest!r} (regular expressions for whole "
-        "paths)."
+        f"{largest!r}{more} hold {sum(unknown.values()) / total:.1%} of all entries, and names do "
+        "not tell whether they may be pruned (kernel, weight and w may). Give "
+        "channels=groups.trace(apply, variables, inputs), or take them in by "
+        f"include={largest!r}, or leave them out by exclude={largest!r} (regular expressions for "
+        "whole paths)."
     )
 
 
 def axes(
-    params: PyTree, paths: Iterable[str], channels: groups.Channels | None = None, *, layout: Layout | None = None
+    params: PyTree,
+    paths: Iterable[str],
+    channels: groups.Channels | None = None,
+    *,
+    layout: Layout | None = None,
 ) -> dict[str, Axes]:
     """Which axes of the arrays at `paths` are inputs and outputs, by path.
 
-    channels: trace of the function that uses them. layout: without a trace, how all of them are laid out: `in_out`,
-    [..., in, out] as in Flax and Haiku, or `out_in`, [out, in, ...] as in PyTorch and Equinox; None: names tell.
-    Only arrays of two axes, or four and more, called `kernel` or `w` do, by [..., in, out]; three axes may be a
-    convolution in one dimension or the heads of an attention.
-    Raises ValueError, naming the array, for unknown paths and where neither trace nor layout nor name tells.
+    channels: trace of the function that uses them. layout: without a trace, how all of them are
+    laid out: `in_out`, [..., in, out] as in Flax and Haiku, or `out_in`, [out, in, ...] as in
+    PyTorch and Equinox; None: names tell. Only arrays of two axes, or four and more, called
+    `kernel` or `w` do, by [..., in, out]; three axes may be a convolution in one dimension or the
+    heads of an attention. Raises ValueError, naming the array, for unknown paths and where neither
+    trace nor layout nor name tells.
     """
     leaves = trees.named_leaves(params)
     traced = None if channels is None else _traced(params, channels)
@@ -110,7 +129,8 @@ def axes(
         elif path in traced and traced[path].outputs:
             found[path] = traced[path]
         else:
-            raise ValueError(f"{path!r} has no inputs and outputs: the traced function sums over none of its axes.")
+            told = "the traced function sums over none of its axes"
+            raise ValueError(f"{path!r} has no inputs and outputs: {told}.")
     return found
 
 
@@ -133,9 +153,10 @@ def _by_name(path: str, shape: tuple[int, ...], layout: Layout | None) -> Axes:
     telling = trees.last_name(path) in TELLING and rank != 3
     if rank < 2 or not (layout or telling):
         raise ValueError(
-            f"{path!r} has shape {shape}, and its name does not tell which axes are inputs and outputs. Give "
-            "channels=groups.trace(apply, variables, inputs), or layout='in_out' ([..., in, out] as in Flax and Haiku) "
-            "or layout='out_in' ([out, in, ...] as in PyTorch and Equinox)."
+            f"{path!r} has shape {shape}, and its name does not tell which axes are inputs and "
+            "outputs. Give channels=groups.trace(apply, variables, inputs), or layout='in_out' "
+            "([..., in, out] as in Flax and Haiku) or layout='out_in' ([out, in, ...] as in "
+            "PyTorch and Equinox)."
         )
     if layout == "out_in":
         return Axes((1,), (0,), tuple(range(2, rank)))

@@ -1,5 +1,8 @@
 """Losses and accuracy of a batch, example by example, in at least float32; cross-entropy in nats."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -30,3 +33,15 @@ def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 LOSSES = {"cross_entropy": cross_entropy, "mean_squared_error": mean_squared_error}
+CROSS_ENTROPY = tables.Options(name="cross_entropy")
+
+
+def checked(loss: Mapping[str, Any], where: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """(name, sorted options) of a loss config such as `dict(name="cross_entropy")`. where: its place in the config.
+
+    Raises ConfigError for an unknown name or option.
+    """
+    options = dict(loss)
+    name = options.pop("name", "cross_entropy")
+    rule = tables.lookup(LOSSES, name, f"{where}.name")
+    return name, tuple(sorted(tables.check_options(rule, options, where).items()))

@@ -274,25 +274,12 @@ def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[j
     return value, (change / jnp.maximum(number, 1)).astype(value.dtype)
 
 
-def select_k_largest(
-    scores: PyTree, k: int | jax.Array, *, magnitude: bool = False, before: PyTree | None = None
-) -> Selection:
-    """What `k_largest_mask` needs to know of `scores`: two scalars. Arguments and errors as there."""
-    return _selection(scores, _checked(scores, k), before, magnitude=magnitude)
-
-
 def _checked(scores: PyTree, k: int | jax.Array, lowest: int = 0) -> jax.Array:
     """`k` as an array; raises what `k_largest_mask` does, here where numbers outside `jit` are known."""
     trees.check_finite(scores, "scores", infinite=True)
     leaves = _leaves(scores)
     _order_of(leaves, magnitude=False)
     return _checked_k(k, lowest, sum(leaf.size for leaf in leaves))
-
-
-@_compiled
-def _selection(scores: PyTree, k: jax.Array, before: PyTree | None, magnitude: bool) -> Selection:
-    ranked, positions = _ranked(scores, before)
-    return _select(_leaves(ranked), positions, k, magnitude)
 
 
 def _select(leaves: list[jax.Array], positions: Callable[[], PyTree], k: jax.Array, magnitude: bool) -> Selection:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -24,6 +25,7 @@ from sparsity_jax import (
     data,
     geometry,
     greg,
+    interface,
     lock,
     models,
     optim,
@@ -41,7 +43,7 @@ from sparsity_jax import (
 PyTree = Any
 say = workdirs.say
 Platform = Literal["default", "cpu", "gpu", "tpu"]
-STAGES = {**stages.STAGES, **geometry.STAGES, **structured.STAGES, **greg.STAGES}
+STAGES = {one.kind: one for one in (*stages.STAGES, *geometry.STAGES, *structured.STAGES, *greg.STAGES)}
 LARGE = ("batch_size", "num_examples", "imp_samples", "num_matvecs")  # fields that decide how much a stage holds
 
 
@@ -103,7 +105,7 @@ def base(**fields: Any) -> ml_collections.ConfigDict:
 def stage(kind: str, **fields: Any) -> dict[str, Any]:
     """A stage config with all its fields; see `STAGES` for kinds."""
     row = tables.lookup(STAGES, kind, "kind")
-    return {"kind": kind, **tables.defaults(row.options), **fields}
+    return {"kind": kind, **tables.defaults(row), **fields}
 
 
 class Plan(NamedTuple):
@@ -178,11 +180,18 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     chosen = {name: share([own[name] for own in checked]) for name in stage_configs}
     several, mode, streamed = len(members) > 1, common["sweep_mode"], common["data"].get("stream")
     together = several and (mode == "vmap" or (mode == "auto" and not streamed and not convolves(common["model"])))
-    used |= {getattr(own[name], "retrain", "") for own in checked for name in used} - {""}
+    used |= {own[name].retrain for own in checked for name in used} - {""}
     if streamed:
-        check_streamed([(f"config.{name}", own[name]) for own in checked for name in sorted(used)], together)
+        if together:
+            raise tables.ConfigError(
+                "config.data.stream leaves images where they are, one member at a time reads them; allowed: "
+                "config.sweep_mode 'loop'."
+            )
+        for own in checked:
+            for name in sorted(used):
+                own[name].check_streamed(f"config.{name}")
     for name in used if together else ():
-        if len(set(map(static, chosen[name]))) > 1:
+        if len({own.together() for own in chosen[name]}) > 1:
             changed = ", ".join(fields_that_differ([member[name] for member, _ in members]))
             raise tables.ConfigError(
                 f"config.sweep changes config.{name} in a way that needs another program ({changed}); allowed: "
@@ -219,33 +228,6 @@ def check_names(pipeline: Sequence[str], stage_configs: Mapping) -> None:
             )
 
 
-def check_streamed(settings: list[tuple[str, Any]], together: bool) -> None:
-    """Raises ConfigError for what needs all images in memory.
-
-    settings: of stages, with their names. together: members of a sweep run side by side.
-    """
-    said = "config.data.stream leaves images where they are"
-    if together:
-        raise tables.ConfigError(f"{said}, one member at a time reads them; allowed: config.sweep_mode 'loop'.")
-    for where, own in settings:
-        if isinstance(own, train.Fit) and own.augment == "resized_crop_flip":
-            raise tables.ConfigError(
-                f"{where}.augment is {own.augment!r}, but a stream crops already; allowed: 'flip'."
-            )
-        if isinstance(own, stages.SfwInit):
-            raise tables.ConfigError(f"{said}, but {where}.kind 'sfw_init' draws from all of them in memory.")
-        if isinstance(own, (geometry.Path, geometry.RowNorms, geometry.Spectrum)) and not own.num_examples:
-            raise tables.ConfigError(f"{said}; {where}.num_examples is 0, all: say how many to keep in memory.")
-        if isinstance(own, geometry.Width) and not own.epsilon:
-            raise tables.ConfigError(f"{said}, but {where}.epsilon 0 is measured on all of them in memory: set it.")
-        if isinstance(own, greg.Oracle):
-            raise tables.ConfigError(
-                f"{said}, but {where}.kind 'oracle' evaluates every choice on all of them in memory."
-            )
-        if isinstance(own, structured.Cut) and own.balanced:
-            raise tables.ConfigError(f"{said}, but {where}.measure {own.measure!r} needs equally many of every class.")
-
-
 def convolves(model: Mapping) -> bool:
     """Whether the network of `config.model` has convolutions; only shapes are computed."""
     init, images = models.build(num_classes=10, **model).init, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -262,21 +244,12 @@ def share(settings: list[Any]) -> list[Any]:
         return settings
     alike, shared = collections.defaultdict(list), list(settings)
     for i, fit in enumerate(settings):
-        alike[fit._replace(recipe=None)].append(i)
-    for found in alike.values():
-        for i, recipe in zip(found, optim.join([settings[i].recipe for i in found]), strict=True):
-            shared[i] = settings[i]._replace(recipe=recipe)
+        alike[dataclasses.replace(fit, recipe=None)].append(i)
+    for members in alike.values():
+        recipes = optim.join([settings[i].recipe for i in members])
+        for i, recipe in zip(members, recipes, strict=True):
+            shared[i] = dataclasses.replace(settings[i], recipe=recipe)
     return shared
-
-
-def static(settings: Any) -> str:
-    """What of a stage's settings the compiled program depends on."""
-    if isinstance(settings, train.Fit):
-        begin = (settings.start, settings.shift_inside, settings.carry)
-        return repr((settings.program(), *begin, settings.evaluate_every))
-    if isinstance(settings, stages.SfwInit):
-        return repr(settings._replace(recipe=optim.program(settings.recipe)))
-    return repr(settings)
 
 
 def check_member(config: dict) -> dict[str, Any]:
@@ -286,9 +259,9 @@ def check_member(config: dict) -> dict[str, Any]:
     found = {}
     for name, value in config.items():
         if name not in tables.parameters(settings):
-            value = dict(value)
-            row = tables.lookup(STAGES, value.pop("kind"), f"config.{name}.kind")
-            found[name] = row.options(f"config.{name}", **tables.check_options(row.options, value, f"config.{name}"))
+            fields, where = dict(value), f"config.{name}"
+            kind = tables.lookup(STAGES, fields.pop("kind"), f"{where}.kind")
+            found[name] = kind(**tables.check_options(kind, fields, where)).settings(where)
     return found
 
 
@@ -397,19 +370,11 @@ def check_order(
                 + " A trained network may also come from config.start_from or config.pretrained."
                 * ("train" in needs)
             )
-        if isinstance(checked[name], structured.Cut):
-            before = [
-                checked[n] for n in pipeline[: pipeline.index(name)] if not isinstance(checked[n], structured.Cut)
-            ]
-            structured.check_rounds(
-                checked[name], f"config.{name}", pipeline.count(name), before[-1] if before else None
-            )
-        if isinstance(checked[name], geometry.Spectrum):
-            geometry.check_stop(checked[name], f"config.{name}", checked.values())
-        if isinstance(checked[name], geometry.Width):
-            geometry.check_source(checked[name], f"config.{name}", [n for n, k in done.items() if k == "spectrum"])
+        before = [checked[earlier] for earlier in pipeline[: pipeline.index(name)]]
+        order = interface.Order(before, done, checked, pipeline.count(name))
+        checked[name].check_order(f"config.{name}", order)
         done[name] = kind
-        retrain = getattr(checked[name], "retrain", "")
+        retrain = checked[name].retrain
         if retrain:
             where = f"config.{name}.retrain"
             trains = [n for n, v in stage_configs.items() if v["kind"] == "train"]
@@ -465,7 +430,7 @@ def in_arm(config: dict, name: str) -> tuple[dict, str]:
         if not isinstance(fields, Mapping):
             raise tables.ConfigError(f"{where} is {fields!r}; allowed: a dict of the stage's fields that change.")
         kind = tables.lookup(STAGES, config[stage_name]["kind"], f"config.{stage_name}.kind")
-        known = tables.parameters(kind.options)
+        known = tables.parameters(kind)
         for field, value in fields.items():
             if field not in known:
                 raise tables.ConfigError(
@@ -661,17 +626,6 @@ def build(plans: list[Plan]) -> train.Problem:
         )
     dataset = data.load(**tables.check_options(data.load, common["data"], "config.data"))
     model = models.build(num_classes=dataset.num_classes, **common["model"])
-    size, devices = dataset.train.images.shape[0], common["mesh"] or available
-    trained = [(name, fit) for plan in plans for name in runs(plan) for fit in plan.settings[name]]
-    trained = [(f"config.{name}", fit) for name, fit in trained if isinstance(fit, (train.Fit, stages.SfwInit))]
-    for where, fit in trained:
-        if fit.batch_size > size:
-            raise tables.ConfigError(f"{where}.batch_size is {fit.batch_size}; allowed: up to {size}, the train set.")
-        data.make_augmentation(fit.augment, dataset, f"{where}.augment")
-        if isinstance(fit, train.Fit) and fit.batch_size % devices:
-            raise tables.ConfigError(
-                f"{where}.batch_size is {fit.batch_size}; allowed: multiples of {devices}, the number of devices."
-            )
     members = len(plans[0].configs) if len(plans[0].configs) > 1 else None
     problem = train.build_problem(
         dataset,
@@ -684,17 +638,6 @@ def build(plans: list[Plan]) -> train.Problem:
     )
     check_size(problem, common["model"])
     shapes = stages.shapes_of(problem)
-    for where, fit in trained:
-        steps = fit.epochs * fit.steps_per_epoch(problem) if isinstance(fit, train.Fit) else 0
-        if steps >= 2**31:
-            raise tables.ConfigError(
-                f"{where}.epochs is {fit.epochs}, {steps:,} steps; allowed: below {2**31:,} steps."
-            )
-        try:
-            optim.numbers(fit.recipe, shapes, None)
-        except tables.ConfigError as error:  # of a field such as constraint.rules
-            part = f"{where}.optimizer" if isinstance(fit, train.Fit) else where
-            raise tables.ConfigError(f"{part}.{error}") from None
     if common["pretrained"]:
         with enough_memory_for("config.pretrained", None, common):
             arrays = problem.place(pretrained_arrays(common, problem))
@@ -703,19 +646,10 @@ def build(plans: list[Plan]) -> train.Problem:
         if plan.common["start_from"]:
             own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
             check_arrays(own["start_from"], shapes, problem.members)
-    for name in dict.fromkeys(plans[0].pipeline):
-        for plan in plans:
-            own = plan.settings[name][0]
-            stages.check_network(problem, own, f"config.{name}")
-            geometry.check_network(own, f"config.{name}", shapes, size)
-            if isinstance(own, geometry.Spectrum) and own.reorthogonalize == "full":
-                basis = 4 * own.num_matvecs * trees.size(shapes)
-                check_memory(basis, f"config.{name}.num_matvecs is {own.num_matvecs}, whose basis")
-            if isinstance(plan.settings[name][0], structured.Cut):
-                visits = plans[0].pipeline.count(name)
-                structured.check_network(problem, plan.settings[name][0], f"config.{name}", visits)
+    for plan in plans:
+        for name in runs(plan):
             for own in plan.settings[name]:
-                greg.check_network(problem, own)
+                own.check_network(problem, f"config.{name}", max(plan.pipeline.count(name), 1))
     return problem
 
 
@@ -734,7 +668,7 @@ def check_size(problem: train.Problem, model: Mapping[str, Any]) -> None:
         )
     leaves = jax.tree.leaves(variables["params"])
     needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)  # with gradients
-    check_memory(needed, f"{where} has {trees.size(variables['params']):,} weights, which with their gradients")
+    train.check_memory(needed, f"{where} has {trees.size(variables['params']):,} weights, which with their gradients")
 
 
 @contextlib.contextmanager
@@ -747,13 +681,6 @@ def making_network(where: str) -> Iterator[None]:
         raise tables.ConfigError(
             f"{where} cannot be made: {tables.shortened(reason)}; is it too large for its images?"
         ) from None
-
-
-def check_memory(needed: int, what: str) -> None:
-    """Raises ConfigError for arrays of more bytes than the device has."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    tables.check_memory(needed, f"{what} take", stats.get("bytes_limit") or 0)
 
 
 def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[str, Any]:
@@ -774,7 +701,7 @@ def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[st
 
 def runs(plan: Plan) -> list[str]:
     """Names of the stages that run, those that retrain included."""
-    again = [getattr(plan.settings[name][0], "retrain", "") for name in plan.pipeline]
+    again = [plan.settings[name][0].retrain for name in plan.pipeline]
     return sorted({*plan.pipeline, *filter(None, again)})
 
 
@@ -831,24 +758,23 @@ def run_plan(
             again = {row["stage"] for row in before}  # replaces the stage of this name in the run it started from
             earlier = [row for row in origin if row["stage"] not in again] + before
             visits = plan.pipeline.count(name)
-            place = stages.Place(name, position, plan.settings, run.per_member(earlier), visit, visits)
-            stage = STAGES[kind]
+            place = interface.Place(name, position, plan.settings, run.per_member(earlier), visit, visits)
             with enough_memory_for(f"config.{name}", own[0], plan.common):
                 resumed = position == progress.stage and progress.begun
                 if resumed or (position == progress.stage and position):
                     state = state._replace(opt_state=carried_before(plan, state, position))
-                    like = stage.begin(problem, state, own, place) if resumed else state
+                    like = own[0].begin(problem, state, own, place) if resumed else state
                     state = checkpoint.restore(found, checkpoint.abstract(like))
                 if not resumed:
-                    state = stage.begin(problem, state, own, place)
+                    state = own[0].begin(problem, state, own, place)
                     saved.save(state, workdirs.Progress(position, True, rows))
                 common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
-                state = run_stage(run, stage, state, place, run.per_member(begun), common)
+                state = run_stage(run, state, place, run.per_member(begun), common)
                 stages.check_weights(problem, state, f"{name}, at its end")
                 state = after(plan, state, position)
                 saved.save(state, workdirs.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
-            state = checkpoint.restore(found, checkpoint.abstract(stages.without_optimizer(state)))
+            state = checkpoint.restore(found, checkpoint.abstract(interface.without_optimizer(state)))
     return Outcome(state, rows)
 
 
@@ -879,24 +805,16 @@ def enough_memory_for(where: str, settings: Any, common: Mapping[str, Any]) -> c
 def after(plan: Plan, state: train.State, position: int) -> train.State:
     """The state as the stage at `position` leaves it to the next one; the last one leaves no optimizer."""
     if position + 1 == len(plan.pipeline):
-        return stages.without_optimizer(state)
-    return stages.handed_on(state, plan.settings[plan.pipeline[position]][0])
+        return interface.without_optimizer(state)
+    return interface.handed_on(state, plan.settings[plan.pipeline[position]][0])
 
 
 def carried_before(plan: Plan, state: train.State, position: int) -> Any:
     """What the stages before `position` hand on, in shapes only."""
-    found = ()
+    carried = ()
     for name in plan.pipeline[:position]:
-        own = plan.settings[name][0]
-        if isinstance(own, train.Fit):
-            wide = lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
-            members = jax.tree.leaves(state.step)[0].shape
-            momentum = optim.HeavyBallState(jnp.zeros(members, jnp.int32), state.params) if own.carry else ()
-            saliency = jax.tree.map(wide, state.params) if own.track else ()
-            found = train.Carried(momentum, saliency) if own.carry or own.track else ()
-        elif not isinstance(own, structured.Cut):
-            found = ()
-    return found
+        carried = plan.settings[name][0].carried(state, carried)
+    return carried
 
 
 def check_arrays(path: str, shapes: PyTree, members: int | None) -> None:
@@ -927,18 +845,18 @@ def continue_from(path: str, state: train.State) -> tuple[train.State, list[dict
 
 
 def run_stage(
-    run: Run, stage: stages.Stage, state: train.State, place: stages.Place, begun: list[list[dict]], common: dict
+    run: Run, state: train.State, place: interface.Place, begun: list[list[dict]], common: dict
 ) -> train.State:
     """One stage: its rows go out as they come, its state is saved every `checkpoint_seconds`."""
     plan, rows, own = run.plan, run.rows, run.plan.settings[place.name]
     last, every = time.monotonic(), plan.common["checkpoint_seconds"]
-    position, spe = place.position, own[0].steps_per_epoch(run.problem) if isinstance(own[0], train.Fit) else 1
+    position, spe = place.position, own[0].steps_per_epoch(run.problem)
     # what an interruption saves, replaced as one: it may come between any two instructions
     good = (state, workdirs.Progress(position, True, list(rows)))
     shown = f"{place.position + 1}/{len(plan.pipeline)} {place.name}"
     with Display(shown) as display, contextlib.ExitStack() as stack:
         try:
-            updates = stack.enter_context(contextlib.closing(stage.run(run.problem, state, own, place, begun)))
+            updates = stack.enter_context(contextlib.closing(own[0].run(run.problem, state, own, place, begun)))
             for update in updates:
                 new = [
                     {**common, "member": i, **plan.swept[i], **found}
@@ -971,12 +889,13 @@ def run_stage(
 def arm_of(plan: Plan, position: int) -> str:
     """Label of the network a stage belongs to: of the latest `train` stage up to it, or the next one.
 
-    A stage of `greg.REMOVING` makes another network, which has the label of the next training, or else the name of that
-    stage. `network` before anything is made, if this run trains none.
+    A stage that makes another network without training it gives that the label of the next training, or else its own
+    name.
+    `network` before anything is made, if this run trains none.
     """
-    kinds = [plan.configs[0][name]["kind"] for name in plan.pipeline]
-    trains = [i for i, kind in enumerate(kinds) if kind == "train"]
-    removes = [i for i, kind in enumerate(kinds) if kind in greg.REMOVING]
+    kinds = [STAGES[plan.configs[0][name]["kind"]] for name in plan.pipeline]
+    trains = [i for i, kind in enumerate(kinds) if kind.trains]
+    removes = [i for i, kind in enumerate(kinds) if kind.makes_network]
     latest = max((i for i in (*trains, *removes) if i <= position), default=-1)
     named = latest if latest in trains else next((i for i in trains if i > latest), latest)
     if named < 0:

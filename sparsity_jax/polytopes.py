@@ -437,7 +437,7 @@ def share_by_shape(norms: PyTree, params: PyTree, order: Sequence[str] | None = 
     """The original's norm table: keyed by shape, so a later array of equal shape overwrites an earlier one.
 
     norms: mean norms (0 counts as 1), one per array of `params`.
-    order: paths of all arrays in the network's order, see `trees.order_of_use`. JAX sorts the names of a tree, so
+    order: paths of all arrays in the network's order, see `groups.order_of_use`. JAX sorts the names of a tree, so
     without it the order is a guess: biases of convolutions, then norms, then biases of dense layers, each by name.
     Raises ValueError for an order that does not name every array once.
     """

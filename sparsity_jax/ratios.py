@@ -17,10 +17,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from sparsity_jax import groups, kernels, masks, tables, trees
+from sparsity_jax.channels import walk
 
 PyTree = Any
 Table = dict[str, float]
@@ -34,51 +34,20 @@ BLOCKS = r"(?:.*/)?(?:stage|layer)(?P<stage>\d+)(?:_block|[./])(?P<block>\d+)[./
 
 
 def order(
-    apply: Callable, variables: PyTree, *inputs: PyTree, is_kernel: Callable[[str], bool] = trees.is_kernel
+    apply: Callable,
+    variables: PyTree,
+    *inputs: PyTree,
+    is_kernel: Callable[[str], bool] = trees.is_kernel,
 ) -> list[str]:
     """Paths of the kernels of `apply(variables, *inputs)`, by the first convolution or matrix product each is in.
 
     Kernels are arrays of two axes or more whose path `is_kernel`; those in no product are left out. A kernel may be
     cast, reshaped or normalised before. variables, inputs: arrays or shape structs; nothing is computed.
     """
-    leaves = trees.named_leaves(variables)
-    closed = jax.make_jaxpr(apply)(variables, *inputs)
-    names = {i: path for i, (path, leaf) in enumerate(leaves.items()) if is_kernel(path) and leaf.ndim > 1}
-    sources = [{i} & names.keys() for i in range(len(closed.jaxpr.invars))]
-    found: dict[int, None] = {}
-    _walk(closed.jaxpr, sources, found)
-    return [names[i] for i in found]
-
-
-def _walk(jaxpr: Any, sources: list[set[int]], found: dict[int, None]) -> list[set[int]]:
-    """Adds to `found`, in order, the kernels that reach a product; returns those that each result depends on."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # closed or plain
-    known = dict(zip(jaxpr.invars, sources, strict=True))
-    read = lambda var: set() if hasattr(var, "val") else known.get(var, set())
-    for eqn in jaxpr.eqns:
-        ins = [read(var) for var in eqn.invars]
-        everything = set().union(*ins)
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            found |= dict.fromkeys(sorted(everything - found.keys()))
-        inner = [_walk(body, own, found) for body, own in _inner(eqn, ins)]
-        whole = [results for results in inner if len(results) == len(eqn.outvars)]
-        outs = [set().union(*parts) for parts in zip(*whole)] if whole else [everything] * len(eqn.outvars)
-        known |= dict(zip(eqn.outvars, outs, strict=True))
-    return [read(var) for var in jaxpr.outvars]
-
-
-def _inner(eqn: Any, ins: list[set[int]]) -> list[tuple[Any, list[set[int]]]]:
-    """The jaxprs of an equation, each with what its inputs depend on."""
-    if eqn.primitive.name == "while":
-        test, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        return [(eqn.params["cond_jaxpr"], ins[:test] + ins[test + body :]), (eqn.params["body_jaxpr"], ins[test:])]
-    values = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple) else (value,))]
-    passed = ins[1:] if eqn.primitive.name == "cond" else ins  # all but what decides
-    result = []
-    for inner in (value for value in values if hasattr(value, "eqns")):
-        size = len(getattr(inner, "jaxpr", inner).invars)
-        result.append((inner, passed if size == len(passed) else [set().union(*ins)] * size))
-    return result
+    leaves = list(trees.named_leaves(variables).items())
+    used = walk.read(apply, variables, *inputs).multiplied
+    arrays = [leaves[number] for number in used if number < len(leaves)]
+    return [path for path, leaf in arrays if is_kernel(path) and leaf.ndim > 1]
 
 
 class Layer(NamedTuple):

@@ -30,11 +30,6 @@ def hessian_product(loss: Callable) -> Product:
     return lambda params, v, batch: linops.hvp(loss, params, batch)(v)
 
 
-def gauss_newton_product(outputs: Callable, loss: Callable) -> Product:
-    """Of J^T H J: `outputs(params, batch) -> z`, H the Hessian of `loss(z, batch)` in z; see `linops.gauss_newton`."""
-    return lambda params, v, batch: linops.gauss_newton(outputs, loss, params, batch)(v)
-
-
 def over_batches(product: Product, data: PyTree, batch_size: int, *, on_host: bool = False) -> Callable:
     """`mean(params, v)`: the mean of `product` over all examples of `data`, batch by batch.
 

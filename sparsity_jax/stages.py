@@ -1,96 +1,47 @@
 """The stages a pipeline is made of: each turns a state into a state and rows, and says how to check its options.
 
-A stage is a row of `STAGES`: `options` is its schema (keyword-only parameters) and makes the checked settings; `begin`
-gives the state it starts from (pure, so that a resumed run knows its structure); `run` yields updates. Every stage may
-be resumed from any update it yielded.
+See `interface` for what a stage is.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import allocate, data, gradinit, groups, losses, masks, optim, stopping, tables, train, trees
+from sparsity_jax import (
+    allocate,
+    data,
+    gradinit,
+    groups,
+    interface,
+    losses,
+    masks,
+    optim,
+    stopping,
+    tables,
+    train,
+    trees,
+)
 
 PyTree = Any
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
 
 
-class Place(NamedTuple):
-    """Where in the pipeline a stage stands. others: the checked settings of all stages, one list a member, by name.
-    earlier: rows of all stages before it, one list a member, those of the run it started from included. visit: how
-    often the pipeline has named the stage so far, this time included; visits: how often it does in all."""
-
-    name: str
-    position: int
-    others: dict[str, list[Any]]
-    earlier: Sequence[list[dict]] = ()
-    visit: int = 1
-    visits: int = 1
-
-
-class Stage(NamedTuple):
-    """options(where, **fields) -> settings; begin(problem, state, settings, place) -> state;
-    run(problem, state, settings, place, rows) -> updates, `rows` being the stage's own so far. needs: kinds of stage
-    of which one must come earlier. settings: one per member."""
-
-    options: Callable
-    begin: Callable
-    run: Callable
-    needs: tuple[str, ...] = ()
-
-
-def as_it_is(problem: train.Problem, state: train.State, settings: list[Any], place: Place) -> train.State:
-    """The state without optimizer, at step 0."""
-    del problem, settings, place
-    return without_optimizer(state)
-
-
-def without_optimizer(state: train.State) -> train.State:
-    """The state between two stages: no optimizer, step 0."""
-    fresh = jax.tree.map(jnp.zeros_like, state.metrics)._replace(bad_step=jnp.full_like(state.metrics.bad_step, -1))
-    return state._replace(opt_state=(), step=jnp.zeros_like(state.step), metrics=fresh)
-
-
 def member_state(problem: train.Problem, state: train.State, member: int) -> train.State:
     """One member's state between two stages."""
-    state = without_optimizer(state)
+    state = interface.without_optimizer(state)
     return state if problem.members is None else jax.tree.map(lambda leaf: leaf[member], state)
-
-
-def handed_on(state: train.State, settings: Any) -> train.State:
-    """The state after a stage of these settings: without optimizer, but with what a training hands on through cuts."""
-    bare = without_optimizer(state)
-    if isinstance(settings, train.Fit):
-        return bare._replace(opt_state=settings.hand_on(state.opt_state))
-    return bare._replace(opt_state=state.opt_state) if isinstance(state.opt_state, train.Carried) else bare
-
-
-def rows_per_member(problem: train.Problem) -> list[list[dict]]:
-    return [[] for _ in range(problem.members or 1)]
 
 
 # train -------------------------------------------------------------------------------------------------------
 
 
-def train_options(
-    where: str,
-    *,
-    epochs: tables.Count,
-    batch_size: tables.Count = 128,
-    optimizer: dict,
-    loss: dict = {"name": "cross_entropy"},  # noqa: B006 - never changed
-    augment: str = "none",
-    start: Literal["current", "init"] = "current",
-    shift_inside: bool = True,
-    evaluate_every: tables.Count = 1,
-    carry: bool = False,
-    track: dict = {"name": "none"},  # noqa: B006
-    label: str = "",
-) -> train.Fit:
+@tables.option
+class Train(interface.Stage):
     """Trains the network.
 
     start: go on from the current weights, or from the run's initial ones, without masks (several arms of a comparison).
@@ -102,30 +53,55 @@ def train_options(
     every weight's importance over the last batches of each epoch, for a cut by `biased_loss_tracked`.
     label: name of the trained network in the report (default: the stage's).
     """
-    loss_options = dict(loss)
-    loss_name = loss_options.pop("name", "cross_entropy")
-    rule = tables.lookup(losses.LOSSES, loss_name, f"{where}.loss.name")
-    loss_options = tables.check_options(rule, loss_options, f"{where}.loss")
-    tables.lookup(data.AUGMENTATIONS, augment, f"{where}.augment")
-    recipe = optim.check(optimizer, f"{where}.optimizer")
-    schedule, schedule_options = recipe.schedule
-    try:
-        optim.SCHEDULES[schedule](1.0, epochs, 10**6, **schedule_options)
-    except ValueError as error:  # options that do not fit the epochs
-        raise tables.ConfigError(f"{where}.optimizer.schedule: {error}") from None
-    del label
-    chosen = (loss_name, tuple(sorted(loss_options.items())))
-    if carry and recipe.name != "sgd":
-        raise tables.ConfigError(f"{where}.carry hands on the momentum of sgd; the optimizer is {recipe.name!r}.")
+
+    kind: ClassVar[str] = "train"
+    trains: ClassVar[bool] = True
+    epochs: tables.Count
+    batch_size: tables.Count = 128
+    optimizer: dict
+    loss: dict = losses.CROSS_ENTROPY
+    augment: str = "none"
+    start: Literal["current", "init"] = "current"
+    shift_inside: bool = True
+    evaluate_every: tables.Count = 1
+    carry: bool = False
+    track: dict = tables.Options(name="none")
+    label: str = ""
+
+    def settings(self, where: str) -> train.Fit:
+        loss = losses.checked(self.loss, f"{where}.loss")
+        tables.lookup(data.AUGMENTATIONS, self.augment, f"{where}.augment")
+        recipe = optim.check(self.optimizer, f"{where}.optimizer")
+        schedule, schedule_options = recipe.schedule
+        try:
+            optim.SCHEDULES[schedule](1.0, self.epochs, 10**6, **schedule_options)
+        except ValueError as error:  # options that do not fit the epochs
+            raise tables.ConfigError(f"{where}.optimizer.schedule: {error}") from None
+        if self.carry and recipe.name != "sgd":
+            raise tables.ConfigError(f"{where}.carry hands on the momentum of sgd; the optimizer is {recipe.name!r}.")
+        return train.Fit(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            recipe=recipe,
+            loss=loss,
+            augment=self.augment,
+            start=self.start,
+            shift_inside=self.shift_inside,
+            evaluate_every=self.evaluate_every,
+            carry=self.carry,
+            track=checked_tracker(self.track, f"{where}.track"),
+            label=self.label,
+        )
+
+
+def checked_tracker(track: Mapping[str, Any], where: str) -> tuple[tuple[str, Any], ...]:
+    """The options of a tracker, sorted pairs, () for none; raises ConfigError for ones that cannot work."""
     given = dict(track)
-    tracker = tables.lookup(TRACKERS, given.pop("name", "none"), f"{where}.track.name")
-    found = {**tables.defaults(tracker), **tables.check_options(tracker, given, f"{where}.track")}
-    if found.get("use_init") and not found["use_l2"]:
-        raise tables.ConfigError(f"{where}.track.use_init replaces the factor |w| of use_l2, which is False.")
-    return train.Fit(
-        epochs, batch_size, recipe, chosen, augment, start, shift_inside, evaluate_every, carry,
-        tuple(sorted(found.items())),
-    )  # fmt: skip
+    tracker = tables.lookup(TRACKERS, given.pop("name", "none"), f"{where}.name")
+    options = {**tables.defaults(tracker), **tables.check_options(tracker, given, where)}
+    if options.get("use_init") and not options["use_l2"]:
+        raise tables.ConfigError(f"{where}.use_init replaces the factor |w| of use_l2, which is False.")
+    return tuple(sorted(options.items()))
 
 
 def no_tracker() -> None:
@@ -141,137 +117,150 @@ def saliency_tracker(
 TRACKERS = {"none": no_tracker, "saliency": saliency_tracker}
 
 
-def numbers_of(problem: train.Problem, state: train.State, settings: list[train.Fit]) -> dict[str, Any]:
-    """The traced numbers of the optimizers of all members."""
-    return train.numbers_of(problem, state, [fit.recipe for fit in settings])
-
-
-def begin_fit(
-    problem: train.Problem, state: train.State, settings: list[train.Fit], numbers: dict[str, Any]
-) -> train.State:
-    """The state at the start of a training of all members, see `train.begin`."""
-    if settings[0].start == "init":
-        state = train.initial_state(problem, state.key)
-    name = ("begin", settings[0].program(), settings[0].shift_inside, settings[0].carry)
-    begin = lambda state, numbers: train.begin(problem, state, settings[0], numbers)
-    compiled = problem.once(name, lambda: jax.jit(problem.lift(begin)))
-    return compiled(state, numbers)
-
-
-def begin_train(problem: train.Problem, state: train.State, settings: list[train.Fit], place: Place) -> train.State:
-    del place
-    return begin_fit(problem, state, settings, numbers_of(problem, state, settings))
-
-
-def run_train(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    numbers = numbers_of(problem, state, settings)
-    yield from train.fit_epochs(problem, state, settings[0], numbers, place.position, place.name, rows[0])
-
-
 # sfw_init ----------------------------------------------------------------------------------------------------
 
 
-class SfwInit(NamedTuple):
-    iterations: int
-    batch_size: int
-    recipe: optim.Recipe
-    options: tuple
-    augment: str
-
-
-def sfw_init_options(
-    where: str,
-    *,
-    constraint: dict = {"name": "k_sparse"},  # noqa: B006
-    learning_rate: Annotated[float, tables.Range(0.0, 1.0, above=True)] = 1.0,
-    iterations: tables.Count = 390,
-    batch_size: Annotated[int, tables.Range(2)] = 128,
-    scale_learning_rate: tables.Positive = 1e-3,
-    min_scale: tables.NonNegative = 0.01,
-    clip: tables.Positive = 1.0,
-    norms: Literal["per_parameter", "per_shape"] = "per_parameter",
-    augment: str = "none",
-) -> SfwInit:
+@tables.option
+class SfwInit(interface.Stage):
     """Learns one scale per parameter array so that one Frank-Wolfe step helps most (SFW-Init).
 
     constraint, learning_rate: as in the training that follows. Each iteration draws `batch_size` examples, an
     even number, for the inner step, keeps half of them and draws half anew for the objective.
     scale_learning_rate, min_scale, clip: of the scales.
     """
-    optimizer = dict(name="sfw", learning_rate=learning_rate, constraint=constraint, norms=norms)
-    recipe = optim.check(optimizer, where)
-    options = dict(scale_learning_rate=scale_learning_rate, min_scale=min_scale, clip=clip)
-    tables.lookup(data.AUGMENTATIONS, augment, f"{where}.augment")
-    return SfwInit(iterations, batch_size, recipe, tuple(sorted(options.items())), augment)
 
+    kind: ClassVar[str] = "sfw_init"
+    constraint: dict = tables.Options(name="k_sparse")
+    learning_rate: Annotated[float, tables.Range(0.0, 1.0, above=True)] = 1.0
+    iterations: tables.Count = 390
+    batch_size: Annotated[int, tables.Range(2)] = 128
+    scale_learning_rate: tables.Positive = 1e-3
+    min_scale: tables.NonNegative = 0.01
+    clip: tables.Positive = 1.0
+    norms: Literal["per_parameter", "per_shape"] = "per_parameter"
+    augment: str = "none"
 
-def run_sfw_init(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows
-    chosen, chunk = settings[0], 10
-    numbers = train.numbers_of(problem, state, [s.recipe for s in settings])
-    size, half = problem.size("train"), chosen.batch_size // 2
-    augment = data.make_augmentation(chosen.augment, problem.dataset, place.name)
+    def recipe(self, where: str = "sfw_init") -> optim.Recipe:
+        """The Frank-Wolfe step as an optimizer; raises ConfigError."""
+        fields = dict(learning_rate=self.learning_rate, constraint=self.constraint, norms=self.norms)
+        return optim.check(dict(name="sfw", **fields), where)
 
-    def loss(params, batch_stats, batch):
-        logits, _ = problem.model.apply_train({"params": params, "batch_stats": batch_stats}, *batch[:1], batch[2])
-        return losses.cross_entropy(logits, batch[1]).mean()
+    def check(self, where: str) -> None:
+        self.recipe(where)
+        tables.lookup(data.AUGMENTATIONS, self.augment, f"{where}.augment")
 
-    def iterate(scales, state, numbers, images, labels):
-        keys = jax.random.split(jax.random.fold_in(train.stage_key(state.key, place.position), scales.step), 4)
-        index = jax.random.choice(keys[0], size, (3 * half,), replace=size < 3 * half)
-        inputs, targets = problem.images(augment(keys[1], images[index])), labels[index]
-        batch = lambda *parts: tuple(
-            jnp.concatenate([array[p * half : (p + 1) * half] for p in parts]) for array in (inputs, targets)
+    def check_streamed(self, where: str) -> None:
+        raise tables.ConfigError(
+            f"config.data.stream leaves images where they are, but {where}.kind 'sfw_init' draws from all of them in "
+            "memory."
         )
-        step = gradinit.scale_step(
-            lambda params, batch: loss(params, state.batch_stats, batch),
-            numbers["sets"],
-            learning_rate=numbers["learning_rate"],
-            **dict(chosen.options),
-        )
-        scales, metrics = step(scales, (*batch(0, 1), keys[2]), (*batch(0, 2), keys[3]))
-        return scales, (metrics.loss_before, metrics.loss_after)
 
-    axes = (0, 0, 0, None, None)
-    name = ("sfw_init", place.position, chosen._replace(recipe=optim.program(chosen.recipe)))
-    compiled = problem.once(name, lambda: jax.jit(problem.lift(iterate, axes)))
-    scales = problem.once("scales", lambda: jax.jit(problem.lift(gradinit.init)))(state.params)
-    for i in range(chosen.iterations):
-        stopping.check()
-        scales, (before, after) = compiled(scales, state, numbers, problem.train_images, problem.train_labels)
-        if (i + 1) % chunk == 0 or i == 0 or i + 1 == chosen.iterations:
-            found = train.member_rows(problem, dict(loss_before=before, loss_after=after), iteration=i + 1)
-            if not all(np.isfinite(row[0]["loss_after"]) for row in found):
-                raise train.NonFiniteLossError(f"{place.name}: the loss is not finite at iteration {i + 1}.")
-            finished = i + 1 == chosen.iterations
-            # the scales are not part of the state: an interrupted stage starts anew and finds the same ones
-            yield train.Update(
-                state._replace(params=scales.params) if finished else None, found, (i + 1) / chosen.iterations
+    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+        train.check_batch(self, problem, where)
+        train.check_recipe(self.recipe(), problem, where)
+
+    def together(self) -> tuple:
+        same = dataclasses.replace(self, constraint=tables.Options(), learning_rate=1.0)
+        return same, optim.program(self.recipe())
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        chosen, chunk = self, 10
+        numbers = train.numbers_of(problem, state, [own.recipe() for own in settings])
+        size, half = problem.size("train"), chosen.batch_size // 2
+        augment = data.make_augmentation(chosen.augment, problem.dataset, place.name)
+
+        def loss(params, batch_stats, batch):
+            logits, _ = problem.model.apply_train({"params": params, "batch_stats": batch_stats}, *batch[:1], batch[2])
+            return losses.cross_entropy(logits, batch[1]).mean()
+
+        def iterate(scales, state, numbers, images, labels):
+            keys = jax.random.split(jax.random.fold_in(train.stage_key(state.key, place.position), scales.step), 4)
+            index = jax.random.choice(keys[0], size, (3 * half,), replace=size < 3 * half)
+            inputs, targets = problem.images(augment(keys[1], images[index])), labels[index]
+            batch = lambda *parts: tuple(
+                jnp.concatenate([array[p * half : (p + 1) * half] for p in parts]) for array in (inputs, targets)
             )
+            step = gradinit.scale_step(
+                lambda params, batch: loss(params, state.batch_stats, batch),
+                numbers["sets"],
+                learning_rate=numbers["learning_rate"],
+                scale_learning_rate=chosen.scale_learning_rate,
+                min_scale=chosen.min_scale,
+                clip=chosen.clip,
+            )
+            scales, metrics = step(scales, (*batch(0, 1), keys[2]), (*batch(0, 2), keys[3]))
+            return scales, (metrics.loss_before, metrics.loss_after)
+
+        axes = (0, 0, 0, None, None)
+        name = ("sfw_init", place.position, chosen.together())
+        compiled = problem.once(name, lambda: jax.jit(problem.lift(iterate, axes)))
+        scales = problem.once("scales", lambda: jax.jit(problem.lift(gradinit.init)))(state.params)
+        for i in range(chosen.iterations):
+            stopping.check()
+            scales, (before, after) = compiled(scales, state, numbers, problem.train_images, problem.train_labels)
+            if (i + 1) % chunk == 0 or i == 0 or i + 1 == chosen.iterations:
+                found = train.member_rows(problem, dict(loss_before=before, loss_after=after), iteration=i + 1)
+                if not all(np.isfinite(row[0]["loss_after"]) for row in found):
+                    raise train.NonFiniteLossError(f"{place.name}: the loss is not finite at iteration {i + 1}.")
+                finished = i + 1 == chosen.iterations
+                # the scales are not part of the state: an interrupted stage starts anew and finds the same ones
+                yield train.Update(
+                    state._replace(params=scales.params) if finished else None, found, (i + 1) / chosen.iterations
+                )
 
 
 # prune -------------------------------------------------------------------------------------------------------
 
 
-class Prune(NamedTuple):
-    ratio: float
-    selection: str
-    options: tuple
+@tables.option
+class Selecting(interface.Stage):
+    """A stage that selects what to prune. Empty options are the default of their selection.
+
+    selection: `global`, `layerwise`, `random` or `structured`; the other fields are options of the selection, see
+    `allocate.keep_counts`.
+    """
+
+    selection: str = "global"
+    scope: Literal["", "kernels", "all"] = ""
+    count: Literal["", "nearest", "per_layer", "original", "ceil"] = ""
+    granularity: Literal["", "filter", "channel"] = ""
+    layer_ratios: Literal["", "uniform", "erk", "erk_original"] = ""
+    layers: Literal["", "convolutions", "all"] = ""
+    include: str = ""
+    exclude: str = ""
+
+    def check(self, where: str) -> None:
+        for name in ("include", "exclude"):
+            trees.check_pattern(getattr(self, name), f"{where}.{name}")
+        self.options(where)
+
+    def options(self, where: str = "selection") -> dict[str, Any]:
+        """The checked options of the selection; raises ConfigError."""
+        given = {name: getattr(self, name) for name in SELECTING if name != "selection"}
+        return allocate.check(self.selection, {name: value for name, value in given.items() if value}, where)
+
+    def keywords(self, problem: train.Problem) -> dict[str, Any]:
+        """Keyword arguments of `allocate.keep_counts` and `keep_masks`."""
+        channels = filters_of(problem) if self.selection == "structured" else None
+        return dict(self.options(), selection=self.selection, channels=channels)
+
+    def selecting(self, position: int) -> tuple:
+        """What a compiled selection depends on; random masks also on the stage's `position` in the pipeline."""
+        fields = tuple(getattr(self, name) for name in SELECTING)
+        return (*fields, position if self.selection == "random" else 0)
+
+    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+        try:
+            allocate.keep_counts(shapes_of(problem), 0.0, **self.keywords(problem))
+        except ValueError as error:
+            raise tables.ConfigError(f"{where}: {error}") from None
 
 
-def prune_options(
-    where: str,
-    *,
-    ratio: tables.Fraction,
-    selection: str = "global",
-    scope: Literal["", "kernels", "all"] = "",
-    count: Literal["", "nearest", "per_layer", "original", "ceil"] = "",
-    granularity: Literal["", "filter", "channel"] = "",
-    layer_ratios: Literal["", "uniform", "erk", "erk_original"] = "",
-    layers: Literal["", "convolutions", "all"] = "",
-    include: str = "",
-    exclude: str = "",
-) -> Prune:
+SELECTING = tuple(tables.parameters(Selecting))
+
+
+@tables.option
+class Prune(Selecting):
     """Prunes the network for good: later training keeps the pruned weights at zero, unless its start is `init`.
 
     ratio: share removed, with what was pruned before. selection: `global`, `layerwise`, `random` or `structured`; the
@@ -280,12 +269,27 @@ def prune_options(
     patterns of arrays. `structured` removes the filters of each layer alone, also where a residual sum adds to them,
     with the scale and shift of the norm behind them and their bias.
     """
-    given = dict(scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios, layers=layers)
-    given |= dict(include=include, exclude=exclude)
-    options = {name: value for name, value in given.items() if value}
-    for name, pattern in (("include", include), ("exclude", exclude)):
-        trees.check_pattern(pattern, f"{where}.{name}")
-    return Prune(ratio, selection, tuple(sorted(allocate.check(selection, options, where).items())))
+
+    kind: ClassVar[str] = "prune"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    ratio: tables.Fraction
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        options = self.keywords(problem)
+        counts = allocate.keep_counts(shapes_of(problem), self.ratio, **options)
+
+        def cut(state, counts):
+            key = train.stage_key(state.key, place.position)
+            kept = allocate.keep_masks(state.params, counts, key, before=state.masks, **options)
+            params = masks.apply(state.params, kept)
+            return state._replace(params=params, masks=kept), sparsity(params, kept, options)
+
+        name = ("prune", *self.selecting(place.position))
+        compiled = problem.once(name, lambda: jax.jit(problem.lift(cut, (0, None))))
+        state, found = compiled(state, counts)
+        common = dict(ratio=self.ratio, selection=self.selection)
+        common |= dict(num_prunable=trees.size(choosable(shapes_of(problem), options)))
+        yield train.Update(state, train.member_rows(problem, found, **common), 1.0)
 
 
 def shapes_of(problem: train.Problem) -> PyTree:
@@ -333,39 +337,6 @@ def filters_of(problem: train.Problem) -> groups.Channels:
     return problem.once("filters", make)
 
 
-def selecting(problem: train.Problem, chosen: "Prune | Curve") -> dict[str, Any]:
-    """Keyword arguments of `allocate.keep_counts` and `keep_masks`."""
-    channels = filters_of(problem) if chosen.selection == "structured" else None
-    return dict(chosen.options, selection=chosen.selection, channels=channels)
-
-
-def check_network(problem: train.Problem, chosen: Any, where: str) -> None:
-    """Raises ConfigError for a selection that does not fit the network: before anything trains."""
-    if isinstance(chosen, (Prune, Curve)):
-        try:
-            allocate.keep_counts(shapes_of(problem), 0.0, **selecting(problem, chosen))
-        except ValueError as error:
-            raise tables.ConfigError(f"{where}: {error}") from None
-
-
-def run_prune(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows
-    chosen, options = settings[0], selecting(problem, settings[0])
-    counts = allocate.keep_counts(shapes_of(problem), chosen.ratio, **options)
-
-    def cut(state, counts):
-        key = train.stage_key(state.key, place.position)
-        kept = allocate.keep_masks(state.params, counts, key, before=state.masks, **options)
-        params = masks.apply(state.params, kept)
-        return state._replace(params=params, masks=kept), sparsity(params, kept, options)
-
-    name = ("prune", place.position if chosen.selection == "random" else 0, chosen._replace(ratio=0.0))
-    state, found = problem.once(name, lambda: jax.jit(problem.lift(cut, (0, None))))(state, counts)
-    common = dict(ratio=chosen.ratio, selection=chosen.selection)
-    common |= dict(num_prunable=trees.size(choosable(shapes_of(problem), options)))
-    yield train.Update(state, train.member_rows(problem, found, **common), 1.0)
-
-
 def sparsity(params: PyTree, kept: PyTree, options: dict[str, Any]) -> dict[str, Any]:
     """num_kept entries of the arrays that may be pruned; shares of zeros: `sparsity` in these arrays, `sparsity_all`
     in all parameters, and `layers` in every kernel; of structured selections `channels_removed`, their share."""
@@ -393,29 +364,8 @@ def layer_sparsity(params: PyTree) -> dict[str, jax.Array]:
 # curve -------------------------------------------------------------------------------------------------------
 
 
-class Curve(NamedTuple):
-    ratios: tuple[float, ...]
-    splits: tuple[str, ...]
-    selection: str
-    options: tuple
-    retrain: str
-
-
-def curve_options(
-    where: str,
-    *,
-    ratios: tuple[tables.Fraction, ...] = RATIOS,
-    splits: tuple[Literal["test", "train"], ...] = ("test",),
-    selection: str = "global",
-    scope: Literal["", "kernels", "all"] = "",
-    count: Literal["", "nearest", "per_layer", "original", "ceil"] = "",
-    granularity: Literal["", "filter", "channel"] = "",
-    layer_ratios: Literal["", "uniform", "erk", "erk_original"] = "",
-    layers: Literal["", "convolutions", "all"] = "",
-    include: str = "",
-    exclude: str = "",
-    retrain: str = "",
-) -> Curve:
+@tables.option
+class Curve(Selecting):
     """Accuracy and loss of the trained network pruned at every ratio; the network itself stays as it is.
 
     ratios: shares removed, with what was pruned before: a network of which more is gone than some of them starts the
@@ -423,30 +373,107 @@ def curve_options(
     granularity, layer_ratios, layers, include, exclude: see `prune`.
     retrain: name of a `train` config to run at every ratio, from the same trained state, before evaluating.
     """
-    for name, values in (("ratios", ratios), ("splits", splits)):
-        if not values:
-            raise tables.ConfigError(f"{where}.{name} must not be empty.")
-    options = dict(scope=scope, count=count, granularity=granularity, layer_ratios=layer_ratios, layers=layers)
-    cut = prune_options(where, ratio=0.0, selection=selection, include=include, exclude=exclude, **options)
-    return Curve(ratios, splits, selection, cut.options, retrain)
+
+    kind: ClassVar[str] = "curve"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    ratios: tuple[tables.Fraction, ...] = RATIOS
+    splits: tuple[Literal["test", "train"], ...] = ("test",)
+    retrain: str = ""
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        for name in ("ratios", "splits"):
+            if not getattr(self, name):
+                raise tables.ConfigError(f"{where}.{name} must not be empty.")
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        chosen, options = self, self.keywords(problem)
+        shapes = shapes_of(problem)
+        prune = pruning(problem, chosen, place.position)
+        measure = pruned_results(problem, chosen, chosen.splits, place.position, masked=bool(chosen.retrain))
+        fixed = dict(
+            num_prunable=trees.size(choosable(shapes, options)),
+            selection=chosen.selection,
+            scope=options.get("scope", "kernels"),
+            retrained=bool(chosen.retrain),
+        )
+
+        inputs = split_arrays(problem, chosen.splits)
+        # `state` without optimizer: then a curve after every training is the same program
+        state = interface.without_optimizer(state)
+        static = (*chosen.selecting(place.position), chosen.splits, bool(chosen.retrain))
+        axes = (0, None, *[None] * len(inputs))
+        compiled = problem.once(("curve", static), lambda: jax.jit(problem.lift(measure, axes)))
+        pruned = problem.once(("cut", static), lambda: jax.jit(problem.lift(prune, (0, None))))
+
+        every = [allocate.keep_counts(shapes, ratio, **options) for ratio in chosen.ratios]
+        points = curve_points(problem, state, chosen, every)
+
+        def rows_of(point, result):
+            """Rows of each member that takes the point."""
+            found, extra = result
+            new = interface.rows_per_member(problem)
+            for split in chosen.splits:
+                values = {**found[split], **extra}
+                for member, (row,) in enumerate(train.member_rows(problem, values, split=split, **fixed)):
+                    if member in point.ratios:
+                        new[member].append(dict(row, ratio=point.ratios[member]))
+            return new
+
+        done = finished_points(points, [len(own) // len(chosen.splits) for own in rows])  # before an interruption
+        waiting: list[tuple[Point, Any]] = []
+        if chosen.retrain:
+            fits = place.others[chosen.retrain]
+            numbers = train.numbers_of_fits(problem, state, fits)
+        for i, point in enumerate(points):
+            if i < done:
+                continue
+            stopping.check()
+            current = state
+            if chosen.retrain:
+                current = train.begin_members(problem, state._replace(masks=pruned(state, point.counts)), fits, numbers)
+                where = f"{place.name}: {chosen.retrain} at ratio {min(point.ratios.values()):g}"
+                for update in train.fit_epochs(problem, current, fits[0], numbers, place.position, where):
+                    current = update.state
+                current = interface.without_optimizer(current)
+            waiting.append((point, compiled(current, point.counts, *inputs)))
+            # results are fetched a few ratios late, so the device never waits for the host
+            if len(waiting) >= (1 if chosen.retrain else 16) or i + 1 == len(points):
+                new = interface.rows_per_member(problem)
+                for (finished, _), result in zip(
+                    waiting, read_results(problem, chosen.splits, [r for _, r in waiting])
+                ):
+                    for own, more in zip(new, rows_of(finished, result), strict=True):
+                        own.extend(more)
+                waiting = []
+                yield train.Update(state, new, (i + 1) / len(points))
 
 
-def pruned_results(problem: train.Problem, chosen: Curve, position: int) -> tuple[Callable, Callable]:
-    """(prune, measure) of one member; position: of the stage in the pipeline, for random masks.
-
-    prune(state, counts) -> masks; measure(state, counts, *arrays of every split) -> (loss and accuracy by split, more),
-    or on streamed data measure(state, counts) -> (params and batch_stats to evaluate, more).
-    """
-    options = selecting(problem, chosen)
-    evaluators = {split: train.evaluation(problem, split) for split in chosen.splits if not problem.streamed}
+def pruning(problem: train.Problem, chosen: Selecting, position: int) -> Callable:
+    """`prune(state, counts) -> masks` of one member; position: of the stage in the pipeline, for random masks."""
+    options = chosen.keywords(problem)
 
     def prune(state, counts):
         key = train.stage_key(state.key, position)
         return allocate.keep_masks(state.params, counts, key, before=state.masks, **options)
 
+    return prune
+
+
+def pruned_results(
+    problem: train.Problem, chosen: Selecting, splits: Sequence[str], position: int, *, masked: bool = False
+) -> Callable:
+    """`measure(state, counts, *arrays of every split) -> (loss and accuracy by split, more)` of one member.
+
+    On streamed data `measure(state, counts) -> (params and batch_stats to evaluate, more)`. masked: whether states are
+    pruned already. position: of the stage in the pipeline, for random masks.
+    """
+    prune, options = pruning(problem, chosen, position), chosen.keywords(problem)
+    evaluators = {split: train.evaluation(problem, split) for split in splits if not problem.streamed}
+
     def measure(state, counts, *arrays):
         """Results on all splits of the network pruned to `counts`: one program for all ratios."""
-        kept = state.masks if chosen.retrain else prune(state, counts)
+        kept = state.masks if masked else prune(state, counts)
         params, found = masks.apply(state.params, kept), {}
         if problem.streamed:
             found = params, state.batch_stats
@@ -455,102 +482,42 @@ def pruned_results(problem: train.Problem, chosen: Curve, position: int) -> tupl
             found[split] = dict(loss=loss, accuracy=accuracy)
         return found, sparsity(params, kept, options)
 
-    return prune, measure
+    return measure
 
 
-def split_arrays(problem: train.Problem, chosen: Curve) -> list[jax.Array]:
-    return [array for split in chosen.splits for array in train.arrays(problem, split) if not problem.streamed]
+def split_arrays(problem: train.Problem, splits: Sequence[str]) -> list[jax.Array]:
+    """Images and labels of every split, one after the other; none of streamed ones."""
+    return [array for split in splits for array in train.arrays(problem, split) if not problem.streamed]
 
 
-def read_results(problem: train.Problem, chosen: Curve, results: list[tuple]) -> list[tuple]:
+def read_results(problem: train.Problem, splits: Sequence[str], results: list[tuple]) -> list[tuple]:
     """Results of `measure` with losses and accuracies; streamed splits are read once for all of them."""
     if not problem.streamed:
         return results
     sums = problem.once("sums", lambda: jax.jit(train.batch_sums(problem)))
     looks, found = [functools.partial(sums, *variables) for variables, _ in results], [{} for _ in results]
-    for split in chosen.splits:
+    for split in splits:
         for own, (loss, accuracy) in zip(found, train.over_stream(problem, split, looks)[0], strict=True):
             own[split] = dict(loss=loss, accuracy=accuracy)
     return [(own, more) for own, (_, more) in zip(found, results, strict=True)]
 
 
 def pruned_evaluation(
-    problem: train.Problem, state: train.State, chosen: Curve, place: Place, member: int
+    problem: train.Problem, state: train.State, chosen: Selecting, place: interface.Place, member: int, split: str
 ) -> Callable[[float], dict[str, float]]:
-    """`evaluate(ratio) -> dict(accuracy, loss)` of one member on the first split: one program for all ratios."""
+    """`evaluate(ratio) -> dict(accuracy, loss)` of one member on a split: one program for all ratios."""
     state = member_state(problem, state, member)
-    static = (place.position if chosen.selection == "random" else 0, chosen._replace(ratios=()))
-    _, measure = pruned_results(problem, chosen, place.position)
-    compiled = problem.once(("pruned evaluation", static), lambda: jax.jit(measure))
-    inputs, shapes = split_arrays(problem, chosen), shapes_of(problem)
-    options = selecting(problem, chosen)
+    measure = pruned_results(problem, chosen, (split,), place.position)
+    compiled = problem.once(("pruned evaluation", split, chosen.selecting(place.position)), lambda: jax.jit(measure))
+    inputs, shapes = split_arrays(problem, (split,)), shapes_of(problem)
+    options = chosen.keywords(problem)
 
     def evaluate(ratio):
         counts = allocate.keep_counts(shapes, ratio, **options)
-        ((found, _),) = read_results(problem, chosen, [compiled(state, counts, *inputs)])
-        return {name: float(value) for name, value in found[chosen.splits[0]].items()}
+        ((found, _),) = read_results(problem, (split,), [compiled(state, counts, *inputs)])
+        return {name: float(value) for name, value in found[split].items()}
 
     return evaluate
-
-
-def run_curve(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    chosen, options = settings[0], selecting(problem, settings[0])
-    shapes = shapes_of(problem)
-    prune, measure = pruned_results(problem, chosen, place.position)
-    fixed = dict(
-        num_prunable=trees.size(choosable(shapes, options)),
-        selection=chosen.selection,
-        scope=options.get("scope", "kernels"),
-        retrained=bool(chosen.retrain),
-    )
-
-    inputs = split_arrays(problem, chosen)
-    # `state` without optimizer: then a curve after every training is the same program
-    state = without_optimizer(state)
-    static = (place.position if chosen.selection == "random" else 0, chosen._replace(ratios=()))
-    axes = (0, None, *[None] * len(inputs))
-    compiled = problem.once(("curve", static), lambda: jax.jit(problem.lift(measure, axes)))
-    pruned = problem.once(("cut", static), lambda: jax.jit(problem.lift(prune, (0, None))))
-
-    every = [allocate.keep_counts(shapes, ratio, **options) for ratio in chosen.ratios]
-    points = curve_points(problem, state, chosen, every)
-
-    def rows_of(point, result):
-        """Rows of each member that takes the point."""
-        found, extra = result
-        new = rows_per_member(problem)
-        for split in chosen.splits:
-            values = {**found[split], **extra}
-            for member, (row,) in enumerate(train.member_rows(problem, values, split=split, **fixed)):
-                if member in point.ratios:
-                    new[member].append(dict(row, ratio=point.ratios[member]))
-        return new
-
-    done = finished_points(points, [len(own) // len(chosen.splits) for own in rows])  # before an interruption
-    waiting: list[tuple[Point, Any]] = []
-    if chosen.retrain:
-        fits = place.others[chosen.retrain]
-        numbers = numbers_of(problem, state, fits)
-    for i, point in enumerate(points):
-        if i < done:
-            continue
-        stopping.check()
-        current = state
-        if chosen.retrain:
-            current = begin_fit(problem, state._replace(masks=pruned(state, point.counts)), fits, numbers)
-            where = f"{place.name}: {chosen.retrain} at ratio {min(point.ratios.values()):g}"
-            for update in train.fit_epochs(problem, current, fits[0], numbers, place.position, where):
-                current = update.state
-            current = without_optimizer(current)
-        waiting.append((point, compiled(current, point.counts, *inputs)))
-        # results are fetched a few ratios late, so the device never waits for the host
-        if len(waiting) >= (1 if chosen.retrain else 16) or i + 1 == len(points):
-            new = rows_per_member(problem)
-            for (finished, _), result in zip(waiting, read_results(problem, chosen, [r for _, r in waiting])):
-                for own, more in zip(new, rows_of(finished, result), strict=True):
-                    own.extend(more)
-            waiting = []
-            yield train.Update(state, new, (i + 1) / len(points))
 
 
 class Point(NamedTuple):
@@ -565,8 +532,8 @@ def curve_points(problem: train.Problem, state: train.State, chosen: Curve, coun
 
     counts: of all ratios. Where some are below, one point comes first: the network as it is, at the share removed.
     """
-    look = lambda kept: allocate.left_by(kept, **selecting(problem, chosen))
-    compiled = problem.once(("left", chosen._replace(ratios=())), lambda: jax.jit(problem.lift(look)))
+    look = lambda kept: allocate.left_by(kept, **chosen.keywords(problem))
+    compiled = problem.once(("left", chosen.selecting(0)), lambda: jax.jit(problem.lift(look)))
     number, share = (np.atleast_1d(values) for values in jax.device_get(compiled(state.masks)))
     totals = [sum(jax.tree.leaves(own)) for own in counts]
     points, starts = [], {}
@@ -581,7 +548,7 @@ def curve_points(problem: train.Problem, state: train.State, chosen: Curve, coun
         if takes:
             points.append(Point(own, takes))
     if starts:
-        whole = allocate.keep_counts(shapes_of(problem), 0.0, **selecting(problem, chosen))
+        whole = allocate.keep_counts(shapes_of(problem), 0.0, **chosen.keywords(problem))
         points.insert(0, Point(whole, starts))
     return points
 
@@ -598,19 +565,27 @@ def finished_points(points: list[Point], numbers: list[int]) -> int:
 # histogram ---------------------------------------------------------------------------------------------------
 
 
-class Histogram(NamedTuple):
-    scope: str
-    bins: int
-
-
-def histogram_options(where: str, *, scope: allocate.Scope = "all", bins: tables.Count = 60) -> Histogram:
+@tables.option
+class Histogram(interface.Stage):
     """Histogram of weight magnitudes.
 
     Counts above 0, 10, 1, 0.1, ... down to 1e-10 (the original's bins), and `bins` equal bins of log10 |w| from 1e-12
     to 100 for the figure. scope: `all` parameters (as the original) or `kernels`.
     """
-    del where
-    return Histogram(scope, bins)
+
+    kind: ClassVar[str] = "histogram"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    scope: allocate.Scope = "all"
+    bins: tables.Count = 60
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        count = problem.once(
+            ("histogram", self),
+            lambda: jax.jit(problem.lift(lambda params: magnitude_histogram(params, self.scope, self.bins))),
+        )
+        common = dict(threshold=magnitude_thresholds(), edges=np.linspace(-12, 2, self.bins + 1).tolist())
+        found = train.member_rows(problem, count(state.params), scope=self.scope, **common)
+        yield train.Update(state, found, 1.0)
 
 
 def magnitude_thresholds() -> list[float]:
@@ -637,21 +612,4 @@ def magnitude_histogram(params: PyTree, scope: str = "all", bins: int = 60) -> d
     return dict(count_above=above, num_zero=num_zero, counts=beyond[:-1] - beyond[1:])
 
 
-def run_histogram(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows, place
-    chosen = settings[0]
-    count = problem.once(
-        ("histogram", chosen),
-        lambda: jax.jit(problem.lift(lambda params: magnitude_histogram(params, chosen.scope, chosen.bins))),
-    )
-    common = dict(threshold=magnitude_thresholds(), edges=np.linspace(-12, 2, chosen.bins + 1).tolist())
-    yield train.Update(state, train.member_rows(problem, count(state.params), scope=chosen.scope, **common), 1.0)
-
-
-STAGES = {
-    "train": Stage(train_options, begin_train, run_train),
-    "sfw_init": Stage(sfw_init_options, as_it_is, run_sfw_init),
-    "prune": Stage(prune_options, as_it_is, run_prune, ("train",)),
-    "curve": Stage(curve_options, as_it_is, run_curve, ("train",)),
-    "histogram": Stage(histogram_options, as_it_is, run_histogram, ("train",)),
-}
+STAGES = (Train, SfwInit, Prune, Curve, Histogram)

@@ -5,16 +5,17 @@ channels come from the trace of the network (`groups`), so any network of the zo
 Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `scores` and `budgets`.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import budgets, cost, groups, losses, masks, scores, stages, tables, train, trees, workdirs
+from sparsity_jax import budgets, cost, groups, interface, losses, masks, scores, stages, tables, train, trees, workdirs
 
 PyTree = Any
 
@@ -51,70 +52,8 @@ def members_of(problem: train.Problem, state: train.State) -> Iterator[tuple[int
 # cut ---------------------------------------------------------------------------------------------------------
 
 
-class Cut(NamedTuple):
-    measure: str
-    ratio: float
-    schedule: tuple
-    budget: str
-    aggregate: str
-    branches: str
-    use_l2: bool
-    use_init: bool
-    imp_samples: int
-    batch_size: int
-    temperature: float
-    grasp_temperature: float
-    preserve_temperature: float
-    min_share: float
-    protect: str
-    multiple: int
-    exclude: str
-    skip: str
-    rules: tuple
-
-    @property
-    def balanced(self) -> bool:
-        """Whether its scores need equally many examples of every class."""
-        return any(name.startswith("hg") for name in _needs(self))
-
-    def plan(self, num_rounds: int, ratio: float | None = None) -> budgets.Rounds:
-        """ratio: of one group, instead of that of the whole network."""
-        fields = dict(self.schedule)
-        if fields["name"] != "manual":
-            fields |= dict(ratio=self.ratio if ratio is None else ratio, num_rounds=num_rounds)
-        return budgets.schedule(**fields)
-
-    @property
-    def share_field(self) -> str:
-        """The field that says how much is removed."""
-        if self.rules:
-            return "rules"
-        return "schedule.thresholds" if dict(self.schedule)["name"] == "manual" else "ratio"
-
-
-def cut_options(
-    where: str,
-    *,
-    measure: str = "mag_based",
-    ratio: tables.Fraction = 0.75,
-    schedule: dict = {"name": "gradient_flow"},  # noqa: B006 - never changed
-    budget: Literal["channels", "parameters", "flops"] = "channels",
-    aggregate: Literal["producer", "sum", "mean", "l2"] = "producer",
-    branches: Literal["tied", "separate"] = "tied",
-    use_l2: bool = False,
-    use_init: bool = False,
-    imp_samples: tables.Count = 2560,
-    batch_size: tables.Count = 128,
-    temperature: tables.Positive = 1.0,
-    grasp_temperature: tables.Positive = 200.0,
-    preserve_temperature: tables.Positive = 1.0,
-    min_share: tables.Fraction = 0.05,
-    protect: Literal["correct", "original", "original_resnet"] = "correct",
-    multiple: tables.Count = 1,
-    exclude: str = "",
-    skip: str = "",
-    rules: tuple[tuple[str, tables.Fraction], ...] = (),
-) -> Cut:
+@tables.option
+class Cut(interface.Stage):
     """Removes the least important channels of the network; each visit of the stage is one round.
 
     measure: how important a channel is; see `scores.MEASURES`. ratio: share removed after all rounds; every round takes
@@ -134,58 +73,164 @@ def cut_options(
     rules: pairs (pattern of names of groups, share); given, every group loses the share of its own channels that the
     first match says, and `ratio` is idle.
     """
-    tables.lookup(scores.MEASURES, measure, f"{where}.measure")
-    for name, pattern in (("exclude", exclude), ("skip", skip)):
-        trees.check_pattern(pattern, f"{where}.{name}")
-    fields = {"name": "gradient_flow", **schedule}
-    if isinstance(fields.get("thresholds"), list):
-        fields["thresholds"] = tuple(fields["thresholds"])
-    cumulative = fields.get("cumulative", "exact")
-    chosen = Cut(
-        measure, ratio, tuple(sorted(fields.items())), budget, aggregate, branches, use_l2, use_init, imp_samples,
-        batch_size, temperature, grasp_temperature, preserve_temperature, min_share, protect, multiple, exclude, skip,
-        rules,
-    )  # fmt: skip
-    for name, value, needed in (("budget", budget, "channels"), ("schedule.cumulative", cumulative, "exact")):
-        if rules and value != needed:
-            raise tables.ConfigError(f"{where}.{name} is {value!r}, but {where}.rules need {needed!r}.")
-    if rules and fields["name"] == "manual":
-        raise tables.ConfigError(f"{where}.schedule names thresholds, but {where}.rules say what goes of each group.")
-    try:
-        scores.required(measure, use_l2=use_l2, use_init=use_init)
-    except tables.ConfigError as error:  # of use_l2 or use_init
-        raise tables.ConfigError(f"{where}.{error}") from None
-    for field, share in (("", None), *((".rules", share) for _, share in rules)):
+
+    kind: ClassVar[str] = "cut"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    measure: str = "mag_based"
+    ratio: tables.Fraction = 0.75
+    schedule: dict = tables.Options(name="gradient_flow")
+    budget: Literal["channels", "parameters", "flops"] = "channels"
+    aggregate: Literal["producer", "sum", "mean", "l2"] = "producer"
+    branches: Literal["tied", "separate"] = "tied"
+    use_l2: bool = False
+    use_init: bool = False
+    imp_samples: tables.Count = 2560
+    batch_size: tables.Count = 128
+    temperature: tables.Positive = 1.0
+    grasp_temperature: tables.Positive = 200.0
+    preserve_temperature: tables.Positive = 1.0
+    min_share: tables.Fraction = 0.05
+    protect: Literal["correct", "original", "original_resnet"] = "correct"
+    multiple: tables.Count = 1
+    exclude: str = ""
+    skip: str = ""
+    rules: tuple[tuple[str, tables.Fraction], ...] = ()
+
+    def check(self, where: str) -> None:
+        tables.lookup(scores.MEASURES, self.measure, f"{where}.measure")
+        for name in ("exclude", "skip"):
+            trees.check_pattern(getattr(self, name), f"{where}.{name}")
+        if self.rules:
+            self._check_rules(where)
         try:
-            chosen.plan(1, share)
+            _needs(self)
+        except tables.ConfigError as error:  # of use_l2 or use_init
+            raise tables.ConfigError(f"{where}.{error}") from None
+        for field, share in (("", None), *((".rules", share) for _, share in self.rules)):
+            try:
+                self.plan(1, share)
+            except tables.ConfigError as error:
+                raise tables.ConfigError(f"{where}{field}: {error}") from None
+
+    def _check_rules(self, where: str) -> None:
+        cumulative = self.rounds().get("cumulative", "exact")
+        for name, value, needed in (("budget", self.budget, "channels"), ("schedule.cumulative", cumulative, "exact")):
+            if value != needed:
+                raise tables.ConfigError(f"{where}.{name} is {value!r}, but {where}.rules need {needed!r}.")
+        if self.rounds()["name"] == "manual":
+            raise tables.ConfigError(
+                f"{where}.schedule names thresholds, but {where}.rules say what goes of each group."
+            )
+
+    def check_order(self, where: str, order: interface.Order) -> None:
+        """The thresholds of its schedule must be as many as its visits, and a tracked measure must be tracked."""
+        if scores.MEASURES[self.measure].needs == ("saliency",):
+            self._check_tracked(where, order.before)
+        try:
+            rounds = len(self.plan(order.visits).ratios)
         except tables.ConfigError as error:
-            raise tables.ConfigError(f"{where}{field}: {error}") from None
-    return chosen
+            raise tables.ConfigError(f"{where}: {error}") from None
+        if rounds != order.visits:
+            raise tables.ConfigError(
+                f"{where}.schedule.thresholds are {rounds} rounds, but config.pipeline names the stage {order.visits} "
+                "times."
+            )
 
-
-def check_rounds(chosen: Cut, where: str, visits: int, before: Any) -> None:
-    """Raises ConfigError for a cut that does not fit the pipeline: `visits` times in it, after the training `before`.
-
-    The thresholds of its schedule must be as many, and a tracked measure must have been tracked.
-    """
-    if scores.MEASURES[chosen.measure].needs == ("saliency",):
-        tracked = dict(before.track) if isinstance(before, train.Fit) else {}
+    def _check_tracked(self, where: str, before: list[interface.Stage]) -> None:
+        trainings = [own for own in before if not isinstance(own, Cut)]
+        tracked = dict(getattr(trainings[-1], "track", ())) if trainings else {}
         if not tracked:
             raise tables.ConfigError(
-                f"{where}.measure is {chosen.measure!r}, which the training right before it must track: set its "
+                f"{where}.measure is {self.measure!r}, which the training right before it must track: set its "
                 "track.name='saliency'."
             )
-        for name in ("use_l2", "use_init") if chosen.use_l2 else ("use_l2",):
-            if tracked[name] != (own := getattr(chosen, name)):
+        for name in ("use_l2", "use_init") if self.use_l2 else ("use_l2",):
+            if tracked[name] != (own := getattr(self, name)):
                 raise tables.ConfigError(f"{where}.{name} is {own}, but the training tracks {tracked[name]}.")
-    try:
-        rounds = len(chosen.plan(visits).ratios)
-    except tables.ConfigError as error:
-        raise tables.ConfigError(f"{where}: {error}") from None
-    if rounds != visits:
-        raise tables.ConfigError(
-            f"{where}.schedule.thresholds are {rounds} rounds, but config.pipeline names the stage {visits} times."
-        )
+
+    def check_streamed(self, where: str) -> None:
+        if self.balanced:
+            raise tables.ConfigError(
+                f"config.data.stream leaves images where they are, but {where}.measure {self.measure!r} needs equally "
+                "many of every class."
+            )
+
+    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+        check_network(problem, self, where, visits)
+
+    def rounds(self) -> dict[str, Any]:
+        """The schedule's fields, its thresholds a tuple."""
+        fields = {"name": "gradient_flow", **self.schedule}
+        if isinstance(fields.get("thresholds"), list):
+            fields["thresholds"] = tuple(fields["thresholds"])
+        return fields
+
+    @property
+    def balanced(self) -> bool:
+        """Whether its scores need equally many examples of every class."""
+        return any(name.startswith("hg") for name in _needs(self))
+
+    def plan(self, num_rounds: int, ratio: float | None = None) -> budgets.Rounds:
+        """ratio: of one group, instead of that of the whole network."""
+        fields = self.rounds()
+        if fields["name"] != "manual":
+            fields |= dict(ratio=self.ratio if ratio is None else ratio, num_rounds=num_rounds)
+        return budgets.schedule(**fields)
+
+    @property
+    def share_field(self) -> str:
+        """The field that says how much is removed."""
+        if self.rules:
+            return "rules"
+        return "schedule.thresholds" if self.rounds()["name"] == "manual" else "ratio"
+
+    def begin(self, problem, state, settings, place) -> train.State:
+        return interface.handed_on(state, self)
+
+    def carried(self, state: train.State, before: Any) -> Any:
+        return before
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        found, parts = interface.rows_per_member(problem), []
+        for i, own in members_of(problem, state):
+            chosen = settings[i]
+            channels = channels_of(problem, chosen.branches)
+            make = lambda chosen=chosen: make_scores(problem, chosen)
+            scores_of = problem.once(
+                ("scores", dataclasses.replace(chosen, ratio=0.0, schedule=tables.Options())), make
+            )
+            key = train.stage_key(own.key, place.position)
+            alive = alive_channels(channels, own.masks)
+            importance = scores_of(own, key)
+            keep = _select_or_say(problem, chosen, importance, alive, place)
+
+            def cut(own, keep, channels=channels):
+                tree = dict(params=own.masks, batch_stats=own.batch_stats)
+                tree = groups.mask(tree, channels, keep)
+                carried = own.opt_state and groups.mask(own.opt_state, channels, keep)
+                params = masks.apply(own.params, tree["params"])
+                return own._replace(
+                    params=params, masks=tree["params"], batch_stats=tree["batch_stats"], opt_state=carried
+                )
+
+            compiled = problem.once(("cut channels", chosen.branches), lambda cut=cut: jax.jit(cut))
+            parts.append(compiled(own, {name: jnp.asarray(k) for name, k in keep.items()}))
+            num, total = sum(int(k.sum()) for k in keep.values()), sum(channels.sizes.values())
+            found[i].append(
+                dict(
+                    measure=chosen.measure,
+                    ratio=1 - num / total,
+                    budget=chosen.budget,
+                    round=place.visit,
+                    num_kept=num,
+                    num_channels=total,
+                    kept={name: int(k.sum()) for name, k in keep.items()},
+                    sizes=channels.sizes,
+                    **(dict(layout=groups.layout(channels)) if place.visit == 1 else {}),
+                )
+            )
+        together = parts[0] if problem.members is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        yield train.Update(together, found, 1.0)
 
 
 def check_network(problem: train.Problem, chosen: Cut, where: str, visits: int = 1) -> None:
@@ -242,7 +287,7 @@ def _check_reach(problem: train.Problem, chosen: Cut, where: str, visits: int) -
             )
         return
     everything = {name: np.ones(size, bool) for name, size in channels_of(problem, chosen.branches).sizes.items()}
-    place = stages.Place(where.removeprefix("config."), 0, {}, (), visits, visits)
+    place = interface.Place(where.removeprefix("config."), 0, {}, (), visits, visits)
     _select_or_say(problem, chosen, everything, everything, place)
 
 
@@ -308,7 +353,9 @@ def _excluded(chosen: Cut, name: str) -> bool:
     return bool(chosen.exclude) and re.fullmatch(chosen.exclude, name) is not None
 
 
-def select(problem: train.Problem, chosen: Cut, found: dict, alive: dict, place: stages.Place) -> dict[str, np.ndarray]:
+def select(
+    problem: train.Problem, chosen: Cut, found: dict, alive: dict, place: interface.Place
+) -> dict[str, np.ndarray]:
     """Which channels stay after this round."""
     channels, plan = channels_of(problem, chosen.branches), chosen.plan(place.visits)
     sizes, i = channels.sizes, place.visit - 1
@@ -329,7 +376,7 @@ def select(problem: train.Problem, chosen: Cut, found: dict, alive: dict, place:
         counted = [name for name in sizes if not _excluded(chosen, name)]
         ratio = float(plan.ratios[i])
         # of the whole, where what is left is not what the earlier rounds asked for
-        if dict(chosen.schedule).get("cumulative") == "truncated" or chosen.multiple > 1:
+        if chosen.schedule.get("cumulative") == "truncated" or chosen.multiple > 1:
             living = sum(int(alive[name].sum()) for name in counted)
             ratio = budgets.ratio_to_reach(float(plan.density[i]), sum(sizes[name] for name in counted), living)
         keep = budgets.select(found, ratio, **common)
@@ -340,46 +387,6 @@ def select(problem: train.Problem, chosen: Cut, found: dict, alive: dict, place:
     if chosen.multiple > 1:
         keep = budgets.round_to_multiple(keep, found, chosen.multiple, alive=alive, floors=common["floors"])
     return keep
-
-
-def run_cut(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows
-    found, parts = stages.rows_per_member(problem), []
-    for i, own in members_of(problem, state):
-        chosen = settings[i]
-        channels = channels_of(problem, chosen.branches)
-        make = lambda chosen=chosen: make_scores(problem, chosen)
-        scores_of = problem.once(("scores", chosen._replace(ratio=0.0, schedule=())), make)
-        key = train.stage_key(own.key, place.position)
-        alive = alive_channels(channels, own.masks)
-        importance = scores_of(own, key)
-        keep = _select_or_say(problem, chosen, importance, alive, place)
-
-        def cut(own, keep, channels=channels):
-            tree = dict(params=own.masks, batch_stats=own.batch_stats)
-            tree = groups.mask(tree, channels, keep)
-            carried = own.opt_state and groups.mask(own.opt_state, channels, keep)
-            params = masks.apply(own.params, tree["params"])
-            return own._replace(params=params, masks=tree["params"], batch_stats=tree["batch_stats"], opt_state=carried)
-
-        compiled = problem.once(("cut channels", chosen.branches), lambda cut=cut: jax.jit(cut))
-        parts.append(compiled(own, {name: jnp.asarray(k) for name, k in keep.items()}))
-        num, total = sum(int(k.sum()) for k in keep.values()), sum(channels.sizes.values())
-        found[i].append(
-            dict(
-                measure=chosen.measure,
-                ratio=1 - num / total,
-                budget=chosen.budget,
-                round=place.visit,
-                num_kept=num,
-                num_channels=total,
-                kept={name: int(k.sum()) for name, k in keep.items()},
-                sizes=channels.sizes,
-                **(dict(layout=groups.layout(channels)) if place.visit == 1 else {}),
-            )
-        )
-    together = parts[0] if problem.members is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    yield train.Update(together, found, 1.0)
 
 
 def _select_or_say(problem, chosen, importance, alive, place):
@@ -394,19 +401,8 @@ def _select_or_say(problem, chosen, importance, alive, place):
 # compact -----------------------------------------------------------------------------------------------------
 
 
-class Compact(NamedTuple):
-    batch_size: int
-    repeats: int
-    tolerance: float
-
-
-def compact_options(
-    where: str,
-    *,
-    batch_size: tables.Count = 64,
-    repeats: tables.Index = 20,
-    tolerance: tables.NonNegative = 0.0,
-) -> Compact:
+@tables.option
+class Compact(interface.Stage):
     """The network without its removed channels: the same logits, fewer parameters and FLOPs, measured time.
 
     The run's network itself stays masked. batch_size, repeats: of the time measured; 0 repeats: none. tolerance:
@@ -414,8 +410,24 @@ def compact_options(
     the arithmetic, see `rounding_of`. A larger one, or a network that cannot be compacted, is told by the row's
     `warning`.
     """
-    del where
-    return Compact(batch_size, repeats, tolerance)
+
+    kind: ClassVar[str] = "compact"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    batch_size: tables.Count = 64
+    repeats: tables.Index = 20
+    tolerance: tables.NonNegative = 0.0
+
+    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+        found = []
+        for i, own in members_of(problem, state):
+            try:
+                row = take_stock(problem, own, settings[i])
+            except tables.ConfigError as error:  # an emptied layer
+                row = dict(warning=f"the network cannot be compacted: {error}")
+            if row["warning"]:
+                workdirs.say(f"{place.name}: {row['warning']}")
+            found.append([row])
+        yield train.Update(state, found, 1.0)
 
 
 def rounding_of(problem: train.Problem) -> float:
@@ -508,27 +520,4 @@ def accuracy(problem: train.Problem, stock: Stock) -> float:
     return round(float(found.accuracy) * size) / size  # not rounded to float32
 
 
-def run_compact(problem, state, settings, place, rows) -> Iterator[train.Update]:
-    del rows
-    found = []
-    for i, own in members_of(problem, state):
-        try:
-            row = take_stock(problem, own, settings[i])
-        except tables.ConfigError as error:  # an emptied layer
-            row = dict(warning=f"the network cannot be compacted: {error}")
-        if row["warning"]:
-            workdirs.say(f"{place.name}: {row['warning']}")
-        found.append([row])
-    yield train.Update(state, found, 1.0)
-
-
-def begin_cut(problem, state, settings, place) -> train.State:
-    """With what the training before it hands on."""
-    del problem, place
-    return stages.handed_on(state, settings[0])
-
-
-STAGES = {
-    "cut": stages.Stage(cut_options, begin_cut, run_cut, ("train",)),
-    "compact": stages.Stage(compact_options, stages.as_it_is, run_compact, ("train",)),
-}
+STAGES = (Cut, Compact)

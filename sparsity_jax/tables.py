@@ -1,11 +1,14 @@
 """Tables of named entries and the options they take: every wrong name, type or value is found here.
 
-A table maps a name to a function whose keyword-only parameters are its options. Their annotations are the schema:
+A table maps a name to a function whose keyword-only parameters are its options, or to a class whose fields are, see
+`option`. Their annotations are the schema:
 `float`, `int`, `bool`, `str`, `dict`, `tuple[T, ...]`, `Literal[...]`, `X | None`, `Annotated[T, Range(low, high)]`.
 """
 
+import dataclasses
 import difflib
 import inspect
+import json
 import math
 import os
 import types
@@ -51,6 +54,16 @@ Positive = typing.Annotated[float, Range(0.0, above=True)]
 Count = typing.Annotated[int, Range(1, 2**31 - 1)]  # steps and sizes are counted in 32 bits
 Index = typing.Annotated[int, Range(0, 2**31 - 1)]
 Seed = typing.Annotated[int, Range(0, 2**32 - 1)]  # jax makes the same key of larger ones
+
+option = dataclasses.dataclass(frozen=True, kw_only=True)  # a class of options: hashable
+
+
+class Options(dict):
+    """Options of a part that a config chooses by `name`; hashable, for they never change after they were read."""
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self, sort_keys=True))
+
 
 SMALLEST, LARGEST = 1.2e-38, 3.4e38  # what float32 holds without loss
 
@@ -179,7 +192,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return value
     elif hint in (dict, Mapping):
         if isinstance(value, Mapping):
-            return dict(value)
+            return Options(value)
     elif hint is tuple:
         if isinstance(value, (tuple, list)):
             return tuple(value)

@@ -15,7 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import data, losses, masks, models, optim, polytopes, scores, stopping, stream, trees
+from sparsity_jax import (
+    data,
+    groups,
+    interface,
+    losses,
+    masks,
+    models,
+    optim,
+    polytopes,
+    scores,
+    stopping,
+    stream,
+    tables,
+    trees,
+)
 
 PyTree = Any
 
@@ -187,15 +201,9 @@ def create_state(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> S
     return State(params, variables["batch_stats"], kept, (), jnp.zeros((), jnp.int32), key, no_metrics())
 
 
-class Carried(NamedTuple):
-    """What a training hands on to the next one, through cuts: each in the structure of the params, or ()."""
-
-    momentum: PyTree = ()  # the state of heavy-ball momentum
-    saliency: PyTree = ()  # the tracked importance of every weight
-
-
-class Fit(NamedTuple):
-    """A checked `train` stage: what its compiled step depends on. recipe: from `optim.check` or `optim.join`.
+@tables.option
+class Fit(interface.Stage):
+    """A checked training: what its compiled step depends on. recipe: from `optim.check` or `optim.join`.
 
     carry: hands its momentum on, and starts from what it is handed. track: options of the tracked importance, sorted
     pairs of `scores.tracker`, or () for none. growth: None, or what acts on the gradients before the
@@ -214,13 +222,42 @@ class Fit(NamedTuple):
     carry: bool = False
     track: tuple = ()
     growth: Any = None
+    label: str = ""
+
+    def check_streamed(self, where: str) -> None:
+        if self.augment == "resized_crop_flip":
+            raise tables.ConfigError(
+                f"{where}.augment is {self.augment!r}, but a stream crops already; allowed: 'flip'."
+            )
+
+    def check_network(self, problem: Problem, where: str, visits: int) -> None:
+        size, devices = problem.size("train"), problem.mesh.size if problem.mesh else 1
+        check_batch(self, problem, where)
+        if self.batch_size % devices:
+            raise tables.ConfigError(
+                f"{where}.batch_size is {self.batch_size}; allowed: multiples of {devices}, the number of devices."
+            )
+        steps = self.epochs * (size // self.batch_size)
+        if steps >= 2**31:
+            raise tables.ConfigError(
+                f"{where}.epochs is {self.epochs}, {steps:,} steps; allowed: below {2**31:,} steps."
+            )
+        check_recipe(self.recipe, problem, f"{where}.optimizer")
 
     def steps_per_epoch(self, problem: Problem) -> int:
         return problem.size("train") // self.batch_size
 
     def program(self) -> tuple:
         """Everything but the traced numbers, hashable: equal programs share one compilation."""
-        return (optim.program(self.recipe), *self[:2], *self[3:5], self.track, self.growth)
+        fields = (self.epochs, self.batch_size, self.loss, self.augment, self.track, self.growth)
+        return (optim.program(self.recipe), *fields)
+
+    def beginning(self) -> tuple:
+        """What the program of `begin` depends on."""
+        return (self.program(), self.start, self.shift_inside, self.carry)
+
+    def together(self) -> tuple:
+        return (*self.beginning(), self.evaluate_every)
 
     def transformation(
         self, problem: Problem, numbers: dict[str, Any], key: jax.Array
@@ -243,12 +280,68 @@ class Fit(NamedTuple):
 
         return scores.track_saliency(tx, steps_per_epoch=spe, statistic=statistic, **options)
 
-    def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:
-        """Of the optimizer's state what the next training, or cut, may use."""
+    def hand_on(self, opt_state: PyTree) -> interface.Carried | tuple[()]:
         if not (self.carry or self.track):
             return ()
         momentum = optim.momentum_of(opt_state) if self.carry else ()
-        return Carried(momentum, optax.tree.get(opt_state, "saliency") if self.track else ())
+        return interface.Carried(momentum, optax.tree.get(opt_state, "saliency") if self.track else ())
+
+    def carried(self, state: State, before: interface.Carried | tuple[()]) -> interface.Carried | tuple[()]:
+        if not (self.carry or self.track):
+            return ()
+        wide = lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+        steps = jnp.zeros(jax.tree.leaves(state.step)[0].shape, jnp.int32)
+        momentum = optim.HeavyBallState(steps, state.params) if self.carry else ()
+        return interface.Carried(momentum, jax.tree.map(wide, state.params) if self.track else ())
+
+    def begin(self, problem: Problem, state: State, settings: Sequence["Fit"], place: interface.Place) -> State:
+        return begin_members(problem, state, settings, numbers_of_fits(problem, state, settings))
+
+    def run(
+        self, problem: Problem, state: State, settings: Sequence["Fit"], place: interface.Place, rows: list[list[dict]]
+    ) -> Iterator["Update"]:
+        numbers = numbers_of_fits(problem, state, settings)
+        yield from fit_epochs(problem, state, self, numbers, place.position, place.name, rows[0])
+
+
+def check_batch(chosen: Any, problem: Problem, where: str) -> None:
+    """Raises ConfigError for a batch larger than the train set, or an augmentation that does not fit its images."""
+    size = problem.size("train")
+    if chosen.batch_size > size:
+        raise tables.ConfigError(f"{where}.batch_size is {chosen.batch_size}; allowed: up to {size}, the train set.")
+    data.make_augmentation(chosen.augment, problem.dataset, f"{where}.augment")
+
+
+def check_recipe(recipe: optim.Recipe, problem: Problem, where: str) -> None:
+    """Raises ConfigError for an optimizer that does not fit the network's params, such as rules that decide none."""
+    shapes = jax.eval_shape(problem.init, jax.random.key(0))["params"]
+    try:
+        optim.numbers(recipe, shapes, None)
+    except tables.ConfigError as error:  # of a field such as constraint.rules
+        raise tables.ConfigError(f"{where}.{error}") from None
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raises ConfigError for arrays of more bytes than the device has. what: begins the sentence."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    tables.check_memory(needed, f"{what} take", stats.get("bytes_limit") or 0)
+
+
+def numbers_of_fits(problem: Problem, state: State, fits: Sequence[Fit]) -> dict[str, Any]:
+    """The traced numbers of the optimizers of all members."""
+    return numbers_of(problem, state, [fit.recipe for fit in fits])
+
+
+def begin_members(problem: Problem, state: State, fits: Sequence[Fit], numbers: dict[str, Any]) -> State:
+    """The state at the start of a training of all members, see `begin`."""
+    if fits[0].start == "init":
+        state = initial_state(problem, state.key)
+    compiled = problem.once(
+        ("begin", *fits[0].beginning()),
+        lambda: jax.jit(problem.lift(lambda state, numbers: begin(problem, state, fits[0], numbers))),
+    )
+    return compiled(state, numbers)
 
 
 def initial_state(problem: Problem, key: jax.Array) -> State:
@@ -269,7 +362,7 @@ def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> 
     params = optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
     params = masks.apply(params, state.masks)
     opt_state = fit.transformation(problem, numbers, state.key).init(params)
-    if fit.carry and isinstance(state.opt_state, Carried) and state.opt_state.momentum != ():
+    if fit.carry and isinstance(state.opt_state, interface.Carried) and state.opt_state.momentum != ():
         opt_state = optim.with_momentum(opt_state, state.opt_state.momentum)
     zero = jnp.zeros((), jnp.int32)
     return state._replace(params=params, opt_state=opt_state, step=zero, metrics=no_metrics())
@@ -302,7 +395,7 @@ def network_order(problem: Problem, variables: PyTree) -> list[str]:
     image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
     others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["batch_stats"])
     apply = lambda params: problem.model.apply({"params": params, "batch_stats": others}, image)
-    return trees.order_of_use(apply, variables["params"])
+    return groups.order_of_use(apply, variables["params"])
 
 
 def make_step(problem: Problem, fit: Fit) -> Callable:

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -132,27 +132,6 @@ def check_pattern(pattern: str, where: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise tables.ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
-
-
-def order_of_use(function: Callable, tree: PyTree) -> list[str]:
-    """Paths of all leaves of `tree` by their first use in `function(tree)`; unused ones first.
-
-    Of a network's parameters it is the order of its modules. Leaves: arrays or shape structs; nothing is computed.
-    """
-    paths = list(named_leaves(tree))
-    closed = jax.make_jaxpr(function)(tree)
-    used = list(dict.fromkeys(_uses(closed.jaxpr, dict(zip(closed.jaxpr.invars, paths)))))
-    return [path for path in paths if path not in used] + used
-
-
-def _uses(jaxpr: Any, names: dict[Any, str]) -> Iterator[str]:
-    """Names of variables, in the order in which the equations of `jaxpr` read them, inner programs included."""
-    for eqn in jaxpr.eqns:
-        given = [None if hasattr(var, "val") else names.get(var) for var in eqn.invars]
-        inner = getattr(eqn.params.get("jaxpr"), "jaxpr", eqn.params.get("jaxpr"))
-        if inner is not None and len(inner.invars) == len(given):
-            yield from _uses(inner, {var: name for var, name in zip(inner.invars, given) if name})
-        yield from (name for name in given if name)
 
 
 def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:

@@ -81,7 +81,7 @@ def test_configs_pass_all_checks(name, variant, monkeypatch, tmp_path):
     assert plans[0].pipeline == tuple(config.pipeline)
     assert {"init", "dtype", "param_dtype"} <= set(config.model)
     for stage in config.pipeline:  # every field is there, to be overridden
-        kind = pipeline.STAGES[config[stage].kind].options
+        kind = pipeline.STAGES[config[stage].kind]
         missing = {n for n, value in tables.defaults(kind).items() if value is not None} - set(config[stage])
         assert not missing
         unset = [n for n, value in config[stage].items() if isinstance(value, list) or value is None]

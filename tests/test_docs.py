@@ -7,16 +7,18 @@ import pathlib
 import re
 import shlex
 import subprocess
+from unittest import mock
 
 import jax
 import pytest
 
 from sparsity_jax import data, pipeline, report, stages, tables
+from sparsity_jax.channels import execute, rules
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = (
     *("README.md", "docs/sfw_options.md", "docs/geometric_limit.md", "docs/gradient_flow.md", "docs/greg.md"),
-    *("docs/pretrained.md", "docs/streaming.md", "experiments/LEDGER.md"),
+    *("docs/pretrained.md", "docs/streaming.md", "docs/teach_a_primitive.md", "experiments/LEDGER.md"),
 )
 STUDIES = tuple(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/README.md")))
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*DOCUMENTS, *STUDIES)}
@@ -120,6 +122,8 @@ def cases(found) -> list:
 SNIPPETS = [(name, i) for name, text in TEXTS.items() for i in range(len(blocks(text, "python")))]
 
 
+@mock.patch.dict(rules.RULES)
+@mock.patch.dict(execute.RESIZES)
 @pytest.mark.parametrize(("document", "index"), SNIPPETS)
 def test_snippet_runs(document, index):
     source = blocks(TEXTS[document], "python")[index]
@@ -165,7 +169,7 @@ def test_fields_exist(document):
 
 
 def test_unflagged_fields_are_options():
-    options = {**tables.parameters(data.load), **tables.parameters(stages.curve_options), "rules": None}
+    options = {**tables.parameters(data.load), **tables.parameters(stages.Curve), "rules": None}
     found = re.findall(r"`(?:config\.)?([\w.]+)[^`]*`†", TEXTS["docs/sfw_options.md"])
     assert found
     assert {path.rpartition(".")[2] for path in found} <= set(options)

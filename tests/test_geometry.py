@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import settings
 
 from sparsity_jax import (
     allocate,
     data,
     geometry,
+    interface,
     linops,
     losses,
     masks,
     models,
     optim,
     spectrum,
-    stages,
     tables,
     train,
     trees,
@@ -37,21 +38,15 @@ def problem():
 
 @pytest.fixture(scope="module")
 def trained(problem):
-    return stages.without_optimizer(tiny.trained(problem, tiny.fit(epochs=4))[0])
-
-
-def settings(kind, **fields):
-    row = geometry.STAGES[kind]
-    return row.options("config.x", **tables.check_options(row.options, fields, "config.x"))
+    return interface.without_optimizer(tiny.trained(problem, tiny.fit(epochs=4))[0])
 
 
 def updates(problem, state, kind, own, *, earlier=(), others=None, rows=None, position=1):
     """All updates of the stage. own: its settings; earlier, rows: one list a member."""
     members = problem.members or 1
-    place = stages.Place("x", position, others or {}, earlier or [[] for _ in range(members)])
-    stage = {**stages.STAGES, **geometry.STAGES}[kind]
-    begun = stage.begin(problem, state, [own] * members, place)
-    return list(stage.run(problem, begun, [own] * members, place, rows or [[] for _ in range(members)]))
+    place = interface.Place("x", position, others or {}, earlier or [[] for _ in range(members)])
+    begun = own.begin(problem, state, [own] * members, place)
+    return list(own.run(problem, begun, [own] * members, place, rows or [[] for _ in range(members)]))
 
 
 def run(problem, state, kind, own, member=0, **more):
@@ -98,9 +93,8 @@ def test_a_thousand_pruned_networks_have_the_originals_accuracy_and_loss():
     golden, number = golden_data.load("10_hessian.npz"), HYPER["sparse_epoch"]
     with jax.enable_x64(True):
         problem, state = original(golden, "trained")
-        rule = stages.curve_options
         fields = dict(ratios=(np.arange(number) / number).tolist(), splits=("test", "train"), count="ceil")
-        own = rule("config.x", **tables.check_options(rule, fields, "config.x"))
+        own = settings("curve", **fields)
         rows = run(problem, state, "curve", own)
     arrays = {name: golden[f"trained/{name}"] for name in NAMES}
     kernels = np.concatenate([arrays[name].ravel() for name in NAMES if arrays[name].ndim > 1])
@@ -127,7 +121,7 @@ def test_row_norms_are_the_originals():
         fields = dict(num_weights=len(stats), rows="original", batch_size=batch_size)
         rows = run(problem, state, "row_norms", settings("row_norms", **fields))
         entries = spectrum.quantile_entries(allocate.prunable(state.params, "kernels"), len(stats))
-        network = geometry.network_of(problem, ("cross_entropy", ()))
+        network = geometry.network_of(problem, losses.CROSS_ENTROPY)
         part = lambda p, batch: network.loss(network.outputs((p, {}), batch), batch)
         last = (problem.train_images[start:], problem.train_labels[start:])
         whole = (problem.train_images, problem.train_labels)
@@ -320,9 +314,8 @@ def test_limits_that_cannot_be_found_are_named(fields, message):
 def test_the_limit_stage_evaluates_the_pruned_network(problem, trained):
     own = settings("limit", criterion="loss_within", tolerance=0.05, scan=(0.25, 0.5, 0.75), resolution=0.05)
     rows = run(problem, trained, "limit", own)
-    rule = stages.curve_options
     ratios = sorted({row["ratio"] for row in rows[:-1]})
-    curve = run(problem, trained, "curve", rule("config.x", **tables.check_options(rule, dict(ratios=ratios), "x")))
+    curve = run(problem, trained, "curve", settings("curve", ratios=ratios))
     measured = {row["ratio"]: row for row in curve}
     for row in rows[:-1]:
         np.testing.assert_allclose(row["loss"], measured[row["ratio"]]["loss"], rtol=1e-6)
@@ -436,7 +429,7 @@ def network_loss(problem, state):
 
 
 def start_of(problem, state, own, position=1):
-    begun = geometry.begin_spectrum(problem, state, [own], stages.Place("x", position, {}))
+    begun = own.begin(problem, state, [own], interface.Place("x", position, {}))
     return begun.opt_state.lanczos.current
 
 
@@ -485,7 +478,7 @@ def test_probes_start_differently_and_repeat(problem, trained):
 @pytest.fixture(scope="module")
 def pair(problem, trained):
     """(problem of two members, their state, their single states)."""
-    other = stages.without_optimizer(tiny.trained(problem, tiny.fit(epochs=2), seed=1)[0])
+    other = interface.without_optimizer(tiny.trained(problem, tiny.fit(epochs=2), seed=1)[0])
     both = problem._replace(members=2, compiled={})
     return both, jax.tree.map(lambda *leaves: jnp.stack(leaves), trained, other), (trained, other)
 
@@ -647,7 +640,7 @@ def test_a_prediction_reads_the_rows_before_it(problem, trained, hessian):
     row = predict(problem, trained, hessian)
     tridiagonal, distances = geometry.tridiagonals(hessian), width.distances(trained.params)
     values, weights = linops.ritz(tridiagonal)
-    network = geometry.network_of(problem, ("cross_entropy", ()))
+    network = geometry.network_of(problem, losses.CROSS_ENTROPY)
     one = lambda i: network.loss(network.outputs((trained.params, {}), (images[i], labels[i])), (images[i], labels[i]))
     images, labels = (array.reshape(8, 16, *array.shape[1:]) for array in geometry.examples(problem, 0))
     epsilon = np.std([float(one(i)) for i in range(8)])

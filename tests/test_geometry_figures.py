@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from sparsity_jax import figures, geometry_figures, report
+from sparsity_jax import report
+from sparsity_jax.report import events, limit_figures, limit_numbers, runs, series
 
 CONFIG = {
     "data": {"name": "digits"},
@@ -86,8 +87,8 @@ def all_rows(members=1, **options):
     return rows
 
 
-def networks_of(rows):
-    return geometry_figures.networks(figures.group(rows))
+def networks_of(rows, config=CONFIG):
+    return limit_numbers.networks(series.group([runs.complete(row, config, {}) for row in rows]))
 
 
 def page_of(folder, rows, config=CONFIG):
@@ -109,7 +110,7 @@ def test_networks_and_their_names():
     (one,) = networks_of(all_rows())
     assert one.label == ""
     assert set(one.predictions) == {"width", "width_gauss_newton"}
-    assert one.curves["train"].shape == (3, 100)
+    assert one.curves["train"].shape == (100, 2)
     assert [network.label for network in networks_of(all_rows(members=2))] == ["seed 0", "seed 1"]
     without_seeds = [{key: value for key, value in row.items() if key != "seed"} for row in all_rows(members=2)]
     assert [network.label for network in networks_of(without_seeds)] == ["network 0", "network 1"]
@@ -120,7 +121,7 @@ def test_networks_and_their_names():
 
 def test_numbers_of_widths_alone_are_not_taken_for_swept_values():
     rows = [width_row(member, predicted=0.9 + member / 100) for member in (0, 1)] + norm_rows() + limit_rows()
-    assert figures.swept_keys(rows) == []
+    assert series.swept_keys(rows) == []
     assert len(networks_of(rows)) == 2
 
 
@@ -129,95 +130,89 @@ def test_later_visits_count():
     rows = [*old, *(row | {"visit": 2} for row in new), width_row(), width_row(predicted=0.5) | {"visit": 2}]
     rows += [row | {"retrained": True} for row in curve_rows(num=30)]
     (one,) = networks_of(rows)
-    assert one.curves["test"].shape == (3, 20)
+    assert one.curves["test"].shape == (20, 2)
     assert one.predictions["width"]["predicted"] == 0.5
     searched = limit_rows()
     (one,) = networks_of(searched + [row | {"visit": 2} for row in searched[-2:]])
-    assert len(one.search) == 1
+    assert len(one.of_kind("limit")) == 2
     assert len(one.limits) == 1
 
 
 def test_actual_limits_and_their_definitions():
     rows = all_rows()
     found = networks_of(rows)
-    assert geometry_figures.actual(found[0]) == {**ACTUAL, "limit": 0.951}
-    assert geometry_figures.main_limits(found[0]) == {"limit": 0.951}
+    assert limit_numbers.actual(found[0]) == {**ACTUAL, "limit": 0.951}
+    assert limit_numbers.main_limits(found[0]) == {"limit": 0.951}
     without = networks_of([row for row in rows if row["kind"] != "limit"])
-    assert geometry_figures.main_limits(without[0]) == {"test accuracy": 0.95}
-    told = lambda name: geometry_figures.definition(name, found, CONFIG)
+    assert limit_numbers.main_limits(without[0]) == {"test accuracy": 0.95}
+    told = lambda name: limit_numbers.definition(name, found)
     assert told("limit") == "test accuracy not below dense, by bisection"
     assert told("train accuracy_within") == "train accuracy at most 0.2 points below dense"
     assert told("test loss_within") == "test loss at most ε above dense"
     assert told("elsewhere") == "by bisection, in the run this one started from"
-    unknown = geometry_figures.definition("test accuracy_within", found, {})
+    unknown = limit_numbers.definition("test accuracy_within", networks_of(rows, {}))
     assert unknown == "test accuracy at most the tolerance below dense"
 
 
 def test_definitions_have_one_order():
     first = width_row(0, actual={"train accuracy": 0.9, "limit": 0.9, "test loss_within": 0.9})
     second = width_row(1, actual={"test accuracy": 0.9})
-    assert geometry_figures.definitions(networks_of([first, second])) == [
+    assert limit_numbers.definitions(networks_of([first, second])) == [
         "test accuracy", "test loss_within", "train accuracy", "limit"]  # fmt: skip
 
 
 def test_gap_is_worked_by_hand():
     found = networks_of([width_row(0, predicted=0.96), width_row(1, predicted=0.98)])
-    told = geometry_figures.gap(found, "width", "test accuracy")  # 1 and 3 points; the intervals are 2 points wide
-    assert told == pytest.approx((0.02, math.sqrt(2) * 0.01, 1, 2))
-    assert geometry_figures.gap(found, "width", "nothing") is None
+    told = limit_numbers.gap(found, "width", "test accuracy")  # 1 and 3 points; the intervals are 2 points wide
+    assert told == pytest.approx((0.02, math.sqrt(2) * 0.01, 2, 1))
+    assert limit_numbers.gap(found, "width", "nothing") is None
 
 
 def test_verdicts_say_how_far_to_trust():
     rows = [width_row(), width_row(operator="gauss_newton", width=0.02)]
     rows.append(width_row(operator="absolute", width=0.004))
     found = networks_of(rows)
-    names = geometry_figures.prediction_names(found)
+    names = limit_numbers.prediction_names(found)
     assert list(names.values()) == ["Hessian", "Gauss-Newton", "absolute Hessian"]
-    hessian, newton, absolute = geometry_figures.verdicts(found, names, CONFIG)
-    assert hessian.text == (
+    hessian, newton, absolute = limit_numbers.verdicts(found, names)
+    assert hessian[1] == (
         "96.00% predicted, 1.00 points above the actual limit (test accuracy not below dense), which is inside the "
         "interval."
     )
-    assert hessian.caution.startswith("No enclosure")
-    assert newton.caution.startswith(
+    assert hessian[2].startswith("No enclosure")
+    assert newton[2].startswith(
         "Not narrow enough: after 8 products the enclosure is 2 points wide (0.5 were asked for)"
     )
-    assert absolute.caution == ""
-    assert absolute.text.endswith("The enclosure is 0.4 points wide after 8 products.")
+    assert absolute[2] == ""
+    assert absolute[1].endswith("The enclosure is 0.4 points wide after 8 products.")
 
 
 def test_verdicts_know_the_gradient():
-    told = lambda *rows: geometry_figures.verdicts(networks_of(rows), {"width_absolute": "absolute Hessian"}, CONFIG)[0]
+    told = lambda *rows: limit_numbers.verdicts(networks_of(rows), {"width_absolute": "absolute Hessian"})[0]
     row = width_row(operator="absolute", width=0.004)  # 96 % predicted, ε 0.00354
-    assert told(row, *path_rows(slope=-0.002)).caution == ""  # under half of ε
-    assert told(row, *path_rows(slope=-0.004)).caution == (
+    assert told(row, *path_rows(slope=-0.002))[2] == ""  # under half of ε
+    assert told(row, *path_rows(slope=-0.004))[2] == (
         "The gradient, which the prediction leaves out, changes the loss by -0.002 on the way there, beside an ε of "
         "0.0035: expect a larger actual limit."
     )
     both = [row, *path_rows(slope=-0.004), row | {"member": 1}, *path_rows(1, slope=0.01)]
-    assert told(*both).caution.endswith("of 0.0035 (the worst network): expect a smaller actual limit.")
+    assert told(*both)[2].endswith("of 0.0035 (the worst network): expect a smaller actual limit.")
     beyond = width_row(operator="absolute", predicted=0.995, width=0.004)  # nothing was measured there
-    assert told(beyond, *path_rows(slope=-0.004)).caution == ""
+    assert told(beyond, *path_rows(slope=-0.004))[2] == ""
     wide = width_row(operator="absolute", width=0.02)
-    assert re.fullmatch(r"Not narrow enough.* narrow it\. The gradient.*", told(wide, *path_rows(slope=1.0)).caution)
+    assert re.fullmatch(r"Not narrow enough.* narrow it\. The gradient.*", told(wide, *path_rows(slope=1.0))[2])
 
 
 def test_predictions_of_one_operator_are_told_apart():
     found = networks_of([width_row(), width_row(stage="deeper")])
-    assert geometry_figures.prediction_names(found) == {"width": "Hessian, width", "deeper": "Hessian, deeper"}
+    assert limit_numbers.prediction_names(found) == {"width": "Hessian, width", "deeper": "Hessian, deeper"}
 
 
 def test_window_is_around_the_limits_or_left_out():
-    low, high = geometry_figures.window(networks_of(all_rows()))
+    low, high = limit_figures.window(networks_of(all_rows()))
     assert 0.9 < low < 0.95
     assert 0.98 < high <= 1.0
-    assert geometry_figures.window(networks_of([width_row(predicted=0.2), width_row(stage="b", predicted=0.9)])) is None
-
-
-def test_texts_above_a_panel_do_not_cover_each_other():
-    guides = tuple(figures.Guide(at, "some prediction") for at in (0.5, 0.51, 0.52, 0.9, 2.0))
-    panel = figures.Panel("", "", "", [], xlim=(0.0, 1.0), guides=guides)
-    assert figures.guide_levels(panel, width=4.3) == [0, 1, 2, 0, -1]
+    assert limit_figures.window(networks_of([width_row(predicted=0.2), width_row(stage="b", predicted=0.9)])) is None
 
 
 # Pages -----------------------------------------------------------------------------------------------------------
@@ -242,7 +237,7 @@ def test_each_figure_appears_exactly_with_its_rows(tmp_path):
 
 def test_table_has_the_numbers(tmp_path):
     text = section(page_of(tmp_path, all_rows()), "prediction")
-    rows = [re.findall(r'class="num">(.*?)</td>', row) for row in re.findall(r"<tr>.*?</tr>", text)]
+    rows = [re.findall(r'class="num">(.*?)</td>', row) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)]
     assert rows[1:3] == [
         ["96.00", "95.00\u201397.00", "–", "–", "0.20", "0.00354", "1 × 8", "0.0", "25.0", "90.0"],
         ["97.00", "96.00\u201398.00", "97.00\u201399.00", "0.10", "0.20", "0.00354", "3 × 8", "0.0", "25.0", "90.0"],
@@ -309,13 +304,13 @@ def test_the_study_is_cited(tmp_path):
 
 
 def test_tensorboard_steps_and_no_lists():
-    tags = report.scalars(report.plain(limit_rows()[1]))
+    tags = events.scalars(report.plain(limit_rows()[1]))
     assert tags == ({"limit/accuracy": 0.97, "limit/loss": 0.1}, 990_000_000)
-    found, step = report.scalars(norm_rows()[9])
+    found, step = events.scalars(norm_rows()[9])
     assert (found["rows/row_norm"], step) == (1e-9, 900_000_000)
-    found, step = report.scalars(path_rows()[1])
+    found, step = events.scalars(path_rows()[1])
     assert (found["path/change"], step) == (0.003, 960_000_000)
-    assert report.scalars(spectrum_row(probe=2))[1] == 2
-    fields, _ = report.scalars(report.plain(width_row()))
+    assert events.scalars(spectrum_row(probe=2))[1] == 2
+    fields, _ = events.scalars(report.plain(width_row()))
     assert {"width/predicted", "width/low", "width/high", "width/actual/test accuracy"} <= set(fields)
     assert not any(word in tag for tag in fields for word in ("ritz", "history", "widths"))

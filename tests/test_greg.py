@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import settings
 
-from sparsity_jax import data, greg, models, optim, pipeline, stages, structured, tables, train, trees
+from sparsity_jax import data, greg, interface, models, optim, pipeline, stages, structured, tables, train, trees
 
 MOMENTUM = optim.settings("sgd", learning_rate=0.05, momentum=0.9)
 FAST = dict(  # done after some 30 steps
@@ -25,7 +26,7 @@ def problem():
 @pytest.fixture(scope="module")
 def trained(problem):
     state, _ = tiny.trained(problem, tiny.fit(epochs=4))
-    return stages.without_optimizer(state)
+    return interface.without_optimizer(state)
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +40,11 @@ def residual():
     return found, state._replace(params=shake(state.params), batch_stats=shake(state.batch_stats))
 
 
-def settings(kind, **fields):
-    rule = greg.STAGES[kind].options
-    return rule("config.x", **tables.check_options(rule, fields, "config.x"))
-
-
 def run(problem, state, kind, others=None, **fields):
     """(state, rows) of a whole stage."""
-    place, own = stages.Place("x", 1, others or {}), [settings(kind, **fields)] * (problem.members or 1)
-    state, rows = greg.STAGES[kind].begin(problem, state, own, place), []
-    for update in greg.STAGES[kind].run(problem, state, own, place, [[]]):
+    place, own = interface.Place("x", 1, others or {}), [settings(kind, **fields)] * (problem.members or 1)
+    state, rows = own[0].begin(problem, state, own, place), []
+    for update in own[0].run(problem, state, own, place, [[]]):
         state, rows = update.state, rows + update.rows[0]
     assert update.done == 1.0
     return state, rows
@@ -113,7 +109,7 @@ def test_weights_and_input_channels(problem, trained):
 def test_a_pruned_residual_network_is_compacted(residual, granularity, ratios):
     problem, state = residual
     state, _ = run(problem, state, "remove", ratios=ratios, granularity=granularity)
-    chosen = structured.compact_options("config.compact", repeats=0)
+    chosen = structured.Compact(repeats=0)
     row = structured.take_stock(problem, state, chosen)  # raises unless compact and masked logits are equal
     assert row["difference"] < 1e-5
     inner = {"params/stage1_block0/conv1": 3, "params/stage2_block0/conv1": 4, "params/stage2_block1/conv1": 4}
@@ -139,10 +135,10 @@ def test_depthwise_layers_follow_the_layer_before_them():
     for path, axis in (("conv1", -1), ("block0/depthwise", -1), ("block0/pointwise", -2)):
         own = np.moveaxis(kernel(cut.masks, path), axis, 0).reshape(8, -1).any(1)
         np.testing.assert_array_equal(own, kept, err_msg=path)
-    row = structured.take_stock(problem, cut, structured.compact_options("config.compact", repeats=0))
+    row = structured.take_stock(problem, cut, structured.Compact(repeats=0))
     assert row["difference"] < 1e-5
     faster, _ = run(problem, state, "remove", ratios="1.5x")
-    row = structured.take_stock(problem, faster, structured.compact_options("config.compact", repeats=0))
+    row = structured.take_stock(problem, faster, structured.Compact(repeats=0))
     assert 1.5 <= row["flops"] / row["flops_compact"] < 2
 
 
@@ -152,7 +148,7 @@ def test_depthwise_layers_follow_the_layer_before_them():
 def test_layers_come_in_the_order_of_the_network(granularity, ratios):
     model = models.build(name="mobilenet", num_classes=4, stem_width=8, blocks=((8, 1), (12, 2)))
     problem = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
-    layers = greg.layers_of(problem, settings("remove", ratios=ratios, granularity=granularity))
+    layers = greg.layers_of(problem, settings("remove", ratios=ratios, granularity=granularity).choice("config.x"))
     first = [layer.scored[0].path for layer in layers]
     in_order = greg.kernels_of(problem)
     assert first == [path for path in in_order if path in first] != sorted(first)
@@ -161,10 +157,10 @@ def test_layers_come_in_the_order_of_the_network(granularity, ratios):
 def test_a_speedup_is_reached_in_flops(residual):
     problem, state = residual
     cut, _ = run(problem, state, "remove", ratios="1.4x")
-    row = structured.take_stock(problem, cut, structured.compact_options("config.compact", repeats=0))
+    row = structured.take_stock(problem, cut, structured.Compact(repeats=0))
     assert 1.4 <= row["flops"] / row["flops_compact"] < 1.6
     with pytest.raises(tables.ConfigError, match=r"config.x.ratios: a speed-up of 90.* cannot be reached; .*at most"):
-        greg.check_network(problem, settings("remove", ratios="90x"))
+        settings("remove", ratios="90x").check_network(problem, "config.x", 1)
 
 
 def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
@@ -189,11 +185,11 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, tmp_path / "half")
     with pytest.raises(tables.ConfigError, match=r"config.x.inherit is '.*half', which holds no finished run"):
-        greg.check_network(problem, settings("remove", inherit=str(tmp_path / "half")))
+        settings("remove", inherit=str(tmp_path / "half")).check_network(problem, "config.x", 1)
     with pytest.raises(tables.ConfigError, match=r"config.x.inherit is '.*none', which holds no finished run"):
-        greg.check_network(problem, settings("remove", inherit=str(tmp_path / "none")))
+        settings("remove", inherit=str(tmp_path / "none")).check_network(problem, "config.x", 1)
     with pytest.raises(tables.ConfigError, match=r"mask of dense1/kernel has the shape \(64, 12\); allowed: \(64"):
-        greg.check_network(tiny.problem(widths=(7,)), settings("remove", inherit=str(tmp_path / "other")))
+        settings("remove", inherit=str(tmp_path / "other")).check_network(tiny.problem(widths=(7,)), "config.x", 1)
 
 
 # grow ------------------------------------------------------------------------------------------------------------
@@ -285,8 +281,8 @@ def test_the_oracle_trains_every_member_by_its_own_settings(problem, trained):
     fits = [tiny.fit(dict(tiny.SGD, learning_rate=rate), epochs=1) for rate in (0.1, 1e-6)]
     both = tiny.problem(widths=(12, 8), members=2)
     state = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trained)
-    place, own = stages.Place("x", 1, {"again": fits}), [settings("oracle", ratios="[1:0.1]", retrain="again")] * 2
-    (update,) = greg.STAGES["oracle"].run(both, state, own, place, [[], []])
+    place, own = interface.Place("x", 1, {"again": fits}), [settings("oracle", ratios="[1:0.1]", retrain="again")] * 2
+    (update,) = own[0].run(both, state, own, place, [[], []])
     first, second = (rows[0]["loss"] for rows in update.rows)
     _, (alone,) = run(problem, trained, "oracle", {"again": fits[1:]}, ratios="[1:0.1]", retrain="again")
     assert second == pytest.approx(alone["loss"], rel=1e-5)
@@ -295,9 +291,9 @@ def test_the_oracle_trains_every_member_by_its_own_settings(problem, trained):
 
 def test_the_oracle_refuses_what_takes_for_ever(problem):
     with pytest.raises(tables.ConfigError, match=r"config.x: there are 924 combinations .* more than limit = 100"):
-        greg.check_network(problem, settings("oracle", ratios="[0:0.5]", limit=100))
+        settings("oracle", ratios="[0:0.5]", limit=100).check_network(problem, "config.x", 1)
     with pytest.raises(tables.ConfigError, match=r"config.x.ratios is '\[0:-1\]'; allowed: numbers of groups, not -1"):
-        greg.check_network(problem, settings("oracle", ratios="[0:-1]"))
+        settings("oracle", ratios="[0:-1]").check_network(problem, "config.x", 1)
 
 
 def test_weights_drawn_anew_keep_the_masks(residual):
@@ -331,7 +327,7 @@ def test_noise_on_weights(problem, trained):
 
 def test_noise_on_no_array_is_refused_before_training(problem):
     with pytest.raises(tables.ConfigError, match=r"config.x.parameters is '.\*/kernle'"):
-        greg.check_network(problem, settings("noise", parameters=".*/kernle"))
+        settings("noise", parameters=".*/kernle").check_network(problem, "config.x", 1)
     config = tiny.config("fit", "noise", noise=pipeline.stage("noise", parameters=".*/kernle"))
     with pytest.raises(tables.ConfigError, match=r"config.noise.parameters"):
         pipeline.build(pipeline.check(config)[0])
@@ -440,7 +436,7 @@ def test_options_that_do_not_fit(fields, message):
 )
 def test_ratios_that_do_not_fit_the_network(problem, fields, message):
     with pytest.raises(tables.ConfigError, match=message):
-        greg.check_network(problem, settings("remove", **fields))
+        settings("remove", **fields).check_network(problem, "config.x", 1)
 
 
 def test_limits_that_are_never_reached():

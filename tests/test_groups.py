@@ -14,6 +14,7 @@ from jax import lax
 from test_models import TINY
 
 from sparsity_jax import groups, models, trees
+from sparsity_jax.channels import rules
 
 # Sizes of the groups of `TINY`, in any order. A residual sum is one group; a zero_pad shortcut leaves the channels it
 # pads to a group of their own.
@@ -392,7 +393,7 @@ def test_errors():
         groups.trace(lambda v, x: x[v > 0], jnp.ones(3), jnp.ones(3))
     with pytest.raises(TypeError, match="variables hold float at 'rate'"):
         groups.trace(lambda v, x: x, {"rate": 0.1}, jnp.ones(3))
-    with pytest.raises(ValueError, match="sums is 'never'; allowed: 'allow' or 'freeze'"):
+    with pytest.raises(ValueError, match="sums is 'never'; allowed: 'allow'"):
         groups.trace(apply, variables, *inputs, sums="never")
 
 
@@ -606,6 +607,11 @@ def test_hostile(name):
         compare(function, V, (X,), channels, keeps(channels, 1))
 
 
+def test_a_loop_cannot_be_taught_anew():
+    with pytest.raises(ValueError, match="'scan' runs programs inside"):
+        groups.teach("scan", rules.elementwise(rules.all_zero))
+
+
 def test_random_key_as_input():
     drop = lambda v, x, key: jnp.where(jax.random.bernoulli(key, 0.5, (4, 6)), hidden(v, x), 0.0) @ v["out"]
     channels = groups.trace(drop, V, X, KEY)
@@ -637,6 +643,36 @@ def test_derivative_that_couples_more_is_refused():
     compare(function, V, (X,), channels, keep)
     with pytest.raises(ValueError, match="hand-written derivative"):
         slopes(function, keep, channels)
+
+
+def test_training_equals_training_of_the_masked_network():
+    """With running statistics, which lose the channels of the variables of their names."""
+    _, variables, (images,) = network("vgg")
+    model = models.build(name="vgg", num_classes=5, **TINY["vgg"][0])
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
+    channels = groups.trace(model.apply, variables, images)
+    keep = keeps(channels, 1)
+    mask = lambda tree: groups.mask(tree, channels, keep)
+    compact = lambda tree: groups.compact(tree, channels, keep)
+
+    def trained(apply, restrict, variables):
+        def loss(params, batch_stats):
+            logits, batch_stats = apply({"params": params, "batch_stats": batch_stats}, images)
+            return jnp.sum(jnp.sin(logits)), batch_stats
+
+        for _ in range(2):
+            slopes, batch_stats = jax.grad(loss, has_aux=True)(variables["params"], variables["batch_stats"])
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], slopes)
+            variables = {"params": restrict(params), "batch_stats": batch_stats}
+        return variables
+
+    elastic = groups.elastic(model.apply_train, channels, keep, state="1")
+    small = jit(lambda v: trained(elastic, lambda params: params, v))(compact(variables))
+    full = jit(lambda v: trained(model.apply_train, mask, v))(mask(variables))
+    close(compact(full), small)
+    assert float(jnp.abs(small["batch_stats"]["bn1"]["mean"]).max()) > 1e-3
+    with pytest.raises(ValueError, match="state is '0'"):
+        groups.elastic(model.apply_train, channels, keep, state="0")(compact(variables), images)
 
 
 PROGRAM = {  # h: [4, 6], variables, 0..3

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tiny
 
-from sparsity_jax import figures, growing_figures, report
+from sparsity_jax import report
+from sparsity_jax.report import draw, growing, series
 
 NAMES = ("growth_norms", "growth_ratio", "growth_groups")
 
@@ -21,40 +22,44 @@ def growth_rows(steps=4, scores=True, member=0, **fields):
     return [*rows, {**common, "ratio": 0.4, "layers": {"a/kernel": 1 / 3, "b/kernel": 0.5}}]
 
 
-def found(rows):
-    return [pair for one in figures.group(rows) for pair in growing_figures.logs(one)]
+def lines_of(show, rows):
+    """Lines of every panel of a figure, by title; none without a figure."""
+    section = show(series.group(rows))
+    return {axes.get_title(loc="left"): axes.lines for axes in section.figure.axes} if section else {}
+
+
+def colors_of(lines):
+    names = {draw.color(growing.KEPT): "kept", draw.color(growing.PRUNED): "pruned"}
+    return [names[line.get_color()] for line in lines]
 
 
 def test_norms_by_penalty():
-    (panel,) = growing_figures.norm_panels(found(growth_rows()))
-    assert panel.log == "y"
-    kept, pruned = panel.lines[:2]
-    assert (kept.color, pruned.color, len(panel.lines)) == (growing_figures.KEPT, growing_figures.PRUNED, 4)
-    np.testing.assert_allclose(pruned.x, [0.1, 0.2, 0.3, 0.4])
-    np.testing.assert_allclose(pruned.mean, [0.2, 0.02, 0.002, 0.0002])
-    np.testing.assert_allclose(kept.mean, 2.0)
+    lines = lines_of(growing.growth_norms, growth_rows())["net"]
+    assert colors_of(lines) == ["kept", "pruned"] * 2
+    kept, pruned = lines[:2]
+    np.testing.assert_allclose(pruned.get_xdata(), [0.1, 0.2, 0.3, 0.4])
+    np.testing.assert_allclose(pruned.get_ydata(), [0.2, 0.02, 0.002, 0.0002])
+    np.testing.assert_allclose(kept.get_ydata(), 2.0)
+    assert pruned.axes.get_yscale() == "log"
 
 
 def test_ratios_by_step_leave_out_layers_without():
-    (panel,) = growing_figures.ratio_panels(found(growth_rows()))
-    (line,) = panel.lines  # that of b is 0, as of layers of weights
-    np.testing.assert_allclose(line.x, [100, 200, 300, 400])
-    np.testing.assert_allclose(line.mean, [10, 100, 1000, 10_000])
+    (line,) = lines_of(growing.growth_ratio, growth_rows())["net"]  # that of b is 0, as of layers of weights
+    np.testing.assert_allclose(line.get_xdata(), [100, 200, 300, 400])
+    np.testing.assert_allclose(line.get_ydata(), [10, 100, 1000, 10_000])
 
 
 def test_groups_are_coloured_by_what_happens_to_them():
-    (panel,) = growing_figures.group_panels(found(growth_rows()))
-    assert panel.title == "a"
-    colors = [growing_figures.KEPT, growing_figures.PRUNED, growing_figures.KEPT]
-    assert [line.color for line in panel.lines] == colors
-    np.testing.assert_allclose(panel.lines[1].mean, [0.1, 0.01, 0.001, 0.0001])
-    assert growing_figures.group_panels(found(growth_rows(scores=False))) == []
+    lines = lines_of(growing.growth_groups, growth_rows())["a"]
+    assert colors_of(lines) == ["kept", "pruned", "kept"]
+    np.testing.assert_allclose(lines[1].get_ydata(), [0.1, 0.01, 0.001, 0.0001])
+    assert lines_of(growing.growth_groups, growth_rows(scores=False)) == {}
 
 
 def test_of_several_members_the_first_is_drawn():
     rows = growth_rows(member=0, seed=0) + growth_rows(steps=2, member=1, seed=1)
-    ((_, logs),) = found(rows)
-    assert [row["step"] for row in logs] == [100, 200, 300, 400]
+    (line,) = lines_of(growing.growth_ratio, rows)["net"]
+    assert len(line.get_xdata()) == 4
 
 
 def test_every_growth_is_drawn_on_its_own():
@@ -62,13 +67,10 @@ def test_every_growth_is_drawn_on_its_own():
     for row in later:  # of other layers
         for name in ("growth", "scores", "keep"):
             row.update({name: {path.replace("a/", "c/"): own for path, own in row.get(name, {}).items()}})
-    again = growth_rows(steps=2, visit=2)
-    pairs = found(growth_rows() + later + again)
-    assert [(label, len(rows)) for label, rows in pairs] == [("net, grow 1", 4), ("net, more 1", 3), ("net, grow 2", 2)]
-    assert [panel.title for panel in growing_figures.group_panels(pairs)] == [
-        "net, grow 1, a", "net, more 1, c", "net, grow 2, a"
-    ]  # fmt: skip
-    assert [len(panel.lines[0].x) for panel in growing_figures.norm_panels(pairs)] == [4, 3, 2]
+    rows = growth_rows() + later + growth_rows(steps=2, visit=2)
+    assert list(lines_of(growing.growth_groups, rows)) == ["net, grow 1, a", "net, more 1, c", "net, grow 2, a"]
+    norms = lines_of(growing.growth_norms, rows)
+    assert [len(lines[0].get_xdata()) for lines in norms.values()] == [4, 3, 2]
 
 
 @pytest.mark.parametrize(
@@ -90,10 +92,8 @@ def test_figures_are_there_exactly_when_their_rows_are(rows, expected, tmp_path)
 
 
 def test_no_label_breaks_a_page(tmp_path):
-    for i, label in enumerate(tiny.HOSTILE_LABELS[:5]):
-        panels = [panel for make in (growing_figures.norm_panels, growing_figures.group_panels)
-                  for panel in make(found(growth_rows(arm=label)))]  # fmt: skip
-        assert figures.png(f"growth_{i}", figures.line_figure("growth", panels, ["stays", "goes"], [""]))
+    rows = [row for label in tiny.HOSTILE_LABELS[:5] for row in growth_rows(arm=label)]
+    assert "growth_norms" in report.write(tmp_path, {}, rows).read_text()
 
 
 def test_rows_of_other_stages_are_told_as_they_are(tmp_path):
@@ -105,5 +105,5 @@ def test_rows_of_other_stages_are_told_as_they_are(tmp_path):
         dict(common, stage="values", kind="jacobian", mean=1.25, std=0.5, mean_by_rank=[2.0]),
     ]
     page = report.write(tmp_path, {}, rows).read_text()
-    for text in ("<td>28</td>", "<td>0.625</td>", "<td>0.875</td>", "<td>1.25</td>"):
+    for text in (">28</td>", ">0.625</td>", ">0.875</td>", ">1.25</td>"):
         assert text in page

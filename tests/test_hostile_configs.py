@@ -31,13 +31,13 @@ def refusal_of(function, *arguments) -> str:
 
 @pytest.mark.parametrize("kind", pipeline.STAGES)
 def test_every_field_of_a_stage_takes_a_value_or_names_itself(kind):
-    options = pipeline.STAGES[kind].options
+    options = pipeline.STAGES[kind]
     whole = {**tables.defaults(options), **REQUIRED.get(kind, {})}
     refused = 0
     for field in tables.parameters(options):
         for value in HOSTILE:
             given = {**whole, field: value}
-            sentence = refusal_of(lambda given: options("config.s", **checked(options, given)), given)
+            sentence = refusal_of(lambda given: options(**checked(options, given)).settings("config.s"), given)
             refused += bool(sentence)
             assert not sentence or ("config.s" in sentence and field in sentence), (value, sentence)
         with pytest.raises(tables.ConfigError, match=rf"{field}x.* mean '"):

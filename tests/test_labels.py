@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 
-from sparsity_jax import labels
+from sparsity_jax.channels import labels
 
 SIZES = (3, 2, 4, 6)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity_jax import models, polytopes, tables, trees
+from sparsity_jax import groups, models, polytopes, tables, trees
 
 OPTIMIZED = True  # as users compile, see conftest.py
 
@@ -162,7 +162,7 @@ def test_a_later_array_of_equal_shape_overwrites_in_the_order_of_modules(traced)
     network = models.build(name="small_cnn", num_classes=10, **options)
     variables = network.init(jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
     apply = lambda params: network.apply({**variables, "params": params}, jnp.zeros((1, 8, 8, 1)))
-    order = trees.order_of_use(apply, variables["params"])
+    order = groups.order_of_use(apply, variables["params"])
     assert order.index("bn3/scale") < order.index("bn3/bias") < order.index("dense1/kernel")
     own = {path: float(i) for i, path in enumerate(order, 1)}
     norms = trees.map_named(lambda path, _: own[path], variables["params"])

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from sparsity_jax import figures, report
+from sparsity_jax import report
+from sparsity_jax.report import __main__ as command
+from sparsity_jax.report import channels, draw, events, page, runs, sections, series, summary, training
 
 RATIOS = [i / 10 for i in range(10)] + [i / 100 for i in range(91, 100)]
 CONFIG = {
@@ -79,8 +81,8 @@ def curve_row(arm, member, ratio, accuracy, **more):
 
 
 def table_of(rows):
-    series = figures.group(rows)
-    return figures.summary(series, figures.curves(series))
+    grouped = series.group(rows)
+    return summary.summarize(grouped, series.curves(grouped))
 
 
 def page_of(path, rows, **options):
@@ -91,9 +93,8 @@ def page_of(path, rows, **options):
 
 
 def test_mean_and_std_leave_missing_values_out():
-    mean, std = figures.mean_std([[1.0, np.nan, 5.0], [3.0, np.nan, np.nan]])
-    np.testing.assert_allclose(mean, [2.0, np.nan, 5.0])
-    np.testing.assert_allclose(std, [math.sqrt(2), 0.0, 0.0])
+    assert series.spread([1.0, None, 3.0]) == pytest.approx((2.0, math.sqrt(2), 2))
+    assert series.spread([math.nan, 5.0]) == (5.0, 0.0, 1)
 
 
 def test_summary_is_worked_by_hand():
@@ -145,7 +146,7 @@ def test_a_network_cut_in_rounds_is_not_called_dense():
     assert line.cells["pruned"] == (0.65, 0.0, 1)
     assert line.cells["channels"] == (0.375, 0.0, 1)
     assert (line.cells["before"], line.cells["epochs"]) == ((1.0, 0.0, 1), (4.0, 0.0, 1))
-    assert list(figures.channel_rounds(figures.group(rows)[0])) == [0.25, 0.375]
+    assert list(channels.channel_rounds(series.group(rows)[0])) == [0.25, 0.375]
 
 
 def test_growth_under_the_name_of_the_base_is_not_the_base():
@@ -166,14 +167,14 @@ def test_a_training_from_initial_weights_forgets_what_was_pruned():
     assert first.cells["dense"][0] == 0.9
     assert second.cells["dense"][0] == 0.8
     assert "pruned" not in second.cells
-    assert report.count_networks(rows) == 2
-    assert report.count_networks([row | {"start": "current"} for row in rows if row["kind"] == "train"]) == 1
+    assert page.count_networks(rows) == 2
+    assert page.count_networks([row | {"start": "current"} for row in rows if row["kind"] == "train"]) == 1
 
 
 def test_what_a_row_says_counts_before_what_its_run_knows():
     config, row = {"fit": {"start": "init"}}, {"stage": "fit", "kind": "train"}
-    assert report.complete(row, config, {"chance": 0.1}) == row | {"start": "init", "chance": 0.1}
-    assert report.complete(row | {"start": "current"}, config, {})["start"] == "current"
+    assert runs.complete(row, config, {"chance": 0.1}) == row | {"start": "init", "chance": 0.1}
+    assert runs.complete(row | {"start": "current"}, config, {})["start"] == "current"
 
 
 def test_every_visit_of_a_stage_has_its_own_line():
@@ -195,8 +196,8 @@ def test_a_curve_of_a_pruned_network_starts_where_its_masks_are():
     prune = {"stage": "prune", "kind": "prune", "visit": 1, "arm": "A", "member": 0, "seed": 0, "ratio": 0.97}
     rows = [train_row("A", 1, 0.9), prune]
     rows += [curve_row("A", 0, r, 0.5, num_prunable=1000, num_kept=left(r)) for r in (0.0, 0.5, 0.9, 0.97, 0.99)]
-    (curve,) = figures.curves(figures.group(rows))
-    np.testing.assert_allclose(curve.ratio, [0.97, 0.99])
+    (curve,) = series.curves(series.group(rows))
+    np.testing.assert_allclose(curve.table("accuracy").index, [0.97, 0.99])
     (line,) = table_of(rows)
     assert not {"dense", "0.9", "largest"} & set(line.cells)
     assert line.cells["0.99"][0] == 0.5
@@ -205,19 +206,19 @@ def test_a_curve_of_a_pruned_network_starts_where_its_masks_are():
 def test_zeros_of_the_chosen_arrays_and_of_all(tmp_path):
     rows = [curve_row("A", m, r, 0.5, sparsity=r + 0.002 * m, sparsity_all=0.9 * r, layers={"a": r})
             for m in (0, 1) for r in (0.0, 0.5, 0.98)]  # fmt: skip
-    page = page_of(tmp_path, rows)
-    assert "98.10 <small>of all 88.20</small>" in page
-    assert "50.10 <small>of all 45.00</small>" in page
-    assert figures.swept_keys(rows) == []
+    text = page_of(tmp_path, rows)
+    assert "98.10 <small>of all 88.20</small>" in text
+    assert "50.10 <small>of all 45.00</small>" in text
+    assert series.swept_keys(rows) == []
 
 
 def test_shares_removed_are_counted_where_rows_have_counts():
     counts = {"num_kept": 30, "num_prunable": 100}
-    assert figures.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8} | counts) == ("weights", 0.7)
-    assert figures.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8}) == ("weights", 0.8)
-    assert figures.removal({"kind": "remove", "ratio": 0.5}) == ("weights", 0.5)
-    assert figures.removal({"kind": "cut", "ratio": 0.5, "num_kept": 10, "num_channels": 16}) == ("channels", 0.375)
-    assert figures.removal({"kind": "train", "ratio": 0.5}) is None
+    assert series.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8} | counts) == ("weights", 0.7)
+    assert series.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8}) == ("weights", 0.8)
+    assert series.removal({"kind": "remove", "ratio": 0.5}) == ("weights", 0.5)
+    assert series.removal({"kind": "cut", "ratio": 0.5, "num_kept": 10, "num_channels": 16}) == ("channels", 0.375)
+    assert series.removal({"kind": "train", "ratio": 0.5}) is None
 
 
 def test_a_network_at_chance_has_no_largest_share():
@@ -235,7 +236,7 @@ def test_bold_needs_more_than_a_deviation():
         other_spread = spread if other_spread is None else other_spread
         rows = [curve_row("A", m, 0.0, first + d * spread) for m, d in enumerate((-1, 0, 1))]
         rows += [curve_row("B", m, 0.0, second + d * other_spread) for m, d in enumerate((-1, 0, 1))]
-        return report.best_line(table_of(rows), "dense")
+        return summary.best_line(table_of(rows), "dense")
 
     assert lines(0.9, 0.88, 0.01) == 0
     assert lines(0.9, 0.895, 0.01) is None
@@ -245,7 +246,7 @@ def test_bold_needs_more_than_a_deviation():
 
 
 def test_amounts_keep_their_digits():
-    assert [report.amount(value) for value in (13706, 3658.0, 12.5, 0.0508163, 123456.7)] == [
+    assert [sections.amount(value) for value in (13706, 3658.0, 12.5, 0.0508163, 123456.7)] == [
         "13,706", "3,658", "12.5", "0.05082", "123,457"]  # fmt: skip
 
 
@@ -275,22 +276,22 @@ def test_swept_values_separate_series_and_seeds_do_not():
         curve_row("SFW", m, 0.0, 0.5 + m / 10, **{swept: rate, "seed": m % 2, "threads": 4})
         for m, rate in enumerate((0.1, 0.1, 1.0, 1.0))
     ]
-    series = figures.group(rows)
-    assert [one.label for one in series] == ["SFW (learning_rate=0.1)", "SFW (learning_rate=1.0)"]
+    grouped = series.group(rows)
+    assert [one.label for one in grouped] == ["SFW (learning_rate=0.1)", "SFW (learning_rate=1.0)"]
     assert [line.cells["dense"][0] for line in table_of(rows)] == pytest.approx([0.55, 0.75])
 
 
 def test_unknown_metrics_are_not_taken_for_swept_values():
     base = {"stage": "fit", "kind": "train", "arm": "A", "member": 0}
     rows = [base | {"epoch": e, "gradient_norm": 1.0 / e} for e in (1, 2, 3)]
-    assert figures.swept_keys(rows) == []
+    assert series.swept_keys(rows) == []
 
 
 def test_a_swept_setting_of_another_arms_stage_is_named_in_full():
     key = "fit_sfw.rate"
     rows = [{"stage": s, "kind": "train", "arm": a, "member": m, "epoch": 1, key: m}
             for a, s in (("SFW", "fit_sfw"), ("SGD", "fit_sgd")) for m in (0, 1)]  # fmt: skip
-    labels = [one.label for one in figures.group(rows)]
+    labels = [one.label for one in series.group(rows)]
     assert labels == ["SFW (rate=0)", "SFW (rate=1)", "SGD (fit_sfw.rate=0)", "SGD (fit_sfw.rate=1)"]
 
 
@@ -299,21 +300,17 @@ def weights_row(num_zero, visit=1):
     return row | {"counts": [30, 50], "num_zero": num_zero, "threshold": [0, 1], "count_above": [80, 0]}
 
 
-def test_histogram_shares():
-    (found,) = figures.histograms(figures.Series("A", [weights_row(20)])).values()
-    np.testing.assert_allclose(found.share, [[0.3, 0.5]])
-    assert (found.zero, found.total, list(found.above)) == (0.2, 100.0, [80.0, 0.0])
-
-
 def test_magnitudes_of_every_visit_are_in_the_table(tmp_path):
     rows = [weights_row(0), weights_row(20, visit=2)]
-    assert list(figures.histograms(figures.Series("A", rows))) == ["weights, visit 1", "weights, visit 2"]
-    (panel,) = figures.histogram_panels(figures.group(rows))
-    np.testing.assert_allclose(panel.lines[0].mean, [0.3, 0.5, 0.5])  # the last visit
-    page = page_of(tmp_path, rows)
-    assert "A, weights, visit 1" in page
-    assert "A, weights, visit 2" in page
-    assert "the last visit" in page
+    section = training.magnitudes(series.group(rows))
+    (line,) = section.figure.axes[0].lines  # the last visit
+    np.testing.assert_allclose(line.get_ydata(), [0.3, 0.5, 0.5])
+    text = page_of(tmp_path, rows)
+    assert "A, weights, visit 1" in text
+    assert "A, weights, visit 2" in text
+    assert "20 <small>20%</small>" in text
+    assert "80 <small>80%</small>" in text
+    assert "the last visit" in text
     assert "visit" not in page_of(tmp_path, rows[:1])
 
 
@@ -321,23 +318,23 @@ def test_sfw_init_shows_one_visit_only():
     row = {"stage": "init", "kind": "sfw_init", "arm": "A", "member": 0, "loss_before": 3.0}
     rows = [row | {"visit": 1, "iteration": i, "loss_after": 2.0} for i in range(5)]
     rows += [row | {"visit": 2, "iteration": i, "loss_after": 1.0} for i in range(3)]
-    (panel,) = figures.sfw_init_panels(figures.group(rows))
-    np.testing.assert_allclose(panel.lines[0].mean, [1.0] * 3)
+    after, _ = training.sfw_init(series.group(rows)).figure.axes[0].lines
+    np.testing.assert_allclose(after.get_ydata(), [1.0] * 3)
 
 
 def test_structured_curves_tell_channels_and_zeros(tmp_path):
     told = dict(selection="structured", channels_removed=0.25, sparsity=0.4375, sparsity_all=0.41)
     rows = [curve_row("A", 0, 0.25, 0.8, num_kept=56, num_prunable=100, **told), curve_row("B", 0, 0.5, 0.7)]
-    page = page_of(tmp_path, rows)
-    section = page[page.index('id="channels_removed"') :]
+    text = page_of(tmp_path, rows)
+    section = text[text.index('id="channels_removed"') :]
     assert [f'"num">{number}<' in section for number in ("25.00", "43.75", "41.00")] == [True] * 3
     assert 'id="channels_removed"' not in page_of(tmp_path, rows[1:])
 
 
 def test_short_paths():
     paths = ["params/stage1/conv/kernel", "params/stage2/conv/kernel"]
-    assert figures.short_paths(paths) == ["stage1/conv", "stage2/conv"]
-    assert figures.short_paths(["params/" + "x" * 50])[0].startswith("…")
+    assert draw.short_paths(paths) == ["stage1/conv", "stage2/conv"]
+    assert draw.short_paths(["params/" + "x" * 50])[0].startswith("…")
 
 
 # --------------------------------------------------------------------------------------------------------- pages
@@ -351,34 +348,34 @@ def full(tmp_path_factory):
 
 
 def test_report_has_every_section_and_valid_figures(full):
-    folder, page = full
+    folder, text = full
     for name in ("summary", "accuracy", "loss", "training", "magnitudes", "layers", "sfw_init", "config"):
-        assert f'<section id="{name}">' in page
+        assert f'<section id="{name}">' in text
     pngs = sorted(path.name for path in (folder / "figures").iterdir())
     assert pngs == ["accuracy.png", "layers.png", "loss.png", "magnitudes.png", "sfw_init.png", "training.png"]
     for name in pngs:
         data = (folder / "figures" / name).read_bytes()
         assert data.startswith(b"\x89PNG\r\n\x1a\n")
         assert data.endswith(b"IEND\xaeB\x60\x82")
-    assert page.count('role="img"') == len(pngs)
-    assert "Frank-Wolfe" in page
-    assert "NVIDIA H200" in page
-    assert "With 98% of the weights removed, SFW, K-sparse polytope (no retraining) keeps" in page
+    assert text.count('role="img"') == len(pngs)
+    assert "Frank-Wolfe" in text
+    assert "NVIDIA H200" in text
+    assert "With 98% of the weights removed, SFW, K-sparse polytope (no retraining) keeps" in text
 
 
 def test_page_loads_nothing(full):
-    _, page = full
-    assert not re.search(r"<(link|script|iframe|img|object|embed)\b", page)
-    assert not re.search(r"""(src|href|xlink:href)\s*=\s*["']?(https?:)?//""", page)
-    assert "@import" not in page
-    assert not re.search(r"url\((?!['\"]?#)", page)
+    _, text = full
+    assert not re.search(r"<(link|script|iframe|img|object|embed)\b", text)
+    assert not re.search(r"""(src|href|xlink:href)\s*=\s*["']?(https?:)?//""", text)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!['\"]?#)", text)
 
 
 def test_same_rows_give_the_same_bytes(full, tmp_path):
-    folder, page = full
+    folder, text = full
     for _ in range(2):
         path = report.write(tmp_path / folder.name, CONFIG, make_rows(retrained=(False, True)), environment=ENVIRONMENT)
-        assert path.read_text(encoding="utf-8") == page
+        assert path.read_text(encoding="utf-8") == text
     for name in ("accuracy.png", "layers.png"):
         assert (path.parent / "figures" / name).read_bytes() == (folder / "figures" / name).read_bytes()
     assert not list(path.parent.rglob(".*"))
@@ -386,10 +383,10 @@ def test_same_rows_give_the_same_bytes(full, tmp_path):
 
 def test_best_numbers_are_bold(tmp_path):
     rows = [curve_row(arm, 0, r, a) for arm, end in (("A", 0.91), ("B", 0.3)) for r, a in ((0.0, 0.92), (0.98, end))]
-    page = page_of(tmp_path, rows)
-    assert "<b>91.00</b>" in page
-    assert "<b>30.00</b>" not in page
-    assert "<b>92.00</b>" not in page  # a tie
+    text = page_of(tmp_path, rows)
+    assert "<b>91.00</b>" in text
+    assert "<b>30.00</b>" not in text
+    assert "<b>92.00</b>" not in text  # a tie
 
 
 def test_names_are_escaped_everywhere(tmp_path):
@@ -399,12 +396,12 @@ def test_names_are_escaped_everywhere(tmp_path):
     layers = {f"{evil}/kernel": 0.5}
     rows = [row | ({"layers": layers} if row["kind"] == "curve" else {}) for row in rows]
     rows.append({"stage": "cut", "kind": "prune", "arm": evil, "member": 0, evil: evil})
-    page = report.write(tmp_path, {evil: {evil: evil}, "data": {"name": evil}}, rows, title=evil,
+    text = report.write(tmp_path, {evil: {evil: evil}, "data": {"name": evil}}, rows, title=evil,
                         environment={evil: evil, "command": evil}).read_text(encoding="utf-8")  # fmt: skip
-    assert "<script" not in page
-    assert "alert(1)</" not in page
-    assert "&lt;script&gt;" in page
-    assert "_hidden" in page
+    assert "<script" not in text
+    assert "alert(1)</" not in text
+    assert "&lt;script&gt;" in text
+    assert "_hidden" in text
 
 
 def test_no_label_breaks_a_page(tmp_path):
@@ -415,26 +412,26 @@ def test_no_label_breaks_a_page(tmp_path):
         own = [row for row in kinds if row["kind"] != "sfw_init"] + [cut_row(label, 8, layout=layout)]
         rows += [row | {"arm": label, "member": i, "stage": f"{label} {row['stage']}"} for row in own]
         rows[-1] |= dict(kept={label: 8}, sizes={label: 16})
-    page = page_of(tmp_path, rows, title="".join(tiny.HOSTILE_LABELS))
-    assert "<b>&lt;" not in page
+    text = page_of(tmp_path, rows, title="".join(tiny.HOSTILE_LABELS))
+    assert "<b>&lt;" not in text
     for name in ("accuracy", "training", "magnitudes", "layers", "groups", "channels"):
-        assert f'<section id="{name}">' in page
-    assert "a$b" in page
-    assert "#0072b2" in page
+        assert f'<section id="{name}">' in text
+    assert "a$b" in text
+    assert "#0072b2" in text
 
 
 @pytest.mark.parametrize("kind", ["train", "curve", "histogram", "sfw_init"])
 def test_one_kind_of_rows_is_enough(tmp_path, kind):
     rows = [row for row in make_rows(seeds=1, layers=3) if row["kind"] == kind]
-    page = page_of(tmp_path, rows)
+    text = page_of(tmp_path, rows)
     assert len(list((tmp_path / "figures").iterdir())) == {"train": 1, "curve": 3, "histogram": 1, "sfw_init": 1}[kind]
-    assert "No results" not in page
+    assert "No results" not in text
 
 
 def test_no_rows_and_stale_figures(tmp_path):
     page_of(tmp_path, make_rows(seeds=1, layers=3))
-    page = page_of(tmp_path, [])
-    assert "no result rows" in page
+    text = page_of(tmp_path, [])
+    assert "no result rows" in text
     assert not list((tmp_path / "figures").iterdir())
 
 
@@ -453,9 +450,9 @@ def test_train_split_alone_and_beside_test(tmp_path):
 
 def test_many_ratios_layers_and_arms(tmp_path):
     rows = make_rows(arms=12, seeds=1, ratios=[i / 1000 for i in range(1000)], layers=62)
-    page = page_of(tmp_path, rows)
-    assert len(page) < 6_000_000
-    assert page.count("<tr><th scope") > 24
+    text = page_of(tmp_path, rows)
+    assert len(text) < 6_000_000
+    assert text.count("<tr><th scope") > 24
 
 
 # --------------------------------------------------------------------------------------------------------- files
@@ -515,17 +512,17 @@ def test_a_row_that_cannot_be_written_writes_nothing(tmp_path):
 
 def test_tensorboard_tags_and_steps(tmp_path):
     base = {"stage": "curve", "kind": "curve", "ratio": 0.985, "accuracy": 0.5, "retrained": False, "layers": {"a": 1}}
-    assert report.scalars(base) == ({"curve/accuracy": 0.5, "curve/layers/a": 1.0}, 985_000_000)
+    assert events.scalars(base) == ({"curve/accuracy": 0.5, "curve/layers/a": 1.0}, 985_000_000)
     more = {"split": "train", "retrained": True, "visit": 2, "seed": 1, "fit.rate": 0.1}
     end = "train/retrained/visit_2"
-    assert report.scalars(base | more)[0] == {f"curve/accuracy/{end}": 0.5, f"curve/layers/a/{end}": 1.0}
+    assert events.scalars(base | more)[0] == {f"curve/accuracy/{end}": 0.5, f"curve/layers/a/{end}": 1.0}
     train = {"stage": "fit", "kind": "train", "step": 390, "epoch": 1, "train_loss": 2.0, "test_loss": None}
-    assert report.scalars(train) == ({"fit/train_loss": 2.0}, 390)
+    assert events.scalars(train) == ({"fit/train_loss": 2.0}, 390)
     with report.Writer(tmp_path) as writer:
         writer.append([train | {"member": 0}, train | {"member": 1}])
-    (events,) = (tmp_path / "tensorboard").glob("events*")
-    assert steps_of(events, b"fit/train_loss/member_0") == 1
-    assert steps_of(events, b"fit/train_loss/member_1") == 1
+    (written,) = (tmp_path / "tensorboard").glob("events*")
+    assert steps_of(written, b"fit/train_loss/member_0") == 1
+    assert steps_of(written, b"fit/train_loss/member_1") == 1
 
 
 def test_no_two_events_share_a_tag_and_a_step():
@@ -539,7 +536,7 @@ def test_no_two_events_share_a_tag_and_a_step():
     rows += [noise | {"visit": visit, "draw": draw, "loss": 1.0} for visit in (1, 2) for draw in (0, 1)]
     places = []
     for row in rows:
-        found, step = report.scalars(report.plain(row))
+        found, step = events.scalars(report.plain(row))
         places += [(tag, step) for tag in found]
     assert len(set(places)) == len(places)
     assert "cut/kept/conv" in {tag for tag, _ in places}
@@ -559,7 +556,7 @@ def test_main_rebuilds_the_same_page(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     first = report.write(tmp_path, CONFIG, rows, environment=ENVIRONMENT).read_bytes()
     (tmp_path / "report.html").unlink()
-    report.main(["--workdir", str(tmp_path)])
+    command.main(["--workdir", str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_bytes() == first
 
@@ -643,19 +640,19 @@ def test_rows_beside_checkpoints_without_checksums_are_used_aloud(tmp_path, caps
 def test_a_report_can_be_written_elsewhere(tmp_path, capsys):
     save_run(tmp_path / "run", [curve_row("A", 0, 0.0, 0.5)])
     before = sorted((tmp_path / "run").rglob("*"))
-    report.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "page")])
+    command.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "page")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "page" / "report.html")
     assert "<h1>run</h1>" in (tmp_path / "page" / "report.html").read_text()
     assert sorted((tmp_path / "run").rglob("*")) == before
     with pytest.raises(SystemExit):
-        report.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "run" / "metrics.jsonl")])
+        command.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "run" / "metrics.jsonl")])
     assert "--out names another folder" in capsys.readouterr().err
 
 
 def test_main_says_what_is_missing(tmp_path, capsys):
     def error(folder):
         with pytest.raises(SystemExit):
-            report.main(["--workdir", str(folder)])
+            command.main(["--workdir", str(folder)])
         return capsys.readouterr().err
 
     assert "is not a folder; give the workdir of a run" in error(tmp_path / "none")
@@ -683,28 +680,28 @@ def test_channel_groups_and_what_is_left_of_them(tmp_path):
                 row = dict(stage="cut", kind="cut", visit=visit, arm=arm, member=member, ratio=0.3 * visit)
                 row |= dict(kept=dict.fromkeys(layout["groups"], kept), sizes=dict.fromkeys(layout["groups"], 16))
                 rows.append(row | (dict(layout=layout) if visit == 1 else {}))
-    found, kept = figures.group_layout(figures.group(rows))
+    found, kept = channels.group_layout(series.group(rows))
     assert found == layout
-    assert [(label, set(own.values())) for label, own in kept] == [("magnitude", {6.5}), ("gradients", {7.5})]
-    page = report.write(tmp_path, CONFIG, rows).read_text()
-    section = page.split('<section id="groups">')[1].split("</section>")[0]
+    assert [(label, set(own)) for label, own in kept.items()] == [("magnitude", {6.5}), ("gradients", {7.5})]
+    text = report.write(tmp_path, CONFIG, rows).read_text()
+    section = text.split('<section id="groups">')[1].split("</section>")[0]
     for text in ("block59/conv1", "magnitude: kept", "6.5", "makes the channels", "var(--c7)"):
         assert text in section
-    assert not re.search("#[0-9a-f]{6}", section)  # all colours follow the page
+    assert not re.search("#[0-9a-f]{6}", section)  # all colours follow the text
     assert (tmp_path / "figures" / "groups.png").stat().st_size > 10_000
-    assert figures.group_layout(figures.group([row for row in rows if row["visit"] == 2])) == ({}, [])
+    assert channels.group_layout(series.group([row for row in rows if row["visit"] == 2])) == ({}, {})
 
 
 def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
     base = dict(stage="compact", kind="compact", arm="A", member=0, accuracy=0.5, flops=183552, flops_compact=50816)
     base |= dict(parameters=13706, parameters_compact=3658, bytes=54824, bytes_compact=14632)
     rows = [base | dict(visit=visit, difference=10.0**-visit) for visit in (1, 2)]
-    page = page_of(tmp_path, rows)
-    assert "3,658 <small>of 13,706, 26.7%</small>" in page
-    assert "A, visit 2" in page
-    assert "differ by at most 0.1 of the largest" in page
-    page = page_of(
+    text = page_of(tmp_path, rows)
+    assert "3,658 <small>of 13,706, 26.7%</small>" in text
+    assert "A, visit 2" in text
+    assert "differ by at most 0.1 of the largest" in text
+    text = page_of(
         tmp_path, [dict(stage="compact", kind="compact", arm="A", member=0, warning="it has an empty layer")]
     )
-    assert "it has an empty layer" in page  # without any number
-    assert "nan" not in page.split('<section id="compact">')[1].split("</section>")[0]
+    assert "it has an empty layer" in text  # without any number
+    assert "nan" not in text.split('<section id="compact">')[1].split("</section>")[0]

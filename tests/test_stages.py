@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import settings
 
-from sparsity_jax import allocate, masks, optim, stages, tables, train, trees
+from sparsity_jax import allocate, interface, masks, optim, stages, tables, train, trees
 
 
 @pytest.fixture(scope="module")
@@ -17,19 +18,14 @@ def problem():
 
 @pytest.fixture(scope="module")
 def trained(problem):
-    return stages.without_optimizer(tiny.trained(problem, tiny.fit(epochs=4))[0])
-
-
-def settings(kind, **fields):
-    row = stages.STAGES[kind]
-    return row.options("config.x", **tables.check_options(row.options, fields, "config.x"))
+    return interface.without_optimizer(tiny.trained(problem, tiny.fit(epochs=4))[0])
 
 
 def run(problem, state, kind, own, rows=(), others=None):
     """(state, rows) after the stage, of one member."""
     found = list(rows)
-    place = stages.Place("x", 1, others or {})
-    for update in stages.STAGES[kind].run(problem, state, [own], place, [list(rows)]):
+    place = interface.Place("x", 1, others or {})
+    for update in own.run(problem, state, [own], place, [list(rows)]):
         found += update.rows[0]
         state = state if update.state is None else update.state
     return state, found
@@ -158,7 +154,7 @@ def test_the_histogram_counts_every_weight_once(problem, trained):
 
 
 def test_learned_scales_lower_the_loss_after_a_step(problem):
-    state = stages.without_optimizer(train.create_state(problem, train.key_of(0)))
+    state = interface.without_optimizer(train.create_state(problem, train.key_of(0)))
     big = jax.tree.map(lambda leaf: 4 * leaf, state.params)
     fields = dict(iterations=30, batch_size=64, scale_learning_rate=0.05, constraint=tiny.POLYTOPE)
     after, rows = run(problem, state._replace(params=big), "sfw_init", settings("sfw_init", **fields))
@@ -183,14 +179,14 @@ def test_pruned_weights_stay_zero_in_later_training(problem, trained):
     assert sum(int(mask.sum()) for mask in kernels.values()) == allocate.num_kept(1184, 0.8)
     assert row["layers"] == {path: pytest.approx(1 - float(mask.mean())) for path, mask in kernels.items()}
     fit = tiny.fit(epochs=1)
-    place = stages.Place("again", 2, {})
-    begun = stages.begin_train(problem, state, [fit], place)
-    *_, last = stages.run_train(problem, begun, [fit], place, [[]])
+    place = interface.Place("again", 2, {})
+    begun = fit.begin(problem, state, [fit], place)
+    *_, last = fit.run(problem, begun, [fit], place, [[]])
     assert float(jnp.abs(last.state.params["fc"]["kernel"] - state.params["fc"]["kernel"]).max()) > 0
     for path, mask in kernels.items():
         assert not np.asarray(trees.named_leaves(last.state.params)[path])[~np.asarray(mask)].any()
     tiny.same(last.state.masks, state.masks)
-    again, _ = run(problem, stages.without_optimizer(last.state), "prune", settings("prune", ratio=0.9))
+    again, _ = run(problem, interface.without_optimizer(last.state), "prune", settings("prune", ratio=0.9))
     assert all(bool((old | ~new).all()) for new, old in zip(*map(jax.tree.leaves, (again.masks, state.masks))))
 
 
@@ -225,10 +221,10 @@ def test_pruning_again_takes_what_is_gone_before_weights_that_became_zero(proble
 
 def test_momentum_is_handed_on_where_asked(problem, trained):
     momentum = optim.HeavyBallState(jnp.int32(5), jax.tree.map(jnp.ones_like, trained.params))
-    handed = trained._replace(opt_state=train.Carried(momentum, ()))
+    handed = trained._replace(opt_state=interface.Carried(momentum, ()))
     for carry, expected in ((False, 0), (True, 5)):  # in one process, where programs are shared
         fit = tiny.fit(dict(tiny.SGD, momentum=0.9), carry=carry)
-        begun = stages.begin_train(problem, handed, [fit], stages.Place("fit", 3, {}))
+        begun = fit.begin(problem, handed, [fit], interface.Place("fit", 3, {}))
         assert int(optim.momentum_of(begun.opt_state).step) == expected
 
 
@@ -245,7 +241,7 @@ def test_structured_pruning_takes_whole_filters(problem, trained):
 def test_start_init_gives_the_first_network_again(problem, trained):
     fit = tiny.fit(start="init", shift_inside=False)
     pruned = trained._replace(masks=jax.tree.map(lambda leaf: leaf & False, trained.masks))
-    begun = stages.begin_train(problem, pruned, [fit], stages.Place("fit", 3, {}))
+    begun = fit.begin(problem, pruned, [fit], interface.Place("fit", 3, {}))
     tiny.same(begun.params, jax.jit(lambda key: train.create_state(problem, key))(train.key_of(0)).params)
     assert float(masks.density(begun.masks)) == 1.0
 
@@ -297,16 +293,15 @@ def test_options_that_cannot_work_are_named(kind, fields, message):
 def test_selections_that_fit_no_kernel_are_refused_before_training(problem, fields, named):
     for kind, ratios in (("prune", dict(ratio=0.5)), ("curve", {})):
         selection = {name: value for name, value in fields.items() if name == "selection"}
-        stages.check_network(problem, settings(kind, **ratios, **selection), "config.x")
+        settings(kind, **ratios, **selection).check_network(problem, "config.x", 1)
         with pytest.raises(tables.ConfigError, match=rf"^config\.x: .*{named}"):
-            stages.check_network(problem, settings(kind, **ratios, **fields), "config.x")
-    stages.check_network(problem, tiny.fit(), "config.fit")  # nothing is selected
+            settings(kind, **ratios, **fields).check_network(problem, "config.x", 1)
 
 
 def test_whole_filters_are_refused_where_all_are_outputs():
     one_layer = tiny.problem(widths=())
     own = settings("prune", ratio=0.5, selection="structured")
     with pytest.raises(tables.ConfigError, match=r"^config\.x: .*fc/kernel"):
-        stages.check_network(one_layer, own, "config.x")
+        own.check_network(one_layer, "config.x", 1)
     by_channel = settings("prune", ratio=0.5, selection="structured", granularity="channel")
-    stages.check_network(one_layer, by_channel, "config.x")  # inputs may go
+    by_channel.check_network(one_layer, "config.x", 1)  # inputs may go

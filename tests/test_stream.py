@@ -27,6 +27,7 @@ from sparsity_jax import (
     decoding,
     evaluate,
     geometry,
+    interface,
     losses,
     models,
     pipeline,
@@ -350,12 +351,12 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
         found, known = (train.evaluate(p, state.params, state.batch_stats, split) for p in (streamed, memory))
         np.testing.assert_allclose(found, known, rtol=1e-5)
         assert streamed.size(split) == memory.size(split)
-    curve = stages.curve_options("config.curve", splits=("train",))
-    place = stages.Place("curve", 0, {})
-    found, known = (stages.pruned_evaluation(p, state, curve, place, 0)(0.5) for p in (streamed, memory))
+    curve = stages.Curve()
+    place = interface.Place("curve", 0, {})
+    found, known = (stages.pruned_evaluation(p, state, curve, place, 0, "train")(0.5) for p in (streamed, memory))
     assert found == pytest.approx(known, rel=1e-5)
-    chosen = stages.curve_options("config.curve", ratios=(0.0, 0.3, 0.9), splits=("test", "train"))
-    tables_of = [[u.rows[0] for u in stages.run_curve(p, state, [chosen], place, [[]])] for p in (streamed, memory)]
+    chosen = stages.Curve(ratios=(0.0, 0.3, 0.9), splits=("test", "train"))
+    tables_of = [[u.rows[0] for u in chosen.run(p, state, [chosen], place, [[]])] for p in (streamed, memory)]
     for a, b in zip(*map(list, map(itertools.chain.from_iterable, tables_of)), strict=True):
         assert (a["ratio"], a["split"], a["num_kept"]) == (b["ratio"], b["split"], b["num_kept"])
         np.testing.assert_allclose([a["loss"], a["accuracy"]], [b["loss"], b["accuracy"]], rtol=1e-5)

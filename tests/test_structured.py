@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sparsity_jax import budgets, cost, data, models, pipeline, scores, stages, structured, tables, train
+from sparsity_jax import budgets, cost, data, interface, models, pipeline, scores, structured, tables, train
 
 ROUNDS = 4
 
@@ -19,7 +19,7 @@ def problem():
 @pytest.fixture(scope="module")
 def trained(problem):
     state, _ = tiny.trained(problem, tiny.fit(epochs=8))
-    return stages.without_optimizer(state)
+    return interface.without_optimizer(state)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +34,14 @@ def convolutional():
 
 
 def settings(kind="cut", **fields):
-    rule = structured.STAGES[kind].options
-    return rule("config.x", **tables.check_options(rule, fields, "config.x"))
+    return tiny.settings(kind, **fields)
 
 
 def run(problem, state, kind="cut", visit=1, visits=1, position=1, **fields):
     """(state, row) of one visit of a stage."""
-    place = stages.Place("x", position, {}, (), visit, visits)
+    place = interface.Place("x", position, {}, (), visit, visits)
     own = [settings(kind, **fields)] * (problem.members or 1)
-    (update,) = structured.STAGES[kind].run(problem, state, own, place, [[]])
+    (update,) = own[0].run(problem, state, own, place, [[]])
     return update.state, update.rows[0][0]
 
 
@@ -69,7 +68,7 @@ def test_one_round_removes_the_least_important_channels_everywhere(problem, trai
 def test_every_measure_of_kernels_cuts(problem, trained, measure):
     if measure == "biased_loss_tracked":
         saliency = jax.tree.map(lambda leaf: jnp.abs(jnp.sin(leaf)), trained.params)
-        trained = trained._replace(opt_state=train.Carried((), saliency))
+        trained = trained._replace(opt_state=interface.Carried((), saliency))
     state, row = run(problem, trained, measure=measure, ratio=0.5, imp_samples=60)
     assert row["num_kept"] == 20
     assert np.isfinite(train.evaluate(problem, state.params, state.batch_stats, "test")[0])
@@ -140,7 +139,7 @@ def selected(problem, rounds, **fields):
     found = {"params/dense1": random.random(24), "params/dense2": random.random(16)}
     keep = {name: np.ones(own.size, bool) for name, own in found.items()}
     for visit in range(1, rounds + 1):
-        keep = structured.select(problem, chosen, found, keep, stages.Place("x", visit, {}, (), visit, rounds))
+        keep = structured.select(problem, chosen, found, keep, interface.Place("x", visit, {}, (), visit, rounds))
     return {name: int(own.sum()) for name, own in keep.items()}
 
 
@@ -332,16 +331,15 @@ def handing_on(*names, **fields):
 
 
 def test_momentum_and_tracked_importance_go_through_cuts(tmp_path, monkeypatch):
-    handed, cut_before, original = [], [], structured.run_cut
+    handed, cut_before, original = [], [], structured.Cut.run
 
-    def seen(problem, state, settings, place, rows):
+    def seen(self, problem, state, settings, place, rows):
         cut_before.append(state)
-        for update in original(problem, state, settings, place, rows):
+        for update in original(self, problem, state, settings, place, rows):
             handed.append(update.state)
             yield update
 
-    row = structured.STAGES["cut"]._replace(run=seen)
-    monkeypatch.setitem(pipeline.STAGES, "cut", row)
+    monkeypatch.setattr(structured.Cut, "run", seen)
     config = handing_on("fit", "cut", "fit", "cut", "final")
     whole = pipeline.run(config, tmp_path / "whole")
     for before, after in zip(cut_before, handed, strict=True):
@@ -355,10 +353,10 @@ def test_momentum_and_tracked_importance_go_through_cuts(tmp_path, monkeypatch):
         assert int(after.opt_state.momentum.step) > 0
     assert int(handed[1].opt_state.momentum.step) == 2 * int(handed[0].opt_state.momentum.step)
     assert whole.state.opt_state == ()
-    monkeypatch.setitem(pipeline.STAGES, "cut", structured.STAGES["cut"]._replace(run=broken_at_second(original)))
+    monkeypatch.setattr(structured.Cut, "run", broken_at_second(original))
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, tmp_path / "half")
-    monkeypatch.setitem(pipeline.STAGES, "cut", structured.STAGES["cut"])
+    monkeypatch.setattr(structured.Cut, "run", original)
     tiny.same(pipeline.run(config, tmp_path / "half").state.params, whole.state.params)
     alone = pipeline.stage("train", epochs=1, batch_size=32, optimizer=dict(tiny.SGD, momentum=0.9))
     other = pipeline.run(config | dict(final=alone), tmp_path / "alone")

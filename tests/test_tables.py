@@ -41,7 +41,7 @@ TABLE = {"sgd": options_of, "adam": lambda *, beta=0.9: None}
         ((), tuple[int, ...], ()),
         ([1, "a"], tuple[int, str], (1, "a")),
         ([1, 2], tuple, (1, 2)),
-        ({"a": 1}, dict, {"a": 1}),
+        ({"a": 1}, dict, tables.Options(a=1)),
         (None, int | None, None),
         (4, int | None, 4),
         ("global", Literal["global", "random"], "global"),

@@ -168,6 +168,9 @@ def test_without_a_whole_checkpoint_the_run_says_so_and_an_empty_one_is_passed_o
 
 
 def test_evaluation_uses_the_checkpoint_before_and_the_copy_of_the_config(whole, tmp_path, capsys):
+    numbers = [int(path.name) for path in (whole[0] / "checkpoints").iterdir()]
+    assert len(numbers) > 1
+    assert int(workdirs.newest(whole[0]).folder.name) == max(numbers)
     expected = evaluate.run(whole[0])
     place = shutil.copytree(whole[0], tmp_path / "run")
     config = place / "config.json"

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from sparsity_jax import data, models, optim, pipeline, polytopes, stages, tables, train
+from sparsity_jax import data, interface, models, optim, pipeline, polytopes, tables, train
 
 POLYTOPE = tables.options(polytopes.SETS, "k_sparse", k_frac=0.2)
 SGD = optim.settings("sgd", learning_rate=0.1)
@@ -22,9 +22,14 @@ def problem(dataset: data.Dataset | None = None, widths: tuple[int, ...] = (16,)
     return train.build_problem(dataset or digits(), model, **options)
 
 
+def settings(kind: str, where: str = "config.x", **fields) -> interface.Stage:
+    """A checked stage."""
+    made = pipeline.STAGES[kind](**tables.check_options(pipeline.STAGES[kind], fields, where))
+    return made.settings(where)
+
+
 def fit(optimizer: dict = SGD, **fields) -> train.Fit:
-    fields = dict(epochs=2, batch_size=32, optimizer=optimizer) | fields
-    return stages.train_options("config.fit", **tables.check_options(stages.train_options, fields, "config.fit"))
+    return settings("train", "config.fit", **dict(epochs=2, batch_size=32, optimizer=optimizer) | fields)
 
 
 def start(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[train.State, dict]:

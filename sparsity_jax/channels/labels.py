@@ -1,8 +1,9 @@
 """Labels of array entries: which entries of which axes must be removed together.
 
-Every axis of length n has one int array [n] of labels. Entries with equal labels live or die together; FROZEN entries
-never die. A composite label stands for a set of others and dies with any of them: entry (i, j) of two axes merged into
-one dies with i or with j. Arrays of labels are never written to: axes may share them.
+Every axis of length n has one int array [n] of labels. Entries with equal labels live or die
+together; FROZEN entries never die. A composite label stands for a set of others and dies with any
+of them: entry (i, j) of two axes merged into one dies with i or with j. Arrays of labels are never
+written to: axes may share them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,22 +21,27 @@ class Labels:
         self._num = 1
         self._parent = np.zeros(1024, int)  # of every label; of a representative, the label itself
         self._composite = np.zeros(1024, bool)
-        self._sets: dict[int, tuple[int, ...]] = {}  # of composite labels: the simple ones they were made of
+        # of composite labels: the simple ones they were made of
+        self._sets: dict[int, tuple[int, ...]] = {}
         self._names: dict[tuple[int, ...], int] = {}
         self._marked: list[tuple[np.ndarray, object]] = []
         self.freezes = 0  # grows whenever something is frozen
 
     def copy(self) -> "Labels":
         other = Labels()
-        other._num, other._parent, other._composite = self._num, self._parent.copy(), self._composite.copy()
-        other._sets, other._names, other._marked = self._sets.copy(), self._names.copy(), self._marked.copy()
+        other._num = self._num
+        other._parent = self._parent.copy()
+        other._composite = self._composite.copy()
+        other._sets = self._sets.copy()
+        other._names = self._names.copy()
+        other._marked = self._marked.copy()
         return other
 
     def fresh(self, num: int, mark: object = None) -> np.ndarray:
         """`num` new labels. mark: where they come from, for `marks`."""
         start, self._num = self._num, self._num + num
         if self._num > len(self._parent):
-            more = max(self._num, 2 * len(self._parent)) - len(self._parent)
+            more = max(num, len(self._parent))
             self._parent = np.append(self._parent, np.zeros(more, int))
             self._composite = np.append(self._composite, np.zeros(more, bool))
         labels = np.arange(start, self._num)
@@ -56,7 +62,8 @@ class Labels:
         composite = self._composite[roots]
         if composite.any():  # their parts may have been united, replaced or frozen
             unique, inverse = np.unique(roots[composite], return_inverse=True)
-            roots[composite] = np.array([self._find(label) for label in unique.tolist()])[inverse.ravel()]
+            found = [self._find(label) for label in unique.tolist()]
+            roots[composite] = np.array(found)[inverse.ravel()]
         return roots
 
     def parts(self, label: int) -> tuple[int, ...]:
@@ -64,7 +71,8 @@ class Labels:
         return self._sets.get(label, (label,) if label else ())
 
     def marks(self) -> Iterator[tuple[int, object]]:
-        """(representative, mark) of all marked labels that are neither frozen nor composite by now."""
+        """(representative, mark) of all marked labels that are neither frozen nor composite by
+        now."""
         for labels, mark in self._marked:
             for root in np.unique(self.find(labels)).tolist():
                 if root and root not in self._sets:
@@ -72,11 +80,14 @@ class Labels:
 
     def is_live(self, labels: np.ndarray) -> bool:
         """Whether any of them can die."""
-        return bool(labels.any()) and bool(self.find(labels).any())
+        if not labels.any():
+            return False
+        return bool(self.find(labels).any())
 
     def freeze(self, labels: np.ndarray) -> None:
         roots = np.unique(self.find(labels)).tolist()
-        self._unite([part for root in roots for part in self.parts(root)], FROZEN)
+        parts = [part for root in roots for part in self.parts(root)]
+        self._unite(parts, FROZEN)
 
     def tie(self, first: np.ndarray, second: np.ndarray) -> None:
         """Entry i of one dies exactly if entry i of the other does."""
@@ -90,34 +101,50 @@ class Labels:
             if composite.all():
                 break
             simple = ~composite
-            low, high = np.minimum(first, second)[simple], np.maximum(first, second)[simple]
-            self._unite(high, low)  # of several partners of one label the last counts; the others have the next turn
+            low = np.minimum(first, second)[simple]
+            high = np.maximum(first, second)[simple]
+            self._unite(high, low)  # of several partners of a label one; others in the next turn
         if first is not second:
-            for a, b in sorted(set(zip(first.tolist(), second.tolist()))):
+            pairs = set(zip(first.tolist(), second.tolist()))
+            for a, b in sorted(pairs):
                 self._tie(a, b)
 
     def merge(self, axes: Sequence[np.ndarray]) -> np.ndarray:
         """Labels of the row-major product of several axes."""
         shape = tuple(len(axis) for axis in axes)
         live = [i for i, axis in enumerate(axes) if self.is_live(axis)]
-        if len(live) > 1 and np.prod([shape[i] for i in live]) > MOST:
+        product = np.prod([shape[i] for i in live])
+        if len(live) > 1 and product > MOST:
             for i in live:
                 self.freeze(axes[i])
             live = []
         grid = np.zeros([1] * len(axes), int)
         for i in live:
-            found = self.find(axes[i]).reshape([-1 if j == i else 1 for j in range(len(axes))])
-            grid = found if i == live[0] else self._compose(*np.broadcast_arrays(grid, found))
+            along = [1] * len(axes)
+            along[i] = len(axes[i])
+            roots = self.find(axes[i]).reshape(along)
+            grid = roots if i == live[0] else self._compose(grid, roots)
         return np.broadcast_to(grid, shape).ravel()
 
-    def split(self, labels: np.ndarray, shape: Sequence[int], mark: object = None) -> list[np.ndarray]:
-        """Labels of the axes of `shape` into which one axis is split, row-major; ties what must die as a row."""
+    def split(
+        self,
+        labels: np.ndarray,
+        shape: Sequence[int],
+        mark: object = None,
+    ) -> list[np.ndarray]:
+        """Labels of the axes of `shape` into which one axis is split, row-major; ties what must die
+        as a row."""
         grid = self.find(labels).reshape(shape)
-        varies = [i for i in range(len(shape)) if (grid != grid[(slice(None),) * i + (slice(0, 1),)]).any()]
+        varies = []
+        for i in range(len(shape)):
+            along = np.moveaxis(grid, i, 0)
+            if (along != along[:1]).any():
+                varies.append(i)
         axes = [np.zeros(size, int) for size in shape]
         if len(varies) == 1:
             (i,) = varies
-            axes[i] = np.moveaxis(grid, i, 0).reshape(shape[i], -1)[:, 0]
+            rows = np.moveaxis(grid, i, 0).reshape(shape[i], -1)
+            axes[i] = rows[:, 0]
         elif varies:
             for i in varies:
                 axes[i] = self.fresh(shape[i], (mark, i))
@@ -128,9 +155,13 @@ class Labels:
 
     def _compose(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         num = self._num
-        pairs, inverse = np.unique(first.ravel() * num + second.ravel(), return_inverse=True)
-        named = [self._name({*self.parts(pair // num), *self.parts(pair % num)}) for pair in pairs.tolist()]
-        return np.array(named, int)[inverse.ravel()].reshape(first.shape)
+        grid = first * num + second
+        pairs, inverse = np.unique(grid, return_inverse=True)
+        names = []
+        for pair in pairs.tolist():
+            a, b = divmod(pair, num)
+            names.append(self._name({*self.parts(a), *self.parts(b)}))
+        return np.array(names, int)[inverse.ravel()].reshape(grid.shape)
 
     def _name(self, parts: set[int]) -> int:
         """The label that dies with any of the simple, live labels `parts`."""
@@ -139,7 +170,9 @@ class Labels:
         key = tuple(sorted(parts))
         if key not in self._names:
             (name,) = self.fresh(1).tolist()
-            self._names[key], self._sets[name], self._composite[name] = name, key, True
+            self._names[key] = name
+            self._sets[name] = key
+            self._composite[name] = True
         return self._names[key]
 
     def _find(self, label: int) -> int:
@@ -147,7 +180,9 @@ class Labels:
         while True:
             parent = int(self._parent[label])
             if parent == label and label in self._sets:
-                parts = {part for own in self._sets[label] for part in self.parts(self._find(own))}
+                parts: set[int] = set()
+                for simple in self._sets[label]:
+                    parts.update(self.parts(self._find(simple)))
                 parent = self._name(parts)
             if parent == label:
                 break
@@ -159,23 +194,27 @@ class Labels:
     def _unite(self, labels: Sequence[int], others: np.ndarray | int) -> None:
         """labels: simple representatives; others: what each becomes."""
         self._parent[labels] = others
-        self.freezes += bool(np.any(np.equal(others, FROZEN))) and len(labels) > 0
+        frozen = np.equal(others, FROZEN)
+        if len(labels) and np.any(frozen):
+            self.freezes += 1
 
     def _tie(self, first: int, second: int) -> None:
         first, second = self._find(first), self._find(second)
         if first == second:
             return
-        a, b = set(self.parts(first)), set(self.parts(second))
-        a, b = sorted(a - b), sorted(b - a)
-        if len(a) > len(b):
-            a, b = b, a
+        of_first, of_second = set(self.parts(first)), set(self.parts(second))
+        a = sorted(of_first - of_second)
+        b = sorted(of_second - of_first)
+        a, b = sorted((a, b), key=len)
         if not a:  # {x} against {x, y}: y may not die alone
             self._unite(b, FROZEN)
             return
-        for label, other in zip(a[:-1], b):  # any pairing is sound: it ties more than needed, never less
+        # Any pairing is sound: it ties more than needed, never less.
+        for label, other in zip(a[:-1], b):
             self._unite([max(label, other)], min(label, other))
         rest = b[len(a) - 1 :]
-        if len(rest) == 1:
-            self._unite([max(a[-1], rest[0])], min(a[-1], rest[0]))
-        else:
+        if len(rest) > 1:
             self._unite([a[-1]], self._name(set(rest)))
+            return
+        low, high = sorted((a[-1], rest[0]))
+        self._unite([high], low)

@@ -1,0 +1,1 @@
+"""Coupled channels of any function: labels of entries, rules of primitives, the walk, execution."""

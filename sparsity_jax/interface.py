@@ -1,0 +1,133 @@
+"""What a stage of a pipeline is: a class whose fields are its options, with all that the runner asks of it.
+
+The runner makes a stage of its config, asks it to check itself, and runs it; it knows no stage by name.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsity_jax import tables
+
+PyTree = Any
+
+
+class Carried(NamedTuple):
+    """What a training hands on to the next one, through cuts: each in the structure of the params, or ()."""
+
+    momentum: PyTree = ()  # the state of heavy-ball momentum
+    saliency: PyTree = ()  # the tracked importance of every weight
+
+
+class Place(NamedTuple):
+    """Where in the pipeline a stage stands.
+
+    others: the checked settings of all stages, one list of members by name. earlier: per member, the rows of all
+    stages before it, those of the run it started from included. visit: how often the pipeline has named the stage so
+    far, this time included; visits: how often it does in all.
+    """
+
+    name: str
+    position: int
+    others: dict[str, list[Any]]
+    earlier: Sequence[list[dict]] = ()
+    visit: int = 1
+    visits: int = 1
+
+
+class Order(NamedTuple):
+    """The stages around one, while a config is checked.
+
+    before: the settings of those before it in the pipeline, in order. done: kinds of all that will be finished, by
+    name, those of earlier runs included. all: the settings of all stages of the config, by name.
+    """
+
+    before: list["Stage"]
+    done: dict[str, str]
+    all: dict[str, "Stage"]
+    visits: int = 1
+
+
+@tables.option
+class Stage:
+    """One stage. Fields of subclasses are its options; `run` is all that they must have.
+
+    kind: its name in configs. needs: kinds of which one must have run before. trains: whether it trains a network,
+    whose label in the report is its own; makes_network: whether it makes another network without that. retrain: name
+    of the `train` config that it runs itself.
+    """
+
+    kind: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    trains: ClassVar[bool] = False
+    makes_network: ClassVar[bool] = False
+    retrain: ClassVar[str] = ""
+
+    # Checks. where: the stage's place in the config, which begins every sentence
+
+    def check(self, where: str) -> None:
+        """Raises ConfigError for options that do not fit each other."""
+
+    def settings(self, where: str) -> "Stage":
+        """What runs: the stage itself, checked."""
+        self.check(where)
+        return self
+
+    def check_order(self, where: str, order: Order) -> None:
+        """Raises ConfigError for a stage that does not fit those around it."""
+
+    def check_streamed(self, where: str) -> None:
+        """Raises ConfigError for a stage that needs all images in memory."""
+
+    def check_network(self, problem: Any, where: str, visits: int) -> None:
+        """Raises ConfigError for options that do not fit the network or the data; nothing is compiled."""
+
+    # Running. settings: of all members of a sweep that run side by side, of which this is the first
+
+    def together(self) -> Hashable:
+        """Members whose stages agree in this can run side by side, in one compiled program."""
+        return self
+
+    def steps_per_epoch(self, problem: Any) -> int:
+        """Steps of a state's counter that are an epoch."""
+        del problem
+        return 1
+
+    def begin(self, problem: Any, state: PyTree, settings: Sequence["Stage"], place: Place) -> PyTree:
+        """The state that it starts from; pure, so that a resumed run knows its structure."""
+        del problem, settings, place
+        return without_optimizer(state)
+
+    def run(
+        self, problem: Any, state: PyTree, settings: Sequence["Stage"], place: Place, rows: list[list[dict]]
+    ) -> Iterator[Any]:
+        """Yields `train.Update`s, from each of which it can be resumed. rows: per member, its own so far."""
+        raise NotImplementedError
+
+    def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:
+        """What of the optimizer's state a later training, or cut, may use."""
+        return opt_state if isinstance(opt_state, Carried) else ()
+
+    def carried(self, state: PyTree, before: Carried | tuple[()]) -> Carried | tuple[()]:
+        """The structure of what it hands on, given that of the stages before it."""
+        del state, before
+        return ()
+
+
+def without_optimizer(state: PyTree) -> PyTree:
+    """The state between two stages: no optimizer, step 0."""
+    zeros = jax.tree.map(jnp.zeros_like, state.metrics)
+    fresh = zeros._replace(bad_step=jnp.full_like(state.metrics.bad_step, -1))
+    return state._replace(opt_state=(), step=jnp.zeros_like(state.step), metrics=fresh)
+
+
+def handed_on(state: PyTree, settings: Stage) -> PyTree:
+    """The state after a stage: without optimizer, but with what it hands on."""
+    return without_optimizer(state)._replace(opt_state=settings.hand_on(state.opt_state))
+
+
+def rows_per_member(problem: Any) -> list[list[dict]]:
+    """No rows, for every member."""
+    return [[] for _ in range(problem.members or 1)]

@@ -1,0 +1,60 @@
+"""The one door for results: rows to `metrics.jsonl` and TensorBoard, and rows to one `report.html`.
+
+Reads rows and the config as plain data, never models. Rebuild a report: `python -m sparsity_jax.report --workdir DIR`.
+"""
+
+import os
+import pathlib
+
+from sparsity_jax.report.events import Writer
+from sparsity_jax.report.files import (
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    REPORT,
+    continued,
+    plain,
+    read_dict,
+    read_environment,
+    read_rows,
+    write_atomic,
+    write_environment,
+)
+from sparsity_jax.report.runs import gather
+
+__all__ = [
+    "CONFIG",
+    "ENVIRONMENT",
+    "METRICS",
+    "REPORT",
+    "Writer",
+    "continued",
+    "gather",
+    "plain",
+    "read_dict",
+    "read_environment",
+    "read_rows",
+    "write",
+    "write_atomic",
+    "write_environment",
+]
+
+
+def write(
+    workdir: str | os.PathLike,
+    config: dict,
+    rows: list[dict],
+    *,
+    title: str | None = None,
+    environment: dict | None = None,
+) -> pathlib.Path:
+    """Writes `workdir/report.html`, one file without outside parts, and `workdir/figures/NAME.png`.
+
+    title: default `config["title"]`, else the folder's name. environment: versions, devices and, as `command`, what
+    was run; it is kept in `workdir/environment.json` so that a rebuilt report shows it too. The same arguments give
+    the same bytes. Sections without rows are left out; rows that no figure shows become a table. Returns the path of
+    the page.
+    """
+    from sparsity_jax.report import page  # imports pandas and matplotlib, which takes a second
+
+    return page.write(workdir, config, rows, title=title, environment=environment)

@@ -1,0 +1,37 @@
+"""`python -m sparsity_jax.report --workdir DIR`: rebuilds the report of a run from its files."""
+
+import argparse
+import pathlib
+import sys
+
+from sparsity_jax import report
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses `argv`, default the command line, and prints the path of the page."""
+    parser = argparse.ArgumentParser(prog="python -m sparsity_jax.report", description="Rebuild a run's report.html.")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        help="folder of the run, or of several runs in folders of their own",
+    )
+    parser.add_argument("--title", help="title of the page; default: the config's, else the folder's name")
+    parser.add_argument("--out", help="folder for report.html and figures/; default: that of --workdir")
+    options = parser.parse_args(argv)
+    try:
+        config, rows, environment = report.gather(options.workdir)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    out = options.out or options.workdir
+    name = pathlib.Path(options.workdir).resolve().name
+    title = options.title or config.get("title")
+    title = title if isinstance(title, str) and title else name
+    try:
+        path = report.write(out, config, rows, title=title, environment=environment)
+    except OSError as error:
+        parser.error(f"{out} cannot be written ({error}); --out names another folder for the report.")
+    sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main()

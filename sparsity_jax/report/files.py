@@ -1,0 +1,137 @@
+"""Rows and the environment of a run as files, written at once or line by line, read back with their checksums."""
+
+import json
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sparsity_jax import intact, workdirs
+
+METRICS, CONFIG, ENVIRONMENT, REPORT = (
+    "metrics.jsonl",
+    "config.json",
+    "environment.json",
+    "report.html",
+)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON data: NumPy and JAX values become numbers and lists, NaN and infinities null.
+
+    Raises TypeError for anything JSON cannot hold.
+    """
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    raise TypeError(f"a row holds {value!r} ({type(value).__name__}); allowed: numbers, text, lists, dicts, arrays.")
+
+
+def write_atomic(path: pathlib.Path, data: bytes) -> None:
+    """Replaces `path` at once: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        pathlib.Path(name).unlink(missing_ok=True)
+        raise
+
+
+def to_lines(rows: Iterable[Mapping], before: int = 0) -> tuple[str, int]:
+    """(the lines of rows, with their checksums, the checksum of the last one).
+
+    before: the checksum of the line before the first one, 0 at the start of a file. Raises ValueError for a row that
+    does not say its stage and kind.
+    """
+    lines = []
+    for row in rows:
+        missing = [field for field in ("stage", "kind") if field not in row]
+        if missing:
+            has = ", ".join(map(str, row)) or "nothing"
+            raise ValueError(f"a row lacks {' and '.join(missing)}; it has: {has}.")
+        text = json.dumps(plain(row), allow_nan=False)
+        line, before = intact.summed_row(text, before)
+        lines.append(line + "\n")
+    return "".join(lines), before
+
+
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """Rows of a metrics file, without their checksums.
+
+    A last line cut off by a killed run is left out. Raises ValueError with the line number for any other line that is
+    not one JSON object, or not as it was written.
+    """
+    path = pathlib.Path(path)
+    lines = path.read_bytes().split(b"\n")
+    rows, total = [], 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row, total = intact.read_row(line, total)
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: {error}. Each line holds one row as a JSON object.") from error
+        rows.append(row)
+    return rows
+
+
+def read_dict(path: pathlib.Path) -> dict:
+    """The JSON object in a file; ValueError, which names the file, for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; it must hold a JSON object.")
+    return value
+
+
+def write_environment(workdir: str | os.PathLike, environment: dict) -> None:
+    """Writes `workdir/environment.json`."""
+    path = pathlib.Path(workdir) / ENVIRONMENT
+    text = json.dumps(plain(environment), indent=2)
+    write_atomic(path, f"{text}\n".encode())
+    intact.record(path)
+
+
+def read_environment(workdir: str | os.PathLike) -> dict | None:
+    """What `workdir/environment.json` holds; None where there is none, or, aloud, where it was changed."""
+    path = pathlib.Path(workdir) / ENVIRONMENT
+    try:
+        if not path.exists():
+            return None
+        if intact.is_changed(path):
+            raise ValueError(f"{path} is not as it was written (its checksum differs)")
+        return read_dict(path)
+    except ValueError as error:
+        workdirs.say(f"{error}; versions are left out")
+        return None
+
+
+def continued(workdir: str | os.PathLike, environment: dict) -> dict:
+    """`environment` after that of the run so far: where they differ, both, e.g. `0.10.2, then 0.11.0`."""
+    before = read_environment(workdir) or {}
+    joined = {**environment, **before}
+    for name, value in environment.items():
+        old = joined[name]
+        last = str(old).split(", then ")[-1]
+        if last != str(value) and name != "command":
+            joined[name] = f"{old}, then {value}"
+    return joined

@@ -1,0 +1,208 @@
+"""Config, rows and environment of a workdir, or of several runs together."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from sparsity_jax import intact, workdirs
+from sparsity_jax.report import files
+
+IDLE = {"title", "checkpoint_seconds", "sweep", "sweep_mode", "seed"}  # no number depends on them
+
+
+class Run(NamedTuple):
+    """What the files of one run say."""
+
+    name: str
+    config: dict
+    environment: dict
+    rows: list[dict]
+    settings: dict[str, Any]  # that decide the numbers, by dotted path
+
+
+def is_seed(key: str) -> bool:
+    """Whether a swept value is a seed, to be averaged over: `seed`, or a setting of that name."""
+    return key.rsplit(".", 1)[-1] == "seed"
+
+
+def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every setting of a nested dict."""
+    if not isinstance(tree, dict) or not tree:
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from flatten(value, f"{path}.{key}" if path else str(key))
+
+
+def gather(workdir: str | os.PathLike) -> tuple[dict, list[dict], dict | None]:
+    """Config, rows and environment of a finished or running workdir.
+
+    Rows come from the members of a sweep, which are newer than the joint ones while it runs, else from
+    `metrics.jsonl`, else from the folders inside, see `merged`. Raises FileNotFoundError saying what is missing,
+    ValueError for a file that cannot be read.
+    """
+    workdir = pathlib.Path(workdir)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"{workdir} is not a folder; give the workdir of a run.")
+    members = with_rows(sorted(workdir.glob("member_[0-9]*")))
+    if members:
+        rows = []
+        for folder in members:
+            member = int(folder.name.removeprefix("member_"))
+            rows += [{**row, "member": member} for row in whole_rows(folder)]
+        return settled(workdir, members[0], rows)
+    if with_rows([workdir]):
+        return settled(workdir, workdir, whole_rows(workdir))
+    inside = with_rows(sorted(workdir.iterdir()))
+    if not inside:
+        raise FileNotFoundError(f"neither {workdir} nor a folder in it has {files.METRICS}; has the run started there?")
+    if len(inside) == 1:
+        return settled(workdir, inside[0], whole_rows(inside[0]))
+    return merged(inside)
+
+
+def with_rows(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    """Those folders that have rows, or checkpoints, which have them too."""
+    return [folder for folder in folders if (folder / files.METRICS).exists() or (folder / workdirs.FOLDER).is_dir()]
+
+
+def settled(workdir: pathlib.Path, folder: pathlib.Path, rows: list[dict]) -> tuple[dict, list[dict], dict | None]:
+    """`rows` with config and environment of `workdir`, or of `folder` in it."""
+    for place in (workdir, folder):
+        if workdirs.holds_run(place):
+            return workdirs.read_config(place), rows, files.read_environment(place)
+    raise FileNotFoundError(f"{workdir} has no {files.CONFIG}; a run writes it when it starts.")
+
+
+def merged(folders: list[pathlib.Path]) -> tuple[dict, list[dict], dict | None]:
+    """Config, rows and environment of several runs together.
+
+    Members are numbered anew. Rows have every setting in which the runs differ, under a dotted name, so that only
+    networks whose settings agree in all but the seed are averaged; where even that agrees, the name of the run. Config
+    and environment have one value where the runs agree, else the list of values.
+    """
+    several = [read_run(folder) for folder in folders]
+    differing = differing_settings(several)
+    rows, numbers = [], {}
+    for index, run in enumerate(several):
+        told = {path if "." in path else f"config.{path}": run.settings.get(path) for path in differing}
+        told["seed"] = run.config.get("seed", 0)
+        if is_repeated(run, several):
+            told["config.run"] = run.name
+        for row in run.rows:
+            row = complete({**told, **row}, run.config, run.environment)
+            row["member"] = numbers.setdefault((index, row.get("member", 0)), len(numbers))
+            rows.append(row)
+    config = agreed([run.config for run in several])
+    environment = agreed([run.environment for run in several])
+    return config, rows, environment or None
+
+
+def read_run(folder: pathlib.Path) -> Run:
+    """Everything about the run in `folder`; FileNotFoundError where it has no config."""
+    if not workdirs.holds_run(folder):
+        raise FileNotFoundError(
+            f"{folder} has {files.METRICS} but no {files.CONFIG}, so its settings are not known; move it."
+        )
+    config = workdirs.read_config(folder)
+    environment = files.read_environment(folder) or {}
+    return Run(folder.name, config, environment, whole_rows(folder), settings_of(folder, config))
+
+
+def differing_settings(several: list[Run]) -> list[str]:
+    """Paths of the settings that are swept in a run, or differ between runs."""
+    swept = {key for run in several for row in run.rows for key in row if "." in key}
+    values = {}
+    for run in several:
+        for path in run.settings:
+            values.setdefault(path, set())
+    for path, seen in values.items():
+        seen |= {json.dumps(run.settings.get(path)) for run in several}
+    return [path for path, seen in values.items() if len(seen) > 1 or (path in swept and not is_seed(path))]
+
+
+def settings_of(folder: pathlib.Path, config: dict, seen: tuple = ()) -> dict[str, Any]:
+    """Every setting that decides the numbers of a run; for `start_from`, those of the run there."""
+    deciding = {name: value for name, value in config.items() if name not in IDLE}
+    settings = dict(flatten(deciding))
+    start = pathlib.Path(config.get("start_from") or "")
+    here = config.get("start_from") and workdirs.holds_run(start)
+    if here and start.resolve() not in seen:
+        seen = (*seen, folder.resolve(), start.resolve())
+        del settings["start_from"]
+        for path, value in settings_of(start, workdirs.read_config(start), seen).items():
+            settings[f"start_from.{path}"] = value
+    return settings
+
+
+def is_repeated(run: Run, several: list[Run]) -> bool:
+    """Whether another run has the same settings and a seed in common: both are no sample of seeds."""
+    others = [other for other in several if other is not run and other.settings == run.settings]
+    return any(seeds_of(other) & seeds_of(run) for other in others)
+
+
+def seeds_of(run: Run) -> set:
+    """Seeds of all networks of a run."""
+    return {row.get("seed", run.config.get("seed", 0)) for row in run.rows}
+
+
+def agreed(trees: list[dict]) -> dict:
+    """One nested dict of several: a value where all have the same, else the list of different values."""
+    result = {}
+    for key in dict.fromkeys(key for tree in trees for key in tree):
+        values = [tree[key] for tree in trees if key in tree]
+        different = list({json.dumps(value): value for value in values}.values())
+        if all(isinstance(value, dict) for value in values):
+            result[key] = agreed(values)
+        else:
+            result[key] = different[0] if len(different) == 1 else different
+    return result
+
+
+def complete(row: dict, config: dict, environment: dict) -> dict:
+    """`row` with what its run knows about it besides, unless it says so itself.
+
+    start: of a training, whether it begins with the initial weights ("init") or the current ones. chance: accuracy of
+    always answering the most frequent class. tolerance, stop_width: of a predicted limit, what counts as lost, and the
+    width of the enclosure that was asked for.
+    """
+    stage = config.get(row.get("stage"))
+    stage = stage if isinstance(stage, dict) else {}
+    more = {}
+    if row.get("kind") == "train":
+        more |= {"start": stage.get("start"), "chance": environment.get("chance")}
+    if row.get("kind") == "width":
+        spectrum = config.get(row.get("spectrum"))
+        asked = spectrum.get("stop_width") if isinstance(spectrum, dict) else None
+        more |= {"tolerance": stage.get("tolerance"), "stop_width": asked}
+    more = {key: value for key, value in more.items() if isinstance(value, (str, int, float))}
+    return {**more, **row}
+
+
+def whole_rows(folder: pathlib.Path) -> list[dict]:
+    """Rows of the metrics file of a run; aloud, those of its newest checkpoint where they are not its first ones.
+
+    Raises ValueError where the file is damaged and there is no other copy. Checkpoints that are all damaged, or older
+    than their checksums, leave the rows as they are, aloud.
+    """
+    path = folder / files.METRICS
+    try:
+        saved = workdirs.newest(folder)
+    except intact.DamagedError as error:
+        rows = files.read_rows(path)
+        workdirs.say(f"{error} The rows of {path.name} are used; whether they are all is not known.")
+        return rows
+    if saved is None:
+        return files.read_rows(path)
+    known = files.plain(saved.progress.rows)
+    try:
+        rows = files.read_rows(path)
+        problem = "" if rows[: len(known)] == known else f"{path} is not as it was written"
+    except (FileNotFoundError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        workdirs.say(f"{problem}; the rows of the newest checkpoint are used")
+        return known
+    return rows
