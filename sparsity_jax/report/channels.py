@@ -125,10 +125,7 @@ def channels(grouped: Grouped) -> Section | None:
     shown = [(label, table) for label, table in rounds if table.size]
     if not shown:
         return None
-    caption = (
-        "Share of each group's channels that is kept, in percent, "
-        "by the share removed from the network."
-    )
+    caption = "Share of each group's channels that is kept, in percent, by the share removed from the network."
     return Section("Channels by group", draw.heat_maps(shown, "channels"), caption)
 
 

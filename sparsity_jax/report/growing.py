@@ -45,10 +45,7 @@ def growth_norms(grouped: Grouped) -> Section | None:
             lines.append((norms["score_kept"], KEPT))
             lines.append((norms["score_pruned"], PRUNED))
     figure = line_figure(panels, "penalty λ on what goes", "mean |w|")
-    caption = (
-        "One line per layer: mean magnitude of the weights that stay and that go, "
-        "by the penalty on the latter."
-    )
+    caption = "One line per layer: mean magnitude of the weights that stay and that go, by the penalty on the latter."
     return figure and Section("Norms under growing penalties", figure, caption)
 
 
@@ -58,9 +55,7 @@ def growth_ratio(grouped: Grouped) -> Section | None:
     for label, rows in growths(grouped).items():
         panels[label] = [(table.set_index("step")["ratio"], KEPT) for table in by_layer(rows)]
     figure = line_figure(panels, "step", "kept / pruned |w|")
-    caption = (
-        "One line per layer: mean magnitude of what stays over that of what goes, smoothed."
-    )
+    caption = "One line per layer: mean magnitude of what stays over that of what goes, smoothed."
     return figure and Section("Separation under growing penalties", figure, caption)
 
 
@@ -79,10 +74,7 @@ def growth_groups(grouped: Grouped) -> Section | None:
             title = sections.name("" if alone else label, layer.removesuffix("/kernel"))
             panels[title] = [(norms[i], color) for i, color in enumerate(colors)]
     figure = line_figure(panels, "step", "")
-    caption = (
-        "Mean magnitude of every filter, channel or coupled group: "
-        "how penalties set those apart that go."
-    )
+    caption = "Mean magnitude of every filter, channel or coupled group: how penalties set those apart that go."
     return figure and Section("Norms of single groups", figure, caption)
 
 

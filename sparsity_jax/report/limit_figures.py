@@ -157,10 +157,7 @@ def limits(grouped: Grouped) -> Section | None:
             explain(panel)
     splits = ["test", "train"] if any("train" in network.curves for network in shown) else []
     draw.legend(figure, [draw.key("pruned network", 0), *draw.variant_keys(splits)])
-    caption = (
-        "Bands: intervals of the predictions. "
-        "Dots: the actual limit by the other definitions in the table."
-    )
+    caption = "Bands: intervals of the predictions. Dots: the actual limit by the other definitions in the table."
     if any("ratio" in row for network in shown for row in network.of_kind("limit")):
         caption += " Circles: evaluations of the bisection."
     return Section("Accuracy and loss up to the limit", figure, caption + more(grouped, every))

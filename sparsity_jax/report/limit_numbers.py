@@ -325,10 +325,7 @@ def actual_table(found: Networks, names: Names) -> Table:
         rows.append([definition(name, found), sections.mean_cell(*series.spread(limits)), *gaps])
     note = "Bold: inside the interval."
     if len(found) > 1:
-        note = (
-            "Means ± sample standard deviation over networks. "
-            "Bold: inside the interval of every network."
-        )
+        note = "Means ± sample standard deviation over networks. Bold: inside the interval of every network."
     remarks = []
     for network in found[: sections.MOST]:
         for stage, row in network.limits.items():

@@ -26,9 +26,7 @@ class Column(NamedTuple):
 
 AT = "At: with that share of the prunable weights removed."
 COLUMNS = {
-    "dense": Column(
-        "unpruned", "%", 2, "Unpruned: the network of that line before anything was removed."
-    ),
+    "dense": Column("unpruned", "%", 2, "Unpruned: the network of that line before anything was removed."),
     "before": Column("after epochs", ""),
     "channels": Column("channels removed"),
     "weights": Column("weights removed"),
@@ -203,7 +201,7 @@ def add_time(columns: dict[str, list[float]], rows: list[dict]) -> None:
 
 def summary(grouped: Grouped) -> Section | None:
     """The summary table; bold: a mean that is above all others by more than one deviation."""
-    curves = series.curves(grouped) or series.curves(grouped, "train")
+    curves = series.best_known_curves(grouped)
     lines = summarize(grouped, curves)
     if not lines:
         return None
