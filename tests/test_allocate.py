@@ -370,6 +370,8 @@ def test_what_an_earlier_mask_left_out_goes_first(selection, options):
         assert all(bool((old | ~new).all()) for new, old in zip(*map(jax.tree.leaves, (more, before))))
         number, _ = allocate.left_by(more, **own)
         assert int(number) == sum(jax.tree.leaves(allocate.keep_counts(params, 0.75, **own)))
+        less = cut(0.3, before, changed)
+        assert not any(bool((new & ~old).any()) for new, old in zip(*map(jax.tree.leaves, (less, before))))
 
 
 def test_misuse_is_explained():

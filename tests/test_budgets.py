@@ -321,6 +321,7 @@ def test_counts_are_exact_and_masks_nested(protect, levels):
 
 
 def test_what_the_minimum_protects():
+    assert budgets.minimum_kept({"a": 20, "b": 1, "c": 39}) == {"a": 2, "b": 1, "c": 2}
     scores = {"a": np.array([5.0, 4.0, 3.0, 2.0, 1.0, 0.0]), "b": np.arange(10.0, 30.0)}
     floors = {"a": 2, "b": 2}
     select = lambda protect: budgets.select(scores, 7 / 26, floors=floors, protect=protect)

@@ -118,6 +118,8 @@ def test_digits_are_whole_scaled_and_split_by_class():
     assert sorted(map(bytes, together)) == sorted(map(bytes, np.rint(source.images * 255 / 16).astype(np.uint8)))
     shares = np.bincount(digits.test.labels) / np.bincount(source.target)
     assert np.abs(shares - 0.2).max() < 0.006  # within one image of a fifth of each class
+    first = np.rint(source.images[0] * 255 / 16).astype(np.uint8)[..., None]
+    assert (digits.test.images == first).all((1, 2, 3)).any()  # of every five images in order of classes the first
     again = data.load(name="digits")
     np.testing.assert_array_equal(again.test.labels, digits.test.labels)
     x = digits.train.images / 255

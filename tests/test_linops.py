@@ -606,6 +606,14 @@ def test_traces_are_within_their_error(on_host):
         assert all(0 < error < 30 for _, error in found)
 
 
+def test_the_standard_error_of_a_trace_has_the_size_of_its_errors():
+    """Its square is unbiased, also of two samples."""
+    matvec = product(dense(spectrum("outliers", 20)), jnp.float32)
+    estimate = jax.jit(jax.vmap(lambda key: linops.hutchinson(2)(matvec, key, LIKE)))
+    found = estimate(jax.random.split(jax.random.key(0), 4000))
+    np.testing.assert_allclose(np.mean(found.standard_error**2), np.var(found.trace), rtol=0.1)
+
+
 @hypothesis.given(SEED)
 @hypothesis.settings(max_examples=10)
 def test_hutchpp_is_exact_for_low_rank(seed):

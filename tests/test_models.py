@@ -46,6 +46,7 @@ COUNTS = {
     ("fc2", (28, 28, 1)): 784 * 100 + 100 + 100 * 10 + 10,
     ("fc13", (32, 32, 3)): 7_269_610 - (400 * 200 + 200) + (400 * 250 + 250) + (250 * 200 + 200),  # from FC12
     ("lenet", (28, 28, 1)): (25 + 1) * 16 + (400 + 1) * 32 + (512 + 1) * 120 + (120 + 1) * 84 + (84 + 1) * 10,
+    ("vgg16", (32, 32, 3)): 14_728_266,  # 9 * 1,634,496 in kernels, 3 * 4,224 in biases and norms, 513 * 10
 }
 # Every row of MODELS in a size that compiles in a moment, and the side of its images.
 TINY = {

@@ -164,6 +164,12 @@ def test_random_boxes_are_inside_and_of_the_asked_area_and_ratio(height, width, 
         assert h * w > 0.07 * min(height, width) ** 2
 
 
+def test_the_ratio_of_a_random_box_is_that_of_width_to_height():
+    options = dict(crop_scale=(0.1, 0.2), crop_ratio=(2.0, 3.0))
+    _, _, h, w = stream.random_box(np.random.default_rng(0), 200, 200, options)
+    assert 1.9 < w / h < 3.1
+
+
 def test_random_boxes_have_the_spread_of_those_on_the_device():
     options = dict(crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3))
     own = np.array([stream.random_box(np.random.default_rng(i), 90, 120, options) for i in range(3000)])

@@ -50,9 +50,9 @@ def run(problem, state, kind="cut", visit=1, visits=1, position=1, **fields):
 
 
 def test_one_round_removes_the_least_important_channels_everywhere(problem, trained):
-    state, row = run(problem, trained, measure="mag_based", ratio=0.5)
+    state, row = run(problem, trained, measure="mag_based", ratio=0.25)
     norms = {f"params/dense{i}": np.linalg.norm(trained.params[f"dense{i}"]["kernel"], axis=0) for i in (1, 2)}
-    expected = budgets.select(norms, 0.5)
+    expected = budgets.select(norms, 0.25)
     for i in (1, 2):
         kept = expected[f"params/dense{i}"]
         for tree in (state.masks, jax.tree.map(lambda leaf: leaf != 0, state.params)):
@@ -60,9 +60,9 @@ def test_one_round_removes_the_least_important_channels_everywhere(problem, trai
             np.testing.assert_array_equal(tree[f"dense{i}"]["bias"], kept)
         follower = "dense2" if i == 1 else "fc"
         np.testing.assert_array_equal(np.asarray(state.masks[follower]["kernel"]).any(1), kept)
-    assert (row["num_kept"], row["num_channels"], row["round"]) == (20, 40, 1)
+    assert (row["num_kept"], row["num_channels"], row["round"]) == (30, 40, 1)
     assert row["kept"] == {name: int(kept.sum()) for name, kept in expected.items()}
-    assert row["ratio"] == pytest.approx(0.5)
+    assert row["ratio"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("measure", sorted(name for name in scores.MEASURES if name not in ("bn", "nvidia")))

@@ -161,12 +161,15 @@ def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem, as_use
         np.testing.assert_allclose(a["test_loss"], b["test_loss"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", [tiny.SGD, tiny.SFW])
+@pytest.mark.parametrize("optimizer", [dict(tiny.SGD, momentum=0.9), tiny.SFW])
 def test_pruned_weights_stay_zero(problem, optimizer):
+    """Also where a momentum from before the masks moves them."""
     fit = tiny.fit(optimizer, epochs=1)
     state, numbers = tiny.start(problem, fit)
     kept = jax.tree.map(lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 3 != 0, state.params)
     state = train.begin(problem, state._replace(masks=kept), fit, numbers)
+    moving = jax.tree.map(lambda leaf: leaf + 1, state.opt_state)
+    state = state._replace(opt_state=moving)
     for update in train.fit_epochs(problem, state, fit, numbers, 0):
         state = update.state
     for path, leaf in trees.named_leaves(state.params).items():
