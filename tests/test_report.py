@@ -705,3 +705,14 @@ def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
     )
     assert "it has an empty layer" in text  # without any number
     assert "nan" not in text.split('<section id="compact">')[1].split("</section>")[0]
+
+
+def test_rows_of_an_unknown_kind_show_as_a_table(tmp_path):
+    row = dict(stage="mine", kind="novel", visit=1, arm="A", member=0, wonder=0.375, text="<b>", many=[1, 2])
+    text = page_of(tmp_path, [train_row("A", 1, 0.5), row, row | dict(wonder=None)])
+    section = text.split("<h2>Rows of novel</h2>")[1].split("</section>")[0]
+    assert section.count('<th scope="row">') == 2
+    assert ">0.375</td>" in section
+    assert "&lt;b&gt;" in section
+    assert "many" not in section
+    assert "Rows of train" not in text

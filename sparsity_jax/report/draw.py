@@ -87,6 +87,8 @@ def color(index: int | None) -> str:
 def band(axes: Axes, table: pd.DataFrame, index: int, *, dash: int = 0, fine: bool = False, **style) -> None:
     """A line through the means of `table` [points, members] with a band of one standard deviation."""
     mean = table.mean(axis=1).dropna()
+    if mean.empty:
+        return
     deviation = table.std(axis=1).fillna(0.0).reindex(mean.index)
     low = np.maximum(mean - deviation, table.min(axis=1).reindex(mean.index))  # above 0 if all are
     paint = {"color": color(index), "zorder": 3 - index / 100}  # the first series lies on top
@@ -147,14 +149,15 @@ def from_zero(*panels: Axes) -> None:
     """Fractions on the y axis start at 0 where they come near it."""
     for axes in panels:
         percents(axes.yaxis)
-        values = np.concatenate([line.get_ydata() for line in axes.lines])
+        values = np.concatenate([[1.0], *(line.get_ydata() for line in axes.lines)])
         if values.min() < 0.6:
-            axes.set_ylim(0, min(1.03, values.max() * 1.08) or 1)
+            axes.set_ylim(0, min(1.03, values[1:].max() * 1.08) or 1)
 
 
 def loss_scale(*panels: Axes) -> None:
     """Losses over more than a decade and a half get a logarithmic axis."""
-    values = np.concatenate([line.get_ydata() for axes in panels for line in axes.lines])
+    lines = [line.get_ydata() for axes in panels for line in axes.lines]
+    values = np.concatenate(lines or [[1.0]])
     if values.min() <= 0 or values.max() / values.min() <= 30:
         return
     for axes in panels:

@@ -226,6 +226,11 @@ def curves(grouped: Grouped, split: str = "test") -> list[Curve]:
     return sorted(result, key=lambda curve: (curve.series, curve.dash))
 
 
+def best_known_curves(grouped: Grouped) -> list[Curve]:
+    """Curves on test data; on training data where there are no others."""
+    return curves(grouped) or curves(grouped, "train")
+
+
 def telling_parts(variants: Iterable[tuple]) -> list[str]:
     """The parts of a variant that tell curves apart; stage and visit only where the others do not."""
     frame = pd.DataFrame(variants, columns=["series", *PARTS])

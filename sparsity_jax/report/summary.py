@@ -201,7 +201,7 @@ def add_time(columns: dict[str, list[float]], rows: list[dict]) -> None:
 
 def summary(grouped: Grouped) -> Section | None:
     """The summary table; bold: a mean that is above all others by more than one deviation."""
-    curves = series.curves(grouped) or series.curves(grouped, "train")
+    curves = series.best_known_curves(grouped)
     lines = summarize(grouped, curves)
     if not lines:
         return None

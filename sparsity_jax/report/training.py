@@ -2,97 +2,83 @@
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from sparsity_jax.report import draw, sections, series
 from sparsity_jax.report.sections import Cell, Section, Table
-from sparsity_jax.report.series import Series
+from sparsity_jax.report.series import Grouped, Series, by_member
+
+SPLITS = ("train", "test")
 
 
-def training(grouped: list[Series]) -> Section | None:
-    """Loss and accuracy against the epoch; train and test share a panel unless there are many series."""
-    tables = {}
-    for index, one in enumerate(grouped):
-        rows = series.trained_rows(one)
-        for split in ("train", "test"):
-            for field in ("loss", "accuracy"):
-                table = series.by_member(rows, "epoch", f"{split}_{field}").dropna(how="all")
-                if table.size:
-                    tables.setdefault(field, {}).setdefault(split, {})[index] = table
-    apart = len(grouped) > draw.MANY
-    views = []
-    for field, splits in tables.items():
-        if apart and len(splits) > 1:
-            views += [(f"{split.capitalize()} {field}", field, {split: own}) for split, own in splits.items()]
-        else:
-            views.append((field.capitalize(), field, splits))
-    if not views:
+def training(grouped: Grouped) -> Section | None:
+    """Loss and accuracy against the epoch, on train and test data."""
+    rows = {index: series.trained_rows(one) for index, one in enumerate(grouped)}
+    known = set()
+    for own in rows.values():
+        for row in own:
+            known |= {field for field, value in row.items() if value is not None}
+    wanted = {"loss": {"train_loss", "test_loss"}, "accuracy": {"train_accuracy", "test_accuracy"}}
+    fields = [field for field, names in wanted.items() if names & known]
+    if not fields:
         return None
-    figure, axes = draw.panels(len(views))
-    for panel, (title, field, splits) in zip(axes, views):
-        draw_splits(panel, splits, fine=apart)
-        draw.label(panel, title, "epoch")
+    figure, axes = draw.panels(len(fields))
+    fine = len(grouped) > draw.MANY
+    for panel, field in zip(axes, fields):
+        for dash, split in enumerate(SPLITS):
+            for index, own in rows.items():
+                table = by_member(own, "epoch", f"{split}_{field}")
+                draw.band(panel, table, index, dash=dash, fine=fine)
+        draw.label(panel, field.capitalize(), "epoch")
         draw.counts(panel.xaxis)
         draw.scale(field, panel)
-    shown = {index for _, _, splits in views for own in splits.values() for index in own}
-    keys = [draw.key(grouped[i].label, i) for i in sorted(shown)]
-    draw.legend(figure, keys + draw.variant_keys(["train", "test"]))
+    keys = [draw.key(grouped[index].label, index) for index, own in rows.items() if own]
+    draw.legend(figure, keys + draw.variant_keys(SPLITS))
     return Section("Training", figure, "Loss and accuracy during training.")
 
 
-def draw_splits(axes: Axes, splits: dict[str, dict[int, pd.DataFrame]], *, fine: bool) -> None:
-    """Draws one line per series and split; the first series on top."""
-    for split, tables in splits.items():
-        for index, table in reversed(tables.items()):
-            draw.band(axes, table, index, dash=int(split == "test"), fine=fine)
-
-
-def sfw_init(grouped: list[Series]) -> Section | None:
+def sfw_init(grouped: Grouped) -> Section | None:
     """Loss before and after the one SFW step that SFW-Init differentiates, at the last visit."""
-    shown = {}
-    for index, one in enumerate(grouped):
-        rows = [row for row in series.last_visit(one.of_kind("sfw_init")) if "iteration" in row]
-        if rows:
-            shown[index] = rows
-    if not shown:
-        return None
+    rows = {index: series.last_visit(one.of_kind("sfw_init")) for index, one in enumerate(grouped)}
+    shown = {index: own for index, own in rows.items() if own}
     figure, (axes,) = draw.panels(1)
-    for index, rows in shown.items():
+    for index, own in shown.items():
         for dash, field in enumerate(("loss_after", "loss_before")):
-            draw.band(axes, series.by_member(rows, "iteration", field), index, dash=dash)
+            draw.band(axes, by_member(own, "iteration", field), index, dash=dash)
     draw.label(axes, "", "iteration", "loss")
     draw.counts(axes.xaxis)
     draw.loss_scale(axes)
-    keys = [draw.key(grouped[i].label, i) for i in shown]
+    keys = [draw.key(grouped[index].label, index) for index in shown]
     draw.legend(figure, keys + draw.variant_keys(["after the step", "before the step"]))
     caption = "Loss on the batch before and after the SFW step whose result SFW-Init minimises."
-    return Section("SFW-Init", figure, caption + series.seen_again(grouped, "sfw_init"))
+    caption += series.seen_again(grouped, "sfw_init")
+    return Section("SFW-Init", figure, caption) if shown else None
 
 
 # -------------------------------------------------------------------------------------------- magnitudes
 
 
-def magnitudes(grouped: list[Series]) -> Section | None:
+def magnitudes(grouped: Grouped) -> Section | None:
     """Share of the weights per bin of log10 |w| at the last visit, and a table of every visit."""
     every = {index: histograms(one) for index, one in enumerate(grouped)}
-    known = {index: own for index, own in every.items() if own}
+    known = {index: visits for index, visits in every.items() if visits}
     if not known:
         return None
     figure, (axes,) = draw.panels(1)
-    for index, own in reversed(known.items()):
-        shares = shares_by_bin(list(own.values())[-1])
-        mean = shares.mean(axis=1)
-        axes.step(mean.index, mean, where="post", color=draw.color(index), zorder=3 - index / 100)
+    for index, visits in reversed(known.items()):
+        *_, last = visits.values()
+        share = share_by_bin(last)
+        paint = draw.color(index)
+        axes.step(share.index, share, where="post", color=paint)
         if len(known) <= 4:
-            axes.fill_between(mean.index, mean, step="post", alpha=0.14, lw=0, color=draw.color(index))
+            axes.fill_between(share.index, share, step="post", alpha=0.14, lw=0, color=paint)
     draw.label(axes, "", "magnitude |w|", "share of weights per bin")
     draw.from_zero(axes)
     draw.counts(axes.xaxis)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
-    draw.legend(figure, [draw.key(grouped[i].label, i) for i in known])
+    axes.xaxis.set_major_formatter(FuncFormatter(power))
+    draw.legend(figure, [draw.key(grouped[index].label, index) for index in known])
     caption = "Weight magnitudes; weights that are exactly zero are off the axis and in the table."
-    if any(len(own) > 1 for own in known.values()):
+    if any(len(visits) > 1 for visits in known.values()):
         caption += " The figure shows the last visit of a stage, the table every one."
     return Section("Weight magnitudes", figure, caption, tables=[bins_table(grouped, known)])
 
@@ -103,8 +89,11 @@ def histograms(one: Series) -> dict[str, list[dict]]:
     visits = series.visits(rows)
     result = {}
     for (stage, visit), own in visits.items():
+        last = {}
+        for row in own:
+            if row["edges"] == own[0]["edges"]:
+                last[series.member_of(row)] = row
         name = f"{stage}, visit {visit}" if len(visits) > 1 else ""
-        last = {series.member_of(row): row for row in own if row["edges"] == own[0]["edges"]}
         result[name] = list(last.values())
     return result
 
@@ -114,35 +103,44 @@ def total(row: dict) -> int:
     return max(sum(row["counts"]) + row.get("num_zero", 0), 1)
 
 
-def shares_by_bin(rows: list[dict]) -> pd.DataFrame:
-    """Share of all weights [edges, members]; the last bin once more at its right edge."""
-    shares = {}
-    for member, row in enumerate(rows):
-        shares[member] = np.array([*row["counts"], row["counts"][-1]]) / total(row)
-    return pd.DataFrame(shares, rows[0]["edges"])
+def share_by_bin(rows: list[dict]) -> pd.Series:
+    """Share of all weights by left edge, mean over rows; the last bin once more at its right edge."""
+    shares = [np.array(row["counts"]) / total(row) for row in rows]
+    mean = np.mean(shares, axis=0)
+    return pd.Series([*mean, mean[-1]], rows[0]["edges"])
 
 
-def power(value: float) -> str:
+def power(value: float, _: int) -> str:
     """A power of ten as text, e.g. 10⁻³."""
-    return "10" + str(round(value)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    digits = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return "10" + str(round(value)).translate(digits)
 
 
-def bins_table(grouped: list[Series], every: dict[int, dict[str, list[dict]]]) -> Table:
+def bins_table(grouped: Grouped, every: dict[int, dict[str, list[dict]]]) -> Table:
     """Number and share of the weights that are zero and above each of the published thresholds."""
-    rows = [row for own in every.values() for visit in own.values() for row in visit]
-    thresholds = next((row["threshold"] for row in rows if row.get("threshold")), [])
-    table = Table(["weights with |w|", "exactly 0", *(f"> {value:g}" for value in thresholds)], [])
-    for index, own in every.items():
-        for name, visit in own.items():
-            above = [row["count_above"] for row in visit if row.get("threshold") == thresholds]
-            means = pd.DataFrame(above, columns=range(len(thresholds)), dtype=float).mean()
-            weights = np.mean([total(row) for row in visit])
-            counts = [np.mean([row.get("num_zero", 0) for row in visit]), *means]
-            label = sections.name(grouped[index].label, name)
-            table.rows.append([Cell(label, color=index), *(bin_cell(count, weights) for count in counts)])
-    return table
+    thresholds = []
+    for visits in every.values():
+        for rows in visits.values():
+            thresholds = thresholds or rows[0].get("threshold", [])
+    heads = ["weights with |w|", "exactly 0", *(f"> {value:g}" for value in thresholds)]
+    lines = []
+    for index, visits in every.items():
+        for name, rows in visits.items():
+            label = Cell(sections.name(grouped[index].label, name), color=index)
+            lines.append([label, *bin_cells(rows, thresholds)])
+    return Table(heads, lines)
 
 
-def bin_cell(count: float, weights: float) -> Cell | str:
-    """A number of weights and its share; "–" if it is not known."""
-    return "–" if np.isnan(count) else Cell(f"{count:,.0f}", f"{100 * count / weights:.3g}%")
+def bin_cells(rows: list[dict], thresholds: list[float]) -> list[Cell | str]:
+    """Numbers of weights and their shares; "–" where they are not known."""
+    weights = np.mean([total(row) for row in rows])
+    counts = []
+    for row in rows:
+        above = row["count_above"] if row.get("threshold") == thresholds else []
+        counts.append([row.get("num_zero", 0), *above])
+    means = pd.DataFrame(counts, columns=range(len(thresholds) + 1), dtype=float).mean()
+    cells = []
+    for count in means:
+        cell = Cell(f"{count:,.0f}", f"{100 * count / weights:.3g}%")
+        cells.append("–" if np.isnan(count) else cell)
+    return cells
