@@ -235,7 +235,7 @@ class Path(stages.Selecting):
         _check_number(self.num_examples, where)
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
-        shapes, total = stages.shapes_of(problem), problem.members or 1
+        shapes, total = train.shapes_of(problem), problem.members or 1
         for member in members_of(problem):
             chosen, own = settings[member], stages.member_state(problem, state, member)
             step_of, terms = pruning_step(problem, chosen, place), path_terms(problem, chosen)
@@ -315,7 +315,7 @@ class RowNorms(interface.Stage):
         _check_number(self.num_examples, where)
 
     def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
-        shapes = stages.shapes_of(problem)
+        shapes = train.shapes_of(problem)
         found = trees.matching(shapes, self.parameters, f"{where}.parameters")
         if not any(found[path] for path in allocate.prunable(shapes, "kernels")):
             raise tables.ConfigError(f"{where}.parameters is {self.parameters!r}, which matches no kernel.")
@@ -469,7 +469,7 @@ class Spectrum(interface.Stage):
         _check_number(self.num_examples, where)
 
     def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
-        shapes = stages.shapes_of(problem)
+        shapes = train.shapes_of(problem)
         trees.matching(shapes, self.parameters, f"{where}.parameters")
         if self.reorthogonalize == "full":
             basis = 4 * self.num_matvecs * trees.size(shapes)

@@ -87,7 +87,7 @@ def layers_of(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ..
 
 
 def _layers(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]:
-    shapes = stages.shapes_of(problem)
+    shapes = train.shapes_of(problem)
     if chosen.granularity == "group":
         channels = structured.channels_of(problem)
         rules = chosen.ratios
@@ -166,7 +166,7 @@ def check_choice(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer,
     if chosen.inherit:
         if not workdirs.is_finished(pathlib.Path(chosen.inherit)):
             raise tables.ConfigError(f"{where}, which holds no finished run.")
-        found, shapes = masks_of(chosen.inherit), trees.named_leaves(stages.shapes_of(problem))
+        found, shapes = masks_of(chosen.inherit), trees.named_leaves(train.shapes_of(problem))
         for path in kernels_of(problem):
             there = found[path].shape if path in found else None
             if there != shapes[path].shape:
@@ -596,7 +596,7 @@ class Noise(interface.Stage):
         trees.check_pattern(self.parameters, f"{where}.parameters")
 
     def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
-        trees.matching(stages.shapes_of(problem), self.parameters, f"{where}.parameters")
+        trees.matching(train.shapes_of(problem), self.parameters, f"{where}.parameters")
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         done = len(rows[0])

@@ -637,7 +637,7 @@ def build(plans: list[Plan]) -> train.Problem:
         steps_per_call=common["steps_per_call"],
     )
     check_size(problem, common["model"])
-    shapes = stages.shapes_of(problem)
+    shapes = train.shapes_of(problem)
     if common["pretrained"]:
         with enough_memory_for("config.pretrained", None, common):
             arrays = problem.place(pretrained_arrays(common, problem))
@@ -916,7 +916,7 @@ def describe_environment(problem: train.Problem) -> dict[str, Any]:
     """Versions and hardware, and the accuracy by chance, for the report."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     device = jax.local_devices()[0]
-    shapes = jax.tree.leaves(stages.shapes_of(problem))
+    shapes = jax.tree.leaves(train.shapes_of(problem))
     reading = {}
     if problem.streamed:
         workers = problem.dataset.train.images.options["workers"]

@@ -251,7 +251,7 @@ class Selecting(interface.Stage):
 
     def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
         try:
-            allocate.keep_counts(shapes_of(problem), 0.0, **self.keywords(problem))
+            allocate.keep_counts(train.shapes_of(problem), 0.0, **self.keywords(problem))
         except ValueError as error:
             raise tables.ConfigError(f"{where}: {error}") from None
 
@@ -276,7 +276,7 @@ class Prune(Selecting):
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         options = self.keywords(problem)
-        counts = allocate.keep_counts(shapes_of(problem), self.ratio, **options)
+        counts = allocate.keep_counts(train.shapes_of(problem), self.ratio, **options)
 
         def cut(state, counts):
             key = train.stage_key(state.key, place.position)
@@ -288,13 +288,8 @@ class Prune(Selecting):
         compiled = problem.once(name, lambda: jax.jit(problem.lift(cut, (0, None))))
         state, found = compiled(state, counts)
         common = dict(ratio=self.ratio, selection=self.selection)
-        common |= dict(num_prunable=trees.size(choosable(shapes_of(problem), options)))
+        common |= dict(num_prunable=trees.size(choosable(train.shapes_of(problem), options)))
         yield train.Update(state, train.member_rows(problem, found, **common), 1.0)
-
-
-def shapes_of(problem: train.Problem) -> PyTree:
-    """Shape structs of one member's params."""
-    return jax.eval_shape(problem.init, jax.random.key(0))["params"]
 
 
 @jax.jit
@@ -320,7 +315,7 @@ def check_weights(problem: train.Problem, state: train.State, where: str) -> Non
 
 def on_host(problem: train.Problem) -> bool:
     """Whether batches should be compiled calls of their own, see `spectrum.over_batches`."""
-    return train.convolves(shapes_of(problem)) and jax.default_backend() == "cpu"
+    return train.convolves(train.shapes_of(problem)) and jax.default_backend() == "cpu"
 
 
 def filters_of(problem: train.Problem) -> groups.Channels:
@@ -388,7 +383,7 @@ class Curve(Selecting):
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         chosen, options = self, self.keywords(problem)
-        shapes = shapes_of(problem)
+        shapes = train.shapes_of(problem)
         prune = pruning(problem, chosen, place.position)
         measure = pruned_results(problem, chosen, chosen.splits, place.position, masked=bool(chosen.retrain))
         fixed = dict(
@@ -509,7 +504,7 @@ def pruned_evaluation(
     state = member_state(problem, state, member)
     measure = pruned_results(problem, chosen, (split,), place.position)
     compiled = problem.once(("pruned evaluation", split, chosen.selecting(place.position)), lambda: jax.jit(measure))
-    inputs, shapes = split_arrays(problem, (split,)), shapes_of(problem)
+    inputs, shapes = split_arrays(problem, (split,)), train.shapes_of(problem)
     options = chosen.keywords(problem)
 
     def evaluate(ratio):
@@ -548,7 +543,7 @@ def curve_points(problem: train.Problem, state: train.State, chosen: Curve, coun
         if takes:
             points.append(Point(own, takes))
     if starts:
-        whole = allocate.keep_counts(shapes_of(problem), 0.0, **chosen.keywords(problem))
+        whole = allocate.keep_counts(train.shapes_of(problem), 0.0, **chosen.keywords(problem))
         points.insert(0, Point(whole, starts))
     return points
 

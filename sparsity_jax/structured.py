@@ -250,7 +250,7 @@ def check_network(problem: train.Problem, chosen: Cut, where: str, visits: int =
 
 def _check_readable(problem: train.Problem, chosen: Cut, where: str) -> None:
     """Raises ConfigError if the measure reads arrays that some groups lack, such as the scale of a norm."""
-    params, found = {"params": stages.shapes_of(problem)}, {}
+    params, found = {"params": train.shapes_of(problem)}, {}
     statistics = scores.Statistics(*[params] * len(scores.Statistics._fields))
     groups_of = channels_of(problem, chosen.branches).groups
     scored = {name: group for name, group in groups_of.items() if not _excluded(chosen, name)}

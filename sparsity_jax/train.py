@@ -173,6 +173,11 @@ def build_problem(
     return problem._replace(**dict(zip(Problem._fields[1:5], arrays, strict=True)))
 
 
+def shapes_of(problem: Problem) -> PyTree:
+    """Shape structs of one member's params."""
+    return problem.once("shapes", lambda: jax.eval_shape(problem.init, jax.random.key(0))["params"])
+
+
 def key_of(seed: int) -> jax.Array:
     """Raw data of the root key of `seed`."""
     return jax.random.key_data(jax.random.key(seed))
@@ -314,9 +319,8 @@ def check_batch(chosen: Any, problem: Problem, where: str) -> None:
 
 def check_recipe(recipe: optim.Recipe, problem: Problem, where: str) -> None:
     """Raises ConfigError for an optimizer that does not fit the network's params, such as rules that decide none."""
-    shapes = jax.eval_shape(problem.init, jax.random.key(0))["params"]
     try:
-        optim.numbers(recipe, shapes, None)
+        optim.numbers(recipe, shapes_of(problem), None)
     except tables.ConfigError as error:  # of a field such as constraint.rules
         raise tables.ConfigError(f"{where}.{error}") from None
 
