@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
@@ -20,6 +21,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: rows, checkpoints and report; the same continues it."
+)
+DESCRIBE = flags.DEFINE_bool(
+    "describe", False, "Print every field of the config: explanation, type, default, value. Nothing runs."
 )
 LOCK_SECONDS = flags.DEFINE_float(
     "lock_seconds",
@@ -49,14 +53,21 @@ def report_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def print_described(describe: Callable) -> None:
+    try:
+        sys.stdout.write(describe(CONFIG.value))
+    except tables.ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
 def main(argv: list[str]) -> None:
     # not at the top: an exception that a signal raises inside these imports can crash them, see `stopping.listen`
     from sparsity_jax import pipeline, train, workdirs
 
     if argv[1:]:
         sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
-    if not WORKDIR.value:
-        sys.exit("error: --workdir is empty; name a folder.")
+    if not (WORKDIR.value or DESCRIBE.value):
+        sys.exit(f"error: --workdir is {'missing' if WORKDIR.value is None else 'empty'}; name a folder.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax reports every file it writes; its failures arrive as exceptions
         logging.logging.getLogger("asyncio").setLevel(logging.logging.CRITICAL)
@@ -66,6 +77,11 @@ def main(argv: list[str]) -> None:
     if not os.path.isfile(file):
         hint = f" Did you mean {file}.py?" if os.path.isfile(f"{file}.py") else ""
         sys.exit(f"error: --config names {file}, which is not there.{hint}")
+    if DESCRIBE.value:
+        from sparsity_jax import describe
+
+        print_described(describe.describe)
+        return
     try:
         stopping.check()
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
@@ -87,5 +103,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     stopping.listen()
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config"])
     app.run(main, flags_parser=parse)

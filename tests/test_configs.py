@@ -8,7 +8,7 @@ import jax
 import pytest
 import tiny
 
-from sparsity_jax import data, pipeline, pretrained, tables
+from sparsity_jax import data, describe, pipeline, pretrained, tables
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
@@ -86,6 +86,23 @@ def test_configs_pass_all_checks(name, variant, monkeypatch, tmp_path):
         assert not missing
         unset = [n for n, value in config[stage].items() if isinstance(value, list) or value is None]
         assert not unset  # types that the command line cannot override
+    described = describe.describe(config)
+    for stage in config.pipeline:
+        _, _, part = described.partition(f"config.{stage}, kind {config[stage].kind!r}\n")
+        for option in tables.parameters(pipeline.STAGES[config[stage].kind]):
+            assert f"\n  {option}: " in part
+
+
+def test_describe_tells_values_that_are_not_the_default():
+    config = pipeline.base(
+        data=dict(name="digits"),
+        model=dict(name="mlp", widths=(16,)),
+        pipeline=("noise",),
+        noise=pipeline.stage("noise", num=3),
+    )
+    described = describe.describe(config)
+    assert "\n  num: int >= 1 and <= 2147483647; default 10, here 3\n" in described
+    assert "\n  std: float >= 0.0; default 0.01\n" in described
 
 
 def test_variants_reach_their_fields():

@@ -30,7 +30,7 @@ RUNS = (
         "interface",
         "train",
     ),
-    *("stages", "geometry", "structured", "greg", "pipeline", "evaluate", "run"),
+    *("stages", "geometry", "structured", "greg", "pipeline", "describe", "evaluate", "run"),
 )
 # in a folder, each may import those before it
 FOLDERS = {

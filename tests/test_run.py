@@ -171,6 +171,12 @@ runpy.run_module("sparsity_jax.run", run_name="__main__", alter_sys=True)
     assert "goes on from the last checkpoint" in again
 
 
+def test_describe_prints_what_can_be_set_and_runs_nothing():
+    printed = finish(start(None, "--describe", "--config.fit_sfw.epochs=7"))
+    assert "config.fit_sfw, kind 'train'\n    Trains the network." in printed
+    assert "\n  epochs: int >= 1 and <= 2147483647; no default, here 7\n" in printed
+
+
 def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
     commands = {
         "unknown field": (start(tmp_path / "a", "--config.fit_sfw.epocs=3"), "epocs", "epochs"),
@@ -183,7 +189,7 @@ def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
             start(tmp_path / "c", config="configs/quickstart"),
             "names configs/quickstart, which is not there. Did you mean configs/quickstart.py?",
         ),
-        "missing workdir": (start(None), "--workdir"),
+        "missing workdir": (start(None), "error: --workdir is missing"),
         "empty workdir": (start(""), "error: --workdir is empty"),
         "workdir that is a file": (start(ROOT / "README.md"), "README.md is a file; use another --workdir"),
         "forgotten dashes": (start(tmp_path / "d", "config.seed=1"), "error: 'config.seed=1' is no flag"),

@@ -1739,6 +1739,16 @@ MUTATIONS = (
         "test_report.py",
         "a_report_can_be_written_elsewhere",
     ),
+    Mutation(
+        214,
+        "inverted test",
+        "only values that are the default are told as other ones",
+        "describe.py",
+        "as_plain(defaults[name]) != as_plain(values[name])",
+        "as_plain(defaults[name]) == as_plain(values[name])",
+        "test_configs.py",
+        "describe_tells",
+    ),
 )
 
 
