@@ -127,10 +127,9 @@ def read_environment(workdir: str | os.PathLike) -> dict | None:
 
 def continued(workdir: str | os.PathLike, environment: dict) -> dict:
     """`environment` after that of the run so far: where they differ, both, e.g. `0.10.2, then 0.11.0`."""
-    before = read_environment(workdir) or {}
-    joined = {**environment, **before}
+    joined = read_environment(workdir) or {}
     for name, value in environment.items():
-        old = joined[name]
+        old = joined.setdefault(name, value)
         last = str(old).split(", then ")[-1]
         if last != str(value) and name != "command":
             joined[name] = f"{old}, then {value}"

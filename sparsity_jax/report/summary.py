@@ -266,7 +266,8 @@ def explanations(grouped: Grouped, lines: list[Summary], curves: list[Curve], co
     members = max(cell[2] for line in lines for cell in line.cells.values())
     if members > 1:
         notes.append(f"Mean ± sample standard deviation over up to {members} networks.")
-        notes.append("Networks trained side by side share their wall time.")
+        if "seconds" in columns:
+            notes.append("Networks trained side by side share their wall time.")
     if len(lines) > 1:
         notes.append("Bold: above all other lines by more than one deviation.")
     return " ".join(dict.fromkeys(filter(None, notes)))
