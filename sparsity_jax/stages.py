@@ -90,7 +90,6 @@ class Train(interface.Stage):
             evaluate_every=self.evaluate_every,
             carry=self.carry,
             track=checked_tracker(self.track, f"{where}.track"),
-            label=self.label,
         )
 
 

@@ -227,7 +227,6 @@ class Fit(interface.Stage):
     carry: bool = False
     track: tuple = ()
     growth: Any = None
-    label: str = ""
 
     def check_streamed(self, where: str) -> None:
         if self.augment == "resized_crop_flip":

@@ -279,6 +279,9 @@ def test_arms_replace_whole_fields_and_name_their_rows():
     fits = plans[0].settings["fit"]
     assert len({fit.program() for fit in fits}) == 1
     assert [fit.recipe.index for fit in fits] == [0, 0, 1, 1]
+    named = {name: dict(fit=dict(label=name, optimizer=own)) for name, own in (("a", tiny.SGD), ("b", tiny.SFW))}
+    (labelled,), _ = pipeline.check(tiny.config("fit", arms=named, sweep=dict(arm=("a", "b"))))
+    assert len({fit.program() for fit in labelled.settings["fit"]}) == 1  # labels make no other program
     lengths = dict(a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2)))  # nothing to gain from joining these
     loop, _ = pipeline.check(tiny.config("fit", arms=lengths, sweep=dict(arm=("a", "b")), sweep_mode="loop"))
     assert not any(isinstance(plan.settings["fit"][0].recipe, optim.Choice) for plan in loop)
