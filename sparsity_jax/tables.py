@@ -195,7 +195,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return Options(value)
     elif hint is tuple:
         if isinstance(value, (tuple, list)):
-            return tuple(value)
+            return tuple(convert(item, tuple, where) if isinstance(item, list) else item for item in value)
     elif hint is type(None):
         if value is None:
             return None

@@ -287,6 +287,21 @@ def test_arms_replace_whole_fields_and_name_their_rows():
     assert not any(isinstance(plan.settings["fit"][0].recipe, optim.Choice) for plan in loop)
 
 
+@pytest.mark.parametrize("name", ["train", "sfw_init", "cut", "remove"])
+def test_stages_with_nested_options_run_side_by_side(name):
+    """What decides whether members share a program can be compared, whatever lists and dicts a config holds."""
+    fields = {
+        "train": dict(epochs=1, optimizer=tiny.SGD, track=dict(name="saliency")),
+        "sfw_init": dict(constraint=dict(tiny.POLYTOPE, rules=((".*", tiny.POLYTOPE),))),
+        "cut": dict(schedule=dict(name="manual", thresholds=(0.5,))),
+        "remove": dict(ratios=((".*kernel", 0.5),)),
+    }
+    config = tiny.config("fit", "own", own=pipeline.stage(name, **fields[name]), sweep=dict(seed=(0, 1)))
+    ((plan,), separate) = pipeline.check(config)
+    assert not separate
+    assert len({own.together() for own in plan.settings["own"]}) == 1
+
+
 def test_a_sweep_may_list_whole_dicts():
     chosen = (tiny.SGD, tiny.SFW, dict(tiny.SGD, nesterov=True))
     sweep = dict(fit=dict(optimizer=chosen, loss=(dict(name="cross_entropy"),)))

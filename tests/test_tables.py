@@ -42,6 +42,7 @@ TABLE = {"sgd": options_of, "adam": lambda *, beta=0.9: None}
         ([1, "a"], tuple[int, str], (1, "a")),
         ([1, 2], tuple, (1, 2)),
         ({"a": 1}, dict, tables.Options(a=1)),
+        ([["a", [1]], 2], tuple, (("a", (1,)), 2)),
         (None, int | None, None),
         (4, int | None, 4),
         ("global", Literal["global", "random"], "global"),
