@@ -35,6 +35,7 @@ from sparsity_jax import (
     cost,
     data,
     groups,
+    imports,
     intact,
     models,
     pipeline,
@@ -727,6 +728,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--platforms", nargs="+", default=["cpu"], help="where the exported program runs: cpu, cuda, rocm, tpu"
     )
+    imports.add_option(parser)
     return parser
 
 
@@ -734,6 +736,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: tables to standard output, mistakes in one line."""
     options = make_parser().parse_args(arguments)
     try:
+        for file in options.files:
+            imports.load(file)
         with pipeline.enough_memory(options.workdir, MORE_MEMORY):
             answer(options)
     except (tables.ConfigError, OSError) as error:

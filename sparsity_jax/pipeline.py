@@ -893,7 +893,7 @@ def arm_of(plan: Plan, position: int) -> str:
     name.
     `network` before anything is made, if this run trains none.
     """
-    kinds = [STAGES[plan.configs[0][name]["kind"]] for name in plan.pipeline]
+    kinds = [STAGES.get(plan.configs[0][name]["kind"], interface.Stage) for name in plan.pipeline]
     trains = [i for i, kind in enumerate(kinds) if kind.trains]
     removes = [i for i, kind in enumerate(kinds) if kind.makes_network]
     latest = max((i for i in (*trains, *removes) if i <= position), default=-1)

@@ -51,8 +51,8 @@ def open_set(name: str, data_dir: str, train_split: str, test_split: str) -> Ope
 
     Of folders every file is listed; of a set of TFDS the metadata is read, and the records of each file are counted.
     """
-    if name == "digits":
-        return open_digits(train_split, test_split)
+    if name in SETS:
+        return SETS[name](train_split, test_split)
     if name.startswith("folder:"):
         opened = open_folder(name.removeprefix("folder:"), train_split, test_split)
     else:
@@ -82,6 +82,19 @@ def open_digits(train_split: str, test_split: str) -> Opened:
         return Source(size, lambda indices: [read_digits()[part][i] for i in indices], lambda i: f"digit {i}")
 
     return Opened(source(1437, 0), source(360, 1), 10, 1)
+
+
+SETS = {"digits": open_digits}  # sets by name: opened(train_split, test_split)
+
+
+def of_arrays(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], num_classes: int) -> Opened:
+    """Pairs of images, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N], as a set; C is 1 or 3."""
+
+    def source(images: np.ndarray, labels: np.ndarray) -> Source:
+        read = lambda indices: [(images[i], int(labels[i])) for i in indices]
+        return Source(len(images), read, lambda i: f"image {i}")
+
+    return Opened(source(*train), source(*test), num_classes, 1 if train[0].ndim == 3 else train[0].shape[-1])
 
 
 @functools.cache

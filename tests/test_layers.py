@@ -25,12 +25,13 @@ RUNS = (
         "workdirs",
         "checkpoint",
         "lock",
+        "imports",
         "report",
         "stream",
         "interface",
         "train",
     ),
-    *("stages", "geometry", "structured", "greg", "pipeline", "describe", "evaluate", "run"),
+    *("stages", "geometry", "structured", "greg", "pipeline", "describe", "extend", "evaluate", "run"),
 )
 # in a folder, each may import those before it
 FOLDERS = {

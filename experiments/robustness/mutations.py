@@ -1749,6 +1749,26 @@ MUTATIONS = (
         "test_configs.py",
         "describe_tells",
     ),
+    Mutation(
+        215,
+        "dropped case",
+        "names of the library can be replaced by a user's",
+        "extend.py",
+        "if name in TAKEN[what]:",
+        "if name not in table:",
+        "test_extend.py",
+        "names_of_the_library",
+    ),
+    Mutation(
+        216,
+        "inverted test",
+        "a file with a user's names is refused if it is there",
+        "imports.py",
+        "if not path.is_file():",
+        "if path.is_file():",
+        "test_extend.py",
+        "names_of_the_library",
+    ),
 )
 
 

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 import sys
 
-from sparsity_jax import report
+from sparsity_jax import imports, report
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,8 +17,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--title", help="title of the page; default: the config's, else the folder's name")
     parser.add_argument("--out", help="folder for report.html and figures/; default: that of --workdir")
+    imports.add_option(parser)
     options = parser.parse_args(argv)
     try:
+        for file in options.files:
+            imports.load(file)
         config, rows, environment = report.gather(options.workdir)
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -1,0 +1,35 @@
+"""A user's Python file as a module, for names that it registers, see `extend`."""
+
+import argparse
+import importlib.util
+import os
+import pathlib
+import sys
+import types
+
+from sparsity_jax import tables
+
+
+def load(file: str | os.PathLike) -> types.ModuleType:
+    """The Python file as a module, run anew. Raises ConfigError where there is none."""
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise tables.ConfigError(f"{path} is no file; allowed: a Python file that registers names.")
+    name = f"sparsity_jax_extension_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # classes of options look up their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """The option `--import FILE` of a command line."""
+    parser.add_argument(
+        "--import",
+        dest="files",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="Python file that registers names of the run's config, see sparsity_jax.extend",
+    )

@@ -1,0 +1,175 @@
+"""Things of one's own in a config: from one file, through the command line, to the report."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from sparsity_jax import evaluate, extend, imports, report, tables
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MINE = '''
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from matplotlib.figure import Figure
+
+from sparsity_jax import extend, groups, interface, losses, optim, scores, sources, tables, train
+from sparsity_jax.models import layers
+from sparsity_jax.report.sections import Section
+
+
+class Net(nn.Module):
+    num_classes: int
+    settings: layers.Settings
+    width: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = images.reshape(len(images), -1)
+        x = nn.relu(layers.dense(x, self.width, settings=self.settings, name="hidden"))
+        return layers.classifier(x, self.num_classes, settings=self.settings)
+
+
+def net(num_classes, settings, *, width: tables.Count = 8):
+    return Net(num_classes, settings, width)
+
+
+def blobs(train_split, test_split):
+    rng = np.random.default_rng(0)
+    labels = np.arange(96) % 3
+    images = rng.integers(0, 60, (96, 4, 4)) + 70 * labels[:, None, None]
+    images = images.astype(np.uint8)
+    return sources.of_arrays((images[:64], labels[:64]), (images[64:], labels[64:]), 3)
+
+
+def signed(learning_rate, sets, *, momentum: tables.Fraction = 0.5):
+    return optax.chain(
+        optax.scale_by_lion(b1=momentum), optim.scale_by_rate(learning_rate)
+    )
+
+
+def hinge(logits, labels, *, margin: tables.Positive = 1.0):
+    right = jnp.take_along_axis(logits, labels[..., None], -1)
+    return jnp.maximum(logits - right + margin, 0).mean(-1)
+
+
+@tables.option
+class Shrink(interface.Stage):
+    """Makes all weights smaller, in steps."""
+
+    kind: ClassVar[str] = "shrink"
+    needs: ClassVar[tuple[str, ...]] = ("train",)
+    factor: tables.Positive = 0.5
+    steps: tables.Count = 3
+
+    def run(self, problem, state, settings, place, rows):
+        for step in range(len(rows[0]), self.steps):
+            params = jax.tree.map(lambda leaf: leaf * self.factor, state.params)
+            state = state._replace(params=params)
+            row = dict(shrunk=self.factor ** (step + 1))
+            yield train.Update(state, [[row]], (step + 1) / self.steps)
+
+
+def shrinking(series):
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.plot([row["shrunk"] for one in series for row in one.rows if row["kind"] == "shrink"])
+    return Section("How it shrank", figure, "Size of the weights, step by step.")
+
+
+extend.register("model", "net", net)
+extend.register("data", "blobs", blobs)
+extend.register("optimizer", "signed", signed)
+extend.register("loss", "hinge", hinge)
+extend.register("measure", "first", scores.Measure(("w",), lambda w: jnp.abs(w), lambda rows: rows[:, 0]))
+extend.register("stage", "shrink", Shrink)
+extend.register("figure", "shrink", shrinking)
+'''
+CONFIG = """
+import pathlib
+
+from sparsity_jax import extend, optim, pipeline
+
+extend.load(pathlib.Path(__file__).with_name("mine.py"))
+
+
+def get_config():
+    return pipeline.base(
+        data=dict(name="blobs"),
+        model=dict(name="net"),
+        pipeline=("fit", "cut", "shrink", "weights"),
+        fit=pipeline.stage(
+            "train",
+            epochs=8,
+            batch_size=16,
+            optimizer=optim.settings("signed", learning_rate=0.01),
+            loss=dict(name="hinge", margin=2.0),
+        ),
+        cut=pipeline.stage("cut", measure="first", ratio=0.25),
+        shrink=pipeline.stage("shrink"),
+        weights=pipeline.stage("histogram"),
+    )
+"""
+
+
+@pytest.fixture
+def own_tables():
+    """Tables that are after the test what they were before it."""
+    tables_before = [(table, dict(table)) for table in (*extend.TABLES.values(), extend.page.FIGURES)]
+    yield
+    for table, before in tables_before:
+        table.clear()
+        table.update(before)
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", *map(str, arguments)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def test_a_file_of_ones_own_runs_resumes_and_shows(tmp_path, own_tables, capsys):
+    (tmp_path / "mine.py").write_text(MINE)
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG)
+    workdir = tmp_path / "run"
+    whole = ("sparsity_jax.run", "--config", config, "--workdir", workdir)
+    code, printed = run(*whole)
+    assert code == 0, printed
+    rows = report.read_rows(workdir / report.METRICS)
+    assert [row["shrunk"] for row in rows if row["kind"] == "shrink"] == [0.5, 0.25, 0.125]
+    assert [row["train_accuracy"] for row in rows if row["kind"] == "train"][-1] > 0.9
+    assert "How it shrank" in (workdir / report.REPORT).read_text()
+    assert (workdir / "figures" / "shrinking.png").is_file()
+    code, printed = run(*whole)  # goes on behind its last stage
+    assert code == 0, printed
+    assert report.read_rows(workdir / report.METRICS) == rows
+
+    report.write(workdir, *report.gather(workdir)[:2])  # imports nothing that the workdir names
+    page = (workdir / report.REPORT).read_text()
+    assert "Rows of shrink" in page
+    assert "How it shrank" not in page
+    with pytest.raises(SystemExit, match=r"'blobs'|'net'"):
+        evaluate.main(["--workdir", str(workdir)])
+    evaluate.main(["--workdir", str(workdir), "--import", str(tmp_path / "mine.py")])
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_names_of_the_library_are_not_replaced(own_tables):
+    with pytest.raises(tables.ConfigError, match="'mlp' is the library's own"):
+        extend.register("model", "mlp", lambda num_classes, settings: None)
+    with pytest.raises(tables.ConfigError, match=r"what is 'modle'; known: .* Did you mean 'model'"):
+        extend.register("modle", "mine", None)
+    with pytest.raises(tables.ConfigError, match=r"kind of Prune is 'prune'; allowed: 'mine'"):
+        extend.register("stage", "mine", extend.pipeline.STAGES["prune"])
+    with pytest.raises(tables.ConfigError, match="is no file"):
+        imports.load("nowhere.py")
+    extend.register("loss", "mine", len)
+    extend.register("loss", "mine", max)  # a file that is loaded again
+    assert extend.losses.LOSSES["mine"] is max
