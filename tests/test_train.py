@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from sparsity_jax import losses, masks, stages, train, trees
+from sparsity_jax import interface, losses, masks, train, trees
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +245,6 @@ def test_the_first_bad_member_is_named(problem):
 
 def test_a_state_between_stages_has_no_optimizer(problem):
     state, _ = tiny.trained(problem, tiny.fit(epochs=1))
-    bare = stages.without_optimizer(state)
+    bare = interface.without_optimizer(state)
     assert (bare.opt_state, int(bare.step), int(bare.metrics.bad_step)) == ((), 0, -1)
     tiny.same(bare.params, state.params)

@@ -24,7 +24,7 @@ import cv2
 import jax
 import numpy as np
 
-from sparsity_jax import data, decoding, models, optim, stages, stream, tables, train
+from sparsity_jax import data, decoding, models, optim, stages, stream, train
 
 SIZE, CLASSES = 224, 10
 
@@ -117,7 +117,7 @@ def consumed(name: str, batch_size: int, repeats: int) -> list[float]:
     dataset = data.Dataset("random", split, split, 1000, (0.5,) * 3, (0.25,) * 3)
     problem = train.build_problem(dataset, models.build(name=name, num_classes=1000, stem="imagenet"))
     options = dict(epochs=1, batch_size=batch_size, optimizer=optim.settings("sgd", learning_rate=0.1), augment="flip")
-    fit = stages.train_options("fit", **tables.check_options(stages.train_options, options, "fit"))
+    fit = stages.Train(**options).settings("fit")
     state = train.create_state(problem, train.key_of(0))
     numbers = train.numbers_of(problem, state, [fit.recipe])
     state = train.begin(problem, state, fit, numbers)
