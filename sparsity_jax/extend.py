@@ -11,7 +11,7 @@ that a workdir names, so they are given it: `--import FILE`.
 from collections.abc import MutableMapping
 from typing import Any
 
-from sparsity_jax import data, imports, losses, models, optim, pipeline, scores, sources, tables
+from sparsity_jax import data, imports, interface, losses, models, optim, pipeline, scores, sources, tables
 from sparsity_jax.report import page
 
 load = imports.load
@@ -52,4 +52,6 @@ def register(what: str, name: str, entry: Any) -> None:
         raise tables.ConfigError(f"{what} {name!r} is the library's own; allowed: another name.")
     if what == "stage" and entry.kind != name:
         raise tables.ConfigError(f"the kind of {entry.__name__} is {entry.kind!r}; allowed: {name!r}, its name.")
+    if what == "stage" and entry.run is interface.Stage.run and entry.settings is interface.Stage.settings:
+        raise tables.ConfigError(f"{entry.__name__} has no method `run`; allowed: what `interface.Stage.run` says.")
     table[name] = entry

@@ -646,10 +646,12 @@ def build(plans: list[Plan]) -> train.Problem:
         if plan.common["start_from"]:
             own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
             check_arrays(own["start_from"], shapes, problem.members)
-    for plan in plans:
-        for name in runs(plan):
-            for own in plan.settings[name]:
-                own.check_network(problem, f"config.{name}", max(plan.pipeline.count(name), 1))
+    for name in runs(plans[0]):
+        visits, checked = max(plans[0].pipeline.count(name), 1), []
+        for own in (own for plan in plans for own in plan.settings[name]):
+            if own not in checked:  # members with the same settings are checked once
+                own.check_network(problem, f"config.{name}", visits)
+                checked.append(own)
     return problem
 
 
@@ -890,8 +892,7 @@ def arm_of(plan: Plan, position: int) -> str:
     """Label of the network a stage belongs to: of the latest `train` stage up to it, or the next one.
 
     A stage that makes another network without training it gives that the label of the next training, or else its own
-    name.
-    `network` before anything is made, if this run trains none.
+    name. `network` before anything is made, if this run trains none.
     """
     kinds = [STAGES.get(plan.configs[0][name]["kind"], interface.Stage) for name in plan.pipeline]
     trains = [i for i, kind in enumerate(kinds) if kind.trains]

@@ -5,7 +5,6 @@ import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
@@ -53,16 +52,9 @@ def report_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def print_described(describe: Callable) -> None:
-    try:
-        sys.stdout.write(describe(CONFIG.value))
-    except tables.ConfigError as error:
-        sys.exit(f"error: {error}")
-
-
 def main(argv: list[str]) -> None:
     # not at the top: an exception that a signal raises inside these imports can crash them, see `stopping.listen`
-    from sparsity_jax import pipeline, train, workdirs
+    from sparsity_jax import describe, pipeline, train, workdirs
 
     if argv[1:]:
         sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
@@ -77,13 +69,11 @@ def main(argv: list[str]) -> None:
     if not os.path.isfile(file):
         hint = f" Did you mean {file}.py?" if os.path.isfile(f"{file}.py") else ""
         sys.exit(f"error: --config names {file}, which is not there.{hint}")
-    if DESCRIBE.value:
-        from sparsity_jax import describe
-
-        print_described(describe.describe)
-        return
     try:
         stopping.check()
+        if DESCRIBE.value:
+            sys.stdout.write(describe.describe(CONFIG.value))
+            return
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
         pipeline.run(CONFIG.value, WORKDIR.value, command=command, lock_seconds=LOCK_SECONDS.value)
     except tables.ConfigError as error:

@@ -168,6 +168,9 @@ def test_names_of_the_library_are_not_replaced(own_tables):
         extend.register("modle", "mine", None)
     with pytest.raises(tables.ConfigError, match=r"kind of Prune is 'prune'; allowed: 'mine'"):
         extend.register("stage", "mine", extend.pipeline.STAGES["prune"])
+    lazy = type("Lazy", (extend.interface.Stage,), dict(kind="lazy"))
+    with pytest.raises(tables.ConfigError, match="Lazy has no method `run`"):
+        extend.register("stage", "lazy", lazy)
     with pytest.raises(tables.ConfigError, match="is no file"):
         imports.load("nowhere.py")
     extend.register("loss", "mine", len)
