@@ -7,7 +7,9 @@ import setuptools
 setuptools.setup(
     name="sparsity_jax",
     version="0.1.0",
-    description="Neural-network sparsity research in JAX: five published pruning systems as pure functions",
+    description=(
+        "Neural-network sparsity research in JAX: five published pruning systems as pure functions"
+    ),
     long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -39,6 +41,12 @@ setuptools.setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "prepare": ["tensorflow-cpu>=2.18", "importlib_resources"],
-        "test": ["equinox>=0.13", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"],
+        "test": [
+            "equinox>=0.13",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+        ],
     },
 )

@@ -1,18 +1,21 @@
-"""Filter pruning by gradient-flow measures: rounds of {train an epoch, cut}, then training (arXiv:2009.11839).
+"""Filter pruning by gradient-flow measures: rounds of {train an epoch, cut}, then training
+(arXiv:2009.11839).
 
     python -m sparsity_jax.run --config configs/gradient_flow.py:resnet56 --workdir runs/flow
     python -m sparsity_jax.run --config configs/gradient_flow.py:digits --workdir runs/flow_digits
 
 Variants: a model, one of MODELS; `digits`, a minute on a CPU. After the model come settings, e.g.
 `:vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10`, `:resnet18,schedule=polynomial` or
-`:mobilenet,thresholds=10;50;80` (percent gone after each round, instead of a schedule); KEYS has their defaults.
-`preserve_moment=1` hands the momentum on through the cuts; `measure=biased_loss_tracked` tracks importance over the
-last `track_batches` batches of each round. The stages:
+`:mobilenet,thresholds=10;50;80` (percent gone after each round, instead of a schedule); KEYS has
+their defaults. `preserve_moment=1` hands the momentum on through the cuts;
+`measure=biased_loss_tracked` tracks importance over the last `track_batches` batches of each round.
+The stages:
 
     warmup   training before the first cut, if `warmup` is above 0
     fit, cut one epoch, then the least important channels of the whole network go; `rounds` times
-    final    training of what is left: rates 0.1, 0.01, 0.001 for 80, 40, 40 epochs, less those spent before
-    compact  the network without the removed channels: accuracy, parameters, FLOPs, size, time
+    final    training of what is left: rates 0.1, 0.01, 0.001 for 80, 40, 40 epochs, less those
+    spent before compact  the network without the removed channels: accuracy, parameters, FLOPs,
+    size, time
 """
 
 from sparsity_jax import models, optim, pipeline, tables
@@ -26,10 +29,25 @@ MODELS = {  # the networks of the study by name: that of the zoo, and its option
     "digits": ("mobilenet", dict(stem_width=16, blocks=((32, 1), (32, 2), (64, 1)))),
 }
 KEYS = dict(
-    measure="mag_based", data="cifar100", ratio=0.75, rounds=25, warmup=0, lr_prune=0.1, moment=0.9, thresholds=(),
-    schedule="gradient_flow", branches="tied", seeds=1, epochs=160, preserve_moment=False, track_batches=20, alpha=0.8,
-    use_l2=False, use_init=False, temperature=1.0,
-)  # fmt: skip
+    measure="mag_based",
+    data="cifar100",
+    ratio=0.75,
+    rounds=25,
+    warmup=0,
+    lr_prune=0.1,
+    moment=0.9,
+    thresholds=(),
+    schedule="gradient_flow",
+    branches="tied",
+    seeds=1,
+    epochs=160,
+    preserve_moment=False,
+    track_batches=20,
+    alpha=0.8,
+    use_l2=False,
+    use_init=False,
+    temperature=1.0,
+)
 SCHEDULES = {
     "gradient_flow": dict(name="gradient_flow", cumulative="exact"),
     "polynomial": dict(name="polynomial", power=3.0),
@@ -75,10 +93,14 @@ def get_config(variant: str = "resnet56"):
             raise tables.ConfigError(f"variant {key}={chosen[key]} has no effect with {reason}.")
     schedule = tables.lookup(SCHEDULES, chosen["schedule"], "variant schedule")
     if rounds + warmup >= epochs:
-        raise tables.ConfigError(f"variant: {rounds} rounds and {warmup} epochs of warm-up leave none of {epochs}.")
+        raise tables.ConfigError(
+            f"variant: {rounds} rounds and {warmup} epochs of warm-up leave none of {epochs}."
+        )
 
     def train(epochs, rate, schedule, **fields):
-        optimizer = dict(learning_rate=rate, momentum=chosen["moment"], weight_decay=1e-4, schedule=schedule)
+        optimizer = dict(
+            learning_rate=rate, momentum=chosen["moment"], weight_decay=1e-4, schedule=schedule
+        )
         return pipeline.stage(
             "train",
             epochs=epochs,
@@ -101,7 +123,9 @@ def get_config(variant: str = "resnet56"):
     track = dict(name="none")
     if chosen["measure"] == "biased_loss_tracked":
         window = {name: chosen[name] for name in ("alpha", "track_batches")}
-        track = dict(name="saliency", **window, use_l2=chosen["use_l2"], use_init=all(importance.values()))
+        track = dict(
+            name="saliency", **window, use_l2=chosen["use_l2"], use_init=all(importance.values())
+        )
     if warmup:
         config.warmup = train(warmup, 0.1, dict(name="keep"))
     config.fit = train(1, chosen["lr_prune"], dict(name="keep"), track=track)

@@ -1,16 +1,19 @@
-"""Growing regularisation: a trained network, growing L2 penalties, removal, fine-tuning (arXiv:2012.09243).
+"""Growing regularisation: a trained network, growing L2 penalties, removal, fine-tuning
+(arXiv:2012.09243).
 
     python -m sparsity_jax.run --config configs/greg.py:resnet56 --workdir runs/greg1
-    python -m sparsity_jax.run --config configs/greg.py:vgg19,method=greg2,ratio=0.9 --workdir runs/greg2
-    python -m sparsity_jax.run --config configs/greg.py:resnet50,speedup=2.31 --workdir runs/resnet50 \\
+    python -m sparsity_jax.run --config configs/greg.py:vgg19,method=greg2,ratio=0.9 --workdir
+    runs/greg2 python -m sparsity_jax.run --config configs/greg.py:resnet50,speedup=2.31 --workdir
+    runs/resnet50 \\
         --config.pretrained=resnet50.safetensors
     python -m sparsity_jax.run --config configs/greg.py:digits --workdir runs/greg_digits
 
-Variants: a network, one of NETWORKS; `digits`, a minute on a CPU. After it come settings; KEYS has their defaults:
-`method` greg1, greg2, fixreg or l1 (removal at once, no penalty); `ratio` for all layers that the paper prunes, or
-`speedup`, one of the published ones, or `ratios` in the original's notation with semicolons, `ratios=0;0.7;0.5;0.3;0`
-or `ratios=1-15:0.7`; `granularity` filter, channel, weight or group; `pick` min, max or rand;
-`finetune=0:0.01;60:0.001`, rates of the fine-tuning from given epochs on. The stages:
+Variants: a network, one of NETWORKS; `digits`, a minute on a CPU. After it come settings; KEYS has
+their defaults: `method` greg1, greg2, fixreg or l1 (removal at once, no penalty); `ratio` for all
+layers that the paper prunes, or `speedup`, one of the published ones, or `ratios` in the original's
+notation with semicolons, `ratios=0;0.7;0.5;0.3;0` or `ratios=1-15:0.7`; `granularity` filter,
+channel, weight or group; `pick` min, max or rand; `finetune=0:0.01;60:0.001`, rates of the
+fine-tuning from given epochs on. The stages:
 
     base     the unpruned network (CIFAR); ImageNet's comes from config.pretrained instead
     grow     penalties pick and push groups of weights; the weights go when they have settled
@@ -18,8 +21,8 @@ or `ratios=1-15:0.7`; `granularity` filter, channel, weight or group; `pick` min
     finetune training of what is left
     compact  the network without the removed channels: accuracy, parameters, FLOPs, size, time
 
-Several methods share one base: `:resnet56,base=0` leaves it out, and `--config.start_from=runs/base` takes a finished
-run with `"--config.pipeline=('base',)"`.
+Several methods share one base: `:resnet56,base=0` leaves it out, and
+`--config.start_from=runs/base` takes a finished run with `"--config.pipeline=('base',)"`.
 """
 
 from typing import NamedTuple
@@ -29,7 +32,9 @@ from sparsity_jax.models import vgg
 
 
 class Recipe(NamedTuple):
-    """How networks are trained. base, finetune: epochs and learning rates from given epochs on. grow: fields of it."""
+    """How networks are trained. base, finetune: epochs and learning rates from given epochs on.
+    grow: fields of it.
+    """
 
     base: tuple[int, str]
     grow: dict
@@ -67,7 +72,8 @@ DIGITS = Recipe(
 
 
 class Network(NamedTuple):
-    """uniform: the notation of one ratio for all layers pruned. published: notations and layers skipped by speed-up.
+    """uniform: the notation of one ratio for all layers pruned. published: notations and layers
+    skipped by speed-up.
     weights: the notation of the unstructured experiment."""
 
     data: str
@@ -81,9 +87,21 @@ class Network(NamedTuple):
 
 VGG19 = dict(layout=vgg.stages(19, 64)[:-1], conv_bias=False)
 NETWORKS = {
-    "resnet56": Network("cifar10", "resnet56", {}, CIFAR, "[0,{0},{0},{0},0]", {"2.55": ("[0,0.75,0.75,0.32,0]", "")}),
+    "resnet56": Network(
+        "cifar10",
+        "resnet56",
+        {},
+        CIFAR,
+        "[0,{0},{0},{0},0]",
+        {"2.55": ("[0,0.75,0.75,0.32,0]", "")},
+    ),
     "vgg19": Network(
-        "cifar100", "vgg", VGG19, CIFAR._replace(batch_size=256), "[1-15:{0}]", {"8.84": ("[1-15:0.7]", "")}
+        "cifar100",
+        "vgg",
+        VGG19,
+        CIFAR._replace(batch_size=256),
+        "[1-15:{0}]",
+        {"8.84": ("[1-15:0.7]", "")},
     ),
     "resnet34": Network(
         "imagenet2012",
@@ -109,12 +127,22 @@ NETWORKS = {
     ),
     "resnet20": Network("cifar10", "resnet20", {}, CIFAR, "[0,{0},{0},{0},0]"),
     "lenet": Network("cifar10", "lenet", {}, SMALL, "[0-3:{0}]"),
-    "digits": Network("digits", "small_cnn", dict(widths=(16, 32), dense_widths=(64,)), DIGITS, "[0-2:{0}]"),
+    "digits": Network(
+        "digits", "small_cnn", dict(widths=(16, 32), dense_widths=(64,)), DIGITS, "[0-2:{0}]"
+    ),
 }
 KEYS = dict(
-    method="greg1", ratio="", speedup="", ratios="", skip="", granularity="filter", pick="min", finetune="", base="1",
+    method="greg1",
+    ratio="",
+    speedup="",
+    ratios="",
+    skip="",
+    granularity="filter",
+    pick="min",
+    finetune="",
+    base="1",
     seeds="1",
-)  # fmt: skip
+)
 
 
 def parse(variant: str) -> tuple[str, dict[str, str]]:
@@ -129,7 +157,9 @@ def parse(variant: str) -> tuple[str, dict[str, str]]:
 
 
 def ratios_of(network: Network, chosen: dict[str, str]) -> tuple[str, str]:
-    """(ratios, skipped layers) in the original's notation; without a choice the first that is published, else 0.5."""
+    """(ratios, skipped layers) in the original's notation; without a choice the first that is
+    published, else 0.5.
+    """
     given = [key for key in ("ratio", "ratios", "speedup") if chosen[key]]
     if len(given) > 1:
         raise tables.ConfigError(f"the variant gives {' and '.join(given)}; give one of them.")
@@ -137,7 +167,8 @@ def ratios_of(network: Network, chosen: dict[str, str]) -> tuple[str, str]:
     if chosen["granularity"] == "group":
         if idle := [key for key in ("ratios", "speedup", "skip") if chosen[key]]:
             raise tables.ConfigError(
-                f"the variant gives {idle[0]}; allowed with granularity=group: ratio, for all groups."
+                f"the variant gives {idle[0]}; allowed with granularity=group: ratio, for all "
+                "groups."
             )
         return f"{tables.read_text(chosen['ratio'] or '0.5', float, 'variant ratio')}", ""
     if chosen["speedup"]:
@@ -146,7 +177,9 @@ def ratios_of(network: Network, chosen: dict[str, str]) -> tuple[str, str]:
     if chosen["ratios"]:
         return f"[{chosen['ratios'].strip('[]').replace(';', ',')}]", skip
     if chosen["ratio"]:
-        return network.uniform.format(tables.read_text(chosen["ratio"], float, "variant ratio")), skip
+        return network.uniform.format(
+            tables.read_text(chosen["ratio"], float, "variant ratio")
+        ), skip
     if chosen["granularity"] == "weight" and network.weights:
         return network.weights, skip
     notation, own = next(iter(network.published.values()), (network.uniform.format(0.5), ""))
@@ -159,21 +192,30 @@ def get_config(variant: str = "resnet56"):
     tables.lookup(dict.fromkeys(("greg1", "greg2", "fixreg", "l1")), method, "variant method")
     recipe, imagenet = network.recipe, network.data == "imagenet2012"
     notation, skip = ratios_of(network, chosen)
-    groups = dict(ratios=notation, skip=skip, granularity=chosen["granularity"], pick=chosen["pick"])
+    groups = dict(
+        ratios=notation, skip=skip, granularity=chosen["granularity"], pick=chosen["pick"]
+    )
     augment = dict(digits="none", imagenet2012="flip").get(network.data, "pad_crop_flip")
     sgd = lambda rate, schedule: optim.settings(
         "sgd", learning_rate=rate, momentum=0.9, weight_decay=recipe.weight_decay, schedule=schedule
     )
     common = dict(batch_size=recipe.batch_size, augment=augment)
     train = lambda epochs, rates, label: pipeline.stage(
-        "train", epochs=epochs, optimizer=sgd(1.0, dict(name="piecewise", table=rates)), label=label, **common
+        "train",
+        epochs=epochs,
+        optimizer=sgd(1.0, dict(name="piecewise", table=rates)),
+        label=label,
+        **common,
     )
     config = pipeline.base(
         title=f"Growing regularisation: {name}, {method}",
         data=dict(
-            name=network.data, **(dict(stream=True, image_size=224, test_split="validation") if imagenet else {})
+            name=network.data,
+            **(dict(stream=True, image_size=224, test_split="validation") if imagenet else {}),
         ),
-        model=tables.options(models.MODELS, network.model, init="torch", dtype="float32", **network.options),
+        model=tables.options(
+            models.MODELS, network.model, init="torch", dtype="float32", **network.options
+        ),
     )
     tables.lookup(dict.fromkeys("01"), chosen["base"], "variant base")
     has_base = chosen["base"] == "1" and not imagenet
@@ -185,7 +227,9 @@ def get_config(variant: str = "resnet56"):
         config.remove = pipeline.stage("remove", **groups)
     else:
         own = {**common, **recipe.grow, **groups}
-        config.grow = pipeline.stage("grow", method=method, optimizer=sgd(recipe.grow_rate, "keep"), **own)
+        config.grow = pipeline.stage(
+            "grow", method=method, optimizer=sgd(recipe.grow_rate, "keep"), **own
+        )
     epochs, rates = recipe.finetune
     config.finetune = train(epochs, chosen["finetune"].replace(";", ",") or rates, method)
     config.compact = pipeline.stage("compact")

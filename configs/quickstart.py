@@ -1,10 +1,13 @@
-"""One network, two optimizers, every sparsity: stochastic Frank-Wolfe in a K-sparse polytope against plain SGD.
+"""One network, two optimizers, every sparsity: stochastic Frank-Wolfe in a K-sparse polytope
+against plain SGD.
 
-An MLP on the 1,797 handwritten digits inside scikit-learn, three seeds at once, no retraining after pruning.
+An MLP on the 1,797 handwritten digits inside scikit-learn, three seeds at once, no retraining after
+pruning.
 
     python -m sparsity_jax.run --config configs/quickstart.py --workdir runs/quickstart
 
-Takes about half a minute on two CPU cores; the first figure of runs/quickstart/report.html tells the story.
+Takes about half a minute on two CPU cores; the first figure of runs/quickstart/report.html tells
+the story.
 """
 
 from sparsity_jax import models, optim, pipeline, polytopes, tables
@@ -21,8 +24,12 @@ def get_config():
     common = dict(epochs=60, batch_size=64, start="init", evaluate_every=5)
     polytope = tables.options(polytopes.SETS, "k_sparse", k=10, k_frac=0.01, tau=15.0)
     sfw = optim.settings("sfw", learning_rate=1.0, schedule="decrease_3", constraint=polytope)
-    config.fit_sfw = pipeline.stage("train", label="SFW, K-sparse polytope", optimizer=sfw, **common)
-    config.fit_sgd = pipeline.stage("train", label="SGD", optimizer=optim.settings("sgd", learning_rate=0.1), **common)
+    config.fit_sfw = pipeline.stage(
+        "train", label="SFW, K-sparse polytope", optimizer=sfw, **common
+    )
+    config.fit_sgd = pipeline.stage(
+        "train", label="SGD", optimizer=optim.settings("sgd", learning_rate=0.1), **common
+    )
     config.curve = pipeline.stage("curve")
     config.weights = pipeline.stage("histogram")
     return config

@@ -1,13 +1,16 @@
-"""SFW one-shot pruning with the original's settings (Miao et al., ICLR 2022): train once, prune to any sparsity.
+"""SFW one-shot pruning with the original's settings (Miao et al., ICLR 2022): train once, prune to
+any sparsity.
 
-ResNet-18 on CIFAR-10, 180 epochs of stochastic Frank-Wolfe in K-sparse polytopes, then accuracy at 19 pruning ratios.
+ResNet-18 on CIFAR-10, 180 epochs of stochastic Frank-Wolfe in K-sparse polytopes, then accuracy at
+19 pruning ratios.
 
     python -m sparsity_jax.run --config configs/sfw_oneshot.py --workdir runs/sfw_oneshot
-    python -m sparsity_jax.run --config configs/sfw_oneshot.py:arch=vgg16,data=cifar100,tau=10 --workdir runs/vgg16
+    python -m sparsity_jax.run --config configs/sfw_oneshot.py:arch=vgg16,data=cifar100,tau=10
+    --workdir runs/vgg16
 
-After the colon come any of `key=value`, separated by commas; VARIANTS lists them with their defaults, the original's.
-Every single field can be overridden too, e.g. --config.fit.epochs=20. Hours on a GPU, days on a CPU: use
-`configs/toy_cnn.py` there.
+After the colon come any of `key=value`, separated by commas; VARIANTS lists them with their
+defaults, the original's. Every single field can be overridden too, e.g. --config.fit.epochs=20.
+Hours on a GPU, days on a CPU: use `configs/toy_cnn.py` there.
 """
 
 from sparsity_jax import models, optim, pipeline, polytopes, tables
@@ -18,7 +21,10 @@ DATASETS = {
     "mnist": (dict(name="mnist"), "none"),
     "fashion_mnist": (dict(name="fashion_mnist"), "none"),
     "svhn": (dict(name="svhn_cropped"), "none"),
-    "tiny": (dict(name="folder:tiny-imagenet-200", image_size=32, train_image_size=64), "resized_crop_flip"),
+    "tiny": (
+        dict(name="folder:tiny-imagenet-200", image_size=32, train_image_size=64),
+        "resized_crop_flip",
+    ),
     "digits": (dict(name="digits"), "none"),
 }
 ARCHITECTURES = {
@@ -71,7 +77,9 @@ def get_config(variant: str = ""):
     set_name = chosen["constraint"] or ("unconstrained" if name == "sgd" else "k_sparse")
     tables.lookup(dict.fromkeys(CONSTRAINTS), set_name, "variant constraint")
     learned = tables.lookup({"0": False, "1": True}, chosen["sfw_init"], "variant sfw_init")
-    number = lambda key, kind, **limit: tables.read_text(chosen[key], kind, f"variant {key}", **limit)
+    number = lambda key, kind, **limit: tables.read_text(
+        chosen[key], kind, f"variant {key}", **limit
+    )
     seeds = number("seeds", int, least=1)
 
     constraint = tables.options(polytopes.SETS, set_name)
@@ -80,7 +88,9 @@ def get_config(variant: str = ""):
     idle = {*(fields.keys() - constraint.keys()), *({"rescale"} if name != "sfw" else ())}
     for key in sorted(idle):
         if chosen[key] != VARIANTS[key]:
-            raise tables.ConfigError(f"variant {key}={chosen[key]} has no effect with {name} and {set_name}.")
+            raise tables.ConfigError(
+                f"variant {key}={chosen[key]} has no effect with {name} and {set_name}."
+            )
     optimizer = optim.settings(
         name,
         schedule=chosen["scheme"],

@@ -1,15 +1,18 @@
-"""The small-CNN study ("Pruning DNNs with Stochastic Frank-Wolfe"): SFW and SGD, constrained or not, retrained or not.
+"""The small-CNN study ("Pruning DNNs with Stochastic Frank-Wolfe"): SFW and SGD, constrained or
+not, retrained or not.
 
-Four arms from the same initial weights: {SGD, SFW} x {unconstrained, K-sparse polytope} (SGD in a polytope is projected
-SGD). Each is pruned layer by layer in steps of 10 %, without and with retraining, and by whole filters.
+Four arms from the same initial weights: {SGD, SFW} x {unconstrained, K-sparse polytope} (SGD in a
+polytope is projected SGD). Each is pruned layer by layer in steps of 10 %, without and with
+retraining, and by whole filters.
 
     python -m sparsity_jax.run --config configs/toy_cnn.py --workdir runs/toy_cnn
     python -m sparsity_jax.run --config configs/toy_cnn.py:mlp --workdir runs/toy_mlp
     python -m sparsity_jax.run --config configs/toy_cnn.py:story --workdir runs/cifar_story
 
-Variants: `cnn` (one compiled program for all arms, one after the other), `mlp` (digits; arms and three seeds side by
-side in one program), `story` (the two arms of the paper's claim, global pruning at 19 ratios).
-Learning rates: 0.1 for SGD with heavy-ball momentum 0.9; SFW averages its momentum, so the same step length is 1.0.
+Variants: `cnn` (one compiled program for all arms, one after the other), `mlp` (digits; arms and
+three seeds side by side in one program), `story` (the two arms of the paper's claim, global pruning
+at 19 ratios). Learning rates: 0.1 for SGD with heavy-ball momentum 0.9; SFW averages its momentum,
+so the same step length is 1.0.
 """
 
 from sparsity_jax import models, optim, pipeline, polytopes, tables
@@ -38,7 +41,9 @@ def optimizer_of(arm: str, dense: bool) -> dict:
 def get_config(variant: str = "cnn"):
     tables.lookup(dict.fromkeys(("cnn", "mlp", "story")), variant, "variant")
     dense = variant == "mlp"
-    network = tables.options(models.MODELS, "mlp" if dense else "small_cnn", init="torch", dtype="float32")
+    network = tables.options(
+        models.MODELS, "mlp" if dense else "small_cnn", init="torch", dtype="float32"
+    )
     config = pipeline.base(
         title="Small-CNN study" if not dense else "Small-CNN study, dense network",
         data=dict(name="digits" if dense else "cifar10"),
@@ -56,7 +61,10 @@ def get_config(variant: str = "cnn"):
             config.pipeline += (f"fit_{arm}", "curve", "weights")
         config.curve = pipeline.stage("curve")
         return config
-    config.fit, config.retrain = pipeline.stage("train", **fit), pipeline.stage("train", epochs=2, **common)
+    config.fit, config.retrain = (
+        pipeline.stage("train", **fit),
+        pipeline.stage("train", epochs=2, **common),
+    )
     # rounded in every layer as the original does, and filters of convolutions only
     steps = dict(ratios=STEPS, count="per_layer")
     config.layerwise = pipeline.stage("curve", selection="layerwise", **steps)
@@ -67,6 +75,8 @@ def get_config(variant: str = "cnn"):
     for arm in ARMS:
         first = optimizer_of(arm, dense)
         again = dict(first, learning_rate=first["learning_rate"] / 10, schedule=dict(name="keep"))
-        config.arms[arm] = dict(label=ARMS[arm][0], fit=dict(optimizer=first), retrain=dict(optimizer=again))
+        config.arms[arm] = dict(
+            label=ARMS[arm][0], fit=dict(optimizer=first), retrain=dict(optimizer=again)
+        )
     config.sweep = dict(arm=tuple(ARMS), **(dict(seed=(0, 1, 2)) if dense else {}))
     return config

@@ -1,10 +1,12 @@
 """Writes the measured numbers of README.md and of the ledger from the rows kept in this folder.
 
-    python experiments/claims.py                                replaces every number that differs from its rows
-    python experiments/claims.py --check                        only says which differ, and then exits with 1
-    python experiments/claims.py --take quickstart runs/quickstart    keeps the rows of a new run first
+    python experiments/claims.py                                replaces every number that differs
+    from its rows python experiments/claims.py --check                        only says which
+    differ, and then exits with 1 python experiments/claims.py --take quickstart runs/quickstart
+    keeps the rows of a new run first
 
-A claim is a piece of text in which every number stands for a value of rows; its other words are found literally.
+A claim is a piece of text in which every number stands for a value of rows; its other words are
+found literally.
 """
 
 import argparse
@@ -29,7 +31,9 @@ KEPT = {  # what `--take` keeps, by name
 
 
 class Claim(NamedTuple):
-    """text: with a pair of braces in the place of every one of `numbers`. document: where it stands, once."""
+    """text: with a pair of braces in the place of every one of `numbers`. document: where it
+    stands, once.
+    """
 
     document: pathlib.Path
     text: str
@@ -42,7 +46,7 @@ class Claim(NamedTuple):
         return self.text.format(*self.numbers)
 
 
-# Rows to numbers ---------------------------------------------------------------------------------------------
+# Rows to numbers ----------------------------------------------------------------------------------
 
 
 def rows_of(name: str) -> list[dict]:
@@ -83,20 +87,33 @@ def of_kind(name: str, kind: str) -> list[dict]:
 
 
 def predicted(names: list[str]) -> list[float]:
-    return [row["predicted"] for name in names for row in of_kind(name, "width") if row["stage"] == "width"]
+    return [
+        row["predicted"]
+        for name in names
+        for row in of_kind(name, "width")
+        if row["stage"] == "width"
+    ]
 
 
 def searched(names: list[str]) -> list[float]:
-    return [row["limit"] for name in names for row in of_kind(name, "limit") if row.get("phase") == "result"]
+    return [
+        row["limit"]
+        for name in names
+        for row in of_kind(name, "limit")
+        if row.get("phase") == "result"
+    ]
 
 
-# Claims ------------------------------------------------------------------------------------------------------
+# Claims -------------------------------------------------------------------------------------------
 
 
 def quickstart() -> list[Claim]:
     stops = (0.0, 0.9, 0.95, 0.98, 0.99)
     lines = lines_of(KEPT["quickstart"], *stops)
-    sfw, sgd = ([percent(lines[arm][str(stop)]) for stop in stops] for arm in ("SFW, K-sparse polytope", "SGD"))
+    sfw, sgd = (
+        [percent(lines[arm][str(stop)]) for stop in stops]
+        for arm in ("SFW, K-sparse polytope", "SGD")
+    )
     ledger = "dense {} %, at 90 %: {}, 95 %: {}, 98 %: {}, 99 %: {}"
     return [
         Claim(README, "| SFW in a K-sparse polytope | {} | {} | {} | {} | {} |", sfw),
@@ -142,7 +159,10 @@ def digits_limit() -> list[Claim]:
     enclosed = percent(gauss_newton["enclosure_high"] - gauss_newton["enclosure_low"], 2)
     (actual,) = searched([KEPT["limit"]])
     text = "predicted {} % ({} to {})"
-    ledger = " from the Hessian, {} % ({} to {}, enclosed to {} points) from Gauss-Newton; actual: {} % by bisection, "
+    ledger = (
+        " from the Hessian, {} % ({} to {}, enclosed to {} points) from Gauss-Newton; actual: {} "
+        "% by bisection, "
+    )
     defined = extent([value for row in (hessian, gauss_newton) for value in row["actual"].values()])
     return [
         Claim(README, f"{text}, actual {{}} %", [*ends, percent(actual)]),
@@ -155,8 +175,12 @@ def digits_limit() -> list[Claim]:
 
 
 def found_limit(width: str, limit: str, *, products: bool = False) -> list[str]:
-    """Number of products if asked for, prediction and its enclosure, and actual limit, of two files of one network."""
-    (row,) = (row for row in of_kind(f"geometric_limit/{width}.jsonl", "width") if row["stage"] == "width")
+    """Number of products if asked for, prediction and its enclosure, and actual limit, of two files
+    of one network.
+    """
+    (row,) = (
+        row for row in of_kind(f"geometric_limit/{width}.jsonl", "width") if row["stage"] == "width"
+    )
     (actual,) = searched([f"geometric_limit/{limit}.jsonl"])
     shares = (row["predicted"], row["enclosure_low"], row["enclosure_high"], actual)
     return [str(row["num_matvecs"])] * products + [percent(share, 2) for share in shares]
@@ -181,10 +205,20 @@ def cifar_limit() -> list[Claim]:
     fc12_numbers += [*found_limit("fc12_seed1", "fc12_seed1"), dense("fc12_seed1")]
     fc12_numbers += [*found_limit("fc12_seed2", "fc12_seed2", products=True), dense("fc12_seed2")]
     return [
-        Claim(LEDGER, f"{first}; seed 1 {again}, trained again {again}; seed 2 {again}", fc5_numbers),
+        Claim(
+            LEDGER, f"{first}; seed 1 {again}, trained again {again}; seed 2 {again}", fc5_numbers
+        ),
         Claim(LEDGER, f"{first}; seed 1: {own}; seed 2 {again}, dense {{}} %", fc12_numbers),
-        Claim(README, "FC5: predicted {} to {} %, actual {} to {} %", extent(predicted(whole)) + extent(searched(fc5))),
-        Claim(README, "FC12: {} to {} %, actual {} to {} %", extent(predicted(fc12)) + extent(searched(fc12))),
+        Claim(
+            README,
+            "FC5: predicted {} to {} %, actual {} to {} %",
+            extent(predicted(whole)) + extent(searched(fc5)),
+        ),
+        Claim(
+            README,
+            "FC12: {} to {} %, actual {} to {} %",
+            extent(predicted(fc12)) + extent(searched(fc12)),
+        ),
     ]
 
 
@@ -202,7 +236,9 @@ def growing() -> list[Claim]:
     sizes = [sections.amount(row[field]) for field in ("parameters_compact", "parameters")]
     flops = percent(row["flops_compact"] / row["flops"], 0)
     names = ("base", "l1", "greg1", "greg2", "l1_longer")
-    base, l1, greg1, greg2, longer = (last_accuracy(f"growing_regularisation/{name}.jsonl") for name in names)
+    base, l1, greg1, greg2, longer = (
+        last_accuracy(f"growing_regularisation/{name}.jsonl") for name in names
+    )
     short = [percent(values[0]) for values in (greg1, greg2, l1, longer)]
     return [
         Claim(README, "half of all channels removed: {} % of {} %", accuracy),
@@ -231,22 +267,36 @@ STUDIES: tuple[Callable[[], list[Claim]], ...] = (
 )
 
 
-# Command line ------------------------------------------------------------------------------------------------
+# Command line -------------------------------------------------------------------------------------
 
 
 def slim(rows: list[dict]) -> list[dict]:
-    """What claims need of a run: no histograms and spectra, of a training the last epoch of every visit."""
+    """What claims need of a run: no histograms and spectra, of a training the last epoch of every
+    visit.
+    """
     last = {}
     for row in rows:
         if row["kind"] in ("train", "grow"):
             last[row["stage"], row["visit"], row["member"], "layers" in row] = id(row)
     few = sum(row["kind"] == "curve" for row in rows) <= 500
-    kept = [row for row in rows if row["kind"] not in ("train", "grow", "curve", "histogram", "spectrum", "path")]
+    kept = [
+        row
+        for row in rows
+        if row["kind"] not in ("train", "grow", "curve", "histogram", "spectrum", "path")
+    ]
     kept += [row for row in rows if id(row) in last.values() or (few and row["kind"] == "curve")]
     order = {id(row): place for place, row in enumerate(rows)}
-    short = lambda value: not isinstance(value, (list, dict)) or (isinstance(value, dict) and len(value) <= 8)
-    return [{key: value for key, value in row.items() if short(value) and key not in ("history", "growth", "layout")}
-            for row in sorted(kept, key=lambda row: order[id(row)])]  # fmt: skip
+    short = lambda value: (
+        not isinstance(value, (list, dict)) or (isinstance(value, dict) and len(value) <= 8)
+    )
+    return [
+        {
+            key: value
+            for key, value in row.items()
+            if short(value) and key not in ("history", "growth", "layout")
+        }
+        for row in sorted(kept, key=lambda row: order[id(row)])
+    ]
 
 
 def take(name: str, workdir: str) -> None:
@@ -258,17 +308,27 @@ def take(name: str, workdir: str) -> None:
 
 
 def stale(claim: Claim, text: str) -> str:
-    """What stands in `text` instead of the claim's truth, "" if nothing does; ValueError if it is not there once."""
+    """What stands in `text` instead of the claim's truth, "" if nothing does; ValueError if it is
+    not there once.
+    """
     places = claim.pattern().findall(text)
     if len(places) != 1:
-        raise ValueError(f"{claim.document} has {len(places)} places for {claim.text!r}; one is needed.")
+        raise ValueError(
+            f"{claim.document} has {len(places)} places for {claim.text!r}; one is needed."
+        )
     return "" if places[0] == claim.truth() else places[0]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a number differs")
-    parser.add_argument("--take", nargs=2, metavar=("NAME", "WORKDIR"), help=f"keep rows first: {', '.join(KEPT)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if a number differs"
+    )
+    parser.add_argument(
+        "--take", nargs=2, metavar=("NAME", "WORKDIR"), help=f"keep rows first: {', '.join(KEPT)}"
+    )
     options = parser.parse_args()
     if options.take:
         if options.take[0] not in KEPT:

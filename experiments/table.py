@@ -1,7 +1,9 @@
-"""Prints results as a Markdown table: `python experiments/table.py runs/NAME [--ratios 0 0.5 0.9 0.98]`.
+"""Prints results as a Markdown table: `python experiments/table.py runs/NAME [--ratios 0 0.5 0.9
+0.98]`.
 
-Rules and numbers are those of the report: of a folder with several runs, only networks are averaged whose settings
-agree in all but the seed. Accuracy in %, mean ± sample standard deviation; training in seconds, without compilation.
+Rules and numbers are those of the report: of a folder with several runs, only networks are averaged
+whose settings agree in all but the seed. Accuracy in %, mean ± sample standard deviation; training
+in seconds, without compilation.
 """
 
 import argparse
@@ -20,11 +22,18 @@ def cell(values: tuple[float, float, int] | None, factor: float = 100, decimals:
 
 
 def table(rows: list[dict], ratios: list[float]) -> str:
-    """A Markdown table of rows as `report.gather` gives them, one line per pruning curve or trained network."""
+    """A Markdown table of rows as `report.gather` gives them, one line per pruning curve or trained
+    network.
+    """
     grouped = series.group(rows)
     lines = summary.summarize(grouped, series.curves(grouped), tuple(ratios))
     columns = {str(ratio): f"{100 * ratio:g}%" for ratio in ratios}
-    columns |= {"dense": "unpruned", "channels": "channels removed", "weights": "weights removed", "pruned": "pruned"}
+    columns |= {
+        "dense": "unpruned",
+        "channels": "channels removed",
+        "weights": "weights removed",
+        "pruned": "pruned",
+    }
     if all("0.0" in line.cells for line in lines):
         columns.pop("dense")
     shown = [column for column in columns if any(column in line.cells for line in lines)]
@@ -40,8 +49,12 @@ def table(rows: list[dict], ratios: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workdir", help="folder of a run, or of several runs in folders of their own")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99])
+    parser.add_argument(
+        "workdir", help="folder of a run, or of several runs in folders of their own"
+    )
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99]
+    )
     arguments = parser.parse_args()
     try:
         _, rows, _ = report.gather(arguments.workdir)

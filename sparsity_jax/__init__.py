@@ -1,4 +1,6 @@
-"""Neural-network sparsity research in JAX: pure functions on pytrees, and a runner for whole studies.
+"""Neural-network sparsity research in JAX: pure functions on pytrees, and a runner for whole
+studies.
 
-Import the module that you need, e.g. `from sparsity_jax import masks, optim, polytopes`; README.md lists them by layer.
+Import the module that you need, e.g. `from sparsity_jax import masks, optim, polytopes`; README.md
+lists them by layer.
 """

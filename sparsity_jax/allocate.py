@@ -1,10 +1,11 @@
 """How many entries each parameter array keeps at a pruning ratio, and the masks that follow.
 
     counts = allocate.keep_counts(params, 0.9)                  # integers, on the host
-    kept = allocate.keep_masks(params, counts)                  # traceable: one program for every ratio
-    channels = groups.trace(apply, params, inputs)              # tells what is prunable, whatever the names
-    counts = allocate.keep_counts(params, 0.5, channels=channels, selection="structured")
-    kept = allocate.keep_masks(params, counts, channels=channels, selection="structured")
+    kept = allocate.keep_masks(params, counts)                  # traceable: one program for every
+    ratio channels = groups.trace(apply, params, inputs)              # tells what is prunable,
+    whatever the names counts = allocate.keep_counts(params, 0.5, channels=channels,
+    selection="structured") kept = allocate.keep_masks(params, counts, channels=channels,
+    selection="structured")
 
 Magnitude is the score. Whole filters or input channels go by their L1 norm.
 """
@@ -31,7 +32,9 @@ Layers = Literal["auto", "convolutions", "all"]
 
 
 def num_kept(size: int, ratio: float) -> int:
-    """Entries left of `size` when the share `ratio`, rounded to a whole number of them, is removed."""
+    """Entries left of `size` when the share `ratio`, rounded to a whole number of them, is
+    removed.
+    """
     return size - masks.count_of(ratio, size)
 
 
@@ -45,8 +48,8 @@ def prunable(
 ) -> dict[str, Any]:
     """The arrays that may be pruned, by path: `kernels` or `all` (as the SFW original).
 
-    Which arrays are kernels a trace tells, `channels`, or their names; see `kernels.paths`, also for `include`,
-    `exclude` and the errors raised. `exclude` holds for `all` too.
+    Which arrays are kernels a trace tells, `channels`, or their names; see `kernels.paths`, also
+    for `include`, `exclude` and the errors raised. `exclude` holds for `all` too.
     """
     leaves = trees.named_leaves(params)
     if scope == "kernels":
@@ -57,14 +60,15 @@ def prunable(
     return {path: leaves[path] for path in chosen}
 
 
-# Shares of layers ----------------------------------------------------------------------------------
+# Shares of layers ---------------------------------------------------------------------------------
 
 
 def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
     """Share to remove from each kernel so that `ratio` of all weights goes (Erdos-Renyi-Kernel).
 
-    The density of a kernel is proportional to (sum of its dimensions) / (their product). Kernels that this would fill
-    more than whole stay dense, and the others share the rest. Source: Evci et al. 2020, arXiv:1911.11134.
+    The density of a kernel is proportional to (sum of its dimensions) / (their product). Kernels
+    that this would fill more than whole stay dense, and the others share the rest. Source: Evci et
+    al. 2020, arXiv:1911.11134.
     """
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     raw = {path: sum(shape) / sizes[path] for path, shape in shapes.items()}
@@ -80,18 +84,20 @@ def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str,
 
 
 def erk_original_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
-    """What the SFW original's utilities call ERK, and is another rule than `erk_ratios`: nearly uniform.
+    """What the SFW original's utilities call ERK, and is another rule than `erk_ratios`: nearly
+    uniform.
 
-    ratio_l = c s_l with s = 1 - (sum of the kernel's dimensions) / (their product) and c = ratio sum(n) / sum(n s),
-    at most 1. Counts that follow are rounded in every layer, as there.
-    Raises ValueError if no kernel is larger than the sum of its dimensions.
+    ratio_l = c s_l with s = 1 - (sum of the kernel's dimensions) / (their product) and c = ratio
+    sum(n) / sum(n s), at most 1. Counts that follow are rounded in every layer, as there. Raises
+    ValueError if no kernel is larger than the sum of its dimensions.
     """
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     slack = {path: 1 - sum(shape) / sizes[path] for path, shape in shapes.items()}
     weighted = sum(sizes[path] * slack[path] for path in shapes)
     if weighted <= 0:
         raise ValueError(
-            f"erk_original needs kernels larger than the sum of their dimensions; given shapes: {dict(shapes)}."
+            "erk_original needs kernels larger than the sum of their dimensions; given shapes: "
+            f"{dict(shapes)}."
         )
     scale = ratio * sum(sizes.values()) / weighted
     return {path: min(max(scale * slack[path], 0.0), 1.0) for path in shapes}
@@ -106,9 +112,11 @@ LAYER_RATIOS = {"uniform": uniform_ratios, "erk": erk_ratios, "erk_original": er
 
 
 def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) -> dict[str, int]:
-    """How many of each layer's `sizes` stay, so that together as many go as `ratios` ask for, rounded once.
+    """How many of each layer's `sizes` stay, so that together as many go as `ratios` ask for,
+    rounded once.
 
-    Every layer loses its share rounded down, and those with the largest remainders one more; equal ones in order.
+    Every layer loses its share rounded down, and those with the largest remainders one more; equal
+    ones in order.
     """
     shares = {name: size * fractions.Fraction(str(ratios[name])) for name, size in sizes.items()}
     removed = {name: math.floor(share) for name, share in shares.items()}
@@ -120,8 +128,8 @@ def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) ->
 
 
 class Selection(NamedTuple):
-    """counts(params, ratio, channels, **options) -> tree of ints, on the host; mask(params, counts, key, before,
-    channels, **options) -> masks of the chosen arrays by path."""
+    """counts(params, ratio, channels, **options) -> tree of ints, on the host; mask(params, counts,
+    key, before, channels, **options) -> masks of the chosen arrays by path."""
 
     counts: Callable
     mask: Callable
@@ -135,7 +143,7 @@ def _of(tree: PyTree | None, chosen: Mapping[str, Any]) -> dict[str, Any] | None
     return {path: leaves[path] for path in chosen}
 
 
-# Single weights ------------------------------------------------------------------------------------
+# Single weights -----------------------------------------------------------------------------------
 
 
 def _global_counts(
@@ -154,7 +162,9 @@ def _global_counts(
     return size - max(int(ratio * size) - 1, 0) if count == "original" else num_kept(size, ratio)
 
 
-def _global_mask(params, counts, key, before, channels, *, scope="kernels", count="nearest", **patterns):
+def _global_mask(
+    params, counts, key, before, channels, *, scope="kernels", count="nearest", **patterns
+):
     del key
     chosen = prunable(params, scope, channels, **patterns)
     return _largest(chosen, counts, _of(before, chosen), count)
@@ -198,17 +208,32 @@ def _layer_counts(sizes: dict, ratios: dict, count: str, layer_ratios: str) -> d
 
 
 def _layerwise_mask(
-    params, counts, key, before, channels, *, scope="kernels", count="nearest", layer_ratios="uniform", **patterns
+    params,
+    counts,
+    key,
+    before,
+    channels,
+    *,
+    scope="kernels",
+    count="nearest",
+    layer_ratios="uniform",
+    **patterns,
 ):
     del key, layer_ratios
     rule = "original" if count == "original" else "nearest"
     chosen = prunable(params, scope, channels, **patterns)
     earlier = _of(before, chosen) or dict.fromkeys(chosen)
-    return {path: _largest(leaf, counts[path], earlier[path], rule) for path, leaf in chosen.items()}
+    return {
+        path: _largest(leaf, counts[path], earlier[path], rule) for path, leaf in chosen.items()
+    }
 
 
-def _random_counts(params, ratio, channels, *, scope: Scope = "kernels", include: str = "", exclude: str = ""):
-    return num_kept(trees.size(prunable(params, scope, channels, include=include, exclude=exclude)), ratio)
+def _random_counts(
+    params, ratio, channels, *, scope: Scope = "kernels", include: str = "", exclude: str = ""
+):
+    return num_kept(
+        trees.size(prunable(params, scope, channels, include=include, exclude=exclude)), ratio
+    )
 
 
 def _random_mask(params, counts, key, before, channels, *, scope="kernels", **patterns):
@@ -218,11 +243,12 @@ def _random_mask(params, counts, key, before, channels, *, scope="kernels", **pa
     return masks.random_mask(key, chosen, counts, before=_of(before, chosen))
 
 
-# Filters and input channels ------------------------------------------------------------------------
+# Filters and input channels -----------------------------------------------------------------------
 
 
 class Slices(NamedTuple):
-    """Slices of one array along `axes`, of which slice i is at the positions index[i]: int [slices, copies].
+    """Slices of one array along `axes`, of which slice i is at the positions index[i]: int [slices,
+    copies].
 
     Positions count along `axes` flattened; index None: slice i is at position i.
     """
@@ -233,7 +259,8 @@ class Slices(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Slices of which whole ones go: `size` of them, ranked by the L1 norm of `scored`; `masked` are all that go.
+    """Slices of which whole ones go: `size` of them, ranked by the L1 norm of `scored`; `masked`
+    are all that go.
 
     shape: of the first kernel, for shares of layers.
     """
@@ -254,7 +281,9 @@ def layers_of(
     include: str = "",
     exclude: str = "",
 ) -> dict[str, Layer]:
-    """What selection `structured` chooses slices of, by name; options and errors as in `keep_counts`."""
+    """What selection `structured` chooses slices of, by name; options and errors as in
+    `keep_counts`.
+    """
     paths = kernels.paths(params, channels, include=include, exclude=exclude)
     every = kernels.axes(params, paths, channels, layout=layout)
     convolutions = {path: own for path, own in every.items() if own.window}
@@ -267,20 +296,25 @@ def layers_of(
             axes = _without_classifier(axes, bool(include or exclude or len(axes) < len(every)))
         found = {path: _kernel_layer(params, path, own, granularity) for path, own in axes.items()}
     if not found:
-        raise ValueError(f"no {granularity} can be removed: layers={layers!r}, kernels {paths[:5]}.")
+        raise ValueError(
+            f"no {granularity} can be removed: layers={layers!r}, kernels {paths[:5]}."
+        )
     return found
 
 
 def _without_classifier(axes: dict[str, kernels.Axes], others: bool) -> dict[str, kernels.Axes]:
     """Without the kernel of a layer called `fc`, whose outputs are the classes.
 
-    others: whether some kernels keep their filters anyway. Raises ValueError where all might lose some.
+    others: whether some kernels keep their filters anyway. Raises ValueError where all might lose
+        some.
     """
     chosen = {path: own for path, own in axes.items() if path.split("/")[-2:-1] != ["fc"]}
     if len(chosen) == len(axes) and not others:
         raise ValueError(
-            f"names do not tell which of the layers {list(axes)[:5]} makes the network's outputs, and keeps its "
-            "filters (none is called fc). Give channels=groups.trace(apply, variables, inputs), or exclude=pattern of "
+            f"names do not tell which of the layers {list(axes)[:5]} makes the network's outputs, "
+            "and keeps its "
+            "filters (none is called fc). Give channels=groups.trace(apply, variables, inputs), "
+            "or exclude=pattern of "
             "its path."
         )
     return chosen
@@ -293,7 +327,9 @@ def _kernel_layer(params: PyTree, path: str, axes: kernels.Axes, granularity: st
     return Layer(math.prod(shape[axis] for axis in along), shape, own, own)
 
 
-def _traced_layers(params: PyTree, channels: groups.Channels, axes: dict[str, kernels.Axes]) -> dict[str, Layer]:
+def _traced_layers(
+    params: PyTree, channels: groups.Channels, axes: dict[str, kernels.Axes]
+) -> dict[str, Layer]:
     """The groups of channels that the kernels in `axes`, and no others, make."""
     leaves, found = trees.named_leaves(params), {}
     owned = {owner: path for path, owner in groups.owners(params, channels).items()}
@@ -303,9 +339,12 @@ def _traced_layers(params: PyTree, channels: groups.Channels, axes: dict[str, ke
         if not made or not all(path in axes for path in made_by):
             continue
         scored = [member for member in made if member.role == "producer"] or made
-        # kernels that read the channels may stay: what they read is zero, if all that makes it is masked
+        # kernels that read the channels may stay: what they read is zero, if all that makes it is
+        # masked
         inside = all(member.path in owned for member in group.members)
-        goes = lambda member, inside=inside: not (inside and member.role == "consumer" and not member.exposed)
+        goes = lambda member, inside=inside: (
+            not (inside and member.role == "consumer" and not member.exposed)
+        )
         masked = [member for member in group.members if member.path in owned and goes(member)]
         place = lambda member: Slices(owned[member.path], (member.axis,), member.index)
         shape = tuple(leaves[owned[scored[0].path]].shape)
@@ -349,7 +388,9 @@ def _structured_counts(
     include: str = "",
     exclude: str = "",
 ):
-    options = dict(granularity=granularity, layers=layers, layout=layout, include=include, exclude=exclude)
+    options = dict(
+        granularity=granularity, layers=layers, layout=layout, include=include, exclude=exclude
+    )
     found = layers_of(params, channels, **options)
     ratios = LAYER_RATIOS[layer_ratios]({name: layer.shape for name, layer in found.items()}, ratio)
     sizes = {name: layer.size for name, layer in found.items()}
@@ -357,13 +398,17 @@ def _structured_counts(
     return {name: max(kept, 1) for name, kept in counts.items()}
 
 
-def _structured_mask(params, counts, key, before, channels, *, layer_ratios="uniform", count="nearest", **options):
+def _structured_mask(
+    params, counts, key, before, channels, *, layer_ratios="uniform", count="nearest", **options
+):
     del key, layer_ratios, count
     leaves = trees.named_leaves(params)
     earlier = None if before is None else trees.named_leaves(before)
     result: dict[str, jax.Array] = {}
     for name, layer in layers_of(params, channels, **options).items():
-        norms = sum(_slice_sums(jnp.abs(trees.widen(leaves[own.path])), own) for own in layer.scored)
+        norms = sum(
+            _slice_sums(jnp.abs(trees.widen(leaves[own.path])), own) for own in layer.scored
+        )
         alive = None if earlier is None else _entries_left(earlier, layer) > 0
         kept = masks.k_largest_mask(norms, counts[name], before=alive)
         for own in layer.masked:
@@ -382,7 +427,9 @@ SELECTIONS = {
 
 def check(selection: str, options: dict[str, Any], where: str) -> dict[str, Any]:
     """Options of the selection, checked against its table row; raises ConfigError."""
-    return tables.check_options(tables.lookup(SELECTIONS, selection, f"{where}.selection").counts, options, where)
+    return tables.check_options(
+        tables.lookup(SELECTIONS, selection, f"{where}.selection").counts, options, where
+    )
 
 
 def keep_counts(
@@ -393,29 +440,32 @@ def keep_counts(
     channels: groups.Channels | None = None,
     **options,
 ) -> PyTree:
-    """What `keep_masks` may trace: how many entries (or filters) stay at pruning ratio `ratio` in [0, 1].
+    """What `keep_masks` may trace: how many entries (or filters) stay at pruning ratio `ratio` in
+    [0, 1].
 
-    params: arrays or shape structs. selection: `global` (one magnitude threshold), `layerwise` (a share of every
-    array), `random`, or `structured` (whole filters or input channels of least L1 norm; every layer keeps at least one,
-    so a depthwise kernel loses none of its one input channel).
-    channels: `groups.trace` of the function that uses the params. It tells, in any framework, which arrays are kernels
-    and which of their axes are inputs and outputs; without it names tell, or the call is refused (see `kernels`).
-    With it a removed filter is a whole channel: the norm's scale and shift, the bias and a depthwise kernel that it
-    feeds are masked with it, and kernels that read it where they would read anything but zero, so that the outputs
-    are those of the network without the channel; channels that are the network's outputs stay. Without it only kernels
-    are masked: a batch norm behind a removed filter still sends its shift on.
-    Options:
-    scope: `kernels` or `all` arrays (not of `structured`). include, exclude: patterns of paths of arrays that are, or
-    are no, kernels.
-    count: `nearest` removes ratio * total, rounded once; among layers it is shared by largest remainders. `per_layer`
-    (layerwise, structured) rounds in every layer, as `torch.nn.utils.prune`. `original` (global, layerwise): the SFW
-    original's counts, one more than nominal, and ties kept; `ceil` (global): the geometric study's, the ceil(p n)
-    smallest go, at least one, and ties with them.
-    layer_ratios (layerwise, structured): `uniform`, `erk` (`erk_ratios`) or `erk_original`.
-    Of `structured`: granularity: `filter` or `channel`. layers: `convolutions`, `all`, or `auto`: all with a trace; by
-    name convolutions if there are any; a layer called `fc` keeps its filters. layout: of all kernels without a trace,
-    `in_out` ([..., in, out], Flax and Haiku) or `out_in` ([out, in, ...], PyTorch and Equinox).
-    Raises ValueError for a ratio outside [0, 1] and where it is open what may be pruned, ConfigError for other options.
+    params: arrays or shape structs. selection: `global` (one magnitude threshold), `layerwise` (a
+    share of every array), `random`, or `structured` (whole filters or input channels of least L1
+    norm; every layer keeps at least one, so a depthwise kernel loses none of its one input
+    channel).
+    channels: `groups.trace` of the function that uses the params. It tells, in any framework, which
+    arrays are kernels and which of their axes are inputs and outputs; without it names tell, or the
+    call is refused (see `kernels`). With it a removed filter is a whole channel: the norm's scale
+    and shift, the bias and a depthwise kernel that it feeds are masked with it, and kernels that
+    read it where they would read anything but zero, so that the outputs are those of the network
+    without the channel; channels that are the network's outputs stay. Without it only kernels are
+    masked: a batch norm behind a removed filter still sends its shift on. Options:
+    scope: `kernels` or `all` arrays (not of `structured`). include, exclude: patterns of paths of
+    arrays that are, or are no, kernels.
+    count: `nearest` removes ratio * total, rounded once; among layers it is shared by largest
+    remainders. `per_layer` (layerwise, structured) rounds in every layer, as
+    `torch.nn.utils.prune`. `original` (global, layerwise): the SFW original's counts, one more than
+    nominal, and ties kept; `ceil` (global): the geometric study's, the ceil(p n) smallest go, at
+    least one, and ties with them. layer_ratios (layerwise, structured): `uniform`, `erk`
+    (`erk_ratios`) or `erk_original`. Of `structured`: granularity: `filter` or `channel`. layers:
+    `convolutions`, `all`, or `auto`: all with a trace; by name convolutions if there are any; a
+    layer called `fc` keeps its filters. layout: of all kernels without a trace, `in_out` ([..., in,
+    out], Flax and Haiku) or `out_in` ([out, in, ...], PyTorch and Equinox). Raises ValueError for a
+    ratio outside [0, 1] and where it is open what may be pruned, ConfigError for other options.
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
@@ -433,11 +483,14 @@ def keep_masks(
     before: PyTree | None = None,
     **options,
 ) -> PyTree:
-    """Masks (True = keep) in the structure of `params` for `counts` from `keep_counts`; other arguments: as there.
+    """Masks (True = keep) in the structure of `params` for `counts` from `keep_counts`; other
+    arguments: as there.
 
-    With selection `structured` and no `channels`, batch norms still add their shift where a filter is gone.
-    key: for `random`. before: masks of earlier pruning; what they leave out stays out, and counts first.
-    Raises ConfigError for unknown options and ValueError for `random` without a key and, outside `jit`, for NaN.
+    With selection `structured` and no `channels`, batch norms still add their shift where a filter
+    is gone.
+    key: for `random`. before: masks of earlier pruning; what they leave out stays out, and counts
+    first. Raises ConfigError for unknown options and ValueError for `random` without a key and,
+    outside `jit`, for NaN.
     """
     options = check(selection, options, "keep_masks")
     found = SELECTIONS[selection].mask(params, counts, key, before, channels, **options)
@@ -448,10 +501,12 @@ def keep_masks(
 def left_by(
     kept: PyTree, *, selection: str = "global", channels: groups.Channels | None = None, **options
 ) -> tuple[jax.Array, jax.Array]:
-    """(number, share) of what masks `kept` have left and removed, by the counting of a selection; traceable.
+    """(number, share) of what masks `kept` have left and removed, by the counting of a selection;
+    traceable.
 
-    number: entries left, or slices of which any entry is left: comparable to the sum of `keep_counts`. share: removed;
-    of `structured` at least the share of entries removed inside the slices left, so that it is 0 of whole kernels only.
+    number: entries left, or slices of which any entry is left: comparable to the sum of
+    `keep_counts`. share: removed; of `structured` at least the share of entries removed inside the
+    slices left, so that it is 0 of whole kernels only.
     selection, channels, options: as in `keep_counts`.
     """
     options = check(selection, options, "left_by")
@@ -460,10 +515,14 @@ def left_by(
         chosen = prunable(kept, options.get("scope", "kernels"), channels, **patterns)
         number = sum(jnp.sum(mask, dtype=jnp.int32) for mask in chosen.values())
         return number, 1 - number / trees.size(chosen)
-    shape_of = {name: value for name, value in options.items() if name not in ("layer_ratios", "count")}
+    shape_of = {
+        name: value for name, value in options.items() if name not in ("layer_ratios", "count")
+    }
     layers, masks_of = layers_of(kept, channels, **shape_of).values(), trees.named_leaves(kept)
     entries = [_entries_left(masks_of, layer) for layer in layers]
     whole = [_entries_left(masks.full(masks_of), layer) for layer in layers]
     number = sum(jnp.sum(left > 0) for left in entries)
-    inside = sum(map(jnp.sum, entries)) / sum(jnp.sum(jnp.where(left > 0, n, 0)) for left, n in zip(entries, whole))
+    inside = sum(map(jnp.sum, entries)) / sum(
+        jnp.sum(jnp.where(left > 0, n, 0)) for left, n in zip(entries, whole)
+    )
     return number, 1 - jnp.minimum(number / sum(layer.size for layer in layers), inside)

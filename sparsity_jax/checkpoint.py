@@ -1,4 +1,6 @@
-"""Saving and restoring the arrays of a whole run, one pytree, with orbax; see `workdirs` for the rest."""
+"""Saving and restoring the arrays of a whole run, one pytree, with orbax; see `workdirs` for the
+rest.
+"""
 
 import concurrent.futures
 import contextlib
@@ -18,15 +20,16 @@ from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot
 PyTree = Any
 
 
-# Reading -----------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def reading(snapshot: Snapshot) -> Iterator[None]:
-    """What goes wrong inside, in whatever type, as a DamagedError that names the folder of the state.
+    """What goes wrong inside, in whatever type, as a DamagedError that names the folder of the
+    state.
 
-    Checksums say that a state is as it was written, not that this library wrote it. A memory that is full stays what
-    it is.
+    Checksums say that a state is as it was written, not that this library wrote it. A memory that
+    is full stays what it is.
     """
     try:
         yield
@@ -34,7 +37,9 @@ def reading(snapshot: Snapshot) -> Iterator[None]:
         raise
     except Exception as error:
         reason = tables.shortened((str(error).strip() or type(error).__name__).splitlines()[0])
-        raise intact.DamagedError(f"{snapshot.folder / STATE} is no state of this run's network: {reason}") from error
+        raise intact.DamagedError(
+            f"{snapshot.folder / STATE} is no state of this run's network: {reason}"
+        ) from error
 
 
 def restore(snapshot: Snapshot, like: PyTree) -> PyTree:
@@ -71,15 +76,18 @@ def _metadata(snapshot: Snapshot) -> PyTree:
         return reader.metadata(snapshot.folder / STATE).tree
 
 
-# Writing -----------------------------------------------------------------------------------------------------
+# Writing ------------------------------------------------------------------------------------------
 
 
 class Checkpoints:
-    """Writes the states of a run to `workdir/checkpoints` in the background; the newest `keep` stay.
+    """Writes the states of a run to `workdir/checkpoints` in the background; the newest `keep`
+    stay.
 
-    whole: the checkpoint that the run goes on from; it stays until newer ones are written. config: the run's, plain.
+    whole: the checkpoint that the run goes on from; it stays until newer ones are written. config:
+        the run's, plain.
     before_save: called before every write, which an exception of it prevents.
-    A thread of its own starts the writes, so that a Ctrl-C in the middle of one does not leave it half done.
+    A thread of its own starts the writes, so that a Ctrl-C in the middle of one does not leave it
+    half done.
     """
 
     def __init__(
@@ -100,10 +108,11 @@ class Checkpoints:
         self._pending: concurrent.futures.Future | None = None
 
     def save(self, state: PyTree, progress: Progress) -> None:
-        """Saves after all earlier ones; afterwards `state` may be donated and `progress.rows` may grow.
+        """Saves after all earlier ones; afterwards `state` may be donated and `progress.rows` may
+        grow.
 
-        The first one is read back and compared. Raises OSError where this one or the one before cannot be written, or
-        is read otherwise than it was written; those before stay.
+        The first one is read back and compared. Raises OSError where this one or the one before
+        cannot be written, or is read otherwise than it was written; those before stay.
         """
         record = dict(progress._asdict(), rows=list(progress.rows), config=self._config)
         first = self._pending is None
@@ -126,7 +135,9 @@ class Checkpoints:
         self._orbax.save(part / STATE, state)
 
     def _finish(self, number: int, record: dict) -> None:
-        """Once the arrays are written: the rest, the checksums, the final name; then older ones may go."""
+        """Once the arrays are written: the rest, the checksums, the final name; then older ones may
+        go.
+        """
         self._orbax.wait_until_finished()
         part = self._part(number)
         (part / PROGRESS).write_text(json.dumps(record), encoding="utf-8")
@@ -148,7 +159,9 @@ class Checkpoints:
         except intact.DamagedError as error:
             as_written, reason = False, str(error)
         if not as_written:
-            raise OSError(f"{reason}; the disk or file system of {self._folder} is not to be trusted.")
+            raise OSError(
+                f"{reason}; the disk or file system of {self._folder} is not to be trusted."
+            )
 
     def _wait(self) -> None:
         """Waits for the write under way; raises what made it fail."""
@@ -157,7 +170,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Failures of the file system, which come in many types with all their history, as a plain OSError."""
+        """Failures of the file system, which come in many types with all their history, as a plain
+        OSError.
+        """
         try:
             yield
         except OSError as error:
@@ -183,4 +198,7 @@ def _same_bits(first: PyTree, second: PyTree) -> bool:
 
 def abstract(tree: PyTree) -> PyTree:
     """Shape structs of `tree`, with the shardings of its arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        tree,
+    )

@@ -1,7 +1,9 @@
-"""Image classification sets as uint8 arrays in memory, and the augmentation that runs on the device inside the step.
+"""Image classification sets as uint8 arrays in memory, and the augmentation that runs on the device
+inside the step.
 
-`load` reads the digits inside scikit-learn, any prepared TFDS set (without TensorFlow) or a folder of images, decodes
-it once and keeps it in memory; or it leaves the images where they are, for `stream` to read. Nothing is downloaded
+`load` reads the digits inside scikit-learn, any prepared TFDS set (without TensorFlow) or a folder
+of images, decodes it once and keeps it in memory; or it leaves the images where they are, for
+`stream` to read. Nothing is downloaded
 here: `python -m sparsity_jax.prepare` does that.
 """
 
@@ -24,7 +26,16 @@ import numpy as np
 from sparsity_jax import decoding, stopping
 from sparsity_jax.decoding import decode, fit, why_not
 from sparsity_jax.sources import Opened, Source, UnreadableError, check_label, open_set
-from sparsity_jax.tables import ConfigError, Fraction, Index, Range, check_options, defaults, host_memory, lookup
+from sparsity_jax.tables import (
+    ConfigError,
+    Fraction,
+    Index,
+    Range,
+    check_options,
+    defaults,
+    host_memory,
+    lookup,
+)
 
 CHUNK = 500  # records one thread reads and decodes at a time
 DECODED_ALONE = 32  # of those looked at, to measure what threads gain
@@ -35,11 +46,15 @@ class Split(NamedTuple):
     """Images and their classes, in a fixed order."""
 
     images: "np.ndarray | Stream"  # uint8 [N, H, W, C], C is 1 or 3 (RGB)
-    labels: np.ndarray | None  # int32 [N], in 0..num_classes-1; None with a Stream, which reads them with the images
+    labels: (
+        np.ndarray | None
+    )  # int32 [N], in 0..num_classes-1; None with a Stream, which reads them with the images
 
 
 class Dataset(NamedTuple):
-    """A set. `test.images.shape[1:]` is what the network sees; train images in memory may be larger, see `load`."""
+    """A set. `test.images.shape[1:]` is what the network sees; train images in memory may be
+    larger, see `load`.
+    """
 
     name: str
     train: Split
@@ -51,7 +66,9 @@ class Dataset(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Images that stay where they are until `stream` reads them; stands where an array of this shape would."""
+    """Images that stay where they are until `stream` reads them; stands where an array of this
+    shape would.
+    """
 
     source: Source
     indices: np.ndarray  # of `source`, in the split's order
@@ -66,7 +83,8 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
 
 
-NORMALIZATIONS = {  # constants in common use, for images scaled to [0, 1]; CIFAR-10 as in the reference experiments
+# constants in common use, for images scaled to [0, 1]; CIFAR-10 as in the reference experiments
+NORMALIZATIONS = {
     "cifar10": Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": Normalization((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "fashion_mnist": Normalization((0.2860,), (0.3530,)),
@@ -91,12 +109,23 @@ def load(
     train_limit: Index = 0,
     test_limit: Index = 0,
     normalization: Literal[
-        "auto", "computed", "none", "cifar10", "cifar100", "fashion_mnist", "imagenet", "mnist", "svhn_cropped"
+        "auto",
+        "computed",
+        "none",
+        "cifar10",
+        "cifar100",
+        "fashion_mnist",
+        "imagenet",
+        "mnist",
+        "svhn_cropped",
     ] = "auto",
     stream: bool = False,
     resize_size: Index = 0,
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0),
-    crop_ratio: tuple[Annotated[float, Range(1e-3, 1e3)], Annotated[float, Range(1e-3, 1e3)]] = (3 / 4, 4 / 3),
+    crop_ratio: tuple[Annotated[float, Range(1e-3, 1e3)], Annotated[float, Range(1e-3, 1e3)]] = (
+        3 / 4,
+        4 / 3,
+    ),
     workers: Annotated[int, Range(-1, 256)] = -1,
     prefetch: Annotated[int, Range(1, 1000)] = 4,
     unreadable: Literal["stop", "skip"] = "stop",
@@ -105,41 +134,49 @@ def load(
 ) -> Dataset:
     """A whole set, decoded into memory or, with `stream`, left where it is.
 
-    name: `digits` (1,797 grey 8x8 images inside scikit-learn, every fifth of each class is test: 1,437 / 360);
-        `folder:PATH` (`PATH/train/CLASS/**/*.png` and `PATH/test/...` or `PATH/val/...`; classes are numbered in sorted
-        order; the official Tiny-ImageNet folder works as it is; hidden files and folders do not count, a file counts
-        once however many links lead to it; see `decoding.FORMATS` for what is read); anything else is a set prepared
-        by TFDS as array_record, `name`, `name/config` or `name:version` (without a version the newest there).
-    data_dir: of TFDS; "" is TFDS's own default, `TFDS_DATA_DIR` or `~/tensorflow_datasets`. Other sets ignore it.
-    image_size: every image becomes a square of this side: its central square, resized (bilinear and antialiased, see
-        `decoding.resize`). 0 leaves images as they are; they must then all have the same shape.
-    train_image_size: the same for train images only, for `resized_crop_flip`, which crops from larger images and
-        returns the network's size (Tiny-ImageNet: 64 with image_size 32). 0 is image_size.
-    channels: 1 is luminance (Rec. 601), 3 repeats grey; 0 is as stored (of a folder: as the first train image). Alpha
-        is dropped and 16-bit images become 8-bit.
-    train_split, test_split: split names, of TFDS also slices such as "train[:90%]"; of a folder its directories. The
-        two must not overlap. test_split "" is "test", else "validation" or "val".
-    train_limit, test_limit: keep at most this many images, spread evenly over the stored order and the same every time;
-        a smaller limit keeps a subset of a larger one. 0 keeps all.
-    normalization: mean and std are those published for the set if there are any and "computed" from the loaded train
-        images otherwise ("auto", of a stream: those of ImageNet), those of a named set, or 0 and 1 ("none").
-    stream: the splits hold a `Stream` and no labels. Needs image_size, the side of the square crops that the network
-        sees; the other fields below are of streams only.
-    resize_size: test images are resized to this shorter side, of which the central square stays; 0 is 8/7 of
-        image_size (256 for 224).
-    crop_scale, crop_ratio: least and largest area (as a share of the image's) and ratio of width to height of the
-        random part of a train image; (1, 1) and (1, 1) is always its central square.
-    workers: processes that read and decode; 0 does it in threads of this one, as many as it has CPU cores; -1 decides
-        between threads and as many processes by measurement, see `look_at`.
+    name: `digits` (1,797 grey 8x8 images inside scikit-learn, every fifth of each class is test:
+        1,437 / 360); `folder:PATH` (`PATH/train/CLASS/**/*.png` and `PATH/test/...` or
+        `PATH/val/...`; classes are numbered in sorted order; the official Tiny-ImageNet folder
+        works as it is; hidden files and folders do not count, a file counts once however many links
+        lead to it; see `decoding.FORMATS` for what is read); anything else is a set prepared by
+        TFDS as array_record, `name`, `name/config` or `name:version` (without a version the newest
+        there).
+    data_dir: of TFDS; "" is TFDS's own default, `TFDS_DATA_DIR` or `~/tensorflow_datasets`. Other
+        sets ignore it.
+    image_size: every image becomes a square of this side: its central square, resized (bilinear and
+        antialiased, see `decoding.resize`). 0 leaves images as they are; they must then all have
+        the same shape.
+    train_image_size: the same for train images only, for `resized_crop_flip`, which crops from
+        larger images and returns the network's size (Tiny-ImageNet: 64 with image_size 32). 0 is
+        image_size.
+    channels: 1 is luminance (Rec. 601), 3 repeats grey; 0 is as stored (of a folder: as the first
+        train image). Alpha is dropped and 16-bit images become 8-bit.
+    train_split, test_split: split names, of TFDS also slices such as "train[:90%]"; of a folder its
+        directories. The two must not overlap. test_split "" is "test", else "validation" or "val".
+    train_limit, test_limit: keep at most this many images, spread evenly over the stored order and
+        the same every time; a smaller limit keeps a subset of a larger one. 0 keeps all.
+    normalization: mean and std are those published for the set if there are any and "computed" from
+        the loaded train images otherwise ("auto", of a stream: those of ImageNet), those of a named
+        set, or 0 and 1 ("none").
+    stream: the splits hold a `Stream` and no labels. Needs image_size, the side of the square crops
+        that the network sees; the other fields below are of streams only.
+    resize_size: test images are resized to this shorter side, of which the central square stays; 0
+        is 8/7 of image_size (256 for 224).
+    crop_scale, crop_ratio: least and largest area (as a share of the image's) and ratio of width to
+        height of the random part of a train image; (1, 1) and (1, 1) is always its central square.
+    workers: processes that read and decode; 0 does it in threads of this one, as many as it has CPU
+        cores; -1 decides between threads and as many processes by measurement, see `look_at`.
     prefetch: batches read ahead.
-    unreadable: an image that cannot be decoded stops the run, or is replaced by a random other one (`skip`; in
-        evaluation it is left out).
+    unreadable: an image that cannot be decoded stops the run, or is replaced by a random other one
+        (`skip`; in evaluation it is left out).
     unreadable_share: a run that skips ends when more than this share of a split's images are lost.
-    orientation: images are used as they are stored (as by torchvision and TFDS; a warning tells if some are to be
-        turned), or turned and mirrored as their EXIF orientation says. For sets in memory too.
+    orientation: images are used as they are stored (as by torchvision and TFDS; a warning tells if
+        some are to be turned), or turned and mirrored as their EXIF orientation says. For sets in
+        memory too.
 
-    Raises ConfigError for whatever `check` finds, and for images that are damaged, of differing shape while their size
-    option is 0, in colour in a grey set, or without a label; of a stream `look_at` tells them.
+    Raises ConfigError for whatever `check` finds, and for images that are damaged, of differing
+    shape while their size option is 0, in colour in a grey set, or without a label; of a stream
+    `look_at` tells them.
     """
     options = dict(locals())
     opened = check_and_open(options)
@@ -147,7 +184,9 @@ def load(
         return streamed(opened, options)
     upright = orientation == "exif"
     train_size, convert = train_image_size or image_size, bool(channels)
-    train = decode_split(opened.train, train_limit, train_size, channels or opened.channels, convert, upright)
+    train = decode_split(
+        opened.train, train_limit, train_size, channels or opened.channels, convert, upright
+    )
     stored = train.images.shape[-1]
     test = decode_split(opened.test, test_limit, image_size, stored, convert, upright)
     check_labels(opened, "train", train.labels, train_limit)
@@ -155,13 +194,16 @@ def load(
     train, test = (Split(images, labels.astype(np.int32)) for images, labels in (train, test))
     shapes = [f"{split.images.shape[1]}x{split.images.shape[2]}" for split in (train, test)]
     if shapes[0] != shapes[1] and not train_image_size:
-        raise ConfigError(f"{name!r} has train images of {shapes[0]}, test images of {shapes[1]}; set image_size.")
+        raise ConfigError(
+            f"{name!r} has train images of {shapes[0]}, test images of {shapes[1]}; set image_size."
+        )
     mean, std = statistics(normalization, name, train.images)
     return Dataset(name, train, test, opened.num_classes, mean, std)
 
 
 def check(**options) -> None:
-    """Raises ConfigError if `load(**options)` could not start: a wrong option, or a set that is not there.
+    """Raises ConfigError if `load(**options)` could not start: a wrong option, or a set that is not
+    there.
 
     Reads names and metadata only, no image.
     """
@@ -174,8 +216,12 @@ def check_and_open(options: Mapping[str, Any]) -> Opened:
     check_stream(options)
     for field in ("name", "data_dir", "train_split", "test_split"):
         if "\0" in options[field]:
-            raise ConfigError(f"config.data.{field} is {options[field]!r}; allowed: text without zero bytes.")
-    opened = open_set(*(options[field] for field in ("name", "data_dir", "train_split", "test_split")))
+            raise ConfigError(
+                f"config.data.{field} is {options[field]!r}; allowed: text without zero bytes."
+            )
+    opened = open_set(
+        *(options[field] for field in ("name", "data_dir", "train_split", "test_split"))
+    )
     check_sizes(opened, options)
     if stored := options["channels"] or opened.channels:
         check_normalization(chosen_normalization(options), stored)
@@ -183,22 +229,42 @@ def check_and_open(options: Mapping[str, Any]) -> Opened:
 
 
 def check_stream(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError for options of streams without one, and for those that a stream cannot have."""
+    """Raises ConfigError for options of streams without one, and for those that a stream cannot
+    have.
+    """
     given = lambda name: f"config.data.{name} is {options[name]!r}"
     if not options["stream"]:
-        fields = ("resize_size", "crop_scale", "crop_ratio", "workers", "prefetch", "unreadable", "unreadable_share")
+        fields = (
+            "resize_size",
+            "crop_scale",
+            "crop_ratio",
+            "workers",
+            "prefetch",
+            "unreadable",
+            "unreadable_share",
+        )
         for name in fields:
             if options[name] != defaults(load)[name]:
-                raise ConfigError(f"{given(name)}, which only a stream uses; set config.data.stream=True.")
+                raise ConfigError(
+                    f"{given(name)}, which only a stream uses; set config.data.stream=True."
+                )
         return
     if not options["image_size"]:
-        raise ConfigError("config.data.stream needs config.data.image_size, the side of its crops, e.g. 224.")
+        raise ConfigError(
+            "config.data.stream needs config.data.image_size, the side of its crops, e.g. 224."
+        )
     if options["train_image_size"]:
-        raise ConfigError(f"{given('train_image_size')}; a stream crops train images to image_size: set it to 0.")
+        raise ConfigError(
+            f"{given('train_image_size')}; a stream crops train images to image_size: set it to 0."
+        )
     if options["normalization"] == "computed":
-        raise ConfigError(f"{given('normalization')}, which needs all images in memory; name a set, or 'none'.")
+        raise ConfigError(
+            f"{given('normalization')}, which needs all images in memory; name a set, or 'none'."
+        )
     if 0 < options["resize_size"] < options["image_size"]:
-        raise ConfigError(f"{given('resize_size')}; allowed: from image_size, {options['image_size']}, or 0.")
+        raise ConfigError(
+            f"{given('resize_size')}; allowed: from image_size, {options['image_size']}, or 0."
+        )
     for name in ("crop_scale", "crop_ratio"):
         low, high = options[name]
         if not 0 < low <= high:
@@ -206,7 +272,9 @@ def check_stream(options: Mapping[str, Any]) -> None:
 
 
 def check_sizes(opened: Opened, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError for sizes of images that the machine's memory cannot hold, before any is decoded."""
+    """Raises ConfigError for sizes of images that the machine's memory cannot hold, before any is
+    decoded.
+    """
     size, train_size = options["image_size"], options["train_image_size"]
     for source, limit, side in (
         (opened.train, options["train_limit"], train_size or size),
@@ -217,26 +285,34 @@ def check_sizes(opened: Opened, options: Mapping[str, Any]) -> None:
 
 
 def check_memory(shape: tuple[int, ...]) -> None:
-    """Raises ConfigError if uint8 images of `shape`, [N, H, W, C], need more than the machine's whole memory."""
+    """Raises ConfigError if uint8 images of `shape`, [N, H, W, C], need more than the machine's
+    whole memory.
+    """
     needed, there = math.prod(shape), host_memory()
     if needed > there:
         raise ConfigError(
-            f"{shape[0]} images of {shape[1]}x{shape[2]} need {needed / 2**30:.4g} GiB, this machine has "
-            f"{there / 2**30:.4g}; allowed: a smaller config.data.image_size, fewer images (train_limit, test_limit), "
+            f"{shape[0]} images of {shape[1]}x{shape[2]} need {needed / 2**30:.4g} GiB, this "
+            "machine has "
+            f"{there / 2**30:.4g}; allowed: a smaller config.data.image_size, fewer images "
+            "(train_limit, test_limit), "
             "or config.data.stream=True, which reads them while it trains."
         )
 
 
 def check_labels(opened: Opened, split: str, labels: np.ndarray, limit: int) -> None:
-    """Raises ConfigError for labels of a decoded split that are no classes, with the first image that has one."""
+    """Raises ConfigError for labels of a decoded split that are no classes, with the first image
+    that has one.
+    """
     wrong = (labels < 0) | (labels >= opened.num_classes)
     if not wrong.any():
         return
     source = getattr(opened, split)
     first = spread(source.size, limit)[int(np.argmax(wrong))]
     raise ConfigError(
-        f"the split used for {split} has labels {labels.min()}..{labels.max()} where 0..{opened.num_classes - 1} are "
-        f"classes, the first wrong one of {source.describe(first)}; unlabelled splits cannot be used, name another one "
+        f"the split used for {split} has labels {labels.min()}..{labels.max()} where "
+        f"0..{opened.num_classes - 1} are "
+        f"classes, the first wrong one of {source.describe(first)}; unlabelled splits cannot be "
+        "used, name another one "
         f"through config.data.{split}_split."
     )
 
@@ -245,7 +321,10 @@ def streamed(opened: Opened, options: dict[str, Any]) -> Dataset:
     """The set of `load`'s options with a `Stream` for each split."""
     splits, name, size = [], options["name"], options["image_size"]
     channels = options["channels"] or opened.channels
-    for source, limit in ((opened.train, options["train_limit"]), (opened.test, options["test_limit"])):
+    for source, limit in (
+        (opened.train, options["train_limit"]),
+        (opened.test, options["test_limit"]),
+    ):
         indices = np.asarray(spread(source.size, limit))
         channels = channels or first_channels(source, indices)
         shape = (len(indices), size, size, channels)
@@ -264,10 +343,12 @@ def first_channels(source: Source, indices: Sequence[int]) -> int:
 
 
 def look_at(images: Stream) -> Stream:
-    """Decodes `LOOKED_AT` images of a stream, evenly spread, so that mistakes are told before anything starts.
+    """Decodes `LOOKED_AT` images of a stream, evenly spread, so that mistakes are told before
+    anything starts.
 
-    Returns it with `workers` decided: some of the images are decoded one after the other, the rest in threads.
-    Raises ConfigError for a label that is no class, and for images that cannot be decoded if they would stop the run.
+    Returns it with `workers` decided: some of the images are decoded one after the other, the rest
+    in threads. Raises ConfigError for a label that is no class, and for images that cannot be
+    decoded if they would stop the run.
     """
     source, options = images.source, images.options
     sample = images.indices[spread(len(images.indices), LOOKED_AT)].tolist()
@@ -290,7 +371,9 @@ def look_at(images: Stream) -> Stream:
     alone, together = between - started, time.perf_counter() - between
     lost = [reason for reason, _ in seen if reason]
     if lost and options["unreadable"] == "stop":
-        raise ConfigError(f"{lost[0]} config.data.unreadable='skip' goes on without such images and counts them.")
+        raise ConfigError(
+            f"{lost[0]} config.data.unreadable='skip' goes on without such images and counts them."
+        )
     check_losses(lost, len(sample), options)
     turned = [source.describe(index) for index, (_, way) in zip(sample, seen) if way != 1]
     tell_orientation(turned, len(sample), options["orientation"] == "exif")
@@ -308,9 +391,9 @@ def usable_cores() -> int:
 def choose_workers(count: int, cores: int, alone: float, together: float) -> tuple[int, str]:
     """(number of processes, 0 for threads; the choice in words) to read `count` images.
 
-    alone, together: images a second decoded by one thread and by a thread per core. Processes take seconds to start and
-    copy what they read. They are worth it where threads leave half of at least four cores idle and an epoch takes a
-    minute and more.
+    alone, together: images a second decoded by one thread and by a thread per core. Processes take
+    seconds to start and copy what they read. They are worth it where threads leave half of at least
+    four cores idle and an epoch takes a minute and more.
     """
     measured = f"{together:.4g} images/s in {cores} threads, {alone:.4g} in one"
     if cores >= 4 and together < cores * alone / 2 and count / together > 60:
@@ -319,10 +402,13 @@ def choose_workers(count: int, cores: int, alone: float, together: float) -> tup
 
 
 def check_losses(lost: Sequence[str], total: int, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError if more than the allowed share of `total` images are lost; lost: their names."""
+    """Raises ConfigError if more than the allowed share of `total` images are lost; lost: their
+    names.
+    """
     if len(lost) > options["unreadable_share"] * total:
         raise ConfigError(
-            f"{len(lost)} of {total} images cannot be read, e.g. {lost[0].rstrip('.')}; allowed: a share of "
+            f"{len(lost)} of {total} images cannot be read, e.g. {lost[0].rstrip('.')}; allowed: "
+            "a share of "
             f"{options['unreadable_share']}, config.data.unreadable_share."
         )
 
@@ -331,17 +417,21 @@ def tell_orientation(names: Sequence[str], total: int, upright: bool) -> None:
     """Warns of images that are to be turned and are not."""
     if names and not upright:
         warnings.warn(
-            f"{len(names)} of {total} images are to be turned by their EXIF orientation, e.g. {names[0]}; they are "
+            f"{len(names)} of {total} images are to be turned by their EXIF orientation, e.g. "
+            f"{names[0]}; they are "
             "used as stored. config.data.orientation='exif' turns them.",
             stacklevel=4,
         )
 
 
-def decode_split(source: Source, limit: int, size: int, channels: int, convert: bool, upright: bool = False) -> Split:
-    """Read and decode `source` in a pool of threads (OpenCV and the reader release the interpreter lock).
+def decode_split(
+    source: Source, limit: int, size: int, channels: int, convert: bool, upright: bool = False
+) -> Split:
+    """Read and decode `source` in a pool of threads (OpenCV and the reader release the interpreter
+    lock).
 
-    size: see `fit`. channels 0: as the first image. convert: colour may become grey. upright: see `decode`. The labels
-    are int64, as stored.
+    size: see `fit`. channels 0: as the first image. convert: colour may become grey. upright: see
+    `decode`. The labels are int64, as stored.
     """
     indices = spread(source.size, limit)
     first, _ = decoded(source, indices[0], upright)
@@ -356,11 +446,15 @@ def decode_split(source: Source, limit: int, size: int, channels: int, convert: 
         for position, (index, (payload, label)) in enumerate(zip(chunk, source.read(chunk)), start):
             image = to_array(payload, source.describe(index), upright=upright)
             if image.ndim == 3 and target == 1 and not convert:
-                raise ConfigError(f"{source.describe(index)} is in colour, the set is grey; set channels to 1 or 3.")
+                raise ConfigError(
+                    f"{source.describe(index)} is in colour, the set is grey; set channels to 1 "
+                    "or 3."
+                )
             image = fit(image, size, target)
             if image.shape != shape:
                 raise ConfigError(
-                    f"{source.describe(index)} is {image.shape[0]}x{image.shape[1]}, {source.describe(indices[0])} is "
+                    f"{source.describe(index)} is {image.shape[0]}x{image.shape[1]}, "
+                    f"{source.describe(indices[0])} is "
                     f"{shape[0]}x{shape[1]}; set image_size, images of differing sizes need one."
                 )
             images[position], labels[position] = image, label
@@ -383,7 +477,9 @@ def reading_pool() -> concurrent.futures.ThreadPoolExecutor:
 
 
 def decoded(source: Source, index: int, upright: bool = False) -> tuple[np.ndarray, int]:
-    """Image `index` (see `decode`) and its label; raises UnreadableError where it cannot be read or decoded."""
+    """Image `index` (see `decode`) and its label; raises UnreadableError where it cannot be read or
+    decoded.
+    """
     ((payload, label),) = source.read([index])
     return to_array(payload, source.describe(index), upright=upright), label
 
@@ -406,10 +502,11 @@ def orientation_of(payload: Any) -> int:
 
 
 def spread(size: int, limit: int) -> list[int]:
-    """`limit` (0: all) of the indices 0..size-1, ascending, evenly spread and nested in those of a larger limit.
+    """`limit` (0: all) of the indices 0..size-1, ascending, evenly spread and nested in those of a
+    larger limit.
 
-    Multiples of the golden ratio, modulo 1, visit every stretch of the order equally often: sets stored class by class
-    keep their proportions, and no period in the order is picked up.
+    Multiples of the golden ratio, modulo 1, visit every stretch of the order equally often: sets
+    stored class by class keep their proportions, and no period in the order is picked up.
     """
     if not limit or limit >= size:
         return list(range(size))
@@ -417,7 +514,8 @@ def spread(size: int, limit: int) -> list[int]:
 
 
 def spread_order(size: int, start: float = 0.0) -> np.ndarray:
-    """The indices 0..size-1 in an order of which every stretch is spread evenly over them; see `spread`.
+    """The indices 0..size-1 in an order of which every stretch is spread evenly over them; see
+    `spread`.
 
     start: in [0, 1), where the multiples of the golden ratio begin.
     """
@@ -428,8 +526,8 @@ def spread_order(size: int, start: float = 0.0) -> np.ndarray:
 class FixedSample(NamedTuple):
     """Which images stand for a whole split where a number of them is asked for.
 
-    rule: "spread" evenly over its stored order, another sample for each seed, or the "first". A larger sample holds
-    the smaller ones of its seed; a sample of all keeps the stored order.
+    rule: "spread" evenly over its stored order, another sample for each seed, or the "first". A
+    larger sample holds the smaller ones of its seed; a sample of all keeps the stored order.
     """
 
     rule: Literal["spread", "first"] = "spread"
@@ -457,15 +555,21 @@ def chosen_normalization(options: Mapping[str, Any]) -> str:
 
 
 def check_normalization(normalization: str, channels: int) -> None:
-    if normalization in NORMALIZATIONS and len(NORMALIZATIONS[normalization].mean) not in (1, channels):
+    if normalization in NORMALIZATIONS and len(NORMALIZATIONS[normalization].mean) not in (
+        1,
+        channels,
+    ):
         raise ConfigError(
-            f"config.data.normalization {normalization!r} is for 3 channels, the images have {channels}; use "
+            f"config.data.normalization {normalization!r} is for 3 channels, the images have "
+            f"{channels}; use "
             "'computed' (a stream: 'none'), or set channels to 3."
         )
 
 
 def statistics(normalization: str, name: str, images: np.ndarray) -> Normalization:
-    """Mean and std of each channel for `load`'s option; those of grey sets are repeated for replicated channels."""
+    """Mean and std of each channel for `load`'s option; those of grey sets are repeated for
+    replicated channels.
+    """
     channels = images.shape[-1]
     known = published(normalization, name, channels)
     if known is not None:
@@ -473,12 +577,17 @@ def statistics(normalization: str, name: str, images: np.ndarray) -> Normalizati
     # Exact, from counts of the 256 values; in parts, since bincount copies to int64.
     parts = range(0, len(images), 2000)
     counts = np.array(
-        [sum(np.bincount(images[i : i + 2000, ..., c].ravel(), minlength=256) for i in parts) for c in range(channels)]
+        [
+            sum(np.bincount(images[i : i + 2000, ..., c].ravel(), minlength=256) for i in parts)
+            for c in range(channels)
+        ]
     )
     values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
     mean = shares @ values
     std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
-    return Normalization(tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist()))  # a constant channel becomes 0
+    return Normalization(
+        tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
+    )  # a constant channel becomes 0
 
 
 def published(normalization: str, name: str, channels: int) -> Normalization | None:
@@ -486,26 +595,34 @@ def published(normalization: str, name: str, channels: int) -> Normalization | N
     check_normalization(normalization, channels)
     if normalization == "none":
         return Normalization((0.0,) * channels, (1.0,) * channels)
-    row = NORMALIZATIONS.get(re.split("[:/]", name)[0] if normalization == "auto" else normalization)
+    row = NORMALIZATIONS.get(
+        re.split("[:/]", name)[0] if normalization == "auto" else normalization
+    )
     if row is None or len(row.mean) not in (1, channels):
         return None
     return Normalization(*(values * (channels // len(values)) for values in row))
 
 
-def preprocess(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32) -> jax.Array:
-    """`(images / 255 - mean) / std` as `dtype`: uint8 [..., C] and C means and stds. Computed in float32."""
+def preprocess(
+    images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32
+) -> jax.Array:
+    """`(images / 255 - mean) / std` as `dtype`: uint8 [..., C] and C means and stds. Computed in
+    float32.
+    """
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
     return (images.astype(jnp.float32) * (1 / (255 * std)) - mean / std).astype(dtype)
 
 
-# Augmentation: uint8 [B, H, W, C] -> the same, drawn independently for each image; pure, for use inside jit
+# Augmentation: uint8 [B, H, W, C] -> the same, drawn independently for each image; pure, for use
+# inside jit
 
 
 def shift_flip(images: jax.Array, offsets: jax.Array, flips: jax.Array, padding: int) -> jax.Array:
-    """Crop [H, W] at `offsets` (int [B, 2], 0..2*padding) from images padded with 0, mirrored where `flips` (bool [B]).
+    """Crop [H, W] at `offsets` (int [B, 2], 0..2*padding) from images padded with 0, mirrored where
+    `flips` (bool [B]).
 
-    One gather with the mirror folded into its column index: 0.2 ms for 128 CIFAR images on 2 CPU cores, where
-    selecting among the 81 shifts takes 10 ms.
+    One gather with the mirror folded into its column index: 0.2 ms for 128 CIFAR images on 2 CPU
+    cores, where selecting among the 81 shifts takes 10 ms.
     """
     batch, height, width, _ = images.shape
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
@@ -527,7 +644,9 @@ def flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def pad_crop(key: jax.Array, images: jax.Array, padding: int = 4) -> jax.Array:
-    """Pad with black (before normalisation, as torchvision's RandomCrop does) and crop the old size at random."""
+    """Pad with black (before normalisation, as torchvision's RandomCrop does) and crop the old size
+    at random.
+    """
     offsets = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
     return shift_flip(images, offsets, jnp.zeros(len(images), bool), padding)
 
@@ -536,33 +655,45 @@ def pad_crop_flip(key: jax.Array, images: jax.Array, padding: int = 4) -> jax.Ar
     """`pad_crop`, then `flip`: the usual augmentation of CIFAR."""
     crop_key, flip_key = jax.random.split(key)
     offsets = jax.random.randint(crop_key, (len(images), 2), 0, 2 * padding + 1)
-    return shift_flip(images, offsets, jax.random.bernoulli(flip_key, shape=(len(images),)), padding)
+    return shift_flip(
+        images, offsets, jax.random.bernoulli(flip_key, shape=(len(images),)), padding
+    )
 
 
 def resized_crop_flip(key: jax.Array, images: jax.Array, size: int = 0) -> jax.Array:
-    """A random box of each image, resized to `size` x `size` (0: the old size) and mirrored with probability 1/2.
+    """A random box of each image, resized to `size` x `size` (0: the old size) and mirrored with
+    probability 1/2.
 
-    The box has 8 % to 100 % of the area and a ratio of width to height of 3/4 to 4/3, drawn as torchvision's
-    RandomResizedCrop does: ten attempts, else the largest central box with an allowed ratio. Resizing is bilinear,
-    antialiased; at the box's edge it sees the neighbouring pixels of the image, where torchvision sees the box only.
+    The box has 8 % to 100 % of the area and a ratio of width to height of 3/4 to 4/3, drawn as
+    torchvision's RandomResizedCrop does: ten attempts, else the largest central box with an allowed
+    ratio. Resizing is bilinear, antialiased; at the box's edge it sees the neighbouring pixels of
+    the image, where torchvision sees the box only.
     """
     height, width = images.shape[1:3]
     box_key, flip_key = jax.random.split(key)
     boxes = jax.vmap(lambda k: random_box(k, height, width))(jax.random.split(box_key, len(images)))
-    resized = jax.vmap(lambda image, box: resize_box(image, box, size or height, size or width))(images, boxes)
+    resized = jax.vmap(lambda image, box: resize_box(image, box, size or height, size or width))(
+        images, boxes
+    )
     return flip(flip_key, resized)
 
 
 def random_box(key: jax.Array, height: int, width: int, attempts: int = 10) -> jax.Array:
-    """(top, left, height, width), float32 whole numbers, of a box inside the image; see `resized_crop_flip`."""
+    """(top, left, height, width), float32 whole numbers, of a box inside the image; see
+    `resized_crop_flip`.
+    """
     area_key, ratio_key, place_key = jax.random.split(key, 3)
     area = height * width * jax.random.uniform(area_key, (attempts,), minval=0.08, maxval=1.0)
     log_ratio = jnp.log(jnp.array([3 / 4, 4 / 3]))
-    ratio = jnp.exp(jax.random.uniform(ratio_key, (attempts,), minval=log_ratio[0], maxval=log_ratio[1]))
+    ratio = jnp.exp(
+        jax.random.uniform(ratio_key, (attempts,), minval=log_ratio[0], maxval=log_ratio[1])
+    )
     sizes = jnp.round(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)], axis=1))
     image = jnp.array([height, width], jnp.float32)
     fits = jnp.all((sizes >= 1) & (sizes <= image), axis=1)
-    central = jnp.array([min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))], jnp.float32)
+    central = jnp.array(
+        [min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))], jnp.float32
+    )
     box = jnp.where(fits.any(), sizes[jnp.argmax(fits)], central)
     places = jnp.floor(jax.random.uniform(place_key, (2,)) * (image - box + 1))
     corner = jnp.where(fits.any(), jnp.minimum(places, image - box), (image - box) // 2)
@@ -570,11 +701,19 @@ def random_box(key: jax.Array, height: int, width: int, attempts: int = 10) -> j
 
 
 def resize_box(image: jax.Array, box: jax.Array, height: int, width: int) -> jax.Array:
-    """The part `box` (top, left, height, width; traced) of a uint8 [H, W, C] image, resized to [height, width, C]."""
+    """The part `box` (top, left, height, width; traced) of a uint8 [H, W, C] image, resized to
+    [height, width, C].
+    """
     scale = jnp.array([height, width], jnp.float32) / box[2:]
     shape = (height, width, image.shape[2])
     resized = jax.image.scale_and_translate(
-        image.astype(jnp.float32), shape, (0, 1), scale, -box[:2] * scale, method="linear", antialias=True
+        image.astype(jnp.float32),
+        shape,
+        (0, 1),
+        scale,
+        -box[:2] * scale,
+        method="linear",
+        antialias=True,
     )
     return jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
 
@@ -588,11 +727,14 @@ AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-def make_augmentation(name: str, dataset: Dataset, where: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """`fn(key, images)` of the table which turns `dataset`'s train images into images of the test images' size.
+def make_augmentation(
+    name: str, dataset: Dataset, where: str
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`fn(key, images)` of the table which turns `dataset`'s train images into images of the test
+    images' size.
 
-    where: the setting that holds `name`, for errors. Raises ConfigError for an unknown name, and for train images of
-    another size (`train_image_size`) with an augmentation that keeps sizes.
+    where: the setting that holds `name`, for errors. Raises ConfigError for an unknown name, and
+    for train images of another size (`train_image_size`) with an augmentation that keeps sizes.
     """
     function = lookup(AUGMENTATIONS, name, where)
     stored, wanted = dataset.train.images.shape[1:3], dataset.test.images.shape[1:3]
@@ -600,7 +742,9 @@ def make_augmentation(name: str, dataset: Dataset, where: str) -> Callable[[jax.
         return function
     if name != "resized_crop_flip" or wanted[0] != wanted[1]:
         raise ConfigError(
-            f"{where} is {name!r}, which keeps the train images at {stored[0]}x{stored[1]} while the network sees "
-            f"{wanted[0]}x{wanted[1]}; use 'resized_crop_flip' with square images, or drop train_image_size."
+            f"{where} is {name!r}, which keeps the train images at {stored[0]}x{stored[1]} while "
+            "the network sees "
+            f"{wanted[0]}x{wanted[1]}; use 'resized_crop_flip' with square images, or drop "
+            "train_image_size."
         )
     return functools.partial(resized_crop_flip, size=wanted[0])

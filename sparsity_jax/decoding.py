@@ -1,7 +1,9 @@
-"""Encoded images as uint8 arrays: which formats are read, what is damaged, which way is up, and how images shrink.
+"""Encoded images as uint8 arrays: which formats are read, what is damaged, which way is up, and how
+images shrink.
 
-OpenCV decodes all formats but PGM and its relatives. What it would read wrongly, or only in some of its versions, is
-refused here, so that every allowed version gives the same images. `tests/test_decoding.py` compares with Pillow.
+OpenCV decodes all formats but PGM and its relatives. What it would read wrongly, or only in some of
+its versions, is refused here, so that every allowed version gives the same images.
+`tests/test_decoding.py` compares with Pillow.
 """
 
 import re
@@ -13,10 +15,24 @@ import cv2
 import numpy as np
 from PIL import Image
 
-DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION  # 8 bit, grey or BGR, no alpha, not turned
+DECODE = (
+    cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION
+)  # 8 bit, grey or BGR, no alpha, not turned
 SMALLEST = 64  # OpenCV's flag that decodes a JPEG at 1/8 of its size
 JPEGS = (".jfif", ".jpe", ".jpeg", ".jpg")
-SUFFIXES = (".bmp", ".dib", *JPEGS, ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    ".bmp",
+    ".dib",
+    *JPEGS,
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 FORMATS = {  # what a file of the format begins with; those that are read
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -36,7 +52,12 @@ OTHER_FORMATS = {  # images that are not read
 }
 STARTS = (*FORMATS.items(), *OTHER_FORMATS.items())
 START = re.compile(b"|".join(b"(%s)" % start for _, start in STARTS), re.DOTALL)
-TIFF_COLOURS = {5: "CMYK", 8: "CIELAB", 9: "CIELAB", 10: "CIELAB"}  # of which OpenCV makes something else
+TIFF_COLOURS = {
+    5: "CMYK",
+    8: "CIELAB",
+    9: "CIELAB",
+    10: "CIELAB",
+}  # of which OpenCV makes something else
 
 
 def format_of(data: bytes) -> str:
@@ -46,10 +67,11 @@ def format_of(data: bytes) -> str:
 
 
 def decode(data: bytes, reduced: int = 0, upright: bool = False) -> np.ndarray | None:
-    """uint8 [H, W] (grey) or [H, W, 3] (BGR, OpenCV's order); None if `data` is not a whole image of `FORMATS`.
+    """uint8 [H, W] (grey) or [H, W, 3] (BGR, OpenCV's order); None if `data` is not a whole image
+    of `FORMATS`.
 
-    16-bit images become 8-bit, of several pages the first counts, alpha is dropped. `why_not` tells the reason for
-    None.
+    16-bit images become 8-bit, of several pages the first counts, alpha is dropped. `why_not` tells
+    the reason for None.
     reduced: 0, or OpenCV's flag for 1/2, 1/4, 1/8 of the size: 16, 32, 64.
     upright: turned and mirrored as the EXIF orientation says.
     """
@@ -77,8 +99,13 @@ def decode_with_opencv(data: bytes, name: str, reduced: int) -> np.ndarray | Non
 
 
 def why_not(data: bytes) -> str:
-    """The reason why `decode` gave None, as the end of a sentence that begins with the image's name."""
-    return why_unreadable(data, format_of(data)) or "is not an image that can be decoded; is it damaged?"
+    """The reason why `decode` gave None, as the end of a sentence that begins with the image's
+    name.
+    """
+    return (
+        why_unreadable(data, format_of(data))
+        or "is not an image that can be decoded; is it damaged?"
+    )
 
 
 def why_unreadable(data: bytes, name: str) -> str:
@@ -95,11 +122,13 @@ def why_unreadable(data: bytes, name: str) -> str:
     return ""
 
 
-# JPEG --------------------------------------------------------------------------------------------------------
+# JPEG ---------------------------------------------------------------------------------------------
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end) of the segments of a JPEG before its first scan, and of that scan's header."""
+    """(marker, start, end) of the segments of a JPEG before its first scan, and of that scan's
+    header.
+    """
     at = 2 if data[:2] == b"\xff\xd8" else len(data)
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -114,7 +143,9 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def jpeg_shape(data: bytes) -> tuple[int, int] | None:
-    """(height, width) in the frame header of a JPEG; None if `data` is something else, or not a plain one."""
+    """(height, width) in the frame header of a JPEG; None if `data` is something else, or not a
+    plain one.
+    """
     for marker, start, end in jpeg_segments(data):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if end < start + 5 or len(data) < start + 5:
@@ -131,14 +162,16 @@ def reduction(data: Any) -> int:
 
 
 def is_whole_jpeg(data: bytes) -> bool:
-    """Whether the end-of-image marker follows the first scan; in the pixels themselves it cannot occur."""
+    """Whether the end-of-image marker follows the first scan; in the pixels themselves it cannot
+    occur.
+    """
     for marker, _, end in jpeg_segments(data):
         if marker == 0xDA:
             return data.find(b"\xff\xd9", end) >= 0
     return False
 
 
-# Orientation -------------------------------------------------------------------------------------------------
+# Orientation --------------------------------------------------------------------------------------
 
 
 def orientation(data: bytes) -> int:
@@ -162,7 +195,9 @@ def orientation(data: bytes) -> int:
 
 
 def chunk(data: bytes, wanted: bytes, at: int, size_format: str, *, size_first: bool) -> bytes:
-    """Content of the first chunk `wanted` from `at` on, b"" if there is none: of PNG (size first) or RIFF."""
+    """Content of the first chunk `wanted` from `at` on, b"" if there is none: of PNG (size first)
+    or RIFF.
+    """
     while at + 8 <= len(data):
         first, second = data[at : at + 4], data[at + 4 : at + 8]
         size_bytes, name = (first, second) if size_first else (second, first)
@@ -185,11 +220,13 @@ def turned(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-# TIFF --------------------------------------------------------------------------------------------------------
+# TIFF ---------------------------------------------------------------------------------------------
 
 
 def tiff_tags(data: bytes) -> dict[int, int]:
-    """First value of each whole-number tag of the first page of a TIFF, or of an EXIF block; {} if it is none."""
+    """First value of each whole-number tag of the first page of a TIFF, or of an EXIF block; {} if
+    it is none.
+    """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
     if order is None or len(data) < 8:
         return {}
@@ -219,7 +256,10 @@ def why_not_tiff(data: bytes) -> str:
     if colours not in (None, "CMYK"):
         return f"is a TIFF with {colours} colours, which are not read; convert it to RGB."
     if tags.get(339, 1) != 1 or tags.get(258, 1) not in (1, 2, 4, 8, 16):
-        return "is a TIFF of floating-point, signed or wide numbers; allowed: 8 or 16 bits without sign."
+        return (
+            "is a TIFF of floating-point, signed or wide numbers; allowed: 8 or 16 bits without "
+            "sign."
+        )
     return ""
 
 
@@ -229,7 +269,7 @@ def has_alpha(data: bytes) -> bool:
     return tags.get(262) == 2 and tags.get(277, 1) == 4
 
 
-# PGM and its relatives ---------------------------------------------------------------------------------------
+# PGM and its relatives ----------------------------------------------------------------------------
 
 
 def decode_pnm(data: bytes) -> np.ndarray | None:
@@ -286,15 +326,16 @@ def binary_values(body: bytes, width: int, count: int, maximum: int) -> np.ndarr
     return np.frombuffer(body, kind, count) if len(body) >= count * kind.itemsize else None
 
 
-# Size and channels -------------------------------------------------------------------------------------------
+# Size and channels --------------------------------------------------------------------------------
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [H, W] or [H, W, 3] at another size, each axis for itself, bilinear and antialiased.
 
-    The rule is Pillow's BILINEAR, torchvision's with `antialias`: an axis that shrinks n times is averaged with a
-    triangle of 2 n pixels, one that grows is interpolated. Results are at most one grey level from Pillow's, which
-    computes the average here; OpenCV has none such, but interpolates several times faster.
+    The rule is Pillow's BILINEAR, torchvision's with `antialias`: an axis that shrinks n times is
+    averaged with a triangle of 2 n pixels, one that grows is interpolated. Results are at most one
+    grey level from Pillow's, which computes the average here; OpenCV has none such, but
+    interpolates several times faster.
     """
     rows, columns = image.shape[:2]
     if height >= rows and width >= columns:

@@ -1,4 +1,6 @@
-"""What a config can say: every field with its type, its default and its value, below the text that explains them."""
+"""What a config can say: every field with its type, its default and its value, below the text that
+explains them.
+"""
 
 import inspect
 import typing
@@ -9,15 +11,23 @@ from sparsity_jax import data, models, pipeline, tables
 
 
 def describe(config: Mapping) -> str:
-    """The fields of a config, of its data and model, and of all its stages. Raises ConfigError for an unknown name."""
-    return "\n".join(line for part in parts(pipeline.plain(config)) for line in (*part_lines(*part), ""))
+    """The fields of a config, of its data and model, and of all its stages. Raises ConfigError for
+    an unknown name.
+    """
+    return "\n".join(
+        line for part in parts(pipeline.plain(config)) for line in (*part_lines(*part), "")
+    )
 
 
 def parts(config: Mapping) -> Iterator[tuple[str, Callable, Mapping]]:
-    """(place, function or class whose parameters are the options, values there) of every part of a config."""
+    """(place, function or class whose parameters are the options, values there) of every part of a
+    config.
+    """
     known = tables.parameters(pipeline.settings)
     parts_of_their_own = ("data", "model")
-    common = {name: config[name] for name in known if name in config and name not in parts_of_their_own}
+    common = {
+        name: config[name] for name in known if name in config and name not in parts_of_their_own
+    }
     yield "config", pipeline.settings, common
     yield "config.data", data.load, config["data"]
     model = tables.lookup(models.MODELS, config["model"].get("name"), "config.model.name")
@@ -44,6 +54,10 @@ def part_lines(place: str, options: Callable, values: Mapping) -> Iterator[str]:
 
 
 def is_other(name: str, values: Mapping, defaults: Mapping) -> bool:
-    """Whether the config has another value than the default; lists are the tuples that JSON has made lists of."""
+    """Whether the config has another value than the default; lists are the tuples that JSON has
+    made lists of.
+    """
     as_plain = lambda value: list(value) if isinstance(value, tuple) else value
-    return name in values and (name not in defaults or as_plain(defaults[name]) != as_plain(values[name]))
+    return name in values and (
+        name not in defaults or as_plain(defaults[name]) != as_plain(values[name])
+    )

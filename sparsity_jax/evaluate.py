@@ -1,15 +1,19 @@
-"""What a saved network is worth: `python -m sparsity_jax.evaluate --workdir DIR` for any run, finished or not.
+"""What a saved network is worth: `python -m sparsity_jax.evaluate --workdir DIR` for any run,
+finished or not.
 
-    python -m sparsity_jax.evaluate --workdir runs/flow --train --latency --json flow.json --export flow_network
+    python -m sparsity_jax.evaluate --workdir runs/flow --train --latency --json flow.json --export
+    flow_network
 
-Rebuilds network and data from the run's config.json, restores its newest checkpoint, and tells accuracy, loss,
-parameters, FLOPs, bytes and, if asked, measured time, for every member of a sweep. Where whole channels are masked, the
-network without them (compact) stands beside the dense one. `export` writes a network that runs without this library,
-`load` reads it back into it; `export_torch` writes the dense one's weights for PyTorch.
+Rebuilds network and data from the run's config.json, restores its newest checkpoint, and tells
+accuracy, loss, parameters, FLOPs, bytes and, if asked, measured time, for every member of a sweep.
+Where whole channels are masked, the network without them (compact) stands beside the dense one.
+`export` writes a network that runs without this library, `load` reads it back into it;
+`export_torch` writes the dense one's weights for PyTorch.
 
-Options of the evaluation of arXiv:2009.11839 (eval.py) and what stands for them: `model`, `pruned` and `num_classes`:
-the run itself says; `model_path`: --workdir; `data_path`: --data_dir or --data; `train_acc`: --train; `test_acc`,
-`flops`, `compression`: always told; `download`: `python -m sparsity_jax.prepare`.
+Options of the evaluation of arXiv:2009.11839 (eval.py) and what stands for them: `model`, `pruned`
+and `num_classes`: the run itself says; `model_path`: --workdir; `data_path`: --data_dir or --data;
+`train_acc`: --train; `test_acc`, `flops`, `compression`: always told; `download`: `python -m
+sparsity_jax.prepare`.
 """
 
 import argparse
@@ -53,27 +57,42 @@ Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 Statistics = Literal["run", "data"]
 FORMAT = 2  # of an exported folder
 MORE_MEMORY = (
-    "Lower --batch_size if --latency fills it, or evaluate where there is more: with JAX_PLATFORMS=cpu in the "
+    "Lower --batch_size if --latency fills it, or evaluate where there is more: with "
+    "JAX_PLATFORMS=cpu in the "
     "environment the memory of the host counts."
 )
 VARIABLES, PROGRAM, ABOUT = "variables.npz", "network.stablehlo", "network.json"
 USE = (  # lines that need jax and flatbuffers only, and one on the arrays alone
     "import hashlib, jax.export, json, pathlib",
-    f"program, about = pathlib.Path('{PROGRAM}').read_bytes(), json.loads(pathlib.Path('{ABOUT}').read_text())",
-    f"assert hashlib.sha256(program).hexdigest() == about['sha256']['{PROGRAM}']  # it is as it was written",
+    (
+        f"program, about = pathlib.Path('{PROGRAM}').read_bytes(), "
+        f"json.loads(pathlib.Path('{ABOUT}').read_text())"
+    ),
+    (
+        f"assert hashlib.sha256(program).hexdigest() == about['sha256']['{PROGRAM}']  # it is as "
+        "it was written"
+    ),
     "network = jax.export.deserialize(bytearray(program))",
-    "logits = network.call(images)  # float32 [batch >= 1, height, width, channels]: (uint8 / 255 - mean) / std",
-    f"# numpy.load('{VARIABLES}')[path] is an array; where arrays[path] is bfloat16, its .view(ml_dtypes.bfloat16)",
+    (
+        "logits = network.call(images)  # float32 [batch >= 1, height, width, channels]: "
+        "(uint8 / 255 - mean) / std"
+    ),
+    (
+        f"# numpy.load('{VARIABLES}')[path] is an array; where arrays[path] is bfloat16, its "
+        ".view(ml_dtypes.bfloat16)"
+    ),
 )
 
 
-# Runs on disk ------------------------------------------------------------------------------------------------
+# Runs on disk -------------------------------------------------------------------------------------
 
 
 class Network(NamedTuple):
-    """One member of a run. swept: its values of a sweep; progress: how far its run is; state: without optimizer.
+    """One member of a run. swept: its values of a sweep; progress: how far its run is; state:
+    without optimizer.
 
-    label: name of the training whose network the checkpoint holds, the last one of several in a run.
+    label: name of the training whose network the checkpoint holds, the last one of several in a
+        run.
     """
 
     member: int
@@ -84,7 +103,9 @@ class Network(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A run as its newest checkpoints have it. missing: numbers of members that have saved nothing yet."""
+    """A run as its newest checkpoints have it. missing: numbers of members that have saved nothing
+    yet.
+    """
 
     config: dict[str, Any]
     problem: train.Problem  # of one member: no leading axis
@@ -93,27 +114,41 @@ class Saved(NamedTuple):
 
 
 def open_run(
-    workdir: str | os.PathLike, *, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
+    workdir: str | os.PathLike,
+    *,
+    data_dir: str = "",
+    data_name: str = "",
+    statistics: Statistics = "run",
 ) -> Saved:
-    """Network, data and newest checkpoint of the run in `workdir`, which may also be one `member_...` folder of it.
+    """Network, data and newest checkpoint of the run in `workdir`, which may also be one
+    `member_...` folder of it.
 
-    data_dir: where prepared sets are on this machine, instead of config.data.data_dir. data_name: another set with the
-    same classes, e.g. `folder:PATH`. statistics: mean and std of its images are those of the "run", as the network was
-    trained, for which the run's train images are read again where they are not published; or those of the other "data".
-    Stages are not checked, so a run that started from another one can be evaluated
-    without it. Raises ConfigError for a folder without a run or checkpoint, and for a checkpoint of another network.
+    data_dir: where prepared sets are on this machine, instead of config.data.data_dir. data_name:
+    another set with the same classes, e.g. `folder:PATH`. statistics: mean and std of its images
+    are those of the "run", as the network was trained, for which the run's train images are read
+    again where they are not published; or those of the other "data". Stages are not checked, so a
+    run that started from another one can be evaluated without it. Raises ConfigError for a folder
+    without a run or checkpoint, and for a checkpoint of another network.
     """
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
-    inside = re.fullmatch(r"member_\d+", workdir.name) and (workdir.parent / "config.json").is_file()
-    members = [swept for _, swept in pipeline.expand(read_config(workdir.parent) if inside else config)]
-    folders = sorted(path for path in workdir.glob("member_*") if re.fullmatch(r"member_\d+", path.name))
+    inside = (
+        re.fullmatch(r"member_\d+", workdir.name) and (workdir.parent / "config.json").is_file()
+    )
+    members = [
+        swept for _, swept in pipeline.expand(read_config(workdir.parent) if inside else config)
+    ]
+    folders = sorted(
+        path for path in workdir.glob("member_*") if re.fullmatch(r"member_\d+", path.name)
+    )
     folders = [workdir] if inside else folders
     numbered = {int(path.name.removeprefix("member_")): path for path in folders}
     places = numbered or {0: workdir}
     found = {i: workdirs.newest(path) for i, path in places.items()}
     if not any(found.values()):
-        raise tables.ConfigError(f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more.")
+        raise tables.ConfigError(
+            f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more."
+        )
     problem = build(config, data_dir, data_name, statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
@@ -124,7 +159,8 @@ def open_run(
         own = [members[i] if i < len(members) else {}] if numbered else members
         if len(states) != len(own):
             raise tables.ConfigError(
-                f"{workdir}: config.json makes {len(own)} networks, the checkpoint has {len(states)}. Was "
+                f"{workdir}: config.json makes {len(own)} networks, the checkpoint has "
+                f"{len(states)}. Was "
                 "config.json edited?"
             )
         text = _progress(config, progress)
@@ -142,14 +178,23 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
         raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
     config = workdirs.read_config(workdir)
     known = tables.parameters(pipeline.settings)
-    tables.check_options(pipeline.settings, {name: value for name, value in config.items() if name in known}, "config")
-    stage_configs = {n: c for n, c in config.items() if n not in known and isinstance(c, Mapping) and "kind" in c}
+    tables.check_options(
+        pipeline.settings,
+        {name: value for name, value in config.items() if name in known},
+        "config",
+    )
+    stage_configs = {
+        n: c for n, c in config.items() if n not in known and isinstance(c, Mapping) and "kind" in c
+    }
     pipeline.check_names(config["pipeline"], stage_configs)
     return {**tables.defaults(pipeline.settings), **config}
 
 
 def build(
-    config: Mapping[str, Any], data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
+    config: Mapping[str, Any],
+    data_dir: str = "",
+    data_name: str = "",
+    statistics: Statistics = "run",
 ) -> train.Problem:
     """Data and network of a config, for one member on one device; see `open_run`."""
     tables.convert(statistics, Statistics, "statistics")
@@ -174,7 +219,10 @@ def _data_options(options: Mapping[str, Any], data_dir: str, name: str) -> dict[
     if name:
         if not (name.startswith("folder:") and chosen["name"].startswith("folder:")):
             whole = tables.defaults(data.load)  # names of splits are the set's own
-            chosen |= {field: whole[field] for field in ("train_split", "test_split", "train_limit", "test_limit")}
+            chosen |= {
+                field: whole[field]
+                for field in ("train_split", "test_split", "train_limit", "test_limit")
+            }
         chosen["name"] = name
     return chosen
 
@@ -184,19 +232,24 @@ def _load(options: Mapping[str, Any]) -> data.Dataset:
 
 
 def _statistics_of_run(options: Mapping[str, Any], dataset: data.Dataset) -> data.Normalization:
-    """Mean and std with which the run of the data `options` trained, for the images of another `dataset`.
+    """Mean and std with which the run of the data `options` trained, for the images of another
+    `dataset`.
 
     Raises ConfigError if they were computed from images that are not there.
     """
-    known = data.published(data.chosen_normalization(options), options["name"], dataset.train.images.shape[-1])
+    known = data.published(
+        data.chosen_normalization(options), options["name"], dataset.train.images.shape[-1]
+    )
     if known is not None:
         return known
     try:
         trained_on = _load({**options, "test_limit": 1})
     except tables.ConfigError as error:
         raise tables.ConfigError(
-            f"--data: mean and std belong to the trained network and are those of its run's train images: {error} "
-            "--data_dir tells where they are; --statistics data takes mean and std of the other set instead."
+            "--data: mean and std belong to the trained network and are those of its run's train "
+            f"images: {error} "
+            "--data_dir tells where they are; --statistics data takes mean and std of the other "
+            "set instead."
         ) from None
     return data.Normalization(trained_on.mean, trained_on.std)
 
@@ -218,7 +271,9 @@ def _label(config: dict[str, Any], progress: workdirs.Progress) -> str:
 def restore_newest(
     snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = ""
 ) -> tuple[list[train.State], workdirs.Progress]:
-    """`restore` of the newest checkpoint of a workdir, or of a later one if its run, at work, has removed it."""
+    """`restore` of the newest checkpoint of a workdir, or of a later one if its run, at work, has
+    removed it.
+    """
     while True:
         try:
             return restore(snapshot, problem, hint)
@@ -229,10 +284,13 @@ def restore_newest(
             snapshot = later
 
 
-def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = "") -> tuple[list[train.State], Any]:
+def restore(
+    snapshot: workdirs.Snapshot, problem: train.Problem, hint: str = ""
+) -> tuple[list[train.State], Any]:
     """(state of each member, progress) of a checkpoint made on whatever devices.
 
-    hint: what else may be the reason if the checkpoint is of another network, which raises ConfigError.
+    hint: what else may be the reason if the checkpoint is of another network, which raises
+        ConfigError.
     """
     with checkpoint.reading(snapshot):
         return _restored(snapshot, problem, hint), snapshot.progress
@@ -247,7 +305,13 @@ def _restored(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str) ->
     arrays = checkpoint.arrays(snapshot)
     parts = trees.map_named(lambda path, _: arrays[path], wanted)
     state = train.State(
-        parts["params"], parts["batch_stats"], parts["masks"], (), arrays["step"], arrays["key"], train.no_metrics()
+        parts["params"],
+        parts["batch_stats"],
+        parts["masks"],
+        (),
+        arrays["step"],
+        arrays["key"],
+        train.no_metrics(),
     )
     if not shapes["step"]:
         return [state]
@@ -255,23 +319,31 @@ def _restored(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str) ->
     return [slices(i)._replace(metrics=train.no_metrics()) for i in range(shapes["step"][0])]
 
 
-def _check_shapes(workdir: pathlib.Path, found: dict[str, tuple], wanted: PyTree, hint: str) -> None:
+def _check_shapes(
+    workdir: pathlib.Path, found: dict[str, tuple], wanted: PyTree, hint: str
+) -> None:
     leading = found["step"]  # () or (members,)
     here = {path: leading + leaf.shape for path, leaf in trees.named_leaves(wanted).items()}
     there = {path: shape for path, shape in found.items() if path.split("/")[0] in wanted}
     differing = [path for path in {**here, **there} if here.get(path) != there.get(path)]
-    differing = [path for path in differing if not path.startswith("masks/")] or differing  # they follow the params
+    differing = [
+        path for path in differing if not path.startswith("masks/")
+    ] or differing  # they follow the params
     if differing:
         path = differing[0]
-        one, two = (f"the shape {shapes[path]}" if path in shapes else "no such array" for shapes in (there, here))
+        one, two = (
+            f"the shape {shapes[path]}" if path in shapes else "no such array"
+            for shapes in (there, here)
+        )
         more = f"; {len(differing) - 1} more differ" if len(differing) > 1 else ""
         raise tables.ConfigError(
-            f"{workdir}: the checkpoint is of another network than config.model makes: for {path} it has {one}, the "
+            f"{workdir}: the checkpoint is of another network than config.model makes: for {path} "
+            f"it has {one}, the "
             f"network {two}{more}. Was config.json edited?{hint}"
         )
 
 
-# Numbers -----------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
 
 
 def run(
@@ -288,28 +360,42 @@ def run(
     platforms: Sequence[str] = ("cpu",),
     dense: bool = False,
 ) -> list[dict[str, Any]]:
-    """The numbers of every member of the run in `workdir` that has a checkpoint; see `measure` for the fields.
+    """The numbers of every member of the run in `workdir` that has a checkpoint; see `measure` for
+    the fields.
 
-    data_dir, data_name, statistics: as in `open_run`. export_to, platforms, dense: a new folder for `export`, and its
-    options.
-    Raises ConfigError as `open_run` and `export` do, and where the memory is full.
+    data_dir, data_name, statistics: as in `open_run`. export_to, platforms, dense: a new folder for
+    `export`, and its options. Raises ConfigError as `open_run` and `export` do, and where the
+    memory is full.
     """
     if export_to:
         check_export(export_to, platforms)
     with pipeline.enough_memory(str(workdir), MORE_MEMORY):
         saved = open_run(workdir, data_dir=data_dir, data_name=data_name, statistics=statistics)
-        rows = list(measured(saved, on_train=on_train, latency=latency, batch_size=batch_size, repeats=repeats))
+        rows = list(
+            measured(
+                saved, on_train=on_train, latency=latency, batch_size=batch_size, repeats=repeats
+            )
+        )
         if export_to:
-            export_run(saved, export_to, platforms, dense=dense, notes=[row["note"] for row in rows])
+            export_run(
+                saved, export_to, platforms, dense=dense, notes=[row["note"] for row in rows]
+            )
     return rows
 
 
 def measured(saved: Saved, **options: Any) -> Iterator[dict[str, Any]]:
-    """`measure` of every member; before it the fields data, model, member, swept, network (its label) and progress."""
+    """`measure` of every member; before it the fields data, model, member, swept, network (its
+    label) and progress.
+    """
     about = dict(data=saved.problem.dataset.name, model=saved.config["model"]["name"])
     for network in saved.networks:
         own = measure(saved.problem, network.state, **options)
-        which = dict(member=network.member, swept=network.swept, network=network.label, progress=network.progress)
+        which = dict(
+            member=network.member,
+            swept=network.swept,
+            network=network.label,
+            progress=network.progress,
+        )
         yield {**about, **which, **own}
 
 
@@ -324,16 +410,19 @@ def measure(
 ) -> dict[str, Any]:
     """One member's numbers; plain data.
 
-    Always: test_accuracy, test_loss (nats per example), test_examples (where some images of a stream cannot be decoded,
-    the others, and test_unreadable), parameters, parameters_kept (not masked), parameters_nonzero, bytes (params and
-    running statistics as stored), flops (convolutions and matrix products of one image, one multiply-add = 2), pruned
-    ("nothing", "weights", "channels" or "channels and weights"), note (why there is no compact network, or ""), device.
+    Always: test_accuracy, test_loss (nats per example), test_examples (where some images of a
+    stream cannot be decoded, the others, and test_unreadable), parameters, parameters_kept (not
+    masked), parameters_nonzero, bytes (params and running statistics as stored), flops
+    (convolutions and matrix products of one image, one multiply-add = 2), pruned ("nothing",
+    "weights", "channels" or "channels and weights"), note (why there is no compact network, or ""),
+    device.
     on_train: train_accuracy, train_loss, train_examples.
-    Where whole channels are masked: test_accuracy_compact, parameters_compact, flops_compact, bytes_compact,
-    compression (bytes over bytes_compact), difference (of the logits, relative to the largest), kept and sizes
-    (channels by group). latency: batch_size (at most the test set), milliseconds with low and high (quartiles) by
-    network, and with two of them speedup (dense over compact) with low and high, and the verdict on compact.
-    Raises ConfigError for batch_size below 1 or repeats below 2.
+    Where whole channels are masked: test_accuracy_compact, parameters_compact, flops_compact,
+    bytes_compact, compression (bytes over bytes_compact), difference (of the logits, relative to
+    the largest), kept and sizes (channels by group). latency: batch_size (at most the test set),
+    milliseconds with low and high (quartiles) by network, and with two of them speedup (dense over
+    compact) with low and high, and the verdict on compact. Raises ConfigError for batch_size below
+    1 or repeats below 2.
     """
     tables.convert(batch_size, tables.Count, "batch_size")
     if latency and repeats < 2:
@@ -344,7 +433,11 @@ def measure(
         found = train.measure(problem, state.params, state.batch_stats, split)
         examples = problem.size(split) - len(found.unreadable)
         right = round(float(found.accuracy) * examples) / max(examples, 1)  # not rounded to float32
-        row |= {f"{split}_accuracy": right, f"{split}_loss": float(found.loss), f"{split}_examples": examples}
+        row |= {
+            f"{split}_accuracy": right,
+            f"{split}_loss": float(found.loss),
+            f"{split}_examples": examples,
+        }
         row |= {f"{split}_unreadable": len(found.unreadable)} if found.unreadable else {}
     one = jax.ShapeDtypeStruct((1, *problem.dataset.test.images.shape[1:]), jnp.float32)
     count = lambda tree: sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
@@ -358,34 +451,51 @@ def measure(
     )
     cut, stock, note = compared(problem, state, batch_size, repeats if latency else 0)
     if stock is not None:
-        row |= {f"{name}_compact": stock[f"{name}_compact"] for name in ("parameters", "flops", "bytes")}
-        row |= dict(test_accuracy_compact=stock["accuracy"], compression=stock["bytes"] / stock["bytes_compact"])
+        row |= {
+            f"{name}_compact": stock[f"{name}_compact"] for name in ("parameters", "flops", "bytes")
+        }
+        row |= dict(
+            test_accuracy_compact=stock["accuracy"],
+            compression=stock["bytes"] / stock["bytes_compact"],
+        )
         times = ("batch_size", "milliseconds", "milliseconds_low", "milliseconds_high")
         times += ("speedup", "speedup_low", "speedup_high", "verdict")
-        row |= {name: stock[name] for name in ("difference", "kept", "sizes", *times) if name in stock}
+        row |= {
+            name: stock[name] for name in ("difference", "kept", "sizes", *times) if name in stock
+        }
     elif latency:
         images = problem.images(problem.examples("test", batch_size)[0])
         own = cost.latency(jax.jit(problem.model.apply), variables, images, repeats=repeats)
         spread = dict(milliseconds=own.median, milliseconds_low=own.low, milliseconds_high=own.high)
-        row |= dict(batch_size=len(images), **{name: {"dense": 1e3 * value} for name, value in spread.items()})
+        row |= dict(
+            batch_size=len(images),
+            **{name: {"dense": 1e3 * value} for name, value in spread.items()},
+        )
     left = row.get("parameters_compact", row["parameters"])
-    kinds = [kind for kind, found in (("channels", cut), ("weights", row["parameters_kept"] < left)) if found]
+    kinds = [
+        kind
+        for kind, found in (("channels", cut), ("weights", row["parameters_kept"] < left))
+        if found
+    ]
     return {**row, "pruned": " and ".join(kinds) or "nothing", "note": note}
 
 
 def compared(
     problem: train.Problem, state: train.State, batch_size: int = 64, repeats: int = 0
 ) -> tuple[bool, dict[str, Any] | None, str]:
-    """(whether whole channels are masked, numbers of the network without them, why there is none or "").
+    """(whether whole channels are masked, numbers of the network without them, why there is none or
+    "").
 
-    The one verdict on the compact network, for tables and exports: its logits of `batch_size` test images are those of
-    the masked network but for rounding. repeats: see `structured.take_stock`.
+    The one verdict on the compact network, for tables and exports: its logits of `batch_size` test
+    images are those of the masked network but for rounding. repeats: see `structured.take_stock`.
     """
     cut, note = channels_cut(problem, state)
     if not cut:
         return cut, None, note
     try:
-        stock = structured.take_stock(problem, state, structured.Compact(batch_size=batch_size, repeats=repeats))
+        stock = structured.take_stock(
+            problem, state, structured.Compact(batch_size=batch_size, repeats=repeats)
+        )
     except (TypeError, ValueError) as error:
         return cut, None, f"cannot be compacted: {error}"
     if stock["warning"]:
@@ -422,50 +532,79 @@ def describe(row: Mapping[str, Any]) -> str:
     line("", "dense", "compact" if compact else "")
     for split in ("test", "train"):
         if f"{split}_accuracy" in row:
-            both(f"{split} accuracy", f"{split}_accuracy", ".2%", f"of {row[f'{split}_examples']:,} images")
+            both(
+                f"{split} accuracy",
+                f"{split}_accuracy",
+                ".2%",
+                f"of {row[f'{split}_examples']:,} images",
+            )
             both(f"{split} loss", f"{split}_loss", ".4f")
     both("parameters", "parameters", ",")
-    share = f"{row['parameters_kept'] / row['parameters']:.1%} of the dense network's" if row["parameters"] else ""
+    share = (
+        f"{row['parameters_kept'] / row['parameters']:.1%} of the dense network's"
+        if row["parameters"]
+        else ""
+    )
     line("  not masked", f"{row['parameters_kept']:,}", more=share)
     line("  not zero", f"{row['parameters_nonzero']:,}")
     both("FLOPs of one image", "flops", ",")
     both("bytes", "bytes", ",", f"compression {row['compression']:.2f}" if compact else "")
     for name in row.get("milliseconds", ()):
         low, middle, high = (row[f"milliseconds{part}"][name] for part in ("_low", "", "_high"))
-        lines.append(f"  {name}, a batch of {row['batch_size']}: {middle:.3g} ms (quartiles {low:.3g} to {high:.3g})")
+        lines.append(
+            f"  {name}, a batch of {row['batch_size']}: {middle:.3g} ms (quartiles {low:.3g} to "
+            f"{high:.3g})"
+        )
     if "verdict" in row:
-        words = {"faster": "compact is faster", "slower": "compact is slower"}.get(row["verdict"], row["verdict"])
+        words = {"faster": "compact is faster", "slower": "compact is slower"}.get(
+            row["verdict"], row["verdict"]
+        )
         spread = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
-        lines.append(f"  {words}: {row['speedup']:.2f} times the speed of dense ({spread}) on {row['device']}")
+        lines.append(
+            f"  {words}: {row['speedup']:.2f} times the speed of dense ({spread}) on "
+            f"{row['device']}"
+        )
     zeros = row["parameters_kept"] - row["parameters_nonzero"]
     if row["pruned"] == "nothing" and zeros:
-        lines.append(f"  nothing is masked: {zeros:,} parameters are zero, as training or their file left them")
+        lines.append(
+            f"  nothing is masked: {zeros:,} parameters are zero, as training or their file left "
+            "them"
+        )
     elif row["pruned"] == "nothing":
         lines.append("  nothing is pruned: this is the dense network")
     elif row["pruned"] == "weights":
-        lines.append("  single weights are masked: the arrays keep their shapes, so bytes and FLOPs stay")
+        lines.append(
+            "  single weights are masked: the arrays keep their shapes, so bytes and FLOPs stay"
+        )
     if row["note"]:
         lines.append(f"  {row['note']}")
     return "\n".join(lines)
 
 
 def describe_all(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The tables of all members; of several seeds also mean and standard deviation of their accuracy."""
+    """The tables of all members; of several seeds also mean and standard deviation of their
+    accuracy.
+    """
     text = [describe(row) for row in rows]
     alike = len(rows) > 1 and all(set(row["swept"]) == {"seed"} for row in rows)
     for split in ("test", "train") if alike else ():
         values = [row[f"{split}_accuracy"] for row in rows if f"{split}_accuracy" in row]
         if values:
             mean, deviation = np.mean(values), np.std(values, ddof=1)
-            text.append(f"{split} accuracy of {len(values)} seeds: {mean:.2%}, standard deviation {deviation:.2%}")
+            text.append(
+                f"{split} accuracy of {len(values)} seeds: {mean:.2%}, standard deviation "
+                f"{deviation:.2%}"
+            )
     return "\n\n".join(text)
 
 
-# Export ------------------------------------------------------------------------------------------------------
+# Export -------------------------------------------------------------------------------------------
 
 
 def check_export(folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",)) -> None:
-    """Raises ConfigError if nothing can be exported to `folder`, because it is not empty, or for unknown platforms."""
+    """Raises ConfigError if nothing can be exported to `folder`, because it is not empty, or for
+    unknown platforms.
+    """
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise tables.ConfigError(f"{folder} is there and not empty; export to a new folder.")
@@ -477,7 +616,9 @@ def check_writable(file: str | os.PathLike) -> None:
     parents = pathlib.Path(file).absolute().parents
     there = next(folder for folder in parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise tables.ConfigError(f"{file} cannot be written, since {there} is not writable; name another place.")
+        raise tables.ConfigError(
+            f"{file} cannot be written, since {there} is not writable; name another place."
+        )
 
 
 def export_run(
@@ -498,7 +639,10 @@ def export_run(
         for i, network in enumerate(saved.networks):
             own = part / f"member_{network.member:03d}" if len(saved.networks) > 1 else part
             note = None if notes is None else notes[i]
-            _write(own, *_exported(saved.problem, config["model"], network.state, platforms, dense, note))
+            _write(
+                own,
+                *_exported(saved.problem, config["model"], network.state, platforms, dense, note),
+            )
     return sorted(folder.glob("member_*")) or [folder]
 
 
@@ -511,15 +655,18 @@ def export(
     *,
     dense: bool = False,
 ) -> pathlib.Path:
-    """Writes one member's network, compact where whole channels are masked, to the new folder `folder`.
+    """Writes one member's network, compact where whole channels are masked, to the new folder
+    `folder`.
 
-    variables.npz: its arrays by path; NumPy has no bfloat16, so such an array comes as raw bytes and is read by
-    `array.view(ml_dtypes.bfloat16)`. network.stablehlo: images to logits with the weights inside, for any batch of one
-    image or more, to be run by `jax.export` alone. network.json: classes, image shape, mean and std, the channels kept
-    by group and how many there were, versions, `model` (config.model of the run) and how to run it. The folder appears
-    whole or not at all.
-    platforms: where the program shall run: cpu, cuda, rocm, tpu. dense: with its masked channels, as zeros.
-    Raises ConfigError for a folder that is not empty and, unless dense, for a network that cannot be compacted.
+    variables.npz: its arrays by path; NumPy has no bfloat16, so such an array comes as raw bytes
+    and is read by `array.view(ml_dtypes.bfloat16)`. network.stablehlo: images to logits with the
+    weights inside, for any batch of one image or more, to be run by `jax.export` alone.
+    network.json: classes, image shape, mean and std, the channels kept by group and how many there
+    were, versions, `model` (config.model of the run) and how to run it. The folder appears whole or
+    not at all.
+    platforms: where the program shall run: cpu, cuda, rocm, tpu. dense: with its masked channels,
+    as zeros. Raises ConfigError for a folder that is not empty and, unless dense, for a network
+    that cannot be compacted.
     """
     check_export(folder, platforms)
     with _replacing(pathlib.Path(folder)) as part:
@@ -535,8 +682,13 @@ def _exported(
     dense: bool = False,
     note: str | None = None,
 ) -> tuple:
-    """(arrays by path, serialized program, contents of network.json). note: of `compared`; None: to be found."""
-    variables, apply = {"params": state.params, "batch_stats": state.batch_stats}, problem.model.apply
+    """(arrays by path, serialized program, contents of network.json). note: of `compared`; None: to
+    be found.
+    """
+    variables, apply = (
+        {"params": state.params, "batch_stats": state.batch_stats},
+        problem.model.apply,
+    )
     whole, keep, sizes = variables, {}, {}
     cut = False
     if not dense:
@@ -544,7 +696,8 @@ def _exported(
             _, _, note = compared(problem, state)
         if note:
             raise tables.ConfigError(
-                f"the network cannot be exported without its masked channels: {note} With its channels it can: "
+                f"the network cannot be exported without its masked channels: {note} With its "
+                "channels it can: "
                 "--dense, or dense=True."
             )
         cut, _ = channels_cut(problem, state)
@@ -552,7 +705,8 @@ def _exported(
         variables, apply, keep, channels = structured.compacted(problem, state)
         sizes = channels.sizes
     shape = problem.dataset.test.images.shape[1:]
-    # one image at a time under vmap: the program is analysed at known sizes, yet its batch may have any
+    # one image at a time under vmap: the program is analysed at known sizes, yet its batch may have
+    # any
     logits = lambda images: jax.vmap(lambda image: apply(variables, image[None])[0])(images)
     (batch,) = stablehlo.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
@@ -569,13 +723,17 @@ def _exported(
         compact=cut,
         keep={name: np.flatnonzero(own) for name, own in keep.items()},
         sizes=sizes,
-        arrays={path: dict(shape=array.shape, dtype=str(array.dtype)) for path, array in arrays.items()},
+        arrays={
+            path: dict(shape=array.shape, dtype=str(array.dtype)) for path, array in arrays.items()
+        },
         parameters=cost.num_params(variables),
         parameters_dense=cost.num_params(whole),
         bytes=cost.num_bytes(variables),
         bytes_dense=cost.num_bytes(whole),
         platforms=list(program.platforms),
-        versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        versions={
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")
+        },
         use=USE,
     )
     return arrays, bytes(program.serialize()), about
@@ -589,12 +747,16 @@ def check_torch(file: str | os.PathLike) -> None:
 
 
 def export_torch(saved: Saved, file: str | os.PathLike) -> list[pathlib.Path]:
-    """Writes every member's weights as a PyTorch state dict (see `pretrained.to_torch`) to the new `file`.
+    """Writes every member's weights as a PyTorch state dict (see `pretrained.to_torch`) to the new
+    `file`.
 
-    Dense: pruned weights are zeros. Of several members to `NAME_000.safetensors` and so on. Returns the files.
+    Dense: pruned weights are zeros. Of several members to `NAME_000.safetensors` and so on. Returns
+        the files.
     """
     file, channels = pathlib.Path(file), saved.problem.dataset.test.images.shape[-1]
-    name = lambda member: file.with_stem(f"{file.stem}_{member:03d}") if len(saved.networks) > 1 else file
+    name = lambda member: (
+        file.with_stem(f"{file.stem}_{member:03d}") if len(saved.networks) > 1 else file
+    )
     paths = [name(network.member) for network in saved.networks]
     for path in paths:
         check_torch(path)
@@ -604,7 +766,9 @@ def export_torch(saved: Saved, file: str | os.PathLike) -> list[pathlib.Path]:
     return paths
 
 
-def _write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], program: bytes, about: Mapping) -> None:
+def _write(
+    folder: pathlib.Path, arrays: Mapping[str, np.ndarray], program: bytes, about: Mapping
+) -> None:
     folder.mkdir(exist_ok=True)
     np.savez(folder / VARIABLES, **arrays)
     (folder / PROGRAM).write_bytes(program)
@@ -614,17 +778,23 @@ def _write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], program: byte
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     verify(folder)
     stored = read_arrays(folder)
-    same = {path: array.tobytes() for path, array in stored.items()} == {p: a.tobytes() for p, a in arrays.items()}
+    same = {path: array.tobytes() for path, array in stored.items()} == {
+        p: a.tobytes() for p, a in arrays.items()
+    }
     if not same or (folder / PROGRAM).read_bytes() != program:
-        raise OSError(f"{folder} does not read as it was written; its disk or file system is not to be trusted.")
+        raise OSError(
+            f"{folder} does not read as it was written; its disk or file system is not to be "
+            "trusted."
+        )
 
 
 def verify(folder: str | os.PathLike) -> dict[str, Any]:
-    """What network.json of an exported folder says, after all its files have been compared with their checksums.
+    """What network.json of an exported folder says, after all its files have been compared with
+    their checksums.
 
-    Raises ConfigError for a folder without an exported network, and naming the file that is not as it was written.
-    network.json has SHA-256 of the other files in `sha256`, and in `checksum` that of its own other fields, as
-    `json.dumps(..., sort_keys=True)` writes them.
+    Raises ConfigError for a folder without an exported network, and naming the file that is not as
+    it was written. network.json has SHA-256 of the other files in `sha256`, and in `checksum` that
+    of its own other fields, as `json.dumps(..., sort_keys=True)` writes them.
     """
     folder = pathlib.Path(folder)
     for name in (ABOUT, VARIABLES, PROGRAM):
@@ -635,14 +805,21 @@ def verify(folder: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         raise intact.DamagedError(str(error)) from None
     if about.get("format") != FORMAT:
-        raise tables.ConfigError(f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}.")
+        raise tables.ConfigError(
+            f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}."
+        )
     rest = {name: value for name, value in about.items() if name != "checksum"}
     sums = {ABOUT: (about.get("checksum"), intact.digest_of_value(rest))}
     if isinstance(about.get("sha256"), dict):
-        sums |= {name: (about["sha256"].get(name), intact.digest_of(folder / name)) for name in (VARIABLES, PROGRAM)}
+        sums |= {
+            name: (about["sha256"].get(name), intact.digest_of(folder / name))
+            for name in (VARIABLES, PROGRAM)
+        }
     for name, (written, found) in sums.items():
         if written != found:
-            raise intact.DamagedError(f"{folder / name} is not as it was written (its checksum differs); export anew.")
+            raise intact.DamagedError(
+                f"{folder / name} is not as it was written (its checksum differs); export anew."
+            )
     return about
 
 
@@ -654,7 +831,9 @@ def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write to, which becomes `folder` (new or empty) at the end, or vanishes after an error."""
+    """A folder to write to, which becomes `folder` (new or empty) at the end, or vanishes after an
+    error.
+    """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -667,12 +846,14 @@ def _replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
-    """(variables, apply) of a network that `export` wrote: `logits = apply(variables, images)`, of its smaller sizes.
+    """(variables, apply) of a network that `export` wrote: `logits = apply(variables, images)`, of
+    its smaller sizes.
 
-    The model is built anew from network.json and traced, so no width has to be known; `apply` can be differentiated
-    and trained further. images: float32 [batch, height, width, channels], normalised as network.json says.
-    Raises ConfigError for a folder without an exported network, for a file that is not as it was written, see `verify`,
-    and if network.json does not fit the arrays.
+    The model is built anew from network.json and traced, so no width has to be known; `apply` can
+    be differentiated and trained further. images: float32 [batch, height, width, channels],
+    normalised as network.json says. Raises ConfigError for a folder without an exported network,
+    for a file that is not as it was written, see `verify`, and if network.json does not fit the
+    arrays.
     """
     folder = pathlib.Path(folder)
     about, arrays = verify(folder), read_arrays(folder)
@@ -687,46 +868,91 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
     if about["compact"]:
         channels = groups.trace(model.apply, shapes, image(2))
         if channels.sizes != about["sizes"]:
-            raise tables.ConfigError(f"{folder / ABOUT}: the model has other channel groups than those it names.")
-        keep = {name: np.isin(np.arange(size), about["keep"][name]) for name, size in channels.sizes.items()}
-        wanted, apply = groups.compact_shapes(channels, keep), groups.elastic(model.apply, channels, keep)
+            raise tables.ConfigError(
+                f"{folder / ABOUT}: the model has other channel groups than those it names."
+            )
+        keep = {
+            name: np.isin(np.arange(size), about["keep"][name])
+            for name, size in channels.sizes.items()
+        }
+        wanted, apply = (
+            groups.compact_shapes(channels, keep),
+            groups.elastic(model.apply, channels, keep),
+        )
     for path in {**wanted, **arrays}:
-        there, here = (getattr(tree.get(path), "shape", "no such array") for tree in (arrays, wanted))
+        there, here = (
+            getattr(tree.get(path), "shape", "no such array") for tree in (arrays, wanted)
+        )
         if there != here:
             raise tables.ConfigError(
-                f"{folder}: {path} is {there} in {VARIABLES}, {here} in the network of {ABOUT}; was it edited?"
+                f"{folder}: {path} is {there} in {VARIABLES}, {here} in the network of {ABOUT}; "
+                "was it edited?"
             )
-    typed = lambda path: jnp.asarray(arrays[path].view(jnp.dtype(about["arrays"][path]["dtype"])))  # bfloat16: raw
+    typed = lambda path: jnp.asarray(
+        arrays[path].view(jnp.dtype(about["arrays"][path]["dtype"]))
+    )  # bfloat16: raw
     return trees.map_named(lambda path, _: typed(path), shapes), apply
 
 
-# Command line ------------------------------------------------------------------------------------------------
+# Command line -------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sparsity_jax.evaluate",
-        description="Accuracy, size, FLOPs and time of the networks of a run, dense and compact; export of them.",
+        description=(
+            "Accuracy, size, FLOPs and time of the networks of a run, dense and compact; export "
+            "of them."
+        ),
     )
-    parser.add_argument("--workdir", required=True, help="folder of the run, or of one of its members")
-    parser.add_argument("--train", action="store_true", help="accuracy and loss on the train set too")
-    parser.add_argument("--latency", action="store_true", help="measure the time of a batch, dense against compact")
-    parser.add_argument("--batch_size", type=int, default=64, help="images of a measured batch (default: 64)")
-    parser.add_argument("--repeats", type=int, default=30, help="how often each batch is measured (default: 30)")
-    parser.add_argument("--data_dir", default="", help="where prepared sets are, if not where the config says")
-    parser.add_argument("--data", default="", help="another set of the same classes: a name or folder:PATH")
+    parser.add_argument(
+        "--workdir", required=True, help="folder of the run, or of one of its members"
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="accuracy and loss on the train set too"
+    )
+    parser.add_argument(
+        "--latency", action="store_true", help="measure the time of a batch, dense against compact"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="images of a measured batch (default: 64)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=30, help="how often each batch is measured (default: 30)"
+    )
+    parser.add_argument(
+        "--data_dir", default="", help="where prepared sets are, if not where the config says"
+    )
+    parser.add_argument(
+        "--data", default="", help="another set of the same classes: a name or folder:PATH"
+    )
     parser.add_argument(
         "--statistics",
         choices=["run", "data"],
         default="run",
-        help="with --data: mean and std of the images are those the run trained with, or those of the other set",
+        help=(
+            "with --data: mean and std of the images are those the run trained with, or those of "
+            "the other set"
+        ),
     )
     parser.add_argument("--json", default="", metavar="FILE", help="write the numbers to this file")
-    parser.add_argument("--export", default="", metavar="DIR", help="write the network, compact, to this new folder")
-    parser.add_argument("--dense", action="store_true", help="export with the masked channels, as zeros")
-    parser.add_argument("--torch", default="", metavar="FILE", help="write the weights for PyTorch: FILE.safetensors")
     parser.add_argument(
-        "--platforms", nargs="+", default=["cpu"], help="where the exported program runs: cpu, cuda, rocm, tpu"
+        "--export", default="", metavar="DIR", help="write the network, compact, to this new folder"
+    )
+    parser.add_argument(
+        "--dense", action="store_true", help="export with the masked channels, as zeros"
+    )
+    parser.add_argument(
+        "--torch",
+        default="",
+        metavar="FILE",
+        help="write the weights for PyTorch: FILE.safetensors",
+    )
+    parser.add_argument(
+        "--platforms",
+        nargs="+",
+        default=["cpu"],
+        help="where the exported program runs: cpu, cuda, rocm, tpu",
     )
     imports.add_option(parser)
     return parser
@@ -758,7 +984,9 @@ def answer(options: argparse.Namespace) -> None:
     rows = list(measured(saved, batch_size=options.batch_size, repeats=options.repeats, **chosen))
     sys.stdout.write(describe_all(rows) + "\n")
     if options.data:
-        whose = {"run": "those the run trained with", "data": f"those of {options.data}"}[options.statistics]
+        whose = {"run": "those the run trained with", "data": f"those of {options.data}"}[
+            options.statistics
+        ]
         sys.stdout.write(f"\nmean and std of the images are {whose}\n")
     for member in saved.missing:
         sys.stdout.write(f"\nmember {member} has no checkpoint yet\n")
@@ -767,7 +995,9 @@ def answer(options: argparse.Namespace) -> None:
         report.write_atomic(pathlib.Path(options.json), text.encode())
     if options.export:
         notes = [row["note"] for row in rows]
-        folders = export_run(saved, options.export, options.platforms, dense=options.dense, notes=notes)
+        folders = export_run(
+            saved, options.export, options.platforms, dense=options.dense, notes=notes
+        )
         for folder, row in zip(folders, rows):
             kind = "compact" if "channels" in row["pruned"] else "dense, since no channels are cut:"
             kind = "dense" if options.dense else kind

@@ -1,17 +1,29 @@
-"""Names of your own in configs: stages, models, measures and more, each by one call, in a file that your config loads.
+"""Names of your own in configs: stages, models, measures and more, each by one call, in a file that
+your config loads.
 
     import sparsity_jax.extend as extend
 
     extend.register("loss", "hinge", hinge)
 
-`register` says what each kind of thing is. A config loads the file with `load`; `report` and `evaluate` import nothing
-that a workdir names, so they are given it: `--import FILE`.
+`register` says what each kind of thing is. A config loads the file with `load`; `report` and
+`evaluate` import nothing that a workdir names, so they are given it: `--import FILE`.
 """
 
 from collections.abc import MutableMapping
 from typing import Any
 
-from sparsity_jax import data, imports, interface, losses, models, optim, pipeline, scores, sources, tables
+from sparsity_jax import (
+    data,
+    imports,
+    interface,
+    losses,
+    models,
+    optim,
+    pipeline,
+    scores,
+    sources,
+    tables,
+)
 from sparsity_jax.report import page
 
 load = imports.load
@@ -29,20 +41,22 @@ TAKEN = {what: frozenset(table) for what, table in TABLES.items()}  # the librar
 
 
 def register(what: str, name: str, entry: Any) -> None:
-    """Makes `entry` what configs mean by `name`, a second call with the same name another one. Options of functions are
-    keyword-only parameters with type hints, which are checked.
+    """Makes `entry` what configs mean by `name`, a second call with the same name another one.
+    Options of functions are keyword-only parameters with type hints, which are checked.
 
     stage: a class of options that derives from `interface.Stage`, decorated by `tables.option`.
-    model: `entry(num_classes, settings, *, options...)` gives a Flax Linen module, called as module(images, train).
-    data: `entry(train_split, test_split)` gives a `sources.Opened`, for instance by `sources.of_arrays`.
+    model: `entry(num_classes, settings, *, options...)` gives a Flax Linen module, called as
+        module(images, train).
+    data: `entry(train_split, test_split)` gives a `sources.Opened`, for instance by
+        `sources.of_arrays`.
     augmentation: `entry(key, images)` of a uint8 batch.
     optimizer: `entry(learning_rate, sets, *, options...)` gives an optax transformation.
     schedule: `entry(learning_rate, epochs, steps_per_epoch, *, options...)` gives an `optim.Rate`.
     loss: `entry(logits, labels, *, options...)`, one number per example.
     measure: a `scores.Measure`.
-    figure: `entry(series)` gives a `report.sections.Section` or None; name: the kind of stage whose rows it shows.
-    Primitives of JAX: `groups.teach`.
-    Raises ConfigError for another `what`, and for a name that is the library's own.
+    figure: `entry(series)` gives a `report.sections.Section` or None; name: the kind of stage whose
+    rows it shows. Primitives of JAX: `groups.teach`. Raises ConfigError for another `what`, and for
+    a name that is the library's own.
     """
     if what == "figure":
         page.FIGURES[entry] = (name,)
@@ -51,7 +65,15 @@ def register(what: str, name: str, entry: Any) -> None:
     if name in TAKEN[what]:
         raise tables.ConfigError(f"{what} {name!r} is the library's own; allowed: another name.")
     if what == "stage" and entry.kind != name:
-        raise tables.ConfigError(f"the kind of {entry.__name__} is {entry.kind!r}; allowed: {name!r}, its name.")
-    if what == "stage" and entry.run is interface.Stage.run and entry.settings is interface.Stage.settings:
-        raise tables.ConfigError(f"{entry.__name__} has no method `run`; allowed: what `interface.Stage.run` says.")
+        raise tables.ConfigError(
+            f"the kind of {entry.__name__} is {entry.kind!r}; allowed: {name!r}, its name."
+        )
+    if (
+        what == "stage"
+        and entry.run is interface.Stage.run
+        and entry.settings is interface.Stage.settings
+    ):
+        raise tables.ConfigError(
+            f"{entry.__name__} has no method `run`; allowed: what `interface.Stage.run` says."
+        )
     table[name] = entry

@@ -1,6 +1,8 @@
-"""Stages of the geometric limit: the actual one, the pruning path, weights without curvature, spectrum, prediction.
+"""Stages of the geometric limit: the actual one, the pruning path, weights without curvature,
+spectrum, prediction.
 
-They read a trained network, and earlier rows of the run (or of `config.start_from`); see `interface`.
+They read a trained network, and earlier rows of the run (or of `config.start_from`); see
+`interface`.
 Source: Zhang et al. 2023, arXiv:2306.05857.
 """
 
@@ -12,16 +14,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import allocate, interface, linops, losses, masks, spectrum, stages, tables, train, trees, width
+from sparsity_jax import (
+    allocate,
+    interface,
+    linops,
+    losses,
+    masks,
+    spectrum,
+    stages,
+    tables,
+    train,
+    trees,
+    width,
+)
 
 PyTree = Any
-WITHOUT_BATCH_NORM = r"(?!.*bn\d*/).*"  # as the original, which leaves scale and bias of batch norms out
+WITHOUT_BATCH_NORM = (
+    r"(?!.*bn\d*/).*"  # as the original, which leaves scale and bias of batch norms out
+)
 
 
 def one_member(problem: train.Problem, state: train.State, member: int) -> tuple[PyTree, PyTree]:
     """(params, batch_stats) of one member, in float32 or wider.
 
-    Weights of a narrower type keep their values, and the network its arithmetic; directions of curvature do not fit.
+    Weights of a narrower type keep their values, and the network its arithmetic; directions of
+    curvature do not fit.
     """
     pair = jax.tree.map(trees.widen, (state.params, state.batch_stats))
     return pair if problem.members is None else jax.tree.map(lambda leaf: leaf[member], pair)
@@ -41,12 +58,16 @@ def only(problem: train.Problem, member: int, row: dict) -> list[list[dict]]:
 
 
 class Network(NamedTuple):
-    """A trained network as functions of (params, batch_stats) and a batch (images, labels), in inference mode."""
+    """A trained network as functions of (params, batch_stats) and a batch (images, labels), in
+    inference mode.
+    """
 
     outputs: Callable  # -> logits
     loss: Callable  # (logits, batch) -> mean over the batch
 
-    def mean_loss(self, variables: tuple[PyTree, PyTree], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def mean_loss(
+        self, variables: tuple[PyTree, PyTree], batch: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
         return self.loss(self.outputs(variables, batch), batch)
 
 
@@ -56,7 +77,9 @@ def network_of(problem: train.Problem, loss: tables.Options) -> Network:
 
     def outputs(variables, batch):
         params, batch_stats = variables
-        return problem.model.apply({"params": params, "batch_stats": batch_stats}, problem.images(batch[0]))
+        return problem.model.apply(
+            {"params": params, "batch_stats": batch_stats}, problem.images(batch[0])
+        )
 
     return Network(outputs, lambda logits, batch: rule(logits, batch[1], **options).mean())
 
@@ -68,16 +91,22 @@ def train_losses(
     network = network_of(problem, loss)
     compiled = problem.once(
         ("batch losses", loss, batch_size),
-        lambda: jax.jit(lambda variables, *data: spectrum.batch_losses(network.mean_loss, variables, data, batch_size)),
+        lambda: jax.jit(
+            lambda variables, *data: spectrum.batch_losses(
+                network.mean_loss, variables, data, batch_size
+            )
+        ),
     )
     return np.asarray(compiled(variables, problem.train_images, problem.train_labels), np.float64)
 
 
-# limit -------------------------------------------------------------------------------------------------------
+# limit --------------------------------------------------------------------------------------------
 
 
 class Criterion(NamedTuple):
-    """What counts as losing nothing: test(accuracy, loss, dense_accuracy, dense_loss, tolerance) -> bool."""
+    """What counts as losing nothing: test(accuracy, loss, dense_accuracy, dense_loss, tolerance) ->
+    bool.
+    """
 
     test: Callable
     tolerance: float
@@ -86,22 +115,30 @@ class Criterion(NamedTuple):
 
 CRITERIA = {
     "accuracy": Criterion(lambda a, _, a0, __, ___: a >= a0, 0.0, "accuracy not below dense"),
-    "better_accuracy": Criterion(lambda a, _, a0, __, ___: a > a0, 0.0, "accuracy above dense, as the original"),
-    "accuracy_within": Criterion(lambda a, _, a0, __, t: a >= a0 - t, 0.001, "accuracy at most {} below dense"),
-    "loss_within": Criterion(lambda _, l, __, l0, t: l <= l0 + t, 0.01, "loss at most {} above dense"),
+    "better_accuracy": Criterion(
+        lambda a, _, a0, __, ___: a > a0, 0.0, "accuracy above dense, as the original"
+    ),
+    "accuracy_within": Criterion(
+        lambda a, _, a0, __, t: a >= a0 - t, 0.001, "accuracy at most {} below dense"
+    ),
+    "loss_within": Criterion(
+        lambda _, l, __, l0, t: l <= l0 + t, 0.01, "loss at most {} above dense"
+    ),
 }
 
 
 @tables.option
 class Limit(stages.Selecting):
-    """The largest pruning ratio that loses nothing, by a coarse scan and bisection: some 20 evaluations.
+    """The largest pruning ratio that loses nothing, by a coarse scan and bisection: some 20
+    evaluations.
 
-    criterion: accuracy not below dense (`accuracy`) or above it (`better_accuracy`, as the original), accuracy at most
-    `tolerance` below (`accuracy_within`), loss at most `tolerance` above (`loss_within`); tolerance 0: 0.001 and 0.01.
-    The last ratio of the scan that passes is the start; between it and the next one bisection finds a place where
-    passing turns into failing, to `resolution`; if not even dense passes, the limit is None. Ratios beyond a failure in
-    between are not looked at: accuracy is ragged, and a curve of 1,000 ratios may find a larger one by luck.
-    selection and the fields with it: as for `curve`.
+    criterion: accuracy not below dense (`accuracy`) or above it (`better_accuracy`, as the
+    original), accuracy at most `tolerance` below (`accuracy_within`), loss at most `tolerance`
+    above (`loss_within`); tolerance 0: 0.001 and 0.01. The last ratio of the scan that passes is
+    the start; between it and the next one bisection finds a place where passing turns into failing,
+    to `resolution`; if not even dense passes, the limit is None. Ratios beyond a failure in between
+    are not looked at: accuracy is ragged, and a curve of 1,000 ratios may find a larger one by
+    luck. selection and the fields with it: as for `curve`.
     """
 
     kind: ClassVar[str] = "limit"
@@ -109,16 +146,32 @@ class Limit(stages.Selecting):
     criterion: Literal["accuracy", "better_accuracy", "accuracy_within", "loss_within"] = "accuracy"
     tolerance: tables.NonNegative = 0.0
     split: Literal["test", "train"] = "test"
-    scan: tuple[tables.Fraction, ...] = (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+    scan: tuple[tables.Fraction, ...] = (
+        0.2,
+        0.4,
+        0.6,
+        0.7,
+        0.8,
+        0.85,
+        0.9,
+        0.93,
+        0.95,
+        0.97,
+        0.98,
+        0.99,
+    )
     resolution: Annotated[float, tables.Range(0.0, 0.5, above=True)] = 0.001
 
     def check(self, where: str) -> None:
         super().check(where)
         if not self.scan or list(self.scan) != sorted(set(self.scan)):
-            raise tables.ConfigError(f"{where}.scan is {self.scan!r}; allowed: at least one ratio, ascending.")
+            raise tables.ConfigError(
+                f"{where}.scan is {self.scan!r}; allowed: at least one ratio, ascending."
+            )
         if self.tolerance and not CRITERIA[self.criterion].tolerance:
             raise tables.ConfigError(
-                f"{where}.tolerance is {self.tolerance}; allowed: 0 with criterion {self.criterion!r}."
+                f"{where}.tolerance is {self.tolerance}; allowed: 0 with criterion "
+                f"{self.criterion!r}."
             )
 
     def tolerated(self) -> float:
@@ -137,8 +190,11 @@ class Limit(stages.Selecting):
                 yield train.Update(state, only(problem, member, row), done)
 
 
-def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | None = None) -> Iterator[dict]:
-    """Rows of the search: evaluations (phase dense, scan, bisect), then the result; `known` ones are not repeated.
+def find_limit(
+    evaluate: Callable[[float], dict], chosen: Limit, known: dict | None = None
+) -> Iterator[dict]:
+    """Rows of the search: evaluations (phase dense, scan, bisect), then the result; `known` ones
+    are not repeated.
 
     evaluate(ratio) -> dict(accuracy=..., loss=...).
     """
@@ -155,7 +211,9 @@ def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | N
     dense, new = look("dense", 0.0, 0.0)
     yield from new
     passes = lambda row: bool(
-        rule.test(row["accuracy"], row["loss"], dense["accuracy"], dense["loss"], chosen.tolerated())
+        rule.test(
+            row["accuracy"], row["loss"], dense["accuracy"], dense["loss"], chosen.tolerated()
+        )
     )
     low, high = (0.0 if passes(dense) else None), None
     for i, ratio in enumerate(reversed(chosen.scan)):
@@ -169,13 +227,17 @@ def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | N
     if low is None:
         how += "; passes nowhere on the scan"
     else:
-        how += f"; passes at {low:g}, " + ("the end of the scan" if high is None else f"fails at {high:g} of the scan")
+        how += f"; passes at {low:g}, " + (
+            "the end of the scan" if high is None else f"fails at {high:g} of the scan"
+        )
         how += f", then bisection to {chosen.resolution:g}"
         high = 1.0 if high is None else high
         start = (low, high)
         while high - low > chosen.resolution:
             middle = (low + high) / 2
-            share = 1 - (high - low - chosen.resolution) / max(start[1] - start[0], chosen.resolution)
+            share = 1 - (high - low - chosen.resolution) / max(
+                start[1] - start[0], chosen.resolution
+            )
             row, new = look("bisect", middle, 0.5 + 0.49 * share)
             yield from new
             low, high = (middle, high) if passes(row) else (low, middle)
@@ -192,7 +254,9 @@ def find_limit(evaluate: Callable[[float], dict], chosen: Limit, known: dict | N
 
 
 def largest_ratio(rows: list[dict], criterion: str, tolerance: float | None = None) -> float | None:
-    """The largest ratio of a curve (rows of one split) that loses nothing against its smallest; None: not even that."""
+    """The largest ratio of a curve (rows of one split) that loses nothing against its smallest;
+    None: not even that.
+    """
     rows, rule = sorted(rows, key=lambda row: row["ratio"]), CRITERIA[criterion]
     dense, tolerance = rows[0], rule.tolerance if tolerance is None else tolerance
     good = [
@@ -203,23 +267,38 @@ def largest_ratio(rows: list[dict], criterion: str, tolerance: float | None = No
     return max(good, default=None)
 
 
-# path --------------------------------------------------------------------------------------------------------
+# path ---------------------------------------------------------------------------------------------
 
 
 @tables.option
 class Path(stages.Selecting):
-    """How pruning really moves the training loss, beside the second order, which is all that the prediction knows.
+    """How pruning really moves the training loss, beside the second order, which is all that the
+    prediction knows.
 
-    For every ratio: the distance R, the change of the loss, and its first- and second-order terms g.d and d.Hd / 2 for
-    the step d that pruning makes. At a minimum the first is small; where it is not, the actual limit lies elsewhere
-    than predicted, at a larger ratio if it is negative.
-    ratios: shares removed; at_limits: and those of earlier predictions and `limit` stages. selection and the fields
-    with it: as for `curve`. num_examples: of the train set, see `config.sample`; 0 for all.
+    For every ratio: the distance R, the change of the loss, and its first- and second-order terms
+    g.d and d.Hd / 2 for the step d that pruning makes. At a minimum the first is small; where it is
+    not, the actual limit lies elsewhere than predicted, at a larger ratio if it is negative.
+    ratios: shares removed; at_limits: and those of earlier predictions and `limit` stages.
+    selection and the fields with it: as for `curve`. num_examples: of the train set, see
+    `config.sample`; 0 for all.
     """
 
     kind: ClassVar[str] = "path"
     needs: ClassVar[tuple[str, ...]] = ("train",)
-    ratios: tuple[tables.Fraction, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.96, 0.97, 0.975, 0.98, 0.985, 0.99, 0.995)
+    ratios: tuple[tables.Fraction, ...] = (
+        0.5,
+        0.7,
+        0.8,
+        0.9,
+        0.95,
+        0.96,
+        0.97,
+        0.975,
+        0.98,
+        0.985,
+        0.99,
+        0.995,
+    )
     at_limits: bool = True
     batch_size: tables.Count = 1000
     num_examples: tables.Index = 0
@@ -255,12 +334,16 @@ class Path(stages.Selecting):
 def path_ratios(chosen: Path, earlier: list[dict]) -> list[float]:
     """Where to measure, ascending. earlier: rows before the stage."""
     field = {"width": "predicted", "limit": "limit"}
-    limits = [row.get(field[row["kind"]]) for row in earlier if chosen.at_limits and row["kind"] in field]
+    limits = [
+        row.get(field[row["kind"]]) for row in earlier if chosen.at_limits and row["kind"] in field
+    ]
     return sorted({*chosen.ratios, *(ratio for ratio in limits if ratio is not None and ratio < 1)})
 
 
 def pruning_step(problem: train.Problem, chosen: Path, place: interface.Place) -> Callable:
-    """`step_of(state, counts) -> (pruned less current params, its norm)` of one member: one program for all ratios."""
+    """`step_of(state, counts) -> (pruned less current params, its norm)` of one member: one program
+    for all ratios.
+    """
     prune = stages.pruning(problem, chosen, place.position)
 
     def step_of(state, counts):
@@ -278,23 +361,29 @@ def path_terms(problem: train.Problem, chosen: Path) -> Callable:
 
     def build():
         data = examples(problem, chosen.num_examples)
-        terms = spectrum.taylor(network.mean_loss, data, chosen.batch_size, on_host=stages.on_host(problem))
-        return lambda variables, step: terms(variables, (step, jax.tree.map(jnp.zeros_like, variables[1])))
+        terms = spectrum.taylor(
+            network.mean_loss, data, chosen.batch_size, on_host=stages.on_host(problem)
+        )
+        return lambda variables, step: terms(
+            variables, (step, jax.tree.map(jnp.zeros_like, variables[1]))
+        )
 
     return problem.once(("path", chosen.loss, chosen.batch_size, chosen.num_examples), build)
 
 
-# row_norms ---------------------------------------------------------------------------------------------------
+# row_norms ----------------------------------------------------------------------------------------
 
 
 @tables.option
 class RowNorms(interface.Stage):
-    """Share of weights without curvature, from the Hessian rows of the weights at `num_weights` magnitude quantiles.
+    """Share of weights without curvature, from the Hessian rows of the weights at `num_weights`
+    magnitude quantiles.
 
-    A weight has none if the L1 norm of its row is below `threshold`. rows: `mean` is the row of the whole data set's
-    Hessian; `original` sums the norms of every batch's row and divides by the number of examples, so that it scales
-    like 1 / batch_size. num_examples: of the train set, see `config.sample`; 0 for all. parameters: pattern of the
-    arrays whose entries make up a row, and among whose kernels the weights are.
+    A weight has none if the L1 norm of its row is below `threshold`. rows: `mean` is the row of the
+    whole data set's Hessian; `original` sums the norms of every batch's row and divides by the
+    number of examples, so that it scales like 1 / batch_size. num_examples: of the train set, see
+    `config.sample`; 0 for all. parameters: pattern of the arrays whose entries make up a row, and
+    among whose kernels the weights are.
     """
 
     kind: ClassVar[str] = "row_norms"
@@ -318,7 +407,9 @@ class RowNorms(interface.Stage):
         shapes = train.shapes_of(problem)
         found = trees.matching(shapes, self.parameters, f"{where}.parameters")
         if not any(found[path] for path in allocate.prunable(shapes, "kernels")):
-            raise tables.ConfigError(f"{where}.parameters is {self.parameters!r}, which matches no kernel.")
+            raise tables.ConfigError(
+                f"{where}.parameters is {self.parameters!r}, which matches no kernel."
+            )
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         total = problem.members or 1
@@ -327,7 +418,9 @@ class RowNorms(interface.Stage):
             if len(rows[member]) > chosen.num_weights:
                 continue
             variables = one_member(problem, state, member)
-            prunable = allocate.prunable(spectrum.select(variables[0], chosen.parameters).params, "kernels")
+            prunable = allocate.prunable(
+                spectrum.select(variables[0], chosen.parameters).params, "kernels"
+            )
             entries = spectrum.quantile_entries(prunable, chosen.num_weights)
             norm = row_measure(problem, chosen)
             norms = [row["row_norm"] for row in rows[member]]
@@ -335,19 +428,32 @@ class RowNorms(interface.Stage):
                 if i < len(norms):
                     continue
                 norms.append(norm(variables, path, index))
-                row = dict(quantile=i / chosen.num_weights, magnitude=magnitude, row_norm=norms[-1], parameter=path)
+                row = dict(
+                    quantile=i / chosen.num_weights,
+                    magnitude=magnitude,
+                    row_norm=norms[-1],
+                    parameter=path,
+                )
                 done = (member + (i + 1) / (len(entries) + 1)) / total
                 yield train.Update(state, only(problem, member, row), done)
             share = float(np.mean(np.asarray(norms) < chosen.threshold))
-            result = dict(zero_share=share, threshold=chosen.threshold, rows=chosen.rows, num_weights=len(entries))
+            result = dict(
+                zero_share=share,
+                threshold=chosen.threshold,
+                rows=chosen.rows,
+                num_weights=len(entries),
+            )
             yield train.Update(state, only(problem, member, result), (member + 1) / total)
 
 
 def _check_number(num_examples: int, where: str) -> None:
-    """Raises ConfigError, of streamed data, unless a number of images says how many to keep in memory."""
+    """Raises ConfigError, of streamed data, unless a number of images says how many to keep in
+    memory.
+    """
     if not num_examples:
         raise tables.ConfigError(
-            f"config.data.stream leaves images where they are; {where}.num_examples is 0, all: say how many to keep in "
+            f"config.data.stream leaves images where they are; {where}.num_examples is 0, all: "
+            "say how many to keep in "
             "memory."
         )
 
@@ -358,7 +464,9 @@ def examples(problem: train.Problem, num: int) -> tuple[jax.Array, jax.Array]:
 
 
 def batch_product(problem: train.Problem, chosen: Any, kind: str = "hessian") -> spectrum.Product:
-    """`product(variables, v, batch)` with the curvature of the training loss in the parameters `chosen.parameters`."""
+    """`product(variables, v, batch)` with the curvature of the training loss in the parameters
+    `chosen.parameters`.
+    """
     network = network_of(problem, chosen.loss)
 
     def product(variables, v, batch):
@@ -367,20 +475,33 @@ def batch_product(problem: train.Problem, chosen: Any, kind: str = "hessian") ->
         outputs = lambda part, batch: network.outputs((selected.rebuild(part), batch_stats), batch)
         if kind == "gauss_newton":
             return linops.gauss_newton(outputs, network.loss, selected.params, batch)(v)
-        return linops.hvp(lambda part, batch: network.loss(outputs(part, batch), batch), selected.params, batch)(v)
+        return linops.hvp(
+            lambda part, batch: network.loss(outputs(part, batch), batch), selected.params, batch
+        )(v)
 
     return product
 
 
 def curvature(problem: train.Problem, chosen: Any, kind: str = "hessian") -> Callable:
     """`product(variables, v)`: `batch_product` over `chosen.num_examples` of the train set."""
-    name = ("curvature", kind, chosen.loss, chosen.parameters, chosen.batch_size, chosen.num_examples)
+    name = (
+        "curvature",
+        kind,
+        chosen.loss,
+        chosen.parameters,
+        chosen.batch_size,
+        chosen.num_examples,
+    )
     product, data = batch_product(problem, chosen, kind), examples(problem, chosen.num_examples)
     on_host = stages.on_host(problem)
-    return problem.once(name, lambda: spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host))
+    return problem.once(
+        name, lambda: spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host)
+    )
 
 
-def curvature_at(problem: train.Problem, chosen: Any, kind: str, variables: tuple[PyTree, PyTree]) -> Callable:
+def curvature_at(
+    problem: train.Problem, chosen: Any, kind: str, variables: tuple[PyTree, PyTree]
+) -> Callable:
     """`matvec(v)`: `curvature` at these variables."""
     if not chosen.linearize_once:
         product = curvature(problem, chosen, kind)
@@ -388,7 +509,9 @@ def curvature_at(problem: train.Problem, chosen: Any, kind: str, variables: tupl
     (params, batch_stats), product = variables, batch_product(problem, chosen, kind)
     selected = spectrum.select(params, chosen.parameters)
     of_selected = lambda part, v, batch: product((selected.rebuild(part), batch_stats), v, batch)
-    return spectrum.linearized(of_selected, selected.params, examples(problem, chosen.num_examples), chosen.batch_size)
+    return spectrum.linearized(
+        of_selected, selected.params, examples(problem, chosen.num_examples), chosen.batch_size
+    )
 
 
 def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
@@ -411,7 +534,9 @@ def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
         row = product(variables, v, spectrum.cut(data, start, length))
         return sum(map(trees.absolute_sum, row.values()))
 
-    one = problem.once(("row of a batch", chosen), lambda: jax.jit(batch_norm_of_row, static_argnums=4))
+    one = problem.once(
+        ("row of a batch", chosen), lambda: jax.jit(batch_norm_of_row, static_argnums=4)
+    )
 
     def norm(variables, path, index):
         v = spectrum.one_hot(spectrum.select(variables[0], chosen.parameters).params, path, index)
@@ -420,24 +545,31 @@ def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
     return norm
 
 
-# spectrum ----------------------------------------------------------------------------------------------------
+# spectrum -----------------------------------------------------------------------------------------
 
-OPERATORS = {"hessian": "symmetric", "gauss_newton": "semidefinite", "absolute": "squared"}  # as `width` calls them
+OPERATORS = {
+    "hessian": "symmetric",
+    "gauss_newton": "semidefinite",
+    "absolute": "squared",
+}  # as `width` calls them
 
 
 @tables.option
 class Spectrum(interface.Stage):
     """Stochastic Lanczos quadrature of the curvature of the training loss at the trained weights.
 
-    operator: the `hessian`; `gauss_newton`, its positive semi-definite part; `absolute`, the Hessian applied twice,
-    whose square root is its absolute value (two products a step).
-    num_matvecs: Lanczos steps; num_probes: random start vectors. reorthogonalize: see `linops.lanczos_method`.
-    stop_width: a probe ends once its enclosure of the prediction is narrower than this; 0: never. Needs a stage of
-    kind `width` in the config, whose tolerance it uses: that of one that names this stage, else of one that names none.
-    linearize_once: keep activations and the like for all examples between products: faster, at the memory told in
-    `spectrum.linearized`. l2: strength of an L2 penalty in the loss (an L1 one has no curvature).
-    num_examples: of the train set, see `config.sample`; 0 for all. parameters: pattern of the variables; the default
-    leaves out batch norms, as the original does.
+    operator: the `hessian`; `gauss_newton`, its positive semi-definite part; `absolute`, the
+    Hessian applied twice, whose square root is its absolute value (two products a step).
+    num_matvecs: Lanczos steps; num_probes: random start vectors. reorthogonalize: see
+        `linops.lanczos_method`.
+    stop_width: a probe ends once its enclosure of the prediction is narrower than this; 0: never.
+    Needs a stage of kind `width` in the config, whose tolerance it uses: that of one that names
+    this stage, else of one that names none.
+    linearize_once: keep activations and the like for all examples between products: faster, at the
+    memory told in `spectrum.linearized`. l2: strength of an L2 penalty in the loss (an L1 one has
+    no curvature).
+    num_examples: of the train set, see `config.sample`; 0 for all. parameters: pattern of the
+    variables; the default leaves out batch norms, as the original does.
     Rows: coefficients of the tridiagonal matrix of every probe; everything else follows from them.
     """
 
@@ -462,7 +594,8 @@ class Spectrum(interface.Stage):
     def check_order(self, where: str, order: interface.Order) -> None:
         if self.stop_width and not any(isinstance(own, Width) for own in order.all.values()):
             raise tables.ConfigError(
-                f"{where}.stop_width needs a stage of kind 'width' in the config: it defines the tolerance."
+                f"{where}.stop_width needs a stage of kind 'width' in the config: it defines the "
+                "tolerance."
             )
 
     def check_streamed(self, where: str) -> None:
@@ -476,7 +609,9 @@ class Spectrum(interface.Stage):
             train.check_memory(basis, f"{where}.num_matvecs is {self.num_matvecs}, whose basis")
 
     def begin(self, problem, state, settings, place) -> train.State:
-        return interface.without_optimizer(state)._replace(opt_state=_start(problem, state, self, place, 0))
+        return interface.without_optimizer(state)._replace(
+            opt_state=_start(problem, state, self, place, 0)
+        )
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         total = self.num_probes * (problem.members or 1)
@@ -493,17 +628,25 @@ class Spectrum(interface.Stage):
                 applied, at = curvature_at(problem, self, kind, variables), member
             matvec = applied
             if self.l2:
-                matvec = lambda v, bare=matvec: jax.tree.map(lambda a, b: a + 2 * self.l2 * b, bare(v), v)
+                matvec = lambda v, bare=matvec: jax.tree.map(
+                    lambda a, b: a + 2 * self.l2 * b, bare(v), v
+                )
             if self.operator == "absolute":
                 matvec = linops.squared(matvec)
-            narrow = _enclosure_width(problem, self, place, variables, member) if self.stop_width else None
+            narrow = (
+                _enclosure_width(problem, self, place, variables, member)
+                if self.stop_width
+                else None
+            )
             lanczos, started = state.opt_state.lanczos, time.perf_counter()
             while (step := int(lanczos.step)) < self.num_matvecs:
                 lanczos = method.step(matvec, lanczos)
                 state = state._replace(opt_state=Probe(state.opt_state.number, lanczos))
                 step += 1
                 if not np.isfinite(float(lanczos.alphas[step - 1])):
-                    raise train.NonFiniteLossError(f"{place.name}: a product is not finite; did the training diverge?")
+                    raise train.NonFiniteLossError(
+                        f"{place.name}: a product is not finite; did the training diverge?"
+                    )
                 if narrow and step % 4 == 0 and narrow(method.result(lanczos)) <= self.stop_width:
                     break
                 if int(lanczos.num_steps) < step:
@@ -529,28 +672,44 @@ class Spectrum(interface.Stage):
 
 
 class Probe(NamedTuple):
-    """Where the stage stands: the probe under way (of all members' in turn) and its Lanczos state."""
+    """Where the stage stands: the probe under way (of all members' in turn) and its Lanczos
+    state.
+    """
 
     number: jax.Array
     lanczos: linops.LanczosState
 
 
-def _start(problem: train.Problem, state: train.State, chosen: Spectrum, place: interface.Place, number: int) -> Probe:
+def _start(
+    problem: train.Problem,
+    state: train.State,
+    chosen: Spectrum,
+    place: interface.Place,
+    number: int,
+) -> Probe:
     """The state before the first product of probe `number`."""
     member, probe = divmod(number, chosen.num_probes)
     params, _ = one_member(problem, state, member)
     like = spectrum.select(params, chosen.parameters, f"config.{place.name}.parameters").params
-    key = jax.random.fold_in(train.stage_key(member_key(problem, state, member), place.position), probe)
+    key = jax.random.fold_in(
+        train.stage_key(member_key(problem, state, member), place.position), probe
+    )
     method = linops.lanczos_method(chosen.num_matvecs, reorthogonalize=chosen.reorthogonalize)
     return Probe(jnp.asarray(number, jnp.int32), method.init(linops.rademacher(key, like)))
 
 
-def _enclosure_width(problem, chosen: Spectrum, place: interface.Place, variables, member: int) -> Callable:
-    """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance of the width stage."""
+def _enclosure_width(
+    problem, chosen: Spectrum, place: interface.Place, variables, member: int
+) -> Callable:
+    """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance of
+    the width stage.
+    """
     found = [own[member] for own in place.others.values() if isinstance(own[member], Width)]
     reader = min(found, key=lambda own: (own.spectrum != place.name, own.spectrum != ""))
     epsilon, _ = tolerated(problem, variables, reader, f"config.{place.name}.stop_width")
-    options = dict(operator=OPERATORS[chosen.operator], zero_share=zero_share_of(reader, place.earlier[member]))
+    options = dict(
+        operator=OPERATORS[chosen.operator], zero_share=zero_share_of(reader, place.earlier[member])
+    )
     distances = width.distances(variables[0])
 
     def gap(tridiagonal):
@@ -572,19 +731,23 @@ def tridiagonals(rows: list[dict]) -> linops.Tridiagonal:
     )
 
 
-# width -------------------------------------------------------------------------------------------------------
+# width --------------------------------------------------------------------------------------------
 
 
 @tables.option
 class Width(interface.Stage):
-    """The predicted largest pruning ratio, from the Gaussian width of the loss basin, beside the actual one.
+    """The predicted largest pruning ratio, from the Gaussian width of the loss basin, beside the
+    actual one.
 
-    spectrum: name of the spectrum stage to use (empty: the latest). method: `fixed_point`, or `grid`, the original's
-    discrete answer (interval and history stay those of the fixed point). negative: Ritz values below zero by `absolute`
-    value (as the original) or at 0 (`clip`).
-    zero_share: of directions without curvature; below 0: that of an earlier `row_norms` stage, if there is one.
-    epsilon: tolerated loss; 0 for the standard deviation of the training loss over batches of `batch_size`.
-    epsilon_draws: bootstrap draws of it for the error bar. tolerance: in accuracy, for the actual limit `within`.
+    spectrum: name of the spectrum stage to use (empty: the latest). method: `fixed_point`, or
+    `grid`, the original's discrete answer (interval and history stay those of the fixed point).
+    negative: Ritz values below zero by `absolute` value (as the original) or at 0 (`clip`).
+    zero_share: of directions without curvature; below 0: that of an earlier `row_norms` stage, if
+        there is one.
+    epsilon: tolerated loss; 0 for the standard deviation of the training loss over batches of
+        `batch_size`.
+    epsilon_draws: bootstrap draws of it for the error bar. tolerance: in accuracy, for the actual
+        limit `within`.
     """
 
     kind: ClassVar[str] = "width"
@@ -606,14 +769,15 @@ class Width(interface.Stage):
         known = [name for name, kind in order.done.items() if kind == Spectrum.kind]
         if self.spectrum and self.spectrum not in known:
             raise tables.ConfigError(
-                f"{where}.spectrum is {self.spectrum!r}; earlier stages of kind 'spectrum': {', '.join(known)}."
-                + tables.closest(self.spectrum, known)
+                f"{where}.spectrum is {self.spectrum!r}; earlier stages of kind 'spectrum': "
+                f"{', '.join(known)}." + tables.closest(self.spectrum, known)
             )
 
     def check_streamed(self, where: str) -> None:
         if not self.epsilon:
             raise tables.ConfigError(
-                f"config.data.stream leaves images where they are, but {where}.epsilon 0 is measured on all of them in "
+                f"config.data.stream leaves images where they are, but {where}.epsilon 0 is "
+                "measured on all of them in "
                 "memory: set it."
             )
 
@@ -621,7 +785,8 @@ class Width(interface.Stage):
         num_examples = problem.size("train")
         if not self.epsilon and num_examples < 2 * self.batch_size:
             raise tables.ConfigError(
-                f"{where}.batch_size is {self.batch_size}; allowed: up to {num_examples // 2}, half the train set "
+                f"{where}.batch_size is {self.batch_size}; allowed: up to {num_examples // 2}, "
+                "half the train set "
                 "(epsilon is a deviation over batches), or set epsilon."
             )
 
@@ -640,7 +805,9 @@ class Width(interface.Stage):
 
 
 def tolerated(problem, variables, chosen: Width, where: str) -> tuple[float, np.ndarray | None]:
-    """(epsilon, the batch losses behind it, if it is not set); raises ConfigError if it comes out as 0."""
+    """(epsilon, the batch losses behind it, if it is not set); raises ConfigError if it comes out
+    as 0.
+    """
     if chosen.epsilon:
         return chosen.epsilon, None
     found = train_losses(problem, variables, chosen.loss, chosen.batch_size)
@@ -653,19 +820,30 @@ def tolerated(problem, variables, chosen: Width, where: str) -> tuple[float, np.
 
 
 def zero_share_of(chosen: Width, earlier: list[dict]) -> float:
-    """The share of directions without curvature: as set, else of the latest `row_norms` stage, else 0."""
-    measured = [row["zero_share"] for row in earlier if row["kind"] == "row_norms" and "zero_share" in row]
+    """The share of directions without curvature: as set, else of the latest `row_norms` stage, else
+    0.
+    """
+    measured = [
+        row["zero_share"] for row in earlier if row["kind"] == "row_norms" and "zero_share" in row
+    ]
     return chosen.zero_share if chosen.zero_share >= 0 else (measured[-1] if measured else 0.0)
 
 
 def predict(
-    problem, variables, chosen: Width, spectra: list[dict], earlier: list[dict], place: interface.Place
+    problem,
+    variables,
+    chosen: Width,
+    spectra: list[dict],
+    earlier: list[dict],
+    place: interface.Place,
 ) -> dict:
     """The row of a `width` stage."""
     operator, tridiagonal = OPERATORS[spectra[0]["operator"]], tridiagonals(spectra)
     distances = width.distances(variables[0])
     epsilon, batch = tolerated(problem, variables, chosen, f"config.{place.name}")
-    draws = () if batch is None else width.epsilon_draws(batch, chosen.epsilon_draws, place.position)
+    draws = (
+        () if batch is None else width.epsilon_draws(batch, chosen.epsilon_draws, place.position)
+    )
     zero_share = zero_share_of(chosen, earlier)
     options = dict(operator=operator, negative=chosen.negative, zero_share=zero_share)
     answer = width.predict_probes(tridiagonal, distances, epsilon, epsilons=draws, **options)
@@ -713,15 +891,20 @@ def predict(
 
 
 def actual_limits(rows: list[dict], tolerance: float, epsilon: float) -> dict[str, float]:
-    """The actual largest ratio by every definition that the rows of curves and limit stages so far decide.
+    """The actual largest ratio by every definition that the rows of curves and limit stages so far
+    decide.
 
-    Of the latest curve without retraining, on each of its splits, e.g. `test accuracy_within`; of limit stages by
-    their stage's name.
+    Of the latest curve without retraining, on each of its splits, e.g. `test accuracy_within`; of
+    limit stages by their stage's name.
     """
     found = {}
     curves = [row for row in rows if row["kind"] == "curve" and not row["retrained"]]
     if curves:
-        newest = [row for row in curves if (row["stage"], row["visit"]) == (curves[-1]["stage"], curves[-1]["visit"])]
+        newest = [
+            row
+            for row in curves
+            if (row["stage"], row["visit"]) == (curves[-1]["stage"], curves[-1]["visit"])
+        ]
         for split in sorted({row["split"] for row in newest}):
             own = [row for row in newest if row["split"] == split]
             for name in CRITERIA:

@@ -1,4 +1,5 @@
-"""SFW-Init: a learned scale for every parameter array, so that one Frank-Wolfe step from there helps most.
+"""SFW-Init: a learned scale for every parameter array, so that one Frank-Wolfe step from there
+helps most.
 
 Sources: Miao et al., ICLR 2022, section 3.3; Zhu et al. 2021, arXiv:2102.08098 (GradInit).
 """
@@ -15,10 +16,11 @@ PyTree = Any
 
 
 class ScaleState(NamedTuple):
-    """params: scaled so far. scales: factors (scalars). first_norms: L2 norms at scale 1. mean, square: Adam's.
+    """params: scaled so far. scales: factors (scalars). first_norms: L2 norms at scale 1. mean,
+    square: Adam's.
 
-    All but the params are in float32 or wider. No two leaves share a buffer, so the state can be donated; its params
-    are those given to `init`.
+    All but the params are in float32 or wider. No two leaves share a buffer, so the state can be
+    donated; its params are those given to `init`.
     """
 
     step: jax.Array
@@ -30,7 +32,9 @@ class ScaleState(NamedTuple):
 
 
 class ScaleMetrics(NamedTuple):
-    """loss_before, loss_after: around the inner step. inner_products, step_sizes: one scalar a parameter array."""
+    """loss_before, loss_after: around the inner step. inner_products, step_sizes: one scalar a
+    parameter array.
+    """
 
     loss_before: jax.Array
     loss_after: jax.Array
@@ -60,11 +64,12 @@ def scale_step(
 ) -> Callable:
     """One iteration, `(state, inner_batch, outer_batch) -> (state, metrics)`.
 
-    loss(params, batch) -> scalar. The objective is the loss on `outer_batch` after one SFW step (`gradient` rescale,
-    no momentum) on `inner_batch`, divided by `learning_rate`; vertices count as constants, step sizes are
-    differentiated where they are not clipped. The scales follow it by scalar Adam at `scale_learning_rate` with the
-    gradient clipped to +-`clip`, never below `min_scale` (kernels, norm scales) or 0 (biases); arrays whose norm is 0
-    are left alone. sets: feasible sets as for `optim.sfw`; unconstrained arrays take their gradient step.
+    loss(params, batch) -> scalar. The objective is the loss on `outer_batch` after one SFW step
+    (`gradient` rescale, no momentum) on `inner_batch`, divided by `learning_rate`; vertices count
+    as constants, step sizes are differentiated where they are not clipped. The scales follow it by
+    scalar Adam at `scale_learning_rate` with the gradient clipped to +-`clip`, never below
+    `min_scale` (kernels, norm scales) or 0 (biases); arrays whose norm is 0 are left alone. sets:
+    feasible sets as for `optim.sfw`; unconstrained arrays take their gradient step.
     """
 
     def inner(params, inner_batch):
@@ -105,10 +110,19 @@ def scale_step(
             slope = jnp.clip(product * grow, -clip, clip)
             mean = beta1 * mean + (1 - beta1) * slope
             square = beta2 * square + (1 - beta2) * slope * slope
-            move = scale_learning_rate * (mean / (1 - beta1**count)) / (jnp.sqrt(square / (1 - beta2**count)) + eps)
+            move = (
+                scale_learning_rate
+                * (mean / (1 - beta1**count))
+                / (jnp.sqrt(square / (1 - beta2**count)) + eps)
+            )
             floor = 0.0 if path.rsplit("/", 1)[-1] == "bias" else min_scale
             scale = jnp.where(alive, jnp.maximum(scale - move, floor), scale)
-            return jnp.where(alive, (trees.widen(p) * (scale * grow)).astype(p.dtype), p), scale, mean, square
+            return (
+                jnp.where(alive, (trees.widen(p) * (scale * grow)).astype(p.dtype), p),
+                scale,
+                mean,
+                square,
+            )
 
         now = (state.params, state.scales, state.first_norms, products, state.mean, state.square)
         new = zip(*map(update, trees.named_leaves(state.params), *map(jax.tree.leaves, now)))

@@ -1,7 +1,7 @@
 """Checksums: whether files are still as they were written.
 
-`SHA256SUMS` in a folder has the lines of the tool `sha256sum`, whose `--check` verifies it too. Rows of a file that
-grows carry a checksum each, of their own text and all before it.
+`SHA256SUMS` in a folder has the lines of the tool `sha256sum`, whose `--check` verifies it too.
+Rows of a file that grows carry a checksum each, of their own text and all before it.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def digest_of(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Folders -----------------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------
 
 
 def seal(folder: pathlib.Path) -> None:
@@ -60,7 +60,9 @@ def record(path: pathlib.Path) -> None:
 
 
 def is_changed(path: pathlib.Path) -> bool:
-    """Whether the file `path` differs from its checksum in `SHA256SUMS`; False where that has none for it."""
+    """Whether the file `path` differs from its checksum in `SHA256SUMS`; False where that has none
+    for it.
+    """
     known = read_sums(path.parent).get(path.name)
     return known is not None and known != digest_of(path)
 
@@ -77,11 +79,13 @@ def read_sums(folder: pathlib.Path) -> dict[str, str]:
 
 def _write_sums(folder: pathlib.Path, sums: dict[str, str]) -> None:
     part = folder / f".{SUMS}"
-    part.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8")
+    part.write_text(
+        "".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8"
+    )
     part.replace(folder / SUMS)
 
 
-# Values and rows ---------------------------------------------------------------------------------------------
+# Values and rows ----------------------------------------------------------------------------------
 
 
 def digest_of_value(value: Any) -> str:
@@ -90,13 +94,16 @@ def digest_of_value(value: Any) -> str:
 
 
 def summed_row(line: str, before: int) -> tuple[str, int]:
-    """(a JSON object's text with its checksum as a last field "sum", the checksum); before: that of the line before."""
+    """(a JSON object's text with its checksum as a last field "sum", the checksum); before: that of
+    the line before.
+    """
     total = zlib.crc32(line.encode(), before)
     return f'{line[:-1]}, "sum": "{total:08x}"}}', total
 
 
 def read_row(line: bytes, before: int) -> tuple[dict, int]:
-    """(the row of a line without its checksum, the checksum); lines without one are taken as they are.
+    """(the row of a line without its checksum, the checksum); lines without one are taken as they
+    are.
 
     Raises ValueError for what is no JSON object, and where line and checksum do not fit.
     """

@@ -1,6 +1,8 @@
-"""What a stage of a pipeline is: a class whose fields are its options, with all that the runner asks of it.
+"""What a stage of a pipeline is: a class whose fields are its options, with all that the runner
+asks of it.
 
-The runner makes a stage of its config, asks it to check itself, and runs it; it knows no stage by name.
+The runner makes a stage of its config, asks it to check itself, and runs it; it knows no stage by
+name.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -15,7 +17,9 @@ PyTree = Any
 
 
 class Carried(NamedTuple):
-    """What a training hands on to the next one, through cuts: each in the structure of the params, or ()."""
+    """What a training hands on to the next one, through cuts: each in the structure of the params,
+    or ().
+    """
 
     momentum: PyTree = ()  # the state of heavy-ball momentum
     saliency: PyTree = ()  # the tracked importance of every weight
@@ -24,9 +28,9 @@ class Carried(NamedTuple):
 class Place(NamedTuple):
     """Where in the pipeline a stage stands.
 
-    others: the checked settings of all stages, one list of members by name. earlier: per member, the rows of all
-    stages before it, those of the run it started from included. visit: how often the pipeline has named the stage so
-    far, this time included; visits: how often it does in all.
+    others: the checked settings of all stages, one list of members by name. earlier: per member,
+    the rows of all stages before it, those of the run it started from included. visit: how often
+    the pipeline has named the stage so far, this time included; visits: how often it does in all.
     """
 
     name: str
@@ -40,8 +44,9 @@ class Place(NamedTuple):
 class Order(NamedTuple):
     """The stages around one, while a config is checked.
 
-    before: the settings of those before it in the pipeline, in order. done: kinds of all that will be finished, by
-    name, those of earlier runs included. all: the settings of all stages of the config, by name.
+    before: the settings of those before it in the pipeline, in order. done: kinds of all that will
+    be finished, by name, those of earlier runs included. all: the settings of all stages of the
+    config, by name.
     """
 
     before: list["Stage"]
@@ -54,9 +59,9 @@ class Order(NamedTuple):
 class Stage:
     """One stage. Fields of subclasses are its options; `run` is all that they must have.
 
-    kind: its name in configs. needs: kinds of which one must have run before. trains: whether it trains a network,
-    whose label in the report is its own; makes_network: whether it makes another network without that. retrain: name
-    of the `train` config that it runs itself.
+    kind: its name in configs. needs: kinds of which one must have run before. trains: whether it
+    trains a network, whose label in the report is its own; makes_network: whether it makes another
+    network without that. retrain: name of the `train` config that it runs itself.
     """
 
     kind: ClassVar[str] = ""
@@ -82,7 +87,9 @@ class Stage:
         """Raises ConfigError for a stage that needs all images in memory."""
 
     def check_network(self, problem: Any, where: str, visits: int) -> None:
-        """Raises ConfigError for options that do not fit the network or the data; nothing is compiled."""
+        """Raises ConfigError for options that do not fit the network or the data; nothing is
+        compiled.
+        """
 
     # Running. settings: of all members of a sweep that run side by side, of which this is the first
 
@@ -95,15 +102,24 @@ class Stage:
         del problem
         return 1
 
-    def begin(self, problem: Any, state: PyTree, settings: Sequence["Stage"], place: Place) -> PyTree:
+    def begin(
+        self, problem: Any, state: PyTree, settings: Sequence["Stage"], place: Place
+    ) -> PyTree:
         """The state that it starts from; pure, so that a resumed run knows its structure."""
         del problem, settings, place
         return without_optimizer(state)
 
     def run(
-        self, problem: Any, state: PyTree, settings: Sequence["Stage"], place: Place, rows: list[list[dict]]
+        self,
+        problem: Any,
+        state: PyTree,
+        settings: Sequence["Stage"],
+        place: Place,
+        rows: list[list[dict]],
     ) -> Iterator[Any]:
-        """Yields `train.Update`s, from each of which it can be resumed. rows: per member, its own so far."""
+        """Yields `train.Update`s, from each of which it can be resumed. rows: per member, its own
+        so far.
+        """
         raise NotImplementedError
 
     def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:

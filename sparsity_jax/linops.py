@@ -1,13 +1,16 @@
-"""Symmetric linear operators given as products: curvature of a loss, Lanczos, quadrature, traces, spectral density.
+"""Symmetric linear operators given as products: curvature of a loss, Lanczos, quadrature, traces,
+spectral density.
 
-An operator is a function `matvec(v) -> A v` on pytrees of one structure; A is real and symmetric. Nothing here knows
-a network: `hvp` and `gauss_newton` make operators of any loss and any pytree, everything else takes any operator.
+An operator is a function `matvec(v) -> A v` on pytrees of one structure; A is real and symmetric.
+Nothing here knows a network: `hvp` and `gauss_newton` make operators of any loss and any pytree,
+everything else takes any operator.
 
     tridiagonal = lanczos(64)(hvp(loss, params, batch), rademacher(key, params))
     values, weights = ritz(tridiagonal)             # Ritz values and weights: float64, on the host
     quadrature(function, values, weights)           # v^T function(A) v for the unit start vector v
 
-Products run on the device in the type of their vectors; the small tridiagonal problem is solved in float64 by SciPy.
+Products run on the device in the type of their vectors; the small tridiagonal problem is solved in
+float64 by SciPy.
 """
 
 import functools
@@ -27,14 +30,15 @@ Matvec = Callable[[PyTree], PyTree]
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-# Products with the curvature of a loss -------------------------------------------------------------------------
+# Products with the curvature of a loss ------------------------------------------------------------
 
 
 def hvp(loss: Callable, params: PyTree, *args: Any) -> Matvec:
     """The product with the Hessian of `loss(params, *args)` at `params`, forward over reverse.
 
-    matvec(v): v has the structure and shapes of `params`, and so has the product. Raises ValueError for a loss that
-    is no scalar and for a v of another structure, TypeError for params that are no floats.
+    matvec(v): v has the structure and shapes of `params`, and so has the product. Raises ValueError
+    for a loss that is no scalar and for a v of another structure, TypeError for params that are no
+    floats.
     """
     trees.check_parameters(params, "hvp")
     scalar = lambda params: loss(params, *args)
@@ -48,7 +52,8 @@ def hvp(loss: Callable, params: PyTree, *args: Any) -> Matvec:
 
 
 def gauss_newton(outputs: Callable, loss: Callable, params: PyTree, *args: Any) -> Matvec:
-    """The product with J^T H J: J the Jacobian of `z = outputs(params, *args)`, H the Hessian of `loss(z, *args)` in z.
+    """The product with J^T H J: J the Jacobian of `z = outputs(params, *args)`, H the Hessian of
+    `loss(z, *args)` in z.
 
     Positive semi-definite if the loss is convex in z. z may be a pytree; raises as `hvp` does.
     """
@@ -87,11 +92,14 @@ def check_scalar(loss: Callable, argument: PyTree) -> None:
     shape = getattr(value, "shape", None)
     if shape != ():
         found = f"an array of shape {shape}" if shape is not None else f"a {type(value).__name__}"
-        raise ValueError(f"loss returns {found}; curvature needs one scalar. Take the mean over examples.")
+        raise ValueError(
+            f"loss returns {found}; curvature needs one scalar. Take the mean over examples."
+        )
 
 
 def tangent(v: PyTree, params: PyTree) -> PyTree:
-    """`v` in the types of `params` and, on a mesh of explicit axes, divided as they are, as derivatives need it.
+    """`v` in the types of `params` and, on a mesh of explicit axes, divided as they are, as
+    derivatives need it.
 
     Raises ValueError for another structure or shape.
     """
@@ -100,7 +108,9 @@ def tangent(v: PyTree, params: PyTree) -> PyTree:
     def fitted(x, p):
         x = jnp.asarray(x, jnp.result_type(p))
         same = trees.division(x) == trees.division(p)
-        return x if same else jax.sharding.reshard(x, jax.sharding.PartitionSpec(*trees.division(p)))
+        return (
+            x if same else jax.sharding.reshard(x, jax.sharding.PartitionSpec(*trees.division(p)))
+        )
 
     return jax.tree.map(fitted, v, params)
 
@@ -112,25 +122,31 @@ def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)):
         if jnp.shape(x) != jnp.shape(y):
             place = jax.tree_util.keystr(path)
-            raise ValueError(f"{name} has shape {jnp.shape(x)} at {place!r}; allowed: that of {other}, {jnp.shape(y)}.")
+            raise ValueError(
+                f"{name} has shape {jnp.shape(x)} at {place!r}; allowed: that of {other}, "
+                f"{jnp.shape(y)}."
+            )
 
 
-# Trees as vectors ------------------------------------------------------------------------------------------------
+# Trees as vectors ---------------------------------------------------------------------------------
 
 
 def rademacher(key: jax.Array, like: PyTree) -> PyTree:
-    """Independent signs +-1 in the structure, shapes and types of `like`; TypeError for types that are no floats."""
+    """Independent signs +-1 in the structure, shapes and types of `like`; TypeError for types that
+    are no floats.
+    """
     trees.check_parameters(like, "rademacher")
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(
-        structure, [jax.random.rademacher(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves)]
+        structure,
+        [jax.random.rademacher(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves)],
     )
 
 
 def _dot(first: PyTree, second: PyTree) -> jax.Array:
-    """Inner product. Of two vectors at a time: XLA's CPU backend sums those pairwise (error 1e-9 for 1e6 entries), a
-    matrix-vector product one after the other (1e-5)."""
+    """Inner product. Of two vectors at a time: XLA's CPU backend sums those pairwise (error 1e-9
+    for 1e6 entries), a matrix-vector product one after the other (1e-5)."""
     dot = lambda x, y: jnp.dot(trees.widen(x).ravel(), trees.widen(y).ravel(), precision=HIGHEST)
     return sum(jax.tree.leaves(jax.tree.map(dot, first, second)))
 
@@ -146,20 +162,24 @@ def _unflatten(vector: jax.Array, like: PyTree) -> PyTree:
     pieces, start = [], 0
     for leaf in leaves:
         piece = vector[..., start : start + leaf.size]
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)  # of NumPy's float64, float32 unless x64 is enabled
+        dtype = jax.dtypes.canonicalize_dtype(
+            leaf.dtype
+        )  # of NumPy's float64, float32 unless x64 is enabled
         pieces.append(piece.reshape(*vector.shape[:-1], *leaf.shape).astype(dtype))
         start += leaf.size
     return jax.tree.unflatten(structure, pieces)
 
 
-# Lanczos ---------------------------------------------------------------------------------------------------------
+# Lanczos ------------------------------------------------------------------------------------------
 
 
 class Tridiagonal(NamedTuple):
-    """The tridiagonal matrix of `num_steps` Lanczos steps; entries from there on are 0. A leading axis: probes.
+    """The tridiagonal matrix of `num_steps` Lanczos steps; entries from there on are 0. A leading
+    axis: probes.
 
-    alphas [m]: the diagonal. betas [m]: betas[i] couples i and i + 1; betas[num_steps - 1] is the norm of the last
-    residual, 0 if the Krylov space is exhausted (every Ritz value is then an eigenvalue). num_steps: int32, at most D.
+    alphas [m]: the diagonal. betas [m]: betas[i] couples i and i + 1; betas[num_steps - 1] is the
+    norm of the last residual, 0 if the Krylov space is exhausted (every Ritz value is then an
+    eigenvalue). num_steps: int32, at most D.
     """
 
     alphas: jax.Array
@@ -170,8 +190,9 @@ class Tridiagonal(NamedTuple):
 class LanczosState(NamedTuple):
     """Where Lanczos stands: arrays only, to be saved and resumed.
 
-    current: the unit vector to multiply next, in the structure of the start vector, and the one before it. basis: all
-    of them, flat, as rows: a tuple of arrays [chunks, rows, entries], a NumPy matrix on the host, or None.
+    current: the unit vector to multiply next, in the structure of the start vector, and the one
+    before it. basis: all of them, flat, as rows: a tuple of arrays [chunks, rows, entries], a NumPy
+    matrix on the host, or None.
     """
 
     step: jax.Array
@@ -186,11 +207,12 @@ class LanczosState(NamedTuple):
 class Lanczos(NamedTuple):
     """Lanczos one product at a time.
 
-    init(start) -> state; step(matvec, state) -> state; update(state, product) -> state: a step after its product;
-    result(state) -> Tridiagonal of the steps so far.
+    init(start) -> state; step(matvec, state) -> state; update(state, product) -> state: a step
+    after its product; result(state) -> Tridiagonal of the steps so far.
 
-    While `jit` traces, all are pure. Outside of it, `step` and `update` take any matvec, host loops too, and consume
-    the state they are given: its basis is updated in place. Save a state before it is passed on.
+    While `jit` traces, all are pure. Outside of it, `step` and `update` take any matvec, host loops
+    too, and consume the state they are given: its basis is updated in place. Save a state before it
+    is passed on.
     """
 
     num_matvecs: int
@@ -203,8 +225,9 @@ class Lanczos(NamedTuple):
 class _Basis(NamedTuple):
     """One way to keep the basis; vectors are flat.
 
-    create(vector, num_rows) -> basis with `vector` as row 0; write(basis, row, vector) -> basis, unchanged if there is
-    no such row; project(basis, row, vector) -> (the squared length of its part in rows 0..row, the vector without it).
+    create(vector, num_rows) -> basis with `vector` as row 0; write(basis, row, vector) -> basis,
+    unchanged if there is no such row; project(basis, row, vector) -> (the squared length of its
+    part in rows 0..row, the vector without it).
     choose: `jax.lax.cond` or the same on the host.
     """
 
@@ -215,16 +238,20 @@ class _Basis(NamedTuple):
 
 
 CHUNK = 2**12  # entries whose products are summed one after the other
-SHARDS = 64  # of several chunks there are a multiple, so that many numbers of devices can share them
+SHARDS = (
+    64  # of several chunks there are a multiple, so that many numbers of devices can share them
+)
 
 
 def _on_device(num_blocks: int, dtype: Any = None) -> _Basis:
-    """Rows in `num_blocks` arrays [chunks, rows, entries]: classical Gram-Schmidt inside each, one after the other.
+    """Rows in `num_blocks` arrays [chunks, rows, entries]: classical Gram-Schmidt inside each, one
+    after the other.
 
-    Blocks, because only those in use are read: of a single matrix XLA's CPU backend would multiply all rows, or copy a
-    slice of it before it multiplies, at twice the time. Chunks, because it sums a row's products one after the other:
-    over 3e5 entries in float32 that put errors of 1e-6 into vectors that had none, and quadrature off by 3e-2 where
-    chunks (and float64) give 3e-4. A type other than the vectors' is widened one block at a time.
+    Blocks, because only those in use are read: of a single matrix XLA's CPU backend would multiply
+    all rows, or copy a slice of it before it multiplies, at twice the time. Chunks, because it sums
+    a row's products one after the other: over 3e5 entries in float32 that put errors of 1e-6 into
+    vectors that had none, and quadrature off by 3e-2 where chunks (and float64) give 3e-4. A type
+    other than the vectors' is widened one block at a time.
     """
 
     def split(vector: jax.Array) -> jax.Array:
@@ -238,10 +265,15 @@ def _on_device(num_blocks: int, dtype: Any = None) -> _Basis:
         index = np.arange(num_rows)[:, None]
         vector = split(vector)[:, None]
         # made of the vector, so that they are sharded as it is
-        blocks = (jnp.where(index[first : first + rows] == 0, vector, 0) for first in range(0, num_rows, rows))
+        blocks = (
+            jnp.where(index[first : first + rows] == 0, vector, 0)
+            for first in range(0, num_rows, rows)
+        )
         return tuple(block.astype(dtype or vector.dtype) for block in blocks)
 
-    def write(basis: tuple[jax.Array, ...], row: jax.Array, vector: jax.Array) -> tuple[jax.Array, ...]:
+    def write(
+        basis: tuple[jax.Array, ...], row: jax.Array, vector: jax.Array
+    ) -> tuple[jax.Array, ...]:
         blocks, first = [], 0
         vector = split(vector).astype(basis[0].dtype)
         place = lambda block, index: jax.lax.dynamic_update_index_in_dim(block, vector, index, 1)
@@ -252,19 +284,25 @@ def _on_device(num_blocks: int, dtype: Any = None) -> _Basis:
             first += block.shape[1]
         return tuple(blocks)
 
-    def project(basis: tuple[jax.Array, ...], row: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def project(
+        basis: tuple[jax.Array, ...], row: jax.Array, vector: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 
         def subtract(vector, found, block):
             block = block.astype(vector.dtype)
             part = einsum("krc,kc->kr", block, vector).sum(0)
             every = jnp.broadcast_to(part, block.shape[:2])
-            return vector - einsum("kr,krc->kc", every, block), found + jnp.dot(part, part, precision=HIGHEST)
+            return vector - einsum("kr,krc->kc", every, block), found + jnp.dot(
+                part, part, precision=HIGHEST
+            )
 
         size, vector = vector.size, split(vector)
         found, first = trees.varying_like(jnp.zeros((), vector.dtype), [vector]), 0
         for block in basis:
-            vector, found = jax.lax.cond(row >= first, subtract, lambda v, f, _: (v, f), vector, found, block)
+            vector, found = jax.lax.cond(
+                row >= first, subtract, lambda v, f, _: (v, f), vector, found, block
+            )
             first += block.shape[1]
         return found, vector.ravel()[:size]
 
@@ -289,7 +327,9 @@ def _on_host() -> _Basis:
         part = rows @ vector
         return part @ part, vector - part @ rows
 
-    return _Basis(create, write, project, lambda condition, yes, no, *args: (yes if condition else no)(*args))
+    return _Basis(
+        create, write, project, lambda condition, yes, no, *args: (yes if condition else no)(*args)
+    )
 
 
 REORTHOGONALIZE = {
@@ -300,26 +340,34 @@ REORTHOGONALIZE = {
 }
 
 
-def lanczos_method(num_matvecs: int, *, reorthogonalize: str = "full", shift: float = 0.0) -> Lanczos:
-    """Lanczos tridiagonalisation with `num_matvecs` products, to be driven step by step; see `Lanczos`.
+def lanczos_method(
+    num_matvecs: int, *, reorthogonalize: str = "full", shift: float = 0.0
+) -> Lanczos:
+    """Lanczos tridiagonalisation with `num_matvecs` products, to be driven step by step; see
+    `Lanczos`.
 
     reorthogonalize: every new vector against all before it,
         `full`      kept in the vectors' type: m D numbers;
-        `bfloat16`  kept in half of float32's memory, multiplied and accumulated in the vectors' type. Coefficients are
-                    off by some 1e-3 / sqrt(D) of the largest, and smaller details of the spectrum are lost;
-        `host`      kept and multiplied in host memory: the device holds three vectors. Cannot be traced by `jit`;
-        `none`      not at all: three vectors. Converged eigenvalues then reappear in copies, which delays the others.
-    The three-term recurrence comes first and leaves rounding errors only, so one pass of Gram-Schmidt is enough, and
-    a second one is made where the first removed more than half of the squared length (Kahan and Parlett's "twice is
-    enough"). Ends early, see `Tridiagonal`, after D steps or where the residual is nothing but rounding errors.
+        `bfloat16`  kept in half of float32's memory, multiplied and accumulated in the vectors'
+                    type. Coefficients are off by some 1e-3 / sqrt(D) of the largest, and smaller
+                    details of the spectrum are lost;
+        `host`      kept and multiplied in host memory: the device holds three vectors. Cannot be
+        traced by `jit`; `none`      not at all: three vectors. Converged eigenvalues then reappear
+        in copies, which delays the others.
+    The three-term recurrence comes first and leaves rounding errors only, so one pass of
+    Gram-Schmidt is enough, and a second one is made where the first removed more than half of the
+    squared length (Kahan and Parlett's "twice is enough"). Ends early, see `Tridiagonal`, after D
+    steps or where the residual is nothing but rounding errors.
 
-    shift: added to every norm a vector is divided by. The original of the geometric study uses 1e-6.
+    shift: added to every norm a vector is divided by. The original of the geometric study uses
+        1e-6.
 
-    Inside `shard_map` the start vector varies over the axes that the products vary over (`jax.lax.pcast`); on a mesh of
-    explicit axes every device holds whole vectors.
+    Inside `shard_map` the start vector varies over the axes that the products vary over
+    (`jax.lax.pcast`); on a mesh of explicit axes every device holds whole vectors.
 
-    Start vectors have floating-point leaves of one type, float32 or float64: TypeError; ValueError for a start vector
-    that is zero or not finite (NaN results while tracing), for a product of another structure, for num_matvecs < 1.
+    Start vectors have floating-point leaves of one type, float32 or float64: TypeError; ValueError
+    for a start vector that is zero or not finite (NaN results while tracing), for a product of
+    another structure, for num_matvecs < 1.
     """
     basis = tables.lookup(REORTHOGONALIZE, reorthogonalize, "reorthogonalize")
     if num_matvecs < 1:
@@ -327,16 +375,22 @@ def lanczos_method(num_matvecs: int, *, reorthogonalize: str = "full", shift: fl
 
     def init(start: PyTree) -> LanczosState:
         start = _checked_start(start)
-        return (_begin if reorthogonalize == "host" else _begin_compiled)(start, num_matvecs, basis, shift)
+        return (_begin if reorthogonalize == "host" else _begin_compiled)(
+            start, num_matvecs, basis, shift
+        )
 
     def update(state: LanczosState, product: PyTree) -> LanczosState:
         _check_like(product, state.current, "the product", "the start vector")
         product = jax.tree.map(trees.gathered, product)
         leaves = jax.tree.leaves((state, product))
-        pure = basis is REORTHOGONALIZE["host"] or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        pure = basis is REORTHOGONALIZE["host"] or any(
+            isinstance(leaf, jax.core.Tracer) for leaf in leaves
+        )
         numbers = (state.step, state.num_steps, state.alphas, state.betas)
         vectors = (state.current, product, state.previous, state.basis)
-        numbers, following, rows = (_advance if pure else _advance_in_place)(basis, shift, numbers, *vectors)
+        numbers, following, rows = (_advance if pure else _advance_in_place)(
+            basis, shift, numbers, *vectors
+        )
         return LanczosState(*numbers, following, state.current, rows)
 
     def step(matvec: Matvec, state: LanczosState) -> LanczosState:
@@ -354,11 +408,16 @@ def _checked_start(start: PyTree) -> PyTree:
     types = {leaf.dtype for leaf in leaves}
     if len(types) != 1 or not types <= {np.dtype("float32"), np.dtype("float64")}:
         found = ", ".join(sorted(map(str, types))) or "no arrays"
-        raise TypeError(f"the start vector has {found}; Lanczos needs leaves of one type, float32 or float64.")
+        raise TypeError(
+            f"the start vector has {found}; Lanczos needs leaves of one type, float32 or float64."
+        )
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         length = float(trees.norm(start))
         if not 0 < length < math.inf:
-            raise ValueError(f"the start vector has length {length}; Lanczos needs a finite vector that is not zero.")
+            raise ValueError(
+                f"the start vector has length {length}; Lanczos needs a finite vector that is not "
+                "zero."
+            )
     return start
 
 
@@ -370,19 +429,31 @@ def _begin(start: PyTree, num_matvecs: int, basis: _Basis | None, shift: float) 
     vector = _flatten(current)
     rows = basis.create(vector, min(num_matvecs, vector.size)) if basis else None
     like_start = lambda x: trees.varying_like(x, [vector])
-    zero, numbers = like_start(jnp.zeros((), jnp.int32)), like_start(jnp.zeros(num_matvecs, vector.dtype))
-    return LanczosState(zero, zero, numbers, numbers, current, jax.tree.map(jnp.zeros_like, current), rows)
+    zero, numbers = (
+        like_start(jnp.zeros((), jnp.int32)),
+        like_start(jnp.zeros(num_matvecs, vector.dtype)),
+    )
+    return LanczosState(
+        zero, zero, numbers, numbers, current, jax.tree.map(jnp.zeros_like, current), rows
+    )
 
 
 _begin_compiled = jax.jit(_begin, static_argnums=(1, 2, 3))
 
 
 def _advance(
-    basis: _Basis | None, shift: float, numbers: tuple, current: PyTree, product: PyTree, previous: PyTree, rows: Any
+    basis: _Basis | None,
+    shift: float,
+    numbers: tuple,
+    current: PyTree,
+    product: PyTree,
+    previous: PyTree,
+    rows: Any,
 ) -> tuple[tuple, PyTree, Any]:
     """(step, num_steps, alphas, betas), the next vector and the basis after one step.
 
-    The product is divided by a power of two near its size first: no square leaves the range, whatever the unit of A.
+    The product is divided by a power of two near its size first: no square leaves the range,
+    whatever the unit of A.
     """
     step, num_steps, alphas, betas = numbers
     before = jnp.where(step > 0, betas[step - 1], 0)
@@ -390,7 +461,9 @@ def _advance(
     if basis:
         rest = _orthogonalize(basis, rows, step, _flatten(rest))
     size = sum(leaf.size for leaf in jax.tree.leaves(current))
-    numbers, factor = _close((step, num_steps, alphas, betas), unit, alpha, before, rest, size, shift)
+    numbers, factor = _close(
+        (step, num_steps, alphas, betas), unit, alpha, before, rest, size, shift
+    )
     following = jax.tree.map(lambda leaf: leaf * factor, rest)
     if basis:
         rows, following = basis.write(rows, step + 1, following), _unflatten(following, current)
@@ -409,20 +482,33 @@ def _recurrence(
     unit = trees.scale_of(product)
     product = jax.tree.map(lambda p: p / unit, product)
     alpha, beta = _dot(product, current), beta / unit
-    return unit, alpha, jax.tree.map(lambda p, v, u: p - alpha * v - beta * u, product, current, previous)
+    return (
+        unit,
+        alpha,
+        jax.tree.map(lambda p, v, u: p - alpha * v - beta * u, product, current, previous),
+    )
 
 
 def _orthogonalize(basis: _Basis, rows: Any, row: jax.Array, vector: jax.Array) -> jax.Array:
     found, rest = basis.project(rows, row, vector)
     again = lambda rest: basis.project(rows, row, rest)[1]
-    return basis.choose(jnp.dot(rest, rest, precision=HIGHEST) < found, again, lambda rest: rest, rest)
+    return basis.choose(
+        jnp.dot(rest, rest, precision=HIGHEST) < found, again, lambda rest: rest, rest
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _close(
-    numbers: tuple, unit: jax.Array, alpha: jax.Array, before: jax.Array, rest: PyTree, size: int, shift: float
+    numbers: tuple,
+    unit: jax.Array,
+    alpha: jax.Array,
+    before: jax.Array,
+    rest: PyTree,
+    size: int,
+    shift: float,
 ) -> tuple:
-    """The numbers after a step, and what to multiply its residual `rest` by: 0 once the Krylov space is exhausted.
+    """The numbers after a step, and what to multiply its residual `rest` by: 0 once the Krylov
+    space is exhausted.
 
     alpha, rest: divided by `unit`.
     """
@@ -431,7 +517,9 @@ def _close(
     alpha, length = jnp.where(running, unit * alpha, 0), jnp.sqrt(_dot(rest, rest))
     beta = unit * length
     scale = jnp.maximum(jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas)), jnp.abs(alpha))
-    rounding = beta / (16 * jnp.finfo(beta.dtype).eps) <= scale  # False for NaN, which goes on, to be seen
+    rounding = (
+        beta / (16 * jnp.finfo(beta.dtype).eps) <= scale
+    )  # False for NaN, which goes on, to be seen
     more = running & (step + 1 < size) & ~rounding
     beta = jnp.where(more, beta, 0)
     numbers = (step + 1, num_steps + running, alphas.at[step].set(alpha), betas.at[step].set(beta))
@@ -441,13 +529,15 @@ def _close(
 def lanczos(
     num_matvecs: int, *, reorthogonalize: str = "full", shift: float = 0.0, on_host: bool = False
 ) -> Callable[[Matvec, PyTree], Tridiagonal]:
-    """Lanczos tridiagonalisation: `lanczos(64)(matvec, start) -> Tridiagonal`. Options as for `lanczos_method`.
+    """Lanczos tridiagonalisation: `lanczos(64)(matvec, start) -> Tridiagonal`. Options as for
+    `lanczos_method`.
 
-    One traced loop, so matvec must be traceable; works under `jit` and `vmap` over start vectors, except with
-    reorthogonalize="host". Outside `jit` each call compiles anew and holds the basis twice: to repeat it, or for large
-    D, wrap it in `jit`, with all that matvec depends on as arguments (XLA computes with constants while compiling).
-    on_host: a host loop of steps instead, for a matvec that is one itself, or a convolution's on a CPU, whose gradients
-    XLA compiles badly inside loops.
+    One traced loop, so matvec must be traceable; works under `jit` and `vmap` over start vectors,
+    except with reorthogonalize="host". Outside `jit` each call compiles anew and holds the basis
+    twice: to repeat it, or for large D, wrap it in `jit`, with all that matvec depends on as
+    arguments (XLA computes with constants while compiling).
+    on_host: a host loop of steps instead, for a matvec that is one itself, or a convolution's on a
+    CPU, whose gradients XLA compiles badly inside loops.
     """
     method = lanczos_method(num_matvecs, reorthogonalize=reorthogonalize, shift=shift)
     on_host = on_host or reorthogonalize == "host"
@@ -457,7 +547,9 @@ def lanczos(
 def _run(method: Lanczos, matvec: Matvec, start: PyTree, on_host: bool) -> LanczosState:
     state = method.init(start)
     if not on_host:
-        return jax.lax.fori_loop(0, method.num_matvecs, lambda _, state: method.step(matvec, state), state)
+        return jax.lax.fori_loop(
+            0, method.num_matvecs, lambda _, state: method.step(matvec, state), state
+        )
     for _ in range(method.num_matvecs):
         stopping.check()
         state = method.step(matvec, state)
@@ -465,19 +557,25 @@ def _run(method: Lanczos, matvec: Matvec, start: PyTree, on_host: bool) -> Lancz
 
 
 class Eigenpairs(NamedTuple):
-    """values [k], largest magnitude first; vectors: a tree of leaves [k, ...]; residuals [k]: norm of A v - value v."""
+    """values [k], largest magnitude first; vectors: a tree of leaves [k, ...]; residuals [k]: norm
+    of A v - value v.
+    """
 
     values: np.ndarray
     vectors: PyTree
     residuals: np.ndarray
 
 
-def top_eigenpairs(num: int, num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, PyTree], Eigenpairs]:
-    """The `num` eigenvalues of largest magnitude and their unit vectors, from `num_matvecs` steps of full Lanczos.
+def top_eigenpairs(
+    num: int, num_matvecs: int, *, on_host: bool = False
+) -> Callable[[Matvec, PyTree], Eigenpairs]:
+    """The `num` eigenvalues of largest magnitude and their unit vectors, from `num_matvecs` steps
+    of full Lanczos.
 
-    top_eigenpairs(3, 64)(matvec, start) -> Eigenpairs. An eigenvalue of A lies within a value's residual of it; the
-    residuals are Lanczos' own and cost no products. Of a repeated eigenvalue one vector is found. Not traceable.
-    Raises ValueError where the Krylov space of `start` has fewer than `num` dimensions.
+    top_eigenpairs(3, 64)(matvec, start) -> Eigenpairs. An eigenvalue of A lies within a value's
+    residual of it; the residuals are Lanczos' own and cost no products. Of a repeated eigenvalue
+    one vector is found. Not traceable. Raises ValueError where the Krylov space of `start` has
+    fewer than `num` dimensions.
     """
     if not 1 <= num <= num_matvecs:
         raise ValueError(f"num is {num}; allowed: 1 to num_matvecs, {num_matvecs}.")
@@ -487,7 +585,10 @@ def top_eigenpairs(num: int, num_matvecs: int, *, on_host: bool = False) -> Call
         state = _run(method, matvec, start, on_host)
         alphas, betas = _coefficients(method.result(state))
         if num > len(alphas):
-            raise ValueError(f"the Krylov space has {len(alphas)} dimensions; allowed: num up to that, not {num}.")
+            raise ValueError(
+                f"the Krylov space has {len(alphas)} dimensions; allowed: num up to that, not "
+                f"{num}."
+            )
         values, vectors = _eigh(alphas, betas)
         top = np.argsort(-np.abs(values), kind="stable")[:num]
         flat, first = 0, 0
@@ -502,11 +603,13 @@ def top_eigenpairs(num: int, num_matvecs: int, *, on_host: bool = False) -> Call
     return find
 
 
-# Quadrature: float64 on the host -----------------------------------------------------------------------------------
+# Quadrature: float64 on the host ------------------------------------------------------------------
 
 
 def truncate(tridiagonal: Tridiagonal, num_matvecs: int) -> Tridiagonal:
-    """What Lanczos would have returned after `num_matvecs` >= 1 products: the history of a result costs nothing."""
+    """What Lanczos would have returned after `num_matvecs` >= 1 products: the history of a result
+    costs nothing.
+    """
     if num_matvecs < 1:
         raise ValueError(f"num_matvecs is {num_matvecs}; allowed: 1 and above.")
     alphas, betas, num_steps = tridiagonal
@@ -514,13 +617,17 @@ def truncate(tridiagonal: Tridiagonal, num_matvecs: int) -> Tridiagonal:
     return Tridiagonal(alphas[..., :num_matvecs], betas[..., :num_matvecs], steps)
 
 
-def ritz(alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Ritz values, ascending, and Ritz weights, the squared first components of the eigenvectors: float64 [num_steps].
+def ritz(
+    alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ritz values, ascending, and Ritz weights, the squared first components of the eigenvectors:
+    float64 [num_steps].
 
-    They are the nodes and weights of Gauss quadrature for v^T f(A) v, v the unit start vector: exact for polynomials
-    of degree up to 2 num_steps - 1. Takes a Tridiagonal, or alphas [n] and betas ([n - 1], or [n], the last unused).
-    For a Tridiagonal with a leading axis both are [num_probes, most steps]; a probe of fewer repeats its largest value
-    with weight 0. Raises ValueError for coefficients that are not finite.
+    They are the nodes and weights of Gauss quadrature for v^T f(A) v, v the unit start vector:
+    exact for polynomials of degree up to 2 num_steps - 1. Takes a Tridiagonal, or alphas [n] and
+    betas ([n - 1], or [n], the last unused). For a Tridiagonal with a leading axis both are
+    [num_probes, most steps]; a probe of fewer repeats its largest value with weight 0. Raises
+    ValueError for coefficients that are not finite.
     """
     return _per_probe(_gauss, alphas, betas)
 
@@ -528,15 +635,18 @@ def ritz(alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None) -> t
 def gauss_radau(
     alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, node: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values and weights of the Gauss-Radau rule with one value at `node`, a lower end of the spectrum.
+    """Values and weights of the Gauss-Radau rule with one value at `node`, a lower end of the
+    spectrum.
 
-    [num_steps + 1] values, exact for polynomials of degree up to 2 num_steps. If f is completely monotone from `node`
-    on, its quadrature is an upper bound of v^T f(A) v, and that of `ritz` a lower one. Where the Krylov space is
-    exhausted, both are exact, and the rule of `ritz` is returned. Takes what `ritz` takes; of alphas [n] and betas
-    [n - 1] the last alpha is replaced, so the rule has n values.
+    [num_steps + 1] values, exact for polynomials of degree up to 2 num_steps. If f is completely
+    monotone from `node` on, its quadrature is an upper bound of v^T f(A) v, and that of `ritz` a
+    lower one. Where the Krylov space is exhausted, both are exact, and the rule of `ritz` is
+    returned. Takes what `ritz` takes; of alphas [n] and betas [n - 1] the last alpha is replaced,
+    so the rule has n values.
 
-    Values a little below `node` (rounding errors) are moved to it. Raises ValueError if a Ritz value is below by more
-    than 1e-3 of the largest. Source: Golub and Meurant, Matrices, Moments and Quadrature (2010), section 6.2.
+    Values a little below `node` (rounding errors) are moved to it. Raises ValueError if a Ritz
+    value is below by more than 1e-3 of the largest. Source: Golub and Meurant, Matrices, Moments
+    and Quadrature (2010), section 6.2.
     """
     return _per_probe(functools.partial(_radau, node=node), alphas, betas)
 
@@ -544,25 +654,33 @@ def gauss_radau(
 def bordered(
     alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, last: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(values, firsts, lasts), [num_steps + 1] each, of the tridiagonal matrix with one more row ending in `last`.
+    """(values, firsts, lasts), [num_steps + 1] each, of the tridiagonal matrix with one more row
+    ending in `last`.
 
-    firsts, lasts: first and last components of its unit eigenvectors. Values and firsts^2 are a quadrature rule exact
-    for polynomials of degree up to 2 num_steps, whatever `last`: they are the canonical representations of the moments
-    known so far, one for each position of a node. Where the Krylov space is exhausted `last` gets no weight.
-    Takes one probe of what `ritz` takes. Source: Krein and Nudelman, The Markov Moment Problem (1977), chapter 3.
+    firsts, lasts: first and last components of its unit eigenvectors. Values and firsts^2 are a
+    quadrature rule exact for polynomials of degree up to 2 num_steps, whatever `last`: they are the
+    canonical representations of the moments known so far, one for each position of a node. Where
+    the Krylov space is exhausted `last` gets no weight. Takes one probe of what `ritz` takes.
+    Source: Krein and Nudelman, The Markov Moment Problem (1977), chapter 3.
     """
     alphas, betas = _coefficients(alphas, betas)
     values, vectors = _eigh(np.append(alphas[: len(betas)], last), betas)
     return values, vectors[0], vectors[-1]
 
 
-def border_for(alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, node: float = 0.0) -> float:
-    """The `last` with which `bordered` has a value at `node`, anywhere on the line; huge if a Ritz value is there."""
+def border_for(
+    alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, node: float = 0.0
+) -> float:
+    """The `last` with which `bordered` has a value at `node`, anywhere on the line; huge if a Ritz
+    value is there.
+    """
     alphas, betas = _coefficients(alphas, betas)
     size = max(np.max(np.abs(alphas)), np.max(betas, initial=0.0), abs(node))
     least = np.finfo(np.float64).tiny ** 0.25 * (size or 1.0)
     pivot, last = math.inf, node
-    for alpha, beta, after in zip(alphas, [0.0, *betas], betas):  # of T - node, eliminating from the top
+    for alpha, beta, after in zip(
+        alphas, [0.0, *betas], betas
+    ):  # of T - node, eliminating from the top
         pivot = (alpha - node - beta**2 / pivot) or least
         last = node + after**2 / pivot
     return float(last)
@@ -579,19 +697,33 @@ def _per_probe(rule: Callable, alphas: Tridiagonal | np.ndarray, betas: np.ndarr
     probes = [rule(*_coefficients(Tridiagonal(*probe))) for probe in zip(*map(np.asarray, alphas))]
     most = max(len(values) for values, _ in probes)
     pad = lambda array, mode: np.pad(array, (0, most - len(array)), mode)
-    return np.stack([pad(v, "edge") for v, _ in probes]), np.stack([pad(w, "constant") for _, w in probes])
+    return np.stack([pad(v, "edge") for v, _ in probes]), np.stack(
+        [pad(w, "constant") for _, w in probes]
+    )
 
 
-def _coefficients(alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _coefficients(
+    alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """alphas [n] and betas [n] or [n - 1] in float64, checked."""
     if isinstance(alphas, Tridiagonal):
         steps = int(alphas.num_steps)
         alphas, betas = np.asarray(alphas.alphas)[:steps], np.asarray(alphas.betas)[:steps]
     alphas, betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
-    if alphas.ndim != 1 or not alphas.size or betas.shape not in ((alphas.size,), (alphas.size - 1,)):
-        raise ValueError(f"alphas have shape {alphas.shape}, betas {betas.shape}; allowed: [n] and [n] or [n - 1].")
+    if (
+        alphas.ndim != 1
+        or not alphas.size
+        or betas.shape not in ((alphas.size,), (alphas.size - 1,))
+    ):
+        raise ValueError(
+            f"alphas have shape {alphas.shape}, betas {betas.shape}; allowed: [n] and [n] or [n - "
+            "1]."
+        )
     if not (np.isfinite(alphas).all() and np.isfinite(betas).all()):
-        raise ValueError("the Lanczos coefficients are not finite: the product has NaN or inf, or the start is zero.")
+        raise ValueError(
+            "the Lanczos coefficients are not finite: the product has NaN or inf, or the start is "
+            "zero."
+        )
     return alphas, betas
 
 
@@ -613,42 +745,60 @@ def _radau(alphas: np.ndarray, betas: np.ndarray, node: float) -> tuple[np.ndarr
     largest = np.max(np.abs(values - node))
     if values[0] < node - 1e-3 * largest or (largest == 0 < betas[-1]):
         raise ValueError(
-            f"the smallest Ritz value is {values[0]:.3g}; values reach below the node {node:g}, where there is no "
-            "bound. Take a node below the spectrum, or a positive semi-definite operator: gauss_newton, squared."
+            f"the smallest Ritz value is {values[0]:.3g}; values reach below the node {node:g}, "
+            "where there is no "
+            "bound. Take a node below the spectrum, or a positive semi-definite operator: "
+            "gauss_newton, squared."
         )
     weights = vectors[0] ** 2
     if betas[-1] > 0:
         # the last entry that makes `node` an eigenvalue is node + beta^2 (T - node)^-1 [n, n]
-        inverse = np.sum(vectors[-1] ** 2 / np.maximum(values - node, 16 * np.finfo(np.float64).eps * largest))
+        inverse = np.sum(
+            vectors[-1] ** 2 / np.maximum(values - node, 16 * np.finfo(np.float64).eps * largest)
+        )
         values, weights = _gauss(np.append(alphas, node + betas[-1] ** 2 * inverse), betas)
     return np.maximum(values, node), weights
 
 
 def spectral_density(
-    values: np.ndarray, weights: np.ndarray, *, bins: int = 100_000, sigma2: float = 1e-10, overhead: float = 0.01
+    values: np.ndarray,
+    weights: np.ndarray,
+    *,
+    bins: int = 100_000,
+    sigma2: float = 1e-10,
+    overhead: float = 0.01,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ritz values smeared by Gaussians, mean over probes: (density, grid), float64 [bins]; its integral is 1.
+    """Ritz values smeared by Gaussians, mean over probes: (density, grid), float64 [bins]; its
+    integral is 1.
 
-    values, weights: [m] or [num_probes, m]. The grid reaches `overhead` beyond the mean smallest and largest values;
-    the Gaussians have variance sigma2 * max(1, grid length). For figures, and as the original's first step to its
+    values, weights: [m] or [num_probes, m]. The grid reaches `overhead` beyond the mean smallest
+    and largest values; the Gaussians have variance sigma2 * max(1, grid length). For figures, and
+    as the original's first step to its
     width: with few bins for sigma2, mass falls between them, which `quadrature` avoids.
     Source: Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159.
     """
-    values, weights = np.atleast_2d(values).astype(np.float64), np.atleast_2d(weights).astype(np.float64)
+    values, weights = (
+        np.atleast_2d(values).astype(np.float64),
+        np.atleast_2d(weights).astype(np.float64),
+    )
     grid = np.linspace(values.min(-1).mean() - overhead, values.max(-1).mean() + overhead, bins)
     variance = sigma2 * max(1.0, grid[-1] - grid[0])
-    reach = math.sqrt(2 * variance * 750)  # exp(-750) is 0 in float64: skipping the rest changes nothing
+    reach = math.sqrt(
+        2 * variance * 750
+    )  # exp(-750) is 0 in float64: skipping the rest changes nothing
     starts = np.searchsorted(grid, values.ravel() - reach)
     ends = np.searchsorted(grid, values.ravel() + reach)
     density, height = np.zeros(bins), 1 / math.sqrt(2 * math.pi * variance)
     for value, weight, start, end in zip(values.ravel(), weights.ravel(), starts, ends):
-        density[start:end] += weight * (height * np.exp(-((value - grid[start:end]) ** 2) / (2 * variance)))
+        density[start:end] += weight * (
+            height * np.exp(-((value - grid[start:end]) ** 2) / (2 * variance))
+        )
     density /= len(values)
     mass = np.sum(density) * (grid[1] - grid[0])
     return density / mass if mass > 0 else density, grid
 
 
-# Traces -------------------------------------------------------------------------------------------------------------
+# Traces -------------------------------------------------------------------------------------------
 
 
 class Trace(NamedTuple):
@@ -658,10 +808,14 @@ class Trace(NamedTuple):
     standard_error: jax.Array
 
 
-def hutchinson(num_probes: int, *, on_host: bool = False) -> Callable[[Matvec, jax.Array, PyTree], Trace]:
-    """Mean of v^T A v over `num_probes` sign vectors: `hutchinson(100)(matvec, key, like) -> Trace`.
+def hutchinson(
+    num_probes: int, *, on_host: bool = False
+) -> Callable[[Matvec, jax.Array, PyTree], Trace]:
+    """Mean of v^T A v over `num_probes` sign vectors: `hutchinson(100)(matvec, key, like) ->
+    Trace`.
 
-    on_host as for `lanczos`. Raises ValueError for fewer than 2 probes, which have no standard error.
+    on_host as for `lanczos`. Raises ValueError for fewer than 2 probes, which have no standard
+    error.
     Source: Hutchinson 1990.
     """
     if num_probes < 2:
@@ -677,16 +831,21 @@ def hutchinson(num_probes: int, *, on_host: bool = False) -> Callable[[Matvec, j
     return estimate
 
 
-def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, jax.Array, PyTree], Trace]:
+def hutchpp(
+    num_matvecs: int, *, on_host: bool = False
+) -> Callable[[Matvec, jax.Array, PyTree], Trace]:
     """Hutch++: `hutchpp(60)(matvec, key, like) -> Trace`, from `num_matvecs` products in total.
 
-    The trace on the range of A times a third of the probes exactly, Hutchinson's on the rest. Exact for an operator of
-    rank up to num_matvecs // 3, and for semi-definite ones of error O(1 / num_matvecs). Keeps two vectors per product
-    of that third. on_host as for `lanczos`. Raises ValueError for fewer than 4 products.
+    The trace on the range of A times a third of the probes exactly, Hutchinson's on the rest. Exact
+    for an operator of rank up to num_matvecs // 3, and for semi-definite ones of error O(1 /
+    num_matvecs). Keeps two vectors per product of that third. on_host as for `lanczos`. Raises
+    ValueError for fewer than 4 products.
     Source: Meyer, Musco, Musco, Woodruff 2021, arXiv:2010.09649.
     """
     if num_matvecs < 4:
-        raise ValueError(f"num_matvecs is {num_matvecs}; allowed: 4 and above, for a standard error.")
+        raise ValueError(
+            f"num_matvecs is {num_matvecs}; allowed: 4 and above, for a standard error."
+        )
     third = num_matvecs // 3
     dot = functools.partial(jnp.dot, precision=HIGHEST)
 

@@ -1,6 +1,7 @@
 """One run at a time in a workdir: `run.lock` names its owner and is refreshed while the run lives.
 
-The lock is the run's, by an id of its own, not that of a process. Only runs take it; reports and evaluations do not.
+The lock is the run's, by an id of its own, not that of a process. Only runs take it; reports and
+evaluations do not.
 """
 
 import contextlib
@@ -18,7 +19,9 @@ from collections.abc import Callable, Iterator
 from sparsity_jax import tables
 
 FILE = "run.lock"
-STALE_SECONDS = 600.0  # default of the time after which a lock of another host counts as left behind
+STALE_SECONDS = (
+    600.0  # default of the time after which a lock of another host counts as left behind
+)
 REFRESH_SECONDS = 20.0  # at most
 
 
@@ -27,11 +30,14 @@ class LockedError(tables.ConfigError):
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Callable[[], None]]:
-    """Holds the lock of `workdir` while the context lasts; gives `check()`, which raises OSError once it is lost.
+def held(
+    workdir: pathlib.Path, stale_seconds: float = STALE_SECONDS
+) -> Iterator[Callable[[], None]]:
+    """Holds the lock of `workdir` while the context lasts; gives `check()`, which raises OSError
+    once it is lost.
 
-    A lock whose process on this host is gone is taken over at once; one of another host if it was not refreshed for
-    `stale_seconds`. Raises LockedError where a run holds it.
+    A lock whose process on this host is gone is taken over at once; one of another host if it was
+    not refreshed for `stale_seconds`. Raises LockedError where a run holds it.
     """
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -53,7 +59,9 @@ def held(workdir: pathlib.Path, stale_seconds: float = STALE_SECONDS) -> Iterato
             _write(path, mine)
         other = _read(path)
         if other.get("run") != mine["run"]:
-            raise OSError(f"{path} was taken over by {_owner(other)}; this run stops without saving.")
+            raise OSError(
+                f"{path} was taken over by {_owner(other)}; this run stops without saving."
+            )
 
     refresher = threading.Thread(target=refresh, daemon=True)
     refresher.start()
@@ -81,7 +89,8 @@ def refuse(workdir: pathlib.Path, stale_seconds: float = STALE_SECONDS) -> None:
         return
     left = "" if here else f" If it no longer lives, its lock ends in {stale_seconds - age:.0f} s."
     raise LockedError(
-        f"{path.parent} is in use by {_owner(owner)}, whose {FILE} was refreshed {age:.0f} s ago; wait for its end, "
+        f"{path.parent} is in use by {_owner(owner)}, whose {FILE} was refreshed {age:.0f} s ago; "
+        "wait for its end, "
         f"or use another --workdir.{left}"
     )
 
@@ -114,7 +123,9 @@ def _machine() -> str:
 
 
 def _process(pid: int) -> str:
-    """A living process, told from others that had or will have its id: boot and start time where the system says."""
+    """A living process, told from others that had or will have its id: boot and start time where
+    the system says.
+    """
     with contextlib.suppress(OSError):
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         after_name = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
@@ -170,7 +181,9 @@ def _now(folder: pathlib.Path) -> float:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: pathlib.Path) -> Iterator[None]:
-    """Processes of this host, and of all hosts where the file system can, pass one after the other."""
+    """Processes of this host, and of all hosts where the file system can, pass one after the
+    other.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks: `check` finds out

@@ -1,4 +1,6 @@
-"""Losses and accuracy of a batch, example by example, in at least float32; cross-entropy in nats."""
+"""Losses and accuracy of a batch, example by example, in at least float32; cross-entropy in
+nats.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +12,15 @@ from sparsity_jax import tables
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, label_smoothing: tables.Fraction = 0.0, temperature: tables.Positive = 1.0
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    label_smoothing: tables.Fraction = 0.0,
+    temperature: tables.Positive = 1.0,
 ) -> jax.Array:
-    """Cross-entropy of every example: logits [..., classes] / temperature against int labels [...]."""
+    """Cross-entropy of every example: logits [..., classes] / temperature against int labels
+    [...].
+    """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
     log_probabilities = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
@@ -24,7 +32,9 @@ def cross_entropy(
 def mean_squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean over classes of (logit - one-hot label)^2, of every example."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return jnp.mean(jnp.square(logits - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)), -1)
+    return jnp.mean(
+        jnp.square(logits - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)), -1
+    )
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -37,7 +47,8 @@ CROSS_ENTROPY = tables.Options(name="cross_entropy")
 
 
 def checked(loss: Mapping[str, Any], where: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """(name, sorted options) of a loss config such as `dict(name="cross_entropy")`. where: its place in the config.
+    """(name, sorted options) of a loss config such as `dict(name="cross_entropy")`. where: its
+    place in the config.
 
     Raises ConfigError for an unknown name or option.
     """

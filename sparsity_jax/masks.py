@@ -1,12 +1,15 @@
-"""Selection without sorting: the k largest of an array or of a whole tree, and the masks made of them.
+"""Selection without sorting: the k largest of an array or of a whole tree, and the masks made of
+them.
 
-One order holds everywhere: numbers by size, subnormals as zero, NaN below every number, and below NaN what an earlier
-mask (`before=`) left out. So NaN is the first to go and stays only where more entries are asked for than there are
-numbers. Outside `jit` NaN is refused, with the path of its array.
+One order holds everywhere: numbers by size, subnormals as zero, NaN below every number, and below
+NaN what an earlier mask (`before=`) left out. So NaN is the first to go and stays only where more
+entries are asked for than there are numbers. Outside `jit` NaN is refused, with the path of its
+array.
 
-Floats order like integers ("keys"), so the k-th largest of n entries is found by counting `scores >= bound` for a dozen
-or two bounds: no sort, no gather, no temporary array, no concatenation of a tree's leaves; under sharding only scalar
-sums cross devices. `k` may be traced, so one compilation serves every pruning ratio.
+Floats order like integers ("keys"), so the k-th largest of n entries is found by counting `scores
+>= bound` for a dozen or two bounds: no sort, no gather, no temporary array, no concatenation of a
+tree's leaves; under sharding only scalar sums cross devices. `k` may be traced, so one compilation
+serves every pruning ratio.
 
 A mask is a tree of bool arrays, True = keep, with the structure of the tree it applies to.
 """
@@ -27,12 +30,15 @@ AUTOMATIC = -1.0  # a pruning ratio: cut at the largest gap between scores
 
 
 def count_of(share: float, total: int, rounding: Callable[[float], int] = round) -> int:
-    """`share` of `total` things, where a decimal share means what it says: math.floor of 0.29 of 100 is 29, not 28.
+    """`share` of `total` things, where a decimal share means what it says: math.floor of 0.29 of
+    100 is 29, not 28.
 
-    share: on the host. A product within rounding errors (of a few units in the last place) of a whole or a half counts
-    as that. rounding: `round` (halves to even), `math.floor` or `math.ceil`.
+    share: on the host. A product within rounding errors (of a few units in the last place) of a
+    whole or a half counts as that. rounding: `round` (halves to even), `math.floor` or `math.ceil`.
     """
-    product = float(str(share)) * total  # of a float32 its decimal, not the nearest binary fraction's
+    product = (
+        float(str(share)) * total
+    )  # of a float32 its decimal, not the nearest binary fraction's
     halves = round(2 * product)
     if math.isclose(2 * product, halves, rel_tol=8 * np.finfo(float).eps):
         product = halves / 2
@@ -40,29 +46,35 @@ def count_of(share: float, total: int, rounding: Callable[[float], int] = round)
 
 
 def num_pruned(ratio: float, size: int, *, count: Literal["exact", "original"] = "exact") -> int:
-    """How many of a layer's `size` filters, channels or weights go: min(ceil(ratio * size), size - 1).
+    """How many of a layer's `size` filters, channels or weights go: min(ceil(ratio * size), size -
+    1).
 
-    count: `exact`, of 25 the share 0.28 are 7; `original`, of the floating-point product they are 8, as in the
-    published code of growing regularisation (arXiv:2012.09243).
+    count: `exact`, of 25 the share 0.28 are 7; `original`, of the floating-point product they are
+    8, as in the published code of growing regularisation (arXiv:2012.09243).
     """
     tables.convert(count, Literal["exact", "original"], "count")
     wanted = math.ceil(ratio * size) if count == "original" else count_of(ratio, size, math.ceil)
     return min(wanted, size - 1)
 
 
-# What users call outside `jit` compiles once per shape, instead of its loops at every call; inside it nothing changes.
+# What users call outside `jit` compiles once per shape, instead of its loops at every call; inside
+# it nothing changes.
 _compiled = functools.partial(jax.jit, static_argnames="magnitude", inline=True)
 
 
 class Selection(NamedTuple):
-    """The k largest entries of a tree: those above the key `threshold`, and tied ones at a flat index below `cut`."""
+    """The k largest entries of a tree: those above the key `threshold`, and tied ones at a flat
+    index below `cut`.
+    """
 
     threshold: jax.Array
     cut: jax.Array
 
 
 class _Order(NamedTuple):
-    """How the scores of one float type map to integer keys: zero to 0, the n-th normal above it to n, NaN below all."""
+    """How the scores of one float type map to integer keys: zero to 0, the n-th normal above it to
+    n, NaN below all.
+    """
 
     real: Any  # float32 or float64: narrower types convert exactly
     integer: Any
@@ -75,7 +87,9 @@ class _Order(NamedTuple):
         """The smallest score whose key is at least `key`."""
         bits = jnp.where(key == 0, 0, jnp.abs(key) + self.skipped).astype(self.integer)
         value = jax.lax.bitcast_convert_type(bits, self.real)
-        largest_subnormal = jnp.asarray(np.finfo(self.real).smallest_normal * (1 - np.finfo(self.real).eps), self.real)
+        largest_subnormal = jnp.asarray(
+            np.finfo(self.real).smallest_normal * (1 - np.finfo(self.real).eps), self.real
+        )
         return jnp.where(key == 0, -largest_subnormal, jnp.where(key < 0, -value, value))
 
     def value(self, key: jax.Array, dtype: Any) -> jax.Array:
@@ -107,7 +121,9 @@ def _order_of(leaves: list[jax.Array], magnitude: bool) -> _Order:
     wide = {leaf.dtype == jnp.float64 for leaf in leaves}
     if len(wide) > 1:
         raise TypeError("scores mix float64 with narrower types; convert them to one type.")
-    real, integer, mantissa = (jnp.float64, jnp.int64, 52) if wide.pop() else (jnp.float32, jnp.int32, 23)
+    real, integer, mantissa = (
+        (jnp.float64, jnp.int64, 52) if wide.pop() else (jnp.float32, jnp.int32, 23)
+    )
     skipped = 2**mantissa - 1
     infinity = int(np.asarray(np.inf, real).view(integer)) - skipped
     return _Order(real, integer, skipped, infinity, -1 if magnitude else -infinity - 1, magnitude)
@@ -128,7 +144,9 @@ def _extreme(order: _Order, leaves: list[jax.Array], combine, reduce) -> jax.Arr
     start = jnp.inf if combine is jnp.minimum else -jnp.inf
     size = jnp.abs if order.magnitude else lambda x: x
     number = lambda leaf: jnp.where(jnp.isnan(leaf), start, size(leaf.astype(order.real)))
-    return order.key(functools.reduce(combine, [trees.fold(combine, reduce, number, leaf) for leaf in leaves]))
+    return order.key(
+        functools.reduce(combine, [trees.fold(combine, reduce, number, leaf) for leaf in leaves])
+    )
 
 
 class _Bracket(NamedTuple):
@@ -144,10 +162,13 @@ def _bracket(order: _Order, leaves: list[jax.Array], k: jax.Array) -> _Bracket:
     """Where the search for the k-th largest starts."""
     total = jnp.asarray(sum(leaf.size for leaf in leaves), jnp.int32)
     if len(leaves) == 1 and (sample := trees.sample(leaves[0])) is not None:
-        # two order statistics of a sample that enclose the k-th largest almost surely; the counts tell
+        # two order statistics of a sample that enclose the k-th largest almost surely; the counts
+        # tell
         expected = k.astype(jnp.float32) * (sample.size / leaves[0].size)
         margin = 3 * jnp.sqrt(expected * (1 - expected / sample.size)) + 2
-        ranks = jnp.stack([jnp.floor(expected - margin), jnp.ceil(expected + margin)]).astype(jnp.int32)
+        ranks = jnp.stack([jnp.floor(expected - margin), jnp.ceil(expected + margin)]).astype(
+            jnp.int32
+        )
         nearby = jax.vmap(lambda rank: _search(order, [sample], rank)[0])
         high, low = nearby(jnp.clip(ranks, 1, sample.size))
         above, count = _count(order, leaves, high + 1), _count(order, leaves, low)
@@ -168,12 +189,14 @@ def _bracket(order: _Order, leaves: list[jax.Array], k: jax.Array) -> _Bracket:
 
 
 def _search(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(t, number of scores with key >= t): t is the largest key that has at least `k`, or any that has exactly `k`.
+    """(t, number of scores with key >= t): t is the largest key that has at least `k`, or any that
+    has exactly `k`.
 
-    Regula falsi with Illinois damping on the logarithm of the count, which is nearly straight in the key for the tails
-    of common distributions. Counts between two bounds scatter like the square root of their difference: once one bound
-    is that near, the next probe aims a little beyond `k`, so that both close in. Probes that do not halve the number
-    of scores in between are followed, now and then, by one that halves the bracket, which bounds the worst case.
+    Regula falsi with Illinois damping on the logarithm of the count, which is nearly straight in
+    the key for the tails of common distributions. Counts between two bounds scatter like the square
+    root of their difference: once one bound is that near, the next probe aims a little beyond `k`,
+    so that both close in. Probes that do not halve the number of scores in between are followed,
+    now and then, by one that halves the bracket, which bounds the worst case.
     """
     real, wanted = order.real, k.astype(order.real)
     unsigned = jnp.uint64 if order.integer == jnp.int64 else jnp.uint32
@@ -185,16 +208,20 @@ def _search(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.A
         return (bracket.count_low != k) & (bracket.low < bracket.high)
 
     def probe(state):
-        # side: times in a row that low (> 0) or high (< 0) moved; slow: probes since the scores in between were halved
+        # side: times in a row that low (> 0) or high (< 0) moved; slow: probes since the scores in
+        # between were halved
         (low, high, count_low, count_high), side, slow = state
         over, under = (count_low - k).astype(real), (k - count_high).astype(real)
         near = 0.1 * (over + under)
-        beyond = jnp.where(over < near, -jnp.sqrt(over), jnp.where(under < near, jnp.sqrt(under), 0))
+        beyond = jnp.where(
+            over < near, -jnp.sqrt(over), jnp.where(under < near, jnp.sqrt(under), 0)
+        )
         aim = jnp.maximum(wanted + beyond / 2, 0.5)
         above = excess(count_low, aim) * jnp.where(side < -1, 0.5, 1)
         below = excess(count_high, aim) * jnp.where(side > 1, 0.5, 1)
         share = jnp.clip(above / jnp.where(above > below, above - below, 1), 0, 1)
-        # the width of a bracket may need one bit more than a signed integer has, and more bits than a float
+        # the width of a bracket may need one bit more than a signed integer has, and more bits than
+        # a float
         width = (high - low).astype(unsigned)
         bound = low + jnp.minimum((share * width).astype(unsigned), width).astype(low.dtype)
         bound = jnp.where(slow == 3, halfway(low, high) + 1, bound)
@@ -217,14 +244,20 @@ def _search(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.A
     for _ in range(probes):
         state = jax.lax.cond(unfinished(state), probe, lambda state: state, state)
     loop = lambda state: jax.lax.while_loop(unfinished, probe, state)
-    bracket, _, _ = jax.lax.cond(unfinished(state), loop, lambda state: state, state) if probes else loop(state)
+    bracket, _, _ = (
+        jax.lax.cond(unfinished(state), loop, lambda state: state, state) if probes else loop(state)
+    )
     return bracket.low, bracket.count_low
 
 
 def _checked_k(k: int | jax.Array, lowest: int, total: int) -> jax.Array:
     if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
-        raise TypeError(f"k is {k}, which is no integer; a share of all scores must be made a number first.")
-    if not isinstance(k, jax.core.Tracer) and np.any((np.asarray(k) < lowest) | (np.asarray(k) > total)):
+        raise TypeError(
+            f"k is {k}, which is no integer; a share of all scores must be made a number first."
+        )
+    if not isinstance(k, jax.core.Tracer) and np.any(
+        (np.asarray(k) < lowest) | (np.asarray(k) > total)
+    ):
         raise ValueError(f"k is {k}; allowed: {lowest} to {total}, the number of scores.")
     return jnp.asarray(k, jnp.int32)
 
@@ -232,13 +265,14 @@ def _checked_k(k: int | jax.Array, lowest: int, total: int) -> jax.Array:
 def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) -> jax.Array:
     """The k-th largest of all entries of `scores`, exactly.
 
-    scores: an array or a tree of arrays of floats, any shapes; NaN counts as smallest, subnormals of float32 and
-    float64 as zero.
-    k: int in 1..n, or an integer array of any shape (several answers in one pass); may be traced, then it is clipped.
+    scores: an array or a tree of arrays of floats, any shapes; NaN counts as smallest, subnormals
+    of float32 and float64 as zero.
+    k: int in 1..n, or an integer array of any shape (several answers in one pass); may be traced,
+        then it is clipped.
     magnitude: rank, and return, absolute values without computing them first.
     Its derivative is that of the entry it returns, of equal ones their mean.
-    Returns an array of k's shape and the scores' type. Raises ValueError for empty scores, a k outside 1..n and,
-    outside `jit`, NaN; TypeError for scores that are no floats.
+    Returns an array of k's shape and the scores' type. Raises ValueError for empty scores, a k
+    outside 1..n and, outside `jit`, NaN; TypeError for scores that are no floats.
     """
     return _kths(_leaves(scores), _checked(scores, k, lowest=1), magnitude=magnitude)
 
@@ -263,7 +297,9 @@ def _kth(leaves: list[jax.Array], k: jax.Array, magnitude: bool) -> jax.Array:
 
 
 @_kth.defjvp
-def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _kth_derivative(
+    magnitude: bool, primals: tuple, tangents: tuple
+) -> tuple[jax.Array, jax.Array]:
     """That of the entry which is the k-th largest; the mean of those of equal ones."""
     (leaves, k), (changes, _) = primals, tangents
     value = _kth(leaves, k, magnitude)
@@ -275,18 +311,24 @@ def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[j
 
 
 def _checked(scores: PyTree, k: int | jax.Array, lowest: int = 0) -> jax.Array:
-    """`k` as an array; raises what `k_largest_mask` does, here where numbers outside `jit` are known."""
+    """`k` as an array; raises what `k_largest_mask` does, here where numbers outside `jit` are
+    known.
+    """
     trees.check_finite(scores, "scores", infinite=True)
     leaves = _leaves(scores)
     _order_of(leaves, magnitude=False)
     return _checked_k(k, lowest, sum(leaf.size for leaf in leaves))
 
 
-def _select(leaves: list[jax.Array], positions: Callable[[], PyTree], k: jax.Array, magnitude: bool) -> Selection:
+def _select(
+    leaves: list[jax.Array], positions: Callable[[], PyTree], k: jax.Array, magnitude: bool
+) -> Selection:
     order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
     wanted = trees.varying_like(jnp.clip(k, 1, total), leaves)
     threshold, count = _search(order, leaves, wanted)
-    last = jnp.full_like(wanted, 2 * total, _position_type(leaves))  # above the position of every entry
+    last = jnp.full_like(
+        wanted, 2 * total, _position_type(leaves)
+    )  # above the position of every entry
 
     def cut_ties():  # smallest cut with above + tied entries before it >= wanted
         above = _count(order, leaves, threshold + 1)
@@ -295,8 +337,12 @@ def _select(leaves: list[jax.Array], positions: Callable[[], PyTree], k: jax.Arr
         def halve(bracket):
             low, high = bracket
             middle = low + (high - low) // 2
-            tied = lambda leaf, position: (_tied(order, leaf, threshold) & (position < middle)).astype(jnp.int32)
-            kept = sum(trees.fold_sum(tied, leaf, position) for leaf, position in zip(leaves, places))
+            tied = lambda leaf, position: (
+                _tied(order, leaf, threshold) & (position < middle)
+            ).astype(jnp.int32)
+            kept = sum(
+                trees.fold_sum(tied, leaf, position) for leaf, position in zip(leaves, places)
+            )
             enough = above + kept >= wanted
             return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
@@ -309,10 +355,12 @@ def _select(leaves: list[jax.Array], positions: Callable[[], PyTree], k: jax.Arr
 
 
 def _ranked(scores: PyTree, before: PyTree | None) -> tuple[PyTree, Callable[[], PyTree]]:
-    """(scores, positions()): NaN where `before` is False; of equal scores those of lower position come first.
+    """(scores, positions()): NaN where `before` is False; of equal scores those of lower position
+    come first.
 
-    A position is the index in the concatenation of the flattened leaves, behind all others where `before` is False.
-    They are made where they are used: kept for later, they would be written to memory.
+    A position is the index in the concatenation of the flattened leaves, behind all others where
+    `before` is False. They are made where they are used: kept for later, they would be written to
+    memory.
     """
     scores = jax.tree.map(lambda leaf: jax.lax.stop_gradient(jnp.asarray(leaf)), scores)
     if before is None:
@@ -334,7 +382,9 @@ def _tied(order: _Order, leaf: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _flat_positions(tree: PyTree) -> PyTree:
-    """Index of every entry in the concatenation of the flattened leaves, in each leaf's own shape."""
+    """Index of every entry in the concatenation of the flattened leaves, in each leaf's own
+    shape.
+    """
     leaves, structure = jax.tree.flatten(tree)
     integer = _position_type(tree)
     positions, offset = [], 0
@@ -353,13 +403,14 @@ def k_largest_mask(
 ) -> PyTree:
     """True on exactly `k` entries of `scores`: the largest; equal scores: lower flat index first.
 
-    scores: an array or a tree of arrays of one float type; the flat index runs through the leaves in tree order.
-        NaN counts as smallest, subnormals as zero. k: 0..n, may be traced (then clipped).
+    scores: an array or a tree of arrays of one float type; the flat index runs through the leaves
+        in tree order. NaN counts as smallest, subnormals as zero. k: 0..n, may be traced (then
+        clipped).
     magnitude: rank absolute values without computing them first.
-    before: an earlier mask in the structure of `scores`; what it leaves out ranks below everything else, below zeros
-        and NaN too, whatever its scores.
-    Returns bools in the shape of `scores`, a constant to derivatives. Raises ValueError for empty scores, a k outside
-    0..n and, outside `jit`, NaN; TypeError for scores that are no floats.
+    before: an earlier mask in the structure of `scores`; what it leaves out ranks below everything
+        else, below zeros and NaN too, whatever its scores.
+    Returns bools in the shape of `scores`, a constant to derivatives. Raises ValueError for empty
+    scores, a k outside 0..n and, outside `jit`, NaN; TypeError for scores that are no floats.
     """
     return _mask(scores, _checked(scores, k), before, magnitude=magnitude)
 
@@ -372,13 +423,18 @@ def _mask(scores: PyTree, k: jax.Array, before: PyTree | None, magnitude: bool) 
     order = _order_of(leaves, magnitude)
 
     def kept(leaf, position):
-        return order.at_least(leaf, threshold + 1) | (order.at_least(leaf, threshold) & (position < cut))
+        return order.at_least(leaf, threshold + 1) | (
+            order.at_least(leaf, threshold) & (position < cut)
+        )
 
     return jax.tree.map(kept, ranked, positions())
 
 
-def random_mask(key: jax.Array, tree: PyTree, k: int | jax.Array, *, before: PyTree | None = None) -> PyTree:
-    """True on exactly `k` entries of `tree`, drawn uniformly; of those that a mask `before` leaves out only if it must.
+def random_mask(
+    key: jax.Array, tree: PyTree, k: int | jax.Array, *, before: PyTree | None = None
+) -> PyTree:
+    """True on exactly `k` entries of `tree`, drawn uniformly; of those that a mask `before` leaves
+    out only if it must.
 
     before: in the structure of `tree`.
     """
@@ -392,7 +448,9 @@ def random_scores(key: jax.Array, tree: PyTree) -> PyTree:
     """Independent uniform scores in the shape of `tree`."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(structure, [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)])
+    return jax.tree.unflatten(
+        structure, [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+    )
 
 
 def full(tree: PyTree) -> PyTree:
@@ -401,7 +459,9 @@ def full(tree: PyTree) -> PyTree:
 
 
 def nonzero(params: PyTree) -> PyTree:
-    """Masks of what is left of a pruned network: True where a kernel is not zero, and in all other arrays."""
+    """Masks of what is left of a pruned network: True where a kernel is not zero, and in all other
+    arrays.
+    """
 
     def mask(path: str, leaf: jax.Array) -> jax.Array:
         return jnp.asarray(leaf) != 0 if trees.is_kernel(path) else jnp.ones(leaf.shape, bool)
@@ -421,7 +481,9 @@ def density(masks: PyTree) -> jax.Array:
 
 
 def sparsity(tree: PyTree) -> jax.Array:
-    """Share of exact zeros (or False) over all leaves; TypeError for leaves that are neither floats nor bools."""
+    """Share of exact zeros (or False) over all leaves; TypeError for leaves that are neither floats
+    nor bools.
+    """
     trees.check_parameters(tree, "sparsity", masks=True)
     zeros = sum(jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in jax.tree.leaves(tree))
     return zeros / trees.size(tree)

@@ -1,11 +1,13 @@
-"""Sparsity-constrained optimizers as optax transformations, and the learning-rate schemes that drive them.
+"""Sparsity-constrained optimizers as optax transformations, and the learning-rate schemes that
+drive them.
 
-A learning rate is a number, an optax schedule (step -> rate) or a `Rate` with state of its own, such as one that
-follows the loss: then pass `value=loss` to `update`. Every number may be traced, so a sweep over learning rates,
-momenta or radii is one compiled program.
+A learning rate is a number, an optax schedule (step -> rate) or a `Rate` with state of its own,
+such as one that follows the loss: then pass `value=loss` to `update`. Every number may be traced,
+so a sweep over learning rates, momenta or radii is one compiled program.
 
-They work in the wrappers of optax; docs/sfw_options.md tells what to know of some. Arrays of no entries stay as they
-are. Sums over steps are float32 or wider whatever the weights are (`accumulator_dtype`).
+They work in the wrappers of optax; docs/sfw_options.md tells what to know of some. Arrays of no
+entries stay as they are. Sums over steps are float32 or wider whatever the weights are
+(`accumulator_dtype`).
 """
 
 import dataclasses
@@ -24,13 +26,14 @@ from sparsity_jax import polytopes, tables, trees
 PyTree = Any
 
 
-# Learning rates ----------------------------------------------------------------------------------------------
+# Learning rates -----------------------------------------------------------------------------------
 
 
 class Rate(NamedTuple):
     """A learning rate with state: `init() -> state`, `update(state, step, value) -> (rate, state)`.
 
-    step: int32, optimizer steps taken so far. value: the loss of this step, or None where the caller gave none.
+    step: int32, optimizer steps taken so far. value: the loss of this step, or None where the
+        caller gave none.
     """
 
     init: Callable
@@ -68,14 +71,21 @@ def multistep(
 ) -> Rate:
     """Linear warm-up from 0; times `gamma` from the start of every epoch in `milestones`."""
     del epochs
-    boundaries, warm = [epoch * steps_per_epoch for epoch in milestones], round(warmup_epochs * steps_per_epoch)
+    boundaries, warm = (
+        [epoch * steps_per_epoch for epoch in milestones],
+        round(warmup_epochs * steps_per_epoch),
+    )
     passed = lambda step: jnp.sum(step >= jnp.asarray(boundaries, jnp.int32))
     warmup = lambda step: jnp.minimum(step / warm, 1.0) if warm else 1.0
-    return as_rate(lambda step: learning_rate * jnp.asarray(gamma, float) ** passed(step) * warmup(step))
+    return as_rate(
+        lambda step: learning_rate * jnp.asarray(gamma, float) ** passed(step) * warmup(step)
+    )
 
 
 def decrease_3(learning_rate: float, epochs: int, steps_per_epoch: int) -> Rate:
-    """Divided by 10 at one and at two thirds of the epochs, rounded down; of one or two epochs the first are gone."""
+    """Divided by 10 at one and at two thirds of the epochs, rounded down; of one or two epochs the
+    first are gone.
+    """
     return multistep(learning_rate, epochs, steps_per_epoch, milestones=_thirds(epochs))
 
 
@@ -84,29 +94,47 @@ def decrease_3_180(learning_rate: float, epochs: int, steps_per_epoch: int) -> R
     return multistep(learning_rate, epochs, steps_per_epoch, milestones=(90, 130))
 
 
-def cosine(learning_rate: float, epochs: int, steps_per_epoch: int, *, warmup_epochs: tables.NonNegative = 0.0) -> Rate:
+def cosine(
+    learning_rate: float,
+    epochs: int,
+    steps_per_epoch: int,
+    *,
+    warmup_epochs: tables.NonNegative = 0.0,
+) -> Rate:
     """Linear warm-up from 0, then half a cosine to 0 over the remaining steps."""
     total, warm = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
     if warm >= total:
-        raise tables.ConfigError(f"warmup_epochs is {warmup_epochs}; allowed: below epochs ({epochs}).")
+        raise tables.ConfigError(
+            f"warmup_epochs is {warmup_epochs}; allowed: below epochs ({epochs})."
+        )
 
     def rule(step):
         progress = jnp.clip((step - warm) / (total - warm), 0, 1)
-        return learning_rate * jnp.where(step < warm, step / max(warm, 1), (1 + jnp.cos(jnp.pi * progress)) / 2)
+        return learning_rate * jnp.where(
+            step < warm, step / max(warm, 1), (1 + jnp.cos(jnp.pi * progress)) / 2
+        )
 
     return as_rate(rule)
 
 
-def piecewise(learning_rate: float, epochs: int, steps_per_epoch: int, *, table: str = "0:1.0") -> Rate:
-    """Factors of the rate from given epochs on, e.g. `0:1.0,60:0.1,90:0.01`; with learning_rate 1 they are the rates.
+def piecewise(
+    learning_rate: float, epochs: int, steps_per_epoch: int, *, table: str = "0:1.0"
+) -> Rate:
+    """Factors of the rate from given epochs on, e.g. `0:1.0,60:0.1,90:0.01`; with learning_rate 1
+    they are the rates.
 
     Before the first epoch named the last factor applies, as in the original's notation.
     """
     del epochs
     try:
-        pairs = sorted((int(epoch), float(factor)) for epoch, factor in (item.split(":") for item in table.split(",")))
+        pairs = sorted(
+            (int(epoch), float(factor))
+            for epoch, factor in (item.split(":") for item in table.split(","))
+        )
     except ValueError:
-        raise tables.ConfigError(f"schedule.table is {table!r}; allowed: epoch:factor,epoch:factor,...") from None
+        raise tables.ConfigError(
+            f"schedule.table is {table!r}; allowed: epoch:factor,epoch:factor,..."
+        ) from None
 
     def rule(step):
         factor = jnp.asarray(pairs[-1][1], float)
@@ -126,10 +154,11 @@ def dynamic_change(
 ) -> Rate:
     """`decrease_3`, and a factor that follows the training loss.
 
-    At epochs e > 20 with e % 5 == 0 the mean loss of epochs e-6..e-2 is compared with that of e-11..e-2: times 0.7 if
-    it is higher, times 1.06 if lower. loss: an epoch's mean, or as the original the loss of its last batch only.
-    `update` needs `value=loss`. In `optax.MultiSteps` only the value of the call that makes the step counts: give it
-    the mean over the calls of that step; steps, not calls, are then counted in `steps_per_epoch`.
+    At epochs e > 20 with e % 5 == 0 the mean loss of epochs e-6..e-2 is compared with that of
+    e-11..e-2: times 0.7 if it is higher, times 1.06 if lower. loss: an epoch's mean, or as the
+    original the loss of its last batch only. `update` needs `value=loss`. In `optax.MultiSteps`
+    only the value of the call that makes the step counts: give it the mean over the calls of that
+    step; steps, not calls, are then counted in `steps_per_epoch`.
     Source: Miao et al., ICLR 2022, training script.
     """
     tables.convert(loss, Literal["mean", "last_batch"], "loss")
@@ -140,7 +169,9 @@ def dynamic_change(
 
     def update(state, step, value):
         if value is None:
-            raise ValueError("the rate 'dynamic_change' follows the loss: call update(..., value=loss).")
+            raise ValueError(
+                "the rate 'dynamic_change' follows the loss: call update(..., value=loss)."
+            )
         epoch, new_epoch = step // steps_per_epoch, (step % steps_per_epoch == 0) & (step > 0)
         finished = state.total / steps_per_epoch if loss == "mean" else state.total
         losses = jnp.where(new_epoch, jnp.append(state.losses[1:], finished), state.losses)
@@ -148,7 +179,9 @@ def dynamic_change(
         change = jnp.where(recent > longer, 0.7, jnp.where(recent < longer, 1.06, 1.0))
         factor = state.factor * jnp.where(new_epoch & (epoch > 20) & (epoch % 5 == 0), change, 1.0)
         kept = jnp.where(new_epoch | (loss == "last_batch"), 0.0, state.total)
-        return learning_rate * drops.update((), step, None)[0] * factor, _LossHistory(losses, kept + value, factor)
+        return learning_rate * drops.update((), step, None)[0] * factor, _LossHistory(
+            losses, kept + value, factor
+        )
 
     return Rate(init, update)
 
@@ -159,10 +192,11 @@ def _stepped_per_iteration(
     steps_per_epoch: int,
     change: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Rate:
-    """The original's loop: after every iteration `rate = change(rate, iterations so far)`, warm-up or not.
+    """The original's loop: after every iteration `rate = change(rate, iterations so far)`, warm-up
+    or not.
 
-    Warm-up sets the rate to learning_rate * i / (its iterations + 1e-8) before that, so `change` then continues from
-    wherever it finds the rate. The state is the rate of the next step.
+    Warm-up sets the rate to learning_rate * i / (its iterations + 1e-8) before that, so `change`
+    then continues from wherever it finds the rate. The state is the rate of the next step.
     """
     warm = warmup_epochs * steps_per_epoch
 
@@ -184,9 +218,11 @@ def original_multistep(
     gamma: tables.Positive = 0.5,
     warmup_epochs: tables.NonNegative = 5.0,
 ) -> Rate:
-    """What the one-shot pruning original does: `milestones` count iterations, so most fall inside the warm-up.
+    """What the one-shot pruning original does: `milestones` count iterations, so most fall inside
+    the warm-up.
 
-    `multistep` is what it evidently meant. Source: Zhang et al. 2024, arXiv:2306.05857, training script.
+    `multistep` is what it evidently meant. Source: Zhang et al. 2024, arXiv:2306.05857, training
+    script.
     """
     del epochs
     reached = lambda step: jnp.sum(step == jnp.asarray(milestones, jnp.int32))
@@ -195,19 +231,27 @@ def original_multistep(
 
 
 def original_cosine(
-    learning_rate: float, epochs: int, steps_per_epoch: int, *, warmup_epochs: tables.NonNegative = 5.0
+    learning_rate: float,
+    epochs: int,
+    steps_per_epoch: int,
+    *,
+    warmup_epochs: tables.NonNegative = 5.0,
 ) -> Rate:
-    """What the one-shot pruning original does: a cosine of period 2 * epochs *iterations*, as a recursion on the rate.
+    """What the one-shot pruning original does: a cosine of period 2 * epochs *iterations*, as a
+    recursion on the rate.
 
-    After a warm-up the recursion continues from a rate that is not its own and can exceed `learning_rate` many times;
-    `cosine` is what it evidently meant. Source: as `original_multistep`; recursion: PyTorch's CosineAnnealingLR.
+    After a warm-up the recursion continues from a rate that is not its own and can exceed
+    `learning_rate` many times; `cosine` is what it evidently meant. Source: as
+    `original_multistep`; recursion: PyTorch's CosineAnnealingLR.
     """
 
     def change(rate, step):
         cosine = lambda step: 1 + jnp.cos(jnp.pi * jnp.asarray(step, float) / epochs)
         restart = (step - 1 - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
         risen = rate + learning_rate * (1 - math.cos(math.pi / epochs)) / 2
-        return jnp.where(restart, risen, cosine(step) / jnp.where(restart, 1, cosine(step - 1)) * rate)
+        return jnp.where(
+            restart, risen, cosine(step) / jnp.where(restart, 1, cosine(step - 1)) * rate
+        )
 
     return _stepped_per_iteration(learning_rate, warmup_epochs, steps_per_epoch, change)
 
@@ -229,11 +273,13 @@ SCHEDULES = {
 }
 
 
-# Pieces ------------------------------------------------------------------------------------------------------
+# Pieces -------------------------------------------------------------------------------------------
 
 
 class RateState(NamedTuple):
-    """step: int32, updates made. learning_rate: of the latest update. rate: the Rate's own state."""
+    """step: int32, updates made. learning_rate: of the latest update. rate: the Rate's own
+    state.
+    """
 
     step: jax.Array
     learning_rate: jax.Array
@@ -268,7 +314,8 @@ Accumulator = Literal["float16", "bfloat16", "float32", "float64"] | None
 def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
     """Zeros in the shapes of `params`, for sums over many steps.
 
-    dtype: of these; by default that of the array, but at least float32, where small terms still count after many steps.
+    dtype: of these; by default that of the array, but at least float32, where small terms still
+        count after many steps.
     """
     wide = lambda w: jnp.promote_types(w.dtype, jnp.float32) if dtype is None else jnp.dtype(dtype)
     return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=wide(w)), params)
@@ -282,11 +329,17 @@ class HeavyBallState(NamedTuple):
 
 
 def heavy_ball(
-    momentum: float, dampening: float = 0.0, *, nesterov: bool = False, accumulator_dtype: Accumulator = None
+    momentum: float,
+    dampening: float = 0.0,
+    *,
+    nesterov: bool = False,
+    accumulator_dtype: Accumulator = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """buffer = momentum * buffer + (1 - dampening) * g, and simply g at the first step (PyTorch's rule).
+    """buffer = momentum * buffer + (1 - dampening) * g, and simply g at the first step (PyTorch's
+    rule).
 
-    Where momentum is 0, dampening does nothing, as in PyTorch. accumulator_dtype: of the buffer, see `accumulators`.
+    Where momentum is 0, dampening does nothing, as in PyTorch. accumulator_dtype: of the buffer,
+    see `accumulators`.
     """
 
     def init(params):
@@ -303,7 +356,9 @@ def heavy_ball(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _blend(state: HeavyBallState, updates: PyTree, momentum: float, dampening: float) -> HeavyBallState:
+def _blend(
+    state: HeavyBallState, updates: PyTree, momentum: float, dampening: float
+) -> HeavyBallState:
     first = state.step == 0
     share = _share_of_new(momentum, dampening)
     mix = lambda b, g: jnp.where(first, g, momentum * b + share * trees.widen(g)).astype(b.dtype)
@@ -319,15 +374,22 @@ def _share_of_new(momentum: float | jax.Array, dampening: float | jax.Array) -> 
 
 def momentum_of(opt_state: PyTree) -> HeavyBallState:
     """The momentum in an optimizer's state; raises ValueError if there is not exactly one."""
-    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_momentum) if _is_momentum(leaf)]
+    found = [
+        leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_momentum) if _is_momentum(leaf)
+    ]
     if len(found) != 1:
-        raise ValueError(f"the optimizer's state holds {len(found)} momenta; only that of one sgd can be handed on.")
+        raise ValueError(
+            f"the optimizer's state holds {len(found)} momenta; only that of one sgd can be "
+            "handed on."
+        )
     return found[0]
 
 
 def with_momentum(opt_state: PyTree, momentum: HeavyBallState) -> PyTree:
     """`opt_state` going on from this momentum."""
-    return jax.tree.map(lambda leaf: momentum if _is_momentum(leaf) else leaf, opt_state, is_leaf=_is_momentum)
+    return jax.tree.map(
+        lambda leaf: momentum if _is_momentum(leaf) else leaf, opt_state, is_leaf=_is_momentum
+    )
 
 
 def _is_momentum(state: Any) -> bool:
@@ -342,12 +404,16 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformationExtr
 
 
 def add_l1(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:
-    """g + strength * sign(w), a subgradient of strength * ||w||_1. strength: a number, or one per parameter array."""
+    """g + strength * sign(w), a subgradient of strength * ||w||_1. strength: a number, or one per
+    parameter array.
+    """
     return _add_slope(strength, jnp.sign)
 
 
 def add_l2(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:
-    """g + 2 * strength * w, the gradient of strength * ||w||_2^2. strength: a number, or one per parameter array."""
+    """g + 2 * strength * w, the gradient of strength * ||w||_2^2. strength: a number, or one per
+    parameter array.
+    """
     return _add_slope(strength, lambda w: 2 * w)
 
 
@@ -368,8 +434,8 @@ def _one_each(strength: PyTree, params: PyTree) -> PyTree:
 
 
 class ProximalState(NamedTuple):
-    """inner: of the wrapped optimizer. memory: its buffers if every gradient so far had been 1, of one entry per array
-    (two of arrays that have one), as one vector."""
+    """inner: of the wrapped optimizer. memory: its buffers if every gradient so far had been 1, of
+    one entry per array (two of arrays that have one), as one vector."""
 
     inner: PyTree
     memory: jax.Array
@@ -382,19 +448,23 @@ def proximal_l1(
     learning_rate: float | None = None,
     momentum: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, then soft thresholding: w <- sign(w) max(|w| - t, 0), t = strength * step per unit of gradient.
+    """`inner`, then soft thresholding: w <- sign(w) max(|w| - t, 0), t = strength * step per unit
+    of gradient.
 
-    Reaches exact zeros, which the subgradient never does. strength: a number, or one per parameter array.
-    inner: gradient descent, in any wrapper: with a schedule, momentum, decay, scaled, in `optax.MultiSteps` or
-    `optax.apply_if_finite`. Descent multiplies gradients by a number, the step per unit, which depends on the update
-    and on what wrappers did, but not on the gradients. So `inner` runs beside the real arrays on one more entry per
-    array, whose weight is 0 and whose gradient is always 1: minus its update is that number. It follows momentum as it
-    gathers, and is 0 in calls that make no step.
+    Reaches exact zeros, which the subgradient never does. strength: a number, or one per parameter
+    array.
+    inner: gradient descent, in any wrapper: with a schedule, momentum, decay, scaled, in
+    `optax.MultiSteps` or `optax.apply_if_finite`. Descent multiplies gradients by a number, the
+    step per unit, which depends on the update and on what wrappers did, but not on the gradients.
+    So `inner` runs beside the real arrays on one more entry per array, whose weight is 0 and whose
+    gradient is always 1: minus its update is that number. It follows momentum as it gathers, and is
+    0 in calls that make no step.
     learning_rate: of `inner`; needed where its state names none (this module's optimizers and
-    `optax.inject_hyperparams` do), and checked: the first step per unit, or the last one times 1 - momentum.
-    `init` tries `inner` out, at the cost of one small compilation, and raises ValueError for steps that are no multiple
-    of the gradients: adaptive, normalised, clipped, projected ones, where soft thresholding solves another problem. In
-    a trace that `inner` depends on, nothing can be tried. Raises ValueError if `update` gets no params.
+    `optax.inject_hyperparams` do), and checked: the first step per unit, or the last one times 1 -
+    momentum. `init` tries `inner` out, at the cost of one small compilation, and raises ValueError
+    for steps that are no multiple of the gradients: adaptive, normalised, clipped, projected ones,
+    where soft thresholding solves another problem. In a trace that `inner` depends on, nothing can
+    be tried. Raises ValueError if `update` gets no params.
     Source: Parikh, Boyd 2014, Proximal Algorithms, section 4.2.
     """
     inner = optax.with_extra_args_support(inner)
@@ -404,7 +474,8 @@ def proximal_l1(
         if jax.tree.leaves(unit):  # `optax.tree_map_params` calls `init` without arrays
             if learning_rate is None and _rate_in(state) is None:
                 raise ValueError(
-                    "proximal_l1: the inner optimizer's state names no learning_rate; pass learning_rate=."
+                    "proximal_l1: the inner optimizer's state names no learning_rate; pass "
+                    "learning_rate=."
                 )
             _check_descent(inner, unit, learning_rate, momentum)
         return ProximalState(state, _memory(state, inner.init(unit)))
@@ -416,7 +487,9 @@ def proximal_l1(
         ones = jax.tree.map(jnp.ones_like, unit)
         if any(map(_is_skipping, jax.tree.leaves(state.inner, is_leaf=_is_skipping))):
             # what makes the wrapper skip a step must do so here too
-            ones = jax.tree.map(lambda u, g: jnp.where(jnp.all(jnp.isfinite(g)), u, jnp.nan), ones, updates)
+            ones = jax.tree.map(
+                lambda u, g: jnp.where(jnp.all(jnp.isfinite(g)), u, jnp.nan), ones, updates
+            )
         steps, remembered = inner.update(ones, remembered, unit, **extra)
         updates, new = inner.update(updates, state.inner, params, **extra)
         bounds = jax.tree.map(lambda u, s: -jnp.ravel(u)[0] * s, steps, _one_each(strength, params))
@@ -428,7 +501,9 @@ def proximal_l1(
 def _proximal_sgd(
     inner: optax.GradientTransformationExtraArgs, strength: PyTree, momentum: jax.Array
 ) -> optax.GradientTransformationExtraArgs:
-    """`proximal_l1` of this module's `sgd` at its known rate and momentum, t = rate * strength / (1 - momentum)."""
+    """`proximal_l1` of this module's `sgd` at its known rate and momentum, t = rate * strength / (1
+    - momentum).
+    """
 
     def update(updates, state, params=None, **extra):
         updates, state = inner.update(updates, state, params, **extra)
@@ -450,7 +525,9 @@ def _shrunk(params: PyTree, updates: PyTree, bounds: PyTree) -> PyTree:
 
 
 def _unit_arrays(params: PyTree) -> PyTree:
-    """Zeros of one entry, or two where the parameter has one, with the number of axes of each parameter."""
+    """Zeros of one entry, or two where the parameter has one, with the number of axes of each
+    parameter.
+    """
     length = lambda w: 2 if jnp.size(w) == 1 else 1
     return jax.tree.map(lambda w: jnp.zeros((length(w),) * max(jnp.ndim(w), 1), float), params)
 
@@ -460,14 +537,20 @@ def _is_skipping(state: Any) -> bool:
 
 
 def _memory(state: PyTree, of_units: PyTree) -> jax.Array:
-    """What the state for unit arrays has of its own: the buffers, which have other shapes than those of `state`."""
+    """What the state for unit arrays has of its own: the buffers, which have other shapes than
+    those of `state`.
+    """
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(of_units), strict=True)
-    buffers = [jnp.ravel(unit).astype(float) for leaf, unit in pairs if jnp.shape(leaf) != jnp.shape(unit)]
+    buffers = [
+        jnp.ravel(unit).astype(float) for leaf, unit in pairs if jnp.shape(leaf) != jnp.shape(unit)
+    ]
     return jnp.concatenate([jnp.zeros(0, float), *buffers])
 
 
 def _remembered(state: ProximalState, like: PyTree) -> PyTree:
-    """The state for unit arrays: buffers from the memory; counters, rates and the like are those of the inner state."""
+    """The state for unit arrays: buffers from the memory; counters, rates and the like are those of
+    the inner state.
+    """
     leaves, start = [], 0
     for leaf, unit in zip(jax.tree.leaves(state.inner), jax.tree.leaves(like), strict=True):
         if jnp.shape(leaf) != unit.shape:
@@ -477,10 +560,14 @@ def _remembered(state: ProximalState, like: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _check_descent(inner: optax.GradientTransformationExtraArgs, unit: PyTree, rate: Any, momentum: Any) -> None:
-    """Raises ValueError where steps of `inner` are no multiple of the gradients, or another one than stated.
+def _check_descent(
+    inner: optax.GradientTransformationExtraArgs, unit: PyTree, rate: Any, momentum: Any
+) -> None:
+    """Raises ValueError where steps of `inner` are no multiple of the gradients, or another one
+    than stated.
 
-    Tries gradients that stay the same until all momentum is gathered; two very different ones tell what is not linear.
+    Tries gradients that stay the same until all momentum is gathered; two very different ones tell
+    what is not linear.
     """
 
     def try_out(slope):
@@ -488,7 +575,9 @@ def _check_descent(inner: optax.GradientTransformationExtraArgs, unit: PyTree, r
 
         def step(state, _):
             updates, state = inner.update(gradient, state, unit, value=jnp.zeros(()))
-            return state, jnp.stack([-jnp.ravel(update)[0] / slope for update in jax.tree.leaves(updates)])
+            return state, jnp.stack(
+                [-jnp.ravel(update)[0] / slope for update in jax.tree.leaves(updates)]
+            )
 
         return jax.lax.scan(step, inner.init(unit), None, length=2048)[1]
 
@@ -497,12 +586,16 @@ def _check_descent(inner: optax.GradientTransformationExtraArgs, unit: PyTree, r
     if any(isinstance(x, jax.core.Tracer) for x in (*tries, rate, momentum)):
         return
     of_small, of_large = jax.device_get(tries)
-    wrong = ~((of_small >= 0) & (np.abs(of_large - of_small) <= 1e-3 * of_small)).all(0) | ~of_small.any(0)
+    wrong = ~((of_small >= 0) & (np.abs(of_large - of_small) <= 1e-3 * of_small)).all(
+        0
+    ) | ~of_small.any(0)
     if wrong.any():
         path = list(trees.named_leaves(unit))[np.argmax(wrong)]
         raise ValueError(
-            f"proximal_l1: steps of the inner optimizer are no fixed multiple of the gradient of {path!r}; allowed: "
-            "descent without adaptive, normalised, clipped, projected or masked steps. Before such an optimizer use "
+            "proximal_l1: steps of the inner optimizer are no fixed multiple of the gradient of "
+            f"{path!r}; allowed: "
+            "descent without adaptive, normalised, clipped, projected or masked steps. Before "
+            "such an optimizer use "
             "add_l1; learning_rate= does not help."
         )
     if rate is None:
@@ -510,12 +603,15 @@ def _check_descent(inner: optax.GradientTransformationExtraArgs, unit: PyTree, r
     first, last = of_small[of_small.any(1)][[0, -1]].max(1)
     if not min(abs(first - rate), abs(last * (1 - momentum) - rate)) <= 0.02 * rate:
         raise ValueError(
-            f"proximal_l1: learning_rate={rate} and momentum={momentum}, but the first step of the inner optimizer is "
+            f"proximal_l1: learning_rate={rate} and momentum={momentum}, but the first step of "
+            "the inner optimizer is "
             f"{first:.3g} times the gradient, and {last:.3g} times in the end."
         )
 
 
-def projected(inner: optax.GradientTransformation, sets: PyTree) -> optax.GradientTransformationExtraArgs:
+def projected(
+    inner: optax.GradientTransformation, sets: PyTree
+) -> optax.GradientTransformationExtraArgs:
     """Any optimizer whose result is projected (Euclidean) onto the sets after every step."""
     inner = optax.with_extra_args_support(inner)
 
@@ -535,23 +631,27 @@ def projected(inner: optax.GradientTransformation, sets: PyTree) -> optax.Gradie
 def _map_sets(function: Callable, sets: PyTree, params: PyTree, *rest: PyTree) -> PyTree:
     """`function(set, w, *rest)` of every parameter array `w`; empty arrays stay as they are."""
     of_array = lambda s, w, *others: function(s, w, *others) if w.size else w
-    return jax.tree.map(of_array, polytopes.broadcast(sets, params), params, *rest, is_leaf=polytopes.is_set)
+    return jax.tree.map(
+        of_array, polytopes.broadcast(sets, params), params, *rest, is_leaf=polytopes.is_set
+    )
 
 
 def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Array) -> jax.Array:
-    """`update` in the type of the weights `w`; of types narrower than float32 one that keeps them in the set.
+    """`update` in the type of the weights `w`; of types narrower than float32 one that keeps them
+    in the set.
 
-    In float32 or wider a step inside the set ends inside it. In a narrow type the sum w + update is rounded, by more
-    than the pull towards the set of a small step, and the error of many steps would add up. So the new weights are
-    pulled back into the set in float32, then rounded once: they are at most that rounding outside. The cost is one
-    more norm per array.
+    In float32 or wider a step inside the set ends inside it. In a narrow type the sum w + update is
+    rounded, by more than the pull towards the set of a small step, and the error of many steps
+    would add up. So the new weights are pulled back into the set in float32, then rounded once:
+    they are at most that rounding outside. The cost is one more norm per array.
     """
     if jnp.finfo(w.dtype).bits >= 32:
         return update.astype(w.dtype)
     wide = trees.widen(w)
     target = _rounded(constraint.pull_back(wide + update), w.dtype)
     update = (target - wide).astype(w.dtype)
-    # rounding of the difference may end beyond the target: then a step that is one number shorter or longer does not
+    # rounding of the difference may end beyond the target: then a step that is one number shorter
+    # or longer does not
     beyond = jnp.abs(_rounded(wide + trees.widen(update), w.dtype)) > jnp.abs(target)
     return jnp.where(beyond, jnp.nextafter(update, -w), update)
 
@@ -559,8 +659,8 @@ def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Arra
 def _rounded(wide: jax.Array, dtype: Any) -> jax.Array:
     """The numbers of a narrow `dtype` nearest to those of `wide`, in whose type they stay.
 
-    XLA may leave out a conversion to and fro, and its `reduce_precision` makes zeros of subnormal numbers, which
-    float16 weights below 6e-5 are.
+    XLA may leave out a conversion to and fro, and its `reduce_precision` makes zeros of subnormal
+    numbers, which float16 weights below 6e-5 are.
     """
     kind = jnp.finfo(dtype)
     normal = jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
@@ -572,7 +672,9 @@ def _rounded(wide: jax.Array, dtype: Any) -> jax.Array:
 
 
 class ChoiceState(NamedTuple):
-    """learning_rate: of the chosen transformation's latest update, NaN if it names none. choices: states of all."""
+    """learning_rate: of the chosen transformation's latest update, NaN if it names none. choices:
+    states of all.
+    """
 
     learning_rate: jax.Array
     choices: tuple
@@ -583,11 +685,14 @@ def choose(
 ) -> optax.GradientTransformationExtraArgs:
     """Transformation number `index` of several; the others' states stay as they are.
 
-    `index` may be traced, and so differ between the members of a sweep: then, under `vmap`, every member computes all
-    updates and takes its own; without `vmap` only its own are computed. Raises ValueError for an index out of range.
+    `index` may be traced, and so differ between the members of a sweep: then, under `vmap`, every
+    member computes all updates and takes its own; without `vmap` only its own are computed. Raises
+    ValueError for an index out of range.
     """
     if isinstance(index, int) and not 0 <= index < len(transformations):
-        raise ValueError(f"index is {index}; allowed: 0 to {len(transformations) - 1}, the transformations.")
+        raise ValueError(
+            f"index is {index}; allowed: 0 to {len(transformations) - 1}, the transformations."
+        )
     every = [optax.with_extra_args_support(tx) for tx in transformations]
 
     def init(params):
@@ -609,25 +714,33 @@ def choose(
 
 
 def _rate_in(opt_state: PyTree) -> jax.Array | None:
-    """The one learning rate that an optimizer's state names, outside of what was not chosen; None if there is none."""
+    """The one learning rate that an optimizer's state names, outside of what was not chosen; None
+    if there is none.
+    """
     rates = _rates_in(opt_state)
     if len(rates) > 1:
         raise ValueError(
-            f"the optimizer's state names {len(rates)} learning rates; allowed: one. Say which is meant with "
+            f"the optimizer's state names {len(rates)} learning rates; allowed: one. Say which is "
+            "meant with "
             "learning_rate=, or read it from a part of the state."
         )
     return rates[0] if rates else None
 
 
 def _rates_in(opt_state: PyTree) -> list[jax.Array]:
-    """All rates of states that are made to hold one; entries of that name in other trees are parameters."""
+    """All rates of states that are made to hold one; entries of that name in other trees are
+    parameters.
+    """
     rates = []
     for state in jax.tree.leaves(opt_state, is_leaf=_names_rate):
         if isinstance(state, (RateState, ChoiceState)):
             rates.append(state.learning_rate)
         elif isinstance(state, INJECTED):
-            # a transformation of this module knows its rate itself; the hyper-parameter is what it was made of
-            injected = [state.hyperparams["learning_rate"]] if "learning_rate" in state.hyperparams else []
+            # a transformation of this module knows its rate itself; the hyper-parameter is what it
+            # was made of
+            injected = (
+                [state.hyperparams["learning_rate"]] if "learning_rate" in state.hyperparams else []
+            )
             rates += _rates_in(state.inner_state) or injected
     return rates
 
@@ -641,7 +754,9 @@ def _names_rate(state: Any) -> bool:
 
 def _need_params(params: PyTree) -> None:
     if params is None:
-        raise ValueError("this optimizer depends on the weights: call update(grads, state, params).")
+        raise ValueError(
+            "this optimizer depends on the weights: call update(grads, state, params)."
+        )
 
 
 def frank_wolfe_step_size(
@@ -651,11 +766,15 @@ def frank_wolfe_step_size(
     diameter: float | jax.Array,
     rescale: Literal["gradient", "diameter", "none"],
 ) -> jax.Array:
-    """clip(learning_rate * f, 0, 1): f = ||direction|| / ||gap||, 1 / diameter or 1. gap: vertex - weights."""
+    """clip(learning_rate * f, 0, 1): f = ||direction|| / ||gap||, 1 / diameter or 1. gap: vertex -
+    weights.
+    """
     if rescale == "gradient":
         length = trees.norm(gap)
         factor = trees.norm(direction) / jnp.where(length > 0, length, 1)
-        factor = jnp.minimum(factor, float(jnp.finfo(factor.dtype).max))  # infinity times a rate of 0 is no number
+        factor = jnp.minimum(
+            factor, float(jnp.finfo(factor.dtype).max)
+        )  # infinity times a rate of 0 is no number
         # at the vertex itself the factor is infinite, hence 1 after clipping
         return jnp.where(length > 0, jnp.clip(learning_rate * factor, 0, 1), 1.0)
     return jnp.clip(learning_rate / diameter if rescale == "diameter" else learning_rate, 0, 1)
@@ -664,7 +783,7 @@ def frank_wolfe_step_size(
 WHOLE_SPACE = polytopes.Unconstrained()
 
 
-# Optimizers --------------------------------------------------------------------------------------------------
+# Optimizers ---------------------------------------------------------------------------------------
 
 
 def sgd(
@@ -679,8 +798,8 @@ def sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with momentum as in PyTorch; with constrained `sets` projected SGD.
 
-    sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them. accumulator_dtype: of the momentum
-    buffer, see `accumulators`.
+    sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them.
+    accumulator_dtype: of the momentum buffer, see `accumulators`.
     Source: Pokutta et al. 2020, arXiv:2010.07243 (projected variant).
     """
     descent = optax.chain(
@@ -688,15 +807,18 @@ def sgd(
         heavy_ball(momentum, dampening, nesterov=nesterov, accumulator_dtype=accumulator_dtype),
         scale_by_rate(learning_rate),
     )
-    free = all(isinstance(s, polytopes.Unconstrained) for s in jax.tree.leaves(sets, is_leaf=polytopes.is_set))
+    free = all(
+        isinstance(s, polytopes.Unconstrained)
+        for s in jax.tree.leaves(sets, is_leaf=polytopes.is_set)
+    )
     return descent if free else projected(descent, sets)
 
 
 def _after(constraint: polytopes.ConstraintSet, step_size: jax.Array) -> polytopes.ConstraintSet:
     """The same set, usable only once the previous array's step size (never negative) is known.
 
-    XLA's CPU backend would otherwise search all arrays side by side and push each out of the cache: one update of a
-    ResNet-18 took 35 to 44 ms, and 30 ms in turn (2 cores, jax 0.10.2).
+    XLA's CPU backend would otherwise search all arrays side by side and push each out of the cache:
+    one update of a ResNet-18 took 35 to 44 ms, and 30 ms in turn (2 cores, jax 0.10.2).
     """
     if isinstance(constraint, polytopes.KSparse):
         return dataclasses.replace(constraint, k=jnp.where(step_size < 0, 1, constraint.k))
@@ -719,15 +841,21 @@ def sfw(
     weight_decay: tables.NonNegative = 0.0,
     accumulator_dtype: Accumulator = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Stochastic Frank-Wolfe: w <- (1 - a) w + a v with the vertex v = LMO(m), m = momentum m + (1 - momentum) g.
+    """Stochastic Frank-Wolfe: w <- (1 - a) w + a v with the vertex v = LMO(m), m = momentum m + (1
+    - momentum) g.
 
-    a = clip(learning_rate * f, 0, 1); rescale: f = ||m|| / ||v - w|| (`gradient`), 1 / diameter or 1. Feasible weights
-    stay feasible; in bfloat16 and float16 they are at most one rounding outside. sets: one feasible set (`polytopes`)
-    for all parameter arrays, or a tree of them; unconstrained arrays, where no vertex exists, take the step
-    -learning_rate * m (its length is that of `gradient`). accumulator_dtype: of m, see `accumulators`.
-    Raises ValueError where `update` gets no params. Source: Pokutta et al. 2020, arXiv:2010.07243, Algorithm 1.
+    a = clip(learning_rate * f, 0, 1); rescale: f = ||m|| / ||v - w|| (`gradient`), 1 / diameter or
+    1. Feasible weights stay feasible; in bfloat16 and float16 they are at most one rounding
+    outside. sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them;
+    unconstrained arrays, where no vertex exists, take the step
+    -learning_rate * m (its length is that of `gradient`). accumulator_dtype: of m, see
+    `accumulators`. Raises ValueError where `update` gets no params. Source: Pokutta et al. 2020,
+    arXiv:2010.07243, Algorithm 1.
     """
-    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype)
+    rate, average = (
+        as_rate(learning_rate),
+        heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype),
+    )
     decay = add_decayed_weights(weight_decay)
     if rescale not in ("gradient", "diameter", "none"):
         raise ValueError(f"rescale is {rescale!r}; allowed: 'gradient', 'diameter', 'none'.")
@@ -761,8 +889,10 @@ def sfw(
 class AdaGradSFWState(NamedTuple):
     """rate: RateState. momentum: HeavyBallState.
 
-    squares: sum of squared directions, in the structure of the params, in units of their array's `units` squared.
-    units: [arrays] powers of two that keep the squares in the range of their type, 1 in ordinary ranges.
+    squares: sum of squared directions, in the structure of the params, in units of their array's
+        `units` squared.
+    units: [arrays] powers of two that keep the squares in the range of their type, 1 in ordinary
+        ranges.
     """
 
     rate: RateState
@@ -783,17 +913,23 @@ def adagrad_sfw(
 ) -> optax.GradientTransformationExtraArgs:
     """Frank-Wolfe with AdaGrad's metric H = sqrt(sum of squares) + delta.
 
-    Each update makes `inner_steps` Frank-Wolfe steps on <d, y - w> + ||y - w||_H^2 / (2 learning_rate) from y = w;
-    unconstrained arrays take its minimiser -learning_rate * d / H. sets: as for `sfw`. accumulator_dtype: of the sum of
-    squares and of the averaged gradient d, see `accumulators`.
+    Each update makes `inner_steps` Frank-Wolfe steps on <d, y - w> + ||y - w||_H^2 / (2
+    learning_rate) from y = w; unconstrained arrays take its minimiser -learning_rate * d / H. sets:
+    as for `sfw`. accumulator_dtype: of the sum of squares and of the averaged gradient d, see
+    `accumulators`.
     Source: Combettes, Spiegel, Pokutta 2020, arXiv:2009.14114.
     """
-    rate, average = as_rate(learning_rate), heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype)
+    rate, average = (
+        as_rate(learning_rate),
+        heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype),
+    )
     decay = add_decayed_weights(weight_decay)
 
     def init(params):
         squares = accumulators(params, accumulator_dtype)
-        return AdaGradSFWState(_start_rate(rate), average.init(params), squares, _smallest_units(squares))
+        return AdaGradSFWState(
+            _start_rate(rate), average.init(params), squares, _smallest_units(squares)
+        )
 
     def update(updates, state, params=None, *, value=None, **extra):
         del extra
@@ -821,7 +957,9 @@ def adagrad_sfw(
                 scale = trees.scale_of(gap)
                 scaled = gap / scale  # its squares stay in range
                 curvature = trees.dot(metric * scaled, scaled)
-                best = lr * trees.dot(slope, scaled) / jnp.where(curvature > 0, curvature, 1) / scale
+                best = (
+                    lr * trees.dot(slope, scaled) / jnp.where(curvature > 0, curvature, 1) / scale
+                )
                 y = y - jnp.clip(best, 0, 1) * gap
             return _settled(s, w, y - start)
 
@@ -833,7 +971,9 @@ def adagrad_sfw(
 
 
 def _smallest_units(squares: PyTree) -> jax.Array:
-    """Units of the squares before anything is summed: [arrays], so small that any other is larger."""
+    """Units of the squares before anything is summed: [arrays], so small that any other is
+    larger.
+    """
     leaves = jax.tree.leaves(squares)
     dtype = jnp.result_type(jnp.float32, *leaves)
     units = jnp.full(len(leaves), float(jnp.finfo(dtype).tiny), dtype)
@@ -841,11 +981,15 @@ def _smallest_units(squares: PyTree) -> jax.Array:
 
 
 def _units_for(direction: PyTree, units: jax.Array) -> jax.Array:
-    """The units, each larger where the squares of its array's `direction` would leave the range, and 1 where not."""
+    """The units, each larger where the squares of its array's `direction` would leave the range,
+    and 1 where not.
+    """
     needed = []
     for d in jax.tree.leaves(direction):
         scale = trees.scale_of(trees.widen(d)).astype(units.dtype)
-        reach = 2.0 ** (jnp.finfo(d.dtype).maxexp // 4)  # the squares fill half of the range, their sums the other
+        reach = 2.0 ** (
+            jnp.finfo(d.dtype).maxexp // 4
+        )  # the squares fill half of the range, their sums the other
         needed.append(scale / jnp.clip(scale, 1 / reach, reach))
     return jnp.maximum(units, jnp.stack(needed)) if needed else units
 
@@ -866,7 +1010,7 @@ def _add_squares(squares: PyTree, direction: PyTree, before: jax.Array, after: j
 OPTIMIZERS = {"sfw": sfw, "adagrad_sfw": adagrad_sfw, "sgd": sgd}
 
 
-# Penalties ---------------------------------------------------------------------------------------------------
+# Penalties ----------------------------------------------------------------------------------------
 
 
 def no_penalty() -> None:
@@ -879,24 +1023,29 @@ def l1(
     method: Literal["subgradient", "proximal"] = "subgradient",
     parameters: str = ".*",
 ) -> None:
-    """strength * ||w||_1 in the loss: by its subgradient as published, or by a proximal step that reaches exact zeros.
+    """strength * ||w||_1 in the loss: by its subgradient as published, or by a proximal step that
+    reaches exact zeros.
 
     parameters: regular expression that the whole path of a penalised parameter array matches.
     """
 
 
 def l2(*, strength: tables.NonNegative = 3e-5, parameters: str = ".*") -> None:
-    """strength * ||w||_2^2 in the loss (its gradient is 2 * strength * w). parameters: as for `l1`."""
+    """strength * ||w||_2^2 in the loss (its gradient is 2 * strength * w). parameters: as for
+    `l1`.
+    """
 
 
 PENALTIES = {"none": no_penalty, "l1": l1, "l2": l2}
 
 
-# From configuration to a transformation ----------------------------------------------------------------------
+# From configuration to a transformation -----------------------------------------------------------
 
 
 class Recipe(NamedTuple):
-    """A checked optimizer config. Members of a sweep that differ in more than `numbers` need `join`."""
+    """A checked optimizer config. Members of a sweep that differ in more than `numbers` need
+    `join`.
+    """
 
     name: str
     numbers: dict[str, float]
@@ -918,20 +1067,28 @@ def options(
 ) -> None:
     """Fields of every optimizer config beside the chosen optimizer's own.
 
-    norms: how `initialization` radii are measured; `per_shape` is the original's table, see `share_by_shape`.
+    norms: how `initialization` radii are measured; `per_shape` is the original's table, see
+        `share_by_shape`.
     """
 
 
-def settings(name: str, *, schedule: str | dict = "keep", penalty: str | dict = "none", **chosen: Any) -> dict:
-    """An optimizer config with all its fields; schedule, penalty: a name, or a dict of a name and chosen options."""
+def settings(
+    name: str, *, schedule: str | dict = "keep", penalty: str | dict = "none", **chosen: Any
+) -> dict:
+    """An optimizer config with all its fields; schedule, penalty: a name, or a dict of a name and
+    chosen options.
+    """
     own = tables.defaults(tables.lookup(OPTIMIZERS, name, "name"))
-    whole = lambda table, entry: tables.options(table, **({"name": entry} if isinstance(entry, str) else entry))
+    whole = lambda table, entry: tables.options(
+        table, **({"name": entry} if isinstance(entry, str) else entry)
+    )
     entries = dict(schedule=whole(SCHEDULES, schedule), penalty=whole(PENALTIES, penalty))
     return {"name": name, **tables.defaults(options), **own, **entries, **chosen}
 
 
 def check(config: dict, where: str) -> Recipe:
-    """The recipe of an optimizer config such as `dict(name="sfw", learning_rate=1.0, constraint=dict(...), ...)`.
+    """The recipe of an optimizer config such as `dict(name="sfw", learning_rate=1.0,
+    constraint=dict(...), ...)`.
 
     Raises ConfigError for unknown names and fields, wrong types and values out of range.
     """
@@ -942,7 +1099,9 @@ def check(config: dict, where: str) -> Recipe:
     common = {**tables.defaults(options), **tables.check_options(options, common, where)}
     own = tables.check_options(factory, config, where, also=fields)
     if common["name"] == "sfw" and common["learning_rate"] > 1:
-        raise tables.ConfigError(f"{where}.learning_rate is {common['learning_rate']}; allowed for sfw: 0 to 1.")
+        raise tables.ConfigError(
+            f"{where}.learning_rate is {common['learning_rate']}; allowed for sfw: 0 to 1."
+        )
     schedule = dict(common["schedule"])
     schedule_name = schedule.pop("name", "keep")
     rule = tables.lookup(SCHEDULES, schedule_name, f"{where}.schedule.name")
@@ -956,7 +1115,15 @@ def check(config: dict, where: str) -> Recipe:
     penalty = _check_penalty(common, constraint, where)
     if "strength" in penalty[1]:
         numbers["penalty"] = penalty[1].pop("strength")
-    return Recipe(common["name"], numbers, static, (schedule_name, schedule), constraint, common["norms"], penalty)
+    return Recipe(
+        common["name"],
+        numbers,
+        static,
+        (schedule_name, schedule),
+        constraint,
+        common["norms"],
+        penalty,
+    )
 
 
 def _check_penalty(config: dict, constraint: tuple, where: str) -> tuple[str, dict]:
@@ -968,22 +1135,27 @@ def _check_penalty(config: dict, constraint: tuple, where: str) -> tuple[str, di
     free = all(kind == "unconstrained" for _, kind, _ in constraint)
     if chosen.get("method") == "proximal" and not (config["name"] == "sgd" and free):
         raise tables.ConfigError(
-            f"{where}.penalty.method is 'proximal'; allowed with an unconstrained sgd only, elsewhere 'subgradient'."
+            f"{where}.penalty.method is 'proximal'; allowed with an unconstrained sgd only, "
+            "elsewhere 'subgradient'."
         )
     return name, chosen
 
 
 class Choice(NamedTuple):
-    """One of several recipes: the members of a sweep that share it differ in `index` and in their numbers."""
+    """One of several recipes: the members of a sweep that share it differ in `index` and in their
+    numbers.
+    """
 
     index: int
     recipes: tuple[Recipe, ...]
 
 
 def join(recipes: Sequence[Recipe]) -> list[Recipe | Choice]:
-    """The same recipes in forms that share one program: unchanged if they do, else each as a Choice among all kinds.
+    """The same recipes in forms that share one program: unchanged if they do, else each as a Choice
+    among all kinds.
 
-    A member's own recipe keeps its numbers; of every other kind, which it never uses, it has those of another member.
+    A member's own recipe keeps its numbers; of every other kind, which it never uses, it has those
+    of another member.
     """
     kinds = {}
     for recipe in recipes:
@@ -1001,7 +1173,10 @@ def program(recipe: Recipe | Choice) -> str:
         return repr([program(one) for one in recipe.recipes])
     # of the constraint: pattern, name and exponent of every rule
     static = ("p", "zero_up", "zero_below")
-    kinds = [(pattern, name, [own.get(key) for key in static]) for pattern, name, own in recipe.constraint]
+    kinds = [
+        (pattern, name, [own.get(key) for key in static])
+        for pattern, name, own in recipe.constraint
+    ]
     return repr(recipe._replace(numbers=sorted(recipe.numbers), constraint=kinds))
 
 
@@ -1016,17 +1191,23 @@ def needs_norms(recipe: Recipe | Choice) -> bool:
 
 
 def numbers(
-    recipe: Recipe | Choice, params: PyTree, norms: PyTree | None, order: Sequence[str] | None = None
+    recipe: Recipe | Choice,
+    params: PyTree,
+    norms: PyTree | None,
+    order: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What `make` may trace: the recipe's numbers and the feasible set of every parameter array.
 
-    params: arrays or shape structs. norms: mean initial norms (`polytopes.mean_norms`), None if not `needs_norms`.
-    order: paths of the params in the network's order, for norms `per_shape`; see `polytopes.share_by_shape`.
-    Of a Choice: its index, and the same of every recipe.
+    params: arrays or shape structs. norms: mean initial norms (`polytopes.mean_norms`), None if not
+        `needs_norms`.
+    order: paths of the params in the network's order, for norms `per_shape`; see
+    `polytopes.share_by_shape`. Of a Choice: its index, and the same of every recipe.
     """
     if isinstance(recipe, Choice):
         index = jnp.asarray(recipe.index, jnp.int32)
-        return dict(index=index, choices=[numbers(one, params, norms, order) for one in recipe.recipes])
+        return dict(
+            index=index, choices=[numbers(one, params, norms, order) for one in recipe.recipes]
+        )
     if norms is None:
         norms = jax.tree.map(lambda _: 1.0, params)
     elif recipe.norms == "per_shape":
@@ -1066,14 +1247,17 @@ def shift_inside(recipe: Recipe | Choice, values: dict[str, Any], params: PyTree
     """`params` moved into the feasible sets in `values`, from `numbers`."""
     if isinstance(recipe, Choice):
         pairs = zip(recipe.recipes, values["choices"], strict=True)
-        return jax.lax.switch(values["index"], [functools.partial(shift_inside, *pair) for pair in pairs], params)
+        return jax.lax.switch(
+            values["index"], [functools.partial(shift_inside, *pair) for pair in pairs], params
+        )
     return polytopes.shift_inside(params, values["sets"])
 
 
 def learning_rate(opt_state: PyTree) -> jax.Array | None:
-    """The rate of the latest update, found in an optimizer's state; None if no part of it names a rate.
+    """The rate of the latest update, found in an optimizer's state; None if no part of it names a
+    rate.
 
-    Rates are named by this module's transformations and by `optax.inject_hyperparams`, within any wrapper of optax.
-    Raises ValueError if the state names several.
+    Rates are named by this module's transformations and by `optax.inject_hyperparams`, within any
+    wrapper of optax. Raises ValueError if the state names several.
     """
     return _rate_in(opt_state)

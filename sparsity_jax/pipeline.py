@@ -1,4 +1,6 @@
-"""A run: its config checked as a whole, then its stages in order, saved on the way and resumed where it stopped."""
+"""A run: its config checked as a whole, then its stages in order, saved on the way and resumed
+where it stopped.
+"""
 
 import collections
 import contextlib
@@ -43,11 +45,18 @@ from sparsity_jax import (
 PyTree = Any
 say = workdirs.say
 Platform = Literal["default", "cpu", "gpu", "tpu"]
-STAGES = {one.kind: one for one in (*stages.STAGES, *geometry.STAGES, *structured.STAGES, *greg.STAGES)}
-LARGE = ("batch_size", "num_examples", "imp_samples", "num_matvecs")  # fields that decide how much a stage holds
+STAGES = {
+    one.kind: one for one in (*stages.STAGES, *geometry.STAGES, *structured.STAGES, *greg.STAGES)
+}
+LARGE = (
+    "batch_size",
+    "num_examples",
+    "imp_samples",
+    "num_matvecs",
+)  # fields that decide how much a stage holds
 
 
-# Configs -----------------------------------------------------------------------------------------------------
+# Configs ------------------------------------------------------------------------------------------
 
 
 def settings(
@@ -76,22 +85,26 @@ def settings(
 ) -> None:
     """Fields of every config beside its stages.
 
-    pipeline: names of stage configs, in order. start_from: workdir of a finished run, whose trained network and rows
-    this one goes on from; its model must be the same. pretrained: a file of PyTorch weights (see `pretrained.read`),
-    with which all networks start, also where a `train` stage has start="init"; stages that need a trained network take
-    it as one. pretrained_names: which of its layers is which here, see `pretrained.name_map`. pretrained_zeros: whether
-    weights that are zero in the file train as all others, or are masked as pruned ones and stay zero ("keep").
-    fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where to
-    compute (default: JAX's choice). mesh: local devices that share each batch, 0 for all. steps_per_call: training
-    steps per compiled call, 0 for automatic. sample: which images a stage takes that is given a number of them
-    (`imp_samples`, `num_examples`): "spread" evenly over the stored order, in memory and streamed alike, another sample
-    for each sample_seed; or the "first", which in a folder are those of the first classes. checkpoint_seconds: least
-    time between two saves. arms: fields of stages that change together, by name of the arm, e.g.
-    `dict(fast=dict(label="Fast", fit=dict(optimizer=...), again=dict(epochs=1)))`; each is replaced as a whole, the
-    label (default: the arm's name) is that of the report. arm: which of them to run. sweep: lists of values under the
-    names of fields, e.g. `dict(arm=("fast", "slow"), seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`;
-    all combinations run. sweep_mode: all at once (`vmap`, dense networks) or one after the other (`loop`); either way
-    trainings that differ in their optimizers only share a compiled program.
+    pipeline: names of stage configs, in order. start_from: workdir of a finished run, whose trained
+    network and rows this one goes on from; its model must be the same. pretrained: a file of
+    PyTorch weights (see `pretrained.read`), with which all networks start, also where a `train`
+    stage has start="init"; stages that need a trained network take it as one. pretrained_names:
+    which of its layers is which here, see `pretrained.name_map`. pretrained_zeros: whether weights
+    that are zero in the file train as all others, or are masked as pruned ones and stay zero
+    ("keep").
+    fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where
+    to compute (default: JAX's choice). mesh: local devices that share each batch, 0 for all.
+    steps_per_call: training steps per compiled call, 0 for automatic. sample: which images a stage
+    takes that is given a number of them (`imp_samples`, `num_examples`): "spread" evenly over the
+    stored order, in memory and streamed alike, another sample for each sample_seed; or the "first",
+    which in a folder are those of the first classes. checkpoint_seconds: least time between two
+    saves. arms: fields of stages that change together, by name of the arm, e.g.
+    `dict(fast=dict(label="Fast", fit=dict(optimizer=...), again=dict(epochs=1)))`; each is replaced
+    as a whole, the label (default: the arm's name) is that of the report. arm: which of them to
+    run. sweep: lists of values under the names of fields, e.g. `dict(arm=("fast", "slow"), seed=(0,
+    1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all
+    at once (`vmap`, dense networks) or one after the other (`loop`); either way trainings that
+    differ in their optimizers only share a compiled program.
     """
 
 
@@ -109,7 +122,9 @@ def stage(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 class Plan(NamedTuple):
-    """A checked config of one or more members that share a program. configs: one each, plain dicts."""
+    """A checked config of one or more members that share a program. configs: one each, plain
+    dicts.
+    """
 
     configs: list[dict]
     swept: list[dict]  # values that differ, by field path, as rows show them
@@ -145,9 +160,11 @@ def path_of_foreign(value: Any, where: str) -> str:
 
 
 def check(config: Mapping) -> tuple[list[Plan], bool]:
-    """Checks a whole config without compiling anything; (plans, whether they are separate runs of a sweep).
+    """Checks a whole config without compiling anything; (plans, whether they are separate runs of a
+    sweep).
 
-    Raises ConfigError for the first mistake, saying what was given, what is allowed and the closest match.
+    Raises ConfigError for the first mistake, saying what was given, what is allowed and the closest
+    match.
     """
     config, known = {**tables.defaults(settings), **plain(config)}, tables.parameters(settings)
     common = {name: value for name, value in config.items() if name in known}
@@ -157,21 +174,34 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     check_names(common["pipeline"], stage_configs)
     for name, value in stage_configs.items():
         if not isinstance(value, Mapping) or "kind" not in value:
-            fields = sorted({*known, *(n for n, v in stage_configs.items() if isinstance(v, Mapping) and "kind" in v)})
+            fields = sorted(
+                {
+                    *known,
+                    *(
+                        n
+                        for n, v in stage_configs.items()
+                        if isinstance(v, Mapping) and "kind" in v
+                    ),
+                }
+            )
             raise tables.ConfigError(
-                f"config has no field {name!r}; fields: {', '.join(fields)}.{tables.closest(name, fields)}"
+                f"config has no field {name!r}; fields: "
+                f"{', '.join(fields)}.{tables.closest(name, fields)}"
             )
     for name, idle in (("arm", common["arm"]), ("seed", common["seed"])):
         if idle and name in common["sweep"]:
             raise tables.ConfigError(
-                f"config.{name} is {idle!r}, but config.sweep.{name} decides; set --config.sweep.{name}=({idle!r},)."
+                f"config.{name} is {idle!r}, but config.sweep.{name} decides; set "
+                f"--config.sweep.{name}=({idle!r},)."
             )
     members = list(expand(config))
     for member, _ in members:
         tables.convert(member["seed"], tables.Seed, "config.sweep.seed")
     for path in members[0][1]:
         if path not in ("arm", "seed") and path.split(".")[0] in known:
-            raise tables.ConfigError(f"config.sweep names config.{path}; allowed: arm, seed and fields of stages.")
+            raise tables.ConfigError(
+                f"config.sweep names config.{path}; allowed: arm, seed and fields of stages."
+            )
     checked = [check_member(member) for member, _ in members]
     done = {**check_pretrained(common), **check_origin(common)}
     for own in checked:
@@ -179,12 +209,15 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     data.check(**dict(common["data"]))
     chosen = {name: share([own[name] for own in checked]) for name in stage_configs}
     several, mode, streamed = len(members) > 1, common["sweep_mode"], common["data"].get("stream")
-    together = several and (mode == "vmap" or (mode == "auto" and not streamed and not convolves(common["model"])))
+    together = several and (
+        mode == "vmap" or (mode == "auto" and not streamed and not convolves(common["model"]))
+    )
     used |= {own[name].retrain for own in checked for name in used} - {""}
     if streamed:
         if together:
             raise tables.ConfigError(
-                "config.data.stream leaves images where they are, one member at a time reads them; allowed: "
+                "config.data.stream leaves images where they are, one member at a time reads "
+                "them; allowed: "
                 "config.sweep_mode 'loop'."
             )
         for own in checked:
@@ -194,7 +227,8 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
         if len({own.together() for own in chosen[name]}) > 1:
             changed = ", ".join(fields_that_differ([member[name] for member, _ in members]))
             raise tables.ConfigError(
-                f"config.sweep changes config.{name} in a way that needs another program ({changed}); allowed: "
+                f"config.sweep changes config.{name} in a way that needs another program "
+                f"({changed}); allowed: "
                 "optimizers and seed. Set config.sweep_mode='loop'."
             )
     make = lambda found: Plan(
@@ -213,7 +247,9 @@ def fields_that_differ(stage_configs: Sequence[Mapping]) -> list[str]:
     """Names of the fields, but for labels, in which configs of one stage are not all equal."""
     first, *others = stage_configs
     names = {name for config in stage_configs for name in config} - {"label"}
-    return sorted(name for name in names if any(other.get(name) != first.get(name) for other in others))
+    return sorted(
+        name for name in names if any(other.get(name) != first.get(name) for other in others)
+    )
 
 
 def check_names(pipeline: Sequence[str], stage_configs: Mapping) -> None:
@@ -230,7 +266,10 @@ def check_names(pipeline: Sequence[str], stage_configs: Mapping) -> None:
 
 def convolves(model: Mapping) -> bool:
     """Whether the network of `config.model` has convolutions; only shapes are computed."""
-    init, images = models.build(num_classes=10, **model).init, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    init, images = (
+        models.build(num_classes=10, **model).init,
+        jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
+    )
     try:
         variables = jax.eval_shape(lambda: init(jax.random.key(0), images))
     except Exception:  # `check_size` tells, for images of the right size
@@ -239,7 +278,9 @@ def convolves(model: Mapping) -> bool:
 
 
 def share(settings: list[Any]) -> list[Any]:
-    """The settings of one stage of all members; optimizers of trainings that are else equal share a program."""
+    """The settings of one stage of all members; optimizers of trainings that are else equal share a
+    program.
+    """
     if not isinstance(settings[0], train.Fit):
         return settings
     alike, shared = collections.defaultdict(list), list(settings)
@@ -253,7 +294,9 @@ def share(settings: list[Any]) -> list[Any]:
 
 
 def check_member(config: dict) -> dict[str, Any]:
-    """The checked settings of all stages of one member, by name; checks data and model options too."""
+    """The checked settings of all stages of one member, by name; checks data and model options
+    too.
+    """
     check_model(config["model"])
     tables.check_options(data.load, config["data"], "config.data")
     found = {}
@@ -270,31 +313,42 @@ def check_model(model: Mapping[str, Any], where: str = "config.model") -> None:
     options = dict(model)
     name = options.pop("name", "")
     factory = tables.lookup(models.MODELS, name, f"{where}.name")
-    shared = {field: options.pop(field) for field in ("init", "dtype", "param_dtype") if field in options}
+    shared = {
+        field: options.pop(field) for field in ("init", "dtype", "param_dtype") if field in options
+    }
     tables.check_options(factory, options, where, also=("init", "dtype", "param_dtype"))
     models.build(name=name, num_classes=10, **shared, **options)
     for field, value in shared.items():
         if value == "float64" and not jax.config.jax_enable_x64:
             raise tables.ConfigError(
-                f"{where}.{field} is 'float64'; allowed: 'float32', 'bfloat16', 'float16', and with "
+                f"{where}.{field} is 'float64'; allowed: 'float32', 'bfloat16', 'float16', and "
+                "with "
                 "JAX_ENABLE_X64=1 in the environment also 'float64'."
             )
 
 
 def check_origin(config: dict) -> dict[str, str]:
-    """Kinds of the stages that the run in `config.start_from`, and those before it, have finished, by name.
+    """Kinds of the stages that the run in `config.start_from`, and those before it, have finished,
+    by name.
 
     Raises ConfigError if it cannot be used.
     """
     if not config["start_from"]:
         return {}
-    where, path = f"config.start_from is {config['start_from']!r}", pathlib.Path(config["start_from"])
+    where, path = (
+        f"config.start_from is {config['start_from']!r}",
+        pathlib.Path(config["start_from"]),
+    )
     if not workdirs.holds_run(path):
         raise tables.ConfigError(f"{where}, which holds no run (no config.json).")
     other = workdirs.read_config(path)
-    differing = workdirs.differences(*map(complete_model, (other.get("model") or {}, plain(config["model"]))))
+    differing = workdirs.differences(
+        *map(complete_model, (other.get("model") or {}, plain(config["model"])))
+    )
     if differing:
-        lines = "\n".join(f"  config.model.{name}: {old} there, {new} now" for name, old, new in differing)
+        lines = "\n".join(
+            f"  config.model.{name}: {old} there, {new} now" for name, old, new in differing
+        )
         raise tables.ConfigError(f"{where}, a run of another network.\n{lines}")
     other, folders = {**tables.defaults(settings), **other}, sorted(path.glob("member_*"))
     several = other["sweep"] and not path.name.startswith("member_")
@@ -312,13 +366,17 @@ def check_origin(config: dict) -> dict[str, str]:
 
 
 def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.model` with the defaults of the options that it lacks: a config's, or those of an older version's run."""
+    """`config.model` with the defaults of the options that it lacks: a config's, or those of an
+    older version's run.
+    """
     known = models.MODELS.get(model.get("name"))
     return {**tables.defaults(models.build), **(tables.defaults(known) if known else {}), **model}
 
 
 def trained_before(config: Mapping) -> dict[str, str]:
-    """What a pretrained network stands for, by the name of its field: a finished stage of kind `train`."""
+    """What a pretrained network stands for, by the name of its field: a finished stage of kind
+    `train`.
+    """
     return {"config.pretrained": "train"} if config.get("pretrained") else {}
 
 
@@ -326,10 +384,13 @@ def check_pretrained(config: dict) -> dict[str, str]:
     """`trained_before`; raises ConfigError if the weight file cannot be used."""
     for name in ("fresh_classifier", "pretrained_names", "pretrained_zeros"):
         if not config["pretrained"] and config[name] != tables.defaults(settings)[name]:
-            raise tables.ConfigError(f"config.{name} is for the weights of config.pretrained, which is empty.")
+            raise tables.ConfigError(
+                f"config.{name} is for the weights of config.pretrained, which is empty."
+            )
     if config["pretrained"] and config["start_from"]:
         raise tables.ConfigError(
-            f"config.pretrained is {config['pretrained']!r} and config.start_from {config['start_from']!r}; allowed: "
+            f"config.pretrained is {config['pretrained']!r} and config.start_from "
+            f"{config['start_from']!r}; allowed: "
             "one of them."
         )
     if config["pretrained"]:
@@ -338,22 +399,31 @@ def check_pretrained(config: dict) -> dict[str, str]:
 
 
 def ancestry(path: str | pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
-    """(path, config) of the run in `path`, of the run it started from, and so on, as far as they are still there."""
+    """(path, config) of the run in `path`, of the run it started from, and so on, as far as they
+    are still there.
+    """
     path, seen = pathlib.Path(path), set()
     while (path / "config.json").is_file():
         if path.resolve() in seen:
-            raise tables.ConfigError(f"{path} started from a run that started from it; use another run.")
+            raise tables.ConfigError(
+                f"{path} started from a run that started from it; use another run."
+            )
         seen.add(path.resolve())
         config = workdirs.read_config(path)
         yield path, config
         if not config.get("start_from"):
             break
         before = pathlib.Path(config["start_from"])
-        path = before / path.name if (before / path.name).is_dir() else before  # of separate members the same one
+        path = (
+            before / path.name if (before / path.name).is_dir() else before
+        )  # of separate members the same one
 
 
 def check_order(
-    pipeline: tuple[str, ...], stage_configs: dict, checked: dict[str, Any], done: Mapping[str, str] = {}
+    pipeline: tuple[str, ...],
+    stage_configs: dict,
+    checked: dict[str, Any],
+    done: Mapping[str, str] = {},
 ) -> None:
     """Raises ConfigError for a stage that needs another's result first.
 
@@ -380,27 +450,34 @@ def check_order(
             trains = [n for n, v in stage_configs.items() if v["kind"] == "train"]
             if retrain not in trains:
                 raise tables.ConfigError(
-                    f"{where} is {retrain!r}; allowed: a stage of kind 'train': {', '.join(trains)}."
-                    + tables.closest(retrain, trains)
+                    f"{where} is {retrain!r}; allowed: a stage of kind 'train': "
+                    f"{', '.join(trains)}." + tables.closest(retrain, trains)
                 )
             if checked[retrain].start != "current":
-                raise tables.ConfigError(f"{where} names {retrain!r}, whose start is 'init'; allowed: 'current'.")
+                raise tables.ConfigError(
+                    f"{where} names {retrain!r}, whose start is 'init'; allowed: 'current'."
+                )
 
 
 def expand(config: dict) -> Iterator[tuple[dict, dict[str, Any]]]:
-    """(config, swept values by field path) of every member: all combinations, arms outermost; one without a sweep.
+    """(config, swept values by field path) of every member: all combinations, arms outermost; one
+    without a sweep.
 
     Swept values are given as rows show them: an arm by its label, a dict by its name.
     """
     sweep = dict(config["sweep"])
     names = sweep.pop("arm", [config["arm"]])
     if not isinstance(names, (list, tuple)) or not names:
-        raise tables.ConfigError(f"config.sweep.arm is {names!r}; allowed: a list of names of config.arms.")
+        raise tables.ConfigError(
+            f"config.sweep.arm is {names!r}; allowed: a list of names of config.arms."
+        )
     labels = {}
     for name in names:
         own, label = in_arm(config, name)
         if label in labels:
-            raise tables.ConfigError(f"config.arms: {labels[label]!r} and {name!r} have the same label, {label!r}.")
+            raise tables.ConfigError(
+                f"config.arms: {labels[label]!r} and {name!r} have the same label, {label!r}."
+            )
         labels[label] = name
         fields = dict(_swept_fields(sweep, own, ""))
         for picked in itertools.product(*(range(len(values)) for values in fields.values())):
@@ -411,12 +488,19 @@ def expand(config: dict) -> Iterator[tuple[dict, dict[str, Any]]]:
 
 
 def in_arm(config: dict, name: str) -> tuple[dict, str]:
-    """(config with the fields of the arm `name` replaced, its label); the config itself for no name."""
+    """(config with the fields of the arm `name` replaced, its label); the config itself for no
+    name.
+    """
     if not name:
         return config, ""
-    arm, stage_names = tables.lookup(config["arms"], name, "config.arm"), set(config) - set(tables.parameters(settings))
+    arm, stage_names = (
+        tables.lookup(config["arms"], name, "config.arm"),
+        set(config) - set(tables.parameters(settings)),
+    )
     if not isinstance(arm, Mapping) or not isinstance(arm.get("label", ""), str):
-        raise tables.ConfigError(f"config.arms.{name} is {arm!r}; allowed: a label, and fields by stage.")
+        raise tables.ConfigError(
+            f"config.arms.{name} is {arm!r}; allowed: a label, and fields by stage."
+        )
     values = {}
     for stage_name, fields in arm.items():
         where = f"config.arms.{name}.{stage_name}"
@@ -428,24 +512,30 @@ def in_arm(config: dict, name: str) -> tuple[dict, str]:
                 + tables.closest(stage_name, stage_names)
             )
         if not isinstance(fields, Mapping):
-            raise tables.ConfigError(f"{where} is {fields!r}; allowed: a dict of the stage's fields that change.")
+            raise tables.ConfigError(
+                f"{where} is {fields!r}; allowed: a dict of the stage's fields that change."
+            )
         kind = tables.lookup(STAGES, config[stage_name]["kind"], f"config.{stage_name}.kind")
         known = tables.parameters(kind)
         for field, value in fields.items():
             if field not in known:
                 raise tables.ConfigError(
-                    f"{where} has no field {field!r}; fields: {', '.join(known)}.{tables.closest(field, known)}"
+                    f"{where} has no field {field!r}; fields: "
+                    f"{', '.join(known)}.{tables.closest(field, known)}"
                 )
             values[f"{stage_name}.{field}"] = value
     return override_all(config, {**values, "arm": name}), arm.get("label") or name
 
 
 def shown(values: list) -> list:
-    """Values of one swept field as rows show them: dicts by their names, numbered where several have the same."""
+    """Values of one swept field as rows show them: dicts by their names, numbered where several
+    have the same.
+    """
     names = [value.get("name", "") if isinstance(value, Mapping) else None for value in values]
     number = lambda i: f" {i + 1}" if names.count(names[i]) > 1 or not names[i] else ""
     return [
-        value if name is None else f"{name}{number(i)}".strip() for i, (value, name) in enumerate(zip(values, names))
+        value if name is None else f"{name}{number(i)}".strip()
+        for i, (value, name) in enumerate(zip(values, names))
     ]
 
 
@@ -454,16 +544,27 @@ def _swept_fields(sweep: Mapping, config: Mapping, path: str) -> Iterator[tuple[
         where = f"{path}.{name}" if path else name
         if not isinstance(config, Mapping) or name not in config:
             known = list(config) if isinstance(config, Mapping) else []
-            hint = " Fields within fields are nested: sweep=dict(fit=dict(epochs=(1, 2)))." if "." in name else ""
+            hint = (
+                " Fields within fields are nested: sweep=dict(fit=dict(epochs=(1, 2)))."
+                if "." in name
+                else ""
+            )
             raise tables.ConfigError(
-                f"config.sweep names config.{where}, which does not exist.{hint or tables.closest(name, known)}"
+                f"config.sweep names config.{where}, which does not "
+                f"exist.{hint or tables.closest(name, known)}"
             )
         if isinstance(value, Mapping):
             yield from _swept_fields(value, config[name], where)
-        elif isinstance(value, (list, tuple)) and value and name not in ("sweep", "pipeline", "data", "mesh"):
+        elif (
+            isinstance(value, (list, tuple))
+            and value
+            and name not in ("sweep", "pipeline", "data", "mesh")
+        ):
             yield where, list(value)
         else:
-            raise tables.ConfigError(f"config.sweep.{where} is {value!r}; allowed: a list of values for one field.")
+            raise tables.ConfigError(
+                f"config.sweep.{where} is {value!r}; allowed: a list of values for one field."
+            )
 
 
 def override_all(config: dict, values: dict[str, Any]) -> dict:
@@ -478,26 +579,35 @@ def override_all(config: dict, values: dict[str, Any]) -> dict:
     return config
 
 
-# Running -----------------------------------------------------------------------------------------------------
+# Running ------------------------------------------------------------------------------------------
 
 
 class Outcome(NamedTuple):
-    """state: at the end, with a leading axis if a sweep ran at once. rows: of all stages and members."""
+    """state: at the end, with a leading axis if a sweep ran at once. rows: of all stages and
+    members.
+    """
 
     state: train.State
     rows: list[dict]
 
 
 def run(
-    config: Mapping, workdir: str | pathlib.Path, *, command: str = "", lock_seconds: float = lock.STALE_SECONDS
+    config: Mapping,
+    workdir: str | pathlib.Path,
+    *,
+    command: str = "",
+    lock_seconds: float = lock.STALE_SECONDS,
 ) -> Outcome:
-    """Runs, or continues, the pipeline of `config` in `workdir`; writes rows, checkpoints and the report there.
+    """Runs, or continues, the pipeline of `config` in `workdir`; writes rows, checkpoints and the
+    report there.
 
-    The same call continues an interrupted run and ends with the same numbers (bit for bit on CPU); a finished run only
-    rewrites its report, and needs neither data nor the run it started from. command: what was typed, for the report.
-    lock_seconds: how long a run of another host that holds `workdir` may be silent. Raises ConfigError before anything
-    compiles, LockedError where another run is at work, DamagedError where no checkpoint is whole, and
-    train.NonFiniteLossError; if members of a sweep run one after the other, once all have run.
+    The same call continues an interrupted run and ends with the same numbers (bit for bit on CPU);
+    a finished run only rewrites its report, and needs neither data nor the run it started from.
+    command: what was typed, for the report.
+    lock_seconds: how long a run of another host that holds `workdir` may be silent. Raises
+    ConfigError before anything compiles, LockedError where another run is at work, DamagedError
+    where no checkpoint is whole, and train.NonFiniteLossError; if members of a sweep run one after
+    the other, once all have run.
     """
     config, workdir = plain(config), pathlib.Path(workdir)
     workdirs.check_path(workdir)
@@ -533,12 +643,17 @@ def run(
 
 
 def last_snapshots(workdir: pathlib.Path, config: dict) -> list[workdirs.Snapshot]:
-    """The last checkpoint of every separate member of a finished run; [] for a run that is not finished."""
+    """The last checkpoint of every separate member of a finished run; [] for a run that is not
+    finished.
+    """
     folders = sorted(workdir.glob("member_[0-9]*"))
     if folders and len(folders) < len(list(expand({**tables.defaults(settings), **config}))):
         return []
     found = [workdirs.newest(folder) for folder in folders or [workdir]]
-    ended = [snapshot is not None and snapshot.progress.stage == len(config["pipeline"]) for snapshot in found]
+    ended = [
+        snapshot is not None and snapshot.progress.stage == len(config["pipeline"])
+        for snapshot in found
+    ]
     return found if all(ended) else []
 
 
@@ -554,7 +669,9 @@ def redraw(config: dict, workdir: pathlib.Path, snapshots: list[workdirs.Snapsho
         rows += own
     report.Writer(workdir, rows).close()
     title = config.get("title") or None
-    path = report.write(workdir, config, rows, title=title, environment=report.read_environment(workdir))
+    path = report.write(
+        workdir, config, rows, title=title, environment=report.read_environment(workdir)
+    )
     say(f"report: {path}")
     with checkpoint.reading(snapshots[-1]):
         tree = checkpoint.tree(snapshots[-1])
@@ -570,15 +687,20 @@ def use_platform(name: str) -> None:
     try:
         found = jax.local_devices()[0].platform
     except (RuntimeError, AssertionError):  # which of them depends on the version of jax
-        raise tables.ConfigError(f"config.platform is {name!r}, but jax finds no such device here.") from None
+        raise tables.ConfigError(
+            f"config.platform is {name!r}, but jax finds no such device here."
+        ) from None
     if found != name:
-        raise tables.ConfigError(f"config.platform is {name!r}, but this process already uses jax on {found!r}.")
+        raise tables.ConfigError(
+            f"config.platform is {name!r}, but this process already uses jax on {found!r}."
+        )
 
 
 def run_members(
     plans: list[Plan], problem: train.Problem, workdir: pathlib.Path, still_mine: Callable[[], None]
 ) -> tuple[Outcome, list[str]]:
-    """The members of a sweep one after the other, in folders of their own: (outcome, a line for each that diverged).
+    """The members of a sweep one after the other, in folders of their own: (outcome, a line for
+    each that diverged).
 
     The outcome's state is that of the last member that did not.
     """
@@ -602,7 +724,9 @@ def run_members(
 
 
 def member_origin(common: dict[str, Any], member: int) -> dict[str, Any]:
-    """The common fields of one separate member: it starts from the same member of a run that has such."""
+    """The common fields of one separate member: it starts from the same member of a run that has
+    such.
+    """
     own = pathlib.Path(common["start_from"]) / f"member_{member:03d}"
     return {**common, "start_from": str(own)} if common["start_from"] and own.is_dir() else common
 
@@ -617,7 +741,9 @@ def member_config(plan: Plan) -> dict:
 
 
 def build(plans: list[Plan]) -> train.Problem:
-    """Loads the data and builds the network; raises ConfigError for settings that do not fit them."""
+    """Loads the data and builds the network; raises ConfigError for settings that do not fit
+    them.
+    """
     common = plans[0].common
     available = len(jax.local_devices())
     if common["mesh"] > available:
@@ -641,7 +767,9 @@ def build(plans: list[Plan]) -> train.Problem:
     if common["pretrained"]:
         with enough_memory_for("config.pretrained", None, common):
             arrays = problem.place(pretrained_arrays(common, problem))
-        problem = problem._replace(pretrained=arrays, keep_zeros=common["pretrained_zeros"] == "keep")
+        problem = problem._replace(
+            pretrained=arrays, keep_zeros=common["pretrained_zeros"] == "keep"
+        )
     for i, plan in enumerate(plans):
         if plan.common["start_from"]:
             own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
@@ -656,7 +784,9 @@ def build(plans: list[Plan]) -> train.Problem:
 
 
 def check_size(problem: train.Problem, model: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a network that cannot be made for the run's images, or is larger than the memory."""
+    """Raises ConfigError for a network that cannot be made for the run's images, or is larger than
+    the memory.
+    """
     height, width, channels = problem.dataset.test.images.shape[1:]
     images = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
     where = f"config.model {model['name']!r} for images of {height} x {width} x {channels}"
@@ -666,16 +796,22 @@ def check_size(problem: train.Problem, model: Mapping[str, Any]) -> None:
     empty = [path for path, leaf in trees.named_leaves(variables).items() if not leaf.size]
     if empty or not logits.size:
         raise tables.ConfigError(
-            f"{where} has nothing in {empty[0] if empty else 'its logits'}: it is too large for them."
+            f"{where} has nothing in {empty[0] if empty else 'its logits'}: it is too large for "
+            "them."
         )
     leaves = jax.tree.leaves(variables["params"])
     needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)  # with gradients
-    train.check_memory(needed, f"{where} has {trees.size(variables['params']):,} weights, which with their gradients")
+    train.check_memory(
+        needed,
+        f"{where} has {trees.size(variables['params']):,} weights, which with their gradients",
+    )
 
 
 @contextlib.contextmanager
 def making_network(where: str) -> Iterator[None]:
-    """What goes wrong while a network is traced inside, in whatever type, as a ConfigError about `where`."""
+    """What goes wrong while a network is traced inside, in whatever type, as a ConfigError about
+    `where`.
+    """
     try:
         yield
     except Exception as error:  # which ones depends on the layer that does not fit
@@ -698,7 +834,9 @@ def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[st
         where=f"config.pretrained {common['pretrained']!r}",
     )
     kept = trees.named_leaves(like)
-    return {path: leaf for path, leaf in trees.named_leaves(variables).items() if leaf is not kept[path]}
+    return {
+        path: leaf for path, leaf in trees.named_leaves(variables).items() if leaf is not kept[path]
+    }
 
 
 def runs(plan: Plan) -> list[str]:
@@ -715,7 +853,9 @@ def initial_state(plan: Plan, problem: train.Problem) -> train.State:
 
 
 class Run(NamedTuple):
-    """A plan being run. rows: all so far, of this run only. origin: rows of the run it started from."""
+    """A plan being run. rows: all so far, of this run only. origin: rows of the run it started
+    from.
+    """
 
     plan: Plan
     problem: train.Problem
@@ -725,15 +865,22 @@ class Run(NamedTuple):
     origin: list[dict]
 
     def per_member(self, rows: list[dict]) -> list[list[dict]]:
-        return [[row for row in rows if row["member"] == i] for i in range(self.problem.members or 1)]
+        return [
+            [row for row in rows if row["member"] == i] for i in range(self.problem.members or 1)
+        ]
 
 
 def run_plan(
-    plan: Plan, problem: train.Problem, workdir: pathlib.Path, config: dict, still_mine: Callable[[], None]
+    plan: Plan,
+    problem: train.Problem,
+    workdir: pathlib.Path,
+    config: dict,
+    still_mine: Callable[[], None],
 ) -> Outcome:
     """Runs the stages of one plan, from its newest whole checkpoint if there is one.
 
-    config: of the plan, as plain data. still_mine: raises OSError if the workdir belongs to another run by now.
+    config: of the plan, as plain data. still_mine: raises OSError if the workdir belongs to another
+        run by now.
     """
     found = workdirs.newest(workdir)
     saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
@@ -749,7 +896,10 @@ def run_plan(
         writer = stack.enter_context(contextlib.closing(report.Writer(workdir, rows)))
         run = Run(plan, problem, saved, writer, rows, origin)
         if progress.stage or progress.begun or rows:
-            say(f"continuing {workdir} in stage {min(progress.stage + 1, len(plan.pipeline))} of {len(plan.pipeline)}")
+            say(
+                f"continuing {workdir} in stage {min(progress.stage + 1, len(plan.pipeline))} of "
+                f"{len(plan.pipeline)}"
+            )
         for position, name in enumerate(plan.pipeline):
             if position < progress.stage:
                 continue
@@ -757,10 +907,14 @@ def run_plan(
             visit = plan.pipeline[: position + 1].count(name)
             begun = [row for row in rows if row["stage"] == name and row["visit"] == visit]
             before = [row for row in rows if row["stage"] != name or row["visit"] != visit]
-            again = {row["stage"] for row in before}  # replaces the stage of this name in the run it started from
+            again = {
+                row["stage"] for row in before
+            }  # replaces the stage of this name in the run it started from
             earlier = [row for row in origin if row["stage"] not in again] + before
             visits = plan.pipeline.count(name)
-            place = interface.Place(name, position, plan.settings, run.per_member(earlier), visit, visits)
+            place = interface.Place(
+                name, position, plan.settings, run.per_member(earlier), visit, visits
+            )
             with enough_memory_for(f"config.{name}", own[0], plan.common):
                 resumed = position == progress.stage and progress.begun
                 if resumed or (position == progress.stage and position):
@@ -776,36 +930,49 @@ def run_plan(
                 state = after(plan, state, position)
                 saved.save(state, workdirs.Progress(position + 1, False, rows))
         if progress.stage >= len(plan.pipeline):
-            state = checkpoint.restore(found, checkpoint.abstract(interface.without_optimizer(state)))
+            state = checkpoint.restore(
+                found, checkpoint.abstract(interface.without_optimizer(state))
+            )
     return Outcome(state, rows)
 
 
 @contextlib.contextmanager
 def enough_memory(where: str, advice: str) -> Iterator[None]:
-    """Memory that is full inside, of the host or of a device, as a ConfigError that ends with `advice`."""
+    """Memory that is full inside, of the host or of a device, as a ConfigError that ends with
+    `advice`.
+    """
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error) or "MemoryError").splitlines()[0]
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
             raise
-        raise tables.ConfigError(f"{where}: the memory is full ({tables.shortened(reason)}). {advice}") from error
+        raise tables.ConfigError(
+            f"{where}: the memory is full ({tables.shortened(reason)}). {advice}"
+        ) from error
 
 
-def enough_memory_for(where: str, settings: Any, common: Mapping[str, Any]) -> contextlib.AbstractContextManager:
-    """`enough_memory` for a part of a run that says what to lower. where: a stage with its `settings`, or another."""
+def enough_memory_for(
+    where: str, settings: Any, common: Mapping[str, Any]
+) -> contextlib.AbstractContextManager:
+    """`enough_memory` for a part of a run that says what to lower. where: a stage with its
+    `settings`, or another.
+    """
     lower = [f"{where}.{field}" for field in LARGE if hasattr(settings, field)]
     lower += ["config.eval_batch_size", "the network of config.model"]
     loop = " or set config.sweep_mode to 'loop'" if common["sweep"] else ""
     advice = (
-        f"Lower {', '.join(lower)}{loop}, in another --workdir; with more memory the same command goes on from the "
+        f"Lower {', '.join(lower)}{loop}, in another --workdir; with more memory the same command "
+        "goes on from the "
         "last checkpoint."
     )
     return enough_memory(where, advice)
 
 
 def after(plan: Plan, state: train.State, position: int) -> train.State:
-    """The state as the stage at `position` leaves it to the next one; the last one leaves no optimizer."""
+    """The state as the stage at `position` leaves it to the next one; the last one leaves no
+    optimizer.
+    """
     if position + 1 == len(plan.pipeline):
         return interface.without_optimizer(state)
     return interface.handed_on(state, plan.settings[plan.pipeline[position]][0])
@@ -820,19 +987,26 @@ def carried_before(plan: Plan, state: train.State, position: int) -> Any:
 
 
 def check_arrays(path: str, shapes: PyTree, members: int | None) -> None:
-    """Raises ConfigError if the parameters in the finished run in `path` do not have `shapes`, for each member."""
+    """Raises ConfigError if the parameters in the finished run in `path` do not have `shapes`, for
+    each member.
+    """
     found = checkpoint.shapes(workdirs.newest(path))
     for name, leaf in trees.named_leaves(shapes).items():
-        there, here = found.get(f"params/{name}"), (() if members is None else (members,)) + leaf.shape
+        there, here = (
+            found.get(f"params/{name}"),
+            (() if members is None else (members,)) + leaf.shape,
+        )
         if there != here:
             raise tables.ConfigError(
-                f"config.start_from is {path!r}, whose params/{name} has the shape {there}; allowed: {here}, that of "
+                f"config.start_from is {path!r}, whose params/{name} has the shape {there}; "
+                f"allowed: {here}, that of "
                 "this run's network for its data."
             )
 
 
 def continue_from(path: str, state: train.State) -> tuple[train.State, list[dict]]:
-    """The network at the end of the finished run in `path`, under `state`'s own key, and that run's rows.
+    """The network at the end of the finished run in `path`, under `state`'s own key, and that run's
+    rows.
 
     They follow those of the runs it started from itself, except for stages that it made anew.
     """
@@ -842,7 +1016,11 @@ def continue_from(path: str, state: train.State) -> tuple[train.State, list[dict
         new = saved.progress.rows
         stages_anew = {row["stage"] for row in new}
         rows = [row for row in rows if row["stage"] not in stages_anew] + new
-        restored = checkpoint.restore(saved, checkpoint.abstract(state)) if place == pathlib.Path(path) else None
+        restored = (
+            checkpoint.restore(saved, checkpoint.abstract(state))
+            if place == pathlib.Path(path)
+            else None
+        )
     return restored._replace(key=state.key), rows
 
 
@@ -858,7 +1036,9 @@ def run_stage(
     shown = f"{place.position + 1}/{len(plan.pipeline)} {place.name}"
     with Display(shown) as display, contextlib.ExitStack() as stack:
         try:
-            updates = stack.enter_context(contextlib.closing(own[0].run(run.problem, state, own, place, begun)))
+            updates = stack.enter_context(
+                contextlib.closing(own[0].run(run.problem, state, own, place, begun))
+            )
             for update in updates:
                 new = [
                     {**common, "member": i, **plan.swept[i], **found}
@@ -871,16 +1051,27 @@ def run_stage(
                     if update.done < 1:
                         good = (state, workdirs.Progress(position, True, list(rows)))
                     else:
-                        good = (after(plan, state, position), workdirs.Progress(position + 1, False, list(rows)))
+                        good = (
+                            after(plan, state, position),
+                            workdirs.Progress(position + 1, False, list(rows)),
+                        )
                 run.writer.append(new)
                 display.show(update.done, new)
                 stopping.check()
-                if update.state is not None and update.done < 1 and time.monotonic() - last >= every:
+                if (
+                    update.state is not None
+                    and update.done < 1
+                    and time.monotonic() - last >= every
+                ):
                     train.check_finite(state, spe, place.name)
                     run.saved.save(*good)
                     last = time.monotonic()
         except KeyboardInterrupt:
-            deleted = (leaf.is_deleted() for leaf in jax.tree.leaves(good[0]) if isinstance(leaf, jax.Array))
+            deleted = (
+                leaf.is_deleted()
+                for leaf in jax.tree.leaves(good[0])
+                if isinstance(leaf, jax.Array)
+            )
             if not any(deleted):
                 train.check_finite(good[0], spe, place.name)
                 run.saved.save(*good)
@@ -889,10 +1080,11 @@ def run_stage(
 
 
 def arm_of(plan: Plan, position: int) -> str:
-    """Label of the network a stage belongs to: of the latest `train` stage up to it, or the next one.
+    """Label of the network a stage belongs to: of the latest `train` stage up to it, or the next
+    one.
 
-    A stage that makes another network without training it gives that the label of the next training, or else its own
-    name. `network` before anything is made, if this run trains none.
+    A stage that makes another network without training it gives that the label of the next
+    training, or else its own name. `network` before anything is made, if this run trains none.
     """
     kinds = [STAGES.get(plan.configs[0][name]["kind"], interface.Stage) for name in plan.pipeline]
     trains = [i for i, kind in enumerate(kinds) if kind.trains]
@@ -906,7 +1098,9 @@ def arm_of(plan: Plan, position: int) -> str:
 
 
 def chance(dataset: data.Dataset) -> float:
-    """Test accuracy of always answering the most frequent class; of a stream, one over the number of classes."""
+    """Test accuracy of always answering the most frequent class; of a stream, one over the number
+    of classes.
+    """
     labels = dataset.test.labels
     if labels is None:
         return 1 / dataset.num_classes
@@ -915,7 +1109,10 @@ def chance(dataset: data.Dataset) -> float:
 
 def describe_environment(problem: train.Problem) -> dict[str, Any]:
     """Versions and hardware, and the accuracy by chance, for the report."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "flax", "optax", "numpy")
+    }
     device = jax.local_devices()[0]
     shapes = jax.tree.leaves(train.shapes_of(problem))
     reading = {}
@@ -934,21 +1131,29 @@ def describe_environment(problem: train.Problem) -> dict[str, Any]:
 
 
 def zeros_of(problem: train.Problem) -> str:
-    """How many weights of the kernels in the file of `config.pretrained` are zero, and what becomes of them."""
+    """How many weights of the kernels in the file of `config.pretrained` are zero, and what becomes
+    of them.
+    """
     zeros, size = pretrained.count_zeros(problem.pretrained)
-    after = "masked, they stay zero" if problem.keep_zeros else "training moves them (config.pretrained_zeros)"
+    after = (
+        "masked, they stay zero"
+        if problem.keep_zeros
+        else "training moves them (config.pretrained_zeros)"
+    )
     return f"{zeros:,} of {size:,} weights are zero" + f"; {after}" * (zeros > 0)
 
 
 class Display:
-    """Progress of a stage: a bar where stderr is a terminal, otherwise a line for new rows, at most every five seconds,
-    and one a minute where there are none."""
+    """Progress of a stage: a bar where stderr is a terminal, otherwise a line for new rows, at most
+    every five seconds, and one a minute where there are none."""
 
     def __init__(self, name: str):
         self._name, self._started = name, time.monotonic()
         self._said = self._started - 5
         form = "{desc:<24} {percentage:3.0f}% |{bar:30}| {elapsed}<{remaining} {postfix}"
-        self._bar = tqdm.tqdm(total=1.0, desc=name, bar_format=form) if sys.stderr.isatty() else None
+        self._bar = (
+            tqdm.tqdm(total=1.0, desc=name, bar_format=form) if sys.stderr.isatty() else None
+        )
 
     def __enter__(self):
         return self
@@ -962,7 +1167,15 @@ class Display:
     def show(self, done: float, rows: list[dict]) -> None:
         """done: share in [0, 1]; of the rows the newest one's numbers are shown."""
         newest = rows[-1] if rows else {}
-        names = ("epoch", "iteration", "ratio", "train_loss", "test_accuracy", "accuracy", "loss_after")
+        names = (
+            "epoch",
+            "iteration",
+            "ratio",
+            "train_loss",
+            "test_accuracy",
+            "accuracy",
+            "loss_after",
+        )
         text = " ".join(f"{name}={newest[name]:.4g}" for name in names if name in newest)
         if self._bar is not None:
             self._bar.n = min(done, 1.0)

@@ -1,14 +1,16 @@
 """Feasible sets for Frank-Wolfe training: K-sparse polytopes, Lp balls and the whole space.
 
-A set is a small immutable value, a pytree whose numbers (`k`, `radius`) may be traced. It acts on one array:
+A set is a small immutable value, a pytree whose numbers (`k`, `radius`) may be traced. It acts on
+one array:
 
     lmo(gradient)    the vertex (or boundary point) v of the set that minimises <v, gradient>
     project(x)       the point of the set nearest to x
-    shift_inside(x)  x itself if feasible, else a feasible multiple of x (the original's start: radial, not nearest)
-    pull_back(x)     a feasible point near x, cheap, for x that rounding took out of the set
-    diameter(size)   largest Euclidean distance of two points of the set in R^size
+    shift_inside(x)  x itself if feasible, else a feasible multiple of x (the original's start:
+    radial, not nearest) pull_back(x)     a feasible point near x, cheap, for x that rounding took
+    out of the set diameter(size)   largest Euclidean distance of two points of the set in R^size
 
-Sources: Pokutta, Spiegel, Zimmer 2020, arXiv:2010.07243 (sets and LMOs); Miao et al., ICLR 2022 (K-sparse training).
+Sources: Pokutta, Spiegel, Zimmer 2020, arXiv:2010.07243 (sets and LMOs); Miao et al., ICLR 2022
+    (K-sparse training).
 """
 
 import dataclasses
@@ -51,8 +53,8 @@ def _narrow(x: float | jax.Array, dtype: Any) -> jax.Array:
 class KSparse:
     """Convex hull of the vectors with at most `k` non-zero entries, each +-`radius`.
 
-    Equals {||x||_1 <= k radius} and {||x||_inf <= radius}. k >= 1, more than the array's size counts as its size;
-    radius > 0.
+    Equals {||x||_1 <= k radius} and {||x||_inf <= radius}. k >= 1, more than the array's size
+    counts as its size; radius > 0.
     """
 
     k: int | jax.Array
@@ -68,7 +70,8 @@ class KSparse:
         return min(self.k, size) if isinstance(self.k, int) else jnp.minimum(self.k, size)
 
     def lmo(self, gradient: jax.Array) -> jax.Array:
-        """-radius * sign on the k entries of largest magnitude (ties: lower flat index), 0 elsewhere and for sign 0.
+        """-radius * sign on the k entries of largest magnitude (ties: lower flat index), 0
+        elsewhere and for sign 0.
 
         Constant in the gradient, to derivatives too.
         """
@@ -78,10 +81,11 @@ class KSparse:
         return jnp.where(mask, -_narrow(self.radius, gradient.dtype) * jnp.sign(gradient), 0)
 
     def project(self, x: jax.Array) -> jax.Array:
-        """sign(x) * clip(|x| - t, 0, radius) with the smallest t >= 0 whose L1 norm is at most k * radius.
+        """sign(x) * clip(|x| - t, 0, radius) with the smallest t >= 0 whose L1 norm is at most k *
+        radius.
 
-        That is the KKT point of the projection, exact but for rounding whatever the range of x. Its derivative is the
-        exact one wherever there is one.
+        That is the KKT point of the projection, exact but for rounding whatever the range of x. Its
+        derivative is the exact one wherever there is one.
         """
         if not x.size:
             return x
@@ -90,9 +94,11 @@ class KSparse:
         return _narrow(_project(wide, self.support(x.size) * radius, radius), x.dtype)
 
     def shift_inside(self, x: jax.Array) -> jax.Array:
-        """x if feasible, else x scaled to L1 norm f * radius with f = min(floor(||x||_1 / ||x||_inf), k).
+        """x if feasible, else x scaled to L1 norm f * radius with f = min(floor(||x||_1 /
+        ||x||_inf), k).
 
-        The floor tolerates rounding: n equal entries give n (the original's floating-point floor may give n - 1).
+        The floor tolerates rounding: n equal entries give n (the original's floating-point floor
+        may give n - 1).
         """
         if not x.size:
             return x
@@ -105,10 +111,14 @@ class KSparse:
         return jnp.where(outside, _narrow(factor * self.radius * (wide / length), x.dtype), x)
 
     def pull_back(self, x: jax.Array) -> jax.Array:
-        """A point of the set near x, for x a rounding outside: cut at the radius, then scaled to the L1 norm."""
+        """A point of the set near x, for x a rounding outside: cut at the radius, then scaled to
+        the L1 norm.
+        """
         inside = jnp.clip(x, -self.radius, self.radius)
         length, budget = trees.absolute_sum(inside), self.radius * self.support(x.size)
-        return jnp.where(length > budget, budget * (inside / jnp.where(length > budget, length, 1)), inside)
+        return jnp.where(
+            length > budget, budget * (inside / jnp.where(length > budget, length, 1)), inside
+        )
 
     def diameter(self, size: int) -> jax.Array:
         """2 radius sqrt(k)."""
@@ -117,10 +127,13 @@ class KSparse:
 
 @_register("p", "zero_up", "zero_below")
 class LpBall:
-    """{||x||_p <= radius}. p: 1 or >= 2, `inf` included (1 < p < 2 is not supported); static. radius > 0.
+    """{||x||_p <= radius}. p: 1 or >= 2, `inf` included (1 < p < 2 is not supported); static.
+    radius > 0.
 
-    zero_up: the original's LMO for p = inf, which sends zero gradient entries to +radius instead of 0.
-    zero_below: of the LMO for p = 2, which gives zero for gradients of a norm up to this. The original's is 1e-10.
+    zero_up: the original's LMO for p = inf, which sends zero gradient entries to +radius instead of
+        0.
+    zero_below: of the LMO for p = 2, which gives zero for gradients of a norm up to this. The
+        original's is 1e-10.
     """
 
     radius: float | jax.Array
@@ -157,7 +170,9 @@ class LpBall:
         Its slope at zero entries is infinite; there, its derivative is taken as 0.
         """
         q = self.p / (self.p - 1)
-        magnitude = jnp.abs(g / trees.scale_of(g))  # keeps powers of small numbers from underflowing
+        magnitude = jnp.abs(
+            g / trees.scale_of(g)
+        )  # keeps powers of small numbers from underflowing
         positive = magnitude > 0
         magnitude = jnp.where(positive, magnitude, 1)
         length = jnp.sum(jnp.where(positive, magnitude**q, 0)) ** (1 / q)
@@ -166,7 +181,9 @@ class LpBall:
     def project(self, x: jax.Array) -> jax.Array:
         """Nearest point for p = 1, 2, inf; other p raise ValueError."""
         if self.p not in (1, 2, math.inf):
-            raise ValueError(f"no closed projection onto the L{self.p:g} ball; allowed p: 1, 2, inf.")
+            raise ValueError(
+                f"no closed projection onto the L{self.p:g} ball; allowed p: 1, 2, inf."
+            )
         if self.p == 1:
             return KSparse(1, self.radius).project(x)
         if self.p == 2:
@@ -228,14 +245,18 @@ class Unconstrained:
 
 @jax.custom_jvp
 def _project(x: jax.Array, budget: jax.Array, radius: jax.Array) -> jax.Array:
-    """The nearest point to x of at least float32 with L1 norm at most `budget`, in magnitude at most `radius`.
+    """The nearest point to x of at least float32 with L1 norm at most `budget`, in magnitude at
+    most `radius`.
 
-    The threshold t is found by bisection among the floating-point numbers. Between two neighbours of them it is
-    `high` - `beyond`, where |x| - high is exact near t: so nothing is lost where t has fewer digits than the radius.
+    The threshold t is found by bisection among the floating-point numbers. Between two neighbours
+    of them it is `high` - `beyond`, where |x| - high is exact near t: so nothing is lost where t
+    has fewer digits than the radius.
     """
     magnitude = jnp.abs(x)
     integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-    number = lambda key: jax.lax.bitcast_convert_type(key, x.dtype)  # ascending, as x is not negative
+    number = lambda key: jax.lax.bitcast_convert_type(
+        key, x.dtype
+    )  # ascending, as x is not negative
 
     def halve(_, bracket):
         low, high = bracket
@@ -260,7 +281,9 @@ def _project(x: jax.Array, budget: jax.Array, radius: jax.Array) -> jax.Array:
 
 @_project.defjvp
 def _project_derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    """t follows from the budget: where it is active, the changes of the free magnitudes and of the full ones add up."""
+    """t follows from the budget: where it is active, the changes of the free magnitudes and of the
+    full ones add up.
+    """
     x, budget, radius = primals
     change, more_budget, more_radius = tangents
     projected = _project(x, budget, radius)
@@ -282,7 +305,9 @@ def is_set(x: Any) -> bool:
 
 
 def broadcast(sets: PyTree, params: PyTree) -> PyTree:
-    """One set per parameter array: a single set serves all of them, a tree has their paths (`trees.aligned`)."""
+    """One set per parameter array: a single set serves all of them, a tree has their paths
+    (`trees.aligned`).
+    """
     if is_set(sets):
         return jax.tree.map(lambda _: sets, params)
     return trees.aligned(sets, params, "sets", is_leaf=is_set)
@@ -290,7 +315,9 @@ def broadcast(sets: PyTree, params: PyTree) -> PyTree:
 
 def shift_inside(params: PyTree, sets: PyTree) -> PyTree:
     """`shift_inside` of every parameter array into its own set."""
-    return jax.tree.map(lambda s, x: s.shift_inside(x), broadcast(sets, params), params, is_leaf=is_set)
+    return jax.tree.map(
+        lambda s, x: s.shift_inside(x), broadcast(sets, params), params, is_leaf=is_set
+    )
 
 
 def _stretch(p: float, size: int) -> float:
@@ -298,7 +325,7 @@ def _stretch(p: float, size: int) -> float:
     return 1.0 if p == 1 else size ** (0.5 - (0.0 if math.isinf(p) else 1 / p))
 
 
-# From configuration to sets ---------------------------------------------------------------------------------
+# From configuration to sets -----------------------------------------------------------------------
 
 
 def k_sparse(
@@ -310,16 +337,18 @@ def k_sparse(
     tau: tables.Positive = 15.0,
     mode: Mode = "initialization",
 ) -> KSparse:
-    """The K-sparse polytope of one parameter array of `size` entries whose mean initial L2 norm is `norm`.
+    """The K-sparse polytope of one parameter array of `size` entries whose mean initial L2 norm is
+    `norm`.
 
-    k = min(max(k, floor(k_frac * size)), size), where the decimal k_frac counts: 0.29 of 100 are 29; 0 switches either
-    off. mode: `initialization` gives the diameter 2 tau norm (norm 0 counts as 1), `diameter` and `radius` take tau
-    itself. Raises ConfigError if k comes out as 0.
+    k = min(max(k, floor(k_frac * size)), size), where the decimal k_frac counts: 0.29 of 100 are
+    29; 0 switches either off. mode: `initialization` gives the diameter 2 tau norm (norm 0 counts
+    as 1), `diameter` and `radius` take tau itself. Raises ConfigError if k comes out as 0.
     """
     kept = min(max(k, masks.count_of(k_frac, size, math.floor)), size)
     if kept < 1:
         raise tables.ConfigError(
-            f"constraint.k={k} and k_frac={k_frac} select no entry of an array of {size}; raise one."
+            f"constraint.k={k} and k_frac={k_frac} select no entry of an array of {size}; raise "
+            "one."
         )
     scale = 2 * math.sqrt(kept)
     return KSparse(kept, radius_of(tau, mode, norm, scale))
@@ -335,7 +364,8 @@ def lp_ball(
     zero_up: bool = False,
     zero_below: tables.NonNegative = 0.0,
 ) -> LpBall:
-    """The Lp ball of one parameter array; p: 1, a number >= 2, or "inf". mode and tau as for `k_sparse`.
+    """The Lp ball of one parameter array; p: 1, a number >= 2, or "inf". mode and tau as for
+    `k_sparse`.
 
     zero_up, zero_below: rules of the original's LMO, see `LpBall`.
     """
@@ -380,13 +410,17 @@ SETS = {"k_sparse": k_sparse, "lp": lp_ball, "l2": l2, "unconstrained": unconstr
 
 
 def check(constraint: dict, where: str) -> tuple[tuple[str, str, dict], ...]:
-    """(pattern, name, options) rules of a config `dict(name="k_sparse", rules=((pattern, dict), ...), **options)`.
+    """(pattern, name, options) rules of a config `dict(name="k_sparse", rules=((pattern, dict),
+    ...), **options)`.
 
-    `rules` overrides single parameters, e.g. `((".*/(bias|scale)", dict(name="unconstrained")),)`: first match wins,
-    everything else follows the outer name and options. Raises ConfigError as `tables.check_options` does.
+    `rules` overrides single parameters, e.g. `((".*/(bias|scale)", dict(name="unconstrained")),)`:
+    first match wins, everything else follows the outer name and options. Raises ConfigError as
+    `tables.check_options` does.
     """
     outer = dict(constraint)
-    overrides = tables.convert(outer.pop("rules", ()), tuple[tuple[str, dict], ...], f"{where}.rules")
+    overrides = tables.convert(
+        outer.pop("rules", ()), tuple[tuple[str, dict], ...], f"{where}.rules"
+    )
     rules = [(pattern, rule, f"{where}.rules[{i}]") for i, (pattern, rule) in enumerate(overrides)]
     checked = []
     for pattern, rule, place in (*rules, (".*", outer, where)):
@@ -401,10 +435,13 @@ def check(constraint: dict, where: str) -> tuple[tuple[str, str, dict], ...]:
 def build(params: PyTree, norms: PyTree, rules: Sequence[tuple[str, str, dict]]) -> PyTree:
     """The set of every parameter array.
 
-    params: arrays or shape structs. norms: mean initial L2 norm of each (`mean_norms`), same structure.
+    params: arrays or shape structs. norms: mean initial L2 norm of each (`mean_norms`), same
+        structure.
     rules: from `check`. Raises ConfigError for a rule that decides no parameter.
     """
-    indices = trees.match_rules(params, [(rule[0], i) for i, rule in enumerate(rules)], "constraint.rules")
+    indices = trees.match_rules(
+        params, [(rule[0], i) for i, rule in enumerate(rules)], "constraint.rules"
+    )
 
     def one(leaf, norm, index):
         _, name, options = rules[index]
@@ -416,8 +453,9 @@ def build(params: PyTree, norms: PyTree, rules: Sequence[tuple[str, str, dict]])
 def mean_norms(init_params, key: jax.Array, draws: int = 100) -> PyTree:
     """Mean L2 norm of every parameter array over `draws` initialisations.
 
-    init_params: key -> params. Returns float scalars in the structure of the params. One initialisation is in memory at
-    a time; the network itself is left alone (the original re-initialises it).
+    init_params: key -> params. Returns float scalars in the structure of the params. One
+    initialisation is in memory at a time; the network itself is left alone (the original
+    re-initialises it).
     """
 
     def add(total, key):
@@ -427,24 +465,30 @@ def mean_norms(init_params, key: jax.Array, draws: int = 100) -> PyTree:
     @jax.jit
     def measure(key):
         wide = lambda leaf: jnp.promote_types(leaf.dtype, jnp.float32)
-        start = jax.tree.map(lambda leaf: jnp.zeros((), wide(leaf)), jax.eval_shape(init_params, key))
+        start = jax.tree.map(
+            lambda leaf: jnp.zeros((), wide(leaf)), jax.eval_shape(init_params, key)
+        )
         return jax.lax.scan(add, start, jax.random.split(key, draws))[0]
 
     return jax.tree.map(lambda total: total / draws, measure(key))
 
 
 def share_by_shape(norms: PyTree, params: PyTree, order: Sequence[str] | None = None) -> PyTree:
-    """The original's norm table: keyed by shape, so a later array of equal shape overwrites an earlier one.
+    """The original's norm table: keyed by shape, so a later array of equal shape overwrites an
+    earlier one.
 
     norms: mean norms (0 counts as 1), one per array of `params`.
-    order: paths of all arrays in the network's order, see `groups.order_of_use`. JAX sorts the names of a tree, so
-    without it the order is a guess: biases of convolutions, then norms, then biases of dense layers, each by name.
-    Raises ValueError for an order that does not name every array once.
+    order: paths of all arrays in the network's order, see `groups.order_of_use`. JAX sorts the
+    names of a tree, so without it the order is a guess: biases of convolutions, then norms, then
+    biases of dense layers, each by name. Raises ValueError for an order that does not name every
+    array once.
     """
     paths = trees.named_leaves(params)
     order = _guessed_order(paths) if order is None else list(order)
     if sorted(order) != sorted(paths):
-        raise ValueError(f"order has {len(order)} paths; allowed: each of the {len(paths)} of params once.")
+        raise ValueError(
+            f"order has {len(order)} paths; allowed: each of the {len(paths)} of params once."
+        )
     by_path, table = trees.named_leaves(norms), {}
     for path in order:
         table[paths[path].shape] = float(by_path[path]) or 1.0

@@ -1,4 +1,5 @@
-"""Download TFDS image sets once and write them as array_record, which `sparsity_jax.sources` reads without TensorFlow.
+"""Download TFDS image sets once and write them as array_record, which `sparsity_jax.sources` reads
+without TensorFlow.
 
 This is the only part that needs TensorFlow: pip install "sparsity_jax[prepare]".
 """
@@ -15,7 +16,8 @@ from sparsity_jax.tables import ConfigError
 EXAMPLES = """examples:
   python -m sparsity_jax.prepare cifar10 cifar100
   python -m sparsity_jax.prepare mnist fashion_mnist svhn_cropped --data_dir DIR
-Then: python -m sparsity_jax.run --config ... with config.data.name = "cifar10" (and config.data.data_dir = DIR).
+Then: python -m sparsity_jax.run --config ... with config.data.name = "cifar10"
+(and config.data.data_dir = DIR).
 Exit codes: 0 prepared, 1 not possible here, 2 wrong arguments.
 """
 
@@ -27,20 +29,28 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help="TFDS set: name, name/config or name:version")
     parser.add_argument(
-        "--data_dir", default="", help="where to put it; default: TFDS_DATA_DIR, or ~/tensorflow_datasets"
+        "names", nargs="+", metavar="NAME", help="TFDS set: name, name/config or name:version"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a set that is there, e.g. one in another file format"
+        "--data_dir",
+        default="",
+        help="where to put it; default: TFDS_DATA_DIR, or ~/tensorflow_datasets",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a set that is there, e.g. one in another file format",
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare every set named in `arguments` (default: the command line) which is not there yet; the exit code.
+    """Prepare every set named in `arguments` (default: the command line) which is not there yet;
+    the exit code.
 
-    Errors of the download itself (network, disk, a set that has to be fetched by hand) are TFDS's own and pass through.
+    Errors of the download itself (network, disk, a set that has to be fetched by hand) are TFDS's
+    own and pass through.
     """
     parser = make_parser()
     flags = parser.parse_args(arguments)
@@ -54,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "array_record" in formats:
             report(f"{name} is prepared already: {directory}")
         elif formats:
-            report(f"{directory} is prepared as {', '.join(formats)}; add --overwrite, or use another --data_dir.")
+            report(
+                f"{directory} is prepared as {', '.join(formats)}; add --overwrite, or use "
+                "another --data_dir."
+            )
             return 1
         else:
             missing.append(name)
@@ -67,17 +80,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in missing:
         hint = name_hint(name, known)
         if re.split("[:/]", name)[0] not in known:
-            parser.error(f"TFDS has no set {name!r}.{hint} All sets: https://www.tensorflow.org/datasets/catalog")
+            parser.error(
+                f"TFDS has no set {name!r}.{hint} All sets: "
+                "https://www.tensorflow.org/datasets/catalog"
+            )
     if importlib.util.find_spec("tensorflow") is None:
-        report('Preparing a set needs TensorFlow: pip install "sparsity_jax[prepare]". Reading it later does not.')
+        report(
+            'Preparing a set needs TensorFlow: pip install "sparsity_jax[prepare]". '
+            "Reading it later does not."
+        )
         return 1
-    mode = tfds.GenerateMode.REUSE_CACHE_IF_EXISTS if flags.overwrite else tfds.GenerateMode.REUSE_DATASET_IF_EXISTS
+    mode = (
+        tfds.GenerateMode.REUSE_CACHE_IF_EXISTS
+        if flags.overwrite
+        else tfds.GenerateMode.REUSE_DATASET_IF_EXISTS
+    )
     for name in missing:
         builder = tfds.builder(name, data_dir=str(tfds_directory(flags.data_dir)))
         builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(download_mode=mode), file_format="array_record"
+            download_config=tfds.download.DownloadConfig(download_mode=mode),
+            file_format="array_record",
         )
-        sizes = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
+        sizes = ", ".join(
+            f"{split} {info.num_examples}" for split, info in builder.info.splits.items()
+        )
         report(f"{name} is prepared: {builder.data_path} ({sizes})")
     return 0
 

@@ -4,9 +4,10 @@
     variables = pretrained.to_variables(state_dict, jax.eval_shape(model.init, key, images))
     pretrained.write("pruned.safetensors", pretrained.to_torch(variables))
 
-A state dict is a flat dict of NumPy arrays by PyTorch's names, in its layouts: convolutions [out, in / groups, height,
-width], dense layers [out, in]. In memory and in files of `torch.save` it comes in the order in which the network
-defines its layers, in safetensors files in none. PyTorch itself is needed for its own file formats only.
+A state dict is a flat dict of NumPy arrays by PyTorch's names, in its layouts: convolutions [out,
+in / groups, height, width], dense layers [out, in]. In memory and in files of `torch.save` it comes
+in the order in which the network defines its layers, in safetensors files in none. PyTorch itself
+is needed for its own file formats only.
 """
 
 import collections
@@ -39,9 +40,10 @@ DTYPES = {
     "BOOL": np.dtype(bool),
 }
 
-# What PyTorch's modules are called here: a pattern of the whole name, and our module. The first row that leads to a
-# module of the network counts; `#` is the rank of the captured block among all blocks. Modules in no row have their own
-# names here too, or are numbered by kind in their order: conv1, conv2, ..., bn1, ..., dense1, ..., and the last is fc.
+# What PyTorch's modules are called here: a pattern of the whole name, and our module. The first row
+# that leads to a module of the network counts; `#` is the rank of the captured block among all
+# blocks. Modules in no row have their own names here too, or are numbered by kind in their order:
+# conv1, conv2, ..., bn1, ..., dense1, ..., and the last is fc.
 MODULES = (
     # ResNets: torchvision, timm and others; the geometric-limit study; wide ones
     (r"layer(\d+)\.(\d+)\.((?:conv|bn)\d)", r"stage\1_block\2/\3"),
@@ -83,13 +85,31 @@ MODULES = (
     (r"blocks\.(\d+\.\d+)\.conv_pwl?", "block#/project"),
     (r"blocks\.(\d+\.\d+)\.(bn\d)", r"block#/\2"),
 )
-LEAVES = {"bias": "params/{}/bias", "running_mean": "batch_stats/{}/mean", "running_var": "batch_stats/{}/var"}
-WEIGHTS = {"conv": "params/{}/kernel", "dense": "params/{}/kernel", "norm": "params/{}/scale"}  # by kind of module
+LEAVES = {
+    "bias": "params/{}/bias",
+    "running_mean": "batch_stats/{}/mean",
+    "running_var": "batch_stats/{}/var",
+}
+WEIGHTS = {
+    "conv": "params/{}/kernel",
+    "dense": "params/{}/kernel",
+    "norm": "params/{}/scale",
+}  # by kind of module
 COUNTER = "num_batches_tracked"  # of a batch norm; nothing here depends on it
 CLASSIFIER = r"params/fc/.*"
 
-# Under which names a checkpoint holds its state dict; the first counts. Averaged weights (EMA) only where alone.
-STATE_DICTS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema", "ema_state_dict", "ema")
+# Under which names a checkpoint holds its state dict; the first counts. Averaged weights (EMA) only
+# where alone.
+STATE_DICTS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+)
 
 REPARAMETRISED = r"\.parametrizations\.|_(?:orig|mask|[guv])$"
 AVERAGED = r"(?:^|[._])(?:ema|shadow)(?:[._]|$)"
@@ -97,7 +117,9 @@ AVERAGED = r"(?:^|[._])(?:ema|shadow)(?:[._]|$)"
 
 @jax.tree_util.register_pytree_with_keys_class
 class Unordered(dict):
-    """A state dict whose order means nothing, like that of a safetensors file; a pytree as any dict."""
+    """A state dict whose order means nothing, like that of a safetensors file; a pytree as any
+    dict.
+    """
 
     def tree_flatten_with_keys(self) -> tuple[list, tuple]:
         names = sorted(self)
@@ -108,7 +130,7 @@ class Unordered(dict):
         return cls(zip(names, arrays))
 
 
-# Files -------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def check(path: str | os.PathLike, where: str = "path") -> None:
@@ -118,7 +140,9 @@ def check(path: str | os.PathLike, where: str = "path") -> None:
     """
     path, where = pathlib.Path(path), f"{where} is {os.fspath(path)!r}"
     if path.suffix not in (".safetensors", *TORCH_FILES):
-        raise tables.ConfigError(f"{where}; allowed: a file of weights, .safetensors or {', '.join(TORCH_FILES)}.")
+        raise tables.ConfigError(
+            f"{where}; allowed: a file of weights, .safetensors or {', '.join(TORCH_FILES)}."
+        )
     if not path.is_file():
         raise tables.ConfigError(f"{where}, but there is no such file.")
     tables.check_memory(path.stat().st_size, f"{where}, which has")
@@ -128,11 +152,13 @@ def check(path: str | os.PathLike, where: str = "path") -> None:
                 return
         except (safetensors.SafetensorError, OSError) as error:
             raise tables.ConfigError(
-                f"{where}, which is no whole safetensors file: {error}. Is it cut short, or another format?"
+                f"{where}, which is no whole safetensors file: {error}. Is it cut short, or "
+                "another format?"
             ) from None
     if importlib.util.find_spec("torch") is None:
         raise tables.ConfigError(
-            f"{where}, a file of PyTorch's, which only PyTorch reads: `pip install torch`, or convert it to "
+            f"{where}, a file of PyTorch's, which only PyTorch reads: `pip install torch`, or "
+            "convert it to "
             ".safetensors where PyTorch is installed."
         )
 
@@ -140,27 +166,37 @@ def check(path: str | os.PathLike, where: str = "path") -> None:
 def read(path: str | os.PathLike, key: str = "") -> dict[str, np.ndarray]:
     """The state dict in a `.safetensors` file, or in one that `torch.save` wrote (needs PyTorch).
 
-    key: name of the state dict in a checkpoint that holds several, e.g. "model_ema"; by default the first of
-    `STATE_DICTS`, or the whole file. Nothing in a file is executed: pickled modules are refused. That of a safetensors
-    file is `Unordered`. Raises ConfigError for files that are cut short or something else, for tensors that are no
-    plain arrays (sparse, quantized, complex, float8), and for files and shapes larger than the memory.
+    key: name of the state dict in a checkpoint that holds several, e.g. "model_ema"; by default the
+    first of `STATE_DICTS`, or the whole file. Nothing in a file is executed: pickled modules are
+    refused. That of a safetensors file is `Unordered`. Raises ConfigError for files that are cut
+    short or something else, for tensors that are no plain arrays (sparse, quantized, complex,
+    float8), and for files and shapes larger than the memory.
     """
     check(path)
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         return _read_torch(path, key)
     if key:
-        raise tables.ConfigError(f"key is {key!r}; allowed for {path}: none, it holds one state dict.")
+        raise tables.ConfigError(
+            f"key is {key!r}; allowed for {path}: none, it holds one state dict."
+        )
     state_dict = Unordered()
     for name, entry in sorted(safetensors.deserialize(path.read_bytes())):
         if entry["dtype"] not in DTYPES:
-            raise tables.ConfigError(f"{path}: {name} is of type {entry['dtype']}; known: {', '.join(DTYPES)}.")
+            raise tables.ConfigError(
+                f"{path}: {name} is of type {entry['dtype']}; known: {', '.join(DTYPES)}."
+            )
         flat = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
         try:
             state_dict[name] = flat.reshape(entry["shape"])
-        except (ValueError, OverflowError) as error:  # of empty arrays: of too many axes, or too long ones
+        except (
+            ValueError,
+            OverflowError,
+        ) as error:  # of empty arrays: of too many axes, or too long ones
             shape = tables.shortened(entry["shape"])
-            raise tables.ConfigError(f"{path}: {name} has the shape {shape}, of no array: {error}.") from None
+            raise tables.ConfigError(
+                f"{path}: {name} has the shape {shape}, of no array: {error}."
+            ) from None
     return state_dict
 
 
@@ -171,7 +207,9 @@ def _read_torch(path: pathlib.Path, key: str) -> dict[str, np.ndarray]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can break PyTorch's readers anywhere
-        raise tables.ConfigError(f"{path} cannot be read as weights alone: {_reason(error)}") from None
+        raise tables.ConfigError(
+            f"{path} cannot be read as weights alone: {_reason(error)}"
+        ) from None
     state_dict = _state_dict_in(content, key, path)
     for name, value in state_dict.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
@@ -186,7 +224,9 @@ def _read_torch(path: pathlib.Path, key: str) -> dict[str, np.ndarray]:
 
 
 def _check_sums(path: pathlib.Path) -> None:
-    """Raises ConfigError for a file of `torch.save` whose content its checksums deny: PyTorch passes over them."""
+    """Raises ConfigError for a file of `torch.save` whose content its checksums deny: PyTorch
+    passes over them.
+    """
     try:
         if not zipfile.is_zipfile(path):
             return  # of another format, or cut short, as PyTorch will find
@@ -195,12 +235,16 @@ def _check_sums(path: pathlib.Path) -> None:
     except Exception as error:  # whatever else is damaged
         damaged = str(error)
     if damaged is not None:
-        raise tables.ConfigError(f"{path} is damaged: {damaged} has another checksum. Copy it again.")
+        raise tables.ConfigError(
+            f"{path} is damaged: {damaged} has another checksum. Copy it again."
+        )
 
 
 def _reason(error: Exception) -> str:
     """Why `torch.load` failed; PyTorch's own text may advise to read the file nevertheless."""
-    advice = "Is it cut short, or another format? Of a pickled network save its `state_dict()` instead."
+    advice = (
+        "Is it cut short, or another format? Of a pickled network save its `state_dict()` instead."
+    )
     if not isinstance(error, pickle.UnpicklingError):
         first_line = str(error).partition("\n")[0].rstrip(".")
         return f"{first_line or 'it ends too early'}. {advice}"
@@ -208,7 +252,8 @@ def _reason(error: Exception) -> str:
     if foreign is None:
         return f"it holds other objects than tensors. {advice}"
     return (
-        f"beside tensors it holds an object of {foreign[1]}, which reading could execute. Where you trust the file, "
+        f"beside tensors it holds an object of {foreign[1]}, which reading could execute. Where "
+        "you trust the file, "
         "load it with PyTorch and save its state dict alone."
     )
 
@@ -246,10 +291,14 @@ def _array(value: Any, name: str) -> np.ndarray:
 
 
 def write(path: str | os.PathLike, state_dict: StateDict) -> pathlib.Path:
-    """Writes a state dict as safetensors, bit by bit; the file appears whole or not at all. Returns its path."""
+    """Writes a state dict as safetensors, bit by bit; the file appears whole or not at all. Returns
+    its path.
+    """
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
-        raise tables.ConfigError(f"{path}: weights are written as safetensors; name the file *.safetensors.")
+        raise tables.ConfigError(
+            f"{path}: weights are written as safetensors; name the file *.safetensors."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     arrays = {name: np.array(array, order="C") for name, array in state_dict.items()}
@@ -261,7 +310,7 @@ def write(path: str | os.PathLike, state_dict: StateDict) -> pathlib.Path:
     return path
 
 
-# Names -------------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 
 
 class Module(NamedTuple):
@@ -290,13 +339,15 @@ def name_map(
 ) -> dict[str, str]:
     """Path in `like` of each tensor that has a place there, by PyTorch's name.
 
-    shapes: of the tensors, in PyTorch's layouts, and in the order in which the network defines them if `ordered`.
-    Layers find their place by shape; equally shaped ones by that order and by their names, which have to agree. Names
-    say something where they are known here (torchvision, timm, the studies) or are numbered. Where nothing decides,
-    and where order and names disagree, ConfigError names the layers.
-    names: for networks of your own, or other names: pairs of a pattern of the whole PyTorch name and a path, tried
-    first, e.g. `((r"encoder\\.(\\d+)\\.weight", r"params/layer\\1/kernel"),)`; the bias and statistics of a layer
-    follow its weight. Raises ConfigError for one that leads to no array, or to the array of another.
+    shapes: of the tensors, in PyTorch's layouts, and in the order in which the network defines them
+    if `ordered`. Layers find their place by shape; equally shaped ones by that order and by their
+    names, which have to agree. Names say something where they are known here (torchvision, timm,
+    the studies) or are numbered. Where nothing decides, and where order and names disagree,
+    ConfigError names the layers.
+    names: for networks of your own, or other names: pairs of a pattern of the whole PyTorch name
+    and a path, tried first, e.g. `((r"encoder\\.(\\d+)\\.weight", r"params/layer\\1/kernel"),)`;
+    the bias and statistics of a layer follow its weight. Raises ConfigError for one that leads to
+    no array, or to the array of another.
     fresh: pattern of paths that need no tensor, whatever their shape there.
     """
     ordered = ordered and _is_as_defined(shapes)
@@ -331,7 +382,9 @@ def _matched(
     return {name: placed[name] for name in shapes if name in placed}, undecided
 
 
-def _placed_by_rules(shapes: Mapping[str, Sequence[int]], paths: Mapping[str, Any], names: Rules) -> dict[str, str]:
+def _placed_by_rules(
+    shapes: Mapping[str, Sequence[int]], paths: Mapping[str, Any], names: Rules
+) -> dict[str, str]:
     """Path of each tensor that a rule names."""
     placed: dict[str, str] = {}
     for pattern, path in names:
@@ -343,7 +396,9 @@ def _placed_by_rules(shapes: Mapping[str, Sequence[int]], paths: Mapping[str, An
             placed[name] = match.expand(path)
             if placed[name] not in paths:
                 hint = tables.closest(placed[name], paths)
-                raise tables.ConfigError(f"names: {name!r} is to become {placed[name]!r}, which is not there.{hint}")
+                raise tables.ConfigError(
+                    f"names: {name!r} is to become {placed[name]!r}, which is not there.{hint}"
+                )
     return placed
 
 
@@ -372,8 +427,8 @@ def _tensors_of_modules(names: Iterable[str]) -> dict[str, dict[str, str]]:
 def _is_as_defined(names: Iterable[str]) -> bool:
     """Whether tensors could come in the order in which a network defines its layers.
 
-    PyTorch saves the parameters of a layer side by side, the weight before the bias; sorted names and shuffled ones
-    break that.
+    PyTorch saves the parameters of a layer side by side, the weight before the bias; sorted names
+    and shuffled ones break that.
     """
     last, seen = None, set()
     for name in names:
@@ -397,19 +452,25 @@ def _kind_of_rank(rank: int) -> str:
 
 
 def _modules_here(paths: Mapping[str, Any]) -> dict[str, Module]:
-    """The modules of one of our networks by name, in the order in which PyTorch's networks define theirs."""
+    """The modules of one of our networks by name, in the order in which PyTorch's networks define
+    theirs.
+    """
     modules = {}
     for path, leaf in paths.items():
         match = re.fullmatch(r"params/(.+)/(?:kernel|scale)", path)
         if match:
             name = match[1]
-            held = frozenset(leaf for leaf, pattern in LEAVES.items() if pattern.format(name) in paths)
+            held = frozenset(
+                leaf for leaf, pattern in LEAVES.items() if pattern.format(name) in paths
+            )
             modules[name] = Module(_kind_of_rank(len(leaf.shape)), _torch_shape(leaf.shape), held)
     return {name: modules[name] for name in sorted(modules, key=_definition_order)}
 
 
 def _definition_order(name: str) -> tuple:
-    """Sorts the modules of a network as PyTorch's networks define them: those of a kind, not the kinds."""
+    """Sorts the modules of a network as PyTorch's networks define them: those of a kind, not the
+    kinds.
+    """
     if "/" not in name:
         part = 0 if re.search(r"\D1$", name) else 3 if name in ("fc", "final_bn") else 2
         return (part, "", False, _natural(name))
@@ -431,13 +492,19 @@ def _fresh_modules(ours: Mapping[str, Module], like: PyTree, fresh: str) -> set[
     if not fresh:
         return set()
     matches = trees.matching(like, fresh, "fresh")
-    return {name for name, module in ours.items() if matches[_path_of(module.kind, "weight").format(name)]}
+    return {
+        name
+        for name, module in ours.items()
+        if matches[_path_of(module.kind, "weight").format(name)]
+    }
 
 
 def _places(
     theirs: Mapping[str, Module], ours: Mapping[str, Module], fresh: set[str], ordered: bool
 ) -> tuple[dict[str, str], list[Undecided]]:
-    """(our module of each of PyTorch's that has one, those among equally shaped ones that nothing decides)."""
+    """(our module of each of PyTorch's that has one, those among equally shaped ones that nothing
+    decides).
+    """
     ours = _with_shapes_of_fresh(theirs, ours, fresh)
     known = _known_places(theirs, ours)
     groups = _equal_modules(theirs, ours, fresh)
@@ -458,7 +525,9 @@ def _places(
 def _with_shapes_of_fresh(
     theirs: Mapping[str, Module], ours: Mapping[str, Module], fresh: set[str]
 ) -> dict[str, Module]:
-    """`ours`, where a fresh layer has the shape of the only layer of its kind that would be left over."""
+    """`ours`, where a fresh layer has the shape of the only layer of its kind that would be left
+    over.
+    """
     result = dict(ours)
     for name in fresh:
         kind = ours[name].kind
@@ -473,7 +542,9 @@ def _with_shapes_of_fresh(
 def _equal_modules(
     theirs: Mapping[str, Module], ours: Mapping[str, Module], fresh: set[str]
 ) -> list[tuple[list[str], list[str]]]:
-    """(PyTorch's names, ours) of the modules that are alike; fresh ones of ours only where needed."""
+    """(PyTorch's names, ours) of the modules that are alike; fresh ones of ours only where
+    needed.
+    """
     groups = []
     for module in dict.fromkeys(theirs.values()):
         names = [name for name in theirs if theirs[name] == module]
@@ -488,7 +559,9 @@ def _come_in_one_order(
     ours: Mapping[str, Module],
     groups: list[tuple[list[str], list[str]]],
 ) -> bool:
-    """Whether the layers of each kind that have a partner come in the same order of shapes on both sides."""
+    """Whether the layers of each kind that have a partner come in the same order of shapes on both
+    sides.
+    """
     names, targets = set(), set()
     for some_names, some_targets in groups:
         if len(some_names) == len(some_targets):
@@ -502,8 +575,12 @@ def _come_in_one_order(
     return True
 
 
-def _options(names: list[str], targets: list[str], known: Mapping[str, str], ordered: bool) -> list[dict[str, str]]:
-    """The places of equally shaped layers by each of their order, known names and numbers, as far as these tell."""
+def _options(
+    names: list[str], targets: list[str], known: Mapping[str, str], ordered: bool
+) -> list[dict[str, str]]:
+    """The places of equally shaped layers by each of their order, known names and numbers, as far
+    as these tell.
+    """
     options = []
     order_here = targets if all(re.fullmatch(OURS, name) for name in targets) else _ranked(targets)
     by_number = _ranked(names)
@@ -537,7 +614,8 @@ def _ranked(names: list[str]) -> list[str]:
 
 
 def _is_before(first: str, second: str) -> bool | None:
-    """Whether `first` has the lower number where both names begin to differ: "body.0" before "body.1.conv".
+    """Whether `first` has the lower number where both names begin to differ: "body.0" before
+    "body.1.conv".
 
     None where they differ in more than a number: "stem" and "body.0", "conv1" and "layer1.0.conv1".
     """
@@ -553,7 +631,9 @@ def _is_before(first: str, second: str) -> bool | None:
 
 
 def _known_places(theirs: Mapping[str, Module], ours: Mapping[str, Module]) -> dict[str, str]:
-    """Our module of each name that is known here, without a prefix of half or more of them, e.g. "backbone."."""
+    """Our module of each name that is known here, without a prefix of half or more of them, e.g.
+    "backbone.".
+    """
     counts = collections.Counter()
     for name in theirs:
         parts = name.split(".")
@@ -563,19 +643,32 @@ def _known_places(theirs: Mapping[str, Module], ours: Mapping[str, Module]) -> d
     return max(options, key=len)  # the first of the longest
 
 
-def _known_under(prefix: str, theirs: Mapping[str, Module], ours: Mapping[str, Module]) -> dict[str, str]:
+def _known_under(
+    prefix: str, theirs: Mapping[str, Module], ours: Mapping[str, Module]
+) -> dict[str, str]:
     short = {name: name.removeprefix(prefix) for name in sorted(theirs, key=_natural)}
-    matches = {name: [(re.fullmatch(pattern, text), path) for pattern, path in MODULES] for name, text in short.items()}
-    blocks = {match[1] for rows in matches.values() for match, path in rows if match and "#" in path}
+    matches = {
+        name: [(re.fullmatch(pattern, text), path) for pattern, path in MODULES]
+        for name, text in short.items()
+    }
+    blocks = {
+        match[1] for rows in matches.values() for match, path in rows if match and "#" in path
+    }
     ranks = {block: str(rank) for rank, block in enumerate(sorted(blocks, key=_natural))}
     places: dict[str, str] = {}
     for name, rows in matches.items():
         candidates = [short[name].replace(".", "/")]
         for match, path in rows:
             if match:
-                candidates.append(match.expand(path.replace("#", ranks[match[1]]) if "#" in path else path))
+                candidates.append(
+                    match.expand(path.replace("#", ranks[match[1]]) if "#" in path else path)
+                )
         for place in candidates:
-            if place in ours and ours[place].kind == theirs[name].kind and place not in places.values():
+            if (
+                place in ours
+                and ours[place].kind == theirs[name].kind
+                and place not in places.values()
+            ):
                 places[name] = place
                 break
     return places
@@ -587,7 +680,9 @@ def _nearest(
     known: Mapping[str, str],
     places: Mapping[str, str],
 ) -> dict[str, str]:
-    """Places for layers of other shapes, for the report of what does not fit, and for fresh layers."""
+    """Places for layers of other shapes, for the report of what does not fit, and for fresh
+    layers.
+    """
     free = [name for name in ours if name not in places.values()]
     nearest = {}
     for name in theirs:
@@ -614,7 +709,8 @@ def _which_is_which(undecided: list[Undecided], like: PyTree) -> str:
         shape = modules[targets[0]].shape
         tensors = ", ".join(f"{name}.weight" for name in names)
         lines.append(
-            f"  {tensors} {shape} could each be {', '.join(weight.format(target) for target in targets)}: {reason}."
+            f"  {tensors} {shape} could each be "
+            f"{', '.join(weight.format(target) for target in targets)}: {reason}."
         )
     first = undecided[0]
     rule = (re.escape(first.modules[0]) + r"\.weight", weight.format(first.places[0]))
@@ -622,7 +718,10 @@ def _which_is_which(undecided: list[Undecided], like: PyTree) -> str:
         [
             "nothing decides which layers are which:",
             *lines,
-            f"  Say it with names=(({rule[0]!r}, {rule[1]!r}), ...), of the weights: all else follows.",
+            (
+                f"  Say it with names=(({rule[0]!r}, {rule[1]!r}), ...), of the weights: all else "
+                "follows."
+            ),
         ]
     )
 
@@ -630,7 +729,8 @@ def _which_is_which(undecided: list[Undecided], like: PyTree) -> str:
 def torch_names(like: PyTree) -> dict[str, str]:
     """Path in one of our networks of each tensor of its state dict, by PyTorch's name.
 
-    ResNets and MobileNet V2 have torchvision's names, all others their own: `stage1/conv` becomes `stage1.conv`.
+    ResNets and MobileNet V2 have torchvision's names, all others their own: `stage1/conv` becomes
+    `stage1.conv`.
     """
     paths, names = trees.named_leaves(like), {}
     modules = _modules_here(paths)
@@ -656,11 +756,15 @@ def _torchvision_name(module: str, modules: Mapping[str, Module]) -> str:
         else:
             inside = dict(depthwise="0.0", bn1="0.1", project="1", bn2="2")
         return f"features.{int(block.removeprefix('block')) + 1}.conv.{inside[own]}"
-    own = module.replace("shortcut_conv", "downsample.0").replace("shortcut_bn", "downsample.1").replace("/", ".")
+    own = (
+        module.replace("shortcut_conv", "downsample.0")
+        .replace("shortcut_bn", "downsample.1")
+        .replace("/", ".")
+    )
     return re.sub(r"^stage(\d+)_block(\d+)", r"layer\1.\2", own)
 
 
-# Layouts -----------------------------------------------------------------------------------------------------
+# Layouts ------------------------------------------------------------------------------------------
 
 
 def _is_flax_kernel(path: str) -> bool:
@@ -668,10 +772,14 @@ def _is_flax_kernel(path: str) -> bool:
 
 
 def _flattened(paths: Mapping[str, Any], image_channels: int) -> tuple[str, int]:
-    """(path of the kernel behind flattened images, their channels); ("", 1) if the network has none."""
+    """(path of the kernel behind flattened images, their channels); ("", 1) if the network has
+    none.
+    """
     modules = _modules_here(paths)
     convs = [name for name, module in modules.items() if module.kind == "conv"]
-    if any(not re.fullmatch(r"conv\d+", name) for name in convs):  # residual and such: an average pool before `fc`
+    if any(
+        not re.fullmatch(r"conv\d+", name) for name in convs
+    ):  # residual and such: an average pool before `fc`
         return "", 1
     path = f"params/{'dense1' if 'dense1' in modules else 'fc'}/kernel"
     channels = paths[f"params/{convs[-1]}/kernel"].shape[-1] if convs else image_channels
@@ -681,7 +789,9 @@ def _flattened(paths: Mapping[str, Any], image_channels: int) -> tuple[str, int]
 
 
 def _from_torch(array: np.ndarray, channels: int) -> np.ndarray:
-    """A kernel in Flax's layout. channels: those of images that it sees flattened, PyTorch's channels first; else 1."""
+    """A kernel in Flax's layout. channels: those of images that it sees flattened, PyTorch's
+    channels first; else 1.
+    """
     if channels > 1:
         array = array.reshape(len(array), channels, -1).swapaxes(1, 2).reshape(array.shape)
     return array.transpose(*range(2, array.ndim), 1, 0)
@@ -704,17 +814,22 @@ def to_variables(
     image_channels: int = 1,
     where: str = "the state dict",
 ) -> PyTree:
-    """The tensors of a PyTorch state dict in the structure, shapes and types of `like`, as NumPy arrays.
+    """The tensors of a PyTorch state dict in the structure, shapes and types of `like`, as NumPy
+    arrays.
 
-    state_dict: arrays or tensors by name; an `Unordered` one has no order of layers, see `name_map`. Weights that
-    `torch.nn.utils.prune` keeps as `weight_orig` and `weight_mask` become their product (`merge_pruned`).
-    like: variables of one of our networks, or their shape structs; with `names` (see `name_map`) any pytree. Arrays
-    called `kernel` are brought into Flax's layouts, all others stay as they are; `num_batches_tracked` is left out.
-    fresh: pattern of whole paths that stay as in `like`, whatever the state dict has for them, e.g. `CLASSIFIER`.
-    image_channels: of the images, for networks that begin with a dense layer: PyTorch flattens channels first.
-    Raises ConfigError, which begins with `where`, and names the tensors, unless all of both sides fit one another, for
-    equally shaped layers that nothing tells apart, for values that are no weights (integers, bool, complex, NaN,
-    infinities, beyond the type in `like`), and for a `fresh` that matches nothing.
+    state_dict: arrays or tensors by name; an `Unordered` one has no order of layers, see
+    `name_map`. Weights that `torch.nn.utils.prune` keeps as `weight_orig` and `weight_mask` become
+    their product (`merge_pruned`).
+    like: variables of one of our networks, or their shape structs; with `names` (see `name_map`)
+    any pytree. Arrays called `kernel` are brought into Flax's layouts, all others stay as they are;
+    `num_batches_tracked` is left out.
+    fresh: pattern of whole paths that stay as in `like`, whatever the state dict has for them, e.g.
+        `CLASSIFIER`.
+    image_channels: of the images, for networks that begin with a dense layer: PyTorch flattens
+    channels first. Raises ConfigError, which begins with `where`, and names the tensors, unless all
+    of both sides fit one another, for equally shaped layers that nothing tells apart, for values
+    that are no weights (integers, bool, complex, NaN, infinities, beyond the type in `like`), and
+    for a `fresh` that matches nothing.
     """
     arrays = {str(name): _array(value, f"{where}: {name}") for name, value in state_dict.items()}
     ordered = not isinstance(state_dict, Unordered) and _is_as_defined(arrays)
@@ -722,7 +837,11 @@ def to_variables(
     paths = trees.named_leaves(like)
     shapes = {name: array.shape for name, array in arrays.items()}
     placed, undecided = _matched(shapes, like, names, fresh, ordered)
-    kept = {path for path, chosen in trees.matching(like, fresh, "fresh").items() if chosen} if fresh else set()
+    kept = (
+        {path for path, chosen in trees.matching(like, fresh, "fresh").items() if chosen}
+        if fresh
+        else set()
+    )
     flat, channels = _flattened(paths, image_channels)
     loaded: dict[str, np.ndarray] = {}
     misfits = Misfits([], [], [], [])
@@ -741,7 +860,9 @@ def to_variables(
         if array.shape != shape:
             loaded[path] = array
             needed = _torch_shape(shape) if kernel else shape
-            misfits.wrong.append((path, f"{name} is {shapes[name]}, for {path} it must be {needed}"))
+            misfits.wrong.append(
+                (path, f"{name} is {shapes[name]}, for {path} it must be {needed}")
+            )
             continue
         loaded[path], problem = _as_type(array, np.dtype(paths[path].dtype))
         if problem:
@@ -751,7 +872,9 @@ def to_variables(
             misfits.missing.append(f"{path} {tuple(leaf.shape)}")
     if any(misfits):
         fitting = len(loaded) - len(misfits.wrong) - len(misfits.no_weights)
-        raise tables.ConfigError(_misfit_report(misfits, f"{fitting} of {len(paths)} arrays do", where))
+        raise tables.ConfigError(
+            _misfit_report(misfits, f"{fitting} of {len(paths)} arrays do", where)
+        )
     if undecided:
         raise tables.ConfigError(f"{where}: {_which_is_which(undecided, like)}")
     return trees.map_named(lambda path, leaf: loaded.get(path, leaf), like)
@@ -767,10 +890,11 @@ class Misfits(NamedTuple):
 
 
 def merge_pruned(state_dict: StateDict) -> dict[str, np.ndarray]:
-    """The state dict with `weight_orig` times `weight_mask` as `weight`, as `torch.nn.utils.prune.remove` makes it.
+    """The state dict with `weight_orig` times `weight_mask` as `weight`, as
+    `torch.nn.utils.prune.remove` makes it.
 
-    So for every tensor of which it holds both; all others stay. What the masks left out is zero then, and
-    `masks.nonzero` of the params gives the masks again.
+    So for every tensor of which it holds both; all others stay. What the masks left out is zero
+    then, and `masks.nonzero` of the params gives the masks again.
     """
     merged = {}
     for name, array in state_dict.items():
@@ -778,7 +902,9 @@ def merge_pruned(state_dict: StateDict) -> dict[str, np.ndarray]:
         if ending == "orig" and f"{base}_mask" in state_dict:
             mask = np.asarray(state_dict[f"{base}_mask"])
             if mask.shape != array.shape or not np.isin(mask, (0, 1)).all():
-                raise tables.ConfigError(f"{base}_mask is no mask of {name}: allowed are 0 and 1, of its shape.")
+                raise tables.ConfigError(
+                    f"{base}_mask is no mask of {name}: allowed are 0 and 1, of its shape."
+                )
             merged[base] = np.where(mask.astype(bool), array, np.zeros((), array.dtype))
         elif not (ending == "mask" and f"{base}_orig" in state_dict):
             merged[name] = array
@@ -788,15 +914,21 @@ def merge_pruned(state_dict: StateDict) -> dict[str, np.ndarray]:
 def count_zeros(arrays: Mapping[str, Any]) -> tuple[int, int]:
     """(zeros, entries) of the kernels among arrays by path."""
     kernels = [np.asarray(array) for path, array in arrays.items() if trees.is_kernel(path)]
-    return sum(int(np.sum(kernel == 0)) for kernel in kernels), sum(kernel.size for kernel in kernels)
+    return sum(int(np.sum(kernel == 0)) for kernel in kernels), sum(
+        kernel.size for kernel in kernels
+    )
 
 
 def _as_type(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, str]:
     """(`array` as `dtype`, what makes it no weights of that type, or "")."""
     wanted = np.floating if jnp.issubdtype(dtype, jnp.floating) else dtype.type
-    narrow = array.dtype.itemsize < 2 and wanted is np.floating  # float8 comes with scales of its own
+    narrow = (
+        array.dtype.itemsize < 2 and wanted is np.floating
+    )  # float8 comes with scales of its own
     if narrow or not jnp.issubdtype(array.dtype, wanted):
-        return np.zeros(array.shape, dtype), f"is {array.dtype}; allowed: {wanted.__name__.rstrip('_')}"
+        return np.zeros(
+            array.shape, dtype
+        ), f"is {array.dtype}; allowed: {wanted.__name__.rstrip('_')}"
     if not np.isfinite(array).all():
         return array, "holds NaN or infinite values"
     with np.errstate(over="ignore"):
@@ -832,35 +964,53 @@ def _hints(misfits: Misfits) -> list[str]:
     hints = []
     paths = {path for path, _ in misfits.wrong}
     if paths and all(re.fullmatch(CLASSIFIER, path) for path in paths) and not misfits.missing:
-        hints.append("  It has other classes: config.fresh_classifier (fresh=CLASSIFIER) trains a new classifier.")
+        hints.append(
+            "  It has other classes: config.fresh_classifier (fresh=CLASSIFIER) trains a new "
+            "classifier."
+        )
     if "params/conv1/kernel" in paths:
-        hints.append("  The first convolution differs: is config.model.stem right ('imagenet' for ImageNet's ResNets)?")
+        hints.append(
+            "  The first convolution differs: is config.model.stem right ('imagenet' for "
+            "ImageNet's ResNets)?"
+        )
     names = [text.partition(" ")[0] for text in misfits.unexpected]
     if any(re.search(REPARAMETRISED, name) for name in names):
         hints.append(
-            "  Weights are computed from others there: torch.nn.utils.parametrize.remove_parametrizations, "
+            "  Weights are computed from others there: "
+            "torch.nn.utils.parametrize.remove_parametrizations, "
             "prune.remove, remove_weight_norm or remove_spectral_norm writes them out."
         )
     if any(re.search(AVERAGED, name) for name in names) and not misfits.missing:
-        hints.append("  It also holds averaged weights (EMA): keep the tensors of one of the two networks.")
+        hints.append(
+            "  It also holds averaged weights (EMA): keep the tensors of one of the two networks."
+        )
     return hints
 
 
 def to_torch(
     variables: PyTree, names: Mapping[str, str] | None = None, *, image_channels: int = 1
 ) -> dict[str, np.ndarray]:
-    """The state dict of `variables`: the inverse of `to_variables`, for `torch_module.load_state_dict`.
+    """The state dict of `variables`: the inverse of `to_variables`, for
+    `torch_module.load_state_dict`.
 
-    names: path of each tensor by PyTorch's name, as `name_map` and `torch_names` give it (default: the latter).
-    Every batch norm gets the `num_batches_tracked` that PyTorch expects, 0. Raises ValueError for paths that `names`
-    leaves out.
+    names: path of each tensor by PyTorch's name, as `name_map` and `torch_names` give it (default:
+    the latter). Every batch norm gets the `num_batches_tracked` that PyTorch expects, 0. Raises
+    ValueError for paths that `names` leaves out.
     """
     paths = trees.named_leaves(variables)
     given, names = names is not None, torch_names(variables) if names is None else names
     absent = sorted(set(paths) - set(names.values()))
     if absent:
-        hint = "" if given else " Without `names`, give whole variables of one of our networks: {'params': ..., ...}."
-        raise ValueError(f"names leave out {', '.join(absent[:4])}; {len(absent)} of {len(paths)} arrays in all.{hint}")
+        hint = (
+            ""
+            if given
+            else " Without `names`, give whole variables of one of our networks: "
+            "{'params': ..., ...}."
+        )
+        raise ValueError(
+            f"names leave out {', '.join(absent[:4])}; {len(absent)} of {len(paths)} arrays in "
+            f"all.{hint}"
+        )
     flat, channels = _flattened(paths, image_channels)
     found: dict[str, np.ndarray] = {}
     for name, path in names.items():

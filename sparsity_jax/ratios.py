@@ -1,14 +1,15 @@
-"""Pruning ratios layer by layer: short notations, rules on paths, another network's choice, a target speed-up.
+"""Pruning ratios layer by layer: short notations, rules on paths, another network's choice, a
+target speed-up.
 
-    layers = ratios.order(model.apply, variables, images)            # paths of the kernels, in the network's order
-    table = ratios.parse("[0,0.75,0.75,0.32,0]", layers)             # residual networks: one ratio per stage
-    table = ratios.parse("[0-4:0.5, 7-10:0.2]", layers)              # others: ranges of layers
-    table = ratios.parse(((".*/conv1/kernel", 0.5), (".*", 0.0)), layers)
-    price = cost.of_channels(channels, "flops")                      # channels: groups.trace
-    found = ratios.for_speedup(lambda table: price(ratios.keep_of(channels, table)), 2.55, table)
+    layers = ratios.order(model.apply, variables, images)            # paths of the kernels, in the
+    network's order table = ratios.parse("[0,0.75,0.75,0.32,0]", layers)             # residual
+    networks: one ratio per stage table = ratios.parse("[0-4:0.5, 7-10:0.2]", layers)              #
+    others: ranges of layers table = ratios.parse(((".*/conv1/kernel", 0.5), (".*", 0.0)), layers)
+    price = cost.of_channels(channels, "flops")                      # channels: groups.trace found
+    = ratios.for_speedup(lambda table: price(ratios.keep_of(channels, table)), 2.55, table)
 
-A table maps the path of every kernel to the share of its filters, channels or weights that goes: 0 <= ratio < 1, or
-`masks.AUTOMATIC` (cut at the largest gap of the scores).
+A table maps the path of every kernel to the share of its filters, channels or weights that goes: 0
+<= ratio < 1, or `masks.AUTOMATIC` (cut at the largest gap of the scores).
 Source: Wang et al. 2021, arXiv:2012.09243, and its published code.
 """
 
@@ -26,11 +27,15 @@ PyTree = Any
 Table = dict[str, float]
 Granularity = Literal["filter", "channel", "weight"]
 
-# A layer inside a residual block: the named groups are numbers, `shortcut` matches only in layers of the other branch.
-BLOCKS = r"(?:.*/)?(?:stage|layer)(?P<stage>\d+)(?:_block|[./])(?P<block>\d+)[./](?P<shortcut>shortcut|downsample)?.*"
+# A layer inside a residual block: the named groups are numbers, `shortcut` matches only in layers
+# of the other branch.
+BLOCKS = (
+    r"(?:.*/)?(?:stage|layer)(?P<stage>\d+)(?:_block|[./])(?P<block>\d+)[./]"
+    r"(?P<shortcut>shortcut|downsample)?.*"
+)
 
 
-# Layers --------------------------------------------------------------------------------------------------------------
+# Layers -------------------------------------------------------------------------------------------
 
 
 def order(
@@ -39,10 +44,12 @@ def order(
     *inputs: PyTree,
     is_kernel: Callable[[str], bool] = trees.is_kernel,
 ) -> list[str]:
-    """Paths of the kernels of `apply(variables, *inputs)`, by the first convolution or matrix product each is in.
+    """Paths of the kernels of `apply(variables, *inputs)`, by the first convolution or matrix
+    product each is in.
 
-    Kernels are arrays of two axes or more whose path `is_kernel`; those in no product are left out. A kernel may be
-    cast, reshaped or normalised before. variables, inputs: arrays or shape structs; nothing is computed.
+    Kernels are arrays of two axes or more whose path `is_kernel`; those in no product are left out.
+    A kernel may be cast, reshaped or normalised before. variables, inputs: arrays or shape structs;
+    nothing is computed.
     """
     leaves = list(trees.named_leaves(variables).items())
     used = walk.read(apply, variables, *inputs).multiplied
@@ -51,8 +58,9 @@ def order(
 
 
 class Layer(NamedTuple):
-    """Where a kernel is. address: (stage, block, convolution), all but the stage counted from 0, -1 for a shortcut;
-    (stage,) outside of blocks, 0 before them; (number of the layer,) in a network without blocks."""
+    """Where a kernel is. address: (stage, block, convolution), all but the stage counted from 0, -1
+    for a shortcut; (stage,) outside of blocks, 0 before them; (number of the layer,) in a network
+    without blocks."""
 
     path: str
     address: tuple[int, ...]
@@ -62,19 +70,27 @@ class Layer(NamedTuple):
 def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
     """`layers` (paths in the network's order) with their places in stages and blocks.
 
-    blocks: regular expression with the named groups `stage` and `block` (numbers) and maybe `shortcut` that matches the
-    whole path of every layer inside a block. Stages count from 1. Filter pruning leaves the last convolution of a block
-    whole, channel pruning the first, both the shortcut. Raises ConfigError for a pattern without these groups.
+    blocks: regular expression with the named groups `stage` and `block` (numbers) and maybe
+    `shortcut` that matches the whole path of every layer inside a block. Stages count from 1.
+    Filter pruning leaves the last convolution of a block whole, channel pruning the first, both the
+    shortcut. Raises ConfigError for a pattern without these groups.
     """
     trees.check_pattern(blocks, "blocks")
     pattern = re.compile(blocks)
     if not {"stage", "block"} <= pattern.groupindex.keys():
-        raise tables.ConfigError(f"blocks is {blocks!r}; it needs the named groups (?P<stage>...) and (?P<block>...).")
+        raise tables.ConfigError(
+            f"blocks is {blocks!r}; it needs the named groups (?P<stage>...) and (?P<block>...)."
+        )
     inside = {path: match for path in layers if (match := pattern.fullmatch(path))}
     if not inside:
         return [Layer(path, (i,), ()) for i, path in enumerate(layers)]
-    key_of = {path: tuple(_number(match, name) for name in ("stage", "block")) for path, match in inside.items()}
-    branch: dict[tuple, list[str]] = {key: [] for key in sorted(set(key_of.values()))}  # of each block, the main one
+    key_of = {
+        path: tuple(_number(match, name) for name in ("stage", "block"))
+        for path, match in inside.items()
+    }
+    branch: dict[tuple, list[str]] = {
+        key: [] for key in sorted(set(key_of.values()))
+    }  # of each block, the main one
     for path, match in inside.items():
         branch[key_of[path]] += [path] * (not match.groupdict().get("shortcut"))
     stages = sorted({stage for stage, _ in branch})
@@ -85,7 +101,10 @@ def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
             result.append(Layer(path, (stage if i < last else len(stages) + 1,), ()))
             continue
         key, own = key_of[path], branch[key_of[path]]
-        stage, block = stages.index(key[0]) + 1, [other for other in branch if other[0] == key[0]].index(key)
+        stage, block = (
+            stages.index(key[0]) + 1,
+            [other for other in branch if other[0] == key[0]].index(key),
+        )
         if path in own:
             whole = ("filter",) * (path == own[-1]) + ("channel",) * (path == own[0])
             result.append(Layer(path, (stage, block, own.index(path)), whole))
@@ -96,11 +115,13 @@ def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
 
 def _number(match: re.Match, name: str) -> int:
     if not re.fullmatch(r"\d+", match[name] or ""):
-        raise tables.ConfigError(f"blocks: in {match.string!r} the group {name!r} is {match[name]!r}, not a number.")
+        raise tables.ConfigError(
+            f"blocks: in {match.string!r} the group {name!r} is {match[name]!r}, not a number."
+        )
     return int(match[name])
 
 
-# Notations -----------------------------------------------------------------------------------------------------------
+# Notations ----------------------------------------------------------------------------------------
 
 
 def parse(
@@ -113,25 +134,29 @@ def parse(
     reading: Literal["correct", "original"] = "correct",
     where: str = "ratios",
 ) -> Table:
-    """The ratio of every layer; see `order` for `layers` and `places` for `blocks` and what a granularity leaves whole.
+    """The ratio of every layer; see `order` for `layers` and `places` for `blocks` and what a
+    granularity leaves whole.
 
-    notation: of a residual network the ratio of each stage, "[0,0.68,0.68,0.68,0.5,0]" or a sequence of numbers: the
-        layers before the blocks, each stage of blocks, the layers after. Of any other network "[0-4:0.5, 7-10:0.2]":
-        inclusive ranges of layers counted from 0, later ones win, all others 0. Of both, rules: pairs of a regular
-        expression of whole paths and a ratio, the first that matches decides.
-    skip: layers left out, "[1.0,2.3,3.0.1]": stage, block, convolution, or less of it for all it contains; the number
-        of the layer in a network without blocks.
-    reading: `original`, as the published code: "3.1" also skips block 3.10, nothing is skipped in weight pruning of
-        residual networks, and ranges and skips beyond the last layer are ignored.
-    Raises ConfigError, naming the setting `where` (of `skip`: the one beside it), for anything malformed or out of
-    range, and for rules and skips that match nothing.
+    notation: of a residual network the ratio of each stage, "[0,0.68,0.68,0.68,0.5,0]" or a
+        sequence of numbers: the layers before the blocks, each stage of blocks, the layers after.
+        Of any other network "[0-4:0.5, 7-10:0.2]": inclusive ranges of layers counted from 0, later
+        ones win, all others 0. Of both, rules: pairs of a regular expression of whole paths and a
+        ratio, the first that matches decides.
+    skip: layers left out, "[1.0,2.3,3.0.1]": stage, block, convolution, or less of it for all it
+        contains; the number of the layer in a network without blocks.
+    reading: `original`, as the published code: "3.1" also skips block 3.10, nothing is skipped in
+        weight pruning of residual networks, and ranges and skips beyond the last layer are ignored.
+    Raises ConfigError, naming the setting `where` (of `skip`: the one beside it), for anything
+    malformed or out of range, and for rules and skips that match nothing.
     """
     tables.convert(granularity, Granularity, "granularity")
     tables.convert(reading, Literal["correct", "original"], "reading")
     located = places(layers, blocks)
     residual = any(len(layer.address) > 1 for layer in located)
     if not isinstance(notation, Iterable):
-        raise tables.ConfigError(f"{where} is {notation!r}; write '[0-4:0.5]', '[0,0.5,0]', or rules on paths.")
+        raise tables.ConfigError(
+            f"{where} is {notation!r}; write '[0-4:0.5]', '[0,0.5,0]', or rules on paths."
+        )
     items = _items(notation, where) if isinstance(notation, str) else list(notation)
     if not items:
         raise tables.ConfigError(f"{where} is {notation!r}: it has no ratio.")
@@ -142,28 +167,35 @@ def parse(
         if residual:
             stages = ", ".join(_stages(located))
             raise tables.ConfigError(
-                f"{where} is {notation!r}, ranges of layers, but the network has residual blocks; give one ratio each "
+                f"{where} is {notation!r}, ranges of layers, but the network has residual blocks; "
+                "give one ratio each "
                 f"for {stages}, or rules on paths."
             )
         table = _by_range(items, layers, reading, where)
     else:
         if not residual:
             raise tables.ConfigError(
-                f"{where} is {notation!r}, one ratio per stage, but no layer is in a residual block; give ranges of "
-                f"the layers 0 to {len(layers) - 1}, e.g. '[0-{len(layers) - 2}:0.5]', rules on paths, or `blocks`."
+                f"{where} is {notation!r}, one ratio per stage, but no layer is in a residual "
+                "block; give ranges of "
+                f"the layers 0 to {len(layers) - 1}, e.g. '[0-{len(layers) - 2}:0.5]', rules on "
+                "paths, or `blocks`."
             )
         table = _by_stage(items, located, where)
     skipped = _skipped(skip, located, reading, f"{where[: where.rfind('.') + 1]}skip")
     if reading == "original" and granularity == "weight" and residual:
         skipped = set()
-    return {path: 0.0 if path in whole or path in skipped else ratio for path, ratio in table.items()}
+    return {
+        path: 0.0 if path in whole or path in skipped else ratio for path, ratio in table.items()
+    }
 
 
 def _items(text: str, where: str) -> list[str]:
     """The entries of "[a, b, ]" or "a, b"."""
     inner = text.strip()
     if inner.startswith("[") != inner.endswith("]"):
-        raise tables.ConfigError(f"{where} is {text!r}, with one bracket; write '[a, b]' or 'a, b'.")
+        raise tables.ConfigError(
+            f"{where} is {text!r}, with one bracket; write '[a, b]' or 'a, b'."
+        )
     items = [item.strip() for item in inner.removeprefix("[").removesuffix("]").split(",")]
     if items[-1] == "":
         items.pop()
@@ -179,23 +211,31 @@ def _ratio(value: Any, where: str) -> float:
         ratio = math.nan
     if not (0 <= ratio < 1 or ratio == masks.AUTOMATIC):
         raise tables.ConfigError(
-            f"{where}: the ratio {value!r} is not allowed; allowed: the share removed, 0 <= ratio < 1, or -1 to cut at "
+            f"{where}: the ratio {value!r} is not allowed; allowed: the share removed, 0 <= ratio "
+            "< 1, or -1 to cut at "
             "the largest gap of the scores."
         )
     return ratio
 
 
-def _by_rule(rules: Sequence, layers: Sequence[str], whole: set[str], granularity: str, where: str) -> Table:
+def _by_rule(
+    rules: Sequence, layers: Sequence[str], whole: set[str], granularity: str, where: str
+) -> Table:
     for rule in rules:
         if not (isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)):
-            raise tables.ConfigError(f"{where}: {rule!r} is no rule; rules are pairs: ('.*/conv1/.*', 0.5).")
+            raise tables.ConfigError(
+                f"{where}: {rule!r} is no rule; rules are pairs: ('.*/conv1/.*', 0.5)."
+            )
     values = [_ratio(ratio, f"{where}: {pattern!r}") for pattern, ratio in rules]
-    decided = trees.match_rules(dict.fromkeys(layers, 0), [(rule[0], i) for i, rule in enumerate(rules)], where)
+    decided = trees.match_rules(
+        dict.fromkeys(layers, 0), [(rule[0], i) for i, rule in enumerate(rules)], where
+    )
     for i, (pattern, _) in enumerate(rules):
         own = {path for path, rule in decided.items() if rule == i}
         if values[i] and own and own <= whole:
             raise tables.ConfigError(
-                f"{where}: {pattern!r} decides only layers that {granularity} pruning leaves whole: {', '.join(own)}."
+                f"{where}: {pattern!r} decides only layers that {granularity} pruning leaves "
+                f"whole: {', '.join(own)}."
             )
     return {path: values[decided[path]] for path in layers}
 
@@ -205,50 +245,75 @@ def _by_range(items: Sequence[str], layers: Sequence[str], reading: str, where: 
     for item in items:
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?\s*:(.*)", item)
         if not match:
-            raise tables.ConfigError(f"{where}: {item!r} is no range of layers; write '0-4:0.5' or '5:0.5'.")
+            raise tables.ConfigError(
+                f"{where}: {item!r} is no range of layers; write '0-4:0.5' or '5:0.5'."
+            )
         first, end = int(match[1]), int(match[2] or match[1])
         if first > end or (end > last and reading == "correct"):
-            raise tables.ConfigError(f"{where}: {item!r} is out of range; the layers are 0 to {last}, {layers[-1]!r}.")
-        table |= dict.fromkeys(layers[first : end + 1], _ratio(match[3].strip(), f"{where}: {item!r}"))
+            raise tables.ConfigError(
+                f"{where}: {item!r} is out of range; the layers are 0 to {last}, {layers[-1]!r}."
+            )
+        table |= dict.fromkeys(
+            layers[first : end + 1], _ratio(match[3].strip(), f"{where}: {item!r}")
+        )
     return table
 
 
 def _stages(located: Sequence[Layer]) -> list[str]:
     """What a list of ratios is for, in words."""
     last = max(layer.address[0] for layer in located if len(layer.address) > 1)
-    return ["0 (before the blocks)", *(f"{i}" for i in range(1, last + 1)), f"{last + 1} (after the blocks)"]
+    return [
+        "0 (before the blocks)",
+        *(f"{i}" for i in range(1, last + 1)),
+        f"{last + 1} (after the blocks)",
+    ]
 
 
 def _by_stage(items: Sequence, located: Sequence[Layer], where: str) -> Table:
     stages = _stages(located)
     if len(items) != len(stages):
         raise tables.ConfigError(
-            f"{where} has {len(items)} ratios; the network has {len(stages)} stages: {', '.join(stages)}."
+            f"{where} has {len(items)} ratios; the network has {len(stages)} stages: "
+            f"{', '.join(stages)}."
         )
     values = [_ratio(item, f"{where}: stage {i}") for i, item in enumerate(items)]
     return {layer.path: values[layer.address[0]] for layer in located}
 
 
-def _skipped(skip: str | Sequence[str], located: Sequence[Layer], reading: str, where: str) -> set[str]:
+def _skipped(
+    skip: str | Sequence[str], located: Sequence[Layer], reading: str, where: str
+) -> set[str]:
     residual = any(len(layer.address) > 1 for layer in located)
     result = set()
     for entry in map(str, _items(skip, where) if isinstance(skip, str) else skip):
         if not re.fullmatch(r"\d+(\.\d+){0,2}" if residual else r"\d+", entry):
-            form = "stage.block.convolution, e.g. '2.3' or '3.0.1'" if residual else "the number of a layer"
-            raise tables.ConfigError(f"{where}: {entry!r} is no place in this network; write {form}.")
+            form = (
+                "stage.block.convolution, e.g. '2.3' or '3.0.1'"
+                if residual
+                else "the number of a layer"
+            )
+            raise tables.ConfigError(
+                f"{where}: {entry!r} is no place in this network; write {form}."
+            )
         parts = tuple(map(int, entry.split(".")))
         if residual and reading == "original":
-            own = {layer.path for layer in located if ".".join(map(str, layer.address)).startswith(entry)}
+            own = {
+                layer.path
+                for layer in located
+                if ".".join(map(str, layer.address)).startswith(entry)
+            }
         else:
             own = {layer.path for layer in located if layer.address[: len(parts)] == parts}
         if not own and reading == "correct":
-            known = " ".join(".".join(map(str, layer.address)) for layer in located if -1 not in layer.address)
+            known = " ".join(
+                ".".join(map(str, layer.address)) for layer in located if -1 not in layer.address
+            )
             raise tables.ConfigError(f"{where}: {entry!r} matches no layer; layers: {known}.")
         result |= own
     return result
 
 
-# Another network's ratios --------------------------------------------------------------------------------------------
+# Another network's ratios -------------------------------------------------------------------------
 
 
 def kept_groups(
@@ -258,21 +323,27 @@ def kept_groups(
     granularity: Granularity,
     layout: kernels.Layout | None = None,
 ) -> dict[str, np.ndarray]:
-    """Which filters [out], channels [in] or weights (the kernel's shape) of each layer another pruned network keeps.
+    """Which filters [out], channels [in] or weights (the kernel's shape) of each layer another
+    pruned network keeps.
 
-    given: its masks by path (`trees.named_leaves`), bool in the shape of the kernel, or bool [number of groups] for
-    filters and channels; arrays that are no layers are ignored. A group is kept if any of its weights is. layout: of
-    the kernels, where their names do not tell; see `kernels.axes`.
-    Raises ValueError for a layer without a mask, for masks that are not bool and kernels of unknown layout.
+    given: its masks by path (`trees.named_leaves`), bool in the shape of the kernel, or bool
+    [number of groups] for filters and channels; arrays that are no layers are ignored. A group is
+    kept if any of its weights is. layout: of the kernels, where their names do not tell; see
+    `kernels.axes`. Raises ValueError for a layer without a mask, for masks that are not bool and
+    kernels of unknown layout.
     """
     tables.convert(granularity, Granularity, "granularity")
     result = {}
     for path in layers:
         if path not in given:
-            raise ValueError(f"masks have no {path!r}; they have {list(given)[:5]}.{tables.closest(path, given)}")
+            raise ValueError(
+                f"masks have no {path!r}; they have {list(given)[:5]}.{tables.closest(path, given)}"
+            )
         mask = np.asarray(given[path])
         if mask.dtype != bool or mask.ndim == 0 or (mask.ndim == 1 and granularity == "weight"):
-            raise ValueError(f"the mask of {path!r} is {mask.dtype} {mask.shape}; allowed: bool, True = kept.")
+            raise ValueError(
+                f"the mask of {path!r} is {mask.dtype} {mask.shape}; allowed: bool, True = kept."
+            )
         if granularity != "weight" and mask.ndim > 1:
             axes = kernels.axes({path: mask}, [path], layout=layout)[path]
             (axis,) = axes.outputs if granularity == "filter" else axes.inputs
@@ -301,58 +372,86 @@ def inherited(
     return table
 
 
-# Speed-up ------------------------------------------------------------------------------------------------------------
+# Speed-up -----------------------------------------------------------------------------------------
 
 
 def by_group(
-    channels: groups.Channels, table: Mapping[str, float], *, granularity: Literal["filter", "channel"] = "filter"
+    channels: groups.Channels,
+    table: Mapping[str, float],
+    *,
+    granularity: Literal["filter", "channel"] = "filter",
 ) -> Table:
-    """The ratios of coupled channels by name of group, from those of the layers that make (channel: read) them.
+    """The ratios of coupled channels by name of group, from those of the layers that make (channel:
+    read) them.
 
-    table: by path in the traced variables, such as params/conv1/kernel; depthwise layers may have none, or 0, where the
-    layer before them has one. Groups without a ratio above 0 are left out, AUTOMATIC ones stay.
-    Raises ValueError for a path that is no variable, a ratio out of range, one for a layer whose channels cannot be
-    removed, and different ratios of layers that share their channels.
+    table: by path in the traced variables, such as params/conv1/kernel; depthwise layers may have
+    none, or 0, where the layer before them has one. Groups without a ratio above 0 are left out,
+    AUTOMATIC ones stay. Raises ValueError for a path that is no variable, a ratio out of range, one
+    for a layer whose channels cannot be removed, and different ratios of layers that share their
+    channels.
     """
     tables.convert(granularity, Literal["filter", "channel"], "granularity")
     role = "producer" if granularity == "filter" else "consumer"
     for path, ratio in table.items():
         if path not in channels.shapes:
-            raise ValueError(f"{path!r} is no variable of the trace.{tables.closest(path, channels.shapes)}")
+            raise ValueError(
+                f"{path!r} is no variable of the trace.{tables.closest(path, channels.shapes)}"
+            )
         if not (0 <= ratio < 1 or ratio == masks.AUTOMATIC):
-            raise ValueError(f"the ratio of {path!r} is {ratio}; allowed: 0 <= ratio < 1, or -1 for automatic.")
+            raise ValueError(
+                f"the ratio of {path!r} is {ratio}; allowed: 0 <= ratio < 1, or -1 for automatic."
+            )
     result, left = {}, {path for path, ratio in table.items() if ratio}
     for name, group in channels.groups.items():
         given = [(member, table[member.path]) for member in group.members if member.path in table]
-        decides = lambda m, ratio: m.role == role or (granularity == "filter" and m.role == "depthwise" and ratio)
+        decides = lambda m, ratio: (
+            m.role == role or (granularity == "filter" and m.role == "depthwise" and ratio)
+        )
         own = {member.path: ratio for member, ratio in given if decides(member, ratio)}
         if len(set(own.values())) > 1:
-            raise ValueError(f"the channels {name!r} belong to layers with different ratios: {own}; use one for all.")
+            raise ValueError(
+                f"the channels {name!r} belong to layers with different ratios: {own}; use one "
+                "for all."
+            )
         left -= own.keys()
         if any(own.values()):
             result[name] = next(iter(own.values()))
     if left:
-        raise ValueError(f"no {granularity} of {sorted(left)[0]!r} can be removed; its ratio must be 0.")
+        raise ValueError(
+            f"no {granularity} of {sorted(left)[0]!r} can be removed; its ratio must be 0."
+        )
     return result
 
 
 def keep_of(
-    channels: groups.Channels, table: Mapping[str, float], *, granularity: Literal["filter", "channel"] = "filter"
+    channels: groups.Channels,
+    table: Mapping[str, float],
+    *,
+    granularity: Literal["filter", "channel"] = "filter",
 ) -> dict[str, np.ndarray]:
-    """A `keep` of every group with `num_pruned` channels less: the lowest go, so it is for counts and costs only.
+    """A `keep` of every group with `num_pruned` channels less: the lowest go, so it is for counts
+    and costs only.
 
-    Arguments and errors as `by_group`; ValueError also for an AUTOMATIC ratio, whose count depends on scores.
+    Arguments and errors as `by_group`; ValueError also for an AUTOMATIC ratio, whose count depends
+    on scores.
     """
     found = by_group(channels, table, granularity=granularity)
     for name, ratio in found.items():
         if ratio == masks.AUTOMATIC:
-            raise ValueError(f"the ratio of {name!r} is automatic: its count is known once there are scores.")
+            raise ValueError(
+                f"the ratio of {name!r} is automatic: its count is known once there are scores."
+            )
     sizes = channels.sizes.items()
-    return {name: np.arange(size) >= masks.num_pruned(found.get(name, 0.0), size) for name, size in sizes}
+    return {
+        name: np.arange(size) >= masks.num_pruned(found.get(name, 0.0), size)
+        for name, size in sizes
+    }
 
 
 class Speedup(NamedTuple):
-    """table: the ratios. factor: of the table that was asked for. speedup: price of the dense network over theirs."""
+    """table: the ratios. factor: of the table that was asked for. speedup: price of the dense
+    network over theirs.
+    """
 
     table: Table
     factor: float
@@ -369,16 +468,18 @@ def for_speedup(
 ) -> Speedup:
     """The smallest factor of `table` whose ratios cost at most 1 / `target` of the dense network.
 
-    price: of a table, e.g. FLOPs; it must not rise with any ratio and is called about log2(steps) times. table: the
-    proportions between layers, e.g. 1 for each to have one ratio for all; 0 stays 0. highest: where ratios end. steps:
-    the factor is a whole number over `steps`. Channels are whole: the speed-up reached is the least one not below the
-    target.
-    Raises ValueError if even the highest ratios do not reach the target, naming what they do.
+    price: of a table, e.g. FLOPs; it must not rise with any ratio and is called about log2(steps)
+    times. table: the proportions between layers, e.g. 1 for each to have one ratio for all; 0 stays
+    0. highest: where ratios end. steps: the factor is a whole number over `steps`. Channels are
+    whole: the speed-up reached is the least one not below the target. Raises ValueError if even the
+    highest ratios do not reach the target, naming what they do.
     """
     highest = tables.convert(highest, tables.Fraction, "highest")
     steps = tables.convert(steps, tables.Count, "steps")
     if highest == 1 or not target >= 1:
-        raise ValueError(f"target is {target} and highest {highest}; allowed: 1 and above, and below 1.")
+        raise ValueError(
+            f"target is {target} and highest {highest}; allowed: 1 and above, and below 1."
+        )
     if any(ratio < 0 for ratio in table.values()) or not any(table.values()):
         raise ValueError("table holds proportions: 0 and above, not all 0.")
     scaled = lambda i: {path: min(i / steps * ratio, highest) for path, ratio in table.items()}
@@ -387,7 +488,8 @@ def for_speedup(
     low, high = 0, math.ceil(highest * steps / min(ratio for ratio in table.values() if ratio))
     if target > speedup(high):
         raise ValueError(
-            f"a speed-up of {target} cannot be reached; ratios of {highest} give at most {speedup(high):.4g}. Prune "
+            f"a speed-up of {target} cannot be reached; ratios of {highest} give at most "
+            f"{speedup(high):.4g}. Prune "
             "more layers or use a larger `highest`."
         )
     if target <= 1:

@@ -1,4 +1,6 @@
-"""Command line: `python -m sparsity_jax.run --config configs/NAME.py[:variant] --workdir DIR [--config.x.y=value]`."""
+"""Command line: `python -m sparsity_jax.run --config configs/NAME.py[:variant] --workdir DIR
+[--config.x.y=value]`.
+"""
 
 import os
 import pathlib
@@ -22,46 +24,68 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: rows, checkpoints and report; the same continues it."
 )
 DESCRIBE = flags.DEFINE_bool(
-    "describe", False, "Print every field of the config: explanation, type, default, value. Nothing runs."
+    "describe",
+    False,
+    "Print every field of the config: explanation, type, default, value. Nothing runs.",
 )
 LOCK_SECONDS = flags.DEFINE_float(
     "lock_seconds",
     lock.STALE_SECONDS,
-    "A run of another host that has been silent for so long is taken for ended, and its workdir taken over.",
+    (
+        "A run of another host that has been silent for so long is taken for ended, and its "
+        "workdir taken over."
+    ),
     lower_bound=1.0,
 )
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's parser; mistakes in --config and --config.field end in one line instead of a traceback."""
+    """absl's parser; mistakes in --config and --config.field end in one line instead of a
+    traceback.
+    """
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:  # of the config file or its variant it holds the whole traceback
-        sys.exit(f"error: {re.sub(r'^[a-z_.]*ConfigError: ', '', str(error).strip().splitlines()[-1].strip())}")
+        sys.exit(
+            "error: "
+            f"{re.sub(r'^[a-z_.]*ConfigError: ', '', str(error).strip().splitlines()[-1].strip())}"
+        )
     except (AttributeError, KeyError) as error:  # a field that the config does not have
         reason = error.args[0]
         reason = reason.args[0] if isinstance(reason, Exception) and reason.args else reason
         sys.exit(f"error: a --config.field names what the config does not have: {reason}")
-    except (OSError, TypeError, ValueError, SyntaxError) as error:  # the config file itself, or its variant
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        SyntaxError,
+    ) as error:  # the config file itself, or its variant
         sys.exit(f"error: {error}")
 
 
 def report_unraisable(unraisable: Any) -> None:
-    """What nobody can catch, but for the echo of a save that failed, once per array: the failure itself is told."""
+    """What nobody can catch, but for the echo of a save that failed, once per array: the failure
+    itself is told.
+    """
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def main(argv: list[str]) -> None:
-    # not at the top: an exception that a signal raises inside these imports can crash them, see `stopping.listen`
+    # not at the top: an exception that a signal raises inside these imports can crash them, see
+    # `stopping.listen`
     from sparsity_jax import describe, pipeline, train, workdirs
 
     if argv[1:]:
         sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
     if not (WORKDIR.value or DESCRIBE.value):
-        sys.exit(f"error: --workdir is {'missing' if WORKDIR.value is None else 'empty'}; name a folder.")
+        sys.exit(
+            f"error: --workdir is {'missing' if WORKDIR.value is None else 'empty'}; name a folder."
+        )
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.FATAL)  # orbax reports every file it writes; its failures arrive as exceptions
+        logging.set_verbosity(
+            logging.FATAL
+        )  # orbax reports every file it writes; its failures arrive as exceptions
         logging.logging.getLogger("asyncio").setLevel(logging.logging.CRITICAL)
     sys.unraisablehook = report_unraisable
     name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
@@ -82,7 +106,11 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}\nThe last good checkpoint is in {WORKDIR.value}.")
     except OSError as error:  # a full disk, for example
         saved = workdirs.numbers_in(pathlib.Path(WORKDIR.value) / workdirs.FOLDER)
-        again = f"The same command goes on from the last checkpoint in {WORKDIR.value}.\n" if saved else ""
+        again = (
+            f"The same command goes on from the last checkpoint in {WORKDIR.value}.\n"
+            if saved
+            else ""
+        )
         place = "" if WORKDIR.value in str(error) else f"{WORKDIR.value}: "
         sys.stderr.write(f"error: {place}{error}\n{again}")
         os._exit(1)  # threads that still want to write would only add their own complaints

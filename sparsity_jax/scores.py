@@ -1,14 +1,16 @@
-"""Importance of channels: the measures of the literature, the statistics they need, and scores of channel groups.
+"""Importance of channels: the measures of the literature, the statistics they need, and scores of
+channel groups.
 
     needs = required("fisher", "grad_preserve")
-    collect = gather(loss, needs, 128)                # loss(params, batch, temperature): a batch's mean
-    chosen = class_balanced(labels, num_classes=10, num_samples=2560)
-    statistics = collect(params, data, balanced=(images[chosen], labels[chosen]))
-    score("fisher", statistics, group)                # [group.size], larger = more important
+    collect = gather(loss, needs, 128)                # loss(params, batch, temperature): a batch's
+    mean chosen = class_balanced(labels, num_classes=10, num_samples=2560) statistics =
+    collect(params, data, balanced=(images[chosen], labels[chosen])) score("fisher", statistics,
+    group)                # [group.size], larger = more important
 
-A group has `size` and `members`, each with `path`, `axis`, `index` [channels, copies] and `role`. Its paths name the
-leaves of the params given here: with Flax, differentiate {"params": ...} and score "params/conv1/kernel".
-NaN in a statistic makes the scores NaN that it enters, with `fpgm` those of its whole kernel; see `check_finite`.
+A group has `size` and `members`, each with `path`, `axis`, `index` [channels, copies] and `role`.
+Its paths name the leaves of the params given here: with Flax, differentiate {"params": ...} and
+score "params/conv1/kernel". NaN in a statistic makes the scores NaN that it enters, with `fpgm`
+those of its whole kernel; see `check_finite`.
 """
 
 import functools
@@ -29,10 +31,10 @@ PyTree = Any
 class Statistics(NamedTuple):
     """Trees of arrays, all in the structure of the params; None: not gathered.
 
-    w: weights. w0: weights at initialisation. g: mean gradient. g2: mean over batches of the squared gradient of a
-    batch. hg_grasp, hg_preserve: Hessian times gradient on class-balanced examples, each at the temperature of its
-    measure. saliency: average of `weight_saliency` over minibatches, see `tracker`. All but w and w0 are float32 or
-    wider.
+    w: weights. w0: weights at initialisation. g: mean gradient. g2: mean over batches of the
+    squared gradient of a batch. hg_grasp, hg_preserve: Hessian times gradient on class-balanced
+    examples, each at the temperature of its measure. saliency: average of `weight_saliency` over
+    minibatches, see `tracker`. All but w and w0 are float32 or wider.
     """
 
     w: PyTree = None
@@ -44,7 +46,7 @@ class Statistics(NamedTuple):
     saliency: PyTree = None
 
 
-# The measures ----------------------------------------------------------------------------------------------------
+# The measures -------------------------------------------------------------------------------------
 
 _sum = functools.partial(jnp.sum, axis=-1)
 _norm = functools.partial(trees.norm_along, axis=-1)
@@ -53,7 +55,9 @@ _abs_sum = lambda rows: jnp.abs(_sum(rows))
 
 @jax.jit
 def _distances(rows: jax.Array) -> jax.Array:
-    """Sum of the distances to the rows that are not all zero; one by one, as squares from a Gram matrix cancel."""
+    """Sum of the distances to the rows that are not all zero; one by one, as squares from a Gram
+    matrix cancel.
+    """
     present = jnp.any(rows != 0, -1)
     return jax.lax.map(lambda row: _sum(jnp.where(present, _norm(rows - row), 0)), rows)
 
@@ -66,10 +70,12 @@ def _layer_adaptive(rows: jax.Array) -> jax.Array:
 
 
 class Measure(NamedTuple):
-    """One rule: `value` of the statistics `needs`, weight by weight, then `reduce` of each channel's values.
+    """One rule: `value` of the statistics `needs`, weight by weight, then `reduce` of each
+    channel's values.
 
-    reduce: [channels, weights of a channel] -> [channels]. biased: every value is multiplied by the distance abs(w) or
-    abs(w - w0). on: the arrays that are read, `kernel`, `scale` (of norms), `norm` (scale and bias) or `nothing`.
+    reduce: [channels, weights of a channel] -> [channels]. biased: every value is multiplied by the
+    distance abs(w) or abs(w - w0). on: the arrays that are read, `kernel`, `scale` (of norms),
+    `norm` (scale and bias) or `nothing`.
     """
 
     needs: tuple[str, ...]
@@ -82,28 +88,37 @@ class Measure(NamedTuple):
 _abs_product = lambda w, g: jnp.abs(w * g)
 _square_product = lambda w, g2: jnp.square(w) * g2
 
-# Sums run over the weights of a filter. "Flow": Lubana and Dick 2021, arXiv:2009.11839, which compares the first
-# eleven; another source is where the rule comes from.
+# Sums run over the weights of a filter. "Flow": Lubana and Dick 2021, arXiv:2009.11839, which
+# compares the first eleven; another source is where the rule comes from.
 MEASURES = {
     "mag_based": Measure(("w",), jnp.abs, _norm),  # sqrt(sum w^2); Flow
     "l1": Measure(("w",), jnp.abs),  # sum |w|; Li et al. 2017, arXiv:1608.08710
-    "bn": Measure(("w",), jnp.abs, on="scale"),  # |scale| of the norm; Liu et al. 2017, arXiv:1708.06519
+    "bn": Measure(
+        ("w",), jnp.abs, on="scale"
+    ),  # |scale| of the norm; Liu et al. 2017, arXiv:1708.06519
     "loss_based": Measure(("w", "g"), _abs_product),  # sum |w g|; Lee et al. 2019, arXiv:1810.02340
     "biased_loss": Measure(("w", "g"), _abs_product, biased=True),  # sum |w| |w g|; Flow
-    # sum |w| average(|w g|); with use_l2, whose factor is in the average, sum average(|w| |w g|); Flow
+    # sum |w| average(|w g|); with use_l2, whose factor is in the average, sum average(|w| |w g|);
+    # Flow
     "biased_loss_tracked": Measure(("saliency",), jnp.positive, biased=True),
-    "tfo": Measure(("w", "g"), jnp.multiply, _abs_sum),  # |sum w g|; Molchanov et al. 2017, arXiv:1611.06440
-    "fisher": Measure(("w", "g2"), _square_product),  # sum w^2 mean(g^2); Theis et al. 2018, arXiv:1801.05787
+    "tfo": Measure(
+        ("w", "g"), jnp.multiply, _abs_sum
+    ),  # |sum w g|; Molchanov et al. 2017, arXiv:1611.06440
+    "fisher": Measure(
+        ("w", "g2"), _square_product
+    ),  # sum w^2 mean(g^2); Theis et al. 2018, arXiv:1801.05787
     # scale^2 mean(g^2) plus the same of the bias; Molchanov et al. 2019, arXiv:1906.10771
     "nvidia": Measure(("w", "g2"), _square_product, on="norm"),
-    # sum w (H g), signed: removing what is negative raises the gradient norm; Wang et al. 2020, arXiv:2002.07376
+    # sum w (H g), signed: removing what is negative raises the gradient norm; Wang et al. 2020,
+    # arXiv:2002.07376
     "grasp": Measure(("w", "hg_grasp"), jnp.multiply),
     "grad_preserve": Measure(("w", "hg_preserve"), jnp.multiply, _abs_sum),  # |sum w (H g)|; Flow
-    # Distance from the geometric median: sum over the filters f' of the kernel of |f - f'|_2, without those masked to
-    # zero; He et al. 2019, arXiv:1811.00250
+    # Distance from the geometric median: sum over the filters f' of the kernel of |f - f'|_2,
+    # without those masked to zero; He et al. 2019, arXiv:1811.00250
     "fpgm": Measure(("w",), jnp.positive, _distances),
-    # |f|^2 / (sum of |f'|^2 over the filters f' of the kernel with |f'| >= |f|). Lee et al. 2021, arXiv:2010.07611,
-    # score weights; here filters take their place, and equal ones score equally instead of in the order of a sort
+    # |f|^2 / (sum of |f'|^2 over the filters f' of the kernel with |f'| >= |f|). Lee et al. 2021,
+    # arXiv:2010.07611, score weights; here filters take their place, and equal ones score equally
+    # instead of in the order of a sort
     "lamp": Measure(("w",), jnp.positive, _layer_adaptive),
     "random": Measure((), jnp.positive, on="nothing"),  # uniform in [0, 1)
 }
@@ -117,7 +132,8 @@ AGGREGATES = {
 
 
 def required(*names: str, use_l2: bool = False, use_init: bool = False) -> tuple[str, ...]:
-    """The fields of Statistics that these measures need with these options, in their order; see `score`.
+    """The fields of Statistics that these measures need with these options, in their order; see
+    `score`.
 
     Raises ConfigError for an unknown measure and for an option that would change nothing.
     """
@@ -125,11 +141,14 @@ def required(*names: str, use_l2: bool = False, use_init: bool = False) -> tuple
     for name in names:
         measure = tables.lookup(MEASURES, name, "measure")
         if use_l2 and measure.on != "kernel":
-            raise tables.ConfigError(f"use_l2 weights the values of kernels, but the measure {name!r} reads none.")
+            raise tables.ConfigError(
+                f"use_l2 weights the values of kernels, but the measure {name!r} reads none."
+            )
         if use_init and not (use_l2 or measure.biased):
             biased = ", ".join(name for name, measure in MEASURES.items() if measure.biased)
             raise tables.ConfigError(
-                f"use_init replaces the factor |w| of {biased} and of use_l2, but the measure {name!r} has none."
+                f"use_init replaces the factor |w| of {biased} and of use_l2, but the measure "
+                f"{name!r} has none."
             )
         needed |= set(measure.needs)
         if _multiplies(measure, use_l2):
@@ -138,11 +157,13 @@ def required(*names: str, use_l2: bool = False, use_init: bool = False) -> tuple
 
 
 def _multiplies(measure: Measure, use_l2: bool) -> bool:
-    """Whether values are multiplied by the distance: once, and not where use_l2 already did so while tracking."""
+    """Whether values are multiplied by the distance: once, and not where use_l2 already did so
+    while tracking.
+    """
     return not (use_l2 and "saliency" in measure.needs) and (use_l2 or measure.biased)
 
 
-# Statistics --------------------------------------------------------------------------------------------------------
+# Statistics ---------------------------------------------------------------------------------------
 
 
 def gather(
@@ -155,16 +176,19 @@ def gather(
     preserve_temperature: float = 1.0,
     on_host: bool = False,
 ) -> Callable[..., Statistics]:
-    """`collect(params, data, *, balanced, init)`: the statistics `needs`, from one pass over the data.
+    """`collect(params, data, *, balanced, init)`: the statistics `needs`, from one pass over the
+    data.
 
-    loss(params, batch, temperature): the mean over a batch, in inference mode, of the cross-entropy of logits /
-    temperature. data: a pytree of arrays [N, ...] for g and g2; batches count by their size, and g2 depends on
-    batch_size. balanced: the examples for hg, e.g. those of `class_balanced`, passed twice: for their mean gradient g,
-    then for H g. As classes have equally many, these are the means over classes, whatever the batches. init: w0.
-    temperature and the two of the Hessian are arguments of one compiled program, so `loss` gets them traced.
-    on_host: one compiled call per batch instead of a scan, which XLA's CPU backend needs for convolutions (inside a
-    scan their gradients become a naive loop); `collect` is then not traceable. It compiles once for one shape of data.
-    Raises ConfigError for unknown statistics, ValueError for a missing or empty input and a batch size below 1.
+    loss(params, batch, temperature): the mean over a batch, in inference mode, of the cross-entropy
+    of logits / temperature. data: a pytree of arrays [N, ...] for g and g2; batches count by their
+    size, and g2 depends on batch_size. balanced: the examples for hg, e.g. those of
+    `class_balanced`, passed twice: for their mean gradient g, then for H g. As classes have equally
+    many, these are the means over classes, whatever the batches. init: w0. temperature and the two
+    of the Hessian are arguments of one compiled program, so `loss` gets them traced.
+    on_host: one compiled call per batch instead of a scan, which XLA's CPU backend needs for
+    convolutions (inside a scan their gradients become a naive loop); `collect` is then not
+    traceable. It compiles once for one shape of data. Raises ConfigError for unknown statistics,
+    ValueError for a missing or empty input and a batch size below 1.
     """
     needs = tuple(needs)
     for name in needs:
@@ -182,10 +206,18 @@ def gather(
     def product(params, vector, batch, temperature):
         return linops.hvp(loss, params, batch, temperature)(vector)
 
-    mean_moments, mean_product = (_mean(function, batch_size, on_host) for function in (moments, product))
+    mean_moments, mean_product = (
+        _mean(function, batch_size, on_host) for function in (moments, product)
+    )
 
-    def collect(params: PyTree, data: PyTree = None, *, balanced: PyTree = None, init: PyTree = None) -> Statistics:
-        for given, kind, users in ((data, "data", first), (balanced, "balanced", temperatures), (init, "init", ["w0"])):
+    def collect(
+        params: PyTree, data: PyTree = None, *, balanced: PyTree = None, init: PyTree = None
+    ) -> Statistics:
+        for given, kind, users in (
+            (data, "data", first),
+            (balanced, "balanced", temperatures),
+            (init, "init", ["w0"]),
+        ):
             if given is None and (names := [name for name in users if name in needs]):
                 raise ValueError(f"{' and '.join(names)} cannot be gathered: {kind} is missing.")
         zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), params)
@@ -201,7 +233,9 @@ def gather(
 
 
 def _mean(function: Callable, batch_size: int, on_host: bool) -> Callable:
-    """`mean(zeros, params, vector, data, temperature)` of `function(params, vector, batch, temperature)`."""
+    """`mean(zeros, params, vector, data, temperature)` of `function(params, vector, batch,
+    temperature)`.
+    """
 
     def add(total, params, vector, batch, temperature, share):
         part = function(params, vector, batch, temperature)
@@ -214,7 +248,9 @@ def _mean(function: Callable, batch_size: int, on_host: bool) -> Callable:
         for start in range(0, size, batch_size):
             stopping.check()
             batch = jax.tree.map(lambda x, a=start: x[a : a + batch_size], data)
-            total = one(total, params, vector, batch, temperature, min(batch_size, size - start) / size)
+            total = one(
+                total, params, vector, batch, temperature, min(batch_size, size - start) / size
+            )
         return total
 
     @jax.jit
@@ -228,7 +264,9 @@ def _mean(function: Callable, batch_size: int, on_host: bool) -> Callable:
         length = min(batch_size, size)
         whole, rest = divmod(size, length)
         starts = jnp.arange(whole) * length
-        total = jax.lax.scan(lambda total, start: (body(total, start, length), None), total, starts)[0]
+        total = jax.lax.scan(
+            lambda total, start: (body(total, start, length), None), total, starts
+        )[0]
         return body(total, size - rest, rest) if rest else total
 
     return looped if on_host else scanned
@@ -237,24 +275,32 @@ def _mean(function: Callable, batch_size: int, on_host: bool) -> Callable:
 def _num_examples(data: PyTree) -> int:
     sizes = {len(leaf) for leaf in jax.tree.leaves(data)}
     if len(sizes) != 1 or not min(sizes):
-        raise ValueError(f"the data have arrays of length {sorted(sizes)}; allowed: one length, at least 1.")
+        raise ValueError(
+            f"the data have arrays of length {sorted(sizes)}; allowed: one length, at least 1."
+        )
     return sizes.pop()
 
 
 def class_balanced(labels: np.ndarray, num_classes: int, num_samples: int) -> np.ndarray:
-    """Positions of the first `num_samples // num_classes` examples of every class, class by class: int, on the host.
+    """Positions of the first `num_samples // num_classes` examples of every class, class by class:
+    int, on the host.
 
     Raises ValueError if a class has fewer, and for labels outside 0..num_classes - 1.
     """
     labels, each = np.asarray(labels), num_samples // num_classes
     if each < 1:
-        raise ValueError(f"{num_samples} samples are fewer than one of each of the {num_classes} classes.")
+        raise ValueError(
+            f"{num_samples} samples are fewer than one of each of the {num_classes} classes."
+        )
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= num_classes:
-        raise ValueError(f"labels go from {labels.min()} to {labels.max()}; allowed: 0 to {num_classes - 1}.")
+        raise ValueError(
+            f"labels go from {labels.min()} to {labels.max()}; allowed: 0 to {num_classes - 1}."
+        )
     counts = np.bincount(labels, minlength=num_classes)
     if counts.min() < each:
         raise ValueError(
-            f"class {counts.argmin()} has {counts.min()} examples; {num_samples} samples of {num_classes} classes need "
+            f"class {counts.argmin()} has {counts.min()} examples; {num_samples} samples of "
+            f"{num_classes} classes need "
             f"{each} of each."
         )
     return np.concatenate([np.flatnonzero(labels == c)[:each] for c in range(num_classes)])
@@ -263,7 +309,8 @@ def class_balanced(labels: np.ndarray, num_classes: int, num_samples: int) -> np
 def of_one_batch(params: PyTree, grads: PyTree, *, squared: bool = True) -> Statistics:
     """Statistics from one gradient at hand, e.g. of the last training step: w, g, g2 and saliency.
 
-    squared=False leaves g2 the plain gradient, as the original code does for `fisher` and `nvidia` in this case.
+    squared=False leaves g2 the plain gradient, as the original code does for `fisher` and `nvidia`
+    in this case.
     """
     grads = jax.tree.map(trees.widen, grads)
     g2 = jax.tree.map(jnp.square, grads) if squared else grads
@@ -275,15 +322,23 @@ def check_finite(statistics: Statistics) -> None:
     for field, tree in statistics._asdict().items():
         for path, leaf in trees.named_leaves(tree).items():
             if not np.isfinite(leaf).all():
-                raise ValueError(f"the statistic {field} is not finite in {path!r}; did the training diverge?")
+                raise ValueError(
+                    f"the statistic {field} is not finite in {path!r}; did the training diverge?"
+                )
 
 
-# Tracking over minibatches -----------------------------------------------------------------------------------------
+# Tracking over minibatches ------------------------------------------------------------------------
 
 
-def weight_saliency(params: PyTree, grads: PyTree, *, use_l2: bool = False, init: PyTree = None) -> PyTree:
-    """abs(w g) of every weight, times abs(w) if `use_l2`, or times abs(w - init) if `init` is given too."""
-    saliency = jax.tree.map(lambda w, g: _abs_product(trees.widen(w), trees.widen(g)), params, grads)
+def weight_saliency(
+    params: PyTree, grads: PyTree, *, use_l2: bool = False, init: PyTree = None
+) -> PyTree:
+    """abs(w g) of every weight, times abs(w) if `use_l2`, or times abs(w - init) if `init` is given
+    too.
+    """
+    saliency = jax.tree.map(
+        lambda w, g: _abs_product(trees.widen(w), trees.widen(g)), params, grads
+    )
     if not use_l2:
         return saliency
     distance = params if init is None else jax.tree.map(jnp.subtract, params, init)
@@ -291,14 +346,18 @@ def weight_saliency(params: PyTree, grads: PyTree, *, use_l2: bool = False, init
 
 
 class TrackerState(NamedTuple):
-    """step: updates so far, int32. saliency: average of the statistic over the newest window, 0 before the first."""
+    """step: updates so far, int32. saliency: average of the statistic over the newest window, 0
+    before the first.
+    """
 
     step: jax.Array
     saliency: PyTree
 
 
 class Tracker(NamedTuple):
-    """init(params) -> TrackerState; update(state, params, grads) -> TrackerState, `params` after the step."""
+    """init(params) -> TrackerState; update(state, params, grads) -> TrackerState, `params` after
+    the step.
+    """
 
     init: Callable[[PyTree], TrackerState]
     update: Callable[[TrackerState, PyTree, PyTree], TrackerState]
@@ -313,8 +372,9 @@ def tracker(
 ) -> Tracker:
     """Exponential average of `statistic(params, grads)`: alpha * new + (1 - alpha) * old, from 0.
 
-    steps_per_epoch: average over the last `track_batches` steps of an epoch (all, if it has fewer), anew in every
-    epoch; None: over all steps. statistic: any tree, e.g. scores of `of_one_batch`, which are then averaged themselves.
+    steps_per_epoch: average over the last `track_batches` steps of an epoch (all, if it has fewer),
+    anew in every epoch; None: over all steps. statistic: any tree, e.g. scores of `of_one_batch`,
+    which are then averaged themselves.
     """
     tables.convert(alpha, tables.Fraction, "alpha")
     tables.convert(steps_per_epoch, tables.Count | None, "steps_per_epoch")
@@ -322,7 +382,9 @@ def tracker(
     first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, statistic(params, params))  # divided among devices as its values
+        zeros = jax.tree.map(
+            jnp.zeros_like, statistic(params, params)
+        )  # divided among devices as its values
         return TrackerState(jnp.zeros((), jnp.int32), zeros)
 
     def update(state, params, grads):
@@ -330,24 +392,31 @@ def tracker(
         before = lambda old: jnp.where(step == first, 0, old)  # a window starts from 0
         mix = lambda old, new: (alpha * new + (1 - alpha) * before(old)).astype(old.dtype)
         average = lambda: jax.tree.map(mix, state.saliency, statistic(params, grads))
-        saliency = jax.lax.cond(step >= first, average, lambda: state.saliency) if first else average()
+        saliency = (
+            jax.lax.cond(step >= first, average, lambda: state.saliency) if first else average()
+        )
         return TrackerState(state.step + 1, saliency)
 
     return Tracker(init, update)
 
 
 class TrackedState(NamedTuple):
-    """tracker: what is averaged; `optax.tree.get(opt_state, "saliency")` finds it. inner: of the optimizer."""
+    """tracker: what is averaged; `optax.tree.get(opt_state, "saliency")` finds it. inner: of the
+    optimizer.
+    """
 
     tracker: TrackerState
     inner: PyTree
 
 
-def track_saliency(inner: optax.GradientTransformation, **options: Any) -> optax.GradientTransformationExtraArgs:
+def track_saliency(
+    inner: optax.GradientTransformation, **options: Any
+) -> optax.GradientTransformationExtraArgs:
     """`inner`, with a `tracker` of these options in its state; the updates are those of `inner`.
 
-    The original evaluates the statistic with the gradient of a batch and the weights after its step. Only what wraps
-    the whole optimizer knows both: the gradient comes in, the new weights are `params` plus the updates that go out.
+    The original evaluates the statistic with the gradient of a batch and the weights after its
+    step. Only what wraps the whole optimizer knows both: the gradient comes in, the new weights are
+    `params` plus the updates that go out.
     """
     inner, own = optax.with_extra_args_support(inner), tracker(**options)
 
@@ -358,12 +427,14 @@ def track_saliency(inner: optax.GradientTransformation, **options: Any) -> optax
         if params is None:
             raise ValueError("track_saliency reads the weights; call update(grads, state, params).")
         new, inner_state = inner.update(updates, state.inner, params, **extra)
-        return new, TrackedState(own.update(state.tracker, optax.apply_updates(params, new), updates), inner_state)
+        return new, TrackedState(
+            own.update(state.tracker, optax.apply_updates(params, new), updates), inner_state
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# Scores ------------------------------------------------------------------------------------------------------------
+# Scores -------------------------------------------------------------------------------------------
 
 
 def score(
@@ -377,20 +448,24 @@ def score(
     skip: str = "",
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Importance of every channel of `group` by the row `name` of MEASURES: float [group.size], larger = keep.
+    """Importance of every channel of `group` by the row `name` of MEASURES: float [group.size],
+    larger = keep.
 
-    aggregate: `producer` scores the kernels that make the channels, as the original does; several, which a residual
-    sum adds up, count by their mean, so that groups stay comparable. `sum`, `mean` and `l2` (which drops the sign of
-    `grasp`) score all kernels of the group, those that read the channels and depthwise ones too. Measures of norms
-    take every norm of the group instead (`producer` the mean).
-    Members of the role `other` make no channels: a depthwise kernel with it leaves the score to the kernel that feeds
-    it, as in the original. skip: a regular expression for whole paths of members to leave out, e.g. the norm behind a
-    depthwise kernel, `.*block\\d+/bn1/.*`.
-    use_l2: multiply every weight's value by abs(w); `biased_loss` does so anyway, and for `biased_loss_tracked` the
-    average must have been made with it (`weight_saliency`). use_init: by abs(w - w0) instead.
+    aggregate: `producer` scores the kernels that make the channels, as the original does; several,
+    which a residual sum adds up, count by their mean, so that groups stay comparable. `sum`, `mean`
+    and `l2` (which drops the sign of `grasp`) score all kernels of the group, those that read the
+    channels and depthwise ones too. Measures of norms take every norm of the group instead
+    (`producer` the mean). Members of the role `other` make no channels: a depthwise kernel with it
+    leaves the score to the kernel that feeds it, as in the original. skip: a regular expression for
+    whole paths of members to leave out, e.g. the norm behind a depthwise kernel,
+    `.*block\\d+/bn1/.*`.
+    use_l2: multiply every weight's value by abs(w); `biased_loss` does so anyway, and for
+    `biased_loss_tracked` the average must have been made with it (`weight_saliency`). use_init: by
+    abs(w - w0) instead.
     key: for `random`; derive one for each group.
-    Raises ConfigError for unknown names and idle options (as `required`), ValueError for missing statistics and for a
-    group without the arrays that the measure reads or of another network. Traceable in `statistics` and `key`.
+    Raises ConfigError for unknown names and idle options (as `required`), ValueError for missing
+    statistics and for a group without the arrays that the measure reads or of another network.
+    Traceable in `statistics` and `key`.
     """
     needed = required(name, use_l2=use_l2, use_init=use_init)
     measure, combine = MEASURES[name], tables.lookup(AGGREGATES, aggregate, "aggregate")
@@ -400,7 +475,10 @@ def score(
             raise ValueError(f"the measure {name!r} needs a key.")
         return jax.random.uniform(key, (group.size,))
     if missing := [field for field in needed if getattr(statistics, field) is None]:
-        raise ValueError(f"the measure {name!r} needs {', '.join(needed)}; missing statistics: {', '.join(missing)}.")
+        raise ValueError(
+            f"the measure {name!r} needs {', '.join(needed)}; missing statistics: "
+            f"{', '.join(missing)}."
+        )
     leaves = {field: trees.named_leaves(getattr(statistics, field)) for field in needed}
     members = [member for member in group.members if not (skip and re.fullmatch(skip, member.path))]
 
@@ -412,11 +490,21 @@ def score(
         return measure.reduce(_rows(values, member))
 
     ranks = {path: jnp.ndim(leaf) for path, leaf in leaves[needed[0]].items()}
-    parts = _kernels(members, aggregate, ranks) if measure.on == "kernel" else _norms(members, measure.on, ranks)
+    parts = (
+        _kernels(members, aggregate, ranks)
+        if measure.on == "kernel"
+        else _norms(members, measure.on, ranks)
+    )
     if not parts:
         first = repr(group.members[0].path) if group.members else "no members"
-        what = f"{'producing ' if aggregate == 'producer' else ''}kernel" if measure.on == "kernel" else "norm scale"
-        raise ValueError(f"the measure {name!r} has nothing to read: the group of {first} has no {what}.")
+        what = (
+            f"{'producing ' if aggregate == 'producer' else ''}kernel"
+            if measure.on == "kernel"
+            else "norm scale"
+        )
+        raise ValueError(
+            f"the measure {name!r} has nothing to read: the group of {first} has no {what}."
+        )
     return combine(jnp.stack([sum(one(member) for member in part) for part in parts]))
 
 
@@ -443,7 +531,10 @@ def _norms(members: list, on: str, ranks: dict[str, int]) -> list[tuple]:
 def _leaf(leaves: dict[str, jax.Array], path: str, field: str) -> jax.Array:
     if path not in leaves:
         hint = tables.closest(path, leaves)
-        raise ValueError(f"the statistic {field} has no array {path!r}; it has {list(leaves)[:3]} and so on.{hint}")
+        raise ValueError(
+            f"the statistic {field} has no array {path!r}; it has {list(leaves)[:3]} and so "
+            f"on.{hint}"
+        )
     return leaves[path]
 
 
@@ -451,6 +542,9 @@ def _rows(values: jax.Array, member: Any) -> jax.Array:
     """The entries of each channel: [channels, entries]."""
     size = values.shape[member.axis]
     if member.index.size and not 0 <= member.index.min() <= member.index.max() < size:
-        raise ValueError(f"axis {member.axis} of {member.path!r} has {size} entries; the group's index exceeds them.")
+        raise ValueError(
+            f"axis {member.axis} of {member.path!r} has {size} entries; the group's index exceeds "
+            "them."
+        )
     taken = jnp.take(jnp.moveaxis(values, member.axis, 0), member.index.ravel(), axis=0)
     return taken.reshape(len(member.index), -1)

@@ -1,6 +1,8 @@
-"""Where images come from: the digits, folders, and sets prepared by TFDS; opened and checked, but not decoded.
+"""Where images come from: the digits, folders, and sets prepared by TFDS; opened and checked, but
+not decoded.
 
-Nothing that a set's files say is executed or imported: of the metadata of TFDS, names and numbers are read as JSON.
+Nothing that a set's files say is executed or imported: of the metadata of TFDS, names and numbers
+are read as JSON.
 """
 
 import contextlib
@@ -19,8 +21,12 @@ import numpy as np
 from sparsity_jax.decoding import SUFFIXES, format_of
 from sparsity_jax.tables import ConfigError, closest
 
-LEFT_BY_TOOLS = ("@eaDir", "__MACOSX")  # folders of file managers; those that begin with a dot are passed over too
-TFDS_FEATURES = {  # classes of TFDS whose records are read here, with the field of features.json that describes them
+LEFT_BY_TOOLS = (
+    "@eaDir",
+    "__MACOSX",
+)  # folders of file managers; those that begin with a dot are passed over too
+# classes of TFDS whose records are read here, with the field of features.json that describes them
+TFDS_FEATURES = {
     "image": "tensorflow_datasets.core.features.image_feature.Image",
     "classLabel": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
 }
@@ -28,14 +34,18 @@ TFDS_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 class UnreadableError(ConfigError):
-    """An image that is damaged or not there; the message names it. A stream may go on without such images."""
+    """An image that is damaged or not there; the message names it. A stream may go on without such
+    images.
+    """
 
 
 class Source(NamedTuple):
     """One split that is there but not decoded."""
 
     size: int
-    read: Callable[[Sequence[int]], list[tuple[Any, int]]]  # indices -> (encoded bytes or uint8 [H, W], label) of each
+    read: Callable[
+        [Sequence[int]], list[tuple[Any, int]]
+    ]  # indices -> (encoded bytes or uint8 [H, W], label) of each
     describe: Callable[[int], str]  # where item i comes from, for errors
 
 
@@ -47,9 +57,11 @@ class Opened(NamedTuple):
 
 
 def open_set(name: str, data_dir: str, train_split: str, test_split: str) -> Opened:
-    """The set `name` with its two splits; see `data.load` for the arguments. Raises ConfigError if it cannot be used.
+    """The set `name` with its two splits; see `data.load` for the arguments. Raises ConfigError if
+    it cannot be used.
 
-    Of folders every file is listed; of a set of TFDS the metadata is read, and the records of each file are counted.
+    Of folders every file is listed; of a set of TFDS the metadata is read, and the records of each
+    file are counted.
     """
     if name in SETS:
         return SETS[name](train_split, test_split)
@@ -58,7 +70,9 @@ def open_set(name: str, data_dir: str, train_split: str, test_split: str) -> Ope
     else:
         opened = open_tfds(name, data_dir, train_split, test_split)
     if opened.num_classes < 2:
-        raise ConfigError(f"config.data.name is {name!r}, which has one class; allowed: sets of two and more.")
+        raise ConfigError(
+            f"config.data.name is {name!r}, which has one class; allowed: sets of two and more."
+        )
     return opened
 
 
@@ -66,20 +80,25 @@ def check_label(label: int, num_classes: int, where: str) -> None:
     """Raises ConfigError for a label that is no class; where: the image's name."""
     if not 0 <= label < num_classes:
         raise ConfigError(
-            f"{where} has the label {label} where 0..{num_classes - 1} are classes; unlabelled splits cannot be used, "
+            f"{where} has the label {label} where 0..{num_classes - 1} are classes; unlabelled "
+            "splits cannot be used, "
             "name another one through config.data.train_split or test_split."
         )
 
 
-# Digits ------------------------------------------------------------------------------------------------------
+# Digits -------------------------------------------------------------------------------------------
 
 
 def open_digits(train_split: str, test_split: str) -> Opened:
     if train_split != "train" or test_split not in ("", "test"):
-        raise ConfigError(f"'digits' has the splits 'train' and 'test', not {train_split!r} and {test_split!r}.")
+        raise ConfigError(
+            f"'digits' has the splits 'train' and 'test', not {train_split!r} and {test_split!r}."
+        )
 
     def source(size: int, part: int) -> Source:
-        return Source(size, lambda indices: [read_digits()[part][i] for i in indices], lambda i: f"digit {i}")
+        return Source(
+            size, lambda indices: [read_digits()[part][i] for i in indices], lambda i: f"digit {i}"
+        )
 
     return Opened(source(1437, 0), source(360, 1), 10, 1)
 
@@ -87,39 +106,56 @@ def open_digits(train_split: str, test_split: str) -> Opened:
 SETS = {"digits": open_digits}  # sets by name: opened(train_split, test_split)
 
 
-def of_arrays(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], num_classes: int) -> Opened:
-    """Pairs of images, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N], as a set; C is 1 or 3."""
+def of_arrays(
+    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], num_classes: int
+) -> Opened:
+    """Pairs of images, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N], as a set; C is 1
+    or 3.
+    """
 
     def source(images: np.ndarray, labels: np.ndarray) -> Source:
         read = lambda indices: [(images[i], int(labels[i])) for i in indices]
         return Source(len(images), read, lambda i: f"image {i}")
 
-    return Opened(source(*train), source(*test), num_classes, 1 if train[0].ndim == 3 else train[0].shape[-1])
+    return Opened(
+        source(*train), source(*test), num_classes, 1 if train[0].ndim == 3 else train[0].shape[-1]
+    )
 
 
 @functools.cache
 def read_digits() -> tuple[list[tuple[np.ndarray, int]], list[tuple[np.ndarray, int]]]:
-    """(image, label) of the train and of the test digits. Within each class every fifth image is test."""
+    """(image, label) of the train and of the test digits. Within each class every fifth image is
+    test.
+    """
     from sklearn import datasets  # a second to import, needed by this set only
 
     digits = datasets.load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     is_test = np.zeros(len(images), bool)
     is_test[np.argsort(digits.target, kind="stable")[::5]] = True
-    train, test = ([(images[i], int(digits.target[i])) for i in np.flatnonzero(part)] for part in (~is_test, is_test))
+    train, test = (
+        [(images[i], int(digits.target[i])) for i in np.flatnonzero(part)]
+        for part in (~is_test, is_test)
+    )
     return train, test
 
 
-# Folders -----------------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------
 
 
 def open_folder(path: str, train_split: str, test_split: str) -> Opened:
     root = pathlib.Path(os.path.expanduser(path))
     if not path or not os.path.isdir(root):
-        raise ConfigError(f"config.data.name is 'folder:{path}', but there is no directory {root.absolute()}.")
+        raise ConfigError(
+            f"config.data.name is 'folder:{path}', but there is no directory {root.absolute()}."
+        )
     if not test_split:
         # The official Tiny-ImageNet has a test directory too, without labels.
-        order = ("val", "test") if (root / "val" / "val_annotations.txt").is_file() else ("test", "val", "validation")
+        order = (
+            ("val", "test")
+            if (root / "val" / "val_annotations.txt").is_file()
+            else ("test", "val", "validation")
+        )
         test_split = next((split for split in order if (root / split).is_dir()), "test")
     if train_split == test_split:
         raise ConfigError(f"config.data.train_split and test_split are both {train_split!r}.")
@@ -132,7 +168,8 @@ def open_folder(path: str, train_split: str, test_split: str) -> Opened:
             if here.keys() - there.keys()
         ]
         raise ConfigError(
-            f"{root}: {train_split} and {test_split} need the same class directories; {'; '.join(detail)}."
+            f"{root}: {train_split} and {test_split} need the same class directories; "
+            f"{'; '.join(detail)}."
         )
     refuse_shared(train, test)
     return Opened(folder_source(train), folder_source(test), len(classes), 0)
@@ -140,7 +177,11 @@ def open_folder(path: str, train_split: str, test_split: str) -> Opened:
 
 def folder_source(images: Mapping[str, Mapping[str, str]]) -> Source:
     """images: as `list_images` gives them."""
-    items = [(file, label) for label, cls in enumerate(sorted(images)) for file in sorted(images[cls].values())]
+    items = [
+        (file, label)
+        for label, cls in enumerate(sorted(images))
+        for file in sorted(images[cls].values())
+    ]
     read = lambda indices: [(read_file(items[i][0]), items[i][1]) for i in indices]
     return Source(len(items), read, lambda i: items[i][0])
 
@@ -155,14 +196,16 @@ def read_file(file: str) -> bytes:
 def list_images(split: pathlib.Path) -> dict[str, dict[str, str]]:
     """{class: {real path: path}} of the image files below the directory of each class.
 
-    Every file of a class counts once, however many links lead to it. Hidden files and folders, those of file managers
-    and files that are no images are passed over. Raises ConfigError for everything else that would be lost or counted
-    twice: a directory that cannot be listed, images of other formats or outside of the classes, and a file in two
-    classes.
+    Every file of a class counts once, however many links lead to it. Hidden files and folders,
+    those of file managers and files that are no images are passed over. Raises ConfigError for
+    everything else that would be lost or counted
+    twice: a directory that cannot be listed, images of other formats or outside of the classes, and
+    a file in two classes.
     """
     if not os.path.isdir(split):
         raise ConfigError(
-            f"{split} is missing; a folder needs train/ and test/ (or val/), with one directory per class."
+            f"{split} is missing; a folder needs train/ and test/ (or val/), with one directory "
+            "per class."
         )
     if (split / "val_annotations.txt").is_file():
         images = annotated_images(split)
@@ -173,21 +216,27 @@ def list_images(split: pathlib.Path) -> dict[str, dict[str, str]]:
         for place, file in files.items():
             if place in classes_of:
                 raise ConfigError(
-                    f"{file} is the same file as one of the class {classes_of[place]!r}; remove one of them, an image "
+                    f"{file} is the same file as one of the class {classes_of[place]!r}; remove "
+                    "one of them, an image "
                     "has one class."
                 )
             classes_of[place] = cls
     return images
 
 
-def refuse_shared(train: Mapping[str, Mapping[str, str]], test: Mapping[str, Mapping[str, str]]) -> None:
-    """Raises ConfigError if a file is in both splits, through links or because they are the same directory."""
+def refuse_shared(
+    train: Mapping[str, Mapping[str, str]], test: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Raises ConfigError if a file is in both splits, through links or because they are the same
+    directory.
+    """
     places = {place: file for files in train.values() for place, file in files.items()}
     for files in test.values():
         for place, file in files.items():
             if place in places:
                 raise ConfigError(
-                    f"{file} of the test split is the same file as {places[place]} of the train split; the two must "
+                    f"{file} of the test split is the same file as {places[place]} of the train "
+                    "split; the two must "
                     "not share images."
                 )
 
@@ -196,10 +245,14 @@ def class_directories(split: pathlib.Path) -> list[os.DirEntry]:
     entries = visible_entries(str(split))
     classes = [entry for entry in entries if is_directory(entry)]
     if not classes:
-        raise ConfigError(f"{split} has no class directories; put the images of class X into {split / 'X'}.")
+        raise ConfigError(
+            f"{split} has no class directories; put the images of class X into {split / 'X'}."
+        )
     for entry in entries:
         if entry not in classes and is_image(entry):
-            raise ConfigError(f"{entry.path} is in no class directory; move it into one, or remove it.")
+            raise ConfigError(
+                f"{entry.path} is in no class directory; move it into one, or remove it."
+            )
     return classes
 
 
@@ -210,18 +263,23 @@ def class_images(directory: str) -> dict[str, str]:
         if is_image(entry):
             files.setdefault(place, entry.path)
     if not files:
-        raise ConfigError(f"{directory} has no images ({', '.join(SUFFIXES)}); remove the directory or fill it.")
+        raise ConfigError(
+            f"{directory} has no images ({', '.join(SUFFIXES)}); remove the directory or fill it."
+        )
     return files
 
 
 def walk(directory: str, place: str, visited: set[str]) -> Iterator[tuple[os.DirEntry, str]]:
-    """(file, its real path) of everything visible below `directory`; links are followed, to each directory once.
+    """(file, its real path) of everything visible below `directory`; links are followed, to each
+    directory once.
 
     A link to a directory that contains it is passed over. place: the real path of `directory`.
     """
     visited.add(place)
     for entry in visible_entries(directory):
-        real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(place, entry.name)
+        real = (
+            os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(place, entry.name)
+        )
         if not is_directory(entry):
             yield entry, real
         elif real not in visited and not place.startswith(os.path.join(real, "")):
@@ -247,8 +305,8 @@ def is_directory(entry: os.DirEntry) -> bool:
 def is_image(entry: os.DirEntry) -> bool:
     """Whether a file counts as an image, by its suffix.
 
-    Raises ConfigError for what looks like an image and would not count: an image by its content under another suffix,
-    and an image by its suffix that is no file.
+    Raises ConfigError for what looks like an image and would not count: an image by its content
+    under another suffix, and an image by its suffix that is no file.
     """
     if entry.name.lower().endswith(SUFFIXES):
         if os.path.exists(entry.path) and not os.path.isfile(entry.path):
@@ -260,7 +318,8 @@ def is_image(entry: os.DirEntry) -> bool:
         if name := format_of(file.read(32)):
             raise ConfigError(
                 f"{entry.path} is an image ({name}) that would not be read; allowed: files named "
-                f"{', '.join('*' + suffix for suffix in SUFFIXES)}. Convert or rename it, or remove it."
+                f"{', '.join('*' + suffix for suffix in SUFFIXES)}. Convert or rename it, or "
+                "remove it."
             )
     return False
 
@@ -276,7 +335,9 @@ def annotated_images(split: pathlib.Path) -> dict[str, dict[str, str]]:
     for line in sorted(filter(str.strip, lines)):
         file, tab, rest = line.partition("\t")
         if not tab or os.path.basename(file) != file:
-            raise ConfigError(f"{annotations}: the line {line!r} is no file and class with a tab between them.")
+            raise ConfigError(
+                f"{annotations}: the line {line!r} is no file and class with a tab between them."
+            )
         path = str(split / "images" / file)
         images.setdefault(rest.partition("\t")[0], {})[os.path.realpath(path)] = path
     if not images:
@@ -284,7 +345,7 @@ def annotated_images(split: pathlib.Path) -> dict[str, dict[str, str]]:
     return images
 
 
-# TFDS --------------------------------------------------------------------------------------------------------
+# TFDS ---------------------------------------------------------------------------------------------
 
 
 def open_tfds(name: str, data_dir: str, train_split: str, test_split: str) -> Opened:
@@ -295,7 +356,8 @@ def open_tfds(name: str, data_dir: str, train_split: str, test_split: str) -> Op
     formats = prepared_formats(directory)
     if "array_record" not in formats:
         raise ConfigError(
-            f"{directory} is prepared as {', '.join(formats)}, which only TensorFlow reads; prepare it again as "
+            f"{directory} is prepared as {', '.join(formats)}, which only TensorFlow reads; "
+            "prepare it again as "
             f"array_record: {again} (or into another --data_dir)."
         )
     if not (directory / "features.json").is_file():
@@ -306,35 +368,52 @@ def open_tfds(name: str, data_dir: str, train_split: str, test_split: str) -> Op
         test_split = next((split for split in ("test", "validation", "val") if split in splits), "")
         if not test_split:
             raise ConfigError(
-                f"{name!r} has the splits {', '.join(map(repr, splits))} and none for testing; cut one, e.g. "
+                f"{name!r} has the splits {', '.join(map(repr, splits))} and none for testing; "
+                "cut one, e.g. "
                 "config.data.train_split='train[:90%]' and test_split='train[90%:]'."
             )
     chosen = {"train_split": train_split, "test_split": test_split}
-    parts = {option: file_parts(name, directory, splits, option, split) for option, split in chosen.items()}
-    check_files({part.filename: part.examples_in_shard for own in parts.values() for part in own}, again)
+    parts = {
+        option: file_parts(name, directory, splits, option, split)
+        for option, split in chosen.items()
+    }
+    check_files(
+        {part.filename: part.examples_in_shard for own in parts.values() for part in own}, again
+    )
     named = [(option, part) for option, own in parts.items() for part in own]
     for (first, a), (second, b) in itertools.combinations(named, 2):
         if a.filename == b.filename and max(a.skip, b.skip) < min(a.skip + a.take, b.skip + b.take):
             which = f"config.data.{first} {chosen[first]!r}"
-            other = "names some images twice" if first == second else f"and {second} {chosen[second]!r} share images"
+            other = (
+                "names some images twice"
+                if first == second
+                else f"and {second} {chosen[second]!r} share images"
+            )
             raise ConfigError(f"{which} {other}.")
-    train, test = (records_source(directory, chosen[option], parts[option], keys) for option in chosen)
+    train, test = (
+        records_source(directory, chosen[option], parts[option], keys) for option in chosen
+    )
     return Opened(train, test, num_classes, channels)
 
 
 def tfds_directory(data_dir: str) -> pathlib.Path:
     """Where TFDS keeps prepared sets: `data_dir`, or TFDS's own default if that is ""."""
-    return pathlib.Path(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
+    return pathlib.Path(
+        os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    )
 
 
 def find_prepared(name: str, data_dir: str) -> pathlib.Path | None:
-    """The directory of the newest prepared version of `name` (forms: see `data.load`), or None if there is none.
+    """The directory of the newest prepared version of `name` (forms: see `data.load`), or None if
+    there is none.
 
-    Raises ConfigError if `name` is malformed, or has several prepared configs and does not say which.
+    Raises ConfigError if `name` is malformed, or has several prepared configs and does not say
+    which.
     """
     if not re.fullmatch(r"\w+(/[\w.+-]+)?([:/]\d+\.\d+\.\d+)?", name):
         raise ConfigError(
-            f"config.data.name is {name!r}; allowed: 'digits', 'folder:PATH', or a TFDS set as 'name', 'name/config', "
+            f"config.data.name is {name!r}; allowed: 'digits', 'folder:PATH', or a TFDS set as "
+            "'name', 'name/config', "
             "'name:version'."
         )
     root = tfds_directory(data_dir) / name.replace(":", "/")
@@ -346,7 +425,9 @@ def find_prepared(name: str, data_dir: str) -> pathlib.Path | None:
         configs = sorted({path.parent.name for path in found})
         if len(configs) > 1:
             choices = ", ".join(repr(f"{name}/{config}") for config in configs)
-            raise ConfigError(f"config.data.name is {name!r}, of which several configs are prepared: {choices}.")
+            raise ConfigError(
+                f"config.data.name is {name!r}, of which several configs are prepared: {choices}."
+            )
         if found:
             return max(found, key=lambda path: [int(number) for number in path.name.split(".")])
     return None
@@ -356,10 +437,13 @@ def not_prepared(name: str, data_dir: str) -> str:
     import tensorflow_datasets as tfds  # half a second to import, for the names it knows
 
     root = tfds_directory(data_dir)
-    there = sorted(path.name for path in root.iterdir() if path.is_dir()) if os.path.isdir(root) else []
+    there = (
+        sorted(path.name for path in root.iterdir() if path.is_dir()) if os.path.isdir(root) else []
+    )
     hint = name_hint(name, [*there, *tfds.list_builders(with_community_datasets=False), "digits"])
     return (
-        f"config.data.name is {name!r}, which is not prepared in {root} (there: {', '.join(there) or 'nothing'})."
+        f"config.data.name is {name!r}, which is not prepared in {root} (there: "
+        f"{', '.join(there) or 'nothing'})."
         f'{hint} To prepare it once, online: pip install "sparsity_jax[prepare]" && '
         f"{prepare_command(name, data_dir)}. Sets without preparation: 'digits', 'folder:PATH'."
     )
@@ -417,27 +501,41 @@ def read_features(name: str, directory: pathlib.Path) -> tuple[Keys, int, int]:
         dimensions = features[image]["image"].get("shape", {}).get("dimensions", ["-1"])
         channels = {1: 1, 3: 3, 4: 3}.get(int(dimensions[-1]), 0)
         num_classes = int(features[label]["classLabel"].get("numClasses", 0))
-    return Keys(image, label), num_classes or count_names(directory / f"{label}.labels.txt"), channels
+    return (
+        Keys(image, label),
+        num_classes or count_names(directory / f"{label}.labels.txt"),
+        channels,
+    )
 
 
 def supervised_keys(stored: Mapping[str, Any]) -> list[str]:
     """Features that a set gives as input and output, in either of TFDS's two ways to say so."""
     items = stored.get("tuple", {}).get("items", [])
-    names = [item.get("featureKey") for item in items] or [stored.get("input"), stored.get("output")]
+    names = [item.get("featureKey") for item in items] or [
+        stored.get("input"),
+        stored.get("output"),
+    ]
     return [name for name in names if isinstance(name, str)]
 
 
-def pick_feature(name: str, features: Mapping[str, Any], kind: str, preferred: Sequence[str]) -> str:
-    """The feature of a kind of `TFDS_FEATURES`: the first of `preferred` that is one, or else the only one."""
+def pick_feature(
+    name: str, features: Mapping[str, Any], kind: str, preferred: Sequence[str]
+) -> str:
+    """The feature of a kind of `TFDS_FEATURES`: the first of `preferred` that is one, or else the
+    only one.
+    """
     fitting = [
         key
         for key, feature in features.items()
         if kind in feature and feature.get("pythonClassName") == TFDS_FEATURES[kind]
     ]
-    choice = next((key for key in preferred if key in fitting), fitting[0] if len(fitting) == 1 else None)
+    choice = next(
+        (key for key in preferred if key in fitting), fitting[0] if len(fitting) == 1 else None
+    )
     if choice is None:
         raise ConfigError(
-            f"{name!r} is no image classification set: it needs one {TFDS_FEATURES[kind].rpartition('.')[2]} feature "
+            f"{name!r} is no image classification set: it needs one "
+            f"{TFDS_FEATURES[kind].rpartition('.')[2]} feature "
             f"and has {', '.join(map(repr, fitting)) or 'none'}."
         )
     return choice
@@ -467,15 +565,20 @@ def read_splits(directory: pathlib.Path) -> Any:
         return tfds.core.SplitDict(splits)
 
 
-def file_parts(name: str, directory: pathlib.Path, splits: Any, option: str, split: str) -> list[Any]:
-    """TFDS's instructions of what to read for a split or slice: filename, skip, take and examples_in_shard each."""
+def file_parts(
+    name: str, directory: pathlib.Path, splits: Any, option: str, split: str
+) -> list[Any]:
+    """TFDS's instructions of what to read for a split or slice: filename, skip, take and
+    examples_in_shard each.
+    """
     detail = f"config.data.{option} is {split!r}"
     try:
         parts = [part for part in splits[split].file_instructions if part.take]
     except Exception as error:  # its parser of slices has many
         known = ", ".join(map(repr, splits))
         raise ConfigError(
-            f"{detail}; {name!r} has the splits {known}, and slices such as 'train[:90%]'. TFDS says: {error}"
+            f"{detail}; {name!r} has the splits {known}, and slices such as 'train[:90%]'. TFDS "
+            f"says: {error}"
         ) from error
     if not parts:
         raise ConfigError(f"{detail}, which is empty in {directory}.")
@@ -483,7 +586,9 @@ def file_parts(name: str, directory: pathlib.Path, splits: Any, option: str, spl
 
 
 def check_files(counts: Mapping[str, int], again: str) -> None:
-    """Raises ConfigError unless every file holds as many records as the metadata says: {file: records}."""
+    """Raises ConfigError unless every file holds as many records as the metadata says: {file:
+    records}.
+    """
     from array_record.python import array_record_module
 
     for file, count in counts.items():
@@ -494,10 +599,13 @@ def check_files(counts: Mapping[str, int], again: str) -> None:
             stored = reader.num_records()
             reader.close()
         except (RuntimeError, ValueError, IndexError) as error:
-            raise ConfigError(f"{file} cannot be read, prepare the set again ({again}): {error}") from error
+            raise ConfigError(
+                f"{file} cannot be read, prepare the set again ({again}): {error}"
+            ) from error
         if stored != count:
             raise ConfigError(
-                f"{file} holds {stored} records, dataset_info.json counts {count}; prepare the set again: {again}"
+                f"{file} holds {stored} records, dataset_info.json counts {count}; prepare the "
+                f"set again: {again}"
             )
 
 
@@ -510,7 +618,9 @@ def records_source(directory: pathlib.Path, split: str, parts: Sequence[Any], ke
     return Source(len(records), read, lambda i: f"{where}, record {i}")
 
 
-def read_records(records: Any, where: str, keys: Keys, indices: Sequence[int]) -> list[tuple[bytes, int]]:
+def read_records(
+    records: Any, where: str, keys: Keys, indices: Sequence[int]
+) -> list[tuple[bytes, int]]:
     """Encoded image and label of each record."""
     try:
         raw = records.__getitems__(list(indices))
@@ -531,7 +641,10 @@ def parse_record(record: bytes, where: str, keys: Keys) -> tuple[bytes, int]:
     except DecodeError:
         raise UnreadableError(f"{where} is damaged: it is no example of TFDS.") from None
     images, labels = feature[keys.image].bytes_list.value, feature[keys.label].int64_list.value
-    for key, values, what in ((keys.image, images, "encoded image"), (keys.label, labels, "whole number")):
+    for key, values, what in (
+        (keys.image, images, "encoded image"),
+        (keys.label, labels, "whole number"),
+    ):
         if len(values) != 1:
             raise UnreadableError(f"{where} has no {what} under {key!r} but {len(values)} of them.")
     return images[0], labels[0]

@@ -1,12 +1,15 @@
-"""Curvature of a loss over a whole data set: deterministic products, and the Hessian rows of chosen weights.
+"""Curvature of a loss over a whole data set: deterministic products, and the Hessian rows of chosen
+weights.
 
-    product = over_batches(hessian_product(loss), (images, labels), 1000)    # loss(params, batch): a batch's mean
-    matvec = functools.partial(product, params)     # or: linearized(hessian_product(loss), params, data, 1000)
-    tridiagonal = linops.lanczos(64, on_host=True)(matvec, linops.rademacher(key, params))
-    terms = taylor(loss, (images, labels), 1000)(params, step)    # is the gradient small against the curvature?
+    product = over_batches(hessian_product(loss), (images, labels), 1000)    # loss(params, batch):
+    a batch's mean matvec = functools.partial(product, params)     # or:
+    linearized(hessian_product(loss), params, data, 1000) tridiagonal = linops.lanczos(64,
+    on_host=True)(matvec, linops.rademacher(key, params)) terms = taylor(loss, (images, labels),
+    1000)(params, step)    # is the gradient small against the curvature?
 
-Examples come in a fixed order, without augmentation, and every batch counts by its size: the same product twice is
-equal bit by bit, and the batch size changes rounding only. `select` restricts everything to some of the parameters.
+Examples come in a fixed order, without augmentation, and every batch counts by its size: the same
+product twice is equal bit by bit, and the batch size changes rounding only. `select` restricts
+everything to some of the parameters.
 """
 
 from collections.abc import Callable
@@ -30,23 +33,31 @@ def hessian_product(loss: Callable) -> Product:
     return lambda params, v, batch: linops.hvp(loss, params, batch)(v)
 
 
-def over_batches(product: Product, data: PyTree, batch_size: int, *, on_host: bool = False) -> Callable:
+def over_batches(
+    product: Product, data: PyTree, batch_size: int, *, on_host: bool = False
+) -> Callable:
     """`mean(params, v)`: the mean of `product` over all examples of `data`, batch by batch.
 
-    product: as above, of the mean over a batch. data: a pytree of arrays [N, ...]; a shorter last batch counts by its
-    size. on_host: one compiled call per batch instead of a scan, which XLA's CPU backend needs for convolutions (inside
-    a scan their gradients become a naive loop); the function is then not traceable.
-    Sharded data keep their sharding; explicit mesh axes over the examples must divide every batch. Raises ValueError
-    for empty data and for a batch size below 1.
+    product: as above, of the mean over a batch. data: a pytree of arrays [N, ...]; a shorter last
+    batch counts by its size. on_host: one compiled call per batch instead of a scan, which XLA's
+    CPU backend needs for convolutions (inside a scan their gradients become a naive loop); the
+    function is then not traceable. Sharded data keep their sharding; explicit mesh axes over the
+    examples must divide every batch. Raises ValueError for empty data and for a batch size below 1.
     """
-    return _mean(product, lambda params, v: jax.tree.map(jnp.zeros_like, v), data, batch_size, on_host)
+    return _mean(
+        product, lambda params, v: jax.tree.map(jnp.zeros_like, v), data, batch_size, on_host
+    )
 
 
 def _mean(part: Callable, zero: Callable, data: PyTree, batch_size: int, on_host: bool) -> Callable:
-    """`mean(params, v)` of `part(params, v, batch)`, whose structure is that of `zero(params, v)`."""
+    """`mean(params, v)` of `part(params, v, batch)`, whose structure is that of `zero(params,
+    v)`.
+    """
     size, batch_size = _sizes(data, batch_size)
     whole, rest = divmod(size, batch_size)
-    data = jax.tree.map(jnp.asarray, data)  # NumPy arrays would be sent to the device for every call
+    data = jax.tree.map(
+        jnp.asarray, data
+    )  # NumPy arrays would be sent to the device for every call
 
     def add(total, params, v, data, start, length):
         found = part(params, v, cut(data, start, length))
@@ -78,10 +89,11 @@ def _mean(part: Callable, zero: Callable, data: PyTree, batch_size: int, on_host
 def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) -> Callable:
     """`matvec(v)`: what `over_batches` computes, for many v at the same `params`.
 
-    All that does not depend on v, such as activations and back-propagated errors, is computed here, once, and kept for
-    every example; a product then takes 0.7 to 0.8 of its time on a dense network. The device holds some dozen numbers
-    a unit and example: 2.4 GB for FC5 and 7.2 GB for FC12 on 50,000 images of CIFAR-10, float32.
-    matvec is not traceable: it makes one compiled call per batch. Raises as `over_batches`.
+    All that does not depend on v, such as activations and back-propagated errors, is computed here,
+    once, and kept for every example; a product then takes 0.7 to 0.8 of its time on a dense
+    network. The device holds some dozen numbers a unit and example: 2.4 GB for FC5 and 7.2 GB for
+    FC12 on 50,000 images of CIFAR-10, float32. matvec is not traceable: it makes one compiled call
+    per batch. Raises as `over_batches`.
     """
     size, batch_size = _sizes(data, batch_size)
     data, zero = jax.tree.map(jnp.asarray, data), jax.tree.map(jnp.zeros_like, params)
@@ -94,7 +106,9 @@ def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) 
 
     prepare, add = jax.jit(prepare, static_argnums=3), jax.jit(add, static_argnums=3)
     lengths = {start: min(batch_size, size - start) for start in range(0, size, batch_size)}
-    parts = [(prepare(params, data, start, length), length / size) for start, length in lengths.items()]
+    parts = [
+        (prepare(params, data, start, length), length / size) for start, length in lengths.items()
+    ]
 
     def matvec(v):
         total, v = jax.tree.map(jnp.zeros_like, v), linops.tangent(v, params)
@@ -107,7 +121,9 @@ def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) 
 
 
 class Taylor(NamedTuple):
-    """What a step d does to a loss: `change`, the whole of it; `first_order`, g.d; `second_order`, d.Hd / 2."""
+    """What a step d does to a loss: `change`, the whole of it; `first_order`, g.d; `second_order`,
+    d.Hd / 2.
+    """
 
     change: jax.Array
     first_order: jax.Array
@@ -115,17 +131,21 @@ class Taylor(NamedTuple):
 
 
 def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = False) -> Callable:
-    """`terms(params, step) -> Taylor`: of the mean of `loss(params, batch)` over all examples of `data`.
+    """`terms(params, step) -> Taylor`: of the mean of `loss(params, batch)` over all examples of
+    `data`.
 
-    step: structure and shapes of `params`. The terms are derivatives along the step, so no gradient is formed: forward
-    mode twice, about five evaluations of the loss. data, batch_size, on_host and errors: as for `over_batches`;
-    ValueError also for a loss that is no scalar and for a step of another structure.
+    step: structure and shapes of `params`. The terms are derivatives along the step, so no gradient
+    is formed: forward mode twice, about five evaluations of the loss. data, batch_size, on_host and
+    errors: as for `over_batches`; ValueError also for a loss that is no scalar and for a step of
+    another structure.
     """
 
     def part(params, step, batch):
         linops.check_scalar(lambda params: loss(params, batch), params)
         step = linops.tangent(step, params)
-        moved = lambda t: loss(jax.tree.map(lambda w, d: w + t.astype(w.dtype) * d, params, step), batch)
+        moved = lambda t: loss(
+            jax.tree.map(lambda w, d: w + t.astype(w.dtype) * d, params, step), batch
+        )
         slope = lambda t: jax.jvp(moved, (t,), (one,))  # -> loss, first derivative
         zero, one = jnp.zeros(()), jnp.ones(())
         (before, first), (_, second) = jax.jvp(slope, (zero,), (one,))
@@ -139,10 +159,14 @@ def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = Fal
 
 
 def _sizes(data: PyTree, batch_size: int) -> tuple[int, int]:
-    """(number of examples, examples in a batch); ValueError for empty or unequal arrays and no batch."""
+    """(number of examples, examples in a batch); ValueError for empty or unequal arrays and no
+    batch.
+    """
     sizes = {len(leaf) for leaf in jax.tree.leaves(data)}
     if len(sizes) != 1 or not min(sizes):
-        raise ValueError(f"data has arrays of length {sorted(sizes)}; allowed: one length, at least 1.")
+        raise ValueError(
+            f"data has arrays of length {sorted(sizes)}; allowed: one length, at least 1."
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
     size = sizes.pop()
@@ -158,7 +182,9 @@ def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) 
     """`loss(params, batch)` of every whole batch of `data` in order: [N // batch_size]."""
     size, _ = _sizes(data, 1)
     if not 1 <= batch_size <= size:
-        raise ValueError(f"batch_size is {batch_size}; allowed: 1 to {size}, the number of examples.")
+        raise ValueError(
+            f"batch_size is {batch_size}; allowed: 1 to {size}, the number of examples."
+        )
 
     def one(_, i):
         return None, loss(params, cut(data, i * batch_size, batch_size))
@@ -170,7 +196,9 @@ def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) 
 
 
 class Selected(NamedTuple):
-    """params: the chosen arrays by path. rebuild(params) -> the whole tree, all other arrays as they were."""
+    """params: the chosen arrays by path. rebuild(params) -> the whole tree, all other arrays as
+    they were.
+    """
 
     params: dict[str, jax.Array]
     rebuild: Callable[[dict[str, jax.Array]], PyTree]
@@ -191,10 +219,14 @@ def select(params: PyTree, pattern: str, where: str = "parameters") -> Selected:
 # Rows of the Hessian
 
 
-def quantile_entries(params: dict[str, jax.Array], num: int) -> list[tuple[str, tuple[int, ...], float]]:
-    """(path, index, magnitude) of the weights at `num` magnitude quantiles 0, 1/num, ...: the ceil(q n)-th smallest.
+def quantile_entries(
+    params: dict[str, jax.Array], num: int
+) -> list[tuple[str, tuple[int, ...], float]]:
+    """(path, index, magnitude) of the weights at `num` magnitude quantiles 0, 1/num, ...: the
+    ceil(q n)-th smallest.
 
-    params: the prunable arrays by path; the smallest one for q = 0; of equal magnitudes the first in order.
+    params: the prunable arrays by path; the smallest one for q = 0; of equal magnitudes the first
+        in order.
     """
     flat = np.concatenate([np.abs(np.asarray(leaf)).ravel() for leaf in params.values()])
     ends, paths = np.cumsum([leaf.size for leaf in params.values()]), list(params)
@@ -210,9 +242,13 @@ def quantile_entries(params: dict[str, jax.Array], num: int) -> list[tuple[str, 
 
 
 def one_hot(like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> dict[str, jax.Array]:
-    """Zeros in the shapes of `like`, but for a 1 at one entry: the vector whose product is a row of the matrix."""
+    """Zeros in the shapes of `like`, but for a 1 at one entry: the vector whose product is a row of
+    the matrix.
+    """
     if path not in like:
-        raise ValueError(f"{path!r} is not among the parameters {list(like)[:5]}.{tables.closest(path, like)}")
+        raise ValueError(
+            f"{path!r} is not among the parameters {list(like)[:5]}.{tables.closest(path, like)}"
+        )
     shape = jnp.shape(like[path])
     if len(index) != len(shape) or not all(0 <= i < n for i, n in zip(index, shape)):
         raise ValueError(f"index {index} is no entry of {path!r}, whose shape is {shape}.")
@@ -220,7 +256,9 @@ def one_hot(like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> di
     return linops.tangent({**zeros, path: zeros[path].at[index].set(1)}, like)
 
 
-def row_norm(matvec: Callable, like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> jax.Array:
+def row_norm(
+    matvec: Callable, like: dict[str, jax.Array], path: str, index: tuple[int, ...]
+) -> jax.Array:
     """L1 norm of the row of A that belongs to entry `index` of `params[path]`, by one product."""
     row = matvec(one_hot(like, path, index))
     return sum(map(trees.absolute_sum, row.values()))

@@ -1,4 +1,5 @@
-"""The stages a pipeline is made of: each turns a state into a state and rows, and says how to check its options.
+"""The stages a pipeline is made of: each turns a state into a state and rows, and says how to check
+its options.
 
 See `interface` for what a stage is.
 """
@@ -28,7 +29,27 @@ from sparsity_jax import (
 )
 
 PyTree = Any
-RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
+RATIOS = (
+    0.0,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    0.91,
+    0.92,
+    0.93,
+    0.94,
+    0.95,
+    0.96,
+    0.97,
+    0.98,
+    0.99,
+)
 
 
 def member_state(problem: train.Problem, state: train.State, member: int) -> train.State:
@@ -37,20 +58,22 @@ def member_state(problem: train.Problem, state: train.State, member: int) -> tra
     return state if problem.members is None else jax.tree.map(lambda leaf: leaf[member], state)
 
 
-# train -------------------------------------------------------------------------------------------------------
+# train --------------------------------------------------------------------------------------------
 
 
 @tables.option
 class Train(interface.Stage):
     """Trains the network.
 
-    start: go on from the current weights, or from the run's initial ones, without masks (several arms of a comparison).
-    shift_inside: moves the weights into the feasible sets first. evaluate_every: epochs between evaluations on the test
-    set.
-    carry: goes on with the momentum of the training before it if that has carry too, also through stages of kind `cut`,
-    and no others (sgd only).
-    track: `dict(name="saliency", alpha=0.8, track_batches=20, use_l2=False, use_init=False)` keeps a running average of
-    every weight's importance over the last batches of each epoch, for a cut by `biased_loss_tracked`.
+    start: go on from the current weights, or from the run's initial ones, without masks (several
+        arms of a comparison).
+    shift_inside: moves the weights into the feasible sets first. evaluate_every: epochs between
+    evaluations on the test set.
+    carry: goes on with the momentum of the training before it if that has carry too, also through
+    stages of kind `cut`, and no others (sgd only).
+    track: `dict(name="saliency", alpha=0.8, track_batches=20, use_l2=False, use_init=False)` keeps
+    a running average of every weight's importance over the last batches of each epoch, for a cut by
+    `biased_loss_tracked`.
     label: name of the trained network in the report (default: the stage's).
     """
 
@@ -78,7 +101,9 @@ class Train(interface.Stage):
         except ValueError as error:  # options that do not fit the epochs
             raise tables.ConfigError(f"{where}.optimizer.schedule: {error}") from None
         if self.carry and recipe.name != "sgd":
-            raise tables.ConfigError(f"{where}.carry hands on the momentum of sgd; the optimizer is {recipe.name!r}.")
+            raise tables.ConfigError(
+                f"{where}.carry hands on the momentum of sgd; the optimizer is {recipe.name!r}."
+            )
         return train.Fit(
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -94,12 +119,16 @@ class Train(interface.Stage):
 
 
 def checked_tracker(track: Mapping[str, Any], where: str) -> tuple[tuple[str, Any], ...]:
-    """The options of a tracker, sorted pairs, () for none; raises ConfigError for ones that cannot work."""
+    """The options of a tracker, sorted pairs, () for none; raises ConfigError for ones that cannot
+    work.
+    """
     given = dict(track)
     tracker = tables.lookup(TRACKERS, given.pop("name", "none"), f"{where}.name")
     options = {**tables.defaults(tracker), **tables.check_options(tracker, given, where)}
     if options.get("use_init") and not options["use_l2"]:
-        raise tables.ConfigError(f"{where}.use_init replaces the factor |w| of use_l2, which is False.")
+        raise tables.ConfigError(
+            f"{where}.use_init replaces the factor |w| of use_l2, which is False."
+        )
     return tuple(sorted(options.items()))
 
 
@@ -108,23 +137,30 @@ def no_tracker() -> None:
 
 
 def saliency_tracker(
-    *, alpha: tables.Fraction = 0.8, track_batches: tables.Count = 20, use_l2: bool = False, use_init: bool = False
+    *,
+    alpha: tables.Fraction = 0.8,
+    track_batches: tables.Count = 20,
+    use_l2: bool = False,
+    use_init: bool = False,
 ) -> None:
-    """Options of `scores.tracker` that average `scores.weight_saliency`; use_init: relative to the initial weights."""
+    """Options of `scores.tracker` that average `scores.weight_saliency`; use_init: relative to the
+    initial weights.
+    """
 
 
 TRACKERS = {"none": no_tracker, "saliency": saliency_tracker}
 
 
-# sfw_init ----------------------------------------------------------------------------------------------------
+# sfw_init -----------------------------------------------------------------------------------------
 
 
 @tables.option
 class SfwInit(interface.Stage):
     """Learns one scale per parameter array so that one Frank-Wolfe step helps most (SFW-Init).
 
-    constraint, learning_rate: as in the training that follows. Each iteration draws `batch_size` examples, an
-    even number, for the inner step, keeps half of them and draws half anew for the objective.
+    constraint, learning_rate: as in the training that follows. Each iteration draws `batch_size`
+    examples, an even number, for the inner step, keeps half of them and draws half anew for the
+    objective.
     scale_learning_rate, min_scale, clip: of the scales.
     """
 
@@ -141,7 +177,9 @@ class SfwInit(interface.Stage):
 
     def recipe(self, where: str = "sfw_init") -> optim.Recipe:
         """The Frank-Wolfe step as an optimizer; raises ConfigError."""
-        fields = dict(learning_rate=self.learning_rate, constraint=self.constraint, norms=self.norms)
+        fields = dict(
+            learning_rate=self.learning_rate, constraint=self.constraint, norms=self.norms
+        )
         return optim.check(dict(name="sfw", **fields), where)
 
     def check(self, where: str) -> None:
@@ -150,7 +188,8 @@ class SfwInit(interface.Stage):
 
     def check_streamed(self, where: str) -> None:
         raise tables.ConfigError(
-            f"config.data.stream leaves images where they are, but {where}.kind 'sfw_init' draws from all of them in "
+            f"config.data.stream leaves images where they are, but {where}.kind 'sfw_init' draws "
+            "from all of them in "
             "memory."
         )
 
@@ -169,15 +208,20 @@ class SfwInit(interface.Stage):
         augment = data.make_augmentation(chosen.augment, problem.dataset, place.name)
 
         def loss(params, batch_stats, batch):
-            logits, _ = problem.model.apply_train({"params": params, "batch_stats": batch_stats}, *batch[:1], batch[2])
+            logits, _ = problem.model.apply_train(
+                {"params": params, "batch_stats": batch_stats}, *batch[:1], batch[2]
+            )
             return losses.cross_entropy(logits, batch[1]).mean()
 
         def iterate(scales, state, numbers, images, labels):
-            keys = jax.random.split(jax.random.fold_in(train.stage_key(state.key, place.position), scales.step), 4)
+            keys = jax.random.split(
+                jax.random.fold_in(train.stage_key(state.key, place.position), scales.step), 4
+            )
             index = jax.random.choice(keys[0], size, (3 * half,), replace=size < 3 * half)
             inputs, targets = problem.images(augment(keys[1], images[index])), labels[index]
             batch = lambda *parts: tuple(
-                jnp.concatenate([array[p * half : (p + 1) * half] for p in parts]) for array in (inputs, targets)
+                jnp.concatenate([array[p * half : (p + 1) * half] for p in parts])
+                for array in (inputs, targets)
             )
             step = gradinit.scale_step(
                 lambda params, batch: loss(params, state.batch_stats, batch),
@@ -196,27 +240,36 @@ class SfwInit(interface.Stage):
         scales = problem.once("scales", lambda: jax.jit(problem.lift(gradinit.init)))(state.params)
         for i in range(chosen.iterations):
             stopping.check()
-            scales, (before, after) = compiled(scales, state, numbers, problem.train_images, problem.train_labels)
+            scales, (before, after) = compiled(
+                scales, state, numbers, problem.train_images, problem.train_labels
+            )
             if (i + 1) % chunk == 0 or i == 0 or i + 1 == chosen.iterations:
-                found = train.member_rows(problem, dict(loss_before=before, loss_after=after), iteration=i + 1)
+                found = train.member_rows(
+                    problem, dict(loss_before=before, loss_after=after), iteration=i + 1
+                )
                 if not all(np.isfinite(row[0]["loss_after"]) for row in found):
-                    raise train.NonFiniteLossError(f"{place.name}: the loss is not finite at iteration {i + 1}.")
+                    raise train.NonFiniteLossError(
+                        f"{place.name}: the loss is not finite at iteration {i + 1}."
+                    )
                 finished = i + 1 == chosen.iterations
-                # the scales are not part of the state: an interrupted stage starts anew and finds the same ones
+                # the scales are not part of the state: an interrupted stage starts anew and finds
+                # the same ones
                 yield train.Update(
-                    state._replace(params=scales.params) if finished else None, found, (i + 1) / chosen.iterations
+                    state._replace(params=scales.params) if finished else None,
+                    found,
+                    (i + 1) / chosen.iterations,
                 )
 
 
-# prune -------------------------------------------------------------------------------------------------------
+# prune --------------------------------------------------------------------------------------------
 
 
 @tables.option
 class Selecting(interface.Stage):
     """A stage that selects what to prune. Empty options are the default of their selection.
 
-    selection: `global`, `layerwise`, `random` or `structured`; the other fields are options of the selection, see
-    `allocate.keep_counts`.
+    selection: `global`, `layerwise`, `random` or `structured`; the other fields are options of the
+    selection, see `allocate.keep_counts`.
     """
 
     selection: str = "global"
@@ -236,7 +289,9 @@ class Selecting(interface.Stage):
     def options(self, where: str = "selection") -> dict[str, Any]:
         """The checked options of the selection; raises ConfigError."""
         given = {name: getattr(self, name) for name in SELECTING if name != "selection"}
-        return allocate.check(self.selection, {name: value for name, value in given.items() if value}, where)
+        return allocate.check(
+            self.selection, {name: value for name, value in given.items() if value}, where
+        )
 
     def keywords(self, problem: train.Problem) -> dict[str, Any]:
         """Keyword arguments of `allocate.keep_counts` and `keep_masks`."""
@@ -244,7 +299,9 @@ class Selecting(interface.Stage):
         return dict(self.options(), selection=self.selection, channels=channels)
 
     def selecting(self, position: int) -> tuple:
-        """What a compiled selection depends on; random masks also on the stage's `position` in the pipeline."""
+        """What a compiled selection depends on; random masks also on the stage's `position` in the
+        pipeline.
+        """
         fields = tuple(getattr(self, name) for name in SELECTING)
         return (*fields, position if self.selection == "random" else 0)
 
@@ -260,13 +317,15 @@ SELECTING = tuple(tables.parameters(Selecting))
 
 @tables.option
 class Prune(Selecting):
-    """Prunes the network for good: later training keeps the pruned weights at zero, unless its start is `init`.
+    """Prunes the network for good: later training keeps the pruned weights at zero, unless its
+    start is `init`.
 
-    ratio: share removed, with what was pruned before. selection: `global`, `layerwise`, `random` or `structured`; the
-    other fields are options of the selection (empty: its default), see `allocate.keep_counts`: scope, count,
-    granularity, layer_ratios; layers: `structured` takes `all` layers or `convolutions` only; include, exclude:
-    patterns of arrays. `structured` removes the filters of each layer alone, also where a residual sum adds to them,
-    with the scale and shift of the norm behind them and their bias.
+    ratio: share removed, with what was pruned before. selection: `global`, `layerwise`, `random` or
+    `structured`; the other fields are options of the selection (empty: its default), see
+    `allocate.keep_counts`: scope, count, granularity, layer_ratios; layers: `structured` takes
+    `all` layers or `convolutions` only; include, exclude: patterns of arrays. `structured` removes
+    the filters of each layer alone, also where a residual sum adds to them, with the scale and
+    shift of the norm behind them and their bias.
     """
 
     kind: ClassVar[str] = "prune"
@@ -297,9 +356,11 @@ def _all_finite(tree: PyTree) -> jax.Array:
 
 
 def check_weights(problem: train.Problem, state: train.State, where: str) -> None:
-    """Raises NonFiniteLossError, naming member and array, unless weights and running statistics are finite.
+    """Raises NonFiniteLossError, naming member and array, unless weights and running statistics are
+    finite.
 
-    The runner hands every network on through here, so that no stage selects among NaN. where: begins the sentence.
+    The runner hands every network on through here, so that no stage selects among NaN. where:
+    begins the sentence.
     """
     if bool(_all_finite((state.params, state.batch_stats))):
         return
@@ -318,12 +379,16 @@ def on_host(problem: train.Problem) -> bool:
 
 
 def filters_of(problem: train.Problem) -> groups.Channels:
-    """Channels of the network as a function of its params alone: each side of a residual sum may lose its own."""
+    """Channels of the network as a function of its params alone: each side of a residual sum may
+    lose its own.
+    """
 
     def make():
         variables = jax.eval_shape(problem.init, jax.random.key(0))
         fixed = {name: tree for name, tree in variables.items() if name != "params"}
-        fixed = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), fixed)  # statistics are never masked
+        fixed = jax.tree.map(
+            lambda leaf: np.ones(leaf.shape, leaf.dtype), fixed
+        )  # statistics are never masked
         image = jax.ShapeDtypeStruct((2, *problem.dataset.test.images.shape[1:]), jnp.float32)
         apply = lambda params, images: problem.model.apply({**fixed, "params": params}, images)
         return groups.trace(apply, variables["params"], image, branches="separate")
@@ -332,15 +397,18 @@ def filters_of(problem: train.Problem) -> groups.Channels:
 
 
 def sparsity(params: PyTree, kept: PyTree, options: dict[str, Any]) -> dict[str, Any]:
-    """num_kept entries of the arrays that may be pruned; shares of zeros: `sparsity` in these arrays, `sparsity_all`
-    in all parameters, and `layers` in every kernel; of structured selections `channels_removed`, their share."""
+    """num_kept entries of the arrays that may be pruned; shares of zeros: `sparsity` in these
+    arrays, `sparsity_all` in all parameters, and `layers` in every kernel; of structured selections
+    `channels_removed`, their share."""
     alive = choosable(kept, options)
     num_kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in alive.values())
     chosen = {path: trees.named_leaves(params)[path] for path in alive}
     shares = dict(sparsity=masks.sparsity(chosen), sparsity_all=masks.sparsity(params))
     if options["selection"] == "structured":
         left, _ = allocate.left_by(kept, **options)
-        shares["channels_removed"] = 1 - left / sum(jax.tree.leaves(allocate.keep_counts(params, 0.0, **options)))
+        shares["channels_removed"] = 1 - left / sum(
+            jax.tree.leaves(allocate.keep_counts(params, 0.0, **options))
+        )
     return dict(num_kept=num_kept, layers=layer_sparsity(params), **shares)
 
 
@@ -352,20 +420,25 @@ def choosable(tree: PyTree, options: dict[str, Any]) -> dict[str, Any]:
 
 def layer_sparsity(params: PyTree) -> dict[str, jax.Array]:
     """Share of zeros in every kernel, by path."""
-    return {path: masks.sparsity(leaf) for path, leaf in allocate.prunable(params, "kernels").items()}
+    return {
+        path: masks.sparsity(leaf) for path, leaf in allocate.prunable(params, "kernels").items()
+    }
 
 
-# curve -------------------------------------------------------------------------------------------------------
+# curve --------------------------------------------------------------------------------------------
 
 
 @tables.option
 class Curve(Selecting):
-    """Accuracy and loss of the trained network pruned at every ratio; the network itself stays as it is.
+    """Accuracy and loss of the trained network pruned at every ratio; the network itself stays as
+    it is.
 
-    ratios: shares removed, with what was pruned before: a network of which more is gone than some of them starts the
-    curve as it is, at the share that is gone, and has no rows below. splits: evaluated on. selection, scope, count,
+    ratios: shares removed, with what was pruned before: a network of which more is gone than some
+    of them starts the curve as it is, at the share that is gone, and has no rows below. splits:
+    evaluated on. selection, scope, count,
     granularity, layer_ratios, layers, include, exclude: see `prune`.
-    retrain: name of a `train` config to run at every ratio, from the same trained state, before evaluating.
+    retrain: name of a `train` config to run at every ratio, from the same trained state, before
+        evaluating.
     """
 
     kind: ClassVar[str] = "curve"
@@ -384,7 +457,9 @@ class Curve(Selecting):
         chosen, options = self, self.keywords(problem)
         shapes = train.shapes_of(problem)
         prune = pruning(problem, chosen, place.position)
-        measure = pruned_results(problem, chosen, chosen.splits, place.position, masked=bool(chosen.retrain))
+        measure = pruned_results(
+            problem, chosen, chosen.splits, place.position, masked=bool(chosen.retrain)
+        )
         fixed = dict(
             num_prunable=trees.size(choosable(shapes, options)),
             selection=chosen.selection,
@@ -409,12 +484,16 @@ class Curve(Selecting):
             new = interface.rows_per_member(problem)
             for split in chosen.splits:
                 values = {**found[split], **extra}
-                for member, (row,) in enumerate(train.member_rows(problem, values, split=split, **fixed)):
+                for member, (row,) in enumerate(
+                    train.member_rows(problem, values, split=split, **fixed)
+                ):
                     if member in point.ratios:
                         new[member].append(dict(row, ratio=point.ratios[member]))
             return new
 
-        done = finished_points(points, [len(own) // len(chosen.splits) for own in rows])  # before an interruption
+        done = finished_points(
+            points, [len(own) // len(chosen.splits) for own in rows]
+        )  # before an interruption
         waiting: list[tuple[Point, Any]] = []
         if chosen.retrain:
             fits = place.others[chosen.retrain]
@@ -425,9 +504,13 @@ class Curve(Selecting):
             stopping.check()
             current = state
             if chosen.retrain:
-                current = train.begin_members(problem, state._replace(masks=pruned(state, point.counts)), fits, numbers)
+                current = train.begin_members(
+                    problem, state._replace(masks=pruned(state, point.counts)), fits, numbers
+                )
                 where = f"{place.name}: {chosen.retrain} at ratio {min(point.ratios.values()):g}"
-                for update in train.fit_epochs(problem, current, fits[0], numbers, place.position, where):
+                for update in train.fit_epochs(
+                    problem, current, fits[0], numbers, place.position, where
+                ):
                     current = update.state
                 current = interface.without_optimizer(current)
             waiting.append((point, compiled(current, point.counts, *inputs)))
@@ -444,7 +527,9 @@ class Curve(Selecting):
 
 
 def pruning(problem: train.Problem, chosen: Selecting, position: int) -> Callable:
-    """`prune(state, counts) -> masks` of one member; position: of the stage in the pipeline, for random masks."""
+    """`prune(state, counts) -> masks` of one member; position: of the stage in the pipeline, for
+    random masks.
+    """
     options = chosen.keywords(problem)
 
     def prune(state, counts):
@@ -455,15 +540,23 @@ def pruning(problem: train.Problem, chosen: Selecting, position: int) -> Callabl
 
 
 def pruned_results(
-    problem: train.Problem, chosen: Selecting, splits: Sequence[str], position: int, *, masked: bool = False
+    problem: train.Problem,
+    chosen: Selecting,
+    splits: Sequence[str],
+    position: int,
+    *,
+    masked: bool = False,
 ) -> Callable:
-    """`measure(state, counts, *arrays of every split) -> (loss and accuracy by split, more)` of one member.
+    """`measure(state, counts, *arrays of every split) -> (loss and accuracy by split, more)` of one
+    member.
 
-    On streamed data `measure(state, counts) -> (params and batch_stats to evaluate, more)`. masked: whether states are
-    pruned already. position: of the stage in the pipeline, for random masks.
+    On streamed data `measure(state, counts) -> (params and batch_stats to evaluate, more)`. masked:
+    whether states are pruned already. position: of the stage in the pipeline, for random masks.
     """
     prune, options = pruning(problem, chosen, position), chosen.keywords(problem)
-    evaluators = {split: train.evaluation(problem, split) for split in splits if not problem.streamed}
+    evaluators = {
+        split: train.evaluation(problem, split) for split in splits if not problem.streamed
+    }
 
     def measure(state, counts, *arrays):
         """Results on all splits of the network pruned to `counts`: one program for all ratios."""
@@ -481,28 +574,48 @@ def pruned_results(
 
 def split_arrays(problem: train.Problem, splits: Sequence[str]) -> list[jax.Array]:
     """Images and labels of every split, one after the other; none of streamed ones."""
-    return [array for split in splits for array in train.arrays(problem, split) if not problem.streamed]
+    return [
+        array for split in splits for array in train.arrays(problem, split) if not problem.streamed
+    ]
 
 
-def read_results(problem: train.Problem, splits: Sequence[str], results: list[tuple]) -> list[tuple]:
-    """Results of `measure` with losses and accuracies; streamed splits are read once for all of them."""
+def read_results(
+    problem: train.Problem, splits: Sequence[str], results: list[tuple]
+) -> list[tuple]:
+    """Results of `measure` with losses and accuracies; streamed splits are read once for all of
+    them.
+    """
     if not problem.streamed:
         return results
     sums = problem.once("sums", lambda: jax.jit(train.batch_sums(problem)))
-    looks, found = [functools.partial(sums, *variables) for variables, _ in results], [{} for _ in results]
+    looks, found = (
+        [functools.partial(sums, *variables) for variables, _ in results],
+        [{} for _ in results],
+    )
     for split in splits:
-        for own, (loss, accuracy) in zip(found, train.over_stream(problem, split, looks)[0], strict=True):
+        for own, (loss, accuracy) in zip(
+            found, train.over_stream(problem, split, looks)[0], strict=True
+        ):
             own[split] = dict(loss=loss, accuracy=accuracy)
     return [(own, more) for own, (_, more) in zip(found, results, strict=True)]
 
 
 def pruned_evaluation(
-    problem: train.Problem, state: train.State, chosen: Selecting, place: interface.Place, member: int, split: str
+    problem: train.Problem,
+    state: train.State,
+    chosen: Selecting,
+    place: interface.Place,
+    member: int,
+    split: str,
 ) -> Callable[[float], dict[str, float]]:
-    """`evaluate(ratio) -> dict(accuracy, loss)` of one member on a split: one program for all ratios."""
+    """`evaluate(ratio) -> dict(accuracy, loss)` of one member on a split: one program for all
+    ratios.
+    """
     state = member_state(problem, state, member)
     measure = pruned_results(problem, chosen, (split,), place.position)
-    compiled = problem.once(("pruned evaluation", split, chosen.selecting(place.position)), lambda: jax.jit(measure))
+    compiled = problem.once(
+        ("pruned evaluation", split, chosen.selecting(place.position)), lambda: jax.jit(measure)
+    )
     inputs, shapes = split_arrays(problem, (split,)), train.shapes_of(problem)
     options = chosen.keywords(problem)
 
@@ -515,16 +628,21 @@ def pruned_evaluation(
 
 
 class Point(NamedTuple):
-    """A ratio of a curve. counts: of `allocate.keep_counts`. ratios: as rows give it, by member that takes it."""
+    """A ratio of a curve. counts: of `allocate.keep_counts`. ratios: as rows give it, by member
+    that takes it.
+    """
 
     counts: PyTree
     ratios: dict[int, float]
 
 
-def curve_points(problem: train.Problem, state: train.State, chosen: Curve, counts: list[PyTree]) -> list[Point]:
+def curve_points(
+    problem: train.Problem, state: train.State, chosen: Curve, counts: list[PyTree]
+) -> list[Point]:
     """The ratios of a curve that are not below what each member's masks have removed already.
 
-    counts: of all ratios. Where some are below, one point comes first: the network as it is, at the share removed.
+    counts: of all ratios. Where some are below, one point comes first: the network as it is, at the
+        share removed.
     """
     look = lambda kept: allocate.left_by(kept, **chosen.keywords(problem))
     compiled = problem.once(("left", chosen.selecting(0)), lambda: jax.jit(problem.lift(look)))
@@ -534,7 +652,9 @@ def curve_points(problem: train.Problem, state: train.State, chosen: Curve, coun
     for ratio, own, total in zip(chosen.ratios, counts, totals, strict=True):
         takes = {}
         for member, left in enumerate(number.tolist()):
-            reached = chosen.selection != "structured" or ratio >= share[member] or share[member] == 0
+            reached = (
+                chosen.selection != "structured" or ratio >= share[member] or share[member] == 0
+            )
             if total <= left and reached:
                 takes[member] = ratio
             elif left not in totals:
@@ -556,15 +676,16 @@ def finished_points(points: list[Point], numbers: list[int]) -> int:
     return done
 
 
-# histogram ---------------------------------------------------------------------------------------------------
+# histogram ----------------------------------------------------------------------------------------
 
 
 @tables.option
 class Histogram(interface.Stage):
     """Histogram of weight magnitudes.
 
-    Counts above 0, 10, 1, 0.1, ... down to 1e-10 (the original's bins), and `bins` equal bins of log10 |w| from 1e-12
-    to 100 for the figure. scope: `all` parameters (as the original) or `kernels`.
+    Counts above 0, 10, 1, 0.1, ... down to 1e-10 (the original's bins), and `bins` equal bins of
+    log10 |w| from 1e-12 to 100 for the figure. scope: `all` parameters (as the original) or
+    `kernels`.
     """
 
     kind: ClassVar[str] = "histogram"
@@ -575,15 +696,21 @@ class Histogram(interface.Stage):
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         count = problem.once(
             ("histogram", self),
-            lambda: jax.jit(problem.lift(lambda params: magnitude_histogram(params, self.scope, self.bins))),
+            lambda: jax.jit(
+                problem.lift(lambda params: magnitude_histogram(params, self.scope, self.bins))
+            ),
         )
-        common = dict(threshold=magnitude_thresholds(), edges=np.linspace(-12, 2, self.bins + 1).tolist())
+        common = dict(
+            threshold=magnitude_thresholds(), edges=np.linspace(-12, 2, self.bins + 1).tolist()
+        )
         found = train.member_rows(problem, count(state.params), scope=self.scope, **common)
         yield train.Update(state, found, 1.0)
 
 
 def magnitude_thresholds() -> list[float]:
-    """0, then 10, 1, 0.1, ... by repeated division while above 1e-10, as the original computes them."""
+    """0, then 10, 1, 0.1, ... by repeated division while above 1e-10, as the original computes
+    them.
+    """
     thresholds, value = [0.0], 10.0
     while value > 1e-10:
         thresholds.append(value)
@@ -592,7 +719,9 @@ def magnitude_thresholds() -> list[float]:
 
 
 def magnitude_histogram(params: PyTree, scope: str = "all", bins: int = 60) -> dict[str, jax.Array]:
-    """`count_above` each of `magnitude_thresholds` (strictly), `num_zero`, and `counts` per log10 bin of `bins`."""
+    """`count_above` each of `magnitude_thresholds` (strictly), `num_zero`, and `counts` per log10
+    bin of `bins`.
+    """
     leaves = [jnp.abs(leaf) for leaf in allocate.prunable(params, scope).values()]
     edges = 10.0 ** np.linspace(-12, 2, bins + 1)
 

@@ -1,4 +1,5 @@
-"""Asked to stop: signals set a flag, and every loop that can take long looks at it between two pieces of work.
+"""Asked to stop: signals set a flag, and every loop that can take long looks at it between two
+pieces of work.
 
 Nothing is raised inside a signal handler, where it could hit a library that holds a lock.
 """
@@ -46,9 +47,11 @@ def result_of(future: concurrent.futures.Future) -> Any:
 
 
 def listen() -> None:
-    """SIGTERM, SIGINT and SIGHUP ask for a stop; a second one ends the process at once, with exit code 130.
+    """SIGTERM, SIGINT and SIGHUP ask for a stop; a second one ends the process at once, with exit
+    code 130.
 
-    One that was ignored when the process started, as `nohup` does with SIGHUP, stays ignored. Only in the main thread.
+    One that was ignored when the process started, as `nohup` does with SIGHUP, stays ignored. Only
+    in the main thread.
     """
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
     numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]

@@ -1,14 +1,18 @@
-"""Images that do not fit in memory: read, decoded, cropped and put on the device while the network computes.
+"""Images that do not fit in memory: read, decoded, cropped and put on the device while the network
+computes.
 
-`data.load(stream=True)` leaves a `data.Stream` in the place of an array; grain reads it here, in threads or in
-processes. What a batch holds depends on the seed and the step only, so a training goes on anywhere with the same bits.
+`data.load(stream=True)` leaves a `data.Stream` in the place of an array; grain reads it here, in
+threads or in processes. What a batch holds depends on the seed and the step only, so a training
+goes on anywhere with the same bits.
 """
 
 import atexit
 import contextlib
 import functools
 import math
-import multiprocessing.util  # before `close_all` is registered, so that its own end comes after that
+
+# before `close_all` is registered, so that its own end comes after that
+import multiprocessing.util
 import os
 import queue
 import threading
@@ -25,7 +29,12 @@ from sparsity_jax import data, decoding, sources, stopping
 from sparsity_jax.decoding import jpeg_shape
 from sparsity_jax.tables import ConfigError
 
-REDUCED = {1: 0, 2: 16, 4: 32, 8: decoding.SMALLEST}  # OpenCV's flags that decode a JPEG at 1/n of its size
+REDUCED = {
+    1: 0,
+    2: 16,
+    4: 32,
+    8: decoding.SMALLEST,
+}  # OpenCV's flags that decode a JPEG at 1/n of its size
 ON_DEVICE = 2  # batches that wait on the device
 PATIENCE = 0.5  # seconds between two looks for a request to stop
 SHUFFLED_WHOLE = 50_000  # images up to which every epoch's order is a permutation in memory
@@ -44,11 +53,13 @@ class Batch(NamedTuple):
     """One batch; on the device if `put` puts it there."""
 
     images: Any  # uint8 [B, H, W, C]
-    labels: Any  # int32 [B], -1 for what does not count: the rest of the last batch, unreadable images
+    labels: (
+        Any  # int32 [B], -1 for what does not count: the rest of the last batch, unreadable images
+    )
     unreadable: tuple[str, ...]
 
 
-# Batches -----------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 
 def train_batches(
@@ -63,35 +74,46 @@ def train_batches(
 ) -> Iterator[Batch]:
     """The batches of a whole training from step `start` on; close it to stop reading.
 
-    Every epoch visits the images in a new order, without those that do not fill a batch, and crops each at random.
-    seed: non-negative integers. put((images, labels)) -> both where they are used. lost: images found unreadable by
-    the steps before `start`.
-    Raises ConfigError for a batch_size above the number of images, and when too many images cannot be decoded.
+    Every epoch visits the images in a new order, without those that do not fill a batch, and crops
+    each at random.
+    seed: non-negative integers. put((images, labels)) -> both where they are used. lost: images
+    found unreadable by the steps before `start`. Raises ConfigError for a batch_size above the
+    number of images, and when too many images cannot be decoded.
     """
     import grain  # a second to import, needed by streams only
 
     if batch_size > images.shape[0]:
-        raise ConfigError(f"batch_size is {batch_size}; allowed: up to {images.shape[0]}, the images.")
+        raise ConfigError(
+            f"batch_size is {batch_size}; allowed: up to {images.shape[0]}, the images."
+        )
     size = images.shape[0] // batch_size * batch_size
     numbers = np.random.SeedSequence(seed).generate_state(epochs).tolist()
     if images.shape[0] <= SHUFFLED_WHOLE:
         order = grain.MapDataset.source(Order(images.shape[0], size, numbers))
     else:
         every = grain.MapDataset.range(images.shape[0])
-        order = grain.MapDataset.concatenate([every.shuffle(seed=number)[:size] for number in numbers])
+        order = grain.MapDataset.concatenate(
+            [every.shuffle(seed=number)[:size] for number in numbers]
+        )
 
     def cropped(position: int, index: int) -> Example:
         rng = functools.partial(np.random.default_rng, [*seed, position])
         draw = lambda height, width: random_box(rng(), height, width, images.options)
         found = example(images, index, draw)
-        return found if found.label >= 0 else replacement(images, found, draw, [*seed, position, index])
+        return (
+            found
+            if found.label >= 0
+            else replacement(images, found, draw, [*seed, position, index])
+        )
 
     order = order.map_with_index(cropped)[start * batch_size :]
     return until_lost(images, functools.partial(read_ahead, images, order, batch_size, put), lost)
 
 
 class Order(NamedTuple):
-    """The images of every epoch one after the other: the first `size` of a permutation of all `total`."""
+    """The images of every epoch one after the other: the first `size` of a permutation of all
+    `total`.
+    """
 
     total: int
     size: int
@@ -119,7 +141,9 @@ def until_lost(images: data.Stream, read: Callable, lost: Sequence[str] = ()) ->
 
 @atexit.register
 def close_all() -> None:
-    """Readers that nobody closed end before the interpreter does, which would complain about them."""
+    """Readers that nobody closed end before the interpreter does, which would complain about
+    them.
+    """
     for batches in list(OPEN):
         batches.close()
 
@@ -134,32 +158,50 @@ def counted(images: data.Stream, read: Callable, lost: Sequence[str]) -> Iterato
 
 
 def eval_batches(
-    images: data.Stream, *, batch_size: int, put: Callable = jax.device_put, indices: Sequence[int] | None = None
+    images: data.Stream,
+    *,
+    batch_size: int,
+    put: Callable = jax.device_put,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """All images, or those at `indices`, in order and with their central part; the last batch is filled up."""
+    """All images, or those at `indices`, in order and with their central part; the last batch is
+    filled up.
+    """
     import grain
 
-    order = grain.MapDataset.source(range(images.shape[0]) if indices is None else [int(i) for i in indices])
+    order = grain.MapDataset.source(
+        range(images.shape[0]) if indices is None else [int(i) for i in indices]
+    )
     draw = functools.partial(central_box, options=images.options)
     order = order.map(lambda index: example(images, index, draw))
     return until_lost(images, functools.partial(read_ahead, images, order, batch_size, put))
 
 
-def examples(images: data.Stream, indices: Sequence[int], batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded, with their central part."""
+def examples(
+    images: data.Stream, indices: Sequence[int], batch_size: int = 256
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded, with their
+    central part.
+    """
     if not len(indices):
         return np.zeros((0, *images.shape[1:]), np.uint8), np.zeros(0, np.int32)
     stay = lambda arrays: arrays
-    batches = eval_batches(images, batch_size=min(batch_size, len(indices)), put=stay, indices=indices)
+    batches = eval_batches(
+        images, batch_size=min(batch_size, len(indices)), put=stay, indices=indices
+    )
     with contextlib.closing(batches):
-        found = [(batch.images[batch.labels >= 0], batch.labels[batch.labels >= 0]) for batch in batches]
+        found = [
+            (batch.images[batch.labels >= 0], batch.labels[batch.labels >= 0]) for batch in batches
+        ]
     return tuple(np.concatenate(arrays) for arrays in zip(*found))
 
 
 def read_ahead(images: data.Stream, found: Any, batch_size: int, put: Callable) -> Iterator[Batch]:
-    """Batches of a grain dataset of examples, at most `prefetch` of them and 2 + `ON_DEVICE` more ahead of their use.
+    """Batches of a grain dataset of examples, at most `prefetch` of them and 2 + `ON_DEVICE` more
+    ahead of their use.
 
-    Threads share the images of a batch; processes take whole batches in turn. Both give the same batches.
+    Threads share the images of a batch; processes take whole batches in turn. Both give the same
+    batches.
     """
     import grain
 
@@ -168,12 +210,18 @@ def read_ahead(images: data.Stream, found: Any, batch_size: int, put: Callable) 
     stack = functools.partial(stack_examples, batch_size)
     if workers > 0:
         check_main_guard()
-        if not flags.FLAGS.is_parsed():  # where no command line was; grain asks for flags of its own
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # where no command line was; grain asks for flags of its own
             flags.FLAGS.mark_as_parsed()
         own = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=math.ceil(prefetch / workers))
+        options = grain.MultiprocessingOptions(
+            workers, per_worker_buffer_size=math.ceil(prefetch / workers)
+        )
         batches = found.batch(batch_size, batch_fn=stack).to_iter_dataset(own)
-        copied = grain.experimental.DatasetOptions(min_shm_size=2**62)  # shared memory outlives a reader that is closed
+        copied = grain.experimental.DatasetOptions(
+            min_shm_size=2**62
+        )  # shared memory outlives a reader that is closed
         batches = grain.experimental.WithOptionsIterDataset(batches, copied)
         batches = batches.mp_prefetch(options, worker_init_fn=begin_worker)
     else:
@@ -187,8 +235,8 @@ def read_ahead(images: data.Stream, found: Any, batch_size: int, put: Callable) 
 def ahead(batches: Iterator, number: int) -> Iterator:
     """`batches`, of which a thread reads up to `number` ahead; close it to end the thread.
 
-    Raises KeyboardInterrupt where a stop is asked for while a batch is waited for. After that a read under way, which
-    may hang, is left to its thread.
+    Raises KeyboardInterrupt where a stop is asked for while a batch is waited for. After that a
+    read under way, which may hang, is left to its thread.
     """
     ready = queue.Queue(number)
     ended = threading.Event()
@@ -231,10 +279,13 @@ def ahead(batches: Iterator, number: int) -> Iterator:
 
 
 def check_main_guard() -> None:
-    """Raises ConfigError in a process that is only being started to read, and runs its starter's script again."""
+    """Raises ConfigError in a process that is only being started to read, and runs its starter's
+    script again.
+    """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise ConfigError(
-            "config.data.workers starts processes, which import this script again; put the part that reads under "
+            "config.data.workers starts processes, which import this script again; put the part "
+            "that reads under "
             "`if __name__ == '__main__':`, or set workers to 0."
         )
 
@@ -261,14 +312,14 @@ def begin_worker(index: int, count: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-# One image ---------------------------------------------------------------------------------------------------
+# One image ----------------------------------------------------------------------------------------
 
 
 def example(images: data.Stream, index: int, draw: Callable[[int, int], Box]) -> Example:
     """Image `index` of the split, of which `draw(height, width)` says the part to use.
 
-    An image that cannot be decoded raises ConfigError, or with `unreadable="skip"` becomes a black one that does not
-    count.
+    An image that cannot be decoded raises ConfigError, or with `unreadable="skip"` becomes a black
+    one that does not count.
     """
     _, size, _, channels = images.shape
     stored = int(images.indices[index])
@@ -285,27 +336,35 @@ def example(images: data.Stream, index: int, draw: Callable[[int, int], Box]) ->
         return Example(np.zeros(images.shape[1:], np.uint8), -1, (name,))
     sources.check_label(label, images.num_classes, name)
     if image.ndim == 3 and channels == 1 and not images.options["channels"]:
-        raise ConfigError(f"{name} is in colour, the set is grey; set config.data.channels to 1 or 3.")
+        raise ConfigError(
+            f"{name} is in colour, the set is grey; set config.data.channels to 1 or 3."
+        )
     return Example(decoding.fit(image, 0, channels), label, ())
 
 
-def replacement(images: data.Stream, lost: Example, draw: Callable[[int, int], Box], seed: Sequence[int]) -> Example:
+def replacement(
+    images: data.Stream, lost: Example, draw: Callable[[int, int], Box], seed: Sequence[int]
+) -> Example:
     """A random image of the split in the place of a lost one, which alone counts as unreadable."""
     for index in np.random.default_rng(seed).integers(images.shape[0], size=REPLACEMENTS):
         found = example(images, int(index), draw)
         if found.label >= 0:
             return found._replace(unreadable=lost.unreadable)
     raise ConfigError(
-        f"{lost.unreadable[0]} cannot be decoded, nor can {REPLACEMENTS} other images of its split drawn instead."
+        f"{lost.unreadable[0]} cannot be decoded, nor can {REPLACEMENTS} other images of its "
+        "split drawn instead."
     )
 
 
-def part(payload: Any, size: int, draw: Callable[[int, int], Box], *, upright: bool = False) -> np.ndarray | None:
-    """The part `draw(height, width)` of an image, resized to [size, size] by `decoding.resize`; None if it is damaged.
+def part(
+    payload: Any, size: int, draw: Callable[[int, int], Box], *, upright: bool = False
+) -> np.ndarray | None:
+    """The part `draw(height, width)` of an image, resized to [size, size] by `decoding.resize`;
+    None if it is damaged.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which takes a fraction of the time, where the part stays at least
-    `size` on both sides; its edges are then rounded to the coarser pixels. upright: as in `decoding.decode`, before
-    the part is taken.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which takes a fraction of the time, where the
+    part stays at least `size` on both sides; its edges are then rounded to the coarser pixels.
+    upright: as in `decoding.decode`, before the part is taken.
     """
     shape = jpeg_shape(payload) if isinstance(payload, bytes) else None
     if shape and upright and decoding.orientation(payload) >= 5:
@@ -316,19 +375,26 @@ def part(payload: Any, size: int, draw: Callable[[int, int], Box], *, upright: b
     if image is None:
         return None
     top, left, height, width = box or draw(*image.shape[:2])
-    rows, columns = (slice(round(a / reduced), round((a + n) / reduced)) for a, n in ((top, height), (left, width)))
+    rows, columns = (
+        slice(round(a / reduced), round((a + n) / reduced))
+        for a, n in ((top, height), (left, width))
+    )
     return decoding.resize(image[rows, columns], size, size)
 
 
 def central_box(height: int, width: int, options: dict[str, Any]) -> Box:
-    """What stays when an image is resized to the shorter side `resize_size` and its central square is cut out."""
+    """What stays when an image is resized to the shorter side `resize_size` and its central square
+    is cut out.
+    """
     share = options["image_size"] / options["resize_size"] if options["resize_size"] else 7 / 8
     side = max(1, round(share * min(height, width)))
     return (height - side) // 2, (width - side) // 2, side, side
 
 
 def random_box(rng: np.random.Generator, height: int, width: int, options: dict[str, Any]) -> Box:
-    """A random part of an image, drawn as by `data.random_box`: ten attempts, else the largest central one."""
+    """A random part of an image, drawn as by `data.random_box`: ten attempts, else the largest
+    central one.
+    """
     (small, large), (low, high) = options["crop_scale"], options["crop_ratio"]
     for _ in range(10):
         area = height * width * rng.uniform(small, large)

@@ -1,7 +1,9 @@
-"""Stages of structured pruning: `cut` removes channels in rounds, `compact` takes stock of the network without them.
+"""Stages of structured pruning: `cut` removes channels in rounds, `compact` takes stock of the
+network without them.
 
-While pruning, removed channels are masked: shapes stay, and all rounds share their compiled programs. The coupled
-channels come from the trace of the network (`groups`), so any network of the zoo can be cut.
+While pruning, removed channels are masked: shapes stay, and all rounds share their compiled
+programs. The coupled channels come from the trace of the network (`groups`), so any network of the
+zoo can be cut.
 Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `scores` and `budgets`.
 """
 
@@ -15,7 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import budgets, cost, groups, interface, losses, masks, scores, stages, tables, train, trees, workdirs
+from sparsity_jax import (
+    budgets,
+    cost,
+    groups,
+    interface,
+    losses,
+    masks,
+    scores,
+    stages,
+    tables,
+    train,
+    trees,
+    workdirs,
+)
 
 PyTree = Any
 
@@ -29,7 +44,9 @@ def channels_of(problem: train.Problem, branches: str = "tied") -> groups.Channe
 
 
 def alive_channels(channels: groups.Channels, kept: PyTree) -> dict[str, np.ndarray]:
-    """Channels that some array which makes them still has; kept: masks in the structure of the params."""
+    """Channels that some array which makes them still has; kept: masks in the structure of the
+    params.
+    """
     leaves = {f"params/{path}": np.asarray(leaf) for path, leaf in trees.named_leaves(kept).items()}
     result = {}
     for name, group in channels.groups.items():
@@ -46,32 +63,40 @@ def alive_channels(channels: groups.Channels, kept: PyTree) -> dict[str, np.ndar
 def members_of(problem: train.Problem, state: train.State) -> Iterator[tuple[int, train.State]]:
     """Every member's own state, without the leading axis of a sweep."""
     for i in range(problem.members or 1):
-        yield i, state if problem.members is None else jax.tree.map(lambda leaf, i=i: leaf[i], state)
+        yield (
+            i,
+            state if problem.members is None else jax.tree.map(lambda leaf, i=i: leaf[i], state),
+        )
 
 
-# cut ---------------------------------------------------------------------------------------------------------
+# cut ----------------------------------------------------------------------------------------------
 
 
 @tables.option
 class Cut(interface.Stage):
     """Removes the least important channels of the network; each visit of the stage is one round.
 
-    measure: how important a channel is; see `scores.MEASURES`. ratio: share removed after all rounds; every round takes
-    a whole number of the channels left, rounded down as by the original, so many rounds take less of a small network.
-    schedule: how the rounds share it: `gradient_flow` (as the original; cumulative: `truncated` as its ResNets),
-    `polynomial` (power) or `manual` (thresholds: cumulative shares, one a round, instead of `ratio`). budget: what the
-    share is of: channels, parameters or FLOPs. aggregate: scores of the kernels that make a channel (`producer`, as the
-    original) or of all that read or make it. branches: `tied` removes what a residual sum adds together; `separate`
-    masks each of its sides alone, as the original does, and cannot be compacted there. use_l2, use_init: see
+    measure: how important a channel is; see `scores.MEASURES`. ratio: share removed after all
+    rounds; every round takes a whole number of the channels left, rounded down as by the original,
+    so many rounds take less of a small network.
+    schedule: how the rounds share it: `gradient_flow` (as the original; cumulative: `truncated` as
+    its ResNets), `polynomial` (power) or `manual` (thresholds: cumulative shares, one a round,
+    instead of `ratio`). budget: what the share is of: channels, parameters or FLOPs. aggregate:
+    scores of the kernels that make a channel (`producer`, as the original) or of all that read or
+    make it. branches: `tied` removes what a residual sum adds together; `separate` masks each of
+    its sides alone, as the original does, and cannot be compacted there. use_l2, use_init: see
     `scores.score`.
-    imp_samples: train examples (which ones: see `config.sample`) that gradients are averaged over, or all if there are
-    fewer; Hessian products take equally many of every class, no more than the rarest has; batch_size: of their batches;
+    imp_samples: train examples (which ones: see `config.sample`) that gradients are averaged over,
+    or all if there are fewer; Hessian products take equally many of every class, no more than the
+    rarest has; batch_size: of their batches;
     temperature: divides the logits, those of Hessian products have their own.
-    min_share: int(min_share * channels) + 1 of each group stay; protect: which, see `budgets`. multiple: what is left
-    of each group is rounded up to a multiple of it, and every round makes up for that of the one before.
-    exclude: pattern of names of groups left whole and uncounted. skip: pattern of arrays that scores do not read.
-    rules: pairs (pattern of names of groups, share); given, every group loses the share of its own channels that the
-    first match says, and `ratio` is idle.
+    min_share: int(min_share * channels) + 1 of each group stay; protect: which, see `budgets`.
+    multiple: what is left of each group is rounded up to a multiple of it, and every round makes up
+    for that of the one before.
+    exclude: pattern of names of groups left whole and uncounted. skip: pattern of arrays that
+        scores do not read.
+    rules: pairs (pattern of names of groups, share); given, every group loses the share of its own
+    channels that the first match says, and `ratio` is idle.
     """
 
     kind: ClassVar[str] = "cut"
@@ -114,16 +139,23 @@ class Cut(interface.Stage):
 
     def _check_rules(self, where: str) -> None:
         cumulative = self.rounds().get("cumulative", "exact")
-        for name, value, needed in (("budget", self.budget, "channels"), ("schedule.cumulative", cumulative, "exact")):
+        for name, value, needed in (
+            ("budget", self.budget, "channels"),
+            ("schedule.cumulative", cumulative, "exact"),
+        ):
             if value != needed:
-                raise tables.ConfigError(f"{where}.{name} is {value!r}, but {where}.rules need {needed!r}.")
+                raise tables.ConfigError(
+                    f"{where}.{name} is {value!r}, but {where}.rules need {needed!r}."
+                )
         if self.rounds()["name"] == "manual":
             raise tables.ConfigError(
                 f"{where}.schedule names thresholds, but {where}.rules say what goes of each group."
             )
 
     def check_order(self, where: str, order: interface.Order) -> None:
-        """The thresholds of its schedule must be as many as its visits, and a tracked measure must be tracked."""
+        """The thresholds of its schedule must be as many as its visits, and a tracked measure must
+        be tracked.
+        """
         if scores.MEASURES[self.measure].needs == ("saliency",):
             self._check_tracked(where, order.before)
         try:
@@ -132,7 +164,8 @@ class Cut(interface.Stage):
             raise tables.ConfigError(f"{where}: {error}") from None
         if rounds != order.visits:
             raise tables.ConfigError(
-                f"{where}.schedule.thresholds are {rounds} rounds, but config.pipeline names the stage {order.visits} "
+                f"{where}.schedule.thresholds are {rounds} rounds, but config.pipeline names the "
+                f"stage {order.visits} "
                 "times."
             )
 
@@ -141,17 +174,21 @@ class Cut(interface.Stage):
         tracked = dict(getattr(trainings[-1], "track", ())) if trainings else {}
         if not tracked:
             raise tables.ConfigError(
-                f"{where}.measure is {self.measure!r}, which the training right before it must track: set its "
+                f"{where}.measure is {self.measure!r}, which the training right before it must "
+                "track: set its "
                 "track.name='saliency'."
             )
         for name in ("use_l2", "use_init") if self.use_l2 else ("use_l2",):
             if tracked[name] != (own := getattr(self, name)):
-                raise tables.ConfigError(f"{where}.{name} is {own}, but the training tracks {tracked[name]}.")
+                raise tables.ConfigError(
+                    f"{where}.{name} is {own}, but the training tracks {tracked[name]}."
+                )
 
     def check_streamed(self, where: str) -> None:
         if self.balanced:
             raise tables.ConfigError(
-                f"config.data.stream leaves images where they are, but {where}.measure {self.measure!r} needs equally "
+                f"config.data.stream leaves images where they are, but {where}.measure "
+                f"{self.measure!r} needs equally "
                 "many of every class."
             )
 
@@ -210,7 +247,10 @@ class Cut(interface.Stage):
                 carried = own.opt_state and groups.mask(own.opt_state, channels, keep)
                 params = masks.apply(own.params, tree["params"])
                 return own._replace(
-                    params=params, masks=tree["params"], batch_stats=tree["batch_stats"], opt_state=carried
+                    params=params,
+                    masks=tree["params"],
+                    batch_stats=tree["batch_stats"],
+                    opt_state=carried,
                 )
 
             compiled = problem.once(("cut channels", chosen.branches), lambda cut=cut: jax.jit(cut))
@@ -229,7 +269,11 @@ class Cut(interface.Stage):
                     **(dict(layout=groups.layout(channels)) if place.visit == 1 else {}),
                 )
             )
-        together = parts[0] if problem.members is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        together = (
+            parts[0]
+            if problem.members is None
+            else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        )
         yield train.Update(together, found, 1.0)
 
 
@@ -237,19 +281,29 @@ def check_network(problem: train.Problem, chosen: Cut, where: str, visits: int =
     """Raises ConfigError for `visits` rounds that do not fit the network or its data."""
     channels, size = channels_of(problem, chosen.branches), problem.size("train")
     if not channels.groups:
-        raise tables.ConfigError(f"{where}: the network of config.model has no channels that can be removed.")
-    if chosen.exclude and all(trees.matching(channels.sizes, chosen.exclude, f"{where}.exclude").values()):
-        raise tables.ConfigError(f"{where}.exclude is {chosen.exclude!r}, which leaves no group to cut.")
+        raise tables.ConfigError(
+            f"{where}: the network of config.model has no channels that can be removed."
+        )
+    if chosen.exclude and all(
+        trees.matching(channels.sizes, chosen.exclude, f"{where}.exclude").values()
+    ):
+        raise tables.ConfigError(
+            f"{where}.exclude is {chosen.exclude!r}, which leaves no group to cut."
+        )
     if chosen.rules:
         trees.match_rules(channels.sizes, chosen.rules, f"{where}.rules")
     _check_readable(problem, chosen, where)
     _check_reach(problem, chosen, where, visits)
     if min(chosen.imp_samples, size) < problem.dataset.num_classes and chosen.balanced:
-        raise tables.ConfigError(f"{where}.imp_samples is {chosen.imp_samples}, fewer than one of each class.")
+        raise tables.ConfigError(
+            f"{where}.imp_samples is {chosen.imp_samples}, fewer than one of each class."
+        )
 
 
 def _check_readable(problem: train.Problem, chosen: Cut, where: str) -> None:
-    """Raises ConfigError if the measure reads arrays that some groups lack, such as the scale of a norm."""
+    """Raises ConfigError if the measure reads arrays that some groups lack, such as the scale of a
+    norm.
+    """
     params, found = {"params": train.shapes_of(problem)}, {}
     statistics = scores.Statistics(*[params] * len(scores.Statistics._fields))
     groups_of = channels_of(problem, chosen.branches).groups
@@ -261,18 +315,32 @@ def _check_readable(problem: train.Problem, chosen: Cut, where: str) -> None:
             found[name] = error
     if found:
         pattern = "|".join([*filter(None, [chosen.exclude]), *map(re.escape, found)])
-        hint = f" To leave such groups whole, set {where}.exclude={pattern!r}." if len(found) < len(scored) else ""
+        hint = (
+            f" To leave such groups whole, set {where}.exclude={pattern!r}."
+            if len(found) < len(scored)
+            else ""
+        )
         of_norms = scores.MEASURES[chosen.measure].on in ("scale", "norm")
-        hint += " Measures of kernels read any group." if of_norms else " Or set aggregate='sum', or another skip."
+        hint += (
+            " Measures of kernels read any group."
+            if of_norms
+            else " Or set aggregate='sum', or another skip."
+        )
         raise tables.ConfigError(f"{where}: {next(iter(found.values()))}{hint}")
 
 
 def _check_reach(problem: train.Problem, chosen: Cut, where: str, visits: int) -> None:
-    """Raises ConfigError if the minimum kept of each group does not allow what the last round shall leave.
+    """Raises ConfigError if the minimum kept of each group does not allow what the last round shall
+    leave.
 
-    It depends on no score, but for `protect='original_resnet'`, which removes less than asked instead.
+    It depends on no score, but for `protect='original_resnet'`, which removes less than asked
+    instead.
     """
-    sizes = {n: size for n, size in channels_of(problem, chosen.branches).sizes.items() if not _excluded(chosen, n)}
+    sizes = {
+        n: size
+        for n, size in channels_of(problem, chosen.branches).sizes.items()
+        if not _excluded(chosen, n)
+    }
     total, least = sum(sizes.values()), sum(budgets.minimum_kept(sizes, chosen.min_share).values())
     density = chosen.plan(visits).density[-1]
     if chosen.protect == "original_resnet":
@@ -281,20 +349,29 @@ def _check_reach(problem: train.Problem, chosen: Cut, where: str, visits: int) -
         if density * total < least - 1e-6:
             limit = budgets.rounded_down(1 - least / total)
             raise tables.ConfigError(
-                f"{where} shall remove {1 - density:.4g} of {total} channels, but {where}.min_share={chosen.min_share} "
-                f"keeps {least} of them, at least one of each group; allowed: a {where}.{chosen.share_field} up to "
+                f"{where} shall remove {1 - density:.4g} of {total} channels, but "
+                f"{where}.min_share={chosen.min_share} "
+                f"keeps {least} of them, at least one of each group; allowed: a "
+                f"{where}.{chosen.share_field} up to "
                 f"{limit}."
             )
         return
-    everything = {name: np.ones(size, bool) for name, size in channels_of(problem, chosen.branches).sizes.items()}
+    everything = {
+        name: np.ones(size, bool)
+        for name, size in channels_of(problem, chosen.branches).sizes.items()
+    }
     place = interface.Place(where.removeprefix("config."), 0, {}, (), visits, visits)
     _select_or_say(problem, chosen, everything, everything, place)
 
 
 def _score(chosen: Cut, group: groups.Group) -> Callable:
     """`score(statistics, key)` of the group's channels."""
-    options = dict(aggregate=chosen.aggregate, use_l2=chosen.use_l2, use_init=chosen.use_init, skip=chosen.skip)
-    return lambda statistics, key: scores.score(chosen.measure, statistics, group, key=key, **options)
+    options = dict(
+        aggregate=chosen.aggregate, use_l2=chosen.use_l2, use_init=chosen.use_init, skip=chosen.skip
+    )
+    return lambda statistics, key: scores.score(
+        chosen.measure, statistics, group, key=key, **options
+    )
 
 
 def _needs(chosen: Cut) -> tuple[str, ...]:
@@ -302,13 +379,17 @@ def _needs(chosen: Cut) -> tuple[str, ...]:
 
 
 def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
-    """`scores_of(state, key) -> {group: float [channels]}` of one member; compiled once for all rounds."""
+    """`scores_of(state, key) -> {group: float [channels]}` of one member; compiled once for all
+    rounds.
+    """
     needs, channels = _needs(chosen), channels_of(problem, chosen.branches)
     on_host = stages.on_host(problem)
     scored = {name: group for name, group in channels.groups.items() if not _excluded(chosen, name)}
 
     def loss(variables, batch, temperature):
-        fixed = jax.lax.stop_gradient(variables["batch_stats"])  # no part of gradients and Hessian products
+        fixed = jax.lax.stop_gradient(
+            variables["batch_stats"]
+        )  # no part of gradients and Hessian products
         logits = problem.model.apply({**variables, "batch_stats": fixed}, problem.images(batch[0]))
         return losses.cross_entropy(logits / temperature, batch[1]).mean()
 
@@ -318,7 +399,9 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
         classes, known = problem.dataset.num_classes, problem.dataset.train.labels
         rarest = int(np.bincount(known, minlength=classes).min())
         order = problem.sample.order(len(known))
-        index = order[scores.class_balanced(known[order], classes, min(len(labels), classes * rarest))]
+        index = order[
+            scores.class_balanced(known[order], classes, min(len(labels), classes * rarest))
+        ]
         balanced = (problem.train_images[index], problem.train_labels[index])
     collect = scores.gather(
         loss,
@@ -339,12 +422,18 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
 
     def scores_of(state, key):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        init = train.initial_variables(problem, state.key, problem.pretrained) if "w0" in needs else None
+        init = (
+            train.initial_variables(problem, state.key, problem.pretrained)
+            if "w0" in needs
+            else None
+        )
         statistics = collect(variables, (images, labels), balanced=balanced, init=init)
         if "saliency" in needs:
             statistics = statistics._replace(saliency={"params": state.opt_state.saliency})
         found = {name: np.asarray(own, np.float64) for name, own in score(statistics, key).items()}
-        return found | {name: np.ones(g.size) for name, g in channels.groups.items() if name not in scored}
+        return found | {
+            name: np.ones(g.size) for name, g in channels.groups.items() if name not in scored
+        }
 
     return scores_of
 
@@ -368,7 +457,11 @@ def select(
     if chosen.rules:
         counts = {}
         for name, share in trees.match_rules(sizes, chosen.rules).items():
-            density = 1.0 if _excluded(chosen, name) else float(chosen.plan(place.visits, share).density[i])
+            density = (
+                1.0
+                if _excluded(chosen, name)
+                else float(chosen.plan(place.visits, share).density[i])
+            )
             counts[name] = sizes[name] - masks.count_of(1 - density, sizes[name], math.floor)
         del common["exclude"]
         keep = budgets.select_to_counts(found, counts, **common)
@@ -378,14 +471,18 @@ def select(
         # of the whole, where what is left is not what the earlier rounds asked for
         if chosen.schedule.get("cumulative") == "truncated" or chosen.multiple > 1:
             living = sum(int(alive[name].sum()) for name in counted)
-            ratio = budgets.ratio_to_reach(float(plan.density[i]), sum(sizes[name] for name in counted), living)
+            ratio = budgets.ratio_to_reach(
+                float(plan.density[i]), sum(sizes[name] for name in counted), living
+            )
         keep = budgets.select(found, ratio, **common)
     else:
         price = cost.of_channels(channels, chosen.budget)
         full = price({name: np.ones(size, bool) for name, size in sizes.items()})
         keep = budgets.select_to_cost(found, price, float(plan.density[i]) * full, **common)
     if chosen.multiple > 1:
-        keep = budgets.round_to_multiple(keep, found, chosen.multiple, alive=alive, floors=common["floors"])
+        keep = budgets.round_to_multiple(
+            keep, found, chosen.multiple, alive=alive, floors=common["floors"]
+        )
     return keep
 
 
@@ -398,17 +495,18 @@ def _select_or_say(problem, chosen, importance, alive, place):
         raise tables.ConfigError(f"{where}, round {place.visit}: {error}{hint}") from None
 
 
-# compact -----------------------------------------------------------------------------------------------------
+# compact ------------------------------------------------------------------------------------------
 
 
 @tables.option
 class Compact(interface.Stage):
-    """The network without its removed channels: the same logits, fewer parameters and FLOPs, measured time.
+    """The network without its removed channels: the same logits, fewer parameters and FLOPs,
+    measured time.
 
-    The run's network itself stays masked. batch_size, repeats: of the time measured; 0 repeats: none. tolerance:
-    largest difference of compact from masked logits, relative to the largest logit, that counts as rounding; 0: that of
-    the arithmetic, see `rounding_of`. A larger one, or a network that cannot be compacted, is told by the row's
-    `warning`.
+    The run's network itself stays masked. batch_size, repeats: of the time measured; 0 repeats:
+    none. tolerance: largest difference of compact from masked logits, relative to the largest
+    logit, that counts as rounding; 0: that of the arithmetic, see `rounding_of`. A larger one, or a
+    network that cannot be compacted, is told by the row's `warning`.
     """
 
     kind: ClassVar[str] = "compact"
@@ -431,7 +529,8 @@ class Compact(interface.Stage):
 
 
 def rounding_of(problem: train.Problem) -> float:
-    """Largest relative difference of two orders of summation of the logits, by the arithmetic of the network.
+    """Largest relative difference of two orders of summation of the logits, by the arithmetic of
+    the network.
 
     Accelerators multiply float32 in shorter types (TF32, bfloat16).
     """
@@ -444,7 +543,9 @@ def rounding_of(problem: train.Problem) -> float:
 
 
 class Stock(NamedTuple):
-    """A network without its removed channels. variables: its arrays; apply(variables, images) -> logits."""
+    """A network without its removed channels. variables: its arrays; apply(variables, images) ->
+    logits.
+    """
 
     variables: PyTree
     apply: Callable
@@ -458,14 +559,18 @@ def compacted(problem: train.Problem, state: train.State) -> Stock:
     keep = alive_channels(channels, state.masks)
     for name, own in keep.items():
         if not own.any():
-            raise tables.ConfigError(f"all channels of {name} are masked: nothing is left to compact.")
+            raise tables.ConfigError(
+                f"all channels of {name} are masked: nothing is left to compact."
+            )
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     small = groups.compact(variables, channels, keep)
     return Stock(small, groups.elastic(problem.model.apply, channels, keep), keep, channels)
 
 
 def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> dict[str, Any]:
-    """Accuracy, size and time of one member's network, dense (masked) and compact, as fields of a row."""
+    """Accuracy, size and time of one member's network, dense (masked) and compact, as fields of a
+    row.
+    """
     stock = compacted(problem, state)
     full = {"params": state.params, "batch_stats": state.batch_stats}
     dense, small = jax.jit(problem.model.apply), jax.jit(stock.apply)
@@ -476,7 +581,8 @@ def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> d
     warning = ""
     if not error <= tolerance:
         warning = (
-            f"the compact network's logits differ from the masked one's by {error:.2g} of the largest, more than the "
+            f"the compact network's logits differ from the masked one's by {error:.2g} of the "
+            "largest, more than the "
             f"{tolerance:g} that count as rounding in {jnp.dtype(problem.model.dtype).name}"
         )
     one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
@@ -514,8 +620,12 @@ def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> d
 
 def accuracy(problem: train.Problem, stock: Stock) -> float:
     """Of the compact network on the test set."""
-    compact = problem._replace(model=problem.model._replace(apply=stock.apply), members=None, compiled={})
-    found = train.measure(compact, stock.variables["params"], stock.variables["batch_stats"], "test")
+    compact = problem._replace(
+        model=problem.model._replace(apply=stock.apply), members=None, compiled={}
+    )
+    found = train.measure(
+        compact, stock.variables["params"], stock.variables["batch_stats"], "test"
+    )
     size = problem.size("test") - len(found.unreadable)
     return round(float(found.accuracy) * size) / size  # not rounded to float32
 

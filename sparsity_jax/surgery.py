@@ -24,24 +24,38 @@ def normal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 2**0.5)
     Source: He et al. 2015, arXiv:1502.01852.
     """
     rows, _ = _kept(mask)
-    return jax.random.normal(key, mask.shape, dtype) * (gain / jnp.sqrt(jnp.maximum(rows.sum(), 1))).astype(dtype)
+    return jax.random.normal(key, mask.shape, dtype) * (
+        gain / jnp.sqrt(jnp.maximum(rows.sum(), 1))
+    ).astype(dtype)
 
 
 def orthogonal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 1.0) -> jax.Array:
-    """`gain` times a random matrix [fan_in, out] of orthonormal columns, or rows where fewer inputs than outputs stay.
+    """`gain` times a random matrix [fan_in, out] of orthonormal columns, or rows where fewer inputs
+    than outputs stay.
 
-    Uniform (Haar) among them: the polar factor of a Gaussian matrix. Weights missing inside the matrix make it less
-    than orthogonal. mask: [..., in, out]. Source: Saxe et al. 2014, arXiv:1312.6120.
+    Uniform (Haar) among them: the polar factor of a Gaussian matrix. Weights missing inside the
+    matrix make it less than orthogonal. mask: [..., in, out]. Source: Saxe et al. 2014,
+    arXiv:1312.6120.
     """
     rows, columns = _kept(mask)
-    gaussian = jax.random.normal(key, (rows.size, columns.size), jnp.promote_types(dtype, jnp.float32))
-    left, _, right = jnp.linalg.svd(jnp.where(rows[:, None] & columns, gaussian, 0), full_matrices=False)
+    gaussian = jax.random.normal(
+        key, (rows.size, columns.size), jnp.promote_types(dtype, jnp.float32)
+    )
+    left, _, right = jnp.linalg.svd(
+        jnp.where(rows[:, None] & columns, gaussian, 0), full_matrices=False
+    )
     rank = jnp.minimum(rows.sum(), columns.sum())  # the singular values behind it are zero
-    return (gain * (left * (jnp.arange(left.shape[1]) < rank)) @ right).reshape(mask.shape).astype(dtype)
+    return (
+        (gain * (left * (jnp.arange(left.shape[1]) < rank)) @ right)
+        .reshape(mask.shape)
+        .astype(dtype)
+    )
 
 
 def _kept(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inputs (bool [fan_in]: every position of a kept channel) and outputs (bool [out]) of the compact kernel."""
+    """Inputs (bool [fan_in]: every position of a kept channel) and outputs (bool [out]) of the
+    compact kernel.
+    """
     channels = mask.any(tuple(axis for axis in range(mask.ndim) if axis != mask.ndim - 2))
     rows = jnp.broadcast_to(channels[:, None], (*mask.shape[:-1], 1)).ravel()
     return rows, mask.any(tuple(range(mask.ndim - 1)))
@@ -60,24 +74,30 @@ def reinitialize(
     channels: groups.Channels | None = None,
     layout: kernels.Layout | None = None,
 ) -> PyTree:
-    """`params` as if drawn anew: kernels by `method`, scales of norms 1, biases 0; zero where `kept` is False.
+    """`params` as if drawn anew: kernels by `method`, scales of norms 1, biases 0; zero where
+    `kept` is False.
 
-    kept: masks in the structure of `params`. A kernel's fan-in is what it has in the compact network: positions times
-    input channels with any weight left, so that single missing weights do not lower it. gain: of the kernels, by
-    default that of the row of METHODS. channels, layout: which arrays are kernels, and which of their axes are inputs
-    and outputs; see `kernels.axes`. Norms and biases go by the names of Flax, Haiku, Equinox and PyTorch; other arrays
-    stay as they are. Running statistics are not in `params`: start them anew too.
-    Raises ConfigError for an unknown method and ValueError where it is open what the kernels are, or their layout.
+    kept: masks in the structure of `params`. A kernel's fan-in is what it has in the compact
+    network: positions times input channels with any weight left, so that single missing weights do
+    not lower it. gain: of the kernels, by default that of the row of METHODS. channels, layout:
+    which arrays are kernels, and which of their axes are inputs and outputs; see `kernels.axes`.
+    Norms and biases go by the names of Flax, Haiku, Equinox and PyTorch; other arrays stay as they
+    are. Running statistics are not in `params`: start them anew too. Raises ConfigError for an
+    unknown method and ValueError where it is open what the kernels are, or their layout.
     """
     draw: Callable = tables.lookup(METHODS, method, "method")
     options = {} if gain is None else {"gain": gain}
-    axes = kernels.axes(params, kernels.paths(params, channels, strict=False), channels, layout=layout)
+    axes = kernels.axes(
+        params, kernels.paths(params, channels, strict=False), channels, layout=layout
+    )
     keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
 
     def renewed(path: str, leaf: jax.Array, mask: jax.Array) -> jax.Array:
         leaf_key, name = next(keys), trees.last_name(path)
         if path in axes:
-            return _drawn(lambda key, mask: draw(key, mask, leaf.dtype, **options), leaf_key, mask, axes[path])
+            return _drawn(
+                lambda key, mask: draw(key, mask, leaf.dtype, **options), leaf_key, mask, axes[path]
+            )
         if name in ("bias", "b", "offset"):
             return jnp.zeros_like(leaf)
         return jnp.ones_like(leaf) if name in ("scale", "weight") else leaf
@@ -111,10 +131,11 @@ def add_noise(
     pattern: str = ".*",
     kept: PyTree | None = None,
 ) -> PyTree:
-    """Gaussian noise added to the arrays whose whole path matches `pattern`, where the masks `kept` (if any) are True.
+    """Gaussian noise added to the arrays whose whole path matches `pattern`, where the masks `kept`
+    (if any) are True.
 
-    std: of the noise, or with `relative` of that over the root mean square of each array's kept entries; may be traced.
-    Raises ConfigError for a bad pattern and if nothing matches.
+    std: of the noise, or with `relative` of that over the root mean square of each array's kept
+    entries; may be traced. Raises ConfigError for a bad pattern and if nothing matches.
     """
     chosen = trees.matching(params, pattern)
     keys = iter(jax.random.split(key, len(chosen)))
@@ -123,8 +144,14 @@ def add_noise(
         own = next(keys)
         if not chosen[path]:
             return leaf
-        root_mean_square = trees.norm(jnp.where(mask, leaf, 0)) / jnp.sqrt(jnp.maximum(jnp.sum(mask), 1))
+        root_mean_square = trees.norm(jnp.where(mask, leaf, 0)) / jnp.sqrt(
+            jnp.maximum(jnp.sum(mask), 1)
+        )
         size = std * root_mean_square if relative else jnp.asarray(std)
-        return jnp.where(mask, leaf + size.astype(leaf.dtype) * jax.random.normal(own, leaf.shape, leaf.dtype), leaf)
+        return jnp.where(
+            mask,
+            leaf + size.astype(leaf.dtype) * jax.random.normal(own, leaf.shape, leaf.dtype),
+            leaf,
+        )
 
     return trees.map_named(one, params, masks.full(params) if kept is None else kept)

@@ -1,8 +1,8 @@
 """Tables of named entries and the options they take: every wrong name, type or value is found here.
 
-A table maps a name to a function whose keyword-only parameters are its options, or to a class whose fields are, see
-`option`. Their annotations are the schema:
-`float`, `int`, `bool`, `str`, `dict`, `tuple[T, ...]`, `Literal[...]`, `X | None`, `Annotated[T, Range(low, high)]`.
+A table maps a name to a function whose keyword-only parameters are its options, or to a class whose
+fields are, see `option`. Their annotations are the schema: `float`, `int`, `bool`, `str`, `dict`,
+`tuple[T, ...]`, `Literal[...]`, `X | None`, `Annotated[T, Range(low, high)]`.
 """
 
 import dataclasses
@@ -18,7 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work: says what was given, what is allowed and, where there is one, the closest match."""
+    """A setting that cannot work: says what was given, what is allowed and, where there is one, the
+    closest match.
+    """
 
 
 class TypeConfigError(ConfigError):
@@ -26,7 +28,9 @@ class TypeConfigError(ConfigError):
 
 
 class Range(NamedTuple):
-    """Allowed numbers: `low <= x <= high`, or strictly above `low` if `above`, strictly below `high` if `below`."""
+    """Allowed numbers: `low <= x <= high`, or strictly above `low` if `above`, strictly below
+    `high` if `below`.
+    """
 
     low: float | None = None
     high: float | None = None
@@ -59,7 +63,9 @@ option = dataclasses.dataclass(frozen=True, kw_only=True)  # a class of options:
 
 
 class Options(dict):
-    """Options of a part that a config chooses by `name`; hashable, for they never change after they were read."""
+    """Options of a part that a config chooses by `name`; hashable, for they never change after they
+    were read.
+    """
 
     def __hash__(self) -> int:
         return hash(json.dumps(self, sort_keys=True))
@@ -76,10 +82,14 @@ def host_memory() -> float:
 
 
 def check_memory(needed: int, what: str, memory: float = 0) -> None:
-    """Raises ConfigError for more bytes than `memory`, by default that of this machine. what: begins the sentence."""
+    """Raises ConfigError for more bytes than `memory`, by default that of this machine. what:
+    begins the sentence.
+    """
     memory = memory or host_memory()
     if needed > memory:
-        raise ConfigError(f"{what} {needed / 1e9:,.1f} GB; allowed: {memory / 1e9:,.1f} GB, the memory.")
+        raise ConfigError(
+            f"{what} {needed / 1e9:,.1f} GB; allowed: {memory / 1e9:,.1f} GB, the memory."
+        )
 
 
 def closest(name: str, known: typing.Iterable[str]) -> str:
@@ -94,33 +104,47 @@ def lookup(table: Mapping[str, Any], name: str, where: str) -> Any:
     Raises ConfigError naming what is known.
     """
     if not isinstance(name, str) or name not in table:
-        raise ConfigError(f"{where} is {name!r}; known: {', '.join(sorted(table))}.{closest(name, table)}")
+        raise ConfigError(
+            f"{where} is {name!r}; known: {', '.join(sorted(table))}.{closest(name, table)}"
+        )
     return table[name]
 
 
 def parameters(function: Callable) -> dict[str, inspect.Parameter]:
     """The options of `function`: its keyword-only parameters."""
     found = inspect.signature(function).parameters
-    return {name: parameter for name, parameter in found.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {
+        name: parameter
+        for name, parameter in found.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
 
 
 def defaults(function: Callable) -> dict[str, Any]:
     """The options of `function` that have a default, with it."""
     found = parameters(function).items()
-    return {name: parameter.default for name, parameter in found if parameter.default is not inspect.Parameter.empty}
+    return {
+        name: parameter.default
+        for name, parameter in found
+        if parameter.default is not inspect.Parameter.empty
+    }
 
 
 def options(table: Mapping[str, Callable], /, name: str, **chosen: Any) -> dict[str, Any]:
-    """A config of the entry `name`: every option with its default unless `chosen`, so that all can be overridden."""
+    """A config of the entry `name`: every option with its default unless `chosen`, so that all can
+    be overridden.
+    """
     return {"name": name, **defaults(lookup(table, name, "name")), **chosen}
 
 
 def check_options(
     function: Callable, options: Mapping[str, Any], where: str, also: typing.Iterable[str] = ()
 ) -> dict[str, Any]:
-    """`options` as keyword arguments of `function`, after checking names, types and ranges against its signature.
+    """`options` as keyword arguments of `function`, after checking names, types and ranges against
+    its signature.
 
-    Only keyword-only parameters count as options. Lists become tuples, ints become floats where a float is asked for.
+    Only keyword-only parameters count as options. Lists become tuples, ints become floats where a
+    float is asked for.
     also: further field names to list as known (checked elsewhere).
     Raises ConfigError for an unknown or missing option, a wrong type, or a value out of range.
     """
@@ -129,15 +153,25 @@ def check_options(
     for name in options:
         if name not in known:
             fields = sorted({*known, *also})
-            raise ConfigError(f"{where} has no field {name!r}; fields: {', '.join(fields)}.{closest(name, fields)}")
+            raise ConfigError(
+                f"{where} has no field {name!r}; fields: "
+                f"{', '.join(fields)}.{closest(name, fields)}"
+            )
     for name, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
-            raise ConfigError(f"{where} needs the field {name!r} ({describe(hints.get(name, Any))}).")
-    return {name: convert(value, hints.get(name, Any), f"{where}.{name}") for name, value in options.items()}
+            raise ConfigError(
+                f"{where} needs the field {name!r} ({describe(hints.get(name, Any))})."
+            )
+    return {
+        name: convert(value, hints.get(name, Any), f"{where}.{name}")
+        for name, value in options.items()
+    }
 
 
 def read_text(text: str, kind: type, where: str, least: float | None = None) -> Any:
-    """The value of type `kind` that `text` stands for; raises ConfigError if there is none, or one below `least`."""
+    """The value of type `kind` that `text` stands for; raises ConfigError if there is none, or one
+    below `least`.
+    """
     try:
         value = kind(text)
     except ValueError:
@@ -148,7 +182,9 @@ def read_text(text: str, kind: type, where: str, least: float | None = None) -> 
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`; raises ConfigError naming `where`, the value and what is allowed."""
+    """`value` as the type `hint`; raises ConfigError naming `where`, the value and what is
+    allowed.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -173,18 +209,26 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if any(value == option and type(value) is type(option) for option in args):
             return value
         names = [option for option in args if isinstance(option, str)]
-        raise ConfigError(f"{where} is {value!r}; allowed: {describe(hint)}.{closest(value, names)}")
+        raise ConfigError(
+            f"{where} is {value!r}; allowed: {describe(hint)}.{closest(value, names)}"
+        )
     elif origin is tuple:
         if isinstance(value, (tuple, list)):
             if len(args) == 2 and args[1] is Ellipsis:
-                return tuple(convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+                return tuple(
+                    convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value)
+                )
             if len(args) == len(value):
-                return tuple(convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args)))
+                return tuple(
+                    convert(item, arg, f"{where}[{i}]")
+                    for i, (item, arg) in enumerate(zip(value, args))
+                )
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if value and not SMALLEST <= abs(value) <= LARGEST:
                 raise ConfigError(
-                    f"{where} is {shortened(value)}; allowed: a finite number, 0 or {SMALLEST} to {LARGEST} in size."
+                    f"{where} is {shortened(value)}; allowed: a finite number, 0 or {SMALLEST} to "
+                    f"{LARGEST} in size."
                 )
             return float(value)
     elif hint is int:
@@ -195,15 +239,21 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return Options(value)
     elif hint is tuple:
         if isinstance(value, (tuple, list)):
-            return tuple(convert(item, tuple, where) if isinstance(item, list) else item for item in value)
+            return tuple(
+                convert(item, tuple, where) if isinstance(item, list) else item for item in value
+            )
     elif hint is type(None):
         if value is None:
             return None
     elif isinstance(hint, type) and isinstance(value, hint):
         if isinstance(value, str) and not value.isprintable():
-            raise ConfigError(f"{where} is {value!r}; allowed: text of one line that can be printed.")
+            raise ConfigError(
+                f"{where} is {value!r}; allowed: text of one line that can be printed."
+            )
         return value
-    raise TypeConfigError(f"{where} is {shortened(value)} ({type(value).__name__}); allowed: {describe(hint)}.")
+    raise TypeConfigError(
+        f"{where} is {shortened(value)} ({type(value).__name__}); allowed: {describe(hint)}."
+    )
 
 
 def shortened(value: Any) -> str:
@@ -213,7 +263,9 @@ def shortened(value: Any) -> str:
 
 
 def describe(hint: Any) -> str:
-    """A readable form of a type annotation, e.g. `float >= 0.0 and <= 1.0` or `'global' | 'random'`."""
+    """A readable form of a type annotation, e.g. `float >= 0.0 and <= 1.0` or `'global' |
+    'random'`.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return " ".join([describe(args[0]), *(str(rule) for rule in args[1:])])
@@ -222,5 +274,9 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(repr(option) for option in args)
     if origin is tuple:
-        return f"tuple of {describe(args[0])}" if args[-1] is Ellipsis else f"tuple ({', '.join(map(describe, args))})"
+        return (
+            f"tuple of {describe(args[0])}"
+            if args[-1] is Ellipsis
+            else f"tuple ({', '.join(map(describe, args))})"
+        )
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -1,7 +1,8 @@
 """One training step, the loop over it, and evaluation: everything a stage does to a network.
 
-State and numbers (learning rate, radii, ...) are arguments of one compiled step. A sweep whose members share a program
-puts a leading axis on both and maps the step over it; `Problem.lift` is the only place that knows.
+State and numbers (learning rate, radii, ...) are arguments of one compiled step. A sweep whose
+members share a program puts a leading axis on both and maps the step over it; `Problem.lift` is the
+only place that knows.
 """
 
 import contextlib
@@ -35,7 +36,9 @@ PyTree = Any
 
 
 class Metrics(NamedTuple):
-    """Sums over the steps of an epoch so far. bad_step: first step with a non-finite loss, -1 while there is none."""
+    """Sums over the steps of an epoch so far. bad_step: first step with a non-finite loss, -1 while
+    there is none.
+    """
 
     loss: jax.Array
     correct: jax.Array
@@ -44,9 +47,11 @@ class Metrics(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a run carries from step to step. key: the root PRNG key (raw data); keys of steps are folded from it.
+    """All that a run carries from step to step. key: the root PRNG key (raw data); keys of steps
+    are folded from it.
 
-    opt_state: of the optimizer while a `train` stage runs; between stages () or what it hands on, `Carried`.
+    opt_state: of the optimizer while a `train` stage runs; between stages () or what it hands on,
+        `Carried`.
     """
 
     params: PyTree
@@ -66,7 +71,9 @@ class Problem(NamedTuple):
     """What stays the same during a run: network, data on the device, and where to compute."""
 
     model: models.Model
-    train_images: jax.Array | None  # uint8 [N, H, W, C]; these four are None where the data is streamed
+    train_images: (
+        jax.Array | None
+    )  # uint8 [N, H, W, C]; these four are None where the data is streamed
     train_labels: jax.Array | None  # int32 [N]
     test_images: jax.Array | None
     test_labels: jax.Array | None
@@ -76,7 +83,8 @@ class Problem(NamedTuple):
     eval_batch_size: int
     steps_per_call: int  # 0: automatic
     compiled: dict  # functions by what they depend on, so that visits and members share them
-    pretrained: PyTree = ()  # dict of arrays by path with which every network starts instead of its fresh ones
+    # dict of arrays by path with which every network starts instead of its fresh ones
+    pretrained: PyTree = ()
     keep_zeros: bool = False  # whether weights that are zero in `pretrained` are masked
     sample: data.FixedSample = data.FixedSample()  # the images of `examples`
 
@@ -92,7 +100,9 @@ class Problem(NamedTuple):
 
     def shard(self, batch: jax.Array) -> jax.Array:
         """Splits a batch over the devices of the mesh."""
-        if self.mesh is None or len(batch) % self.mesh.size:  # a data set's last batch may not divide
+        if (
+            self.mesh is None or len(batch) % self.mesh.size
+        ):  # a data set's last batch may not divide
             return batch
         spec = jax.sharding.PartitionSpec("batch", *[None] * (batch.ndim - 1))
         return jax.lax.with_sharding_constraint(batch, jax.sharding.NamedSharding(self.mesh, spec))
@@ -101,7 +111,9 @@ class Problem(NamedTuple):
         """`tree` on the device, or copied to every device of the mesh."""
         if self.mesh is None:
             return jax.device_put(tree)
-        return jax.device_put(tree, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()))
+        return jax.device_put(
+            tree, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        )
 
     @property
     def streamed(self) -> bool:
@@ -121,10 +133,14 @@ class Problem(NamedTuple):
     def batches(self, split: str, batch_size: int = 0) -> Iterator[stream.Batch]:
         """A streamed split in order, for evaluation; `stream.eval_batches`."""
         batch_size = min(batch_size or self.eval_batch_size, self.size(split))
-        return stream.eval_batches(getattr(self.dataset, split).images, batch_size=batch_size, put=self.put)
+        return stream.eval_batches(
+            getattr(self.dataset, split).images, batch_size=batch_size, put=self.put
+        )
 
     def examples(self, split: str, num: int) -> tuple[jax.Array, jax.Array]:
-        """`num` images and labels of a split, or all if it has no more; those of `sample`, streamed or in memory."""
+        """`num` images and labels of a split, or all if it has no more; those of `sample`, streamed
+        or in memory.
+        """
         size = self.size(split)
         if not self.streamed and num >= size:
             return arrays(self, split)
@@ -136,10 +152,16 @@ class Problem(NamedTuple):
         return self.once(("examples", split, num), take)
 
     def images(self, batch: jax.Array) -> jax.Array:
-        """uint8 images as the network's normalised input; train images stored larger are resized when evaluated."""
+        """uint8 images as the network's normalised input; train images stored larger are resized
+        when evaluated.
+        """
         inputs, shape = self.shard(batch), self.dataset.test.images.shape[1:]
         inputs = data.preprocess(inputs, self.dataset.mean, self.dataset.std)
-        return inputs if inputs.shape[1:] == shape else jax.image.resize(inputs, (len(inputs), *shape), "linear")
+        return (
+            inputs
+            if inputs.shape[1:] == shape
+            else jax.image.resize(inputs, (len(inputs), *shape), "linear")
+        )
 
     def init(self, key: jax.Array) -> PyTree:
         """Fresh variables, none of them pretrained; key: a root key."""
@@ -157,16 +179,31 @@ def build_problem(
     steps_per_call: int = 0,
     sample: data.FixedSample = data.FixedSample(),  # noqa: B008 - a constant
 ) -> Problem:
-    """Puts data in memory on the device; of a stream some images are decoded to find mistakes, see `data.look_at`.
+    """Puts data in memory on the device; of a stream some images are decoded to find mistakes, see
+    `data.look_at`.
 
     mesh: number of local devices that share each batch, 0 for all. sample: see `Problem.examples`.
     """
     if isinstance(dataset.train.images, data.Stream):
-        splits = dict(train=data.look_at(dataset.train.images), test=data.look_at(dataset.test.images))
-        dataset = dataset._replace(**{name: data.Split(images, None) for name, images in splits.items()})
+        splits = dict(
+            train=data.look_at(dataset.train.images), test=data.look_at(dataset.test.images)
+        )
+        dataset = dataset._replace(
+            **{name: data.Split(images, None) for name, images in splits.items()}
+        )
     devices = jax.local_devices()[: mesh or None]
     grid = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
-    problem = Problem(model, *[None] * 4, dataset, grid, members, eval_batch_size, steps_per_call, {}, sample=sample)
+    problem = Problem(
+        model,
+        *[None] * 4,
+        dataset,
+        grid,
+        members,
+        eval_batch_size,
+        steps_per_call,
+        {},
+        sample=sample,
+    )
     if isinstance(dataset.train.images, data.Stream):
         return problem
     arrays = problem.place((*dataset.train, *dataset.test))
@@ -184,14 +221,20 @@ def key_of(seed: int) -> jax.Array:
 
 
 def no_metrics() -> Metrics:
-    return Metrics(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.asarray(-1, jnp.int32))
+    return Metrics(
+        jnp.zeros(()),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
+        jnp.asarray(-1, jnp.int32),
+    )
 
 
 def initial_variables(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> PyTree:
-    """The variables a run starts from: fresh ones under the raw `key`, but for those in `pretrained`.
+    """The variables a run starts from: fresh ones under the raw `key`, but for those in
+    `pretrained`.
 
-    pretrained: `problem.pretrained`, an argument so that compiled programs do not contain its arrays. They are copied,
-    since a training step may take over the memory of its state.
+    pretrained: `problem.pretrained`, an argument so that compiled programs do not contain its
+    arrays. They are copied, since a training step may take over the memory of its state.
     """
     arrays = dict(pretrained)
     first = lambda path, leaf: jnp.copy(arrays[path]) if path in arrays else leaf
@@ -199,21 +242,27 @@ def initial_variables(problem: Problem, key: jax.Array, pretrained: PyTree = ())
 
 
 def create_state(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> State:
-    """A network as `initial_variables` makes it, dense unless `problem.keep_zeros`; key: from `key_of`."""
+    """A network as `initial_variables` makes it, dense unless `problem.keep_zeros`; key: from
+    `key_of`.
+    """
     variables = initial_variables(problem, key, pretrained)
     params = variables["params"]
     kept = masks.nonzero(params) if problem.keep_zeros else masks.full(params)
-    return State(params, variables["batch_stats"], kept, (), jnp.zeros((), jnp.int32), key, no_metrics())
+    return State(
+        params, variables["batch_stats"], kept, (), jnp.zeros((), jnp.int32), key, no_metrics()
+    )
 
 
 @tables.option
 class Fit(interface.Stage):
-    """A checked training: what its compiled step depends on. recipe: from `optim.check` or `optim.join`.
+    """A checked training: what its compiled step depends on. recipe: from `optim.check` or
+    `optim.join`.
 
-    carry: hands its momentum on, and starts from what it is handed. track: options of the tracked importance, sorted
-    pairs of `scores.tracker`, or () for none. growth: None, or what acts on the gradients before the
-    optimizer: hashable, with `make(problem, key) -> optax.GradientTransformation`, key: the member's root key (raw),
-    and with `log_every`, the most steps between two updates.
+    carry: hands its momentum on, and starts from what it is handed. track: options of the tracked
+    importance, sorted pairs of `scores.tracker`, or () for none. growth: None, or what acts on the
+    gradients before the
+    optimizer: hashable, with `make(problem, key) -> optax.GradientTransformation`, key: the
+    member's root key (raw), and with `log_every`, the most steps between two updates.
     """
 
     epochs: int
@@ -239,7 +288,8 @@ class Fit(interface.Stage):
         check_batch(self, problem, where)
         if self.batch_size % devices:
             raise tables.ConfigError(
-                f"{where}.batch_size is {self.batch_size}; allowed: multiples of {devices}, the number of devices."
+                f"{where}.batch_size is {self.batch_size}; allowed: multiples of {devices}, the "
+                "number of devices."
             )
         steps = self.epochs * (size // self.batch_size)
         if steps >= 2**31:
@@ -266,7 +316,9 @@ class Fit(interface.Stage):
     def transformation(
         self, problem: Problem, numbers: dict[str, Any], key: jax.Array
     ) -> optax.GradientTransformationExtraArgs:
-        """The optimizer, tracker included. key: raw data of the root key, which the initial weights are made of."""
+        """The optimizer, tracker included. key: raw data of the root key, which the initial weights
+        are made of.
+        """
         spe = self.steps_per_epoch(problem)
         if self.growth is not None:
             numbers = dict(numbers)
@@ -279,7 +331,9 @@ class Fit(interface.Stage):
         use_l2, use_init = options.pop("use_l2"), options.pop("use_init")
 
         def statistic(params, grads):
-            init = initial_variables(problem, key, problem.pretrained)["params"] if use_init else None
+            init = (
+                initial_variables(problem, key, problem.pretrained)["params"] if use_init else None
+            )
             return scores.weight_saliency(params, grads, use_l2=use_l2, init=init)
 
         return scores.track_saliency(tx, steps_per_epoch=spe, statistic=statistic, **options)
@@ -288,9 +342,13 @@ class Fit(interface.Stage):
         if not (self.carry or self.track):
             return ()
         momentum = optim.momentum_of(opt_state) if self.carry else ()
-        return interface.Carried(momentum, optax.tree.get(opt_state, "saliency") if self.track else ())
+        return interface.Carried(
+            momentum, optax.tree.get(opt_state, "saliency") if self.track else ()
+        )
 
-    def carried(self, state: State, before: interface.Carried | tuple[()]) -> interface.Carried | tuple[()]:
+    def carried(
+        self, state: State, before: interface.Carried | tuple[()]
+    ) -> interface.Carried | tuple[()]:
         if not (self.carry or self.track):
             return ()
         wide = lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
@@ -298,26 +356,39 @@ class Fit(interface.Stage):
         momentum = optim.HeavyBallState(steps, state.params) if self.carry else ()
         return interface.Carried(momentum, jax.tree.map(wide, state.params) if self.track else ())
 
-    def begin(self, problem: Problem, state: State, settings: Sequence["Fit"], place: interface.Place) -> State:
+    def begin(
+        self, problem: Problem, state: State, settings: Sequence["Fit"], place: interface.Place
+    ) -> State:
         return begin_members(problem, state, settings, numbers_of_fits(problem, state, settings))
 
     def run(
-        self, problem: Problem, state: State, settings: Sequence["Fit"], place: interface.Place, rows: list[list[dict]]
+        self,
+        problem: Problem,
+        state: State,
+        settings: Sequence["Fit"],
+        place: interface.Place,
+        rows: list[list[dict]],
     ) -> Iterator["Update"]:
         numbers = numbers_of_fits(problem, state, settings)
         yield from fit_epochs(problem, state, self, numbers, place.position, place.name, rows[0])
 
 
 def check_batch(chosen: Any, problem: Problem, where: str) -> None:
-    """Raises ConfigError for a batch larger than the train set, or an augmentation that does not fit its images."""
+    """Raises ConfigError for a batch larger than the train set, or an augmentation that does not
+    fit its images.
+    """
     size = problem.size("train")
     if chosen.batch_size > size:
-        raise tables.ConfigError(f"{where}.batch_size is {chosen.batch_size}; allowed: up to {size}, the train set.")
+        raise tables.ConfigError(
+            f"{where}.batch_size is {chosen.batch_size}; allowed: up to {size}, the train set."
+        )
     data.make_augmentation(chosen.augment, problem.dataset, f"{where}.augment")
 
 
 def check_recipe(recipe: optim.Recipe, problem: Problem, where: str) -> None:
-    """Raises ConfigError for an optimizer that does not fit the network's params, such as rules that decide none."""
+    """Raises ConfigError for an optimizer that does not fit the network's params, such as rules
+    that decide none.
+    """
     try:
         optim.numbers(recipe, shapes_of(problem), None)
     except tables.ConfigError as error:  # of a field such as constraint.rules
@@ -325,7 +396,9 @@ def check_recipe(recipe: optim.Recipe, problem: Problem, where: str) -> None:
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Raises ConfigError for arrays of more bytes than the device has. what: begins the sentence."""
+    """Raises ConfigError for arrays of more bytes than the device has. what: begins the
+    sentence.
+    """
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     tables.check_memory(needed, f"{what} take", stats.get("bytes_limit") or 0)
@@ -336,21 +409,27 @@ def numbers_of_fits(problem: Problem, state: State, fits: Sequence[Fit]) -> dict
     return numbers_of(problem, state, [fit.recipe for fit in fits])
 
 
-def begin_members(problem: Problem, state: State, fits: Sequence[Fit], numbers: dict[str, Any]) -> State:
+def begin_members(
+    problem: Problem, state: State, fits: Sequence[Fit], numbers: dict[str, Any]
+) -> State:
     """The state at the start of a training of all members, see `begin`."""
     if fits[0].start == "init":
         state = initial_state(problem, state.key)
     compiled = problem.once(
         ("begin", *fits[0].beginning()),
-        lambda: jax.jit(problem.lift(lambda state, numbers: begin(problem, state, fits[0], numbers))),
+        lambda: jax.jit(
+            problem.lift(lambda state, numbers: begin(problem, state, fits[0], numbers))
+        ),
     )
     return compiled(state, numbers)
 
 
 def initial_state(problem: Problem, key: jax.Array) -> State:
-    """The networks at the start of a run, one per member; key: their root keys, from `key_of`, stacked for members.
+    """The networks at the start of a run, one per member; key: their root keys, from `key_of`,
+    stacked for members.
 
-    One program for the whole run: random numbers of many shapes take longer to compile than most stages.
+    One program for the whole run: random numbers of many shapes take longer to compile than most
+    stages.
     """
     create = lambda key, arrays: create_state(problem, key, arrays)
     compiled = problem.once("create", lambda: jax.jit(problem.lift(create, (0, None))))
@@ -362,39 +441,57 @@ def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> 
 
     A stage that starts from the first weights is given those, see `initial_state`.
     """
-    params = optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
+    params = (
+        optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
+    )
     params = masks.apply(params, state.masks)
     opt_state = fit.transformation(problem, numbers, state.key).init(params)
-    if fit.carry and isinstance(state.opt_state, interface.Carried) and state.opt_state.momentum != ():
+    if (
+        fit.carry
+        and isinstance(state.opt_state, interface.Carried)
+        and state.opt_state.momentum != ()
+    ):
         opt_state = optim.with_momentum(opt_state, state.opt_state.momentum)
     zero = jnp.zeros((), jnp.int32)
     return state._replace(params=params, opt_state=opt_state, step=zero, metrics=no_metrics())
 
 
-def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe | optim.Choice]) -> dict[str, Any]:
+def numbers_of(
+    problem: Problem, state: State, recipes: list[optim.Recipe | optim.Choice]
+) -> dict[str, Any]:
     """The traced numbers of every member's recipe (stacked if there are members), radii included.
 
-    Norms of the initialisation are measured with the member's own key; the network itself is left alone.
+    Norms of the initialisation are measured with the member's own key; the network itself is left
+    alone.
     """
     variables = jax.eval_shape(problem.init, jax.random.key(0))
     shapes, order = variables["params"], None
     norms = [None] * len(recipes)
     if any(map(optim.needs_norms, recipes)):
         init = lambda key: problem.init(key)["params"]
-        measure = lambda key: polytopes.mean_norms(init, jax.random.fold_in(jax.random.wrap_key_data(key), 1))
+        measure = lambda key: polytopes.mean_norms(
+            init, jax.random.fold_in(jax.random.wrap_key_data(key), 1)
+        )
         measured = problem.once("norms", lambda: jax.jit(problem.lift(measure)))(state.key)
         measured = jax.device_get(measured)
-        take = lambda i: measured if problem.members is None else jax.tree.map(lambda leaf: leaf[i], measured)
+        take = lambda i: (
+            measured if problem.members is None else jax.tree.map(lambda leaf: leaf[i], measured)
+        )
         norms = [take(i) for i in range(len(recipes))]
         order = problem.once("network order", lambda: network_order(problem, variables))
-    each = [optim.numbers(recipe, shapes, norm, order) for recipe, norm in zip(recipes, norms, strict=True)]
+    each = [
+        optim.numbers(recipe, shapes, norm, order)
+        for recipe, norm in zip(recipes, norms, strict=True)
+    ]
     if problem.members is None:
         return problem.place(each[0])
     return problem.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
 
 
 def network_order(problem: Problem, variables: PyTree) -> list[str]:
-    """Paths of the params in the network's order. variables: arrays or shape structs; nothing is computed."""
+    """Paths of the params in the network's order. variables: arrays or shape structs; nothing is
+    computed.
+    """
     image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
     others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["batch_stats"])
     apply = lambda params: problem.model.apply({"params": params, "batch_stats": others}, image)
@@ -402,14 +499,18 @@ def network_order(problem: Problem, variables: PyTree) -> list[str]:
 
 
 def make_step(problem: Problem, fit: Fit) -> Callable:
-    """`step(state, numbers, order, position, images, labels) -> state`, of one member, on data in memory.
+    """`step(state, numbers, order, position, images, labels) -> state`, of one member, on data in
+    memory.
 
-    order: int32 [N], this epoch's examples. position: int, the stage's in the pipeline; it decides the random numbers.
+    order: int32 [N], this epoch's examples. position: int, the stage's in the pipeline; it decides
+        the random numbers.
     """
     spe, step_on = fit.steps_per_epoch(problem), make_batch_step(problem, fit)
 
     def step(state: State, numbers, order, position, images, labels) -> State:
-        chosen = jax.lax.dynamic_slice_in_dim(order, (state.step % spe) * fit.batch_size, fit.batch_size)
+        chosen = jax.lax.dynamic_slice_in_dim(
+            order, (state.step % spe) * fit.batch_size, fit.batch_size
+        )
         return step_on(state, numbers, position, images[chosen], labels[chosen])
 
     return step
@@ -428,10 +529,14 @@ def make_batch_step(problem: Problem, fit: Fit) -> Callable:
 
         def loss_fn(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, batch_stats = problem.model.apply_train(variables, inputs, jax.random.fold_in(key, 1))
+            logits, batch_stats = problem.model.apply_train(
+                variables, inputs, jax.random.fold_in(key, 1)
+            )
             return loss_rule(logits, targets, **loss_options).mean(), (batch_stats, logits)
 
-        (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
         tx = fit.transformation(problem, numbers, state.key)
         grads = masks.apply(grads, state.masks)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
@@ -446,7 +551,13 @@ def make_batch_step(problem: Problem, fit: Fit) -> Callable:
             jnp.where((bad < 0) & ~jnp.isfinite(loss), state.step, bad),
         )
         return State(
-            masks.apply(params, state.masks), batch_stats, state.masks, opt_state, state.step + 1, state.key, metrics
+            masks.apply(params, state.masks),
+            batch_stats,
+            state.masks,
+            opt_state,
+            state.step + 1,
+            state.key,
+            metrics,
         )
 
     return step
@@ -459,14 +570,17 @@ def stage_key(key: jax.Array, position: int) -> jax.Array:
 
 def convolves(params: PyTree, stacked: bool = False) -> bool:
     """Whether some kernel is a convolution's. stacked: params have a leading axis of members."""
-    return any(trees.is_kernel(path) and leaf.ndim - stacked > 2 for path, leaf in trees.named_leaves(params).items())
+    return any(
+        trees.is_kernel(path) and leaf.ndim - stacked > 2
+        for path, leaf in trees.named_leaves(params).items()
+    )
 
 
 def steps_per_call(problem: Problem, state: State, steps_per_epoch: int) -> int:
     """How many steps a compiled call makes, at most an epoch's.
 
-    XLA's CPU backend compiles convolution gradients inside a scan to a naive loop, so there they run one by one; dense
-    networks and accelerators scan a whole epoch.
+    XLA's CPU backend compiles convolution gradients inside a scan to a naive loop, so there they
+    run one by one; dense networks and accelerators scan a whole epoch.
     """
     size = problem.steps_per_call
     if not size:
@@ -492,11 +606,12 @@ def fit_epochs(
     where: str = "train",
     rows: Sequence[dict] = (),
 ) -> Iterator[Update]:
-    """Trains from `state` (from `begin`, or any state this yielded) to the end; yields after every compiled call.
+    """Trains from `state` (from `begin`, or any state this yielded) to the end; yields after every
+    compiled call.
 
-    Rows of an epoch: epoch, step, learning_rate, train_loss, train_accuracy, seconds; on evaluated epochs test_loss and
-    test_accuracy. Raises NonFiniteLossError naming the first bad step. rows: those that came with the states so far.
-    Where data is streamed, see `fit_stream`.
+    Rows of an epoch: epoch, step, learning_rate, train_loss, train_accuracy, seconds; on evaluated
+    epochs test_loss and test_accuracy. Raises NonFiniteLossError naming the first bad step. rows:
+    those that came with the states so far. Where data is streamed, see `fit_stream`.
     """
     if problem.streamed:
         yield from fit_stream(problem, state, fit, numbers, position, where, rows)
@@ -513,13 +628,17 @@ def fit_epochs(
             return jax.lax.scan(body, state, None, length=size)[0]
 
         one = step if size == 1 else call
-        donate = () if jax.default_backend() == "cpu" else (0,)  # on CPU donated buffers cost copies
+        donate = (
+            () if jax.default_backend() == "cpu" else (0,)
+        )  # on CPU donated buffers cost copies
         return jax.jit(problem.lift(one, axes), donate_argnums=donate)
 
     examples = problem.size("train")
 
     def shuffle(key, position, epoch):
-        return jax.random.permutation(jax.random.fold_in(stage_key(key, position), 2**31 - 1 - epoch), examples)
+        return jax.random.permutation(
+            jax.random.fold_in(stage_key(key, position), 2**31 - 1 - epoch), examples
+        )
 
     orders = problem.once("order", lambda: jax.jit(problem.lift(shuffle, (0, None, None))))
     started, order, order_epoch = time.perf_counter() - seconds_so_far(rows), None, -1
@@ -529,7 +648,9 @@ def fit_epochs(
         epoch, at = divmod(step, spe)
         if epoch != order_epoch:
             order, order_epoch = orders(state.key, position, epoch), epoch
-        size = min(most, spe - at, logged - at % logged)  # from a checkpoint of other call sizes too
+        size = min(
+            most, spe - at, logged - at % logged
+        )  # from a checkpoint of other call sizes too
         call = problem.once((fit.program(), size), lambda size=size: compile_call(size))
         state = call(state, numbers, order, position, problem.train_images, problem.train_labels)
         step += size
@@ -546,14 +667,25 @@ def seconds_so_far(rows: Sequence[dict]) -> float:
 
 
 def fit_stream(
-    problem: Problem, state: State, fit: Fit, numbers: dict[str, Any], position: int, where: str, rows: Sequence[dict]
+    problem: Problem,
+    state: State,
+    fit: Fit,
+    numbers: dict[str, Any],
+    position: int,
+    where: str,
+    rows: Sequence[dict],
 ) -> Iterator[Update]:
     """`fit_epochs` on streamed data: every call is one step, on a batch that was read ahead.
 
-    A step that met unreadable images has a row of its own, with step, unreadable (how many) and unreadable_images
-    (which); the epoch's row sums them up and names the first five. Those of the test images are its test_unreadable.
+    A step that met unreadable images has a row of its own, with step, unreadable (how many) and
+    unreadable_images (which); the epoch's row sums them up and names the first five. Those of the
+    test images are its test_unreadable.
     """
-    spe, step, started = fit.steps_per_epoch(problem), int(state.step), time.perf_counter() - seconds_so_far(rows)
+    spe, step, started = (
+        fit.steps_per_epoch(problem),
+        int(state.step),
+        time.perf_counter() - seconds_so_far(rows),
+    )
     donate = () if jax.default_backend() == "cpu" else (0,)
     make = lambda: jax.jit(make_batch_step(problem, fit), donate_argnums=donate)
     call = problem.once((fit.program(), "batch"), make)
@@ -570,13 +702,25 @@ def fit_stream(
     with contextlib.closing(batches):
         for batch in batches:
             stopping.check()
-            state, step, new = call(state, numbers, position, batch.images, batch.labels), step + 1, []
+            state, step, new = (
+                call(state, numbers, position, batch.images, batch.labels),
+                step + 1,
+                [],
+            )
             if batch.unreadable:
-                new.append(dict(step=step, unreadable=len(batch.unreadable), unreadable_images=list(batch.unreadable)))
+                new.append(
+                    dict(
+                        step=step,
+                        unreadable=len(batch.unreadable),
+                        unreadable_images=list(batch.unreadable),
+                    )
+                )
                 met += new
             if step % spe == 0:
                 check_finite(state, spe, where)
-                ((row,),) = epoch_rows(problem, state, fit, step // spe, time.perf_counter() - started)
+                ((row,),) = epoch_rows(
+                    problem, state, fit, step // spe, time.perf_counter() - started
+                )
                 own = [one for one in met if one["step"] > step - spe]
                 if own:
                     names = [name for one in own for name in one["unreadable_images"]]
@@ -592,12 +736,15 @@ def check_finite(state: State, steps_per_epoch: int, where: str) -> None:
         which = int(np.argmin(np.where(bad >= 0, bad, np.iinfo(bad.dtype).max)))
         member, first = f" of member {which}" if bad.size > 1 else "", int(bad[which])
         raise NonFiniteLossError(
-            f"{where}: the training loss{member} is not finite at step {first} (epoch {first // steps_per_epoch + 1}). "
+            f"{where}: the training loss{member} is not finite at step {first} (epoch "
+            f"{first // steps_per_epoch + 1}). "
             "A lower learning rate, or a smaller tau for Frank-Wolfe, usually helps."
         )
 
 
-def epoch_rows(problem: Problem, state: State, fit: Fit, epoch: int, seconds: float) -> list[list[dict]]:
+def epoch_rows(
+    problem: Problem, state: State, fit: Fit, epoch: int, seconds: float
+) -> list[list[dict]]:
     rate = optim.learning_rate(state.opt_state)
     values = {
         "learning_rate": rate,
@@ -610,11 +757,15 @@ def epoch_rows(problem: Problem, state: State, fit: Fit, epoch: int, seconds: fl
         values["test_loss"], values["test_accuracy"] = found.loss, found.accuracy
         unreadable = dict(test_unreadable=len(found.unreadable)) if found.unreadable else {}
     step = epoch * fit.steps_per_epoch(problem)
-    return member_rows(problem, values, epoch=epoch, step=step, seconds=round(seconds, 3), **unreadable)
+    return member_rows(
+        problem, values, epoch=epoch, step=step, seconds=round(seconds, 3), **unreadable
+    )
 
 
 def member_rows(problem: Problem, values: dict[str, Any], **common: Any) -> list[list[dict]]:
-    """One row a member of `values` (scalars, or arrays with a leading member axis), fetched at once."""
+    """One row a member of `values` (scalars, or arrays with a leading member axis), fetched at
+    once.
+    """
     values = jax.device_get(values)
     take = lambda leaf, i: np.asarray(leaf if problem.members is None else leaf[i]).tolist()
     each = range(problem.members or 1)
@@ -622,10 +773,14 @@ def member_rows(problem: Problem, values: dict[str, Any], **common: Any) -> list
 
 
 def batch_sums(problem: Problem) -> Callable:
-    """`(params, batch_stats, images, labels) -> (sum of losses, number of right ones)`, where the label is not -1."""
+    """`(params, batch_stats, images, labels) -> (sum of losses, number of right ones)`, where the
+    label is not -1.
+    """
 
     def sums(params, batch_stats, images, labels):
-        logits = problem.model.apply({"params": params, "batch_stats": batch_stats}, problem.images(images))
+        logits = problem.model.apply(
+            {"params": params, "batch_stats": batch_stats}, problem.images(images)
+        )
         counts = labels >= 0
         loss = jnp.where(counts, losses.cross_entropy(logits, jnp.maximum(labels, 0)), 0)
         return jnp.sum(loss), jnp.sum(losses.correct(logits, labels), dtype=jnp.int32)
@@ -634,7 +789,9 @@ def batch_sums(problem: Problem) -> Callable:
 
 
 def evaluation(problem: Problem, split: str) -> Callable:
-    """`(params, batch_stats, images, labels) -> (mean loss, accuracy)` over a whole split in memory, of one member."""
+    """`(params, batch_stats, images, labels) -> (mean loss, accuracy)` over a whole split in
+    memory, of one member.
+    """
     size = problem.size(split)
     batch, sums = min(problem.eval_batch_size, size), batch_sums(problem)
 
@@ -642,7 +799,9 @@ def evaluation(problem: Problem, split: str) -> Callable:
         def add(total, start):
             index = start + jnp.arange(batch)
             inside = jnp.minimum(index, size - 1)
-            found = sums(params, batch_stats, images[inside], jnp.where(index < size, labels[inside], -1))
+            found = sums(
+                params, batch_stats, images[inside], jnp.where(index < size, labels[inside], -1)
+            )
             return jax.tree.map(jnp.add, total, found), None
 
         zero = (jnp.zeros(()), jnp.zeros((), jnp.int32))
@@ -671,10 +830,14 @@ def measure(problem: Problem, params: PyTree, batch_stats: PyTree, split: str) -
     """Mean cross-entropy in nats and accuracy on a split."""
     if problem.streamed:
         sums = problem.once("sums", lambda: jax.jit(batch_sums(problem)))
-        (found,), unreadable = over_stream(problem, split, [functools.partial(sums, params, batch_stats)])
+        (found,), unreadable = over_stream(
+            problem, split, [functools.partial(sums, params, batch_stats)]
+        )
         return Measured(*found, unreadable)
     compile_it = lambda: jax.jit(problem.lift(evaluation(problem, split), (0, 0, None, None)))
-    found = problem.once(("evaluate", split), compile_it)(params, batch_stats, *arrays(problem, split))
+    found = problem.once(("evaluate", split), compile_it)(
+        params, batch_stats, *arrays(problem, split)
+    )
     return Measured(*found)
 
 
@@ -690,12 +853,19 @@ def over_stream(
         for batch in batches:
             stopping.check()
             found = [look(batch.images, batch.labels) for look in looks]
-            totals = [new if old is None else jax.tree.map(jnp.add, old, new) for old, new in zip(totals, found)]
+            totals = [
+                new if old is None else jax.tree.map(jnp.add, old, new)
+                for old, new in zip(totals, found)
+            ]
             unreadable += batch.unreadable
     count = problem.size(split) - len(unreadable)
     return [(loss / max(count, 1), correct / max(count, 1)) for loss, correct in totals], unreadable
 
 
-def evaluate(problem: Problem, params: PyTree, batch_stats: PyTree, split: str) -> tuple[jax.Array, jax.Array]:
-    """(mean cross-entropy in nats, accuracy) on a split; one number a member if there are members."""
+def evaluate(
+    problem: Problem, params: PyTree, batch_stats: PyTree, split: str
+) -> tuple[jax.Array, jax.Array]:
+    """(mean cross-entropy in nats, accuracy) on a split; one number a member if there are
+    members.
+    """
     return measure(problem, params, batch_stats, split)[:2]

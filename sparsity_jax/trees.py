@@ -21,7 +21,9 @@ def path_name(path: Sequence) -> str:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves of `tree` by path, in flattening order; raises ValueError where two have the same path."""
+    """Leaves of `tree` by path, in flattening order; raises ValueError where two have the same
+    path.
+    """
     return _by_path(tree, path_name)
 
 
@@ -31,14 +33,19 @@ def _by_path(tree: PyTree, name_of: Callable, is_leaf: Callable | None = None) -
     if len(found) < len(leaves):
         names = [name_of(path) for path, _ in leaves]
         double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two leaves have the path {double!r}; names of a tree must not hold the '/' between them.")
+        raise ValueError(
+            f"two leaves have the path {double!r}; names of a tree must not hold the '/' between "
+            "them."
+        )
     return found
 
 
 def plain_path(path: Sequence) -> str:
-    """`path_name` without the last `value`, the attribute in which a state of Flax NNX wraps every array.
+    """`path_name` without the last `value`, the attribute in which a state of Flax NNX wraps every
+    array.
 
-    `nnx.Optimizer` gives wrapped arrays to `init` and bare ones to `update`: in both, an array has the same plain path.
+    `nnx.Optimizer` gives wrapped arrays to `init` and bare ones to `update`: in both, an array has
+    the same plain path.
     """
     if path and getattr(path[-1], "name", None) == "value":
         path = path[:-1]
@@ -46,17 +53,21 @@ def plain_path(path: Sequence) -> str:
 
 
 def plain_leaves(tree: PyTree, is_leaf: Callable | None = None) -> dict[str, Any]:
-    """Leaves of `tree` by `plain_path`, in flattening order; raises ValueError where two have the same path."""
+    """Leaves of `tree` by `plain_path`, in flattening order; raises ValueError where two have the
+    same path.
+    """
     return _by_path(tree, plain_path, is_leaf)
 
 
 def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = None) -> PyTree:
-    """`tree` in the structure of `like`: its leaves by their plain paths, where the structures differ.
+    """`tree` in the structure of `like`: its leaves by their plain paths, where the structures
+    differ.
 
-    So a tree that was made of NNX states serves bare arrays, and a tree of all params serves those that `optax.masked`
+    So a tree that was made of NNX states serves bare arrays, and a tree of all params serves those
+    that `optax.masked`
     shows: positions which `like` hides (`optax.MaskedNode`) are hidden in the result too.
-    what: names `tree` in errors. is_leaf: what counts as a leaf of `tree`. Raises ValueError naming a path that only
-    one of the two has.
+    what: names `tree` in errors. is_leaf: what counts as a leaf of `tree`. Raises ValueError naming
+    a path that only one of the two has.
     """
     if jax.tree.structure(tree, is_leaf=is_leaf) == jax.tree.structure(like):
         return tree
@@ -65,9 +76,14 @@ def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = No
     missing = [path for path, leaf in wanted.items() if path not in given and not _is_hidden(leaf)]
     surplus = [path for path in given if path not in wanted]
     if missing or surplus:
-        told = f"no entry for {missing[0]!r}" if missing else f"an entry {surplus[0]!r}, which is no parameter"
+        told = (
+            f"no entry for {missing[0]!r}"
+            if missing
+            else f"an entry {surplus[0]!r}, which is no parameter"
+        )
         raise ValueError(
-            f"{what} have {told}; allowed: one for all parameters, or a tree with the paths of the params."
+            f"{what} have {told}; allowed: one for all parameters, or a tree with the paths of "
+            "the params."
         )
     leaves = [leaf if _is_hidden(leaf) else given[path] for path, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=_is_hidden), leaves)
@@ -78,16 +94,20 @@ def _is_hidden(leaf: Any) -> bool:
 
 
 def map_named(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
-    """`jax.tree.map` whose function receives the path first: `function(path, leaf, *other_leaves)`."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
+    """`jax.tree.map` whose function receives the path first: `function(path, leaf,
+    *other_leaves)`.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
+    )
 
 
 def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]], where: str = "rules") -> PyTree:
     """The value of the first rule whose pattern matches the whole path, for every leaf of `tree`.
 
     rules: pairs of a regular expression and a value, e.g. `((r".*/bias", 0.0), (r".*", 0.9))`.
-    Raises ConfigError for a bad pattern, for a leaf that no rule matches and for a rule that decides no leaf (a closing
-    `.*` may be idle).
+    Raises ConfigError for a bad pattern, for a leaf that no rule matches and for a rule that
+    decides no leaf (a closing `.*` may be idle).
     """
     patterns = []
     for pattern, value in rules:
@@ -100,20 +120,24 @@ def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]], where: str = "ru
             if pattern.fullmatch(path):
                 used.add(index)
                 return value
-        raise tables.ConfigError(f"{where}: no rule matches {path!r}; end with ('.*', value) to cover all parameters.")
+        raise tables.ConfigError(
+            f"{where}: no rule matches {path!r}; end with ('.*', value) to cover all parameters."
+        )
 
     values = map_named(value_of, tree)
     for index, (pattern, _) in enumerate(patterns):
         if index not in used and (pattern.pattern, index) != (".*", len(patterns) - 1):
             hint = tables.closest(pattern.pattern, paths)
             raise tables.ConfigError(
-                f"{where}: {pattern.pattern!r} decides no parameter; paths look like {paths[0]!r}.{hint}"
+                f"{where}: {pattern.pattern!r} decides no parameter; paths look like "
+                f"{paths[0]!r}.{hint}"
             )
     return values
 
 
 def matching(tree: PyTree, pattern: str, where: str = "pattern") -> dict[str, bool]:
-    """Whether the whole path of each leaf of `tree` matches the regular expression `pattern`, by path.
+    """Whether the whole path of each leaf of `tree` matches the regular expression `pattern`, by
+    path.
 
     Raises ConfigError for a bad pattern and if no leaf matches. where: the setting that holds it.
     """
@@ -122,7 +146,9 @@ def matching(tree: PyTree, pattern: str, where: str = "pattern") -> dict[str, bo
     chosen = {path: re.fullmatch(pattern, path) is not None for path in paths}
     if not any(chosen.values()):
         hint = tables.closest(pattern, paths)
-        raise tables.ConfigError(f"{where} is {pattern!r}, which matches no parameter; one is {paths[0]!r}.{hint}")
+        raise tables.ConfigError(
+            f"{where} is {pattern!r}, which matches no parameter; one is {paths[0]!r}.{hint}"
+        )
     return chosen
 
 
@@ -131,33 +157,42 @@ def check_pattern(pattern: str, where: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise tables.ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
+        raise tables.ConfigError(
+            f"{where}: {pattern!r} is not a regular expression: {error}."
+        ) from None
 
 
 def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:
-    """Raises ValueError for the first array of `tree` that holds NaN or, unless `infinite`, an infinity.
+    """Raises ValueError for the first array of `tree` that holds NaN or, unless `infinite`, an
+    infinity.
 
-    what: begins the sentence, e.g. the stage and member and what the tree is. Arrays without a fraction pass, and
-    those that `jit`, `vmap` or `grad` is tracing, whose values nobody knows yet.
+    what: begins the sentence, e.g. the stage and member and what the tree is. Arrays without a
+    fraction pass, and those that `jit`, `vmap` or `grad` is tracing, whose values nobody knows yet.
     """
     bad, name = (jnp.isnan, "NaN") if infinite else (lambda x: ~jnp.isfinite(x), "NaN or infinite")
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(
+            jnp.result_type(leaf), jnp.inexact
+        ):
             continue
-        with jax.ensure_compile_time_eval():  # a known array may meet a program that is being traced
+        with (
+            jax.ensure_compile_time_eval()
+        ):  # a known array may meet a program that is being traced
             number = int(jnp.sum(bad(leaf)))
         if number:
             place = f" at {path_name(path)!r}" if path else ""
             raise ValueError(
-                f"{what}: {number} of {jnp.size(leaf)} entries{place} are {name}; allowed: finite numbers"
-                + (" and infinities." if infinite else ".")
+                f"{what}: {number} of {jnp.size(leaf)} entries{place} are {name}; allowed: finite "
+                "numbers" + (" and infinities." if infinite else ".")
             )
 
 
 def check_parameters(tree: PyTree, what: str, *, masks: bool = False) -> None:
-    """Raises TypeError for the first leaf of `tree` that is no array of real numbers, or bools if `masks`.
+    """Raises TypeError for the first leaf of `tree` that is no array of real numbers, or bools if
+    `masks`.
 
-    Counters, random keys and masks are state of a network, but no parameters: nothing can be differentiated by them.
+    Counters, random keys and masks are state of a network, but no parameters: nothing can be
+    differentiated by them.
     """
     allowed = (jnp.floating, jnp.bool_) if masks else (jnp.floating,)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -165,14 +200,18 @@ def check_parameters(tree: PyTree, what: str, *, masks: bool = False) -> None:
         if any(jnp.issubdtype(dtype, kind) for kind in allowed):
             continue
         raise TypeError(
-            f"{what}: {path_name(path) or 'the array'!r} is {dtype}; allowed: floating-point arrays. Give parameters "
-            "only and keep counters, keys and running statistics apart; of a Flax NNX network they are the second of "
+            f"{what}: {path_name(path) or 'the array'!r} is {dtype}; allowed: floating-point "
+            "arrays. Give parameters "
+            "only and keep counters, keys and running statistics apart; of a Flax NNX network "
+            "they are the second of "
             "nnx.split(net, nnx.Param, ...)."
         )
 
 
 def is_kernel(path: str) -> bool:
-    """Whether `path` names weights: `kernel` (Flax; NNX states end in `kernel/value`), `weight` or `w`."""
+    """Whether `path` names weights: `kernel` (Flax; NNX states end in `kernel/value`), `weight` or
+    `w`.
+    """
     return last_name(path) in ("kernel", "weight", "w")
 
 
@@ -185,12 +224,14 @@ def last_name(path: str) -> str:
 
 
 def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: jax.Array) -> jax.Array:
-    """`reduce(function(*arrays))` for an elementwise `function` and its matching pair, e.g. jnp.add and jnp.sum.
+    """`reduce(function(*arrays))` for an elementwise `function` and its matching pair, e.g. jnp.add
+    and jnp.sum.
 
-    XLA's CPU backend writes `function`'s result to memory before it reduces it, and reduces vectors slowly: counting
-    the entries of the 62 arrays of a ResNet-18 above a bound took 39 ms, and 2 ms once eight slices are combined
-    elementwise first (2 cores, jax 0.10.2). With several devices the arrays may be sharded, where flattening would
-    gather them; accelerators fuse the reduction anyway.
+    XLA's CPU backend writes `function`'s result to memory before it reduces it, and reduces vectors
+    slowly: counting the entries of the 62 arrays of a ResNet-18 above a bound took 39 ms, and 2 ms
+    once eight slices are combined elementwise first (2 cores, jax 0.10.2). With several devices the
+    arrays may be sharded, where flattening would gather them; accelerators fuse the reduction
+    anyway.
     """
     total = arrays[0].size
     if total < 4096 or not _one_cpu():
@@ -198,9 +239,15 @@ def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: jax.A
     width, flat = total // 8, [array.ravel() for array in arrays]
     slices = [function(*(array[i * width : (i + 1) * width] for array in flat)) for i in range(8)]
     combined = functools.reduce(combine, slices)
-    again = jnp.issubdtype(combined.dtype, jnp.floating)  # integer sums of a vector are fast, float ones are not
+    again = jnp.issubdtype(
+        combined.dtype, jnp.floating
+    )  # integer sums of a vector are fast, float ones are not
     result = fold(combine, reduce, lambda x: x, combined) if again else reduce(combined)
-    return combine(result, reduce(function(*(array[8 * width :] for array in flat)))) if total % 8 else result
+    return (
+        combine(result, reduce(function(*(array[8 * width :] for array in flat))))
+        if total % 8
+        else result
+    )
 
 
 def _one_cpu() -> bool:
@@ -208,7 +255,9 @@ def _one_cpu() -> bool:
 
 
 def sample(array: jax.Array) -> jax.Array | None:
-    """At least 8,192 entries at equal distances, where that pays: large arrays on one CPU; elsewhere None."""
+    """At least 8,192 entries at equal distances, where that pays: large arrays on one CPU;
+    elsewhere None.
+    """
     return array.ravel()[:: array.size >> 13] if array.size >= 2**16 and _one_cpu() else None
 
 
@@ -218,7 +267,8 @@ def fold_sum(function: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def varying_like(x: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
-    """`x` as a value that differs between the devices of a mesh axis, inside `shard_map`, if one of `arrays` does.
+    """`x` as a value that differs between the devices of a mesh axis, inside `shard_map`, if one of
+    `arrays` does.
 
     What a loop or a branch starts with must have the type of what it ends with.
     """
@@ -228,7 +278,9 @@ def varying_like(x: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def division(x: jax.Array) -> tuple:
-    """Names of the explicit mesh axes that divide the axes of `x`, None for none; () where no mesh is explicit."""
+    """Names of the explicit mesh axes that divide the axes of `x`, None for none; () where no mesh
+    is explicit.
+    """
     return tuple(jax.typeof(x).sharding.spec)
 
 
@@ -249,9 +301,11 @@ def absolute_sum(array: jax.Array) -> jax.Array:
 
 
 def square_sum(array: jax.Array) -> jax.Array:
-    """Sum of the squares of all entries, in at least float32; for a norm, whose squares may leave the range, `norm`.
+    """Sum of the squares of all entries, in at least float32; for a norm, whose squares may leave
+    the range, `norm`.
 
-    On one CPU as an inner product, which XLA hands to a library: two times faster than `fold`, six than `jnp.sum`.
+    On one CPU as an inner product, which XLA hands to a library: two times faster than `fold`, six
+    than `jnp.sum`.
     """
     return _inner(widen(array), widen(array))
 
@@ -274,7 +328,8 @@ def dot(first: PyTree, second: PyTree) -> jax.Array:
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """Euclidean norm of all entries of `tree`, in at least float32, whether or not their squares leave its range.
+    """Euclidean norm of all entries of `tree`, in at least float32, whether or not their squares
+    leave its range.
 
     Its derivative at zero is zero, a subgradient.
     """
@@ -301,19 +356,28 @@ def _peak(magnitudes: jax.Array) -> jax.Array:
 def _power_of_two(size: jax.Array) -> jax.Array:
     """The largest power of two up to `size`; 1 for 0, subnormals, NaN and infinity."""
     integer = jnp.dtype(f"uint{8 * size.dtype.itemsize}")
-    exponent = np.asarray(np.inf, size.dtype).view(integer)  # all bits of the exponent, and no other
-    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(size, integer) & exponent, size.dtype)
+    exponent = np.asarray(np.inf, size.dtype).view(
+        integer
+    )  # all bits of the exponent, and no other
+    power = jax.lax.bitcast_convert_type(
+        jax.lax.bitcast_convert_type(size, integer) & exponent, size.dtype
+    )
     return jnp.where((power > 0) & jnp.isfinite(size), power, 1)
 
 
 @jax.custom_jvp
-@functools.partial(jax.jit, inline=True)  # outside `jit` else both branches would compile at every call
+@functools.partial(
+    jax.jit, inline=True
+)  # outside `jit` else both branches would compile at every call
 def _length(array: jax.Array) -> jax.Array:
     """Euclidean norm of one array of at least float32."""
     squares = square_sum(array)
     info = jnp.finfo(array.dtype)
-    # squares that vanished, at most `tiny` each, are less than a rounding error of the sum; NaN stays what it is
-    precise = (squares >= array.size * float(info.tiny) / float(info.eps)) & (squares <= float(info.max))
+    # squares that vanished, at most `tiny` each, are less than a rounding error of the sum; NaN
+    # stays what it is
+    precise = (squares >= array.size * float(info.tiny) / float(info.eps)) & (
+        squares <= float(info.max)
+    )
 
     def scaled():
         scale = scale_of(array)

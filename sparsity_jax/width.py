@@ -1,21 +1,25 @@
-"""How sparse a trained network can get: Gaussian width of its loss basin, and the pruning ratio where the two meet.
+"""How sparse a trained network can get: Gaussian width of its loss basin, and the pruning ratio
+where the two meet.
 
-Weights of tolerable loss fill the ellipsoid {x: x^T H x / 2 <= epsilon} around the trained weights w, with semi-axes
-r_i^2 = 2 epsilon / |lambda_i|. Seen from distance R its squared Gaussian width, per dimension, is
+Weights of tolerable loss fill the ellipsoid {x: x^T H x / 2 <= epsilon} around the trained weights
+w, with semi-axes r_i^2 = 2 epsilon / |lambda_i|. Seen from distance R its squared Gaussian width,
+per dimension, is
 
-    omega(R)^2 / D = sum_i tau_i r_i^2 / (R^2 + r_i^2) = sum_i tau_i / (1 + |lambda_i| R^2 / (2 epsilon)),
+    omega(R)^2 / D = sum_i tau_i r_i^2 / (R^2 + r_i^2) = sum_i tau_i / (1 + |lambda_i| R^2 / (2
+    epsilon)),
 
-where the Ritz values lambda_i and weights tau_i (sum 1) of Lanczos quadrature stand for the D eigenvalues. Pruning the
-share p of the weights by magnitude moves w by R(p); the predicted largest pruning ratio is the p with
-omega(R(p))^2 / D = p. In three lines, from a Lanczos run (`linops.lanczos`):
+where the Ritz values lambda_i and weights tau_i (sum 1) of Lanczos quadrature stand for the D
+eigenvalues. Pruning the share p of the weights by magnitude moves w by R(p); the predicted largest
+pruning ratio is the p with omega(R(p))^2 / D = p. In three lines, from a Lanczos run
+(`linops.lanczos`):
 
     values, weights = linops.ritz(tridiagonal)
     tolerance = width.epsilon(batch_losses)
     ratio = width.predict(values, weights, width.distances(params), tolerance)
 
-The estimate is fragile: nearly all weight tau sits at lambda = 0, where the summand has a kink. `predict_probes`
-therefore returns it with its spread over probes and over epsilon and between bounds of the quadrature error, and
-`history` with its course over the number of products.
+The estimate is fragile: nearly all weight tau sits at lambda = 0, where the summand has a kink.
+`predict_probes` therefore returns it with its spread over probes and over epsilon and between
+bounds of the quadrature error, and `history` with its course over the number of products.
 
 Everything here is small and runs on the host, in NumPy and float64.
 Source: Zhang et al. 2023, arXiv:2306.05857.
@@ -66,40 +70,69 @@ def _rows(values, weights) -> tuple[np.ndarray, np.ndarray]:
     values, weights = (np.atleast_2d(np.asarray(array, np.float64)) for array in (values, weights))
     if values.shape != weights.shape or values.ndim != 2 or not values.size:
         shapes = f"{values.shape} and {weights.shape}"
-        raise ValueError(f"values and weights have shapes {shapes}; both must be [m] or [probes, m], m at least 1.")
+        raise ValueError(
+            f"values and weights have shapes {shapes}; both must be [m] or [probes, m], m at "
+            "least 1."
+        )
     if not (np.isfinite(values).all() and np.isfinite(weights).all()):
-        raise ValueError("values or weights are not finite: the products behind them overflowed or returned NaN.")
+        raise ValueError(
+            "values or weights are not finite: the products behind them overflowed or returned NaN."
+        )
     sums = weights.sum(axis=1, keepdims=True)
     if weights.min() < 0 or sums.min() <= 0:
-        raise ValueError("weights must not be negative and must not all be 0; did values and weights change places?")
+        raise ValueError(
+            "weights must not be negative and must not all be 0; did values and weights change "
+            "places?"
+        )
     return values, weights / sums
 
 
-def _spectrum(values, weights, epsilon: float, negative: str = "absolute", zero_share: float = 0.0) -> _Spectrum:
+def _spectrum(
+    values, weights, epsilon: float, negative: str = "absolute", zero_share: float = 0.0
+) -> _Spectrum:
     values, weights = _rows(values, weights)
     if not (math.isfinite(epsilon) and epsilon > 0):
-        raise ValueError(f"epsilon is {epsilon}; it must be above 0: no weight may go where no loss may be added.")
+        raise ValueError(
+            f"epsilon is {epsilon}; it must be above 0: no weight may go where no loss may be "
+            "added."
+        )
     if not 0 <= zero_share <= 1:
-        raise ValueError(f"zero_share is {zero_share}; allowed: 0 to 1, the share of directions without curvature.")
+        raise ValueError(
+            f"zero_share is {zero_share}; allowed: 0 to 1, the share of directions without "
+            "curvature."
+        )
     curvature = tables.lookup(NEGATIVE, negative, "negative")(values)
     weights = weights * ((1 - zero_share) / len(weights))
     flat = zero_share + float(weights[curvature == 0].sum())
     curved = (curvature > 0) & (weights > 0)
     with np.errstate(over="ignore"):  # infinitely sharp is what a vanishing epsilon means
-        return _Spectrum(np.minimum(curvature[curved] / (2 * epsilon), np.finfo(float).max), weights[curved], flat)
+        return _Spectrum(
+            np.minimum(curvature[curved] / (2 * epsilon), np.finfo(float).max),
+            weights[curved],
+            flat,
+        )
 
 
-def ratio(values, weights, distance, epsilon: float, *, negative: str = "absolute", zero_share: float = 0.0):
+def ratio(
+    values,
+    weights,
+    distance,
+    epsilon: float,
+    *,
+    negative: str = "absolute",
+    zero_share: float = 0.0,
+):
     """Squared Gaussian width per dimension, omega(R)^2 / D in [0, 1], at every R in `distance`.
 
-    values, weights: Ritz values and weights, or the grid and density of a smoothed spectrum; [m], or [probes, m] whose
-    spectra are averaged; weights need not sum to 1.
+    values, weights: Ritz values and weights, or the grid and density of a smoothed spectrum; [m],
+    or [probes, m] whose spectra are averaged; weights need not sum to 1.
     distance: R >= 0, any shape. epsilon: tolerated loss, in the units of the loss, above 0.
-    negative: what becomes of negative values: `absolute` (as the original) or `clip` (no curvature).
-    zero_share: q in [0, 1]; the spectrum is (1 - q) times the one given plus q at 0. The original adds its share of
-    unimportant directions so, as a grid bin at 1e-30.
-    Returns float64 of distance's shape: 1 at R = 0, falling with R, the weight at 0 for R to infinity.
-    Raises ValueError for empty, unequal or non-finite input and for negative weights.
+    negative: what becomes of negative values: `absolute` (as the original) or `clip` (no
+        curvature).
+    zero_share: q in [0, 1]; the spectrum is (1 - q) times the one given plus q at 0. The original
+    adds its share of unimportant directions so, as a grid bin at 1e-30. Returns float64 of
+    distance's shape: 1 at R = 0, falling with R, the weight at 0 for R to infinity. Raises
+    ValueError for empty, unequal or non-finite input and for negative weights.
     """
     distance = np.asarray(distance, np.float64)
     if not (distance >= 0).all() or np.isinf(distance).any():
@@ -112,8 +145,8 @@ def ratio(values, weights, distance, epsilon: float, *, negative: str = "absolut
 def negative_mass(values, weights) -> float:
     """Share of the (normalised, probe-averaged) weight on values below 0.
 
-    Rounding scatters the zero eigenvalues to either side of 0 and counts too; whether the rest matters is told by
-    comparing predictions with `negative` set to `absolute` and to `clip`.
+    Rounding scatters the zero eigenvalues to either side of 0 and counts too; whether the rest
+    matters is told by comparing predictions with `negative` set to `absolute` and to `clip`.
     """
     values, weights = _rows(values, weights)
     return float((weights * (values < 0)).sum() / len(weights))
@@ -123,11 +156,15 @@ def negative_mass(values, weights) -> float:
 
 
 class Distances(NamedTuple):
-    """R(p), the distance that magnitude pruning at ratio p moves the weights, for every p; made by `distances`."""
+    """R(p), the distance that magnitude pruning at ratio p moves the weights, for every p; made by
+    `distances`.
+    """
 
     magnitudes: np.ndarray  # ascending, float32 or float64 [n]
     squares: np.ndarray  # float64 [n + 1]: R^2 after removing the 0, 1, ..., n smallest
-    norm_sum: float  # sum over all parameter arrays of their L2 norms; ends the grid of `method="grid"`
+    norm_sum: (
+        float  # sum over all parameter arrays of their L2 norms; ends the grid of `method="grid"`
+    )
 
     @property
     def size(self) -> int:
@@ -137,10 +174,11 @@ class Distances(NamedTuple):
     def at(self, ratio, *, count: Count = "nearest"):
         """R at pruning ratios in [0, 1], any shape; float64 of the same shape.
 
-        count: `nearest` removes round(p n) weights (as `allocate`). `linear` lets R^2 grow linearly between whole
-        numbers of weights, which is what `predict` solves for. `original` removes all up to and including the
-        ceil(p n)-th smallest (at least the 1st), hence all that are tied with the last, and measures from the network
-        pruned so at ratio 0, which has lost its smallest weight.
+        count: `nearest` removes round(p n) weights (as `allocate`). `linear` lets R^2 grow linearly
+        between whole numbers of weights, which is what `predict` solves for. `original` removes all
+        up to and including the ceil(p n)-th smallest (at least the 1st), hence all that are tied
+        with the last, and measures from the network pruned so at ratio 0, which has lost its
+        smallest weight.
         """
         ratios = np.asarray(ratio, np.float64)
         if not ((ratios >= 0) & (ratios <= 1)).all():
@@ -150,7 +188,9 @@ class Distances(NamedTuple):
 
 def _original_square(distances: Distances, ratios: np.ndarray) -> np.ndarray:
     last = np.maximum(np.ceil(np.append(ratios, 0.0) * distances.size).astype(int), 1) - 1
-    found = distances.squares[np.searchsorted(distances.magnitudes, distances.magnitudes[last], side="right")]
+    found = distances.squares[
+        np.searchsorted(distances.magnitudes, distances.magnitudes[last], side="right")
+    ]
     return (found[:-1] - found[-1]).reshape(ratios.shape)
 
 
@@ -161,7 +201,9 @@ def _linear_square(distances: Distances, ratios: np.ndarray) -> np.ndarray:
 
 
 COUNTS = {
-    "nearest": lambda distances, ratios: distances.squares[np.rint(ratios * distances.size).astype(int)],
+    "nearest": lambda distances, ratios: distances.squares[
+        np.rint(ratios * distances.size).astype(int)
+    ],
     "original": _original_square,
     "linear": _linear_square,
 }
@@ -171,21 +213,34 @@ def distances(params: PyTree, *, scope: Scope = "kernels") -> Distances:
     """Distances R(p) = |w - w_p| of global magnitude pruning.
 
     params: arrays; those that may be pruned are sorted once, in their own precision.
-    scope: `kernels` (matrices and convolutions, as the original) or `all`, which any list of arrays goes with.
-    Raises TypeError for leaves that are no floats, ValueError if there is nothing to prune or an array is not finite.
-    If all weights are 0 then R is 0 at every ratio and the prediction is 1: nothing is left to remove.
+    scope: `kernels` (matrices and convolutions, as the original) or `all`, which any list of arrays
+    goes with. Raises TypeError for leaves that are no floats, ValueError if there is nothing to
+    prune or an array is not finite. If all weights are 0 then R is 0 at every ratio and the
+    prediction is 1: nothing is left to remove.
     """
     trees.check_parameters(params, "distances")
     arrays = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(params).items()}
-    arrays = {path: array if array.dtype == np.float64 else array.astype(np.float32) for path, array in arrays.items()}
-    norms = {path: math.sqrt(np.sum(np.square(array, dtype=np.float64))) for path, array in arrays.items()}
+    arrays = {
+        path: array if array.dtype == np.float64 else array.astype(np.float32)
+        for path, array in arrays.items()
+    }
+    norms = {
+        path: math.sqrt(np.sum(np.square(array, dtype=np.float64)))
+        for path, array in arrays.items()
+    }
     for path, norm in norms.items():
         if not math.isfinite(norm):
             raise ValueError(f"{path or 'params'} has norm {norm}; did the training diverge?")
     tables.convert(scope, Scope, "scope")
-    chosen = [x for path, x in arrays.items() if scope == "all" or (trees.is_kernel(path) and x.ndim > 1)]
+    chosen = [
+        x for path, x in arrays.items() if scope == "all" or (trees.is_kernel(path) and x.ndim > 1)
+    ]
     if not sum(array.size for array in chosen):
-        hint = "no array has an entry" if scope == "all" else "no matrix is named kernel, weight or w; use scope='all'"
+        hint = (
+            "no array has an entry"
+            if scope == "all"
+            else "no matrix is named kernel, weight or w; use scope='all'"
+        )
         raise ValueError(f"nothing to prune: {hint}. Paths: {list(arrays)[:5]}")
     magnitudes = np.concatenate([array.ravel() for array in chosen])
     np.abs(magnitudes, out=magnitudes)
@@ -200,7 +255,9 @@ def distances(params: PyTree, *, scope: Scope = "kernels") -> Distances:
 
 
 def _solve(spectrum: _Spectrum, distances: Distances) -> float:
-    """The p in [0, 1] where the falling share(R(p)^2) meets the rising p; R^2 is linear between whole weights."""
+    """The p in [0, 1] where the falling share(R(p)^2) meets the rising p; R^2 is linear between
+    whole weights.
+    """
     squares, size = distances.squares, distances.size
     low, high = 0, size  # share >= p after removing `low` weights, share <= p after `high`
     while high - low > 1:
@@ -210,7 +267,9 @@ def _solve(spectrum: _Spectrum, distances: Distances) -> float:
         else:
             high = middle
     # of exactly the two distances at 0 and 1, whose signs the search above has found
-    excess = lambda part: spectrum.share((1 - part) * squares[low] + part * squares[low + 1]) * size - low - part
+    excess = lambda part: (
+        spectrum.share((1 - part) * squares[low] + part * squares[low + 1]) * size - low - part
+    )
     return (low + scipy.optimize.brentq(excess, 0.0, 1.0, xtol=1e-15)) / size
 
 
@@ -226,10 +285,12 @@ def predict(
 ) -> float:
     """The predicted largest pruning ratio: the p in [0, 1] with omega(R(p))^2 / D = p.
 
-    values, weights: Ritz values and weights, [m], or [probes, m]; several probes are averaged as spectra first, as the
-    original does, not as predictions. distances, epsilon: see `distances` and `epsilon`; options: see `ratio`.
-    method: `fixed_point` solves exactly, R^2 being linear between whole numbers of weights; about log2(n) evaluations
-    of the width. `grid` gives the original's answer: `predict_on_grid` on its smoothed spectral density.
+    values, weights: Ritz values and weights, [m], or [probes, m]; several probes are averaged as
+    spectra first, as the original does, not as predictions. distances, epsilon: see `distances` and
+    `epsilon`; options: see `ratio`.
+    method: `fixed_point` solves exactly, R^2 being linear between whole numbers of weights; about
+    log2(n) evaluations of the width. `grid` gives the original's answer: `predict_on_grid` on its
+    smoothed spectral density.
     """
     methods = {"fixed_point": _fixed_point, "grid": _smoothed}
     method = tables.lookup(methods, method, "method")
@@ -243,18 +304,27 @@ def _fixed_point(values, weights, distances, epsilon, **options) -> float:
 def _smoothed(values, weights, distances, epsilon, **options) -> float:
     density, grid = linops.spectral_density(*_rows(values, weights))  # by default the original's
     if not density.any():
-        raise ValueError("no value lies on the grid, which ends at the mean least and largest of the probes.")
+        raise ValueError(
+            "no value lies on the grid, which ends at the mean least and largest of the probes."
+        )
     return predict_on_grid(grid, density, distances, epsilon, **options)
 
 
 def predict_on_grid(
-    values, weights, distances: Distances, epsilon: float, *, negative: str = "absolute", zero_share: float = 0.0
+    values,
+    weights,
+    distances: Distances,
+    epsilon: float,
+    *,
+    negative: str = "absolute",
+    zero_share: float = 0.0,
 ) -> float:
     """The original's prediction, one of 0, 0.001, ..., 0.999, from a spectral density.
 
-    values, weights: grid and density, [bins]. The width is known at whole distances 0 to int(norm_sum); each ratio's R
-    (of `count="original"`) is rounded to one of them, half to even, and the first ratio closest to its width wins. A
-    distance rounded above the grid, where the original fails, takes the last.
+    values, weights: grid and density, [bins]. The width is known at whole distances 0 to
+    int(norm_sum); each ratio's R (of `count="original"`) is rounded to one of them, half to even,
+    and the first ratio closest to its width wins. A distance rounded above the grid, where the
+    original fails, takes the last.
     """
     ratios = np.arange(1000) / 1000
     radii = np.minimum(np.rint(distances.at(ratios, count="original")), int(distances.norm_sum))
@@ -264,7 +334,8 @@ def predict_on_grid(
 
 
 def epsilon(batch_losses) -> float:
-    """The tolerated loss: standard deviation (population) of the training loss over batches, penalty included.
+    """The tolerated loss: standard deviation (population) of the training loss over batches,
+    penalty included.
 
     batch_losses: mean loss of every batch at the trained weights, [batches], at least 2.
     Raises ValueError if that is 0, too short or not finite.
@@ -275,18 +346,26 @@ def epsilon(batch_losses) -> float:
 def _losses(batch_losses) -> np.ndarray:
     losses = np.asarray(batch_losses, np.float64)
     if losses.ndim != 1 or losses.size < 2:
-        raise ValueError(f"batch_losses has shape {losses.shape}; at least 2 batches in one dimension are needed.")
+        raise ValueError(
+            f"batch_losses has shape {losses.shape}; at least 2 batches in one dimension are "
+            "needed."
+        )
     if not np.isfinite(losses).all():
         raise ValueError("batch_losses are not finite; did the training diverge?")
     if losses.min() == losses.max() or not np.std(losses) > 0:
-        raise ValueError("batch_losses are all equal, so epsilon is 0; use smaller batches or set epsilon yourself.")
+        raise ValueError(
+            "batch_losses are all equal, so epsilon is 0; use smaller batches or set epsilon "
+            "yourself."
+        )
     return losses
 
 
 def epsilon_draws(batch_losses, num: int, seed) -> np.ndarray:
-    """`num` values of epsilon, each from as many batch losses drawn with replacement: how well epsilon is known.
+    """`num` values of epsilon, each from as many batch losses drawn with replacement: how well
+    epsilon is known.
 
-    seed: int or numpy.random.Generator. Draws of equal losses only are repeated. Returns float64 [num], above 0.
+    seed: int or numpy.random.Generator. Draws of equal losses only are repeated. Returns float64
+        [num], above 0.
     """
     losses, random = _losses(batch_losses), np.random.default_rng(seed)
     draws = np.zeros(num)
@@ -309,26 +388,35 @@ def enclosure(
     zero_share: float = 0.0,
     rounding: float = 1e-15,
 ) -> tuple[float, float]:
-    """(lower, upper): between them lies the prediction of the spectrum that quadrature on a semi-definite A samples.
+    """(lower, upper): between them lies the prediction of the spectrum that quadrature on a
+    semi-definite A samples.
 
-    gauss: (values, weights) of the Gauss rule, which are the Ritz values and weights; radau: of the Gauss-Radau rule
-    with a node at 0; each [m] or [probes, m].
-    With x an eigenvalue of A, 1 / (1 + x R^2 / (2 epsilon)) is completely monotone (its derivatives alternate in sign),
-    so by the error terms of the two rules Gauss is below the integral and Gauss-Radau at 0 above, at every R. The width
-    falls as p rises, hence the same order holds for the p where they meet. Each further product narrows the two.
-    squared: A = H^2 stands for |H|, the values are squares: 1 / (1 + sqrt(x) R^2 / (2 epsilon)) is completely monotone
-    as well, because sqrt has a completely monotone derivative (it is a Bernstein function).
-    rounding: error of the values relative to the largest; each rule moves them so far to its careful side. The default
-    is that of the tridiagonal eigenproblem; 5e-7 accounts for products in single precision. It matters for H^2, where
-    rounding hides curvatures below sqrt(rounding) of the largest.
-    Raises ValueError for values so negative that A is not semi-definite.
+    gauss: (values, weights) of the Gauss rule, which are the Ritz values and weights; radau: of the
+    Gauss-Radau rule with a node at 0; each [m] or [probes, m]. With x an eigenvalue of A, 1 / (1 +
+    x R^2 / (2 epsilon)) is completely monotone (its derivatives alternate in sign), so by the error
+    terms of the two rules Gauss is below the integral and Gauss-Radau at 0 above, at every R. The
+    width falls as p rises, hence the same order holds for the p where they meet. Each further
+    product narrows the two.
+    squared: A = H^2 stands for |H|, the values are squares: 1 / (1 + sqrt(x) R^2 / (2 epsilon)) is
+    completely monotone as well, because sqrt has a completely monotone derivative (it is a
+    Bernstein function).
+    rounding: error of the values relative to the largest; each rule moves them so far to its
+    careful side. The default is that of the tridiagonal eigenproblem; 5e-7 accounts for products in
+    single precision. It matters for H^2, where rounding hides curvatures below sqrt(rounding) of
+    the largest. Raises ValueError for values so negative that A is not semi-definite.
     Source: Golub and Meurant 2010, Matrices, Moments and Quadrature, chapter 6.
     """
 
     def bound(rule, move) -> float:
         values, weights = _semidefinite(rule[0]), rule[1]
         values = move(values, rounding * np.max(np.abs(values), initial=0.0))
-        return predict(np.sqrt(values) if squared else values, weights, distances, epsilon, zero_share=zero_share)
+        return predict(
+            np.sqrt(values) if squared else values,
+            weights,
+            distances,
+            epsilon,
+            zero_share=zero_share,
+        )
 
     lower = bound(gauss, lambda values, slack: np.abs(values) + slack)
     upper = bound(radau, lambda values, slack: np.maximum(values - slack, 0.0))
@@ -343,17 +431,24 @@ def absolute_enclosure(
     zero_share: float = 0.0,
     rounding: float = 1e-15,
 ) -> tuple[float, float]:
-    """(lower, upper): between them lies the prediction from the absolute eigenvalues of the Lanczos run's symmetric A.
+    """(lower, upper): between them lies the prediction from the absolute eigenvalues of the Lanczos
+    run's symmetric A.
 
-    m products fix the first 2 m + 1 moments of each probe's spectrum and nothing else. Of all spectra with these
-    moments, 1 / (1 + |x| R^2 / (2 epsilon)) has its largest mean for the rule (`linops.bordered`) with a node at the
-    peak, 0, and its smallest for another rule of the same one-parameter family, whose nodes straddle 0. Both are thus
-    attained: without a further product no narrower bounds exist. The smallest is sought at the R of the answer itself,
-    in a few rounds.
-    tridiagonal: of one or more probes. rounding: error of the values relative to the largest, as for `enclosure`.
-    Not from the paper; tests compare with linear programs over all spectra with the given moments.
+    m products fix the first 2 m + 1 moments of each probe's spectrum and nothing else. Of all
+    spectra with these moments, 1 / (1 + |x| R^2 / (2 epsilon)) has its largest mean for the rule
+    (`linops.bordered`) with a node at the peak, 0, and its smallest for another rule of the same
+    one-parameter family, whose nodes straddle 0. Both are thus
+    attained: without a further product no narrower bounds exist. The smallest is sought at the R of
+    the answer itself, in a few rounds.
+    tridiagonal: of one or more probes. rounding: error of the values relative to the largest, as
+    for `enclosure`. Not from the paper; tests compare with linear programs over all spectra with
+    the given moments.
     """
-    probes = [tridiagonal] if np.ndim(tridiagonal.alphas) == 1 else [linops.Tridiagonal(*p) for p in zip(*tridiagonal)]
+    probes = (
+        [tridiagonal]
+        if np.ndim(tridiagonal.alphas) == 1
+        else [linops.Tridiagonal(*p) for p in zip(*tridiagonal)]
+    )
     slack = rounding * max(np.abs(linops.ritz(probe)[0]).max() for probe in probes)
 
     def solve(borders, move) -> float:
@@ -362,9 +457,14 @@ def absolute_enclosure(
 
     upper = solve(map(linops.border_for, probes), lambda values: np.maximum(values - slack, 0.0))
     lower, before = upper, math.inf
-    while before - lower > 1e-9:  # falls towards the answer: each round's spectra are a candidate, best at one R
+    while (
+        before - lower > 1e-9
+    ):  # falls towards the answer: each round's spectra are a candidate, best at one R
         sharpness = distances.at(lower, count="linear") ** 2 / (2 * epsilon)
-        before, lower = lower, solve([_lowest(p, sharpness) for p in probes], lambda values: values + slack)
+        before, lower = (
+            lower,
+            solve([_lowest(p, sharpness) for p in probes], lambda values: values + slack),
+        )
     return min(lower, before), upper
 
 
@@ -375,14 +475,17 @@ def _bordered(probe: linops.Tridiagonal, last: float) -> tuple[np.ndarray, ...]:
 def _lowest(probe: linops.Tridiagonal, sharpness: float) -> float:
     """The border whose rule has the smallest mean of 1 / (1 + sharpness |x|).
 
-    Along the circle of borders, cut where a node is at 0 and the mean is largest, it falls and then rises. The sign of
-    its slope is bisected; the angle from the cut counts in decades, since the fall may take place next to it.
+    Along the circle of borders, cut where a node is at 0 and the mean is largest, it falls and then
+    rises. The sign of its slope is bisected; the angle from the cut counts in decades, since the
+    fall may take place next to it.
     """
     scale = float(np.max(np.abs(probe.alphas)) + np.max(probe.betas)) or 1.0
     cut, low, high = math.atan2(linops.border_for(probe), scale), -1.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        border = scale * math.tan(cut + math.copysign(math.atan(10 ** (6 - 20 * abs(middle))), -middle))
+        border = scale * math.tan(
+            cut + math.copysign(math.atan(10 ** (6 - 20 * abs(middle))), -middle)
+        )
         values, firsts, lasts = _bordered(probe, border)
         size, sign = np.abs(values), np.sign(values)
         moves = firsts * lasts / (1 + sharpness * size)
@@ -400,12 +503,16 @@ def _semidefinite(values) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.size and values.min() < -1e-3 * np.abs(values).max():
         least = f"{values.min():.3g} (largest {values.max():.3g})"
-        raise ValueError(f"the operator is not positive semi-definite: its smallest Ritz value is {least}.")
+        raise ValueError(
+            f"the operator is not positive semi-definite: its smallest Ritz value is {least}."
+        )
     return values
 
 
 class History(NamedTuple):
-    """The prediction after each number of products; `lower` and `upper` are NaN where negative values are clipped."""
+    """The prediction after each number of products; `lower` and `upper` are NaN where negative
+    values are clipped.
+    """
 
     num_matvecs: np.ndarray  # int [k]
     ratio: np.ndarray  # float64 [k]
@@ -417,7 +524,9 @@ class Prediction(NamedTuple):
     """A predicted largest pruning ratio and how far to trust it; made by `predict_probes`."""
 
     ratio: float  # of the probes' mean spectrum
-    lower: float  # enclosure of the quadrature error, for these probes and this epsilon; NaN if negative values of an
+    # enclosure of the quadrature error, for these probes and this epsilon; NaN if negative values
+    # of an
+    lower: float
     upper: float  # indefinite operator are clipped
     standard_error: float  # over probes, of `ratio`; NaN with one probe
     epsilon_error: float  # standard deviation over draws of epsilon; NaN without draws
@@ -426,11 +535,15 @@ class Prediction(NamedTuple):
     negative_mass: float  # share of the weight on negative Ritz values
 
     def band(self, deviations: float = 2.0) -> tuple[float, float]:
-        """The enclosure (or the ratio alone) widened by so many standard deviations of probes and epsilon together.
+        """The enclosure (or the ratio alone) widened by so many standard deviations of probes and
+        epsilon together.
 
-        What is NaN widens nothing: with one probe and no draws of epsilon the band is the enclosure itself.
+        What is NaN widens nothing: with one probe and no draws of epsilon the band is the enclosure
+        itself.
         """
-        spread = deviations * math.sqrt(np.nansum(np.square([self.standard_error, self.epsilon_error])))
+        spread = deviations * math.sqrt(
+            np.nansum(np.square([self.standard_error, self.epsilon_error]))
+        )
         low, high = np.nanmin([self.lower, self.ratio]), np.nanmax([self.upper, self.ratio])
         return max(float(low) - spread, 0.0), min(float(high) + spread, 1.0)
 
@@ -456,18 +569,19 @@ def predict_probes(
     """The prediction from the Lanczos run of one or more probes, with its uncertainty.
 
     tridiagonal: of `linops.lanczos`; a leading axis holds the probes.
-    operator: what the products were made with. `symmetric`: the Hessian, any signs. `semidefinite`: a positive
-    semi-definite operator such as the Gauss-Newton matrix. `squared`: the Hessian applied twice; its values are
-    squares, and the answer is that for absolute eigenvalues. All have lower and upper bounds, unless values of a
-    `symmetric` one are clipped.
-    negative, zero_share: see `ratio`. epsilons: further values of epsilon (`epsilon_draws`) for `epsilon_error`.
-    rounding: see `enclosure`; by default 4 units of the coefficients' type, about what products lose, and a hundredth
-    of one for `semidefinite`: a Gauss-Newton product squares J v, so its rounding errors shrink with the curvature
-    (between single and double precision, 2e-5 of a ratio on a dense network of 26,122 weights). Give 4
-    units for a semi-definite matrix that is not such a product.
-    The answer's `ratio` is that of the probes' mean spectrum by the Gauss rule, as the original's; except for a
-    `symmetric` operator that is `lower` (up to `rounding`). Its standard error is std(per_probe) / sqrt(probes), to
-    first order that of the mean spectrum's fixed point.
+    operator: what the products were made with. `symmetric`: the Hessian, any signs. `semidefinite`:
+    a positive semi-definite operator such as the Gauss-Newton matrix. `squared`: the Hessian
+    applied twice; its values are squares, and the answer is that for absolute eigenvalues. All have
+    lower and upper bounds, unless values of a `symmetric` one are clipped.
+    negative, zero_share: see `ratio`. epsilons: further values of epsilon (`epsilon_draws`) for
+        `epsilon_error`.
+    rounding: see `enclosure`; by default 4 units of the coefficients' type, about what products
+    lose, and a hundredth of one for `semidefinite`: a Gauss-Newton product squares J v, so its
+    rounding errors shrink with the curvature (between single and double precision, 2e-5 of a ratio
+    on a dense network of 26,122 weights). Give 4 units for a semi-definite matrix that is not such
+    a product. The answer's `ratio` is that of the probes' mean spectrum by the Gauss rule, as the
+    original's; except for a `symmetric` operator that is `lower` (up to `rounding`). Its standard
+    error is std(per_probe) / sqrt(probes), to first order that of the mean spectrum's fixed point.
     """
     ritz, weights = gauss = _rows(*linops.ritz(tridiagonal))
     values = tables.lookup(OPERATORS, operator, "operator")(ritz)
@@ -479,7 +593,9 @@ def predict_probes(
     bounded = dict(zero_share=zero_share, rounding=rounding)
     if operator != "symmetric":
         radau = linops.gauss_radau(tridiagonal)
-        lower, upper = enclosure(gauss, radau, distances, epsilon, squared=operator == "squared", **bounded)
+        lower, upper = enclosure(
+            gauss, radau, distances, epsilon, squared=operator == "squared", **bounded
+        )
     elif negative == "absolute":
         lower, upper = absolute_enclosure(tridiagonal, distances, epsilon, **bounded)
     else:
@@ -488,7 +604,9 @@ def predict_probes(
         ratio=point(values, weights, epsilon) if len(per_probe) > 1 else float(per_probe[0]),
         lower=lower,
         upper=upper,
-        standard_error=float(per_probe.std(ddof=1) / math.sqrt(per_probe.size)) if per_probe.size > 1 else math.nan,
+        standard_error=float(per_probe.std(ddof=1) / math.sqrt(per_probe.size))
+        if per_probe.size > 1
+        else math.nan,
         epsilon_error=float(np.std(draws)) if draws else math.nan,
         per_probe=per_probe,
         epsilon=epsilon,
@@ -506,13 +624,19 @@ def history(
 ) -> History:
     """What `predict_probes` would have said after each number of products, from the longest run.
 
-    num_matvecs: numbers in 1..m; by default all of them. A probe that ended earlier keeps its last answer.
+    num_matvecs: numbers in 1..m; by default all of them. A probe that ended earlier keeps its last
+        answer.
     options: those of `predict_probes`.
     """
     longest = int(np.max(tridiagonal.num_steps))
     depths = np.arange(1, longest + 1) if num_matvecs is None else np.asarray(num_matvecs, int)
     if depths.size and not (depths.min() >= 1 and depths.max() <= longest):
-        raise ValueError(f"num_matvecs is {num_matvecs}; allowed: 1 to {longest}, the Lanczos steps made.")
+        raise ValueError(
+            f"num_matvecs is {num_matvecs}; allowed: 1 to {longest}, the Lanczos steps made."
+        )
     cut = (linops.truncate(tridiagonal, int(depth)) for depth in depths)
     answers = [predict_probes(shorter, distances, epsilon, **options) for shorter in cut]
-    return History(depths, *np.array([(a.ratio, a.lower, a.upper) for a in answers], np.float64).reshape(-1, 3).T)
+    return History(
+        depths,
+        *np.array([(a.ratio, a.lower, a.upper) for a in answers], np.float64).reshape(-1, 3).T,
+    )

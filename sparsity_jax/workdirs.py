@@ -1,7 +1,9 @@
-"""What a run keeps in its folder, read without jax: its config, and position and rows of its checkpoints.
+"""What a run keeps in its folder, read without jax: its config, and position and rows of its
+checkpoints.
 
-A checkpoint is a folder `workdir/checkpoints/NUMBER` with the arrays in `state`, the rest in `progress.json`, and the
-checksums of all files in `SHA256SUMS`. It appears at once, whole, and is verified before anything in it is read.
+A checkpoint is a folder `workdir/checkpoints/NUMBER` with the arrays in `state`, the rest in
+`progress.json`, and the checksums of all files in `SHA256SUMS`. It appears at once, whole, and is
+verified before anything in it is read.
 """
 
 import json
@@ -24,7 +26,9 @@ def say(message: str) -> None:
 
 
 class Progress(NamedTuple):
-    """Where a run is. stage: index in the pipeline; begun: whether it has made its own state; rows: all so far."""
+    """Where a run is. stage: index in the pipeline; begun: whether it has made its own state; rows:
+    all so far.
+    """
 
     stage: int
     begun: bool
@@ -39,13 +43,14 @@ class Snapshot(NamedTuple):
     config: dict
 
 
-# Checkpoints -------------------------------------------------------------------------------------------------
+# Checkpoints --------------------------------------------------------------------------------------
 
 
 def newest(workdir: pathlib.Path) -> Snapshot | None:
     """The newest whole checkpoint of the run in `workdir`; None if it has saved nothing.
 
-    One that is damaged is passed over, aloud. Raises DamagedError if there are checkpoints, but none is whole.
+    One that is damaged is passed over, aloud. Raises DamagedError if there are checkpoints, but
+    none is whole.
     """
     folder = pathlib.Path(workdir).absolute() / FOLDER
     while True:
@@ -64,7 +69,8 @@ def newest(workdir: pathlib.Path) -> Snapshot | None:
             return None
         if numbers == numbers_in(folder):  # else the run has gone on in the meantime
             raise intact.DamagedError(
-                f"no checkpoint in {folder} is whole: {'; '.join(damages)}. Without that folder the run starts anew."
+                f"no checkpoint in {folder} is whole: {'; '.join(damages)}. Without that folder "
+                "the run starts anew."
             )
 
 
@@ -80,7 +86,9 @@ def read(folder: pathlib.Path) -> Snapshot:
         raise intact.DamagedError(f"{path} is not readable as JSON ({error})") from None
     if not _is_record(saved):
         raise intact.DamagedError(f"{path} is not the progress of a run")
-    return Snapshot(folder, Progress(saved["stage"], saved["begun"], saved["rows"]), saved["config"])
+    return Snapshot(
+        folder, Progress(saved["stage"], saved["begun"], saved["rows"]), saved["config"]
+    )
 
 
 def _is_record(saved: Any) -> bool:
@@ -101,7 +109,7 @@ def numbers_in(folder: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
-# Configs -----------------------------------------------------------------------------------------------------
+# Configs ------------------------------------------------------------------------------------------
 
 
 def is_finished(workdir: pathlib.Path) -> bool:
@@ -115,7 +123,8 @@ def check_path(workdir: pathlib.Path) -> None:
     path = pathlib.Path(workdir).absolute()
     if re.search(UNREADABLE, f"{path}/"):
         raise tables.ConfigError(
-            f"--workdir is {path}; allowed: paths without [, ], backslash, or a name that ends in a colon."
+            f"--workdir is {path}; allowed: paths without [, ], backslash, or a name that ends in "
+            "a colon."
         )
 
 
@@ -143,8 +152,12 @@ def refuse_other(workdir: pathlib.Path, config: dict) -> None:
     if holds_run(workdir):
         differing = differences(read_config(workdir), config)
         if differing:
-            lines = "\n".join(f"  config.{name}: {old} there, {new} now" for name, old, new in differing)
-            raise tables.ConfigError(f"{workdir} holds a run of another config; use another --workdir.\n{lines}")
+            lines = "\n".join(
+                f"  config.{name}: {old} there, {new} now" for name, old, new in differing
+            )
+            raise tables.ConfigError(
+                f"{workdir} holds a run of another config; use another --workdir.\n{lines}"
+            )
 
 
 def holds_run(workdir: pathlib.Path) -> bool:
@@ -154,14 +167,19 @@ def holds_run(workdir: pathlib.Path) -> bool:
 
 
 def read_config(workdir: pathlib.Path) -> dict:
-    """The config of the run in `workdir`: of config.json, or where that is damaged, aloud, of the newest checkpoint.
+    """The config of the run in `workdir`: of config.json, or where that is damaged, aloud, of the
+    newest checkpoint.
 
     Raises ConfigError for a file that holds none, or not the one that was written.
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
         config = _parse_config(path)
-        problem = f"{path} is not as it was written (its checksum differs)" if intact.is_changed(path) else ""
+        problem = (
+            f"{path} is not as it was written (its checksum differs)"
+            if intact.is_changed(path)
+            else ""
+        )
     except tables.ConfigError as error:
         config, problem = None, str(error)
     if not problem:

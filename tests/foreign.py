@@ -1,7 +1,9 @@
-"""Networks that the library knows nothing of, as (apply, variables, inputs): Linen, NNX, Equinox and plain JAX.
+"""Networks that the library knows nothing of, as (apply, variables, inputs): Linen, NNX, Equinox
+and plain JAX.
 
-Each is small and has one idea that decides which of its channels are coupled. `CHANNELS` says how many channels each of
-its groups has: counted by hand, so that a trace which freezes too much is noticed.
+Each is small and has one idea that decides which of its channels are coupled. `CHANNELS` says how
+many channels each of its groups has: counted by hand, so that a trace which freezes too much is
+noticed.
 """
 
 import functools
@@ -20,14 +22,19 @@ def image(channels=3, size=8, batch=2):
 
 def normal(seed, *shape):
     """Numbers whose products keep their size."""
-    return np.float32(np.random.default_rng(seed).normal(size=shape) / np.sqrt(math.prod(shape[:-1])))
+    return np.float32(
+        np.random.default_rng(seed).normal(size=shape) / np.sqrt(math.prod(shape[:-1]))
+    )
 
 
 def filled(shapes):
     """Random arrays of these shapes; vectors are positive, as variances must be."""
     leaves, tree = jax.tree.flatten(shapes)
     vector = lambda i, leaf: np.float32(np.random.default_rng(i).uniform(0.5, 1.5, leaf.shape))
-    arrays = [normal(i, *leaf.shape) if leaf.ndim > 1 else vector(i, leaf) for i, leaf in enumerate(leaves)]
+    arrays = [
+        normal(i, *leaf.shape) if leaf.ndim > 1 else vector(i, leaf)
+        for i, leaf in enumerate(leaves)
+    ]
     return jax.tree.unflatten(tree, arrays)
 
 
@@ -59,7 +66,9 @@ class Depthwise(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.relu(nn.Conv(6, (3, 3), name="stem")(x))
-        x = nn.relu(nn.Conv(12, (3, 3), feature_group_count=6, name="depthwise")(x))  # two filters for each channel
+        x = nn.relu(
+            nn.Conv(12, (3, 3), feature_group_count=6, name="depthwise")(x)
+        )  # two filters for each channel
         x = nn.relu(nn.Conv(7, (1, 1), name="pointwise")(x))
         return nn.Dense(5, name="out")(x.mean((1, 2)))
 
@@ -92,7 +101,13 @@ class Vit(nn.Module):
     def __call__(self, x):
         x = nn.Conv(12, (4, 4), strides=(4, 4), name="patches")(x).reshape(x.shape[0], -1, 12)
         x = jnp.concatenate(
-            [jnp.tile(self.param("token", nn.initializers.normal(), (1, 1, 12)), (x.shape[0], 1, 1)), x], 1
+            [
+                jnp.tile(
+                    self.param("token", nn.initializers.normal(), (1, 1, 12)), (x.shape[0], 1, 1)
+                ),
+                x,
+            ],
+            1,
         )
         x = x + self.param("position", nn.initializers.normal(), (1, x.shape[1], 12))
         attention = nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12, name="attention")
@@ -116,23 +131,35 @@ def rotate(x):
 
 
 def transformer(fused=True, rotary=False, groups=1):
-    """One block of plain JAX with RMS norm and a gated MLP; qkv fused in one matrix or apart, heads possibly shared."""
+    """One block of plain JAX with RMS norm and a gated MLP; qkv fused in one matrix or apart, heads
+    possibly shared.
+    """
     width, heads, size = 10, 4, 6
     variables = dict(
-        norm=np.ones(width, np.float32), gate=normal(1, width, 14), up=normal(2, width, 14), down=normal(3, 14, width),
-        out=normal(4, heads * size, width), logits=normal(5, width, 5), embed=normal(6, 11, width),
-    )  # fmt: skip
+        norm=np.ones(width, np.float32),
+        gate=normal(1, width, 14),
+        up=normal(2, width, 14),
+        down=normal(3, 14, width),
+        out=normal(4, heads * size, width),
+        logits=normal(5, width, 5),
+        embed=normal(6, 11, width),
+    )
     if fused:
         variables["qkv"] = normal(7, width, 3 * heads * size)
     else:
-        variables |= dict(q=normal(7, width, heads, size), k=normal(8, width, heads // groups, size))
+        variables |= dict(
+            q=normal(7, width, heads, size), k=normal(8, width, heads // groups, size)
+        )
         variables |= dict(v=normal(9, width, heads // groups, size))
 
     def apply(variables, tokens):
         x = variables["embed"][tokens]
         y = rms_norm(x, variables["norm"])
         if fused:
-            q, k, v = (part.reshape(*x.shape[:2], heads, size) for part in jnp.split(y @ variables["qkv"], 3, -1))
+            q, k, v = (
+                part.reshape(*x.shape[:2], heads, size)
+                for part in jnp.split(y @ variables["qkv"], 3, -1)
+            )
         else:
             q, k, v = (jnp.einsum("btw,whd->bthd", y, variables[name]) for name in "qkv")
             k, v = (jnp.repeat(part, groups, 2) for part in (k, v))
@@ -151,7 +178,9 @@ class Groupnorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.relu(nn.GroupNorm(num_groups=4, name="norm")(nn.Conv(12, (3, 3), name="conv")(x)))
-        x = nn.GroupNorm(num_groups=None, group_size=1, name="instance")(nn.Conv(6, (3, 3), name="second")(x))
+        x = nn.GroupNorm(num_groups=None, group_size=1, name="instance")(
+            nn.Conv(6, (3, 3), name="second")(x)
+        )
         return nn.Dense(5, name="out")(x.max((1, 2)))
 
 
@@ -165,7 +194,9 @@ class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(8, name="stem")(x.mean((1, 2)))
-        layers = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        layers = nn.scan(
+            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
         x, _ = layers(name="layers")(x, None)
         return nn.Dense(5, name="out")(x)
 
@@ -217,10 +248,16 @@ def equinox_cnn():
 
     key = jax.random.key(0)
     layers = [
-        eqx.nn.Conv2d(3, 8, 3, key=key), eqx.nn.GroupNorm(2, 8), eqx.nn.Lambda(jax.nn.relu),
-        eqx.nn.Conv2d(8, 6, 3, key=key), eqx.nn.Lambda(jax.nn.gelu), eqx.nn.Lambda(jnp.ravel),
-        eqx.nn.Linear(6 * 16, 7, key=key), eqx.nn.Lambda(jax.nn.elu), eqx.nn.Linear(7, 5, key=key),
-    ]  # fmt: skip
+        eqx.nn.Conv2d(3, 8, 3, key=key),
+        eqx.nn.GroupNorm(2, 8),
+        eqx.nn.Lambda(jax.nn.relu),
+        eqx.nn.Conv2d(8, 6, 3, key=key),
+        eqx.nn.Lambda(jax.nn.gelu),
+        eqx.nn.Lambda(jnp.ravel),
+        eqx.nn.Linear(6 * 16, 7, key=key),
+        eqx.nn.Lambda(jax.nn.elu),
+        eqx.nn.Linear(7, 5, key=key),
+    ]
     params, static = eqx.partition(eqx.nn.Sequential(layers), eqx.is_inexact_array)
     apply = lambda params, x: jax.vmap(eqx.combine(params, static))(x)
     return apply, filled(params), (np.moveaxis(image(), -1, 1),)
@@ -229,7 +266,11 @@ def equinox_cnn():
 def plain():
     """Weight norm, a branch, a loop, a constant of the size of a hidden layer."""
     variables = dict(
-        v=normal(0, 12, 9), g=normal(1, 1, 9)[0], w=normal(2, 9, 8), u=normal(3, 8, 8), out=normal(4, 8, 5)
+        v=normal(0, 12, 9),
+        g=normal(1, 1, 9)[0],
+        w=normal(2, 9, 8),
+        u=normal(3, 8, 8),
+        out=normal(4, 8, 5),
     )
     constant = np.linspace(-1, 1, 9, dtype=np.float32)
 
@@ -237,7 +278,12 @@ def plain():
         v = variables["v"]
         kernel = v * (variables["g"] / jnp.sqrt(jnp.sum(v**2, 0) + 1e-6))
         x = jnp.tanh(x @ kernel) * constant
-        x = jax.lax.cond(x.sum() > 0, lambda x: jax.nn.relu(x @ variables["w"]), lambda x: x @ variables["w"] * 2.0, x)
+        x = jax.lax.cond(
+            x.sum() > 0,
+            lambda x: jax.nn.relu(x @ variables["w"]),
+            lambda x: x @ variables["w"] * 2.0,
+            x,
+        )
         x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x @ variables["u"]), x)
         return x @ variables["out"]
 
@@ -274,9 +320,16 @@ FOREIGN = {
 
 CHANNELS = {  # sizes of the groups
     "densenet": (6, 6, 6, 8),
-    "resnext": (8, 4, 3, 3),  # residual sum; groups of the convolution, inputs and outputs of each group
+    "resnext": (
+        8,
+        4,
+        3,
+        3,
+    ),  # residual sum; groups of the convolution, inputs and outputs of each group
     "depthwise": (6, 2, 7),  # stem with its filters, the two filters of every channel
-    "shuffle": (4,),  # positions within a group of the residual sum; the shuffle ties all else to everything
+    "shuffle": (
+        4,
+    ),  # positions within a group of the residual sum; the shuffle ties all else to everything
     "unet": (6, 8, 10, 7, 9, 5),
     "vit": (12, 3, 4, 4, 20),  # width, heads, q-k and v of a head, hidden units
     "fused qkv": (10, 4, 6, 6, 14),

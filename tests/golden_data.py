@@ -1,15 +1,17 @@
 """Reference numbers of the original PyTorch implementations, and their weights in our layouts.
 
-`load` finds a file of numbers. The weights behind files 11 and 12 are not stored but follow an integer hash of the
-position (`rule_*`, exact in float64), in PyTorch's layouts; `variables` brings them into one of our networks:
+`load` finds a file of numbers. The weights behind files 11 and 12 are not stored but follow an
+integer hash of the position (`rule_*`, exact in float64), in PyTorch's layouts; `variables` brings
+them into one of our networks:
 
     net = golden_data.load("11_models.json")["sfw/ResNet18"]
     variables = golden_data.variables(net["param_names"], net["param_shapes"])
     images = golden_data.images(net["input_shape"])
 
-The numbers are those of `tests/golden`, or of the folder that the environment variable GOLDEN names: any set of the
-same form, with the originals' hyper-parameters in `hyper.json`, or as `hyper` in `manifest.json`. Tests take names,
-cases and hyper-parameters from there; the section "What no file holds" is about the rest.
+The numbers are those of `tests/golden`, or of the folder that the environment variable GOLDEN
+names: any set of the same form, with the originals' hyper-parameters in `hyper.json`, or as `hyper`
+in `manifest.json`. Tests take names, cases and hyper-parameters from there; the section "What no
+file holds" is about the rest.
 
 Every number is compared, or `NOT_COMPARED` says why not. With GOLDEN_READ=FILE every process
 appends the keys that it has read to FILE, and after a run of all tests
@@ -33,7 +35,9 @@ from typing import Any
 
 import numpy as np
 
-FOLDER = pathlib.Path(os.environ.get("GOLDEN") or pathlib.Path(__file__).resolve().parent / "golden")
+FOLDER = pathlib.Path(
+    os.environ.get("GOLDEN") or pathlib.Path(__file__).resolve().parent / "golden"
+)
 READ: set[str] = set()  # "FILE KEY"
 
 # Pattern of "FILE KEY" to the reason why no test compares it with a number of ours.
@@ -73,7 +77,9 @@ class Entries(Mapping):
         """Those whose keys begin with `prefix`/, by the rest of their keys."""
         start = f"{prefix}/"
         keys = [key for key in self.entries if key.startswith(start)]
-        return Entries(self.place + start, {key.removeprefix(start): self.entries[key] for key in keys})
+        return Entries(
+            self.place + start, {key.removeprefix(start): self.entries[key] for key in keys}
+        )
 
     def places(self) -> list[str]:
         """All of them, those of parts included, as "FILE KEY"."""
@@ -86,7 +92,9 @@ class Entries(Mapping):
 
 @functools.cache
 def load(name: str) -> Entries:
-    """The arrays of an .npz file, or the content of a .json file; "hyper.json" also of a manifest."""
+    """The arrays of an .npz file, or the content of a .json file; "hyper.json" also of a
+    manifest.
+    """
     path = FOLDER / name
     if name == "hyper.json" and not path.exists():
         manifest = json.loads((FOLDER / "manifest.json").read_text())
@@ -105,7 +113,9 @@ def hyper(name: str) -> Entries:
 
 
 def parts(name: str, pattern: str) -> list[Any]:
-    """What the groups of `pattern` match in the keys of a file that begin with it, each once, in their order."""
+    """What the groups of `pattern` match in the keys of a file that begin with it, each once, in
+    their order.
+    """
     matches = [re.match(pattern, key) for key in load(name)]
     found = [match.groups() if len(match.groups()) > 1 else match[1] for match in matches if match]
     return list(dict.fromkeys(found))
@@ -123,7 +133,9 @@ if os.environ.get("GOLDEN_READ"):
 def places() -> list[str]:
     """All numbers of all files as "FILE KEY"."""
     names = sorted(path.name for path in FOLDER.glob("*.npz"))
-    return [place for name in [*names, "11_models.json", "hyper.json"] for place in load(name).places()]
+    return [
+        place for name in [*names, "11_models.json", "hyper.json"] for place in load(name).places()
+    ]
 
 
 def unread(read: set[str]) -> list[str]:
@@ -133,7 +145,9 @@ def unread(read: set[str]) -> list[str]:
 
 
 def growing_modules() -> tuple[list[tuple[str, str]], str]:
-    """Of the small network of file 08: ([(convolution, the norm behind it), ...], the dense layer)."""
+    """Of the small network of file 08: ([(convolution, the norm behind it), ...], the dense
+    layer).
+    """
     names = load("08_growing_reg.npz")["param_names"]
     *modules, classifier = dict.fromkeys(str(name).rpartition(".")[0] for name in names)
     return list(zip(modules[::2], modules[1::2], strict=True)), classifier
@@ -192,16 +206,27 @@ def rule_batch_stats(widths: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray
     """(running mean, running variance) of batch norms of `widths`, in the network's order."""
     first = salt_offset() + 100000
     return [
-        (0.2 * rule_uniform(width, first + 2 * i) - 0.1, 0.5 + rule_uniform(width, first + 2 * i + 1))
+        (
+            0.2 * rule_uniform(width, first + 2 * i) - 0.1,
+            0.5 + rule_uniform(width, first + 2 * i + 1),
+        )
         for i, width in enumerate(widths)
     ]
 
 
 def state_dict(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Everything that a PyTorch network of `names` and `shapes` would save, by the rule, in PyTorch's layouts."""
+    """Everything that a PyTorch network of `names` and `shapes` would save, by the rule, in
+    PyTorch's layouts.
+    """
     arrays = rule_params(names, shapes)
-    norms = [(name.rpartition(".")[0], shape) for name, shape in zip(names, shapes) if len(shape) == 1]
-    widths = {module: shape[0] for module, shape in norms if f"{module}.weight" in arrays and is_norm(arrays, module)}
+    norms = [
+        (name.rpartition(".")[0], shape) for name, shape in zip(names, shapes) if len(shape) == 1
+    ]
+    widths = {
+        module: shape[0]
+        for module, shape in norms
+        if f"{module}.weight" in arrays and is_norm(arrays, module)
+    }
     for module, (mean, var) in zip(widths, rule_batch_stats(list(widths.values()))):
         arrays |= {f"{module}.running_mean": mean, f"{module}.running_var": var}
         arrays[f"{module}.num_batches_tracked"] = np.asarray(7)
@@ -218,7 +243,9 @@ def rule_input(shape: Sequence[int]) -> np.ndarray:
 
 
 def images(shape: Sequence[int]) -> np.ndarray:
-    """`rule_input` of NCHW `shape` in our layout: [batch, height, width, channels]; other ranks unchanged."""
+    """`rule_input` of NCHW `shape` in our layout: [batch, height, width, channels]; other ranks
+    unchanged.
+    """
     array = rule_input(shape)
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
@@ -239,9 +266,13 @@ def to_torch(array: np.ndarray) -> np.ndarray:
 RESIDUAL_FUNCTION = {0: "conv1", 1: "bn1", 3: "conv2", 4: "bn2", 6: "conv3", 7: "bn3"}
 SHORTCUT = ("shortcut_conv", "shortcut_bn")
 
-# First match wins: pattern of a PyTorch module name, our module path. Modules in no row are numbered in their order.
+# First match wins: pattern of a PyTorch module name, our module path. Modules in no row are
+# numbered in their order.
 MODULES = (
-    (r"layer(\d+)\.(\d+)\.((?:conv|bn)\d)", lambda stage, block, name: f"stage{stage}_block{block}/{name}"),
+    (
+        r"layer(\d+)\.(\d+)\.((?:conv|bn)\d)",
+        lambda stage, block, name: f"stage{stage}_block{block}/{name}",
+    ),
     (
         r"layer(\d+)\.(\d+)\.(?:shortcut|downsample)\.(\d)",
         lambda stage, block, i: f"stage{stage}_block{block}/{SHORTCUT[int(i)]}",
@@ -265,10 +296,14 @@ MODULES = (
 def module_paths(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, str]:
     """PyTorch module name to our module path, e.g. "layer1.0.conv1" to "stage1_block0/conv1".
 
-    A plain sequence of convolutions and batch norms becomes conv1, bn1, conv2, ..., dense layers dense1, ...; the last
-    is fc.
+    A plain sequence of convolutions and batch norms becomes conv1, bn1, conv2, ..., dense layers
+    dense1, ...; the last is fc.
     """
-    kinds = {name.rpartition(".")[0]: len(shape) for name, shape in zip(names, shapes) if name.endswith("weight")}
+    kinds = {
+        name.rpartition(".")[0]: len(shape)
+        for name, shape in zip(names, shapes)
+        if name.endswith("weight")
+    }
     paths, counts = {}, {"conv": 0, "bn": 0, "dense": 0}
     for module, rank in kinds.items():
         matches = ((re.fullmatch(pattern, module), path) for pattern, path in MODULES)
@@ -283,7 +318,9 @@ def module_paths(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[
 
 
 def paths(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, str]:
-    """PyTorch parameter name to our leaf path, e.g. "bn1.weight" to "bn1/scale", in PyTorch's order."""
+    """PyTorch parameter name to our leaf path, e.g. "bn1.weight" to "bn1/scale", in PyTorch's
+    order.
+    """
     modules, ranks = module_paths(names, shapes), dict(zip(names, map(len, shapes)))
     result = {}
     for name in names:
@@ -308,7 +345,8 @@ def batch_norms(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[s
 # Other such values follow from one of the numbers, and the tests that need them compare the rest:
 # tau of the balls (01), strength of the penalties (05b), the share of the mass at 0 (10).
 
-# Of the images of structural/* in file 08. Both networks end in an average: any side fits their shapes.
+# Of the images of structural/* in file 08. Both networks end in an average: any side fits their
+# shapes.
 STRUCTURAL_SIDES = {"vgg": 16, "resnet": 32}
 
 
@@ -329,10 +367,14 @@ def is_mobilenet(names: Sequence[str]) -> bool:
     return any(str(name).startswith("layers.") for name in names)
 
 
-def kernels_of(names: Sequence[str], shapes: Sequence[Sequence[int]], rank: int) -> dict[str, Sequence[int]]:
+def kernels_of(
+    names: Sequence[str], shapes: Sequence[Sequence[int]], rank: int
+) -> dict[str, Sequence[int]]:
     """Shape of every convolution (rank 4) or dense layer (rank 2), by module, in order."""
     kernels = zip(names, shapes)
-    return {str(name).removesuffix(".weight"): shape for name, shape in kernels if len(shape) == rank}
+    return {
+        str(name).removesuffix(".weight"): shape for name, shape in kernels if len(shape) == rank
+    }
 
 
 def architecture(
@@ -342,11 +384,12 @@ def architecture(
     modules: Sequence[tuple[str, str]] = (),
     upsample: int | None = None,
 ) -> dict[str, Any]:
-    """Options of `models.build`, but for `num_classes`, for an original's network, from its parameters.
+    """Options of `models.build`, but for `num_classes`, for an original's network, from its
+    parameters.
 
-    strides: of the blocks of a MobileNet, by default `usual_strides`. modules: (name, PyTorch's class)
-    of the modules without children, in order, where the file lists them. upsample: how often an
-    AlexNet repeats a pixel. Raises ValueError for a network that none of ours is like.
+    strides: of the blocks of a MobileNet, by default `usual_strides`. modules: (name, PyTorch's
+    class) of the modules without children, in order, where the file lists them. upsample: how often
+    an AlexNet repeats a pixel. Raises ValueError for a network that none of ours is like.
     """
     convolutions = kernels_of(names, shapes, 4)
     widths = tuple(shape[0] for shape in convolutions.values())
@@ -379,7 +422,9 @@ def network_options(key: str) -> dict[str, Any]:
 
 
 def plain(convolutions: Mapping[str, Sequence[int]], kinds: Sequence[str]) -> str:
-    """Name of a network of convolutions in a row and several dense layers, by its kernels' sizes."""
+    """Name of a network of convolutions in a row and several dense layers, by its kernels'
+    sizes.
+    """
     number, first = len(convolutions), next(iter(convolutions.values()))[-1]
     if first == 11:
         return "alexnet_bn" if "BatchNorm2d" in kinds else "alexnet"
@@ -393,13 +438,18 @@ def plain(convolutions: Mapping[str, Sequence[int]], kinds: Sequence[str]) -> st
 
 
 def mobilenet(convolutions: Mapping[str, Sequence[int]], strides: Sequence[int]) -> dict[str, Any]:
-    widths = [shape[0] for name, shape in convolutions.items() if re.fullmatch(r"layers\.\d+\.conv2", name)]
+    widths = [
+        shape[0]
+        for name, shape in convolutions.items()
+        if re.fullmatch(r"layers\.\d+\.conv2", name)
+    ]
     strides = strides or usual_strides(len(widths))
     blocks = tuple(zip(widths, strides, strict=True))
     return {"name": "mobilenet", "stem_width": convolutions["conv1"][0], "blocks": blocks}
 
 
-# "layer2.0.conv1", "conv3_x.0.residual_function.0", "block2.layer.0.conv1", and the like of shortcuts
+# "layer2.0.conv1", "conv3_x.0.residual_function.0", "block2.layer.0.conv1", and the like of
+# shortcuts
 RESIDUAL_CONVOLUTION = r"^(?:layer|conv|block)(\d+)(?:_x)?(?:\.layer)?\.(\d+)\.(\w+)"
 
 
@@ -415,7 +465,9 @@ def resnet(names: Sequence[str], convolutions: Mapping[str, Sequence[int]]) -> d
     stages = sorted({stage for stage, _ in blocks})
     depth = len(next(iter(blocks.values())))
     norm_first = ".bn1." in names[1]  # the first norm is a block's and not the stem's
-    outer = [[widths[-1] for (own, _), widths in blocks.items() if own == stage] for stage in stages]
+    outer = [
+        [widths[-1] for (own, _), widths in blocks.items() if own == stage] for stage in stages
+    ]
     stem = next(iter(convolutions.values()))
     return {
         "name": "resnet",
@@ -429,7 +481,9 @@ def resnet(names: Sequence[str], convolutions: Mapping[str, Sequence[int]]) -> d
     }
 
 
-def vgg(names: Sequence[str], convolutions: Mapping[str, Sequence[int]], kinds: Sequence[str]) -> dict[str, Any]:
+def vgg(
+    names: Sequence[str], convolutions: Mapping[str, Sequence[int]], kinds: Sequence[str]
+) -> dict[str, Any]:
     widths = iter(convolutions.values())
     steps = [kind for kind in kinds if kind in ("Conv2d", "MaxPool2d")]
     layout = tuple(next(widths)[0] if kind == "Conv2d" else "M" for kind in steps)
@@ -475,12 +529,15 @@ def leaf(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def variables(
-    names: Sequence[str], shapes: Sequence[Sequence[int]], params: Mapping[str, np.ndarray] | None = None
+    names: Sequence[str],
+    shapes: Sequence[Sequence[int]],
+    params: Mapping[str, np.ndarray] | None = None,
 ) -> dict:
-    """{"params": ..., "batch_stats": ...} of our network for PyTorch's `names` and `shapes`, float64 NumPy arrays.
+    """{"params": ..., "batch_stats": ...} of our network for PyTorch's `names` and `shapes`,
+    float64 NumPy arrays.
 
-    `params`: arrays by PyTorch name, in PyTorch's layouts; by default those of the rule, as are the running
-    statistics.
+    `params`: arrays by PyTorch name, in PyTorch's layouts; by default those of the rule, as are the
+    running statistics.
     """
     params = rule_params(names, shapes) if params is None else params
     ours = paths(names, shapes)
@@ -488,7 +545,10 @@ def variables(
     stats = {}
     for path, (mean, var) in zip(norms, rule_batch_stats(list(norms.values()))):
         stats |= {f"{path}/mean": mean, f"{path}/var": var}
-    return {"params": nest({ours[name]: from_torch(params[name]) for name in names}), "batch_stats": nest(stats)}
+    return {
+        "params": nest({ours[name]: from_torch(params[name]) for name in names}),
+        "batch_stats": nest(stats),
+    }
 
 
 if __name__ == "__main__":

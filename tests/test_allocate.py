@@ -18,7 +18,9 @@ def golden_params():
     params, paths, start = {}, [], 0
     for i, (name, shape) in enumerate(zip(golden["param_names"], golden["param_shapes"])):
         shape = tuple(int(n) for n in str(shape).split("x"))
-        leaf = str(name).rsplit(".", 1)[1].replace("weight", "kernel" if len(shape) > 1 else "scale")
+        leaf = (
+            str(name).rsplit(".", 1)[1].replace("weight", "kernel" if len(shape) > 1 else "scale")
+        )
         paths.append(f"layer{i:02d}_{name}/{leaf}".replace(".", "_", 1))
         size = int(np.prod(shape))
         params[paths[-1]] = jnp.asarray(golden["flat_params"][start : start + size].reshape(shape))
@@ -43,7 +45,10 @@ def test_magnitude_masks_match_the_original(selection):
     options = dict(selection=selection, scope="all", count="original")
     compiled = jax.jit(lambda p, c: allocate.keep_masks(p, c, **options))
     expected = zip(
-        golden["keep_ratios"], golden[f"{selection}_keep_mask"], golden[f"{selection}_kept_count"], strict=True
+        golden["keep_ratios"],
+        golden[f"{selection}_keep_mask"],
+        golden[f"{selection}_kept_count"],
+        strict=True,
     )
     for keep, mask, number in expected:
         counts = allocate.keep_counts(params, 1 - keep, **options)
@@ -67,7 +72,9 @@ def test_convolution_only_masks_match_the_original():
     np.testing.assert_allclose(remaining, golden["convonly_remaining_percent"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("case", golden_data.parts("05_magnitude_pruning.npz", r"erk_keep_mask/(\d+)"))
+@pytest.mark.parametrize(
+    "case", golden_data.parts("05_magnitude_pruning.npz", r"erk_keep_mask/(\d+)")
+)
 def test_erk_input_channel_masks_match_the_original(case):
     golden, params, paths = golden_params()
     torch = {path: params[path] for path in paths if params[path].ndim == 4}
@@ -111,7 +118,10 @@ def test_global_masks_keep_the_largest():
     params = network()
     kept = allocate.keep_masks(params, allocate.keep_counts(params, 0.9))
     pruned = masks.apply(params, kept)
-    smallest_kept = min(float(jnp.abs(leaf[leaf != 0]).min()) for leaf in allocate.prunable(pruned, "kernels").values())
+    smallest_kept = min(
+        float(jnp.abs(leaf[leaf != 0]).min())
+        for leaf in allocate.prunable(pruned, "kernels").values()
+    )
     removed = jax.tree.map(lambda leaf, mask: jnp.where(mask, 0, leaf), params, kept)
     assert smallest_kept > max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(removed))
 
@@ -122,7 +132,9 @@ def test_structured_masks_remove_whole_slices_of_least_l1_norm(granularity, axis
     counts = allocate.keep_counts(params, 0.5, selection="structured", granularity=granularity)
     kept = allocate.keep_masks(params, counts, selection="structured", granularity=granularity)
     for name in ("conv1", "conv2"):
-        mask = np.moveaxis(np.asarray(kept[name]["kernel"]), axis, 0).reshape(params[name]["kernel"].shape[axis], -1)
+        mask = np.moveaxis(np.asarray(kept[name]["kernel"]), axis, 0).reshape(
+            params[name]["kernel"].shape[axis], -1
+        )
         norms = np.moveaxis(np.abs(params[name]["kernel"]), axis, 0).reshape(mask.shape).sum(1)
         assert (mask.all(1) | ~mask.any(1)).all()
         assert mask.all(1).sum() == len(mask) - round(0.5 * len(mask))
@@ -138,7 +150,9 @@ def test_structured_masks_of_dense_networks_spare_the_classes():
     assert bool(kept["fc"]["kernel"].all())
     whole = {"params": params}  # as Flax gives them
     counts = allocate.keep_counts(whole, 0.5, selection="structured")
-    assert bool(allocate.keep_masks(whole, counts, selection="structured")["params"]["fc"]["kernel"].all())
+    assert bool(
+        allocate.keep_masks(whole, counts, selection="structured")["params"]["fc"]["kernel"].all()
+    )
 
 
 # What may be pruned, and which of its axes are inputs and outputs
@@ -164,7 +178,9 @@ def gated(params, tokens):
 
 def test_weights_of_unknown_names_are_pruned_by_trace_or_pattern_and_refused_by_name():
     params = shapes(**GATED)
-    with pytest.raises(ValueError, match=r"'mlp/gating_einsum' and 2 more .*channels=.*include=.*exclude="):
+    with pytest.raises(
+        ValueError, match=r"'mlp/gating_einsum' and 2 more .*channels=.*include=.*exclude="
+    ):
         allocate.keep_counts(params, 0.9)
     total = 32 * 32 + 2 * 32 * 96 + 96 * 32
     channels = groups.trace(gated, params, np.zeros((1, 4), np.int32))
@@ -181,14 +197,22 @@ def attention(params, x):
 
 
 def test_kernels_of_attention_are_no_convolutions():
-    params = shapes(**{
-        "query/kernel": (32, 4, 8), "key/kernel": (32, 4, 8), "mlp/kernel": (32, 128), "head/kernel": (128, 10),
-    })  # fmt: skip
+    params = shapes(
+        **{
+            "query/kernel": (32, 4, 8),
+            "key/kernel": (32, 4, 8),
+            "mlp/kernel": (32, 128),
+            "head/kernel": (128, 10),
+        }
+    )
     with pytest.raises(ValueError, match=r"'key/kernel' has shape .*channels=groups.trace"):
         allocate.keep_counts(params, 0.5, selection="structured")
     channels = groups.trace(attention, params, np.zeros((1, 3, 32), np.float32))
     counts = allocate.keep_counts(params, 0.5, selection="structured", channels=channels)
-    assert counts == {"key": 4, "mlp": 64}  # half of each head, of the MLP; the network's outputs stay
+    assert counts == {
+        "key": 4,
+        "mlp": 64,
+    }  # half of each head, of the MLP; the network's outputs stay
 
 
 def test_the_outputs_of_a_network_stay_or_the_call_is_refused():
@@ -196,7 +220,9 @@ def test_the_outputs_of_a_network_stay_or_the_call_is_refused():
     with pytest.raises(ValueError, match=r"outputs.*channels=groups.trace.*exclude="):
         allocate.keep_counts(params, 0.5, selection="structured")
     channels = groups.trace(
-        lambda p, x: jax.nn.relu(x @ p["hidden"]["kernel"]) @ p["head"]["kernel"], params, jnp.ones((1, 8))
+        lambda p, x: jax.nn.relu(x @ p["hidden"]["kernel"]) @ p["head"]["kernel"],
+        params,
+        jnp.ones((1, 8)),
     )
     for options in (dict(channels=channels), dict(exclude="head/kernel")):
         counts = allocate.keep_counts(params, 0.5, selection="structured", **options)
@@ -234,14 +260,19 @@ def test_filters_of_any_layout():
 def test_no_layer_is_emptied_at_any_ratio(granularity):
     model = models.build(name="mobilenet", num_classes=5, stem_width=3, blocks=((4, 1), (6, 2)))
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))
-    params, channels = variables["params"], groups.trace(model.apply, variables, jnp.ones((1, 8, 8, 3)))
+    params, channels = (
+        variables["params"],
+        groups.trace(model.apply, variables, jnp.ones((1, 8, 8, 3))),
+    )
     for count, layer_ratios in (
         ("nearest", "uniform"),
         ("per_layer", "uniform"),
         ("nearest", "erk"),
         ("nearest", "erk_original"),
     ):
-        options = dict(selection="structured", granularity=granularity, count=count, layer_ratios=layer_ratios)
+        options = dict(
+            selection="structured", granularity=granularity, count=count, layer_ratios=layer_ratios
+        )
         for ratio in (0.0, 0.34, 0.5, 0.9, 0.99, 1.0):
             by_name = allocate.keep_counts(params, ratio, **options)
             by_trace = allocate.keep_counts(params, ratio, channels=channels, **options)
@@ -276,12 +307,16 @@ def test_a_removed_filter_takes_its_norm_with_it(name, options, branches):
     kept = jax.jit(lambda params: allocate.keep_masks(params, counts, **own))(variables["params"])
     alive = {}
     for group, layer in allocate.layers_of(variables["params"], channels).items():
-        mask = np.moveaxis(np.asarray(trees.named_leaves(kept)[layer.scored[0].path]), layer.scored[0].axes[0], 0)
+        mask = np.moveaxis(
+            np.asarray(trees.named_leaves(kept)[layer.scored[0].path]), layer.scored[0].axes[0], 0
+        )
         alive[group] = mask.reshape(len(mask), -1).any(1)[layer.scored[0].index[:, 0]]
         assert alive[group].sum() == counts[group]
     masked = {**variables, "params": masks.apply(variables["params"], kept)}
     without = groups.mask(variables, channels, alive)
-    first, second = jax.jit(lambda a, b: (model.apply(a, images), model.apply(b, images)))(masked, without)
+    first, second = jax.jit(lambda a, b: (model.apply(a, images), model.apply(b, images)))(
+        masked, without
+    )
     np.testing.assert_allclose(first, second, atol=1e-5 * float(jnp.abs(second).max()))
 
 
@@ -291,7 +326,9 @@ def test_readers_are_masked_only_where_they_read_more_than_zero():
         apply = lambda p, x, function=function: function(x @ p["a"] + p["shift"]) @ p["b"]
         own = dict(selection="structured", channels=groups.trace(apply, params, jnp.ones((1, 4))))
         counts = allocate.keep_counts(params, 0.5, **own)
-        kept = jax.jit(lambda params, counts=counts, own=own: allocate.keep_masks(params, counts, **own))(params)
+        kept = jax.jit(
+            lambda params, counts=counts, own=own: allocate.keep_masks(params, counts, **own)
+        )(params)
         assert kept["shift"].sum() == 3
         assert bool(kept["b"].all()) == whole
         pruned = apply(masks.apply(params, kept), jnp.ones((1, 4)))
@@ -304,12 +341,17 @@ def test_readers_are_masked_only_where_they_read_more_than_zero():
 def test_erk_is_the_published_rule():
     ratios = allocate.erk_ratios({"small": (100, 100), "large": (1000, 1000)}, 0.9)
     assert [round(ratios[name], 3) for name in ("small", "large")] == [0.082, 0.908]
-    ratios = allocate.erk_ratios({"stem": (7, 7, 3, 64), "a": (3, 3, 64, 64), "b": (3, 3, 512, 512)}, 0.9)
+    ratios = allocate.erk_ratios(
+        {"stem": (7, 7, 3, 64), "a": (3, 3, 64, 64), "b": (3, 3, 512, 512)}, 0.9
+    )
     assert ratios["stem"] == 0.0  # saturated: whole
     sizes = {"stem": 7 * 7 * 3 * 64, "a": 9 * 64**2, "b": 9 * 512**2}
-    assert sum(ratios[name] * size for name, size in sizes.items()) == pytest.approx(0.9 * sum(sizes.values()))
+    assert sum(ratios[name] * size for name, size in sizes.items()) == pytest.approx(
+        0.9 * sum(sizes.values())
+    )
     densities = [
-        (1 - ratios[name]) * size / total for name, size, total in (("a", 9 * 64**2, 134), ("b", 9 * 512**2, 1030))
+        (1 - ratios[name]) * size / total
+        for name, size, total in (("a", 9 * 64**2, 134), ("b", 9 * 512**2, 1030))
     ]
     assert densities[0] == pytest.approx(densities[1])
     assert allocate.erk_ratios({"a": (3, 4), "b": (5, 6)}, 0.0) == {"a": 0.0, "b": 0.0}
@@ -317,7 +359,9 @@ def test_erk_is_the_published_rule():
 
 
 @hypothesis.given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 1000), st.sampled_from(["uniform", "erk"])
+    st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    st.integers(0, 1000),
+    st.sampled_from(["uniform", "erk"]),
 )
 def test_layers_share_a_budget_by_largest_remainders(sizes, thousandths, layer_ratios):
     ratio = thousandths / 1000
@@ -325,8 +369,12 @@ def test_layers_share_a_budget_by_largest_remainders(sizes, thousandths, layer_r
     counts = allocate.keep_counts(params, ratio, selection="layerwise", layer_ratios=layer_ratios)
     total = 3 * sum(sizes)
     assert abs(sum(counts.values()) - total * (1000 - thousandths) / 1000) <= 0.5 + 1e-6
-    ratios = allocate.LAYER_RATIOS[layer_ratios]({path: leaf.shape for path, leaf in params.items()}, ratio)
-    assert all(abs(counts[path] - leaf.size * (1 - ratios[path])) < 1 for path, leaf in params.items())
+    ratios = allocate.LAYER_RATIOS[layer_ratios](
+        {path: leaf.shape for path, leaf in params.items()}, ratio
+    )
+    assert all(
+        abs(counts[path] - leaf.size * (1 - ratios[path])) < 1 for path, leaf in params.items()
+    )
 
 
 def test_arrays_of_an_odd_size_keep_half():
@@ -353,7 +401,9 @@ def test_arrays_of_an_odd_size_keep_half():
     ],
 )
 def test_what_an_earlier_mask_left_out_goes_first(selection, options):
-    """Whatever these entries hold: large values, or zeros that tie with others that training made."""
+    """Whatever these entries hold: large values, or zeros that tie with others that training
+    made.
+    """
     params, own = network(), dict(selection=selection, **options)
     key = jax.random.key(0)
     cut = lambda ratio, before, params: allocate.keep_masks(
@@ -361,25 +411,35 @@ def test_what_an_earlier_mask_left_out_goes_first(selection, options):
     )
     before = cut(0.6, None, params)
     zeros = trees.map_named(
-        lambda path, leaf, mask: jnp.where(mask & (leaf < 0), 0, leaf) if leaf.ndim > 1 else leaf, params, before
+        lambda path, leaf, mask: jnp.where(mask & (leaf < 0), 0, leaf) if leaf.ndim > 1 else leaf,
+        params,
+        before,
     )
     large = jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, 100.0), params, before)
     tied = selection == "global" and "count" in options  # these originals keep or drop ties
     for changed in (large,) if tied else (large, zeros):
         more = cut(0.75, before, changed)
-        assert all(bool((old | ~new).all()) for new, old in zip(*map(jax.tree.leaves, (more, before))))
+        assert all(
+            bool((old | ~new).all()) for new, old in zip(*map(jax.tree.leaves, (more, before)))
+        )
         number, _ = allocate.left_by(more, **own)
         assert int(number) == sum(jax.tree.leaves(allocate.keep_counts(params, 0.75, **own)))
         less = cut(0.3, before, changed)
-        assert not any(bool((new & ~old).any()) for new, old in zip(*map(jax.tree.leaves, (less, before))))
+        assert not any(
+            bool((new & ~old).any()) for new, old in zip(*map(jax.tree.leaves, (less, before)))
+        )
 
 
 def test_misuse_is_explained():
     with pytest.raises(ValueError, match=r"ratio is 1.5; allowed: 0 to 1"):
         allocate.keep_counts(network(), 1.5)
-    with pytest.raises(tables.ConfigError, match=r"selection is 'globl'; known: global.*Did you mean 'global'"):
+    with pytest.raises(
+        tables.ConfigError, match=r"selection is 'globl'; known: global.*Did you mean 'global'"
+    ):
         allocate.check("globl", {}, "config.curve")
-    with pytest.raises(tables.ConfigError, match=r"scope is 'kernel'; allowed: 'kernels' \| 'all'.*Did you mean"):
+    with pytest.raises(
+        tables.ConfigError, match=r"scope is 'kernel'; allowed: 'kernels' \| 'all'.*Did you mean"
+    ):
         allocate.check("global", dict(scope="kernel"), "config.curve")
     for options, message in (
         (dict(scope="ALL"), "scope is 'ALL'; allowed: 'kernels'"),
@@ -387,7 +447,9 @@ def test_misuse_is_explained():
     ):
         with pytest.raises(tables.ConfigError, match=message):
             allocate.keep_counts(network(), 0.5, **options)
-    with pytest.raises(tables.ConfigError, match=r"selection is 'globl'; known: .*Did you mean 'global'"):
+    with pytest.raises(
+        tables.ConfigError, match=r"selection is 'globl'; known: .*Did you mean 'global'"
+    ):
         allocate.keep_masks(network(), 5, selection="globl")
     with pytest.raises(ValueError, match="'random' needs a key"):
         allocate.keep_masks(network(), 5, selection="random")

@@ -1,4 +1,6 @@
-"""Schedules and selections: the original's numbers, slow references, exact counts, budgets met, errors."""
+"""Schedules and selections: the original's numbers, slow references, exact counts, budgets met,
+errors.
+"""
 
 import math
 from fractions import Fraction
@@ -23,7 +25,9 @@ def golden():
 def random_scores(seed=0, sizes=SIZES, levels=None):
     """Scores by name; with `levels`, integers below it, hence many ties."""
     rng = np.random.default_rng(seed)
-    draw = rng.random if levels is None else lambda size: rng.integers(0, levels, size).astype(float)
+    draw = (
+        rng.random if levels is None else lambda size: rng.integers(0, levels, size).astype(float)
+    )
     return {name: draw(size) for name, size in sizes.items()}
 
 
@@ -62,13 +66,19 @@ def test_round_ratios_of_the_original(golden):
 
 def test_truncated_percentages_of_the_original(golden):
     for expected, ratio, rounds in settings(golden, "p_cumulative"):
-        np.testing.assert_array_equal(budgets.round_ratios(ratio, rounds, "truncated").density, expected / 100)
-    assert budgets.round_ratios(0.75, 25, "truncated").density[-1] == 0.18  # the quarter asked for is missed
+        np.testing.assert_array_equal(
+            budgets.round_ratios(ratio, rounds, "truncated").density, expected / 100
+        )
+    assert (
+        budgets.round_ratios(0.75, 25, "truncated").density[-1] == 0.18
+    )  # the quarter asked for is missed
 
 
 def test_manual_thresholds_of_the_original(golden):
     for case in golden_data.parts(FILE, r"manual/(\d+)/"):
-        percents = [int(number) for number in str(golden[f"manual/{case}/spec"][0]).strip("[]").split(",")]
+        percents = [
+            int(number) for number in str(golden[f"manual/{case}/spec"][0]).strip("[]").split(",")
+        ]
         plan = budgets.manual_ratios([percent / 100 for percent in percents])
         np.testing.assert_allclose(plan.ratios, golden[f"manual/{case}/p_ratios"], rtol=1e-12)
         np.testing.assert_allclose(plan.density, 1 - np.array(percents) / 100, rtol=1e-12)
@@ -76,7 +86,9 @@ def test_manual_thresholds_of_the_original(golden):
 
 def test_polynomial_schedule_by_hand():
     np.testing.assert_allclose(budgets.polynomial_ratios(0.8, 2).density, [1 - 0.8 * 7 / 8, 0.2])
-    np.testing.assert_allclose(budgets.polynomial_ratios(0.8, 4, power=1).density, [0.8, 0.6, 0.4, 0.2])
+    np.testing.assert_allclose(
+        budgets.polynomial_ratios(0.8, 4, power=1).density, [0.8, 0.6, 0.4, 0.2]
+    )
 
 
 @pytest.mark.parametrize("name", sorted(budgets.SCHEDULES))
@@ -108,7 +120,9 @@ def test_schedules_explain_misuse():
         budgets.round_ratios(0.5, 0)
     with pytest.raises(tables.ConfigError, match="increasing shares"):
         budgets.manual_ratios((0.5, 0.3))
-    with pytest.raises(tables.ConfigError, match=r"thresholds is 0.5; allowed: increasing shares removed"):
+    with pytest.raises(
+        tables.ConfigError, match=r"thresholds is 0.5; allowed: increasing shares removed"
+    ):
         budgets.manual_ratios(0.5)
     with pytest.raises(tables.ConfigError, match="increasing shares"):
         budgets.manual_ratios(())
@@ -125,7 +139,9 @@ HYPER = golden_data.hyper(FILE)
 ROUNDS = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/")
 RESIDUAL = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/prune_fraction_requested")
 DEPTHWISE = [
-    case for case in ROUNDS if golden_data.is_mobilenet(golden_data.load(FILE)[f"rounds/{case[0]}/param_names"])
+    case
+    for case in ROUNDS
+    if golden_data.is_mobilenet(golden_data.load(FILE)[f"rounds/{case[0]}/param_names"])
 ]
 
 
@@ -162,7 +178,9 @@ def test_cap_of_the_original(golden, case):
     sizes = {name: array.size for name, array in scores.items()}
     assert by_name(golden[f"cap/{case}/current_sizes"]) == sizes
     protected = {name: np.arange(size) >= size - floors[name] for name, size in sizes.items()}
-    importance = np.where(np.concatenate([*protected.values()]), 1e7, np.concatenate([*scores.values()]))
+    importance = np.where(
+        np.concatenate([*protected.values()]), 1e7, np.concatenate([*scores.values()])
+    )
     np.testing.assert_array_equal(golden[f"cap/{case}/importance_out"], importance)
     least = total(protected)
     for ratio in golden_data.parts(FILE, rf"cap/{case}/ratio=([\d.]+)/"):
@@ -170,7 +188,8 @@ def test_cap_of_the_original(golden, case):
         if sum(sizes.values()) - share_of(float(ratio), sum(sizes.values())) >= least:
             assert_same(budgets.select(scores, float(ratio), **options), expected)
             continue
-        # the protected channels do not suffice: the original cuts into them and empties layers, where we refuse
+        # the protected channels do not suffice: the original cuts into them and empties layers,
+        # where we refuse
         with pytest.raises(ValueError, match="minimum kept per layer leaves"):
             budgets.select(scores, float(ratio), **options)
         keep = budgets.select_to_cost(scores, total, least, tolerance=0, **options)
@@ -179,12 +198,16 @@ def test_cap_of_the_original(golden, case):
 
 
 def replay(golden, net, measure, select):
-    """Pairs of `select(scores, round, alive)` and what was kept: every round on survivors only, and in full size."""
+    """Pairs of `select(scores, round, alive)` and what was kept: every round on survivors only, and
+    in full size.
+    """
     alive = None
     for i in range(HYPER["rounds"]):
         prefix = f"rounds/{net}/{measure}/round{i}"
         scores = by_layer(golden[f"{prefix}/imp_order"])
-        assert by_name(golden[f"{prefix}/orig_size"]) == {name: array.size for name, array in scores.items()}
+        assert by_name(golden[f"{prefix}/orig_size"]) == {
+            name: array.size for name, array in scores.items()
+        }
         expected = masks_without(golden, prefix, scores, 2)
         yield select(scores, i, None), expected
         alive = alive or {name: np.ones(array.shape, bool) for name, array in scores.items()}
@@ -198,11 +221,15 @@ def replay(golden, net, measure, select):
 
 @pytest.mark.parametrize(("net", "measure"), [case for case in ROUNDS if case not in RESIDUAL])
 def test_rounds_of_the_original(golden, net, measure):
-    plan = budgets.schedule("gradient_flow", ratio=HYPER["total_percent"] / 100, num_rounds=HYPER["rounds"])
+    plan = budgets.schedule(
+        "gradient_flow", ratio=HYPER["total_percent"] / 100, num_rounds=HYPER["rounds"]
+    )
     floors = budgets.minimum_kept(by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"]))
 
     def select(scores, i, alive):
-        return budgets.select(scores, plan.ratios[i], alive=alive, floors=floors, protect="original")
+        return budgets.select(
+            scores, plan.ratios[i], alive=alive, floors=floors, protect="original"
+        )
 
     for keep, expected in replay(golden, net, measure, select):
         assert_same(keep, expected)
@@ -218,15 +245,21 @@ def test_mobilenet_rounds_without_the_copies(golden, net, measure):
         scores = {name: every[name] for name in list(every)[::2]}
         counts = dict.fromkeys(list(scores)[:-1], 2)
         floors = by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"])
-        floors = {name: floor for name, floor in budgets.minimum_kept(floors).items() if name in scores}
-        keep = budgets.select(scores, plan.ratios[i], counts=counts, floors=floors, protect="original")
+        floors = {
+            name: floor for name, floor in budgets.minimum_kept(floors).items() if name in scores
+        }
+        keep = budgets.select(
+            scores, plan.ratios[i], counts=counts, floors=floors, protect="original"
+        )
         expected = masks_without(golden, prefix, every, 2)
         assert_same(keep, {name: expected[name] for name in scores})
 
 
 @pytest.mark.parametrize(("net", "measure"), RESIDUAL)
 def test_resnet_rounds_of_the_original(golden, net, measure):
-    """The first layer counts but stays (its score is 1e7); removed second convolutions come back with score 0."""
+    """The first layer counts but stays (its score is 1e7); removed second convolutions come back
+    with score 0.
+    """
     plan = budgets.round_ratios(HYPER["total_percent"] / 100, HYPER["rounds"], "truncated")
     sizes = by_name(golden[f"rounds/{net}/{measure}/round0/orig_size"])
     for i in range(HYPER["rounds"]):
@@ -258,7 +291,9 @@ def reference(scores, ratio, alive, counts, floors, excluded):
         )
     )
     names = sorted(scores)
-    budget = share_of(ratio, sum(counts[name] * alive[name].sum() for name in names if name not in excluded))
+    budget = share_of(
+        ratio, sum(counts[name] * alive[name].sum() for name in names if name not in excluded)
+    )
     keep = {name: mask.copy() for name, mask in alive.items()}
     for _, i, j in order:
         name, j = names[-i], -j
@@ -276,7 +311,9 @@ def problems(draw):
     sizes = draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
     names = draw(st.permutations([f"layer{i}" for i in range(len(sizes))]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    scores = random_scores(draw(st.integers(0, 9)), dict(zip(names, sizes)), draw(st.sampled_from([None, 2, 5])))
+    scores = random_scores(
+        draw(st.integers(0, 9)), dict(zip(names, sizes)), draw(st.sampled_from([None, 2, 5]))
+    )
     alive = {name: rng.random(array.size) < 0.8 for name, array in scores.items()}
     for mask in alive.values():
         mask[rng.integers(mask.size)] = True
@@ -295,10 +332,13 @@ def test_select_equals_the_slow_reference(problem):
         keep = budgets.select(scores, ratio, **options)
     except ValueError as error:
         assert "minimum kept per layer leaves" in str(error)  # noqa: PT017
-        free = {n: 0 if n in excluded else max(alive[n].sum() - floors[n], 0) * counts[n] for n in scores}
-        assert share_of(ratio, sum(counts[n] * alive[n].sum() for n in scores if n not in excluded)) > sum(
-            free.values()
-        )
+        free = {
+            n: 0 if n in excluded else max(alive[n].sum() - floors[n], 0) * counts[n]
+            for n in scores
+        }
+        assert share_of(
+            ratio, sum(counts[n] * alive[n].sum() for n in scores if n not in excluded)
+        ) > sum(free.values())
         return
     assert_same(keep, reference(scores, ratio, alive, counts, floors, excluded))
     assert list(keep) == list(scores)
@@ -328,7 +368,10 @@ def test_what_the_minimum_protects():
     assert np.flatnonzero(select("correct")["a"]).tolist() == [0, 1]
     assert total(select("correct")) == 19
     assert np.flatnonzero(select("original")["a"]).tolist() == [4, 5]
-    assert np.flatnonzero(select("original_resnet")["a"]).tolist() == [0, 1]  # selected all six, two came back
+    assert np.flatnonzero(select("original_resnet")["a"]).tolist() == [
+        0,
+        1,
+    ]  # selected all six, two came back
     assert total(select("original_resnet")) == 21
 
 
@@ -355,7 +398,9 @@ def test_decimal_shares_mean_what_they_say():
         assert budgets.select(scores, percent / 100)["a"].sum() == 100 - percent
         assert budgets.select_by_rule(scores, ((".*", percent / 100),))["a"].sum() == 100 - percent
         assert budgets.minimum_kept({"a": 100}, percent / 100) == {"a": percent + 1}
-    assert budgets.select(scores, 0.29, protect="original")["a"].sum() == 72  # int(0.29 * 100) is 28
+    assert (
+        budgets.select(scores, 0.29, protect="original")["a"].sum() == 72
+    )  # int(0.29 * 100) is 28
 
 
 # Other budgets
@@ -363,7 +408,9 @@ def test_decimal_shares_mean_what_they_say():
 
 def test_ratios_by_rule():
     scores = random_scores(4)
-    keep = budgets.select_by_rule(scores, ((r"stage1/.*", 0.5), (r"stage2/conv1", 0.29), (r".*", 0.0)))
+    keep = budgets.select_by_rule(
+        scores, ((r"stage1/.*", 0.5), (r"stage2/conv1", 0.29), (r".*", 0.0))
+    )
     assert {name: int(mask.sum()) for name, mask in keep.items()} == {
         "conv1": 16,
         "stage1/conv1": 20,
@@ -373,7 +420,9 @@ def test_ratios_by_rule():
     }
     for name, mask in keep.items():
         assert mask.all() or scores[name][mask].min() > scores[name][~mask].max()
-    with pytest.raises(ValueError, match=r"1 of 16 channels of layer 'conv1' are to stay, .* its minimum of 2"):
+    with pytest.raises(
+        ValueError, match=r"1 of 16 channels of layer 'conv1' are to stay, .* its minimum of 2"
+    ):
         budgets.select_by_rule(scores, (("conv1", 0.97), (".*", 0.0)), floors={"conv1": 2})
     with pytest.raises(tables.ConfigError, match="decides no parameter"):
         budgets.select_by_rule(scores, (("stage7/.*", 0.5), (".*", 0.0)))
@@ -385,7 +434,12 @@ def network_cost(keep):
     return sum(9 * a * b for a, b in zip(widths, widths[1:]))  # noqa: RUF007
 
 
-RESNET56 = {f"stage{s}_block{b}/conv{c}": 16 * 2 ** (s - 1) for s in (1, 2, 3) for b in range(9) for c in (1, 2)}
+RESNET56 = {
+    f"stage{s}_block{b}/conv{c}": 16 * 2 ** (s - 1)
+    for s in (1, 2, 3)
+    for b in range(9)
+    for c in (1, 2)
+}
 
 
 @pytest.mark.parametrize("cost", [total, network_cost])
@@ -413,9 +467,13 @@ def test_the_smallest_removal_within_the_budget(problem, share):
         ratio = (wanted + 0.5) / everything
         chain.append(reference(scores, ratio, alive, dict.fromkeys(scores, 1), floors, excluded))
     expected = next((keep for keep in chain if network_cost(keep) <= limit), None)
-    search = lambda: budgets.select_to_cost(scores, network_cost, share * network_cost(alive), **options)
+    search = lambda: budgets.select_to_cost(
+        scores, network_cost, share * network_cost(alive), **options
+    )
     if expected is None:
-        with pytest.raises(ValueError, match=f"minimum kept per layer costs {network_cost(chain[-1]):g}"):
+        with pytest.raises(
+            ValueError, match=f"minimum kept per layer costs {network_cost(chain[-1]):g}"
+        ):
             search()
     else:
         assert_same(search(), expected)
@@ -435,7 +493,9 @@ def test_rounding_by_hand():
     floored = budgets.round_to_multiple(keep, scores, 4, nearest=True, floors={"a": 5})
     assert floored["a"].sum() == 8
     gone = {"a": np.arange(9) != 7, "b": np.ones(3, bool)}
-    assert np.flatnonzero(~budgets.round_to_multiple(keep, scores, 4, alive=gone)["a"]).tolist() == [7]
+    assert np.flatnonzero(
+        ~budgets.round_to_multiple(keep, scores, 4, alive=gone)["a"]
+    ).tolist() == [7]
 
 
 @hypothesis.given(problems(), st.sampled_from([1, 2, 4, 8, 16]), st.booleans())
@@ -444,13 +504,17 @@ def test_rounding_properties(problem, multiple, nearest):
     rng = np.random.default_rng(0)
     keep = {name: mask & (rng.random(mask.size) < 0.7) for name, mask in alive.items()}
     hypothesis.assume(all(mask.any() for mask in keep.values()))
-    rounded = budgets.round_to_multiple(keep, scores, multiple, nearest=nearest, alive=alive, floors=floors)
+    rounded = budgets.round_to_multiple(
+        keep, scores, multiple, nearest=nearest, alive=alive, floors=floors
+    )
     for name, mask in rounded.items():
         before, after, size = keep[name].sum(), mask.sum(), alive[name].sum()
         assert after % multiple == 0 or after == size
         assert not (mask & ~alive[name]).any()
         if nearest:
-            assert abs(after - before) <= multiple / 2 or after == min(-(-before // multiple) * multiple, size)
+            assert abs(after - before) <= multiple / 2 or after == min(
+                -(-before // multiple) * multiple, size
+            )
             assert after >= min(before, floors[name])
         else:
             assert before <= after < before + multiple
@@ -469,7 +533,9 @@ def test_misuse_is_explained():
     scores = random_scores(6)
     with pytest.raises(ValueError, match="scores of 'conv1' are NaN"):
         budgets.select({**scores, "conv1": np.full(16, np.nan)}, 0.5)
-    with pytest.raises(ValueError, match=r"scores of 'conv1' have shape \(4, 4\); allowed: \[channels\]"):
+    with pytest.raises(
+        ValueError, match=r"scores of 'conv1' have shape \(4, 4\); allowed: \[channels\]"
+    ):
         budgets.select({"conv1": np.zeros((4, 4))}, 0.5)
     with pytest.raises(ValueError, match=r"alive 1, not both have \['stage1/conv1'"):
         budgets.select(scores, 0.5, alive={"conv1": np.ones(16, bool)})
@@ -480,7 +546,9 @@ def test_misuse_is_explained():
         budgets.select(scores, 0.5, alive={**everything, "tiny": np.ones(2, bool)})
     with pytest.raises(ValueError, match="'tiny' has no channel left"):
         budgets.select(scores, 0.5, alive={**everything, "tiny": np.zeros(1, bool)})
-    with pytest.raises(tables.ConfigError, match=r"floors names 'conv2', which has no scores. Did you mean 'conv1'"):
+    with pytest.raises(
+        tables.ConfigError, match=r"floors names 'conv2', which has no scores. Did you mean 'conv1'"
+    ):
         budgets.select(scores, 0.5, floors={"conv2": 2})
     with pytest.raises(tables.ConfigError, match=r"floors\['conv1'\] is 0; allowed: int >= 1"):
         budgets.select(scores, 0.5, floors={"conv1": 0})
@@ -491,8 +559,11 @@ def test_misuse_is_explained():
     with pytest.raises(tables.ConfigError, match="exclude is 'fc', which matches no"):
         budgets.select(scores, 0.5, exclude="fc")
     with pytest.raises(
-        ValueError, match=r"ratio 0.99 of 5 layers removes 195 of 197 channels.*leaves 183.*at most 0.92"
+        ValueError,
+        match=r"ratio 0.99 of 5 layers removes 195 of 197 channels.*leaves 183.*at most 0.92",
     ):
         budgets.select(scores, 0.99)
-    with pytest.raises(ValueError, match=r"cost target 1 cannot be reached: .* costs 14, all channels 197"):
+    with pytest.raises(
+        ValueError, match=r"cost target 1 cannot be reached: .* costs 14, all channels 197"
+    ):
         budgets.select_to_cost(scores, total, 1)

@@ -1,4 +1,6 @@
-"""Every config with its variants: it loads, passes all checks, and runs two steps of every training at a tiny size."""
+"""Every config with its variants: it loads, passes all checks, and runs two steps of every training
+at a tiny size.
+"""
 
 import importlib.util
 import itertools
@@ -26,7 +28,15 @@ CHOICES = {
     "arch": ONESHOT.ARCHITECTURES,
     "constraint": ONESHOT.CONSTRAINTS,
     "optimizer": ("sfw", "sgd", "adagrad_sfw"),
-    "scheme": ("keep", "decrease_3", "decrease_3_180", "dynamic_change", "multistep", "cosine", "piecewise"),
+    "scheme": (
+        "keep",
+        "decrease_3",
+        "decrease_3_180",
+        "dynamic_change",
+        "multistep",
+        "cosine",
+        "piecewise",
+    ),
     "mode": ("initialization", "diameter", "radius"),
     "rescale": ("gradient", "diameter", "none"),
 }
@@ -38,8 +48,12 @@ VARIANTS = {
     "gradient_flow": [
         (),
         *((name,) for name in FLOW.MODELS),
-        ("vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10,lr_prune=0.01,moment=0.8,seeds=3,epochs=50",),
-        ("resnet18,measure=biased_loss_tracked,track_batches=20,alpha=0.7,use_l2=1,preserve_moment=1,temperature=5",),
+        (
+            "vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10,lr_prune=0.01,moment=0.8,seeds=3,epochs=50",
+        ),
+        (
+            "resnet18,measure=biased_loss_tracked,track_batches=20,alpha=0.7,use_l2=1,preserve_moment=1,temperature=5",
+        ),
         ("mobilenet,thresholds=[10;50;80],branches=separate",),
     ],
     "greg": [
@@ -56,7 +70,9 @@ VARIANTS = {
     "toy_cnn": [(), ("cnn",), ("mlp",), ("story",)],
     "sfw_oneshot": [
         (),
-        ("lr=0.5,momentum=0.8,weight_decay=1e-4,k=5,k_frac=0.1,tau=30,sfw_init=1,epochs=3,batch_size=64",),
+        (
+            "lr=0.5,momentum=0.8,weight_decay=1e-4,k=5,k_frac=0.1,tau=30,sfw_init=1,epochs=3,batch_size=64",
+        ),
         ("optimizer=sgd,scheme=decrease_3,arch=mlp,data=digits",),
         *((f"{key}={value}",) for key, values in CHOICES.items() for value in values),
     ],
@@ -74,7 +90,10 @@ def test_configs_pass_all_checks(name, variant, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "check", lambda **_: None)
     config = load(name).get_config(*variant)
     if config[config.pipeline[0]].kind == "grow":  # of a network that comes from elsewhere
-        with pytest.raises(tables.ConfigError, match=r"'grow' .* before .* 'train'.* config.start_from or config.pret"):
+        with pytest.raises(
+            tables.ConfigError,
+            match=r"'grow' .* before .* 'train'.* config.start_from or config.pret",
+        ):
             pipeline.check(config)
         config.pretrained = str(pretrained.write(tmp_path / "weights.safetensors", {}))
     plans, _ = pipeline.check(config)
@@ -82,9 +101,13 @@ def test_configs_pass_all_checks(name, variant, monkeypatch, tmp_path):
     assert {"init", "dtype", "param_dtype"} <= set(config.model)
     for stage in config.pipeline:  # every field is there, to be overridden
         kind = pipeline.STAGES[config[stage].kind]
-        missing = {n for n, value in tables.defaults(kind).items() if value is not None} - set(config[stage])
+        missing = {n for n, value in tables.defaults(kind).items() if value is not None} - set(
+            config[stage]
+        )
         assert not missing
-        unset = [n for n, value in config[stage].items() if isinstance(value, list) or value is None]
+        unset = [
+            n for n, value in config[stage].items() if isinstance(value, list) or value is None
+        ]
         assert not unset  # types that the command line cannot override
     described = describe.describe(config)
     for stage in config.pipeline:
@@ -106,11 +129,18 @@ def test_describe_tells_values_that_are_not_the_default():
 
 
 def test_variants_reach_their_fields():
-    text = "lr=0.5,momentum=0.8,weight_decay=1e-4,k=5,k_frac=0.1,tau=30,sfw_init=1,epochs=3,batch_size=64"
+    text = (
+        "lr=0.5,momentum=0.8,weight_decay=1e-4,k=5,k_frac=0.1,tau=30,sfw_init=1,epochs=3,"
+        "batch_size=64"
+    )
     config = ONESHOT.get_config(text)
     optimizer = config.fit.optimizer
     assert (optimizer.learning_rate, optimizer.momentum, optimizer.weight_decay) == (0.5, 0.8, 1e-4)
-    assert (optimizer.constraint.k, optimizer.constraint.k_frac, optimizer.constraint.tau) == (5, 0.1, 30.0)
+    assert (optimizer.constraint.k, optimizer.constraint.k_frac, optimizer.constraint.tau) == (
+        5,
+        0.1,
+        30.0,
+    )
     assert (config.fit.epochs, config.fit.batch_size, config.pipeline[0]) == (3, 64, "sfw_init")
     original = ONESHOT.get_config()
     assert (original.fit.epochs, original.fit.optimizer.schedule.name) == (180, "dynamic_change")
@@ -125,33 +155,60 @@ def test_variants_reach_their_fields():
         ("data=cifar11", r"variant data is 'cifar11'; known: .*"),
         ("tau=big", r"variant tau is 'big'; allowed: float"),
         ("seeds=0", r"variant seeds is 0; allowed: 1 and above"),
-        ("optimizer=sgd,rescale=diameter", r"variant rescale=diameter has no effect with sgd and unconstrained"),
-        ("constraint=unconstrained,tau=5", r"variant tau=5 has no effect with sfw and unconstrained"),
+        (
+            "optimizer=sgd,rescale=diameter",
+            r"variant rescale=diameter has no effect with sgd and unconstrained",
+        ),
+        (
+            "constraint=unconstrained,tau=5",
+            r"variant tau=5 has no effect with sfw and unconstrained",
+        ),
         ("scheme=decreas_3", r"name is 'decreas_3'; known: .* Did you mean 'decrease_3'"),
     ],
 )
 def test_wrong_variants_are_named(variant, message):
     with pytest.raises(tables.ConfigError, match=message):
         ONESHOT.get_config(variant)
-    with pytest.raises(tables.ConfigError, match=r"variant is 'resnet18_tin'; known: .* Did you mean 'resnet18_tiny'"):
+    with pytest.raises(
+        tables.ConfigError,
+        match=r"variant is 'resnet18_tin'; known: .* Did you mean 'resnet18_tiny'",
+    ):
         LIMIT.get_config("resnet18_tin")
 
 
 def test_published_settings_of_gradient_flow():
     config = FLOW.get_config("resnet56")
     assert config.pipeline == ("fit", "cut") * 25 + ("final", "compact")
-    assert (config.model.name, config.model.shortcut, config.data.name) == ("resnet56", "projection", "cifar100")
-    assert (config.fit.epochs, config.fit.optimizer.learning_rate, config.fit.optimizer.momentum) == (1, 0.1, 0.9)
-    assert (config.cut.ratio, config.cut.imp_samples, config.cut.grasp_temperature) == (0.75, 2560, 200.0)
+    assert (config.model.name, config.model.shortcut, config.data.name) == (
+        "resnet56",
+        "projection",
+        "cifar100",
+    )
+    assert (
+        config.fit.epochs,
+        config.fit.optimizer.learning_rate,
+        config.fit.optimizer.momentum,
+    ) == (1, 0.1, 0.9)
+    assert (config.cut.ratio, config.cut.imp_samples, config.cut.grasp_temperature) == (
+        0.75,
+        2560,
+        200.0,
+    )
     assert (config.final.epochs, config.final.optimizer.schedule.milestones) == (135, (55, 95))
     manual = FLOW.get_config("vgg13,thresholds=[10;50;80],warmup=5")
     assert manual.pipeline == ("warmup", *("fit", "cut") * 3, "final", "compact")
     assert manual.cut.schedule.thresholds == (0.1, 0.5, 0.8)
     assert (manual.model.order, manual.final.epochs) == ("conv_relu_bn", 152)
-    with pytest.raises(tables.ConfigError, match=r"variant is 'resnet-56'; known: .* Did you mean 'resnet56'"):
+    with pytest.raises(
+        tables.ConfigError, match=r"variant is 'resnet-56'; known: .* Did you mean 'resnet56'"
+    ):
         FLOW.get_config("resnet-56")
-    assert FLOW.get_config("vgg13,schedule=polynomial").cut.schedule.to_dict() == dict(name="polynomial", power=3.0)
-    tracked = FLOW.get_config("resnet18,measure=biased_loss_tracked,use_l2=1,use_init=1,alpha=0.5,track_batches=7")
+    assert FLOW.get_config("vgg13,schedule=polynomial").cut.schedule.to_dict() == dict(
+        name="polynomial", power=3.0
+    )
+    tracked = FLOW.get_config(
+        "resnet18,measure=biased_loss_tracked,use_l2=1,use_init=1,alpha=0.5,track_batches=7"
+    )
     track = dict(name="saliency", alpha=0.5, track_batches=7, use_l2=True, use_init=True)
     assert tracked.fit.track.to_dict() == track
     assert (tracked.cut.use_l2, tracked.cut.use_init) == (True, True)
@@ -167,36 +224,78 @@ def test_published_settings_of_gradient_flow():
     ):
         with pytest.raises(tables.ConfigError, match=message):
             FLOW.get_config(f"vgg13,{text}")
-    with pytest.raises(tables.ConfigError, match=r"variant key is 'round'; known: .* Did you mean 'rounds'"):
+    with pytest.raises(
+        tables.ConfigError, match=r"variant key is 'round'; known: .* Did you mean 'rounds'"
+    ):
         FLOW.get_config("resnet56,round=3")
 
 
 def test_published_settings_of_growing_regularisation():
     config = GREG.get_config("resnet56,method=greg2")
     assert config.pipeline == ("base", "grow", "finetune", "compact")
-    assert (config.model.name, config.model.shortcut, config.data.name) == ("resnet56", "zero_pad", "cifar10")
+    assert (config.model.name, config.model.shortcut, config.data.name) == (
+        "resnet56",
+        "zero_pad",
+        "cifar10",
+    )
     grow, finetune = config.grow, config.finetune
-    assert (grow.method, grow.ratios, grow.granularity) == ("greg2", "[0,0.75,0.75,0.32,0]", "filter")
+    assert (grow.method, grow.ratios, grow.granularity) == (
+        "greg2",
+        "[0,0.75,0.75,0.32,0]",
+        "filter",
+    )
     assert (grow.update_every, grow.stabilize_steps, grow.batch_size) == (10, 10_000, 128)
-    assert (grow.granularity_prune, grow.granularity_pick, grow.granularity_recover) == (1e-4, 1e-5, -1e-4)
+    assert (grow.granularity_prune, grow.granularity_pick, grow.granularity_recover) == (
+        1e-4,
+        1e-5,
+        -1e-4,
+    )
     assert (grow.upper_limit, grow.upper_limit_pick, grow.mag_ratio_limit) == (1.0, 1e-2, 1000.0)
-    assert (grow.optimizer.learning_rate, grow.optimizer.weight_decay, grow.optimizer.momentum) == (1e-3, 5e-4, 0.9)
-    assert (finetune.epochs, finetune.optimizer.schedule.table) == (120, "0:0.01,60:0.001,90:0.0001")
-    assert (config.base.epochs, config.base.optimizer.schedule.table) == (200, "0:0.1,100:0.01,150:0.001")
+    assert (grow.optimizer.learning_rate, grow.optimizer.weight_decay, grow.optimizer.momentum) == (
+        1e-3,
+        5e-4,
+        0.9,
+    )
+    assert (finetune.epochs, finetune.optimizer.schedule.table) == (
+        120,
+        "0:0.01,60:0.001,90:0.0001",
+    )
+    assert (config.base.epochs, config.base.optimizer.schedule.table) == (
+        200,
+        "0:0.1,100:0.01,150:0.001",
+    )
     vgg = GREG.get_config("vgg19,method=l1,ratio=0.9,pick=max")
     assert vgg.pipeline == ("base", "remove", "finetune", "compact")
-    assert (vgg.remove.ratios, vgg.remove.pick, vgg.finetune.batch_size) == ("[1-15:0.9]", "max", 256)
+    assert (vgg.remove.ratios, vgg.remove.pick, vgg.finetune.batch_size) == (
+        "[1-15:0.9]",
+        "max",
+        256,
+    )
     imagenet = GREG.get_config("resnet34")
     assert imagenet.pipeline == ("grow", "finetune", "compact")
-    assert (imagenet.grow.ratios, imagenet.grow.skip) == ("[0,0.5,0.6,0.4,0,0]", "[1.0,2.0,2.3,3.0,3.5]")
-    assert (imagenet.grow.batch_size, imagenet.grow.update_every, imagenet.grow.stabilize_steps) == (64, 5, 40_000)
+    assert (imagenet.grow.ratios, imagenet.grow.skip) == (
+        "[0,0.5,0.6,0.4,0,0]",
+        "[1.0,2.0,2.3,3.0,3.5]",
+    )
+    assert (
+        imagenet.grow.batch_size,
+        imagenet.grow.update_every,
+        imagenet.grow.stabilize_steps,
+    ) == (64, 5, 40_000)
     assert (imagenet.finetune.epochs, imagenet.finetune.batch_size) == (90, 256)
-    assert GREG.get_config("resnet50,granularity=weight").grow.ratios == "[0,0.827,0.827,0.827,0.827,0.827]"
-    with pytest.raises(tables.ConfigError, match=r"the variant gives ratio and speedup; give one of them"):
+    assert (
+        GREG.get_config("resnet50,granularity=weight").grow.ratios
+        == "[0,0.827,0.827,0.827,0.827,0.827]"
+    )
+    with pytest.raises(
+        tables.ConfigError, match=r"the variant gives ratio and speedup; give one of them"
+    ):
         GREG.get_config("resnet50,ratio=0.5,speedup=1.49")
     with pytest.raises(tables.ConfigError, match=r"variant speedup is '2.3'; known: 1.49, 2.31"):
         GREG.get_config("resnet50,speedup=2.3")
-    with pytest.raises(tables.ConfigError, match=r"variant method is 'greg'; known: .* Did you mean 'greg"):
+    with pytest.raises(
+        tables.ConfigError, match=r"variant method is 'greg'; known: .* Did you mean 'greg"
+    ):
         GREG.get_config("resnet56,method=greg")
     groups = GREG.get_config("resnet56,granularity=group,ratio=0.7").grow
     assert (groups.ratios, groups.granularity) == ("0.7", "group")
@@ -214,16 +313,27 @@ def test_published_settings_of_the_geometric_limit():
     config = LIMIT.get_config("resnet50")
     optimizer = config.fit.optimizer
     assert (config.model.name, config.data.name) == ("resnet50", "cifar100")
-    assert (config.fit.epochs, config.fit.batch_size, config.fit.augment) == (200, 128, "pad_crop_flip")
+    assert (config.fit.epochs, config.fit.batch_size, config.fit.augment) == (
+        200,
+        128,
+        "pad_crop_flip",
+    )
     assert (optimizer.learning_rate, optimizer.momentum) == (0.1, 0.9)
     assert (optimizer.penalty.name, optimizer.penalty.strength) == ("l1", 2e-5)
     assert (optimizer.schedule.name, optimizer.schedule.warmup_epochs) == ("cosine", 5.0)
-    assert (config.hessian.num_matvecs, config.hessian.operator, config.width.spectrum) == (128, "hessian", "hessian")
+    assert (config.hessian.num_matvecs, config.hessian.operator, config.width.spectrum) == (
+        128,
+        "hessian",
+        "hessian",
+    )
     assert config.curve.ratios == tuple(i / 1000 for i in range(1000))
     assert "row_norms" in config.pipeline
     assert config.row_norms.rows == "original"
     alexnet = LIMIT.get_config("alexnet")
-    assert (alexnet.hessian.num_matvecs, alexnet.fit.optimizer.schedule.milestones) == (96, (60, 120, 160))
+    assert (alexnet.hessian.num_matvecs, alexnet.fit.optimizer.schedule.milestones) == (
+        96,
+        (60, 120, 160),
+    )
     assert "row_norms" not in LIMIT.get_config("fc12").pipeline
     tiny_imagenet = LIMIT.get_config("resnet18_tiny")
     assert (tiny_imagenet.data.image_size, tiny_imagenet.data.train_image_size) == (32, 64)
@@ -238,18 +348,29 @@ FEW = {  # products and evaluations
     "cut": dict(imp_samples=8, batch_size=8, ratio=0.3),
     "compact": dict(repeats=2, batch_size=2),
     "remove": dict(ratios="[0:0.5]", skip=""),
-    "grow": dict(ratios="[0:0.5]", skip="", batch_size=8, update_every=1, granularity_prune=0.9, stabilize_steps=0),
+    "grow": dict(
+        ratios="[0:0.5]",
+        skip="",
+        batch_size=8,
+        update_every=1,
+        granularity_prune=0.9,
+        stabilize_steps=0,
+    ),
 }
 TINY = {"mlp": dict(widths=[8]), "small_cnn": dict(widths=[4], dense_widths=[8])}
 
 
 def shrink(config) -> dict:
-    """The config with tiny networks, two steps a training, two ratios a curve, and first and last value of a sweep."""
+    """The config with tiny networks, two steps a training, two ratios a curve, and first and last
+    value of a sweep.
+    """
     config = pipeline.plain(config)
     options = TINY.get(config["model"]["name"])
     config["model"].update(options or dict(name="small_cnn", init="torch", **TINY["small_cnn"]))
     if options is None:
-        config["model"] = {key: config["model"][key] for key in ("name", "init", "dtype", "widths", "dense_widths")}
+        config["model"] = {
+            key: config["model"][key] for key in ("name", "init", "dtype", "widths", "dense_widths")
+        }
     config["sweep"] = {key: [value[0], value[-1]] for key, value in config["sweep"].items()}
     for stage in config.values():
         kind = stage.get("kind") if isinstance(stage, dict) else None
@@ -294,7 +415,9 @@ def test_configs_run_two_steps(name, variant, tmp_path, monkeypatch):
             assert 0 <= row["test_accuracy"] <= 1
         if row["kind"] == "curve":
             assert row["loss"] > 0
-    expected = itertools.product(dict.fromkeys(config["pipeline"]), range(2 ** len(config["sweep"])))
+    expected = itertools.product(
+        dict.fromkeys(config["pipeline"]), range(2 ** len(config["sweep"]))
+    )
     assert {(row["stage"], row["member"]) for row in outcome.rows} == set(expected)
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(outcome.state.params))

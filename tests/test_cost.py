@@ -1,4 +1,6 @@
-"""Parameters, FLOPs and time: the originals' counters, XLA's own estimate, counts by hand, verdicts."""
+"""Parameters, FLOPs and time: the originals' counters, XLA's own estimate, counts by hand,
+verdicts.
+"""
 
 import functools
 import time
@@ -52,10 +54,18 @@ def xla_flops(function, *args):
 
 
 def test_num_params_and_bytes():
-    variables = {"params": {"kernel": jnp.zeros((3, 4)), "bias": struct(4)}, "batch_stats": {"mean": np.zeros(4)}}
+    variables = {
+        "params": {"kernel": jnp.zeros((3, 4)), "bias": struct(4)},
+        "batch_stats": {"mean": np.zeros(4)},
+    }
     assert cost.num_params(variables) == cost.num_params(variables["params"]) == 16
     assert cost.num_bytes(variables["params"]) == 64
-    assert cost.num_bytes({"mask": np.ones(5, bool), "half": jnp.zeros(3, jnp.bfloat16), "wide": np.zeros(2)}) == 27
+    assert (
+        cost.num_bytes(
+            {"mask": np.ones(5, bool), "half": jnp.zeros(3, jnp.bfloat16), "wide": np.zeros(2)}
+        )
+        == 27
+    )
 
 
 # FLOPs
@@ -64,17 +74,23 @@ def test_num_params_and_bytes():
 ORIGINALS = golden_data.load("11_models.json")
 
 
-@pytest.mark.parametrize("key", [key for key in ORIGINALS if "flops_conv_linear_no_bias" in ORIGINALS[key]])
+@pytest.mark.parametrize(
+    "key", [key for key in ORIGINALS if "flops_conv_linear_no_bias" in ORIGINALS[key]]
+)
 def test_multiply_adds_of_the_originals_counter(key):
     net = ORIGINALS[key]
     counter = net["flops_conv_linear_no_bias"]
     model = models.build(**golden_data.network_options(key))
-    side = counter["resolution"] // (net.get("upsample") or 1)  # the network enlarges the image itself
+    side = counter["resolution"] // (
+        net.get("upsample") or 1
+    )  # the network enlarges the image itself
     images = struct(1, side, side, net["input_shape"][1])
     variables = shapes_of(model, images)
     count = cost.flops(model.apply, variables, images)
     products = [equation.flops for equation in count.equations]
-    with_biases = net["flops_nonzero_conv_plus_linear_with_bias_G"]  # of dense layers; added up in float32
+    with_biases = net[
+        "flops_nonzero_conv_plus_linear_with_bias_G"
+    ]  # of dense layers; added up in float32
     if with_biases:
         biases = sum(shape[0] for _, kind, shape, _ in net["weight_layers"] if kind == "Linear")
         assert (sum(products) + biases) / 1e9 == pytest.approx(with_biases, rel=1e-6)
@@ -84,9 +100,12 @@ def test_multiply_adds_of_the_originals_counter(key):
         assert products_and_layers == net["layer_counter_macs"]
     if any(details and details[2] > 1 for *_, details in net["weight_layers"]):
         # that counter divides depthwise layers by the number of groups twice
-        width = lambda place: variables["params"][place.split("/")[1]]["depthwise"]["kernel"].shape[-1]
+        width = lambda place: variables["params"][place.split("/")[1]]["depthwise"]["kernel"].shape[
+            -1
+        ]
         products = [
-            flops // width(where) if where.endswith("depthwise") else flops for _, where, flops in count.equations
+            flops // width(where) if where.endswith("depthwise") else flops
+            for _, where, flops in count.equations
         ]
         assert sum(products) < count.products
     assert sum(products) == counter["multiply_adds_counted_twice"] == 2 * counter["macs"]
@@ -94,11 +113,16 @@ def test_multiply_adds_of_the_originals_counter(key):
 
 
 def work_of_layers(net, model, variables, images):
-    """What the original's other counter adds: a norm counts twice for each of its numbers, a listed ReLU or pool once.
+    """What the original's other counter adds: a norm counts twice for each of its numbers, a listed
+    ReLU or pool once.
 
-    In these networks a norm follows each convolution, and the listed ReLUs and pools see as many numbers as it.
+    In these networks a norm follows each convolution, and the listed ReLUs and pools see as many
+    numbers as it.
     """
-    sizes, times = norm_sizes(model, variables, images), {"BatchNorm2d": 2, "ReLU": 1, "MaxPool2d": 1}
+    sizes, times = (
+        norm_sizes(model, variables, images),
+        {"BatchNorm2d": 2, "ReLU": 1, "MaxPool2d": 1},
+    )
     work, place = 0, -1
     for _, kind in net["leaf_module_order"]:
         place += kind == "Conv2d"
@@ -146,9 +170,15 @@ def test_equations_are_named():
 
 def test_convolutions_by_hand():
     def count(kernel, *, count_padding=True, window_strides=(1, 1), padding="SAME", **options):
-        options |= dict(window_strides=window_strides, padding=padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        options |= dict(
+            window_strides=window_strides,
+            padding=padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
         function = functools.partial(jax.lax.conv_general_dilated, **options)
-        return cost.flops(function, struct(2, 4, 4, 6), struct(*kernel), count_padding=count_padding).products
+        return cost.flops(
+            function, struct(2, 4, 4, 6), struct(*kernel), count_padding=count_padding
+        ).products
 
     assert count((3, 3, 6, 8)) == 2 * 2 * 16 * 8 * 6 * 9
     assert (
@@ -157,7 +187,9 @@ def test_convolutions_by_hand():
     assert count((3, 3, 6, 8), window_strides=(2, 2)) == 2 * 2 * 4 * 8 * 6 * 9
     assert count((3, 3, 3, 8), feature_group_count=2) == 2 * 2 * 16 * 8 * 3 * 9
     assert count((3, 3, 1, 6), feature_group_count=6) == 2 * 2 * 16 * 6 * 9
-    upsample = dict(lhs_dilation=(2, 2), padding=((1, 1), (1, 1)))  # transposed: every entry meets 2 x 2 outputs
+    upsample = dict(
+        lhs_dilation=(2, 2), padding=((1, 1), (1, 1))
+    )  # transposed: every entry meets 2 x 2 outputs
     assert count((2, 2, 6, 8), **upsample) == 2 * 2 * 16 * 8 * 6 * 4
 
 
@@ -165,9 +197,14 @@ def test_convolutions_by_hand():
 @hypothesis.given(st.data())
 def test_any_convolution_equals_xla(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
-    groups, kind = draw(1, 3), data.draw(st.sampled_from(["feature_group_count", "batch_group_count"]))
+    groups, kind = (
+        draw(1, 3),
+        data.draw(st.sampled_from(["feature_group_count", "batch_group_count"])),
+    )
     of = lambda option: groups if kind == option else 1
-    image = struct(of("batch_group_count") * draw(1, 2), draw(4, 7), draw(4, 7), of("feature_group_count") * 2)
+    image = struct(
+        of("batch_group_count") * draw(1, 2), draw(4, 7), draw(4, 7), of("feature_group_count") * 2
+    )
     kernel = struct(draw(1, 3), draw(1, 3), 2, groups * draw(1, 3))
     options = dict(
         window_strides=(draw(1, 2), draw(1, 2)),
@@ -185,8 +222,12 @@ def test_any_convolution_equals_xla(data):
 
 def test_the_price_of_channels_counts_transposed_convolutions_as_flops_does():
     def apply(v, x):
-        x = jax.lax.conv_transpose(x, v["up"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return jax.lax.conv_general_dilated(x, v["out"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.lax.conv_transpose(
+            x, v["up"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jax.lax.conv_general_dilated(
+            x, v["out"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     variables, image = {"up": struct(2, 2, 3, 8), "out": struct(1, 1, 8, 2)}, struct(1, 4, 4, 3)
     channels = groups.trace(apply, variables, image)
@@ -207,7 +248,10 @@ def test_matrix_products_by_hand():
     assert cost.flops(jnp.dot, struct(4), struct(4)).products == 8
     batched = cost.flops(jax.vmap(lambda x: x @ x), struct(3, 2, 2))
     assert batched.products == 3 * 16
-    assert cost.flops(jax.grad(lambda w, x: (x @ w).sum()), struct(3, 5), struct(2, 3)).products == 2 * 60
+    assert (
+        cost.flops(jax.grad(lambda w, x: (x @ w).sum()), struct(3, 5), struct(2, 3)).products
+        == 2 * 60
+    )
 
 
 def test_elementwise_work_by_hand():
@@ -246,7 +290,12 @@ PROGRAMS = {
     "custom_jvp": (square, 1),
     "custom_vjp": (cube, 2),
     "scan": (lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=7)[0], 7),
-    "nested": (lambda x: jax.lax.fori_loop(0, 3, lambda _, c: jax.lax.fori_loop(0, 4, lambda _, c: c @ x, c), x), 12),
+    "nested": (
+        lambda x: jax.lax.fori_loop(
+            0, 3, lambda _, c: jax.lax.fori_loop(0, 4, lambda _, c: c @ x, c), x
+        ),
+        12,
+    ),
     "cond": (lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), 2),
     "switch": (lambda x: jax.lax.switch(1, [jnp.sin, square, cube], x), 2),
     "while": (lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ x, x), 1),
@@ -310,7 +359,11 @@ def test_verdicts(second, verdict):
     assert result.speedup == first.median / second.median
     assert result.speedup_low <= result.speedup <= result.speedup_high
     overlap = first.low <= second.high and second.low <= first.high
-    assert (result.speedup_low <= 1 <= result.speedup_high) == overlap == (verdict == "no measurable difference")
+    assert (
+        (result.speedup_low <= 1 <= result.speedup_high)
+        == overlap
+        == (verdict == "no measurable difference")
+    )
     assert list(result.latencies) == ["dense", "compact"]
 
 

@@ -1,4 +1,6 @@
-"""Loading: pixels and labels come out exactly as they were written, and what cannot be read says why and what to do."""
+"""Loading: pixels and labels come out exactly as they were written, and what cannot be read says
+why and what to do.
+"""
 
 import functools
 import json
@@ -24,8 +26,12 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data s
 TFDS_SETS = ("cifar10", "cifar100", "mnist", "fashion_mnist", "svhn_cropped")
 
 
-def write_tfds(data_dir, name, splits, *, encode=".png", features=None, file_format="array_record", shards=1):
-    """Prepare `splits` ({name: (uint8 [N, H, W, C] in RGB, labels)}) as TFDS would, without TensorFlow."""
+def write_tfds(
+    data_dir, name, splits, *, encode=".png", features=None, file_format="array_record", shards=1
+):
+    """Prepare `splits` ({name: (uint8 [N, H, W, C] in RGB, labels)}) as TFDS would, without
+    TensorFlow.
+    """
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
     from tensorflow_datasets.proto import tf_example_generated_pb2
@@ -43,7 +49,9 @@ def write_tfds(data_dir, name, splits, *, encode=".png", features=None, file_for
     for split, (images, labels) in splits.items():
         parts = np.array_split(np.arange(len(labels)), shards)
         for shard, part in enumerate(parts):
-            path = template.replace(split=split).sharded_filepath(shard_index=shard, num_shards=shards)
+            path = template.replace(split=split).sharded_filepath(
+                shard_index=shard, num_shards=shards
+            )
             writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
             for i in part:
                 image = images[i]
@@ -85,7 +93,9 @@ def write_folder(root, splits, suffix=".png"):
             directory = root / split / cls
             directory.mkdir(parents=True)
             for i, image in enumerate(images):
-                cv2.imwrite(str(directory / f"{i}{suffix}"), image[..., ::-1] if image.ndim == 3 else image)
+                cv2.imwrite(
+                    str(directory / f"{i}{suffix}"), image[..., ::-1] if image.ndim == 3 else image
+                )
     return f"folder:{root}"
 
 
@@ -115,11 +125,15 @@ def test_digits_are_whole_scaled_and_split_by_class():
     assert digits.train.images.dtype == np.uint8
     assert digits.train.labels.dtype == np.int32
     together = np.concatenate([digits.train.images, digits.test.images])
-    assert sorted(map(bytes, together)) == sorted(map(bytes, np.rint(source.images * 255 / 16).astype(np.uint8)))
+    assert sorted(map(bytes, together)) == sorted(
+        map(bytes, np.rint(source.images * 255 / 16).astype(np.uint8))
+    )
     shares = np.bincount(digits.test.labels) / np.bincount(source.target)
     assert np.abs(shares - 0.2).max() < 0.006  # within one image of a fifth of each class
     first = np.rint(source.images[0] * 255 / 16).astype(np.uint8)[..., None]
-    assert (digits.test.images == first).all((1, 2, 3)).any()  # of every five images in order of classes the first
+    assert (
+        (digits.test.images == first).all((1, 2, 3)).any()
+    )  # of every five images in order of classes the first
     again = data.load(name="digits")
     np.testing.assert_array_equal(again.test.labels, digits.test.labels)
     x = digits.train.images / 255
@@ -131,13 +145,19 @@ def test_digits_labels_belong_to_their_images():
     from sklearn.datasets import load_digits
 
     source = load_digits()
-    label_of = {bytes(np.rint(x * 255 / 16).astype(np.uint8)): y for x, y in zip(source.images, source.target)}
+    label_of = {
+        bytes(np.rint(x * 255 / 16).astype(np.uint8)): y
+        for x, y in zip(source.images, source.target)
+    }
     digits = data.load(train_limit=100)
     assert [label_of[bytes(image)] for image in digits.train.images] == digits.train.labels.tolist()
 
 
 def test_limits_are_balanced_nested_and_repeatable():
-    small, large = data.load(train_limit=100, test_limit=50), data.load(train_limit=200, test_limit=10_000)
+    small, large = (
+        data.load(train_limit=100, test_limit=50),
+        data.load(train_limit=200, test_limit=10_000),
+    )
     assert len(small.train.images) == len(small.train.labels) == 100
     assert len(small.test.labels) == 50
     assert len(large.test.labels) == 360
@@ -152,14 +172,17 @@ def test_spread_is_nested_even_and_of_the_asked_size(size, a, b):
     assert len(fewer) == min(low, size)
     assert fewer == sorted(set(fewer))
     assert set(fewer) <= set(more) <= set(range(size))
-    # A set stored class by class: any quarter of the order holds a quarter of the picks, to within a few.
+    # A set stored class by class: any quarter of the order holds a quarter of the picks, to within
+    # a few.
     quarter = sum(i < size / 4 for i in fewer)
     assert abs(quarter - len(fewer) / 4) <= 4
 
 
 @hypothesis.given(st.integers(2, 12), st.integers(5, 60), st.integers(0, 99), st.integers(1, 400))
 def test_a_fixed_sample_holds_every_class_evenly(classes, each, seed, num):
-    """Of a set stored class by class, as folders are; every part of it too, since it is read in batches."""
+    """Of a set stored class by class, as folders are; every part of it too, since it is read in
+    batches.
+    """
     labels = np.repeat(np.arange(classes), each)
     sample = data.FixedSample(seed=seed).indices(len(labels), num)
     assert len(set(sample.tolist())) == min(num, len(labels))
@@ -171,9 +194,13 @@ def test_a_fixed_sample_holds_every_class_evenly(classes, each, seed, num):
 
 
 def test_other_seeds_take_other_samples():
-    samples = {tuple(sorted(data.FixedSample(seed=seed).indices(1000, 50).tolist())) for seed in range(20)}
+    samples = {
+        tuple(sorted(data.FixedSample(seed=seed).indices(1000, 50).tolist())) for seed in range(20)
+    }
     assert len(samples) == 20
-    assert set(data.FixedSample(seed=1).indices(1000, 50)) < set(data.FixedSample(seed=1).indices(1000, 300))
+    assert set(data.FixedSample(seed=1).indices(1000, 50)) < set(
+        data.FixedSample(seed=1).indices(1000, 300)
+    )
 
 
 def test_data_needs_no_slow_import():
@@ -182,7 +209,12 @@ def test_data_needs_no_slow_import():
         "sys.exit(any(m in sys.modules for m in ('sklearn', 'tensorflow_datasets', 'tensorflow')))"
     )
     root = pathlib.Path(__file__).parents[1]
-    assert subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=root, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], cwd=root, check=False
+        ).returncode
+        == 0
+    )
 
 
 # TFDS
@@ -192,7 +224,10 @@ def test_data_needs_no_slow_import():
 def test_tfds_set_loads_exactly_by_name(name, tmp_path):
     shape = (28, 28, 1) if "mnist" in name else (32, 32, 3)
     classes = 100 if name == "cifar100" else 10
-    splits = {"train": random_split(0, 23, shape, classes), "test": random_split(1, 7, shape, classes)}
+    splits = {
+        "train": random_split(0, 23, shape, classes),
+        "test": random_split(1, 7, shape, classes),
+    }
     write_tfds(tmp_path, name, splits, shards=2)
     data.check(name=name, data_dir=str(tmp_path))
     loaded = data.load(name=name, data_dir=str(tmp_path))
@@ -228,7 +263,14 @@ def test_tfds_default_directory_and_versions(tiny_cifar, monkeypatch, tmp_path):
 
 
 def test_newest_version_and_single_config_are_found(tmp_path):
-    for path in ("a/9.0.0", "a/10.0.0", "a/11.0.0.incompleteX", "b/only/1.0.0", "c/x/1.0.0", "c/y/1.0.0"):
+    for path in (
+        "a/9.0.0",
+        "a/10.0.0",
+        "a/11.0.0.incompleteX",
+        "b/only/1.0.0",
+        "c/x/1.0.0",
+        "c/y/1.0.0",
+    ):
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / "dataset_info.json").write_text("{}")
     assert sources.find_prepared("a", str(tmp_path)) == tmp_path / "a" / "10.0.0"
@@ -242,7 +284,9 @@ def test_newest_version_and_single_config_are_found(tmp_path):
 
 def test_slices_cut_splits(tiny_cifar):
     root, splits = tiny_cifar
-    cut = data.load(name="cifar10", data_dir=root, train_split="train[:75%]", test_split="train[75%:]")
+    cut = data.load(
+        name="cifar10", data_dir=root, train_split="train[:75%]", test_split="train[75%:]"
+    )
     np.testing.assert_array_equal(cut.train.images, splits["train"][0][:30])
     np.testing.assert_array_equal(cut.test.images, splits["train"][0][30:])
 
@@ -292,8 +336,12 @@ def test_set_that_is_not_there(name, hint, tmp_path):
 
 
 def test_tfrecord_set_says_how_to_prepare_it_again(tmp_path):
-    write_tfds(tmp_path, "mnist", {"train": random_split(0, 2, (28, 28, 1))}, file_format="tfrecord")
-    with pytest.raises(ConfigError, match=r"prepared as tfrecord.*sparsity_jax.prepare mnist .*--overwrite"):
+    write_tfds(
+        tmp_path, "mnist", {"train": random_split(0, 2, (28, 28, 1))}, file_format="tfrecord"
+    )
+    with pytest.raises(
+        ConfigError, match=r"prepared as tfrecord.*sparsity_jax.prepare mnist .*--overwrite"
+    ):
         data.check(name="mnist", data_dir=str(tmp_path))
 
 
@@ -321,14 +369,20 @@ def test_damaged_image_names_its_record(tmp_path):
 
 def test_empty_image_names_its_record(tmp_path):
     images, labels = random_split(0, 3)
-    write_tfds(tmp_path, "cifar10", {"train": ([b"", *images[1:]], labels), "test": random_split(1, 2)})
+    write_tfds(
+        tmp_path, "cifar10", {"train": ([b"", *images[1:]], labels), "test": random_split(1, 2)}
+    )
     with pytest.raises(ConfigError, match="split 'train', record 0 is not an image"):
         data.load(name="cifar10", data_dir=str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "short", "metadata", "features", "not_metadata"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "short", "metadata", "features", "not_metadata"]
+)
 def test_damaged_directory_is_named(damage, tmp_path):
-    directory = write_tfds(tmp_path, "cifar10", {"train": random_split(0, 5), "test": random_split(1, 5)})
+    directory = write_tfds(
+        tmp_path, "cifar10", {"train": random_split(0, 5), "test": random_split(1, 5)}
+    )
     records = next(directory.glob("*test.array_record*"))
     if damage == "missing":
         records.unlink()
@@ -353,7 +407,9 @@ def test_sets_that_are_not_image_classification_are_refused(tmp_path):
     import tensorflow_datasets as tfds
 
     splits = {"train": random_split(0, 2), "test": random_split(1, 2)}
-    features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(32, 32, 3)), "label": np.int64})
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(shape=(32, 32, 3)), "label": np.int64}
+    )
     write_tfds(tmp_path, "cifar10", splits, features=features)
     with pytest.raises(ConfigError, match="needs one ClassLabel feature and has none"):
         data.check(name="cifar10", data_dir=str(tmp_path))
@@ -383,7 +439,9 @@ def test_folder_loads_exactly_in_class_order(tmp_path):
     loaded = data.load(name=name)
     assert loaded.num_classes == 2
     assert loaded.train.labels.tolist() == [0, 0, 1, 1, 1]  # ant, cat
-    np.testing.assert_array_equal(loaded.train.images, splits["train"]["ant"] + splits["train"]["cat"])
+    np.testing.assert_array_equal(
+        loaded.train.images, splits["train"]["ant"] + splits["train"]["cat"]
+    )
     np.testing.assert_array_equal(loaded.test.images, splits["test"]["ant"] + splits["test"]["cat"])
     x = loaded.train.images / 255
     np.testing.assert_allclose(loaded.mean, x.mean((0, 1, 2)), rtol=1e-12)
@@ -411,7 +469,9 @@ def test_official_tiny_imagenet_layout(tmp_path):
         lines.append(f"val_{i}.png\t{cls}\t0\t0\t1\t1")
     annotations = tmp_path / "val" / "val_annotations.txt"
     annotations.write_text("val_0.png n02\n")
-    with pytest.raises(ConfigError, match=r"val_annotations.txt: the line 'val_0.png n02' is no file and class"):
+    with pytest.raises(
+        ConfigError, match=r"val_annotations.txt: the line 'val_0.png n02' is no file and class"
+    ):
         data.load(name=f"folder:{tmp_path}")
     annotations.write_text("\n".join(lines) + "\n\n")
     loaded = data.load(name=f"folder:{tmp_path}")
@@ -424,7 +484,10 @@ def test_official_tiny_imagenet_layout(tmp_path):
     ("change", "message"),
     [
         ({"test": {"cat": images_of(0, 1)}}, "same class directories; only in train: 'ant'"),
-        ({"test": {"ant": images_of(0, 1), "cat": images_of(0, 1), "dog": images_of(0, 1)}}, "only in test: 'dog'"),
+        (
+            {"test": {"ant": images_of(0, 1), "cat": images_of(0, 1), "dog": images_of(0, 1)}},
+            "only in test: 'dog'",
+        ),
         ({"test": {"ant": [], "cat": images_of(0, 1)}}, "ant has no images"),
         ({"test": {}}, "test is missing"),
     ],
@@ -465,12 +528,18 @@ def test_folder_of_differing_sizes_asks_for_image_size(tmp_path):
     with pytest.raises(ConfigError, match=r"0.png is 6x10, .*0.png is 6x6; set image_size"):
         data.load(name=name)
     loaded = data.load(name=name, image_size=6)
-    np.testing.assert_array_equal(loaded.train.images[2], wide[0][:, 2:8])  # central square, nothing to resize
+    np.testing.assert_array_equal(
+        loaded.train.images[2], wide[0][:, 2:8]
+    )  # central square, nothing to resize
 
 
 def test_train_and_test_of_differing_sizes_ask_for_image_size(tmp_path):
-    name, _ = folder_of_two(tmp_path, test={"ant": images_of(0, 1, (8, 8, 3)), "cat": images_of(1, 1, (8, 8, 3))})
-    with pytest.raises(ConfigError, match="train images of 6x6, test images of 8x8; set image_size"):
+    name, _ = folder_of_two(
+        tmp_path, test={"ant": images_of(0, 1, (8, 8, 3)), "cat": images_of(1, 1, (8, 8, 3))}
+    )
+    with pytest.raises(
+        ConfigError, match="train images of 6x6, test images of 8x8; set image_size"
+    ):
         data.load(name=name)
 
 
@@ -481,8 +550,12 @@ def test_grey_and_colour_mix(tmp_path):
     )  # first in colour: grey is replicated
     loaded = data.load(name=name)
     np.testing.assert_array_equal(loaded.train.images[1], np.repeat(grey[0][..., None], 3, axis=2))
-    name = write_folder(tmp_path / "b", {"train": {"a": grey, "b": colour}, "test": {"a": grey, "b": grey}})
-    with pytest.raises(ConfigError, match=r"0.png is in colour, the set is grey; set channels to 1 or 3"):
+    name = write_folder(
+        tmp_path / "b", {"train": {"a": grey, "b": colour}, "test": {"a": grey, "b": grey}}
+    )
+    with pytest.raises(
+        ConfigError, match=r"0.png is in colour, the set is grey; set channels to 1 or 3"
+    ):
         data.load(name=name)
     assert data.load(name=name, channels=3).train.images.shape == (2, 6, 6, 3)
     luminance = data.load(name=name, channels=1).train.images[1, ..., 0]
@@ -504,9 +577,18 @@ def test_resizing(tiny_cifar):
     root, splits = tiny_cifar
     images = splits["test"][0]
     half = data.load(name="cifar10", data_dir=root, image_size=16).test.images
-    halved = [Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR) for image in images]
-    np.testing.assert_allclose(np.int32(half), np.int32([np.asarray(image) for image in halved]), atol=1)
-    assert data.load(name="cifar10", data_dir=root, image_size=40).test.images.shape == (10, 40, 40, 3)
+    halved = [
+        Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR) for image in images
+    ]
+    np.testing.assert_allclose(
+        np.int32(half), np.int32([np.asarray(image) for image in halved]), atol=1
+    )
+    assert data.load(name="cifar10", data_dir=root, image_size=40).test.images.shape == (
+        10,
+        40,
+        40,
+        3,
+    )
     apart = data.load(name="cifar10", data_dir=root, image_size=16, train_image_size=24)
     assert apart.train.images.shape[1:] == (24, 24, 3)
     np.testing.assert_array_equal(apart.test.images, half)
@@ -528,7 +610,9 @@ def test_normalization_rows_are_the_schema_and_fit_channels(tiny_cifar):
     computed = data.load(name="cifar10", data_dir=root, normalization="computed")
     np.testing.assert_allclose(computed.mean, x.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(computed.std, x.std((0, 1, 2)), rtol=1e-12)
-    grey = data.load(name="cifar10", data_dir=root, channels=1)  # no published constants for grey CIFAR
+    grey = data.load(
+        name="cifar10", data_dir=root, channels=1
+    )  # no published constants for grey CIFAR
     np.testing.assert_allclose(grey.mean, [(grey.train.images / 255).mean()], rtol=1e-12)
 
 
@@ -546,7 +630,10 @@ def test_preprocess(dtype):
     assert out.dtype == dtype
     expected = (images / 255 - np.array(mean)) / np.array(std)
     np.testing.assert_allclose(
-        np.asarray(out, np.float64), expected, atol=1e-5 if dtype == jnp.float32 else 2e-2, rtol=1e-6
+        np.asarray(out, np.float64),
+        expected,
+        atol=1e-5 if dtype == jnp.float32 else 2e-2,
+        rtol=1e-6,
     )
 
 
@@ -560,7 +647,9 @@ SEEDS = st.integers(0, 2**32 - 1)
 def is_crop(image, output, padding, mirrored):
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     output = output[:, ::-1] if mirrored else output
-    windows = np.lib.stride_tricks.sliding_window_view(padded, image.shape).reshape(-1, *image.shape)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, image.shape).reshape(
+        -1, *image.shape
+    )
     return bool((windows == output).all((1, 2, 3)).any())
 
 
@@ -592,7 +681,10 @@ def test_each_output_is_a_crop_of_its_own_padded_image(shape, seed, padding):
 
 def test_shift_flip_by_hand():
     image = jnp.array([[1, 2], [3, 4]], jnp.uint8)[None, :, :, None]
-    offsets, flips = jnp.array([[0, 1], [2, 1], [1, 2], [1, 1]]), jnp.array([False, False, True, True])
+    offsets, flips = (
+        jnp.array([[0, 1], [2, 1], [1, 2], [1, 1]]),
+        jnp.array([False, False, True, True]),
+    )
     out = data.shift_flip(jnp.repeat(image, 4, 0), offsets, flips, 1)[..., 0]
     assert out.tolist() == [[[0, 0], [1, 2]], [[3, 4], [0, 0]], [[0, 2], [0, 4]], [[2, 1], [4, 3]]]
 
@@ -600,9 +692,13 @@ def test_shift_flip_by_hand():
 def test_draws_are_uniform_and_independent_between_images():
     image = jnp.arange(1, 65, dtype=jnp.uint8).reshape(1, 8, 8, 1)
     images = jnp.repeat(image, 4000, axis=0)
-    corner = np.asarray(data.pad_crop(jax.random.key(0), images)[:, 4, 4, 0])  # the pixel at the drawn offset
+    corner = np.asarray(
+        data.pad_crop(jax.random.key(0), images)[:, 4, 4, 0]
+    )  # the pixel at the drawn offset
     counts = np.unique(corner, return_counts=True)[1]
-    assert len(np.unique(corner)) == 65  # offsets 0..8 along both axes: 64 pixels, and the padding for 17 of 81
+    assert (
+        len(np.unique(corner)) == 65
+    )  # offsets 0..8 along both axes: 64 pixels, and the padding for 17 of 81
     np.testing.assert_allclose(counts / 4000, [17 / 81] + [1 / 81] * 64, atol=0.03)
     mirrored = np.asarray(data.flip(jax.random.key(1), images)[:, 0, 0, 0] == 8)
     assert 0.45 < mirrored.mean() < 0.55
@@ -614,7 +710,9 @@ resize_box = jax.jit(data.resize_box, static_argnums=(2, 3))
 def test_whole_box_resizes_to_the_image_itself():
     image = jnp.asarray(random_split(0, 1, (9, 9, 3))[0][0])
     np.testing.assert_array_equal(resize_box(image, jnp.array([0.0, 0.0, 9.0, 9.0]), 9, 9), image)
-    np.testing.assert_array_equal(resize_box(image, jnp.array([2.0, 3.0, 4.0, 5.0]), 4, 5), image[2:6, 3:8])
+    np.testing.assert_array_equal(
+        resize_box(image, jnp.array([2.0, 3.0, 4.0, 5.0]), 4, 5), image[2:6, 3:8]
+    )
 
 
 @pytest.mark.parametrize("box", [(0, 0, 16, 16), (3, 5, 24, 20), (8, 2, 9, 12)])
@@ -623,7 +721,9 @@ def test_resized_box_agrees_with_opencv_away_from_the_edge(box):
     grid = np.mgrid[:32, :32].sum(0) * 4
     image = np.stack([grid, grid[::-1], grid[:, ::-1]], axis=2).astype(np.uint8)
     ours = np.asarray(resize_box(jnp.asarray(image), jnp.array(box, jnp.float32), 16, 16), int)
-    theirs = cv2.resize(image[top : top + height, left : left + width], (16, 16), interpolation=cv2.INTER_LINEAR)
+    theirs = cv2.resize(
+        image[top : top + height, left : left + width], (16, 16), interpolation=cv2.INTER_LINEAR
+    )
     assert np.abs(ours - theirs)[2:-2, 2:-2].max() <= 2
 
 
@@ -669,7 +769,9 @@ def test_make_augmentation_ends_at_the_network_size(tiny_cifar):
     augment = jax.jit(data.make_augmentation("resized_crop_flip", larger, "config.augment"))
     out = augment(jax.random.key(0), larger.train.images)
     assert out.shape == (40, 16, 16, 3)
-    with pytest.raises(ConfigError, match=r"config.augment is 'flip', which keeps the train images at 32x32"):
+    with pytest.raises(
+        ConfigError, match=r"config.augment is 'flip', which keeps the train images at 32x32"
+    ):
         data.make_augmentation("flip", larger, "config.augment")
     with pytest.raises(ConfigError, match=r"config.augment is 'pad_crops'.*Did you mean 'pad_crop"):
         data.make_augmentation("pad_crops", same, "config.augment")

@@ -1,4 +1,6 @@
-"""Bytes to images: every format and mode as Pillow reads it, or refused with a reason; nothing cut off is read."""
+"""Bytes to images: every format and mode as Pillow reads it, or refused with a reason; nothing cut
+off is read.
+"""
 
 import io
 import itertools
@@ -12,7 +14,9 @@ from PIL import Image, ImageOps
 
 from sparsity_jax import decoding
 
-TIFF_WAYS = [dict(compression=name) for name in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits")]
+TIFF_WAYS = [
+    dict(compression=name) for name in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits")
+]
 WAYS = {  # options of Pillow's writers
     "PNG": [{}],
     "JPEG": [{}, dict(progressive=True), dict(quality=30)],
@@ -21,7 +25,14 @@ WAYS = {  # options of Pillow's writers
     "WEBP": [{}, dict(lossless=True)],
     "PPM": [{}],
 }
-SUFFIX_OF = {"PNG": ".png", "JPEG": ".jpg", "BMP": ".bmp", "TIFF": ".tif", "WEBP": ".webp", "PPM": ".ppm"}
+SUFFIX_OF = {
+    "PNG": ".png",
+    "JPEG": ".jpg",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "WEBP": ".webp",
+    "PPM": ".ppm",
+}
 
 
 def smooth(height=33, width=46):
@@ -162,10 +173,14 @@ def test_orientation_is_that_of_exif(kind, way):
     stored = Image.open(io.BytesIO(data))
     upright = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
     np.testing.assert_array_equal(decoding.decode(data, upright=True)[..., ::-1], upright)
-    np.testing.assert_array_equal(decoding.decode(data)[..., ::-1], np.asarray(stored.convert("RGB")))
+    np.testing.assert_array_equal(
+        decoding.decode(data)[..., ::-1], np.asarray(stored.convert("RGB"))
+    )
 
 
-@hypothesis.given(st.sampled_from([encoded(smooth(), kind)[:60] for kind in WAYS]), st.binary(max_size=80))
+@hypothesis.given(
+    st.sampled_from([encoded(smooth(), kind)[:60] for kind in WAYS]), st.binary(max_size=80)
+)
 def test_no_bytes_break_it(start, tail):
     for data in (tail, start + tail, start[:12] + tail):
         image = decoding.decode(data, upright=True)
@@ -181,7 +196,9 @@ SIDE = st.integers(1, 90)
 def test_every_shape_is_resized_as_by_pillow(rows, columns, height, width, channels, seed):
     """Of noise, black and white, whichever axes shrink: no other average comes near."""
     image = 255 * np.random.default_rng(seed).integers(0, 2, (rows, columns, *channels), np.uint8)
-    known = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)).astype(int)
+    known = np.asarray(
+        Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    ).astype(int)
     resized = decoding.resize(image, height, width)
     assert resized.dtype == np.uint8
     assert resized.shape == known.shape

@@ -36,9 +36,13 @@ FUNCTIONS = {
     "norm": lambda x: trees.norm([x[:2], x[2:]]),
     "norm_along": lambda x: trees.norm_along(x.reshape(2, 3), 1),
     "kth_largest": lambda x: masks.kth_largest(x, 2, magnitude=True),
-    "kth_largest of a tree": lambda x: masks.kth_largest({"a": x[:2], "b": x[2:]}, jnp.array([1, 4])),
+    "kth_largest of a tree": lambda x: masks.kth_largest(
+        {"a": x[:2], "b": x[2:]}, jnp.array([1, 4])
+    ),
     **{
-        f"L{p:g} {method}": lambda x, p=p, method=method: getattr(polytopes.LpBall(0.8, p), method)(x)
+        f"L{p:g} {method}": lambda x, p=p, method=method: getattr(polytopes.LpBall(0.8, p), method)(
+            x
+        )
         for p in (1, 2, 3, math.inf)
         for method in ("project", "shift_inside", "norm")
         if (p, method) not in ((3, "project"), (1, "project"))
@@ -48,7 +52,9 @@ FUNCTIONS = {
 }
 
 
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # run a few times only
+quick = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)  # run a few times only
 
 
 @quick
@@ -63,7 +69,10 @@ def weighted(function, x):
 
 @quick
 def every_gradient(x):
-    return {name: jax.grad(functools.partial(weighted, function))(x) for name, function in FUNCTIONS.items()}
+    return {
+        name: jax.grad(functools.partial(weighted, function))(x)
+        for name, function in FUNCTIONS.items()
+    }
 
 
 every_value = quick(lambda x: {name: function(x) for name, function in FUNCTIONS.items()})
@@ -78,9 +87,13 @@ def test_derivatives_equal_finite_differences(seed):
         above, below = every_value(x + 1e-6 * v), every_value(x - 1e-6 * v)
         gradients = every_gradient(x)
         for name, (value, change) in every_product(x, v).items():
-            np.testing.assert_allclose(change, (above[name] - below[name]) / 2e-6, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                change, (above[name] - below[name]) / 2e-6, atol=1e-5, err_msg=name
+            )
             weights = np.arange(1, 1 + value.size).reshape(value.shape)
-            np.testing.assert_allclose(gradients[name] @ v, np.sum(weights * change), atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(
+                gradients[name] @ v, np.sum(weights * change), atol=1e-9, err_msg=name
+            )
 
 
 @pytest.mark.parametrize("x", [np.zeros(SIZE), np.eye(SIZE)[0], np.full(SIZE, -2.0)])
@@ -92,7 +105,9 @@ def test_derivatives_are_finite_at_zeros_and_ties(x):
 
 @hypothesis.given(seeds, st.integers(1, SIZE), st.floats(0.1, 3))
 def test_the_projection_has_its_exact_derivative(seed, k, radius):
-    """On its face: free entries move with their mean change removed, full and zero ones not at all."""
+    """On its face: free entries move with their mean change removed, full and zero ones not at
+    all.
+    """
     rng = np.random.default_rng(seed)
     x, v, u = rng.normal(size=(3, SIZE))
     with jax.enable_x64(True):
@@ -109,7 +124,9 @@ def test_the_projection_has_its_exact_derivative(seed, k, radius):
 
 def test_the_projection_follows_its_numbers_and_is_the_identity_inside():
     x = jnp.asarray([3.0, -2.0, 1.0, 0.0])
-    both = jax.jit(jax.jacfwd(lambda x, radius: polytopes.KSparse(2, radius).project(x), argnums=(0, 1)))
+    both = jax.jit(
+        jax.jacfwd(lambda x, radius: polytopes.KSparse(2, radius).project(x), argnums=(0, 1))
+    )
     by_x, by_radius = both(x, 1.5)  # 1.5, -1.25, 0.25, 0
     np.testing.assert_allclose(by_radius, [1, -0.5, 0.5, 0])
     np.testing.assert_allclose(by_x[1], [0, 0.5, 0.5, 0])
@@ -131,7 +148,11 @@ def test_the_l1_projection_and_its_derivative_equal_those_of_optax(seed, radius)
 
 def test_vertices_of_polytopes_and_masks_are_constants():
     x = jnp.asarray([0.3, -2.0, 1.0])
-    for constraint in (polytopes.KSparse(2, 1.0), polytopes.LpBall(1.0, 1), polytopes.LpBall(1.0, math.inf)):
+    for constraint in (
+        polytopes.KSparse(2, 1.0),
+        polytopes.LpBall(1.0, 1),
+        polytopes.LpBall(1.0, math.inf),
+    ):
         np.testing.assert_array_equal(jax.jacrev(constraint.lmo)(x), np.zeros((3, 3)))
     kept = jax.grad(lambda x: jnp.sum(x * masks.k_largest_mask(x, 2, magnitude=True)))(x)
     np.testing.assert_array_equal(kept, [0, 1, 1])

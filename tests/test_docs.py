@@ -17,10 +17,23 @@ from sparsity_jax.channels import execute, rules
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = (
-    *("README.md", "docs/sfw_options.md", "docs/geometric_limit.md", "docs/gradient_flow.md", "docs/greg.md"),
-    *("docs/pretrained.md", "docs/streaming.md", "docs/teach_a_primitive.md", "experiments/LEDGER.md"),
+    *(
+        "README.md",
+        "docs/sfw_options.md",
+        "docs/geometric_limit.md",
+        "docs/gradient_flow.md",
+        "docs/greg.md",
+    ),
+    *(
+        "docs/pretrained.md",
+        "docs/streaming.md",
+        "docs/teach_a_primitive.md",
+        "experiments/LEDGER.md",
+    ),
 )
-STUDIES = tuple(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/README.md")))
+STUDIES = tuple(
+    sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/README.md"))
+)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*DOCUMENTS, *STUDIES)}
 FULL_VARIANTS = {  # variants that together have every field of a config
     "quickstart": (None,),
@@ -61,7 +74,16 @@ def test_measured_numbers_are_those_of_the_rows_kept(study):
 def test_the_table_has_the_rules_of_the_report(tmp_path, capsys, monkeypatch):
     """Two runs with different settings are two lines, two seeds of one are averaged."""
     for name, rate, seed, accuracy in (("a", 0.1, 0, 0.5), ("b", 0.1, 1, 0.7), ("c", 0.3, 0, 0.9)):
-        row = dict(stage="curve", kind="curve", visit=1, arm="A", member=0, ratio=0.9, accuracy=accuracy, split="test")
+        row = dict(
+            stage="curve",
+            kind="curve",
+            visit=1,
+            arm="A",
+            member=0,
+            ratio=0.9,
+            accuracy=accuracy,
+            split="test",
+        )
         with report.Writer(tmp_path / name) as writer:
             writer.append([row])
         config = dict(seed=seed, fit=dict(kind="train", rate=rate))
@@ -79,7 +101,10 @@ def test_a_wrong_number_is_found(tmp_path):
     document = tmp_path / "README.md"
     document.write_text("dense 98.7 ± 0.2 %, at 90 %: 97.9\n", encoding="utf-8")
     claim = CLAIMS.Claim(document, "dense {} %, at 90 %: {}", ["98.7 ± 0.2", "98.0"])
-    assert CLAIMS.stale(claim, document.read_text(encoding="utf-8")) == "dense 98.7 ± 0.2 %, at 90 %: 97.9"
+    assert (
+        CLAIMS.stale(claim, document.read_text(encoding="utf-8"))
+        == "dense 98.7 ± 0.2 %, at 90 %: 97.9"
+    )
     with pytest.raises(ValueError, match="0 places"):
         CLAIMS.stale(claim, "at 90 %")
 
@@ -99,7 +124,9 @@ def check_members(config) -> None:
 
 
 def all_configs() -> list:
-    return [config_of(name, variant) for name, variants in FULL_VARIANTS.items() for variant in variants]
+    return [
+        config_of(name, variant) for name, variants in FULL_VARIANTS.items() for variant in variants
+    ]
 
 
 def has_field(config, path: str) -> bool:
@@ -134,7 +161,10 @@ def test_snippet_runs(document, index):
 @pytest.mark.parametrize(
     ("heading", "last"),
     [
-        ("Run the quick start", "-m sparsity_jax.run --config configs/quickstart.py --workdir runs/quickstart"),
+        (
+            "Run the quick start",
+            "-m sparsity_jax.run --config configs/quickstart.py --workdir runs/quickstart",
+        ),
         ("Run the tests", "-m pytest -n 2"),
     ],
 )
@@ -161,7 +191,9 @@ def test_configs_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_fields_exist(document):
-    """Every `config.x.y` is a field of some config; those marked † are options that a config file may add."""
+    """Every `config.x.y` is a field of some config; those marked † are options that a config file
+    may add.
+    """
     configs = all_configs()
     for path, mark in re.findall(r"\bconfig\.([a-z_]\w*(?:\.\w+)*)`?(†?)", TEXTS[document]):
         if path not in ("json", "FIELD") and not mark:
@@ -179,23 +211,33 @@ def test_unflagged_fields_are_options():
 def test_overrides_are_accepted(document):
     """Every `--config.x.y=value` passes the checks of a config that has the field."""
     configs = all_configs()
-    for path, text in re.findall(r"--config\.([a-z][\w.]*)=(\([^)]*\)|[^\s`'\",;]+)", TEXTS[document]):
+    for path, text in re.findall(
+        r"--config\.([a-z][\w.]*)=(\([^)]*\)|[^\s`'\",;]+)", TEXTS[document]
+    ):
         config = next(pipeline.plain(config) for config in configs if has_field(config, path))
         check_members(pipeline.override_all(config, {path: literal(text)}))
 
 
 @pytest.mark.parametrize("document", TEXTS)
 def test_commands_are_accepted(document):
-    """Every whole `python -m sparsity_jax.run ...` of a code block survives a shell and passes the checks."""
+    """Every whole `python -m sparsity_jax.run ...` of a code block survives a shell and passes the
+    checks.
+    """
     for block in re.findall(r"^```\w*\n(.*?)^```", TEXTS[document], re.MULTILINE | re.DOTALL):
         for line in re.sub(r"\\\n\s*", "", block).splitlines():
             if not line.startswith("python -m sparsity_jax.run ") or "NAME" in line:
                 continue
-            assert not subprocess.run(["bash", "-n", "-c", line], capture_output=True, check=False).stderr, line
+            assert not subprocess.run(
+                ["bash", "-n", "-c", line], capture_output=True, check=False
+            ).stderr, line
             words = shlex.split(line)[3:]
-            name, _, variant = words[words.index("--config") + 1].removeprefix("configs/").partition(".py:")
+            name, _, variant = (
+                words[words.index("--config") + 1].removeprefix("configs/").partition(".py:")
+            )
             config = pipeline.plain(config_of(name.removesuffix(".py"), variant or None))
-            for path, text in (word[9:].split("=", 1) for word in words if word.startswith("--config.")):
+            for path, text in (
+                word[9:].split("=", 1) for word in words if word.startswith("--config.")
+            ):
                 config = pipeline.override_all(config, {path: literal(text)})
             check_members(config)
 
@@ -233,7 +275,9 @@ def test_links_lead_somewhere(document):
         assert path.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], target
+            assert anchor in [
+                re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings
+            ], target
 
 
 @pytest.mark.parametrize("document", TEXTS)

@@ -1,4 +1,6 @@
-"""Evaluation and export of saved runs: numbers against independent ones, networks without the library, mistakes."""
+"""Evaluation and export of saved runs: numbers against independent ones, networks without the
+library, mistakes.
+"""
 
 import json
 import pathlib
@@ -59,7 +61,9 @@ def dense(tmp_path_factory):
     """(workdir, final states) of two unpruned members trained at once."""
     workdir = tmp_path_factory.mktemp("runs") / "dense"
     config = tiny.config(
-        "fit", sweep=dict(seed=(0, 1)), fit=pipeline.stage("train", epochs=1, batch_size=32, optimizer=MOMENTUM)
+        "fit",
+        sweep=dict(seed=(0, 1)),
+        fit=pipeline.stage("train", epochs=1, batch_size=32, optimizer=MOMENTUM),
     )
     return workdir, pipeline.run(config, workdir).state
 
@@ -80,7 +84,10 @@ def fresh(model: dict, cut_half: bool = True) -> tuple[train.Problem, train.Stat
 def by_hand(params, split: data.Split, dataset: data.Dataset) -> tuple[np.ndarray, float, float]:
     """(logits, accuracy, loss) of the two-layer network in NumPy."""
     images = (split.images / 255.0 - dataset.mean) / dataset.std
-    hidden = images.reshape(len(images), -1) @ np.asarray(params["dense1"]["kernel"]) + params["dense1"]["bias"]
+    hidden = (
+        images.reshape(len(images), -1) @ np.asarray(params["dense1"]["kernel"])
+        + params["dense1"]["bias"]
+    )
     logits = np.maximum(hidden, 0) @ np.asarray(params["fc"]["kernel"]) + params["fc"]["bias"]
     chosen = logits[np.arange(len(logits)), split.labels]
     loss = np.log(np.exp(logits).sum(1)) - chosen
@@ -92,7 +99,7 @@ def normalised(dataset: data.Dataset, count: int) -> np.ndarray:
     return images.astype(np.float32)
 
 
-# numbers -----------------------------------------------------------------------------------------------------
+# numbers ------------------------------------------------------------------------------------------
 
 
 def test_numbers_of_a_network_with_channels_cut(cut):
@@ -107,7 +114,9 @@ def test_numbers_of_a_network_with_channels_cut(cut):
     size = lambda width: 65 * width + 10 * (width + 1)
     assert (row["parameters"], row["parameters_compact"]) == (size(16), size(8))
     assert row["parameters_kept"] == size(8)
-    assert row["parameters_nonzero"] == sum(np.count_nonzero(leaf) for leaf in jax.tree.leaves(state.params))
+    assert row["parameters_nonzero"] == sum(
+        np.count_nonzero(leaf) for leaf in jax.tree.leaves(state.params)
+    )
     assert (row["flops"], row["flops_compact"]) == (2 * 74 * 16, 2 * 74 * 8)
     assert (row["bytes"], row["bytes_compact"]) == (4 * size(16), 4 * size(8))
     assert row["compression"] == pytest.approx(size(16) / size(8))
@@ -120,7 +129,9 @@ def test_numbers_of_a_network_with_channels_cut(cut):
     assert low["dense"] <= row["milliseconds"]["dense"] <= high["dense"]
     assert row["verdict"] in ("faster", "slower", "no measurable difference")
     text = evaluate.describe(row)
-    assert f"times the speed of dense ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})" in text
+    assert (
+        f"times the speed of dense ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})" in text
+    )
     assert f"compression {row['compression']:.2f}" in text
 
 
@@ -166,14 +177,22 @@ def test_members_trained_at_once_and_networks_under_way(dense, tmp_path):
     under_way = tmp_path / "under_way"
     shutil.copytree(workdir, under_way)
     newest = max((under_way / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
-    shutil.rmtree(newest)  # what is left was saved at the start of training, with the optimizer's state
+    shutil.rmtree(
+        newest
+    )  # what is left was saved at the start of training, with the optimizer's state
     assert [row["progress"] for row in evaluate.run(under_way)] == ["in stage 1 of 1 (fit)"] * 2
 
 
 def test_the_network_is_that_of_the_last_training():
     first, second = dict(kind="train", label="SFW"), dict(kind="train", label="SGD")
-    config = dict(pipeline=["one", "curve", "two", "curve"], one=first, two=second, curve=dict(kind="curve"))
-    names = [evaluate._label(config, workdirs.Progress(stage, begun, [])) for stage in range(4) for begun in (0, 1)]
+    config = dict(
+        pipeline=["one", "curve", "two", "curve"], one=first, two=second, curve=dict(kind="curve")
+    )
+    names = [
+        evaluate._label(config, workdirs.Progress(stage, begun, []))
+        for stage in range(4)
+        for begun in (0, 1)
+    ]
     assert names == ["SFW", "SFW", "SFW", "SFW", "SFW", "SGD", "SGD", "SGD"]
     assert evaluate._label(config, workdirs.Progress(4, False, [])) == "SGD"
 
@@ -198,11 +217,17 @@ def test_data_elsewhere(cut, tmp_path, monkeypatch, capsys):
     assert there[0]["test_accuracy"] == here[0]["test_accuracy"]
     assert there[0]["test_loss"] == pytest.approx(here[0]["test_loss"], rel=1e-5)
     other = evaluate.run(cut[0], data_name=f"folder:{tmp_path}", statistics="data")
-    assert other[0]["test_loss"] == pytest.approx(here[0]["test_loss"], rel=1e-5)  # the same train images
-    evaluate.main(["--workdir", str(cut[0]), "--data", f"folder:{tmp_path}", "--statistics", "data"])
+    assert other[0]["test_loss"] == pytest.approx(
+        here[0]["test_loss"], rel=1e-5
+    )  # the same train images
+    evaluate.main(
+        ["--workdir", str(cut[0]), "--data", f"folder:{tmp_path}", "--statistics", "data"]
+    )
     assert f"mean and std of the images are those of folder:{tmp_path}" in capsys.readouterr().out
     mixed = dict.fromkeys(map(str, range(10)), images[:1] // 4)
-    for label, (image,) in mixed.items():  # other train images: mean and std are still those of the run
+    for label, (
+        image,
+    ) in mixed.items():  # other train images: mean and std are still those of the run
         shutil.rmtree(tmp_path / "train" / label)
         (tmp_path / "train" / label).mkdir()
         cv2.imwrite(str(tmp_path / "train" / label / "0.png"), image)
@@ -213,14 +238,21 @@ def test_data_elsewhere(cut, tmp_path, monkeypatch, capsys):
     for label in range(3, 10):
         for split in ("train", "test"):
             shutil.rmtree(tmp_path / split / str(label))
-    with pytest.raises(tables.ConfigError, match=r"fc/bias it has the shape \(10,\).* --data needs the run's classes"):
+    with pytest.raises(
+        tables.ConfigError,
+        match=r"fc/bias it has the shape \(10,\).* --data needs the run's classes",
+    ):
         evaluate.run(cut[0], data_name=f"folder:{tmp_path}")
     asked = []
     monkeypatch.setattr(evaluate.data, "load", asked_of(data.load, dataset, asked))
     evaluate.open_run(cut[0], data_dir="elsewhere")
     evaluate.open_run(cut[0], data_name="mnist")
     places = [(one["data_dir"], one["name"]) for one in asked]
-    assert places == [("elsewhere", "digits"), ("", "mnist"), ("", "digits")]  # the last for mean and std
+    assert places == [
+        ("elsewhere", "digits"),
+        ("", "mnist"),
+        ("", "digits"),
+    ]  # the last for mean and std
     assert [one["train_limit"] for one in asked] == [128, 0, 128]
 
 
@@ -231,7 +263,9 @@ def test_statistics_of_a_run_whose_images_are_gone(cut, tmp_path):
     config["data"] |= dict(name=f"folder:{tmp_path / 'gone'}", train_limit=0, test_limit=0)
     (workdir / "config.json").write_text(json.dumps(config))
     intact.record(workdir / "config.json")
-    with pytest.raises(tables.ConfigError, match=r"mean and std belong to the trained network.*--statistics data"):
+    with pytest.raises(
+        tables.ConfigError, match=r"mean and std belong to the trained network.*--statistics data"
+    ):
         evaluate.open_run(workdir, data_name="digits")
     assert evaluate.open_run(workdir, data_name="digits", statistics="data").networks
 
@@ -247,21 +281,44 @@ def asked_of(function, result, asked: list):
     return noted
 
 
-# export ------------------------------------------------------------------------------------------------------
+# export -------------------------------------------------------------------------------------------
 
 
 def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, tmp_path):
     workdir, state = cut
     folder, numbers = tmp_path / "network", tmp_path / "numbers.json"
-    command = [sys.executable, "-W", "error", "-m", "sparsity_jax.evaluate", "--workdir", str(workdir), "--train"]
-    command += ["--latency", "--batch_size", "8", "--repeats", "2", "--json", str(numbers), "--export", str(folder)]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "sparsity_jax.evaluate",
+        "--workdir",
+        str(workdir),
+        "--train",
+    ]
+    command += [
+        "--latency",
+        "--batch_size",
+        "8",
+        "--repeats",
+        "2",
+        "--json",
+        str(numbers),
+        "--export",
+        str(folder),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "mlp on digits, fit, member 0: finished" in done.stdout
     assert f"exported compact network: {folder}" in done.stdout
     assert done.stderr == ""
     (row,) = json.loads(numbers.read_text(encoding="utf-8"))
     assert row["parameters_compact"] == 610
-    assert {path.name for path in folder.iterdir()} == {"network.json", "network.stablehlo", "variables.npz"}
+    assert {path.name for path in folder.iterdir()} == {
+        "network.json",
+        "network.stablehlo",
+        "variables.npz",
+    }
 
     dataset = tiny.digits()
     about = json.loads((folder / "network.json").read_text(encoding="utf-8"))
@@ -277,7 +334,9 @@ def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, t
             "np.save('../logits.npy', logits); np.save('../first.npy', network.call(images[:1]))",
         ]
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, check=True)
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, check=True
+    )
     logits, *_ = by_hand(state.params, dataset.test, dataset)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits[:7], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.load(tmp_path / "first.npy"), logits[:1], rtol=1e-4, atol=1e-5)
@@ -317,7 +376,7 @@ def test_networks_that_are_not_pruned_are_exported_dense(dense, tmp_path, capsys
         tiny.same(variables["params"], jax.tree.map(lambda leaf, i=i: leaf[i], dense[1].params))
 
 
-# mistakes ----------------------------------------------------------------------------------------------------
+# mistakes -----------------------------------------------------------------------------------------
 
 
 def edited(workdir: pathlib.Path, target: pathlib.Path, change) -> pathlib.Path:
@@ -341,26 +400,37 @@ def test_folders_that_cannot_be_evaluated(cut, dense, tmp_path):
     with pytest.raises(tables.ConfigError, match="holds no config but a list"):
         evaluate.run(tmp_path)
     shutil.copy(cut[0] / "config.json", tmp_path)
-    with pytest.raises(tables.ConfigError, match="has no checkpoint: its run has saved nothing yet"):
+    with pytest.raises(
+        tables.ConfigError, match="has no checkpoint: its run has saved nothing yet"
+    ):
         evaluate.run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     wider = edited(cut[0], tmp_path / "wider", lambda config: config["model"].update(widths=[17]))
     with pytest.raises(
         tables.ConfigError,
-        match=r"params/dense1/bias it has the shape \(16,\), the network the shape \(17,\); 2 more differ",
+        match=(
+            r"params/dense1/bias it has the shape \(16,\), the network the shape \(17,\); 2 more "
+            r"differ"
+        ),
     ):
         evaluate.run(wider)
-    deeper = edited(cut[0], tmp_path / "deeper", lambda config: config["model"].update(widths=[16, 16]))
+    deeper = edited(
+        cut[0], tmp_path / "deeper", lambda config: config["model"].update(widths=[16, 16])
+    )
     with pytest.raises(tables.ConfigError, match=r"params/dense2/bias it has no such array"):
         evaluate.run(deeper)
-    more = edited(dense[0], tmp_path / "more", lambda config: config["sweep"].update(seed=[0, 1, 2]))
+    more = edited(
+        dense[0], tmp_path / "more", lambda config: config["sweep"].update(seed=[0, 1, 2])
+    )
     with pytest.raises(tables.ConfigError, match="makes 3 networks, the checkpoint has 2"):
         evaluate.run(more)
     assert len(evaluate.run(cut[0])) == 1  # nothing was harmed
 
 
 def test_a_run_is_evaluated_without_the_one_it_started_from(cut, tmp_path):
-    moved = edited(cut[0], tmp_path / "moved", lambda config: config.update(start_from="gone", mesh=64))
+    moved = edited(
+        cut[0], tmp_path / "moved", lambda config: config.update(start_from="gone", mesh=64)
+    )
     assert evaluate.run(moved) == evaluate.run(cut[0])
 
 
@@ -372,13 +442,17 @@ def test_options_that_cannot_work(cut, tmp_path, monkeypatch, capsys):
     with pytest.raises(tables.ConfigError, match=r"allowed: 'cpu' \| 'cuda'"):
         evaluate.run(cut[0], export_to=tmp_path / "new", platforms=["gpu"])
     (tmp_path / "mine").write_text("precious", encoding="utf-8")
-    with pytest.raises(SystemExit, match=f"error: {tmp_path} is there and not empty; export to a new folder"):
+    with pytest.raises(
+        SystemExit, match=f"error: {tmp_path} is there and not empty; export to a new folder"
+    ):
         evaluate.main(["--workdir", str(cut[0]), "--export", str(tmp_path)])
     assert capsys.readouterr().out == ""  # before anything is computed
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")]
+)
 def test_memory_that_is_full_is_one_sentence(error, cut, monkeypatch):
     def full(*_):
         raise error
@@ -400,24 +474,34 @@ def test_an_emptied_layer_cannot_be_compacted(tmp_path):
     assert row["note"].startswith("cannot be compacted: all channels of")
     assert list(row["milliseconds"]) == ["dense"]
     model = dict(name="mlp", widths=(4,))
-    with pytest.raises(tables.ConfigError, match=r"cannot be compacted: all channels of .* --dense"):
+    with pytest.raises(
+        tables.ConfigError, match=r"cannot be compacted: all channels of .* --dense"
+    ):
         evaluate.export(problem, model, state, tmp_path / "network")
     assert not list(tmp_path.iterdir())
-    variables, _ = evaluate.load(evaluate.export(problem, model, state, tmp_path / "network", dense=True))
+    variables, _ = evaluate.load(
+        evaluate.export(problem, model, state, tmp_path / "network", dense=True)
+    )
     tiny.same(variables["params"], state.params)
 
 
 def test_table_and_export_have_one_verdict(tmp_path, monkeypatch):
-    """A network whose compact logits would differ is not exported compact, and the table says the same."""
+    """A network whose compact logits would differ is not exported compact, and the table says the
+    same.
+    """
     model = dict(name="mlp", widths=(8,))
     problem, state = fresh(model)
-    state = state._replace(params=jax.tree.map(lambda leaf: leaf + 0.1, state.params))  # masked channels live
+    state = state._replace(
+        params=jax.tree.map(lambda leaf: leaf + 0.1, state.params)
+    )  # masked channels live
     row = evaluate.measure(problem, state)
     assert "cannot be compacted: the compact network's logits differ" in row["note"]
     assert "parameters_compact" not in row
     with pytest.raises(tables.ConfigError, match="logits differ"):
         evaluate.export(problem, model, state, tmp_path / "network")
-    saved = evaluate.Saved(dict(model=model), problem, [evaluate.Network(0, {}, "finished", state, "fit")], [])
+    saved = evaluate.Saved(
+        dict(model=model), problem, [evaluate.Network(0, {}, "finished", state, "fit")], []
+    )
     looks = []
     monkeypatch.setattr(structured, "take_stock", lambda *_: looks.append(1))
     with pytest.raises(tables.ConfigError, match="logits differ"):
@@ -433,7 +517,11 @@ def test_what_counts_as_rounding_follows_the_arithmetic():
 
 def test_places_that_cannot_be_written_are_told_before_anything_is_measured(cut, tmp_path):
     (tmp_path / "file").write_text("")
-    for option, name in (("--torch", "w.safetensors"), ("--export", "network"), ("--json", "numbers.json")):
+    for option, name in (
+        ("--torch", "w.safetensors"),
+        ("--export", "network"),
+        ("--json", "numbers.json"),
+    ):
         with pytest.raises(SystemExit, match="cannot be written, since"):
             evaluate.main(["--workdir", str(cut[0]), option, str(tmp_path / "file" / name)])
 
@@ -444,7 +532,9 @@ def test_exported_files_have_the_usual_mode_and_short_types_are_read_as_document
     (tmp_path / "usual").write_text("")
     (file,) = evaluate.export_torch(saved, tmp_path / "w.safetensors")
     assert file.stat().st_mode == (tmp_path / "usual").stat().st_mode
-    folder = evaluate.export(problem, dict(name="mlp", widths=(4,), param_dtype="bfloat16"), state, tmp_path / "net")
+    folder = evaluate.export(
+        problem, dict(name="mlp", widths=(4,), param_dtype="bfloat16"), state, tmp_path / "net"
+    )
     about = json.loads((folder / "network.json").read_text(encoding="utf-8"))
     stored = np.load(folder / "variables.npz")["params/dense1/kernel"]
     assert about["arrays"]["params/dense1/kernel"]["dtype"] == "bfloat16"
@@ -464,7 +554,10 @@ def test_folders_that_cannot_be_loaded(tmp_path):
         (dict(format=0), "has the format 0; known: 2"),
         (dict(num_classes=9), r"params/fc/bias is \(10,\) in variables.npz, \(9,\) in the network"),
         (dict(sizes={}), "has other channel groups"),
-        (dict(model=dict(name="mlp", widths=[2 * 10**9])), r"network\.json: model .* weights take .* GB; allowed: "),
+        (
+            dict(model=dict(name="mlp", widths=[2 * 10**9])),
+            r"network\.json: model .* weights take .* GB; allowed: ",
+        ),
         (dict(model=dict(name="mlp", widths=[2**31 - 1] * 3)), r"network\.json: model"),
         (dict(model=dict(name="mlp", widths=[10**20])), r"network\.json: model\.widths"),
         (dict(num_classes=10**30), r"network\.json: model cannot be made"),
@@ -473,9 +566,13 @@ def test_folders_that_cannot_be_loaded(tmp_path):
         other = about | change
         path.write_text(json.dumps(other), encoding="utf-8")
         if "format" not in change:
-            with pytest.raises(intact.DamagedError, match=r"network\.json is not as it was written"):
+            with pytest.raises(
+                intact.DamagedError, match=r"network\.json is not as it was written"
+            ):
                 evaluate.load(folder)
-        other["checksum"] = intact.digest_of_value({name: other[name] for name in other if name != "checksum"})
+        other["checksum"] = intact.digest_of_value(
+            {name: other[name] for name in other if name != "checksum"}
+        )
         path.write_text(json.dumps(other), encoding="utf-8")
         with pytest.raises(tables.ConfigError, match=message):
             evaluate.load(folder)

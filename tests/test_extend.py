@@ -87,7 +87,8 @@ extend.register("model", "net", net)
 extend.register("data", "blobs", blobs)
 extend.register("optimizer", "signed", signed)
 extend.register("loss", "hinge", hinge)
-extend.register("measure", "first", scores.Measure(("w",), lambda w: jnp.abs(w), lambda rows: rows[:, 0]))
+first = scores.Measure(("w",), lambda w: jnp.abs(w), lambda rows: rows[:, 0])
+extend.register("measure", "first", first)
 extend.register("stage", "shrink", Shrink)
 extend.register("figure", "shrink", shrinking)
 '''
@@ -121,7 +122,9 @@ def get_config():
 @pytest.fixture
 def own_tables():
     """Tables that are after the test what they were before it."""
-    tables_before = [(table, dict(table)) for table in (*extend.TABLES.values(), extend.page.FIGURES)]
+    tables_before = [
+        (table, dict(table)) for table in (*extend.TABLES.values(), extend.page.FIGURES)
+    ]
     yield
     for table, before in tables_before:
         table.clear()
@@ -130,7 +133,9 @@ def own_tables():
 
 def run(*arguments):
     command = [sys.executable, "-m", *map(str, arguments)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
     return ended.returncode, ended.stdout + ended.stderr
 
 
@@ -164,7 +169,9 @@ def test_a_file_of_ones_own_runs_resumes_and_shows(tmp_path, own_tables, capsys)
 def test_names_of_the_library_are_not_replaced(own_tables):
     with pytest.raises(tables.ConfigError, match="'mlp' is the library's own"):
         extend.register("model", "mlp", lambda num_classes, settings: None)
-    with pytest.raises(tables.ConfigError, match=r"what is 'modle'; known: .* Did you mean 'model'"):
+    with pytest.raises(
+        tables.ConfigError, match=r"what is 'modle'; known: .* Did you mean 'model'"
+    ):
         extend.register("modle", "mine", None)
     with pytest.raises(tables.ConfigError, match=r"kind of Prune is 'prune'; allowed: 'mine'"):
         extend.register("stage", "mine", extend.pipeline.STAGES["prune"])

@@ -1,4 +1,6 @@
-"""Stages of the geometric limit: against the original's numbers, explicit operators, and their own interrupted runs."""
+"""Stages of the geometric limit: against the original's numbers, explicit operators, and their own
+interrupted runs.
+"""
 
 import math
 
@@ -46,7 +48,9 @@ def updates(problem, state, kind, own, *, earlier=(), others=None, rows=None, po
     members = problem.members or 1
     place = interface.Place("x", position, others or {}, earlier or [[] for _ in range(members)])
     begun = own.begin(problem, state, [own] * members, place)
-    return list(own.run(problem, begun, [own] * members, place, rows or [[] for _ in range(members)]))
+    return list(
+        own.run(problem, begun, [own] * members, place, rows or [[] for _ in range(members)])
+    )
 
 
 def run(problem, state, kind, own, member=0, **more):
@@ -54,11 +58,13 @@ def run(problem, state, kind, own, member=0, **more):
     found = updates(problem, state, kind, own, **more)
     done = [update.done for update in found]
     assert done == sorted(done)
-    assert [update.done == 1 for update in found] == [False] * (len(found) - 1) + [True]  # 1 ends the stage
+    assert [update.done == 1 for update in found] == [False] * (len(found) - 1) + [
+        True
+    ]  # 1 ends the stage
     return [row for update in found for row in update.rows[member]]
 
 
-# The original's numbers ----------------------------------------------------------------------------------------
+# The original's numbers ---------------------------------------------------------------------------
 
 
 class Floats(train.Problem):
@@ -73,7 +79,9 @@ NAMES = golden_data.dense_names()
 
 def original(golden, group):
     """(problem, state) of its small network; call with 64 bits enabled."""
-    split = lambda name: data.Split(golden[f"{name}/x"][:, None, None], golden[f"{name}/y"].astype(np.int32))
+    split = lambda name: data.Split(
+        golden[f"{name}/x"][:, None, None], golden[f"{name}/y"].astype(np.int32)
+    )
     num_inputs, *widths, num_classes = HYPER["dims"]
     mean, std = (0.0,) * num_inputs, (1.0,) * num_inputs
     dataset = data.Dataset("original", split("train"), split("val"), num_classes, mean, std)
@@ -93,25 +101,33 @@ def test_a_thousand_pruned_networks_have_the_originals_accuracy_and_loss():
     golden, number = golden_data.load("10_hessian.npz"), HYPER["sparse_epoch"]
     with jax.enable_x64(True):
         problem, state = original(golden, "trained")
-        fields = dict(ratios=(np.arange(number) / number).tolist(), splits=("test", "train"), count="ceil")
+        fields = dict(
+            ratios=(np.arange(number) / number).tolist(), splits=("test", "train"), count="ceil"
+        )
         own = settings("curve", **fields)
         rows = run(problem, state, "curve", own)
     arrays = {name: golden[f"trained/{name}"] for name in NAMES}
     kernels = np.concatenate([arrays[name].ravel() for name in NAMES if arrays[name].ndim > 1])
     order = np.sort(np.abs(kernels))
     removed = np.maximum(np.ceil(np.arange(number) / number * order.size).astype(int), 1)
-    penalty = HYPER["lmbda"] * (sum(np.abs(a).sum() for a in arrays.values()) - np.cumsum(order)[removed - 1])
+    penalty = HYPER["lmbda"] * (
+        sum(np.abs(a).sum() for a in arrays.values()) - np.cumsum(order)[removed - 1]
+    )
     for split, name in (("test", "val"), ("train", "train")):
         own = [row for row in rows if row["split"] == split]
         assert [row["num_kept"] for row in own] == (order.size - removed).tolist()
         size = len(golden[f"{name}/y"])
         correct = np.rint([size * row["accuracy"] for row in own])
         np.testing.assert_allclose(correct, size * golden[f"pipeline/{name}_acc"] / 100, rtol=1e-12)
-        np.testing.assert_allclose([r["loss"] for r in own] + penalty, golden[f"pipeline/{name}_loss"], rtol=1e-9)
+        np.testing.assert_allclose(
+            [r["loss"] for r in own] + penalty, golden[f"pipeline/{name}_loss"], rtol=1e-9
+        )
 
 
 def test_row_norms_are_the_originals():
-    """Its 20 thresholds are the weights at 20 quantiles; sums of batches' norms over the number of examples."""
+    """Its 20 thresholds are the weights at 20 quantiles; sums of batches' norms over the number of
+    examples.
+    """
     golden = golden_data.load("10_hessian.npz")
     with jax.enable_x64(True):
         problem, state = original(golden, "trained")
@@ -128,11 +144,15 @@ def test_row_norms_are_the_originals():
         slopes = trees.named_leaves(jax.jit(jax.grad(part))(state.params, whole))
         product = jax.jit(lambda v: linops.hvp(part, state.params, last)(v))
         unit = lambda path, index: trees.map_named(
-            lambda name, leaf: jnp.zeros_like(leaf).at[index].set(1) if name == path else jnp.zeros_like(leaf),
+            lambda name, leaf: (
+                jnp.zeros_like(leaf).at[index].set(1) if name == path else jnp.zeros_like(leaf)
+            ),
             state.params,
         )
         assert len(rows) == len(stats) + 1
-        np.testing.assert_array_equal([row["quantile"] for row in rows[:-1]], stats[:, 0] / HYPER["sparse_epoch"])
+        np.testing.assert_array_equal(
+            [row["quantile"] for row in rows[:-1]], stats[:, 0] / HYPER["sparse_epoch"]
+        )
         np.testing.assert_array_equal([row["magnitude"] for row in rows[:-1]], stats[:, 4])
         np.testing.assert_allclose([row["row_norm"] for row in rows[:-1]], stats[:, 3], rtol=1e-9)
         for (path, index, _), (_, slope, diagonal, *_) in zip(entries, stats, strict=True):
@@ -151,30 +171,42 @@ def close(found, expected, **tolerances):
 def test_training_is_the_originals():
     golden = golden_data.load("10_hessian.npz")
     penalty = dict(name="l1", strength=HYPER["lmbda"])
-    settings = optim.settings("sgd", learning_rate=HYPER["lr"], momentum=HYPER["momentum"], penalty=penalty)
+    settings = optim.settings(
+        "sgd", learning_rate=HYPER["lr"], momentum=HYPER["momentum"], penalty=penalty
+    )
     recipe = optim.check(settings, "optimizer")
     size, batch_size = len(golden["train/y"]), HYPER["batch_size"]
     with jax.enable_x64(True):
         problem, state = original(golden, "init")
         tx = optim.make(
-            recipe, optim.numbers(recipe, state.params, None), epochs=1, steps_per_epoch=-(-size // batch_size)
+            recipe,
+            optim.numbers(recipe, state.params, None),
+            epochs=1,
+            steps_per_epoch=-(-size // batch_size),
         )
         logits = lambda params, x: problem.model.apply({"params": params, "batch_stats": {}}, x)
 
         @jax.jit
         def step(params, opt_state, x, y):
-            loss, grads = jax.value_and_grad(lambda p: losses.cross_entropy(logits(p, x), y).mean())(params)
+            loss, grads = jax.value_and_grad(
+                lambda p: losses.cross_entropy(logits(p, x), y).mean()
+            )(params)
             change, opt_state = tx.update(grads, opt_state, params, value=loss)
             return jax.tree.map(jnp.add, params, change), opt_state
 
         params, opt_state = state.params, tx.init(state.params)
         for epoch in range(HYPER["epoch"]):
             for i in range(0, size, batch_size):
-                batch = problem.train_images[i : i + batch_size], problem.train_labels[i : i + batch_size]
+                batch = (
+                    problem.train_images[i : i + batch_size],
+                    problem.train_labels[i : i + batch_size],
+                )
                 params, opt_state = step(params, opt_state, *batch)
             if epoch == 0:
                 close(params, original(golden, "after_one_epoch")[1].params, rtol=1e-9, atol=1e-11)
-        close(params, original(golden, "trained")[1].params, rtol=1e-7, atol=1e-9)  # stored in float32
+        close(
+            params, original(golden, "trained")[1].params, rtol=1e-7, atol=1e-9
+        )  # stored in float32
 
 
 def thresholds_of_the_original():
@@ -182,9 +214,15 @@ def thresholds_of_the_original():
     paths = {}
     for name in map(str, golden["param_names"]):
         module, leaf = name.rsplit(".", 1)
-        kind = "bias" if leaf == "bias" else "kernel" if golden[f"params/{name}"].ndim > 1 else "scale"
+        kind = (
+            "bias" if leaf == "bias" else "kernel" if golden[f"params/{name}"].ndim > 1 else "scale"
+        )
         paths[name] = f"{module.replace('.', '')}/{kind}"
-    return golden, paths, {path: jnp.asarray(golden[f"params/{name}"]) for name, path in paths.items()}
+    return (
+        golden,
+        paths,
+        {path: jnp.asarray(golden[f"params/{name}"]) for name, path in paths.items()},
+    )
 
 
 def test_thresholds_and_masks_are_the_originals():
@@ -194,20 +232,32 @@ def test_thresholds_and_masks_are_the_originals():
         order = [paths[str(name)] for name in golden["prunable_order"]]
         assert set(order) == set(kernels)
         (number,) = golden_data.parts("05b_global_threshold.npz", r"threshold_(\d+)")
-        counts = [allocate.keep_counts(params, i / int(number), count="ceil") for i in range(int(number))]
-        found = jax.jit(lambda k: masks.kth_largest(kernels, k, magnitude=True))(np.array(counts) + 1)
+        counts = [
+            allocate.keep_counts(params, i / int(number), count="ceil") for i in range(int(number))
+        ]
+        found = jax.jit(lambda k: masks.kth_largest(kernels, k, magnitude=True))(
+            np.array(counts) + 1
+        )
         np.testing.assert_array_equal(found, golden[f"threshold_{number}"])
         compiled = jax.jit(lambda counts: allocate.keep_masks(params, counts, count="ceil"))
         for sparsity, expected in zip(golden["sparsities"], golden["keep_mask"], strict=True):
             kept = compiled(allocate.keep_counts(params, float(sparsity), count="ceil"))
-            np.testing.assert_array_equal(np.concatenate([np.ravel(kept[path]) for path in order]), expected)
+            np.testing.assert_array_equal(
+                np.concatenate([np.ravel(kept[path]) for path in order]), expected
+            )
             assert all(bool(mask.all()) for path, mask in kept.items() if path not in order)
         assert compiled._cache_size() == 1
         assert not compiled(allocate.keep_counts(params, 1.0, count="ceil"))["conv0/kernel"].any()
-        tied = {"w": jnp.array([[1.0, -1.0, 2.0, 3.0]])}  # what ties with the last weight goes as well
-        kept = allocate.keep_masks(tied, allocate.keep_counts(tied, 0.0, count="ceil"), count="ceil")
+        tied = {
+            "w": jnp.array([[1.0, -1.0, 2.0, 3.0]])
+        }  # what ties with the last weight goes as well
+        kept = allocate.keep_masks(
+            tied, allocate.keep_counts(tied, 0.0, count="ceil"), count="ceil"
+        )
         assert kept["w"].tolist() == [[False, False, True, True]]
-        assert width.distances(params).norm_sum == pytest.approx(float(golden["params_size"][1]), rel=1e-12)
+        assert width.distances(params).norm_sum == pytest.approx(
+            float(golden["params_size"][1]), rel=1e-12
+        )
     with pytest.raises(tables.ConfigError, match="count is 'ceil'; allowed: "):
         allocate.check("layerwise", dict(count="ceil"), "config.curve")
 
@@ -217,14 +267,16 @@ def test_penalties_are_the_originals():
         golden, _, params = thresholds_of_the_original()
         zeros = jax.tree.map(jnp.zeros_like, params)
         # the strength of both is in no file
-        strength = float(golden["regularization_L1"]) / sum(float(jnp.abs(leaf).sum()) for leaf in params.values())
+        strength = float(golden["regularization_L1"]) / sum(
+            float(jnp.abs(leaf).sum()) for leaf in params.values()
+        )
         for add, name, power in ((optim.add_l1, "L1", 1), (optim.add_l2, "L2", 2)):
             slopes, _ = add(strength).update(zeros, add(strength).init(params), params)
             value = trees.dot(slopes, params) / power  # homogeneous of this degree
             np.testing.assert_allclose(value, golden[f"regularization_{name}"], rtol=1e-9)
 
 
-# limit ---------------------------------------------------------------------------------------------------------
+# limit --------------------------------------------------------------------------------------------
 
 
 def falling(edge):
@@ -236,7 +288,9 @@ def falling(edge):
     edge=st.floats(0, 1),
     criterion=st.sampled_from(sorted(geometry.CRITERIA)),
     resolution=st.sampled_from([0.001, 0.01, 0.2]),
-    scan=st.lists(st.sampled_from([i / 20 for i in range(21)]), min_size=1, max_size=12, unique=True),
+    scan=st.lists(
+        st.sampled_from([i / 20 for i in range(21)]), min_size=1, max_size=12, unique=True
+    ),
     stop=st.integers(0, 30),
 )
 def test_the_limit_of_a_falling_curve_is_found(edge, criterion, resolution, scan, stop):
@@ -245,7 +299,9 @@ def test_the_limit_of_a_falling_curve_is_found(edge, criterion, resolution, scan
 
     def counted(ratio):
         calls.append(ratio)
-        better = 0.01 * (0 < ratio <= edge)  # the one criterion that the dense network does not meet
+        better = 0.01 * (
+            0 < ratio <= edge
+        )  # the one criterion that the dense network does not meet
         return evaluate(ratio) | dict(accuracy=evaluate(ratio)["accuracy"] + better)
 
     rows = list(geometry.find_limit(counted, own))
@@ -253,7 +309,9 @@ def test_the_limit_of_a_falling_curve_is_found(edge, criterion, resolution, scan
     if criterion == "better_accuracy" and not any(0 < ratio <= edge for ratio in scan):
         assert result["limit"] is None
     else:
-        assert result["limit"] <= edge < result["limit"] + resolution or result["limit"] == edge == 1
+        assert (
+            result["limit"] <= edge < result["limit"] + resolution or result["limit"] == edge == 1
+        )
     gaps = np.diff([0, *own.scan, 1])
     assert result["evaluations"] == len(calls) == len(rows) - 1
     assert len(calls) <= 1 + len(scan) + max(0, math.ceil(math.log2(max(gaps) / resolution)))
@@ -264,11 +322,19 @@ def test_the_limit_of_a_falling_curve_is_found(edge, criterion, resolution, scan
     calls.clear()
     again = list(geometry.find_limit(counted, own, known))
     assert len(calls) == result["evaluations"] - len(known)
-    assert [{name: value for name, value in row.items() if name != "done"} for row in again] == rows[len(known) :]
+    assert [
+        {name: value for name, value in row.items() if name != "done"} for row in again
+    ] == rows[len(known) :]
 
 
 def test_criteria_differ_where_they_should():
-    curve = {0.0: (0.9, 0.1), 0.25: (0.91, 0.1), 0.5: (0.9, 0.105), 0.75: (0.8995, 0.2), 1.0: (0.1, 3.0)}
+    curve = {
+        0.0: (0.9, 0.1),
+        0.25: (0.91, 0.1),
+        0.5: (0.9, 0.105),
+        0.75: (0.8995, 0.2),
+        1.0: (0.1, 3.0),
+    }
     rows = [dict(ratio=ratio, accuracy=a, loss=l) for ratio, (a, l) in curve.items()]
     found = {name: geometry.largest_ratio(rows[::-1], name) for name in geometry.CRITERIA}
     assert found == dict(accuracy=0.5, better_accuracy=0.25, accuracy_within=0.75, loss_within=0.5)
@@ -282,7 +348,9 @@ def test_criteria_differ_where_they_should():
         assert result["limit"] == ratio
         assert result["criterion"] == name
         assert f"passes at {ratio:g}, fails at {ratio + 0.25:g} of the scan" in result["how"]
-    *found, result = geometry.find_limit(falling(1.0), settings("limit", criterion="better_accuracy", scan=(0.2, 0.5)))
+    *found, result = geometry.find_limit(
+        falling(1.0), settings("limit", criterion="better_accuracy", scan=(0.2, 0.5))
+    )
     assert result["limit"] is None  # nothing is better than dense
     assert result["how"].endswith("passes nowhere on the scan")
     assert [row["ratio"] for row in found] == [0, 0.5, 0.2]
@@ -290,7 +358,9 @@ def test_criteria_differ_where_they_should():
     *_, result = geometry.find_limit(falling(1.0), settings("limit", scan=(0.5,)))
     assert result["limit"] > 0.998
     assert "accuracy not below dense; passes at 0.5, the end of the scan" in result["how"]
-    *_, result = geometry.find_limit(falling(1.0), settings("limit", criterion="loss_within", tolerance=0.02))
+    *_, result = geometry.find_limit(
+        falling(1.0), settings("limit", criterion="loss_within", tolerance=0.02)
+    )
     assert result["tolerance"] == 0.02
     assert "loss at most 0.02 above dense" in result["how"]
 
@@ -312,7 +382,9 @@ def test_limits_that_cannot_be_found_are_named(fields, message):
 
 
 def test_the_limit_stage_evaluates_the_pruned_network(problem, trained):
-    own = settings("limit", criterion="loss_within", tolerance=0.05, scan=(0.25, 0.5, 0.75), resolution=0.05)
+    own = settings(
+        "limit", criterion="loss_within", tolerance=0.05, scan=(0.25, 0.5, 0.75), resolution=0.05
+    )
     rows = run(problem, trained, "limit", own)
     ratios = sorted({row["ratio"] for row in rows[:-1]})
     curve = run(problem, trained, "curve", settings("curve", ratios=ratios))
@@ -325,7 +397,11 @@ def test_the_limit_stage_evaluates_the_pruned_network(problem, trained):
     assert min(row["loss"] for row in curve if row["ratio"] > limit) > dense + 0.05
     assert 0 < limit < 1
     for stop in (1, 3, len(rows) - 1, len(rows)):  # an interrupted search goes on
-        again = [r for update in updates(problem, trained, "limit", own, rows=[rows[:stop]]) for r in update.rows[0]]
+        again = [
+            r
+            for update in updates(problem, trained, "limit", own, rows=[rows[:stop]])
+            for r in update.rows[0]
+        ]
         assert rows[:stop] + again == rows
 
 
@@ -340,20 +416,28 @@ def test_actual_limits_of_curves_and_limit_stages():
     new = [
         dict(row(ratio, accuracy, loss), stage="second", split=split)
         for split in ("test", "train")
-        for ratio, accuracy, loss in ((0.0, 0.9, 0.1), (0.5, 0.9, 0.15), (0.7, 0.88, 0.4), (0.9, 0.2, 2.0))
+        for ratio, accuracy, loss in (
+            (0.0, 0.9, 0.1),
+            (0.5, 0.9, 0.15),
+            (0.7, 0.88, 0.4),
+            (0.9, 0.2, 2.0),
+        )
     ]
     again = [dict(row(0.99, 1.0, 0.0), retrained=True)]
-    limits = [dict(kind="limit", stage="limit", phase="scan", ratio=0.5), dict(kind="limit", stage="limit")]
+    limits = [
+        dict(kind="limit", stage="limit", phase="scan", ratio=0.5),
+        dict(kind="limit", stage="limit"),
+    ]
     limits[1].update(phase="result", limit=0.625)
     found = geometry.actual_limits([*old, *new, *again, *limits], tolerance=0.03, epsilon=0.1)
     one = dict(accuracy=0.5, accuracy_within=0.7, loss_within=0.5)
-    assert found == {f"{split} {name}": limit for split in ("test", "train") for name, limit in one.items()} | {
-        "limit": 0.625
-    }
+    assert found == {
+        f"{split} {name}": limit for split in ("test", "train") for name, limit in one.items()
+    } | {"limit": 0.625}
     assert geometry.actual_limits([], 0.0, 0.0) == {}
 
 
-# row_norms -----------------------------------------------------------------------------------------------------
+# row_norms ----------------------------------------------------------------------------------------
 
 
 def test_weights_of_dead_units_have_no_curvature(problem, trained):
@@ -376,30 +460,44 @@ def test_weights_of_dead_units_have_no_curvature(problem, trained):
     assert {row["parameter"] for row in run(problem, state, "row_norms", own)[:-1]} == {"fc/kernel"}
 
 
-# path --------------------------------------------------------------------------------------------------------
+# path ---------------------------------------------------------------------------------------------
 
 
 def test_the_path_has_the_terms_of_gradient_and_hessian(problem, trained):
     own = settings("path", ratios=(0.9, 0.3, 0.0), batch_size=48)
-    earlier = [[dict(kind="limit", limit=0.6), dict(kind="limit", limit=None), dict(kind="width", predicted=1.0)]]
+    earlier = [
+        [
+            dict(kind="limit", limit=0.6),
+            dict(kind="limit", limit=None),
+            dict(kind="width", predicted=1.0),
+        ]
+    ]
     rows = run(problem, trained, "path", own, earlier=earlier)
     assert [row["ratio"] for row in rows] == [0.0, 0.3, 0.6, 0.9]
     outputs, rule, params = network_loss(problem, trained)
     loss = lambda part: rule(outputs(part))
     gradient, matvec = jax.grad(loss)(params), linops.hvp(loss, params)
-    dot = lambda a, b: sum(float(jnp.vdot(x, y)) for x, y in zip(a.values(), b.values(), strict=True))
+    dot = lambda a, b: sum(
+        float(jnp.vdot(x, y)) for x, y in zip(a.values(), b.values(), strict=True)
+    )
     for row in rows:
-        keep = allocate.keep_masks(trained.params, allocate.keep_counts(trained.params, row["ratio"]))
+        keep = allocate.keep_masks(
+            trained.params, allocate.keep_counts(trained.params, row["ratio"])
+        )
         pruned = spectrum.select(masks.apply(trained.params, keep), ".*").params
         step = {name: pruned[name] - params[name] for name in params}
         assert row["distance"] == pytest.approx(math.sqrt(dot(step, step)), rel=1e-6)
-        assert row["change"] == pytest.approx(float(loss(pruned) - loss(params)), rel=1e-4, abs=1e-6)
+        assert row["change"] == pytest.approx(
+            float(loss(pruned) - loss(params)), rel=1e-4, abs=1e-6
+        )
         assert row["first_order"] == pytest.approx(dot(gradient, step), rel=1e-4, abs=1e-6)
         assert row["second_order"] == pytest.approx(dot(step, matvec(step)) / 2, rel=1e-4, abs=1e-6)
     assert abs(rows[0]["change"]) < 1e-7
     assert rows[-1]["change"] > rows[1]["change"]
     without = settings("path", ratios=(0.9, 0.3, 0.0), batch_size=48, at_limits=False)
-    assert run(problem, trained, "path", without, earlier=earlier) == [row for row in rows if row["ratio"] != 0.6]
+    assert run(problem, trained, "path", without, earlier=earlier) == [
+        row for row in rows if row["ratio"] != 0.6
+    ]
     rest = updates(problem, trained, "path", own, earlier=earlier, rows=[rows[:3]])
     assert [row for update in rest for row in update.rows[0]] == rows[3:]
     with pytest.raises(tables.ConfigError, match=r"config\.x\.ratios must not be empty"):
@@ -416,14 +514,18 @@ def test_the_path_of_a_network_with_convolutions():
     assert {key: pytest.approx(row[key], rel=1e-3, abs=1e-7) for key in row} == same
 
 
-# spectrum ------------------------------------------------------------------------------------------------------
+# spectrum -----------------------------------------------------------------------------------------
 
 
 def network_loss(problem, state):
-    """(loss(params by path), outputs, params by path) over the whole train set, written down directly."""
+    """(loss(params by path), outputs, params by path) over the whole train set, written down
+    directly.
+    """
     chosen = spectrum.select(state.params, ".*")
     images = problem.images(problem.train_images)
-    outputs = lambda part: problem.model.apply({"params": chosen.rebuild(part), "batch_stats": {}}, images)
+    outputs = lambda part: problem.model.apply(
+        {"params": chosen.rebuild(part), "batch_stats": {}}, images
+    )
     rule = lambda logits: losses.cross_entropy(logits, problem.train_labels).mean()
     return outputs, rule, chosen.params
 
@@ -434,7 +536,8 @@ def start_of(problem, state, own, position=1):
 
 
 @pytest.mark.parametrize(
-    ("operator", "once"), [("hessian", False), ("hessian", True), ("gauss_newton", True), ("absolute", False)]
+    ("operator", "once"),
+    [("hessian", False), ("hessian", True), ("gauss_newton", True), ("absolute", False)],
 )
 def test_coefficients_are_those_of_the_operator(problem, trained, operator, once):
     own = settings("spectrum", operator=operator, num_matvecs=6, batch_size=48, linearize_once=once)
@@ -456,7 +559,8 @@ def test_coefficients_are_those_of_the_operator(problem, trained, operator, once
 
 def test_an_l2_penalty_moves_all_values(problem, trained):
     bare, moved = (
-        run(problem, trained, "spectrum", settings("spectrum", num_matvecs=6, l2=l2))[0] for l2 in (0.0, 0.25)
+        run(problem, trained, "spectrum", settings("spectrum", num_matvecs=6, l2=l2))[0]
+        for l2 in (0.0, 0.25)
     )
     np.testing.assert_allclose(np.array(moved["alphas"]) - bare["alphas"], 0.5, rtol=1e-3)
     np.testing.assert_allclose(moved["betas"], bare["betas"], rtol=2e-3, atol=1e-4)
@@ -504,7 +608,9 @@ def test_members_of_a_sweep_are_single_networks(problem, pair, kind, fields):
     again = updates(both, state, kind, own, rows=[rows[0], []])
     assert not any(update.rows[0] for update in again)
     assert half == len(rows[0])
-    assert tiny.timeless([row for update in again for row in update.rows[1]]) == tiny.timeless(rows[1])
+    assert tiny.timeless([row for update in again for row in update.rows[1]]) == tiny.timeless(
+        rows[1]
+    )
 
 
 def test_eight_devices_give_the_same_coefficients(problem, trained, hessian):
@@ -514,7 +620,9 @@ def test_eight_devices_give_the_same_coefficients(problem, trained, hessian):
         (row,) = run(eight, state, "spectrum", settings("spectrum", num_matvecs=8, **fields))
         np.testing.assert_allclose(row["alphas"], hessian[0]["alphas"], rtol=5e-3, atol=1e-3)
         np.testing.assert_allclose(row["betas"], hessian[0]["betas"], rtol=5e-3, atol=1e-3)
-    found, expected = (predict(p, s, hessian)["predicted"] for p, s in ((eight, state), (problem, trained)))
+    found, expected = (
+        predict(p, s, hessian)["predicted"] for p, s in ((eight, state), (problem, trained))
+    )
     assert found == pytest.approx(expected, abs=1e-5)
 
 
@@ -531,7 +639,13 @@ def test_a_probe_ends_once_its_enclosure_is_narrow(problem, trained, operator):
     assert not whole["narrow_enough"]
     wide = 2 * whole["enclosure"]
     assert wide < 1
-    (row,) = run(problem, trained, "spectrum", settings("spectrum", **fields, stop_width=wide), others=widths())
+    (row,) = run(
+        problem,
+        trained,
+        "spectrum",
+        settings("spectrum", **fields, stop_width=wide),
+        others=widths(),
+    )
     assert row["num_matvecs"] % 4 == 0
     assert 4 <= row["num_matvecs"] < 30
     assert 1e-9 < whole["enclosure"] < row["enclosure"] <= wide
@@ -548,8 +662,14 @@ def test_a_probe_ends_once_its_enclosure_is_narrow(problem, trained, operator):
 
 
 def test_the_tolerance_of_an_early_end_is_its_own_readers(problem, trained):
-    others = {"first": [settings("width", epsilon=1e-6)], "second": [settings("width", spectrum="x", epsilon=50.0)]}
-    unnamed = {"other": [settings("width", spectrum="y", epsilon=1e-6)], "second": [settings("width", epsilon=50.0)]}
+    others = {
+        "first": [settings("width", epsilon=1e-6)],
+        "second": [settings("width", spectrum="x", epsilon=50.0)],
+    }
+    unnamed = {
+        "other": [settings("width", spectrum="y", epsilon=1e-6)],
+        "second": [settings("width", epsilon=50.0)],
+    }
     own = settings("spectrum", operator="gauss_newton", num_matvecs=9, stop_width=0.02)
     (row,) = run(problem, trained, "spectrum", own, others=others)
     assert (row["num_matvecs"], row["narrow_enough"]) == (4, True)
@@ -581,7 +701,9 @@ def test_more_products_than_dimensions(problem, trained):
     assert row["num_matvecs"] <= row["dimension"] == 10
     assert len(row["alphas"]) == len(row["betas"]) == row["num_matvecs"]
     outputs, rule, params = network_loss(problem, trained)
-    explicit = jax.jit(jax.hessian(lambda bias: rule(outputs({**params, "fc/bias": bias}))))(params["fc/bias"])
+    explicit = jax.jit(jax.hessian(lambda bias: rule(outputs({**params, "fc/bias": bias}))))(
+        params["fc/bias"]
+    )
     values, _ = linops.ritz(np.array(row["alphas"]), np.array(row["betas"]))
     eigenvalues = np.linalg.eigvalsh(explicit)
     assert np.abs(np.subtract.outer(values, eigenvalues)).min(1).max() < 1e-5
@@ -596,7 +718,9 @@ def test_batch_norms_are_left_out(name):
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
     chosen = trees.matching(shapes, geometry.WITHOUT_BATCH_NORM)
     norms = {path.rpartition("/")[0] for path in chosen if path.endswith("/scale")}
-    assert len(norms) == dict(resnet18=20, preact_resnet18=17, vgg16=13, mobilenet=27, alexnet=0)[name]
+    assert (
+        len(norms) == dict(resnet18=20, preact_resnet18=17, vgg16=13, mobilenet=27, alexnet=0)[name]
+    )
     assert {path for path, kept in chosen.items() if not kept} == {
         f"{n}/{leaf}" for n in norms for leaf in ("scale", "bias")
     }
@@ -607,22 +731,30 @@ def test_products_that_are_not_finite_stop_the_stage(problem, trained):
     for fields in (dict(), dict(operator="gauss_newton", stop_width=0.1)):
         own = settings("spectrum", num_matvecs=5, **fields)
         with pytest.raises(train.NonFiniteLossError, match="x: a product is not finite"):
-            run(problem, state, "spectrum", own, others=dict(width=[settings("width", epsilon=1.0)]))
+            run(
+                problem, state, "spectrum", own, others=dict(width=[settings("width", epsilon=1.0)])
+            )
 
 
 def test_spectrum_settings_are_checked():
-    with pytest.raises(tables.ConfigError, match=r"config\.x\.parameters: '\(' is not a regular expression"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.x\.parameters: '\(' is not a regular expression"
+    ):
         settings("spectrum", parameters="(")
-    with pytest.raises(tables.ConfigError, match=r"config\.x\.loss\.name is 'mse'; known: cross_entropy"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.x\.loss\.name is 'mse'; known: cross_entropy"
+    ):
         settings("spectrum", loss=dict(name="mse"))
 
 
-# width ---------------------------------------------------------------------------------------------------------
+# width --------------------------------------------------------------------------------------------
 
 
 def spectra(problem, state, **fields):
     """Rows of a spectrum stage as a run keeps them."""
-    rows = run(problem, state, "spectrum", settings("spectrum", **{**dict(num_matvecs=8), **fields}))
+    rows = run(
+        problem, state, "spectrum", settings("spectrum", **{**dict(num_matvecs=8), **fields})
+    )
     return [dict(row, kind="spectrum", stage="hessian", visit=1) for row in rows]
 
 
@@ -632,7 +764,13 @@ def hessian(problem, trained):
 
 
 def predict(problem, state, earlier, **fields):
-    (row,) = run(problem, state, "width", settings("width", **{**dict(batch_size=16), **fields}), earlier=[earlier])
+    (row,) = run(
+        problem,
+        state,
+        "width",
+        settings("width", **{**dict(batch_size=16), **fields}),
+        earlier=[earlier],
+    )
     return row
 
 
@@ -641,15 +779,28 @@ def test_a_prediction_reads_the_rows_before_it(problem, trained, hessian):
     tridiagonal, distances = geometry.tridiagonals(hessian), width.distances(trained.params)
     values, weights = linops.ritz(tridiagonal)
     network = geometry.network_of(problem, losses.CROSS_ENTROPY)
-    one = lambda i: network.loss(network.outputs((trained.params, {}), (images[i], labels[i])), (images[i], labels[i]))
-    images, labels = (array.reshape(8, 16, *array.shape[1:]) for array in geometry.examples(problem, 0))
+    one = lambda i: network.loss(
+        network.outputs((trained.params, {}), (images[i], labels[i])), (images[i], labels[i])
+    )
+    images, labels = (
+        array.reshape(8, 16, *array.shape[1:]) for array in geometry.examples(problem, 0)
+    )
     epsilon = np.std([float(one(i)) for i in range(8)])
     assert row["epsilon"] == pytest.approx(epsilon, rel=1e-5)
     expected = width.predict(values, weights, distances, row["epsilon"])
     assert row["predicted"] == pytest.approx(expected, abs=1e-12)
     grid = width.predict(values, weights, distances, row["epsilon"], method="grid")
-    assert row["predicted_on_grid"] == grid == predict(problem, trained, hessian, method="grid")["predicted"]
-    assert (row["operator"], row["spectrum"], row["num_matvecs"], row["num_probes"]) == ("hessian", "hessian", 8, 1)
+    assert (
+        row["predicted_on_grid"]
+        == grid
+        == predict(problem, trained, hessian, method="grid")["predicted"]
+    )
+    assert (row["operator"], row["spectrum"], row["num_matvecs"], row["num_probes"]) == (
+        "hessian",
+        "hessian",
+        8,
+        1,
+    )
     assert row["low"] < row["predicted"] < row["high"]
     assert row["enclosure_low"] < row["predicted"] < row["enclosure_high"]
     assert row["standard_error"] is None
@@ -689,10 +840,16 @@ def test_a_prediction_from_several_semidefinite_probes_is_enclosed(problem, trai
 
 def test_the_share_of_weights_without_curvature_flattens_the_spectrum(problem, trained, hessian):
     norms = [dict(kind="row_norms", row_norm=1.0), dict(kind="row_norms", zero_share=0.5)]
-    bare, measured = predict(problem, trained, hessian), predict(problem, trained, [*hessian, *norms])
+    bare, measured = (
+        predict(problem, trained, hessian),
+        predict(problem, trained, [*hessian, *norms]),
+    )
     assert (bare["zero_share"], measured["zero_share"]) == (0.0, 0.5)
     assert measured["predicted"] > bare["predicted"]
-    assert predict(problem, trained, [*hessian, *norms], zero_share=0.0)["predicted"] == bare["predicted"]
+    assert (
+        predict(problem, trained, [*hessian, *norms], zero_share=0.0)["predicted"]
+        == bare["predicted"]
+    )
     given = predict(problem, trained, hessian, zero_share=0.5)
     assert given["predicted"] == measured["predicted"]
 
@@ -711,7 +868,16 @@ def test_options_of_a_prediction(problem, trained, hessian):
 
 def test_a_prediction_shows_the_actual_limits(problem, trained, hessian):
     curve = [
-        dict(kind="curve", stage="curve", visit=1, split="test", retrained=False, ratio=ratio, accuracy=a, loss=loss)
+        dict(
+            kind="curve",
+            stage="curve",
+            visit=1,
+            split="test",
+            retrained=False,
+            ratio=ratio,
+            accuracy=a,
+            loss=loss,
+        )
         for ratio, a, loss in ((0.0, 0.9, 0.1), (0.5, 0.9, 0.2), (0.9, 0.85, 0.9), (0.99, 0.1, 5.0))
     ]
     limit = [dict(kind="limit", stage="edge", phase="result", limit=0.875)]
@@ -726,21 +892,30 @@ def test_a_prediction_shows_the_actual_limits(problem, trained, hessian):
 
 def test_a_loss_without_spread_is_explained(problem, trained, hessian):
     dead = trained._replace(params=jax.tree.map(jnp.zeros_like, trained.params))
-    message = r"config\.x: batch_losses are all equal, so epsilon is 0.* All kernels of the network are 0: its penalty"
+    message = (
+        r"config\.x: batch_losses are all equal, so epsilon is 0.* All kernels of the network are "
+        r"0: its penalty"
+    )
     with pytest.raises(tables.ConfigError, match=message):
         predict(problem, dead, hessian)
     own = settings("spectrum", operator="gauss_newton", stop_width=0.1)
-    with pytest.raises(tables.ConfigError, match=r"config\.x\.stop_width: batch_losses are all equal"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.x\.stop_width: batch_losses are all equal"
+    ):
         run(problem, dead, "spectrum", own, others=widths())
     equal = problem._replace(train_images=problem.train_images[:1].repeat(128, 0), compiled={})
     equal = equal._replace(train_labels=problem.train_labels[:1].repeat(128, 0))
-    with pytest.raises(tables.ConfigError, match=r"batch_losses are all equal.* or set epsilon yourself\.$"):
+    with pytest.raises(
+        tables.ConfigError, match=r"batch_losses are all equal.* or set epsilon yourself\.$"
+    ):
         predict(equal, trained, hessian)
     assert 0 < predict(equal, trained, hessian, epsilon=0.1)["predicted"] < 1
 
 
 def test_a_penalty_that_kills_all_weights_leaves_nothing_to_remove(problem, trained):
-    """R is 0 at every ratio: the prediction is 1, from a spectrum that is there for the biases only."""
+    """R is 0 at every ratio: the prediction is 1, from a spectrum that is there for the biases
+    only.
+    """
     params = trees.map_named(lambda path, leaf: leaf * (not trees.is_kernel(path)), trained.params)
     dead = trained._replace(params=params)
     rows = spectra(problem, dead)

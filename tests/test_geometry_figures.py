@@ -1,4 +1,6 @@
-"""Predicted and actual limits on the page: numbers worked by hand, each figure exactly when its rows exist, sizes."""
+"""Predicted and actual limits on the page: numbers worked by hand, each figure exactly when its
+rows exist, sizes.
+"""
 
 import math
 import re
@@ -24,65 +26,179 @@ def base(kind, stage, member=0, **fields):
 
 def curve_rows(member=0, num=100, splits=("test", "train")):
     return [
-        base("curve", "curve", member, ratio=i / num, split=split, retrained=False, selection="global", scope="kernels",
-             accuracy=0.98 if i / num < 0.95 else 0.98 - 10 * (i / num - 0.95), loss=0.05 + (i / num) ** 20,
-             num_prunable=1000, num_kept=1000 - round(1000 * i / num), layers={"a/kernel": i / num})
-        for i in range(num) for split in splits
-    ]  # fmt: skip
+        base(
+            "curve",
+            "curve",
+            member,
+            ratio=i / num,
+            split=split,
+            retrained=False,
+            selection="global",
+            scope="kernels",
+            accuracy=0.98 if i / num < 0.95 else 0.98 - 10 * (i / num - 0.95),
+            loss=0.05 + (i / num) ** 20,
+            num_prunable=1000,
+            num_kept=1000 - round(1000 * i / num),
+            layers={"a/kernel": i / num},
+        )
+        for i in range(num)
+        for split in splits
+    ]
 
 
 def limit_rows(member=0, limit=0.951):
     looked = [("dense", 0.0), ("scan", 0.99), ("scan", 0.9), ("bisect", 0.945)]
-    rows = [base("limit", "limit", member, phase=phase, ratio=ratio, split="test", accuracy=0.97, loss=0.1)
-            for phase, ratio in looked]  # fmt: skip
-    result = dict(phase="result", limit=limit, criterion="accuracy", tolerance=0.0, split="test", evaluations=4)
+    rows = [
+        base(
+            "limit",
+            "limit",
+            member,
+            phase=phase,
+            ratio=ratio,
+            split="test",
+            accuracy=0.97,
+            loss=0.1,
+        )
+        for phase, ratio in looked
+    ]
+    result = dict(
+        phase="result",
+        limit=limit,
+        criterion="accuracy",
+        tolerance=0.0,
+        split="test",
+        evaluations=4,
+    )
     return [*rows, base("limit", "limit", member, **result, how="passes here, fails there")]
 
 
 def norm_rows(member=0, num=10):
-    rows = [base("row_norms", "rows", member, quantile=i / num, magnitude=0.1 * i, row_norm=0.0 if i < 3 else 10.0**-i,
-                 parameter="a/kernel") for i in range(num)]  # fmt: skip
-    return [*rows, base("row_norms", "rows", member, zero_share=0.5, threshold=1e-5, rows="mean", num_weights=num)]
+    rows = [
+        base(
+            "row_norms",
+            "rows",
+            member,
+            quantile=i / num,
+            magnitude=0.1 * i,
+            row_norm=0.0 if i < 3 else 10.0**-i,
+            parameter="a/kernel",
+        )
+        for i in range(num)
+    ]
+    return [
+        *rows,
+        base(
+            "row_norms",
+            "rows",
+            member,
+            zero_share=0.5,
+            threshold=1e-5,
+            rows="mean",
+            num_weights=num,
+        ),
+    ]
 
 
 def path_rows(member=0, slope=-0.002):
     """At 96 % the gradient changes the loss by half of `slope`."""
-    return [base("path", "path", member, ratio=ratio, distance=ratio, change=0.003 * i, first_order=slope * i / 2,
-                 second_order=0.004 * i) for i, ratio in enumerate((0.9, 0.96, 0.99))]  # fmt: skip
+    return [
+        base(
+            "path",
+            "path",
+            member,
+            ratio=ratio,
+            distance=ratio,
+            change=0.003 * i,
+            first_order=slope * i / 2,
+            second_order=0.004 * i,
+        )
+        for i, ratio in enumerate((0.9, 0.96, 0.99))
+    ]
 
 
-def width_row(member=0, operator="hessian", predicted=0.96, probes=1, products=8, width=0.02, stage=None, **fields):
+def width_row(
+    member=0,
+    operator="hessian",
+    predicted=0.96,
+    probes=1,
+    products=8,
+    width=0.02,
+    stage=None,
+    **fields,
+):
     enclosed = operator != "hessian"
     values = np.linspace(0 if enclosed else -0.1, 2, products)[None].repeat(probes, 0)
     ratios = np.linspace(0, 1, 21)
     course = list(range(1, products + 1))
     fields = {"actual": ACTUAL, **fields}
     return base(
-        "width", stage or ("width" if operator == "hessian" else f"width_{operator}"), member, predicted=predicted,
-        method="fixed_point", low=predicted - 0.01, high=predicted + 0.01, operator=operator, spectrum=operator,
-        enclosure_low=predicted if enclosed else None, enclosure_high=predicted + width if enclosed else None,
-        standard_error=0.001 if probes > 1 else None, epsilon_error=0.002, per_probe=[predicted] * probes,
-        predicted_on_grid=0.9, epsilon=0.00354, zero_share=0.0, num_matvecs=products, num_probes=probes,
-        negative_mass=0.25, negative="absolute", ratios=ratios.tolist(), distances=(ratios**2).tolist(),
-        widths=(1 - 0.04 * ratios**2).tolist(), ritz_values=values.tolist(),
+        "width",
+        stage or ("width" if operator == "hessian" else f"width_{operator}"),
+        member,
+        predicted=predicted,
+        method="fixed_point",
+        low=predicted - 0.01,
+        high=predicted + 0.01,
+        operator=operator,
+        spectrum=operator,
+        enclosure_low=predicted if enclosed else None,
+        enclosure_high=predicted + width if enclosed else None,
+        standard_error=0.001 if probes > 1 else None,
+        epsilon_error=0.002,
+        per_probe=[predicted] * probes,
+        predicted_on_grid=0.9,
+        epsilon=0.00354,
+        zero_share=0.0,
+        num_matvecs=products,
+        num_probes=probes,
+        negative_mass=0.25,
+        negative="absolute",
+        ratios=ratios.tolist(),
+        distances=(ratios**2).tolist(),
+        widths=(1 - 0.04 * ratios**2).tolist(),
+        ritz_values=values.tolist(),
         ritz_weights=np.full_like(values, 1 / products).tolist(),
-        history=dict(num_matvecs=course, predicted=[predicted - 0.1 / i for i in course],
-                     lower=[predicted - 0.1 / i if enclosed else None for i in course],
-                     upper=[predicted + 0.1 / i if enclosed else None for i in course]), **fields,
-    )  # fmt: skip
+        history=dict(
+            num_matvecs=course,
+            predicted=[predicted - 0.1 / i for i in course],
+            lower=[predicted - 0.1 / i if enclosed else None for i in course],
+            upper=[predicted + 0.1 / i if enclosed else None for i in course],
+        ),
+        **fields,
+    )
 
 
 def spectrum_row(member=0, operator="hessian", probe=0, products=8):
-    return base("spectrum", operator, member, probe=probe, operator=operator, num_matvecs=products, seconds=1.0,
-                alphas=[0.1] * products, betas=[0.1] * products, dtype="float32", dimension=1000)  # fmt: skip
+    return base(
+        "spectrum",
+        operator,
+        member,
+        probe=probe,
+        operator=operator,
+        num_matvecs=products,
+        seconds=1.0,
+        alphas=[0.1] * products,
+        betas=[0.1] * products,
+        dtype="float32",
+        dimension=1000,
+    )
 
 
 def all_rows(members=1, **options):
     rows = []
     for member in range(members):
         seed = {"seed": member} if members > 1 else {}
-        own = [*curve_rows(member, **options), *limit_rows(member), *norm_rows(member), spectrum_row(member)]
-        own += [*path_rows(member), width_row(member), width_row(member, "gauss_newton", 0.97, probes=3)]
+        own = [
+            *curve_rows(member, **options),
+            *limit_rows(member),
+            *norm_rows(member),
+            spectrum_row(member),
+        ]
+        own += [
+            *path_rows(member),
+            width_row(member),
+            width_row(member, "gauss_newton", 0.97, probes=3),
+        ]
         rows += [row | seed for row in own]
     return rows
 
@@ -103,7 +219,7 @@ def section(page, name):
     return re.search(rf'<section id="{name}">.*?</section>', page, re.DOTALL)[0]
 
 
-# Numbers ---------------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
 
 
 def test_networks_and_their_names():
@@ -112,7 +228,9 @@ def test_networks_and_their_names():
     assert set(one.predictions) == {"width", "width_gauss_newton"}
     assert one.curves["train"].shape == (100, 2)
     assert [network.label for network in networks_of(all_rows(members=2))] == ["seed 0", "seed 1"]
-    without_seeds = [{key: value for key, value in row.items() if key != "seed"} for row in all_rows(members=2)]
+    without_seeds = [
+        {key: value for key, value in row.items() if key != "seed"} for row in all_rows(members=2)
+    ]
     assert [network.label for network in networks_of(without_seeds)] == ["network 0", "network 1"]
     two_arms = [row | {"arm": arm} for arm in ("A", "B") for row in all_rows()]
     assert [network.label for network in networks_of(two_arms)] == ["A", "B"]
@@ -120,14 +238,23 @@ def test_networks_and_their_names():
 
 
 def test_numbers_of_widths_alone_are_not_taken_for_swept_values():
-    rows = [width_row(member, predicted=0.9 + member / 100) for member in (0, 1)] + norm_rows() + limit_rows()
+    rows = (
+        [width_row(member, predicted=0.9 + member / 100) for member in (0, 1)]
+        + norm_rows()
+        + limit_rows()
+    )
     assert series.swept_keys(rows) == []
     assert len(networks_of(rows)) == 2
 
 
 def test_later_visits_count():
     old, new = (curve_rows(num=num) for num in (10, 20))
-    rows = [*old, *(row | {"visit": 2} for row in new), width_row(), width_row(predicted=0.5) | {"visit": 2}]
+    rows = [
+        *old,
+        *(row | {"visit": 2} for row in new),
+        width_row(),
+        width_row(predicted=0.5) | {"visit": 2},
+    ]
     rows += [row | {"retrained": True} for row in curve_rows(num=30)]
     (one,) = networks_of(rows)
     assert one.curves["test"].shape == (20, 2)
@@ -158,12 +285,18 @@ def test_definitions_have_one_order():
     first = width_row(0, actual={"train accuracy": 0.9, "limit": 0.9, "test loss_within": 0.9})
     second = width_row(1, actual={"test accuracy": 0.9})
     assert limit_numbers.definitions(networks_of([first, second])) == [
-        "test accuracy", "test loss_within", "train accuracy", "limit"]  # fmt: skip
+        "test accuracy",
+        "test loss_within",
+        "train accuracy",
+        "limit",
+    ]
 
 
 def test_gap_is_worked_by_hand():
     found = networks_of([width_row(0, predicted=0.96), width_row(1, predicted=0.98)])
-    told = limit_numbers.gap(found, "width", "test accuracy")  # 1 and 3 points; the intervals are 2 points wide
+    told = limit_numbers.gap(
+        found, "width", "test accuracy"
+    )  # 1 and 3 points; the intervals are 2 points wide
     assert told == pytest.approx((0.02, math.sqrt(2) * 0.01, 2, 1))
     assert limit_numbers.gap(found, "width", "nothing") is None
 
@@ -176,7 +309,8 @@ def test_verdicts_say_how_far_to_trust():
     assert list(names.values()) == ["Hessian", "Gauss-Newton", "absolute Hessian"]
     hessian, newton, absolute = limit_numbers.verdicts(found, names)
     assert hessian[1] == (
-        "96.00% predicted, 1.00 points above the actual limit (test accuracy not below dense), which is inside the "
+        "96.00% predicted, 1.00 points above the actual limit (test accuracy not below dense), "
+        "which is inside the "
         "interval."
     )
     assert hessian[2].startswith("No enclosure")
@@ -188,34 +322,49 @@ def test_verdicts_say_how_far_to_trust():
 
 
 def test_verdicts_know_the_gradient():
-    told = lambda *rows: limit_numbers.verdicts(networks_of(rows), {"width_absolute": "absolute Hessian"})[0]
+    told = lambda *rows: limit_numbers.verdicts(
+        networks_of(rows), {"width_absolute": "absolute Hessian"}
+    )[0]
     row = width_row(operator="absolute", width=0.004)  # 96 % predicted, ε 0.00354
     assert told(row, *path_rows(slope=-0.002))[2] == ""  # under half of ε
     assert told(row, *path_rows(slope=-0.004))[2] == (
-        "The gradient, which the prediction leaves out, changes the loss by -0.002 on the way there, beside an ε of "
+        "The gradient, which the prediction leaves out, changes the loss by -0.002 on the way "
+        "there, beside an ε of "
         "0.0035: expect a larger actual limit."
     )
     both = [row, *path_rows(slope=-0.004), row | {"member": 1}, *path_rows(1, slope=0.01)]
     assert told(*both)[2].endswith("of 0.0035 (the worst network): expect a smaller actual limit.")
-    beyond = width_row(operator="absolute", predicted=0.995, width=0.004)  # nothing was measured there
+    beyond = width_row(
+        operator="absolute", predicted=0.995, width=0.004
+    )  # nothing was measured there
     assert told(beyond, *path_rows(slope=-0.004))[2] == ""
     wide = width_row(operator="absolute", width=0.02)
-    assert re.fullmatch(r"Not narrow enough.* narrow it\. The gradient.*", told(wide, *path_rows(slope=1.0))[2])
+    assert re.fullmatch(
+        r"Not narrow enough.* narrow it\. The gradient.*", told(wide, *path_rows(slope=1.0))[2]
+    )
 
 
 def test_predictions_of_one_operator_are_told_apart():
     found = networks_of([width_row(), width_row(stage="deeper")])
-    assert limit_numbers.prediction_names(found) == {"width": "Hessian, width", "deeper": "Hessian, deeper"}
+    assert limit_numbers.prediction_names(found) == {
+        "width": "Hessian, width",
+        "deeper": "Hessian, deeper",
+    }
 
 
 def test_window_is_around_the_limits_or_left_out():
     low, high = limit_figures.window(networks_of(all_rows()))
     assert 0.9 < low < 0.95
     assert 0.98 < high <= 1.0
-    assert limit_figures.window(networks_of([width_row(predicted=0.2), width_row(stage="b", predicted=0.9)])) is None
+    assert (
+        limit_figures.window(
+            networks_of([width_row(predicted=0.2), width_row(stage="b", predicted=0.9)])
+        )
+        is None
+    )
 
 
-# Pages -----------------------------------------------------------------------------------------------------------
+# Pages --------------------------------------------------------------------------------------------
 
 
 def test_each_figure_appears_exactly_with_its_rows(tmp_path):
@@ -226,7 +375,10 @@ def test_each_figure_appears_exactly_with_its_rows(tmp_path):
         "norms": (norm_rows(), {"row_norms"}),
         "spectrum": ([spectrum_row()], set()),
         "width": ([width_row()], {"crossing", "history", "spectrum"}),
-        "all": (all_rows(), {"limits", "path", "crossing", "history", "spectrum", "row_norms", "layers"}),
+        "all": (
+            all_rows(),
+            {"limits", "path", "crossing", "history", "spectrum", "row_norms", "layers"},
+        ),
     }
     for name, (rows, expected) in kinds.items():
         page = page_of(tmp_path, rows)  # the same folder: figures of other rows go
@@ -237,10 +389,24 @@ def test_each_figure_appears_exactly_with_its_rows(tmp_path):
 
 def test_table_has_the_numbers(tmp_path):
     text = section(page_of(tmp_path, all_rows()), "prediction")
-    rows = [re.findall(r'class="num">(.*?)</td>', row) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)]
+    rows = [
+        re.findall(r'class="num">(.*?)</td>', row)
+        for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)
+    ]
     assert rows[1:3] == [
         ["96.00", "95.00\u201397.00", "–", "–", "0.20", "0.00354", "1 × 8", "0.0", "25.0", "90.0"],
-        ["97.00", "96.00\u201398.00", "97.00\u201399.00", "0.10", "0.20", "0.00354", "3 × 8", "0.0", "25.0", "90.0"],
+        [
+            "97.00",
+            "96.00\u201398.00",
+            "97.00\u201399.00",
+            "0.10",
+            "0.20",
+            "0.00354",
+            "3 × 8",
+            "0.0",
+            "25.0",
+            "90.0",
+        ],
     ]
     assert rows[4:] == [
         ["95.00", "<b>+1.00</b>", "+2.00"],
@@ -269,7 +435,10 @@ def test_curves_of_several_arms_are_still_compared(tmp_path):
 def test_page_of_a_thousand_ratios_and_long_spectra_stays_small(tmp_path):
     rows = [*curve_rows(num=1000), *limit_rows(), *norm_rows(num=100)]
     for operator in ("hessian", "gauss_newton", "absolute"):
-        rows += [spectrum_row(operator=operator, products=512), width_row(operator=operator, probes=4, products=512)]
+        rows += [
+            spectrum_row(operator=operator, products=512),
+            width_row(operator=operator, probes=4, products=512),
+        ]
     page = page_of(tmp_path, rows)
     assert len(page.encode()) < 3_000_000
     assert "[0.1, 0.1" not in page
@@ -278,7 +447,11 @@ def test_page_of_a_thousand_ratios_and_long_spectra_stays_small(tmp_path):
 
 def test_missing_numbers_are_no_obstacle(tmp_path):
     holes = dict(actual={}, epsilon_error=None, enclosure_low=None, enclosure_high=None)
-    rows = [width_row(operator="gauss_newton") | holes, *norm_rows(num=1)[:1], path_rows()[0] | {"change": None}]
+    rows = [
+        width_row(operator="gauss_newton") | holes,
+        *norm_rows(num=1)[:1],
+        path_rows()[0] | {"change": None},
+    ]
     text = section(page_of(tmp_path, rows), "prediction")
     assert "No enclosure" in text
     assert "nothing is lost if" not in text
@@ -287,7 +460,11 @@ def test_missing_numbers_are_no_obstacle(tmp_path):
 
 def test_names_are_escaped(tmp_path):
     evil = "<script>$x$"
-    rows = [width_row(operator=evil, stage=evil), width_row(operator=evil, stage="other"), *limit_rows()]
+    rows = [
+        width_row(operator=evil, stage=evil),
+        width_row(operator=evil, stage="other"),
+        *limit_rows(),
+    ]
     rows[-1] |= {"how": evil, "stage": evil}
     assert "<script" not in page_of(tmp_path, rows, {**CONFIG, evil: {"tolerance": evil}})
 
@@ -295,7 +472,9 @@ def test_names_are_escaped(tmp_path):
 def test_no_label_breaks_a_page(tmp_path):
     rows = [{**row, "arm": label} for label in ("$$", r"$_\1 {0}% <b>") for row in all_rows(num=10)]
     page_of(tmp_path, rows)
-    assert {"limits", "crossing", "history", "path", "row_norms", "spectrum"} <= set(drawn(tmp_path))
+    assert {"limits", "crossing", "history", "path", "row_norms", "spectrum"} <= set(
+        drawn(tmp_path)
+    )
 
 
 def test_the_study_is_cited(tmp_path):
@@ -312,5 +491,7 @@ def test_tensorboard_steps_and_no_lists():
     assert (found["path/change"], step) == (0.003, 960_000_000)
     assert events.scalars(spectrum_row(probe=2))[1] == 2
     fields, _ = events.scalars(report.plain(width_row()))
-    assert {"width/predicted", "width/low", "width/high", "width/actual/test accuracy"} <= set(fields)
+    assert {"width/predicted", "width/low", "width/high", "width/actual/test accuracy"} <= set(
+        fields
+    )
     assert not any(word in tag for tag in fields for word in ("ritz", "history", "widths"))

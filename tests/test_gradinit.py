@@ -17,12 +17,18 @@ CLOSE = dict(rtol=1e-6, atol=1e-11)
 FILE = "04_sfw_init.npz"
 NAMES = [str(name) for name in golden_data.load(FILE)["param_names"]]
 PATHS = [name.replace(".", "/") for name in NAMES]  # the last part tells a bias
-FIRST, NORM, SECOND, DENSE = dict.fromkeys(path.rpartition("/")[0] for path in PATHS)  # modules with parameters
+FIRST, NORM, SECOND, DENSE = dict.fromkeys(
+    path.rpartition("/")[0] for path in PATHS
+)  # modules with parameters
 
 
 def network(params, x):
-    """The golden network on NCHW images, weights in PyTorch layouts, batch statistics in its batch norm."""
-    conv = lambda x, w, stride: jax.lax.conv_general_dilated(x, w, (stride, stride), ((1, 1), (1, 1)))
+    """The golden network on NCHW images, weights in PyTorch layouts, batch statistics in its batch
+    norm.
+    """
+    conv = lambda x, w, stride: jax.lax.conv_general_dilated(
+        x, w, (stride, stride), ((1, 1), (1, 1))
+    )
     column = lambda name: params[name][:, None, None]
     x = conv(x, params[f"{FIRST}/weight"], 1)
     x = (x - x.mean((0, 2, 3), keepdims=True)) / jnp.sqrt(x.var((0, 2, 3), keepdims=True) + 1e-5)
@@ -48,7 +54,10 @@ def golden_set(constraint, size):
 def compiled(constraint):
     """One step of the scales' optimizer; the inner learning rate is an argument."""
     golden, hyper = golden_data.load(FILE), golden_data.hyper(FILE)
-    sets = {path: golden_set(constraint, golden[f"init/{name}"].size) for path, name in zip(PATHS, NAMES)}
+    sets = {
+        path: golden_set(constraint, golden[f"init/{name}"].size)
+        for path, name in zip(PATHS, NAMES)
+    }
     options = dict(
         scale_learning_rate=hyper["adam_lr"],
         min_scale=hyper["min_scale_weight"],
@@ -60,7 +69,9 @@ def compiled(constraint):
 
     @jax.jit
     def step(learning_rate, state, inner, outer):
-        return gradinit.scale_step(loss, sets, learning_rate=learning_rate, **options)(state, inner, outer)
+        return gradinit.scale_step(loss, sets, learning_rate=learning_rate, **options)(
+            state, inner, outer
+        )
 
     return sets, step
 
@@ -84,15 +95,24 @@ def test_scales_match_the_original(constraint, lr):
             state, metrics = step(float(lr), state, inner, outer)
             before_after = [metrics.loss_before, metrics.loss_after]
             np.testing.assert_allclose(before_after, golden[f"{case}/losses"][i], **CLOSE)
-            np.testing.assert_allclose(in_order(metrics.step_sizes), golden[f"{case}/inner_step_size"][i], **CLOSE)
             np.testing.assert_allclose(
-                in_order(metrics.inner_products), golden[f"{case}/inner_product"][i], rtol=1e-6, atol=1e-10
+                in_order(metrics.step_sizes), golden[f"{case}/inner_step_size"][i], **CLOSE
+            )
+            np.testing.assert_allclose(
+                in_order(metrics.inner_products),
+                golden[f"{case}/inner_product"][i],
+                rtol=1e-6,
+                atol=1e-10,
             )
             np.testing.assert_allclose(in_order(state.scales), golden[f"{case}/alpha"][i], **CLOSE)
         for path, name in zip(PATHS, NAMES):
             np.testing.assert_allclose(state.params[path], golden[f"{case}/final/{name}"], **CLOSE)
-    for name in golden_data.parts(FILE, rf"{case}/final_buffers/(.+)"):  # as new; our steps have none to change
-        np.testing.assert_array_equal(golden[f"{case}/final_buffers/{name}"], float(name.endswith("running_var")))
+    for name in golden_data.parts(
+        FILE, rf"{case}/final_buffers/(.+)"
+    ):  # as new; our steps have none to change
+        np.testing.assert_array_equal(
+            golden[f"{case}/final_buffers/{name}"], float(name.endswith("running_var"))
+        )
 
 
 def test_params_may_be_tuples():
@@ -111,7 +131,11 @@ def test_params_may_be_tuples():
         step = gradinit.scale_step(loss, polytopes.KSparse(8, 1.0))
         params = pack(weights, bias)
         state, metrics = step(gradinit.init(params), batch, batch)
-        assert jax.tree.structure(state.params) == jax.tree.structure(metrics.step_sizes) == jax.tree.structure(params)
+        assert (
+            jax.tree.structure(state.params)
+            == jax.tree.structure(metrics.step_sizes)
+            == jax.tree.structure(params)
+        )
         found.append(jax.tree.leaves((state.params, metrics)))
     for other in found[1:]:
         jax.tree.map(np.testing.assert_array_equal, other, found[0])
@@ -132,15 +156,21 @@ def test_scales_lower_the_loss_after_a_step_and_skip_zero_arrays():
     assert after[-1] < 0.8 * after[0]
     assert float(state.scales["bias"]) == 1.0
     np.testing.assert_array_equal(state.params["bias"], 0)
-    np.testing.assert_allclose(state.params["kernel"], params["kernel"] * state.scales["kernel"], rtol=1e-4)
+    np.testing.assert_allclose(
+        state.params["kernel"], params["kernel"] * state.scales["kernel"], rtol=1e-4
+    )
 
 
 def test_scales_on_meshes():
     rng = np.random.default_rng(0)
     inputs, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 6, 4), (2, 4)))
-    step = gradinit.scale_step(lambda params, batch: jnp.mean(jnp.tanh(batch @ params["w"])), polytopes.KSparse(2, 1.0))
+    step = gradinit.scale_step(
+        lambda params, batch: jnp.mean(jnp.tanh(batch @ params["w"])), polytopes.KSparse(2, 1.0)
+    )
 
     def learn(inputs, weights):
-        return jax.lax.scan(lambda state, _: step(state, inputs, inputs), gradinit.init({"w": weights}), length=2)
+        return jax.lax.scan(
+            lambda state, _: step(state, inputs, inputs), gradinit.init({"w": weights}), length=2
+        )
 
     tiny.check_on_meshes(learn, inputs, weights)

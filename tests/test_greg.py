@@ -1,4 +1,6 @@
-"""Stages of growing regularisation: what goes, with what is coupled to it, when growth ends; oracle, noise, ..."""
+"""Stages of growing regularisation: what goes, with what is coupled to it, when growth ends;
+oracle, noise, ...
+"""
 
 import itertools
 
@@ -9,13 +11,34 @@ import pytest
 import tiny
 from tiny import settings
 
-from sparsity_jax import data, greg, interface, models, optim, pipeline, stages, structured, tables, train, trees
+from sparsity_jax import (
+    data,
+    greg,
+    interface,
+    models,
+    optim,
+    pipeline,
+    stages,
+    structured,
+    tables,
+    train,
+    trees,
+)
 
 MOMENTUM = optim.settings("sgd", learning_rate=0.05, momentum=0.9)
 FAST = dict(  # done after some 30 steps
-    optimizer=MOMENTUM, batch_size=32, update_every=1, granularity_prune=0.2, granularity_pick=0.01, upper_limit=4.0,
-    upper_limit_pick=0.05, mag_ratio_limit=100.0, stabilize_steps=5, log_every=2, fix_steps=20,
-)  # fmt: skip
+    optimizer=MOMENTUM,
+    batch_size=32,
+    update_every=1,
+    granularity_prune=0.2,
+    granularity_pick=0.01,
+    upper_limit=4.0,
+    upper_limit_pick=0.05,
+    mag_ratio_limit=100.0,
+    stabilize_steps=5,
+    log_every=2,
+    fix_steps=20,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +55,9 @@ def trained(problem):
 @pytest.fixture(scope="module")
 def residual():
     """A small residual network with batch norm, untrained, its statistics and scales random."""
-    model = models.build(name="resnet", num_classes=4, stage_sizes=(1, 2), widths=(6, 8), stem_width=6)
+    model = models.build(
+        name="resnet", num_classes=4, stage_sizes=(1, 2), widths=(6, 8), stem_width=6
+    )
     found = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
     state = train.create_state(found, train.key_of(0))
     noise = lambda leaf: leaf + 0.2 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape)
@@ -42,7 +67,10 @@ def residual():
 
 def run(problem, state, kind, others=None, **fields):
     """(state, rows) of a whole stage."""
-    place, own = interface.Place("x", 1, others or {}), [settings(kind, **fields)] * (problem.members or 1)
+    place, own = (
+        interface.Place("x", 1, others or {}),
+        [settings(kind, **fields)] * (problem.members or 1),
+    )
     state, rows = own[0].begin(problem, state, own, place), []
     for update in own[0].run(problem, state, own, place, [[]]):
         state, rows = update.state, rows + update.rows[0]
@@ -54,7 +82,7 @@ def kernel(tree, path):
     return np.asarray(trees.named_leaves(tree)[f"{path}/kernel"])
 
 
-# What goes -----------------------------------------------------------------------------------------------------
+# What goes ----------------------------------------------------------------------------------------
 
 
 def test_filters_go_with_all_that_is_coupled_to_them(problem, trained):
@@ -67,26 +95,37 @@ def test_filters_go_with_all_that_is_coupled_to_them(problem, trained):
     np.testing.assert_array_equal(kernel(state.masks, "dense2").any(1), kept)
     assert kernel(state.masks, "dense2").any(0).sum() == 6
     assert kernel(state.masks, "fc").any(0).all()
-    assert row["layers"] == pytest.approx({"dense1/kernel": 0.5, "dense2/kernel": 1 - 36 / 96, "fc/kernel": 0.25})
+    assert row["layers"] == pytest.approx(
+        {"dense1/kernel": 0.5, "dense2/kernel": 1 - 36 / 96, "fc/kernel": 0.25}
+    )
     kernels = [kernel(state.masks, path) for path in ("dense1", "dense2", "fc")]
-    assert row["ratio"] == pytest.approx(sum((~own).sum() for own in kernels) / sum(own.size for own in kernels))
+    assert row["ratio"] == pytest.approx(
+        sum((~own).sum() for own in kernels) / sum(own.size for own in kernels)
+    )
     for leaf, mask in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.masks)):
         assert not np.any(np.asarray(leaf)[~np.asarray(mask)])
 
 
 @pytest.mark.parametrize(
-    ("pick", "chosen"), [("min", lambda norms: np.argsort(norms)[:6]), ("max", lambda norms: np.argsort(-norms)[:6])]
+    ("pick", "chosen"),
+    [("min", lambda norms: np.argsort(norms)[:6]), ("max", lambda norms: np.argsort(-norms)[:6])],
 )
 def test_picks_by_norm(problem, trained, pick, chosen):
     state, _ = run(problem, trained, "remove", ratios="[0:0.5]", pick=pick)
     gone = np.flatnonzero(~kernel(state.masks, "dense1").any(0))
-    np.testing.assert_array_equal(gone, np.sort(chosen(np.abs(kernel(trained.params, "dense1")).mean(0))))
+    np.testing.assert_array_equal(
+        gone, np.sort(chosen(np.abs(kernel(trained.params, "dense1")).mean(0)))
+    )
 
 
 def test_random_picks_follow_the_seed(problem, trained):
-    first, again = (run(problem, trained, "remove", ratios="[0:0.5]", pick="rand")[0] for _ in range(2))
+    first, again = (
+        run(problem, trained, "remove", ratios="[0:0.5]", pick="rand")[0] for _ in range(2)
+    )
     tiny.same(first.masks, again.masks)
-    other, _ = run(problem, trained._replace(key=train.key_of(5)), "remove", ratios="[0:0.5]", pick="rand")
+    other, _ = run(
+        problem, trained._replace(key=train.key_of(5)), "remove", ratios="[0:0.5]", pick="rand"
+    )
     assert not np.array_equal(kernel(first.masks, "dense1"), kernel(other.masks, "dense1"))
 
 
@@ -100,23 +139,34 @@ def test_weights_and_input_channels(problem, trained):
     kept = kernel(state.masks, "dense2").any(1)
     norms = np.abs(kernel(trained.params, "dense2")).mean(1)
     np.testing.assert_array_equal(np.flatnonzero(~kept), np.sort(np.argsort(norms)[:6]))
-    np.testing.assert_array_equal(kernel(state.masks, "dense1").any(0), kept)  # nothing else reads them
+    np.testing.assert_array_equal(
+        kernel(state.masks, "dense1").any(0), kept
+    )  # nothing else reads them
 
 
 @pytest.mark.parametrize(
-    ("granularity", "ratios"), [("filter", "[0,0.5,0.5,0]"), ("channel", "[0,0.5,0.5,0]"), ("group", "0.5")]
+    ("granularity", "ratios"),
+    [("filter", "[0,0.5,0.5,0]"), ("channel", "[0,0.5,0.5,0]"), ("group", "0.5")],
 )
 def test_a_pruned_residual_network_is_compacted(residual, granularity, ratios):
     problem, state = residual
     state, _ = run(problem, state, "remove", ratios=ratios, granularity=granularity)
     chosen = structured.Compact(repeats=0)
-    row = structured.take_stock(problem, state, chosen)  # raises unless compact and masked logits are equal
+    row = structured.take_stock(
+        problem, state, chosen
+    )  # raises unless compact and masked logits are equal
     assert row["difference"] < 1e-5
-    inner = {"params/stage1_block0/conv1": 3, "params/stage2_block0/conv1": 4, "params/stage2_block1/conv1": 4}
+    inner = {
+        "params/stage1_block0/conv1": 3,
+        "params/stage2_block0/conv1": 4,
+        "params/stage2_block1/conv1": 4,
+    }
     assert {name: row["kept"][name] for name in inner} == inner
     outer = {name: size for name, size in row["sizes"].items() if name not in inner}
     share = 0.5 if granularity == "group" else 1.0
-    assert {name: row["kept"][name] for name in outer} == {name: int(share * size) for name, size in outer.items()}
+    assert {name: row["kept"][name] for name in outer} == {
+        name: int(share * size) for name, size in outer.items()
+    }
     assert row["parameters_compact"] < row["parameters"]
 
 
@@ -143,12 +193,15 @@ def test_depthwise_layers_follow_the_layer_before_them():
 
 
 @pytest.mark.parametrize(
-    ("granularity", "ratios"), [("filter", ((".*", 0.5),)), ("weight", "[0-4:0.5]"), ("group", "0.5")]
+    ("granularity", "ratios"),
+    [("filter", ((".*", 0.5),)), ("weight", "[0-4:0.5]"), ("group", "0.5")],
 )
 def test_layers_come_in_the_order_of_the_network(granularity, ratios):
     model = models.build(name="mobilenet", num_classes=4, stem_width=8, blocks=((8, 1), (12, 2)))
     problem = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
-    layers = greg.layers_of(problem, settings("remove", ratios=ratios, granularity=granularity).choice("config.x"))
+    layers = greg.layers_of(
+        problem, settings("remove", ratios=ratios, granularity=granularity).choice("config.x")
+    )
     first = [layer.scored[0].path for layer in layers]
     in_order = greg.kernels_of(problem)
     assert first == [path for path in in_order if path in first] != sorted(first)
@@ -159,13 +212,18 @@ def test_a_speedup_is_reached_in_flops(residual):
     cut, _ = run(problem, state, "remove", ratios="1.4x")
     row = structured.take_stock(problem, cut, structured.Compact(repeats=0))
     assert 1.4 <= row["flops"] / row["flops_compact"] < 1.6
-    with pytest.raises(tables.ConfigError, match=r"config.x.ratios: a speed-up of 90.* cannot be reached; .*at most"):
+    with pytest.raises(
+        tables.ConfigError,
+        match=r"config.x.ratios: a speed-up of 90.* cannot be reached; .*at most",
+    ):
         settings("remove", ratios="90x").check_network(problem, "config.x", 1)
 
 
 def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
     config = tiny.config(
-        *("fit", "out"), model=dict(name="mlp", widths=(12, 8)), out=pipeline.stage("remove", ratios="[0:0.5, 1:0.3]")
+        *("fit", "out"),
+        model=dict(name="mlp", widths=(12, 8)),
+        out=pipeline.stage("remove", ratios="[0:0.5, 1:0.3]"),
     )
     monkeypatch.setattr(pipeline.report, "write", lambda workdir, *_, **__: workdir)
     other = pipeline.run(config, tmp_path / "other").state
@@ -184,20 +242,30 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         patch.setattr(greg, "removed", stop)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, tmp_path / "half")
-    with pytest.raises(tables.ConfigError, match=r"config.x.inherit is '.*half', which holds no finished run"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config.x.inherit is '.*half', which holds no finished run"
+    ):
         settings("remove", inherit=str(tmp_path / "half")).check_network(problem, "config.x", 1)
-    with pytest.raises(tables.ConfigError, match=r"config.x.inherit is '.*none', which holds no finished run"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config.x.inherit is '.*none', which holds no finished run"
+    ):
         settings("remove", inherit=str(tmp_path / "none")).check_network(problem, "config.x", 1)
-    with pytest.raises(tables.ConfigError, match=r"mask of dense1/kernel has the shape \(64, 12\); allowed: \(64"):
-        settings("remove", inherit=str(tmp_path / "other")).check_network(tiny.problem(widths=(7,)), "config.x", 1)
+    with pytest.raises(
+        tables.ConfigError, match=r"mask of dense1/kernel has the shape \(64, 12\); allowed: \(64"
+    ):
+        settings("remove", inherit=str(tmp_path / "other")).check_network(
+            tiny.problem(widths=(7,)), "config.x", 1
+        )
 
 
-# grow ------------------------------------------------------------------------------------------------------------
+# grow ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["greg1", "greg2", "fixreg"])
 def test_growth_pushes_to_zero_and_removes(problem, trained, method):
-    state, rows = run(problem, trained, "grow", method=method, ratios="[0:0.5, 1:0.25]", log_scores=True, **FAST)
+    state, rows = run(
+        problem, trained, "grow", method=method, ratios="[0:0.5, 1:0.25]", log_scores=True, **FAST
+    )
     assert kernel(state.masks, "dense1").any(0).sum() == 6
     assert kernel(state.masks, "dense2").any(0).sum() == 6
     logs, last = [row for row in rows if "growth" in row], rows[-1]
@@ -210,7 +278,9 @@ def test_growth_pushes_to_zero_and_removes(problem, trained, method):
     assert [row["epoch"] for row in rows if "epoch" in row] == list(range(1, 1 + last["step"] // 4))
     norms = np.abs(kernel(trained.params, "dense1")).mean(0)
     if method != "greg2":  # picked before the first step
-        assert set(np.flatnonzero(~kernel(state.masks, "dense1").any(0))) == set(np.argsort(norms)[:6])
+        assert set(np.flatnonzero(~kernel(state.masks, "dense1").any(0))) == set(
+            np.argsort(norms)[:6]
+        )
     scores, keep = logs[-1]["scores"]["dense1/kernel"], np.array(logs[-1]["keep"]["dense1/kernel"])
     assert np.mean(np.array(scores)[keep]) == pytest.approx(after["score_kept"], rel=0.2)
     np.testing.assert_array_equal(kernel(state.masks, "dense1").any(0), keep)
@@ -229,7 +299,9 @@ def test_only_penalties_move_kernels(problem, trained):
     state, _ = run(problem, trained, "grow", ratios="[0:0.5]", **fields)
     np.testing.assert_array_equal(kernel(state.params, "fc"), kernel(trained.params, "fc"))
     kept = kernel(state.masks, "dense1").any(0)
-    np.testing.assert_array_equal(kernel(state.params, "dense1")[:, kept], kernel(trained.params, "dense1")[:, kept])
+    np.testing.assert_array_equal(
+        kernel(state.params, "dense1")[:, kept], kernel(trained.params, "dense1")[:, kept]
+    )
     assert not np.array_equal(state.params["fc"]["bias"], trained.params["fc"]["bias"])
 
 
@@ -238,14 +310,20 @@ def test_members_grow_side_by_side(problem):
     keys = [train.key_of(seed) for seed in (0, 1)]
     create = lambda found, key: train.create_state(found, key)
     fields = dict(ratios="[0:0.5]", method="greg2", **FAST)
-    together, _ = run(both, jax.vmap(lambda key: create(both, key))(jnp.stack(keys)), "grow", **fields)
+    together, _ = run(
+        both, jax.vmap(lambda key: create(both, key))(jnp.stack(keys)), "grow", **fields
+    )
     for i, key in enumerate(keys):
         alone, _ = run(problem, create(problem, key), "grow", **fields)
-        np.testing.assert_array_equal(kernel(together.masks, "dense1")[i], kernel(alone.masks, "dense1"))
-        np.testing.assert_allclose(kernel(together.params, "fc")[i], kernel(alone.params, "fc"), rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(
+            kernel(together.masks, "dense1")[i], kernel(alone.masks, "dense1")
+        )
+        np.testing.assert_allclose(
+            kernel(together.params, "fc")[i], kernel(alone.params, "fc"), rtol=1e-4, atol=1e-5
+        )
 
 
-# oracle, reinit, noise, jacobian ---------------------------------------------------------------------------------
+# oracle, reinit, noise, jacobian ------------------------------------------------------------------
 
 
 def test_the_oracle_finds_the_best_choice(trained):
@@ -255,7 +333,9 @@ def test_the_oracle_finds_the_best_choice(trained):
     for gone in itertools.combinations(range(8), 2):
         kept = ~np.isin(np.arange(8), gone)
         params = jax.tree.map(jnp.asarray, trained.params)
-        params["dense2"] = dict(kernel=params["dense2"]["kernel"] * kept, bias=params["dense2"]["bias"] * kept)
+        params["dense2"] = dict(
+            kernel=params["dense2"]["kernel"] * kept, bias=params["dense2"]["bias"] * kept
+        )
         found.append(float(train.evaluate(problem, params, {}, "train")[0]))
     assert row["choices"] == 28
     assert row["loss"] == pytest.approx(min(found), rel=1e-5)
@@ -267,32 +347,46 @@ def test_the_oracle_finds_the_best_choice(trained):
 
 def test_the_oracle_may_train_every_choice(problem, trained):
     again = tiny.fit(epochs=1)
-    _, (row,) = run(problem, trained, "oracle", {"again": [again]}, ratios="[1:0.1]", retrain="again")
+    _, (row,) = run(
+        problem, trained, "oracle", {"again": [again]}, ratios="[1:0.1]", retrain="again"
+    )
     cut, _ = run(problem, trained, "remove", ratios="[1:0.1]")
     numbers = train.numbers_of(problem, cut, [again.recipe])
     state = train.begin(problem, cut, again, numbers)
     for update in train.fit_epochs(problem, state, again, numbers, 1):
         state = update.state
     assert row["choices"] == 8
-    assert row["loss_by_norm"] == pytest.approx(float(train.evaluate(problem, state.params, {}, "train")[0]), rel=1e-5)
+    assert row["loss_by_norm"] == pytest.approx(
+        float(train.evaluate(problem, state.params, {}, "train")[0]), rel=1e-5
+    )
 
 
 def test_the_oracle_trains_every_member_by_its_own_settings(problem, trained):
     fits = [tiny.fit(dict(tiny.SGD, learning_rate=rate), epochs=1) for rate in (0.1, 1e-6)]
     both = tiny.problem(widths=(12, 8), members=2)
     state = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trained)
-    place, own = interface.Place("x", 1, {"again": fits}), [settings("oracle", ratios="[1:0.1]", retrain="again")] * 2
+    place, own = (
+        interface.Place("x", 1, {"again": fits}),
+        [settings("oracle", ratios="[1:0.1]", retrain="again")] * 2,
+    )
     (update,) = own[0].run(both, state, own, place, [[], []])
     first, second = (rows[0]["loss"] for rows in update.rows)
-    _, (alone,) = run(problem, trained, "oracle", {"again": fits[1:]}, ratios="[1:0.1]", retrain="again")
+    _, (alone,) = run(
+        problem, trained, "oracle", {"again": fits[1:]}, ratios="[1:0.1]", retrain="again"
+    )
     assert second == pytest.approx(alone["loss"], rel=1e-5)
     assert first < second
 
 
 def test_the_oracle_refuses_what_takes_for_ever(problem):
-    with pytest.raises(tables.ConfigError, match=r"config.x: there are 924 combinations .* more than limit = 100"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config.x: there are 924 combinations .* more than limit = 100"
+    ):
         settings("oracle", ratios="[0:0.5]", limit=100).check_network(problem, "config.x", 1)
-    with pytest.raises(tables.ConfigError, match=r"config.x.ratios is '\[0:-1\]'; allowed: numbers of groups, not -1"):
+    with pytest.raises(
+        tables.ConfigError,
+        match=r"config.x.ratios is '\[0:-1\]'; allowed: numbers of groups, not -1",
+    ):
         settings("oracle", ratios="[0:-1]").check_network(problem, "config.x", 1)
 
 
@@ -322,7 +416,9 @@ def test_noise_on_weights(problem, trained):
         masks=jax.tree.map(lambda mask: jnp.zeros(mask.shape, bool), trained.masks),
     )
     _, rows = run(problem, nothing, "noise", std=2.0, num=2)
-    assert rows[0]["loss"] == rows[1]["loss"] == pytest.approx(np.log(10))  # masked weights stay zero
+    assert (
+        rows[0]["loss"] == rows[1]["loss"] == pytest.approx(np.log(10))
+    )  # masked weights stay zero
 
 
 def test_noise_on_no_array_is_refused_before_training(problem):
@@ -335,9 +431,16 @@ def test_noise_on_no_array_is_refused_before_training(problem):
 
 def test_singular_values_of_the_jacobian(problem, trained):
     _, (row,) = run(problem, trained, "jacobian", num_examples=7)
-    single = lambda x: problem.model.apply({"params": trained.params, "batch_stats": {}}, x[None])[0]
-    images = problem.images(problem.train_images[data.FixedSample().indices(problem.size("train"), 7)])
-    values = [np.linalg.svd(np.asarray(jax.jacrev(single)(x)).reshape(10, -1), compute_uv=False) for x in images]
+    single = lambda x: problem.model.apply({"params": trained.params, "batch_stats": {}}, x[None])[
+        0
+    ]
+    images = problem.images(
+        problem.train_images[data.FixedSample().indices(problem.size("train"), 7)]
+    )
+    values = [
+        np.linalg.svd(np.asarray(jax.jacrev(single)(x)).reshape(10, -1), compute_uv=False)
+        for x in images
+    ]
     assert row["mean"] == pytest.approx(np.mean(values), rel=1e-4)
     assert row["largest"] == pytest.approx(np.max(values), rel=1e-4)
     np.testing.assert_allclose(row["mean_by_rank"], np.mean(values, 0), rtol=1e-3, atol=1e-6)
@@ -360,14 +463,18 @@ def test_stages_name_weights_that_are_not_finite(problem, trained):
 def test_no_stage_begins_with_weights_that_are_not_finite(tmp_path, monkeypatch):
     create = train.create_state
     spoil = lambda params: jax.tree.map(lambda leaf: leaf.at[0].set(jnp.inf), params)
-    spoiled = lambda *args, **own: (lambda state: state._replace(params=spoil(state.params)))(create(*args, **own))
+    spoiled = lambda *args, **own: (lambda state: state._replace(params=spoil(state.params)))(
+        create(*args, **own)
+    )
     monkeypatch.setattr(train, "create_state", spoiled)
-    config = tiny.config("noise", model=dict(name="mlp", widths=(4,)), noise=pipeline.stage("noise"))
+    config = tiny.config(
+        "noise", model=dict(name="mlp", widths=(4,)), noise=pipeline.stage("noise")
+    )
     with pytest.raises(train.NonFiniteLossError, match=r"start of the run: .*infinite"):
         pipeline.run(config, tmp_path)
 
 
-# Names of networks ---------------------------------------------------------------------------------------------------
+# Names of networks --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -384,27 +491,47 @@ def test_a_pruned_network_is_not_called_by_the_name_of_the_one_before(names, lab
     kinds = dict(base="train", tune="train")
     given = dict(base="unpruned", tune="greg1")
     configs = {name: dict(kind=kinds.get(name, name), label=given.get(name, "")) for name in names}
-    plan = pipeline.Plan(*[None] * len(pipeline.Plan._fields))._replace(pipeline=names, configs=[configs])
+    plan = pipeline.Plan(*[None] * len(pipeline.Plan._fields))._replace(
+        pipeline=names, configs=[configs]
+    )
     assert [pipeline.arm_of(plan, i) for i in range(len(names))] == labels
 
 
-# Mistakes ----------------------------------------------------------------------------------------------------------
+# Mistakes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(), r"config.x needs either ratios, .* or inherit, the workdir of a pruned run; it has neither"),
+        (
+            dict(),
+            (
+                r"config.x needs either ratios, .* or inherit, the workdir of a pruned run; it has "
+                r"neither"
+            ),
+        ),
         (dict(ratios="2x", inherit="runs/a"), r"config.x needs either ratios, .*; it has both"),
-        (dict(inherit="runs/a", granularity="group"), r"config.x.inherit works for filter, channel and weight"),
+        (
+            dict(inherit="runs/a", granularity="group"),
+            r"config.x.inherit works for filter, channel and weight",
+        ),
         (
             dict(ratios="0.5", granularity="group", skip="1"),
             r"config.x.skip is '1', which granularity 'group' makes",
         ),
         (dict(inherit="runs/a", skip="1"), r"config.x.skip is '1', which inherit makes idle"),
-        (dict(inherit="runs/a", pick="max"), r"config.x.pick is 'max', but inherit_as 'index' leaves nothing to pick"),
-        (dict(ratios="[0:0.5]", inherit_as="ratio"), r"config.x.inherit_as is 'ratio', but there is no run"),
-        (dict(ratios="[0:0.5]", pick="mni"), r"config.x.pick is 'mni'; allowed: 'min' .* Did you mean 'min'"),
+        (
+            dict(inherit="runs/a", pick="max"),
+            r"config.x.pick is 'max', but inherit_as 'index' leaves nothing to pick",
+        ),
+        (
+            dict(ratios="[0:0.5]", inherit_as="ratio"),
+            r"config.x.inherit_as is 'ratio', but there is no run",
+        ),
+        (
+            dict(ratios="[0:0.5]", pick="mni"),
+            r"config.x.pick is 'mni'; allowed: 'min' .* Did you mean 'min'",
+        ),
     ],
 )
 def test_options_that_do_not_fit(fields, message):
@@ -419,7 +546,10 @@ def test_options_that_do_not_fit(fields, message):
             dict(ratios="[0,0.5,0]"),
             r"config.x.ratios is '\[0,0.5,0\]', one ratio per stage, but no layer is in a",
         ),
-        (dict(ratios="[0-7:0.5]"), r"config.x.ratios: '0-7:0.5' is out of range; the layers are 0 to 2"),
+        (
+            dict(ratios="[0-7:0.5]"),
+            r"config.x.ratios: '0-7:0.5' is out of range; the layers are 0 to 2",
+        ),
         (dict(ratios="[0:0]"), r"config.x.ratios is '\[0:0\]': no layer loses anything"),
         (
             dict(ratios="2x", granularity="weight"),
@@ -431,7 +561,10 @@ def test_options_that_do_not_fit(fields, message):
             r"config.x.ratios is '\[0:0.5\]'; allowed with granularity 'group'",
         ),
         (dict(ratios="[0:0.5]", skip="9"), r"config.x.skip: '9' matches no layer"),
-        (dict(ratios="[0:-1]", pick="max"), r"config.x.pick is 'max'; allowed: 'min' with a ratio of -1"),
+        (
+            dict(ratios="[0:-1]", pick="max"),
+            r"config.x.pick is 'max'; allowed: 'min' with a ratio of -1",
+        ),
     ],
 )
 def test_ratios_that_do_not_fit_the_network(problem, fields, message):

@@ -1,4 +1,6 @@
-"""Channel groups: masked equals compact on the zoo, foreign networks and hostile little functions; counts by hand."""
+"""Channel groups: masked equals compact on the zoo, foreign networks and hostile little functions;
+counts by hand.
+"""
 
 import functools
 
@@ -16,8 +18,8 @@ from test_models import TINY
 from sparsity_jax import groups, models, trees
 from sparsity_jax.channels import rules
 
-# Sizes of the groups of `TINY`, in any order. A residual sum is one group; a zero_pad shortcut leaves the channels it
-# pads to a group of their own.
+# Sizes of the groups of `TINY`, in any order. A residual sum is one group; a zero_pad shortcut
+# leaves the channels it pads to a group of their own.
 VGG13 = (2, 2, 4, 4, 8, 8, 16, 16, 16, 16)
 CHANNELS = {
     "mlp": (8, 6),
@@ -41,18 +43,31 @@ CHANNELS = {
     "resnet": (3, 4, 6, 3, 5),  # stem, two stages, inside each block
     "resnet18": (2, 4, 8, 16) * 3,  # stages, two blocks each
     "resnet34": (2, 4, 8, 16) + (2,) * 3 + (4,) * 4 + (8,) * 6 + (16,) * 3,
-    "resnet50": (2, 8, 16, 32, 64) + (2,) * 6 + (4,) * 8 + (8,) * 12 + (16,) * 6,  # stem, stages, two in each block
+    "resnet50": (2, 8, 16, 32, 64)
+    + (2,) * 6
+    + (4,) * 8
+    + (8,) * 12
+    + (16,) * 6,  # stem, stages, two in each block
     "resnet20": (2, 2, 4) + (2, 4, 8) * 3,
     "resnet56": (2, 2, 4) + (2, 4, 8) * 9,
     "preact_resnet18": (2, 4, 8, 16) * 3,
     "wrn": (16, 32, 64) * 2,  # stages, one block each
     "mobilenet": (3, 4, 6),
-    "mobilenet_v2": (8, 16, 8, 16, 1280),  # stem and block0; expand of block1; their sum; expand of block2; last
+    "mobilenet_v2": (
+        8,
+        16,
+        8,
+        16,
+        1280,
+    ),  # stem and block0; expand of block1; their sum; expand of block2; last
 }
-# Layers of the zoo, besides `fc`, that cannot lose outputs: local response normalisation mixes neighbouring channels.
+# Layers of the zoo, besides `fc`, that cannot lose outputs: local response normalisation mixes
+# neighbouring channels.
 WHOLE = {"alexnet_cifar": ("params/conv1/kernel", "params/conv2/kernel")}
 KEY = jax.random.key(0)
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)  # compiles twice as fast
 
 
 @functools.cache
@@ -74,10 +89,14 @@ def traced(name):
 
 def close(first, second, rtol=1e-5):
     """Largest difference against the largest entry of the whole tree."""
-    scale = max((float(np.max(np.abs(leaf), initial=0.0)) for leaf in jax.tree.leaves(first)), default=0.0)
+    scale = max(
+        (float(np.max(np.abs(leaf), initial=0.0)) for leaf in jax.tree.leaves(first)), default=0.0
+    )
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(np.asarray(b, np.float64), np.asarray(a, np.float64), rtol=0, atol=rtol * scale)
+        np.testing.assert_allclose(
+            np.asarray(b, np.float64), np.asarray(a, np.float64), rtol=0, atol=rtol * scale
+        )
 
 
 def keeps(channels, seed):
@@ -85,7 +104,9 @@ def keeps(channels, seed):
 
 
 def compare(apply, variables, inputs, channels, keep, rtol=1e-5):
-    masked = jit(lambda variables, *inputs: apply(groups.mask(variables, channels, keep), *inputs))(variables, *inputs)
+    masked = jit(lambda variables, *inputs: apply(groups.mask(variables, channels, keep), *inputs))(
+        variables, *inputs
+    )
     small = groups.compact(variables, channels, keep)
     found = jit(groups.elastic(apply, channels, keep))(small, *inputs)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(masked))
@@ -94,7 +115,11 @@ def compare(apply, variables, inputs, channels, keep, rtol=1e-5):
 
 
 def members(channels):
-    return {(member.path, member.axis): member for group in channels.groups.values() for member in group.members}
+    return {
+        (member.path, member.axis): member
+        for group in channels.groups.values()
+        for member in group.members
+    }
 
 
 # Networks
@@ -133,8 +158,12 @@ def test_gradients_of_survivors(name):
     channels = traced(name)
     keep = keeps(channels, 5)
     square = lambda apply: lambda variables: jnp.sum(apply(variables, *inputs) ** 2)
-    full = jit(lambda variables: jax.grad(square(apply))(groups.mask(variables, channels, keep)))(variables)
-    small = jit(jax.grad(square(groups.elastic(apply, channels, keep))))(groups.compact(variables, channels, keep))
+    full = jit(lambda variables: jax.grad(square(apply))(groups.mask(variables, channels, keep)))(
+        variables
+    )
+    small = jit(jax.grad(square(groups.elastic(apply, channels, keep))))(
+        groups.compact(variables, channels, keep)
+    )
     close(groups.compact(jax.tree.map(np.asarray, full), channels, keep), small)
 
 
@@ -166,7 +195,12 @@ def test_members():
     producer = found["params/conv3/kernel", 3]
     assert producer.role == "producer"
     np.testing.assert_array_equal(producer.index, np.arange(6)[:, None])
-    for name in ("params/bn3/scale", "params/bn3/bias", "batch_stats/bn3/mean", "batch_stats/bn3/var"):
+    for name in (
+        "params/bn3/scale",
+        "params/bn3/bias",
+        "batch_stats/bn3/mean",
+        "batch_stats/bn3/var",
+    ):
         assert found[name, 0].role == "other"
     assert {"params/conv1/kernel": 2, "params/fc/kernel": 1}.items() <= {
         path: axis for event in channels.frozen for path, axis in event.members
@@ -181,7 +215,9 @@ def test_index_of_flattened_concatenated_and_fused_axes():
         for member in traced("densenet").groups["params/conv0"].members
         if (member.path, member.axis) == ("params/hidden/kernel", 0)
     )
-    np.testing.assert_array_equal(flat.index, 3 + np.arange(6)[:, None] + 21 * np.arange(4))  # 2x2 pixels of 21
+    np.testing.assert_array_equal(
+        flat.index, 3 + np.arange(6)[:, None] + 21 * np.arange(4)
+    )  # 2x2 pixels of 21
     channels = traced("fused qkv")
     columns = np.arange(3 * 4 * 6).reshape(3, 4, 6)
     fused = {
@@ -210,12 +246,23 @@ def test_roles_of_depthwise_and_attention():
 
 def test_layout_is_in_order_of_use():
     found = groups.layout(traced("mobilenet"))
-    layers = ["conv1", *(f"block{i}/{kind}wise" for i in range(13) for kind in ("depth", "point")), "fc"]
+    layers = [
+        "conv1",
+        *(f"block{i}/{kind}wise" for i in range(13) for kind in ("depth", "point")),
+        "fc",
+    ]
     blocks = len(found["groups"]) - 1  # block10 comes after block9, as the network has it
-    assert found["kernels"] == [f"params/{name}/kernel" for name in (*layers[: 1 + 2 * blocks], "fc")]
+    assert found["kernels"] == [
+        f"params/{name}/kernel" for name in (*layers[: 1 + 2 * blocks], "fc")
+    ]
     assert list(found["groups"]) == [f"params/{name}" for name in layers[: 1 + 2 * blocks : 2]]
     for i, (name, group) in enumerate(found["groups"].items()):
-        marks = dict(depthwise=[2 * i + 1], consumer=[2 * i + 2], producer=[2 * i], other=[2 * i + 0.5, 2 * i + 1.5])
+        marks = dict(
+            depthwise=[2 * i + 1],
+            consumer=[2 * i + 2],
+            producer=[2 * i],
+            other=[2 * i + 0.5, 2 * i + 1.5],
+        )
         if i == blocks:
             marks = dict(consumer=[2 * i + 1], producer=[2 * i], other=[2 * i + 0.5])
         assert group == dict(size=traced("mobilenet").sizes[name], marks=marks)
@@ -253,7 +300,9 @@ def test_mask_under_jit_and_vmap():
     masks = jax.jit(jax.vmap(lambda keep: groups.mask(variables, channels, keep)))(stacked)
     for i, keep in enumerate(chosen):
         expected = groups.mask(variables, channels, keep)
-        jax.tree.map(np.testing.assert_array_equal, expected, jax.tree.map(lambda leaf, i=i: leaf[i], masks))
+        jax.tree.map(
+            np.testing.assert_array_equal, expected, jax.tree.map(lambda leaf, i=i: leaf[i], masks)
+        )
     none = groups.mask(variables, channels, {})
     jax.tree.map(np.testing.assert_array_equal, none, variables)
 
@@ -278,27 +327,44 @@ def test_other_batches_and_types():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_precisions(dtype):
     with jax.enable_x64(dtype == "float64"):
-        model = models.build(name="mlp", num_classes=3, widths=(7, 5), dtype=dtype, param_dtype=dtype)
+        model = models.build(
+            name="mlp", num_classes=3, widths=(7, 5), dtype=dtype, param_dtype=dtype
+        )
         images = np.asarray(foreign.image(1, 4), dtype)
         struct = jax.eval_shape(model.init, KEY, images)
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), foreign.filled(struct))
         channels = groups.trace(model.apply, variables, images)
         assert sorted(channels.sizes.values()) == [5, 7]
-        compare(model.apply, variables, (images,), channels, keeps(channels, 1), 1e-12 if dtype == "float64" else 1e-2)
+        compare(
+            model.apply,
+            variables,
+            (images,),
+            channels,
+            keeps(channels, 1),
+            1e-12 if dtype == "float64" else 1e-2,
+        )
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.adam(0.1)], ids=["sgd", "adam"])
+@pytest.mark.parametrize(
+    "optimizer", [optax.sgd(0.1, momentum=0.9), optax.adam(0.1)], ids=["sgd", "adam"]
+)
 def test_optimizer_state_follows(optimizer):
     _, variables, _ = network("resnext")
     channels, keep = traced("resnext"), keeps(traced("resnext"), 2)
     params = variables["params"]
-    state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params))
+    state = jax.tree.map(
+        lambda leaf: np.ones(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params)
+    )
     small = groups.compact(params, channels, keep)  # a part of the variables
-    jax.tree.map(np.testing.assert_array_equal, small, groups.compact(variables, channels, keep)["params"])
+    jax.tree.map(
+        np.testing.assert_array_equal, small, groups.compact(variables, channels, keep)["params"]
+    )
     expected = jax.tree.map(np.shape, jax.eval_shape(optimizer.init, small))
     assert jax.tree.map(np.shape, groups.compact(state, channels, keep)) == expected
     masked = jax.tree.map(np.asarray, jit(lambda state: groups.mask(state, channels, keep))(state))
-    assert sum(map(np.sum, jax.tree.leaves(masked))) == trees.size(expected := groups.compact(masked, channels, keep))
+    assert sum(map(np.sum, jax.tree.leaves(masked))) == trees.size(
+        expected := groups.compact(masked, channels, keep)
+    )
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(expected))
     empty = optax.sgd(0.1).init(params)
     assert groups.mask(empty, channels, keep) == groups.compact(empty, channels, keep) == empty
@@ -307,7 +373,9 @@ def test_optimizer_state_follows(optimizer):
 def test_sums_freeze():
     apply, variables, inputs = network("vit")
     allowed, frozen = traced("vit"), groups.trace(apply, variables, *inputs, sums="freeze")
-    assert sorted([*frozen.sizes.values(), 12]) == sorted(allowed.sizes.values())  # but for the normalised width
+    assert sorted([*frozen.sizes.values(), 12]) == sorted(
+        allowed.sizes.values()
+    )  # but for the normalised width
     assert any(event.reason == "sums over all entries" for event in frozen.frozen)
 
 
@@ -329,7 +397,9 @@ def test_separate_branches():
     with pytest.raises(ValueError, match="only tied ones can be compacted"):
         groups.elastic(apply, channels, keep)
     gelu = {"a": np.ones((3, 4), np.float32), "b": np.ones((4, 2), np.float32)}
-    channels = groups.trace(lambda v, x: jax.nn.gelu(x @ v["a"]) @ v["b"], gelu, np.ones((2, 3)), branches="separate")
+    channels = groups.trace(
+        lambda v, x: jax.nn.gelu(x @ v["a"]) @ v["b"], gelu, np.ones((2, 3)), branches="separate"
+    )
     assert set(members(channels)) == {("a", 1), ("b", 0)}  # x + x**3 has no branches
 
 
@@ -338,10 +408,14 @@ def test_another_function_of_the_same_groups_is_traced_anew():
     channels = traced("mlp")
     keep = groups.random_keep(channels, KEY)
     small, twice = groups.compact(variables, channels, keep), lambda v, x: 2 * apply(v, x)
-    plain, double = (groups.elastic(function, channels, keep)(small, *inputs) for function in (apply, twice))
+    plain, double = (
+        groups.elastic(function, channels, keep)(small, *inputs) for function in (apply, twice)
+    )
     np.testing.assert_allclose(double, 2 * plain, rtol=1e-6)
     with pytest.raises(ValueError, match="this function has other channel groups"):
-        groups.elastic(lambda v, x: apply(v, x) + sum(map(jnp.max, jax.tree.leaves(v))), channels, keep)(small, *inputs)
+        groups.elastic(
+            lambda v, x: apply(v, x) + sum(map(jnp.max, jax.tree.leaves(v))), channels, keep
+        )(small, *inputs)
     with pytest.raises(ValueError, match="more is no array of the compact variables"):
         groups.elastic(apply, channels, keep)({**small, "more": jnp.ones(2)}, *inputs)
 
@@ -364,7 +438,9 @@ def test_check_notices_a_wrong_group():
     once = groups.trace(changing, variables, *inputs)
     turned.append(1)
     assert groups.check(changing, variables, once, *inputs, key=KEY) == pytest.approx(0.5, abs=1e-3)
-    assert np.isnan(groups.check(lambda v, x: apply(v, x) / 0 * 0, variables, channels, *inputs, key=KEY))
+    assert np.isnan(
+        groups.check(lambda v, x: apply(v, x) / 0 * 0, variables, channels, *inputs, key=KEY)
+    )
 
 
 def test_errors():
@@ -373,7 +449,10 @@ def test_errors():
     name, size = next(iter(channels.sizes.items()))
     for keep, message in (
         ({"nothing": np.ones(3, bool)}, "keep names 'nothing'; groups: params/"),
-        ({name: np.ones(size + 1, bool)}, rf"keep\['{name}'\] is bool \({size + 1},\); allowed: bool \({size},\)"),
+        (
+            {name: np.ones(size + 1, bool)},
+            rf"keep\['{name}'\] is bool \({size + 1},\); allowed: bool \({size},\)",
+        ),
         ({name: np.ones(size)}, "is float64"),
         ({name: np.zeros(size, bool)}, f"keeps none of {size} channels"),
         ({name: [False] * size}, f"keeps none of {size} channels"),
@@ -409,10 +488,16 @@ def test_part_of_another_tree_is_refused():
 # Functions that try to break it: name to (function of (variables, x), channels that can go)
 
 V = dict(
-    a=foreign.normal(0, 5, 6), b=np.linspace(0.5, 1.5, 6, dtype=np.float32), c=foreign.normal(1, 6, 6),
-    d=foreign.normal(2, 6, 6), out=foreign.normal(3, 6, 3), wide=foreign.normal(4, 12, 3),
-    square=foreign.normal(5, 36, 3),    k=foreign.normal(6, 3, 6, 6), g=foreign.normal(7, 3, 3, 6),
-)  # fmt: skip
+    a=foreign.normal(0, 5, 6),
+    b=np.linspace(0.5, 1.5, 6, dtype=np.float32),
+    c=foreign.normal(1, 6, 6),
+    d=foreign.normal(2, 6, 6),
+    out=foreign.normal(3, 6, 3),
+    wide=foreign.normal(4, 12, 3),
+    square=foreign.normal(5, 36, 3),
+    k=foreign.normal(6, 3, 6, 6),
+    g=foreign.normal(7, 3, 3, 6),
+)
 X = foreign.normal(8, 4, 5)
 hidden = lambda v, x: jnp.tanh(x @ v["a"])
 images = lambda v, x: jnp.tanh(x[:, :, None] * v["b"])  # [4, 5, 6]
@@ -432,7 +517,9 @@ def summing_backward(x):
     return 2 * x
 
 
-summing_backward.defvjp(lambda x: (2 * x, None), lambda _, slope: (slope + slope.sum(-1, keepdims=True),))
+summing_backward.defvjp(
+    lambda x: (2 * x, None), lambda _, slope: (slope + slope.sum(-1, keepdims=True),)
+)
 
 
 def loop(v, x):
@@ -457,12 +544,18 @@ def slow_norm(x):
 def routed(v, x):
     """A mixture of experts: three, of which every example uses two."""
     weights, chosen = lax.top_k(hidden(v, x) @ v["out"], 2)
-    return jnp.einsum("bk,bi,bkij->bj", jax.nn.softmax(weights), hidden(v, x), v["k"][chosen]) @ v["wide"][:6]
+    return (
+        jnp.einsum("bk,bi,bkij->bj", jax.nn.softmax(weights), hidden(v, x), v["k"][chosen])
+        @ v["wide"][:6]
+    )
 
 
 HOSTILE = {
     # zero or not when removed
-    "padded with ones": (lambda v, x: jnp.pad(hidden(v, x), ((1, 0), (0, 0)), constant_values=1.0).sum(1), ()),
+    "padded with ones": (
+        lambda v, x: jnp.pad(hidden(v, x), ((1, 0), (0, 0)), constant_values=1.0).sum(1),
+        (),
+    ),
     "padded channels": (lambda v, x: jnp.pad(hidden(v, x), ((0, 0), (5, 1))) @ v["wide"], (6, 6)),
     "max below zero": (lambda v, x: jnp.maximum(hidden(v, x), -0.2).sum(1), (6,)),
     "max above zero": (lambda v, x: jnp.maximum(hidden(v, x), 0.2).sum(1), ()),
@@ -480,36 +573,71 @@ HOSTILE = {
     "exponentials weighted": (lambda v, x: jnp.exp(hidden(v, x)) @ v["out"], (6,)),
     "complex constant": (lambda v, x: jnp.imag(hidden(v, x) + 1j * jnp.ones(6)).sum(1), ()),
     "rounded": (lambda v, x: lax.reduce_precision(hidden(v, x), 8, 7).sum(1), (6,)),
-    "constant of its size": (lambda v, x: (hidden(v, x) + np.arange(6.0, dtype=np.float32)) @ v["out"], (6,)),
+    "constant of its size": (
+        lambda v, x: (hidden(v, x) + np.arange(6.0, dtype=np.float32)) @ v["out"],
+        (6,),
+    ),
     "constant summed": (lambda v, x: (hidden(v, x) + np.arange(6.0, dtype=np.float32)).sum(1), ()),
-    "filled gather": (lambda v, x: v["a"].at[np.array([0, 9])].get(mode="fill", fill_value=1.0).sum(1), ()),
+    "filled gather": (
+        lambda v, x: v["a"].at[np.array([0, 9])].get(mode="fill", fill_value=1.0).sum(1),
+        (),
+    ),
     # normalisation
     "softmax": (lambda v, x: jax.nn.softmax(x @ v["a"]) @ v["out"], ()),
     "layer norm": (lambda v, x: slow_norm(x @ v["a"]) @ v["out"], ()),
-    "weight norm": (lambda v, x: (x @ (v["a"] / (jnp.linalg.norm(v["a"], axis=0) + 1e-3))) @ v["out"], (6,)),
-    "weight norm without eps": (lambda v, x: (x @ (v["a"] / jnp.linalg.norm(v["a"], axis=0))) @ v["out"], ()),
+    "weight norm": (
+        lambda v, x: (x @ (v["a"] / (jnp.linalg.norm(v["a"], axis=0) + 1e-3))) @ v["out"],
+        (6,),
+    ),
+    "weight norm without eps": (
+        lambda v, x: (x @ (v["a"] / jnp.linalg.norm(v["a"], axis=0))) @ v["out"],
+        (),
+    ),
     "local response": (
         lambda v, x: (
-            (hidden(v, x) / (1 + lax.reduce_window(hidden(v, x) ** 2, 0.0, lax.add, (1, 3), (1, 1), "SAME"))) @ v["out"]
+            (
+                hidden(v, x)
+                / (1 + lax.reduce_window(hidden(v, x) ** 2, 0.0, lax.add, (1, 3), (1, 1), "SAME"))
+            )
+            @ v["out"]
         ),
         (),
     ),
     # shapes
     "single entry": (lambda v, x: hidden(v, x) * hidden(v, x)[:, :1] @ v["out"], (5,)),
-    "single entry broadcast": (lambda v, x: hidden(v, x) @ v["out"] + hidden(v, x)[:, 0, None], (5,)),
+    "single entry broadcast": (
+        lambda v, x: hidden(v, x) @ v["out"] + hidden(v, x)[:, 0, None],
+        (5,),
+    ),
     "split in ones": (lambda v, x: sum(jnp.split(hidden(v, x), 6, 1)), ()),
     "outer product": (
-        lambda v, x: jnp.einsum("bi,bj->bij", hidden(v, x), hidden(v, x)).reshape(4, 36) @ v["square"],
+        lambda v, x: (
+            jnp.einsum("bi,bj->bij", hidden(v, x), hidden(v, x)).reshape(4, 36) @ v["square"]
+        ),
         (6,),
     ),
-    "stacked": (lambda v, x: jnp.stack([hidden(v, x), hidden(v, x) @ v["c"]], 1).reshape(4, 12) @ v["wide"], (6,)),
+    "stacked": (
+        lambda v, x: jnp.stack([hidden(v, x), hidden(v, x) @ v["c"]], 1).reshape(4, 12) @ v["wide"],
+        (6,),
+    ),
     "halves": (lambda v, x: jnp.maximum(*jnp.split(hidden(v, x), 2, 1)) @ v["out"][:3], (3, 3)),
-    "another factoring": (lambda v, x: hidden(v, x).reshape(4, 3, 2).sum(2) @ v["out"][:3], (3, 2, 3)),
+    "another factoring": (
+        lambda v, x: hidden(v, x).reshape(4, 3, 2).sum(2) @ v["out"][:3],
+        (3, 2, 3),
+    ),
     "rolled": (lambda v, x: (hidden(v, x) + jnp.roll(hidden(v, x), 3, 1)) @ v["out"], (3,)),
-    "repeated": (lambda v, x: jnp.repeat(hidden(v, x), 2, 1) @ v["wide"], (6, 2)),  # channels, copies
+    "repeated": (
+        lambda v, x: jnp.repeat(hidden(v, x), 2, 1) @ v["wide"],
+        (6, 2),
+    ),  # channels, copies
     "tied": (lambda v, x: hidden(v, x) @ v["c"] @ v["c"].T @ v["out"], (6, 6)),
     "empty": (lambda v, x: hidden(v, x)[:0].sum() + hidden(v, x) @ v["out"], (6,)),
-    "bytes": (lambda v, x: lax.bitcast_convert_type(hidden(v, x), jnp.uint8).astype(jnp.float32).sum((1, 2)), ()),
+    "bytes": (
+        lambda v, x: (
+            lax.bitcast_convert_type(hidden(v, x), jnp.uint8).astype(jnp.float32).sum((1, 2))
+        ),
+        (),
+    ),
     "outputs that are inputs": (lambda v, x: (hidden(v, x) @ v["out"], v["b"], x), (6,)),
     "ignored": (lambda v, x: jax.jit(lambda v, x: x)(v, x), ()),
     # order
@@ -517,10 +645,19 @@ HOSTILE = {
     "sorted beside": (lambda v, x: jnp.sort(hidden(v, x), 0) @ v["out"], (6,)),
     "cumulative": (lambda v, x: jnp.cumsum(hidden(v, x), 1) @ v["out"], ()),
     "cumulative beside": (lambda v, x: jnp.cumsum(hidden(v, x), 0).sum(1), (6,)),
-    "argmax beside": (lambda v, x: jnp.argmax(hidden(v, x), 0).astype(jnp.float32) @ v["out"], (6,)),
+    "argmax beside": (
+        lambda v, x: jnp.argmax(hidden(v, x), 0).astype(jnp.float32) @ v["out"],
+        (6,),
+    ),
     "scattered": (lambda v, x: hidden(v, x).at[:, 2].add(2.0) @ v["out"], ()),
-    "sliced at an index": (lambda v, x: lax.dynamic_slice(hidden(v, x), (1, 0), (2, 6)) @ v["out"], (6,)),
-    "routed": (routed, (6, 6, 6)),  # inputs and outputs of the experts, the rows of `wide` that nothing reads
+    "sliced at an index": (
+        lambda v, x: lax.dynamic_slice(hidden(v, x), (1, 0), (2, 6)) @ v["out"],
+        (6,),
+    ),
+    "routed": (
+        routed,
+        (6, 6, 6),
+    ),  # inputs and outputs of the experts, the rows of `wide` that nothing reads
     # convolution and pooling
     "dilated": (
         lambda v, x: (
@@ -541,7 +678,14 @@ HOSTILE = {
     "grouped": (
         lambda v, x: (
             lax.conv_general_dilated(
-                images(v, x), v["g"], (1,), "SAME", None, None, ("NWC", "WIO", "NWC"), feature_group_count=2
+                images(v, x),
+                v["g"],
+                (1,),
+                "SAME",
+                None,
+                None,
+                ("NWC", "WIO", "NWC"),
+                feature_group_count=2,
             ).mean(1)
             @ v["out"]
         ),
@@ -550,13 +694,23 @@ HOSTILE = {
     "batch groups": (
         lambda v, x: (
             lax.conv_general_dilated(
-                images(v, x), v["k"], (1,), "SAME", None, None, ("NWC", "WIO", "NWC"), batch_group_count=2
+                images(v, x),
+                v["k"],
+                (1,),
+                "SAME",
+                None,
+                None,
+                ("NWC", "WIO", "NWC"),
+                batch_group_count=2,
             ).mean(1)
             @ v["out"]
         ),
         (),
     ),
-    "pooled": (lambda v, x: pool(images(v, x), -jnp.inf, lax.max, (1, 2, 1), padding="SAME").sum((1, 2)), (6,)),
+    "pooled": (
+        lambda v, x: pool(images(v, x), -jnp.inf, lax.max, (1, 2, 1), padding="SAME").sum((1, 2)),
+        (6,),
+    ),
     "pooled padding": (
         lambda v, x: jnp.maximum(
             pool(images(v, x), -jnp.inf, lax.max, (1, 2, 1), padding=((0, 0), (3, 1), (0, 0))), -9.0
@@ -564,34 +718,54 @@ HOSTILE = {
         (),
     ),
     "pooled shift": (
-        lambda v, x: pool(images(v, x), 0.0, lax.add, (1, 1, 1), padding=((0, 0),) * 2 + ((1, -1),)).sum((1, 2)),
+        lambda v, x: pool(
+            images(v, x), 0.0, lax.add, (1, 1, 1), padding=((0, 0),) * 2 + ((1, -1),)
+        ).sum((1, 2)),
         (),
     ),
     # control flow and derivatives
     "loop": (loop, ()),
     "loop weighted": (lambda v, x: loop(v, x) @ v["out"], (6,)),
     "nested scans": (nested_scans, (6,)),
-    "scanned channels": (lambda v, x: lax.scan(lambda c, k: (c + k, None), jnp.zeros(4), hidden(v, x).T)[0], ()),
+    "scanned channels": (
+        lambda v, x: lax.scan(lambda c, k: (c + k, None), jnp.zeros(4), hidden(v, x).T)[0],
+        (),
+    ),
     "branches": (
         lambda v, x: lax.switch(
-            jnp.argmax(x[0]) % 3, (lambda h: h @ v["c"], lambda h: h * v["b"], jnp.zeros_like), hidden(v, x)
+            jnp.argmax(x[0]) % 3,
+            (lambda h: h @ v["c"], lambda h: h * v["b"], jnp.zeros_like),
+            hidden(v, x),
         ).sum(1),
         (6,),
     ),
     "branch with ones": (
-        lambda v, x: lax.cond(x.sum() > 0, lambda h: h @ v["c"], lambda h: h + 1.0, hidden(v, x)).sum(1),
+        lambda v, x: lax.cond(
+            x.sum() > 0, lambda h: h @ v["c"], lambda h: h + 1.0, hidden(v, x)
+        ).sum(1),
         (),
     ),
     "vmapped": (lambda v, x: jax.vmap(lambda row: jnp.tanh(row @ v["a"]) @ v["out"])(x), (6,)),
-    "rematerialised": (lambda v, x: jax.checkpoint(lambda h: jnp.tanh(h @ v["c"]))(hidden(v, x)) @ v["out"], (6, 6)),
-    "gradient inside": (lambda v, x: jax.grad(lambda x: (hidden(v, x) @ v["out"]).sum())(x), (6, 3)),
+    "rematerialised": (
+        lambda v, x: jax.checkpoint(lambda h: jnp.tanh(h @ v["c"]))(hidden(v, x)) @ v["out"],
+        (6, 6),
+    ),
+    "gradient inside": (
+        lambda v, x: jax.grad(lambda x: (hidden(v, x) @ v["out"]).sum())(x),
+        (6, 3),
+    ),
     "straight through": (lambda v, x: straight_through(hidden(v, x)).sum(1), (6,)),
     # randomness
     "dropout": (
-        lambda v, x: jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, (4, 6)), hidden(v, x), 0.0).sum(1),
+        lambda v, x: jnp.where(
+            jax.random.bernoulli(jax.random.key(1), 0.5, (4, 6)), hidden(v, x), 0.0
+        ).sum(1),
         (6,),
     ),
-    "noise": (lambda v, x: (hidden(v, x) + jax.random.normal(jax.random.PRNGKey(1), (4, 6))) @ v["out"], (6,)),
+    "noise": (
+        lambda v, x: (hidden(v, x) + jax.random.normal(jax.random.PRNGKey(1), (4, 6))) @ v["out"],
+        (6,),
+    ),
     # unknown
     "fourier": (lambda v, x: jnp.abs(jnp.fft.fft(hidden(v, x), axis=1)) @ v["out"], ()),
     "solved": (lambda v, x: jnp.linalg.solve(v["c"] + jnp.eye(6), hidden(v, x).T).T @ v["out"], ()),
@@ -613,7 +787,9 @@ def test_a_loop_cannot_be_taught_anew():
 
 
 def test_random_key_as_input():
-    drop = lambda v, x, key: jnp.where(jax.random.bernoulli(key, 0.5, (4, 6)), hidden(v, x), 0.0) @ v["out"]
+    drop = lambda v, x, key: (
+        jnp.where(jax.random.bernoulli(key, 0.5, (4, 6)), hidden(v, x), 0.0) @ v["out"]
+    )
     channels = groups.trace(drop, V, X, KEY)
     assert list(channels.sizes.values()) == [6]
     compare(drop, V, (X, KEY), channels, keeps(channels, 1))
@@ -622,17 +798,25 @@ def test_random_key_as_input():
 def slopes(function, keep, channels):
     loss = lambda run: lambda v: jnp.sum(jnp.sin(run(v, X)))
     full = jit(jax.grad(loss(function)))(groups.mask(V, channels, keep))
-    small = jit(jax.grad(loss(groups.elastic(function, channels, keep))))(groups.compact(V, channels, keep))
+    small = jit(jax.grad(loss(groups.elastic(function, channels, keep))))(
+        groups.compact(V, channels, keep)
+    )
     close(groups.compact(full, channels, keep), small)
     return small
 
 
 @pytest.mark.parametrize("custom", [straight_through, jax.nn.relu, jax.nn.softplus, jax.nn.silu])
 def test_hand_written_derivatives_stay(custom):
-    """Slopes on both sides of zero and at it, where relu's own is 0 and that of max(x, 0) a half."""
+    """Slopes on both sides of zero and at it, where relu's own is 0 and that of max(x, 0) a
+    half.
+    """
     function = lambda v, x: custom(x @ v["a"] * np.array([1, 0, 1, 1, 0, 1], np.float32)) @ v["out"]
     channels = groups.trace(function, V, X)
-    small = slopes(function, {next(iter(channels.groups)): np.array([True, True, False, True, True, False])}, channels)
+    small = slopes(
+        function,
+        {next(iter(channels.groups)): np.array([True, True, False, True, True, False])},
+        channels,
+    )
     assert np.abs(small["a"]).max() > 1e-3
 
 
@@ -661,7 +845,9 @@ def test_training_equals_training_of_the_masked_network():
             return jnp.sum(jnp.sin(logits)), batch_stats
 
         for _ in range(2):
-            slopes, batch_stats = jax.grad(loss, has_aux=True)(variables["params"], variables["batch_stats"])
+            slopes, batch_stats = jax.grad(loss, has_aux=True)(
+                variables["params"], variables["batch_stats"]
+            )
             params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], slopes)
             variables = {"params": restrict(params), "batch_stats": batch_stats}
         return variables
@@ -692,7 +878,10 @@ PROGRAM = {  # h: [4, 6], variables, 0..3
 
 
 @hypothesis.given(
-    st.lists(st.tuples(st.sampled_from(sorted(PROGRAM)), st.integers(0, 3)), min_size=2, max_size=6), st.booleans()
+    st.lists(
+        st.tuples(st.sampled_from(sorted(PROGRAM)), st.integers(0, 3)), min_size=2, max_size=6
+    ),
+    st.booleans(),
 )
 @hypothesis.settings(max_examples=15)
 def test_random_programs(steps, total):

@@ -1,4 +1,6 @@
-"""Growing regularisation: golden numbers of the original, an obvious reference, coupled groups, transformations."""
+"""Growing regularisation: golden numbers of the original, an obvious reference, coupled groups,
+transformations.
+"""
 
 import functools
 import math
@@ -64,7 +66,9 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
     golden = golden_data.load(GOLDEN)
     names, updates = golden[f"{case}/layer_names"], list(golden[f"{case}/update_iterations"])
     weights = [golden[f"{case}/replay/weight/{j}"] for j in range(len(names))]
-    at = lambda u: {name: {"kernel": golden_data.from_torch(w[u])} for name, w in zip(names, weights)}
+    at = lambda u: {
+        name: {"kernel": golden_data.from_torch(w[u])} for name, w in zip(names, weights)
+    }
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, at(0))
         paths, layers = golden_layers(params, case)
@@ -81,12 +85,18 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
                     picked.setdefault(name, iteration)
                 if progress.phase == growing.STABILIZE:
                     done.setdefault(name, iteration)
-            rests = all(progress.phase == growing.STABILIZE for progress in growing.progress(state).values())
-            assert ("stabilize_reg" if rests else "update_reg") == golden[f"{case}/state"][iteration]
+            rests = all(
+                progress.phase == growing.STABILIZE for progress in growing.progress(state).values()
+            )
+            assert ("stabilize_reg" if rests else "update_reg") == golden[f"{case}/state"][
+                iteration
+            ]
             regs = growing.penalties(state)
             in_force = [np.asarray(regs.get(path, 0.0)) for path in paths]
             found = [[reg.min(), reg.mean(), reg.max()] for reg in in_force]
-            np.testing.assert_allclose(found, golden[f"{case}/reg_min_mean_max"][iteration], **CLOSE)
+            np.testing.assert_allclose(
+                found, golden[f"{case}/reg_min_mean_max"][iteration], **CLOSE
+            )
             if iteration not in updates:
                 continue
             for j, path in enumerate(paths):
@@ -99,7 +109,9 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
                     reg = reg.T  # [in, out]
                     own = regs.get(path, jnp.zeros(()))
                     own = own[:, None] if own.ndim and HYPER[case]["wg"] == "channel" else own
-                np.testing.assert_allclose(jnp.broadcast_to(own, reg.shape), reg, err_msg=f"{path} {u}", **CLOSE)
+                np.testing.assert_allclose(
+                    jnp.broadcast_to(own, reg.shape), reg, err_msg=f"{path} {u}", **CLOSE
+                )
                 wanted = (
                     reg
                     if HYPER[case]["wg"] == "weight"
@@ -114,7 +126,9 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
                     np.testing.assert_allclose(after, golden[f"{applied}/grad_after"], **CLOSE)
                 ratio = golden[f"{case}/replay/hist_mag_ratio"][u][j]
                 if path in regs:
-                    np.testing.assert_allclose(growing.progress(state)[path].ratio, np.nan_to_num(ratio), **CLOSE)
+                    np.testing.assert_allclose(
+                        growing.progress(state)[path].ratio, np.nan_to_num(ratio), **CLOSE
+                    )
                 else:
                     assert np.isnan(ratio)
         assert growing.finished(state)
@@ -133,7 +147,9 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):
         if HYPER[case]["wg"] == "weight":
             np.testing.assert_array_equal(golden_data.to_torch(kept), golden[f"{case}/mask/{j}"])
     assert max(done.values()) == golden[f"{case}/iter_stabilize"]
-    np.testing.assert_array_equal(golden[f"{case}/iterations"], np.arange(len(golden[f"{case}/state"])))
+    np.testing.assert_array_equal(
+        golden[f"{case}/iterations"], np.arange(len(golden[f"{case}/state"]))
+    )
     np.testing.assert_array_equal(golden[f"{case}/pr"], HYPER[case]["stage_pr"])
 
 
@@ -142,15 +158,22 @@ def first_choice(layers):
     golden = golden_data.load(GOLDEN)
     names = [layer.name.removesuffix("/kernel") for layer in layers]
     with jax.enable_x64(True):
-        kernels = {name: jnp.asarray(golden_data.from_torch(golden[f"init/{name}.weight"])) for name in names}
-        return jax.jit(lambda params: growing.pick(params, layers))({k: {"kernel": x} for k, x in kernels.items()})
+        kernels = {
+            name: jnp.asarray(golden_data.from_torch(golden[f"init/{name}.weight"]))
+            for name in names
+        }
+        return jax.jit(lambda params: growing.pick(params, layers))(
+            {k: {"kernel": x} for k, x in kernels.items()}
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_first_choice_of_the_original(case):
     golden = golden_data.load(GOLDEN)
     names = golden[f"{case}/layer_names"]
-    params = {name: {"kernel": golden_data.from_torch(golden[f"init/{name}.weight"])} for name in names}
+    params = {
+        name: {"kernel": golden_data.from_torch(golden[f"init/{name}.weight"])} for name in names
+    }
     paths, layers = golden_layers(params, case)
     keep = first_choice(layers)
     axes = {"filter": (1, 2, 3), "channel": (0, 2, 3), "weight": ()}[HYPER[case]["wg"]]
@@ -160,14 +183,18 @@ def test_first_choice_of_the_original(case):
         kept = np.asarray(keep.get(path, np.ones(scores.shape)), bool)
         kept = golden_data.to_torch(kept) if HYPER[case]["wg"] == "weight" else kept
         assert set(np.flatnonzero(~kept)) == set(golden[f"{case}/L1_pruned_idx/{j}"])
-        np.testing.assert_allclose(scores[kept].mean(), golden[f"{case}/original_kept_w_mag"][j], **CLOSE)
+        np.testing.assert_allclose(
+            scores[kept].mean(), golden[f"{case}/original_kept_w_mag"][j], **CLOSE
+        )
 
 
 # A training run of the original, from its initial weights to those before the removal
 
 
 def forward(params, images):
-    """(logits, [mean and variance of each batch norm as PyTorch's running statistics take them])."""
+    """(logits, [mean and variance of each batch norm as PyTorch's running statistics take
+    them]).
+    """
     x, statistics = images, []
     for (conv, norm), pool in zip(PAIRS, (jnp.max, jnp.mean), strict=True):
         x = jax.lax.conv_general_dilated(
@@ -214,7 +241,9 @@ def test_training_ends_where_the_original_does(case):
             shape = params[str(name)]["weight"].shape
             shape = shape if axis is None else (shape[axis],)
             part = (growing.Part(path, axis),)
-            layers.append(growing.Layer(path, shape, masks.num_pruned(ratio, math.prod(shape)), part, part))
+            layers.append(
+                growing.Layer(path, shape, masks.num_pruned(ratio, math.prod(shape)), part, part)
+            )
         tx = optax.chain(
             growing.growing_l2(layers, **options(case)),
             optax.add_decayed_weights(own["weight_decay"]),
@@ -229,7 +258,9 @@ def test_training_ends_where_the_original_does(case):
             def loss(params):
                 logits, statistics = forward(params, images[i % net["nb"]])
                 chosen = labels[i % net["nb"]]
-                return optax.softmax_cross_entropy_with_integer_labels(logits, chosen).mean(), statistics
+                return optax.softmax_cross_entropy_with_integer_labels(
+                    logits, chosen
+                ).mean(), statistics
 
             grads, statistics = jax.grad(loss, has_aux=True)(params)
             running = [0.9 * old + 0.1 * new for old, new in zip(running, statistics)]
@@ -247,7 +278,9 @@ def test_training_ends_where_the_original_does(case):
                 carry[0][module][leaf], golden[f"{case}/before_prune/{name}"], rtol=1e-7, atol=1e-9
             )
         for name, found in zip(STATISTICS, carry[3], strict=True):
-            np.testing.assert_allclose(found, golden[f"{case}/before_prune/{name}"], rtol=1e-7, atol=1e-9)
+            np.testing.assert_allclose(
+                found, golden[f"{case}/before_prune/{name}"], rtol=1e-7, atol=1e-9
+            )
 
 
 # Numbers and picks
@@ -302,7 +335,13 @@ def test_picks_of_the_original(granularity):
 
 @pytest.mark.parametrize(
     ("scores", "number"),
-    [([1, 2], 1), ([3, 1, 2, 9], 3), ([5, 5, 5], 1), ([0, 4, 8, 8.1], 1), ([0] + [50] * 48 + [100], 2)],
+    [
+        ([1, 2], 1),
+        ([3, 1, 2, 9], 3),
+        ([5, 5, 5], 1),
+        ([0, 4, 8, 8.1], 1),
+        ([0] + [50] * 48 + [100], 2),
+    ],
 )
 def test_largest_gap(scores, number):
     assert growing.largest_gap(jnp.asarray(scores, float)) == number
@@ -311,13 +350,17 @@ def test_largest_gap(scores, number):
 def test_mistakes_of_single_functions_are_told():
     with pytest.raises(ValueError, match="there are 1 scores; a gap is between 2 or more"):
         growing.largest_gap(jnp.ones(1))
-    with pytest.raises(tables.ConfigError, match=r"steps of 0.0 never get to 1.0; allowed: above 0"):
+    with pytest.raises(
+        tables.ConfigError, match=r"steps of 0.0 never get to 1.0; allowed: above 0"
+    ):
         growing.plan(granularity_prune=0.0)
 
 
 def test_a_layer_of_zeros_does_not_spoil_its_ratio():
     params = {"a": {"kernel": jnp.zeros((3, 2))}}
-    tx = growing.growing_l2(growing.layers(params, {"a/kernel": 0.5}), update_every=1, mag_ratio_limit=10.0)
+    tx = growing.growing_l2(
+        growing.layers(params, {"a/kernel": 0.5}), update_every=1, mag_ratio_limit=10.0
+    )
     with jax.debug_nans(True):
         _, state = tx.update(params, tx.init(params), params)
         assert growing.progress(state)["a/kernel"].ratio == 1
@@ -345,7 +388,12 @@ def test_nan_goes_first_inside_jit_and_is_named_outside(pick, granularity):
 
 @pytest.mark.parametrize(
     ("scores", "number"),
-    [([1, np.nan, 2, 9], 1), ([np.nan, np.nan, 3, 4], 2), ([np.nan] * 3, 1), ([-np.inf, np.inf, np.inf, 1], 1)],
+    [
+        ([1, np.nan, 2, 9], 1),
+        ([np.nan, np.nan, 3, 4], 2),
+        ([np.nan] * 3, 1),
+        ([-np.inf, np.inf, np.inf, 1], 1),
+    ],
 )
 def test_largest_gap_of_numbers_that_are_none(scores, number):
     assert jax.jit(growing.largest_gap)(jnp.asarray(scores)) == number
@@ -362,13 +410,31 @@ def test_largest_gap_leaves_out_the_ends():
 # Against a reference that stores every penalty
 
 
-def reference(trajectory, ratios, axis, *, method, update_every, prune, pick, recover, upper, upper_pick, limit, fix):
+def reference(
+    trajectory,
+    ratios,
+    axis,
+    *,
+    method,
+    update_every,
+    prune,
+    pick,
+    recover,
+    upper,
+    upper_pick,
+    limit,
+    fix,
+):
     """Penalties [steps][layer] and phases: the rules word by word, one layer after the other."""
     names = list(ratios)
     score = lambda w: (
-        np.abs(w) if axis is None else np.abs(w).mean(tuple(i for i in range(w.ndim) if i != axis % w.ndim))
+        np.abs(w)
+        if axis is None
+        else np.abs(w).mean(tuple(i for i in range(w.ndim) if i != axis % w.ndim))
     )
-    lowest = lambda w, r: np.argsort(score(w), axis=None)[: min(math.ceil(r * score(w).size), score(w).size - 1)]
+    lowest = lambda w, r: np.argsort(score(w), axis=None)[
+        : min(math.ceil(r * score(w).size), score(w).size - 1)
+    ]
     reg = {n: np.zeros(score(trajectory[0][n]).size) for n in names}
     gone = {n: lowest(trajectory[0][n], ratios[n]) for n in names}
     picked = dict.fromkeys(names, method != "greg2")
@@ -390,11 +456,21 @@ def reference(trajectory, ratios, axis, *, method, update_every, prune, pick, re
                     picked[n] = reg[n].max() >= upper_pick
                 else:
                     if method == "greg2":
-                        reg[n][:] = np.where(np.isin(np.arange(reg[n].size), gone[n]), reg[n], recover)
+                        reg[n][:] = np.where(
+                            np.isin(np.arange(reg[n].size), gone[n]), reg[n], recover
+                        )
                     reg[n][gone[n]] += prune
-                enough = axis is not None and (min(ratio.values()) if method == "greg1" else ratio[n]) >= limit
+                enough = (
+                    axis is not None
+                    and (min(ratio.values()) if method == "greg1" else ratio[n]) >= limit
+                )
                 done[n] = picked[n] and (enough or reg[n].max() > upper)
-        rows.append(({n: reg[n].copy() for n in names}, {n: 2 if done[n] else int(picked[n]) for n in names}))
+        rows.append(
+            (
+                {n: reg[n].copy() for n in names},
+                {n: 2 if done[n] else int(picked[n]) for n in names},
+            )
+        )
     return rows
 
 
@@ -433,9 +509,14 @@ def trajectory(seed):
     def drift(*shape):
         start = rng.normal(size=shape)
         shrink = np.linspace(0.85, 1, shape[-2])[:, None] * np.linspace(0.8, 1, shape[-1])
-        return [(start * shrink ** (i + 15) * (1 + 0.02 * np.sin(i + start))).astype(np.float32) for i in range(STEPS)]
+        return [
+            (start * shrink ** (i + 15) * (1 + 0.02 * np.sin(i + start))).astype(np.float32)
+            for i in range(STEPS)
+        ]
 
-    return [{"a": {"kernel": a}, "b": {"kernel": b}} for a, b in zip(drift(3, 3, 4, 6), drift(7, 5))]
+    return [
+        {"a": {"kernel": a}, "b": {"kernel": b}} for a, b in zip(drift(3, 3, 4, 6), drift(7, 5))
+    ]
 
 
 def run(tx, stacked):
@@ -450,19 +531,25 @@ def run(tx, stacked):
 
 @pytest.mark.parametrize(
     ("rule", "granularity"),
-    [*((rule, granularity) for rule in RULES for granularity in ("filter", "weight")), ("greg2, ratio", "channel")],
+    [
+        *((rule, granularity) for rule in RULES for granularity in ("filter", "weight")),
+        ("greg2, ratio", "channel"),
+    ],
 )
 def test_penalties_and_phases_follow_the_rules(rule, granularity):
     members = [trajectory(seed) for seed in (0, 1)]
     layers = growing.layers(members[0][0], PATHS, granularity)
     tx = growing.growing_l2(layers, **ours(rule))
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(jax.tree.map(lambda *x: jnp.stack(x), *own) for own in members))
+    stacked = jax.tree.map(
+        lambda *x: jnp.stack(x), *(jax.tree.map(lambda *x: jnp.stack(x), *own) for own in members)
+    )
     if rule == "greg2" or granularity == "filter":  # the members of a sweep side by side
         regs, states, finished = jax.jit(jax.vmap(lambda x: run(tx, x)))(stacked)
     else:
         first = jax.jit(lambda x: run(tx, x))
         regs, states, finished = jax.tree.map(
-            lambda *x: jnp.stack(x), *(first(jax.tree.map(lambda x, m=m: x[m], stacked)) for m in range(2))
+            lambda *x: jnp.stack(x),
+            *(first(jax.tree.map(lambda x, m=m: x[m], stacked)) for m in range(2)),
         )
     axis = {"filter": -1, "channel": -2, "weight": None}[granularity]
     for m, own in enumerate(members):
@@ -472,7 +559,9 @@ def test_penalties_and_phases_follow_the_rules(rule, granularity):
         np.testing.assert_array_equal(states.progress.phase[m], phases)
         for path in PATHS:
             wanted = np.stack([reg[path] for reg, _ in rows])
-            np.testing.assert_array_equal(np.asarray(regs[path][m]).reshape(STEPS, -1), wanted.astype(np.float32))
+            np.testing.assert_array_equal(
+                np.asarray(regs[path][m]).reshape(STEPS, -1), wanted.astype(np.float32)
+            )
         resting = np.cumsum((phases == growing.STABILIZE).all(1))
         assert (phases[-1] == growing.STABILIZE).all(), "the rule never ends; choose other numbers"
         np.testing.assert_array_equal(finished[m], resting > 3)
@@ -484,8 +573,13 @@ IN_TURN = ("stem", "block", "head", "fc")  # not the order of their names
 
 
 def kernels_of_ratio(ratios):
-    """Kernels of two filters, the first of which is 1 and the second so many times larger; by layer."""
-    return {name: {"kernel": jnp.stack([jnp.ones(1), ratio * jnp.ones(1)], -1)} for name, ratio in ratios.items()}
+    """Kernels of two filters, the first of which is 1 and the second so many times larger; by
+    layer.
+    """
+    return {
+        name: {"kernel": jnp.stack([jnp.ones(1), ratio * jnp.ones(1)], -1)}
+        for name, ratio in ratios.items()
+    }
 
 
 def walk(ratios, limit, most_updates):
@@ -529,9 +623,15 @@ def test_layers_before_the_last_to_get_there_end_an_update_later(order, ends):
 
 
 PUSHED = 5  # updates until the penalty of a layer is above its limit
-TURN_LAYERS = growing.layers(kernels_of_ratio(dict.fromkeys(IN_TURN, 2.0)), {f"{name}/kernel": 0.5 for name in IN_TURN})
+TURN_LAYERS = growing.layers(
+    kernels_of_ratio(dict.fromkeys(IN_TURN, 2.0)), {f"{name}/kernel": 0.5 for name in IN_TURN}
+)
 TURN = growing.growing_l2(
-    TURN_LAYERS, update_every=1, granularity_prune=1.0, upper_limit=PUSHED - 0.5, mag_ratio_limit=2.0417
+    TURN_LAYERS,
+    update_every=1,
+    granularity_prune=1.0,
+    upper_limit=PUSHED - 0.5,
+    mag_ratio_limit=2.0417,
 )
 
 
@@ -564,7 +664,11 @@ def test_jit_changes_nothing():
     for params in own:
         added, plain = tx.update(params, plain, params)
         expected, jitted = step(params, jitted, params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (added, plain), (expected, jitted))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+            (added, plain),
+            (expected, jitted),
+        )
     assert plain.step == 4
 
 
@@ -577,7 +681,9 @@ class Residual(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(6, (3, 3), name="stem")(x)
-        y = nn.relu(nn.BatchNorm(use_running_average=True, name="bn")(nn.Conv(4, (3, 3), name="inner")(x)))
+        y = nn.relu(
+            nn.BatchNorm(use_running_average=True, name="bn")(nn.Conv(4, (3, 3), name="inner")(x))
+        )
         y = nn.Conv(4, (3, 3), feature_group_count=4, name="depthwise")(y)
         x = nn.relu(x + nn.Conv(6, (1, 1), name="outer")(y))
         return nn.Dense(3, name="fc")(x.reshape(len(x), -1))
@@ -597,14 +703,18 @@ def test_coupled_groups_are_penalised_as_a_whole(residual, members):
     params = variables["params"]
     layers = growing.coupled(channels, params, dict.fromkeys(channels.names, 0.5), members=members)
     tx = growing.growing_l2(layers, method="fixreg", upper_limit=0.25)
-    added, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), jax.jit(tx.init)(params), params)
+    added, state = jax.jit(tx.update)(
+        jax.tree.map(jnp.zeros_like, params), jax.jit(tx.init)(params), params
+    )
     reg = growing.penalties(state)
     wanted = jax.tree.map(jnp.zeros_like, params)
     for name, group in channels.groups.items():
         for channel in range(group.size):  # what masking a channel sets to zero belongs to it
             keep = {name: np.arange(group.size) != channel}
             masked = groups.mask(variables, channels, keep)["params"]
-            wanted = jax.tree.map(lambda t, w, m, r=reg[name][channel]: t + r * (w - m), wanted, params, masked)
+            wanted = jax.tree.map(
+                lambda t, w, m, r=reg[name][channel]: t + r * (w - m), wanted, params, masked
+            )
     if members != "all":
         kernel = lambda path, g: g if path[-1].key == "kernel" else 0 * g
         wanted = jax.tree_util.tree_map_with_path(kernel, wanted)
@@ -645,7 +755,9 @@ def test_roles_of_coupled_groups_do_not_depend_on_names(members):
     assert layer.parts == ((made,) if members == "producers" else (made, read))
 
 
-CONV = {"conv": {"weight": jnp.ones((16, 3, 5, 5))}}  # [out, in, height, width], as in PyTorch and Equinox
+CONV = {
+    "conv": {"weight": jnp.ones((16, 3, 5, 5))}
+}  # [out, in, height, width], as in PyTorch and Equinox
 CONVOLVE = lambda v, x: jax.lax.conv_general_dilated(x, v["conv"]["weight"], (1, 1), "SAME")
 
 
@@ -666,17 +778,23 @@ def test_heads_of_an_attention_are_no_filters():
     channels = groups.trace(project, params, jnp.ones((4, 6)))
     with pytest.raises(ValueError, match="one axis"):
         growing.layers(params, {"query/kernel": 0.5}, channels=channels)
-    assert growing.layers(params, {"query/kernel": 0.5}, "channel", channels=channels)[0].shape == (6,)
+    assert growing.layers(params, {"query/kernel": 0.5}, "channel", channels=channels)[0].shape == (
+        6,
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_updates_keep_their_type(dtype):
     with jax.enable_x64(dtype == jnp.float64):
         params = {"kernel": jnp.asarray(np.arange(1, 13).reshape(3, 4) / 8, dtype)}
-        tx = growing.growing_l2(growing.layers(params, {"kernel": 0.5}, "weight"), method="fixreg", upper_limit=0.5)
+        tx = growing.growing_l2(
+            growing.layers(params, {"kernel": 0.5}, "weight"), method="fixreg", upper_limit=0.5
+        )
         added, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
         assert added["kernel"].dtype == dtype
-        wanted = 1 + np.where(np.arange(12).reshape(3, 4) < 6, 0.5, 0) * np.asarray(params["kernel"], float)
+        wanted = 1 + np.where(np.arange(12).reshape(3, 4) < 6, 0.5, 0) * np.asarray(
+            params["kernel"], float
+        )
         np.testing.assert_array_equal(np.asarray(added["kernel"], float), wanted)
         assert growing.progress(state)["kernel"].score_pruned == np.arange(1, 7).mean() / 8
 
@@ -684,7 +802,9 @@ def test_updates_keep_their_type(dtype):
 def test_layers_that_lose_nothing_are_done_at_once():
     params = trajectory(0)[0]
     single = {"kernel": jnp.ones((3, 3, 1, 5))}
-    assert growing.layers(single, {"kernel": 1.0}, "channel")[0].num_pruned == 0  # depthwise: one input slice
+    assert (
+        growing.layers(single, {"kernel": 1.0}, "channel")[0].num_pruned == 0
+    )  # depthwise: one input slice
     assert growing.layers(single, {"kernel": masks.AUTOMATIC}, "channel")[0].num_pruned == 0
     tx = growing.growing_l2(growing.layers(params, dict.fromkeys(PATHS, 0.0)), stabilize_steps=2)
     state, seen = tx.init(params), []
@@ -701,11 +821,17 @@ def test_given_picks_replace_those_by_score(method):
     params = trajectory(0)[0]
     layers = growing.layers(params, PATHS)
     given = {"b/kernel": np.array([True, False, True, True, False])}
-    tx = growing.growing_l2(layers, keep=given, method=method, granularity_pick=1.0, upper_limit_pick=1.0)
+    tx = growing.growing_l2(
+        layers, keep=given, method=method, granularity_pick=1.0, upper_limit_pick=1.0
+    )
     _, state = tx.update(params, tx.init(params), params)
     np.testing.assert_array_equal(growing.kept(state)["b/kernel"], given["b/kernel"])
-    np.testing.assert_array_equal(growing.kept(state)["a/kernel"], growing.pick(params, layers)["a/kernel"])
-    whole = growing.growing_l2(layers, keep={"a/kernel": np.ones(6, bool)}, method=method).init(params)
+    np.testing.assert_array_equal(
+        growing.kept(state)["a/kernel"], growing.pick(params, layers)["a/kernel"]
+    )
+    whole = growing.growing_l2(layers, keep={"a/kernel": np.ones(6, bool)}, method=method).init(
+        params
+    )
     assert list(growing.kept(whole)) == ["b/kernel"]
 
 
@@ -714,7 +840,9 @@ def test_random_picks_are_those_of_the_key():
     layers = growing.layers(params, PATHS, "weight")
     tx = growing.growing_l2(layers, pick="rand", key=key)
     jax.tree.map(
-        np.testing.assert_array_equal, growing.kept(tx.init(params)), growing.pick(params, layers, pick="rand", key=key)
+        np.testing.assert_array_equal,
+        growing.kept(tx.init(params)),
+        growing.pick(params, layers, pick="rand", key=key),
     )
 
 
@@ -726,7 +854,9 @@ def test_a_stage_runs_to_its_end_inside_one_program():
     params = {"kernel": 0.3 + jax.random.uniform(key, (8, 2)) * jnp.linspace(2, 0, 8)[:, None]}
     loss = lambda p: jnp.mean((inputs @ p["kernel"] - targets) ** 2)
     layers = growing.layers(params, {"kernel": 5 / 8}, "channel")
-    options = dict(granularity_pick=0.01, upper_limit_pick=0.2, granularity_prune=0.1, upper_limit=50.0)
+    options = dict(
+        granularity_pick=0.01, upper_limit_pick=0.2, granularity_prune=0.1, upper_limit=50.0
+    )
     options |= dict(granularity_recover=0.0, mag_ratio_limit=300.0, stabilize_steps=20)
     tx = optax.chain(growing.growing_l2(layers, method="greg2", **options), optax.sgd(0.05))
 
@@ -735,7 +865,9 @@ def test_a_stage_runs_to_its_end_inside_one_program():
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    end = jax.jit(lambda c: jax.lax.while_loop(lambda c: ~growing.finished(c[1]), step, c), donate_argnums=0)
+    end = jax.jit(
+        lambda c: jax.lax.while_loop(lambda c: ~growing.finished(c[1]), step, c), donate_argnums=0
+    )
     grown, state = end((jax.tree.map(jnp.copy, params), tx.init(params)))
     progress = growing.progress(state)["kernel"]
     assert progress.ratio >= 300
@@ -755,9 +887,17 @@ OF_DEVICES = {  # (granularity, ratio, options)
 
 
 def transformations(params):
-    rates = dict(update_every=2, granularity_prune=0.5, upper_limit=1.5, granularity_pick=0.1, upper_limit_pick=0.2)
+    rates = dict(
+        update_every=2,
+        granularity_prune=0.5,
+        upper_limit=1.5,
+        granularity_pick=0.1,
+        upper_limit_pick=0.2,
+    )
     return {
-        name: growing.growing_l2(growing.layers(params, {"a/kernel": ratio}, granularity), **rates, **options)
+        name: growing.growing_l2(
+            growing.layers(params, {"a/kernel": ratio}, granularity), **rates, **options
+        )
         for name, (granularity, ratio, options) in OF_DEVICES.items()
     }
 
@@ -770,7 +910,10 @@ def grown(params):
         def step(carry, _, tx=tx):
             params, state = carry
             updates, state = tx.update(params, state, params)
-            return (optax.apply_updates(params, jax.tree.map(lambda u: -0.1 * u, updates)), state), None
+            return (
+                optax.apply_updates(params, jax.tree.map(lambda u: -0.1 * u, updates)),
+                state,
+            ), None
 
         (last, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=9)
         found[name] = (last, growing.kept(state), growing.progress(state))
@@ -797,16 +940,22 @@ def test_growth_inside_vmap_of_shard_map(alone):
     found = jax.jit(jax.vmap(grown_on_devices))(both)
     for i in range(2):
         own = jax.tree.map(lambda leaf, i=i: leaf[1, 1 - i], found)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), own, alone[i])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), own, alone[i]
+        )
 
 
 def test_growth_on_a_mesh_of_explicit_axes(alone):
     mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
     spec = jax.sharding.PartitionSpec(None, "x")
-    params = jax.tree.map(lambda leaf: jax.device_put(leaf[0], jax.NamedSharding(mesh, spec)), SHARDED)
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(leaf[0], jax.NamedSharding(mesh, spec)), SHARDED
+    )
     with jax.set_mesh(mesh):
         found = jax.device_get(jax.jit(grown)(params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, alone[0])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, alone[0]
+    )
 
 
 class Pair(nnx.Module):
@@ -819,7 +968,9 @@ def test_nnx_optimizer_trains_and_tells(path):
     network = Pair(nnx.Rngs(0))
     params = nnx.state(network, nnx.Param)
     layers = growing.layers(params, {path: 0.5})
-    grow = growing.growing_l2(layers, update_every=1, granularity_prune=1.0, upper_limit=1.5, stabilize_steps=0)
+    grow = growing.growing_l2(
+        layers, update_every=1, granularity_prune=1.0, upper_limit=1.5, stabilize_steps=0
+    )
     optimizer = nnx.Optimizer(network, optax.chain(grow, optax.sgd(0.5)), wrt=nnx.Param)
     before = np.abs(np.asarray(network.hidden.kernel[...])).mean(0)
     unmoved = np.asarray(network.fc.kernel[...])
@@ -830,7 +981,9 @@ def test_nnx_optimizer_trains_and_tells(path):
     keep = np.asarray(growing.kept(optimizer.opt_state)[path])
     assert set(np.flatnonzero(~keep)) == set(np.argsort(before)[:4])
     assert growing.progress(optimizer.opt_state)[path].updates == 2
-    np.testing.assert_array_equal(growing.penalties(optimizer.opt_state)[path], np.where(keep, 0, 2))
+    np.testing.assert_array_equal(
+        growing.penalties(optimizer.opt_state)[path], np.where(keep, 0, 2)
+    )
     after = np.abs(np.asarray(network.hidden.kernel[...])).mean(0)
     np.testing.assert_allclose(after[~keep], 0, atol=1e-7)  # half of it, then all
     np.testing.assert_array_equal(after[keep], before[keep])
@@ -865,8 +1018,14 @@ AUTO = growing.layers(W, {"conv/kernel": masks.AUTOMATIC})
         (lambda: growing.growing_l2(LAYERS, granularity_prune=0.0), "allowed: float > 0"),
         (lambda: growing.growing_l2(LAYERS + LAYERS), "same name"),
         (lambda: growing.growing_l2(LAYERS, keep={"conv": np.ones(4, bool)}), "which is no layer"),
-        (lambda: growing.growing_l2(LAYERS, keep={"conv/kernel": np.ones(3, bool)}), r"allowed: bool \(4,\)"),
-        (lambda: growing.growing_l2(LAYERS, keep={"conv/kernel": np.zeros(4, bool)}), "keeps one or more"),
+        (
+            lambda: growing.growing_l2(LAYERS, keep={"conv/kernel": np.ones(3, bool)}),
+            r"allowed: bool \(4,\)",
+        ),
+        (
+            lambda: growing.growing_l2(LAYERS, keep={"conv/kernel": np.zeros(4, bool)}),
+            "keeps one or more",
+        ),
         (lambda: growing.growing_l2(LAYERS).init(OTHER), "made for another array"),
         (
             lambda: growing.growing_l2(LAYERS).update(W, growing.growing_l2(LAYERS).init(W)),

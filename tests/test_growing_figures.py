@@ -1,4 +1,6 @@
-"""Figures of growing regularisation: lines hold the rows' numbers, and each figure is there exactly when rows are."""
+"""Figures of growing regularisation: lines hold the rows' numbers, and each figure is there exactly
+when rows are.
+"""
 
 import numpy as np
 import pytest
@@ -14,9 +16,18 @@ def growth_rows(steps=4, scores=True, member=0, **fields):
     """Layers a and b; in a the second of three filters goes."""
     rows = []
     for i in range(1, steps + 1):
-        numbers = dict(phase=1, updates=i, reg_kept=0.0, reg_pruned=0.1 * i, score_kept=2.0, score_pruned=2.0 / 10**i)
+        numbers = dict(
+            phase=1,
+            updates=i,
+            reg_kept=0.0,
+            reg_pruned=0.1 * i,
+            score_kept=2.0,
+            score_pruned=2.0 / 10**i,
+        )
         layers = {"a/kernel": {**numbers, "ratio": 10.0**i}, "b/kernel": {**numbers, "ratio": 0.0}}
-        own = dict(scores={"a/kernel": [3.0, 1.0 / 10**i, 2.0]}, keep={"a/kernel": [True, False, True]})
+        own = dict(
+            scores={"a/kernel": [3.0, 1.0 / 10**i, 2.0]}, keep={"a/kernel": [True, False, True]}
+        )
         common = dict(stage="grow", kind="grow", visit=1, arm="net", member=member, step=100 * i)
         rows.append({**common, "growth": layers, **(own if scores else {}), **fields})
     return [*rows, {**common, "ratio": 0.4, "layers": {"a/kernel": 1 / 3, "b/kernel": 0.5}}]
@@ -25,7 +36,9 @@ def growth_rows(steps=4, scores=True, member=0, **fields):
 def lines_of(show, rows):
     """Lines of every panel of a figure, by title; none without a figure."""
     section = show(series.group(rows))
-    return {axes.get_title(loc="left"): axes.lines for axes in section.figure.axes} if section else {}
+    return (
+        {axes.get_title(loc="left"): axes.lines for axes in section.figure.axes} if section else {}
+    )
 
 
 def colors_of(lines):
@@ -44,7 +57,9 @@ def test_norms_by_penalty():
 
 
 def test_ratios_by_step_leave_out_layers_without():
-    (line,) = lines_of(growing.growth_ratio, growth_rows())["net"]  # that of b is 0, as of layers of weights
+    (line,) = lines_of(growing.growth_ratio, growth_rows())[
+        "net"
+    ]  # that of b is 0, as of layers of weights
     np.testing.assert_allclose(line.get_xdata(), [100, 200, 300, 400])
     np.testing.assert_allclose(line.get_ydata(), [10, 100, 1000, 10_000])
 
@@ -66,9 +81,15 @@ def test_every_growth_is_drawn_on_its_own():
     later = growth_rows(steps=3, stage="more", visit=1)
     for row in later:  # of other layers
         for name in ("growth", "scores", "keep"):
-            row.update({name: {path.replace("a/", "c/"): own for path, own in row.get(name, {}).items()}})
+            row.update(
+                {name: {path.replace("a/", "c/"): own for path, own in row.get(name, {}).items()}}
+            )
     rows = growth_rows() + later + growth_rows(steps=2, visit=2)
-    assert list(lines_of(growing.growth_groups, rows)) == ["net, grow 1, a", "net, more 1, c", "net, grow 2, a"]
+    assert list(lines_of(growing.growth_groups, rows)) == [
+        "net, grow 1, a",
+        "net, more 1, c",
+        "net, grow 2, a",
+    ]
     norms = lines_of(growing.growth_norms, rows)
     assert [len(lines[0].get_xdata()) for lines in norms.values()] == [4, 3, 2]
 
@@ -79,7 +100,14 @@ def test_every_growth_is_drawn_on_its_own():
         (growth_rows(), NAMES),
         (growth_rows(scores=False), NAMES[:2]),
         (growth_rows()[-1:], ()),
-        ([dict(stage="fit", kind="train", visit=1, arm="net", member=0, epoch=1, train_loss=1.0)], ()),
+        (
+            [
+                dict(
+                    stage="fit", kind="train", visit=1, arm="net", member=0, epoch=1, train_loss=1.0
+                )
+            ],
+            (),
+        ),
     ],
     ids=["with groups", "without", "removal only", "none"],
 )
@@ -100,7 +128,16 @@ def test_rows_of_other_stages_are_told_as_they_are(tmp_path):
     common = dict(visit=1, arm="net", member=0)
     rows = [
         dict(common, stage="out", kind="remove", step=0, ratio=0.25, layers={}),
-        dict(common, stage="best", kind="oracle", choices=28, loss=0.5, loss_by_norm=0.625, rank=3, losses=[0.5]),
+        dict(
+            common,
+            stage="best",
+            kind="oracle",
+            choices=28,
+            loss=0.5,
+            loss_by_norm=0.625,
+            rank=3,
+            losses=[0.5],
+        ),
         dict(common, stage="noise", kind="noise", draw=0, std=0.01, accuracy=0.875, loss=0.25),
         dict(common, stage="values", kind="jacobian", mean=1.25, std=0.5, mean_by_rank=[2.0]),
     ]

@@ -1,4 +1,6 @@
-"""Growing regularisation: what is left after the removal, by the channels that we trace in the original's network."""
+"""Growing regularisation: what is left after the removal, by the channels that we trace in the
+original's network.
+"""
 
 import functools
 import re
@@ -23,7 +25,9 @@ def network(variables, images):
     params, stats, x = variables["params"], variables["batch_stats"], images
     for (conv, norm), pool in zip(PAIRS, (jnp.max, jnp.mean), strict=True):
         dimensions = ("NCHW", "OIHW", "NCHW")
-        x = jax.lax.conv_general_dilated(x, params[conv]["weight"], (1, 1), "SAME", dimension_numbers=dimensions)
+        x = jax.lax.conv_general_dilated(
+            x, params[conv]["weight"], (1, 1), "SAME", dimension_numbers=dimensions
+        )
         if "bias" in params[conv]:
             x = x + params[conv]["bias"][:, None, None]
         mean, var = stats[norm]["running_mean"], stats[norm]["running_var"]
@@ -41,12 +45,16 @@ def stored(case, moment):
     for name in golden_data.parts(FILE, rf"{case}/{moment}/(.+)"):
         module, _, leaf = name.rpartition(".")
         kind = "batch_stats" if leaf.startswith("running") else "params"
-        variables[kind].setdefault(module, {})[leaf] = golden_data.load(FILE)[f"{case}/{moment}/{name}"]
+        variables[kind].setdefault(module, {})[leaf] = golden_data.load(FILE)[
+            f"{case}/{moment}/{name}"
+        ]
     return variables
 
 
 def kept_channels(channels, paths, pruned, axis):
-    """Which channels of each group the original keeps; pruned: its choice for the kernel of each path, along `axis`."""
+    """Which channels of each group the original keeps; pruned: its choice for the kernel of each
+    path, along `axis`.
+    """
     keep = {name: np.ones(group.size, bool) for name, group in channels.groups.items()}
     for path, removed in zip(paths, pruned, strict=True):
         for name, group in channels.groups.items():
@@ -73,12 +81,16 @@ def test_what_is_left_is_the_originals(case):
             names = golden[f"{case}/layer_names"]
             axis = 0 if golden_data.hyper(FILE)[case]["wg"] == "filter" else 1
             pruned = [golden[f"{case}/pruned_idx/{j}"] for j, _ in enumerate(names)]
-            keep = kept_channels(channels, [f"params/{name}/weight" for name in names], pruned, axis)
+            keep = kept_channels(
+                channels, [f"params/{name}/weight" for name in names], pruned, axis
+            )
             compact = groups.compact(variables, channels, keep)
             expected = stored(case, "after_prune")["params"]
             for module, leaves in expected.items():
                 for leaf, array in leaves.items():
-                    np.testing.assert_array_equal(compact["params"][module][leaf], array, err_msg=f"{module}.{leaf}")
+                    np.testing.assert_array_equal(
+                        compact["params"][module][leaf], array, err_msg=f"{module}.{leaf}"
+                    )
             logits = groups.elastic(network, channels, keep)(compact, images)
         np.testing.assert_allclose(logits, golden[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)
 
@@ -91,7 +103,8 @@ WHOLE = golden_data.parts(FILE, r"structural/(\w+)/(\w+)/pr$")
 class Whole(NamedTuple):
     """A network before the removal.
 
-    paths: of its arrays in the original's order. layers: paths of its kernels; modules: their names in the file.
+    paths: of its arrays in the original's order. layers: paths of its kernels; modules: their names
+        in the file.
     """
 
     apply: Callable
@@ -109,7 +122,11 @@ def parameter_names(layers, shapes):
     names = []
     for name in convolutions:
         before, number = re.fullmatch(r"(.*?)(\d+)", name).groups()
-        norm = f"{before}{int(number) + 1}" if before == "features." else f"{before.replace('conv', 'bn')}{number}"
+        norm = (
+            f"{before}{int(number) + 1}"
+            if before == "features."
+            else f"{before.replace('conv', 'bn')}{number}"
+        )
         names += [f"{name}.weight", f"{norm}.weight", f"{norm}.bias"]
     names += [f"{classifier}.weight", f"{classifier}.bias"]
     assert len(names) == len(shapes)

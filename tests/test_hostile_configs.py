@@ -1,12 +1,40 @@
-"""Hostile values of every option: refused before anything compiles, in a sentence that names stage and field."""
+"""Hostile values of every option: refused before anything compiles, in a sentence that names stage
+and field.
+"""
 
 import jax
 import pytest
 import tiny
 
-from sparsity_jax import checkpoint, evaluate, losses, optim, pipeline, polytopes, report, tables, train, workdirs
+from sparsity_jax import (
+    checkpoint,
+    evaluate,
+    losses,
+    optim,
+    pipeline,
+    polytopes,
+    report,
+    tables,
+    train,
+    workdirs,
+)
 
-HOSTILE = [None, -1, 10**400, 2**33, -0.5, 1e300, 1e-300, float("nan"), "xyz", "\x00", [], [[]], ["x"], {"x": 1}]
+HOSTILE = [
+    None,
+    -1,
+    10**400,
+    2**33,
+    -0.5,
+    1e300,
+    1e-300,
+    float("nan"),
+    "xyz",
+    "\x00",
+    [],
+    [[]],
+    ["x"],
+    {"x": 1},
+]
 REQUIRED = dict(
     train=dict(epochs=1, optimizer=tiny.SGD),
     grow=dict(optimizer=tiny.SGD, ratios="[0:0.5]"),
@@ -21,7 +49,9 @@ def checked(function, given: dict) -> dict:
 
 
 def refusal_of(function, *arguments) -> str:
-    """The sentence with which `function` refuses its arguments, "" if it takes them; other exceptions go through."""
+    """The sentence with which `function` refuses its arguments, "" if it takes them; other
+    exceptions go through.
+    """
     try:
         function(*arguments)
     except tables.ConfigError as error:
@@ -37,7 +67,9 @@ def test_every_field_of_a_stage_takes_a_value_or_names_itself(kind):
     for field in tables.parameters(options):
         for value in HOSTILE:
             given = {**whole, field: value}
-            sentence = refusal_of(lambda given: options(**checked(options, given)).settings("config.s"), given)
+            sentence = refusal_of(
+                lambda given: options(**checked(options, given)).settings("config.s"), given
+            )
             refused += bool(sentence)
             assert not sentence or ("config.s" in sentence and field in sentence), (value, sentence)
         with pytest.raises(tables.ConfigError, match=rf"{field}x.* mean '"):
@@ -45,12 +77,16 @@ def test_every_field_of_a_stage_takes_a_value_or_names_itself(kind):
     assert refused >= 8 * len(tables.parameters(options))
 
 
-@pytest.mark.parametrize("table", [optim.OPTIMIZERS, polytopes.SETS, losses.LOSSES, optim.SCHEDULES])
+@pytest.mark.parametrize(
+    "table", [optim.OPTIMIZERS, polytopes.SETS, losses.LOSSES, optim.SCHEDULES]
+)
 def test_every_option_of_a_table_takes_a_value_or_names_itself(table):
     for function in table.values():
         for field in tables.parameters(function):
             for value in HOSTILE:
-                sentence = refusal_of(checked, function, {**tables.defaults(function), field: value})
+                sentence = refusal_of(
+                    checked, function, {**tables.defaults(function), field: value}
+                )
                 assert not sentence or f"config.s.{field}" in sentence
 
 
@@ -59,11 +95,26 @@ WRONG = {
         dict(model=dict(name="vgg11", width=4)),
         r"config\.model 'vgg11' for images of 8 x 8 x 1",
     ),
-    "more weights than memory": (dict(model=dict(name="mlp", widths=(2 * 10**9, 2))), r"config\.model .*weights.* GB"),
-    "more weights than can be counted": (dict(model=dict(name="mlp", widths=(2**31 - 1,) * 3)), r"config\.model 'mlp'"),
-    "float64": (dict(model=dict(name="mlp", dtype="float64")), r"model\.dtype is 'float64'; allowed: .*JAX_ENABLE_X64"),
-    "float64 weights": (dict(model=dict(name="mlp", param_dtype="float64")), r"model\.param_dtype is 'float64'"),
-    "seed beyond 32 bits": (dict(seed=2**32), r"config\.seed is 4294967296; allowed: int >= 0 and <= 4294967295"),
+    "more weights than memory": (
+        dict(model=dict(name="mlp", widths=(2 * 10**9, 2))),
+        r"config\.model .*weights.* GB",
+    ),
+    "more weights than can be counted": (
+        dict(model=dict(name="mlp", widths=(2**31 - 1,) * 3)),
+        r"config\.model 'mlp'",
+    ),
+    "float64": (
+        dict(model=dict(name="mlp", dtype="float64")),
+        r"model\.dtype is 'float64'; allowed: .*JAX_ENABLE_X64",
+    ),
+    "float64 weights": (
+        dict(model=dict(name="mlp", param_dtype="float64")),
+        r"model\.param_dtype is 'float64'",
+    ),
+    "seed beyond 32 bits": (
+        dict(seed=2**32),
+        r"config\.seed is 4294967296; allowed: int >= 0 and <= 4294967295",
+    ),
     "seed that is no integer": (dict(seed=1e20), r"config\.seed is 1e\+20"),
     "swept seed": (dict(sweep=dict(seed=(0, 1e20))), r"config\.sweep\.seed is 1e\+20"),
     "too many steps": (
@@ -92,10 +143,14 @@ def test_what_does_not_fit_stops_before_training(mistake):
 def test_weights_that_are_not_finite_stop_the_next_stage(tmp_path, monkeypatch):
     """A diverged last step leaves a finite loss and NaN weights: no curve is drawn of them."""
     begin = train.begin
-    spoiled = lambda *args: begin(*args)._replace(params=jax.tree.map(lambda leaf: leaf * float("nan"), args[1].params))
+    spoiled = lambda *args: begin(*args)._replace(
+        params=jax.tree.map(lambda leaf: leaf * float("nan"), args[1].params)
+    )
     monkeypatch.setattr(train, "begin", spoiled)
     monkeypatch.setattr(train, "check_finite", lambda *_: None)
-    with pytest.raises(train.NonFiniteLossError, match=r"fit, at its end: .* 'params/dense1/bias' are NaN"):
+    with pytest.raises(
+        train.NonFiniteLossError, match=r"fit, at its end: .* 'params/dense1/bias' are NaN"
+    ):
         pipeline.run(tiny.config("fit", "curve"), tmp_path)
 
 

@@ -1,4 +1,6 @@
-"""What is a kernel and which of its axes are inputs and outputs: by the trace for any framework, by name or refused."""
+"""What is a kernel and which of its axes are inputs and outputs: by the trace for any framework, by
+name or refused.
+"""
 
 import foreign
 import jax
@@ -9,7 +11,10 @@ from sparsity_jax import groups, kernels, tables
 
 # inputs, outputs, window
 AXES = {
-    "depthwise": {"params/depthwise/kernel": ((2,), (3,), (0, 1)), "params/out/kernel": ((0,), (1,), ())},
+    "depthwise": {
+        "params/depthwise/kernel": ((2,), (3,), (0, 1)),
+        "params/out/kernel": ((0,), (1,), ()),
+    },
     "unet": {"params/up1/kernel": ((3,), (2,), (0, 1)), "params/up2/kernel": ((2,), (3,), (0, 1))},
     "vit": {
         "params/attention/query/kernel": ((0,), (1, 2), ()),
@@ -53,7 +58,12 @@ def shapes(**arrays):
 
 
 def test_names_decide_only_as_far_as_they_tell():
-    known = {"dense/kernel": (40, 30), "gru/w": (30, 30), "layer/weight": (20, 30), "embed/embedding": (500, 30)}
+    known = {
+        "dense/kernel": (40, 30),
+        "gru/w": (30, 30),
+        "layer/weight": (20, 30),
+        "embed/embedding": (500, 30),
+    }
     small = {"gamma_matrix": (4, 4), "norm/bias": (8, 9), "norm/weight": (9,), "row": (1, 3000)}
     assert kernels.paths(shapes(**known, **small)) == ["dense/kernel", "gru/w", "layer/weight"]
     large = shapes(**known, **{"mlp/gate": (2, 90, 30), "mlp/up": (30, 20)})
@@ -63,7 +73,9 @@ def test_names_decide_only_as_far_as_they_tell():
     assert kernels.paths(large, exclude="mlp/.*|gru/w") == ["dense/kernel", "layer/weight"]
     with pytest.raises(ValueError, match=r"'mlp/gate' hold"):
         kernels.paths(large, include="mlp/up")
-    with pytest.raises(tables.ConfigError, match=r"include is 'mpl/\.\*', which matches no parameter"):
+    with pytest.raises(
+        tables.ConfigError, match=r"include is 'mpl/\.\*', which matches no parameter"
+    ):
         kernels.paths(large, include="mpl/.*")
     with pytest.raises(ValueError, match=r"scope='all'"):
         kernels.paths(shapes(bias=(3, 3)))
@@ -100,7 +112,9 @@ def test_unknown_paths_and_layouts_are_named():
     with pytest.raises(tables.ConfigError, match="layout is 'oihw'"):
         kernels.axes(params, ["kernel"], layout="oihw")
     channels = groups.trace(
-        lambda v, x: x @ v["kernel"] + v["table"], dict(params, **shapes(table=(2, 4))), np.ones((2, 3))
+        lambda v, x: x @ v["kernel"] + v["table"],
+        dict(params, **shapes(table=(2, 4))),
+        np.ones((2, 3)),
     )
     with pytest.raises(ValueError, match="'table' has no inputs and outputs"):
         kernels.axes(dict(params, **shapes(table=(2, 4))), ["table"], channels)

@@ -1,4 +1,6 @@
-"""Labels against what they stand for: the sets of entries that may be removed, listed one by one."""
+"""Labels against what they stand for: the sets of entries that may be removed, listed one by
+one.
+"""
 
 import itertools
 
@@ -12,7 +14,9 @@ SIZES = (3, 2, 4, 6)
 
 
 class Truth:
-    """Every axis as sets of entries that die together, from all ways to let atoms (simple labels) die."""
+    """Every axis as sets of entries that die together, from all ways to let atoms (simple labels)
+    die.
+    """
 
     def __init__(self, of):
         self.of = of
@@ -20,7 +24,9 @@ class Truth:
     def removals(self, *axes):
         """All ways to remove entries of some axes: a set of tuples of tuples of bools."""
         found = [self.of.find(axis) for axis in axes]
-        atoms = sorted({part for axis in found for label in axis.tolist() for part in self.of.parts(label)})
+        atoms = sorted(
+            {part for axis in found for label in axis.tolist() for part in self.of.parts(label)}
+        )
         ways = set()
         for count in range(len(atoms) + 1):
             for gone in itertools.combinations(atoms, count):
@@ -35,7 +41,8 @@ def fresh():
 
 
 @hypothesis.given(
-    st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11), st.booleans()), max_size=8), st.integers(0, 11)
+    st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11), st.booleans()), max_size=8),
+    st.integers(0, 11),
 )
 def test_ties_and_freezes_make_a_partition(pairs, start):
     """Against connected components found by flooding."""
@@ -69,7 +76,12 @@ def test_ties_and_freezes_make_a_partition(pairs, start):
 
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(("tie", "freeze", "merge")), st.integers(0, 9), st.integers(0, 9), st.integers(0, 5)),
+    st.tuples(
+        st.sampled_from(("tie", "freeze", "merge")),
+        st.integers(0, 9),
+        st.integers(0, 9),
+        st.integers(0, 5),
+    ),
     min_size=1,
     max_size=5,
 )
@@ -77,8 +89,8 @@ OPERATIONS = st.lists(
 
 @hypothesis.given(OPERATIONS)
 def test_every_constraint_holds_in_the_end(operations):
-    """Composites: whatever dies in the end, tied entries die together, products die with their factors, and no frozen
-    entry dies."""
+    """Composites: whatever dies in the end, tied entries die together, products die with their
+    factors, and no frozen entry dies."""
     made, axes, truth = fresh()
     tied, frozen, merged = [], [], []
     for kind, i, j, k in operations:
@@ -103,11 +115,15 @@ def test_every_constraint_holds_in_the_end(operations):
             assert xy == tuple(p or q for p in x for q in y)
 
 
-@hypothesis.given(st.permutations(range(12)), st.sampled_from(((3, 4), (2, 6), (2, 3, 2))), st.booleans())
+@hypothesis.given(
+    st.permutations(range(12)), st.sampled_from(((3, 4), (2, 6), (2, 3, 2))), st.booleans()
+)
 def test_split_axes_removed_as_a_whole(order, shape, related):
     """Entry (i, j) dies exactly if its row or its column does."""
     made, _, truth = fresh()
-    axis = made.merge([made.fresh(3), made.fresh(4)]) if related else made.fresh(12)[np.array(order)]
+    axis = (
+        made.merge([made.fresh(3), made.fresh(4)]) if related else made.fresh(12)[np.array(order)]
+    )
     parts = made.split(axis, shape, "here")
     assert [len(part) for part in parts] == list(shape)
     for flat, *ways in truth.removals(axis, *parts):
@@ -159,7 +175,9 @@ def test_a_label_may_become_a_product():
     flat = made.fresh(6)
     made.tie(flat, made.merge([rows, columns]))
     assert made.parts(int(made.find(flat[:1])[0])) == (rows[0], columns[0])
-    assert len(truth.removals(flat)) == len(truth.removals(rows, columns)) - (2**3 - 1) - (2**2 - 1)  # all gone at once
+    assert len(truth.removals(flat)) == len(truth.removals(rows, columns)) - (2**3 - 1) - (
+        2**2 - 1
+    )  # all gone at once
 
 
 def test_products_beyond_the_limit_are_frozen():
@@ -168,7 +186,9 @@ def test_products_beyond_the_limit_are_frozen():
     assert not made.is_live(made.merge(axes))
     assert not any(map(made.is_live, axes))
     one = made.fresh(3)
-    assert made.is_live(made.merge([np.zeros(labels.MOST, int), one]))  # one live axis is only repeated
+    assert made.is_live(
+        made.merge([np.zeros(labels.MOST, int), one])
+    )  # one live axis is only repeated
 
 
 def test_copies_do_not_touch_each_other():
@@ -186,7 +206,9 @@ def test_marks_tell_where_labels_come_from():
     made = labels.Labels()
     first, second = made.split(made.fresh(6), (3, 2), "here")
     made.freeze(first[:1])
-    assert sorted(made.marks()) == [(label, ("here", i)) for i, axis in ((0, first[1:]), (1, second)) for label in axis]
+    assert sorted(made.marks()) == [
+        (label, ("here", i)) for i, axis in ((0, first[1:]), (1, second)) for label in axis
+    ]
     made.tie(first[1:], second)
     assert {label for label, _ in made.marks()} == set(made.find(second).tolist())
 

@@ -10,12 +10,35 @@ import sparsity_jax
 ROOT = pathlib.Path(sparsity_jax.__file__).parent
 # each may import those before it
 NUMERICS = (
-    *("stopping", "tables", "decoding", "sources", "trees", "masks", "polytopes", "linops", "channels", "groups"),
+    *(
+        "stopping",
+        "tables",
+        "decoding",
+        "sources",
+        "trees",
+        "masks",
+        "polytopes",
+        "linops",
+        "channels",
+        "groups",
+    ),
     "kernels",
 )
 # never each other
 PARTS = (
-    *("models", "data", "losses", "optim", "gradinit", "allocate", "spectrum", "width", "scores", "cost", "budgets"),
+    *(
+        "models",
+        "data",
+        "losses",
+        "optim",
+        "gradinit",
+        "allocate",
+        "spectrum",
+        "width",
+        "scores",
+        "cost",
+        "budgets",
+    ),
     *("ratios", "surgery", "probes", "growing", "pretrained"),
 )
 # each may import those before it
@@ -31,14 +54,35 @@ RUNS = (
         "interface",
         "train",
     ),
-    *("stages", "geometry", "structured", "greg", "pipeline", "describe", "extend", "evaluate", "run"),
+    *(
+        "stages",
+        "geometry",
+        "structured",
+        "greg",
+        "pipeline",
+        "describe",
+        "extend",
+        "evaluate",
+        "run",
+    ),
 )
 # in a folder, each may import those before it
 FOLDERS = {
     "channels": ("labels", "values", "rules", "walk", "execute", "__init__"),
     "models": ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
     "report": (
-        *("files", "events", "runs", "sections", "series", "draw", "summary", "pruning", "training", "channels"),
+        *(
+            "files",
+            "events",
+            "runs",
+            "sections",
+            "series",
+            "draw",
+            "summary",
+            "pruning",
+            "training",
+            "channels",
+        ),
         *("growing", "limit_numbers", "limit_figures", "page", "__init__", "__main__"),
     ),
 }
@@ -61,7 +105,11 @@ def imports(path: pathlib.Path) -> set[str]:
             assert node.level == 0, f"{path.name} has a relative import"
             inside = node.module.split(".")[0] == "sparsity_jax"
             package = inside and (ROOT.parent / pathlib.Path(*node.module.split("."))).is_dir()
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if package else {node.module}
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if package
+                else {node.module}
+            )
     return {name.split(".", 1)[1] for name in found if name.startswith("sparsity_jax.")}
 
 
@@ -75,7 +123,9 @@ FILES = sorted(path for path in ROOT.rglob("*.py"))
 def test_the_parser_sees_imports():
     assert imports(ROOT / "trees.py") == {"tables"}
     assert {"checkpoint", "train", "stages"} <= imports(ROOT / "pipeline.py")
-    assert "models.layers" in imports(ROOT / "models" / "mlp.py") | imports(ROOT / "models" / "__init__.py")
+    assert "models.layers" in imports(ROOT / "models" / "mlp.py") | imports(
+        ROOT / "models" / "__init__.py"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -89,11 +139,15 @@ def test_imports_point_upwards(path):
             files = FOLDERS[module]
             assert inner in ("", *files[: files.index(part)]), f"{name_of(path)} imports {name}"
         else:
-            assert first in allowed, f"{name_of(path)} imports {name}; allowed: {', '.join(sorted(allowed))}"
+            assert first in allowed, (
+                f"{name_of(path)} imports {name}; allowed: {', '.join(sorted(allowed))}"
+            )
 
 
 def test_only_prepare_and_the_set_reader_know_tensorflow():
-    users = {name_of(path) for path in FILES if "import tensorflow" in path.read_text(encoding="utf-8")}
+    users = {
+        name_of(path) for path in FILES if "import tensorflow" in path.read_text(encoding="utf-8")
+    }
     assert users <= {"sources", "prepare"}
 
 
@@ -101,6 +155,10 @@ def test_nothing_is_imported_or_run_by_name():
     """Names in data, configs and checkpoints must not become code."""
     by_name = {"import_module", "__import__", "eval", "exec", "builder_from_directory"}
     for path in FILES:
-        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        calls = [
+            node
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+        ]
         names = {getattr(call.func, "attr", getattr(call.func, "id", "")) for call in calls}
         assert not names & by_name, path.name

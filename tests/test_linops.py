@@ -1,4 +1,6 @@
-"""Curvature products, Lanczos, quadrature and traces against dense linear algebra and the original's numbers."""
+"""Curvature products, Lanczos, quadrature and traces against dense linear algebra and the
+original's numbers.
+"""
 
 import functools
 import pathlib
@@ -44,7 +46,9 @@ def spectrum(kind, size, seed=0):
     return dict(
         normal=rng.normal(size=size),
         decaying=2.0 ** -np.arange(size),
-        outliers=np.concatenate([np.full(size // 2, 1e-3), rng.random(size - size // 2 - 2), [30.0, -20.0]]),
+        outliers=np.concatenate(
+            [np.full(size // 2, 1e-3), rng.random(size - size // 2 - 2), [30.0, -20.0]]
+        ),
         semidefinite=np.maximum(rng.normal(size=size), 0),
     )[kind]
 
@@ -63,14 +67,16 @@ def rows(basis, size):
     return np.concatenate([block.reshape(len(block), -1)[:, :size] for block in blocks])
 
 
-# Products ------------------------------------------------------------------------------------------------------
+# Products -----------------------------------------------------------------------------------------
 
 
 CASES = golden_data.parts("10_hessian.npz", r"lanczos/(\w+)/start")
 
 
 def original(golden):
-    """loss(params, x, y), params and data of the original's small network; params in its order and layouts."""
+    """loss(params, x, y), params and data of the original's small network; params in its order and
+    layouts.
+    """
     params = [jnp.asarray(golden[f"trained/{name}"]) for name in golden_data.dense_names()]
     strength = golden_data.hyper("10_hessian.npz")["lmbda"]
 
@@ -87,7 +93,11 @@ def test_hessian_of_the_original_network():
     with jax.enable_x64(True):
         loss, params, data = original(golden)
         flat, unflatten = jax.flatten_util.ravel_pytree(params)
-        matvec = jax.jit(lambda v: jax.flatten_util.ravel_pytree(linops.hvp(loss, params, *data)(unflatten(v)))[0])
+        matvec = jax.jit(
+            lambda v: jax.flatten_util.ravel_pytree(linops.hvp(loss, params, *data)(unflatten(v)))[
+                0
+            ]
+        )
         whole = lambda p: loss(unflatten(p), *data)
         slope, explicit = jax.jit(lambda p: (jax.grad(whole)(p), jax.hessian(whole)(p)))(flat)
         np.testing.assert_allclose(loss(params, *data), golden["loss_full"], rtol=1e-12)
@@ -98,7 +108,9 @@ def test_hessian_of_the_original_network():
         columns = jax.jit(jax.vmap(matvec))(np.eye(flat.size))
         assert np.abs(columns - explicit).max() <= 1e-10 * np.abs(explicit).max()
         np.testing.assert_allclose(columns, golden["hessian/full"], rtol=1e-9, atol=1e-11)
-        np.testing.assert_allclose(np.linalg.eigvalsh(columns), np.sort(golden["hessian/eigenvalues"]), atol=1e-11)
+        np.testing.assert_allclose(
+            np.linalg.eigvalsh(columns), np.sort(golden["hessian/eigenvalues"]), atol=1e-11
+        )
 
 
 @pytest.mark.parametrize("reorthogonalize", ["full", "host"])
@@ -109,11 +121,16 @@ def test_ritz_values_of_the_original(reorthogonalize):
         unflatten = jax.flatten_util.ravel_pytree(params)[1]
         matvec = jax.jit(linops.hvp(loss, params, *data))
         for case in CASES:
-            starts, expected = golden[f"lanczos/{case}/start"], golden[f"lanczos/{case}/ritz_values"]
+            starts, expected = (
+                golden[f"lanczos/{case}/start"],
+                golden[f"lanczos/{case}/ritz_values"],
+            )
             if case == "main":
                 hyper = golden_data.hyper("10_hessian.npz")
                 assert expected.shape == (hyper["lanczos_num"], hyper["lanczos_iter"])
-            for start, values, weights in zip(starts, expected, golden[f"lanczos/{case}/ritz_weights"]):
+            for start, values, weights in zip(
+                starts, expected, golden[f"lanczos/{case}/ritz_weights"]
+            ):
                 run = linops.lanczos(values.size, reorthogonalize=reorthogonalize, shift=1e-6)
                 ours = linops.ritz(run(matvec, unflatten(jnp.asarray(start))))
                 np.testing.assert_allclose(ours, (values, weights), rtol=0, atol=1e-8)
@@ -126,11 +143,15 @@ def test_all_ritz_values_are_eigenvalues_at_full_depth():
         size = golden["hessian/eigenvalues"].size
         start = linops.rademacher(jax.random.key(0), params)
         tridiagonal = linops.lanczos(size + 11)(linops.hvp(loss, params, *data), start)
-        distance = np.abs(np.subtract.outer(linops.ritz(tridiagonal)[0], golden["hessian/eigenvalues"]))
+        distance = np.abs(
+            np.subtract.outer(linops.ritz(tridiagonal)[0], golden["hessian/eigenvalues"])
+        )
         assert distance.min(1).max() < 1e-10
         assert distance.min(0).max() < 1e-10
         zero = np.abs(golden["hessian/eigenvalues"]) < 1e-12
-        num_steps = zero.size - max(zero.sum() - 1, 0)  # of equal eigenvalues a Krylov space sees one
+        num_steps = zero.size - max(
+            zero.sum() - 1, 0
+        )  # of equal eigenvalues a Krylov space sees one
         assert tridiagonal.num_steps == num_steps
         assert not np.any(tridiagonal.alphas[num_steps:])
         values, vectors, residuals = linops.top_eigenpairs(3, 60)(
@@ -176,7 +197,9 @@ def test_products_are_symmetric_and_repeat(kind):
     matvec = linops.hvp(lambda p, x: convex(network(p, x), x), params, x)
     matvec = linops.gauss_newton(network, convex, params, x) if kind == "gauss_newton" else matvec
     matvec = jax.jit(linops.squared(matvec) if kind == "squared" else matvec)
-    first, second = (jax.tree.map(jnp.asarray, linops.rademacher(jax.random.key(i), params)) for i in (0, 1))
+    first, second = (
+        jax.tree.map(jnp.asarray, linops.rademacher(jax.random.key(i), params)) for i in (0, 1)
+    )
     inner = lambda u, v: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, u, v)))
     ours, mirrored = inner(first, matvec(second)), inner(matvec(first), second)
     np.testing.assert_allclose(ours, mirrored, rtol=1e-5)
@@ -186,7 +209,9 @@ def test_products_are_symmetric_and_repeat(kind):
 
 def test_products_refuse_other_losses_and_vectors():
     params = {"w": jnp.ones((2, 3))}
-    with pytest.raises(ValueError, match=r"loss returns an array of shape \(3,\); curvature needs one scalar"):
+    with pytest.raises(
+        ValueError, match=r"loss returns an array of shape \(3,\); curvature needs one scalar"
+    ):
         linops.hvp(lambda p: p["w"].sum(0), params)
     with pytest.raises(ValueError, match="loss returns a tuple"):
         linops.hvp(lambda p: (p["w"].sum(), 1), params)
@@ -195,12 +220,14 @@ def test_products_refuse_other_losses_and_vectors():
     matvec = linops.hvp(lambda p: jnp.sum(p["w"] ** 2), params)
     with pytest.raises(ValueError, match="has the structure"):
         matvec({"v": jnp.ones((2, 3))})
-    with pytest.raises(ValueError, match=r"has shape \(3, 2\) at .*allowed: that of params, \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"has shape \(3, 2\) at .*allowed: that of params, \(2, 3\)"
+    ):
         matvec({"w": jnp.ones((3, 2))})
     np.testing.assert_array_equal(matvec({"w": np.ones((2, 3))})["w"], np.full((2, 3), 2.0))
 
 
-# Lanczos -------------------------------------------------------------------------------------------------------
+# Lanczos ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["normal", "decaying", "outliers"])
@@ -234,17 +261,23 @@ def test_quadrature_is_exact_for_polynomials(seed, kind):
             for degree in range(2 * m):
                 power = lambda x, degree=degree: x**degree
                 exact = moments(matrix, start, power)
-                scale = moments(matrix, start, lambda x, degree=degree: np.abs(x) ** degree) + 1e-300
+                scale = (
+                    moments(matrix, start, lambda x, degree=degree: np.abs(x) ** degree) + 1e-300
+                )
                 assert abs(linops.quadrature(power, *linops.ritz(shorter)) - exact) < 1e-11 * scale
                 node = float(np.linalg.eigvalsh(matrix).min()) - 0.1
                 bound = linops.gauss_radau(shorter, node=node)
-                assert abs(linops.quadrature(power, *bound) - exact) < 1e-10 * max(scale, abs(node) ** degree)
+                assert abs(linops.quadrature(power, *bound) - exact) < 1e-10 * max(
+                    scale, abs(node) ** degree
+                )
 
 
 @hypothesis.given(SEED, st.floats(-3, 3))
 @hypothesis.settings(max_examples=15)
 def test_enclosure_contains_the_answer_and_shrinks(seed, log_scale):
-    """Completely monotone functions of a semi-definite operator: Gauss below, Gauss-Radau at 0 above."""
+    """Completely monotone functions of a semi-definite operator: Gauss below, Gauss-Radau at 0
+    above.
+    """
     with jax.enable_x64(True):
         matrix, c = dense(spectrum("semidefinite", 20, seed), seed), 10.0**log_scale
         start = np.random.default_rng(seed).normal(size=20)
@@ -278,8 +311,13 @@ def test_bordered_rules_are_exact_and_have_the_node_asked_for(seed, node, kind):
             np.testing.assert_allclose((moved - values) * 1e5, lasts**2, atol=1e-3)
             for degree in range(2 * m + 1):
                 power = lambda x, degree=degree: x**degree
-                exact, scale = moments(matrix, start, power), moments(matrix, start, lambda x, d=degree: np.abs(x) ** d)
-                assert abs(linops.quadrature(power, values, firsts**2) - exact) < 1e-9 * max(scale, abs(node) ** degree)
+                exact, scale = (
+                    moments(matrix, start, power),
+                    moments(matrix, start, lambda x, d=degree: np.abs(x) ** d),
+                )
+                assert abs(linops.quadrature(power, values, firsts**2) - exact) < 1e-9 * max(
+                    scale, abs(node) ** degree
+                )
 
 
 def test_borders_by_hand():
@@ -304,13 +342,22 @@ def test_borders_by_hand():
 
 
 def test_gauss_radau_by_hand():
-    values, weights = linops.gauss_radau(np.array([2.0]), np.array([1.0]))  # 2 1; 1 a with eigenvalue 0: a = 1/2
+    values, weights = linops.gauss_radau(
+        np.array([2.0]), np.array([1.0])
+    )  # 2 1; 1 a with eigenvalue 0: a = 1/2
     np.testing.assert_allclose(values, [0, 2.5], atol=1e-15)
     np.testing.assert_allclose(weights, [0.2, 0.8])
-    for given in (([2.0, 7.0], [1.0]), ([2.0, 0.0], [1.0])):  # without the last beta the last alpha is replaced
-        np.testing.assert_allclose(linops.gauss_radau(*map(np.array, given)), (values, weights), atol=1e-15)
+    for given in (
+        ([2.0, 7.0], [1.0]),
+        ([2.0, 0.0], [1.0]),
+    ):  # without the last beta the last alpha is replaced
+        np.testing.assert_allclose(
+            linops.gauss_radau(*map(np.array, given)), (values, weights), atol=1e-15
+        )
     np.testing.assert_array_equal(linops.gauss_radau(np.array([2.0]), np.array([])), [[0], [1]])
-    np.testing.assert_array_equal(linops.gauss_radau(np.array([2.0]), np.array([0.0])), [[2], [1]])  # exhausted
+    np.testing.assert_array_equal(
+        linops.gauss_radau(np.array([2.0]), np.array([0.0])), [[2], [1]]
+    )  # exhausted
     values, weights = linops.gauss_radau(np.array([1.0]), np.array([1.0]), node=-3.0)
     np.testing.assert_allclose(values.min(), -3)
     np.testing.assert_allclose([weights.sum(), weights @ values, weights @ values**2], [1, 1, 2])
@@ -325,7 +372,10 @@ def test_gauss_radau_by_hand():
 @pytest.mark.parametrize("reorthogonalize", sorted(linops.REORTHOGONALIZE))
 def test_modes_agree(reorthogonalize):
     eigenvalues = spectrum("outliers", 80)
-    matvec, start = product(dense(eigenvalues), jnp.float32), np.random.default_rng(1).normal(size=80)
+    matvec, start = (
+        product(dense(eigenvalues), jnp.float32),
+        np.random.default_rng(1).normal(size=80),
+    )
     run = linops.lanczos(20, reorthogonalize=reorthogonalize)
     function = lambda x: 1 / (1 + np.abs(x))
     ours = linops.quadrature(function, *linops.ritz(run(matvec, jnp.asarray(start, jnp.float32))))
@@ -338,10 +388,14 @@ def test_modes_agree(reorthogonalize):
         np.testing.assert_allclose(mine.alphas[:10], exact.alphas[:10], atol=2e-3)
 
 
-@pytest.mark.parametrize(("reorthogonalize", "tolerance"), [("full", 2e-6), ("host", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("reorthogonalize", "tolerance"), [("full", 2e-6), ("host", 2e-6), ("bfloat16", 2e-2)]
+)
 @pytest.mark.parametrize("kind", ["decaying", "outliers"])
 def test_basis_is_orthonormal(reorthogonalize, tolerance, kind):
-    """Also where Ritz values have long converged and the recurrence alone loses all orthogonality."""
+    """Also where Ritz values have long converged and the recurrence alone loses all
+    orthogonality.
+    """
     matvec = product(dense(spectrum(kind, 150)), jnp.float32)
     method = linops.lanczos_method(45, reorthogonalize=reorthogonalize)
     state = method.init(jnp.asarray(np.random.default_rng(1).normal(size=150), jnp.float32))
@@ -351,7 +405,9 @@ def test_basis_is_orthonormal(reorthogonalize, tolerance, kind):
     assert np.abs(basis @ basis.T - np.eye(len(basis))).max() < tolerance
     if reorthogonalize == "full":
         matrix = dense(spectrum(kind, 150))
-        tridiagonal = np.diag(state.alphas) + np.diag(state.betas[:-1], 1) + np.diag(state.betas[:-1], -1)
+        tridiagonal = (
+            np.diag(state.alphas) + np.diag(state.betas[:-1], 1) + np.diag(state.betas[:-1], -1)
+        )
         steps = len(basis)
         np.testing.assert_allclose(basis @ matrix @ basis.T, tridiagonal[:steps, :steps], atol=1e-4)
 
@@ -367,7 +423,9 @@ def test_exhausted_krylov_spaces(reorthogonalize):
     np.testing.assert_array_equal(run(3)(lambda v: jnp.zeros_like(v), start).num_steps, 1)
     low_rank = run(9)(product(np.outer(np.eye(12)[0], 3 * np.eye(12)[0]), jnp.float32), start)
     assert low_rank.num_steps == 2
-    np.testing.assert_allclose(linops.ritz(low_rank)[0], [0, 3], atol=1e-3 if reorthogonalize == "bfloat16" else 1e-5)
+    np.testing.assert_allclose(
+        linops.ritz(low_rank)[0], [0, 3], atol=1e-3 if reorthogonalize == "bfloat16" else 1e-5
+    )
     np.testing.assert_allclose(linops.gauss_radau(low_rank), linops.ritz(low_rank), atol=1e-6)
     deep = run(40)(product(dense(np.arange(12.0)), jnp.float32), start)
     assert 10 <= deep.num_steps <= 12
@@ -385,7 +443,9 @@ def test_loops_agree(reorthogonalize):
     expected = run(product(matrix), start)
     assert expected.num_steps == 6
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
-    for ours, reference in zip(jax.jit(lambda m, v: run(product(m), v))(jnp.asarray(matrix), start), expected):
+    for ours, reference in zip(
+        jax.jit(lambda m, v: run(product(m), v))(jnp.asarray(matrix), start), expected
+    ):
         close(ours, reference)
     on_host = linops.lanczos(6, reorthogonalize=reorthogonalize, on_host=True)
 
@@ -395,7 +455,9 @@ def test_loops_agree(reorthogonalize):
 
     for ours, reference in zip(on_host(host_loop, start), expected):
         close(ours, reference)
-    starts = jax.vmap(lambda key: linops.rademacher(key, LIKE))(jax.random.split(jax.random.key(1), 3))
+    starts = jax.vmap(lambda key: linops.rademacher(key, LIKE))(
+        jax.random.split(jax.random.key(1), 3)
+    )
     batched = jax.vmap(lambda v: run(product(matrix), v))(starts)
     single = jax.jit(lambda v: run(product(matrix), v))
     for i in range(3):
@@ -436,14 +498,23 @@ def test_the_basis_is_updated_in_place(as_users_compile):
     for _ in range(8):
         state = method.step(matvec, state)
     assert [block.unsafe_buffer_pointer() for block in state.basis] == pointers
-    traced = jax.jit(method.update, donate_argnums=0).lower(state, state.current).compile().memory_analysis()
+    traced = (
+        jax.jit(method.update, donate_argnums=0)
+        .lower(state, state.current)
+        .compile()
+        .memory_analysis()
+    )
     assert traced.temp_size_in_bytes <= 4 * 4000
 
 
 def test_many_entries_stay_orthogonal():
-    """Products summed one after the other in float32 would leave 2e-4 here, and move quadrature by 1e-2."""
+    """Products summed one after the other in float32 would leave 2e-4 here, and move quadrature by
+    1e-2.
+    """
     rng = np.random.default_rng(0)
-    diagonal = np.concatenate([np.abs(rng.standard_cauchy(50)) * 2, 10.0 ** rng.uniform(-6, -1, 200_000)])
+    diagonal = np.concatenate(
+        [np.abs(rng.standard_cauchy(50)) * 2, 10.0 ** rng.uniform(-6, -1, 200_000)]
+    )
     diagonal, start = jnp.asarray(diagonal, jnp.float32), rng.choice([-1.0, 1.0], diagonal.size)
     method = linops.lanczos_method(32)
     state = method.init(jnp.asarray(start, jnp.float32))
@@ -479,7 +550,9 @@ def test_sharded_vectors_give_a_sharded_basis():
 
 
 def test_lanczos_refuses():
-    with pytest.raises(tables.ConfigError, match=r"reorthogonalize is 'ful'; known: .*Did you mean 'full'"):
+    with pytest.raises(
+        tables.ConfigError, match=r"reorthogonalize is 'ful'; known: .*Did you mean 'full'"
+    ):
         linops.lanczos(4, reorthogonalize="ful")
     with pytest.raises(ValueError, match="num_matvecs is 0"):
         linops.lanczos_method(0)
@@ -488,7 +561,11 @@ def test_lanczos_refuses():
         run(lambda v: v, jnp.zeros(3))
     with pytest.raises(ValueError, match="length nan"):
         run(lambda v: v, jnp.array([1.0, np.nan]))
-    for start, found in ((jnp.ones(3, int), "int32"), ((), "no arrays"), (jnp.ones(3, jnp.bfloat16), "bfloat16")):
+    for start, found in (
+        (jnp.ones(3, int), "int32"),
+        ((), "no arrays"),
+        (jnp.ones(3, jnp.bfloat16), "bfloat16"),
+    ):
         with pytest.raises(TypeError, match=f"start vector has {found}; .*float32 or float64"):
             run(lambda v: v, start)
     with pytest.raises(ValueError, match="the product has the structure"):
@@ -506,7 +583,9 @@ def test_lanczos_refuses():
 
 
 def test_probes_of_unequal_depth_are_padded():
-    probes = linops.Tridiagonal(np.array([[1.0, 2], [3, 0]]), np.array([[0.5, 0.1], [0, 0]]), np.array([2, 1]))
+    probes = linops.Tridiagonal(
+        np.array([[1.0, 2], [3, 0]]), np.array([[0.5, 0.1], [0, 0]]), np.array([2, 1])
+    )
     values, weights = linops.ritz(probes)
     np.testing.assert_array_equal(values[1], [3, 3])
     np.testing.assert_array_equal(weights[1], [1, 0])
@@ -515,27 +594,38 @@ def test_probes_of_unequal_depth_are_padded():
     assert linops.quadrature(np.square, values, weights).tolist() == pytest.approx([1.25, 9])
 
 
-# Density -------------------------------------------------------------------------------------------------------
+# Density ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_density_of_the_original(case):
     golden = golden_data.load("10_hessian.npz")
     values, weights = golden[f"lanczos/{case}/ritz_values"], golden[f"lanczos/{case}/ritz_weights"]
-    names = [name for name in golden if name.startswith(f"density/{case}/") and name.endswith("/density")]
+    names = [
+        name for name in golden if name.startswith(f"density/{case}/") and name.endswith("/density")
+    ]
     assert names
     for name in names:
-        options = {key: float(value) for key, value in (part.split("=") for part in name.split("/")[2:-1])}
-        density, grid = linops.spectral_density(values, weights, **options | {"bins": int(options["bins"])})
+        options = {
+            key: float(value) for key, value in (part.split("=") for part in name.split("/")[2:-1])
+        }
+        density, grid = linops.spectral_density(
+            values, weights, **options | {"bins": int(options["bins"])}
+        )
         np.testing.assert_allclose(density, golden[name], rtol=1e-9, atol=1e-11)
         ends = golden[name.removesuffix("density") + "grid_first_last"]
         np.testing.assert_allclose(grid[[0, -1]], ends, rtol=1e-12)
 
 
 def test_fine_density_of_the_original():
-    """Gaussians narrower than the grid, each recovered from its two largest bins, give all others and no more."""
+    """Gaussians narrower than the grid, each recovered from its two largest bins, give all others
+    and no more.
+    """
     golden = golden_data.load("10_hessian.npz")
-    bins, expected = golden["pipeline/density_nonzero_bins"], golden["pipeline/density_nonzero_values"]
+    bins, expected = (
+        golden["pipeline/density_nonzero_bins"],
+        golden["pipeline/density_nonzero_values"],
+    )
     grid = golden_data.fine_grid()
     variance = 1e-10 * max(1, grid[-1] - grid[0])
     values, weights = [], []
@@ -553,14 +643,18 @@ def test_fine_density_of_the_original():
 
 
 def test_density_integrates_to_one_unless_it_misses_the_grid():
-    density, grid = linops.spectral_density(np.array([0.0, 5.0]), np.array([0.25, 0.75]), bins=2000, sigma2=1e-3)
+    density, grid = linops.spectral_density(
+        np.array([0.0, 5.0]), np.array([0.25, 0.75]), bins=2000, sigma2=1e-3
+    )
     assert np.sum(density) * (grid[1] - grid[0]) == pytest.approx(1)
-    assert np.sum(density[grid > 2.5]) / np.sum(density) == pytest.approx(0.75, abs=0.2)  # cut at the grid's ends
+    assert np.sum(density[grid > 2.5]) / np.sum(density) == pytest.approx(
+        0.75, abs=0.2
+    )  # cut at the grid's ends
     density, _ = linops.spectral_density(np.array([0.0, 5.0]), np.array([0.5, 0.5]), bins=8)
     np.testing.assert_array_equal(density, 0)
 
 
-# Eigenpairs and traces -----------------------------------------------------------------------------------------
+# Eigenpairs and traces ----------------------------------------------------------------------------
 
 
 def test_top_eigenpairs():
@@ -570,12 +664,21 @@ def test_top_eigenpairs():
     values, vectors, residuals = linops.top_eigenpairs(3, 18)(matvec, start)
     np.testing.assert_allclose(values, [9, -8, 7], rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
-    true = [np.linalg.norm(matrix @ v - value * v) for value, v in zip(values, np.asarray(vectors, np.float64))]
+    true = [
+        np.linalg.norm(matrix @ v - value * v)
+        for value, v in zip(values, np.asarray(vectors, np.float64))
+    ]
     np.testing.assert_allclose(residuals, true, atol=2e-5)
     early = linops.top_eigenpairs(2, 6, on_host=True)(matvec, start)
-    true = [np.linalg.norm(matrix @ v - value * v) for value, v in zip(early.values, np.asarray(early.vectors))]
+    true = [
+        np.linalg.norm(matrix @ v - value * v)
+        for value, v in zip(early.values, np.asarray(early.vectors))
+    ]
     np.testing.assert_allclose(early.residuals, true, rtol=1e-3, atol=1e-5)
-    assert (np.abs(np.subtract.outer(early.values, np.linalg.eigvalsh(matrix))).min(1) <= early.residuals + 1e-5).all()
+    assert (
+        np.abs(np.subtract.outer(early.values, np.linalg.eigvalsh(matrix))).min(1)
+        <= early.residuals + 1e-5
+    ).all()
     with pytest.raises(ValueError, match="num is 7; allowed: 1 to num_matvecs, 6"):
         linops.top_eigenpairs(7, 6)
     values, _, _ = linops.top_eigenpairs(1, 2)(lambda v: [2 * v[0], 3 * v[1]], [1.0, 2.0])
@@ -589,7 +692,9 @@ def test_top_eigenpairs():
 def test_rademacher_vectors():
     like = {"a": jnp.zeros((50, 4)), "b": jnp.zeros(200, jnp.bfloat16)}
     signs = linops.rademacher(jax.random.key(0), like)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), signs) == jax.tree.map(lambda x: (x.shape, x.dtype), like)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), signs) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), like
+    )
     assert all(set(np.unique(leaf.astype(float))) == {-1, 1} for leaf in signs.values())
     assert not np.array_equal(signs["a"].ravel(), signs["b"].astype(jnp.float32))
     assert abs(float(signs["a"].mean())) < 0.25
@@ -628,7 +733,9 @@ traced_hutchpp = jax.jit(lambda matrix, key: linops.hutchpp(12)(product(matrix),
 
 def test_hutchpp_beats_hutchinson_where_the_spectrum_decays():
     matvec = product(dense(2.0 ** -np.arange(20)), jnp.float32)
-    spread = lambda estimate: jax.jit(lambda k: estimate(matvec, k, LIKE))(jax.random.key(0)).standard_error
+    spread = lambda estimate: (
+        jax.jit(lambda k: estimate(matvec, k, LIKE))(jax.random.key(0)).standard_error
+    )
     assert spread(linops.hutchpp(30)) < spread(linops.hutchinson(30)) / 20
     for wrong, match in (
         (lambda: linops.hutchinson(1), "num_probes is 1"),
@@ -655,7 +762,9 @@ class Mixed(nnx.Module):
 
 
 def test_the_documented_split_leaves_parameters_only():
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "geometric_limit.md").read_text(encoding="utf-8")
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "geometric_limit.md").read_text(
+        encoding="utf-8"
+    )
     assert "graph, params, rest = nnx.split(net, nnx.Param, ...)" in text
     assert "net.eval()" in text
     net = Mixed(nnx.Rngs(0))
@@ -672,7 +781,9 @@ def test_the_documented_split_leaves_parameters_only():
     np.testing.assert_allclose(flat(product), dense @ flat(signs), atol=1e-5)
 
 
-@pytest.mark.parametrize("leaf", [jnp.arange(3), jnp.ones(3, bool), jax.random.key(0), jnp.ones(3, complex)])
+@pytest.mark.parametrize(
+    "leaf", [jnp.arange(3), jnp.ones(3, bool), jax.random.key(0), jnp.ones(3, complex)]
+)
 def test_state_that_is_no_parameter_is_told_apart(leaf):
     state = {"dense": {"kernel": jnp.ones((2, 2))}, "other": leaf}
     for call in (
@@ -709,7 +820,14 @@ def test_curvature_on_meshes():
 
     def measure(matrix, start):
         matvec = lambda v: matrix @ v
-        traces = [method(matvec, jax.random.key(0), start) for method in (linops.hutchinson(3), linops.hutchpp(6))]
-        return linops.lanczos(4)(matvec, start), linops.lanczos(4, reorthogonalize="none")(matvec, start), traces
+        traces = [
+            method(matvec, jax.random.key(0), start)
+            for method in (linops.hutchinson(3), linops.hutchpp(6))
+        ]
+        return (
+            linops.lanczos(4)(matvec, start),
+            linops.lanczos(4, reorthogonalize="none")(matvec, start),
+            traces,
+        )
 
     tiny.check_on_meshes(measure, matrices + matrices.swapaxes(1, 2), starts)

@@ -1,4 +1,6 @@
-"""One run at a time in a workdir: who holds it, when it is taken over, and two processes at once."""
+"""One run at a time in a workdir: who holds it, when it is taken over, and two processes at
+once.
+"""
 
 import json
 import os
@@ -30,7 +32,9 @@ def written(workdir, **changes):
 @pytest.fixture
 def other(tmp_path):
     """A process that holds the lock."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -40,7 +44,10 @@ def other(tmp_path):
 
 def test_a_second_run_is_refused_and_takes_over_at_once_when_the_first_is_killed(other, tmp_path):
     config = tiny.config("fit")
-    with pytest.raises(lock.LockedError, match=rf"in use by .* \(process {other.pid}, since 20.*use another --workdir"):
+    with pytest.raises(
+        lock.LockedError,
+        match=rf"in use by .* \(process {other.pid}, since 20.*use another --workdir",
+    ):
         pipeline.run(config, tmp_path)
     assert not (tmp_path / "config.json").exists()
     other.kill()

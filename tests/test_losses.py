@@ -14,7 +14,9 @@ LABELS = jnp.asarray([0, 2, 1])
 
 def test_cross_entropy_is_in_nats_per_example():
     found = losses.cross_entropy(LOGITS, LABELS)
-    np.testing.assert_allclose(found, optax.softmax_cross_entropy_with_integer_labels(LOGITS, LABELS), rtol=1e-6)
+    np.testing.assert_allclose(
+        found, optax.softmax_cross_entropy_with_integer_labels(LOGITS, LABELS), rtol=1e-6
+    )
     np.testing.assert_allclose(found[2], np.log(3), rtol=1e-6)
 
 
@@ -34,7 +36,9 @@ def test_smoothing_mixes_in_the_uniform_distribution(smoothing, temperature):
 
 
 def test_mean_squared_error_is_the_mean_over_classes():
-    np.testing.assert_allclose(losses.mean_squared_error(LOGITS, LABELS)[0], (1 + 1 + 1) / 3, rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.mean_squared_error(LOGITS, LABELS)[0], (1 + 1 + 1) / 3, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES.values())
@@ -55,7 +59,12 @@ def test_no_nan_is_right():
     logits = np.full((4, 3), np.nan)
     logits[1] = [1.0, np.nan, 0.0]
     logits[2] = [1.0, 0.0, 0.0]
-    assert losses.correct(jnp.asarray(logits), jnp.zeros(4, int)).tolist() == [False, False, True, False]
+    assert losses.correct(jnp.asarray(logits), jnp.zeros(4, int)).tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_options_are_checked():

@@ -17,7 +17,8 @@ from sparsity_jax import masks, polytopes, trees
 OPTIMIZED = True  # as users compile, see conftest.py
 
 floats = st.one_of(
-    st.floats(width=32), st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-42, 3.4e38])
+    st.floats(width=32),
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-42, 3.4e38]),
 )
 arrays = hypothesis.extra.numpy.arrays(np.float32, st.sampled_from([1, 2, 13, 40]), elements=floats)
 mask_of = jax.jit(masks.k_largest_mask)
@@ -33,10 +34,14 @@ TINY = float(np.finfo(np.float32).tiny)
 
 
 def reference(scores, k, tiny=TINY):
-    """(mask, indices in order) by sorting: larger first, NaN last, equal scores by index, subnormals as zero."""
+    """(mask, indices in order) by sorting: larger first, NaN last, equal scores by index,
+    subnormals as zero.
+    """
     flat = np.asarray(scores, np.float64).ravel()
     flat = np.where(np.abs(flat) < tiny, 0, flat)
-    order = np.lexsort((np.arange(flat.size), -np.where(np.isnan(flat), -np.inf, flat), np.isnan(flat)))
+    order = np.lexsort(
+        (np.arange(flat.size), -np.where(np.isnan(flat), -np.inf, flat), np.isnan(flat))
+    )
     mask = np.zeros(flat.size, bool)
     mask[order[:k]] = True
     return mask.reshape(np.shape(scores)), order
@@ -69,7 +74,9 @@ def test_every_float_type(dtype, distribution):
     with jax.enable_x64(dtype == "float64"):
         scores = jnp.asarray(draw).astype(dtype).reshape(50, 100)
         for k in (1, 77, 2500, 4999, 5000):
-            expected, order = reference(scores.astype(jnp.float64 if dtype == "float64" else jnp.float32), k)
+            expected, order = reference(
+                scores.astype(jnp.float64 if dtype == "float64" else jnp.float32), k
+            )
             np.testing.assert_array_equal(masks.k_largest_mask(scores, k), expected)
             value = masks.kth_largest(scores, k)
             assert value.dtype == scores.dtype
@@ -107,17 +114,24 @@ def test_vectors_of_k_and_traced_k_compile_once():
 @pytest.mark.parametrize("distribution", ["normal", "coarse", "sparse", "nan", "trend"])
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_the_path_of_one_cpu_gives_the_same_answers(monkeypatch, distribution, magnitude):
-    """Sampled brackets and sliced reductions, used where there is one CPU device, also when the sample misleads."""
+    """Sampled brackets and sliced reductions, used where there is one CPU device, also when the
+    sample misleads.
+    """
     monkeypatch.setattr(trees, "_one_cpu", lambda: True)
     rng = np.random.default_rng(6)
     draw = dict(
         normal=rng.normal(size=70003),
         coarse=np.round(rng.normal(size=70003), 1),
-        sparse=np.where(np.arange(70003) % 64 == 1, rng.normal(size=70003), 0),  # the sample sees zeros only
+        sparse=np.where(
+            np.arange(70003) % 64 == 1, rng.normal(size=70003), 0
+        ),  # the sample sees zeros only
         nan=np.where(rng.random(70003) < 0.3, np.nan, rng.normal(size=70003)),
         trend=np.arange(70003.0),
     )[distribution]
-    tree = {"a": jnp.asarray(draw, jnp.float32), "b": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}
+    tree = {
+        "a": jnp.asarray(draw, jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
+    }
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     sizes = np.abs(flat) if magnitude else flat
     for scores, answer in ((tree, sizes), (tree["a"], sizes[:70003])):
@@ -132,10 +146,17 @@ def test_the_path_of_one_cpu_gives_the_same_answers(monkeypatch, distribution, m
 
 def test_the_search_is_short(monkeypatch):
     """A dozen or two counts, not a sort."""
-    for draw in (np.random.default_rng(3).normal(size=4000), np.exp2(np.random.default_rng(4).uniform(-99, 99, 4000))):
+    for draw in (
+        np.random.default_rng(3).normal(size=4000),
+        np.exp2(np.random.default_rng(4).uniform(-99, 99, 4000)),
+    ):
         scores = [jnp.asarray(draw, jnp.float32)]
         counted, original = [], masks._count
-        monkeypatch.setattr(masks, "_count", lambda *args, f=original, seen=counted: (seen.append(args), f(*args))[1])
+        monkeypatch.setattr(
+            masks,
+            "_count",
+            lambda *args, f=original, seen=counted: (seen.append(args), f(*args))[1],
+        )
         with jax.disable_jit():
             masks._search(masks._order_of(scores, False), scores, jnp.asarray(200))
         monkeypatch.undo()
@@ -173,7 +194,10 @@ def test_weights_that_became_zero_do_not_tie_with_those_pruned_before():
     weights = {"a": jnp.zeros((40, 5)), "b": jnp.zeros(50)}
     before = masks.random_mask(jax.random.key(0), weights, 200)
     kept = masks.k_largest_mask(weights, 125, magnitude=True, before=before)
-    assert sum(int((new & old).sum()) for new, old in zip(*map(jax.tree.leaves, (kept, before)))) == 125
+    assert (
+        sum(int((new & old).sum()) for new, old in zip(*map(jax.tree.leaves, (kept, before))))
+        == 125
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -189,7 +213,11 @@ def test_nan_is_refused_outside_jit_and_lowest_inside(dtype):
 @hypothesis.given(st.integers(0, 1000), st.integers(1, 10**6))
 def test_decimal_shares_mean_what_they_say(thousandths, total):
     exact = fractions.Fraction(thousandths, 1000) * total
-    for share in (thousandths / 1000, np.float32(thousandths / 1000), 1 - (1000 - thousandths) / 1000):
+    for share in (
+        thousandths / 1000,
+        np.float32(thousandths / 1000),
+        1 - (1000 - thousandths) / 1000,
+    ):
         for rounding in (math.floor, math.ceil, round):
             assert masks.count_of(share, total, rounding) == rounding(exact)
     assert masks.num_pruned(thousandths / 1000, total) == min(math.ceil(exact), total - 1)
@@ -214,9 +242,13 @@ def on_each(x):
 
 
 def test_values_that_differ_between_devices_and_explicit_meshes():
-    """Inside shard_map each device has an array of its own; under an explicit mesh all share one."""
+    """Inside shard_map each device has an array of its own; under an explicit mesh all share
+    one.
+    """
     x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
-    compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # run once
+    compiled = functools.partial(
+        jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+    )  # run once
     alone = compiled(jax.vmap(on_each))(x)
     whole = compiled(on_each)(x)
     kinds = jax.sharding.AxisType
@@ -242,7 +274,9 @@ def test_random_masks_count_exactly():
     for k in (2, 9):  # of seven that an earlier mask keeps
         later = masks.random_mask(jax.random.key(2), tree, k, before=first)
         assert sum(int(m.sum()) for m in jax.tree.leaves(later)) == k
-        both = sum(int((new & old).sum()) for new, old in zip(*map(jax.tree.leaves, (later, first))))
+        both = sum(
+            int((new & old).sum()) for new, old in zip(*map(jax.tree.leaves, (later, first)))
+        )
         assert both == min(k, 7)
 
 

@@ -1,4 +1,6 @@
-"""The model zoo: numbers of the original PyTorch networks, and what every row of MODELS promises."""
+"""The model zoo: numbers of the original PyTorch networks, and what every row of MODELS
+promises.
+"""
 
 import functools
 import os
@@ -44,9 +46,19 @@ PUBLISHED = {
 COUNTS = {
     ("fc2", (32, 32, 3)): 3072 * 100 + 100 + 100 * 10 + 10,
     ("fc2", (28, 28, 1)): 784 * 100 + 100 + 100 * 10 + 10,
-    ("fc13", (32, 32, 3)): 7_269_610 - (400 * 200 + 200) + (400 * 250 + 250) + (250 * 200 + 200),  # from FC12
-    ("lenet", (28, 28, 1)): (25 + 1) * 16 + (400 + 1) * 32 + (512 + 1) * 120 + (120 + 1) * 84 + (84 + 1) * 10,
-    ("vgg16", (32, 32, 3)): 14_728_266,  # 9 * 1,634,496 in kernels, 3 * 4,224 in biases and norms, 513 * 10
+    ("fc13", (32, 32, 3)): 7_269_610
+    - (400 * 200 + 200)
+    + (400 * 250 + 250)
+    + (250 * 200 + 200),  # from FC12
+    ("lenet", (28, 28, 1)): (25 + 1) * 16
+    + (400 + 1) * 32
+    + (512 + 1) * 120
+    + (120 + 1) * 84
+    + (84 + 1) * 10,
+    (
+        "vgg16",
+        (32, 32, 3),
+    ): 14_728_266,  # 9 * 1,634,496 in kernels, 3 * 4,224 in biases and norms, 513 * 10
 }
 # Every row of MODELS in a size that compiles in a moment, and the side of its images.
 TINY = {
@@ -68,7 +80,10 @@ TINY = {
     "vgg13": ({"width": 2, "order": "conv_relu_bn"}, 32),
     "vgg16": ({"width": 2}, 32),
     "vgg19": ({"width": 2, "batch_norm": False}, 32),
-    "resnet": ({"stage_sizes": (1, 1), "widths": (4, 6), "inner_widths": (3, 5), "stem_width": 3}, 8),
+    "resnet": (
+        {"stage_sizes": (1, 1), "widths": (4, 6), "inner_widths": (3, 5), "stem_width": 3},
+        8,
+    ),
     "resnet18": ({"width": 2}, 8),
     "resnet34": ({"width": 2, "stem": "imagenet"}, 32),
     "resnet50": ({"width": 2}, 8),
@@ -79,11 +94,23 @@ TINY = {
     "mobilenet": ({"stem_width": 3, "blocks": ((4, 1), (6, 2))}, 8),
     "mobilenet_v2": ({"multiplier": 0.1, "blocks": ((1, 60, 1, 1), (2, 80, 2, 2))}, 8),
 }
-KEY = jax.random.key(0, impl="rbg")  # compiles five times faster than the default, and any key will do
+KEY = jax.random.key(
+    0, impl="rbg"
+)  # compiles five times faster than the default, and any key will do
 
 names = pytest.mark.parametrize("name", sorted(models.MODELS))
 families = pytest.mark.parametrize(
-    "name", ["mlp", "small_cnn", "alexnet_cifar", "vgg", "resnet", "preact_resnet18", "mobilenet", "mobilenet_v2"]
+    "name",
+    [
+        "mlp",
+        "small_cnn",
+        "alexnet_cifar",
+        "vgg",
+        "resnet",
+        "preact_resnet18",
+        "mobilenet",
+        "mobilenet_v2",
+    ],
 )
 
 
@@ -91,7 +118,8 @@ families = pytest.mark.parametrize(
 def tiny(name):
     """(model, variables, images [3, side, side, 3]) of a row of MODELS.
 
-    NumPy draws the weights: to compile an initialisation takes longer than all that is done with it here.
+    NumPy draws the weights: to compile an initialisation takes longer than all that is done with it
+    here.
     """
     options, side = TINY[name]
     model = models.build(name=name, num_classes=5, **options)
@@ -119,12 +147,17 @@ def shapes(tree):
 def test_weight_rule():
     stored = golden_data.load("11_models.npz")
     np.testing.assert_array_equal(
-        [golden_data.rule_uniform(8, salt) for salt in range(4)], stored["rule/hash_u_first8_salt0..3"]
+        [golden_data.rule_uniform(8, salt) for salt in range(4)],
+        stored["rule/hash_u_first8_salt0..3"],
     )
-    np.testing.assert_array_equal(golden_data.rule_input((3, 32, 32)).ravel()[:8], stored["rule/input_first8_3x32x32"])
+    np.testing.assert_array_equal(
+        golden_data.rule_input((3, 32, 32)).ravel()[:8], stored["rule/input_first8_3x32x32"]
+    )
 
 
-@pytest.mark.skipif("GOLDEN" in os.environ, reason="other sets need not have all of our published networks")
+@pytest.mark.skipif(
+    "GOLDEN" in os.environ, reason="other sets need not have all of our published networks"
+)
 def test_presets_are_networks_of_the_originals():
     def module(name, num_classes, **options):
         return models.MODELS[name](num_classes, settings(), **options)
@@ -132,7 +165,10 @@ def test_presets_are_networks_of_the_originals():
     originals = [golden_data.network_options(key) for key in ORIGINALS]
     theirs = [module(**options) for options in originals]
     for name, options in PUBLISHED.items():
-        ours = [module(name, num_classes, **options) for num_classes in {own["num_classes"] for own in originals}]
+        ours = [
+            module(name, num_classes, **options)
+            for num_classes in {own["num_classes"] for own in originals}
+        ]
         assert any(preset in theirs for preset in ours), name
 
 
@@ -143,9 +179,13 @@ def test_logits_and_parameter_count_of_the_original(key):
     dense = max(map(len, net["param_shapes"])) == 2  # those of the originals flatten NCHW images
     images = golden_data.rule_input(shape) if dense else golden_data.images(shape)
     with jax.enable_x64(True):
-        model = models.build(dtype="float64", param_dtype="float64", **golden_data.network_options(key))
+        model = models.build(
+            dtype="float64", param_dtype="float64", **golden_data.network_options(key)
+        )
         created = jax.eval_shape(model.init, jax.random.key(0), images)
-        variables = pretrained.to_variables(golden_data.state_dict(net["param_names"], net["param_shapes"]), created)
+        variables = pretrained.to_variables(
+            golden_data.state_dict(net["param_names"], net["param_shapes"]), created
+        )
         assert sum(leaf.size for leaf in jax.tree.leaves(created["params"])) == net["n_params"]
         logits = jax.jit(model.apply)(variables, images)
     expected = expected.reshape(shape[0], -1)  # some drop the batch axis of a single image
@@ -153,7 +193,8 @@ def test_logits_and_parameter_count_of_the_original(key):
 
 
 def layers_of(model, images):
-    """(convolutions and dense layers as the file of the originals lists them, widths of norms), by our path, in order.
+    """(convolutions and dense layers as the file of the originals lists them, widths of norms), by
+    our path, in order.
 
     A convolution is described by [[strides, padding, groups, has a bias]], a dense layer by None.
     """
@@ -163,7 +204,12 @@ def layers_of(model, images):
         module, path = context.module, "/".join(context.module.path)
         if isinstance(module, nn.Conv):
             padding = [low for low, high in module.padding if low == high]
-            found[path] = [list(module.strides), padding, module.feature_group_count, module.use_bias]
+            found[path] = [
+                list(module.strides),
+                padding,
+                module.feature_group_count,
+                module.use_bias,
+            ]
         elif isinstance(module, nn.Dense):
             found[path] = None
         elif isinstance(module, layers.BatchNorm):
@@ -193,7 +239,8 @@ def test_names_orders_and_layers_of_the_original(key):
     expected = {place(module): details for module, _, _, details in net["weight_layers"]}
     assert found == expected
     of_blocks = lambda layers: [path for path in layers if "shortcut" not in path]
-    # shortcuts are defined last in the originals' blocks, and called first where the block begins with its norm
+    # shortcuts are defined last in the originals' blocks, and called first where the block begins
+    # with its norm
     assert of_blocks(found) == of_blocks(expected)
     for module, _, shape, _ in net["weight_layers"]:
         assert shapes[f"{module}.weight"] == shape
@@ -205,7 +252,11 @@ def test_names_orders_and_layers_of_the_original(key):
     assert of_blocks(norms) == of_blocks(expected)
     for module, _, epsilon, momentum in net["bn_layers"]:
         assert (epsilon, momentum) == (1e-5, 0.1), module
-    listed = [name for name, kind in net["leaf_module_order"] if kind in ("Conv2d", "Linear", "BatchNorm2d")]
+    listed = [
+        name
+        for name, kind in net["leaf_module_order"]
+        if kind in ("Conv2d", "Linear", "BatchNorm2d")
+    ]
     known = [name.rpartition(".")[0] for name in net["param_names"] if name.endswith("weight")]
     assert listed == known
 
@@ -219,7 +270,10 @@ def test_parameter_count(name, shape):
 
 @pytest.mark.parametrize("key", golden_data.parts("12_training_steps.npz", r"(\w+)/param_names"))
 def test_training_steps_of_the_original(key):
-    stored, hyper = golden_data.load("12_training_steps.npz"), golden_data.hyper("12_training_steps.npz")
+    stored, hyper = (
+        golden_data.load("12_training_steps.npz"),
+        golden_data.hyper("12_training_steps.npz"),
+    )
     momentum_rate, decay, rate = (hyper[name] for name in ("momentum", "weight_decay", "lr"))
     expected = stored.under(key)
     torch_names = [str(name) for name in expected["param_names"]]
@@ -230,24 +284,35 @@ def test_training_steps_of_the_original(key):
     check = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
 
     def check_tree(tree, norm_key, first_key):
-        leaves = [golden_data.to_torch(golden_data.leaf(tree, paths[name])).ravel() for name in torch_names]
+        leaves = [
+            golden_data.to_torch(golden_data.leaf(tree, paths[name])).ravel()
+            for name in torch_names
+        ]
         check([np.linalg.norm(leaf) for leaf in leaves], expected[norm_key])
         check([leaf[:3] for leaf in leaves], expected[first_key])
 
     with jax.enable_x64(True):
         num_classes = expected["logits_train_step0"].shape[-1]
         options = golden_data.architecture(torch_names, torch_shapes)
-        model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **options)
+        model = models.build(
+            num_classes=num_classes, dtype="float64", param_dtype="float64", **options
+        )
 
         def loss_fn(params, batch_stats):
-            logits, batch_stats = model.apply_train({"params": params, "batch_stats": batch_stats}, images)
+            logits, batch_stats = model.apply_train(
+                {"params": params, "batch_stats": batch_stats}, images
+            )
             chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)
             return -chosen.mean(), (logits, batch_stats)
 
         @jax.jit
         def step(params, momentum, batch_stats):
-            (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_stats)
-            momentum = jax.tree.map(lambda m, g, p: momentum_rate * m + g + decay * p, momentum, grads, params)
+            (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                params, batch_stats
+            )
+            momentum = jax.tree.map(
+                lambda m, g, p: momentum_rate * m + g + decay * p, momentum, grads, params
+            )
             params = jax.tree.map(lambda p, m: p - rate * m, params, momentum)
             return (params, momentum, batch_stats), (loss, logits, grads)
 
@@ -259,7 +324,9 @@ def test_training_steps_of_the_original(key):
             state, (loss, logits, grads) = step(*state)
             losses.append(loss)
             if i == 0:
-                np.testing.assert_allclose(logits, expected["logits_train_step0"], rtol=1e-8, atol=1e-11)
+                np.testing.assert_allclose(
+                    logits, expected["logits_train_step0"], rtol=1e-8, atol=1e-11
+                )
                 check_tree(grads, "grad_norms_step0", "grad_first3_step0")
         params, _, batch_stats = state
         check(losses, expected["losses"])
@@ -297,13 +364,17 @@ def test_init(name):
 @pytest.mark.parametrize("name", ["small_cnn", "resnet"])
 def test_init_under_jit_equals_init(name):
     model, _, images = tiny(name)
-    jax.tree.map(np.testing.assert_array_equal, model.init(KEY, images), jax.jit(model.init)(KEY, images))
+    jax.tree.map(
+        np.testing.assert_array_equal, model.init(KEY, images), jax.jit(model.init)(KEY, images)
+    )
 
 
 @families
 def test_jit_equals_eager(name):
     model, variables, images = tiny(name)
-    np.testing.assert_allclose(model.apply(variables, images), tiny_logits(name), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        model.apply(variables, images), tiny_logits(name), rtol=1e-4, atol=1e-5
+    )
 
 
 @names
@@ -313,7 +384,9 @@ def test_inference_does_not_mix_images(name):
     assert np.isfinite(tiny_logits(name)).all()
     in_other_company = jnp.stack([images[2] + 7, images[0], images[0]])
     logits = jax.jit(model.apply)(variables, in_other_company)
-    np.testing.assert_allclose(logits[1:], np.asarray(tiny_logits(name))[[0, 0]], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        logits[1:], np.asarray(tiny_logits(name))[[0, 0]], rtol=1e-4, atol=1e-5
+    )
 
 
 @families
@@ -321,7 +394,9 @@ def test_training_mode_updates_the_running_statistics(name):
     model, variables, images = tiny(name)
     logits, batch_stats = jax.jit(model.apply_train)(variables, images)
     assert np.isfinite(logits).all()
-    changed = jax.tree.map(lambda new, old: bool((new != old).any()), batch_stats, variables["batch_stats"])
+    changed = jax.tree.map(
+        lambda new, old: bool((new != old).any()), batch_stats, variables["batch_stats"]
+    )
     assert all(jax.tree.leaves(changed))
 
 
@@ -347,29 +422,41 @@ def test_bfloat16_is_close_to_float32(name):
 
 
 def test_bfloat16_params_keep_float32_statistics():
-    model = models.build(name="small_cnn", num_classes=3, batch_norm=True, dtype="bfloat16", param_dtype="bfloat16")
+    model = models.build(
+        name="small_cnn", num_classes=3, batch_norm=True, dtype="bfloat16", param_dtype="bfloat16"
+    )
     images = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.bfloat16)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("bfloat16")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables["batch_stats"])} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["batch_stats"])} == {
+        jnp.dtype("float32")
+    }
     assert jax.eval_shape(model.apply, variables, images).dtype == jnp.float32
 
 
 def test_module_names():
     def paths(name, **options):
         model = models.build(name=name, num_classes=2, **options)
-        variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+        variables = jax.eval_shape(
+            model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+        )
         leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
         return ["/".join(key.key for key in path) for path, _ in leaves]
 
     resnet = paths("resnet20", shortcut="projection")
     assert len([path for path in resnet if re.fullmatch(r"stage[123]_.*/conv1/kernel", path)]) == 9
-    assert {"conv1/kernel", "bn1/scale", "stage2_block0/shortcut_conv/kernel", "fc/bias"} <= set(resnet)
+    assert {"conv1/kernel", "bn1/scale", "stage2_block0/shortcut_conv/kernel", "fc/bias"} <= set(
+        resnet
+    )
     assert "stage3_block0/shortcut_bn/bias" in resnet
     assert "final_bn/scale" in paths("preact_resnet18")
-    assert {"block0/depthwise/kernel", "block12/pointwise/kernel", "block0/bn2/bias"} <= set(paths("mobilenet"))
+    assert {"block0/depthwise/kernel", "block12/pointwise/kernel", "block0/bn2/bias"} <= set(
+        paths("mobilenet")
+    )
     assert {"conv1/bias", "bn16/scale", "fc/kernel"} <= set(paths("vgg19"))
-    assert paths("mlp") == [f"{m}/{p}" for m in ("dense1", "dense2", "fc") for p in ("bias", "kernel")]
+    assert paths("mlp") == [
+        f"{m}/{p}" for m in ("dense1", "dense2", "fc") for p in ("bias", "kernel")
+    ]
 
 
 def test_inner_widths_thin_the_blocks():
@@ -420,8 +507,12 @@ def test_initialiser_variances():
         init = layers.INITIALIZERS[name]
         conv = init.conv(KEY, shape, jnp.float32)
         dense = init.dense(KEY, (200, 300), jnp.float32)
-        np.testing.assert_allclose([conv.var(), dense.var()], [conv_variance, dense_variance], rtol=0.03)
-        np.testing.assert_allclose([conv.mean(), dense.mean()], 0, atol=4 * (dense_variance / 60000) ** 0.5)
+        np.testing.assert_allclose(
+            [conv.var(), dense.var()], [conv_variance, dense_variance], rtol=0.03
+        )
+        np.testing.assert_allclose(
+            [conv.mean(), dense.mean()], 0, atol=4 * (dense_variance / 60000) ** 0.5
+        )
     depthwise = layers.INITIALIZERS["torch"].conv(KEY, (3, 3, 1, 500), jnp.float32)
     np.testing.assert_allclose(jnp.abs(depthwise).max(), 1 / 3, rtol=0.01)  # fan_in is 9
 
@@ -457,7 +548,9 @@ def test_batch_norm_by_hand():
     np.testing.assert_allclose(updated["batch_stats"]["mean"], [0.3], rtol=1e-6)
     np.testing.assert_allclose(updated["batch_stats"]["var"], [0.9 + 0.7], rtol=1e-6)
     y = norm.apply({"params": {"scale": jnp.full(1, 3.0), "bias": jnp.full(1, 0.5)}, **updated}, x)
-    np.testing.assert_allclose(y[:, 0], (np.array([1, 2, 6]) - 0.3) * 3 / np.sqrt(1.6 + 1e-5) + 0.5, rtol=1e-6)
+    np.testing.assert_allclose(
+        y[:, 0], (np.array([1, 2, 6]) - 0.3) * 3 / np.sqrt(1.6 + 1e-5) + 0.5, rtol=1e-6
+    )
 
 
 def test_batch_norm_statistics_of_bfloat16_are_float32():
@@ -467,7 +560,9 @@ def test_batch_norm_statistics_of_bfloat16_are_float32():
     assert y.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
     np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.1 * exact.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(updated["batch_stats"]["var"], 0.9 + 0.1 * exact.var(0, ddof=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        updated["batch_stats"]["var"], 0.9 + 0.1 * exact.var(0, ddof=1), rtol=1e-4
+    )
 
 
 def test_batch_norm_needs_two_values_in_training():
@@ -483,12 +578,16 @@ def test_max_pool_equals_window_reduction(side, size):
     pool = functools.partial(layers.max_pool, size=size)
     reference = functools.partial(nn.max_pool, window_shape=(size, size), strides=(2, 2))
     np.testing.assert_array_equal(pool(x), reference(x))
-    gradients = [jax.grad(lambda x, pool=pool: (pool(x) ** 2).sum())(x) for pool in (pool, reference)]
+    gradients = [
+        jax.grad(lambda x, pool=pool: (pool(x) ** 2).sum())(x) for pool in (pool, reference)
+    ]
     np.testing.assert_allclose(*gradients, rtol=1e-6)
 
 
 def test_max_pool_of_equal_entries_and_nan():
-    """The gradient goes to the first of equal entries, as in PyTorch; NaN is the maximum of its window."""
+    """The gradient goes to the first of equal entries, as in PyTorch; NaN is the maximum of its
+    window.
+    """
     x = jnp.ones((1, 2, 4, 1)).at[0, 1, 3, 0].set(jnp.nan)
     value, slope = jax.value_and_grad(lambda x: jnp.sum(layers.max_pool(x)[0, 0, 0]))(x)
     assert value == 1
@@ -499,11 +598,15 @@ def test_max_pool_of_equal_entries_and_nan():
 def test_upsample_repeats_pixels():
     x = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
     y = layers.upsample(x, 2)
-    np.testing.assert_array_equal(y[0, :, :, 0], [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]])
+    np.testing.assert_array_equal(
+        y[0, :, :, 0], [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+    )
     np.testing.assert_array_equal(layers.upsample(x, 1), x)
 
 
-SMALLEST = dict(lenet=16, lenet5=32, cnet=18, alexnet=10, alexnet_cifar=15, alexnet_bn=63, small_cnn=8)
+SMALLEST = dict(
+    lenet=16, lenet5=32, cnet=18, alexnet=10, alexnet_cifar=15, alexnet_bn=63, small_cnn=8
+)
 
 
 @pytest.mark.parametrize(("name", "smallest"), SMALLEST.items())
@@ -511,10 +614,14 @@ def test_smallest_images(name, smallest):
     model = models.build(name=name, num_classes=2)
 
     def create(side):
-        return jax.eval_shape(model.init, KEY, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))["params"]
+        return jax.eval_shape(
+            model.init, KEY, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        )["params"]
 
     last = max(path for path in create(smallest) if path.startswith("conv"))
-    assert create(smallest)["dense1"]["kernel"].shape[0] == create(smallest)[last]["kernel"].shape[-1]
+    assert (
+        create(smallest)["dense1"]["kernel"].shape[0] == create(smallest)[last]["kernel"].shape[-1]
+    )
     with pytest.raises(ValueError, match=f"height and width at least {smallest}"):
         create(smallest - 1)
 
@@ -538,21 +645,42 @@ def test_zero_pad_shortcut():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "resnet19"}, r"config\.model\.name is 'resnet19'; known: .*Did you mean 'resnet1?[8034]"),
-        ({"init": "torhc"}, r"config\.model\.init is 'torhc'; known: flax, kaiming, .*torch\. Did you mean 'torch'"),
+        (
+            {"name": "resnet19"},
+            r"config\.model\.name is 'resnet19'; known: .*Did you mean 'resnet1?[8034]",
+        ),
+        (
+            {"init": "torhc"},
+            r"config\.model\.init is 'torhc'; known: flax, kaiming, .*torch\. Did you mean 'torch'",
+        ),
         ({"dtype": "float8"}, r"config\.model\.dtype is 'float8'; allowed: 'float32'"),
         ({"param_dtype": "int32"}, r"config\.model\.param_dtype is 'int32'"),
         ({"num_classes": 0}, r"config\.model\.num_classes is 0; allowed: int >= 1"),
         ({"widht": 3}, r"config\.model has no field 'widht'; fields: .*Did you mean 'width'"),
         ({"width": "3"}, r"config\.model\.width is '3'"),
-        ({"shortcut": "identity"}, r"config\.model\.shortcut is 'identity'; allowed: 'projection' \| 'zero_pad'"),
+        (
+            {"shortcut": "identity"},
+            r"config\.model\.shortcut is 'identity'; allowed: 'projection' \| 'zero_pad'",
+        ),
         ({"name": "vgg", "layout": (4, "P")}, r"config\.model\.layout\[1\] is 'P'"),
         ({"name": "mobilenet", "blocks": ((4, 0),)}, r"config\.model\.blocks\[0\]\[1\] is 0"),
         ({"name": "mlp", "dropout": 1.5}, r"config\.model\.dropout is 1\.5"),
-        ({"name": "resnet", "widths": (4, 8)}, r"widths has 2 entries; allowed: one per entry of stage_sizes, 3"),
-        ({"name": "resnet", "inner_widths": (4,)}, r"inner_widths has 1 entries; allowed: one per block, 9"),
-        ({"name": "resnet", "widths": (8, 4, 4), "shortcut": "zero_pad"}, "channels that never decrease"),
-        ({"name": "alexnet", "widths": (4, 8)}, r"config\.model\.widths is \(4, 8\) \(tuple\); allowed: tuple"),
+        (
+            {"name": "resnet", "widths": (4, 8)},
+            r"widths has 2 entries; allowed: one per entry of stage_sizes, 3",
+        ),
+        (
+            {"name": "resnet", "inner_widths": (4,)},
+            r"inner_widths has 1 entries; allowed: one per block, 9",
+        ),
+        (
+            {"name": "resnet", "widths": (8, 4, 4), "shortcut": "zero_pad"},
+            "channels that never decrease",
+        ),
+        (
+            {"name": "alexnet", "widths": (4, 8)},
+            r"config\.model\.widths is \(4, 8\) \(tuple\); allowed: tuple",
+        ),
         ({"name": "alexnet", "upsample": 0}, r"config\.model\.upsample is 0"),
         ({"name": "wrn", "depth": 18}, r"config\.model\.depth is 18; allowed: 6 n \+ 4"),
     ],
@@ -564,16 +692,26 @@ def test_wrong_settings_are_found_while_building(changes, message):
 
 def test_lists_are_accepted_for_tuples():
     model = models.build(name="vgg", num_classes=3, layout=[4, "M", 6])
-    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
+    variables = jax.eval_shape(
+        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+    )
     assert variables["params"]["conv2"]["kernel"].shape == (3, 3, 4, 6)
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("vgg16", (2, 16, 16, 3), r"shape \(2, 16, 16, 3\); this network needs .* height and width at least 32"),
+        (
+            "vgg16",
+            (2, 16, 16, 3),
+            r"shape \(2, 16, 16, 3\); this network needs .* height and width at least 32",
+        ),
         ("small_cnn", (2, 7, 9, 3), r"shape \(2, 7, 9, 3\); this network needs .* at least 8"),
-        ("resnet18", (32, 32, 3), r"shape \(32, 32, 3\); this network needs \[batch, height, width, channels\]"),
+        (
+            "resnet18",
+            (32, 32, 3),
+            r"shape \(32, 32, 3\); this network needs \[batch, height, width, channels\]",
+        ),
         ("mlp", (784,), r"shape \(784,\); needed: \[batch, \.\.\.\]"),
     ],
 )

@@ -41,7 +41,9 @@ def transformation(kind, sets, given):
     if kind == "adagradsfw":
         own = dict(inner_steps=int(given["inner"]), delta=given["delta"])
         return optim.adagrad_sfw(given["lr"], sets, momentum=given["momentum"], **own)
-    own = dict(dampening=given["dampening"], weight_decay=given["wd"], nesterov=given["nesterov"] == "True")
+    own = dict(
+        dampening=given["dampening"], weight_decay=given["wd"], nesterov=given["nesterov"] == "True"
+    )
     return optim.sgd(given["lr"], sets, momentum=given["momentum"], **own)
 
 
@@ -74,7 +76,8 @@ def test_optimizers_match_the_original(case):
     with jax.enable_x64(True):
         sets = golden_sets(name)
         params, raw, grads = (
-            [jnp.asarray(golden[f"{group}/{j}"]) for j in range(len(sets))] for group in (starts, "start_raw", "grads")
+            [jnp.asarray(golden[f"{group}/{j}"]) for j in range(len(sets))]
+            for group in (starts, "start_raw", "grads")
         )
         for ours, expected in zip(inside(raw, name), params):
             np.testing.assert_allclose(ours, expected, **CLOSE)
@@ -98,7 +101,9 @@ def rates(rate, losses):
         rate_now, state = rate.update(state, step, value)
         return (state, step + 1), jnp.asarray(rate_now, float)
 
-    _, out = jax.lax.scan(body, (rate.init(), jnp.zeros((), jnp.int32)), jnp.asarray(losses.ravel()))
+    _, out = jax.lax.scan(
+        body, (rate.init(), jnp.zeros((), jnp.int32)), jnp.asarray(losses.ravel())
+    )
     return np.asarray(out).reshape(epochs, steps)
 
 
@@ -140,29 +145,41 @@ ONE_SHOT = {"multistep": optim.original_multistep, "cos": optim.original_cosine}
 
 @pytest.mark.parametrize("name", golden_data.parts(SCHEDULES, r"globalprune/(\w+)"))
 def test_schedules_of_the_one_shot_original(name):
-    """Rates of every iteration, defects included: milestones and period in iterations, recursion from warm-up rates."""
+    """Rates of every iteration, defects included: milestones and period in iterations, recursion
+    from warm-up rates.
+    """
     hyper = golden_data.hyper(SCHEDULES)[name]
     own = dict(warmup_epochs=hyper["warm"])
     if hyper["schedumode"] == "multistep":
-        own.update(milestones=tuple(hyper["milestones"]) if hyper["schedu"] else (), gamma=hyper["gamma"])
+        own.update(
+            milestones=tuple(hyper["milestones"]) if hyper["schedu"] else (), gamma=hyper["gamma"]
+        )
     else:
         assert hyper["schedu"]
     epochs, steps = hyper["epoch"], hyper["iterations_per_epoch"]
     with jax.enable_x64(True):
-        ours = rates(ONE_SHOT[hyper["schedumode"]](hyper["base_lr"], epochs, steps, **own), np.zeros((epochs, steps)))
+        ours = rates(
+            ONE_SHOT[hyper["schedumode"]](hyper["base_lr"], epochs, steps, **own),
+            np.zeros((epochs, steps)),
+        )
     expected = golden_data.load(SCHEDULES)[f"globalprune/{name}"]
     np.testing.assert_allclose(ours.ravel(), expected, rtol=1e-12, atol=1e-15)
 
 
 def test_what_the_one_shot_schedules_meant():
     """Milestones in epochs, after a linear warm-up from 0."""
-    ours = rates(optim.multistep(0.5, 8, 4, milestones=(4, 6), gamma=0.1, warmup_epochs=2.0), np.zeros((8, 4)))
+    ours = rates(
+        optim.multistep(0.5, 8, 4, milestones=(4, 6), gamma=0.1, warmup_epochs=2.0),
+        np.zeros((8, 4)),
+    )
     np.testing.assert_allclose(ours[:2].ravel(), 0.5 * np.arange(8) / 8, rtol=1e-6)
     np.testing.assert_allclose(ours[2:, 0], [0.5, 0.5, 0.05, 0.05, 0.005, 0.005], rtol=1e-6)
 
 
 def test_dynamic_change_uses_the_mean_of_the_epoch():
-    """Last batches rise while the means fall: the default follows the means, the original the last batches."""
+    """Last batches rise while the means fall: the default follows the means, the original the last
+    batches.
+    """
     losses = np.zeros((30, 4))
     losses[:, 0] = np.linspace(9, 1, 30) * 4
     losses[:, 3] = np.linspace(0, 0.1, 30)
@@ -196,7 +213,9 @@ def test_weights_stay_feasible(name, extra):
     step = jax.jit(tx.update)
     state = tx.init(params)
     for i in range(30):
-        grads = jax.tree.map(lambda p, i=i: jax.random.normal(jax.random.fold_in(key, i), p.shape), params)
+        grads = jax.tree.map(
+            lambda p, i=i: jax.random.normal(jax.random.fold_in(key, i), p.shape), params
+        )
         updates, state = step(grads, state, params)
         params = optax.apply_updates(params, updates)
     assert float(jnp.abs(params["a"]).max()) <= 0.3 * (1 + 1e-5)
@@ -234,7 +253,9 @@ def test_optimizers_compose_with_optax():
         _, state = jax.jit(tx.update)({"w": jnp.ones(5)}, state, params)
         seen.append(float(optim.learning_rate(state)))
     np.testing.assert_allclose(seen, [1.0, 0.9, 0.8], rtol=1e-6)
-    wrapped = optax.inject_hyperparams(lambda learning_rate: optim.sfw(learning_rate, polytopes.KSparse(2, 1.0)))(0.3)
+    wrapped = optax.inject_hyperparams(
+        lambda learning_rate: optim.sfw(learning_rate, polytopes.KSparse(2, 1.0))
+    )(0.3)
     updates, _ = wrapped.update({"w": jnp.ones(5)}, wrapped.init(params), params)
     assert float(jnp.abs(updates["w"]).sum()) > 0
     for inner in (lambda learning_rate: optim.sgd(learning_rate), optax.sgd):
@@ -248,7 +269,9 @@ def test_optimizers_compose_with_optax():
         optim.learning_rate(both.init(params))
 
 
-@pytest.mark.parametrize("sets", [polytopes.KSparse(3, jnp.float32(0.5)), polytopes.LpBall(jnp.float32(0.5), 1)])
+@pytest.mark.parametrize(
+    "sets", [polytopes.KSparse(3, jnp.float32(0.5)), polytopes.LpBall(jnp.float32(0.5), 1)]
+)
 def test_short_types_stay_what_they_are(sets):
     params, grads = {"w": jnp.ones(8, jnp.bfloat16)}, {"w": jnp.arange(8.0).astype(jnp.bfloat16)}
     traced = jnp.float32(0.1)  # a number of a wider type, as in the arms of a sweep
@@ -292,12 +315,17 @@ def test_numbers_may_be_traced_and_batched():
     lrs, momenta, ks = jnp.array([0.1, 0.9]), jnp.array([0.0, 0.9]), jnp.array([2, 7])
     batched = jax.jit(jax.vmap(run))(lrs, momenta, ks)
     for i in range(2):
-        np.testing.assert_allclose(batched[i], run(float(lrs[i]), float(momenta[i]), int(ks[i])), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            batched[i], run(float(lrs[i]), float(momenta[i]), int(ks[i])), rtol=1e-5, atol=1e-6
+        )
 
 
 def recipe(**changes):
     config = dict(
-        name="sfw", learning_rate=0.5, schedule=dict(name="decrease_3"), constraint=dict(name="k_sparse", k=3, tau=2.0)
+        name="sfw",
+        learning_rate=0.5,
+        schedule=dict(name="decrease_3"),
+        constraint=dict(name="k_sparse", k=3, tau=2.0),
     )
     return optim.check({**config, **changes}, "config.fit.optimizer")
 
@@ -333,7 +361,12 @@ def test_proximal_and_subgradient_steps_reach_the_same_minimum(momentum):
     expected = np.sign(target) * np.maximum(np.abs(target) - strength, 0)
     penalised = dict(name="l1", strength=strength)
     for method, tolerance in (("proximal", 1e-5), ("subgradient", 0.02)):
-        config = dict(name="sgd", learning_rate=0.01, momentum=momentum, penalty=dict(penalised, method=method))
+        config = dict(
+            name="sgd",
+            learning_rate=0.01,
+            momentum=momentum,
+            penalty=dict(penalised, method=method),
+        )
         chosen = optim.check(config, "optimizer")
         tx = optim.make(chosen, optim.numbers(chosen, target, None), epochs=1, steps_per_epoch=1)
 
@@ -362,13 +395,17 @@ def test_proximal_step_needs_a_rate():
 def test_a_penalty_acts_on_the_named_parameters_only():
     params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
     config = dict(name="sgd", learning_rate=1.0, momentum=0.0)
-    chosen = optim.check({**config, "penalty": dict(name="l1", strength=0.5, parameters=".*/kernel")}, "optimizer")
+    chosen = optim.check(
+        {**config, "penalty": dict(name="l1", strength=0.5, parameters=".*/kernel")}, "optimizer"
+    )
     tx = optim.make(chosen, optim.numbers(chosen, params, None), epochs=1, steps_per_epoch=1)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["dense"]["kernel"], -0.5)
     np.testing.assert_array_equal(updates["dense"]["bias"], 0.0)
     wrong = optim.check({**config, "penalty": dict(name="l1", parameters="kernel")}, "optimizer")
-    with pytest.raises(tables.ConfigError, match="'kernel', which matches no parameter; one is 'dense/bias'"):
+    with pytest.raises(
+        tables.ConfigError, match="'kernel', which matches no parameter; one is 'dense/bias'"
+    ):
         optim.numbers(wrong, params, None)
 
 
@@ -376,12 +413,22 @@ def test_a_penalty_acts_on_the_named_parameters_only():
     ("changes", "message"),
     [
         (
-            dict(name="sgd", constraint=dict(name="k_sparse"), penalty=dict(name="l1", method="proximal")),
+            dict(
+                name="sgd",
+                constraint=dict(name="k_sparse"),
+                penalty=dict(name="l1", method="proximal"),
+            ),
             "unconstrained",
         ),
-        (dict(penalty=dict(name="l1", method="proximal")), "allowed with an unconstrained sgd only"),
+        (
+            dict(penalty=dict(name="l1", method="proximal")),
+            "allowed with an unconstrained sgd only",
+        ),
         (dict(penalty=dict(name="l3")), "penalty.name is 'l3'; known: l1, l2, none"),
-        (dict(penalty=dict(name="l1", strength=-1.0)), "penalty.strength is -1.0; allowed: float >= 0.0"),
+        (
+            dict(penalty=dict(name="l1", strength=-1.0)),
+            "penalty.strength is -1.0; allowed: float >= 0.0",
+        ),
         (dict(penalty=dict(name="l1", parameters="(")), "'(' is not a regular expression"),
         (dict(name="sfv"), "name is 'sfv'; known: adagrad_sfw, sfw, sgd. Did you mean 'sfw'"),
         (dict(lerning_rate=0.1), "no field 'lerning_rate'; .*Did you mean 'learning_rate'"),
@@ -401,28 +448,45 @@ def test_bad_configs_are_refused(changes, message):
         recipe(**changes)
 
 
-# Sweeps whose members differ in more than numbers ---------------------------------------------------------------
+# Sweeps whose members differ in more than numbers -------------------------------------------------
 
 POLYTOPE = dict(name="k_sparse", k=3, tau=0.5, rules=((".*/bias", dict(name="unconstrained")),))
 KINDS = {
     "sgd": dict(name="sgd", learning_rate=0.05),
     "sgd again": dict(name="sgd", learning_rate=0.02, momentum=0.5),
-    "projected": dict(name="sgd", learning_rate=0.05, constraint=POLYTOPE, schedule=dict(name="decrease_3")),
-    "sfw": dict(name="sfw", learning_rate=0.5, constraint=POLYTOPE, schedule=dict(name="dynamic_change")),
-    "sfw, last batch": dict(
-        name="sfw", learning_rate=0.5, rescale="none", schedule=dict(name="dynamic_change", loss="last_batch")
+    "projected": dict(
+        name="sgd", learning_rate=0.05, constraint=POLYTOPE, schedule=dict(name="decrease_3")
     ),
-    "adagrad_sfw": dict(name="adagrad_sfw", learning_rate=0.05, constraint=dict(name="l2", tau=1.0)),
+    "sfw": dict(
+        name="sfw", learning_rate=0.5, constraint=POLYTOPE, schedule=dict(name="dynamic_change")
+    ),
+    "sfw, last batch": dict(
+        name="sfw",
+        learning_rate=0.5,
+        rescale="none",
+        schedule=dict(name="dynamic_change", loss="last_batch"),
+    ),
+    "adagrad_sfw": dict(
+        name="adagrad_sfw", learning_rate=0.05, constraint=dict(name="l2", tau=1.0)
+    ),
     "l1": dict(name="sgd", learning_rate=0.05, penalty=dict(name="l1", strength=0.1)),
-    "proximal": dict(name="sgd", learning_rate=0.05, penalty=dict(name="l1", strength=0.2, method="proximal")),
-    "l2": dict(name="sfw", learning_rate=0.1, penalty=dict(name="l2", strength=0.1, parameters=".*/kernel")),
+    "proximal": dict(
+        name="sgd", learning_rate=0.05, penalty=dict(name="l1", strength=0.2, method="proximal")
+    ),
+    "l2": dict(
+        name="sfw", learning_rate=0.1, penalty=dict(name="l2", strength=0.1, parameters=".*/kernel")
+    ),
     "cosine": dict(name="sgd", learning_rate=0.05, schedule=dict(name="cosine", warmup_epochs=2.0)),
 }
 
 
 def descend(recipe, values, epochs=30):
-    """(weights after 30 epochs of two steps from inside the sets, rates on the way) on a quadratic."""
-    params = {"a": {"kernel": jnp.linspace(-1, 1, 12).reshape(3, 4), "bias": jnp.array([0.5, -0.2])}}
+    """(weights after 30 epochs of two steps from inside the sets, rates on the way) on a
+    quadratic.
+    """
+    params = {
+        "a": {"kernel": jnp.linspace(-1, 1, 12).reshape(3, 4), "bias": jnp.array([0.5, -0.2])}
+    }
     target = jax.tree.map(lambda p: jnp.cos(3 * p), params)
     tx = optim.make(recipe, values, epochs, 2)
     params = optim.shift_inside(recipe, values, params)
@@ -442,7 +506,9 @@ def test_joined_recipes_are_one_program_and_act_each_as_its_own():
     norms = jax.tree.map(lambda leaf: 1.0 + leaf.size, shapes)
     recipes = [optim.check(config, name) for name, config in KINDS.items()]
     joined = optim.join(recipes)
-    assert len({optim.program(one) for one in recipes}) == len(KINDS) - 1  # two differ in numbers only
+    assert (
+        len({optim.program(one) for one in recipes}) == len(KINDS) - 1
+    )  # two differ in numbers only
     assert len({optim.program(one) for one in joined}) == 1
     assert [optim.needs_norms(one) for one in joined] == [optim.needs_norms(one) for one in recipes]
     values = [optim.numbers(one, shapes, norms) for one in joined]
@@ -462,7 +528,9 @@ def test_joined_recipes_are_one_program_and_act_each_as_its_own():
 def test_a_choice_composes_with_optax():
     params = {"w": jnp.ones(3)}
     transformations = [optax.sgd(0.1), optim.sgd(0.2), optax.adam(0.3)]
-    tx = optax.chain(optax.clip_by_global_norm(100.0), optim.choose(jnp.asarray(1), transformations))
+    tx = optax.chain(
+        optax.clip_by_global_norm(100.0), optim.choose(jnp.asarray(1), transformations)
+    )
     updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.2, rtol=1e-6)
     np.testing.assert_allclose(optim.learning_rate(state), 0.2, rtol=1e-6)

@@ -1,4 +1,6 @@
-"""The library's transformations in other people's loops: optax's wrappers, Flax NNX, meshes, other float types."""
+"""The library's transformations in other people's loops: optax's wrappers, Flax NNX, meshes, other
+float types.
+"""
 
 import functools
 from typing import NamedTuple
@@ -42,7 +44,7 @@ def run(tx, steps=4, params=PARAMS, grads=GRADS):
     return params, state
 
 
-# Rates ---------------------------------------------------------------------------------------------------------------
+# Rates --------------------------------------------------------------------------------------------
 
 SCHEDULE = optax.linear_schedule(0.8, 0.0, 8)
 INJECTED = {
@@ -82,14 +84,16 @@ def test_a_parameter_called_learning_rate_is_no_rate(make):
 
 
 @pytest.mark.parametrize(
-    "inner", [optax.sgd(SCHEDULE), optax.chain(optim.sgd(0.1), optim.sgd(0.2))], ids=["none", "several"]
+    "inner",
+    [optax.sgd(SCHEDULE), optax.chain(optim.sgd(0.1), optim.sgd(0.2))],
+    ids=["none", "several"],
 )
 def test_no_rate_and_several_are_refused(inner):
     with pytest.raises(ValueError, match="learning_rate="):
         run(optim.proximal_l1(inner, 0.1), 1)
 
 
-# Trees of sets and strengths -----------------------------------------------------------------------------------------
+# Trees of sets and strengths ----------------------------------------------------------------------
 
 
 class Net(nnx.Module):
@@ -111,7 +115,9 @@ OF_TREES = {
 
 @pytest.mark.parametrize("name", OF_TREES)
 def test_trees_of_nnx_states_mean_their_arrays(name):
-    """`nnx.Optimizer` shows wrapped arrays at first, bare ones later; trees of either kind fit both."""
+    """`nnx.Optimizer` shows wrapped arrays at first, bare ones later; trees of either kind fit
+    both.
+    """
     make, entry = OF_TREES[name]
     results = []
     for tree in (nnx.state(Net(), nnx.Param), nnx.to_pure_dict(nnx.state(Net(), nnx.Param)), None):
@@ -137,7 +143,10 @@ def test_trees_serve_what_a_mask_shows(name):
 @pytest.mark.parametrize("name", OF_TREES)
 def test_a_tree_of_other_paths_is_refused(name):
     make, entry = OF_TREES[name]
-    for tree, path in (({"a": {"kernel": entry}}, "'b'"), ({"a": {"kernel": entry}, "b": entry, "c": entry}, "'c'")):
+    for tree, path in (
+        ({"a": {"kernel": entry}}, "'b'"),
+        ({"a": {"kernel": entry}, "b": entry, "c": entry}, "'c'"),
+    ):
         with pytest.raises(ValueError, match=path) as error:
             run(make(tree), 1)
         assert "PyTreeDef" not in str(error.value)
@@ -149,7 +158,7 @@ def test_plain_paths_drop_the_wrapper_of_nnx():
     assert "value" in trees.plain_leaves({"value": 1.0})  # an entry of a dict is no wrapper
 
 
-# Narrow types --------------------------------------------------------------------------------------------------------
+# Narrow types -------------------------------------------------------------------------------------
 
 SETS = {
     "k_sparse": polytopes.KSparse(5, 0.5),
@@ -166,7 +175,9 @@ IN_SETS = {
 
 
 def excess(constraint, w):
-    """How far outside its set an array is, relative to the radius; of members along the first axis the most."""
+    """How far outside its set an array is, relative to the radius; of members along the first axis
+    the most.
+    """
     w = np.abs(np.asarray(w, np.float64)).reshape(len(w), -1)
     if isinstance(constraint, polytopes.KSparse):
         largest = w.max() / constraint.radius
@@ -179,7 +190,10 @@ def excess(constraint, w):
 def test_narrow_weights_stay_in_their_sets_for_thousands_of_steps(name, dtype):
     sets = {key: value for key, value in SETS.items() if name != "projected" or key != "l3"}
     tx = IN_SETS[name](sets)
-    start = {key: s.shift_inside(jax.random.normal(jax.random.key(0), (24,)).astype(dtype)) for key, s in sets.items()}
+    start = {
+        key: s.shift_inside(jax.random.normal(jax.random.key(0), (24,)).astype(dtype))
+        for key, s in sets.items()
+    }
 
     def step(carry, i):
         params, state = carry
@@ -202,13 +216,17 @@ def test_narrow_weights_stay_in_their_sets_for_thousands_of_steps(name, dtype):
 
 
 def test_a_narrow_update_ends_at_the_number_nearest_to_its_target():
-    """w + u in bfloat16 is never further from 0 than the rounded target, whatever the two magnitudes."""
+    """w + u in bfloat16 is never further from 0 than the rounded target, whatever the two
+    magnitudes.
+    """
     key = jax.random.key(0)
-    w = (jax.random.normal(key, (4096,)) * jnp.exp(4 * jax.random.normal(jax.random.key(1), (4096,)))).astype(
-        jnp.bfloat16
-    )
+    w = (
+        jax.random.normal(key, (4096,)) * jnp.exp(4 * jax.random.normal(jax.random.key(1), (4096,)))
+    ).astype(jnp.bfloat16)
     target = w[::-1] * jnp.bfloat16(0.01)
-    update = optim._settled(polytopes.Unconstrained(), w, target.astype(jnp.float32) - w.astype(jnp.float32))
+    update = optim._settled(
+        polytopes.Unconstrained(), w, target.astype(jnp.float32) - w.astype(jnp.float32)
+    )
     after = np.asarray(w + update, np.float64)
     before, target = np.asarray(w, np.float64), np.asarray(target, np.float64)
     assert (np.abs(after) <= np.abs(target)).all()
@@ -243,14 +261,23 @@ def test_the_sum_of_squares_grows_for_ever():
     np.testing.assert_allclose(np.asarray(updates[-1], float), -0.1 / 64, rtol=2**-8)
 
 
-@pytest.mark.parametrize(("accumulator", "huge", "rounding"), [(None, 1e25, 1e-6), ("float16", 1e4, 1e-3)])
+@pytest.mark.parametrize(
+    ("accumulator", "huge", "rounding"), [(None, 1e25, 1e-6), ("float16", 1e4, 1e-3)]
+)
 def test_squares_of_huge_gradients_stay_in_range(accumulator, huge, rounding):
-    """In one array gradients whose squares the type of the sum cannot hold; the other array is as without them."""
-    gradients = {"huge": jnp.array([1e-3, 1, 2, 1e-3]) * jnp.array([1, huge, huge, 1]), "small": jnp.full(4, 0.5)}
+    """In one array gradients whose squares the type of the sum cannot hold; the other array is as
+    without them.
+    """
+    gradients = {
+        "huge": jnp.array([1e-3, 1, 2, 1e-3]) * jnp.array([1, huge, huge, 1]),
+        "small": jnp.full(4, 0.5),
+    }
 
     def updates(gradients, accumulator):
         rate = jnp.asarray(0.1, gradients["small"].dtype)
-        tx = optim.adagrad_sfw(rate, polytopes.Unconstrained(), momentum=0.0, accumulator_dtype=accumulator)
+        tx = optim.adagrad_sfw(
+            rate, polytopes.Unconstrained(), momentum=0.0, accumulator_dtype=accumulator
+        )
         state, steps = tx.init(jax.tree.map(lambda g: g[:1], gradients)), []
         for i in range(4):
             slopes = jax.tree.map(lambda g, i=i: g[i : i + 1], gradients)
@@ -263,21 +290,29 @@ def test_squares_of_huge_gradients_stay_in_range(accumulator, huge, rounding):
     np.testing.assert_allclose(updates(gradients, accumulator), expected, rtol=4 * rounding)
 
 
-# Derivatives ---------------------------------------------------------------------------------------------------------
+# Derivatives --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sfw", "adagrad_sfw"])
 @pytest.mark.parametrize("constraint", ["l2", "linf"])
 def test_gradients_through_steps_are_right_where_gradients_are_zero(name, constraint):
-    """Derivatives with respect to the learning rate and the data, with a dead array and a dead entry."""
-    make = {"sfw": lambda lr, sets: optim.sfw(lr, sets, momentum=0.5), "adagrad_sfw": optim.adagrad_sfw}[name]
+    """Derivatives with respect to the learning rate and the data, with a dead array and a dead
+    entry.
+    """
+    make = {
+        "sfw": lambda lr, sets: optim.sfw(lr, sets, momentum=0.5),
+        "adagrad_sfw": optim.adagrad_sfw,
+    }[name]
 
     def after(lr, shift):
         tx = make(lr, SETS[constraint])
         params = {"dead": jnp.array([0.1, 0.0]), "w": jnp.array([0.1, 0.2, -0.1])}
         state = tx.init(params)
         for _ in range(2):
-            slopes = {"dead": 0 * params["dead"], "w": (params["w"] - shift) * jnp.array([1.0, 1.0, 0.0])}
+            slopes = {
+                "dead": 0 * params["dead"],
+                "w": (params["w"] - shift) * jnp.array([1.0, 1.0, 0.0]),
+            }
             updates, state = tx.update(slopes, state, params)
             params = optax.apply_updates(params, updates)
         return jnp.sum(jnp.sin(params["w"])) + jnp.sum(params["dead"] ** 2)
@@ -291,7 +326,7 @@ def test_gradients_through_steps_are_right_where_gradients_are_zero(name, constr
     np.testing.assert_allclose(found, [by_lr, by_shift], rtol=1e-4, atol=1e-7)
 
 
-# Proximal steps ------------------------------------------------------------------------------------------------------
+# Proximal steps -----------------------------------------------------------------------------------
 
 TARGET, STRENGTH = jnp.array([1.0, -0.5, 0.2, 0.05, -0.3]), 0.25
 descent = optax.inject_hyperparams(optax.sgd)
@@ -307,7 +342,10 @@ ACCEPTED = {
     "not named": (optax.sgd(0.1), dict(learning_rate=0.1)),
     "MultiSteps": (optax.MultiSteps(descent(0.1), 4).gradient_transformation(), {}),
     "apply_if_finite": (optax.apply_if_finite(descent(0.1), 5), {}),
-    "both": (optax.MultiSteps(optax.apply_if_finite(descent(0.1), 5), 2).gradient_transformation(), {}),
+    "both": (
+        optax.MultiSteps(optax.apply_if_finite(descent(0.1), 5), 2).gradient_transformation(),
+        {},
+    ),
     "choose": (optim.choose(0, [optim.sgd(0.1, momentum=0.0), optax.adam(0.1)]), {}),
 }
 
@@ -370,7 +408,7 @@ def test_dampening_without_momentum_does_nothing():
             np.testing.assert_allclose(updates, factor * TARGET, rtol=1e-6)
 
 
-# Every transformation in every wrapper -------------------------------------------------------------------------------
+# Every transformation in every wrapper ------------------------------------------------------------
 
 HALF = growing.layers(PARAMS, {"a/kernel": 0.5})
 TRANSFORMATIONS = {
@@ -417,7 +455,9 @@ def test_every_transformation_acts_in_every_wrapper_as_alone(name, wrapper):
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_states_follow_the_conventions_of_optax(name):
-    """Their parameters are found, no buffer is there twice, empty arrays pass, and extra arguments are no matter."""
+    """Their parameters are found, no buffer is there twice, empty arrays pass, and extra arguments
+    are no matter.
+    """
     tx = TRANSFORMATIONS[name]
     state = tx.init(PARAMS)
     marked = optax.tree_utils.tree_map_params(tx, lambda leaf: leaf + 1, state)
@@ -438,11 +478,15 @@ MESH = [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
 @pytest.mark.parametrize("axis", MESH, ids=["shard_map", "explicit"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_every_transformation_runs_on_a_mesh(name, axis):
-    """In `shard_map`, each device takes its block for the whole; `vmap` of it; and with arrays on an explicit mesh."""
+    """In `shard_map`, each device takes its block for the whole; `vmap` of it; and with arrays on
+    an explicit mesh.
+    """
     if name in ("add_l2", "growing_l2"):
         tree = {"a": {"kernel": jnp.ones((4, 3))}}
         made = {"add_l2": optim.add_l2(jax.tree.map(lambda _: 0.1, tree))}
-        tx = made.get(name) or growing.growing_l2(growing.layers(tree, {"a/kernel": 0.5}), update_every=1)
+        tx = made.get(name) or growing.growing_l2(
+            growing.layers(tree, {"a/kernel": 0.5}), update_every=1
+        )
     else:
         tx = TRANSFORMATIONS[name]
     tx = optax.with_extra_args_support(tx)
@@ -462,8 +506,12 @@ def test_every_transformation_runs_on_a_mesh(name, axis):
         spec = jax.sharding.PartitionSpec("d")
         blocks = jax.jit(jax.shard_map(descend, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
         found = blocks(params, grads)
-        halves = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], (params, grads)) for i in range(2)]
-        expected = jax.tree.map(lambda *x: jnp.concatenate(x), *[jax.jit(descend)(*half) for half in halves])
+        halves = [
+            jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], (params, grads)) for i in range(2)
+        ]
+        expected = jax.tree.map(
+            lambda *x: jnp.concatenate(x), *[jax.jit(descend)(*half) for half in halves]
+        )
     else:
         if name == "growing_l2":
             tx = growing.growing_l2(growing.layers(params, {"a/kernel": 0.5}), update_every=1)
@@ -471,14 +519,20 @@ def test_every_transformation_runs_on_a_mesh(name, axis):
         with jax.set_mesh(mesh):
             found = jax.jit(descend)(*jax.device_put((params, grads), sharding))
         expected = jax.jit(descend)(params, grads)
-    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-7)
+    close = lambda a, b: np.testing.assert_allclose(
+        np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-7
+    )
     jax.tree.map(close, found, expected)
 
 
 INJECTABLE = {
     "sgd": (optim.sgd, dict(learning_rate=0.1, momentum=0.8, weight_decay=0.01), ("nesterov",)),
     "sfw": (optim.sfw, dict(learning_rate=0.1, sets=BALL, momentum=0.8), ()),
-    "adagrad_sfw": (optim.adagrad_sfw, dict(learning_rate=0.1, sets=BALL, delta=1e-6), ("inner_steps",)),
+    "adagrad_sfw": (
+        optim.adagrad_sfw,
+        dict(learning_rate=0.1, sets=BALL, delta=1e-6),
+        ("inner_steps",),
+    ),
     "scale_by_rate": (optim.scale_by_rate, dict(learning_rate=0.1), ()),
     "heavy_ball": (optim.heavy_ball, dict(momentum=0.8), ("nesterov",)),
     "add_l1": (optim.add_l1, dict(strength=0.1), ()),

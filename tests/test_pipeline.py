@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import tiny
 
-from sparsity_jax import checkpoint, data, optim, pipeline, report, stopping, tables, train, workdirs
+from sparsity_jax import (
+    checkpoint,
+    data,
+    optim,
+    pipeline,
+    report,
+    stopping,
+    tables,
+    train,
+    workdirs,
+)
 
 DYNAMIC = dict(tiny.SFW, schedule=dict(name="dynamic_change"))
 BALL = dict(name="l2", tau=15.0)  # quick to compile
@@ -16,7 +26,8 @@ SEEDS = dict(sweep=dict(seed=(0, 1)))
 ARMS = {
     "sgd": dict(label="SGD", fit=dict(optimizer=dict(tiny.SGD, learning_rate=0.05))),
     "sfw": dict(
-        fit=dict(optimizer=dict(DYNAMIC, constraint=BALL)), again=dict(optimizer=dict(tiny.SFW, constraint=BALL))
+        fit=dict(optimizer=dict(DYNAMIC, constraint=BALL)),
+        again=dict(optimizer=dict(tiny.SFW, constraint=BALL)),
     ),
 }
 GRID = dict(arms=ARMS, sweep=dict(arm=("sgd", "sfw"), seed=(0, 1)))
@@ -27,9 +38,19 @@ def stage(**fields):
 
 
 GROW = pipeline.stage(  # three steps of picking, three of pushing, two at rest; two a call
-    "grow", method="greg2", ratios="[0:0.5]", optimizer=tiny.SGD, batch_size=32, update_every=1, granularity_pick=0.05,
-    granularity_prune=1.0, upper_limit_pick=0.15, upper_limit=3.0, stabilize_steps=2, log_every=2,
-)  # fmt: skip
+    "grow",
+    method="greg2",
+    ratios="[0:0.5]",
+    optimizer=tiny.SGD,
+    batch_size=32,
+    update_every=1,
+    granularity_pick=0.05,
+    granularity_prune=1.0,
+    upper_limit_pick=0.15,
+    upper_limit=3.0,
+    stabilize_steps=2,
+    log_every=2,
+)
 GEOMETRY = {  # stages for few products on few digits
     "limit": pipeline.stage("limit", scan=(0.5,), resolution=0.25),
     "path": pipeline.stage("path", ratios=(0.5,)),
@@ -44,19 +65,43 @@ def geometric(*names, **fields):
     return tiny.config(*names, **{**GEOMETRY, **fields})
 
 
-# Mistakes ------------------------------------------------------------------------------------------------------
+# Mistakes -----------------------------------------------------------------------------------------
 
 MISTAKES = {
     "unknown field": (dict(epocs=3), r"config has no field 'epocs'; fields: .*pipeline"),
-    "near field": (dict(sweep_mod="loop"), r"no field 'sweep_mod'; fields: .* Did you mean 'sweep_mode'"),
+    "near field": (
+        dict(sweep_mod="loop"),
+        r"no field 'sweep_mod'; fields: .* Did you mean 'sweep_mode'",
+    ),
     "missing field": (dict(data=None), r"config\.data is None \(NoneType\); allowed: dict"),
-    "unknown stage field": (dict(fit=stage() | dict(epocs=3)), r"config\.fit has no field 'epocs'; .* mean 'epochs'"),
-    "missing stage field": (dict(fit=dict(kind="train", epochs=1)), r"config\.fit needs the field 'optimizer' \(dict"),
-    "unknown kind": (dict(fit=stage() | dict(kind="tran")), r"config\.fit\.kind is 'tran'; known: .*mean 'train'"),
-    "unknown model": (dict(model=dict(name="mpl")), r"config\.model\.name is 'mpl'; known: .* Did you mean 'mlp'"),
-    "model name of a wrong type": (dict(model=dict(name=["mlp"])), r"config\.model\.name is \['mlp'\]; known: "),
-    "unknown model field": (dict(model=dict(name="mlp", width=(8,))), r"config\.model has no field 'width'.*'widths'"),
-    "unknown init": (dict(model=dict(name="mlp", init="torhc")), r"config\.model\.init is 'torhc'.* mean 'torch'"),
+    "unknown stage field": (
+        dict(fit=stage() | dict(epocs=3)),
+        r"config\.fit has no field 'epocs'; .* mean 'epochs'",
+    ),
+    "missing stage field": (
+        dict(fit=dict(kind="train", epochs=1)),
+        r"config\.fit needs the field 'optimizer' \(dict",
+    ),
+    "unknown kind": (
+        dict(fit=stage() | dict(kind="tran")),
+        r"config\.fit\.kind is 'tran'; known: .*mean 'train'",
+    ),
+    "unknown model": (
+        dict(model=dict(name="mpl")),
+        r"config\.model\.name is 'mpl'; known: .* Did you mean 'mlp'",
+    ),
+    "model name of a wrong type": (
+        dict(model=dict(name=["mlp"])),
+        r"config\.model\.name is \['mlp'\]; known: ",
+    ),
+    "unknown model field": (
+        dict(model=dict(name="mlp", width=(8,))),
+        r"config\.model has no field 'width'.*'widths'",
+    ),
+    "unknown init": (
+        dict(model=dict(name="mlp", init="torhc")),
+        r"config\.model\.init is 'torhc'.* mean 'torch'",
+    ),
     "unknown optimizer": (
         dict(fit=stage(optimizer=dict(name="sgf"))),
         r"fit\.optimizer\.name is 'sgf'; known: .*'sgd'",
@@ -69,12 +114,30 @@ MISTAKES = {
         dict(fit=stage(optimizer=dict(tiny.SFW, constraint=dict(name="k_spars")))),
         r"constraint\.name is 'k_spars'; known: .* Did you mean 'k_sparse'",
     ),
-    "unknown data": (dict(data=dict(name="digit")), r"config\.data\.name is 'digit'.* Did you mean 'digits'"),
-    "unknown data field": (dict(data=dict(name="digits", limit=3)), r"config\.data has no field 'limit'"),
-    "unknown selection": (dict(curve=pipeline.stage("curve", selection="globl")), r"selection is 'globl'; known: "),
-    "wrong type": (dict(fit=stage(epochs="3")), r"config\.fit\.epochs is '3' \(str\); allowed: int >= 1"),
-    "wrong common type": (dict(eval_batch_size=1.5), r"config\.eval_batch_size is 1\.5 \(float\); allowed: int >= 1"),
-    "wrong choice": (dict(platform="tpuu"), r"config\.platform is 'tpuu'; allowed: 'default' .* Did you mean 'tpu'"),
+    "unknown data": (
+        dict(data=dict(name="digit")),
+        r"config\.data\.name is 'digit'.* Did you mean 'digits'",
+    ),
+    "unknown data field": (
+        dict(data=dict(name="digits", limit=3)),
+        r"config\.data has no field 'limit'",
+    ),
+    "unknown selection": (
+        dict(curve=pipeline.stage("curve", selection="globl")),
+        r"selection is 'globl'; known: ",
+    ),
+    "wrong type": (
+        dict(fit=stage(epochs="3")),
+        r"config\.fit\.epochs is '3' \(str\); allowed: int >= 1",
+    ),
+    "wrong common type": (
+        dict(eval_batch_size=1.5),
+        r"config\.eval_batch_size is 1\.5 \(float\); allowed: int >= 1",
+    ),
+    "wrong choice": (
+        dict(platform="tpuu"),
+        r"config\.platform is 'tpuu'; allowed: 'default' .* Did you mean 'tpu'",
+    ),
     "out of range": (dict(fit=stage(epochs=0)), r"config\.fit\.epochs is 0; allowed: int >= 1"),
     "momentum out of range": (
         dict(fit=stage(optimizer=dict(tiny.SGD, momentum=1.5))),
@@ -84,17 +147,32 @@ MISTAKES = {
         dict(fit=stage(optimizer=dict(tiny.SFW, learning_rate=2))),
         r"is 2\.0; allowed for sfw: 0 to 1",
     ),
-    "swept seed": (dict(sweep=dict(seed=(0, 1.5))), r"config\.sweep\.seed is 1\.5 \(float\); allowed: int >= 0"),
-    "idle seed": (dict(seed=7, sweep=dict(seed=(0, 1))), r"config\.seed is 7, but config\.sweep\.seed decides"),
+    "swept seed": (
+        dict(sweep=dict(seed=(0, 1.5))),
+        r"config\.sweep\.seed is 1\.5 \(float\); allowed: int >= 0",
+    ),
+    "idle seed": (
+        dict(seed=7, sweep=dict(seed=(0, 1))),
+        r"config\.seed is 7, but config\.sweep\.seed decides",
+    ),
     "idle arm": (
         dict(arm="a", arms=dict(a={}, b={}), sweep=dict(arm=("a", "b"))),
         r"config\.arm is 'a', but config\.sweep\.arm decides",
     ),
-    "flat sweep": (dict(sweep={"fit.epochs": (1, 2)}), r"config\.fit\.epochs, which does not exist\. .* are nested: "),
+    "flat sweep": (
+        dict(sweep={"fit.epochs": (1, 2)}),
+        r"config\.fit\.epochs, which does not exist\. .* are nested: ",
+    ),
     "not data": (dict(title=object()), r"config\.title is a value that is not plain data"),
     "no pipeline": (dict(pipeline=()), r"config\.pipeline is empty"),
-    "absent stage": (dict(pipeline=("fti", "curve")), r"pipeline names 'fti', but config has no such.* mean 'fit'"),
-    "nothing trained": (dict(pipeline=("curve", "fit")), r"'curve' \(kind 'curve'\) before any stage of kind 'train'"),
+    "absent stage": (
+        dict(pipeline=("fti", "curve")),
+        r"pipeline names 'fti', but config has no such.* mean 'fit'",
+    ),
+    "nothing trained": (
+        dict(pipeline=("curve", "fit")),
+        r"'curve' \(kind 'curve'\) before any stage of kind 'train'",
+    ),
     "retrain with no training": (
         dict(curve=pipeline.stage("curve", retrain="cut")),
         r"config\.curve\.retrain is 'cut'; allowed: a stage of kind 'train': fit, again",
@@ -107,7 +185,10 @@ MISTAKES = {
         dict(sweep=dict(fit=dict(epocs=(1, 2)))),
         r"names config\.fit\.epocs, which does not exist.*ch",
     ),
-    "sweep of no list": (dict(sweep=dict(seed=3)), r"config\.sweep\.seed is 3; allowed: a list of values"),
+    "sweep of no list": (
+        dict(sweep=dict(seed=3)),
+        r"config\.sweep\.seed is 3; allowed: a list of values",
+    ),
     "sweep of the network": (
         dict(sweep=dict(model=dict(widths=([8], [9])))),
         r"config\.sweep names config\.model\.widths; allowed: arm, seed and fields of stages",
@@ -120,17 +201,38 @@ MISTAKES = {
         dict(pipeline=("fit", "retrained"), sweep=dict(again=dict(epochs=(1, 2)))),
         r"config\.sweep changes config\.again .*'loop'",
     ),
-    "unknown arm": (dict(arms=ARMS, arm="sfv"), r"config\.arm is 'sfv'; known: sfw, sgd\. Did you mean 'sfw'"),
-    "unknown arm in a sweep": (dict(arms=ARMS, sweep=dict(arm=("sgd", "sfv"))), r"config\.arm is 'sfv'; known: "),
-    "sweep of no list of arms": (dict(arms=ARMS, sweep=dict(arm="sgd")), r"sweep\.arm is 'sgd'; allowed: a list of na"),
-    "sweep of the arms": (dict(arms=ARMS, sweep=dict(arms=("sgd",))), r"sweep names config\.arms; allowed: arm, seed"),
-    "arm of no stages": (dict(arms=dict(a=3), arm="a"), r"config\.arms\.a is 3; allowed: a label, and fields by stage"),
-    "label of an arm": (dict(arms=dict(a=dict(label=1)), arm="a"), r"arms\.a is {'label': 1}; allowed: a label, and"),
+    "unknown arm": (
+        dict(arms=ARMS, arm="sfv"),
+        r"config\.arm is 'sfv'; known: sfw, sgd\. Did you mean 'sfw'",
+    ),
+    "unknown arm in a sweep": (
+        dict(arms=ARMS, sweep=dict(arm=("sgd", "sfv"))),
+        r"config\.arm is 'sfv'; known: ",
+    ),
+    "sweep of no list of arms": (
+        dict(arms=ARMS, sweep=dict(arm="sgd")),
+        r"sweep\.arm is 'sgd'; allowed: a list of na",
+    ),
+    "sweep of the arms": (
+        dict(arms=ARMS, sweep=dict(arms=("sgd",))),
+        r"sweep names config\.arms; allowed: arm, seed",
+    ),
+    "arm of no stages": (
+        dict(arms=dict(a=3), arm="a"),
+        r"config\.arms\.a is 3; allowed: a label, and fields by stage",
+    ),
+    "label of an arm": (
+        dict(arms=dict(a=dict(label=1)), arm="a"),
+        r"arms\.a is {'label': 1}; allowed: a label, and",
+    ),
     "arm of an unknown stage": (
         dict(arms=dict(a=dict(fti=dict(epochs=1))), arm="a"),
         r"config\.arms\.a\.fti: config has no such stage; stages: again, .* Did you mean 'fit'",
     ),
-    "arm of a value": (dict(arms=dict(a=dict(fit=1)), arm="a"), r"config\.arms\.a\.fit is 1; allowed: a dict of the"),
+    "arm of a value": (
+        dict(arms=dict(a=dict(fit=1)), arm="a"),
+        r"config\.arms\.a\.fit is 1; allowed: a dict of the",
+    ),
     "arm of an unknown field": (
         dict(arms=dict(a=dict(fit=dict(epocs=1))), arm="a"),
         r"config\.arms\.a\.fit has no field 'epocs'; fields: .* Did you mean 'epochs'",
@@ -139,33 +241,57 @@ MISTAKES = {
         dict(arms=dict(a=dict(label="b"), b={}), sweep=dict(arm=("a", "b"))),
         r"config\.arms: 'a' and 'b' have the same label, 'b'",
     ),
-    "value in an arm": (dict(arms=dict(a=dict(fit=dict(epochs=0))), arm="a"), r"config\.fit\.epochs is 0; allowed: "),
+    "value in an arm": (
+        dict(arms=dict(a=dict(fit=dict(epochs=0))), arm="a"),
+        r"config\.fit\.epochs is 0; allowed: ",
+    ),
     "arm of another program": (
-        dict(arms=dict(a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2))), sweep=dict(arm=("a", "b"))),
+        dict(
+            arms=dict(a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2))),
+            sweep=dict(arm=("a", "b")),
+        ),
         r"config\.sweep changes config\.fit .*'loop'",
     ),
-    "value in a sweep": (dict(sweep=dict(fit=dict(epochs=(1, 0)))), r"config\.fit\.epochs is 0; allowed: int >= 1"),
+    "value in a sweep": (
+        dict(sweep=dict(fit=dict(epochs=(1, 0)))),
+        r"config\.fit\.epochs is 0; allowed: int >= 1",
+    ),
     "prediction before its spectrum": (
         dict(pipeline=("fit", "width", "hessian")) | GEOMETRY,
         r"config\.pipeline runs 'width' \(kind 'width'\) before any stage of kind 'spectrum'",
     ),
     "unknown spectrum": (
-        dict(GEOMETRY, pipeline=("fit", "hessian", "width"), width=pipeline.stage("width", spectrum="hesian")),
-        r"config\.width\.spectrum is 'hesian'; earlier stages of kind 'spectrum': hessian\. Did you mean 'hessian'",
+        dict(
+            GEOMETRY,
+            pipeline=("fit", "hessian", "width"),
+            width=pipeline.stage("width", spectrum="hesian"),
+        ),
+        (
+            r"config\.width\.spectrum is 'hesian'; earlier stages of kind 'spectrum': hessian\. "
+            r"Did you mean 'hessian'"
+        ),
     ),
     "later spectrum": (
-        geometric("fit", "hessian", "width", "newton", width=pipeline.stage("width", spectrum="newton")),
+        geometric(
+            "fit", "hessian", "width", "newton", width=pipeline.stage("width", spectrum="newton")
+        ),
         r"config\.width\.spectrum is 'newton'; earlier stages of kind 'spectrum': hessian\.",
     ),
     "nothing that tolerates": (
         dict(pipeline=("fit", "newton"), newton=GEOMETRY["newton"]),
         r"config\.newton\.stop_width needs a stage of kind 'width' in the config",
     ),
-    "start from nowhere": (dict(start_from="nowhere"), r"config\.start_from is 'nowhere', which holds no run"),
+    "start from nowhere": (
+        dict(start_from="nowhere"),
+        r"config\.start_from is 'nowhere', which holds no run",
+    ),
 }
 LATE_MISTAKES = {  # found when the data and devices are known, still before anything compiles
     "mesh": (dict(mesh=99), r"config\.mesh is 99; allowed: 0 \(all\) to 8, the local devices"),
-    "batch": (dict(fit=stage(batch_size=129)), r"config\.fit\.batch_size is 129; allowed: up to 128, the train set"),
+    "batch": (
+        dict(fit=stage(batch_size=129)),
+        r"config\.fit\.batch_size is 129; allowed: up to 128, the train set",
+    ),
     "batch of retraining": (
         dict(curve=pipeline.stage("curve", retrain="again"), again=stage(batch_size=500)),
         r"config\.again\.batch_size is 500; allowed: up to 128",
@@ -179,8 +305,13 @@ LATE_MISTAKES = {  # found when the data and devices are known, still before any
         r"config\.fit\.batch_size is 12; allowed: multiples of 8",
     ),
     "absent parameters": (
-        dict(pipeline=("fit", "hessian"), hessian=pipeline.stage("spectrum", parameters="dense2/.*")),
-        r"config\.hessian\.parameters is 'dense2/\.\*', which matches no parameter; one is 'dense1/bias'",
+        dict(
+            pipeline=("fit", "hessian"), hessian=pipeline.stage("spectrum", parameters="dense2/.*")
+        ),
+        (
+            r"config\.hessian\.parameters is 'dense2/\.\*', which matches no parameter; one is "
+            r"'dense1/bias'"
+        ),
     ),
     "rows of no kernel": (
         dict(pipeline=("fit", "rows"), rows=pipeline.stage("row_norms", parameters=".*/bias")),
@@ -188,10 +319,19 @@ LATE_MISTAKES = {  # found when the data and devices are known, still before any
     ),
     "one batch": (
         geometric("fit", "hessian", "width", width=pipeline.stage("width", batch_size=65)),
-        r"config\.width\.batch_size is 65; allowed: up to 64, half the train set .*, or set epsilon",
+        (
+            r"config\.width\.batch_size is 65; allowed: up to 64, half the train set .*, or set "
+            r"epsilon"
+        ),
     ),
     "idle rule": (
-        dict(fit=stage(optimizer=dict(tiny.SFW, constraint=dict(tiny.POLYTOPE, rules=[["conv.*", dict(name="l2")]])))),
+        dict(
+            fit=stage(
+                optimizer=dict(
+                    tiny.SFW, constraint=dict(tiny.POLYTOPE, rules=[["conv.*", dict(name="l2")]])
+                )
+            )
+        ),
         r"config\.fit\.optimizer\.constraint\.rules: 'conv\.\*' decides no parameter",
     ),
 }
@@ -223,7 +363,7 @@ def test_a_config_needs_only_data_a_model_and_stages():
         pipeline.stage("tran")
 
 
-# Sweeps --------------------------------------------------------------------------------------------------------
+# Sweeps -------------------------------------------------------------------------------------------
 
 
 def test_sweeps_combine_all_values():
@@ -232,7 +372,12 @@ def test_sweeps_combine_all_values():
     assert not separate
     found = [(values["seed"], values["fit.optimizer.learning_rate"]) for values in plans[0].swept]
     assert found == [(0, 0.1), (0, 0.3), (1, 0.1), (1, 0.3)]
-    assert [own["fit"]["optimizer"]["learning_rate"] for own in plans[0].configs] == [0.1, 0.3, 0.1, 0.3]
+    assert [own["fit"]["optimizer"]["learning_rate"] for own in plans[0].configs] == [
+        0.1,
+        0.3,
+        0.1,
+        0.3,
+    ]
     loop, separate = pipeline.check(tiny.config("fit", sweep=sweep, sweep_mode="loop"))
     assert separate
     assert [len(plan.configs) for plan in loop] == [1] * 4
@@ -247,8 +392,14 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
     compiled = []
     once = train.Problem.once
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Problem, "once", lambda self, name, make: once(self, name, spy(make, name, compiled)))
-        loop = pipeline.run(tiny.config("fit", "curve", sweep=sweep, sweep_mode="loop"), tmp_path / "loop")
+        patch.setattr(
+            train.Problem,
+            "once",
+            lambda self, name, make: once(self, name, spy(make, name, compiled)),
+        )
+        loop = pipeline.run(
+            tiny.config("fit", "curve", sweep=sweep, sweep_mode="loop"), tmp_path / "loop"
+        )
     assert len(compiled) == len(set(compiled))  # both members share every program
     assert len(together.rows) == len(loop.rows) == 10
     of = lambda rows, rate: [row for row in rows if row["fit.optimizer.learning_rate"] == rate]
@@ -256,7 +407,11 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
         alone = tiny.config("fit", "curve", fit=stage(optimizer=dict(tiny.SGD, learning_rate=rate)))
         single = pipeline.run(alone, tmp_path / f"single{rate}").rows
         for a, b, c in zip(of(together.rows, rate), of(loop.rows, rate), single, strict=True):
-            assert (a["stage"], a.get("epoch"), a.get("ratio")) == (c["stage"], c.get("epoch"), c.get("ratio"))
+            assert (a["stage"], a.get("epoch"), a.get("ratio")) == (
+                c["stage"],
+                c.get("epoch"),
+                c.get("ratio"),
+            )
             loss = "train_loss" if a["stage"] == "fit" else "loss"
             np.testing.assert_allclose([a[loss], b[loss]], c[loss], rtol=1e-4)
             assert b[loss] == c[loss]  # the very same program
@@ -264,39 +419,60 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
 
 
 def test_networks_with_convolutions_are_known_by_their_shapes():
-    dense = {name: not pipeline.convolves(dict(name=name)) for name in ("mlp", "fc12", "lenet", "alexnet", "resnet18")}
+    dense = {
+        name: not pipeline.convolves(dict(name=name))
+        for name in ("mlp", "fc12", "lenet", "alexnet", "resnet18")
+    }
     assert dense == dict(mlp=True, fc12=True, lenet=False, alexnet=False, resnet18=False)
 
 
 def test_arms_replace_whole_fields_and_name_their_rows():
     plans, separate = pipeline.check(tiny.config("fit", "retrained", **GRID))
     assert not separate
-    assert plans[0].swept == [dict(arm=label, seed=seed) for label in ("SGD", "sfw") for seed in (0, 1)]
+    assert plans[0].swept == [
+        dict(arm=label, seed=seed) for label in ("SGD", "sfw") for seed in (0, 1)
+    ]
     first, last = plans[0].configs[0], plans[0].configs[-1]
-    assert (first["fit"]["optimizer"]["learning_rate"], first["again"]["optimizer"]["learning_rate"]) == (0.05, 0.01)
+    assert (
+        first["fit"]["optimizer"]["learning_rate"],
+        first["again"]["optimizer"]["learning_rate"],
+    ) == (0.05, 0.01)
     assert last["fit"]["optimizer"] == pipeline.plain(dict(DYNAMIC, constraint=BALL))
     assert (last["arm"], last["seed"], last["fit"]["epochs"]) == ("sfw", 1, 2)
     fits = plans[0].settings["fit"]
     assert len({fit.program() for fit in fits}) == 1
     assert [fit.recipe.index for fit in fits] == [0, 0, 1, 1]
-    named = {name: dict(fit=dict(label=name, optimizer=own)) for name, own in (("a", tiny.SGD), ("b", tiny.SFW))}
+    named = {
+        name: dict(fit=dict(label=name, optimizer=own))
+        for name, own in (("a", tiny.SGD), ("b", tiny.SFW))
+    }
     (labelled,), _ = pipeline.check(tiny.config("fit", arms=named, sweep=dict(arm=("a", "b"))))
-    assert len({fit.program() for fit in labelled.settings["fit"]}) == 1  # labels make no other program
-    lengths = dict(a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2)))  # nothing to gain from joining these
-    loop, _ = pipeline.check(tiny.config("fit", arms=lengths, sweep=dict(arm=("a", "b")), sweep_mode="loop"))
+    assert (
+        len({fit.program() for fit in labelled.settings["fit"]}) == 1
+    )  # labels make no other program
+    lengths = dict(
+        a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2))
+    )  # nothing to gain from joining these
+    loop, _ = pipeline.check(
+        tiny.config("fit", arms=lengths, sweep=dict(arm=("a", "b")), sweep_mode="loop")
+    )
     assert not any(isinstance(plan.settings["fit"][0].recipe, optim.Choice) for plan in loop)
 
 
 @pytest.mark.parametrize("name", ["train", "sfw_init", "cut", "remove"])
 def test_stages_with_nested_options_run_side_by_side(name):
-    """What decides whether members share a program can be compared, whatever lists and dicts a config holds."""
+    """What decides whether members share a program can be compared, whatever lists and dicts a
+    config holds.
+    """
     fields = {
         "train": dict(epochs=1, optimizer=tiny.SGD, track=dict(name="saliency")),
         "sfw_init": dict(constraint=dict(tiny.POLYTOPE, rules=((".*", tiny.POLYTOPE),))),
         "cut": dict(schedule=dict(name="manual", thresholds=(0.5,))),
         "remove": dict(ratios=((".*kernel", 0.5),)),
     }
-    config = tiny.config("fit", "own", own=pipeline.stage(name, **fields[name]), sweep=dict(seed=(0, 1)))
+    config = tiny.config(
+        "fit", "own", own=pipeline.stage(name, **fields[name]), sweep=dict(seed=(0, 1))
+    )
     ((plan,), separate) = pipeline.check(config)
     assert not separate
     assert len({own.together() for own in plan.settings["own"]}) == 1
@@ -308,21 +484,29 @@ def test_a_sweep_may_list_whole_dicts():
     plans, _ = pipeline.check(tiny.config("fit", sweep=sweep))
     assert [values["fit.optimizer"] for values in plans[0].swept] == ["sgd 1", "sfw", "sgd 3"]
     assert {values["fit.loss"] for values in plans[0].swept} == {"cross_entropy"}
-    assert [own["fit"]["optimizer"] for own in plans[0].configs] == pipeline.plain(dict(found=chosen))["found"]
+    assert [own["fit"]["optimizer"] for own in plans[0].configs] == pipeline.plain(
+        dict(found=chosen)
+    )["found"]
 
 
 def test_arms_are_one_program_and_give_the_rows_of_single_runs(tmp_path, monkeypatch):
     build, problems = pipeline.build, []
-    monkeypatch.setattr(pipeline, "build", lambda plans: problems.append(build(plans)) or problems[-1])
+    monkeypatch.setattr(
+        pipeline, "build", lambda plans: problems.append(build(plans)) or problems[-1]
+    )
     config = tiny.config("fit", "retrained", **GRID)
     together = pipeline.run(config, tmp_path / "vmap").rows
-    assert "over up to 2 networks" in (tmp_path / "vmap" / "report.html").read_text(encoding="utf-8")
+    assert "over up to 2 networks" in (tmp_path / "vmap" / "report.html").read_text(
+        encoding="utf-8"
+    )
     monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
     loop = pipeline.run(config | dict(sweep_mode="loop"), tmp_path / "loop").rows
     for problem in problems:
         programs = [name for name in problem.compiled if isinstance(name[0], tuple)]
         assert len(programs) == 2  # training and retraining
-        kept = filter(callable, problem.compiled.values())  # beside programs, what is known of the network
+        kept = filter(
+            callable, problem.compiled.values()
+        )  # beside programs, what is known of the network
         assert {program._cache_size() for program in kept} == {1}
     for arm, label in (("sgd", "SGD"), ("sfw", "sfw")):
         single = pipeline.run(config | dict(arm=arm, sweep=dict(seed=(0, 1))), tmp_path / arm).rows
@@ -344,20 +528,24 @@ def spy(make, name, compiled):
     return made
 
 
-# One run -------------------------------------------------------------------------------------------------------
+# One run ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(config, workdir, outcome) of a run over all kinds of stages."""
     workdir = tmp_path_factory.mktemp("run") / "deep" / "finished"
-    config = tiny.config("learn", "fit", "curve", "weights", "cut", "again", "curve", title="All stages")
+    config = tiny.config(
+        "learn", "fit", "curve", "weights", "cut", "again", "curve", title="All stages"
+    )
     return config, workdir, pipeline.run(config, workdir)
 
 
 def test_rows_say_where_they_come_from(finished):
     _, workdir, outcome = finished
-    order = ["learn"] * 3 + ["fit"] * 2 + ["curve"] * 3 + ["weights", "cut", "again"] + ["curve"] * 2
+    order = (
+        ["learn"] * 3 + ["fit"] * 2 + ["curve"] * 3 + ["weights", "cut", "again"] + ["curve"] * 2
+    )
     assert [row["stage"] for row in outcome.rows] == order
     assert [row["visit"] for row in outcome.rows if row["stage"] == "curve"] == [1, 1, 1, 2, 2]
     assert {row["arm"] for row in outcome.rows[:10]} == {"fit"}
@@ -365,7 +553,9 @@ def test_rows_say_where_they_come_from(finished):
     assert {row["member"] for row in outcome.rows} == {0}
     assert report.read_rows(workdir / "metrics.jsonl") == json.loads(json.dumps(outcome.rows))
     assert "All stages" in (workdir / "report.html").read_text(encoding="utf-8")
-    first, second = ([r for r in outcome.rows if r["kind"] == "curve" and r["visit"] == v] for v in (1, 2))
+    first, second = (
+        [r for r in outcome.rows if r["kind"] == "curve" and r["visit"] == v] for v in (1, 2)
+    )
     assert first[1]["num_kept"] == second[0]["num_kept"] == 592  # cut in half for good
     assert outcome.state.opt_state == ()
 
@@ -395,12 +585,16 @@ def test_a_workdir_of_another_config_is_refused_and_kept(finished):
     assert "config.seed: absent there, 1 now" in message
     assert "config.more: absent there" in message
     assert "config.curve" not in message
-    assert before == {path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()}
+    assert before == {
+        path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()
+    }
 
 
 def test_a_damaged_config_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(tables.ConfigError, match=r"config\.json is not readable as JSON .*; use another folder"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.json is not readable as JSON .*; use another folder"
+    ):
         pipeline.run(tiny.config("fit"), tmp_path)
 
 
@@ -419,7 +613,10 @@ def test_a_member_that_diverges_does_not_stop_the_others(tmp_path):
     sweep = dict(fit=dict(optimizer=dict(learning_rate=(1e20, 0.1))))
     config = tiny.config("fit", sweep=sweep, sweep_mode="loop")
     for _ in range(2):  # the second time the others are finished
-        with pytest.raises(train.NonFiniteLossError, match=r"^member 0: fit: the training loss is not finite at step"):
+        with pytest.raises(
+            train.NonFiniteLossError,
+            match=r"^member 0: fit: the training loss is not finite at step",
+        ):
             pipeline.run(config, tmp_path)
         _, rows, _ = report.gather(tmp_path)
         assert [(row["member"], row["epoch"]) for row in rows] == [(1, 1), (1, 2)]
@@ -429,14 +626,16 @@ def test_a_member_that_diverges_does_not_stop_the_others(tmp_path):
 def test_another_device_than_the_process_already_uses_is_refused(tmp_path):
     before = jax.config.jax_platforms
     try:
-        with pytest.raises(tables.ConfigError, match=r"platform is 'gpu', but (this process already|jax finds no)"):
+        with pytest.raises(
+            tables.ConfigError, match=r"platform is 'gpu', but (this process already|jax finds no)"
+        ):
             pipeline.run(tiny.config("fit", platform="gpu"), tmp_path / "run")
     finally:
         jax.config.update("jax_platforms", before)
     assert not (tmp_path / "run").exists()
 
 
-# Starting from another run -------------------------------------------------------------------------------------
+# Starting from another run ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -457,7 +656,9 @@ def plain_rows(outcome, *names):
     return [{n: v for n, v in row.items() if n != "arm"} for row in rows if row["stage"] in names]
 
 
-def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(analysed, tmp_path, monkeypatch, without_report):
+def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(
+    analysed, tmp_path, monkeypatch, without_report
+):
     workdir, whole = analysed
     pipeline.run(geometric("fit"), tmp_path / "fit")
     # each stage in the place it has above, which decides its random numbers
@@ -466,7 +667,9 @@ def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(analysed, tmp
     later = pipeline.run(config, tmp_path / "later")
     assert plain_rows(later, "hessian", "width") == plain_rows(whole, "hessian", "width")
     assert {row["stage"] for row in later.rows} == set(names)
-    assert {row["arm"] for row in later.rows} == {"network"}  # nothing is trained: one network, one line in the report
+    assert {row["arm"] for row in later.rows} == {
+        "network"
+    }  # nothing is trained: one network, one line in the report
     tiny.same(later.state.params, whole.state.params)
     rows = pipeline.run(config, tmp_path / "later").rows
     assert tiny.timeless(rows) == tiny.timeless(json.loads(json.dumps(later.rows)))
@@ -478,9 +681,13 @@ def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(analysed, tmp
     assert without(plain_rows(alone, "width")) == without(plain_rows(whole, "width"))
 
 
-def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(analysed, tmp_path, without_report):
+def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(
+    analysed, tmp_path, without_report
+):
     deeper = pipeline.stage("spectrum", num_matvecs=5)
-    config = geometric("width", "hessian", "again", "width", start_from=str(analysed[0]), hessian=deeper)
+    config = geometric(
+        "width", "hessian", "again", "width", start_from=str(analysed[0]), hessian=deeper
+    )
     rows = [row for row in pipeline.run(config, tmp_path).rows if row["stage"] == "width"]
     assert [(row["num_matvecs"], row["num_probes"]) for row in rows] == [(3, 1), (5, 1)]
 
@@ -488,7 +695,9 @@ def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(analysed, tm
 def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path, without_report):
     first, again = str(tmp_path / "first"), str(tmp_path / "again")
     pipeline.run(geometric("weights", start_from=str(analysed[0])), first)
-    (row,) = (row for row in pipeline.run(geometric("width", start_from=first), tmp_path / "x").rows)
+    (row,) = (
+        row for row in pipeline.run(geometric("width", start_from=first), tmp_path / "x").rows
+    )
     assert row["num_matvecs"] == 3
     deeper = pipeline.stage("spectrum", num_matvecs=5)
     pipeline.run(geometric("hessian", start_from=first, hessian=deeper), again)
@@ -507,11 +716,15 @@ def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path, without_re
 def test_members_start_from_the_same_members(tmp_path, without_report):
     seeds = dict(SEEDS, fit=stage(epochs=1))
     together = pipeline.run(geometric("fit", **seeds), tmp_path / "vmap")
-    found = pipeline.run(geometric("hessian", **seeds, start_from=str(tmp_path / "vmap")), tmp_path / "after")
+    found = pipeline.run(
+        geometric("hessian", **seeds, start_from=str(tmp_path / "vmap")), tmp_path / "after"
+    )
     tiny.same(found.state.params, together.state.params)
     loop = dict(seeds, sweep_mode="loop")
     pipeline.run(geometric("fit", **loop), tmp_path / "loop")
-    each = pipeline.run(geometric("hessian", **loop, start_from=str(tmp_path / "loop")), tmp_path / "each")
+    each = pipeline.run(
+        geometric("hessian", **loop, start_from=str(tmp_path / "loop")), tmp_path / "each"
+    )
     assert [row["seed"] for row in each.rows] == [0, 1]
     for row, other in zip(each.rows, found.rows, strict=True):
         np.testing.assert_allclose(row["alphas"], other["alphas"], rtol=1e-3, atol=1e-4)
@@ -533,37 +746,50 @@ def test_an_option_that_a_run_does_not_have_yet_is_its_default(analysed):
         "hessian", start_from=str(analysed[0]), model=config["model"] | {"activation": activation}
     )
     assert pipeline.check(start("relu"))
-    with pytest.raises(tables.ConfigError, match=r'another network\.\n  config\.model\.activation: "relu" there, "lin'):
+    with pytest.raises(
+        tables.ConfigError,
+        match=r'another network\.\n  config\.model\.activation: "relu" there, "lin',
+    ):
         pipeline.check(start("linear"))
 
 
-def test_runs_that_cannot_be_started_from_are_named(analysed, tmp_path, monkeypatch, without_report):
+def test_runs_that_cannot_be_started_from_are_named(
+    analysed, tmp_path, monkeypatch, without_report
+):
     start = lambda path, *names, **fields: pipeline.run(
         geometric(*(names or ("hessian",)), **fields, start_from=str(path)), tmp_path / "new"
     )
     with pytest.raises(tables.ConfigError, match=r"which holds no run \(no config\.json\)"):
         start(tmp_path / "absent")
     with pytest.raises(
-        tables.ConfigError, match=r"a run of another network\.\n  config\.model\.widths: \[16\] there, "
+        tables.ConfigError,
+        match=r"a run of another network\.\n  config\.model\.widths: \[16\] there, ",
     ):
         start(analysed[0], model=dict(name="mlp", widths=(8,)))
-    with pytest.raises(tables.ConfigError, match=r"config\.width\.spectrum is 'newton'; .*: hessian\."):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.width\.spectrum is 'newton'; .*: hessian\."
+    ):
         start(analysed[0], "width", width=pipeline.stage("width", spectrum="newton"))
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(geometric("fit"), tmp_path / "half")
-    with pytest.raises(tables.ConfigError, match="half', which is not finished: run it to its end first"):
+    with pytest.raises(
+        tables.ConfigError, match="half', which is not finished: run it to its end first"
+    ):
         start(tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoints")
     with pytest.raises(tables.ConfigError, match="which is not finished"):
         start(tmp_path / "half")
     pipeline.run(geometric("fit"), tmp_path / "fit")
     with pytest.raises(
-        tables.ConfigError, match=r"'width' .* before any stage of kind 'spectrum', whose result it needs"
+        tables.ConfigError,
+        match=r"'width' .* before any stage of kind 'spectrum', whose result it needs",
     ):
         start(tmp_path / "fit", "width")
-    loop = json.loads((tmp_path / "fit" / "config.json").read_text()) | dict(start_from=str(tmp_path / "fit"))
+    loop = json.loads((tmp_path / "fit" / "config.json").read_text()) | dict(
+        start_from=str(tmp_path / "fit")
+    )
     (tmp_path / "fit" / "SHA256SUMS").unlink()
     (tmp_path / "fit" / "config.json").write_text(json.dumps(loop))
     with pytest.raises(tables.ConfigError, match="fit started from a run that started from it"):
@@ -576,15 +802,18 @@ def test_runs_that_cannot_be_started_from_are_named(analysed, tmp_path, monkeypa
     shutil.copytree(analysed[0], fake)
     config = json.loads((fake / "config.json").read_text())
     (fake / "SHA256SUMS").unlink()
-    (fake / "config.json").write_text(json.dumps(config | {"model": {"name": "mlp", "widths": [8]}}))
+    (fake / "config.json").write_text(
+        json.dumps(config | {"model": {"name": "mlp", "widths": [8]}})
+    )
     with pytest.raises(
-        tables.ConfigError, match=r"fake', whose params/dense1/bias has the shape \(16,\); allowed: \(8,\)"
+        tables.ConfigError,
+        match=r"fake', whose params/dense1/bias has the shape \(16,\); allowed: \(8,\)",
     ):
         start(fake, model=dict(name="mlp", widths=(8,)))
     assert not (tmp_path / "new").exists()
 
 
-# Interruptions -------------------------------------------------------------------------------------------------
+# Interruptions ------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -595,7 +824,9 @@ RESUMED = {
     "sgd": tiny.config("fit", steps_per_call=3),
     "sfw": tiny.config("fit", "cut", "again", fit=stage(optimizer=DYNAMIC), steps_per_call=3),
     "sfw_init": tiny.config("learn", "fit", "weights"),
-    "curve": tiny.config("fit", "curve", curve=pipeline.stage("curve", ratios=tuple(i / 40 for i in range(40)))),
+    "curve": tiny.config(
+        "fit", "curve", curve=pipeline.stage("curve", ratios=tuple(i / 40 for i in range(40)))
+    ),
     "retrained curve": tiny.config("fit", "retrained", "curve"),
     "spectrum": geometric(
         *("fit", "hessian", "newton"),
@@ -617,7 +848,9 @@ RESUMED = {
 
 
 def interrupt_at(monkeypatch, number, error):
-    """The show of the update `number` (from 1) of all coming ones raises; returns how often it was called."""
+    """The show of the update `number` (from 1) of all coming ones raises; returns how often it was
+    called.
+    """
     calls, show = [], pipeline.Display.show
 
     def interrupted(self, done, rows):
@@ -648,7 +881,10 @@ def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
     assert total >= 3
     for number in range(1, total + 1):
         error = KeyboardInterrupt if number % 2 else Killed
-        own, workdir = config | dict(checkpoint_seconds=60.0 if number % 2 else 0.0), tmp_path / str(number)
+        own, workdir = (
+            config | dict(checkpoint_seconds=60.0 if number % 2 else 0.0),
+            tmp_path / str(number),
+        )
         with monkeypatch.context() as patch:
             calls = interrupt_at(patch, number, error)
             with pytest.raises(error):
@@ -659,8 +895,14 @@ def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
             outcome = pipeline.run(own, workdir)
         assert len(calls) < total or number == 1 or case in ("sfw_init", "vmap")
         tiny.same(outcome.state, expected.state)
-        assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows, f"interrupted at update {number}"
-        written = workdir / "metrics.jsonl" if case != "loop" else workdir / "member_001" / "metrics.jsonl"
+        assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows, (
+            f"interrupted at update {number}"
+        )
+        written = (
+            workdir / "metrics.jsonl"
+            if case != "loop"
+            else workdir / "member_001" / "metrics.jsonl"
+        )
         assert tiny.timeless(report.read_rows(written)) == (
             [dict(row, member=0) for row in rows if row["member"]] if case == "loop" else rows
         )
@@ -684,7 +926,10 @@ def test_a_run_interrupted_again_and_again_ends_the_same(tmp_path, monkeypatch):
 def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     config = tiny.config("fit", "again", steps_per_call=3, checkpoint_seconds=0.0)
     expected = pipeline.run(config, tmp_path / "whole")
-    save, reason = checkpoint.ocp.StandardCheckpointer.save, "No space left on device [os_error_code='28']"
+    save, reason = (
+        checkpoint.ocp.StandardCheckpointer.save,
+        "No space left on device [os_error_code='28']",
+    )
 
     def full(self, folder, state):
         if folder.parent.name == ".writing_3":
@@ -693,7 +938,9 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.ocp.StandardCheckpointer, "save", full)
-        with pytest.raises(OSError, match=r"full/checkpoints cannot be written: No space left on device$"):
+        with pytest.raises(
+            OSError, match=r"full/checkpoints cannot be written: No space left on device$"
+        ):
             pipeline.run(config, tmp_path / "full")
     tiny.same(pipeline.run(config, tmp_path / "full").state, expected.state)
 
@@ -717,10 +964,14 @@ def test_a_request_to_stop_is_met_at_the_next_update(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
     wild = stage(optimizer=dict(tiny.SGD, learning_rate=1e20))
-    config = tiny.config("fit", "curve", "wild", wild=wild, steps_per_call=1, checkpoint_seconds=0.0)
+    config = tiny.config(
+        "fit", "curve", "wild", wild=wild, steps_per_call=1, checkpoint_seconds=0.0
+    )
     good = pipeline.run(tiny.config("fit", "curve"), tmp_path / "good")
     for _ in range(2):  # the same call finds the same step again
-        with pytest.raises(train.NonFiniteLossError, match=r"wild: .* not finite at step [12] \(epoch 1\)"):
+        with pytest.raises(
+            train.NonFiniteLossError, match=r"wild: .* not finite at step [12] \(epoch 1\)"
+        ):
             pipeline.run(config, tmp_path / "bad")
     saved = workdirs.newest(tmp_path / "bad")
     progress = saved.progress
@@ -740,16 +991,26 @@ def test_optimizer_settings_have_every_field():
     pipeline.check(tiny.config("fit", fit=made))
 
 
-# Progress ------------------------------------------------------------------------------------------------------
+# Progress -----------------------------------------------------------------------------------------
 
 
 def test_a_log_gets_a_line_for_rows_and_one_a_minute_without(capsys, monkeypatch):
     now = 100.0
     monkeypatch.setattr(pipeline.time, "monotonic", lambda: now)
     display = pipeline.Display("2/3 hessian")
-    for now, row in [(101, {}), (102, dict(ratio=0.5)), (105, dict(ratio=0.6)), (161, {}), (163, {}), (164, {})]:  # noqa: B007
+    for now, row in [  # noqa: B007
+        (101, {}),
+        (102, dict(ratio=0.5)),
+        (105, dict(ratio=0.6)),
+        (161, {}),
+        (163, {}),
+        (164, {}),
+    ]:
         display.show(0.25, [row] if row else [])
-    assert capsys.readouterr().err.splitlines() == ["2/3 hessian: 25% ratio=0.5", "2/3 hessian: 25%"]
+    assert capsys.readouterr().err.splitlines() == [
+        "2/3 hessian: 25% ratio=0.5",
+        "2/3 hessian: 25%",
+    ]
 
 
 def test_accuracy_by_chance_is_that_of_the_largest_class():

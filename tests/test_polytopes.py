@@ -20,7 +20,9 @@ OPTIMIZED = True  # as users compile, see conftest.py
 FILE = "01_constraints.npz"
 SHAPES = golden_data.parts(FILE, r"(x\w+)/ksparse/")
 INPUTS = golden_data.parts(FILE, rf"{SHAPES[0]}/(\w+)$")
-call = jax.jit(lambda constraint, x, method: getattr(constraint, method)(x), static_argnames="method")
+call = jax.jit(
+    lambda constraint, x, method: getattr(constraint, method)(x), static_argnames="method"
+)
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 KEY = jax.random.key(0, impl="rbg")  # compiles five times faster than the default
 
@@ -34,21 +36,29 @@ def double():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_k_sparse_matches_the_original(shape):
     golden = golden_data.load(FILE)
-    cases = [name for name in golden if name.startswith(f"{shape}/ksparse/") and name.endswith("/params")]
+    cases = [
+        name for name in golden if name.startswith(f"{shape}/ksparse/") and name.endswith("/params")
+    ]
     assert cases
     for case in cases:
         _, k, value, radius, diameter = golden[case]
         mode = case.split("/")[2].rstrip("0123456789")
         size = golden[f"{shape}/{INPUTS[0]}"].size
-        built = polytopes.k_sparse(size, 1.0, k=int(golden[case][0]), k_frac=0.0, tau=value, mode=mode)
+        built = polytopes.k_sparse(
+            size, 1.0, k=int(golden[case][0]), k_frac=0.0, tau=value, mode=mode
+        )
         assert built.k == k
-        np.testing.assert_allclose([built.radius, built.diameter(size)], [radius, diameter], **CLOSE)
+        np.testing.assert_allclose(
+            [built.radius, built.diameter(size)], [radius, diameter], **CLOSE
+        )
         compared = 0
         for operation, name in itertools.product(("lmo", "shift_inside"), INPUTS):
             key = case.replace("params", f"{operation}/{name}")
             if key in golden:
                 x = jnp.asarray(golden[f"{shape}/{name}"])
-                np.testing.assert_allclose(call(built, x, operation), golden[key], err_msg=key, **CLOSE)
+                np.testing.assert_allclose(
+                    call(built, x, operation), golden[key], err_msg=key, **CLOSE
+                )
                 compared += 1
         assert compared
         threes = golden[case.replace("params", "shift_inside/threes")]
@@ -66,7 +76,9 @@ def test_lp_balls_match_the_original(shape, p):
         prefix = f"{shape}/lp{p}/{mode}"
         _, _, value, radius, diameter = golden[f"{prefix}/params"]
         size = golden[f"{shape}/{INPUTS[0]}"].size
-        ball = polytopes.lp_ball(size, 1.0, p=float(p), tau=value, mode=mode, zero_up=True, zero_below=1e-10)
+        ball = polytopes.lp_ball(
+            size, 1.0, p=float(p), tau=value, mode=mode, zero_up=True, zero_below=1e-10
+        )
         np.testing.assert_allclose([ball.radius, ball.diameter(size)], [radius, diameter], **CLOSE)
         operations = {"lmo": "lmo", "shift_inside": "shift_inside", "euclidean_project": "project"}
         compared = 0
@@ -74,14 +86,19 @@ def test_lp_balls_match_the_original(shape, p):
             key = f"{prefix}/{operation}/{name}"
             if key in golden:
                 np.testing.assert_allclose(
-                    call(ball, jnp.asarray(golden[f"{shape}/{name}"]), method), golden[key], err_msg=key, **CLOSE
+                    call(ball, jnp.asarray(golden[f"{shape}/{name}"]), method),
+                    golden[key],
+                    err_msg=key,
+                    **CLOSE,
                 )
                 compared += 1
         assert compared
 
 
 def test_constant_tensors_keep_all_their_entries():
-    """n equal entries are n vertices' worth: the original's floor of a rounded quotient gives n or n - 1."""
+    """n equal entries are n vertices' worth: the original's floor of a rounded quotient gives n or
+    n - 1.
+    """
     golden = golden_data.load(FILE)
     sizes = golden["constant_tensor_factor/n"]
     shift = jax.jit(lambda x, k: polytopes.KSparse(k, 0.5).shift_inside(x))
@@ -109,12 +126,16 @@ def network_of_the_original():
 
 def golden_rules(setting):
     hyper = golden_data.hyper(FILE)[f"model_ksparse_{setting}"]
-    return dict(k=hyper["K"] or 0, k_frac=hyper["K_frac"] or 0.0, tau=hyper["value"], mode=hyper["mode"])
+    return dict(
+        k=hyper["K"] or 0, k_frac=hyper["K_frac"] or 0.0, tau=hyper["value"], mode=hyper["mode"]
+    )
 
 
 @pytest.mark.parametrize("setting", golden_data.parts(FILE, r"model/ksparse/(\w+)/"))
 def test_sets_of_a_network_match_the_original(setting):
-    """Radii from measured norms; the original keys them by shape, `share_by_shape` reproduces that."""
+    """Radii from measured norms; the original keys them by shape, `share_by_shape` reproduces
+    that.
+    """
     golden, network = golden_data.load(FILE), network_of_the_original()
     paths = list(network)
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float64) for path, shape in network.items()}
@@ -123,10 +144,14 @@ def test_sets_of_a_network_match_the_original(setting):
     if measured in golden:
         given = dict(zip(paths, golden[measured]))
         leaves = [str(name).rpartition(".")[2] for name in golden["model/param_names"]]
-        assert golden[f"model/ksparse/{setting}/measured_layer_type"].tolist() == leaves  # in the parameters' order
+        assert (
+            golden[f"model/ksparse/{setting}/measured_layer_type"].tolist() == leaves
+        )  # in the parameters' order
         for order in (None, paths):
             norms = polytopes.share_by_shape(given, params, order)
-            np.testing.assert_allclose([norms[n] for n in paths], golden[f"model/ksparse/{setting}/norm_used"], **CLOSE)
+            np.testing.assert_allclose(
+                [norms[n] for n in paths], golden[f"model/ksparse/{setting}/norm_used"], **CLOSE
+            )
     rules = polytopes.check(dict(name="k_sparse", **golden_rules(setting)), "constraint")
     sets = polytopes.build(params, norms, rules)
     ours = [(sets[n].k, sets[n].radius, sets[n].diameter(params[n].size)) for n in paths]
@@ -137,19 +162,31 @@ def test_networks_start_with_the_originals_norms():
     """Means over 100 drawings on both sides, which differ by 2 % where an array has ten entries."""
     golden, network = golden_data.load(FILE), network_of_the_original()
     own = models.layers.INITIALIZERS["torch"]
-    fan_in = {path: int(number) for path, number in zip(network, golden["model/param_fan_in"], strict=True) if number}
-    assert fan_in == {path: math.prod(shape[1:]) for path, shape in network.items() if len(shape) > 1}
+    fan_in = {
+        path: int(number)
+        for path, number in zip(network, golden["model/param_fan_in"], strict=True)
+        if number
+    }
+    assert fan_in == {
+        path: math.prod(shape[1:]) for path, shape in network.items() if len(shape) > 1
+    }
 
     def drawn(path, shape):
-        """100 drawings [..., 100 * out] in one call: more outputs change nothing in how each is drawn."""
+        """100 drawings [..., 100 * out] in one call: more outputs change nothing in how each is
+        drawn.
+        """
         kernel = f"{path.rpartition('/')[0]}/kernel"
         if len(shape) > 1:
-            return (own.conv if len(shape) == 4 else own.dense)(KEY, (*shape[2:], shape[1], 100 * shape[0]))
+            return (own.conv if len(shape) == 4 else own.dense)(
+                KEY, (*shape[2:], shape[1], 100 * shape[0])
+            )
         if kernel in fan_in:
             return own.bias(fan_in[kernel])(KEY, (100 * shape[0],))
         return np.full(100 * shape[0], float(path.endswith("scale")))  # of a norm
 
-    arrays = [np.asarray(drawn(path, shape)).reshape(-1, 100, shape[0]) for path, shape in network.items()]
+    arrays = [
+        np.asarray(drawn(path, shape)).reshape(-1, 100, shape[0]) for path, shape in network.items()
+    ]
     norms = [np.sqrt(np.square(array).sum((0, 2))).mean() for array in arrays]
     for setting in golden_data.parts(FILE, r"model/ksparse/(\w+)/measured_avg_norm"):
         measured = golden[f"model/ksparse/{setting}/measured_avg_norm"]
@@ -179,13 +216,17 @@ def test_balls_of_a_network_match_the_original(p):
     sizes = [math.prod(shape) for shape in network_of_the_original().values()]
     norms, expected = golden[f"model/lp{p}/norm_used"], golden[f"model/lp{p}/radius_diameter"]
     tau = expected[0, 1] / (2 * norms[0])  # which no file holds; one for all parameters
-    balls = [polytopes.lp_ball(size, norm, p=p, tau=tau) for size, norm in zip(sizes, norms, strict=True)]
+    balls = [
+        polytopes.lp_ball(size, norm, p=p, tau=tau) for size, norm in zip(sizes, norms, strict=True)
+    ]
     ours = [(ball.radius, ball.diameter(size)) for ball, size in zip(balls, sizes)]
     np.testing.assert_allclose(ours, expected, **CLOSE)
 
 
 vectors = hypothesis.extra.numpy.arrays(
-    np.float64, st.sampled_from([1, 2, 5]), elements=st.floats(-4, 4, allow_subnormal=False, width=32)
+    np.float64,
+    st.sampled_from([1, 2, 5]),
+    elements=st.floats(-4, 4, allow_subnormal=False, width=32),
 )
 lmo = jax.jit(lambda x, k, radius: polytopes.KSparse(k, radius).lmo(x))
 project = jax.jit(lambda x, k, radius: polytopes.KSparse(k, radius).project(x))
@@ -244,7 +285,9 @@ wide_vectors = hypothesis.extra.numpy.arrays(np.float32, 8, elements=float32s)
 
 @hypothesis.given(wide_vectors, st.integers(1, 8), st.integers(-30, 30))
 @hypothesis.example(np.float32([1e10, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9]), 2, 0)
-@hypothesis.example(np.float32([1e8, -1e8, 1e8 + 8, 3, 2, 1, 0, -0.5]), 2, 0)  # t has fewer digits than the radius
+@hypothesis.example(
+    np.float32([1e8, -1e8, 1e8 + 8, 3, 2, 1, 0, -0.5]), 2, 0
+)  # t has fewer digits than the radius
 def test_the_projection_is_exact_whatever_the_range(x, k, exponent):
     radius = np.float32(1.1 * 2.0**exponent)
     with jax.enable_x64(False):
@@ -289,7 +332,9 @@ def test_shift_inside_is_feasible_in_bfloat16():
         x = jax.random.normal(jax.random.key(seed), 24).astype(jnp.bfloat16)
         shifted = polytopes.KSparse(5, 0.5).shift_inside(x)
         assert shifted.dtype == jnp.bfloat16
-        assert np.abs(np.asarray(shifted, np.float64)).max() <= 0.5 * (1 + 2**-8)  # a rounding of the result
+        assert np.abs(np.asarray(shifted, np.float64)).max() <= 0.5 * (
+            1 + 2**-8
+        )  # a rounding of the result
 
 
 def test_lp_lmo_reaches_the_dual_norm():
@@ -313,7 +358,9 @@ def test_lmo_counts_ties_exactly_and_traces_k():
 def test_rules_choose_sets_by_parameter():
     params = {"fc": {"kernel": jnp.ones((20, 10)), "bias": jnp.ones(10)}}
     norms = {"fc": {"kernel": 2.0, "bias": 0.0}}
-    config = dict(name="k_sparse", k=10, k_frac=0.1, tau=5.0, rules=((".*/bias", dict(name="unconstrained")),))
+    config = dict(
+        name="k_sparse", k=10, k_frac=0.1, tau=5.0, rules=((".*/bias", dict(name="unconstrained")),)
+    )
     sets = polytopes.build(params, norms, polytopes.check(config, "config.fit.constraint"))
     assert sets["fc"]["bias"] == polytopes.Unconstrained()
     assert sets["fc"]["kernel"].k == 20
@@ -350,13 +397,18 @@ def test_mean_norms_measure_the_initialisation():
     again = polytopes.mean_norms(init, jax.random.key(0), draws=50)
     assert again["w"] == norms["w"]
     short = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), init(key))
-    np.testing.assert_allclose(polytopes.mean_norms(short, jax.random.key(0))["w"], math.sqrt(1200), rtol=1e-2)
+    np.testing.assert_allclose(
+        polytopes.mean_norms(short, jax.random.key(0))["w"], math.sqrt(1200), rtol=1e-2
+    )
 
 
 def test_sets_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="k is 0; allowed: 1 and above"):
         polytopes.KSparse(0, 1.0)
-    for make in (lambda radius: polytopes.KSparse(3, radius), lambda radius: polytopes.LpBall(radius, 2)):
+    for make in (
+        lambda radius: polytopes.KSparse(3, radius),
+        lambda radius: polytopes.LpBall(radius, 2),
+    ):
         with pytest.raises(ValueError, match=r"radius is -1.0; allowed: above 0"):
             make(-1.0)
     with pytest.raises(ValueError, match=r"mode is 'radus'; allowed: .* Did you mean 'radius'"):

@@ -1,4 +1,6 @@
-"""Every reduction over parameters, in every float type and at every scale, against the same in float64."""
+"""Every reduction over parameters, in every float type and at every scale, against the same in
+float64.
+"""
 
 import functools
 import math
@@ -41,7 +43,9 @@ SETS = {
 
 
 def units(dtype):
-    """Powers of two from the smallest normal number to a hundredth of the largest, at most 1e-30 to 1e30."""
+    """Powers of two from the smallest normal number to a hundredth of the largest, at most 1e-30 to
+    1e30.
+    """
     info = jnp.finfo(dtype)
     low = max(math.ceil(math.log2(info.tiny)), -99)
     high = min(math.floor(math.log2(info.max) - math.log2(100)), 99)
@@ -111,16 +115,26 @@ REDUCTIONS = {
     "norm along an axis": per_unit(lambda x: trees.norm_along(x, 0)),
     "absolute sum": per_unit(trees.absolute_sum),
     "dot": per_unit(lambda x: trees.dot(x, jnp.asarray(SIGNS, x.dtype))),
-    "mean norms": per_unit(lambda x: polytopes.mean_norms(lambda key: x, jax.random.key(0), draws=2)),
-    **{f"{name}.lmo": lambda x, unit, make=make: make(0.7).lmo(x) for name, make in SETS.items() if name != "L1"},
+    "mean norms": per_unit(
+        lambda x: polytopes.mean_norms(lambda key: x, jax.random.key(0), draws=2)
+    ),
+    **{
+        f"{name}.lmo": lambda x, unit, make=make: make(0.7).lmo(x)
+        for name, make in SETS.items()
+        if name != "L1"
+    },
     **{f"{name}.shift_inside": feasible("shift_inside", make) for name, make in SETS.items()},
     **{f"{name}.project": feasible("project", SETS[name]) for name in ("KSparse", "L2", "Linf")},
-    **{f"{name}.norm": per_unit(make(1.0).norm) for name, make in SETS.items() if name != "KSparse"},
+    **{
+        f"{name}.norm": per_unit(make(1.0).norm) for name, make in SETS.items() if name != "KSparse"
+    },
     "step size": step_size,
     **{f"score {name}": score(name) for name in ("mag_based", "l1", "fpgm", "lamp")},
     "score l2": per_unit(lambda x: scores.AGGREGATES["l2"](trees.widen(x))),
     "sfw": frank_wolfe(lambda rate, ball, delta: optim.sfw(0.1, ball, rescale="none")),
-    "adagrad_sfw": frank_wolfe(lambda rate, ball, delta: optim.adagrad_sfw(rate, ball, delta=delta)),
+    "adagrad_sfw": frank_wolfe(
+        lambda rate, ball, delta: optim.adagrad_sfw(rate, ball, delta=delta)
+    ),
     "kept filters": kept_filters,
     "row norm": per_unit(row_norm),
     "hutchinson": trace(linops.hutchinson(4)),
@@ -128,7 +142,9 @@ REDUCTIONS = {
 }
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # run a few times only
+@functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)  # run a few times only
 def reduced(x, unit):
     return {name: function(x, unit) for name, function in REDUCTIONS.items()}
 
@@ -146,7 +162,9 @@ def test_reductions_depend_neither_on_the_type_nor_on_the_scale(dtype):
             for name, value in found.items():
                 wide = np.asarray(value, np.float64)
                 message = f"{name} of {dtype} in units of {unit:.0e}"
-                np.testing.assert_allclose(wide, expected[name], rtol=rounding, atol=rounding + least, err_msg=message)
+                np.testing.assert_allclose(
+                    wide, expected[name], rtol=rounding, atol=rounding + least, err_msg=message
+                )
                 check_inside(name, wide, 1 + 4 * float(info.eps) + least)
 
 
@@ -173,17 +191,25 @@ def test_sizes_on_the_host_and_noise_follow_the_scale(dtype):
             norm = np.linalg.norm(np.asarray(params["kernel"], np.float64))
             np.testing.assert_allclose([distances.norm_sum, distances.at(1.0)], norm, rtol=1e-6)
             noisy = surgery.add_noise(params, jax.random.key(0), std=0.5, relative=True)
-            change = np.asarray(noisy["kernel"], np.float64) - np.asarray(params["kernel"], np.float64)
+            change = np.asarray(noisy["kernel"], np.float64) - np.asarray(
+                params["kernel"], np.float64
+            )
             assert 0.2 < np.linalg.norm(change) / norm < 1
 
 
-@pytest.mark.parametrize(("dtype", "unit"), [("float16", 2.0**7), ("float16", 2.0**-12), ("float32", 2.0**60)])
+@pytest.mark.parametrize(
+    ("dtype", "unit"), [("float16", 2.0**7), ("float16", 2.0**-12), ("float32", 2.0**60)]
+)
 def test_the_product_with_a_square_keeps_its_range(dtype, unit):
     diagonal = jnp.asarray(DRAWN, dtype)
-    square = linops.squared(lambda v: jnp.asarray(unit, dtype) * (diagonal * v))(jnp.ones_like(diagonal))
+    square = linops.squared(lambda v: jnp.asarray(unit, dtype) * (diagonal * v))(
+        jnp.ones_like(diagonal)
+    )
     assert square.dtype == jnp.float32
     exact = np.square(np.asarray(diagonal, np.float64))
-    np.testing.assert_allclose(np.asarray(square, np.float64) / unit**2, exact, rtol=4 * float(jnp.finfo(dtype).eps))
+    np.testing.assert_allclose(
+        np.asarray(square, np.float64) / unit**2, exact, rtol=4 * float(jnp.finfo(dtype).eps)
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1.0, 1e18])
@@ -210,11 +236,15 @@ def steps_of(matrix, scale, start, num=12):
     return linops.lanczos(num)(lambda v: scale * (matrix @ v), start)
 
 
-@pytest.mark.parametrize(("dtype", "param_dtype"), [("bfloat16", "bfloat16"), ("float32", "float16")])
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"), [("bfloat16", "bfloat16"), ("float32", "float16")]
+)
 def test_curvature_is_that_of_narrow_weights_in_wide_ones(dtype, param_dtype):
     """experiments/robustness/precisions.py runs every config in every type."""
     dataset = tiny.digits()
-    model = models.build(name="mlp", num_classes=10, widths=(4,), dtype=dtype, param_dtype=param_dtype)
+    model = models.build(
+        name="mlp", num_classes=10, widths=(4,), dtype=dtype, param_dtype=param_dtype
+    )
     problem = train.build_problem(dataset, model)
     state = train.create_state(problem, train.key_of(0))
     params, _ = geometry.one_member(problem, state, 0)

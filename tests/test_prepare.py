@@ -1,4 +1,6 @@
-"""The preparing command without network and TensorFlow: what it refuses, and what it would ask TFDS to do."""
+"""The preparing command without network and TensorFlow: what it refuses, and what it would ask TFDS
+to do.
+"""
 
 import importlib.util
 import json
@@ -30,27 +32,38 @@ def builders(monkeypatch):
 
     made = []
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "tensorflow" else find_spec(name))
-    monkeypatch.setattr(tfds, "builder", lambda name, data_dir: made.append(FakeBuilder(name, data_dir)) or made[-1])
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name if name == "tensorflow" else find_spec(name)
+    )
+    monkeypatch.setattr(
+        tfds, "builder", lambda name, data_dir: made.append(FakeBuilder(name, data_dir)) or made[-1]
+    )
     return made
 
 
 @pytest.fixture
 def no_tensorflow(monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorflow" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorflow" else find_spec(name)
+    )
 
 
 def place(root, name, file_format):
     directory = root / name / "3.0.2"
     directory.mkdir(parents=True)
-    (directory / "dataset_info.json").write_text(json.dumps({"name": name, "fileFormat": file_format}))
+    (directory / "dataset_info.json").write_text(
+        json.dumps({"name": name, "fileFormat": file_format})
+    )
 
 
 def test_prepares_missing_sets_as_array_record(builders, tmp_path, capsys):
     place(tmp_path, "cifar10", "array_record")
     assert prepare.main(["cifar10", "mnist", "svhn_cropped", "--data_dir", str(tmp_path)]) == 0
-    assert [(builder.name, len(builder.calls)) for builder in builders] == [("mnist", 1), ("svhn_cropped", 1)]
+    assert [(builder.name, len(builder.calls)) for builder in builders] == [
+        ("mnist", 1),
+        ("svhn_cropped", 1),
+    ]
     assert all(pathlib.Path(builder.data_path).parent == tmp_path for builder in builders)
     options = builders[0].calls[0]
     assert options["file_format"] == "array_record"
@@ -74,14 +87,19 @@ def test_another_format_is_replaced_only_when_asked(builders, tmp_path, capsys):
     assert not builders
     assert prepare.main(["cifar10", "--data_dir", str(tmp_path), "--overwrite"]) == 0
     mode = builders[0].calls[0]["download_config"].download_mode
-    assert mode.name == "REUSE_CACHE_IF_EXISTS"  # downloads are kept, the prepared files are replaced
+    assert (
+        mode.name == "REUSE_CACHE_IF_EXISTS"
+    )  # downloads are kept, the prepared files are replaced
     assert mode.overwrite_dataset
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("cifar11", "Did you mean 'cifar10"), ("svhn", "'svhn_cropped'"), ("a b", "allowed")]
+    ("name", "message"),
+    [("cifar11", "Did you mean 'cifar10"), ("svhn", "'svhn_cropped'"), ("a b", "allowed")],
 )
-def test_unknown_names_stop_before_anything_is_downloaded(builders, name, message, tmp_path, capsys):
+def test_unknown_names_stop_before_anything_is_downloaded(
+    builders, name, message, tmp_path, capsys
+):
     with pytest.raises(SystemExit) as stop:
         prepare.main(["mnist", name, "--data_dir", str(tmp_path)])
     assert stop.value.code == 2

@@ -1,4 +1,6 @@
-"""PyTorch's weights: the originals' numbers through real files, every tensor accounted for, and the way back."""
+"""PyTorch's weights: the originals' numbers through real files, every tensor accounted for, and the
+way back.
+"""
 
 import argparse
 import functools
@@ -56,7 +58,11 @@ def same(first, second):
 
 
 def without_counters(state_dict):
-    return {name: array for name, array in state_dict.items() if not name.endswith("num_batches_tracked")}
+    return {
+        name: array
+        for name, array in state_dict.items()
+        if not name.endswith("num_batches_tracked")
+    }
 
 
 # PyTorch's numbers
@@ -65,7 +71,9 @@ def without_counters(state_dict):
 # Of a ResNet with a projection in its first block, or of a MobileNet V2
 TORCHVISIONS_NAME = r"(net\.)?(layer1\.0\.downsample\.0|features\.1\.conv\.0\.0)\.weight"
 TORCHVISION = [
-    key for key, net in ORIGINALS.items() if any(re.fullmatch(TORCHVISIONS_NAME, name) for name in net["param_names"])
+    key
+    for key, net in ORIGINALS.items()
+    if any(re.fullmatch(TORCHVISIONS_NAME, name) for name in net["param_names"])
 ]
 
 
@@ -73,7 +81,10 @@ TORCHVISION = [
 def test_logits_of_the_original_through_a_file(key, tmp_path):
     net, expected = ORIGINALS[key], golden_data.load("11_models.npz")[f"{key}/logits"]
     state_dict = golden_data.state_dict(net["param_names"], net["param_shapes"])
-    state_dict = {name: array.astype(np.float32 if array.ndim else np.int64) for name, array in state_dict.items()}
+    state_dict = {
+        name: array.astype(np.float32 if array.ndim else np.int64)
+        for name, array in state_dict.items()
+    }
     path = pretrained.write(tmp_path / "net.safetensors", state_dict)
     same(pretrained.read(path), state_dict)
     model = models.build(**golden_data.network_options(key))
@@ -86,7 +97,9 @@ def test_logits_of_the_original_through_a_file(key, tmp_path):
     back = pretrained.to_torch(variables, names)
     assert back.keys() == state_dict.keys()
     same(without_counters(back), without_counters(state_dict))
-    torchvision = pretrained.to_torch(variables)  # its own names, in which the original is wrapped or not
+    torchvision = pretrained.to_torch(
+        variables
+    )  # its own names, in which the original is wrapped or not
     assert torchvision.keys() == {name.removeprefix("net.") for name in state_dict}
     same(pretrained.to_variables(torchvision, like), variables)
 
@@ -97,7 +110,9 @@ def test_every_model_comes_back(name):
     variables = filled(like)
     state_dict = pretrained.to_torch(variables)
     assert len(without_counters(state_dict)) == len(jax.tree.leaves(like))
-    assert sum(name.endswith("num_batches_tracked") for name in state_dict) == str(like).count("'mean'")
+    assert sum(name.endswith("num_batches_tracked") for name in state_dict) == str(like).count(
+        "'mean'"
+    )
     same(pretrained.to_variables(state_dict, like), variables)
     wrapped = {f"module.{name}": array for name, array in state_dict.items()}
     same(pretrained.to_variables(wrapped, like), variables)
@@ -106,7 +121,9 @@ def test_every_model_comes_back(name):
 def test_layouts():
     like = shapes_of("lenet5")
     state_dict = pretrained.to_torch(filled(like))
-    assert {name: state_dict[name].shape for name in ("conv2.weight", "dense1.weight", "fc.bias")} == {
+    assert {
+        name: state_dict[name].shape for name in ("conv2.weight", "dense1.weight", "fc.bias")
+    } == {
         "conv2.weight": (4, 3, 5, 5),
         "dense1.weight": (6, 5),
         "fc.bias": (5,),
@@ -120,7 +137,9 @@ def test_layouts():
 def test_flattened_images():
     """PyTorch flattens channels, rows, columns; here channels come last."""
     model = models.build(name="mlp", num_classes=5, widths=(4,))
-    images = np.random.default_rng(0).normal(size=(2, 3, 2, 6)).astype(np.float32)  # NHWC with 6 channels
+    images = (
+        np.random.default_rng(0).normal(size=(2, 3, 2, 6)).astype(np.float32)
+    )  # NHWC with 6 channels
     like = jax.eval_shape(model.init, KEY, images)
     state_dict = pretrained.to_torch(filled(like))
     variables = pretrained.to_variables(state_dict, like, image_channels=6)
@@ -136,7 +155,13 @@ def test_flattened_images():
 
 def timm_names():
     """timm's names of MobileNet V2's convolutions and batch norms, and ours."""
-    found = {"conv_stem": "conv1", "bn1": "bn1", "conv_head": "conv2", "bn2": "bn2", "classifier": "fc"}
+    found = {
+        "conv_stem": "conv1",
+        "bn1": "bn1",
+        "conv_head": "conv2",
+        "bn2": "bn2",
+        "classifier": "fc",
+    }
     block = 0
     for stage, repeats in enumerate((1, 2, 3, 4, 3, 3, 1)):
         for repeat in range(repeats):
@@ -153,11 +178,16 @@ def test_names_of_timm():
     model = models.build(name="mobilenet_v2", num_classes=1000, multiplier=0.1)
     like = jax.eval_shape(model.init, KEY, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
     variables, theirs = filled(like), {ours: name for name, ours in timm_names().items()}
-    rename = lambda name, path: f"{theirs[path.split('/', 1)[1].rpartition('/')[0]]}.{name.rpartition('.')[2]}"
+    rename = lambda name, path: (
+        f"{theirs[path.split('/', 1)[1].rpartition('/')[0]]}.{name.rpartition('.')[2]}"
+    )
     names = {rename(name, path): path for name, path in pretrained.torch_names(like).items()}
     assert len(names) == len(jax.tree.leaves(like))
     state_dict = pretrained.to_torch(variables, names)
-    assert pretrained.name_map({name: array.shape for name, array in state_dict.items()}, like) == names
+    assert (
+        pretrained.name_map({name: array.shape for name, array in state_dict.items()}, like)
+        == names
+    )
     same(pretrained.to_variables(state_dict, like), variables)
 
 
@@ -175,15 +205,24 @@ def test_names_of_a_network_of_ones_own():
     names = ((r"encoder\.(\d+)\.weight", r"layers/\1/w"), (r"encoder\.(\d+)\.bias", r"layers/\1/b"))
     names += ((r"out\.weight", "head/kernel"), (r"pos", "head/pos"))
     found = pretrained.to_variables(state_dict, like, names=names)
-    np.testing.assert_array_equal(found["layers"][0]["w"], state_dict["encoder.0.weight"])  # no kernel of Flax
+    np.testing.assert_array_equal(
+        found["layers"][0]["w"], state_dict["encoder.0.weight"]
+    )  # no kernel of Flax
     np.testing.assert_array_equal(found["head"]["kernel"], state_dict["out.weight"].T)
-    placed = pretrained.name_map({name: array.shape for name, array in state_dict.items()}, like, names)
+    placed = pretrained.name_map(
+        {name: array.shape for name, array in state_dict.items()}, like, names
+    )
     same(pretrained.to_torch(found, placed), state_dict)
-    with pytest.raises(ValueError, match=r"names leave out .* Without `names`, give whole variables"):
+    with pytest.raises(
+        ValueError, match=r"names leave out .* Without `names`, give whole variables"
+    ):
         pretrained.to_torch(filled(resnet()[0])["params"])
     with pytest.raises(ValueError, match=r"names leave out head/pos; 1 of 4 arrays"):
         pretrained.to_torch(found, {name: path for name, path in placed.items() if name != "pos"})
-    with pytest.raises(tables.ConfigError, match=r"'pos' is to become 'head/poss', which .* Did you mean 'head/pos'"):
+    with pytest.raises(
+        tables.ConfigError,
+        match=r"'pos' is to become 'head/poss', which .* Did you mean 'head/pos'",
+    ):
         pretrained.to_variables(state_dict, like, names=(*names[:3], ("pos", "head/poss")))
 
 
@@ -191,7 +230,9 @@ def test_names_of_a_network_of_ones_own():
 
 
 class Network(NamedTuple):
-    """A random network: shape structs of ours, and a state dict with the path of each of its weights, in order."""
+    """A random network: shape structs of ours, and a state dict with the path of each of its
+    weights, in order.
+    """
 
     like: dict
     state_dict: dict
@@ -210,7 +251,9 @@ SCHEMES = {
 
 
 def random_network(widths, scheme, words, conv):
-    """Dense layers, or convolutions with batch norms, of `widths`, and `fc`, by names of the scheme."""
+    """Dense layers, or convolutions with batch norms, of `widths`, and `fc`, by names of the
+    scheme.
+    """
     rng = np.random.default_rng(0)
     like, state_dict, weights = {}, {}, {}
     kind, extent = ("conv", (3, 3)) if conv else ("dense", ())
@@ -224,7 +267,9 @@ def random_network(widths, scheme, words, conv):
             layers[f"bn{i + 1}"] = dict(scale=(after,), bias=(after,))
         for name, shapes in layers.items():
             module = f"{theirs}.norm" if name.startswith("bn") else theirs
-            like[name] = {leaf: jax.ShapeDtypeStruct(shape, jnp.float32) for leaf, shape in shapes.items()}
+            like[name] = {
+                leaf: jax.ShapeDtypeStruct(shape, jnp.float32) for leaf, shape in shapes.items()
+            }
             for leaf, shape in shapes.items():
                 torch_leaf = "bias" if leaf == "bias" else "weight"
                 torch_shape = (*shape[:-3:-1], *shape[:-2])
@@ -245,7 +290,9 @@ def permuted(network, state_dict):
     leaves = trees.named_leaves(found)
     for name, path in network.weights.items():
         expected = network.state_dict[name]
-        expected = expected.transpose(*range(2, expected.ndim), 1, 0) if expected.ndim > 1 else expected
+        expected = (
+            expected.transpose(*range(2, expected.ndim), 1, 0) if expected.ndim > 1 else expected
+        )
         if not np.array_equal(leaves[path], expected):
             return True
     return False
@@ -291,14 +338,20 @@ def test_numbers_against_the_order_are_refused_or_idle(count, rng):
 
 
 def test_a_shortcut_defined_first_is_told_by_its_names_or_refused():
-    """All batch norms of a block are of one shape; a network may define the shortcut before or after the others."""
+    """All batch norms of a block are of one shape; a network may define the shortcut before or
+    after the others.
+    """
     like = shapes_of("resnet", stage_sizes=(1, 1), widths=(4, 8))
     state_dict = pretrained.to_torch(filled(like))
     names = sorted(state_dict, key=lambda name: "downsample" not in name)
     moved = {name: state_dict[name] for name in names}
     same(pretrained.to_variables(moved, like), pretrained.to_variables(state_dict, like))
-    unknown = {name.replace("downsample", "skip").replace("layer", "part"): moved[name] for name in names}
-    with pytest.raises(tables.ConfigError, match=r"part2\.0\.skip\.1\.weight.*neither an order nor"):
+    unknown = {
+        name.replace("downsample", "skip").replace("layer", "part"): moved[name] for name in names
+    }
+    with pytest.raises(
+        tables.ConfigError, match=r"part2\.0\.skip\.1\.weight.*neither an order nor"
+    ):
         pretrained.to_variables(unknown, like)
 
 
@@ -318,7 +371,9 @@ def test_a_fresh_classifier_is_told_from_equal_layers():
     like["params"]["fc"]["kernel"] = np.zeros((3, 2), np.float32)
     like["params"]["fc"]["bias"] = np.zeros(2, np.float32)
     found = pretrained.to_variables(network.state_dict, like, fresh=pretrained.CLASSIFIER)
-    np.testing.assert_array_equal(found["params"]["dense2"]["kernel"], network.state_dict["inner.weight"].T)
+    np.testing.assert_array_equal(
+        found["params"]["dense2"]["kernel"], network.state_dict["inner.weight"].T
+    )
     assert found["params"]["fc"]["kernel"].shape == (3, 2)
     shuffled = pretrained.Unordered(network.state_dict)
     with pytest.raises(tables.ConfigError, match="which layers are which"):
@@ -333,7 +388,9 @@ def test_one_foreign_tensor_is_named_alone(prefix):
     like, state_dict = resnet()
     wrapped = {prefix + name: array for name, array in state_dict.items()}
     same(pretrained.to_variables(wrapped, like), pretrained.to_variables(state_dict, like))
-    with pytest.raises(tables.ConfigError, match=r"32 of 32 arrays do\.\n  unexpected: n_averaged \(\)$"):
+    with pytest.raises(
+        tables.ConfigError, match=r"32 of 32 arrays do\.\n  unexpected: n_averaged \(\)$"
+    ):
         pretrained.to_variables({"n_averaged": np.array(5), **wrapped}, like)
     averaged = {"ema." + name: array for name, array in state_dict.items()}
     with pytest.raises(tables.ConfigError, match=r"averaged weights"):
@@ -341,18 +398,26 @@ def test_one_foreign_tensor_is_named_alone(prefix):
 
 
 def test_pruned_weights():
-    """As torch.nn.utils.prune saves them: the weight behind the bias, its mask among the buffers."""
+    """As torch.nn.utils.prune saves them: the weight behind the bias, its mask among the
+    buffers.
+    """
     network = random_network((3, 3, 3), "words", WORDS, False)
     mask = np.array([[1, 0, 1], [0, 1, 1], [0, 0, 1]], np.float32)
     saved, expected = {}, {}
     for name, array in network.state_dict.items():
         if name.endswith("bias"):
             weight = name.replace("bias", "weight")
-            saved |= {name: array, f"{weight}_orig": network.state_dict[weight], f"{weight}_mask": mask}
+            saved |= {
+                name: array,
+                f"{weight}_orig": network.state_dict[weight],
+                f"{weight}_mask": mask,
+            }
             expected[weight] = network.state_dict[weight] * mask
     found = pretrained.to_variables(saved, network.like)
     for layer, name in (("dense1", "stem"), ("fc", "inner")):
-        np.testing.assert_array_equal(found["params"][layer]["kernel"], expected[f"{name}.weight"].T)
+        np.testing.assert_array_equal(
+            found["params"][layer]["kernel"], expected[f"{name}.weight"].T
+        )
         kept = masks.nonzero(found["params"])
         np.testing.assert_array_equal(kept[layer]["kernel"], mask.T == 1)
         assert kept[layer]["bias"].all()
@@ -395,7 +460,9 @@ def test_values_beyond_half_precision_are_refused():
 
 
 def resnet(num_classes=5, **options):
-    like = shapes_of("resnet", num_classes=num_classes, stage_sizes=(1, 1), widths=(4, 6), **options)
+    like = shapes_of(
+        "resnet", num_classes=num_classes, stage_sizes=(1, 1), widths=(4, 6), **options
+    )
     return like, pretrained.to_torch(filled(like))
 
 
@@ -418,10 +485,13 @@ def test_what_does_not_fit_is_named():
 def test_hints():
     like, _ = resnet()
     with pytest.raises(
-        tables.ConfigError, match=r"fc.weight is \(7, 6\), for .* it must be \(5, 6\).*\n.*other classes"
+        tables.ConfigError,
+        match=r"fc.weight is \(7, 6\), for .* it must be \(5, 6\).*\n.*other classes",
     ):
         pretrained.to_variables(resnet(num_classes=7)[1], like)
-    with pytest.raises(tables.ConfigError, match=r"conv1.weight is \(4, 3, 7, 7\).*\n.* is config.model.stem right"):
+    with pytest.raises(
+        tables.ConfigError, match=r"conv1.weight is \(4, 3, 7, 7\).*\n.* is config.model.stem right"
+    ):
         pretrained.to_variables(resnet(stem="imagenet")[1], like)
     with pytest.raises(tables.ConfigError, match=r"missing: .*, and 28 more"):
         pretrained.to_variables({}, like)
@@ -431,7 +501,10 @@ def test_fresh_classifier():
     like, state_dict = resnet()
     kept = filled(like, seed=1)
     other = resnet(num_classes=7)[1]
-    for given in (other, {name: array for name, array in other.items() if not name.startswith("fc.")}):
+    for given in (
+        other,
+        {name: array for name, array in other.items() if not name.startswith("fc.")},
+    ):
         found = pretrained.to_variables(given, kept, fresh=pretrained.CLASSIFIER)
         same(found["params"]["fc"], kept["params"]["fc"])
         np.testing.assert_array_equal(found["params"]["bn1"]["bias"], other["bn1.bias"])
@@ -469,23 +542,34 @@ def test_types_survive(tmp_path):
 def test_files_cut_short_or_foreign(tmp_path):
     path = pretrained.write(tmp_path / "net.safetensors", {"a": np.arange(100.0), "b": np.ones(3)})
     whole = path.read_bytes()
-    foreign = b"<!DOCTYPE html><html>not found</html>", b"PK\x03\x04" + bytes(100), b"", b"\xff" * 8 + whole
+    foreign = (
+        b"<!DOCTYPE html><html>not found</html>",
+        b"PK\x03\x04" + bytes(100),
+        b"",
+        b"\xff" * 8 + whole,
+    )
     for content in (*(whole[:n] for n in (4, 8, 60, len(whole) - 1)), *foreign):
         path.write_bytes(content)
-        with pytest.raises(tables.ConfigError, match=r"net\.safetensors', which is no whole safetensors file"):
+        with pytest.raises(
+            tables.ConfigError, match=r"net\.safetensors', which is no whole safetensors file"
+        ):
             pretrained.read(path)
     path.write_bytes(safetensors.serialize({}))
     assert pretrained.read(path) == {}
     with pytest.raises(tables.ConfigError, match=r"no such file"):
         pretrained.read(tmp_path / "absent.safetensors")
-    with pytest.raises(tables.ConfigError, match=r"net.h5'; allowed: a file of weights, .safetensors or .pth"):
+    with pytest.raises(
+        tables.ConfigError, match=r"net.h5'; allowed: a file of weights, .safetensors or .pth"
+    ):
         pretrained.read(tmp_path / "net.h5")
     with pytest.raises(tables.ConfigError, match=r"name the file \*\.safetensors"):
         pretrained.write(tmp_path / "net.pth", {})
 
 
 def safetensors_of(shape, offsets, content=bytes(4)):
-    header = json.dumps({"fc.weight": dict(dtype="F32", shape=shape, data_offsets=offsets)}).encode()
+    header = json.dumps(
+        {"fc.weight": dict(dtype="F32", shape=shape, data_offsets=offsets)}
+    ).encode()
     return len(header).to_bytes(8, "little") + header + content
 
 
@@ -506,7 +590,10 @@ def test_absurd_shapes_in_a_file_are_refused(shape, offsets, tmp_path):
     path = tmp_path / "net.safetensors"
     path.write_bytes(safetensors_of(shape, offsets, bytes(4 if offsets[1] else 0)))
     like = {"params": {"fc": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}}
-    with pytest.raises(tables.ConfigError, match=r"net\.safetensors|fc\.weight is \(0, 10+\), for .* must be \(2, 3\)"):
+    with pytest.raises(
+        tables.ConfigError,
+        match=r"net\.safetensors|fc\.weight is \(0, 10+\), for .* must be \(2, 3\)",
+    ):
         pretrained.to_variables(pretrained.read(path), like)
 
 
@@ -514,7 +601,8 @@ def test_files_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
     path = pretrained.write(tmp_path / "net.safetensors", {"a": np.ones(3)})
     monkeypatch.setattr(tables, "host_memory", lambda: 50.0)
     with pytest.raises(
-        tables.ConfigError, match=r"config\.pretrained is '.*', which has .* GB; allowed: .* the memory"
+        tables.ConfigError,
+        match=r"config\.pretrained is '.*', which has .* GB; allowed: .* the memory",
     ):
         pretrained.check(path, "config.pretrained")
 
@@ -522,8 +610,13 @@ def test_files_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
 def test_absurd_shapes_in_memory_are_refused_unread():
     """PyTorch's and NumPy's views may stand for any shape with one number."""
     network = random_network((3, 3, 3), "words", WORDS, False)
-    state_dict = {**network.state_dict, "stem.weight": np.broadcast_to(np.float32(1), (10**8, 10**8))}
-    with pytest.raises(tables.ConfigError, match=r"stem\.weight is \(10+, 10+\), for .* must be \(3, 3\)"):
+    state_dict = {
+        **network.state_dict,
+        "stem.weight": np.broadcast_to(np.float32(1), (10**8, 10**8)),
+    }
+    with pytest.raises(
+        tables.ConfigError, match=r"stem\.weight is \(10+, 10+\), for .* must be \(3, 3\)"
+    ):
         pretrained.to_variables(state_dict, network.like)
 
 
@@ -581,7 +674,10 @@ def test_files_of_pytorch(tmp_path, monkeypatch):
         (RuntimeError("PytorchStreamReader failed.\nmany lines"), "PytorchStreamReader failed"),
         (EOFError(), "it ends too early"),
         (pickle.UnpicklingError("Weights only load failed."), "other objects than tensors"),
-        (pickle.UnpicklingError("Unsupported global: GLOBAL argparse.Namespace was"), "argparse.Namespace"),
+        (
+            pickle.UnpicklingError("Unsupported global: GLOBAL argparse.Namespace was"),
+            "argparse.Namespace",
+        ),
     ):
         with pytest.raises(tables.ConfigError, match=rf"net\.pth cannot be read .*{reason}"):
             pretrained.read(path)
@@ -606,7 +702,9 @@ def test_files_of_pytorch(tmp_path, monkeypatch):
     with pytest.raises(tables.ConfigError, match=r"key is 'emma'; .* model, model_ema"):
         pretrained.read(path, key="emma")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(tables.ConfigError, match=r"`pip install torch`, or convert it to .safetensors"):
+    with pytest.raises(
+        tables.ConfigError, match=r"`pip install torch`, or convert it to .safetensors"
+    ):
         pretrained.read(path)
 
 
@@ -649,7 +747,9 @@ def test_odd_tensors_of_pytorch(torch, tmp_path):
 def test_absurd_shapes_in_a_file_of_pytorch_are_refused(torch, tmp_path):
     path = tmp_path / "net.pth"
     torch.save({"w": torch.zeros(1).expand(10**15)}, path)
-    with pytest.raises(tables.ConfigError, match=r"net\.pth: w, of the shape \(10+,\), takes 4,000,000\.0 GB"):
+    with pytest.raises(
+        tables.ConfigError, match=r"net\.pth: w, of the shape \(10+,\), takes 4,000,000\.0 GB"
+    ):
         pretrained.read(path)
     torch.save({"w": torch.zeros(10**4)}, path)
     with zipfile.ZipFile(path) as archive:
@@ -657,8 +757,12 @@ def test_absurd_shapes_in_a_file_of_pytorch_are_refused(torch, tmp_path):
     count, claimed = pickle.dumps(10**4, 2)[2:-1], pickle.dumps(10**12, 2)[2:-1]
     with zipfile.ZipFile(path, "w") as archive:
         for name, record in records.items():
-            archive.writestr(name, record.replace(count, claimed) if name.endswith("data.pkl") else record)
-    with pytest.raises(tables.ConfigError, match=r"net\.pth cannot be read as weights alone: .*size"):
+            archive.writestr(
+                name, record.replace(count, claimed) if name.endswith("data.pkl") else record
+            )
+    with pytest.raises(
+        tables.ConfigError, match=r"net\.pth cannot be read as weights alone: .*size"
+    ):
         pretrained.read(path)
 
 
@@ -702,7 +806,9 @@ def test_damaged_files_of_pytorch_are_refused_or_right(torch, tmp_path):
 
 
 def test_damaged_safetensors_are_refused_or_have_the_same_layout(tmp_path):
-    """Safetensors has no checksum: flipped bits of the values themselves cannot be seen, but all of the header are."""
+    """Safetensors has no checksum: flipped bits of the values themselves cannot be seen, but all of
+    the header are.
+    """
     arrays = {"layer1.weight": np.ones((2, 3), np.float32), "layer2.weight": np.ones(3, np.float32)}
     path, outcomes = pretrained.write(tmp_path / "net.safetensors", arrays), []
     for content in damaged(path.read_bytes(), random.Random(0)):
@@ -722,7 +828,9 @@ def test_damaged_safetensors_are_refused_or_have_the_same_layout(tmp_path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """(file, variables) of a trained network for the digits, the file of PyTorch's names and layouts."""
+    """(file, variables) of a trained network for the digits, the file of PyTorch's names and
+    layouts.
+    """
     problem = tiny.problem()
     state, _ = tiny.trained(problem, tiny.fit())
     variables = {"params": jax.device_get(state.params), "batch_stats": {}}
@@ -735,7 +843,9 @@ def no_report(monkeypatch):
     monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
 
 
-STILL = pipeline.stage("train", epochs=1, batch_size=32, optimizer=dict(tiny.SGD, learning_rate=0.0), start="init")
+STILL = pipeline.stage(
+    "train", epochs=1, batch_size=32, optimizer=dict(tiny.SGD, learning_rate=0.0), start="init"
+)
 
 
 @pytest.mark.parametrize("mode", ["", "vmap", "loop"])
@@ -753,7 +863,9 @@ def test_a_run_starts_from_the_file(weights, mode, tmp_path):
     same(pretrained.read(file), pretrained.read(path))
     with pytest.raises(tables.ConfigError, match="name a new file"):
         evaluate.export_torch(saved, tmp_path / "out.safetensors")
-    again = pipeline.run(tiny.config("curve", start_from=str(tmp_path / "run"), **sweep), tmp_path / "again")
+    again = pipeline.run(
+        tiny.config("curve", start_from=str(tmp_path / "run"), **sweep), tmp_path / "again"
+    )
     # `still` took the masks off with the cut weights: the curve has all ratios again
     assert [row["ratio"] for row in again.rows if row["member"] == 0] == [0.0, 0.5, 0.9]
 
@@ -768,7 +880,9 @@ def test_zeros_of_the_file(weights, zeros, tmp_path, capsys):
     outcome = pipeline.run(tiny.config("fit", **fields), tmp_path / "run")
     left = np.sum(np.asarray(outcome.state.params["dense1"]["kernel"]) == 0)
     assert left >= 342 if zeros == "keep" else left < 342
-    assert np.sum(~np.asarray(outcome.state.masks["dense1"]["kernel"])) == (342 if zeros == "keep" else 0)
+    assert np.sum(~np.asarray(outcome.state.masks["dense1"]["kernel"])) == (
+        342 if zeros == "keep" else 0
+    )
     environment = report.read_environment(tmp_path / "run")
     assert "342 of 1,184" in environment["pretrained"]
     assert "342 of 1,184" in capsys.readouterr().err
@@ -798,9 +912,13 @@ def test_states_do_not_share_memory_with_the_file(weights):
 def test_a_fresh_classifier_depends_on_the_seed(weights, tmp_path):
     path, variables = weights
     fresh = dict(pretrained=path, fresh_classifier=True)
-    outcome = pipeline.run(tiny.config("still", still=STILL, sweep=dict(seed=(0, 1)), **fresh), tmp_path)
+    outcome = pipeline.run(
+        tiny.config("still", still=STILL, sweep=dict(seed=(0, 1)), **fresh), tmp_path
+    )
     params = jax.device_get(outcome.state.params)
-    np.testing.assert_array_equal(params["dense1"]["kernel"], [variables["params"]["dense1"]["kernel"]] * 2)
+    np.testing.assert_array_equal(
+        params["dense1"]["kernel"], [variables["params"]["dense1"]["kernel"]] * 2
+    )
     kernels = params["fc"]["kernel"]
     assert not np.array_equal(kernels[0], kernels[1])
     assert not np.array_equal(kernels[0], variables["params"]["fc"]["kernel"])
@@ -814,9 +932,18 @@ def test_mistakes_stop_a_run_before_it_begins(weights, tmp_path):
     absurd.write_bytes(safetensors_of([10**12], [0, 4 * 10**12]))
     wider = dict(model=dict(name="mlp", widths=(17,)))
     for fields, message in (
-        (dict(pretrained="nowhere.safetensors"), r"config\.pretrained is 'nowhere\.safetensors', but there is no such"),
-        (dict(pretrained=str(truncated)), r"config\.pretrained is '.*cut\.safetensors', which is no whole safetensors"),
-        (dict(pretrained=str(absurd)), r"config\.pretrained is '.*absurd\.safetensors', which is no whole safetensors"),
+        (
+            dict(pretrained="nowhere.safetensors"),
+            r"config\.pretrained is 'nowhere\.safetensors', but there is no such",
+        ),
+        (
+            dict(pretrained=str(truncated)),
+            r"config\.pretrained is '.*cut\.safetensors', which is no whole safetensors",
+        ),
+        (
+            dict(pretrained=str(absurd)),
+            r"config\.pretrained is '.*absurd\.safetensors', which is no whole safetensors",
+        ),
         (
             dict(pretrained=path, start_from="x"),
             r"config\.pretrained is '.*' and config\.start_from 'x'; allowed: one of",
@@ -825,11 +952,26 @@ def test_mistakes_stop_a_run_before_it_begins(weights, tmp_path):
             dict(fresh_classifier=True),
             r"config\.fresh_classifier is for the weights of config\.pretrained, which is em",
         ),
-        (dict(pretrained_zeros="keep"), r"config\.pretrained_zeros is for the weights of config\.pretrained"),
-        (dict(pretrained=path, pretrained_zeros="drop"), r"config\.pretrained_zeros is 'drop'; allowed: 'train' \| 'k"),
-        (dict(pretrained=path, pretrained_names=[["fc.weight", "x"]]), r"names: 'fc\.weight' is to become 'x', which"),
-        (dict(pretrained=path, **wider), r"config\.pretrained '.*' does not fit .*\n  wrong: .* must be \(17, 64\)"),
-        (dict(pretrained=path, sweep=dict(pretrained=[path])), r"config\.sweep names config\.pretrained; allowed"),
+        (
+            dict(pretrained_zeros="keep"),
+            r"config\.pretrained_zeros is for the weights of config\.pretrained",
+        ),
+        (
+            dict(pretrained=path, pretrained_zeros="drop"),
+            r"config\.pretrained_zeros is 'drop'; allowed: 'train' \| 'k",
+        ),
+        (
+            dict(pretrained=path, pretrained_names=[["fc.weight", "x"]]),
+            r"names: 'fc\.weight' is to become 'x', which",
+        ),
+        (
+            dict(pretrained=path, **wider),
+            r"config\.pretrained '.*' does not fit .*\n  wrong: .* must be \(17, 64\)",
+        ),
+        (
+            dict(pretrained=path, sweep=dict(pretrained=[path])),
+            r"config\.sweep names config\.pretrained; allowed",
+        ),
     ):
         with pytest.raises(tables.ConfigError, match=message):
             pipeline.run(tiny.config("curve", **fields), tmp_path / "run")
@@ -843,7 +985,11 @@ def test_command_line_writes_torch_weights(weights, tmp_path, capsys):
     pipeline.run(tiny.config("cut", pretrained=weights[0]), workdir)
     evaluate.main(["--workdir", str(workdir), "--torch", str(file)])
     assert f"wrote PyTorch weights of the dense network: {file}" in capsys.readouterr().out
-    zeros = [np.mean(array == 0) for name, array in pretrained.read(file).items() if name.endswith("weight")]
+    zeros = [
+        np.mean(array == 0)
+        for name, array in pretrained.read(file).items()
+        if name.endswith("weight")
+    ]
     assert 0.3 < np.mean(zeros) < 0.7
     for name in (file, tmp_path / "out.pth"):
         with pytest.raises(SystemExit, match=r"cannot be written; name a new file \*\.safetensors"):

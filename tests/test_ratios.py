@@ -1,4 +1,6 @@
-"""Ratios of layers: the original's notations and exclusions, published speed-ups, order by the program, errors."""
+"""Ratios of layers: the original's notations and exclusions, published speed-ups, order by the
+program, errors.
+"""
 
 import functools
 import math
@@ -23,7 +25,7 @@ RESIDUAL = golden_data.parts(FILE, r"resnet/(\w+)/")
 SINGLE = golden_data.parts(FILE, r"single/(\w+)/")
 
 
-# The original --------------------------------------------------------------------------------------------------------
+# The original -------------------------------------------------------------------------------------
 
 
 def golden(key):
@@ -48,7 +50,9 @@ def test_ratios_of_the_original(key, granularity):
 @pytest.mark.parametrize("name", RESIDUAL)
 def test_places_of_the_original(name):
     _, _, layers, own = golden(f"resnet/{name}")
-    for layer, (stage, block, conv) in zip(ratios.places(layers), own["stage_seq_block"], strict=True):
+    for layer, (stage, block, conv) in zip(
+        ratios.places(layers), own["stage_seq_block"], strict=True
+    ):
         assert layer.address == ((stage,) if block == -9 else (stage, block, conv)), layer
 
 
@@ -76,13 +80,26 @@ def test_lists_of_the_original(i):
     text = str(stored[f"list_parse/{i}/spec"][0])
     # a list of ratios begins with that of the first stage, 0; no list of places to skip does
     if items[0] == "0":
-        layers = ["stem", *(f"stage{stage}_block0/conv1" for stage in range(1, len(items) - 1)), "fc"]
+        layers = [
+            "stem",
+            *(f"stage{stage}_block0/conv1" for stage in range(1, len(items) - 1)),
+            "fc",
+        ]
         table = ratios.parse(text, layers, granularity="weight")
         assert list(table.values()) == [float(item) for item in items]
         return
     blocks = range(1 + max(int(part) for item in items for part in item.split(".")))
-    layers = ["stem", *(f"stage{s}_block{b}/conv{c}" for s in blocks if s for b in blocks for c in (1, 2)), "fc"]
-    skipped = {layer.path for layer in ratios.places(layers) for item in items if in_place(layer.address, item)}
+    layers = [
+        "stem",
+        *(f"stage{s}_block{b}/conv{c}" for s in blocks if s for b in blocks for c in (1, 2)),
+        "fc",
+    ]
+    skipped = {
+        layer.path
+        for layer in ratios.places(layers)
+        for item in items
+        if in_place(layer.address, item)
+    }
     table = ratios.parse(((".*", 0.5),), layers, granularity="weight", skip=text)
     assert {path for path, ratio in table.items() if ratio == 0} == skipped != set()
 
@@ -98,12 +115,16 @@ def test_prefixes_are_whole_numbers_unless_read_as_the_original():
     half = lambda table: [path for path, ratio in table.items() if ratio]
     kept = [f"stage1_block{i}/conv1" for i in range(12)]
     assert half(parse()) == [path for path in kept if "block1/" not in path]
-    assert half(parse(reading="original")) == [path for path in kept if "block1" not in path]  # also blocks 10 and 11
+    assert half(parse(reading="original")) == [
+        path for path in kept if "block1" not in path
+    ]  # also blocks 10 and 11
     assert len(half(parse(granularity="weight"))) == 22
-    assert len(half(parse(granularity="weight", reading="original"))) == 24  # which skips nothing there
+    assert (
+        len(half(parse(granularity="weight", reading="original"))) == 24
+    )  # which skips nothing there
 
 
-# The order of layers -------------------------------------------------------------------------------------------------
+# The order of layers ------------------------------------------------------------------------------
 
 
 def called(apply, variables, *inputs):
@@ -116,7 +137,9 @@ def called(apply, variables, *inputs):
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        jax.eval_shape(lambda *args: apply(*args), variables, *inputs)  # anew: jax remembers traces of `apply`
+        jax.eval_shape(
+            lambda *args: apply(*args), variables, *inputs
+        )  # anew: jax remembers traces of `apply`
     return list(dict.fromkeys(found))
 
 
@@ -155,7 +178,9 @@ def test_order_in_other_frameworks(name, expected):
     options = {"is_kernel": lambda path: path in ("u", "v", "w", "out")} if name == "plain" else {}
     found = ratios.order(apply, variables, *inputs, **options)
     parts = expected.split()
-    named = [next((part for part in reversed(path.split("/")) if part in parts), None) for path in found]
+    named = [
+        next((part for part in reversed(path.split("/")) if part in parts), None) for path in found
+    ]
     if name == "gru":  # gates: the order is the cell's affair
         assert sorted(named) == sorted(parts)
         assert [named[0], named[-1]] == ["embed", "out"]
@@ -165,39 +190,79 @@ def test_order_in_other_frameworks(name, expected):
 
 def test_order_ignores_what_happens_before_the_products():
     def apply(variables, x):
-        half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)  # in the order of names
+        half = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.bfloat16), variables
+        )  # in the order of names
         body = lambda x: jnp.tanh(x @ half["b"]["kernel"])
-        x = jax.lax.while_loop(lambda x: (x @ half["d"]["kernel"]).sum() < 0, body, x.astype(jnp.bfloat16))
-        return jax.jit(jax.checkpoint(lambda x: x @ half["c"]["kernel"].T))(x) + half["a"]["kernel"].sum()
+        x = jax.lax.while_loop(
+            lambda x: (x @ half["d"]["kernel"]).sum() < 0, body, x.astype(jnp.bfloat16)
+        )
+        return (
+            jax.jit(jax.checkpoint(lambda x: x @ half["c"]["kernel"].T))(x)
+            + half["a"]["kernel"].sum()
+        )
 
     variables = {name: {"kernel": jnp.zeros((4, 4))} for name in "abcd"}
     assert ratios.order(apply, variables, jnp.ones((2, 4))) == ["d/kernel", "b/kernel", "c/kernel"]
 
 
-# Places and rules ----------------------------------------------------------------------------------------------------
+# Places and rules ---------------------------------------------------------------------------------
 
 
 def test_a_network_with_other_names():
-    layers = ["stem.0", "stem.1", "s0.b1.a", "s0.b1.b", "s0.b2.proj", "s0.b2.a", "s0.b2.b", "mid", "s3.b1.a", "out"]
+    layers = [
+        "stem.0",
+        "stem.1",
+        "s0.b1.a",
+        "s0.b1.b",
+        "s0.b2.proj",
+        "s0.b2.a",
+        "s0.b2.b",
+        "mid",
+        "s3.b1.a",
+        "out",
+    ]
     pattern = r"s(?P<stage>\d)\.b(?P<block>\d)\.(?P<shortcut>proj)?.*"
     found = ratios.places(layers, pattern)
     assert [layer.address for layer in found] == [
-        (0,), (0,), (1, 0, 0), (1, 0, 1), (1, 1, -1), (1, 1, 0), (1, 1, 1), (1,), (2, 0, 0), (3,),
-    ]  # fmt: skip
-    assert [layer.path for layer in found if "filter" in layer.whole] == ["s0.b1.b", "s0.b2.proj", "s0.b2.b", "s3.b1.a"]
+        (0,),
+        (0,),
+        (1, 0, 0),
+        (1, 0, 1),
+        (1, 1, -1),
+        (1, 1, 0),
+        (1, 1, 1),
+        (1,),
+        (2, 0, 0),
+        (3,),
+    ]
+    assert [layer.path for layer in found if "filter" in layer.whole] == [
+        "s0.b1.b",
+        "s0.b2.proj",
+        "s0.b2.b",
+        "s3.b1.a",
+    ]
     assert [layer.path for layer in found if "channel" in layer.whole] == [
         "s0.b1.a",
         "s0.b2.proj",
         "s0.b2.a",
         "s3.b1.a",
     ]
-    table = ratios.parse((0.1, 0.2, 0.3, 0.4), layers, granularity="weight", blocks=pattern, skip=["1.1"])
+    table = ratios.parse(
+        (0.1, 0.2, 0.3, 0.4), layers, granularity="weight", blocks=pattern, skip=["1.1"]
+    )
     assert list(table.values()) == [0.1, 0.1, 0.2, 0.2, 0, 0, 0, 0.2, 0.3, 0.4]
     plain = r"s(?P<stage>\d)\.b(?P<block>\d)\..*"
     assert ratios.places(layers, plain)[4].address == (1, 1, 0)
 
 
-RESNET = ["conv1", "stage1_block0/conv1", "stage1_block0/conv2", "stage2_block0/conv1", "stage2_block0/conv2"]
+RESNET = [
+    "conv1",
+    "stage1_block0/conv1",
+    "stage1_block0/conv2",
+    "stage2_block0/conv1",
+    "stage2_block0/conv2",
+]
 RESNET += ["stage2_block0/shortcut_conv", "fc"]
 VGG = ["conv1", "conv2", "conv3", "fc"]
 
@@ -205,9 +270,30 @@ VGG = ["conv1", "conv2", "conv3", "fc"]
 def test_rules_on_paths():
     rules = (("stage2.*", 0.25), ("fc", -1), (".*", 0.5))
     assert list(ratios.parse(rules, RESNET).values()) == [0.5, 0.5, 0, 0.25, 0, 0, masks.AUTOMATIC]
-    assert list(ratios.parse(rules, RESNET, granularity="channel").values()) == [0.5, 0, 0.5, 0, 0.25, 0, -1]
-    assert list(ratios.parse(rules, RESNET, granularity="weight").values()) == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25, -1]
-    assert list(ratios.parse([["conv.*", 0.5], ["fc", 0]], VGG, skip="1").values()) == [0.5, 0, 0.5, 0]
+    assert list(ratios.parse(rules, RESNET, granularity="channel").values()) == [
+        0.5,
+        0,
+        0.5,
+        0,
+        0.25,
+        0,
+        -1,
+    ]
+    assert list(ratios.parse(rules, RESNET, granularity="weight").values()) == [
+        0.5,
+        0.5,
+        0.5,
+        0.25,
+        0.25,
+        0.25,
+        -1,
+    ]
+    assert list(ratios.parse([["conv.*", 0.5], ["fc", 0]], VGG, skip="1").values()) == [
+        0.5,
+        0,
+        0.5,
+        0,
+    ]
 
 
 def test_automatic_ratios():
@@ -218,10 +304,20 @@ def test_automatic_ratios():
 @pytest.mark.parametrize(
     ("notation", "layers", "options", "message"),
     [
-        ("[0,0.5]", RESNET, {}, r"has 2 ratios; the network has 4 stages: 0 \(before the blocks\), 1, 2, 3 \(after"),
+        (
+            "[0,0.5]",
+            RESNET,
+            {},
+            r"has 2 ratios; the network has 4 stages: 0 \(before the blocks\), 1, 2, 3 \(after",
+        ),
         ("[0,0.5,0,0,0]", RESNET, {}, "has 5 ratios"),
         ("[0,0.5,x,0]", RESNET, {}, "stage 2: the ratio 'x'"),
-        ("[0,0.5,1,0]", RESNET, {}, "stage 2: the ratio '1' is not allowed; allowed: .*0 <= ratio < 1, or -1"),
+        (
+            "[0,0.5,1,0]",
+            RESNET,
+            {},
+            "stage 2: the ratio '1' is not allowed; allowed: .*0 <= ratio < 1, or -1",
+        ),
         ("[0,0.5,-0.5,0]", RESNET, {}, "ratio '-0.5'"),
         ("[0,0.5,nan,0]", RESNET, {}, "ratio 'nan'"),
         ((0, 0.5, True, 0), RESNET, {}, "ratio True"),
@@ -229,7 +325,12 @@ def test_automatic_ratios():
         ("[0,0.5,0.5,0", RESNET, {}, "one bracket"),
         ("[]", RESNET, {}, "has no ratio"),
         ("[0-3:0.5]", RESNET, {}, "ranges of layers, but the network has residual blocks"),
-        ("[0,0.5,0.5,0]", VGG, {}, "no layer is in a residual block; give ranges of the layers 0 to 3"),
+        (
+            "[0,0.5,0.5,0]",
+            VGG,
+            {},
+            "no layer is in a residual block; give ranges of the layers 0 to 3",
+        ),
         ("[0-4:0.5]", VGG, {}, "'0-4:0.5' is out of range; the layers are 0 to 3, 'fc'"),
         ("[2-1:0.5]", VGG, {}, "out of range"),
         ("[0-2;0.5:1]", VGG, {}, "no range of layers"),
@@ -237,16 +338,36 @@ def test_automatic_ratios():
         ("[0-2:]", VGG, {}, "ratio ''"),
         ("[0-2:1.5]", VGG, {}, "ratio '1.5'"),
         ("[0-2:0.5]", VGG, {"skip": "[4]"}, "skip: '4' matches no layer; layers: 0 1 2 3"),
-        ("[0-2:0.5]", VGG, {"skip": "[1.0]"}, "'1.0' is no place in this network; write the number of a layer"),
-        ("[0,0.5,0.5,0]", RESNET, {"skip": "[1.1]"}, "'1.1' matches no layer; layers: 0 1.0.0 1.0.1 2.0.0 2.0.1 3"),
-        ("[0,0.5,0.5,0]", RESNET, {"skip": "[a]"}, "'a' is no place in this network; write stage.block.convolution"),
+        (
+            "[0-2:0.5]",
+            VGG,
+            {"skip": "[1.0]"},
+            "'1.0' is no place in this network; write the number of a layer",
+        ),
+        (
+            "[0,0.5,0.5,0]",
+            RESNET,
+            {"skip": "[1.1]"},
+            "'1.1' matches no layer; layers: 0 1.0.0 1.0.1 2.0.0 2.0.1 3",
+        ),
+        (
+            "[0,0.5,0.5,0]",
+            RESNET,
+            {"skip": "[a]"},
+            "'a' is no place in this network; write stage.block.convolution",
+        ),
         ((("conv9", 0.5), (".*", 0)), VGG, {}, "'conv9' decides no parameter"),
         ((("conv1", 0.5),), VGG, {}, "no rule matches 'conv2'"),
         ((("conv[", 0.5),), VGG, {}, "not a regular expression"),
         ((("conv1", 0.5, 1),), VGG, {}, "is no rule"),
         ((("conv1", 0.5), 0.1), VGG, {}, "0.1 is no rule"),
         ((("conv1", 1.0), (".*", 0)), VGG, {}, "'conv1': the ratio 1.0"),
-        ((("stage1.*conv2", 0.5), (".*", 0)), RESNET, {}, "decides only layers that filter pruning leaves whole"),
+        (
+            (("stage1.*conv2", 0.5), (".*", 0)),
+            RESNET,
+            {},
+            "decides only layers that filter pruning leaves whole",
+        ),
         ("[0-2:0.5]", VGG, {"granularity": "row"}, "granularity is 'row'"),
         ("[0-2:0.5]", VGG, {"blocks": r"conv(?P<stage>\d)"}, "needs the named groups"),
         ("[0-2:0.5]", VGG, {"blocks": r"(?P<stage>conv)(?P<block>\d)"}, "not a number"),
@@ -258,13 +379,15 @@ def test_mistakes(notation, layers, options, message):
         ratios.parse(notation, layers, **options)
 
 
-# Another network's ratios --------------------------------------------------------------------------------------------
+# Another network's ratios -------------------------------------------------------------------------
 
 
 def test_inherited():
     rng = np.random.default_rng(0)
     keep_in, keep_out = rng.random(6) < 0.5, rng.random(8) < 0.5
-    kernel = np.broadcast_to(keep_in[:, None] & keep_out, (3, 3, 6, 8)) & (rng.random((3, 3, 6, 8)) < 0.9)
+    kernel = np.broadcast_to(keep_in[:, None] & keep_out, (3, 3, 6, 8)) & (
+        rng.random((3, 3, 6, 8)) < 0.9
+    )
     own = {"conv/kernel": kernel, "conv/bias": keep_out, "fc/kernel": np.ones((8, 2), bool)}
     layers = ["conv/kernel", "fc/kernel"]
     for granularity, kept in (("filter", keep_out), ("channel", keep_in), ("weight", kernel)):
@@ -274,7 +397,10 @@ def test_inherited():
         assert table == {"conv/kernel": pytest.approx(1 - kept.mean()), "fc/kernel": 0}
         assert masks.num_pruned(table["conv/kernel"], kept.size) == (~kept).sum()
     by_group = {"conv/kernel": keep_out, "fc/kernel": np.ones(2, bool)}
-    assert ratios.inherited(by_group, layers, granularity="filter")["conv/kernel"] == 1 - keep_out.mean()
+    assert (
+        ratios.inherited(by_group, layers, granularity="filter")["conv/kernel"]
+        == 1 - keep_out.mean()
+    )
     with pytest.raises(ValueError, match="masks have no 'conv2/kernel'"):
         ratios.kept_groups(own, ["conv2/kernel"], granularity="filter")
     with pytest.raises(ValueError, match="allowed: bool"):
@@ -289,9 +415,9 @@ def test_layouts_of_inherited_masks_are_told_or_refused():
     mask = np.ones((8, 6, 3, 3), bool)  # [out, in, height, width]
     mask[2], mask[:, 4] = False, False
     given = {"conv/weight": mask}
-    found = lambda granularity: ratios.kept_groups(given, ["conv/weight"], granularity=granularity, layout="out_in")[
-        "conv/weight"
-    ]
+    found = lambda granularity: ratios.kept_groups(
+        given, ["conv/weight"], granularity=granularity, layout="out_in"
+    )["conv/weight"]
     np.testing.assert_array_equal(found("filter"), np.arange(8) != 2)
     np.testing.assert_array_equal(found("channel"), np.arange(6) != 4)
     with pytest.raises(ValueError, match="layout="):
@@ -302,12 +428,14 @@ def test_layouts_of_inherited_masks_are_told_or_refused():
 @hypothesis.example(25, 0.3)  # 7 of them
 def test_inherited_counts_are_exact(size, share):
     removed = int(share * size)
-    (ratio,) = ratios.inherited({"w": np.arange(size) >= removed}, ["w"], granularity="filter").values()
+    (ratio,) = ratios.inherited(
+        {"w": np.arange(size) >= removed}, ["w"], granularity="filter"
+    ).values()
     assert masks.num_pruned(ratio, size) == removed
     assert ratio == pytest.approx(removed / size, rel=1e-15)
 
 
-# Speed-up ------------------------------------------------------------------------------------------------------------
+# Speed-up -----------------------------------------------------------------------------------------
 
 
 def traced(options, side, num_classes):
@@ -317,7 +445,11 @@ def traced(options, side, num_classes):
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     channels = groups.trace(model.apply, variables, images)
     flops = cost.of_channels(channels, "flops")
-    return ratios.order(model.apply, variables, images), channels, lambda t: flops(ratios.keep_of(channels, t))
+    return (
+        ratios.order(model.apply, variables, images),
+        channels,
+        lambda t: flops(ratios.keep_of(channels, t)),
+    )
 
 
 @functools.cache
@@ -337,7 +469,12 @@ def published(name):
     ("name", "notation", "skip", "expected"),
     [
         ("resnet56", "[0,0.75,0.75,0.32,0]", "", 2.55),
-        ("vgg19", "[1-15:0.7]", "", 8.89),  # published as 8.84: its counter is not that of the others
+        (
+            "vgg19",
+            "[1-15:0.7]",
+            "",
+            8.89,
+        ),  # published as 8.84: its counter is not that of the others
         ("resnet34", "[0,0.5,0.6,0.4,0,0]", "[1.0,2.0,2.3,3.0,3.5]", 1.32),
         ("resnet50", "[0,0.3,0.3,0.3,0.14,0]", "", 1.49),
         ("resnet50", "[0,0.6,0.6,0.6,0.21,0]", "", 2.31),
@@ -347,20 +484,31 @@ def published(name):
 )
 def test_published_speedups(name, notation, skip, expected):
     layers, _, flops = published(name)
-    dense, pruned = flops(dict.fromkeys(layers, 0.0)), flops(ratios.parse(notation, layers, skip=skip))
+    dense, pruned = (
+        flops(dict.fromkeys(layers, 0.0)),
+        flops(ratios.parse(notation, layers, skip=skip)),
+    )
     assert round(dense / pruned, 2) == expected
 
 
 def test_channels_of_filters_and_of_their_readers_are_the_same():
     layers, channels, _ = published("resnet56")
     own = [
-        ratios.keep_of(channels, ratios.parse("[0,0.75,0.5,0.32,0]", layers, granularity=name), granularity=name)
+        ratios.keep_of(
+            channels,
+            ratios.parse("[0,0.75,0.5,0.32,0]", layers, granularity=name),
+            granularity=name,
+        )
         for name in ("filter", "channel")
     ]
     assert own[0].keys() == own[1].keys() == channels.groups.keys()
     for name in channels.groups:
         np.testing.assert_array_equal(own[0][name], own[1][name])
-    sizes = sorted(int(keep.sum()) for name, keep in own[0].items() if "block" in name and keep.sum() < len(keep))
+    sizes = sorted(
+        int(keep.sum())
+        for name, keep in own[0].items()
+        if "block" in name and keep.sum() < len(keep)
+    )
     assert sizes == [4] * 9 + [16] * 9 + [43] * 9
 
 
@@ -370,7 +518,9 @@ def test_ratios_by_group():
     rules = ((f"{first}/kernel", 0.25), (f"{second}/kernel", -1), (".*", 0))
     assert ratios.by_group(channels, ratios.parse(rules, layers)) == {first: 0.25, second: -1}
     readers = ratios.parse(
-        [(pattern.replace("conv1", "conv2"), ratio) for pattern, ratio in rules], layers, granularity="channel"
+        [(pattern.replace("conv1", "conv2"), ratio) for pattern, ratio in rules],
+        layers,
+        granularity="channel",
     )
     assert ratios.by_group(channels, readers, granularity="channel") == {first: 0.25, second: -1}
 
@@ -393,7 +543,9 @@ def test_keep_of_refuses(change, message):
 
 @functools.cache
 def small():
-    return traced(dict(name="resnet", stage_sizes=(1, 1), widths=(6, 9), inner_widths=(7, 11)), 8, 5)
+    return traced(
+        dict(name="resnet", stage_sizes=(1, 1), widths=(6, 9), inner_widths=(7, 11)), 8, 5
+    )
 
 
 @pytest.mark.parametrize("target", [1.0, 1.2, 1.5, 2.0])
@@ -419,7 +571,10 @@ def test_smallest_factor_for_a_speedup(notation, target):
 
 def test_one_ratio_for_a_published_speedup():
     layers, _, flops = published("resnet56")
-    ones = {path: 1.0 if ratio else 0.0 for path, ratio in ratios.parse("[0,0.5,0.5,0.5,0]", layers).items()}
+    ones = {
+        path: 1.0 if ratio else 0.0
+        for path, ratio in ratios.parse("[0,0.5,0.5,0.5,0]", layers).items()
+    }
     found = ratios.for_speedup(flops, 2.55, ones)
     assert 2.55 <= found.speedup < 2.62  # 19 of 32 channels; 18 reach 2.51
     (ratio,) = set(found.table.values()) - {0.0}

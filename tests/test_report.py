@@ -1,4 +1,6 @@
-"""Rows to files and back, the numbers of the report worked by hand, and pages for every shape of input."""
+"""Rows to files and back, the numbers of the report worked by hand, and pages for every shape of
+input.
+"""
 
 import json
 import math
@@ -12,7 +14,17 @@ import tiny
 
 from sparsity_jax import report
 from sparsity_jax.report import __main__ as command
-from sparsity_jax.report import channels, draw, events, page, runs, sections, series, summary, training
+from sparsity_jax.report import (
+    channels,
+    draw,
+    events,
+    page,
+    runs,
+    sections,
+    series,
+    summary,
+    training,
+)
 
 RATIOS = [i / 10 for i in range(10)] + [i / 100 for i in range(91, 100)]
 CONFIG = {
@@ -20,32 +32,59 @@ CONFIG = {
     "data": {"name": "cifar10", "batch_size": 128},
     "model": {"name": "resnet18", "num_classes": 10},
     "pipeline": ["fit_sfw", "curve_sfw"],
-    "fit_sfw": {"kind": "train", "epochs": 20, "optimizer": {"name": "sfw", "learning_rate": 1.0, "k_frac": 0.05}},
+    "fit_sfw": {
+        "kind": "train",
+        "epochs": 20,
+        "optimizer": {"name": "sfw", "learning_rate": 1.0, "k_frac": 0.05},
+    },
 }
-ENVIRONMENT = {"jax": "0.10.0", "device": {"kind": "NVIDIA H200", "count": 1}, "command": "python -m sparsity_jax.run"}
+ENVIRONMENT = {
+    "jax": "0.10.0",
+    "device": {"kind": "NVIDIA H200", "count": 1},
+    "command": "python -m sparsity_jax.run",
+}
 
 
 def accuracy_at(ratio, dense, knee, floor=0.1):
     """A pruning curve that falls from `dense` to `floor` around `knee`."""
-    return floor + (dense - floor) / (1 + ((ratio / max(1 - ratio, 1e-6)) / (knee / (1 - knee))) ** 3)
+    return floor + (dense - floor) / (
+        1 + ((ratio / max(1 - ratio, 1e-6)) / (knee / (1 - knee))) ** 3
+    )
 
 
 def make_rows(arms=2, seeds=3, ratios=RATIOS, layers=20, retrained=(False,), epochs=20, extra=()):
     """Realistic rows: even arms resist pruning like SFW, odd ones collapse like SGD."""
     rng = np.random.default_rng(0)
     rows = []
-    names = ["SFW, K-sparse polytope", "SGD", *(f"arm {i}, Lp ball with a longer name" for i in range(2, arms))]
+    names = [
+        "SFW, K-sparse polytope",
+        "SGD",
+        *(f"arm {i}, Lp ball with a longer name" for i in range(2, arms)),
+    ]
     paths = [f"params/stage{i // 5 + 1}/block{i % 5}/conv/kernel" for i in range(layers)]
     edges = np.linspace(-9, 1, 61)
     for a in range(arms):
-        knee, dense = (0.992 - 0.004 * a, 0.925 - 0.003 * a) if a % 2 == 0 else (0.82 - 0.01 * a, 0.945 - 0.003 * a)
+        knee, dense = (
+            (0.992 - 0.004 * a, 0.925 - 0.003 * a)
+            if a % 2 == 0
+            else (0.82 - 0.01 * a, 0.945 - 0.003 * a)
+        )
         for seed in range(seeds):
             base = {"visit": 1, "arm": names[a], "member": seed, "seed": seed, **dict(extra)}
             for epoch in range(1, epochs + 1):
                 loss = 2.2 * math.exp(-epoch / 6) + 0.05 + 0.02 * rng.random() + 0.05 * a
-                tested = {"test_loss": loss + 0.1, "test_accuracy": dense * (1 - math.exp(-epoch / 4))}
+                tested = {
+                    "test_loss": loss + 0.1,
+                    "test_accuracy": dense * (1 - math.exp(-epoch / 4)),
+                }
                 rows.append(
-                    {"stage": f"fit_{a}", "kind": "train", **base, "epoch": epoch, "step": 390 * epoch}
+                    {
+                        "stage": f"fit_{a}",
+                        "kind": "train",
+                        **base,
+                        "epoch": epoch,
+                        "step": 390 * epoch,
+                    }
                     | {"learning_rate": 1.0, "train_loss": loss, "seconds": 7.5 * epoch}
                     | {"train_accuracy": min(1, dense * 1.03 * (1 - math.exp(-epoch / 3)))}
                     | (tested if epoch % 2 == 0 else {})
@@ -53,19 +92,50 @@ def make_rows(arms=2, seeds=3, ratios=RATIOS, layers=20, retrained=(False,), epo
             noise = 0.006 * rng.standard_normal()
             for again in retrained:
                 for ratio in ratios:
-                    accuracy = accuracy_at(ratio, dense + noise, min(knee + 0.1 * again * (1 - knee), 0.995))
+                    accuracy = accuracy_at(
+                        ratio, dense + noise, min(knee + 0.1 * again * (1 - knee), 0.995)
+                    )
                     rows.append(
-                        {"stage": f"curve_{a}", "kind": "curve", **base, "ratio": ratio, "num_prunable": 11_164_352}
-                        | {"num_kept": round(11_164_352 * (1 - ratio)), "selection": "global", "scope": "kernels"}
-                        | {"split": "test", "accuracy": accuracy, "loss": 0.3 + 40 * (dense - accuracy) ** 2}
+                        {
+                            "stage": f"curve_{a}",
+                            "kind": "curve",
+                            **base,
+                            "ratio": ratio,
+                            "num_prunable": 11_164_352,
+                        }
+                        | {
+                            "num_kept": round(11_164_352 * (1 - ratio)),
+                            "selection": "global",
+                            "scope": "kernels",
+                        }
+                        | {
+                            "split": "test",
+                            "accuracy": accuracy,
+                            "loss": 0.3 + 40 * (dense - accuracy) ** 2,
+                        }
                         | {"retrained": again}
-                        | {"layers": {path: min(1.0, ratio ** (2.5 - 2 * i / layers)) for i, path in enumerate(paths)}}
+                        | {
+                            "layers": {
+                                path: min(1.0, ratio ** (2.5 - 2 * i / layers))
+                                for i, path in enumerate(paths)
+                            }
+                        }
                     )
             counts = np.histogram(rng.normal(-2.5 - 2.5 * (a % 2 == 0), 0.8, 20_000), edges)[0]
             above = [19_000 - 100 * a, 0, 12, 800, 6_000, 12_000, 15_000]
             rows.append(
-                {"stage": f"fit_{a}", "kind": "histogram", **base, "threshold": [0, 10, 1, 0.1, 0.01, 0.001, 0.0001]}
-                | {"count_above": above, "edges": edges.tolist(), "counts": counts.tolist(), "num_zero": 1_000}
+                {
+                    "stage": f"fit_{a}",
+                    "kind": "histogram",
+                    **base,
+                    "threshold": [0, 10, 1, 0.1, 0.01, 0.001, 0.0001],
+                }
+                | {
+                    "count_above": above,
+                    "edges": edges.tolist(),
+                    "counts": counts.tolist(),
+                    "num_zero": 1_000,
+                }
             )
             if a == 0:
                 for i in range(0, 390, 5):
@@ -76,8 +146,19 @@ def make_rows(arms=2, seeds=3, ratios=RATIOS, layers=20, retrained=(False,), epo
 
 
 def curve_row(arm, member, ratio, accuracy, **more):
-    row = {"stage": "curve", "kind": "curve", "visit": 1, "arm": arm, "member": member, "seed": member}
-    return row | {"ratio": ratio, "accuracy": accuracy, "loss": 1.0, "split": "test", "retrained": False} | more
+    row = {
+        "stage": "curve",
+        "kind": "curve",
+        "visit": 1,
+        "arm": arm,
+        "member": member,
+        "seed": member,
+    }
+    return (
+        row
+        | {"ratio": ratio, "accuracy": accuracy, "loss": 1.0, "split": "test", "retrained": False}
+        | more
+    )
 
 
 def table_of(rows):
@@ -89,7 +170,8 @@ def page_of(path, rows, **options):
     return report.write(path, CONFIG, rows, **options).read_text(encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------- numbers
+# --------------------------------------------------------------------------------------------------
+# ----- numbers
 
 
 def test_mean_and_std_leave_missing_values_out():
@@ -101,17 +183,28 @@ def test_summary_is_worked_by_hand():
     values = {0: [0.90, 0.895, 0.80], 1: [0.92, 0.915, 0.84], 2: [0.94, 0.900, 0.85]}
     train = {"stage": "fit", "kind": "train", "visit": 1, "arm": "A"}
     ends = (50.0, 60.0, 72.0)  # the first epoch compiles
-    rows = [train | {"member": m, "seed": m, "epoch": e + 1, "seconds": ends[e] + m * e}
-            for m in range(3) for e in range(3)]  # fmt: skip
-    rows += [curve_row("A", m, r, a) for m, row in values.items() for r, a in zip((0.0, 0.9, 0.98), row)]
+    rows = [
+        train | {"member": m, "seed": m, "epoch": e + 1, "seconds": ends[e] + m * e}
+        for m in range(3)
+        for e in range(3)
+    ]
+    rows += [
+        curve_row("A", m, r, a) for m, row in values.items() for r, a in zip((0.0, 0.9, 0.98), row)
+    ]
     (line,) = table_of(rows)
     assert line.label == "A"
     assert line.cells["dense"] == pytest.approx((0.92, 0.02, 3))
     assert line.cells["0.9"] == pytest.approx((2.71 / 3, np.std([0.895, 0.915, 0.9], ddof=1), 3))
-    assert line.cells["0.98"] == pytest.approx((0.83, math.sqrt((0.03**2 + 0.01**2 + 0.02**2) / 2), 3))
-    assert line.cells["largest"] == pytest.approx((0.6, math.sqrt(0.27), 3))  # 0.9, 0.9 and, for member 2, 0
+    assert line.cells["0.98"] == pytest.approx(
+        (0.83, math.sqrt((0.03**2 + 0.01**2 + 0.02**2) / 2), 3)
+    )
+    assert line.cells["largest"] == pytest.approx(
+        (0.6, math.sqrt(0.27), 3)
+    )  # 0.9, 0.9 and, for member 2, 0
     assert line.cells["epochs"] == (3.0, 0.0, 3)
-    assert line.cells["seconds"] == pytest.approx((36.0, 3.0, 3))  # 3 epochs of 11, 12 and 13 seconds
+    assert line.cells["seconds"] == pytest.approx(
+        (36.0, 3.0, 3)
+    )  # 3 epochs of 11, 12 and 13 seconds
     assert "0.95" not in line.cells
     assert "0.99" not in line.cells
 
@@ -119,27 +212,59 @@ def test_summary_is_worked_by_hand():
 def test_epochs_and_seconds_add_up():
     """Epochs of stages and visits add up; seconds too, each stage at its largest."""
     base = {"kind": "train", "arm": "A", "member": 0, "seed": 0}
-    rows = [base | {"stage": "fit", "visit": v, "epoch": e, "seconds": 3.0 * e} for v in (1, 2) for e in (1, 2, 3)]
-    rows += [base | {"stage": "final", "visit": 1, "epoch": 1, "seconds": 5.0, "test_accuracy": 0.7}]
+    rows = [
+        base | {"stage": "fit", "visit": v, "epoch": e, "seconds": 3.0 * e}
+        for v in (1, 2)
+        for e in (1, 2, 3)
+    ]
+    rows += [
+        base | {"stage": "final", "visit": 1, "epoch": 1, "seconds": 5.0, "test_accuracy": 0.7}
+    ]
     (line,) = table_of(rows)
-    assert line.cells == {"dense": (0.7, 0.0, 1), "epochs": (7.0, 0.0, 1), "seconds": (23.0, 0.0, 1)}
+    assert line.cells == {
+        "dense": (0.7, 0.0, 1),
+        "epochs": (7.0, 0.0, 1),
+        "seconds": (23.0, 0.0, 1),
+    }
 
 
 def train_row(arm, epoch, accuracy, stage="fit", visit=1, member=0, **more):
-    row = {"stage": stage, "kind": "train", "visit": visit, "arm": arm, "member": member, "seed": member}
+    row = {
+        "stage": stage,
+        "kind": "train",
+        "visit": visit,
+        "arm": arm,
+        "member": member,
+        "seed": member,
+    }
     return row | {"epoch": epoch, "test_accuracy": accuracy, "seconds": 2.0 * epoch} | more
 
 
 def cut_row(arm, kept, visit=1, **more):
     row = {"stage": "cut", "kind": "cut", "visit": visit, "arm": arm, "member": 0, "seed": 0}
     return (
-        row | {"ratio": 0.5, "num_channels": 16, "num_kept": kept, "sizes": {"conv": 16}, "kept": {"conv": kept}} | more
+        row
+        | {
+            "ratio": 0.5,
+            "num_channels": 16,
+            "num_kept": kept,
+            "sizes": {"conv": 16},
+            "kept": {"conv": kept},
+        }
+        | more
     )
 
 
 def test_a_network_cut_in_rounds_is_not_called_dense():
-    """Its accuracy before the first cut and after the last training, and what is gone, not what was planned."""
-    rows = [train_row("A", 1, 0.8), cut_row("A", 12), train_row("A", 1, 0.7, visit=2), cut_row("A", 10, visit=2)]
+    """Its accuracy before the first cut and after the last training, and what is gone, not what was
+    planned.
+    """
+    rows = [
+        train_row("A", 1, 0.8),
+        cut_row("A", 12),
+        train_row("A", 1, 0.7, visit=2),
+        cut_row("A", 10, visit=2),
+    ]
     rows += [train_row("A", 1, 0.6, "final"), train_row("A", 2, 0.65, "final")]
     (line,) = table_of(rows)
     assert line.cells["dense"] == (0.8, 0.0, 1)
@@ -150,25 +275,45 @@ def test_a_network_cut_in_rounds_is_not_called_dense():
 
 
 def test_growth_under_the_name_of_the_base_is_not_the_base():
-    """Rows of a growth belong to the network before it; its accuracy is never that of the unpruned network."""
+    """Rows of a growth belong to the network before it; its accuracy is never that of the unpruned
+    network.
+    """
     grow = {"stage": "grow", "kind": "grow", "visit": 1, "arm": "unpruned", "member": 0, "seed": 0}
-    rows = [train_row("unpruned", 1, 0.9, "base"), grow | {"epoch": 1, "test_accuracy": 0.7, "seconds": 1.0}]
+    rows = [
+        train_row("unpruned", 1, 0.9, "base"),
+        grow | {"epoch": 1, "test_accuracy": 0.7, "seconds": 1.0},
+    ]
     rows += [grow | {"ratio": 0.5, "layers": {"a": 0.5}}, train_row("greg1", 1, 0.8, "finetune")]
     base, pruned = table_of(rows)
     assert base.cells["dense"][0] == 0.9
     assert "pruned" not in base.cells
-    assert (pruned.cells["dense"][0], pruned.cells["pruned"][0], pruned.cells["weights"][0]) == (0.9, 0.8, 0.5)
+    assert (pruned.cells["dense"][0], pruned.cells["pruned"][0], pruned.cells["weights"][0]) == (
+        0.9,
+        0.8,
+        0.5,
+    )
 
 
 def test_a_training_from_initial_weights_forgets_what_was_pruned():
-    prune = {"stage": "prune", "kind": "prune", "visit": 1, "arm": "A", "member": 0, "seed": 0, "ratio": 0.5}
+    prune = {
+        "stage": "prune",
+        "kind": "prune",
+        "visit": 1,
+        "arm": "A",
+        "member": 0,
+        "seed": 0,
+        "ratio": 0.5,
+    }
     rows = [train_row("A", 1, 0.9), prune, train_row("B", 1, 0.8, "again", start="init")]
     first, second = table_of(rows)
     assert first.cells["dense"][0] == 0.9
     assert second.cells["dense"][0] == 0.8
     assert "pruned" not in second.cells
     assert page.count_networks(rows) == 2
-    assert page.count_networks([row | {"start": "current"} for row in rows if row["kind"] == "train"]) == 1
+    assert (
+        page.count_networks([row | {"start": "current"} for row in rows if row["kind"] == "train"])
+        == 1
+    )
 
 
 def test_what_a_row_says_counts_before_what_its_run_knows():
@@ -193,9 +338,20 @@ def test_every_visit_of_a_stage_has_its_own_line():
 def test_a_curve_of_a_pruned_network_starts_where_its_masks_are():
     """Ratios below what is gone already change nothing, and none of them is the dense network."""
     left = lambda ratio: min(round(1000 * (1 - ratio)), 30)
-    prune = {"stage": "prune", "kind": "prune", "visit": 1, "arm": "A", "member": 0, "seed": 0, "ratio": 0.97}
+    prune = {
+        "stage": "prune",
+        "kind": "prune",
+        "visit": 1,
+        "arm": "A",
+        "member": 0,
+        "seed": 0,
+        "ratio": 0.97,
+    }
     rows = [train_row("A", 1, 0.9), prune]
-    rows += [curve_row("A", 0, r, 0.5, num_prunable=1000, num_kept=left(r)) for r in (0.0, 0.5, 0.9, 0.97, 0.99)]
+    rows += [
+        curve_row("A", 0, r, 0.5, num_prunable=1000, num_kept=left(r))
+        for r in (0.0, 0.5, 0.9, 0.97, 0.99)
+    ]
     (curve,) = series.curves(series.group(rows))
     np.testing.assert_allclose(curve.table("accuracy").index, [0.97, 0.99])
     (line,) = table_of(rows)
@@ -204,8 +360,11 @@ def test_a_curve_of_a_pruned_network_starts_where_its_masks_are():
 
 
 def test_zeros_of_the_chosen_arrays_and_of_all(tmp_path):
-    rows = [curve_row("A", m, r, 0.5, sparsity=r + 0.002 * m, sparsity_all=0.9 * r, layers={"a": r})
-            for m in (0, 1) for r in (0.0, 0.5, 0.98)]  # fmt: skip
+    rows = [
+        curve_row("A", m, r, 0.5, sparsity=r + 0.002 * m, sparsity_all=0.9 * r, layers={"a": r})
+        for m in (0, 1)
+        for r in (0.0, 0.5, 0.98)
+    ]
     text = page_of(tmp_path, rows)
     assert "98.10 <small>of all 88.20</small>" in text
     assert "50.10 <small>of all 45.00</small>" in text
@@ -214,15 +373,24 @@ def test_zeros_of_the_chosen_arrays_and_of_all(tmp_path):
 
 def test_shares_removed_are_counted_where_rows_have_counts():
     counts = {"num_kept": 30, "num_prunable": 100}
-    assert series.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8} | counts) == ("weights", 0.7)
+    assert series.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8} | counts) == (
+        "weights",
+        0.7,
+    )
     assert series.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8}) == ("weights", 0.8)
     assert series.removal({"kind": "remove", "ratio": 0.5}) == ("weights", 0.5)
-    assert series.removal({"kind": "cut", "ratio": 0.5, "num_kept": 10, "num_channels": 16}) == ("channels", 0.375)
+    assert series.removal({"kind": "cut", "ratio": 0.5, "num_kept": 10, "num_channels": 16}) == (
+        "channels",
+        0.375,
+    )
     assert series.removal({"kind": "train", "ratio": 0.5}) is None
 
 
 def test_a_network_at_chance_has_no_largest_share():
-    rows = [train_row("A", 1, 0.105, chance=0.1), *(curve_row("A", 0, r, 0.105) for r in (0.0, 0.5, 0.99))]
+    rows = [
+        train_row("A", 1, 0.105, chance=0.1),
+        *(curve_row("A", 0, r, 0.105) for r in (0.0, 0.5, 0.99)),
+    ]
     (line,) = table_of(rows)
     assert "largest" not in line.cells
     rows = [row | ({"accuracy": 0.5} if row["kind"] == "curve" else {}) for row in rows]
@@ -235,7 +403,9 @@ def test_bold_needs_more_than_a_deviation():
     def lines(first, second, spread, other_spread=None):
         other_spread = spread if other_spread is None else other_spread
         rows = [curve_row("A", m, 0.0, first + d * spread) for m, d in enumerate((-1, 0, 1))]
-        rows += [curve_row("B", m, 0.0, second + d * other_spread) for m, d in enumerate((-1, 0, 1))]
+        rows += [
+            curve_row("B", m, 0.0, second + d * other_spread) for m, d in enumerate((-1, 0, 1))
+        ]
         return summary.best_line(table_of(rows), "dense")
 
     assert lines(0.9, 0.88, 0.01) == 0
@@ -247,7 +417,12 @@ def test_bold_needs_more_than_a_deviation():
 
 def test_amounts_keep_their_digits():
     assert [sections.amount(value) for value in (13706, 3658.0, 12.5, 0.0508163, 123456.7)] == [
-        "13,706", "3,658", "12.5", "0.05082", "123,457"]  # fmt: skip
+        "13,706",
+        "3,658",
+        "12.5",
+        "0.05082",
+        "123,457",
+    ]
 
 
 def test_ratios_are_never_interpolated():
@@ -258,12 +433,24 @@ def test_ratios_are_never_interpolated():
 
 
 def test_retrained_and_selection_make_lines_of_their_own():
-    rows = [curve_row("A", 0, r, 0.9 - r / 10, selection=s) for r in (0.0, 0.9) for s in ("global", "layerwise")]
-    rows += [curve_row("A", 0, r, a, selection="global", retrained=True) for r, a in ((0.0, 0.91), (0.9, 0.88))]
+    rows = [
+        curve_row("A", 0, r, 0.9 - r / 10, selection=s)
+        for r in (0.0, 0.9)
+        for s in ("global", "layerwise")
+    ]
+    rows += [
+        curve_row("A", 0, r, a, selection="global", retrained=True)
+        for r, a in ((0.0, 0.91), (0.9, 0.88))
+    ]
     lines = table_of(rows)
     assert [line.variant for line in lines] == [
-        "no retraining, global", "no retraining, layerwise", "retrained, global"]  # fmt: skip
-    assert [line.cells["dense"][0] for line in lines] == pytest.approx([0.9, 0.9, 0.91])  # each curve's own
+        "no retraining, global",
+        "no retraining, layerwise",
+        "retrained, global",
+    ]
+    assert [line.cells["dense"][0] for line in lines] == pytest.approx(
+        [0.9, 0.9, 0.91]
+    )  # each curve's own
     assert [line.cells["largest"][0] for line in lines] == [0.0, 0.0, 0.0]
     assert lines[2].cells["0.9"][0] == pytest.approx(0.88)
     staged = [row | dict(stage=f"curve_{row['selection']}") for row in rows]  # says nothing new
@@ -289,15 +476,35 @@ def test_unknown_metrics_are_not_taken_for_swept_values():
 
 def test_a_swept_setting_of_another_arms_stage_is_named_in_full():
     key = "fit_sfw.rate"
-    rows = [{"stage": s, "kind": "train", "arm": a, "member": m, "epoch": 1, key: m}
-            for a, s in (("SFW", "fit_sfw"), ("SGD", "fit_sgd")) for m in (0, 1)]  # fmt: skip
+    rows = [
+        {"stage": s, "kind": "train", "arm": a, "member": m, "epoch": 1, key: m}
+        for a, s in (("SFW", "fit_sfw"), ("SGD", "fit_sgd"))
+        for m in (0, 1)
+    ]
     labels = [one.label for one in series.group(rows)]
-    assert labels == ["SFW (rate=0)", "SFW (rate=1)", "SGD (fit_sfw.rate=0)", "SGD (fit_sfw.rate=1)"]
+    assert labels == [
+        "SFW (rate=0)",
+        "SFW (rate=1)",
+        "SGD (fit_sfw.rate=0)",
+        "SGD (fit_sfw.rate=1)",
+    ]
 
 
 def weights_row(num_zero, visit=1):
-    row = {"stage": "weights", "kind": "histogram", "arm": "A", "member": 0, "visit": visit, "edges": [-2, -1, 0]}
-    return row | {"counts": [30, 50], "num_zero": num_zero, "threshold": [0, 1], "count_above": [80, 0]}
+    row = {
+        "stage": "weights",
+        "kind": "histogram",
+        "arm": "A",
+        "member": 0,
+        "visit": visit,
+        "edges": [-2, -1, 0],
+    }
+    return row | {
+        "counts": [30, 50],
+        "num_zero": num_zero,
+        "threshold": [0, 1],
+        "count_above": [80, 0],
+    }
 
 
 def test_magnitudes_of_every_visit_are_in_the_table(tmp_path):
@@ -324,7 +531,10 @@ def test_sfw_init_shows_one_visit_only():
 
 def test_structured_curves_tell_channels_and_zeros(tmp_path):
     told = dict(selection="structured", channels_removed=0.25, sparsity=0.4375, sparsity_all=0.41)
-    rows = [curve_row("A", 0, 0.25, 0.8, num_kept=56, num_prunable=100, **told), curve_row("B", 0, 0.5, 0.7)]
+    rows = [
+        curve_row("A", 0, 0.25, 0.8, num_kept=56, num_prunable=100, **told),
+        curve_row("B", 0, 0.5, 0.7),
+    ]
     text = page_of(tmp_path, rows)
     section = text[text.index('id="channels_removed"') :]
     assert [f'"num">{number}<' in section for number in ("25.00", "43.75", "41.00")] == [True] * 3
@@ -337,7 +547,8 @@ def test_short_paths():
     assert draw.short_paths(["params/" + "x" * 50])[0].startswith("…")
 
 
-# --------------------------------------------------------------------------------------------------------- pages
+# --------------------------------------------------------------------------------------------------
+# ------- pages
 
 
 @pytest.fixture(scope="module")
@@ -349,10 +560,26 @@ def full(tmp_path_factory):
 
 def test_report_has_every_section_and_valid_figures(full):
     folder, text = full
-    for name in ("summary", "accuracy", "loss", "training", "magnitudes", "layers", "sfw_init", "config"):
+    for name in (
+        "summary",
+        "accuracy",
+        "loss",
+        "training",
+        "magnitudes",
+        "layers",
+        "sfw_init",
+        "config",
+    ):
         assert f'<section id="{name}">' in text
     pngs = sorted(path.name for path in (folder / "figures").iterdir())
-    assert pngs == ["accuracy.png", "layers.png", "loss.png", "magnitudes.png", "sfw_init.png", "training.png"]
+    assert pngs == [
+        "accuracy.png",
+        "layers.png",
+        "loss.png",
+        "magnitudes.png",
+        "sfw_init.png",
+        "training.png",
+    ]
     for name in pngs:
         data = (folder / "figures" / name).read_bytes()
         assert data.startswith(b"\x89PNG\r\n\x1a\n")
@@ -374,15 +601,26 @@ def test_page_loads_nothing(full):
 def test_same_rows_give_the_same_bytes(full, tmp_path):
     folder, text = full
     for _ in range(2):
-        path = report.write(tmp_path / folder.name, CONFIG, make_rows(retrained=(False, True)), environment=ENVIRONMENT)
+        path = report.write(
+            tmp_path / folder.name,
+            CONFIG,
+            make_rows(retrained=(False, True)),
+            environment=ENVIRONMENT,
+        )
         assert path.read_text(encoding="utf-8") == text
     for name in ("accuracy.png", "layers.png"):
-        assert (path.parent / "figures" / name).read_bytes() == (folder / "figures" / name).read_bytes()
+        assert (path.parent / "figures" / name).read_bytes() == (
+            folder / "figures" / name
+        ).read_bytes()
     assert not list(path.parent.rglob(".*"))
 
 
 def test_best_numbers_are_bold(tmp_path):
-    rows = [curve_row(arm, 0, r, a) for arm, end in (("A", 0.91), ("B", 0.3)) for r, a in ((0.0, 0.92), (0.98, end))]
+    rows = [
+        curve_row(arm, 0, r, a)
+        for arm, end in (("A", 0.91), ("B", 0.3))
+        for r, a in ((0.0, 0.92), (0.98, end))
+    ]
     text = page_of(tmp_path, rows)
     assert "<b>91.00</b>" in text
     assert "<b>30.00</b>" not in text
@@ -391,13 +629,21 @@ def test_best_numbers_are_bold(tmp_path):
 
 def test_names_are_escaped_everywhere(tmp_path):
     evil = "<script>alert(1)</script>\"'&$x$"
-    rows = [row | {"arm": evil if row["arm"] == "SGD" else "_hidden 名"} for row in make_rows(seeds=1, layers=3)]
+    rows = [
+        row | {"arm": evil if row["arm"] == "SGD" else "_hidden 名"}
+        for row in make_rows(seeds=1, layers=3)
+    ]
     rows[-1] |= {"selection": evil}
     layers = {f"{evil}/kernel": 0.5}
     rows = [row | ({"layers": layers} if row["kind"] == "curve" else {}) for row in rows]
     rows.append({"stage": "cut", "kind": "prune", "arm": evil, "member": 0, evil: evil})
-    text = report.write(tmp_path, {evil: {evil: evil}, "data": {"name": evil}}, rows, title=evil,
-                        environment={evil: evil, "command": evil}).read_text(encoding="utf-8")  # fmt: skip
+    text = report.write(
+        tmp_path,
+        {evil: {evil: evil}, "data": {"name": evil}},
+        rows,
+        title=evil,
+        environment={evil: evil, "command": evil},
+    ).read_text(encoding="utf-8")
     assert "<script" not in text
     assert "alert(1)</" not in text
     assert "&lt;script&gt;" in text
@@ -409,8 +655,12 @@ def test_no_label_breaks_a_page(tmp_path):
     rows = []
     for i, label in enumerate(tiny.HOSTILE_LABELS):
         layout = dict(kernels=[label], groups={label: dict(size=16, marks=dict(producer=[0]))})
-        own = [row for row in kinds if row["kind"] != "sfw_init"] + [cut_row(label, 8, layout=layout)]
-        rows += [row | {"arm": label, "member": i, "stage": f"{label} {row['stage']}"} for row in own]
+        own = [row for row in kinds if row["kind"] != "sfw_init"] + [
+            cut_row(label, 8, layout=layout)
+        ]
+        rows += [
+            row | {"arm": label, "member": i, "stage": f"{label} {row['stage']}"} for row in own
+        ]
         rows[-1] |= dict(kept={label: 8}, sizes={label: 16})
     text = page_of(tmp_path, rows, title="".join(tiny.HOSTILE_LABELS))
     assert "<b>&lt;" not in text
@@ -424,7 +674,10 @@ def test_no_label_breaks_a_page(tmp_path):
 def test_one_kind_of_rows_is_enough(tmp_path, kind):
     rows = [row for row in make_rows(seeds=1, layers=3) if row["kind"] == kind]
     text = page_of(tmp_path, rows)
-    assert len(list((tmp_path / "figures").iterdir())) == {"train": 1, "curve": 3, "histogram": 1, "sfw_init": 1}[kind]
+    assert (
+        len(list((tmp_path / "figures").iterdir()))
+        == {"train": 1, "curve": 3, "histogram": 1, "sfw_init": 1}[kind]
+    )
     assert "No results" not in text
 
 
@@ -436,7 +689,9 @@ def test_no_rows_and_stale_figures(tmp_path):
 
 
 def test_missing_numbers_are_no_obstacle(tmp_path):
-    rows = [curve_row("A", m, r, math.nan if m else 0.5, loss=None) for m in (0, 1) for r in (0.0, 0.9)]
+    rows = [
+        curve_row("A", m, r, math.nan if m else 0.5, loss=None) for m in (0, 1) for r in (0.0, 0.9)
+    ]
     assert "50.00" in page_of(tmp_path / "one", rows)
     assert "<figure" not in page_of(tmp_path / "two", [row | {"accuracy": None} for row in rows])
 
@@ -455,11 +710,18 @@ def test_many_ratios_layers_and_arms(tmp_path):
     assert text.count("<tr><th scope") > 24
 
 
-# --------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------
+# ------- files
 
 
 def test_writer_round_trip_and_json_types(tmp_path):
-    row = {"stage": "fit", "kind": "train", "member": np.int64(1), "step": 3, "train_loss": np.float32(0.5)}
+    row = {
+        "stage": "fit",
+        "kind": "train",
+        "member": np.int64(1),
+        "step": 3,
+        "train_loss": np.float32(0.5),
+    }
     row |= {
         "test_loss": float("nan"),
         "bad": np.float64("inf"),
@@ -474,14 +736,26 @@ def test_writer_round_trip_and_json_types(tmp_path):
     written = json.loads(text)
     assert len(written.pop("sum")) == 8
     assert written == {
-        "stage": "fit", "kind": "train", "member": 1, "step": 3, "train_loss": 0.5, "test_loss": None, "bad": None,
-        "counts": [0, 1, 2], "ok": True, "t": [1, 2]}  # fmt: skip
+        "stage": "fit",
+        "kind": "train",
+        "member": 1,
+        "step": 3,
+        "train_loss": 0.5,
+        "test_loss": None,
+        "bad": None,
+        "counts": [0, 1, 2],
+        "ok": True,
+        "t": [1, 2],
+    }
     assert report.read_rows(tmp_path / "metrics.jsonl") == [written]
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
 
 
 def test_resume_drops_rows_after_the_checkpoint(tmp_path):
-    rows = [{"stage": "fit", "kind": "train", "epoch": e, "step": e, "train_loss": 1.0} for e in range(1, 5)]
+    rows = [
+        {"stage": "fit", "kind": "train", "epoch": e, "step": e, "train_loss": 1.0}
+        for e in range(1, 5)
+    ]
     with report.Writer(tmp_path) as writer:
         writer.append(rows)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -511,12 +785,29 @@ def test_a_row_that_cannot_be_written_writes_nothing(tmp_path):
 
 
 def test_tensorboard_tags_and_steps(tmp_path):
-    base = {"stage": "curve", "kind": "curve", "ratio": 0.985, "accuracy": 0.5, "retrained": False, "layers": {"a": 1}}
+    base = {
+        "stage": "curve",
+        "kind": "curve",
+        "ratio": 0.985,
+        "accuracy": 0.5,
+        "retrained": False,
+        "layers": {"a": 1},
+    }
     assert events.scalars(base) == ({"curve/accuracy": 0.5, "curve/layers/a": 1.0}, 985_000_000)
     more = {"split": "train", "retrained": True, "visit": 2, "seed": 1, "fit.rate": 0.1}
     end = "train/retrained/visit_2"
-    assert events.scalars(base | more)[0] == {f"curve/accuracy/{end}": 0.5, f"curve/layers/a/{end}": 1.0}
-    train = {"stage": "fit", "kind": "train", "step": 390, "epoch": 1, "train_loss": 2.0, "test_loss": None}
+    assert events.scalars(base | more)[0] == {
+        f"curve/accuracy/{end}": 0.5,
+        f"curve/layers/a/{end}": 1.0,
+    }
+    train = {
+        "stage": "fit",
+        "kind": "train",
+        "step": 390,
+        "epoch": 1,
+        "train_loss": 2.0,
+        "test_loss": None,
+    }
     assert events.scalars(train) == ({"fit/train_loss": 2.0}, 390)
     with report.Writer(tmp_path) as writer:
         writer.append([train | {"member": 0}, train | {"member": 1}])
@@ -526,14 +817,26 @@ def test_tensorboard_tags_and_steps(tmp_path):
 
 
 def test_no_two_events_share_a_tag_and_a_step():
-    """Visits, ratios however close, draws, members' nested numbers: each number of each row has its own place."""
+    """Visits, ratios however close, draws, members' nested numbers: each number of each row has its
+    own place.
+    """
     close = (0.9, 0.9004, 0.90041, 0.900410002)
-    rows = [curve_row("A", 0, ratio, 0.5, visit=visit, layers={"a": ratio}, split=split)
-            for visit in (1, 2) for split in ("test", "train") for ratio in close]  # fmt: skip
-    rows += [train_row("A", epoch, 0.5, visit=visit, step=10 * epoch) for visit in (1, 2) for epoch in (1, 2)]
+    rows = [
+        curve_row("A", 0, ratio, 0.5, visit=visit, layers={"a": ratio}, split=split)
+        for visit in (1, 2)
+        for split in ("test", "train")
+        for ratio in close
+    ]
+    rows += [
+        train_row("A", epoch, 0.5, visit=visit, step=10 * epoch)
+        for visit in (1, 2)
+        for epoch in (1, 2)
+    ]
     rows += [cut_row("A", 8, visit) for visit in (1, 2)]
     noise = {"stage": "noise", "kind": "noise", "arm": "A", "member": 0}
-    rows += [noise | {"visit": visit, "draw": draw, "loss": 1.0} for visit in (1, 2) for draw in (0, 1)]
+    rows += [
+        noise | {"visit": visit, "draw": draw, "loss": 1.0} for visit in (1, 2) for draw in (0, 1)
+    ]
     places = []
     for row in rows:
         found, step = events.scalars(report.plain(row))
@@ -542,7 +845,9 @@ def test_no_two_events_share_a_tag_and_a_step():
     assert "cut/kept/conv" in {tag for tag, _ in places}
 
 
-@pytest.mark.parametrize(("bad", "text"), [("{nope", "line 2: Expecting"), ("[1]", "line 2: not a JSON object")])
+@pytest.mark.parametrize(
+    ("bad", "text"), [("{nope", "line 2: Expecting"), ("[1]", "line 2: not a JSON object")]
+)
 def test_a_bad_line_is_an_error_with_its_number(tmp_path, bad, text):
     (tmp_path / "m.jsonl").write_text('{"a": 1}\n' + bad + '\n{"a": 2}\n')
     with pytest.raises(ValueError, match=text):
@@ -583,7 +888,9 @@ def test_merged_runs_are_averaged_only_where_all_settings_but_the_seed_agree(tmp
     for name, rate, seed, accuracy in (("a", 0.1, 0, 0.5), ("b", 0.1, 1, 0.7), ("c", 0.3, 0, 0.9)):
         rows = [train_row("A", 1, accuracy) | curve_row("A", 0, 0.0, accuracy)]
         rows = [{key: value for key, value in row.items() if key != "seed"} for row in rows]
-        save_run(tmp_path / name, rows, title=name, seed=seed, fit=fit(rate), data={"name": "digits"})
+        save_run(
+            tmp_path / name, rows, title=name, seed=seed, fit=fit(rate), data={"name": "digits"}
+        )
     config, rows, _ = report.gather(tmp_path)
     first, second = table_of(rows)
     assert first.label == "A (learning_rate=0.1)"
@@ -595,10 +902,16 @@ def test_merged_runs_are_averaged_only_where_all_settings_but_the_seed_agree(tmp
     page_of(tmp_path / "page", rows)
 
 
-@pytest.mark.parametrize("change", [{"model": {"width": 2}}, {"model": {"width": 1, "new": True}}, {"mesh": 2}])
+@pytest.mark.parametrize(
+    "change", [{"model": {"width": 2}}, {"model": {"width": 1, "new": True}}, {"mesh": 2}]
+)
 def test_any_setting_separates_merged_runs(tmp_path, change):
     for name, more in (("a", {}), ("b", change)):
-        save_run(tmp_path / name, [curve_row("A", 0, 0.0, 0.5)], **{"model": {"width": 1}, "seed": 0, **more})
+        save_run(
+            tmp_path / name,
+            [curve_row("A", 0, 0.0, 0.5)],
+            **{"model": {"width": 1}, "seed": 0, **more},
+        )
     _, rows, _ = report.gather(tmp_path)
     assert [line.cells["dense"][2] for line in table_of(rows)] == [1, 1]
 
@@ -614,7 +927,9 @@ def test_runs_from_bases_that_differ_in_their_seed_are_averaged(tmp_path):
     for base, rate, seed in (("x", 0.1, 0), ("y", 0.1, 1), ("z", 0.3, 2)):
         save_run(tmp_path / "bases" / base, [], seed=seed, fit={"rate": rate})
         rows = [curve_row("A", 0, 0.0, 0.5) | {"seed": seed}]
-        save_run(tmp_path / "runs" / base, rows, seed=seed, start_from=str(tmp_path / "bases" / base))
+        save_run(
+            tmp_path / "runs" / base, rows, seed=seed, start_from=str(tmp_path / "bases" / base)
+        )
     _, rows, _ = report.gather(tmp_path / "runs")
     assert [line.cells["dense"][2] for line in table_of(rows)] == [2, 1]
 
@@ -645,7 +960,9 @@ def test_a_report_can_be_written_elsewhere(tmp_path, capsys):
     assert "<h1>run</h1>" in (tmp_path / "page" / "report.html").read_text()
     assert sorted((tmp_path / "run").rglob("*")) == before
     with pytest.raises(SystemExit):
-        command.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "run" / "metrics.jsonl")])
+        command.main(
+            ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "run" / "metrics.jsonl")]
+        )
     assert "--out names another folder" in capsys.readouterr().err
 
 
@@ -664,36 +981,65 @@ def test_main_says_what_is_missing(tmp_path, capsys):
 
 
 def test_import_is_cheap_and_leaves_pyplot_alone():
-    code = "import sys; import sparsity_jax.report; assert not {'matplotlib', 'tensorboardX', 'jax'} & set(sys.modules)"
+    code = (
+        "import sys; import sparsity_jax.report; assert not {'matplotlib', 'tensorboardX', 'jax'} "
+        "& set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_channel_groups_and_what_is_left_of_them(tmp_path):
-    """A residual network of 60 groups and two arms: one figure, with the channels kept by the last cut of each."""
+    """A residual network of 60 groups and two arms: one figure, with the channels kept by the last
+    cut of each.
+    """
     kernels = [f"params/block{i}/conv{j}/kernel" for i in range(60) for j in (1, 2)]
-    marks = lambda i: dict(producer=[2 * i], other=[2 * i + 0.5], consumer=[2 * i + 1], depthwise=[])
-    layout = dict(kernels=kernels, groups={f"params/block{i}/conv1": dict(size=16, marks=marks(i)) for i in range(60)})
+    marks = lambda i: dict(
+        producer=[2 * i], other=[2 * i + 0.5], consumer=[2 * i + 1], depthwise=[]
+    )
+    layout = dict(
+        kernels=kernels,
+        groups={f"params/block{i}/conv1": dict(size=16, marks=marks(i)) for i in range(60)},
+    )
     rows = []
     for arm, left in (("magnitude", 6), ("gradients", 7)):
         for member in (0, 1):
             for visit, kept in ((1, 12), (2, left + member)):
-                row = dict(stage="cut", kind="cut", visit=visit, arm=arm, member=member, ratio=0.3 * visit)
-                row |= dict(kept=dict.fromkeys(layout["groups"], kept), sizes=dict.fromkeys(layout["groups"], 16))
+                row = dict(
+                    stage="cut", kind="cut", visit=visit, arm=arm, member=member, ratio=0.3 * visit
+                )
+                row |= dict(
+                    kept=dict.fromkeys(layout["groups"], kept),
+                    sizes=dict.fromkeys(layout["groups"], 16),
+                )
                 rows.append(row | (dict(layout=layout) if visit == 1 else {}))
     found, kept = channels.group_layout(series.group(rows))
     assert found == layout
-    assert [(label, set(own)) for label, own in kept.items()] == [("magnitude", {6.5}), ("gradients", {7.5})]
+    assert [(label, set(own)) for label, own in kept.items()] == [
+        ("magnitude", {6.5}),
+        ("gradients", {7.5}),
+    ]
     text = report.write(tmp_path, CONFIG, rows).read_text()
     section = text.split('<section id="groups">')[1].split("</section>")[0]
     for text in ("block59/conv1", "magnitude: kept", "6.5", "makes the channels", "var(--c7)"):
         assert text in section
     assert not re.search("#[0-9a-f]{6}", section)  # all colours follow the text
     assert (tmp_path / "figures" / "groups.png").stat().st_size > 10_000
-    assert channels.group_layout(series.group([row for row in rows if row["visit"] == 2])) == ({}, {})
+    assert channels.group_layout(series.group([row for row in rows if row["visit"] == 2])) == (
+        {},
+        {},
+    )
 
 
 def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
-    base = dict(stage="compact", kind="compact", arm="A", member=0, accuracy=0.5, flops=183552, flops_compact=50816)
+    base = dict(
+        stage="compact",
+        kind="compact",
+        arm="A",
+        member=0,
+        accuracy=0.5,
+        flops=183552,
+        flops_compact=50816,
+    )
     base |= dict(parameters=13706, parameters_compact=3658, bytes=54824, bytes_compact=14632)
     rows = [base | dict(visit=visit, difference=10.0**-visit) for visit in (1, 2)]
     text = page_of(tmp_path, rows)
@@ -701,14 +1047,24 @@ def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
     assert "A, visit 2" in text
     assert "differ by at most 0.1 of the largest" in text
     text = page_of(
-        tmp_path, [dict(stage="compact", kind="compact", arm="A", member=0, warning="it has an empty layer")]
+        tmp_path,
+        [dict(stage="compact", kind="compact", arm="A", member=0, warning="it has an empty layer")],
     )
     assert "it has an empty layer" in text  # without any number
     assert "nan" not in text.split('<section id="compact">')[1].split("</section>")[0]
 
 
 def test_rows_of_an_unknown_kind_show_as_a_table(tmp_path):
-    row = dict(stage="mine", kind="novel", visit=1, arm="A", member=0, wonder=0.375, text="<b>", many=[1, 2])
+    row = dict(
+        stage="mine",
+        kind="novel",
+        visit=1,
+        arm="A",
+        member=0,
+        wonder=0.375,
+        text="<b>",
+        many=[1, 2],
+    )
     text = page_of(tmp_path, [train_row("A", 1, 0.5), row, row | dict(wonder=None)])
     section = text.split("<h2>Rows of novel</h2>")[1].split("</section>")[0]
     assert section.count('<th scope="row">') == 2

@@ -1,4 +1,6 @@
-"""Networks of the originals after each of their pruning rounds: logits and numbers of parameters."""
+"""Networks of the originals after each of their pruning rounds: logits and numbers of
+parameters.
+"""
 
 import functools
 import math
@@ -20,7 +22,9 @@ CASES = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/")
 
 
 def unpacked(net):
-    """(names, shapes, parameters, running statistics) of a network before the first round, in PyTorch's layouts."""
+    """(names, shapes, parameters, running statistics) of a network before the first round, in
+    PyTorch's layouts.
+    """
     golden = golden_data.load(FILE)
     names = [str(name) for name in golden[f"rounds/{net}/param_names"]]
     shapes = golden_data.shapes_of(golden[f"rounds/{net}/param_shapes"])
@@ -34,9 +38,9 @@ def unpacked(net):
 class Original(NamedTuple):
     """A network before the first round.
 
-    kernels: paths of its convolutions, in the original's order; norms: of the batch norm of each. owners: for each
-    kernel the group of its outputs; shrinking: those groups that the original takes out of memory, which are all that
-    no sum of several convolutions needs.
+    kernels: paths of its convolutions, in the original's order; norms: of the batch norm of each.
+    owners: for each kernel the group of its outputs; shrinking: those groups that the original
+    takes out of memory, which are all that no sum of several convolutions needs.
     """
 
     apply: Callable
@@ -71,8 +75,12 @@ def original(net):
     kernels = [f"params/{paths[name]}" for name, shape in zip(names, shapes) if len(shape) == 4]
     producers = {name: producers_of(group) for name, group in channels.groups.items()}
     owners = [next(name for name, own in producers.items() if kernel in own) for kernel in kernels]
-    shrinking = [name for name, own in producers.items() if list(own.values()).count("producer") == 1]
-    return Original(jax.jit(model.apply), variables, channels, kernels, list(norms), owners, shrinking)
+    shrinking = [
+        name for name, own in producers.items() if list(own.values()).count("producer") == 1
+    ]
+    return Original(
+        jax.jit(model.apply), variables, channels, kernels, list(norms), owners, shrinking
+    )
 
 
 @pytest.mark.parametrize("net", dict(CASES))
@@ -84,13 +92,20 @@ def test_networks_are_those_of_the_hyper_parameters(net):
     elif options["name"] == "mobilenet":
         first = lambda block: block[0] if isinstance(block, list) else block
         stem, blocks = HYPER["mobilenet_cfg"]
-        assert (options["stem_width"], [width for width, _ in options["blocks"]]) == (stem, list(map(first, blocks)))
+        assert (options["stem_width"], [width for width, _ in options["blocks"]]) == (
+            stem,
+            list(map(first, blocks)),
+        )
     else:
         own = HYPER["resnet56_cfg"]
         stages = [own["l1"], own["l2"], own["l3"]]  # of each block the inner and the outer width
         assert options["stem_width"] == own["base"]
-        assert list(options["inner_widths"]) == [width for widths in stages for width in widths[::2]]
-        for outer, count, widths in zip(options["widths"], options["stage_sizes"], stages, strict=True):
+        assert list(options["inner_widths"]) == [
+            width for widths in stages for width in widths[::2]
+        ]
+        for outer, count, widths in zip(
+            options["widths"], options["stage_sizes"], stages, strict=True
+        ):
             assert widths[1::2] == [outer] * count
         assert list(options["widths"][1:]) == [own["l2s"], own["l3s"]]
 
@@ -101,7 +116,11 @@ def images():
 
 def producers_of(group):
     """Roles of the kernels that compute the channels of a group, by path."""
-    return {member.path: member.role for member in group.members if member.role in ("producer", "depthwise")}
+    return {
+        member.path: member.role
+        for member in group.members
+        if member.role in ("producer", "depthwise")
+    }
 
 
 def num_params_left(it, keep):
@@ -125,7 +144,10 @@ def importance(net, measure):
     golden, it = golden_data.load(FILE), original(net)
     inputs, labels = golden["rounds/train_x"], golden["rounds/train_y"]
     num_batches = -(-HYPER["imp_samples"] // labels.shape[1])
-    data = np.concatenate(inputs[:num_batches]).transpose(0, 2, 3, 1), np.concatenate(labels[:num_batches])
+    data = (
+        np.concatenate(inputs[:num_batches]).transpose(0, 2, 3, 1),
+        np.concatenate(labels[:num_batches]),
+    )
 
     def loss(params, batch, temperature):
         logits = it.apply(it.variables | params, batch[0])
@@ -134,7 +156,9 @@ def importance(net, measure):
     needs, size = scores.required(measure), labels.shape[1]
     collect = scores.gather(loss, needs, size, temperature=HYPER["T"], on_host=True)
     widths = [golden_data.leaf(it.variables, kernel).shape[-1] for kernel in it.kernels]
-    filters = [Group((member(path, 3, width, "producer"),)) for path, width in zip(it.kernels, widths)]
+    filters = [
+        Group((member(path, 3, width, "producer"),)) for path, width in zip(it.kernels, widths)
+    ]
     score = jax.jit(lambda statistics: [scores.score(measure, statistics, own) for own in filters])
     return lambda variables: score(collect({"params": variables["params"]}, data))
 
@@ -145,15 +169,22 @@ def test_networks_after_the_rounds_of_the_original(net, measure):
     with jax.enable_x64(True):
         it = original(net)
         logits = it.apply(it.variables, images())
-        np.testing.assert_allclose(logits, golden[f"rounds/{net}/logits_before"], rtol=1e-8, atol=1e-11)
+        np.testing.assert_allclose(
+            logits, golden[f"rounds/{net}/logits_before"], rtol=1e-8, atol=1e-11
+        )
         keep = {name: np.ones(group.size, bool) for name, group in it.channels.groups.items()}
-        silent = [np.zeros(golden_data.leaf(it.variables, kernel).shape[-1], bool) for kernel in it.kernels]
+        silent = [
+            np.zeros(golden_data.leaf(it.variables, kernel).shape[-1], bool)
+            for kernel in it.kernels
+        ]
         masked = it.variables
         for i in range(HYPER["rounds"]):
             prefix = f"rounds/{net}/{measure}/round{i}"
             if "g" in scores.required(measure):
                 theirs = by_layer(golden[f"{prefix}/imp_order"]).values()
-                for found, expected, gone in zip(importance(net, measure)(masked), theirs, silent, strict=True):
+                for found, expected, gone in zip(
+                    importance(net, measure)(masked), theirs, silent, strict=True
+                ):
                     np.testing.assert_allclose(found[~gone], expected, rtol=1e-8, atol=1e-11)
             for j, owner in enumerate(it.owners):
                 present = ~silent[j] if owner in it.shrinking else np.ones(silent[j].size, bool)
@@ -162,7 +193,11 @@ def test_networks_after_the_rounds_of_the_original(net, measure):
                 silent[j][gone] = True
                 if owner in it.shrinking:
                     keep[owner] &= ~silent[j]
-            masked = groups.mask(silenced(it, silent), it.channels, {name: keep[name] for name in it.shrinking})
+            masked = groups.mask(
+                silenced(it, silent), it.channels, {name: keep[name] for name in it.shrinking}
+            )
             logits = it.apply(masked, images())
-            np.testing.assert_allclose(logits, golden[f"{prefix}/logits_after"], rtol=1e-8, atol=1e-11)
+            np.testing.assert_allclose(
+                logits, golden[f"{prefix}/logits_after"], rtol=1e-8, atol=1e-11
+            )
             assert num_params_left(it, keep) == golden[f"{prefix}/n_params_after"]

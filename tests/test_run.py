@@ -1,4 +1,6 @@
-"""The command line as a user meets it: whole runs in processes of their own, kills, and messages for mistakes."""
+"""The command line as a user meets it: whole runs in processes of their own, kills, and messages
+for mistakes.
+"""
 
 import json
 import os
@@ -43,7 +45,9 @@ LIMIT = (  # the geometric limit on few digits
 def start(workdir, *arguments, config="configs/quickstart.py"):
     where = [] if workdir is None else ["--workdir", str(workdir)]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the same programs again and again
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = (
+        "0"  # the same programs again and again
+    )
     return subprocess.Popen(
         [sys.executable, "-m", "sparsity_jax.run", "--config", str(config), *where, *arguments],
         cwd=ROOT,
@@ -121,22 +125,36 @@ def test_killed_runs_continue_to_the_same_rows(whole, tmp_path):
 
 def test_a_signal_before_anything_runs_is_heard_once_all_is_imported(tmp_path):
     """An exception inside the import of a library can crash it."""
-    send = "import os\nimport signal\n\nif not os.environ.get('SENT'):\n    os.environ['SENT'] = 'yes'\n"
+    send = (
+        "import os\nimport signal\n\nif not os.environ.get('SENT'):\n    os.environ['SENT'] = "
+        "'yes'\n"
+    )
     send += "    os.kill(os.getpid(), signal.SIGINT)\n"
     (tmp_path / "config.py").write_text(send + (ROOT / "configs" / "quickstart.py").read_text())
     run = start(tmp_path / "run", *QUICK, config=tmp_path / "config.py")
     printed, _ = run.communicate(timeout=120)
-    assert (run.returncode, printed) == (130, f"interrupted: the same command continues {tmp_path / 'run'}\n")
+    assert (run.returncode, printed) == (
+        130,
+        f"interrupted: the same command continues {tmp_path / 'run'}\n",
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_killed_in_the_middle_of_lanczos_continues_to_the_same_rows(tmp_path):
     begin = lambda name: start(tmp_path / name, *LIMIT, config="configs/geometric_limit.py:digits")
-    broken, rows, checkpoints = begin("broken"), tmp_path / "broken" / "metrics.jsonl", tmp_path / "broken/checkpoints"
-    wait_for(broken, lambda: rows.exists() and '"phase": "result"' in rows.read_text(encoding="utf-8"))
+    broken, rows, checkpoints = (
+        begin("broken"),
+        tmp_path / "broken" / "metrics.jsonl",
+        tmp_path / "broken/checkpoints",
+    )
+    wait_for(
+        broken, lambda: rows.exists() and '"phase": "result"' in rows.read_text(encoding="utf-8")
+    )
     newest = lambda: max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
     before = newest()
-    wait_for(broken, lambda: newest() > before + 5)  # the end of `limit`, the start of `hessian`, and some products
+    wait_for(
+        broken, lambda: newest() > before + 5
+    )  # the end of `limit`, the start of `hessian`, and some products
     broken.kill()
     broken.communicate(timeout=60)
     assert '"hessian"' not in rows.read_text(encoding="utf-8")
@@ -144,12 +162,20 @@ def test_a_run_killed_in_the_middle_of_lanczos_continues_to_the_same_rows(tmp_pa
     assert f"continuing {tmp_path / 'broken'} in stage 3 of 4" in finish(again)
     finish(whole)
     found, expected = (
-        tiny.timeless(report.read_rows(tmp_path / name / "metrics.jsonl")) for name in ("broken", "whole")
+        tiny.timeless(report.read_rows(tmp_path / name / "metrics.jsonl"))
+        for name in ("broken", "whole")
     )
     assert found == expected
-    assert list(dict.fromkeys(row["stage"] for row in expected)) == ["fit", "limit", "hessian", "width"]
+    assert list(dict.fromkeys(row["stage"] for row in expected)) == [
+        "fit",
+        "limit",
+        "hessian",
+        "width",
+    ]
     assert 0 < expected[-1]["predicted"] < 1
-    assert expected[-1]["actual"] == {"limit": next(row["limit"] for row in expected if row.get("phase") == "result")}
+    assert expected[-1]["actual"] == {
+        "limit": next(row["limit"] for row in expected if row.get("phase") == "result")
+    }
 
 
 def test_a_full_disk_is_two_lines(tmp_path):
@@ -163,7 +189,13 @@ pipeline.run = full
 runpy.run_module("sparsity_jax.run", run_name="__main__", alter_sys=True)
 """
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    command = [sys.executable, "-c", program, "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "--config=configs/quickstart.py",
+        f"--workdir={tmp_path}",
+    ]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     told, again = ended.stderr.splitlines()
@@ -191,21 +223,36 @@ def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
         ),
         "missing workdir": (start(None), "error: --workdir is missing"),
         "empty workdir": (start(""), "error: --workdir is empty"),
-        "workdir that is a file": (start(ROOT / "README.md"), "README.md is a file; use another --workdir"),
-        "forgotten dashes": (start(tmp_path / "d", "config.seed=1"), "error: 'config.seed=1' is no flag"),
+        "workdir that is a file": (
+            start(ROOT / "README.md"),
+            "README.md is a file; use another --workdir",
+        ),
+        "forgotten dashes": (
+            start(tmp_path / "d", "config.seed=1"),
+            "error: 'config.seed=1' is no flag",
+        ),
         "out of range": (
             start(tmp_path / "d", "--config.fit_sfw.epochs=0"),
             "error: config.fit_sfw.epochs is 0",
             ">= 1",
         ),
-        "other config": (start(whole[0], *QUICK, "--config.fit_sgd.epochs=4"), "config.fit_sgd.epochs: 3 there, 4 now"),
-        "wrong variant": (start(tmp_path / "e", config="configs/toy_cnn.py:mpl"), "'mpl'", "Did you mean 'mlp'?"),
+        "other config": (
+            start(whole[0], *QUICK, "--config.fit_sgd.epochs=4"),
+            "config.fit_sgd.epochs: 3 there, 4 now",
+        ),
+        "wrong variant": (
+            start(tmp_path / "e", config="configs/toy_cnn.py:mpl"),
+            "'mpl'",
+            "Did you mean 'mlp'?",
+        ),
         "a variant's field": (
             start(tmp_path / "f", "--config.retrain.epochs=0", config="configs/toy_cnn.py:mlp"),
             "error: config.retrain.epochs is 0",
         ),
     }
-    results = {mistake: command[0].communicate(timeout=120)[0] for mistake, command in commands.items()}
+    results = {
+        mistake: command[0].communicate(timeout=120)[0] for mistake, command in commands.items()
+    }
     for mistake, (process, *words) in commands.items():
         printed = results[mistake]
         assert process.returncode not in (0, None), mistake

@@ -1,4 +1,6 @@
-"""Importance measures: against the original's numbers, slow references, and the properties each promises."""
+"""Importance measures: against the original's numbers, slow references, and the properties each
+promises.
+"""
 
 import functools
 import itertools
@@ -55,14 +57,15 @@ def member(path, axis, size, role):
     return Member(path, axis, np.arange(size)[:, None], role)
 
 
-# The original's networks ---------------------------------------------------------------------------------------
+# The original's networks --------------------------------------------------------------------------
 
 
 class Original(NamedTuple):
     """One of its networks in our layouts, float64 NumPy arrays.
 
-    data: (images, labels) of the examples used. groups: one per convolution, with its norm, in its order. paths: its
-    parameter names to ours. stored(topic): the arrays of `topic` by parameter, as a tree. golden: the file.
+    data: (images, labels) of the examples used. groups: one per convolution, with its norm, in its
+    order. paths: its parameter names to ours. stored(topic): the arrays of `topic` by parameter, as
+    a tree. golden: the file.
     """
 
     params: dict
@@ -89,7 +92,9 @@ def original(net):
 
     def stored(topic):
         found = {name: golden.get(f"{net}/{topic}/{name}") for name in names}
-        arrays = {paths[name]: golden_data.from_torch(x) for name, x in found.items() if x is not None}
+        arrays = {
+            paths[name]: golden_data.from_torch(x) for name, x in found.items() if x is not None
+        }
         return {"params": golden_data.nest(arrays)}
 
     groups = []
@@ -100,14 +105,20 @@ def original(net):
     batches = range(len(SIZES))
     x = np.concatenate([golden[f"{net}/x"][i][: SIZES[i]] for i in batches]).transpose(0, 2, 3, 1)
     y = np.concatenate([golden[f"{net}/y"][i][: SIZES[i]] for i in batches])
-    return Original(stored("params"), golden_data.nest(stats), (x, y), groups, paths, stored, golden)
+    return Original(
+        stored("params"), golden_data.nest(stats), (x, y), groups, paths, stored, golden
+    )
 
 
 def model(net):
     golden = golden_data.load(FILE)
     names = [str(name) for name in golden[f"{net}/param_names"]]
-    options = golden_data.architecture(names, [golden[f"{net}/params/{name}"].shape for name in names])
-    return models.build(num_classes=num_classes(net), dtype="float64", param_dtype="float64", **options)
+    options = golden_data.architecture(
+        names, [golden[f"{net}/params/{name}"].shape for name in names]
+    )
+    return models.build(
+        num_classes=num_classes(net), dtype="float64", param_dtype="float64", **options
+    )
 
 
 def num_classes(net):
@@ -128,7 +139,13 @@ def inference_loss(net, batch_stats):
 def collector(net):
     """`scores.gather` of all statistics, compiled once for a network."""
     needs = scores.required(*(set(scores.MEASURES) - {"biased_loss_tracked"}))
-    return scores.gather(inference_loss(net, original(net).batch_stats), needs, SIZES[0], on_host=True, **TEMPERATURES)
+    return scores.gather(
+        inference_loss(net, original(net).batch_stats),
+        needs,
+        SIZES[0],
+        on_host=True,
+        **TEMPERATURES,
+    )
 
 
 @functools.cache
@@ -136,7 +153,9 @@ def gathered(net, factor=1.0):
     """All statistics of the original's loader for logits of `factor` times the size: float64."""
     with jax.enable_x64(True):
         it, collect = original(net), collector(net)
-        params = trees.map_named(lambda path, leaf: leaf * (factor if "/fc/" in path else 1.0), it.params)
+        params = trees.map_named(
+            lambda path, leaf: leaf * (factor if "/fc/" in path else 1.0), it.params
+        )
         data = jax.tree.map(jnp.asarray, it.data)
         chosen = scores.class_balanced(it.data[1], num_classes(net), HYPER["num_stop"])
         balanced = jax.tree.map(lambda x: x[chosen], data)
@@ -144,11 +163,16 @@ def gathered(net, factor=1.0):
         # the second batch of the loader is shorter: parts count by their size
         ends = (0, SIZES[0], SIZES[0] + SIZES[1], sum(SIZES))
         parts = [
-            collect(params, jax.tree.map(lambda x, a=a, b=b: x[a:b], data), balanced=balanced, init=init)
+            collect(
+                params, jax.tree.map(lambda x, a=a, b=b: x[a:b], data), balanced=balanced, init=init
+            )
             for a, b in itertools.pairwise(ends)
         ]
         mean = lambda *xs: sum(share * x for share, x in zip(np.diff(ends) / ends[-1], xs))
-        means = {name: jax.tree.map(mean, *(getattr(part, name) for part in parts)) for name in ("g", "g2")}
+        means = {
+            name: jax.tree.map(mean, *(getattr(part, name) for part in parts))
+            for name in ("g", "g2")
+        }
         return parts[0]._replace(**means)
 
 
@@ -158,11 +182,19 @@ def filters(it, prefix, i):
 
 
 def check_all(it, net, statistics, *cases):
-    """Scores of every convolution against the original's; cases: (topic, measure, options), all in one program."""
-    score = jax.jit(lambda s: [[scores.score(name, s, x, **options) for x in it.groups] for _, name, options in cases])
+    """Scores of every convolution against the original's; cases: (topic, measure, options), all in
+    one program.
+    """
+    score = jax.jit(
+        lambda s: [
+            [scores.score(name, s, x, **options) for x in it.groups] for _, name, options in cases
+        ]
+    )
     for (topic, _, _), found in zip(cases, score(statistics)):
         for i, mine in enumerate(found):
-            np.testing.assert_allclose(mine, filters(it, f"{net}/{topic}", i), **TIGHT, err_msg=f"{topic} {i}")
+            np.testing.assert_allclose(
+                mine, filters(it, f"{net}/{topic}", i), **TIGHT, err_msg=f"{topic} {i}"
+            )
 
 
 @nets
@@ -170,7 +202,9 @@ def test_networks_and_gathered_statistics_are_the_originals(net):
     with jax.enable_x64(True):
         it, statistics = original(net), gathered(net)
         assert len(it.groups) == HYPER[f"{net}_n_layers"]
-        logits = jax.jit(model(net).apply)({**it.params, "batch_stats": it.batch_stats}, it.data[0][: SIZES[0]])
+        logits = jax.jit(model(net).apply)(
+            {**it.params, "batch_stats": it.batch_stats}, it.data[0][: SIZES[0]]
+        )
         np.testing.assert_allclose(logits, it.golden[f"{net}/logits_eval"], **TIGHT)
         for field, topic in (("g", "grad"), ("hg_preserve", HESSIAN)):
             found, expected = getattr(statistics, field), it.stored(topic)
@@ -190,14 +224,20 @@ def test_every_measure_gives_the_originals_scores(net):
             ("biased_loss", "loss_based", {"use_l2": True}),
         ]
         check_all(it, net, statistics, *cases)
-        swapped = statistics._replace(hg_grasp=statistics.hg_preserve, hg_preserve=statistics.hg_grasp)
-        check_all(it, net, swapped, ("grasp_T1", "grasp", {}), ("grad_preserve_Tg", "grad_preserve", {}))
+        swapped = statistics._replace(
+            hg_grasp=statistics.hg_preserve, hg_preserve=statistics.hg_grasp
+        )
+        check_all(
+            it, net, swapped, ("grasp_T1", "grasp", {}), ("grad_preserve_Tg", "grad_preserve", {})
+        )
 
 
 @nets
 def test_larger_logits_undo_the_temperature(net):
     with jax.enable_x64(True):
-        check_all(original(net), net, gathered(net, HYPER["T"]), ("loss_based_T1", "loss_based", {}))
+        check_all(
+            original(net), net, gathered(net, HYPER["T"]), ("loss_based_T1", "loss_based", {})
+        )
 
 
 @nets
@@ -206,15 +246,31 @@ def test_stored_gradients_give_the_originals_scores(net):
         it = original(net)
         params, grads, init = it.params, it.stored("grad"), it.stored("params_init")
         stored = scores.Statistics(w=params, g=grads, hg_preserve=it.stored(HESSIAN))
-        check_all(it, net, stored, *((x, x, {}) for x in ("loss_based", "biased_loss", "tfo", "grad_preserve")))
+        check_all(
+            it,
+            net,
+            stored,
+            *((x, x, {}) for x in ("loss_based", "biased_loss", "tfo", "grad_preserve")),
+        )
         one = params_of(params, it.stored("train_grad"))
         unsquared = scores.of_one_batch(*one, squared=False)._replace(w0=init)
-        cases = [(f"nograd_{x}", x, {}) for x in ("loss_based", "biased_loss", "tfo", "fisher", "nvidia")]
-        check_all(it, net, unsquared, *cases, ("nograd_biased_loss_init", "biased_loss", {"use_init": True}))
+        cases = [
+            (f"nograd_{x}", x, {}) for x in ("loss_based", "biased_loss", "tfo", "fisher", "nvidia")
+        ]
+        check_all(
+            it,
+            net,
+            unsquared,
+            *cases,
+            ("nograd_biased_loss_init", "biased_loss", {"use_init": True}),
+        )
         squared = scores.of_one_batch(*one)
         jax.tree.map(np.testing.assert_array_equal, squared.g2, jax.tree.map(np.square, one[1]))
         full = scores.of_one_batch(params, grads)
-        for topic, statistics in (("biased_loss_tracked", full), ("nograd_biased_loss_tracked", unsquared)):
+        for topic, statistics in (
+            ("biased_loss_tracked", full),
+            ("nograd_biased_loss_tracked", unsquared),
+        ):
             leaves = trees.named_leaves(statistics.saliency)
             for i, group in enumerate(it.groups):
                 found = golden_data.to_torch(leaves[group.members[0].path])
@@ -223,7 +279,11 @@ def test_stored_gradients_give_the_originals_scores(net):
 
 
 def test_depthwise_filters_share_the_score_of_the_pointwise_ones_before():
-    net = next(net for net in NETS if golden_data.is_mobilenet(golden_data.load(FILE)[f"{net}/param_names"]))
+    net = next(
+        net
+        for net in NETS
+        if golden_data.is_mobilenet(golden_data.load(FILE)[f"{net}/param_names"])
+    )
     with jax.enable_x64(True):
         it = original(net)
         pointwise, depthwise = it.groups[2], it.groups[3]  # five filters each
@@ -231,7 +291,9 @@ def test_depthwise_filters_share_the_score_of_the_pointwise_ones_before():
             "params/block0/pointwise/kernel",
             "params/block1/depthwise/kernel",
         ]
-        coupled = Group((*(one._replace(role="other") for one in depthwise.members), *pointwise.members))
+        coupled = Group(
+            (*(one._replace(role="other") for one in depthwise.members), *pointwise.members)
+        )
         statistics = scores.Statistics(w=it.params)
         for name, options in (("l1", {}), ("bn", {"skip": r".*/block\d+/bn1/.*"})):
             found = scores.score(name, statistics, coupled, **options)
@@ -244,7 +306,7 @@ def params_of(params, grads):
     return golden_data.nest({path: named[path] for path in trees.named_leaves(grads)}), grads
 
 
-# Tracking --------------------------------------------------------------------------------------------------------
+# Tracking -----------------------------------------------------------------------------------------
 
 
 def replay(net, it):
@@ -253,7 +315,10 @@ def replay(net, it):
 
     def tree(kind):
         arrays = {name: it.golden[f"{net}/tracked_replay/{kind}/{name}"] for name in names}
-        turned = {it.paths[n]: np.stack([golden_data.from_torch(step) for step in x]) for n, x in arrays.items()}
+        turned = {
+            it.paths[n]: np.stack([golden_data.from_torch(step) for step in x])
+            for n, x in arrays.items()
+        }
         return {"params": golden_data.nest(turned)}
 
     return tree("weight"), tree("grad")
@@ -279,7 +344,9 @@ def test_tracked_scores_are_the_originals(net):
             options = {"use_l2": True, "use_init": start is not None}
             check_all(it, net, statistics, (topic, "biased_loss_tracked", options))
         for name in ("loss_based", "tfo"):
-            own = lambda w, g, name=name: [scores.score(name, scores.of_one_batch(w, g), x) for x in it.groups]
+            own = lambda w, g, name=name: [
+                scores.score(name, scores.of_one_batch(w, g), x) for x in it.groups
+            ]
             for i, found in enumerate(run(own).saliency):
                 np.testing.assert_allclose(found, filters(it, f"{net}/tracked_{name}", i), **TIGHT)
 
@@ -290,17 +357,22 @@ def test_an_epoch_of_training_tracks_what_the_original_tracks():
         it, own = original(net), model(net)
         sgd = HYPER["tracking_sgd"]
         steps = optax.chain(
-            optax.add_decayed_weights(sgd["weight_decay"]), optax.sgd(sgd["lr"], momentum=sgd["momentum"])
+            optax.add_decayed_weights(sgd["weight_decay"]),
+            optax.sgd(sgd["lr"], momentum=sgd["momentum"]),
         )
         statistic = functools.partial(scores.weight_saliency, use_l2=True)
         options = dict(alpha=HYPER["ema_alpha"], track_batches=HYPER["track_batches"])
-        tx = scores.track_saliency(steps, steps_per_epoch=HYPER["batches"], statistic=statistic, **options)
+        tx = scores.track_saliency(
+            steps, steps_per_epoch=HYPER["batches"], statistic=statistic, **options
+        )
 
         @jax.jit
         def step(params, batch_stats, opt_state, batch):
             def loss(params):
                 logits, updated = own.apply_train({**params, "batch_stats": batch_stats}, batch[0])
-                return losses.cross_entropy(logits, batch[1], temperature=HYPER["T"]).mean(), updated
+                return losses.cross_entropy(
+                    logits, batch[1], temperature=HYPER["T"]
+                ).mean(), updated
 
             grads, updated = jax.grad(loss, has_aux=True)(params)
             updates, opt_state = tx.update(grads, opt_state, params)
@@ -310,7 +382,10 @@ def test_an_epoch_of_training_tracks_what_the_original_tracks():
         opt_state = tx.init(params)
         for i in range(HYPER["batches"]):
             length = HYPER["second_batch_is_truncated_to"] if i == 1 else HYPER["batch_size"]
-            batch = it.golden[f"{net}/x"][i][:length].transpose(0, 2, 3, 1), it.golden[f"{net}/y"][i][:length]
+            batch = (
+                it.golden[f"{net}/x"][i][:length].transpose(0, 2, 3, 1),
+                it.golden[f"{net}/y"][i][:length],
+            )
             params, batch_stats, opt_state = step(params, batch_stats, opt_state, batch)
         statistics = scores.Statistics(w=params, saliency=optax.tree.get(opt_state, "saliency"))
         check_all(it, net, statistics, ("tracked_l2", "biased_loss_tracked", {"use_l2": True}))
@@ -325,7 +400,9 @@ def toy(dtype=jnp.float32, examples=23):
 
     def loss(params, batch, temperature):
         hidden = jnp.tanh(batch["x"] @ params["dense1"]["kernel"] + params["dense1"]["bias"])
-        return losses.cross_entropy(hidden @ params["fc"]["kernel"], batch["y"], temperature=temperature).mean()
+        return losses.cross_entropy(
+            hidden @ params["fc"]["kernel"], batch["y"], temperature=temperature
+        ).mean()
 
     return loss, params, data
 
@@ -340,12 +417,16 @@ def test_the_tracker_averages_the_last_steps_of_every_epoch():
         if step % 5 >= 2:
             new = np.abs(params["fc"]["kernel"] * grads["fc"]["kernel"])
             expected = 0.7 * new + 0.3 * (0.0 if step % 5 == 2 else expected)
-        np.testing.assert_allclose(state.saliency["fc"]["kernel"], expected * np.ones((4, 3)), rtol=1e-6)
+        np.testing.assert_allclose(
+            state.saliency["fc"]["kernel"], expected * np.ones((4, 3)), rtol=1e-6
+        )
     whole = scores.tracker(steps_per_epoch=2, track_batches=20)  # epochs shorter than the window
     state = whole.init(params)
     for _ in range(3):
         state = whole.update(state, params, params)
-    np.testing.assert_allclose(state.saliency["fc"]["kernel"], 0.8 * jnp.square(params["fc"]["kernel"]), rtol=1e-6)
+    np.testing.assert_allclose(
+        state.saliency["fc"]["kernel"], 0.8 * jnp.square(params["fc"]["kernel"]), rtol=1e-6
+    )
 
 
 def test_tracking_inside_shard_map():
@@ -378,7 +459,7 @@ def test_tracking_leaves_the_optimizer_as_it_is():
             scores.track_saliency(plain, **options)
 
 
-# Statistics ------------------------------------------------------------------------------------------------------
+# Statistics ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("on_host", [False, True])
@@ -388,7 +469,9 @@ def test_statistics_are_the_means_their_names_say(on_host):
         chosen = scores.class_balanced(data["y"], 3, 16)  # five of each class
         balanced = jax.tree.map(lambda x: x[chosen], data)
         needs = scores.required("fisher", "tfo", "grasp", "grad_preserve")
-        collect = scores.gather(loss, needs, 10, temperature=3.0, grasp_temperature=20.0, on_host=on_host)
+        collect = scores.gather(
+            loss, needs, 10, temperature=3.0, grasp_temperature=20.0, on_host=on_host
+        )
         found = collect(params, data, balanced=balanced)
         grad = jax.jit(jax.grad(loss))
         batches = [jax.tree.map(lambda x, a=a: x[a : a + 10], data) for a in (0, 10, 20)]
@@ -411,7 +494,9 @@ def test_statistics_are_the_means_their_names_say(on_host):
                 return trees.dot(jax.grad(loss)(params, batch, temperature), g)
 
             products = [jax.grad(slope)(params, batch) for batch in per_class]
-            jax.tree.map(near, getattr(found, field), jax.tree.map(lambda *xs: sum(xs) / 3, *products))
+            jax.tree.map(
+                near, getattr(found, field), jax.tree.map(lambda *xs: sum(xs) / 3, *products)
+            )
 
 
 def test_gathering_again_compiles_nothing_and_skips_what_nobody_needs():
@@ -438,7 +523,9 @@ def test_gathering_again_compiles_nothing_and_skips_what_nobody_needs():
 
 def test_misuse_of_gather_is_explained():
     loss, params, data = toy()
-    with pytest.raises(tables.ConfigError, match=r"statistic is 'hg_graps'; known: .* Did you mean 'hg_grasp'"):
+    with pytest.raises(
+        tables.ConfigError, match=r"statistic is 'hg_graps'; known: .* Did you mean 'hg_grasp'"
+    ):
         scores.gather(loss, ("hg_graps",), 10)
     with pytest.raises(ValueError, match="batch_size is 0; allowed: 1 and above"):
         scores.gather(loss, ("g",), 0)
@@ -453,7 +540,9 @@ def test_misuse_of_gather_is_explained():
         collect = scores.gather(loss, ("g",), 10, on_host=on_host)
         with pytest.raises(ValueError, match=r"arrays of length \[22, 23\]; allowed: one length"):
             collect(params, data | {"y": data["y"][1:]})
-        with pytest.raises(ValueError, match=r"arrays of length \[0\]; allowed: one length, at least 1"):
+        with pytest.raises(
+            ValueError, match=r"arrays of length \[0\]; allowed: one length, at least 1"
+        ):
             collect(params, jax.tree.map(lambda x: x[:0], data))
 
 
@@ -468,8 +557,12 @@ def test_class_balanced_examples_are_the_first_of_each_class(seed, num_classes, 
         with pytest.raises(ValueError, match=rf"class \d has \d examples; .* need {each} of each"):
             scores.class_balanced(labels, num_classes, num_samples)
     else:
-        expected = [i for c in range(num_classes) for i in [j for j in range(40) if labels[j] == c][:each]]
-        np.testing.assert_array_equal(scores.class_balanced(labels, num_classes, num_samples), expected)
+        expected = [
+            i for c in range(num_classes) for i in [j for j in range(40) if labels[j] == c][:each]
+        ]
+        np.testing.assert_array_equal(
+            scores.class_balanced(labels, num_classes, num_samples), expected
+        )
 
 
 def test_labels_outside_the_classes_are_refused():
@@ -489,13 +582,15 @@ def test_statistics_that_are_not_finite_are_named():
     np.testing.assert_array_equal(np.isnan(found), [False, True, False, False])
 
 
-# Scores ----------------------------------------------------------------------------------------------------------
+# Scores -------------------------------------------------------------------------------------------
 
 CHANNELS = 5
 
 
 def example(seed, dtype=np.float64):
-    """(statistics, group): two producers, two norms (one without bias), a depthwise kernel, a flattened consumer."""
+    """(statistics, group): two producers, two norms (one without bias), a depthwise kernel, a
+    flattened consumer.
+    """
     rng = np.random.default_rng(seed)
     shapes = {
         "conv1/kernel": (2, 2, 3, CHANNELS),
@@ -507,8 +602,12 @@ def example(seed, dtype=np.float64):
         "norm2/scale": (CHANNELS,),
         "fc/kernel": (4 * CHANNELS, 3),  # every channel at four positions
     }
-    tree = lambda: golden_data.nest({path: rng.normal(size=shape).astype(dtype) for path, shape in shapes.items()})
-    statistics = scores.Statistics(*(jax.tree.map(jnp.asarray, tree()) for _ in scores.Statistics._fields))
+    tree = lambda: golden_data.nest(
+        {path: rng.normal(size=shape).astype(dtype) for path, shape in shapes.items()}
+    )
+    statistics = scores.Statistics(
+        *(jax.tree.map(jnp.asarray, tree()) for _ in scores.Statistics._fields)
+    )
     shuffled = np.array([6, 0, 3, 2, 5])[:, None]
     group = Group(
         (
@@ -528,12 +627,16 @@ def example(seed, dtype=np.float64):
 
 def slow_score(name, statistics, group, aggregate, use_l2, use_init):
     """Entry by entry, as the table of formulas reads."""
-    s = {field: trees.named_leaves(getattr(statistics, field)) for field in scores.Statistics._fields}
+    s = {
+        field: trees.named_leaves(getattr(statistics, field)) for field in scores.Statistics._fields
+    }
 
     def entries(one, c):
         array = {field: np.moveaxis(np.asarray(s[field][one.path]), one.axis, 0) for field in s}
         slices = [{field: array[field][i].ravel() for field in s} for i in one.index[c]]
-        return [{field: cut[field][j] for field in s} for cut in slices for j in range(len(cut["w"]))]
+        return [
+            {field: cut[field][j] for field in s} for cut in slices for j in range(len(cut["w"]))
+        ]
 
     def distance(e):
         return abs(e["w"] - e["w0"]) if use_init else abs(e["w"])
@@ -541,19 +644,28 @@ def slow_score(name, statistics, group, aggregate, use_l2, use_init):
     def kernel_score(one, c):
         mine = entries(one, c)
         factor = [distance(e) if use_l2 else 1.0 for e in mine]
-        every = [[e["w"] * (distance(e) if use_l2 else 1.0) for e in entries(one, d)] for d in range(CHANNELS)]
+        every = [
+            [e["w"] * (distance(e) if use_l2 else 1.0) for e in entries(one, d)]
+            for d in range(CHANNELS)
+        ]
         squares = [sum(w * w for w in row) for row in every]
         return {
             "mag_based": lambda: squares[c] ** 0.5,
             "l1": lambda: sum(abs(w) for w in every[c]),
             "loss_based": lambda: sum(abs(e["w"] * e["g"]) * f for e, f in zip(mine, factor)),
             "biased_loss": lambda: sum(abs(e["w"] * e["g"]) * distance(e) for e in mine),
-            "biased_loss_tracked": lambda: sum(e["saliency"] * (1.0 if use_l2 else distance(e)) for e in mine),
+            "biased_loss_tracked": lambda: sum(
+                e["saliency"] * (1.0 if use_l2 else distance(e)) for e in mine
+            ),
             "tfo": lambda: abs(sum(e["w"] * e["g"] * f for e, f in zip(mine, factor))),
             "fisher": lambda: sum(e["w"] ** 2 * e["g2"] * f for e, f in zip(mine, factor)),
             "grasp": lambda: sum(e["w"] * e["hg_grasp"] * f for e, f in zip(mine, factor)),
-            "grad_preserve": lambda: abs(sum(e["w"] * e["hg_preserve"] * f for e, f in zip(mine, factor))),
-            "fpgm": lambda: sum(sum((a - b) ** 2 for a, b in zip(every[c], row)) ** 0.5 for row in every),
+            "grad_preserve": lambda: abs(
+                sum(e["w"] * e["hg_preserve"] * f for e, f in zip(mine, factor))
+            ),
+            "fpgm": lambda: sum(
+                sum((a - b) ** 2 for a, b in zip(every[c], row)) ** 0.5 for row in every
+            ),
             "lamp": lambda: squares[c] / sum(square for square in squares if square >= squares[c]),
         }[name]()
 
@@ -577,7 +689,9 @@ def slow_score(name, statistics, group, aggregate, use_l2, use_init):
             if aggregate != "producer":
                 parts.append(kernel_score(member_of["depthwise/kernel"], c))
         mean = sum(parts) / len(parts)
-        found.append({"sum": sum(parts), "l2": sum(p * p for p in parts) ** 0.5}.get(aggregate, mean))
+        found.append(
+            {"sum": sum(parts), "l2": sum(p * p for p in parts) ** 0.5}.get(aggregate, mean)
+        )
     return np.array(found)
 
 
@@ -591,14 +705,22 @@ CASES = (
 
 
 def cases(aggregate):
-    return CASES if aggregate in ("producer", "sum") else [("l1", {}), ("tfo", {}), ("bn", {}), ("nvidia", {})]
+    return (
+        CASES
+        if aggregate in ("producer", "sum")
+        else [("l1", {}), ("tfo", {}), ("bn", {}), ("nvidia", {})]
+    )
 
 
 @functools.cache
 def all_scores(aggregate):
     """Every case in one program."""
     group, chosen = example(0)[1], cases(aggregate)
-    return jax.jit(lambda s: [scores.score(name, s, group, aggregate=aggregate, **options) for name, options in chosen])
+    return jax.jit(
+        lambda s: [
+            scores.score(name, s, group, aggregate=aggregate, **options) for name, options in chosen
+        ]
+    )
 
 
 @pytest.mark.parametrize("aggregate", sorted(scores.AGGREGATES))
@@ -611,7 +733,9 @@ def test_scores_are_those_of_the_formulas_entry_by_entry(aggregate, seed):
             chosen = {"use_l2": False, "use_init": False, **options}
             expected = slow_score(name, statistics, group, aggregate, **chosen)
             assert found.shape == (group.size,)
-            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12, err_msg=f"{name} {options}")
+            np.testing.assert_allclose(
+                found, expected, rtol=1e-9, atol=1e-12, err_msg=f"{name} {options}"
+            )
 
 
 def test_eager_equals_jit():
@@ -630,7 +754,9 @@ def test_reordered_channels_reorder_their_scores(order, seed):
     moved = Group(tuple(one._replace(index=one.index[order]) for one in group.members))
     for name in ("mag_based", "bn", "fpgm", "lamp", "tfo"):
         expected = scores.score(name, statistics, group)[order]
-        np.testing.assert_allclose(scores.score(name, statistics, moved), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            scores.score(name, statistics, moved), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_half_precision_is_widened_before_sums_and_squares():
@@ -639,7 +765,9 @@ def test_half_precision_is_widened_before_sums_and_squares():
     found = scores.score("l1", scores.Statistics(w=w), group)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, 4096)
-    collect = scores.gather(lambda params, batch, _: 1e-4 * (params["w"].sum((0, 1, 2)) @ batch).mean(), ("g2",), 2)
+    collect = scores.gather(
+        lambda params, batch, _: 1e-4 * (params["w"].sum((0, 1, 2)) @ batch).mean(), ("g2",), 2
+    )
     statistics = collect(w, jnp.ones((3, 2, 1), jnp.float16))
     small = jnp.square(jnp.float16(1e-4).astype(jnp.float32))  # 0 in half precision
     np.testing.assert_allclose(statistics.g2["w"], jnp.full(w["w"].shape, small), rtol=1e-2)
@@ -650,19 +778,32 @@ def test_half_precision_is_widened_before_sums_and_squares():
 
 
 def test_whole_kernel_rules_on_kernels_worked_by_hand():
-    kernel = jnp.array([[3.0, 0.0, -3.0, 0.0], [4.0, 0.0, -4.0, 5.0]])  # filters (3, 4), 0, (-3, -4), (0, 5)
+    kernel = jnp.array(
+        [[3.0, 0.0, -3.0, 0.0], [4.0, 0.0, -4.0, 5.0]]
+    )  # filters (3, 4), 0, (-3, -4), (0, 5)
     statistics = scores.Statistics(w={"kernel": kernel})
     group = Group((member("kernel", 1, 4, "producer"),))
     zero, to_last = 0.0, (10.0**0.5, 90.0**0.5)
-    expected = [10 + to_last[0], 5 + 5 + 5, 10 + to_last[1], to_last[0] + to_last[1]]  # the zero filter does not count
+    expected = [
+        10 + to_last[0],
+        5 + 5 + 5,
+        10 + to_last[1],
+        to_last[0] + to_last[1],
+    ]  # the zero filter does not count
     np.testing.assert_allclose(scores.score("fpgm", statistics, group), expected, rtol=1e-6)
     found = scores.score("lamp", statistics, group)  # three of squared norm 25
     np.testing.assert_allclose(found, [1 / 3, zero, 1 / 3, 1 / 3], rtol=1e-6)
     kernel = jnp.array([[1.0, 2.0, 3.0]])
-    found = scores.score("lamp", scores.Statistics(w={"kernel": kernel}), Group((member("kernel", 1, 3, "producer"),)))
+    found = scores.score(
+        "lamp",
+        scores.Statistics(w={"kernel": kernel}),
+        Group((member("kernel", 1, 3, "producer"),)),
+    )
     np.testing.assert_allclose(found, [1 / 14, 4 / 13, 1], rtol=1e-6)
     none = scores.score(
-        "lamp", scores.Statistics(w={"kernel": 0 * kernel}), Group((member("kernel", 1, 3, "producer"),))
+        "lamp",
+        scores.Statistics(w={"kernel": 0 * kernel}),
+        Group((member("kernel", 1, 3, "producer"),)),
     )
     np.testing.assert_array_equal(none, 0)
 
@@ -671,7 +812,9 @@ def test_random_scores_follow_their_key():
     group = Group((member("w", 0, 1000, "producer"),))
     draw = jax.jit(lambda key: scores.score("random", scores.Statistics(), group, key=key))
     found = draw(jax.random.key(0))
-    np.testing.assert_array_equal(found, scores.score("random", scores.Statistics(), group, key=jax.random.key(0)))
+    np.testing.assert_array_equal(
+        found, scores.score("random", scores.Statistics(), group, key=jax.random.key(0))
+    )
     assert (found != draw(jax.random.key(1))).any()
     assert 0 <= found.min() < 0.05
     assert 0.95 < found.max() < 1
@@ -685,25 +828,35 @@ def test_members_can_be_skipped():
     first = scores.score("bn", statistics, group, skip="norm2/.*")
     np.testing.assert_array_equal(first, jnp.abs(statistics.w["bn1"]["scale"]))
     assert (both != first).all()
-    kernels = scores.score("l1", statistics, group, aggregate="sum", skip="(conv2|fc|depthwise)/kernel")
-    np.testing.assert_allclose(kernels, jnp.abs(statistics.w["conv1"]["kernel"]).sum((0, 1, 2)), rtol=1e-6)
+    kernels = scores.score(
+        "l1", statistics, group, aggregate="sum", skip="(conv2|fc|depthwise)/kernel"
+    )
+    np.testing.assert_allclose(
+        kernels, jnp.abs(statistics.w["conv1"]["kernel"]).sum((0, 1, 2)), rtol=1e-6
+    )
 
 
 def test_norms_are_found_under_other_frameworks_names():
-    w = {"bn": {"scale": {"value": jnp.array([1.0, -2.0])}, "bias": {"value": jnp.array([3.0, 0.0])}}}
+    w = {
+        "bn": {"scale": {"value": jnp.array([1.0, -2.0])}, "bias": {"value": jnp.array([3.0, 0.0])}}
+    }
     w |= {"norm": {"weight": jnp.array([5.0, 6.0])}, "dw": {"weight": jnp.ones((2, 1, 3, 3))}}
     paths = ("bn/scale/value", "bn/bias/value", "norm/weight", "dw/weight")
     group = Group(tuple(member(path, 0, 2, "other") for path in paths))
     statistics = scores.Statistics(w=w, g2=jax.tree.map(jnp.ones_like, w))
     np.testing.assert_array_equal(scores.score("bn", statistics, group, aggregate="sum"), [6, 8])
-    np.testing.assert_array_equal(scores.score("nvidia", statistics, group, aggregate="sum"), [1 + 9 + 25, 4 + 36])
+    np.testing.assert_array_equal(
+        scores.score("nvidia", statistics, group, aggregate="sum"), [1 + 9 + 25, 4 + 36]
+    )
 
 
 def test_required_statistics():
     assert scores.required("l1", "bn") == ("w",)
     assert scores.required("grasp", "fisher", "tfo") == ("w", "g", "g2", "hg_grasp")
     assert scores.required("biased_loss_tracked") == ("w", "saliency")
-    assert scores.required("biased_loss_tracked", use_l2=True, use_init=True) == ("saliency",)  # tracked with both
+    assert scores.required("biased_loss_tracked", use_l2=True, use_init=True) == (
+        "saliency",
+    )  # tracked with both
     assert scores.required("l1", use_l2=True, use_init=True) == ("w", "w0")
     assert scores.required("random") == scores.required() == ()
 
@@ -713,13 +866,29 @@ def test_required_statistics():
     [
         ("fischer", {}, "measure is 'fischer'; known: .* Did you mean 'fisher'"),
         ("l1", {"aggregate": "max"}, "aggregate is 'max'; known: l2, mean, producer, sum"),
-        ("bn", {"use_l2": True}, "use_l2 weights the values of kernels, but the measure 'bn' reads none"),
-        ("tfo", {"use_init": True}, r"use_init replaces the factor .* but the measure 'tfo' has none"),
+        (
+            "bn",
+            {"use_l2": True},
+            "use_l2 weights the values of kernels, but the measure 'bn' reads none",
+        ),
+        (
+            "tfo",
+            {"use_init": True},
+            r"use_init replaces the factor .* but the measure 'tfo' has none",
+        ),
         ("l1", {"skip": "("}, r"skip: '\(' is not a regular expression"),
         ("fisher", {}, "the measure 'fisher' needs w, g2; missing statistics: g2"),
         ("l1", {"use_l2": True, "use_init": True}, "'l1' needs w, w0; missing statistics: w0"),
-        ("l1", {"skip": ".*/kernel"}, "'l1' has nothing to read: the group of 'conv1/kernel' has no producing kernel"),
-        ("bn", {"skip": ".*/scale"}, "'bn' has nothing to read: the group of 'conv1/kernel' has no norm scale"),
+        (
+            "l1",
+            {"skip": ".*/kernel"},
+            "'l1' has nothing to read: the group of 'conv1/kernel' has no producing kernel",
+        ),
+        (
+            "bn",
+            {"skip": ".*/scale"},
+            "'bn' has nothing to read: the group of 'conv1/kernel' has no norm scale",
+        ),
     ],
 )
 def test_misuse_of_score_is_explained(name, options, message):
@@ -730,7 +899,11 @@ def test_misuse_of_score_is_explained(name, options, message):
 
 def test_groups_of_another_network_are_refused():
     statistics, _ = example(0, np.float32)
-    with pytest.raises(ValueError, match=r"the statistic w has no array 'conv3/kernel'; .* Did you mean"):
+    with pytest.raises(
+        ValueError, match=r"the statistic w has no array 'conv3/kernel'; .* Did you mean"
+    ):
         scores.score("l1", statistics, Group((member("conv3/kernel", 3, 5, "producer"),)))
-    with pytest.raises(ValueError, match="axis 3 of 'conv1/kernel' has 5 entries; the group's index exceeds them"):
+    with pytest.raises(
+        ValueError, match="axis 3 of 'conv1/kernel' has 5 entries; the group's index exceeds them"
+    ):
         scores.score("l1", statistics, Group((member("conv1/kernel", 3, 6, "producer"),)))

@@ -1,4 +1,6 @@
-"""Where images come from: each counted once, every mistake told with its place, and nothing in a set is executed."""
+"""Where images come from: each counted once, every mistake told with its place, and nothing in a
+set is executed.
+"""
 
 import json
 import os
@@ -28,14 +30,20 @@ def counts(root):
     return len(loaded.train.labels), len(loaded.test.labels)
 
 
-# Folders: what does not count --------------------------------------------------------------------------------
+# Folders: what does not count ---------------------------------------------------------------------
 
 SAME = {  # what changes nothing: 5 train and 2 test images
-    "hidden folder in a class": lambda r: copy_of(r / "train/cat/0.png", r / "train/cat/.ipynb_checkpoints/0.png"),
-    "hidden folder deeper": lambda r: copy_of(r / "train/cat/0.png", r / "train/cat/sub/.thumbs/0.png"),
+    "hidden folder in a class": lambda r: copy_of(
+        r / "train/cat/0.png", r / "train/cat/.ipynb_checkpoints/0.png"
+    ),
+    "hidden folder deeper": lambda r: copy_of(
+        r / "train/cat/0.png", r / "train/cat/sub/.thumbs/0.png"
+    ),
     "hidden class": lambda r: copy_of(r / "train/cat/0.png", r / "test/.cache/0.png"),
     "hidden file": lambda r: copy_of(r / "train/cat/0.png", r / "train/cat/._0.png"),
-    "file manager": lambda r: copy_of(r / "train/cat/0.png", r / "train/cat/@eaDir/0.png/SMALL.jpg"),
+    "file manager": lambda r: copy_of(
+        r / "train/cat/0.png", r / "train/cat/@eaDir/0.png/SMALL.jpg"
+    ),
     "archive": lambda r: copy_of(r / "train/cat/0.png", r / "train/__MACOSX/0.png"),
     "link to its class": lambda r: link(r / "train/cat/again", r / "train/cat"),
     "link to the split": lambda r: link(r / "train/cat/up", r / "train"),
@@ -43,10 +51,16 @@ SAME = {  # what changes nothing: 5 train and 2 test images
     "relative link": lambda r: link(r / "train/cat/up", ".."),
     "link to itself": lambda r: link(r / "train/cat/self", r / "train/cat/self"),
     "link to a file of the class": lambda r: link(r / "train/cat/copy.png", r / "train/cat/0.png"),
-    "loops": lambda r: (link(r / "train/cat/a/x", r / "train/cat/b"), link(r / "train/cat/b/x", r / "train/cat/a")),
+    "loops": lambda r: (
+        link(r / "train/cat/a/x", r / "train/cat/b"),
+        link(r / "train/cat/b/x", r / "train/cat/a"),
+    ),
     "text": lambda r: (r / "train/cat/notes.txt").write_text("P5 and GIF are words here"),
     "empty file": lambda r: (r / "train/cat/empty").write_bytes(b""),
-    "class through a link": lambda r: ((r / "train/cat").rename(r / "cats"), link(r / "train/cat", r / "cats")),
+    "class through a link": lambda r: (
+        (r / "train/cat").rename(r / "cats"),
+        link(r / "train/cat", r / "cats"),
+    ),
 }
 
 
@@ -84,22 +98,39 @@ def gif_in(root):
 
 
 MISTAKES = {
-    "test links to train": (lambda r: ((r / "test").rename(r / "old"), link(r / "test", r / "train")), "share images"),
+    "test links to train": (
+        lambda r: ((r / "test").rename(r / "old"), link(r / "test", r / "train")),
+        "share images",
+    ),
     "a test class links to train": (
         lambda r: ((r / "test/cat").rename(r / "old"), link(r / "test/cat", r / "train/cat")),
         "share images",
     ),
-    "a test image links to train": (lambda r: link(r / "test/cat/9.png", r / "train/ant/0.png"), "share images"),
+    "a test image links to train": (
+        lambda r: link(r / "test/cat/9.png", r / "train/ant/0.png"),
+        "share images",
+    ),
     "two classes link": (lambda r: link(r / "train/cat/ants", r / "train/ant"), "one class"),
-    "a class that holds all": (lambda r: [link(r / s / "all", r / s) for s in ("train", "test")], "one class"),
+    "a class that holds all": (
+        lambda r: [link(r / s / "all", r / s) for s in ("train", "test")],
+        "one class",
+    ),
     "GIF": (gif_in, r"9\.gif.*GIF"),
     "JPEG without a suffix": (
-        lambda r: (r / "train/cat/9").write_bytes(cv2.imencode(".jpg", np.zeros((4, 4)))[1].tobytes()),
+        lambda r: (r / "train/cat/9").write_bytes(
+            cv2.imencode(".jpg", np.zeros((4, 4)))[1].tobytes()
+        ),
         "cat/9 is an image .JPEG.",
     ),
-    "image beside the classes": (lambda r: copy_of(r / "train/cat/0.png", r / "train/9.png"), "no class directory"),
+    "image beside the classes": (
+        lambda r: copy_of(r / "train/cat/0.png", r / "train/9.png"),
+        "no class directory",
+    ),
     "pipe": (lambda r: os.mkfifo(r / "train/cat/9.png"), r"9\.png is no file"),
-    "only hidden images": (lambda r: (r / "test/cat/0.png").rename(r / "test/cat/.0.png"), "cat has no images"),
+    "only hidden images": (
+        lambda r: (r / "test/cat/0.png").rename(r / "test/cat/.0.png"),
+        "cat has no images",
+    ),
 }
 
 
@@ -138,7 +169,8 @@ def test_turned_images_are_told_and_turned_on_demand(tmp_path):
     name, _ = folder_of_two(tmp_path)
     image = np.zeros((6, 6, 3), np.uint8)
     image[0] = 255
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x03\0\0\0\0\0\0\0"  # orientation 3: upside down
+    # orientation 3: upside down
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x03\0\0\0\0\0\0\0"
     encoded = cv2.imencode(".jpg", image)[1].tobytes()
     segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
     (tmp_path / "train" / "ant" / "9.jpg").write_bytes(encoded[:2] + segment + encoded[2:])
@@ -179,13 +211,15 @@ def test_options_that_cannot_work_are_one_sentence_before_anything_is_read(case,
         data.check(**BAD_OPTIONS[case])
 
 
-# TFDS --------------------------------------------------------------------------------------------------------
+# TFDS ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def prepared(tmp_path):
     """(data_dir, directory) of a CIFAR-10 of 12 and 4 images."""
-    directory = write_tfds(tmp_path, "cifar10", {"train": random_split(0, 12), "test": random_split(1, 4)})
+    directory = write_tfds(
+        tmp_path, "cifar10", {"train": random_split(0, 12), "test": random_split(1, 4)}
+    )
     return tmp_path, directory
 
 
@@ -207,7 +241,9 @@ def set_class(name, *path):
 @pytest.mark.parametrize("path", [(), ("image",), ("label",), ("id",)])
 def test_class_names_in_a_set_are_not_imported(path, prepared, monkeypatch):
     root, directory = prepared
-    (root / "hostile_module.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').write_text('')")
+    (root / "hostile_module.py").write_text(
+        "import pathlib; pathlib.Path(__file__).with_name('ran').write_text('')"
+    )
     monkeypatch.syspath_prepend(str(root))
     inside = ("featuresDict", "features", *path) if path else ()
     edit(directory / "features.json", set_class("hostile_module.Feature", *inside))
@@ -222,8 +258,16 @@ def test_class_names_in_a_set_are_not_imported(path, prepared, monkeypatch):
 
 
 METADATA = {
-    "fewer records": ("dataset_info.json", lambda c: c["splits"][0].update(shardLengths=["9"]), "holds 12 records"),
-    "more records": ("dataset_info.json", lambda c: c["splits"][1].update(shardLengths=["9"]), "holds 4 records"),
+    "fewer records": (
+        "dataset_info.json",
+        lambda c: c["splits"][0].update(shardLengths=["9"]),
+        "holds 12 records",
+    ),
+    "more records": (
+        "dataset_info.json",
+        lambda c: c["splits"][1].update(shardLengths=["9"]),
+        "holds 4 records",
+    ),
     "no splits": ("dataset_info.json", lambda c: c.pop("splits"), "splits"),
     "no name": ("dataset_info.json", lambda c: c.pop("name"), "name"),
     "lengths of text": (
@@ -231,13 +275,21 @@ METADATA = {
         lambda c: c["splits"][0].update(shardLengths=["x"]),
         "is not the metadata",
     ),
-    "splits of text": ("dataset_info.json", lambda c: c.update(splits=["x"]), "is not the metadata"),
+    "splits of text": (
+        "dataset_info.json",
+        lambda c: c.update(splits=["x"]),
+        "is not the metadata",
+    ),
     "one class": (
         "features.json",
         lambda c: c["featuresDict"]["features"]["label"]["classLabel"].update(numClasses="1"),
         "one class",
     ),
-    "features of text": ("features.json", lambda c: c.update(featuresDict="x"), "is not the metadata"),
+    "features of text": (
+        "features.json",
+        lambda c: c.update(featuresDict="x"),
+        "is not the metadata",
+    ),
     "no features": ("features.json", lambda c: c.clear(), "is not the metadata"),
     "shape of text": (
         "features.json",
@@ -300,7 +352,9 @@ WRONG = {  # labels that always stop
 
 
 def opened_with(monkeypatch, records, **options):
-    """The data set of 20 good records, of which number 7 is replaced; read as if from array_record files."""
+    """The data set of 20 good records, of which number 7 is replaced; read as if from array_record
+    files.
+    """
     listed = [record(GOOD, (i % 10,)) for i in range(20)]
     listed[7] = records
 
@@ -327,7 +381,9 @@ def test_a_bad_record_is_told_with_its_number_before_training(case, monkeypatch)
 
 @pytest.mark.parametrize("case", LOST | WRONG)
 def test_damaged_records_can_be_skipped_and_wrong_labels_cannot(case, monkeypatch):
-    streamed = opened_with(monkeypatch, (LOST | WRONG)[case], stream=True, image_size=4, unreadable="skip")
+    streamed = opened_with(
+        monkeypatch, (LOST | WRONG)[case], stream=True, image_size=4, unreadable="skip"
+    )
     if case in LOST:
         assert train.build_problem(streamed, None).streamed
     else:
@@ -336,6 +392,8 @@ def test_damaged_records_can_be_skipped_and_wrong_labels_cannot(case, monkeypatc
 
 
 def test_too_many_losses_end_a_stream_before_it_starts(monkeypatch):
-    streamed = opened_with(monkeypatch, b"", stream=True, image_size=4, unreadable="skip", unreadable_share=0.04)
+    streamed = opened_with(
+        monkeypatch, b"", stream=True, image_size=4, unreadable="skip", unreadable_share=0.04
+    )
     with pytest.raises(ConfigError, match="1 of 20 images cannot be read"):
         train.build_problem(streamed, None)

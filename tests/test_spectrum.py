@@ -1,4 +1,6 @@
-"""Curvature over a whole data set: against explicit Hessians, the original's numbers, and itself in other orders."""
+"""Curvature over a whole data set: against explicit Hessians, the original's numbers, and itself in
+other orders.
+"""
 
 import functools
 
@@ -37,7 +39,10 @@ def small(examples=37, dtype=jnp.float32):
     """(params, data) of the loss `smooth`."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-    params = {"dense1": {"kernel": draw(5, 4), "bias": draw(4)}, "fc": {"kernel": draw(4, 3), "bias": draw(3)}}
+    params = {
+        "dense1": {"kernel": draw(5, 4), "bias": draw(4)},
+        "fc": {"kernel": draw(4, 3), "bias": draw(3)},
+    }
     return params, {"x": draw(examples, 5), "y": jnp.asarray(rng.integers(0, 3, examples))}
 
 
@@ -53,14 +58,16 @@ def smooth(params, batch):
 def draw_vector(params, seed=0):
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(structure, [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves])
+    return jax.tree.unflatten(
+        structure, [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves]
+    )
 
 
 def flat(tree):
     return np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
 
 
-# Products ------------------------------------------------------------------------------------------------------
+# Products -----------------------------------------------------------------------------------------
 
 
 def test_products_equal_the_explicit_hessian_of_the_original():
@@ -69,7 +76,9 @@ def test_products_equal_the_explicit_hessian_of_the_original():
         params, data = original(golden)
         vector, unflatten = jax.flatten_util.ravel_pytree(params)
         for on_host in (True, False):
-            product = spectrum.over_batches(spectrum.hessian_product(loss), data, HYPER["batch_size"], on_host=on_host)
+            product = spectrum.over_batches(
+                spectrum.hessian_product(loss), data, HYPER["batch_size"], on_host=on_host
+            )
             found = flat(product(params, unflatten(jnp.asarray(golden["hvp/v"]))))
             np.testing.assert_allclose(found, golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
         column = lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0]
@@ -78,7 +87,9 @@ def test_products_equal_the_explicit_hessian_of_the_original():
         largest = np.abs(explicit).max()
         assert np.abs(columns - explicit).max() <= 1e-10 * largest
         assert np.abs(columns - columns.T).max() <= 1e-14 * largest
-        np.testing.assert_allclose(np.linalg.eigvalsh(columns), np.sort(golden["hessian/eigenvalues"]), atol=1e-11)
+        np.testing.assert_allclose(
+            np.linalg.eigvalsh(columns), np.sort(golden["hessian/eigenvalues"]), atol=1e-11
+        )
 
 
 def gauss_newton_product(outputs, loss):
@@ -91,12 +102,14 @@ def test_gauss_newton_products_equal_the_explicit_matrix():
         vector, unflatten = jax.flatten_util.ravel_pytree(params)
         outer = lambda z, batch: losses.cross_entropy(z, batch["y"]).mean()
         jacobian = jax.jit(jax.jacobian(lambda p: outputs(unflatten(p), data).ravel()))(vector)
-        inner = jax.jit(jax.hessian(lambda z: outer(z.reshape(-1, 3), data)))(outputs(params, data).ravel())
+        inner = jax.jit(jax.hessian(lambda z: outer(z.reshape(-1, 3), data)))(
+            outputs(params, data).ravel()
+        )
         expected = jacobian.T @ inner @ jacobian
         product = spectrum.over_batches(gauss_newton_product(outputs, outer), data, 16)
-        columns = jax.vmap(lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0])(
-            jnp.eye(vector.size)
-        )
+        columns = jax.vmap(
+            lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0]
+        )(jnp.eye(vector.size))
         assert np.abs(columns - expected).max() <= 1e-10 * np.abs(expected).max()
 
 
@@ -107,7 +120,9 @@ def test_products_repeat_bit_by_bit_and_are_symmetric(on_host):
     first, second = draw_vector(params, 1), draw_vector(params, 2)
     one = product(params, first)
     np.testing.assert_array_equal(flat(one), flat(product(params, first)))
-    other = spectrum.over_batches(spectrum.hessian_product(smooth), data, 16, on_host=on_host)  # compiled anew
+    other = spectrum.over_batches(
+        spectrum.hessian_product(smooth), data, 16, on_host=on_host
+    )  # compiled anew
     np.testing.assert_array_equal(flat(one), flat(other(params, first)))
     mirrored = flat(first) @ flat(product(params, second))
     np.testing.assert_allclose(flat(second) @ flat(one), mirrored, rtol=1e-5)
@@ -116,10 +131,14 @@ def test_products_repeat_bit_by_bit_and_are_symmetric(on_host):
 def test_the_batch_size_changes_rounding_only():
     params, data = small()
     vector = draw_vector(params)
-    expected = flat(spectrum.over_batches(spectrum.hessian_product(smooth), data, 37)(params, vector))
+    expected = flat(
+        spectrum.over_batches(spectrum.hessian_product(smooth), data, 37)(params, vector)
+    )
     assert np.abs(expected).max() > 0.1
     for size, on_host in [(1, False), (36, False), (64, False), (10, True), (64, True)]:
-        found = spectrum.over_batches(spectrum.hessian_product(smooth), data, size, on_host=on_host)(params, vector)
+        found = spectrum.over_batches(
+            spectrum.hessian_product(smooth), data, size, on_host=on_host
+        )(params, vector)
         np.testing.assert_allclose(flat(found), expected, rtol=1e-5, atol=2e-6)
         assert jax.tree.structure(found) == jax.tree.structure(params)
 
@@ -132,8 +151,12 @@ def test_data_on_eight_devices_give_the_same_products():
     copied = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     sharded, everywhere = jax.device_put(data, split), jax.device_put((params, vector), copied)
     for on_host in (False, True):
-        expected = spectrum.over_batches(spectrum.hessian_product(smooth), data, 16, on_host=on_host)(params, vector)
-        found = spectrum.over_batches(spectrum.hessian_product(smooth), sharded, 16, on_host=on_host)(*everywhere)
+        expected = spectrum.over_batches(
+            spectrum.hessian_product(smooth), data, 16, on_host=on_host
+        )(params, vector)
+        found = spectrum.over_batches(
+            spectrum.hessian_product(smooth), sharded, 16, on_host=on_host
+        )(*everywhere)
         np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-5, atol=1e-6)
         assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(found))
 
@@ -142,7 +165,9 @@ def test_data_on_eight_devices_give_the_same_products():
 def test_products_linearized_once_are_the_same(kind):
     params, data = small()
     outer = lambda z, batch: losses.cross_entropy(z, batch["y"]).mean()
-    products = dict(hessian=spectrum.hessian_product(smooth), gauss_newton=gauss_newton_product(outputs, outer))
+    products = dict(
+        hessian=spectrum.hessian_product(smooth), gauss_newton=gauss_newton_product(outputs, outer)
+    )
     calls = []
 
     def counted(params, v, batch):
@@ -154,13 +179,19 @@ def test_products_linearized_once_are_the_same(kind):
     expected = spectrum.over_batches(products[kind], data, 16, on_host=True)
     for seed in (1, 2):
         vector = draw_vector(params, seed)
-        np.testing.assert_allclose(flat(matvec(vector)), flat(expected(params, vector)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            flat(matvec(vector)), flat(expected(params, vector)), rtol=1e-5, atol=1e-6
+        )
         np.testing.assert_array_equal(flat(matvec(vector)), flat(matvec(vector)))
     assert len(calls) == 2
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)  # with vectors of Lanczos' type
+    half = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), params
+    )  # with vectors of Lanczos' type
     found = spectrum.linearized(products[kind], half, data, 16)(draw_vector(params, 1))
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(flat(found), flat(expected(half, draw_vector(params, 1))), rtol=0.1, atol=0.01)
+    np.testing.assert_allclose(
+        flat(found), flat(expected(half, draw_vector(params, 1))), rtol=0.1, atol=0.01
+    )
     with pytest.raises(ValueError, match="the vector of a product has the structure"):
         matvec({"other": jnp.zeros(3)})
     with pytest.raises(ValueError, match="batch_size is 0; allowed: 1 and above"):
@@ -170,7 +201,9 @@ def test_products_linearized_once_are_the_same(kind):
 @pytest.mark.parametrize("on_host", [False, True])
 def test_taylor_terms_are_those_of_gradient_and_hessian(on_host):
     with jax.enable_x64(True):
-        params, data = jax.tree.map(lambda leaf: leaf.astype(float) if leaf.dtype == np.float32 else leaf, small())
+        params, data = jax.tree.map(
+            lambda leaf: leaf.astype(float) if leaf.dtype == np.float32 else leaf, small()
+        )
         step = jax.tree.map(lambda leaf: 0.1 * leaf, draw_vector(params))
         found = spectrum.taylor(smooth, data, 16, on_host=on_host)(params, step)
         gradient, matvec = jax.grad(smooth)(params, data), linops.hvp(smooth, params, data)
@@ -182,8 +215,12 @@ def test_taylor_terms_are_those_of_gradient_and_hessian(on_host):
         )
         np.testing.assert_allclose(found, expected, rtol=1e-10)
         assert all(term.dtype == np.float64 for term in found)
-        square = lambda params, batch: sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(params))
-        change, first, second = spectrum.taylor(square, data, 10)(params, step)  # nothing beyond the second order
+        square = lambda params, batch: sum(
+            jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(params)
+        )
+        change, first, second = spectrum.taylor(square, data, 10)(
+            params, step
+        )  # nothing beyond the second order
         assert float(change) == pytest.approx(float(first + second), rel=1e-12)
 
 
@@ -196,7 +233,9 @@ def test_taylor_terms_of_other_types_and_mistakes():
     with pytest.raises(ValueError, match="the vector of a product has the structure"):
         terms(params, {"other": jnp.zeros(3)})
     each = lambda params, batch: losses.cross_entropy(outputs(params, batch), batch["y"])
-    with pytest.raises(ValueError, match=r"loss returns an array of shape \(\d+,\); curvature needs one scalar"):
+    with pytest.raises(
+        ValueError, match=r"loss returns an array of shape \(\d+,\); curvature needs one scalar"
+    ):
         spectrum.taylor(each, data, 8)(params, step)
     with pytest.raises(ValueError, match="batch_size is 0; allowed: 1 and above"):
         spectrum.taylor(smooth, data, 0)
@@ -204,11 +243,15 @@ def test_taylor_terms_of_other_types_and_mistakes():
 
 def test_batch_losses_are_those_of_whole_batches():
     params, data = small()
-    found = jax.jit(lambda params, data: spectrum.batch_losses(smooth, params, data, 10))(params, data)
+    found = jax.jit(lambda params, data: spectrum.batch_losses(smooth, params, data, 10))(
+        params, data
+    )
     parts = [jax.tree.map(lambda x, i=i: x[i : i + 10], data) for i in (0, 10, 20)]
     np.testing.assert_allclose(found, [smooth(params, part) for part in parts], rtol=1e-6)
     for size in (0, 38):
-        with pytest.raises(ValueError, match=rf"batch_size is {size}; allowed: 1 to 37, the number of examples"):
+        with pytest.raises(
+            ValueError, match=rf"batch_size is {size}; allowed: 1 to 37, the number of examples"
+        ):
             spectrum.batch_losses(smooth, params, data, size)
     with pytest.raises(ValueError, match=r"arrays of length \[36, 37\]; allowed: one length"):
         spectrum.batch_losses(smooth, params, data | {"y": data["y"][:-1]}, 8)
@@ -226,14 +269,16 @@ def test_misuse_of_products_is_explained():
         with pytest.raises(ValueError, match=f"batch_size is {size}; allowed: 1 and above"):
             spectrum.over_batches(product, data, size)
     each = lambda params, batch: losses.cross_entropy(outputs(params, batch), batch["y"])
-    with pytest.raises(ValueError, match=r"loss returns an array of shape \(8,\); curvature needs one scalar"):
+    with pytest.raises(
+        ValueError, match=r"loss returns an array of shape \(8,\); curvature needs one scalar"
+    ):
         spectrum.over_batches(spectrum.hessian_product(each), data, 8)(params, params)
     rows = lambda z, batch: losses.cross_entropy(z, batch["y"])
     with pytest.raises(ValueError, match=r"loss returns an array of shape \(8,\)"):
         spectrum.over_batches(gauss_newton_product(outputs, rows), data, 8)(params, params)
 
 
-# Some of the parameters ----------------------------------------------------------------------------------------
+# Some of the parameters ---------------------------------------------------------------------------
 
 
 def test_selected_parameters_are_put_back():
@@ -245,8 +290,13 @@ def test_selected_parameters_are_put_back():
     np.testing.assert_array_equal(whole["fc"]["kernel"], 2 * params["fc"]["kernel"])
     assert whole["fc"]["bias"] is params["fc"]["bias"]
     part = lambda part, batch: smooth(chosen.rebuild(part), batch)
-    found = spectrum.over_batches(spectrum.hessian_product(part), data, 16)(chosen.params, chosen.params)
-    zeros = {name: {"kernel": own["kernel"], "bias": jnp.zeros_like(own["bias"])} for name, own in params.items()}
+    found = spectrum.over_batches(spectrum.hessian_product(part), data, 16)(
+        chosen.params, chosen.params
+    )
+    zeros = {
+        name: {"kernel": own["kernel"], "bias": jnp.zeros_like(own["bias"])}
+        for name, own in params.items()
+    }
     expected = spectrum.over_batches(spectrum.hessian_product(smooth), data, 16)(params, zeros)
     for path in chosen.params:
         layer, _ = path.split("/")
@@ -256,8 +306,17 @@ def test_selected_parameters_are_put_back():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("dense2/kernel", r"parameters is 'dense2/kernel', which matches no parameter; one is 'dense1/bias'\. Did you"),
-        ("kernel", "parameters is 'kernel', which matches no parameter"),  # the whole path must match
+        (
+            "dense2/kernel",
+            (
+                r"parameters is 'dense2/kernel', which matches no parameter; one is "
+                r"'dense1/bias'\. Did you"
+            ),
+        ),
+        (
+            "kernel",
+            "parameters is 'kernel', which matches no parameter",
+        ),  # the whole path must match
         ("(", r"parameters: '\(' is not a regular expression"),
     ],
 )
@@ -268,16 +327,32 @@ def test_patterns_without_a_match_are_named(pattern, message):
         spectrum.select(small()[0], pattern, "config.hessian.parameters")
 
 
-# Rows ----------------------------------------------------------------------------------------------------------
+# Rows ---------------------------------------------------------------------------------------------
 
 
 def test_weights_at_quantiles():
     params = {"a": np.array([[3.0, -1.0], [2.0, 0.5]]), "b": np.array([-4.0, 1.0])}
     entries = spectrum.quantile_entries(params, 3)  # of 0.5, 1, 1, 2, 3, 4: the 1st, 2nd and 4th
     assert entries == [("a", (1, 1), 0.5), ("a", (0, 1), 1.0), ("a", (1, 0), 2.0)]
-    assert [entry[2] for entry in spectrum.quantile_entries(params, 6)] == [0.5, 0.5, 1.0, 1.0, 2.0, 3.0]
-    assert [entry[2] for entry in spectrum.quantile_entries(params, 4)] == [0.5, 1.0, 1.0, 3.0]  # rounded up
-    assert spectrum.quantile_entries(params, 6)[3] == ("b", (1,), 1.0)  # of equal ones the first comes first
+    assert [entry[2] for entry in spectrum.quantile_entries(params, 6)] == [
+        0.5,
+        0.5,
+        1.0,
+        1.0,
+        2.0,
+        3.0,
+    ]
+    assert [entry[2] for entry in spectrum.quantile_entries(params, 4)] == [
+        0.5,
+        1.0,
+        1.0,
+        3.0,
+    ]  # rounded up
+    assert spectrum.quantile_entries(params, 6)[3] == (
+        "b",
+        (1,),
+        1.0,
+    )  # of equal ones the first comes first
     assert [entry[2] for entry in spectrum.quantile_entries(params, 1)] == [0.5]
 
 
@@ -298,7 +373,9 @@ def test_row_norms_are_those_of_the_explicit_hessian():
     for index in [(5, 0), (-1, 0), (1,)]:
         with pytest.raises(ValueError, match=r"is no entry of 'dense1/kernel', whose shape is"):
             spectrum.one_hot(chosen.params, "dense1/kernel", index)
-    with pytest.raises(ValueError, match=r"'fc/kernl' is not among the parameters .* Did you mean 'fc/kernel'"):
+    with pytest.raises(
+        ValueError, match=r"'fc/kernl' is not among the parameters .* Did you mean 'fc/kernel'"
+    ):
         spectrum.row_norm(matvec, chosen.params, "fc/kernl", (0, 0))
 
 

@@ -32,8 +32,13 @@ def run(problem, state, kind, own, rows=(), others=None):
 
 
 def brute_force(problem, state, ratio, split):
-    """(loss, accuracy, weights kept) of the network without its smallest kernel entries, in NumPy."""
-    params = {path: np.asarray(leaf, np.float64) for path, leaf in trees.named_leaves(state.params).items()}
+    """(loss, accuracy, weights kept) of the network without its smallest kernel entries, in
+    NumPy.
+    """
+    params = {
+        path: np.asarray(leaf, np.float64)
+        for path, leaf in trees.named_leaves(state.params).items()
+    }
     kernels = [path for path in params if trees.is_kernel(path)]
     sizes = np.sort(np.concatenate([np.abs(params[path]).ravel() for path in kernels]))
     cut = round(ratio * sizes.size)
@@ -45,15 +50,23 @@ def brute_force(problem, state, ratio, split):
     hidden = np.maximum(x @ params["dense1/kernel"] + params["dense1/bias"], 0)
     logits = hidden @ params["fc/kernel"] + params["fc/bias"]
     top = logits.max(1)
-    loss = top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(labels)), labels]
-    return loss.mean(), (logits.argmax(1) == labels).mean(), sum((params[path] != 0).sum() for path in kernels)
+    loss = (
+        top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(labels)), labels]
+    )
+    return (
+        loss.mean(),
+        (logits.argmax(1) == labels).mean(),
+        sum((params[path] != 0).sum() for path in kernels),
+    )
 
 
 def test_a_curve_equals_evaluating_every_pruned_network(problem, trained):
     own = settings("curve", ratios=(0.0, 0.3, 0.9, 0.99, 1.0), splits=("test", "train"))
     state, rows = run(problem, trained, "curve", own)
     tiny.same(state, trained)
-    assert [(row["ratio"], row["split"]) for row in rows] == [(r, s) for r in own.ratios for s in own.splits]
+    assert [(row["ratio"], row["split"]) for row in rows] == [
+        (r, s) for r in own.ratios for s in own.splits
+    ]
     for row in rows:
         loss, accuracy, kept = brute_force(problem, trained, row["ratio"], row["split"])
         np.testing.assert_allclose(row["loss"], loss, rtol=1e-4)
@@ -83,13 +96,20 @@ def test_two_hundred_ratios_compile_once_and_write_nothing(problem, trained, tmp
     (curve,) = (function for name, function in fresh.compiled.items() if name[0] == "curve")
     assert curve._cache_size() == 1
     assert len(rows) == 200
-    assert [row["num_kept"] for row in rows] == [allocate.num_kept(1184, ratio) for ratio in many.ratios]
+    assert [row["num_kept"] for row in rows] == [
+        allocate.num_kept(1184, ratio) for ratio in many.ratios
+    ]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("selection", "options"),
-    [("layerwise", {}), ("random", {}), ("structured", dict(layer_ratios="uniform")), ("global", dict(scope="all"))],
+    [
+        ("layerwise", {}),
+        ("random", {}),
+        ("structured", dict(layer_ratios="uniform")),
+        ("global", dict(scope="all")),
+    ],
 )
 def test_other_selections_cut_the_counts_they_promise(problem, trained, selection, options):
     own = settings("curve", ratios=(0.0, 0.5), selection=selection, **options)
@@ -113,7 +133,9 @@ def test_retraining_starts_from_the_same_network_at_every_ratio(problem, trained
     own = settings("curve", ratios=(0.5, 0.9), retrain="again")
     state, rows = run(problem, trained, "curve", own, others=others)
     tiny.same(state, trained)
-    _, alone = run(problem, trained, "curve", settings("curve", ratios=(0.9,), retrain="again"), others=others)
+    _, alone = run(
+        problem, trained, "curve", settings("curve", ratios=(0.9,), retrain="again"), others=others
+    )
     assert rows[1] == alone[0]
     _, bare = run(problem, trained, "curve", settings("curve", ratios=(0.5, 0.9)))
     assert [row["num_kept"] for row in rows] == [row["num_kept"] for row in bare]
@@ -136,15 +158,21 @@ def test_the_histogram_has_the_originals_bins():
     np.testing.assert_array_equal(stages.magnitude_thresholds(), golden["hist_thresholds"])
     np.testing.assert_array_equal(counts["count_above"], golden["hist_count_above"])
     above = np.asarray(counts["count_above"])
-    np.testing.assert_array_equal([above[1], *np.diff(above[1:]), above[0] - above[-1]], golden["hist_density"])
+    np.testing.assert_array_equal(
+        [above[1], *np.diff(above[1:]), above[0] - above[-1]], golden["hist_density"]
+    )
 
 
 def test_the_histogram_counts_every_weight_once(problem, trained):
-    state = trained._replace(params=jax.tree.map(lambda leaf: jnp.where(leaf > 0.1, 0, leaf), trained.params))
+    state = trained._replace(
+        params=jax.tree.map(lambda leaf: jnp.where(leaf > 0.1, 0, leaf), trained.params)
+    )
     same, rows = run(problem, state, "histogram", settings("histogram", bins=20, scope="kernels"))
     tiny.same(same, state)
     (row,) = rows
-    flat = np.concatenate([np.abs(np.ravel(state.params[layer]["kernel"])) for layer in ("dense1", "fc")])
+    flat = np.concatenate(
+        [np.abs(np.ravel(state.params[layer]["kernel"])) for layer in ("dense1", "fc")]
+    )
     assert (len(row["counts"]), len(row["edges"])) == (20, 21)
     assert sum(row["counts"]) + row["num_zero"] == flat.size
     assert row["num_zero"] == (flat == 0).sum()
@@ -157,7 +185,9 @@ def test_learned_scales_lower_the_loss_after_a_step(problem):
     state = interface.without_optimizer(train.create_state(problem, train.key_of(0)))
     big = jax.tree.map(lambda leaf: 4 * leaf, state.params)
     fields = dict(iterations=30, batch_size=64, scale_learning_rate=0.05, constraint=tiny.POLYTOPE)
-    after, rows = run(problem, state._replace(params=big), "sfw_init", settings("sfw_init", **fields))
+    after, rows = run(
+        problem, state._replace(params=big), "sfw_init", settings("sfw_init", **fields)
+    )
     assert [row["iteration"] for row in rows] == [1, 10, 20, 30]
     still = settings("sfw_init", **fields | dict(scale_learning_rate=1e-9))  # on the same batches
     _, plain = run(problem, state._replace(params=big), "sfw_init", still)
@@ -165,7 +195,9 @@ def test_learned_scales_lower_the_loss_after_a_step(problem):
     found = [row["loss_after"] / other["loss_after"] for row, other in zip(rows, plain)]
     assert max(found[1:]) < 1
     assert found[-1] < 0.9, found
-    for path, leaf in trees.named_leaves(after.params).items():  # every array is a multiple of what it was
+    for path, leaf in trees.named_leaves(
+        after.params
+    ).items():  # every array is a multiple of what it was
         old = trees.named_leaves(big)[path]
         scale = np.linalg.norm(leaf) / np.linalg.norm(old)
         np.testing.assert_allclose(leaf, scale * old, rtol=1e-4, atol=1e-6)
@@ -177,24 +209,38 @@ def test_pruned_weights_stay_zero_in_later_training(problem, trained):
     (row,) = rows
     kernels = allocate.prunable(state.masks, "kernels")
     assert sum(int(mask.sum()) for mask in kernels.values()) == allocate.num_kept(1184, 0.8)
-    assert row["layers"] == {path: pytest.approx(1 - float(mask.mean())) for path, mask in kernels.items()}
+    assert row["layers"] == {
+        path: pytest.approx(1 - float(mask.mean())) for path, mask in kernels.items()
+    }
     fit = tiny.fit(epochs=1)
     place = interface.Place("again", 2, {})
     begun = fit.begin(problem, state, [fit], place)
     *_, last = fit.run(problem, begun, [fit], place, [[]])
-    assert float(jnp.abs(last.state.params["fc"]["kernel"] - state.params["fc"]["kernel"]).max()) > 0
+    assert (
+        float(jnp.abs(last.state.params["fc"]["kernel"] - state.params["fc"]["kernel"]).max()) > 0
+    )
     for path, mask in kernels.items():
         assert not np.asarray(trees.named_leaves(last.state.params)[path])[~np.asarray(mask)].any()
     tiny.same(last.state.masks, state.masks)
-    again, _ = run(problem, interface.without_optimizer(last.state), "prune", settings("prune", ratio=0.9))
-    assert all(bool((old | ~new).all()) for new, old in zip(*map(jax.tree.leaves, (again.masks, state.masks))))
+    again, _ = run(
+        problem, interface.without_optimizer(last.state), "prune", settings("prune", ratio=0.9)
+    )
+    assert all(
+        bool((old | ~new).all())
+        for new, old in zip(*map(jax.tree.leaves, (again.masks, state.masks)))
+    )
 
 
 def test_random_pruning_of_a_pruned_network_reaches_its_ratio(problem, trained):
     half, _ = run(problem, trained, "prune", settings("prune", ratio=0.5, selection="random"))
     more, _ = run(problem, half, "prune", settings("prune", ratio=0.8, selection="random"))
-    assert sum(int(m.sum()) for m in allocate.prunable(more.masks, "kernels").values()) == allocate.num_kept(1184, 0.8)
-    assert all(bool((old | ~new).all()) for new, old in zip(*map(jax.tree.leaves, (more.masks, half.masks))))
+    assert sum(
+        int(m.sum()) for m in allocate.prunable(more.masks, "kernels").values()
+    ) == allocate.num_kept(1184, 0.8)
+    assert all(
+        bool((old | ~new).all())
+        for new, old in zip(*map(jax.tree.leaves, (more.masks, half.masks)))
+    )
 
 
 def test_a_curve_starts_where_the_masks_are(problem, trained):
@@ -213,7 +259,9 @@ def test_a_curve_starts_where_the_masks_are(problem, trained):
 
 def test_pruning_again_takes_what_is_gone_before_weights_that_became_zero(problem, trained):
     half, _ = run(problem, trained, "prune", settings("prune", ratio=0.5))
-    zero = jax.tree.map(lambda leaf, mask: jnp.where(mask & (leaf < 0), 0, leaf), half.params, half.masks)
+    zero = jax.tree.map(
+        lambda leaf, mask: jnp.where(mask & (leaf < 0), 0, leaf), half.params, half.masks
+    )
     again, (row,) = run(problem, half._replace(params=zero), "prune", settings("prune", ratio=0.5))
     assert row["num_kept"] == 592
     tiny.same(again.masks, half.masks)
@@ -242,14 +290,18 @@ def test_start_init_gives_the_first_network_again(problem, trained):
     fit = tiny.fit(start="init", shift_inside=False)
     pruned = trained._replace(masks=jax.tree.map(lambda leaf: leaf & False, trained.masks))
     begun = fit.begin(problem, pruned, [fit], interface.Place("fit", 3, {}))
-    tiny.same(begun.params, jax.jit(lambda key: train.create_state(problem, key))(train.key_of(0)).params)
+    tiny.same(
+        begun.params, jax.jit(lambda key: train.create_state(problem, key))(train.key_of(0)).params
+    )
     assert float(masks.density(begun.masks)) == 1.0
 
 
 def test_training_starts_inside_the_feasible_sets(problem):
     small = dict(tiny.SFW, constraint=dict(tiny.POLYTOPE, mode="radius", tau=1e-3))
     state, numbers = tiny.start(problem, tiny.fit(small))
-    radii = trees.named_leaves(jax.tree.map(lambda s: s.radius, numbers["sets"], is_leaf=lambda s: hasattr(s, "lmo")))
+    radii = trees.named_leaves(
+        jax.tree.map(lambda s: s.radius, numbers["sets"], is_leaf=lambda s: hasattr(s, "lmo"))
+    )
     for path, leaf in trees.named_leaves(state.params).items():
         assert float(jnp.abs(leaf).max()) <= 1.0001 * float(radii[path])
 
@@ -265,8 +317,16 @@ def test_training_starts_inside_the_feasible_sets(problem):
             dict(selection="structured", scope="all"),
             "has no field 'scope'; fields: .*granularity.*layer_ratios",
         ),
-        ("prune", dict(ratio=0.5, selection="globl"), "selection is 'globl'; known: .* Did you mean 'global'"),
-        ("train", dict(epochs=1, optimizer=tiny.SGD, loss=dict(name="l2")), "loss.name is 'l2'; known: cross_entropy"),
+        (
+            "prune",
+            dict(ratio=0.5, selection="globl"),
+            "selection is 'globl'; known: .* Did you mean 'global'",
+        ),
+        (
+            "train",
+            dict(epochs=1, optimizer=tiny.SGD, loss=dict(name="l2")),
+            "loss.name is 'l2'; known: cross_entropy",
+        ),
         ("train", dict(epochs=1, optimizer=tiny.SGD, augment="flop"), "Did you mean 'flip'"),
         (
             "train",

@@ -13,7 +13,9 @@ import pytest
 
 from sparsity_jax import linops, probes, spectrum, stopping
 
-START = "import signal, sys, threading, time\nfrom sparsity_jax import stopping\nstopping.listen()\n"
+START = (
+    "import signal, sys, threading, time\nfrom sparsity_jax import stopping\nstopping.listen()\n"
+)
 
 
 @pytest.fixture
@@ -24,7 +26,9 @@ def asked():
 
 
 def child(code: str, *before: str) -> subprocess.Popen:
-    """A process that listens and runs `code`, whose first line is `ready`; before: a command that starts it."""
+    """A process that listens and runs `code`, whose first line is `ready`; before: a command that
+    starts it.
+    """
     command = [*before, sys.executable, "-c", START + code]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -34,11 +38,17 @@ def child(code: str, *before: str) -> subprocess.Popen:
 def test_every_host_loop_looks(asked):
     eye = lambda v: v
     data = (jnp.ones((4, 2)), jnp.zeros(4))
-    product = spectrum.hessian_product(lambda params, batch: jnp.sum(params**2) * jnp.mean(batch[0]))
+    product = spectrum.hessian_product(
+        lambda params, batch: jnp.sum(params**2) * jnp.mean(batch[0])
+    )
     loops = {
         "lanczos": lambda: linops.lanczos(3, on_host=True)(eye, jnp.ones(4)),
-        "trace": lambda: linops.hutchinson(2, on_host=True)(eye, jnp.zeros(2, jnp.uint32), jnp.ones(4)),
-        "batches": lambda: spectrum.over_batches(product, data, 2, on_host=True)(jnp.ones(3), jnp.ones(3)),
+        "trace": lambda: linops.hutchinson(2, on_host=True)(
+            eye, jnp.zeros(2, jnp.uint32), jnp.ones(4)
+        ),
+        "batches": lambda: spectrum.over_batches(product, data, 2, on_host=True)(
+            jnp.ones(3), jnp.ones(3)
+        ),
         "oracle": lambda: probes.oracle(lambda keep: np.zeros(1), {"a": (3, 1)}, batch=1),
         "waiting": lambda: stopping.result_of(concurrent.futures.Future()),
     }
@@ -56,7 +66,9 @@ def test_a_result_is_waited_for():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_inside_a_held_lock_only_asks(number):
-    """The main thread is inside a condition variable, where an exception would leave its lock held for ever."""
+    """The main thread is inside a condition variable, where an exception would leave its lock held
+    for ever.
+    """
     process = child(
         "changed = threading.Condition()\n"
         "print('ready', flush=True)\n"
@@ -72,7 +84,9 @@ def test_a_signal_inside_a_held_lock_only_asks(number):
 
 
 def test_a_second_signal_ends_at_once_also_inside_a_library():
-    process = child("print('ready', flush=True)\nimport ctypes\nctypes.CDLL(None).sleep(60)\ntime.sleep(60)\n")
+    process = child(
+        "print('ready', flush=True)\nimport ctypes\nctypes.CDLL(None).sleep(60)\ntime.sleep(60)\n"
+    )
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert process.poll() is None

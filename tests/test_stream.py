@@ -1,4 +1,6 @@
-"""Streams: the same images, crops and order whatever reads them and wherever a run stops; damage is named."""
+"""Streams: the same images, crops and order whatever reads them and wherever a run stops; damage is
+named.
+"""
 
 import functools
 import itertools
@@ -72,7 +74,9 @@ def load(root, **options):
 
 
 def numbered(size=20, **options):
-    """A stream of grey images whose pixels and label are their number, and the list of numbers read so far."""
+    """A stream of grey images whose pixels and label are their number, and the list of numbers read
+    so far.
+    """
     read = []
 
     def fetch(indices):
@@ -85,28 +89,42 @@ def numbered(size=20, **options):
 
 
 def labels_of(images, epochs=1, batch_size=5, seed=(1, 2), start=0):
-    batches = stream.train_batches(images, seed, batch_size=batch_size, epochs=epochs, start=start, put=here)
+    batches = stream.train_batches(
+        images, seed, batch_size=batch_size, epochs=epochs, start=start, put=here
+    )
     return [batch.labels.tolist() for batch in batches]
 
 
-# One image -----------------------------------------------------------------------------------------------------
+# One image ----------------------------------------------------------------------------------------
 
 
 @hypothesis.given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 9), st.integers(0, 9))
 def test_a_part_is_its_crop_resized(height, width, top, left):
     image = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
-    resized = stream.part(cv2.imencode(".png", image)[1].tobytes(), SIZE, lambda h, w: (top, left, height, width))
+    resized = stream.part(
+        cv2.imencode(".png", image)[1].tobytes(), SIZE, lambda h, w: (top, left, height, width)
+    )
     crop = image[top : top + height, left : left + width]
     np.testing.assert_array_equal(resized, decoding.resize(crop, SIZE, SIZE))
 
 
-@pytest.mark.parametrize(("side", "reduced"), [(40, 0), (SIZE * 2, 16), (SIZE * 5, 32), (SIZE * 9, 64)])
+@pytest.mark.parametrize(
+    ("side", "reduced"), [(40, 0), (SIZE * 2, 16), (SIZE * 5, 32), (SIZE * 9, 64)]
+)
 def test_a_jpeg_is_decoded_no_larger_than_needed(side, reduced, monkeypatch):
     side, flags, decode = SIZE + 3 if not reduced else side, [], data.decode
-    encoded = cv2.imencode(".jpg", smooth(np.random.default_rng(1), 90, 120), [cv2.IMWRITE_JPEG_QUALITY, 98])[1]
-    monkeypatch.setattr(data, "decode", lambda found, flag=0, upright=False: flags.append(flag) or decode(found, flag))
+    encoded = cv2.imencode(
+        ".jpg", smooth(np.random.default_rng(1), 90, 120), [cv2.IMWRITE_JPEG_QUALITY, 98]
+    )[1]
+    monkeypatch.setattr(
+        data,
+        "decode",
+        lambda found, flag=0, upright=False: flags.append(flag) or decode(found, flag),
+    )
     box = (8, 24, side, side)
-    found = stream.part(encoded.tobytes(), SIZE, lambda height, width: box if (height, width) == (90, 120) else None)
+    found = stream.part(
+        encoded.tobytes(), SIZE, lambda height, width: box if (height, width) == (90, 120) else None
+    )
     assert flags == [reduced]
     whole = decode(encoded.tobytes())[8 : 8 + side, 24 : 24 + side]
     exact = decoding.resize(whole, SIZE, SIZE).astype(int)
@@ -123,11 +141,18 @@ def test_evaluation_is_resize_and_central_crop(share):
         image = smooth(rng, height, width)
         draw = functools.partial(stream.central_box, options=options)
         found = stream.part(cv2.imencode(".png", image)[1].tobytes(), 56, draw)
-        scale = 56 / share / min(height, width)  # torchvision's order: resize the whole image, then crop
-        whole = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_LINEAR)
+        scale = (
+            56 / share / min(height, width)
+        )  # torchvision's order: resize the whole image, then crop
+        whole = cv2.resize(
+            image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_LINEAR
+        )
         top, left = (whole.shape[0] - 56) // 2, (whole.shape[1] - 56) // 2
         plain = whole[top : top + 56, left : left + 56].astype(int)
-        assert np.abs(found - plain).mean() < 7, (height, width)  # the smallest is enlarged: half a pixel shows
+        assert np.abs(found - plain).mean() < 7, (
+            height,
+            width,
+        )  # the smallest is enlarged: half a pixel shows
         assert np.abs(found[::-1] - plain).mean() > 50
 
 
@@ -140,7 +165,9 @@ def test_the_size_of_a_jpeg_is_read_from_its_header():
         comment = b"\xff\xfe" + (2000).to_bytes(2, "big") + bytes(1998)
         assert stream.jpeg_shape(encoded[:2] + comment + encoded[2:]) == shape[:2]
     for suffix in (".png", ".bmp", ".webp"):
-        assert stream.jpeg_shape(cv2.imencode(suffix, np.zeros((3, 4), np.uint8))[1].tobytes()) is None
+        assert (
+            stream.jpeg_shape(cv2.imencode(suffix, np.zeros((3, 4), np.uint8))[1].tobytes()) is None
+        )
 
 
 @hypothesis.given(st.binary(max_size=60))
@@ -173,7 +200,9 @@ def test_the_ratio_of_a_random_box_is_that_of_width_to_height():
 
 def test_random_boxes_have_the_spread_of_those_on_the_device():
     options = dict(crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3))
-    own = np.array([stream.random_box(np.random.default_rng(i), 90, 120, options) for i in range(3000)])
+    own = np.array(
+        [stream.random_box(np.random.default_rng(i), 90, 120, options) for i in range(3000)]
+    )
     keys = jax.random.split(jax.random.key(0), 3000)
     other = np.asarray(jax.jit(jax.vmap(lambda key: data.random_box(key, 90, 120)))(keys))
     for i in range(4):
@@ -181,7 +210,7 @@ def test_random_boxes_have_the_spread_of_those_on_the_device():
         np.testing.assert_allclose(own[:, i].std(), other[:, i].std(), atol=2.5)
 
 
-# Order, position, back-pressure --------------------------------------------------------------------------------
+# Order, position, back-pressure -------------------------------------------------------------------
 
 
 def test_every_epoch_visits_every_image_once_in_a_new_order():
@@ -196,7 +225,9 @@ def test_every_epoch_visits_every_image_once_in_a_new_order():
 
 
 def test_small_sets_are_shuffled_uniformly():
-    """Of 400 images in 300 epochs few stay in their place or behind their neighbour: 1 of each on average."""
+    """Of 400 images in 300 epochs few stay in their place or behind their neighbour: 1 of each on
+    average.
+    """
     numbers = np.random.SeedSequence([3]).generate_state(300).tolist()
     order = stream.Order(400, 400, numbers)
     found = np.array([order[i] for i in range(len(order))]).reshape(300, 400)
@@ -210,8 +241,12 @@ def test_small_sets_are_shuffled_uniformly():
 
 def test_lost_images_are_replaced_evenly_and_count_once():
     images, _ = numbered(50, unreadable="skip", unreadable_share=0.5)
-    read = lambda indices: [(b"", i) if 10 <= i < 20 else pair for i, pair in zip(indices, images.source.read(indices))]
-    lossy = data.Stream(images.source._replace(read=read), images.indices, images.shape, 50, images.options)
+    read = lambda indices: [
+        (b"", i) if 10 <= i < 20 else pair for i, pair in zip(indices, images.source.read(indices))
+    ]
+    lossy = data.Stream(
+        images.source._replace(read=read), images.indices, images.shape, 50, images.options
+    )
     batches = list(stream.train_batches(lossy, [4], batch_size=10, epochs=40, put=here))
     per_epoch = np.array([len(batch.unreadable) for batch in batches]).reshape(40, 5).sum(1)
     assert per_epoch.tolist() == [10] * 40
@@ -226,13 +261,21 @@ def test_lost_images_are_replaced_evenly_and_count_once():
 
 def test_too_many_losses_end_a_training_also_when_it_goes_on():
     images, _ = numbered(50, unreadable="skip", unreadable_share=0.1)
-    read = lambda indices: [(b"", i) if i < 6 else pair for i, pair in zip(indices, images.source.read(indices))]
-    lossy = data.Stream(images.source._replace(read=read), images.indices, images.shape, 50, images.options)
+    read = lambda indices: [
+        (b"", i) if i < 6 else pair for i, pair in zip(indices, images.source.read(indices))
+    ]
+    lossy = data.Stream(
+        images.source._replace(read=read), images.indices, images.shape, 50, images.options
+    )
     with pytest.raises(tables.ConfigError, match="6 of 50 images cannot be read"):
         list(stream.train_batches(lossy, [4], batch_size=10, epochs=1, put=here))
     before = [f"image {i}" for i in range(6)]
     with pytest.raises(tables.ConfigError, match="6 of 50 images cannot be read"):
-        next(stream.train_batches(lossy, [4], batch_size=10, epochs=2, start=5, put=here, lost=before))
+        next(
+            stream.train_batches(
+                lossy, [4], batch_size=10, epochs=2, start=5, put=here, lost=before
+            )
+        )
 
 
 @pytest.fixture(scope="module")
@@ -313,15 +356,21 @@ def test_what_goes_wrong_while_reading_ahead_is_raised_in_its_place():
         next(reader)
 
 
-# Evaluation ----------------------------------------------------------------------------------------------------
+# Evaluation ---------------------------------------------------------------------------------------
 
 
 def test_evaluation_visits_all_images_in_order_and_fills_the_last_batch():
     images, _ = numbered(11)
     batches = list(stream.eval_batches(images, batch_size=4, put=here))
-    assert [batch.labels.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, -1]]
+    assert [batch.labels.tolist() for batch in batches] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, -1],
+    ]
     assert all(batch.images.shape == (4, SIZE, SIZE, 1) for batch in batches)
-    assert all((batch.images[..., 0].max((1, 2)) == np.maximum(batch.labels, 0)).all() for batch in batches)
+    assert all(
+        (batch.images[..., 0].max((1, 2)) == np.maximum(batch.labels, 0)).all() for batch in batches
+    )
     pixels, labels = stream.examples(images, [9, 3, 4], batch_size=2)
     assert labels.tolist() == pixels[:, 0, 0, 0].tolist() == [9, 3, 4]
 
@@ -331,9 +380,15 @@ def pair(folder):
     """The same problem streamed and in memory, and a trained state."""
     options = dict(channels=3, image_size=SIZE, normalization="none")
     jpegs_as_they_are = dict(resize_size=SIZE, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
-    sets = [data.load(name=f"folder:{folder}", **options), load(folder, **options, **jpegs_as_they_are)]
+    sets = [
+        data.load(name=f"folder:{folder}", **options),
+        load(folder, **options, **jpegs_as_they_are),
+    ]
     # reduced decoding differs by some grey levels, so the array is made of what the stream sees
-    splits = [stream.examples(split.images, range(split.images.shape[0])) for split in (sets[1].train, sets[1].test)]
+    splits = [
+        stream.examples(split.images, range(split.images.shape[0]))
+        for split in (sets[1].train, sets[1].test)
+    ]
     for own, (pixels, labels) in zip((sets[0].train, sets[0].test), splits):
         np.testing.assert_array_equal(own.labels, labels)
         assert np.abs(own.images.astype(int) - pixels).mean() < 6
@@ -348,18 +403,27 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
     assert streamed.streamed
     assert not memory.streamed
     for split in ("test", "train"):
-        found, known = (train.evaluate(p, state.params, state.batch_stats, split) for p in (streamed, memory))
+        found, known = (
+            train.evaluate(p, state.params, state.batch_stats, split) for p in (streamed, memory)
+        )
         np.testing.assert_allclose(found, known, rtol=1e-5)
         assert streamed.size(split) == memory.size(split)
     curve = stages.Curve()
     place = interface.Place("curve", 0, {})
-    found, known = (stages.pruned_evaluation(p, state, curve, place, 0, "train")(0.5) for p in (streamed, memory))
+    found, known = (
+        stages.pruned_evaluation(p, state, curve, place, 0, "train")(0.5)
+        for p in (streamed, memory)
+    )
     assert found == pytest.approx(known, rel=1e-5)
     chosen = stages.Curve(ratios=(0.0, 0.3, 0.9), splits=("test", "train"))
-    tables_of = [[u.rows[0] for u in chosen.run(p, state, [chosen], place, [[]])] for p in (streamed, memory)]
+    tables_of = [
+        [u.rows[0] for u in chosen.run(p, state, [chosen], place, [[]])] for p in (streamed, memory)
+    ]
     for a, b in zip(*map(list, map(itertools.chain.from_iterable, tables_of)), strict=True):
         assert (a["ratio"], a["split"], a["num_kept"]) == (b["ratio"], b["split"], b["num_kept"])
-        np.testing.assert_allclose([a["loss"], a["accuracy"]], [b["loss"], b["accuracy"]], rtol=1e-5)
+        np.testing.assert_allclose(
+            [a["loss"], a["accuracy"]], [b["loss"], b["accuracy"]], rtol=1e-5
+        )
     variables = dict(params=state.params, batch_stats=state.batch_stats)
     stock = structured.Stock(variables, streamed.model.apply, {}, None)
     assert structured.accuracy(streamed, stock) == structured.accuracy(memory, stock)
@@ -372,7 +436,10 @@ def test_a_fixed_sample_is_the_same_streamed_and_in_memory(pair, rule):
     images, labels = geometry.examples(streamed, 7)
     tiny.same((images, labels), memory.examples("train", 7))
     index = sample.indices(24, 7)
-    tiny.same((images, labels), (memory.train_images[jnp.array(index)], memory.train_labels[jnp.array(index)]))
+    tiny.same(
+        (images, labels),
+        (memory.train_images[jnp.array(index)], memory.train_labels[jnp.array(index)]),
+    )
     assert index.tolist() == list(range(7)) or rule == "spread"
     assert streamed.examples("train", 7)[0] is images  # kept
     assert len(streamed.examples("test", 50)[1]) == 11
@@ -384,11 +451,16 @@ def test_a_step_is_that_of_data_in_memory(pair):
     numbers = train.numbers_of(streamed, state, [fit.recipe])
     state = train.begin(streamed, state, fit, numbers)
     (first,) = itertools.islice(
-        stream.train_batches(streamed.dataset.train.images, [0], batch_size=12, epochs=1, put=streamed.put), 1
+        stream.train_batches(
+            streamed.dataset.train.images, [0], batch_size=12, epochs=1, put=streamed.put
+        ),
+        1,
     )
     by_image = {bytes(image): i for i, image in enumerate(np.asarray(memory.train_images))}
     order = jnp.array([by_image[bytes(image)] for image in np.asarray(first.images)])
-    found = jax.jit(train.make_batch_step(streamed, fit))(state, numbers, 0, first.images, first.labels)
+    found = jax.jit(train.make_batch_step(streamed, fit))(
+        state, numbers, 0, first.images, first.labels
+    )
     arrays = train.arrays(memory, "train")
     known = jax.jit(train.make_step(memory, fit))(state, numbers, jnp.tile(order, 2), 0, *arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, known)
@@ -397,33 +469,52 @@ def test_a_step_is_that_of_data_in_memory(pair):
 def test_a_mesh_shares_streamed_batches(folder):
     dataset, model = load(folder), models.build(name="mlp", num_classes=3, widths=(6,))
     fit = tiny.fit(epochs=1, batch_size=8)
-    one, eight = (train.build_problem(dataset, model, mesh=mesh, eval_batch_size=8) for mesh in (1, 0))
+    one, eight = (
+        train.build_problem(dataset, model, mesh=mesh, eval_batch_size=8) for mesh in (1, 0)
+    )
     with_close = eight.batches("test")
-    assert {shard.data.shape for shard in next(with_close).images.addressable_shards} == {(1, SIZE, SIZE, 3)}
+    assert {shard.data.shape for shard in next(with_close).images.addressable_shards} == {
+        (1, SIZE, SIZE, 3)
+    }
     with_close.close()
     (state, rows), (other, other_rows) = (tiny.trained(problem, fit) for problem in (one, eight))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), state.params, other.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        state.params,
+        other.params,
+    )
     np.testing.assert_allclose(rows[0]["test_loss"], other_rows[0]["test_loss"], rtol=1e-3)
 
 
-# Damage --------------------------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def damaged(folder, tmp_path):
-    """A copy of the folder whose images 04 and 06 (train, neighbours in class b and a) and 03 (test) are cut off."""
+    """A copy of the folder whose images 04 and 06 (train, neighbours in class b and a) and 03
+    (test) are cut off.
+    """
     for file in folder.rglob("*.*"):
         copy = tmp_path / file.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         whole = file.read_bytes()
-        cut = copy.parts[-3:] in (("train", "b", "04.jpg"), ("train", "a", "06.jpg"), ("test", "a", "03.png"))
+        cut = copy.parts[-3:] in (
+            ("train", "b", "04.jpg"),
+            ("train", "a", "06.jpg"),
+            ("test", "a", "03.png"),
+        )
         copy.write_bytes(whole[: len(whole) // 2] if cut else whole)
     return tmp_path
 
 
 def test_an_unreadable_image_stops_a_training_and_is_named(damaged):
-    with pytest.raises(tables.ConfigError, match=r"(a/06|b/04)\.jpg is not an image that can be decoded.*='skip' goes"):
-        list(stream.train_batches(load(damaged).train.images, [0], batch_size=4, epochs=1, put=here))
+    with pytest.raises(
+        tables.ConfigError,
+        match=r"(a/06|b/04)\.jpg is not an image that can be decoded.*='skip' goes",
+    ):
+        list(
+            stream.train_batches(load(damaged).train.images, [0], batch_size=4, epochs=1, put=here)
+        )
     with pytest.raises(tables.ConfigError, match=r"a/03\.png is not an image"):
         list(stream.eval_batches(load(damaged).test.images, batch_size=4, put=here))
 
@@ -432,22 +523,45 @@ def test_skipped_images_are_replaced_at_random_and_left_out_of_evaluation(damage
     splits = load(damaged, unreadable="skip", crop_scale=(1.0, 1.0))
     images = splits.train.images
     batches = list(stream.train_batches(images, [0], batch_size=4, epochs=2, put=here))
-    assert sorted(name[-8:] for batch in batches for name in batch.unreadable) == ["a/06.jpg"] * 2 + ["b/04.jpg"] * 2
+    assert (
+        sorted(name[-8:] for batch in batches for name in batch.unreadable)
+        == ["a/06.jpg"] * 2 + ["b/04.jpg"] * 2
+    )
     tests = list(stream.eval_batches(splits.test.images, batch_size=4, put=here))
-    assert np.concatenate([batch.labels for batch in tests]).tolist() == [0, -1, 0, 0, 1, 1, 1, 1, 2, 2, 2, -1]
-    problem = train.build_problem(splits, models.build(name="mlp", num_classes=3, widths=(6,)), eval_batch_size=4)
+    assert np.concatenate([batch.labels for batch in tests]).tolist() == [
+        0,
+        -1,
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+        -1,
+    ]
+    problem = train.build_problem(
+        splits, models.build(name="mlp", num_classes=3, widths=(6,)), eval_batch_size=4
+    )
     state = train.create_state(problem, train.key_of(0))
     measured = train.measure(problem, state.params, state.batch_stats, "test")
     pixels, labels = problem.examples("test", 11)
     assert len(labels) == 10
     logits = problem.model.apply(dict(params=state.params, batch_stats={}), problem.images(pixels))
-    np.testing.assert_allclose(measured.loss, losses.cross_entropy(logits, labels).mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        measured.loss, losses.cross_entropy(logits, labels).mean(), rtol=1e-5
+    )
     np.testing.assert_allclose(measured.accuracy, losses.correct(logits, labels).mean(), rtol=1e-6)
 
 
 def test_batches_that_cannot_be_are_explained(folder):
     images = load(folder).train.images
-    with pytest.raises(tables.ConfigError, match=rf"batch_size is 500; allowed: up to {images.shape[0]}, the images"):
+    with pytest.raises(
+        tables.ConfigError,
+        match=rf"batch_size is 500; allowed: up to {images.shape[0]}, the images",
+    ):
         stream.train_batches(images, 0, batch_size=500, epochs=1)
     none, labels = stream.examples(images, [])
     assert (none.shape, labels.shape) == ((0, *images.shape[1:]), (0,))
@@ -455,7 +569,9 @@ def test_batches_that_cannot_be_are_explained(folder):
 
 def test_a_file_that_disappears_is_named_too(folder, tmp_path):
     images = load(folder).train.images
-    gone = images.source._replace(read=lambda indices: [(sources.read_file(str(tmp_path / "gone.jpg")), 0)])
+    gone = images.source._replace(
+        read=lambda indices: [(sources.read_file(str(tmp_path / "gone.jpg")), 0)]
+    )
     lost = data.Stream(gone, images.indices, images.shape, 3, images.options)
     with pytest.raises(tables.ConfigError, match=r"gone\.jpg cannot be read: No such file"):
         stream.example(lost, 0, lambda height, width: (0, 0, height, width))
@@ -463,7 +579,9 @@ def test_a_file_that_disappears_is_named_too(folder, tmp_path):
     lost = data.Stream(gone, images.indices, images.shape, 3, skipping)
     with pytest.raises(tables.ConfigError, match="100 other images of its split"):
         next(stream.train_batches(lost, [0], batch_size=4, epochs=1, put=here))
-    lost = data.Stream(gone, images.indices, images.shape, 3, images.options | dict(unreadable="skip"))
+    lost = data.Stream(
+        gone, images.indices, images.shape, 3, images.options | dict(unreadable="skip")
+    )
     with pytest.raises(tables.ConfigError, match=r"of 24 images cannot be read.*unreadable_share"):
         list(stream.eval_batches(lost, batch_size=4, put=here))
 
@@ -471,14 +589,20 @@ def test_a_file_that_disappears_is_named_too(folder, tmp_path):
 def test_labels_and_colours_that_do_not_fit_always_stop():
     images, _ = numbered(3, unreadable="skip")
     wrong = data.Stream(images.source, images.indices, images.shape, 2, images.options)
-    with pytest.raises(tables.ConfigError, match=r"image 2 has the label 2 where 0\.\.1 are classes"):
+    with pytest.raises(
+        tables.ConfigError, match=r"image 2 has the label 2 where 0\.\.1 are classes"
+    ):
         list(stream.eval_batches(wrong, batch_size=3, put=here))
     colour = images.source._replace(read=lambda indices: [(np.zeros((9, 9, 3), np.uint8), 0)])
     with pytest.raises(tables.ConfigError, match=r"image 0 is in colour, the set is grey"):
-        stream.example(data.Stream(colour, images.indices, images.shape, 3, images.options), 0, lambda *_: (0, 0, 9, 9))
+        stream.example(
+            data.Stream(colour, images.indices, images.shape, 3, images.options),
+            0,
+            lambda *_: (0, 0, 9, 9),
+        )
 
 
-# Processes -----------------------------------------------------------------------------------------------------
+# Processes ----------------------------------------------------------------------------------------
 
 
 def test_processes_give_the_batches_of_threads(tmp_path):
@@ -529,7 +653,11 @@ def test_readers_left_open_end_without_a_message(tmp_path):
     (tmp_path / "left_open.py").write_text(OPENED.replace("workers=2", "workers=0"))
     paths = dict(PYTHONPATH=str(pathlib.Path(__file__).parents[1]))
     done = subprocess.run(
-        [sys.executable, "left_open.py"], cwd=tmp_path, env=os.environ | paths, capture_output=True, check=True
+        [sys.executable, "left_open.py"],
+        cwd=tmp_path,
+        env=os.environ | paths,
+        capture_output=True,
+        check=True,
     )
     assert done.stderr == b""
 
@@ -544,10 +672,17 @@ def test_a_script_without_a_main_guard_is_told(monkeypatch):
 def test_processes_are_chosen_only_where_threads_leave_cores_idle():
     many = 1_000_000
     assert data.choose_workers(many, 16, alone=100.0, together=400.0)[0] == 16
-    assert data.choose_workers(many, 16, alone=100.0, together=1200.0)[0] == 0  # threads keep them busy
+    assert (
+        data.choose_workers(many, 16, alone=100.0, together=1200.0)[0] == 0
+    )  # threads keep them busy
     assert data.choose_workers(many, 2, alone=100.0, together=60.0)[0] == 0  # too few cores
-    assert data.choose_workers(20_000, 16, alone=100.0, together=400.0)[0] == 0  # over before they have started
-    assert "400 images/s in 16 threads" in data.choose_workers(many, 16, alone=100.0, together=400.0)[1]
+    assert (
+        data.choose_workers(20_000, 16, alone=100.0, together=400.0)[0] == 0
+    )  # over before they have started
+    assert (
+        "400 images/s in 16 threads"
+        in data.choose_workers(many, 16, alone=100.0, together=400.0)[1]
+    )
 
 
 def test_the_choice_is_made_and_told_before_training():
@@ -588,7 +723,7 @@ def state_of(pid):
         return "Z"
 
 
-# Runs ----------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -599,7 +734,9 @@ def config_of(root, *names, **fields):
     made = tiny.config(*names, **fields)
     own = dict(name=f"folder:{root}", stream=True, image_size=SIZE, unreadable="skip")
     fit = pipeline.stage("train", epochs=2, batch_size=8, optimizer=tiny.SGD, augment="flip")
-    return made | dict(data=own | fields.get("data", {}), fit=fit, checkpoint_seconds=0.0, eval_batch_size=8)
+    return made | dict(
+        data=own | fields.get("data", {}), fit=fit, checkpoint_seconds=0.0, eval_batch_size=8
+    )
 
 
 def test_a_killed_run_ends_with_the_same_bits(damaged, tmp_path, monkeypatch):
@@ -609,7 +746,10 @@ def test_a_killed_run_ends_with_the_same_bits(damaged, tmp_path, monkeypatch):
     epochs = [row for row in whole.rows if "epoch" in row]
     assert [row["unreadable"] for row in epochs] == [2, 2]
     assert [row["test_unreadable"] for row in epochs] == [1, 1]
-    assert {pathlib.Path(name).name for name in epochs[0]["unreadable_images"]} == {"04.jpg", "06.jpg"}
+    assert {pathlib.Path(name).name for name in epochs[0]["unreadable_images"]} == {
+        "04.jpg",
+        "06.jpg",
+    }
     saved = evaluate.open_run(tmp_path / "whole")
     again = evaluate.measure(saved.problem, saved.networks[0].state)
     assert (again["test_examples"], again["test_unreadable"]) == (saved.problem.size("test") - 1, 1)
@@ -655,7 +795,9 @@ def test_members_of_a_sweep_read_one_after_the_other(folder, tmp_path):
     config["fit"] |= dict(epochs=1)
     plans, separate = pipeline.check(config)
     assert (len(plans), separate) == (2, True)
-    with pytest.raises(tables.ConfigError, match=r"one member at a time reads them; allowed: .*sweep_mode 'loop'"):
+    with pytest.raises(
+        tables.ConfigError, match=r"one member at a time reads them; allowed: .*sweep_mode 'loop'"
+    ):
         pipeline.check(config | dict(sweep_mode="vmap"))
 
 
@@ -668,19 +810,55 @@ MISTAKES = {
         r"normalization is 'computed', which needs all images in memory",
     ),
     "grey": (dict(channels=1), {}, r"'imagenet' is for 3 channels, the images have 1"),
-    "small resize": (dict(resize_size=7), {}, r"config\.data\.resize_size is 7; allowed: from image_size, 8, or 0"),
-    "order of scales": (dict(crop_scale=(0.5, 0.1)), {}, r"crop_scale is \(0\.5, 0\.1\); allowed: two numbers above 0"),
-    "no area": (dict(crop_scale=(0.0, 1.0)), {}, r"crop_scale is \(0\.0, 1\.0\); allowed: two numbers above 0"),
+    "small resize": (
+        dict(resize_size=7),
+        {},
+        r"config\.data\.resize_size is 7; allowed: from image_size, 8, or 0",
+    ),
+    "order of scales": (
+        dict(crop_scale=(0.5, 0.1)),
+        {},
+        r"crop_scale is \(0\.5, 0\.1\); allowed: two numbers above 0",
+    ),
+    "no area": (
+        dict(crop_scale=(0.0, 1.0)),
+        {},
+        r"crop_scale is \(0\.0, 1\.0\); allowed: two numbers above 0",
+    ),
     "area above 1": (dict(crop_scale=(0.5, 1.5)), {}, r"config\.data\.crop_scale"),
     "ratios": (dict(crop_ratio=(2.0, 1.0)), {}, r"crop_ratio is \(2\.0, 1\.0\); allowed"),
     "one ratio": (dict(crop_ratio=(1.0,)), {}, r"crop_ratio is \[1\.0\] \(list\); allowed: tuple"),
-    "policy": (dict(unreadable="skipp"), {}, r"unreadable is 'skipp'; allowed: .* Did you mean 'skip'"),
+    "policy": (
+        dict(unreadable="skipp"),
+        {},
+        r"unreadable is 'skipp'; allowed: .* Did you mean 'skip'",
+    ),
     "no prefetch": (dict(prefetch=0), {}, r"config\.data\.prefetch is 0; allowed: int >= 1"),
-    "no stream": (dict(stream=False), {}, r"unreadable is 'skip', which only a stream uses; set config\.data\.stream"),
-    "two crops": ({}, dict(fit=dict(augment="resized_crop_flip")), r"fit\.augment .* a stream crops already"),
-    "learned scales": ({}, dict(pipeline=("learn", "fit")), r"config\.learn\.kind 'sfw_init' draws from all of them"),
-    "all examples of the path": ({}, dict(pipeline=("fit", "path")), r"config\.path\.num_examples is 0, all: say how"),
-    "all examples": ({}, dict(pipeline=("fit", "hessian")), r"config\.hessian\.num_examples is 0, all: say how many"),
+    "no stream": (
+        dict(stream=False),
+        {},
+        r"unreadable is 'skip', which only a stream uses; set config\.data\.stream",
+    ),
+    "two crops": (
+        {},
+        dict(fit=dict(augment="resized_crop_flip")),
+        r"fit\.augment .* a stream crops already",
+    ),
+    "learned scales": (
+        {},
+        dict(pipeline=("learn", "fit")),
+        r"config\.learn\.kind 'sfw_init' draws from all of them",
+    ),
+    "all examples of the path": (
+        {},
+        dict(pipeline=("fit", "path")),
+        r"config\.path\.num_examples is 0, all: say how",
+    ),
+    "all examples": (
+        {},
+        dict(pipeline=("fit", "hessian")),
+        r"config\.hessian\.num_examples is 0, all: say how many",
+    ),
     "tolerance": (
         {},
         dict(pipeline=("fit", "hessian", "width"), hessian=dict(num_examples=8)),
@@ -698,9 +876,15 @@ MISTAKES = {
 def test_mistakes_stop_before_an_image_is_read(folder, mistake, monkeypatch):
     options, changes, message = MISTAKES[mistake]
     config = config_of(folder, "fit", data=options)
-    config |= dict(hessian=pipeline.stage("spectrum"), width=pipeline.stage("width"), path=pipeline.stage("path"))
+    config |= dict(
+        hessian=pipeline.stage("spectrum"),
+        width=pipeline.stage("width"),
+        path=pipeline.stage("path"),
+    )
     config |= dict(remove=pipeline.stage("cut", measure="grasp", ratio=0.5))
-    config |= {name: config[name] | own if isinstance(own, dict) else own for name, own in changes.items()}
+    config |= {
+        name: config[name] | own if isinstance(own, dict) else own for name, own in changes.items()
+    }
     monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("an image was decoded"))
     with pytest.raises(tables.ConfigError, match=message):
         pipeline.run(config, "nowhere")
@@ -715,4 +899,6 @@ def test_a_stream_says_what_an_array_would(folder):
     assert stream.central_box(375, 500, splits.train.images.options) == (23, 86, 328, 328)
     assert math.isclose(328 / 375, 224 / 256, abs_tol=0.002)
     with pytest.raises(tables.ConfigError, match="and all other images cannot be decoded"):
-        data.first_channels(data.Source(1, lambda _: [(b"no image", 0)], lambda i: f"image {i}"), [0])
+        data.first_channels(
+            data.Source(1, lambda _: [(b"no image", 0)], lambda i: f"image {i}"), [0]
+        )

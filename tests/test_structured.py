@@ -1,4 +1,6 @@
-"""Stages `cut` and `compact`: rounds, budgets, members, compilation, accuracy and costs of what is left."""
+"""Stages `cut` and `compact`: rounds, budgets, members, compilation, accuracy and costs of what is
+left.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,18 @@ import numpy as np
 import pytest
 import tiny
 
-from sparsity_jax import budgets, cost, data, interface, models, pipeline, scores, structured, tables, train
+from sparsity_jax import (
+    budgets,
+    cost,
+    data,
+    interface,
+    models,
+    pipeline,
+    scores,
+    structured,
+    tables,
+    train,
+)
 
 ROUNDS = 4
 
@@ -25,7 +38,9 @@ def trained(problem):
 @pytest.fixture(scope="module")
 def convolutional():
     """A network with batch norm, a skip connection and random statistics, untrained."""
-    model = models.build(name="resnet", num_classes=4, stage_sizes=(1, 1), widths=(6, 8), stem_width=6)
+    model = models.build(
+        name="resnet", num_classes=4, stage_sizes=(1, 1), widths=(6, 8), stem_width=6
+    )
     found = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
     state = train.create_state(found, train.key_of(0))
     noise = lambda leaf: leaf + 0.2 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape)
@@ -45,12 +60,15 @@ def run(problem, state, kind="cut", visit=1, visits=1, position=1, **fields):
     return update.state, update.rows[0][0]
 
 
-# cut -----------------------------------------------------------------------------------------------------------
+# cut ----------------------------------------------------------------------------------------------
 
 
 def test_one_round_removes_the_least_important_channels_everywhere(problem, trained):
     state, row = run(problem, trained, measure="mag_based", ratio=0.25)
-    norms = {f"params/dense{i}": np.linalg.norm(trained.params[f"dense{i}"]["kernel"], axis=0) for i in (1, 2)}
+    norms = {
+        f"params/dense{i}": np.linalg.norm(trained.params[f"dense{i}"]["kernel"], axis=0)
+        for i in (1, 2)
+    }
     expected = budgets.select(norms, 0.25)
     for i in (1, 2):
         kept = expected[f"params/dense{i}"]
@@ -64,7 +82,9 @@ def test_one_round_removes_the_least_important_channels_everywhere(problem, trai
     assert row["ratio"] == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("measure", sorted(name for name in scores.MEASURES if name not in ("bn", "nvidia")))
+@pytest.mark.parametrize(
+    "measure", sorted(name for name in scores.MEASURES if name not in ("bn", "nvidia"))
+)
 def test_every_measure_of_kernels_cuts(problem, trained, measure):
     if measure == "biased_loss_tracked":
         saliency = jax.tree.map(lambda leaf: jnp.abs(jnp.sin(leaf)), trained.params)
@@ -119,9 +139,19 @@ def test_rounds_follow_the_originals_schedule_and_compile_once(problem, trained)
     fresh, state = problem._replace(compiled={}), trained
     rounds = 25
     plan, compiled, kept = budgets.round_ratios(0.75, rounds), [], [40]
-    listen = lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    listen = lambda event, seconds, **_: (
+        compiled.append(event) if "backend_compile" in event else None
+    )
     for visit in range(1, rounds + 1):
-        state, row = run(fresh, state, visit=visit, visits=rounds, position=visit, measure="loss_based", imp_samples=64)
+        state, row = run(
+            fresh,
+            state,
+            visit=visit,
+            visits=rounds,
+            position=visit,
+            measure="loss_based",
+            imp_samples=64,
+        )
         assert row["num_kept"] == kept[-1] - int(plan.ratios[visit - 1] * kept[-1])
         assert row["ratio"] == 1 - row["num_kept"] / row["num_channels"]
         kept.append(row["num_kept"])
@@ -129,7 +159,10 @@ def test_rounds_follow_the_originals_schedule_and_compile_once(problem, trained)
             jax.monitoring.register_event_duration_secs_listener(listen)
             before = state.masks
     assert not compiled
-    assert all(np.all(old | ~new) for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.masks)))
+    assert all(
+        np.all(old | ~new)
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.masks))
+    )
     assert len(set(kept)) > 10  # of 40 channels a share below 1 / 25 is none in many a round
 
 
@@ -139,7 +172,9 @@ def selected(problem, rounds, **fields):
     found = {"params/dense1": random.random(24), "params/dense2": random.random(16)}
     keep = {name: np.ones(own.size, bool) for name, own in found.items()}
     for visit in range(1, rounds + 1):
-        keep = structured.select(problem, chosen, found, keep, interface.Place("x", visit, {}, (), visit, rounds))
+        keep = structured.select(
+            problem, chosen, found, keep, interface.Place("x", visit, {}, (), visit, rounds)
+        )
     return {name: int(own.sum()) for name, own in keep.items()}
 
 
@@ -155,7 +190,9 @@ def test_the_truncated_percentage_of_the_published_rounds(problem):
     schedule = dict(name="gradient_flow", cumulative="truncated")
     assert budgets.round_ratios(0.75, 25, "truncated").density[-1] == pytest.approx(0.18)
     assert sum(selected(problem, 25, schedule=schedule).values()) == 8  # 7.2, of whole channels
-    assert sum(selected(problem, 25).values()) > 15  # in the original's rounding many rounds remove none
+    assert (
+        sum(selected(problem, 25).values()) > 15
+    )  # in the original's rounding many rounds remove none
 
 
 @pytest.mark.parametrize("budget", ["parameters", "flops"])
@@ -186,8 +223,12 @@ def test_separate_branches_are_masked_alone(convolutional):
     assert row["num_channels"] == sum(apart.sizes.values())
     stock = structured.compacted(problem, state)  # what is gone on all sides
     images = problem.images(problem.test_images)
-    masked = jax.jit(problem.model.apply)({"params": state.params, "batch_stats": state.batch_stats}, images)
-    np.testing.assert_allclose(jax.jit(stock.apply)(stock.variables, images), masked, rtol=1e-4, atol=1e-5)
+    masked = jax.jit(problem.model.apply)(
+        {"params": state.params, "batch_stats": state.batch_stats}, images
+    )
+    np.testing.assert_allclose(
+        jax.jit(stock.apply)(stock.variables, images), masked, rtol=1e-4, atol=1e-5
+    )
     assert cost.num_params(stock.variables) < cost.num_params(state.params)
 
 
@@ -211,7 +252,9 @@ def test_every_group_loses_the_share_of_its_rule(problem, trained):
 def test_measures_of_norms(convolutional, measure):
     problem, state = convolutional
     structured.check_network(problem, settings(measure=measure), "config.x")
-    found = structured.make_scores(problem, settings(measure=measure, imp_samples=20))(state, jax.random.key(0))
+    found = structured.make_scores(problem, settings(measure=measure, imp_samples=20))(
+        state, jax.random.key(0)
+    )
     if measure == "bn":
         expected = np.abs(state.params["stage1_block0"]["bn1"]["scale"])
         np.testing.assert_allclose(found["params/stage1_block0/conv1"], expected, rtol=1e-6)
@@ -221,17 +264,25 @@ def test_measures_of_norms(convolutional, measure):
 def test_groups_without_a_norm_are_named_before_anything_runs(problem):
     model = models.build(name="small_cnn", num_classes=4, batch_norm=True)
     mixed = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
-    message = r"config\.x: the measure 'bn' .* no norm scale\. To leave .* config\.x\.exclude='params/dense1'\. Meas"
+    message = (
+        r"config\.x: the measure 'bn' .* no norm scale\. To leave .* "
+        r"config\.x\.exclude='params/dense1'\. Meas"
+    )
     with pytest.raises(
-        tables.ConfigError, match=r"the measure 'l1' .* no producing kernel\. .* Or set aggregate='sum'"
+        tables.ConfigError,
+        match=r"the measure 'l1' .* no producing kernel\. .* Or set aggregate='sum'",
     ):
-        structured.check_network(mixed, settings(measure="l1", skip="params/dense1/kernel"), "config.x")
+        structured.check_network(
+            mixed, settings(measure="l1", skip="params/dense1/kernel"), "config.x"
+        )
     with pytest.raises(tables.ConfigError, match=message):
         structured.check_network(mixed, settings(measure="bn"), "config.x")
     structured.check_network(mixed, settings(measure="bn", exclude="params/dense1"), "config.x")
     with pytest.raises(tables.ConfigError, match=r"no norm scale\. Measures of kernels"):
         structured.check_network(problem, settings(measure="nvidia"), "config.x")
-    with pytest.raises(tables.ConfigError, match=r"config\.x\.exclude is '\.\*', which leaves no group to cut"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.x\.exclude is '\.\*', which leaves no group to cut"
+    ):
         structured.check_network(problem, settings(exclude=".*"), "config.x")
 
 
@@ -265,13 +316,22 @@ def test_members_are_cut_by_their_own_scores():
     [
         (dict(measure="mag"), r"measure is 'mag'; known: .*"),
         (dict(ratio=1.0), r"config\.x: ratio is 1, which removes everything"),
-        (dict(schedule=dict(name="cubic")), r"config\.x: schedule\.name is 'cubic'; known: gradient_flow"),
-        (dict(schedule=dict(name="polynomial", powr=2)), r"config\.x: schedule 'polynomial': .*powr.*; fields: ratio"),
+        (
+            dict(schedule=dict(name="cubic")),
+            r"config\.x: schedule\.name is 'cubic'; known: gradient_flow",
+        ),
+        (
+            dict(schedule=dict(name="polynomial", powr=2)),
+            r"config\.x: schedule 'polynomial': .*powr.*; fields: ratio",
+        ),
         (dict(measure="tfo", use_init=True), r"config\.x\.use_init replaces the factor"),
         (dict(exclude="("), r"config\.x\.exclude: '\(' is not a regular expression"),
         (dict(budget="filters"), r"config\.x\.budget is 'filters'; allowed: 'channels'"),
         (dict(rules=((".*", 1.0),)), r"config\.x\.rules: ratio is 1, which removes everything"),
-        (dict(rules=((".*", 0.5),), budget="flops"), r"budget is 'flops', but config\.x\.rules need 'channels'"),
+        (
+            dict(rules=((".*", 0.5),), budget="flops"),
+            r"budget is 'flops', but config\.x\.rules need 'channels'",
+        ),
         (
             dict(rules=((".*", 0.5),), schedule=dict(name="manual", thresholds=(0.5,))),
             r"schedule names thresholds, but config\.x\.rules say what goes of each group",
@@ -287,33 +347,50 @@ def test_cuts_that_cannot_be_are_named_before_anything_runs(problem, trained, tm
     cut = pipeline.stage("cut", schedule=dict(name="manual", thresholds=(0.1, 0.5)))
     config = tiny.config("fit", "cut", cut=cut)
     with pytest.raises(
-        tables.ConfigError, match=r"thresholds are 2 rounds, but config\.pipeline names the stage 1 times"
+        tables.ConfigError,
+        match=r"thresholds are 2 rounds, but config\.pipeline names the stage 1 times",
     ):
         pipeline.run(config, tmp_path / "run")
     config = tiny.config("fit", "cut", cut=pipeline.stage("cut", exclude="params/conv.*"))
-    with pytest.raises(tables.ConfigError, match=r"config\.cut\.exclude is 'params/conv\.\*', which matches no"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.cut\.exclude is 'params/conv\.\*', which matches no"
+    ):
         pipeline.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(tables.ConfigError, match=r"config\.x, round 1: ratio 0\.99 .* use a ratio of at most"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.x, round 1: ratio 0\.99 .* use a ratio of at most"
+    ):
         run(problem, trained, ratio=0.99)
-    with pytest.raises(tables.ConfigError, match=r"round 1: 1 of 24 channels of layer 'params/dense1' are to stay"):
+    with pytest.raises(
+        tables.ConfigError, match=r"round 1: 1 of 24 channels of layer 'params/dense1' are to stay"
+    ):
         run(problem, trained, rules=((".*", 0.98),))
     for fields, message in (
         (
             dict(ratio=0.99),
-            r"config\.x shall remove 0\.99 of 40 .*min_share=0\.05 keeps 3 .* config\.x\.ratio up to 0\.925",
+            (
+                r"config\.x shall remove 0\.99 of 40 .*min_share=0\.05 keeps 3 .* config\.x\.ratio "
+                r"up to 0\.925"
+            ),
         ),
         (
             dict(ratio=0.99, budget="parameters"),
             r"config\.x, round 3: cost target .* larger target.* config\.x\.ratio says",
         ),
-        (dict(rules=((".*", 0.98),)), r"config\.x, round 3: 1 of 24 .*'params/dense1'.* config\.x\.rules says"),
+        (
+            dict(rules=((".*", 0.98),)),
+            r"config\.x, round 3: 1 of 24 .*'params/dense1'.* config\.x\.rules says",
+        ),
     ):
         with pytest.raises(tables.ConfigError, match=message):
             structured.check_network(problem, settings(**fields), "config.x", 3)
     structured.check_network(problem, settings(ratio=0.925), "config.x", 3)
-    structured.check_network(problem, settings(ratio=0.99, protect="original_resnet"), "config.x", 3)
-    with pytest.raises(tables.ConfigError, match=r"config\.x\.rules: no rule matches 'params/dense2'; end with"):
+    structured.check_network(
+        problem, settings(ratio=0.99, protect="original_resnet"), "config.x", 3
+    )
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.x\.rules: no rule matches 'params/dense2'; end with"
+    ):
         structured.check_network(problem, settings(rules=((".*1", 0.5),)), "config.x")
 
 
@@ -344,10 +421,14 @@ def test_momentum_and_tracked_importance_go_through_cuts(tmp_path, monkeypatch):
     whole = pipeline.run(config, tmp_path / "whole")
     for before, after in zip(cut_before, handed, strict=True):
         for name in ("momentum", "saliency"):
-            tree = (lambda state: state.opt_state.momentum.buffer) if name == "momentum" else (
-                lambda state: state.opt_state.saliency
-            )  # fmt: skip
-            masked = jax.tree.map(lambda leaf, kept: jnp.where(kept, leaf, 0), tree(before), after.masks)
+            tree = (
+                (lambda state: state.opt_state.momentum.buffer)
+                if name == "momentum"
+                else (lambda state: state.opt_state.saliency)
+            )
+            masked = jax.tree.map(
+                lambda leaf, kept: jnp.where(kept, leaf, 0), tree(before), after.masks
+            )
             tiny.same(tree(after), masked)
             assert float(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(masked))) > 0
         assert int(after.opt_state.momentum.step) > 0
@@ -361,7 +442,9 @@ def test_momentum_and_tracked_importance_go_through_cuts(tmp_path, monkeypatch):
     alone = pipeline.stage("train", epochs=1, batch_size=32, optimizer=dict(tiny.SGD, momentum=0.9))
     other = pipeline.run(config | dict(final=alone), tmp_path / "alone")
     kernel = lambda outcome: np.asarray(outcome.state.params["fc"]["kernel"])
-    assert np.abs(kernel(other) - kernel(whole)).max() > 1e-4  # momentum from zero is another training
+    assert (
+        np.abs(kernel(other) - kernel(whole)).max() > 1e-4
+    )  # momentum from zero is another training
 
 
 def broken_at_second(original):
@@ -380,11 +463,17 @@ def broken_at_second(original):
 def test_tracking_multiplies_by_the_distance_while_training(use_init):
     problem, found = tiny.problem(tiny.digits(train_limit=64)), {}
     for use_l2 in (False, True):
-        track = dict(name="saliency", alpha=1.0, track_batches=1, use_l2=use_l2, use_init=use_init and use_l2)
+        track = dict(
+            name="saliency", alpha=1.0, track_batches=1, use_l2=use_l2, use_init=use_init and use_l2
+        )
         fit = tiny.fit(track=track)
         state, _ = tiny.trained(problem, fit)
         found[use_l2] = fit.hand_on(state.opt_state).saliency
-    init = tiny.start(problem, fit)[0].params if use_init else jax.tree.map(jnp.zeros_like, state.params)
+    init = (
+        tiny.start(problem, fit)[0].params
+        if use_init
+        else jax.tree.map(jnp.zeros_like, state.params)
+    )
     expected = jax.tree.map(lambda s, w, w0: s * jnp.abs(w - w0), found[False], state.params, init)
     for a, b in zip(jax.tree.leaves(found[True]), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9)
@@ -392,27 +481,40 @@ def test_tracking_multiplies_by_the_distance_while_training(use_init):
 
 
 def test_what_nothing_hands_on_is_named(tmp_path):
-    config = handing_on("fit", "cut") | dict(fit=pipeline.stage("train", epochs=1, optimizer=tiny.SGD))
+    config = handing_on("fit", "cut") | dict(
+        fit=pipeline.stage("train", epochs=1, optimizer=tiny.SGD)
+    )
     with pytest.raises(
-        tables.ConfigError, match=r"config\.cut\.measure is 'biased_loss_tracked', which the training right"
+        tables.ConfigError,
+        match=r"config\.cut\.measure is 'biased_loss_tracked', which the training right",
     ):
         pipeline.run(config, tmp_path / "x")
     config = handing_on("fit", "cut")
     config["cut"]["use_l2"] = True
-    with pytest.raises(tables.ConfigError, match=r"config\.cut\.use_l2 is True, but the training tracks False"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.cut\.use_l2 is True, but the training tracks False"
+    ):
         pipeline.run(config, tmp_path / "x")
     config["fit"]["track"] |= dict(use_l2=True, use_init=True)
-    with pytest.raises(tables.ConfigError, match=r"config\.cut\.use_init is False, but the training tracks True"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.cut\.use_init is False, but the training tracks True"
+    ):
         pipeline.run(config, tmp_path / "x")
     config["fit"]["track"] |= dict(use_l2=False)
-    with pytest.raises(tables.ConfigError, match=r"config\.fit\.track\.use_init replaces .* use_l2, which is False"):
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.fit\.track\.use_init replaces .* use_l2, which is False"
+    ):
         pipeline.run(config, tmp_path / "x")
-    with pytest.raises(tables.ConfigError, match=r"config\.fit\.carry hands on the momentum of sgd; .* 'sfw'"):
-        pipeline.check_member(handing_on("fit") | dict(fit=pipeline.stage(
-            "train", epochs=1, optimizer=tiny.SFW, carry=True)))  # fmt: skip
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.fit\.carry hands on the momentum of sgd; .* 'sfw'"
+    ):
+        pipeline.check_member(
+            handing_on("fit")
+            | dict(fit=pipeline.stage("train", epochs=1, optimizer=tiny.SFW, carry=True))
+        )
 
 
-# compact -------------------------------------------------------------------------------------------------------
+# compact ------------------------------------------------------------------------------------------
 
 
 def test_taking_stock(problem, trained):
@@ -428,7 +530,11 @@ def test_taking_stock(problem, trained):
     assert row["bytes_compact"] == 4 * row["parameters_compact"]
     assert row["parameters"] == 64 * 24 + 24 + 24 * 16 + 16 + 160 + 10
     assert row["verdict"] in ("faster", "slower", "no measurable difference")
-    assert row["milliseconds_low"]["dense"] <= row["milliseconds"]["dense"] <= row["milliseconds_high"]["dense"]
+    assert (
+        row["milliseconds_low"]["dense"]
+        <= row["milliseconds"]["dense"]
+        <= row["milliseconds_high"]["dense"]
+    )
     _, row = run(problem, state, "compact", repeats=0)
     assert "milliseconds" not in row
 
@@ -454,18 +560,29 @@ def test_what_cannot_be_compacted_is_a_row_with_a_warning(problem, trained):
 
 def test_rounding_follows_the_arithmetic_not_the_type_of_the_weights(problem):
     of = lambda **types: problem._replace(model=models.build(name="mlp", num_classes=10, **types))
-    assert structured.rounding_of(of(dtype="bfloat16")) > structured.rounding_of(of(dtype="float16")) > 1e-3
-    assert structured.rounding_of(of(param_dtype="bfloat16")) == structured.rounding_of(of()) == 1e-4
+    assert (
+        structured.rounding_of(of(dtype="bfloat16"))
+        > structured.rounding_of(of(dtype="float16"))
+        > 1e-3
+    )
+    assert (
+        structured.rounding_of(of(param_dtype="bfloat16")) == structured.rounding_of(of()) == 1e-4
+    )
 
 
-# Whole runs ----------------------------------------------------------------------------------------------------
+# Whole runs ---------------------------------------------------------------------------------------
 
 
 def test_a_run_in_rounds_continues_after_a_kill(tmp_path, monkeypatch):
     config = tiny.config(
-        "fit", "cut", "fit", "cut", "compact",
-        cut=pipeline.stage("cut", measure="loss_based", imp_samples=64), compact=pipeline.stage("compact", repeats=0),
-    )  # fmt: skip
+        "fit",
+        "cut",
+        "fit",
+        "cut",
+        "compact",
+        cut=pipeline.stage("cut", measure="loss_based", imp_samples=64),
+        compact=pipeline.stage("compact", repeats=0),
+    )
     whole = pipeline.run(config, tmp_path / "whole")
     cuts = [row for row in whole.rows if row["kind"] == "cut"]
     assert [(row["round"], row["visit"]) for row in cuts] == [(1, 1), (2, 2)]

@@ -1,4 +1,6 @@
-"""Weights drawn anew have the moments of the compact network and respect masks; noise has the size asked for."""
+"""Weights drawn anew have the moments of the compact network and respect masks; noise has the size
+asked for.
+"""
 
 import foreign
 import jax
@@ -15,7 +17,9 @@ SHAPE = (3, 3, 24, 40)
 def structured(shape=SHAPE, kept_in=15, kept_out=30):
     """Bool: the first of every three channels missing, or so."""
     rng = np.random.default_rng(0)
-    keep_in, keep_out = (rng.permutation(n) < k for n, k in ((shape[-2], kept_in), (shape[-1], kept_out)))
+    keep_in, keep_out = (
+        rng.permutation(n) < k for n, k in ((shape[-2], kept_in), (shape[-1], kept_out))
+    )
     return np.broadcast_to(keep_in[:, None] & keep_out, shape), keep_in, keep_out
 
 
@@ -31,7 +35,10 @@ def params_of(kernel):
 def reinitialized(kernel_mask, **options):
     params = params_of(jnp.zeros(kernel_mask.shape))
     kept = masks.full(params)
-    kept["conv"] = {"kernel": jnp.asarray(kernel_mask), "bias": jnp.arange(kernel_mask.shape[-1]) > 3}
+    kept["conv"] = {
+        "kernel": jnp.asarray(kernel_mask),
+        "bias": jnp.arange(kernel_mask.shape[-1]) > 3,
+    }
     kept["norm"]["weight"] = jnp.arange(5) > 0
     return surgery.reinitialize(params, kept, KEY, **options)
 
@@ -44,7 +51,9 @@ def test_normal_has_the_variance_of_the_compact_network():
     assert compact.size == 9 * 15 * 30
     assert abs(compact.std() * np.sqrt(9 * 15 / 2) - 1) < 0.04
     assert abs(compact.mean()) < 4 * compact.std() / np.sqrt(compact.size)
-    single = np.random.default_rng(1).random(SHAPE) < 0.5  # no channel is missing: the dense network's variance
+    single = (
+        np.random.default_rng(1).random(SHAPE) < 0.5
+    )  # no channel is missing: the dense network's variance
     kernel = np.asarray(reinitialized(single, gain=1.0)["conv"]["kernel"])
     assert abs(kernel[single].std() * np.sqrt(9 * 24) - 1) < 0.04
 
@@ -62,8 +71,14 @@ def test_orthogonal_columns_or_rows(kept_in, kept_out):
 
 def test_orthogonal_is_uniform():
     mask = jnp.ones((3, 3), bool)
-    drawn = np.asarray(jax.vmap(lambda key: surgery.orthogonal(key, mask, jnp.float32))(jax.random.split(KEY, 4000)))
-    np.testing.assert_allclose(np.mean(drawn, 0), 0, atol=0.04)  # of a Haar matrix: mean 0, variance 1/n, both signs
+    drawn = np.asarray(
+        jax.vmap(lambda key: surgery.orthogonal(key, mask, jnp.float32))(
+            jax.random.split(KEY, 4000)
+        )
+    )
+    np.testing.assert_allclose(
+        np.mean(drawn, 0), 0, atol=0.04
+    )  # of a Haar matrix: mean 0, variance 1/n, both signs
     np.testing.assert_allclose(np.mean(drawn**2, 0), 1 / 3, atol=0.03)
     assert abs(np.mean(np.linalg.det(drawn) > 0) - 0.5) < 0.05
 
@@ -83,16 +98,22 @@ def test_other_arrays(method):
 
 @pytest.mark.parametrize("method", sorted(surgery.METHODS))
 def test_a_network_under_jit_and_vmap(method):
-    model = models.build(name="resnet", num_classes=5, stage_sizes=(1,), widths=(4,), inner_widths=(3,))
+    model = models.build(
+        name="resnet", num_classes=5, stage_sizes=(1,), widths=(4,), inner_widths=(3,)
+    )
     images = jnp.ones((2, 8, 8, 3))
     variables = foreign.filled(jax.eval_shape(model.init, KEY, images))
     channels = groups.trace(model.apply, variables, images)
     params = variables["params"]
-    kept = jax.tree.map(lambda x: x != 0, groups.mask(params, channels, groups.random_keep(channels, KEY)))
+    kept = jax.tree.map(
+        lambda x: x != 0, groups.mask(params, channels, groups.random_keep(channels, KEY))
+    )
     draw = lambda kept, key: surgery.reinitialize(params, kept, key, method=method)
     drawn = jax.jit(jax.vmap(draw, in_axes=(None, 0)))(kept, jax.random.split(KEY, 2))
     for path, (first, second) in trees.named_leaves(drawn).items():
-        np.testing.assert_array_equal(first != 0, trees.named_leaves(kept)[path] & (path[-4:] != "bias"))
+        np.testing.assert_array_equal(
+            first != 0, trees.named_leaves(kept)[path] & (path[-4:] != "bias")
+        )
         assert path.endswith("kernel") != bool(jnp.all(first == second))
 
 
@@ -104,19 +125,30 @@ def test_noise():
     kept = masks.full(params)
     kept["b"]["kernel"] = params["b"]["kernel"] != 0
     difference = lambda noisy: jax.tree.map(lambda x, y: np.asarray(x - y), noisy, params)
-    noise = jax.jit(lambda std: surgery.add_noise(params, KEY, std=std, pattern=".*/kernel", kept=kept))
+    noise = jax.jit(
+        lambda std: surgery.add_noise(params, KEY, std=std, pattern=".*/kernel", kept=kept)
+    )
     added = difference(noise(0.1))
     assert not added["a"]["bias"].any()
     assert not added["b"]["kernel"][100:].any()
     for sample in (added["a"]["kernel"], added["b"]["kernel"][:100]):
         assert abs(sample.std() / 0.1 - 1) < 0.02
         assert abs(sample.mean()) < 0.002
-    assert abs(np.corrcoef(added["a"]["kernel"][:100].ravel(), added["b"]["kernel"][:100].ravel())[0, 1]) < 0.03
+    assert (
+        abs(
+            np.corrcoef(added["a"]["kernel"][:100].ravel(), added["b"]["kernel"][:100].ravel())[
+                0, 1
+            ]
+        )
+        < 0.03
+    )
     added = difference(surgery.add_noise(params, KEY, std=0.1, relative=True, kept=kept))
     assert abs(added["a"]["kernel"].std() / 0.4 - 1) < 0.02
     assert abs(added["b"]["kernel"][:100].std() / 0.2 - 1) < 0.02
     assert abs(added["a"]["bias"].std() / 0.1 - 1) < 0.2
-    half = {"kernel": jnp.ones((300, 300), jnp.float16)}  # whose squares sum to more than float16 holds
+    half = {
+        "kernel": jnp.ones((300, 300), jnp.float16)
+    }  # whose squares sum to more than float16 holds
     noisy = surgery.add_noise(half, KEY, std=0.1, relative=True)["kernel"]
     assert abs(np.asarray(noisy, float).std() / 0.1 - 1) < 0.02
     whole = difference(surgery.add_noise(params, KEY, std=0.1))

@@ -1,4 +1,6 @@
-"""Options and their schema: every type a signature may ask for, and the messages for what does not fit."""
+"""Options and their schema: every type a signature may ask for, and the messages for what does not
+fit.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -77,7 +79,11 @@ def test_values_that_fit_are_converted(value, hint, expected):
         ("ab", tuple, "config.x is 'ab' (str); allowed: tuple."),
         ([], dict, "config.x is [] (list); allowed: dict."),
         ("a", int | None, "config.x is 'a' (str); allowed: int | None."),
-        ("randm", Literal["global", "random"], "allowed: 'global' | 'random'. Did you mean 'random'?"),
+        (
+            "randm",
+            Literal["global", "random"],
+            "allowed: 'global' | 'random'. Did you mean 'random'?",
+        ),
         (True, Literal[1, 3], "config.x is True; allowed: 1 | 3."),
         ([], Literal["a"], "config.x is []; allowed: 'a'."),
         (1.5, tables.Fraction, "config.x is 1.5; allowed: float >= 0.0 and <= 1.0."),
@@ -94,7 +100,11 @@ def test_values_that_fit_are_converted(value, hint, expected):
         (-1, tables.NonNegative, "allowed: float >= 0.0."),
         (0, tables.Count, "config.x is 0; allowed: int >= 1"),
         (-1, tables.Index, "allowed: int >= 0"),
-        ([0.5, 2], tuple[tables.Fraction, ...], "config.x[1] is 2.0; allowed: float >= 0.0 and <= 1.0."),
+        (
+            [0.5, 2],
+            tuple[tables.Fraction, ...],
+            "config.x[1] is 2.0; allowed: float >= 0.0 and <= 1.0.",
+        ),
     ],
 )
 def test_values_that_do_not_fit_say_what_is_allowed(value, hint, message):
@@ -123,7 +133,12 @@ def test_hints_are_described(hint, text):
 
 
 def test_ranges_contain_their_ends_unless_above():
-    assert [Range(0.0, 1.0).contains(x) for x in (-0.1, 0.0, 1.0, 1.1)] == [False, True, True, False]
+    assert [Range(0.0, 1.0).contains(x) for x in (-0.1, 0.0, 1.0, 1.1)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
     assert [Range(0.0, above=True).contains(x) for x in (0.0, 1e-9)] == [False, True]
     assert Range().contains(1e9)
 
@@ -138,7 +153,13 @@ def test_checked_options_are_keyword_arguments():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(rat=1.0), "config.fit has no field 'rat'; fields: anything, count, extra, flag, limit, mode, pair, rate"),
+        (
+            dict(rat=1.0),
+            (
+                "config.fit has no field 'rat'; fields: anything, count, extra, flag, limit, mode, "
+                "pair, rate"
+            ),
+        ),
         (dict(rat=1.0), "Did you mean 'rate'?"),
         (dict(positional=1), "config.fit has no field 'positional'"),
         (dict(mode="global"), "config.fit needs the field 'rate' (float > 0.0)."),
@@ -162,7 +183,9 @@ def test_options_list_every_default():
 
 @pytest.mark.parametrize("name", ["sdg", 3, ["sgd"], None])
 def test_unknown_names_list_the_known(name):
-    with pytest.raises(tables.ConfigError, match=r"config\.name is .*; known: adam, sgd\.") as error:
+    with pytest.raises(
+        tables.ConfigError, match=r"config\.name is .*; known: adam, sgd\."
+    ) as error:
         tables.lookup(TABLE, name, "config.name")
     assert ("Did you mean 'sgd'?" in str(error.value)) == (name in ("sdg", ["sgd"]))
     assert tables.lookup(TABLE, "sgd", "config.name") is options_of

@@ -1,4 +1,6 @@
-"""The training step, its loop and evaluation, on one device, on eight, and for several members at once."""
+"""The training step, its loop and evaluation, on one device, on eight, and for several members at
+once.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,12 @@ def problem():
 def one_step(problem, fit):
     """(compiled step, its arguments after the state and numbers)."""
     order = jnp.arange(problem.dataset.train.images.shape[0])
-    return jax.jit(train.make_step(problem, fit)), (order, 0, problem.train_images, problem.train_labels)
+    return jax.jit(train.make_step(problem, fit)), (
+        order,
+        0,
+        problem.train_images,
+        problem.train_labels,
+    )
 
 
 def batch_loss(problem, state, index):
@@ -35,7 +42,11 @@ def test_a_step_lowers_the_loss_of_its_batch(problem):
     after = step(state, numbers, *rest)
     assert batch_loss(problem, after, batch) < batch_loss(problem, state, batch)
     np.testing.assert_allclose(after.metrics.loss, batch_loss(problem, state, batch), rtol=1e-5)
-    assert (int(after.step), int(after.metrics.examples), int(after.metrics.bad_step)) == (1, fit.batch_size, -1)
+    assert (int(after.step), int(after.metrics.examples), int(after.metrics.bad_step)) == (
+        1,
+        fit.batch_size,
+        -1,
+    )
 
 
 def test_a_step_is_that_of_plain_optax(problem):
@@ -57,12 +68,18 @@ def test_a_step_is_that_of_plain_optax(problem):
 
     for i in range(4):
         batch = slice(32 * i, 32 * i + 32)
-        params, opt_state = plain(params, opt_state, images[batch], problem.dataset.train.labels[batch])
+        params, opt_state = plain(
+            params, opt_state, images[batch], problem.dataset.train.labels[batch]
+        )
         state = step(state, numbers, *rest)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.params, params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.params, params
+    )
 
 
-@pytest.mark.parametrize("optimizer", [tiny.SGD, dict(tiny.SFW, schedule=dict(name="dynamic_change"))])
+@pytest.mark.parametrize(
+    "optimizer", [tiny.SGD, dict(tiny.SFW, schedule=dict(name="dynamic_change"))]
+)
 def test_no_step_waits_for_the_host(problem, optimizer):
     fit = tiny.fit(optimizer)
     state, numbers = tiny.start(problem, fit)
@@ -88,7 +105,9 @@ def test_steps_one_by_one_equal_a_scan_of_an_epoch(problem):
     fit = tiny.fit(tiny.SFW)
     scanned, rows = tiny.trained(problem, fit)
     single, single_rows = tiny.trained(problem._replace(steps_per_call=1, compiled={}), fit)
-    uneven, _ = tiny.trained(problem._replace(steps_per_call=3, compiled={}), fit)  # 3 + 1 steps an epoch
+    uneven, _ = tiny.trained(
+        problem._replace(steps_per_call=3, compiled={}), fit
+    )  # 3 + 1 steps an epoch
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, scanned, single)
     jax.tree.map(close, scanned, uneven)
@@ -133,7 +152,9 @@ def test_members_side_by_side_equal_single_runs(problem):
         jax.tree.map(close, member, alone)
         for a, b in zip(rows[seed], alone_rows, strict=True):
             np.testing.assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
-            assert a["test_accuracy"] == pytest.approx(b["test_accuracy"], abs=0.021)  # one example of 50
+            assert a["test_accuracy"] == pytest.approx(
+                b["test_accuracy"], abs=0.021
+            )  # one example of 50
     assert rows[0][-1]["train_loss"] != rows[1][-1]["train_loss"]
 
 
@@ -155,7 +176,11 @@ def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem, as_use
     assert "f32[32,64]" not in text
     sharded, rows = tiny.trained(wide, fit)
     alone, alone_rows = tiny.trained(problem, fit)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), sharded.params, alone.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        sharded.params,
+        alone.params,
+    )
     for a, b in zip(rows, alone_rows, strict=True):
         np.testing.assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
         np.testing.assert_allclose(a["test_loss"], b["test_loss"], rtol=1e-3)
@@ -166,7 +191,9 @@ def test_pruned_weights_stay_zero(problem, optimizer):
     """Also where a momentum from before the masks moves them."""
     fit = tiny.fit(optimizer, epochs=1)
     state, numbers = tiny.start(problem, fit)
-    kept = jax.tree.map(lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 3 != 0, state.params)
+    kept = jax.tree.map(
+        lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 3 != 0, state.params
+    )
     state = train.begin(problem, state._replace(masks=kept), fit, numbers)
     moving = jax.tree.map(lambda leaf: leaf + 1, state.opt_state)
     state = state._replace(opt_state=moving)
@@ -199,7 +226,9 @@ def test_a_loss_that_is_not_finite_names_the_step(problem):
         by_hand = step(by_hand, numbers, *rest)
         first = i if first is None and not np.isfinite(by_hand.metrics.loss) else first
     assert int(by_hand.metrics.bad_step) == first
-    with pytest.raises(train.NonFiniteLossError, match=rf"fit: .* not finite at step {first} \(epoch 1\)"):
+    with pytest.raises(
+        train.NonFiniteLossError, match=rf"fit: .* not finite at step {first} \(epoch 1\)"
+    ):
         list(train.fit_epochs(problem, state, fit, numbers, 0, "fit"))
 
 
@@ -215,7 +244,10 @@ def test_convolutions_run_step_by_step_on_a_cpu_and_dense_networks_by_the_epoch(
     dense, _ = tiny.start(problem, tiny.fit())
     assert train.steps_per_call(problem, dense, 5) == 5
     assert train.steps_per_call(problem, dense._replace(params=conv), 5) == 1
-    assert train.steps_per_call(problem._replace(steps_per_call=2), dense._replace(params=conv), 5) == 2
+    assert (
+        train.steps_per_call(problem._replace(steps_per_call=2), dense._replace(params=conv), 5)
+        == 2
+    )
     assert train.steps_per_call(problem._replace(steps_per_call=9), dense, 5) == 5
     stacked = jax.tree.map(lambda leaf: leaf[None], dense.params)
     assert train.steps_per_call(problem._replace(members=1), dense._replace(params=stacked), 5) == 5
@@ -232,14 +264,21 @@ def test_training_goes_on_with_calls_of_another_size(problem):
     before = [dict(seconds=100.0)]
     *_, last = train.fit_epochs(problem, halfway.state, fit, numbers, 0, rows=before)
     whole, _ = tiny.trained(problem, fit)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), last.state.params, whole.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        last.state.params,
+        whole.params,
+    )
     assert last.rows[0][0]["seconds"] > 100  # its own time comes on top
 
 
 def test_the_first_bad_member_is_named(problem):
     state, _ = tiny.start(problem, tiny.fit())
     bad = state._replace(metrics=state.metrics._replace(bad_step=jnp.array([10, -1, 3])))
-    with pytest.raises(train.NonFiniteLossError, match=r"fit: the training loss of member 2 .* at step 3 \(epoch 1\)"):
+    with pytest.raises(
+        train.NonFiniteLossError,
+        match=r"fit: the training loss of member 2 .* at step 3 \(epoch 1\)",
+    ):
         train.check_finite(bad, 4, "fit")
 
 

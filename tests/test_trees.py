@@ -7,7 +7,10 @@ import pytest
 
 from sparsity_jax import tables, trees
 
-TREE = {"conv1": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}, "fc": [jnp.zeros(2), jnp.full(4, 2.0)]}
+TREE = {
+    "conv1": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)},
+    "fc": [jnp.zeros(2), jnp.full(4, 2.0)],
+}
 
 
 def test_leaves_are_named_in_flattening_order():
@@ -47,7 +50,12 @@ def test_rules_that_cannot_work_are_named(rules, message):
 
 
 def test_a_pattern_chooses_leaves_by_their_whole_path():
-    assert trees.matching(TREE, r"conv1/.*") == {"conv1/bias": True, "conv1/kernel": True, "fc/0": False, "fc/1": False}
+    assert trees.matching(TREE, r"conv1/.*") == {
+        "conv1/bias": True,
+        "conv1/kernel": True,
+        "fc/0": False,
+        "fc/1": False,
+    }
     assert list(trees.matching(TREE, ".*").values()) == [True] * 4
     for pattern, message in (
         ("conv", r"config\.x is 'conv', which matches no parameter; one is 'conv1/bias'"),
@@ -60,7 +68,16 @@ def test_a_pattern_chooses_leaves_by_their_whole_path():
 
 
 def test_kernels_of_other_libraries_are_recognised():
-    paths = ("fc/kernel", "layers/0/kernel/value", "layers/0/weight", "w", "first/w", "kernel/bias", "value", "b")
+    paths = (
+        "fc/kernel",
+        "layers/0/kernel/value",
+        "layers/0/weight",
+        "w",
+        "first/w",
+        "kernel/bias",
+        "value",
+        "b",
+    )
     assert [trees.is_kernel(path) for path in paths] == [True] * 5 + [False] * 3
 
 
@@ -74,7 +91,9 @@ def test_folds_equal_plain_reductions(monkeypatch, one_cpu, shape):
     counted = trees.fold_sum(lambda x: (x > 0.5).astype(jnp.int32), x)
     assert counted.dtype == jnp.int32
     assert int(counted) == int((np.asarray(x) > 0.5).sum())
-    np.testing.assert_allclose(trees.fold_sum(lambda x, y: x * y, x, y), (wide * np.asarray(y)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        trees.fold_sum(lambda x, y: x * y, x, y), (wide * np.asarray(y)).sum(), rtol=1e-5
+    )
     lowest = trees.fold(jnp.minimum, jnp.min, lambda x: x, x)
     assert float(lowest) == float(np.asarray(x).min())
     largest = trees.fold(jnp.maximum, jnp.max, jnp.abs, x)

@@ -1,4 +1,6 @@
-"""Gaussian width and predicted pruning ratio: closed forms, the original's numbers, bounds, bad input."""
+"""Gaussian width and predicted pruning ratio: closed forms, the original's numbers, bounds, bad
+input.
+"""
 
 import math
 
@@ -25,11 +27,15 @@ def quadratic(a, b, c):
 
 def random_spectrum(seed, size=40, zeros=0.5):
     random = np.random.default_rng(seed)
-    return np.where(random.random(size) < zeros, 0.0, random.lognormal(0, 3, size)), random.random(size)
+    return np.where(random.random(size) < zeros, 0.0, random.lognormal(0, 3, size)), random.random(
+        size
+    )
 
 
 def lanczos(eigenvalues, start, num_matvecs):
-    """Tridiagonal of the diagonal matrix, with full re-orthogonalisation; stops at an invariant space."""
+    """Tridiagonal of the diagonal matrix, with full re-orthogonalisation; stops at an invariant
+    space.
+    """
     basis, alphas, betas = [start / np.linalg.norm(start)], [], []
     for _ in range(num_matvecs):
         vector = eigenvalues * basis[-1]
@@ -62,7 +68,9 @@ def stack(runs):
 def test_flat_spectrum():
     distance = np.array([[0.0, 1e-3, 0.5], [1.0, 7.0, 1e4]])
     expected = 0.02 / (0.02 + 3.0 * distance**2)
-    np.testing.assert_allclose(width.ratio([3.0, -3.0, 3.0], [1, 5, 2], distance, 0.01), expected, rtol=1e-13)
+    np.testing.assert_allclose(
+        width.ratio([3.0, -3.0, 3.0], [1, 5, 2], distance, 0.01), expected, rtol=1e-13
+    )
     for curvature in (1e-6, 0.02, 1.0, 300.0, 1e9):
         scale = curvature * 0.09 * 50 / (2 * 0.01)  # p = 1 / (1 + scale p)
         expected = 2 / (1 + math.sqrt(1 + 4 * scale))
@@ -74,8 +82,12 @@ def test_two_level_spectrum(share):
     """`share` of the weight at 0: p = share + (1 - share) / (1 + scale p)."""
     scale = 4.0 * 0.09 * 50 / (2 * 0.05)
     expected = quadratic(scale, 1 - share * scale, -1)
-    assert width.predict([0.0, 4.0], [share, 1 - share], EQUAL, 0.05) == pytest.approx(expected, abs=1e-12)
-    assert width.predict([4.0], [1.0], EQUAL, 0.05, zero_share=share) == pytest.approx(expected, abs=1e-12)
+    assert width.predict([0.0, 4.0], [share, 1 - share], EQUAL, 0.05) == pytest.approx(
+        expected, abs=1e-12
+    )
+    assert width.predict([4.0], [1.0], EQUAL, 0.05, zero_share=share) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,7 +95,9 @@ def test_two_level_spectrum(share):
     [(1, lambda s: math.log1p(s) / s), (2, lambda s: math.atan(math.sqrt(s)) / math.sqrt(s))],
 )
 def test_power_law_spectrum(power, share):
-    """Eigenvalues 5 x^power, x uniform in [0, 1], by 200 Gauss-Legendre nodes against the integral."""
+    """Eigenvalues 5 x^power, x uniform in [0, 1], by 200 Gauss-Legendre nodes against the
+    integral.
+    """
     nodes, weights = np.polynomial.legendre.leggauss(200)
     values = 5 * ((nodes + 1) / 2) ** power
     distance = np.array([0.01, 0.3, 1.0, 4.0])
@@ -95,8 +109,12 @@ def test_power_law_spectrum(power, share):
 
 def test_distances_of_a_ramp():
     n = 1000
-    ramp = np.random.default_rng(0).permutation(np.arange(1.0, n + 1)) * np.where(np.arange(n) % 3, 1, -1)
-    distances = width.distances({"a": {"kernel": ramp[:600].reshape(20, 30)}, "b": {"kernel": ramp[600:, None]}})
+    ramp = np.random.default_rng(0).permutation(np.arange(1.0, n + 1)) * np.where(
+        np.arange(n) % 3, 1, -1
+    )
+    distances = width.distances(
+        {"a": {"kernel": ramp[:600].reshape(20, 30)}, "b": {"kernel": ramp[600:, None]}}
+    )
     removed = np.array([0, 1, 2, 499, 999, 1000])
     squares = removed * (removed + 1) * (2 * removed + 1) / 6
     for count in ("nearest", "linear"):
@@ -104,7 +122,9 @@ def test_distances_of_a_ramp():
     np.testing.assert_allclose(distances.at(0.0015, count="linear") ** 2, 1 + 4 / 2, rtol=1e-12)
     assert distances.at(0.0014) == distances.at(0.001) == 1.0
     # one weight more is gone at ratio 0, and does not count
-    np.testing.assert_allclose(distances.at(removed / n, count="original")[1:] ** 2, squares[1:] - 1, rtol=1e-12)
+    np.testing.assert_allclose(
+        distances.at(removed / n, count="original")[1:] ** 2, squares[1:] - 1, rtol=1e-12
+    )
     assert distances.at(0.0, count="original") == 0
     assert distances.at(0.0011, count="original") == 2.0
 
@@ -117,7 +137,10 @@ def test_ties_go_together_in_the_original_only():
 
 
 def test_only_kernels_are_pruned_but_all_arrays_have_norms():
-    params = {"fc": {"kernel": jnp.array([[3.0, 4.0]]), "bias": jnp.array([12.0])}, "norm": {"scale": jnp.ones(1)}}
+    params = {
+        "fc": {"kernel": jnp.array([[3.0, 4.0]]), "bias": jnp.array([12.0])},
+        "norm": {"scale": jnp.ones(1)},
+    }
     kernels, everything = width.distances(params), width.distances(params, scope="all")
     assert (kernels.size, everything.size) == (2, 4)
     assert kernels.norm_sum == everything.norm_sum == 5 + 12 + 1
@@ -134,10 +157,14 @@ def test_only_kernels_are_pruned_but_all_arrays_have_norms():
 def test_prediction_solves_its_equation(seed, epsilon, size):
     values, weights = random_spectrum(seed)
     random = np.random.default_rng(seed)
-    distances = width.distances([np.where(random.random(size) < 0.3, 0, random.normal(size=size))], scope="all")
+    distances = width.distances(
+        [np.where(random.random(size) < 0.3, 0, random.normal(size=size))], scope="all"
+    )
     p = width.predict(values, weights, distances, epsilon)
     assert 0 <= p <= 1
-    assert width.ratio(values, weights, distances.at(p, count="linear"), epsilon) == pytest.approx(p, abs=1e-9)
+    assert width.ratio(values, weights, distances.at(p, count="linear"), epsilon) == pytest.approx(
+        p, abs=1e-9
+    )
 
 
 @given(seed=st.integers(0, 10**6), zero_share=st.floats(0, 1), epsilon=st.floats(1e-4, 10))
@@ -157,11 +184,19 @@ def test_ratio_falls_from_one_to_the_weight_at_zero(seed, zero_share, epsilon):
 def test_scales(seed, factor):
     values, weights = random_spectrum(seed)
     kernel = np.random.default_rng(seed).normal(size=30)
-    distances, scaled = (width.distances([w], scope="all") for w in (kernel, math.sqrt(factor) * kernel))
+    distances, scaled = (
+        width.distances([w], scope="all") for w in (kernel, math.sqrt(factor) * kernel)
+    )
     expected = width.predict(values, weights, distances, 0.1)
-    assert width.predict(factor * values, weights, distances, factor * 0.1) == pytest.approx(expected, abs=1e-12)
-    assert width.predict(values, weights, scaled, factor * 0.1) == pytest.approx(expected, abs=1e-12)
-    assert width.predict(values, 7 * factor * weights, distances, 0.1) == pytest.approx(expected, abs=1e-12)
+    assert width.predict(factor * values, weights, distances, factor * 0.1) == pytest.approx(
+        expected, abs=1e-12
+    )
+    assert width.predict(values, weights, scaled, factor * 0.1) == pytest.approx(
+        expected, abs=1e-12
+    )
+    assert width.predict(values, 7 * factor * weights, distances, 0.1) == pytest.approx(
+        expected, abs=1e-12
+    )
     wider = width.predict(values, weights, distances, 0.1 * max(factor, 1 / factor))
     assert wider >= expected - 1e-12
 
@@ -171,7 +206,9 @@ def test_probes_are_averaged_as_spectra():
     weights[1] *= 5  # no probe counts more than another
     distance = np.array([0.0, 0.1, 1.0, 10.0])
     each = [width.ratio(v, w, distance, 0.1) for v, w in zip(values, weights)]
-    np.testing.assert_allclose(width.ratio(values, weights, distance, 0.1), np.mean(each, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(
+        width.ratio(values, weights, distance, 0.1), np.mean(each, axis=0), rtol=1e-12
+    )
     assert np.shape(width.ratio(values, weights, 1.0, 0.1)) == ()
 
 
@@ -179,7 +216,9 @@ def test_negative_values():
     values, weights = [-2.0, 0.0, 1.0, 2.0], [0.2, 0.3, 0.1, 0.4]
     assert width.negative_mass(values, weights) == pytest.approx(0.2)
     assert width.negative_mass([values, [1.0] * 4], [weights, weights]) == pytest.approx(0.1)
-    absolute, clip = (width.ratio(values, weights, 1.0, 0.5, negative=n) for n in ("absolute", "clip"))
+    absolute, clip = (
+        width.ratio(values, weights, 1.0, 0.5, negative=n) for n in ("absolute", "clip")
+    )
     assert absolute == pytest.approx(0.3 + 0.1 / 2 + 0.6 / 3)
     assert clip == pytest.approx(0.5 + 0.1 / 2 + 0.4 / 3)
 
@@ -223,7 +262,9 @@ def test_a_prediction_evaluates_the_width_a_few_dozen_times(monkeypatch):
     values, weights = random_spectrum(0, size=1000)
     distances = width.distances([np.random.default_rng(0).laplace(size=1_000_000)], scope="all")
     evaluated, plain = [], width._Spectrum.shares
-    monkeypatch.setattr(width._Spectrum, "shares", lambda own, squares: evaluated.append(1) or plain(own, squares))
+    monkeypatch.setattr(
+        width._Spectrum, "shares", lambda own, squares: evaluated.append(1) or plain(own, squares)
+    )
     width.predict(values, weights, distances, 0.1)
     assert 20 <= len(evaluated) <= 20 + 10  # bisection over a million counts, then Newton
 
@@ -243,7 +284,9 @@ def golden_distances(golden):
 
 def golden_params(golden):
     return {
-        f"{key}/{'kernel' if golden[key].ndim > 1 else 'bias'}": golden[key] for key in golden if key[:8] == "trained/"
+        f"{key}/{'kernel' if golden[key].ndim > 1 else 'bias'}": golden[key]
+        for key in golden
+        if key[:8] == "trained/"
     }
 
 
@@ -251,7 +294,10 @@ def golden_params(golden):
 def test_width_matches_the_original(golden, epsilon):
     (bins,) = golden_data.parts(FILE, r"gw/two_runs_bins=(\d+)/")
     (key,) = golden_data.parts(FILE, rf"(density/two_runs/bins={bins}/.+)/density")
-    density, grid = golden[f"{key}/density"], np.linspace(*golden[f"{key}/grid_first_last"], int(bins))
+    density, grid = (
+        golden[f"{key}/density"],
+        np.linspace(*golden[f"{key}/grid_first_last"], int(bins)),
+    )
     found = width.ratio(grid, density, golden["gw/R"], float(epsilon))
     np.testing.assert_allclose(found, golden[f"gw/two_runs_bins={bins}/ep={epsilon}"], rtol=1e-9)
     expected = golden[f"gw/with_zero_mass/ep={epsilon}"]
@@ -274,7 +320,9 @@ def golden_penalty(params):
 
 
 def golden_losses(golden, drop_smallest):
-    """Cross-entropy plus penalty of every example; `drop_smallest`: of the network pruned at ratio 0."""
+    """Cross-entropy plus penalty of every example; `drop_smallest`: of the network pruned at ratio
+    0.
+    """
     params = {key: golden[key] for key in golden if key[:8] == "trained/"}
     if drop_smallest:
         least = min(np.abs(array).min() for array in params.values() if array.ndim > 1)
@@ -303,12 +351,21 @@ def test_epsilon_matches_the_original(golden):
 
 @pytest.mark.parametrize("num", NUMS)
 def test_grid_prediction_matches_the_original(golden, golden_distances, num):
-    bins, density = golden["pipeline/density_nonzero_bins"], golden["pipeline/density_nonzero_values"]
+    bins, density = (
+        golden["pipeline/density_nonzero_bins"],
+        golden["pipeline/density_nonzero_values"],
+    )
     grid, share = golden_data.fine_grid()[bins], int(num) / 100
-    epsilon = golden_epsilon(golden_losses(golden, True))  # the original measures the network it pruned at ratio 0
-    found = width.ratio(grid, density, np.arange(int(golden["pipeline/norm2"]) + 1), epsilon, zero_share=share)
+    epsilon = golden_epsilon(
+        golden_losses(golden, True)
+    )  # the original measures the network it pruned at ratio 0
+    found = width.ratio(
+        grid, density, np.arange(int(golden["pipeline/norm2"]) + 1), epsilon, zero_share=share
+    )
     np.testing.assert_allclose(found, golden[f"pipeline/num={num}/gw"], rtol=1e-9)
-    index = HYPER["sparse_epoch"] * width.predict_on_grid(grid, density, golden_distances, epsilon, zero_share=share)
+    index = HYPER["sparse_epoch"] * width.predict_on_grid(
+        grid, density, golden_distances, epsilon, zero_share=share
+    )
     assert index == pytest.approx(int(golden[f"pipeline/num={num}/predicted_index"]), abs=1e-9)
 
 
@@ -326,7 +383,10 @@ def test_grid_prediction_from_ritz_values_matches_the_original(golden, golden_di
 def test_original_counts_match_the_thresholds():
     golden = golden_data.load("05b_global_threshold.npz")
     kernels = [golden[f"params/{name}"] for name in golden["prunable_order"]]
-    flat, distances = np.concatenate([k.ravel() for k in kernels]), width.distances(kernels, scope="all")
+    flat, distances = (
+        np.concatenate([k.ravel() for k in kernels]),
+        width.distances(kernels, scope="all"),
+    )
     removed = ~golden["keep_mask"]
     expected = (flat**2 * removed).sum(1) - np.abs(flat).min() ** 2
     found = distances.at(golden["sparsities"], count="original") ** 2
@@ -358,7 +418,12 @@ def test_epsilon_draws_repeat_and_centre():
 
 @pytest.mark.parametrize(
     ("losses", "message"),
-    [([], "at least 2"), ([1.0], "at least 2"), ([[1.0, 2.0]], "at least 2"), ([1.0, math.nan], "not finite")]
+    [
+        ([], "at least 2"),
+        ([1.0], "at least 2"),
+        ([[1.0, 2.0]], "at least 2"),
+        ([1.0, math.nan], "not finite"),
+    ]
     + [([0.1] * 3, "use smaller batches")],
 )
 def test_epsilon_errors(losses, message):
@@ -372,10 +437,16 @@ def test_epsilon_errors(losses, message):
 
 
 def semidefinite(seed, size=60):
-    """(eigenvalues, start vector, magnitudes): most eigenvalues are 0, the others spread over four decades."""
+    """(eigenvalues, start vector, magnitudes): most eigenvalues are 0, the others spread over four
+    decades.
+    """
     random = np.random.default_rng(seed)
     eigenvalues = np.where(random.random(size) < 0.7, 0.0, 10 ** random.uniform(-3, 1, size))
-    return eigenvalues, random.choice([-1.0, 1.0], size), width.distances([random.laplace(size=50)], scope="all")
+    return (
+        eigenvalues,
+        random.choice([-1.0, 1.0], size),
+        width.distances([random.laplace(size=50)], scope="all"),
+    )
 
 
 @given(seed=st.integers(0, 10**6), operator=st.sampled_from(["semidefinite", "squared"]))
@@ -399,14 +470,21 @@ def test_rounding_widens_the_enclosure():
     eigenvalues, start, distances = semidefinite(5)
     tridiagonal = lanczos(eigenvalues, start, 10)
     (values, weights), radau = linops.ritz(tridiagonal), linops.gauss_radau(tridiagonal)
-    bounds = [width.enclosure((values, weights), radau, distances, 0.05, rounding=r) for r in (0.0, 1e-7, 1e-4, 1e-2)]
+    bounds = [
+        width.enclosure((values, weights), radau, distances, 0.05, rounding=r)
+        for r in (0.0, 1e-7, 1e-4, 1e-2)
+    ]
     lower, upper = zip(*bounds)
     assert np.all(np.diff(lower) < 0)
     assert np.all(np.diff(upper) > 0)
     noise = 1e-7 * eigenvalues.max() * np.random.default_rng(0).choice([-1.0, 1.0], values.size)
     assert bounds[1][0] <= width.predict(values + noise, weights, distances, 0.05)
-    assert width.predict_probes(tridiagonal, distances, 0.05, operator="semidefinite")[1:3] == pytest.approx(bounds[0])
-    single = tridiagonal._replace(alphas=np.float32(tridiagonal.alphas), betas=np.float32(tridiagonal.betas))
+    assert width.predict_probes(tridiagonal, distances, 0.05, operator="semidefinite")[
+        1:3
+    ] == pytest.approx(bounds[0])
+    single = tridiagonal._replace(
+        alphas=np.float32(tridiagonal.alphas), betas=np.float32(tridiagonal.betas)
+    )
     wider = width.predict_probes(single, distances, 0.05, operator="semidefinite", rounding=5e-7)
     assert wider.lower < bounds[0][0]
     assert wider.upper > bounds[0][1]
@@ -455,10 +533,16 @@ def test_products_of_a_matrix(operator):
 def test_history_is_what_shorter_runs_predict():
     eigenvalues, start, distances = semidefinite(3)
     tridiagonal = lanczos(eigenvalues, start, 9)
-    found = width.history(tridiagonal, distances, 0.05, num_matvecs=[2, 5, 9], operator="semidefinite")
+    found = width.history(
+        tridiagonal, distances, 0.05, num_matvecs=[2, 5, 9], operator="semidefinite"
+    )
     for i, m in enumerate(found.num_matvecs):
-        answer = width.predict_probes(lanczos(eigenvalues, start, m), distances, 0.05, operator="semidefinite")
-        assert (found.ratio[i], found.lower[i], found.upper[i]) == pytest.approx(answer[:3], abs=1e-10)
+        answer = width.predict_probes(
+            lanczos(eigenvalues, start, m), distances, 0.05, operator="semidefinite"
+        )
+        assert (found.ratio[i], found.lower[i], found.upper[i]) == pytest.approx(
+            answer[:3], abs=1e-10
+        )
     signed = width.history(tridiagonal, distances, 0.05)
     assert (signed.lower[[1, 4, 8]] <= found.lower + 1e-9).all()  # may put weight below 0
     np.testing.assert_allclose(signed.upper[[1, 4, 8]], found.upper, atol=1e-9)
@@ -500,7 +584,9 @@ def test_probes_of_unequal_depth():
 def test_band_adds_the_spreads():
     eigenvalues, start, distances = semidefinite(4)
     tridiagonal, draws = lanczos(eigenvalues, start, 6), np.array([0.04, 0.05, 0.06])
-    found = width.predict_probes(tridiagonal, distances, 0.05, operator="semidefinite", epsilons=draws)
+    found = width.predict_probes(
+        tridiagonal, distances, 0.05, operator="semidefinite", epsilons=draws
+    )
     answers = [width.predict_probes(tridiagonal, distances, e).ratio for e in draws]
     assert found.epsilon_error == pytest.approx(np.std(answers))
     assert found.band(0.0) == (found.lower, found.upper)
@@ -532,7 +618,9 @@ def test_absolute_enclosure_contains_the_dense_answer_and_shrinks(seed):
 
 
 def test_a_ritz_value_at_the_peak_keeps_the_enclosure_open():
-    """Of a symmetric spectrum every odd number of products has one; the border for it is beyond all numbers."""
+    """Of a symmetric spectrum every odd number of products has one; the border for it is beyond all
+    numbers.
+    """
     half = np.random.default_rng(0).gamma(0.4, 1.0, 100)
     eigenvalues = np.concatenate([half, -half])
     found = width.history(lanczos(eigenvalues, np.ones(200), 9), UNIT, 0.1)
@@ -544,15 +632,22 @@ def test_a_ritz_value_at_the_peak_keeps_the_enclosure_open():
 
 
 def extremes(eigenvalues, weights, num_matvecs, function):
-    """Least and largest mean of `function` over all spectra with the first 2 m + 1 moments: two linear programs."""
+    """Least and largest mean of `function` over all spectra with the first 2 m + 1 moments: two
+    linear programs.
+    """
     tridiagonal = lanczos(eigenvalues, np.sqrt(weights), 2 * num_matvecs + 1)
     reach = 5 * np.abs(eigenvalues).max()
     short = linops.truncate(tridiagonal, num_matvecs)
     cut = linops.border_for(short)
-    rules = [linops.bordered(short, last=cut + x)[0] for x in np.r_[0.0, np.geomspace(1e-9, 1e3, 200)]]
+    rules = [
+        linops.bordered(short, last=cut + x)[0] for x in np.r_[0.0, np.geomspace(1e-9, 1e3, 200)]
+    ]
     rules += [linops.bordered(short, last=cut - x)[0] for x in np.geomspace(1e-9, 1e3, 200)]
     grid = np.unique(np.concatenate([np.linspace(-reach, reach, 2001), *rules]))
-    polynomials, before = [np.ones_like(grid)], np.zeros_like(grid)  # orthonormal, by the three-term recurrence
+    polynomials, before = (
+        [np.ones_like(grid)],
+        np.zeros_like(grid),
+    )  # orthonormal, by the three-term recurrence
     for i in range(2 * num_matvecs):
         beta = tridiagonal.betas[i - 1] if i else 0.0
         after = (grid - tridiagonal.alphas[i]) * polynomials[-1] - beta * before
@@ -560,20 +655,37 @@ def extremes(eigenvalues, weights, num_matvecs, function):
         polynomials.append(after / tridiagonal.betas[i])
     scale = np.abs(polynomials).max(0)
     equal, right = np.array(polynomials) / scale, np.eye(2 * num_matvecs + 1)[0]
-    programs = [scipy.optimize.linprog(s * function(grid) / scale, A_eq=equal, b_eq=right) for s in (1, -1)]
+    programs = [
+        scipy.optimize.linprog(s * function(grid) / scale, A_eq=equal, b_eq=right) for s in (1, -1)
+    ]
     assert all(program.status == 0 for program in programs)
     return programs[0].fun, -programs[1].fun
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_absolute_enclosure_is_that_of_linear_programs(seed):
-    """At the bounds' own distances no spectrum with the same moments has a lesser, or larger, width."""
+    """At the bounds' own distances no spectrum with the same moments has a lesser, or larger,
+    width.
+    """
     random = np.random.default_rng(seed)
-    eigenvalues, weights = random.choice([-1, 1], 80) * random.gamma(0.4, 1.0, 80), random.dirichlet(np.ones(80))
+    eigenvalues, weights = (
+        random.choice([-1, 1], 80) * random.gamma(0.4, 1.0, 80),
+        random.dirichlet(np.ones(80)),
+    )
     num_matvecs, epsilon = 2 + seed % 3, 10.0 ** random.uniform(-2, 0)
     found = width.predict_probes(lanczos(eigenvalues, np.sqrt(weights), num_matvecs), UNIT, epsilon)
-    least, _ = extremes(eigenvalues, weights, num_matvecs, lambda x: 1 / (1 + np.abs(x) * found.lower / (2 * epsilon)))
-    _, most = extremes(eigenvalues, weights, num_matvecs, lambda x: 1 / (1 + np.abs(x) * found.upper / (2 * epsilon)))
+    least, _ = extremes(
+        eigenvalues,
+        weights,
+        num_matvecs,
+        lambda x: 1 / (1 + np.abs(x) * found.lower / (2 * epsilon)),
+    )
+    _, most = extremes(
+        eigenvalues,
+        weights,
+        num_matvecs,
+        lambda x: 1 / (1 + np.abs(x) * found.upper / (2 * epsilon)),
+    )
     assert found.lower == pytest.approx(least, abs=2e-4)  # R^2 = p, and the width at R is p
     assert found.upper == pytest.approx(most, abs=1e-6)
 
@@ -606,7 +718,9 @@ def test_indefinite_operators():
     dense = width.predict(eigenvalues, np.ones(4), EQUAL, 0.1)
     assert whole[:3] == pytest.approx((dense, dense, dense), abs=1e-9)
     assert found.lower < dense == pytest.approx(found.upper)  # four values, one at 0: attained
-    squared = width.predict_probes(lanczos(eigenvalues**2, np.ones(4), 2), EQUAL, 0.1, operator="squared")
+    squared = width.predict_probes(
+        lanczos(eigenvalues**2, np.ones(4), 2), EQUAL, 0.1, operator="squared"
+    )
     assert squared.lower <= width.predict(eigenvalues, np.ones(4), EQUAL, 0.1) <= squared.upper
 
 

@@ -1,4 +1,6 @@
-"""Damaged files of a workdir and of an export: harmless, recovered, or refused by name, never another number."""
+"""Damaged files of a workdir and of an export: harmless, recovered, or refused by name, never
+another number.
+"""
 
 import gc
 import importlib
@@ -16,7 +18,9 @@ import tiny
 
 from sparsity_jax import checkpoint, evaluate, intact, pipeline, report, tables, train, workdirs
 
-CONFIG = tiny.config("fit", "curve", fit=pipeline.stage("train", epochs=1, batch_size=32, optimizer=tiny.SGD))
+CONFIG = tiny.config(
+    "fit", "curve", fit=pipeline.stage("train", epochs=1, batch_size=32, optimizer=tiny.SGD)
+)
 
 
 def flip(path: pathlib.Path, other: pathlib.Path, rng: np.random.Generator) -> None:
@@ -51,7 +55,9 @@ def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-def damaged(whole: pathlib.Path, target: pathlib.Path, name: pathlib.Path, fault, rng) -> pathlib.Path:
+def damaged(
+    whole: pathlib.Path, target: pathlib.Path, name: pathlib.Path, fault, rng
+) -> pathlib.Path:
     """A copy of the folder `whole` with a fault in its file `name`, or in it and another one."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(whole, target)
@@ -95,7 +101,11 @@ def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tm
     """What is read and evaluated; `experiments/robustness/faults.py` also runs each."""
     workdir, state, rows = whole
     rng = np.random.default_rng(0)
-    names = [name for name in files_of(workdir) if name.parts[0] not in ("figures", "tensorboard", "report.html")]
+    names = [
+        name
+        for name in files_of(workdir)
+        if name.parts[0] not in ("figures", "tensorboard", "report.html")
+    ]
     assert len(names) > 20
     kept = {path.name: intact.read_sums(path) for path in (workdir / "checkpoints").iterdir()}
     for name in names:
@@ -115,7 +125,9 @@ def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tm
             assert any(str(other) in sentence for other in names), (name, sentence)
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "progress.json", "manifest.ocdbt", "SHA256SUMS"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "progress.json", "manifest.ocdbt", "SHA256SUMS"]
+)
 def test_a_run_goes_on_from_what_is_whole(name, whole, tmp_path, built_once, drawn_once):
     workdir, state, rows = whole
     place = shutil.copytree(workdir, tmp_path / "run")
@@ -131,7 +143,9 @@ def test_a_run_goes_on_from_what_is_whole(name, whole, tmp_path, built_once, dra
     assert tiny.timeless(report.read_rows(place / "metrics.jsonl")) == rows
 
 
-def test_evaluation_goes_on_where_a_run_removes_what_it_reads(whole, tmp_path, built_once, monkeypatch):
+def test_evaluation_goes_on_where_a_run_removes_what_it_reads(
+    whole, tmp_path, built_once, monkeypatch
+):
     place = shutil.copytree(whole[0], tmp_path / "run")
     restore, calls = evaluate.restore, []
 
@@ -161,7 +175,9 @@ def test_without_a_whole_checkpoint_the_run_says_so_and_an_empty_one_is_passed_o
     for folder in newest.parent.glob("[0-9]*"):
         for path in folder.glob("progress.json"):
             path.write_bytes(path.read_bytes().replace(b"1", b"7", 1))
-    with pytest.raises(intact.DamagedError, match=r"no checkpoint in .* is whole: .*progress\.json"):
+    with pytest.raises(
+        intact.DamagedError, match=r"no checkpoint in .* is whole: .*progress\.json"
+    ):
         pipeline.run(CONFIG, place)
     with pytest.raises(intact.DamagedError, match="is whole"):
         evaluate.run(place)
@@ -174,14 +190,18 @@ def test_evaluation_uses_the_checkpoint_before_and_the_copy_of_the_config(whole,
     expected = evaluate.run(whole[0])
     place = shutil.copytree(whole[0], tmp_path / "run")
     config = place / "config.json"
-    config.write_bytes(config.read_bytes().replace(b'"normalization": "auto"', b'"normalization": "none"'))
+    config.write_bytes(
+        config.read_bytes().replace(b'"normalization": "auto"', b'"normalization": "none"')
+    )
     config.write_bytes(config.read_bytes().replace(b'"test_limit": 50', b'"test_limit": 40'))
     assert evaluate.run(place) == expected
     assert "config.json is not as it was written" in capsys.readouterr().err
     newest = workdirs.newest(place)
     (newest.folder / "state" / "manifest.ocdbt").unlink()
     (row,) = evaluate.run(place)
-    assert row["test_accuracy"] == expected[0]["test_accuracy"]  # the curve leaves the network as it is
+    assert (
+        row["test_accuracy"] == expected[0]["test_accuracy"]
+    )  # the curve leaves the network as it is
     assert row["progress"] != expected[0]["progress"]
 
 
@@ -229,7 +249,7 @@ def test_a_file_that_came_into_a_sealed_folder_is_damage(tmp_path):
     assert "stranger has no checksum" in intact.damage(tmp_path)
 
 
-# Hostile folders, whose checksums are right --------------------------------------------------------------------
+# Hostile folders, whose checksums are right -------------------------------------------------------
 
 
 class Payload:
@@ -249,7 +269,9 @@ def with_class(value):
 
 
 def write_sealed(place: pathlib.Path, name: pathlib.Path, content: bytes) -> None:
-    """`content` in a file of the workdir `place`, in all its checkpoints, with checksums that fit."""
+    """`content` in a file of the workdir `place`, in all its checkpoints, with checksums that
+    fit.
+    """
     if name.parts[0] != "checkpoints":
         (place / name).write_bytes(content)
         intact.record(place / name)
@@ -261,13 +283,23 @@ def write_sealed(place: pathlib.Path, name: pathlib.Path, content: bytes) -> Non
         intact.seal(folder)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of readers that failed
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # of readers that failed
 @pytest.mark.parametrize("content", ["pickle", "names of classes", "other data"])
-def test_nothing_in_a_run_folder_is_imported_or_unpickled(content, whole, tmp_path, built_once, monkeypatch):
-    (tmp_path / "hostile_module.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()")
+def test_nothing_in_a_run_folder_is_imported_or_unpickled(
+    content, whole, tmp_path, built_once, monkeypatch
+):
+    (tmp_path / "hostile_module.py").write_text(
+        "import pathlib; pathlib.Path(__file__).with_name('ran').touch()"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     newest = workdirs.newest(whole[0]).folder.name
-    names = [name for name in files_of(whole[0]) if name.parts[0] not in ("figures", "tensorboard", "report.html")]
+    names = [
+        name
+        for name in files_of(whole[0])
+        if name.parts[0] not in ("figures", "tensorboard", "report.html")
+    ]
     names = [name for name in names if name.parts[0] != "checkpoints" or name.parts[1] == newest]
     refused = []
     for name in (name for name in names if name.name != intact.SUMS):
@@ -292,26 +324,35 @@ def test_nothing_in_a_run_folder_is_imported_or_unpickled(content, whole, tmp_pa
     assert "_METADATA" in refused
     assert not (tmp_path / "ran").exists()
     assert "hostile_module" not in sys.modules
-    gc.collect()  # abandoned readers complain here, where the filter above holds, not in a later test
+    # abandoned readers complain here, where the filter above holds, not in a later test
+    gc.collect()
 
 
-def test_a_network_of_absurd_size_in_a_run_folder_is_refused(whole, tmp_path, built_once, monkeypatch):
+def test_a_network_of_absurd_size_in_a_run_folder_is_refused(
+    whole, tmp_path, built_once, monkeypatch
+):
     monkeypatch.setattr(evaluate, "build", built_once)
     place = shutil.copytree(whole[0], tmp_path / "run")
     config = workdirs.read_config(place)
     absurd = ([10**20], [2**31 - 1] * 3, [2 * 10**9, 2])
     models = [dict(name="mlp", widths=widths) for widths in absurd]
     for model in (*models, dict(name="mlp", width=3), dict(name="os.system")):
-        write_sealed(place, pathlib.Path("config.json"), json.dumps({**config, "model": model}).encode())
+        write_sealed(
+            place, pathlib.Path("config.json"), json.dumps({**config, "model": model}).encode()
+        )
         with pytest.raises(tables.ConfigError, match=r"config\.model"):
             evaluate.open_run(place)
 
 
-# Memory and disk -----------------------------------------------------------------------------------------------
+# Memory and disk ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")])
-def test_memory_that_is_full_names_the_stage_and_leaves_the_checkpoints(error, whole, tmp_path, built_once, drawn_once):
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")]
+)
+def test_memory_that_is_full_names_the_stage_and_leaves_the_checkpoints(
+    error, whole, tmp_path, built_once, drawn_once
+):
     loop = train.fit_epochs
 
     def fails(*args):
@@ -320,7 +361,9 @@ def test_memory_that_is_full_names_the_stage_and_leaves_the_checkpoints(error, w
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "fit_epochs", fails)
-        with pytest.raises(tables.ConfigError, match=r"config\.fit: the memory is full.* config\.fit\.batch_size"):
+        with pytest.raises(
+            tables.ConfigError, match=r"config\.fit: the memory is full.* config\.fit\.batch_size"
+        ):
             pipeline.run(CONFIG, tmp_path)
     assert workdirs.newest(tmp_path) is not None
     tiny.same(pipeline.run(CONFIG, tmp_path).state, whole[1])
@@ -339,8 +382,12 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of writers that failed
-def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(small_disk, whole, built_once, drawn_once):
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # of writers that failed
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(
+    small_disk, whole, built_once, drawn_once
+):
     folder, resize = small_disk
     with pytest.raises(OSError, match="No space left") as full:
         pipeline.run(CONFIG, folder / "run")
@@ -349,7 +396,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(small_disk, 
     tiny.same(pipeline.run(CONFIG, folder / "run").state, whole[1])
 
 
-# Paths ---------------------------------------------------------------------------------------------------------
+# Paths --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a[1]", "a]", "back\\slash", "gs:"])
@@ -366,12 +413,16 @@ def test_other_paths_hold_checkpoints(name, tmp_path):
     saved.save(state, workdirs.Progress(0, True, []))
     saved.close()
     workdirs.check_path(tmp_path / name)
-    tiny.same(checkpoint.restore(workdirs.newest(tmp_path / name), state), jax.tree.map(np.asarray, state))
+    tiny.same(
+        checkpoint.restore(workdirs.newest(tmp_path / name), state), jax.tree.map(np.asarray, state)
+    )
 
 
 def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
     restore = checkpoint.restore
-    monkeypatch.setattr(checkpoint, "restore", lambda *args: jax.tree.map(lambda leaf: leaf + 1, restore(*args)))
+    monkeypatch.setattr(
+        checkpoint, "restore", lambda *args: jax.tree.map(lambda leaf: leaf + 1, restore(*args))
+    )
     saved = checkpoint.Checkpoints(tmp_path, {})
     with pytest.raises(OSError, match="does not read as it was written"):
         saved.save({"w": np.ones(3)}, workdirs.Progress(0, True, []))

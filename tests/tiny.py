@@ -17,7 +17,9 @@ def digits(train_limit: int = 128, test_limit: int = 50) -> data.Dataset:
     return data.load(name="digits", train_limit=train_limit, test_limit=test_limit)
 
 
-def problem(dataset: data.Dataset | None = None, widths: tuple[int, ...] = (16,), **options) -> train.Problem:
+def problem(
+    dataset: data.Dataset | None = None, widths: tuple[int, ...] = (16,), **options
+) -> train.Problem:
     model = models.build(name="mlp", num_classes=10, widths=widths)
     return train.build_problem(dataset or digits(), model, **options)
 
@@ -29,7 +31,9 @@ def settings(kind: str, where: str = "config.x", **fields) -> interface.Stage:
 
 
 def fit(optimizer: dict = SGD, **fields) -> train.Fit:
-    return settings("train", "config.fit", **dict(epochs=2, batch_size=32, optimizer=optimizer) | fields)
+    return settings(
+        "train", "config.fit", **dict(epochs=2, batch_size=32, optimizer=optimizer) | fields
+    )
 
 
 def start(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[train.State, dict]:
@@ -39,7 +43,9 @@ def start(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[tra
     return train.begin(problem, state, chosen, numbers), numbers
 
 
-def trained(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[train.State, list[dict]]:
+def trained(
+    problem: train.Problem, chosen: train.Fit, seed: int = 0
+) -> tuple[train.State, list[dict]]:
     """(state after training, rows)."""
     state, numbers = start(problem, chosen, seed)
     rows = []
@@ -55,7 +61,9 @@ def config(*names: str, **fields) -> dict:
         "data": dict(name="digits", train_limit=128, test_limit=50),
         "model": dict(name="mlp", widths=(16,)),
         "fit": pipeline.stage("train", epochs=2, batch_size=32, optimizer=SGD),
-        "again": pipeline.stage("train", epochs=1, batch_size=32, optimizer=dict(SGD, learning_rate=0.01)),
+        "again": pipeline.stage(
+            "train", epochs=1, batch_size=32, optimizer=dict(SGD, learning_rate=0.01)
+        ),
         "curve": pipeline.stage("curve", ratios=(0.0, 0.5, 0.9)),
         "retrained": pipeline.stage("curve", ratios=(0.0, 0.5, 0.9), retrain="again"),
         "cut": pipeline.stage("prune", ratio=0.5),
@@ -66,14 +74,19 @@ def config(*names: str, **fields) -> dict:
     return copy.deepcopy(made | fields)
 
 
-def random_set(shape: tuple[int, ...] = (32, 32, 3), num_classes: int = 10, examples: int = 16) -> data.Dataset:
+def random_set(
+    shape: tuple[int, ...] = (32, 32, 3), num_classes: int = 10, examples: int = 16
+) -> data.Dataset:
     """Random images; twice the batch for two steps."""
     rng = np.random.default_rng(0)
     split = lambda size: data.Split(
-        rng.integers(0, 256, (size, *shape), np.uint8), rng.integers(0, num_classes, size).astype(np.int32)
+        rng.integers(0, 256, (size, *shape), np.uint8),
+        rng.integers(0, num_classes, size).astype(np.int32),
     )
     channels = shape[-1]
-    return data.Dataset("random", split(examples), split(5), num_classes, (0.5,) * channels, (0.25,) * channels)
+    return data.Dataset(
+        "random", split(examples), split(5), num_classes, (0.5,) * channels, (0.25,) * channels
+    )
 
 
 def same(first, second) -> None:
@@ -86,9 +99,11 @@ def same(first, second) -> None:
 
 
 def check_on_meshes(function, *arrays, rtol=1e-5) -> None:
-    """Asserts that `function` of the rows of arrays [2, ...] gives the same in each of `shard_map`, one row per device,
-    `vmap` of it, and on arrays that an explicit mesh divides."""
-    compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # run once
+    """Asserts that `function` of the rows of arrays [2, ...] gives the same in each of `shard_map`,
+    one row per device, `vmap` of it, and on arrays that an explicit mesh divides."""
+    compiled = functools.partial(
+        jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+    )  # run once
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
     alone = compiled(jax.vmap(function))(*arrays)
     kinds, spec = jax.sharding.AxisType, jax.sharding.PartitionSpec("x")
@@ -102,7 +117,9 @@ def check_on_meshes(function, *arrays, rtol=1e-5) -> None:
     both = compiled(mapped)(*(np.stack([array, array[::-1]]) for array in arrays))
     jax.tree.map(lambda a, b: close(a, np.stack([b, b[::-1]])), both, alone)
     with jax.set_mesh(explicit):
-        shared = compiled(function)(*(jax.device_put(array[0], jax.NamedSharding(explicit, spec)) for array in arrays))
+        shared = compiled(function)(
+            *(jax.device_put(array[0], jax.NamedSharding(explicit, spec)) for array in arrays)
+        )
     jax.tree.map(lambda a, b: close(a, b[0]), shared, alone)
 
 
@@ -111,6 +128,21 @@ def timeless(rows: list[dict]) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-# names that a swept value or a config may carry: mathtext, markup, patterns, formats, colours, text XML cannot hold
-HOSTILE_LABELS = ("$$", "a$b", r"$x_1^2$", r"\d \1 \$ $\frac{1}{2}$", "100% _x_", "_", "<b>&lt;\"'", "#0072b2",
-    "{0} %s", "-->", "]]>", "\x00\x1b\ud800", "名" * 100, "a\nb")  # fmt: skip
+# names that a swept value or a config may carry: mathtext, markup, patterns, formats, colours, text
+# XML cannot hold
+HOSTILE_LABELS = (
+    "$$",
+    "a$b",
+    r"$x_1^2$",
+    r"\d \1 \$ $\frac{1}{2}$",
+    "100% _x_",
+    "_",
+    "<b>&lt;\"'",
+    "#0072b2",
+    "{0} %s",
+    "-->",
+    "]]>",
+    "\x00\x1b\ud800",
+    "名" * 100,
+    "a\nb",
+)

@@ -1,11 +1,12 @@
-"""Damages every file of a finished workdir and of an exported folder in every way, and reads, runs and evaluates each.
+"""Damages every file of a finished workdir and of an exported folder in every way, and reads, runs
+and evaluates each.
 
     python experiments/robustness/faults.py --workdir /tmp/faults
 
-Faults: every file deleted, emptied, truncated at three places, swapped with `--swaps` others, and `--flips` single bits
-of it flipped.
-Allowed: the numbers of the whole run, or one sentence that names a file. Prints the count of each; exits 1 for anything
-else.
+Faults: every file deleted, emptied, truncated at three places, swapped with `--swaps` others, and
+`--flips` single bits of it flipped.
+Allowed: the numbers of the whole run, or one sentence that names a file. Prints the count of each;
+exits 1 for anything else.
 """
 
 import argparse
@@ -77,7 +78,9 @@ def verdict(check, place: pathlib.Path, names: list[pathlib.Path]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def try_all(whole: pathlib.Path, place: pathlib.Path, checks: dict, flips: int, swaps: int) -> collections.Counter:
+def try_all(
+    whole: pathlib.Path, place: pathlib.Path, checks: dict, flips: int, swaps: int
+) -> collections.Counter:
     names, counts = files_of(whole), collections.Counter()
     for kind, changes in faults(whole, flips, swaps, np.random.default_rng(0)):
         for what, check in checks.items():
@@ -106,7 +109,9 @@ def main() -> None:
     evaluate.export_run(saved, export)
     variables, _ = evaluate.load(export)
     loss = evaluate.run(run)[0]["test_loss"]
-    report.write = lambda workdir, *_, **__: workdir  # the page is drawn of the rows that are compared
+    report.write = lambda workdir, *_, **__: (
+        workdir
+    )  # the page is drawn of the rows that are compared
     problem = pipeline.build(pipeline.check(CONFIG)[0])
     pipeline.build = lambda _: problem
     evaluate.build = lambda *_: problem
@@ -117,9 +122,14 @@ def main() -> None:
 
     def resumed(place):
         again = pipeline.run(CONFIG, place)
-        return same(again.state, outcome.state) and timeless(json.loads(json.dumps(again.rows))) == rows
+        return (
+            same(again.state, outcome.state)
+            and timeless(json.loads(json.dumps(again.rows))) == rows
+        )
 
-    def evaluated(place):  # of the checkpoint before too: the last stage leaves the network as it is
+    def evaluated(
+        place,
+    ):  # of the checkpoint before too: the last stage leaves the network as it is
         network = evaluate.open_run(place).networks[0]
         measured = train.measure(problem, network.state.params, network.state.batch_stats, "test")
         return float(measured.loss) == loss
@@ -130,7 +140,9 @@ def main() -> None:
     counts += try_all(export, place, loads, *amounts)
     for (what, kind, found), number in sorted(counts.items()):
         sys.stdout.write(f"{what:<10}{kind:<10}{number:>6}  {found}\n")
-    wrong = sum(number for (_, _, found), number in counts.items() if found not in ("right", "refused"))
+    wrong = sum(
+        number for (_, _, found), number in counts.items() if found not in ("right", "refused")
+    )
     sys.stdout.write(f"{sum(counts.values())} cases, {wrong} wrong\n")
     sys.exit(wrong > 0)
 

@@ -2,10 +2,11 @@
 
     python experiments/robustness/hostile.py --tries 300
 
-Every try begins with whole data and damages it at random. Allowed: the data that an independent count expects, arrays
-of numbers (a weight file has no checksum of its values), or one sentence as ConfigError. Anything else fails: another
-exception, another number of images, a module that was imported because a file names it. Files of PyTorch are tried
-where it is installed. Prints the counts; exits 1 on a failure.
+Every try begins with whole data and damages it at random. Allowed: the data that an independent
+count expects, arrays of numbers (a weight file has no checksum of its values), or one sentence as
+ConfigError. Anything else fails: another exception, another number of images, a module that was
+imported because a file names it. Files of PyTorch are tried where it is installed. Prints the
+counts; exits 1 on a failure.
 """
 
 import argparse
@@ -30,7 +31,9 @@ Rng = np.random.Generator
 
 
 def damaged(content: bytes, rng: Rng) -> bytes:
-    """`content` with a few bits flipped, a part missing, repeated or replaced, or nothing of it left."""
+    """`content` with a few bits flipped, a part missing, repeated or replaced, or nothing of it
+    left.
+    """
     first, last = sorted(rng.integers(0, len(content), 2))
     noise = rng.bytes(int(last - first))
     ways = [
@@ -45,12 +48,14 @@ def damaged(content: bytes, rng: Rng) -> bytes:
     if way < len(ways):
         return ways[way]
     flipped = bytearray(content)
-    for place in rng.integers(0, min(len(content), int(10 ** rng.uniform(1, 5))), 1 + int(rng.integers(3))):
+    for place in rng.integers(
+        0, min(len(content), int(10 ** rng.uniform(1, 5))), 1 + int(rng.integers(3))
+    ):
         flipped[place] ^= 1 << int(rng.integers(8))
     return bytes(flipped)
 
 
-# Weight files --------------------------------------------------------------------------------------------------
+# Weight files -------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -73,15 +78,19 @@ def weights(suffix: str, folder: pathlib.Path, rng: Rng) -> str:
         import torch
 
         folder.mkdir()
-        torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, path)
+        torch.save(
+            {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, path
+        )
     path.write_bytes(damaged(path.read_bytes(), rng))
     like = {"params": train.create_state(problem, train.key_of(0)).params, "batch_stats": {}}
     variables = pretrained.to_variables(pretrained.read(path), like)
     kernel = np.asarray(variables["params"]["fc"]["kernel"])
-    return "" if kernel.shape == (8, 10) and np.isfinite(kernel).all() else "weights of another kind"
+    return (
+        "" if kernel.shape == (8, 10) and np.isfinite(kernel).all() else "weights of another kind"
+    )
 
 
-# Folders -------------------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------
 
 
 def link(place: pathlib.Path, target: pathlib.Path) -> None:
@@ -94,7 +103,9 @@ def write(place: pathlib.Path, content: bytes) -> None:
     place.write_bytes(content)
 
 
-HARMLESS: dict[str, Callable] = {  # what tools and links leave behind; images among them count once or not at all
+HARMLESS: dict[
+    str, Callable
+] = {  # what tools and links leave behind; images among them count once or not at all
     "hidden folder": lambda c, image: write(c / ".thumbs" / "0.png", image),
     "hidden file": lambda c, image: write(c / "._0.png", image),
     "archive": lambda c, image: write(c.parent / "__MACOSX" / "0.png", image),
@@ -108,7 +119,9 @@ HARMLESS: dict[str, Callable] = {  # what tools and links leave behind; images a
 FATAL: dict[str, Callable] = {  # what must be told
     "noise": lambda c, image: write(c / "broken.png", b"\x89PNG\r\n\x1a\n" + bytes(40)),
     "cut short": lambda c, image: write(c / "short.png", image[: len(image) // 2]),
-    "another size": lambda c, image: write(c / "large.png", cv2.imencode(".png", np.zeros((9, 9, 3), np.uint8))[1]),
+    "another size": lambda c, image: write(
+        c / "large.png", cv2.imencode(".png", np.zeros((9, 9, 3), np.uint8))[1]
+    ),
 }
 
 
@@ -132,10 +145,14 @@ def folder_of_images(folder: pathlib.Path, rng: Rng) -> str:
         return "refused, though nothing is wrong"
     found = len(loaded.train.labels) + len(loaded.test.labels)
     expected = 7 + added
-    return "" if not fatal and found == expected else f"{found} images, expected {expected}, {fatal or 'all whole'}"
+    return (
+        ""
+        if not fatal and found == expected
+        else f"{found} images, expected {expected}, {fatal or 'all whole'}"
+    )
 
 
-# Prepared sets -------------------------------------------------------------------------------------------------
+# Prepared sets ------------------------------------------------------------------------------------
 
 
 def prepared_set(folder: pathlib.Path, rng: Rng) -> str:

@@ -1,9 +1,11 @@
-"""Runs every config in small, in every `dtype` and `param_dtype`, and tells which runs end with their report.
+"""Runs every config in small, in every `dtype` and `param_dtype`, and tells which runs end with
+their report.
 
     python experiments/robustness/precisions.py --workdir /tmp/precisions
 
-Each run is a process of its own, started by the command line of a user. float64 runs with JAX_ENABLE_X64=1. Prints a
-table; exits 1 if a run ends without its report, after the last line that this run wrote.
+Each run is a process of its own, started by the command line of a user. float64 runs with
+JAX_ENABLE_X64=1. Prints a table; exits 1 if a run ends without its report, after the last line that
+this run wrote.
 """
 
 import argparse
@@ -24,7 +26,12 @@ SMALL = {  # the digits variant of each config and what makes it small
     ),
     "sfw_oneshot": (
         "configs/sfw_oneshot.py:data=digits,arch=small_cnn,sfw_init=1,epochs=2",
-        ("model.widths=(8,8)", "model.dense_widths=(16,)", "model.batch_norm=True", "sfw_init.iterations=4"),
+        (
+            "model.widths=(8,8)",
+            "model.dense_widths=(16,)",
+            "model.batch_norm=True",
+            "sfw_init.iterations=4",
+        ),
     ),
     "toy_cnn": (
         "configs/toy_cnn.py:mlp",
@@ -32,13 +39,23 @@ SMALL = {  # the digits variant of each config and what makes it small
     ),
     "geometric_limit": (
         "configs/geometric_limit.py:digits",
-        ("fit.epochs=4", "model.widths=(32,)", "curve.ratios=(0.0,0.5,0.9)", "hessian.num_matvecs=8")
+        (
+            "fit.epochs=4",
+            "model.widths=(32,)",
+            "curve.ratios=(0.0,0.5,0.9)",
+            "hessian.num_matvecs=8",
+        )
         + ("gauss_newton.num_matvecs=8",),
     ),
     "gradient_flow": ("configs/gradient_flow.py:digits,rounds=2,epochs=5", ()),
     "greg": (
         "configs/greg.py:digits",
-        ("base.epochs=2", "finetune.epochs=2", "grow.stabilize_steps=10", "grow.granularity_prune=0.05"),
+        (
+            "base.epochs=2",
+            "finetune.epochs=2",
+            "grow.stabilize_steps=10",
+            "grow.granularity_prune=0.05",
+        ),
     ),
 }
 
@@ -47,14 +64,24 @@ def run(name: str, dtype: str, param_dtype: str, workdir: pathlib.Path) -> tuple
     """("" if the run ends with its report, else the last line it wrote; seconds)."""
     config, fields = SMALL[name]
     fields = (*FEW, *fields, f"model.dtype={dtype}", f"model.param_dtype={param_dtype}")
-    command = [sys.executable, "-m", "sparsity_jax.run", "--config", config, "--workdir", str(workdir)]
+    command = [
+        sys.executable,
+        "-m",
+        "sparsity_jax.run",
+        "--config",
+        config,
+        "--workdir",
+        str(workdir),
+    ]
     command += [f"--config.{field}" for field in fields]
     variables = {
         "JAX_ENABLE_X64": str(int("float64" in (dtype, param_dtype))),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # most of the time is compilation
     }
     start = time.perf_counter()
-    ended = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False
+    )
     seconds = time.perf_counter() - start
     if ended.returncode == 0 and (workdir / "report.html").is_file():
         return "", seconds
@@ -71,11 +98,17 @@ def main() -> None:
     arguments = parser.parse_args()
     failures = 0
     runs = itertools.product(arguments.configs, arguments.dtypes, arguments.param_dtypes)
-    print("| config | `dtype` | `param_dtype` | report | seconds |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| config | `dtype` | `param_dtype` | report | seconds |\n|---|---|---|---|---|", flush=True
+    )
     for name, dtype, param_dtype in runs:
-        failure, seconds = run(name, dtype, param_dtype, arguments.workdir / f"{name}_{dtype}_{param_dtype}")
+        failure, seconds = run(
+            name, dtype, param_dtype, arguments.workdir / f"{name}_{dtype}_{param_dtype}"
+        )
         failures += bool(failure)
-        print(f"| {name} | {dtype} | {param_dtype} | {failure or 'yes'} | {seconds:.0f} |", flush=True)
+        print(
+            f"| {name} | {dtype} | {param_dtype} | {failure or 'yes'} | {seconds:.0f} |", flush=True
+        )
     sys.exit(failures > 0)
 
 

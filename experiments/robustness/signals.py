@@ -2,10 +2,11 @@
 
     python experiments/robustness/signals.py --workdir /tmp/signals
 
-A run trains, searches a limit, makes Lanczos steps and predicts. SIGTERM, SIGINT or SIGHUP comes after a random delay
-within the time that a whole run takes, so also while Python starts, data loads and programs compile. Allowed: the
-process ends within `BOUND` seconds with one of `STATUSES`, and the finished run has the rows and arrays of one without
-signals, bit for bit. Prints the counts; exits 1 for anything else.
+A run trains, searches a limit, makes Lanczos steps and predicts. SIGTERM, SIGINT or SIGHUP comes
+after a random delay within the time that a whole run takes, so also while Python starts, data loads
+and programs compile. Allowed: the process ends within `BOUND` seconds with one of `STATUSES`, and
+the finished run has the rows and arrays of one without signals, bit for bit. Prints the counts;
+exits 1 for anything else.
 """
 
 import argparse
@@ -99,8 +100,12 @@ def interrupted(workdir: pathlib.Path, number: signal.Signals, delay: float) -> 
     return STATUSES.get(process.returncode, f"STATUS {process.returncode} ({log})"), taken
 
 
-def until_finished(workdir: pathlib.Path, seed: int, whole_seconds: float, most: int) -> list[tuple[str, str, float]]:
-    """(signal, how the process ended, seconds) of each start, at most `most`, until the run is finished."""
+def until_finished(
+    workdir: pathlib.Path, seed: int, whole_seconds: float, most: int
+) -> list[tuple[str, str, float]]:
+    """(signal, how the process ended, seconds) of each start, at most `most`, until the run is
+    finished.
+    """
     draw = random.Random(seed)
     starts = []
     while len(starts) < most:
@@ -119,7 +124,9 @@ def main() -> None:
     parser.add_argument("--signals", type=int, default=100, help="starts that get a signal (100)")
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time (2)")
     arguments = parser.parse_args()
-    for number in SIGNALS:  # whatever this process ignores, as one in the background does, its runs do not
+    for (
+        number
+    ) in SIGNALS:  # whatever this process ignores, as one in the background does, its runs do not
         signal.signal(number, signal.SIG_DFL)
     folder = arguments.workdir.absolute()
     folder.mkdir(parents=True)
@@ -133,7 +140,10 @@ def main() -> None:
         while sent < arguments.signals:
             seeds = range(runs, runs + arguments.processes)
             share = -(-(arguments.signals - sent) // arguments.processes)
-            tries = [pool.submit(until_finished, folder / f"run_{seed}", seed, whole_seconds, share) for seed in seeds]
+            tries = [
+                pool.submit(until_finished, folder / f"run_{seed}", seed, whole_seconds, share)
+                for seed in seeds
+            ]
             for seed, future in zip(seeds, tries):
                 for name, ending, seconds in future.result():
                     counts[name, ending] += 1
@@ -147,7 +157,9 @@ def main() -> None:
             runs += arguments.processes
     for (name, ending), number in sorted(counts.items()):
         sys.stdout.write(f"{name:<10}{number:>6}  {ending}\n")
-    failed = sum(number for (_, ending), number in counts.items() if ending not in STATUSES.values())
+    failed = sum(
+        number for (_, ending), number in counts.items() if ending not in STATUSES.values()
+    )
     sys.stdout.write(
         f"{sent} starts, {runs} runs to their end; slowest end {slowest:.1f} s after the signal; "
         f"{failed} endings not allowed, {wrong} runs with other results\n"

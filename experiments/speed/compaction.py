@@ -2,8 +2,8 @@
 
     python experiments/speed/compaction.py
 
-Untrained networks on random images; of every channel group the half of least magnitude goes. Dense and compact take
-turns, so that noise hits both.
+Untrained networks on random images; of every channel group the half of least magnitude goes. Dense
+and compact take turns, so that noise hits both.
 """
 
 import argparse
@@ -49,27 +49,57 @@ def row(name: str, batch_size: int, repeats: int) -> str:
     hide(variables, keep)
     select = lambda: budgets.select(importance, 0.5)
     steps = [
-        least(call) for call in (lambda: trace().names, lambda: score(variables), select, lambda: hide(variables, keep))
+        least(call)
+        for call in (
+            lambda: trace().names,
+            lambda: score(variables),
+            select,
+            lambda: hide(variables, keep),
+        )
     ]
 
-    small, run = groups.compact(variables, channels, keep), groups.elastic(model.apply, channels, keep)
-    pair = {"dense": (jax.jit(model.apply), (variables, images)), "compact": (jax.jit(run), (small, images))}
+    small, run = (
+        groups.compact(variables, channels, keep),
+        groups.elastic(model.apply, channels, keep),
+    )
+    pair = {
+        "dense": (jax.jit(model.apply), (variables, images)),
+        "compact": (jax.jit(run), (small, images)),
+    }
     found = cost.compare(pair, repeats=repeats)
-    times = [f"{1e3 * t.median:.1f} ({1e3 * t.low:.1f} - {1e3 * t.high:.1f})" for t in found.latencies.values()]
-    speed = f"{found.speedup:.2f} ({found.speedup_low:.2f} - {found.speedup_high:.2f}), {found.verdict}"
-    products = [cost.flops(f, v, images[:1]).products for f, v in ((model.apply, variables), (run, small))]
+    times = [
+        f"{1e3 * t.median:.1f} ({1e3 * t.low:.1f} - {1e3 * t.high:.1f})"
+        for t in found.latencies.values()
+    ]
+    speed = (
+        f"{found.speedup:.2f} ({found.speedup_low:.2f} - {found.speedup_high:.2f}), {found.verdict}"
+    )
+    products = [
+        cost.flops(f, v, images[:1]).products for f, v in ((model.apply, variables), (run, small))
+    ]
     shares = [products[1] / products[0], cost.num_params(small) / cost.num_params(variables)]
     worst = groups.check(model.apply, variables, channels, images, key=jax.random.key(2))
     assert np.isfinite(worst), name
     assert worst < 1e-4, name
-    cells = [name, *times, speed, *(f"{100 * share:.0f} %" for share in shares), *(f"{ms:.1f}" for ms in steps)]
+    cells = [
+        name,
+        *times,
+        speed,
+        *(f"{100 * share:.0f} %" for share in shares),
+        *(f"{ms:.1f}" for ms in steps),
+    ]
     return f"| {' | '.join(cells)} |"
 
 
 def main(batch_size: int, repeats: int) -> None:
     versions = f"Python {platform.python_version()}, jax {importlib.metadata.version('jax')}"
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {versions}, batch {batch_size}\n")
-    print("| | dense ms | compact ms | speed | FLOPs | parameters | trace ms | scores ms | select ms | mask ms |")
+    print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {versions}, batch {batch_size}\n"
+    )
+    print(
+        "| | dense ms | compact ms | speed | FLOPs | parameters | trace ms | scores ms | select "
+        "ms | mask ms |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in NETWORKS:
         print(row(name, batch_size, repeats), flush=True)

@@ -2,9 +2,9 @@
 
     python experiments/speed/curvature.py            # rivals: pip install matfree torch
 
-Rows of times have the median (least to greatest) of repeated calls in one process, where rivals take turns in blocks;
-those of the prediction the least of a few. All multiply by the same Hessian, that of the cross-entropy of a dense
-network on fixed random data.
+Rows of times have the median (least to greatest) of repeated calls in one process, where rivals
+take turns in blocks; those of the prediction the least of a few. All multiply by the same Hessian,
+that of the cross-entropy of a dense network on fixed random data.
 """
 
 import argparse
@@ -37,7 +37,9 @@ NUM_MATVECS = 64
 
 
 def measure(calls: dict, repeats: int, rounds: int = 3) -> dict[str, np.ndarray]:
-    """Milliseconds of every call: `rounds` times in turn, each time in a block of its own after a warm-up call."""
+    """Milliseconds of every call: `rounds` times in turn, each time in a block of its own after a
+    warm-up call.
+    """
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -50,12 +52,22 @@ def measure(calls: dict, repeats: int, rounds: int = 3) -> dict[str, np.ndarray]
 
 
 def show(title: str, times: dict[str, np.ndarray], ours: str) -> None:
-    """A table of times, and of each rival's time as a multiple of `ours`: medians, and least times."""
-    print(f"\n{title}\n| | ms (median) | least - greatest | / {ours} | least / least |\n|---|---|---|---|---|")
+    """A table of times, and of each rival's time as a multiple of `ours`: medians, and least
+    times.
+    """
+    print(
+        f"\n{title}\n| | ms (median) | least - greatest | / {ours} | least / least "
+        "|\n|---|---|---|---|---|"
+    )
     for name, values in times.items():
-        median, least = (function(values) / function(times[ours]) for function in (np.median, np.min))
+        median, least = (
+            function(values) / function(times[ours]) for function in (np.median, np.min)
+        )
         spread = f"{values.min():.1f} - {values.max():.1f}"
-        print(f"| {name} | {np.median(values):.1f} | {spread} | {median:.2f} | {least:.2f} |", flush=True)
+        print(
+            f"| {name} | {np.median(values):.1f} | {spread} | {median:.2f} | {least:.2f} |",
+            flush=True,
+        )
 
 
 def network(params, x):
@@ -76,7 +88,8 @@ def problem(samples: int) -> tuple:
     return layers, draw(samples, WIDTHS[0]), rng.integers(0, WIDTHS[-1], samples)
 
 
-# The originals' kind of Lanczos in PyTorch: lists of tensors, double backward per batch, one vector after the other
+# The originals' kind of Lanczos in PyTorch: lists of tensors, double backward per batch, one vector
+# after the other
 
 
 def torch_product(params, batches):
@@ -118,17 +131,25 @@ def torch_lanczos(matvec, start, num_matvecs=NUM_MATVECS):
 
 
 def race(title: str, operator, args, start, rivals: dict, repeats: int) -> None:
-    """m steps on `operator(args)`, ours against matfree and other rivals: functions of m to (alphas, betas)."""
-    run = lambda **options: jax.jit(lambda args, start: linops.lanczos(NUM_MATVECS, **options)(operator(args), start))
+    """m steps on `operator(args)`, ours against matfree and other rivals: functions of m to
+    (alphas, betas).
+    """
+    run = lambda **options: jax.jit(
+        lambda args, start: linops.lanczos(NUM_MATVECS, **options)(operator(args), start)
+    )
     steps = lambda **options: linops.lanczos(NUM_MATVECS, **options)
-    compiled = {"lanczos": run()} | {f"lanczos, {name}": run(reorthogonalize=name) for name in ("bfloat16", "none")}
+    compiled = {"lanczos": run()} | {
+        f"lanczos, {name}": run(reorthogonalize=name) for name in ("bfloat16", "none")
+    }
     product = jax.jit(lambda args, v: operator(args)(v))
     matvec = lambda v: product(args, v)
     calls = {name: functools.partial(call, args, start) for name, call in compiled.items()}
     calls["lanczos, a step at a time"] = functools.partial(steps(on_host=True), matvec, start)
     calls["lanczos, host"] = functools.partial(steps(reorthogonalize="host"), matvec, start)
     if decomp is not None:
-        tridiag = decomp.tridiag_sym(NUM_MATVECS, materialize=False, reortho="full", custom_vjp=False)
+        tridiag = decomp.tridiag_sym(
+            NUM_MATVECS, materialize=False, reortho="full", custom_vjp=False
+        )
         jitted = jax.jit(lambda args, start: tridiag(lambda v: operator(args)(v), start).J_small)
         calls["matfree tridiag_sym"] = functools.partial(jitted, args, start)
     calls |= rivals
@@ -141,27 +162,51 @@ def race(title: str, operator, args, start, rivals: dict, repeats: int) -> None:
 
 
 def lanczos(repeats: int, samples: int = 512, batch_size: int = 128) -> None:
-    """m Lanczos steps with full re-orthogonalisation: on a Hessian, and on a diagonal matrix to see them alone."""
+    """m Lanczos steps with full re-orthogonalisation: on a Hessian, and on a diagonal matrix to see
+    them alone.
+    """
     params, x, y = jax.tree.map(jnp.asarray, problem(samples))
     start = linops.rademacher(jax.random.key(0), params)
     diagonal = jax.tree.map(lambda p: jax.random.uniform(jax.random.key(p.size), p.shape), params)
     on_hessian, on_diagonal = {}, {}
     if torch is not None:
         tensors = lambda tree: [torch.from_numpy(np.array(leaf)) for leaf in jax.tree.leaves(tree)]
-        weights, first, entries = [w.requires_grad_() for w in tensors(params)], tensors(start), tensors(diagonal)
+        weights, first, entries = (
+            [w.requires_grad_() for w in tensors(params)],
+            tensors(start),
+            tensors(diagonal),
+        )
         images, labels = torch.from_numpy(np.array(x)), torch.from_numpy(np.array(y)).long()
         batches = list(zip(images.split(batch_size), labels.split(batch_size)))
         on_hessian = {
-            f"torch, batches of {batch_size}": lambda: torch_lanczos(torch_product(weights, batches), first),
-            "torch, one batch": lambda: torch_lanczos(torch_product(weights, [(images, labels)]), first),
+            f"torch, batches of {batch_size}": lambda: torch_lanczos(
+                torch_product(weights, batches), first
+            ),
+            "torch, one batch": lambda: torch_lanczos(
+                torch_product(weights, [(images, labels)]), first
+            ),
         }
         multiply = lambda v: [a * b for a, b in zip(entries, v)]
         on_diagonal = {"torch": lambda: torch_lanczos(multiply, first)}
     title = f"Lanczos, m = {NUM_MATVECS}, {trees.size(params):,} weights"
     hessian = lambda args: linops.hvp(loss, *args)
-    race(f"{title}, Hessian of {samples} examples", hessian, (params, x, y), start, on_hessian, repeats)
+    race(
+        f"{title}, Hessian of {samples} examples",
+        hessian,
+        (params, x, y),
+        start,
+        on_hessian,
+        repeats,
+    )
     multiply_by = lambda args: functools.partial(jax.tree.map, jnp.multiply, args)
-    race(f"{title}, products aside: a diagonal matrix", multiply_by, diagonal, start, on_diagonal, repeats)
+    race(
+        f"{title}, products aside: a diagonal matrix",
+        multiply_by,
+        diagonal,
+        start,
+        on_diagonal,
+        repeats,
+    )
 
 
 def product(title: str, outputs, params, x, y, repeats: int) -> None:
@@ -195,7 +240,9 @@ def products(repeats: int, samples: int = 512) -> None:
 
 
 def memory() -> None:
-    """Arguments, results and temporaries of one step with a trivial product, in vectors of the parameters' size."""
+    """Arguments, results and temporaries of one step with a trivial product, in vectors of the
+    parameters' size.
+    """
     start = jax.tree.map(jnp.ones_like, problem(1)[0])
     unit = 4 * trees.size(start)
     print(f"\none Lanczos step, m = {NUM_MATVECS}, in parameter-sized float32 buffers")
@@ -210,17 +257,26 @@ def memory() -> None:
         print(f"| {name} | {found.argument_size_in_bytes / unit:.2f} | {total / unit:.2f} |")
 
 
-# The originals' kind of prediction: a density on a fine grid, every whole distance, a thousand prunings
+# The originals' kind of prediction: a density on a fine grid, every whole distance, a thousand
+# prunings
 
 
-def grid_procedure(params: np.ndarray, values: np.ndarray, weights: np.ndarray, epsilon: float) -> float:
+def grid_procedure(
+    params: np.ndarray, values: np.ndarray, weights: np.ndarray, epsilon: float
+) -> float:
     grid = np.linspace(values.min() - 0.01, values.max() + 0.01, 100_000)
     variance = 1e-10 * max(1.0, grid[-1] - grid[0])
     density = np.zeros_like(grid)
     for value, weight in zip(values, weights):
-        density += weight * np.exp(-((value - grid) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+        density += (
+            weight
+            * np.exp(-((value - grid) ** 2) / (2 * variance))
+            / math.sqrt(2 * math.pi * variance)
+        )
     semi_axes = 2 * epsilon / np.abs(grid)
-    width_at = lambda distance: np.sum(density * semi_axes / (distance**2 + semi_axes)) / np.sum(density)
+    width_at = lambda distance: (
+        np.sum(density * semi_axes / (distance**2 + semi_axes)) / np.sum(density)
+    )
     widths = [width_at(distance) for distance in range(int(np.linalg.norm(params)) + 1)]
     gaps = []
     for ratio in np.arange(1000) / 1000:
@@ -231,8 +287,12 @@ def grid_procedure(params: np.ndarray, values: np.ndarray, weights: np.ndarray, 
     return float(np.argmin(gaps)) / 1000
 
 
-def prediction(repeats: int, size: int = 3_868_900, num_matvecs: int = 128, epsilon: float = 0.1) -> None:
-    """From a Lanczos run (128 products, the weights of FC5) to the predicted ratio, and from 1e5 Ritz values."""
+def prediction(
+    repeats: int, size: int = 3_868_900, num_matvecs: int = 128, epsilon: float = 0.1
+) -> None:
+    """From a Lanczos run (128 products, the weights of FC5) to the predicted ratio, and from 1e5
+    Ritz values.
+    """
     rng = np.random.default_rng(0)
     params = rng.laplace(scale=1e-2, size=size).astype(np.float32)
     alphas, betas = rng.normal(0, 0.05, num_matvecs), rng.gamma(2.0, 0.05, num_matvecs)
@@ -257,7 +317,10 @@ def prediction(repeats: int, size: int = 3_868_900, num_matvecs: int = 128, epsi
     times["grid, 1,000 prunings (once)"] = (time.perf_counter() - start) * 1e3
     exact = width.predict(values, weights, distances, epsilon)
     ours = times["sort the weights, solve the fixed point"]
-    print(f"\nprediction, {size:,} weights, {num_matvecs} Ritz values: {exact:.4f}, on the grid {found:.3f}")
+    print(
+        f"\nprediction, {size:,} weights, {num_matvecs} Ritz values: {exact:.4f}, on the grid "
+        f"{found:.3f}"
+    )
     print("| | ms (least) | as a multiple |\n|---|---|---|")
     for name, value in times.items():
         print(f"| {name} | {value:.1f} | {value / ours:.2f} |", flush=True)
@@ -278,7 +341,13 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     packages = ["jax", *(["matfree"] if decomp else []), *(["torch"] if torch else [])]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
+    print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, {versions}"
+    )
     for section in arguments.only:
         SECTIONS[section](arguments.repeats)
-    print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(
+        "\npeak memory of this process: "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+    )

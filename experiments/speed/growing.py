@@ -1,10 +1,11 @@
-"""What growing regularisation adds to a training step: the same SGD step with and without it, side by side.
+"""What growing regularisation adds to a training step: the same SGD step with and without it, side
+by side.
 
     python experiments/speed/growing.py
 
-ResNet-18 for 32 x 32 images, half of every kernel to remove. A round is `update_every` steps, one of which updates the
-penalties. The steps of all rivals take turns, so that noise hits all; a row compares the rounds of one rival with those
-of plain SGD made at the same time.
+ResNet-18 for 32 x 32 images, half of every kernel to remove. A round is `update_every` steps, one
+of which updates the penalties. The steps of all rivals take turns, so that noise hits all; a row
+compares the rounds of one rival with those of plain SGD made at the same time.
 """
 
 import argparse
@@ -38,8 +39,13 @@ def optimizers(params, update_every: int) -> dict[str, optax.GradientTransformat
 
 
 def rounds(steps: dict, num_rounds: int, update_every: int) -> dict[str, np.ndarray]:
-    """Milliseconds per step of every rival, by round. A step: state -> state; the first round is thrown away."""
-    states, times = {name: start for name, (start, _) in steps.items()}, {name: [] for name in steps}
+    """Milliseconds per step of every rival, by round. A step: state -> state; the first round is
+    thrown away.
+    """
+    states, times = (
+        {name: start for name, (start, _) in steps.items()},
+        {name: [] for name in steps},
+    )
     for _ in range(num_rounds + 1):
         spent = dict.fromkeys(steps, 0.0)
         for _ in range(update_every):
@@ -63,7 +69,10 @@ def show(title: str, times: dict[str, np.ndarray]) -> None:
 
 def main(batch_size: int, num_rounds: int, update_every: int, update_only: bool) -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "optax"))
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
+    print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, {versions}"
+    )
     model = models.build(name="resnet18", num_classes=10)
     images = jax.random.normal(jax.random.key(0), (batch_size, 32, 32, 3))
     labels = jnp.arange(batch_size) % 10
@@ -81,7 +90,9 @@ def main(batch_size: int, num_rounds: int, update_every: int, update_only: bool)
             updates, opt_state = tx.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
-        return (jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params)), jax.jit(step, donate_argnums=0)
+        return (jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params)), jax.jit(
+            step, donate_argnums=0
+        )
 
     def training(tx):
         def step(state):
@@ -95,7 +106,9 @@ def main(batch_size: int, num_rounds: int, update_every: int, update_only: bool)
 
     chosen = optimizers(params, update_every)
     steps = {name: updating(tx) for name, tx in chosen.items()}
-    show(f"SGD update of {trees.size(params):,} entries", rounds(steps, 4 * num_rounds, update_every))
+    show(
+        f"SGD update of {trees.size(params):,} entries", rounds(steps, 4 * num_rounds, update_every)
+    )
     if not update_only:
         steps = {name: training(tx) for name, tx in chosen.items()}
         show(f"training step, batch {batch_size}", rounds(steps, num_rounds, update_every))

@@ -1,8 +1,11 @@
-"""Speed of selection, of one Frank-Wolfe update and of a pruning curve, as ratios measured in one run.
+"""Speed of selection, of one Frank-Wolfe update and of a pruning curve, as ratios measured in one
+run.
 
-    python experiments/speed/selection.py            # needs torch for its columns: pip install torch
+    python experiments/speed/selection.py            # needs torch for its columns: pip install
+    torch
 
-Each row is the median (least to greatest) of repeated calls in one process; rivals take turns in blocks.
+Each row is the median (least to greatest) of repeated calls in one process; rivals take turns in
+blocks.
 """
 
 import argparse
@@ -28,9 +31,11 @@ except ImportError:
 
 
 def measure(calls: dict, repeats: int, rounds: int = 3) -> dict[str, np.ndarray]:
-    """Milliseconds of every call: `rounds` times in turn, each time in a block of its own after a warm-up call.
+    """Milliseconds of every call: `rounds` times in turn, each time in a block of its own after a
+    warm-up call.
 
-    Blocks, because calls of another library in between cost a PyTorch step up to seven times its own time here.
+    Blocks, because calls of another library in between cost a PyTorch step up to seven times its
+    own time here.
     """
     times = {name: [] for name in calls}
     for _ in range(rounds):
@@ -48,7 +53,10 @@ def show(title: str, times: dict[str, np.ndarray], ours: str) -> None:
     print(f"\n{title}\n| | ms (median) | least - greatest | / {ours} |\n|---|---|---|---|")
     for name, values in times.items():
         ratio = np.median(values) / np.median(times[ours])
-        print(f"| {name} | {np.median(values):.2f} | {values.min():.2f} - {values.max():.2f} | {ratio:.2f} |")
+        print(
+            f"| {name} | {np.median(values):.2f} | {values.min():.2f} - {values.max():.2f} | "
+            f"{ratio:.2f} |"
+        )
 
 
 def selection(repeats: int) -> None:
@@ -67,7 +75,11 @@ def selection(repeats: int) -> None:
         x = torch.from_numpy(np.array(scores))
         assert float(torch.topk(x.abs(), k).values[-1]) == float(select(scores, k))
         calls["torch.topk"] = lambda: torch.topk(x.abs(), k).values[-1].item()
-    show(f"k-th largest magnitude of n = {n:,}, k = 5 %", measure(calls, repeats), "masks.kth_largest")
+    show(
+        f"k-th largest magnitude of n = {n:,}, k = 5 %",
+        measure(calls, repeats),
+        "masks.kth_largest",
+    )
 
 
 def torch_sfw(params, grads, buffers, ks, radii):
@@ -86,13 +98,22 @@ def torch_sfw(params, grads, buffers, ks, radii):
 
 def update(repeats: int) -> None:
     model = models.build(name="resnet18", num_classes=10)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))["params"]
-    draw = lambda seed: jax.tree.map(lambda x: jax.random.normal(jax.random.key(seed), x.shape), shapes)
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    )["params"]
+    draw = lambda seed: jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(seed), x.shape), shapes
+    )
     params, grads = jax.tree.map(lambda x: 0.05 * x, draw(0)), draw(1)
-    sets = polytopes.build(shapes, jax.tree.map(lambda _: 1.0, shapes), polytopes.check({"name": "k_sparse"}, "sets"))
+    sets = polytopes.build(
+        shapes, jax.tree.map(lambda _: 1.0, shapes), polytopes.check({"name": "k_sparse"}, "sets")
+    )
     params = polytopes.shift_inside(params, sets)
     calls, counts = {}, {}
-    for name, tx in {"optim.sfw": optim.sfw(1.0, sets), "optax.sgd, momentum": optax.sgd(0.1, 0.9)}.items():
+    for name, tx in {
+        "optim.sfw": optim.sfw(1.0, sets),
+        "optax.sgd, momentum": optax.sgd(0.1, 0.9),
+    }.items():
         step = jax.jit(lambda g, s, p, tx=tx: tx.update(g, s, p))
         carried = {"state": tx.init(params)}
 
@@ -100,14 +121,25 @@ def update(repeats: int) -> None:
             updates, carried["state"] = step(grads, carried["state"], params)
             return updates
 
-        calls[name], counts[name] = call, step.lower(grads, carried["state"], params).compile().memory_analysis()
+        calls[name], counts[name] = (
+            call,
+            step.lower(grads, carried["state"], params).compile().memory_analysis(),
+        )
     if torch is not None:
         tensor = lambda tree: [torch.from_numpy(np.array(x)) for x in jax.tree.leaves(tree)]
         each = jax.tree.leaves(sets, is_leaf=polytopes.is_set)
         p, g = tensor(params), tensor(grads)
-        b, ks, radii = [x.clone() for x in g], [int(s.k) for s in each], [float(s.radius) for s in each]
+        b, ks, radii = (
+            [x.clone() for x in g],
+            [int(s.k) for s in each],
+            [float(s.radius) for s in each],
+        )
         calls["torch SFW step (topk)"] = lambda: torch_sfw(p, g, b, ks, radii)
-    show(f"one update of a ResNet-18 tree ({trees.size(shapes):,} entries)", measure(calls, repeats), "optim.sfw")
+    show(
+        f"one update of a ResNet-18 tree ({trees.size(shapes):,} entries)",
+        measure(calls, repeats),
+        "optim.sfw",
+    )
     for name, found in counts.items():
         print(f"temporary memory of {name}: {found.temp_size_in_bytes / 2**20:.0f} MiB")
 
@@ -117,7 +149,9 @@ def curve(ratios: int, name: str, **options) -> None:
     images = lambda n: rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
     split = lambda n: Split(images(n), rng.integers(0, 10, n, dtype=np.int32))
     dataset = Dataset("random", split(10), split(10_000), 10, (0.5,) * 3, (0.25,) * 3)
-    problem = train.build_problem(dataset, models.build(name=name, num_classes=10, **options), eval_batch_size=1000)
+    problem = train.build_problem(
+        dataset, models.build(name=name, num_classes=10, **options), eval_batch_size=1000
+    )
     state = train.create_state(problem, train.key_of(0))
     evaluate = train.evaluation(problem, "test")
     data = (state.batch_stats, *train.arrays(problem, "test"))
@@ -130,9 +164,16 @@ def curve(ratios: int, name: str, **options) -> None:
         "pruned to a ratio": lambda: pruned(state.params, next(every), *data),
     }
     times = measure(calls, ratios, rounds=10)
-    show(f"{ratios} ratios, {name}, {trees.size(state.params):,} weights, 10,000 images", times, "bare evaluation")
+    show(
+        f"{ratios} ratios, {name}, {trees.size(state.params):,} weights, 10,000 images",
+        times,
+        "bare evaluation",
+    )
     bare_s, pruned_s = (values.sum() / 1e3 for values in times.values())
-    print(f"whole curve {pruned_s:.1f} s, bare evaluations {bare_s:.1f} s: {pruned_s / bare_s:.3f} times")
+    print(
+        f"whole curve {pruned_s:.1f} s, bare evaluations {bare_s:.1f} s: {pruned_s / bare_s:.3f} "
+        "times"
+    )
     print(f"programs compiled for the curve: {pruned._cache_size()}")
 
 
@@ -143,9 +184,15 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     packages = ("jax", "optax", "torch") if torch else ("jax", "optax")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
+    print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, {versions}"
+    )
     selection(arguments.repeats)
     update(arguments.repeats)
     curve(arguments.ratios, "mlp", widths=(256, 256))
     curve(max(arguments.ratios // 20, 10), "small_cnn", widths=(8, 16, 16))
-    print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(
+        "\npeak memory of this process: "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+    )

@@ -1,11 +1,13 @@
-"""Images per second of the input pipeline, against PyTorch's DataLoader with the same transforms and against training.
+"""Images per second of the input pipeline, against PyTorch's DataLoader with the same transforms
+and against training.
 
     python experiments/speed/stream.py            # pip install torch for the rival
 
-Makes JPEGs of ImageNet's usual size (500 x 375, quality 90, about 100 kB), then reads them with the random crops of a
-training, 224 x 224. Both sides decode with OpenCV into uint8 batches of the same shape; the rival decodes whole images,
-as its users' transforms do, and once more with this package's reduced decoding. All ways take turns, so that noise hits
-all of them. The rate at which networks consume images is measured with the training step itself, on this device.
+Makes JPEGs of ImageNet's usual size (500 x 375, quality 90, about 100 kB), then reads them with the
+random crops of a training, 224 x 224. Both sides decode with OpenCV into uint8 batches of the same
+shape; the rival decodes whole images, as its users' transforms do, and once more with this
+package's reduced decoding. All ways take turns, so that noise hits all of them. The rate at which
+networks consume images is measured with the training step itself, on this device.
 """
 
 import argparse
@@ -40,7 +42,9 @@ def write_images(root: pathlib.Path, count: int) -> None:
         for split in ("train", "test") if i < CLASSES else ("train",):
             file = root / split / f"class{i % CLASSES}" / f"{i:05}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(file), np.clip(image, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
+            cv2.imwrite(
+                str(file), np.clip(image, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90]
+            )
 
 
 def rate(batches, batch_size: int, warm: int, count: int) -> float:
@@ -58,7 +62,9 @@ def own_way(root: pathlib.Path, workers: int, batch_size: int, batches: int):
 
     def measure(turn: int) -> float:
         epochs = 1 + (2 + workers + batches) // size
-        found = stream.train_batches(dataset.train.images, [turn], batch_size=batch_size, epochs=epochs)
+        found = stream.train_batches(
+            dataset.train.images, [turn], batch_size=batch_size, epochs=epochs
+        )
         with contextlib.closing(found):
             return rate(found, batch_size, 2 + workers, batches)
 
@@ -78,7 +84,9 @@ class Folder:
 
     def __getitem__(self, index: int):
         encoded = pathlib.Path(self.files[index % len(self.files)]).read_bytes()
-        draw = lambda height, width: stream.random_box(np.random.default_rng(index), height, width, self.options)
+        draw = lambda height, width: stream.random_box(
+            np.random.default_rng(index), height, width, self.options
+        )
         if self.reduced:
             image = stream.part(encoded, SIZE, draw)
         else:
@@ -115,8 +123,15 @@ def consumed(name: str, batch_size: int, repeats: int) -> list[float]:
     images = rng.integers(0, 256, (batch_size, SIZE, SIZE, 3), np.uint8)
     split = data.Split(images, rng.integers(0, 1000, batch_size).astype(np.int32))
     dataset = data.Dataset("random", split, split, 1000, (0.5,) * 3, (0.25,) * 3)
-    problem = train.build_problem(dataset, models.build(name=name, num_classes=1000, stem="imagenet"))
-    options = dict(epochs=1, batch_size=batch_size, optimizer=optim.settings("sgd", learning_rate=0.1), augment="flip")
+    problem = train.build_problem(
+        dataset, models.build(name=name, num_classes=1000, stem="imagenet")
+    )
+    options = dict(
+        epochs=1,
+        batch_size=batch_size,
+        optimizer=optim.settings("sgd", learning_rate=0.1),
+        augment="flip",
+    )
     fit = stages.Train(**options).settings("fit")
     state = train.create_state(problem, train.key_of(0))
     numbers = train.numbers_of(problem, state, [fit.recipe])
@@ -124,7 +139,9 @@ def consumed(name: str, batch_size: int, repeats: int) -> list[float]:
     step, times = jax.jit(train.make_batch_step(problem, fit)), []
     for _ in range(1 + repeats):
         start = time.perf_counter()
-        state = jax.block_until_ready(step(state, numbers, 0, problem.train_images, problem.train_labels))
+        state = jax.block_until_ready(
+            step(state, numbers, 0, problem.train_images, problem.train_labels)
+        )
         times.append(batch_size / (time.perf_counter() - start))
     return times[1:]
 
@@ -133,9 +150,14 @@ def row(name: str, rates: list[float]) -> str:
     return f"| {name} | {np.median(rates):.0f} ({min(rates):.0f} - {max(rates):.0f}) |"
 
 
-def main(images: int, batch_size: int, batches: int, turns: int, networks: list[str], model_batch: int) -> None:
+def main(
+    images: int, batch_size: int, batches: int, turns: int, networks: list[str], model_batch: int
+) -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "grain"))
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}\n")
+    print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, {versions}\n"
+    )
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         write_images(root, images)
@@ -146,7 +168,9 @@ def main(images: int, batch_size: int, batches: int, turns: int, networks: list[
             ways[f"{workers} processes"] = own_way(root, workers, batch_size, batches)
         if importlib.util.find_spec("torch"):
             for workers, reduced in itertools.product((0, 1, 2), (False, True)):
-                name = f"torch DataLoader, {workers} workers" + (", reduced decoding" if reduced else "")
+                name = f"torch DataLoader, {workers} workers" + (
+                    ", reduced decoding" if reduced else ""
+                )
                 ways[name] = torch_way(root, workers, batch_size, batches, reduced)
         else:
             print("torch is not installed: its DataLoader is left out.", file=sys.stderr)
@@ -158,7 +182,9 @@ def main(images: int, batch_size: int, batches: int, turns: int, networks: list[
     for name, found in rates.items():
         print(row(name, found), flush=True)
     for name in networks:
-        print(row(f"training {name}, batch {model_batch}", consumed(name, model_batch, 3)), flush=True)
+        print(
+            row(f"training {name}, batch {model_batch}", consumed(name, model_batch, 3)), flush=True
+        )
 
 
 if __name__ == "__main__":

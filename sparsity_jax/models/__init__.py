@@ -17,7 +17,8 @@ from sparsity_jax.models import cnn, layers, mlp, mobilenet, resnet, vgg
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
-# Name to factory(num_classes, settings, *, options...) -> flax.linen.Module, called as module(images, train).
+# Name to factory(num_classes, settings, *, options...) -> flax.linen.Module, called as
+# module(images, train).
 MODELS = {
     "mlp": mlp.mlp,
     "fc2": mlp.fc2,
@@ -51,14 +52,17 @@ MODELS = {
 
 
 class Model(NamedTuple):
-    """A network as functions. images: [batch, height, width, channels]; logits: [batch, num_classes], >= float32.
+    """A network as functions. images: [batch, height, width, channels]; logits: [batch,
+    num_classes], >= float32.
 
-    `variables` is `{"params": ..., "batch_stats": ...}`; "batch_stats" is {} for a network without batch norm.
+    `variables` is `{"params": ..., "batch_stats": ...}`; "batch_stats" is {} for a network without
+    batch norm.
     """
 
     init: Callable  # init(key, images) -> variables; of the images only the shape matters
     apply: Callable  # apply(variables, images) -> logits; inference: running statistics, no dropout
-    apply_train: Callable  # apply_train(variables, images, key=None) -> (logits, new batch_stats); key for dropout
+    # apply_train(variables, images, key=None) -> (logits, new batch_stats); key for dropout
+    apply_train: Callable
     dtype: Any = jnp.float32  # of its arithmetic
 
 
@@ -73,10 +77,11 @@ def build(
 ) -> Model:
     """The network `name` of MODELS as a `Model`.
 
-    init: row of `layers.INITIALIZERS`. dtype: of activations and arithmetic (batch norm, pooling before `fc` and `fc`
-    itself stay in float32 or wider). param_dtype: of params; running statistics are float32 or wider. options: those
-    of the factory, e.g. `widths`. Raises ConfigError for anything unknown or out of range; "float64" needs
-    `jax.enable_x64`, which is checked when the functions are called.
+    init: row of `layers.INITIALIZERS`. dtype: of activations and arithmetic (batch norm, pooling
+    before `fc` and `fc` itself stay in float32 or wider). param_dtype: of params; running
+    statistics are float32 or wider. options: those of the factory, e.g. `widths`. Raises
+    ConfigError for anything unknown or out of range; "float64" needs `jax.enable_x64`, which is
+    checked when the functions are called.
     """
     factory = tables.lookup(MODELS, name, "config.model.name")
     tables.lookup(layers.INITIALIZERS, init, "config.model.init")
@@ -91,14 +96,17 @@ def build(
     def check_precision():
         if "float64" in (dtype, param_dtype) and not jax.config.jax_enable_x64:
             raise tables.ConfigError(
-                f"{name} was built with dtype {dtype} and param_dtype {param_dtype}, but jax runs in 32 bits; set "
+                f"{name} was built with dtype {dtype} and param_dtype {param_dtype}, but jax runs "
+                "in 32 bits; set "
                 "jax_enable_x64 or call it inside `with jax.enable_x64(True):`."
             )
 
     def create(key, shape):
         return module.init(key, jnp.zeros(shape, settings.dtype))
 
-    create = jax.jit(create, static_argnums=1)  # the forward pass only finds shapes: compiling drops it
+    create = jax.jit(
+        create, static_argnums=1
+    )  # the forward pass only finds shapes: compiling drops it
 
     def initialise(key, images):
         check_precision()
@@ -113,7 +121,9 @@ def build(
         if dropout and key is None:
             raise ValueError(f"{name} has dropout {dropout}: apply_train needs a key.")
         rngs = None if key is None else {"dropout": key}
-        logits, updated = module.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
+        logits, updated = module.apply(
+            variables, images, train=True, mutable=["batch_stats"], rngs=rngs
+        )
         return logits, updated.get("batch_stats", {})
 
     return Model(initialise, apply, apply_train, settings.dtype)

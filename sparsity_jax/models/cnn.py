@@ -30,7 +30,9 @@ Entry = Conv | Pool | Literal["bn", "lrn"]
 
 
 def smallest_side(layout: tuple[Entry, ...]) -> int:
-    """The side of the smallest square image of which at least one pixel is left after the layout."""
+    """The side of the smallest square image of which at least one pixel is left after the
+    layout.
+    """
     side = 1
     for entry in reversed(layout):
         if isinstance(entry, Pool):
@@ -41,9 +43,11 @@ def smallest_side(layout: tuple[Entry, ...]) -> int:
 
 
 class CNN(nn.Module):
-    """Enlarged images; `layout`; dense{i}, ReLU (and dense_bn{i}) per entry of `dense_widths`; `fc`.
+    """Enlarged images; `layout`; dense{i}, ReLU (and dense_bn{i}) per entry of `dense_widths`;
+    `fc`.
 
-    A convolution of the layout is conv{i}, (bn{i}) and ReLU; a "bn" of the layout is the bn{i} of the one before it.
+    A convolution of the layout is conv{i}, (bn{i}) and ReLU; a "bn" of the layout is the bn{i} of
+    the one before it.
     """
 
     num_classes: int
@@ -60,7 +64,9 @@ class CNN(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         settings = self.settings
         smallest = -(-smallest_side(self.layout) // self.upsample)
-        x = layers.upsample(layers.as_images(images, settings.dtype, smallest=smallest), self.upsample)
+        x = layers.upsample(
+            layers.as_images(images, settings.dtype, smallest=smallest), self.upsample
+        )
         i = 0
         for entry in self.layout:
             if isinstance(entry, Pool):
@@ -104,12 +110,13 @@ def small_cnn(
     batch_norm: bool = False,
     dropout: tables.Share = 0.0,
 ) -> nn.Module:
-    """3x3 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers of `dense_widths`, then `fc`.
+    """3x3 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers of
+    `dense_widths`, then `fc`.
 
-    The plain network of tutorials, for the small-CNN study (pruning with stochastic Frank-Wolfe). Convolutions have a
-    bias unless `batch_norm` follows them. Images: at least `2 ** len(widths)` a side, 8x8 by default; `dense1` fits
-    the size the network was initialised with. The default has 122,570 parameters on 32x32x3 images with 10 classes,
-    and 60,554 on 8x8x1.
+    The plain network of tutorials, for the small-CNN study (pruning with stochastic Frank-Wolfe).
+    Convolutions have a bias unless `batch_norm` follows them. Images: at least `2 ** len(widths)` a
+    side, 8x8 by default; `dense1` fits the size the network was initialised with. The default has
+    122,570 parameters on 32x32x3 images with 10 classes, and 60,554 on 8x8x1.
     """
     layout = tuple(entry for width in widths for entry in (Conv(width, 3, padding=1), Pool(2)))
     return CNN(
@@ -132,7 +139,8 @@ def lenet(
 ) -> nn.Module:
     """LeNet (LeCun et al. 1998) with ReLU and max-pools, as in the geometric-limit study.
 
-    Two unpadded 5x5 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers of `dense_widths`.
+    Two unpadded 5x5 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers
+    of `dense_widths`.
     Images: at least 16x16. 121,182 parameters on 32x32x3 images with 10 classes, 85,822 on 28x28x1.
     """
     layout = tuple(entry for width in widths for entry in (Conv(width, 5), Pool(2)))
@@ -148,9 +156,9 @@ def lenet5(
 ) -> nn.Module:
     """LeNet-5 with ReLU and max-pools, as in the growing-regularisation study.
 
-    Unpadded 5x5 convolutions of `widths` with ReLU, a 2x2 max-pool after each but the last, then dense layers of
-    `dense_widths`. Images: at least 32x32. 61,706 parameters on 32x32x1 images with 10 classes; the study's mini
-    version, `widths` (10, 10, 10) and `dense_widths` (10,), has 5,500.
+    Unpadded 5x5 convolutions of `widths` with ReLU, a 2x2 max-pool after each but the last, then
+    dense layers of `dense_widths`. Images: at least 32x32. 61,706 parameters on 32x32x1 images with
+    10 classes; the study's mini version, `widths` (10, 10, 10) and `dense_widths` (10,), has 5,500.
     """
     first, second, third = widths
     layout = (Conv(first, 5), Pool(2), Conv(second, 5), Pool(2), Conv(third, 5))
@@ -164,10 +172,11 @@ def cnet(
     widths: tuple[tables.Count, ...] = (64, 64, 32, 16),
     dense_widths: tuple[tables.Count, ...] = (120, 84),
 ) -> nn.Module:
-    """CNet of the geometric-limit study: unpadded 5x5 convolutions with bias and batch norm, then a single max-pool.
+    """CNet of the geometric-limit study: unpadded 5x5 convolutions with bias and batch norm, then a
+    single max-pool.
 
-    Then dense layers of `dense_widths`. Images: at least 4 * len(widths) + 2 a side, 18x18 by default. 305,742
-    parameters on 32x32x3 images with 10 classes.
+    Then dense layers of `dense_widths`. Images: at least 4 * len(widths) + 2 a side, 18x18 by
+    default. 305,742 parameters on 32x32x3 images with 10 classes.
     """
     layout = (*(Conv(width, 5) for width in widths), Pool(2))
     return CNN(num_classes, settings, layout, dense_widths, batch_norm=True)
@@ -182,11 +191,14 @@ def alexnet(
     dropout: tables.Share = 0.0,
     upsample: tables.Count = 7,
 ) -> nn.Module:
-    """AlexNet (Krizhevsky et al. 2012), one tower, without local response normalisation; images enlarged first.
+    """AlexNet (Krizhevsky et al. 2012), one tower, without local response normalisation; images
+    enlarged first.
 
-    Every pixel becomes `upsample` x `upsample` equal ones, so that 32x32 images fill the 224x224 the convolutions are
-    made for; use 1 for images of that size. Dropout after the dense layers, off as in the geometric-limit study.
-    Images: at least 65 pixels a side once enlarged. 46,787,978 parameters on 32x32x3 images with 10 classes.
+    Every pixel becomes `upsample` x `upsample` equal ones, so that 32x32 images fill the 224x224
+    the convolutions are made for; use 1 for images of that size. Dropout after the dense layers,
+    off as in the geometric-limit study.
+    Images: at least 65 pixels a side once enlarged. 46,787,978 parameters on 32x32x3 images with 10
+        classes.
     """
     first, second, *others = widths
     layout = (
@@ -208,10 +220,12 @@ def alexnet_cifar(
     dense_widths: tuple[tables.Count, ...] = (512, 256),
     dropout: tables.Share = 0.0,
 ) -> nn.Module:
-    """AlexNet for small images, of the growing-regularisation study: batch norm behind each ReLU and max-pool.
+    """AlexNet for small images, of the growing-regularisation study: batch norm behind each ReLU
+    and max-pool.
 
-    Local response normalisation, over two channels, behind the first two convolutions. Images: at least 15x15.
-    1,659,178 parameters on 32x32x3 images with 10 classes; with half of all widths 417,434.
+    Local response normalisation, over two channels, behind the first two convolutions. Images: at
+    least 15x15. 1,659,178 parameters on 32x32x3 images with 10 classes; with half of all widths
+    417,434.
     """
     first, second, third, fourth, fifth = widths
     layout = (
@@ -232,7 +246,8 @@ def alexnet_bn(
     dense_widths: tuple[tables.Count, ...] = (2048, 2048),
     dropout: tables.Share = 0.0,
 ) -> nn.Module:
-    """A thin AlexNet for images of 224x224, batch norm after each convolution: of the growing-regularisation study.
+    """A thin AlexNet for images of 224x224, batch norm after each convolution: of the
+    growing-regularisation study.
 
     Images: at least 63x63. 14,264,354 parameters on 224x224x3 images with 2 classes.
     """

@@ -1,7 +1,9 @@
-"""Layers with PyTorch's numerics on top of flax.linen: padding, batch norm, pooling, and initialisers chosen by name.
+"""Layers with PyTorch's numerics on top of flax.linen: padding, batch norm, pooling, and
+initialisers chosen by name.
 
-Images are `[batch, height, width, channels]`, convolution kernels `[height, width, in / groups, out]`, dense kernels
-`[in, out]`. The functions here are called inside an `nn.compact` method and create the submodule `name` of the caller.
+Images are `[batch, height, width, channels]`, convolution kernels `[height, width, in / groups,
+out]`, dense kernels `[in, out]`. The functions here are called inside an `nn.compact` method and
+create the submodule `name` of the caller.
 """
 
 import functools
@@ -25,7 +27,9 @@ class Settings(NamedTuple):
 
 
 class Initializer(NamedTuple):
-    """How a layer starts: initialisers of the two kinds of kernel, and `bias(fan_in)`, which returns that of a bias."""
+    """How a layer starts: initialisers of the two kinds of kernel, and `bias(fan_in)`, which
+    returns that of a bias.
+    """
 
     conv: Callable
     dense: Callable
@@ -35,7 +39,9 @@ class Initializer(NamedTuple):
 def uniform_bias(fan_in: int) -> Callable:
     """U(-b, b) with b = 1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 def zero_bias(fan_in: int) -> Callable:
@@ -45,15 +51,26 @@ def zero_bias(fan_in: int) -> Callable:
 
 _scaling = nn.initializers.variance_scaling
 
-# fan_in = (in / groups) * height * width, the inputs of one output; fan_out = out * height * width, groups or not.
+# fan_in = (in / groups) * height * width, the inputs of one output; fan_out = out * height * width,
+# groups or not.
 INITIALIZERS = {
     # PyTorch's default: kernels and biases U(+-1 / sqrt(fan_in)), a variance of 1 / (3 fan_in).
-    "torch": Initializer(_scaling(1 / 3, "fan_in", "uniform"), _scaling(1 / 3, "fan_in", "uniform"), uniform_bias),
-    # He et al. 2015 (arXiv:1502.01852): N(0, 2 / fan_out) for convolutions, N(0, 2 / fan_in) for dense, zero biases.
-    "kaiming": Initializer(_scaling(2.0, "fan_out", "normal"), _scaling(2.0, "fan_in", "normal"), zero_bias),
-    # The same with the variance 2 / fan_in throughout, normal or uniform: the two of the geometric-limit study.
-    "kaiming_normal": Initializer(_scaling(2.0, "fan_in", "normal"), _scaling(2.0, "fan_in", "normal"), zero_bias),
-    "kaiming_uniform": Initializer(_scaling(2.0, "fan_in", "uniform"), _scaling(2.0, "fan_in", "uniform"), zero_bias),
+    "torch": Initializer(
+        _scaling(1 / 3, "fan_in", "uniform"), _scaling(1 / 3, "fan_in", "uniform"), uniform_bias
+    ),
+    # He et al. 2015 (arXiv:1502.01852): N(0, 2 / fan_out) for convolutions, N(0, 2 / fan_in) for
+    # dense, zero biases.
+    "kaiming": Initializer(
+        _scaling(2.0, "fan_out", "normal"), _scaling(2.0, "fan_in", "normal"), zero_bias
+    ),
+    # The same with the variance 2 / fan_in throughout, normal or uniform: the two of the
+    # geometric-limit study.
+    "kaiming_normal": Initializer(
+        _scaling(2.0, "fan_in", "normal"), _scaling(2.0, "fan_in", "normal"), zero_bias
+    ),
+    "kaiming_uniform": Initializer(
+        _scaling(2.0, "fan_in", "uniform"), _scaling(2.0, "fan_in", "uniform"), zero_bias
+    ),
     # Flax's default: normal of variance 1 / fan_in, cut at two standard deviations, zero biases.
     "flax": Initializer(nn.initializers.lecun_normal(), nn.initializers.lecun_normal(), zero_bias),
 }
@@ -65,10 +82,13 @@ def at_least_float32(dtype: np.dtype) -> np.dtype:
 
 
 def as_images(images: jax.Array, dtype: np.dtype, *, smallest: int = 1) -> jax.Array:
-    """`images` [batch, height, width, channels] in `dtype`; ConfigError for others, and below `smallest` a side."""
+    """`images` [batch, height, width, channels] in `dtype`; ConfigError for others, and below
+    `smallest` a side.
+    """
     if images.ndim != 4 or min(images.shape[1:3]) < smallest:
         raise tables.ConfigError(
-            f"images have the shape {tuple(images.shape)}; this network needs [batch, height, width, channels] with "
+            f"images have the shape {tuple(images.shape)}; this network needs [batch, height, "
+            "width, channels] with "
             f"height and width at least {smallest}: larger images, or fewer max-pools and strides."
         )
     return jnp.asarray(images, dtype)
@@ -86,11 +106,12 @@ def conv(
     groups: int = 1,
     bias: bool = False,
 ) -> jax.Array:
-    """Convolution with a square kernel of odd `size`, padded by `padding` zeros on every side, as in PyTorch.
+    """Convolution with a square kernel of odd `size`, padded by `padding` zeros on every side, as
+    in PyTorch.
 
-    padding: `size // 2` by default. x: [batch, height, width, channels]. Returns, with the default padding,
-    [batch, ceil(height / stride), ceil(width / stride), features]. (Flax's "SAME" differs: at stride 2 it pads an even
-    image on one side only.)
+    padding: `size // 2` by default. x: [batch, height, width, channels]. Returns, with the default
+    padding, [batch, ceil(height / stride), ceil(width / stride), features]. (Flax's "SAME" differs:
+    at stride 2 it pads an even image on one side only.)
     """
     init, pad = INITIALIZERS[settings.init], (size // 2 if padding is None else padding,) * 2
     return nn.Conv(
@@ -122,17 +143,25 @@ def dense(x: jax.Array, features: int, *, settings: Settings, name: str) -> jax.
 
 
 def classifier(x: jax.Array, num_classes: int, *, settings: Settings) -> jax.Array:
-    """The last layer, always named `fc`: [batch, features] to logits, computed in float32 or wider."""
-    return dense(x, num_classes, settings=settings._replace(dtype=at_least_float32(settings.dtype)), name="fc")
+    """The last layer, always named `fc`: [batch, features] to logits, computed in float32 or
+    wider.
+    """
+    return dense(
+        x,
+        num_classes,
+        settings=settings._replace(dtype=at_least_float32(settings.dtype)),
+        name="fc",
+    )
 
 
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with PyTorch's statistics.
 
-    Training normalises by the mean and the biased variance of the batch and moves the running statistics by a tenth
-    towards the mean and the *unbiased* variance (Flax's own layer stores the biased one). Statistics and arithmetic are
-    float32 or wider whatever `settings.dtype` is. params: scale, bias; batch_stats: mean, var; all [channels].
-    Raises ConfigError when training on a single value per channel, which has no variance.
+    Training normalises by the mean and the biased variance of the batch and moves the running
+    statistics by a tenth towards the mean and the *unbiased* variance (Flax's own layer stores the
+    biased one). Statistics and arithmetic are float32 or wider whatever `settings.dtype` is.
+    params: scale, bias; batch_stats: mean, var; all [channels]. Raises ConfigError when training on
+    a single value per channel, which has no variance.
     """
 
     settings: Settings
@@ -150,14 +179,17 @@ class BatchNorm(nn.Module):
             count = x.size // x.shape[-1]  # values per channel
             if count < 2:
                 raise tables.ConfigError(
-                    f"batch norm {'/'.join(self.path)} gets the shape {tuple(x.shape)} in training: one value per "
+                    f"batch norm {'/'.join(self.path)} gets the shape {tuple(x.shape)} in "
+                    "training: one value per "
                     "channel has no variance. Use a larger batch or larger images."
                 )
             axes = tuple(range(x.ndim - 1))
             mean = wide.mean(axes)
             var = jnp.square(wide - mean).mean(axes)
             running_mean.value = 0.9 * running_mean.value + 0.1 * mean.astype(stats_dtype)
-            running_var.value = 0.9 * running_var.value + 0.1 * (var * (count / (count - 1))).astype(stats_dtype)
+            running_var.value = 0.9 * running_var.value + 0.1 * (
+                var * (count / (count - 1))
+            ).astype(stats_dtype)
         else:
             mean, var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
         y = (wide - mean) * (jax.lax.rsqrt(var + 1e-5) * scale.astype(dtype)) + bias.astype(dtype)
@@ -169,22 +201,28 @@ def batch_norm(x: jax.Array, *, train: bool, settings: Settings, name: str) -> j
 
 
 def dropout(x: jax.Array, rate: float, *, train: bool) -> jax.Array:
-    """Zeroes entries with probability `rate` in training and scales the others by 1 / (1 - rate)."""
+    """Zeroes entries with probability `rate` in training and scales the others by 1 / (1 -
+    rate).
+    """
     return nn.Dropout(rate, deterministic=not train)(x) if rate else x
 
 
 def upsample(x: jax.Array, factor: int) -> jax.Array:
-    """Nearest neighbour: every pixel of [batch, height, width, channels] becomes `factor` x `factor` equal ones."""
+    """Nearest neighbour: every pixel of [batch, height, width, channels] becomes `factor` x
+    `factor` equal ones.
+    """
     return x.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
-    """Maximum over `size` x `size` windows, stride 2; rows or columns that fill no window are dropped, as in PyTorch.
+    """Maximum over `size` x `size` windows, stride 2; rows or columns that fill no window are
+    dropped, as in PyTorch.
 
-    [batch, height, width, channels] to [batch, (height - size) // 2 + 1, (width - size) // 2 + 1, channels]. Written
-    with choices between two entries: on CPU the gradient of XLA's window reduction is 25 times slower. The gradient of
-    `jnp.max` asks which entries equal the maximum: where XLA computes x twice, rounded differently, none does. A choice
-    gives the gradient to one entry, of equal ones to the first, as PyTorch.
+    [batch, height, width, channels] to [batch, (height - size) // 2 + 1, (width - size) // 2 + 1,
+    channels]. Written with choices between two entries: on CPU the gradient of XLA's window
+    reduction is 25 times slower. The gradient of `jnp.max` asks which entries equal the maximum:
+    where XLA computes x twice, rounded differently, none does. A choice gives the gradient to one
+    entry, of equal ones to the first, as PyTorch.
     """
     rows, columns = (x.shape[1] - size) // 2 + 1, (x.shape[2] - size) // 2 + 1
     x = functools.reduce(_larger, [x[:, i : i + 2 * rows - 1 : 2] for i in range(size)])
@@ -199,8 +237,8 @@ def _larger(first: jax.Array, second: jax.Array) -> jax.Array:
 def local_response_norm(x: jax.Array, size: int = 2) -> jax.Array:
     """PyTorch's local response normalisation with its defaults (alpha 1e-4, beta 0.75, k 1).
 
-    Divides by (1 + 1e-4 * mean square of `size` neighbouring channels, missing ones zero) ** 0.75; an even `size` takes
-    one more channel before than after. float32 or wider inside.
+    Divides by (1 + 1e-4 * mean square of `size` neighbouring channels, missing ones zero) ** 0.75;
+    an even `size` takes one more channel before than after. float32 or wider inside.
     """
     wide, channels = x.astype(at_least_float32(x.dtype)), x.shape[-1]
     squares = jnp.pad(jnp.square(wide), ((0, 0), (0, 0), (0, 0), (size // 2, (size - 1) // 2)))
@@ -209,5 +247,7 @@ def local_response_norm(x: jax.Array, size: int = 2) -> jax.Array:
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
-    """Mean over height and width, in float32 or wider: [batch, height, width, channels] to [batch, channels]."""
+    """Mean over height and width, in float32 or wider: [batch, height, width, channels] to [batch,
+    channels].
+    """
     return x.astype(at_least_float32(x.dtype)).mean((1, 2))

@@ -15,7 +15,9 @@ ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh, "linear": lambda x: x}
 
 
 class MLP(nn.Module):
-    """Flatten, then dense and activation per entry of `widths` (modules dense1, dense2, ...), then `fc`."""
+    """Flatten, then dense and activation per entry of `widths` (modules dense1, dense2, ...), then
+    `fc`.
+    """
 
     num_classes: int
     settings: layers.Settings
@@ -27,7 +29,8 @@ class MLP(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         if images.ndim < 2:
             raise tables.ConfigError(
-                f"images have the shape {tuple(images.shape)}; needed: [batch, ...] with at least two axes."
+                f"images have the shape {tuple(images.shape)}; needed: [batch, ...] with at least "
+                "two axes."
             )
         x = jnp.asarray(images, self.settings.dtype).reshape(images.shape[0], -1)
         for i, width in enumerate(self.widths, 1):
@@ -45,10 +48,12 @@ def mlp(
     dropout: tables.Share = 0.0,
     activation: Activation = "relu",
 ) -> nn.Module:
-    """Dense layers of `widths` with ReLU (and dropout after each) on flattened images of any shape, then `fc`.
+    """Dense layers of `widths` with ReLU (and dropout after each) on flattened images of any shape,
+    then `fc`.
 
     activation: what stands for the ReLUs; "linear" leaves them out.
-    The default on 784 inputs and 10 classes has 118,282 parameters: the 784-128-128-10 net of the SFW study.
+    The default on 784 inputs and 10 classes has 118,282 parameters: the 784-128-128-10 net of the
+    SFW study.
     """
     return MLP(num_classes, settings, widths=widths, dropout=dropout, activation=activation)
 
@@ -72,10 +77,14 @@ def preset(name: str, doc: str, *, widths: tuple[int, ...]) -> Callable:
     return factory
 
 
-# The fully connected networks of the geometric-limit study, named after their number of dense layers, `fc` included.
+# The fully connected networks of the geometric-limit study, named after their number of dense
+# layers, `fc` included.
 fc2 = preset(
     "fc2",
-    "FC2, one hidden layer: 308,310 parameters on 32x32x3 images with 10 classes, 79,510 on 28x28x1.",
+    (
+        "FC2, one hidden layer: 308,310 parameters on 32x32x3 images with 10 classes, 79,510 on "
+        "28x28x1."
+    ),
     widths=(100,),
 )
 fc5 = preset(
@@ -90,7 +99,10 @@ fc12 = preset(
 )
 fc13 = preset(
     "fc13",
-    "FC13, which is FC12 with one more layer, of 250: 7,339,860 parameters on 32x32x3 images with 10 classes.",
+    (
+        "FC13, which is FC12 with one more layer, of 250: 7,339,860 parameters on 32x32x3 images "
+        "with 10 classes."
+    ),
     widths=(1000, 900, 800, 750, 700, 650, 600, 500, 400, 250, 200, 100),
 )
 # Of the growing-regularisation study, which analyses the "linear" one.

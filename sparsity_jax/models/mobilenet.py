@@ -1,4 +1,6 @@
-"""MobileNet V1 (Howard et al. 2017, arXiv:1704.04861) for small images, and V2 (Sandler et al. 2018, 1801.04381)."""
+"""MobileNet V1 (Howard et al. 2017, arXiv:1704.04861) for small images, and V2 (Sandler et al.
+2018, 1801.04381).
+"""
 
 import jax
 from flax import linen as nn
@@ -7,7 +9,17 @@ from sparsity_jax import tables
 from sparsity_jax.models import layers
 
 # (width, stride) of the pointwise convolution and the depthwise one before it.
-V1 = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
+V1 = (
+    (64, 1),
+    (128, 2),
+    (128, 1),
+    (256, 2),
+    (256, 1),
+    (512, 2),
+    *((512, 1),) * 5,
+    (1024, 2),
+    (1024, 1),
+)
 
 # (expansion, width, repeats, stride of the first) of inverted residual blocks.
 V2 = (
@@ -26,7 +38,9 @@ class SeparableBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         settings, channels = self.settings, x.shape[-1]
-        x = layers.conv(x, channels, 3, stride=self.stride, groups=channels, settings=settings, name="depthwise")
+        x = layers.conv(
+            x, channels, 3, stride=self.stride, groups=channels, settings=settings, name="depthwise"
+        )
         x = nn.relu(layers.batch_norm(x, train=train, settings=settings, name="bn1"))
         x = layers.conv(x, self.width, 1, settings=settings, name="pointwise")
         return nn.relu(layers.batch_norm(x, train=train, settings=settings, name="bn2"))
@@ -58,7 +72,8 @@ def mobilenet(
     stem_width: tables.Count = 32,
     blocks: tuple[tuple[tables.Count, tables.Count], ...] = V1,
 ) -> nn.Module:
-    """MobileNet V1 with a 3x3 stem of stride 1; `blocks` are (width, stride) pairs of depthwise-separable blocks.
+    """MobileNet V1 with a 3x3 stem of stride 1; `blocks` are (width, stride) pairs of
+    depthwise-separable blocks.
 
     The default is the network of the gradient-flow study: 3,309,476 parameters with 100 classes.
     """
@@ -66,7 +81,8 @@ def mobilenet(
 
 
 class InvertedBlock(nn.Module):
-    """expand 1x1, depthwise 3x3 with `stride`, project 1x1 to `width`; each with bn{i}, the first two with ReLU6.
+    """expand 1x1, depthwise 3x3 with `stride`, project 1x1 to `width`; each with bn{i}, the first
+    two with ReLU6.
 
     Without `expand` where `expansion` is 1. residual: adds its input.
     """
@@ -84,15 +100,25 @@ class InvertedBlock(nn.Module):
         bn = lambda y: layers.batch_norm(y, train=train, settings=settings, name=next(norms))
         y = x
         if self.expansion > 1:
-            y = nn.relu6(bn(layers.conv(y, x.shape[-1] * self.expansion, 1, settings=settings, name="expand")))
+            y = nn.relu6(
+                bn(
+                    layers.conv(
+                        y, x.shape[-1] * self.expansion, 1, settings=settings, name="expand"
+                    )
+                )
+            )
         hidden = y.shape[-1]
-        y = layers.conv(y, hidden, 3, stride=self.stride, groups=hidden, settings=settings, name="depthwise")
+        y = layers.conv(
+            y, hidden, 3, stride=self.stride, groups=hidden, settings=settings, name="depthwise"
+        )
         y = bn(layers.conv(nn.relu6(bn(y)), self.width, 1, settings=settings, name="project"))
         return x + y if self.residual else y
 
 
 class MobileNetV2(nn.Module):
-    """Stem conv1, bn1, ReLU6; blocks block{i} (i from 0); conv2 1x1, bn2, ReLU6; global average pool; dropout; `fc`."""
+    """Stem conv1, bn1, ReLU6; blocks block{i} (i from 0); conv2 1x1, bn2, ReLU6; global average
+    pool; dropout; `fc`.
+    """
 
     num_classes: int
     settings: layers.Settings
@@ -106,7 +132,9 @@ class MobileNetV2(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         settings = self.settings
         x = layers.as_images(images, settings.dtype)
-        x = layers.conv(x, self.stem_width, 3, stride=self.stem_stride, settings=settings, name="conv1")
+        x = layers.conv(
+            x, self.stem_width, 3, stride=self.stem_stride, settings=settings, name="conv1"
+        )
         x = nn.relu6(layers.batch_norm(x, train=train, settings=settings, name="bn1"))
         for i, block in enumerate(self.blocks):
             x = InvertedBlock(settings, *block, name=f"block{i}")(x, train)
@@ -117,7 +145,9 @@ class MobileNetV2(nn.Module):
 
 
 def divisible(width: float, divisor: int = 8) -> int:
-    """`width` rounded to a multiple of `divisor`, up where it would lose more than a tenth, and at least `divisor`."""
+    """`width` rounded to a multiple of `divisor`, up where it would lose more than a tenth, and at
+    least `divisor`.
+    """
     rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * width else rounded
 
@@ -131,11 +161,13 @@ def mobilenet_v2(
     blocks: tuple[tuple[tables.Count, tables.Count, tables.Count, tables.Count], ...] = V2,
     dropout: tables.Share = 0.0,
 ) -> nn.Module:
-    """MobileNet V2 as in torchvision, whose weights fit: 3,504,872 parameters with 1,000 classes, 2,236,682 with 10.
+    """MobileNet V2 as in torchvision, whose weights fit: 3,504,872 parameters with 1,000 classes,
+    2,236,682 with 10.
 
-    blocks: (expansion, width, repeats, stride of the first) of inverted residual blocks; one that keeps image size and
-    channels adds its input. multiplier: of all widths, which are rounded to multiples of 8 (that of the last
-    convolution, 1,280, only grows). stem_stride: 1 for small images. dropout: before `fc`; 0.2 in training on ImageNet.
+    blocks: (expansion, width, repeats, stride of the first) of inverted residual blocks; one that
+    keeps image size and channels adds its input. multiplier: of all widths, which are rounded to
+    multiples of 8 (that of the last convolution, 1,280, only grows). stem_stride: 1 for small
+    images. dropout: before `fc`; 0.2 in training on ImageNet.
     """
     stem_width = previous = divisible(32 * multiplier)
     flat = []

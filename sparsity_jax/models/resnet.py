@@ -1,4 +1,6 @@
-"""Residual networks for small images (He et al. 2016, arXiv:1512.03385 and 1603.05027), plain and pre-activation."""
+"""Residual networks for small images (He et al. 2016, arXiv:1512.03385 and 1603.05027), plain and
+pre-activation.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -15,18 +17,25 @@ Stem = Literal["cifar", "imagenet"]
 
 
 def zero_pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
-    """He et al.'s option A, no parameters: every `stride`-th pixel, zero channels half before and half after."""
+    """He et al.'s option A, no parameters: every `stride`-th pixel, zero channels half before and
+    half after.
+    """
     missing = features - x.shape[-1]
     if missing < 0:
-        raise ValueError(f"a zero_pad shortcut cannot go from {x.shape[-1]} to {features} channels; use projection.")
+        raise ValueError(
+            f"a zero_pad shortcut cannot go from {x.shape[-1]} to {features} channels; use "
+            "projection."
+        )
     before = missing // 2
     return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (before, missing - before)))
 
 
 class Block(nn.Module):
-    """One residual block; `width` channels inside, `features` outside, `stride` in its first 3x3 convolution.
+    """One residual block; `width` channels inside, `features` outside, `stride` in its first 3x3
+    convolution.
 
-    A block that keeps image size and channels adds its input unchanged; any other goes through `shortcut`.
+    A block that keeps image size and channels adds its input unchanged; any other goes through
+    `shortcut`.
     """
 
     settings: layers.Settings
@@ -88,11 +97,16 @@ class PreactBlock(Block):
         return self.conv(y, self.features, 3, "conv2") + residual
 
 
-BLOCKS = {"basic": (BasicBlock, 1), "bottleneck": (BottleneckBlock, 4), "preact": (PreactBlock, 1)}  # class, expansion
+BLOCKS = {
+    "basic": (BasicBlock, 1),
+    "bottleneck": (BottleneckBlock, 4),
+    "preact": (PreactBlock, 1),
+}  # class, expansion
 
 
 class ResNet(nn.Module):
-    """Stem conv1 (bn1, ReLU), blocks stage{i}_block{j} (i from 1, j from 0), global average pool, `fc`.
+    """Stem conv1 (bn1, ReLU), blocks stage{i}_block{j} (i from 1, j from 0), global average pool,
+    `fc`.
 
     Pre-activation networks have no bn1 but final_bn and ReLU after the blocks.
     """
@@ -146,31 +160,38 @@ def resnet(
     stem_width: tables.Count | None = None,
     inner_widths: tuple[tables.Count, ...] | None = None,
 ) -> nn.Module:
-    """A residual network: `stage_sizes[i]` blocks of `widths[i]` channels (bottleneck blocks put out four times that).
+    """A residual network: `stage_sizes[i]` blocks of `widths[i]` channels (bottleneck blocks put
+    out four times that).
 
-    The first block of every stage but the first halves the image. `stem`: 3x3 convolution, or the 7x7 of stride 2 and
-    3x3 max-pool of stride 2 for large images; its width is `stem_width`, by default `widths[0]`. `inner_widths`: one
-    width per block, in order, for the channels inside it (by default those of its stage): networks with thinned blocks.
-    `shortcut`: how a block that changes the shape passes its input on: 1x1 convolution (with batch norm, except
-    pre-activation), or subsampling with zero channels. Raises ConfigError where these do not fit together.
+    The first block of every stage but the first halves the image. `stem`: 3x3 convolution, or the
+    7x7 of stride 2 and 3x3 max-pool of stride 2 for large images; its width is `stem_width`, by
+    default `widths[0]`. `inner_widths`: one width per block, in order, for the channels inside it
+    (by default those of its stage): networks with thinned blocks. `shortcut`: how a block that
+    changes the shape passes its input on: 1x1 convolution (with batch norm, except pre-activation),
+    or subsampling with zero channels. Raises ConfigError where these do not fit together.
     """
     if not stage_sizes:
         raise tables.ConfigError("config.model.stage_sizes is empty; allowed: at least one stage.")
     if len(stage_sizes) != len(widths):
         raise tables.ConfigError(
-            f"config.model.widths has {len(widths)} entries; allowed: one per entry of stage_sizes, {len(stage_sizes)}."
+            f"config.model.widths has {len(widths)} entries; allowed: one per entry of "
+            f"stage_sizes, {len(stage_sizes)}."
         )
     if inner_widths is None:
-        inner_widths = tuple(width for width, count in zip(widths, stage_sizes) for _ in range(count))
+        inner_widths = tuple(
+            width for width, count in zip(widths, stage_sizes) for _ in range(count)
+        )
     if len(inner_widths) != sum(stage_sizes):
         raise tables.ConfigError(
-            f"config.model.inner_widths has {len(inner_widths)} entries; allowed: one per block, {sum(stage_sizes)}."
+            f"config.model.inner_widths has {len(inner_widths)} entries; allowed: one per block, "
+            f"{sum(stage_sizes)}."
         )
     stem_width = stem_width or widths[0]
     outer = (stem_width, *(width * BLOCKS[block][1] for width in widths))
     if shortcut == "zero_pad" and list(outer) != sorted(outer):
         raise tables.ConfigError(
-            f"config.model.shortcut is 'zero_pad' and the channels go {outer}; allowed: channels that never decrease, "
+            f"config.model.shortcut is 'zero_pad' and the channels go {outer}; allowed: channels "
+            "that never decrease, "
             "or 'projection'."
         )
     return ResNet(
@@ -187,7 +208,9 @@ def resnet(
 
 
 def preset(name: str, doc: str, *, width: int, shortcut: str = "projection", **fixed) -> Callable:
-    """A factory with the depth and block of a published network; `fixed` are options of `resnet`."""
+    """A factory with the depth and block of a published network; `fixed` are options of
+    `resnet`.
+    """
     default_width, default_shortcut, stages = width, shortcut, len(fixed["stage_sizes"])
 
     def factory(
@@ -208,20 +231,28 @@ def preset(name: str, doc: str, *, width: int, shortcut: str = "projection", **f
 
 resnet18 = preset(
     "resnet18",
-    "ResNet-18 of `width`, 2, 4, 8 times that: 11,173,962 parameters with 10 classes, 11,220,132 with 100.",
+    (
+        "ResNet-18 of `width`, 2, 4, 8 times that: 11,173,962 parameters with 10 classes, "
+        "11,220,132 with 100."
+    ),
     width=64,
     stage_sizes=(2, 2, 2, 2),
 )
 resnet34 = preset(
     "resnet34",
-    "ResNet-34: 21,328,292 parameters with 100 classes; 21,797,672 with the imagenet stem and 1,000.",
+    (
+        "ResNet-34: 21,328,292 parameters with 100 classes; 21,797,672 with the imagenet stem and "
+        "1,000."
+    ),
     width=64,
     stage_sizes=(3, 4, 6, 3),
 )
 resnet50 = preset(
     "resnet50",
-    """ResNet-50, bottleneck blocks: 23,520,842 parameters with 10 classes, 23,705,252 with 100; 25,557,032 with the
-    imagenet stem and 1,000.""",
+    (
+        "ResNet-50, bottleneck blocks: 23,520,842 parameters with 10 classes, 23,705,252 with 100; "
+        "25,557,032 with the imagenet stem and 1,000."
+    ),
     width=64,
     stage_sizes=(3, 4, 6, 3),
     block="bottleneck",
@@ -235,15 +266,21 @@ preact_resnet18 = preset(
 )
 resnet20 = preset(
     "resnet20",
-    "CIFAR ResNet-20, three stages of `width` 16: 269,722 parameters with 10 classes and zero_pad shortcuts.",
+    (
+        "CIFAR ResNet-20, three stages of `width` 16: 269,722 parameters with 10 classes and "
+        "zero_pad shortcuts."
+    ),
     width=16,
     shortcut="zero_pad",
     stage_sizes=(3, 3, 3),
 )
 resnet56 = preset(
     "resnet56",
-    """CIFAR ResNet-56, three stages of `width` 16. Growing regularisation uses zero_pad shortcuts (853,018 parameters
-    with 10 classes), the gradient-flow study projections (861,620 with 100).""",
+    (
+        "CIFAR ResNet-56, three stages of `width` 16. Growing regularisation uses zero_pad "
+        "shortcuts (853,018 parameters with 10 classes), the gradient-flow study projections "
+        "(861,620 with 100)."
+    ),
     width=16,
     shortcut="zero_pad",
     stage_sizes=(9, 9, 9),
@@ -257,14 +294,24 @@ def wrn(
     depth: tables.Count = 16,
     widening: tables.Count = 2,
 ) -> nn.Module:
-    """Wide residual network WRN-`depth`-`widening` (Zagoruyko and Komodakis 2016, arXiv:1605.07146).
+    """Wide residual network WRN-`depth`-`widening` (Zagoruyko and Komodakis 2016,
+    arXiv:1605.07146).
 
-    A stem of 16, then three stages of (depth - 4) / 6 pre-activation blocks, 16, 32 and 64 times `widening` wide.
-    The default is the network of the growing-regularisation study: 691,674 parameters with 10 classes. Raises
-    ConfigError for a depth that is not 10, 16, 22, ...
+    A stem of 16, then three stages of (depth - 4) / 6 pre-activation blocks, 16, 32 and 64 times
+    `widening` wide. The default is the network of the growing-regularisation study: 691,674
+    parameters with 10 classes. Raises ConfigError for a depth that is not 10, 16, 22, ...
     """
     blocks, rest = divmod(depth - 4, 6)
     if rest or blocks < 1:
-        raise tables.ConfigError(f"config.model.depth is {depth}; allowed: 6 n + 4, e.g. 10, 16, 22, 28, 40.")
+        raise tables.ConfigError(
+            f"config.model.depth is {depth}; allowed: 6 n + 4, e.g. 10, 16, 22, 28, 40."
+        )
     widths = tuple(width * widening for width in (16, 32, 64))
-    return resnet(num_classes, settings, stage_sizes=(blocks,) * 3, widths=widths, block="preact", stem_width=16)
+    return resnet(
+        num_classes,
+        settings,
+        stage_sizes=(blocks,) * 3,
+        widths=widths,
+        block="preact",
+        stem_width=16,
+    )

@@ -1,4 +1,6 @@
-"""VGG networks (Simonyan and Zisserman 2015, arXiv:1409.1556) for small images: convolutions, then one dense layer."""
+"""VGG networks (Simonyan and Zisserman 2015, arXiv:1409.1556) for small images: convolutions, then
+one dense layer.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -9,15 +11,20 @@ from flax import linen as nn
 from sparsity_jax import tables
 from sparsity_jax.models import layers
 
-Layout = tuple[tables.Count | Literal["M"], ...]  # width of a 3x3 convolution, or "M": a 2x2 max-pool
+Layout = tuple[
+    tables.Count | Literal["M"], ...
+]  # width of a 3x3 convolution, or "M": a 2x2 max-pool
 Order = Literal["conv_bn_relu", "conv_relu_bn"]
 
-# Convolutions in each of the five stages; a stage has 1, 2, 4, 8, 8 times the base width and ends in a max-pool.
+# Convolutions in each of the five stages; a stage has 1, 2, 4, 8, 8 times the base width and ends
+# in a max-pool.
 DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
 class VGG(nn.Module):
-    """conv{i}, bn{i} and ReLU in the given order, max-pools where the layout has "M"; global average pool; `fc`."""
+    """conv{i}, bn{i} and ReLU in the given order, max-pools where the layout has "M"; global
+    average pool; `fc`.
+    """
 
     num_classes: int
     settings: layers.Settings
@@ -49,7 +56,9 @@ class VGG(nn.Module):
 
 
 def stages(depth: int, width: int) -> tuple[int | str, ...]:
-    """The layout of VGG-`depth` (11, 13, 16 or 19), e.g. (64, "M", 128, "M", ...) for depth 11 and width 64."""
+    """The layout of VGG-`depth` (11, 13, 16 or 19), e.g. (64, "M", 128, "M", ...) for depth 11 and
+    width 64.
+    """
     scales = zip(DEPTHS[depth], (1, 2, 4, 8, 8))
     return tuple(entry for count, scale in scales for entry in (width * scale,) * count + ("M",))
 
@@ -67,10 +76,12 @@ def vgg(
     batch_norm: bool = True,
     dropout: tables.Share = 0.0,
 ) -> nn.Module:
-    """A VGG of any `layout`: widths of 3x3 convolutions and "M" for 2x2 max-pools, e.g. `(8, "M", 16, 16, "M")`.
+    """A VGG of any `layout`: widths of 3x3 convolutions and "M" for 2x2 max-pools, e.g. `(8, "M",
+    16, 16, "M")`.
 
-    After the last entry: global average pool, dropout, `fc`. Images: at least 2 ** (number of "M") a side.
-    `order`: batch norm before the ReLU, or after it as in the gradient-flow study (Lubana and Dick 2021).
+    After the last entry: global average pool, dropout, `fc`. Images: at least 2 ** (number of "M")
+    a side. `order`: batch norm before the ReLU, or after it as in the gradient-flow study (Lubana
+    and Dick 2021).
     """
     return VGG(
         num_classes,
@@ -107,11 +118,12 @@ def preset(depth: int) -> Callable:
         )
 
     factory.__name__ = factory.__qualname__ = f"vgg{depth}"
-    factory.__doc__ = f"""VGG-{depth}: stages of 1, 2, 4, 8 and 8 times `width`, for images of at least 32x32.
+    factory.__doc__ = f"""VGG-{depth}: stages of 1, 2, 4, 8 and 8 times `width`.
 
-    Parameters with 10 classes: VGG11 9,231,114; VGG13 9,416,010; VGG16 14,728,266; VGG19 20,040,522 (with conv_bias).
-    VGG16 is the SFW and the geometric-limit net. The gradient-flow VGG13 has order="conv_relu_bn", conv_bias=False
-    (9,459,236 with 100 classes). The growing-regularisation VGG19 has no conv_bias and no last max-pool: use `vgg`.
+    For images of at least 32x32. Parameters with 10 classes: VGG11 9,231,114; VGG13 9,416,010;
+    VGG16 14,728,266; VGG19 20,040,522 (with conv_bias). VGG16 is the SFW and the geometric-limit
+    net. The gradient-flow VGG13 has order="conv_relu_bn", conv_bias=False (9,459,236 with 100
+    classes). The growing-regularisation VGG19 has no conv_bias and no last max-pool: use `vgg`.
     """
     return factory
 

@@ -1,6 +1,7 @@
 """The one door for results: rows to `metrics.jsonl` and TensorBoard, and rows to one `report.html`.
 
-Reads rows and the config as plain data, never models. Rebuild a report: `python -m sparsity_jax.report --workdir DIR`.
+Reads rows and the config as plain data, never models. Rebuild a report: `python -m
+sparsity_jax.report --workdir DIR`.
 """
 
 import os
@@ -50,10 +51,10 @@ def write(
 ) -> pathlib.Path:
     """Writes `workdir/report.html`, one file without outside parts, and `workdir/figures/NAME.png`.
 
-    title: default `config["title"]`, else the folder's name. environment: versions, devices and, as `command`, what
-    was run; it is kept in `workdir/environment.json` so that a rebuilt report shows it too. The same arguments give
-    the same bytes. Sections without rows are left out; rows that no figure shows become a table. Returns the path of
-    the page.
+    title: default `config["title"]`, else the folder's name. environment: versions, devices and, as
+    `command`, what was run; it is kept in `workdir/environment.json` so that a rebuilt report shows
+    it too. The same arguments give the same bytes. Sections without rows are left out; rows that no
+    figure shows become a table. Returns the path of the page.
     """
     from sparsity_jax.report import page  # imports pandas and matplotlib, which takes a second
 

@@ -9,14 +9,20 @@ from sparsity_jax import imports, report
 
 def main(argv: list[str] | None = None) -> None:
     """Parses `argv`, default the command line, and prints the path of the page."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_jax.report", description="Rebuild a run's report.html.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsity_jax.report", description="Rebuild a run's report.html."
+    )
     parser.add_argument(
         "--workdir",
         required=True,
         help="folder of the run, or of several runs in folders of their own",
     )
-    parser.add_argument("--title", help="title of the page; default: the config's, else the folder's name")
-    parser.add_argument("--out", help="folder for report.html and figures/; default: that of --workdir")
+    parser.add_argument(
+        "--title", help="title of the page; default: the config's, else the folder's name"
+    )
+    parser.add_argument(
+        "--out", help="folder for report.html and figures/; default: that of --workdir"
+    )
     imports.add_option(parser)
     options = parser.parse_args(argv)
     try:
@@ -32,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         path = report.write(out, config, rows, title=title, environment=environment)
     except OSError as error:
-        parser.error(f"{out} cannot be written ({error}); --out names another folder for the report.")
+        parser.error(
+            f"{out} cannot be written ({error}); --out names another folder for the report."
+        )
     sys.stdout.write(f"{path}\n")
 
 

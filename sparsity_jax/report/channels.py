@@ -35,7 +35,8 @@ def groups(grouped: Grouped) -> Section | None:
 
 
 def group_layout(grouped: Grouped) -> tuple[dict, dict[str, pd.Series]]:
-    """(layout of the first row that has one, by series the channels that its last cut kept of each group).
+    """(layout of the first row that has one, by series the channels that its last cut kept of each
+    group).
 
     Channels are means over members. Empty without a layout; cuts of another network are left out.
     """
@@ -58,7 +59,8 @@ def group_layout(grouped: Grouped) -> tuple[dict, dict[str, pd.Series]]:
 def group_figure(layout: dict, kept: dict[str, pd.Series] | None = None) -> Figure:
     """A row per group, with a marker on every layer that has a part in it.
 
-    layout: of `groups.layout`. kept: by label, channels left by group, drawn as bars beside the rows.
+    layout: of `groups.layout`. kept: by label, channels left by group, drawn as bars beside the
+        rows.
     """
     kernels = draw.short_paths(layout["kernels"], 40)
     rows = list(layout["groups"].values())
@@ -68,7 +70,9 @@ def group_figure(layout: dict, kept: dict[str, pd.Series] | None = None) -> Figu
     height = 0.21 if count <= 30 else 0.15
     figure = Figure(figsize=(10, height * count + 2.2), layout="constrained")
     ratios = [8] + [1.5] * len(bars)
-    axes, *beside = figure.subplots(1, len(ratios), sharey=True, width_ratios=ratios, squeeze=False)[0]
+    axes, *beside = figure.subplots(
+        1, len(ratios), sharey=True, width_ratios=ratios, squeeze=False
+    )[0]
     for y, row in enumerate(rows):
         draw_marks(axes, row["marks"], y, min(1.0, 60 / len(kernels)))
     names = []
@@ -89,7 +93,11 @@ def group_figure(layout: dict, kept: dict[str, pd.Series] | None = None) -> Figu
         panel.set_title(draw.literal(text, 24), loc="left", fontsize=8, color=draw.MUTED)
         draw_bars(panel, left.to_numpy(), sizes, small)
     used = {role for row in rows for role in row["marks"]}
-    keys = [draw.key(text, linestyle="none", **style) for role, (text, style) in ROLES.items() if role in used]
+    keys = [
+        draw.key(text, linestyle="none", **style)
+        for role, (text, style) in ROLES.items()
+        if role in used
+    ]
     draw.legend(figure, keys[::-1])
     return figure
 
@@ -125,7 +133,10 @@ def channels(grouped: Grouped) -> Section | None:
     shown = [(label, table) for label, table in rounds if table.size]
     if not shown:
         return None
-    caption = "Share of each group's channels that is kept, in percent, by the share removed from the network."
+    caption = (
+        "Share of each group's channels that is kept, in percent, by the share removed from the "
+        "network."
+    )
     return Section("Channels by group", draw.heat_maps(shown, "channels"), caption)
 
 
@@ -145,18 +156,24 @@ def channel_rounds(one: Series, most: int = 12) -> pd.DataFrame:
     return table.iloc[:, few]
 
 
-# ------------------------------------------------------------------------------------ compact networks
+# ------------------------------------------------------------------------------------ compact
+# networks
 
 SIZES = {  # heading to (field, factor)
     "parameters": ("parameters", 1),
     "MFLOPs per image": ("flops", 1e-6),
     "KiB": ("bytes", 1 / 1024),
 }
-SPEED = "{verdict}: {speedup:.2f} times the speed ({speedup_low:.2f}–{speedup_high:.2f}; batch {batch_size}, {device})"
+SPEED = (
+    "{verdict}: {speedup:.2f} times the speed ({speedup_low:.2f}–{speedup_high:.2f}; batch "
+    "{batch_size}, {device})"
+)
 
 
 def compact(grouped: Grouped) -> Section | None:
-    """Networks without their removed channels: accuracy, sizes and, in plain words, whether they are faster."""
+    """Networks without their removed channels: accuracy, sizes and, in plain words, whether they
+    are faster.
+    """
     rows = [(one.label, row) for one in grouped for row in one.of_kind("compact")]
     if not rows:
         return None

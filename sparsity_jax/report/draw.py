@@ -1,4 +1,6 @@
-"""The look of all figures: matplotlib's own layout, one style, and colours that the page can exchange."""
+"""The look of all figures: matplotlib's own layout, one style, and colours that the page can
+exchange.
+"""
 
 import io
 import math
@@ -84,8 +86,12 @@ def color(index: int | None) -> str:
     return INK if index is None else PALETTE[index % len(PALETTE)]
 
 
-def band(axes: Axes, table: pd.DataFrame, index: int, *, dash: int = 0, fine: bool = False, **style) -> None:
-    """A line through the means of `table` [points, members] with a band of one standard deviation."""
+def band(
+    axes: Axes, table: pd.DataFrame, index: int, *, dash: int = 0, fine: bool = False, **style
+) -> None:
+    """A line through the means of `table` [points, members] with a band of one standard
+    deviation.
+    """
     mean = table.mean(axis=1).dropna()
     if mean.empty:
         return
@@ -95,7 +101,9 @@ def band(axes: Axes, table: pd.DataFrame, index: int, *, dash: int = 0, fine: bo
     width = 1.3 if fine else 1.8
     axes.plot(mean.index, mean, linestyle=dashed(dash), lw=width, **paint, **style)
     if deviation.any():
-        axes.fill_between(mean.index, low, mean + deviation, alpha=0.1 if fine else 0.18, lw=0, **paint)
+        axes.fill_between(
+            mean.index, low, mean + deviation, alpha=0.1 if fine else 0.18, lw=0, **paint
+        )
 
 
 def dashed(index: int) -> str | tuple:
@@ -178,7 +186,8 @@ def short_paths(paths: list[str], limit: int = 34) -> list[str]:
 
 
 def heat_maps(maps: list[tuple[str, pd.DataFrame]], what: str) -> Figure:
-    """Layer against ratio: the share of `what` kept, on a logarithmic colour scale, one map per label.
+    """Layer against ratio: the share of `what` kept, on a logarithmic colour scale, one map per
+    label.
 
     maps: (label, shares removed [paths, ratios]).
     """
@@ -214,7 +223,13 @@ def heat_maps(maps: list[tuple[str, pd.DataFrame]], what: str) -> Figure:
     for unused in every[len(maps) :]:
         unused.remove()
     bar = figure.colorbar(
-        image, ax=list(every[: len(maps)]), location="bottom", shrink=0.3, aspect=30, extend="min", anchor=(0, 0)
+        image,
+        ax=list(every[: len(maps)]),
+        location="bottom",
+        shrink=0.3,
+        aspect=30,
+        extend="min",
+        anchor=(0, 0),
     )
     bar.set_ticks([1e-3, 1e-2, 1e-1, 1.0], labels=["0.1%", "1%", "10%", "100%"])
     bar.minorticks_off()
@@ -233,15 +248,21 @@ def write_shares(axes: Axes, kept: pd.DataFrame) -> None:
 
 
 def png(name: str, figure: Figure) -> bytes:
-    """The figure as a PNG on white, without a date or a version: the same rows give the same bytes."""
+    """The figure as a PNG on white, without a date or a version: the same rows give the same
+    bytes.
+    """
     return save(name, figure, "png", dpi=150, facecolor="white", metadata={"Software": None})
 
 
 def svg(name: str, figure: Figure) -> str:
-    """The figure as inline SVG whose colours are variables of the page's CSS (`--ink`, `--c0` ...)."""
+    """The figure as inline SVG whose colours are variables of the page's CSS (`--ink`, `--c0`
+    ...).
+    """
     empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     text = save(name, figure, "svg", transparent=True, metadata=empty).decode()
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\n?", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->\n?", "", text[text.index("<svg") :], flags=re.DOTALL
+    )
     variables = {INK: "--ink", MUTED: "--muted", GRID: "--line"}
     variables |= {value: f"--c{i}" for i, value in enumerate(PALETTE)}
     for value, variable in variables.items():

@@ -29,14 +29,15 @@ USUAL = {"split": "test", "selection": "global", "scope": "kernels"}  # a curve'
 class Writer:
     """Appends rows to `workdir/metrics.jsonl` and their numbers to events in `workdir/tensorboard`.
 
-    Both start as exactly `rows_so_far`: what a killed run wrote after its last checkpoint is dropped on resume.
-    Events hold every number of the rows, nested ones too, but no lists (spectra, histograms, norms of single groups).
-    Tags are `stage/field` and `stage/field/name`. The step axis is `step` for train rows, `iteration` for SFW-Init, the
-    ratio in billionths (90 % = 900,000,000) for curves, paths and searches of a limit, the quantile likewise for row
-    norms, the probe for spectra, the draw for noise, and `visit` otherwise. Rows told apart by more than that get a
-    longer tag: those of a later visit (`fit/train_loss/visit_2`), those of a curve that is not global, kernels-only,
-    not retrained on test data (`curve/accuracy/train`), and once rows of several members have been seen the member is
-    named (`fit/train_loss/member_1`).
+    Both start as exactly `rows_so_far`: what a killed run wrote after its last checkpoint is
+    dropped on resume. Events hold every number of the rows, nested ones too, but no lists (spectra,
+    histograms, norms of single groups). Tags are `stage/field` and `stage/field/name`. The step
+    axis is `step` for train rows, `iteration` for SFW-Init, the ratio in billionths (90 % =
+    900,000,000) for curves, paths and searches of a limit, the quantile likewise for row norms, the
+    probe for spectra, the draw for noise, and `visit` otherwise. Rows told apart by more than that
+    get a longer tag: those of a later visit (`fit/train_loss/visit_2`), those of a curve that is
+    not global, kernels-only, not retrained on test data (`curve/accuracy/train`), and once rows of
+    several members have been seen the member is named (`fit/train_loss/member_1`).
     """
 
     def __init__(self, workdir: str | os.PathLike, rows_so_far: Iterable[dict] = ()):
@@ -55,7 +56,9 @@ class Writer:
         self._add_events(rows)
 
     def append(self, rows: list[dict]) -> None:
-        """Writes all rows and flushes. A row that cannot be written raises; then none of them is written."""
+        """Writes all rows and flushes. A row that cannot be written raises; then none of them is
+        written.
+        """
         lines, self._sum = files.to_lines(rows, self._sum)
         self._file.write(lines)
         self._file.flush()

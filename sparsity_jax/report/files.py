@@ -1,4 +1,6 @@
-"""Rows and the environment of a run as files, written at once or line by line, read back with their checksums."""
+"""Rows and the environment of a run as files, written at once or line by line, read back with their
+checksums.
+"""
 
 import json
 import math
@@ -35,7 +37,10 @@ def plain(value: Any) -> Any:
         return str(value)
     if hasattr(value, "tolist"):
         return plain(value.tolist())
-    raise TypeError(f"a row holds {value!r} ({type(value).__name__}); allowed: numbers, text, lists, dicts, arrays.")
+    raise TypeError(
+        f"a row holds {value!r} ({type(value).__name__}); allowed: numbers, text, lists, dicts, "
+        "arrays."
+    )
 
 
 def write_atomic(path: pathlib.Path, data: bytes) -> None:
@@ -55,8 +60,8 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
 def to_lines(rows: Iterable[Mapping], before: int = 0) -> tuple[str, int]:
     """(the lines of rows, with their checksums, the checksum of the last one).
 
-    before: the checksum of the line before the first one, 0 at the start of a file. Raises ValueError for a row that
-    does not say its stage and kind.
+    before: the checksum of the line before the first one, 0 at the start of a file. Raises
+    ValueError for a row that does not say its stage and kind.
     """
     lines = []
     for row in rows:
@@ -73,8 +78,8 @@ def to_lines(rows: Iterable[Mapping], before: int = 0) -> tuple[str, int]:
 def read_rows(path: str | os.PathLike) -> list[dict]:
     """Rows of a metrics file, without their checksums.
 
-    A last line cut off by a killed run is left out. Raises ValueError with the line number for any other line that is
-    not one JSON object, or not as it was written.
+    A last line cut off by a killed run is left out. Raises ValueError with the line number for any
+    other line that is not one JSON object, or not as it was written.
     """
     path = pathlib.Path(path)
     lines = path.read_bytes().split(b"\n")
@@ -87,7 +92,9 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: {error}. Each line holds one row as a JSON object.") from error
+            raise ValueError(
+                f"{path}, line {number}: {error}. Each line holds one row as a JSON object."
+            ) from error
         rows.append(row)
     return rows
 
@@ -112,7 +119,9 @@ def write_environment(workdir: str | os.PathLike, environment: dict) -> None:
 
 
 def read_environment(workdir: str | os.PathLike) -> dict | None:
-    """What `workdir/environment.json` holds; None where there is none, or, aloud, where it was changed."""
+    """What `workdir/environment.json` holds; None where there is none, or, aloud, where it was
+    changed.
+    """
     path = pathlib.Path(workdir) / ENVIRONMENT
     try:
         if not path.exists():
@@ -126,7 +135,9 @@ def read_environment(workdir: str | os.PathLike) -> dict | None:
 
 
 def continued(workdir: str | os.PathLike, environment: dict) -> dict:
-    """`environment` after that of the run so far: where they differ, both, e.g. `0.10.2, then 0.11.0`."""
+    """`environment` after that of the run so far: where they differ, both, e.g. `0.10.2, then
+    0.11.0`.
+    """
     joined = read_environment(workdir) or {}
     for name, value in environment.items():
         old = joined.setdefault(name, value)

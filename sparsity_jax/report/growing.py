@@ -1,4 +1,6 @@
-"""Growing regularisation, from rows of `grow` stages: norms against penalty, their ratio, single groups."""
+"""Growing regularisation, from rows of `grow` stages: norms against penalty, their ratio, single
+groups.
+"""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -36,7 +38,9 @@ def by_layer(rows: list[dict]) -> list[pd.DataFrame]:
 
 
 def growth_norms(grouped: Grouped) -> Section | None:
-    """Mean magnitude of the kept and of the pruned weights against the penalty, one line per layer."""
+    """Mean magnitude of the kept and of the pruned weights against the penalty, one line per
+    layer.
+    """
     panels = {}
     for label, rows in growths(grouped).items():
         panels[label] = lines = []
@@ -45,7 +49,10 @@ def growth_norms(grouped: Grouped) -> Section | None:
             lines.append((norms["score_kept"], KEPT))
             lines.append((norms["score_pruned"], PRUNED))
     figure = line_figure(panels, "penalty λ on what goes", "mean |w|")
-    caption = "One line per layer: mean magnitude of the weights that stay and that go, by the penalty on the latter."
+    caption = (
+        "One line per layer: mean magnitude of the weights that stay and that go, by the penalty "
+        "on the latter."
+    )
     return figure and Section("Norms under growing penalties", figure, caption)
 
 
@@ -74,12 +81,17 @@ def growth_groups(grouped: Grouped) -> Section | None:
             title = sections.name("" if alone else label, layer.removesuffix("/kernel"))
             panels[title] = [(norms[i], color) for i, color in enumerate(colors)]
     figure = line_figure(panels, "step", "")
-    caption = "Mean magnitude of every filter, channel or coupled group: how penalties set those apart that go."
+    caption = (
+        "Mean magnitude of every filter, channel or coupled group: how penalties set those apart "
+        "that go."
+    )
     return figure and Section("Norms of single groups", figure, caption)
 
 
 def line_figure(panels: Panels, xlabel: str, ylabel: str) -> Figure | None:
-    """Panels of lines with a logarithmic axis, without values that it cannot show; None without lines."""
+    """Panels of lines with a logarithmic axis, without values that it cannot show; None without
+    lines.
+    """
     shown = {}
     for title, lines in panels.items():
         for line, color in lines:

@@ -1,4 +1,5 @@
-"""The geometric limit of sparsity as figures: colour 0 is the network, those from 1 on its predictions.
+"""The geometric limit of sparsity as figures: colour 0 is the network, those from 1 on its
+predictions.
 
 Ink marks the actual limit. Of several networks the first MOST are drawn.
 """
@@ -102,7 +103,9 @@ def window(found: Networks) -> View | None:
 
 
 def around(values: list[float], margin: float, least: float) -> View:
-    """A part of [0, 1] with all values and a margin, a share of their range and at least `least`."""
+    """A part of [0, 1] with all values and a margin, a share of their range and at least
+    `least`.
+    """
     low, high = min(values, default=0.0), max(values, default=1.0)
     pad = max(margin * (high - low), least)
     return max(low - pad, 0.0), min(high + pad, 1.0)
@@ -121,13 +124,15 @@ def title(network: Network, text: str) -> str:
     return f"{network.label}: {text}" if network.label else text
 
 
-# ------------------------------------------------------------------------- accuracy and loss by ratio
+# ------------------------------------------------------------------------- accuracy and loss by
+# ratio
 
 
 def limits(grouped: Grouped) -> Section | None:
     """Accuracy and loss against the pruning ratio with predicted and actual limits.
 
-    One row of panels per network; one network has the full range too if its limits are close together.
+    One row of panels per network; one network has the full range too if its limits are close
+    together.
     """
     every = limit_numbers.networks(grouped)
     names = limit_numbers.prediction_names(every)
@@ -157,7 +162,10 @@ def limits(grouped: Grouped) -> Section | None:
             explain(panel)
     splits = ["test", "train"] if any("train" in network.curves for network in shown) else []
     draw.legend(figure, [draw.key("pruned network", 0), *draw.variant_keys(splits)])
-    caption = "Bands: intervals of the predictions. Dots: the actual limit by the other definitions in the table."
+    caption = (
+        "Bands: intervals of the predictions. Dots: the actual limit by the other definitions in "
+        "the table."
+    )
     if any("ratio" in row for network in shown for row in network.of_kind("limit")):
         caption += " Circles: evaluations of the bisection."
     return Section("Accuracy and loss up to the limit", figure, caption + more(grouped, every))
@@ -186,14 +194,19 @@ def ratio_lines(network: Network, field: str, view: View) -> list[tuple[pd.Serie
     return [(line, style) for line, style in known if line.size]
 
 
-# -------------------------------------------------------------------------------- how predictions arise
+# -------------------------------------------------------------------------------- how predictions
+# arise
 
 
 def crossing(grouped: Grouped) -> Section | None:
-    """omega(R)^2 / D against R with the network's own p(R), and against p around where they meet."""
+    """omega(R)^2 / D against R with the network's own p(R), and against p around where they
+    meet.
+    """
     caption = (
-        "ω² / D, the squared Gaussian width of the loss basin per dimension, falls with the distance "
-        "R; the share p of removed weights grows with it. The prediction is the p at which they meet."
+        "ω² / D, the squared Gaussian width of the loss basin per dimension, falls with the "
+        "distance "
+        "R; the share p of removed weights grows with it. The prediction is the p at which they "
+        "meet."
     )
 
     def keys(names: Names) -> Keys:
@@ -220,7 +233,9 @@ def draw_crossing(network: Network, names: Names, by_distance: Axes, by_ratio: A
     by_ratio.plot([0, 1], [0, 1], color=draw.color(0))
     view = window([network]) or (0.0, 1.0)
     ylabel = "ω² / D, and p"
-    draw.label(by_distance, title(network, "by distance"), "distance R(p) from the trained weights", ylabel)
+    draw.label(
+        by_distance, title(network, "by distance"), "distance R(p) from the trained weights", ylabel
+    )
     draw.label(by_ratio, title(network, "by share removed"), "share removed p", ylabel)
     by_distance.set(xlim=(0, far or None), ylim=view)
     by_ratio.set_ylim(view)
@@ -245,7 +260,9 @@ def draw_history(network: Network, names: Names, axes: Axes) -> None:
         paint = draw.color(colors(names)[stage])
         table = pd.DataFrame(row["history"], dtype=float).set_index("num_matvecs")
         axes.plot(table.index, table["predicted"], color=paint)
-        axes.fill_between(table.index, table["lower"], table["upper"], color=paint, alpha=0.18, lw=0)
+        axes.fill_between(
+            table.index, table["lower"], table["upper"], color=paint, alpha=0.18, lw=0
+        )
         settled = table[table.index >= table.index.max() / 4].stack()
         late += [settled.min(), settled.max()]
     draw.label(axes, network.label, "products (Lanczos steps)", "predicted limit")
@@ -260,11 +277,20 @@ def draw_history(network: Network, names: Names, axes: Axes) -> None:
 def spectrum(grouped: Grouped) -> Section | None:
     """Spectral density, smeared visibly, and the Ritz weights themselves against |value|."""
     caption = (
-        "Left: Ritz values smeared by Gaussians of 0.8% of the range. Right: the values and weights "
+        "Left: Ritz values smeared by Gaussians of 0.8% of the range. Right: the values and "
+        "weights "
         "themselves, one per Lanczos step and probe; open: negative values."
     )
     needs = ("width", "ritz_values")
-    return show(grouped, "Spectrum of the curvature", caption, needs, draw_spectrum, prediction_keys, panels=2)
+    return show(
+        grouped,
+        "Spectrum of the curvature",
+        caption,
+        needs,
+        draw_spectrum,
+        prediction_keys,
+        panels=2,
+    )
 
 
 def draw_spectrum(network: Network, names: Names, smooth: Axes, ritz: Axes) -> None:
@@ -298,7 +324,8 @@ def smeared(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.asarray(grid), np.maximum(density, 1e-8 * np.max(density))
 
 
-# ------------------------------------------------------------------------------- along the way to a limit
+# ------------------------------------------------------------------------------- along the way to a
+# limit
 
 ORDERS = {
     "change": "change",
@@ -329,7 +356,15 @@ def draw_path(network: Network, names: Names, axes: Axes) -> None:
     paint = draw.color(0)
     for dash, field in enumerate(ORDERS):
         marker = "" if dash else "o"
-        axes.plot(table.index, table[field], color=paint, ls=draw.dashed(dash), marker=marker, mfc="none", ms=4)
+        axes.plot(
+            table.index,
+            table[field],
+            color=paint,
+            ls=draw.dashed(dash),
+            marker=marker,
+            mfc="none",
+            ms=4,
+        )
     draw.label(axes, network.label, "weights removed", "change of the train loss")
     view = window([network]) or (table.index.min(), table.index.max())
     zoom_to(axes, view)

@@ -1,6 +1,7 @@
 """The geometric limit of sparsity as numbers: predicted and actual limits of every network.
 
-Rows are those of the stages limit, path, row_norms, spectrum and width, and of curves; see `geometry`.
+Rows are those of the stages limit, path, row_norms, spectrum and width, and of curves; see
+`geometry`.
 """
 
 import math
@@ -112,7 +113,9 @@ def prediction_names(found: Networks) -> Names:
 
 
 def actual(network: Network) -> dict[str, float]:
-    """The actual limit by every definition: those of width stages, and limit stages by their name."""
+    """The actual limit by every definition: those of width stages, and limit stages by their
+    name.
+    """
     known = {}
     for row in network.predictions.values():
         known |= row.get("actual") or {}
@@ -122,7 +125,9 @@ def actual(network: Network) -> dict[str, float]:
 
 
 def definitions(found: Networks) -> list[str]:
-    """Names of all definitions that some network has an actual limit by: test, train, then stages."""
+    """Names of all definitions that some network has an actual limit by: test, train, then
+    stages.
+    """
     order = [f"{split} {rule}" for split in ("test", "train") for rule in RULES]
     names = list(dict.fromkeys(name for network in found for name in actual(network)))
     usual = [name for name in order if name in names]
@@ -130,7 +135,9 @@ def definitions(found: Networks) -> list[str]:
 
 
 def main_limits(network: Network) -> dict[str, float]:
-    """The actual limits to mark: those of limit stages, else one by accuracy, on the test set if known."""
+    """The actual limits to mark: those of limit stages, else one by accuracy, on the test set if
+    known.
+    """
     known = actual(network)
     usual = ("test accuracy", "train accuracy")
     names = [name for name in known if name.split(" ")[0] not in ("test", "train")]
@@ -149,7 +156,9 @@ def definition(name: str, found: Networks) -> str:
     if not rows:
         return "by bisection, in the run this one started from"
     tolerance = number(rows[0].get("tolerance"))
-    text = rule_text(rows[0].get("criterion"), rows[0].get("split", "test"), tolerance, epsilon=f"{tolerance:g}")
+    text = rule_text(
+        rows[0].get("criterion"), rows[0].get("split", "test"), tolerance, epsilon=f"{tolerance:g}"
+    )
     return f"{text}, by bisection"
 
 
@@ -180,16 +189,21 @@ def gap(found: Networks, stage: str, name: str) -> Gap | None:
     return Gap(*series.spread(differences), inside) if differences else None
 
 
-# ------------------------------------------------------------------------------------ in plain words
+# ------------------------------------------------------------------------------------ in plain
+# words
 
 
 def verdicts(found: Networks, names: Names) -> list[tuple[str, str, str]]:
-    """(prediction, how far it is from the actual limit, what stands against trusting it) of each."""
+    """(prediction, how far it is from the actual limit, what stands against trusting it) of
+    each.
+    """
     limits = [name for network in found for name in main_limits(network)]
     result = []
     for stage, name in names.items():
         rows = [network.predictions[stage] for network in found if stage in network.predictions]
-        table = numbers(rows, "predicted", "num_matvecs", "stop_width", "enclosure_low", "enclosure_high")
+        table = numbers(
+            rows, "predicted", "num_matvecs", "stop_width", "enclosure_low", "enclosure_high"
+        )
         text = f"{table['predicted'].mean():.2%} predicted"
         if len(rows) > 1:
             text += f" (mean of {len(rows)} networks)"
@@ -209,7 +223,10 @@ def distance_text(told: Gap, defined: str) -> str:
     place = "inside" if told.inside else "outside"
     of_all = f" of {told.inside} of {told.count}" if told.count > 1 else ""
     place = "inside" if of_all else place
-    return f", {points:.2f} points {side} the actual limit ({defined}), which is {place} the interval{of_all}"
+    return (
+        f", {points:.2f} points {side} the actual limit ({defined}), which is {place} the "
+        f"interval{of_all}"
+    )
 
 
 def enclosure_text(rows: pd.DataFrame) -> tuple[str, str]:
@@ -233,8 +250,12 @@ def enclosure_text(rows: pd.DataFrame) -> tuple[str, str]:
 
 
 def gradient_text(found: Networks, stage: str) -> str:
-    """A caution where the gradient, which predictions leave out, changes the loss; "" if it does not."""
-    slopes = pd.DataFrame([slope(network, stage) for network in found], columns=["first", "epsilon"])
+    """A caution where the gradient, which predictions leave out, changes the loss; "" if it does
+    not.
+    """
+    slopes = pd.DataFrame(
+        [slope(network, stage) for network in found], columns=["first", "epsilon"]
+    )
     slopes = slopes.dropna()
     steepness = abs(slopes["first"]) / slopes["epsilon"]
     if not (steepness > STEEP).any():
@@ -243,13 +264,16 @@ def gradient_text(found: Networks, stage: str) -> str:
     side = "larger" if first < 0 else "smaller"
     worst = " (the worst network)" if len(slopes) > 1 else ""
     return (
-        f" The gradient, which the prediction leaves out, changes the loss by {first:+.2g} on the way "
+        f" The gradient, which the prediction leaves out, changes the loss by {first:+.2g} on the "
+        "way "
         f"there, beside an ε of {epsilon:.2g}{worst}: expect a {side} actual limit."
     )
 
 
 def slope(network: Network, stage: str) -> tuple[float, float]:
-    """(first-order change of the loss by pruning to the predicted ratio, ε); NaN where not measured."""
+    """(first-order change of the loss by pruning to the predicted ratio, ε); NaN where not
+    measured.
+    """
     row = network.predictions.get(stage)
     path = numbers(network.of_kind("path"), "ratio", "first_order").sort_values("ratio")
     if not row or path.empty:
@@ -259,7 +283,8 @@ def slope(network: Network, stage: str) -> tuple[float, float]:
     return float(first), number(row["epsilon"])
 
 
-# ---------------------------------------------------------------------------------------- the section
+# ---------------------------------------------------------------------------------------- the
+# section
 
 COLUMNS = {  # of one prediction
     "predicted": "{predicted:.2%}",
@@ -325,7 +350,10 @@ def actual_table(found: Networks, names: Names) -> Table:
         rows.append([definition(name, found), sections.mean_cell(*series.spread(limits)), *gaps])
     note = "Bold: inside the interval."
     if len(found) > 1:
-        note = "Means ± sample standard deviation over networks. Bold: inside the interval of every network."
+        note = (
+            "Means ± sample standard deviation over networks. Bold: inside the interval of every "
+            "network."
+        )
     remarks = []
     for network in found[: sections.MOST]:
         for stage, row in network.limits.items():

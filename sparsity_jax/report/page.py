@@ -35,7 +35,10 @@ CITATIONS = {  # a word of the config to the works it stands for
     "sfw": (
         "L. Miao, X. Luo, T. Chen, W. Chen, D. Liu, Z. Wang. Learning Pruning-Friendly Networks "
         "via Frank-Wolfe: One-Shot, Any-Sparsity, and No Retraining. ICLR 2022.",
-        "S. Pokutta, C. Spiegel, M. Zimmer. Deep Neural Network Training with Frank-Wolfe. 2020. arXiv:2010.07243.",
+        (
+            "S. Pokutta, C. Spiegel, M. Zimmer. Deep Neural Network Training with Frank-Wolfe. "
+            "2020. arXiv:2010.07243."
+        ),
     ),
     "spectrum": (
         "Q. Zhang, R. Zhang, J. Sun, Y. Liu. How Sparse Can We Prune a Deep Network: "
@@ -46,7 +49,10 @@ CITATIONS = {  # a word of the config to the works it stands for
         "ICLR 2021. arXiv:2009.11839.",
     ),
     "grow": (
-        "H. Wang, C. Qin, Y. Zhang, Y. Fu. Neural Pruning via Growing Regularization. ICLR 2021. arXiv:2012.09243.",
+        (
+            "H. Wang, C. Qin, Y. Zhang, Y. Fu. Neural Pruning via Growing Regularization. "
+            "ICLR 2021. arXiv:2012.09243."
+        ),
     ),
 }
 
@@ -134,13 +140,19 @@ def template() -> jinja2.Template:
     """The page, which escapes all that is filled in."""
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("page.html.j2")
 
 
 def sections_of(rows: list[dict]) -> dict[str, Section]:
-    """Sections by name: those of FIGURES that have rows, and tables of rows that none of them shows."""
+    """Sections by name: those of FIGURES that have rows, and tables of rows that none of them
+    shows.
+    """
     grouped = series.group(rows)
     kinds = list(dict.fromkeys(str(row.get("kind")) for row in rows))
     shown, seen = {}, set()
@@ -172,29 +184,48 @@ def draw_all(folder: pathlib.Path, shown: dict[str, Section]) -> dict[str, str]:
 def plain_section(heading: str, grouped: list[Series], told) -> Section | None:
     """The rows of which `told` holds as they are: every field that is a number or a text."""
     rows = [(i, one.label, row) for i, one in enumerate(grouped) for row in one.rows if told(row)]
-    simple = [{key: value for key, value in row.items() if isinstance(value, (str, int, float))} for _, _, row in rows]
-    columns = [key for key in dict.fromkeys(key for row in simple for key in row) if key not in ("kind", "arm")]
+    simple = [
+        {key: value for key, value in row.items() if isinstance(value, (str, int, float))}
+        for _, _, row in rows
+    ]
+    columns = [
+        key
+        for key in dict.fromkeys(key for row in simple for key in row)
+        if key not in ("kind", "arm")
+    ]
     if not rows:
         return None
     lines = []
     for (i, label, _), row in zip(rows[: sections.MOST], simple):
-        lines.append([Cell(label, color=i), *(sections.setting(row[key]) if key in row else "–" for key in columns)])
+        lines.append(
+            [
+                Cell(label, color=i),
+                *(sections.setting(row[key]) if key in row else "–" for key in columns),
+            ]
+        )
     more = f"The first {sections.MOST} of {len(rows)} rows; {files.METRICS} has them all."
     note = more if len(rows) > sections.MOST else ""
-    return Section(heading, tables=[Table(["network", *columns], lines, tuple(range(1 + len(columns))), note)])
+    return Section(
+        heading, tables=[Table(["network", *columns], lines, tuple(range(1 + len(columns))), note)]
+    )
 
 
-# ------------------------------------------------------------------------------ besides the sections
+# ------------------------------------------------------------------------------ besides the
+# sections
 
 
 def facts(config: dict, rows: list[dict]) -> list[tuple[str, str, str]]:
-    """(text before, fact, text after) about data, model, size and number of networks: what is known."""
+    """(text before, fact, text after) about data, model, size and number of networks: what is
+    known.
+    """
     result = []
     for key in ("data", "model"):
         value = config.get(key)
         value = value.get("name") if isinstance(value, dict) else value
         if value:
-            result.append((key, ", ".join(map(str, value)) if isinstance(value, list) else str(value), ""))
+            result.append(
+                (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value), "")
+            )
     for field, label in {"num_params": "parameters", "num_prunable": "prunable weights"}.items():
         count = series.numbers(rows, field)[field].max()
         if count > 0:
@@ -206,7 +237,9 @@ def facts(config: dict, rows: list[dict]) -> list[tuple[str, str, str]]:
 
 
 def count_networks(rows: list[dict]) -> int:
-    """Networks that were trained: a training that goes on from another one's weights makes no new one."""
+    """Networks that were trained: a training that goes on from another one's weights makes no new
+    one.
+    """
     drawn = {}
     for row in rows:
         if row.get("kind") in series.TRAINING:

@@ -42,8 +42,12 @@ def deviation(curves: list[Curve]) -> str:
     return ""
 
 
-def section(grouped: Grouped, curves: list[Curve], field: str, heading: str, caption: str) -> Section | None:
-    """The section of one field; None without numbers, or where the figure of limits has the curve."""
+def section(
+    grouped: Grouped, curves: list[Curve], field: str, heading: str, caption: str
+) -> Section | None:
+    """The section of one field; None without numbers, or where the figure of limits has the
+    curve.
+    """
     drawn = []
     for curve in curves:
         table = curve.table(field)
@@ -95,7 +99,8 @@ def marker(index: int) -> str:
     return draw.MARKERS[index % len(draw.MARKERS)]
 
 
-# -------------------------------------------------------------------------------------- layers, channels
+# -------------------------------------------------------------------------------------- layers,
+# channels
 
 
 def layers(grouped: Grouped) -> Section | None:
@@ -114,14 +119,19 @@ def layers(grouped: Grouped) -> Section | None:
             named.append((label, table))
     if not named:
         return None
-    caption = "Share of each layer's weights that is kept, in percent, by the share removed from the network."
+    caption = (
+        "Share of each layer's weights that is kept, in percent, by the share removed from the "
+        "network."
+    )
     fold = f"{len(named)} heat maps" if len(named) > 6 else ""
     figure = draw.heat_maps(named, "weights")
     return Section("Sparsity by layer", figure, caption, fold, tables=zeros(grouped, curves))
 
 
 def layer_table(curve: Curve) -> pd.DataFrame:
-    """Sparsity [layers, ratios], mean over members, at the ratios nearest to LAYER_STOPS that have it."""
+    """Sparsity [layers, ratios], mean over members, at the ratios nearest to LAYER_STOPS that have
+    it.
+    """
     rows_at = {}
     for row in curve.rows:
         if row.get("layers"):
@@ -162,7 +172,9 @@ def curve_name(grouped: Grouped, curve: Curve) -> Cell:
 
 
 def channels_removed(grouped: Grouped) -> Section | None:
-    """Share of channels removed, and of zeros, at every ratio of curves of structured selections."""
+    """Share of channels removed, and of zeros, at every ratio of curves of structured
+    selections.
+    """
     fields = {
         "channels_removed": "channels removed",
         "sparsity": "zeros, prunable arrays",

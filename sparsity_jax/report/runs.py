@@ -39,9 +39,9 @@ def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def gather(workdir: str | os.PathLike) -> tuple[dict, list[dict], dict | None]:
     """Config, rows and environment of a finished or running workdir.
 
-    Rows come from the members of a sweep, which are newer than the joint ones while it runs, else from
-    `metrics.jsonl`, else from the folders inside, see `merged`. Raises FileNotFoundError saying what is missing,
-    ValueError for a file that cannot be read.
+    Rows come from the members of a sweep, which are newer than the joint ones while it runs, else
+    from `metrics.jsonl`, else from the folders inside, see `merged`. Raises FileNotFoundError
+    saying what is missing, ValueError for a file that cannot be read.
     """
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
@@ -57,7 +57,9 @@ def gather(workdir: str | os.PathLike) -> tuple[dict, list[dict], dict | None]:
         return settled(workdir, workdir, whole_rows(workdir))
     inside = with_rows(sorted(workdir.iterdir()))
     if not inside:
-        raise FileNotFoundError(f"neither {workdir} nor a folder in it has {files.METRICS}; has the run started there?")
+        raise FileNotFoundError(
+            f"neither {workdir} nor a folder in it has {files.METRICS}; has the run started there?"
+        )
     if len(inside) == 1:
         return settled(workdir, inside[0], whole_rows(inside[0]))
     return merged(inside)
@@ -65,10 +67,16 @@ def gather(workdir: str | os.PathLike) -> tuple[dict, list[dict], dict | None]:
 
 def with_rows(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
     """Those folders that have rows, or checkpoints, which have them too."""
-    return [folder for folder in folders if (folder / files.METRICS).exists() or (folder / workdirs.FOLDER).is_dir()]
+    return [
+        folder
+        for folder in folders
+        if (folder / files.METRICS).exists() or (folder / workdirs.FOLDER).is_dir()
+    ]
 
 
-def settled(workdir: pathlib.Path, folder: pathlib.Path, rows: list[dict]) -> tuple[dict, list[dict], dict | None]:
+def settled(
+    workdir: pathlib.Path, folder: pathlib.Path, rows: list[dict]
+) -> tuple[dict, list[dict], dict | None]:
     """`rows` with config and environment of `workdir`, or of `folder` in it."""
     for place in (workdir, folder):
         if workdirs.holds_run(place):
@@ -79,15 +87,18 @@ def settled(workdir: pathlib.Path, folder: pathlib.Path, rows: list[dict]) -> tu
 def merged(folders: list[pathlib.Path]) -> tuple[dict, list[dict], dict | None]:
     """Config, rows and environment of several runs together.
 
-    Members are numbered anew. Rows have every setting in which the runs differ, under a dotted name, so that only
-    networks whose settings agree in all but the seed are averaged; where even that agrees, the name of the run. Config
-    and environment have one value where the runs agree, else the list of values.
+    Members are numbered anew. Rows have every setting in which the runs differ, under a dotted
+    name, so that only networks whose settings agree in all but the seed are averaged; where even
+    that agrees, the name of the run. Config and environment have one value where the runs agree,
+    else the list of values.
     """
     several = [read_run(folder) for folder in folders]
     differing = differing_settings(several)
     rows, numbers = [], {}
     for index, run in enumerate(several):
-        told = {path if "." in path else f"config.{path}": run.settings.get(path) for path in differing}
+        told = {
+            path if "." in path else f"config.{path}": run.settings.get(path) for path in differing
+        }
         told["seed"] = run.config.get("seed", 0)
         if is_repeated(run, several):
             told["config.run"] = run.name
@@ -104,7 +115,8 @@ def read_run(folder: pathlib.Path) -> Run:
     """Everything about the run in `folder`; FileNotFoundError where it has no config."""
     if not workdirs.holds_run(folder):
         raise FileNotFoundError(
-            f"{folder} has {files.METRICS} but no {files.CONFIG}, so its settings are not known; move it."
+            f"{folder} has {files.METRICS} but no {files.CONFIG}, so its settings are not known; "
+            "move it."
         )
     config = workdirs.read_config(folder)
     environment = files.read_environment(folder) or {}
@@ -120,7 +132,11 @@ def differing_settings(several: list[Run]) -> list[str]:
             values.setdefault(path, set())
     for path, seen in values.items():
         seen |= {json.dumps(run.settings.get(path)) for run in several}
-    return [path for path, seen in values.items() if len(seen) > 1 or (path in swept and not is_seed(path))]
+    return [
+        path
+        for path, seen in values.items()
+        if len(seen) > 1 or (path in swept and not is_seed(path))
+    ]
 
 
 def settings_of(folder: pathlib.Path, config: dict, seen: tuple = ()) -> dict[str, Any]:
@@ -138,7 +154,9 @@ def settings_of(folder: pathlib.Path, config: dict, seen: tuple = ()) -> dict[st
 
 
 def is_repeated(run: Run, several: list[Run]) -> bool:
-    """Whether another run has the same settings and a seed in common: both are no sample of seeds."""
+    """Whether another run has the same settings and a seed in common: both are no sample of
+    seeds.
+    """
     others = [other for other in several if other is not run and other.settings == run.settings]
     return any(seeds_of(other) & seeds_of(run) for other in others)
 
@@ -149,7 +167,9 @@ def seeds_of(run: Run) -> set:
 
 
 def agreed(trees: list[dict]) -> dict:
-    """One nested dict of several: a value where all have the same, else the list of different values."""
+    """One nested dict of several: a value where all have the same, else the list of different
+    values.
+    """
     result = {}
     for key in dict.fromkeys(key for tree in trees for key in tree):
         values = [tree[key] for tree in trees if key in tree]
@@ -164,9 +184,9 @@ def agreed(trees: list[dict]) -> dict:
 def complete(row: dict, config: dict, environment: dict) -> dict:
     """`row` with what its run knows about it besides, unless it says so itself.
 
-    start: of a training, whether it begins with the initial weights ("init") or the current ones. chance: accuracy of
-    always answering the most frequent class. tolerance, stop_width: of a predicted limit, what counts as lost, and the
-    width of the enclosure that was asked for.
+    start: of a training, whether it begins with the initial weights ("init") or the current ones.
+    chance: accuracy of always answering the most frequent class. tolerance, stop_width: of a
+    predicted limit, what counts as lost, and the width of the enclosure that was asked for.
     """
     stage = config.get(row.get("stage"))
     stage = stage if isinstance(stage, dict) else {}
@@ -182,17 +202,20 @@ def complete(row: dict, config: dict, environment: dict) -> dict:
 
 
 def whole_rows(folder: pathlib.Path) -> list[dict]:
-    """Rows of the metrics file of a run; aloud, those of its newest checkpoint where they are not its first ones.
+    """Rows of the metrics file of a run; aloud, those of its newest checkpoint where they are not
+    its first ones.
 
-    Raises ValueError where the file is damaged and there is no other copy. Checkpoints that are all damaged, or older
-    than their checksums, leave the rows as they are, aloud.
+    Raises ValueError where the file is damaged and there is no other copy. Checkpoints that are all
+    damaged, or older than their checksums, leave the rows as they are, aloud.
     """
     path = folder / files.METRICS
     try:
         saved = workdirs.newest(folder)
     except intact.DamagedError as error:
         rows = files.read_rows(path)
-        workdirs.say(f"{error} The rows of {path.name} are used; whether they are all is not known.")
+        workdirs.say(
+            f"{error} The rows of {path.name} are used; whether they are all is not known."
+        )
         return rows
     if saved is None:
         return files.read_rows(path)

@@ -1,6 +1,7 @@
 """Rows to series: the networks that differ in their seed only, and tables of their numbers.
 
-Accuracies and ratios are fractions in [0, 1] throughout and become percentages only where they are shown.
+Accuracies and ratios are fractions in [0, 1] throughout and become percentages only where they are
+shown.
 """
 
 import collections
@@ -19,7 +20,8 @@ PARTS = ("retrained", "selection", "scope", "stage", "visit")  # what tells curv
 
 
 class Series(NamedTuple):
-    """All rows of one arm at one setting of the swept values; its members differ in their seeds only.
+    """All rows of one arm at one setting of the swept values; its members differ in their seeds
+    only.
 
     before: by member, rows of the same network under earlier names, since its weights were drawn.
     """
@@ -65,7 +67,9 @@ def numbers(rows: list[dict], *fields: str) -> pd.DataFrame:
 
 
 def by_member(rows: list[dict], at: str, field: str) -> pd.DataFrame:
-    """`field` as [values of `at`, members]; of two rows of one member at one place the later one counts."""
+    """`field` as [values of `at`, members]; of two rows of one member at one place the later one
+    counts.
+    """
     frame = numbers(rows, at, field)
     frame["member"] = [member_of(row) for row in rows]
     last = frame.drop_duplicates([at, "member"], keep="last")
@@ -73,7 +77,9 @@ def by_member(rows: list[dict], at: str, field: str) -> pd.DataFrame:
 
 
 def spread(values: Any) -> tuple[float, float, int]:
-    """(mean, sample standard deviation, count) of the numbers among `values`; 0 is the deviation of one."""
+    """(mean, sample standard deviation, count) of the numbers among `values`; 0 is the deviation of
+    one.
+    """
     known = pd.Series(values, dtype=float).dropna()
     deviation = known.std(ddof=1) if len(known) > 1 else 0.0
     return float(known.mean()), float(deviation), len(known)
@@ -131,7 +137,8 @@ def group(rows: list[dict]) -> Grouped:
 def label_of(arm: str, values: dict, rows: list[dict], keys: list[str], stages: set) -> str:
     """The arm and its swept values.
 
-    The last part of a name says enough, unless it is ambiguous or the setting belongs to a stage of another arm.
+    The last part of a name says enough, unless it is ambiguous or the setting belongs to a stage of
+    another arm.
     """
     lasts = [key.rsplit(".", 1)[-1] for key in keys]
     others = stages - {row.get("stage") for row in rows}
@@ -169,7 +176,9 @@ def last_visit(rows: list[dict]) -> list[dict]:
 
 
 def seen_again(grouped: Grouped, *kinds: str) -> str:
-    """A sentence for figures that show the last visit only; "" if no stage of these kinds has another."""
+    """A sentence for figures that show the last visit only; "" if no stage of these kinds has
+    another.
+    """
     places = [set(visits(one.of_kind(*kinds))) for one in grouped]
     several = any(len({stage for stage, _ in own}) < len(own) for own in places)
     return " Of several visits of a stage the last one." if several else ""
@@ -182,7 +191,8 @@ def share_gone(row: dict, total: str = "num_prunable") -> float:
 
 
 def share_removed(row: dict) -> float:
-    """Share that a row of a curve really removed: the one asked for, unless counts of weights say another.
+    """Share that a row of a curve really removed: the one asked for, unless counts of weights say
+    another.
 
     Masks from before a curve, and selections of whole filters, do not allow every share.
     """
@@ -192,7 +202,9 @@ def share_removed(row: dict) -> float:
 
 
 def removal(row: dict) -> tuple[str, float] | None:
-    """(what was removed, its share of all) by a stage that removes something; None for any other row."""
+    """(what was removed, its share of all) by a stage that removes something; None for any other
+    row.
+    """
     kind = row.get("kind")
     if kind == "cut" and "num_channels" in row:
         return "channels", share_gone(row, "num_channels")
@@ -206,7 +218,8 @@ def removal(row: dict) -> tuple[str, float] | None:
 def curves(grouped: Grouped, split: str = "test") -> list[Curve]:
     """Every pruning curve of every series on one split.
 
-    A series with several ways of pruning (retrained, selection, scope, or another stage or visit) has one curve each.
+    A series with several ways of pruning (retrained, selection, scope, or another stage or visit)
+    has one curve each.
     """
     rows_of = {}
     for index, one in enumerate(grouped):
@@ -232,7 +245,9 @@ def best_known_curves(grouped: Grouped) -> list[Curve]:
 
 
 def telling_parts(variants: Iterable[tuple]) -> list[str]:
-    """The parts of a variant that tell curves apart; stage and visit only where the others do not."""
+    """The parts of a variant that tell curves apart; stage and visit only where the others do
+    not.
+    """
     frame = pd.DataFrame(variants, columns=["series", *PARTS])
     differing = [part for part in PARTS if frame[part].nunique() > 1]
     telling = [part for part in differing if part not in ("stage", "visit")]

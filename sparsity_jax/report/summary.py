@@ -16,7 +16,9 @@ Numbers = tuple[float, float, int]  # mean, sample standard deviation, number of
 
 
 class Column(NamedTuple):
-    """How one column is shown. decimals: None where no number is best. note: what its numbers are."""
+    """How one column is shown. decimals: None where no number is best. note: what its numbers
+    are.
+    """
 
     heading: str
     unit: str = "%"
@@ -26,7 +28,9 @@ class Column(NamedTuple):
 
 AT = "At: with that share of the prunable weights removed."
 COLUMNS = {
-    "dense": Column("unpruned", "%", 2, "Unpruned: the network of that line before anything was removed."),
+    "dense": Column(
+        "unpruned", "%", 2, "Unpruned: the network of that line before anything was removed."
+    ),
     "before": Column("after epochs", ""),
     "channels": Column("channels removed"),
     "weights": Column("weights removed"),
@@ -41,7 +45,10 @@ COLUMNS = {
         "largest within 1 point",
         "%",
         1,
-        "Largest: the last share that loses at most one point; ≥ where no measured share loses more.",
+        (
+            "Largest: the last share that loses at most one point; ≥ where no measured share loses "
+            "more."
+        ),
     ),
     "epochs": Column("epochs", ""),
     "seconds": Column(
@@ -67,15 +74,20 @@ class Summary(NamedTuple):
         return f"{self.label} ({self.variant})" if self.variant else self.label
 
 
-def summarize(grouped: Grouped, curves: list[Curve], stops: tuple[float, ...] = STOPS) -> list[Summary]:
-    """One line per curve, and one per series whose trained network has none or was pruned on the way.
+def summarize(
+    grouped: Grouped, curves: list[Curve], stops: tuple[float, ...] = STOPS
+) -> list[Summary]:
+    """One line per curve, and one per series whose trained network has none or was pruned on the
+    way.
 
-    Columns of a curve: `dense` (its own accuracy where nothing is removed; without that, the last test accuracy of the
-    training before it if it does not retrain and nothing was removed before), `0.9` ... (accuracy at those `stops`),
-    `largest` (largest share whose accuracy is at most DROP below `dense`, per member; none for a network at chance).
-    Columns of a trained network: `dense` (last test accuracy before anything was removed, `before`: after so many
-    epochs), `pruned` (last test accuracy after that), `channels` or `weights` (the share then gone). Of both: `epochs`
-    and `seconds` under the name of the series until then, see `time_spent`. Columns without any number are left out.
+    Columns of a curve: `dense` (its own accuracy where nothing is removed; without that, the last
+    test accuracy of the training before it if it does not retrain and nothing was removed before),
+    `0.9` ... (accuracy at those `stops`), `largest` (largest share whose accuracy is at most DROP
+    below `dense`, per member; none for a network at chance). Columns of a trained network: `dense`
+    (last test accuracy before anything was removed, `before`: after so many epochs), `pruned` (last
+    test accuracy after that), `channels` or `weights` (the share then gone). Of both: `epochs` and
+    `seconds` under the name of the series until then, see `time_spent`. Columns without any number
+    are left out.
     """
     lines = []
     for index, one in enumerate(grouped):
@@ -102,7 +114,10 @@ def curve_columns(one: Series, curve: Curve, stops: tuple[float, ...]) -> dict[s
     """Values per member of each column of one curve; see `summarize`."""
     accuracy = curve.table("accuracy")
     dense = series.at_ratio(accuracy, 0.0)
-    columns = {"dense": [], **{str(stop): series.at_ratio(accuracy, stop).tolist() for stop in stops}}
+    columns = {
+        "dense": [],
+        **{str(stop): series.at_ratio(accuracy, stop).tolist() for stop in stops},
+    }
     columns |= {"largest": [], "epochs": [], "seconds": []}
     for member, unpruned in dense.items():
         own = rows_until(one, member, (curve.stage, curve.visit))
@@ -147,7 +162,9 @@ def rows_until(one: Series, member: str, place: tuple[str, int] | None = None) -
 
 
 def accuracies(rows: list[dict]) -> tuple[float, float, tuple[str, float]]:
-    """(last test accuracy before anything was removed, last one after that, what is gone by then)."""
+    """(last test accuracy before anything was removed, last one after that, what is gone by
+    then).
+    """
     before = after = math.nan
     gone = ("", 0.0)
     for row in rows:
@@ -182,8 +199,8 @@ def chance_of(rows: list[dict]) -> float:
 def add_time(columns: dict[str, list[float]], rows: list[dict]) -> None:
     """Adds `epochs` and `seconds` of the trainings among the rows of one member.
 
-    seconds: per stage, the number of its epochs times their median time without the first one, which compiles. A stage
-    with a single epoch counts as it was measured.
+    seconds: per stage, the number of its epochs times their median time without the first one,
+    which compiles. A stage with a single epoch counts as it was measured.
     """
     times, epochs = {}, {}
     for row in rows:
@@ -193,10 +210,13 @@ def add_time(columns: dict[str, list[float]], rows: list[dict]) -> None:
         times.setdefault(stage, []).extend(np.diff([0.0, *ends.values()]))
     if times:
         columns["epochs"].append(float(sum(max(ends) for ends in epochs.values())))
-        columns["seconds"].append(sum(len(own) * np.median(own[1:] or own) for own in times.values()))
+        columns["seconds"].append(
+            sum(len(own) * np.median(own[1:] or own) for own in times.values())
+        )
 
 
-# ------------------------------------------------------------------------------------------- the section
+# ------------------------------------------------------------------------------------------- the
+# section
 
 
 def summary(grouped: Grouped) -> Section | None:
@@ -240,9 +260,13 @@ def shown(line: Summary, column: str, *, bold: bool) -> Cell | str:
 
 
 def best_line(lines: list[Summary], column: str) -> int | None:
-    """The line whose mean is above all others by more than either deviation; None if there is none."""
+    """The line whose mean is above all others by more than either deviation; None if there is
+    none.
+    """
     known = {
-        i: line.cells[column] for i, line in enumerate(lines) if column in line.cells and column not in line.floors
+        i: line.cells[column]
+        for i, line in enumerate(lines)
+        if column in line.cells and column not in line.floors
     }
     if COLUMNS[column].decimals is None or len(known) < 2:
         return None
@@ -256,13 +280,17 @@ def best_line(lines: list[Summary], column: str) -> int | None:
     return best
 
 
-def explanations(grouped: Grouped, lines: list[Summary], curves: list[Curve], columns: list[str]) -> str:
+def explanations(
+    grouped: Grouped, lines: list[Summary], curves: list[Curve], columns: list[str]
+) -> str:
     """What the numbers of the table mean, as far as it has them."""
     tested = series.curves(grouped) or not curves
     notes = ["Test accuracy." if tested else "Train accuracy."]
     notes += [COLUMNS[column].note for column in columns]
     if any(curve.retrained for curve in curves):
-        notes.append("Retrained: every number of the line is after retraining, also the unpruned one.")
+        notes.append(
+            "Retrained: every number of the line is after retraining, also the unpruned one."
+        )
     members = max(cell[2] for line in lines for cell in line.cells.values())
     if members > 1:
         notes.append(f"Mean ± sample standard deviation over up to {members} networks.")
@@ -274,8 +302,14 @@ def explanations(grouped: Grouped, lines: list[Summary], curves: list[Curve], co
 
 
 def finding(lines: list[Summary]) -> str:
-    """One sentence on the accuracy kept at the telling ratio, for at most four lines of the table."""
-    stops = [stop for stop in ("0.98", "0.99", "0.95", "0.9") if any(stop in line.cells for line in lines)]
+    """One sentence on the accuracy kept at the telling ratio, for at most four lines of the
+    table.
+    """
+    stops = [
+        stop
+        for stop in ("0.98", "0.99", "0.95", "0.9")
+        if any(stop in line.cells for line in lines)
+    ]
     if not stops:
         return ""
     told = [line for line in lines if stops[0] in line.cells]

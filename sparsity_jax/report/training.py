@@ -1,4 +1,6 @@
-"""What training left behind: its course, the magnitudes of the weights, and the search of SFW-Init."""
+"""What training left behind: its course, the magnitudes of the weights, and the search of
+SFW-Init.
+"""
 
 import numpy as np
 import pandas as pd
@@ -55,7 +57,8 @@ def sfw_init(grouped: Grouped) -> Section | None:
     return Section("SFW-Init", figure, caption) if shown else None
 
 
-# -------------------------------------------------------------------------------------------- magnitudes
+# --------------------------------------------------------------------------------------------
+# magnitudes
 
 
 def magnitudes(grouped: Grouped) -> Section | None:
@@ -104,7 +107,9 @@ def total(row: dict) -> int:
 
 
 def share_by_bin(rows: list[dict]) -> pd.Series:
-    """Share of all weights by left edge, mean over rows; the last bin once more at its right edge."""
+    """Share of all weights by left edge, mean over rows; the last bin once more at its right
+    edge.
+    """
     shares = [np.array(row["counts"]) / total(row) for row in rows]
     mean = np.mean(shares, axis=0)
     return pd.Series([*mean, mean[-1]], rows[0]["edges"])
