@@ -5,6 +5,7 @@ fields are, see `option`. Their annotations are the schema: `float`, `int`, `boo
 `tuple[T, ...]`, `Literal[...]`, `X | None`, `Annotated[T, Range(low, high)]`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -13,14 +14,72 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
+
+NOT_GIVEN = ...  # no value, for None is one; survives pickling
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work: says what was given, what is allowed and, where there is one, the
-    closest match.
+    """A setting that cannot work.
+
+    where: its path below the place that is checked, e.g. `optimizer.momentum`; `within` puts the
+    places around it in front. value: what was given. why: what is wrong with it, where the value
+    alone does not tell. allowed: what may be given. known: the names that are known there; they are
+    what is allowed, and the field `closest` becomes the nearest of them, or "".
+
+    The sentence is `where is value, why; allowed: ... Did you mean 'closest'?`, and without a value
+    `where why; ...`. `where` alone is a sentence of its own, to which no place is added.
     """
+
+    def __init__(
+        self,
+        where: str,
+        value: Any = NOT_GIVEN,
+        *,
+        why: str = "",
+        allowed: str = "",
+        known: typing.Iterable[str] = (),
+    ) -> None:
+        super().__init__(where)
+        names = sorted(known)
+        self.where = where
+        self.value = value
+        self.why = why
+        self.allowed = allowed or ", ".join(names)
+        self.closest = nearest(value, names)
+
+    def is_sentence(self) -> bool:
+        """Whether `where` says it all."""
+        return self.value is NOT_GIVEN and not self.why and not self.allowed
+
+    def __str__(self) -> str:
+        if self.is_sentence():
+            return self.where
+        sentence = self.where
+        if self.value is not NOT_GIVEN:
+            sentence += f" is {shortened(self.value)}"
+            if self.why:
+                sentence += ","
+        if self.why:
+            sentence += f" {self.why}"
+        if self.allowed:
+            sentence += f"; allowed: {self.allowed}"
+        sentence += "."
+        if self.closest:
+            sentence += f" Did you mean {self.closest!r}?"
+        return sentence
+
+
+@contextlib.contextmanager
+def within(place: str) -> Iterator[None]:
+    """Mistakes that the block tells are of settings inside `place`, e.g. `config.fit`."""
+    try:
+        yield
+    except ConfigError as error:
+        if not error.is_sentence():
+            error.where = f"{place}.{error.where}" if error.where else place
+        raise
 
 
 class TypeConfigError(ConfigError):
@@ -92,10 +151,16 @@ def check_memory(needed: int, what: str, memory: float = 0) -> None:
         )
 
 
+def nearest(name: Any, known: typing.Iterable[str]) -> str:
+    """The known name that is nearest to `name`, or "" when none is near."""
+    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else ""
+
+
 def closest(name: str, known: typing.Iterable[str]) -> str:
     """A hint such as ` Did you mean 'momentum'?`, or nothing when no known name is near."""
-    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    name = nearest(name, known)
+    return f" Did you mean {name!r}?" if name else ""
 
 
 def lookup(table: Mapping[str, Any], name: str, where: str) -> Any:
