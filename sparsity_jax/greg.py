@@ -28,6 +28,7 @@ from sparsity_jax import (
     interface,
     losses,
     masks,
+    optim,
     probes,
     ratios,
     stages,
@@ -347,8 +348,8 @@ class Remove(Removing):
     shortcuts. skip: layers left whole, `[1.0,2.3]`. granularity: `filter` (output channels),
     `channel` (input channels), `weight`, or `group`: whole coupled groups of channels, residual
     ones too, with one ratio or rules on their names. pick: `min`, `max` or `rand`. inherit: workdir
-    of a pruned run of the same network instead of
-    ratios: what it removed (`index`), or as much of each layer (`ratio`). reading: `original` reads
+    of a pruned run of the same network, instead of ratios. inherit_as: what that removed (`index`),
+    or as much of each layer (`ratio`). reading: `original` reads
     `skip` as prefixes and ignores what is out of range, see `ratios.parse`.
     """
 
@@ -420,21 +421,29 @@ class Grow(Removing):
     """Trains under a growing penalty until what it pushes is small, then removes that: GReg-1,
     GReg-2, FixReg.
 
-    ratios, skip, granularity, pick, inherit, inherit_as, reading: what goes, see `remove`. method,
-    update_every (steps) and the fields after it up to counting: how the penalty grows, see
-    `growing.plan`. The stage ends at the first log after all layers are done and have rested for
-    `stabilize_steps`; networks of a sweep that run side by side end together, and those done first
-    train on at rest. penalty_only: the loss has no gradient on kernels, so that only penalties move
-    them. log_every: steps between logs of the penalties and norms of each layer, counted anew every
-    epoch; log_scores: with the norm of every group.
+    The stage ends at the first log after all layers are done and have rested for `stabilize_steps`;
+    networks of a sweep that run side by side end together, and those done first train on at rest.
+
+    ratios, skip, granularity, pick, inherit, inherit_as, reading: what is removed, see `remove`.
+    method: `greg1` picks at once, `greg2` once a small penalty has grown everywhere, `fixreg`
+    gives the whole penalty at once; see `growing.plan`. update_every: steps between two growths
+    of the penalty. granularity_prune: what each adds to it. granularity_pick: the same before
+    `greg2` picks. granularity_recover: penalty of what stays with `greg2`. upper_limit: a layer
+    is done once a penalty exceeds it. upper_limit_pick: penalty at which `greg2` picks.
+    mag_ratio_limit: or once the mean score of what stays is so many times that of the rest.
+    stabilize_steps: further steps at rest once all layers are done. fix_steps: steps of
+    `fixreg`. counting: updates to a limit follow from decimals as written, or from floating
+    point as in the original. penalty_only: the loss has no gradient on kernels, so that only
+    penalties move them. log_every: steps between logs of the penalties and norms of each layer,
+    counted anew every epoch; log_scores: with the norm of every group.
     """
 
     kind: ClassVar[str] = "grow"
-    optimizer: dict
+    optimizer: optim.Config
     method: Literal["greg1", "greg2", "fixreg"] = "greg1"
     batch_size: tables.Count = 128
     augment: str = "none"
-    loss: dict = losses.CROSS_ENTROPY
+    loss: losses.Config = losses.CROSS_ENTROPY
     update_every: tables.Count = 5
     granularity_prune: tables.Positive = 1e-4
     granularity_pick: tables.Positive = 1e-5
@@ -695,7 +704,8 @@ class Noise(interface.Stage):
     """Accuracy and loss of the network with Gaussian noise on its weights, `num` times; the network
     stays as it is.
 
-    std: of the noise, or with `relative` of that over the root mean square of each array.
+    num: how often it is drawn. std: of the noise. relative: whether std is a share of the root mean
+    square of each array.
     parameters: pattern of the whole paths of the arrays that get it. Masked weights stay zero.
     """
 

@@ -13,7 +13,7 @@ entries stay as they are. Sums over steps are float32 or wider whatever the weig
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -1013,16 +1013,19 @@ def options(
     *,
     name: str,
     learning_rate: tables.NonNegative = 0.1,
-    schedule: dict = {"name": "keep"},  # noqa: B006 - never changed
-    constraint: dict = {"name": "unconstrained"},  # noqa: B006
+    schedule: Annotated[dict, tables.Named(SCHEDULES)] = {"name": "keep"},  # noqa: B006 - never changed
+    constraint: polytopes.Config = {"name": "unconstrained"},  # noqa: B006
     norms: Literal["per_parameter", "per_shape"] = "per_parameter",
-    penalty: dict = {"name": "none"},  # noqa: B006
+    penalty: Annotated[dict, tables.Named(PENALTIES)] = {"name": "none"},  # noqa: B006
 ) -> None:
     """Fields of every optimizer config beside the chosen optimizer's own.
 
     norms: how `initialization` radii are measured; `per_shape` is the original's table, see
         `share_by_shape`.
     """
+
+
+Config = Annotated[dict, tables.Named(OPTIMIZERS, options)]
 
 
 def settings(

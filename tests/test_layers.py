@@ -52,6 +52,7 @@ RUNS = (
         "report",
         "stream",
         "interface",
+        "members",
         "train",
     ),
     *(

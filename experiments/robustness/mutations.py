@@ -915,8 +915,8 @@ MUTATIONS = (
         "wrong key",
         "all members of a sweep over seeds start from the seed of the first",
         "pipeline.py",
-        'keys = [train.key_of(config["seed"]) for config in plan.configs]',
-        'keys = [train.key_of(plan.configs[0]["seed"]) for _ in plan.configs]',
+        'keys = [train.key_of(member.config["seed"]) for member in plan.members]',
+        'keys = [train.key_of(plan.members[0].config["seed"]) for _ in plan.members]',
         "test_pipeline.py",
         "members_start_from_the_same_members",
     ),
@@ -1769,6 +1769,16 @@ MUTATIONS = (
         "if path.is_file():",
         "test_extend.py",
         "names_of_the_library",
+    ),
+    Mutation(
+        217,
+        "off by one",
+        "the first member that is not there may be asked for",
+        "members.py",
+        "if max(numbers) >= len(found):",
+        "if max(numbers) > len(found):",
+        "test_pipeline.py",
+        "mistakes_stop_before_data",
     ),
 )
 
