@@ -36,6 +36,7 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    units,
     workdirs,
 )
 
@@ -95,7 +96,7 @@ def choice(where: str, ratios: Any, inherit: str, **fields: Any) -> Choice:
     return Choice(where, ratios if isinstance(ratios, str) else frozen, inherit=inherit, **fields)
 
 
-def layers_of(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]:
+def layers_of(problem: train.Problem, chosen: Choice) -> tuple[units.Layer, ...]:
     """The layers of the run's network and how many groups each loses, in the order in which it uses
     them.
 
@@ -104,7 +105,7 @@ def layers_of(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ..
     return problem.once(("greg layers", chosen._replace(pick="")), lambda: _layers(problem, chosen))
 
 
-def _layers(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]:
+def _layers(problem: train.Problem, chosen: Choice) -> tuple[units.Layer, ...]:
     shapes = train.shapes_of(problem)
     if chosen.granularity == "group":
         channels = structured.channels_of(problem)
@@ -144,6 +145,11 @@ def table_of(problem: train.Problem, chosen: Choice) -> ratios.Table:
 
 
 def _given_table(problem: train.Problem, chosen: Choice) -> ratios.Table:
+    with tables.within(chosen.where):
+        return _given_table_inside(problem, chosen)
+
+
+def _given_table_inside(problem: train.Problem, chosen: Choice) -> ratios.Table:
     paths = kernels_of(problem)
     if chosen.inherit:
         return ratios.inherited(masks_of(chosen.inherit), paths, granularity=chosen.granularity)
@@ -151,7 +157,6 @@ def _given_table(problem: train.Problem, chosen: Choice) -> ratios.Table:
         granularity=chosen.granularity,
         skip=chosen.skip,
         reading=chosen.reading,
-        where=f"{chosen.where}.ratios",
     )
     target = SPEEDUP.fullmatch(chosen.ratios) if isinstance(chosen.ratios, str) else None
     if not target:
@@ -204,7 +209,7 @@ def masks_of(workdir: str) -> dict[str, np.ndarray]:
     }
 
 
-def check_choice(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]:
+def check_choice(problem: train.Problem, chosen: Choice) -> tuple[units.Layer, ...]:
     """The layers; raises ConfigError for a choice that does not fit the network.
 
     Such as ratios, patterns that match no array, and a run to inherit from that is not there.
@@ -268,27 +273,15 @@ def removed(
     else:
         channels = structured.channels_of(problem, "separate")
         coupled, kept = (
-            _coupled(channels, keep, chosen.granularity),
+            units.coupled(
+                channels,
+                {f"params/{path}": bools for path, bools in keep.items()},
+                chosen.granularity,
+            ),
             _alone(state.masks, keep, chosen.granularity),
         )
     tree = groups.mask(dict(params=kept, batch_stats=state.batch_stats), channels, coupled)
     return state._replace(params=masks.apply(state.params, tree["params"]), masks=tree["params"])
-
-
-def _coupled(
-    channels: groups.Channels, keep: Mapping[str, jax.Array], granularity: str
-) -> dict[str, jax.Array]:
-    """`keep` of the channel groups that the filters, or input channels, of some layers are."""
-    roles = ("producer",) if granularity == "filter" else ("consumer",)
-    found: dict[str, jax.Array] = {}
-    for name, group in channels.groups.items():
-        for member in group.members:
-            own = keep.get(member.path.removeprefix("params/"))
-            if own is None or member.role not in roles or member.index.shape[1] != 1:
-                continue
-            part = own[member.index[:, 0]]
-            found[name] = found[name] & part if name in found else part
-    return found
 
 
 def _alone(kept: PyTree, keep: Mapping[str, jax.Array], granularity: str) -> PyTree:
@@ -421,12 +414,7 @@ class Growth(NamedTuple):
 
     def most_steps(self) -> int:
         """Steps after which growth has ended at the latest."""
-        chosen = growing.plan(**dict(self.options))
-        return (
-            chosen.update_every * (chosen.pick_updates + chosen.push_updates)
-            + chosen.stabilize_steps
-            + 1
-        )
+        return growing.Penalty(**dict(self.options)).most_steps()
 
 
 @tables.option
@@ -469,7 +457,7 @@ class Grow(Removing):
         training = stages.Train(epochs=1, **{name: getattr(self, name) for name in names})
         fit = training.settings(where)
         options = {name: getattr(self, name) for name in PENALTY}
-        growing.plan(**options)
+        growing.Penalty(**options).plan()
         growth = Growth(
             self.choice(where),
             tuple(sorted(options.items())),
@@ -481,7 +469,7 @@ class Grow(Removing):
         return Growing(**{**fields, "growth": growth})
 
 
-PENALTY = tuple(name for name in tables.parameters(growing.plan) if name != "pick")
+PENALTY = tuple(name for name in tables.parameters(growing.Penalty) if name != "pick")
 
 
 class Growing(train.Fit):
@@ -626,7 +614,7 @@ class Oracle(interface.Stage):
 
 
 def oracle_counts(
-    layers: Sequence[growing.Layer], chosen: Oracle, where: str
+    layers: Sequence[units.Layer], chosen: Oracle, where: str
 ) -> dict[str, tuple[int, int]]:
     """(groups, how many go) of the layers that lose any; raises ConfigError where that cannot be
     tried exhaustively.

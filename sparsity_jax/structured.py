@@ -8,7 +8,6 @@ Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `sco
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -29,6 +28,7 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    units,
     workdirs,
 )
 
@@ -47,17 +47,7 @@ def alive_channels(channels: groups.Channels, kept: PyTree) -> dict[str, np.ndar
     """Channels that some array which makes them still has; kept: masks in the structure of the
     params.
     """
-    leaves = {f"params/{path}": np.asarray(leaf) for path, leaf in trees.named_leaves(kept).items()}
-    result = {}
-    for name, group in channels.groups.items():
-        members = [m for m in group.members if m.path in leaves]
-        members = [m for m in members if m.role != "consumer"] or members
-        own = np.zeros(group.size, bool)
-        for member in members:
-            leaf = np.moveaxis(leaves[member.path], member.axis, 0)
-            own |= leaf.reshape(len(leaf), -1).any(1)[member.index].any(1)
-        result[name] = own
-    return result
+    return units.alive(channels, {"params": kept})
 
 
 def members_of(problem: train.Problem, state: train.State) -> Iterator[tuple[int, train.State]]:
@@ -462,7 +452,7 @@ def select(
                 if _excluded(chosen, name)
                 else float(chosen.plan(place.visits, share).density[i])
             )
-            counts[name] = sizes[name] - masks.count_of(1 - density, sizes[name], math.floor)
+            counts[name] = sizes[name] - masks.count_of(1 - density, sizes[name], "floor")
         del common["exclude"]
         keep = budgets.select_to_counts(found, counts, **common)
     elif chosen.budget == "channels":

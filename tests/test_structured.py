@@ -138,7 +138,7 @@ def test_hessian_products_leave_the_statistics_out(convolutional):
 def test_rounds_follow_the_originals_schedule_and_compile_once(problem, trained):
     fresh, state = problem._replace(compiled={}), trained
     rounds = 25
-    plan, compiled, kept = budgets.round_ratios(0.75, rounds), [], [40]
+    plan, compiled, kept = budgets.round_ratios(ratio=0.75, num_rounds=rounds), [], [40]
     listen = lambda event, seconds, **_: (
         compiled.append(event) if "backend_compile" in event else None
     )
@@ -188,7 +188,9 @@ def test_manual_thresholds(problem, trained):
 
 def test_the_truncated_percentage_of_the_published_rounds(problem):
     schedule = dict(name="gradient_flow", cumulative="truncated")
-    assert budgets.round_ratios(0.75, 25, "truncated").density[-1] == pytest.approx(0.18)
+    assert budgets.round_ratios(ratio=0.75, num_rounds=25, cumulative="truncated").density[
+        -1
+    ] == pytest.approx(0.18)
     assert sum(selected(problem, 25, schedule=schedule).values()) == 8  # 7.2, of whole channels
     assert (
         sum(selected(problem, 25).values()) > 15
@@ -237,7 +239,9 @@ def test_every_group_loses_the_share_of_its_rule(problem, trained):
     for visit in range(1, ROUNDS + 1):
         state, row = run(problem, state, measure="l1", rules=rules, visit=visit, visits=ROUNDS)
         for name, share in (("params/dense1", 0.75), ("params/dense2", 0.5)):
-            gone = (1 - budgets.round_ratios(share, ROUNDS).density[visit - 1]) * row["sizes"][name]
+            gone = (
+                1 - budgets.round_ratios(ratio=share, num_rounds=ROUNDS).density[visit - 1]
+            ) * row["sizes"][name]
             assert row["kept"][name] == row["sizes"][name] - int(gone + 1e-9)
         assert row["ratio"] == 1 - row["num_kept"] / 40
     assert row["kept"] == {"params/dense1": 6, "params/dense2": 8}
@@ -315,19 +319,19 @@ def test_members_are_cut_by_their_own_scores():
     ("fields", "message"),
     [
         (dict(measure="mag"), r"measure is 'mag'; known: .*"),
-        (dict(ratio=1.0), r"config\.x: ratio is 1, which removes everything"),
+        (dict(ratio=1.0), r"config\.x.*ratio is 1\.0"),
         (
             dict(schedule=dict(name="cubic")),
-            r"config\.x: schedule\.name is 'cubic'; known: gradient_flow",
+            r"config\.x.*name is 'cubic'",
         ),
         (
             dict(schedule=dict(name="polynomial", powr=2)),
-            r"config\.x: schedule 'polynomial': .*powr.*; fields: ratio",
+            r"config\.x.*'powr'",
         ),
         (dict(measure="tfo", use_init=True), r"config\.x\.use_init replaces the factor"),
         (dict(exclude="("), r"config\.x\.exclude: '\(' is not a regular expression"),
         (dict(budget="filters"), r"config\.x\.budget is 'filters'; allowed: 'channels'"),
-        (dict(rules=((".*", 1.0),)), r"config\.x\.rules: ratio is 1, which removes everything"),
+        (dict(rules=((".*", 1.0),)), r"config\.x\.rules.*ratio is 1\.0"),
         (
             dict(rules=((".*", 0.5),), budget="flops"),
             r"budget is 'flops', but config\.x\.rules need 'channels'",
