@@ -111,7 +111,7 @@ def schedule(name: str, **fields: Any) -> Rounds:
     out of range.
     """
     function = tables.lookup(SCHEDULES, name, "name")
-    return function(**tables.check_options(function, fields, "schedule"))
+    return function(**tables.check_options(function, fields))
 
 
 def ratio_to_reach(density: float, num_original: int, num_alive: int) -> float:

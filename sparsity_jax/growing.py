@@ -429,7 +429,7 @@ def growing_l2(
     Raises ConfigError for wrong options, ValueError for picks that do not fit, a missing key,
     layers of other params and an `update` without params.
     """
-    penalty = Penalty(**tables.check_options(Penalty, options, "growing_l2"))
+    penalty = Penalty(**tables.check_options(Penalty, options))
     growth = _Growth(penalty, layers, _checked_keep(layers, keep or {}), key)
     return optax.GradientTransformationExtraArgs(growth.init, growth.update)
 
@@ -563,10 +563,7 @@ class _Growth:
 
     def penalized(self, updates: PyTree, state: GrowingState, params: PyTree) -> PyTree:
         regs = _regs(state)
-        parts: dict[str, list[tuple[str, units.Part]]] = {}
-        for layer in self.active:
-            for part in layer.parts:
-                parts.setdefault(part.path, []).append((layer.name, part))
+        parts = units.parts_by_path(self.active)
 
         def add(path: Sequence, update: jax.Array, w: jax.Array) -> jax.Array:
             inside = parts.get(trees.plain_path(path), [])

@@ -244,7 +244,7 @@ def _by_rule(rules: Sequence, located: Sequence[Layer], granularity: str) -> Tab
             raise tables.ConfigError(f"[{i}]", rule, allowed="a pair such as ('.*/conv1/.*', 0.5)")
         values.append(_ratio(rule[1], f"[{i}]"))
     numbered = [(pattern, i) for i, (pattern, _) in enumerate(rules)]
-    deciding = trees.match_rules({layer.path: 0 for layer in located}, numbered, "rules")
+    deciding = trees.match_rules({layer.path: 0 for layer in located}, numbered)
     for pattern, i in numbered:
         decided = [layer for layer in located if deciding[layer.path] == i]
         if values[i] and decided and all(granularity in layer.whole for layer in decided):

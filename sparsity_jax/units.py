@@ -17,7 +17,7 @@ are left of a layer, by one named rule of `masks.ROUNDINGS`, then masks. On this
   nobody knows which norm that is: then it still sends its shift on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
     path: str
     axes: tuple[int, ...] | None
-    index: np.ndarray | None = None
+    index: np.ndarray | None = None  # type: ignore[assignment]  # tuples have a method `index`
 
 
 class Layer(NamedTuple):
@@ -167,6 +167,27 @@ def spread_mask(keep: jax.Array, part: Part, shape: tuple[int, ...]) -> jax.Arra
     """Bools of `shape`, False where a unit is that `keep` leaves out."""
     removed = spread((~keep).astype(jnp.int32), part, shape)
     return jnp.broadcast_to(removed == 0, shape)
+
+
+def parts_by_path(layers: Iterable[Layer]) -> dict[str, list[tuple[str, Part]]]:
+    """(name of layer, part) of all that is removed from each array."""
+    result: dict[str, list[tuple[str, Part]]] = {}
+    for layer in layers:
+        for part in layer.parts:
+            result.setdefault(part.path, []).append((layer.name, part))
+    return result
+
+
+def without(kept: PyTree, layers: Iterable[Layer], keep: Mapping[str, jax.Array]) -> PyTree:
+    """The masks `kept` without the units that `keep` (by name of layer) leaves out."""
+    parts = parts_by_path(layer for layer in layers if layer.name in keep)
+
+    def cut(path: str, mask: jax.Array) -> jax.Array:
+        for name, part in parts.get(path, []):
+            mask = mask & spread_mask(keep[name], part, mask.shape)
+        return mask
+
+    return trees.map_named(cut, kept)
 
 
 # Channels of layers -------------------------------------------------------------------------------

@@ -339,7 +339,7 @@ def test_automatic_ratios():
 def test_mistakes(notation, layers, options, where, value):
     with pytest.raises(tables.ConfigError) as error:
         ratios.parse(notation, layers, **options)
-    assert (error.value.where.replace(".[", "["), error.value.value) == (where, value)
+    assert (error.value.where, error.value.value) == (where, value)
 
 
 @pytest.mark.parametrize(
