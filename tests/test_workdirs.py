@@ -201,21 +201,25 @@ def test_evaluation_uses_the_checkpoint_before_and_the_copy_of_the_config(whole,
     assert row["progress"] != expected[0]["progress"]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_file_of_an_exported_folder_is_refused(fault, tmp_path):
-    model = dict(name="mlp", widths=(4,))
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
     problem = tiny.problem(widths=(4,))
     state, _ = tiny.start(problem, tiny.fit())
-    folder = evaluate.export(problem, model, state, tmp_path / "network")
-    variables, _ = evaluate.load(folder)
+    place = tmp_path_factory.mktemp("exported") / "network"
+    return evaluate.export(problem, dict(name="mlp", widths=(4,)), state, place)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_file_of_an_exported_folder_is_refused(fault, exported, tmp_path):
+    variables, _ = evaluate.load(exported)
     rng = np.random.default_rng(0)
     refused = 0
-    for name in files_of(folder) * 8:
-        place = damaged(folder, tmp_path / "damaged", name, fault, rng)
+    for name in files_of(exported) * 8:
+        place = damaged(exported, tmp_path / "damaged", name, fault, rng)
         loaded, refusal = outcome_or_refusal(evaluate.load, place)
         if loaded is None:
             refused += 1
-            assert any(str(other) in refusal for other in files_of(folder)), refusal
+            assert any(str(other) in refusal for other in files_of(exported)), refusal
         else:
             tiny.same(loaded[0], variables)
     assert refused > 12
