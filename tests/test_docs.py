@@ -117,7 +117,7 @@ def config_of(name: str, variant: str | None):
 def check_members(config) -> None:
     config, known = pipeline.plain(config), tables.parameters(pipeline.settings)
     common = {name: value for name, value in config.items() if name in known}
-    tables.check_options(pipeline.settings, common, "config")
+    tables.check_options(pipeline.settings, common)
     for member, _ in pipeline.expand(config):
         tables.convert(member["seed"], tables.Index, "config.seed")
         pipeline.check_member(member)

@@ -73,11 +73,10 @@ INJECTED = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_rate_is_found_in_every_wrapper(wrapper):
     made = {name: WRAPPERS[wrapper](inner) for name, (inner, _) in INJECTED.items()}
-    chosen = {f"choose: {name}": optim.choose(0, [tx]) for name, tx in made.items()}
-    results = run_all(made | chosen, 4 if wrapper.startswith("MultiSteps") else 2)
+    results = run_all(made, 4 if wrapper.startswith("MultiSteps") else 2)
     for name, (_, state) in results.items():
-        rates = INJECTED[name.removeprefix("choose: ")][1]
-        np.testing.assert_allclose(optim.learning_rate(state), rates[1], rtol=1e-6, err_msg=name)
+        rate = INJECTED[name][1][1]
+        np.testing.assert_allclose(optim.learning_rate(state), rate, rtol=1e-6, err_msg=name)
 
 
 class Names(NamedTuple):
@@ -258,7 +257,7 @@ def test_sums_over_steps_are_wide_unless_asked_otherwise(name):
     assert floats(state) == {jnp.dtype("bfloat16")}
     config = dict(name=name, learning_rate=0.1, accumulator_dtype="float61")
     with pytest.raises(ValueError, match="accumulator_dtype"):
-        optim.check(config, "config.fit.optimizer")
+        optim.check(config)
 
 
 def test_the_sum_of_squares_grows_for_ever():
@@ -359,7 +358,6 @@ ACCEPTED = {
         optax.MultiSteps(optax.apply_if_finite(descent(0.1), 5), 2).gradient_transformation(),
         {},
     ),
-    "choose": (optim.choose(0, [optim.sgd(0.1, momentum=0.0), optax.adam(0.1)]), {}),
 }
 
 
@@ -437,7 +435,6 @@ TRANSFORMATIONS = {
     "add_l2": optim.add_l2(jax.tree.map(lambda _: 0.1, PARAMS)),
     "add_decayed_weights": optim.add_decayed_weights(0.1),
     "proximal_l1": optim.proximal_l1(optim.sgd(0.1), 0.1),
-    "choose": optim.choose(jnp.asarray(1), [optim.sgd(0.1), optim.sfw(0.1, BALL)]),
     "dynamic_change": optim.sgd(optim.dynamic_change(0.1, 30, 2)),
     "track_saliency": scores.track_saliency(optim.sgd(0.1), steps_per_epoch=21),
     "growing_l2": growing.growing_l2(HALF, update_every=1),
@@ -539,7 +536,6 @@ INJECTABLE = {
     "add_decayed_weights": (optim.add_decayed_weights, dict(weight_decay=0.1), ()),
     "proximal_l1": (optim.proximal_l1, dict(inner=optim.sgd(0.1), strength=0.1), ()),
     "projected": (optim.projected, dict(inner=optax.sgd(0.1), sets=BALL), ()),
-    "choose": (optim.choose, dict(index=1, transformations=[optim.sgd(0.1), optim.sgd(0.2)]), ()),
 }
 
 

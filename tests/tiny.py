@@ -6,6 +6,7 @@ import functools
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,16 +32,14 @@ def problem(
     return train.build_problem(dataset or digits(), model, **options)
 
 
-def settings(kind: str, where: str = "config.x", **fields) -> interface.Stage:
-    """A checked stage."""
-    made = pipeline.STAGES[kind](**tables.check_options(pipeline.STAGES[kind], fields, where))
-    return made.settings(where)
+def settings(kind: str, **fields) -> interface.Stage:
+    """The checked stage `config.x`."""
+    with tables.within("config.x"):
+        return pipeline.read_stage(dict(fields, kind=kind))
 
 
 def fit(optimizer: dict = SGD, **fields) -> train.Fit:
-    return settings(
-        "train", "config.fit", **dict(epochs=2, batch_size=32, optimizer=optimizer) | fields
-    )
+    return settings("train", **dict(epochs=2, batch_size=32, optimizer=optimizer) | fields)
 
 
 def start(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[train.State, dict]:
@@ -115,6 +114,19 @@ def random_set(
     return data.Dataset(
         "random", split(examples), split(5), num_classes, (0.5,) * channels, (0.25,) * channels
     )
+
+
+@contextlib.contextmanager
+def refused(where: str, value: Any = ..., closest: str = "", *, allowed=""):
+    """Asserts that the block refuses the setting `where`; allowed: a part of what the error says
+    is allowed. The error is not asked for what is not given."""
+    with pytest.raises(tables.ConfigError) as raised:
+        yield raised
+    error = raised.value
+    assert error.where == where or (error.is_sentence() and error.where.startswith(where))
+    assert value is ... or error.value == value or error.value is value
+    assert allowed in error.allowed
+    assert not closest or error.closest == closest
 
 
 def same(first, second) -> None:
