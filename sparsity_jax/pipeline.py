@@ -2,10 +2,8 @@
 where it stopped.
 """
 
-import collections
 import contextlib
 import copy
-import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -31,7 +29,6 @@ from sparsity_jax import (
     interface,
     lock,
     models,
-    optim,
     pretrained,
     report,
     stages,
@@ -104,8 +101,8 @@ def settings(
     as a whole, the label (default: the arm's name) is that of the report. arm: which of them to
     run. sweep: lists of values under the names of fields, e.g. `dict(arm=("fast", "slow"), seed=(0,
     1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all
-    at once (`vmap`, dense networks) or one after the other (`loop`); either way trainings that
-    differ in their optimizers only share a compiled program.
+    at once (`vmap`) or one after the other (`loop`); `auto` is `vmap` for dense networks that share
+    a compiled program: those that differ in the seed and in numbers of one optimizer.
     """
 
 
@@ -209,17 +206,16 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
         check_order(common["pipeline"], stage_configs, own, done)
     with tables.within("config.data"):
         data.check(**dict(common["data"]))
-    chosen = {name: share([own[name] for own in checked]) for name in stage_configs}
-    several, mode, streamed = len(members) > 1, common["sweep_mode"], common["data"].get("stream")
-    together = several and (
-        mode == "vmap" or (mode == "auto" and not streamed and not convolves(common["model"]))
-    )
+    several, streamed = len(members) > 1, common["data"].get("stream")
     used |= {own[name].retrain for own in checked for name in used} - {""}
+    programs = {name: {own[name].together() for own in checked} for name in used}
+    differing = sorted(name for name in used if len(programs[name]) > 1)
+    together = several and side_by_side(common, differing)
     if streamed:
         if together:
             raise tables.ConfigError(
                 "config.sweep_mode",
-                mode,
+                common["sweep_mode"],
                 why="but one member at a time reads what config.data.stream leaves where it is",
                 allowed="'loop'",
             )
@@ -227,22 +223,21 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
             for name in sorted(used):
                 with tables.within(f"config.{name}"):
                     own[name].check_streamed()
-    for name in used if together else ():
-        if len({own.together() for own in chosen[name]}) > 1:
-            changed = ", ".join(fields_that_differ([member[name] for member, _ in members]))
-            raise tables.ConfigError(
-                "config.sweep",
-                f"config.{name}",
-                verb="changes",
-                why=f"in a way that needs another program ({changed})",
-                allowed="optimizers and seed; anything with config.sweep_mode='loop'",
-            )
+    for name in differing if together else ():
+        changed = ", ".join(fields_that_differ([member[name] for member, _ in members]))
+        raise tables.ConfigError(
+            "config.sweep",
+            f"config.{name}",
+            verb="changes",
+            why=f"in a way that needs another program ({changed})",
+            allowed="seed and numbers of one optimizer; anything with config.sweep_mode='loop'",
+        )
     make = lambda found: Plan(
         [members[i][0] for i in found],
         [members[i][1] for i in found],
         common,
         tuple(common["pipeline"]),
-        {name: [chosen[name][i] for i in found] for name in stage_configs},
+        {name: [checked[i][name] for i in found] for name in stage_configs},
     )
     if several and not together:
         return [make([i]) for i in range(len(members))], True
@@ -267,6 +262,15 @@ def check_names(pipeline: Sequence[str], stage_configs: Mapping) -> None:
             raise tables.ConfigError("config.pipeline", name, verb="names", known=stage_configs)
 
 
+def side_by_side(common: Mapping, differing: Sequence[str]) -> bool:
+    """Whether members of a sweep run at once. differing: stages in which they need several
+    programs.
+    """
+    if common["sweep_mode"] != "auto":
+        return common["sweep_mode"] == "vmap"
+    return not (common["data"].get("stream") or differing or convolves(common["model"]))
+
+
 def convolves(model: Mapping) -> bool:
     """Whether the network of `config.model` has convolutions; only shapes are computed."""
     init, images = (
@@ -278,22 +282,6 @@ def convolves(model: Mapping) -> bool:
     except Exception:  # `check_size` tells, for images of the right size
         return True
     return train.convolves(variables["params"])
-
-
-def share(settings: list[Any]) -> list[Any]:
-    """The settings of one stage of all members; optimizers of trainings that are else equal share a
-    program.
-    """
-    if not isinstance(settings[0], train.Fit):
-        return settings
-    alike, shared = collections.defaultdict(list), list(settings)
-    for i, fit in enumerate(settings):
-        alike[dataclasses.replace(fit, recipe=None)].append(i)
-    for members in alike.values():
-        recipes = optim.join([settings[i].recipe for i in members])
-        for i, recipe in zip(members, recipes, strict=True):
-            shared[i] = dataclasses.replace(settings[i], recipe=recipe)
-    return shared
 
 
 def check_member(config: dict) -> dict[str, Any]:

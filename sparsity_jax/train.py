@@ -255,8 +255,7 @@ def create_state(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> S
 
 @tables.option
 class Fit(interface.Stage):
-    """A checked training: what its compiled step depends on. recipe: from `optim.check` or
-    `optim.join`.
+    """A checked training: what its compiled step depends on. recipe: from `optim.check`.
 
     carry: hands its momentum on, and starts from what it is handed. track: options of the tracked
     importance, sorted pairs of `scores.tracker`, or () for none. growth: None, or what acts on the
@@ -267,7 +266,7 @@ class Fit(interface.Stage):
 
     epochs: int
     batch_size: int
-    recipe: optim.Recipe | optim.Choice
+    recipe: optim.Recipe
     loss: tuple[str, tuple]
     augment: str
     start: str
@@ -438,9 +437,9 @@ def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> 
 
     A stage that starts from the first weights is given those, see `initial_state`.
     """
-    params = (
-        optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
-    )
+    params = state.params
+    if fit.shift_inside:
+        params = polytopes.shift_inside(params, numbers["sets"])
     params = masks.apply(params, state.masks)
     opt_state = fit.transformation(problem, numbers, state.key).init(params)
     if (
@@ -453,9 +452,7 @@ def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> 
     return state._replace(params=params, opt_state=opt_state, step=zero, metrics=no_metrics())
 
 
-def numbers_of(
-    problem: Problem, state: State, recipes: list[optim.Recipe | optim.Choice]
-) -> dict[str, Any]:
+def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe]) -> dict[str, Any]:
     """The traced numbers of every member's recipe (stacked if there are members), radii included.
 
     Norms of the initialisation are measured with the member's own key; the network itself is left

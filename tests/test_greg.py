@@ -221,7 +221,6 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         model=dict(name="mlp", widths=(12, 8)),
         out=pipeline.stage("remove", ratios="[0:0.5, 1:0.3]"),
     )
-    monkeypatch.setattr(pipeline.report, "write", lambda workdir, *_, **__: workdir)
     other = pipeline.run(config, tmp_path / "other").state
     state = train.create_state(problem, train.key_of(9))
     same, _ = run(problem, state, "remove", inherit=str(tmp_path / "other"))

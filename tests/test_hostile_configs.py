@@ -154,7 +154,7 @@ def test_weights_that_are_not_finite_stop_the_next_stage(tmp_path, monkeypatch):
         pipeline.run(tiny.config("fit", "curve"), tmp_path)
 
 
-def test_finished_runs_and_members_need_nothing_but_their_folder(tmp_path, monkeypatch):
+def test_finished_runs_and_members_need_nothing_but_their_folder(tmp_path, monkeypatch, pages):
     short = pipeline.stage("train", epochs=1, batch_size=32, optimizer=tiny.SGD)
     pipeline.run(tiny.config("fit", fit=short), tmp_path / "base")
     config = tiny.config("weights", start_from=str(tmp_path / "base"))

@@ -234,12 +234,16 @@ MISTAKES = {
         "model.widths",
     ),
     "sweep of another program": (
-        dict(sweep=dict(fit=dict(epochs=(1, 2)))),
+        dict(sweep=dict(fit=dict(epochs=(1, 2))), sweep_mode="vmap"),
         "config.sweep",
         "config.fit",
     ),
     "sweep of a retraining's length": (
-        dict(pipeline=("fit", "retrained"), sweep=dict(again=dict(epochs=(1, 2)))),
+        dict(
+            pipeline=("fit", "retrained"),
+            sweep=dict(again=dict(epochs=(1, 2))),
+            sweep_mode="vmap",
+        ),
         "config.sweep",
         "config.again",
     ),
@@ -304,8 +308,9 @@ MISTAKES = {
     ),
     "arm of another program": (
         dict(
-            arms=dict(a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2))),
-            sweep=dict(arm=("a", "b")),
+            arms=ARMS,
+            sweep=dict(arm=("sgd", "sfw")),
+            sweep_mode="vmap",
         ),
         "config.sweep",
         "config.fit",
@@ -446,9 +451,11 @@ def test_sweeps_combine_all_values():
     loop, separate = pipeline.check(tiny.config("fit", sweep=sweep, sweep_mode="loop"))
     assert separate
     assert [len(plan.configs) for plan in loop] == [1] * 4
-    conv, separate = pipeline.check(tiny.config("fit", sweep=sweep, model=dict(name="small_cnn")))
-    assert separate  # convolutions are not run side by side
-    assert len(conv) == 4
+    epochs = dict(fit=dict(epochs=(1, 2)))
+    for changes in (dict(model=dict(name="small_cnn")), dict(sweep=dict(sweep, **epochs))):
+        plans, separate = pipeline.check(tiny.config("fit", **dict(sweep=sweep) | changes))
+        assert separate  # convolutions and different programs do not run side by side
+        assert len(plans) >= 2
 
 
 def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
@@ -493,35 +500,24 @@ def test_networks_with_convolutions_are_known_by_their_shapes():
 
 def test_arms_replace_whole_fields_and_name_their_rows():
     plans, separate = pipeline.check(tiny.config("fit", "retrained", **GRID))
-    assert not separate
-    assert plans[0].swept == [
-        dict(arm=label, seed=seed) for label in ("SGD", "sfw") for seed in (0, 1)
+    assert separate  # one program per optimizer
+    assert [plan.swept for plan in plans] == [
+        [dict(arm=label, seed=seed)] for label in ("SGD", "sfw") for seed in (0, 1)
     ]
-    first, last = plans[0].configs[0], plans[0].configs[-1]
+    first, last = plans[0].configs[0], plans[-1].configs[0]
     assert (
         first["fit"]["optimizer"]["learning_rate"],
         first["again"]["optimizer"]["learning_rate"],
     ) == (0.05, 0.01)
     assert last["fit"]["optimizer"] == pipeline.plain(dict(DYNAMIC, constraint=BALL))
     assert (last["arm"], last["seed"], last["fit"]["epochs"]) == ("sfw", 1, 2)
-    fits = plans[0].settings["fit"]
-    assert len({fit.program() for fit in fits}) == 1
-    assert [fit.recipe.index for fit in fits] == [0, 0, 1, 1]
+    assert len({plan.settings["fit"][0].program() for plan in plans}) == 2
     named = {
-        name: dict(fit=dict(label=name, optimizer=own))
-        for name, own in (("a", tiny.SGD), ("b", tiny.SFW))
+        name: dict(fit=dict(label=name, optimizer=dict(tiny.SGD, learning_rate=rate)))
+        for name, rate in (("a", 0.1), ("b", 0.2))
     }
-    (labelled,), _ = pipeline.check(tiny.config("fit", arms=named, sweep=dict(arm=("a", "b"))))
-    assert (
-        len({fit.program() for fit in labelled.settings["fit"]}) == 1
-    )  # labels make no other program
-    lengths = dict(
-        a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2))
-    )  # nothing to gain from joining these
-    loop, _ = pipeline.check(
-        tiny.config("fit", arms=lengths, sweep=dict(arm=("a", "b")), sweep_mode="loop")
-    )
-    assert not any(isinstance(plan.settings["fit"][0].recipe, optim.Choice) for plan in loop)
+    _, separate = pipeline.check(tiny.config("fit", arms=named, sweep=dict(arm=("a", "b"))))
+    assert not separate  # neither labels nor numbers make another program
 
 
 @pytest.mark.parametrize("name", ["train", "sfw_init", "cut", "remove"])
@@ -547,42 +543,39 @@ def test_a_sweep_may_list_whole_dicts():
     chosen = (tiny.SGD, tiny.SFW, dict(tiny.SGD, nesterov=True))
     sweep = dict(fit=dict(optimizer=chosen, loss=(dict(name="cross_entropy"),)))
     plans, _ = pipeline.check(tiny.config("fit", sweep=sweep))
-    assert [values["fit.optimizer"] for values in plans[0].swept] == ["sgd 1", "sfw", "sgd 3"]
-    assert {values["fit.loss"] for values in plans[0].swept} == {"cross_entropy"}
-    assert [own["fit"]["optimizer"] for own in plans[0].configs] == pipeline.plain(
-        dict(found=chosen)
-    )["found"]
+    swept = [plan.swept[0] for plan in plans]
+    assert [values["fit.optimizer"] for values in swept] == ["sgd 1", "sfw", "sgd 3"]
+    assert {values["fit.loss"] for values in swept} == {"cross_entropy"}
+    optimizers = [plan.configs[0]["fit"]["optimizer"] for plan in plans]
+    assert optimizers == pipeline.plain(dict(found=chosen))["found"]
 
 
-def test_arms_are_one_program_and_give_the_rows_of_single_runs(tmp_path, monkeypatch):
+def test_arms_are_one_program_per_optimizer_and_give_the_rows_of_single_runs(tmp_path, monkeypatch):
     build, problems = pipeline.build, []
     monkeypatch.setattr(
         pipeline, "build", lambda plans: problems.append(build(plans)) or problems[-1]
     )
     config = tiny.config("fit", "retrained", **GRID)
-    together = pipeline.run(config, tmp_path / "vmap").rows
-    assert "over up to 2 networks" in (tmp_path / "vmap" / "report.html").read_text(
-        encoding="utf-8"
-    )
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
-    loop = pipeline.run(config | dict(sweep_mode="loop"), tmp_path / "loop").rows
-    for problem in problems:
-        programs = [name for name in problem.compiled if isinstance(name[0], tuple)]
-        assert len(programs) == 2  # training and retraining
-        kept = filter(
-            callable, problem.compiled.values()
-        )  # beside programs, what is known of the network
-        assert {program._cache_size() for program in kept} == {1}
+    with tiny.pages(True):
+        rows = pipeline.run(config, tmp_path / "arms").rows
+    page = (tmp_path / "arms" / "report.html").read_text(encoding="utf-8")
+    assert "over up to 2 networks" in page
+    (problem,) = problems
+    programs = [name for name in problem.compiled if isinstance(name[0], tuple)]
+    assert len(programs) == 4  # training and retraining, of either optimizer
+    # beside programs, what is known of the network
+    kept = filter(callable, problem.compiled.values())
+    assert {program._cache_size() for program in kept} == {1}
     for arm, label in (("sgd", "SGD"), ("sfw", "sfw")):
         single = pipeline.run(config | dict(arm=arm, sweep=dict(seed=(0, 1))), tmp_path / arm).rows
         of = lambda rows, seed: [row for row in rows if (row["arm"], row["seed"]) == (label, seed)]  # noqa: B023
-        found = [of(rows, 0) + of(rows, 1) for rows in (together, loop, single)]
+        found = [of(made, 0) + of(made, 1) for made in (rows, single)]
         assert len(single) == len(found[0]) == 2 * (2 + 3)
-        for a, b, c in zip(*found, strict=True):
-            assert a.keys() == b.keys() == c.keys()
+        for a, b in zip(*found, strict=True):
+            assert a.keys() == b.keys()
             assert not any(isinstance(value, dict) for name, value in a.items() if name != "layers")
             for name in ("train_loss", "learning_rate") if a["stage"] == "fit" else ("loss",):
-                np.testing.assert_allclose([a[name], b[name]], c[name], rtol=1e-4)
+                np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
 
 
 def spy(make, name, compiled):
@@ -603,7 +596,8 @@ def finished(tmp_path_factory):
     config = tiny.config(
         "learn", "fit", "curve", "weights", "cut", "again", "curve", title="All stages"
     )
-    return config, workdir, pipeline.run(config, workdir)
+    with tiny.pages(True):
+        return config, workdir, pipeline.run(config, workdir)
 
 
 def test_rows_say_where_they_come_from(finished):
@@ -625,7 +619,7 @@ def test_rows_say_where_they_come_from(finished):
     assert outcome.state.opt_state == ()
 
 
-def test_a_finished_run_is_not_repeated(finished, monkeypatch):
+def test_a_finished_run_is_not_repeated(finished, monkeypatch, pages):
     config, workdir, outcome = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     page = (workdir / "report.html").read_bytes()
@@ -674,7 +668,7 @@ def test_eight_devices_train_and_resume(tmp_path):
     tiny.same(pipeline.run(config, tmp_path / "eight").state, outcome.state)
 
 
-def test_a_member_that_diverges_does_not_stop_the_others(tmp_path):
+def test_a_member_that_diverges_does_not_stop_the_others(tmp_path, pages):
     sweep = dict(fit=dict(optimizer=dict(learning_rate=(1e20, 0.1))))
     config = tiny.config("fit", sweep=sweep, sweep_mode="loop")
     for _ in range(2):  # the second time the others are finished
@@ -703,11 +697,6 @@ def test_another_device_than_the_process_already_uses_is_refused(tmp_path):
 # Starting from another run ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def without_report(monkeypatch):
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
-
-
 @pytest.fixture(scope="module")
 def analysed(tmp_path_factory):
     """(workdir, outcome) of a run that trains and predicts."""
@@ -721,9 +710,7 @@ def plain_rows(outcome, *names):
     return [{n: v for n, v in row.items() if n != "arm"} for row in rows if row["stage"] in names]
 
 
-def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(
-    analysed, tmp_path, monkeypatch, without_report
-):
+def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(analysed, tmp_path, monkeypatch):
     workdir, whole = analysed
     pipeline.run(geometric("fit"), tmp_path / "fit")
     # each stage in the place it has above, which decides its random numbers
@@ -738,17 +725,15 @@ def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(
     tiny.same(later.state.params, whole.state.params)
     rows = pipeline.run(config, tmp_path / "later").rows
     assert tiny.timeless(rows) == tiny.timeless(json.loads(json.dumps(later.rows)))
-    monkeypatch.undo()  # a report without any training
-    alone = pipeline.run(geometric("width", start_from=str(workdir)), tmp_path / "alone")
+    with tiny.pages(True):  # a report without any training
+        alone = pipeline.run(geometric("width", start_from=str(workdir)), tmp_path / "alone")
     assert (tmp_path / "alone" / "report.html").stat().st_size > 10_000
     drawn = ("epsilon_error", "low", "high")  # by the stage's place
     without = lambda rows: [{n: v for n, v in row.items() if n not in drawn} for row in rows]
     assert without(plain_rows(alone, "width")) == without(plain_rows(whole, "width"))
 
 
-def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(
-    analysed, tmp_path, without_report
-):
+def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(analysed, tmp_path):
     deeper = pipeline.stage("spectrum", num_matvecs=5)
     config = geometric(
         "width", "hessian", "again", "width", start_from=str(analysed[0]), hessian=deeper
@@ -757,7 +742,7 @@ def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(
     assert [(row["num_matvecs"], row["num_probes"]) for row in rows] == [(3, 1), (5, 1)]
 
 
-def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path, without_report):
+def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path):
     first, again = str(tmp_path / "first"), str(tmp_path / "again")
     pipeline.run(geometric("weights", start_from=str(analysed[0])), first)
     (row,) = (
@@ -778,7 +763,7 @@ def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path, without_re
     assert [(row["seed"], row["num_matvecs"]) for row in rows] == [(0, 3), (1, 3)]
 
 
-def test_members_start_from_the_same_members(tmp_path, without_report):
+def test_members_start_from_the_same_members(tmp_path):
     seeds = dict(SEEDS, fit=stage(epochs=1))
     together = pipeline.run(geometric("fit", **seeds), tmp_path / "vmap")
     found = pipeline.run(
@@ -818,9 +803,7 @@ def test_an_option_that_a_run_does_not_have_yet_is_its_default(analysed):
         pipeline.check(start("linear"))
 
 
-def test_runs_that_cannot_be_started_from_are_named(
-    analysed, tmp_path, monkeypatch, without_report
-):
+def test_runs_that_cannot_be_started_from_are_named(analysed, tmp_path, monkeypatch):
     start = lambda path, *names, **fields: pipeline.run(
         geometric(*(names or ("hessian",)), **fields, start_from=str(path)), tmp_path / "new"
     )
@@ -880,14 +863,16 @@ class Killed(BaseException):
     """Stands for a kill: nobody catches it, so nothing is saved on the way out."""
 
 
-RESUMED = {
-    "sgd": tiny.config("fit", steps_per_call=3),
-    "sfw": tiny.config("fit", "cut", "again", fit=stage(optimizer=DYNAMIC), steps_per_call=3),
-    "sfw_init": tiny.config("learn", "fit", "weights"),
-    "curve": tiny.config(
-        "fit", "curve", curve=pipeline.stage("curve", ratios=tuple(i / 40 for i in range(40)))
+RESUMED = {  # every kind of state and of stage, alone and side by side
+    "sfw": tiny.config(
+        *("learn", "fit", "cut", "again", "weights"),
+        fit=stage(optimizer=DYNAMIC),
+        steps_per_call=3,
     ),
-    "retrained curve": tiny.config("fit", "retrained", "curve"),
+    "curves": tiny.config(
+        *("fit", "retrained", "curve"),
+        curve=pipeline.stage("curve", ratios=tuple(i / 40 for i in range(40))),
+    ),
     "spectrum": geometric(
         *("fit", "hessian", "newton"),
         fit=stage(epochs=1),
@@ -899,11 +884,11 @@ RESUMED = {
         hessian=pipeline.stage("spectrum", num_matvecs=2, operator="absolute"),
         **SEEDS,
     ),
-    "growth": tiny.config("fit", "grow", "again", fit=stage(epochs=1), grow=GROW, steps_per_call=3),
-    "growth of members": tiny.config("fit", "grow", fit=stage(epochs=1), grow=GROW, **SEEDS),
+    "growth of members": tiny.config(
+        *("fit", "grow", "again"), fit=stage(epochs=1), grow=GROW, steps_per_call=3, **SEEDS
+    ),
     "vmap": tiny.config("learn", "fit", "curve", **SEEDS),
-    "loop": tiny.config("fit", "curve", sweep_mode="loop", **SEEDS),
-    "arms": tiny.config("fit", "curve", **GRID),
+    "loop": tiny.config("fit", "curve", arms=ARMS, sweep=dict(arm=("sgd", "sfw"))),
 }
 
 
@@ -932,7 +917,6 @@ def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
         return problems[0]
 
     monkeypatch.setattr(pipeline, "build", build_once)
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
     with monkeypatch.context() as patch:
         calls = interrupt_at(patch, 0, None)
         expected = pipeline.run(config, tmp_path / "whole")
@@ -953,7 +937,7 @@ def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             calls = interrupt_at(patch, 0, None)
             outcome = pipeline.run(own, workdir)
-        assert len(calls) < total or number == 1 or case in ("sfw_init", "vmap")
+        assert len(calls) < total or number == 1 or config["pipeline"][0] == "learn"
         tiny.same(outcome.state, expected.state)
         assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows, (
             f"interrupted at update {number}"

@@ -835,11 +835,6 @@ def weights(tmp_path_factory):
     return str(pretrained.write(path, pretrained.to_torch(variables))), variables
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
-
-
 STILL = pipeline.stage(
     "train", epochs=1, batch_size=32, optimizer=dict(tiny.SGD, learning_rate=0.0), start="init"
 )
