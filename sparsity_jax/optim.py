@@ -1039,33 +1039,36 @@ def settings(
     return {"name": name, **tables.defaults(options), **own, **entries, **chosen}
 
 
-def check(config: dict, where: str) -> Recipe:
+def check(config: dict) -> Recipe:
     """The recipe of an optimizer config such as `dict(name="sfw", learning_rate=1.0,
     constraint=dict(...), ...)`.
 
     Raises ConfigError for unknown names and fields, wrong types and values out of range.
     """
     config = dict(config)
-    factory = tables.lookup(OPTIMIZERS, config.get("name", ""), f"{where}.name")
+    factory = tables.lookup(OPTIMIZERS, config.get("name", ""), "name")
     fields = tables.parameters(options)
     common = {field: config.pop(field) for field in fields if field in config}
-    common = {**tables.defaults(options), **tables.check_options(options, common, where)}
-    own = tables.check_options(factory, config, where, also=fields)
+    common = {**tables.defaults(options), **tables.check_options(options, common)}
+    own = tables.check_options(factory, config, also=fields)
     if common["name"] == "sfw" and common["learning_rate"] > 1:
         raise tables.ConfigError(
-            f"{where}.learning_rate is {common['learning_rate']}; allowed for sfw: 0 to 1."
+            "learning_rate", common["learning_rate"], allowed="0 to 1 with the name 'sfw'"
         )
     schedule = dict(common["schedule"])
     schedule_name = schedule.pop("name", "keep")
-    rule = tables.lookup(SCHEDULES, schedule_name, f"{where}.schedule.name")
-    schedule = tables.check_options(rule, schedule, f"{where}.schedule")
+    with tables.within("schedule"):
+        rule = tables.lookup(SCHEDULES, schedule_name, "name")
+        schedule = tables.check_options(rule, schedule)
     rule(1.0, 10**6, 1, **schedule)
     own = {**tables.defaults(factory), **own}
     numbers = {key: value for key, value in own.items() if isinstance(value, float)}
     static = {key: value for key, value in own.items() if key not in numbers}
     numbers["learning_rate"] = common["learning_rate"]
-    constraint = polytopes.check(common["constraint"], f"{where}.constraint")
-    penalty = _check_penalty(common, constraint, where)
+    with tables.within("constraint"):
+        constraint = polytopes.check(common["constraint"])
+    with tables.within("penalty"):
+        penalty = _check_penalty(common, constraint)
     if "strength" in penalty[1]:
         numbers["penalty"] = penalty[1].pop("strength")
     return Recipe(
@@ -1079,17 +1082,16 @@ def check(config: dict, where: str) -> Recipe:
     )
 
 
-def _check_penalty(config: dict, constraint: tuple, where: str) -> tuple[str, dict]:
+def _check_penalty(config: dict, constraint: tuple) -> tuple[str, dict]:
     given = dict(config["penalty"])
     name = given.pop("name", "none")
-    rule = tables.lookup(PENALTIES, name, f"{where}.penalty.name")
-    chosen = {**tables.defaults(rule), **tables.check_options(rule, given, f"{where}.penalty")}
-    trees.check_pattern(chosen.get("parameters", ""), f"{where}.penalty.parameters")
+    rule = tables.lookup(PENALTIES, name, "name")
+    chosen = {**tables.defaults(rule), **tables.check_options(rule, given)}
+    trees.check_pattern(chosen.get("parameters", ""), "parameters")
     free = all(kind == "unconstrained" for _, kind, _ in constraint)
     if chosen.get("method") == "proximal" and not (config["name"] == "sgd" and free):
         raise tables.ConfigError(
-            f"{where}.penalty.method is 'proximal'; allowed with an unconstrained sgd only, "
-            "elsewhere 'subgradient'."
+            "method", "proximal", allowed="'subgradient', and 'proximal' with an unconstrained sgd"
         )
     return name, chosen
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from sparsity_jax import optim, polytopes, tables, trees
 
@@ -327,7 +328,7 @@ def recipe(**changes):
         schedule=dict(name="decrease_3"),
         constraint=dict(name="k_sparse", k=3, tau=2.0),
     )
-    return optim.check({**config, **changes}, "config.fit.optimizer")
+    return optim.check({**config, **changes})
 
 
 def test_a_config_becomes_the_same_optimizer():
@@ -367,7 +368,7 @@ def test_proximal_and_subgradient_steps_reach_the_same_minimum(momentum):
             momentum=momentum,
             penalty=dict(penalised, method=method),
         )
-        chosen = optim.check(config, "optimizer")
+        chosen = optim.check(config)
         tx = optim.make(chosen, optim.numbers(chosen, target, None), epochs=1, steps_per_epoch=1)
 
         def step(carry, _, tx=tx):
@@ -396,16 +397,14 @@ def test_a_penalty_acts_on_the_named_parameters_only():
     params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
     config = dict(name="sgd", learning_rate=1.0, momentum=0.0)
     chosen = optim.check(
-        {**config, "penalty": dict(name="l1", strength=0.5, parameters=".*/kernel")}, "optimizer"
+        {**config, "penalty": dict(name="l1", strength=0.5, parameters=".*/kernel")}
     )
     tx = optim.make(chosen, optim.numbers(chosen, params, None), epochs=1, steps_per_epoch=1)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["dense"]["kernel"], -0.5)
     np.testing.assert_array_equal(updates["dense"]["bias"], 0.0)
-    wrong = optim.check({**config, "penalty": dict(name="l1", parameters="kernel")}, "optimizer")
-    with pytest.raises(
-        tables.ConfigError, match="'kernel', which matches no parameter; one is 'dense/bias'"
-    ):
+    wrong = optim.check({**config, "penalty": dict(name="l1", parameters="kernel")})
+    with tiny.refused("penalty.parameters", "kernel", "dense/kernel"):
         optim.numbers(wrong, params, None)
 
 
@@ -422,22 +421,25 @@ def test_a_penalty_acts_on_the_named_parameters_only():
         ),
         (
             dict(penalty=dict(name="l1", method="proximal")),
-            "allowed with an unconstrained sgd only",
+            "'proximal' with an unconstrained sgd",
         ),
-        (dict(penalty=dict(name="l3")), "penalty.name is 'l3'; known: l1, l2, none"),
+        (dict(penalty=dict(name="l3")), "penalty.name is 'l3'; allowed: l1, l2, none"),
         (
             dict(penalty=dict(name="l1", strength=-1.0)),
             "penalty.strength is -1.0; allowed: float >= 0.0",
         ),
-        (dict(penalty=dict(name="l1", parameters="(")), "'(' is not a regular expression"),
-        (dict(name="sfv"), "name is 'sfv'; known: adagrad_sfw, sfw, sgd. Did you mean 'sfw'"),
+        (
+            dict(penalty=dict(name="l1", parameters="(")),
+            "is not a regular",
+        ),
+        (dict(name="sfv"), "name is 'sfv'; allowed: adagrad_sfw, sfw, sgd. Did you mean 'sfw'"),
         (dict(lerning_rate=0.1), "no field 'lerning_rate'; .*Did you mean 'learning_rate'"),
-        (dict(learning_rate="fast"), "learning_rate is 'fast' (str); allowed: float >= 0.0"),
-        (dict(learning_rate=1.5), "learning_rate is 1.5; allowed for sfw: 0 to 1"),
+        (dict(learning_rate="fast"), "learning_rate is 'fast', of type str; allowed: float >= 0.0"),
+        (dict(learning_rate=1.5), "learning_rate is 1.5; allowed: 0 to 1 with"),
         (dict(learning_rate=float("nan")), "learning_rate is nan"),
         (dict(momentum=1.2), "momentum is 1.2; allowed: float >= 0.0 and <= 1.0"),
         (dict(rescale="grad"), "rescale is 'grad'; allowed: 'gradient' | 'diameter' | 'none'"),
-        (dict(schedule=dict(name="decrease3")), "schedule.name is 'decrease3'; known"),
+        (dict(schedule=dict(name="decrease3")), "schedule.name is 'decrease3'; allowed"),
         (dict(schedule=dict(name="piecewise", table="0-1")), "schedule.table is '0-1'"),
         (dict(constraint=dict(name="k_sparse", k=-1)), "constraint.k is -1; allowed: int >= 0"),
         (dict(nesterov=True), "no field 'nesterov'"),
@@ -488,7 +490,7 @@ def test_recipes_that_differ_in_numbers_are_one_program(kind):
     shapes = {"a": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(2)}}
     norms = jax.tree.map(lambda leaf: 1.0 + leaf.size, shapes)
     settings = [dict(zip(NUMBERS, pair)) for pair in zip(*NUMBERS.values())]
-    recipes = [optim.check(dict(dict(name="sgd"), **KINDS[kind]) | own, "x") for own in settings]
+    recipes = [optim.check(dict(dict(name="sgd"), **KINDS[kind]) | own) for own in settings]
     assert optim.program(recipes[0]) == optim.program(recipes[1])
     values = [optim.numbers(recipe, shapes, norms) for recipe in recipes]
     together = jax.jit(jax.vmap(lambda values: descend(recipes[0], values)))
@@ -504,7 +506,7 @@ def test_recipes_that_differ_in_numbers_are_one_program(kind):
 
 
 def test_other_optimizers_are_other_programs():
-    recipes = [optim.check(dict(dict(name="sgd"), **own), "x") for own in KINDS.values()]
+    recipes = [optim.check(dict(dict(name="sgd"), **own)) for own in KINDS.values()]
     assert len({optim.program(recipe) for recipe in recipes}) == len(KINDS)
 
 
