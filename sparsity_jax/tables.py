@@ -68,7 +68,7 @@ class ConfigError(ValueError):
         sentence += "."
         if self.closest:
             sentence += f" Did you mean {self.closest!r}?"
-        return sentence
+        return sentence.lstrip()
 
 
 @contextlib.contextmanager
