@@ -178,11 +178,9 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
         raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
     config = workdirs.read_config(workdir)
     known = tables.parameters(pipeline.settings)
-    tables.check_options(
-        pipeline.settings,
-        {name: value for name, value in config.items() if name in known},
-        "config",
-    )
+    common = {name: value for name, value in config.items() if name in known}
+    with tables.within("config"):
+        tables.check_options(pipeline.settings, common)
     stage_configs = {
         n: c for n, c in config.items() if n not in known and isinstance(c, Mapping) and "kind" in c
     }
@@ -207,7 +205,8 @@ def build(
             dataset = dataset._replace(**_statistics_of_run(own, dataset)._asdict())
     else:
         dataset = _load(own)
-    pipeline.check_model(config["model"])
+    with tables.within("config.model"):
+        pipeline.check_model(config["model"])
     model = models.build(num_classes=dataset.num_classes, **config["model"])
     return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
 
@@ -228,7 +227,8 @@ def _data_options(options: Mapping[str, Any], data_dir: str, name: str) -> dict[
 
 
 def _load(options: Mapping[str, Any]) -> data.Dataset:
-    return data.load(**tables.check_options(data.load, options, "config.data"))
+    with tables.within("config.data"):
+        return data.load(**tables.check_options(data.load, options))
 
 
 def _statistics_of_run(options: Mapping[str, Any], dataset: data.Dataset) -> data.Normalization:
@@ -857,13 +857,13 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable]:
     """
     folder = pathlib.Path(folder)
     about, arrays = verify(folder), read_arrays(folder)
-    where = f"{folder / ABOUT}: model"
-    pipeline.check_model(about["model"], where)
-    with pipeline.making_network(where):
-        model = models.build(num_classes=about["num_classes"], **about["model"])
-        image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
-        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))
-    train.check_memory(cost.num_bytes(shapes), f"{where} makes a network whose weights")
+    with tables.within(f"{folder / ABOUT}: model"):
+        pipeline.check_model(about["model"])
+        with pipeline.making_network("says a network that"):
+            model = models.build(num_classes=about["num_classes"], **about["model"])
+            image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
+            shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))
+        train.check_memory(cost.num_bytes(shapes), "makes a network whose weights")
     wanted, apply = trees.named_leaves(shapes), model.apply
     if about["compact"]:
         channels = groups.trace(model.apply, shapes, image(2))

@@ -175,7 +175,8 @@ def check(path: str | os.PathLike) -> None:
         raise tables.ConfigError("", str(path), allowed=f"a file of weights, {suffixes}")
     if not path.is_file():
         raise tables.ConfigError("", str(path), why="but there is no such file")
-    tables.check_memory(path.stat().st_size, f"{path} has")
+    with tables.blaming("", str(path)):
+        tables.check_memory(path.stat().st_size, "which has")
     if path.suffix == SAFETENSORS:
         _check_header(path)
     elif importlib.util.find_spec("torch") is None:
@@ -249,7 +250,8 @@ def _read_torch(path: pathlib.Path, key: str) -> dict[str, np.ndarray]:
                 f"alone or as {', '.join(map(repr, STATE_DICTS))}."
             )
         size = value.numel() * value.element_size()  # one stored number may stand for any shape
-        tables.check_memory(size, f"{path}: {name}, of the shape {tuple(value.shape)}, takes")
+        with tables.within(f"{path}: {name}"):
+            tables.check_memory(size, f"has the shape {tuple(value.shape)} and takes")
         arrays[name] = _array(value, f"{path}: {name}")
     return arrays
 
