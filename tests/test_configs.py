@@ -24,6 +24,8 @@ from sparsity_jax import (
     tables,
 )
 
+PAGES = True  # see conftest.py
+
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -417,12 +419,10 @@ def shrink(config) -> dict:
     return config
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # the quick start runs in test_run.py
     ("name", "variant"),
     [
-        ("quickstart", ()),
         ("toy_cnn", ("cnn",)),
-        ("toy_cnn", ("story",)),
         ("geometric_limit", ("digits",)),
         ("gradient_flow", ("resnet56,rounds=2,measure=fisher",)),
         ("greg", ("resnet56",)),
@@ -430,7 +430,6 @@ def shrink(config) -> dict:
         ("sfw_oneshot", ()),
         ("sfw_oneshot", ("data=tiny,arch=mlp,optimizer=adagrad_sfw,constraint=l2",)),
         ("sfw_oneshot", ("data=svhn,arch=mlp,sfw_init=1,rescale=diameter",)),
-        ("sfw_oneshot", ("arch=mlp,optimizer=sgd,scheme=cosine",)),
     ],
     ids=label,
 )

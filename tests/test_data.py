@@ -5,8 +5,6 @@ why and what to do.
 import functools
 import json
 import pathlib
-import subprocess
-import sys
 from typing import get_args, get_type_hints
 
 import cv2
@@ -209,13 +207,8 @@ def test_data_needs_no_slow_import():
         "import sys; from sparsity_jax import data; data.check(); "
         "sys.exit(any(m in sys.modules for m in ('sklearn', 'tensorflow_datasets', 'tensorflow')))"
     )
-    root = pathlib.Path(__file__).parents[1]
-    assert (
-        subprocess.run(
-            [sys.executable, "-W", "error", "-c", code], cwd=root, check=False
-        ).returncode
-        == 0
-    )
+    done = tiny.python("-W", "error", "-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 # TFDS

@@ -227,7 +227,7 @@ def test_commands_are_accepted(document):
             if not line.startswith("python -m sparsity_jax.run ") or "NAME" in line:
                 continue
             assert not subprocess.run(
-                ["bash", "-n", "-c", line], capture_output=True, check=False
+                ["bash", "-n", "-c", line], capture_output=True, check=False, timeout=60
             ).stderr, line
             words = shlex.split(line)[3:]
             name, _, variant = (

@@ -1,15 +1,12 @@
 """Things of one's own in a config: from one file, through the command line, to the report."""
 
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import tiny
 
 from sparsity_jax import evaluate, extend, imports, report
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = True  # see conftest.py
+
 MINE = '''
 from typing import ClassVar
 
@@ -133,10 +130,7 @@ def own_tables():
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", *map(str, arguments)]
-    ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )
+    ended = tiny.python("-m", *arguments)
     return ended.returncode, ended.stdout + ended.stderr
 
 

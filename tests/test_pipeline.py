@@ -542,10 +542,10 @@ def test_arms_are_one_program_per_optimizer_and_give_the_rows_of_single_runs(tmp
         pipeline, "build", lambda plans: problems.append(build(plans)) or problems[-1]
     )
     config = tiny.config("fit", "retrained", **GRID)
-    rows = pipeline.run(config, tmp_path / "arms").rows
+    with tiny.pages(True):
+        rows = pipeline.run(config, tmp_path / "arms").rows
     page = (tmp_path / "arms" / "report.html").read_text(encoding="utf-8")
     assert "over up to 2 networks" in page
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
     (problem,) = problems
     programs = [name for name in problem.compiled if isinstance(name[0], tuple)]
     assert len(programs) == 4  # training and retraining, of either optimizer
@@ -583,7 +583,8 @@ def finished(tmp_path_factory):
     config = tiny.config(
         "learn", "fit", "curve", "weights", "cut", "again", "curve", title="All stages"
     )
-    return config, workdir, pipeline.run(config, workdir)
+    with tiny.pages(True):
+        return config, workdir, pipeline.run(config, workdir)
 
 
 def test_rows_say_where_they_come_from(finished):
@@ -605,7 +606,7 @@ def test_rows_say_where_they_come_from(finished):
     assert outcome.state.opt_state == ()
 
 
-def test_a_finished_run_is_not_repeated(finished, monkeypatch):
+def test_a_finished_run_is_not_repeated(finished, monkeypatch, pages):
     config, workdir, outcome = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     page = (workdir / "report.html").read_bytes()
@@ -654,7 +655,7 @@ def test_eight_devices_train_and_resume(tmp_path):
     tiny.same(pipeline.run(config, tmp_path / "eight").state, outcome.state)
 
 
-def test_a_member_that_diverges_does_not_stop_the_others(tmp_path):
+def test_a_member_that_diverges_does_not_stop_the_others(tmp_path, pages):
     sweep = dict(fit=dict(optimizer=dict(learning_rate=(1e20, 0.1))))
     config = tiny.config("fit", sweep=dict(sweep, mode="loop"))
     for _ in range(2):  # the second time the others are finished
@@ -683,11 +684,6 @@ def test_another_device_than_the_process_already_uses_is_refused(tmp_path):
 # Starting from another run ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def without_report(monkeypatch):
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
-
-
 @pytest.fixture(scope="module")
 def analysed(tmp_path_factory):
     """(workdir, outcome) of a run that trains and predicts."""
@@ -701,9 +697,7 @@ def plain_rows(outcome, *names):
     return [{n: v for n, v in row.items() if n != "arm"} for row in rows if row["stage"] in names]
 
 
-def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(
-    analysed, tmp_path, monkeypatch, without_report
-):
+def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(analysed, tmp_path, monkeypatch):
     workdir, whole = analysed
     pipeline.run(geometric("fit"), tmp_path / "fit")
     # each stage in the place it has above, which decides its random numbers
@@ -718,17 +712,15 @@ def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(
     tiny.same(later.state.params, whole.state.params)
     rows = pipeline.run(config, tmp_path / "later").rows
     assert tiny.timeless(rows) == tiny.timeless(json.loads(json.dumps(later.rows)))
-    monkeypatch.undo()  # a report without any training
-    alone = pipeline.run(geometric("width", start_from=str(workdir)), tmp_path / "alone")
+    with tiny.pages(True):  # a report without any training
+        alone = pipeline.run(geometric("width", start_from=str(workdir)), tmp_path / "alone")
     assert (tmp_path / "alone" / "report.html").stat().st_size > 10_000
     drawn = ("epsilon_error", "low", "high")  # by the stage's place
     without = lambda rows: [{n: v for n, v in row.items() if n not in drawn} for row in rows]
     assert without(plain_rows(alone, "width")) == without(plain_rows(whole, "width"))
 
 
-def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(
-    analysed, tmp_path, without_report
-):
+def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(analysed, tmp_path):
     deeper = pipeline.stage("spectrum", num_matvecs=5)
     config = geometric(
         "width", "hessian", "again", "width", start_from=str(analysed[0]), hessian=deeper
@@ -737,7 +729,7 @@ def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(
     assert [(row["num_matvecs"], row["num_probes"]) for row in rows] == [(3, 1), (5, 1)]
 
 
-def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path, without_report):
+def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path):
     first, again = str(tmp_path / "first"), str(tmp_path / "again")
     pipeline.run(geometric("weights", start_from=str(analysed[0])), first)
     (row,) = (
@@ -758,7 +750,7 @@ def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path, without_re
     assert [(row["seed"], row["num_matvecs"]) for row in rows] == [(0, 3), (1, 3)]
 
 
-def test_members_start_from_the_same_members(tmp_path, without_report):
+def test_members_start_from_the_same_members(tmp_path):
     seeds = dict(SEEDS, fit=stage(epochs=1))
     together = pipeline.run(geometric("fit", **seeds), tmp_path / "vmap")
     found = pipeline.run(
@@ -798,9 +790,7 @@ def test_an_option_that_a_run_does_not_have_yet_is_its_default(analysed):
         pipeline.check(start("linear"))
 
 
-def test_runs_that_cannot_be_started_from_are_named(
-    analysed, tmp_path, monkeypatch, without_report
-):
+def test_runs_that_cannot_be_started_from_are_named(analysed, tmp_path, monkeypatch):
     start = lambda path, *names, **fields: pipeline.run(
         geometric(*(names or ("hessian",)), **fields, start_from=str(path)), tmp_path / "new"
     )
@@ -860,14 +850,16 @@ class Killed(BaseException):
     """Stands for a kill: nobody catches it, so nothing is saved on the way out."""
 
 
-RESUMED = {
-    "sgd": tiny.config("fit", steps_per_call=3),
-    "sfw": tiny.config("fit", "cut", "again", fit=stage(optimizer=DYNAMIC), steps_per_call=3),
-    "sfw_init": tiny.config("learn", "fit", "weights"),
-    "curve": tiny.config(
-        "fit", "curve", curve=pipeline.stage("curve", ratios=tuple(i / 40 for i in range(40)))
+RESUMED = {  # every kind of state and of stage, alone and side by side
+    "sfw": tiny.config(
+        *("learn", "fit", "cut", "again", "weights"),
+        fit=stage(optimizer=DYNAMIC),
+        steps_per_call=3,
     ),
-    "retrained curve": tiny.config("fit", "retrained", "curve"),
+    "curves": tiny.config(
+        *("fit", "retrained", "curve"),
+        curve=pipeline.stage("curve", ratios=tuple(i / 40 for i in range(40))),
+    ),
     "spectrum": geometric(
         *("fit", "hessian", "newton"),
         fit=stage(epochs=1),
@@ -879,8 +871,9 @@ RESUMED = {
         hessian=pipeline.stage("spectrum", num_matvecs=2, operator="absolute"),
         **SEEDS,
     ),
-    "growth": tiny.config("fit", "grow", "again", fit=stage(epochs=1), grow=GROW, steps_per_call=3),
-    "growth of members": tiny.config("fit", "grow", fit=stage(epochs=1), grow=GROW, **SEEDS),
+    "growth of members": tiny.config(
+        *("fit", "grow", "again"), fit=stage(epochs=1), grow=GROW, steps_per_call=3, **SEEDS
+    ),
     "vmap": tiny.config("learn", "fit", "curve", **SEEDS),
     "loop": tiny.config("fit", "curve", sweep=dict(arms=ARMS)),
     "programs side by side": tiny.config("fit", "curve", **GRID),
@@ -912,7 +905,6 @@ def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
         return problems[0]
 
     monkeypatch.setattr(pipeline, "build", build_once)
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
     with monkeypatch.context() as patch:
         calls = interrupt_at(patch, 0, None)
         expected = pipeline.run(config, tmp_path / "whole")
@@ -933,7 +925,7 @@ def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             calls = interrupt_at(patch, 0, None)
             outcome = pipeline.run(own, workdir)
-        assert len(calls) < total or number == 1 or case in ("sfw_init", "vmap")
+        assert len(calls) < total or number == 1 or config["pipeline"][0] == "learn"
         tiny.same(outcome.state, expected.state)
         assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows, (
             f"interrupted at update {number}"

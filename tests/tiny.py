@@ -3,14 +3,19 @@
 import contextlib
 import copy
 import functools
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from sparsity_jax import data, interface, models, optim, pipeline, polytopes, tables, train
+from sparsity_jax import data, interface, models, optim, pipeline, polytopes, report, tables, train
 
+WRITE = report.write
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 POLYTOPE = tables.options(polytopes.SETS, "k_sparse", k_frac=0.2)
 SGD = optim.settings("sgd", learning_rate=0.1)
 SFW = optim.settings("sfw", learning_rate=0.5, constraint=POLYTOPE)
@@ -73,6 +78,27 @@ def config(*names: str, **fields) -> dict:
         "pipeline": names,
     }
     return copy.deepcopy(made | fields)
+
+
+def python(*arguments, cwd: pathlib.Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """What a Python process with these arguments printed and returned; it must end in time."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def pages(drawn: bool):
+    """Runs inside draw their reports, which take longer than they do, or none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", WRITE if drawn else lambda workdir, *_, **__: workdir)
+        yield
 
 
 def random_set(
