@@ -861,7 +861,9 @@ def run_plan(
                 if not resumed:
                     state = own[0].begin(problem, state, own, place)
                     saved.save(state, workdirs.Progress(position, True, rows))
-                common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(config, position))
+                common = dict(
+                    stage=name, kind=kind, visit=visit, arm=arm_of(plan.members[0].config, position)
+                )
                 state = run_stage(run, state, place, run.per_member(begun), common)
                 stages.check_weights(problem, state, f"{name}, at its end")
                 state = after(plan, state, position)
