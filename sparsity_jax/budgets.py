@@ -127,7 +127,7 @@ def ratio_to_reach(density: float, num_original: int, num_alive: int) -> float:
 def _from_density(density: np.ndarray) -> Rounds:
     if not density[-1] > 0:
         raise tables.ConfigError(
-            "ratio", why=f"ends at density {density[-1]}", allowed="fewer rounds or a smaller share"
+            "", why=f"ends at density {density[-1]}", allowed="fewer rounds or a smaller ratio"
         )
     before = np.append(1.0, density[:-1])
     return Rounds(1 - density / before, density)
