@@ -360,10 +360,11 @@ def _additions(
             "granularity", increment, why=f"never gets to {limit}", allowed="above 0"
         )
     step = fractions.Fraction(str(increment))
-    needed = (fractions.Fraction(str(limit)) - fractions.Fraction(str(start))) / step
+    begin, end = fractions.Fraction(str(start)), fractions.Fraction(str(limit))
+    needed = (end - begin) / step
     exact = max(math.ceil(needed) if reach else math.floor(needed) + 1, 0)
     if counting == "exact":
-        return exact, fractions.Fraction(str(start)) + exact * step
+        return exact, begin + exact * step
     found = originals.additions(start, increment, limit, 2 * exact + 2, counting, reach=reach)
     if found is None:
         raise tables.ConfigError(
@@ -591,8 +592,9 @@ def _checked_keep(layers: Sequence[Layer], keep: Mapping[str, Any]) -> dict[str,
 def _mean_scores(leaves: Leaves, layer: Layer, keep: Array) -> tuple[Array, Array]:
     """Mean scores of what is kept and of what is pruned, 0 if that is nothing."""
     scores = _values(leaves, layer)
-    kept = trees.fold_sum(lambda s, k: jnp.where(k, jnp.abs(trees.widen(s)), 0), scores, keep)
-    pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, jnp.abs(trees.widen(s))), scores, keep)
+    magnitude = lambda score: jnp.abs(trees.widen(score))
+    kept = trees.fold_sum(lambda s, k: jnp.where(k, magnitude(s), 0), scores, keep)
+    pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, magnitude(s)), scores, keep)
     number = trees.fold_sum(lambda k: k.astype(jnp.int32), keep)
     return kept / number, pruned / jnp.maximum(layer.size - number, 1)
 

@@ -73,16 +73,21 @@ def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str,
     sum(n) / sum(n s), at most 1. Raises ValueError if no kernel is larger than the sum of its
     dimensions. SFW; `layer_ratios="erk_original"`.
     """
-    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-    slack = {path: 1 - sum(shape) / sizes[path] for path, shape in shapes.items()}
-    weighted = sum(sizes[path] * slack[path] for path in shapes)
+    total, weighted, slack = 0, 0.0, {}
+    for path, shape in shapes.items():
+        size = math.prod(shape)
+        slack[path] = 1 - sum(shape) / size
+        weighted += size * slack[path]
+        total += size
     if weighted <= 0:
         raise ValueError(
-            "erk_original needs kernels larger than the sum of their dimensions; given shapes: "
-            f"{dict(shapes)}."
+            f"erk_original needs kernels larger than the sum of their dimensions: {dict(shapes)}."
         )
-    scale = ratio * sum(sizes.values()) / weighted
-    return {path: min(max(scale * slack[path], 0.0), 1.0) for path in shapes}
+    scale = ratio * total / weighted
+    for path in slack:
+        share = max(scale * slack[path], 0.0)
+        slack[path] = min(share, 1.0)
+    return slack
 
 
 def square_distances(distances: Any, ratios: np.ndarray) -> np.ndarray:
@@ -92,7 +97,9 @@ def square_distances(distances: Any, ratios: np.ndarray) -> np.ndarray:
 
     Limit; `count="original"` of `width.Distances.at`.
     """
-    last = np.maximum(np.ceil(np.append(ratios, 0.0) * distances.size).astype(int), 1) - 1
+    shares = np.append(ratios, 0.0)
+    counts = np.ceil(shares * distances.size).astype(int)
+    last = np.maximum(counts, 1) - 1
     largest = distances.magnitudes[last]
     removed = np.searchsorted(distances.magnitudes, largest, side="right")
     squares = distances.squares[removed]

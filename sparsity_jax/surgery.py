@@ -57,7 +57,8 @@ def _kept(mask: Array) -> tuple[Array, Array]:
     *window, inputs, outputs = mask.shape
     channels = mask.reshape(-1, inputs, outputs).any((0, 2))
     rows = jnp.tile(channels, math.prod(window))
-    return rows, mask.reshape(-1, outputs).any(0)
+    columns = mask.reshape(-1, outputs).any(0)
+    return rows, columns
 
 
 METHODS = {"normal": normal, "orthogonal": orthogonal}
@@ -89,7 +90,8 @@ def reinitialize(
         draw = functools.partial(draw, gain=gain)
     paths = kernels.paths(params, channels, strict=False)
     axes = kernels.axes(params, paths, channels, layout=layout)
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
+    num = len(jax.tree.leaves(params))
+    keys = iter(jax.random.split(key, num))
 
     def renewed(path: str, leaf: Array, mask: Array) -> Array:
         leaf_key, name = next(keys), trees.last_name(path)
@@ -115,10 +117,12 @@ def _drawn(draw: Callable, key: Array, mask: Array, axes: kernels.Axes) -> Array
     outputs = math.prod(sizes[axis] for axis in axes.outputs)
     if stack:
         several = ordered.reshape(-1, *window, inputs, outputs)
-        drawn = jax.vmap(draw)(jax.random.split(key, len(several)), several)
+        keys = jax.random.split(key, len(several))
+        drawn = jax.vmap(draw)(keys, several)
     else:
         drawn = draw(key, ordered.reshape(*window, inputs, outputs))
-    return drawn.reshape(ordered.shape).transpose(np.argsort(order))
+    drawn = drawn.reshape(ordered.shape)
+    return drawn.transpose(np.argsort(order))
 
 
 def add_noise(
@@ -145,9 +149,13 @@ def add_noise(
             return leaf
         size = jnp.asarray(std)
         if relative:
+            norm = trees.norm(jnp.where(mask, leaf, 0))
             entries = jnp.maximum(jnp.sum(mask), 1)
-            size = std * (trees.norm(jnp.where(mask, leaf, 0)) / jnp.sqrt(entries))
+            size = std * (norm / jnp.sqrt(entries))
         noise = jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
-        return jnp.where(mask, leaf + size.astype(leaf.dtype) * noise, leaf)
+        moved = leaf + size.astype(leaf.dtype) * noise
+        return jnp.where(mask, moved, leaf)
 
-    return trees.map_named(disturbed, params, masks.full(params) if kept is None else kept)
+    if kept is None:
+        kept = masks.full(params)
+    return trees.map_named(disturbed, params, kept)

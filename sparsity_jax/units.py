@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sparsity_jax import groups, tables, trees
+from sparsity_jax import tables, trees
+from sparsity_jax.groups import Channels, Group, Member
 
 PyTree = Any
 Keep = dict[str, Array]  # bools by name of layer, True = keep
@@ -73,6 +74,9 @@ class Layer(NamedTuple):
         return self.scored[0].axes is None
 
 
+Parts = dict[str, list[tuple[str, Part]]]  # with the name of the layer, by path of the array
+
+
 def of_kernel(name: str, path: str, shape: Shape, axes: Shape | None) -> Layer:
     """The slices of one array along `axes`, or all its entries. shape: of the array."""
     part = Part(path, axes)
@@ -82,7 +86,7 @@ def of_kernel(name: str, path: str, shape: Shape, axes: Shape | None) -> Layer:
     return Layer(name, num, (part,), (part,))
 
 
-def of_group(group: groups.Group, leaves: Leaves, members: Members = "all") -> Layer:
+def of_group(group: Group, leaves: Leaves, members: Members = "all") -> Layer:
     """The coupled channels of a group, in arrays of `leaves`.
 
     leaves: arrays by plain path, those of the trace or their part `params`. members: of which
@@ -110,7 +114,7 @@ def _is_matrix(part: Part, leaves: Leaves) -> bool:
     return trees.is_kernel(part.path) and leaves[part.path].ndim > 1
 
 
-def _part(member: groups.Member, leaves: Leaves) -> Part | None:
+def _part(member: Member, leaves: Leaves) -> Part | None:
     """The member as a part of `leaves`, which may lack the first name of its path; None for running
     statistics.
     """
@@ -186,9 +190,9 @@ def spread_mask(keep: Array, part: Part, shape: Shape) -> Array:
     return jnp.broadcast_to(removed == 0, shape)
 
 
-def parts_by_path(layers: Iterable[Layer]) -> dict[str, list[tuple[str, Part]]]:
+def parts_by_path(layers: Iterable[Layer]) -> Parts:
     """(name of layer, part) of all that is removed from each array."""
-    result: dict[str, list[tuple[str, Part]]] = {}
+    result: Parts = {}
     for layer in layers:
         for part in layer.parts:
             result.setdefault(part.path, []).append((layer.name, part))
@@ -211,7 +215,7 @@ def without(kept: PyTree, layers: Iterable[Layer], keep: Leaves) -> PyTree:
 
 
 def coupled(
-    channels: groups.Channels,
+    channels: Channels,
     keep: Leaves,
     granularity: Sliced = "filter",
 ) -> dict[str, Any]:
@@ -230,7 +234,7 @@ def coupled(
     return found
 
 
-def deciding(channels: groups.Channels, granularity: Sliced) -> Iterator[tuple[str, groups.Member]]:
+def deciding(channels: Channels, granularity: Sliced) -> Iterator[tuple[str, Member]]:
     """(name of group, member) of the kernels, also depthwise, that make or read its channels."""
     roles = ("producer", "depthwise") if granularity == "filter" else ("consumer",)
     for name, group in channels.groups.items():
@@ -239,20 +243,21 @@ def deciding(channels: groups.Channels, granularity: Sliced) -> Iterator[tuple[s
                 yield name, member
 
 
-def alive(channels: groups.Channels, kept: PyTree) -> dict[str, np.ndarray]:
+def alive(channels: Channels, kept: PyTree) -> dict[str, np.ndarray]:
     """Channels that some array which makes them still has, bool by name of group, on the host.
 
     kept: masks in the structure of the variables, or of some of them.
     """
-    leaves = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(kept).items()}
+    leaves = trees.named_leaves(kept)
     result = {}
     for name, group in channels.groups.items():
         members = [member for member in group.members if member.path in leaves]
         makers = [member for member in members if member.role != "consumer"]
         lives = np.zeros(group.size, bool)
         for member in makers or members:
-            slices = np.moveaxis(leaves[member.path], member.axis, 0)
-            any_left = np.any(slices.reshape(len(slices), -1), axis=1)
-            lives |= np.any(any_left[member.index], axis=1)
+            mask = np.asarray(leaves[member.path])
+            slices = np.moveaxis(mask, member.axis, 0)
+            left = np.any(slices.reshape(len(slices), -1), axis=1)
+            lives |= np.any(np.take(left, member.index), axis=1)
         result[name] = lives
     return result
