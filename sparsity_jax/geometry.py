@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sparsity_jax import (
     allocate,
@@ -44,7 +45,7 @@ def one_member(problem: train.Problem, state: train.State, member: int) -> tuple
     return pair if problem.members is None else jax.tree.map(lambda leaf: leaf[member], pair)
 
 
-def member_key(problem: train.Problem, state: train.State, member: int) -> jax.Array:
+def member_key(problem: train.Problem, state: train.State, member: int) -> Array:
     return state.key if problem.members is None else state.key[member]
 
 
@@ -65,9 +66,7 @@ class Network(NamedTuple):
     outputs: Callable  # -> logits
     loss: Callable  # (logits, batch) -> mean over the batch
 
-    def mean_loss(
-        self, variables: tuple[PyTree, PyTree], batch: tuple[jax.Array, jax.Array]
-    ) -> jax.Array:
+    def mean_loss(self, variables: tuple[PyTree, PyTree], batch: tuple[Array, Array]) -> Array:
         return self.loss(self.outputs(variables, batch), batch)
 
 
@@ -460,7 +459,7 @@ def _check_number(num_examples: int) -> None:
         raise interface.needs_memory("num_examples", 0, "all of which are read into memory")
 
 
-def examples(problem: train.Problem, num: int) -> tuple[jax.Array, jax.Array]:
+def examples(problem: train.Problem, num: int) -> tuple[Array, Array]:
     """`num` train images and labels, see `Problem.examples`; 0 for all."""
     return problem.examples("train", num or problem.size("train"))
 
@@ -618,32 +617,33 @@ class Spectrum(interface.Stage):
             opt_state=_start(problem, state, self, place, 0)
         )
 
+    def matvec(self, problem: train.Problem, variables: tuple) -> linops.Matvec:
+        """The operator at one member's `variables`."""
+        kind = "gauss_newton" if self.operator == "gauss_newton" else "hessian"
+        bare = matvec = curvature_at(problem, self, kind, variables)
+        if self.l2:
+            add = lambda a, b: a + 2 * self.l2 * b
+            matvec = lambda v: jax.tree.map(add, bare(v), v)
+        return linops.squared(matvec) if self.operator == "absolute" else matvec
+
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         total = self.num_probes * (problem.members or 1)
         method = linops.lanczos_method(self.num_matvecs, reorthogonalize=self.reorthogonalize)
-        kind = "gauss_newton" if self.operator == "gauss_newton" else "hessian"
-        finished, applied, at = sum(map(len, rows)), None, None
+        finished = sum(map(len, rows))
+        matvec = at = narrow = None
         for number in range(finished, total):
             if int(state.opt_state.number) != number:
                 state = state._replace(opt_state=_start(problem, state, self, place, number))
             member, probe = divmod(number, self.num_probes)
             variables = one_member(problem, state, member)
             if at != member:
-                applied = matvec = None  # what they keep may be large
-                applied, at = curvature_at(problem, self, kind, variables), member
-            matvec = applied
-            if self.l2:
-                matvec = lambda v, bare=matvec: jax.tree.map(
-                    lambda a, b: a + 2 * self.l2 * b, bare(v), v
-                )
-            if self.operator == "absolute":
-                matvec = linops.squared(matvec)
-            narrow = (
-                _enclosure_width(problem, self, place, variables, member)
-                if self.stop_width
-                else None
-            )
-            lanczos, started = state.opt_state.lanczos, time.perf_counter()
+                matvec = None  # what it keeps may be large
+                matvec = self.matvec(problem, variables)
+                at = member
+            if self.stop_width:
+                narrow = _enclosure_width(problem, self, place, variables, member)
+            lanczos = state.opt_state.lanczos
+            started = time.perf_counter()
             while (step := int(lanczos.step)) < self.num_matvecs:
                 lanczos = method.step(matvec, lanczos)
                 state = state._replace(opt_state=Probe(state.opt_state.number, lanczos))
@@ -658,20 +658,20 @@ class Spectrum(interface.Stage):
                     break  # the Krylov space is exhausted
                 done = (number + step / (self.num_matvecs + 1)) / total  # 1 is for the row
                 yield train.Update(state, interface.rows_per_member(problem), done)
-            found = method.result(lanczos)
-            steps = int(found.num_steps)
+            tridiagonal = method.result(lanczos)
+            alphas, betas, steps = map(np.asarray, tridiagonal)
             row = dict(
                 probe=probe,
                 operator=self.operator,
-                num_matvecs=steps,
-                alphas=np.asarray(found.alphas, np.float64)[:steps].tolist(),
-                betas=np.asarray(found.betas, np.float64)[:steps].tolist(),
-                dtype=str(found.alphas.dtype),
+                num_matvecs=int(steps),
+                alphas=alphas[:steps].tolist(),
+                betas=betas[:steps].tolist(),
+                dtype=str(alphas.dtype),
                 dimension=trees.size(lanczos.current),
                 seconds=round(time.perf_counter() - started, 3),
             )
             if narrow:
-                gap = narrow(found)
+                gap = narrow(tridiagonal)
                 row.update(enclosure=gap, narrow_enough=gap <= self.stop_width)
             yield train.Update(state, only(problem, member, row), (number + 1) / total)
 
@@ -681,7 +681,7 @@ class Probe(NamedTuple):
     state.
     """
 
-    number: jax.Array
+    number: Array
     lanczos: linops.LanczosState
 
 

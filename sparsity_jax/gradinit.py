@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array, lax
 
 from sparsity_jax import polytopes, trees
 
@@ -23,7 +24,7 @@ class ScaleState(NamedTuple):
     donated; its params are those given to `init`.
     """
 
-    step: jax.Array
+    step: Array
     params: PyTree
     scales: PyTree
     first_norms: PyTree
@@ -36,8 +37,8 @@ class ScaleMetrics(NamedTuple):
     parameter array.
     """
 
-    loss_before: jax.Array
-    loss_after: jax.Array
+    loss_before: Array
+    loss_after: Array
     inner_products: PyTree
     step_sizes: PyTree
 
@@ -81,7 +82,7 @@ def scale_step(
             if not w.size:
                 return w, jnp.ones((), w.dtype)
             g, wide = trees.widen(g), trees.widen(w)
-            vertex = jax.lax.stop_gradient(constraint.lmo(g))
+            vertex = lax.stop_gradient(constraint.lmo(g))
             length = trees.norm(vertex - wide)
             ratio = trees.norm(g) / jnp.where(length > 0, length, 1)
             size = jnp.where(length > 0, jnp.clip(learning_rate * ratio, 0, 1), 1.0)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array, lax
 
 from sparsity_jax import polytopes, tables, trees
 
@@ -39,7 +40,7 @@ class Rate(NamedTuple):
     update: Callable
 
 
-def as_rate(learning_rate: float | jax.Array | Callable | Rate) -> Rate:
+def as_rate(learning_rate: float | Array | Callable | Rate) -> Rate:
     """A number, an optax schedule or a Rate as a Rate."""
     if isinstance(learning_rate, Rate):
         return learning_rate
@@ -48,9 +49,9 @@ def as_rate(learning_rate: float | jax.Array | Callable | Rate) -> Rate:
 
 
 class _LossHistory(NamedTuple):
-    losses: jax.Array  # of the last 11 finished epochs, newest last
-    total: jax.Array  # of this epoch's step losses
-    factor: jax.Array
+    losses: Array  # of the last 11 finished epochs, newest last
+    total: Array  # of this epoch's step losses
+    factor: Array
 
 
 def keep(learning_rate: float, epochs: int, steps_per_epoch: int) -> Rate:
@@ -189,7 +190,7 @@ def _stepped_per_iteration(
     learning_rate: float,
     warmup_epochs: float,
     steps_per_epoch: int,
-    change: Callable[[jax.Array, jax.Array], jax.Array],
+    change: Callable[[Array, Array], Array],
 ) -> Rate:
     """The original's loop: after every iteration `rate = change(rate, iterations so far)`, warm-up
     or not.
@@ -280,8 +281,8 @@ class RateState(NamedTuple):
     state.
     """
 
-    step: jax.Array
-    learning_rate: jax.Array
+    step: Array
+    learning_rate: Array
     rate: Any
 
 
@@ -289,7 +290,7 @@ def _start_rate(rate: Rate) -> RateState:
     return RateState(jnp.zeros((), jnp.int32), jnp.zeros((), float), rate.init())
 
 
-def _next_rate(rate: Rate, state: RateState, value: Any) -> tuple[jax.Array, RateState]:
+def _next_rate(rate: Rate, state: RateState, value: Any) -> tuple[Array, RateState]:
     learning_rate, inner = rate.update(state.rate, state.step, value)
     learning_rate = jnp.asarray(learning_rate, float)
     return learning_rate, RateState(state.step + 1, learning_rate, inner)
@@ -323,7 +324,7 @@ def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
 class HeavyBallState(NamedTuple):
     """step: int32. buffer: momentum, in the structure of the params."""
 
-    step: jax.Array
+    step: Array
     buffer: PyTree
 
 
@@ -364,7 +365,7 @@ def _blend(
     return HeavyBallState(state.step + 1, jax.tree.map(mix, state.buffer, updates))
 
 
-def _share_of_new(momentum: float | jax.Array, dampening: float | jax.Array) -> float | jax.Array:
+def _share_of_new(momentum: float | Array, dampening: float | Array) -> float | Array:
     """The factor of the new gradient in the buffer: 1 - dampening, but 1 without momentum."""
     if isinstance(momentum, (int, float)):
         return 1 - dampening if momentum else 1.0
@@ -402,14 +403,14 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformationExtr
     return _add_slope(weight_decay, lambda w: w)
 
 
-def add_l1(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:
+def add_l1(strength: float | Array | PyTree) -> optax.GradientTransformationExtraArgs:
     """g + strength * sign(w), a subgradient of strength * ||w||_1. strength: a number, or one per
     parameter array.
     """
     return _add_slope(strength, jnp.sign)
 
 
-def add_l2(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:
+def add_l2(strength: float | Array | PyTree) -> optax.GradientTransformationExtraArgs:
     """g + 2 * strength * w, the gradient of strength * ||w||_2^2. strength: a number, or one per
     parameter array.
     """
@@ -437,12 +438,12 @@ class ProximalState(NamedTuple):
     one entry per array (two of arrays that have one), as one vector."""
 
     inner: PyTree
-    memory: jax.Array
+    memory: Array
 
 
 def proximal_l1(
     inner: optax.GradientTransformation,
-    strength: float | jax.Array | PyTree,
+    strength: float | Array | PyTree,
     *,
     learning_rate: float | None = None,
     momentum: float = 0.0,
@@ -498,7 +499,7 @@ def proximal_l1(
 
 
 def _proximal_sgd(
-    inner: optax.GradientTransformationExtraArgs, strength: PyTree, momentum: jax.Array
+    inner: optax.GradientTransformationExtraArgs, strength: PyTree, momentum: Array
 ) -> optax.GradientTransformationExtraArgs:
     """`proximal_l1` of this module's `sgd` at its known rate and momentum, t = rate * strength / (1
     - momentum).
@@ -535,7 +536,7 @@ def _is_skipping(state: Any) -> bool:
     return isinstance(state, (optax.MultiStepsState, optax.ApplyIfFiniteState))
 
 
-def _memory(state: PyTree, of_units: PyTree) -> jax.Array:
+def _memory(state: PyTree, of_units: PyTree) -> Array:
     """What the state for unit arrays has of its own: the buffers, which have other shapes than
     those of `state`.
     """
@@ -578,7 +579,7 @@ def _check_descent(
                 [-jnp.ravel(update)[0] / slope for update in jax.tree.leaves(updates)]
             )
 
-        return jax.lax.scan(step, inner.init(unit), None, length=2048)[1]
+        return lax.scan(step, inner.init(unit), None, length=2048)[1]
 
     with jax.ensure_compile_time_eval():
         tries = [try_out(slope) for slope in (1.0, 2.0**20)]
@@ -635,7 +636,7 @@ def _map_sets(function: Callable, sets: PyTree, params: PyTree, *rest: PyTree) -
     )
 
 
-def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Array) -> jax.Array:
+def _settled(constraint: polytopes.ConstraintSet, w: Array, update: Array) -> Array:
     """`update` in the type of the weights `w`; of types narrower than float32 one that keeps them
     in the set.
 
@@ -655,14 +656,14 @@ def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Arra
     return jnp.where(beyond, jnp.nextafter(update, -w), update)
 
 
-def _rounded(wide: jax.Array, dtype: Any) -> jax.Array:
+def _rounded(wide: Array, dtype: Any) -> Array:
     """The numbers of a narrow `dtype` nearest to those of `wide`, in whose type they stay.
 
     XLA may leave out a conversion to and fro, and its `reduce_precision` makes zeros of subnormal
     numbers, which float16 weights below 6e-5 are.
     """
     kind = jnp.finfo(dtype)
-    normal = jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
+    normal = lax.reduce_precision(wide, kind.nexp, kind.nmant)
     if kind.minexp <= jnp.finfo(wide.dtype).minexp:
         return normal
     spacing = float(kind.smallest_subnormal)
@@ -670,7 +671,7 @@ def _rounded(wide: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.abs(wide) < float(kind.tiny), subnormal, normal)
 
 
-def _rate_in(opt_state: PyTree) -> jax.Array | None:
+def _rate_in(opt_state: PyTree) -> Array | None:
     """The one learning rate that an optimizer's state names; None if there is none."""
     rates = _rates_in(opt_state)
     if len(rates) > 1:
@@ -682,7 +683,7 @@ def _rate_in(opt_state: PyTree) -> jax.Array | None:
     return rates[0] if rates else None
 
 
-def _rates_in(opt_state: PyTree) -> list[jax.Array]:
+def _rates_in(opt_state: PyTree) -> list[Array]:
     """All rates of states that are made to hold one; entries of that name in other trees are
     parameters.
     """
@@ -715,12 +716,12 @@ def _need_params(params: PyTree) -> None:
 
 
 def frank_wolfe_step_size(
-    learning_rate: float | jax.Array,
-    direction: jax.Array,
-    gap: jax.Array,
-    diameter: float | jax.Array,
+    learning_rate: float | Array,
+    direction: Array,
+    gap: Array,
+    diameter: float | Array,
     rescale: Literal["gradient", "diameter", "none"],
-) -> jax.Array:
+) -> Array:
     """clip(learning_rate * f, 0, 1): f = ||direction|| / ||gap||, 1 / diameter or 1. gap: vertex -
     weights.
     """
@@ -769,7 +770,7 @@ def sgd(
     return descent if free else projected(descent, sets)
 
 
-def _after(constraint: polytopes.ConstraintSet, step_size: jax.Array) -> polytopes.ConstraintSet:
+def _after(constraint: polytopes.ConstraintSet, step_size: Array) -> polytopes.ConstraintSet:
     """The same set, usable only once the previous array's step size (never negative) is known.
 
     XLA's CPU backend would otherwise search all arrays side by side and push each out of the cache:
@@ -853,7 +854,7 @@ class AdaGradSFWState(NamedTuple):
     rate: RateState
     momentum: HeavyBallState
     squares: PyTree
-    units: jax.Array
+    units: Array
 
 
 def adagrad_sfw(
@@ -925,7 +926,7 @@ def adagrad_sfw(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _smallest_units(squares: PyTree) -> jax.Array:
+def _smallest_units(squares: PyTree) -> Array:
     """Units of the squares before anything is summed: [arrays], so small that any other is
     larger.
     """
@@ -935,7 +936,7 @@ def _smallest_units(squares: PyTree) -> jax.Array:
     return trees.varying_like(units, leaves)
 
 
-def _units_for(direction: PyTree, units: jax.Array) -> jax.Array:
+def _units_for(direction: PyTree, units: Array) -> Array:
     """The units, each larger where the squares of its array's `direction` would leave the range,
     and 1 where not.
     """
@@ -949,7 +950,7 @@ def _units_for(direction: PyTree, units: jax.Array) -> jax.Array:
     return jnp.maximum(units, jnp.stack(needed)) if needed else units
 
 
-def _add_squares(squares: PyTree, direction: PyTree, before: jax.Array, after: jax.Array) -> PyTree:
+def _add_squares(squares: PyTree, direction: PyTree, before: Array, after: Array) -> PyTree:
     """The sums, in units of `before`, with the squares of `direction`, in units of `after`."""
     sums = []
     leaves, structure = jax.tree.flatten(squares)
@@ -1160,7 +1161,7 @@ def make(
     return optax.chain({"l1": add_l1, "l2": add_l2}[penalty](strength), tx)
 
 
-def learning_rate(opt_state: PyTree) -> jax.Array | None:
+def learning_rate(opt_state: PyTree) -> Array | None:
     """The rate of the latest update, found in an optimizer's state; None if no part of it names a
     rate.
 
