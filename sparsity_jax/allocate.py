@@ -261,15 +261,15 @@ class Random(_OfWeights):
 
 
 class Slices(NamedTuple):
-    """Slices of one array along `axes`, of which slice i is at the positions index[i]: int [slices,
+    """Slices of one array along `axes`, of which slice i is at `positions`[i]: int [slices,
     copies].
 
-    Positions count along `axes` flattened; index None: slice i is at position i.
+    Positions count along `axes` flattened; None: slice i is at position i.
     """
 
     path: str
     axes: tuple[int, ...]
-    index: np.ndarray | None = None
+    positions: np.ndarray | None = None
 
 
 class Layer(NamedTuple):
@@ -370,22 +370,23 @@ def _slice_sums(array: Array, own: Slices) -> Array:
     """Sum over each slice."""
     others = [axis for axis in range(array.ndim) if axis not in own.axes]
     sums = jnp.sum(array, others).ravel()
-    return sums if own.index is None else jnp.sum(sums[own.index], 1)
+    return sums if own.positions is None else jnp.sum(sums[own.positions], 1)
 
 
 def _entries_left(kept: Mapping[str, Array], layer: Layer) -> Array:
     """How many entries of each slice the masks `kept` leave."""
-    return sum(_slice_sums(kept[own.path].astype(jnp.int32), own) for own in layer.scored)
+    sums = [_slice_sums(kept[own.path].astype(jnp.int32), own) for own in layer.scored]
+    return jnp.asarray(sum(sums))
 
 
 def _slice_mask(kept: Array, own: Slices, shape: tuple[int, ...]) -> Array:
     """Bools of `shape`, False in the slices that are not kept."""
     sizes = [n if axis in own.axes else 1 for axis, n in enumerate(shape)]
-    if own.index is None:
+    if own.positions is None:
         along = kept
     else:
-        removed = jnp.broadcast_to(~kept[:, None], own.index.shape)
-        along = ~jnp.zeros(math.prod(sizes), bool).at[own.index].max(removed)
+        removed = jnp.broadcast_to(~kept[:, None], own.positions.shape)
+        along = ~jnp.zeros(math.prod(sizes), bool).at[own.positions].max(removed)
     return jnp.broadcast_to(along.reshape(sizes), shape)
 
 

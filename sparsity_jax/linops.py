@@ -120,7 +120,8 @@ def tangent(v: PyTree, params: PyTree) -> PyTree:
 
 
 def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
-    given, allowed = jax.tree.structure(tree), jax.tree.structure(like)
+    given: Any = jax.tree.structure(tree)
+    allowed = jax.tree.structure(like)
     if given != allowed:
         raise ValueError(f"{name} has the structure {given}; allowed: that of {other}, {allowed}.")
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)):
@@ -150,7 +151,8 @@ def _dot(first: PyTree, second: PyTree) -> Array:
     """Inner product. Of two vectors at a time: XLA's CPU backend sums those pairwise (error 1e-9
     for 1e6 entries), a matrix-vector product one after the other (1e-5)."""
     dot = lambda x, y: jnp.dot(trees.widen(x).ravel(), trees.widen(y).ravel(), precision=HIGHEST)
-    return sum(jax.tree.leaves(jax.tree.map(dot, first, second)))
+    products = jax.tree.leaves(jax.tree.map(dot, first, second))
+    return jnp.asarray(sum(products))
 
 
 def _flatten(tree: PyTree) -> Array:
@@ -184,9 +186,9 @@ class Tridiagonal(NamedTuple):
     eigenvalue). num_steps: int32, at most D.
     """
 
-    alphas: Array
-    betas: Array
-    num_steps: Array
+    alphas: Any
+    betas: Any
+    num_steps: Any
 
 
 class LanczosState(NamedTuple):
@@ -300,9 +302,9 @@ class _OnHost:
 
     def project(self, basis: np.ndarray, row: Array, vector: Array) -> tuple[float, np.ndarray]:
         rows = basis[: int(row) + 1]
-        vector = np.asarray(vector)
-        part = rows @ vector
-        return part @ part, vector - part @ rows
+        flat = np.asarray(vector)
+        part = rows @ flat
+        return part @ part, flat - part @ rows
 
     def choose(self, condition: Array, yes: Callable, no: Callable, *arguments: Any) -> Any:
         return (yes if condition else no)(*arguments)
@@ -348,7 +350,7 @@ class Lanczos:
         numbers = (state.step, state.num_steps, state.alphas, state.betas)
         vectors = (state.current, product, state.previous, state.basis)
         numbers, following, rows = advance(self.basis, self.shift, numbers, *vectors)
-        return LanczosState(*numbers, following, state.current, rows)
+        return LanczosState._make((*numbers, following, state.current, rows))
 
     def result(self, state: LanczosState) -> Tridiagonal:
         """What the steps so far have found."""
@@ -696,7 +698,8 @@ def _coefficients(
     """alphas [n] and betas [n] or [n - 1] in float64, checked."""
     if isinstance(alphas, Tridiagonal):
         steps = int(alphas.num_steps)
-        alphas, betas = alphas.alphas[:steps], alphas.betas[:steps]
+        betas = alphas.betas[:steps]
+        alphas = alphas.alphas[:steps]
     alphas = np.asarray(alphas, np.float64)
     betas = np.asarray(betas, np.float64)
     lengths = (alphas.size, alphas.size - 1)
@@ -804,7 +807,7 @@ def hutchinson(
         raise ValueError(f"num_probes is {num_probes}; allowed: 2 and above, for a standard error.")
 
     def estimate(matvec: Matvec, key: Array, like: PyTree) -> Trace:
-        def sample(key):
+        def sample(key: Array) -> Array:
             probe = rademacher(key, like)
             return _dot(probe, matvec(probe))
 
@@ -837,7 +840,7 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, Arr
         basis = jnp.linalg.qr(images.T / trees.scale_of(images))[0].T
         known = jnp.sum(_map(lambda row: dot(row, product(row)), basis, on_host))
 
-        def sample(key):
+        def sample(key: Array) -> Array:
             probe = _flatten(rademacher(key, like))
             probe = probe - dot(dot(basis, probe), basis)
             return dot(probe, product(probe))

@@ -24,6 +24,7 @@ from jax import Array, lax
 from sparsity_jax import polytopes, tables, trees
 
 PyTree = Any
+Updated = tuple[PyTree, Any]  # updates and state
 
 
 # Learning rates -----------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def cosine(
             f"warmup_epochs is {warmup_epochs}; allowed: below epochs ({epochs})."
         )
 
-    def rule(step):
+    def rule(step: Array) -> Array:
         progress = jnp.clip((step - warm) / (total - warm), 0, 1)
         return learning_rate * jnp.where(
             step < warm, step / max(warm, 1), (1 + jnp.cos(jnp.pi * progress)) / 2
@@ -136,7 +137,7 @@ def piecewise(
             f"schedule.table is {table!r}; allowed: epoch:factor,epoch:factor,..."
         ) from None
 
-    def rule(step):
+    def rule(step: Array) -> Array:
         factor = jnp.asarray(pairs[-1][1], float)
         for epoch, value in pairs:
             factor = jnp.where(step >= epoch * steps_per_epoch, value, factor)
@@ -164,10 +165,10 @@ def dynamic_change(
     tables.convert(loss, Literal["mean", "last_batch"], "loss")
     drops = decrease_3(1.0, epochs, steps_per_epoch)
 
-    def init():
+    def init() -> _LossHistory:
         return _LossHistory(jnp.zeros(11, float), jnp.zeros((), float), jnp.ones((), float))
 
-    def update(state, step, value):
+    def update(state: _LossHistory, step: Array, value: Any) -> tuple[Array, _LossHistory]:
         if value is None:
             raise ValueError(
                 "the rate 'dynamic_change' follows the loss: call update(..., value=loss)."
@@ -200,7 +201,7 @@ def _stepped_per_iteration(
     """
     warm = warmup_epochs * steps_per_epoch
 
-    def update(state, step, value):
+    def update(state: Array, step: Array, value: Any) -> tuple[Array, Array]:
         del value
         rate = jnp.where(step == 0, 0.0 if warm else learning_rate, state)
         following = jnp.where(step < warm, learning_rate * (step + 1) / (warm + 1e-8), rate)
@@ -245,7 +246,7 @@ def original_cosine(
     `original_multistep`; recursion: PyTorch's CosineAnnealingLR.
     """
 
-    def change(rate, step):
+    def change(rate: Array, step: Array) -> Array:
         cosine = lambda step: 1 + jnp.cos(jnp.pi * jnp.asarray(step, float) / epochs)
         restart = (step - 1 - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
         risen = rate + learning_rate * (1 - math.cos(math.pi / epochs)) / 2
@@ -260,7 +261,7 @@ def _thirds(epochs: int) -> tuple[int, int]:
     return int(epochs / 3), int(2 * epochs / 3)
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable] = {
     "keep": keep,
     "decrease_3": decrease_3,
     "decrease_3_180": decrease_3_180,
@@ -300,7 +301,9 @@ def scale_by_rate(learning_rate: float | Callable | Rate) -> optax.GradientTrans
     """Multiplies updates by minus the learning rate."""
     rate = as_rate(learning_rate)
 
-    def update(updates, state, params=None, *, value=None, **extra):
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra: Any
+    ) -> Updated:
         del params, extra
         lr, state = _next_rate(rate, state, value)
         return jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates), state
@@ -342,10 +345,10 @@ def heavy_ball(
     see `accumulators`.
     """
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         return HeavyBallState(jnp.zeros((), jnp.int32), accumulators(params, accumulator_dtype))
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         del params, extra
         state = _blend(state, updates, momentum, dampening)
         out = state.buffer
@@ -418,7 +421,7 @@ def add_l2(strength: float | Array | PyTree) -> optax.GradientTransformationExtr
 
 
 def _add_slope(strength: PyTree, slope: Callable) -> optax.GradientTransformationExtraArgs:
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         del extra
         _need_params(params)
         add = lambda w, g, s: (g + s * slope(w)).astype(g.dtype)
@@ -428,7 +431,7 @@ def _add_slope(strength: PyTree, slope: Callable) -> optax.GradientTransformatio
 
 
 def _one_each(strength: PyTree, params: PyTree) -> PyTree:
-    if jax.tree.structure(strength) == jax.tree.structure(0.0):
+    if jax.tree_util.all_leaves([strength]):
         return jax.tree.map(lambda _: strength, params)
     return trees.aligned(strength, params, "strengths")
 
@@ -469,7 +472,7 @@ def proximal_l1(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         state, unit = inner.init(params), _unit_arrays(params)
         if jax.tree.leaves(unit):  # `optax.tree_map_params` calls `init` without arrays
             if learning_rate is None and _rate_in(state) is None:
@@ -480,7 +483,7 @@ def proximal_l1(
             _check_descent(inner, unit, learning_rate, momentum)
         return ProximalState(state, _memory(state, inner.init(unit)))
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         _need_params(params)
         unit = _unit_arrays(params)
         remembered = _remembered(state, jax.eval_shape(inner.init, unit))
@@ -505,7 +508,7 @@ def _proximal_sgd(
     - momentum).
     """
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         updates, state = inner.update(updates, state, params, **extra)
         rate = _rate_in(state)
         bounds = jax.tree.map(lambda s: rate * s / (1 - momentum), _one_each(strength, params))
@@ -517,7 +520,7 @@ def _proximal_sgd(
 def _shrunk(params: PyTree, updates: PyTree, bounds: PyTree) -> PyTree:
     """`updates` followed by soft thresholding at `bounds`."""
 
-    def shrink(w, u, bound):
+    def shrink(w: Array, u: Array, bound: Array) -> Array:
         moved = trees.widen(w) + u
         return (jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - bound, 0) - w).astype(u.dtype)
 
@@ -570,10 +573,10 @@ def _check_descent(
     what is not linear.
     """
 
-    def try_out(slope):
+    def try_out(slope: float) -> Array:
         gradient = jax.tree.map(lambda w: jnp.full_like(w, slope), unit)
 
-        def step(state, _):
+        def step(state: Any, _: None) -> tuple[Any, Array]:
             updates, state = inner.update(gradient, state, unit, value=jnp.zeros(()))
             return state, jnp.stack(
                 [-jnp.ravel(update)[0] / slope for update in jax.tree.leaves(updates)]
@@ -615,11 +618,11 @@ def projected(
     """Any optimizer whose result is projected (Euclidean) onto the sets after every step."""
     inner = optax.with_extra_args_support(inner)
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         _need_params(params)
         updates, state = inner.update(updates, state, params, **extra)
 
-        def pull(s, w, u):
+        def pull(s: polytopes.ConstraintSet, w: Array, u: Array) -> Array:
             wide = trees.widen(w)
             return _settled(s, w, s.project(wide + u) - wide)
 
@@ -816,10 +819,12 @@ def sfw(
     if rescale not in ("gradient", "diameter", "none"):
         raise ValueError(f"rescale is {rescale!r}; allowed: 'gradient', 'diameter', 'none'.")
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         return FrankWolfeState(_start_rate(rate), average.init(params))
 
-    def update(updates, state, params=None, *, value=None, **extra):
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra: Any
+    ) -> Updated:
         del extra
         _need_params(params)
         lr, rate_state = _next_rate(rate, state.rate, value)
@@ -827,7 +832,7 @@ def sfw(
         momentum_state = _blend(state.momentum, updates, momentum, momentum)
         size = jnp.zeros(())
 
-        def step(s, w, d):
+        def step(s: Any, w: Array, d: Array) -> Any:
             nonlocal size
             if isinstance(s, polytopes.Unconstrained):
                 return (-lr * d).astype(w.dtype)
@@ -881,13 +886,15 @@ def adagrad_sfw(
     )
     decay = add_decayed_weights(weight_decay)
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         squares = accumulators(params, accumulator_dtype)
         return AdaGradSFWState(
             _start_rate(rate), average.init(params), squares, _smallest_units(squares)
         )
 
-    def update(updates, state, params=None, *, value=None, **extra):
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra: Any
+    ) -> Updated:
         del extra
         _need_params(params)
         lr, rate_state = _next_rate(rate, state.rate, value)
@@ -897,7 +904,9 @@ def adagrad_sfw(
         units = _units_for(direction, state.units)
         squares = _add_squares(state.squares, direction, state.units, units)
 
-        def step(s, w, d, square, unit):
+        def step(
+            s: polytopes.ConstraintSet, w: Array, d: Array, square: Array, unit: Array
+        ) -> Array:
             unit = unit.astype(trees.widen(d).dtype)
             d, square = trees.widen(d) / unit, trees.widen(square)
             positive = square > 0  # the square root has no derivative at 0
@@ -963,7 +972,7 @@ def _add_squares(squares: PyTree, direction: PyTree, before: Array, after: Array
     return jax.tree.unflatten(structure, sums)
 
 
-OPTIMIZERS = {"sfw": sfw, "adagrad_sfw": adagrad_sfw, "sgd": sgd}
+OPTIMIZERS: dict[str, Callable] = {"sfw": sfw, "adagrad_sfw": adagrad_sfw, "sgd": sgd}
 
 
 # Penalties ----------------------------------------------------------------------------------------
@@ -1099,21 +1108,21 @@ def _check_penalty(config: dict, constraint: tuple) -> tuple[str, dict]:
 
 def program(recipe: Recipe) -> str:
     """What the compiled program depends on: all but the numbers."""
-    # of the constraint: pattern, name and exponent of every rule
-    static = ("p", "zero_up", "zero_below")
-    kinds = [
-        (pattern, name, [own.get(key) for key in static])
-        for pattern, name, own in recipe.constraint
-    ]
-    return repr(recipe._replace(numbers=sorted(recipe.numbers), constraint=kinds))
+    kinds = []
+    for pattern, name, chosen in recipe.constraint:
+        static = [chosen.get(key) for key in ("p", "zero_up", "zero_below")]
+        kinds.append((pattern, name, static))
+    same = (recipe.name, recipe.static, recipe.schedule, recipe.norms, recipe.penalty)
+    return repr((same, sorted(recipe.numbers), kinds))
 
 
 def needs_norms(recipe: Recipe) -> bool:
     """Whether some set takes its radius from the initialisation."""
-    return any(
-        {**tables.defaults(polytopes.SETS[name]), **own}.get("mode") == "initialization"
-        for _, name, own in recipe.constraint
-    )
+    for _, name, chosen in recipe.constraint:
+        options = {**tables.defaults(polytopes.SETS[name]), **chosen}
+        if options.get("mode") == "initialization":
+            return True
+    return False
 
 
 def numbers(
@@ -1137,8 +1146,9 @@ def numbers(
     values = {key: jnp.asarray(value, float) for key, value in recipe.numbers.items()}
     if "penalty" in values:
         chosen = trees.matching(params, recipe.penalty[1]["parameters"], "penalty.parameters")
-        one = lambda path, _, strength=values["penalty"]: jnp.where(chosen[path], strength, 0.0)
-        values["penalty"] = trees.map_named(one, params)
+        strength = values["penalty"]
+        of_array = lambda path, _: jnp.where(chosen[path], strength, 0.0)
+        values["penalty"] = trees.map_named(of_array, params)
     return {**values, "sets": jax.tree.map(jnp.asarray, sets)}
 
 

@@ -15,7 +15,7 @@ Sources: Pokutta, Spiegel, Zimmer 2020, arXiv:2010.07243 (sets and LMOs); Miao e
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -28,13 +28,7 @@ PyTree = Any
 Mode = Literal["initialization", "diameter", "radius"]
 
 
-def _register(*static: str):
-    def decorate(cls):
-        cls = dataclasses.dataclass(frozen=True)(cls)
-        fields = [field.name for field in dataclasses.fields(cls) if field.name not in static]
-        return jax.tree_util.register_dataclass(cls, data_fields=fields, meta_fields=list(static))
-
-    return decorate
+STATIC = dict(static=True)  # a field that decides what is compiled
 
 
 def _check_radius(radius: Any) -> None:
@@ -42,7 +36,7 @@ def _check_radius(radius: Any) -> None:
         raise ValueError(f"radius is {radius}; allowed: above 0.")
 
 
-def _narrow(x: float | Array, dtype: Any) -> Array:
+def _narrow(x: float | Array, dtype: Any) -> Any:
     """`x` in a type that may be narrower: rounded, and never beyond its largest number."""
     if jnp.result_type(x) == dtype:
         return x
@@ -50,7 +44,8 @@ def _narrow(x: float | Array, dtype: Any) -> Array:
     return jnp.clip(x, -largest, largest).astype(dtype)
 
 
-@_register()
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KSparse:
     """Convex hull of the vectors with at most `k` non-zero entries, each +-`radius`.
 
@@ -61,7 +56,7 @@ class KSparse:
     k: int | Array
     radius: float | Array
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.k, int) and self.k < 1:
             raise ValueError(f"k is {self.k}; allowed: 1 and above.")
         _check_radius(self.radius)
@@ -126,7 +121,8 @@ class KSparse:
         return 2 * self.radius * jnp.sqrt(jnp.asarray(self.support(size), float))
 
 
-@_register("p", "zero_up", "zero_below")
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LpBall:
     """{||x||_p <= radius}. p: 1 or >= 2, `inf` included (1 < p < 2 is not supported); static.
     radius > 0.
@@ -138,11 +134,11 @@ class LpBall:
     """
 
     radius: float | Array
-    p: float
-    zero_up: bool = False
-    zero_below: float = 0.0
+    p: float = dataclasses.field(metadata=STATIC)
+    zero_up: bool = dataclasses.field(default=False, metadata=STATIC)
+    zero_below: float = dataclasses.field(default=0.0, metadata=STATIC)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.p == 1 or self.p >= 2):
             raise ValueError(f"p is {self.p}; allowed: 1, or 2 and above (inf included).")
         _check_radius(self.radius)
@@ -221,12 +217,13 @@ class LpBall:
         positive = powers > 0
         return scale * jnp.where(positive, jnp.where(positive, powers, 1) ** (1 / self.p), 0)
 
-    def diameter(self, size: int) -> Array:
+    def diameter(self, size: int) -> float | Array:
         """2 radius size^(1/2 - 1/p) for p >= 2; 2 radius for p = 1."""
         return 2 * self.radius * _stretch(self.p, size)
 
 
-@_register()
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Unconstrained:
     """The whole space: no LMO; optimizers take their gradient step instead."""
 
@@ -257,7 +254,7 @@ def _project(x: Array, budget: Array, radius: Array) -> Array:
     integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
     number = lambda key: lax.bitcast_convert_type(key, x.dtype)  # ascending, as x is not negative
 
-    def halve(_, bracket):
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
         middle = low + (high - low) // 2
         over = trees.fold_sum(lambda m: jnp.clip(m - number(middle), 0, radius), magnitude) > budget
@@ -405,7 +402,12 @@ def radius_of(tau: float, mode: Mode, norm: float, scale: float) -> float:
     return diameter / scale
 
 
-SETS = {"k_sparse": k_sparse, "lp": lp_ball, "l2": l2, "unconstrained": unconstrained}
+SETS: dict[str, Callable] = {
+    "k_sparse": k_sparse,
+    "lp": lp_ball,
+    "l2": l2,
+    "unconstrained": unconstrained,
+}
 
 
 def check(constraint: dict) -> tuple[tuple[str, str, dict], ...]:
@@ -445,14 +447,14 @@ def build(params: PyTree, norms: PyTree, rules: Sequence[tuple[str, str, dict]])
     with tables.within("constraint.rules"):
         indices = trees.match_rules(params, [(rule[0], i) for i, rule in enumerate(rules)])
 
-    def one(leaf, norm, index):
+    def build_one(leaf: Any, norm: float, index: int) -> ConstraintSet:
         _, name, options = rules[index]
         return SETS[name](math.prod(leaf.shape), float(norm), **options)
 
-    return jax.tree.map(one, params, norms, indices)
+    return jax.tree.map(build_one, params, norms, indices)
 
 
-def mean_norms(init_params, key: Array, draws: int = 100) -> PyTree:
+def mean_norms(init_params: Callable, key: Array, draws: int = 100) -> PyTree:
     """Mean L2 norm of every parameter array over `draws` initialisations.
 
     init_params: key -> params. Returns float scalars in the structure of the params. One
@@ -460,12 +462,12 @@ def mean_norms(init_params, key: Array, draws: int = 100) -> PyTree:
     re-initialises it).
     """
 
-    def add(total, key):
+    def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
         norms = jax.tree.map(trees.norm, init_params(key))
         return jax.tree.map(jnp.add, total, norms), None
 
     @jax.jit
-    def measure(key):
+    def measure(key: Array) -> PyTree:
         wide = lambda leaf: jnp.promote_types(leaf.dtype, jnp.float32)
         start = jax.tree.map(
             lambda leaf: jnp.zeros((), wide(leaf)), jax.eval_shape(init_params, key)

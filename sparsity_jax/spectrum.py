@@ -120,7 +120,7 @@ def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) 
     def add(total: PyTree, part: Callable, v: PyTree, share: float) -> PyTree:
         return _plus(total, part(v), share)
 
-    parts = []
+    parts: list[tuple[Any, float]] = []
     for start in range(0, size, batch_size):
         length = min(batch_size, size - start)
         parts.append((prepare(params, data, start, length), length / size))
@@ -172,7 +172,7 @@ def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = Fal
         return Taylor(moved(one) - before, first, second / 2)
 
     def zero(params: PyTree, step: PyTree) -> PyTree:
-        terms = jax.eval_shape(lambda *at: part(*at, data), params, step)
+        terms = jax.eval_shape(lambda params, step: part(params, step, data), params, step)
         return jax.tree.map(lambda term: jnp.zeros(term.shape, term.dtype), terms)
 
     return _mean(part, zero, data, batch_size, on_host)
@@ -193,7 +193,7 @@ def _sizes(data: PyTree, batch_size: int) -> tuple[int, int]:
     return size, min(batch_size, size)
 
 
-def cut(data: PyTree, start: int, length: int) -> PyTree:
+def cut(data: PyTree, start: int | Array, length: int) -> PyTree:
     """`length` examples of `data` from `start` on; start may be traced."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, length), data)
 
@@ -284,4 +284,4 @@ def one_hot(like: dict[str, Array], path: str, index: tuple[int, ...]) -> dict[s
 def row_norm(matvec: Callable, like: dict[str, Array], path: str, index: tuple[int, ...]) -> Array:
     """L1 norm of the row of A that belongs to entry `index` of `params[path]`, by one product."""
     row = matvec(one_hot(like, path, index))
-    return sum(map(trees.absolute_sum, row.values()))
+    return jnp.asarray(sum(map(trees.absolute_sum, row.values())))
