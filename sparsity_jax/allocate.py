@@ -13,14 +13,13 @@ Magnitude is the score. Whole filters or input channels go by their L1 norm.
 import fractions
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from sparsity_jax import groups, kernels, masks, tables, trees
+from sparsity_jax import groups, kernels, masks, tables, trees, units
 
 PyTree = Any
 Leaves = dict[str, Any]  # by path
@@ -260,31 +259,6 @@ class Random(_OfWeights):
 # Filters and input channels -----------------------------------------------------------------------
 
 
-class Slices(NamedTuple):
-    """Slices of one array along `axes`, of which slice i is at `positions`[i]: int [slices,
-    copies].
-
-    Positions count along `axes` flattened; None: slice i is at position i.
-    """
-
-    path: str
-    axes: tuple[int, ...]
-    positions: np.ndarray | None = None
-
-
-class Layer(NamedTuple):
-    """Slices of which whole ones go: `size` of them, ranked by the L1 norm of `scored`; `masked`
-    are all that go.
-
-    shape: of the first kernel, for shares of layers.
-    """
-
-    size: int
-    shape: tuple[int, ...]
-    scored: tuple[Slices, ...]
-    masked: tuple[Slices, ...]
-
-
 def layers_of(
     params: PyTree,
     channels: Channels = None,
@@ -294,7 +268,7 @@ def layers_of(
     layout: kernels.Layout | None = None,
     include: str = "",
     exclude: str = "",
-) -> dict[str, Layer]:
+) -> dict[str, units.Layer]:
     """What selection `structured` chooses slices of, by name; options and errors as in
     `keep_counts`.
     """
@@ -308,7 +282,10 @@ def layers_of(
     else:
         if granularity == "filter":
             axes = _without_classifier(axes, bool(include or exclude or len(axes) < len(every)))
-        found = {path: _kernel_layer(params, path, own, granularity) for path, own in axes.items()}
+        leaves, found = trees.named_leaves(params), {}
+        for path, own in axes.items():
+            along = own.outputs if granularity == "filter" else own.inputs
+            found[path] = units.of_kernel(path, path, tuple(leaves[path].shape), along)
     if not found:
         raise ValueError(
             f"no {granularity} can be removed: layers={layers!r}, kernels {paths[:5]}."
@@ -334,60 +311,30 @@ def _without_classifier(axes: dict[str, kernels.Axes], others: bool) -> dict[str
     return chosen
 
 
-def _kernel_layer(params: PyTree, path: str, axes: kernels.Axes, granularity: str) -> Layer:
-    shape = tuple(trees.named_leaves(params)[path].shape)
-    along = axes.outputs if granularity == "filter" else axes.inputs
-    own = (Slices(path, along),)
-    return Layer(math.prod(shape[axis] for axis in along), shape, own, own)
-
-
 def _traced_layers(
     params: PyTree, channels: groups.Channels, axes: dict[str, kernels.Axes]
-) -> dict[str, Layer]:
+) -> dict[str, units.Layer]:
     """The groups of channels that the kernels in `axes`, and no others, make."""
-    leaves, found = trees.named_leaves(params), {}
     owned = {owner: path for path, owner in groups.owners(params, channels).items()}
+    found = {}
     for name, group in channels.groups.items():
-        made = [member for member in group.members if member.role in ("producer", "depthwise")]
-        made_by = [owned.get(member.path) for member in made]
-        if not made or not all(path in axes for path in made_by):
+        makers = [member for member in group.members if member.role in ("producer", "depthwise")]
+        if not makers or not all(owned.get(member.path) in axes for member in makers):
             continue
-        scored = [member for member in made if member.role == "producer"] or made
+        scored = [member for member in makers if member.role == "producer"] or makers
         # kernels that read the channels may stay: what they read is zero, if all that makes it is
         # masked
         inside = all(member.path in owned for member in group.members)
-        goes = lambda member, inside=inside: (
-            not (inside and member.role == "consumer" and not member.exposed)
-        )
-        masked = [member for member in group.members if member.path in owned and goes(member)]
-        place = lambda member: Slices(owned[member.path], (member.axis,), member.index)
-        shape = tuple(leaves[owned[scored[0].path]].shape)
-        found[name] = Layer(group.size, shape, tuple(map(place, scored)), tuple(map(place, masked)))
+        masked = [member for member in group.members if member.path in owned]
+        if inside:
+            masked = [member for member in masked if member.role != "consumer" or member.exposed]
+
+        def part_of(member: groups.Member) -> units.Part:
+            return units.Part(owned[member.path], (member.axis,), member.index)
+
+        parts, read = tuple(map(part_of, masked)), tuple(map(part_of, scored))
+        found[name] = units.Layer(name, (group.size,), parts, read)
     return found
-
-
-def _slice_sums(array: Array, own: Slices) -> Array:
-    """Sum over each slice."""
-    others = [axis for axis in range(array.ndim) if axis not in own.axes]
-    sums = jnp.sum(array, others).ravel()
-    return sums if own.positions is None else jnp.sum(sums[own.positions], 1)
-
-
-def _entries_left(kept: Mapping[str, Array], layer: Layer) -> Array:
-    """How many entries of each slice the masks `kept` leave."""
-    sums = [_slice_sums(kept[own.path].astype(jnp.int32), own) for own in layer.scored]
-    return jnp.asarray(sum(sums))
-
-
-def _slice_mask(kept: Array, own: Slices, shape: tuple[int, ...]) -> Array:
-    """Bools of `shape`, False in the slices that are not kept."""
-    sizes = [n if axis in own.axes else 1 for axis, n in enumerate(shape)]
-    if own.positions is None:
-        along = kept
-    else:
-        removed = jnp.broadcast_to(~kept[:, None], own.positions.shape)
-        along = ~jnp.zeros(math.prod(sizes), bool).at[own.positions].max(removed)
-    return jnp.broadcast_to(along.reshape(sizes), shape)
 
 
 @tables.option
@@ -402,7 +349,7 @@ class Structured:
     include: str = ""
     exclude: str = ""
 
-    def layers_of(self, params: PyTree, channels: Channels) -> dict[str, Layer]:
+    def layers_of(self, params: PyTree, channels: Channels) -> dict[str, units.Layer]:
         """What it chooses slices of."""
         return layers_of(
             params,
@@ -418,7 +365,8 @@ class Structured:
         """See `keep_counts`."""
         layers = self.layers_of(params, channels)
         sizes = {name: layer.size for name, layer in layers.items()}
-        shapes = {name: layer.shape for name, layer in layers.items()}
+        leaves = trees.named_leaves(params)
+        shapes = {name: leaves[layer.scored[0].path].shape for name, layer in layers.items()}
         ratios = LAYER_RATIOS[self.layer_ratios](shapes, ratio)
         counts = _layer_counts(sizes, ratios, self)
         return {name: max(kept, 1) for name, kept in counts.items()}
@@ -429,14 +377,13 @@ class Structured:
         """Masks of the chosen arrays by path, see `keep_masks`."""
         leaves = trees.named_leaves(params)
         earlier = trees.named_leaves(before)
-        size = lambda part: _slice_sums(jnp.abs(trees.widen(leaves[part.path])), part)
         result: Leaves = {}
         for name, layer in self.layers_of(params, channels).items():
-            norms = sum(map(size, layer.scored))
-            alive = _entries_left(earlier, layer) > 0 if earlier else None
+            norms = units.absolute_sums(leaves, layer)
+            alive = units.entries_left(earlier, layer) > 0 if earlier else None
             kept = masks.k_largest_mask(norms, counts[name], before=alive)
-            for part in layer.masked:
-                mask = _slice_mask(kept, part, leaves[part.path].shape)
+            for part in layer.parts:
+                mask = units.spread_mask(kept, part, leaves[part.path].shape)
                 result[part.path] = result.get(part.path, True) & mask
         return result
 
@@ -444,8 +391,8 @@ class Structured:
         """See `left_by`."""
         layers = self.layers_of(kept, channels).values()
         leaves = trees.named_leaves(kept)
-        entries = [_entries_left(leaves, layer) for layer in layers]
-        whole = [_entries_left(masks.full(leaves), layer) for layer in layers]
+        entries = [units.entries_left(leaves, layer) for layer in layers]
+        whole = [units.entries_left(masks.full(leaves), layer) for layer in layers]
         number = jnp.asarray(sum(jnp.sum(left > 0) for left in entries))
         possible = [jnp.sum(jnp.where(left > 0, n, 0)) for left, n in zip(entries, whole)]
         inside = sum(map(jnp.sum, entries)) / sum(possible)
@@ -467,7 +414,8 @@ def check(selection: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _made(selection: str, options: dict[str, Any]) -> Any:
-    return SELECTIONS[selection](**check(selection, options))
+    checked = check(selection, options)
+    return SELECTIONS[selection](**checked)
 
 
 def keep_counts(

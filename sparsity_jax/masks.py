@@ -24,36 +24,37 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from sparsity_jax import tables, trees
+from sparsity_jax import trees
 
 PyTree = Any
-AUTOMATIC = -1.0  # a pruning ratio: cut at the largest gap between scores
+Rounding = Literal["floor", "nearest", "ceil"]
+ROUNDINGS: dict[str, Callable[[float], int]] = {
+    "floor": math.floor,
+    "nearest": round,  # a half to even
+    "ceil": math.ceil,
+}
 
 
-def count_of(share: float, total: int, rounding: Callable[[float], int] = round) -> int:
-    """`share` of `total` things, where a decimal share means what it says: math.floor of 0.29 of
-    100 is 29, not 28.
+def count_of(share: float, total: int, rounding: Rounding = "nearest") -> int:
+    """`share` of `total` things, where a decimal share means what it says: 0.29 of 100 are 29 by
+    `floor`, not 28.
 
     share: on the host. A product within rounding errors (of a few units in the last place) of a
-    whole or a half counts as that. rounding: `round` (halves to even), `math.floor` or `math.ceil`.
+    whole or a half counts as that. rounding: a row of ROUNDINGS.
     """
     decimal = float(str(share))  # of a float32, not the nearest binary fraction
     product = decimal * total
     halves = round(2 * product)
     if math.isclose(2 * product, halves, rel_tol=8 * np.finfo(float).eps):
         product = halves / 2
-    return rounding(product)
+    return ROUNDINGS[rounding](product)
 
 
-def num_pruned(ratio: float, size: int, *, count: Literal["exact", "original"] = "exact") -> int:
+def num_pruned(ratio: float, size: int) -> int:
     """How many of a layer's `size` filters, channels or weights go: min(ceil(ratio * size), size -
-    1).
-
-    count: `exact`, of 25 the share 0.28 are 7; `original`, of the floating-point product they are
-    8, as in the published code of growing regularisation (arXiv:2012.09243).
+    1), where 0.28 of 25 are 7. `originals.num_pruned` is the published code's.
     """
-    tables.convert(count, Literal["exact", "original"], "count")
-    wanted = math.ceil(ratio * size) if count == "original" else count_of(ratio, size, math.ceil)
+    wanted = count_of(ratio, size, "ceil")
     return min(wanted, size - 1)
 
 

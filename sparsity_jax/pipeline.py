@@ -838,14 +838,15 @@ def pretrained_arrays(common: dict[str, Any], problem: train.Problem) -> dict[st
     """The arrays of `config.pretrained` by path, without the classifier if that is to be fresh."""
     like = jax.eval_shape(problem.init, jax.random.key(0))
     fresh = pretrained.CLASSIFIER if common["fresh_classifier"] else ""
-    variables = pretrained.to_variables(
-        pretrained.read(common["pretrained"]),
-        like,
-        names=common["pretrained_names"],
-        fresh=fresh,
-        image_channels=problem.dataset.test.images.shape[-1],
-        where=f"config.pretrained {common['pretrained']!r}",
-    )
+    state_dict = pretrained.read(common["pretrained"])
+    with tables.within("config.pretrained"):
+        variables = pretrained.to_variables(
+            state_dict,
+            like,
+            names=common["pretrained_names"],
+            fresh=fresh,
+            image_channels=problem.dataset.test.images.shape[-1],
+        )
     kept = trees.named_leaves(like)
     return {
         path: leaf for path, leaf in trees.named_leaves(variables).items() if leaf is not kept[path]
