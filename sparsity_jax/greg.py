@@ -29,6 +29,7 @@ from sparsity_jax import (
     interface,
     losses,
     masks,
+    optim,
     probes,
     ratios,
     stages,
@@ -284,8 +285,8 @@ class Remove(Removing):
     shortcuts. skip: layers left whole, `[1.0,2.3]`. granularity: `filter` (output channels),
     `channel` (input channels), `weight`, or `group`: whole coupled groups of channels, residual
     ones too, with one ratio or rules on their names. pick: `min`, `max` or `rand`. inherit: workdir
-    of a pruned run of the same network instead of
-    ratios: what it removed (`index`), or as much of each layer (`ratio`). reading: `original` reads
+    of a pruned run of the same network, instead of ratios. inherit_as: what that removed (`index`),
+    or as much of each layer (`ratio`). reading: `original` reads
     `skip` as prefixes and ignores what is out of range, see `originals.in_place`.
     """
 
@@ -350,20 +351,20 @@ class Grow(Removing, growing.Penalty):
     """Trains under a growing penalty until what it pushes is small, then removes that: GReg-1,
     GReg-2, FixReg.
 
+    The stage ends at the first log after all layers are done and have rested for `stabilize_steps`;
+    networks of a sweep that run side by side end together, and those done first train on at rest.
+
     ratios, skip, granularity, pick, inherit, inherit_as, reading: what is removed, see `remove`.
-    method, update_every (steps) and its other fields: how the penalty grows, see `growing.Penalty`.
-    The stage ends at the first log after all layers are done and have rested for
-    `stabilize_steps`; networks of a sweep that run side by side end together, and those done first
-    train on at rest. penalty_only: the loss has no gradient on kernels, so that only penalties move
-    them. log_every: steps between logs of the penalties and norms of each layer, counted anew every
-    epoch; log_scores: with the norm of every unit.
+    penalty_only: the loss has no gradient on kernels, so that only penalties move them. log_every:
+    steps between logs of the penalties and norms of each layer, counted anew every epoch;
+    log_scores: with the norm of every unit.
     """
 
     kind: ClassVar[str] = "grow"
-    optimizer: dict
+    optimizer: optim.Config
     batch_size: tables.Count = 128
     augment: str = "none"
-    loss: dict = losses.CROSS_ENTROPY
+    loss: losses.Config = losses.CROSS_ENTROPY
     penalty_only: bool = False
     evaluate_every: tables.Count = 1
     log_every: tables.Count = 100
@@ -631,7 +632,8 @@ class Noise(interface.Stage):
     """Accuracy and loss of the network with Gaussian noise on its weights, `num` times; the network
     stays as it is.
 
-    std: of the noise, or with `relative` of that over the root mean square of each array.
+    num: how often it is drawn. std: of the noise. relative: whether std is a share of the root mean
+    square of each array.
     parameters: pattern of the whole paths of the arrays that get it. Masked weights stay zero.
     """
 

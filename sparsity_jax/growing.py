@@ -301,6 +301,9 @@ class Penalty:
         penalty reaches `upper_limit_pick`, and picks then; what is kept gets the penalty
         `granularity_recover`. `fixreg` gives what is pruned `upper_limit` at once, and is done with
         the first update after step `fix_steps`.
+    update_every: steps between two growths. granularity_prune, granularity_pick: what each adds,
+        see `method`. granularity_recover: penalty of what is kept by `greg2`. upper_limit_pick:
+        penalty at which `greg2` picks. fix_steps: of `fixreg`.
     upper_limit: a layer is done once a penalty exceeds it. mag_ratio_limit: or once the mean score
         of what is kept is so many times that of what is pruned, smoothed (0.9 old + 0.1 new): with
         greg2 in this layer; with greg1 in every layer that has a ratio yet, also those done

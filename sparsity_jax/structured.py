@@ -101,7 +101,8 @@ class Cut(interface.Stage):
     imp_samples: train examples (which ones: see `config.sample`) that gradients are averaged over,
     or all if there are fewer; Hessian products take equally many of every class, no more than the
     rarest has; batch_size: of their batches;
-    temperature: divides the logits, those of Hessian products have their own.
+    temperature: divides the logits. grasp_temperature, preserve_temperature: those of Hessian
+    products.
     min_share: int(min_share * channels) + 1 of each group stay; protect: which, see `budgets`.
     multiple: what is left of each group is rounded up to a multiple of it, and every round makes up
     for that of the one before.
