@@ -62,6 +62,7 @@ RUNS = (
         "pipeline",
         "describe",
         "extend",
+        "export",
         "evaluate",
         "run",
     ),
