@@ -280,12 +280,15 @@ def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str) -> l
         opt_state=(),
         step=arrays["step"],
         key=arrays["key"],
-        metrics=(),
+        metrics=train.no_metrics(),
     )
-    states = [state]
-    if leading:
-        states = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(leading[0])]
-    return [state._replace(metrics=train.no_metrics()) for state in states]
+    if not leading:
+        return [state]
+    states = []
+    for i in range(leading[0]):
+        slices = jax.tree.map(lambda leaf, i=i: leaf[i], state._replace(metrics=()))
+        states.append(slices._replace(metrics=state.metrics))
+    return states
 
 
 # Numbers ------------------------------------------------------------------------------------------

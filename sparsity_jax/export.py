@@ -148,7 +148,9 @@ def write(
 ) -> None:
     """Writes what `export` says and reads it back. note: of `compared`; None: to be found."""
     variables, apply = variables_of(state), problem.model.apply
-    whole, keep, sizes = variables, {}, {}
+    whole = variables
+    keep: dict[str, np.ndarray] = {}
+    sizes: dict[str, int] = {}
     if note is None and not dense:
         _, _, note = compared(problem, state)
     if note and not dense:
@@ -207,7 +209,7 @@ def write_files(
 ) -> None:
     """Writes the three files with the checksums of what they shall hold, and verifies them."""
     stored = io.BytesIO()
-    np.savez(stored, **arrays)
+    np.savez(stored, **dict[str, Any](arrays))
     contents = {VARIABLES: stored.getvalue(), PROGRAM: program}
     about["sha256"] = {name: hashlib.sha256(own).hexdigest() for name, own in contents.items()}
     about["checksum"] = intact.digest_of_value(about)

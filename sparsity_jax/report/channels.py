@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sparsity_jax.report import draw, series
 from sparsity_jax.report.sections import (
@@ -26,7 +27,9 @@ from sparsity_jax.report.series import Grouped, Series, member_of, number
 
 SHOWN = 3  # networks with bars beside the groups
 COLORS = 8  # of groups, in turn
-ROLES = {  # of an array in a group of channels: what it is called, and its marker
+ROLES: dict[
+    str, tuple[str, draw.Style]
+] = {  # of an array in a group of channels: what it is called, and its marker
     "other": ("norm, bias", dict(marker=".", ms=4.5)),
     "consumer": ("reads them", dict(marker="s", ms=5.2, mfc="none")),
     "depthwise": ("passes them on one by one", dict(marker="D", ms=4.6)),
@@ -53,7 +56,7 @@ def group_layout(grouped: Grouped) -> tuple[dict, dict[str, pd.Series]]:
     Channels are means over members. Empty without a layout; cuts of another network are left out.
     """
     cuts = [row for one in grouped for row in one.of_kind("cut")]
-    layout = next((row["layout"] for row in cuts if row.get("layout")), {})
+    layout: dict = next((row["layout"] for row in cuts if row.get("layout")), {})
     names = list(layout.get("groups", ()))
     kept = {}
     for one in grouped:
@@ -97,7 +100,7 @@ def group_figure(layout: dict, kept: Mapping[str, pd.Series] | None = None) -> F
         draw_heading(panel, f"{label}: kept" if len(bars) > 1 else "kept")
         draw_bars(panel, left.to_numpy(), sizes, small)
     used = {role for row in rows for role in row["marks"]}
-    keys = []
+    keys: list[Line2D] = []
     for role, (text, style) in ROLES.items():
         if role in used:
             keys.insert(0, draw.key(text, linestyle="none", **style))

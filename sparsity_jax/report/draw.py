@@ -14,6 +14,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -26,8 +27,9 @@ NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 INK, MUTED, GRID = "#1f2328", "#656d77", "#dfe3e8"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1, 1, 1, 1, 1)))
+Style = dict[str, Any]
 MANY = 6  # more series than these are drawn finely
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so PNGs are the same everywhere
     "font.size": 9,
     "text.color": INK,
@@ -72,11 +74,11 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure of `count` axes, one or two in a row."""
     columns = min(2, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(10, 3.8 * rows), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
+    figure = Figure(figsize=(10, 3.8 * rows), layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in axes[count:]:
         unused.remove()
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     return figure, list(axes[:count])
 
 
@@ -88,8 +90,8 @@ def lines(
     xlabel: str,
     ylabel: str = "",
     markers: bool = False,
-) -> dict[str, Axes]:
-    """A figure of lines, one panel per title; its axes by title, none without any number.
+) -> tuple[Figure | None, dict[str, Axes]]:
+    """A figure of lines, one panel per title, and its axes by title; none without any number.
 
     labels: of the colours, of which those that are drawn are explained; variants: of the dashes.
     """
@@ -99,9 +101,9 @@ def lines(
         if shown:
             known[title] = shown
     if not known:
-        return {}
+        return None, {}
     figure, axes = panels(len(known))
-    used = set()
+    used: set[int] = set()
     for panel, (title, members) in zip(axes, known.items()):
         for line in members:
             band(panel, line, fine=len(labels) > MANY, markers=markers)
@@ -112,7 +114,7 @@ def lines(
     for index, entry in zip(explained if markers else (), entries):
         entry.set(marker=marker(index), markersize=4.5)
     legend(figure, entries)
-    return dict(zip(known, axes))
+    return figure, dict(zip(known, axes))
 
 
 def band(axes: Axes, line: Line, *, fine: bool, markers: bool) -> None:
@@ -121,8 +123,11 @@ def band(axes: Axes, line: Line, *, fine: bool, markers: bool) -> None:
     mean = table.mean(axis=1).dropna()
     deviation = table.std(axis=1).fillna(0.0).reindex(mean.index)
     low = np.maximum(mean - deviation, table.min(axis=1).reindex(mean.index))  # above 0 if all are
-    paint = {"color": color(line.color), "zorder": 3 - line.color / 100}  # the first lies on top
-    style = {"ls": dashed(line.dash), "lw": 1.3 if fine else 1.8}
+    paint: Style = {
+        "color": color(line.color),
+        "zorder": 3 - line.color / 100,
+    }  # the first lies on top
+    style: Style = {"ls": dashed(line.dash), "lw": 1.3 if fine else 1.8}
     if markers:
         every = max(1, len(table) // 20)
         style |= {"marker": marker(line.color), "ms": 3.6, "markevery": every}
@@ -184,7 +189,7 @@ def legend(figure: Figure, entries: Sequence[Line2D]) -> None:
     """Writes the legend above all axes, in as many columns as fit, and makes room for its rows."""
     if not entries:
         return
-    longest = max(len(entry.get_label()) for entry in entries)
+    longest = max(len(str(entry.get_label())) for entry in entries)
     columns = max(1, min(len(entries), int(10 / (0.62 + 0.078 * longest))))
     rows = math.ceil(len(entries) / columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * rows)
@@ -274,7 +279,7 @@ def heat_maps(maps: Mapping[str, pd.DataFrame], what: str) -> Figure:
     for unused in every[len(maps) :]:
         unused.remove()
     used = list(every[: len(maps)])
-    place = dict(location="bottom", shrink=0.3, aspect=30, extend="min", anchor=(0, 0))
+    place: Style = dict(location="bottom", shrink=0.3, aspect=30, extend="min", anchor=(0, 0))
     bar = figure.colorbar(image, ax=used, **place)
     bar.set_ticks([1e-3, 1e-2, 1e-1, 1.0], labels=["0.1%", "1%", "10%", "100%"])
     bar.minorticks_off()
@@ -287,7 +292,7 @@ def heat_map(axes: Axes, kept: pd.DataFrame) -> Any:
     """Draws the shares that are kept; those of 0 in red."""
     palette = matplotlib.colormaps["cividis"].with_extremes(under="#5a0f14")
     shown = np.maximum(kept, 1e-3).where(kept > 0, kept + 1e-9)
-    style = dict(cmap=palette, aspect="auto", interpolation="nearest")
+    style: Style = dict(cmap=palette, aspect="auto", interpolation="nearest")
     image = axes.imshow(shown, norm="log", **style)
     image.set_clim(1e-3, 1.0)
     axes.grid(visible=False)

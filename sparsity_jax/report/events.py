@@ -50,7 +50,7 @@ class Writer:
         events = workdir / "tensorboard"
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
-        self._members = set()
+        self._members: set[int] = set()
         self._events = FileWriter(str(events))
         self._file = (workdir / files.METRICS).open("a", encoding="utf-8")
         self._add_events(rows)

@@ -50,8 +50,8 @@ def growth_norms(grouped: Grouped) -> Section | None:
         "One line per layer: mean magnitude of the weights that stay and that go, by the penalty "
         "on the latter."
     )
-    text = dict(xlabel="penalty λ on what goes", ylabel="mean |w|")
-    return section("Norms under growing penalties", panels, caption, **text)
+    heading = "Norms under growing penalties"
+    return section(heading, panels, caption, "penalty λ on what goes", "mean |w|")
 
 
 def growth_ratio(grouped: Grouped) -> Section | None:
@@ -60,13 +60,13 @@ def growth_ratio(grouped: Grouped) -> Section | None:
     for label, rows in growths(grouped).items():
         panels[label] = [Line(table[["ratio"]], KEPT) for table in by_layer(rows, "step")]
     caption = "One line per layer: mean magnitude of what stays over that of what goes, smoothed."
-    text = dict(xlabel="step", ylabel="kept / pruned |w|")
-    return section("Separation under growing penalties", panels, caption, **text)
+    heading = "Separation under growing penalties"
+    return section(heading, panels, caption, "step", "kept / pruned |w|")
 
 
 def growth_groups(grouped: Grouped) -> Section | None:
     """The norm of every group against the step, in the first layers: how they separate."""
-    panels = {}
+    panels: dict[str, list[Line]] = {}
     every = growths(grouped)
     for label, rows in every.items():
         scored = [row for row in rows if row.get("scores")]
@@ -84,17 +84,17 @@ def growth_groups(grouped: Grouped) -> Section | None:
         "Mean magnitude of every filter, channel or coupled group: how penalties set those apart "
         "that go."
     )
-    return section("Norms of single groups", panels, caption, xlabel="step", ylabel="")
+    return section("Norms of single groups", panels, caption, "step", "")
 
 
 def section(
-    heading: str, panels: Mapping[str, Sequence[Line]], caption: str, **text: str
+    heading: str, panels: Mapping[str, Sequence[Line]], caption: str, xlabel: str, ylabel: str
 ) -> Section | None:
     """Panels of lines with a logarithmic axis, without values that it cannot show."""
     positive = {}
     for title, lines in panels.items():
         positive[title] = [line._replace(values=line.values[line.values > 0]) for line in lines]
-    axes = draw.lines(positive, LABELS, **text)
+    figure, axes = draw.lines(positive, LABELS, xlabel=xlabel, ylabel=ylabel)
     for panel in axes.values():
         panel.set_yscale("log")
-    return Section(heading, panel.figure, caption) if axes else None
+    return Section(heading, figure, caption) if axes else None

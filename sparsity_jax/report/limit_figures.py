@@ -19,7 +19,7 @@ MOST = 6  # networks drawn in one figure
 KINDS = ("curve", "limit", "path", "row_norms", "width")  # of the rows that are drawn
 View = tuple[float, float]
 NETWORK = draw.color(0)
-POINTS = dict(marker="o", ms=4, ls="none")
+POINTS: draw.Style = dict(marker="o", ms=4, ls="none")
 
 
 def show(
@@ -76,8 +76,10 @@ def mark(axes: Axes, network: Network, *, explained: bool = True) -> None:
         axes.axvline(value, color=draw.INK, lw=1.4, ls=draw.dashed(2), label=draw.literal(text))
     handles, _ = axes.get_legend_handles_labels()
     if handles and explained:
-        place = dict(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, borderpad=0.2)
-        style = dict(fontsize=8, ncols=2, handlelength=1.4, alignment="left")
+        place: draw.Style = dict(
+            loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, borderpad=0.2
+        )
+        style: draw.Style = dict(fontsize=8, ncols=2, handlelength=1.4, alignment="left")
         box = axes.legend(handles=handles, **place, **style)
         box.set_title(axes.get_title(loc="left"), prop=dict(weight="bold", size=9.5))
         axes.set_title("", loc="left")
@@ -235,7 +237,7 @@ def draw_history(network: Network, axes: Axes) -> None:
         paint = draw.color(row["color"])
         table = pd.DataFrame(row["history"], dtype=float).set_index("num_matvecs")
         axes.plot(table.index, table["predicted"], color=paint)
-        style = dict(color=paint, alpha=0.18, lw=0)
+        style: draw.Style = dict(color=paint, alpha=0.18, lw=0)
         axes.fill_between(table.index, table["lower"], table["upper"], **style)
         settled = table[table.index >= table.index.max() / 4].stack()
         late += [settled.min(), settled.max()]
@@ -306,7 +308,7 @@ def path(grouped: Grouped) -> Section | None:
         "What pruning does to the loss on the train set, and its first two orders alone. "
         "The theory assumes that the gradient adds nothing."
     )
-    legend = dict(network="pruned network", variants=list(ORDERS.values()))
+    legend: draw.Style = dict(network="pruned network", variants=list(ORDERS.values()))
     heading = "Training loss along the pruning path"
     return show(grouped, heading, caption, ("path", "change"), draw_path, **legend)
 
@@ -317,7 +319,7 @@ def draw_path(network: Network, axes: Axes) -> None:
     rows = [start, *network.of_kind("path")]
     table = numbers(rows, "ratio", *ORDERS).set_index("ratio").sort_index()
     for dash, field in enumerate(ORDERS):
-        circles = {} if dash else POINTS | dict(mfc="none")
+        circles: draw.Style = {} if dash else POINTS | dict(mfc="none")
         style = circles | dict(color=NETWORK, ls=draw.dashed(dash))
         axes.plot(table.index, table[field], **style)
     draw.label(axes, network.label, "weights removed", "change of the train loss")

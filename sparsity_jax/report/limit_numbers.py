@@ -109,7 +109,7 @@ def networks(grouped: Grouped) -> Networks:
 
 def predictions_of(grouped: Grouped) -> dict[str, dict]:
     """`name` and `color` of the predictions by stage: the operator, and the stage if repeated."""
-    operators = {}
+    operators: dict[str, str] = {}
     for one in grouped:
         for row in one.of_kind("width"):
             operators.setdefault(row["stage"], row.get("operator", ""))
@@ -173,7 +173,7 @@ class Gap(NamedTuple):
 
     mean: float  # predicted less actual
     std: float
-    count: int
+    networks: int
     inside: int  # networks whose interval contains the actual limit
 
 
@@ -227,7 +227,7 @@ def distance_text(told: Gap, defined: str) -> str:
     side = "above" if told.mean >= 0 else "below"
     points = 100 * abs(told.mean)
     place = "inside" if told.inside else "outside"
-    of_all = f" of {told.inside} of {told.count}" if told.count > 1 else ""
+    of_all = f" of {told.inside} of {told.networks}" if told.networks > 1 else ""
     place = "inside" if of_all else place
     return (
         f", {points:.2f} points {side} the actual limit ({defined}), which is {place} the "
@@ -312,7 +312,7 @@ def prediction_table(found: Networks) -> Table:
     lines = []
     for network in found:
         for row in network.predictions():
-            about = [Cell(row["name"], color=row["color"]), network.label]
+            about: Cells = [Cell(row["name"], color=row["color"]), network.label]
             lines.append(about[: len(heads)] + filled(COLUMNS, row))
     note = (
         "Interval: the enclosure, or the prediction alone, widened by two deviations (±) of probes "
@@ -350,6 +350,6 @@ def gap_cell(told: Gap | None) -> Cell | str:
     """Predicted less actual; bold where the actual limit is inside every interval."""
     if told is None:
         return "–"
-    text, deviation, *_ = mean_cell(told.mean, told.std, told.count, "+.2f")
-    bold = told.inside == told.count
+    text, deviation, *_ = mean_cell(told.mean, told.std, told.networks, "+.2f")
+    bold = told.inside == told.networks
     return Cell(text.replace("-", "−"), deviation, bold)

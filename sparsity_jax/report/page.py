@@ -160,7 +160,9 @@ def sections_of(rows: list[dict]) -> dict[str, Section]:
                 unseen.pop(kind, None)
     for kind in unseen:
         told = lambda row, kind=kind: str(row.get("kind")) == kind
-        shown[f"rows_{len(shown)}"] = plain_section(f"Rows of {kind}", grouped, told)
+        section = plain_section(f"Rows of {kind}", grouped, told)
+        if section is not None:
+            shown[f"rows_{len(shown)}"] = section
     return shown
 
 

@@ -63,8 +63,8 @@ def section(
     variants = [""] * (1 + max((curve.dash for curve in curves), default=0))
     for curve in curves:
         variants[curve.dash] = curve.variant
-    text = dict(xlabel="weights removed", ylabel=field)
-    axes = draw.lines(panels, series.labels(grouped), variants, markers=True, **text)
+    text: draw.Style = dict(xlabel="weights removed", ylabel=field, markers=True)
+    figure, axes = draw.lines(panels, series.labels(grouped), variants, **text)
     if not axes:
         return None
     whole, *zoomed = axes.values()
@@ -76,7 +76,7 @@ def section(
         whole.axvspan(ZOOM, end, color=draw.GRID, alpha=0.55, lw=0, zorder=0)
     if any(len(set(map(member_of, curve.rows))) > 1 for curve in curves):
         caption += " Bands: ± one standard deviation over networks."
-    return Section(heading, whole.figure, caption.strip() or "Accuracy by ratio.")
+    return Section(heading, figure, caption.strip() or "Accuracy by ratio.")
 
 
 # ------------------------------------------------------------------------------ layers, channels

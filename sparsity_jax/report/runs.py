@@ -85,7 +85,8 @@ def merged(folders: list[pathlib.Path]) -> tuple[dict, list[dict], dict | None]:
     """
     several = [read_run(folder) for folder in folders]
     differing = differing_settings(several)
-    rows, numbers = [], {}
+    rows: list[dict] = []
+    numbers: dict[tuple, int] = {}
     for index, run in enumerate(several):
         told = {
             path if "." in path else f"config.{path}": run.settings.get(path) for path in differing
@@ -157,7 +158,7 @@ def agreed(trees: list[dict]) -> dict:
     """One nested dict of several: a value where all have the same, else the list of different
     values.
     """
-    result = {}
+    result: dict[str, Any] = {}
     for key in dict.fromkeys(key for tree in trees for key in tree):
         values = [tree[key] for tree in trees if key in tree]
         different = list({json.dumps(value): value for value in values}.values())
@@ -171,8 +172,9 @@ def agreed(trees: list[dict]) -> dict:
 def title_of(config: dict, folder: str | os.PathLike) -> str:
     """Title of a page: the config's, else the folder's name."""
     title = config.get("title")
-    named = bool(title) and isinstance(title, str)
-    return title if named else pathlib.Path(folder).resolve().name
+    if title and isinstance(title, str):
+        return title
+    return pathlib.Path(folder).resolve().name
 
 
 def complete(row: dict, config: dict, environment: dict) -> dict:

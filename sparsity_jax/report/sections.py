@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -25,8 +25,8 @@ Cells = list[Cell | str]
 class Table(NamedTuple):
     """Headings, and rows of as many cells or texts. words: the columns that hold words."""
 
-    heads: Cells
-    rows: list[Cells]
+    heads: Sequence[Cell | str]
+    rows: Sequence[Sequence[Cell | str]]
     words: tuple[int, ...] = (0,)
     note: str = ""
     remarks: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Section(NamedTuple):
 
 def headings(columns: Iterable[str]) -> Cells:
     """Headings of columns, with the unit behind "|": "accuracy|%"."""
-    return [Cell(*column.split("|")) for column in columns]
+    return [Cell(*column.partition("|")[::2]) for column in columns]
 
 
 def filled(columns: Mapping[str, str], row: Mapping[str, Any]) -> Cells:

@@ -214,8 +214,11 @@ def summary(grouped: Grouped) -> Section | None:
         heads.append("pruning")
     rows = []
     for i, line in enumerate(lines):
-        about = [Cell(line.label, color=line.series), line.variant][: len(heads)]
-        rows.append(about + [shown(line, column, bold=best[column] == i) for column in columns])
+        about: Cells = [Cell(line.label, color=line.series), line.variant]
+        rows.append(
+            about[: len(heads)]
+            + [shown(line, column, bold=best[column] == i) for column in columns]
+        )
     words = tuple(range(len(heads)))
     heads += [Cell(*COLUMNS[column][:2]) for column in columns]
     note = explanations(grouped, lines, curves, columns)

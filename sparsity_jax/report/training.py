@@ -21,12 +21,12 @@ def training(grouped: Grouped) -> Section | None:
             for index, rows in enumerate(rows_of):
                 table = by_member(rows, "epoch", f"{split}_{title.lower()}")
                 lines.append(Line(table, index, dash))
-    axes = draw.lines(panels, series.labels(grouped), SPLITS, xlabel="epoch")
+    figure, axes = draw.lines(panels, series.labels(grouped), SPLITS, xlabel="epoch")
     for title, panel in axes.items():
         draw.counts(panel.xaxis)
         draw.scale(title.lower(), panel)
     caption = "Loss and accuracy during training."
-    return Section("Training", panel.figure, caption) if axes else None
+    return Section("Training", figure, caption) if axes else None
 
 
 def sfw_init(grouped: Grouped) -> Section | None:
@@ -37,15 +37,16 @@ def sfw_init(grouped: Grouped) -> Section | None:
         for dash, field in enumerate(("loss_after", "loss_before")):
             lines.append(Line(by_member(rows, "iteration", field), index, dash))
     variants = ("after the step", "before the step")
-    names = dict(xlabel="iteration", ylabel="loss")
-    axes = draw.lines({"": lines}, series.labels(grouped), variants, **names)
+    labels = series.labels(grouped)
+    panels = {"": lines}
+    figure, axes = draw.lines(panels, labels, variants, xlabel="iteration", ylabel="loss")
     if not axes:
         return None
     draw.counts(axes[""].xaxis)
     draw.loss_scale(axes[""])
     caption = "Loss on the batch before and after the SFW step whose result SFW-Init minimises."
     caption += series.seen_again(grouped, "sfw_init")
-    return Section("SFW-Init", axes[""].figure, caption)
+    return Section("SFW-Init", figure, caption)
 
 
 # ------------------------------------------------------------------------------------- magnitudes
@@ -109,7 +110,9 @@ def power(value: float, _: int) -> str:
 def bins_table(grouped: Grouped, every: dict[int, dict[str, list[dict]]]) -> Table:
     """Number and share of the weights that are zero and above each of the published thresholds."""
     visits = [(index, name, rows) for index, named in every.items() for name, rows in named.items()]
-    thresholds = next(filter(None, (rows[0].get("threshold") for *_, rows in visits)), [])
+    thresholds: list[float] = next(
+        filter(None, (rows[0].get("threshold") for *_, rows in visits)), []
+    )
     heads = ["weights with |w|", "exactly 0", *(f"> {value:g}" for value in thresholds)]
     lines = []
     for index, name, rows in visits:
