@@ -44,6 +44,7 @@ setuptools.setup(
         "test": [
             "equinox>=0.13",
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.8",

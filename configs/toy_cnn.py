@@ -9,8 +9,8 @@ retraining, and by whole filters.
     python -m sparsity_jax.run --config configs/toy_cnn.py:mlp --workdir runs/toy_mlp
     python -m sparsity_jax.run --config configs/toy_cnn.py:story --workdir runs/cifar_story
 
-Variants: `cnn` (one compiled program for all arms, one after the other), `mlp` (digits; arms and
-three seeds side by side in one program), `story` (the two arms of the paper's claim, global pruning
+Variants: `cnn` (the arms one after the other), `mlp` (digits; arms and three seeds one after the
+other, one compiled program per arm), `story` (the two arms of the paper's claim, global pruning
 at 19 ratios). Learning rates: 0.1 for SGD with heavy-ball momentum 0.9; SFW averages its momentum,
 so the same step length is 1.0.
 """

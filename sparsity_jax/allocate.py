@@ -425,11 +425,10 @@ SELECTIONS = {
 }
 
 
-def check(selection: str, options: dict[str, Any], where: str) -> dict[str, Any]:
+def check(selection: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of the selection, checked against its table row; raises ConfigError."""
-    return tables.check_options(
-        tables.lookup(SELECTIONS, selection, f"{where}.selection").counts, options, where
-    )
+    row = tables.lookup(SELECTIONS, selection, "selection")
+    return tables.check_options(row.counts, options)
 
 
 def keep_counts(
@@ -469,7 +468,7 @@ def keep_counts(
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
-    options = check(selection, options, "keep_counts")
+    options = check(selection, options)
     return SELECTIONS[selection].counts(params, ratio, channels, **options)
 
 
@@ -492,7 +491,7 @@ def keep_masks(
     first. Raises ConfigError for unknown options and ValueError for `random` without a key and,
     outside `jit`, for NaN.
     """
-    options = check(selection, options, "keep_masks")
+    options = check(selection, options)
     found = SELECTIONS[selection].mask(params, counts, key, before, channels, **options)
     kept = trees.map_named(lambda path, leaf: found.get(path, jnp.ones(leaf.shape, bool)), params)
     return kept if before is None else jax.tree.map(jnp.logical_and, kept, before)
@@ -509,7 +508,7 @@ def left_by(
     slices left, so that it is 0 of whole kernels only.
     selection, channels, options: as in `keep_counts`.
     """
-    options = check(selection, options, "left_by")
+    options = check(selection, options)
     if selection != "structured":
         patterns = {name: options[name] for name in ("include", "exclude") if name in options}
         chosen = prunable(kept, options.get("scope", "kernels"), channels, **patterns)

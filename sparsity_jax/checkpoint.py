@@ -187,8 +187,10 @@ class Checkpoints:
         """Waits for writes under way; raises OSError where they fail."""
         self._writer.shutdown()
         with self._told():
-            self._wait()
-            self._orbax.close()
+            try:
+                self._wait()
+            finally:
+                self._orbax.close()
 
 
 def _same_bits(first: PyTree, second: PyTree) -> bool:

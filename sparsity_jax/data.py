@@ -212,7 +212,7 @@ def check(**options) -> None:
 
 def check_and_open(options: Mapping[str, Any]) -> Opened:
     known = defaults(load)
-    options = known | check_options(load, options, "config.data")
+    options = known | check_options(load, options)
     check_stream(options)
     for field in ("name", "data_dir", "train_split", "test_split"):
         if "\0" in options[field]:
@@ -727,24 +727,23 @@ AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-def make_augmentation(
-    name: str, dataset: Dataset, where: str
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def make_augmentation(name: str, dataset: Dataset) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`fn(key, images)` of the table which turns `dataset`'s train images into images of the test
     images' size.
 
-    where: the setting that holds `name`, for errors. Raises ConfigError for an unknown name, and
-    for train images of another size (`train_image_size`) with an augmentation that keeps sizes.
+    Raises ConfigError, of the setting `augment`, for an unknown name, and for train images of
+    another size (`train_image_size`) with an augmentation that keeps sizes.
     """
-    function = lookup(AUGMENTATIONS, name, where)
+    function = lookup(AUGMENTATIONS, name, "augment")
     stored, wanted = dataset.train.images.shape[1:3], dataset.test.images.shape[1:3]
     if stored == wanted:
         return function
     if name != "resized_crop_flip" or wanted[0] != wanted[1]:
         raise ConfigError(
-            f"{where} is {name!r}, which keeps the train images at {stored[0]}x{stored[1]} while "
-            "the network sees "
-            f"{wanted[0]}x{wanted[1]}; use 'resized_crop_flip' with square images, or drop "
-            "train_image_size."
+            "augment",
+            name,
+            why=f"which keeps the train images at {stored[0]}x{stored[1]} while the network sees "
+            f"{wanted[0]}x{wanted[1]}",
+            allowed="'resized_crop_flip' with square images, and any without train_image_size",
         )
     return functools.partial(resized_crop_flip, size=wanted[0])

@@ -157,7 +157,8 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     config = workdirs.read_config(workdir)
     known = tables.parameters(pipeline.settings)
     common = {name: value for name, value in config.items() if name in known}
-    tables.check_options(pipeline.settings, common, "config")
+    with tables.within("config"):
+        tables.check_options(pipeline.settings, common)
     stages = {
         name: value
         for name, value in config.items()
@@ -184,7 +185,8 @@ def build(
     else:
         dataset = load_data(other_data(own, data_name) | dict(normalization="none"))
         dataset = dataset._replace(**statistics_of_run(own, dataset)._asdict())
-    pipeline.check_model(config["model"])
+    with tables.within("config.model"):
+        pipeline.check_model(config["model"])
     model = models.build(num_classes=dataset.num_classes, **config["model"])
     return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
 
@@ -200,7 +202,8 @@ def other_data(own: dict[str, Any], name: str) -> dict[str, Any]:
 
 def load_data(options: Mapping[str, Any]) -> data.Dataset:
     """The data set of these options."""
-    return data.load(**tables.check_options(data.load, options, "config.data"))
+    with tables.within("config.data"):
+        return data.load(**tables.check_options(data.load, options))
 
 
 def statistics_of_run(options: Mapping[str, Any], dataset: data.Dataset) -> data.Normalization:
@@ -365,7 +368,7 @@ def measure(
     """
     tables.convert(batch_size, tables.Count, "batch_size")
     if latency and repeats < 2:
-        raise tables.ConfigError(f"repeats is {repeats}; allowed: int >= 2.")
+        raise tables.ConfigError("repeats", repeats, allowed="int >= 2")
     variables = variables_of(state)
     row: dict[str, Any] = {}
     for split in ("test", "train") if on_train else ("test",):

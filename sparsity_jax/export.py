@@ -284,18 +284,16 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable[..., jax.Array]]:
     """
     folder = pathlib.Path(folder)
     about, arrays = verify(folder), read_arrays(folder)
-    where = f"{folder / ABOUT}: model"
-    pipeline.check_model(about["model"], where)
-    with pipeline.making_network(where):
-        model = models.build(num_classes=about["num_classes"], **about["model"])
-        one, two = (
-            jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32) for batch in (1, 2)
-        )
-        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), one))
-    train.check_memory(cost.num_bytes(shapes), f"{where} makes a network whose weights")
+    with tables.within(f"{folder / ABOUT}: model"):
+        pipeline.check_model(about["model"])
+        with pipeline.making_network("says a network that"):
+            model = models.build(num_classes=about["num_classes"], **about["model"])
+            image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
+            shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))
+        train.check_memory(cost.num_bytes(shapes), "makes a network whose weights")
     wanted, apply = trees.named_leaves(shapes), model.apply
     if about["compact"]:
-        channels = groups.trace(model.apply, shapes, two)
+        channels = groups.trace(model.apply, shapes, image(2))
         if channels.sizes != about["sizes"]:
             raise tables.ConfigError(
                 f"{folder / ABOUT}: the model has other channel groups than those it names."

@@ -63,10 +63,12 @@ def register(what: str, name: str, entry: Any) -> None:
         return
     table = tables.lookup({**TABLES, "figure": page.FIGURES}, what, "what")
     if name in TAKEN[what]:
-        raise tables.ConfigError(f"{what} {name!r} is the library's own; allowed: another name.")
+        raise tables.ConfigError(
+            what, name, why="a name of the library's own", allowed="another name"
+        )
     if what == "stage" and entry.kind != name:
         raise tables.ConfigError(
-            f"the kind of {entry.__name__} is {entry.kind!r}; allowed: {name!r}, its name."
+            f"{entry.__name__}.kind", entry.kind, allowed=f"{name!r}, its name"
         )
     if (
         what == "stage"
@@ -74,6 +76,6 @@ def register(what: str, name: str, entry: Any) -> None:
         and entry.settings is interface.Stage.settings
     ):
         raise tables.ConfigError(
-            f"{entry.__name__} has no method `run`; allowed: what `interface.Stage.run` says."
+            f"{entry.__name__}.run", why="is missing", allowed="what `interface.Stage.run` says"
         )
     table[name] = entry

@@ -72,7 +72,7 @@ class Network(NamedTuple):
 
 
 def network_of(problem: train.Problem, loss: tables.Options) -> Network:
-    name, pairs = losses.checked(loss, "loss")
+    name, pairs = losses.checked(loss)
     rule, options = losses.LOSSES[name], dict(pairs)
 
     def outputs(variables, batch):
@@ -162,16 +162,13 @@ class Limit(stages.Selecting):
     )
     resolution: Annotated[float, tables.Range(0.0, 0.5, above=True)] = 0.001
 
-    def check(self, where: str) -> None:
-        super().check(where)
+    def check(self) -> None:
+        super().check()
         if not self.scan or list(self.scan) != sorted(set(self.scan)):
-            raise tables.ConfigError(
-                f"{where}.scan is {self.scan!r}; allowed: at least one ratio, ascending."
-            )
+            raise tables.ConfigError("scan", self.scan, allowed="at least one ratio, ascending")
         if self.tolerance and not CRITERIA[self.criterion].tolerance:
             raise tables.ConfigError(
-                f"{where}.tolerance is {self.tolerance}; allowed: 0 with criterion "
-                f"{self.criterion!r}."
+                "tolerance", self.tolerance, allowed=f"0 with criterion {self.criterion!r}"
             )
 
     def tolerated(self) -> float:
@@ -304,14 +301,14 @@ class Path(stages.Selecting):
     num_examples: tables.Index = 0
     loss: dict = losses.CROSS_ENTROPY
 
-    def check(self, where: str) -> None:
-        super().check(where)
+    def check(self) -> None:
+        super().check()
         if not self.ratios:
-            raise tables.ConfigError(f"{where}.ratios must not be empty.")
-        losses.checked(self.loss, f"{where}.loss")
+            raise tables.ConfigError("ratios", self.ratios, allowed="at least one")
+        _check_loss(self.loss)
 
-    def check_streamed(self, where: str) -> None:
-        _check_number(self.num_examples, where)
+    def check_streamed(self) -> None:
+        _check_number(self.num_examples)
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         shapes, total = train.shapes_of(problem), problem.members or 1
@@ -396,19 +393,23 @@ class RowNorms(interface.Stage):
     parameters: str = ".*"
     loss: dict = losses.CROSS_ENTROPY
 
-    def check(self, where: str) -> None:
-        trees.check_pattern(self.parameters, f"{where}.parameters")
-        losses.checked(self.loss, f"{where}.loss")
+    def check(self) -> None:
+        trees.check_pattern(self.parameters, "parameters")
+        _check_loss(self.loss)
 
-    def check_streamed(self, where: str) -> None:
-        _check_number(self.num_examples, where)
+    def check_streamed(self) -> None:
+        _check_number(self.num_examples)
 
-    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+    def check_network(self, problem: train.Problem, visits: int) -> None:
         shapes = train.shapes_of(problem)
-        found = trees.matching(shapes, self.parameters, f"{where}.parameters")
-        if not any(found[path] for path in allocate.prunable(shapes, "kernels")):
+        matches = trees.matching(shapes, self.parameters, "parameters")
+        kernels = list(allocate.prunable(shapes, "kernels"))
+        if not any(matches[path] for path in kernels):
             raise tables.ConfigError(
-                f"{where}.parameters is {self.parameters!r}, which matches no kernel."
+                "parameters",
+                self.parameters,
+                why="which matches no kernel",
+                allowed=f"a pattern of paths such as {kernels[0]!r}",
             )
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
@@ -446,16 +447,17 @@ class RowNorms(interface.Stage):
             yield train.Update(state, only(problem, member, result), (member + 1) / total)
 
 
-def _check_number(num_examples: int, where: str) -> None:
+def _check_loss(loss: tables.Options) -> None:
+    with tables.within("loss"):
+        losses.checked(loss)
+
+
+def _check_number(num_examples: int) -> None:
     """Raises ConfigError, of streamed data, unless a number of images says how many to keep in
     memory.
     """
     if not num_examples:
-        raise tables.ConfigError(
-            f"config.data.stream leaves images where they are; {where}.num_examples is 0, all: "
-            "say how many to keep in "
-            "memory."
-        )
+        raise interface.needs_memory("num_examples", 0, "all of which are read into memory")
 
 
 def examples(problem: train.Problem, num: int) -> tuple[jax.Array, jax.Array]:
@@ -587,26 +589,29 @@ class Spectrum(interface.Stage):
     parameters: str = WITHOUT_BATCH_NORM
     loss: dict = losses.CROSS_ENTROPY
 
-    def check(self, where: str) -> None:
-        trees.check_pattern(self.parameters, f"{where}.parameters")
-        losses.checked(self.loss, f"{where}.loss")
+    def check(self) -> None:
+        trees.check_pattern(self.parameters, "parameters")
+        _check_loss(self.loss)
 
-    def check_order(self, where: str, order: interface.Order) -> None:
+    def check_order(self, order: interface.Order) -> None:
         if self.stop_width and not any(isinstance(own, Width) for own in order.all.values()):
             raise tables.ConfigError(
-                f"{where}.stop_width needs a stage of kind 'width' in the config: it defines the "
-                "tolerance."
+                "stop_width",
+                self.stop_width,
+                why="which needs the tolerance that a stage of kind 'width' defines",
+                allowed="0 without such a stage in the config",
             )
 
-    def check_streamed(self, where: str) -> None:
-        _check_number(self.num_examples, where)
+    def check_streamed(self) -> None:
+        _check_number(self.num_examples)
 
-    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+    def check_network(self, problem: train.Problem, visits: int) -> None:
         shapes = train.shapes_of(problem)
-        trees.matching(shapes, self.parameters, f"{where}.parameters")
+        trees.matching(shapes, self.parameters, "parameters")
         if self.reorthogonalize == "full":
             basis = 4 * self.num_matvecs * trees.size(shapes)
-            train.check_memory(basis, f"{where}.num_matvecs is {self.num_matvecs}, whose basis")
+            with tables.blaming("num_matvecs", self.num_matvecs):
+                train.check_memory(basis, "whose basis")
 
     def begin(self, problem, state, settings, place) -> train.State:
         return interface.without_optimizer(state)._replace(
@@ -690,7 +695,7 @@ def _start(
     """The state before the first product of probe `number`."""
     member, probe = divmod(number, chosen.num_probes)
     params, _ = one_member(problem, state, member)
-    like = spectrum.select(params, chosen.parameters, f"config.{place.name}.parameters").params
+    like = spectrum.select(params, chosen.parameters).params
     key = jax.random.fold_in(
         train.stage_key(member_key(problem, state, member), place.position), probe
     )
@@ -706,7 +711,7 @@ def _enclosure_width(
     """
     found = [own[member] for own in place.others.values() if isinstance(own[member], Width)]
     reader = min(found, key=lambda own: (own.spectrum != place.name, own.spectrum != ""))
-    epsilon, _ = tolerated(problem, variables, reader, f"config.{place.name}.stop_width")
+    epsilon, _ = tolerated(problem, variables, reader)
     options = dict(
         operator=OPERATORS[chosen.operator], zero_share=zero_share_of(reader, place.earlier[member])
     )
@@ -762,32 +767,28 @@ class Width(interface.Stage):
     tolerance: tables.NonNegative = 0.001
     loss: dict = losses.CROSS_ENTROPY
 
-    def check(self, where: str) -> None:
-        losses.checked(self.loss, f"{where}.loss")
+    def check(self) -> None:
+        _check_loss(self.loss)
 
-    def check_order(self, where: str, order: interface.Order) -> None:
+    def check_order(self, order: interface.Order) -> None:
         known = [name for name, kind in order.done.items() if kind == Spectrum.kind]
         if self.spectrum and self.spectrum not in known:
             raise tables.ConfigError(
-                f"{where}.spectrum is {self.spectrum!r}; earlier stages of kind 'spectrum': "
-                f"{', '.join(known)}." + tables.closest(self.spectrum, known)
+                "spectrum", self.spectrum, why="no earlier stage of kind 'spectrum'", known=known
             )
 
-    def check_streamed(self, where: str) -> None:
+    def check_streamed(self) -> None:
         if not self.epsilon:
-            raise tables.ConfigError(
-                f"config.data.stream leaves images where they are, but {where}.epsilon 0 is "
-                "measured on all of them in "
-                "memory: set it."
-            )
+            raise interface.needs_memory("epsilon", 0, "which is measured on all images in memory")
 
-    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
+    def check_network(self, problem: train.Problem, visits: int) -> None:
         num_examples = problem.size("train")
         if not self.epsilon and num_examples < 2 * self.batch_size:
             raise tables.ConfigError(
-                f"{where}.batch_size is {self.batch_size}; allowed: up to {num_examples // 2}, "
-                "half the train set "
-                "(epsilon is a deviation over batches), or set epsilon."
+                "batch_size",
+                self.batch_size,
+                allowed=f"up to {num_examples // 2}, half the train set (epsilon is a deviation "
+                "over batches), or any with epsilon set",
             )
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
@@ -804,7 +805,7 @@ class Width(interface.Stage):
         yield train.Update(state, found, 1.0)
 
 
-def tolerated(problem, variables, chosen: Width, where: str) -> tuple[float, np.ndarray | None]:
+def tolerated(problem, variables, chosen: Width) -> tuple[float, np.ndarray | None]:
     """(epsilon, the batch losses behind it, if it is not set); raises ConfigError if it comes out
     as 0.
     """
@@ -816,7 +817,7 @@ def tolerated(problem, variables, chosen: Width, where: str) -> tuple[float, np.
     except ValueError as error:
         alive = any(np.any(leaf) for leaf in allocate.prunable(variables[0], "kernels").values())
         hint = "" if alive else " All kernels of the network are 0: its penalty was too strong."
-        raise tables.ConfigError(f"{where}: {error}{hint}") from None
+        raise tables.ConfigError("epsilon", chosen.epsilon, why=f"{error}{hint}") from None
 
 
 def zero_share_of(chosen: Width, earlier: list[dict]) -> float:
@@ -840,7 +841,7 @@ def predict(
     """The row of a `width` stage."""
     operator, tridiagonal = OPERATORS[spectra[0]["operator"]], tridiagonals(spectra)
     distances = width.distances(variables[0])
-    epsilon, batch = tolerated(problem, variables, chosen, f"config.{place.name}")
+    epsilon, batch = tolerated(problem, variables, chosen)
     draws = (
         () if batch is None else width.epsilon_draws(batch, chosen.epsilon_draws, place.position)
     )

@@ -48,11 +48,8 @@ SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
 
 
 class Choice(NamedTuple):
-    """Which groups of weights go; the fields are options of the stages, see `Remove`. where: the
-    stage's place.
-    """
+    """Which groups of weights go; the fields are options of the stages, see `Remove`."""
 
-    where: str
     ratios: Any
     skip: str
     granularity: str
@@ -62,37 +59,34 @@ class Choice(NamedTuple):
     inherit_as: str
 
 
-def choice(where: str, ratios: Any, inherit: str, **fields: Any) -> Choice:
+def choice(ratios: Any, inherit: str, **fields: Any) -> Choice:
     """A checked Choice; raises ConfigError unless exactly one of `ratios` and `inherit` is
     given.
     """
     if bool(ratios) == bool(inherit):
         raise tables.ConfigError(
-            f"{where} needs either ratios, e.g. '[0,0.5,0.5,0.5,0]', '[1-15:0.7]' or '2x', or "
-            "inherit, the workdir of "
-            f"a pruned run; it has {'both' if ratios else 'neither'}."
+            "",
+            why=f"has {'both' if ratios else 'neither'} of ratios and inherit",
+            allowed="either ratios, e.g. '[0,0.5,0.5,0.5,0]', '[1-15:0.7]' or '2x', or inherit, "
+            "the workdir of a pruned run",
         )
     if inherit and fields["granularity"] == "group":
         raise tables.ConfigError(
-            f"{where}.inherit works for filter, channel and weight; granularity is 'group'."
+            "granularity", "group", allowed="filter, channel and weight with inherit"
         )
     if fields["skip"] and (inherit or fields["granularity"] == "group"):
         instead = "inherit" if inherit else "granularity 'group'"
-        raise tables.ConfigError(
-            f"{where}.skip is {fields['skip']!r}, which {instead} makes idle; leave it empty."
-        )
+        raise tables.ConfigError("skip", fields["skip"], allowed=f"'' with {instead}")
     if inherit and fields["inherit_as"] == "index" and fields["pick"] != "min":
         raise tables.ConfigError(
-            f"{where}.pick is {fields['pick']!r}, but inherit_as 'index' leaves nothing to pick."
+            "pick", fields["pick"], why="but inherit_as 'index' leaves nothing to pick"
         )
     if fields["inherit_as"] == "ratio" and not inherit:
-        raise tables.ConfigError(
-            f"{where}.inherit_as is 'ratio', but there is no run to inherit from."
-        )
+        raise tables.ConfigError("inherit_as", "ratio", why="but there is no run to inherit from")
     frozen = (
         tuple(tuple(rule) if isinstance(rule, list) else rule for rule in ratios) if ratios else ""
     )
-    return Choice(where, ratios if isinstance(ratios, str) else frozen, inherit=inherit, **fields)
+    return Choice(ratios if isinstance(ratios, str) else frozen, inherit=inherit, **fields)
 
 
 def layers_of(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]:
@@ -114,13 +108,13 @@ def _layers(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer, ...]
                 rules = ((".*", float(rules)),)
             except ValueError:
                 raise tables.ConfigError(
-                    f"{chosen.where}.ratios is {rules!r}; allowed with granularity 'group': one "
-                    "number for all groups, "
-                    "e.g. '0.5', or pairs of a pattern of their names and a ratio."
+                    "ratios",
+                    rules,
+                    allowed="with granularity 'group' one number for all groups, e.g. '0.5', or "
+                    "pairs of a pattern of their names and a ratio",
                 ) from None
-        by_name = trees.match_rules(
-            dict.fromkeys(channels.groups, 0), rules, f"{chosen.where}.ratios"
-        )
+        with tables.within("ratios"):
+            by_name = trees.match_rules(dict.fromkeys(channels.groups, 0), rules)
         in_order = {name: by_name[name] for name in channels.groups}  # as the network uses them
         return growing.coupled(channels, shapes, in_order)
     table = table_of(problem, chosen)
@@ -151,15 +145,13 @@ def _given_table(problem: train.Problem, chosen: Choice) -> ratios.Table:
         granularity=chosen.granularity,
         skip=chosen.skip,
         reading=chosen.reading,
-        where=f"{chosen.where}.ratios",
     )
     target = SPEEDUP.fullmatch(chosen.ratios) if isinstance(chosen.ratios, str) else None
     if not target:
         return ratios.parse(chosen.ratios, paths, **own)
     if chosen.granularity != "filter":
         raise tables.ConfigError(
-            f"{chosen.where}.ratios is {chosen.ratios!r}, a speed-up; allowed with granularity "
-            "'filter' only."
+            "ratios", chosen.ratios, why="a speed-up", allowed="with granularity 'filter' only"
         )
     channels = structured.channels_of(problem)
     eligible = {
@@ -175,12 +167,10 @@ def _given_table(problem: train.Problem, chosen: Choice) -> ratios.Table:
     }
     even = {path: float(path in removable) for path in eligible}
     price = cost.of_channels(channels, "flops")
-    try:
+    with tables.blaming("ratios", chosen.ratios):
         found = ratios.for_speedup(
             lambda table: price(ratios.keep_of(channels, table)), float(target[1]), even
         )
-    except ValueError as error:
-        raise tables.ConfigError(f"{chosen.where}.ratios: {error}") from None
     return {path.removeprefix("params/"): ratio for path, ratio in found.table.items()}
 
 
@@ -209,34 +199,31 @@ def check_choice(problem: train.Problem, chosen: Choice) -> tuple[growing.Layer,
 
     Such as ratios, patterns that match no array, and a run to inherit from that is not there.
     """
-    where = f"{chosen.where}.inherit is {chosen.inherit!r}"
     if chosen.inherit:
         if not workdirs.is_finished(pathlib.Path(chosen.inherit)):
-            raise tables.ConfigError(f"{where}, which holds no finished run.")
+            raise tables.ConfigError("inherit", chosen.inherit, why="which holds no finished run")
         found, shapes = masks_of(chosen.inherit), trees.named_leaves(train.shapes_of(problem))
         for path in kernels_of(problem):
             there = found[path].shape if path in found else None
             if there != shapes[path].shape:
                 raise tables.ConfigError(
-                    f"{where}, whose mask of {path} has the shape {there}; allowed: "
-                    f"{shapes[path].shape}, a run of the "
-                    "same network."
+                    "inherit",
+                    chosen.inherit,
+                    why=f"whose mask of {path} has the shape {there}",
+                    allowed=f"{shapes[path].shape}, a run of the same network",
                 )
+    field, value = ("inherit", chosen.inherit) if chosen.inherit else ("ratios", chosen.ratios)
     try:
         layers = layers_of(problem, chosen)
+    except tables.ConfigError:
+        raise
     except ValueError as error:
-        text = str(error)
-        field = "inherit" if chosen.inherit else "ratios"
-        raise tables.ConfigError(
-            text if text.startswith(chosen.where) else f"{chosen.where}.{field}: {text}"
-        ) from None
+        raise tables.ConfigError(field, value, why=str(error)) from None
     if all(layer.num_pruned == 0 for layer in layers):
-        name, value = ("inherit", chosen.inherit) if chosen.inherit else ("ratios", chosen.ratios)
-        raise tables.ConfigError(f"{chosen.where}.{name} is {value!r}: no layer loses anything.")
+        raise tables.ConfigError(field, value, why="with which no layer loses anything")
     if chosen.pick != "min" and any(layer.num_pruned is None for layer in layers):
         raise tables.ConfigError(
-            f"{chosen.where}.pick is {chosen.pick!r}; allowed: 'min' with a ratio of -1, the "
-            "largest gap."
+            "pick", chosen.pick, allowed="'min' with a ratio of -1, the largest gap"
         )
     return layers
 
@@ -341,12 +328,11 @@ class Removing(interface.Stage):
     inherit_as: Literal["index", "ratio"] = "index"
     reading: Literal["correct", "original"] = "correct"
 
-    def choice(self, where: str) -> Choice:
+    def choice(self) -> Choice:
         """What it removes; raises ConfigError."""
         names = ("skip", "granularity", "pick", "inherit_as", "reading")
-        return choice(
-            where, self.ratios, self.inherit, **{name: getattr(self, name) for name in names}
-        )
+        fields = {name: getattr(self, name) for name in names}
+        return choice(self.ratios, self.inherit, **fields)
 
 
 @tables.option
@@ -368,14 +354,14 @@ class Remove(Removing):
 
     kind: ClassVar[str] = "remove"
 
-    def check(self, where: str) -> None:
-        self.choice(where)
+    def check(self) -> None:
+        self.choice()
 
-    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
-        check_choice(problem, self.choice(where))
+    def check_network(self, problem: train.Problem, visits: int) -> None:
+        check_choice(problem, self.choice())
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
-        chosen = self.choice(f"config.{place.name}")
+        chosen = self.choice()
         layers, given = layers_of(problem, chosen), inherited_keep(problem, chosen)
 
         def cut(state):
@@ -464,14 +450,14 @@ class Grow(Removing):
     log_every: tables.Count = 100
     log_scores: bool = False
 
-    def settings(self, where: str) -> "Growing":
+    def settings(self) -> "Growing":
         names = ("batch_size", "optimizer", "loss", "augment", "evaluate_every")
         training = stages.Train(epochs=1, **{name: getattr(self, name) for name in names})
-        fit = training.settings(where)
+        fit = training.settings()
         options = {name: getattr(self, name) for name in PENALTY}
         growing.plan(**options)
         growth = Growth(
-            self.choice(where),
+            self.choice(),
             tuple(sorted(options.items())),
             self.penalty_only,
             self.log_every,
@@ -492,8 +478,8 @@ class Growing(train.Fit):
         epochs = math.ceil(self.growth.most_steps() / self.steps_per_epoch(problem)) + 1
         return dataclasses.replace(self, epochs=epochs)
 
-    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
-        super().check_network(problem, where, visits)
+    def check_network(self, problem: train.Problem, visits: int) -> None:
+        super().check_network(problem, visits)
         check_choice(problem, self.growth.choice)
 
     def begin(self, problem, state, settings, place) -> train.State:
@@ -568,31 +554,28 @@ class Oracle(interface.Stage):
     batch: tables.Count = 16
     retrain: str = ""
 
-    def choice(self, where: str) -> Choice:
+    def choice(self) -> Choice:
         """What may go; raises ConfigError."""
         fields = dict(skip=self.skip, granularity=self.granularity)
-        return choice(
-            where, self.ratios, "", pick="min", inherit_as="index", reading="correct", **fields
+        fields |= dict(pick="min", inherit_as="index", reading="correct")
+        return choice(self.ratios, "", **fields)
+
+    def check(self) -> None:
+        self.choice()
+
+    def check_streamed(self) -> None:
+        raise interface.needs_memory(
+            "kind", self.kind, "which evaluates every choice on all images in memory"
         )
 
-    def check(self, where: str) -> None:
-        self.choice(where)
-
-    def check_streamed(self, where: str) -> None:
-        raise tables.ConfigError(
-            f"config.data.stream leaves images where they are, but {where}.kind 'oracle' "
-            "evaluates every choice on all "
-            "of them in memory."
-        )
-
-    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
-        oracle_counts(check_choice(problem, self.choice(where)), self, where)
+    def check_network(self, problem: train.Problem, visits: int) -> None:
+        oracle_counts(check_choice(problem, self.choice()), self)
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         found, parts = interface.rows_per_member(problem), []
         for i, own in structured.members_of(problem, state):
             chosen = settings[i]
-            removing = chosen.choice(f"config.{place.name}")
+            removing = chosen.choice()
             losing = [layer for layer in layers_of(problem, removing) if layer.num_pruned != 0]
             alone = problem._replace(members=None, compiled={})
             fits = place.others[chosen.retrain][i : i + 1] if chosen.retrain else []
@@ -601,7 +584,7 @@ class Oracle(interface.Stage):
                 if fits
                 else _evaluated(alone, own, removing)
             )
-            counts = oracle_counts(losing, chosen, removing.where)
+            counts = oracle_counts(losing, chosen)
             result = probes.oracle(
                 evaluate, counts, batch=1 if fits else chosen.batch, limit=chosen.limit
             )
@@ -625,9 +608,7 @@ class Oracle(interface.Stage):
         yield train.Update(together, found, 1.0)
 
 
-def oracle_counts(
-    layers: Sequence[growing.Layer], chosen: Oracle, where: str
-) -> dict[str, tuple[int, int]]:
+def oracle_counts(layers: Sequence[growing.Layer], chosen: Oracle) -> dict[str, tuple[int, int]]:
     """(groups, how many go) of the layers that lose any; raises ConfigError where that cannot be
     tried exhaustively.
     """
@@ -635,13 +616,9 @@ def oracle_counts(
         layer.name: (layer.size, layer.num_pruned) for layer in layers if layer.num_pruned != 0
     }
     if None in [number for _, number in counts.values()]:
-        raise tables.ConfigError(
-            f"{where}.ratios is {chosen.ratios!r}; allowed: numbers of groups, not -1."
-        )
-    try:
+        raise tables.ConfigError("ratios", chosen.ratios, allowed="numbers of groups, not -1")
+    with tables.blaming("limit", chosen.limit):
         probes.check_counts(counts, chosen.limit)
-    except ValueError as error:
-        raise tables.ConfigError(f"{where}: {error}") from None
     return counts
 
 
@@ -698,8 +675,8 @@ class Reinit(interface.Stage):
     kind: ClassVar[str] = "reinit"
     method: str = "normal"
 
-    def check(self, where: str) -> None:
-        tables.lookup(surgery.METHODS, self.method, f"{where}.method")
+    def check(self) -> None:
+        tables.lookup(surgery.METHODS, self.method, "method")
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         def draw(state):
@@ -728,11 +705,11 @@ class Noise(interface.Stage):
     relative: bool = False
     parameters: str = ".*"
 
-    def check(self, where: str) -> None:
-        trees.check_pattern(self.parameters, f"{where}.parameters")
+    def check(self) -> None:
+        trees.check_pattern(self.parameters, "parameters")
 
-    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
-        trees.matching(train.shapes_of(problem), self.parameters, f"{where}.parameters")
+    def check_network(self, problem: train.Problem, visits: int) -> None:
+        trees.matching(train.shapes_of(problem), self.parameters, "parameters")
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         done = len(rows[0])

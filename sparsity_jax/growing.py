@@ -528,7 +528,7 @@ def growing_l2(
     ConfigError for wrong options, ValueError for picks that do not fit, a missing key, layers of
     other params and an `update` without params.
     """
-    chosen = plan(**tables.check_options(plan, options, "growing_l2"))
+    chosen = plan(**tables.check_options(plan, options))
     given = _checked_keep(layers, keep or {})
     losing = lambda layer: (
         not given[layer.name].all() if layer.name in given else layer.num_pruned != 0

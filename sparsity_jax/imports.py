@@ -14,7 +14,9 @@ def load(file: str | os.PathLike) -> types.ModuleType:
     """The Python file as a module, run anew. Raises ConfigError where there is none."""
     path = pathlib.Path(file)
     if not path.is_file():
-        raise tables.ConfigError(f"{path} is no file; allowed: a Python file that registers names.")
+        raise tables.ConfigError(
+            str(path), why="is no file", allowed="a Python file that registers names"
+        )
     name = f"sparsity_jax_extension_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

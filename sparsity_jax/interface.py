@@ -70,23 +70,23 @@ class Stage:
     makes_network: ClassVar[bool] = False
     retrain: ClassVar[str] = ""
 
-    # Checks. where: the stage's place in the config, which begins every sentence
+    # Checks. They name fields of the stage; the runner adds its place in the config.
 
-    def check(self, where: str) -> None:
+    def check(self) -> None:
         """Raises ConfigError for options that do not fit each other."""
 
-    def settings(self, where: str) -> "Stage":
+    def settings(self) -> "Stage":
         """What runs: the stage itself, checked."""
-        self.check(where)
+        self.check()
         return self
 
-    def check_order(self, where: str, order: Order) -> None:
+    def check_order(self, order: Order) -> None:
         """Raises ConfigError for a stage that does not fit those around it."""
 
-    def check_streamed(self, where: str) -> None:
+    def check_streamed(self) -> None:
         """Raises ConfigError for a stage that needs all images in memory."""
 
-    def check_network(self, problem: Any, where: str, visits: int) -> None:
+    def check_network(self, problem: Any, visits: int) -> None:
         """Raises ConfigError for options that do not fit the network or the data; nothing is
         compiled.
         """
@@ -130,6 +130,13 @@ class Stage:
         """The structure of what it hands on, given that of the stages before it."""
         del state, before
         return ()
+
+
+def needs_memory(field: str, value: Any, why: str) -> tables.ConfigError:
+    """The error of a stage that needs all images in memory; why: what for."""
+    return tables.ConfigError(
+        field, value, why=f"{why}, but config.data.stream leaves images where they are"
+    )
 
 
 def without_optimizer(state: PyTree) -> PyTree:

@@ -74,10 +74,10 @@ def paths(
     return result
 
 
-def _matching(params: PyTree, pattern: str, where: str) -> dict[str, bool]:
+def _matching(params: PyTree, pattern: str, field: str) -> dict[str, bool]:
     if not pattern:
         return dict.fromkeys(trees.named_leaves(params), False)
-    return trees.matching(params, pattern, where)
+    return trees.matching(params, pattern, field)
 
 
 def _refuse_unknown(leaves: dict[str, Any], decided: list[str]) -> None:

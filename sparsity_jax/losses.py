@@ -46,13 +46,12 @@ LOSSES = {"cross_entropy": cross_entropy, "mean_squared_error": mean_squared_err
 CROSS_ENTROPY = tables.Options(name="cross_entropy")
 
 
-def checked(loss: Mapping[str, Any], where: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """(name, sorted options) of a loss config such as `dict(name="cross_entropy")`. where: its
-    place in the config.
+def checked(loss: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """(name, sorted options) of a loss config such as `dict(name="cross_entropy")`.
 
     Raises ConfigError for an unknown name or option.
     """
     options = dict(loss)
     name = options.pop("name", "cross_entropy")
-    rule = tables.lookup(LOSSES, name, f"{where}.name")
-    return name, tuple(sorted(tables.check_options(rule, options, where).items()))
+    rule = tables.lookup(LOSSES, name, "name")
+    return name, tuple(sorted(tables.check_options(rule, options).items()))

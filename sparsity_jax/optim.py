@@ -11,7 +11,6 @@ entries stay as they are. Sums over steps are float32 or wider whatever the weig
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -671,52 +670,8 @@ def _rounded(wide: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.abs(wide) < float(kind.tiny), subnormal, normal)
 
 
-class ChoiceState(NamedTuple):
-    """learning_rate: of the chosen transformation's latest update, NaN if it names none. choices:
-    states of all.
-    """
-
-    learning_rate: jax.Array
-    choices: tuple
-
-
-def choose(
-    index: int | jax.Array, transformations: Sequence[optax.GradientTransformation]
-) -> optax.GradientTransformationExtraArgs:
-    """Transformation number `index` of several; the others' states stay as they are.
-
-    `index` may be traced, and so differ between the members of a sweep: then, under `vmap`, every
-    member computes all updates and takes its own; without `vmap` only its own are computed. Raises
-    ValueError for an index out of range.
-    """
-    if isinstance(index, int) and not 0 <= index < len(transformations):
-        raise ValueError(
-            f"index is {index}; allowed: 0 to {len(transformations) - 1}, the transformations."
-        )
-    every = [optax.with_extra_args_support(tx) for tx in transformations]
-
-    def init(params):
-        return ChoiceState(jnp.full((), jnp.nan, float), tuple(tx.init(params) for tx in every))
-
-    def update(updates, state, params=None, **extra):
-        def one(i, updates, choices, params):  # not of `extra`, which may hold functions
-            updates, own = every[i].update(updates, choices[i], params, **extra)
-            rate = _rate_in(own)
-            rate = jnp.asarray(jnp.nan if rate is None else rate, float)
-            return updates, ChoiceState(rate, (*choices[:i], own, *choices[i + 1 :]))
-
-        if isinstance(index, int):
-            return one(index, updates, state.choices, params)
-        branches = [functools.partial(one, i) for i in range(len(every))]
-        return jax.lax.switch(index, branches, updates, state.choices, params)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def _rate_in(opt_state: PyTree) -> jax.Array | None:
-    """The one learning rate that an optimizer's state names, outside of what was not chosen; None
-    if there is none.
-    """
+    """The one learning rate that an optimizer's state names; None if there is none."""
     rates = _rates_in(opt_state)
     if len(rates) > 1:
         raise ValueError(
@@ -733,7 +688,7 @@ def _rates_in(opt_state: PyTree) -> list[jax.Array]:
     """
     rates = []
     for state in jax.tree.leaves(opt_state, is_leaf=_names_rate):
-        if isinstance(state, (RateState, ChoiceState)):
+        if isinstance(state, RateState):
             rates.append(state.learning_rate)
         elif isinstance(state, INJECTED):
             # a transformation of this module knows its rate itself; the hyper-parameter is what it
@@ -749,7 +704,7 @@ INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 def _names_rate(state: Any) -> bool:
-    return isinstance(state, (RateState, ChoiceState, *INJECTED))
+    return isinstance(state, (RateState, *INJECTED))
 
 
 def _need_params(params: PyTree) -> None:
@@ -1043,9 +998,7 @@ PENALTIES = {"none": no_penalty, "l1": l1, "l2": l2}
 
 
 class Recipe(NamedTuple):
-    """A checked optimizer config. Members of a sweep that differ in more than `numbers` need
-    `join`.
-    """
+    """A checked optimizer config. Recipes that differ in `numbers` only share a program."""
 
     name: str
     numbers: dict[str, float]
@@ -1086,33 +1039,36 @@ def settings(
     return {"name": name, **tables.defaults(options), **own, **entries, **chosen}
 
 
-def check(config: dict, where: str) -> Recipe:
+def check(config: dict) -> Recipe:
     """The recipe of an optimizer config such as `dict(name="sfw", learning_rate=1.0,
     constraint=dict(...), ...)`.
 
     Raises ConfigError for unknown names and fields, wrong types and values out of range.
     """
     config = dict(config)
-    factory = tables.lookup(OPTIMIZERS, config.get("name", ""), f"{where}.name")
+    factory = tables.lookup(OPTIMIZERS, config.get("name", ""), "name")
     fields = tables.parameters(options)
     common = {field: config.pop(field) for field in fields if field in config}
-    common = {**tables.defaults(options), **tables.check_options(options, common, where)}
-    own = tables.check_options(factory, config, where, also=fields)
+    common = {**tables.defaults(options), **tables.check_options(options, common)}
+    own = tables.check_options(factory, config, also=fields)
     if common["name"] == "sfw" and common["learning_rate"] > 1:
         raise tables.ConfigError(
-            f"{where}.learning_rate is {common['learning_rate']}; allowed for sfw: 0 to 1."
+            "learning_rate", common["learning_rate"], allowed="0 to 1 with the name 'sfw'"
         )
     schedule = dict(common["schedule"])
     schedule_name = schedule.pop("name", "keep")
-    rule = tables.lookup(SCHEDULES, schedule_name, f"{where}.schedule.name")
-    schedule = tables.check_options(rule, schedule, f"{where}.schedule")
+    with tables.within("schedule"):
+        rule = tables.lookup(SCHEDULES, schedule_name, "name")
+        schedule = tables.check_options(rule, schedule)
     rule(1.0, 10**6, 1, **schedule)
     own = {**tables.defaults(factory), **own}
     numbers = {key: value for key, value in own.items() if isinstance(value, float)}
     static = {key: value for key, value in own.items() if key not in numbers}
     numbers["learning_rate"] = common["learning_rate"]
-    constraint = polytopes.check(common["constraint"], f"{where}.constraint")
-    penalty = _check_penalty(common, constraint, where)
+    with tables.within("constraint"):
+        constraint = polytopes.check(common["constraint"])
+    with tables.within("penalty"):
+        penalty = _check_penalty(common, constraint)
     if "strength" in penalty[1]:
         numbers["penalty"] = penalty[1].pop("strength")
     return Recipe(
@@ -1126,51 +1082,22 @@ def check(config: dict, where: str) -> Recipe:
     )
 
 
-def _check_penalty(config: dict, constraint: tuple, where: str) -> tuple[str, dict]:
+def _check_penalty(config: dict, constraint: tuple) -> tuple[str, dict]:
     given = dict(config["penalty"])
     name = given.pop("name", "none")
-    rule = tables.lookup(PENALTIES, name, f"{where}.penalty.name")
-    chosen = {**tables.defaults(rule), **tables.check_options(rule, given, f"{where}.penalty")}
-    trees.check_pattern(chosen.get("parameters", ""), f"{where}.penalty.parameters")
+    rule = tables.lookup(PENALTIES, name, "name")
+    chosen = {**tables.defaults(rule), **tables.check_options(rule, given)}
+    trees.check_pattern(chosen.get("parameters", ""), "parameters")
     free = all(kind == "unconstrained" for _, kind, _ in constraint)
     if chosen.get("method") == "proximal" and not (config["name"] == "sgd" and free):
         raise tables.ConfigError(
-            f"{where}.penalty.method is 'proximal'; allowed with an unconstrained sgd only, "
-            "elsewhere 'subgradient'."
+            "method", "proximal", allowed="'subgradient', and 'proximal' with an unconstrained sgd"
         )
     return name, chosen
 
 
-class Choice(NamedTuple):
-    """One of several recipes: the members of a sweep that share it differ in `index` and in their
-    numbers.
-    """
-
-    index: int
-    recipes: tuple[Recipe, ...]
-
-
-def join(recipes: Sequence[Recipe]) -> list[Recipe | Choice]:
-    """The same recipes in forms that share one program: unchanged if they do, else each as a Choice
-    among all kinds.
-
-    A member's own recipe keeps its numbers; of every other kind, which it never uses, it has those
-    of another member.
-    """
-    kinds = {}
-    for recipe in recipes:
-        kinds.setdefault(program(recipe), recipe)
-    if len(kinds) == 1:
-        return list(recipes)
-    order = list(kinds)
-    own = lambda recipe: {**kinds, program(recipe): recipe}
-    return [Choice(order.index(program(recipe)), tuple(own(recipe).values())) for recipe in recipes]
-
-
-def program(recipe: Recipe | Choice) -> str:
-    """What the compiled program depends on: all but the numbers, and but a Choice's index."""
-    if isinstance(recipe, Choice):
-        return repr([program(one) for one in recipe.recipes])
+def program(recipe: Recipe) -> str:
+    """What the compiled program depends on: all but the numbers."""
     # of the constraint: pattern, name and exponent of every rule
     static = ("p", "zero_up", "zero_below")
     kinds = [
@@ -1180,10 +1107,8 @@ def program(recipe: Recipe | Choice) -> str:
     return repr(recipe._replace(numbers=sorted(recipe.numbers), constraint=kinds))
 
 
-def needs_norms(recipe: Recipe | Choice) -> bool:
+def needs_norms(recipe: Recipe) -> bool:
     """Whether some set takes its radius from the initialisation."""
-    if isinstance(recipe, Choice):
-        return needs_norms(recipe.recipes[recipe.index])
     return any(
         {**tables.defaults(polytopes.SETS[name]), **own}.get("mode") == "initialization"
         for _, name, own in recipe.constraint
@@ -1191,7 +1116,7 @@ def needs_norms(recipe: Recipe | Choice) -> bool:
 
 
 def numbers(
-    recipe: Recipe | Choice,
+    recipe: Recipe,
     params: PyTree,
     norms: PyTree | None,
     order: Sequence[str] | None = None,
@@ -1201,13 +1126,8 @@ def numbers(
     params: arrays or shape structs. norms: mean initial norms (`polytopes.mean_norms`), None if not
         `needs_norms`.
     order: paths of the params in the network's order, for norms `per_shape`; see
-    `polytopes.share_by_shape`. Of a Choice: its index, and the same of every recipe.
+        `polytopes.share_by_shape`.
     """
-    if isinstance(recipe, Choice):
-        index = jnp.asarray(recipe.index, jnp.int32)
-        return dict(
-            index=index, choices=[numbers(one, params, norms, order) for one in recipe.recipes]
-        )
     if norms is None:
         norms = jax.tree.map(lambda _: 1.0, params)
     elif recipe.norms == "per_shape":
@@ -1222,12 +1142,9 @@ def numbers(
 
 
 def make(
-    recipe: Recipe | Choice, values: dict[str, Any], epochs: int, steps_per_epoch: int
+    recipe: Recipe, values: dict[str, Any], epochs: int, steps_per_epoch: int
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of `recipe` with `values` from `numbers`, for a run of so many epochs."""
-    if isinstance(recipe, Choice):
-        pairs = zip(recipe.recipes, values["choices"], strict=True)
-        return choose(values["index"], [make(*pair, epochs, steps_per_epoch) for pair in pairs])
     values = dict(values)
     name, schedule = recipe.schedule
     rate = SCHEDULES[name](values.pop("learning_rate"), epochs, steps_per_epoch, **schedule)
@@ -1241,16 +1158,6 @@ def make(
         kept = (1 - values["momentum"]) / jnp.maximum(share, 1e-12)
         return _proximal_sgd(tx, strength, 1 - kept)
     return optax.chain({"l1": add_l1, "l2": add_l2}[penalty](strength), tx)
-
-
-def shift_inside(recipe: Recipe | Choice, values: dict[str, Any], params: PyTree) -> PyTree:
-    """`params` moved into the feasible sets in `values`, from `numbers`."""
-    if isinstance(recipe, Choice):
-        pairs = zip(recipe.recipes, values["choices"], strict=True)
-        return jax.lax.switch(
-            values["index"], [functools.partial(shift_inside, *pair) for pair in pairs], params
-        )
-    return polytopes.shift_inside(params, values["sets"])
 
 
 def learning_rate(opt_state: PyTree) -> jax.Array | None:

@@ -2,10 +2,9 @@
 where it stopped.
 """
 
-import collections
 import contextlib
 import copy
-import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -30,7 +29,6 @@ from sparsity_jax import (
     interface,
     lock,
     models,
-    optim,
     pretrained,
     report,
     stages,
@@ -103,8 +101,8 @@ def settings(
     as a whole, the label (default: the arm's name) is that of the report. arm: which of them to
     run. sweep: lists of values under the names of fields, e.g. `dict(arm=("fast", "slow"), seed=(0,
     1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all
-    at once (`vmap`, dense networks) or one after the other (`loop`); either way trainings that
-    differ in their optimizers only share a compiled program.
+    at once (`vmap`) or one after the other (`loop`); `auto` is `vmap` for dense networks that share
+    a compiled program: those that differ in the seed and in numbers of one optimizer.
     """
 
 
@@ -140,23 +138,32 @@ def plain(config: Mapping) -> dict:
     try:
         return json.loads(json.dumps(config))
     except (TypeError, ValueError, RecursionError) as error:
-        place = path_of_foreign(config, "config")
-        raise tables.ConfigError(f"{place} is a value that is not plain data: {error}.") from None
+        with tables.within("config"):
+            refuse_foreign(config)
+        raise tables.ConfigError("config", why=f"is no plain data: {error}") from None
 
 
-def path_of_foreign(value: Any, where: str) -> str:
-    """Path of the first value in a config that JSON cannot hold, or "" if there is none."""
+def refuse_foreign(value: Any) -> None:
+    """Raises ConfigError for the first value in a config that JSON cannot hold."""
     if isinstance(value, Mapping):
-        inner = ((f"{where}.{name}", item) for name, item in value.items())
+        items = [(str(name), item) for name, item in value.items()]
     elif isinstance(value, (list, tuple)):
-        inner = ((f"{where}[{i}]", item) for i, item in enumerate(value))
+        items = [(f"[{i}]", item) for i, item in enumerate(value)]
     else:
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            return where
-        return ""
-    return next(filter(None, (path_of_foreign(item, path) for path, item in inner)), "")
+        with tables.blaming("", value):
+            json_of(value)
+        return
+    for path, item in items:
+        with tables.within(path):
+            refuse_foreign(item)
+
+
+def json_of(value: Any) -> str:
+    """`value` as JSON; raises ValueError."""
+    try:
+        return json.dumps(value)
+    except TypeError as error:
+        raise ValueError(f"no plain data: {error}") from None
 
 
 def check(config: Mapping) -> tuple[list[Plan], bool]:
@@ -168,31 +175,22 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     """
     config, known = {**tables.defaults(settings), **plain(config)}, tables.parameters(settings)
     common = {name: value for name, value in config.items() if name in known}
-    common = {**common, **tables.check_options(settings, common, "config")}
+    with tables.within("config"):
+        common = {**common, **tables.check_options(settings, common)}
     stage_configs = {name: value for name, value in config.items() if name not in known}
     used = set(common["pipeline"])
     check_names(common["pipeline"], stage_configs)
     for name, value in stage_configs.items():
         if not isinstance(value, Mapping) or "kind" not in value:
-            fields = sorted(
-                {
-                    *known,
-                    *(
-                        n
-                        for n, v in stage_configs.items()
-                        if isinstance(v, Mapping) and "kind" in v
-                    ),
-                }
-            )
-            raise tables.ConfigError(
-                f"config has no field {name!r}; fields: "
-                f"{', '.join(fields)}.{tables.closest(name, fields)}"
-            )
+            fields = [n for n, v in stage_configs.items() if isinstance(v, Mapping) and "kind" in v]
+            raise tables.ConfigError("config", name, verb="has no field", known=[*known, *fields])
     for name, idle in (("arm", common["arm"]), ("seed", common["seed"])):
         if idle and name in common["sweep"]:
             raise tables.ConfigError(
-                f"config.{name} is {idle!r}, but config.sweep.{name} decides; set "
-                f"--config.sweep.{name}=({idle!r},)."
+                f"config.{name}",
+                idle,
+                why=f"but config.sweep.{name} decides",
+                allowed=f"--config.sweep.{name}=({idle!r},)",
             )
     members = list(expand(config))
     for member, _ in members:
@@ -200,43 +198,46 @@ def check(config: Mapping) -> tuple[list[Plan], bool]:
     for path in members[0][1]:
         if path not in ("arm", "seed") and path.split(".")[0] in known:
             raise tables.ConfigError(
-                f"config.sweep names config.{path}; allowed: arm, seed and fields of stages."
+                "config.sweep", path, verb="names", allowed="arm, seed and fields of stages"
             )
     checked = [check_member(member) for member, _ in members]
     done = {**check_pretrained(common), **check_origin(common)}
     for own in checked:
         check_order(common["pipeline"], stage_configs, own, done)
-    data.check(**dict(common["data"]))
-    chosen = {name: share([own[name] for own in checked]) for name in stage_configs}
-    several, mode, streamed = len(members) > 1, common["sweep_mode"], common["data"].get("stream")
-    together = several and (
-        mode == "vmap" or (mode == "auto" and not streamed and not convolves(common["model"]))
-    )
+    with tables.within("config.data"):
+        data.check(**dict(common["data"]))
+    several, streamed = len(members) > 1, common["data"].get("stream")
     used |= {own[name].retrain for own in checked for name in used} - {""}
+    programs = {name: {own[name].together() for own in checked} for name in used}
+    differing = sorted(name for name in used if len(programs[name]) > 1)
+    together = several and side_by_side(common, differing)
     if streamed:
         if together:
             raise tables.ConfigError(
-                "config.data.stream leaves images where they are, one member at a time reads "
-                "them; allowed: "
-                "config.sweep_mode 'loop'."
+                "config.sweep_mode",
+                common["sweep_mode"],
+                why="but one member at a time reads what config.data.stream leaves where it is",
+                allowed="'loop'",
             )
         for own in checked:
             for name in sorted(used):
-                own[name].check_streamed(f"config.{name}")
-    for name in used if together else ():
-        if len({own.together() for own in chosen[name]}) > 1:
-            changed = ", ".join(fields_that_differ([member[name] for member, _ in members]))
-            raise tables.ConfigError(
-                f"config.sweep changes config.{name} in a way that needs another program "
-                f"({changed}); allowed: "
-                "optimizers and seed. Set config.sweep_mode='loop'."
-            )
+                with tables.within(f"config.{name}"):
+                    own[name].check_streamed()
+    for name in differing if together else ():
+        changed = ", ".join(fields_that_differ([member[name] for member, _ in members]))
+        raise tables.ConfigError(
+            "config.sweep",
+            f"config.{name}",
+            verb="changes",
+            why=f"in a way that needs another program ({changed})",
+            allowed="seed and numbers of one optimizer; anything with config.sweep_mode='loop'",
+        )
     make = lambda found: Plan(
         [members[i][0] for i in found],
         [members[i][1] for i in found],
         common,
         tuple(common["pipeline"]),
-        {name: [chosen[name][i] for i in found] for name in stage_configs},
+        {name: [checked[i][name] for i in found] for name in stage_configs},
     )
     if several and not together:
         return [make([i]) for i in range(len(members))], True
@@ -255,13 +256,19 @@ def fields_that_differ(stage_configs: Sequence[Mapping]) -> list[str]:
 def check_names(pipeline: Sequence[str], stage_configs: Mapping) -> None:
     """Raises ConfigError for a pipeline that is empty or names a stage that the config has not."""
     if not pipeline:
-        raise tables.ConfigError("config.pipeline is empty; name at least one stage.")
+        raise tables.ConfigError("config.pipeline", (), allowed="at least one name of a stage")
     for name in pipeline:
         if name not in stage_configs:
-            raise tables.ConfigError(
-                f"config.pipeline names {name!r}, but config has no such stage; stages: "
-                f"{', '.join(sorted(stage_configs))}.{tables.closest(name, stage_configs)}"
-            )
+            raise tables.ConfigError("config.pipeline", name, verb="names", known=stage_configs)
+
+
+def side_by_side(common: Mapping, differing: Sequence[str]) -> bool:
+    """Whether members of a sweep run at once. differing: stages in which they need several
+    programs.
+    """
+    if common["sweep_mode"] != "auto":
+        return common["sweep_mode"] == "vmap"
+    return not (common["data"].get("stream") or differing or convolves(common["model"]))
 
 
 def convolves(model: Mapping) -> bool:
@@ -277,53 +284,46 @@ def convolves(model: Mapping) -> bool:
     return train.convolves(variables["params"])
 
 
-def share(settings: list[Any]) -> list[Any]:
-    """The settings of one stage of all members; optimizers of trainings that are else equal share a
-    program.
-    """
-    if not isinstance(settings[0], train.Fit):
-        return settings
-    alike, shared = collections.defaultdict(list), list(settings)
-    for i, fit in enumerate(settings):
-        alike[dataclasses.replace(fit, recipe=None)].append(i)
-    for members in alike.values():
-        recipes = optim.join([settings[i].recipe for i in members])
-        for i, recipe in zip(members, recipes, strict=True):
-            shared[i] = dataclasses.replace(settings[i], recipe=recipe)
-    return shared
-
-
 def check_member(config: dict) -> dict[str, Any]:
     """The checked settings of all stages of one member, by name; checks data and model options
     too.
     """
-    check_model(config["model"])
-    tables.check_options(data.load, config["data"], "config.data")
+    with tables.within("config.model"):
+        check_model(config["model"])
+    with tables.within("config.data"):
+        tables.check_options(data.load, config["data"])
     found = {}
     for name, value in config.items():
         if name not in tables.parameters(settings):
-            fields, where = dict(value), f"config.{name}"
-            kind = tables.lookup(STAGES, fields.pop("kind"), f"{where}.kind")
-            found[name] = kind(**tables.check_options(kind, fields, where)).settings(where)
+            with tables.within(f"config.{name}"):
+                found[name] = read_stage(value)
     return found
 
 
-def check_model(model: Mapping[str, Any], where: str = "config.model") -> None:
+def read_stage(config: Mapping[str, Any]) -> interface.Stage:
+    """The checked settings of one stage's config."""
+    fields = dict(config)
+    kind = tables.lookup(STAGES, fields.pop("kind"), "kind")
+    return kind(**tables.check_options(kind, fields)).settings()
+
+
+def check_model(model: Mapping[str, Any]) -> None:
     """Raises ConfigError for a network that cannot be built of `model`; nothing is computed."""
     options = dict(model)
     name = options.pop("name", "")
-    factory = tables.lookup(models.MODELS, name, f"{where}.name")
+    factory = tables.lookup(models.MODELS, name, "name")
     shared = {
         field: options.pop(field) for field in ("init", "dtype", "param_dtype") if field in options
     }
-    tables.check_options(factory, options, where, also=("init", "dtype", "param_dtype"))
+    tables.check_options(factory, options, also=("init", "dtype", "param_dtype"))
     models.build(name=name, num_classes=10, **shared, **options)
     for field, value in shared.items():
         if value == "float64" and not jax.config.jax_enable_x64:
             raise tables.ConfigError(
-                f"{where}.{field} is 'float64'; allowed: 'float32', 'bfloat16', 'float16', and "
-                "with "
-                "JAX_ENABLE_X64=1 in the environment also 'float64'."
+                field,
+                value,
+                allowed="'float32', 'bfloat16', 'float16', and with JAX_ENABLE_X64=1 in the "
+                "environment also 'float64'",
             )
 
 
@@ -335,12 +335,10 @@ def check_origin(config: dict) -> dict[str, str]:
     """
     if not config["start_from"]:
         return {}
-    where, path = (
-        f"config.start_from is {config['start_from']!r}",
-        pathlib.Path(config["start_from"]),
-    )
+    path = pathlib.Path(config["start_from"])
+    refused = functools.partial(tables.ConfigError, "config.start_from", config["start_from"])
     if not workdirs.holds_run(path):
-        raise tables.ConfigError(f"{where}, which holds no run (no config.json).")
+        raise refused(why="which holds no run (no config.json)")
     other = workdirs.read_config(path)
     differing = workdirs.differences(
         *map(complete_model, (other.get("model") or {}, plain(config["model"])))
@@ -349,16 +347,16 @@ def check_origin(config: dict) -> dict[str, str]:
         lines = "\n".join(
             f"  config.model.{name}: {old} there, {new} now" for name, old, new in differing
         )
-        raise tables.ConfigError(f"{where}, a run of another network.\n{lines}")
+        raise refused(why=f"a run of another network\n{lines}")
     other, folders = {**tables.defaults(settings), **other}, sorted(path.glob("member_*"))
     several = other["sweep"] and not path.name.startswith("member_")
     if several and (config["sweep"], config["sweep_mode"]) != (other["sweep"], other["sweep_mode"]):
-        one = f", or start from one of its networks, e.g. {folders[0]}" if folders else ""
+        one = f", or one of its networks, e.g. {folders[0]}" if folders else ""
         sweep = f"sweep {json.dumps(other['sweep'])} and its sweep_mode {other['sweep_mode']!r}"
-        raise tables.ConfigError(f"{where}, a run of several networks: repeat its {sweep}{one}.")
+        raise refused(why="a run of several networks", allowed=f"with its {sweep}{one}")
     missing = folders and len(folders) < len(list(expand(other)))
     if missing or not all(map(workdirs.is_finished, folders or [path])):
-        raise tables.ConfigError(f"{where}, which is not finished: run it to its end first.")
+        raise refused(why="which is not finished: run it to its end first")
     kinds = {}
     for _, found in reversed(list(ancestry(path))):
         kinds |= trained_before(found) | {name: found[name]["kind"] for name in found["pipeline"]}
@@ -385,16 +383,20 @@ def check_pretrained(config: dict) -> dict[str, str]:
     for name in ("fresh_classifier", "pretrained_names", "pretrained_zeros"):
         if not config["pretrained"] and config[name] != tables.defaults(settings)[name]:
             raise tables.ConfigError(
-                f"config.{name} is for the weights of config.pretrained, which is empty."
+                f"config.{name}",
+                config[name],
+                why="which is for the weights of config.pretrained, but that is empty",
             )
     if config["pretrained"] and config["start_from"]:
         raise tables.ConfigError(
-            f"config.pretrained is {config['pretrained']!r} and config.start_from "
-            f"{config['start_from']!r}; allowed: "
-            "one of them."
+            "config.pretrained",
+            config["pretrained"],
+            why=f"and config.start_from {config['start_from']!r}",
+            allowed="one of them",
         )
     if config["pretrained"]:
-        pretrained.check(config["pretrained"], "config.pretrained")
+        with tables.within("config.pretrained"):
+            pretrained.check(config["pretrained"])
     return trained_before(config)
 
 
@@ -406,7 +408,9 @@ def ancestry(path: str | pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
     while (path / "config.json").is_file():
         if path.resolve() in seen:
             raise tables.ConfigError(
-                f"{path} started from a run that started from it; use another run."
+                str(path),
+                why="started from a run that started from it",
+                allowed="another run",
             )
         seen.add(path.resolve())
         config = workdirs.read_config(path)
@@ -434,29 +438,35 @@ def check_order(
         kind = stage_configs[name]["kind"]
         needs = STAGES[kind].needs
         if needs and not set(done.values()) & set(needs):
+            sources = " or ".join(map(repr, needs))
+            if "train" in needs:
+                sources += ", config.start_from or config.pretrained"
             raise tables.ConfigError(
-                f"config.pipeline runs {name!r} (kind {kind!r}) before any stage of kind "
-                f"{' or '.join(map(repr, needs))}, whose result it needs."
-                + " A trained network may also come from config.start_from or config.pretrained."
-                * ("train" in needs)
+                "config.pipeline",
+                name,
+                verb="runs",
+                why=f"of kind {kind!r}, before what it needs the result of",
+                allowed=f"after a stage of kind {sources}",
             )
         before = [checked[earlier] for earlier in pipeline[: pipeline.index(name)]]
         order = interface.Order(before, done, checked, pipeline.count(name))
-        checked[name].check_order(f"config.{name}", order)
+        with tables.within(f"config.{name}"):
+            checked[name].check_order(order)
         done[name] = kind
-        retrain = checked[name].retrain
-        if retrain:
-            where = f"config.{name}.retrain"
-            trains = [n for n, v in stage_configs.items() if v["kind"] == "train"]
-            if retrain not in trains:
-                raise tables.ConfigError(
-                    f"{where} is {retrain!r}; allowed: a stage of kind 'train': "
-                    f"{', '.join(trains)}." + tables.closest(retrain, trains)
-                )
-            if checked[retrain].start != "current":
-                raise tables.ConfigError(
-                    f"{where} names {retrain!r}, whose start is 'init'; allowed: 'current'."
-                )
+        if checked[name].retrain:
+            with tables.within(f"config.{name}.retrain"):
+                check_retrain(checked[name].retrain, stage_configs, checked)
+
+
+def check_retrain(name: str, stage_configs: Mapping, checked: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a `retrain` that is no training of the current network."""
+    trains = [other for other, config in stage_configs.items() if config["kind"] == "train"]
+    if name not in trains:
+        raise tables.ConfigError("", name, why="no stage of kind 'train'", known=trains)
+    if checked[name].start != "current":
+        raise tables.ConfigError(
+            "", name, why="whose start is 'init'", allowed="one whose start is 'current'"
+        )
 
 
 def expand(config: dict) -> Iterator[tuple[dict, dict[str, Any]]]:
@@ -469,14 +479,17 @@ def expand(config: dict) -> Iterator[tuple[dict, dict[str, Any]]]:
     names = sweep.pop("arm", [config["arm"]])
     if not isinstance(names, (list, tuple)) or not names:
         raise tables.ConfigError(
-            f"config.sweep.arm is {names!r}; allowed: a list of names of config.arms."
+            "config.sweep.arm", names, allowed="a list of names of config.arms"
         )
     labels = {}
     for name in names:
         own, label = in_arm(config, name)
         if label in labels:
             raise tables.ConfigError(
-                f"config.arms: {labels[label]!r} and {name!r} have the same label, {label!r}."
+                f"config.arms.{name}.label",
+                label,
+                why=f"that of the arm {labels[label]!r} too",
+                allowed="one of its own",
             )
         labels[label] = name
         fields = dict(_swept_fields(sweep, own, ""))
@@ -498,9 +511,7 @@ def in_arm(config: dict, name: str) -> tuple[dict, str]:
         set(config) - set(tables.parameters(settings)),
     )
     if not isinstance(arm, Mapping) or not isinstance(arm.get("label", ""), str):
-        raise tables.ConfigError(
-            f"config.arms.{name} is {arm!r}; allowed: a label, and fields by stage."
-        )
+        raise tables.ConfigError(f"config.arms.{name}", arm, allowed="a label, and fields by stage")
     values = {}
     for stage_name, fields in arm.items():
         where = f"config.arms.{name}.{stage_name}"
@@ -508,21 +519,17 @@ def in_arm(config: dict, name: str) -> tuple[dict, str]:
             continue
         if stage_name not in stage_names:
             raise tables.ConfigError(
-                f"{where}: config has no such stage; stages: {', '.join(sorted(stage_names))}."
-                + tables.closest(stage_name, stage_names)
+                f"config.arms.{name}", stage_name, verb="has no stage", known=stage_names
             )
         if not isinstance(fields, Mapping):
             raise tables.ConfigError(
-                f"{where} is {fields!r}; allowed: a dict of the stage's fields that change."
+                where, fields, allowed="a dict of the stage's fields that change"
             )
         kind = tables.lookup(STAGES, config[stage_name]["kind"], f"config.{stage_name}.kind")
         known = tables.parameters(kind)
         for field, value in fields.items():
             if field not in known:
-                raise tables.ConfigError(
-                    f"{where} has no field {field!r}; fields: "
-                    f"{', '.join(known)}.{tables.closest(field, known)}"
-                )
+                raise tables.ConfigError(where, field, verb="has no field", known=known)
             values[f"{stage_name}.{field}"] = value
     return override_all(config, {**values, "arm": name}), arm.get("label") or name
 
@@ -544,14 +551,14 @@ def _swept_fields(sweep: Mapping, config: Mapping, path: str) -> Iterator[tuple[
         where = f"{path}.{name}" if path else name
         if not isinstance(config, Mapping) or name not in config:
             known = list(config) if isinstance(config, Mapping) else []
-            hint = (
-                " Fields within fields are nested: sweep=dict(fit=dict(epochs=(1, 2)))."
-                if "." in name
-                else ""
-            )
+            nested = "fields within fields nested: sweep=dict(fit=dict(epochs=(1, 2)))"
             raise tables.ConfigError(
-                f"config.sweep names config.{where}, which does not "
-                f"exist.{hint or tables.closest(name, known)}"
+                f"config.sweep.{path}".rstrip("."),
+                name,
+                verb="names",
+                why="which does not exist",
+                allowed=nested if "." in name else "",
+                known=known,
             )
         if isinstance(value, Mapping):
             yield from _swept_fields(value, config[name], where)
@@ -563,7 +570,7 @@ def _swept_fields(sweep: Mapping, config: Mapping, path: str) -> Iterator[tuple[
             yield where, list(value)
         else:
             raise tables.ConfigError(
-                f"config.sweep.{where} is {value!r}; allowed: a list of values for one field."
+                f"config.sweep.{where}", value, allowed="a list of values for one field"
             )
 
 
@@ -688,11 +695,11 @@ def use_platform(name: str) -> None:
         found = jax.local_devices()[0].platform
     except (RuntimeError, AssertionError):  # which of them depends on the version of jax
         raise tables.ConfigError(
-            f"config.platform is {name!r}, but jax finds no such device here."
+            "config.platform", name, why="but jax finds no such device here"
         ) from None
     if found != name:
         raise tables.ConfigError(
-            f"config.platform is {name!r}, but this process already uses jax on {found!r}."
+            "config.platform", name, why=f"but this process already uses jax on {found!r}"
         )
 
 
@@ -748,9 +755,10 @@ def build(plans: list[Plan]) -> train.Problem:
     available = len(jax.local_devices())
     if common["mesh"] > available:
         raise tables.ConfigError(
-            f"config.mesh is {common['mesh']}; allowed: 0 (all) to {available}, the local devices."
+            "config.mesh", common["mesh"], allowed=f"0 (all) to {available}, the local devices"
         )
-    dataset = data.load(**tables.check_options(data.load, common["data"], "config.data"))
+    with tables.within("config.data"):
+        dataset = data.load(**tables.check_options(data.load, common["data"]))
     model = models.build(num_classes=dataset.num_classes, **common["model"])
     members = len(plans[0].configs) if len(plans[0].configs) > 1 else None
     problem = train.build_problem(
@@ -778,7 +786,8 @@ def build(plans: list[Plan]) -> train.Problem:
         visits, checked = max(plans[0].pipeline.count(name), 1), []
         for own in (own for plan in plans for own in plan.settings[name]):
             if own not in checked:  # members with the same settings are checked once
-                own.check_network(problem, f"config.{name}", visits)
+                with tables.within(f"config.{name}"):
+                    own.check_network(problem, visits)
                 checked.append(own)
     return problem
 
@@ -789,35 +798,39 @@ def check_size(problem: train.Problem, model: Mapping[str, Any]) -> None:
     """
     height, width, channels = problem.dataset.test.images.shape[1:]
     images = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
-    where = f"config.model {model['name']!r} for images of {height} x {width} x {channels}"
-    with making_network(where):
+    given = f"for images of {height} x {width} x {channels}"
+    with tables.within("config.model"), making_network(f"{model['name']!r} {given}"):
         variables = jax.eval_shape(problem.init, jax.random.key(0))
         logits = jax.eval_shape(problem.model.apply, variables, images)
     empty = [path for path, leaf in trees.named_leaves(variables).items() if not leaf.size]
     if empty or not logits.size:
         raise tables.ConfigError(
-            f"{where} has nothing in {empty[0] if empty else 'its logits'}: it is too large for "
-            "them."
+            "config.model",
+            why=f"{model['name']!r} {given} has nothing in {empty[0] if empty else 'its logits'}: "
+            "it is too large for them",
         )
     leaves = jax.tree.leaves(variables["params"])
     needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)  # with gradients
-    train.check_memory(
-        needed,
-        f"{where} has {trees.size(variables['params']):,} weights, which with their gradients",
-    )
+    size = f"{trees.size(variables['params']):,} weights"
+    with tables.within("config.model"):
+        train.check_memory(
+            needed, f"{model['name']!r} {given} has {size}, which with their gradients"
+        )
 
 
 @contextlib.contextmanager
-def making_network(where: str) -> Iterator[None]:
+def making_network(name: str) -> Iterator[None]:
     """What goes wrong while a network is traced inside, in whatever type, as a ConfigError about
-    `where`.
+    the network `name`.
     """
     try:
         yield
     except Exception as error:  # which ones depends on the layer that does not fit
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise tables.ConfigError(
-            f"{where} cannot be made: {tables.shortened(reason)}; is it too large for its images?"
+            "",
+            why=f"{name} cannot be made: {tables.shortened(reason)}; is it too large for its "
+            "images?",
         ) from None
 
 
@@ -915,7 +928,8 @@ def run_plan(
             place = interface.Place(
                 name, position, plan.settings, run.per_member(earlier), visit, visits
             )
-            with enough_memory_for(f"config.{name}", own[0], plan.common):
+            memory = enough_memory_for(f"config.{name}", own[0], plan.common)
+            with memory, tables.within(f"config.{name}"):
                 resumed = position == progress.stage and progress.begun
                 if resumed or (position == progress.stage and position):
                     state = state._replace(opt_state=carried_before(plan, state, position))
@@ -937,7 +951,7 @@ def run_plan(
 
 
 @contextlib.contextmanager
-def enough_memory(where: str, advice: str) -> Iterator[None]:
+def enough_memory(part: str, advice: str) -> Iterator[None]:
     """Memory that is full inside, of the host or of a device, as a ConfigError that ends with
     `advice`.
     """
@@ -948,17 +962,17 @@ def enough_memory(where: str, advice: str) -> Iterator[None]:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
             raise
         raise tables.ConfigError(
-            f"{where}: the memory is full ({tables.shortened(reason)}). {advice}"
+            f"{part}: the memory is full ({tables.shortened(reason)}). {advice}"
         ) from error
 
 
 def enough_memory_for(
-    where: str, settings: Any, common: Mapping[str, Any]
+    part: str, settings: Any, common: Mapping[str, Any]
 ) -> contextlib.AbstractContextManager:
-    """`enough_memory` for a part of a run that says what to lower. where: a stage with its
+    """`enough_memory` for a part of a run that says what to lower. part: a stage with its
     `settings`, or another.
     """
-    lower = [f"{where}.{field}" for field in LARGE if hasattr(settings, field)]
+    lower = [f"{part}.{field}" for field in LARGE if hasattr(settings, field)]
     lower += ["config.eval_batch_size", "the network of config.model"]
     loop = " or set config.sweep_mode to 'loop'" if common["sweep"] else ""
     advice = (
@@ -966,7 +980,7 @@ def enough_memory_for(
         "goes on from the "
         "last checkpoint."
     )
-    return enough_memory(where, advice)
+    return enough_memory(part, advice)
 
 
 def after(plan: Plan, state: train.State, position: int) -> train.State:
@@ -998,9 +1012,10 @@ def check_arrays(path: str, shapes: PyTree, members: int | None) -> None:
         )
         if there != here:
             raise tables.ConfigError(
-                f"config.start_from is {path!r}, whose params/{name} has the shape {there}; "
-                f"allowed: {here}, that of "
-                "this run's network for its data."
+                "config.start_from",
+                path,
+                why=f"whose params/{name} has the shape {there}",
+                allowed=f"{here}, that of this run's network for its data",
             )
 
 

@@ -409,7 +409,7 @@ def radius_of(tau: float, mode: Mode, norm: float, scale: float) -> float:
 SETS = {"k_sparse": k_sparse, "lp": lp_ball, "l2": l2, "unconstrained": unconstrained}
 
 
-def check(constraint: dict, where: str) -> tuple[tuple[str, str, dict], ...]:
+def check(constraint: dict) -> tuple[tuple[str, str, dict], ...]:
     """(pattern, name, options) rules of a config `dict(name="k_sparse", rules=((pattern, dict),
     ...), **options)`.
 
@@ -418,18 +418,22 @@ def check(constraint: dict, where: str) -> tuple[tuple[str, str, dict], ...]:
     `tables.check_options` does.
     """
     outer = dict(constraint)
-    overrides = tables.convert(
-        outer.pop("rules", ()), tuple[tuple[str, dict], ...], f"{where}.rules"
-    )
-    rules = [(pattern, rule, f"{where}.rules[{i}]") for i, (pattern, rule) in enumerate(overrides)]
+    overrides = tables.convert(outer.pop("rules", ()), tuple[tuple[str, dict], ...], "rules")
     checked = []
-    for pattern, rule, place in (*rules, (".*", outer, where)):
-        name = rule.pop("name", "k_sparse")
-        factory = tables.lookup(SETS, name, f"{place}.name")
-        options = tables.check_options(factory, rule, place)
-        factory(2**20, 1.0, **options)  # rules that span several options
-        checked.append((pattern, name, options))
-    return tuple(checked)
+    for i, (pattern, rule) in enumerate(overrides):
+        with tables.within(f"rules[{i}]"):
+            checked.append((pattern, *_checked_set(rule)))
+    return (*checked, (".*", *_checked_set(outer)))
+
+
+def _checked_set(config: dict) -> tuple[str, dict]:
+    """(name, options) of one set."""
+    options = dict(config)
+    name = options.pop("name", "k_sparse")
+    factory = tables.lookup(SETS, name, "name")
+    options = tables.check_options(factory, options)
+    factory(2**20, 1.0, **options)  # rules that span several options
+    return name, options
 
 
 def build(params: PyTree, norms: PyTree, rules: Sequence[tuple[str, str, dict]]) -> PyTree:
@@ -439,9 +443,8 @@ def build(params: PyTree, norms: PyTree, rules: Sequence[tuple[str, str, dict]])
         structure.
     rules: from `check`. Raises ConfigError for a rule that decides no parameter.
     """
-    indices = trees.match_rules(
-        params, [(rule[0], i) for i, rule in enumerate(rules)], "constraint.rules"
-    )
+    with tables.within("constraint.rules"):
+        indices = trees.match_rules(params, [(rule[0], i) for i, rule in enumerate(rules)])
 
     def one(leaf, norm, index):
         _, name, options = rules[index]

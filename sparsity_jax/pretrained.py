@@ -133,33 +133,35 @@ class Unordered(dict):
 # Files --------------------------------------------------------------------------------------------
 
 
-def check(path: str | os.PathLike, where: str = "path") -> None:
-    """Raises ConfigError unless `path` is a weight file with a whole header that can be read here.
-
-    where: the setting that names it.
-    """
-    path, where = pathlib.Path(path), f"{where} is {os.fspath(path)!r}"
+def check(path: str | os.PathLike) -> None:
+    """Raises ConfigError unless `path` is a weight file with a whole header, readable here."""
+    path, given = pathlib.Path(path), os.fspath(path)
     if path.suffix not in (".safetensors", *TORCH_FILES):
+        suffixes = ", ".join(TORCH_FILES)
         raise tables.ConfigError(
-            f"{where}; allowed: a file of weights, .safetensors or {', '.join(TORCH_FILES)}."
+            "", given, allowed=f"a file of weights, .safetensors or {suffixes}"
         )
     if not path.is_file():
-        raise tables.ConfigError(f"{where}, but there is no such file.")
-    tables.check_memory(path.stat().st_size, f"{where}, which has")
+        raise tables.ConfigError("", given, why="but there is no such file")
+    with tables.blaming("", given):
+        tables.check_memory(path.stat().st_size, "which has")
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, framework="np"):
                 return
         except (safetensors.SafetensorError, OSError) as error:
             raise tables.ConfigError(
-                f"{where}, which is no whole safetensors file: {error}. Is it cut short, or "
-                "another format?"
+                "",
+                given,
+                why=f"which is no whole safetensors file: {error}",
+                allowed="a file that is not cut short, of that format",
             ) from None
     if importlib.util.find_spec("torch") is None:
         raise tables.ConfigError(
-            f"{where}, a file of PyTorch's, which only PyTorch reads: `pip install torch`, or "
-            "convert it to "
-            ".safetensors where PyTorch is installed."
+            "",
+            given,
+            why="a file of PyTorch's, which only PyTorch reads: `pip install torch`, or convert "
+            "it to .safetensors where PyTorch is installed",
         )
 
 
@@ -219,7 +221,8 @@ def _read_torch(path: pathlib.Path, key: str) -> dict[str, np.ndarray]:
             )
     for name, value in state_dict.items():  # one number in the file may stand for any shape
         size = value.numel() * value.element_size()
-        tables.check_memory(size, f"{path}: {name}, of the shape {tuple(value.shape)}, takes")
+        with tables.within(f"{path}: {name}"):
+            tables.check_memory(size, f"has the shape {tuple(value.shape)} and takes")
     return {name: _array(value, f"{path}: {name}") for name, value in state_dict.items()}
 
 

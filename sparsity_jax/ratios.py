@@ -132,7 +132,6 @@ def parse(
     skip: str | Sequence[str] = "",
     blocks: str = BLOCKS,
     reading: Literal["correct", "original"] = "correct",
-    where: str = "ratios",
 ) -> Table:
     """The ratio of every layer; see `order` for `layers` and `places` for `blocks` and what a
     granularity leaves whole.
@@ -146,42 +145,28 @@ def parse(
         contains; the number of the layer in a network without blocks.
     reading: `original`, as the published code: "3.1" also skips block 3.10, nothing is skipped in
         weight pruning of residual networks, and ranges and skips beyond the last layer are ignored.
-    Raises ConfigError, naming the setting `where` (of `skip`: the one beside it), for anything
-    malformed or out of range, and for rules and skips that match nothing.
+    Raises ConfigError, of the setting `ratios` or `skip`, for anything malformed or out of range,
+    and for rules and skips that match nothing.
     """
     tables.convert(granularity, Granularity, "granularity")
     tables.convert(reading, Literal["correct", "original"], "reading")
     located = places(layers, blocks)
     residual = any(len(layer.address) > 1 for layer in located)
-    if not isinstance(notation, Iterable):
-        raise tables.ConfigError(
-            f"{where} is {notation!r}; write '[0-4:0.5]', '[0,0.5,0]', or rules on paths."
-        )
-    items = _items(notation, where) if isinstance(notation, str) else list(notation)
-    if not items:
-        raise tables.ConfigError(f"{where} is {notation!r}: it has no ratio.")
     whole = {layer.path for layer in located if granularity in layer.whole}
-    if any(isinstance(item, (tuple, list)) for item in items):
-        table = _by_rule(items, layers, whole, granularity, where)
-    elif any(":" in str(item) for item in items):
-        if residual:
-            stages = ", ".join(_stages(located))
-            raise tables.ConfigError(
-                f"{where} is {notation!r}, ranges of layers, but the network has residual blocks; "
-                "give one ratio each "
-                f"for {stages}, or rules on paths."
-            )
-        table = _by_range(items, layers, reading, where)
-    else:
-        if not residual:
-            raise tables.ConfigError(
-                f"{where} is {notation!r}, one ratio per stage, but no layer is in a residual "
-                "block; give ranges of "
-                f"the layers 0 to {len(layers) - 1}, e.g. '[0-{len(layers) - 2}:0.5]', rules on "
-                "paths, or `blocks`."
-            )
-        table = _by_stage(items, located, where)
-    skipped = _skipped(skip, located, reading, f"{where[: where.rfind('.') + 1]}skip")
+    with tables.within("ratios"):
+        items = _items(notation)
+        if not items:
+            raise tables.ConfigError("", notation, why="which has no ratio")
+        if any(isinstance(item, (tuple, list)) for item in items):
+            table = _by_rule(items, layers, whole, granularity)
+        elif any(":" in str(item) for item in items):
+            _refuse_ranges(notation, located if residual else ())
+            table = _by_range(items, layers, reading)
+        else:
+            _refuse_stages(notation, () if residual else layers)
+            table = _by_stage(items, located)
+    with tables.within("skip"):
+        skipped = _skipped(skip, located, reading)
     if reading == "original" and granularity == "weight" and residual:
         skipped = set()
     return {
@@ -189,73 +174,105 @@ def parse(
     }
 
 
-def _items(text: str, where: str) -> list[str]:
-    """The entries of "[a, b, ]" or "a, b"."""
-    inner = text.strip()
-    if inner.startswith("[") != inner.endswith("]"):
+def _refuse_ranges(notation: Any, located: Sequence[Layer]) -> None:
+    """Raises ConfigError where layers are in residual blocks."""
+    if located:
         raise tables.ConfigError(
-            f"{where} is {text!r}, with one bracket; write '[a, b]' or 'a, b'."
+            "",
+            notation,
+            why="ranges of layers, but the network has residual blocks",
+            allowed=f"one ratio each for {', '.join(_stages(located))}, or rules on paths",
         )
+
+
+def _refuse_stages(notation: Any, layers: Sequence[str]) -> None:
+    """Raises ConfigError for layers of a network without residual blocks."""
+    if layers:
+        raise tables.ConfigError(
+            "",
+            notation,
+            why="one ratio per stage, but no layer is in a residual block",
+            allowed=f"ranges of the layers 0 to {len(layers) - 1}, e.g. "
+            f"'[0-{len(layers) - 2}:0.5]', rules on paths, or `blocks`",
+        )
+
+
+def _items(notation: str | Sequence) -> list:
+    """The entries of "[a, b, ]", "a, b" or a sequence."""
+    if not isinstance(notation, Iterable):
+        raise tables.ConfigError(
+            "", notation, allowed="'[0-4:0.5]', '[0,0.5,0]', or rules on paths"
+        )
+    if not isinstance(notation, str):
+        return list(notation)
+    text, inner = notation, notation.strip()
+    if inner.startswith("[") != inner.endswith("]"):
+        raise tables.ConfigError("", text, why="with one bracket", allowed="'[a, b]' or 'a, b'")
     items = [item.strip() for item in inner.removeprefix("[").removesuffix("]").split(",")]
     if items[-1] == "":
         items.pop()
     if "" in items:
-        raise tables.ConfigError(f"{where} is {text!r}; its entry {items.index('')} is empty.")
+        raise tables.ConfigError("", text, why=f"whose entry {items.index('')} is empty")
     return items
 
 
-def _ratio(value: Any, where: str) -> float:
+def _ratio(value: Any) -> float:
     try:
         ratio = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         ratio = math.nan
     if not (0 <= ratio < 1 or ratio == masks.AUTOMATIC):
         raise tables.ConfigError(
-            f"{where}: the ratio {value!r} is not allowed; allowed: the share removed, 0 <= ratio "
-            "< 1, or -1 to cut at "
-            "the largest gap of the scores."
+            "",
+            value,
+            allowed="the share removed, 0 <= ratio < 1, or -1 to cut at the largest gap of the "
+            "scores",
         )
     return ratio
 
 
-def _by_rule(
-    rules: Sequence, layers: Sequence[str], whole: set[str], granularity: str, where: str
-) -> Table:
-    for rule in rules:
-        if not (isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)):
-            raise tables.ConfigError(
-                f"{where}: {rule!r} is no rule; rules are pairs: ('.*/conv1/.*', 0.5)."
-            )
-    values = [_ratio(ratio, f"{where}: {pattern!r}") for pattern, ratio in rules]
+def _by_rule(rules: Sequence, layers: Sequence[str], whole: set[str], granularity: str) -> Table:
+    values = []
+    for i, rule in enumerate(rules):
+        with tables.within(f"[{i}]"):
+            values.append(_ratio_of_rule(rule))
     decided = trees.match_rules(
-        dict.fromkeys(layers, 0), [(rule[0], i) for i, rule in enumerate(rules)], where
+        dict.fromkeys(layers, 0), [(rule[0], i) for i, rule in enumerate(rules)]
     )
     for i, (pattern, _) in enumerate(rules):
         own = {path for path, rule in decided.items() if rule == i}
         if values[i] and own and own <= whole:
             raise tables.ConfigError(
-                f"{where}: {pattern!r} decides only layers that {granularity} pruning leaves "
-                f"whole: {', '.join(own)}."
+                f"[{i}]",
+                pattern,
+                why=f"which decides only layers that {granularity} pruning leaves whole: "
+                f"{', '.join(own)}",
             )
     return {path: values[decided[path]] for path in layers}
 
 
-def _by_range(items: Sequence[str], layers: Sequence[str], reading: str, where: str) -> Table:
+def _ratio_of_rule(rule: Any) -> float:
+    if not (isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)):
+        raise tables.ConfigError("", rule, allowed="a pair such as ('.*/conv1/.*', 0.5)")
+    return _ratio(rule[1])
+
+
+def _by_range(items: Sequence[str], layers: Sequence[str], reading: str) -> Table:
     table, last = dict.fromkeys(layers, 0.0), len(layers) - 1
-    for item in items:
+    for i, item in enumerate(items):
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?\s*:(.*)", item)
         if not match:
             raise tables.ConfigError(
-                f"{where}: {item!r} is no range of layers; write '0-4:0.5' or '5:0.5'."
+                f"[{i}]", item, allowed="a range of layers such as '0-4:0.5' or '5:0.5'"
             )
         first, end = int(match[1]), int(match[2] or match[1])
         if first > end or (end > last and reading == "correct"):
             raise tables.ConfigError(
-                f"{where}: {item!r} is out of range; the layers are 0 to {last}, {layers[-1]!r}."
+                f"[{i}]", item, allowed=f"the layers 0 to {last}, {layers[-1]!r}"
             )
-        table |= dict.fromkeys(
-            layers[first : end + 1], _ratio(match[3].strip(), f"{where}: {item!r}")
-        )
+        with tables.within(f"[{i}]"):
+            ratio = _ratio(match[3].strip())
+        table |= dict.fromkeys(layers[first : end + 1], ratio)
     return table
 
 
@@ -269,32 +286,33 @@ def _stages(located: Sequence[Layer]) -> list[str]:
     ]
 
 
-def _by_stage(items: Sequence, located: Sequence[Layer], where: str) -> Table:
+def _by_stage(items: Sequence, located: Sequence[Layer]) -> Table:
     stages = _stages(located)
     if len(items) != len(stages):
         raise tables.ConfigError(
-            f"{where} has {len(items)} ratios; the network has {len(stages)} stages: "
-            f"{', '.join(stages)}."
+            "",
+            items,
+            why=f"{len(items)} ratios",
+            allowed=f"{len(stages)}, one per stage of the network: {', '.join(stages)}",
         )
-    values = [_ratio(item, f"{where}: stage {i}") for i, item in enumerate(items)]
+    values = []
+    for i, item in enumerate(items):
+        with tables.within(f"[{i}]"):
+            values.append(_ratio(item))
     return {layer.path: values[layer.address[0]] for layer in located}
 
 
-def _skipped(
-    skip: str | Sequence[str], located: Sequence[Layer], reading: str, where: str
-) -> set[str]:
+def _skipped(skip: str | Sequence[str], located: Sequence[Layer], reading: str) -> set[str]:
     residual = any(len(layer.address) > 1 for layer in located)
     result = set()
-    for entry in map(str, _items(skip, where) if isinstance(skip, str) else skip):
+    for entry in map(str, _items(skip)):
         if not re.fullmatch(r"\d+(\.\d+){0,2}" if residual else r"\d+", entry):
             form = (
                 "stage.block.convolution, e.g. '2.3' or '3.0.1'"
                 if residual
                 else "the number of a layer"
             )
-            raise tables.ConfigError(
-                f"{where}: {entry!r} is no place in this network; write {form}."
-            )
+            raise tables.ConfigError("", entry, why="no place in this network", allowed=form)
         parts = tuple(map(int, entry.split(".")))
         if residual and reading == "original":
             own = {
@@ -308,7 +326,7 @@ def _skipped(
             known = " ".join(
                 ".".join(map(str, layer.address)) for layer in located if -1 not in layer.address
             )
-            raise tables.ConfigError(f"{where}: {entry!r} matches no layer; layers: {known}.")
+            raise tables.ConfigError("", entry, why="which matches no layer", allowed=known)
         result |= own
     return result
 

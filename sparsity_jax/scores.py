@@ -142,13 +142,15 @@ def required(*names: str, use_l2: bool = False, use_init: bool = False) -> tuple
         measure = tables.lookup(MEASURES, name, "measure")
         if use_l2 and measure.on != "kernel":
             raise tables.ConfigError(
-                f"use_l2 weights the values of kernels, but the measure {name!r} reads none."
+                "use_l2", True, why=f"but the measure {name!r} reads no kernels to weight"
             )
         if use_init and not (use_l2 or measure.biased):
             biased = ", ".join(name for name, measure in MEASURES.items() if measure.biased)
             raise tables.ConfigError(
-                f"use_init replaces the factor |w| of {biased} and of use_l2, but the measure "
-                f"{name!r} has none."
+                "use_init",
+                True,
+                why=f"which replaces the factor |w|, but the measure {name!r} has none",
+                allowed=f"with {biased}, or use_l2",
             )
         needed |= set(measure.needs)
         if _multiplies(measure, use_l2):

@@ -204,12 +204,12 @@ class Selected(NamedTuple):
     rebuild: Callable[[dict[str, jax.Array]], PyTree]
 
 
-def select(params: PyTree, pattern: str, where: str = "parameters") -> Selected:
+def select(params: PyTree, pattern: str) -> Selected:
     """The arrays whose whole path matches the regular expression `pattern`, e.g. `.*/kernel`.
 
     Raises ConfigError for a bad pattern and if nothing matches.
     """
-    chosen = trees.matching(params, pattern, where)
+    chosen = trees.matching(params, pattern, "parameters")
     named, structure = trees.named_leaves(params), jax.tree.structure(params)
     picked = {path: leaf for path, leaf in named.items() if chosen[path]}
     rebuild = lambda new: jax.tree.unflatten(structure, list({**named, **new}.values()))

@@ -91,19 +91,21 @@ class Train(interface.Stage):
     track: dict = tables.Options(name="none")
     label: str = ""
 
-    def settings(self, where: str) -> train.Fit:
-        loss = losses.checked(self.loss, f"{where}.loss")
-        tables.lookup(data.AUGMENTATIONS, self.augment, f"{where}.augment")
-        recipe = optim.check(self.optimizer, f"{where}.optimizer")
-        schedule, schedule_options = recipe.schedule
-        try:
-            optim.SCHEDULES[schedule](1.0, self.epochs, 10**6, **schedule_options)
-        except ValueError as error:  # options that do not fit the epochs
-            raise tables.ConfigError(f"{where}.optimizer.schedule: {error}") from None
+    def settings(self) -> train.Fit:
+        with tables.within("loss"):
+            loss = losses.checked(self.loss)
+        tables.lookup(data.AUGMENTATIONS, self.augment, "augment")
+        with tables.within("optimizer"):
+            recipe = optim.check(self.optimizer)
+        schedule, options = recipe.schedule
+        with tables.blaming("optimizer.schedule"):  # options that do not fit the epochs
+            optim.SCHEDULES[schedule](1.0, self.epochs, 10**6, **options)
         if self.carry and recipe.name != "sgd":
             raise tables.ConfigError(
-                f"{where}.carry hands on the momentum of sgd; the optimizer is {recipe.name!r}."
+                "carry", True, why=f"but the optimizer is {recipe.name!r}", allowed="with sgd"
             )
+        with tables.within("track"):
+            track = checked_tracker(self.track)
         return train.Fit(
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -114,20 +116,20 @@ class Train(interface.Stage):
             shift_inside=self.shift_inside,
             evaluate_every=self.evaluate_every,
             carry=self.carry,
-            track=checked_tracker(self.track, f"{where}.track"),
+            track=track,
         )
 
 
-def checked_tracker(track: Mapping[str, Any], where: str) -> tuple[tuple[str, Any], ...]:
+def checked_tracker(track: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The options of a tracker, sorted pairs, () for none; raises ConfigError for ones that cannot
     work.
     """
     given = dict(track)
-    tracker = tables.lookup(TRACKERS, given.pop("name", "none"), f"{where}.name")
-    options = {**tables.defaults(tracker), **tables.check_options(tracker, given, where)}
+    tracker = tables.lookup(TRACKERS, given.pop("name", "none"), "name")
+    options = {**tables.defaults(tracker), **tables.check_options(tracker, given)}
     if options.get("use_init") and not options["use_l2"]:
         raise tables.ConfigError(
-            f"{where}.use_init replaces the factor |w| of use_l2, which is False."
+            "use_init", True, why="which replaces the factor |w| of use_l2, but that is False"
         )
     return tuple(sorted(options.items()))
 
@@ -175,27 +177,23 @@ class SfwInit(interface.Stage):
     norms: Literal["per_parameter", "per_shape"] = "per_parameter"
     augment: str = "none"
 
-    def recipe(self, where: str = "sfw_init") -> optim.Recipe:
+    def recipe(self) -> optim.Recipe:
         """The Frank-Wolfe step as an optimizer; raises ConfigError."""
         fields = dict(
             learning_rate=self.learning_rate, constraint=self.constraint, norms=self.norms
         )
-        return optim.check(dict(name="sfw", **fields), where)
+        return optim.check(dict(name="sfw", **fields))
 
-    def check(self, where: str) -> None:
-        self.recipe(where)
-        tables.lookup(data.AUGMENTATIONS, self.augment, f"{where}.augment")
+    def check(self) -> None:
+        self.recipe()
+        tables.lookup(data.AUGMENTATIONS, self.augment, "augment")
 
-    def check_streamed(self, where: str) -> None:
-        raise tables.ConfigError(
-            f"config.data.stream leaves images where they are, but {where}.kind 'sfw_init' draws "
-            "from all of them in "
-            "memory."
-        )
+    def check_streamed(self) -> None:
+        raise interface.needs_memory("kind", self.kind, "which draws from all images in memory")
 
-    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
-        train.check_batch(self, problem, where)
-        train.check_recipe(self.recipe(), problem, where)
+    def check_network(self, problem: train.Problem, visits: int) -> None:
+        train.check_batch(self, problem)
+        train.check_recipe(self.recipe(), problem)
 
     def together(self) -> tuple:
         same = dataclasses.replace(self, constraint=tables.Options(), learning_rate=1.0)
@@ -205,7 +203,7 @@ class SfwInit(interface.Stage):
         chosen, chunk = self, 10
         numbers = train.numbers_of(problem, state, [own.recipe() for own in settings])
         size, half = problem.size("train"), chosen.batch_size // 2
-        augment = data.make_augmentation(chosen.augment, problem.dataset, place.name)
+        augment = data.make_augmentation(chosen.augment, problem.dataset)
 
         def loss(params, batch_stats, batch):
             logits, _ = problem.model.apply_train(
@@ -281,17 +279,16 @@ class Selecting(interface.Stage):
     include: str = ""
     exclude: str = ""
 
-    def check(self, where: str) -> None:
-        for name in ("include", "exclude"):
-            trees.check_pattern(getattr(self, name), f"{where}.{name}")
-        self.options(where)
+    def check(self) -> None:
+        trees.check_pattern(self.include, "include")
+        trees.check_pattern(self.exclude, "exclude")
+        self.options()
 
-    def options(self, where: str = "selection") -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The checked options of the selection; raises ConfigError."""
         given = {name: getattr(self, name) for name in SELECTING if name != "selection"}
-        return allocate.check(
-            self.selection, {name: value for name, value in given.items() if value}, where
-        )
+        chosen = {name: value for name, value in given.items() if value}
+        return allocate.check(self.selection, chosen)
 
     def keywords(self, problem: train.Problem) -> dict[str, Any]:
         """Keyword arguments of `allocate.keep_counts` and `keep_masks`."""
@@ -305,11 +302,9 @@ class Selecting(interface.Stage):
         fields = tuple(getattr(self, name) for name in SELECTING)
         return (*fields, position if self.selection == "random" else 0)
 
-    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
-        try:
+    def check_network(self, problem: train.Problem, visits: int) -> None:
+        with tables.blaming(""):
             allocate.keep_counts(train.shapes_of(problem), 0.0, **self.keywords(problem))
-        except ValueError as error:
-            raise tables.ConfigError(f"{where}: {error}") from None
 
 
 SELECTING = tuple(tables.parameters(Selecting))
@@ -447,11 +442,11 @@ class Curve(Selecting):
     splits: tuple[Literal["test", "train"], ...] = ("test",)
     retrain: str = ""
 
-    def check(self, where: str) -> None:
-        super().check(where)
+    def check(self) -> None:
+        super().check()
         for name in ("ratios", "splits"):
             if not getattr(self, name):
-                raise tables.ConfigError(f"{where}.{name} must not be empty.")
+                raise tables.ConfigError(name, (), allowed="at least one")
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
         chosen, options = self, self.keywords(problem)

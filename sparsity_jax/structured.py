@@ -121,79 +121,71 @@ class Cut(interface.Stage):
     skip: str = ""
     rules: tuple[tuple[str, tables.Fraction], ...] = ()
 
-    def check(self, where: str) -> None:
-        tables.lookup(scores.MEASURES, self.measure, f"{where}.measure")
-        for name in ("exclude", "skip"):
-            trees.check_pattern(getattr(self, name), f"{where}.{name}")
+    def check(self) -> None:
+        tables.lookup(scores.MEASURES, self.measure, "measure")
+        trees.check_pattern(self.exclude, "exclude")
+        trees.check_pattern(self.skip, "skip")
         if self.rules:
-            self._check_rules(where)
-        try:
-            _needs(self)
-        except tables.ConfigError as error:  # of use_l2 or use_init
-            raise tables.ConfigError(f"{where}.{error}") from None
-        for field, share in (("", None), *((".rules", share) for _, share in self.rules)):
-            try:
+            self._check_rules()
+        _needs(self)
+        with tables.blaming(""):
+            self.plan(1)
+        for i, (_, share) in enumerate(self.rules):
+            with tables.blaming(f"rules[{i}]", share):
                 self.plan(1, share)
-            except tables.ConfigError as error:
-                raise tables.ConfigError(f"{where}{field}: {error}") from None
 
-    def _check_rules(self, where: str) -> None:
+    def _check_rules(self) -> None:
         cumulative = self.rounds().get("cumulative", "exact")
         for name, value, needed in (
             ("budget", self.budget, "channels"),
             ("schedule.cumulative", cumulative, "exact"),
         ):
             if value != needed:
-                raise tables.ConfigError(
-                    f"{where}.{name} is {value!r}, but {where}.rules need {needed!r}."
-                )
+                raise tables.ConfigError(name, value, allowed=f"{needed!r} with rules")
         if self.rounds()["name"] == "manual":
             raise tables.ConfigError(
-                f"{where}.schedule names thresholds, but {where}.rules say what goes of each group."
+                "schedule.name", "manual", why="but rules say what is removed of each group"
             )
 
-    def check_order(self, where: str, order: interface.Order) -> None:
+    def check_order(self, order: interface.Order) -> None:
         """The thresholds of its schedule must be as many as its visits, and a tracked measure must
         be tracked.
         """
         if scores.MEASURES[self.measure].needs == ("saliency",):
-            self._check_tracked(where, order.before)
-        try:
+            self._check_tracked(order.before)
+        with tables.blaming(""):
             rounds = len(self.plan(order.visits).ratios)
-        except tables.ConfigError as error:
-            raise tables.ConfigError(f"{where}: {error}") from None
         if rounds != order.visits:
             raise tables.ConfigError(
-                f"{where}.schedule.thresholds are {rounds} rounds, but config.pipeline names the "
-                f"stage {order.visits} "
-                "times."
+                "schedule.thresholds",
+                self.schedule["thresholds"],
+                why=f"{rounds} rounds",
+                allowed=f"{order.visits}, as often as config.pipeline names the stage",
             )
 
-    def _check_tracked(self, where: str, before: list[interface.Stage]) -> None:
+    def _check_tracked(self, before: list[interface.Stage]) -> None:
         trainings = [own for own in before if not isinstance(own, Cut)]
         tracked = dict(getattr(trainings[-1], "track", ())) if trainings else {}
         if not tracked:
             raise tables.ConfigError(
-                f"{where}.measure is {self.measure!r}, which the training right before it must "
-                "track: set its "
-                "track.name='saliency'."
+                "measure",
+                self.measure,
+                why="which the training right before it must track: set its track.name='saliency'",
             )
         for name in ("use_l2", "use_init") if self.use_l2 else ("use_l2",):
             if tracked[name] != (own := getattr(self, name)):
                 raise tables.ConfigError(
-                    f"{where}.{name} is {own}, but the training tracks {tracked[name]}."
+                    name, own, allowed=f"{tracked[name]}, which the training tracks"
                 )
 
-    def check_streamed(self, where: str) -> None:
+    def check_streamed(self) -> None:
         if self.balanced:
-            raise tables.ConfigError(
-                f"config.data.stream leaves images where they are, but {where}.measure "
-                f"{self.measure!r} needs equally "
-                "many of every class."
+            raise interface.needs_memory(
+                "measure", self.measure, "which needs equally many images of every class"
             )
 
-    def check_network(self, problem: train.Problem, where: str, visits: int) -> None:
-        check_network(problem, self, where, visits)
+    def check_network(self, problem: train.Problem, visits: int) -> None:
+        check_network(problem, self, visits)
 
     def rounds(self) -> dict[str, Any]:
         """The schedule's fields, its thresholds a tuple."""
@@ -277,30 +269,29 @@ class Cut(interface.Stage):
         yield train.Update(together, found, 1.0)
 
 
-def check_network(problem: train.Problem, chosen: Cut, where: str, visits: int = 1) -> None:
+def check_network(problem: train.Problem, chosen: Cut, visits: int = 1) -> None:
     """Raises ConfigError for `visits` rounds that do not fit the network or its data."""
     channels, size = channels_of(problem, chosen.branches), problem.size("train")
     if not channels.groups:
         raise tables.ConfigError(
-            f"{where}: the network of config.model has no channels that can be removed."
+            "", why="finds no channels in the network of config.model that can be removed"
         )
-    if chosen.exclude and all(
-        trees.matching(channels.sizes, chosen.exclude, f"{where}.exclude").values()
-    ):
-        raise tables.ConfigError(
-            f"{where}.exclude is {chosen.exclude!r}, which leaves no group to cut."
-        )
+    if chosen.exclude:
+        excluded = trees.matching(channels.sizes, chosen.exclude, "exclude")
+        if all(excluded.values()):
+            raise tables.ConfigError("exclude", chosen.exclude, why="which leaves no group to cut")
     if chosen.rules:
-        trees.match_rules(channels.sizes, chosen.rules, f"{where}.rules")
-    _check_readable(problem, chosen, where)
-    _check_reach(problem, chosen, where, visits)
+        with tables.within("rules"):
+            trees.match_rules(channels.sizes, chosen.rules)
+    _check_readable(problem, chosen)
+    _check_reach(problem, chosen, visits)
     if min(chosen.imp_samples, size) < problem.dataset.num_classes and chosen.balanced:
         raise tables.ConfigError(
-            f"{where}.imp_samples is {chosen.imp_samples}, fewer than one of each class."
+            "imp_samples", chosen.imp_samples, why="fewer than one of each class"
         )
 
 
-def _check_readable(problem: train.Problem, chosen: Cut, where: str) -> None:
+def _check_readable(problem: train.Problem, chosen: Cut) -> None:
     """Raises ConfigError if the measure reads arrays that some groups lack, such as the scale of a
     norm.
     """
@@ -316,7 +307,7 @@ def _check_readable(problem: train.Problem, chosen: Cut, where: str) -> None:
     if found:
         pattern = "|".join([*filter(None, [chosen.exclude]), *map(re.escape, found)])
         hint = (
-            f" To leave such groups whole, set {where}.exclude={pattern!r}."
+            f" To leave such groups whole, set exclude={pattern!r}."
             if len(found) < len(scored)
             else ""
         )
@@ -326,10 +317,12 @@ def _check_readable(problem: train.Problem, chosen: Cut, where: str) -> None:
             if of_norms
             else " Or set aggregate='sum', or another skip."
         )
-        raise tables.ConfigError(f"{where}: {next(iter(found.values()))}{hint}")
+        raise tables.ConfigError(
+            "measure", chosen.measure, why=f"{next(iter(found.values()))}{hint}"
+        )
 
 
-def _check_reach(problem: train.Problem, chosen: Cut, where: str, visits: int) -> None:
+def _check_reach(problem: train.Problem, chosen: Cut, visits: int) -> None:
     """Raises ConfigError if the minimum kept of each group does not allow what the last round shall
     leave.
 
@@ -349,18 +342,17 @@ def _check_reach(problem: train.Problem, chosen: Cut, where: str, visits: int) -
         if density * total < least - 1e-6:
             limit = budgets.rounded_down(1 - least / total)
             raise tables.ConfigError(
-                f"{where} shall remove {1 - density:.4g} of {total} channels, but "
-                f"{where}.min_share={chosen.min_share} "
-                f"keeps {least} of them, at least one of each group; allowed: a "
-                f"{where}.{chosen.share_field} up to "
-                f"{limit}."
+                chosen.share_field,
+                why=f"shall remove {1 - density:.4g} of {total} channels, but "
+                f"min_share={chosen.min_share} keeps {least} of them, at least one of each group",
+                allowed=f"up to {limit}",
             )
         return
     everything = {
         name: np.ones(size, bool)
         for name, size in channels_of(problem, chosen.branches).sizes.items()
     }
-    place = interface.Place(where.removeprefix("config."), 0, {}, (), visits, visits)
+    place = interface.Place("", 0, {}, (), visits, visits)
     _select_or_say(problem, chosen, everything, everything, place)
 
 
@@ -490,9 +482,10 @@ def _select_or_say(problem, chosen, importance, alive, place):
     try:
         return select(problem, chosen, importance, alive, place)
     except ValueError as error:
-        where = f"config.{place.name}"
-        hint = f" {where}.{chosen.share_field} says how much is removed."
-        raise tables.ConfigError(f"{where}, round {place.visit}: {error}{hint}") from None
+        raise tables.ConfigError(
+            chosen.share_field,
+            why=f"removes too much in round {place.visit}: {error}",
+        ) from None
 
 
 # compact ------------------------------------------------------------------------------------------

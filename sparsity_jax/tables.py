@@ -23,10 +23,11 @@ NOT_GIVEN = ...  # no value, for None is one; survives pickling
 class ConfigError(ValueError):
     """A setting that cannot work.
 
-    where: its path below the place that is checked, e.g. `optimizer.momentum`; `within` puts the
-    places around it in front. value: what was given. why: what is wrong with it, where the value
-    alone does not tell. allowed: what may be given. known: the names that are known there; they are
-    what is allowed, and the field `closest` becomes the nearest of them, or "".
+    where: its path below the place that is checked, e.g. `optimizer.momentum`, or "" for what is
+    checked itself; `within` puts the places around it in front. value: what was given. verb: what
+    the setting does with the value. why: what is wrong with it, where the value alone does not
+    tell. allowed: what may be given. known: the names that are known there; they are what is
+    allowed, unless that is given, and the field `closest` becomes the nearest of them, or "".
 
     The sentence is `where is value, why; allowed: ... Did you mean 'closest'?`, and without a value
     `where why; ...`. `where` alone is a sentence of its own, to which no place is added.
@@ -37,6 +38,7 @@ class ConfigError(ValueError):
         where: str,
         value: Any = NOT_GIVEN,
         *,
+        verb: str = "is",
         why: str = "",
         allowed: str = "",
         known: typing.Iterable[str] = (),
@@ -45,7 +47,8 @@ class ConfigError(ValueError):
         names = sorted(known)
         self.where = where
         self.value = value
-        self.why = why
+        self.verb = verb
+        self.why = why.rstrip(".")
         self.allowed = allowed or ", ".join(names)
         self.closest = nearest(value, names)
 
@@ -56,9 +59,9 @@ class ConfigError(ValueError):
     def __str__(self) -> str:
         if self.is_sentence():
             return self.where
-        sentence = self.where
+        sentence = self.where or "the value"
         if self.value is not NOT_GIVEN:
-            sentence += f" is {shortened(self.value)}"
+            sentence += f" {self.verb} {shortened(self.value)}"
             if self.why:
                 sentence += ","
         if self.why:
@@ -71,6 +74,10 @@ class ConfigError(ValueError):
         return sentence
 
 
+class TypeConfigError(ConfigError):
+    """A setting of the wrong type."""
+
+
 @contextlib.contextmanager
 def within(place: str) -> Iterator[None]:
     """Mistakes that the block tells are of settings inside `place`, e.g. `config.fit`."""
@@ -78,12 +85,38 @@ def within(place: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         if not error.is_sentence():
-            error.where = f"{place}.{error.where}" if error.where else place
+            error.where = joined(place, error.where)
         raise
 
 
-class TypeConfigError(ConfigError):
-    """A setting of the wrong type."""
+def joined(place: str, path: str) -> str:
+    """The place of the setting at `path` inside `place`: `config.fit` and `rules[0]`."""
+    between = "." if place and path and not path.startswith("[") else ""
+    return f"{place}{between}{path}"
+
+
+@contextlib.contextmanager
+def blaming(where: str, value: Any = NOT_GIVEN) -> Iterator[None]:
+    """What the block cannot do is a mistake of the setting `where`, whose value is `value`.
+
+    A ValueError, and a ConfigError that is a sentence of its own, become its `why`.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if error.is_sentence():
+            raise _of_setting(where, value, error) from None
+        if not error.where and error.value is NOT_GIVEN:
+            error.value = value
+        error.where = joined(where, error.where)
+        raise
+    except ValueError as error:
+        raise _of_setting(where, value, error) from None
+
+
+def _of_setting(where: str, value: Any, error: ValueError) -> ConfigError:
+    reason = f"cannot work: {error}"
+    return ConfigError(where, value, why=reason if value is NOT_GIVEN else f"which {reason}")
 
 
 class Range(NamedTuple):
@@ -141,13 +174,13 @@ def host_memory() -> float:
 
 
 def check_memory(needed: int, what: str, memory: float = 0) -> None:
-    """Raises ConfigError for more bytes than `memory`, by default that of this machine. what:
-    begins the sentence.
+    """Raises ConfigError for more bytes than `memory`, by default that of this machine. what: has
+    so many, e.g. `whose weights take`.
     """
     memory = memory or host_memory()
     if needed > memory:
         raise ConfigError(
-            f"{what} {needed / 1e9:,.1f} GB; allowed: {memory / 1e9:,.1f} GB, the memory."
+            "", why=f"{what} {needed / 1e9:,.1f} GB", allowed=f"{memory / 1e9:,.1f} GB, the memory"
         )
 
 
@@ -163,15 +196,13 @@ def closest(name: str, known: typing.Iterable[str]) -> str:
     return f" Did you mean {name!r}?" if name else ""
 
 
-def lookup(table: Mapping[str, Any], name: str, where: str) -> Any:
-    """The entry `name` of `table`. `where` is the setting that named it, e.g. `config.model.name`.
+def lookup(table: Mapping[str, Any], name: Any, field: str = "") -> Any:
+    """The entry `name` of `table`; raises ConfigError naming what is known.
 
-    Raises ConfigError naming what is known.
+    field: the caller's setting that names it, e.g. `name`.
     """
     if not isinstance(name, str) or name not in table:
-        raise ConfigError(
-            f"{where} is {name!r}; known: {', '.join(sorted(table))}.{closest(name, table)}"
-        )
+        raise ConfigError(field, name, known=table)
     return table[name]
 
 
@@ -203,7 +234,7 @@ def options(table: Mapping[str, Callable], /, name: str, **chosen: Any) -> dict[
 
 
 def check_options(
-    function: Callable, options: Mapping[str, Any], where: str, also: typing.Iterable[str] = ()
+    function: Callable, options: Mapping[str, Any], also: typing.Iterable[str] = ()
 ) -> dict[str, Any]:
     """`options` as keyword arguments of `function`, after checking names, types and ranges against
     its signature.
@@ -217,108 +248,150 @@ def check_options(
     known = parameters(function)
     for name in options:
         if name not in known:
-            fields = sorted({*known, *also})
-            raise ConfigError(
-                f"{where} has no field {name!r}; fields: "
-                f"{', '.join(fields)}.{closest(name, fields)}"
-            )
+            raise ConfigError("", name, verb="has no field", known={*known, *also})
     for name, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
-            raise ConfigError(
-                f"{where} needs the field {name!r} ({describe(hints.get(name, Any))})."
-            )
-    return {
-        name: convert(value, hints.get(name, Any), f"{where}.{name}")
-        for name, value in options.items()
-    }
+            raise ConfigError(name, why="is missing", allowed=describe(hints.get(name, Any)))
+    return {name: convert(value, hints.get(name, Any), name) for name, value in options.items()}
 
 
-def read_text(text: str, kind: type, where: str, least: float | None = None) -> Any:
+def read_text(text: str, kind: type, field: str = "", least: float | None = None) -> Any:
     """The value of type `kind` that `text` stands for; raises ConfigError if there is none, or one
-    below `least`.
+    below `least`. field: the caller's setting that holds it.
     """
     try:
         value = kind(text)
     except ValueError:
-        raise ConfigError(f"{where} is {text!r}; allowed: {kind.__name__}.") from None
+        raise ConfigError(field, text, allowed=kind.__name__) from None
     if least is not None and value < least:
-        raise ConfigError(f"{where} is {text}; allowed: {least} and above.")
+        raise ConfigError(field, value, allowed=f"{least} and above")
     return value
 
 
-def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`; raises ConfigError naming `where`, the value and what is
-    allowed.
+def convert(value: Any, hint: Any, field: str = "") -> Any:
+    """`value` as the type `hint`; raises ConfigError naming the value and what is allowed.
+
+    field: the caller's setting that holds it.
     """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin is typing.Annotated:
+    with within(field):
+        return _converter(hint)(value, hint)
+
+
+def _converter(hint: Any) -> Callable[[Any, Any], Any]:
+    """`(value, hint) -> value as that type`, for the kind of type that `hint` is."""
+    origin = typing.get_origin(hint)
+    if origin in CONVERTERS:
+        return CONVERTERS[origin]
+    if origin is None and hint in CONVERTERS:
+        return CONVERTERS[hint]
+    return _as_instance
+
+
+def _wrong_type(value: Any, hint: Any) -> TypeConfigError:
+    return TypeConfigError("", value, why=f"of type {type(value).__name__}", allowed=describe(hint))
+
+
+def _as_instance(value: Any, hint: Any) -> Any:
+    if not isinstance(hint, type) or not isinstance(value, hint):
+        raise _wrong_type(value, hint)
+    return value
+
+
+def _as_anything(value: Any, hint: Any) -> Any:
+    del hint
+    return value
+
+
+def _as_annotated(value: Any, hint: Any) -> Any:
+    kind, *rules = typing.get_args(hint)
+    try:
+        value = convert(value, kind)
+    except TypeConfigError:
+        raise _wrong_type(value, hint) from None
+    for rule in rules:
+        if isinstance(rule, Range) and not rule.contains(value):
+            raise ConfigError("", value, allowed=describe(hint))
+    return value
+
+
+def _as_one_of_types(value: Any, hint: Any) -> Any:
+    for kind in typing.get_args(hint):
         try:
-            value = convert(value, args[0], where)
-        except TypeConfigError:
-            raise TypeConfigError(
-                f"{where} is {value!r} ({type(value).__name__}); allowed: {describe(hint)}."
-            ) from None
-        for rule in args[1:]:
-            if isinstance(rule, Range) and not rule.contains(value):
-                raise ConfigError(f"{where} is {shortened(value)}; allowed: {describe(hint)}.")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            try:
-                return convert(value, option, where)
-            except ConfigError:
-                continue
-    elif origin is Literal:
-        if any(value == option and type(value) is type(option) for option in args):
+            return convert(value, kind)
+        except ConfigError:
+            continue
+    raise _wrong_type(value, hint)
+
+
+def _as_literal(value: Any, hint: Any) -> Any:
+    allowed = typing.get_args(hint)
+    for literal in allowed:
+        if value == literal and type(value) is type(literal):
             return value
-        names = [option for option in args if isinstance(option, str)]
+    names = [literal for literal in allowed if isinstance(literal, str)]
+    raise ConfigError("", value, allowed=describe(hint), known=names)
+
+
+def _as_tuple(value: Any, hint: Any) -> tuple:
+    kinds = typing.get_args(hint)
+    if not isinstance(value, (tuple, list)):
+        raise _wrong_type(value, hint)
+    if not kinds:
+        return _frozen(value)
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        raise _wrong_type(value, hint)
+    return tuple(convert(item, kind, f"[{i}]") for i, (item, kind) in enumerate(zip(value, kinds)))
+
+
+def _frozen(items: typing.Iterable) -> tuple:
+    """`items` and the lists in it as tuples."""
+    return tuple(_frozen(item) if isinstance(item, list) else item for item in items)
+
+
+def _as_float(value: Any, hint: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise _wrong_type(value, hint)
+    if value and not SMALLEST <= abs(value) <= LARGEST:
         raise ConfigError(
-            f"{where} is {value!r}; allowed: {describe(hint)}.{closest(value, names)}"
+            "", value, allowed=f"a finite number, 0 or {SMALLEST} to {LARGEST} in size"
         )
-    elif origin is tuple:
-        if isinstance(value, (tuple, list)):
-            if len(args) == 2 and args[1] is Ellipsis:
-                return tuple(
-                    convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value)
-                )
-            if len(args) == len(value):
-                return tuple(
-                    convert(item, arg, f"{where}[{i}]")
-                    for i, (item, arg) in enumerate(zip(value, args))
-                )
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if value and not SMALLEST <= abs(value) <= LARGEST:
-                raise ConfigError(
-                    f"{where} is {shortened(value)}; allowed: a finite number, 0 or {SMALLEST} to "
-                    f"{LARGEST} in size."
-                )
-            return float(value)
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif hint in (dict, Mapping):
-        if isinstance(value, Mapping):
-            return Options(value)
-    elif hint is tuple:
-        if isinstance(value, (tuple, list)):
-            return tuple(
-                convert(item, tuple, where) if isinstance(item, list) else item for item in value
-            )
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif isinstance(hint, type) and isinstance(value, hint):
-        if isinstance(value, str) and not value.isprintable():
-            raise ConfigError(
-                f"{where} is {value!r}; allowed: text of one line that can be printed."
-            )
-        return value
-    raise TypeConfigError(
-        f"{where} is {shortened(value)} ({type(value).__name__}); allowed: {describe(hint)}."
-    )
+    return float(value)
+
+
+def _as_int(value: Any, hint: Any) -> int:
+    if isinstance(value, bool):
+        raise _wrong_type(value, hint)
+    return _as_instance(value, hint)
+
+
+def _as_text(value: Any, hint: Any) -> str:
+    text = _as_instance(value, hint)
+    if not text.isprintable():
+        raise ConfigError("", text, allowed="text of one line that can be printed")
+    return text
+
+
+def _as_options(value: Any, hint: Any) -> Options:
+    if not isinstance(value, Mapping):
+        raise _wrong_type(value, hint)
+    return Options(value)
+
+
+CONVERTERS: dict[Any, Callable[[Any, Any], Any]] = {
+    typing.Annotated: _as_annotated,
+    typing.Union: _as_one_of_types,
+    types.UnionType: _as_one_of_types,
+    Literal: _as_literal,
+    tuple: _as_tuple,
+    Any: _as_anything,
+    float: _as_float,
+    int: _as_int,
+    str: _as_text,
+    dict: _as_options,
+    Mapping: _as_options,
+}
 
 
 def shortened(value: Any) -> str:

@@ -255,8 +255,7 @@ def create_state(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> S
 
 @tables.option
 class Fit(interface.Stage):
-    """A checked training: what its compiled step depends on. recipe: from `optim.check` or
-    `optim.join`.
+    """A checked training: what its compiled step depends on. recipe: from `optim.check`.
 
     carry: hands its momentum on, and starts from what it is handed. track: options of the tracked
     importance, sorted pairs of `scores.tracker`, or () for none. growth: None, or what acts on the
@@ -267,7 +266,7 @@ class Fit(interface.Stage):
 
     epochs: int
     batch_size: int
-    recipe: optim.Recipe | optim.Choice
+    recipe: optim.Recipe
     loss: tuple[str, tuple]
     augment: str
     start: str
@@ -277,26 +276,26 @@ class Fit(interface.Stage):
     track: tuple = ()
     growth: Any = None
 
-    def check_streamed(self, where: str) -> None:
+    def check_streamed(self) -> None:
         if self.augment == "resized_crop_flip":
             raise tables.ConfigError(
-                f"{where}.augment is {self.augment!r}, but a stream crops already; allowed: 'flip'."
+                "augment", self.augment, why="but a stream crops already", allowed="'flip'"
             )
 
-    def check_network(self, problem: Problem, where: str, visits: int) -> None:
-        size, devices = problem.size("train"), problem.mesh.size if problem.mesh else 1
-        check_batch(self, problem, where)
+    def check_network(self, problem: Problem, visits: int) -> None:
+        devices = problem.mesh.size if problem.mesh else 1
+        check_batch(self, problem)
         if self.batch_size % devices:
             raise tables.ConfigError(
-                f"{where}.batch_size is {self.batch_size}; allowed: multiples of {devices}, the "
-                "number of devices."
+                "batch_size", self.batch_size, allowed=f"multiples of {devices}, the devices"
             )
-        steps = self.epochs * (size // self.batch_size)
+        steps = self.epochs * self.steps_per_epoch(problem)
         if steps >= 2**31:
             raise tables.ConfigError(
-                f"{where}.epochs is {self.epochs}, {steps:,} steps; allowed: below {2**31:,} steps."
+                "epochs", self.epochs, why=f"{steps:,} steps", allowed=f"below {2**31:,} steps"
             )
-        check_recipe(self.recipe, problem, f"{where}.optimizer")
+        with tables.within("optimizer"):
+            check_recipe(self.recipe, problem)
 
     def steps_per_epoch(self, problem: Problem) -> int:
         return problem.size("train") // self.batch_size
@@ -373,31 +372,28 @@ class Fit(interface.Stage):
         yield from fit_epochs(problem, state, self, numbers, place.position, place.name, rows[0])
 
 
-def check_batch(chosen: Any, problem: Problem, where: str) -> None:
+def check_batch(chosen: Any, problem: Problem) -> None:
     """Raises ConfigError for a batch larger than the train set, or an augmentation that does not
     fit its images.
     """
     size = problem.size("train")
     if chosen.batch_size > size:
         raise tables.ConfigError(
-            f"{where}.batch_size is {chosen.batch_size}; allowed: up to {size}, the train set."
+            "batch_size", chosen.batch_size, allowed=f"up to {size}, the train set"
         )
-    data.make_augmentation(chosen.augment, problem.dataset, f"{where}.augment")
+    data.make_augmentation(chosen.augment, problem.dataset)
 
 
-def check_recipe(recipe: optim.Recipe, problem: Problem, where: str) -> None:
+def check_recipe(recipe: optim.Recipe, problem: Problem) -> None:
     """Raises ConfigError for an optimizer that does not fit the network's params, such as rules
     that decide none.
     """
-    try:
-        optim.numbers(recipe, shapes_of(problem), None)
-    except tables.ConfigError as error:  # of a field such as constraint.rules
-        raise tables.ConfigError(f"{where}.{error}") from None
+    optim.numbers(recipe, shapes_of(problem), None)
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Raises ConfigError for arrays of more bytes than the device has. what: begins the
-    sentence.
+    """Raises ConfigError for arrays of more bytes than the device has. what: takes them, e.g.
+    `whose weights`.
     """
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
@@ -441,9 +437,9 @@ def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> 
 
     A stage that starts from the first weights is given those, see `initial_state`.
     """
-    params = (
-        optim.shift_inside(fit.recipe, numbers, state.params) if fit.shift_inside else state.params
-    )
+    params = state.params
+    if fit.shift_inside:
+        params = polytopes.shift_inside(params, numbers["sets"])
     params = masks.apply(params, state.masks)
     opt_state = fit.transformation(problem, numbers, state.key).init(params)
     if (
@@ -456,9 +452,7 @@ def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> 
     return state._replace(params=params, opt_state=opt_state, step=zero, metrics=no_metrics())
 
 
-def numbers_of(
-    problem: Problem, state: State, recipes: list[optim.Recipe | optim.Choice]
-) -> dict[str, Any]:
+def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe]) -> dict[str, Any]:
     """The traced numbers of every member's recipe (stacked if there are members), radii included.
 
     Norms of the initialisation are measured with the member's own key; the network itself is left
@@ -519,7 +513,7 @@ def make_step(problem: Problem, fit: Fit) -> Callable:
 def make_batch_step(problem: Problem, fit: Fit) -> Callable:
     """`step(state, numbers, position, images, labels) -> state`, of one member, on one batch."""
     spe = fit.steps_per_epoch(problem)
-    augment = data.make_augmentation(fit.augment, problem.dataset, "augment")
+    augment = data.make_augmentation(fit.augment, problem.dataset)
     loss_rule, loss_options = losses.LOSSES[fit.loss[0]], dict(fit.loss[1])
 
     def step(state: State, numbers, position, images, labels) -> State:

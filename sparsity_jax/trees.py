@@ -102,7 +102,7 @@ def map_named(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
     )
 
 
-def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]], where: str = "rules") -> PyTree:
+def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]]) -> PyTree:
     """The value of the first rule whose pattern matches the whole path, for every leaf of `tree`.
 
     rules: pairs of a regular expression and a value, e.g. `((r".*/bias", 0.0), (r".*", 0.9))`.
@@ -110,8 +110,9 @@ def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]], where: str = "ru
     decides no leaf (a closing `.*` may be idle).
     """
     patterns = []
-    for pattern, value in rules:
-        check_pattern(pattern, where)
+    for index, (pattern, value) in enumerate(rules):
+        with tables.within(f"[{index}]"):
+            check_pattern(pattern)
         patterns.append((re.compile(pattern), value))
     paths, used = list(named_leaves(tree)), set()
 
@@ -121,44 +122,49 @@ def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]], where: str = "ru
                 used.add(index)
                 return value
         raise tables.ConfigError(
-            f"{where}: no rule matches {path!r}; end with ('.*', value) to cover all parameters."
+            "", why=f"has no rule for {path!r}", allowed="a last pair ('.*', value) for all others"
         )
 
     values = map_named(value_of, tree)
     for index, (pattern, _) in enumerate(patterns):
         if index not in used and (pattern.pattern, index) != (".*", len(patterns) - 1):
-            hint = tables.closest(pattern.pattern, paths)
             raise tables.ConfigError(
-                f"{where}: {pattern.pattern!r} decides no parameter; paths look like "
-                f"{paths[0]!r}.{hint}"
+                f"[{index}]",
+                pattern.pattern,
+                why="which decides no parameter",
+                allowed=f"a pattern of paths such as {paths[0]!r}",
+                known=paths,
             )
     return values
 
 
-def matching(tree: PyTree, pattern: str, where: str = "pattern") -> dict[str, bool]:
+def matching(tree: PyTree, pattern: str, field: str = "") -> dict[str, bool]:
     """Whether the whole path of each leaf of `tree` matches the regular expression `pattern`, by
     path.
 
-    Raises ConfigError for a bad pattern and if no leaf matches. where: the setting that holds it.
+    Raises ConfigError for a bad pattern and if no leaf matches. field: the setting that holds it.
     """
-    check_pattern(pattern, where)
+    check_pattern(pattern, field)
     paths = list(named_leaves(tree))
     chosen = {path: re.fullmatch(pattern, path) is not None for path in paths}
     if not any(chosen.values()):
-        hint = tables.closest(pattern, paths)
         raise tables.ConfigError(
-            f"{where} is {pattern!r}, which matches no parameter; one is {paths[0]!r}.{hint}"
+            field,
+            pattern,
+            why="which matches no parameter",
+            allowed=f"a pattern of paths such as {paths[0]!r}",
+            known=paths,
         )
     return chosen
 
 
-def check_pattern(pattern: str, where: str) -> None:
-    """Raises ConfigError for what is no regular expression."""
+def check_pattern(pattern: str, field: str = "") -> None:
+    """Raises ConfigError for what is no regular expression. field: the setting that holds it."""
     try:
         re.compile(pattern)
     except re.error as error:
         raise tables.ConfigError(
-            f"{where}: {pattern!r} is not a regular expression: {error}."
+            field, pattern, why=f"which is not a regular expression: {error}"
         ) from None
 
 

@@ -1,8 +1,14 @@
 """Settings of every test: compilation cache, 8 virtual devices, few hypothesis examples, no
 deadline for XLA.
+
+A file of tests chooses by its own constants: with OPTIMIZED = True programs are compiled as users
+compile them, with PAGES = True runs draw their reports.
 """
 
+import contextlib
+import functools
 import gc
+import inspect
 import os
 import pathlib
 import tempfile
@@ -26,30 +32,59 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+QUICKLY = [  # XLA_FLAGS could not choose per file
+    ("xla_backend_optimization_level", 0),
+    ("xla_llvm_disable_expensive_passes", True),
+    ("xla_cpu_use_fusion_emitters", False),
+]
+
+
+@contextlib.contextmanager
+def compiling(options: list[tuple]):
+    """With these options of the compiler."""
+    from jax._src import compiler  # after the settings above
+
+    make = inspect.unwrap(compiler.get_compile_options)
+
+    @functools.wraps(make)
+    def made(*args, **kwargs):
+        with_options = make(*args, **kwargs)
+        with_options.env_option_overrides += options
+        return with_options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", made)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
-def compile_quickly(request):
-    """Compiles with few optimizations, for most of a test's time is compilation, but in files with
-    OPTIMIZED = True.
+def as_this_file_wants(request):
+    """Compiles quickly, for most of a test's time is compilation, and draws no reports.
 
     Drops a file's compiled programs after it: a worker that keeps thousands of them needs 5 GB and
     slows down.
     """
-    import jax  # after the settings above
+    import jax
+    import tiny
 
-    optimized = getattr(request.module, "OPTIMIZED", False)
-    jax.config.update("jax_disable_most_optimizations", not optimized)
-    yield
+    options = [] if getattr(request.module, "OPTIMIZED", False) else QUICKLY
+    with compiling(options), tiny.pages(getattr(request.module, "PAGES", False)):
+        yield
     jax.clear_caches()
     gc.collect()
 
 
 @pytest.fixture
-def as_users_compile(request, compile_quickly):
+def as_users_compile(as_this_file_wants):
     """With all optimizations, for a test of what the compiler makes of a program."""
-    import jax
+    with compiling([]):
+        yield
 
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update(
-        "jax_disable_most_optimizations", not getattr(request.module, "OPTIMIZED", False)
-    )
+
+@pytest.fixture
+def pages(as_this_file_wants):
+    """With reports, in a file whose runs draw none."""
+    import tiny
+
+    with tiny.pages(True):
+        yield

@@ -434,13 +434,13 @@ def test_misuse_is_explained():
     with pytest.raises(ValueError, match=r"ratio is 1.5; allowed: 0 to 1"):
         allocate.keep_counts(network(), 1.5)
     with pytest.raises(
-        tables.ConfigError, match=r"selection is 'globl'; known: global.*Did you mean 'global'"
+        tables.ConfigError, match=r"selection is 'globl'; allowed: global.*Did you mean 'global'"
     ):
-        allocate.check("globl", {}, "config.curve")
+        allocate.check("globl", {})
     with pytest.raises(
         tables.ConfigError, match=r"scope is 'kernel'; allowed: 'kernels' \| 'all'.*Did you mean"
     ):
-        allocate.check("global", dict(scope="kernel"), "config.curve")
+        allocate.check("global", dict(scope="kernel"))
     for options, message in (
         (dict(scope="ALL"), "scope is 'ALL'; allowed: 'kernels'"),
         (dict(count="orignal"), "count is 'orignal'; allowed: 'nearest'"),
@@ -448,7 +448,7 @@ def test_misuse_is_explained():
         with pytest.raises(tables.ConfigError, match=message):
             allocate.keep_counts(network(), 0.5, **options)
     with pytest.raises(
-        tables.ConfigError, match=r"selection is 'globl'; known: .*Did you mean 'global'"
+        tables.ConfigError, match=r"selection is 'globl'; allowed: .*Did you mean 'global'"
     ):
         allocate.keep_masks(network(), 5, selection="globl")
     with pytest.raises(ValueError, match="'random' needs a key"):

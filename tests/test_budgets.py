@@ -108,7 +108,7 @@ def test_ratio_to_reach():
 
 
 def test_schedules_explain_misuse():
-    with pytest.raises(tables.ConfigError, match=r"known: gradient_flow, manual, polynomial"):
+    with pytest.raises(tables.ConfigError, match=r"allowed: gradient_flow, manual, polynomial"):
         budgets.schedule("cubic", ratio=0.5)
     with pytest.raises(tables.ConfigError, match=r"'power'; fields: ratio, num_rounds, cumulative"):
         budgets.schedule("gradient_flow", ratio=0.5, num_rounds=2, power=3)

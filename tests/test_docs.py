@@ -117,7 +117,7 @@ def config_of(name: str, variant: str | None):
 def check_members(config) -> None:
     config, known = pipeline.plain(config), tables.parameters(pipeline.settings)
     common = {name: value for name, value in config.items() if name in known}
-    tables.check_options(pipeline.settings, common, "config")
+    tables.check_options(pipeline.settings, common)
     for member, _ in pipeline.expand(config):
         tables.convert(member["seed"], tables.Index, "config.seed")
         pipeline.check_member(member)
@@ -228,7 +228,7 @@ def test_commands_are_accepted(document):
             if not line.startswith("python -m sparsity_jax.run ") or "NAME" in line:
                 continue
             assert not subprocess.run(
-                ["bash", "-n", "-c", line], capture_output=True, check=False
+                ["bash", "-n", "-c", line], capture_output=True, check=False, timeout=60
             ).stderr, line
             words = shlex.split(line)[3:]
             name, _, variant = (

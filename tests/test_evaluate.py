@@ -6,8 +6,6 @@ import json
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import cv2
 import jax
@@ -34,7 +32,6 @@ from sparsity_jax import (
     workdirs,
 )
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 MOMENTUM = optim.settings("sgd", learning_rate=0.1, momentum=0.9)
 TINY_MOBILENET = dict(name="mobilenet", stem_width=4, blocks=((8, 1), (8, 2)))
 
@@ -287,28 +284,10 @@ def asked_of(function, result, asked: list):
 def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, tmp_path):
     workdir, state = cut
     folder, numbers = tmp_path / "network", tmp_path / "numbers.json"
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "sparsity_jax.evaluate",
-        "--workdir",
-        str(workdir),
-        "--train",
-    ]
-    command += [
-        "--latency",
-        "--batch_size",
-        "8",
-        "--repeats",
-        "2",
-        "--json",
-        str(numbers),
-        "--export",
-        str(folder),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["-W", "error", "-m", "sparsity_jax.evaluate", "--workdir", workdir, "--train"]
+    command += ["--latency", "--batch_size", 8, "--repeats", 2]
+    command += ["--json", numbers, "--export", folder]
+    done = tiny.python(*command)
     assert "mlp on digits, fit, member 0: finished" in done.stdout
     assert f"exported compact network: {folder}" in done.stdout
     assert done.stderr == ""
@@ -334,9 +313,8 @@ def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, t
             "np.save('../logits.npy', logits); np.save('../first.npy', network.call(images[:1]))",
         ]
     )
-    subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, check=True
-    )
+    read = tiny.python("-W", "error", "-c", code, cwd=folder)
+    assert read.returncode == 0, read.stderr
     logits, *_ = by_hand(state.params, dataset.test, dataset)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits[:7], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.load(tmp_path / "first.npy"), logits[:1], rtol=1e-4, atol=1e-5)

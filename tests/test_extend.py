@@ -1,14 +1,12 @@
 """Things of one's own in a config: from one file, through the command line, to the report."""
 
-import pathlib
-import subprocess
-import sys
-
 import pytest
+import tiny
 
-from sparsity_jax import evaluate, extend, imports, report, tables
+from sparsity_jax import evaluate, extend, imports, report
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = True  # see conftest.py
+
 MINE = '''
 from typing import ClassVar
 
@@ -132,10 +130,7 @@ def own_tables():
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", *map(str, arguments)]
-    ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )
+    ended = tiny.python("-m", *arguments)
     return ended.returncode, ended.stdout + ended.stderr
 
 
@@ -167,18 +162,16 @@ def test_a_file_of_ones_own_runs_resumes_and_shows(tmp_path, own_tables, capsys)
 
 
 def test_names_of_the_library_are_not_replaced(own_tables):
-    with pytest.raises(tables.ConfigError, match="'mlp' is the library's own"):
+    with tiny.refused("model", "mlp"):
         extend.register("model", "mlp", lambda num_classes, settings: None)
-    with pytest.raises(
-        tables.ConfigError, match=r"what is 'modle'; known: .* Did you mean 'model'"
-    ):
+    with tiny.refused("what", "modle", closest="model"):
         extend.register("modle", "mine", None)
-    with pytest.raises(tables.ConfigError, match=r"kind of Prune is 'prune'; allowed: 'mine'"):
+    with tiny.refused("Prune.kind", "prune", allowed="'mine'"):
         extend.register("stage", "mine", extend.pipeline.STAGES["prune"])
     lazy = type("Lazy", (extend.interface.Stage,), dict(kind="lazy"))
-    with pytest.raises(tables.ConfigError, match="Lazy has no method `run`"):
+    with tiny.refused("Lazy.run"):
         extend.register("stage", "lazy", lazy)
-    with pytest.raises(tables.ConfigError, match="is no file"):
+    with tiny.refused("nowhere.py"):
         imports.load("nowhere.py")
     extend.register("loss", "mine", len)
     extend.register("loss", "mine", max)  # a file that is loaded again

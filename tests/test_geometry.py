@@ -174,7 +174,7 @@ def test_training_is_the_originals():
     settings = optim.settings(
         "sgd", learning_rate=HYPER["lr"], momentum=HYPER["momentum"], penalty=penalty
     )
-    recipe = optim.check(settings, "optimizer")
+    recipe = optim.check(settings)
     size, batch_size = len(golden["train/y"]), HYPER["batch_size"]
     with jax.enable_x64(True):
         problem, state = original(golden, "init")
@@ -259,7 +259,7 @@ def test_thresholds_and_masks_are_the_originals():
             float(golden["params_size"][1]), rel=1e-12
         )
     with pytest.raises(tables.ConfigError, match="count is 'ceil'; allowed: "):
-        allocate.check("layerwise", dict(count="ceil"), "config.curve")
+        allocate.check("layerwise", dict(count="ceil"))
 
 
 def test_penalties_are_the_originals():
@@ -366,18 +366,18 @@ def test_criteria_differ_where_they_should():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "refusal"),
     [
-        (dict(scan=()), "allowed: at least one ratio, ascending"),
-        (dict(scan=(0.5, 0.2)), "allowed: at least one ratio, ascending"),
-        (dict(resolution=0.0), "resolution is 0.0; allowed: float > 0.0"),
-        (dict(criterion="acc"), "criterion is 'acc'; allowed: 'accuracy'"),
-        (dict(tolerance=0.01), "tolerance is 0.01; allowed: 0 with criterion 'accuracy'"),
-        (dict(selection="globl"), "selection is 'globl'; known: .* Did you mean 'global'"),
+        (dict(scan=()), ("config.x.scan", ())),
+        (dict(scan=(0.5, 0.2)), ("config.x.scan", (0.5, 0.2))),
+        (dict(resolution=0.0), ("config.x.resolution", 0.0)),
+        (dict(criterion="acc"), ("config.x.criterion", "acc")),
+        (dict(tolerance=0.01), ("config.x.tolerance", 0.01)),
+        (dict(selection="globl"), ("config.x.selection", "globl", "global")),
     ],
 )
-def test_limits_that_cannot_be_found_are_named(fields, message):
-    with pytest.raises(tables.ConfigError, match=message):
+def test_limits_that_cannot_be_found_are_named(fields, refusal):
+    with tiny.refused(*refusal):
         settings("limit", **fields)
 
 
@@ -500,7 +500,7 @@ def test_the_path_has_the_terms_of_gradient_and_hessian(problem, trained):
     ]
     rest = updates(problem, trained, "path", own, earlier=earlier, rows=[rows[:3]])
     assert [row for update in rest for row in update.rows[0]] == rows[3:]
-    with pytest.raises(tables.ConfigError, match=r"config\.x\.ratios must not be empty"):
+    with tiny.refused("config.x.ratios", ()):
         settings("path", ratios=())
 
 
@@ -737,13 +737,9 @@ def test_products_that_are_not_finite_stop_the_stage(problem, trained):
 
 
 def test_spectrum_settings_are_checked():
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.x\.parameters: '\(' is not a regular expression"
-    ):
+    with tiny.refused("config.x.parameters", "("):
         settings("spectrum", parameters="(")
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.x\.loss\.name is 'mse'; known: cross_entropy"
-    ):
+    with tiny.refused("config.x.loss.name", "mse"):
         settings("spectrum", loss=dict(name="mse"))
 
 
@@ -892,22 +888,14 @@ def test_a_prediction_shows_the_actual_limits(problem, trained, hessian):
 
 def test_a_loss_without_spread_is_explained(problem, trained, hessian):
     dead = trained._replace(params=jax.tree.map(jnp.zeros_like, trained.params))
-    message = (
-        r"config\.x: batch_losses are all equal, so epsilon is 0.* All kernels of the network are "
-        r"0: its penalty"
-    )
-    with pytest.raises(tables.ConfigError, match=message):
+    with tiny.refused("epsilon", 0.0):
         predict(problem, dead, hessian)
     own = settings("spectrum", operator="gauss_newton", stop_width=0.1)
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.x\.stop_width: batch_losses are all equal"
-    ):
+    with tiny.refused("epsilon", 0.0):
         run(problem, dead, "spectrum", own, others=widths())
     equal = problem._replace(train_images=problem.train_images[:1].repeat(128, 0), compiled={})
     equal = equal._replace(train_labels=problem.train_labels[:1].repeat(128, 0))
-    with pytest.raises(
-        tables.ConfigError, match=r"batch_losses are all equal.* or set epsilon yourself\.$"
-    ):
+    with tiny.refused("epsilon", 0.0):
         predict(equal, trained, hessian)
     assert 0 < predict(equal, trained, hessian, epsilon=0.1)["predicted"] < 1
 

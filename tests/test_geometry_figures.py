@@ -11,6 +11,8 @@ import pytest
 from sparsity_jax import report
 from sparsity_jax.report import events, limit_figures, limit_numbers, runs, series
 
+PAGES = True  # see conftest.py
+
 CONFIG = {
     "data": {"name": "digits"},
     "hessian": {"kind": "spectrum", "stop_width": 0.0},

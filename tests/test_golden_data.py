@@ -3,10 +3,9 @@
 import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import golden_data
+import tiny
 
 
 def test_reasons_are_given_for_numbers_that_exist():
@@ -33,12 +32,11 @@ def test_the_script_names_what_nobody_read(tmp_path):
     read = tmp_path / "read"
     read.write_text("".join(f"{place}\n" for place in places))
     path = pathlib.Path(golden_data.__file__)
-    script = [sys.executable, str(path), str(read)]
-    run = subprocess.run(script, capture_output=True, text=True, check=False)
+    run = tiny.python(path, read)
     assert (run.returncode, run.stdout) == (1, f"{forgotten}: read by no test\n")
     file, key = forgotten.split(" ", 1)
     reader = f"import golden_data; golden_data.load({file!r})[{key!r}]"
     variables = os.environ | {"GOLDEN_READ": str(read), "PYTHONPATH": str(path.parent)}
-    subprocess.run([sys.executable, "-c", reader], env=variables, check=True)
-    run = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert tiny.python("-c", reader, env=variables).returncode == 0
+    run = tiny.python(path, read)
     assert (run.returncode, run.stdout) == (0, "")

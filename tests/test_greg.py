@@ -200,7 +200,7 @@ def test_layers_come_in_the_order_of_the_network(granularity, ratios):
     model = models.build(name="mobilenet", num_classes=4, stem_width=8, blocks=((8, 1), (12, 2)))
     problem = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
     layers = greg.layers_of(
-        problem, settings("remove", ratios=ratios, granularity=granularity).choice("config.x")
+        problem, settings("remove", ratios=ratios, granularity=granularity).choice()
     )
     first = [layer.scored[0].path for layer in layers]
     in_order = greg.kernels_of(problem)
@@ -212,11 +212,8 @@ def test_a_speedup_is_reached_in_flops(residual):
     cut, _ = run(problem, state, "remove", ratios="1.4x")
     row = structured.take_stock(problem, cut, structured.Compact(repeats=0))
     assert 1.4 <= row["flops"] / row["flops_compact"] < 1.6
-    with pytest.raises(
-        tables.ConfigError,
-        match=r"config.x.ratios: a speed-up of 90.* cannot be reached; .*at most",
-    ):
-        settings("remove", ratios="90x").check_network(problem, "config.x", 1)
+    with tiny.refused("ratios", "90x"):
+        settings("remove", ratios="90x").check_network(problem, 1)
 
 
 def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
@@ -225,7 +222,6 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         model=dict(name="mlp", widths=(12, 8)),
         out=pipeline.stage("remove", ratios="[0:0.5, 1:0.3]"),
     )
-    monkeypatch.setattr(pipeline.report, "write", lambda workdir, *_, **__: workdir)
     other = pipeline.run(config, tmp_path / "other").state
     state = train.create_state(problem, train.key_of(9))
     same, _ = run(problem, state, "remove", inherit=str(tmp_path / "other"))
@@ -242,19 +238,15 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         patch.setattr(greg, "removed", stop)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, tmp_path / "half")
-    with pytest.raises(
-        tables.ConfigError, match=r"config.x.inherit is '.*half', which holds no finished run"
-    ):
-        settings("remove", inherit=str(tmp_path / "half")).check_network(problem, "config.x", 1)
-    with pytest.raises(
-        tables.ConfigError, match=r"config.x.inherit is '.*none', which holds no finished run"
-    ):
-        settings("remove", inherit=str(tmp_path / "none")).check_network(problem, "config.x", 1)
+    with tiny.refused("inherit"):
+        settings("remove", inherit=str(tmp_path / "half")).check_network(problem, 1)
+    with tiny.refused("inherit"):
+        settings("remove", inherit=str(tmp_path / "none")).check_network(problem, 1)
     with pytest.raises(
         tables.ConfigError, match=r"mask of dense1/kernel has the shape \(64, 12\); allowed: \(64"
     ):
         settings("remove", inherit=str(tmp_path / "other")).check_network(
-            tiny.problem(widths=(7,)), "config.x", 1
+            tiny.problem(widths=(7,)), 1
         )
 
 
@@ -379,15 +371,10 @@ def test_the_oracle_trains_every_member_by_its_own_settings(problem, trained):
 
 
 def test_the_oracle_refuses_what_takes_for_ever(problem):
-    with pytest.raises(
-        tables.ConfigError, match=r"config.x: there are 924 combinations .* more than limit = 100"
-    ):
-        settings("oracle", ratios="[0:0.5]", limit=100).check_network(problem, "config.x", 1)
-    with pytest.raises(
-        tables.ConfigError,
-        match=r"config.x.ratios is '\[0:-1\]'; allowed: numbers of groups, not -1",
-    ):
-        settings("oracle", ratios="[0:-1]").check_network(problem, "config.x", 1)
+    with tiny.refused("limit", 100):
+        settings("oracle", ratios="[0:0.5]", limit=100).check_network(problem, 1)
+    with tiny.refused("ratios", "[0:-1]"):
+        settings("oracle", ratios="[0:-1]").check_network(problem, 1)
 
 
 def test_weights_drawn_anew_keep_the_masks(residual):
@@ -422,8 +409,8 @@ def test_noise_on_weights(problem, trained):
 
 
 def test_noise_on_no_array_is_refused_before_training(problem):
-    with pytest.raises(tables.ConfigError, match=r"config.x.parameters is '.\*/kernle'"):
-        settings("noise", parameters=".*/kernle").check_network(problem, "config.x", 1)
+    with tiny.refused("parameters", ".*/kernle", "fc/kernel"):
+        settings("noise", parameters=".*/kernle").check_network(problem, 1)
     config = tiny.config("fit", "noise", noise=pipeline.stage("noise", parameters=".*/kernle"))
     with pytest.raises(tables.ConfigError, match=r"config.noise.parameters"):
         pipeline.build(pipeline.check(config)[0])
@@ -501,75 +488,72 @@ def test_a_pruned_network_is_not_called_by_the_name_of_the_one_before(names, lab
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "refusal"),
     [
         (
             dict(),
-            (
-                r"config.x needs either ratios, .* or inherit, the workdir of a pruned run; it has "
-                r"neither"
-            ),
+            ("config.x",),
         ),
-        (dict(ratios="2x", inherit="runs/a"), r"config.x needs either ratios, .*; it has both"),
+        (dict(ratios="2x", inherit="runs/a"), ("config.x",)),
         (
             dict(inherit="runs/a", granularity="group"),
-            r"config.x.inherit works for filter, channel and weight",
+            ("config.x.granularity", "group"),
         ),
         (
             dict(ratios="0.5", granularity="group", skip="1"),
-            r"config.x.skip is '1', which granularity 'group' makes",
+            ("config.x.skip", "1"),
         ),
-        (dict(inherit="runs/a", skip="1"), r"config.x.skip is '1', which inherit makes idle"),
+        (dict(inherit="runs/a", skip="1"), ("config.x.skip", "1")),
         (
             dict(inherit="runs/a", pick="max"),
-            r"config.x.pick is 'max', but inherit_as 'index' leaves nothing to pick",
+            ("config.x.pick", "max"),
         ),
         (
             dict(ratios="[0:0.5]", inherit_as="ratio"),
-            r"config.x.inherit_as is 'ratio', but there is no run",
+            ("config.x.inherit_as", "ratio"),
         ),
         (
             dict(ratios="[0:0.5]", pick="mni"),
-            r"config.x.pick is 'mni'; allowed: 'min' .* Did you mean 'min'",
+            ("config.x.pick", "mni", "min"),
         ),
     ],
 )
-def test_options_that_do_not_fit(fields, message):
-    with pytest.raises(tables.ConfigError, match=message):
+def test_options_that_do_not_fit(fields, refusal):
+    with tiny.refused(*refusal):
         settings("remove", **fields)
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "refusal"),
     [
         (
             dict(ratios="[0,0.5,0]"),
-            r"config.x.ratios is '\[0,0.5,0\]', one ratio per stage, but no layer is in a",
+            ("ratios", "[0,0.5,0]"),
         ),
         (
             dict(ratios="[0-7:0.5]"),
-            r"config.x.ratios: '0-7:0.5' is out of range; the layers are 0 to 2",
+            ("ratios[0]", "0-7:0.5"),
         ),
-        (dict(ratios="[0:0]"), r"config.x.ratios is '\[0:0\]': no layer loses anything"),
+        (dict(ratios="[0:0]"), ("ratios", "[0:0]")),
         (
             dict(ratios="2x", granularity="weight"),
-            r"config.x.ratios is '2x', a speed-up; allowed with granularity",
+            ("ratios", "2x"),
         ),
-        (dict(ratios=((".*/kernle", 0.5),)), r"config.x.ratios"),
+        (dict(ratios=((".*/kernle", 0.5),)), ("ratios",)),
         (
             dict(ratios="[0:0.5]", granularity="group"),
-            r"config.x.ratios is '\[0:0.5\]'; allowed with granularity 'group'",
+            ("ratios", "[0:0.5]"),
         ),
-        (dict(ratios="[0:0.5]", skip="9"), r"config.x.skip: '9' matches no layer"),
+        (dict(ratios="[0:0.5]", skip="9"), ("skip", "9")),
         (
             dict(ratios="[0:-1]", pick="max"),
-            r"config.x.pick is 'max'; allowed: 'min' with a ratio of -1",
+            ("pick", "max"),
         ),
     ],
 )
-def test_ratios_that_do_not_fit_the_network(problem, fields, message):
-    with pytest.raises(tables.ConfigError, match=message):
-        settings("remove", **fields).check_network(problem, "config.x", 1)
+def test_ratios_that_do_not_fit_the_network(problem, fields, refusal):
+    with tiny.refused(*refusal):
+        settings("remove", **fields).check_network(problem, 1)
 
 
 def test_limits_that_are_never_reached():

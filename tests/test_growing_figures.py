@@ -9,6 +9,8 @@ import tiny
 from sparsity_jax import report
 from sparsity_jax.report import draw, growing, series
 
+PAGES = True  # see conftest.py
+
 NAMES = ("growth_norms", "growth_ratio", "growth_groups")
 
 

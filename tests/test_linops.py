@@ -551,7 +551,7 @@ def test_sharded_vectors_give_a_sharded_basis():
 
 def test_lanczos_refuses():
     with pytest.raises(
-        tables.ConfigError, match=r"reorthogonalize is 'ful'; known: .*Did you mean 'full'"
+        tables.ConfigError, match=r"reorthogonalize is 'ful'; allowed: .*Did you mean 'full'"
     ):
         linops.lanczos(4, reorthogonalize="ful")
     with pytest.raises(ValueError, match="num_matvecs is 0"):

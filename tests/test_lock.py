@@ -38,7 +38,7 @@ def other(tmp_path):
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
-    process.wait()
+    process.wait(60)
     process.stdout.close()
 
 
@@ -51,7 +51,7 @@ def test_a_second_run_is_refused_and_takes_over_at_once_when_the_first_is_killed
         pipeline.run(config, tmp_path)
     assert not (tmp_path / "config.json").exists()
     other.kill()
-    other.wait()
+    other.wait(60)
     assert (tmp_path / lock.FILE).exists()
     pipeline.run(config, tmp_path)
     assert not (tmp_path / lock.FILE).exists()

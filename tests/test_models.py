@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from tiny import refused
 
-from sparsity_jax import models, pretrained, tables, trees
+from sparsity_jax import models, pretrained, trees
 from sparsity_jax.models import layers
 
 ORIGINALS = golden_data.load("11_models.json")
@@ -643,50 +644,50 @@ def test_zero_pad_shortcut():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "refusal"),
     [
         (
             {"name": "resnet19"},
-            r"config\.model\.name is 'resnet19'; known: .*Did you mean 'resnet1?[8034]",
+            ("name", "resnet19", "resnet18"),
         ),
         (
             {"init": "torhc"},
-            r"config\.model\.init is 'torhc'; known: flax, kaiming, .*torch\. Did you mean 'torch'",
+            ("init", "torhc", "torch"),
         ),
-        ({"dtype": "float8"}, r"config\.model\.dtype is 'float8'; allowed: 'float32'"),
-        ({"param_dtype": "int32"}, r"config\.model\.param_dtype is 'int32'"),
-        ({"num_classes": 0}, r"config\.model\.num_classes is 0; allowed: int >= 1"),
-        ({"widht": 3}, r"config\.model has no field 'widht'; fields: .*Did you mean 'width'"),
-        ({"width": "3"}, r"config\.model\.width is '3'"),
+        ({"dtype": "float8"}, ("dtype", "float8", "float64")),
+        ({"param_dtype": "int32"}, ("param_dtype", "int32")),
+        ({"num_classes": 0}, ("num_classes", 0)),
+        ({"widht": 3}, ("", "widht", "width")),
+        ({"width": "3"}, ("width", "3")),
         (
             {"shortcut": "identity"},
-            r"config\.model\.shortcut is 'identity'; allowed: 'projection' \| 'zero_pad'",
+            ("shortcut", "identity"),
         ),
-        ({"name": "vgg", "layout": (4, "P")}, r"config\.model\.layout\[1\] is 'P'"),
-        ({"name": "mobilenet", "blocks": ((4, 0),)}, r"config\.model\.blocks\[0\]\[1\] is 0"),
-        ({"name": "mlp", "dropout": 1.5}, r"config\.model\.dropout is 1\.5"),
+        ({"name": "vgg", "layout": (4, "P")}, ("layout[1]", "P")),
+        ({"name": "mobilenet", "blocks": ((4, 0),)}, ("blocks[0][1]", 0)),
+        ({"name": "mlp", "dropout": 1.5}, ("dropout", 1.5)),
         (
             {"name": "resnet", "widths": (4, 8)},
-            r"widths has 2 entries; allowed: one per entry of stage_sizes, 3",
+            ("config.model.widths has 2 entries",),
         ),
         (
             {"name": "resnet", "inner_widths": (4,)},
-            r"inner_widths has 1 entries; allowed: one per block, 9",
+            ("config.model.inner_widths has 1 entries",),
         ),
         (
             {"name": "resnet", "widths": (8, 4, 4), "shortcut": "zero_pad"},
-            "channels that never decrease",
+            ("config.model.shortcut is 'zero_pad' and the channels go (8, ",),
         ),
         (
             {"name": "alexnet", "widths": (4, 8)},
-            r"config\.model\.widths is \(4, 8\) \(tuple\); allowed: tuple",
+            ("widths", (4, 8)),
         ),
-        ({"name": "alexnet", "upsample": 0}, r"config\.model\.upsample is 0"),
-        ({"name": "wrn", "depth": 18}, r"config\.model\.depth is 18; allowed: 6 n \+ 4"),
+        ({"name": "alexnet", "upsample": 0}, ("upsample", 0)),
+        ({"name": "wrn", "depth": 18}, ("config.model.depth is 18",)),
     ],
 )
-def test_wrong_settings_are_found_while_building(changes, message):
-    with pytest.raises(tables.ConfigError, match=message):
+def test_wrong_settings_are_found_while_building(changes, refusal):
+    with refused(*refusal):
         models.build(**{"name": "resnet18", "num_classes": 10, **changes})
 
 
@@ -753,6 +754,6 @@ def test_tanh():
 @pytest.mark.parametrize("name", ["mlp", "small_cnn", "vgg11", "mobilenet_v2"])
 @pytest.mark.parametrize("dropout", [1, 1.0, 1.5, -0.1])
 def test_dropout_leaves_something(name, dropout):
-    with pytest.raises(tables.ConfigError, match=r"config\.model\.dropout is .*< 1"):
+    with refused("dropout", dropout):
         models.build(name=name, num_classes=2, dropout=dropout)
     models.build(name=name, num_classes=2, dropout=0.999)

@@ -68,197 +68,262 @@ def geometric(*names, **fields):
 # Mistakes -----------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "unknown field": (dict(epocs=3), r"config has no field 'epocs'; fields: .*pipeline"),
+    "unknown field": (dict(epocs=3), "config", "epocs"),
     "near field": (
         dict(sweep_mod="loop"),
-        r"no field 'sweep_mod'; fields: .* Did you mean 'sweep_mode'",
+        "config",
+        "sweep_mod",
+        "sweep_mode",
     ),
-    "missing field": (dict(data=None), r"config\.data is None \(NoneType\); allowed: dict"),
+    "missing field": (dict(data=None), "config.data", None),
     "unknown stage field": (
         dict(fit=stage() | dict(epocs=3)),
-        r"config\.fit has no field 'epocs'; .* mean 'epochs'",
+        "config.fit",
+        "epocs",
+        "epochs",
     ),
     "missing stage field": (
         dict(fit=dict(kind="train", epochs=1)),
-        r"config\.fit needs the field 'optimizer' \(dict",
+        "config.fit.optimizer",
     ),
     "unknown kind": (
         dict(fit=stage() | dict(kind="tran")),
-        r"config\.fit\.kind is 'tran'; known: .*mean 'train'",
+        "config.fit.kind",
+        "tran",
+        "train",
     ),
     "unknown model": (
         dict(model=dict(name="mpl")),
-        r"config\.model\.name is 'mpl'; known: .* Did you mean 'mlp'",
+        "config.model.name",
+        "mpl",
+        "mlp",
     ),
     "model name of a wrong type": (
         dict(model=dict(name=["mlp"])),
-        r"config\.model\.name is \['mlp'\]; known: ",
+        "config.model.name",
+        ["mlp"],
+        "mlp",
     ),
     "unknown model field": (
         dict(model=dict(name="mlp", width=(8,))),
-        r"config\.model has no field 'width'.*'widths'",
+        "config.model",
+        "width",
+        "widths",
     ),
     "unknown init": (
         dict(model=dict(name="mlp", init="torhc")),
-        r"config\.model\.init is 'torhc'.* mean 'torch'",
+        "config.model.init",
+        "torhc",
+        "torch",
     ),
     "unknown optimizer": (
         dict(fit=stage(optimizer=dict(name="sgf"))),
-        r"fit\.optimizer\.name is 'sgf'; known: .*'sgd'",
+        "config.fit.optimizer.name",
+        "sgf",
+        "sgd",
     ),
     "unknown schedule": (
         dict(fit=stage(optimizer=dict(tiny.SGD, schedule=dict(name="cosin")))),
-        r"config\.fit\.optimizer\.schedule\.name is 'cosin'; known: .* Did you mean 'cosine'",
+        "config.fit.optimizer.schedule.name",
+        "cosin",
+        "cosine",
     ),
     "unknown constraint": (
         dict(fit=stage(optimizer=dict(tiny.SFW, constraint=dict(name="k_spars")))),
-        r"constraint\.name is 'k_spars'; known: .* Did you mean 'k_sparse'",
+        "config.fit.optimizer.constraint.name",
+        "k_spars",
+        "k_sparse",
     ),
-    "unknown data": (
-        dict(data=dict(name="digit")),
-        r"config\.data\.name is 'digit'.* Did you mean 'digits'",
-    ),
+    "unknown data": (dict(data=dict(name="digit")), "config.data.name"),
     "unknown data field": (
         dict(data=dict(name="digits", limit=3)),
-        r"config\.data has no field 'limit'",
+        "config.data",
+        "limit",
+        "test_limit",
     ),
     "unknown selection": (
         dict(curve=pipeline.stage("curve", selection="globl")),
-        r"selection is 'globl'; known: ",
+        "config.curve.selection",
+        "globl",
+        "global",
     ),
     "wrong type": (
         dict(fit=stage(epochs="3")),
-        r"config\.fit\.epochs is '3' \(str\); allowed: int >= 1",
+        "config.fit.epochs",
+        "3",
     ),
     "wrong common type": (
         dict(eval_batch_size=1.5),
-        r"config\.eval_batch_size is 1\.5 \(float\); allowed: int >= 1",
+        "config.eval_batch_size",
+        1.5,
     ),
     "wrong choice": (
         dict(platform="tpuu"),
-        r"config\.platform is 'tpuu'; allowed: 'default' .* Did you mean 'tpu'",
+        "config.platform",
+        "tpuu",
+        "tpu",
     ),
-    "out of range": (dict(fit=stage(epochs=0)), r"config\.fit\.epochs is 0; allowed: int >= 1"),
+    "out of range": (dict(fit=stage(epochs=0)), "config.fit.epochs", 0),
     "momentum out of range": (
         dict(fit=stage(optimizer=dict(tiny.SGD, momentum=1.5))),
-        r"config\.fit\.optimizer\.momentum is 1\.5; allowed: float >= 0\.0 and <= 1\.0",
+        "config.fit.optimizer.momentum",
+        1.5,
     ),
     "Frank-Wolfe rate": (
         dict(fit=stage(optimizer=dict(tiny.SFW, learning_rate=2))),
-        r"is 2\.0; allowed for sfw: 0 to 1",
+        "config.fit.optimizer.learning_rate",
+        2.0,
     ),
     "swept seed": (
         dict(sweep=dict(seed=(0, 1.5))),
-        r"config\.sweep\.seed is 1\.5 \(float\); allowed: int >= 0",
+        "config.sweep.seed",
+        1.5,
     ),
     "idle seed": (
         dict(seed=7, sweep=dict(seed=(0, 1))),
-        r"config\.seed is 7, but config\.sweep\.seed decides",
+        "config.seed",
+        7,
     ),
     "idle arm": (
         dict(arm="a", arms=dict(a={}, b={}), sweep=dict(arm=("a", "b"))),
-        r"config\.arm is 'a', but config\.sweep\.arm decides",
+        "config.arm",
+        "a",
     ),
     "flat sweep": (
         dict(sweep={"fit.epochs": (1, 2)}),
-        r"config\.fit\.epochs, which does not exist\. .* are nested: ",
+        "config.sweep",
+        "fit.epochs",
     ),
-    "not data": (dict(title=object()), r"config\.title is a value that is not plain data"),
-    "no pipeline": (dict(pipeline=()), r"config\.pipeline is empty"),
+    "not data": (dict(title=object()), "config.title", ...),
+    "no pipeline": (dict(pipeline=()), "config.pipeline", ()),
     "absent stage": (
         dict(pipeline=("fti", "curve")),
-        r"pipeline names 'fti', but config has no such.* mean 'fit'",
+        "config.pipeline",
+        "fti",
+        "fit",
     ),
     "nothing trained": (
         dict(pipeline=("curve", "fit")),
-        r"'curve' \(kind 'curve'\) before any stage of kind 'train'",
+        "config.pipeline",
+        "curve",
     ),
     "retrain with no training": (
         dict(curve=pipeline.stage("curve", retrain="cut")),
-        r"config\.curve\.retrain is 'cut'; allowed: a stage of kind 'train': fit, again",
+        "config.curve.retrain",
+        "cut",
     ),
     "retrain from scratch": (
         dict(curve=pipeline.stage("curve", retrain="again"), again=stage(start="init")),
-        r"config\.curve\.retrain names 'again', whose start is 'init'; allowed: 'current'",
+        "config.curve.retrain",
+        "again",
     ),
     "sweep of nothing": (
         dict(sweep=dict(fit=dict(epocs=(1, 2)))),
-        r"names config\.fit\.epocs, which does not exist.*ch",
+        "config.sweep.fit",
+        "epocs",
+        "epochs",
     ),
     "sweep of no list": (
         dict(sweep=dict(seed=3)),
-        r"config\.sweep\.seed is 3; allowed: a list of values",
+        "config.sweep.seed",
+        3,
     ),
     "sweep of the network": (
         dict(sweep=dict(model=dict(widths=([8], [9])))),
-        r"config\.sweep names config\.model\.widths; allowed: arm, seed and fields of stages",
+        "config.sweep",
+        "model.widths",
     ),
     "sweep of another program": (
-        dict(sweep=dict(fit=dict(epochs=(1, 2)))),
-        r"config\.sweep changes config\.fit .*\(epochs\).*'loop'",
+        dict(sweep=dict(fit=dict(epochs=(1, 2))), sweep_mode="vmap"),
+        "config.sweep",
+        "config.fit",
     ),
     "sweep of a retraining's length": (
-        dict(pipeline=("fit", "retrained"), sweep=dict(again=dict(epochs=(1, 2)))),
-        r"config\.sweep changes config\.again .*'loop'",
+        dict(
+            pipeline=("fit", "retrained"),
+            sweep=dict(again=dict(epochs=(1, 2))),
+            sweep_mode="vmap",
+        ),
+        "config.sweep",
+        "config.again",
     ),
     "unknown arm": (
         dict(arms=ARMS, arm="sfv"),
-        r"config\.arm is 'sfv'; known: sfw, sgd\. Did you mean 'sfw'",
+        "config.arm",
+        "sfv",
+        "sfw",
     ),
     "unknown arm in a sweep": (
         dict(arms=ARMS, sweep=dict(arm=("sgd", "sfv"))),
-        r"config\.arm is 'sfv'; known: ",
+        "config.arm",
+        "sfv",
+        "sfw",
     ),
     "sweep of no list of arms": (
         dict(arms=ARMS, sweep=dict(arm="sgd")),
-        r"sweep\.arm is 'sgd'; allowed: a list of na",
+        "config.sweep.arm",
+        "sgd",
     ),
     "sweep of the arms": (
         dict(arms=ARMS, sweep=dict(arms=("sgd",))),
-        r"sweep names config\.arms; allowed: arm, seed",
+        "config.sweep",
+        "arms",
     ),
     "arm of no stages": (
         dict(arms=dict(a=3), arm="a"),
-        r"config\.arms\.a is 3; allowed: a label, and fields by stage",
+        "config.arms.a",
+        3,
     ),
     "label of an arm": (
         dict(arms=dict(a=dict(label=1)), arm="a"),
-        r"arms\.a is {'label': 1}; allowed: a label, and",
+        "config.arms.a",
+        {"label": 1},
     ),
     "arm of an unknown stage": (
         dict(arms=dict(a=dict(fti=dict(epochs=1))), arm="a"),
-        r"config\.arms\.a\.fti: config has no such stage; stages: again, .* Did you mean 'fit'",
+        "config.arms.a",
+        "fti",
+        "fit",
     ),
     "arm of a value": (
         dict(arms=dict(a=dict(fit=1)), arm="a"),
-        r"config\.arms\.a\.fit is 1; allowed: a dict of the",
+        "config.arms.a.fit",
+        1,
     ),
     "arm of an unknown field": (
         dict(arms=dict(a=dict(fit=dict(epocs=1))), arm="a"),
-        r"config\.arms\.a\.fit has no field 'epocs'; fields: .* Did you mean 'epochs'",
+        "config.arms.a.fit",
+        "epocs",
+        "epochs",
     ),
     "arms of the same label": (
         dict(arms=dict(a=dict(label="b"), b={}), sweep=dict(arm=("a", "b"))),
-        r"config\.arms: 'a' and 'b' have the same label, 'b'",
+        "config.arms.b.label",
+        "b",
     ),
     "value in an arm": (
         dict(arms=dict(a=dict(fit=dict(epochs=0))), arm="a"),
-        r"config\.fit\.epochs is 0; allowed: ",
+        "config.fit.epochs",
+        0,
     ),
     "arm of another program": (
         dict(
-            arms=dict(a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2))),
-            sweep=dict(arm=("a", "b")),
+            arms=ARMS,
+            sweep=dict(arm=("sgd", "sfw")),
+            sweep_mode="vmap",
         ),
-        r"config\.sweep changes config\.fit .*'loop'",
+        "config.sweep",
+        "config.fit",
     ),
     "value in a sweep": (
         dict(sweep=dict(fit=dict(epochs=(1, 0)))),
-        r"config\.fit\.epochs is 0; allowed: int >= 1",
+        "config.fit.epochs",
+        0,
     ),
     "prediction before its spectrum": (
         dict(pipeline=("fit", "width", "hessian")) | GEOMETRY,
-        r"config\.pipeline runs 'width' \(kind 'width'\) before any stage of kind 'spectrum'",
+        "config.pipeline",
+        "width",
     ),
     "unknown spectrum": (
         dict(
@@ -266,63 +331,67 @@ MISTAKES = {
             pipeline=("fit", "hessian", "width"),
             width=pipeline.stage("width", spectrum="hesian"),
         ),
-        (
-            r"config\.width\.spectrum is 'hesian'; earlier stages of kind 'spectrum': hessian\. "
-            r"Did you mean 'hessian'"
-        ),
+        "config.width.spectrum",
+        "hesian",
+        "hessian",
     ),
     "later spectrum": (
         geometric(
             "fit", "hessian", "width", "newton", width=pipeline.stage("width", spectrum="newton")
         ),
-        r"config\.width\.spectrum is 'newton'; earlier stages of kind 'spectrum': hessian\.",
+        "config.width.spectrum",
+        "newton",
     ),
     "nothing that tolerates": (
         dict(pipeline=("fit", "newton"), newton=GEOMETRY["newton"]),
-        r"config\.newton\.stop_width needs a stage of kind 'width' in the config",
+        "config.newton.stop_width",
+        0.2,
     ),
     "start from nowhere": (
         dict(start_from="nowhere"),
-        r"config\.start_from is 'nowhere', which holds no run",
+        "config.start_from",
+        "nowhere",
     ),
 }
 LATE_MISTAKES = {  # found when the data and devices are known, still before anything compiles
-    "mesh": (dict(mesh=99), r"config\.mesh is 99; allowed: 0 \(all\) to 8, the local devices"),
+    "mesh": (dict(mesh=99), "config.mesh", 99),
     "batch": (
         dict(fit=stage(batch_size=129)),
-        r"config\.fit\.batch_size is 129; allowed: up to 128, the train set",
+        "config.fit.batch_size",
+        129,
     ),
     "batch of retraining": (
         dict(curve=pipeline.stage("curve", retrain="again"), again=stage(batch_size=500)),
-        r"config\.again\.batch_size is 500; allowed: up to 128",
+        "config.again.batch_size",
+        500,
     ),
     "batch in a sweep": (
         dict(sweep=dict(fit=dict(batch_size=(32, 200))), sweep_mode="loop"),
-        r"config\.fit\.batch_size is 200; allowed: up to 128",
+        "config.fit.batch_size",
+        200,
     ),
     "batch on a mesh": (
         dict(mesh=8, fit=stage(batch_size=12)),
-        r"config\.fit\.batch_size is 12; allowed: multiples of 8",
+        "config.fit.batch_size",
+        12,
     ),
     "absent parameters": (
         dict(
             pipeline=("fit", "hessian"), hessian=pipeline.stage("spectrum", parameters="dense2/.*")
         ),
-        (
-            r"config\.hessian\.parameters is 'dense2/\.\*', which matches no parameter; one is "
-            r"'dense1/bias'"
-        ),
+        "config.hessian.parameters",
+        "dense2/.*",
+        "dense1/bias",
     ),
     "rows of no kernel": (
         dict(pipeline=("fit", "rows"), rows=pipeline.stage("row_norms", parameters=".*/bias")),
-        r"config\.rows\.parameters is '\.\*/bias', which matches no kernel",
+        "config.rows.parameters",
+        ".*/bias",
     ),
     "one batch": (
         geometric("fit", "hessian", "width", width=pipeline.stage("width", batch_size=65)),
-        (
-            r"config\.width\.batch_size is 65; allowed: up to 64, half the train set .*, or set "
-            r"epsilon"
-        ),
+        "config.width.batch_size",
+        65,
     ),
     "idle rule": (
         dict(
@@ -332,25 +401,26 @@ LATE_MISTAKES = {  # found when the data and devices are known, still before any
                 )
             )
         ),
-        r"config\.fit\.optimizer\.constraint\.rules: 'conv\.\*' decides no parameter",
+        "config.fit.optimizer.constraint.rules[0]",
+        "conv.*",
     ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_stop_before_data_is_loaded(mistake, tmp_path, monkeypatch):
-    fields, message = MISTAKES[mistake]
+    fields, *refusal = MISTAKES[mistake]
     monkeypatch.setattr(pipeline, "build", lambda *_: pytest.fail("data was loaded"))
-    with pytest.raises(tables.ConfigError, match=message):
+    with tiny.refused(*refusal):
         pipeline.run(tiny.config(**dict(pipeline=("fit", "curve")) | fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("mistake", LATE_MISTAKES)
 def test_mistakes_that_need_the_data_stop_before_compiling(mistake, tmp_path, monkeypatch):
-    fields, message = LATE_MISTAKES[mistake]
+    fields, *refusal = LATE_MISTAKES[mistake]
     monkeypatch.setattr(pipeline, "run_plan", lambda *_: pytest.fail("a plan ran"))
-    with pytest.raises(tables.ConfigError, match=message):
+    with tiny.refused(*refusal):
         pipeline.run(tiny.config(**dict(pipeline=("fit", "curve")) | fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()  # the corrected config may use it
 
@@ -359,7 +429,7 @@ def test_a_config_needs_only_data_a_model_and_stages():
     plans, separate = pipeline.check(tiny.config("fit"))
     assert (len(plans), separate, plans[0].configs[0]["seed"]) == (1, False, 0)
     assert pipeline.base(pipeline=("fit",)).sweep_mode == "auto"
-    with pytest.raises(tables.ConfigError, match=r"kind is 'tran'; known: .* Did you mean 'train'"):
+    with tiny.refused("kind", "tran", "train"):
         pipeline.stage("tran")
 
 
@@ -381,9 +451,11 @@ def test_sweeps_combine_all_values():
     loop, separate = pipeline.check(tiny.config("fit", sweep=sweep, sweep_mode="loop"))
     assert separate
     assert [len(plan.configs) for plan in loop] == [1] * 4
-    conv, separate = pipeline.check(tiny.config("fit", sweep=sweep, model=dict(name="small_cnn")))
-    assert separate  # convolutions are not run side by side
-    assert len(conv) == 4
+    epochs = dict(fit=dict(epochs=(1, 2)))
+    for changes in (dict(model=dict(name="small_cnn")), dict(sweep=dict(sweep, **epochs))):
+        plans, separate = pipeline.check(tiny.config("fit", **dict(sweep=sweep) | changes))
+        assert separate  # convolutions and different programs do not run side by side
+        assert len(plans) >= 2
 
 
 def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
@@ -428,35 +500,24 @@ def test_networks_with_convolutions_are_known_by_their_shapes():
 
 def test_arms_replace_whole_fields_and_name_their_rows():
     plans, separate = pipeline.check(tiny.config("fit", "retrained", **GRID))
-    assert not separate
-    assert plans[0].swept == [
-        dict(arm=label, seed=seed) for label in ("SGD", "sfw") for seed in (0, 1)
+    assert separate  # one program per optimizer
+    assert [plan.swept for plan in plans] == [
+        [dict(arm=label, seed=seed)] for label in ("SGD", "sfw") for seed in (0, 1)
     ]
-    first, last = plans[0].configs[0], plans[0].configs[-1]
+    first, last = plans[0].configs[0], plans[-1].configs[0]
     assert (
         first["fit"]["optimizer"]["learning_rate"],
         first["again"]["optimizer"]["learning_rate"],
     ) == (0.05, 0.01)
     assert last["fit"]["optimizer"] == pipeline.plain(dict(DYNAMIC, constraint=BALL))
     assert (last["arm"], last["seed"], last["fit"]["epochs"]) == ("sfw", 1, 2)
-    fits = plans[0].settings["fit"]
-    assert len({fit.program() for fit in fits}) == 1
-    assert [fit.recipe.index for fit in fits] == [0, 0, 1, 1]
+    assert len({plan.settings["fit"][0].program() for plan in plans}) == 2
     named = {
-        name: dict(fit=dict(label=name, optimizer=own))
-        for name, own in (("a", tiny.SGD), ("b", tiny.SFW))
+        name: dict(fit=dict(label=name, optimizer=dict(tiny.SGD, learning_rate=rate)))
+        for name, rate in (("a", 0.1), ("b", 0.2))
     }
-    (labelled,), _ = pipeline.check(tiny.config("fit", arms=named, sweep=dict(arm=("a", "b"))))
-    assert (
-        len({fit.program() for fit in labelled.settings["fit"]}) == 1
-    )  # labels make no other program
-    lengths = dict(
-        a=dict(fit=dict(epochs=1)), b=dict(fit=dict(epochs=2))
-    )  # nothing to gain from joining these
-    loop, _ = pipeline.check(
-        tiny.config("fit", arms=lengths, sweep=dict(arm=("a", "b")), sweep_mode="loop")
-    )
-    assert not any(isinstance(plan.settings["fit"][0].recipe, optim.Choice) for plan in loop)
+    _, separate = pipeline.check(tiny.config("fit", arms=named, sweep=dict(arm=("a", "b"))))
+    assert not separate  # neither labels nor numbers make another program
 
 
 @pytest.mark.parametrize("name", ["train", "sfw_init", "cut", "remove"])
@@ -482,42 +543,39 @@ def test_a_sweep_may_list_whole_dicts():
     chosen = (tiny.SGD, tiny.SFW, dict(tiny.SGD, nesterov=True))
     sweep = dict(fit=dict(optimizer=chosen, loss=(dict(name="cross_entropy"),)))
     plans, _ = pipeline.check(tiny.config("fit", sweep=sweep))
-    assert [values["fit.optimizer"] for values in plans[0].swept] == ["sgd 1", "sfw", "sgd 3"]
-    assert {values["fit.loss"] for values in plans[0].swept} == {"cross_entropy"}
-    assert [own["fit"]["optimizer"] for own in plans[0].configs] == pipeline.plain(
-        dict(found=chosen)
-    )["found"]
+    swept = [plan.swept[0] for plan in plans]
+    assert [values["fit.optimizer"] for values in swept] == ["sgd 1", "sfw", "sgd 3"]
+    assert {values["fit.loss"] for values in swept} == {"cross_entropy"}
+    optimizers = [plan.configs[0]["fit"]["optimizer"] for plan in plans]
+    assert optimizers == pipeline.plain(dict(found=chosen))["found"]
 
 
-def test_arms_are_one_program_and_give_the_rows_of_single_runs(tmp_path, monkeypatch):
+def test_arms_are_one_program_per_optimizer_and_give_the_rows_of_single_runs(tmp_path, monkeypatch):
     build, problems = pipeline.build, []
     monkeypatch.setattr(
         pipeline, "build", lambda plans: problems.append(build(plans)) or problems[-1]
     )
     config = tiny.config("fit", "retrained", **GRID)
-    together = pipeline.run(config, tmp_path / "vmap").rows
-    assert "over up to 2 networks" in (tmp_path / "vmap" / "report.html").read_text(
-        encoding="utf-8"
-    )
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
-    loop = pipeline.run(config | dict(sweep_mode="loop"), tmp_path / "loop").rows
-    for problem in problems:
-        programs = [name for name in problem.compiled if isinstance(name[0], tuple)]
-        assert len(programs) == 2  # training and retraining
-        kept = filter(
-            callable, problem.compiled.values()
-        )  # beside programs, what is known of the network
-        assert {program._cache_size() for program in kept} == {1}
+    with tiny.pages(True):
+        rows = pipeline.run(config, tmp_path / "arms").rows
+    page = (tmp_path / "arms" / "report.html").read_text(encoding="utf-8")
+    assert "over up to 2 networks" in page
+    (problem,) = problems
+    programs = [name for name in problem.compiled if isinstance(name[0], tuple)]
+    assert len(programs) == 4  # training and retraining, of either optimizer
+    # beside programs, what is known of the network
+    kept = filter(callable, problem.compiled.values())
+    assert {program._cache_size() for program in kept} == {1}
     for arm, label in (("sgd", "SGD"), ("sfw", "sfw")):
         single = pipeline.run(config | dict(arm=arm, sweep=dict(seed=(0, 1))), tmp_path / arm).rows
         of = lambda rows, seed: [row for row in rows if (row["arm"], row["seed"]) == (label, seed)]  # noqa: B023
-        found = [of(rows, 0) + of(rows, 1) for rows in (together, loop, single)]
+        found = [of(made, 0) + of(made, 1) for made in (rows, single)]
         assert len(single) == len(found[0]) == 2 * (2 + 3)
-        for a, b, c in zip(*found, strict=True):
-            assert a.keys() == b.keys() == c.keys()
+        for a, b in zip(*found, strict=True):
+            assert a.keys() == b.keys()
             assert not any(isinstance(value, dict) for name, value in a.items() if name != "layers")
             for name in ("train_loss", "learning_rate") if a["stage"] == "fit" else ("loss",):
-                np.testing.assert_allclose([a[name], b[name]], c[name], rtol=1e-4)
+                np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
 
 
 def spy(make, name, compiled):
@@ -538,7 +596,8 @@ def finished(tmp_path_factory):
     config = tiny.config(
         "learn", "fit", "curve", "weights", "cut", "again", "curve", title="All stages"
     )
-    return config, workdir, pipeline.run(config, workdir)
+    with tiny.pages(True):
+        return config, workdir, pipeline.run(config, workdir)
 
 
 def test_rows_say_where_they_come_from(finished):
@@ -560,7 +619,7 @@ def test_rows_say_where_they_come_from(finished):
     assert outcome.state.opt_state == ()
 
 
-def test_a_finished_run_is_not_repeated(finished, monkeypatch):
+def test_a_finished_run_is_not_repeated(finished, monkeypatch, pages):
     config, workdir, outcome = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     page = (workdir / "report.html").read_bytes()
@@ -609,7 +668,7 @@ def test_eight_devices_train_and_resume(tmp_path):
     tiny.same(pipeline.run(config, tmp_path / "eight").state, outcome.state)
 
 
-def test_a_member_that_diverges_does_not_stop_the_others(tmp_path):
+def test_a_member_that_diverges_does_not_stop_the_others(tmp_path, pages):
     sweep = dict(fit=dict(optimizer=dict(learning_rate=(1e20, 0.1))))
     config = tiny.config("fit", sweep=sweep, sweep_mode="loop")
     for _ in range(2):  # the second time the others are finished
@@ -638,11 +697,6 @@ def test_another_device_than_the_process_already_uses_is_refused(tmp_path):
 # Starting from another run ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def without_report(monkeypatch):
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
-
-
 @pytest.fixture(scope="module")
 def analysed(tmp_path_factory):
     """(workdir, outcome) of a run that trains and predicts."""
@@ -656,9 +710,7 @@ def plain_rows(outcome, *names):
     return [{n: v for n, v in row.items() if n != "arm"} for row in rows if row["stage"] in names]
 
 
-def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(
-    analysed, tmp_path, monkeypatch, without_report
-):
+def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(analysed, tmp_path, monkeypatch):
     workdir, whole = analysed
     pipeline.run(geometric("fit"), tmp_path / "fit")
     # each stage in the place it has above, which decides its random numbers
@@ -673,17 +725,15 @@ def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(
     tiny.same(later.state.params, whole.state.params)
     rows = pipeline.run(config, tmp_path / "later").rows
     assert tiny.timeless(rows) == tiny.timeless(json.loads(json.dumps(later.rows)))
-    monkeypatch.undo()  # a report without any training
-    alone = pipeline.run(geometric("width", start_from=str(workdir)), tmp_path / "alone")
+    with tiny.pages(True):  # a report without any training
+        alone = pipeline.run(geometric("width", start_from=str(workdir)), tmp_path / "alone")
     assert (tmp_path / "alone" / "report.html").stat().st_size > 10_000
     drawn = ("epsilon_error", "low", "high")  # by the stage's place
     without = lambda rows: [{n: v for n, v in row.items() if n not in drawn} for row in rows]
     assert without(plain_rows(alone, "width")) == without(plain_rows(whole, "width"))
 
 
-def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(
-    analysed, tmp_path, without_report
-):
+def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(analysed, tmp_path):
     deeper = pipeline.stage("spectrum", num_matvecs=5)
     config = geometric(
         "width", "hessian", "again", "width", start_from=str(analysed[0]), hessian=deeper
@@ -692,7 +742,7 @@ def test_a_stage_made_anew_replaces_that_of_the_run_it_started_from(
     assert [(row["num_matvecs"], row["num_probes"]) for row in rows] == [(3, 1), (5, 1)]
 
 
-def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path, without_report):
+def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path):
     first, again = str(tmp_path / "first"), str(tmp_path / "again")
     pipeline.run(geometric("weights", start_from=str(analysed[0])), first)
     (row,) = (
@@ -713,7 +763,7 @@ def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path, without_re
     assert [(row["seed"], row["num_matvecs"]) for row in rows] == [(0, 3), (1, 3)]
 
 
-def test_members_start_from_the_same_members(tmp_path, without_report):
+def test_members_start_from_the_same_members(tmp_path):
     seeds = dict(SEEDS, fit=stage(epochs=1))
     together = pipeline.run(geometric("fit", **seeds), tmp_path / "vmap")
     found = pipeline.run(
@@ -733,7 +783,7 @@ def test_members_start_from_the_same_members(tmp_path, without_report):
     assert single.rows[0]["alphas"] == each.rows[1]["alphas"]
     for other in ("vmap", "loop"):
         with pytest.raises(
-            tables.ConfigError, match=r"a run of several networks: repeat its sweep .*\[0, 1\]"
+            tables.ConfigError, match=r"a run of several networks; .* its sweep .*\[0, 1\]"
         ) as error:
             pipeline.check(geometric("hessian", start_from=str(tmp_path / other)))
         assert (str(one.with_name("member_000")) in str(error.value)) == (other == "loop")
@@ -748,14 +798,12 @@ def test_an_option_that_a_run_does_not_have_yet_is_its_default(analysed):
     assert pipeline.check(start("relu"))
     with pytest.raises(
         tables.ConfigError,
-        match=r'another network\.\n  config\.model\.activation: "relu" there, "lin',
+        match=r'another network\n  config\.model\.activation: "relu" there, "lin',
     ):
         pipeline.check(start("linear"))
 
 
-def test_runs_that_cannot_be_started_from_are_named(
-    analysed, tmp_path, monkeypatch, without_report
-):
+def test_runs_that_cannot_be_started_from_are_named(analysed, tmp_path, monkeypatch):
     start = lambda path, *names, **fields: pipeline.run(
         geometric(*(names or ("hessian",)), **fields, start_from=str(path)), tmp_path / "new"
     )
@@ -763,12 +811,10 @@ def test_runs_that_cannot_be_started_from_are_named(
         start(tmp_path / "absent")
     with pytest.raises(
         tables.ConfigError,
-        match=r"a run of another network\.\n  config\.model\.widths: \[16\] there, ",
+        match=r"a run of another network\n  config\.model\.widths: \[16\] there, ",
     ):
         start(analysed[0], model=dict(name="mlp", widths=(8,)))
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.width\.spectrum is 'newton'; .*: hessian\."
-    ):
+    with tiny.refused("config.width.spectrum", "newton", allowed="hessian"):
         start(analysed[0], "width", width=pipeline.stage("width", spectrum="newton"))
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1, KeyboardInterrupt)
@@ -782,10 +828,7 @@ def test_runs_that_cannot_be_started_from_are_named(
     with pytest.raises(tables.ConfigError, match="which is not finished"):
         start(tmp_path / "half")
     pipeline.run(geometric("fit"), tmp_path / "fit")
-    with pytest.raises(
-        tables.ConfigError,
-        match=r"'width' .* before any stage of kind 'spectrum', whose result it needs",
-    ):
+    with tiny.refused("config.pipeline", "width", allowed="'spectrum'"):
         start(tmp_path / "fit", "width")
     loop = json.loads((tmp_path / "fit" / "config.json").read_text()) | dict(
         start_from=str(tmp_path / "fit")
@@ -820,14 +863,16 @@ class Killed(BaseException):
     """Stands for a kill: nobody catches it, so nothing is saved on the way out."""
 
 
-RESUMED = {
-    "sgd": tiny.config("fit", steps_per_call=3),
-    "sfw": tiny.config("fit", "cut", "again", fit=stage(optimizer=DYNAMIC), steps_per_call=3),
-    "sfw_init": tiny.config("learn", "fit", "weights"),
-    "curve": tiny.config(
-        "fit", "curve", curve=pipeline.stage("curve", ratios=tuple(i / 40 for i in range(40)))
+RESUMED = {  # every kind of state and of stage, alone and side by side
+    "sfw": tiny.config(
+        *("learn", "fit", "cut", "again", "weights"),
+        fit=stage(optimizer=DYNAMIC),
+        steps_per_call=3,
     ),
-    "retrained curve": tiny.config("fit", "retrained", "curve"),
+    "curves": tiny.config(
+        *("fit", "retrained", "curve"),
+        curve=pipeline.stage("curve", ratios=tuple(i / 40 for i in range(40))),
+    ),
     "spectrum": geometric(
         *("fit", "hessian", "newton"),
         fit=stage(epochs=1),
@@ -839,11 +884,11 @@ RESUMED = {
         hessian=pipeline.stage("spectrum", num_matvecs=2, operator="absolute"),
         **SEEDS,
     ),
-    "growth": tiny.config("fit", "grow", "again", fit=stage(epochs=1), grow=GROW, steps_per_call=3),
-    "growth of members": tiny.config("fit", "grow", fit=stage(epochs=1), grow=GROW, **SEEDS),
+    "growth of members": tiny.config(
+        *("fit", "grow", "again"), fit=stage(epochs=1), grow=GROW, steps_per_call=3, **SEEDS
+    ),
     "vmap": tiny.config("learn", "fit", "curve", **SEEDS),
-    "loop": tiny.config("fit", "curve", sweep_mode="loop", **SEEDS),
-    "arms": tiny.config("fit", "curve", **GRID),
+    "loop": tiny.config("fit", "curve", arms=ARMS, sweep=dict(arm=("sgd", "sfw"))),
 }
 
 
@@ -872,7 +917,6 @@ def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
         return problems[0]
 
     monkeypatch.setattr(pipeline, "build", build_once)
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
     with monkeypatch.context() as patch:
         calls = interrupt_at(patch, 0, None)
         expected = pipeline.run(config, tmp_path / "whole")
@@ -893,7 +937,7 @@ def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             calls = interrupt_at(patch, 0, None)
             outcome = pipeline.run(own, workdir)
-        assert len(calls) < total or number == 1 or case in ("sfw_init", "vmap")
+        assert len(calls) < total or number == 1 or config["pipeline"][0] == "learn"
         tiny.same(outcome.state, expected.state)
         assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows, (
             f"interrupted at update {number}"

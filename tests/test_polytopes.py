@@ -152,7 +152,7 @@ def test_sets_of_a_network_match_the_original(setting):
             np.testing.assert_allclose(
                 [norms[n] for n in paths], golden[f"model/ksparse/{setting}/norm_used"], **CLOSE
             )
-    rules = polytopes.check(dict(name="k_sparse", **golden_rules(setting)), "constraint")
+    rules = polytopes.check(dict(name="k_sparse", **golden_rules(setting)))
     sets = polytopes.build(params, norms, rules)
     ours = [(sets[n].k, sets[n].radius, sets[n].diameter(params[n].size)) for n in paths]
     np.testing.assert_allclose(ours, golden[f"model/ksparse/{setting}/K_radius_diameter"], **CLOSE)
@@ -361,19 +361,19 @@ def test_rules_choose_sets_by_parameter():
     config = dict(
         name="k_sparse", k=10, k_frac=0.1, tau=5.0, rules=((".*/bias", dict(name="unconstrained")),)
     )
-    sets = polytopes.build(params, norms, polytopes.check(config, "config.fit.constraint"))
+    sets = polytopes.build(params, norms, polytopes.check(config))
     assert sets["fc"]["bias"] == polytopes.Unconstrained()
     assert sets["fc"]["kernel"].k == 20
     np.testing.assert_allclose(sets["fc"]["kernel"].radius, 2 * 5.0 * 2.0 / (2 * math.sqrt(20)))
     config["rules"] = ((".*/offset", dict(name="l2")),)
     with pytest.raises(tables.ConfigError, match="decides no parameter"):
-        polytopes.build(params, norms, polytopes.check(config, "config.fit.constraint"))
+        polytopes.build(params, norms, polytopes.check(config))
 
 
 @pytest.mark.parametrize(
     ("constraint", "message"),
     [
-        (dict(name="k_spars"), "known: k_sparse, l2, lp, unconstrained. Did you mean 'k_sparse'"),
+        (dict(name="k_spars"), "allowed: k_sparse, l2, lp, unconstrained. Did you mean 'k_sparse'"),
         (dict(name="k_sparse", kfrac=0.1), "no field 'kfrac'.*Did you mean 'k_frac'"),
         (dict(name="k_sparse", tau=-1.0), "tau is -1.0; allowed: float > 0.0"),
         (dict(name="k_sparse", k=0, k_frac=0.0), "select no entry"),
@@ -386,7 +386,7 @@ def test_rules_choose_sets_by_parameter():
 )
 def test_bad_constraints_are_refused(constraint, message):
     with pytest.raises(tables.ConfigError, match=message):
-        polytopes.check(constraint, "config.fit.optimizer.constraint")
+        polytopes.check(constraint)
 
 
 def test_mean_norms_measure_the_initialisation():

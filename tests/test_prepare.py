@@ -5,11 +5,10 @@ to do.
 import importlib.util
 import json
 import pathlib
-import subprocess
-import sys
 import types
 
 import pytest
+import tiny
 
 from sparsity_jax import prepare
 
@@ -128,9 +127,7 @@ def test_damaged_metadata_is_named(tmp_path, capsys):
 
 
 def test_help_from_the_command_line():
-    root = pathlib.Path(__file__).parents[1]
-    command = [sys.executable, "-W", "error", "-m", "sparsity_jax.prepare", "--help"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    done = tiny.python("-W", "error", "-m", "sparsity_jax.prepare", "--help")
     assert "--data_dir" in done.stdout
     assert "examples:" in done.stdout
     assert done.stderr == ""

@@ -600,11 +600,8 @@ def test_absurd_shapes_in_a_file_are_refused(shape, offsets, tmp_path):
 def test_files_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
     path = pretrained.write(tmp_path / "net.safetensors", {"a": np.ones(3)})
     monkeypatch.setattr(tables, "host_memory", lambda: 50.0)
-    with pytest.raises(
-        tables.ConfigError,
-        match=r"config\.pretrained is '.*', which has .* GB; allowed: .* the memory",
-    ):
-        pretrained.check(path, "config.pretrained")
+    with tiny.refused("", os.fspath(path)):
+        pretrained.check(path)
 
 
 def test_absurd_shapes_in_memory_are_refused_unread():
@@ -838,11 +835,6 @@ def weights(tmp_path_factory):
     return str(pretrained.write(path, pretrained.to_torch(variables))), variables
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
-
-
 STILL = pipeline.stage(
     "train", epochs=1, batch_size=32, optimizer=dict(tiny.SGD, learning_rate=0.0), start="init"
 )
@@ -931,52 +923,52 @@ def test_mistakes_stop_a_run_before_it_begins(weights, tmp_path):
     absurd = tmp_path / "absurd.safetensors"
     absurd.write_bytes(safetensors_of([10**12], [0, 4 * 10**12]))
     wider = dict(model=dict(name="mlp", widths=(17,)))
-    for fields, message in (
+    for fields, refusal in (
         (
             dict(pretrained="nowhere.safetensors"),
-            r"config\.pretrained is 'nowhere\.safetensors', but there is no such",
+            ("config.pretrained", "nowhere.safetensors"),
         ),
         (
             dict(pretrained=str(truncated)),
-            r"config\.pretrained is '.*cut\.safetensors', which is no whole safetensors",
+            ("config.pretrained",),
         ),
         (
             dict(pretrained=str(absurd)),
-            r"config\.pretrained is '.*absurd\.safetensors', which is no whole safetensors",
+            ("config.pretrained",),
         ),
         (
             dict(pretrained=path, start_from="x"),
-            r"config\.pretrained is '.*' and config\.start_from 'x'; allowed: one of",
+            ("config.pretrained",),
         ),
         (
             dict(fresh_classifier=True),
-            r"config\.fresh_classifier is for the weights of config\.pretrained, which is em",
+            ("config.fresh_classifier", True),
         ),
         (
             dict(pretrained_zeros="keep"),
-            r"config\.pretrained_zeros is for the weights of config\.pretrained",
+            ("config.pretrained_zeros", "keep"),
         ),
         (
             dict(pretrained=path, pretrained_zeros="drop"),
-            r"config\.pretrained_zeros is 'drop'; allowed: 'train' \| 'k",
+            ("config.pretrained_zeros", "drop"),
         ),
         (
             dict(pretrained=path, pretrained_names=[["fc.weight", "x"]]),
-            r"names: 'fc\.weight' is to become 'x', which",
+            ("names: 'fc.weight'",),
         ),
         (
             dict(pretrained=path, **wider),
-            r"config\.pretrained '.*' does not fit .*\n  wrong: .* must be \(17, 64\)",
+            ("config.pretrained '",),
         ),
         (
             dict(pretrained=path, sweep=dict(pretrained=[path])),
-            r"config\.sweep names config\.pretrained; allowed",
+            ("config.sweep", "pretrained"),
         ),
     ):
-        with pytest.raises(tables.ConfigError, match=message):
+        with tiny.refused(*refusal):
             pipeline.run(tiny.config("curve", **fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(tables.ConfigError, match=r"before any stage of kind 'train'"):
+    with tiny.refused("config.pipeline", "curve"):
         pipeline.check(tiny.config("curve"))
 
 

@@ -5,8 +5,6 @@ input.
 import json
 import math
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -25,6 +23,8 @@ from sparsity_jax.report import (
     summary,
     training,
 )
+
+PAGES = True  # see conftest.py
 
 RATIOS = [i / 10 for i in range(10)] + [i / 100 for i in range(91, 100)]
 CONFIG = {
@@ -985,7 +985,8 @@ def test_import_is_cheap_and_leaves_pyplot_alone():
         "import sys; import sparsity_jax.report; assert not {'matplotlib', 'tensorboardX', 'jax'} "
         "& set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = tiny.python("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_channel_groups_and_what_is_left_of_them(tmp_path):

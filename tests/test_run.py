@@ -4,18 +4,19 @@ for mistakes.
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import tiny
+from absl.testing import flagsaver
 
-from sparsity_jax import report
+from sparsity_jax import report, run
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = tiny.ROOT
 QUICK = (  # the quick start, made shorter; three seeds at once
     "--config.data.train_limit=128",
     "--config.data.test_limit=60",
@@ -42,14 +43,18 @@ LIMIT = (  # the geometric limit on few digits
 )
 
 
-def start(workdir, *arguments, config="configs/quickstart.py"):
+def command_of(workdir, arguments, config):
     where = [] if workdir is None else ["--workdir", str(workdir)]
+    return [sys.executable, "-m", "sparsity_jax.run", "--config", str(config), *where, *arguments]
+
+
+def start(workdir, *arguments, config="configs/quickstart.py"):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = (
-        "0"  # the same programs again and again
-    )
+    # the same programs again and again, and short ones
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     return subprocess.Popen(
-        [sys.executable, "-m", "sparsity_jax.run", "--config", str(config), *where, *arguments],
+        command_of(workdir, arguments, config),
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -189,75 +194,96 @@ pipeline.run = full
 runpy.run_module("sparsity_jax.run", run_name="__main__", alter_sys=True)
 """
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "--config=configs/quickstart.py",
-        f"--workdir={tmp_path}",
-    ]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = tiny.python("-c", program, "--config=configs/quickstart.py", f"--workdir={tmp_path}")
     assert ended.returncode == 1
     told, again = ended.stderr.splitlines()
     assert told == f"error: {tmp_path}: [Errno 28] No space left on device"
     assert "goes on from the last checkpoint" in again
 
 
-def test_describe_prints_what_can_be_set_and_runs_nothing():
-    printed = finish(start(None, "--describe", "--config.fit_sfw.epochs=7"))
+@pytest.fixture
+def command(monkeypatch):
+    """The command line in this process: what it gives, with the arguments as a process has them."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+    def call(workdir, *arguments, config="configs/quickstart.py"):
+        monkeypatch.setattr(sys, "argv", command_of(workdir, arguments, ROOT / config)[2:])
+        with flagsaver.flagsaver(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # how config files are loaded
+            run.main(run.parse(sys.argv))
+
+    return call
+
+
+def test_describe_prints_what_can_be_set_and_runs_nothing(command, capsys):
+    command(None, "--describe", "--config.fit_sfw.epochs=7")
+    printed = capsys.readouterr().out
     assert "config.fit_sfw, kind 'train'\n    Trains the network." in printed
     assert "\n  epochs: int >= 1 and <= 2147483647; no default, here 7\n" in printed
 
 
-def test_mistakes_on_the_command_line_are_one_clear_message(tmp_path, whole):
+MLP = dict(config="configs/toy_cnn.py:mlp")
+MISTAKES = {  # workdir, arguments, words of the message
+    "unknown field": ("a", ["--config.fit_sfw.epocs=3"], {}, ["epocs", "epochs"]),
+    "wrong type": ("a", ["--config.fit_sfw.epochs=many"], {}, ["epochs", "many"]),
+    "missing file": (
+        "a",
+        [],
+        dict(config="configs/quikstart.py"),
+        ["configs/quikstart.py, which is not there"],
+    ),
+    "file without its ending": (
+        "a",
+        [],
+        dict(config="configs/quickstart"),
+        ["which is not there. Did you mean ", "configs/quickstart.py?"],
+    ),
+    "missing workdir": (None, [], {}, ["--workdir is missing"]),
+    "empty workdir": ("", [], {}, ["--workdir is empty"]),
+    "workdir that is a file": (
+        ROOT / "README.md",
+        [],
+        {},
+        ["README.md is a file; use another --workdir"],
+    ),
+    "forgotten dashes": ("a", ["config.seed=1"], {}, ["'config.seed=1' is no flag"]),
+    "out of range": (
+        "a",
+        ["--config.fit_sfw.epochs=0"],
+        {},
+        ["config.fit_sfw.epochs is 0", ">= 1"],
+    ),
+    "wrong variant": (
+        "a",
+        [],
+        dict(config="configs/toy_cnn.py:mpl"),
+        ["'mpl'", "Did you mean 'mlp'?"],
+    ),
+    "a variant's field": ("a", ["--config.retrain.epochs=0"], MLP, ["config.retrain.epochs is 0"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_on_the_command_line_are_one_clear_message(mistake, command, tmp_path):
+    workdir, arguments, options, words = MISTAKES[mistake]
+    place = workdir if workdir in (None, "") else tmp_path / workdir
+    with pytest.raises(SystemExit) as ended:
+        command(place, *arguments, **options)
+    assert ended.value.code.startswith("error: ")
+    assert all(word in ended.value.code for word in words)
+    assert len(ended.value.code.splitlines()) < 10
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_ends_the_process_without_a_traceback(tmp_path, whole):
     commands = {
-        "unknown field": (start(tmp_path / "a", "--config.fit_sfw.epocs=3"), "epocs", "epochs"),
-        "wrong type": (start(tmp_path / "b", "--config.fit_sfw.epochs=many"), "epochs", "many"),
-        "missing file": (
-            start(tmp_path / "c", config="configs/quikstart.py"),
-            "names configs/quikstart.py, which is not there",
+        "config.fit_sgd.epochs: 3 there, 4 now": start(
+            whole[0], *QUICK, "--config.fit_sgd.epochs=4"
         ),
-        "file without its ending": (
-            start(tmp_path / "c", config="configs/quickstart"),
-            "names configs/quickstart, which is not there. Did you mean configs/quickstart.py?",
-        ),
-        "missing workdir": (start(None), "error: --workdir is missing"),
-        "empty workdir": (start(""), "error: --workdir is empty"),
-        "workdir that is a file": (
-            start(ROOT / "README.md"),
-            "README.md is a file; use another --workdir",
-        ),
-        "forgotten dashes": (
-            start(tmp_path / "d", "config.seed=1"),
-            "error: 'config.seed=1' is no flag",
-        ),
-        "out of range": (
-            start(tmp_path / "d", "--config.fit_sfw.epochs=0"),
-            "error: config.fit_sfw.epochs is 0",
-            ">= 1",
-        ),
-        "other config": (
-            start(whole[0], *QUICK, "--config.fit_sgd.epochs=4"),
-            "config.fit_sgd.epochs: 3 there, 4 now",
-        ),
-        "wrong variant": (
-            start(tmp_path / "e", config="configs/toy_cnn.py:mpl"),
-            "'mpl'",
-            "Did you mean 'mlp'?",
-        ),
-        "a variant's field": (
-            start(tmp_path / "f", "--config.retrain.epochs=0", config="configs/toy_cnn.py:mlp"),
-            "error: config.retrain.epochs is 0",
-        ),
+        "epocs": start(tmp_path, "--config.fit_sfw.epocs=3"),
     }
-    results = {
-        mistake: command[0].communicate(timeout=120)[0] for mistake, command in commands.items()
-    }
-    for mistake, (process, *words) in commands.items():
-        printed = results[mistake]
-        assert process.returncode not in (0, None), mistake
-        for word in words:
-            assert word in printed, f"{mistake}: {printed}"
-        assert len(printed.strip().splitlines()) < 10, f"{mistake}: {printed}"
-        assert "Traceback" not in printed, f"{mistake}: {printed}"
-    assert not any((tmp_path / name).exists() for name in "abcdef")
+    for words, process in commands.items():
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode not in (0, None)
+        assert words in printed
+        assert "Traceback" not in printed

@@ -524,7 +524,7 @@ def test_gathering_again_compiles_nothing_and_skips_what_nobody_needs():
 def test_misuse_of_gather_is_explained():
     loss, params, data = toy()
     with pytest.raises(
-        tables.ConfigError, match=r"statistic is 'hg_graps'; known: .* Did you mean 'hg_grasp'"
+        tables.ConfigError, match=r"statistic is 'hg_graps'; allowed: .* Did you mean 'hg_grasp'"
     ):
         scores.gather(loss, ("hg_graps",), 10)
     with pytest.raises(ValueError, match="batch_size is 0; allowed: 1 and above"):
@@ -864,8 +864,8 @@ def test_required_statistics():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("fischer", {}, "measure is 'fischer'; known: .* Did you mean 'fisher'"),
-        ("l1", {"aggregate": "max"}, "aggregate is 'max'; known: l2, mean, producer, sum"),
+        ("fischer", {}, "measure is 'fischer'; allowed: .* Did you mean 'fisher'"),
+        ("l1", {"aggregate": "max"}, "aggregate is 'max'; allowed: l2, mean, producer, sum"),
         (
             "bn",
             {"use_l2": True},

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from tiny import settings
 
-from sparsity_jax import allocate, interface, masks, optim, stages, tables, train, trees
+from sparsity_jax import allocate, interface, masks, optim, stages, train, trees
 
 
 @pytest.fixture(scope="module")
@@ -307,61 +307,65 @@ def test_training_starts_inside_the_feasible_sets(problem):
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "message"),
+    ("kind", "fields", "refusal"),
     [
-        ("curve", dict(ratios=()), r"config\.x\.ratios must not be empty"),
-        ("curve", dict(splits=()), r"config\.x\.splits must not be empty"),
-        ("curve", dict(ratios=(0.5, 1.5)), r"ratios\[1\] is 1.5; allowed: float >= 0.0 and <= 1.0"),
+        ("curve", dict(ratios=()), ("config.x.ratios", ())),
+        ("curve", dict(splits=()), ("config.x.splits", ())),
+        ("curve", dict(ratios=(0.5, 1.5)), ("config.x.ratios[1]", 1.5)),
         (
             "curve",
             dict(selection="structured", scope="all"),
-            "has no field 'scope'; fields: .*granularity.*layer_ratios",
+            ("config.x", "scope"),
         ),
         (
             "prune",
             dict(ratio=0.5, selection="globl"),
-            "selection is 'globl'; known: .* Did you mean 'global'",
+            ("config.x.selection", "globl", "global"),
         ),
         (
             "train",
             dict(epochs=1, optimizer=tiny.SGD, loss=dict(name="l2")),
-            "loss.name is 'l2'; known: cross_entropy",
+            ("config.x.loss.name", "l2"),
         ),
-        ("train", dict(epochs=1, optimizer=tiny.SGD, augment="flop"), "Did you mean 'flip'"),
+        (
+            "train",
+            dict(epochs=1, optimizer=tiny.SGD, augment="flop"),
+            ("config.x.augment", "flop", "flip"),
+        ),
         (
             "train",
             dict(epochs=2, optimizer=dict(tiny.SGD, schedule=dict(name="cosine", warmup_epochs=2))),
-            r"config\.x\.optimizer\.schedule: warmup_epochs is 2.0; allowed: below epochs \(2\)",
+            ("config.x.optimizer.schedule",),
         ),
     ],
 )
-def test_options_that_cannot_work_are_named(kind, fields, message):
-    with pytest.raises(tables.ConfigError, match=message):
+def test_options_that_cannot_work_are_named(kind, fields, refusal):
+    with tiny.refused(*refusal):
         settings(kind, **fields)
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("fields", "refusal"),
     [
-        (dict(include="conv.*"), "include"),
-        (dict(exclude=".*"), "include="),
-        (dict(selection="layerwise", exclude="dense9/kernel"), "dense1/kernel"),
-        (dict(selection="structured", exclude=".*"), "include="),
-        (dict(selection="structured", layers="convolutions"), "convolutions"),
+        (dict(include="conv.*"), ("include", "conv.*")),
+        (dict(exclude=".*"), ("",)),
+        (dict(selection="layerwise", exclude="dense9/kernel"), ("exclude", ..., "dense1/kernel")),
+        (dict(selection="structured", exclude=".*"), ("",)),
+        (dict(selection="structured", layers="convolutions"), ("",)),
     ],
 )
-def test_selections_that_fit_no_kernel_are_refused_before_training(problem, fields, named):
+def test_selections_that_fit_no_kernel_are_refused_before_training(problem, fields, refusal):
     for kind, ratios in (("prune", dict(ratio=0.5)), ("curve", {})):
         selection = {name: value for name, value in fields.items() if name == "selection"}
-        settings(kind, **ratios, **selection).check_network(problem, "config.x", 1)
-        with pytest.raises(tables.ConfigError, match=rf"^config\.x: .*{named}"):
-            settings(kind, **ratios, **fields).check_network(problem, "config.x", 1)
+        settings(kind, **ratios, **selection).check_network(problem, 1)
+        with tiny.refused(*refusal):
+            settings(kind, **ratios, **fields).check_network(problem, 1)
 
 
 def test_whole_filters_are_refused_where_all_are_outputs():
     one_layer = tiny.problem(widths=())
     own = settings("prune", ratio=0.5, selection="structured")
-    with pytest.raises(tables.ConfigError, match=r"^config\.x: .*fc/kernel"):
-        own.check_network(one_layer, "config.x", 1)
+    with tiny.refused(""):
+        own.check_network(one_layer, 1)
     by_channel = settings("prune", ratio=0.5, selection="structured", granularity="channel")
-    by_channel.check_network(one_layer, "config.x", 1)  # inputs may go
+    by_channel.check_network(one_layer, 1)  # inputs may go

@@ -33,7 +33,6 @@ from sparsity_jax import (
     losses,
     models,
     pipeline,
-    report,
     sources,
     stages,
     stopping,
@@ -652,14 +651,8 @@ PARENT = f"""{OPENED}
 def test_readers_left_open_end_without_a_message(tmp_path):
     (tmp_path / "left_open.py").write_text(OPENED.replace("workers=2", "workers=0"))
     paths = dict(PYTHONPATH=str(pathlib.Path(__file__).parents[1]))
-    done = subprocess.run(
-        [sys.executable, "left_open.py"],
-        cwd=tmp_path,
-        env=os.environ | paths,
-        capture_output=True,
-        check=True,
-    )
-    assert done.stderr == b""
+    done = tiny.python("left_open.py", cwd=tmp_path, env=os.environ | paths)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_script_without_a_main_guard_is_told(monkeypatch):
@@ -706,7 +699,7 @@ def test_workers_do_not_outlive_a_killed_run(tmp_path):
     )
     workers = [int(pid) for pid in parent.stdout.readline().split()]
     parent.kill()
-    parent.wait()
+    parent.wait(60)
     parent.stdout.close()
     deadline = time.monotonic() + 20
     alive = lambda pid: pathlib.Path(f"/proc/{pid}/stat").exists() and "Z" not in state_of(pid)
@@ -740,7 +733,6 @@ def config_of(root, *names, **fields):
 
 
 def test_a_killed_run_ends_with_the_same_bits(damaged, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
     config = config_of(damaged, "fit", "curve")
     whole = pipeline.run(config, tmp_path / "whole")
     epochs = [row for row in whole.rows if "epoch" in row]

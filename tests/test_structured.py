@@ -251,7 +251,7 @@ def test_every_group_loses_the_share_of_its_rule(problem, trained):
 @pytest.mark.parametrize("measure", ["bn", "nvidia"])
 def test_measures_of_norms(convolutional, measure):
     problem, state = convolutional
-    structured.check_network(problem, settings(measure=measure), "config.x")
+    structured.check_network(problem, settings(measure=measure))
     found = structured.make_scores(problem, settings(measure=measure, imp_samples=20))(
         state, jax.random.key(0)
     )
@@ -264,10 +264,7 @@ def test_measures_of_norms(convolutional, measure):
 def test_groups_without_a_norm_are_named_before_anything_runs(problem):
     model = models.build(name="small_cnn", num_classes=4, batch_norm=True)
     mixed = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
-    message = (
-        r"config\.x: the measure 'bn' .* no norm scale\. To leave .* "
-        r"config\.x\.exclude='params/dense1'\. Meas"
-    )
+    refusal = ("measure", "bn")
     with pytest.raises(
         tables.ConfigError,
         match=r"the measure 'l1' .* no producing kernel\. .* Or set aggregate='sum'",
@@ -275,15 +272,13 @@ def test_groups_without_a_norm_are_named_before_anything_runs(problem):
         structured.check_network(
             mixed, settings(measure="l1", skip="params/dense1/kernel"), "config.x"
         )
-    with pytest.raises(tables.ConfigError, match=message):
-        structured.check_network(mixed, settings(measure="bn"), "config.x")
-    structured.check_network(mixed, settings(measure="bn", exclude="params/dense1"), "config.x")
+    with tiny.refused(*refusal):
+        structured.check_network(mixed, settings(measure="bn"))
+    structured.check_network(mixed, settings(measure="bn", exclude="params/dense1"))
     with pytest.raises(tables.ConfigError, match=r"no norm scale\. Measures of kernels"):
-        structured.check_network(problem, settings(measure="nvidia"), "config.x")
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.x\.exclude is '\.\*', which leaves no group to cut"
-    ):
-        structured.check_network(problem, settings(exclude=".*"), "config.x")
+        structured.check_network(problem, settings(measure="nvidia"))
+    with tiny.refused("exclude", ".*"):
+        structured.check_network(problem, settings(exclude=".*"))
 
 
 def test_excluded_groups_and_multiples(problem, trained):
@@ -312,44 +307,41 @@ def test_members_are_cut_by_their_own_scores():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "refusal"),
     [
-        (dict(measure="mag"), r"measure is 'mag'; known: .*"),
-        (dict(ratio=1.0), r"config\.x: ratio is 1, which removes everything"),
+        (dict(measure="mag"), ("config.x.measure", "mag")),
+        (dict(ratio=1.0), ("config.x",)),
         (
             dict(schedule=dict(name="cubic")),
-            r"config\.x: schedule\.name is 'cubic'; known: gradient_flow",
+            ("config.x.schedule.name", "cubic"),
         ),
         (
             dict(schedule=dict(name="polynomial", powr=2)),
-            r"config\.x: schedule 'polynomial': .*powr.*; fields: ratio",
+            ("config.x",),
         ),
-        (dict(measure="tfo", use_init=True), r"config\.x\.use_init replaces the factor"),
-        (dict(exclude="("), r"config\.x\.exclude: '\(' is not a regular expression"),
-        (dict(budget="filters"), r"config\.x\.budget is 'filters'; allowed: 'channels'"),
-        (dict(rules=((".*", 1.0),)), r"config\.x\.rules: ratio is 1, which removes everything"),
+        (dict(measure="tfo", use_init=True), ("config.x.use_init", True)),
+        (dict(exclude="("), ("config.x.exclude", "(")),
+        (dict(budget="filters"), ("config.x.budget", "filters")),
+        (dict(rules=((".*", 1.0),)), ("config.x.rules[0]", 1.0)),
         (
             dict(rules=((".*", 0.5),), budget="flops"),
-            r"budget is 'flops', but config\.x\.rules need 'channels'",
+            ("config.x.budget", "flops"),
         ),
         (
             dict(rules=((".*", 0.5),), schedule=dict(name="manual", thresholds=(0.5,))),
-            r"schedule names thresholds, but config\.x\.rules say what goes of each group",
+            ("config.x.schedule.name", "manual"),
         ),
     ],
 )
-def test_wrong_settings_are_named(fields, message):
-    with pytest.raises(tables.ConfigError, match=message):
+def test_wrong_settings_are_named(fields, refusal):
+    with tiny.refused(*refusal):
         settings(**fields)
 
 
 def test_cuts_that_cannot_be_are_named_before_anything_runs(problem, trained, tmp_path):
     cut = pipeline.stage("cut", schedule=dict(name="manual", thresholds=(0.1, 0.5)))
     config = tiny.config("fit", "cut", cut=cut)
-    with pytest.raises(
-        tables.ConfigError,
-        match=r"thresholds are 2 rounds, but config\.pipeline names the stage 1 times",
-    ):
+    with tiny.refused("config.cut.schedule.thresholds", [0.1, 0.5]):
         pipeline.run(config, tmp_path / "run")
     config = tiny.config("fit", "cut", cut=pipeline.stage("cut", exclude="params/conv.*"))
     with pytest.raises(
@@ -357,41 +349,32 @@ def test_cuts_that_cannot_be_are_named_before_anything_runs(problem, trained, tm
     ):
         pipeline.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.x, round 1: ratio 0\.99 .* use a ratio of at most"
-    ):
+    with tiny.refused("ratio"):
         run(problem, trained, ratio=0.99)
     with pytest.raises(
         tables.ConfigError, match=r"round 1: 1 of 24 channels of layer 'params/dense1' are to stay"
     ):
         run(problem, trained, rules=((".*", 0.98),))
-    for fields, message in (
+    for fields, refusal in (
         (
             dict(ratio=0.99),
-            (
-                r"config\.x shall remove 0\.99 of 40 .*min_share=0\.05 keeps 3 .* config\.x\.ratio "
-                r"up to 0\.925"
-            ),
+            ("ratio",),
         ),
         (
             dict(ratio=0.99, budget="parameters"),
-            r"config\.x, round 3: cost target .* larger target.* config\.x\.ratio says",
+            ("ratio",),
         ),
         (
             dict(rules=((".*", 0.98),)),
-            r"config\.x, round 3: 1 of 24 .*'params/dense1'.* config\.x\.rules says",
+            ("rules",),
         ),
     ):
-        with pytest.raises(tables.ConfigError, match=message):
-            structured.check_network(problem, settings(**fields), "config.x", 3)
-    structured.check_network(problem, settings(ratio=0.925), "config.x", 3)
-    structured.check_network(
-        problem, settings(ratio=0.99, protect="original_resnet"), "config.x", 3
-    )
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.x\.rules: no rule matches 'params/dense2'; end with"
-    ):
-        structured.check_network(problem, settings(rules=((".*1", 0.5),)), "config.x")
+        with tiny.refused(*refusal):
+            structured.check_network(problem, settings(**fields), 3)
+    structured.check_network(problem, settings(ratio=0.925), 3)
+    structured.check_network(problem, settings(ratio=0.99, protect="original_resnet"), 3)
+    with tiny.refused("rules"):
+        structured.check_network(problem, settings(rules=((".*1", 0.5),)))
 
 
 def handing_on(*names, **fields):
@@ -491,23 +474,15 @@ def test_what_nothing_hands_on_is_named(tmp_path):
         pipeline.run(config, tmp_path / "x")
     config = handing_on("fit", "cut")
     config["cut"]["use_l2"] = True
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.cut\.use_l2 is True, but the training tracks False"
-    ):
+    with tiny.refused("config.cut.use_l2", True):
         pipeline.run(config, tmp_path / "x")
     config["fit"]["track"] |= dict(use_l2=True, use_init=True)
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.cut\.use_init is False, but the training tracks True"
-    ):
+    with tiny.refused("config.cut.use_init", False):
         pipeline.run(config, tmp_path / "x")
     config["fit"]["track"] |= dict(use_l2=False)
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.fit\.track\.use_init replaces .* use_l2, which is False"
-    ):
+    with tiny.refused("config.fit.track.use_init", True):
         pipeline.run(config, tmp_path / "x")
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.fit\.carry hands on the momentum of sgd; .* 'sfw'"
-    ):
+    with tiny.refused("config.fit.carry", True):
         pipeline.check_member(
             handing_on("fit")
             | dict(fit=pipeline.stage("train", epochs=1, optimizer=tiny.SFW, carry=True))

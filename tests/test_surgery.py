@@ -92,7 +92,7 @@ def test_other_arrays(method):
     np.testing.assert_array_equal(params["norm"]["weight"], [0, 1, 1, 1, 1])
     np.testing.assert_array_equal(params["position"], 3)
     assert np.all(params["conv"]["kernel"] != 0)
-    with pytest.raises(tables.ConfigError, match="method is 'zeros'; known: normal, orthogonal"):
+    with pytest.raises(tables.ConfigError, match="method is 'zeros'; allowed: normal, orthogonal"):
         reinitialized(np.ones((4, 6), bool), method="zeros")
 
 

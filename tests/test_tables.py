@@ -5,6 +5,7 @@ fit.
 from typing import Annotated, Any, Literal
 
 import pytest
+import tiny
 
 from sparsity_jax import tables
 
@@ -58,59 +59,61 @@ TABLE = {"sgd": options_of, "adam": lambda *, beta=0.9: None}
     ],
 )
 def test_values_that_fit_are_converted(value, hint, expected):
-    converted = tables.convert(value, hint, "config.x")
+    converted = tables.convert(value, hint)
     assert converted == expected
     assert type(converted) is type(expected)
 
 
 @pytest.mark.parametrize(
-    ("value", "hint", "message"),
+    ("value", "hint", "allowed"),
     [
-        ("1", float, "config.x is '1' (str); allowed: float."),
-        (True, float, "config.x is True (bool); allowed: float."),
-        (float("nan"), float, "config.x is nan; allowed: a finite number"),
-        (1.0, int, "config.x is 1.0 (float); allowed: int."),
-        (True, int, "config.x is True (bool); allowed: int."),
-        (1, bool, "config.x is 1 (int); allowed: bool."),
-        (1, str, "config.x is 1 (int); allowed: str."),
-        (3, tuple[int, ...], "config.x is 3 (int); allowed: tuple of int."),
-        ([1, "b"], tuple[int, ...], "config.x[1] is 'b' (str); allowed: int."),
-        ([1], tuple[int, str], "config.x is [1] (list); allowed: tuple (int, str)."),
-        ("ab", tuple, "config.x is 'ab' (str); allowed: tuple."),
-        ([], dict, "config.x is [] (list); allowed: dict."),
-        ("a", int | None, "config.x is 'a' (str); allowed: int | None."),
-        (
-            "randm",
-            Literal["global", "random"],
-            "allowed: 'global' | 'random'. Did you mean 'random'?",
-        ),
-        (True, Literal[1, 3], "config.x is True; allowed: 1 | 3."),
-        ([], Literal["a"], "config.x is []; allowed: 'a'."),
-        (1.5, tables.Fraction, "config.x is 1.5; allowed: float >= 0.0 and <= 1.0."),
-        ("a", tables.Fraction, "config.x is 'a' (str); allowed: float >= 0.0 and <= 1.0."),
-        (float("nan"), tables.Fraction, "config.x is nan; allowed: a finite number"),
-        (10**400, float, "allowed: a finite number"),
-        (1e300, tables.NonNegative, "allowed: a finite number"),
-        (1e-300, tables.Positive, "allowed: a finite number"),
-        (2**31, tables.Count, "allowed: int >= 1 and <= 2147483647"),
-        (2**32, tables.Seed, "allowed: int >= 0 and <= 4294967295"),
-        ("a\0b", str, "allowed: text of one line"),
-        ("\ud800", str, "allowed: text of one line"),
-        (0, tables.Positive, "config.x is 0.0; allowed: float > 0.0."),
-        (-1, tables.NonNegative, "allowed: float >= 0.0."),
-        (0, tables.Count, "config.x is 0; allowed: int >= 1"),
-        (-1, tables.Index, "allowed: int >= 0"),
-        (
-            [0.5, 2],
-            tuple[tables.Fraction, ...],
-            "config.x[1] is 2.0; allowed: float >= 0.0 and <= 1.0.",
-        ),
+        ("1", float, "float"),
+        (True, float, "float"),
+        (float("nan"), float, "a finite number"),
+        (1.0, int, "int"),
+        (True, int, "int"),
+        (1, bool, "bool"),
+        (1, str, "str"),
+        (3, tuple[int, ...], "tuple of int"),
+        ([1], tuple[int, str], "tuple (int, str)"),
+        ("ab", tuple, "tuple"),
+        ([], dict, "dict"),
+        ("a", int | None, "int | None"),
+        (True, Literal[1, 3], "1 | 3"),
+        ([], Literal["a"], "'a'"),
+        (1.5, tables.Fraction, "float >= 0.0 and <= 1.0"),
+        ("a", tables.Fraction, "float >= 0.0 and <= 1.0"),
+        (float("nan"), tables.Fraction, "a finite number"),
+        (10**400, float, "a finite number"),
+        (1e300, tables.NonNegative, "a finite number"),
+        (1e-300, tables.Positive, "a finite number"),
+        (2**31, tables.Count, "int >= 1 and <= 2147483647"),
+        (2**32, tables.Seed, "int >= 0 and <= 4294967295"),
+        ("a\0b", str, "text of one line"),
+        ("\ud800", str, "text of one line"),
+        (0, tables.Positive, "float > 0.0"),
+        (-1, tables.NonNegative, "float >= 0.0"),
+        (0, tables.Count, "int >= 1"),
+        (-1, tables.Index, "int >= 0"),
     ],
 )
-def test_values_that_do_not_fit_say_what_is_allowed(value, hint, message):
-    with pytest.raises(tables.ConfigError) as error:
-        tables.convert(value, hint, "config.x")
-    assert message in str(error.value)
+def test_values_that_do_not_fit_say_what_is_allowed(value, hint, allowed):
+    with tiny.refused("config.x", value, allowed=allowed), tables.within("config"):
+        tables.convert(value, hint, "x")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "where", "wrong", "closest"),
+    [
+        ([1, "b"], tuple[int, ...], "x[1]", "b", ""),
+        ([0.5, 2], tuple[tables.Fraction, ...], "x[1]", 2.0, ""),
+        ([["a", 0]], tuple[tuple[str, tables.Positive], ...], "x[0][1]", 0.0, ""),
+        ("randm", Literal["global", "random"], "x", "randm", "random"),
+    ],
+)
+def test_the_part_that_does_not_fit_is_named(value, hint, where, wrong, closest):
+    with tiny.refused(where, wrong, closest=closest):
+        tables.convert(value, hint, "x")
 
 
 @pytest.mark.parametrize(
@@ -145,33 +148,58 @@ def test_ranges_contain_their_ends_unless_above():
 
 def test_checked_options_are_keyword_arguments():
     given = dict(rate=1, widths=[2, 3], limit=None, mode="random")
-    assert tables.check_options(options_of, given, "config.fit") == dict(
+    assert tables.check_options(options_of, given) == dict(
         rate=1.0, widths=(2, 3), limit=None, mode="random"
     )
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "where", "value", "allowed", "closest"),
     [
-        (
-            dict(rat=1.0),
-            (
-                "config.fit has no field 'rat'; fields: anything, count, extra, flag, limit, mode, "
-                "pair, rate"
-            ),
-        ),
-        (dict(rat=1.0), "Did you mean 'rate'?"),
-        (dict(positional=1), "config.fit has no field 'positional'"),
-        (dict(mode="global"), "config.fit needs the field 'rate' (float > 0.0)."),
-        (dict(rate=0.0), "config.fit.rate is 0.0; allowed: float > 0.0."),
-        (dict(rate=1.0, widths=[0]), "config.fit.widths[0] is 0; allowed: int >= 1"),
-        (dict(rate=1.0, table=3), "config.fit.table is 3 (int); allowed: dict."),
+        (dict(rat=1.0), "", "rat", "anything, count, extra, flag, limit, mode, pair, rate", "rate"),
+        (dict(positional=1), "", "positional", "rate", ""),
+        (dict(mode="global"), "rate", tables.NOT_GIVEN, "float > 0.0", ""),
+        (dict(rate=0.0), "rate", 0.0, "float > 0.0", ""),
+        (dict(rate=1.0, widths=[0]), "widths[0]", 0, "int >= 1", ""),
+        (dict(rate=1.0, table=3), "table", 3, "dict", ""),
     ],
 )
-def test_options_that_do_not_fit_name_the_field(given, message):
-    with pytest.raises(tables.ConfigError) as error:
-        tables.check_options(options_of, given, "config.fit", also=("extra",))
-    assert message in str(error.value)
+def test_options_that_do_not_fit_name_the_field(given, where, value, allowed, closest):
+    with tiny.refused(where, value, closest, allowed=allowed):
+        tables.check_options(options_of, given, also=("extra",))
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (tables.ConfigError("a", 1, allowed="2"), "fit.a is 1; allowed: 2."),
+        (
+            tables.ConfigError("a", "x", known=("y", "xs")),
+            "fit.a is 'x'; allowed: xs, y. Did you mean 'xs'?",
+        ),
+        (tables.ConfigError("a", 1, why="too much."), "fit.a is 1, too much."),
+        (tables.ConfigError("", "x", verb="names", why="twice"), "fit names 'x', twice."),
+        (
+            tables.ConfigError("a", why="is missing", allowed="int"),
+            "fit.a is missing; allowed: int.",
+        ),
+        (tables.ConfigError("A sentence."), "A sentence."),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(error, sentence):
+    with pytest.raises(tables.ConfigError) as raised, tables.within("fit"):
+        raise error
+    assert str(raised.value) == sentence
+
+
+def test_what_a_block_cannot_do_is_a_mistake_of_the_setting_it_is_for():
+    for error in (ValueError("no."), tables.ConfigError("no.")):
+        with tiny.refused("fit.ratio", 2), tables.within("fit"), tables.blaming("ratio", 2):
+            raise error
+    with tiny.refused("fit.ratio", 2), tables.blaming("fit.ratio", 2):
+        raise tables.ConfigError("", why="is too much")
+    with tiny.refused("fit.ratio[1]", 3), tables.blaming("fit.ratio", 2):
+        raise tables.ConfigError("[1]", 3)
 
 
 def test_options_list_every_default():
@@ -183,14 +211,12 @@ def test_options_list_every_default():
 
 @pytest.mark.parametrize("name", ["sdg", 3, ["sgd"], None])
 def test_unknown_names_list_the_known(name):
-    with pytest.raises(
-        tables.ConfigError, match=r"config\.name is .*; known: adam, sgd\."
-    ) as error:
-        tables.lookup(TABLE, name, "config.name")
-    assert ("Did you mean 'sgd'?" in str(error.value)) == (name in ("sdg", ["sgd"]))
-    assert tables.lookup(TABLE, "sgd", "config.name") is options_of
+    closest = "sgd" if name in ("sdg", ["sgd"]) else ""
+    with tiny.refused("config.name", name, closest, allowed="adam, sgd"), tables.within("config"):
+        tables.lookup(TABLE, name, "name")
+    assert tables.lookup(TABLE, "sgd") is options_of
 
 
-def test_closest_is_silent_when_nothing_is_near():
-    assert tables.closest("momentun", ["momentum", "tau"]) == " Did you mean 'momentum'?"
-    assert tables.closest("xyz", ["momentum", "tau"]) == ""
+def test_nothing_is_suggested_when_nothing_is_near():
+    assert tables.nearest("momentun", ["momentum", "tau"]) == "momentum"
+    assert tables.nearest("xyz", ["momentum", "tau"]) == ""

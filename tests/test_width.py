@@ -768,13 +768,13 @@ def test_bad_options():
         width.distances({"kernel": np.ones((2, 2))}, scope="everything")
     with pytest.raises(ValueError, match="zero_share is"):
         width.predict([1.0], [1.0], EQUAL, 0.1, zero_share=1.5)
-    with pytest.raises(ValueError, match="known: absolute, clip"):
+    with pytest.raises(ValueError, match="allowed: absolute, clip"):
         width.predict([1.0], [1.0], EQUAL, 0.1, negative="square")
-    with pytest.raises(ValueError, match="known: fixed_point, grid"):
+    with pytest.raises(ValueError, match="allowed: fixed_point, grid"):
         width.predict([1.0], [1.0], EQUAL, 0.1, method="newton")
-    with pytest.raises(ValueError, match="known: linear, nearest, original"):
+    with pytest.raises(ValueError, match="allowed: linear, nearest, original"):
         EQUAL.at(0.5, count="exact")
-    with pytest.raises(ValueError, match="known: semidefinite, squared, symmetric"):
+    with pytest.raises(ValueError, match="allowed: semidefinite, squared, symmetric"):
         width.predict_probes(lanczos(np.ones(2), np.ones(2), 1), EQUAL, 0.1, operator="psd")
     for distance in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="distance must be"):

@@ -2,6 +2,7 @@
 another number.
 """
 
+import functools
 import gc
 import importlib
 import json
@@ -83,11 +84,6 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def drawn_once(monkeypatch):
-    monkeypatch.setattr(report, "write", lambda workdir, *_, **__: workdir)
-
-
-@pytest.fixture
 def built_once(whole, monkeypatch):
     """Data and network of the whole run for all readers; the evaluation's own `build`."""
     problem, build = pipeline.build(pipeline.check(CONFIG)[0]), evaluate.build
@@ -128,7 +124,7 @@ def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tm
 @pytest.mark.parametrize(
     "name", ["config.json", "metrics.jsonl", "progress.json", "manifest.ocdbt", "SHA256SUMS"]
 )
-def test_a_run_goes_on_from_what_is_whole(name, whole, tmp_path, built_once, drawn_once):
+def test_a_run_goes_on_from_what_is_whole(name, whole, tmp_path, built_once):
     workdir, state, rows = whole
     place = shutil.copytree(workdir, tmp_path / "run")
     newest = workdirs.newest(place).folder
@@ -164,7 +160,7 @@ def test_evaluation_goes_on_where_a_run_removes_what_it_reads(
 
 
 def test_without_a_whole_checkpoint_the_run_says_so_and_an_empty_one_is_passed_over(
-    whole, tmp_path, drawn_once, capsys
+    whole, tmp_path, capsys
 ):
     place = shutil.copytree(whole[0], tmp_path / "run")
     newest = workdirs.newest(place).folder
@@ -205,21 +201,25 @@ def test_evaluation_uses_the_checkpoint_before_and_the_copy_of_the_config(whole,
     assert row["progress"] != expected[0]["progress"]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_file_of_an_exported_folder_is_refused(fault, tmp_path):
-    model = dict(name="mlp", widths=(4,))
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
     problem = tiny.problem(widths=(4,))
     state, _ = tiny.start(problem, tiny.fit())
-    folder = evaluate.export(problem, model, state, tmp_path / "network")
-    variables, _ = evaluate.load(folder)
+    place = tmp_path_factory.mktemp("exported") / "network"
+    return evaluate.export(problem, dict(name="mlp", widths=(4,)), state, place)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_file_of_an_exported_folder_is_refused(fault, exported, tmp_path):
+    variables, _ = evaluate.load(exported)
     rng = np.random.default_rng(0)
     refused = 0
-    for name in files_of(folder) * 8:
-        place = damaged(folder, tmp_path / "damaged", name, fault, rng)
+    for name in files_of(exported) * 8:
+        place = damaged(exported, tmp_path / "damaged", name, fault, rng)
         loaded, refusal = outcome_or_refusal(evaluate.load, place)
         if loaded is None:
             refused += 1
-            assert any(str(other) in refusal for other in files_of(folder)), refusal
+            assert any(str(other) in refusal for other in files_of(exported)), refusal
         else:
             tiny.same(loaded[0], variables)
     assert refused > 12
@@ -351,7 +351,7 @@ def test_a_network_of_absurd_size_in_a_run_folder_is_refused(
     "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")]
 )
 def test_memory_that_is_full_names_the_stage_and_leaves_the_checkpoints(
-    error, whole, tmp_path, built_once, drawn_once
+    error, whole, tmp_path, built_once
 ):
     loop = train.fit_epochs
 
@@ -375,23 +375,30 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = lambda options: ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    tried = subprocess.run(mount("size=60k"), capture_output=True, check=False)
+    run = functools.partial(subprocess.run, capture_output=True, timeout=60)
+    tried = run(mount("size=60k"), check=False)
     if tried.returncode:
         pytest.skip("mounting a small file system needs rights that this process has not")
-    yield folder, lambda size: subprocess.run(mount(f"remount,size={size}"), check=True)
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    yield folder, lambda size: run(mount(f"remount,size={size}"), check=True)
+    run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # of writers that failed
-def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(
-    small_disk, whole, built_once, drawn_once
-):
+RUN = """
+import json, sys
+from sparsity_jax import pipeline
+pipeline.run(json.loads(sys.argv[1]), sys.argv[2])
+"""
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(small_disk, whole, built_once):
+    """In a process of its own: writers that failed complain whenever they are collected."""
     folder, resize = small_disk
-    with pytest.raises(OSError, match="No space left") as full:
-        pipeline.run(CONFIG, folder / "run")
-    assert str(folder) in str(full.value)
+    run = [sys.executable, "-c", RUN, json.dumps(CONFIG), str(folder / "run")]
+    full = subprocess.run(run, capture_output=True, text=True, check=False, timeout=200)
+    last_line = full.stderr.strip().rsplit("\n", 1)[-1]
+    assert last_line.startswith("OSError: ")
+    assert "No space left" in last_line
+    assert str(folder) in last_line
     resize("20m")
     tiny.same(pipeline.run(CONFIG, folder / "run").state, whole[1])
 

@@ -1,13 +1,21 @@
 """Tiny runs that tests share: a small network on few digits, and small random sets."""
 
+import contextlib
 import copy
 import functools
+import pathlib
+import subprocess
+import sys
+from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
-from sparsity_jax import data, interface, models, optim, pipeline, polytopes, tables, train
+from sparsity_jax import data, interface, models, optim, pipeline, polytopes, report, tables, train
 
+WRITE = report.write
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 POLYTOPE = tables.options(polytopes.SETS, "k_sparse", k_frac=0.2)
 SGD = optim.settings("sgd", learning_rate=0.1)
 SFW = optim.settings("sfw", learning_rate=0.5, constraint=POLYTOPE)
@@ -24,16 +32,14 @@ def problem(
     return train.build_problem(dataset or digits(), model, **options)
 
 
-def settings(kind: str, where: str = "config.x", **fields) -> interface.Stage:
-    """A checked stage."""
-    made = pipeline.STAGES[kind](**tables.check_options(pipeline.STAGES[kind], fields, where))
-    return made.settings(where)
+def settings(kind: str, **fields) -> interface.Stage:
+    """The checked stage `config.x`."""
+    with tables.within("config.x"):
+        return pipeline.read_stage(dict(fields, kind=kind))
 
 
 def fit(optimizer: dict = SGD, **fields) -> train.Fit:
-    return settings(
-        "train", "config.fit", **dict(epochs=2, batch_size=32, optimizer=optimizer) | fields
-    )
+    return settings("train", **dict(epochs=2, batch_size=32, optimizer=optimizer) | fields)
 
 
 def start(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[train.State, dict]:
@@ -74,6 +80,27 @@ def config(*names: str, **fields) -> dict:
     return copy.deepcopy(made | fields)
 
 
+def python(*arguments, cwd: pathlib.Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """What a Python process with these arguments printed and returned; it must end in time."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def pages(drawn: bool):
+    """Runs inside draw their reports, which take longer than they do, or none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", WRITE if drawn else lambda workdir, *_, **__: workdir)
+        yield
+
+
 def random_set(
     shape: tuple[int, ...] = (32, 32, 3), num_classes: int = 10, examples: int = 16
 ) -> data.Dataset:
@@ -87,6 +114,19 @@ def random_set(
     return data.Dataset(
         "random", split(examples), split(5), num_classes, (0.5,) * channels, (0.25,) * channels
     )
+
+
+@contextlib.contextmanager
+def refused(where: str, value: Any = ..., closest: str = "", *, allowed=""):
+    """Asserts that the block refuses the setting `where`; allowed: a part of what the error says
+    is allowed. The error is not asked for what is not given."""
+    with pytest.raises(tables.ConfigError) as raised:
+        yield raised
+    error = raised.value
+    assert error.where == where or (error.is_sentence() and error.where.startswith(where))
+    assert value is ... or error.value == value or error.value is value
+    assert allowed in error.allowed
+    assert not closest or error.closest == closest
 
 
 def same(first, second) -> None:

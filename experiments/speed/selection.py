@@ -106,7 +106,7 @@ def update(repeats: int) -> None:
     )
     params, grads = jax.tree.map(lambda x: 0.05 * x, draw(0)), draw(1)
     sets = polytopes.build(
-        shapes, jax.tree.map(lambda _: 1.0, shapes), polytopes.check({"name": "k_sparse"}, "sets")
+        shapes, jax.tree.map(lambda _: 1.0, shapes), polytopes.check({"name": "k_sparse"})
     )
     params = polytopes.shift_inside(params, sets)
     calls, counts = {}, {}

@@ -132,7 +132,7 @@ def consumed(name: str, batch_size: int, repeats: int) -> list[float]:
         optimizer=optim.settings("sgd", learning_rate=0.1),
         augment="flip",
     )
-    fit = stages.Train(**options).settings("fit")
+    fit = stages.Train(**options).settings()
     state = train.create_state(problem, train.key_of(0))
     numbers = train.numbers_of(problem, state, [fit.recipe])
     state = train.begin(problem, state, fit, numbers)

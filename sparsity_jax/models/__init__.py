@@ -83,12 +83,12 @@ def build(
     ConfigError for anything unknown or out of range; "float64" needs `jax.enable_x64`, which is
     checked when the functions are called.
     """
-    factory = tables.lookup(MODELS, name, "config.model.name")
-    tables.lookup(layers.INITIALIZERS, init, "config.model.init")
-    num_classes = tables.convert(num_classes, tables.Count, "config.model.num_classes")
-    for field, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-        tables.convert(value, Dtype, f"config.model.{field}")
-    options = tables.check_options(factory, options, "config.model")
+    factory = tables.lookup(MODELS, name, "name")
+    tables.lookup(layers.INITIALIZERS, init, "init")
+    num_classes = tables.convert(num_classes, tables.Count, "num_classes")
+    tables.convert(dtype, Dtype, "dtype")
+    tables.convert(param_dtype, Dtype, "param_dtype")
+    options = tables.check_options(factory, options)
     settings = layers.Settings(init, jnp.dtype(dtype), jnp.dtype(param_dtype))
     module = factory(num_classes, settings, **options)
     dropout = options.get("dropout", 0.0)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties
 
 from sparsity_jax.report import draw, limit_numbers, series
 from sparsity_jax.report.limit_numbers import Network, Networks
@@ -76,12 +77,10 @@ def mark(axes: Axes, network: Network, *, explained: bool = True) -> None:
         axes.axvline(value, color=draw.INK, lw=1.4, ls=draw.dashed(2), label=draw.literal(text))
     handles, _ = axes.get_legend_handles_labels()
     if handles and explained:
-        place: draw.Style = dict(
-            loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, borderpad=0.2
-        )
-        style: draw.Style = dict(fontsize=8, ncols=2, handlelength=1.4, alignment="left")
-        box = axes.legend(handles=handles, **place, **style)
-        box.set_title(axes.get_title(loc="left"), prop=dict(weight="bold", size=9.5))
+        style: draw.Style = dict(ncols=2, handlelength=1.4, borderaxespad=0.2, borderpad=0.2)
+        style |= dict(loc="lower left", bbox_to_anchor=(0, 1), alignment="left", fontsize=8)
+        box = axes.legend(handles=handles, **style)
+        box.set_title(axes.get_title(loc="left"), FontProperties(weight="bold", size=9.5))
         axes.set_title("", loc="left")
 
 

@@ -115,9 +115,10 @@ def bins_table(grouped: Grouped, every: dict[int, dict[str, list[dict]]]) -> Tab
     )
     heads = ["weights with |w|", "exactly 0", *(f"> {value:g}" for value in thresholds)]
     lines = []
-    for index, name, rows in visits:
-        label = Cell(joined(grouped[index].label, name), color=index)
-        lines.append([label, *bin_cells(rows, thresholds)])
+    for index, visits in every.items():
+        for name, rows in visits.items():
+            label = Cell(joined(grouped[index].label, name), color=index)
+            lines.append([label, *bin_cells(rows, thresholds)])
     return Table(heads, lines)
 
 
