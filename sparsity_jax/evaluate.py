@@ -276,7 +276,7 @@ def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str) -> l
         arrays = checkpoint.arrays(snapshot)
     parts = {**variables, "masks": variables["params"]}
     parts = trees.map_named(lambda path, _: arrays[path], parts)
-    state = train.State(
+    state: Any = train.State(
         parts["params"],
         parts["batch_stats"],
         parts["masks"],

@@ -259,21 +259,21 @@ def curves(grouped: Grouped, split: str = "test") -> list[Curve]:
     A series with several ways of pruning (retrained, selection, scope, or another stage or visit)
     has one curve each.
     """
-    rows_of = collections.defaultdict(list)
+    rows_of: dict[tuple, list[dict]] = collections.defaultdict(list)
     for index, one in enumerate(grouped):
         for row in one.of_kind("curve"):
             if row.get("split", "test") == split and "ratio" in row:
                 told = {**row, "removed": share_removed(row)}
                 rows_of[index, *way_of(row)].append(told)
-    ways = pd.DataFrame(rows_of.keys(), columns=["series", *PARTS], dtype=str)
+    ways = pd.DataFrame(rows_of.keys(), columns=["series", *PARTS])
     telling = telling_parts(ways)
     ways["variant"] = [", ".join(way[part] for part in telling) for _, way in ways.iterrows()]
     variants = list(ways.sort_values(PARTS)["variant"].unique())
     result = []
-    for (index, *_), variant, rows in zip(rows_of, ways["variant"], rows_of.values()):
+    for key, variant, rows in zip(rows_of, ways["variant"], rows_of.values()):
         dash = variants.index(variant)
         retrained = bool(rows[0].get("retrained"))
-        result.append(Curve(index, *place_of(rows[0]), variant, dash, retrained, rows))
+        result.append(Curve(key[0], *place_of(rows[0]), variant, dash, retrained, rows))
     return sorted(result, key=lambda curve: (curve.series, curve.dash))
 
 

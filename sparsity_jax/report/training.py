@@ -109,17 +109,14 @@ def power(value: float, _: int) -> str:
 
 def bins_table(grouped: Grouped, every: dict[int, dict[str, list[dict]]]) -> Table:
     """Number and share of the weights that are zero and above each of the published thresholds."""
-    visits = [(index, name, rows) for index, named in every.items() for name, rows in named.items()]
-    thresholds: list[float] = next(
-        filter(None, (rows[0].get("threshold") for *_, rows in visits)), []
-    )
+    visits = []
+    for index, named in every.items():
+        for name, rows in named.items():
+            visits.append((Cell(joined(grouped[index].label, name), color=index), rows))
+    known = [rows[0]["threshold"] for _, rows in visits if rows[0].get("threshold")]
+    thresholds = known[0] if known else []
     heads = ["weights with |w|", "exactly 0", *(f"> {value:g}" for value in thresholds)]
-    lines = []
-    for index, visits in every.items():
-        for name, rows in visits.items():
-            label = Cell(joined(grouped[index].label, name), color=index)
-            lines.append([label, *bin_cells(rows, thresholds)])
-    return Table(heads, lines)
+    return Table(heads, [[label, *bin_cells(rows, thresholds)] for label, rows in visits])
 
 
 def bin_cells(rows: list[dict], thresholds: list[float]) -> Cells:
