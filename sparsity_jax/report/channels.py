@@ -60,10 +60,13 @@ def group_layout(grouped: Grouped) -> tuple[dict, dict[str, pd.Series]]:
     names = list(layout.get("groups", ()))
     kept = {}
     for one in grouped:
-        alike = [row for row in one.of_kind("cut") if set(row.get("kept", ())) == set(names)]
-        last = {member_of(row): row["kept"] for row in alike}
+        last = {}
+        for row in one.of_kind("cut"):
+            if set(row.get("kept", ())) == set(names):
+                last[member_of(row)] = row["kept"]
         if last and names:
-            kept[one.label] = pd.DataFrame(last, dtype=float).mean(axis=1)[names]
+            table = pd.DataFrame(last, dtype=float)
+            kept[one.label] = table.mean(axis=1)[names]
     return layout, kept
 
 
@@ -91,7 +94,8 @@ def group_figure(layout: dict, kept: Mapping[str, pd.Series] | None = None) -> F
     axes.set_ylim(count - 0.5, -0.5)
     shown = range(0, len(kernels), math.ceil(len(kernels) / 80))
     texts = [draw.literal(kernels[i]) for i in shown]
-    axes.set_xticks(shown, texts, rotation=90, fontsize=7 if len(kernels) <= 60 else 5.8)
+    size = 7 if len(kernels) <= 60 else 5.8
+    axes.set_xticks(shown, texts, rotation=90, fontsize=size)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("layers, in order of use")
     draw_heading(axes, "groups of channels (size)")
@@ -162,8 +166,9 @@ def channel_rounds(one: Series, most: int = 12) -> pd.DataFrame:
             _, removed = series.removal(row) or ("", number(row["ratio"]))
             gone.setdefault(round(removed, 4), []).append(1 - kept / sizes)
     means = {removed: pd.DataFrame(gone[removed]).mean() for removed in sorted(gone)}
-    few = np.linspace(0, len(means) - 1, min(most, len(means))).round().astype(int)
-    return pd.DataFrame(means).iloc[:, few]
+    count = len(means)
+    few = np.linspace(0, count - 1, min(most, count))
+    return pd.DataFrame(means).iloc[:, few.round().astype(int)]
 
 
 # ------------------------------------------------------------------------------- compact networks
@@ -191,11 +196,15 @@ def compact(grouped: Grouped) -> Section | None:
     heads = ["network", *headings([*ABOUT, *SIZES, *SPEED])]
     lines = [compact_line(label, row) for label, row in rows[:MOST_LINES]]
     note = "Compact, of dense. Time: median of whole batches, in alternation."
-    worst = series.numbers([row for _, row in rows], "difference")["difference"].max()
+    differences = series.numbers([row for _, row in rows], "difference")
+    worst = differences["difference"].max()
     if not math.isnan(worst):
         note += f" Logits of both differ by at most {worst:.2g} of the largest."
     note += only_first(MOST_LINES, len(rows), "")
-    warnings = [f"{label}: {row['warning']}." for label, row in rows if row.get("warning")]
+    warnings = []
+    for label, row in rows:
+        if row.get("warning"):
+            warnings.append(f"{label}: {row['warning']}.")
     table = Table(heads, lines, (0, len(heads) - 1), note, tuple(warnings[:MOST_LINES]))
     return Section("Compact network", tables=[table])
 
@@ -208,7 +217,9 @@ def compact_line(label: str, row: dict) -> Cells:
     for field, factor in SIZES.values():
         dense = factor * number(row.get(field))
         small = factor * number(row.get(f"{field}_compact"))
-        text = f"of {amount(dense)}, {small / dense:.1%}" if dense > 0 else ""
+        text = ""
+        if dense > 0:
+            text = f"of {amount(dense)}, {small / dense:.1%}"
         cells.append(Cell(amount(small), text))
     time, speed = filled(SPEED, row)
     return [*cells, time, speed if row.get("verdict") else "not measured"]

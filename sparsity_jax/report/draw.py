@@ -13,6 +13,8 @@ import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -39,6 +41,7 @@ STYLE: Any = {
     "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.xmargin": 0.02,
@@ -316,24 +319,21 @@ def files_of(name: str, figure: Figure) -> tuple[bytes, str]:
     The colours of the SVG are variables of the page's CSS (`--ink`, `--c0` ...). Identifiers in it
     depend on `name` only.
     """
+    png, svg = io.BytesIO(), io.BytesIO()
     style = {**STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # an arm named in another script
-        png = saved(figure, "png", dpi=150, facecolor="white", metadata={"Software": None})
+        figure.set(dpi=150, facecolor="white")  # canvases draw once, `savefig` twice
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
         figure.set_layout_engine("none")  # found once, it holds for both files
+        figure.set(dpi=100, facecolor="none")
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        text = saved(figure, "svg", transparent=True, metadata=empty).decode()
+        FigureCanvasSVG(figure).print_svg(svg, metadata=empty)
+    text = svg.getvalue().decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\n?", "", text, flags=re.DOTALL)
     variables = {INK: "--ink", MUTED: "--muted", GRID: "--line"}
     variables |= {value: f"--c{i}" for i, value in enumerate(PALETTE)}
     for value, variable in variables.items():
         text = text.replace(f": {value}", f": var({variable})")
-    return png, text
-
-
-def saved(figure: Figure, kind: str, **options: Any) -> bytes:
-    """The bytes of a file of that kind."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, **options)
-    return buffer.getvalue()
+    return png.getvalue(), text

@@ -42,12 +42,15 @@ def show(
     """
     kind, field = needs
     every = limit_numbers.networks(grouped)
-    shown = [one for one in every if any(field in row for row in one.of_kind(kind))]
+    has_field = lambda one: any(field in row for row in one.of_kind(kind))
+    shown = list(filter(has_field, every))
     if not shown:
         return None
-    figure, axes = draw.panels(panels * len(shown[:MOST]))
-    for i, one in enumerate(shown[:MOST]):
-        draw_network(one, *axes[panels * i :][:panels])
+    del shown[MOST:]
+    figure, axes = draw.panels(panels * len(shown))
+    for i, one in enumerate(shown):
+        start = panels * i
+        draw_network(one, *axes[start : start + panels])
     labels = {0: network} if network else {}
     if predictions:
         for row, *_ in limit_numbers.by_stage(every).values():
@@ -58,7 +61,8 @@ def show(
 
 def more(grouped: Grouped, every: Networks) -> str:
     """Sentences on what is not drawn."""
-    return only_first(MOST, len(every), " networks") + series.seen_again(grouped, *KINDS)
+    omitted = only_first(MOST, len(every), " networks")
+    return omitted + series.seen_again(grouped, *KINDS)
 
 
 def mark(axes: Axes, network: Network, *, explained: bool = True) -> None:
@@ -74,10 +78,11 @@ def mark(axes: Axes, network: Network, *, explained: bool = True) -> None:
     marked = network.main_limits()
     for name, value in marked.items():
         text = joined(f"actual {value:.2%}", name if len(marked) > 1 else "")
-        axes.axvline(value, color=draw.INK, lw=1.4, ls=draw.dashed(2), label=draw.literal(text))
+        style: draw.Style = dict(color=draw.INK, lw=1.4, ls=draw.dashed(2))
+        axes.axvline(value, label=draw.literal(text), **style)
     handles, _ = axes.get_legend_handles_labels()
     if handles and explained:
-        style: draw.Style = dict(ncols=2, handlelength=1.4, borderaxespad=0.2, borderpad=0.2)
+        style = dict(ncols=2, handlelength=1.4, borderaxespad=0.2, borderpad=0.2)
         style |= dict(loc="lower left", bbox_to_anchor=(0, 1), alignment="left", fontsize=8)
         box = axes.legend(handles=handles, **style)
         box.set_title(axes.get_title(loc="left"), FontProperties(weight="bold", size=9.5))
@@ -99,7 +104,9 @@ def window(found: Iterable[Network]) -> View | None:
         for row in network.predictions():
             values += [row["low"], row["predicted"], row["high"]]
     low, high = around(values, 0.3, 0.01)
-    return (low, high) if values and high - low < 0.6 else None
+    if values and high - low < 0.6:
+        return low, high
+    return None
 
 
 def around(values: list[float], margin: float, least: float) -> View:
@@ -127,7 +134,8 @@ def limits(grouped: Grouped) -> Section | None:
     together.
     """
     every = limit_numbers.networks(grouped)
-    shown = [network for network in every if network.curves or network.of_kind("limit")][:MOST]
+    shown = [one for one in every if one.curves or one.of_kind("limit")]
+    del shown[MOST:]
     zoom = window(shown)
     views = [zoom or (0.0, 1.0)]
     if zoom and len(shown) == 1:
@@ -143,7 +151,9 @@ def limits(grouped: Grouped) -> Section | None:
         draw.label(panel, network.label or text, "weights removed", field)
         zoom_to(panel, view)
         mark(panel, network, explained=view == views[-1])
-    splits = ["test", "train"] if any("train" in network.curves for network in shown) else []
+    splits = []
+    if any("train" in network.curves for network in shown):
+        splits = ["test", "train"]
     draw.legend(figure, draw.keys({0: "pruned network"}, splits))
     caption = (
         "Bands: intervals of the predictions. Dots: the actual limit by the other definitions in "
@@ -159,15 +169,18 @@ def draw_ratios(axes: Axes, network: Network, field: str, view: View) -> None:
     low, high = view
     for split, curve in network.curves.items():
         near = curve[field].dropna().loc[low - 0.02 : high + 0.02]
-        axes.plot(near.index, near, color=NETWORK, ls=draw.dashed(int(split == "train")))
+        dash = draw.dashed(int(split == "train"))
+        axes.plot(near.index, near, color=NETWORK, ls=dash)
     search = numbers(network.of_kind("limit"), "ratio", field).dropna().sort_values("ratio")
     search = search[search["ratio"].between(low, high)]
     circles = POINTS | dict(mfc="none", ls="none" if network.curves else "-")
     axes.plot(search["ratio"], search[field], color=NETWORK, **circles)
     for name, limit in network.actual().items():
         split, _, rule = name.partition(" ")
-        of_field = rule in limit_numbers.RULES and rule.startswith("loss") == (field == "loss")
-        if of_field and split in network.curves and low <= limit <= high:
+        if rule not in limit_numbers.RULES or split not in network.curves:
+            continue
+        about_loss = rule.startswith("loss")
+        if about_loss == (field == "loss") and low <= limit <= high:
             curve = network.curves[split][field]
             value = np.interp(limit, curve.index, curve)
             axes.plot(limit, value, color=draw.INK, **POINTS)
@@ -195,7 +208,8 @@ def draw_crossing(network: Network, by_distance: Axes, by_ratio: Axes) -> None:
     far = 0.0
     for row in network.predictions():
         paint = draw.color(row["color"])
-        predicted, ratios, distances = row["predicted"], row["ratios"], row["distances"]
+        predicted = row["predicted"]
+        ratios, distances = row["ratios"], row["distances"]
         meets = np.interp(predicted, ratios, distances)
         far = max(far, 1.6 * meets)
         by_distance.plot(distances, ratios, color=NETWORK)
@@ -211,6 +225,7 @@ def draw_crossing(network: Network, by_distance: Axes, by_ratio: Axes) -> None:
         draw.label(axes, title(network, name), xlabel, "ω² / D, and p")
         axes.set_ylim(view)
         draw.percents(axes.yaxis)
+
     by_distance.set_xlim(0, far or None)
     zoom_to(by_ratio, view)
     mark(by_ratio, network)
@@ -238,7 +253,8 @@ def draw_history(network: Network, axes: Axes) -> None:
         axes.plot(table.index, table["predicted"], color=paint)
         style: draw.Style = dict(color=paint, alpha=0.18, lw=0)
         axes.fill_between(table.index, table["lower"], table["upper"], **style)
-        settled = table[table.index >= table.index.max() / 4].stack()
+        quarter = table.index.max() / 4
+        settled = table[table.index >= quarter].stack()
         late += [settled.min(), settled.max()]
     draw.label(axes, network.label, "products (Lanczos steps)", "predicted limit")
     draw.percents(axes.yaxis)
@@ -266,15 +282,16 @@ def draw_spectrum(network: Network, smooth: Axes, ritz: Axes) -> None:
     top = 0.0
     for row in network.predictions():
         paint = draw.color(row["color"])
-        values = np.atleast_2d(np.array(row["ritz_values"], float))
-        weights = np.atleast_2d(np.array(row["ritz_weights"], float))
+        values = np.array(row["ritz_values"], float, ndmin=2)
+        weights = np.array(row["ritz_weights"], float, ndmin=2)
         grid, density = smeared(values, weights)
         top = max(top, density.max())
         smooth.plot(grid, density, color=paint)
         smooth.fill_between(grid, density, 1e-300, color=paint, alpha=0.18, lw=0)
         for fill, sign in ((paint, values > 0), ("none", values < 0)):
             seen = sign & (weights > 1e-10)
-            ritz.plot(abs(values[seen]), weights[seen], color=paint, mfc=fill, **POINTS)
+            sizes = abs(values[seen])
+            ritz.plot(sizes, weights[seen], color=paint, mfc=fill, **POINTS)
     draw.label(smooth, title(network, "spectral density"), "eigenvalue", "density")
     draw.label(ritz, title(network, "Ritz weights"), "|eigenvalue|", "weight")
     smooth.set(yscale="log", ylim=(1e-7 * top, 3 * top))
@@ -289,7 +306,8 @@ def smeared(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.nda
     variance = (0.008 * span) ** 2 / max(1.0, 1.12 * span)
     options = dict(bins=1200, sigma2=variance, overhead=0.06 * span)
     density, grid = linops.spectral_density(values, weights, **options)
-    return np.asarray(grid), np.maximum(density, 1e-8 * np.max(density))
+    least = 1e-8 * np.max(density)
+    return np.asarray(grid), np.maximum(density, least)
 
 
 # ------------------------------------------------------------------------ along the way to a limit
@@ -324,10 +342,11 @@ def draw_path(network: Network, axes: Axes) -> None:
     draw.label(axes, network.label, "weights removed", "change of the train loss")
     view = window([network]) or (table.index.min(), table.index.max())
     zoom_to(axes, view)
-    epsilons = [number(row.get("epsilon")) for row in network.predictions()]
-    for epsilon in epsilons[:1]:
-        least = min(table[table.index <= view[1]].min().min(), 0.0)
-        axes.set_ylim(max(least, -3 * epsilon) - 0.3 * epsilon, 3 * epsilon)
+    for row in network.predictions()[:1]:
+        epsilon = number(row.get("epsilon"))
+        near = table[table.index <= view[1]]
+        least = max(min(near.min().min(), 0.0), -3 * epsilon)
+        axes.set_ylim(least - 0.3 * epsilon, 3 * epsilon)
         level(axes, epsilon, "ε")
     mark(axes, network)
 
@@ -342,14 +361,17 @@ def row_norms(grouped: Grouped) -> Section | None:
 def draw_norms(network: Network, axes: Axes) -> None:
     """Norms on a logarithmic axis; those of 0 lie at the bottom, open."""
     rows = network.of_kind("row_norms")
-    norms = numbers(rows, "quantile", "row_norm").dropna().set_index("quantile")["row_norm"]
+    table = numbers(rows, "quantile", "row_norm").dropna()
+    norms = table.set_index("quantile")["row_norm"]
     threshold = number(rows[-1].get("threshold"))
     known = pd.Series([*norms, threshold])
     least, most = known[known > 0].agg(["min", "max"]).fillna(1.0)
     for fill, shown in ((NETWORK, norms[norms > 0]), ("none", norms[norms <= 0])):
-        axes.plot(shown.index, np.maximum(shown, 0.3 * least), color=NETWORK, mfc=fill, **POINTS)
+        height = np.maximum(shown, 0.3 * least)
+        axes.plot(shown.index, height, color=NETWORK, mfc=fill, **POINTS)
     draw.label(axes, network.label, "quantile of the weight's magnitude", "row norm")
     draw.percents(axes.xaxis)
     axes.set(yscale="log", ylim=(0.21 * least, 3 * most))
     if threshold > 0:
-        level(axes, threshold, f"threshold {threshold:g}: {rows[-1]['zero_share']:.2%} below")
+        below = rows[-1]["zero_share"]
+        level(axes, threshold, f"threshold {threshold:g}: {below:.2%} below")

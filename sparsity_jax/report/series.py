@@ -60,13 +60,16 @@ def labels(grouped: Grouped) -> list[str]:
 
 def number(value: Any) -> float:
     """`value` as a float; anything that is no finite number becomes NaN."""
-    known = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if known else math.nan
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return math.nan
 
 
 def numbers(rows: Sequence[dict], *fields: str) -> pd.DataFrame:
     """Those fields of every row as numbers, NaN where a row has none."""
-    columns = {field: [number(row.get(field)) for row in rows] for field in fields}
+    columns = {}
+    for field in fields:
+        columns[field] = [number(row.get(field)) for row in rows]
     return pd.DataFrame(columns)
 
 
@@ -87,8 +90,10 @@ def spread(values: Any) -> tuple[float, float, int]:
     The deviation of one number is 0.
     """
     known = pd.Series(values, dtype=float).dropna()
-    deviation = known.std(ddof=1) if len(known) > 1 else 0.0
-    return float(known.mean()), float(deviation), len(known)
+    mean = float(known.mean())
+    if len(known) < 2:
+        return mean, 0.0, len(known)
+    return mean, float(known.std(ddof=1)), len(known)
 
 
 def at_ratio(table: pd.DataFrame, stop: float) -> pd.Series:
@@ -105,8 +110,10 @@ def at_ratio(table: pd.DataFrame, stop: float) -> pd.Series:
 
 def member_of(row: dict) -> str:
     """Identity of the trained network within its series."""
-    seeds = [f"{key}={row[key]}" for key in sorted(filter(runs.is_seed, row))]
-    return " ".join([str(row.get("member", 0)), *seeds])
+    number = str(row.get("member", 0))
+    seeds = sorted(filter(runs.is_seed, row))
+    told = [f"{key}={row[key]}" for key in seeds]
+    return " ".join([number, *told])
 
 
 def place_of(row: dict) -> tuple[str, int]:
@@ -116,8 +123,9 @@ def place_of(row: dict) -> tuple[str, int]:
 
 def begins_anew(row: dict, earlier: list[dict]) -> bool:
     """Whether `row` is the first one of a training that begins with the initial weights."""
-    same = bool(earlier) and place_of(earlier[-1]) == place_of(row)
-    return row.get("start") == "init" and not same
+    if earlier and place_of(earlier[-1]) == place_of(row):
+        return False
+    return row.get("start") == "init"
 
 
 def swept_keys(rows: list[dict]) -> list[str]:
@@ -125,12 +133,16 @@ def swept_keys(rows: list[dict]) -> list[str]:
 
     Settings have dotted names (`fit.optimizer.name`), metrics have not.
     """
-    settings = {key for row in rows for key in row if "." in key and not runs.is_seed(key)}
-    values = collections.defaultdict(set)
-    for row in rows:
-        for key in settings:
-            values[key, row.get("arm")].add(json.dumps(row.get(key), default=str))
-    return sorted({key for (key, _), seen in values.items() if len(seen) > 1})
+    settings = [{key: row[key] for key in row if "." in key} for row in rows]
+    frame = pd.DataFrame(settings, dtype=object)
+    arms = [str(row.get("arm")) for row in rows]
+    keys = []
+    for key in sorted(frame):
+        texts = frame[key].map(lambda value: json.dumps(value, default=str))
+        counts = texts.replace("NaN", "null").groupby(arms).nunique()
+        if counts.max() > 1 and not runs.is_seed(key):
+            keys.append(key)
+    return keys
 
 
 def group(rows: list[dict]) -> Grouped:
@@ -139,8 +151,9 @@ def group(rows: list[dict]) -> Grouped:
     grouped: dict[str, Series] = {}
     lives: dict[str, list[dict]] = {}  # by member, its rows since its weights were drawn
     for row in rows:
+        arm = str(row.get("arm", "run"))
         values = {key: row[key] for key in keys if row.get(key) is not None}
-        place = json.dumps([str(row.get("arm", "run")), values], default=str)
+        place = json.dumps([arm, values], default=str)
         member = member_of(row)
         if begins_anew(row, lives.get(member, [])):
             lives[member] = []
@@ -169,10 +182,14 @@ def label_of(arm: str, values: dict, keys: list[str], others: set) -> str:
     texts = []
     for key, value in values.items():
         last = key.rsplit(".", 1)[-1]
-        if lasts.count(last) == 1 and key.partition(".")[0] not in others:
+        stage, _, _ = key.partition(".")
+        if lasts.count(last) == 1 and stage not in others:
             key = last
-        texts.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
-    return f"{arm} ({', '.join(texts)})" if texts else arm
+        text = value if isinstance(value, str) else json.dumps(value)
+        texts.append(f"{key}={text}")
+    if not texts:
+        return arm
+    return f"{arm} ({', '.join(texts)})"
 
 
 # ------------------------------------------------------------------------------ visits of stages
@@ -221,7 +238,9 @@ def trained_rows(series: Series) -> list[dict]:
 def share_gone(row: dict, total: str = "num_prunable") -> float:
     """Share of what a row counts that is not kept; NaN of a row without counts."""
     whole = number(row.get(total))
-    return 1 - number(row.get("num_kept")) / whole if whole > 0 else math.nan
+    if not whole > 0:
+        return math.nan
+    return 1 - number(row.get("num_kept")) / whole
 
 
 def share_removed(row: dict) -> float:
@@ -229,14 +248,18 @@ def share_removed(row: dict) -> float:
 
     Masks from before a curve, and selections of whole filters, do not allow every share.
     """
-    asked, gone = number(row["ratio"]), share_gone(row)
-    exact = math.isnan(gone) or abs(gone - asked) <= NEAR
-    return round(asked, 6) if exact else round(gone, 4)
+    asked = number(row["ratio"])
+    gone = share_gone(row)
+    if abs(gone - asked) > NEAR:
+        return round(gone, 4)
+    return round(asked, 6)
 
 
 def removes_weights(row: dict) -> bool:
     """Whether a row tells what a stage removed, weight by weight."""
-    return row.get("kind") in ("prune", "remove") or (row.get("kind") == "grow" and "layers" in row)
+    if row.get("kind") == "grow":
+        return "layers" in row
+    return row.get("kind") in ("prune", "remove")
 
 
 def removal(row: dict) -> tuple[str, float] | None:
@@ -246,8 +269,9 @@ def removal(row: dict) -> tuple[str, float] | None:
     if not removes_weights(row):
         return None
     gone = share_gone(row)
-    told = number(row.get("sparsity", row.get("ratio")))
-    return "weights", told if math.isnan(gone) else gone
+    if math.isnan(gone):
+        gone = number(row.get("sparsity", row.get("ratio")))
+    return "weights", gone
 
 
 # ------------------------------------------------------------------------------ pruning curves
@@ -262,12 +286,13 @@ def curves(grouped: Grouped, split: str = "test") -> list[Curve]:
     rows_of: dict[tuple, list[dict]] = collections.defaultdict(list)
     for index, one in enumerate(grouped):
         for row in one.of_kind("curve"):
-            if row.get("split", "test") == split and "ratio" in row:
-                told = {**row, "removed": share_removed(row)}
-                rows_of[index, *way_of(row)].append(told)
+            if row.get("split", "test") != split or "ratio" not in row:
+                continue
+            told = {**row, "removed": share_removed(row)}
+            rows_of[index, *way_of(row)].append(told)
     ways = pd.DataFrame(rows_of.keys(), columns=["series", *PARTS])
     telling = telling_parts(ways)
-    ways["variant"] = [", ".join(way[part] for part in telling) for _, way in ways.iterrows()]
+    ways["variant"] = ways[telling].agg(", ".join, axis=1) if telling else ""
     variants = list(ways.sort_values(PARTS)["variant"].unique())
     result = []
     for key, variant, rows in zip(rows_of, ways["variant"], rows_of.values()):
@@ -284,14 +309,16 @@ def best_known_curves(grouped: Grouped) -> list[Curve]:
 
 def way_of(row: dict) -> tuple[str, ...]:
     """PARTS of a row of a curve, in words."""
-    retrained = "retrained" if row.get("retrained") else "no retraining"
-    selection, scope, stage = (str(row.get(part)) for part in ("selection", "scope", "stage"))
-    return retrained, selection, scope, stage, f"visit {row.get('visit')}"
+    words = [str(row.get(part)) for part in PARTS]
+    words[0] = "retrained" if row.get("retrained") else "no retraining"
+    words[-1] = f"visit {words[-1]}"
+    return tuple(words)
 
 
 def telling_parts(ways: pd.DataFrame) -> list[str]:
     """The parts that tell curves apart; stage and visit only where the others do not."""
     differing = [part for part in PARTS if ways[part].nunique() > 1]
     telling = [part for part in differing if part not in ("stage", "visit")]
-    alike = ways.duplicated(["series", *telling]).any()
-    return differing if alike else telling
+    if ways.duplicated(["series", *telling]).any():
+        return differing
+    return telling

@@ -19,7 +19,8 @@ def training(grouped: Grouped) -> Section | None:
     for title, lines in panels.items():
         for dash, split in enumerate(SPLITS):
             for index, rows in enumerate(rows_of):
-                table = by_member(rows, "epoch", f"{split}_{title.lower()}")
+                field = f"{split}_{title.lower()}"
+                table = by_member(rows, "epoch", field)
                 lines.append(Line(table, index, dash))
     figure, axes = draw.lines(panels, series.labels(grouped), SPLITS, xlabel="epoch")
     for title, panel in axes.items():
@@ -35,7 +36,8 @@ def sfw_init(grouped: Grouped) -> Section | None:
     for index, one in enumerate(grouped):
         rows = series.last_visit(one.of_kind("sfw_init"))
         for dash, field in enumerate(("loss_after", "loss_before")):
-            lines.append(Line(by_member(rows, "iteration", field), index, dash))
+            table = by_member(rows, "iteration", field)
+            lines.append(Line(table, index, dash))
     variants = ("after the step", "before the step")
     labels = series.labels(grouped)
     panels = {"": lines}
@@ -70,7 +72,8 @@ def magnitudes(grouped: Grouped) -> Section | None:
     draw.from_zero(axes)
     draw.counts(axes.xaxis)
     axes.xaxis.set_major_formatter(FuncFormatter(power))
-    draw.legend(figure, draw.keys({index: grouped[index].label for index in known}))
+    labels = {index: grouped[index].label for index in known}
+    draw.legend(figure, draw.keys(labels))
     caption = "Weight magnitudes; weights that are exactly zero are off the axis and in the table."
     if any(len(visits) > 1 for visits in known.values()):
         caption += " The figure shows the last visit of a stage, the table every one."
@@ -79,11 +82,14 @@ def magnitudes(grouped: Grouped) -> Section | None:
 
 def histograms(one: Series) -> dict[str, list[dict]]:
     """The last row of every member at each visit, on the bins of the first, by the visit's name."""
-    visits = series.visits([row for row in one.of_kind("histogram") if row.get("counts")])
+    rows = [row for row in one.of_kind("histogram") if row.get("counts")]
+    visits = series.visits(rows)
     result = {}
     for (stage, visit), rows in visits.items():
-        alike = [row for row in rows if row["edges"] == rows[0]["edges"]]
-        last = {series.member_of(row): row for row in alike}
+        last = {}
+        for row in rows:
+            if row["edges"] == rows[0]["edges"]:
+                last[series.member_of(row)] = row
         name = f"{stage}, visit {visit}" if len(visits) > 1 else ""
         result[name] = list(last.values())
     return result
@@ -91,12 +97,16 @@ def histograms(one: Series) -> dict[str, list[dict]]:
 
 def total(row: dict) -> int:
     """Number of weights."""
-    return max(sum(row["counts"]) + row.get("num_zero", 0), 1)
+    count = sum(row["counts"]) + row.get("num_zero", 0)
+    return max(count, 1)
 
 
 def share_by_bin(rows: list[dict]) -> pd.Series:
     """Share of all weights by left edge, mean over rows; the last bin again at its right edge."""
-    shares = [np.array(row["counts"]) / total(row) for row in rows]
+    shares = []
+    for row in rows:
+        counts = np.array(row["counts"])
+        shares.append(counts / total(row))
     mean = np.mean(shares, axis=0)
     return pd.Series([*mean, mean[-1]], rows[0]["edges"])
 
@@ -115,8 +125,12 @@ def bins_table(grouped: Grouped, every: dict[int, dict[str, list[dict]]]) -> Tab
             visits.append((Cell(joined(grouped[index].label, name), color=index), rows))
     known = [rows[0]["threshold"] for _, rows in visits if rows[0].get("threshold")]
     thresholds = known[0] if known else []
-    heads = ["weights with |w|", "exactly 0", *(f"> {value:g}" for value in thresholds)]
-    return Table(heads, [[label, *bin_cells(rows, thresholds)] for label, rows in visits])
+    heads = ["weights with |w|", "exactly 0"]
+    heads += [f"> {value:g}" for value in thresholds]
+    lines = []
+    for label, rows in visits:
+        lines.append([label, *bin_cells(rows, thresholds)])
+    return Table(heads, lines)
 
 
 def bin_cells(rows: list[dict], thresholds: list[float]) -> Cells:
@@ -126,9 +140,13 @@ def bin_cells(rows: list[dict], thresholds: list[float]) -> Cells:
     for row in rows:
         above = row["count_above"] if row.get("threshold") == thresholds else []
         counts.append([row.get("num_zero", 0), *above])
-    means = pd.DataFrame(counts, columns=range(1 + len(thresholds)), dtype=float).mean()
-    cells = []
+    columns = range(1 + len(thresholds))
+    means = pd.DataFrame(counts, columns=columns, dtype=float).mean()
+    cells: Cells = []
     for count in means:
-        cell = Cell(f"{count:,.0f}", f"{100 * count / weights:.3g}%")
-        cells.append("–" if np.isnan(count) else cell)
+        if np.isnan(count):
+            cells.append("–")
+            continue
+        share = 100 * count / weights
+        cells.append(Cell(f"{count:,.0f}", f"{share:.3g}%"))
     return cells
