@@ -12,16 +12,18 @@ Magnitude is the score. Whole filters or input channels go by their L1 norm.
 
 import fractions
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import Array
 
-from sparsity_jax import groups, kernels, masks, tables, trees
+from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
 
 PyTree = Any
+Leaves = dict[str, Any]  # by path
+Channels = groups.Channels | None
 Scope = Literal["kernels", "all"]
 GlobalCount = Literal["nearest", "original", "ceil"]
 LayerCount = Literal["nearest", "per_layer", "original"]
@@ -41,7 +43,7 @@ def num_kept(size: int, ratio: float) -> int:
 def prunable(
     params: PyTree,
     scope: Scope,
-    channels: groups.Channels | None = None,
+    channels: Channels = None,
     *,
     include: str = "",
     exclude: str = "",
@@ -72,7 +74,8 @@ def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str,
     """
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     raw = {path: sum(shape) / sizes[path] for path, shape in shapes.items()}
-    budget, dense = (1 - ratio) * sum(sizes.values()), set()
+    budget = (1 - ratio) * sum(sizes.values())
+    dense: set[str] = set()
     while True:
         rest = [path for path in shapes if path not in dense]
         left = budget - sum(sizes[path] for path in dense)
@@ -83,32 +86,12 @@ def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str,
         dense |= full
 
 
-def erk_original_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
-    """What the SFW original's utilities call ERK, and is another rule than `erk_ratios`: nearly
-    uniform.
-
-    ratio_l = c s_l with s = 1 - (sum of the kernel's dimensions) / (their product) and c = ratio
-    sum(n) / sum(n s), at most 1. Counts that follow are rounded in every layer, as there. Raises
-    ValueError if no kernel is larger than the sum of its dimensions.
-    """
-    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-    slack = {path: 1 - sum(shape) / sizes[path] for path, shape in shapes.items()}
-    weighted = sum(sizes[path] * slack[path] for path in shapes)
-    if weighted <= 0:
-        raise ValueError(
-            "erk_original needs kernels larger than the sum of their dimensions; given shapes: "
-            f"{dict(shapes)}."
-        )
-    scale = ratio * sum(sizes.values()) / weighted
-    return {path: min(max(scale * slack[path], 0.0), 1.0) for path in shapes}
-
-
 def uniform_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
     """The same share of every kernel."""
     return dict.fromkeys(shapes, ratio)
 
 
-LAYER_RATIOS = {"uniform": uniform_ratios, "erk": erk_ratios, "erk_original": erk_original_ratios}
+LAYER_RATIOS = {"uniform": uniform_ratios, "erk": erk_ratios, "erk_original": originals.erk_ratios}
 
 
 def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) -> dict[str, int]:
@@ -127,15 +110,47 @@ def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) ->
     return {name: size - removed[name] for name, size in sizes.items()}
 
 
-class Selection(NamedTuple):
-    """counts(params, ratio, channels, **options) -> tree of ints, on the host; mask(params, counts,
-    key, before, channels, **options) -> masks of the chosen arrays by path."""
-
-    counts: Callable
-    mask: Callable
+# Single weights -----------------------------------------------------------------------------------
 
 
-def _of(tree: PyTree | None, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
+@tables.option
+class _OfWeights:
+    """A selection among single weights; its fields are its options."""
+
+    scope: Scope = "kernels"
+    include: str = ""
+    exclude: str = ""
+
+    def chosen(self, params: PyTree, channels: Channels) -> Leaves:
+        """The arrays it prunes, by path."""
+        patterns = dict(include=self.include, exclude=self.exclude)
+        return prunable(params, self.scope, channels, **patterns)
+
+    def counts(self, params: PyTree, ratio: float, channels: Channels) -> Any:
+        """See `keep_counts`."""
+        return self.counts_of(self.chosen(params, channels), ratio)
+
+    def mask(self, params: PyTree, counts: Any, channels: Channels, **others: Any) -> Leaves:
+        """Masks of the chosen arrays by path, see `keep_masks`."""
+        return self.mask_of(self.chosen(params, channels), counts, **others)
+
+    def left(self, kept: PyTree, channels: Channels) -> tuple[Array, Array]:
+        """See `left_by`."""
+        chosen = self.chosen(kept, channels)
+        numbers = [jnp.sum(mask, dtype=jnp.int32) for mask in chosen.values()]
+        number = jnp.asarray(sum(numbers))
+        return number, 1 - number / trees.size(chosen)
+
+    def counts_of(self, chosen: Leaves, ratio: float) -> Any:
+        return num_kept(trees.size(chosen), ratio)
+
+    def mask_of(
+        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
+    ) -> Leaves:
+        raise NotImplementedError
+
+
+def _at(chosen: Leaves, tree: PyTree | None) -> Leaves | None:
     """The leaves of `tree` at the paths of `chosen`."""
     if tree is None:
         return None
@@ -143,6 +158,7 @@ def _of(tree: PyTree | None, chosen: Mapping[str, Any]) -> dict[str, Any] | None
     return {path: leaves[path] for path in chosen}
 
 
+<<<<<<< HEAD
 # Single weights -----------------------------------------------------------------------------------
 
 
@@ -159,7 +175,8 @@ def _global_counts(
     size = trees.size(prunable(params, scope, channels, include=include, exclude=exclude))
     if count == "ceil":
         return size - max(math.ceil(ratio * size), 1)
-    return size - max(int(ratio * size) - 1, 0) if count == "original" else num_kept(size, ratio)
+    rule = originals.kept_of_all if count == "original" else num_kept
+    return rule(size, ratio)
 
 
 def _global_mask(
@@ -170,6 +187,8 @@ def _global_mask(
     return _largest(chosen, counts, _of(before, chosen), count)
 
 
+=======
+>>>>>>> r-numerics
 def _largest(chosen: PyTree, counts: Any, before: PyTree | None, count: str) -> PyTree:
     if count == "nearest":
         return masks.k_largest_mask(chosen, counts, magnitude=True, before=before)
@@ -182,6 +201,7 @@ def _largest(chosen: PyTree, counts: Any, before: PyTree | None, count: str) -> 
     return jax.tree.map(lambda leaf: jnp.abs(leaf) > threshold, chosen)
 
 
+<<<<<<< HEAD
 def _layerwise_counts(
     params,
     ratio,
@@ -197,90 +217,89 @@ def _layerwise_counts(
     sizes = {path: leaf.size for path, leaf in chosen.items()}
     ratios = LAYER_RATIOS[layer_ratios]({path: leaf.shape for path, leaf in chosen.items()}, ratio)
     if count == "original":
-        return {path: size - int(ratios[path] * (size - 1)) for path, size in sizes.items()}
+        return {path: originals.kept_of_layer(sizes[path], ratios[path]) for path in sizes}
     return _layer_counts(sizes, ratios, count, layer_ratios)
+=======
+@tables.option
+class Global(_OfWeights):
+    """One threshold of magnitude."""
+
+    count: GlobalCount = "nearest"
+
+    def counts_of(self, chosen: Leaves, ratio: float) -> int:
+        size = trees.size(chosen)
+        if self.count == "ceil":
+            return size - max(math.ceil(ratio * size), 1)
+        if self.count == "original":
+            return size - max(int(ratio * size) - 1, 0)
+        return num_kept(size, ratio)
+
+    def mask_of(
+        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
+    ) -> Leaves:
+        return _largest(chosen, counts, _at(chosen, before), self.count)
+>>>>>>> r-numerics
 
 
-def _layer_counts(sizes: dict, ratios: dict, count: str, layer_ratios: str) -> dict[str, int]:
-    if count == "per_layer" or layer_ratios == "erk_original":
+@tables.option
+class Layerwise(_OfWeights):
+    """A share of every array."""
+
+    count: LayerCount = "nearest"
+    layer_ratios: LayerRatios = "uniform"
+
+    def counts_of(self, chosen: Leaves, ratio: float) -> dict[str, int]:
+        sizes = {path: leaf.size for path, leaf in chosen.items()}
+        shapes = {path: leaf.shape for path, leaf in chosen.items()}
+        ratios = LAYER_RATIOS[self.layer_ratios](shapes, ratio)
+        if self.count == "original":
+            return {path: size - int(ratios[path] * (size - 1)) for path, size in sizes.items()}
+        return _layer_counts(sizes, ratios, self)
+
+    def mask_of(
+        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
+    ) -> Leaves:
+        rule = "original" if self.count == "original" else "nearest"
+        earlier = _at(chosen, before) or {}
+        kept = {}
+        for path, leaf in chosen.items():
+            kept[path] = _largest(leaf, counts[path], earlier.get(path), rule)
+        return kept
+
+
+def _layer_counts(
+    sizes: dict[str, int], ratios: dict[str, float], options: "Layerwise | Structured"
+) -> dict[str, int]:
+    if options.count == "per_layer" or options.layer_ratios == "erk_original":
         return {path: num_kept(size, ratios[path]) for path, size in sizes.items()}
     return largest_remainders(sizes, ratios)
 
 
-def _layerwise_mask(
-    params,
-    counts,
-    key,
-    before,
-    channels,
-    *,
-    scope="kernels",
-    count="nearest",
-    layer_ratios="uniform",
-    **patterns,
-):
-    del key, layer_ratios
-    rule = "original" if count == "original" else "nearest"
-    chosen = prunable(params, scope, channels, **patterns)
-    earlier = _of(before, chosen) or dict.fromkeys(chosen)
-    return {
-        path: _largest(leaf, counts[path], earlier[path], rule) for path, leaf in chosen.items()
-    }
+@tables.option
+class Random(_OfWeights):
+    """Weights drawn uniformly."""
 
-
-def _random_counts(
-    params, ratio, channels, *, scope: Scope = "kernels", include: str = "", exclude: str = ""
-):
-    return num_kept(
-        trees.size(prunable(params, scope, channels, include=include, exclude=exclude)), ratio
-    )
-
-
-def _random_mask(params, counts, key, before, channels, *, scope="kernels", **patterns):
-    if key is None:
-        raise ValueError("selection 'random' needs a key.")
-    chosen = prunable(params, scope, channels, **patterns)
-    return masks.random_mask(key, chosen, counts, before=_of(before, chosen))
+    def mask_of(
+        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
+    ) -> Leaves:
+        if key is None:
+            raise ValueError("selection 'random' needs a key.")
+        return masks.random_mask(key, chosen, counts, before=_at(chosen, before))
 
 
 # Filters and input channels -----------------------------------------------------------------------
 
 
-class Slices(NamedTuple):
-    """Slices of one array along `axes`, of which slice i is at the positions index[i]: int [slices,
-    copies].
-
-    Positions count along `axes` flattened; index None: slice i is at position i.
-    """
-
-    path: str
-    axes: tuple[int, ...]
-    index: np.ndarray | None = None
-
-
-class Layer(NamedTuple):
-    """Slices of which whole ones go: `size` of them, ranked by the L1 norm of `scored`; `masked`
-    are all that go.
-
-    shape: of the first kernel, for shares of layers.
-    """
-
-    size: int
-    shape: tuple[int, ...]
-    scored: tuple[Slices, ...]
-    masked: tuple[Slices, ...]
-
-
 def layers_of(
     params: PyTree,
-    channels: groups.Channels | None = None,
+    channels: Channels = None,
     *,
     granularity: Granularity = "filter",
     layers: Layers = "auto",
     layout: kernels.Layout | None = None,
     include: str = "",
     exclude: str = "",
-) -> dict[str, Layer]:
+) -> dict[str, units.Layer]:
     """What selection `structured` chooses slices of, by name; options and errors as in
     `keep_counts`.
     """
@@ -294,7 +313,10 @@ def layers_of(
     else:
         if granularity == "filter":
             axes = _without_classifier(axes, bool(include or exclude or len(axes) < len(every)))
-        found = {path: _kernel_layer(params, path, own, granularity) for path, own in axes.items()}
+        leaves, found = trees.named_leaves(params), {}
+        for path, own in axes.items():
+            along = own.outputs if granularity == "filter" else own.inputs
+            found[path] = units.of_kernel(path, path, tuple(leaves[path].shape), along)
     if not found:
         raise ValueError(
             f"no {granularity} can be removed: layers={layers!r}, kernels {paths[:5]}."
@@ -320,115 +342,111 @@ def _without_classifier(axes: dict[str, kernels.Axes], others: bool) -> dict[str
     return chosen
 
 
-def _kernel_layer(params: PyTree, path: str, axes: kernels.Axes, granularity: str) -> Layer:
-    shape = tuple(trees.named_leaves(params)[path].shape)
-    along = axes.outputs if granularity == "filter" else axes.inputs
-    own = (Slices(path, along),)
-    return Layer(math.prod(shape[axis] for axis in along), shape, own, own)
-
-
 def _traced_layers(
     params: PyTree, channels: groups.Channels, axes: dict[str, kernels.Axes]
-) -> dict[str, Layer]:
+) -> dict[str, units.Layer]:
     """The groups of channels that the kernels in `axes`, and no others, make."""
-    leaves, found = trees.named_leaves(params), {}
     owned = {owner: path for path, owner in groups.owners(params, channels).items()}
+    found = {}
     for name, group in channels.groups.items():
-        made = [member for member in group.members if member.role in ("producer", "depthwise")]
-        made_by = [owned.get(member.path) for member in made]
-        if not made or not all(path in axes for path in made_by):
+        makers = [member for member in group.members if member.role in ("producer", "depthwise")]
+        if not makers or not all(owned.get(member.path) in axes for member in makers):
             continue
-        scored = [member for member in made if member.role == "producer"] or made
+        scored = [member for member in makers if member.role == "producer"] or makers
         # kernels that read the channels may stay: what they read is zero, if all that makes it is
         # masked
         inside = all(member.path in owned for member in group.members)
-        goes = lambda member, inside=inside: (
-            not (inside and member.role == "consumer" and not member.exposed)
-        )
-        masked = [member for member in group.members if member.path in owned and goes(member)]
-        place = lambda member: Slices(owned[member.path], (member.axis,), member.index)
-        shape = tuple(leaves[owned[scored[0].path]].shape)
-        found[name] = Layer(group.size, shape, tuple(map(place, scored)), tuple(map(place, masked)))
+        masked = [member for member in group.members if member.path in owned]
+        if inside:
+            masked = [member for member in masked if member.role != "consumer" or member.exposed]
+
+        def part_of(member: groups.Member) -> units.Part:
+            return units.Part(owned[member.path], (member.axis,), member.index)
+
+        parts, read = tuple(map(part_of, masked)), tuple(map(part_of, scored))
+        found[name] = units.Layer(name, (group.size,), parts, read)
     return found
 
 
-def _slice_sums(array: jax.Array, own: Slices) -> jax.Array:
-    """Sum over each slice."""
-    others = [axis for axis in range(array.ndim) if axis not in own.axes]
-    sums = jnp.sum(array, others).ravel()
-    return sums if own.index is None else jnp.sum(sums[own.index], 1)
+@tables.option
+class Structured:
+    """Whole filters or input channels, by their L1 norm."""
 
+    granularity: Granularity = "filter"
+    layer_ratios: LayerRatios = "uniform"
+    count: SliceCount = "nearest"
+    layers: Layers = "auto"
+    layout: kernels.Layout | None = None
+    include: str = ""
+    exclude: str = ""
 
-def _entries_left(kept: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
-    """How many entries of each slice the masks `kept` leave."""
-    return sum(_slice_sums(kept[own.path].astype(jnp.int32), own) for own in layer.scored)
-
-
-def _slice_mask(kept: jax.Array, own: Slices, shape: tuple[int, ...]) -> jax.Array:
-    """Bools of `shape`, False in the slices that are not kept."""
-    sizes = [n if axis in own.axes else 1 for axis, n in enumerate(shape)]
-    if own.index is None:
-        along = kept
-    else:
-        removed = jnp.broadcast_to(~kept[:, None], own.index.shape)
-        along = ~jnp.zeros(math.prod(sizes), bool).at[own.index].max(removed)
-    return jnp.broadcast_to(along.reshape(sizes), shape)
-
-
-def _structured_counts(
-    params,
-    ratio,
-    channels,
-    *,
-    granularity: Granularity = "filter",
-    layer_ratios: LayerRatios = "uniform",
-    count: SliceCount = "nearest",
-    layers: Layers = "auto",
-    layout: kernels.Layout | None = None,
-    include: str = "",
-    exclude: str = "",
-):
-    options = dict(
-        granularity=granularity, layers=layers, layout=layout, include=include, exclude=exclude
-    )
-    found = layers_of(params, channels, **options)
-    ratios = LAYER_RATIOS[layer_ratios]({name: layer.shape for name, layer in found.items()}, ratio)
-    sizes = {name: layer.size for name, layer in found.items()}
-    counts = _layer_counts(sizes, ratios, count, layer_ratios)
-    return {name: max(kept, 1) for name, kept in counts.items()}
-
-
-def _structured_mask(
-    params, counts, key, before, channels, *, layer_ratios="uniform", count="nearest", **options
-):
-    del key, layer_ratios, count
-    leaves = trees.named_leaves(params)
-    earlier = None if before is None else trees.named_leaves(before)
-    result: dict[str, jax.Array] = {}
-    for name, layer in layers_of(params, channels, **options).items():
-        norms = sum(
-            _slice_sums(jnp.abs(trees.widen(leaves[own.path])), own) for own in layer.scored
+    def layers_of(self, params: PyTree, channels: Channels) -> dict[str, units.Layer]:
+        """What it chooses slices of."""
+        return layers_of(
+            params,
+            channels,
+            granularity=self.granularity,
+            layers=self.layers,
+            layout=self.layout,
+            include=self.include,
+            exclude=self.exclude,
         )
-        alive = None if earlier is None else _entries_left(earlier, layer) > 0
-        kept = masks.k_largest_mask(norms, counts[name], before=alive)
-        for own in layer.masked:
-            mask = _slice_mask(kept, own, leaves[own.path].shape)
-            result[own.path] = result[own.path] & mask if own.path in result else mask
-    return result
+
+    def counts(self, params: PyTree, ratio: float, channels: Channels) -> dict[str, int]:
+        """See `keep_counts`."""
+        layers = self.layers_of(params, channels)
+        sizes = {name: layer.size for name, layer in layers.items()}
+        leaves = trees.named_leaves(params)
+        shapes = {name: leaves[layer.scored[0].path].shape for name, layer in layers.items()}
+        ratios = LAYER_RATIOS[self.layer_ratios](shapes, ratio)
+        counts = _layer_counts(sizes, ratios, self)
+        return {name: max(kept, 1) for name, kept in counts.items()}
+
+    def mask(
+        self, params: PyTree, counts: Any, channels: Channels, before: PyTree | None, **_: Any
+    ) -> Leaves:
+        """Masks of the chosen arrays by path, see `keep_masks`."""
+        leaves = trees.named_leaves(params)
+        earlier = trees.named_leaves(before)
+        result: Leaves = {}
+        for name, layer in self.layers_of(params, channels).items():
+            norms = units.absolute_sums(leaves, layer)
+            alive = units.entries_left(earlier, layer) > 0 if earlier else None
+            kept = masks.k_largest_mask(norms, counts[name], before=alive)
+            for part in layer.parts:
+                mask = units.spread_mask(kept, part, leaves[part.path].shape)
+                result[part.path] = result.get(part.path, True) & mask
+        return result
+
+    def left(self, kept: PyTree, channels: Channels) -> tuple[Array, Array]:
+        """See `left_by`."""
+        layers = self.layers_of(kept, channels).values()
+        leaves = trees.named_leaves(kept)
+        entries = [units.entries_left(leaves, layer) for layer in layers]
+        whole = [units.entries_left(masks.full(leaves), layer) for layer in layers]
+        number = jnp.asarray(sum(jnp.sum(left > 0) for left in entries))
+        possible = [jnp.sum(jnp.where(left > 0, n, 0)) for left, n in zip(entries, whole)]
+        inside = sum(map(jnp.sum, entries)) / sum(possible)
+        slices = sum(layer.size for layer in layers)
+        return number, 1 - jnp.minimum(number / slices, inside)
 
 
 SELECTIONS = {
-    "global": Selection(_global_counts, _global_mask),
-    "layerwise": Selection(_layerwise_counts, _layerwise_mask),
-    "random": Selection(_random_counts, _random_mask),
-    "structured": Selection(_structured_counts, _structured_mask),
+    "global": Global,
+    "layerwise": Layerwise,
+    "random": Random,
+    "structured": Structured,
 }
 
 
 def check(selection: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of the selection, checked against its table row; raises ConfigError."""
-    row = tables.lookup(SELECTIONS, selection, "selection")
-    return tables.check_options(row.counts, options)
+    return tables.check_options(tables.lookup(SELECTIONS, selection, "selection"), options)
+
+
+def _made(selection: str, options: dict[str, Any]) -> Any:
+    checked = check(selection, options)
+    return SELECTIONS[selection](**checked)
 
 
 def keep_counts(
@@ -436,8 +454,8 @@ def keep_counts(
     ratio: float,
     *,
     selection: str = "global",
-    channels: groups.Channels | None = None,
-    **options,
+    channels: Channels = None,
+    **options: Any,
 ) -> PyTree:
     """What `keep_masks` may trace: how many entries (or filters) stay at pruning ratio `ratio` in
     [0, 1].
@@ -468,19 +486,18 @@ def keep_counts(
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
-    options = check(selection, options)
-    return SELECTIONS[selection].counts(params, ratio, channels, **options)
+    return _made(selection, options).counts(params, ratio, channels)
 
 
 def keep_masks(
     params: PyTree,
     counts: PyTree,
-    key: jax.Array | None = None,
+    key: Array | None = None,
     *,
     selection: str = "global",
-    channels: groups.Channels | None = None,
+    channels: Channels = None,
     before: PyTree | None = None,
-    **options,
+    **options: Any,
 ) -> PyTree:
     """Masks (True = keep) in the structure of `params` for `counts` from `keep_counts`; other
     arguments: as there.
@@ -491,15 +508,18 @@ def keep_masks(
     first. Raises ConfigError for unknown options and ValueError for `random` without a key and,
     outside `jit`, for NaN.
     """
-    options = check(selection, options)
-    found = SELECTIONS[selection].mask(params, counts, key, before, channels, **options)
+    found = _made(selection, options).mask(params, counts, channels, key=key, before=before)
     kept = trees.map_named(lambda path, leaf: found.get(path, jnp.ones(leaf.shape, bool)), params)
     return kept if before is None else jax.tree.map(jnp.logical_and, kept, before)
 
 
 def left_by(
-    kept: PyTree, *, selection: str = "global", channels: groups.Channels | None = None, **options
-) -> tuple[jax.Array, jax.Array]:
+    kept: PyTree,
+    *,
+    selection: str = "global",
+    channels: Channels = None,
+    **options: Any,
+) -> tuple[Array, Array]:
     """(number, share) of what masks `kept` have left and removed, by the counting of a selection;
     traceable.
 
@@ -508,20 +528,4 @@ def left_by(
     slices left, so that it is 0 of whole kernels only.
     selection, channels, options: as in `keep_counts`.
     """
-    options = check(selection, options)
-    if selection != "structured":
-        patterns = {name: options[name] for name in ("include", "exclude") if name in options}
-        chosen = prunable(kept, options.get("scope", "kernels"), channels, **patterns)
-        number = sum(jnp.sum(mask, dtype=jnp.int32) for mask in chosen.values())
-        return number, 1 - number / trees.size(chosen)
-    shape_of = {
-        name: value for name, value in options.items() if name not in ("layer_ratios", "count")
-    }
-    layers, masks_of = layers_of(kept, channels, **shape_of).values(), trees.named_leaves(kept)
-    entries = [_entries_left(masks_of, layer) for layer in layers]
-    whole = [_entries_left(masks.full(masks_of), layer) for layer in layers]
-    number = sum(jnp.sum(left > 0) for left in entries)
-    inside = sum(map(jnp.sum, entries)) / sum(
-        jnp.sum(jnp.where(left > 0, n, 0)) for left, n in zip(entries, whole)
-    )
-    return number, 1 - jnp.minimum(number / sum(layer.size for layer in layers), inside)
+    return _made(selection, options).left(kept, channels)

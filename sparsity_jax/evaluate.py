@@ -35,6 +35,7 @@ from sparsity_jax import (
     data,
     imports,
     intact,
+    members,
     models,
     pipeline,
     pretrained,
@@ -121,7 +122,7 @@ def open_run(
     if inside and (workdir.parent / "config.json").is_file():
         folders = {int(inside[1]): workdir}
         whole = read_config(workdir.parent)
-    members = [swept for _, swept in pipeline.expand(whole)]
+    swept_values = [member.swept for member in members.expand(whole)]
     snapshots = {}
     for number, folder in (folders or {0: workdir}).items():
         snapshots[number] = workdirs.newest(folder)
@@ -136,7 +137,9 @@ def open_run(
         if snapshot is None:
             continue
         states, progress = restore_newest(snapshot, problem, hint)
-        own = (members[number : number + 1] or [{}]) if folders else members
+        own = swept_values
+        if folders:
+            own = swept_values[number : number + len(states)]
         if len(states) != len(own):
             raise tables.ConfigError(
                 f"{workdir}: config.json makes {len(own)} networks, the checkpoint has "
@@ -145,7 +148,7 @@ def open_run(
         for member, (swept, state) in enumerate(zip(own, states), start=number):
             label = swept.get("arm") or label_of(config, progress)
             networks.append(Network(member, swept, told(config, progress), state, label))
-    expected = {*folders} if whole is not config else {*folders, *range(len(members))}
+    expected = {*folders} if whole is not config else {*folders, *range(len(swept_values))}
     missing = sorted(expected - {network.member for network in networks})
     return Saved(config, problem, networks, missing)
 
@@ -159,12 +162,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     common = {name: value for name, value in config.items() if name in known}
     with tables.within("config"):
         tables.check_options(pipeline.settings, common)
-    stages = {
-        name: value
-        for name, value in config.items()
-        if name not in known and isinstance(value, Mapping) and "kind" in value
-    }
-    pipeline.check_names(config["pipeline"], stages)
+    pipeline.check_names(config["pipeline"], members.stages_of(config))
     return {**tables.defaults(pipeline.settings), **config}
 
 
@@ -236,9 +234,8 @@ def told(config: Mapping[str, Any], progress: workdirs.Progress) -> str:
 
 def label_of(config: dict[str, Any], progress: workdirs.Progress) -> str:
     """Name of the training that made the network of a checkpoint, as in the report."""
-    plan = pipeline.Plan([config], [{}], {}, tuple(config["pipeline"]), {})
     finished = progress.stage - (not progress.begun)
-    return pipeline.arm_of(plan, max(finished, 0))
+    return pipeline.arm_of(config, max(finished, 0))
 
 
 def restore_newest(

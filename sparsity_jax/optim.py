@@ -11,18 +11,20 @@ entries stay as they are. Sums over steps are float32 or wider whatever the weig
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array, lax
 
-from sparsity_jax import polytopes, tables, trees
+from sparsity_jax import originals, polytopes, tables, trees
 
 PyTree = Any
+Updated = tuple[PyTree, Any]  # updates and state
 
 
 # Learning rates -----------------------------------------------------------------------------------
@@ -39,7 +41,7 @@ class Rate(NamedTuple):
     update: Callable
 
 
-def as_rate(learning_rate: float | jax.Array | Callable | Rate) -> Rate:
+def as_rate(learning_rate: float | Array | Callable | Rate) -> Rate:
     """A number, an optax schedule or a Rate as a Rate."""
     if isinstance(learning_rate, Rate):
         return learning_rate
@@ -48,9 +50,9 @@ def as_rate(learning_rate: float | jax.Array | Callable | Rate) -> Rate:
 
 
 class _LossHistory(NamedTuple):
-    losses: jax.Array  # of the last 11 finished epochs, newest last
-    total: jax.Array  # of this epoch's step losses
-    factor: jax.Array
+    losses: Array  # of the last 11 finished epochs, newest last
+    total: Array  # of this epoch's step losses
+    factor: Array
 
 
 def keep(learning_rate: float, epochs: int, steps_per_epoch: int) -> Rate:
@@ -107,7 +109,7 @@ def cosine(
             f"warmup_epochs is {warmup_epochs}; allowed: below epochs ({epochs})."
         )
 
-    def rule(step):
+    def rule(step: Array) -> Array:
         progress = jnp.clip((step - warm) / (total - warm), 0, 1)
         return learning_rate * jnp.where(
             step < warm, step / max(warm, 1), (1 + jnp.cos(jnp.pi * progress)) / 2
@@ -135,7 +137,7 @@ def piecewise(
             f"schedule.table is {table!r}; allowed: epoch:factor,epoch:factor,..."
         ) from None
 
-    def rule(step):
+    def rule(step: Array) -> Array:
         factor = jnp.asarray(pairs[-1][1], float)
         for epoch, value in pairs:
             factor = jnp.where(step >= epoch * steps_per_epoch, value, factor)
@@ -163,10 +165,10 @@ def dynamic_change(
     tables.convert(loss, Literal["mean", "last_batch"], "loss")
     drops = decrease_3(1.0, epochs, steps_per_epoch)
 
-    def init():
+    def init() -> _LossHistory:
         return _LossHistory(jnp.zeros(11, float), jnp.zeros((), float), jnp.ones((), float))
 
-    def update(state, step, value):
+    def update(state: _LossHistory, step: Array, value: Any) -> tuple[Array, _LossHistory]:
         if value is None:
             raise ValueError(
                 "the rate 'dynamic_change' follows the loss: call update(..., value=loss)."
@@ -189,7 +191,7 @@ def _stepped_per_iteration(
     learning_rate: float,
     warmup_epochs: float,
     steps_per_epoch: int,
-    change: Callable[[jax.Array, jax.Array], jax.Array],
+    change: Callable[[Array, Array], Array],
 ) -> Rate:
     """The original's loop: after every iteration `rate = change(rate, iterations so far)`, warm-up
     or not.
@@ -199,7 +201,7 @@ def _stepped_per_iteration(
     """
     warm = warmup_epochs * steps_per_epoch
 
-    def update(state, step, value):
+    def update(state: Array, step: Array, value: Any) -> tuple[Array, Array]:
         del value
         rate = jnp.where(step == 0, 0.0 if warm else learning_rate, state)
         following = jnp.where(step < warm, learning_rate * (step + 1) / (warm + 1e-8), rate)
@@ -217,15 +219,9 @@ def original_multistep(
     gamma: tables.Positive = 0.5,
     warmup_epochs: tables.NonNegative = 5.0,
 ) -> Rate:
-    """What the one-shot pruning original does: `milestones` count iterations, so most fall inside
-    the warm-up.
-
-    `multistep` is what it evidently meant. Source: Zhang et al. 2024, arXiv:2306.05857, training
-    script.
-    """
+    """See `originals.multistep`; `multistep` is what it evidently meant."""
     del epochs
-    reached = lambda step: jnp.sum(step == jnp.asarray(milestones, jnp.int32))
-    change = lambda rate, step: rate * jnp.asarray(gamma, float) ** reached(step)
+    change = functools.partial(originals.multistep, milestones=milestones, gamma=gamma)
     return _stepped_per_iteration(learning_rate, warmup_epochs, steps_per_epoch, change)
 
 
@@ -236,6 +232,10 @@ def original_cosine(
     *,
     warmup_epochs: tables.NonNegative = 5.0,
 ) -> Rate:
+<<<<<<< HEAD
+    """See `originals.cosine`; `cosine` is what it evidently meant."""
+    change = functools.partial(originals.cosine, learning_rate=learning_rate, epochs=epochs)
+=======
     """What the one-shot pruning original does: a cosine of period 2 * epochs *iterations*, as a
     recursion on the rate.
 
@@ -244,7 +244,7 @@ def original_cosine(
     `original_multistep`; recursion: PyTorch's CosineAnnealingLR.
     """
 
-    def change(rate, step):
+    def change(rate: Array, step: Array) -> Array:
         cosine = lambda step: 1 + jnp.cos(jnp.pi * jnp.asarray(step, float) / epochs)
         restart = (step - 1 - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
         risen = rate + learning_rate * (1 - math.cos(math.pi / epochs)) / 2
@@ -252,6 +252,7 @@ def original_cosine(
             restart, risen, cosine(step) / jnp.where(restart, 1, cosine(step - 1)) * rate
         )
 
+>>>>>>> r-numerics
     return _stepped_per_iteration(learning_rate, warmup_epochs, steps_per_epoch, change)
 
 
@@ -259,7 +260,7 @@ def _thirds(epochs: int) -> tuple[int, int]:
     return int(epochs / 3), int(2 * epochs / 3)
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable] = {
     "keep": keep,
     "decrease_3": decrease_3,
     "decrease_3_180": decrease_3_180,
@@ -280,8 +281,8 @@ class RateState(NamedTuple):
     state.
     """
 
-    step: jax.Array
-    learning_rate: jax.Array
+    step: Array
+    learning_rate: Array
     rate: Any
 
 
@@ -289,7 +290,7 @@ def _start_rate(rate: Rate) -> RateState:
     return RateState(jnp.zeros((), jnp.int32), jnp.zeros((), float), rate.init())
 
 
-def _next_rate(rate: Rate, state: RateState, value: Any) -> tuple[jax.Array, RateState]:
+def _next_rate(rate: Rate, state: RateState, value: Any) -> tuple[Array, RateState]:
     learning_rate, inner = rate.update(state.rate, state.step, value)
     learning_rate = jnp.asarray(learning_rate, float)
     return learning_rate, RateState(state.step + 1, learning_rate, inner)
@@ -299,7 +300,9 @@ def scale_by_rate(learning_rate: float | Callable | Rate) -> optax.GradientTrans
     """Multiplies updates by minus the learning rate."""
     rate = as_rate(learning_rate)
 
-    def update(updates, state, params=None, *, value=None, **extra):
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra: Any
+    ) -> Updated:
         del params, extra
         lr, state = _next_rate(rate, state, value)
         return jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates), state
@@ -323,7 +326,7 @@ def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
 class HeavyBallState(NamedTuple):
     """step: int32. buffer: momentum, in the structure of the params."""
 
-    step: jax.Array
+    step: Array
     buffer: PyTree
 
 
@@ -341,10 +344,10 @@ def heavy_ball(
     see `accumulators`.
     """
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         return HeavyBallState(jnp.zeros((), jnp.int32), accumulators(params, accumulator_dtype))
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         del params, extra
         state = _blend(state, updates, momentum, dampening)
         out = state.buffer
@@ -364,7 +367,7 @@ def _blend(
     return HeavyBallState(state.step + 1, jax.tree.map(mix, state.buffer, updates))
 
 
-def _share_of_new(momentum: float | jax.Array, dampening: float | jax.Array) -> float | jax.Array:
+def _share_of_new(momentum: float | Array, dampening: float | Array) -> float | Array:
     """The factor of the new gradient in the buffer: 1 - dampening, but 1 without momentum."""
     if isinstance(momentum, (int, float)):
         return 1 - dampening if momentum else 1.0
@@ -402,14 +405,14 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformationExtr
     return _add_slope(weight_decay, lambda w: w)
 
 
-def add_l1(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:
+def add_l1(strength: float | Array | PyTree) -> optax.GradientTransformationExtraArgs:
     """g + strength * sign(w), a subgradient of strength * ||w||_1. strength: a number, or one per
     parameter array.
     """
     return _add_slope(strength, jnp.sign)
 
 
-def add_l2(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:
+def add_l2(strength: float | Array | PyTree) -> optax.GradientTransformationExtraArgs:
     """g + 2 * strength * w, the gradient of strength * ||w||_2^2. strength: a number, or one per
     parameter array.
     """
@@ -417,7 +420,7 @@ def add_l2(strength: float | jax.Array | PyTree) -> optax.GradientTransformation
 
 
 def _add_slope(strength: PyTree, slope: Callable) -> optax.GradientTransformationExtraArgs:
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         del extra
         _need_params(params)
         add = lambda w, g, s: (g + s * slope(w)).astype(g.dtype)
@@ -427,7 +430,7 @@ def _add_slope(strength: PyTree, slope: Callable) -> optax.GradientTransformatio
 
 
 def _one_each(strength: PyTree, params: PyTree) -> PyTree:
-    if jax.tree.structure(strength) == jax.tree.structure(0.0):
+    if jax.tree_util.all_leaves([strength]):
         return jax.tree.map(lambda _: strength, params)
     return trees.aligned(strength, params, "strengths")
 
@@ -437,12 +440,12 @@ class ProximalState(NamedTuple):
     one entry per array (two of arrays that have one), as one vector."""
 
     inner: PyTree
-    memory: jax.Array
+    memory: Array
 
 
 def proximal_l1(
     inner: optax.GradientTransformation,
-    strength: float | jax.Array | PyTree,
+    strength: float | Array | PyTree,
     *,
     learning_rate: float | None = None,
     momentum: float = 0.0,
@@ -468,7 +471,7 @@ def proximal_l1(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         state, unit = inner.init(params), _unit_arrays(params)
         if jax.tree.leaves(unit):  # `optax.tree_map_params` calls `init` without arrays
             if learning_rate is None and _rate_in(state) is None:
@@ -479,7 +482,7 @@ def proximal_l1(
             _check_descent(inner, unit, learning_rate, momentum)
         return ProximalState(state, _memory(state, inner.init(unit)))
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         _need_params(params)
         unit = _unit_arrays(params)
         remembered = _remembered(state, jax.eval_shape(inner.init, unit))
@@ -498,13 +501,13 @@ def proximal_l1(
 
 
 def _proximal_sgd(
-    inner: optax.GradientTransformationExtraArgs, strength: PyTree, momentum: jax.Array
+    inner: optax.GradientTransformationExtraArgs, strength: PyTree, momentum: Array
 ) -> optax.GradientTransformationExtraArgs:
     """`proximal_l1` of this module's `sgd` at its known rate and momentum, t = rate * strength / (1
     - momentum).
     """
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         updates, state = inner.update(updates, state, params, **extra)
         rate = _rate_in(state)
         bounds = jax.tree.map(lambda s: rate * s / (1 - momentum), _one_each(strength, params))
@@ -516,7 +519,7 @@ def _proximal_sgd(
 def _shrunk(params: PyTree, updates: PyTree, bounds: PyTree) -> PyTree:
     """`updates` followed by soft thresholding at `bounds`."""
 
-    def shrink(w, u, bound):
+    def shrink(w: Array, u: Array, bound: Array) -> Array:
         moved = trees.widen(w) + u
         return (jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - bound, 0) - w).astype(u.dtype)
 
@@ -535,7 +538,7 @@ def _is_skipping(state: Any) -> bool:
     return isinstance(state, (optax.MultiStepsState, optax.ApplyIfFiniteState))
 
 
-def _memory(state: PyTree, of_units: PyTree) -> jax.Array:
+def _memory(state: PyTree, of_units: PyTree) -> Array:
     """What the state for unit arrays has of its own: the buffers, which have other shapes than
     those of `state`.
     """
@@ -569,16 +572,16 @@ def _check_descent(
     what is not linear.
     """
 
-    def try_out(slope):
+    def try_out(slope: float) -> Array:
         gradient = jax.tree.map(lambda w: jnp.full_like(w, slope), unit)
 
-        def step(state, _):
+        def step(state: Any, _: None) -> tuple[Any, Array]:
             updates, state = inner.update(gradient, state, unit, value=jnp.zeros(()))
             return state, jnp.stack(
                 [-jnp.ravel(update)[0] / slope for update in jax.tree.leaves(updates)]
             )
 
-        return jax.lax.scan(step, inner.init(unit), None, length=2048)[1]
+        return lax.scan(step, inner.init(unit), None, length=2048)[1]
 
     with jax.ensure_compile_time_eval():
         tries = [try_out(slope) for slope in (1.0, 2.0**20)]
@@ -614,11 +617,11 @@ def projected(
     """Any optimizer whose result is projected (Euclidean) onto the sets after every step."""
     inner = optax.with_extra_args_support(inner)
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         _need_params(params)
         updates, state = inner.update(updates, state, params, **extra)
 
-        def pull(s, w, u):
+        def pull(s: polytopes.ConstraintSet, w: Array, u: Array) -> Array:
             wide = trees.widen(w)
             return _settled(s, w, s.project(wide + u) - wide)
 
@@ -635,7 +638,7 @@ def _map_sets(function: Callable, sets: PyTree, params: PyTree, *rest: PyTree) -
     )
 
 
-def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Array) -> jax.Array:
+def _settled(constraint: polytopes.ConstraintSet, w: Array, update: Array) -> Array:
     """`update` in the type of the weights `w`; of types narrower than float32 one that keeps them
     in the set.
 
@@ -655,14 +658,14 @@ def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Arra
     return jnp.where(beyond, jnp.nextafter(update, -w), update)
 
 
-def _rounded(wide: jax.Array, dtype: Any) -> jax.Array:
+def _rounded(wide: Array, dtype: Any) -> Array:
     """The numbers of a narrow `dtype` nearest to those of `wide`, in whose type they stay.
 
     XLA may leave out a conversion to and fro, and its `reduce_precision` makes zeros of subnormal
     numbers, which float16 weights below 6e-5 are.
     """
     kind = jnp.finfo(dtype)
-    normal = jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
+    normal = lax.reduce_precision(wide, kind.nexp, kind.nmant)
     if kind.minexp <= jnp.finfo(wide.dtype).minexp:
         return normal
     spacing = float(kind.smallest_subnormal)
@@ -670,7 +673,7 @@ def _rounded(wide: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.abs(wide) < float(kind.tiny), subnormal, normal)
 
 
-def _rate_in(opt_state: PyTree) -> jax.Array | None:
+def _rate_in(opt_state: PyTree) -> Array | None:
     """The one learning rate that an optimizer's state names; None if there is none."""
     rates = _rates_in(opt_state)
     if len(rates) > 1:
@@ -682,7 +685,7 @@ def _rate_in(opt_state: PyTree) -> jax.Array | None:
     return rates[0] if rates else None
 
 
-def _rates_in(opt_state: PyTree) -> list[jax.Array]:
+def _rates_in(opt_state: PyTree) -> list[Array]:
     """All rates of states that are made to hold one; entries of that name in other trees are
     parameters.
     """
@@ -715,12 +718,12 @@ def _need_params(params: PyTree) -> None:
 
 
 def frank_wolfe_step_size(
-    learning_rate: float | jax.Array,
-    direction: jax.Array,
-    gap: jax.Array,
-    diameter: float | jax.Array,
+    learning_rate: float | Array,
+    direction: Array,
+    gap: Array,
+    diameter: float | Array,
     rescale: Literal["gradient", "diameter", "none"],
-) -> jax.Array:
+) -> Array:
     """clip(learning_rate * f, 0, 1): f = ||direction|| / ||gap||, 1 / diameter or 1. gap: vertex -
     weights.
     """
@@ -769,7 +772,7 @@ def sgd(
     return descent if free else projected(descent, sets)
 
 
-def _after(constraint: polytopes.ConstraintSet, step_size: jax.Array) -> polytopes.ConstraintSet:
+def _after(constraint: polytopes.ConstraintSet, step_size: Array) -> polytopes.ConstraintSet:
     """The same set, usable only once the previous array's step size (never negative) is known.
 
     XLA's CPU backend would otherwise search all arrays side by side and push each out of the cache:
@@ -815,10 +818,12 @@ def sfw(
     if rescale not in ("gradient", "diameter", "none"):
         raise ValueError(f"rescale is {rescale!r}; allowed: 'gradient', 'diameter', 'none'.")
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         return FrankWolfeState(_start_rate(rate), average.init(params))
 
-    def update(updates, state, params=None, *, value=None, **extra):
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra: Any
+    ) -> Updated:
         del extra
         _need_params(params)
         lr, rate_state = _next_rate(rate, state.rate, value)
@@ -826,7 +831,7 @@ def sfw(
         momentum_state = _blend(state.momentum, updates, momentum, momentum)
         size = jnp.zeros(())
 
-        def step(s, w, d):
+        def step(s: Any, w: Array, d: Array) -> Any:
             nonlocal size
             if isinstance(s, polytopes.Unconstrained):
                 return (-lr * d).astype(w.dtype)
@@ -853,7 +858,7 @@ class AdaGradSFWState(NamedTuple):
     rate: RateState
     momentum: HeavyBallState
     squares: PyTree
-    units: jax.Array
+    units: Array
 
 
 def adagrad_sfw(
@@ -880,13 +885,15 @@ def adagrad_sfw(
     )
     decay = add_decayed_weights(weight_decay)
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         squares = accumulators(params, accumulator_dtype)
         return AdaGradSFWState(
             _start_rate(rate), average.init(params), squares, _smallest_units(squares)
         )
 
-    def update(updates, state, params=None, *, value=None, **extra):
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra: Any
+    ) -> Updated:
         del extra
         _need_params(params)
         lr, rate_state = _next_rate(rate, state.rate, value)
@@ -896,7 +903,9 @@ def adagrad_sfw(
         units = _units_for(direction, state.units)
         squares = _add_squares(state.squares, direction, state.units, units)
 
-        def step(s, w, d, square, unit):
+        def step(
+            s: polytopes.ConstraintSet, w: Array, d: Array, square: Array, unit: Array
+        ) -> Array:
             unit = unit.astype(trees.widen(d).dtype)
             d, square = trees.widen(d) / unit, trees.widen(square)
             positive = square > 0  # the square root has no derivative at 0
@@ -925,7 +934,7 @@ def adagrad_sfw(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _smallest_units(squares: PyTree) -> jax.Array:
+def _smallest_units(squares: PyTree) -> Array:
     """Units of the squares before anything is summed: [arrays], so small that any other is
     larger.
     """
@@ -935,7 +944,7 @@ def _smallest_units(squares: PyTree) -> jax.Array:
     return trees.varying_like(units, leaves)
 
 
-def _units_for(direction: PyTree, units: jax.Array) -> jax.Array:
+def _units_for(direction: PyTree, units: Array) -> Array:
     """The units, each larger where the squares of its array's `direction` would leave the range,
     and 1 where not.
     """
@@ -949,7 +958,7 @@ def _units_for(direction: PyTree, units: jax.Array) -> jax.Array:
     return jnp.maximum(units, jnp.stack(needed)) if needed else units
 
 
-def _add_squares(squares: PyTree, direction: PyTree, before: jax.Array, after: jax.Array) -> PyTree:
+def _add_squares(squares: PyTree, direction: PyTree, before: Array, after: Array) -> PyTree:
     """The sums, in units of `before`, with the squares of `direction`, in units of `after`."""
     sums = []
     leaves, structure = jax.tree.flatten(squares)
@@ -962,7 +971,7 @@ def _add_squares(squares: PyTree, direction: PyTree, before: jax.Array, after: j
     return jax.tree.unflatten(structure, sums)
 
 
-OPTIMIZERS = {"sfw": sfw, "adagrad_sfw": adagrad_sfw, "sgd": sgd}
+OPTIMIZERS: dict[str, Callable] = {"sfw": sfw, "adagrad_sfw": adagrad_sfw, "sgd": sgd}
 
 
 # Penalties ----------------------------------------------------------------------------------------
@@ -1013,16 +1022,19 @@ def options(
     *,
     name: str,
     learning_rate: tables.NonNegative = 0.1,
-    schedule: dict = {"name": "keep"},  # noqa: B006 - never changed
-    constraint: dict = {"name": "unconstrained"},  # noqa: B006
+    schedule: Annotated[dict, tables.Named(SCHEDULES)] = {"name": "keep"},  # noqa: B006 - never changed
+    constraint: polytopes.Config = {"name": "unconstrained"},  # noqa: B006
     norms: Literal["per_parameter", "per_shape"] = "per_parameter",
-    penalty: dict = {"name": "none"},  # noqa: B006
+    penalty: Annotated[dict, tables.Named(PENALTIES)] = {"name": "none"},  # noqa: B006
 ) -> None:
     """Fields of every optimizer config beside the chosen optimizer's own.
 
     norms: how `initialization` radii are measured; `per_shape` is the original's table, see
         `share_by_shape`.
     """
+
+
+Config = Annotated[dict, tables.Named(OPTIMIZERS, options)]
 
 
 def settings(
@@ -1098,21 +1110,21 @@ def _check_penalty(config: dict, constraint: tuple) -> tuple[str, dict]:
 
 def program(recipe: Recipe) -> str:
     """What the compiled program depends on: all but the numbers."""
-    # of the constraint: pattern, name and exponent of every rule
-    static = ("p", "zero_up", "zero_below")
-    kinds = [
-        (pattern, name, [own.get(key) for key in static])
-        for pattern, name, own in recipe.constraint
-    ]
-    return repr(recipe._replace(numbers=sorted(recipe.numbers), constraint=kinds))
+    kinds = []
+    for pattern, name, chosen in recipe.constraint:
+        static = [chosen.get(key) for key in ("p", "zero_up", "zero_below")]
+        kinds.append((pattern, name, static))
+    same = (recipe.name, recipe.static, recipe.schedule, recipe.norms, recipe.penalty)
+    return repr((same, sorted(recipe.numbers), kinds))
 
 
 def needs_norms(recipe: Recipe) -> bool:
     """Whether some set takes its radius from the initialisation."""
-    return any(
-        {**tables.defaults(polytopes.SETS[name]), **own}.get("mode") == "initialization"
-        for _, name, own in recipe.constraint
-    )
+    for _, name, chosen in recipe.constraint:
+        options = {**tables.defaults(polytopes.SETS[name]), **chosen}
+        if options.get("mode") == "initialization":
+            return True
+    return False
 
 
 def numbers(
@@ -1136,8 +1148,9 @@ def numbers(
     values = {key: jnp.asarray(value, float) for key, value in recipe.numbers.items()}
     if "penalty" in values:
         chosen = trees.matching(params, recipe.penalty[1]["parameters"], "penalty.parameters")
-        one = lambda path, _, strength=values["penalty"]: jnp.where(chosen[path], strength, 0.0)
-        values["penalty"] = trees.map_named(one, params)
+        strength = values["penalty"]
+        of_array = lambda path, _: jnp.where(chosen[path], strength, 0.0)
+        values["penalty"] = trees.map_named(of_array, params)
     return {**values, "sets": jax.tree.map(jnp.asarray, sets)}
 
 
@@ -1160,7 +1173,7 @@ def make(
     return optax.chain({"l1": add_l1, "l2": add_l2}[penalty](strength), tx)
 
 
-def learning_rate(opt_state: PyTree) -> jax.Array | None:
+def learning_rate(opt_state: PyTree) -> Array | None:
     """The rate of the latest update, found in an optimizer's state; None if no part of it names a
     rate.
 

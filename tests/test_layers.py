@@ -13,6 +13,7 @@ NUMERICS = (
     *(
         "stopping",
         "tables",
+        "originals",
         "decoding",
         "sources",
         "trees",
@@ -23,6 +24,7 @@ NUMERICS = (
         "groups",
     ),
     "kernels",
+    "units",
 )
 # never each other
 PARTS = (
@@ -52,6 +54,7 @@ RUNS = (
         "report",
         "stream",
         "interface",
+        "members",
         "train",
     ),
     *(

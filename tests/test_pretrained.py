@@ -389,7 +389,7 @@ def test_one_foreign_tensor_is_named_alone(prefix):
     wrapped = {prefix + name: array for name, array in state_dict.items()}
     same(pretrained.to_variables(wrapped, like), pretrained.to_variables(state_dict, like))
     with pytest.raises(
-        tables.ConfigError, match=r"32 of 32 arrays do\.\n  unexpected: n_averaged \(\)$"
+        tables.ConfigError, match=r"32 of 32 arrays do\.\n  unexpected: n_averaged \(\)\.$"
     ):
         pretrained.to_variables({"n_averaged": np.array(5), **wrapped}, like)
     averaged = {"ema." + name: array for name, array in state_dict.items()}
@@ -473,9 +473,8 @@ def test_what_does_not_fit_is_named():
     state_dict["num_batches_tracked"] = np.zeros(())
     state_dict["layer1.0.bn1.bias"] = np.zeros(9)
     with pytest.raises(tables.ConfigError) as raised:
-        pretrained.to_variables(state_dict, like, where="net.safetensors")
-    assert str(raised.value).splitlines() == [
-        "net.safetensors does not fit the network; 30 of 32 arrays do.",
+        pretrained.to_variables(state_dict, like)
+    assert raised.value.why.splitlines()[1:] == [
         "  missing: params/stage2_block0/conv1/kernel (3, 3, 4, 6)",
         "  unexpected: layer3.0.conv1.weight (6, 6, 3, 3); num_batches_tracked ()",
         "  wrong: layer1.0.bn1.bias is (9,), for params/stage1_block0/bn1/bias it must be (4,)",
@@ -490,7 +489,7 @@ def test_hints():
     ):
         pretrained.to_variables(resnet(num_classes=7)[1], like)
     with pytest.raises(
-        tables.ConfigError, match=r"conv1.weight is \(4, 3, 7, 7\).*\n.* is config.model.stem right"
+        tables.ConfigError, match=r"conv1.weight is \(4, 3, 7, 7\).*\n.* config.model.stem may be"
     ):
         pretrained.to_variables(resnet(stem="imagenet")[1], like)
     with pytest.raises(tables.ConfigError, match=r"missing: .*, and 28 more"):
@@ -550,20 +549,17 @@ def test_files_cut_short_or_foreign(tmp_path):
     )
     for content in (*(whole[:n] for n in (4, 8, 60, len(whole) - 1)), *foreign):
         path.write_bytes(content)
-        with pytest.raises(
-            tables.ConfigError, match=r"net\.safetensors', which is no whole safetensors file"
-        ):
+        with pytest.raises(tables.ConfigError, match="no whole safetensors file") as raised:
             pretrained.read(path)
+        assert raised.value.value == str(path)
     path.write_bytes(safetensors.serialize({}))
     assert pretrained.read(path) == {}
     with pytest.raises(tables.ConfigError, match=r"no such file"):
         pretrained.read(tmp_path / "absent.safetensors")
-    with pytest.raises(
-        tables.ConfigError, match=r"net.h5'; allowed: a file of weights, .safetensors or .pth"
-    ):
-        pretrained.read(tmp_path / "net.h5")
-    with pytest.raises(tables.ConfigError, match=r"name the file \*\.safetensors"):
-        pretrained.write(tmp_path / "net.pth", {})
+    for act, file in ((pretrained.read, "net.h5"), (pretrained.write, "net.pth")):
+        with pytest.raises(tables.ConfigError) as raised:
+            act(tmp_path / file, *[{}] * (act is pretrained.write))
+        assert ".safetensors" in raised.value.allowed
 
 
 def safetensors_of(shape, offsets, content=bytes(4)):
@@ -600,7 +596,7 @@ def test_absurd_shapes_in_a_file_are_refused(shape, offsets, tmp_path):
 def test_files_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
     path = pretrained.write(tmp_path / "net.safetensors", {"a": np.ones(3)})
     monkeypatch.setattr(tables, "host_memory", lambda: 50.0)
-    with tiny.refused("", os.fspath(path)):
+    with tiny.refused("", str(path)):
         pretrained.check(path)
 
 
@@ -687,7 +683,7 @@ def test_files_of_pytorch(tmp_path, monkeypatch):
         ({"w": Tensor(np.zeros(2), "torch.float8_e4m3fn")}, r"w is no plain array \(torch\.float8"),
         (
             {"w": Tensor(np.broadcast_to(np.float32(0), 10**15))},
-            r"w, of the shape \(10+,\), takes 4,000,000\.0 GB; allo",
+            r"w has the shape \(10+,\) and takes 4,000,000\.0 GB; allo",
         ),
         (itself, "dict"),
     ):
@@ -696,8 +692,9 @@ def test_files_of_pytorch(tmp_path, monkeypatch):
     content["it"] = {"model": tensors, "model_ema": {"module.w": Tensor(arrays["module.w"] + 1)}}
     assert pretrained.read(path).keys() == arrays.keys()
     same(pretrained.read(path, key="model_ema"), {"module.w": arrays["module.w"] + 1})
-    with pytest.raises(tables.ConfigError, match=r"key is 'emma'; .* model, model_ema"):
+    with pytest.raises(tables.ConfigError) as raised:
         pretrained.read(path, key="emma")
+    assert raised.value.allowed == "model, model_ema"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         tables.ConfigError, match=r"`pip install torch`, or convert it to .safetensors"
@@ -745,7 +742,7 @@ def test_absurd_shapes_in_a_file_of_pytorch_are_refused(torch, tmp_path):
     path = tmp_path / "net.pth"
     torch.save({"w": torch.zeros(1).expand(10**15)}, path)
     with pytest.raises(
-        tables.ConfigError, match=r"net\.pth: w, of the shape \(10+,\), takes 4,000,000\.0 GB"
+        tables.ConfigError, match=r"net\.pth: w has the shape \(10+,\) and takes 4,000,000\.0 GB"
     ):
         pretrained.read(path)
     torch.save({"w": torch.zeros(10**4)}, path)
@@ -843,7 +840,7 @@ STILL = pipeline.stage(
 @pytest.mark.parametrize("mode", ["", "vmap", "loop"])
 def test_a_run_starts_from_the_file(weights, mode, tmp_path):
     path, variables = weights
-    sweep = dict(sweep=dict(seed=(0, 1)), sweep_mode=mode) if mode else {}
+    sweep = dict(sweep=dict(seed=(0, 1), mode=mode)) if mode else {}
     config = tiny.config("cut", "curve", "still", still=STILL, pretrained=path, **sweep)
     outcome = pipeline.run(config, tmp_path / "run")
     params = jax.tree.map(lambda leaf: leaf[1] if mode == "vmap" else leaf, outcome.state.params)
@@ -958,7 +955,7 @@ def test_mistakes_stop_a_run_before_it_begins(weights, tmp_path):
         ),
         (
             dict(pretrained=path, **wider),
-            ("config.pretrained '",),
+            ("config.pretrained",),
         ),
         (
             dict(pretrained=path, sweep=dict(pretrained=[path])),

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 
+import sparsity_jax
 from sparsity_jax import checkpoint, evaluate, intact, pipeline, report, tables, train, workdirs
 
 CONFIG = tiny.config(
@@ -54,6 +55,14 @@ FAULTS = (flip, truncate, delete, empty, swap)
 
 def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def files_that_are_read(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Those of the newest checkpoint for all of them."""
+    newest = workdirs.newest(workdir).folder
+    others = ("checkpoints", "tensorboard")
+    names = [path for path in files_of(workdir) if path.parts[0] not in others]
+    return names + [newest.relative_to(workdir) / path for path in files_of(newest)]
 
 
 def damaged(
@@ -97,12 +106,8 @@ def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tm
     """What is read and evaluated; `experiments/robustness/faults.py` also runs each."""
     workdir, state, rows = whole
     rng = np.random.default_rng(0)
-    names = [
-        name
-        for name in files_of(workdir)
-        if name.parts[0] not in ("figures", "tensorboard", "report.html")
-    ]
-    assert len(names) > 20
+    names = files_that_are_read(workdir)
+    assert len(names) > 12
     kept = {path.name: intact.read_sums(path) for path in (workdir / "checkpoints").iterdir()}
     for name in names:
         place = damaged(workdir, tmp_path / "damaged", name, fault, rng)
@@ -241,6 +246,51 @@ def test_environment_and_rows_say_when_they_were_changed(whole, tmp_path, capsys
         report.gather(place)
 
 
+def of_version(version: str | None, whole: pathlib.Path, place: pathlib.Path) -> pathlib.Path:
+    """A copy of the finished run in `whole` which says that it was made with `version`."""
+    shutil.copytree(whole, place)
+    told = report.read_environment(place)
+    assert told.pop("sparsity_jax") == sparsity_jax.__version__
+    report.write_environment(place, told if version is None else told | {"sparsity_jax": version})
+    return place
+
+
+def test_runs_of_the_first_version_are_read(whole, tmp_path):
+    """Its config had `arms`, `arm` and `sweep_mode` beside the sweep, and no version."""
+    place = of_version(None, whole[0], tmp_path / "run")
+    assert workdirs.version_of(place) == "0.1.0"
+    arms = {"a": dict(label="A", fit=dict(augment="none"))}
+    older = pipeline.plain(CONFIG) | dict(arms=arms, arm="a", sweep_mode="loop")
+    (place / "config.json").write_text(json.dumps(older, indent=2) + "\n")
+    intact.record(place / "config.json")
+    (network,) = evaluate.open_run(place).networks
+    assert network.swept == dict(arm="A")
+    config, rows, _ = report.gather(place)
+    assert config["sweep"] == dict(arm=["a"], arms=arms, mode="loop")
+    assert {row["stage"] for row in rows} == {"fit", "curve"}
+
+
+def test_a_run_of_a_later_version_says_which_reads_it(whole, tmp_path):
+    place = of_version("0.1.0, then 0.12.3", whole[0], tmp_path / "run")
+    for read in (evaluate.open_run, report.gather):
+        with tiny.refused(str(place)) as raised:
+            read(place)
+        assert "0.12.3" in raised.value.why
+
+
+def test_an_unfinished_run_goes_on_with_its_own_version(whole, tmp_path):
+    place = of_version(None, whole[0], tmp_path / "run")
+    pipeline.run(CONFIG, place)  # a finished one only draws its report again
+    shutil.rmtree(place / "checkpoints")
+    with tiny.refused("--workdir", str(place), allowed="that version"):
+        pipeline.run(CONFIG, place)
+
+
+def test_the_version_is_that_of_the_package():
+    text = pathlib.Path(sparsity_jax.__file__).parents[1].joinpath("setup.py").read_text()
+    assert f'version="{sparsity_jax.__version__}"' in text
+
+
 def test_a_file_that_came_into_a_sealed_folder_is_damage(tmp_path):
     (tmp_path / "known").write_text("1", encoding="utf-8")
     intact.seal(tmp_path)
@@ -294,15 +344,9 @@ def test_nothing_in_a_run_folder_is_imported_or_unpickled(
         "import pathlib; pathlib.Path(__file__).with_name('ran').touch()"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    newest = workdirs.newest(whole[0]).folder.name
-    names = [
-        name
-        for name in files_of(whole[0])
-        if name.parts[0] not in ("figures", "tensorboard", "report.html")
-    ]
-    names = [name for name in names if name.parts[0] != "checkpoints" or name.parts[1] == newest]
+    names = [name for name in files_that_are_read(whole[0]) if name.name != intact.SUMS]
     refused = []
-    for name in (name for name in names if name.name != intact.SUMS):
+    for name in names:
         original = (whole[0] / name).read_bytes()
         if content == "names of classes":
             try:

@@ -6,6 +6,7 @@ Module names are stable, so that rules can match paths: `conv1`, `bn1`, `stage1_
 `stage2_block0/shortcut_conv`, `block3/depthwise`, and the last layer of every network is `fc`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,40 +16,42 @@ import jax.numpy as jnp
 from sparsity_jax import tables
 from sparsity_jax.models import cnn, layers, mlp, mobilenet, resnet, vgg
 
+PyTree = Any
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 # Name to factory(num_classes, settings, *, options...) -> flax.linen.Module, called as
 # module(images, train).
-MODELS = {
-    "mlp": mlp.mlp,
-    "fc2": mlp.fc2,
-    "fc5": mlp.fc5,
-    "fc12": mlp.fc12,
-    "fc13": mlp.fc13,
-    "mlp7": mlp.mlp7,
-    "small_cnn": cnn.small_cnn,
-    "lenet": cnn.lenet,
-    "lenet5": cnn.lenet5,
-    "cnet": cnn.cnet,
-    "alexnet": cnn.alexnet,
-    "alexnet_cifar": cnn.alexnet_cifar,
-    "alexnet_bn": cnn.alexnet_bn,
-    "vgg": vgg.vgg,
-    "vgg11": vgg.vgg11,
-    "vgg13": vgg.vgg13,
-    "vgg16": vgg.vgg16,
-    "vgg19": vgg.vgg19,
-    "resnet": resnet.resnet,
-    "resnet18": resnet.resnet18,
-    "resnet34": resnet.resnet34,
-    "resnet50": resnet.resnet50,
-    "resnet20": resnet.resnet20,
-    "resnet56": resnet.resnet56,
-    "preact_resnet18": resnet.preact_resnet18,
-    "wrn": resnet.wrn,
-    "mobilenet": mobilenet.mobilenet,
-    "mobilenet_v2": mobilenet.mobilenet_v2,
-}
+FACTORIES = (
+    mlp.mlp,
+    mlp.fc2,
+    mlp.fc5,
+    mlp.fc12,
+    mlp.fc13,
+    mlp.mlp7,
+    cnn.small_cnn,
+    cnn.lenet,
+    cnn.lenet5,
+    cnn.cnet,
+    cnn.alexnet,
+    cnn.alexnet_cifar,
+    cnn.alexnet_bn,
+    vgg.vgg,
+    vgg.vgg11,
+    vgg.vgg13,
+    vgg.vgg16,
+    vgg.vgg19,
+    resnet.resnet,
+    resnet.resnet18,
+    resnet.resnet34,
+    resnet.resnet50,
+    resnet.resnet20,
+    resnet.resnet56,
+    resnet.preact_resnet18,
+    resnet.wrn,
+    mobilenet.mobilenet,
+    mobilenet.mobilenet_v2,
+)
+MODELS = {factory.__name__: factory for factory in FACTORIES}
 
 
 class Model(NamedTuple):
@@ -93,35 +96,34 @@ def build(
     module = factory(num_classes, settings, **options)
     dropout = options.get("dropout", 0.0)
 
-    def check_precision():
-        if "float64" in (dtype, param_dtype) and not jax.config.jax_enable_x64:
+    def checked() -> Any:
+        """The network, where jax computes in its precision."""
+        if "float64" in (dtype, param_dtype) and not jax.config.read("jax_enable_x64"):
             raise tables.ConfigError(
                 f"{name} was built with dtype {dtype} and param_dtype {param_dtype}, but jax runs "
-                "in 32 bits; set "
-                "jax_enable_x64 or call it inside `with jax.enable_x64(True):`."
+                "in 32 bits; set jax_enable_x64 or call it inside `with jax.enable_x64(True):`."
             )
+        return module
 
-    def create(key, shape):
+    # the forward pass only finds shapes: compiling drops it
+    @functools.partial(jax.jit, static_argnums=1)
+    def create(key: jax.Array, shape: tuple[int, ...]) -> PyTree:
         return module.init(key, jnp.zeros(shape, settings.dtype))
 
-    create = jax.jit(
-        create, static_argnums=1
-    )  # the forward pass only finds shapes: compiling drops it
-
-    def initialise(key, images):
-        check_precision()
+    def initialise(key: jax.Array, images: Any) -> PyTree:
+        checked()
         return {"batch_stats": {}, **create(key, images.shape)}
 
-    def apply(variables, images):
-        check_precision()
-        return module.apply(variables, images)
+    def apply(variables: PyTree, images: jax.Array) -> jax.Array:
+        return checked().apply(variables, images)
 
-    def apply_train(variables, images, key=None):
-        check_precision()
+    def apply_train(
+        variables: PyTree, images: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, PyTree]:
         if dropout and key is None:
             raise ValueError(f"{name} has dropout {dropout}: apply_train needs a key.")
         rngs = None if key is None else {"dropout": key}
-        logits, updated = module.apply(
+        logits, updated = checked().apply(
             variables, images, train=True, mutable=["batch_stats"], rngs=rngs
         )
         return logits, updated.get("batch_stats", {})

@@ -1,104 +1,68 @@
 """Plain convolutional networks: convolutions and max-pools in a row, then dense layers."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
-import jax
 from flax import linen as nn
 
 from sparsity_jax import tables
 from sparsity_jax.models import layers
-
-
-class Conv(NamedTuple):
-    """A convolution of a layout, with `padding` zeros on every side."""
-
-    width: int
-    size: int
-    stride: int = 1
-    padding: int = 0
-
-
-class Pool(NamedTuple):
-    """A max-pool of a layout: `size` x `size` windows, stride 2."""
-
-    size: int
-
+from sparsity_jax.models.layers import Apply, Conv, Norm
 
 Widths = tuple[tables.Count, tables.Count, tables.Count, tables.Count, tables.Count]
-# Besides them a layout may name "bn", a batch norm, and "lrn", a local response normalisation.
-Entry = Conv | Pool | Literal["bn", "lrn"]
+POOL2, POOL3 = Apply(layers.max_pool, (2,)), Apply(layers.max_pool, (3,))
+LRN = Apply(layers.local_response_norm)
 
 
-def smallest_side(layout: tuple[Entry, ...]) -> int:
-    """The side of the smallest square image of which at least one pixel is left after the
-    layout.
-    """
+class CNN(layers.Network):
+    """conv{i}, bn{i} and max-pools; dense{i}, ReLU, dense_bn{i} and dropout; `fc`."""
+
+
+def smallest_side(layout: Iterable) -> int:
+    """The side of the smallest square image of which a pixel is left after the layout."""
     side = 1
-    for entry in reversed(layout):
-        if isinstance(entry, Pool):
-            side = 2 * (side - 1) + entry.size
-        elif isinstance(entry, Conv):
-            side = max(1, entry.stride * (side - 1) + entry.size - 2 * entry.padding)
+    for step in reversed(list(layout)):
+        if isinstance(step, Conv):
+            side = max(1, step.stride * (side - 1) + step.size - 2 * (step.padding or 0))
+        elif step in (POOL2, POOL3):
+            side = 2 * (side - 1) + step.arguments[0]
     return side
 
 
-class CNN(nn.Module):
-    """Enlarged images; `layout`; dense{i}, ReLU (and dense_bn{i}) per entry of `dense_widths`;
-    `fc`.
+def cnn(
+    num_classes: int,
+    settings: layers.Settings,
+    layout: Iterable,
+    dense_widths: tuple[int, ...],
+    *,
+    after: tuple = (layers.RELU,),
+    after_dense: tuple = (layers.RELU,),
+    dropout: float = 0.0,
+    upsample: int = 1,
+) -> nn.Module:
+    """`layout`, with the steps `after` each convolution, then dense layers.
 
-    A convolution of the layout is conv{i}, (bn{i}) and ReLU; a "bn" of the layout is the bn{i} of
-    the one before it.
+    upsample: every pixel becomes so many equal ones on both sides, before all else.
     """
+    layout = list(layout)
+    steps: list[Any] = [Apply(layers.upsample, (upsample,))]
+    for step in layout:
+        steps += (step, *after) if isinstance(step, Conv) else (step,)
+    steps.append(Apply(layers.flatten))
+    for width in dense_widths:
+        steps += (layers.Dense(width), *after_dense, layers.Dropout(dropout))
+    smallest = -(-smallest_side(layout) // upsample)
+    return CNN(num_classes, settings, layers.numbered(*steps), smallest)
 
-    num_classes: int
-    settings: layers.Settings
-    layout: tuple[Entry, ...]
-    dense_widths: tuple[int, ...]
-    conv_bias: bool = True
-    batch_norm: bool = False
-    dense_batch_norm: bool = False
-    dropout: float = 0.0
-    upsample: int = 1
 
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        settings = self.settings
-        smallest = -(-smallest_side(self.layout) // self.upsample)
-        x = layers.upsample(
-            layers.as_images(images, settings.dtype, smallest=smallest), self.upsample
-        )
-        i = 0
-        for entry in self.layout:
-            if isinstance(entry, Pool):
-                x = layers.max_pool(x, entry.size)
-                continue
-            if entry == "lrn":
-                x = layers.local_response_norm(x)
-                continue
-            if entry == "bn":
-                x = layers.batch_norm(x, train=train, settings=settings, name=f"bn{i}")
-                continue
-            i += 1
-            x = layers.conv(
-                x,
-                entry.width,
-                entry.size,
-                stride=entry.stride,
-                padding=entry.padding,
-                bias=self.conv_bias,
-                settings=settings,
-                name=f"conv{i}",
-            )
-            if self.batch_norm:
-                x = layers.batch_norm(x, train=train, settings=settings, name=f"bn{i}")
-            x = nn.relu(x)
-        x = x.reshape(x.shape[0], -1)
-        for i, width in enumerate(self.dense_widths, 1):
-            x = nn.relu(layers.dense(x, width, settings=settings, name=f"dense{i}"))
-            if self.dense_batch_norm:
-                x = layers.batch_norm(x, train=train, settings=settings, name=f"dense_bn{i}")
-            x = layers.dropout(x, self.dropout, train=train)
-        return layers.classifier(x, self.num_classes, settings=settings)
+def unpadded(width: int) -> Conv:
+    """A 5x5 convolution with bias."""
+    return Conv(width, 5, padding=0, bias=True)
+
+
+def padded(width: int, size: int = 3) -> Conv:
+    """A convolution with bias that keeps the size of images."""
+    return Conv(width, size, padding=size // 2, bias=True)
 
 
 def small_cnn(
@@ -118,16 +82,11 @@ def small_cnn(
     side, 8x8 by default; `dense1` fits the size the network was initialised with. The default has
     122,570 parameters on 32x32x3 images with 10 classes, and 60,554 on 8x8x1.
     """
-    layout = tuple(entry for width in widths for entry in (Conv(width, 3, padding=1), Pool(2)))
-    return CNN(
-        num_classes,
-        settings,
-        layout,
-        dense_widths,
-        conv_bias=not batch_norm,
-        batch_norm=batch_norm,
-        dropout=dropout,
-    )
+    layout: list = []
+    for width in widths:
+        layout += (Conv(width, 3, padding=1, bias=not batch_norm), POOL2)
+    after = (Norm(), layers.RELU) if batch_norm else (layers.RELU,)
+    return cnn(num_classes, settings, layout, dense_widths, after=after, dropout=dropout)
 
 
 def lenet(
@@ -143,8 +102,10 @@ def lenet(
     of `dense_widths`.
     Images: at least 16x16. 121,182 parameters on 32x32x3 images with 10 classes, 85,822 on 28x28x1.
     """
-    layout = tuple(entry for width in widths for entry in (Conv(width, 5), Pool(2)))
-    return CNN(num_classes, settings, layout, dense_widths)
+    layout: list = []
+    for width in widths:
+        layout += (unpadded(width), POOL2)
+    return cnn(num_classes, settings, layout, dense_widths)
 
 
 def lenet5(
@@ -160,9 +121,9 @@ def lenet5(
     dense layers of `dense_widths`. Images: at least 32x32. 61,706 parameters on 32x32x1 images with
     10 classes; the study's mini version, `widths` (10, 10, 10) and `dense_widths` (10,), has 5,500.
     """
-    first, second, third = widths
-    layout = (Conv(first, 5), Pool(2), Conv(second, 5), Pool(2), Conv(third, 5))
-    return CNN(num_classes, settings, layout, dense_widths)
+    first, second, third = map(unpadded, widths)
+    layout = (first, POOL2, second, POOL2, third)
+    return cnn(num_classes, settings, layout, dense_widths)
 
 
 def cnet(
@@ -178,8 +139,8 @@ def cnet(
     Then dense layers of `dense_widths`. Images: at least 4 * len(widths) + 2 a side, 18x18 by
     default. 305,742 parameters on 32x32x3 images with 10 classes.
     """
-    layout = (*(Conv(width, 5) for width in widths), Pool(2))
-    return CNN(num_classes, settings, layout, dense_widths, batch_norm=True)
+    layout = (*map(unpadded, widths), POOL2)
+    return cnn(num_classes, settings, layout, dense_widths, after=(Norm(), layers.RELU))
 
 
 def alexnet(
@@ -201,15 +162,9 @@ def alexnet(
         classes.
     """
     first, second, *others = widths
-    layout = (
-        Conv(first, 11, stride=4, padding=1),
-        Pool(3),
-        Conv(second, 5, padding=2),
-        Pool(3),
-        *(Conv(width, 3, padding=1) for width in others),
-        Pool(3),
-    )
-    return CNN(num_classes, settings, layout, dense_widths, dropout=dropout, upsample=upsample)
+    start = Conv(first, 11, stride=4, padding=1, bias=True)
+    layout = (start, POOL3, padded(second, 5), POOL3, *map(padded, others), POOL3)
+    return cnn(num_classes, settings, layout, dense_widths, dropout=dropout, upsample=upsample)
 
 
 def alexnet_cifar(
@@ -229,13 +184,16 @@ def alexnet_cifar(
     """
     first, second, third, fourth, fifth = widths
     layout = (
-        *(Conv(first, 5, padding=2), "lrn", Pool(3), "bn"),
-        *(Conv(second, 5, padding=2), "lrn", Pool(3), "bn"),
-        *(Conv(third, 3, padding=1), "bn"),
-        *(Conv(fourth, 3, padding=1), "bn"),
-        *(Conv(fifth, 3, padding=1), Pool(3), "bn"),
+        *(padded(first, 5), LRN, POOL3, Norm()),
+        *(padded(second, 5), LRN, POOL3, Norm()),
+        *(padded(third), Norm()),
+        *(padded(fourth), Norm()),
+        *(padded(fifth), POOL3, Norm()),
     )
-    return CNN(num_classes, settings, layout, dense_widths, dense_batch_norm=True, dropout=dropout)
+    after_dense = (layers.RELU, Norm("dense_bn#"))
+    return cnn(
+        num_classes, settings, layout, dense_widths, after_dense=after_dense, dropout=dropout
+    )
 
 
 def alexnet_bn(
@@ -252,10 +210,7 @@ def alexnet_bn(
     Images: at least 63x63. 14,264,354 parameters on 224x224x3 images with 2 classes.
     """
     first, second, *others = widths
-    layout = (
-        *(Conv(first, 11, stride=4, padding=2), Pool(3)),
-        *(Conv(second, 5, padding=2), Pool(3)),
-        *(Conv(width, 3, padding=1) for width in others),
-        Pool(3),
-    )
-    return CNN(num_classes, settings, layout, dense_widths, batch_norm=True, dropout=dropout)
+    start = Conv(first, 11, stride=4, padding=2, bias=True)
+    layout = (start, POOL3, padded(second, 5), POOL3, *map(padded, others), POOL3)
+    after = (Norm(), layers.RELU)
+    return cnn(num_classes, settings, layout, dense_widths, after=after, dropout=dropout)

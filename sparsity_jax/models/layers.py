@@ -2,13 +2,16 @@
 initialisers chosen by name.
 
 Images are `[batch, height, width, channels]`, convolution kernels `[height, width, in / groups,
-out]`, dense kernels `[in, out]`. The functions here are called inside an `nn.compact` method and
-create the submodule `name` of the caller.
+out]`, dense kernels `[in, out]`. A network is a tuple of steps, taken one after the other: each is
+called as `step(x, mode)` and creates the submodule of its name.
 """
 
+import collections
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +30,7 @@ class Settings(NamedTuple):
 
 
 class Initializer(NamedTuple):
-    """How a layer starts: initialisers of the two kinds of kernel, and `bias(fan_in)`, which
-    returns that of a bias.
-    """
+    """How a layer starts: initialisers of kernels, and `bias(fan_in)`, that of a bias."""
 
     conv: Callable
     dense: Callable
@@ -81,52 +82,7 @@ def at_least_float32(dtype: np.dtype) -> np.dtype:
     return jnp.promote_types(jnp.float32, dtype)
 
 
-def as_images(images: jax.Array, dtype: np.dtype, *, smallest: int = 1) -> jax.Array:
-    """`images` [batch, height, width, channels] in `dtype`; ConfigError for others, and below
-    `smallest` a side.
-    """
-    if images.ndim != 4 or min(images.shape[1:3]) < smallest:
-        raise tables.ConfigError(
-            f"images have the shape {tuple(images.shape)}; this network needs [batch, height, "
-            "width, channels] with "
-            f"height and width at least {smallest}: larger images, or fewer max-pools and strides."
-        )
-    return jnp.asarray(images, dtype)
-
-
-def conv(
-    x: jax.Array,
-    features: int,
-    size: int,
-    *,
-    settings: Settings,
-    name: str,
-    stride: int = 1,
-    padding: int | None = None,
-    groups: int = 1,
-    bias: bool = False,
-) -> jax.Array:
-    """Convolution with a square kernel of odd `size`, padded by `padding` zeros on every side, as
-    in PyTorch.
-
-    padding: `size // 2` by default. x: [batch, height, width, channels]. Returns, with the default
-    padding, [batch, ceil(height / stride), ceil(width / stride), features]. (Flax's "SAME" differs:
-    at stride 2 it pads an even image on one side only.)
-    """
-    init, pad = INITIALIZERS[settings.init], (size // 2 if padding is None else padding,) * 2
-    return nn.Conv(
-        features,
-        (size, size),
-        strides=(stride, stride),
-        padding=(pad, pad),
-        feature_group_count=groups,
-        use_bias=bias,
-        kernel_init=init.conv,
-        bias_init=init.bias(size * size * x.shape[-1] // groups),
-        dtype=settings.dtype,
-        param_dtype=settings.param_dtype,
-        name=name,
-    )(x)
+# Layers -------------------------------------------------------------------------------------------
 
 
 def dense(x: jax.Array, features: int, *, settings: Settings, name: str) -> jax.Array:
@@ -143,15 +99,9 @@ def dense(x: jax.Array, features: int, *, settings: Settings, name: str) -> jax.
 
 
 def classifier(x: jax.Array, num_classes: int, *, settings: Settings) -> jax.Array:
-    """The last layer, always named `fc`: [batch, features] to logits, computed in float32 or
-    wider.
-    """
-    return dense(
-        x,
-        num_classes,
-        settings=settings._replace(dtype=at_least_float32(settings.dtype)),
-        name="fc",
-    )
+    """The last layer, always named `fc`: [batch, features] to logits, in float32 or wider."""
+    wide = settings._replace(dtype=at_least_float32(settings.dtype))
+    return dense(x, num_classes, settings=wide, name="fc")
 
 
 class BatchNorm(nn.Module):
@@ -196,17 +146,6 @@ class BatchNorm(nn.Module):
         return y.astype(x.dtype)
 
 
-def batch_norm(x: jax.Array, *, train: bool, settings: Settings, name: str) -> jax.Array:
-    return BatchNorm(settings, name=name)(x, train)
-
-
-def dropout(x: jax.Array, rate: float, *, train: bool) -> jax.Array:
-    """Zeroes entries with probability `rate` in training and scales the others by 1 / (1 -
-    rate).
-    """
-    return nn.Dropout(rate, deterministic=not train)(x) if rate else x
-
-
 def upsample(x: jax.Array, factor: int) -> jax.Array:
     """Nearest neighbour: every pixel of [batch, height, width, channels] becomes `factor` x
     `factor` equal ones.
@@ -247,7 +186,215 @@ def local_response_norm(x: jax.Array, size: int = 2) -> jax.Array:
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
-    """Mean over height and width, in float32 or wider: [batch, height, width, channels] to [batch,
-    channels].
-    """
+    """Mean over height and width, in float32 or wider: [batch, channels]."""
     return x.astype(at_least_float32(x.dtype)).mean((1, 2))
+
+
+# Steps of a network -------------------------------------------------------------------------------
+
+
+class Mode(NamedTuple):
+    """How the steps of a network are taken."""
+
+    settings: Settings
+    train: bool
+
+
+Steps = tuple[Callable[[jax.Array, Mode], jax.Array], ...]
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Convolution with a square kernel of odd `size`, padded by zeros on every side, as in PyTorch.
+
+    padding: `size // 2` by default, which returns [batch, ceil(height / stride), ceil(width /
+    stride), width]. (Flax's "SAME" differs: at stride 2 it pads an even image on one side only.)
+    """
+
+    width: int
+    size: int
+    stride: int = 1
+    padding: int | None = None
+    groups: int = 1
+    bias: bool = False
+    name: str = "conv#"
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        settings = mode.settings
+        init = INITIALIZERS[settings.init]
+        padding = self.size // 2 if self.padding is None else self.padding
+        return nn.Conv(
+            self.width,
+            (self.size, self.size),
+            strides=(self.stride, self.stride),
+            padding=((padding, padding), (padding, padding)),
+            feature_group_count=self.groups,
+            use_bias=self.bias,
+            kernel_init=init.conv,
+            bias_init=init.bias(self.size**2 * x.shape[-1] // self.groups),
+            name=self.name,
+            dtype=settings.dtype,
+            param_dtype=settings.param_dtype,
+        )(x)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A `dense` layer."""
+
+    width: int
+    name: str = "dense#"
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        return dense(x, self.width, settings=mode.settings, name=self.name)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A `BatchNorm`."""
+
+    name: str = "bn#"
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        return BatchNorm(mode.settings, name=self.name)(x, mode.train)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Zeroes entries with probability `rate` in training, and divides the others by 1 - rate."""
+
+    rate: float
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        return nn.Dropout(self.rate, deterministic=not mode.train)(x) if self.rate else x
+
+
+@dataclass(frozen=True)
+class Apply:
+    """`function(x, *arguments)`, without parameters."""
+
+    function: Callable
+    arguments: tuple = ()
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        return self.function(x, *self.arguments)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The sum of two ways of `x`; one without steps passes it on."""
+
+    first: Steps
+    second: Steps
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        y = take(self.first, x, mode)
+        return y + take(self.second, x, mode)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps whose submodules lie in one of the block's name."""
+
+    name: str
+    steps: Steps
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        return Sequence(mode.settings, self.steps, name=self.name)(x, mode.train)
+
+
+RELU, RELU6 = Apply(nn.relu), Apply(nn.relu6)
+
+
+def take(steps: Steps, x: jax.Array, mode: Mode) -> jax.Array:
+    """`x` after all `steps`."""
+    for step in steps:
+        x = step(x, mode)
+    return x
+
+
+def numbered(*steps: Any) -> Steps:
+    """The steps, with numbers for the `#` in their names: conv1, conv2, ..., bn1, bn2, ..."""
+    counts: collections.Counter[str] = collections.Counter()
+    named = []
+    for step in steps:
+        name = getattr(step, "name", "")
+        if "#" in name:
+            counts[name] += 1
+            step = replace(step, name=name.replace("#", str(counts[name])))
+        named.append(step)
+    return tuple(named)
+
+
+class Sequence(nn.Module):
+    """Steps one after the other."""
+
+    settings: Settings
+    steps: Steps
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        return take(self.steps, x, Mode(self.settings, train))
+
+
+class Network(nn.Module):
+    """Images to logits: `steps`, then `fc`.
+
+    smallest: side that images [batch, height, width, channels] need at least; 0: images of any
+    shape are flattened first.
+    """
+
+    num_classes: int
+    settings: Settings
+    steps: Steps
+    smallest: int = 1
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        check_images(images.shape, self.smallest)
+        x = jnp.asarray(images, self.settings.dtype)
+        x = take(self.steps, x if self.smallest else flatten(x), Mode(self.settings, train))
+        return classifier(x, self.num_classes, settings=self.settings)
+
+
+def check_images(shape: tuple[int, ...], smallest: int) -> None:
+    """Raises ConfigError for images that a `Network` cannot take."""
+    needed = "[batch, ...] with at least two axes"
+    fits = len(shape) >= 2
+    if smallest:
+        needed = (
+            f"[batch, height, width, channels] with height and width at least {smallest}: larger "
+            "images, or fewer max-pools and strides"
+        )
+        fits = len(shape) == 4 and min(shape[1:3]) >= smallest
+    if not fits:
+        raise tables.ConfigError(f"images have the shape {shape}; this network needs {needed}.")
+
+
+def flatten(x: jax.Array) -> jax.Array:
+    """[batch, ...] to [batch, features]."""
+    return x.reshape(x.shape[0], -1)
+
+
+# Presets ------------------------------------------------------------------------------------------
+
+
+def preset(
+    factory: Callable, name: str, doc: str, fixed: Mapping[str, Any] = {}, **defaults: Any
+) -> Callable:
+    """`factory` as a network of its own: some options `fixed`, others with other defaults."""
+
+    @functools.wraps(factory)
+    def build(num_classes: int, settings: Settings, **options: Any) -> nn.Module:
+        return factory(num_classes, settings, **fixed, **{**defaults, **options})
+
+    signature = inspect.signature(factory)
+    options = [
+        option.replace(default=defaults.get(option.name, option.default))
+        for option in signature.parameters.values()
+        if option.name not in fixed
+    ]
+    build.__dict__["__signature__"] = signature.replace(parameters=options)
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = doc
+    return build

@@ -2,11 +2,13 @@
 2018, 1801.04381).
 """
 
-import jax
+from typing import Any
+
 from flax import linen as nn
 
 from sparsity_jax import tables
 from sparsity_jax.models import layers
+from sparsity_jax.models.layers import RELU, RELU6, Block, Conv, Norm
 
 # (width, stride) of the pointwise convolution and the depthwise one before it.
 V1 = (
@@ -28,41 +30,8 @@ V2 = (
 )
 
 
-class SeparableBlock(nn.Module):
-    """depthwise 3x3 with `stride`, bn1, ReLU, pointwise 1x1 to `width` channels, bn2, ReLU."""
-
-    settings: layers.Settings
-    width: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        settings, channels = self.settings, x.shape[-1]
-        x = layers.conv(
-            x, channels, 3, stride=self.stride, groups=channels, settings=settings, name="depthwise"
-        )
-        x = nn.relu(layers.batch_norm(x, train=train, settings=settings, name="bn1"))
-        x = layers.conv(x, self.width, 1, settings=settings, name="pointwise")
-        return nn.relu(layers.batch_norm(x, train=train, settings=settings, name="bn2"))
-
-
-class MobileNet(nn.Module):
-    """Stem conv1, bn1, ReLU; blocks block{i} (i from 0); global average pool; `fc`."""
-
-    num_classes: int
-    settings: layers.Settings
-    stem_width: int
-    blocks: tuple[tuple[int, int], ...]
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        settings = self.settings
-        x = layers.as_images(images, settings.dtype)
-        x = layers.conv(x, self.stem_width, 3, settings=settings, name="conv1")
-        x = nn.relu(layers.batch_norm(x, train=train, settings=settings, name="bn1"))
-        for i, (width, stride) in enumerate(self.blocks):
-            x = SeparableBlock(settings, width=width, stride=stride, name=f"block{i}")(x, train)
-        return layers.classifier(layers.global_average_pool(x), self.num_classes, settings=settings)
+class MobileNet(layers.Network):
+    """conv1, bn1, ReLU; block{i} (i from 0); global average pool; `fc`."""
 
 
 def mobilenet(
@@ -77,71 +46,42 @@ def mobilenet(
 
     The default is the network of the gradient-flow study: 3,309,476 parameters with 100 classes.
     """
-    return MobileNet(num_classes, settings, stem_width=stem_width, blocks=blocks)
+    steps: list[Any] = [Conv(stem_width, 3), Norm(), RELU]
+    channels = stem_width
+    for i, (width, stride) in enumerate(blocks):
+        pointwise = Conv(width, 1, name="pointwise")
+        block = (depthwise(channels, stride), Norm(), RELU, pointwise, Norm(), RELU)
+        steps.append(Block(f"block{i}", layers.numbered(*block)))
+        channels = width
+    steps.append(layers.Apply(layers.global_average_pool))
+    return MobileNet(num_classes, settings, layers.numbered(*steps))
 
 
-class InvertedBlock(nn.Module):
-    """expand 1x1, depthwise 3x3 with `stride`, project 1x1 to `width`; each with bn{i}, the first
-    two with ReLU6.
+def depthwise(channels: int, stride: int) -> Conv:
+    """A 3x3 convolution of every channel by itself."""
+    return Conv(channels, 3, stride, groups=channels, name="depthwise")
 
-    Without `expand` where `expansion` is 1. residual: adds its input.
+
+class MobileNetV2(layers.Network):
+    """conv1, bn1, ReLU6; block{i} (i from 0); conv2 1x1, bn2, ReLU6; global average pool; dropout;
+    `fc`.
     """
 
-    settings: layers.Settings
-    expansion: int
-    width: int
-    stride: int
-    residual: bool
 
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        settings = self.settings
-        norms = (f"bn{i}" for i in range(1, 4))
-        bn = lambda y: layers.batch_norm(y, train=train, settings=settings, name=next(norms))
-        y = x
-        if self.expansion > 1:
-            y = nn.relu6(
-                bn(
-                    layers.conv(
-                        y, x.shape[-1] * self.expansion, 1, settings=settings, name="expand"
-                    )
-                )
-            )
-        hidden = y.shape[-1]
-        y = layers.conv(
-            y, hidden, 3, stride=self.stride, groups=hidden, settings=settings, name="depthwise"
-        )
-        y = bn(layers.conv(nn.relu6(bn(y)), self.width, 1, settings=settings, name="project"))
-        return x + y if self.residual else y
+def inverted(channels: int, expansion: int, width: int, stride: int) -> layers.Steps:
+    """expand 1x1, depthwise 3x3 with `stride`, project 1x1; each with bn{i}, the first two ReLU6.
 
-
-class MobileNetV2(nn.Module):
-    """Stem conv1, bn1, ReLU6; blocks block{i} (i from 0); conv2 1x1, bn2, ReLU6; global average
-    pool; dropout; `fc`.
+    Without `expand` where `expansion` is 1. channels: of the input, which is added where size and
+    channels stay.
     """
-
-    num_classes: int
-    settings: layers.Settings
-    stem_width: int
-    stem_stride: int
-    blocks: tuple[tuple[int, int, int, bool], ...]  # fields of InvertedBlock
-    last_width: int
-    dropout: float
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        settings = self.settings
-        x = layers.as_images(images, settings.dtype)
-        x = layers.conv(
-            x, self.stem_width, 3, stride=self.stem_stride, settings=settings, name="conv1"
-        )
-        x = nn.relu6(layers.batch_norm(x, train=train, settings=settings, name="bn1"))
-        for i, block in enumerate(self.blocks):
-            x = InvertedBlock(settings, *block, name=f"block{i}")(x, train)
-        x = layers.conv(x, self.last_width, 1, settings=settings, name="conv2")
-        x = nn.relu6(layers.batch_norm(x, train=train, settings=settings, name="bn2"))
-        x = layers.dropout(layers.global_average_pool(x), self.dropout, train=train)
-        return layers.classifier(x, self.num_classes, settings=settings)
+    hidden = channels * expansion
+    steps: list[Any] = []
+    if expansion > 1:
+        steps += (Conv(hidden, 1, name="expand"), Norm(), RELU6)
+    steps += (depthwise(hidden, stride), Norm(), RELU6, Conv(width, 1, name="project"), Norm())
+    if stride == 1 and width == channels:
+        return (layers.Residual((), layers.numbered(*steps)),)
+    return layers.numbered(*steps)
 
 
 def divisible(width: float, divisor: int = 8) -> int:
@@ -169,19 +109,18 @@ def mobilenet_v2(
     multiples of 8 (that of the last convolution, 1,280, only grows). stem_stride: 1 for small
     images. dropout: before `fc`; 0.2 in training on ImageNet.
     """
-    stem_width = previous = divisible(32 * multiplier)
-    flat = []
+    channels = divisible(32 * multiplier)
+    last_width = divisible(1280 * max(1.0, multiplier))
+    inside: list[layers.Steps] = []
     for expansion, width, repeats, stride in blocks:
         width = divisible(width * multiplier)
-        for step in (stride, *(1,) * (repeats - 1)):
-            flat.append((expansion, width, step, step == 1 and width == previous))
-            previous = width
-    return MobileNetV2(
-        num_classes,
-        settings,
-        stem_width=stem_width,
-        stem_stride=stem_stride,
-        blocks=tuple(flat),
-        last_width=divisible(1280 * max(1.0, multiplier)),
-        dropout=dropout,
+        for own_stride in (stride, *[1] * (repeats - 1)):
+            inside.append(inverted(channels, expansion, width, own_stride))
+            channels = width
+    steps = (
+        *(Conv(divisible(32 * multiplier), 3, stem_stride), Norm(), RELU6),
+        *(Block(f"block{i}", steps) for i, steps in enumerate(inside)),
+        *(Conv(last_width, 1), Norm(), RELU6),
+        *(layers.Apply(layers.global_average_pool), layers.Dropout(dropout)),
     )
+    return MobileNetV2(num_classes, settings, layers.numbered(*steps))

@@ -2,8 +2,7 @@
 pre-activation.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,11 @@ from flax import linen as nn
 
 from sparsity_jax import tables
 from sparsity_jax.models import layers
+from sparsity_jax.models.layers import RELU, Conv, Norm
 
 Shortcut = Literal["projection", "zero_pad"]
 Stem = Literal["cifar", "imagenet"]
+EXPANSION = {"basic": 1, "bottleneck": 4, "preact": 1}  # of the widths of blocks
 
 
 def zero_pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
@@ -30,122 +31,43 @@ def zero_pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
     return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (before, missing - before)))
 
 
-class Block(nn.Module):
-    """One residual block; `width` channels inside, `features` outside, `stride` in its first 3x3
-    convolution.
+def residual(
+    kind: str, inside: int, channels: int, width: int, stride: int, shortcut: str
+) -> layers.Steps:
+    """A block of `inside` channels inside that makes `channels` of its input to `width`.
 
-    A block that keeps image size and channels adds its input unchanged; any other goes through
-    `shortcut`.
+    basic: conv1 3x3, bn1, ReLU, conv2 3x3, bn2, plus the shortcut, ReLU. bottleneck: conv1 1x1,
+    bn1, ReLU, conv2 3x3, bn2, ReLU, conv3 1x1, bn3, plus the shortcut, ReLU. preact: bn1, ReLU,
+    conv1 3x3, bn2, ReLU, conv2 3x3, plus the shortcut; one that changes the shape starts from the
+    first activation and has no batch norm. stride: of the first 3x3 convolution. A block that keeps
+    image size and channels adds its input unchanged.
     """
-
-    settings: layers.Settings
-    width: int
-    features: int
-    stride: int
-    shortcut: str
-
-    def conv(self, x: jax.Array, features: int, size: int, name: str, stride: int = 1) -> jax.Array:
-        return layers.conv(x, features, size, stride=stride, settings=self.settings, name=name)
-
-    def bn(self, x: jax.Array, name: str, train: bool) -> jax.Array:
-        return layers.batch_norm(x, train=train, settings=self.settings, name=name)
-
-    def keeps_shape(self, x: jax.Array) -> bool:
-        return self.stride == 1 and x.shape[-1] == self.features
-
-    def residual(self, x: jax.Array, train: bool, *, norm: bool = True) -> jax.Array:
-        if self.keeps_shape(x):
-            return x
-        if self.shortcut == "zero_pad":
-            return zero_pad_shortcut(x, self.features, self.stride)
-        x = self.conv(x, self.features, 1, "shortcut_conv", self.stride)
-        return self.bn(x, "shortcut_bn", train) if norm else x
+    between = (Norm(), RELU)
+    first, last = Conv(inside, 3, stride), Conv(width, 3)
+    if kind == "preact":
+        way = layers.numbered(*between, first, *between, last)
+    elif kind == "basic":
+        way = layers.numbered(first, *between, last, Norm())
+    else:
+        narrow, wide = Conv(inside, 1), Conv(width, 1)
+        way = layers.numbered(narrow, *between, first, *between, wide, Norm())
+    other: layers.Steps = ()
+    if stride > 1 or channels != width:
+        other = (Conv(width, 1, stride, name="shortcut_conv"), Norm("shortcut_bn"))
+        if shortcut == "zero_pad":
+            other = (layers.Apply(zero_pad_shortcut, (width, stride)),)
+    if kind != "preact":
+        return (layers.Residual(way, other), RELU)
+    if not other:
+        return (layers.Residual((), way),)
+    return (*way[:2], layers.Residual(other[:1], way[2:]))
 
 
-class BasicBlock(Block):
-    """conv1 3x3, bn1, ReLU, conv2 3x3, bn2, plus the shortcut, ReLU."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        y = nn.relu(self.bn(self.conv(x, self.width, 3, "conv1", self.stride), "bn1", train))
-        y = self.bn(self.conv(y, self.features, 3, "conv2"), "bn2", train)
-        return nn.relu(y + self.residual(x, train))
-
-
-class BottleneckBlock(Block):
-    """conv1 1x1, bn1, ReLU, conv2 3x3, bn2, ReLU, conv3 1x1, bn3, plus the shortcut, ReLU."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        y = nn.relu(self.bn(self.conv(x, self.width, 1, "conv1"), "bn1", train))
-        y = nn.relu(self.bn(self.conv(y, self.width, 3, "conv2", self.stride), "bn2", train))
-        y = self.bn(self.conv(y, self.features, 1, "conv3"), "bn3", train)
-        return nn.relu(y + self.residual(x, train))
-
-
-class PreactBlock(Block):
-    """bn1, ReLU, conv1 3x3, bn2, ReLU, conv2 3x3, plus the shortcut.
-
-    A shortcut that changes the shape starts from the first activation and has no batch norm.
-    """
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        y = nn.relu(self.bn(x, "bn1", train))
-        residual = self.residual(x if self.keeps_shape(x) else y, train, norm=False)
-        y = nn.relu(self.bn(self.conv(y, self.width, 3, "conv1", self.stride), "bn2", train))
-        return self.conv(y, self.features, 3, "conv2") + residual
-
-
-BLOCKS = {
-    "basic": (BasicBlock, 1),
-    "bottleneck": (BottleneckBlock, 4),
-    "preact": (PreactBlock, 1),
-}  # class, expansion
-
-
-class ResNet(nn.Module):
-    """Stem conv1 (bn1, ReLU), blocks stage{i}_block{j} (i from 1, j from 0), global average pool,
-    `fc`.
+class ResNet(layers.Network):
+    """conv1 (bn1, ReLU); stage{i}_block{j} (i from 1, j from 0); global average pool; `fc`.
 
     Pre-activation networks have no bn1 but final_bn and ReLU after the blocks.
     """
-
-    num_classes: int
-    settings: layers.Settings
-    stage_sizes: tuple[int, ...]
-    widths: tuple[int, ...]
-    block: str
-    shortcut: str
-    stem: str
-    stem_width: int
-    inner_widths: tuple[int, ...]  # one per block
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        settings, preact = self.settings, self.block == "preact"
-        block, expansion = BLOCKS[self.block]
-        size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        x = layers.as_images(images, settings.dtype)
-        x = layers.conv(x, self.stem_width, size, stride=stride, settings=settings, name="conv1")
-        if not preact:
-            x = nn.relu(layers.batch_norm(x, train=train, settings=settings, name="bn1"))
-        if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        inner_widths = iter(self.inner_widths)
-        for i, (count, width) in enumerate(zip(self.stage_sizes, self.widths)):
-            for j in range(count):
-                x = block(
-                    settings,
-                    width=next(inner_widths),
-                    features=width * expansion,
-                    stride=2 if i > 0 and j == 0 else 1,
-                    shortcut=self.shortcut,
-                    name=f"stage{i + 1}_block{j}",
-                )(x, train)
-        if preact:
-            x = nn.relu(layers.batch_norm(x, train=train, settings=settings, name="final_bn"))
-        return layers.classifier(layers.global_average_pool(x), self.num_classes, settings=settings)
 
 
 def resnet(
@@ -177,113 +99,110 @@ def resnet(
             f"config.model.widths has {len(widths)} entries; allowed: one per entry of "
             f"stage_sizes, {len(stage_sizes)}."
         )
+    stages = [i for i, count in enumerate(stage_sizes) for _ in range(count)]  # of each block
     if inner_widths is None:
-        inner_widths = tuple(
-            width for width, count in zip(widths, stage_sizes) for _ in range(count)
-        )
-    if len(inner_widths) != sum(stage_sizes):
+        inner_widths = tuple(widths[i] for i in stages)
+    if len(inner_widths) != len(stages):
         raise tables.ConfigError(
             f"config.model.inner_widths has {len(inner_widths)} entries; allowed: one per block, "
-            f"{sum(stage_sizes)}."
+            f"{len(stages)}."
         )
     stem_width = stem_width or widths[0]
-    outer = (stem_width, *(width * BLOCKS[block][1] for width in widths))
+    outer = (stem_width, *(width * EXPANSION[block] for width in widths))
     if shortcut == "zero_pad" and list(outer) != sorted(outer):
         raise tables.ConfigError(
             f"config.model.shortcut is 'zero_pad' and the channels go {outer}; allowed: channels "
             "that never decrease, "
             "or 'projection'."
         )
-    return ResNet(
+    norm = () if block == "preact" else (Norm(), RELU)
+    steps: list[Any] = [Conv(stem_width, 3), *norm]
+    if stem == "imagenet":
+        steps = [Conv(stem_width, 7, 2), *norm, layers.Apply(padded_max_pool)]
+    channels = stem_width
+    for position, (i, inside) in enumerate(zip(stages, inner_widths)):
+        first = position == sum(stage_sizes[:i])
+        stride = 2 if first and i > 0 else 1
+        way = residual(block, inside, channels, outer[i + 1], stride, shortcut)
+        steps.append(layers.Block(f"stage{i + 1}_block{position - sum(stage_sizes[:i])}", way))
+        channels = outer[i + 1]
+    if block == "preact":
+        steps += (Norm("final_bn"), RELU)
+    steps.append(layers.Apply(layers.global_average_pool))
+    return ResNet(num_classes, settings, layers.numbered(*steps))
+
+
+def padded_max_pool(x: jax.Array) -> jax.Array:
+    """3x3 windows of stride 2, one pixel beyond every side."""
+    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+
+def of_stages(
+    num_classes: int,
+    settings: layers.Settings,
+    *,
+    stage_sizes: tuple[int, ...],
+    block: Literal["basic", "bottleneck", "preact"],
+    width: tables.Count = 64,
+    shortcut: Shortcut = "projection",
+    stem: Stem = "cifar",
+) -> nn.Module:
+    """A `resnet` whose stages are `width`, 2, 4, ... times that wide."""
+    return resnet(
         num_classes,
         settings,
         stage_sizes=stage_sizes,
-        widths=widths,
+        widths=tuple(width * 2**i for i in range(len(stage_sizes))),
         block=block,
         shortcut=shortcut,
         stem=stem,
-        stem_width=stem_width,
-        inner_widths=inner_widths,
     )
 
 
-def preset(name: str, doc: str, *, width: int, shortcut: str = "projection", **fixed) -> Callable:
-    """A factory with the depth and block of a published network; `fixed` are options of
-    `resnet`.
-    """
-    default_width, default_shortcut, stages = width, shortcut, len(fixed["stage_sizes"])
-
-    def factory(
-        num_classes: int,
-        settings: layers.Settings,
-        *,
-        width: tables.Count = default_width,
-        shortcut: Shortcut = default_shortcut,
-        stem: Stem = "cifar",
-    ) -> nn.Module:
-        widths = tuple(width * 2**i for i in range(stages))
-        return resnet(num_classes, settings, widths=widths, shortcut=shortcut, stem=stem, **fixed)
-
-    factory.__name__ = factory.__qualname__ = name
-    factory.__doc__ = doc
-    return factory
-
-
-resnet18 = preset(
+resnet18 = layers.preset(
+    of_stages,
     "resnet18",
-    (
-        "ResNet-18 of `width`, 2, 4, 8 times that: 11,173,962 parameters with 10 classes, "
-        "11,220,132 with 100."
-    ),
-    width=64,
-    stage_sizes=(2, 2, 2, 2),
+    "ResNet-18 of `width`, 2, 4, 8 times that: 11,173,962 parameters with 10 classes, 11,220,132 "
+    "with 100.",
+    dict(stage_sizes=(2, 2, 2, 2), block="basic"),
 )
-resnet34 = preset(
+resnet34 = layers.preset(
+    of_stages,
     "resnet34",
-    (
-        "ResNet-34: 21,328,292 parameters with 100 classes; 21,797,672 with the imagenet stem and "
-        "1,000."
-    ),
-    width=64,
-    stage_sizes=(3, 4, 6, 3),
+    "ResNet-34: 21,328,292 parameters with 100 classes; 21,797,672 with the imagenet stem and "
+    "1,000.",
+    dict(stage_sizes=(3, 4, 6, 3), block="basic"),
 )
-resnet50 = preset(
+resnet50 = layers.preset(
+    of_stages,
     "resnet50",
-    (
-        "ResNet-50, bottleneck blocks: 23,520,842 parameters with 10 classes, 23,705,252 with 100; "
-        "25,557,032 with the imagenet stem and 1,000."
-    ),
-    width=64,
-    stage_sizes=(3, 4, 6, 3),
-    block="bottleneck",
+    "ResNet-50, bottleneck blocks: 23,520,842 parameters with 10 classes, 23,705,252 with 100; "
+    "25,557,032 with the imagenet stem and 1,000.",
+    dict(stage_sizes=(3, 4, 6, 3), block="bottleneck"),
 )
-preact_resnet18 = preset(
+preact_resnet18 = layers.preset(
+    of_stages,
     "preact_resnet18",
     "Pre-activation ResNet-18: 11,172,170 parameters with 10 classes.",
-    width=64,
-    stage_sizes=(2, 2, 2, 2),
-    block="preact",
+    dict(stage_sizes=(2, 2, 2, 2), block="preact"),
 )
-resnet20 = preset(
+resnet20 = layers.preset(
+    of_stages,
     "resnet20",
-    (
-        "CIFAR ResNet-20, three stages of `width` 16: 269,722 parameters with 10 classes and "
-        "zero_pad shortcuts."
-    ),
+    "CIFAR ResNet-20, three stages of `width` 16: 269,722 parameters with 10 classes and zero_pad "
+    "shortcuts.",
+    dict(stage_sizes=(3, 3, 3), block="basic"),
     width=16,
     shortcut="zero_pad",
-    stage_sizes=(3, 3, 3),
 )
-resnet56 = preset(
+resnet56 = layers.preset(
+    of_stages,
     "resnet56",
-    (
-        "CIFAR ResNet-56, three stages of `width` 16. Growing regularisation uses zero_pad "
-        "shortcuts (853,018 parameters with 10 classes), the gradient-flow study projections "
-        "(861,620 with 100)."
-    ),
+    "CIFAR ResNet-56, three stages of `width` 16. Growing regularisation uses zero_pad shortcuts "
+    "(853,018 parameters with 10 classes), the gradient-flow study projections (861,620 with 100).",
+    dict(stage_sizes=(9, 9, 9), block="basic"),
     width=16,
     shortcut="zero_pad",
-    stage_sizes=(9, 9, 9),
 )
 
 
