@@ -158,37 +158,6 @@ def _at(chosen: Leaves, tree: PyTree | None) -> Leaves | None:
     return {path: leaves[path] for path in chosen}
 
 
-<<<<<<< HEAD
-# Single weights -----------------------------------------------------------------------------------
-
-
-def _global_counts(
-    params,
-    ratio,
-    channels,
-    *,
-    scope: Scope = "kernels",
-    count: GlobalCount = "nearest",
-    include: str = "",
-    exclude: str = "",
-):
-    size = trees.size(prunable(params, scope, channels, include=include, exclude=exclude))
-    if count == "ceil":
-        return size - max(math.ceil(ratio * size), 1)
-    rule = originals.kept_of_all if count == "original" else num_kept
-    return rule(size, ratio)
-
-
-def _global_mask(
-    params, counts, key, before, channels, *, scope="kernels", count="nearest", **patterns
-):
-    del key
-    chosen = prunable(params, scope, channels, **patterns)
-    return _largest(chosen, counts, _of(before, chosen), count)
-
-
-=======
->>>>>>> r-numerics
 def _largest(chosen: PyTree, counts: Any, before: PyTree | None, count: str) -> PyTree:
     if count == "nearest":
         return masks.k_largest_mask(chosen, counts, magnitude=True, before=before)
@@ -201,25 +170,6 @@ def _largest(chosen: PyTree, counts: Any, before: PyTree | None, count: str) -> 
     return jax.tree.map(lambda leaf: jnp.abs(leaf) > threshold, chosen)
 
 
-<<<<<<< HEAD
-def _layerwise_counts(
-    params,
-    ratio,
-    channels,
-    *,
-    scope: Scope = "kernels",
-    count: LayerCount = "nearest",
-    layer_ratios: LayerRatios = "uniform",
-    include: str = "",
-    exclude: str = "",
-):
-    chosen = prunable(params, scope, channels, include=include, exclude=exclude)
-    sizes = {path: leaf.size for path, leaf in chosen.items()}
-    ratios = LAYER_RATIOS[layer_ratios]({path: leaf.shape for path, leaf in chosen.items()}, ratio)
-    if count == "original":
-        return {path: originals.kept_of_layer(sizes[path], ratios[path]) for path in sizes}
-    return _layer_counts(sizes, ratios, count, layer_ratios)
-=======
 @tables.option
 class Global(_OfWeights):
     """One threshold of magnitude."""
@@ -231,14 +181,13 @@ class Global(_OfWeights):
         if self.count == "ceil":
             return size - max(math.ceil(ratio * size), 1)
         if self.count == "original":
-            return size - max(int(ratio * size) - 1, 0)
+            return originals.kept_of_all(size, ratio)
         return num_kept(size, ratio)
 
     def mask_of(
         self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
     ) -> Leaves:
         return _largest(chosen, counts, _at(chosen, before), self.count)
->>>>>>> r-numerics
 
 
 @tables.option
@@ -253,7 +202,8 @@ class Layerwise(_OfWeights):
         shapes = {path: leaf.shape for path, leaf in chosen.items()}
         ratios = LAYER_RATIOS[self.layer_ratios](shapes, ratio)
         if self.count == "original":
-            return {path: size - int(ratios[path] * (size - 1)) for path, size in sizes.items()}
+            kept_of = originals.kept_of_layer
+            return {path: kept_of(size, ratios[path]) for path, size in sizes.items()}
         return _layer_counts(sizes, ratios, self)
 
     def mask_of(

@@ -232,27 +232,8 @@ def original_cosine(
     *,
     warmup_epochs: tables.NonNegative = 5.0,
 ) -> Rate:
-<<<<<<< HEAD
     """See `originals.cosine`; `cosine` is what it evidently meant."""
     change = functools.partial(originals.cosine, learning_rate=learning_rate, epochs=epochs)
-=======
-    """What the one-shot pruning original does: a cosine of period 2 * epochs *iterations*, as a
-    recursion on the rate.
-
-    After a warm-up the recursion continues from a rate that is not its own and can exceed
-    `learning_rate` many times; `cosine` is what it evidently meant. Source: as
-    `original_multistep`; recursion: PyTorch's CosineAnnealingLR.
-    """
-
-    def change(rate: Array, step: Array) -> Array:
-        cosine = lambda step: 1 + jnp.cos(jnp.pi * jnp.asarray(step, float) / epochs)
-        restart = (step - 1 - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
-        risen = rate + learning_rate * (1 - math.cos(math.pi / epochs)) / 2
-        return jnp.where(
-            restart, risen, cosine(step) / jnp.where(restart, 1, cosine(step - 1)) * rate
-        )
-
->>>>>>> r-numerics
     return _stepped_per_iteration(learning_rate, warmup_epochs, steps_per_epoch, change)
 
 
