@@ -113,10 +113,7 @@ def open_run(
     """
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
-    folders = {}
-    for path in sorted(workdir.glob("member_*")):
-        if MEMBER.fullmatch(path.name):
-            folders[int(path.name.removeprefix("member_"))] = path
+    folders = member_folders(workdir)
     whole = config
     inside = MEMBER.fullmatch(workdir.name)
     if inside and (workdir.parent / "config.json").is_file():
@@ -151,6 +148,16 @@ def open_run(
     expected = {*folders} if whole is not config else {*folders, *range(len(swept_values))}
     missing = sorted(expected - {network.member for network in networks})
     return Saved(config, problem, networks, missing)
+
+
+def member_folders(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Folders of the members of a run that have their own, by number."""
+    folders = {}
+    for path in sorted(workdir.glob("member_*")):
+        match = MEMBER.fullmatch(path.name)
+        if match:
+            folders[int(match[1])] = path
+    return folders
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:

@@ -300,6 +300,16 @@ MUTATIONS = (
         "numbers_of_a_network_with_channels_cut",
     ),
     Mutation(
+        232,
+        "dropped check",
+        "an exported file that was changed is loaded",
+        "export.py",
+        "if written.get(name) != digest:",
+        "if name not in written:",
+        "test_evaluate.py",
+        "folders_that_cannot_be_loaded",
+    ),
+    Mutation(
         24,
         "wrong key",
         "every member of a sweep is evaluated with the weights of the first",
