@@ -17,9 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from sparsity_jax import groups, kernels, masks, tables, trees
+from sparsity_jax import groups, kernels, masks, tables, trees, units
 
 PyTree = Any
 Scope = Literal["kernels", "all"]
@@ -246,31 +245,6 @@ def _random_mask(params, counts, key, before, channels, *, scope="kernels", **pa
 # Filters and input channels -----------------------------------------------------------------------
 
 
-class Slices(NamedTuple):
-    """Slices of one array along `axes`, of which slice i is at the positions index[i]: int [slices,
-    copies].
-
-    Positions count along `axes` flattened; index None: slice i is at position i.
-    """
-
-    path: str
-    axes: tuple[int, ...]
-    index: np.ndarray | None = None
-
-
-class Layer(NamedTuple):
-    """Slices of which whole ones go: `size` of them, ranked by the L1 norm of `scored`; `masked`
-    are all that go.
-
-    shape: of the first kernel, for shares of layers.
-    """
-
-    size: int
-    shape: tuple[int, ...]
-    scored: tuple[Slices, ...]
-    masked: tuple[Slices, ...]
-
-
 def layers_of(
     params: PyTree,
     channels: groups.Channels | None = None,
@@ -280,7 +254,7 @@ def layers_of(
     layout: kernels.Layout | None = None,
     include: str = "",
     exclude: str = "",
-) -> dict[str, Layer]:
+) -> dict[str, units.Layer]:
     """What selection `structured` chooses slices of, by name; options and errors as in
     `keep_counts`.
     """
@@ -294,7 +268,10 @@ def layers_of(
     else:
         if granularity == "filter":
             axes = _without_classifier(axes, bool(include or exclude or len(axes) < len(every)))
-        found = {path: _kernel_layer(params, path, own, granularity) for path, own in axes.items()}
+        leaves, found = trees.named_leaves(params), {}
+        for path, own in axes.items():
+            along = own.outputs if granularity == "filter" else own.inputs
+            found[path] = units.of_kernel(path, path, tuple(leaves[path].shape), along)
     if not found:
         raise ValueError(
             f"no {granularity} can be removed: layers={layers!r}, kernels {paths[:5]}."
@@ -320,59 +297,30 @@ def _without_classifier(axes: dict[str, kernels.Axes], others: bool) -> dict[str
     return chosen
 
 
-def _kernel_layer(params: PyTree, path: str, axes: kernels.Axes, granularity: str) -> Layer:
-    shape = tuple(trees.named_leaves(params)[path].shape)
-    along = axes.outputs if granularity == "filter" else axes.inputs
-    own = (Slices(path, along),)
-    return Layer(math.prod(shape[axis] for axis in along), shape, own, own)
-
-
 def _traced_layers(
     params: PyTree, channels: groups.Channels, axes: dict[str, kernels.Axes]
-) -> dict[str, Layer]:
+) -> dict[str, units.Layer]:
     """The groups of channels that the kernels in `axes`, and no others, make."""
-    leaves, found = trees.named_leaves(params), {}
     owned = {owner: path for path, owner in groups.owners(params, channels).items()}
+    found = {}
     for name, group in channels.groups.items():
-        made = [member for member in group.members if member.role in ("producer", "depthwise")]
-        made_by = [owned.get(member.path) for member in made]
-        if not made or not all(path in axes for path in made_by):
+        makers = [member for member in group.members if member.role in ("producer", "depthwise")]
+        if not makers or not all(owned.get(member.path) in axes for member in makers):
             continue
-        scored = [member for member in made if member.role == "producer"] or made
+        scored = [member for member in makers if member.role == "producer"] or makers
         # kernels that read the channels may stay: what they read is zero, if all that makes it is
         # masked
         inside = all(member.path in owned for member in group.members)
-        goes = lambda member, inside=inside: (
-            not (inside and member.role == "consumer" and not member.exposed)
-        )
-        masked = [member for member in group.members if member.path in owned and goes(member)]
-        place = lambda member: Slices(owned[member.path], (member.axis,), member.index)
-        shape = tuple(leaves[owned[scored[0].path]].shape)
-        found[name] = Layer(group.size, shape, tuple(map(place, scored)), tuple(map(place, masked)))
+        masked = [member for member in group.members if member.path in owned]
+        if inside:
+            masked = [member for member in masked if member.role != "consumer" or member.exposed]
+
+        def part_of(member: groups.Member) -> units.Part:
+            return units.Part(owned[member.path], (member.axis,), member.index)
+
+        parts, read = tuple(map(part_of, masked)), tuple(map(part_of, scored))
+        found[name] = units.Layer(name, (group.size,), parts, read)
     return found
-
-
-def _slice_sums(array: jax.Array, own: Slices) -> jax.Array:
-    """Sum over each slice."""
-    others = [axis for axis in range(array.ndim) if axis not in own.axes]
-    sums = jnp.sum(array, others).ravel()
-    return sums if own.index is None else jnp.sum(sums[own.index], 1)
-
-
-def _entries_left(kept: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
-    """How many entries of each slice the masks `kept` leave."""
-    return sum(_slice_sums(kept[own.path].astype(jnp.int32), own) for own in layer.scored)
-
-
-def _slice_mask(kept: jax.Array, own: Slices, shape: tuple[int, ...]) -> jax.Array:
-    """Bools of `shape`, False in the slices that are not kept."""
-    sizes = [n if axis in own.axes else 1 for axis, n in enumerate(shape)]
-    if own.index is None:
-        along = kept
-    else:
-        removed = jnp.broadcast_to(~kept[:, None], own.index.shape)
-        along = ~jnp.zeros(math.prod(sizes), bool).at[own.index].max(removed)
-    return jnp.broadcast_to(along.reshape(sizes), shape)
 
 
 def _structured_counts(
@@ -392,7 +340,9 @@ def _structured_counts(
         granularity=granularity, layers=layers, layout=layout, include=include, exclude=exclude
     )
     found = layers_of(params, channels, **options)
-    ratios = LAYER_RATIOS[layer_ratios]({name: layer.shape for name, layer in found.items()}, ratio)
+    leaves = trees.named_leaves(params)
+    shapes = {name: leaves[layer.scored[0].path].shape for name, layer in found.items()}
+    ratios = LAYER_RATIOS[layer_ratios](shapes, ratio)
     sizes = {name: layer.size for name, layer in found.items()}
     counts = _layer_counts(sizes, ratios, count, layer_ratios)
     return {name: max(kept, 1) for name, kept in counts.items()}
@@ -406,14 +356,12 @@ def _structured_mask(
     earlier = None if before is None else trees.named_leaves(before)
     result: dict[str, jax.Array] = {}
     for name, layer in layers_of(params, channels, **options).items():
-        norms = sum(
-            _slice_sums(jnp.abs(trees.widen(leaves[own.path])), own) for own in layer.scored
-        )
-        alive = None if earlier is None else _entries_left(earlier, layer) > 0
+        norms = units.absolute_sums(leaves, layer)
+        alive = None if earlier is None else units.entries_left(earlier, layer) > 0
         kept = masks.k_largest_mask(norms, counts[name], before=alive)
-        for own in layer.masked:
-            mask = _slice_mask(kept, own, leaves[own.path].shape)
-            result[own.path] = result[own.path] & mask if own.path in result else mask
+        for part in layer.parts:
+            mask = units.spread_mask(kept, part, leaves[part.path].shape)
+            result[part.path] = result[part.path] & mask if part.path in result else mask
     return result
 
 
@@ -518,8 +466,8 @@ def left_by(
         name: value for name, value in options.items() if name not in ("layer_ratios", "count")
     }
     layers, masks_of = layers_of(kept, channels, **shape_of).values(), trees.named_leaves(kept)
-    entries = [_entries_left(masks_of, layer) for layer in layers]
-    whole = [_entries_left(masks.full(masks_of), layer) for layer in layers]
+    entries = [units.entries_left(masks_of, layer) for layer in layers]
+    whole = [units.entries_left(masks.full(masks_of), layer) for layer in layers]
     number = sum(jnp.sum(left > 0) for left in entries)
     inside = sum(map(jnp.sum, entries)) / sum(
         jnp.sum(jnp.where(left > 0, n, 0)) for left, n in zip(entries, whole)

@@ -10,6 +10,7 @@ FLOPs are read off the jaxpr. XLA's own estimate, `jax.jit(f).lower(*args).cost_
 like apart, as transcendentals).
 """
 
+import functools
 import math
 import re
 import time
@@ -142,7 +143,11 @@ def _repeated(eqn: Any, bodies: list[Flops], path: Path) -> Flops:
 
 def _scale(count: Flops, times: int) -> Flops:
     equations = [eqn._replace(flops=eqn.flops * times) for eqn in count.equations]
-    return Flops(count.products * times, count.elementwise * times, tuple(equations), count.notes)
+    return count._replace(
+        products=count.products * times,
+        elementwise=count.elementwise * times,
+        equations=tuple(equations),
+    )
 
 
 def _work(eqn: Any, path: Path, padding: bool) -> Flops:
@@ -250,13 +255,11 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
     inside = [path for path in channels.shapes if path.startswith("params/")]
     inside = inside or list(channels.shapes)
     inputs = channels.traced.inputs
-    batch = 1
-    if inputs and inputs[0].shape:
-        batch = inputs[0].shape[0]
+    batch = inputs[0].shape[0] if inputs and inputs[0].shape else 1
 
     def parameters(keep: Mapping) -> float:
-        found = groups.compact_shapes(channels, keep)
-        return float(sum(found[path].size for path in inside))
+        shapes = groups.compact_shapes(channels, keep)
+        return float(sum(shapes[path].size for path in inside))
 
     def products(keep: Mapping) -> float:
         alive = channels.traced.alive(keep)
@@ -270,7 +273,7 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
 
         return _total(channels.traced.analysis.program, price).products / batch
 
-    return dict(parameters=parameters, flops=products)[unit]
+    return parameters if unit == "parameters" else products
 
 
 # Time --------------------------------------------------------------------------------------------
@@ -350,16 +353,16 @@ def _measure(calls: list[tuple[Callable, tuple]], repeats: int, warmup: int) -> 
         compiled = function
         if not isinstance(function, jax.stages.Compiled):
             compiled = jax.jit(function)
-        ready.append((compiled, jax.tree.map(jnp.asarray, tuple(args))))
+        call = functools.partial(compiled, *jax.tree.map(jnp.asarray, tuple(args)))
         for _ in range(warmup):
-            jax.block_until_ready(compiled(*ready[-1][1]))
-    samples = [[] for _ in ready]
+            jax.block_until_ready(call())
+        ready.append(call)
+    samples: list[list[float]] = [[] for _ in ready]
     for turn in range(repeats):
         stopping.check()
         for i in range(len(ready)):
-            chosen = (i + turn) % len(ready)
-            compiled, args = ready[chosen]
+            number = (i + turn) % len(ready)
             start = time.perf_counter()
-            jax.block_until_ready(compiled(*args))
-            samples[chosen].append(time.perf_counter() - start)
-    return [summary(each) for each in samples]
+            jax.block_until_ready(ready[number]())
+            samples[number].append(time.perf_counter() - start)
+    return list(map(summary, samples))

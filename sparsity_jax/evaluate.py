@@ -49,6 +49,7 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    units,
     workdirs,
 )
 
@@ -511,7 +512,7 @@ def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]
         channels = structured.channels_of(problem)
     except (TypeError, ValueError) as error:
         return False, f"its channels cannot be traced: {error}"
-    alive = structured.alive_channels(channels, state.masks)
+    alive = units.alive(channels, {"params": state.masks})
     return any(not own.all() for own in alive.values()), ""
 
 

@@ -22,38 +22,39 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
 
-from sparsity_jax import tables, trees
+from sparsity_jax import trees
 
 PyTree = Any
-AUTOMATIC = -1.0  # a pruning ratio: cut at the largest gap between scores
+Rounding = Literal["floor", "nearest", "ceil"]
+ROUNDINGS: dict[str, Callable[[float], int]] = {
+    "floor": math.floor,
+    "nearest": round,  # a half to even
+    "ceil": math.ceil,
+}
 
 
-def count_of(share: float, total: int, rounding: Callable[[float], int] = round) -> int:
-    """`share` of `total` things, where a decimal share means what it says: math.floor of 0.29 of
-    100 is 29, not 28.
+def count_of(share: float, total: int, rounding: Rounding = "nearest") -> int:
+    """`share` of `total` things, where a decimal share means what it says: 0.29 of 100 are 29 by
+    `floor`, not 28.
 
     share: on the host. A product within rounding errors (of a few units in the last place) of a
-    whole or a half counts as that. rounding: `round` (halves to even), `math.floor` or `math.ceil`.
+    whole or a half counts as that. rounding: a row of ROUNDINGS.
     """
-    product = (
-        float(str(share)) * total
-    )  # of a float32 its decimal, not the nearest binary fraction's
+    decimal = float(str(share))  # of a float32, not the nearest binary fraction
+    product = decimal * total
     halves = round(2 * product)
     if math.isclose(2 * product, halves, rel_tol=8 * np.finfo(float).eps):
         product = halves / 2
-    return rounding(product)
+    return ROUNDINGS[rounding](product)
 
 
-def num_pruned(ratio: float, size: int, *, count: Literal["exact", "original"] = "exact") -> int:
+def num_pruned(ratio: float, size: int) -> int:
     """How many of a layer's `size` filters, channels or weights go: min(ceil(ratio * size), size -
-    1).
-
-    count: `exact`, of 25 the share 0.28 are 7; `original`, of the floating-point product they are
-    8, as in the published code of growing regularisation (arXiv:2012.09243).
+    1), where 0.28 of 25 are 7. `originals.num_pruned` is the published code's.
     """
-    tables.convert(count, Literal["exact", "original"], "count")
-    wanted = math.ceil(ratio * size) if count == "original" else count_of(ratio, size, math.ceil)
+    wanted = count_of(ratio, size, "ceil")
     return min(wanted, size - 1)
 
 
@@ -62,133 +63,183 @@ def num_pruned(ratio: float, size: int, *, count: Literal["exact", "original"] =
 _compiled = functools.partial(jax.jit, static_argnames="magnitude", inline=True)
 
 
-class Selection(NamedTuple):
-    """The k largest entries of a tree: those above the key `threshold`, and tied ones at a flat
-    index below `cut`.
+# The order of scores ------------------------------------------------------------------------------
+
+
+class _Ranking:
+    """Scores in order, by integer keys: of zero 0, of the n-th normal above it n, of NaN the
+    least.
     """
 
-    threshold: jax.Array
-    cut: jax.Array
+    def __init__(self, scores: PyTree, magnitude: bool = False) -> None:
+        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(scores)]
+        self.leaves = [leaf for leaf in leaves if leaf.size]
+        self.total = trees.size(leaves)
+        self.magnitude = magnitude
+        wide = self._is_wide()
+        self.real = jnp.float64 if wide else jnp.float32  # narrower types convert exactly
+        self.integer = jnp.int64 if wide else jnp.int32
+        self.unsigned = jnp.uint64 if wide else jnp.uint32
+        # subnormals count as zero, on every device alike
+        self.skipped = 2 ** np.finfo(self.real).nmant - 1
+        infinite = np.asarray(np.inf, self.real)
+        self.infinity = int(infinite.view(self.integer)) - self.skipped
+        self.nan = -1 if magnitude else -self.infinity - 1
 
+    def _is_wide(self) -> bool:
+        most = np.iinfo(np.int32).max
+        if not self.leaves:
+            raise ValueError("scores are empty; selection needs at least one entry.")
+        if self.total > most:
+            raise ValueError(f"scores have more than {most} entries; split the tree.")
+        for leaf in self.leaves:
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(f"scores are {leaf.dtype}; selection needs floating-point scores.")
+        doubles = {leaf.dtype == jnp.float64 for leaf in self.leaves}
+        if len(doubles) > 1:
+            raise TypeError("scores mix float64 with narrower types; convert them to one type.")
+        return doubles.pop()
 
-class _Order(NamedTuple):
-    """How the scores of one float type map to integer keys: zero to 0, the n-th normal above it to
-    n, NaN below all.
-    """
-
-    real: Any  # float32 or float64: narrower types convert exactly
-    integer: Any
-    skipped: int  # subnormals count as zero, on every device alike
-    infinity: int  # key of inf
-    nan: int  # key of NaN
-    magnitude: bool
-
-    def bound(self, key: jax.Array) -> jax.Array:
+    def bound(self, key: Array) -> Array:
         """The smallest score whose key is at least `key`."""
-        bits = jnp.where(key == 0, 0, jnp.abs(key) + self.skipped).astype(self.integer)
-        value = jax.lax.bitcast_convert_type(bits, self.real)
-        largest_subnormal = jnp.asarray(
-            np.finfo(self.real).smallest_normal * (1 - np.finfo(self.real).eps), self.real
-        )
-        return jnp.where(key == 0, -largest_subnormal, jnp.where(key < 0, -value, value))
+        bits = jnp.where(key == 0, 0, jnp.abs(key) + self.skipped)
+        value = lax.bitcast_convert_type(bits.astype(self.integer), self.real)
+        kind = np.finfo(self.real)
+        largest_subnormal = jnp.asarray(kind.smallest_normal * (1 - kind.eps), self.real)
+        signed = jnp.where(key < 0, -value, value)
+        return jnp.where(key == 0, -largest_subnormal, signed)
 
-    def value(self, key: jax.Array, dtype: Any) -> jax.Array:
+    def value(self, key: Array) -> Array:
         """The score of `key`."""
-        value = jnp.where(key == self.nan, jnp.nan, jnp.where(key == 0, 0, self.bound(key)))
-        return value.astype(dtype)
+        number = jnp.where(key == 0, 0, self.bound(key))
+        value = jnp.where(key == self.nan, jnp.nan, number)
+        return value.astype(jnp.result_type(*self.leaves))
 
-    def key(self, score: jax.Array) -> jax.Array:
+    def key(self, score: Array) -> Array:
         """The key of a scalar score."""
-        bits = jax.lax.bitcast_convert_type(jnp.abs(score), self.integer)
+        bits = lax.bitcast_convert_type(jnp.abs(score), self.integer)
         key = jnp.maximum(bits - self.skipped, 0)
-        return jnp.where(jnp.isnan(score), self.nan, jnp.where(score < 0, -key, key))
+        key = jnp.where(score < 0, -key, key)
+        return jnp.where(jnp.isnan(score), self.nan, key)
 
-    def at_least(self, scores: jax.Array, key: jax.Array) -> jax.Array:
+    def size(self, scores: Array) -> Array:
+        """What is ranked of scores."""
+        scores = scores.astype(self.real)
+        return jnp.abs(scores) if self.magnitude else scores
+
+    def at_least(self, scores: Array, key: Array) -> Array:
         """Whether every score has at least this key; bool, elementwise."""
-        bound, scores = self.bound(key), scores.astype(self.real)
-        found = (scores >= bound) | (scores <= -bound) if self.magnitude else scores >= bound
-        return found | (key == self.nan)
+        bound = self.bound(key)
+        scores = scores.astype(self.real)
+        reached = scores >= bound
+        if self.magnitude:
+            reached = reached | (scores <= -bound)
+        return reached | (key == self.nan)
+
+    def fold(self, combine: Callable, reduce: Callable, function: Callable) -> Array:
+        """`trees.fold` over all scores."""
+        parts = [trees.fold(combine, reduce, function, leaf) for leaf in self.leaves]
+        return functools.reduce(combine, parts)
+
+    def count(self, key: Array) -> Array:
+        """How many scores have at least this key."""
+        reached = lambda leaf: self.at_least(leaf, key).astype(jnp.int32)
+        return self.fold(jnp.add, jnp.sum, reached).astype(jnp.int32)
 
 
-def _order_of(leaves: list[jax.Array], magnitude: bool) -> _Order:
-    if not leaves:
-        raise ValueError("scores are empty; selection needs at least one entry.")
-    if sum(leaf.size for leaf in leaves) > np.iinfo(np.int32).max:
-        raise ValueError(f"scores have more than {np.iinfo(np.int32).max} entries; split the tree.")
-    for leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"scores are {leaf.dtype}; selection needs floating-point scores.")
-    wide = {leaf.dtype == jnp.float64 for leaf in leaves}
-    if len(wide) > 1:
-        raise TypeError("scores mix float64 with narrower types; convert them to one type.")
-    real, integer, mantissa = (
-        (jnp.float64, jnp.int64, 52) if wide.pop() else (jnp.float32, jnp.int32, 23)
-    )
-    skipped = 2**mantissa - 1
-    infinity = int(np.asarray(np.inf, real).view(integer)) - skipped
-    return _Order(real, integer, skipped, infinity, -1 if magnitude else -infinity - 1, magnitude)
-
-
-def _leaves(scores: PyTree) -> list[jax.Array]:
-    return [leaf for leaf in map(jnp.asarray, jax.tree.leaves(scores)) if leaf.size]
-
-
-def _count(order: _Order, leaves: list[jax.Array], key: jax.Array) -> jax.Array:
-    """How many scores have at least this key."""
-    found = lambda leaf: order.at_least(leaf, key).astype(jnp.int32)
-    return sum(trees.fold_sum(found, leaf) for leaf in leaves).astype(jnp.int32)
-
-
-def _extreme(order: _Order, leaves: list[jax.Array], combine, reduce) -> jax.Array:
-    """Key of the least or greatest score that is not NaN."""
-    start = jnp.inf if combine is jnp.minimum else -jnp.inf
-    size = jnp.abs if order.magnitude else lambda x: x
-    number = lambda leaf: jnp.where(jnp.isnan(leaf), start, size(leaf.astype(order.real)))
-    return order.key(
-        functools.reduce(combine, [trees.fold(combine, reduce, number, leaf) for leaf in leaves])
-    )
+# The search for the k-th largest ------------------------------------------------------------------
 
 
 class _Bracket(NamedTuple):
     """count_low scores have key >= low, at least k; count_high of them key > high, fewer than k."""
 
-    low: jax.Array
-    high: jax.Array
-    count_low: jax.Array
-    count_high: jax.Array
+    low: Array
+    high: Array
+    count_low: Array
+    count_high: Array
 
 
-def _bracket(order: _Order, leaves: list[jax.Array], k: jax.Array) -> _Bracket:
-    """Where the search for the k-th largest starts."""
-    total = jnp.asarray(sum(leaf.size for leaf in leaves), jnp.int32)
-    if len(leaves) == 1 and (sample := trees.sample(leaves[0])) is not None:
-        # two order statistics of a sample that enclose the k-th largest almost surely; the counts
-        # tell
-        expected = k.astype(jnp.float32) * (sample.size / leaves[0].size)
-        margin = 3 * jnp.sqrt(expected * (1 - expected / sample.size)) + 2
-        ranks = jnp.stack([jnp.floor(expected - margin), jnp.ceil(expected + margin)]).astype(
-            jnp.int32
-        )
-        nearby = jax.vmap(lambda rank: _search(order, [sample], rank)[0])
-        high, low = nearby(jnp.clip(ranks, 1, sample.size))
-        above, count = _count(order, leaves, high + 1), _count(order, leaves, low)
-        below, inside = (above < k) & (ranks[0] >= 1), count >= k
-        return _Bracket(
-            jnp.where(inside, low, order.nan),
-            jnp.where(below, high, order.infinity),
-            jnp.where(inside, count, total),
-            jnp.where(below, above, 0),
-        )
-    high = _extreme(order, leaves, jnp.maximum, jnp.max)
-    least = jnp.minimum(_extreme(order, leaves, jnp.minimum, jnp.min), high)
-    count = _count(order, leaves, least)  # fewer than `total` if there are NaNs
+def _bracket(ranking: _Ranking, k: Array) -> _Bracket:
+    """Where the search starts: at the least and the greatest number."""
+
+    def number_or(other: float) -> Callable:
+        return lambda leaf: jnp.where(jnp.isnan(leaf), other, ranking.size(leaf))
+
+    greatest = ranking.fold(jnp.maximum, jnp.max, number_or(-jnp.inf))
+    least = ranking.fold(jnp.minimum, jnp.min, number_or(jnp.inf))
+    high = ranking.key(greatest)
+    low = jnp.minimum(ranking.key(least), high)
+    count = ranking.count(low)  # fewer than all if there are NaNs
     inside = count >= k
-    low = jnp.where(inside, least, order.nan).astype(order.integer)
-    count = jnp.where(inside, count, total)
-    return _Bracket(low, jnp.where(inside, high, low), count, jnp.zeros_like(count))
+    low = jnp.where(inside, low, ranking.nan).astype(ranking.integer)
+    high = jnp.where(inside, high, low)
+    count = jnp.where(inside, count, ranking.total)
+    return _Bracket(low, high, count, jnp.zeros_like(count))
 
 
-def _search(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sampled_bracket(ranking: _Ranking, sample: Array, k: Array) -> _Bracket:
+    """Where the search starts in one large array: at two order statistics of a sample that enclose
+    the k-th largest almost surely; the counts tell.
+    """
+    expected = k.astype(jnp.float32) * (sample.size / ranking.total)
+    margin = 3 * jnp.sqrt(expected * (1 - expected / sample.size)) + 2
+    ends = [jnp.floor(expected - margin), jnp.ceil(expected + margin)]
+    ranks = jnp.stack(ends).astype(jnp.int32)
+    few = _Ranking(sample, ranking.magnitude)
+    nearby = jax.vmap(lambda rank: _search(few, rank)[0])
+    high, low = nearby(jnp.clip(ranks, 1, sample.size))
+    above = ranking.count(high + 1)
+    count = ranking.count(low)
+    below = (above < k) & (ranks[0] >= 1)
+    inside = count >= k
+    return _Bracket(
+        jnp.where(inside, low, ranking.nan),
+        jnp.where(below, high, ranking.infinity),
+        jnp.where(inside, count, ranking.total),
+        jnp.where(below, above, 0),
+    )
+
+
+class _Progress(NamedTuple):
+    """side: times in a row that low (> 0) or high (< 0) moved. slow: probes since the scores in
+    between were halved.
+    """
+
+    bracket: _Bracket
+    side: Array
+    slow: Array
+
+
+def _next_key(ranking: _Ranking, progress: _Progress, k: Array) -> Array:
+    """Where to count next, see `_search`."""
+    real = ranking.real
+    (low, high, count_low, count_high), side, slow = progress
+    over = (count_low - k).astype(real)
+    under = (k - count_high).astype(real)
+    near = 0.1 * (over + under)
+    beyond = jnp.where(under < near, jnp.sqrt(under), 0)
+    beyond = jnp.where(over < near, -jnp.sqrt(over), beyond)
+    aim = jnp.maximum(k.astype(real) + beyond / 2, 0.5)
+
+    def excess(count: Array, damped: Array) -> Array:
+        ratio = jnp.maximum(count.astype(real), 0.5) / aim
+        return jnp.log(ratio) * jnp.where(damped, 0.5, 1)
+
+    above = excess(count_low, side < -1)
+    below = excess(count_high, side > 1)
+    distance = jnp.where(above > below, above - below, 1)
+    share = jnp.clip(above / distance, 0, 1)
+    # the width of a bracket may need one bit more than a signed integer has, and more bits than a
+    # float
+    width = (high - low).astype(ranking.unsigned)
+    step = jnp.minimum((share * width).astype(width.dtype), width)
+    halfway = (low & high) + ((low ^ high) >> 1)  # no overflow
+    bound = low + step.astype(low.dtype)
+    key = jnp.where(slow == 3, halfway + 1, bound)
+    return jnp.clip(key, low + 1, high)
+
+
+def _search(ranking: _Ranking, k: Array) -> tuple[Array, Array]:
     """(t, number of scores with key >= t): t is the largest key that has at least `k`, or any that
     has exactly `k`.
 
@@ -198,71 +249,65 @@ def _search(order: _Order, leaves: list[jax.Array], k: jax.Array) -> tuple[jax.A
     so that both close in. Probes that do not halve the number of scores in between are followed,
     now and then, by one that halves the bracket, which bounds the worst case.
     """
-    real, wanted = order.real, k.astype(order.real)
-    unsigned = jnp.uint64 if order.integer == jnp.int64 else jnp.uint32
-    halfway = lambda a, b: (a & b) + ((a ^ b) >> 1)  # no overflow
-    excess = lambda count, aim: jnp.log(jnp.maximum(count.astype(real), 0.5) / aim)
 
-    def unfinished(state):
-        bracket, _, _ = state
+    def unfinished(progress: _Progress) -> Array:
+        bracket = progress.bracket
         return (bracket.count_low != k) & (bracket.low < bracket.high)
 
-    def probe(state):
-        # side: times in a row that low (> 0) or high (< 0) moved; slow: probes since the scores in
-        # between were halved
-        (low, high, count_low, count_high), side, slow = state
-        over, under = (count_low - k).astype(real), (k - count_high).astype(real)
-        near = 0.1 * (over + under)
-        beyond = jnp.where(
-            over < near, -jnp.sqrt(over), jnp.where(under < near, jnp.sqrt(under), 0)
-        )
-        aim = jnp.maximum(wanted + beyond / 2, 0.5)
-        above = excess(count_low, aim) * jnp.where(side < -1, 0.5, 1)
-        below = excess(count_high, aim) * jnp.where(side > 1, 0.5, 1)
-        share = jnp.clip(above / jnp.where(above > below, above - below, 1), 0, 1)
-        # the width of a bracket may need one bit more than a signed integer has, and more bits than
-        # a float
-        width = (high - low).astype(unsigned)
-        bound = low + jnp.minimum((share * width).astype(unsigned), width).astype(low.dtype)
-        bound = jnp.where(slow == 3, halfway(low, high) + 1, bound)
-        bound = jnp.clip(bound, low + 1, high)
-        found = _count(order, leaves, bound)
-        enough = found >= k
+    def probe(progress: _Progress) -> _Progress:
+        (low, high, count_low, count_high), side, slow = progress
+        key = _next_key(ranking, progress, k)
+        count = ranking.count(key)
+        enough = count >= k
         closer = _Bracket(
-            jnp.where(enough, bound, low),
-            jnp.where(enough, high, bound - 1),
-            jnp.where(enough, found, count_low),
-            jnp.where(enough, count_high, found),
+            jnp.where(enough, key, low),
+            jnp.where(enough, high, key - 1),
+            jnp.where(enough, count, count_low),
+            jnp.where(enough, count_high, count),
         )
-        side = jnp.where(enough, jnp.maximum(side, 0) + 1, jnp.minimum(side, 0) - 1)
-        halved = 2 * (closer.count_low - closer.count_high).astype(real) <= over + under
-        return closer, side, jnp.where(halved | (slow == 3), 0, slow + 1)
+        rising = jnp.maximum(side, 0) + 1
+        falling = jnp.minimum(side, 0) - 1
+        side = jnp.where(enough, rising, falling)
+        real = ranking.real
+        between = (count_low - k).astype(real) + (k - count_high).astype(real)
+        left = (closer.count_low - closer.count_high).astype(real)
+        restart = (2 * left <= between) | (slow == 3)
+        return _Progress(closer, side, jnp.where(restart, 0, slow + 1))
 
-    state = (_bracket(order, leaves, k), jnp.zeros_like(k), jnp.zeros_like(k))
-    # a loop copies the scores it closes over, `cond` does not
-    probes = 6 if len(leaves) == 1 and trees.sample(leaves[0]) is not None else 0
-    for _ in range(probes):
-        state = jax.lax.cond(unfinished(state), probe, lambda state: state, state)
-    loop = lambda state: jax.lax.while_loop(unfinished, probe, state)
-    bracket, _, _ = (
-        jax.lax.cond(unfinished(state), loop, lambda state: state, state) if probes else loop(state)
-    )
-    return bracket.low, bracket.count_low
+    def loop(progress: _Progress) -> _Progress:
+        return lax.while_loop(unfinished, probe, progress)
+
+    zero = jnp.zeros_like(k)
+    several = len(ranking.leaves) > 1
+    sample = None if several else trees.sample(ranking.leaves[0])
+    if sample is None:
+        progress = loop(_Progress(_bracket(ranking, k), zero, zero))
+    else:
+        progress = _Progress(_sampled_bracket(ranking, sample, k), zero, zero)
+        # a loop copies the scores it closes over, `cond` does not
+        for advance in [probe] * 6 + [loop]:
+            stay = lambda progress: progress
+            progress = lax.cond(unfinished(progress), advance, stay, progress)
+    return progress.bracket.low, progress.bracket.count_low
 
 
-def _checked_k(k: int | jax.Array, lowest: int, total: int) -> jax.Array:
+def _checked(scores: PyTree, k: int | Array, lowest: int = 0) -> Array:
+    """`k` as an array; raises what `k_largest_mask` does, here where numbers outside `jit` are
+    known.
+    """
+    trees.check_finite(scores, "scores", infinite=True)
+    total = _Ranking(scores).total
     if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
         raise TypeError(
             f"k is {k}, which is no integer; a share of all scores must be made a number first."
         )
-    if not isinstance(k, jax.core.Tracer) and np.any(
-        (np.asarray(k) < lowest) | (np.asarray(k) > total)
-    ):
+    known = lowest if isinstance(k, jax.core.Tracer) else np.asarray(k)
+    if np.any((known < lowest) | (known > total)):
         raise ValueError(f"k is {k}; allowed: {lowest} to {total}, the number of scores.")
     return jnp.asarray(k, jnp.int32)
 
 
-def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) -> jax.Array:
+def kth_largest(scores: PyTree, k: int | Array, *, magnitude: bool = False) -> Array:
     """The k-th largest of all entries of `scores`, exactly.
 
     scores: an array or a tree of arrays of floats, any shapes; NaN counts as smallest, subnormals
@@ -274,132 +319,120 @@ def kth_largest(scores: PyTree, k: int | jax.Array, *, magnitude: bool = False) 
     Returns an array of k's shape and the scores' type. Raises ValueError for empty scores, a k
     outside 1..n and, outside `jit`, NaN; TypeError for scores that are no floats.
     """
-    return _kths(_leaves(scores), _checked(scores, k, lowest=1), magnitude=magnitude)
+    return _kths(scores, _checked(scores, k, lowest=1), magnitude=magnitude)
 
 
 @_compiled
-def _kths(leaves: list[jax.Array], k: jax.Array, magnitude: bool) -> jax.Array:
-    one = lambda k: _kth(leaves, k, magnitude)
-    return jax.vmap(one)(k.ravel()).reshape(k.shape) if k.ndim else one(k)
+def _kths(scores: PyTree, k: Array, magnitude: bool) -> Array:
+    leaves = _Ranking(scores).leaves
+    kth = lambda k: _kth(leaves, k, magnitude)
+    if not k.ndim:
+        return kth(k)
+    return jax.vmap(kth)(k.ravel()).reshape(k.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _kth(leaves: list[jax.Array], k: jax.Array, magnitude: bool) -> jax.Array:
-    order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
-    threshold, _ = _search(order, leaves, trees.varying_like(jnp.clip(k, 1, total), leaves))
-    size = jnp.abs if magnitude else lambda x: x
-    reached = lambda leaf: order.at_least(leaf, threshold) & ~jnp.isnan(leaf)
-    kept = lambda leaf: jnp.where(reached(leaf), size(leaf.astype(order.real)), jnp.inf)
-    least = [trees.fold(jnp.minimum, jnp.min, kept, leaf) for leaf in leaves]
-    enough = _count(order, leaves, jnp.asarray(order.nan + 1, threshold.dtype)) >= k
-    exact = jnp.where(enough, order.key(functools.reduce(jnp.minimum, least)), order.nan)
-    return order.value(exact, jnp.result_type(*leaves))
+def _kth(leaves: list[Array], k: Array, magnitude: bool) -> Array:
+    ranking = _Ranking(leaves, magnitude)
+    wanted = jnp.clip(k, 1, ranking.total)
+    threshold, _ = _search(ranking, trees.varying_like(wanted, leaves))
+
+    def size_if_kept(leaf: Array) -> Array:
+        kept = ranking.at_least(leaf, threshold) & ~jnp.isnan(leaf)
+        return jnp.where(kept, ranking.size(leaf), jnp.inf)
+
+    least = ranking.fold(jnp.minimum, jnp.min, size_if_kept)
+    least_number = jnp.asarray(ranking.nan + 1, threshold.dtype)
+    enough = ranking.count(least_number) >= k
+    exact = jnp.where(enough, ranking.key(least), ranking.nan)
+    return ranking.value(exact)
 
 
 @_kth.defjvp
-def _kth_derivative(
-    magnitude: bool, primals: tuple, tangents: tuple
-) -> tuple[jax.Array, jax.Array]:
+def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     """That of the entry which is the k-th largest; the mean of those of equal ones."""
-    (leaves, k), (changes, _) = primals, tangents
+    leaves, k = primals
     value = _kth(leaves, k, magnitude)
-    signs = [jnp.sign(leaf) if magnitude else jnp.ones_like(leaf) for leaf in leaves]
-    hits = [leaf == (sign * value if magnitude else value) for leaf, sign in zip(leaves, signs)]
-    number = sum(jnp.sum(hit) for hit in hits)
-    change = sum(jnp.sum(jnp.where(hit, sign * d, 0)) for hit, sign, d in zip(hits, signs, changes))
-    return value, (change / jnp.maximum(number, 1)).astype(value.dtype)
+    numbers = []
+    changes = []
+    for leaf, tangent in zip(leaves, tangents[0]):
+        sign = jnp.sign(leaf) if magnitude else jnp.ones_like(leaf)
+        hit = leaf == sign * value
+        numbers.append(jnp.sum(hit))
+        changes.append(jnp.sum(jnp.where(hit, sign * tangent, 0)))
+    mean = sum(changes) / jnp.maximum(sum(numbers), 1)
+    return value, mean.astype(value.dtype)
 
 
-def _checked(scores: PyTree, k: int | jax.Array, lowest: int = 0) -> jax.Array:
-    """`k` as an array; raises what `k_largest_mask` does, here where numbers outside `jit` are
-    known.
+# Masks --------------------------------------------------------------------------------------------
+
+
+def _cut(ranking: _Ranking, positions: Callable[[], list], k: Array) -> tuple[Array, Array]:
+    """(threshold, cut): the k largest have keys above the threshold, or that one and a position
+    below the cut.
     """
-    trees.check_finite(scores, "scores", infinite=True)
-    leaves = _leaves(scores)
-    _order_of(leaves, magnitude=False)
-    return _checked_k(k, lowest, sum(leaf.size for leaf in leaves))
+    wanted = jnp.clip(k, 1, ranking.total)
+    wanted = trees.varying_like(wanted, ranking.leaves)
+    threshold, count = _search(ranking, wanted)
+    # above the position of every entry
+    last = jnp.full_like(wanted, 2 * ranking.total, _position_type(ranking.total))
 
+    def cut_ties() -> Array:  # smallest cut with above + tied entries before it >= wanted
+        above = ranking.count(threshold + 1)
+        places = [position for position in positions() if position.size]
 
-def _select(
-    leaves: list[jax.Array], positions: Callable[[], PyTree], k: jax.Array, magnitude: bool
-) -> Selection:
-    order, total = _order_of(leaves, magnitude), sum(leaf.size for leaf in leaves)
-    wanted = trees.varying_like(jnp.clip(k, 1, total), leaves)
-    threshold, count = _search(order, leaves, wanted)
-    last = jnp.full_like(
-        wanted, 2 * total, _position_type(leaves)
-    )  # above the position of every entry
-
-    def cut_ties():  # smallest cut with above + tied entries before it >= wanted
-        above = _count(order, leaves, threshold + 1)
-        places = jax.tree.leaves(positions())
-
-        def halve(bracket):
+        def halve(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bracket
             middle = low + (high - low) // 2
-            tied = lambda leaf, position: (
-                _tied(order, leaf, threshold) & (position < middle)
-            ).astype(jnp.int32)
-            kept = sum(
-                trees.fold_sum(tied, leaf, position) for leaf, position in zip(leaves, places)
-            )
-            enough = above + kept >= wanted
+
+            def tied(leaf: Array, position: Array) -> Array:
+                reached = ranking.at_least(leaf, threshold)
+                tied = reached & ~ranking.at_least(leaf, threshold + 1)
+                return (tied & (position < middle)).astype(jnp.int32)
+
+            kept = [trees.fold_sum(tied, *pair) for pair in zip(ranking.leaves, places)]
+            enough = above + sum(kept) >= wanted
             return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-        bracket = (jnp.zeros_like(last), last)
-        return jax.lax.while_loop(lambda bracket: bracket[0] < bracket[1], halve, bracket)[1]
+        unfinished = lambda bracket: bracket[0] < bracket[1]
+        bracket = lax.while_loop(unfinished, halve, (jnp.zeros_like(last), last))
+        return bracket[1]
 
     # `cond`, not a loop that ends at once: a loop copies the scores it closes over
-    cut = jax.lax.cond(count != wanted, cut_ties, lambda: last)
-    return Selection(jnp.where(k > 0, threshold, order.infinity), jnp.where(k > 0, cut, 0))
+    cut = lax.cond(count != wanted, cut_ties, lambda: last)
+    threshold = jnp.where(k > 0, threshold, ranking.infinity)
+    return threshold, jnp.where(k > 0, cut, 0)
 
 
-def _ranked(scores: PyTree, before: PyTree | None) -> tuple[PyTree, Callable[[], PyTree]]:
-    """(scores, positions()): NaN where `before` is False; of equal scores those of lower position
-    come first.
-
-    A position is the index in the concatenation of the flattened leaves, behind all others where
-    `before` is False. They are made where they are used: kept for later, they would be written to
-    memory.
-    """
-    scores = jax.tree.map(lambda leaf: jax.lax.stop_gradient(jnp.asarray(leaf)), scores)
-    if before is None:
-        return scores, lambda: _flat_positions(scores)
-    total = jnp.asarray(trees.size(scores), _position_type(scores))
-    last = lambda position, kept: position + total * (~kept).astype(total.dtype)
-    lowest = lambda score, kept: jnp.where(kept, score, jnp.nan)
-    positions = lambda: jax.tree.map(last, _flat_positions(scores), before)
-    return jax.tree.map(lowest, scores, before), positions
-
-
-def _position_type(tree: PyTree) -> Any:
+def _position_type(total: int) -> Any:
     """Of integers up to twice the number of entries; CPUs compare signed ones faster."""
-    return jnp.int32 if 2 * trees.size(tree) < 2**31 else jnp.uint32
+    return jnp.int32 if 2 * total < 2**31 else jnp.uint32
 
 
-def _tied(order: _Order, leaf: jax.Array, threshold: jax.Array) -> jax.Array:
-    return order.at_least(leaf, threshold) & ~order.at_least(leaf, threshold + 1)
-
-
-def _flat_positions(tree: PyTree) -> PyTree:
-    """Index of every entry in the concatenation of the flattened leaves, in each leaf's own
-    shape.
+def _positions(leaves: list[Array], before: list[Array]) -> list[Array]:
+    """Of equal scores those of lower position come first: the index in the concatenation of the
+    flattened leaves, behind all others where a mask of `before` is False.
     """
-    leaves, structure = jax.tree.flatten(tree)
-    integer = _position_type(tree)
-    positions, offset = [], 0
+    total = trees.size(leaves)
+    integer = _position_type(total)
+    number = lambda value: jnp.asarray(value, integer)
+    positions = []
+    offset = 0
     for leaf in leaves:
-        position = jnp.asarray(offset, integer)
+        position = number(offset)
         for axis in range(leaf.ndim):
-            stride = jnp.asarray(math.prod(leaf.shape[axis + 1 :]), integer)
-            position = position + stride * jax.lax.broadcasted_iota(integer, leaf.shape, axis)
+            stride = number(math.prod(leaf.shape[axis + 1 :]))
+            position = position + stride * lax.broadcasted_iota(integer, leaf.shape, axis)
         positions.append(jnp.broadcast_to(position, leaf.shape))
         offset += leaf.size
-    return jax.tree.unflatten(structure, positions)
+    for i, kept in enumerate(before):
+        behind = (~kept).astype(integer)
+        positions[i] += number(total) * behind
+    return positions
 
 
 def k_largest_mask(
-    scores: PyTree, k: int | jax.Array, *, magnitude: bool = False, before: PyTree | None = None
+    scores: PyTree, k: int | Array, *, magnitude: bool = False, before: PyTree | None = None
 ) -> PyTree:
     """True on exactly `k` entries of `scores`: the largest; equal scores: lower flat index first.
 
@@ -416,41 +449,42 @@ def k_largest_mask(
 
 
 @_compiled
-def _mask(scores: PyTree, k: jax.Array, before: PyTree | None, magnitude: bool) -> PyTree:
-    ranked, positions = _ranked(scores, before)
-    leaves = _leaves(ranked)
-    threshold, cut = _select(leaves, positions, k, magnitude)
-    order = _order_of(leaves, magnitude)
+def _mask(scores: PyTree, k: Array, before: PyTree | None, magnitude: bool) -> PyTree:
+    constant = lambda leaf: lax.stop_gradient(jnp.asarray(leaf))
+    ranked = scores = jax.tree.map(constant, scores)
+    if before is not None:
+        lowest = lambda leaf, kept: jnp.where(kept, leaf, jnp.nan)
+        ranked = jax.tree.map(lowest, scores, before)
+    leaves, structure = jax.tree.flatten(ranked)
+    # made where they are used: kept for later, they would be written to memory
+    positions = lambda: _positions(leaves, jax.tree.leaves(before))
+    ranking = _Ranking(ranked, magnitude)
+    threshold, cut = _cut(ranking, positions, k)
 
-    def kept(leaf, position):
-        return order.at_least(leaf, threshold + 1) | (
-            order.at_least(leaf, threshold) & (position < cut)
-        )
+    def kept(leaf: Array, position: Array) -> Array:
+        above = ranking.at_least(leaf, threshold + 1)
+        reached = ranking.at_least(leaf, threshold)
+        return above | (reached & (position < cut))
 
-    return jax.tree.map(kept, ranked, positions())
+    return jax.tree.unflatten(structure, map(kept, leaves, positions()))
 
 
 def random_mask(
-    key: jax.Array, tree: PyTree, k: int | jax.Array, *, before: PyTree | None = None
+    key: Array, tree: PyTree, k: int | Array, *, before: PyTree | None = None
 ) -> PyTree:
     """True on exactly `k` entries of `tree`, drawn uniformly; of those that a mask `before` leaves
     out only if it must.
 
     before: in the structure of `tree`.
     """
-    scores = random_scores(key, tree)
-    if before is not None:
-        scores = jax.tree.map(lambda score, kept: jnp.where(kept, score, score - 1), scores, before)
-    return k_largest_mask(scores, k)
-
-
-def random_scores(key: jax.Array, tree: PyTree) -> PyTree:
-    """Independent uniform scores in the shape of `tree`."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        structure, [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-    )
+    uniform = [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+    scores = jax.tree.unflatten(structure, uniform)
+    if before is not None:
+        behind = lambda score, kept: jnp.where(kept, score, score - 1)
+        scores = jax.tree.map(behind, scores, before)
+    return k_largest_mask(scores, k)
 
 
 def full(tree: PyTree) -> PyTree:
@@ -463,27 +497,24 @@ def nonzero(params: PyTree) -> PyTree:
     arrays.
     """
 
-    def mask(path: str, leaf: jax.Array) -> jax.Array:
-        return jnp.asarray(leaf) != 0 if trees.is_kernel(path) else jnp.ones(leaf.shape, bool)
+    def mask(path: str, leaf: Array) -> Array:
+        if trees.is_kernel(path):
+            return jnp.asarray(leaf) != 0
+        return jnp.ones(leaf.shape, bool)
 
     return trees.map_named(mask, params)
 
 
 def apply(tree: PyTree, masks: PyTree) -> PyTree:
     """`tree` with zeros where `masks` is False (also where the entry is not finite)."""
-    return jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), tree, masks)
+    kept = lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf))
+    return jax.tree.map(kept, tree, masks)
 
 
-def density(masks: PyTree) -> jax.Array:
-    """Share of True entries over all leaves."""
-    kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in jax.tree.leaves(masks))
-    return kept / trees.size(masks)
-
-
-def sparsity(tree: PyTree) -> jax.Array:
+def sparsity(tree: PyTree) -> Array:
     """Share of exact zeros (or False) over all leaves; TypeError for leaves that are neither floats
     nor bools.
     """
     trees.check_parameters(tree, "sparsity", masks=True)
-    zeros = sum(jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in jax.tree.leaves(tree))
-    return zeros / trees.size(tree)
+    zeros = [jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in jax.tree.leaves(tree)]
+    return jnp.asarray(sum(zeros) / trees.size(tree))

@@ -344,7 +344,7 @@ def k_sparse(
     29; 0 switches either off. mode: `initialization` gives the diameter 2 tau norm (norm 0 counts
     as 1), `diameter` and `radius` take tau itself. Raises ConfigError if k comes out as 0.
     """
-    kept = min(max(k, masks.count_of(k_frac, size, math.floor)), size)
+    kept = min(max(k, masks.count_of(k_frac, size, "floor")), size)
     if kept < 1:
         raise tables.ConfigError(
             f"constraint.k={k} and k_frac={k_frac} select no entry of an array of {size}; raise "

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import linops, stopping, tables, trees
+from sparsity_jax import groups, linops, stopping, tables, trees
 
 PyTree = Any
+Arrays = dict[str, Any]
+Parts = list[tuple[groups.Member, ...]]
 
 
 class Statistics(NamedTuple):
@@ -50,7 +52,10 @@ class Statistics(NamedTuple):
 
 _sum = functools.partial(jnp.sum, axis=-1)
 _norm = functools.partial(trees.norm_along, axis=-1)
-_abs_sum = lambda rows: jnp.abs(_sum(rows))
+
+
+def _abs_sum(rows: jax.Array) -> jax.Array:
+    return jnp.abs(_sum(rows))
 
 
 @jax.jit
@@ -59,7 +64,11 @@ def _distances(rows: jax.Array) -> jax.Array:
     matrix cancel.
     """
     present = jnp.any(rows != 0, -1)
-    return jax.lax.map(lambda row: _sum(jnp.where(present, _norm(rows - row), 0)), rows)
+
+    def distance(row: jax.Array) -> jax.Array:
+        return _sum(jnp.where(present, _norm(rows - row), 0))
+
+    return jax.lax.map(distance, rows)
 
 
 def _layer_adaptive(rows: jax.Array) -> jax.Array:
@@ -85,34 +94,41 @@ class Measure(NamedTuple):
     on: Literal["kernel", "scale", "norm", "nothing"] = "kernel"
 
 
-_abs_product = lambda w, g: jnp.abs(w * g)
-_square_product = lambda w, g2: jnp.square(w) * g2
+def _abs_product(w: jax.Array, g: jax.Array) -> jax.Array:
+    return jnp.abs(w * g)
+
+
+def _square_product(w: jax.Array, g2: jax.Array) -> jax.Array:
+    return jnp.square(w) * g2
+
 
 # Sums run over the weights of a filter. "Flow": Lubana and Dick 2021, arXiv:2009.11839, which
 # compares the first eleven; another source is where the rule comes from.
-MEASURES = {
-    "mag_based": Measure(("w",), jnp.abs, _norm),  # sqrt(sum w^2); Flow
-    "l1": Measure(("w",), jnp.abs),  # sum |w|; Li et al. 2017, arXiv:1608.08710
-    "bn": Measure(
-        ("w",), jnp.abs, on="scale"
-    ),  # |scale| of the norm; Liu et al. 2017, arXiv:1708.06519
-    "loss_based": Measure(("w", "g"), _abs_product),  # sum |w g|; Lee et al. 2019, arXiv:1810.02340
-    "biased_loss": Measure(("w", "g"), _abs_product, biased=True),  # sum |w| |w g|; Flow
+MEASURES: dict[str, Measure] = {
+    # sqrt(sum w^2); Flow
+    "mag_based": Measure(("w",), jnp.abs, _norm),
+    # sum |w|; Li et al. 2017, arXiv:1608.08710
+    "l1": Measure(("w",), jnp.abs),
+    # |scale| of the norm; Liu et al. 2017, arXiv:1708.06519
+    "bn": Measure(("w",), jnp.abs, on="scale"),
+    # sum |w g|; Lee et al. 2019, arXiv:1810.02340
+    "loss_based": Measure(("w", "g"), _abs_product),
+    # sum |w| |w g|; Flow
+    "biased_loss": Measure(("w", "g"), _abs_product, biased=True),
     # sum |w| average(|w g|); with use_l2, whose factor is in the average, sum average(|w| |w g|);
     # Flow
     "biased_loss_tracked": Measure(("saliency",), jnp.positive, biased=True),
-    "tfo": Measure(
-        ("w", "g"), jnp.multiply, _abs_sum
-    ),  # |sum w g|; Molchanov et al. 2017, arXiv:1611.06440
-    "fisher": Measure(
-        ("w", "g2"), _square_product
-    ),  # sum w^2 mean(g^2); Theis et al. 2018, arXiv:1801.05787
+    # |sum w g|; Molchanov et al. 2017, arXiv:1611.06440
+    "tfo": Measure(("w", "g"), jnp.multiply, _abs_sum),
+    # sum w^2 mean(g^2); Theis et al. 2018, arXiv:1801.05787
+    "fisher": Measure(("w", "g2"), _square_product),
     # scale^2 mean(g^2) plus the same of the bias; Molchanov et al. 2019, arXiv:1906.10771
     "nvidia": Measure(("w", "g2"), _square_product, on="norm"),
     # sum w (H g), signed: removing what is negative raises the gradient norm; Wang et al. 2020,
     # arXiv:2002.07376
     "grasp": Measure(("w", "hg_grasp"), jnp.multiply),
-    "grad_preserve": Measure(("w", "hg_preserve"), jnp.multiply, _abs_sum),  # |sum w (H g)|; Flow
+    # |sum w (H g)|; Flow
+    "grad_preserve": Measure(("w", "hg_preserve"), jnp.multiply, _abs_sum),
     # Distance from the geometric median: sum over the filters f' of the kernel of |f - f'|_2,
     # without those masked to zero; He et al. 2019, arXiv:1811.00250
     "fpgm": Measure(("w",), jnp.positive, _distances),
@@ -120,13 +136,15 @@ MEASURES = {
     # arXiv:2010.07611, score weights; here filters take their place, and equal ones score equally
     # instead of in the order of a sort
     "lamp": Measure(("w",), jnp.positive, _layer_adaptive),
-    "random": Measure((), jnp.positive, on="nothing"),  # uniform in [0, 1)
+    # uniform in [0, 1)
+    "random": Measure((), jnp.positive, on="nothing"),
 }
 
-AGGREGATES = {
-    "producer": lambda scores: jnp.mean(scores, 0),
-    "sum": lambda scores: jnp.sum(scores, 0),
-    "mean": lambda scores: jnp.mean(scores, 0),
+_mean_over_members = functools.partial(jnp.mean, axis=0)
+AGGREGATES: dict[str, Callable] = {
+    "producer": _mean_over_members,
+    "mean": _mean_over_members,
+    "sum": functools.partial(jnp.sum, axis=0),
     "l2": functools.partial(trees.norm_along, axis=0),
 }
 
@@ -199,79 +217,91 @@ def gather(
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
     first = [name for name in ("g", "g2") if name in needs]
     known = {"hg_grasp": grasp_temperature, "hg_preserve": preserve_temperature}
-    temperatures = {name: value for name, value in known.items() if name in needs}
+    temperatures = {name: known[name] for name in known if name in needs}
+    users: dict[str, Iterable[str]] = {"data": first, "balanced": temperatures, "init": ["w0"]}
 
-    def moments(params, _, batch, temperature):
-        g = jax.tree.map(trees.widen, jax.grad(loss)(params, batch, temperature))
+    def moments(given: Given, batch: PyTree) -> Arrays:
+        g = jax.grad(loss)(given.params, batch, given.temperature)
+        g = jax.tree.map(trees.widen, g)
         return {"g": g, "g2": jax.tree.map(jnp.square, g)} if "g2" in needs else {"g": g}
 
-    def product(params, vector, batch, temperature):
-        return linops.hvp(loss, params, batch, temperature)(vector)
+    def product(given: Given, batch: PyTree) -> PyTree:
+        return linops.hvp(loss, given.params, batch, given.temperature)(given.vector)
 
-    mean_moments, mean_product = (
-        _mean(function, batch_size, on_host) for function in (moments, product)
-    )
+    mean = _looped_mean if on_host else _scanned_mean
+    mean_moments, mean_product = mean(moments, batch_size), mean(product, batch_size)
 
     def collect(
         params: PyTree, data: PyTree = None, *, balanced: PyTree = None, init: PyTree = None
     ) -> Statistics:
-        for given, kind, users in (
-            (data, "data", first),
-            (balanced, "balanced", temperatures),
-            (init, "init", ["w0"]),
-        ):
-            if given is None and (names := [name for name in users if name in needs]):
-                raise ValueError(f"{' and '.join(names)} cannot be gathered: {kind} is missing.")
+        given = {"data": data, "balanced": balanced, "init": init}
+        for kind, names in users.items():
+            missing = [name for name in names if name in needs]
+            if given[kind] is None and missing:
+                raise ValueError(f"{' and '.join(missing)} cannot be gathered: {kind} is missing.")
         zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), params)
         start = {"g": zeros, "g2": zeros} if "g2" in needs else {"g": zeros}
-        found = mean_moments(start, params, None, data, temperature) if first else {}
-        found = {name: found[name] for name in first}
+        gathered: Arrays = {}
+        if first:
+            means = mean_moments(start, Given(params, temperature), data)
+            gathered = {name: means[name] for name in first}
         for name, value in temperatures.items():
-            vector = mean_moments(start, params, None, balanced, value)["g"]
-            found[name] = mean_product(zeros, params, vector, balanced, value)
-        return Statistics(w=params, w0=init, **found)
+            given_here = Given(params, value)
+            vector = mean_moments(start, given_here, balanced)["g"]
+            gathered[name] = mean_product(zeros, given_here._replace(vector=vector), balanced)
+        return Statistics(w=params, w0=init, **gathered)
 
     return collect
 
 
-def _mean(function: Callable, batch_size: int, on_host: bool) -> Callable:
-    """`mean(zeros, params, vector, data, temperature)` of `function(params, vector, batch,
-    temperature)`.
-    """
+class Given(NamedTuple):
+    """What batches are measured at. vector: of a Hessian product."""
 
-    def add(total, params, vector, batch, temperature, share):
-        part = function(params, vector, batch, temperature)
-        return jax.tree.map(lambda t, p: t + p.astype(t.dtype) * share, total, part)
+    params: PyTree
+    temperature: Any
+    vector: PyTree = None
 
-    one = jax.jit(add)
 
-    def looped(total, params, vector, data, temperature):
+def _add(function: Callable, total: PyTree, given: Given, batch: PyTree, share: Any) -> PyTree:
+    part = function(given, batch)
+    return jax.tree.map(lambda t, p: t + p.astype(t.dtype) * share, total, part)
+
+
+def _looped_mean(function: Callable, batch_size: int) -> Callable:
+    """`mean(zeros, given, data)` of `function(given, batch)`, one compiled call per batch."""
+    add = jax.jit(functools.partial(_add, function))
+
+    def mean(total: PyTree, given: Given, data: PyTree) -> PyTree:
         size = _num_examples(data)
         for start in range(0, size, batch_size):
             stopping.check()
             batch = jax.tree.map(lambda x, a=start: x[a : a + batch_size], data)
-            total = one(
-                total, params, vector, batch, temperature, min(batch_size, size - start) / size
-            )
+            share = min(batch_size, size - start) / size
+            total = add(total, given, batch, share)
         return total
 
+    return mean
+
+
+def _scanned_mean(function: Callable, batch_size: int) -> Callable:
+    """`_looped_mean` as one compiled call."""
+
     @jax.jit
-    def scanned(total, params, vector, data, temperature):
+    def mean(total: PyTree, given: Given, data: PyTree) -> PyTree:
         size = _num_examples(data)
-
-        def body(total, start, length):
-            batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
-            return add(total, params, vector, batch, temperature, length / size)
-
         length = min(batch_size, size)
         whole, rest = divmod(size, length)
+
+        def body(total: PyTree, start: Any, length: int) -> PyTree:
+            batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
+            return _add(function, total, given, batch, length / size)
+
         starts = jnp.arange(whole) * length
-        total = jax.lax.scan(
-            lambda total, start: (body(total, start, length), None), total, starts
-        )[0]
+        step = lambda total, start: (body(total, start, length), None)
+        total, _ = jax.lax.scan(step, total, starts)
         return body(total, size - rest, rest) if rest else total
 
-    return looped if on_host else scanned
+    return mean
 
 
 def _num_examples(data: PyTree) -> int:
@@ -291,42 +321,14 @@ def class_balanced(labels: np.ndarray, num_classes: int, num_samples: int) -> np
     """
     labels, each = np.asarray(labels), num_samples // num_classes
     if each < 1:
-        raise ValueError(
-            f"{num_samples} samples are fewer than one of each of the {num_classes} classes."
-        )
+        raise ValueError(f"{num_samples} samples of {num_classes} classes; allowed: 1 of each.")
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= num_classes:
-        raise ValueError(
-            f"labels go from {labels.min()} to {labels.max()}; allowed: 0 to {num_classes - 1}."
-        )
-    counts = np.bincount(labels, minlength=num_classes)
-    if counts.min() < each:
-        raise ValueError(
-            f"class {counts.argmin()} has {counts.min()} examples; {num_samples} samples of "
-            f"{num_classes} classes need "
-            f"{each} of each."
-        )
-    return np.concatenate([np.flatnonzero(labels == c)[:each] for c in range(num_classes)])
-
-
-def of_one_batch(params: PyTree, grads: PyTree, *, squared: bool = True) -> Statistics:
-    """Statistics from one gradient at hand, e.g. of the last training step: w, g, g2 and saliency.
-
-    squared=False leaves g2 the plain gradient, as the original code does for `fisher` and `nvidia`
-    in this case.
-    """
-    grads = jax.tree.map(trees.widen, grads)
-    g2 = jax.tree.map(jnp.square, grads) if squared else grads
-    return Statistics(w=params, g=grads, g2=g2, saliency=weight_saliency(params, grads))
-
-
-def check_finite(statistics: Statistics) -> None:
-    """Raises ValueError naming the first array that has a NaN or an infinite entry; on the host."""
-    for field, tree in statistics._asdict().items():
-        for path, leaf in trees.named_leaves(tree).items():
-            if not np.isfinite(leaf).all():
-                raise ValueError(
-                    f"the statistic {field} is not finite in {path!r}; did the training diverge?"
-                )
+        raise ValueError(f"a label is out of range; allowed: 0 to {num_classes - 1}.")
+    examples = [np.flatnonzero(labels == c) for c in range(num_classes)]
+    rarest = min(map(len, examples))
+    if rarest < each:
+        raise ValueError(f"a class has {rarest} examples; needed: {each} of each.")
+    return np.concatenate([positions[:each] for positions in examples])
 
 
 # Tracking over minibatches ------------------------------------------------------------------------
@@ -383,20 +385,23 @@ def tracker(
     tables.convert(track_batches, tables.Count, "track_batches")
     first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
 
-    def init(params):
-        zeros = jax.tree.map(
-            jnp.zeros_like, statistic(params, params)
-        )  # divided among devices as its values
-        return TrackerState(jnp.zeros((), jnp.int32), zeros)
+    def init(params: PyTree) -> TrackerState:
+        values = statistic(params, params)  # zeros are divided among devices as these are
+        return TrackerState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, values))
 
-    def update(state, params, grads):
+    def update(state: TrackerState, params: PyTree, grads: PyTree) -> TrackerState:
         step = state.step if steps_per_epoch is None else state.step % steps_per_epoch
-        before = lambda old: jnp.where(step == first, 0, old)  # a window starts from 0
-        mix = lambda old, new: (alpha * new + (1 - alpha) * before(old)).astype(old.dtype)
-        average = lambda: jax.tree.map(mix, state.saliency, statistic(params, grads))
-        saliency = (
-            jax.lax.cond(step >= first, average, lambda: state.saliency) if first else average()
-        )
+
+        def mixed(old: jax.Array, new: jax.Array) -> jax.Array:
+            before = jnp.where(step == first, 0, old)  # a window starts from 0
+            return (alpha * new + (1 - alpha) * before).astype(old.dtype)
+
+        def average() -> PyTree:
+            return jax.tree.map(mixed, state.saliency, statistic(params, grads))
+
+        if first == 0:
+            return TrackerState(state.step + 1, average())
+        saliency = jax.lax.cond(step >= first, average, lambda: state.saliency)
         return TrackerState(state.step + 1, saliency)
 
     return Tracker(init, update)
@@ -420,18 +425,20 @@ def track_saliency(
     step. Only what wraps the whole optimizer knows both: the gradient comes in, the new weights are
     `params` plus the updates that go out.
     """
-    inner, own = optax.with_extra_args_support(inner), tracker(**options)
+    wrapped, tracking = optax.with_extra_args_support(inner), tracker(**options)
 
-    def init(params):
-        return TrackedState(own.init(params), inner.init(params))
+    def init(params: PyTree) -> TrackedState:
+        return TrackedState(tracking.init(params), wrapped.init(params))
 
-    def update(updates, state, params=None, **extra):
+    def update(
+        grads: PyTree, state: TrackedState, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, TrackedState]:
         if params is None:
             raise ValueError("track_saliency reads the weights; call update(grads, state, params).")
-        new, inner_state = inner.update(updates, state.inner, params, **extra)
-        return new, TrackedState(
-            own.update(state.tracker, optax.apply_updates(params, new), updates), inner_state
-        )
+        updates, inner_state = wrapped.update(grads, state.inner, params, **extra)
+        moved = optax.apply_updates(params, updates)
+        tracked = tracking.update(state.tracker, moved, grads)
+        return updates, TrackedState(tracked, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -470,74 +477,74 @@ def score(
     Traceable in `statistics` and `key`.
     """
     needed = required(name, use_l2=use_l2, use_init=use_init)
-    measure, combine = MEASURES[name], tables.lookup(AGGREGATES, aggregate, "aggregate")
+    combine = tables.lookup(AGGREGATES, aggregate, "aggregate")
     trees.check_pattern(skip, "skip")
+    measure = MEASURES[name]
     if measure.on == "nothing":
         if key is None:
             raise ValueError(f"the measure {name!r} needs a key.")
         return jax.random.uniform(key, (group.size,))
-    if missing := [field for field in needed if getattr(statistics, field) is None]:
-        raise ValueError(
-            f"the measure {name!r} needs {', '.join(needed)}; missing statistics: "
-            f"{', '.join(missing)}."
-        )
+    missing = [field for field in needed if getattr(statistics, field) is None]
+    if missing:
+        raise ValueError(f"the measure {name!r} misses the statistics {', '.join(missing)}.")
     leaves = {field: trees.named_leaves(getattr(statistics, field)) for field in needed}
-    members = [member for member in group.members if not (skip and re.fullmatch(skip, member.path))]
+    multiplied = _multiplies(measure, use_l2)
 
-    def one(member):
-        arrays = {field: trees.widen(_leaf(leaves[field], member.path, field)) for field in needed}
+    def of_member(member: groups.Member) -> jax.Array:
+        arrays = {field: _array(leaves[field], member.path, field) for field in needed}
         values = measure.value(*(arrays[field] for field in measure.needs))
-        if _multiplies(measure, use_l2):
-            values = values * jnp.abs(arrays["w"] - arrays["w0"] if use_init else arrays["w"])
+        if multiplied:
+            moved = arrays["w"] - arrays["w0"] if use_init else arrays["w"]
+            values = values * jnp.abs(moved)
         return measure.reduce(_rows(values, member))
 
-    ranks = {path: jnp.ndim(leaf) for path, leaf in leaves[needed[0]].items()}
-    parts = (
-        _kernels(members, aggregate, ranks)
-        if measure.on == "kernel"
-        else _norms(members, measure.on, ranks)
-    )
+    parts = _parts(group, measure, aggregate, skip, leaves[needed[0]])
     if not parts:
-        first = repr(group.members[0].path) if group.members else "no members"
-        what = (
-            f"{'producing ' if aggregate == 'producer' else ''}kernel"
-            if measure.on == "kernel"
-            else "norm scale"
-        )
+        path = group.members[0].path if group.members else "no members"
+        what = "kernel" if measure.on == "kernel" else "norm scale"
         raise ValueError(
-            f"the measure {name!r} has nothing to read: the group of {first} has no {what}."
+            f"the measure {name!r} has nothing to read: the group of {path!r} has no {what} for "
+            f"aggregate={aggregate!r}."
         )
-    return combine(jnp.stack([sum(one(member) for member in part) for part in parts]))
+    totals = [sum(map(of_member, part)) for part in parts]
+    return combine(jnp.stack(totals))
 
 
-def _kernels(members: list, aggregate: str, ranks: dict[str, int]) -> list[tuple]:
-    """The kernels to score, each on its own: of the role `other`, only what is a matrix or more."""
-    if aggregate == "producer":
-        return [(member,) for member in members if member.role == "producer"]
-    wide = lambda path: trees.is_kernel(path) and ranks.get(path, 0) > 1
-    return [(member,) for member in members if member.role != "other" or wide(member.path)]
-
-
-def _norms(members: list, on: str, ranks: dict[str, int]) -> list[tuple]:
-    """Every norm's scale, with its bias if `on` is `norm` and it has one."""
-    others = {member.path: member for member in members if member.role == "other"}
-    parts = []
-    for path, member in others.items():
-        parent, name, end = re.fullmatch(r"(.*?)([^/]+)((?:/value)?)", path).groups()
-        if name == "scale" or (name == "weight" and ranks.get(path) == 1):  # Flax; Equinox
-            bias = others.get(f"{parent}bias{end}")
-            parts.append((member, bias) if on == "norm" and bias is not None else (member,))
-    return parts
-
-
-def _leaf(leaves: dict[str, jax.Array], path: str, field: str) -> jax.Array:
+def _array(leaves: Arrays, path: str, field: str) -> jax.Array:
+    """In float32 or wider."""
     if path not in leaves:
         hint = tables.closest(path, leaves)
-        raise ValueError(
-            f"the statistic {field} has no array {path!r}; it has {list(leaves)[:3]} and so "
-            f"on.{hint}"
-        )
-    return leaves[path]
+        raise ValueError(f"the statistic {field} has no array {path!r}.{hint}")
+    return trees.widen(leaves[path])
+
+
+def _parts(group: Any, measure: Measure, aggregate: str, skip: str, leaves: Arrays) -> Parts:
+    """What is scored of a group: members whose scores are added up."""
+    members = [member for member in group.members if not (skip and re.fullmatch(skip, member.path))]
+    if measure.on != "kernel":
+        return _norms(members, measure.on, leaves)
+    if aggregate == "producer":
+        return [(member,) for member in members if member.role == "producer"]
+    return [(member,) for member in members if member.role != "other" or _is_matrix(member, leaves)]
+
+
+def _is_matrix(member: groups.Member, leaves: Arrays) -> bool:
+    return trees.is_kernel(member.path) and jnp.ndim(leaves.get(member.path, 0)) > 1
+
+
+def _norms(members: list, on: str, leaves: Arrays) -> Parts:
+    """Every norm's scale, with its bias if `on` is `norm` and it has one."""
+    others = {member.path: member for member in members if member.role == "other"}
+    parts: Parts = []
+    for path, member in others.items():
+        name = trees.last_name(path)
+        vector = jnp.ndim(leaves.get(path, 0)) == 1
+        if name != "scale" and not (name == "weight" and vector):  # Flax; Equinox
+            continue
+        head, _, tail = path.rpartition(name)
+        bias = others.get(f"{head}bias{tail}") if on == "norm" else None
+        parts.append((member,) if bias is None else (member, bias))
+    return parts
 
 
 def _rows(values: jax.Array, member: Any) -> jax.Array:

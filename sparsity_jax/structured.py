@@ -8,9 +8,9 @@ Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `sco
 """
 
 import dataclasses
-import math
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -29,44 +29,54 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    units,
     workdirs,
 )
 
 PyTree = Any
+Keep = dict[str, np.ndarray]  # bools by name of group, True = kept
 
 
-def channels_of(problem: train.Problem, branches: str = "tied") -> groups.Channels:
+def channels_of(problem: train.Problem, branches: groups.Branches = "tied") -> groups.Channels:
     """The channel groups of the run's network."""
+
+    def traced() -> groups.Channels:
+        return groups.trace(*traceable(problem), branches=branches)
+
+    return problem.once(("channels", branches), traced)
+
+
+def traceable(problem: train.Problem) -> tuple[Callable, PyTree, jax.ShapeDtypeStruct]:
+    """The run's network as a function, its variables and its input, of which only shapes count."""
     image = jax.ShapeDtypeStruct((2, *problem.dataset.test.images.shape[1:]), jnp.float32)
-    variables = jax.eval_shape(problem.init, jax.random.key(0))
-    make = lambda: groups.trace(problem.model.apply, variables, image, branches=branches)
-    return problem.once(("channels", branches), make)
-
-
-def alive_channels(channels: groups.Channels, kept: PyTree) -> dict[str, np.ndarray]:
-    """Channels that some array which makes them still has; kept: masks in the structure of the
-    params.
-    """
-    leaves = {f"params/{path}": np.asarray(leaf) for path, leaf in trees.named_leaves(kept).items()}
-    result = {}
-    for name, group in channels.groups.items():
-        members = [m for m in group.members if m.path in leaves]
-        members = [m for m in members if m.role != "consumer"] or members
-        own = np.zeros(group.size, bool)
-        for member in members:
-            leaf = np.moveaxis(leaves[member.path], member.axis, 0)
-            own |= leaf.reshape(len(leaf), -1).any(1)[member.index].any(1)
-        result[name] = own
-    return result
+    return problem.model.apply, jax.eval_shape(problem.init, jax.random.key(0)), image
 
 
 def members_of(problem: train.Problem, state: train.State) -> Iterator[tuple[int, train.State]]:
     """Every member's own state, without the leading axis of a sweep."""
-    for i in range(problem.members or 1):
-        yield (
-            i,
-            state if problem.members is None else jax.tree.map(lambda leaf, i=i: leaf[i], state),
-        )
+    if problem.members is None:
+        yield 0, state
+        return
+    for i in range(problem.members):
+        yield i, jax.tree.map(lambda leaf, i=i: leaf[i], state)
+
+
+def stacked(problem: train.Problem, states: Sequence[train.State]) -> train.State:
+    """The state of all members."""
+    if problem.members is None:
+        return states[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def without(
+    state: train.State, channels: groups.Channels, keep: Mapping[str, Any], kept: PyTree
+) -> train.State:
+    """`state` of one member without the channels that `keep` leaves out, nor what the masks `kept`
+    do.
+    """
+    tree = groups.mask(dict(params=kept, batch_stats=state.batch_stats), channels, keep)
+    params = masks.apply(state.params, tree["params"])
+    return state._replace(params=params, masks=tree["params"], batch_stats=tree["batch_stats"])
 
 
 # cut ----------------------------------------------------------------------------------------------
@@ -127,7 +137,7 @@ class Cut(interface.Stage):
         trees.check_pattern(self.skip, "skip")
         if self.rules:
             self._check_rules()
-        _needs(self)
+        scores.required(self.measure, use_l2=self.use_l2, use_init=self.use_init)
         with tables.blaming(""):
             self.plan(1)
         for i, (_, share) in enumerate(self.rules):
@@ -195,9 +205,14 @@ class Cut(interface.Stage):
         return fields
 
     @property
+    def needed(self) -> tuple[str, ...]:
+        """The statistics that its measure needs."""
+        return scores.required(self.measure, use_l2=self.use_l2, use_init=self.use_init)
+
+    @property
     def balanced(self) -> bool:
         """Whether its scores need equally many examples of every class."""
-        return any(name.startswith("hg") for name in _needs(self))
+        return any(name.startswith("hg") for name in self.needed)
 
     def plan(self, num_rounds: int, ratio: float | None = None) -> budgets.Rounds:
         """ratio: of one group, instead of that of the whole network."""
@@ -213,65 +228,78 @@ class Cut(interface.Stage):
             return "rules"
         return "schedule.thresholds" if self.rounds()["name"] == "manual" else "ratio"
 
-    def begin(self, problem, state, settings, place) -> train.State:
+    def begin(
+        self,
+        problem: train.Problem,
+        state: train.State,
+        settings: Sequence[Any],
+        place: interface.Place,
+    ) -> train.State:
         return interface.handed_on(state, self)
 
     def carried(self, state: train.State, before: Any) -> Any:
         return before
 
-    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
-        found, parts = interface.rows_per_member(problem), []
-        for i, own in members_of(problem, state):
-            chosen = settings[i]
-            channels = channels_of(problem, chosen.branches)
-            make = lambda chosen=chosen: make_scores(problem, chosen)
-            scores_of = problem.once(
-                ("scores", dataclasses.replace(chosen, ratio=0.0, schedule=tables.Options())), make
-            )
-            key = train.stage_key(own.key, place.position)
-            alive = alive_channels(channels, own.masks)
-            importance = scores_of(own, key)
-            keep = _select_or_say(problem, chosen, importance, alive, place)
+    def run(
+        self,
+        problem: train.Problem,
+        state: train.State,
+        settings: Sequence[Any],
+        place: interface.Place,
+        rows: list[list[dict]],
+    ) -> Iterator[train.Update]:
+        found, states = interface.rows_per_member(problem), []
+        for i, member in members_of(problem, state):
+            stage = settings[i]
+            channels = channels_of(problem, stage.branches)
+            keep = stage.kept(problem, member, place)
+            cut = problem.once(("cut", stage.branches), functools.partial(_compiled_cut, channels))
+            states.append(cut(member, jax.tree.map(jnp.asarray, keep)))
+            found[i].append(stage.row(channels, keep, place))
+        yield train.Update(stacked(problem, states), found, 1.0)
 
-            def cut(own, keep, channels=channels):
-                tree = dict(params=own.masks, batch_stats=own.batch_stats)
-                tree = groups.mask(tree, channels, keep)
-                carried = own.opt_state and groups.mask(own.opt_state, channels, keep)
-                params = masks.apply(own.params, tree["params"])
-                return own._replace(
-                    params=params,
-                    masks=tree["params"],
-                    batch_stats=tree["batch_stats"],
-                    opt_state=carried,
-                )
+    def kept(self, problem: train.Problem, state: train.State, place: interface.Place) -> Keep:
+        """Which channels of one member's network stay after this round."""
+        compiled = dataclasses.replace(self, ratio=0.0, schedule=tables.Options())
+        scores_of = problem.once(("scores", compiled), lambda: make_scores(problem, self))
+        importance = scores_of(state, train.stage_key(state.key, place.position))
+        alive = units.alive(channels_of(problem, self.branches), {"params": state.masks})
+        return select(problem, self, importance, alive, place)
 
-            compiled = problem.once(("cut channels", chosen.branches), lambda cut=cut: jax.jit(cut))
-            parts.append(compiled(own, {name: jnp.asarray(k) for name, k in keep.items()}))
-            num, total = sum(int(k.sum()) for k in keep.values()), sum(channels.sizes.values())
-            found[i].append(
-                dict(
-                    measure=chosen.measure,
-                    ratio=1 - num / total,
-                    budget=chosen.budget,
-                    round=place.visit,
-                    num_kept=num,
-                    num_channels=total,
-                    kept={name: int(k.sum()) for name, k in keep.items()},
-                    sizes=channels.sizes,
-                    **(dict(layout=groups.layout(channels)) if place.visit == 1 else {}),
-                )
-            )
-        together = (
-            parts[0]
-            if problem.members is None
-            else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    def row(self, channels: groups.Channels, keep: Keep, place: interface.Place) -> dict[str, Any]:
+        kept = {name: int(bools.sum()) for name, bools in keep.items()}
+        num, total = sum(kept.values()), sum(channels.sizes.values())
+        row = dict(
+            measure=self.measure,
+            ratio=1 - num / total,
+            budget=self.budget,
+            round=place.visit,
+            num_kept=num,
+            num_channels=total,
+            kept=kept,
+            sizes=channels.sizes,
         )
-        yield train.Update(together, found, 1.0)
+        if place.visit == 1:
+            row |= dict(layout=groups.layout(channels))
+        return row
+
+    def leaves_whole(self, name: str) -> bool:
+        """Whether `exclude` says so of a group."""
+        return bool(self.exclude) and re.fullmatch(self.exclude, name) is not None
+
+
+def _compiled_cut(channels: groups.Channels) -> Callable:
+    @jax.jit
+    def cut(state: train.State, keep: Mapping[str, jax.Array]) -> train.State:
+        carried = state.opt_state and groups.mask(state.opt_state, channels, keep)
+        return without(state._replace(opt_state=carried), channels, keep, state.masks)
+
+    return cut
 
 
 def check_network(problem: train.Problem, chosen: Cut, visits: int = 1) -> None:
     """Raises ConfigError for `visits` rounds that do not fit the network or its data."""
-    channels, size = channels_of(problem, chosen.branches), problem.size("train")
+    channels = channels_of(problem, chosen.branches)
     if not channels.groups:
         raise tables.ConfigError(
             "", why="finds no channels in the network of config.model that can be removed"
@@ -285,7 +313,8 @@ def check_network(problem: train.Problem, chosen: Cut, visits: int = 1) -> None:
             trees.match_rules(channels.sizes, chosen.rules)
     _check_readable(problem, chosen)
     _check_reach(problem, chosen, visits)
-    if min(chosen.imp_samples, size) < problem.dataset.num_classes and chosen.balanced:
+    examples = min(chosen.imp_samples, problem.size("train"))
+    if chosen.balanced and examples < problem.dataset.num_classes:
         raise tables.ConfigError(
             "imp_samples", chosen.imp_samples, why="fewer than one of each class"
         )
@@ -295,31 +324,25 @@ def _check_readable(problem: train.Problem, chosen: Cut) -> None:
     """Raises ConfigError if the measure reads arrays that some groups lack, such as the scale of a
     norm.
     """
-    params, found = {"params": train.shapes_of(problem)}, {}
+    params = {"params": train.shapes_of(problem)}
     statistics = scores.Statistics(*[params] * len(scores.Statistics._fields))
-    groups_of = channels_of(problem, chosen.branches).groups
-    scored = {name: group for name, group in groups_of.items() if not _excluded(chosen, name)}
+    scored = _scored(problem, chosen)
+    unreadable = {}
     for name, group in scored.items():
         try:
             jax.eval_shape(_score(chosen, group), statistics, jax.random.key(0))
         except ValueError as error:
-            found[name] = error
-    if found:
-        pattern = "|".join([*filter(None, [chosen.exclude]), *map(re.escape, found)])
-        hint = (
-            f" To leave such groups whole, set exclude={pattern!r}."
-            if len(found) < len(scored)
-            else ""
-        )
-        of_norms = scores.MEASURES[chosen.measure].on in ("scale", "norm")
-        hint += (
-            " Measures of kernels read any group."
-            if of_norms
-            else " Or set aggregate='sum', or another skip."
-        )
-        raise tables.ConfigError(
-            "measure", chosen.measure, why=f"{next(iter(found.values()))}{hint}"
-        )
+            unreadable[name] = str(error)
+    if not unreadable:
+        return
+    hint = "Set aggregate='sum', or another skip."
+    if scores.MEASURES[chosen.measure].on in ("scale", "norm"):
+        hint = "Measures of kernels read any group."
+    if len(unreadable) < len(scored):
+        whole = "|".join([*filter(None, [chosen.exclude]), *map(re.escape, unreadable)])
+        hint += f" To leave such groups whole, set exclude={whole!r}."
+    first = next(iter(unreadable.values()))
+    raise tables.ConfigError("measure", chosen.measure, why=f"{first} {hint}")
 
 
 def _check_reach(problem: train.Problem, chosen: Cut, visits: int) -> None:
@@ -329,163 +352,157 @@ def _check_reach(problem: train.Problem, chosen: Cut, visits: int) -> None:
     It depends on no score, but for `protect='original_resnet'`, which removes less than asked
     instead.
     """
-    sizes = {
-        n: size
-        for n, size in channels_of(problem, chosen.branches).sizes.items()
-        if not _excluded(chosen, n)
-    }
-    total, least = sum(sizes.values()), sum(budgets.minimum_kept(sizes, chosen.min_share).values())
-    density = chosen.plan(visits).density[-1]
     if chosen.protect == "original_resnet":
         return
-    if chosen.budget == "channels" and not chosen.rules:
-        if density * total < least - 1e-6:
-            limit = budgets.rounded_down(1 - least / total)
-            raise tables.ConfigError(
-                chosen.share_field,
-                why=f"shall remove {1 - density:.4g} of {total} channels, but "
-                f"min_share={chosen.min_share} keeps {least} of them, at least one of each group",
-                allowed=f"up to {limit}",
-            )
+    every = channels_of(problem, chosen.branches).sizes
+    if chosen.budget != "channels" or chosen.rules:
+        everything = {name: np.ones(size, bool) for name, size in every.items()}
+        last = interface.Place("", 0, {}, (), visits, visits)
+        select(problem, chosen, everything, everything, last)
         return
-    everything = {
-        name: np.ones(size, bool)
-        for name, size in channels_of(problem, chosen.branches).sizes.items()
-    }
-    place = interface.Place("", 0, {}, (), visits, visits)
-    _select_or_say(problem, chosen, everything, everything, place)
+    sizes = {name: size for name, size in every.items() if not chosen.leaves_whole(name)}
+    total, least = sum(sizes.values()), sum(budgets.minimum_kept(sizes, chosen.min_share).values())
+    density = chosen.plan(visits).density[-1]
+    if density * total < least - 1e-6:
+        raise tables.ConfigError(
+            chosen.share_field,
+            why=f"shall remove {1 - density:.4g} of {total} channels, but "
+            f"min_share={chosen.min_share} keeps {least} of them, at least one of each group",
+            allowed=f"up to {budgets.rounded_down(1 - least / total)}",
+        )
+
+
+def _scored(problem: train.Problem, chosen: Cut) -> dict[str, groups.Group]:
+    """The groups that may be cut."""
+    every = channels_of(problem, chosen.branches).groups
+    return {name: group for name, group in every.items() if not chosen.leaves_whole(name)}
 
 
 def _score(chosen: Cut, group: groups.Group) -> Callable:
     """`score(statistics, key)` of the group's channels."""
-    options = dict(
-        aggregate=chosen.aggregate, use_l2=chosen.use_l2, use_init=chosen.use_init, skip=chosen.skip
-    )
+    names = ("aggregate", "use_l2", "use_init", "skip")
+    options = {name: getattr(chosen, name) for name in names}
     return lambda statistics, key: scores.score(
         chosen.measure, statistics, group, key=key, **options
     )
-
-
-def _needs(chosen: Cut) -> tuple[str, ...]:
-    return scores.required(chosen.measure, use_l2=chosen.use_l2, use_init=chosen.use_init)
 
 
 def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
     """`scores_of(state, key) -> {group: float [channels]}` of one member; compiled once for all
     rounds.
     """
-    needs, channels = _needs(chosen), channels_of(problem, chosen.branches)
-    on_host = stages.on_host(problem)
-    scored = {name: group for name, group in channels.groups.items() if not _excluded(chosen, name)}
+    needs, sizes = chosen.needed, channels_of(problem, chosen.branches).sizes
+    scored = _scored(problem, chosen)
 
-    def loss(variables, batch, temperature):
-        fixed = jax.lax.stop_gradient(
-            variables["batch_stats"]
-        )  # no part of gradients and Hessian products
+    def loss(variables: PyTree, batch: tuple, temperature: jax.Array) -> jax.Array:
+        # no part of gradients and Hessian products
+        fixed = jax.lax.stop_gradient(variables["batch_stats"])
         logits = problem.model.apply({**variables, "batch_stats": fixed}, problem.images(batch[0]))
         return losses.cross_entropy(logits / temperature, batch[1]).mean()
 
-    images, labels = problem.examples("train", chosen.imp_samples)
-    balanced = None
-    if chosen.balanced:
-        classes, known = problem.dataset.num_classes, problem.dataset.train.labels
-        rarest = int(np.bincount(known, minlength=classes).min())
-        order = problem.sample.order(len(known))
-        index = order[
-            scores.class_balanced(known[order], classes, min(len(labels), classes * rarest))
-        ]
-        balanced = (problem.train_images[index], problem.train_labels[index])
+    examples = problem.examples("train", chosen.imp_samples)
+    balanced = _balanced_examples(problem, len(examples[1])) if chosen.balanced else None
+    temperatures = ("temperature", "grasp_temperature", "preserve_temperature")
     collect = scores.gather(
         loss,
         needs,
         chosen.batch_size,
-        temperature=chosen.temperature,
-        grasp_temperature=chosen.grasp_temperature,
-        preserve_temperature=chosen.preserve_temperature,
-        on_host=on_host,
+        on_host=stages.on_host(problem),
+        **{name: getattr(chosen, name) for name in temperatures},
     )
 
     @jax.jit
-    def score(statistics, key):
+    def score(statistics: scores.Statistics, key: jax.Array) -> dict[str, jax.Array]:
         return {
             name: _score(chosen, group)(statistics, jax.random.fold_in(key, i))
             for i, (name, group) in enumerate(scored.items())
         }
 
-    def scores_of(state, key):
+    def scores_of(state: train.State, key: jax.Array) -> dict[str, np.ndarray]:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        init = (
-            train.initial_variables(problem, state.key, problem.pretrained)
-            if "w0" in needs
-            else None
-        )
-        statistics = collect(variables, (images, labels), balanced=balanced, init=init)
+        init = None
+        if "w0" in needs:
+            init = train.initial_variables(problem, state.key, problem.pretrained)
+        statistics = collect(variables, examples, balanced=balanced, init=init)
         if "saliency" in needs:
             statistics = statistics._replace(saliency={"params": state.opt_state.saliency})
-        found = {name: np.asarray(own, np.float64) for name, own in score(statistics, key).items()}
-        return found | {
-            name: np.ones(g.size) for name, g in channels.groups.items() if name not in scored
-        }
+        result = {name: np.ones(size) for name, size in sizes.items()}
+        for name, values in score(statistics, key).items():
+            result[name] = np.asarray(values, np.float64)
+        return result
 
     return scores_of
 
 
-def _excluded(chosen: Cut, name: str) -> bool:
-    return bool(chosen.exclude) and re.fullmatch(chosen.exclude, name) is not None
+def _balanced_examples(problem: train.Problem, most: int) -> tuple[Any, Any]:
+    """(images, labels) of up to `most` train examples, equally many of every class."""
+    classes, labels = problem.dataset.num_classes, problem.dataset.train.labels
+    rarest = int(np.bincount(labels, minlength=classes).min())
+    order = problem.sample.order(len(labels))
+    index = order[scores.class_balanced(labels[order], classes, min(most, classes * rarest))]
+    return problem.train_images[index], problem.train_labels[index]
 
 
 def select(
-    problem: train.Problem, chosen: Cut, found: dict, alive: dict, place: interface.Place
-) -> dict[str, np.ndarray]:
-    """Which channels stay after this round."""
-    channels, plan = channels_of(problem, chosen.branches), chosen.plan(place.visits)
-    sizes, i = channels.sizes, place.visit - 1
-    common = dict(
-        alive=alive,
-        floors=budgets.minimum_kept(sizes, chosen.min_share),
-        protect=chosen.protect,
-        exclude=chosen.exclude or None,
-    )
-    if chosen.rules:
-        counts = {}
-        for name, share in trees.match_rules(sizes, chosen.rules).items():
-            density = (
-                1.0
-                if _excluded(chosen, name)
-                else float(chosen.plan(place.visits, share).density[i])
-            )
-            counts[name] = sizes[name] - masks.count_of(1 - density, sizes[name], math.floor)
-        del common["exclude"]
-        keep = budgets.select_to_counts(found, counts, **common)
-    elif chosen.budget == "channels":
-        counted = [name for name in sizes if not _excluded(chosen, name)]
-        ratio = float(plan.ratios[i])
-        # of the whole, where what is left is not what the earlier rounds asked for
-        if chosen.schedule.get("cumulative") == "truncated" or chosen.multiple > 1:
-            living = sum(int(alive[name].sum()) for name in counted)
-            ratio = budgets.ratio_to_reach(
-                float(plan.density[i]), sum(sizes[name] for name in counted), living
-            )
-        keep = budgets.select(found, ratio, **common)
-    else:
-        price = cost.of_channels(channels, chosen.budget)
-        full = price({name: np.ones(size, bool) for name, size in sizes.items()})
-        keep = budgets.select_to_cost(found, price, float(plan.density[i]) * full, **common)
+    problem: train.Problem,
+    chosen: Cut,
+    importance: Mapping[str, Any],
+    alive: Mapping[str, Any],
+    place: interface.Place,
+) -> Keep:
+    """Which channels stay after this round; raises ConfigError where that cannot be."""
+    sizes = channels_of(problem, chosen.branches).sizes
+    floors = budgets.minimum_kept(sizes, chosen.min_share)
+    limits = budgets.Limits(alive=alive, floors=floors, protect=chosen.protect)
+    if chosen.exclude:
+        limits["exclude"] = chosen.exclude
+    try:
+        if chosen.rules:
+            counts = _counts_by_rule(chosen, sizes, place)
+            keep = budgets.select_to_counts(importance, counts, **limits)
+        elif chosen.budget == "channels":
+            ratio = _share_of_round(chosen, sizes, alive, place)
+            keep = budgets.select(importance, ratio, **limits)
+        else:
+            channels = channels_of(problem, chosen.branches)
+            price = cost.of_channels(channels, chosen.budget)
+            full = price({name: np.ones(size, bool) for name, size in sizes.items()})
+            density = float(chosen.plan(place.visits).density[place.visit - 1])
+            keep = budgets.select_to_cost(importance, price, density * full, **limits)
+    except ValueError as error:
+        raise tables.ConfigError(
+            chosen.share_field, why=f"removes too much in round {place.visit}: {error}"
+        ) from None
     if chosen.multiple > 1:
-        keep = budgets.round_to_multiple(
-            keep, found, chosen.multiple, alive=alive, floors=common["floors"]
-        )
+        multiple = chosen.multiple
+        keep = budgets.round_to_multiple(keep, importance, multiple, alive=alive, floors=floors)
     return keep
 
 
-def _select_or_say(problem, chosen, importance, alive, place):
-    try:
-        return select(problem, chosen, importance, alive, place)
-    except ValueError as error:
-        raise tables.ConfigError(
-            chosen.share_field,
-            why=f"removes too much in round {place.visit}: {error}",
-        ) from None
+def _counts_by_rule(
+    chosen: Cut, sizes: Mapping[str, int], place: interface.Place
+) -> dict[str, int]:
+    """How many channels of each group are left after a round."""
+    counts = dict(sizes)
+    for name, share in trees.match_rules(sizes, chosen.rules).items():
+        if not chosen.leaves_whole(name):
+            density = float(chosen.plan(place.visits, share).density[place.visit - 1])
+            counts[name] -= masks.count_of(1 - density, sizes[name], "floor")
+    return counts
+
+
+def _share_of_round(
+    chosen: Cut, sizes: Mapping[str, int], alive: Mapping[str, Any], place: interface.Place
+) -> float:
+    """The share of the channels alive that a round removes."""
+    plan, i = chosen.plan(place.visits), place.visit - 1
+    # of the whole, where what is left is not what the earlier rounds asked for
+    if chosen.schedule.get("cumulative") == "truncated" or chosen.multiple > 1:
+        counted = [name for name in sizes if not chosen.leaves_whole(name)]
+        living = sum(int(alive[name].sum()) for name in counted)
+        total = sum(sizes[name] for name in counted)
+        return budgets.ratio_to_reach(float(plan.density[i]), total, living)
+    return float(plan.ratios[i])
 
 
 # compact ------------------------------------------------------------------------------------------
@@ -508,11 +525,18 @@ class Compact(interface.Stage):
     repeats: tables.Index = 20
     tolerance: tables.NonNegative = 0.0
 
-    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+    def run(
+        self,
+        problem: train.Problem,
+        state: train.State,
+        settings: Sequence[Any],
+        place: interface.Place,
+        rows: list[list[dict]],
+    ) -> Iterator[train.Update]:
         found = []
-        for i, own in members_of(problem, state):
+        for i, member in members_of(problem, state):
             try:
-                row = take_stock(problem, own, settings[i])
+                row = take_stock(problem, member, settings[i])
             except tables.ConfigError as error:  # an emptied layer
                 row = dict(warning=f"the network cannot be compacted: {error}")
             if row["warning"]:
@@ -549,9 +573,9 @@ class Stock(NamedTuple):
 def compacted(problem: train.Problem, state: train.State) -> Stock:
     """One member's network, compacted."""
     channels = channels_of(problem)
-    keep = alive_channels(channels, state.masks)
-    for name, own in keep.items():
-        if not own.any():
+    keep = units.alive(channels, {"params": state.masks})
+    for name, bools in keep.items():
+        if not bools.any():
             raise tables.ConfigError(
                 f"all channels of {name} are masked: nothing is left to compact."
             )
@@ -566,61 +590,70 @@ def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> d
     """
     stock = compacted(problem, state)
     full = {"params": state.params, "batch_stats": state.batch_stats}
-    dense, small = jax.jit(problem.model.apply), jax.jit(stock.apply)
+    networks = {
+        "dense": (jax.jit(problem.model.apply), full),
+        "compact": (jax.jit(stock.apply), stock.variables),
+    }
     images = problem.images(problem.examples("test", chosen.batch_size)[0])
-    masked, compact = dense(full, images), small(stock.variables, images)
-    error = float(jnp.max(jnp.abs(masked - compact)) / jnp.maximum(jnp.max(jnp.abs(masked)), 1e-30))
+    masked, compact = (apply(variables, images) for apply, variables in networks.values())
+    largest = jnp.maximum(jnp.max(jnp.abs(masked)), 1e-30)
+    difference = float(jnp.max(jnp.abs(masked - compact)) / largest)
     tolerance = chosen.tolerance or rounding_of(problem)
     warning = ""
-    if not error <= tolerance:
+    if not difference <= tolerance:
         warning = (
-            f"the compact network's logits differ from the masked one's by {error:.2g} of the "
-            "largest, more than the "
-            f"{tolerance:g} that count as rounding in {jnp.dtype(problem.model.dtype).name}"
+            "the compact network's logits differ from the masked one's by "
+            f"{difference:.2g} of the largest, more than the {tolerance:g} that count as rounding "
+            f"in {jnp.dtype(problem.model.dtype).name}"
         )
-    one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
-    flops = lambda apply, variables: cost.flops(apply, variables, one).products
     row = dict(
         accuracy=accuracy(problem, stock),
-        difference=error,
+        difference=difference,
         tolerance=tolerance,
         warning=warning,
-        parameters=cost.num_params(full),
-        parameters_compact=cost.num_params(stock.variables),
-        flops=flops(problem.model.apply, full),
-        flops_compact=flops(stock.apply, stock.variables),
-        bytes=cost.num_bytes(full),
-        bytes_compact=cost.num_bytes(stock.variables),
-        kept={name: int(own.sum()) for name, own in stock.keep.items()},
+        kept={name: int(bools.sum()) for name, bools in stock.keep.items()},
         sizes=stock.channels.sizes,
     )
+    image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    for (apply, variables), end in zip(networks.values(), ("", "_compact"), strict=True):
+        row[f"parameters{end}"] = cost.num_params(variables)
+        row[f"flops{end}"] = cost.flops(apply, variables, image).products
+        row[f"bytes{end}"] = cost.num_bytes(variables)
     if chosen.repeats:
-        pair = {"dense": (dense, (full, images)), "compact": (small, (stock.variables, images))}
-        pair = cost.compare(pair, repeats=chosen.repeats)
-        row |= dict(
-            batch_size=len(images),
-            milliseconds={name: 1e3 * one.median for name, one in pair.latencies.items()},
-            milliseconds_low={name: 1e3 * one.low for name, one in pair.latencies.items()},
-            milliseconds_high={name: 1e3 * one.high for name, one in pair.latencies.items()},
-            speedup=pair.speedup,
-            speedup_low=pair.speedup_low,
-            speedup_high=pair.speedup_high,
-            verdict=pair.verdict,
-            device=jax.devices()[0].device_kind,
-        )
+        row |= _measured_times(networks, images, chosen.repeats)
+    return row
+
+
+def _measured_times(
+    networks: Mapping[str, tuple[Callable, PyTree]], images: jax.Array, repeats: int
+) -> dict[str, Any]:
+    candidates = {
+        name: (apply, (variables, images)) for name, (apply, variables) in networks.items()
+    }
+    pair = cost.compare(candidates, repeats=repeats)
+    row = dict(
+        batch_size=len(images),
+        speedup=pair.speedup,
+        speedup_low=pair.speedup_low,
+        speedup_high=pair.speedup_high,
+        verdict=pair.verdict,
+        device=jax.devices()[0].device_kind,
+    )
+    for field, quantile in (("", "median"), ("_low", "low"), ("_high", "high")):
+        row[f"milliseconds{field}"] = {
+            name: 1e3 * getattr(latency, quantile) for name, latency in pair.latencies.items()
+        }
     return row
 
 
 def accuracy(problem: train.Problem, stock: Stock) -> float:
     """Of the compact network on the test set."""
-    compact = problem._replace(
-        model=problem.model._replace(apply=stock.apply), members=None, compiled={}
-    )
-    found = train.measure(
-        compact, stock.variables["params"], stock.variables["batch_stats"], "test"
-    )
-    size = problem.size("test") - len(found.unreadable)
-    return round(float(found.accuracy) * size) / size  # not rounded to float32
+    model = problem.model._replace(apply=stock.apply)
+    compact = problem._replace(model=model, members=None, compiled={})
+    variables = stock.variables
+    measured = train.measure(compact, variables["params"], variables["batch_stats"], "test")
+    size = problem.size("test") - len(measured.unreadable)
+    return round(float(measured.accuracy) * size) / size  # not rounded to float32
 
 
 STAGES = (Cut, Compact)

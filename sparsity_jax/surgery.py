@@ -6,12 +6,14 @@
 Both work under jit and vmap.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsity_jax import groups, kernels, masks, tables, trees
 
@@ -24,9 +26,9 @@ def normal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 2**0.5)
     Source: He et al. 2015, arXiv:1502.01852.
     """
     rows, _ = _kept(mask)
-    return jax.random.normal(key, mask.shape, dtype) * (
-        gain / jnp.sqrt(jnp.maximum(rows.sum(), 1))
-    ).astype(dtype)
+    fan_in = jnp.maximum(rows.sum(), 1)
+    std = (gain / jnp.sqrt(fan_in)).astype(dtype)
+    return std * jax.random.normal(key, mask.shape, dtype)
 
 
 def orthogonal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 1.0) -> jax.Array:
@@ -38,27 +40,23 @@ def orthogonal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 1.0
     arXiv:1312.6120.
     """
     rows, columns = _kept(mask)
-    gaussian = jax.random.normal(
-        key, (rows.size, columns.size), jnp.promote_types(dtype, jnp.float32)
-    )
-    left, _, right = jnp.linalg.svd(
-        jnp.where(rows[:, None] & columns, gaussian, 0), full_matrices=False
-    )
+    wide = jnp.promote_types(dtype, jnp.float32)
+    gaussian = jax.random.normal(key, (rows.size, columns.size), wide)
+    gaussian = jnp.where(rows[:, None] & columns, gaussian, 0)
+    left, _, right = jnp.linalg.svd(gaussian, full_matrices=False)
     rank = jnp.minimum(rows.sum(), columns.sum())  # the singular values behind it are zero
-    return (
-        (gain * (left * (jnp.arange(left.shape[1]) < rank)) @ right)
-        .reshape(mask.shape)
-        .astype(dtype)
-    )
+    left = left * (jnp.arange(left.shape[1]) < rank)
+    return (gain * left @ right).reshape(mask.shape).astype(dtype)
 
 
 def _kept(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inputs (bool [fan_in]: every position of a kept channel) and outputs (bool [out]) of the
     compact kernel.
     """
-    channels = mask.any(tuple(axis for axis in range(mask.ndim) if axis != mask.ndim - 2))
-    rows = jnp.broadcast_to(channels[:, None], (*mask.shape[:-1], 1)).ravel()
-    return rows, mask.any(tuple(range(mask.ndim - 1)))
+    *window, inputs, outputs = mask.shape
+    channels = mask.reshape(-1, inputs, outputs).any((0, 2))
+    rows = jnp.tile(channels, math.prod(window))
+    return rows, mask.reshape(-1, outputs).any(0)
 
 
 METHODS = {"normal": normal, "orthogonal": orthogonal}
@@ -86,18 +84,17 @@ def reinitialize(
     unknown method and ValueError where it is open what the kernels are, or their layout.
     """
     draw: Callable = tables.lookup(METHODS, method, "method")
-    options = {} if gain is None else {"gain": gain}
-    axes = kernels.axes(
-        params, kernels.paths(params, channels, strict=False), channels, layout=layout
-    )
+    if gain is not None:
+        draw = functools.partial(draw, gain=gain)
+    paths = kernels.paths(params, channels, strict=False)
+    axes = kernels.axes(params, paths, channels, layout=layout)
     keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
 
     def renewed(path: str, leaf: jax.Array, mask: jax.Array) -> jax.Array:
         leaf_key, name = next(keys), trees.last_name(path)
         if path in axes:
-            return _drawn(
-                lambda key, mask: draw(key, mask, leaf.dtype, **options), leaf_key, mask, axes[path]
-            )
+            of_kernel = functools.partial(draw, dtype=leaf.dtype)
+            return _drawn(of_kernel, leaf_key, jnp.asarray(mask), axes[path])
         if name in ("bias", "b", "offset"):
             return jnp.zeros_like(leaf)
         return jnp.ones_like(leaf) if name in ("scale", "weight") else leaf
@@ -107,19 +104,20 @@ def reinitialize(
 
 def _drawn(draw: Callable, key: jax.Array, mask: jax.Array, axes: kernels.Axes) -> jax.Array:
     """`draw(key, mask)` of a kernel laid out in any way; each kernel of a stack on its own."""
-    mask = jnp.asarray(mask)
-    along = lambda own: [mask.shape[axis] for axis in own]
     inner = (*axes.window, *axes.inputs, *axes.outputs)
-    stack = tuple(axis for axis in range(mask.ndim) if axis not in inner)
+    stack = [axis for axis in range(mask.ndim) if axis not in inner]
     order = (*stack, *inner)
     ordered = mask.transpose(order)
-    shape = (*along(axes.window), math.prod(along(axes.inputs)), math.prod(along(axes.outputs)))
+    sizes = mask.shape
+    window = [sizes[axis] for axis in axes.window]
+    inputs = math.prod(sizes[axis] for axis in axes.inputs)
+    outputs = math.prod(sizes[axis] for axis in axes.outputs)
     if stack:
-        several = ordered.reshape(-1, *shape)
+        several = ordered.reshape(-1, *window, inputs, outputs)
         drawn = jax.vmap(draw)(jax.random.split(key, len(several)), several)
     else:
-        drawn = draw(key, ordered.reshape(shape))
-    return drawn.reshape(ordered.shape).transpose(sorted(range(mask.ndim), key=order.__getitem__))
+        drawn = draw(key, ordered.reshape(*window, inputs, outputs))
+    return drawn.reshape(ordered.shape).transpose(np.argsort(order))
 
 
 def add_noise(
@@ -137,21 +135,18 @@ def add_noise(
     std: of the noise, or with `relative` of that over the root mean square of each array's kept
     entries; may be traced. Raises ConfigError for a bad pattern and if nothing matches.
     """
-    chosen = trees.matching(params, pattern)
-    keys = iter(jax.random.split(key, len(chosen)))
+    matched = trees.matching(params, pattern)
+    keys = iter(jax.random.split(key, len(matched)))
 
-    def one(path: str, leaf: jax.Array, mask: jax.Array) -> jax.Array:
-        own = next(keys)
-        if not chosen[path]:
+    def disturbed(path: str, leaf: jax.Array, mask: jax.Array) -> jax.Array:
+        leaf_key = next(keys)
+        if not matched[path]:
             return leaf
-        root_mean_square = trees.norm(jnp.where(mask, leaf, 0)) / jnp.sqrt(
-            jnp.maximum(jnp.sum(mask), 1)
-        )
-        size = std * root_mean_square if relative else jnp.asarray(std)
-        return jnp.where(
-            mask,
-            leaf + size.astype(leaf.dtype) * jax.random.normal(own, leaf.shape, leaf.dtype),
-            leaf,
-        )
+        size = jnp.asarray(std)
+        if relative:
+            entries = jnp.maximum(jnp.sum(mask), 1)
+            size = std * (trees.norm(jnp.where(mask, leaf, 0)) / jnp.sqrt(entries))
+        noise = jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
+        return jnp.where(mask, leaf + size.astype(leaf.dtype) * noise, leaf)
 
-    return trees.map_named(one, params, masks.full(params) if kept is None else kept)
+    return trees.map_named(disturbed, params, masks.full(params) if kept is None else kept)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array, lax
 
 from sparsity_jax import tables
 
@@ -20,24 +21,20 @@ def path_name(path: Sequence) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves of `tree` by path, in flattening order; raises ValueError where two have the same
-    path.
-    """
-    return _by_path(tree, path_name)
-
-
-def _by_path(tree: PyTree, name_of: Callable, is_leaf: Callable | None = None) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    found = {name_of(path): leaf for path, leaf in leaves}
-    if len(found) < len(leaves):
-        names = [name_of(path) for path, _ in leaves]
-        double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(
-            f"two leaves have the path {double!r}; names of a tree must not hold the '/' between "
-            "them."
-        )
-    return found
+def named_leaves(
+    tree: PyTree, name_of: Callable = path_name, is_leaf: Callable | None = None
+) -> dict[str, Any]:
+    """Leaves of `tree` by path, in flattening order; raises ValueError for two of the same path."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        name = name_of(path)
+        if name in leaves:
+            raise ValueError(
+                f"two leaves have the path {name!r}; names of a tree must not hold the '/' "
+                "between them."
+            )
+        leaves[name] = leaf
+    return leaves
 
 
 def plain_path(path: Sequence) -> str:
@@ -53,10 +50,8 @@ def plain_path(path: Sequence) -> str:
 
 
 def plain_leaves(tree: PyTree, is_leaf: Callable | None = None) -> dict[str, Any]:
-    """Leaves of `tree` by `plain_path`, in flattening order; raises ValueError where two have the
-    same path.
-    """
-    return _by_path(tree, plain_path, is_leaf)
+    """Leaves of `tree` by `plain_path`; raises as `named_leaves`."""
+    return named_leaves(tree, plain_path, is_leaf)
 
 
 def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = None) -> PyTree:
@@ -73,19 +68,17 @@ def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = No
         return tree
     given = plain_leaves(tree, is_leaf)
     wanted = plain_leaves(like, _is_hidden)
-    missing = [path for path, leaf in wanted.items() if path not in given and not _is_hidden(leaf)]
+    shown = {path for path, leaf in wanted.items() if not _is_hidden(leaf)}
+    missing = [path for path in wanted if path in shown and path not in given]
     surplus = [path for path in given if path not in wanted]
     if missing or surplus:
-        told = (
-            f"no entry for {missing[0]!r}"
-            if missing
-            else f"an entry {surplus[0]!r}, which is no parameter"
-        )
+        wrong = f"an entry {surplus[0]!r}, which is no parameter" if surplus else ""
+        wrong = f"no entry for {missing[0]!r}" if missing else wrong
         raise ValueError(
-            f"{what} have {told}; allowed: one for all parameters, or a tree with the paths of "
+            f"{what} have {wrong}; allowed: one for all parameters, or a tree with the paths of "
             "the params."
         )
-    leaves = [leaf if _is_hidden(leaf) else given[path] for path, leaf in wanted.items()]
+    leaves = [given[path] if path in shown else leaf for path, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=_is_hidden), leaves)
 
 
@@ -109,16 +102,15 @@ def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]]) -> PyTree:
     Raises ConfigError for a bad pattern, for a leaf that no rule matches and for a rule that
     decides no leaf (a closing `.*` may be idle).
     """
-    patterns = []
-    for index, (pattern, value) in enumerate(rules):
+    for index, (pattern, _) in enumerate(rules):
         with tables.within(f"[{index}]"):
             check_pattern(pattern)
-        patterns.append((re.compile(pattern), value))
-    paths, used = list(named_leaves(tree)), set()
+    paths = list(named_leaves(tree))
+    used = set()
 
     def value_of(path: str, _: Any) -> Any:
-        for index, (pattern, value) in enumerate(patterns):
-            if pattern.fullmatch(path):
+        for index, (pattern, value) in enumerate(rules):
+            if re.fullmatch(pattern, path):
                 used.add(index)
                 return value
         raise tables.ConfigError(
@@ -126,11 +118,12 @@ def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]]) -> PyTree:
         )
 
     values = map_named(value_of, tree)
-    for index, (pattern, _) in enumerate(patterns):
-        if index not in used and (pattern.pattern, index) != (".*", len(patterns) - 1):
+    for index, (pattern, _) in enumerate(rules):
+        closing = pattern == ".*" and index == len(rules) - 1
+        if index not in used and not closing:
             raise tables.ConfigError(
                 f"[{index}]",
-                pattern.pattern,
+                pattern,
                 why="which decides no parameter",
                 allowed=f"a pattern of paths such as {paths[0]!r}",
                 known=paths,
@@ -175,21 +168,22 @@ def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:
     what: begins the sentence, e.g. the stage and member and what the tree is. Arrays without a
     fraction pass, and those that `jit`, `vmap` or `grad` is tracing, whose values nobody knows yet.
     """
-    bad, name = (jnp.isnan, "NaN") if infinite else (lambda x: ~jnp.isfinite(x), "NaN or infinite")
+    name, allowed = "NaN or infinite", "finite numbers"
+    if infinite:
+        name, allowed = "NaN", "finite numbers and infinities"
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(
-            jnp.result_type(leaf), jnp.inexact
-        ):
+        fraction = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        if isinstance(leaf, jax.core.Tracer) or not fraction:
             continue
-        with (
-            jax.ensure_compile_time_eval()
-        ):  # a known array may meet a program that is being traced
-            number = int(jnp.sum(bad(leaf)))
+        # a known array may meet a program that is being traced
+        with jax.ensure_compile_time_eval():
+            bad = jnp.isnan(leaf) if infinite else ~jnp.isfinite(leaf)
+            number = int(jnp.sum(bad))
         if number:
             place = f" at {path_name(path)!r}" if path else ""
             raise ValueError(
-                f"{what}: {number} of {jnp.size(leaf)} entries{place} are {name}; allowed: finite "
-                "numbers" + (" and infinities." if infinite else ".")
+                f"{what}: {number} of {jnp.size(leaf)} entries{place} are {name}; "
+                f"allowed: {allowed}."
             )
 
 
@@ -223,13 +217,11 @@ def is_kernel(path: str) -> bool:
 
 def last_name(path: str) -> str:
     """The name of an array itself: the end of `path`, without the `value` of NNX states."""
-    names = [name.strip(".[]'\"") for name in path.split("/")]
-    if len(names) > 1 and names[-1] == "value":
-        names.pop()
-    return names[-1]
+    *outer, name = [name.strip(".[]'\"") for name in path.split("/")]
+    return outer[-1] if outer and name == "value" else name
 
 
-def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: jax.Array) -> jax.Array:
+def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: Array) -> Array:
     """`reduce(function(*arrays))` for an elementwise `function` and its matching pair, e.g. jnp.add
     and jnp.sum.
 
@@ -242,37 +234,39 @@ def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: jax.A
     total = arrays[0].size
     if total < 4096 or not _one_cpu():
         return reduce(function(*arrays))
-    width, flat = total // 8, [array.ravel() for array in arrays]
-    slices = [function(*(array[i * width : (i + 1) * width] for array in flat)) for i in range(8)]
+    width = total // 8
+    flat = [array.ravel() for array in arrays]
+    part = lambda start, end: function(*(array[start:end] for array in flat))
+    slices = [part(i * width, (i + 1) * width) for i in range(8)]
     combined = functools.reduce(combine, slices)
-    again = jnp.issubdtype(
-        combined.dtype, jnp.floating
-    )  # integer sums of a vector are fast, float ones are not
-    result = fold(combine, reduce, lambda x: x, combined) if again else reduce(combined)
-    return (
-        combine(result, reduce(function(*(array[8 * width :] for array in flat))))
-        if total % 8
-        else result
-    )
+    if jnp.issubdtype(combined.dtype, jnp.floating):
+        result = fold(combine, reduce, lambda x: x, combined)
+    else:  # sums of a vector of integers are fast
+        result = reduce(combined)
+    if total % 8:
+        result = combine(result, reduce(part(8 * width, total)))
+    return result
 
 
 def _one_cpu() -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
-def sample(array: jax.Array) -> jax.Array | None:
+def sample(array: Array) -> Array | None:
     """At least 8,192 entries at equal distances, where that pays: large arrays on one CPU;
     elsewhere None.
     """
-    return array.ravel()[:: array.size >> 13] if array.size >= 2**16 and _one_cpu() else None
+    if array.size < 2**16 or not _one_cpu():
+        return None
+    return array.ravel()[:: array.size >> 13]
 
 
-def fold_sum(function: Callable, *arrays: jax.Array) -> jax.Array:
+def fold_sum(function: Callable, *arrays: Array) -> Array:
     """Sum over all entries of the elementwise `function(*arrays)`; see `fold`."""
     return fold(jnp.add, jnp.sum, function, *arrays)
 
 
-def varying_like(x: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
+def varying_like(x: Array, arrays: Sequence[Array]) -> Array:
     """`x` as a value that differs between the devices of a mesh axis, inside `shard_map`, if one of
     `arrays` does.
 
@@ -283,43 +277,36 @@ def varying_like(x: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
     return x
 
 
-def division(x: jax.Array) -> tuple:
+def division(x: Array) -> tuple:
     """Names of the explicit mesh axes that divide the axes of `x`, None for none; () where no mesh
     is explicit.
     """
     return tuple(jax.typeof(x).sharding.spec)
 
 
-def gathered(x: jax.Array) -> jax.Array:
+def gathered(x: Array) -> Array:
     """`x` whole on every device, where a mesh of explicit axes divides it."""
     return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if any(division(x)) else x
 
 
-def widen(array: jax.Array) -> jax.Array:
+def widen(array: Array) -> Array:
     """In float32 if its type is narrower, else as it is."""
     array = jnp.asarray(array)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def absolute_sum(array: jax.Array) -> jax.Array:
+def absolute_sum(array: Array) -> Array:
     """Sum of the magnitudes of all entries, in at least float32."""
     return fold_sum(lambda x: jnp.abs(widen(x)), array)
 
 
-def square_sum(array: jax.Array) -> jax.Array:
-    """Sum of the squares of all entries, in at least float32; for a norm, whose squares may leave
-    the range, `norm`.
-
-    On one CPU as an inner product, which XLA hands to a library: two times faster than `fold`, six
-    than `jnp.sum`.
+def _inner(first: Array, second: Array) -> Array:
+    """Inner product. On one CPU XLA hands it to a library: for a sum of squares two times faster
+    than `fold`, six than `jnp.sum`.
     """
-    return _inner(widen(array), widen(array))
-
-
-def _inner(first: jax.Array, second: jax.Array) -> jax.Array:
     if not _one_cpu():
         return jnp.sum(first * second)
-    return jnp.dot(first.ravel(), second.ravel(), precision=jax.lax.Precision.HIGHEST)
+    return jnp.dot(first.ravel(), second.ravel(), precision=lax.Precision.HIGHEST)
 
 
 def size(tree: PyTree) -> int:
@@ -327,83 +314,78 @@ def size(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def dot(first: PyTree, second: PyTree) -> jax.Array:
+def dot(first: PyTree, second: PyTree) -> Array:
     """Inner product of two trees of the same structure, in at least float32."""
     product = lambda x, y: _inner(widen(x), widen(y))
     return sum(jax.tree.leaves(jax.tree.map(product, first, second)), start=jnp.zeros(()))
 
 
-def norm(tree: PyTree) -> jax.Array:
+def norm(tree: PyTree) -> Array:
     """Euclidean norm of all entries of `tree`, in at least float32, whether or not their squares
     leave its range.
 
     Its derivative at zero is zero, a subgradient.
     """
     lengths = [_length(widen(leaf)) for leaf in jax.tree.leaves(tree)]
-    if len(lengths) == 1:
-        return lengths[0]
-    return _length(jnp.stack(lengths)) if lengths else jnp.zeros(())
+    if not lengths:
+        return jnp.zeros(())
+    return lengths[0] if len(lengths) == 1 else _length(jnp.stack(lengths))
 
 
-def scale_of(tree: PyTree) -> jax.Array:
+def scale_of(tree: PyTree) -> Array:
     """A power of two near the largest magnitude in `tree`, a constant to derivatives; 1 of zeros.
 
     Numbers divided by it are not rounded, and neither are their squares out of range.
     """
-    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(tree)]
-    peaks = [fold(jnp.maximum, _peak, jnp.abs, leaf) for leaf in leaves]
-    return _power_of_two(functools.reduce(jnp.maximum, peaks)) if peaks else jnp.ones(())
+    leaves = [lax.stop_gradient(leaf) for leaf in jax.tree.leaves(tree)]
+    if not leaves:
+        return jnp.ones(())
+    largest = functools.partial(jnp.max, initial=0)
+    peaks = [fold(jnp.maximum, largest, jnp.abs, leaf) for leaf in leaves]
+    return _power_of_two(functools.reduce(jnp.maximum, peaks))
 
 
-def _peak(magnitudes: jax.Array) -> jax.Array:
-    return jnp.max(magnitudes, initial=0)
-
-
-def _power_of_two(size: jax.Array) -> jax.Array:
+def _power_of_two(size: Array) -> Array:
     """The largest power of two up to `size`; 1 for 0, subnormals, NaN and infinity."""
     integer = jnp.dtype(f"uint{8 * size.dtype.itemsize}")
-    exponent = np.asarray(np.inf, size.dtype).view(
-        integer
-    )  # all bits of the exponent, and no other
-    power = jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(size, integer) & exponent, size.dtype
-    )
+    # all bits of the exponent, and no other
+    exponent = np.asarray(np.inf, size.dtype).view(integer)
+    bits = lax.bitcast_convert_type(size, integer) & exponent
+    power = lax.bitcast_convert_type(bits, size.dtype)
     return jnp.where((power > 0) & jnp.isfinite(size), power, 1)
 
 
+# compiled, for outside `jit` both branches would compile at every call
 @jax.custom_jvp
-@functools.partial(
-    jax.jit, inline=True
-)  # outside `jit` else both branches would compile at every call
-def _length(array: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, inline=True)
+def _length(array: Array) -> Array:
     """Euclidean norm of one array of at least float32."""
-    squares = square_sum(array)
+    squares = _inner(array, array)
     info = jnp.finfo(array.dtype)
     # squares that vanished, at most `tiny` each, are less than a rounding error of the sum; NaN
     # stays what it is
-    precise = (squares >= array.size * float(info.tiny) / float(info.eps)) & (
-        squares <= float(info.max)
-    )
+    least = array.size * float(info.tiny) / float(info.eps)
+    precise = (squares >= least) & (squares <= float(info.max))
 
-    def scaled():
+    def scaled() -> Array:
         scale = scale_of(array)
         return scale * jnp.sqrt(jnp.sum(jnp.square(array / scale)))
 
-    return jax.lax.cond(precise, lambda: jnp.sqrt(squares), scaled)
+    return lax.cond(precise, lambda: jnp.sqrt(squares), scaled)
 
 
 @_length.defjvp
-def _length_derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _length_derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     (array,), (change,) = primals, tangents
     length = _length(array)
     direction = array / jnp.where(length > 0, length, 1)
     return length, jnp.sum(direction * change)
 
 
-def norm_along(array: jax.Array, axis: int) -> jax.Array:
+def norm_along(array: Array, axis: int) -> Array:
     """Euclidean norm of every slice of `array` along `axis`, as `norm`."""
     wide = widen(array)
-    peaks = jnp.max(jnp.abs(jax.lax.stop_gradient(wide)), axis, keepdims=True, initial=0)
+    peaks = jnp.max(jnp.abs(lax.stop_gradient(wide)), axis, keepdims=True, initial=0)
     scale = _power_of_two(peaks)
     squares = jnp.sum(jnp.square(wide / scale), axis, keepdims=True)
     positive = squares > 0

@@ -23,6 +23,7 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    units,
 )
 
 MOMENTUM = optim.settings("sgd", learning_rate=0.05, momentum=0.9)
@@ -176,7 +177,7 @@ def test_depthwise_layers_follow_the_layer_before_them():
     state = train.create_state(problem, train.key_of(0))
     cut, _ = run(problem, state, "remove", ratios="[0-4:0.5]")
     channels = structured.channels_of(problem, "separate")
-    alive = structured.alive_channels(channels, cut.masks)
+    alive = units.alive(channels, {"params": cut.masks})
     assert {name: int(own.sum()) for name, own in alive.items()} == {
         name: (size + 1) // 2 for name, size in channels.sizes.items()
     }
@@ -199,9 +200,7 @@ def test_depthwise_layers_follow_the_layer_before_them():
 def test_layers_come_in_the_order_of_the_network(granularity, ratios):
     model = models.build(name="mobilenet", num_classes=4, stem_width=8, blocks=((8, 1), (12, 2)))
     problem = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
-    layers = greg.layers_of(
-        problem, settings("remove", ratios=ratios, granularity=granularity).choice()
-    )
+    layers = settings("remove", ratios=ratios, granularity=granularity).layers(problem)
     first = [layer.scored[0].path for layer in layers]
     in_order = greg.kernels_of(problem)
     assert first == [path for path in in_order if path in first] != sorted(first)
@@ -235,7 +234,7 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(greg, "removed", stop)
+        patch.setattr(greg.Remove, "removed", stop)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, tmp_path / "half")
     with tiny.refused("inherit"):
@@ -283,7 +282,7 @@ def test_growth_ends_when_all_is_done_and_not_later(problem, trained):
     _, rows = run(problem, trained, "grow", ratios="[0:0.5]", **fields)
     # exceeding 4.0 in steps of 0.2 takes 21 updates, one a step, then 5 steps at rest
     assert rows[-1]["step"] == 26
-    assert settings("grow", ratios="[0:0.5]", **fields).growth.most_steps() >= 26
+    assert settings("grow", ratios="[0:0.5]", **fields).growth.penalty.most_steps() >= 26
 
 
 def test_only_penalties_move_kernels(problem, trained):

@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax import nnx
 from hypothesis import strategies as st
 
-from sparsity_jax import groups, growing, masks, tables
+from sparsity_jax import groups, growing, masks, originals, tables, units
 
 OPTIMIZED = True  # the gradient of jnp.max needs its input rounded once, see conftest.py
 
@@ -240,10 +240,9 @@ def test_training_ends_where_the_original_does(case):
             path, axis = f"{name}/weight", {"filter": 0, "channel": 1, "weight": None}[group]
             shape = params[str(name)]["weight"].shape
             shape = shape if axis is None else (shape[axis],)
-            part = (growing.Part(path, axis),)
-            layers.append(
-                growing.Layer(path, shape, masks.num_pruned(ratio, math.prod(shape)), part, part)
-            )
+            part = (units.Part(path, None if axis is None else (axis,)),)
+            number = masks.num_pruned(ratio, math.prod(shape))
+            layers.append(units.Layer(path, shape, part, part, number))
         tx = optax.chain(
             growing.growing_l2(layers, **options(case)),
             optax.add_decayed_weights(own["weight_decay"]),
@@ -292,19 +291,19 @@ def test_updates_are_counted_exactly_or_as_the_original_adds_up():
         own |= dict(granularity_pick=increment, upper_limit_pick=limit) if reach else {}
         own |= {} if reach else dict(granularity_prune=increment, upper_limit=limit)
         counts = lambda plan, reach=reach: plan.pick_updates if reach else plan.push_updates
-        assert counts(growing.plan(**own, counting=f"float{bits:.0f}")) == number
+        assert counts(growing.Penalty(**own, counting=f"float{bits:.0f}").plan()) == number
         steps = Fraction(str(limit)) / Fraction(str(increment))
-        assert counts(growing.plan(**own)) == (steps if reach else steps + 1)
-    plan = growing.plan(method="greg2")  # 1,000 of 1e-5, then 9,901 of 1e-4 from 1e-2
+        assert counts(growing.Penalty(**own).plan()) == (steps if reach else steps + 1)
+    plan = growing.Penalty(method="greg2").plan()  # 1,000 of 1e-5, then 9,901 of 1e-4 from 1e-2
     assert (plan.pick_updates, plan.push_updates, plan.push_start) == (1000, 9901, 0.01)
-    with pytest.raises(tables.ConfigError, match="never get to"):
-        growing.plan(granularity_prune=1e-7, upper_limit=4.0, counting="float32")
+    with pytest.raises(tables.ConfigError, match="never gets to"):
+        growing.Penalty(granularity_prune=1e-7, upper_limit=4.0, counting="float32").plan()
 
 
 def test_number_of_groups_to_remove_is_that_of_the_original():
     golden = golden_data.load(GOLDEN)
     ours = [
-        [masks.num_pruned(ratio, int(n), count="original") for n in golden["pick_count/n"]]
+        [originals.num_pruned(ratio, int(n)) for n in golden["pick_count/n"]]
         for ratio in golden["pick_count/pr"]
     ]
     np.testing.assert_array_equal(ours, golden["pick_count/count"])
@@ -326,7 +325,7 @@ def test_picks_of_the_original(granularity):
     assert set(gone(ratio, pick="max")) == set(golden["pick_modes/max"])
     # the original returns as many, but of the wrong groups
     number = golden["pick_modes/auto_pr_minus_one"].size
-    assert set(gone(masks.AUTOMATIC)) == set(np.argsort(scores)[:number].tolist())
+    assert set(gone("gap")) == set(np.argsort(scores)[:number].tolist())
     draw = lambda seed: gone(ratio, pick="rand", key=jax.random.key(seed)).tolist()
     assert draw(0) == draw(0) != draw(1)
     assert len(draw(0)) == num_pruned
@@ -350,10 +349,8 @@ def test_largest_gap(scores, number):
 def test_mistakes_of_single_functions_are_told():
     with pytest.raises(ValueError, match="there are 1 scores; a gap is between 2 or more"):
         growing.largest_gap(jnp.ones(1))
-    with pytest.raises(
-        tables.ConfigError, match=r"steps of 0.0 never get to 1.0; allowed: above 0"
-    ):
-        growing.plan(granularity_prune=0.0)
+    with pytest.raises(tables.ConfigError, match="never gets to 1"):
+        growing.Penalty(granularity_prune=0.0).plan()
 
 
 def test_a_layer_of_zeros_does_not_spoil_its_ratio():
@@ -750,7 +747,7 @@ def test_roles_of_coupled_groups_do_not_depend_on_names(members):
     channels = groups.trace(einsum_network, EINSUM, jnp.ones((4, 5)))
     (name,) = channels.names
     (layer,) = growing.coupled(channels, EINSUM, {name: 0.5}, members=members)
-    made, read = growing.Part("enc/w_i", 0), growing.Part("out/w", 0)
+    made, read = units.Part("enc/w_i", (0,)), units.Part("out/w", (0,))
     assert layer.scored == (made,)
     assert layer.parts == ((made,) if members == "producers" else (made, read))
 
@@ -805,7 +802,7 @@ def test_layers_that_lose_nothing_are_done_at_once():
     assert (
         growing.layers(single, {"kernel": 1.0}, "channel")[0].num_pruned == 0
     )  # depthwise: one input slice
-    assert growing.layers(single, {"kernel": masks.AUTOMATIC}, "channel")[0].num_pruned == 0
+    assert growing.layers(single, {"kernel": "gap"}, "channel")[0].num_pruned == 0
     tx = growing.growing_l2(growing.layers(params, dict.fromkeys(PATHS, 0.0)), stabilize_steps=2)
     state, seen = tx.init(params), []
     for _ in range(4):
@@ -881,8 +878,8 @@ def test_a_stage_runs_to_its_end_inside_one_program():
 
 SHARDED = {"a": {"kernel": jax.random.normal(jax.random.key(0), (2, 6, 4))}}
 OF_DEVICES = {  # (granularity, ratio, options)
-    "at once": ("filter", masks.AUTOMATIC, dict(method="greg1")),
-    "later": ("weight", masks.AUTOMATIC, dict(method="greg2")),
+    "at once": ("filter", "gap", dict(method="greg1")),
+    "later": ("weight", "gap", dict(method="greg2")),
 }
 
 
@@ -995,7 +992,7 @@ def test_nnx_optimizer_trains_and_tells(path):
 W = {"conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)}}
 OTHER = {"conv": {"kernel": jnp.ones((3, 3, 2, 5))}}
 LAYERS = growing.layers(W, {"conv/kernel": 0.5})
-AUTO = growing.layers(W, {"conv/kernel": masks.AUTOMATIC})
+AUTO = growing.layers(W, {"conv/kernel": "gap"})
 
 
 @pytest.mark.parametrize(
@@ -1003,7 +1000,7 @@ AUTO = growing.layers(W, {"conv/kernel": masks.AUTOMATIC})
     [
         (lambda: growing.layers(W, {"conv/kernle": 0.5}), "Did you mean 'conv/kernel'"),
         (lambda: growing.layers(W, {}), "name at least one"),
-        (lambda: growing.layers(W, {"conv/kernel": 1.5}), "is 1.5; allowed: 0 to 1, or -1"),
+        (lambda: growing.layers(W, {"conv/kernel": 1.5}), "is 1.5; allowed: 0 to 1, or 'gap'"),
         (lambda: growing.layers(W, {"conv/kernel": float("nan")}), "is nan; allowed"),
         (lambda: growing.layers(W, {"conv/bias": 0.5}), "a slice of a matrix"),
         (lambda: growing.layers(W, {"conv/kernel": 0.5}, "filters"), "Did you mean 'filter'"),

@@ -2,92 +2,130 @@
 and field.
 """
 
+import typing
+
 import jax
 import pytest
 import tiny
 
 from sparsity_jax import (
     checkpoint,
+    data,
     evaluate,
     losses,
+    models,
     optim,
     pipeline,
     polytopes,
     report,
+    stages,
     tables,
     train,
     workdirs,
 )
 
-HOSTILE = [
-    None,
-    -1,
-    10**400,
-    2**33,
-    -0.5,
-    1e300,
-    1e-300,
-    float("nan"),
-    "xyz",
-    "\x00",
-    [],
-    [[]],
-    ["x"],
-    {"x": 1},
-]
+TABLES = {
+    "stage": pipeline.STAGES,
+    "optimizer": optim.OPTIMIZERS,
+    "schedule": optim.SCHEDULES,
+    "penalty": optim.PENALTIES,
+    "constraint": polytopes.SETS,
+    "loss": losses.LOSSES,
+    "tracker": stages.TRACKERS,
+    "model": models.MODELS,
+    "data": {"any": data.load},
+}
+WRONG_TYPE = {float: "x", int: 1.5, str: 3, bool: "yes", dict: 3, tuple: 3}
+
+
+def mistakes_of(hint):
+    """(value, path in it of what is wrong, what is wrong there, the nearest name) for options of
+    the type `hint`.
+    """
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind is typing.Annotated:
+        yield from mistakes_of(arguments[0])
+        for value in values_beyond(*arguments):
+            yield value, "", value, ""
+    elif kind is tuple:
+        yield 3, "", 3, ""
+        length = 1 if ... in arguments else len(arguments)
+        for value, path, wrong, name in mistakes_of(arguments[0]):
+            yield (value,) * length, f"[0]{path}", wrong, name
+    elif kind is typing.Literal:
+        yield 1.5, "", 1.5, ""
+        for name in arguments:
+            if name and isinstance(name, str):
+                yield f"{name}x", "", f"{name}x", name
+    elif hint is not typing.Any:
+        wrong = WRONG_TYPE.get(hint, {"x": 1})  # a union
+        yield wrong, "", wrong, ""
+
+
+def values_beyond(kind, limits):
+    """Numbers just outside of the limits."""
+    if limits.low is not None:
+        yield kind(limits.low) if limits.above else kind(limits.low - 1)
+    if limits.high is not None:
+        yield kind(limits.high) if limits.below else kind(limits.high + 1)
+    if kind is float:
+        yield from (float("nan"), float("inf"), 1e-300)
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_every_option_refuses_wrong_types_values_out_of_range_and_misspellings(what):
+    table = TABLES[what]
+    for name, entry in table.items():
+        error = refusal_of(tables.lookup, table, f"{name}x", "name")
+        assert (error.where, error.value, error.closest) == ("name", f"{name}x", name)
+        hints = typing.get_type_hints(entry, include_extras=True)
+        whole = dict.fromkeys(tables.parameters(entry))
+        for option in whole:
+            error = refusal_of(tables.check_options, entry, whole | {f"{option}x": 1})
+            assert (error.value, error.closest) == (f"{option}x", option)
+            for value, path, wrong, nearest in mistakes_of(hints[option]):
+                given = REQUIRED.get(name, {}) | {option: value}
+                error = refusal_of(tables.check_options, entry, given)
+                assert (error.where, repr(error.value)) == (f"{option}{path}", repr(wrong))
+                assert (bool(error.allowed), error.closest) == (True, nearest)
+
+
+def refusal_of(function, *arguments) -> tables.ConfigError:
+    with pytest.raises(tables.ConfigError) as refused:
+        function(*arguments)
+    return refused.value
+
+
+HOSTILE = (None, -1, 10**400, 2**33, -0.5, 1e300, 1e-300, float("nan"))
+HOSTILE += ("xyz", "\x00", [], [[]], ["x"], {"x": 1})
 REQUIRED = dict(
     train=dict(epochs=1, optimizer=tiny.SGD),
     grow=dict(optimizer=tiny.SGD, ratios="[0:0.5]"),
     remove=dict(ratios="[0:0.5]"),
     oracle=dict(ratios="[0:0.5]"),
     prune=dict(ratio=0.5),
+    any=dict(name="digits"),
 )
-
-
-def checked(function, given: dict) -> dict:
-    return tables.check_options(function, given)
-
-
-def refusal_of(function, *arguments) -> str:
-    """The sentence with which `function` refuses its arguments, "" if it takes them; other
-    exceptions go through.
-    """
-    try:
-        function(*arguments)
-    except tables.ConfigError as error:
-        return str(error)
-    return ""
 
 
 @pytest.mark.parametrize("kind", pipeline.STAGES)
-def test_every_field_of_a_stage_takes_a_value_or_names_itself(kind):
+def test_a_stage_takes_any_value_of_a_field_or_names_it(kind):
     options = pipeline.STAGES[kind]
     whole = {**tables.defaults(options), **REQUIRED.get(kind, {})}
-    refused = 0
+    made = lambda given: options(**tables.check_options(options, given)).settings()
     for field in tables.parameters(options):
-        for value in HOSTILE:
-            given = {**whole, field: value}
-            sentence = refusal_of(
-                lambda given: options(**checked(options, given)).settings(), given
-            )
-            refused += bool(sentence)
-            assert not sentence or field in sentence, (value, sentence)
-        with pytest.raises(tables.ConfigError, match=rf"{field}x.* mean '"):
-            tables.check_options(options, {**whole, f"{field}x": 1})
-    assert refused >= 8 * len(tables.parameters(options))
+        told = [refused_or_taken(made, {**whole, field: value}) for value in HOSTILE]
+        assert all(field in sentence for sentence in told if sentence)
+        assert sum(map(bool, told)) >= 8
 
 
-@pytest.mark.parametrize(
-    "table", [optim.OPTIMIZERS, polytopes.SETS, losses.LOSSES, optim.SCHEDULES]
-)
-def test_every_option_of_a_table_takes_a_value_or_names_itself(table):
-    for function in table.values():
-        for field in tables.parameters(function):
-            for value in HOSTILE:
-                sentence = refusal_of(
-                    checked, function, {**tables.defaults(function), field: value}
-                )
-                assert not sentence or sentence.startswith(field)
+def refused_or_taken(make, given) -> str:
+    """The sentence with which `make` refuses, "" if it takes what is given."""
+    try:
+        make(given)
+    except tables.ConfigError as error:
+        return str(error)
+    return ""
 
 
 WRONG = {
@@ -154,15 +192,17 @@ def test_weights_that_are_not_finite_stop_the_next_stage(tmp_path, monkeypatch):
         pipeline.run(tiny.config("fit", "curve"), tmp_path)
 
 
-def test_finished_runs_and_members_need_nothing_but_their_folder(tmp_path, monkeypatch, pages):
+def test_finished_runs_and_members_need_nothing_but_their_folder(tmp_path, monkeypatch):
     short = pipeline.stage("train", epochs=1, batch_size=32, optimizer=tiny.SGD)
     pipeline.run(tiny.config("fit", fit=short), tmp_path / "base")
     config = tiny.config("weights", start_from=str(tmp_path / "base"))
-    first = pipeline.run(config, tmp_path / "more")
+    with tiny.pages(True):
+        first = pipeline.run(config, tmp_path / "more")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     page = (tmp_path / "more" / "report.html").read_bytes()
     monkeypatch.setattr(pipeline, "describe_environment", lambda _: {"jax": "another"})
-    again = pipeline.run(config, tmp_path / "more")
+    with tiny.pages(True):
+        again = pipeline.run(config, tmp_path / "more")
     tiny.same(again.state, first.state)
     assert (tmp_path / "more" / "report.html").read_bytes() == page  # versions too
     sweep = tiny.config("fit", fit=short, sweep=dict(seed=(0, 1)), sweep_mode="loop")

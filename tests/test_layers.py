@@ -13,6 +13,7 @@ NUMERICS = (
     *(
         "stopping",
         "tables",
+        "originals",
         "decoding",
         "sources",
         "trees",
@@ -23,6 +24,7 @@ NUMERICS = (
         "groups",
     ),
     "kernels",
+    "units",
 )
 # never each other
 PARTS = (

@@ -23,6 +23,13 @@ NETS = golden_data.parts(FILE, r"(\w+)/param_names")
 HYPER = golden_data.hyper(FILE)
 
 
+def of_one_batch(params, grads):
+    """Statistics from a single gradient."""
+    saliency = scores.weight_saliency(params, grads)
+    g2 = jax.tree.map(lambda g: jnp.square(trees.widen(g)), grads)
+    return scores.Statistics(w=params, g=grads, g2=g2, saliency=saliency)
+
+
 def batch_sizes():
     """Of the loader's batches, until `num_stop` samples are reached."""
     sizes = [HYPER["batch_size"]] * HYPER["batches"]
@@ -253,7 +260,7 @@ def test_stored_gradients_give_the_originals_scores(net):
             *((x, x, {}) for x in ("loss_based", "biased_loss", "tfo", "grad_preserve")),
         )
         one = params_of(params, it.stored("train_grad"))
-        unsquared = scores.of_one_batch(*one, squared=False)._replace(w0=init)
+        unsquared = of_one_batch(*one)._replace(g2=one[1], w0=init)
         cases = [
             (f"nograd_{x}", x, {}) for x in ("loss_based", "biased_loss", "tfo", "fisher", "nvidia")
         ]
@@ -264,9 +271,9 @@ def test_stored_gradients_give_the_originals_scores(net):
             *cases,
             ("nograd_biased_loss_init", "biased_loss", {"use_init": True}),
         )
-        squared = scores.of_one_batch(*one)
+        squared = of_one_batch(*one)
         jax.tree.map(np.testing.assert_array_equal, squared.g2, jax.tree.map(np.square, one[1]))
-        full = scores.of_one_batch(params, grads)
+        full = of_one_batch(params, grads)
         for topic, statistics in (
             ("biased_loss_tracked", full),
             ("nograd_biased_loss_tracked", unsquared),
@@ -345,7 +352,7 @@ def test_tracked_scores_are_the_originals(net):
             check_all(it, net, statistics, (topic, "biased_loss_tracked", options))
         for name in ("loss_based", "tfo"):
             own = lambda w, g, name=name: [
-                scores.score(name, scores.of_one_batch(w, g), x) for x in it.groups
+                scores.score(name, of_one_batch(w, g), x) for x in it.groups
             ]
             for i, found in enumerate(run(own).saliency):
                 np.testing.assert_allclose(found, filters(it, f"{net}/tracked_{name}", i), **TIGHT)
@@ -551,10 +558,10 @@ def test_class_balanced_examples_are_the_first_of_each_class(seed, num_classes, 
     labels = np.random.default_rng(seed).integers(0, num_classes, 40)
     each = num_samples // num_classes
     if each < 1:
-        with pytest.raises(ValueError, match="fewer than one of each"):
+        with pytest.raises(ValueError, match="allowed: 1 of each"):
             scores.class_balanced(labels, num_classes, num_samples)
     elif min(list(labels).count(c) for c in range(num_classes)) < each:
-        with pytest.raises(ValueError, match=rf"class \d has \d examples; .* need {each} of each"):
+        with pytest.raises(ValueError, match=f"needed: {each} of each"):
             scores.class_balanced(labels, num_classes, num_samples)
     else:
         expected = [
@@ -571,12 +578,9 @@ def test_labels_outside_the_classes_are_refused():
             scores.class_balanced(np.array(labels), 2, 2)
 
 
-def test_statistics_that_are_not_finite_are_named():
+def test_a_weight_that_is_nan_makes_its_own_score_nan():
     _, params, _ = toy()
-    scores.check_finite(scores.Statistics(w=params))
     bad = {**params, "fc": {"kernel": params["fc"]["kernel"].at[1, 2].set(jnp.nan)}}
-    with pytest.raises(ValueError, match="statistic g is not finite in 'fc/kernel'"):
-        scores.check_finite(scores.Statistics(w=params, g=bad))
     group = Group((member("fc/kernel", 0, 4, "producer"),))
     found = scores.score("l1", scores.Statistics(w=bad), group)
     np.testing.assert_array_equal(np.isnan(found), [False, True, False, False])
@@ -772,7 +776,7 @@ def test_half_precision_is_widened_before_sums_and_squares():
     small = jnp.square(jnp.float16(1e-4).astype(jnp.float32))  # 0 in half precision
     np.testing.assert_allclose(statistics.g2["w"], jnp.full(w["w"].shape, small), rtol=1e-2)
     half = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-4), w)
-    alone = scores.of_one_batch(w, half)
+    alone = of_one_batch(w, half)
     np.testing.assert_allclose(alone.g2["w"], jnp.full(w["w"].shape, small), rtol=1e-2)
     assert statistics.g2["w"].dtype == scores.weight_saliency(w, w)["w"].dtype == jnp.float32
 

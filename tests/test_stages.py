@@ -293,7 +293,7 @@ def test_start_init_gives_the_first_network_again(problem, trained):
     tiny.same(
         begun.params, jax.jit(lambda key: train.create_state(problem, key))(train.key_of(0)).params
     )
-    assert float(masks.density(begun.masks)) == 1.0
+    assert float(masks.sparsity(begun.masks)) == 0.0
 
 
 def test_training_starts_inside_the_feasible_sets(problem):

@@ -19,6 +19,7 @@ from sparsity_jax import (
     structured,
     tables,
     train,
+    units,
 )
 
 ROUNDS = 4
@@ -138,7 +139,7 @@ def test_hessian_products_leave_the_statistics_out(convolutional):
 def test_rounds_follow_the_originals_schedule_and_compile_once(problem, trained):
     fresh, state = problem._replace(compiled={}), trained
     rounds = 25
-    plan, compiled, kept = budgets.round_ratios(0.75, rounds), [], [40]
+    plan, compiled, kept = budgets.round_ratios(ratio=0.75, num_rounds=rounds), [], [40]
     listen = lambda event, seconds, **_: (
         compiled.append(event) if "backend_compile" in event else None
     )
@@ -188,7 +189,9 @@ def test_manual_thresholds(problem, trained):
 
 def test_the_truncated_percentage_of_the_published_rounds(problem):
     schedule = dict(name="gradient_flow", cumulative="truncated")
-    assert budgets.round_ratios(0.75, 25, "truncated").density[-1] == pytest.approx(0.18)
+    assert budgets.round_ratios(ratio=0.75, num_rounds=25, cumulative="truncated").density[
+        -1
+    ] == pytest.approx(0.18)
     assert sum(selected(problem, 25, schedule=schedule).values()) == 8  # 7.2, of whole channels
     assert (
         sum(selected(problem, 25).values()) > 15
@@ -200,7 +203,7 @@ def test_a_budget_is_met(convolutional, budget):
     problem, state = convolutional
     state, _ = run(problem, state, measure="l1", ratio=0.5, budget=budget)
     channels = structured.channels_of(problem)
-    keep = structured.alive_channels(channels, state.masks)
+    keep = units.alive(channels, {"params": state.masks})
     price = cost.of_channels(channels, budget)
     full = price({name: np.ones(size, bool) for name, size in channels.sizes.items()})
     assert price(keep) / full < 0.505
@@ -237,12 +240,14 @@ def test_every_group_loses_the_share_of_its_rule(problem, trained):
     for visit in range(1, ROUNDS + 1):
         state, row = run(problem, state, measure="l1", rules=rules, visit=visit, visits=ROUNDS)
         for name, share in (("params/dense1", 0.75), ("params/dense2", 0.5)):
-            gone = (1 - budgets.round_ratios(share, ROUNDS).density[visit - 1]) * row["sizes"][name]
+            gone = (
+                1 - budgets.round_ratios(ratio=share, num_rounds=ROUNDS).density[visit - 1]
+            ) * row["sizes"][name]
             assert row["kept"][name] == row["sizes"][name] - int(gone + 1e-9)
         assert row["ratio"] == 1 - row["num_kept"] / 40
     assert row["kept"] == {"params/dense1": 6, "params/dense2": 8}
     norms = np.abs(trained.params["dense1"]["kernel"]).sum(0)
-    kept = structured.alive_channels(structured.channels_of(problem), state.masks)["params/dense1"]
+    kept = units.alive(structured.channels_of(problem), {"params": state.masks})["params/dense1"]
     np.testing.assert_array_equal(np.flatnonzero(kept), np.sort(np.argsort(norms)[-6:]))
     _, row = run(problem, trained, rules=rules, exclude="params/dense2", protect="original")
     assert row["kept"] == {"params/dense1": 6, "params/dense2": 16}

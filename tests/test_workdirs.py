@@ -56,6 +56,14 @@ def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
+def files_that_are_read(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Those of the newest checkpoint for all of them."""
+    newest = workdirs.newest(workdir).folder
+    others = ("checkpoints", "tensorboard")
+    names = [path for path in files_of(workdir) if path.parts[0] not in others]
+    return names + [newest.relative_to(workdir) / path for path in files_of(newest)]
+
+
 def damaged(
     whole: pathlib.Path, target: pathlib.Path, name: pathlib.Path, fault, rng
 ) -> pathlib.Path:
@@ -97,12 +105,8 @@ def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tm
     """What is read and evaluated; `experiments/robustness/faults.py` also runs each."""
     workdir, state, rows = whole
     rng = np.random.default_rng(0)
-    names = [
-        name
-        for name in files_of(workdir)
-        if name.parts[0] not in ("figures", "tensorboard", "report.html")
-    ]
-    assert len(names) > 20
+    names = files_that_are_read(workdir)
+    assert len(names) > 12
     kept = {path.name: intact.read_sums(path) for path in (workdir / "checkpoints").iterdir()}
     for name in names:
         place = damaged(workdir, tmp_path / "damaged", name, fault, rng)
@@ -294,15 +298,9 @@ def test_nothing_in_a_run_folder_is_imported_or_unpickled(
         "import pathlib; pathlib.Path(__file__).with_name('ran').touch()"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    newest = workdirs.newest(whole[0]).folder.name
-    names = [
-        name
-        for name in files_of(whole[0])
-        if name.parts[0] not in ("figures", "tensorboard", "report.html")
-    ]
-    names = [name for name in names if name.parts[0] != "checkpoints" or name.parts[1] == newest]
+    names = [name for name in files_that_are_read(whole[0]) if name.name != intact.SUMS]
     refused = []
-    for name in (name for name in names if name.name != intact.SUMS):
+    for name in names:
         original = (whole[0] / name).read_bytes()
         if content == "names of classes":
             try:

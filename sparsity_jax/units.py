@@ -1,0 +1,243 @@
+"""What can be removed from a network: weights, slices of kernels, channels with what is coupled.
+
+    layer = units.of_kernel("conv1", "conv1/kernel", (3, 3, 16, 64), (3,))  # 64 filters
+    layer = units.of_group(channels.groups["conv1"], leaves)  # channels, with norms and readers
+    norms = units.absolute_sums(leaves, layer)                # scores: L1 norms [64]
+    mask = units.spread_mask(keep, part, shape)               # False where a filter is gone
+
+A unit is kept or removed as one, and a `Layer` is a set of units that are compared with each other.
+Whatever removes (`allocate`, `budgets`, `growing`) takes one path: units, a score of each, how many
+are left of a layer, by one named rule of `masks.ROUNDINGS`, then masks. On this path
+
+- every layer keeps at least one unit. `budgets` and `masks.num_pruned` see to it, `allocate` for
+  selection `structured`, and `groups.complete` refuses an emptied group;
+- with the channels known (`groups.trace`), the scale, shift and statistics of the norm behind a
+  removed filter go with it, and so do its bias, a depthwise kernel that it feeds and the weights
+  that read it. So the outputs are those of the network without the filter. From parameters alone
+  nobody knows which norm that is: then it still sends its shift on.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity_jax import groups, tables, trees
+
+PyTree = Any
+Keep = dict[str, jax.Array]  # bools by name of layer, True = keep
+Granularity = Literal["filter", "channel", "weight"]
+Members = Literal["all", "kernels", "producers"]
+
+
+class Part(NamedTuple):
+    """Where the units of a layer are in one array: along `axes`; if these are None, every entry is
+    a unit.
+
+    path: a plain one, see `trees.plain_path`.
+    index: int [units, copies], the positions of every unit along `axes` flattened; None: unit i is
+        at position i.
+    """
+
+    path: str
+    axes: tuple[int, ...] | None
+    index: np.ndarray | None = None  # type: ignore[assignment]  # tuples have a method `index`
+
+
+class Layer(NamedTuple):
+    """Units that are compared with each other.
+
+    shape: of one bool per unit. parts: all that is removed with them. scored: the arrays that their
+    scores are read from. num_pruned: how many go; None where the scores decide, or counts given
+    elsewhere.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    scored: tuple[Part, ...]
+    num_pruned: int | None = None
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def of_weights(self) -> bool:
+        return self.scored[0].axes is None
+
+
+def of_kernel(name: str, path: str, shape: tuple[int, ...], axes: tuple[int, ...] | None) -> Layer:
+    """The slices of one array along `axes`, or all its entries. shape: of the array."""
+    units = shape
+    if axes is not None:
+        units = (int(np.prod([shape[axis] for axis in axes])),)
+    part = (Part(path, axes),)
+    return Layer(name, units, part, part)
+
+
+def of_group(group: groups.Group, leaves: Mapping[str, Any], members: Members = "all") -> Layer:
+    """The coupled channels of a group, in arrays of `leaves`.
+
+    leaves: arrays by plain path, those of the trace or their part `params`. members: of which
+    arrays the channels go: of `all`, with norms, biases and the kernels that read them; of
+    `kernels`; or of `producers`. Scores are those of the producers, or of all kernels where a group
+    has none. Raises ValueError for a group without a kernel among the leaves.
+    """
+    tables.convert(members, Members, "members")
+    everything, weights, producers = [], [], []
+    for member in group.members:
+        part = _part(member, leaves)
+        if part is None:
+            continue
+        everything.append(part)
+        named = trees.is_kernel(part.path) and leaves[part.path].ndim > 1
+        if member.role != "other" or named:  # a depthwise kernel may make and read no channels
+            weights.append(part)
+        if member.role == "producer":
+            producers.append(part)
+    scored = tuple(producers or weights)
+    if not scored:
+        raise ValueError(
+            f"the group {group.name!r} has no kernel among the params; leave it out of the ratios."
+        )
+    parts = {"all": tuple(everything), "kernels": tuple(weights), "producers": scored}
+    return Layer(group.name, (group.size,), parts[members], scored)
+
+
+def _part(member: groups.Member, leaves: Mapping[str, Any]) -> Part | None:
+    """The member as a part of `leaves`, which may lack the first name of its path; None for running
+    statistics.
+    """
+    for whole in (member.path, member.path.partition("/")[2]):
+        path = plain(whole, leaves)
+        if path in leaves:
+            in_order = np.arange(leaves[path].shape[member.axis])[:, None]
+            index = None if np.array_equal(member.index, in_order) else member.index
+            return Part(path, (member.axis,), index)
+    return None
+
+
+def plain(path: str, leaves: Mapping[str, Any]) -> str:
+    """`path` as it is among the plain ones of `leaves`, if it is."""
+    return path if path in leaves else path.removesuffix("/value")
+
+
+# Arrays and units ---------------------------------------------------------------------------------
+
+
+def sums(array: jax.Array, part: Part) -> jax.Array:
+    """Sum over the entries of each unit: [units]; the array itself where every entry is one."""
+    if part.axes is None:
+        return array
+    others = [axis for axis in range(array.ndim) if axis not in part.axes]
+    along = trees.gathered(jnp.sum(array, others)).ravel()
+    return along if part.index is None else jnp.sum(along[part.index], 1)
+
+
+def absolute_sums(leaves: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
+    """L1 norm of each unit's scored entries, in at least float32: [units]."""
+    norms = [sums(jnp.abs(trees.widen(leaves[part.path])), part) for part in layer.scored]
+    return sum(norms[1:], start=norms[0])
+
+
+def entries_left(kept: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
+    """How many scored entries of each unit the masks `kept` leave: int [units]."""
+    counts = [sums(kept[part.path].astype(jnp.int32), part) for part in layer.scored]
+    return sum(counts[1:], start=counts[0])
+
+
+def spread(values: jax.Array, part: Part, shape: tuple[int, ...]) -> jax.Array:
+    """The sum of the `values` of all units that an entry belongs to, for an array of `shape`.
+
+    Of the same rank as the array, of length 1 along axes that the units do not vary along.
+    """
+    if part.axes is None:
+        return values
+    sizes = [n if axis in part.axes else 1 for axis, n in enumerate(shape)]
+    if part.index is not None:
+        along = jnp.zeros(int(np.prod(sizes)), values.dtype)
+        values = along.at[part.index].add(values[:, None])
+    return values.reshape(sizes)
+
+
+def spread_mask(keep: jax.Array, part: Part, shape: tuple[int, ...]) -> jax.Array:
+    """Bools of `shape`, False where a unit is that `keep` leaves out."""
+    removed = spread((~keep).astype(jnp.int32), part, shape)
+    return jnp.broadcast_to(removed == 0, shape)
+
+
+def parts_by_path(layers: Iterable[Layer]) -> dict[str, list[tuple[str, Part]]]:
+    """(name of layer, part) of all that is removed from each array."""
+    result: dict[str, list[tuple[str, Part]]] = {}
+    for layer in layers:
+        for part in layer.parts:
+            result.setdefault(part.path, []).append((layer.name, part))
+    return result
+
+
+def without(kept: PyTree, layers: Iterable[Layer], keep: Mapping[str, jax.Array]) -> PyTree:
+    """The masks `kept` without the units that `keep` (by name of layer) leaves out."""
+    parts = parts_by_path(layer for layer in layers if layer.name in keep)
+
+    def cut(path: str, mask: jax.Array) -> jax.Array:
+        for name, part in parts.get(path, []):
+            mask = mask & spread_mask(keep[name], part, mask.shape)
+        return mask
+
+    return trees.map_named(cut, kept)
+
+
+# Channels of layers -------------------------------------------------------------------------------
+
+
+def coupled(
+    channels: groups.Channels,
+    keep: Mapping[str, Any],
+    granularity: Literal["filter", "channel"] = "filter",
+) -> dict[str, Any]:
+    """`keep` by name of the groups that the filters, or input channels, of some kernels are.
+
+    keep: bools [filters or input channels] by path in the traced variables. A channel goes if any
+    of the kernels that make (channel: read) it leaves it out.
+    """
+    found: dict[str, Any] = {}
+    for name, member in deciding(channels, granularity):
+        several = member.index.shape[1] > 1  # copies, e.g. of a flattened image
+        if member.path not in keep or several or member.role == "depthwise":
+            continue
+        own = keep[member.path][member.index[:, 0]]
+        found[name] = found[name] & own if name in found else own
+    return found
+
+
+def deciding(
+    channels: groups.Channels, granularity: Literal["filter", "channel"]
+) -> Iterator[tuple[str, groups.Member]]:
+    """(name of group, member) of the kernels, also depthwise, that make or read its channels."""
+    roles = ("producer", "depthwise") if granularity == "filter" else ("consumer",)
+    for name, group in channels.groups.items():
+        for member in group.members:
+            if member.role in roles:
+                yield name, member
+
+
+def alive(channels: groups.Channels, kept: PyTree) -> dict[str, np.ndarray]:
+    """Channels that some array which makes them still has, bool by name of group, on the host.
+
+    kept: masks in the structure of the variables, or of some of them.
+    """
+    leaves = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(kept).items()}
+    result = {}
+    for name, group in channels.groups.items():
+        members = [member for member in group.members if member.path in leaves]
+        makers = [member for member in members if member.role != "consumer"]
+        lives = np.zeros(group.size, bool)
+        for member in makers or members:
+            slices = np.moveaxis(leaves[member.path], member.axis, 0)
+            any_left = np.any(slices.reshape(len(slices), -1), axis=1)
+            lives |= np.any(any_left[member.index], axis=1)
+        result[name] = lives
+    return result
