@@ -183,11 +183,9 @@ def load(
     upright = orientation == "exif"
     splits: list[Split] = []
     stored, side = channels or opened.channels, train_image_size or image_size
-    for name_of, limit in (("train", train_limit), ("test", test_limit)):
-        source = getattr(opened, name_of)
-        split = decode_split(source, limit, side, stored, bool(channels), upright)
-        check_labels(opened, name_of, split.labels, limit)
-        splits.append(split._replace(labels=split.labels.astype(np.int32)))
+    for split_name, limit in (("train", train_limit), ("test", test_limit)):
+        split = decode_split(opened, split_name, limit, side, stored, bool(channels), upright)
+        splits.append(split)
         stored, side = split.images.shape[-1], image_size
     train, test = splits
     shapes = ["{1}x{2}".format(*split.images.shape) for split in splits]
@@ -292,24 +290,6 @@ def check_memory(shape: tuple[int, ...]) -> None:
             "(train_limit, test_limit), "
             "or config.data.stream=True, which reads them while it trains."
         )
-
-
-def check_labels(opened: Opened, split: str, labels: np.ndarray, limit: int) -> None:
-    """Raises ConfigError for labels of a decoded split that are no classes, with the first image
-    that has one.
-    """
-    wrong = (labels < 0) | (labels >= opened.num_classes)
-    if not wrong.any():
-        return
-    source = getattr(opened, split)
-    first = spread(source.size, limit)[int(np.argmax(wrong))]
-    raise ConfigError(
-        f"the split used for {split} has labels {labels.min()}..{labels.max()} where "
-        f"0..{opened.num_classes - 1} are "
-        f"classes, the first wrong one of {source.describe(first)}; unlabelled splits cannot be "
-        "used, name another one "
-        f"through config.data.{split}_split."
-    )
 
 
 def streamed(opened: Opened, options: dict[str, Any]) -> Dataset:
@@ -419,26 +399,28 @@ def tell_orientation(names: Sequence[str], total: int, upright: bool) -> None:
 
 
 def decode_split(
-    source: Source, limit: int, size: int, channels: int, convert: bool, upright: bool = False
+    opened: Opened, split: str, limit: int, size: int, channels: int, convert: bool, upright: bool
 ) -> Split:
-    """Read and decode `source` in a pool of threads (OpenCV and the reader release the interpreter
-    lock).
+    """Read and decode a split in threads (OpenCV and the reader release the interpreter lock).
 
     size: see `fit`. channels 0: as the first image. convert: colour may become grey. upright: see
-    `decode`. The labels are int64, as stored.
+    `decode`.
     """
+    source = getattr(opened, split)
     indices = spread(source.size, limit)
     first, _ = decoded(source, indices[0], upright)
     target = channels or (1 if first.ndim == 2 else 3)
     shape = fit(first, size, target).shape
     check_memory((len(indices), *shape))
-    images, labels = np.empty((len(indices), *shape), np.uint8), np.empty(len(indices), np.int64)
+    images = np.empty((len(indices), *shape), np.uint8)
+    labels = np.empty(len(indices), np.int32)
     turned: list[int] = []
 
     def work(start: int) -> None:
         chunk = indices[start : start + CHUNK]
         for position, (index, (payload, label)) in enumerate(zip(chunk, source.read(chunk)), start):
             name = source.describe(index)
+            check_label(label, opened.num_classes, name)
             image = to_array(payload, name, upright=upright)
             if not convert:
                 check_colour(image, target, name)

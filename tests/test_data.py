@@ -348,7 +348,7 @@ def test_set_without_test_split_asks_for_one(tmp_path):
 def test_unlabelled_split_is_refused(tmp_path):
     images, labels = random_split(0, 10)
     write_tfds(tmp_path, "cifar10", {"train": (images, labels), "test": (images, np.full(10, -1))})
-    with pytest.raises(ConfigError, match=r"labels -1..-1 where 0..9.*test_split"):
+    with pytest.raises(ConfigError, match=r"the label -1 where 0..9.*test_split"):
         data.load(name="cifar10", data_dir=str(tmp_path))
 
 
