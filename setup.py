@@ -6,7 +6,7 @@ import setuptools
 
 setuptools.setup(
     name="sparsity_jax",
-    version="0.1.0",
+    version="0.2.0",
     description=(
         "Neural-network sparsity research in JAX: five published pruning systems as pure functions"
     ),

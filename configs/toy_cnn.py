@@ -9,8 +9,8 @@ retraining, and by whole filters.
     python -m sparsity_jax.run --config configs/toy_cnn.py:mlp --workdir runs/toy_mlp
     python -m sparsity_jax.run --config configs/toy_cnn.py:story --workdir runs/cifar_story
 
-Variants: `cnn` (the arms one after the other), `mlp` (digits; arms and three seeds one after the
-other, one compiled program per arm), `story` (the two arms of the paper's claim, global pruning
+Variants: `cnn` (the arms one after the other), `mlp` (digits; the arms one after the other,
+three seeds of each side by side), `story` (the two arms of the paper's claim, global pruning
 at 19 ratios). Learning rates: 0.1 for SGD with heavy-ball momentum 0.9; SFW averages its momentum,
 so the same step length is 1.0.
 """
@@ -71,12 +71,12 @@ def get_config(variant: str = "cnn"):
     layers = "all" if dense else "convolutions"
     config.filters = pipeline.stage("curve", selection="structured", layers=layers, **steps)
     config.retrained = pipeline.stage("curve", selection="layerwise", retrain="retrain", **steps)
-    config.arms = {}
+    arms = {}
     for arm in ARMS:
         first = optimizer_of(arm, dense)
         again = dict(first, learning_rate=first["learning_rate"] / 10, schedule=dict(name="keep"))
-        config.arms[arm] = dict(
+        arms[arm] = dict(
             label=ARMS[arm][0], fit=dict(optimizer=first), retrain=dict(optimizer=again)
         )
-    config.sweep = dict(arm=tuple(ARMS), **(dict(seed=(0, 1, 2)) if dense else {}))
+    config.sweep = dict(arms=arms, **(dict(seed=(0, 1, 2)) if dense else {}))
     return config

@@ -4,3 +4,5 @@ studies.
 Import the module that you need, e.g. `from sparsity_jax import masks, optim, polytopes`; README.md
 lists them by layer.
 """
+
+__version__ = "0.2.0"

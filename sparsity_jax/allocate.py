@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsity_jax import groups, kernels, masks, tables, trees, units
+from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
 
 PyTree = Any
 Scope = Literal["kernels", "all"]
@@ -82,32 +82,12 @@ def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str,
         dense |= full
 
 
-def erk_original_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
-    """What the SFW original's utilities call ERK, and is another rule than `erk_ratios`: nearly
-    uniform.
-
-    ratio_l = c s_l with s = 1 - (sum of the kernel's dimensions) / (their product) and c = ratio
-    sum(n) / sum(n s), at most 1. Counts that follow are rounded in every layer, as there. Raises
-    ValueError if no kernel is larger than the sum of its dimensions.
-    """
-    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-    slack = {path: 1 - sum(shape) / sizes[path] for path, shape in shapes.items()}
-    weighted = sum(sizes[path] * slack[path] for path in shapes)
-    if weighted <= 0:
-        raise ValueError(
-            "erk_original needs kernels larger than the sum of their dimensions; given shapes: "
-            f"{dict(shapes)}."
-        )
-    scale = ratio * sum(sizes.values()) / weighted
-    return {path: min(max(scale * slack[path], 0.0), 1.0) for path in shapes}
-
-
 def uniform_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
     """The same share of every kernel."""
     return dict.fromkeys(shapes, ratio)
 
 
-LAYER_RATIOS = {"uniform": uniform_ratios, "erk": erk_ratios, "erk_original": erk_original_ratios}
+LAYER_RATIOS = {"uniform": uniform_ratios, "erk": erk_ratios, "erk_original": originals.erk_ratios}
 
 
 def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) -> dict[str, int]:
@@ -158,7 +138,8 @@ def _global_counts(
     size = trees.size(prunable(params, scope, channels, include=include, exclude=exclude))
     if count == "ceil":
         return size - max(math.ceil(ratio * size), 1)
-    return size - max(int(ratio * size) - 1, 0) if count == "original" else num_kept(size, ratio)
+    rule = originals.kept_of_all if count == "original" else num_kept
+    return rule(size, ratio)
 
 
 def _global_mask(
@@ -196,7 +177,7 @@ def _layerwise_counts(
     sizes = {path: leaf.size for path, leaf in chosen.items()}
     ratios = LAYER_RATIOS[layer_ratios]({path: leaf.shape for path, leaf in chosen.items()}, ratio)
     if count == "original":
-        return {path: size - int(ratios[path] * (size - 1)) for path, size in sizes.items()}
+        return {path: originals.kept_of_layer(sizes[path], ratios[path]) for path in sizes}
     return _layer_counts(sizes, ratios, count, layer_ratios)
 
 

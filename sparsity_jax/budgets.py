@@ -33,6 +33,7 @@ from sparsity_jax import masks, originals, tables, trees
 
 Scores = Mapping[str, Any]
 Keep = dict[str, np.ndarray]
+Counts = Mapping[str, int]
 Protect = Literal["correct", "original", "original_resnet"]
 Threshold = Annotated[float, tables.Range(0.0, 1.0, above=True, below=True)]
 
@@ -127,7 +128,7 @@ def ratio_to_reach(density: float, num_original: int, num_alive: int) -> float:
 def _from_density(density: np.ndarray) -> Rounds:
     if not density[-1] > 0:
         raise tables.ConfigError(
-            "ratio", why=f"ends at density {density[-1]}", allowed="fewer rounds or a smaller share"
+            "", why=f"ends at density {density[-1]}", allowed="fewer rounds or a smaller ratio"
         )
     before = np.append(1.0, density[:-1])
     return Rounds(1 - density / before, density)
@@ -149,8 +150,8 @@ class Limits(TypedDict, total=False):
     and do not count; a floor of the layer's size keeps it whole and counts it.
     """
 
-    alive: Mapping[str, Any] | None
-    floors: Mapping[str, int] | None
+    alive: Scores | None
+    floors: Counts | None
     protect: Protect
     exclude: str | None
 
@@ -170,7 +171,7 @@ def select(
     scores: Scores,
     ratio: float,
     *,
-    counts: Mapping[str, int] | None = None,
+    counts: Counts | None = None,
     **limits: Unpack[Limits],
 ) -> Keep:
     """Removes the least important floor(ratio * N) of the N channels alive in the whole network.
@@ -220,7 +221,7 @@ def select_by_rule(
     return select_to_counts(scores, counts, **limits)
 
 
-def select_to_counts(scores: Scores, counts: Mapping[str, int], **limits: Unpack[Limits]) -> Keep:
+def select_to_counts(scores: Scores, counts: Counts, **limits: Unpack[Limits]) -> Keep:
     """Removes the least important channels of every layer until `counts[name]` are left, or none if
     fewer are.
 
@@ -281,8 +282,8 @@ def round_to_multiple(
     multiple: int,
     *,
     rounding: Literal["ceil", "nearest"] = "ceil",
-    alive: Mapping[str, Any] | None = None,
-    floors: Mapping[str, int] | None = None,
+    alive: Scores | None = None,
+    floors: Counts | None = None,
 ) -> Keep:
     """`keep` with every layer's number of channels a multiple of `multiple` (8, 16, 32 for
     hardware).
@@ -335,8 +336,8 @@ class _Ranking(NamedTuple):
 def _rank(
     scores: Scores,
     *,
-    alive: Mapping[str, Any] | None = None,
-    floors: Mapping[str, int] | None = None,
+    alive: Scores | None = None,
+    floors: Counts | None = None,
     protect: Protect = "correct",
     exclude: str | None = None,
 ) -> _Ranking:
@@ -409,14 +410,12 @@ def _check_layer(name: str, scores: np.ndarray, alive: np.ndarray, what: str) ->
         )
 
 
-def _floors(scores: dict[str, np.ndarray], floors: Mapping[str, int] | None) -> dict[str, int]:
+def _floors(scores: Keep, floors: Counts | None) -> dict[str, int]:
     sizes = {name: array.size for name, array in scores.items()}
     return _by_name(minimum_kept(sizes), floors, "floors")
 
 
-def _by_name(
-    default: dict[str, int], given: Mapping[str, int] | None, field: str
-) -> dict[str, int]:
+def _by_name(default: dict[str, int], given: Counts | None, field: str) -> dict[str, int]:
     """`default` with the values of `given`, integers of at least 1."""
     result = dict(default)
     for name, value in (given or {}).items():

@@ -41,6 +41,7 @@ from sparsity_jax import (
     groups,
     imports,
     intact,
+    members,
     models,
     pipeline,
     pretrained,
@@ -136,9 +137,8 @@ def open_run(
     inside = (
         re.fullmatch(r"member_\d+", workdir.name) and (workdir.parent / "config.json").is_file()
     )
-    members = [
-        swept for _, swept in pipeline.expand(read_config(workdir.parent) if inside else config)
-    ]
+    whole = read_config(workdir.parent) if inside else config
+    swept_values = [member.swept for member in members.expand(whole)]
     folders = sorted(
         path for path in workdir.glob("member_*") if re.fullmatch(r"member_\d+", path.name)
     )
@@ -157,7 +157,7 @@ def open_run(
         if snapshot is None:
             continue
         states, progress = restore_newest(snapshot, problem, hint)
-        own = [members[i] if i < len(members) else {}] if numbered else members
+        own = swept_values[i : i + len(states)] if numbered else swept_values
         if len(states) != len(own):
             raise tables.ConfigError(
                 f"{workdir}: config.json makes {len(own)} networks, the checkpoint has "
@@ -168,7 +168,7 @@ def open_run(
         for j, (swept, state) in enumerate(zip(own, states)):
             label = swept.get("arm") or _label(config, progress)
             networks.append(Network(i + j, swept, text, state, label))
-    expected = range(len(members)) if numbered and not inside else ()
+    expected = range(len(swept_values)) if numbered and not inside else ()
     missing = sorted({*expected, *places} - {network.member for network in networks})
     return Saved(config, problem, networks, missing)
 
@@ -182,10 +182,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     common = {name: value for name, value in config.items() if name in known}
     with tables.within("config"):
         tables.check_options(pipeline.settings, common)
-    stage_configs = {
-        n: c for n, c in config.items() if n not in known and isinstance(c, Mapping) and "kind" in c
-    }
-    pipeline.check_names(config["pipeline"], stage_configs)
+    pipeline.check_names(config["pipeline"], members.stages_of(config))
     return {**tables.defaults(pipeline.settings), **config}
 
 
@@ -264,9 +261,8 @@ def _progress(config: Mapping[str, Any], progress: workdirs.Progress) -> str:
 
 def _label(config: dict[str, Any], progress: workdirs.Progress) -> str:
     """Name of the training that made the network of a checkpoint, as in the report."""
-    plan = pipeline.Plan([config], [{}], {}, tuple(config["pipeline"]), {})
     finished = progress.stage - (not progress.begun)
-    return pipeline.arm_of(plan, max(finished, 0))
+    return pipeline.arm_of(config, max(finished, 0))
 
 
 def restore_newest(

@@ -132,13 +132,18 @@ class Limit(stages.Selecting):
     """The largest pruning ratio that loses nothing, by a coarse scan and bisection: some 20
     evaluations.
 
+    The last ratio of the scan that passes is the start; between it and the next one bisection finds
+    where passing turns into failing; if not even dense passes, the limit is None. Ratios beyond a
+    failure in between are not looked at: accuracy is ragged, and a curve of 1,000 ratios may find a
+    larger one by luck.
+
     criterion: accuracy not below dense (`accuracy`) or above it (`better_accuracy`, as the
     original), accuracy at most `tolerance` below (`accuracy_within`), loss at most `tolerance`
-    above (`loss_within`); tolerance 0: 0.001 and 0.01. The last ratio of the scan that passes is
-    the start; between it and the next one bisection finds a place where passing turns into failing,
-    to `resolution`; if not even dense passes, the limit is None. Ratios beyond a failure in between
-    are not looked at: accuracy is ragged, and a curve of 1,000 ratios may find a larger one by
-    luck. selection and the fields with it: as for `curve`.
+    above (`loss_within`).
+    tolerance: 0 is the criterion's own, 0.001 of accuracy and 0.01 of loss.
+    split: of the data that is evaluated on.
+    scan: ratios that are tried first, ascending.
+    resolution: of the bisection.
     """
 
     kind: ClassVar[str] = "limit"
@@ -276,7 +281,7 @@ class Path(stages.Selecting):
     g.d and d.Hd / 2 for the step d that pruning makes. At a minimum the first is small; where it is
     not, the actual limit lies elsewhere than predicted, at a larger ratio if it is negative.
     ratios: shares removed; at_limits: and those of earlier predictions and `limit` stages.
-    selection and the fields with it: as for `curve`. num_examples: of the train set, see
+    num_examples: of the train set, see
     `config.sample`; 0 for all.
     """
 
@@ -299,7 +304,7 @@ class Path(stages.Selecting):
     at_limits: bool = True
     batch_size: tables.Count = 1000
     num_examples: tables.Index = 0
-    loss: dict = losses.CROSS_ENTROPY
+    loss: losses.Config = losses.CROSS_ENTROPY
 
     def check(self) -> None:
         super().check()
@@ -376,11 +381,12 @@ class RowNorms(interface.Stage):
     """Share of weights without curvature, from the Hessian rows of the weights at `num_weights`
     magnitude quantiles.
 
-    A weight has none if the L1 norm of its row is below `threshold`. rows: `mean` is the row of the
-    whole data set's Hessian; `original` sums the norms of every batch's row and divides by the
-    number of examples, so that it scales like 1 / batch_size. num_examples: of the train set, see
-    `config.sample`; 0 for all. parameters: pattern of the arrays whose entries make up a row, and
-    among whose kernels the weights are.
+    num_weights: how many weights are looked at. threshold: a weight has no curvature if the L1 norm
+    of its row is below. rows: `mean` is the row of the whole data set's Hessian; `original`
+    sums the norms of every batch's row and divides by the number of examples, so that it scales
+    like 1 / batch_size. num_examples: of the train set, see `config.sample`; 0 for all.
+    parameters: pattern of the arrays whose entries make up a row, and among whose kernels the
+    weights are.
     """
 
     kind: ClassVar[str] = "row_norms"
@@ -391,7 +397,7 @@ class RowNorms(interface.Stage):
     batch_size: tables.Count = 128
     num_examples: tables.Index = 0
     parameters: str = ".*"
-    loss: dict = losses.CROSS_ENTROPY
+    loss: losses.Config = losses.CROSS_ENTROPY
 
     def check(self) -> None:
         trees.check_pattern(self.parameters, "parameters")
@@ -587,7 +593,7 @@ class Spectrum(interface.Stage):
     batch_size: tables.Count = 1000
     num_examples: tables.Index = 0
     parameters: str = WITHOUT_BATCH_NORM
-    loss: dict = losses.CROSS_ENTROPY
+    loss: losses.Config = losses.CROSS_ENTROPY
 
     def check(self) -> None:
         trees.check_pattern(self.parameters, "parameters")
@@ -765,7 +771,7 @@ class Width(interface.Stage):
     batch_size: tables.Count = 128
     epsilon_draws: tables.Index = 200
     tolerance: tables.NonNegative = 0.001
-    loss: dict = losses.CROSS_ENTROPY
+    loss: losses.Config = losses.CROSS_ENTROPY
 
     def check(self) -> None:
         _check_loss(self.loss)

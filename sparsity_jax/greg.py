@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from sparsity_jax import (
     checkpoint,
@@ -28,6 +29,7 @@ from sparsity_jax import (
     interface,
     losses,
     masks,
+    optim,
     probes,
     ratios,
     stages,
@@ -39,6 +41,8 @@ from sparsity_jax import (
     units,
     workdirs,
 )
+from sparsity_jax.interface import Place
+from sparsity_jax.train import Problem, State, Update
 
 PyTree = Any
 Keep = Mapping[str, Any]  # bools by name of layer, True = keep
@@ -72,12 +76,13 @@ class Choosing(interface.Stage):
                 allowed="either ratios, e.g. '[0,0.5,0.5,0.5,0]', '[1-15:0.7]' or '2x', or "
                 "inherit, the workdir of a pruned run",
             )
-        if self.granularity == "group" and (self.inherit or self.skip):
+        if self.inherit and self.granularity == "group":
             raise tables.ConfigError(
-                "granularity", "group", allowed="filter, channel and weight with inherit or skip"
+                "granularity", "group", allowed="filter, channel and weight with inherit"
             )
-        if self.inherit and self.skip:
-            raise tables.ConfigError("skip", self.skip, allowed="'' with inherit")
+        if self.skip and (self.inherit or self.granularity == "group"):
+            instead = "inherit" if self.inherit else "granularity 'group'"
+            raise tables.ConfigError("skip", self.skip, allowed=f"'' with {instead}")
         if self.inherit and self.inherit_as == "index" and self.pick != "min":
             raise tables.ConfigError(
                 "pick", self.pick, why="but inherit_as 'index' leaves nothing to pick"
@@ -87,7 +92,7 @@ class Choosing(interface.Stage):
                 "inherit_as", "ratio", why="but there is no run to inherit from"
             )
 
-    def check_network(self, problem: train.Problem, visits: int) -> None:
+    def check_network(self, problem: Problem, visits: int) -> None:
         if self.inherit:
             _check_inherited(problem, self.inherit)
         field = "inherit" if self.inherit else "ratios"
@@ -104,7 +109,7 @@ class Choosing(interface.Stage):
         if self.pick != "min" and any(layer.num_pruned is None for layer in layers):
             raise tables.ConfigError("pick", self.pick, allowed="'min' with a ratio of 'gap'")
 
-    def layers(self, problem: train.Problem) -> tuple[units.Layer, ...]:
+    def layers(self, problem: Problem) -> tuple[units.Layer, ...]:
         """The layers of the run's network and how many units each loses, in the order in which it
         uses them. Raises ConfigError, or ValueError, where ratios do not fit.
         """
@@ -112,7 +117,7 @@ class Choosing(interface.Stage):
         key = ("layers", *(getattr(self, name) for name in fields))
         return problem.once(key, lambda: self._layers(problem))
 
-    def _layers(self, problem: train.Problem) -> tuple[units.Layer, ...]:
+    def _layers(self, problem: Problem) -> tuple[units.Layer, ...]:
         shapes = train.shapes_of(problem)
         if self.granularity == "group":
             channels = structured.channels_of(problem)
@@ -144,7 +149,7 @@ class Choosing(interface.Stage):
                 "of a pattern of their names and a ratio",
             ) from None
 
-    def _table(self, problem: train.Problem) -> Table:
+    def _table(self, problem: Problem) -> Table:
         """The ratio of every kernel, by path in the params."""
         paths = kernels_of(problem)
         if self.inherit:
@@ -166,7 +171,7 @@ class Choosing(interface.Stage):
         eligible = {path for path, ratio in parse(((".*", 0.5),)).items() if ratio}
         return _for_speedup(problem, float(target[1]), eligible)
 
-    def kept_there(self, problem: train.Problem) -> dict[str, np.ndarray]:
+    def kept_there(self, problem: Problem) -> dict[str, np.ndarray]:
         """The very units that the run in `inherit` keeps, by layer; empty if they are to be picked
         anew.
         """
@@ -175,7 +180,7 @@ class Choosing(interface.Stage):
         masks_there, paths = masks_of(self.inherit), kernels_of(problem)
         return ratios.kept_groups(masks_there, paths, granularity=self.granularity)
 
-    def removed(self, problem: train.Problem, state: train.State, keep: Keep) -> train.State:
+    def removed(self, problem: Problem, state: State, keep: Keep) -> State:
         """`state` of one member without the units that `keep` leaves out, nor what is coupled to
         them.
         """
@@ -190,7 +195,7 @@ class Choosing(interface.Stage):
         return structured.without(state, channels, coupled, kept)
 
 
-def _for_speedup(problem: train.Problem, target: float, eligible: set[str]) -> Table:
+def _for_speedup(problem: Problem, target: float, eligible: set[str]) -> Table:
     """One ratio that reaches a speed-up, for all layers whose channels are eligible."""
     channels = structured.channels_of(problem)
     even = dict.fromkeys(kernels_of(problem), 0.0)
@@ -208,7 +213,7 @@ def _for_speedup(problem: train.Problem, target: float, eligible: set[str]) -> T
     return dict(ratios.for_speedup(flops, target, even).table)
 
 
-def kernels_of(problem: train.Problem) -> list[str]:
+def kernels_of(problem: Problem) -> list[str]:
     """Paths of the kernels in the params, in the order in which the network uses them."""
 
     def in_order() -> list[str]:
@@ -225,7 +230,7 @@ def masks_of(workdir: str) -> dict[str, np.ndarray]:
     return {path.removeprefix("masks/"): np.asarray(arrays[path]) for path in below}
 
 
-def _check_inherited(problem: train.Problem, workdir: str) -> None:
+def _check_inherited(problem: Problem, workdir: str) -> None:
     """Raises ConfigError unless a workdir holds a finished run of the same network."""
     if not workdirs.is_finished(pathlib.Path(workdir)):
         raise tables.ConfigError("inherit", workdir, why="which holds no finished run")
@@ -241,7 +246,7 @@ def _check_inherited(problem: train.Problem, workdir: str) -> None:
             )
 
 
-def shares_removed(state: train.State) -> dict[str, Any]:
+def shares_removed(state: State) -> dict[str, Any]:
     """Shares of kernel weights that are masked: of all (`ratio`), and by path (`layers`)."""
     kept = trees.named_leaves(state.masks)
     kernel_masks = {path: mask for path, mask in kept.items() if trees.is_kernel(path)}
@@ -280,8 +285,8 @@ class Remove(Removing):
     shortcuts. skip: layers left whole, `[1.0,2.3]`. granularity: `filter` (output channels),
     `channel` (input channels), `weight`, or `group`: whole coupled groups of channels, residual
     ones too, with one ratio or rules on their names. pick: `min`, `max` or `rand`. inherit: workdir
-    of a pruned run of the same network instead of
-    ratios: what it removed (`index`), or as much of each layer (`ratio`). reading: `original` reads
+    of a pruned run of the same network, instead of ratios. inherit_as: what that removed (`index`),
+    or as much of each layer (`ratio`). reading: `original` reads
     `skip` as prefixes and ignores what is out of range, see `originals.in_place`.
     """
 
@@ -289,15 +294,15 @@ class Remove(Removing):
 
     def run(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         settings: Sequence[Any],
-        place: interface.Place,
+        place: Place,
         rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
+    ) -> Iterator[Update]:
         layers, given = self.layers(problem), self.kept_there(problem)
 
-        def cut(state: train.State) -> train.State:
+        def cut(state: State) -> State:
             key = train.stage_key(state.key, place.position)
             keep = growing.pick(state.params, layers, pick=self.pick, key=key) | given
             return self.removed(problem, state, keep)
@@ -305,10 +310,10 @@ class Remove(Removing):
         yield _last(problem, jax.jit(problem.lift(cut))(state), step=0)
 
 
-def _last(problem: train.Problem, state: train.State, step: int) -> train.Update:
+def _last(problem: Problem, state: State, step: int) -> Update:
     """The update of a stage that has removed its units."""
     shares = problem.lift(shares_removed)(state)
-    return train.Update(state, train.member_rows(problem, shares, step=step), 1.0)
+    return Update(state, train.member_rows(problem, shares, step=step), 1.0)
 
 
 # grow ---------------------------------------------------------------------------------------------
@@ -323,7 +328,7 @@ class Growth(NamedTuple):
     log_every: int
     log_scores: bool
 
-    def make(self, problem: train.Problem, key: jax.Array) -> optax.GradientTransformation:
+    def make(self, problem: Problem, key: Array) -> optax.GradientTransformation:
         tx = growing.growing_l2(
             self.removing.layers(problem),
             key=jax.random.fold_in(jax.random.wrap_key_data(key), 2**31 - 1),
@@ -346,20 +351,20 @@ class Grow(Removing, growing.Penalty):
     """Trains under a growing penalty until what it pushes is small, then removes that: GReg-1,
     GReg-2, FixReg.
 
+    The stage ends at the first log after all layers are done and have rested for `stabilize_steps`;
+    networks of a sweep that run side by side end together, and those done first train on at rest.
+
     ratios, skip, granularity, pick, inherit, inherit_as, reading: what is removed, see `remove`.
-    method, update_every (steps) and its other fields: how the penalty grows, see `growing.Penalty`.
-    The stage ends at the first log after all layers are done and have rested for
-    `stabilize_steps`; networks of a sweep that run side by side end together, and those done first
-    train on at rest. penalty_only: the loss has no gradient on kernels, so that only penalties move
-    them. log_every: steps between logs of the penalties and norms of each layer, counted anew every
-    epoch; log_scores: with the norm of every unit.
+    penalty_only: the loss has no gradient on kernels, so that only penalties move them. log_every:
+    steps between logs of the penalties and norms of each layer, counted anew every epoch;
+    log_scores: with the norm of every unit.
     """
 
     kind: ClassVar[str] = "grow"
-    optimizer: dict
+    optimizer: optim.Config
     batch_size: tables.Count = 128
     augment: str = "none"
-    loss: dict = losses.CROSS_ENTROPY
+    loss: losses.Config = losses.CROSS_ENTROPY
     penalty_only: bool = False
     evaluate_every: tables.Count = 1
     log_every: tables.Count = 100
@@ -389,27 +394,27 @@ def _part(options: Any, whole: Any) -> Any:
 class Growing(train.Fit):
     """A checked `grow` stage: a training that ends by removing what it pushed to zero."""
 
-    def sized(self, problem: train.Problem) -> "Growing":
+    def sized(self, problem: Problem) -> "Growing":
         """With as many epochs as growth may take, and one more, which it never ends."""
         steps = self.growth.penalty.most_steps()
         epochs = math.ceil(steps / self.steps_per_epoch(problem)) + 1
         return dataclasses.replace(self, epochs=epochs)
 
-    def check_network(self, problem: train.Problem, visits: int) -> None:
+    def check_network(self, problem: Problem, visits: int) -> None:
         super().check_network(problem, visits)
         self.growth.removing.check_network(problem, visits)
 
     def begin(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         settings: Sequence[Any],
-        place: interface.Place,
-    ) -> train.State:
+        place: Place,
+    ) -> State:
         fits = [fit.sized(problem) for fit in settings]
         return train.begin_members(problem, state, fits, _numbers(problem, state, settings))
 
-    def look(self, problem: train.Problem, state: train.State) -> dict[str, Any]:
+    def look(self, problem: Problem, state: State) -> dict[str, Any]:
         """Fields of a row."""
         progress = growing.progress(state.opt_state)
         row = dict(
@@ -424,12 +429,12 @@ class Growing(train.Fit):
 
     def run(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         settings: Sequence[Any],
-        place: interface.Place,
+        place: Place,
         rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
+    ) -> Iterator[Update]:
         fit = self.sized(problem)
         spe = fit.steps_per_epoch(problem)
         look = functools.partial(fit.look, problem)
@@ -453,8 +458,8 @@ class Growing(train.Fit):
             yield last._replace(rows=_joined(together, last.rows))
             return
 
-    def without_pushed(self, problem: train.Problem, state: train.State, step: int) -> train.Update:
-        def cut(state: train.State) -> train.State:
+    def without_pushed(self, problem: Problem, state: State, step: int) -> Update:
+        def cut(state: State) -> State:
             return self.growth.removing.removed(problem, state, growing.kept(state.opt_state))
 
         return _last(problem, jax.jit(problem.lift(cut))(state), step)
@@ -465,9 +470,7 @@ def _joined(rows: list[list[dict]], more: list[list[dict]]) -> list[list[dict]]:
     return [[*first, *second] for first, second in zip(rows, more)]
 
 
-def _numbers(
-    problem: train.Problem, state: train.State, settings: Sequence[Growing]
-) -> dict[str, Any]:
+def _numbers(problem: Problem, state: State, settings: Sequence[Growing]) -> dict[str, Any]:
     return train.numbers_of_fits(problem, state, settings) | dict(key=state.key)
 
 
@@ -499,14 +502,14 @@ class Oracle(Choosing):
             "kind", self.kind, "which evaluates every choice on all images in memory"
         )
 
-    def check_network(self, problem: train.Problem, visits: int) -> None:
+    def check_network(self, problem: Problem, visits: int) -> None:
         super().check_network(problem, visits)
         self.counts(problem)
 
-    def losing(self, problem: train.Problem) -> list[units.Layer]:
+    def losing(self, problem: Problem) -> list[units.Layer]:
         return [layer for layer in self.layers(problem) if layer.num_pruned != 0]
 
-    def counts(self, problem: train.Problem) -> dict[str, tuple[int, int]]:
+    def counts(self, problem: Problem) -> dict[str, tuple[int, int]]:
         """(units, how many go) of the layers that lose any; raises ConfigError where that cannot be
         tried exhaustively.
         """
@@ -521,12 +524,12 @@ class Oracle(Choosing):
 
     def run(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         settings: Sequence[Any],
-        place: interface.Place,
+        place: Place,
         rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
+    ) -> Iterator[Update]:
         rows_found, states = interface.rows_per_member(problem), []
         for i, member in structured.members_of(problem, state):
             stage = settings[i]
@@ -549,15 +552,15 @@ class Oracle(Choosing):
             rows_found[i].append(row)
             best = jax.tree.map(jnp.asarray, result.best)
             states.append(stage.removed(problem, member, best))
-        yield train.Update(structured.stacked(problem, states), rows_found, 1.0)
+        yield Update(structured.stacked(problem, states), rows_found, 1.0)
 
-    def evaluated(self, problem: train.Problem, state: train.State) -> Callable:
+    def evaluated(self, problem: Problem, state: State) -> Callable:
         """Training losses of a batch of choices, in one compiled call."""
         measure = train.evaluation(problem, "train")
 
         @jax.jit
-        def losses_of(state: train.State, keeps: PyTree, *data: jax.Array) -> jax.Array:
-            def loss(keep: Keep) -> jax.Array:
+        def losses_of(state: State, keeps: PyTree, *data: Array) -> Array:
+            def loss(keep: Keep) -> Array:
                 cut = self.removed(problem, state, keep)
                 return measure(cut.params, cut.batch_stats, *data)[0]
 
@@ -567,10 +570,10 @@ class Oracle(Choosing):
 
     def trained(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         fits: list[train.Fit],
-        place: interface.Place,
+        place: Place,
     ) -> Callable:
         """The training loss after training what one choice leaves."""
         numbers = train.numbers_of_fits(problem, state, fits)
@@ -608,20 +611,20 @@ class Reinit(interface.Stage):
 
     def run(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         settings: Sequence[Any],
-        place: interface.Place,
+        place: Place,
         rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
-        def draw(state: train.State) -> train.State:
+    ) -> Iterator[Update]:
+        def draw(state: State) -> State:
             key = train.stage_key(state.key, place.position)
             params = surgery.reinitialize(state.params, state.masks, key, method=self.method)
             fresh = problem.init(jax.random.wrap_key_data(state.key))["batch_stats"]
             return state._replace(params=params, batch_stats=fresh)
 
         drawn = jax.jit(problem.lift(draw))(state)
-        yield train.Update(drawn, interface.rows_per_member(problem), 1.0)
+        yield Update(drawn, interface.rows_per_member(problem), 1.0)
 
 
 @tables.option
@@ -629,7 +632,8 @@ class Noise(interface.Stage):
     """Accuracy and loss of the network with Gaussian noise on its weights, `num` times; the network
     stays as it is.
 
-    std: of the noise, or with `relative` of that over the root mean square of each array.
+    num: how often it is drawn. std: of the noise. relative: whether std is a share of the root mean
+    square of each array.
     parameters: pattern of the whole paths of the arrays that get it. Masked weights stay zero.
     """
 
@@ -642,18 +646,18 @@ class Noise(interface.Stage):
     def check(self) -> None:
         trees.check_pattern(self.parameters, "parameters")
 
-    def check_network(self, problem: train.Problem, visits: int) -> None:
+    def check_network(self, problem: Problem, visits: int) -> None:
         trees.matching(train.shapes_of(problem), self.parameters, "parameters")
 
     def run(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         settings: Sequence[Any],
-        place: interface.Place,
+        place: Place,
         rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
-        def disturbed(state: train.State, draw: int) -> PyTree:
+    ) -> Iterator[Update]:
+        def disturbed(state: State, draw: int) -> PyTree:
             key = jax.random.fold_in(train.stage_key(state.key, place.position), draw)
             return surgery.add_noise(
                 state.params,
@@ -670,7 +674,7 @@ class Noise(interface.Stage):
             loss, accuracy = train.evaluate(problem, params, state.batch_stats, "test")
             numbers = dict(loss=loss, accuracy=accuracy)
             found = train.member_rows(problem, numbers, draw=draw, std=self.std)
-            yield train.Update(state, found, (draw + 1) / self.num)
+            yield Update(state, found, (draw + 1) / self.num)
 
 
 @tables.option
@@ -686,22 +690,22 @@ class Jacobian(interface.Stage):
 
     def run(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         settings: Sequence[Any],
-        place: interface.Place,
+        place: Place,
         rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
+    ) -> Iterator[Update]:
         images = problem.images(problem.examples("train", self.num_examples)[0])
 
-        def measure(state: train.State, images: jax.Array) -> dict[str, Any]:
+        def measure(state: State, images: Array) -> dict[str, Any]:
             variables = {"params": state.params, "batch_stats": state.batch_stats}
             values = probes.jacobian_singular_values(problem.model.apply, variables, images)
             return dict(probes.isometry(values)._asdict(), mean_by_rank=values.mean(0))
 
         numbers = jax.jit(problem.lift(measure, (0, None)))(state, images)
         found = train.member_rows(problem, numbers, num_examples=len(images))
-        yield train.Update(state, found, 1.0)
+        yield Update(state, found, 1.0)
 
 
 STAGES = (Grow, Remove, Oracle, Reinit, Noise, Jacobian)

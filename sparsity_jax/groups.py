@@ -13,7 +13,6 @@ which arrays belong to each channel. What the analysis cannot follow stays whole
 `channels.frozen`, never guessed. `channels.walk` tells what, `channels.rules` has the rules.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +27,7 @@ from sparsity_jax.channels.values import Place
 PyTree = Any
 Struct = jax.ShapeDtypeStruct
 Arrays = dict[str, Any]  # by path, or by name of group
+ByAxis = dict[str, dict[int, Any]]  # by path and axis
 Sums = Literal["allow", "freeze"]
 Branches = Literal["tied", "separate"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
     path: str  # e.g. params/conv1/kernel
     axis: int
-    index: np.ndarray  # int [channels, copies]
+    index: np.ndarray  # type: ignore[assignment]  # int [channels, copies]
     # producer: a kernel's outputs; consumer: its inputs; depthwise: both; other: biases, norms
     role: str
     # a consumer of what is not zero where other members are, e.g. behind a sigmoid
@@ -125,7 +125,7 @@ def trace(
     """
     tables.convert(sums, Sums, "sums")
     tables.convert(branches, Branches, "branches")
-    options = dict(sums=sums, branches=branches)
+    options: dict[str, str] = dict(sums=sums, branches=branches)
     leaves = _arrays(variables)
     paths = list(leaves)
     traced = _trace(apply, variables, inputs, options)
@@ -142,7 +142,7 @@ def trace(
 
 def _left(traced: _Traced, paths: list[str]) -> list[Frozen]:
     """Axes that nothing froze but that are in no group."""
-    grouped = set()
+    grouped: set[tuple[str, int]] = set()
     for group in traced.groups.values():
         grouped.update((member.path, member.axis) for member in group.members)
     analysis = traced.analysis
@@ -202,8 +202,8 @@ def _trace(
 def _carried(result: PyTree, paths: list[str], state: str) -> dict[int, int]:
     """Numbers of the results below `state`, each with that of the variable it is the next of."""
     leaves = list(trees.named_leaves(result))
-    below = {path: path.removeprefix(f"{state}/") for path in leaves}
-    below = {path: name for path, name in below.items() if path != name}
+    start = f"{state}/"
+    below = {path: path.removeprefix(start) for path in leaves if path.startswith(start)}
     owned = _owners(below.values(), paths)
     if not owned or len(owned) < len(below):
         raise ValueError(
@@ -227,16 +227,9 @@ def _abstract(leaf: Any) -> Any:
 def _signature(variables: PyTree, inputs: tuple) -> tuple:
     """What a trace is valid for: types of the variables, whose shapes are known; all of inputs."""
     leaves, tree = jax.tree.flatten(inputs)
+    structs = tuple(map(_struct, leaves))
     types = tuple(leaf.dtype for leaf in jax.tree.leaves(variables))
-    return types, tuple(map(_struct, leaves)), tree
-
-
-class _Channel(NamedTuple):
-    """What is removed with one label."""
-
-    label: int
-    places: np.ndarray  # int [entries]: positions in a list of places
-    positions: np.ndarray  # int [entries]: where on these axes
+    return types, structs, tree
 
 
 def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[Groups, Arrays]:
@@ -244,71 +237,65 @@ def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[Groups, Arrays]:
 
     Groups and their members are in the order in which the program uses them.
     """
-    places: list[Place] = []
-    for i in dict.fromkeys((*analysis.used, *range(len(paths)))):
-        if i < len(paths):
-            rank = len(analysis.inputs[i].axes)
-            places += [(i, a) for a in range(rank)]
+    places = _places(analysis, len(paths))
+    entries = _entries(analysis, places)
     marks: dict[int, set] = {}
     for label, mark in analysis.labels.marks():
         marks.setdefault(label, set()).add(mark)
-    clusters: dict[tuple, list[_Channel]] = {}
-    for channel in _channels(analysis, places):
-        marked = frozenset(marks.get(channel.label, ()))
-        key = (channel.places.tobytes(), marked)
-        clusters.setdefault(key, []).append(channel)
+    clusters: dict[tuple, list[int]] = {}
+    for label, at in entries.items():
+        axes = tuple(k for k, _ in at)
+        marked = frozenset(marks.get(label, ()))
+        clusters.setdefault((axes, marked), []).append(label)
     groups: Groups = {}
     atoms: Arrays = {}
-    for channels in clusters.values():
-        inputs = [places[k][0] for k in channels[0].places.tolist()]
-        if len(channels) < 2 or set(inputs).isdisjoint(analysis.used):
+    for (axes, _), labels in clusters.items():
+        inputs = {places[k][0] for k in axes}
+        if len(labels) < 2 or inputs.isdisjoint(analysis.used):
             continue
-        members = _members(analysis, paths, places, channels)
+        positions = np.array([entries[label] for label in labels])[:, :, 1]
+        members = []
+        for k in sorted(set(axes)):
+            index = positions[:, np.equal(axes, k)]
+            members.append(_member(analysis, paths, places[k], index))
         name = _name(members, paths, groups)
-        groups[name] = Group(name, len(channels), members)
-        atoms[name] = np.array([channel.label for channel in channels])
+        groups[name] = Group(name, len(labels), tuple(members))
+        atoms[name] = np.array(labels)
     return groups, atoms
 
 
-def _members(
-    analysis: walk.Analysis,
-    paths: list[str],
-    places: list[Place],
-    channels: list[_Channel],
-) -> tuple[Member, ...]:
-    at = channels[0].places
-    positions = np.stack([channel.positions for channel in channels])
-    members = []
-    for k in np.unique(at).tolist():
-        number, axis = place = places[k]
-        role = analysis.roles.get(place, "other")
-        exposed = place in analysis.exposed
-        index = positions[:, at == k]
-        members.append(Member(paths[number], axis, index, role, exposed))
-    return tuple(members)
+def _places(analysis: walk.Analysis, num_variables: int) -> list[Place]:
+    """All axes of the variables, the variables by their first use."""
+    places = []
+    for i in dict.fromkeys((*analysis.used, *range(num_variables))):
+        if i < num_variables:
+            places += [(i, a) for a in range(len(analysis.inputs[i].axes))]
+    return places
 
 
-def _channels(analysis: walk.Analysis, places: list[Place]) -> list[_Channel]:
-    """All entries that die with each label, in order of the first of them."""
+def _entries(analysis: walk.Analysis, places: list[Place]) -> dict[int, list[Place]]:
+    """(number of the place, position there) of all that dies with each label, in order of the first
+    of them.
+    """
     labels = analysis.labels
-    rows = [np.zeros((3, 0), int)]
+    entries: dict[int, list[Place]] = {}
     for k, (i, a) in enumerate(places):
         roots = labels.find(analysis.inputs[i].axes[a].labels)
-        position = np.flatnonzero(roots)
-        parts = [labels.parts(label) for label in roots[position].tolist()]
-        atoms = [atom for several in parts for atom in several]
-        position = np.repeat(position, list(map(len, parts)))
-        place = np.full(len(position), k)
-        rows.append(np.stack([np.array(atoms, int), place, position]))
-    label, place, position = np.concatenate(rows, axis=1)
-    order = np.argsort(label, kind="stable")
-    starts = np.flatnonzero(np.diff(label[order], prepend=-1))
-    pieces = np.split(order, starts[1:]) if len(order) else []
-    channels = []
-    for piece in sorted(pieces, key=lambda piece: piece[0]):
-        atom = int(label[piece[0]])
-        channels.append(_Channel(atom, place[piece], position[piece]))
-    return channels
+        for position in np.flatnonzero(roots).tolist():
+            for label in labels.parts(int(roots[position])):
+                entries.setdefault(label, []).append((k, position))
+    return entries
+
+
+def _member(
+    analysis: walk.Analysis,
+    paths: list[str],
+    place: Place,
+    index: np.ndarray,
+) -> Member:
+    number, axis = place
+    role = analysis.roles.get(place, "other")
+    return Member(paths[number], axis, index, role, place in analysis.exposed)
 
 
 def _name(members: Sequence[Member], paths: list[str], taken: Mapping) -> str:
@@ -324,9 +311,11 @@ def _name(members: Sequence[Member], paths: list[str], taken: Mapping) -> str:
         name = first.path.removesuffix("/value").rpartition("/")[0]
     name = name or first.path
     with_axis = f"{name}[{first.axis}]"
-    numbered = (f"{with_axis}.{number}" for number in itertools.count(2))
-    options = itertools.chain((name, with_axis), numbered)
-    return next(option for option in options if option not in taken)
+    option, number = name, 1
+    while option in taken:
+        option = with_axis if number == 1 else f"{with_axis}.{number}"
+        number += 1
+    return option
 
 
 def complete(channels: Channels, keep: Keep) -> Arrays:
@@ -334,23 +323,19 @@ def complete(channels: Channels, keep: Keep) -> Arrays:
 
     Raises ValueError for unknown groups, wrong sizes and emptied groups.
     """
-    unknown = sorted(set(keep) - set(channels.groups))
-    if unknown:
-        raise ValueError(f"keep names {unknown[0]!r}; groups: {', '.join(channels.names)}.")
+    for name in keep:
+        if name not in channels.groups:
+            raise ValueError(f"keep names {name!r}; groups: {', '.join(channels.names)}.")
     result = {}
-    for name, group in channels.groups.items():
-        kept = keep.get(name)
-        if kept is None:
-            kept = np.ones(group.size, bool)
-        elif not hasattr(kept, "dtype"):
+    for name, size in channels.sizes.items():
+        kept = keep.get(name, np.ones(size, bool))
+        if not hasattr(kept, "dtype"):
             kept = np.asarray(kept)
-        shape = jnp.shape(kept)
-        if shape != (group.size,) or kept.dtype != bool:
-            given = f"{kept.dtype} {shape}"
-            raise ValueError(f"keep[{name!r}] is {given}; allowed: bool ({group.size},).")
+        if jnp.shape(kept) != (size,) or kept.dtype != bool:
+            given = f"{kept.dtype} {jnp.shape(kept)}"
+            raise ValueError(f"keep[{name!r}] is {given}; allowed: bool ({size},).")
         if not isinstance(kept, jax.core.Tracer) and not np.any(kept):
-            told = f"keeps none of {group.size} channels; at least one must stay"
-            raise ValueError(f"keep[{name!r}] {told}.")
+            raise ValueError(f"keep[{name!r}] keeps none of {size} channels; one must stay.")
         result[name] = kept
     return result
 
@@ -361,16 +346,13 @@ def _known(channels: Channels, keep: Keep) -> Arrays:
     return {name: np.asarray(kept) for name, kept in checked.items()}
 
 
-def _alive(channels: Channels, keep: Keep) -> dict[str, dict[int, Any]]:
+def _alive(channels: Channels, keep: Keep) -> ByAxis:
     """bool [size], which entries stay, by path and axis: of axes with members only."""
-    traced = any(isinstance(kept, jax.Array) for kept in keep.values())
-    xp = jnp if traced else np
-    alive: dict[str, dict[int, Any]] = {}
+    alive: ByAxis = {}
     for name, group in channels.groups.items():
-        padded = xp.append(keep[name], True)
         for member in group.members:
             size = channels.shapes[member.path].shape[member.axis]
-            stays = padded[_channels_of(member.index, size)].all(1)
+            stays = _stays(keep[name], member.index, size)
             axes = alive.setdefault(member.path, {})
             if member.axis in axes:
                 stays = axes[member.axis] & stays
@@ -378,19 +360,14 @@ def _alive(channels: Channels, keep: Keep) -> dict[str, dict[int, Any]]:
     return alive
 
 
-def _channels_of(index: np.ndarray, size: int) -> np.ndarray:
-    """int [size, most]: the channels each entry belongs to, several for x[:, None] * x[None].
-
-    Filled up with the number of channels.
-    """
-    entry = index.ravel()
-    channel = np.repeat(np.arange(len(index)), index.shape[1])
-    order = np.argsort(entry, kind="stable")
-    entry, channel = entry[order], channel[order]
-    rank = np.arange(len(entry)) - np.searchsorted(entry, entry)
-    channels = np.full((size, rank.max() + 1), len(index))
-    channels[entry, rank] = channel
-    return channels
+def _stays(kept: Any, index: np.ndarray, size: int) -> Any:
+    """bool [size]: entries all of whose channels are kept; several for x[:, None] * x[None]."""
+    if isinstance(kept, jax.Array):
+        removed = jnp.broadcast_to(~kept[:, None], index.shape)
+        return ~jnp.zeros(size, bool).at[index].max(removed)
+    stays = np.ones(size, bool)
+    stays[index[~kept]] = False
+    return stays
 
 
 def owners(tree: PyTree, channels: Channels) -> dict[str, str]:
@@ -428,7 +405,7 @@ def _fitting(path: str, known: Mapping[str, list[str]]) -> list[str]:
     return known[path]
 
 
-def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
+def roles(tree: PyTree, channels: Channels) -> ByAxis:
     """What the traced function does with axes of each array of `tree`, by path and axis.
 
     `producer`: it makes channels, or `depthwise`, from one channel each; `consumer`: a matrix
@@ -436,7 +413,7 @@ def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
     others are missing. tree: as for `mask`.
     Raises ValueError for arrays of other shapes than those traced.
     """
-    traced: dict[str, dict[int, str]] = {}
+    traced: ByAxis = {}
     paths = list(channels.shapes)
     for (number, axis), role in channels.traced.analysis.roles.items():
         if number < len(paths):
@@ -495,7 +472,8 @@ def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> Py
     """function(leaf, axis, kept) along all axes with members; keep: of all groups."""
     alive = _alive(channels, keep)
     owned = owners(tree, channels)
-    arrays = [path for path, leaf in trees.named_leaves(tree).items() if jnp.ndim(leaf)]
+    leaves = trees.named_leaves(tree)
+    arrays = [path for path, leaf in leaves.items() if jnp.ndim(leaf)]
     if arrays and not owned:
         known = list(channels.shapes)
         told = f"it has {arrays[:3]}, they have {known[:3]}"
@@ -645,20 +623,20 @@ def check(
     masked = jax.jit(anew)(mask(variables, channels, keep), *inputs)
     small = compact(variables, channels, keep)
     compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
-    scale = worst = 0.0
-    first, second = jax.tree.leaves(masked), jax.tree.leaves(compacted)
-    for a, b in zip(map(_wide, first), map(_wide, second), strict=True):
-        differ = a != b  # infinities may be equal
-        error = np.abs(a[differ] - b[differ])
-        finite = np.abs(a[np.isfinite(a)])
-        worst = np.maximum(worst, np.max(error, initial=0.0))
-        scale = np.maximum(scale, np.max(finite, initial=0.0))
+    first, second = map(_flat, (masked, compacted))
+    differ = first != second  # infinities may be equal
+    errors = np.abs(first[differ] - second[differ])
+    finite = np.abs(first[np.isfinite(first)])
+    worst, scale = np.max(errors, initial=0.0), np.max(finite, initial=0.0)
     return float(worst / scale if scale else worst)
 
 
-def _wide(array: Any) -> np.ndarray:
-    dtype = np.complex128 if np.iscomplexobj(array) else np.float64
-    return np.asarray(array, dtype)
+def _flat(tree: PyTree) -> np.ndarray:
+    """All entries, in a type that no other exceeds."""
+    leaves = jax.tree.leaves(tree)
+    leaves = list(map(np.asarray, leaves))
+    kind = float if all(map(np.isrealobj, leaves)) else complex
+    return np.concatenate([leaf.ravel().astype(kind) for leaf in leaves])
 
 
 def describe(channels: Channels) -> str:
@@ -674,19 +652,22 @@ def describe(channels: Channels) -> str:
             lines.append(f"    {place}{times} ({member.role})")
     if channels.frozen:
         lines.append("kept whole:")
-    lines += map(_frozen_line, channels.frozen)
+    lines += [f"    {_places_text(event)}: {_reason_text(event)}" for event in channels.frozen]
     return "\n".join(lines)
 
 
-def _frozen_line(event: Frozen) -> str:
+def _places_text(event: Frozen) -> str:
     shown = [f"{path} axis {axis}" for path, axis in event.members[:3]]
     text = ", ".join(shown)
-    if len(event.members) > len(shown):
-        text += f" and {len(event.members) - len(shown)} more"
-    where = f" at {event.source}" if event.source else ""
-    if event.primitive not in ("output", "trace"):  # the axes themselves
-        return f"    {text}: {event.primitive}{where} {event.reason}"
-    return f"    {text}: {event.reason}"
+    more = len(event.members) - len(shown)
+    return f"{text} and {more} more" if more else text
+
+
+def _reason_text(event: Frozen) -> str:
+    if event.primitive in ("output", "trace"):  # the axes themselves
+        return event.reason
+    place = f" at {event.source}" if event.source else ""
+    return f"{event.primitive}{place} {event.reason}"
 
 
 def layout(channels: Channels) -> dict[str, Any]:
@@ -698,22 +679,22 @@ def layout(channels: Channels) -> dict[str, Any]:
     """
     paths = list(channels.shapes)
     analysis = channels.traced.analysis
-    used = [paths[i] for i in analysis.used if i < len(paths)]
-    with_roles = {i for i, _ in analysis.roles}
-    kernels = [path for i, path in enumerate(paths) if i in with_roles]
-    before, count = 0, {}
-    for path in used:
-        before += path in kernels
-        count[path] = before
-    layouts: dict[str, Any] = {}
+    kernels = {paths[i] for i, _ in analysis.roles if i < len(paths)}
+    position: dict[str, float] = {}
+    in_order: list[str] = []
+    for i in analysis.used:
+        if i >= len(paths):
+            continue
+        if paths[i] in kernels:
+            in_order.append(paths[i])
+        behind = 1 if paths[i] in kernels else 0.5
+        position[paths[i]] = len(in_order) - behind
+    layouts = {}
     for name, group in channels.groups.items():
         marks: dict[str, set[float]] = {}
         for member in group.members:
-            if member.path in count:
-                behind = 1 if member.path in kernels else 0.5
-                position = count[member.path] - behind
-                marks.setdefault(member.role, set()).add(position)
+            if member.path in position:
+                marks.setdefault(member.role, set()).add(position[member.path])
         ordered = {role: sorted(marks[role]) for role in sorted(marks)}
         layouts[name] = dict(size=group.size, marks=ordered)
-    in_order = [path for path in used if path in kernels]
     return dict(kernels=in_order, groups=layouts)

@@ -27,12 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
 from sparsity_jax.units import Keep, Layer
 
 PyTree = Any
-Leaves = Mapping[str, jax.Array]  # by plain path
+Leaves = Mapping[str, Array]  # by plain path
 Pick = Literal["min", "max", "rand"]
 Counting = Literal["exact", "float32", "float64"]
 PICK, PUSH, STABILIZE = 0, 1, 2  # phases of a layer
@@ -136,7 +137,7 @@ def _check_names(named: Collection[str], known: Collection[str], kind: str) -> N
 # Picking ------------------------------------------------------------------------------------------
 
 
-def largest_gap(scores: jax.Array) -> jax.Array:
+def largest_gap(scores: Array) -> Array:
     """How many `scores` lie below the largest gap between neighbours in order: int32, at least 1,
     never all.
 
@@ -159,7 +160,7 @@ def pick(
     layers: Sequence[Layer],
     *,
     pick: Pick = "min",
-    key: jax.Array | None = None,
+    key: Array | None = None,
 ) -> Keep:
     """What one-shot pruning keeps: all but the `num_pruned` units of lowest or highest score, or
     random ones.
@@ -174,7 +175,7 @@ def pick(
     return _select(leaves, layers, pick, _keys(layers, pick, key))
 
 
-def _keys(layers: Sequence[Layer], how: Pick, key: jax.Array | None) -> dict[str, jax.Array]:
+def _keys(layers: Sequence[Layer], how: Pick, key: Array | None) -> dict[str, Array]:
     """A key for every layer where picks are random."""
     automatic = [layer.name for layer in layers if layer.num_pruned is None]
     if how != "min" and automatic:
@@ -189,7 +190,7 @@ def _keys(layers: Sequence[Layer], how: Pick, key: jax.Array | None) -> dict[str
     return {name: jax.random.fold_in(key, code) for name, code in codes.items()}
 
 
-def _checked_leaves(params: PyTree, layers: Sequence[Layer]) -> dict[str, jax.Array]:
+def _checked_leaves(params: PyTree, layers: Sequence[Layer]) -> dict[str, Array]:
     """Leaves of `params` by path; raises ValueError where a layer does not fit them."""
     leaves = trees.plain_leaves(params)
     for layer in layers:
@@ -217,18 +218,13 @@ def _fits(layer: Layer, part: units.Part, shape: tuple[int, ...]) -> bool:
     return part.index.max(initial=-1) < size
 
 
-def _values(leaves: Leaves, layer: Layer) -> jax.Array:
+def _values(leaves: Leaves, layer: Layer) -> Array:
     """What ranks the units of a layer: their scores, of weights the weights themselves, with their
     signs.
     """
     if layer.of_weights:
         return leaves[layer.scored[0].path]
-    entries = 0
-    for part in layer.scored:
-        array = leaves[part.path]
-        along = math.prod(array.shape[axis] for axis in part.axes)
-        copies = 1 if part.index is None else part.index.shape[1]
-        entries += array.size // along * copies
+    entries = sum(units.entries(leaves[part.path], part) for part in layer.scored)
     return units.absolute_sums(leaves, layer) / entries
 
 
@@ -236,7 +232,7 @@ def _select(
     leaves: Leaves,
     layers: Sequence[Layer],
     how: Pick,
-    keys: Mapping[str, jax.Array],
+    keys: Mapping[str, Array],
 ) -> Keep:
     """What stays of every layer. Layers of one shape share a compiled search: filters of ResNet-56
     need three.
@@ -256,20 +252,20 @@ def _select(
         row = (layer.name, values, jnp.asarray(number, jnp.int32))
         by_shape.setdefault((layer.shape, trees.division(values)), []).append(row)
     for rows in by_shape.values():
-        names, values, numbers = zip(*rows)
-        kept = _kept(jnp.stack(values), jnp.stack(numbers), largest_go=how == "max")
+        names, scores, numbers = zip(*rows)
+        kept = _kept(jnp.stack(scores), jnp.stack(numbers), largest_go=how == "max")
         for i, name in enumerate(names):
             keep[name] = kept[i]
     return keep
 
 
 @functools.partial(jax.jit, static_argnames="largest_go")
-def _kept(values: jax.Array, numbers: jax.Array, *, largest_go: bool) -> jax.Array:
+def _kept(values: Array, numbers: Array, *, largest_go: bool) -> Array:
     """What stays of every row of `values` [layers, ...] where `numbers` [layers] of its entries go:
     bool.
     """
 
-    def search(row: tuple) -> jax.Array:
+    def search(row: tuple) -> Array:
         values, number = row
         if largest_go:
             return ~masks.k_largest_mask(values, number, magnitude=True)
@@ -305,6 +301,9 @@ class Penalty:
         penalty reaches `upper_limit_pick`, and picks then; what is kept gets the penalty
         `granularity_recover`. `fixreg` gives what is pruned `upper_limit` at once, and is done with
         the first update after step `fix_steps`.
+    update_every: steps between two growths. granularity_prune, granularity_pick: what each adds,
+        see `method`. granularity_recover: penalty of what is kept by `greg2`. upper_limit_pick:
+        penalty at which `greg2` picks. fix_steps: of `fixreg`.
     upper_limit: a layer is done once a penalty exceeds it. mag_ratio_limit: or once the mean score
         of what is kept is so many times that of what is pruned, smoothed (0.9 old + 0.1 new): with
         greg2 in this layer; with greg1 in every layer that has a ratio yet, also those done
@@ -364,10 +363,11 @@ def _additions(
             "granularity", increment, why=f"never gets to {limit}", allowed="above 0"
         )
     step = fractions.Fraction(str(increment))
-    needed = (fractions.Fraction(str(limit)) - fractions.Fraction(str(start))) / step
+    begin, end = fractions.Fraction(str(start)), fractions.Fraction(str(limit))
+    needed = (end - begin) / step
     exact = max(math.ceil(needed) if reach else math.floor(needed) + 1, 0)
     if counting == "exact":
-        return exact, fractions.Fraction(str(start)) + exact * step
+        return exact, begin + exact * step
     found = originals.additions(start, increment, limit, 2 * exact + 2, counting, reach=reach)
     if found is None:
         raise tables.ConfigError(
@@ -391,13 +391,13 @@ class Progress(NamedTuple):
     these two, smoothed; 0 before the first update and in layers of weights.
     """
 
-    phase: jax.Array
-    updates: jax.Array
-    reg_kept: jax.Array
-    reg_pruned: jax.Array
-    score_kept: jax.Array
-    score_pruned: jax.Array
-    ratio: jax.Array
+    phase: Array
+    updates: Array
+    reg_kept: Array
+    reg_pruned: Array
+    score_kept: Array
+    score_pruned: Array
+    ratio: Array
 
 
 class GrowingState(NamedTuple):
@@ -405,8 +405,8 @@ class GrowingState(NamedTuple):
     stays, by layer; in the phase PICK what would stay if it ended now, of weights everything.
     progress: of the layers."""
 
-    step: jax.Array
-    left: jax.Array
+    step: Array
+    left: Array
     keep: Keep
     progress: Progress
 
@@ -414,7 +414,7 @@ class GrowingState(NamedTuple):
 def growing_l2(
     layers: Sequence[Layer],
     *,
-    key: jax.Array | None = None,
+    key: Array | None = None,
     keep: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -442,7 +442,7 @@ class _Growth:
         options: Penalty,
         layers: Sequence[Layer],
         given: Mapping[str, np.ndarray],
-        key: jax.Array | None,
+        key: Array | None,
     ) -> None:
         self.options = options
         self.plan = options.plan()
@@ -514,7 +514,7 @@ class _Growth:
         state = GrowingState(state.step + 1, left, keep, progress)
         return self.penalized(updates, state, params), state
 
-    def repick(self, leaves: Leaves, keep: Keep, due: jax.Array, number: jax.Array) -> Keep:
+    def repick(self, leaves: Leaves, keep: Keep, due: Array, number: Array) -> Keep:
         """The picks after update `number`, of GReg-2: of weights only when picking ends."""
         for of_weights in (False, True):
             layers = [layer for layer in self.free if layer.of_weights == of_weights]
@@ -525,7 +525,7 @@ class _Growth:
             keep = keep | jax.lax.cond(due & now, anew, lambda old=old: old)
         return keep
 
-    def advance(self, leaves: Leaves, keep: Keep, number: jax.Array, old: Progress) -> Progress:
+    def advance(self, leaves: Leaves, keep: Keep, number: Array, old: Progress) -> Progress:
         """The progress of update `number`."""
         going = old.phase < STABILIZE
         updates = jnp.where(going, number, old.updates)
@@ -541,7 +541,7 @@ class _Growth:
         phase = jnp.where(going, phase, old.phase)
         return Progress(phase, updates, *self.penalties(updates), kept, pruned, ratio)
 
-    def reached(self, ratio: jax.Array, old: Progress) -> jax.Array:
+    def reached(self, ratio: Array, old: Progress) -> Array:
         """Layers whose scores differ enough, see `Penalty.mag_ratio_limit`."""
         limit = self.options.mag_ratio_limit
         if self.options.method == "fixreg":
@@ -550,9 +550,9 @@ class _Growth:
             return (ratio >= limit) & self.slices
         before = (old.ratio >= limit) | (old.updates == 0)
         seen = jnp.where(self.judged, ratio >= limit, before)
-        return self.slices & jnp.all(seen | ~self.slices, axis=1)
+        return jnp.all(seen | ~self.slices, axis=1) & self.slices
 
-    def penalties(self, updates: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def penalties(self, updates: Array) -> tuple[Array, Array]:
         """Penalties of what is kept and of what is pruned."""
         number = updates.astype(float)
         picking = number * self.options.granularity_pick
@@ -565,7 +565,7 @@ class _Growth:
         regs = _regs(state)
         parts = units.parts_by_path(self.active)
 
-        def add(path: Sequence, update: jax.Array, w: jax.Array) -> jax.Array:
+        def add(path: Sequence, update: Array, w: Array) -> Array:
             inside = parts.get(trees.plain_path(path), [])
             if not inside:
                 return update
@@ -592,16 +592,17 @@ def _checked_keep(layers: Sequence[Layer], keep: Mapping[str, Any]) -> dict[str,
     return given
 
 
-def _mean_scores(leaves: Leaves, layer: Layer, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _mean_scores(leaves: Leaves, layer: Layer, keep: Array) -> tuple[Array, Array]:
     """Mean scores of what is kept and of what is pruned, 0 if that is nothing."""
     scores = _values(leaves, layer)
-    kept = trees.fold_sum(lambda s, k: jnp.where(k, jnp.abs(trees.widen(s)), 0), scores, keep)
-    pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, jnp.abs(trees.widen(s))), scores, keep)
+    magnitude = lambda score: jnp.abs(trees.widen(score))
+    kept = trees.fold_sum(lambda s, k: jnp.where(k, magnitude(s), 0), scores, keep)
+    pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, magnitude(s)), scores, keep)
     number = trees.fold_sum(lambda k: k.astype(jnp.int32), keep)
     return kept / number, pruned / jnp.maximum(layer.size - number, 1)
 
 
-def _ratio_of_scores(kept: jax.Array, pruned: jax.Array) -> jax.Array:
+def _ratio_of_scores(kept: Array, pruned: Array) -> Array:
     """Of two zeros 1: neither is larger; smoothing would keep a NaN for ever."""
     positive = pruned > 0
     quotient = kept / jnp.where(positive, pruned, 1)
@@ -629,7 +630,7 @@ def state_of(opt_state: PyTree) -> GrowingState:
     return GrowingState(step, left, keep, Progress(*numbers))
 
 
-def finished(opt_state: PyTree) -> jax.Array:
+def finished(opt_state: PyTree) -> Array:
     """Whether all layers are done and `stabilize_steps` more steps are made: bool."""
     return state_of(opt_state).left <= 0
 
@@ -639,14 +640,14 @@ def kept(opt_state: PyTree) -> Keep:
     return state_of(opt_state).keep
 
 
-def penalties(opt_state: PyTree) -> dict[str, jax.Array]:
+def penalties(opt_state: PyTree) -> dict[str, Array]:
     """The penalty of every unit, by layer: of filters [units], of weights in the shape of the
     kernel.
     """
     return _regs(state_of(opt_state))
 
 
-def _regs(state: GrowingState) -> dict[str, jax.Array]:
+def _regs(state: GrowingState) -> dict[str, Array]:
     result = {}
     for i, (name, keep) in enumerate(state.keep.items()):
         # a leading axis of members of a sweep stays in front
@@ -666,7 +667,7 @@ def progress(opt_state: PyTree) -> dict[str, Progress]:
     }
 
 
-def scores(params: PyTree, layers: Sequence[Layer]) -> dict[str, jax.Array]:
+def scores(params: PyTree, layers: Sequence[Layer]) -> dict[str, Array]:
     """The score of every unit, by layer: mean absolute weights [units], of weights their
     magnitudes.
     """

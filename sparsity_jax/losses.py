@@ -3,7 +3,7 @@ nats.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 LOSSES = {"cross_entropy": cross_entropy, "mean_squared_error": mean_squared_error}
+Config = Annotated[dict, tables.Named(LOSSES)]
 CROSS_ENTROPY = tables.Options(name="cross_entropy")
 
 

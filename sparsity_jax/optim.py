@@ -11,16 +11,16 @@ entries stay as they are. Sums over steps are float32 or wider whatever the weig
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import polytopes, tables, trees
+from sparsity_jax import originals, polytopes, tables, trees
 
 PyTree = Any
 
@@ -217,15 +217,9 @@ def original_multistep(
     gamma: tables.Positive = 0.5,
     warmup_epochs: tables.NonNegative = 5.0,
 ) -> Rate:
-    """What the one-shot pruning original does: `milestones` count iterations, so most fall inside
-    the warm-up.
-
-    `multistep` is what it evidently meant. Source: Zhang et al. 2024, arXiv:2306.05857, training
-    script.
-    """
+    """See `originals.multistep`; `multistep` is what it evidently meant."""
     del epochs
-    reached = lambda step: jnp.sum(step == jnp.asarray(milestones, jnp.int32))
-    change = lambda rate, step: rate * jnp.asarray(gamma, float) ** reached(step)
+    change = functools.partial(originals.multistep, milestones=milestones, gamma=gamma)
     return _stepped_per_iteration(learning_rate, warmup_epochs, steps_per_epoch, change)
 
 
@@ -236,22 +230,8 @@ def original_cosine(
     *,
     warmup_epochs: tables.NonNegative = 5.0,
 ) -> Rate:
-    """What the one-shot pruning original does: a cosine of period 2 * epochs *iterations*, as a
-    recursion on the rate.
-
-    After a warm-up the recursion continues from a rate that is not its own and can exceed
-    `learning_rate` many times; `cosine` is what it evidently meant. Source: as
-    `original_multistep`; recursion: PyTorch's CosineAnnealingLR.
-    """
-
-    def change(rate, step):
-        cosine = lambda step: 1 + jnp.cos(jnp.pi * jnp.asarray(step, float) / epochs)
-        restart = (step - 1 - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
-        risen = rate + learning_rate * (1 - math.cos(math.pi / epochs)) / 2
-        return jnp.where(
-            restart, risen, cosine(step) / jnp.where(restart, 1, cosine(step - 1)) * rate
-        )
-
+    """See `originals.cosine`; `cosine` is what it evidently meant."""
+    change = functools.partial(originals.cosine, learning_rate=learning_rate, epochs=epochs)
     return _stepped_per_iteration(learning_rate, warmup_epochs, steps_per_epoch, change)
 
 
@@ -1013,16 +993,19 @@ def options(
     *,
     name: str,
     learning_rate: tables.NonNegative = 0.1,
-    schedule: dict = {"name": "keep"},  # noqa: B006 - never changed
-    constraint: dict = {"name": "unconstrained"},  # noqa: B006
+    schedule: Annotated[dict, tables.Named(SCHEDULES)] = {"name": "keep"},  # noqa: B006 - never changed
+    constraint: polytopes.Config = {"name": "unconstrained"},  # noqa: B006
     norms: Literal["per_parameter", "per_shape"] = "per_parameter",
-    penalty: dict = {"name": "none"},  # noqa: B006
+    penalty: Annotated[dict, tables.Named(PENALTIES)] = {"name": "none"},  # noqa: B006
 ) -> None:
     """Fields of every optimizer config beside the chosen optimizer's own.
 
     norms: how `initialization` radii are measured; `per_shape` is the original's table, see
         `share_by_shape`.
     """
+
+
+Config = Annotated[dict, tables.Named(OPTIMIZERS, options)]
 
 
 def settings(

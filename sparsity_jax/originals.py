@@ -1,15 +1,110 @@
 """What the five original programs do knowingly wrong, kept so that their numbers can be had back.
 
 Each function names its source and the option that asks for it; by default nothing here is used.
+Sources, each with its published code. SFW: Miao et al., Learning Pruning-Friendly Networks via
+Frank-Wolfe, ICLR 2022. Flow: Lubana and Dick 2021, arXiv:2009.11839. GReg: Wang et al. 2021,
+arXiv:2012.09243. Limit: Zhang et al. 2023, arXiv:2306.05857.
 
-SFW: Miao et al. 2022, "Learning Pruning-Friendly Networks via Frank-Wolfe" (ICLR). Flow: Lubana and
-Dick 2021, arXiv:2009.11839. GReg: Wang et al. 2021, arXiv:2012.09243. Limit: Zhang et al. 2023,
-arXiv:2306.05857.
+What is no function of its own is a branch where it happens:
+
+- SFW keeps all weights tied with the last one: `count="original"` of `allocate`;
+- SFW looks up radii by the shape of an array: `norms=per_shape`, `polytopes.share_by_shape`;
+- SFW sends zero gradients to +radius, and small ones to zero: `zero_up`, `zero_below` of
+  `polytopes`;
+- Flow masks the two sides of a skip connection one by one: `branches=separate` of `groups.trace`;
+- Limit sums the norms of the Hessian's rows over batches: `rows=original` of the stage `row_norms`,
+  and takes the best of 1,000 ratios for its prediction: `method=grid` of `width.predict`.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+
+# Learning rates -----------------------------------------------------------------------------------
+
+
+def multistep(rate: Array, step: Array, milestones: Sequence[int], gamma: float) -> Array:
+    """The rate after `step` iterations: `milestones` count iterations, not epochs, so most fall
+    inside the warm-up.
+
+    Limit; the schedule `original_multistep`.
+    """
+    reached = jnp.sum(step == jnp.asarray(milestones, jnp.int32))
+    return rate * jnp.asarray(gamma, float) ** reached
+
+
+def cosine(rate: Array, step: Array, learning_rate: float, epochs: int) -> Array:
+    """The rate after `step` iterations: a cosine of period 2 * epochs iterations, as a recursion on
+    the rate, which after a warm-up is not its own and can exceed `learning_rate` many times.
+
+    Limit; the schedule `original_cosine`. Recursion: PyTorch's CosineAnnealingLR.
+    """
+
+    def height(step: Array) -> Array:
+        return 1 + jnp.cos(jnp.pi * jnp.asarray(step, float) / epochs)
+
+    restart = (step - 1 - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
+    risen = rate + learning_rate * (1 - math.cos(math.pi / epochs)) / 2
+    before = jnp.where(restart, 1, height(step - 1))
+    return jnp.where(restart, risen, height(step) / before * rate)
+
+
+# Numbers of weights -------------------------------------------------------------------------------
+
+
+def kept_of_all(size: int, ratio: float) -> int:
+    """One weight more than nominal: SFW; `count="original"` of the selection `global`."""
+    return size - max(int(ratio * size) - 1, 0)
+
+
+def kept_of_layer(size: int, ratio: float) -> int:
+    """One weight more than nominal: SFW; `count="original"` of the selection `layerwise`."""
+    return size - int(ratio * (size - 1))
+
+
+def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
+    """What is called ERK there, and is another rule than `allocate.erk_ratios`: nearly uniform.
+
+    ratio_l = c s_l with s = 1 - (sum of the kernel's dimensions) / (their product) and c = ratio
+    sum(n) / sum(n s), at most 1. Raises ValueError if no kernel is larger than the sum of its
+    dimensions. SFW; `layer_ratios="erk_original"`.
+    """
+    total, weighted, slack = 0, 0.0, {}
+    for path, shape in shapes.items():
+        size = math.prod(shape)
+        slack[path] = 1 - sum(shape) / size
+        weighted += size * slack[path]
+        total += size
+    if weighted <= 0:
+        raise ValueError(
+            f"erk_original needs kernels larger than the sum of their dimensions: {dict(shapes)}."
+        )
+    scale = ratio * total / weighted
+    for path in slack:
+        share = max(scale * slack[path], 0.0)
+        slack[path] = min(share, 1.0)
+    return slack
+
+
+def square_distances(distances: Any, ratios: np.ndarray) -> np.ndarray:
+    """Squares of `width.Distances` at pruning ratios: all up to and including the ceil(p n)-th
+    smallest are removed, with those tied with the last, and the network pruned so at ratio 0, which
+    has lost its smallest weight, is where they are measured from.
+
+    Limit; `count="original"` of `width.Distances.at`.
+    """
+    shares = np.append(ratios, 0.0)
+    counts = np.ceil(shares * distances.size).astype(int)
+    last = np.maximum(counts, 1) - 1
+    largest = distances.magnitudes[last]
+    removed = np.searchsorted(distances.magnitudes, largest, side="right")
+    squares = distances.squares[removed]
+    return (squares[:-1] - squares[-1]).reshape(ratios.shape)
+
 
 # Numbers of channels ------------------------------------------------------------------------------
 

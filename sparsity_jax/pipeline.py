@@ -3,7 +3,6 @@ where it stopped.
 """
 
 import contextlib
-import copy
 import functools
 import importlib.metadata
 import itertools
@@ -21,6 +20,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
+import sparsity_jax
 from sparsity_jax import (
     checkpoint,
     data,
@@ -28,6 +28,7 @@ from sparsity_jax import (
     greg,
     interface,
     lock,
+    members,
     models,
     pretrained,
     report,
@@ -76,33 +77,29 @@ def settings(
     sample: Literal["spread", "first"] = "spread",
     sample_seed: tables.Index = 0,
     checkpoint_seconds: tables.NonNegative = 60.0,
-    arm: str = "",
-    arms: dict = {},  # noqa: B006 - never changed
-    sweep: dict = {},  # noqa: B006
-    sweep_mode: Literal["auto", "vmap", "loop"] = "auto",
+    sweep: dict = {},  # noqa: B006 - never changed
 ) -> None:
     """Fields of every config beside its stages.
 
-    pipeline: names of stage configs, in order. start_from: workdir of a finished run, whose trained
-    network and rows this one goes on from; its model must be the same. pretrained: a file of
-    PyTorch weights (see `pretrained.read`), with which all networks start, also where a `train`
-    stage has start="init"; stages that need a trained network take it as one. pretrained_names:
-    which of its layers is which here, see `pretrained.name_map`. pretrained_zeros: whether weights
-    that are zero in the file train as all others, or are masked as pruned ones and stay zero
-    ("keep").
-    fresh_classifier: without its last layer, which starts fresh: for other classes. platform: where
-    to compute (default: JAX's choice). mesh: local devices that share each batch, 0 for all.
-    steps_per_call: training steps per compiled call, 0 for automatic. sample: which images a stage
-    takes that is given a number of them (`imp_samples`, `num_examples`): "spread" evenly over the
-    stored order, in memory and streamed alike, another sample for each sample_seed; or the "first",
-    which in a folder are those of the first classes. checkpoint_seconds: least time between two
-    saves. arms: fields of stages that change together, by name of the arm, e.g.
-    `dict(fast=dict(label="Fast", fit=dict(optimizer=...), again=dict(epochs=1)))`; each is replaced
-    as a whole, the label (default: the arm's name) is that of the report. arm: which of them to
-    run. sweep: lists of values under the names of fields, e.g. `dict(arm=("fast", "slow"), seed=(0,
-    1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. sweep_mode: all
-    at once (`vmap`) or one after the other (`loop`); `auto` is `vmap` for dense networks that share
-    a compiled program: those that differ in the seed and in numbers of one optimizer.
+    data: see `data.load`. model: see `models.build`. pipeline: names of stage configs, in order.
+    title: of the report. seed: of initial weights and all random numbers. start_from: workdir
+    of a finished run, whose trained network and rows this one goes on from; its model must be
+    the same. pretrained: a file of PyTorch weights (see `pretrained.read`), with which all
+    networks start, also where a `train` stage has start="init"; stages that need a trained
+    network take it as one. pretrained_names: which of its layers is which here, see
+    `pretrained.name_map`. pretrained_zeros: whether weights that are zero in the file train as
+    all others, or are masked as pruned ones and stay zero ("keep"). fresh_classifier: without
+    its last layer, which starts fresh: for other classes. platform: where to compute (default:
+    JAX's choice). mesh: local devices that share each batch, 0 for all. steps_per_call:
+    training steps per compiled call, 0 for automatic. eval_batch_size: images per batch of
+    evaluations. sample: which images a stage takes that is given a number of them
+    (`imp_samples`, `num_examples`): "spread" evenly over the stored order, in memory and
+    streamed alike, another sample for each sample_seed; or the "first", which in a folder are
+    those of the first classes. sample_seed: number of the sample. checkpoint_seconds: least
+    time between two saves.
+    sweep: lists of values under the names of fields, e.g. `dict(seed=(0, 1),
+    fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. What else it may
+    say, see `members.choices`.
     """
 
 
@@ -120,15 +117,24 @@ def stage(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 class Plan(NamedTuple):
-    """A checked config of one or more members that share a program. configs: one each, plain
-    dicts.
+    """Members that run side by side. numbers: of the members, consecutive. common: the checked
+    fields beside the stages. settings: by stage name, one per member.
     """
 
-    configs: list[dict]
-    swept: list[dict]  # values that differ, by field path, as rows show them
+    numbers: list[int]
+    members: list[members.Member]
     common: dict[str, Any]
-    pipeline: tuple[str, ...]
-    settings: dict[str, list[Any]]  # by stage name, one a member
+    settings: dict[str, list[Any]]
+
+    @property
+    def pipeline(self) -> tuple[str, ...]:
+        """Names of its stages, in order."""
+        return self.common["pipeline"]
+
+    @property
+    def size(self) -> int | None:
+        """Size of the leading axis of its states; None: no such axis."""
+        return len(self.members) if len(self.members) > 1 else None
 
 
 def plain(config: Mapping) -> dict:
@@ -166,109 +172,99 @@ def json_of(value: Any) -> str:
         raise ValueError(f"no plain data: {error}") from None
 
 
-def check(config: Mapping) -> tuple[list[Plan], bool]:
-    """Checks a whole config without compiling anything; (plans, whether they are separate runs of a
-    sweep).
+def check(config: Mapping) -> list[Plan]:
+    """Checks a whole config without compiling anything: the plans, one after the other, of members
+    that run side by side.
 
     Raises ConfigError for the first mistake, saying what was given, what is allowed and the closest
     match.
     """
-    config, known = {**tables.defaults(settings), **plain(config)}, tables.parameters(settings)
-    common = {name: value for name, value in config.items() if name in known}
-    with tables.within("config"):
-        common = {**common, **tables.check_options(settings, common)}
-    stage_configs = {name: value for name, value in config.items() if name not in known}
-    used = set(common["pipeline"])
-    check_names(common["pipeline"], stage_configs)
-    for name, value in stage_configs.items():
-        if not isinstance(value, Mapping) or "kind" not in value:
-            fields = [n for n, v in stage_configs.items() if isinstance(v, Mapping) and "kind" in v]
-            raise tables.ConfigError("config", name, verb="has no field", known=[*known, *fields])
-    for name, idle in (("arm", common["arm"]), ("seed", common["seed"])):
-        if idle and name in common["sweep"]:
-            raise tables.ConfigError(
-                f"config.{name}",
-                idle,
-                why=f"but config.sweep.{name} decides",
-                allowed=f"--config.sweep.{name}=({idle!r},)",
-            )
-    members = list(expand(config))
-    for member, _ in members:
-        tables.convert(member["seed"], tables.Seed, "config.sweep.seed")
-    for path in members[0][1]:
-        if path not in ("arm", "seed") and path.split(".")[0] in known:
-            raise tables.ConfigError(
-                "config.sweep", path, verb="names", allowed="arm, seed and fields of stages"
-            )
-    checked = [check_member(member) for member, _ in members]
+    config = {**tables.defaults(settings), **plain(config)}
+    common = check_common(config)
+    found = members.expand(config)
+    checked = [check_member(member.config) for member in found]
     done = {**check_pretrained(common), **check_origin(common)}
     for own in checked:
-        check_order(common["pipeline"], stage_configs, own, done)
+        check_order(common["pipeline"], config, own, done)
     with tables.within("config.data"):
         data.check(**dict(common["data"]))
-    several, streamed = len(members) > 1, common["data"].get("stream")
-    used |= {own[name].retrain for own in checked for name in used} - {""}
-    programs = {name: {own[name].together() for own in checked} for name in used}
-    differing = sorted(name for name in used if len(programs[name]) > 1)
-    together = several and side_by_side(common, differing)
-    if streamed:
-        if together:
-            raise tables.ConfigError(
-                "config.sweep_mode",
-                common["sweep_mode"],
-                why="but one member at a time reads what config.data.stream leaves where it is",
-                allowed="'loop'",
-            )
-        for own in checked:
-            for name in sorted(used):
-                with tables.within(f"config.{name}"):
-                    own[name].check_streamed()
-    for name in differing if together else ():
-        changed = ", ".join(fields_that_differ([member[name] for member, _ in members]))
+    again = {own[name].retrain for own in checked for name in common["pipeline"]}
+    used = sorted({*common["pipeline"], *again} - {""})
+    if common["data"].get("stream"):
+        check_streamed(common, checked, used)
+    plans = []
+    for numbers in side_by_side(common, found, checked, used):
+        own = [checked[i] for i in numbers]
+        stages_of_members = {name: [stages[name] for stages in own] for name in own[0]}
+        plans.append(Plan(numbers, [found[i] for i in numbers], common, stages_of_members))
+    return plans
+
+
+def check_common(config: dict) -> dict[str, Any]:
+    """The checked fields of a config beside its stages; raises ConfigError for other fields."""
+    known = tables.parameters(settings)
+    common = {name: value for name, value in config.items() if name in known}
+    with tables.within("config"):
+        common |= tables.check_options(settings, common)
+    names = members.stages_of(config)
+    check_names(common["pipeline"], names)
+    for name in config:
+        if name not in (*known, *names):
+            raise tables.ConfigError("config", name, verb="has no field", known=[*known, *names])
+    return common
+
+
+def check_streamed(common: Mapping, checked: Sequence[dict], used: Sequence[str]) -> None:
+    """Raises ConfigError for stages that need in memory what stays where it is."""
+    if members.mode_of(common) == "vmap":
+        raise tables.ConfigError(
+            "config.sweep.mode",
+            "vmap",
+            why="but one member at a time reads what config.data.stream leaves where it is",
+            allowed="'loop'",
+        )
+    for own in checked:
+        for name in used:
+            with tables.within(f"config.{name}"):
+                own[name].check_streamed()
+
+
+def side_by_side(
+    common: Mapping, found: Sequence[members.Member], checked: Sequence[dict], used: Sequence[str]
+) -> list[list[int]]:
+    """Numbers of the members that run at once, in one program each.
+
+    used: names of the stages that run. Raises ConfigError if all shall, but cannot.
+    """
+    mode, numbers = members.mode_of(common), range(len(found))
+    alone = common["data"].get("stream") or convolves(common["model"])
+    if mode == "loop" or (mode == "auto" and alone):
+        return [[i] for i in numbers]
+    program = lambda i: [checked[i][name].together() for name in used]
+    groups = [list(group) for _, group in itertools.groupby(numbers, program)]
+    if mode == "vmap" and len(groups) > 1:
+        first, other = found[0].config, found[groups[1][0]].config
+        differing = workdirs.differences(
+            {name: first[name] for name in used}, {name: other[name] for name in used}
+        )
+        fields = [field for field, _, _ in differing if not field.endswith(".label")]
         raise tables.ConfigError(
             "config.sweep",
-            f"config.{name}",
+            fields,
             verb="changes",
-            why=f"in a way that needs another program ({changed})",
-            allowed="seed and numbers of one optimizer; anything with config.sweep_mode='loop'",
+            why="which needs another program",
+            allowed="seed and numbers of one optimizer; anything with config.sweep.mode='loop'",
         )
-    make = lambda found: Plan(
-        [members[i][0] for i in found],
-        [members[i][1] for i in found],
-        common,
-        tuple(common["pipeline"]),
-        {name: [checked[i][name] for i in found] for name in stage_configs},
-    )
-    if several and not together:
-        return [make([i]) for i in range(len(members))], True
-    return [make(range(len(members)))], False
+    return groups
 
 
-def fields_that_differ(stage_configs: Sequence[Mapping]) -> list[str]:
-    """Names of the fields, but for labels, in which configs of one stage are not all equal."""
-    first, *others = stage_configs
-    names = {name for config in stage_configs for name in config} - {"label"}
-    return sorted(
-        name for name in names if any(other.get(name) != first.get(name) for other in others)
-    )
-
-
-def check_names(pipeline: Sequence[str], stage_configs: Mapping) -> None:
+def check_names(pipeline: Sequence[str], stage_names: Sequence[str]) -> None:
     """Raises ConfigError for a pipeline that is empty or names a stage that the config has not."""
     if not pipeline:
         raise tables.ConfigError("config.pipeline", (), allowed="at least one name of a stage")
     for name in pipeline:
-        if name not in stage_configs:
-            raise tables.ConfigError("config.pipeline", name, verb="names", known=stage_configs)
-
-
-def side_by_side(common: Mapping, differing: Sequence[str]) -> bool:
-    """Whether members of a sweep run at once. differing: stages in which they need several
-    programs.
-    """
-    if common["sweep_mode"] != "auto":
-        return common["sweep_mode"] == "vmap"
-    return not (common["data"].get("stream") or differing or convolves(common["model"]))
+        if name not in stage_names:
+            raise tables.ConfigError("config.pipeline", name, verb="names", known=stage_names)
 
 
 def convolves(model: Mapping) -> bool:
@@ -350,17 +346,23 @@ def check_origin(config: dict) -> dict[str, str]:
         raise refused(why=f"a run of another network\n{lines}")
     other, folders = {**tables.defaults(settings), **other}, sorted(path.glob("member_*"))
     several = other["sweep"] and not path.name.startswith("member_")
-    if several and (config["sweep"], config["sweep_mode"]) != (other["sweep"], other["sweep_mode"]):
+    if several and plain(config["sweep"]) != other["sweep"]:
         one = f", or one of its networks, e.g. {folders[0]}" if folders else ""
-        sweep = f"sweep {json.dumps(other['sweep'])} and its sweep_mode {other['sweep_mode']!r}"
-        raise refused(why="a run of several networks", allowed=f"with its {sweep}{one}")
-    missing = folders and len(folders) < len(list(expand(other)))
+        sweep = f"with its sweep {json.dumps(other['sweep'])}"
+        raise refused(why="a run of several networks", allowed=f"{sweep}{one}")
+    missing = folders and number_of_members(folders) < len(members.expand(other))
     if missing or not all(map(workdirs.is_finished, folders or [path])):
         raise refused(why="which is not finished: run it to its end first")
-    kinds = {}
+    kinds: dict[str, str] = {}
     for _, found in reversed(list(ancestry(path))):
         kinds |= trained_before(found) | {name: found[name]["kind"] for name in found["pipeline"]}
     return kinds
+
+
+def number_of_members(folders: Sequence[pathlib.Path]) -> int:
+    """How many members run in these folders of their own."""
+    configs = [workdirs.read_config(folder) for folder in folders]
+    return sum(len(members.expand(config)) for config in configs)
 
 
 def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -425,7 +427,7 @@ def ancestry(path: str | pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
 
 def check_order(
     pipeline: tuple[str, ...],
-    stage_configs: dict,
+    config: Mapping,
     checked: dict[str, Any],
     done: Mapping[str, str] = {},
 ) -> None:
@@ -435,7 +437,7 @@ def check_order(
     """
     done = dict(done)
     for name in pipeline:
-        kind = stage_configs[name]["kind"]
+        kind = config[name]["kind"]
         needs = STAGES[kind].needs
         if needs and not set(done.values()) & set(needs):
             sources = " or ".join(map(repr, needs))
@@ -455,135 +457,18 @@ def check_order(
         done[name] = kind
         if checked[name].retrain:
             with tables.within(f"config.{name}.retrain"):
-                check_retrain(checked[name].retrain, stage_configs, checked)
+                check_retrain(checked[name].retrain, config, checked)
 
 
-def check_retrain(name: str, stage_configs: Mapping, checked: Mapping[str, Any]) -> None:
+def check_retrain(name: str, config: Mapping, checked: Mapping[str, Any]) -> None:
     """Raises ConfigError for a `retrain` that is no training of the current network."""
-    trains = [other for other, config in stage_configs.items() if config["kind"] == "train"]
+    trains = [n for n in members.stages_of(config) if config[n]["kind"] == "train"]
     if name not in trains:
         raise tables.ConfigError("", name, why="no stage of kind 'train'", known=trains)
     if checked[name].start != "current":
         raise tables.ConfigError(
             "", name, why="whose start is 'init'", allowed="one whose start is 'current'"
         )
-
-
-def expand(config: dict) -> Iterator[tuple[dict, dict[str, Any]]]:
-    """(config, swept values by field path) of every member: all combinations, arms outermost; one
-    without a sweep.
-
-    Swept values are given as rows show them: an arm by its label, a dict by its name.
-    """
-    sweep = dict(config["sweep"])
-    names = sweep.pop("arm", [config["arm"]])
-    if not isinstance(names, (list, tuple)) or not names:
-        raise tables.ConfigError(
-            "config.sweep.arm", names, allowed="a list of names of config.arms"
-        )
-    labels = {}
-    for name in names:
-        own, label = in_arm(config, name)
-        if label in labels:
-            raise tables.ConfigError(
-                f"config.arms.{name}.label",
-                label,
-                why=f"that of the arm {labels[label]!r} too",
-                allowed="one of its own",
-            )
-        labels[label] = name
-        fields = dict(_swept_fields(sweep, own, ""))
-        for picked in itertools.product(*(range(len(values)) for values in fields.values())):
-            numbers = dict(zip(fields, picked, strict=True))
-            texts = {path: shown(fields[path])[i] for path, i in numbers.items()}
-            values = {path: fields[path][i] for path, i in numbers.items()}
-            yield override_all(own, values), {**({"arm": label} if name else {}), **texts}
-
-
-def in_arm(config: dict, name: str) -> tuple[dict, str]:
-    """(config with the fields of the arm `name` replaced, its label); the config itself for no
-    name.
-    """
-    if not name:
-        return config, ""
-    arm, stage_names = (
-        tables.lookup(config["arms"], name, "config.arm"),
-        set(config) - set(tables.parameters(settings)),
-    )
-    if not isinstance(arm, Mapping) or not isinstance(arm.get("label", ""), str):
-        raise tables.ConfigError(f"config.arms.{name}", arm, allowed="a label, and fields by stage")
-    values = {}
-    for stage_name, fields in arm.items():
-        where = f"config.arms.{name}.{stage_name}"
-        if stage_name == "label":
-            continue
-        if stage_name not in stage_names:
-            raise tables.ConfigError(
-                f"config.arms.{name}", stage_name, verb="has no stage", known=stage_names
-            )
-        if not isinstance(fields, Mapping):
-            raise tables.ConfigError(
-                where, fields, allowed="a dict of the stage's fields that change"
-            )
-        kind = tables.lookup(STAGES, config[stage_name]["kind"], f"config.{stage_name}.kind")
-        known = tables.parameters(kind)
-        for field, value in fields.items():
-            if field not in known:
-                raise tables.ConfigError(where, field, verb="has no field", known=known)
-            values[f"{stage_name}.{field}"] = value
-    return override_all(config, {**values, "arm": name}), arm.get("label") or name
-
-
-def shown(values: list) -> list:
-    """Values of one swept field as rows show them: dicts by their names, numbered where several
-    have the same.
-    """
-    names = [value.get("name", "") if isinstance(value, Mapping) else None for value in values]
-    number = lambda i: f" {i + 1}" if names.count(names[i]) > 1 or not names[i] else ""
-    return [
-        value if name is None else f"{name}{number(i)}".strip()
-        for i, (value, name) in enumerate(zip(values, names))
-    ]
-
-
-def _swept_fields(sweep: Mapping, config: Mapping, path: str) -> Iterator[tuple[str, list]]:
-    for name, value in sweep.items():
-        where = f"{path}.{name}" if path else name
-        if not isinstance(config, Mapping) or name not in config:
-            known = list(config) if isinstance(config, Mapping) else []
-            nested = "fields within fields nested: sweep=dict(fit=dict(epochs=(1, 2)))"
-            raise tables.ConfigError(
-                f"config.sweep.{path}".rstrip("."),
-                name,
-                verb="names",
-                why="which does not exist",
-                allowed=nested if "." in name else "",
-                known=known,
-            )
-        if isinstance(value, Mapping):
-            yield from _swept_fields(value, config[name], where)
-        elif (
-            isinstance(value, (list, tuple))
-            and value
-            and name not in ("sweep", "pipeline", "data", "mesh")
-        ):
-            yield where, list(value)
-        else:
-            raise tables.ConfigError(
-                f"config.sweep.{where}", value, allowed="a list of values for one field"
-            )
-
-
-def override_all(config: dict, values: dict[str, Any]) -> dict:
-    """A copy of `config` with the fields at the given paths replaced."""
-    config = copy.deepcopy(config)
-    for path, value in values.items():
-        *outer, last = path.split(".")
-        inner = config
-        for name in outer:
-            inner = inner[name]
-        inner[last] = value
-    return config
 
 
 # Running ------------------------------------------------------------------------------------------
@@ -623,7 +508,7 @@ def run(
         if snapshots:
             return redraw(config, workdir, snapshots)
     use_platform(config.get("platform", "default"))
-    plans, separate = check(config)
+    plans = check(config)
     workdirs.refuse_other(workdir, config)
     lock.refuse(workdir, lock_seconds)
     with enough_memory_for("config.data", None, plans[0].common):
@@ -637,10 +522,10 @@ def run(
             say(f"images are read by {problem.dataset.train.images.reading}")
         if "pretrained" in environment:
             say(f"config.pretrained: {environment['pretrained']}")
-        if not separate:
+        if len(plans) == 1:
             outcome, diverged = run_plan(plans[0], problem, workdir, config, still_mine), []
         else:
-            outcome, diverged = run_members(plans, problem, workdir, still_mine)
+            outcome, diverged = run_separately(plans, problem, workdir, config, still_mine)
         title = plans[0].common["title"] or None
         path = report.write(workdir, config, outcome.rows, title=title, environment=environment)
     say(f"report: {path}")
@@ -654,7 +539,7 @@ def last_snapshots(workdir: pathlib.Path, config: dict) -> list[workdirs.Snapsho
     finished.
     """
     folders = sorted(workdir.glob("member_[0-9]*"))
-    if folders and len(folders) < len(list(expand({**tables.defaults(settings), **config}))):
+    if folders and number_of_members(folders) < len(members.expand(config)):
         return []
     found = [workdirs.newest(folder) for folder in folders or [workdir]]
     ended = [
@@ -670,9 +555,9 @@ def redraw(config: dict, workdir: pathlib.Path, snapshots: list[workdirs.Snapsho
     for snapshot in snapshots:
         own = snapshot.progress.rows
         folder = snapshot.folder.parent.parent
-        if len(snapshots) > 1:
+        if folder != workdir:
             report.Writer(folder, own).close()
-            own = [{**row, "member": int(folder.name.removeprefix("member_"))} for row in own]
+            own = renumbered(own, int(folder.name.removeprefix("member_")))
         rows += own
     report.Writer(workdir, rows).close()
     title = config.get("title") or None
@@ -703,31 +588,58 @@ def use_platform(name: str) -> None:
         )
 
 
-def run_members(
-    plans: list[Plan], problem: train.Problem, workdir: pathlib.Path, still_mine: Callable[[], None]
+def run_separately(
+    plans: list[Plan],
+    problem: train.Problem,
+    workdir: pathlib.Path,
+    config: dict,
+    still_mine: Callable[[], None],
 ) -> tuple[Outcome, list[str]]:
-    """The members of a sweep one after the other, in folders of their own: (outcome, a line for
-    each that diverged).
+    """The plans one after the other, in folders of their own: (outcome, a line for each that
+    diverged).
 
-    The outcome's state is that of the last member that did not.
+    The outcome's state is that of the last plan that did not.
     """
     rows, state, diverged = [], None, []
-    for i, plan in enumerate(plans):
-        place = workdir / f"member_{i:03d}"
+    compiled: dict[int | None, dict] = {problem.members: problem.compiled}
+    for plan in plans:
+        first = plan.numbers[0]
+        place = workdir / f"member_{first:03d}"
         stopping.check()
-        plan = plan._replace(common=member_origin(plan.common, i))
-        config = member_config(plan)
-        workdirs.claim(place, config)
-        swept = ", ".join(f"{name}={value}" for name, value in plan.swept[0].items())
-        say(f"member {i} ({i + 1} of {len(plans)}): {swept}")
+        plan = plan._replace(common=member_origin(plan.common, first))
+        own_config = config_of(plan, config)
+        workdirs.claim(place, own_config)
+        say(f"{names_of(plan)} ({first + 1} of {plans[-1].numbers[-1] + 1}): {told(plan)}")
+        own_problem = problem._replace(
+            members=plan.size, compiled=compiled.setdefault(plan.size, {})
+        )
         try:
-            state, own = run_plan(plan, problem, place, config, still_mine)
+            state, own = run_plan(plan, own_problem, place, own_config, still_mine)
         except train.NonFiniteLossError as error:
-            diverged.append(f"member {i}: {error}")
+            diverged.append(f"{names_of(plan)}: {error}")
             own = report.read_rows(place / report.METRICS)
-        rows += [{**row, "member": i} for row in own]
+        rows += renumbered(own, first)
         report.Writer(workdir, rows).close()
     return Outcome(state, rows), diverged
+
+
+def renumbered(rows: list[dict], first: int) -> list[dict]:
+    """Rows of members that ran by themselves, numbered as those of the whole run from `first`
+    on.
+    """
+    return [{**row, "member": first + row["member"]} for row in rows]
+
+
+def names_of(plan: Plan) -> str:
+    """`member 3`, or `members 3 to 5`."""
+    first, last = plan.numbers[0], plan.numbers[-1]
+    return f"member {first}" if first == last else f"members {first} to {last}"
+
+
+def told(plan: Plan) -> str:
+    """The swept values of a plan's members, in words."""
+    shown = lambda swept: ", ".join(f"{name}={value}" for name, value in swept.items())
+    return "; ".join(shown(member.swept) for member in plan.members)
 
 
 def member_origin(common: dict[str, Any], member: int) -> dict[str, Any]:
@@ -738,13 +650,19 @@ def member_origin(common: dict[str, Any], member: int) -> dict[str, Any]:
     return {**common, "start_from": str(own)} if common["start_from"] and own.is_dir() else common
 
 
-def member_config(plan: Plan) -> dict:
-    """The config of one separate member, which makes the same network alone, in whatever folder."""
-    config, label = dict(plan.configs[0]), plan.swept[0].get("arm")
-    for name, value in config.items():
+def config_of(plan: Plan, config: dict) -> dict:
+    """The config of one separate plan; of a single member it makes the same network alone, in
+    whatever folder.
+    """
+    own = dict(config, start_from=plan.common["start_from"])
+    if plan.size:
+        return {**own, "sweep": {**config["sweep"], "members": plan.numbers}}
+    ((single, swept),) = plan.members
+    label = swept.get("arm")
+    for name, value in single.items():
         if label and isinstance(value, Mapping) and value.get("kind") == "train":
-            config[name] = {**value, "label": label}
-    return {**config, "sweep": {}, "arms": {}, "arm": "", "start_from": plan.common["start_from"]}
+            single = {**single, name: {**value, "label": label}}
+    return {**single, "start_from": plan.common["start_from"]}
 
 
 def build(plans: list[Plan]) -> train.Problem:
@@ -760,12 +678,11 @@ def build(plans: list[Plan]) -> train.Problem:
     with tables.within("config.data"):
         dataset = data.load(**tables.check_options(data.load, common["data"]))
     model = models.build(num_classes=dataset.num_classes, **common["model"])
-    members = len(plans[0].configs) if len(plans[0].configs) > 1 else None
     problem = train.build_problem(
         dataset,
         model,
         mesh=common["mesh"],
-        members=members,
+        members=plans[0].size,
         eval_batch_size=common["eval_batch_size"],
         sample=data.FixedSample(common["sample"], common["sample_seed"]),
         steps_per_call=common["steps_per_call"],
@@ -778,10 +695,11 @@ def build(plans: list[Plan]) -> train.Problem:
         problem = problem._replace(
             pretrained=arrays, keep_zeros=common["pretrained_zeros"] == "keep"
         )
-    for i, plan in enumerate(plans):
+    for plan in plans:
         if plan.common["start_from"]:
-            own = member_origin(plan.common, i) if len(plans) > 1 else plan.common
-            check_arrays(own["start_from"], shapes, problem.members)
+            separate = len(plans) > 1
+            own = member_origin(plan.common, plan.numbers[0]) if separate else plan.common
+            check_arrays(own["start_from"], shapes, plan.size)
     for name in runs(plans[0]):
         visits, checked = max(plans[0].pipeline.count(name), 1), []
         for own in (own for plan in plans for own in plan.settings[name]):
@@ -861,7 +779,7 @@ def runs(plan: Plan) -> list[str]:
 
 def initial_state(plan: Plan, problem: train.Problem) -> train.State:
     """The networks at the start, one per member; members of the same seed start alike."""
-    keys = [train.key_of(config["seed"]) for config in plan.configs]
+    keys = [train.key_of(member.config["seed"]) for member in plan.members]
     key = keys[0] if problem.members is None else jnp.stack(keys)
     return train.initial_state(problem, problem.place(key))
 
@@ -917,7 +835,7 @@ def run_plan(
         for position, name in enumerate(plan.pipeline):
             if position < progress.stage:
                 continue
-            kind, own = plan.configs[0][name]["kind"], plan.settings[name]
+            kind, own = plan.members[0].config[name]["kind"], plan.settings[name]
             visit = plan.pipeline[: position + 1].count(name)
             begun = [row for row in rows if row["stage"] == name and row["visit"] == visit]
             before = [row for row in rows if row["stage"] != name or row["visit"] != visit]
@@ -939,7 +857,7 @@ def run_plan(
                 if not resumed:
                     state = own[0].begin(problem, state, own, place)
                     saved.save(state, workdirs.Progress(position, True, rows))
-                common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(plan, position))
+                common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(config, position))
                 state = run_stage(run, state, place, run.per_member(begun), common)
                 stages.check_weights(problem, state, f"{name}, at its end")
                 state = after(plan, state, position)
@@ -975,7 +893,7 @@ def enough_memory_for(
     """
     lower = [f"{part}.{field}" for field in LARGE if hasattr(settings, field)]
     lower += ["config.eval_batch_size", "the network of config.model"]
-    loop = " or set config.sweep_mode to 'loop'" if common["sweep"] else ""
+    loop = " or set config.sweep.mode to 'loop'" if common["sweep"] else ""
     advice = (
         f"Lower {', '.join(lower)}{loop}, in another --workdir; with more memory the same command "
         "goes on from the "
@@ -1057,7 +975,7 @@ def run_stage(
             )
             for update in updates:
                 new = [
-                    {**common, "member": i, **plan.swept[i], **found}
+                    {**common, "member": i, **plan.members[i].swept, **found}
                     for i, own_rows in enumerate(update.rows)
                     for found in own_rows
                 ]
@@ -1095,22 +1013,22 @@ def run_stage(
     return state
 
 
-def arm_of(plan: Plan, position: int) -> str:
+def arm_of(config: Mapping, position: int) -> str:
     """Label of the network a stage belongs to: of the latest `train` stage up to it, or the next
     one.
 
     A stage that makes another network without training it gives that the label of the next
     training, or else its own name. `network` before anything is made, if this run trains none.
     """
-    kinds = [STAGES.get(plan.configs[0][name]["kind"], interface.Stage) for name in plan.pipeline]
+    names = config["pipeline"]
+    kinds = [STAGES.get(config[name]["kind"], interface.Stage) for name in names]
     trains = [i for i, kind in enumerate(kinds) if kind.trains]
     removes = [i for i, kind in enumerate(kinds) if kind.makes_network]
     latest = max((i for i in (*trains, *removes) if i <= position), default=-1)
     named = latest if latest in trains else next((i for i in trains if i > latest), latest)
     if named < 0:
         return "network"
-    name = plan.pipeline[named]
-    return plan.configs[0][name].get("label") or name
+    return config[names[named]].get("label") or names[named]
 
 
 def chance(dataset: data.Dataset) -> float:
@@ -1141,6 +1059,7 @@ def describe_environment(problem: train.Problem) -> dict[str, Any]:
         "parameters": f"{sum(leaf.size for leaf in shapes):,}",
         "chance": chance(problem.dataset),
         **reading,
+        "sparsity_jax": sparsity_jax.__version__,
         **versions,
         **({"pretrained": zeros_of(problem)} if problem.pretrained else {}),
     }

@@ -16,7 +16,7 @@ Sources: Pokutta, Spiegel, Zimmer 2020, arXiv:2010.07243 (sets and LMOs); Miao e
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -407,6 +407,7 @@ def radius_of(tau: float, mode: Mode, norm: float, scale: float) -> float:
 
 
 SETS = {"k_sparse": k_sparse, "lp": lp_ball, "l2": l2, "unconstrained": unconstrained}
+Config = Annotated[dict, tables.Named(SETS)]
 
 
 def check(constraint: dict) -> tuple[tuple[str, str, dict], ...]:

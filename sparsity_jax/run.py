@@ -2,6 +2,7 @@
 [--config.x.y=value]`.
 """
 
+import ast
 import os
 import pathlib
 import re
@@ -39,12 +40,15 @@ LOCK_SECONDS = flags.DEFINE_float(
 )
 
 
+SWEPT: dict[str, Any] = {}  # values of --config.sweep.PATH, by path
+
+
 def parse(argv: list[str]) -> list[str]:
     """absl's parser; mistakes in --config and --config.field end in one line instead of a
     traceback.
     """
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(without_sweep(argv))
     except flags.Error as error:  # of the config file or its variant it holds the whole traceback
         sys.exit(
             "error: "
@@ -61,6 +65,43 @@ def parse(argv: list[str]) -> list[str]:
         SyntaxError,
     ) as error:  # the config file itself, or its variant
         sys.exit(f"error: {error}")
+
+
+def without_sweep(argv: list[str]) -> list[str]:
+    """The command line without `--config.sweep.PATH=VALUE`, which become `SWEPT`: any field may be
+    swept, also where the config file sweeps nothing, while absl knows the fields of the file only.
+    """
+    rest, arguments = [], iter(argv)
+    for argument in arguments:
+        flag, equals, text = argument.partition("=")
+        match = re.fullmatch(r"--?config\.sweep\.(.+)", flag)
+        if match is None:
+            rest.append(argument)
+        else:
+            SWEPT[match[1]] = value_of(text if equals else next(arguments, ""))
+    return rest
+
+
+def value_of(text: str) -> Any:
+    """The Python value that `text` is, such as `(0, 1)`, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def swept(config: Any) -> dict:
+    """A config as plain dicts, with the values of the command line in its sweep."""
+    config = config.to_dict()
+    for path, value in SWEPT.items():
+        *outer, last = path.split(".")
+        inner = config.setdefault("sweep", {})
+        for name in outer:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                sys.exit(f"error: --config.sweep.{path}: the config lists values of {name!r}.")
+        inner[last] = value
+    return config
 
 
 def report_unraisable(unraisable: Any) -> None:
@@ -96,10 +137,11 @@ def main(argv: list[str]) -> None:
     try:
         stopping.check()
         if DESCRIBE.value:
-            sys.stdout.write(describe.describe(CONFIG.value))
+            sys.stdout.write(describe.describe(swept(CONFIG.value)))
             return
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
-        pipeline.run(CONFIG.value, WORKDIR.value, command=command, lock_seconds=LOCK_SECONDS.value)
+        config = swept(CONFIG.value)
+        pipeline.run(config, WORKDIR.value, command=command, lock_seconds=LOCK_SECONDS.value)
     except tables.ConfigError as error:
         sys.exit(f"error: {error}")
     except train.NonFiniteLossError as error:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from sparsity_jax import groups, linops, stopping, tables, trees
 
@@ -54,24 +55,24 @@ _sum = functools.partial(jnp.sum, axis=-1)
 _norm = functools.partial(trees.norm_along, axis=-1)
 
 
-def _abs_sum(rows: jax.Array) -> jax.Array:
+def _abs_sum(rows: Array) -> Array:
     return jnp.abs(_sum(rows))
 
 
 @jax.jit
-def _distances(rows: jax.Array) -> jax.Array:
+def _distances(rows: Array) -> Array:
     """Sum of the distances to the rows that are not all zero; one by one, as squares from a Gram
     matrix cancel.
     """
     present = jnp.any(rows != 0, -1)
 
-    def distance(row: jax.Array) -> jax.Array:
+    def distance(row: Array) -> Array:
         return _sum(jnp.where(present, _norm(rows - row), 0))
 
     return jax.lax.map(distance, rows)
 
 
-def _layer_adaptive(rows: jax.Array) -> jax.Array:
+def _layer_adaptive(rows: Array) -> Array:
     """Squared norm over the sum of those at least as large, in (0, 1]; a row of zeros scores 0."""
     squares = _sum(jnp.square(rows / trees.scale_of(rows)))  # only their ratios matter
     at_least = _sum(jnp.where(squares >= squares[:, None], squares, 0))
@@ -94,11 +95,11 @@ class Measure(NamedTuple):
     on: Literal["kernel", "scale", "norm", "nothing"] = "kernel"
 
 
-def _abs_product(w: jax.Array, g: jax.Array) -> jax.Array:
+def _abs_product(w: Array, g: Array) -> Array:
     return jnp.abs(w * g)
 
 
-def _square_product(w: jax.Array, g2: jax.Array) -> jax.Array:
+def _square_product(w: Array, g2: Array) -> Array:
     return jnp.square(w) * g2
 
 
@@ -354,7 +355,7 @@ class TrackerState(NamedTuple):
     before the first.
     """
 
-    step: jax.Array
+    step: Array
     saliency: PyTree
 
 
@@ -392,7 +393,7 @@ def tracker(
     def update(state: TrackerState, params: PyTree, grads: PyTree) -> TrackerState:
         step = state.step if steps_per_epoch is None else state.step % steps_per_epoch
 
-        def mixed(old: jax.Array, new: jax.Array) -> jax.Array:
+        def mixed(old: Array, new: Array) -> Array:
             before = jnp.where(step == first, 0, old)  # a window starts from 0
             return (alpha * new + (1 - alpha) * before).astype(old.dtype)
 
@@ -455,8 +456,8 @@ def score(
     use_l2: bool = False,
     use_init: bool = False,
     skip: str = "",
-    key: jax.Array | None = None,
-) -> jax.Array:
+    key: Array | None = None,
+) -> Array:
     """Importance of every channel of `group` by the row `name` of MEASURES: float [group.size],
     larger = keep.
 
@@ -490,7 +491,7 @@ def score(
     leaves = {field: trees.named_leaves(getattr(statistics, field)) for field in needed}
     multiplied = _multiplies(measure, use_l2)
 
-    def of_member(member: groups.Member) -> jax.Array:
+    def of_member(member: groups.Member) -> Array:
         arrays = {field: _array(leaves[field], member.path, field) for field in needed}
         values = measure.value(*(arrays[field] for field in measure.needs))
         if multiplied:
@@ -510,7 +511,7 @@ def score(
     return combine(jnp.stack(totals))
 
 
-def _array(leaves: Arrays, path: str, field: str) -> jax.Array:
+def _array(leaves: Arrays, path: str, field: str) -> Array:
     """In float32 or wider."""
     if path not in leaves:
         hint = tables.closest(path, leaves)
@@ -547,7 +548,7 @@ def _norms(members: list, on: str, leaves: Arrays) -> Parts:
     return parts
 
 
-def _rows(values: jax.Array, member: Any) -> jax.Array:
+def _rows(values: Array, member: Any) -> Array:
     """The entries of each channel: [channels, entries]."""
     size = values.shape[member.axis]
     if member.index.size and not 0 <= member.index.min() <= member.index.max() < size:

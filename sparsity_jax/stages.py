@@ -22,6 +22,7 @@ from sparsity_jax import (
     losses,
     masks,
     optim,
+    polytopes,
     stopping,
     tables,
     train,
@@ -61,6 +62,25 @@ def member_state(problem: train.Problem, state: train.State, member: int) -> tra
 # train --------------------------------------------------------------------------------------------
 
 
+def no_tracker() -> None:
+    """Tracks nothing."""
+
+
+def saliency_tracker(
+    *,
+    alpha: tables.Fraction = 0.8,
+    track_batches: tables.Count = 20,
+    use_l2: bool = False,
+    use_init: bool = False,
+) -> None:
+    """Options of `scores.tracker` that average `scores.weight_saliency`; use_init: relative to the
+    initial weights.
+    """
+
+
+TRACKERS = {"none": no_tracker, "saliency": saliency_tracker}
+
+
 @tables.option
 class Train(interface.Stage):
     """Trains the network.
@@ -81,14 +101,14 @@ class Train(interface.Stage):
     trains: ClassVar[bool] = True
     epochs: tables.Count
     batch_size: tables.Count = 128
-    optimizer: dict
-    loss: dict = losses.CROSS_ENTROPY
+    optimizer: optim.Config
+    loss: losses.Config = losses.CROSS_ENTROPY
     augment: str = "none"
     start: Literal["current", "init"] = "current"
     shift_inside: bool = True
     evaluate_every: tables.Count = 1
     carry: bool = False
-    track: dict = tables.Options(name="none")
+    track: Annotated[dict, tables.Named(TRACKERS)] = tables.Options(name="none")
     label: str = ""
 
     def settings(self) -> train.Fit:
@@ -134,25 +154,6 @@ def checked_tracker(track: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(options.items()))
 
 
-def no_tracker() -> None:
-    """Tracks nothing."""
-
-
-def saliency_tracker(
-    *,
-    alpha: tables.Fraction = 0.8,
-    track_batches: tables.Count = 20,
-    use_l2: bool = False,
-    use_init: bool = False,
-) -> None:
-    """Options of `scores.tracker` that average `scores.weight_saliency`; use_init: relative to the
-    initial weights.
-    """
-
-
-TRACKERS = {"none": no_tracker, "saliency": saliency_tracker}
-
-
 # sfw_init -----------------------------------------------------------------------------------------
 
 
@@ -163,11 +164,12 @@ class SfwInit(interface.Stage):
     constraint, learning_rate: as in the training that follows. Each iteration draws `batch_size`
     examples, an even number, for the inner step, keeps half of them and draws half anew for the
     objective.
-    scale_learning_rate, min_scale, clip: of the scales.
+    scale_learning_rate, min_scale, clip: of the scales. norms: how radii are measured, as in an
+    optimizer.
     """
 
     kind: ClassVar[str] = "sfw_init"
-    constraint: dict = tables.Options(name="k_sparse")
+    constraint: polytopes.Config = tables.Options(name="k_sparse")
     learning_rate: Annotated[float, tables.Range(0.0, 1.0, above=True)] = 1.0
     iterations: tables.Count = 390
     batch_size: Annotated[int, tables.Range(2)] = 128
@@ -266,8 +268,13 @@ class SfwInit(interface.Stage):
 class Selecting(interface.Stage):
     """A stage that selects what to prune. Empty options are the default of their selection.
 
-    selection: `global`, `layerwise`, `random` or `structured`; the other fields are options of the
-    selection, see `allocate.keep_counts`.
+    selection: `global`, `layerwise`, `random` or `structured`.
+    scope: `kernels` or `all` arrays.
+    count: how counts are rounded, see `allocate.keep_counts`.
+    granularity: of `structured`, whole filters (output channels) or input channels.
+    layer_ratios: of `layerwise` and `structured`, how the ratio is shared among layers.
+    layers: of `structured`, `all` layers or `convolutions` only.
+    include, exclude: patterns of whole paths of arrays that are kernels, or are none.
     """
 
     selection: str = "global"
@@ -315,12 +322,10 @@ class Prune(Selecting):
     """Prunes the network for good: later training keeps the pruned weights at zero, unless its
     start is `init`.
 
-    ratio: share removed, with what was pruned before. selection: `global`, `layerwise`, `random` or
-    `structured`; the other fields are options of the selection (empty: its default), see
-    `allocate.keep_counts`: scope, count, granularity, layer_ratios; layers: `structured` takes
-    `all` layers or `convolutions` only; include, exclude: patterns of arrays. `structured` removes
-    the filters of each layer alone, also where a residual sum adds to them, with the scale and
-    shift of the norm behind them and their bias.
+    `structured` removes the filters of each layer alone, also where a residual sum adds to them,
+    with the scale and shift of the norm behind them and their bias.
+
+    ratio: share removed, with what was pruned before.
     """
 
     kind: ClassVar[str] = "prune"
@@ -430,8 +435,7 @@ class Curve(Selecting):
 
     ratios: shares removed, with what was pruned before: a network of which more is gone than some
     of them starts the curve as it is, at the share that is gone, and has no rows below. splits:
-    evaluated on. selection, scope, count,
-    granularity, layer_ratios, layers, include, exclude: see `prune`.
+    evaluated on.
     retrain: name of a `train` config to run at every ratio, from the same trained state, before
         evaluating.
     """

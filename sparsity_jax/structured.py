@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sparsity_jax import (
     budgets,
@@ -32,27 +33,30 @@ from sparsity_jax import (
     units,
     workdirs,
 )
+from sparsity_jax.groups import Channels
+from sparsity_jax.interface import Place
+from sparsity_jax.train import Problem, State, Update
 
 PyTree = Any
 Keep = dict[str, np.ndarray]  # bools by name of group, True = kept
 
 
-def channels_of(problem: train.Problem, branches: groups.Branches = "tied") -> groups.Channels:
+def channels_of(problem: Problem, branches: groups.Branches = "tied") -> Channels:
     """The channel groups of the run's network."""
 
-    def traced() -> groups.Channels:
+    def traced() -> Channels:
         return groups.trace(*traceable(problem), branches=branches)
 
     return problem.once(("channels", branches), traced)
 
 
-def traceable(problem: train.Problem) -> tuple[Callable, PyTree, jax.ShapeDtypeStruct]:
+def traceable(problem: Problem) -> tuple[Callable, PyTree, jax.ShapeDtypeStruct]:
     """The run's network as a function, its variables and its input, of which only shapes count."""
     image = jax.ShapeDtypeStruct((2, *problem.dataset.test.images.shape[1:]), jnp.float32)
     return problem.model.apply, jax.eval_shape(problem.init, jax.random.key(0)), image
 
 
-def members_of(problem: train.Problem, state: train.State) -> Iterator[tuple[int, train.State]]:
+def members_of(problem: Problem, state: State) -> Iterator[tuple[int, State]]:
     """Every member's own state, without the leading axis of a sweep."""
     if problem.members is None:
         yield 0, state
@@ -61,16 +65,14 @@ def members_of(problem: train.Problem, state: train.State) -> Iterator[tuple[int
         yield i, jax.tree.map(lambda leaf, i=i: leaf[i], state)
 
 
-def stacked(problem: train.Problem, states: Sequence[train.State]) -> train.State:
+def stacked(problem: Problem, states: Sequence[State]) -> State:
     """The state of all members."""
     if problem.members is None:
         return states[0]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def without(
-    state: train.State, channels: groups.Channels, keep: Mapping[str, Any], kept: PyTree
-) -> train.State:
+def without(state: State, channels: Channels, keep: Mapping[str, Any], kept: PyTree) -> State:
     """`state` of one member without the channels that `keep` leaves out, nor what the masks `kept`
     do.
     """
@@ -99,7 +101,8 @@ class Cut(interface.Stage):
     imp_samples: train examples (which ones: see `config.sample`) that gradients are averaged over,
     or all if there are fewer; Hessian products take equally many of every class, no more than the
     rarest has; batch_size: of their batches;
-    temperature: divides the logits, those of Hessian products have their own.
+    temperature: divides the logits. grasp_temperature, preserve_temperature: those of Hessian
+    products.
     min_share: int(min_share * channels) + 1 of each group stay; protect: which, see `budgets`.
     multiple: what is left of each group is rounded up to a multiple of it, and every round makes up
     for that of the one before.
@@ -112,7 +115,7 @@ class Cut(interface.Stage):
     kind: ClassVar[str] = "cut"
     needs: ClassVar[tuple[str, ...]] = ("train",)
     measure: str = "mag_based"
-    ratio: tables.Fraction = 0.75
+    ratio: tables.Share = 0.75
     schedule: dict = tables.Options(name="gradient_flow")
     budget: Literal["channels", "parameters", "flops"] = "channels"
     aggregate: Literal["producer", "sum", "mean", "l2"] = "producer"
@@ -129,7 +132,7 @@ class Cut(interface.Stage):
     multiple: tables.Count = 1
     exclude: str = ""
     skip: str = ""
-    rules: tuple[tuple[str, tables.Fraction], ...] = ()
+    rules: tuple[tuple[str, tables.Share], ...] = ()
 
     def check(self) -> None:
         tables.lookup(scores.MEASURES, self.measure, "measure")
@@ -138,11 +141,7 @@ class Cut(interface.Stage):
         if self.rules:
             self._check_rules()
         scores.required(self.measure, use_l2=self.use_l2, use_init=self.use_init)
-        with tables.blaming(""):
-            self.plan(1)
-        for i, (_, share) in enumerate(self.rules):
-            with tables.blaming(f"rules[{i}]", share):
-                self.plan(1, share)
+        self.plan(1)
 
     def _check_rules(self) -> None:
         cumulative = self.rounds().get("cumulative", "exact")
@@ -163,8 +162,7 @@ class Cut(interface.Stage):
         """
         if scores.MEASURES[self.measure].needs == ("saliency",):
             self._check_tracked(order.before)
-        with tables.blaming(""):
-            rounds = len(self.plan(order.visits).ratios)
+        rounds = len(self.plan(order.visits).ratios)
         if rounds != order.visits:
             raise tables.ConfigError(
                 "schedule.thresholds",
@@ -194,7 +192,7 @@ class Cut(interface.Stage):
                 "measure", self.measure, "which needs equally many images of every class"
             )
 
-    def check_network(self, problem: train.Problem, visits: int) -> None:
+    def check_network(self, problem: Problem, visits: int) -> None:
         check_network(problem, self, visits)
 
     def rounds(self) -> dict[str, Any]:
@@ -219,7 +217,8 @@ class Cut(interface.Stage):
         fields = self.rounds()
         if fields["name"] != "manual":
             fields |= dict(ratio=self.ratio if ratio is None else ratio, num_rounds=num_rounds)
-        return budgets.schedule(**fields)
+        with tables.within("schedule"):
+            return budgets.schedule(**fields)
 
     @property
     def share_field(self) -> str:
@@ -230,24 +229,24 @@ class Cut(interface.Stage):
 
     def begin(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         settings: Sequence[Any],
-        place: interface.Place,
-    ) -> train.State:
+        place: Place,
+    ) -> State:
         return interface.handed_on(state, self)
 
-    def carried(self, state: train.State, before: Any) -> Any:
+    def carried(self, state: State, before: Any) -> Any:
         return before
 
     def run(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         settings: Sequence[Any],
-        place: interface.Place,
+        place: Place,
         rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
+    ) -> Iterator[Update]:
         found, states = interface.rows_per_member(problem), []
         for i, member in members_of(problem, state):
             stage = settings[i]
@@ -256,9 +255,9 @@ class Cut(interface.Stage):
             cut = problem.once(("cut", stage.branches), functools.partial(_compiled_cut, channels))
             states.append(cut(member, jax.tree.map(jnp.asarray, keep)))
             found[i].append(stage.row(channels, keep, place))
-        yield train.Update(stacked(problem, states), found, 1.0)
+        yield Update(stacked(problem, states), found, 1.0)
 
-    def kept(self, problem: train.Problem, state: train.State, place: interface.Place) -> Keep:
+    def kept(self, problem: Problem, state: State, place: Place) -> Keep:
         """Which channels of one member's network stay after this round."""
         compiled = dataclasses.replace(self, ratio=0.0, schedule=tables.Options())
         scores_of = problem.once(("scores", compiled), lambda: make_scores(problem, self))
@@ -266,7 +265,7 @@ class Cut(interface.Stage):
         alive = units.alive(channels_of(problem, self.branches), {"params": state.masks})
         return select(problem, self, importance, alive, place)
 
-    def row(self, channels: groups.Channels, keep: Keep, place: interface.Place) -> dict[str, Any]:
+    def row(self, channels: Channels, keep: Keep, place: Place) -> dict[str, Any]:
         kept = {name: int(bools.sum()) for name, bools in keep.items()}
         num, total = sum(kept.values()), sum(channels.sizes.values())
         row = dict(
@@ -288,16 +287,16 @@ class Cut(interface.Stage):
         return bool(self.exclude) and re.fullmatch(self.exclude, name) is not None
 
 
-def _compiled_cut(channels: groups.Channels) -> Callable:
+def _compiled_cut(channels: Channels) -> Callable:
     @jax.jit
-    def cut(state: train.State, keep: Mapping[str, jax.Array]) -> train.State:
+    def cut(state: State, keep: Mapping[str, Array]) -> State:
         carried = state.opt_state and groups.mask(state.opt_state, channels, keep)
         return without(state._replace(opt_state=carried), channels, keep, state.masks)
 
     return cut
 
 
-def check_network(problem: train.Problem, chosen: Cut, visits: int = 1) -> None:
+def check_network(problem: Problem, chosen: Cut, visits: int = 1) -> None:
     """Raises ConfigError for `visits` rounds that do not fit the network or its data."""
     channels = channels_of(problem, chosen.branches)
     if not channels.groups:
@@ -320,7 +319,7 @@ def check_network(problem: train.Problem, chosen: Cut, visits: int = 1) -> None:
         )
 
 
-def _check_readable(problem: train.Problem, chosen: Cut) -> None:
+def _check_readable(problem: Problem, chosen: Cut) -> None:
     """Raises ConfigError if the measure reads arrays that some groups lack, such as the scale of a
     norm.
     """
@@ -345,7 +344,7 @@ def _check_readable(problem: train.Problem, chosen: Cut) -> None:
     raise tables.ConfigError("measure", chosen.measure, why=f"{first} {hint}")
 
 
-def _check_reach(problem: train.Problem, chosen: Cut, visits: int) -> None:
+def _check_reach(problem: Problem, chosen: Cut, visits: int) -> None:
     """Raises ConfigError if the minimum kept of each group does not allow what the last round shall
     leave.
 
@@ -357,7 +356,7 @@ def _check_reach(problem: train.Problem, chosen: Cut, visits: int) -> None:
     every = channels_of(problem, chosen.branches).sizes
     if chosen.budget != "channels" or chosen.rules:
         everything = {name: np.ones(size, bool) for name, size in every.items()}
-        last = interface.Place("", 0, {}, (), visits, visits)
+        last = Place("", 0, {}, (), visits, visits)
         select(problem, chosen, everything, everything, last)
         return
     sizes = {name: size for name, size in every.items() if not chosen.leaves_whole(name)}
@@ -372,7 +371,7 @@ def _check_reach(problem: train.Problem, chosen: Cut, visits: int) -> None:
         )
 
 
-def _scored(problem: train.Problem, chosen: Cut) -> dict[str, groups.Group]:
+def _scored(problem: Problem, chosen: Cut) -> dict[str, groups.Group]:
     """The groups that may be cut."""
     every = channels_of(problem, chosen.branches).groups
     return {name: group for name, group in every.items() if not chosen.leaves_whole(name)}
@@ -387,14 +386,14 @@ def _score(chosen: Cut, group: groups.Group) -> Callable:
     )
 
 
-def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
+def make_scores(problem: Problem, chosen: Cut) -> Callable:
     """`scores_of(state, key) -> {group: float [channels]}` of one member; compiled once for all
     rounds.
     """
     needs, sizes = chosen.needed, channels_of(problem, chosen.branches).sizes
     scored = _scored(problem, chosen)
 
-    def loss(variables: PyTree, batch: tuple, temperature: jax.Array) -> jax.Array:
+    def loss(variables: PyTree, batch: tuple, temperature: Array) -> Array:
         # no part of gradients and Hessian products
         fixed = jax.lax.stop_gradient(variables["batch_stats"])
         logits = problem.model.apply({**variables, "batch_stats": fixed}, problem.images(batch[0]))
@@ -412,13 +411,13 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
     )
 
     @jax.jit
-    def score(statistics: scores.Statistics, key: jax.Array) -> dict[str, jax.Array]:
+    def score(statistics: scores.Statistics, key: Array) -> dict[str, Array]:
         return {
             name: _score(chosen, group)(statistics, jax.random.fold_in(key, i))
             for i, (name, group) in enumerate(scored.items())
         }
 
-    def scores_of(state: train.State, key: jax.Array) -> dict[str, np.ndarray]:
+    def scores_of(state: State, key: Array) -> dict[str, np.ndarray]:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         init = None
         if "w0" in needs:
@@ -434,9 +433,9 @@ def make_scores(problem: train.Problem, chosen: Cut) -> Callable:
     return scores_of
 
 
-def _balanced_examples(problem: train.Problem, most: int) -> tuple[Any, Any]:
+def _balanced_examples(problem: Problem, most: int) -> tuple[Any, Any]:
     """(images, labels) of up to `most` train examples, equally many of every class."""
-    classes, labels = problem.dataset.num_classes, problem.dataset.train.labels
+    classes, labels = problem.dataset.num_classes, np.asarray(problem.dataset.train.labels)
     rarest = int(np.bincount(labels, minlength=classes).min())
     order = problem.sample.order(len(labels))
     index = order[scores.class_balanced(labels[order], classes, min(most, classes * rarest))]
@@ -444,11 +443,11 @@ def _balanced_examples(problem: train.Problem, most: int) -> tuple[Any, Any]:
 
 
 def select(
-    problem: train.Problem,
+    problem: Problem,
     chosen: Cut,
     importance: Mapping[str, Any],
     alive: Mapping[str, Any],
-    place: interface.Place,
+    place: Place,
 ) -> Keep:
     """Which channels stay after this round; raises ConfigError where that cannot be."""
     sizes = channels_of(problem, chosen.branches).sizes
@@ -479,9 +478,7 @@ def select(
     return keep
 
 
-def _counts_by_rule(
-    chosen: Cut, sizes: Mapping[str, int], place: interface.Place
-) -> dict[str, int]:
+def _counts_by_rule(chosen: Cut, sizes: Mapping[str, int], place: Place) -> dict[str, int]:
     """How many channels of each group are left after a round."""
     counts = dict(sizes)
     for name, share in trees.match_rules(sizes, chosen.rules).items():
@@ -492,7 +489,7 @@ def _counts_by_rule(
 
 
 def _share_of_round(
-    chosen: Cut, sizes: Mapping[str, int], alive: Mapping[str, Any], place: interface.Place
+    chosen: Cut, sizes: Mapping[str, int], alive: Mapping[str, Any], place: Place
 ) -> float:
     """The share of the channels alive that a round removes."""
     plan, i = chosen.plan(place.visits), place.visit - 1
@@ -527,12 +524,12 @@ class Compact(interface.Stage):
 
     def run(
         self,
-        problem: train.Problem,
-        state: train.State,
+        problem: Problem,
+        state: State,
         settings: Sequence[Any],
-        place: interface.Place,
+        place: Place,
         rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
+    ) -> Iterator[Update]:
         found = []
         for i, member in members_of(problem, state):
             try:
@@ -542,10 +539,10 @@ class Compact(interface.Stage):
             if row["warning"]:
                 workdirs.say(f"{place.name}: {row['warning']}")
             found.append([row])
-        yield train.Update(state, found, 1.0)
+        yield Update(state, found, 1.0)
 
 
-def rounding_of(problem: train.Problem) -> float:
+def rounding_of(problem: Problem) -> float:
     """Largest relative difference of two orders of summation of the logits, by the arithmetic of
     the network.
 
@@ -567,10 +564,10 @@ class Stock(NamedTuple):
     variables: PyTree
     apply: Callable
     keep: dict[str, np.ndarray]
-    channels: groups.Channels
+    channels: Channels
 
 
-def compacted(problem: train.Problem, state: train.State) -> Stock:
+def compacted(problem: Problem, state: State) -> Stock:
     """One member's network, compacted."""
     channels = channels_of(problem)
     keep = units.alive(channels, {"params": state.masks})
@@ -584,7 +581,7 @@ def compacted(problem: train.Problem, state: train.State) -> Stock:
     return Stock(small, groups.elastic(problem.model.apply, channels, keep), keep, channels)
 
 
-def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> dict[str, Any]:
+def take_stock(problem: Problem, state: State, chosen: Compact) -> dict[str, Any]:
     """Accuracy, size and time of one member's network, dense (masked) and compact, as fields of a
     row.
     """
@@ -625,7 +622,7 @@ def take_stock(problem: train.Problem, state: train.State, chosen: Compact) -> d
 
 
 def _measured_times(
-    networks: Mapping[str, tuple[Callable, PyTree]], images: jax.Array, repeats: int
+    networks: Mapping[str, tuple[Callable, PyTree]], images: Array, repeats: int
 ) -> dict[str, Any]:
     candidates = {
         name: (apply, (variables, images)) for name, (apply, variables) in networks.items()
@@ -646,7 +643,7 @@ def _measured_times(
     return row
 
 
-def accuracy(problem: train.Problem, stock: Stock) -> float:
+def accuracy(problem: Problem, stock: Stock) -> float:
     """Of the compact network on the test set."""
     model = problem.model._replace(apply=stock.apply)
     compact = problem._replace(model=model, members=None, compiled={})

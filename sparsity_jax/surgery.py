@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sparsity_jax import groups, kernels, masks, tables, trees
 
 PyTree = Any
 
 
-def normal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 2**0.5) -> jax.Array:
+def normal(key: Array, mask: Array, dtype: Any, *, gain: float = 2**0.5) -> Array:
     """N(0, gain^2 / fan_in); the gain is right for ReLU. mask: [..., in, out].
 
     Source: He et al. 2015, arXiv:1502.01852.
@@ -31,7 +32,7 @@ def normal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 2**0.5)
     return std * jax.random.normal(key, mask.shape, dtype)
 
 
-def orthogonal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 1.0) -> jax.Array:
+def orthogonal(key: Array, mask: Array, dtype: Any, *, gain: float = 1.0) -> Array:
     """`gain` times a random matrix [fan_in, out] of orthonormal columns, or rows where fewer inputs
     than outputs stay.
 
@@ -49,14 +50,15 @@ def orthogonal(key: jax.Array, mask: jax.Array, dtype: Any, *, gain: float = 1.0
     return (gain * left @ right).reshape(mask.shape).astype(dtype)
 
 
-def _kept(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _kept(mask: Array) -> tuple[Array, Array]:
     """Inputs (bool [fan_in]: every position of a kept channel) and outputs (bool [out]) of the
     compact kernel.
     """
     *window, inputs, outputs = mask.shape
     channels = mask.reshape(-1, inputs, outputs).any((0, 2))
     rows = jnp.tile(channels, math.prod(window))
-    return rows, mask.reshape(-1, outputs).any(0)
+    columns = mask.reshape(-1, outputs).any(0)
+    return rows, columns
 
 
 METHODS = {"normal": normal, "orthogonal": orthogonal}
@@ -65,7 +67,7 @@ METHODS = {"normal": normal, "orthogonal": orthogonal}
 def reinitialize(
     params: PyTree,
     kept: PyTree,
-    key: jax.Array,
+    key: Array,
     *,
     method: str = "normal",
     gain: float | None = None,
@@ -88,9 +90,10 @@ def reinitialize(
         draw = functools.partial(draw, gain=gain)
     paths = kernels.paths(params, channels, strict=False)
     axes = kernels.axes(params, paths, channels, layout=layout)
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
+    num = len(jax.tree.leaves(params))
+    keys = iter(jax.random.split(key, num))
 
-    def renewed(path: str, leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    def renewed(path: str, leaf: Array, mask: Array) -> Array:
         leaf_key, name = next(keys), trees.last_name(path)
         if path in axes:
             of_kernel = functools.partial(draw, dtype=leaf.dtype)
@@ -102,7 +105,7 @@ def reinitialize(
     return masks.apply(trees.map_named(renewed, params, kept), kept)
 
 
-def _drawn(draw: Callable, key: jax.Array, mask: jax.Array, axes: kernels.Axes) -> jax.Array:
+def _drawn(draw: Callable, key: Array, mask: Array, axes: kernels.Axes) -> Array:
     """`draw(key, mask)` of a kernel laid out in any way; each kernel of a stack on its own."""
     inner = (*axes.window, *axes.inputs, *axes.outputs)
     stack = [axis for axis in range(mask.ndim) if axis not in inner]
@@ -114,17 +117,19 @@ def _drawn(draw: Callable, key: jax.Array, mask: jax.Array, axes: kernels.Axes) 
     outputs = math.prod(sizes[axis] for axis in axes.outputs)
     if stack:
         several = ordered.reshape(-1, *window, inputs, outputs)
-        drawn = jax.vmap(draw)(jax.random.split(key, len(several)), several)
+        keys = jax.random.split(key, len(several))
+        drawn = jax.vmap(draw)(keys, several)
     else:
         drawn = draw(key, ordered.reshape(*window, inputs, outputs))
-    return drawn.reshape(ordered.shape).transpose(np.argsort(order))
+    drawn = drawn.reshape(ordered.shape)
+    return drawn.transpose(np.argsort(order))
 
 
 def add_noise(
     params: PyTree,
-    key: jax.Array,
+    key: Array,
     *,
-    std: float | jax.Array,
+    std: float | Array,
     relative: bool = False,
     pattern: str = ".*",
     kept: PyTree | None = None,
@@ -138,15 +143,19 @@ def add_noise(
     matched = trees.matching(params, pattern)
     keys = iter(jax.random.split(key, len(matched)))
 
-    def disturbed(path: str, leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    def disturbed(path: str, leaf: Array, mask: Array) -> Array:
         leaf_key = next(keys)
         if not matched[path]:
             return leaf
         size = jnp.asarray(std)
         if relative:
+            norm = trees.norm(jnp.where(mask, leaf, 0))
             entries = jnp.maximum(jnp.sum(mask), 1)
-            size = std * (trees.norm(jnp.where(mask, leaf, 0)) / jnp.sqrt(entries))
+            size = std * (norm / jnp.sqrt(entries))
         noise = jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
-        return jnp.where(mask, leaf + size.astype(leaf.dtype) * noise, leaf)
+        moved = leaf + size.astype(leaf.dtype) * noise
+        return jnp.where(mask, moved, leaf)
 
-    return trees.map_named(disturbed, params, masks.full(params) if kept is None else kept)
+    if kept is None:
+        kept = masks.full(params)
+    return trees.map_named(disturbed, params, kept)

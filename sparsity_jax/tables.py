@@ -154,6 +154,30 @@ Seed = typing.Annotated[int, Range(0, 2**32 - 1)]  # jax makes the same key of l
 option = dataclasses.dataclass(frozen=True, kw_only=True)  # a class of options: hashable
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Named:
+    """Beside the type `dict`: options of the entry of `table` that the dict names, and those of
+    `common` whichever it names.
+    """
+
+    table: Mapping[str, Callable]
+    common: Callable | None = None
+
+    def __str__(self) -> str:
+        return f"with a name: {', '.join(sorted(self.table))}"
+
+
+def named_options(function: Callable) -> dict[str, Named]:
+    """The options of `function` that choose an entry of a table by name."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    found = {}
+    for name in parameters(function):
+        for rule in getattr(hints.get(name), "__metadata__", ()):
+            if isinstance(rule, Named):
+                found[name] = rule
+    return found
+
+
 class Options(dict):
     """Options of a part that a config chooses by `name`; hashable, for they never change after they
     were read.

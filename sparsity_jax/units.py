@@ -17,19 +17,24 @@ are left of a layer, by one named rule of `masks.ROUNDINGS`, then masks. On this
   nobody knows which norm that is: then it still sends its shift on.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from sparsity_jax import groups, tables, trees
+from sparsity_jax import tables, trees
+from sparsity_jax.groups import Channels, Group, Member
 
 PyTree = Any
-Keep = dict[str, jax.Array]  # bools by name of layer, True = keep
+Keep = dict[str, Array]  # bools by name of layer, True = keep
 Granularity = Literal["filter", "channel", "weight"]
+Sliced = Literal["filter", "channel"]
 Members = Literal["all", "kernels", "producers"]
+Leaves = Mapping[str, Any]  # arrays by path
+Shape = tuple[int, ...]
 
 
 class Part(NamedTuple):
@@ -42,7 +47,7 @@ class Part(NamedTuple):
     """
 
     path: str
-    axes: tuple[int, ...] | None
+    axes: Shape | None
     index: np.ndarray | None = None  # type: ignore[assignment]  # tuples have a method `index`
 
 
@@ -55,30 +60,33 @@ class Layer(NamedTuple):
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     parts: tuple[Part, ...]
     scored: tuple[Part, ...]
     num_pruned: int | None = None
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @property
     def of_weights(self) -> bool:
         return self.scored[0].axes is None
 
 
-def of_kernel(name: str, path: str, shape: tuple[int, ...], axes: tuple[int, ...] | None) -> Layer:
+Parts = dict[str, list[tuple[str, Part]]]  # with the name of the layer, by path of the array
+
+
+def of_kernel(name: str, path: str, shape: Shape, axes: Shape | None) -> Layer:
     """The slices of one array along `axes`, or all its entries. shape: of the array."""
-    units = shape
+    part = Part(path, axes)
+    num = shape
     if axes is not None:
-        units = (int(np.prod([shape[axis] for axis in axes])),)
-    part = (Part(path, axes),)
-    return Layer(name, units, part, part)
+        num = (math.prod(shape[axis] for axis in axes),)
+    return Layer(name, num, (part,), (part,))
 
 
-def of_group(group: groups.Group, leaves: Mapping[str, Any], members: Members = "all") -> Layer:
+def of_group(group: Group, leaves: Leaves, members: Members = "all") -> Layer:
     """The coupled channels of a group, in arrays of `leaves`.
 
     leaves: arrays by plain path, those of the trace or their part `params`. members: of which
@@ -87,27 +95,26 @@ def of_group(group: groups.Group, leaves: Mapping[str, Any], members: Members = 
     has none. Raises ValueError for a group without a kernel among the leaves.
     """
     tables.convert(members, Members, "members")
-    everything, weights, producers = [], [], []
-    for member in group.members:
-        part = _part(member, leaves)
-        if part is None:
-            continue
-        everything.append(part)
-        named = trees.is_kernel(part.path) and leaves[part.path].ndim > 1
-        if member.role != "other" or named:  # a depthwise kernel may make and read no channels
-            weights.append(part)
-        if member.role == "producer":
-            producers.append(part)
-    scored = tuple(producers or weights)
+    located = [(member.role, _part(member, leaves)) for member in group.members]
+    found = [(role, part) for role, part in located if part is not None]
+    everything = [part for _, part in found]
+    producers = [part for role, part in found if role == "producer"]
+    # a depthwise kernel may make and read no channels
+    weights = [part for role, part in found if role != "other" or _is_matrix(part, leaves)]
+    scored = producers or weights
     if not scored:
         raise ValueError(
             f"the group {group.name!r} has no kernel among the params; leave it out of the ratios."
         )
-    parts = {"all": tuple(everything), "kernels": tuple(weights), "producers": scored}
-    return Layer(group.name, (group.size,), parts[members], scored)
+    parts = {"all": everything, "kernels": weights, "producers": scored}[members]
+    return Layer(group.name, (group.size,), tuple(parts), tuple(scored))
 
 
-def _part(member: groups.Member, leaves: Mapping[str, Any]) -> Part | None:
+def _is_matrix(part: Part, leaves: Leaves) -> bool:
+    return trees.is_kernel(part.path) and leaves[part.path].ndim > 1
+
+
+def _part(member: Member, leaves: Leaves) -> Part | None:
     """The member as a part of `leaves`, which may lack the first name of its path; None for running
     statistics.
     """
@@ -120,7 +127,7 @@ def _part(member: groups.Member, leaves: Mapping[str, Any]) -> Part | None:
     return None
 
 
-def plain(path: str, leaves: Mapping[str, Any]) -> str:
+def plain(path: str, leaves: Leaves) -> str:
     """`path` as it is among the plain ones of `leaves`, if it is."""
     return path if path in leaves else path.removesuffix("/value")
 
@@ -128,7 +135,7 @@ def plain(path: str, leaves: Mapping[str, Any]) -> str:
 # Arrays and units ---------------------------------------------------------------------------------
 
 
-def sums(array: jax.Array, part: Part) -> jax.Array:
+def sums(array: Array, part: Part) -> Array:
     """Sum over the entries of each unit: [units]; the array itself where every entry is one."""
     if part.axes is None:
         return array
@@ -137,19 +144,33 @@ def sums(array: jax.Array, part: Part) -> jax.Array:
     return along if part.index is None else jnp.sum(along[part.index], 1)
 
 
-def absolute_sums(leaves: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
+def entries(array: Any, part: Part) -> int:
+    """How many entries of an array each unit has."""
+    if part.axes is None:
+        return 1
+    along = math.prod(array.shape[axis] for axis in part.axes)
+    copies = 1 if part.index is None else part.index.shape[1]
+    return array.size // along * copies
+
+
+def absolute_sums(leaves: Leaves, layer: Layer) -> Array:
     """L1 norm of each unit's scored entries, in at least float32: [units]."""
-    norms = [sums(jnp.abs(trees.widen(leaves[part.path])), part) for part in layer.scored]
-    return sum(norms[1:], start=norms[0])
+    total: Any = 0
+    for part in layer.scored:
+        magnitudes = jnp.abs(trees.widen(leaves[part.path]))
+        total = total + sums(magnitudes, part)
+    return total
 
 
-def entries_left(kept: Mapping[str, jax.Array], layer: Layer) -> jax.Array:
+def entries_left(kept: Leaves, layer: Layer) -> Array:
     """How many scored entries of each unit the masks `kept` leave: int [units]."""
-    counts = [sums(kept[part.path].astype(jnp.int32), part) for part in layer.scored]
-    return sum(counts[1:], start=counts[0])
+    total: Any = 0
+    for part in layer.scored:
+        total = total + sums(kept[part.path].astype(jnp.int32), part)
+    return total
 
 
-def spread(values: jax.Array, part: Part, shape: tuple[int, ...]) -> jax.Array:
+def spread(values: Array, part: Part, shape: Shape) -> Array:
     """The sum of the `values` of all units that an entry belongs to, for an array of `shape`.
 
     Of the same rank as the array, of length 1 along axes that the units do not vary along.
@@ -158,31 +179,31 @@ def spread(values: jax.Array, part: Part, shape: tuple[int, ...]) -> jax.Array:
         return values
     sizes = [n if axis in part.axes else 1 for axis, n in enumerate(shape)]
     if part.index is not None:
-        along = jnp.zeros(int(np.prod(sizes)), values.dtype)
+        along = jnp.zeros(math.prod(sizes), values.dtype)
         values = along.at[part.index].add(values[:, None])
     return values.reshape(sizes)
 
 
-def spread_mask(keep: jax.Array, part: Part, shape: tuple[int, ...]) -> jax.Array:
+def spread_mask(keep: Array, part: Part, shape: Shape) -> Array:
     """Bools of `shape`, False where a unit is that `keep` leaves out."""
     removed = spread((~keep).astype(jnp.int32), part, shape)
     return jnp.broadcast_to(removed == 0, shape)
 
 
-def parts_by_path(layers: Iterable[Layer]) -> dict[str, list[tuple[str, Part]]]:
+def parts_by_path(layers: Iterable[Layer]) -> Parts:
     """(name of layer, part) of all that is removed from each array."""
-    result: dict[str, list[tuple[str, Part]]] = {}
+    result: Parts = {}
     for layer in layers:
         for part in layer.parts:
             result.setdefault(part.path, []).append((layer.name, part))
     return result
 
 
-def without(kept: PyTree, layers: Iterable[Layer], keep: Mapping[str, jax.Array]) -> PyTree:
+def without(kept: PyTree, layers: Iterable[Layer], keep: Leaves) -> PyTree:
     """The masks `kept` without the units that `keep` (by name of layer) leaves out."""
     parts = parts_by_path(layer for layer in layers if layer.name in keep)
 
-    def cut(path: str, mask: jax.Array) -> jax.Array:
+    def cut(path: str, mask: Array) -> Array:
         for name, part in parts.get(path, []):
             mask = mask & spread_mask(keep[name], part, mask.shape)
         return mask
@@ -194,9 +215,9 @@ def without(kept: PyTree, layers: Iterable[Layer], keep: Mapping[str, jax.Array]
 
 
 def coupled(
-    channels: groups.Channels,
-    keep: Mapping[str, Any],
-    granularity: Literal["filter", "channel"] = "filter",
+    channels: Channels,
+    keep: Leaves,
+    granularity: Sliced = "filter",
 ) -> dict[str, Any]:
     """`keep` by name of the groups that the filters, or input channels, of some kernels are.
 
@@ -213,9 +234,7 @@ def coupled(
     return found
 
 
-def deciding(
-    channels: groups.Channels, granularity: Literal["filter", "channel"]
-) -> Iterator[tuple[str, groups.Member]]:
+def deciding(channels: Channels, granularity: Sliced) -> Iterator[tuple[str, Member]]:
     """(name of group, member) of the kernels, also depthwise, that make or read its channels."""
     roles = ("producer", "depthwise") if granularity == "filter" else ("consumer",)
     for name, group in channels.groups.items():
@@ -224,20 +243,21 @@ def deciding(
                 yield name, member
 
 
-def alive(channels: groups.Channels, kept: PyTree) -> dict[str, np.ndarray]:
+def alive(channels: Channels, kept: PyTree) -> dict[str, np.ndarray]:
     """Channels that some array which makes them still has, bool by name of group, on the host.
 
     kept: masks in the structure of the variables, or of some of them.
     """
-    leaves = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(kept).items()}
+    leaves = trees.named_leaves(kept)
     result = {}
     for name, group in channels.groups.items():
         members = [member for member in group.members if member.path in leaves]
         makers = [member for member in members if member.role != "consumer"]
         lives = np.zeros(group.size, bool)
         for member in makers or members:
-            slices = np.moveaxis(leaves[member.path], member.axis, 0)
-            any_left = np.any(slices.reshape(len(slices), -1), axis=1)
-            lives |= np.any(any_left[member.index], axis=1)
+            mask = np.asarray(leaves[member.path])
+            slices = np.moveaxis(mask, member.axis, 0)
+            left = np.any(slices.reshape(len(slices), -1), axis=1)
+            lives |= np.any(np.take(left, member.index), axis=1)
         result[name] = lives
     return result

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import scipy.optimize
 
-from sparsity_jax import linops, tables, trees
+from sparsity_jax import linops, originals, tables, trees
 
 PyTree = Any
 Scope = Literal["kernels", "all"]
@@ -186,14 +186,6 @@ class Distances(NamedTuple):
         return np.sqrt(tables.lookup(COUNTS, count, "count")(self, ratios))[()]
 
 
-def _original_square(distances: Distances, ratios: np.ndarray) -> np.ndarray:
-    last = np.maximum(np.ceil(np.append(ratios, 0.0) * distances.size).astype(int), 1) - 1
-    found = distances.squares[
-        np.searchsorted(distances.magnitudes, distances.magnitudes[last], side="right")
-    ]
-    return (found[:-1] - found[-1]).reshape(ratios.shape)
-
-
 def _linear_square(distances: Distances, ratios: np.ndarray) -> np.ndarray:
     removed = np.minimum((ratios * distances.size).astype(int), distances.size - 1)
     below, above = distances.squares[removed], distances.squares[removed + 1]
@@ -204,7 +196,7 @@ COUNTS = {
     "nearest": lambda distances, ratios: distances.squares[
         np.rint(ratios * distances.size).astype(int)
     ],
-    "original": _original_square,
+    "original": originals.square_distances,
     "linear": _linear_square,
 }
 

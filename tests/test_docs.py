@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 import pytest
 
-from sparsity_jax import data, pipeline, report, stages, tables
+from sparsity_jax import data, members, pipeline, report, stages, tables
 from sparsity_jax.channels import execute, rules
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -118,9 +118,8 @@ def check_members(config) -> None:
     config, known = pipeline.plain(config), tables.parameters(pipeline.settings)
     common = {name: value for name, value in config.items() if name in known}
     tables.check_options(pipeline.settings, common)
-    for member, _ in pipeline.expand(config):
-        tables.convert(member["seed"], tables.Index, "config.seed")
-        pipeline.check_member(member)
+    for member in members.expand(config):
+        pipeline.check_member(member.config)
 
 
 def all_configs() -> list:

@@ -49,7 +49,7 @@ def cut(tmp_path_factory):
 def masked(tmp_path_factory):
     """(workdir, final state of the last) of two separate members with half their weights masked."""
     workdir = tmp_path_factory.mktemp("runs") / "masked"
-    config = tiny.config("fit", "cut", sweep=dict(seed=(0, 1)), sweep_mode="loop")
+    config = tiny.config("fit", "cut", sweep=dict(seed=(0, 1), mode="loop"))
     return workdir, pipeline.run(config, workdir).state
 
 

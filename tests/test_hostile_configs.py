@@ -205,7 +205,7 @@ def test_finished_runs_and_members_need_nothing_but_their_folder(tmp_path, monke
         again = pipeline.run(config, tmp_path / "more")
     tiny.same(again.state, first.state)
     assert (tmp_path / "more" / "report.html").read_bytes() == page  # versions too
-    sweep = tiny.config("fit", fit=short, sweep=dict(seed=(0, 1)), sweep_mode="loop")
+    sweep = tiny.config("fit", fit=short, sweep=dict(seed=(0, 1), mode="loop"))
     pipeline.run(sweep, tmp_path / "sweep")
     (expected,) = evaluate.run(tmp_path / "sweep" / "member_001")
     (tmp_path / "sweep" / "member_001").rename(tmp_path / "alone")

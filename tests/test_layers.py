@@ -54,6 +54,7 @@ RUNS = (
         "report",
         "stream",
         "interface",
+        "members",
         "train",
     ),
     *(

@@ -30,7 +30,8 @@ ARMS = {
         again=dict(optimizer=dict(tiny.SFW, constraint=BALL)),
     ),
 }
-GRID = dict(arms=ARMS, sweep=dict(arm=("sgd", "sfw"), seed=(0, 1)))
+GRID = dict(sweep=dict(arms=ARMS, seed=(0, 1)))
+LOOP = dict(sweep=dict(seed=(0, 1), mode="loop"))
 
 
 def stage(**fields):
@@ -70,10 +71,10 @@ def geometric(*names, **fields):
 MISTAKES = {
     "unknown field": (dict(epocs=3), "config", "epocs"),
     "near field": (
-        dict(sweep_mod="loop"),
+        dict(swep={}),
         "config",
-        "sweep_mod",
-        "sweep_mode",
+        "swep",
+        "sweep",
     ),
     "missing field": (dict(data=None), "config.data", None),
     "unknown stage field": (
@@ -184,11 +185,6 @@ MISTAKES = {
         "config.seed",
         7,
     ),
-    "idle arm": (
-        dict(arm="a", arms=dict(a={}, b={}), sweep=dict(arm=("a", "b"))),
-        "config.arm",
-        "a",
-    ),
     "flat sweep": (
         dict(sweep={"fit.epochs": (1, 2)}),
         "config.sweep",
@@ -231,89 +227,82 @@ MISTAKES = {
     "sweep of the network": (
         dict(sweep=dict(model=dict(widths=([8], [9])))),
         "config.sweep",
-        "model.widths",
+        "model",
     ),
     "sweep of another program": (
-        dict(sweep=dict(fit=dict(epochs=(1, 2))), sweep_mode="vmap"),
+        dict(sweep=dict(fit=dict(epochs=(1, 2)), mode="vmap")),
         "config.sweep",
-        "config.fit",
+        ["fit.epochs"],
     ),
     "sweep of a retraining's length": (
         dict(
             pipeline=("fit", "retrained"),
-            sweep=dict(again=dict(epochs=(1, 2))),
-            sweep_mode="vmap",
+            sweep=dict(again=dict(epochs=(1, 2)), mode="vmap"),
         ),
         "config.sweep",
-        "config.again",
+        ["again.epochs"],
     ),
     "unknown arm": (
-        dict(arms=ARMS, arm="sfv"),
-        "config.arm",
+        dict(sweep=dict(arms=ARMS, arm=("sgd", "sfv"))),
+        "config.sweep.arm",
         "sfv",
         "sfw",
     ),
-    "unknown arm in a sweep": (
-        dict(arms=ARMS, sweep=dict(arm=("sgd", "sfv"))),
-        "config.arm",
-        "sfv",
-        "sfw",
-    ),
-    "sweep of no list of arms": (
-        dict(arms=ARMS, sweep=dict(arm="sgd")),
+    "no list of arms": (
+        dict(sweep=dict(arms=ARMS, arm="sgd")),
         "config.sweep.arm",
         "sgd",
     ),
-    "sweep of the arms": (
-        dict(arms=ARMS, sweep=dict(arms=("sgd",))),
-        "config.sweep",
-        "arms",
+    "arms in no dict": (
+        dict(sweep=dict(arms=("sgd",))),
+        "config.sweep.arms",
+        ["sgd"],
     ),
     "arm of no stages": (
-        dict(arms=dict(a=3), arm="a"),
-        "config.arms.a",
+        dict(sweep=dict(arms=dict(a=3))),
+        "config.sweep.arms.a",
         3,
     ),
     "label of an arm": (
-        dict(arms=dict(a=dict(label=1)), arm="a"),
-        "config.arms.a",
+        dict(sweep=dict(arms=dict(a=dict(label=1)))),
+        "config.sweep.arms.a",
         {"label": 1},
     ),
     "arm of an unknown stage": (
-        dict(arms=dict(a=dict(fti=dict(epochs=1))), arm="a"),
-        "config.arms.a",
+        dict(sweep=dict(arms=dict(a=dict(fti=dict(epochs=1))))),
+        "config.sweep.arms.a",
         "fti",
         "fit",
     ),
     "arm of a value": (
-        dict(arms=dict(a=dict(fit=1)), arm="a"),
-        "config.arms.a.fit",
+        dict(sweep=dict(arms=dict(a=dict(fit=1)))),
+        "config.sweep.arms.a.fit",
         1,
     ),
     "arm of an unknown field": (
-        dict(arms=dict(a=dict(fit=dict(epocs=1))), arm="a"),
-        "config.arms.a.fit",
+        dict(sweep=dict(arms=dict(a=dict(fit=dict(epocs=1))))),
+        "config.fit",
         "epocs",
         "epochs",
     ),
     "arms of the same label": (
-        dict(arms=dict(a=dict(label="b"), b={}), sweep=dict(arm=("a", "b"))),
-        "config.arms.b.label",
+        dict(sweep=dict(arms=dict(a=dict(label="b"), b={}))),
+        "config.sweep.arms.b.label",
         "b",
     ),
     "value in an arm": (
-        dict(arms=dict(a=dict(fit=dict(epochs=0))), arm="a"),
+        dict(sweep=dict(arms=dict(a=dict(fit=dict(epochs=0))))),
         "config.fit.epochs",
         0,
     ),
+    "member that is not there": (
+        dict(sweep=dict(seed=(0, 1), members=(2,))),
+        "config.sweep.members",
+        (2,),
+    ),
     "arm of another program": (
-        dict(
-            arms=ARMS,
-            sweep=dict(arm=("sgd", "sfw")),
-            sweep_mode="vmap",
-        ),
+        dict(sweep=dict(arms=ARMS, mode="vmap")),
         "config.sweep",
-        "config.fit",
     ),
     "value in a sweep": (
         dict(sweep=dict(fit=dict(epochs=(1, 0)))),
@@ -366,7 +355,7 @@ LATE_MISTAKES = {  # found when the data and devices are known, still before any
         500,
     ),
     "batch in a sweep": (
-        dict(sweep=dict(fit=dict(batch_size=(32, 200))), sweep_mode="loop"),
+        dict(sweep=dict(fit=dict(batch_size=(32, 200)), mode="loop")),
         "config.fit.batch_size",
         200,
     ),
@@ -426,9 +415,9 @@ def test_mistakes_that_need_the_data_stop_before_compiling(mistake, tmp_path, mo
 
 
 def test_a_config_needs_only_data_a_model_and_stages():
-    plans, separate = pipeline.check(tiny.config("fit"))
-    assert (len(plans), separate, plans[0].configs[0]["seed"]) == (1, False, 0)
-    assert pipeline.base(pipeline=("fit",)).sweep_mode == "auto"
+    (plan,) = pipeline.check(tiny.config("fit"))
+    assert [member.config["seed"] for member in plan.members] == [0]
+    assert not pipeline.base(pipeline=("fit",)).sweep
     with tiny.refused("kind", "tran", "train"):
         pipeline.stage("tran")
 
@@ -438,24 +427,21 @@ def test_a_config_needs_only_data_a_model_and_stages():
 
 def test_sweeps_combine_all_values():
     sweep = dict(seed=(0, 1), fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))
-    plans, separate = pipeline.check(tiny.config("fit", sweep=sweep))
-    assert not separate
-    found = [(values["seed"], values["fit.optimizer.learning_rate"]) for values in plans[0].swept]
+    (plan,) = pipeline.check(tiny.config("fit", sweep=sweep))
+    found = [tuple(member.swept.values()) for member in plan.members]
     assert found == [(0, 0.1), (0, 0.3), (1, 0.1), (1, 0.3)]
-    assert [own["fit"]["optimizer"]["learning_rate"] for own in plans[0].configs] == [
-        0.1,
-        0.3,
-        0.1,
-        0.3,
+    rates = [member.config["fit"]["optimizer"]["learning_rate"] for member in plan.members]
+    assert rates == [0.1, 0.3, 0.1, 0.3]
+    numbers_of = lambda **fields: [
+        plan.numbers for plan in pipeline.check(tiny.config("fit", **fields))
     ]
-    loop, separate = pipeline.check(tiny.config("fit", sweep=sweep, sweep_mode="loop"))
-    assert separate
-    assert [len(plan.configs) for plan in loop] == [1] * 4
-    epochs = dict(fit=dict(epochs=(1, 2)))
-    for changes in (dict(model=dict(name="small_cnn")), dict(sweep=dict(sweep, **epochs))):
-        plans, separate = pipeline.check(tiny.config("fit", **dict(sweep=sweep) | changes))
-        assert separate  # convolutions and different programs do not run side by side
-        assert len(plans) >= 2
+    alone = [[0], [1], [2], [3]]
+    assert numbers_of(sweep=dict(sweep, mode="loop")) == alone
+    assert numbers_of(sweep=sweep, model=dict(name="small_cnn")) == alone
+    # those of one program side by side, if they follow each other
+    assert numbers_of(sweep=dict(fit=dict(epochs=(1, 2)), seed=(0, 1))) == [[0, 1], [2, 3]]
+    assert numbers_of(sweep=dict(seed=(0, 1), fit=dict(epochs=(1, 2)))) == alone
+    assert numbers_of(sweep=dict(sweep, members=(1, 3))) == [[0, 1]]
 
 
 def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
@@ -470,7 +456,7 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
             lambda self, name, make: once(self, name, spy(make, name, compiled)),
         )
         loop = pipeline.run(
-            tiny.config("fit", "curve", sweep=sweep, sweep_mode="loop"), tmp_path / "loop"
+            tiny.config("fit", "curve", sweep=dict(sweep, mode="loop")), tmp_path / "loop"
         )
     assert len(compiled) == len(set(compiled))  # both members share every program
     assert len(together.rows) == len(loop.rows) == 10
@@ -499,25 +485,26 @@ def test_networks_with_convolutions_are_known_by_their_shapes():
 
 
 def test_arms_replace_whole_fields_and_name_their_rows():
-    plans, separate = pipeline.check(tiny.config("fit", "retrained", **GRID))
-    assert separate  # one program per optimizer
-    assert [plan.swept for plan in plans] == [
-        [dict(arm=label, seed=seed)] for label in ("SGD", "sfw") for seed in (0, 1)
-    ]
-    first, last = plans[0].configs[0], plans[-1].configs[0]
+    plans = pipeline.check(tiny.config("fit", "retrained", **GRID))
+    assert [[member.swept for member in plan.members] for plan in plans] == [
+        [dict(arm=label, seed=seed) for seed in (0, 1)] for label in ("SGD", "sfw")
+    ]  # one program per optimizer, its seeds side by side
+    first, last = plans[0].members[0].config, plans[-1].members[-1].config
     assert (
         first["fit"]["optimizer"]["learning_rate"],
         first["again"]["optimizer"]["learning_rate"],
     ) == (0.05, 0.01)
     assert last["fit"]["optimizer"] == pipeline.plain(dict(DYNAMIC, constraint=BALL))
-    assert (last["arm"], last["seed"], last["fit"]["epochs"]) == ("sfw", 1, 2)
+    assert (last["seed"], last["fit"]["epochs"]) == (1, 2)
     assert len({plan.settings["fit"][0].program() for plan in plans}) == 2
     named = {
         name: dict(fit=dict(label=name, optimizer=dict(tiny.SGD, learning_rate=rate)))
         for name, rate in (("a", 0.1), ("b", 0.2))
     }
-    _, separate = pipeline.check(tiny.config("fit", arms=named, sweep=dict(arm=("a", "b"))))
-    assert not separate  # neither labels nor numbers make another program
+    plans = pipeline.check(tiny.config("fit", sweep=dict(arms=named)))
+    assert len(plans) == 1  # neither labels nor numbers make another program
+    (plan,) = pipeline.check(tiny.config("fit", sweep=dict(arms=ARMS, arm=("sfw",))))
+    assert [member.swept for member in plan.members] == [dict(arm="sfw")]
 
 
 @pytest.mark.parametrize("name", ["train", "sfw_init", "cut", "remove"])
@@ -534,19 +521,18 @@ def test_stages_with_nested_options_run_side_by_side(name):
     config = tiny.config(
         "fit", "own", own=pipeline.stage(name, **fields[name]), sweep=dict(seed=(0, 1))
     )
-    ((plan,), separate) = pipeline.check(config)
-    assert not separate
+    (plan,) = pipeline.check(config)
     assert len({own.together() for own in plan.settings["own"]}) == 1
 
 
 def test_a_sweep_may_list_whole_dicts():
     chosen = (tiny.SGD, tiny.SFW, dict(tiny.SGD, nesterov=True))
     sweep = dict(fit=dict(optimizer=chosen, loss=(dict(name="cross_entropy"),)))
-    plans, _ = pipeline.check(tiny.config("fit", sweep=sweep))
-    swept = [plan.swept[0] for plan in plans]
+    plans = pipeline.check(tiny.config("fit", sweep=sweep))
+    swept = [plan.members[0].swept for plan in plans]
     assert [values["fit.optimizer"] for values in swept] == ["sgd 1", "sfw", "sgd 3"]
     assert {values["fit.loss"] for values in swept} == {"cross_entropy"}
-    optimizers = [plan.configs[0]["fit"]["optimizer"] for plan in plans]
+    optimizers = [plan.members[0].config["fit"]["optimizer"] for plan in plans]
     assert optimizers == pipeline.plain(dict(found=chosen))["found"]
 
 
@@ -567,7 +553,8 @@ def test_arms_are_one_program_per_optimizer_and_give_the_rows_of_single_runs(tmp
     kept = filter(callable, problem.compiled.values())
     assert {program._cache_size() for program in kept} == {1}
     for arm, label in (("sgd", "SGD"), ("sfw", "sfw")):
-        single = pipeline.run(config | dict(arm=arm, sweep=dict(seed=(0, 1))), tmp_path / arm).rows
+        alone = dict(sweep=dict(arms=ARMS, arm=(arm,), seed=(0, 1), mode="loop"))
+        single = pipeline.run(config | alone, tmp_path / arm).rows
         of = lambda rows, seed: [row for row in rows if (row["arm"], row["seed"]) == (label, seed)]  # noqa: B023
         found = [of(made, 0) + of(made, 1) for made in (rows, single)]
         assert len(single) == len(found[0]) == 2 * (2 + 3)
@@ -670,7 +657,7 @@ def test_eight_devices_train_and_resume(tmp_path):
 
 def test_a_member_that_diverges_does_not_stop_the_others(tmp_path, pages):
     sweep = dict(fit=dict(optimizer=dict(learning_rate=(1e20, 0.1))))
-    config = tiny.config("fit", sweep=sweep, sweep_mode="loop")
+    config = tiny.config("fit", sweep=dict(sweep, mode="loop"))
     for _ in range(2):  # the second time the others are finished
         with pytest.raises(
             train.NonFiniteLossError,
@@ -755,7 +742,7 @@ def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path):
     assert [(row["num_matvecs"], row["num_probes"]) for row in last.rows] == [(5, 1)]
     _, inherited = pipeline.continue_from(again, last.state)
     assert [row["num_matvecs"] for row in inherited if row["stage"] == "hessian"] == [5]
-    loop = dict(SEEDS, fit=stage(epochs=1), sweep_mode="loop")
+    loop = dict(LOOP, fit=stage(epochs=1))
     pipeline.run(geometric("fit", "hessian", **loop), tmp_path / "loop")
     middle = str(tmp_path / "middle")
     pipeline.run(geometric("weights", **loop, start_from=str(tmp_path / "loop")), middle)
@@ -770,7 +757,7 @@ def test_members_start_from_the_same_members(tmp_path):
         geometric("hessian", **seeds, start_from=str(tmp_path / "vmap")), tmp_path / "after"
     )
     tiny.same(found.state.params, together.state.params)
-    loop = dict(seeds, sweep_mode="loop")
+    loop = seeds | LOOP
     pipeline.run(geometric("fit", **loop), tmp_path / "loop")
     each = pipeline.run(
         geometric("hessian", **loop, start_from=str(tmp_path / "loop")), tmp_path / "each"
@@ -888,7 +875,8 @@ RESUMED = {  # every kind of state and of stage, alone and side by side
         *("fit", "grow", "again"), fit=stage(epochs=1), grow=GROW, steps_per_call=3, **SEEDS
     ),
     "vmap": tiny.config("learn", "fit", "curve", **SEEDS),
-    "loop": tiny.config("fit", "curve", arms=ARMS, sweep=dict(arm=("sgd", "sfw"))),
+    "loop": tiny.config("fit", "curve", sweep=dict(arms=ARMS)),
+    "programs side by side": tiny.config("fit", "curve", **GRID),
 }
 
 

@@ -840,7 +840,7 @@ STILL = pipeline.stage(
 @pytest.mark.parametrize("mode", ["", "vmap", "loop"])
 def test_a_run_starts_from_the_file(weights, mode, tmp_path):
     path, variables = weights
-    sweep = dict(sweep=dict(seed=(0, 1)), sweep_mode=mode) if mode else {}
+    sweep = dict(sweep=dict(seed=(0, 1), mode=mode)) if mode else {}
     config = tiny.config("cut", "curve", "still", still=STILL, pretrained=path, **sweep)
     outcome = pipeline.run(config, tmp_path / "run")
     params = jax.tree.map(lambda leaf: leaf[1] if mode == "vmap" else leaf, outcome.state.params)

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from absl.testing import flagsaver
 
-from sparsity_jax import report, run
+from sparsity_jax import members, pipeline, report, run
 
 ROOT = tiny.ROOT
 QUICK = (  # the quick start, made shorter; three seeds at once
@@ -220,6 +220,22 @@ def test_describe_prints_what_can_be_set_and_runs_nothing(command, capsys):
     printed = capsys.readouterr().out
     assert "config.fit_sfw, kind 'train'\n    Trains the network." in printed
     assert "\n  epochs: int >= 1 and <= 2147483647; no default, here 7\n" in printed
+
+
+def test_any_field_of_any_config_is_swept_on_the_command_line(monkeypatch):
+    monkeypatch.setattr(run, "SWEPT", {})
+    typed = (
+        "run --config.seed=3 --config.sweep.fit.optimizer.learning_rate=(0.1,0.2) "
+        "--config.sweep.seed (0,1) --config.sweep.mode=loop --config.sweep.arms.a.fit.epochs=5"
+    )
+    assert run.without_sweep(typed.split()) == ["run", "--config.seed=3"]
+    config = run.swept(pipeline.base(**tiny.config("fit")))
+    found = members.expand(pipeline.plain(config))
+    assert members.mode_of(config) == "loop"
+    rates = [member.config["fit"]["optimizer"]["learning_rate"] for member in found]
+    assert rates == [0.1, 0.1, 0.2, 0.2]
+    assert [member.swept["seed"] for member in found] == [0, 1, 0, 1]
+    assert {member.config["fit"]["epochs"] for member in found} == {5}
 
 
 MLP = dict(config="configs/toy_cnn.py:mlp")

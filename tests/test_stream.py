@@ -785,10 +785,9 @@ def test_a_network_learns_from_a_streamed_folder(tmp_path):
 def test_members_of_a_sweep_read_one_after_the_other(folder, tmp_path):
     config = config_of(folder, "fit", sweep=dict(seed=(0, 1)))
     config["fit"] |= dict(epochs=1)
-    plans, separate = pipeline.check(config)
-    assert (len(plans), separate) == (2, True)
-    with tiny.refused("config.sweep_mode", "vmap", allowed="loop"):
-        pipeline.check(config | dict(sweep_mode="vmap"))
+    assert [plan.numbers for plan in pipeline.check(config)] == [[0], [1]]
+    with tiny.refused("config.sweep.mode", "vmap"):
+        pipeline.check(config | dict(sweep=dict(seed=(0, 1), mode="vmap")))
 
 
 MISTAKES = {  # options of the data, other fields, and what is refused

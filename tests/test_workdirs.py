@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 
+import sparsity_jax
 from sparsity_jax import checkpoint, evaluate, intact, pipeline, report, tables, train, workdirs
 
 CONFIG = tiny.config(
@@ -243,6 +244,51 @@ def test_environment_and_rows_say_when_they_were_changed(whole, tmp_path, capsys
     shutil.rmtree(place / "checkpoints")
     with pytest.raises(ValueError, match="line 2"):
         report.gather(place)
+
+
+def of_version(version: str | None, whole: pathlib.Path, place: pathlib.Path) -> pathlib.Path:
+    """A copy of the finished run in `whole` which says that it was made with `version`."""
+    shutil.copytree(whole, place)
+    told = report.read_environment(place)
+    assert told.pop("sparsity_jax") == sparsity_jax.__version__
+    report.write_environment(place, told if version is None else told | {"sparsity_jax": version})
+    return place
+
+
+def test_runs_of_the_first_version_are_read(whole, tmp_path):
+    """Its config had `arms`, `arm` and `sweep_mode` beside the sweep, and no version."""
+    place = of_version(None, whole[0], tmp_path / "run")
+    assert workdirs.version_of(place) == "0.1.0"
+    arms = {"a": dict(label="A", fit=dict(augment="none"))}
+    older = pipeline.plain(CONFIG) | dict(arms=arms, arm="a", sweep_mode="loop")
+    (place / "config.json").write_text(json.dumps(older, indent=2) + "\n")
+    intact.record(place / "config.json")
+    (network,) = evaluate.open_run(place).networks
+    assert network.swept == dict(arm="A")
+    config, rows, _ = report.gather(place)
+    assert config["sweep"] == dict(arm=["a"], arms=arms, mode="loop")
+    assert {row["stage"] for row in rows} == {"fit", "curve"}
+
+
+def test_a_run_of_a_later_version_says_which_reads_it(whole, tmp_path):
+    place = of_version("0.1.0, then 0.12.3", whole[0], tmp_path / "run")
+    for read in (evaluate.open_run, report.gather):
+        with tiny.refused(str(place)) as raised:
+            read(place)
+        assert "0.12.3" in raised.value.why
+
+
+def test_an_unfinished_run_goes_on_with_its_own_version(whole, tmp_path):
+    place = of_version(None, whole[0], tmp_path / "run")
+    pipeline.run(CONFIG, place)  # a finished one only draws its report again
+    shutil.rmtree(place / "checkpoints")
+    with tiny.refused("--workdir", str(place), allowed="that version"):
+        pipeline.run(CONFIG, place)
+
+
+def test_the_version_is_that_of_the_package():
+    text = pathlib.Path(sparsity_jax.__file__).parents[1].joinpath("setup.py").read_text()
+    assert f'version="{sparsity_jax.__version__}"' in text
 
 
 def test_a_file_that_came_into_a_sealed_folder_is_damage(tmp_path):

@@ -50,8 +50,8 @@ def gather(workdir: str | os.PathLike) -> tuple[dict, list[dict], dict | None]:
     if members:
         rows = []
         for folder in members:
-            member = int(folder.name.removeprefix("member_"))
-            rows += [{**row, "member": member} for row in whole_rows(folder)]
+            first = int(folder.name.removeprefix("member_"))
+            rows += [{**row, "member": first + row["member"]} for row in whole_rows(folder)]
         return settled(workdir, members[0], rows)
     if with_rows([workdir]):
         return settled(workdir, workdir, whole_rows(workdir))
