@@ -12,15 +12,18 @@ Magnitude is the score. Whole filters or input channels go by their L1 norm.
 
 import fractions
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
 
 PyTree = Any
+Leaves = dict[str, Any]  # by path
+Channels = groups.Channels | None
 Scope = Literal["kernels", "all"]
 GlobalCount = Literal["nearest", "original", "ceil"]
 LayerCount = Literal["nearest", "per_layer", "original"]
@@ -40,7 +43,7 @@ def num_kept(size: int, ratio: float) -> int:
 def prunable(
     params: PyTree,
     scope: Scope,
-    channels: groups.Channels | None = None,
+    channels: Channels = None,
     *,
     include: str = "",
     exclude: str = "",
@@ -71,7 +74,8 @@ def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str,
     """
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     raw = {path: sum(shape) / sizes[path] for path, shape in shapes.items()}
-    budget, dense = (1 - ratio) * sum(sizes.values()), set()
+    budget = (1 - ratio) * sum(sizes.values())
+    dense: set[str] = set()
     while True:
         rest = [path for path in shapes if path not in dense]
         left = budget - sum(sizes[path] for path in dense)
@@ -106,48 +110,52 @@ def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) ->
     return {name: size - removed[name] for name, size in sizes.items()}
 
 
-class Selection(NamedTuple):
-    """counts(params, ratio, channels, **options) -> tree of ints, on the host; mask(params, counts,
-    key, before, channels, **options) -> masks of the chosen arrays by path."""
-
-    counts: Callable
-    mask: Callable
+# Single weights -----------------------------------------------------------------------------------
 
 
-def _of(tree: PyTree | None, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
+@tables.option
+class _OfWeights:
+    """A selection among single weights; its fields are its options."""
+
+    scope: Scope = "kernels"
+    include: str = ""
+    exclude: str = ""
+
+    def chosen(self, params: PyTree, channels: Channels) -> Leaves:
+        """The arrays it prunes, by path."""
+        patterns = dict(include=self.include, exclude=self.exclude)
+        return prunable(params, self.scope, channels, **patterns)
+
+    def counts(self, params: PyTree, ratio: float, channels: Channels) -> Any:
+        """See `keep_counts`."""
+        return self.counts_of(self.chosen(params, channels), ratio)
+
+    def mask(self, params: PyTree, counts: Any, channels: Channels, **others: Any) -> Leaves:
+        """Masks of the chosen arrays by path, see `keep_masks`."""
+        return self.mask_of(self.chosen(params, channels), counts, **others)
+
+    def left(self, kept: PyTree, channels: Channels) -> tuple[Array, Array]:
+        """See `left_by`."""
+        chosen = self.chosen(kept, channels)
+        numbers = [jnp.sum(mask, dtype=jnp.int32) for mask in chosen.values()]
+        number = jnp.asarray(sum(numbers))
+        return number, 1 - number / trees.size(chosen)
+
+    def counts_of(self, chosen: Leaves, ratio: float) -> Any:
+        return num_kept(trees.size(chosen), ratio)
+
+    def mask_of(
+        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
+    ) -> Leaves:
+        raise NotImplementedError
+
+
+def _at(chosen: Leaves, tree: PyTree | None) -> Leaves | None:
     """The leaves of `tree` at the paths of `chosen`."""
     if tree is None:
         return None
     leaves = trees.named_leaves(tree)
     return {path: leaves[path] for path in chosen}
-
-
-# Single weights -----------------------------------------------------------------------------------
-
-
-def _global_counts(
-    params,
-    ratio,
-    channels,
-    *,
-    scope: Scope = "kernels",
-    count: GlobalCount = "nearest",
-    include: str = "",
-    exclude: str = "",
-):
-    size = trees.size(prunable(params, scope, channels, include=include, exclude=exclude))
-    if count == "ceil":
-        return size - max(math.ceil(ratio * size), 1)
-    rule = originals.kept_of_all if count == "original" else num_kept
-    return rule(size, ratio)
-
-
-def _global_mask(
-    params, counts, key, before, channels, *, scope="kernels", count="nearest", **patterns
-):
-    del key
-    chosen = prunable(params, scope, channels, **patterns)
-    return _largest(chosen, counts, _of(before, chosen), count)
 
 
 def _largest(chosen: PyTree, counts: Any, before: PyTree | None, count: str) -> PyTree:
@@ -162,65 +170,71 @@ def _largest(chosen: PyTree, counts: Any, before: PyTree | None, count: str) -> 
     return jax.tree.map(lambda leaf: jnp.abs(leaf) > threshold, chosen)
 
 
-def _layerwise_counts(
-    params,
-    ratio,
-    channels,
-    *,
-    scope: Scope = "kernels",
-    count: LayerCount = "nearest",
-    layer_ratios: LayerRatios = "uniform",
-    include: str = "",
-    exclude: str = "",
-):
-    chosen = prunable(params, scope, channels, include=include, exclude=exclude)
-    sizes = {path: leaf.size for path, leaf in chosen.items()}
-    ratios = LAYER_RATIOS[layer_ratios]({path: leaf.shape for path, leaf in chosen.items()}, ratio)
-    if count == "original":
-        return {path: originals.kept_of_layer(sizes[path], ratios[path]) for path in sizes}
-    return _layer_counts(sizes, ratios, count, layer_ratios)
+@tables.option
+class Global(_OfWeights):
+    """One threshold of magnitude."""
+
+    count: GlobalCount = "nearest"
+
+    def counts_of(self, chosen: Leaves, ratio: float) -> int:
+        size = trees.size(chosen)
+        if self.count == "ceil":
+            return size - max(math.ceil(ratio * size), 1)
+        if self.count == "original":
+            return originals.kept_of_all(size, ratio)
+        return num_kept(size, ratio)
+
+    def mask_of(
+        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
+    ) -> Leaves:
+        return _largest(chosen, counts, _at(chosen, before), self.count)
 
 
-def _layer_counts(sizes: dict, ratios: dict, count: str, layer_ratios: str) -> dict[str, int]:
-    if count == "per_layer" or layer_ratios == "erk_original":
+@tables.option
+class Layerwise(_OfWeights):
+    """A share of every array."""
+
+    count: LayerCount = "nearest"
+    layer_ratios: LayerRatios = "uniform"
+
+    def counts_of(self, chosen: Leaves, ratio: float) -> dict[str, int]:
+        sizes = {path: leaf.size for path, leaf in chosen.items()}
+        shapes = {path: leaf.shape for path, leaf in chosen.items()}
+        ratios = LAYER_RATIOS[self.layer_ratios](shapes, ratio)
+        if self.count == "original":
+            kept_of = originals.kept_of_layer
+            return {path: kept_of(size, ratios[path]) for path, size in sizes.items()}
+        return _layer_counts(sizes, ratios, self)
+
+    def mask_of(
+        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
+    ) -> Leaves:
+        rule = "original" if self.count == "original" else "nearest"
+        earlier = _at(chosen, before) or {}
+        kept = {}
+        for path, leaf in chosen.items():
+            kept[path] = _largest(leaf, counts[path], earlier.get(path), rule)
+        return kept
+
+
+def _layer_counts(
+    sizes: dict[str, int], ratios: dict[str, float], options: "Layerwise | Structured"
+) -> dict[str, int]:
+    if options.count == "per_layer" or options.layer_ratios == "erk_original":
         return {path: num_kept(size, ratios[path]) for path, size in sizes.items()}
     return largest_remainders(sizes, ratios)
 
 
-def _layerwise_mask(
-    params,
-    counts,
-    key,
-    before,
-    channels,
-    *,
-    scope="kernels",
-    count="nearest",
-    layer_ratios="uniform",
-    **patterns,
-):
-    del key, layer_ratios
-    rule = "original" if count == "original" else "nearest"
-    chosen = prunable(params, scope, channels, **patterns)
-    earlier = _of(before, chosen) or dict.fromkeys(chosen)
-    return {
-        path: _largest(leaf, counts[path], earlier[path], rule) for path, leaf in chosen.items()
-    }
+@tables.option
+class Random(_OfWeights):
+    """Weights drawn uniformly."""
 
-
-def _random_counts(
-    params, ratio, channels, *, scope: Scope = "kernels", include: str = "", exclude: str = ""
-):
-    return num_kept(
-        trees.size(prunable(params, scope, channels, include=include, exclude=exclude)), ratio
-    )
-
-
-def _random_mask(params, counts, key, before, channels, *, scope="kernels", **patterns):
-    if key is None:
-        raise ValueError("selection 'random' needs a key.")
-    chosen = prunable(params, scope, channels, **patterns)
-    return masks.random_mask(key, chosen, counts, before=_of(before, chosen))
+    def mask_of(
+        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
+    ) -> Leaves:
+        if key is None:
+            raise ValueError("selection 'random' needs a key.")
+        return masks.random_mask(key, chosen, counts, before=_at(chosen, before))
 
 
 # Filters and input channels -----------------------------------------------------------------------
@@ -228,7 +242,7 @@ def _random_mask(params, counts, key, before, channels, *, scope="kernels", **pa
 
 def layers_of(
     params: PyTree,
-    channels: groups.Channels | None = None,
+    channels: Channels = None,
     *,
     granularity: Granularity = "filter",
     layers: Layers = "auto",
@@ -304,60 +318,85 @@ def _traced_layers(
     return found
 
 
-def _structured_counts(
-    params,
-    ratio,
-    channels,
-    *,
-    granularity: Granularity = "filter",
-    layer_ratios: LayerRatios = "uniform",
-    count: SliceCount = "nearest",
-    layers: Layers = "auto",
-    layout: kernels.Layout | None = None,
-    include: str = "",
-    exclude: str = "",
-):
-    options = dict(
-        granularity=granularity, layers=layers, layout=layout, include=include, exclude=exclude
-    )
-    found = layers_of(params, channels, **options)
-    leaves = trees.named_leaves(params)
-    shapes = {name: leaves[layer.scored[0].path].shape for name, layer in found.items()}
-    ratios = LAYER_RATIOS[layer_ratios](shapes, ratio)
-    sizes = {name: layer.size for name, layer in found.items()}
-    counts = _layer_counts(sizes, ratios, count, layer_ratios)
-    return {name: max(kept, 1) for name, kept in counts.items()}
+@tables.option
+class Structured:
+    """Whole filters or input channels, by their L1 norm."""
 
+    granularity: Granularity = "filter"
+    layer_ratios: LayerRatios = "uniform"
+    count: SliceCount = "nearest"
+    layers: Layers = "auto"
+    layout: kernels.Layout | None = None
+    include: str = ""
+    exclude: str = ""
 
-def _structured_mask(
-    params, counts, key, before, channels, *, layer_ratios="uniform", count="nearest", **options
-):
-    del key, layer_ratios, count
-    leaves = trees.named_leaves(params)
-    earlier = None if before is None else trees.named_leaves(before)
-    result: dict[str, jax.Array] = {}
-    for name, layer in layers_of(params, channels, **options).items():
-        norms = units.absolute_sums(leaves, layer)
-        alive = None if earlier is None else units.entries_left(earlier, layer) > 0
-        kept = masks.k_largest_mask(norms, counts[name], before=alive)
-        for part in layer.parts:
-            mask = units.spread_mask(kept, part, leaves[part.path].shape)
-            result[part.path] = result[part.path] & mask if part.path in result else mask
-    return result
+    def layers_of(self, params: PyTree, channels: Channels) -> dict[str, units.Layer]:
+        """What it chooses slices of."""
+        return layers_of(
+            params,
+            channels,
+            granularity=self.granularity,
+            layers=self.layers,
+            layout=self.layout,
+            include=self.include,
+            exclude=self.exclude,
+        )
+
+    def counts(self, params: PyTree, ratio: float, channels: Channels) -> dict[str, int]:
+        """See `keep_counts`."""
+        layers = self.layers_of(params, channels)
+        sizes = {name: layer.size for name, layer in layers.items()}
+        leaves = trees.named_leaves(params)
+        shapes = {name: leaves[layer.scored[0].path].shape for name, layer in layers.items()}
+        ratios = LAYER_RATIOS[self.layer_ratios](shapes, ratio)
+        counts = _layer_counts(sizes, ratios, self)
+        return {name: max(kept, 1) for name, kept in counts.items()}
+
+    def mask(
+        self, params: PyTree, counts: Any, channels: Channels, before: PyTree | None, **_: Any
+    ) -> Leaves:
+        """Masks of the chosen arrays by path, see `keep_masks`."""
+        leaves = trees.named_leaves(params)
+        earlier = trees.named_leaves(before)
+        result: Leaves = {}
+        for name, layer in self.layers_of(params, channels).items():
+            norms = units.absolute_sums(leaves, layer)
+            alive = units.entries_left(earlier, layer) > 0 if earlier else None
+            kept = masks.k_largest_mask(norms, counts[name], before=alive)
+            for part in layer.parts:
+                mask = units.spread_mask(kept, part, leaves[part.path].shape)
+                result[part.path] = result.get(part.path, True) & mask
+        return result
+
+    def left(self, kept: PyTree, channels: Channels) -> tuple[Array, Array]:
+        """See `left_by`."""
+        layers = self.layers_of(kept, channels).values()
+        leaves = trees.named_leaves(kept)
+        entries = [units.entries_left(leaves, layer) for layer in layers]
+        whole = [units.entries_left(masks.full(leaves), layer) for layer in layers]
+        number = jnp.asarray(sum(jnp.sum(left > 0) for left in entries))
+        possible = [jnp.sum(jnp.where(left > 0, n, 0)) for left, n in zip(entries, whole)]
+        inside = sum(map(jnp.sum, entries)) / sum(possible)
+        slices = sum(layer.size for layer in layers)
+        return number, 1 - jnp.minimum(number / slices, inside)
 
 
 SELECTIONS = {
-    "global": Selection(_global_counts, _global_mask),
-    "layerwise": Selection(_layerwise_counts, _layerwise_mask),
-    "random": Selection(_random_counts, _random_mask),
-    "structured": Selection(_structured_counts, _structured_mask),
+    "global": Global,
+    "layerwise": Layerwise,
+    "random": Random,
+    "structured": Structured,
 }
 
 
 def check(selection: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of the selection, checked against its table row; raises ConfigError."""
-    row = tables.lookup(SELECTIONS, selection, "selection")
-    return tables.check_options(row.counts, options)
+    return tables.check_options(tables.lookup(SELECTIONS, selection, "selection"), options)
+
+
+def _made(selection: str, options: dict[str, Any]) -> Any:
+    checked = check(selection, options)
+    return SELECTIONS[selection](**checked)
 
 
 def keep_counts(
@@ -365,8 +404,8 @@ def keep_counts(
     ratio: float,
     *,
     selection: str = "global",
-    channels: groups.Channels | None = None,
-    **options,
+    channels: Channels = None,
+    **options: Any,
 ) -> PyTree:
     """What `keep_masks` may trace: how many entries (or filters) stay at pruning ratio `ratio` in
     [0, 1].
@@ -397,19 +436,18 @@ def keep_counts(
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
-    options = check(selection, options)
-    return SELECTIONS[selection].counts(params, ratio, channels, **options)
+    return _made(selection, options).counts(params, ratio, channels)
 
 
 def keep_masks(
     params: PyTree,
     counts: PyTree,
-    key: jax.Array | None = None,
+    key: Array | None = None,
     *,
     selection: str = "global",
-    channels: groups.Channels | None = None,
+    channels: Channels = None,
     before: PyTree | None = None,
-    **options,
+    **options: Any,
 ) -> PyTree:
     """Masks (True = keep) in the structure of `params` for `counts` from `keep_counts`; other
     arguments: as there.
@@ -420,15 +458,18 @@ def keep_masks(
     first. Raises ConfigError for unknown options and ValueError for `random` without a key and,
     outside `jit`, for NaN.
     """
-    options = check(selection, options)
-    found = SELECTIONS[selection].mask(params, counts, key, before, channels, **options)
+    found = _made(selection, options).mask(params, counts, channels, key=key, before=before)
     kept = trees.map_named(lambda path, leaf: found.get(path, jnp.ones(leaf.shape, bool)), params)
     return kept if before is None else jax.tree.map(jnp.logical_and, kept, before)
 
 
 def left_by(
-    kept: PyTree, *, selection: str = "global", channels: groups.Channels | None = None, **options
-) -> tuple[jax.Array, jax.Array]:
+    kept: PyTree,
+    *,
+    selection: str = "global",
+    channels: Channels = None,
+    **options: Any,
+) -> tuple[Array, Array]:
     """(number, share) of what masks `kept` have left and removed, by the counting of a selection;
     traceable.
 
@@ -437,20 +478,4 @@ def left_by(
     slices left, so that it is 0 of whole kernels only.
     selection, channels, options: as in `keep_counts`.
     """
-    options = check(selection, options)
-    if selection != "structured":
-        patterns = {name: options[name] for name in ("include", "exclude") if name in options}
-        chosen = prunable(kept, options.get("scope", "kernels"), channels, **patterns)
-        number = sum(jnp.sum(mask, dtype=jnp.int32) for mask in chosen.values())
-        return number, 1 - number / trees.size(chosen)
-    shape_of = {
-        name: value for name, value in options.items() if name not in ("layer_ratios", "count")
-    }
-    layers, masks_of = layers_of(kept, channels, **shape_of).values(), trees.named_leaves(kept)
-    entries = [units.entries_left(masks_of, layer) for layer in layers]
-    whole = [units.entries_left(masks.full(masks_of), layer) for layer in layers]
-    number = sum(jnp.sum(left > 0) for left in entries)
-    inside = sum(map(jnp.sum, entries)) / sum(
-        jnp.sum(jnp.where(left > 0, n, 0)) for left, n in zip(entries, whole)
-    )
-    return number, 1 - jnp.minimum(number / sum(layer.size for layer in layers), inside)
+    return _made(selection, options).left(kept, channels)

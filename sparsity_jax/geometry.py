@@ -7,12 +7,13 @@ Source: Zhang et al. 2023, arXiv:2306.05857.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sparsity_jax import (
     allocate,
@@ -44,7 +45,7 @@ def one_member(problem: train.Problem, state: train.State, member: int) -> tuple
     return pair if problem.members is None else jax.tree.map(lambda leaf: leaf[member], pair)
 
 
-def member_key(problem: train.Problem, state: train.State, member: int) -> jax.Array:
+def member_key(problem: train.Problem, state: train.State, member: int) -> Array:
     return state.key if problem.members is None else state.key[member]
 
 
@@ -65,17 +66,15 @@ class Network(NamedTuple):
     outputs: Callable  # -> logits
     loss: Callable  # (logits, batch) -> mean over the batch
 
-    def mean_loss(
-        self, variables: tuple[PyTree, PyTree], batch: tuple[jax.Array, jax.Array]
-    ) -> jax.Array:
+    def mean_loss(self, variables: tuple[PyTree, PyTree], batch: tuple[Array, Array]) -> Array:
         return self.loss(self.outputs(variables, batch), batch)
 
 
-def network_of(problem: train.Problem, loss: tables.Options) -> Network:
+def network_of(problem: train.Problem, loss: dict) -> Network:
     name, pairs = losses.checked(loss)
     rule, options = losses.LOSSES[name], dict(pairs)
 
-    def outputs(variables, batch):
+    def outputs(variables: tuple, batch: tuple) -> Array:
         params, batch_stats = variables
         return problem.model.apply(
             {"params": params, "batch_stats": batch_stats}, problem.images(batch[0])
@@ -85,7 +84,7 @@ def network_of(problem: train.Problem, loss: tables.Options) -> Network:
 
 
 def train_losses(
-    problem: train.Problem, variables: tuple[PyTree, PyTree], loss: tables.Options, batch_size: int
+    problem: train.Problem, variables: tuple[PyTree, PyTree], loss: dict, batch_size: int
 ) -> np.ndarray:
     """Mean training loss of every whole batch, in the data's order: float64 [batches]."""
     network = network_of(problem, loss)
@@ -180,7 +179,14 @@ class Limit(stages.Selecting):
         """The tolerance in use."""
         return self.tolerance or CRITERIA[self.criterion].tolerance
 
-    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+    def run(
+        self,
+        problem: train.Problem,
+        state: train.State,
+        settings: Sequence[Any],
+        place: interface.Place,
+        rows: list[list[dict]],
+    ) -> Iterator[train.Update]:
         for member in members_of(problem):
             chosen = settings[member]
             if rows[member] and rows[member][-1].get("phase") == "result":
@@ -202,7 +208,7 @@ def find_limit(
     """
     known, count, rule = known or {}, 0, CRITERIA[chosen.criterion]
 
-    def look(phase: str, ratio: float, done: float):
+    def look(phase: str, ratio: float, done: float) -> tuple[dict, list[dict]]:
         nonlocal count
         count += 1
         if (phase, ratio) in known:
@@ -315,7 +321,14 @@ class Path(stages.Selecting):
     def check_streamed(self) -> None:
         _check_number(self.num_examples)
 
-    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+    def run(
+        self,
+        problem: train.Problem,
+        state: train.State,
+        settings: Sequence[Any],
+        place: interface.Place,
+        rows: list[list[dict]],
+    ) -> Iterator[train.Update]:
         shapes, total = train.shapes_of(problem), problem.members or 1
         for member in members_of(problem):
             chosen, own = settings[member], stages.member_state(problem, state, member)
@@ -348,7 +361,7 @@ def pruning_step(problem: train.Problem, chosen: Path, place: interface.Place) -
     """
     prune = stages.pruning(problem, chosen, place.position)
 
-    def step_of(state, counts):
+    def step_of(state: train.State, counts: PyTree) -> tuple[PyTree, Array]:
         pruned = masks.apply(state.params, prune(state, counts))
         step = jax.tree.map(jnp.subtract, pruned, state.params)
         return step, trees.norm(step)
@@ -361,7 +374,7 @@ def path_terms(problem: train.Problem, chosen: Path) -> Callable:
     """`terms(variables, step)`: `spectrum.taylor` of the training loss for a step of the params."""
     network = network_of(problem, chosen.loss)
 
-    def build():
+    def build() -> Callable:
         data = examples(problem, chosen.num_examples)
         terms = spectrum.taylor(
             network.mean_loss, data, chosen.batch_size, on_host=stages.on_host(problem)
@@ -418,7 +431,14 @@ class RowNorms(interface.Stage):
                 allowed=f"a pattern of paths such as {kernels[0]!r}",
             )
 
-    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+    def run(
+        self,
+        problem: train.Problem,
+        state: train.State,
+        settings: Sequence[Any],
+        place: interface.Place,
+        rows: list[list[dict]],
+    ) -> Iterator[train.Update]:
         total = problem.members or 1
         for member in members_of(problem):
             chosen = settings[member]
@@ -453,7 +473,7 @@ class RowNorms(interface.Stage):
             yield train.Update(state, only(problem, member, result), (member + 1) / total)
 
 
-def _check_loss(loss: tables.Options) -> None:
+def _check_loss(loss: dict) -> None:
     with tables.within("loss"):
         losses.checked(loss)
 
@@ -466,7 +486,7 @@ def _check_number(num_examples: int) -> None:
         raise interface.needs_memory("num_examples", 0, "all of which are read into memory")
 
 
-def examples(problem: train.Problem, num: int) -> tuple[jax.Array, jax.Array]:
+def examples(problem: train.Problem, num: int) -> tuple[Array, Array]:
     """`num` train images and labels, see `Problem.examples`; 0 for all."""
     return problem.examples("train", num or problem.size("train"))
 
@@ -477,7 +497,7 @@ def batch_product(problem: train.Problem, chosen: Any, kind: str = "hessian") ->
     """
     network = network_of(problem, chosen.loss)
 
-    def product(variables, v, batch):
+    def product(variables: tuple, v: PyTree, batch: tuple) -> PyTree:
         params, batch_stats = variables
         selected = spectrum.select(params, chosen.parameters)
         outputs = lambda part, batch: network.outputs((selected.rebuild(part), batch_stats), batch)
@@ -524,33 +544,35 @@ def curvature_at(
 
 def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
     """`norm(variables, path, index)`: a row's L1 norm as `chosen.rows` defines it."""
+    selected = lambda variables: spectrum.select(variables[0], chosen.parameters).params
     if chosen.rows == "mean":
         product = curvature(problem, chosen)
 
-        def norm(variables, path, index):
-            selected = spectrum.select(variables[0], chosen.parameters).params
+        def norm_of_mean(variables: tuple, path: str, index: tuple[int, ...]) -> float:
             matvec = lambda v: product(variables, v)
-            return float(spectrum.row_norm(matvec, selected, path, index))
+            return float(spectrum.row_norm(matvec, selected(variables), path, index))
 
-        return norm
+        return norm_of_mean
     data = examples(problem, chosen.num_examples)
     size = len(data[0])
-    pieces = [(i, min(chosen.batch_size, size - i)) for i in range(0, size, chosen.batch_size)]
-    product = batch_product(problem, chosen)
+    batch_row = batch_product(problem, chosen)
 
-    def batch_norm_of_row(variables, v, data, start, length):
-        row = product(variables, v, spectrum.cut(data, start, length))
+    def norm_of_batch(variables: tuple, v: PyTree, data: tuple, start: int, length: int) -> Any:
+        row = batch_row(variables, v, spectrum.cut(data, start, length))
         return sum(map(trees.absolute_sum, row.values()))
 
-    one = problem.once(
-        ("row of a batch", chosen), lambda: jax.jit(batch_norm_of_row, static_argnums=4)
-    )
+    name = ("row of a batch", chosen)
+    compiled = problem.once(name, lambda: jax.jit(norm_of_batch, static_argnums=4))
 
-    def norm(variables, path, index):
-        v = spectrum.one_hot(spectrum.select(variables[0], chosen.parameters).params, path, index)
-        return float(sum(one(variables, v, data, start, length) for start, length in pieces)) / size
+    def mean_norm(variables: tuple, path: str, index: tuple[int, ...]) -> float:
+        v = spectrum.one_hot(selected(variables), path, index)
+        total = 0.0
+        for start in range(0, size, chosen.batch_size):
+            length = min(chosen.batch_size, size - start)
+            total += compiled(variables, v, data, start, length)
+        return float(total) / size
 
-    return norm
+    return mean_norm
 
 
 # spectrum -----------------------------------------------------------------------------------------
@@ -619,37 +641,52 @@ class Spectrum(interface.Stage):
             with tables.blaming("num_matvecs", self.num_matvecs):
                 train.check_memory(basis, "whose basis")
 
-    def begin(self, problem, state, settings, place) -> train.State:
+    def begin(
+        self,
+        problem: train.Problem,
+        state: train.State,
+        settings: Sequence[Any],
+        place: interface.Place,
+    ) -> train.State:
         return interface.without_optimizer(state)._replace(
             opt_state=_start(problem, state, self, place, 0)
         )
 
-    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+    def matvec(self, problem: train.Problem, variables: tuple) -> linops.Matvec:
+        """The operator at one member's `variables`."""
+        kind = "gauss_newton" if self.operator == "gauss_newton" else "hessian"
+        bare = matvec = curvature_at(problem, self, kind, variables)
+        if self.l2:
+            add = lambda a, b: a + 2 * self.l2 * b
+            matvec = lambda v: jax.tree.map(add, bare(v), v)
+        return linops.squared(matvec) if self.operator == "absolute" else matvec
+
+    def run(
+        self,
+        problem: train.Problem,
+        state: train.State,
+        settings: Sequence[Any],
+        place: interface.Place,
+        rows: list[list[dict]],
+    ) -> Iterator[train.Update]:
         total = self.num_probes * (problem.members or 1)
         method = linops.lanczos_method(self.num_matvecs, reorthogonalize=self.reorthogonalize)
-        kind = "gauss_newton" if self.operator == "gauss_newton" else "hessian"
-        finished, applied, at = sum(map(len, rows)), None, None
+        finished = sum(map(len, rows))
+        matvec: Any = None
+        at = narrow = None
         for number in range(finished, total):
             if int(state.opt_state.number) != number:
                 state = state._replace(opt_state=_start(problem, state, self, place, number))
             member, probe = divmod(number, self.num_probes)
             variables = one_member(problem, state, member)
             if at != member:
-                applied = matvec = None  # what they keep may be large
-                applied, at = curvature_at(problem, self, kind, variables), member
-            matvec = applied
-            if self.l2:
-                matvec = lambda v, bare=matvec: jax.tree.map(
-                    lambda a, b: a + 2 * self.l2 * b, bare(v), v
-                )
-            if self.operator == "absolute":
-                matvec = linops.squared(matvec)
-            narrow = (
-                _enclosure_width(problem, self, place, variables, member)
-                if self.stop_width
-                else None
-            )
-            lanczos, started = state.opt_state.lanczos, time.perf_counter()
+                matvec = None  # what it keeps may be large
+                matvec = self.matvec(problem, variables)
+                at = member
+            if self.stop_width:
+                narrow = _enclosure_width(problem, self, place, variables, member)
+            lanczos = state.opt_state.lanczos
+            started = time.perf_counter()
             while (step := int(lanczos.step)) < self.num_matvecs:
                 lanczos = method.step(matvec, lanczos)
                 state = state._replace(opt_state=Probe(state.opt_state.number, lanczos))
@@ -664,20 +701,20 @@ class Spectrum(interface.Stage):
                     break  # the Krylov space is exhausted
                 done = (number + step / (self.num_matvecs + 1)) / total  # 1 is for the row
                 yield train.Update(state, interface.rows_per_member(problem), done)
-            found = method.result(lanczos)
-            steps = int(found.num_steps)
+            tridiagonal = method.result(lanczos)
+            alphas, betas, steps = map(np.asarray, tridiagonal)
             row = dict(
                 probe=probe,
                 operator=self.operator,
-                num_matvecs=steps,
-                alphas=np.asarray(found.alphas, np.float64)[:steps].tolist(),
-                betas=np.asarray(found.betas, np.float64)[:steps].tolist(),
-                dtype=str(found.alphas.dtype),
+                num_matvecs=int(steps),
+                alphas=alphas[:steps].tolist(),
+                betas=betas[:steps].tolist(),
+                dtype=str(alphas.dtype),
                 dimension=trees.size(lanczos.current),
                 seconds=round(time.perf_counter() - started, 3),
             )
             if narrow:
-                gap = narrow(found)
+                gap = narrow(tridiagonal)
                 row.update(enclosure=gap, narrow_enough=gap <= self.stop_width)
             yield train.Update(state, only(problem, member, row), (number + 1) / total)
 
@@ -687,7 +724,7 @@ class Probe(NamedTuple):
     state.
     """
 
-    number: jax.Array
+    number: Array
     lanczos: linops.LanczosState
 
 
@@ -710,7 +747,11 @@ def _start(
 
 
 def _enclosure_width(
-    problem, chosen: Spectrum, place: interface.Place, variables, member: int
+    problem: train.Problem,
+    chosen: Spectrum,
+    place: interface.Place,
+    variables: tuple,
+    member: int,
 ) -> Callable:
     """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance of
     the width stage.
@@ -718,12 +759,11 @@ def _enclosure_width(
     found = [own[member] for own in place.others.values() if isinstance(own[member], Width)]
     reader = min(found, key=lambda own: (own.spectrum != place.name, own.spectrum != ""))
     epsilon, _ = tolerated(problem, variables, reader)
-    options = dict(
-        operator=OPERATORS[chosen.operator], zero_share=zero_share_of(reader, place.earlier[member])
-    )
+    zero_share = zero_share_of(reader, place.earlier[member])
+    options: dict[str, Any] = dict(operator=OPERATORS[chosen.operator], zero_share=zero_share)
     distances = width.distances(variables[0])
 
-    def gap(tridiagonal):
+    def gap(tridiagonal: linops.Tridiagonal) -> float:
         answer = width.predict_probes(tridiagonal, distances, epsilon, **options)
         return answer.upper - answer.lower
 
@@ -735,10 +775,10 @@ def tridiagonals(rows: list[dict]) -> linops.Tridiagonal:
     most = max(row["num_matvecs"] for row in rows)
     row_type = np.dtype(rows[0]["dtype"])
     pad = lambda values: np.pad(np.asarray(values, row_type), (0, most - len(values)))
+    alphas = np.stack([pad(row["alphas"]) for row in rows])
+    betas = np.stack([pad(row["betas"]) for row in rows])
     return linops.Tridiagonal(
-        np.stack([pad(row["alphas"]) for row in rows]),
-        np.stack([pad(row["betas"]) for row in rows]),
-        np.array([row["num_matvecs"] for row in rows], np.int32),
+        alphas, betas, np.array([row["num_matvecs"] for row in rows], np.int32)
     )
 
 
@@ -797,7 +837,14 @@ class Width(interface.Stage):
                 "over batches), or any with epsilon set",
             )
 
-    def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
+    def run(
+        self,
+        problem: train.Problem,
+        state: train.State,
+        settings: Sequence[Any],
+        place: interface.Place,
+        rows: list[list[dict]],
+    ) -> Iterator[train.Update]:
         found = []
         for member in members_of(problem):
             chosen, earlier = settings[member], place.earlier[member]
@@ -811,7 +858,9 @@ class Width(interface.Stage):
         yield train.Update(state, found, 1.0)
 
 
-def tolerated(problem, variables, chosen: Width) -> tuple[float, np.ndarray | None]:
+def tolerated(
+    problem: train.Problem, variables: tuple, chosen: Width
+) -> tuple[float, np.ndarray | None]:
     """(epsilon, the batch losses behind it, if it is not set); raises ConfigError if it comes out
     as 0.
     """
@@ -837,8 +886,8 @@ def zero_share_of(chosen: Width, earlier: list[dict]) -> float:
 
 
 def predict(
-    problem,
-    variables,
+    problem: train.Problem,
+    variables: tuple,
     chosen: Width,
     spectra: list[dict],
     earlier: list[dict],
@@ -848,15 +897,15 @@ def predict(
     operator, tridiagonal = OPERATORS[spectra[0]["operator"]], tridiagonals(spectra)
     distances = width.distances(variables[0])
     epsilon, batch = tolerated(problem, variables, chosen)
-    draws = (
-        () if batch is None else width.epsilon_draws(batch, chosen.epsilon_draws, place.position)
-    )
+    draws = []
+    if batch is not None:
+        draws = list(width.epsilon_draws(batch, chosen.epsilon_draws, place.position))
     zero_share = zero_share_of(chosen, earlier)
-    options = dict(operator=operator, negative=chosen.negative, zero_share=zero_share)
+    plain: dict[str, Any] = dict(negative=chosen.negative, zero_share=zero_share)
+    options: dict[str, Any] = dict(operator=operator, **plain)
     answer = width.predict_probes(tridiagonal, distances, epsilon, epsilons=draws, **options)
     values, weights = linops.ritz(tridiagonal)
     values = width.OPERATORS[operator](values)
-    plain = dict(negative=chosen.negative, zero_share=zero_share)
     course = width.history(tridiagonal, distances, epsilon, **options)
     low, high = answer.band()
     on_grid = width.predict(values, weights, distances, epsilon, method="grid", **plain)

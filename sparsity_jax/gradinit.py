@@ -4,11 +4,13 @@ helps most.
 Sources: Miao et al., ICLR 2022, section 3.3; Zhu et al. 2021, arXiv:2102.08098 (GradInit).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array, lax
 
 from sparsity_jax import polytopes, trees
 
@@ -23,7 +25,7 @@ class ScaleState(NamedTuple):
     donated; its params are those given to `init`.
     """
 
-    step: jax.Array
+    step: Array
     params: PyTree
     scales: PyTree
     first_norms: PyTree
@@ -36,8 +38,8 @@ class ScaleMetrics(NamedTuple):
     parameter array.
     """
 
-    loss_before: jax.Array
-    loss_after: jax.Array
+    loss_before: Array
+    loss_after: Array
     inner_products: PyTree
     step_sizes: PyTree
 
@@ -72,16 +74,16 @@ def scale_step(
     feasible sets as for `optim.sfw`; unconstrained arrays take their gradient step.
     """
 
-    def inner(params, inner_batch):
+    def inner(params: PyTree, inner_batch: PyTree) -> tuple[PyTree, tuple[Array, PyTree]]:
         before, grads = jax.value_and_grad(loss)(params, inner_batch)
 
-        def move(constraint, w, g):
+        def move(constraint: polytopes.ConstraintSet, w: Array, g: Array) -> tuple[Array, Array]:
             if isinstance(constraint, polytopes.Unconstrained):
                 return w - learning_rate * g, jnp.asarray(learning_rate, w.dtype)
             if not w.size:
                 return w, jnp.ones((), w.dtype)
             g, wide = trees.widen(g), trees.widen(w)
-            vertex = jax.lax.stop_gradient(constraint.lmo(g))
+            vertex = lax.stop_gradient(constraint.lmo(g))
             length = trees.norm(vertex - wide)
             ratio = trees.norm(g) / jnp.where(length > 0, length, 1)
             size = jnp.where(length > 0, jnp.clip(learning_rate * ratio, 0, 1), 1.0)
@@ -90,20 +92,31 @@ def scale_step(
         leaves, structure = jax.tree.flatten(params)
         constraints = jax.tree.leaves(polytopes.broadcast(sets, params), is_leaf=polytopes.is_set)
         moved, sizes = zip(*map(move, constraints, leaves, jax.tree.leaves(grads)))
-        return structure.unflatten(moved), (before, structure.unflatten(sizes))
+        unflatten = functools.partial(jax.tree.unflatten, structure)
+        return unflatten(moved), (before, unflatten(sizes))
 
-    def objective(params, inner_batch, outer_batch):
+    def objective(params: PyTree, inner_batch: PyTree, outer_batch: PyTree) -> tuple[Array, tuple]:
         stepped, aux = inner(params, inner_batch)
         return loss(stepped, outer_batch) / learning_rate, aux
 
-    def step(state: ScaleState, inner_batch, outer_batch) -> tuple[ScaleState, ScaleMetrics]:
+    def step(
+        state: ScaleState, inner_batch: PyTree, outer_batch: PyTree
+    ) -> tuple[ScaleState, ScaleMetrics]:
         (after, (before, sizes)), grads = jax.value_and_grad(objective, has_aux=True)(
             state.params, inner_batch, outer_batch
         )
         count = state.step + 1
         products = jax.tree.map(trees.dot, state.params, grads)
 
-        def update(path, p, scale, first, product, mean, square):
+        def update(
+            path: str,
+            p: Array,
+            scale: Array,
+            first: Array,
+            product: Array,
+            mean: Array,
+            square: Array,
+        ) -> tuple[Array, ...]:
             norm = trees.norm(p)
             alive = norm > 0
             grow = first / jnp.where(alive, norm, 1)
@@ -126,7 +139,8 @@ def scale_step(
 
         now = (state.params, state.scales, state.first_norms, products, state.mean, state.square)
         new = zip(*map(update, trees.named_leaves(state.params), *map(jax.tree.leaves, now)))
-        params, scales, means, squares = map(jax.tree.structure(state.params).unflatten, new)
+        unflatten = functools.partial(jax.tree.unflatten, jax.tree.structure(state.params))
+        params, scales, means, squares = map(unflatten, new)
         metrics = ScaleMetrics(before, after * learning_rate, products, sizes)
         return ScaleState(count, params, scales, state.first_norms, means, squares), metrics
 

@@ -13,6 +13,7 @@ Products run on the device in the type of their vectors; the small tridiagonal p
 float64 by SciPy.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -22,12 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jax import Array, lax
 
 from sparsity_jax import stopping, tables, trees
 
 PyTree = Any
 Matvec = Callable[[PyTree], PyTree]
-HIGHEST = jax.lax.Precision.HIGHEST
+HIGHEST = lax.Precision.HIGHEST
 
 
 # Products with the curvature of a loss ------------------------------------------------------------
@@ -89,12 +91,14 @@ def squared(matvec: Matvec) -> Matvec:
 def check_scalar(loss: Callable, argument: PyTree) -> None:
     """Raises ValueError unless `loss(argument)` is a scalar; nothing is computed."""
     value = jax.eval_shape(loss, argument)
-    shape = getattr(value, "shape", None)
-    if shape != ():
-        found = f"an array of shape {shape}" if shape is not None else f"a {type(value).__name__}"
-        raise ValueError(
-            f"loss returns {found}; curvature needs one scalar. Take the mean over examples."
-        )
+    if getattr(value, "shape", None) == ():
+        return
+    returned = f"a {type(value).__name__}"
+    if hasattr(value, "shape"):
+        returned = f"an array of shape {value.shape}"
+    raise ValueError(
+        f"loss returns {returned}; curvature needs one scalar. Take the mean over examples."
+    )
 
 
 def tangent(v: PyTree, params: PyTree) -> PyTree:
@@ -105,18 +109,19 @@ def tangent(v: PyTree, params: PyTree) -> PyTree:
     """
     _check_like(v, params, "the vector of a product", "params")
 
-    def fitted(x, p):
+    def fitted(x: Array, p: Array) -> Array:
         x = jnp.asarray(x, jnp.result_type(p))
-        same = trees.division(x) == trees.division(p)
-        return (
-            x if same else jax.sharding.reshard(x, jax.sharding.PartitionSpec(*trees.division(p)))
-        )
+        division = trees.division(p)
+        if trees.division(x) == division:
+            return x
+        return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*division))
 
     return jax.tree.map(fitted, v, params)
 
 
 def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
-    given, allowed = jax.tree.structure(tree), jax.tree.structure(like)
+    given: Any = jax.tree.structure(tree)
+    allowed = jax.tree.structure(like)
     if given != allowed:
         raise ValueError(f"{name} has the structure {given}; allowed: that of {other}, {allowed}.")
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)):
@@ -131,41 +136,40 @@ def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
 # Trees as vectors ---------------------------------------------------------------------------------
 
 
-def rademacher(key: jax.Array, like: PyTree) -> PyTree:
+def rademacher(key: Array, like: PyTree) -> PyTree:
     """Independent signs +-1 in the structure, shapes and types of `like`; TypeError for types that
     are no floats.
     """
     trees.check_parameters(like, "rademacher")
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        structure,
-        [jax.random.rademacher(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves)],
-    )
+    sign = lambda key, x: jax.random.rademacher(key, jnp.shape(x), jnp.result_type(x))
+    return jax.tree.unflatten(structure, map(sign, keys, leaves))
 
 
-def _dot(first: PyTree, second: PyTree) -> jax.Array:
+def _dot(first: PyTree, second: PyTree) -> Array:
     """Inner product. Of two vectors at a time: XLA's CPU backend sums those pairwise (error 1e-9
     for 1e6 entries), a matrix-vector product one after the other (1e-5)."""
     dot = lambda x, y: jnp.dot(trees.widen(x).ravel(), trees.widen(y).ravel(), precision=HIGHEST)
-    return sum(jax.tree.leaves(jax.tree.map(dot, first, second)))
+    products = jax.tree.leaves(jax.tree.map(dot, first, second))
+    return jnp.asarray(sum(products))
 
 
-def _flatten(tree: PyTree) -> jax.Array:
+def _flatten(tree: PyTree) -> Array:
     leaves = [trees.widen(leaf).ravel() for leaf in jax.tree.leaves(tree)]
     return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
 
 
-def _unflatten(vector: jax.Array, like: PyTree) -> PyTree:
+def _unflatten(vector: Array, like: PyTree) -> PyTree:
     """`vector` [..., D] cut into the leaves of `like`: each [..., *shape], in its type."""
     leaves, structure = jax.tree.flatten(like)
-    pieces, start = [], 0
+    others = vector.shape[:-1]
+    pieces = []
+    start = 0
     for leaf in leaves:
-        piece = vector[..., start : start + leaf.size]
-        dtype = jax.dtypes.canonicalize_dtype(
-            leaf.dtype
-        )  # of NumPy's float64, float32 unless x64 is enabled
-        pieces.append(piece.reshape(*vector.shape[:-1], *leaf.shape).astype(dtype))
+        piece = vector[..., start : start + leaf.size].reshape(*others, *leaf.shape)
+        # of NumPy's float64, float32 unless x64 is enabled
+        pieces.append(piece.astype(jax.dtypes.canonicalize_dtype(leaf.dtype)))
         start += leaf.size
     return jax.tree.unflatten(structure, pieces)
 
@@ -182,9 +186,9 @@ class Tridiagonal(NamedTuple):
     eigenvalue). num_steps: int32, at most D.
     """
 
-    alphas: jax.Array
-    betas: jax.Array
-    num_steps: jax.Array
+    alphas: Any
+    betas: Any
+    num_steps: Any
 
 
 class LanczosState(NamedTuple):
@@ -195,149 +199,162 @@ class LanczosState(NamedTuple):
     matrix on the host, or None.
     """
 
-    step: jax.Array
-    num_steps: jax.Array  # falls behind `step` once the Krylov space is exhausted
-    alphas: jax.Array
-    betas: jax.Array
+    step: Array
+    num_steps: Array  # falls behind `step` once the Krylov space is exhausted
+    alphas: Array
+    betas: Array
     current: PyTree
     previous: PyTree
     basis: Any
 
 
-class Lanczos(NamedTuple):
-    """Lanczos one product at a time.
-
-    init(start) -> state; step(matvec, state) -> state; update(state, product) -> state: a step
-    after its product; result(state) -> Tridiagonal of the steps so far.
-
-    While `jit` traces, all are pure. Outside of it, `step` and `update` take any matvec, host loops
-    too, and consume the state they are given: its basis is updated in place. Save a state before it
-    is passed on.
-    """
-
-    num_matvecs: int
-    init: Callable[[PyTree], LanczosState]
-    step: Callable[[Matvec, LanczosState], LanczosState]
-    update: Callable[[LanczosState, PyTree], LanczosState]
-    result: Callable[[LanczosState], Tridiagonal]
-
-
-class _Basis(NamedTuple):
-    """One way to keep the basis; vectors are flat.
-
-    create(vector, num_rows) -> basis with `vector` as row 0; write(basis, row, vector) -> basis,
-    unchanged if there is no such row; project(basis, row, vector) -> (the squared length of its
-    part in rows 0..row, the vector without it).
-    choose: `jax.lax.cond` or the same on the host.
-    """
-
-    create: Callable
-    write: Callable
-    project: Callable
-    choose: Callable
-
-
 CHUNK = 2**12  # entries whose products are summed one after the other
-SHARDS = (
-    64  # of several chunks there are a multiple, so that many numbers of devices can share them
-)
+SHARDS = 64  # several chunks are a multiple of so many, for many numbers of devices to share them
 
 
-def _on_device(num_blocks: int, dtype: Any = None) -> _Basis:
-    """Rows in `num_blocks` arrays [chunks, rows, entries]: classical Gram-Schmidt inside each, one
-    after the other.
+@dataclasses.dataclass(frozen=True)
+class _OnDevice:
+    """Keeps the basis as rows in `num_blocks` arrays [chunks, rows, entries]: classical
+    Gram-Schmidt inside each, one after the other.
 
     Blocks, because only those in use are read: of a single matrix XLA's CPU backend would multiply
     all rows, or copy a slice of it before it multiplies, at twice the time. Chunks, because it sums
     a row's products one after the other: over 3e5 entries in float32 that put errors of 1e-6 into
     vectors that had none, and quadrature off by 3e-2 where chunks (and float64) give 3e-4. A type
-    other than the vectors' is widened one block at a time.
+    other than the vectors' is widened one block at a time. Vectors are flat.
     """
 
-    def split(vector: jax.Array) -> jax.Array:
-        """[D] as [chunks, entries], the last filled up with zeros."""
-        chunks = -(-vector.size // (CHUNK * SHARDS)) * SHARDS if vector.size > CHUNK else 1
-        entries = -(-vector.size // chunks)  # the same in all, to fill up less
-        return jnp.pad(vector, (0, chunks * entries - vector.size)).reshape(chunks, entries)
+    num_blocks: int
+    dtype: Any = None
 
-    def create(vector: jax.Array, num_rows: int) -> tuple[jax.Array, ...]:
-        rows = -(-num_rows // num_blocks)
+    def create(self, vector: Array, num_rows: int) -> tuple[Array, ...]:
+        """The basis with `vector` as row 0."""
+        rows = -(-num_rows // self.num_blocks)
         index = np.arange(num_rows)[:, None]
-        vector = split(vector)[:, None]
-        # made of the vector, so that they are sharded as it is
-        blocks = (
-            jnp.where(index[first : first + rows] == 0, vector, 0)
-            for first in range(0, num_rows, rows)
-        )
-        return tuple(block.astype(dtype or vector.dtype) for block in blocks)
+        vector = _chunks(vector)[:, None]
+        dtype = self.dtype or vector.dtype
+        blocks = []
+        for first in range(0, num_rows, rows):
+            # made of the vector, so that they are sharded as it is
+            block = jnp.where(index[first : first + rows] == 0, vector, 0)
+            blocks.append(block.astype(dtype))
+        return tuple(blocks)
 
-    def write(
-        basis: tuple[jax.Array, ...], row: jax.Array, vector: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        blocks, first = [], 0
-        vector = split(vector).astype(basis[0].dtype)
-        place = lambda block, index: jax.lax.dynamic_update_index_in_dim(block, vector, index, 1)
+    def write(self, basis: tuple[Array, ...], row: Array, vector: Array) -> tuple[Array, ...]:
+        """The basis with another row; unchanged if there is no such row."""
+        vector = _chunks(vector).astype(basis[0].dtype)
+        place = lambda block, index: lax.dynamic_update_index_in_dim(block, vector, index, 1)
+        keep = lambda block, index: block
+        blocks = []
+        first = 0
         for block in basis:
             inside = (row >= first) & (row < first + block.shape[1])
             # a `select` would read and write a row of every block; `cond` touches one, in place
-            blocks.append(jax.lax.cond(inside, place, lambda block, _: block, block, row - first))
+            blocks.append(lax.cond(inside, place, keep, block, row - first))
             first += block.shape[1]
         return tuple(blocks)
 
-    def project(
-        basis: tuple[jax.Array, ...], row: jax.Array, vector: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def project(self, basis: tuple[Array, ...], row: Array, vector: Array) -> tuple[Array, Array]:
+        """(the squared length of the vector's part in rows 0..row, the vector without it)."""
         einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 
-        def subtract(vector, found, block):
+        def subtract(vector: Array, squares: Array, block: Array) -> tuple[Array, Array]:
             block = block.astype(vector.dtype)
             part = einsum("krc,kc->kr", block, vector).sum(0)
             every = jnp.broadcast_to(part, block.shape[:2])
-            return vector - einsum("kr,krc->kc", every, block), found + jnp.dot(
-                part, part, precision=HIGHEST
-            )
+            rest = vector - einsum("kr,krc->kc", every, block)
+            return rest, squares + jnp.dot(part, part, precision=HIGHEST)
 
-        size, vector = vector.size, split(vector)
-        found, first = trees.varying_like(jnp.zeros((), vector.dtype), [vector]), 0
+        skip = lambda vector, squares, block: (vector, squares)
+        size = vector.size
+        vector = _chunks(vector)
+        squares = trees.varying_like(jnp.zeros((), vector.dtype), [vector])
+        first = 0
         for block in basis:
-            vector, found = jax.lax.cond(
-                row >= first, subtract, lambda v, f, _: (v, f), vector, found, block
-            )
+            vector, squares = lax.cond(row >= first, subtract, skip, vector, squares, block)
             first += block.shape[1]
-        return found, vector.ravel()[:size]
+        return squares, vector.ravel()[:size]
 
-    return _Basis(create, write, project, jax.lax.cond)
+    def choose(self, condition: Array, yes: Callable, no: Callable, *arguments: Any) -> Any:
+        return lax.cond(condition, yes, no, *arguments)
 
 
-def _on_host() -> _Basis:
-    """Rows in one NumPy matrix, written in place and multiplied on the host."""
+def _chunks(vector: Array) -> Array:
+    """[D] as [chunks, entries], the last filled up with zeros."""
+    size = vector.size
+    chunks = -(-size // (CHUNK * SHARDS)) * SHARDS if size > CHUNK else 1
+    entries = -(-size // chunks)  # the same in all, to fill up less
+    return jnp.pad(vector, (0, chunks * entries - size)).reshape(chunks, entries)
 
-    def create(vector: jax.Array, num_rows: int) -> np.ndarray:
+
+class _OnHost:
+    """Keeps the basis in one NumPy matrix, written in place and multiplied on the host."""
+
+    def create(self, vector: Array, num_rows: int) -> np.ndarray:
         basis = np.zeros((num_rows, vector.size), vector.dtype)
         basis[0] = vector
         return basis
 
-    def write(basis: np.ndarray, row: jax.Array, vector: jax.Array) -> np.ndarray:
+    def write(self, basis: np.ndarray, row: Array, vector: Array) -> np.ndarray:
         if row < len(basis):
             basis[int(row)] = vector
         return basis
 
-    def project(basis: np.ndarray, row: jax.Array, vector: jax.Array) -> tuple[float, np.ndarray]:
-        rows, vector = basis[: int(row) + 1], np.asarray(vector)
-        part = rows @ vector
-        return part @ part, vector - part @ rows
+    def project(self, basis: np.ndarray, row: Array, vector: Array) -> tuple[float, np.ndarray]:
+        rows = basis[: int(row) + 1]
+        flat = np.asarray(vector)
+        part = rows @ flat
+        return part @ part, flat - part @ rows
 
-    return _Basis(
-        create, write, project, lambda condition, yes, no, *args: (yes if condition else no)(*args)
-    )
+    def choose(self, condition: Array, yes: Callable, no: Callable, *arguments: Any) -> Any:
+        return (yes if condition else no)(*arguments)
 
 
-REORTHOGONALIZE = {
-    "full": _on_device(4),
-    "bfloat16": _on_device(16, jnp.bfloat16),
-    "host": _on_host(),
+_Basis = _OnDevice | _OnHost
+REORTHOGONALIZE: dict[str, _Basis | None] = {
+    "full": _OnDevice(4),
+    "bfloat16": _OnDevice(16, jnp.bfloat16),
+    "host": _OnHost(),
     "none": None,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanczos:
+    """Lanczos one product at a time, made by `lanczos_method`.
+
+    While `jit` traces, all methods are pure. Outside of it, `step` and `update` take any matvec,
+    host loops too, and consume the state they are given: its basis is updated in place. Save a
+    state before it is passed on.
+    """
+
+    num_matvecs: int
+    basis: _Basis | None
+    shift: float
+
+    def init(self, start: PyTree) -> LanczosState:
+        """The state before the first product."""
+        begin = _begin if isinstance(self.basis, _OnHost) else _begin_compiled
+        return begin(_checked_start(start), self.num_matvecs, self.basis, self.shift)
+
+    def step(self, matvec: Matvec, state: LanczosState) -> LanczosState:
+        """The state after one more product."""
+        return self.update(state, matvec(state.current))
+
+    def update(self, state: LanczosState, product: PyTree) -> LanczosState:
+        """The state after a step whose product is known."""
+        _check_like(product, state.current, "the product", "the start vector")
+        product = jax.tree.map(trees.gathered, product)
+        pure = isinstance(self.basis, _OnHost) or _is_traced((state, product))
+        advance = _advance if pure else _advance_in_place
+        numbers = (state.step, state.num_steps, state.alphas, state.betas)
+        vectors = (state.current, product, state.previous, state.basis)
+        numbers, following, rows = advance(self.basis, self.shift, numbers, *vectors)
+        return LanczosState._make((*numbers, following, state.current, rows))
+
+    def result(self, state: LanczosState) -> Tridiagonal:
+        """What the steps so far have found."""
+        return Tridiagonal(state.alphas, state.betas, state.num_steps)
 
 
 def lanczos_method(
@@ -363,7 +380,7 @@ def lanczos_method(
         1e-6.
 
     Inside `shard_map` the start vector varies over the axes that the products vary over
-    (`jax.lax.pcast`); on a mesh of explicit axes every device holds whole vectors.
+    (`lax.pcast`); on a mesh of explicit axes every device holds whole vectors.
 
     Start vectors have floating-point leaves of one type, float32 or float64: TypeError; ValueError
     for a start vector that is zero or not finite (NaN results while tracing), for a product of
@@ -372,46 +389,23 @@ def lanczos_method(
     basis = tables.lookup(REORTHOGONALIZE, reorthogonalize, "reorthogonalize")
     if num_matvecs < 1:
         raise ValueError(f"num_matvecs is {num_matvecs}; allowed: 1 and above.")
+    return Lanczos(num_matvecs, basis, shift)
 
-    def init(start: PyTree) -> LanczosState:
-        start = _checked_start(start)
-        return (_begin if reorthogonalize == "host" else _begin_compiled)(
-            start, num_matvecs, basis, shift
-        )
 
-    def update(state: LanczosState, product: PyTree) -> LanczosState:
-        _check_like(product, state.current, "the product", "the start vector")
-        product = jax.tree.map(trees.gathered, product)
-        leaves = jax.tree.leaves((state, product))
-        pure = basis is REORTHOGONALIZE["host"] or any(
-            isinstance(leaf, jax.core.Tracer) for leaf in leaves
-        )
-        numbers = (state.step, state.num_steps, state.alphas, state.betas)
-        vectors = (state.current, product, state.previous, state.basis)
-        numbers, following, rows = (_advance if pure else _advance_in_place)(
-            basis, shift, numbers, *vectors
-        )
-        return LanczosState(*numbers, following, state.current, rows)
-
-    def step(matvec: Matvec, state: LanczosState) -> LanczosState:
-        return update(state, matvec(state.current))
-
-    def result(state: LanczosState) -> Tridiagonal:
-        return Tridiagonal(state.alphas, state.betas, state.num_steps)
-
-    return Lanczos(num_matvecs, init, step, update, result)
+def _is_traced(tree: PyTree) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _checked_start(start: PyTree) -> PyTree:
     start = jax.tree.map(lambda leaf: trees.gathered(jnp.asarray(leaf)), start)
     leaves = jax.tree.leaves(start)
-    types = {leaf.dtype for leaf in leaves}
-    if len(types) != 1 or not types <= {np.dtype("float32"), np.dtype("float64")}:
-        found = ", ".join(sorted(map(str, types))) or "no arrays"
+    types = sorted({str(leaf.dtype) for leaf in leaves})
+    if types not in (["float32"], ["float64"]):
         raise TypeError(
-            f"the start vector has {found}; Lanczos needs leaves of one type, float32 or float64."
+            f"the start vector has {', '.join(types) or 'no arrays'}; Lanczos needs leaves of one "
+            "type, float32 or float64."
         )
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if not _is_traced(start):
         length = float(trees.norm(start))
         if not 0 < length < math.inf:
             raise ValueError(
@@ -428,14 +422,10 @@ def _begin(start: PyTree, num_matvecs: int, basis: _Basis | None, shift: float) 
     current = jax.tree.map(lambda leaf: leaf / length, start)
     vector = _flatten(current)
     rows = basis.create(vector, min(num_matvecs, vector.size)) if basis else None
-    like_start = lambda x: trees.varying_like(x, [vector])
-    zero, numbers = (
-        like_start(jnp.zeros((), jnp.int32)),
-        like_start(jnp.zeros(num_matvecs, vector.dtype)),
-    )
-    return LanczosState(
-        zero, zero, numbers, numbers, current, jax.tree.map(jnp.zeros_like, current), rows
-    )
+    zero = trees.varying_like(jnp.zeros((), jnp.int32), [vector])
+    numbers = trees.varying_like(jnp.zeros(num_matvecs, vector.dtype), [vector])
+    previous = jax.tree.map(jnp.zeros_like, current)
+    return LanczosState(zero, zero, numbers, numbers, current, previous, rows)
 
 
 _begin_compiled = jax.jit(_begin, static_argnums=(1, 2, 3))
@@ -455,18 +445,17 @@ def _advance(
     The product is divided by a power of two near its size first: no square leaves the range,
     whatever the unit of A.
     """
-    step, num_steps, alphas, betas = numbers
+    step, _, _, betas = numbers
     before = jnp.where(step > 0, betas[step - 1], 0)
     unit, alpha, rest = _recurrence(current, product, previous, before)
     if basis:
         rest = _orthogonalize(basis, rows, step, _flatten(rest))
-    size = sum(leaf.size for leaf in jax.tree.leaves(current))
-    numbers, factor = _close(
-        (step, num_steps, alphas, betas), unit, alpha, before, rest, size, shift
-    )
+    size = trees.size(current)
+    numbers, factor = _close(numbers, unit, alpha, before, rest, size, shift)
     following = jax.tree.map(lambda leaf: leaf * factor, rest)
     if basis:
-        rows, following = basis.write(rows, step + 1, following), _unflatten(following, current)
+        rows = basis.write(rows, step + 1, following)
+        following = _unflatten(following, current)
     return numbers, following, rows
 
 
@@ -475,34 +464,31 @@ _advance_in_place = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(5, 
 
 @jax.jit
 def _recurrence(
-    current: PyTree, product: PyTree, previous: PyTree, beta: jax.Array
-) -> tuple[jax.Array, jax.Array, PyTree]:
+    current: PyTree, product: PyTree, previous: PyTree, beta: Array
+) -> tuple[Array, Array, PyTree]:
     """(unit, alpha / unit, residual / unit)."""
     product = jax.tree.map(lambda p, v: p.astype(v.dtype), product, current)
     unit = trees.scale_of(product)
     product = jax.tree.map(lambda p: p / unit, product)
-    alpha, beta = _dot(product, current), beta / unit
-    return (
-        unit,
-        alpha,
-        jax.tree.map(lambda p, v, u: p - alpha * v - beta * u, product, current, previous),
-    )
+    alpha = _dot(product, current)
+    beta = beta / unit
+    subtract = lambda p, v, u: p - alpha * v - beta * u
+    return unit, alpha, jax.tree.map(subtract, product, current, previous)
 
 
-def _orthogonalize(basis: _Basis, rows: Any, row: jax.Array, vector: jax.Array) -> jax.Array:
-    found, rest = basis.project(rows, row, vector)
+def _orthogonalize(basis: _Basis, rows: Any, row: Array, vector: Array) -> Array:
+    squares, rest = basis.project(rows, row, vector)
     again = lambda rest: basis.project(rows, row, rest)[1]
-    return basis.choose(
-        jnp.dot(rest, rest, precision=HIGHEST) < found, again, lambda rest: rest, rest
-    )
+    enough = lambda rest: rest
+    return basis.choose(jnp.dot(rest, rest, precision=HIGHEST) < squares, again, enough, rest)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _close(
     numbers: tuple,
-    unit: jax.Array,
-    alpha: jax.Array,
-    before: jax.Array,
+    unit: Array,
+    alpha: Array,
+    before: Array,
     rest: PyTree,
     size: int,
     shift: float,
@@ -514,16 +500,19 @@ def _close(
     """
     step, num_steps, alphas, betas = numbers
     running = (step == 0) | (before != 0)
-    alpha, length = jnp.where(running, unit * alpha, 0), jnp.sqrt(_dot(rest, rest))
+    alpha = jnp.where(running, unit * alpha, 0)
+    length = jnp.sqrt(_dot(rest, rest))
     beta = unit * length
-    scale = jnp.maximum(jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas)), jnp.abs(alpha))
-    rounding = (
-        beta / (16 * jnp.finfo(beta.dtype).eps) <= scale
-    )  # False for NaN, which goes on, to be seen
+    largest = jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas))
+    largest = jnp.maximum(largest, jnp.abs(alpha))
+    # False for NaN, which goes on, to be seen
+    rounding = beta / (16 * jnp.finfo(beta.dtype).eps) <= largest
     more = running & (step + 1 < size) & ~rounding
     beta = jnp.where(more, beta, 0)
-    numbers = (step + 1, num_steps + running, alphas.at[step].set(alpha), betas.at[step].set(beta))
-    return numbers, jnp.where(more, 1 / jnp.where(more, length + shift / unit, 1), 0)
+    alphas = alphas.at[step].set(alpha)
+    betas = betas.at[step].set(beta)
+    divisor = jnp.where(more, length + shift / unit, 1)
+    return (step + 1, num_steps + running, alphas, betas), jnp.where(more, 1 / divisor, 0)
 
 
 def lanczos(
@@ -547,9 +536,8 @@ def lanczos(
 def _run(method: Lanczos, matvec: Matvec, start: PyTree, on_host: bool) -> LanczosState:
     state = method.init(start)
     if not on_host:
-        return jax.lax.fori_loop(
-            0, method.num_matvecs, lambda _, state: method.step(matvec, state), state
-        )
+        step = lambda _, state: method.step(matvec, state)
+        return lax.fori_loop(0, method.num_matvecs, step, state)
     for _ in range(method.num_matvecs):
         stopping.check()
         state = method.step(matvec, state)
@@ -591,12 +579,15 @@ def top_eigenpairs(
             )
         values, vectors = _eigh(alphas, betas)
         top = np.argsort(-np.abs(values), kind="stable")[:num]
-        flat, first = 0, 0
+        parts = []
+        first = 0
         for block in state.basis:
-            mixing = jnp.asarray(vectors[first : first + block.shape[1], top], block.dtype)
-            flat += jnp.einsum("rn,krc->nkc", mixing, block[:, : len(mixing)], precision=HIGHEST)
-            first += block.shape[1]
-        flat = flat.reshape(num, -1)[:, : sum(leaf.size for leaf in jax.tree.leaves(state.current))]
+            after = first + block.shape[1]
+            mixing = jnp.asarray(vectors[first:after, top], block.dtype)
+            used = block[:, : len(mixing)]
+            parts.append(jnp.einsum("rn,krc->nkc", mixing, used, precision=HIGHEST))
+            first = after
+        flat = functools.reduce(jnp.add, parts).reshape(num, -1)[:, : trees.size(state.current)]
         residuals = betas[-1] * np.abs(vectors[-1, top])
         return Eigenpairs(values[top], _unflatten(flat, state.current), residuals)
 
@@ -678,9 +669,8 @@ def border_for(
     size = max(np.max(np.abs(alphas)), np.max(betas, initial=0.0), abs(node))
     least = np.finfo(np.float64).tiny ** 0.25 * (size or 1.0)
     pivot, last = math.inf, node
-    for alpha, beta, after in zip(
-        alphas, [0.0, *betas], betas
-    ):  # of T - node, eliminating from the top
+    # of T - node, eliminating from the top
+    for alpha, beta, after in zip(alphas, [0.0, *betas], betas):
         pivot = (alpha - node - beta**2 / pivot) or least
         last = node + after**2 / pivot
     return float(last)
@@ -697,9 +687,9 @@ def _per_probe(rule: Callable, alphas: Tridiagonal | np.ndarray, betas: np.ndarr
     probes = [rule(*_coefficients(Tridiagonal(*probe))) for probe in zip(*map(np.asarray, alphas))]
     most = max(len(values) for values, _ in probes)
     pad = lambda array, mode: np.pad(array, (0, most - len(array)), mode)
-    return np.stack([pad(v, "edge") for v, _ in probes]), np.stack(
-        [pad(w, "constant") for _, w in probes]
-    )
+    values = [pad(values, "edge") for values, _ in probes]
+    weights = [pad(weights, "constant") for _, weights in probes]
+    return np.stack(values), np.stack(weights)
 
 
 def _coefficients(
@@ -708,13 +698,12 @@ def _coefficients(
     """alphas [n] and betas [n] or [n - 1] in float64, checked."""
     if isinstance(alphas, Tridiagonal):
         steps = int(alphas.num_steps)
-        alphas, betas = np.asarray(alphas.alphas)[:steps], np.asarray(alphas.betas)[:steps]
-    alphas, betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
-    if (
-        alphas.ndim != 1
-        or not alphas.size
-        or betas.shape not in ((alphas.size,), (alphas.size - 1,))
-    ):
+        betas = alphas.betas[:steps]
+        alphas = alphas.alphas[:steps]
+    alphas = np.asarray(alphas, np.float64)
+    betas = np.asarray(betas, np.float64)
+    lengths = (alphas.size, alphas.size - 1)
+    if alphas.ndim != 1 or betas.ndim != 1 or not alphas.size or betas.size not in lengths:
         raise ValueError(
             f"alphas have shape {alphas.shape}, betas {betas.shape}; allowed: [n] and [n] or [n - "
             "1]."
@@ -746,16 +735,14 @@ def _radau(alphas: np.ndarray, betas: np.ndarray, node: float) -> tuple[np.ndarr
     if values[0] < node - 1e-3 * largest or (largest == 0 < betas[-1]):
         raise ValueError(
             f"the smallest Ritz value is {values[0]:.3g}; values reach below the node {node:g}, "
-            "where there is no "
-            "bound. Take a node below the spectrum, or a positive semi-definite operator: "
-            "gauss_newton, squared."
+            "where there is no bound. Take a node below the spectrum, or a positive semi-definite "
+            "operator: gauss_newton, squared."
         )
     weights = vectors[0] ** 2
     if betas[-1] > 0:
         # the last entry that makes `node` an eigenvalue is node + beta^2 (T - node)^-1 [n, n]
-        inverse = np.sum(
-            vectors[-1] ** 2 / np.maximum(values - node, 16 * np.finfo(np.float64).eps * largest)
-        )
+        rounding = 16 * np.finfo(np.float64).eps * largest
+        inverse = np.sum(vectors[-1] ** 2 / np.maximum(values - node, rounding))
         values, weights = _gauss(np.append(alphas, node + betas[-1] ** 2 * inverse), betas)
     return np.maximum(values, node), weights
 
@@ -777,22 +764,20 @@ def spectral_density(
     width: with few bins for sigma2, mass falls between them, which `quadrature` avoids.
     Source: Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159.
     """
-    values, weights = (
-        np.atleast_2d(values).astype(np.float64),
-        np.atleast_2d(weights).astype(np.float64),
-    )
-    grid = np.linspace(values.min(-1).mean() - overhead, values.max(-1).mean() + overhead, bins)
+    values = np.atleast_2d(values).astype(np.float64)
+    weights = np.ravel(weights).astype(np.float64)
+    least = values.min(-1).mean()
+    largest = values.max(-1).mean()
+    grid = np.linspace(least - overhead, largest + overhead, bins)
     variance = sigma2 * max(1.0, grid[-1] - grid[0])
-    reach = math.sqrt(
-        2 * variance * 750
-    )  # exp(-750) is 0 in float64: skipping the rest changes nothing
-    starts = np.searchsorted(grid, values.ravel() - reach)
-    ends = np.searchsorted(grid, values.ravel() + reach)
-    density, height = np.zeros(bins), 1 / math.sqrt(2 * math.pi * variance)
-    for value, weight, start, end in zip(values.ravel(), weights.ravel(), starts, ends):
-        density[start:end] += weight * (
-            height * np.exp(-((value - grid[start:end]) ** 2) / (2 * variance))
-        )
+    height = 1 / math.sqrt(2 * math.pi * variance)
+    # exp(-750) is 0 in float64: skipping the rest changes nothing
+    reach = math.sqrt(2 * variance * 750)
+    density = np.zeros(bins)
+    for value, weight in zip(values.ravel(), weights):
+        start, end = np.searchsorted(grid, [value - reach, value + reach])
+        squares = (value - grid[start:end]) ** 2
+        density[start:end] += weight * (height * np.exp(-squares / (2 * variance)))
     density /= len(values)
     mass = np.sum(density) * (grid[1] - grid[0])
     return density / mass if mass > 0 else density, grid
@@ -804,13 +789,13 @@ def spectral_density(
 class Trace(NamedTuple):
     """An unbiased estimate of a trace and its standard error."""
 
-    trace: jax.Array
-    standard_error: jax.Array
+    trace: Array
+    standard_error: Array
 
 
 def hutchinson(
     num_probes: int, *, on_host: bool = False
-) -> Callable[[Matvec, jax.Array, PyTree], Trace]:
+) -> Callable[[Matvec, Array, PyTree], Trace]:
     """Mean of v^T A v over `num_probes` sign vectors: `hutchinson(100)(matvec, key, like) ->
     Trace`.
 
@@ -821,8 +806,8 @@ def hutchinson(
     if num_probes < 2:
         raise ValueError(f"num_probes is {num_probes}; allowed: 2 and above, for a standard error.")
 
-    def estimate(matvec: Matvec, key: jax.Array, like: PyTree) -> Trace:
-        def sample(key):
+    def estimate(matvec: Matvec, key: Array, like: PyTree) -> Trace:
+        def sample(key: Array) -> Array:
             probe = rademacher(key, like)
             return _dot(probe, matvec(probe))
 
@@ -831,9 +816,7 @@ def hutchinson(
     return estimate
 
 
-def hutchpp(
-    num_matvecs: int, *, on_host: bool = False
-) -> Callable[[Matvec, jax.Array, PyTree], Trace]:
+def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, Array, PyTree], Trace]:
     """Hutch++: `hutchpp(60)(matvec, key, like) -> Trace`, from `num_matvecs` products in total.
 
     The trace on the range of A times a third of the probes exactly, Hutchinson's on the rest. Exact
@@ -849,7 +832,7 @@ def hutchpp(
     third = num_matvecs // 3
     dot = functools.partial(jnp.dot, precision=HIGHEST)
 
-    def estimate(matvec: Matvec, key: jax.Array, like: PyTree) -> Trace:
+    def estimate(matvec: Matvec, key: Array, like: PyTree) -> Trace:
         flat = lambda tree: _flatten(jax.tree.map(trees.gathered, tree))
         product = lambda vector: flat(matvec(_unflatten(vector, like)))
         keys = jax.random.split(key, num_matvecs - third)
@@ -857,7 +840,7 @@ def hutchpp(
         basis = jnp.linalg.qr(images.T / trees.scale_of(images))[0].T
         known = jnp.sum(_map(lambda row: dot(row, product(row)), basis, on_host))
 
-        def sample(key):
+        def sample(key: Array) -> Array:
             probe = _flatten(rademacher(key, like))
             probe = probe - dot(dot(basis, probe), basis)
             return dot(probe, product(probe))
@@ -868,9 +851,9 @@ def hutchpp(
     return estimate
 
 
-def _map(function: Callable, inputs: jax.Array, on_host: bool) -> jax.Array:
+def _map(function: Callable, inputs: Array, on_host: bool) -> Array:
     if not on_host:
-        return jax.lax.map(function, inputs)
+        return lax.map(function, inputs)
     results = []
     for x in inputs:
         stopping.check()
@@ -878,7 +861,7 @@ def _map(function: Callable, inputs: jax.Array, on_host: bool) -> jax.Array:
     return jnp.stack(results)
 
 
-def _mean(samples: jax.Array) -> Trace:
+def _mean(samples: Array) -> Trace:
     scale = trees.scale_of(samples)
     deviation = scale * jnp.std(samples / scale, ddof=1)
     return Trace(jnp.mean(samples), deviation / math.sqrt(len(samples)))

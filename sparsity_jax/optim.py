@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array, lax
 
 from sparsity_jax import originals, polytopes, tables, trees
 
 PyTree = Any
+Updated = tuple[PyTree, Any]  # updates and state
 
 
 # Learning rates -----------------------------------------------------------------------------------
@@ -39,7 +41,7 @@ class Rate(NamedTuple):
     update: Callable
 
 
-def as_rate(learning_rate: float | jax.Array | Callable | Rate) -> Rate:
+def as_rate(learning_rate: float | Array | Callable | Rate) -> Rate:
     """A number, an optax schedule or a Rate as a Rate."""
     if isinstance(learning_rate, Rate):
         return learning_rate
@@ -48,9 +50,9 @@ def as_rate(learning_rate: float | jax.Array | Callable | Rate) -> Rate:
 
 
 class _LossHistory(NamedTuple):
-    losses: jax.Array  # of the last 11 finished epochs, newest last
-    total: jax.Array  # of this epoch's step losses
-    factor: jax.Array
+    losses: Array  # of the last 11 finished epochs, newest last
+    total: Array  # of this epoch's step losses
+    factor: Array
 
 
 def keep(learning_rate: float, epochs: int, steps_per_epoch: int) -> Rate:
@@ -107,7 +109,7 @@ def cosine(
             f"warmup_epochs is {warmup_epochs}; allowed: below epochs ({epochs})."
         )
 
-    def rule(step):
+    def rule(step: Array) -> Array:
         progress = jnp.clip((step - warm) / (total - warm), 0, 1)
         return learning_rate * jnp.where(
             step < warm, step / max(warm, 1), (1 + jnp.cos(jnp.pi * progress)) / 2
@@ -135,7 +137,7 @@ def piecewise(
             f"schedule.table is {table!r}; allowed: epoch:factor,epoch:factor,..."
         ) from None
 
-    def rule(step):
+    def rule(step: Array) -> Array:
         factor = jnp.asarray(pairs[-1][1], float)
         for epoch, value in pairs:
             factor = jnp.where(step >= epoch * steps_per_epoch, value, factor)
@@ -163,10 +165,10 @@ def dynamic_change(
     tables.convert(loss, Literal["mean", "last_batch"], "loss")
     drops = decrease_3(1.0, epochs, steps_per_epoch)
 
-    def init():
+    def init() -> _LossHistory:
         return _LossHistory(jnp.zeros(11, float), jnp.zeros((), float), jnp.ones((), float))
 
-    def update(state, step, value):
+    def update(state: _LossHistory, step: Array, value: Any) -> tuple[Array, _LossHistory]:
         if value is None:
             raise ValueError(
                 "the rate 'dynamic_change' follows the loss: call update(..., value=loss)."
@@ -189,7 +191,7 @@ def _stepped_per_iteration(
     learning_rate: float,
     warmup_epochs: float,
     steps_per_epoch: int,
-    change: Callable[[jax.Array, jax.Array], jax.Array],
+    change: Callable[[Array, Array], Array],
 ) -> Rate:
     """The original's loop: after every iteration `rate = change(rate, iterations so far)`, warm-up
     or not.
@@ -199,7 +201,7 @@ def _stepped_per_iteration(
     """
     warm = warmup_epochs * steps_per_epoch
 
-    def update(state, step, value):
+    def update(state: Array, step: Array, value: Any) -> tuple[Array, Array]:
         del value
         rate = jnp.where(step == 0, 0.0 if warm else learning_rate, state)
         following = jnp.where(step < warm, learning_rate * (step + 1) / (warm + 1e-8), rate)
@@ -239,7 +241,7 @@ def _thirds(epochs: int) -> tuple[int, int]:
     return int(epochs / 3), int(2 * epochs / 3)
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable] = {
     "keep": keep,
     "decrease_3": decrease_3,
     "decrease_3_180": decrease_3_180,
@@ -260,8 +262,8 @@ class RateState(NamedTuple):
     state.
     """
 
-    step: jax.Array
-    learning_rate: jax.Array
+    step: Array
+    learning_rate: Array
     rate: Any
 
 
@@ -269,7 +271,7 @@ def _start_rate(rate: Rate) -> RateState:
     return RateState(jnp.zeros((), jnp.int32), jnp.zeros((), float), rate.init())
 
 
-def _next_rate(rate: Rate, state: RateState, value: Any) -> tuple[jax.Array, RateState]:
+def _next_rate(rate: Rate, state: RateState, value: Any) -> tuple[Array, RateState]:
     learning_rate, inner = rate.update(state.rate, state.step, value)
     learning_rate = jnp.asarray(learning_rate, float)
     return learning_rate, RateState(state.step + 1, learning_rate, inner)
@@ -279,7 +281,9 @@ def scale_by_rate(learning_rate: float | Callable | Rate) -> optax.GradientTrans
     """Multiplies updates by minus the learning rate."""
     rate = as_rate(learning_rate)
 
-    def update(updates, state, params=None, *, value=None, **extra):
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra: Any
+    ) -> Updated:
         del params, extra
         lr, state = _next_rate(rate, state, value)
         return jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates), state
@@ -303,7 +307,7 @@ def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
 class HeavyBallState(NamedTuple):
     """step: int32. buffer: momentum, in the structure of the params."""
 
-    step: jax.Array
+    step: Array
     buffer: PyTree
 
 
@@ -321,10 +325,10 @@ def heavy_ball(
     see `accumulators`.
     """
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         return HeavyBallState(jnp.zeros((), jnp.int32), accumulators(params, accumulator_dtype))
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         del params, extra
         state = _blend(state, updates, momentum, dampening)
         out = state.buffer
@@ -344,7 +348,7 @@ def _blend(
     return HeavyBallState(state.step + 1, jax.tree.map(mix, state.buffer, updates))
 
 
-def _share_of_new(momentum: float | jax.Array, dampening: float | jax.Array) -> float | jax.Array:
+def _share_of_new(momentum: float | Array, dampening: float | Array) -> float | Array:
     """The factor of the new gradient in the buffer: 1 - dampening, but 1 without momentum."""
     if isinstance(momentum, (int, float)):
         return 1 - dampening if momentum else 1.0
@@ -382,14 +386,14 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformationExtr
     return _add_slope(weight_decay, lambda w: w)
 
 
-def add_l1(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:
+def add_l1(strength: float | Array | PyTree) -> optax.GradientTransformationExtraArgs:
     """g + strength * sign(w), a subgradient of strength * ||w||_1. strength: a number, or one per
     parameter array.
     """
     return _add_slope(strength, jnp.sign)
 
 
-def add_l2(strength: float | jax.Array | PyTree) -> optax.GradientTransformationExtraArgs:
+def add_l2(strength: float | Array | PyTree) -> optax.GradientTransformationExtraArgs:
     """g + 2 * strength * w, the gradient of strength * ||w||_2^2. strength: a number, or one per
     parameter array.
     """
@@ -397,7 +401,7 @@ def add_l2(strength: float | jax.Array | PyTree) -> optax.GradientTransformation
 
 
 def _add_slope(strength: PyTree, slope: Callable) -> optax.GradientTransformationExtraArgs:
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         del extra
         _need_params(params)
         add = lambda w, g, s: (g + s * slope(w)).astype(g.dtype)
@@ -407,7 +411,7 @@ def _add_slope(strength: PyTree, slope: Callable) -> optax.GradientTransformatio
 
 
 def _one_each(strength: PyTree, params: PyTree) -> PyTree:
-    if jax.tree.structure(strength) == jax.tree.structure(0.0):
+    if jax.tree_util.all_leaves([strength]):
         return jax.tree.map(lambda _: strength, params)
     return trees.aligned(strength, params, "strengths")
 
@@ -417,12 +421,12 @@ class ProximalState(NamedTuple):
     one entry per array (two of arrays that have one), as one vector."""
 
     inner: PyTree
-    memory: jax.Array
+    memory: Array
 
 
 def proximal_l1(
     inner: optax.GradientTransformation,
-    strength: float | jax.Array | PyTree,
+    strength: float | Array | PyTree,
     *,
     learning_rate: float | None = None,
     momentum: float = 0.0,
@@ -448,7 +452,7 @@ def proximal_l1(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         state, unit = inner.init(params), _unit_arrays(params)
         if jax.tree.leaves(unit):  # `optax.tree_map_params` calls `init` without arrays
             if learning_rate is None and _rate_in(state) is None:
@@ -459,7 +463,7 @@ def proximal_l1(
             _check_descent(inner, unit, learning_rate, momentum)
         return ProximalState(state, _memory(state, inner.init(unit)))
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         _need_params(params)
         unit = _unit_arrays(params)
         remembered = _remembered(state, jax.eval_shape(inner.init, unit))
@@ -478,13 +482,13 @@ def proximal_l1(
 
 
 def _proximal_sgd(
-    inner: optax.GradientTransformationExtraArgs, strength: PyTree, momentum: jax.Array
+    inner: optax.GradientTransformationExtraArgs, strength: PyTree, momentum: Array
 ) -> optax.GradientTransformationExtraArgs:
     """`proximal_l1` of this module's `sgd` at its known rate and momentum, t = rate * strength / (1
     - momentum).
     """
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         updates, state = inner.update(updates, state, params, **extra)
         rate = _rate_in(state)
         bounds = jax.tree.map(lambda s: rate * s / (1 - momentum), _one_each(strength, params))
@@ -496,7 +500,7 @@ def _proximal_sgd(
 def _shrunk(params: PyTree, updates: PyTree, bounds: PyTree) -> PyTree:
     """`updates` followed by soft thresholding at `bounds`."""
 
-    def shrink(w, u, bound):
+    def shrink(w: Array, u: Array, bound: Array) -> Array:
         moved = trees.widen(w) + u
         return (jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - bound, 0) - w).astype(u.dtype)
 
@@ -515,7 +519,7 @@ def _is_skipping(state: Any) -> bool:
     return isinstance(state, (optax.MultiStepsState, optax.ApplyIfFiniteState))
 
 
-def _memory(state: PyTree, of_units: PyTree) -> jax.Array:
+def _memory(state: PyTree, of_units: PyTree) -> Array:
     """What the state for unit arrays has of its own: the buffers, which have other shapes than
     those of `state`.
     """
@@ -549,16 +553,16 @@ def _check_descent(
     what is not linear.
     """
 
-    def try_out(slope):
+    def try_out(slope: float) -> Array:
         gradient = jax.tree.map(lambda w: jnp.full_like(w, slope), unit)
 
-        def step(state, _):
+        def step(state: Any, _: None) -> tuple[Any, Array]:
             updates, state = inner.update(gradient, state, unit, value=jnp.zeros(()))
             return state, jnp.stack(
                 [-jnp.ravel(update)[0] / slope for update in jax.tree.leaves(updates)]
             )
 
-        return jax.lax.scan(step, inner.init(unit), None, length=2048)[1]
+        return lax.scan(step, inner.init(unit), None, length=2048)[1]
 
     with jax.ensure_compile_time_eval():
         tries = [try_out(slope) for slope in (1.0, 2.0**20)]
@@ -594,11 +598,11 @@ def projected(
     """Any optimizer whose result is projected (Euclidean) onto the sets after every step."""
     inner = optax.with_extra_args_support(inner)
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Updated:
         _need_params(params)
         updates, state = inner.update(updates, state, params, **extra)
 
-        def pull(s, w, u):
+        def pull(s: polytopes.ConstraintSet, w: Array, u: Array) -> Array:
             wide = trees.widen(w)
             return _settled(s, w, s.project(wide + u) - wide)
 
@@ -615,7 +619,7 @@ def _map_sets(function: Callable, sets: PyTree, params: PyTree, *rest: PyTree) -
     )
 
 
-def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Array) -> jax.Array:
+def _settled(constraint: polytopes.ConstraintSet, w: Array, update: Array) -> Array:
     """`update` in the type of the weights `w`; of types narrower than float32 one that keeps them
     in the set.
 
@@ -635,14 +639,14 @@ def _settled(constraint: polytopes.ConstraintSet, w: jax.Array, update: jax.Arra
     return jnp.where(beyond, jnp.nextafter(update, -w), update)
 
 
-def _rounded(wide: jax.Array, dtype: Any) -> jax.Array:
+def _rounded(wide: Array, dtype: Any) -> Array:
     """The numbers of a narrow `dtype` nearest to those of `wide`, in whose type they stay.
 
     XLA may leave out a conversion to and fro, and its `reduce_precision` makes zeros of subnormal
     numbers, which float16 weights below 6e-5 are.
     """
     kind = jnp.finfo(dtype)
-    normal = jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
+    normal = lax.reduce_precision(wide, kind.nexp, kind.nmant)
     if kind.minexp <= jnp.finfo(wide.dtype).minexp:
         return normal
     spacing = float(kind.smallest_subnormal)
@@ -650,7 +654,7 @@ def _rounded(wide: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.abs(wide) < float(kind.tiny), subnormal, normal)
 
 
-def _rate_in(opt_state: PyTree) -> jax.Array | None:
+def _rate_in(opt_state: PyTree) -> Array | None:
     """The one learning rate that an optimizer's state names; None if there is none."""
     rates = _rates_in(opt_state)
     if len(rates) > 1:
@@ -662,7 +666,7 @@ def _rate_in(opt_state: PyTree) -> jax.Array | None:
     return rates[0] if rates else None
 
 
-def _rates_in(opt_state: PyTree) -> list[jax.Array]:
+def _rates_in(opt_state: PyTree) -> list[Array]:
     """All rates of states that are made to hold one; entries of that name in other trees are
     parameters.
     """
@@ -695,12 +699,12 @@ def _need_params(params: PyTree) -> None:
 
 
 def frank_wolfe_step_size(
-    learning_rate: float | jax.Array,
-    direction: jax.Array,
-    gap: jax.Array,
-    diameter: float | jax.Array,
+    learning_rate: float | Array,
+    direction: Array,
+    gap: Array,
+    diameter: float | Array,
     rescale: Literal["gradient", "diameter", "none"],
-) -> jax.Array:
+) -> Array:
     """clip(learning_rate * f, 0, 1): f = ||direction|| / ||gap||, 1 / diameter or 1. gap: vertex -
     weights.
     """
@@ -749,7 +753,7 @@ def sgd(
     return descent if free else projected(descent, sets)
 
 
-def _after(constraint: polytopes.ConstraintSet, step_size: jax.Array) -> polytopes.ConstraintSet:
+def _after(constraint: polytopes.ConstraintSet, step_size: Array) -> polytopes.ConstraintSet:
     """The same set, usable only once the previous array's step size (never negative) is known.
 
     XLA's CPU backend would otherwise search all arrays side by side and push each out of the cache:
@@ -795,10 +799,12 @@ def sfw(
     if rescale not in ("gradient", "diameter", "none"):
         raise ValueError(f"rescale is {rescale!r}; allowed: 'gradient', 'diameter', 'none'.")
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         return FrankWolfeState(_start_rate(rate), average.init(params))
 
-    def update(updates, state, params=None, *, value=None, **extra):
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra: Any
+    ) -> Updated:
         del extra
         _need_params(params)
         lr, rate_state = _next_rate(rate, state.rate, value)
@@ -806,7 +812,7 @@ def sfw(
         momentum_state = _blend(state.momentum, updates, momentum, momentum)
         size = jnp.zeros(())
 
-        def step(s, w, d):
+        def step(s: Any, w: Array, d: Array) -> Any:
             nonlocal size
             if isinstance(s, polytopes.Unconstrained):
                 return (-lr * d).astype(w.dtype)
@@ -833,7 +839,7 @@ class AdaGradSFWState(NamedTuple):
     rate: RateState
     momentum: HeavyBallState
     squares: PyTree
-    units: jax.Array
+    units: Array
 
 
 def adagrad_sfw(
@@ -860,13 +866,15 @@ def adagrad_sfw(
     )
     decay = add_decayed_weights(weight_decay)
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         squares = accumulators(params, accumulator_dtype)
         return AdaGradSFWState(
             _start_rate(rate), average.init(params), squares, _smallest_units(squares)
         )
 
-    def update(updates, state, params=None, *, value=None, **extra):
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra: Any
+    ) -> Updated:
         del extra
         _need_params(params)
         lr, rate_state = _next_rate(rate, state.rate, value)
@@ -876,7 +884,9 @@ def adagrad_sfw(
         units = _units_for(direction, state.units)
         squares = _add_squares(state.squares, direction, state.units, units)
 
-        def step(s, w, d, square, unit):
+        def step(
+            s: polytopes.ConstraintSet, w: Array, d: Array, square: Array, unit: Array
+        ) -> Array:
             unit = unit.astype(trees.widen(d).dtype)
             d, square = trees.widen(d) / unit, trees.widen(square)
             positive = square > 0  # the square root has no derivative at 0
@@ -905,7 +915,7 @@ def adagrad_sfw(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _smallest_units(squares: PyTree) -> jax.Array:
+def _smallest_units(squares: PyTree) -> Array:
     """Units of the squares before anything is summed: [arrays], so small that any other is
     larger.
     """
@@ -915,7 +925,7 @@ def _smallest_units(squares: PyTree) -> jax.Array:
     return trees.varying_like(units, leaves)
 
 
-def _units_for(direction: PyTree, units: jax.Array) -> jax.Array:
+def _units_for(direction: PyTree, units: Array) -> Array:
     """The units, each larger where the squares of its array's `direction` would leave the range,
     and 1 where not.
     """
@@ -929,7 +939,7 @@ def _units_for(direction: PyTree, units: jax.Array) -> jax.Array:
     return jnp.maximum(units, jnp.stack(needed)) if needed else units
 
 
-def _add_squares(squares: PyTree, direction: PyTree, before: jax.Array, after: jax.Array) -> PyTree:
+def _add_squares(squares: PyTree, direction: PyTree, before: Array, after: Array) -> PyTree:
     """The sums, in units of `before`, with the squares of `direction`, in units of `after`."""
     sums = []
     leaves, structure = jax.tree.flatten(squares)
@@ -942,7 +952,7 @@ def _add_squares(squares: PyTree, direction: PyTree, before: jax.Array, after: j
     return jax.tree.unflatten(structure, sums)
 
 
-OPTIMIZERS = {"sfw": sfw, "adagrad_sfw": adagrad_sfw, "sgd": sgd}
+OPTIMIZERS: dict[str, Callable] = {"sfw": sfw, "adagrad_sfw": adagrad_sfw, "sgd": sgd}
 
 
 # Penalties ----------------------------------------------------------------------------------------
@@ -1081,21 +1091,21 @@ def _check_penalty(config: dict, constraint: tuple) -> tuple[str, dict]:
 
 def program(recipe: Recipe) -> str:
     """What the compiled program depends on: all but the numbers."""
-    # of the constraint: pattern, name and exponent of every rule
-    static = ("p", "zero_up", "zero_below")
-    kinds = [
-        (pattern, name, [own.get(key) for key in static])
-        for pattern, name, own in recipe.constraint
-    ]
-    return repr(recipe._replace(numbers=sorted(recipe.numbers), constraint=kinds))
+    kinds = []
+    for pattern, name, chosen in recipe.constraint:
+        static = [chosen.get(key) for key in ("p", "zero_up", "zero_below")]
+        kinds.append((pattern, name, static))
+    same = (recipe.name, recipe.static, recipe.schedule, recipe.norms, recipe.penalty)
+    return repr((same, sorted(recipe.numbers), kinds))
 
 
 def needs_norms(recipe: Recipe) -> bool:
     """Whether some set takes its radius from the initialisation."""
-    return any(
-        {**tables.defaults(polytopes.SETS[name]), **own}.get("mode") == "initialization"
-        for _, name, own in recipe.constraint
-    )
+    for _, name, chosen in recipe.constraint:
+        options = {**tables.defaults(polytopes.SETS[name]), **chosen}
+        if options.get("mode") == "initialization":
+            return True
+    return False
 
 
 def numbers(
@@ -1119,8 +1129,9 @@ def numbers(
     values = {key: jnp.asarray(value, float) for key, value in recipe.numbers.items()}
     if "penalty" in values:
         chosen = trees.matching(params, recipe.penalty[1]["parameters"], "penalty.parameters")
-        one = lambda path, _, strength=values["penalty"]: jnp.where(chosen[path], strength, 0.0)
-        values["penalty"] = trees.map_named(one, params)
+        strength = values["penalty"]
+        of_array = lambda path, _: jnp.where(chosen[path], strength, 0.0)
+        values["penalty"] = trees.map_named(of_array, params)
     return {**values, "sets": jax.tree.map(jnp.asarray, sets)}
 
 
@@ -1143,7 +1154,7 @@ def make(
     return optax.chain({"l1": add_l1, "l2": add_l2}[penalty](strength), tx)
 
 
-def learning_rate(opt_state: PyTree) -> jax.Array | None:
+def learning_rate(opt_state: PyTree) -> Array | None:
     """The rate of the latest update, found in an optimizer's state; None if no part of it names a
     rate.
 

@@ -15,11 +15,12 @@ Sources: Pokutta, Spiegel, Zimmer 2020, arXiv:2010.07243 (sets and LMOs); Miao e
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array, lax
 
 from sparsity_jax import masks, tables, trees
 
@@ -27,13 +28,7 @@ PyTree = Any
 Mode = Literal["initialization", "diameter", "radius"]
 
 
-def _register(*static: str):
-    def decorate(cls):
-        cls = dataclasses.dataclass(frozen=True)(cls)
-        fields = [field.name for field in dataclasses.fields(cls) if field.name not in static]
-        return jax.tree_util.register_dataclass(cls, data_fields=fields, meta_fields=list(static))
-
-    return decorate
+STATIC = dict(static=True)  # a field that decides what is compiled
 
 
 def _check_radius(radius: Any) -> None:
@@ -41,7 +36,7 @@ def _check_radius(radius: Any) -> None:
         raise ValueError(f"radius is {radius}; allowed: above 0.")
 
 
-def _narrow(x: float | jax.Array, dtype: Any) -> jax.Array:
+def _narrow(x: float | Array, dtype: Any) -> Any:
     """`x` in a type that may be narrower: rounded, and never beyond its largest number."""
     if jnp.result_type(x) == dtype:
         return x
@@ -49,7 +44,8 @@ def _narrow(x: float | jax.Array, dtype: Any) -> jax.Array:
     return jnp.clip(x, -largest, largest).astype(dtype)
 
 
-@_register()
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KSparse:
     """Convex hull of the vectors with at most `k` non-zero entries, each +-`radius`.
 
@@ -57,19 +53,19 @@ class KSparse:
     counts as its size; radius > 0.
     """
 
-    k: int | jax.Array
-    radius: float | jax.Array
+    k: int | Array
+    radius: float | Array
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.k, int) and self.k < 1:
             raise ValueError(f"k is {self.k}; allowed: 1 and above.")
         _check_radius(self.radius)
 
-    def support(self, size: int) -> int | jax.Array:
+    def support(self, size: int) -> int | Array:
         """k of an array of `size` entries."""
         return min(self.k, size) if isinstance(self.k, int) else jnp.minimum(self.k, size)
 
-    def lmo(self, gradient: jax.Array) -> jax.Array:
+    def lmo(self, gradient: Array) -> Array:
         """-radius * sign on the k entries of largest magnitude (ties: lower flat index), 0
         elsewhere and for sign 0.
 
@@ -80,7 +76,7 @@ class KSparse:
         mask = masks.k_largest_mask(gradient, self.support(gradient.size), magnitude=True)
         return jnp.where(mask, -_narrow(self.radius, gradient.dtype) * jnp.sign(gradient), 0)
 
-    def project(self, x: jax.Array) -> jax.Array:
+    def project(self, x: Array) -> Array:
         """sign(x) * clip(|x| - t, 0, radius) with the smallest t >= 0 whose L1 norm is at most k *
         radius.
 
@@ -93,7 +89,7 @@ class KSparse:
         radius = jnp.asarray(self.radius, wide.dtype)
         return _narrow(_project(wide, self.support(x.size) * radius, radius), x.dtype)
 
-    def shift_inside(self, x: jax.Array) -> jax.Array:
+    def shift_inside(self, x: Array) -> Array:
         """x if feasible, else x scaled to L1 norm f * radius with f = min(floor(||x||_1 /
         ||x||_inf), k).
 
@@ -110,7 +106,7 @@ class KSparse:
         factor = jnp.minimum(jnp.floor(ratio * (1 + 8 * jnp.finfo(wide.dtype).eps)), self.k)
         return jnp.where(outside, _narrow(factor * self.radius * (wide / length), x.dtype), x)
 
-    def pull_back(self, x: jax.Array) -> jax.Array:
+    def pull_back(self, x: Array) -> Array:
         """A point of the set near x, for x a rounding outside: cut at the radius, then scaled to
         the L1 norm.
         """
@@ -120,12 +116,13 @@ class KSparse:
             length > budget, budget * (inside / jnp.where(length > budget, length, 1)), inside
         )
 
-    def diameter(self, size: int) -> jax.Array:
+    def diameter(self, size: int) -> Array:
         """2 radius sqrt(k)."""
         return 2 * self.radius * jnp.sqrt(jnp.asarray(self.support(size), float))
 
 
-@_register("p", "zero_up", "zero_below")
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LpBall:
     """{||x||_p <= radius}. p: 1 or >= 2, `inf` included (1 < p < 2 is not supported); static.
     radius > 0.
@@ -136,17 +133,17 @@ class LpBall:
         original's is 1e-10.
     """
 
-    radius: float | jax.Array
-    p: float
-    zero_up: bool = False
-    zero_below: float = 0.0
+    radius: float | Array
+    p: float = dataclasses.field(metadata=STATIC)
+    zero_up: bool = dataclasses.field(default=False, metadata=STATIC)
+    zero_below: float = dataclasses.field(default=0.0, metadata=STATIC)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.p == 1 or self.p >= 2):
             raise ValueError(f"p is {self.p}; allowed: 1, or 2 and above (inf included).")
         _check_radius(self.radius)
 
-    def lmo(self, gradient: jax.Array) -> jax.Array:
+    def lmo(self, gradient: Array) -> Array:
         """-radius times the dual unit vector of the gradient; a zero gradient gives zero."""
         if self.p == 1:
             return KSparse(1, self.radius).lmo(gradient)
@@ -164,7 +161,7 @@ class LpBall:
             vertex = -radius * self._dual_unit_vector(g)
         return _narrow(vertex, gradient.dtype)
 
-    def _dual_unit_vector(self, g: jax.Array) -> jax.Array:
+    def _dual_unit_vector(self, g: Array) -> Array:
         """sign(g) (|g| / ||g||_q)^(q / p) with 1/p + 1/q = 1, for finite p > 2.
 
         Its slope at zero entries is infinite; there, its derivative is taken as 0.
@@ -178,7 +175,7 @@ class LpBall:
         length = jnp.sum(jnp.where(positive, magnitude**q, 0)) ** (1 / q)
         return jnp.where(positive, jnp.sign(g) * (magnitude / length) ** (q / self.p), 0)
 
-    def project(self, x: jax.Array) -> jax.Array:
+    def project(self, x: Array) -> Array:
         """Nearest point for p = 1, 2, inf; other p raise ValueError."""
         if self.p not in (1, 2, math.inf):
             raise ValueError(
@@ -192,7 +189,7 @@ class LpBall:
         radius = jnp.asarray(self.radius, wide.dtype)
         return _narrow(jnp.clip(wide, -radius, radius), x.dtype)
 
-    def shift_inside(self, x: jax.Array) -> jax.Array:
+    def shift_inside(self, x: Array) -> Array:
         """x if feasible, else x scaled to the boundary."""
         if not x.size:
             return x
@@ -202,11 +199,11 @@ class LpBall:
         scaled = jnp.asarray(self.radius, wide.dtype) * (wide / jnp.where(outside, length, 1))
         return jnp.where(outside, _narrow(scaled, x.dtype), x)
 
-    def pull_back(self, x: jax.Array) -> jax.Array:
+    def pull_back(self, x: Array) -> Array:
         """A point of the set near x, for x a rounding outside."""
         return self.shift_inside(x)
 
-    def norm(self, x: jax.Array) -> jax.Array:
+    def norm(self, x: Array) -> Array:
         """||x||_p, in at least float32; its derivative at zero is zero."""
         wide = trees.widen(x)
         if self.p == 1:
@@ -220,22 +217,23 @@ class LpBall:
         positive = powers > 0
         return scale * jnp.where(positive, jnp.where(positive, powers, 1) ** (1 / self.p), 0)
 
-    def diameter(self, size: int) -> jax.Array:
+    def diameter(self, size: int) -> float | Array:
         """2 radius size^(1/2 - 1/p) for p >= 2; 2 radius for p = 1."""
         return 2 * self.radius * _stretch(self.p, size)
 
 
-@_register()
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Unconstrained:
     """The whole space: no LMO; optimizers take their gradient step instead."""
 
-    def project(self, x: jax.Array) -> jax.Array:
+    def project(self, x: Array) -> Array:
         return x
 
-    def shift_inside(self, x: jax.Array) -> jax.Array:
+    def shift_inside(self, x: Array) -> Array:
         return x
 
-    def pull_back(self, x: jax.Array) -> jax.Array:
+    def pull_back(self, x: Array) -> Array:
         return x
 
     def diameter(self, size: int) -> float:
@@ -244,7 +242,7 @@ class Unconstrained:
 
 
 @jax.custom_jvp
-def _project(x: jax.Array, budget: jax.Array, radius: jax.Array) -> jax.Array:
+def _project(x: Array, budget: Array, radius: Array) -> Array:
     """The nearest point to x of at least float32 with L1 norm at most `budget`, in magnitude at
     most `radius`.
 
@@ -254,18 +252,16 @@ def _project(x: jax.Array, budget: jax.Array, radius: jax.Array) -> jax.Array:
     """
     magnitude = jnp.abs(x)
     integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-    number = lambda key: jax.lax.bitcast_convert_type(
-        key, x.dtype
-    )  # ascending, as x is not negative
+    number = lambda key: lax.bitcast_convert_type(key, x.dtype)  # ascending, as x is not negative
 
-    def halve(_, bracket):
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
         middle = low + (high - low) // 2
         over = trees.fold_sum(lambda m: jnp.clip(m - number(middle), 0, radius), magnitude) > budget
         return jnp.where(over, middle, low), jnp.where(over, high, middle)
 
-    last = jax.lax.bitcast_convert_type(jnp.where(budget > 0, jnp.max(magnitude), 0), integer)
-    _, key = jax.lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (jnp.zeros_like(last), last))
+    last = lax.bitcast_convert_type(jnp.where(budget > 0, jnp.max(magnitude), 0), integer)
+    _, key = lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (jnp.zeros_like(last), last))
     high = number(key)
     rest = magnitude - high
     beyond = jnp.zeros_like(high)
@@ -280,7 +276,7 @@ def _project(x: jax.Array, budget: jax.Array, radius: jax.Array) -> jax.Array:
 
 
 @_project.defjvp
-def _project_derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _project_derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     """t follows from the budget: where it is active, the changes of the free magnitudes and of the
     full ones add up.
     """
@@ -406,7 +402,12 @@ def radius_of(tau: float, mode: Mode, norm: float, scale: float) -> float:
     return diameter / scale
 
 
-SETS = {"k_sparse": k_sparse, "lp": lp_ball, "l2": l2, "unconstrained": unconstrained}
+SETS: dict[str, Callable] = {
+    "k_sparse": k_sparse,
+    "lp": lp_ball,
+    "l2": l2,
+    "unconstrained": unconstrained,
+}
 Config = Annotated[dict, tables.Named(SETS)]
 
 
@@ -447,14 +448,14 @@ def build(params: PyTree, norms: PyTree, rules: Sequence[tuple[str, str, dict]])
     with tables.within("constraint.rules"):
         indices = trees.match_rules(params, [(rule[0], i) for i, rule in enumerate(rules)])
 
-    def one(leaf, norm, index):
+    def build_one(leaf: Any, norm: float, index: int) -> ConstraintSet:
         _, name, options = rules[index]
         return SETS[name](math.prod(leaf.shape), float(norm), **options)
 
-    return jax.tree.map(one, params, norms, indices)
+    return jax.tree.map(build_one, params, norms, indices)
 
 
-def mean_norms(init_params, key: jax.Array, draws: int = 100) -> PyTree:
+def mean_norms(init_params: Callable, key: Array, draws: int = 100) -> PyTree:
     """Mean L2 norm of every parameter array over `draws` initialisations.
 
     init_params: key -> params. Returns float scalars in the structure of the params. One
@@ -462,17 +463,17 @@ def mean_norms(init_params, key: jax.Array, draws: int = 100) -> PyTree:
     re-initialises it).
     """
 
-    def add(total, key):
+    def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
         norms = jax.tree.map(trees.norm, init_params(key))
         return jax.tree.map(jnp.add, total, norms), None
 
     @jax.jit
-    def measure(key):
+    def measure(key: Array) -> PyTree:
         wide = lambda leaf: jnp.promote_types(leaf.dtype, jnp.float32)
         start = jax.tree.map(
             lambda leaf: jnp.zeros((), wide(leaf)), jax.eval_shape(init_params, key)
         )
-        return jax.lax.scan(add, start, jax.random.split(key, draws))[0]
+        return lax.scan(add, start, jax.random.split(key, draws))[0]
 
     return jax.tree.map(lambda total: total / draws, measure(key))
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sparsity_jax import stopping, tables
 
@@ -160,13 +161,13 @@ def rank(found: Oracle, keep: Mapping[str, Any]) -> int:
 class Isometry(NamedTuple):
     """Of singular values over all examples; an isometric network has mean 1 and std 0."""
 
-    mean: jax.Array
-    std: jax.Array
-    smallest: jax.Array
-    largest: jax.Array
+    mean: Array
+    std: Array
+    smallest: Array
+    largest: Array
 
 
-def jacobian_singular_values(apply: Callable, variables: PyTree, inputs: jax.Array) -> jax.Array:
+def jacobian_singular_values(apply: Callable, variables: PyTree, inputs: Array) -> Array:
     """Singular values of d outputs / d input of each example, descending: [batch, min(outputs,
     entries of an input)].
 
@@ -183,6 +184,6 @@ def jacobian_singular_values(apply: Callable, variables: PyTree, inputs: jax.Arr
     )
 
 
-def isometry(values: jax.Array) -> Isometry:
+def isometry(values: Array) -> Isometry:
     """Mean, population standard deviation and range of singular values of any shape."""
     return Isometry(values.mean(), values.std(), values.min(), values.max())

@@ -12,12 +12,14 @@ product twice is equal bit by bit, and the batch size changes rounding only. `se
 everything to some of the parameters.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
 
 from sparsity_jax import linops, stopping, tables, trees
 
@@ -44,9 +46,8 @@ def over_batches(
     function is then not traceable. Sharded data keep their sharding; explicit mesh axes over the
     examples must divide every batch. Raises ValueError for empty data and for a batch size below 1.
     """
-    return _mean(
-        product, lambda params, v: jax.tree.map(jnp.zeros_like, v), data, batch_size, on_host
-    )
+    zero = lambda params, v: jax.tree.map(jnp.zeros_like, v)
+    return _mean(product, zero, data, batch_size, on_host)
 
 
 def _mean(part: Callable, zero: Callable, data: PyTree, batch_size: int, on_host: bool) -> Callable:
@@ -55,35 +56,46 @@ def _mean(part: Callable, zero: Callable, data: PyTree, batch_size: int, on_host
     """
     size, batch_size = _sizes(data, batch_size)
     whole, rest = divmod(size, batch_size)
-    data = jax.tree.map(
-        jnp.asarray, data
-    )  # NumPy arrays would be sent to the device for every call
+    # NumPy arrays would be sent to the device for every call
+    data = jax.tree.map(jnp.asarray, data)
 
-    def add(total, params, v, data, start, length):
-        found = part(params, v, cut(data, start, length))
-        return jax.tree.map(lambda t, p: t + p * (length / size), total, found)
+    def add(
+        total: PyTree, params: PyTree, v: PyTree, data: PyTree, start: Any, length: int
+    ) -> PyTree:
+        term = part(params, v, cut(data, start, length))
+        return _plus(total, term, length / size)
 
-    def scanned(params, v, data):
-        body = lambda total, i: (add(total, params, v, data, i * batch_size, batch_size), None)
+    def scanned(params: PyTree, v: PyTree, data: PyTree) -> PyTree:
+        def body(total: PyTree, i: Array) -> tuple[PyTree, None]:
+            return add(total, params, v, data, i * batch_size, batch_size), None
+
         inputs = jax.tree.leaves((params, v, data))
-        start = jax.tree.map(lambda leaf: trees.varying_like(leaf, inputs), zero(params, v))
-        total, _ = jax.lax.scan(body, start, jnp.arange(whole))
-        return add(total, params, v, data, whole * batch_size, rest) if rest else total
+        vary = lambda leaf: trees.varying_like(leaf, inputs)
+        start = jax.tree.map(vary, zero(params, v))
+        total, _ = lax.scan(body, start, jnp.arange(whole))
+        if rest:
+            total = add(total, params, v, data, whole * batch_size, rest)
+        return total
 
     if not on_host:
         compiled = jax.jit(scanned)
         return lambda params, v: compiled(params, v, data)
 
-    one = jax.jit(add, static_argnums=5)
+    add_batch = jax.jit(add, static_argnums=5)
 
-    def looped(params, v):
+    def looped(params: PyTree, v: PyTree) -> PyTree:
         total = zero(params, v)
         for start in range(0, size, batch_size):
             stopping.check()
-            total = one(total, params, v, data, start, min(batch_size, size - start))
+            length = min(batch_size, size - start)
+            total = add_batch(total, params, v, data, start, length)
         return total
 
     return looped
+
+
+def _plus(total: PyTree, term: PyTree, share: float) -> PyTree:
+    return jax.tree.map(lambda t, p: t + p * share, total, term)
 
 
 def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) -> Callable:
@@ -96,22 +108,26 @@ def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) 
     per batch. Raises as `over_batches`.
     """
     size, batch_size = _sizes(data, batch_size)
-    data, zero = jax.tree.map(jnp.asarray, data), jax.tree.map(jnp.zeros_like, params)
+    data = jax.tree.map(jnp.asarray, data)
+    zero = jax.tree.map(jnp.zeros_like, params)
 
-    def prepare(params, data, start, length):
-        return jax.linearize(lambda v: product(params, v, cut(data, start, length)), zero)[1]
+    @functools.partial(jax.jit, static_argnums=3)
+    def prepare(params: PyTree, data: PyTree, start: int, length: int) -> Callable:
+        batch = cut(data, start, length)
+        return jax.linearize(lambda v: product(params, v, batch), zero)[1]
 
-    def add(total, part, v, share):
-        return jax.tree.map(lambda t, p: t + p * share, total, part(v))
+    @functools.partial(jax.jit, static_argnums=3)
+    def add(total: PyTree, part: Callable, v: PyTree, share: float) -> PyTree:
+        return _plus(total, part(v), share)
 
-    prepare, add = jax.jit(prepare, static_argnums=3), jax.jit(add, static_argnums=3)
-    lengths = {start: min(batch_size, size - start) for start in range(0, size, batch_size)}
-    parts = [
-        (prepare(params, data, start, length), length / size) for start, length in lengths.items()
-    ]
+    parts: list[tuple[Any, float]] = []
+    for start in range(0, size, batch_size):
+        length = min(batch_size, size - start)
+        parts.append((prepare(params, data, start, length), length / size))
 
-    def matvec(v):
-        total, v = jax.tree.map(jnp.zeros_like, v), linops.tangent(v, params)
+    def matvec(v: PyTree) -> PyTree:
+        total = jax.tree.map(jnp.zeros_like, v)
+        v = linops.tangent(v, params)
         for part, share in parts:
             stopping.check()
             total = add(total, part, v, share)
@@ -125,9 +141,9 @@ class Taylor(NamedTuple):
     d.Hd / 2.
     """
 
-    change: jax.Array
-    first_order: jax.Array
-    second_order: jax.Array
+    change: Array
+    first_order: Array
+    second_order: Array
 
 
 def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = False) -> Callable:
@@ -140,19 +156,23 @@ def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = Fal
     another structure.
     """
 
-    def part(params, step, batch):
+    def part(params: PyTree, step: PyTree, batch: PyTree) -> Taylor:
         linops.check_scalar(lambda params: loss(params, batch), params)
         step = linops.tangent(step, params)
-        moved = lambda t: loss(
-            jax.tree.map(lambda w, d: w + t.astype(w.dtype) * d, params, step), batch
-        )
-        slope = lambda t: jax.jvp(moved, (t,), (one,))  # -> loss, first derivative
+
+        def moved(t: Array) -> Array:
+            along = lambda w, d: w + t.astype(w.dtype) * d
+            return loss(jax.tree.map(along, params, step), batch)
+
+        def slope(t: Array) -> tuple[Array, Array]:
+            return jax.jvp(moved, (t,), (one,))
+
         zero, one = jnp.zeros(()), jnp.ones(())
         (before, first), (_, second) = jax.jvp(slope, (zero,), (one,))
         return Taylor(moved(one) - before, first, second / 2)
 
-    def zero(params, step):
-        terms = jax.eval_shape(lambda *at: part(*at, data), params, step)
+    def zero(params: PyTree, step: PyTree) -> PyTree:
+        terms = jax.eval_shape(lambda params, step: part(params, step, data), params, step)
         return jax.tree.map(lambda term: jnp.zeros(term.shape, term.dtype), terms)
 
     return _mean(part, zero, data, batch_size, on_host)
@@ -173,12 +193,12 @@ def _sizes(data: PyTree, batch_size: int) -> tuple[int, int]:
     return size, min(batch_size, size)
 
 
-def cut(data: PyTree, start: int, length: int) -> PyTree:
+def cut(data: PyTree, start: int | Array, length: int) -> PyTree:
     """`length` examples of `data` from `start` on; start may be traced."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, length), data)
 
 
-def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) -> jax.Array:
+def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) -> Array:
     """`loss(params, batch)` of every whole batch of `data` in order: [N // batch_size]."""
     size, _ = _sizes(data, 1)
     if not 1 <= batch_size <= size:
@@ -186,10 +206,10 @@ def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) 
             f"batch_size is {batch_size}; allowed: 1 to {size}, the number of examples."
         )
 
-    def one(_, i):
+    def loss_of(_: None, i: Array) -> tuple[None, Array]:
         return None, loss(params, cut(data, i * batch_size, batch_size))
 
-    return jax.lax.scan(one, None, jnp.arange(size // batch_size))[1]
+    return lax.scan(loss_of, None, jnp.arange(size // batch_size))[1]
 
 
 # Some of the parameters
@@ -200,8 +220,8 @@ class Selected(NamedTuple):
     they were.
     """
 
-    params: dict[str, jax.Array]
-    rebuild: Callable[[dict[str, jax.Array]], PyTree]
+    params: dict[str, Array]
+    rebuild: Callable[[dict[str, Array]], PyTree]
 
 
 def select(params: PyTree, pattern: str) -> Selected:
@@ -220,7 +240,7 @@ def select(params: PyTree, pattern: str) -> Selected:
 
 
 def quantile_entries(
-    params: dict[str, jax.Array], num: int
+    params: dict[str, Array], num: int
 ) -> list[tuple[str, tuple[int, ...], float]]:
     """(path, index, magnitude) of the weights at `num` magnitude quantiles 0, 1/num, ...: the
     ceil(q n)-th smallest.
@@ -228,20 +248,23 @@ def quantile_entries(
     params: the prunable arrays by path; the smallest one for q = 0; of equal magnitudes the first
         in order.
     """
-    flat = np.concatenate([np.abs(np.asarray(leaf)).ravel() for leaf in params.values()])
-    ends, paths = np.cumsum([leaf.size for leaf in params.values()]), list(params)
-    ranks = np.maximum(np.ceil(np.arange(num) / num * flat.size).astype(int), 1) - 1
-    order = np.argsort(flat, kind="stable")[ranks]
+    paths = list(params)
+    sizes = [leaf.size for leaf in params.values()]
+    starts = np.cumsum([0, *sizes])
+    magnitudes = np.concatenate([np.abs(leaf).ravel() for leaf in params.values()])
+    shares = np.arange(num) / num
+    ranks = np.ceil(shares * magnitudes.size).astype(int)
+    order = np.argsort(magnitudes, kind="stable")
     entries = []
-    for position in order:
-        which = int(np.searchsorted(ends, position, side="right"))
-        leaf = params[paths[which]]
-        index = np.unravel_index(position - (ends[which] - leaf.size), leaf.shape)
-        entries.append((paths[which], tuple(map(int, index)), float(flat[position])))
+    for position in order[np.maximum(ranks, 1) - 1]:
+        which = np.searchsorted(starts, position, side="right") - 1
+        path = paths[which]
+        index = np.unravel_index(position - starts[which], params[path].shape)
+        entries.append((path, tuple(map(int, index)), float(magnitudes[position])))
     return entries
 
 
-def one_hot(like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> dict[str, jax.Array]:
+def one_hot(like: dict[str, Array], path: str, index: tuple[int, ...]) -> dict[str, Array]:
     """Zeros in the shapes of `like`, but for a 1 at one entry: the vector whose product is a row of
     the matrix.
     """
@@ -250,15 +273,15 @@ def one_hot(like: dict[str, jax.Array], path: str, index: tuple[int, ...]) -> di
             f"{path!r} is not among the parameters {list(like)[:5]}.{tables.closest(path, like)}"
         )
     shape = jnp.shape(like[path])
-    if len(index) != len(shape) or not all(0 <= i < n for i, n in zip(index, shape)):
+    inside = [0 <= i < n for i, n in zip(index, shape)]
+    if len(index) != len(shape) or not all(inside):
         raise ValueError(f"index {index} is no entry of {path!r}, whose shape is {shape}.")
-    zeros = {name: trees.gathered(jnp.zeros_like(leaf)) for name, leaf in like.items()}
-    return linops.tangent({**zeros, path: zeros[path].at[index].set(1)}, like)
+    vector = {name: trees.gathered(jnp.zeros_like(leaf)) for name, leaf in like.items()}
+    vector[path] = vector[path].at[index].set(1)
+    return linops.tangent(vector, like)
 
 
-def row_norm(
-    matvec: Callable, like: dict[str, jax.Array], path: str, index: tuple[int, ...]
-) -> jax.Array:
+def row_norm(matvec: Callable, like: dict[str, Array], path: str, index: tuple[int, ...]) -> Array:
     """L1 norm of the row of A that belongs to entry `index` of `params[path]`, by one product."""
     row = matvec(one_hot(like, path, index))
-    return sum(map(trees.absolute_sum, row.values()))
+    return jnp.asarray(sum(map(trees.absolute_sum, row.values())))

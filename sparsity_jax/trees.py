@@ -18,7 +18,7 @@ PyTree = Any
 
 def path_name(path: Sequence) -> str:
     """A key path of `jax.tree_util` as text, e.g. `stage1_block0/conv1/kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def named_leaves(
@@ -64,7 +64,8 @@ def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = No
     what: names `tree` in errors. is_leaf: what counts as a leaf of `tree`. Raises ValueError naming
     a path that only one of the two has.
     """
-    if jax.tree.structure(tree, is_leaf=is_leaf) == jax.tree.structure(like):
+    structure: Any = jax.tree.structure(tree, is_leaf=is_leaf)
+    if structure == jax.tree.structure(like):
         return tree
     given = plain_leaves(tree, is_leaf)
     wanted = plain_leaves(like, _is_hidden)

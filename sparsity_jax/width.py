@@ -26,11 +26,12 @@ Source: Zhang et al. 2023, arXiv:2306.05857.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.optimize
+from numpy.typing import ArrayLike
 
 from sparsity_jax import linops, originals, tables, trees
 
@@ -65,7 +66,7 @@ class _Spectrum(NamedTuple):
         return float(self.shares(np.array([square]))[0])
 
 
-def _rows(values, weights) -> tuple[np.ndarray, np.ndarray]:
+def _rows(values: ArrayLike, weights: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Values and weights as finite float64 [probes, m], every row of weights summing to 1."""
     values, weights = (np.atleast_2d(np.asarray(array, np.float64)) for array in (values, weights))
     if values.shape != weights.shape or values.ndim != 2 or not values.size:
@@ -88,7 +89,11 @@ def _rows(values, weights) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spectrum(
-    values, weights, epsilon: float, negative: str = "absolute", zero_share: float = 0.0
+    values: ArrayLike,
+    weights: ArrayLike,
+    epsilon: float,
+    negative: str = "absolute",
+    zero_share: float = 0.0,
 ) -> _Spectrum:
     values, weights = _rows(values, weights)
     if not (math.isfinite(epsilon) and epsilon > 0):
@@ -114,14 +119,14 @@ def _spectrum(
 
 
 def ratio(
-    values,
-    weights,
-    distance,
+    values: ArrayLike,
+    weights: ArrayLike,
+    distance: ArrayLike,
     epsilon: float,
     *,
     negative: str = "absolute",
     zero_share: float = 0.0,
-):
+) -> Any:
     """Squared Gaussian width per dimension, omega(R)^2 / D in [0, 1], at every R in `distance`.
 
     values, weights: Ritz values and weights, or the grid and density of a smoothed spectrum; [m],
@@ -142,7 +147,7 @@ def ratio(
         return spectrum.shares(np.square(distance).ravel()).reshape(distance.shape)[()]
 
 
-def negative_mass(values, weights) -> float:
+def negative_mass(values: ArrayLike, weights: ArrayLike) -> float:
     """Share of the (normalised, probe-averaged) weight on values below 0.
 
     Rounding scatters the zero eigenvalues to either side of 0 and counts too; whether the rest
@@ -171,7 +176,7 @@ class Distances(NamedTuple):
         """n, the number of weights that may be pruned."""
         return self.magnitudes.size
 
-    def at(self, ratio, *, count: Count = "nearest"):
+    def at(self, ratio: Any, *, count: Count = "nearest") -> Any:
         """R at pruning ratios in [0, 1], any shape; float64 of the same shape.
 
         count: `nearest` removes round(p n) weights (as `allocate`). `linear` lets R^2 grow linearly
@@ -266,8 +271,8 @@ def _solve(spectrum: _Spectrum, distances: Distances) -> float:
 
 
 def predict(
-    values,
-    weights,
+    values: ArrayLike,
+    weights: ArrayLike,
     distances: Distances,
     epsilon: float,
     *,
@@ -285,15 +290,19 @@ def predict(
     smoothed spectral density.
     """
     methods = {"fixed_point": _fixed_point, "grid": _smoothed}
-    method = tables.lookup(methods, method, "method")
-    return method(values, weights, distances, epsilon, negative=negative, zero_share=zero_share)
+    predicted = tables.lookup(methods, method, "method")
+    return predicted(values, weights, distances, epsilon, negative=negative, zero_share=zero_share)
 
 
-def _fixed_point(values, weights, distances, epsilon, **options) -> float:
+def _fixed_point(
+    values: ArrayLike, weights: ArrayLike, distances: Distances, epsilon: float, **options: Any
+) -> float:
     return _solve(_spectrum(values, weights, epsilon, **options), distances)
 
 
-def _smoothed(values, weights, distances, epsilon, **options) -> float:
+def _smoothed(
+    values: ArrayLike, weights: ArrayLike, distances: Distances, epsilon: float, **options: Any
+) -> float:
     density, grid = linops.spectral_density(*_rows(values, weights))  # by default the original's
     if not density.any():
         raise ValueError(
@@ -303,8 +312,8 @@ def _smoothed(values, weights, distances, epsilon, **options) -> float:
 
 
 def predict_on_grid(
-    values,
-    weights,
+    values: ArrayLike,
+    weights: ArrayLike,
     distances: Distances,
     epsilon: float,
     *,
@@ -325,7 +334,7 @@ def predict_on_grid(
     return float(ratios[np.argmin(np.abs(widths[where] - ratios))])
 
 
-def epsilon(batch_losses) -> float:
+def epsilon(batch_losses: ArrayLike) -> float:
     """The tolerated loss: standard deviation (population) of the training loss over batches,
     penalty included.
 
@@ -335,7 +344,7 @@ def epsilon(batch_losses) -> float:
     return float(np.std(_losses(batch_losses)))
 
 
-def _losses(batch_losses) -> np.ndarray:
+def _losses(batch_losses: ArrayLike) -> np.ndarray:
     losses = np.asarray(batch_losses, np.float64)
     if losses.ndim != 1 or losses.size < 2:
         raise ValueError(
@@ -352,7 +361,7 @@ def _losses(batch_losses) -> np.ndarray:
     return losses
 
 
-def epsilon_draws(batch_losses, num: int, seed) -> np.ndarray:
+def epsilon_draws(batch_losses: ArrayLike, num: int, seed: Any) -> np.ndarray:
     """`num` values of epsilon, each from as many batch losses drawn with replacement: how well
     epsilon is known.
 
@@ -371,8 +380,8 @@ def epsilon_draws(batch_losses, num: int, seed) -> np.ndarray:
 
 
 def enclosure(
-    gauss,
-    radau,
+    gauss: tuple,
+    radau: tuple,
     distances: Distances,
     epsilon: float,
     *,
@@ -399,7 +408,7 @@ def enclosure(
     Source: Golub and Meurant 2010, Matrices, Moments and Quadrature, chapter 6.
     """
 
-    def bound(rule, move) -> float:
+    def bound(rule: tuple, move: Callable) -> float:
         values, weights = _semidefinite(rule[0]), rule[1]
         values = move(values, rounding * np.max(np.abs(values), initial=0.0))
         return predict(
@@ -443,7 +452,7 @@ def absolute_enclosure(
     )
     slack = rounding * max(np.abs(linops.ritz(probe)[0]).max() for probe in probes)
 
-    def solve(borders, move) -> float:
+    def solve(borders: Iterable, move: Callable) -> float:
         values, firsts, _ = (np.concatenate(x) for x in zip(*map(_bordered, probes, borders)))
         return predict(move(np.abs(values)), firsts**2, distances, epsilon, zero_share=zero_share)
 
@@ -491,7 +500,7 @@ def _lowest(probe: linops.Tridiagonal, sharpness: float) -> float:
     return border
 
 
-def _semidefinite(values) -> np.ndarray:
+def _semidefinite(values: ArrayLike) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.size and values.min() < -1e-3 * np.abs(values).max():
         least = f"{values.min():.3g} (largest {values.max():.3g})"
@@ -612,7 +621,7 @@ def history(
     epsilon: float,
     *,
     num_matvecs: Sequence[int] | None = None,
-    **options,
+    **options: Any,
 ) -> History:
     """What `predict_probes` would have said after each number of products, from the longest run.
 
