@@ -110,7 +110,7 @@ def test_configs_pass_all_checks(name, variant, monkeypatch, tmp_path):
         ):
             pipeline.check(config)
         config.pretrained = str(pretrained.write(tmp_path / "weights.safetensors", {}))
-    plans, _ = pipeline.check(config)
+    plans = pipeline.check(config)
     assert plans[0].pipeline == tuple(config.pipeline)
     assert {"init", "dtype", "param_dtype"} <= set(config.model)
     for stage in config.pipeline:  # every field is there, to be overridden
