@@ -208,6 +208,8 @@ def test_unflagged_fields_are_options():
 
 def takes(config, path: str) -> bool:
     """Whether the command line may give a config this field, of its sweep any that can be swept."""
+    if path == "seed":
+        return "seed" not in config["sweep"]
     _, sweep, field = path.rpartition("sweep.")
     if not sweep or has_field(config, path):
         return has_field(config, path)
