@@ -121,7 +121,8 @@ def _part(member: Member, leaves: Leaves) -> Part | None:
     for whole in (member.path, member.path.partition("/")[2]):
         path = plain(whole, leaves)
         if path in leaves:
-            in_order = np.arange(leaves[path].shape[member.axis])[:, None]
+            size = leaves[path].shape[member.axis]
+            in_order = np.arange(size)[:, None]
             index = None if np.array_equal(member.index, in_order) else member.index
             return Part(path, (member.axis,), index)
     return None
@@ -257,7 +258,8 @@ def alive(channels: Channels, kept: PyTree) -> dict[str, np.ndarray]:
         for member in makers or members:
             mask = np.asarray(leaves[member.path])
             slices = np.moveaxis(mask, member.axis, 0)
-            left = np.any(slices.reshape(len(slices), -1), axis=1)
+            flat = slices.reshape(len(slices), -1)
+            left = np.any(flat, axis=1)
             lives |= np.any(np.take(left, member.index), axis=1)
         result[name] = lives
     return result
