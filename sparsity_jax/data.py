@@ -45,10 +45,8 @@ LOOKED_AT = 512  # images of each split of a stream that are decoded before anyt
 class Split(NamedTuple):
     """Images and their classes, in a fixed order."""
 
-    images: "np.ndarray | Stream"  # uint8 [N, H, W, C], C is 1 or 3 (RGB)
-    labels: (
-        np.ndarray | None
-    )  # int32 [N], in 0..num_classes-1; None with a Stream, which reads them with the images
+    images: Any  # uint8 [N, H, W, C], C is 1 or 3 (RGB), or a Stream
+    labels: Any  # int32 [N], in 0..num_classes-1; None with a Stream, which reads them with images
 
 
 class Dataset(NamedTuple):
@@ -183,16 +181,14 @@ def load(
     if stream:
         return streamed(opened, options)
     upright = orientation == "exif"
-    train_size, convert = train_image_size or image_size, bool(channels)
-    train = decode_split(
-        opened.train, train_limit, train_size, channels or opened.channels, convert, upright
-    )
-    stored = train.images.shape[-1]
-    test = decode_split(opened.test, test_limit, image_size, stored, convert, upright)
-    check_labels(opened, "train", train.labels, train_limit)
-    check_labels(opened, "test", test.labels, test_limit)
-    train, test = (Split(images, labels.astype(np.int32)) for images, labels in (train, test))
-    shapes = [f"{split.images.shape[1]}x{split.images.shape[2]}" for split in (train, test)]
+    splits: list[Split] = []
+    stored, side = channels or opened.channels, train_image_size or image_size
+    for split_name, limit in (("train", train_limit), ("test", test_limit)):
+        split = decode_split(opened, split_name, limit, side, stored, bool(channels), upright)
+        splits.append(split)
+        stored, side = split.images.shape[-1], image_size
+    train, test = splits
+    shapes = ["{1}x{2}".format(*split.images.shape) for split in splits]
     if shapes[0] != shapes[1] and not train_image_size:
         raise ConfigError(
             f"{name!r} has train images of {shapes[0]}, test images of {shapes[1]}; set image_size."
@@ -201,7 +197,7 @@ def load(
     return Dataset(name, train, test, opened.num_classes, mean, std)
 
 
-def check(**options) -> None:
+def check(**options: Any) -> None:
     """Raises ConfigError if `load(**options)` could not start: a wrong option, or a set that is not
     there.
 
@@ -211,77 +207,74 @@ def check(**options) -> None:
 
 
 def check_and_open(options: Mapping[str, Any]) -> Opened:
-    known = defaults(load)
-    options = known | check_options(load, options)
+    options = defaults(load) | check_options(load, options)
     check_stream(options)
+    names = [options[field] for field in ("name", "data_dir", "train_split", "test_split")]
     for field in ("name", "data_dir", "train_split", "test_split"):
         if "\0" in options[field]:
-            raise ConfigError(
-                f"config.data.{field} is {options[field]!r}; allowed: text without zero bytes."
-            )
-    opened = open_set(
-        *(options[field] for field in ("name", "data_dir", "train_split", "test_split"))
-    )
+            raise ConfigError(field, options[field], allowed="text without zero bytes")
+    opened = open_set(*names)
     check_sizes(opened, options)
     if stored := options["channels"] or opened.channels:
         check_normalization(chosen_normalization(options), stored)
     return opened
 
 
+STREAMS_ALONE = (
+    "resize_size",
+    "crop_scale",
+    "crop_ratio",
+    "workers",
+    "prefetch",
+    "unreadable",
+    "unreadable_share",
+)
+
+
 def check_stream(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError for options of streams without one, and for those that a stream cannot
-    have.
-    """
-    given = lambda name: f"config.data.{name} is {options[name]!r}"
+    """Raises ConfigError for options of streams without one, and for what a stream cannot have."""
     if not options["stream"]:
-        fields = (
-            "resize_size",
-            "crop_scale",
-            "crop_ratio",
-            "workers",
-            "prefetch",
-            "unreadable",
-            "unreadable_share",
-        )
-        for name in fields:
-            if options[name] != defaults(load)[name]:
-                raise ConfigError(
-                    f"{given(name)}, which only a stream uses; set config.data.stream=True."
-                )
+        for field in STREAMS_ALONE:
+            if options[field] != defaults(load)[field]:
+                why = "which only a stream uses; set config.data.stream=True"
+                raise ConfigError(field, options[field], why=why)
         return
-    if not options["image_size"]:
-        raise ConfigError(
-            "config.data.stream needs config.data.image_size, the side of its crops, e.g. 224."
-        )
-    if options["train_image_size"]:
-        raise ConfigError(
-            f"{given('train_image_size')}; a stream crops train images to image_size: set it to 0."
-        )
-    if options["normalization"] == "computed":
-        raise ConfigError(
-            f"{given('normalization')}, which needs all images in memory; name a set, or 'none'."
-        )
-    if 0 < options["resize_size"] < options["image_size"]:
-        raise ConfigError(
-            f"{given('resize_size')}; allowed: from image_size, {options['image_size']}, or 0."
-        )
-    for name in ("crop_scale", "crop_ratio"):
-        low, high = options[name]
-        if not 0 < low <= high:
-            raise ConfigError(f"{given(name)}; allowed: two numbers above 0, in ascending order.")
+    size = options["image_size"]
+    rules = (
+        ("image_size", size == 0, "the side of a stream's crops, e.g. 224"),
+        ("train_image_size", options["train_image_size"] > 0, "0: a stream crops to image_size"),
+        (
+            "normalization",
+            options["normalization"] == "computed",
+            "that of a set, or 'none': a stream's images are not in memory",
+        ),
+        ("resize_size", 0 < options["resize_size"] < size, f"from image_size, {size}, or 0"),
+        ("crop_scale", not ascends(*options["crop_scale"]), "two numbers above 0, ascending"),
+        ("crop_ratio", not ascends(*options["crop_ratio"]), "two numbers above 0, ascending"),
+    )
+    for field, wrong, allowed in rules:
+        if wrong:
+            raise ConfigError(field, options[field], allowed=allowed)
+
+
+def ascends(low: float, high: float) -> bool:
+    """Whether 0 < low <= high."""
+    return 0 < low <= high
 
 
 def check_sizes(opened: Opened, options: Mapping[str, Any]) -> None:
     """Raises ConfigError for sizes of images that the machine's memory cannot hold, before any is
     decoded.
     """
-    size, train_size = options["image_size"], options["train_image_size"]
+    size = options["image_size"]
+    train_size = options["train_image_size"] or size
+    channels = options["channels"] or opened.channels or 1
     for source, limit, side in (
-        (opened.train, options["train_limit"], train_size or size),
+        (opened.train, options["train_limit"], train_size),
         (opened.test, options["test_limit"], size),
     ):
         count = 1 if options["stream"] else min(limit or source.size, source.size)
-        check_memory((count, side, side, options["channels"] or opened.channels or 1))
+        check_memory((count, side, side, channels))
 
 
 def check_memory(shape: tuple[int, ...]) -> None:
@@ -299,41 +292,22 @@ def check_memory(shape: tuple[int, ...]) -> None:
         )
 
 
-def check_labels(opened: Opened, split: str, labels: np.ndarray, limit: int) -> None:
-    """Raises ConfigError for labels of a decoded split that are no classes, with the first image
-    that has one.
-    """
-    wrong = (labels < 0) | (labels >= opened.num_classes)
-    if not wrong.any():
-        return
-    source = getattr(opened, split)
-    first = spread(source.size, limit)[int(np.argmax(wrong))]
-    raise ConfigError(
-        f"the split used for {split} has labels {labels.min()}..{labels.max()} where "
-        f"0..{opened.num_classes - 1} are "
-        f"classes, the first wrong one of {source.describe(first)}; unlabelled splits cannot be "
-        "used, name another one "
-        f"through config.data.{split}_split."
-    )
-
-
 def streamed(opened: Opened, options: dict[str, Any]) -> Dataset:
     """The set of `load`'s options with a `Stream` for each split."""
-    splits, name, size = [], options["name"], options["image_size"]
-    channels = options["channels"] or opened.channels
-    for source, limit in (
-        (opened.train, options["train_limit"]),
-        (opened.test, options["test_limit"]),
-    ):
-        indices = np.asarray(spread(source.size, limit))
+    size, channels = options["image_size"], options["channels"] or opened.channels
+    splits: dict[str, Split] = {}
+    for name in ("train", "test"):
+        source = getattr(opened, name)
+        indices = np.asarray(spread(source.size, options[f"{name}_limit"]))
         channels = channels or first_channels(source, indices)
         shape = (len(indices), size, size, channels)
-        splits.append(Split(Stream(source, indices, shape, opened.num_classes, options), None))
-    mean, std = statistics(chosen_normalization(options), name, splits[0].images)
-    return Dataset(name, *splits, opened.num_classes, mean, std)
+        splits[name] = Split(Stream(source, indices, shape, opened.num_classes, options), None)
+    name = options["name"]
+    mean, std = statistics(chosen_normalization(options), name, splits["train"].images)
+    return Dataset(name, num_classes=opened.num_classes, mean=mean, std=std, **splits)
 
 
-def first_channels(source: Source, indices: Sequence[int]) -> int:
+def first_channels(source: Source, indices: Any) -> int:
     """1 or 3, as the first image that can be decoded."""
     for index in indices:
         with contextlib.suppress(UnreadableError):
@@ -354,7 +328,7 @@ def look_at(images: Stream) -> Stream:
     sample = images.indices[spread(len(images.indices), LOOKED_AT)].tolist()
 
     def look(index: int) -> tuple[str, int]:
-        """(why it cannot be read, or ""; its orientation) of one image."""
+        """(why it cannot be read, or ""; its orientation) of an image."""
         try:
             ((payload, label),) = source.read([index])
             to_array(payload, source.describe(index), decoding.reduction(payload))
@@ -425,37 +399,36 @@ def tell_orientation(names: Sequence[str], total: int, upright: bool) -> None:
 
 
 def decode_split(
-    source: Source, limit: int, size: int, channels: int, convert: bool, upright: bool = False
+    opened: Opened, split: str, limit: int, size: int, channels: int, convert: bool, upright: bool
 ) -> Split:
-    """Read and decode `source` in a pool of threads (OpenCV and the reader release the interpreter
-    lock).
+    """Read and decode a split in threads (OpenCV and the reader release the interpreter lock).
 
     size: see `fit`. channels 0: as the first image. convert: colour may become grey. upright: see
-    `decode`. The labels are int64, as stored.
+    `decode`.
     """
+    source = getattr(opened, split)
     indices = spread(source.size, limit)
     first, _ = decoded(source, indices[0], upright)
     target = channels or (1 if first.ndim == 2 else 3)
     shape = fit(first, size, target).shape
     check_memory((len(indices), *shape))
-    images, labels = np.empty((len(indices), *shape), np.uint8), np.empty(len(indices), np.int64)
+    images = np.empty((len(indices), *shape), np.uint8)
+    labels = np.empty(len(indices), np.int32)
     turned: list[int] = []
 
     def work(start: int) -> None:
         chunk = indices[start : start + CHUNK]
         for position, (index, (payload, label)) in enumerate(zip(chunk, source.read(chunk)), start):
-            image = to_array(payload, source.describe(index), upright=upright)
-            if image.ndim == 3 and target == 1 and not convert:
-                raise ConfigError(
-                    f"{source.describe(index)} is in colour, the set is grey; set channels to 1 "
-                    "or 3."
-                )
+            name = source.describe(index)
+            check_label(label, opened.num_classes, name)
+            image = to_array(payload, name, upright=upright)
+            if not convert:
+                check_colour(image, target, name)
             image = fit(image, size, target)
             if image.shape != shape:
                 raise ConfigError(
-                    f"{source.describe(index)} is {image.shape[0]}x{image.shape[1]}, "
-                    f"{source.describe(indices[0])} is "
-                    f"{shape[0]}x{shape[1]}; set image_size, images of differing sizes need one."
+                    f"{name} is {image.shape[0]}x{image.shape[1]}, {source.describe(indices[0])} "
+                    f"is {shape[0]}x{shape[1]}; set image_size, images of differing sizes need one."
                 )
             images[position], labels[position] = image, label
             if orientation_of(payload) != 1:
@@ -470,6 +443,14 @@ def decode_split(
             pool.shutdown(cancel_futures=True)  # after an error the rest is not decoded
     tell_orientation([source.describe(index) for index in sorted(turned)], len(indices), upright)
     return Split(images, labels)
+
+
+def check_colour(image: np.ndarray, channels: int, name: str) -> None:
+    """Raises ConfigError for an image in colour of a grey set; channels: of the set."""
+    if image.ndim == 3 and channels == 1:
+        raise ConfigError(
+            f"{name} is in colour, the set is grey; set config.data.channels to 1 or 3."
+        )
 
 
 def reading_pool() -> concurrent.futures.ThreadPoolExecutor:
@@ -609,8 +590,9 @@ def preprocess(
     """`(images / 255 - mean) / std` as `dtype`: uint8 [..., C] and C means and stds. Computed in
     float32.
     """
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    return (images.astype(jnp.float32) * (1 / (255 * std)) - mean / std).astype(dtype)
+    mean_array, std_array = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    scaled = images.astype(jnp.float32) * (1 / (255 * std_array)) - mean_array / std_array
+    return scaled.astype(dtype)
 
 
 # Augmentation: uint8 [B, H, W, C] -> the same, drawn independently for each image; pure, for use
@@ -643,21 +625,23 @@ def flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
 
 
+def offsets_of(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
+    return jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
+
+
 def pad_crop(key: jax.Array, images: jax.Array, padding: int = 4) -> jax.Array:
     """Pad with black (before normalisation, as torchvision's RandomCrop does) and crop the old size
     at random.
     """
-    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
-    return shift_flip(images, offsets, jnp.zeros(len(images), bool), padding)
+    flips = jnp.zeros(len(images), bool)
+    return shift_flip(images, offsets_of(key, images, padding), flips, padding)
 
 
 def pad_crop_flip(key: jax.Array, images: jax.Array, padding: int = 4) -> jax.Array:
     """`pad_crop`, then `flip`: the usual augmentation of CIFAR."""
     crop_key, flip_key = jax.random.split(key)
-    offsets = jax.random.randint(crop_key, (len(images), 2), 0, 2 * padding + 1)
-    return shift_flip(
-        images, offsets, jax.random.bernoulli(flip_key, shape=(len(images),)), padding
-    )
+    flips = jax.random.bernoulli(flip_key, shape=(len(images),))
+    return shift_flip(images, offsets_of(crop_key, images, padding), flips, padding)
 
 
 def resized_crop_flip(key: jax.Array, images: jax.Array, size: int = 0) -> jax.Array:

@@ -15,9 +15,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-DECODE = (
-    cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION
-)  # 8 bit, grey or BGR, no alpha, not turned
+# 8 bit, grey or BGR, no alpha, not turned
+DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION
 SMALLEST = 64  # OpenCV's flag that decodes a JPEG at 1/8 of its size
 JPEGS = (".jfif", ".jpe", ".jpeg", ".jpg")
 SUFFIXES = (
@@ -52,18 +51,13 @@ OTHER_FORMATS = {  # images that are not read
 }
 STARTS = (*FORMATS.items(), *OTHER_FORMATS.items())
 START = re.compile(b"|".join(b"(%s)" % start for _, start in STARTS), re.DOTALL)
-TIFF_COLOURS = {
-    5: "CMYK",
-    8: "CIELAB",
-    9: "CIELAB",
-    10: "CIELAB",
-}  # of which OpenCV makes something else
+TIFF_COLOURS = {5: "CMYK", 8: "CIELAB", 9: "CIELAB", 10: "CIELAB"}  # OpenCV takes them for others
 
 
 def format_of(data: bytes) -> str:
     """Name of the image format in which `data` begins, "" if it begins like no image."""
     start = START.match(data[:32])
-    return STARTS[start.lastindex - 1][0] if start else ""
+    return STARTS[(start.lastindex or 0) - 1][0] if start else ""
 
 
 def decode(data: bytes, reduced: int = 0, upright: bool = False) -> np.ndarray | None:
@@ -92,20 +86,16 @@ def decode_with_opencv(data: bytes, name: str, reduced: int) -> np.ndarray | Non
         return None
     if image is None or image.ndim == 2 or image.shape[2] == 3:
         return image
-    opaque = np.iinfo(image.dtype).max
+    opaque = 65535 if image.dtype == np.uint16 else 255
     if image[..., 3].min() < opaque:  # its colours come multiplied by alpha
         return None
     return (image[..., :3] // (opaque // 255)).astype(np.uint8)
 
 
 def why_not(data: bytes) -> str:
-    """The reason why `decode` gave None, as the end of a sentence that begins with the image's
-    name.
-    """
-    return (
-        why_unreadable(data, format_of(data))
-        or "is not an image that can be decoded; is it damaged?"
-    )
+    """Why `decode` gave None, as the end of a sentence that begins with the image's name."""
+    damaged = "is not an image that can be decoded; is it damaged?"
+    return why_unreadable(data, format_of(data)) or damaged
 
 
 def why_unreadable(data: bytes, name: str) -> str:
@@ -279,9 +269,9 @@ def decode_pnm(data: bytes) -> np.ndarray | None:
     """
     kind = int(data[1:2])
     bitmap, plain, channels = kind in (1, 4), kind <= 3, 3 if kind in (3, 6) else 1
-    gap = rb"(?:\s|#[^\n\r]*[\n\r])+"
+    field = rb"(?:\s|#[^\n\r]*[\n\r])+(\d{1,9})"
     fields = 2 if bitmap else 3
-    header = re.match(rb"P\d" + (gap + rb"(\d{1,9})") * fields + (rb"" if plain else rb"\s"), data)
+    header = re.match(rb"P\d" + field * fields + (rb"" if plain else rb"\s"), data)
     if header is None:
         return None
     width, height, maximum = (int(number) for number in (*header.groups(), b"1")[:3])
@@ -289,11 +279,15 @@ def decode_pnm(data: bytes) -> np.ndarray | None:
     if not count or not 1 <= maximum <= 65535:
         return None
     body = data[header.end() :]
-    read = plain_values if plain else packed_bits if bitmap else binary_values
-    values = read(body, width, count, maximum)
-    if values is None or len(values) < count:
+    if plain:
+        values = plain_values(body, count, maximum)
+    elif bitmap:
+        values = packed_bits(body, width, height)
+    else:
+        values = binary_values(body, count, maximum)
+    if values is None:
         return None
-    levels = values[:count].astype(np.int64).clip(0, maximum)
+    levels = values.astype(np.int64).clip(0, maximum)
     if bitmap:
         levels = 1 - levels  # 1 is black
     levels = (255 * levels + maximum // 2) // maximum
@@ -301,28 +295,25 @@ def decode_pnm(data: bytes) -> np.ndarray | None:
     return image[..., 0] if channels == 1 else np.ascontiguousarray(image[..., ::-1])
 
 
-def plain_values(body: bytes, width: int, count: int, maximum: int) -> np.ndarray | None:
-    del width
+def plain_values(body: bytes, count: int, maximum: int) -> np.ndarray | None:
     text = re.sub(rb"#[^\n\r]*", b" ", body)
     words = re.findall(rb"[01]", text) if maximum == 1 else text.split()
-    if len(words) < count or not all(word.isdigit() and len(word) <= 9 for word in words[:count]):
+    words = words[:count]
+    if len(words) < count or not all(word.isdigit() and len(word) <= 9 for word in words):
         return None
-    return np.array([int(word) for word in words[:count]])
+    return np.array([int(word) for word in words])
 
 
-def packed_bits(body: bytes, width: int, count: int, maximum: int) -> np.ndarray | None:
-    del maximum
+def packed_bits(body: bytes, width: int, height: int) -> np.ndarray | None:
     row_bytes = (width + 7) // 8
-    needed = row_bytes * (count // width)
-    if len(body) < needed:
+    if len(body) < row_bytes * height:
         return None
-    rows = np.frombuffer(body, np.uint8, needed).reshape(-1, row_bytes)
-    return np.unpackbits(rows, axis=1)[:, :width].ravel()
+    rows = np.frombuffer(body, np.uint8, row_bytes * height).reshape(height, row_bytes)
+    return np.unpackbits(rows, axis=1, count=width).ravel()
 
 
-def binary_values(body: bytes, width: int, count: int, maximum: int) -> np.ndarray | None:
-    del width
-    kind = np.dtype(np.uint8) if maximum < 256 else np.dtype(">u2")
+def binary_values(body: bytes, count: int, maximum: int) -> np.ndarray | None:
+    kind = np.dtype(np.uint8 if maximum < 256 else ">u2")
     return np.frombuffer(body, kind, count) if len(body) >= count * kind.itemsize else None
 
 

@@ -13,12 +13,12 @@ from sparsity_jax import tables
 def load(file: str | os.PathLike) -> types.ModuleType:
     """The Python file as a module, run anew. Raises ConfigError where there is none."""
     path = pathlib.Path(file)
-    if not path.is_file():
-        raise tables.ConfigError(
-            str(path), why="is no file", allowed="a Python file that registers names"
-        )
     name = f"sparsity_jax_extension_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise tables.ConfigError(
+            str(path), why="is no Python file", allowed="a file that registers names"
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # classes of options look up their module
     spec.loader.exec_module(module)

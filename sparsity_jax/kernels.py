@@ -8,7 +8,7 @@ outputs.
 Without a trace names decide, as far as they can: what they do not tell is refused, never guessed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def _refuse_unknown(leaves: dict[str, Any], decided: list[str]) -> None:
     total = trees.size(leaves)
     if sum(unknown.values()) <= UNKNOWN_SHARE * total:
         return
-    largest = max(unknown, key=unknown.get)
+    largest = max(unknown, key=unknown.__getitem__)
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise ValueError(
         f"{largest!r}{more} hold {sum(unknown.values()) / total:.1%} of all entries, and names do "
@@ -120,30 +120,34 @@ def axes(
     """
     leaves = trees.named_leaves(params)
     traced = None if channels is None else _traced(params, channels)
-    found = {}
+    decided = {}
     for path in paths:
         if path not in leaves:
             raise ValueError(f"{path!r} is no path of the params.{tables.closest(path, leaves)}")
         if traced is None:
-            found[path] = _by_name(path, tuple(leaves[path].shape), layout)
+            decided[path] = _by_name(path, tuple(leaves[path].shape), layout)
         elif path in traced and traced[path].outputs:
-            found[path] = traced[path]
+            decided[path] = traced[path]
         else:
             told = "the traced function sums over none of its axes"
             raise ValueError(f"{path!r} has no inputs and outputs: {told}.")
-    return found
+    return decided
 
 
 def _traced(params: PyTree, channels: groups.Channels) -> dict[str, Axes]:
     """Axes of all arrays of two axes or more that the traced function sums over."""
-    leaves, found = trees.named_leaves(params), {}
+    leaves, traced = trees.named_leaves(params), {}
     for path, roles in groups.roles(params, channels).items():
-        by_role = {"consumer": [], "producer": [], "window": []}
-        for axis, role in sorted(roles.items()):
-            by_role["producer" if role == "depthwise" else role].append(axis)
-        if by_role["consumer"] and leaves[path].ndim > 1:
-            found[path] = Axes(*map(tuple, by_role.values()))
-    return found
+        inputs = _axes_of(roles, "consumer")
+        if inputs and leaves[path].ndim > 1:
+            outputs = _axes_of(roles, "producer", "depthwise")
+            traced[path] = Axes(inputs, outputs, _axes_of(roles, "window"))
+    return traced
+
+
+def _axes_of(roles: Mapping[int, str], *names: str) -> tuple[int, ...]:
+    """The axes that have one of the roles `names`."""
+    return tuple(axis for axis in sorted(roles) if roles[axis] in names)
 
 
 def _by_name(path: str, shape: tuple[int, ...], layout: Layout | None) -> Axes:

@@ -87,6 +87,7 @@ class _Ranking:
         self.nan = -1 if magnitude else -self.infinity - 1
 
     def _is_wide(self) -> bool:
+        """Whether the scores are float64; raises for scores that cannot be ranked."""
         most = np.iinfo(np.int32).max
         if not self.leaves:
             raise ValueError("scores are empty; selection needs at least one entry.")

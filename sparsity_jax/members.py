@@ -61,7 +61,7 @@ def expand(config: Mapping) -> list[Member]:
             why="but config.sweep.seed decides",
             allowed=f"--config.sweep.seed=({config['seed']},)",
         )
-    found = []
+    found: list[Member] = []
     with tables.within("config.sweep"):
         for label, values in arms_of(config, chosen):
             found += combined(config, label, values, fields)
@@ -75,7 +75,7 @@ def combined(
     config: Mapping, label: str, values: Mapping[str, Any], sweep: Mapping
 ) -> Iterator[Member]:
     """The members of one arm, whose fields are `values` by path: all combinations of a sweep."""
-    arm = replaced(config, {**values, "sweep": {}})
+    arm = replaced({"seed": 0, **config}, {**values, "sweep": {}})
     refuse_other_fields(sweep, arm)
     fields = dict(swept_fields(sweep, arm))
     ranges = [range(len(listed)) for listed in fields.values()]
@@ -188,11 +188,11 @@ def swept_fields(sweep: Mapping, config: Any, path: str = "") -> Iterator[tuple[
 
 def replaced(config: Mapping, values: Mapping[str, Any]) -> dict:
     """A copy of `config` with the fields at the given paths replaced."""
-    config = copy.deepcopy(dict(config))
+    new = copy.deepcopy(dict(config))
     for path, value in values.items():
         *outer, last = path.split(".")
-        inner = config
+        inner = new
         for name in outer:
             inner = inner[name]
         inner[last] = value
-    return config
+    return new

@@ -216,7 +216,7 @@ def check_common(config: dict) -> dict[str, Any]:
 
 def check_streamed(common: Mapping, checked: Sequence[dict], used: Sequence[str]) -> None:
     """Raises ConfigError for stages that need in memory what stays where it is."""
-    if members.mode_of(common) == "vmap":
+    if members.mode_of(common) == "vmap" and len(checked) > 1:
         raise tables.ConfigError(
             "config.sweep.mode",
             "vmap",
@@ -237,25 +237,29 @@ def side_by_side(
     used: names of the stages that run. Raises ConfigError if all shall, but cannot.
     """
     mode, numbers = members.mode_of(common), range(len(found))
-    alone = common["data"].get("stream") or convolves(common["model"])
-    if mode == "loop" or (mode == "auto" and alone):
+    if mode == "loop" or len(found) == 1:
+        return [[i] for i in numbers]
+    if mode == "auto" and (common["data"].get("stream") or convolves(common["model"])):
         return [[i] for i in numbers]
     program = lambda i: [checked[i][name].together() for name in used]
     groups = [list(group) for _, group in itertools.groupby(numbers, program)]
     if mode == "vmap" and len(groups) > 1:
-        first, other = found[0].config, found[groups[1][0]].config
-        differing = workdirs.differences(
-            {name: first[name] for name in used}, {name: other[name] for name in used}
-        )
-        fields = [field for field, _, _ in differing if not field.endswith(".label")]
-        raise tables.ConfigError(
-            "config.sweep",
-            fields,
-            verb="changes",
-            why="which needs another program",
-            allowed="seed and numbers of one optimizer; anything with config.sweep.mode='loop'",
-        )
+        refuse_programs(found[0].config, found[groups[1][0]].config, used)
     return groups
+
+
+def refuse_programs(first: Mapping, other: Mapping, used: Sequence[str]) -> None:
+    """Raises ConfigError for two members that need programs of their own."""
+    differing = workdirs.differences(
+        {name: first[name] for name in used}, {name: other[name] for name in used}
+    )
+    raise tables.ConfigError(
+        "config.sweep",
+        [field for field, _, _ in differing if not field.endswith(".label")],
+        verb="changes",
+        why="which needs another program",
+        allowed="seed and numbers of one optimizer; anything with config.sweep.mode='loop'",
+    )
 
 
 def check_names(pipeline: Sequence[str], stage_names: Sequence[str]) -> None:
@@ -857,7 +861,9 @@ def run_plan(
                 if not resumed:
                     state = own[0].begin(problem, state, own, place)
                     saved.save(state, workdirs.Progress(position, True, rows))
-                common = dict(stage=name, kind=kind, visit=visit, arm=arm_of(config, position))
+                common = dict(
+                    stage=name, kind=kind, visit=visit, arm=arm_of(plan.members[0].config, position)
+                )
                 state = run_stage(run, state, place, run.per_member(begun), common)
                 stages.check_weights(problem, state, f"{name}, at its end")
                 state = after(plan, state, position)

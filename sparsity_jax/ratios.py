@@ -257,14 +257,15 @@ def _by_rule(rules: Sequence, located: Sequence[Layer], granularity: str) -> Tab
 def _by_range(items: Sequence, located: Sequence[Layer], reading: Reading) -> Table:
     paths = [layer.path for layer in located]
     table: Table = dict.fromkeys(paths, 0.0)
-    for item in items:
+    for i, item in enumerate(items):
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?\s*:(.*)", str(item))
         if not match:
-            raise tables.ConfigError("", item, allowed="'0-4:0.5' or '5:0.5'")
+            raise tables.ConfigError(f"[{i}]", item, allowed="'0-4:0.5' or '5:0.5'")
         first, end = int(match[1]), int(match[2] or match[1])
         if first > end or (end >= len(paths) and reading == "correct"):
-            raise tables.ConfigError("", item, allowed=f"the layers 0 to {len(paths) - 1}")
-        table |= dict.fromkeys(paths[first : end + 1], _ratio(match[3].strip()))
+            raise tables.ConfigError(f"[{i}]", item, allowed=f"the layers 0 to {len(paths) - 1}")
+        ratio = _ratio(match[3].strip(), f"[{i}]")
+        table |= dict.fromkeys(paths[first : end + 1], ratio)
     return table
 
 

@@ -90,10 +90,9 @@ def value_of(text: str) -> Any:
         return text
 
 
-def swept(config: Any) -> dict:
-    """A config as plain dicts, with the values of the command line in its sweep."""
-    config = config.to_dict()
-    for path, value in SWEPT.items():
+def swept(config: dict, values: dict[str, Any]) -> dict:
+    """`config`, with `values` by path in its sweep."""
+    for path, value in values.items():
         *outer, last = path.split(".")
         inner = config.setdefault("sweep", {})
         for name in outer:
@@ -137,10 +136,10 @@ def main(argv: list[str]) -> None:
     try:
         stopping.check()
         if DESCRIBE.value:
-            sys.stdout.write(describe.describe(swept(CONFIG.value)))
+            sys.stdout.write(describe.describe(swept(CONFIG.value.to_dict(), SWEPT)))
             return
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
-        config = swept(CONFIG.value)
+        config = swept(CONFIG.value.to_dict(), SWEPT)
         pipeline.run(config, WORKDIR.value, command=command, lock_seconds=LOCK_SECONDS.value)
     except tables.ConfigError as error:
         sys.exit(f"error: {error}")

@@ -21,10 +21,8 @@ import numpy as np
 from sparsity_jax.decoding import SUFFIXES, format_of
 from sparsity_jax.tables import ConfigError, closest
 
-LEFT_BY_TOOLS = (
-    "@eaDir",
-    "__MACOSX",
-)  # folders of file managers; those that begin with a dot are passed over too
+# folders of file managers; those that begin with a dot are passed over too
+LEFT_BY_TOOLS = ("@eaDir", "__MACOSX")
 # classes of TFDS whose records are read here, with the field of features.json that describes them
 TFDS_FEATURES = {
     "image": "tensorflow_datasets.core.features.image_feature.Image",
@@ -43,9 +41,8 @@ class Source(NamedTuple):
     """One split that is there but not decoded."""
 
     size: int
-    read: Callable[
-        [Sequence[int]], list[tuple[Any, int]]
-    ]  # indices -> (encoded bytes or uint8 [H, W], label) of each
+    # indices -> (encoded bytes or uint8 [H, W], label) of each
+    read: Callable[[Sequence[int]], list[tuple[Any, int]]]
     describe: Callable[[int], str]  # where item i comes from, for errors
 
 
@@ -76,11 +73,11 @@ def open_set(name: str, data_dir: str, train_split: str, test_split: str) -> Ope
     return opened
 
 
-def check_label(label: int, num_classes: int, where: str) -> None:
-    """Raises ConfigError for a label that is no class; where: the image's name."""
+def check_label(label: int, num_classes: int, name: str) -> None:
+    """Raises ConfigError for a label that is no class; name: the image's."""
     if not 0 <= label < num_classes:
         raise ConfigError(
-            f"{where} has the label {label} where 0..{num_classes - 1} are classes; unlabelled "
+            f"{name} has the label {label} where 0..{num_classes - 1} are classes; unlabelled "
             "splits cannot be used, "
             "name another one through config.data.train_split or test_split."
         )
@@ -96,9 +93,8 @@ def open_digits(train_split: str, test_split: str) -> Opened:
         )
 
     def source(size: int, part: int) -> Source:
-        return Source(
-            size, lambda indices: [read_digits()[part][i] for i in indices], lambda i: f"digit {i}"
-        )
+        read = lambda indices: [read_digits()[part][i] for i in indices]
+        return Source(size, read, lambda i: f"digit {i}")
 
     return Opened(source(1437, 0), source(360, 1), 10, 1)
 
@@ -117,9 +113,8 @@ def of_arrays(
         read = lambda indices: [(images[i], int(labels[i])) for i in indices]
         return Source(len(images), read, lambda i: f"image {i}")
 
-    return Opened(
-        source(*train), source(*test), num_classes, 1 if train[0].ndim == 3 else train[0].shape[-1]
-    )
+    channels = 1 if train[0].ndim == 3 else train[0].shape[-1]
+    return Opened(source(*train), source(*test), num_classes, channels)
 
 
 @functools.cache
@@ -133,10 +128,9 @@ def read_digits() -> tuple[list[tuple[np.ndarray, int]], list[tuple[np.ndarray, 
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     is_test = np.zeros(len(images), bool)
     is_test[np.argsort(digits.target, kind="stable")[::5]] = True
-    train, test = (
-        [(images[i], int(digits.target[i])) for i in np.flatnonzero(part)]
-        for part in (~is_test, is_test)
-    )
+    pairs = list(zip(images, digits.target.tolist()))
+    train = [pairs[i] for i in np.flatnonzero(~is_test)]
+    test = [pairs[i] for i in np.flatnonzero(is_test)]
     return train, test
 
 
@@ -149,39 +143,37 @@ def open_folder(path: str, train_split: str, test_split: str) -> Opened:
         raise ConfigError(
             f"config.data.name is 'folder:{path}', but there is no directory {root.absolute()}."
         )
-    if not test_split:
-        # The official Tiny-ImageNet has a test directory too, without labels.
-        order = (
-            ("val", "test")
-            if (root / "val" / "val_annotations.txt").is_file()
-            else ("test", "val", "validation")
-        )
-        test_split = next((split for split in order if (root / split).is_dir()), "test")
+    test_split = test_split or test_folder(root)
     if train_split == test_split:
         raise ConfigError(f"config.data.train_split and test_split are both {train_split!r}.")
-    train, test = (list_images(root / split) for split in (train_split, test_split))
-    classes = sorted(train)
-    if classes != sorted(test):
-        detail = [
-            f"only in {split}: {', '.join(map(repr, sorted(here.keys() - there.keys())[:5]))}"
-            for split, here, there in ((train_split, train, test), (test_split, test, train))
-            if here.keys() - there.keys()
-        ]
-        raise ConfigError(
-            f"{root}: {train_split} and {test_split} need the same class directories; "
-            f"{'; '.join(detail)}."
-        )
+    train, test = list_images(root / train_split), list_images(root / test_split)
+    for split, here, there in ((train_split, train, test), (test_split, test, train)):
+        only = sorted(here.keys() - there.keys())
+        if only:
+            raise ConfigError(
+                f"{root}: {train_split} and {test_split} need the same class directories; only in "
+                f"{split}: {', '.join(map(repr, only[:5]))}."
+            )
     refuse_shared(train, test)
-    return Opened(folder_source(train), folder_source(test), len(classes), 0)
+    return Opened(folder_source(train), folder_source(test), len(train), 0)
 
 
-def folder_source(images: Mapping[str, Mapping[str, str]]) -> Source:
+def test_folder(root: pathlib.Path) -> str:
+    """The split of a folder for testing, where none is named."""
+    order = ["test", "val", "validation"]
+    if (root / "val" / "val_annotations.txt").is_file():
+        order = ["val", "test"]  # the official Tiny-ImageNet has a test directory without labels
+    return next((split for split in order if (root / split).is_dir()), "test")
+
+
+Listing = Mapping[str, Mapping[str, str]]  # class, real path, path
+
+
+def folder_source(images: Listing) -> Source:
     """images: as `list_images` gives them."""
-    items = [
-        (file, label)
-        for label, cls in enumerate(sorted(images))
-        for file in sorted(images[cls].values())
-    ]
+    items: list[tuple[str, int]] = []
+    for label, name in enumerate(sorted(images)):
+        items += [(file, label) for file in sorted(images[name].values())]
     read = lambda indices: [(read_file(items[i][0]), items[i][1]) for i in indices]
     return Source(len(items), read, lambda i: items[i][0])
 
@@ -193,7 +185,7 @@ def read_file(file: str) -> bytes:
         raise UnreadableError(f"{file} cannot be read: {error.strerror}.") from error
 
 
-def list_images(split: pathlib.Path) -> dict[str, dict[str, str]]:
+def list_images(split: pathlib.Path) -> Listing:
     """{class: {real path: path}} of the image files below the directory of each class.
 
     Every file of a class counts once, however many links lead to it. Hidden files and folders,
@@ -224,21 +216,17 @@ def list_images(split: pathlib.Path) -> dict[str, dict[str, str]]:
     return images
 
 
-def refuse_shared(
-    train: Mapping[str, Mapping[str, str]], test: Mapping[str, Mapping[str, str]]
-) -> None:
+def refuse_shared(train: Listing, test: Listing) -> None:
     """Raises ConfigError if a file is in both splits, through links or because they are the same
     directory.
     """
-    places = {place: file for files in train.values() for place, file in files.items()}
-    for files in test.values():
-        for place, file in files.items():
-            if place in places:
-                raise ConfigError(
-                    f"{file} of the test split is the same file as {places[place]} of the train "
-                    "split; the two must "
-                    "not share images."
-                )
+    train_places = {place: file for files in train.values() for place, file in files.items()}
+    test_places = {place: file for files in test.values() for place, file in files.items()}
+    for place in test_places.keys() & train_places.keys():
+        raise ConfigError(
+            f"{test_places[place]} of the test split is the same file as {train_places[place]} of "
+            "the train split; the two must not share images."
+        )
 
 
 def class_directories(split: pathlib.Path) -> list[os.DirEntry]:
@@ -277,9 +265,9 @@ def walk(directory: str, place: str, visited: set[str]) -> Iterator[tuple[os.Dir
     """
     visited.add(place)
     for entry in visible_entries(directory):
-        real = (
-            os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(place, entry.name)
-        )
+        real = os.path.join(place, entry.name)
+        if entry.is_symlink():
+            real = os.path.realpath(entry.path)
         if not is_directory(entry):
             yield entry, real
         elif real not in visited and not place.startswith(os.path.join(real, "")):
@@ -324,7 +312,7 @@ def is_image(entry: os.DirEntry) -> bool:
     return False
 
 
-def annotated_images(split: pathlib.Path) -> dict[str, dict[str, str]]:
+def annotated_images(split: pathlib.Path) -> Listing:
     """`list_images` of Tiny-ImageNet: "file <tab> class <tab> box" for the files in images/."""
     annotations = split / "val_annotations.txt"
     images: dict[str, dict[str, str]] = {}
@@ -372,26 +360,21 @@ def open_tfds(name: str, data_dir: str, train_split: str, test_split: str) -> Op
                 "cut one, e.g. "
                 "config.data.train_split='train[:90%]' and test_split='train[90%:]'."
             )
-    chosen = {"train_split": train_split, "test_split": test_split}
+    names = {"train_split": train_split, "test_split": test_split}
     parts = {
         option: file_parts(name, directory, splits, option, split)
-        for option, split in chosen.items()
+        for option, split in names.items()
     }
-    check_files(
-        {part.filename: part.examples_in_shard for own in parts.values() for part in own}, again
-    )
-    named = [(option, part) for option, own in parts.items() for part in own]
-    for (first, a), (second, b) in itertools.combinations(named, 2):
+    every = [(option, part) for option in names for part in parts[option]]
+    check_files({part.filename: part.examples_in_shard for _, part in every}, again)
+    for (first, a), (second, b) in itertools.combinations(every, 2):
         if a.filename == b.filename and max(a.skip, b.skip) < min(a.skip + a.take, b.skip + b.take):
-            which = f"config.data.{first} {chosen[first]!r}"
-            other = (
-                "names some images twice"
-                if first == second
-                else f"and {second} {chosen[second]!r} share images"
-            )
-            raise ConfigError(f"{which} {other}.")
+            other = f"and {second} {names[second]!r} share images"
+            if first == second:
+                other = "names some images twice"
+            raise ConfigError(f"config.data.{first} {names[first]!r} {other}.")
     train, test = (
-        records_source(directory, chosen[option], parts[option], keys) for option in chosen
+        records_source(directory, split, parts[option], keys) for option, split in names.items()
     )
     return Opened(train, test, num_classes, channels)
 
@@ -437,9 +420,9 @@ def not_prepared(name: str, data_dir: str) -> str:
     import tensorflow_datasets as tfds  # half a second to import, for the names it knows
 
     root = tfds_directory(data_dir)
-    there = (
-        sorted(path.name for path in root.iterdir() if path.is_dir()) if os.path.isdir(root) else []
-    )
+    there = []
+    if os.path.isdir(root):
+        there = sorted(path.name for path in root.glob("*/"))
     hint = name_hint(name, [*there, *tfds.list_builders(with_community_datasets=False), "digits"])
     return (
         f"config.data.name is {name!r}, which is not prepared in {root} (there: "
@@ -456,8 +439,8 @@ def prepared_formats(directory: pathlib.Path) -> list[str]:
 
 
 def prepare_command(name: str, data_dir: str, *flags: str) -> str:
-    where = ["--data_dir", str(tfds_directory(data_dir))] if data_dir else []
-    return shlex.join(["python", "-m", "sparsity_jax.prepare", name, *where, *flags])
+    place = ["--data_dir", str(tfds_directory(data_dir))] if data_dir else []
+    return shlex.join(["python", "-m", "sparsity_jax.prepare", name, *place, *flags])
 
 
 def name_hint(name: str, known: Sequence[str]) -> str:
@@ -501,20 +484,15 @@ def read_features(name: str, directory: pathlib.Path) -> tuple[Keys, int, int]:
         dimensions = features[image]["image"].get("shape", {}).get("dimensions", ["-1"])
         channels = {1: 1, 3: 3, 4: 3}.get(int(dimensions[-1]), 0)
         num_classes = int(features[label]["classLabel"].get("numClasses", 0))
-    return (
-        Keys(image, label),
-        num_classes or count_names(directory / f"{label}.labels.txt"),
-        channels,
-    )
+    num_classes = num_classes or count_names(directory / f"{label}.labels.txt")
+    return Keys(image, label), num_classes, channels
 
 
 def supervised_keys(stored: Mapping[str, Any]) -> list[str]:
     """Features that a set gives as input and output, in either of TFDS's two ways to say so."""
     items = stored.get("tuple", {}).get("items", [])
-    names = [item.get("featureKey") for item in items] or [
-        stored.get("input"),
-        stored.get("output"),
-    ]
+    names = [item.get("featureKey") for item in items]
+    names = names or [stored.get("input"), stored.get("output")]
     return [name for name in names if isinstance(name, str)]
 
 
@@ -529,9 +507,8 @@ def pick_feature(
         for key, feature in features.items()
         if kind in feature and feature.get("pythonClassName") == TFDS_FEATURES[kind]
     ]
-    choice = next(
-        (key for key in preferred if key in fitting), fitting[0] if len(fitting) == 1 else None
-    )
+    alone = fitting[0] if len(fitting) == 1 else None
+    choice = next((key for key in preferred if key in fitting), alone)
     if choice is None:
         raise ConfigError(
             f"{name!r} is no image classification set: it needs one "
@@ -613,25 +590,25 @@ def records_source(directory: pathlib.Path, split: str, parts: Sequence[Any], ke
     from array_record.python import array_record_data_source
 
     records = array_record_data_source.ArrayRecordDataSource(parts)
-    where = f"{directory}, split {split!r}"
-    read = functools.partial(read_records, records, where, keys)
-    return Source(len(records), read, lambda i: f"{where}, record {i}")
+    name = f"{directory}, split {split!r}"
+    read = functools.partial(read_records, records, name, keys)
+    return Source(len(records), read, lambda i: f"{name}, record {i}")
 
 
 def read_records(
-    records: Any, where: str, keys: Keys, indices: Sequence[int]
+    records: Any, name: str, keys: Keys, indices: Sequence[int]
 ) -> list[tuple[bytes, int]]:
     """Encoded image and label of each record."""
     try:
         raw = records.__getitems__(list(indices))
     except (RuntimeError, IndexError, ValueError) as error:  # array_record's, for a damaged file
         if len(indices) > 1:
-            return [pair for i in indices for pair in read_records(records, where, keys, [i])]
-        raise UnreadableError(f"{where}, record {indices[0]} cannot be read: {error}") from error
-    return [parse_record(record, f"{where}, record {i}", keys) for i, record in zip(indices, raw)]
+            return [pair for i in indices for pair in read_records(records, name, keys, [i])]
+        raise UnreadableError(f"{name}, record {indices[0]} cannot be read: {error}") from error
+    return [parse_record(record, f"{name}, record {i}", keys) for i, record in zip(indices, raw)]
 
 
-def parse_record(record: bytes, where: str, keys: Keys) -> tuple[bytes, int]:
+def parse_record(record: bytes, name: str, keys: Keys) -> tuple[bytes, int]:
     """Encoded image and label. Parsed here, which is 4 times as fast as by TFDS."""
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_generated_pb2
@@ -639,12 +616,12 @@ def parse_record(record: bytes, where: str, keys: Keys) -> tuple[bytes, int]:
     try:
         feature = tf_example_generated_pb2.Example.FromString(record).features.feature
     except DecodeError:
-        raise UnreadableError(f"{where} is damaged: it is no example of TFDS.") from None
+        raise UnreadableError(f"{name} is damaged: it is no example of TFDS.") from None
     images, labels = feature[keys.image].bytes_list.value, feature[keys.label].int64_list.value
     for key, values, what in (
         (keys.image, images, "encoded image"),
         (keys.label, labels, "whole number"),
     ):
         if len(values) != 1:
-            raise UnreadableError(f"{where} has no {what} under {key!r} but {len(values)} of them.")
+            raise UnreadableError(f"{name} has no {what} under {key!r} but {len(values)} of them.")
     return images[0], labels[0]

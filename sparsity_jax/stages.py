@@ -453,76 +453,82 @@ class Curve(Selecting):
                 raise tables.ConfigError(name, (), allowed="at least one")
 
     def run(self, problem, state, settings, place, rows) -> Iterator[train.Update]:
-        chosen, options = self, self.keywords(problem)
-        shapes = train.shapes_of(problem)
-        prune = pruning(problem, chosen, place.position)
-        measure = pruned_results(
-            problem, chosen, chosen.splits, place.position, masked=bool(chosen.retrain)
-        )
-        fixed = dict(
-            num_prunable=trees.size(choosable(shapes, options)),
-            selection=chosen.selection,
-            scope=options.get("scope", "kernels"),
-            retrained=bool(chosen.retrain),
-        )
-
-        inputs = split_arrays(problem, chosen.splits)
         # `state` without optimizer: then a curve after every training is the same program
         state = interface.without_optimizer(state)
-        static = (*chosen.selecting(place.position), chosen.splits, bool(chosen.retrain))
-        axes = (0, None, *[None] * len(inputs))
-        compiled = problem.once(("curve", static), lambda: jax.jit(problem.lift(measure, axes)))
-        pruned = problem.once(("cut", static), lambda: jax.jit(problem.lift(prune, (0, None))))
-
-        every = [allocate.keep_counts(shapes, ratio, **options) for ratio in chosen.ratios]
-        points = curve_points(problem, state, chosen, every)
-
-        def rows_of(point, result):
-            """Rows of each member that takes the point."""
-            found, extra = result
-            new = interface.rows_per_member(problem)
-            for split in chosen.splits:
-                values = {**found[split], **extra}
-                for member, (row,) in enumerate(
-                    train.member_rows(problem, values, split=split, **fixed)
-                ):
-                    if member in point.ratios:
-                        new[member].append(dict(row, ratio=point.ratios[member]))
-            return new
-
-        done = finished_points(
-            points, [len(own) // len(chosen.splits) for own in rows]
-        )  # before an interruption
+        shapes, options = train.shapes_of(problem), self.keywords(problem)
+        every = [allocate.keep_counts(shapes, ratio, **options) for ratio in self.ratios]
+        points = curve_points(problem, state, self, every)
+        measure = self.measuring(problem, place)
+        retrain = self.retraining(problem, state, place) if self.retrain else None
+        # results are fetched a few ratios late, so the device never waits for the host
+        late = 1 if self.retrain else 16
+        done = finished_points(points, [len(own) // len(self.splits) for own in rows])
         waiting: list[tuple[Point, Any]] = []
-        if chosen.retrain:
-            fits = place.others[chosen.retrain]
-            numbers = train.numbers_of_fits(problem, state, fits)
-        for i, point in enumerate(points):
-            if i < done:
-                continue
+        for number, point in enumerate(points[done:], start=done + 1):
             stopping.check()
-            current = state
-            if chosen.retrain:
-                current = train.begin_members(
-                    problem, state._replace(masks=pruned(state, point.counts)), fits, numbers
-                )
-                where = f"{place.name}: {chosen.retrain} at ratio {min(point.ratios.values()):g}"
-                for update in train.fit_epochs(
-                    problem, current, fits[0], numbers, place.position, where
-                ):
-                    current = update.state
-                current = interface.without_optimizer(current)
-            waiting.append((point, compiled(current, point.counts, *inputs)))
-            # results are fetched a few ratios late, so the device never waits for the host
-            if len(waiting) >= (1 if chosen.retrain else 16) or i + 1 == len(points):
-                new = interface.rows_per_member(problem)
-                for (finished, _), result in zip(
-                    waiting, read_results(problem, chosen.splits, [r for _, r in waiting])
-                ):
-                    for own, more in zip(new, rows_of(finished, result), strict=True):
-                        own.extend(more)
+            pruned = retrain(point) if retrain else state
+            waiting.append((point, measure(pruned, point.counts)))
+            if len(waiting) >= late or number == len(points):
+                yield train.Update(state, self.rows_of(problem, waiting), number / len(points))
                 waiting = []
-                yield train.Update(state, new, (i + 1) / len(points))
+
+    def program(self, position: int) -> tuple:
+        """What its compiled programs depend on. position: of the stage in the pipeline."""
+        return (*self.selecting(position), self.splits, bool(self.retrain))
+
+    def measuring(self, problem: train.Problem, place: interface.Place) -> Callable:
+        """`measure(state, counts)`: what `pruned_results` gives, of all members."""
+        inputs = split_arrays(problem, self.splits)
+        axes = (0, None, *[None] * len(inputs))
+        results = pruned_results(
+            problem, self, self.splits, place.position, masked=bool(self.retrain)
+        )
+        name = ("curve", self.program(place.position))
+        compiled = problem.once(name, lambda: jax.jit(problem.lift(results, axes)))
+        return lambda state, counts: compiled(state, counts, *inputs)
+
+    def retraining(
+        self, problem: train.Problem, state: train.State, place: interface.Place
+    ) -> Callable:
+        """`retrain(point)`: the networks of `state`, pruned to the point and trained again."""
+        prune = pruning(problem, self, place.position)
+        name = ("cut", self.program(place.position))
+        pruned = problem.once(name, lambda: jax.jit(problem.lift(prune, (0, None))))
+        fits = place.others[self.retrain]
+        numbers = train.numbers_of_fits(problem, state, fits)
+
+        def retrain(point: "Point") -> train.State:
+            kept = pruned(state, point.counts)
+            current = train.begin_members(problem, state._replace(masks=kept), fits, numbers)
+            where = f"{place.name}: {self.retrain} at ratio {min(point.ratios.values()):g}"
+            for update in train.fit_epochs(
+                problem, current, fits[0], numbers, place.position, where
+            ):
+                current = update.state
+            return interface.without_optimizer(current)
+
+        return retrain
+
+    def rows_of(
+        self, problem: train.Problem, waiting: Sequence[tuple["Point", Any]]
+    ) -> list[list[dict]]:
+        """Rows of the measured points, of each member that takes them."""
+        options, rows = self.keywords(problem), interface.rows_per_member(problem)
+        fixed = dict(
+            num_prunable=trees.size(choosable(train.shapes_of(problem), options)),
+            selection=self.selection,
+            scope=options.get("scope", "kernels"),
+            retrained=bool(self.retrain),
+        )
+        results = read_results(problem, self.splits, [result for _, result in waiting])
+        for (point, _), (measured, extra) in zip(waiting, results, strict=True):
+            for split in self.splits:
+                values = {**measured[split], **extra}
+                found = train.member_rows(problem, values, split=split, **fixed)
+                for member, ratio in point.ratios.items():
+                    (row,) = found[member]
+                    rows[member].append(dict(row, ratio=ratio))
+        return rows
 
 
 def pruning(problem: train.Problem, chosen: Selecting, position: int) -> Callable:

@@ -8,6 +8,7 @@ goes on anywhere with the same bits.
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import math
 
@@ -17,7 +18,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -29,17 +30,14 @@ from sparsity_jax import data, decoding, sources, stopping
 from sparsity_jax.decoding import jpeg_shape
 from sparsity_jax.tables import ConfigError
 
-REDUCED = {
-    1: 0,
-    2: 16,
-    4: 32,
-    8: decoding.SMALLEST,
-}  # OpenCV's flags that decode a JPEG at 1/n of its size
+# OpenCV's flags that decode a JPEG at 1/n of its size
+REDUCED = {1: 0, 2: 16, 4: 32, 8: decoding.SMALLEST}
 ON_DEVICE = 2  # batches that wait on the device
 PATIENCE = 0.5  # seconds between two looks for a request to stop
 SHUFFLED_WHOLE = 50_000  # images up to which every epoch's order is a permutation in memory
 REPLACEMENTS = 100  # images drawn in the place of one that cannot be decoded
-OPEN: "weakref.WeakSet[Iterator]" = weakref.WeakSet()  # readers that are not closed
+OPEN: "weakref.WeakSet[Generator]" = weakref.WeakSet()  # readers that are not closed
+Batches = Generator["Batch", None, None]
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
@@ -53,9 +51,7 @@ class Batch(NamedTuple):
     """One batch; on the device if `put` puts it there."""
 
     images: Any  # uint8 [B, H, W, C]
-    labels: (
-        Any  # int32 [B], -1 for what does not count: the rest of the last batch, unreadable images
-    )
+    labels: Any  # int32 [B], -1 for what does not count: a filled-up rest, unreadable images
     unreadable: tuple[str, ...]
 
 
@@ -71,7 +67,7 @@ def train_batches(
     start: int = 0,
     put: Callable = jax.device_put,
     lost: Sequence[str] = (),
-) -> Iterator[Batch]:
+) -> Batches:
     """The batches of a whole training from step `start` on; close it to stop reading.
 
     Every epoch visits the images in a new order, without those that do not fill a batch, and crops
@@ -86,45 +82,46 @@ def train_batches(
         raise ConfigError(
             f"batch_size is {batch_size}; allowed: up to {images.shape[0]}, the images."
         )
-    size = images.shape[0] // batch_size * batch_size
-    numbers = np.random.SeedSequence(seed).generate_state(epochs).tolist()
-    if images.shape[0] <= SHUFFLED_WHOLE:
-        order = grain.MapDataset.source(Order(images.shape[0], size, numbers))
+    total = images.shape[0]
+    size = total // batch_size * batch_size
+    seeds = np.random.SeedSequence(seed).generate_state(epochs).tolist()
+    if total <= SHUFFLED_WHOLE:
+        order = grain.MapDataset.source(Order(total, size, seeds))
     else:
-        every = grain.MapDataset.range(images.shape[0])
-        order = grain.MapDataset.concatenate(
-            [every.shuffle(seed=number)[:size] for number in numbers]
-        )
+        every = grain.MapDataset.range(total)
+        order = grain.MapDataset.concatenate([every.shuffle(seed=own)[:size] for own in seeds])
 
     def cropped(position: int, index: int) -> Example:
-        rng = functools.partial(np.random.default_rng, [*seed, position])
-        draw = lambda height, width: random_box(rng(), height, width, images.options)
-        found = example(images, index, draw)
-        return (
-            found
-            if found.label >= 0
-            else replacement(images, found, draw, [*seed, position, index])
-        )
+        def draw(height: int, width: int) -> Box:
+            rng = np.random.default_rng([*seed, position])
+            return random_box(rng, height, width, images.options)
+
+        drawn = example(images, index, draw)
+        if drawn.label >= 0:
+            return drawn
+        return replacement(images, drawn, draw, [*seed, position, index])
 
     order = order.map_with_index(cropped)[start * batch_size :]
     return until_lost(images, functools.partial(read_ahead, images, order, batch_size, put), lost)
 
 
-class Order(NamedTuple):
-    """The images of every epoch one after the other: the first `size` of a permutation of all
-    `total`.
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The images of every epoch one after the other.
+
+    In an epoch the first `size` of a permutation of all `total`.
     """
 
     total: int
     size: int
-    numbers: Sequence[int]  # seed of each epoch
+    seeds: Sequence[int]  # of each epoch
 
     def __len__(self) -> int:
-        return self.size * len(self.numbers)
+        return self.size * len(self.seeds)
 
     def __getitem__(self, position: int) -> int:
         epoch, at = divmod(position, self.size)
-        return int(permutation(self.total, self.numbers[epoch])[at])
+        return int(permutation(self.total, self.seeds[epoch])[at])
 
 
 @functools.lru_cache(maxsize=4)
@@ -132,7 +129,7 @@ def permutation(total: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(total)
 
 
-def until_lost(images: data.Stream, read: Callable, lost: Sequence[str] = ()) -> Iterator[Batch]:
+def until_lost(images: data.Stream, read: Callable, lost: Sequence[str] = ()) -> Batches:
     """The batches of `read()`, until more than the allowed share of the split's images are lost."""
     batches = counted(images, read, lost)
     OPEN.add(batches)
@@ -141,14 +138,12 @@ def until_lost(images: data.Stream, read: Callable, lost: Sequence[str] = ()) ->
 
 @atexit.register
 def close_all() -> None:
-    """Readers that nobody closed end before the interpreter does, which would complain about
-    them.
-    """
+    """Readers that nobody closed end before the interpreter, which would complain about them."""
     for batches in list(OPEN):
         batches.close()
 
 
-def counted(images: data.Stream, read: Callable, lost: Sequence[str]) -> Iterator[Batch]:
+def counted(images: data.Stream, read: Callable, lost: Sequence[str]) -> Batches:
     names = set(lost)
     with contextlib.closing(read()) as batches:
         for batch in batches:
@@ -163,15 +158,15 @@ def eval_batches(
     batch_size: int,
     put: Callable = jax.device_put,
     indices: Sequence[int] | None = None,
-) -> Iterator[Batch]:
-    """All images, or those at `indices`, in order and with their central part; the last batch is
-    filled up.
+) -> Batches:
+    """All images, or those at `indices`, in order and with their central part.
+
+    The last batch is filled up.
     """
     import grain
 
-    order = grain.MapDataset.source(
-        range(images.shape[0]) if indices is None else [int(i) for i in indices]
-    )
+    indices = range(images.shape[0]) if indices is None else [int(i) for i in indices]
+    order = grain.MapDataset.source(indices)
     draw = functools.partial(central_box, options=images.options)
     order = order.map(lambda index: example(images, index, draw))
     return until_lost(images, functools.partial(read_ahead, images, order, batch_size, put))
@@ -180,23 +175,24 @@ def eval_batches(
 def examples(
     images: data.Stream, indices: Sequence[int], batch_size: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded, with their
-    central part.
+    """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded.
+
+    Of each its central part.
     """
     if not len(indices):
         return np.zeros((0, *images.shape[1:]), np.uint8), np.zeros(0, np.int32)
-    stay = lambda arrays: arrays
-    batches = eval_batches(
-        images, batch_size=min(batch_size, len(indices)), put=stay, indices=indices
-    )
+    size = min(batch_size, len(indices))
+    chosen, labels = [], []
+    batches = eval_batches(images, batch_size=size, put=lambda arrays: arrays, indices=indices)
     with contextlib.closing(batches):
-        found = [
-            (batch.images[batch.labels >= 0], batch.labels[batch.labels >= 0]) for batch in batches
-        ]
-    return tuple(np.concatenate(arrays) for arrays in zip(*found))
+        for batch in batches:
+            readable = batch.labels >= 0
+            chosen.append(batch.images[readable])
+            labels.append(batch.labels[readable])
+    return np.concatenate(chosen), np.concatenate(labels)
 
 
-def read_ahead(images: data.Stream, found: Any, batch_size: int, put: Callable) -> Iterator[Batch]:
+def read_ahead(images: data.Stream, order: Any, batch_size: int, put: Callable) -> Batches:
     """Batches of a grain dataset of examples, at most `prefetch` of them and 2 + `ON_DEVICE` more
     ahead of their use.
 
@@ -210,56 +206,38 @@ def read_ahead(images: data.Stream, found: Any, batch_size: int, put: Callable) 
     stack = functools.partial(stack_examples, batch_size)
     if workers > 0:
         check_main_guard()
-        if (
-            not flags.FLAGS.is_parsed()
-        ):  # where no command line was; grain asks for flags of its own
+        if not flags.FLAGS.is_parsed():  # without a command line; grain asks for flags of its own
             flags.FLAGS.mark_as_parsed()
-        own = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        options = grain.MultiprocessingOptions(
-            workers, per_worker_buffer_size=math.ceil(prefetch / workers)
-        )
-        batches = found.batch(batch_size, batch_fn=stack).to_iter_dataset(own)
-        copied = grain.experimental.DatasetOptions(
-            min_shm_size=2**62
-        )  # shared memory outlives a reader that is closed
+        reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        batches = order.batch(batch_size, batch_fn=stack).to_iter_dataset(reading)
+        # shared memory outlives a reader that is closed
+        copied = grain.experimental.DatasetOptions(min_shm_size=2**62)
         batches = grain.experimental.WithOptionsIterDataset(batches, copied)
-        batches = batches.mp_prefetch(options, worker_init_fn=begin_worker)
+        size = math.ceil(prefetch / workers)
+        processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=size)
+        batches = batches.mp_prefetch(processes, worker_init_fn=begin_worker)
     else:
         threads = data.usable_cores()
-        own = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, prefetch * batch_size))
-        batches = found.to_iter_dataset(own).batch(batch_size, batch_fn=stack)
-    placed = batches.map(lambda batch: Batch(*put(batch[:2]), batch.unreadable))
-    return ahead(iter(placed), ON_DEVICE)
+        size = max(threads, prefetch * batch_size)
+        reading = grain.ReadOptions(threads, prefetch_buffer_size=size)
+        batches = order.to_iter_dataset(reading).batch(batch_size, batch_fn=stack)
+
+    def placed(batch: Batch) -> Batch:
+        examples, labels = put(batch[:2])
+        return batch._replace(images=examples, labels=labels)
+
+    return ahead(iter(batches.map(placed)), ON_DEVICE)
 
 
-def ahead(batches: Iterator, number: int) -> Iterator:
+def ahead(batches: Any, number: int) -> Generator:
     """`batches`, of which a thread reads up to `number` ahead; close it to end the thread.
 
     Raises KeyboardInterrupt where a stop is asked for while a batch is waited for. After that a
     read under way, which may hang, is left to its thread.
     """
-    ready = queue.Queue(number)
+    ready: queue.Queue = queue.Queue(number)
     ended = threading.Event()
-
-    def offer(batch: Any, error: BaseException | None) -> None:
-        while not ended.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put((batch, error), timeout=PATIENCE)
-                return
-
-    def read() -> None:
-        try:
-            for batch in batches:
-                offer(batch, None)
-                if ended.is_set():
-                    break
-            offer(None, StopIteration())
-        except BaseException as error:
-            offer(None, error)
-        finally:
-            batches.close()
-
-    reader = threading.Thread(target=read, daemon=True)
+    reader = threading.Thread(target=fill, args=(ready, batches, ended), daemon=True)
     reader.start()
     try:
         while True:
@@ -278,10 +256,32 @@ def ahead(batches: Iterator, number: int) -> Iterator:
         reader.join(timeout=4 * PATIENCE if stopping.requested() else None)
 
 
-def check_main_guard() -> None:
-    """Raises ConfigError in a process that is only being started to read, and runs its starter's
-    script again.
+def fill(ready: queue.Queue, batches: Any, ended: threading.Event) -> None:
+    """Puts pairs of a batch and None into `ready`, last None and the error that ends them.
+
+    Returns soon after `ended` is set.
     """
+
+    def offer(batch: Any, error: BaseException | None) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put((batch, error), timeout=PATIENCE)
+                return
+
+    try:
+        for batch in batches:
+            offer(batch, None)
+            if ended.is_set():
+                break
+        offer(None, StopIteration())
+    except BaseException as error:
+        offer(None, error)
+    finally:
+        batches.close()
+
+
+def check_main_guard() -> None:
+    """Raises ConfigError in a process that is only started to read, and runs its script again."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise ConfigError(
             "config.data.workers starts processes, which import this script again; put the part "
@@ -290,13 +290,15 @@ def check_main_guard() -> None:
         )
 
 
-def stack_examples(batch_size: int, found: Sequence[Example]) -> Batch:
+def stack_examples(batch_size: int, examples: Sequence[Example]) -> Batch:
     """The examples as one batch, filled up to `batch_size` with black images."""
-    images = np.zeros((batch_size, *found[0].image.shape), np.uint8)
+    images = np.zeros((batch_size, *examples[0].image.shape), np.uint8)
     labels = np.full(batch_size, -1, np.int32)
-    for i, one in enumerate(found):
-        images[i], labels[i] = one.image, one.label
-    return Batch(images, labels, tuple(name for one in found for name in one.unreadable))
+    unreadable: list[str] = []
+    for i, example in enumerate(examples):
+        images[i], labels[i] = example.image, example.label
+        unreadable += example.unreadable
+    return Batch(images, labels, tuple(unreadable))
 
 
 def begin_worker(index: int, count: int) -> None:
@@ -304,6 +306,7 @@ def begin_worker(index: int, count: int) -> None:
     del index, count
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def follow() -> None:
         parent.join()
@@ -335,10 +338,8 @@ def example(images: data.Stream, index: int, draw: Callable[[int, int], Box]) ->
             raise ConfigError(f"{error} {hint}") from None
         return Example(np.zeros(images.shape[1:], np.uint8), -1, (name,))
     sources.check_label(label, images.num_classes, name)
-    if image.ndim == 3 and channels == 1 and not images.options["channels"]:
-        raise ConfigError(
-            f"{name} is in colour, the set is grey; set config.data.channels to 1 or 3."
-        )
+    if not images.options["channels"]:
+        data.check_colour(image, channels, name)
     return Example(decoding.fit(image, 0, channels), label, ())
 
 
@@ -347,9 +348,9 @@ def replacement(
 ) -> Example:
     """A random image of the split in the place of a lost one, which alone counts as unreadable."""
     for index in np.random.default_rng(seed).integers(images.shape[0], size=REPLACEMENTS):
-        found = example(images, int(index), draw)
-        if found.label >= 0:
-            return found._replace(unreadable=lost.unreadable)
+        other = example(images, int(index), draw)
+        if other.label >= 0:
+            return other._replace(unreadable=lost.unreadable)
     raise ConfigError(
         f"{lost.unreadable[0]} cannot be decoded, nor can {REPLACEMENTS} other images of its "
         "split drawn instead."
@@ -370,28 +371,29 @@ def part(
     if shape and upright and decoding.orientation(payload) >= 5:
         shape = shape[::-1]
     box = draw(*shape) if shape else None
-    reduced = max(r for r in (1, 2, 4, 8) if r == 1 or min(box[2:]) >= r * size) if shape else 1
+    reduced = 1
+    if box:
+        shrinking = [factor for factor in REDUCED if min(box[2:]) >= factor * size]
+        reduced = max(shrinking, default=1)
     image = data.as_array(payload, REDUCED[reduced], upright=upright)
     if image is None:
         return None
     top, left, height, width = box or draw(*image.shape[:2])
-    rows, columns = (
-        slice(round(a / reduced), round((a + n) / reduced))
-        for a, n in ((top, height), (left, width))
-    )
+    rows = slice(round(top / reduced), round((top + height) / reduced))
+    columns = slice(round(left / reduced), round((left + width) / reduced))
     return decoding.resize(image[rows, columns], size, size)
 
 
-def central_box(height: int, width: int, options: dict[str, Any]) -> Box:
-    """What stays when an image is resized to the shorter side `resize_size` and its central square
-    is cut out.
-    """
+def central_box(height: int, width: int, options: Mapping[str, Any]) -> Box:
+    """What stays of an image resized to the shorter side `resize_size` and cut to its centre."""
     share = options["image_size"] / options["resize_size"] if options["resize_size"] else 7 / 8
     side = max(1, round(share * min(height, width)))
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def random_box(rng: np.random.Generator, height: int, width: int, options: dict[str, Any]) -> Box:
+def random_box(
+    rng: np.random.Generator, height: int, width: int, options: Mapping[str, Any]
+) -> Box:
     """A random part of an image, drawn as by `data.random_box`: ten attempts, else the largest
     central one.
     """
@@ -401,6 +403,7 @@ def random_box(rng: np.random.Generator, height: int, width: int, options: dict[
         ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            return int(top), int(left), h, w
     h, w = max(1, min(height, round(width / low))), max(1, min(width, round(height * high)))
     return (height - h) // 2, (width - w) // 2, h, w

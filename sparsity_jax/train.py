@@ -8,7 +8,7 @@ only place that knows.
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -605,85 +605,110 @@ def fit_epochs(
 
     Rows of an epoch: epoch, step, learning_rate, train_loss, train_accuracy, seconds; on evaluated
     epochs test_loss and test_accuracy. Raises NonFiniteLossError naming the first bad step. rows:
-    those that came with the states so far. Where data is streamed, see `fit_stream`.
+    those that came with the states so far.
+    A step on streamed data that met unreadable images has a row of its own, with step, unreadable
+    (how many) and unreadable_images (which); the epoch's row sums them up and names the first five.
+    Those of the test images are its test_unreadable.
     """
-    if problem.streamed:
-        yield from fit_stream(problem, state, fit, numbers, position, where, rows)
-        return
     spe = fit.steps_per_epoch(problem)
-    most, logged = steps_per_call(problem, state, spe), fit.growth.log_every if fit.growth else spe
-    axes = (0, 0, 0, None, None, None)
-
-    def compile_call(size):
-        step = make_step(problem, fit)
-
-        def call(state, numbers, order, position, images, labels):
-            body = lambda state, _: (step(state, numbers, order, position, images, labels), None)
-            return jax.lax.scan(body, state, None, length=size)[0]
-
-        one = step if size == 1 else call
-        donate = (
-            () if jax.default_backend() == "cpu" else (0,)
-        )  # on CPU donated buffers cost copies
-        return jax.jit(problem.lift(one, axes), donate_argnums=donate)
-
-    examples = problem.size("train")
-
-    def shuffle(key, position, epoch):
-        return jax.random.permutation(
-            jax.random.fold_in(stage_key(key, position), 2**31 - 1 - epoch), examples
-        )
-
-    orders = problem.once("order", lambda: jax.jit(problem.lift(shuffle, (0, None, None))))
-    started, order, order_epoch = time.perf_counter() - seconds_so_far(rows), None, -1
-    step = int(np.ravel(state.step)[0])
-    while step < fit.epochs * spe:
-        stopping.check()
-        epoch, at = divmod(step, spe)
-        if epoch != order_epoch:
-            order, order_epoch = orders(state.key, position, epoch), epoch
-        size = min(
-            most, spe - at, logged - at % logged
-        )  # from a checkpoint of other call sizes too
-        call = problem.once((fit.program(), size), lambda size=size: compile_call(size))
-        state = call(state, numbers, order, position, problem.train_images, problem.train_labels)
-        step += size
-        new = [[] for _ in range(problem.members or 1)]
-        if step % spe == 0:
-            check_finite(state, spe, where)
-            new = epoch_rows(problem, state, fit, step // spe, time.perf_counter() - started)
-        yield Update(state, new, step / (fit.epochs * spe))
+    started = time.perf_counter() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
+    met = [row for row in rows if "unreadable" in row and "epoch" not in row]
+    train_on = calls_on_stream if problem.streamed else calls_in_memory
+    with contextlib.closing(
+        train_on(problem, state, fit, numbers, position, names_in(met))
+    ) as calls:
+        for state, step, unreadable in calls:
+            new = interface.rows_per_member(problem)
+            if unreadable:
+                row = dict(step=step, unreadable=len(unreadable), unreadable_images=[*unreadable])
+                met.append(row)
+                new[0].append(row)
+            if step % spe == 0:
+                check_finite(state, spe, where)
+                seconds = time.perf_counter() - started
+                lost = names_in(row for row in met if row["step"] > step - spe)
+                sums = dict(unreadable=len(lost), unreadable_images=lost[:5]) if lost else {}
+                ends = epoch_rows(problem, state, fit, step // spe, seconds)
+                for own, (row,) in zip(new, ends, strict=True):
+                    own.append(row | sums)
+            yield Update(state, new, step / (fit.epochs * spe))
 
 
-def seconds_so_far(rows: Sequence[dict]) -> float:
-    """What the stage has taken before it was interrupted, by its newest row."""
-    return max((row["seconds"] for row in rows if "seconds" in row), default=0.0)
+def names_in(rows: Iterable[dict]) -> list[str]:
+    """The unreadable images that rows name."""
+    return [name for row in rows for name in row["unreadable_images"]]
 
 
-def fit_stream(
+# (state after a compiled call, steps so far, images that could not be read) of each call
+Calls = Generator[tuple[State, int, Sequence[str]], None, None]
+
+
+def calls_in_memory(
     problem: Problem,
     state: State,
     fit: Fit,
     numbers: dict[str, Any],
     position: int,
-    where: str,
-    rows: Sequence[dict],
-) -> Iterator[Update]:
-    """`fit_epochs` on streamed data: every call is one step, on a batch that was read ahead.
+    lost: Sequence[str],
+) -> Calls:
+    """Training on data in memory: several steps per call, a new order of the examples per epoch."""
+    del lost
+    spe = fit.steps_per_epoch(problem)
+    logged = fit.growth.log_every if fit.growth else spe
+    most = steps_per_call(problem, state, spe)
 
-    A step that met unreadable images has a row of its own, with step, unreadable (how many) and
-    unreadable_images (which); the epoch's row sums them up and names the first five. Those of the
-    test images are its test_unreadable.
+    def shuffle(key: jax.Array, position: int, epoch: int) -> jax.Array:
+        key = jax.random.fold_in(stage_key(key, position), 2**31 - 1 - epoch)
+        return jax.random.permutation(key, problem.size("train"))
+
+    orders = problem.once("order", lambda: jax.jit(problem.lift(shuffle, (0, None, None))))
+    order, ordered = None, -1  # and the epoch it is of
+    step = int(np.ravel(state.step)[0])
+    while step < fit.epochs * spe:
+        stopping.check()
+        epoch, at = divmod(step, spe)
+        if epoch != ordered:
+            order, ordered = orders(state.key, position, epoch), epoch
+        # the rest: a checkpoint may be of calls of another size
+        size = min(most, spe - at, logged - at % logged)
+        compile_it = functools.partial(compile_steps, problem, fit, size)
+        call = problem.once((fit.program(), size), compile_it)
+        state = call(state, numbers, order, position, problem.train_images, problem.train_labels)
+        step += size
+        yield state, step, ()
+
+
+def compile_steps(problem: Problem, fit: Fit, size: int) -> Callable:
+    """`size` times `make_step` as a program of all members."""
+    step = make_step(problem, fit)
+
+    def call(state: State, *arguments: Any) -> State:
+        return jax.lax.scan(lambda state, _: (step(state, *arguments), None), state, None, size)[0]
+
+    axes = (0, 0, 0, None, None, None)
+    return jitted(problem.lift(step if size == 1 else call, axes))
+
+
+def jitted(step: Callable) -> Callable:
+    """`step` compiled; it may take over the memory of its state, which costs copies on CPU."""
+    return jax.jit(step, donate_argnums=() if jax.default_backend() == "cpu" else (0,))
+
+
+def calls_on_stream(
+    problem: Problem,
+    state: State,
+    fit: Fit,
+    numbers: dict[str, Any],
+    position: int,
+    lost: Sequence[str],
+) -> Calls:
+    """Training on streamed data: one step per call, on a batch that was read ahead.
+
+    lost: images that were unreadable before.
     """
-    spe, step, started = (
-        fit.steps_per_epoch(problem),
-        int(state.step),
-        time.perf_counter() - seconds_so_far(rows),
-    )
-    donate = () if jax.default_backend() == "cpu" else (0,)
-    make = lambda: jax.jit(make_batch_step(problem, fit), donate_argnums=donate)
-    call = problem.once((fit.program(), "batch"), make)
-    met = [row for row in rows if "unreadable" in row and "epoch" not in row]
+    step = int(state.step)
+    compile_it = lambda: jitted(make_batch_step(problem, fit))
+    call = problem.once((fit.program(), "batch"), compile_it)
     batches = stream.train_batches(
         problem.dataset.train.images,
         [*np.asarray(state.key).tolist(), position],
@@ -691,36 +716,14 @@ def fit_stream(
         epochs=fit.epochs,
         start=step,
         put=problem.put,
-        lost=[name for row in met for name in row["unreadable_images"]],
+        lost=lost,
     )
     with contextlib.closing(batches):
         for batch in batches:
             stopping.check()
-            state, step, new = (
-                call(state, numbers, position, batch.images, batch.labels),
-                step + 1,
-                [],
-            )
-            if batch.unreadable:
-                new.append(
-                    dict(
-                        step=step,
-                        unreadable=len(batch.unreadable),
-                        unreadable_images=list(batch.unreadable),
-                    )
-                )
-                met += new
-            if step % spe == 0:
-                check_finite(state, spe, where)
-                ((row,),) = epoch_rows(
-                    problem, state, fit, step // spe, time.perf_counter() - started
-                )
-                own = [one for one in met if one["step"] > step - spe]
-                if own:
-                    names = [name for one in own for name in one["unreadable_images"]]
-                    row |= dict(unreadable=len(names), unreadable_images=names[:5])
-                new.append(row)
-            yield Update(state, [new], step / (fit.epochs * spe))
+            state = call(state, numbers, position, batch.images, batch.labels)
+            step += 1
+            yield state, step, batch.unreadable
 
 
 def check_finite(state: State, steps_per_epoch: int, where: str) -> None:
@@ -842,18 +845,16 @@ def over_stream(
 
     looks: `(images, labels) -> sums` as of `batch_sums`.
     """
-    totals, unreadable = [None] * len(looks), []
+    totals: list = [(0.0, 0)] * len(looks)
+    unreadable: list[str] = []
     with contextlib.closing(problem.batches(split)) as batches:
         for batch in batches:
             stopping.check()
-            found = [look(batch.images, batch.labels) for look in looks]
-            totals = [
-                new if old is None else jax.tree.map(jnp.add, old, new)
-                for old, new in zip(totals, found)
-            ]
+            sums = [look(batch.images, batch.labels) for look in looks]
+            totals = [jax.tree.map(jnp.add, *pair) for pair in zip(totals, sums, strict=True)]
             unreadable += batch.unreadable
-    count = problem.size(split) - len(unreadable)
-    return [(loss / max(count, 1), correct / max(count, 1)) for loss, correct in totals], unreadable
+    count = max(problem.size(split) - len(unreadable), 1)
+    return [(loss / count, correct / count) for loss, correct in totals], unreadable
 
 
 def evaluate(

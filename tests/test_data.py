@@ -348,7 +348,7 @@ def test_set_without_test_split_asks_for_one(tmp_path):
 def test_unlabelled_split_is_refused(tmp_path):
     images, labels = random_split(0, 10)
     write_tfds(tmp_path, "cifar10", {"train": (images, labels), "test": (images, np.full(10, -1))})
-    with pytest.raises(ConfigError, match=r"labels -1..-1 where 0..9.*test_split"):
+    with pytest.raises(ConfigError, match=r"the label -1 where 0..9.*test_split"):
         data.load(name="cifar10", data_dir=str(tmp_path))
 
 
@@ -547,9 +547,7 @@ def test_grey_and_colour_mix(tmp_path):
     name = write_folder(
         tmp_path / "b", {"train": {"a": grey, "b": colour}, "test": {"a": grey, "b": grey}}
     )
-    with pytest.raises(
-        ConfigError, match=r"0.png is in colour, the set is grey; set channels to 1 or 3"
-    ):
+    with pytest.raises(ConfigError, match=r"0.png is in colour, the set is grey"):
         data.load(name=name)
     assert data.load(name=name, channels=3).train.images.shape == (2, 6, 6, 3)
     luminance = data.load(name=name, channels=1).train.images[1, ..., 0]

@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 import pytest
 
-from sparsity_jax import data, members, pipeline, report, stages, tables
+from sparsity_jax import data, members, pipeline, report, run, stages, tables
 from sparsity_jax.channels import execute, rules
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -206,6 +206,21 @@ def test_unflagged_fields_are_options():
     assert {path.rpartition(".")[2] for path in found} <= set(options)
 
 
+def takes(config, path: str) -> bool:
+    """Whether the command line may give a config this field, of its sweep any that can be swept."""
+    _, sweep, field = path.rpartition("sweep.")
+    if not sweep or has_field(config, path):
+        return has_field(config, path)
+    return has_field(config, field) or (field in ("arm", "mode") and "arms" in config["sweep"])
+
+
+def overridden(config: dict, path: str, text: str) -> dict:
+    """A plain config with one field from the command line."""
+    if path.startswith("sweep."):
+        return run.swept(config, {path.removeprefix("sweep."): literal(text)})
+    return members.replaced(config, {path: literal(text)})
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_overrides_are_accepted(document):
     """Every `--config.x.y=value` passes the checks of a config that has the field."""
@@ -213,8 +228,8 @@ def test_overrides_are_accepted(document):
     for path, text in re.findall(
         r"--config\.([a-z][\w.]*)=(\([^)]*\)|[^\s`'\",;]+)", TEXTS[document]
     ):
-        config = next(pipeline.plain(config) for config in configs if has_field(config, path))
-        check_members(pipeline.override_all(config, {path: literal(text)}))
+        config = next(pipeline.plain(config) for config in configs if takes(config, path))
+        check_members(overridden(config, path, text))
 
 
 @pytest.mark.parametrize("document", TEXTS)
@@ -237,7 +252,7 @@ def test_commands_are_accepted(document):
             for path, text in (
                 word[9:].split("=", 1) for word in words if word.startswith("--config.")
             ):
-                config = pipeline.override_all(config, {path: literal(text)})
+                config = overridden(config, path, text)
             check_members(config)
 
 

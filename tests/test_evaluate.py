@@ -186,12 +186,12 @@ def test_the_network_is_that_of_the_last_training():
         pipeline=["one", "curve", "two", "curve"], one=first, two=second, curve=dict(kind="curve")
     )
     names = [
-        evaluate._label(config, workdirs.Progress(stage, begun, []))
+        evaluate.label_of(config, workdirs.Progress(stage, begun, []))
         for stage in range(4)
         for begun in (0, 1)
     ]
     assert names == ["SFW", "SFW", "SFW", "SFW", "SFW", "SGD", "SGD", "SGD"]
-    assert evaluate._label(config, workdirs.Progress(4, False, [])) == "SGD"
+    assert evaluate.label_of(config, workdirs.Progress(4, False, [])) == "SGD"
 
 
 def test_members_without_a_checkpoint_are_named(masked, tmp_path, capsys):
@@ -417,8 +417,9 @@ def test_options_that_cannot_work(cut, tmp_path, monkeypatch, capsys):
         evaluate.run(cut[0], latency=True, repeats=1)
     with pytest.raises(tables.ConfigError, match="batch_size is 0; allowed: int >= 1"):
         evaluate.run(cut[0], batch_size=0)
-    with pytest.raises(tables.ConfigError, match=r"allowed: 'cpu' \| 'cuda'"):
-        evaluate.run(cut[0], export_to=tmp_path / "new", platforms=["gpu"])
+    elsewhere = ["--export", str(tmp_path / "new"), "--platforms", "gpu"]
+    with pytest.raises(SystemExit, match=r"allowed: 'cpu' \| 'cuda'"):
+        evaluate.main(["--workdir", str(cut[0]), *elsewhere])
     (tmp_path / "mine").write_text("precious", encoding="utf-8")
     with pytest.raises(
         SystemExit, match=f"error: {tmp_path} is there and not empty; export to a new folder"
@@ -530,7 +531,7 @@ def test_folders_that_cannot_be_loaded(tmp_path):
     about = json.loads(path.read_text(encoding="utf-8"))
     for change, message in (
         (dict(format=0), "has the format 0; known: 2"),
-        (dict(num_classes=9), r"params/fc/bias is \(10,\) in variables.npz, \(9,\) in the network"),
+        (dict(num_classes=9), r"fc/bias it has the shape \(10,\), the network the shape \(9,"),
         (dict(sizes={}), "has other channel groups"),
         (
             dict(model=dict(name="mlp", widths=[2 * 10**9])),
@@ -538,7 +539,7 @@ def test_folders_that_cannot_be_loaded(tmp_path):
         ),
         (dict(model=dict(name="mlp", widths=[2**31 - 1] * 3)), r"network\.json: model"),
         (dict(model=dict(name="mlp", widths=[10**20])), r"network\.json: model\.widths"),
-        (dict(num_classes=10**30), r"network\.json: model cannot be made"),
+        (dict(num_classes=10**30), r"network\.json: model .*cannot be made"),
         (dict(image_shape=[10**12] * 3), r"network\.json: model .* GB"),
     ):
         other = about | change
@@ -555,5 +556,5 @@ def test_folders_that_cannot_be_loaded(tmp_path):
         with pytest.raises(tables.ConfigError, match=message):
             evaluate.load(folder)
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(tables.ConfigError, match=r"network\.json: "):
+    with pytest.raises(tables.ConfigError, match=r"network\.json"):
         evaluate.load(folder)

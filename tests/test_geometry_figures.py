@@ -227,7 +227,7 @@ def section(page, name):
 def test_networks_and_their_names():
     (one,) = networks_of(all_rows())
     assert one.label == ""
-    assert set(one.predictions) == {"width", "width_gauss_newton"}
+    assert {row["stage"] for row in one.predictions()} == {"width", "width_gauss_newton"}
     assert one.curves["train"].shape == (100, 2)
     assert [network.label for network in networks_of(all_rows(members=2))] == ["seed 0", "seed 1"]
     without_seeds = [
@@ -260,20 +260,20 @@ def test_later_visits_count():
     rows += [row | {"retrained": True} for row in curve_rows(num=30)]
     (one,) = networks_of(rows)
     assert one.curves["test"].shape == (20, 2)
-    assert one.predictions["width"]["predicted"] == 0.5
+    assert [row["predicted"] for row in one.predictions()] == [0.5]
     searched = limit_rows()
     (one,) = networks_of(searched + [row | {"visit": 2} for row in searched[-2:]])
     assert len(one.of_kind("limit")) == 2
-    assert len(one.limits) == 1
+    assert len(one.limits()) == 1
 
 
 def test_actual_limits_and_their_definitions():
     rows = all_rows()
     found = networks_of(rows)
-    assert limit_numbers.actual(found[0]) == {**ACTUAL, "limit": 0.951}
-    assert limit_numbers.main_limits(found[0]) == {"limit": 0.951}
+    assert found[0].actual() == {**ACTUAL, "limit": 0.951}
+    assert found[0].main_limits() == {"limit": 0.951}
     without = networks_of([row for row in rows if row["kind"] != "limit"])
-    assert limit_numbers.main_limits(without[0]) == {"test accuracy": 0.95}
+    assert without[0].main_limits() == {"test accuracy": 0.95}
     told = lambda name: limit_numbers.definition(name, found)
     assert told("limit") == "test accuracy not below dense, by bisection"
     assert told("train accuracy_within") == "train accuracy at most 0.2 points below dense"
@@ -306,10 +306,9 @@ def test_gap_is_worked_by_hand():
 def test_verdicts_say_how_far_to_trust():
     rows = [width_row(), width_row(operator="gauss_newton", width=0.02)]
     rows.append(width_row(operator="absolute", width=0.004))
-    found = networks_of(rows)
-    names = limit_numbers.prediction_names(found)
-    assert list(names.values()) == ["Hessian", "Gauss-Newton", "absolute Hessian"]
-    hessian, newton, absolute = limit_numbers.verdicts(found, names)
+    hessian, newton, absolute = limit_numbers.verdicts(networks_of(rows))
+    names = [verdict[0] for verdict in (hessian, newton, absolute)]
+    assert names == ["Hessian", "Gauss-Newton", "Absolute Hessian"]
     assert hessian[1] == (
         "96.00% predicted, 1.00 points above the actual limit (test accuracy not below dense), "
         "which is inside the "
@@ -324,9 +323,7 @@ def test_verdicts_say_how_far_to_trust():
 
 
 def test_verdicts_know_the_gradient():
-    told = lambda *rows: limit_numbers.verdicts(
-        networks_of(rows), {"width_absolute": "absolute Hessian"}
-    )[0]
+    told = lambda *rows: limit_numbers.verdicts(networks_of(rows))[0]
     row = width_row(operator="absolute", width=0.004)  # 96 % predicted, ε 0.00354
     assert told(row, *path_rows(slope=-0.002))[2] == ""  # under half of ε
     assert told(row, *path_rows(slope=-0.004))[2] == (
@@ -347,11 +344,9 @@ def test_verdicts_know_the_gradient():
 
 
 def test_predictions_of_one_operator_are_told_apart():
-    found = networks_of([width_row(), width_row(stage="deeper")])
-    assert limit_numbers.prediction_names(found) == {
-        "width": "Hessian, width",
-        "deeper": "Hessian, deeper",
-    }
+    (network,) = networks_of([width_row(), width_row(stage="deeper")])
+    names = [row["name"] for row in network.predictions()]
+    assert names == ["Hessian, width", "Hessian, deeper"]
 
 
 def test_window_is_around_the_limits_or_left_out():

@@ -65,6 +65,7 @@ RUNS = (
         "pipeline",
         "describe",
         "extend",
+        "export",
         "evaluate",
         "run",
     ),

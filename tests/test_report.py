@@ -2,6 +2,7 @@
 input.
 """
 
+import itertools
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from sparsity_jax.report import (
 )
 
 PAGES = True  # see conftest.py
+KINDS = ("train", "curve")
 
 RATIOS = [i / 10 for i in range(10)] + [i / 100 for i in range(91, 100)]
 CONFIG = {
@@ -52,113 +54,48 @@ def accuracy_at(ratio, dense, knee, floor=0.1):
     )
 
 
-def make_rows(arms=2, seeds=3, ratios=RATIOS, layers=20, retrained=(False,), epochs=20, extra=()):
+def make_rows(arms=2, seeds=3, ratios=RATIOS, layers=20, retrained=(False,), epochs=20):
     """Realistic rows: even arms resist pruning like SFW, odd ones collapse like SGD."""
-    rng = np.random.default_rng(0)
-    rows = []
-    names = [
-        "SFW, K-sparse polytope",
-        "SGD",
-        *(f"arm {i}, Lp ball with a longer name" for i in range(2, arms)),
-    ]
+    names = ["SFW, K-sparse polytope", "SGD"]
+    names += [f"arm {i}, Lp ball with a longer name" for i in range(2, arms)]
     paths = [f"params/stage{i // 5 + 1}/block{i % 5}/conv/kernel" for i in range(layers)]
-    edges = np.linspace(-9, 1, 61)
-    for a in range(arms):
-        knee, dense = (
-            (0.992 - 0.004 * a, 0.925 - 0.003 * a)
-            if a % 2 == 0
-            else (0.82 - 0.01 * a, 0.945 - 0.003 * a)
-        )
-        for seed in range(seeds):
-            base = {"visit": 1, "arm": names[a], "member": seed, "seed": seed, **dict(extra)}
-            for epoch in range(1, epochs + 1):
-                loss = 2.2 * math.exp(-epoch / 6) + 0.05 + 0.02 * rng.random() + 0.05 * a
-                tested = {
-                    "test_loss": loss + 0.1,
-                    "test_accuracy": dense * (1 - math.exp(-epoch / 4)),
-                }
-                rows.append(
-                    {
-                        "stage": f"fit_{a}",
-                        "kind": "train",
-                        **base,
-                        "epoch": epoch,
-                        "step": 390 * epoch,
-                    }
-                    | {"learning_rate": 1.0, "train_loss": loss, "seconds": 7.5 * epoch}
-                    | {"train_accuracy": min(1, dense * 1.03 * (1 - math.exp(-epoch / 3)))}
-                    | (tested if epoch % 2 == 0 else {})
-                )
-            noise = 0.006 * rng.standard_normal()
-            for again in retrained:
-                for ratio in ratios:
-                    accuracy = accuracy_at(
-                        ratio, dense + noise, min(knee + 0.1 * again * (1 - knee), 0.995)
-                    )
-                    rows.append(
-                        {
-                            "stage": f"curve_{a}",
-                            "kind": "curve",
-                            **base,
-                            "ratio": ratio,
-                            "num_prunable": 11_164_352,
-                        }
-                        | {
-                            "num_kept": round(11_164_352 * (1 - ratio)),
-                            "selection": "global",
-                            "scope": "kernels",
-                        }
-                        | {
-                            "split": "test",
-                            "accuracy": accuracy,
-                            "loss": 0.3 + 40 * (dense - accuracy) ** 2,
-                        }
-                        | {"retrained": again}
-                        | {
-                            "layers": {
-                                path: min(1.0, ratio ** (2.5 - 2 * i / layers))
-                                for i, path in enumerate(paths)
-                            }
-                        }
-                    )
-            counts = np.histogram(rng.normal(-2.5 - 2.5 * (a % 2 == 0), 0.8, 20_000), edges)[0]
-            above = [19_000 - 100 * a, 0, 12, 800, 6_000, 12_000, 15_000]
-            rows.append(
-                {
-                    "stage": f"fit_{a}",
-                    "kind": "histogram",
-                    **base,
-                    "threshold": [0, 10, 1, 0.1, 0.01, 0.001, 0.0001],
-                }
-                | {
-                    "count_above": above,
-                    "edges": edges.tolist(),
-                    "counts": counts.tolist(),
-                    "num_zero": 1_000,
-                }
-            )
-            if a == 0:
-                for i in range(0, 390, 5):
-                    after = 2.3 * math.exp(-i / 150) + 0.05 * rng.random()
-                    init = {"iteration": i, "loss_before": after + 0.3, "loss_after": after}
-                    rows.append({"stage": "init", "kind": "sfw_init", **base, **init})
+    rows = []
+    for a, seed in itertools.product(range(arms), range(seeds)):
+        knee, dense = (0.82, 0.945) if a % 2 else (0.992, 0.925)
+        base = dict(visit=1, arm=names[a], member=seed, seed=seed)
+        train, curve = ({**base, "stage": f"{kind}_{a}", "kind": kind} for kind in KINDS)
+        for epoch in range(1, epochs + 1):
+            loss = 2.2 * math.exp(-epoch / 6) + 0.05 * (a + 1)
+            row = dict(train, epoch=epoch, step=390 * epoch, seconds=7.5 * epoch, train_loss=loss)
+            if epoch % 2 == 0:
+                row |= dict(test_loss=loss + 0.1, test_accuracy=dense * (1 - math.exp(-epoch / 4)))
+            rows.append(row | dict(train_accuracy=1 - math.exp(-epoch / 3)))
+        for again, ratio in itertools.product(retrained, ratios):
+            top = dense - 0.003 * a + 0.004 * seed
+            accuracy = accuracy_at(ratio, top, knee - 0.004 * a + 0.002 * again)
+            shares = {
+                path: min(1.0, ratio ** (2.5 - 2 * i / layers)) for i, path in enumerate(paths)
+            }
+            row = dict(curve, ratio=ratio, retrained=again, split="test", layers=shares)
+            row |= dict(num_prunable=1000, num_kept=round(1000 * (1 - ratio)), selection="global")
+            rows.append(row | dict(accuracy=accuracy, loss=0.3 + 40 * (top - accuracy) ** 2))
+        bins = dict(edges=list(range(-9, 2)), counts=[10, 20, 40, 80, 90, 60, 40, 20, 10, 5])
+        counts = dict(threshold=[0, 10, 1], count_above=[19_000, 0, 12], num_zero=1_000)
+        rows.append(dict(train, kind="histogram", **bins, **counts))
+        for i in range(0, 390 if a == 0 else 0, 5):
+            losses = dict(loss_before=2.6 * math.exp(-i / 150), loss_after=2.3 * math.exp(-i / 150))
+            rows.append(dict(base, stage="init", kind="sfw_init", iteration=i, **losses))
     return rows
 
 
+def row_of(kind, arm="A", member=0, stage=None, visit=1, **more):
+    common = dict(stage=stage or kind, kind=kind, visit=visit, arm=arm, member=member, seed=member)
+    return common | more
+
+
 def curve_row(arm, member, ratio, accuracy, **more):
-    row = {
-        "stage": "curve",
-        "kind": "curve",
-        "visit": 1,
-        "arm": arm,
-        "member": member,
-        "seed": member,
-    }
-    return (
-        row
-        | {"ratio": ratio, "accuracy": accuracy, "loss": 1.0, "split": "test", "retrained": False}
-        | more
-    )
+    told = dict(ratio=ratio, accuracy=accuracy, loss=1.0, split="test", retrained=False)
+    return row_of("curve", arm, member, **told | more)
 
 
 def table_of(rows):
@@ -181,7 +118,7 @@ def test_mean_and_std_leave_missing_values_out():
 
 def test_summary_is_worked_by_hand():
     values = {0: [0.90, 0.895, 0.80], 1: [0.92, 0.915, 0.84], 2: [0.94, 0.900, 0.85]}
-    train = {"stage": "fit", "kind": "train", "visit": 1, "arm": "A"}
+    train = row_of("train", stage="fit")
     ends = (50.0, 60.0, 72.0)  # the first epoch compiles
     rows = [
         train | {"member": m, "seed": m, "epoch": e + 1, "seconds": ends[e] + m * e}
@@ -228,31 +165,15 @@ def test_epochs_and_seconds_add_up():
     }
 
 
-def train_row(arm, epoch, accuracy, stage="fit", visit=1, member=0, **more):
-    row = {
-        "stage": stage,
-        "kind": "train",
-        "visit": visit,
-        "arm": arm,
-        "member": member,
-        "seed": member,
-    }
-    return row | {"epoch": epoch, "test_accuracy": accuracy, "seconds": 2.0 * epoch} | more
+def train_row(arm, epoch, accuracy, stage="fit", **more):
+    told = dict(epoch=epoch, test_accuracy=accuracy, seconds=2.0 * epoch)
+    return row_of("train", arm, stage=stage, **told | more)
 
 
 def cut_row(arm, kept, visit=1, **more):
-    row = {"stage": "cut", "kind": "cut", "visit": visit, "arm": arm, "member": 0, "seed": 0}
-    return (
-        row
-        | {
-            "ratio": 0.5,
-            "num_channels": 16,
-            "num_kept": kept,
-            "sizes": {"conv": 16},
-            "kept": {"conv": kept},
-        }
-        | more
-    )
+    sizes = dict(sizes={"conv": 16}, kept={"conv": kept})
+    counts = dict(ratio=0.5, num_channels=16, num_kept=kept)
+    return row_of("cut", arm, visit=visit, **sizes | counts | more)
 
 
 def test_a_network_cut_in_rounds_is_not_called_dense():
@@ -278,7 +199,7 @@ def test_growth_under_the_name_of_the_base_is_not_the_base():
     """Rows of a growth belong to the network before it; its accuracy is never that of the unpruned
     network.
     """
-    grow = {"stage": "grow", "kind": "grow", "visit": 1, "arm": "unpruned", "member": 0, "seed": 0}
+    grow = row_of("grow", "unpruned")
     rows = [
         train_row("unpruned", 1, 0.9, "base"),
         grow | {"epoch": 1, "test_accuracy": 0.7, "seconds": 1.0},
@@ -295,15 +216,7 @@ def test_growth_under_the_name_of_the_base_is_not_the_base():
 
 
 def test_a_training_from_initial_weights_forgets_what_was_pruned():
-    prune = {
-        "stage": "prune",
-        "kind": "prune",
-        "visit": 1,
-        "arm": "A",
-        "member": 0,
-        "seed": 0,
-        "ratio": 0.5,
-    }
+    prune = row_of("prune", ratio=0.5)
     rows = [train_row("A", 1, 0.9), prune, train_row("B", 1, 0.8, "again", start="init")]
     first, second = table_of(rows)
     assert first.cells["dense"][0] == 0.9
@@ -338,15 +251,7 @@ def test_every_visit_of_a_stage_has_its_own_line():
 def test_a_curve_of_a_pruned_network_starts_where_its_masks_are():
     """Ratios below what is gone already change nothing, and none of them is the dense network."""
     left = lambda ratio: min(round(1000 * (1 - ratio)), 30)
-    prune = {
-        "stage": "prune",
-        "kind": "prune",
-        "visit": 1,
-        "arm": "A",
-        "member": 0,
-        "seed": 0,
-        "ratio": 0.97,
-    }
+    prune = row_of("prune", ratio=0.97)
     rows = [train_row("A", 1, 0.9), prune]
     rows += [
         curve_row("A", 0, r, 0.5, num_prunable=1000, num_kept=left(r))
@@ -491,20 +396,9 @@ def test_a_swept_setting_of_another_arms_stage_is_named_in_full():
 
 
 def weights_row(num_zero, visit=1):
-    row = {
-        "stage": "weights",
-        "kind": "histogram",
-        "arm": "A",
-        "member": 0,
-        "visit": visit,
-        "edges": [-2, -1, 0],
-    }
-    return row | {
-        "counts": [30, 50],
-        "num_zero": num_zero,
-        "threshold": [0, 1],
-        "count_above": [80, 0],
-    }
+    bins = dict(edges=[-2, -1, 0], counts=[30, 50], num_zero=num_zero)
+    above = dict(threshold=[0, 1], count_above=[80, 0])
+    return row_of("histogram", stage="weights", visit=visit, **bins, **above)
 
 
 def test_magnitudes_of_every_visit_are_in_the_table(tmp_path):
@@ -522,7 +416,7 @@ def test_magnitudes_of_every_visit_are_in_the_table(tmp_path):
 
 
 def test_sfw_init_shows_one_visit_only():
-    row = {"stage": "init", "kind": "sfw_init", "arm": "A", "member": 0, "loss_before": 3.0}
+    row = row_of("sfw_init", loss_before=3.0)
     rows = [row | {"visit": 1, "iteration": i, "loss_after": 2.0} for i in range(5)]
     rows += [row | {"visit": 2, "iteration": i, "loss_after": 1.0} for i in range(3)]
     after, _ = training.sfw_init(series.group(rows)).figure.axes[0].lines
@@ -994,78 +888,50 @@ def test_channel_groups_and_what_is_left_of_them(tmp_path):
     cut of each.
     """
     kernels = [f"params/block{i}/conv{j}/kernel" for i in range(60) for j in (1, 2)]
-    marks = lambda i: dict(
-        producer=[2 * i], other=[2 * i + 0.5], consumer=[2 * i + 1], depthwise=[]
-    )
-    layout = dict(
-        kernels=kernels,
-        groups={f"params/block{i}/conv1": dict(size=16, marks=marks(i)) for i in range(60)},
-    )
+    groups = {}
+    for i in range(60):
+        marks = dict(producer=[2 * i], other=[2 * i + 0.5], consumer=[2 * i + 1], depthwise=[])
+        groups[f"params/block{i}/conv1"] = dict(size=16, marks=marks)
+    layout = dict(kernels=kernels, groups=groups)
+    sizes = dict.fromkeys(groups, 16)
     rows = []
     for arm, left in (("magnitude", 6), ("gradients", 7)):
         for member in (0, 1):
             for visit, kept in ((1, 12), (2, left + member)):
-                row = dict(
-                    stage="cut", kind="cut", visit=visit, arm=arm, member=member, ratio=0.3 * visit
-                )
-                row |= dict(
-                    kept=dict.fromkeys(layout["groups"], kept),
-                    sizes=dict.fromkeys(layout["groups"], 16),
-                )
+                row = cut_row(arm, kept, visit, member=member, sizes=sizes)
+                row["kept"] = dict.fromkeys(groups, kept)
                 rows.append(row | (dict(layout=layout) if visit == 1 else {}))
     found, kept = channels.group_layout(series.group(rows))
     assert found == layout
-    assert [(label, set(own)) for label, own in kept.items()] == [
-        ("magnitude", {6.5}),
-        ("gradients", {7.5}),
-    ]
-    text = report.write(tmp_path, CONFIG, rows).read_text()
+    assert {label: set(own) for label, own in kept.items()} == {
+        "magnitude": {6.5},
+        "gradients": {7.5},
+    }
+    text = page_of(tmp_path, rows)
     section = text.split('<section id="groups">')[1].split("</section>")[0]
     for text in ("block59/conv1", "magnitude: kept", "6.5", "makes the channels", "var(--c7)"):
         assert text in section
     assert not re.search("#[0-9a-f]{6}", section)  # all colours follow the text
-    assert (tmp_path / "figures" / "groups.png").stat().st_size > 10_000
-    assert channels.group_layout(series.group([row for row in rows if row["visit"] == 2])) == (
-        {},
-        {},
-    )
+    later = [row for row in rows if row["visit"] == 2]
+    assert channels.group_layout(series.group(later)) == ({}, {})
 
 
 def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
-    base = dict(
-        stage="compact",
-        kind="compact",
-        arm="A",
-        member=0,
-        accuracy=0.5,
-        flops=183552,
-        flops_compact=50816,
-    )
+    base = dict(row_of("compact"), accuracy=0.5, flops=183552, flops_compact=50816)
+    del base["seed"]
     base |= dict(parameters=13706, parameters_compact=3658, bytes=54824, bytes_compact=14632)
     rows = [base | dict(visit=visit, difference=10.0**-visit) for visit in (1, 2)]
     text = page_of(tmp_path, rows)
     assert "3,658 <small>of 13,706, 26.7%</small>" in text
     assert "A, visit 2" in text
     assert "differ by at most 0.1 of the largest" in text
-    text = page_of(
-        tmp_path,
-        [dict(stage="compact", kind="compact", arm="A", member=0, warning="it has an empty layer")],
-    )
+    text = page_of(tmp_path, [row_of("compact", warning="it has an empty layer")])
     assert "it has an empty layer" in text  # without any number
     assert "nan" not in text.split('<section id="compact">')[1].split("</section>")[0]
 
 
 def test_rows_of_an_unknown_kind_show_as_a_table(tmp_path):
-    row = dict(
-        stage="mine",
-        kind="novel",
-        visit=1,
-        arm="A",
-        member=0,
-        wonder=0.375,
-        text="<b>",
-        many=[1, 2],
-    )
+    row = row_of("novel", wonder=0.375, text="<b>", many=[1, 2])
     text = page_of(tmp_path, [train_row("A", 1, 0.5), row, row | dict(wonder=None)])
     section = text.split("<h2>Rows of novel</h2>")[1].split("</section>")[0]
     assert section.count('<th scope="row">') == 2

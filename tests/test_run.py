@@ -229,7 +229,7 @@ def test_any_field_of_any_config_is_swept_on_the_command_line(monkeypatch):
         "--config.sweep.seed (0,1) --config.sweep.mode=loop --config.sweep.arms.a.fit.epochs=5"
     )
     assert run.without_sweep(typed.split()) == ["run", "--config.seed=3"]
-    config = run.swept(pipeline.base(**tiny.config("fit")))
+    config = run.swept(pipeline.base(**tiny.config("fit")).to_dict(), run.SWEPT)
     found = members.expand(pipeline.plain(config))
     assert members.mode_of(config) == "loop"
     rates = [member.config["fit"]["optimizer"]["learning_rate"] for member in found]

@@ -207,8 +207,10 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_options_that_cannot_work_are_one_sentence_before_anything_is_read(case, monkeypatch):
     monkeypatch.setattr(sources, "read_digits", lambda: pytest.fail("digits were read"))
-    with pytest.raises(ConfigError, match=r"config\.data|images of"):
+    with pytest.raises(ConfigError) as raised:
         data.check(**BAD_OPTIONS[case])
+    field = raised.value.where.partition("[")[0]
+    assert field in BAD_OPTIONS[case] or raised.value.is_sentence()
 
 
 # TFDS ---------------------------------------------------------------------------------------------
@@ -312,7 +314,7 @@ def test_metadata_that_does_not_fit_is_named_before_anything_is_read(case, prepa
     "split", ["train[", "train[:-99]", "train[::2]", "train[5%:5]", "+", "train[:1e9%]", " ", "\n"]
 )
 def test_slices_that_cannot_be_are_one_sentence(split, prepared):
-    with pytest.raises(ConfigError, match=r"config\.data\.train_split"):
+    with pytest.raises(ConfigError, match="train_split"):
         data.check(name="cifar10", data_dir=str(prepared[0]), train_split=split)
 
 

@@ -790,32 +790,48 @@ def test_members_of_a_sweep_read_one_after_the_other(folder, tmp_path):
         pipeline.check(config | dict(sweep=dict(seed=(0, 1), mode="vmap")))
 
 
-MISTAKES = {  # the setting that is refused, settings of the data, of the rest
-    "no size": ("config.data", dict(image_size=0), {}),
-    "stored size": ("config.data.train_image_size", dict(train_image_size=9), {}),
-    "statistics": ("config.data.normalization", dict(normalization="computed"), {}),
-    "grey": ("config.data.normalization", dict(channels=1), {}),
-    "small resize": ("config.data.resize_size", dict(resize_size=7), {}),
-    "order of scales": ("config.data.crop_scale", dict(crop_scale=(0.5, 0.1)), {}),
-    "no area": ("config.data.crop_scale", dict(crop_scale=(0.0, 1.0)), {}),
-    "ratios": ("config.data.crop_ratio", dict(crop_ratio=(2.0, 1.0)), {}),
-    "no stream": ("config.data.unreadable", dict(stream=False), {}),
-    "two crops": ("config.fit.augment", {}, dict(fit=dict(augment="resized_crop_flip"))),
-    "learned scales": ("config.learn.kind", {}, dict(pipeline=("learn", "fit"))),
-    "all of the path": ("config.path.num_examples", {}, dict(pipeline=("fit", "path"))),
-    "all of the spectrum": ("config.hessian.num_examples", {}, dict(pipeline=("fit", "hessian"))),
+MISTAKES = {  # options of the data, other fields, and what is refused
+    "no size": (dict(image_size=0), {}, ("config.data.image_size", 0)),
+    "stored size": (dict(train_image_size=9), {}, ("config.data.train_image_size", 9)),
+    "statistics": (dict(normalization="computed"), {}, ("config.data.normalization", "computed")),
+    "grey": (dict(channels=1), {}, ("config.data.normalization 'imagenet' is for 3",)),
+    "small resize": (dict(resize_size=7), {}, ("config.data.resize_size", 7)),
+    "order of scales": (dict(crop_scale=(0.5, 0.1)), {}, ("config.data.crop_scale", (0.5, 0.1))),
+    "no area": (dict(crop_scale=(0.0, 1.0)), {}, ("config.data.crop_scale", (0.0, 1.0))),
+    "area above 1": (dict(crop_scale=(0.5, 1.5)), {}, ("config.data.crop_scale[1]", 1.5)),
+    "ratios": (dict(crop_ratio=(2.0, 1.0)), {}, ("config.data.crop_ratio", (2.0, 1.0))),
+    "one ratio": (dict(crop_ratio=(1.0,)), {}, ("config.data.crop_ratio", [1.0])),
+    "policy": (dict(unreadable="skipp"), {}, ("config.data.unreadable", "skipp", "skip")),
+    "no prefetch": (dict(prefetch=0), {}, ("config.data.prefetch", 0)),
+    "no stream": (dict(stream=False), {}, ("config.data.unreadable", "skip")),
+    "two crops": (
+        {},
+        dict(fit=dict(augment="resized_crop_flip")),
+        ("config.fit.augment", "resized_crop_flip"),
+    ),
+    "learned scales": (
+        {},
+        dict(pipeline=("learn", "fit")),
+        ("config.learn.kind", "sfw_init"),
+    ),
+    "all examples of the path": (
+        {},
+        dict(pipeline=("fit", "path")),
+        ("config.path.num_examples", 0),
+    ),
+    "all examples": ({}, dict(pipeline=("fit", "hessian")), ("config.hessian.num_examples", 0)),
     "tolerance": (
-        "config.width.epsilon",
         {},
         dict(pipeline=("fit", "hessian", "width"), hessian=dict(num_examples=8)),
+        ("config.width.epsilon", 0),
     ),
-    "classes": ("config.remove.measure", {}, dict(pipeline=("fit", "remove"))),
+    "classes": ({}, dict(pipeline=("fit", "remove")), ("config.remove.measure", "grasp")),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_stop_before_an_image_is_read(folder, mistake, monkeypatch):
-    where, options, changes = MISTAKES[mistake]
+    options, changes, refusal = MISTAKES[mistake]
     config = config_of(folder, "fit", data=options)
     config |= dict(
         hessian=pipeline.stage("spectrum"),
@@ -823,11 +839,10 @@ def test_mistakes_stop_before_an_image_is_read(folder, mistake, monkeypatch):
         path=pipeline.stage("path"),
         remove=pipeline.stage("cut", measure="grasp", ratio=0.5),
     )
-    config |= {
-        name: config[name] | own if isinstance(own, dict) else own for name, own in changes.items()
-    }
+    for name, fields in changes.items():
+        config[name] = config[name] | fields if isinstance(fields, dict) else fields
     monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("an image was decoded"))
-    with tiny.refused(where):
+    with tiny.refused(*refusal):
         pipeline.run(config, "nowhere")
 
 

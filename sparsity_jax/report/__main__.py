@@ -1,10 +1,10 @@
 """`python -m sparsity_jax.report --workdir DIR`: rebuilds the report of a run from its files."""
 
 import argparse
-import pathlib
 import sys
 
 from sparsity_jax import imports, report
+from sparsity_jax.report import runs
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,9 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     out = options.out or options.workdir
-    name = pathlib.Path(options.workdir).resolve().name
-    title = options.title or config.get("title")
-    title = title if isinstance(title, str) and title else name
+    title = options.title or runs.title_of(config, options.workdir)
     try:
         path = report.write(out, config, rows, title=title, environment=environment)
     except OSError as error:

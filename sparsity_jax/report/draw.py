@@ -1,11 +1,11 @@
-"""The look of all figures: matplotlib's own layout, one style, and colours that the page can
-exchange.
-"""
+"""The look of all figures: matplotlib's own layout, and colours that the page can exchange."""
 
 import io
 import math
 import re
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -13,7 +13,10 @@ import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -22,11 +25,13 @@ PALETTE = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#7b4bb7", "#7d8590", "#8c1d4f", "#8c8c1f", "#0b7f8a", "#8a5a2b"),
 )
+NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 INK, MUTED, GRID = "#1f2328", "#656d77", "#dfe3e8"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1, 1, 1, 1, 1)))
+Style = dict[str, Any]
 MANY = 6  # more series than these are drawn finely
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so PNGs are the same everywhere
     "font.size": 9,
     "text.color": INK,
@@ -36,6 +41,7 @@ STYLE = {
     "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.xmargin": 0.02,
@@ -55,16 +61,83 @@ STYLE = {
 }
 
 
-def panels(count: int, *, columns: int = 2, height: float = 3.8) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes, each `height` inches high, in rows of `columns`."""
-    columns = min(columns, count)
+class Line(NamedTuple):
+    """A line through the means of values [points, members], with a band of one deviation."""
+
+    values: pd.DataFrame
+    color: int
+    dash: int = 0
+
+    def above(self, start: float) -> "Line":
+        """The part of the line from a point on."""
+        return self._replace(values=self.values[self.values.index >= start])
+
+
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes, one or two in a row."""
+    columns = min(2, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(10, rows * height), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
+    figure = Figure(figsize=(10, 3.8 * rows), layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in axes[count:]:
         unused.remove()
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     return figure, list(axes[:count])
+
+
+def lines(
+    drawn: Mapping[str, Sequence[Line]],
+    labels: Sequence[str],
+    variants: Sequence[str] = (),
+    *,
+    xlabel: str,
+    ylabel: str = "",
+    markers: bool = False,
+) -> tuple[Figure | None, dict[str, Axes]]:
+    """A figure of lines, one panel per title, and its axes by title; none without any number.
+
+    labels: of the colours, of which those that are drawn are explained; variants: of the dashes.
+    """
+    known = {}
+    for title, members in drawn.items():
+        shown = [line for line in members if line.values.notna().any(axis=None)]
+        if shown:
+            known[title] = shown
+    if not known:
+        return None, {}
+    figure, axes = panels(len(known))
+    used: set[int] = set()
+    for panel, (title, members) in zip(axes, known.items()):
+        for line in members:
+            band(panel, line, fine=len(labels) > MANY, markers=markers)
+            used.add(line.color)
+        label(panel, title, xlabel, ylabel)
+    explained = {index: labels[index] for index in sorted(used)}
+    entries = keys(explained, variants)
+    for index, entry in zip(explained if markers else (), entries):
+        entry.set(marker=marker(index), markersize=4.5)
+    legend(figure, entries)
+    return figure, dict(zip(known, axes))
+
+
+def band(axes: Axes, line: Line, *, fine: bool, markers: bool) -> None:
+    """Draws one line and its band."""
+    table = line.values
+    mean = table.mean(axis=1).dropna()
+    deviation = table.std(axis=1).fillna(0.0).reindex(mean.index)
+    low = np.maximum(mean - deviation, table.min(axis=1).reindex(mean.index))  # above 0 if all are
+    paint: Style = {
+        "color": color(line.color),
+        "zorder": 3 - line.color / 100,
+    }  # the first lies on top
+    style: Style = {"ls": dashed(line.dash), "lw": 1.3 if fine else 1.8}
+    if markers:
+        every = max(1, len(table) // 20)
+        style |= {"marker": marker(line.color), "ms": 3.6, "markevery": every}
+    axes.plot(mean.index, mean, **style, **paint)
+    if deviation.any():
+        alpha = 0.1 if fine else 0.18
+        axes.fill_between(mean.index, low, mean + deviation, alpha=alpha, lw=0, **paint)
 
 
 def label(axes: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
@@ -74,63 +147,56 @@ def label(axes: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
     axes.set_ylabel(literal(ylabel))
 
 
+def printable(text: str) -> str:
+    """`text` without the characters that XML lacks."""
+    return NO_XML.sub("\ufffd", text)
+
+
 def literal(text: str, limit: int = 60) -> str:
     """`text` for matplotlib: no mathtext, no hidden label, and not long."""
-    text = " ".join(str(text).split())
+    text = " ".join(printable(text).split())
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def color(index: int | None) -> str:
-    """The colour of a series; ink without one."""
-    return INK if index is None else PALETTE[index % len(PALETTE)]
+def color(index: int) -> str:
+    """The colour of a series."""
+    return PALETTE[index % len(PALETTE)]
 
 
-def band(
-    axes: Axes, table: pd.DataFrame, index: int, *, dash: int = 0, fine: bool = False, **style
-) -> None:
-    """A line through the means of `table` [points, members] with a band of one standard
-    deviation.
-    """
-    mean = table.mean(axis=1).dropna()
-    if mean.empty:
-        return
-    deviation = table.std(axis=1).fillna(0.0).reindex(mean.index)
-    low = np.maximum(mean - deviation, table.min(axis=1).reindex(mean.index))  # above 0 if all are
-    paint = {"color": color(index), "zorder": 3 - index / 100}  # the first series lies on top
-    width = 1.3 if fine else 1.8
-    axes.plot(mean.index, mean, linestyle=dashed(dash), lw=width, **paint, **style)
-    if deviation.any():
-        axes.fill_between(
-            mean.index, low, mean + deviation, alpha=0.1 if fine else 0.18, lw=0, **paint
-        )
+def marker(index: int) -> str:
+    """The marker of a series."""
+    return MARKERS[index % len(MARKERS)]
 
 
 def dashed(index: int) -> str | tuple:
-    """Line style of a variant."""
+    """The line style of a variant."""
     return DASHES[index % len(DASHES)]
 
 
-def key(text: str, index: int | None = None, **style) -> Line2D:
-    """An entry of a legend: a line, of variants in grey."""
-    style = {"color": MUTED if index is None else color(index), **style}
-    return Line2D([], [], label=literal(text), **style)
+def keys(labels: Mapping[int, str], variants: Sequence[str] = (), **style: Any) -> list[Line2D]:
+    """Entries of a legend: labels by colour, then variants in grey, by their dashes."""
+    entries = [key(text, color=color(index), **style) for index, text in labels.items()]
+    if any(variants):
+        dashes = map(dashed, range(len(variants)))
+        entries += [key(text, ls=dash, lw=1.4) for text, dash in zip(variants, dashes)]
+    return entries
 
 
-def variant_keys(names: list[str]) -> list[Line2D]:
-    """An entry per dash; none where there is nothing to tell."""
-    if not any(names):
-        return []
-    return [key(name, linestyle=dashed(i), lw=1.4) for i, name in enumerate(names)]
+def key(text: str, **style: Any) -> Line2D:
+    """An entry of a legend."""
+    return Line2D([], [], label=literal(text), **{"color": MUTED, **style})
 
 
-def legend(figure: Figure, keys: list[Line2D]) -> None:
+def legend(figure: Figure, entries: Sequence[Line2D]) -> None:
     """Writes the legend above all axes, in as many columns as fit, and makes room for its rows."""
-    longest = max((len(entry.get_label()) for entry in keys), default=0)
-    columns = max(1, min(len(keys), int(10 / (0.62 + 0.078 * longest))))
-    height = figure.get_figheight() + 0.2 * math.ceil(len(keys) / columns)
-    figure.set_figheight(height)
-    figure.legend(handles=keys, loc="outside upper left", ncols=columns)
+    if not entries:
+        return
+    longest = max(len(str(entry.get_label())) for entry in entries)
+    columns = max(1, min(len(entries), int(10 / (0.62 + 0.078 * longest))))
+    rows = math.ceil(len(entries) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    figure.legend(handles=entries, loc="outside upper left", ncols=columns)
 
 
 def percents(*axis: Axis) -> None:
@@ -147,25 +213,30 @@ def counts(axis: Axis) -> None:
 
 def scale(field: str, *panels: Axes) -> None:
     """The y axis of accuracies or losses."""
-    if field == "accuracy":
-        from_zero(*panels)
-    else:
+    if field == "loss":
         loss_scale(*panels)
-
-
-def from_zero(*panels: Axes) -> None:
-    """Fractions on the y axis start at 0 where they come near it."""
+        return
     for axes in panels:
-        percents(axes.yaxis)
-        values = np.concatenate([[1.0], *(line.get_ydata() for line in axes.lines)])
-        if values.min() < 0.6:
-            axes.set_ylim(0, min(1.03, values[1:].max() * 1.08) or 1)
+        from_zero(axes)
+
+
+def values_of(*panels: Axes) -> np.ndarray:
+    """All that the lines of the panels show."""
+    shown = [line.get_ydata() for axes in panels for line in axes.lines]
+    return np.concatenate(shown or [[1.0]])
+
+
+def from_zero(axes: Axes) -> None:
+    """Fractions on the y axis start at 0 where they come near it."""
+    percents(axes.yaxis)
+    values = values_of(axes)
+    if values.min() < 0.6:
+        axes.set_ylim(0, min(1.03, 1.08 * values.max()) or 1)
 
 
 def loss_scale(*panels: Axes) -> None:
     """Losses over more than a decade and a half get a logarithmic axis."""
-    lines = [line.get_ydata() for axes in panels for line in axes.lines]
-    values = np.concatenate(lines or [[1.0]])
+    values = values_of(*panels)
     if values.min() <= 0 or values.max() / values.min() <= 30:
         return
     for axes in panels:
@@ -174,68 +245,63 @@ def loss_scale(*panels: Axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def short_paths(paths: list[str], limit: int = 34) -> list[str]:
+def short_paths(paths: Sequence[str], limit: int = 34) -> list[str]:
     """Paths without the first and last parts that all share; long ones lose their beginning."""
     split = [path.split("/") for path in paths]
+    if all(parts[-1] == "kernel" for parts in split) and min(map(len, split)) > 1:
+        split = [parts[:-1] for parts in split]
     while len(split) > 1 and min(map(len, split)) > 1 and len({parts[0] for parts in split}) == 1:
         split = [parts[1:] for parts in split]
-    while min(map(len, split)) > 1 and all(parts[-1] == "kernel" for parts in split):
-        split = [parts[:-1] for parts in split]
     joined = ["/".join(parts) for parts in split]
     return [name if len(name) <= limit else "…" + name[1 - limit :] for name in joined]
 
 
-def heat_maps(maps: list[tuple[str, pd.DataFrame]], what: str) -> Figure:
-    """Layer against ratio: the share of `what` kept, on a logarithmic colour scale, one map per
-    label.
+def heat_maps(maps: Mapping[str, pd.DataFrame], what: str) -> Figure:
+    """Layer against ratio: the share of `what` kept, on a logarithmic colour scale.
 
-    maps: (label, shares removed [paths, ratios]).
+    maps: by label, shares removed [paths, ratios].
     """
-    paths = list(dict.fromkeys(path for _, table in maps for path in table.index))
+    paths = list(dict.fromkeys(path for table in maps.values() for path in table.index))
+    small = len(paths) > 30
     columns = max(2, min(len(maps), 5))
     rows = math.ceil(len(maps) / columns)
-    height = 0.3 if len(paths) <= 12 else 0.2 if len(paths) <= 30 else 0.145
+    height = 0.3 if len(paths) <= 12 else 0.145 if small else 0.2
     size = max(height * len(paths), 0.4) + 0.7
     figure = Figure(figsize=(10, rows * size + 0.6), layout="constrained")
     every = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
-    few = len(paths) <= 30
-    palette = matplotlib.colormaps["cividis"].with_extremes(under="#5a0f14")
-    for axes, (name, table) in zip(every, maps):
+    for axes, (name, table) in zip(every, maps.items()):
         kept = (1 - table.reindex(paths)).clip(0, 1)
-        image = axes.imshow(
-            np.maximum(kept, 1e-3).where(kept > 0, kept + 1e-9),
-            norm="log",
-            cmap=palette,
-            aspect="auto",
-            interpolation="nearest",
-        )
-        image.set_clim(1e-3, 1.0)
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
+        image = heat_map(axes, kept)
         axes.set_title(literal(name, 100 // columns), loc="left")
-        axes.xaxis.tick_top()
         axes.set_xticks(range(table.shape[1]), [f"{100 * ratio:.3g}%" for ratio in table.columns])
         axes.set_yticks(range(len(paths)), [literal(path) for path in short_paths(paths)])
-        axes.tick_params(axis="y", labelsize=8 if few else 6.5)
+        axes.tick_params(axis="y", labelsize=6.5 if small else 8)
         axes.tick_params(axis="x", labelsize=7.5 if columns < 4 else 5.5)
-        if few and columns * table.shape[1] <= 26 and rows == 1:
+        if rows == 1 and not small and columns * table.shape[1] <= 26:
             write_shares(axes, kept)
     for unused in every[len(maps) :]:
         unused.remove()
-    bar = figure.colorbar(
-        image,
-        ax=list(every[: len(maps)]),
-        location="bottom",
-        shrink=0.3,
-        aspect=30,
-        extend="min",
-        anchor=(0, 0),
-    )
+    used = list(every[: len(maps)])
+    place: Style = dict(location="bottom", shrink=0.3, aspect=30, extend="min", anchor=(0, 0))
+    bar = figure.colorbar(image, ax=used, **place)
     bar.set_ticks([1e-3, 1e-2, 1e-1, 1.0], labels=["0.1%", "1%", "10%", "100%"])
     bar.minorticks_off()
     bar.outline.set_visible(False)
     bar.set_label(f"{what} kept (red: none left)", color=MUTED, fontsize=8)
     return figure
+
+
+def heat_map(axes: Axes, kept: pd.DataFrame) -> Any:
+    """Draws the shares that are kept; those of 0 in red."""
+    palette = matplotlib.colormaps["cividis"].with_extremes(under="#5a0f14")
+    shown = np.maximum(kept, 1e-3).where(kept > 0, kept + 1e-9)
+    style: Style = dict(cmap=palette, aspect="auto", interpolation="nearest")
+    image = axes.imshow(shown, norm="log", **style)
+    image.set_clim(1e-3, 1.0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.xaxis.tick_top()
+    return image
 
 
 def write_shares(axes: Axes, kept: pd.DataFrame) -> None:
@@ -247,35 +313,27 @@ def write_shares(axes: Axes, kept: pd.DataFrame) -> None:
             axes.text(column, row, text, color=ink, fontsize=7, ha="center", va="center")
 
 
-def png(name: str, figure: Figure) -> bytes:
-    """The figure as a PNG on white, without a date or a version: the same rows give the same
-    bytes.
-    """
-    return save(name, figure, "png", dpi=150, facecolor="white", metadata={"Software": None})
+def files_of(name: str, figure: Figure) -> tuple[bytes, str]:
+    """(PNG on white, inline SVG) of a figure; the same rows give the same bytes.
 
-
-def svg(name: str, figure: Figure) -> str:
-    """The figure as inline SVG whose colours are variables of the page's CSS (`--ink`, `--c0`
-    ...).
+    The colours of the SVG are variables of the page's CSS (`--ink`, `--c0` ...). Identifiers in it
+    depend on `name` only.
     """
-    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    text = save(name, figure, "svg", transparent=True, metadata=empty).decode()
-    text = re.sub(
-        r"<metadata>.*?</metadata>|<!--.*?-->\n?", "", text[text.index("<svg") :], flags=re.DOTALL
-    )
+    png, svg = io.BytesIO(), io.BytesIO()
+    style = {**STYLE, "svg.hashsalt": name}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # an arm named in another script
+        figure.set(dpi=150, facecolor="white")  # canvases draw once, `savefig` twice
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+        figure.set_layout_engine("none")  # found once, it holds for both files
+        figure.set(dpi=100, facecolor="none")
+        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(svg, metadata=empty)
+    text = svg.getvalue().decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\n?", "", text, flags=re.DOTALL)
     variables = {INK: "--ink", MUTED: "--muted", GRID: "--line"}
     variables |= {value: f"--c{i}" for i, value in enumerate(PALETTE)}
     for value, variable in variables.items():
         text = text.replace(f": {value}", f": var({variable})")
-    return text
-
-
-def save(name: str, figure: Figure, kind: str, **options) -> bytes:
-    """The bytes of a file of that kind. Identifiers in it depend on `name` only."""
-    style = {**STYLE, "svg.hashsalt": name}
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # an arm named in another script
-        figure.savefig(buffer, format=kind, **options)
-    figure.set_layout_engine("none")  # found once, it holds for all kinds of files
-    return buffer.getvalue()
+    return png.getvalue(), text

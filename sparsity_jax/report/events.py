@@ -50,7 +50,7 @@ class Writer:
         events = workdir / "tensorboard"
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
-        self._members = set()
+        self._members: set[int] = set()
         self._events = FileWriter(str(events))
         self._file = (workdir / files.METRICS).open("a", encoding="utf-8")
         self._add_events(rows)
@@ -108,12 +108,10 @@ def scalars(row: dict) -> tuple[dict[str, float], int]:
     return tags, round(unit * row.get(field, otherwise))
 
 
-def numbers(tree: dict, prefix: str = "") -> dict[str, float]:
+def numbers(tree: dict) -> dict[str, float]:
     """The numbers of a nested dict by path; no lists and no truth values."""
     values = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            values |= numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            values[f"{prefix}{key}"] = float(value)
+    for path, value in files.flatten(tree, separator="/"):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            values[path] = float(value)
     return values

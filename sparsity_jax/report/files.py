@@ -1,13 +1,10 @@
-"""Rows and the environment of a run as files, written at once or line by line, read back with their
-checksums.
-"""
+"""Rows and the environment of a run as files, with checksums."""
 
 import json
-import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sparsity_jax import intact, workdirs
@@ -25,22 +22,31 @@ def plain(value: Any) -> Any:
 
     Raises TypeError for anything JSON cannot hold.
     """
-    if value is None or isinstance(value, (bool, str, int)):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
+    text = json.dumps(value, default=simpler)
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def simpler(value: Any) -> Any:
+    """A value that JSON does not know as one that it may know."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return dict(value)
     if isinstance(value, pathlib.PurePath):
         return str(value)
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return value.tolist()
     raise TypeError(
         f"a row holds {value!r} ({type(value).__name__}); allowed: numbers, text, lists, dicts, "
         "arrays."
     )
+
+
+def flatten(tree: Any, path: str = "", separator: str = ".") -> Iterator[tuple[str, Any]]:
+    """(path, value) of every leaf of a nested dict."""
+    if not isinstance(tree, dict) or not tree:
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from flatten(value, f"{path}{separator}{key}" if path else str(key), separator)
 
 
 def write_atomic(path: pathlib.Path, data: bytes) -> None:

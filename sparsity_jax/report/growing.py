@@ -1,18 +1,18 @@
-"""Growing regularisation, from rows of `grow` stages: norms against penalty, their ratio, single
-groups.
-"""
+"""Growing regularisation, from rows of `grow` stages: norms, their ratio, single groups."""
+
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from sparsity_jax.report import draw, sections, series
-from sparsity_jax.report.sections import Section
+from sparsity_jax.report import draw, series
+from sparsity_jax.report.draw import Line
+from sparsity_jax.report.sections import Section, joined
 from sparsity_jax.report.series import Grouped, member_of, numbers
 
+LABELS = ("stays", "goes")
 KEPT, PRUNED = 0, 1  # colours
 LAYERS = 4  # panels of single groups
 MOST = 6  # growths drawn in one figure
-Panels = dict[str, list[tuple[pd.Series, int]]]  # by title: lines and their colours
 
 
 def growths(grouped: Grouped) -> dict[str, list[dict]]:
@@ -24,90 +24,77 @@ def growths(grouped: Grouped) -> dict[str, list[dict]]:
         visits = series.visits(first)
         for (stage, visit), own in visits.items():
             name = f"{stage} {visit}" if len(visits) > 1 else ""
-            result[sections.name(one.label, name)] = own
+            result[joined(one.label, name)] = own
     return dict(list(result.items())[:MOST])
 
 
-def by_layer(rows: list[dict]) -> list[pd.DataFrame]:
-    """Numbers of every layer, a line per row, with those of the row itself."""
+def by_layer(rows: list[dict], at: str) -> list[pd.DataFrame]:
+    """Numbers of every layer, a line per row, by one of them."""
     tables = []
     for layer in rows[0]["growth"]:
         told = [{"step": row["step"], **row["growth"].get(layer, {})} for row in rows]
-        tables.append(numbers(told, "step", "reg_pruned", "score_kept", "score_pruned", "ratio"))
+        table = numbers(told, "step", "reg_pruned", "score_kept", "score_pruned", "ratio")
+        tables.append(table.set_index(at))
     return tables
 
 
 def growth_norms(grouped: Grouped) -> Section | None:
-    """Mean magnitude of the kept and of the pruned weights against the penalty, one line per
-    layer.
-    """
-    panels = {}
+    """Mean magnitude of kept and pruned weights against the penalty, one line per layer."""
+    panels: dict[str, list[Line]] = {}
     for label, rows in growths(grouped).items():
-        panels[label] = lines = []
-        for table in by_layer(rows):
-            norms = table.set_index("reg_pruned")
-            lines.append((norms["score_kept"], KEPT))
-            lines.append((norms["score_pruned"], PRUNED))
-    figure = line_figure(panels, "penalty λ on what goes", "mean |w|")
+        panels[label] = []
+        for table in by_layer(rows, "reg_pruned"):
+            panels[label].append(Line(table[["score_kept"]], KEPT))
+            panels[label].append(Line(table[["score_pruned"]], PRUNED))
     caption = (
         "One line per layer: mean magnitude of the weights that stay and that go, by the penalty "
         "on the latter."
     )
-    return figure and Section("Norms under growing penalties", figure, caption)
+    heading = "Norms under growing penalties"
+    return section(heading, panels, caption, "penalty λ on what goes", "mean |w|")
 
 
 def growth_ratio(grouped: Grouped) -> Section | None:
     """Mean magnitude of the kept over that of the pruned weights, smoothed, against the step."""
     panels = {}
     for label, rows in growths(grouped).items():
-        panels[label] = [(table.set_index("step")["ratio"], KEPT) for table in by_layer(rows)]
-    figure = line_figure(panels, "step", "kept / pruned |w|")
+        panels[label] = [Line(table[["ratio"]], KEPT) for table in by_layer(rows, "step")]
     caption = "One line per layer: mean magnitude of what stays over that of what goes, smoothed."
-    return figure and Section("Separation under growing penalties", figure, caption)
+    heading = "Separation under growing penalties"
+    return section(heading, panels, caption, "step", "kept / pruned |w|")
 
 
 def growth_groups(grouped: Grouped) -> Section | None:
     """The norm of every group against the step, in the first layers: how they separate."""
-    panels = {}
+    panels: dict[str, list[Line]] = {}
     every = growths(grouped)
-    alone = len(every) == 1
     for label, rows in every.items():
         scored = [row for row in rows if row.get("scores")]
         layers = list(scored[0]["scores"]) if scored else []
-        for layer in layers[: LAYERS if alone else 1]:
+        if len(every) > 1:
+            del layers[1:]
+        for layer in layers[:LAYERS]:
             steps = [row["step"] for row in scored]
             norms = pd.DataFrame([row["scores"][layer] for row in scored], steps, dtype=float)
-            colors = [KEPT if kept else PRUNED for kept in scored[-1]["keep"][layer]]
-            title = sections.name("" if alone else label, layer.removesuffix("/kernel"))
-            panels[title] = [(norms[i], color) for i, color in enumerate(colors)]
-    figure = line_figure(panels, "step", "")
+            title = joined(label if len(every) > 1 else "", layer.removesuffix("/kernel"))
+            panels[title] = []
+            for i, kept in enumerate(scored[-1]["keep"][layer]):
+                panels[title].append(Line(norms[[i]], KEPT if kept else PRUNED))
     caption = (
         "Mean magnitude of every filter, channel or coupled group: how penalties set those apart "
         "that go."
     )
-    return figure and Section("Norms of single groups", figure, caption)
+    return section("Norms of single groups", panels, caption, "step", "")
 
 
-def line_figure(panels: Panels, xlabel: str, ylabel: str) -> Figure | None:
-    """Panels of lines with a logarithmic axis, without values that it cannot show; None without
-    lines.
-    """
-    shown = {}
+def section(
+    heading: str, panels: Mapping[str, Sequence[Line]], caption: str, xlabel: str, ylabel: str
+) -> Section | None:
+    """Panels of lines with a logarithmic axis, without values that it cannot show."""
+    positive = {}
     for title, lines in panels.items():
-        for line, color in lines:
-            positive = line[line > 0]
-            if positive.size:
-                shown.setdefault(title, []).append((positive, color))
-    if not shown:
-        return None
-    figure, axes = draw.panels(len(shown))
-    used = set()
-    for panel, (title, lines) in zip(axes, shown.items()):
-        for line, color in lines:
-            panel.plot(line.index, line, color=draw.color(color), lw=1.4)
-            used.add(color)
+        positive[title] = [line._replace(values=line.values[line.values > 0]) for line in lines]
+    figure, axes = draw.lines(positive, LABELS, xlabel=xlabel, ylabel=ylabel)
+    for panel in axes.values():
         panel.set_yscale("log")
-        draw.label(panel, title, xlabel, ylabel)
-    names = {KEPT: "stays", PRUNED: "goes"}
-    draw.legend(figure, [draw.key(names[color], color) for color in sorted(used)])
-    return figure
+    return Section(heading, figure, caption) if axes else None

@@ -1,13 +1,18 @@
-"""Rows to `report.html`: which functions show which rows, and everything on the page besides."""
+"""Rows to `report.html`: which functions show which rows, and everything on the page besides.
+
+A report reads a folder, whoever wrote it: it imports no stage, nor jax, which all stages need. So
+FIGURES says here what shows the rows of which kind of stage, and `extend.register` adds to it.
+"""
 
 import json
 import os
 import pathlib
-import re
+from collections.abc import Callable
 from typing import Any
 
 import jinja2
 import matplotlib
+import pandas as pd
 
 from sparsity_jax.report import (
     channels,
@@ -18,19 +23,17 @@ from sparsity_jax.report import (
     limit_numbers,
     pruning,
     runs,
-    sections,
     series,
     summary,
     training,
 )
-from sparsity_jax.report.sections import Cell, Section, Table
+from sparsity_jax.report.sections import MOST_LINES, Cell, Section, Table, setting
 from sparsity_jax.report.series import Series
 
 DARK_PALETTE = (
     *("#4aa8e8", "#ff8a4c", "#2fc493", "#e29ac2", "#f0b13c", "#8fd0f5"),
     *("#b08ae8", "#a3abb5", "#e0669c", "#c9c94f", "#4fc3cf", "#c99463"),
 )
-NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 CITATIONS = {  # a word of the config to the works it stands for
     "sfw": (
         "L. Miao, X. Luo, T. Chen, W. Chen, D. Liu, Z. Wang. Learning Pruning-Friendly Networks "
@@ -59,12 +62,12 @@ CITATIONS = {  # a word of the config to the works it stands for
 
 def pruned(grouped: list[Series]) -> Section | None:
     """Rows of stages that prune, or measure a pruned network, as they are."""
-    kinds = ("prune", "remove", "oracle", "noise", "jacobian")
-    told = lambda row: row.get("kind") in kinds or (row.get("kind") == "grow" and "layers" in row)
+    measures = ("oracle", "noise", "jacobian")
+    told = lambda row: series.removes_weights(row) or row.get("kind") in measures
     return plain_section("Pruning steps", grouped, told)
 
 
-FIGURES = {  # what shows rows, in the order of the page: the kinds of stages that it shows
+FIGURES = {  # what shows rows, in the order of the page: the kinds of stages whose rows it shows
     summary.summary: ("train", "curve"),
     limit_numbers.prediction: ("limit", "width"),
     channels.compact: ("compact",),
@@ -103,16 +106,13 @@ def write(
     workdir = pathlib.Path(workdir)
     if environment is not None:
         files.write_environment(workdir, environment)
-    config, environment = files.plain(config), files.plain(environment or {})
-    rows = [runs.complete(printable(files.plain(row)), config, environment) for row in rows]
-    named = config.get("title")
-    title = title or (named if isinstance(named, str) else "") or workdir.resolve().name
+    config, environment, rows = map(encodable, (config, environment or {}, rows))
+    rows = [runs.complete(row, config, environment) for row in rows]
     with matplotlib.rc_context(draw.STYLE):
         shown = sections_of(rows)
         drawings = draw_all(workdir / "figures", shown)
-    path = workdir / files.REPORT
     text = template().render(
-        title=title,
+        title=title or runs.title_of(config, workdir),
         facts=facts(config, rows),
         rows=rows,
         sections=shown,
@@ -123,24 +123,21 @@ def write(
         light=(draw.INK, draw.MUTED, draw.GRID, *draw.PALETTE),
         dark=("#e8ebef", "#9aa4b0", "#2f3641", *DARK_PALETTE),
     )
-    files.write_atomic(path, text.encode(errors="replace"))
+    path = workdir / files.REPORT
+    files.write_atomic(path, draw.printable(text).encode())
     return path
 
 
-def printable(value: Any) -> Any:
-    """Plain data without the characters that XML lacks."""
-    if isinstance(value, str):
-        return NO_XML.sub("\ufffd", value)
-    if isinstance(value, dict):
-        return {printable(key): printable(item) for key, item in value.items()}
-    return list(map(printable, value)) if isinstance(value, list) else value
+def encodable(value: Any) -> Any:
+    """Plain data of texts without lone surrogates, which no encoding has."""
+    text = json.dumps(files.plain(value), ensure_ascii=False)
+    return json.loads(text.encode(errors="replace"))
 
 
 def template() -> jinja2.Template:
     """The page, which escapes all that is filled in."""
-    loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=loader,
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -150,84 +147,72 @@ def template() -> jinja2.Template:
 
 
 def sections_of(rows: list[dict]) -> dict[str, Section]:
-    """Sections by name: those of FIGURES that have rows, and tables of rows that none of them
-    shows.
-    """
+    """Sections by name: of FIGURES, and tables of rows that none of them shows."""
     grouped = series.group(rows)
-    kinds = list(dict.fromkeys(str(row.get("kind")) for row in rows))
-    shown, seen = {}, set()
+    unseen = dict.fromkeys(str(row.get("kind")) for row in rows)
+    kinds = set(unseen)
+    shown = {}
     for show, own in FIGURES.items():
-        section = show(grouped) if set(own) & set(kinds) else None
+        section = show(grouped) if kinds & set(own) else None
         if section is not None:
             shown[show.__name__] = section
-            seen |= set(own)
-    for kind in kinds:
-        if kind not in seen:
-            told = lambda row, kind=kind: str(row.get("kind")) == kind
-            shown[f"rows_{len(shown)}"] = plain_section(f"Rows of {kind}", grouped, told)
+            for kind in own:
+                unseen.pop(kind, None)
+    for kind in unseen:
+        told = lambda row, kind=kind: str(row.get("kind")) == kind
+        section = plain_section(f"Rows of {kind}", grouped, told)
+        if section is not None:
+            shown[f"rows_{len(shown)}"] = section
     return shown
 
 
 def draw_all(folder: pathlib.Path, shown: dict[str, Section]) -> dict[str, str]:
     """Inline drawings by name; writes the PNGs and removes those of earlier reports."""
+    for show in FIGURES:
+        (folder / f"{show.__name__}.png").unlink(missing_ok=True)
     drawings = {}
     for name, section in shown.items():
         if section.figure is not None:
-            files.write_atomic(folder / f"{name}.png", draw.png(name, section.figure))
-            drawings[name] = draw.svg(name, section.figure)
-    for show in FIGURES:
-        if show.__name__ not in drawings:
-            (folder / f"{show.__name__}.png").unlink(missing_ok=True)
+            png, drawings[name] = draw.files_of(name, section.figure)
+            files.write_atomic(folder / f"{name}.png", png)
     return drawings
 
 
-def plain_section(heading: str, grouped: list[Series], told) -> Section | None:
+def plain_section(
+    heading: str, grouped: list[Series], told: Callable[[dict], bool]
+) -> Section | None:
     """The rows of which `told` holds as they are: every field that is a number or a text."""
-    rows = [(i, one.label, row) for i, one in enumerate(grouped) for row in one.rows if told(row)]
-    simple = [
-        {key: value for key, value in row.items() if isinstance(value, (str, int, float))}
-        for _, _, row in rows
-    ]
-    columns = [
-        key
-        for key in dict.fromkeys(key for row in simple for key in row)
-        if key not in ("kind", "arm")
-    ]
+    labels, rows = [], []
+    for index, one in enumerate(grouped):
+        own = list(filter(told, one.rows))
+        labels += [Cell(one.label, color=index)] * len(own)
+        rows += own
     if not rows:
         return None
-    lines = []
-    for (i, label, _), row in zip(rows[: sections.MOST], simple):
-        lines.append(
-            [
-                Cell(label, color=i),
-                *(sections.setting(row[key]) if key in row else "–" for key in columns),
-            ]
-        )
-    more = f"The first {sections.MOST} of {len(rows)} rows; {files.METRICS} has them all."
-    note = more if len(rows) > sections.MOST else ""
-    return Section(
-        heading, tables=[Table(["network", *columns], lines, tuple(range(1 + len(columns))), note)]
-    )
+    frame = pd.DataFrame(rows, dtype=object).drop(columns=["kind", "arm"], errors="ignore")
+    simple = frame.where(frame.map(lambda value: isinstance(value, (str, int, float))))
+    texts = simple.dropna(axis="columns", how="all").map(setting)
+    lines = [[label, *texts.loc[i]] for i, label in enumerate(labels[:MOST_LINES])]
+    more = f"The first {MOST_LINES} of {len(rows)} rows; {files.METRICS} has them all."
+    note = more if len(rows) > MOST_LINES else ""
+    heads = ["network", *texts.columns]
+    return Section(heading, tables=[Table(heads, lines, tuple(range(len(heads))), note)])
 
 
-# ------------------------------------------------------------------------------ besides the
-# sections
+# ----------------------------------------------------------------------------- besides the sections
 
 
 def facts(config: dict, rows: list[dict]) -> list[tuple[str, str, str]]:
-    """(text before, fact, text after) about data, model, size and number of networks: what is
-    known.
-    """
+    """(text before, fact, text after) about data, model, size and number of networks, if known."""
     result = []
     for key in ("data", "model"):
         value = config.get(key)
         value = value.get("name") if isinstance(value, dict) else value
+        names = value if isinstance(value, list) else [value]
         if value:
-            result.append(
-                (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value), "")
-            )
-    for field, label in {"num_params": "parameters", "num_prunable": "prunable weights"}.items():
-        count = series.numbers(rows, field)[field].max()
+            result.append((key, ", ".join(map(str, names)), ""))
+    counts = series.numbers(rows, "num_params", "num_prunable").max()
+    for count, label in zip(counts, ("parameters", "prunable weights")):
         if count > 0:
             result.append(("", f"{count:,.0f}", label))
     count = count_networks(rows)
@@ -237,10 +222,8 @@ def facts(config: dict, rows: list[dict]) -> list[tuple[str, str, str]]:
 
 
 def count_networks(rows: list[dict]) -> int:
-    """Networks that were trained: a training that goes on from another one's weights makes no new
-    one.
-    """
-    drawn = {}
+    """Networks that were trained: one that goes on from another one's weights is no new one."""
+    drawn: dict[str, set] = {}
     for row in rows:
         if row.get("kind") in series.TRAINING:
             visits = drawn.setdefault(series.member_of(row), set())
@@ -251,15 +234,16 @@ def count_networks(rows: list[dict]) -> int:
 
 def tree(values: dict) -> dict[str, list[tuple[str, str]]]:
     """(path, text) of every setting by the top-level key it belongs to."""
-    return {
-        key: [(path or key, sections.setting(leaf)) for path, leaf in runs.flatten(value)]
-        for key, value in values.items()
-    }
+    shown = {}
+    for key, value in values.items():
+        leaves = files.flatten(value)
+        shown[key] = [(path or key, setting(leaf)) for path, leaf in leaves]
+    return shown
 
 
 def works(config: dict) -> list[str]:
     """The works that the config builds on."""
     words = set()
-    for path, leaf in runs.flatten(config):
-        words |= {path.split(".")[-1], json.dumps(leaf).strip('"').lower()}
+    for path, leaf in files.flatten(config):
+        words |= {path.split(".")[-1], str(leaf).lower()}
     return [work for word, cited in CITATIONS.items() if word in words for work in cited]

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from sparsity_jax import intact, workdirs
@@ -25,15 +25,6 @@ class Run(NamedTuple):
 def is_seed(key: str) -> bool:
     """Whether a swept value is a seed, to be averaged over: `seed`, or a setting of that name."""
     return key.rsplit(".", 1)[-1] == "seed"
-
-
-def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every setting of a nested dict."""
-    if not isinstance(tree, dict) or not tree:
-        yield path, tree
-        return
-    for key, value in tree.items():
-        yield from flatten(value, f"{path}.{key}" if path else str(key))
 
 
 def gather(workdir: str | os.PathLike) -> tuple[dict, list[dict], dict | None]:
@@ -94,7 +85,8 @@ def merged(folders: list[pathlib.Path]) -> tuple[dict, list[dict], dict | None]:
     """
     several = [read_run(folder) for folder in folders]
     differing = differing_settings(several)
-    rows, numbers = [], {}
+    rows: list[dict] = []
+    numbers: dict[tuple, int] = {}
     for index, run in enumerate(several):
         told = {
             path if "." in path else f"config.{path}": run.settings.get(path) for path in differing
@@ -126,23 +118,19 @@ def read_run(folder: pathlib.Path) -> Run:
 def differing_settings(several: list[Run]) -> list[str]:
     """Paths of the settings that are swept in a run, or differ between runs."""
     swept = {key for run in several for row in run.rows for key in row if "." in key}
-    values = {}
-    for run in several:
-        for path in run.settings:
-            values.setdefault(path, set())
-    for path, seen in values.items():
-        seen |= {json.dumps(run.settings.get(path)) for run in several}
-    return [
-        path
-        for path, seen in values.items()
-        if len(seen) > 1 or (path in swept and not is_seed(path))
-    ]
+    paths = dict.fromkeys(path for run in several for path in run.settings)
+    differing = []
+    for path in paths:
+        values = {json.dumps(run.settings.get(path)) for run in several}
+        if len(values) > 1 or (path in swept and not is_seed(path)):
+            differing.append(path)
+    return differing
 
 
 def settings_of(folder: pathlib.Path, config: dict, seen: tuple = ()) -> dict[str, Any]:
     """Every setting that decides the numbers of a run; for `start_from`, those of the run there."""
     deciding = {name: value for name, value in config.items() if name not in IDLE}
-    settings = dict(flatten(deciding))
+    settings = dict(files.flatten(deciding))
     start = pathlib.Path(config.get("start_from") or "")
     here = config.get("start_from") and workdirs.holds_run(start)
     if here and start.resolve() not in seen:
@@ -170,7 +158,7 @@ def agreed(trees: list[dict]) -> dict:
     """One nested dict of several: a value where all have the same, else the list of different
     values.
     """
-    result = {}
+    result: dict[str, Any] = {}
     for key in dict.fromkeys(key for tree in trees for key in tree):
         values = [tree[key] for tree in trees if key in tree]
         different = list({json.dumps(value): value for value in values}.values())
@@ -181,6 +169,14 @@ def agreed(trees: list[dict]) -> dict:
     return result
 
 
+def title_of(config: dict, folder: str | os.PathLike) -> str:
+    """Title of a page: the config's, else the folder's name."""
+    title = config.get("title")
+    if title and isinstance(title, str):
+        return title
+    return pathlib.Path(folder).resolve().name
+
+
 def complete(row: dict, config: dict, environment: dict) -> dict:
     """`row` with what its run knows about it besides, unless it says so itself.
 
@@ -188,15 +184,14 @@ def complete(row: dict, config: dict, environment: dict) -> dict:
     chance: accuracy of always answering the most frequent class. tolerance, stop_width: of a
     predicted limit, what counts as lost, and the width of the enclosure that was asked for.
     """
-    stage = config.get(row.get("stage"))
-    stage = stage if isinstance(stage, dict) else {}
+    stages = {name: value for name, value in config.items() if isinstance(value, dict)}
+    stage = stages.get(row.get("stage"), {})
     more = {}
     if row.get("kind") == "train":
-        more |= {"start": stage.get("start"), "chance": environment.get("chance")}
+        more = {"start": stage.get("start"), "chance": environment.get("chance")}
     if row.get("kind") == "width":
-        spectrum = config.get(row.get("spectrum"))
-        asked = spectrum.get("stop_width") if isinstance(spectrum, dict) else None
-        more |= {"tolerance": stage.get("tolerance"), "stop_width": asked}
+        spectrum = stages.get(row.get("spectrum"), {})
+        more = {"tolerance": stage.get("tolerance"), "stop_width": spectrum.get("stop_width")}
     more = {key: value for key, value in more.items() if isinstance(value, (str, int, float))}
     return {**more, **row}
 

@@ -7,7 +7,7 @@ shown.
 import collections
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -16,12 +16,11 @@ from sparsity_jax.report import runs
 
 NEAR = 0.0015  # a ratio this close to a stop stands for it; nothing is interpolated
 TRAINING = ("train", "grow")  # kinds of stages that train
-PARTS = ("retrained", "selection", "scope", "stage", "visit")  # what tells curves of a series apart
+PARTS = ["retrained", "selection", "scope", "stage", "visit"]  # what tells curves of a series apart
 
 
 class Series(NamedTuple):
-    """All rows of one arm at one setting of the swept values; its members differ in their seeds
-    only.
+    """All rows of one arm at one setting of the swept values; its members differ in their seeds.
 
     before: by member, rows of the same network under earlier names, since its weights were drawn.
     """
@@ -54,21 +53,30 @@ class Curve(NamedTuple):
 Grouped = list[Series]
 
 
+def labels(grouped: Grouped) -> list[str]:
+    """What the series are called."""
+    return [one.label for one in grouped]
+
+
 def number(value: Any) -> float:
     """`value` as a float; anything that is no finite number becomes NaN."""
-    known = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if known else math.nan
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return math.nan
 
 
-def numbers(rows: list[dict], *fields: str) -> pd.DataFrame:
+def numbers(rows: Sequence[dict], *fields: str) -> pd.DataFrame:
     """Those fields of every row as numbers, NaN where a row has none."""
-    columns = {field: [number(row.get(field)) for row in rows] for field in fields}
+    columns = {}
+    for field in fields:
+        columns[field] = [number(row.get(field)) for row in rows]
     return pd.DataFrame(columns)
 
 
-def by_member(rows: list[dict], at: str, field: str) -> pd.DataFrame:
-    """`field` as [values of `at`, members]; of two rows of one member at one place the later one
-    counts.
+def by_member(rows: Sequence[dict], at: str, field: str) -> pd.DataFrame:
+    """`field` as [values of `at`, members].
+
+    Of two rows of one member at one place the later one counts.
     """
     frame = numbers(rows, at, field)
     frame["member"] = [member_of(row) for row in rows]
@@ -77,12 +85,15 @@ def by_member(rows: list[dict], at: str, field: str) -> pd.DataFrame:
 
 
 def spread(values: Any) -> tuple[float, float, int]:
-    """(mean, sample standard deviation, count) of the numbers among `values`; 0 is the deviation of
-    one.
+    """(mean, sample standard deviation, count) of the numbers among `values`.
+
+    The deviation of one number is 0.
     """
     known = pd.Series(values, dtype=float).dropna()
-    deviation = known.std(ddof=1) if len(known) > 1 else 0.0
-    return float(known.mean()), float(deviation), len(known)
+    mean = float(known.mean())
+    if len(known) < 2:
+        return mean, 0.0, len(known)
+    return mean, float(known.std(ddof=1)), len(known)
 
 
 def at_ratio(table: pd.DataFrame, stop: float) -> pd.Series:
@@ -93,62 +104,16 @@ def at_ratio(table: pd.DataFrame, stop: float) -> pd.Series:
     return table.iloc[distance.argmin()]
 
 
+# ------------------------------------------------------------------------------ which network a
+# row is of
+
+
 def member_of(row: dict) -> str:
     """Identity of the trained network within its series."""
-    seeds = [f"{key}={row[key]}" for key in sorted(row) if runs.is_seed(key)]
-    return " ".join([str(row.get("member", 0)), *seeds])
-
-
-def swept_keys(rows: list[dict]) -> list[str]:
-    """Names of the swept settings other than seeds that take several values within some arm.
-
-    Settings have dotted names (`fit.optimizer.name`), metrics have not.
-    """
-    settings = {key for row in rows for key in row if "." in key and not runs.is_seed(key)}
-    values = collections.defaultdict(set)
-    for row in rows:
-        for key in settings:
-            values[key, row.get("arm")].add(json.dumps(row.get(key), default=str))
-    return sorted({key for (key, _), seen in values.items() if len(seen) > 1})
-
-
-def group(rows: list[dict]) -> Grouped:
-    """Rows by arm and swept values, in order of first appearance; seeds stay together."""
-    keys = swept_keys(rows)
-    grouped, lives = {}, {}
-    for row in rows:
-        values = {key: row[key] for key in keys if row.get(key) is not None}
-        place = json.dumps([str(row.get("arm", "run")), values], default=str)
-        member = member_of(row)
-        if member not in lives or begins_anew(row, lives[member]):
-            lives[member] = []
-        series = grouped.setdefault(place, Series("", [], {}))
-        series.before.setdefault(member, list(lives[member]))
-        series.rows.append(row)
-        if row.get("kind") != "curve":
-            lives[member].append(row)
-    stages = {row.get("stage") for row in rows}
-    return [
-        series._replace(label=label_of(*json.loads(place), series.rows, keys, stages))
-        for place, series in grouped.items()
-    ]
-
-
-def label_of(arm: str, values: dict, rows: list[dict], keys: list[str], stages: set) -> str:
-    """The arm and its swept values.
-
-    The last part of a name says enough, unless it is ambiguous or the setting belongs to a stage of
-    another arm.
-    """
-    lasts = [key.rsplit(".", 1)[-1] for key in keys]
-    others = stages - {row.get("stage") for row in rows}
-    texts = []
-    for key, value in values.items():
-        last = key.rsplit(".", 1)[-1]
-        short = lasts.count(last) == 1 and key.partition(".")[0] not in others
-        text = value if isinstance(value, str) else json.dumps(value)
-        texts.append(f"{last if short else key}={text}")
-    return f"{arm} ({', '.join(texts)})" if texts else arm
+    number = str(row.get("member", 0))
+    seeds = sorted(filter(runs.is_seed, row))
+    told = [f"{key}={row[key]}" for key in seeds]
+    return " ".join([number, *told])
 
 
 def place_of(row: dict) -> tuple[str, int]:
@@ -158,16 +123,84 @@ def place_of(row: dict) -> tuple[str, int]:
 
 def begins_anew(row: dict, earlier: list[dict]) -> bool:
     """Whether `row` is the first one of a training that begins with the initial weights."""
-    same = bool(earlier) and place_of(earlier[-1]) == place_of(row)
-    return row.get("start") == "init" and not same
+    if earlier and place_of(earlier[-1]) == place_of(row):
+        return False
+    return row.get("start") == "init"
+
+
+def swept_keys(rows: list[dict]) -> list[str]:
+    """Names of the swept settings other than seeds that take several values within some arm.
+
+    Settings have dotted names (`fit.optimizer.name`), metrics have not.
+    """
+    settings = [{key: row[key] for key in row if "." in key} for row in rows]
+    frame = pd.DataFrame(settings, dtype=object)
+    arms = [str(row.get("arm")) for row in rows]
+    keys = []
+    for key in sorted(frame):
+        texts = frame[key].map(lambda value: json.dumps(value, default=str))
+        counts = texts.replace("NaN", "null").groupby(arms).nunique()
+        if counts.max() > 1 and not runs.is_seed(key):
+            keys.append(key)
+    return keys
+
+
+def group(rows: list[dict]) -> Grouped:
+    """Rows by arm and swept values, in order of first appearance; seeds stay together."""
+    keys = swept_keys(rows)
+    grouped: dict[str, Series] = {}
+    lives: dict[str, list[dict]] = {}  # by member, its rows since its weights were drawn
+    for row in rows:
+        arm = str(row.get("arm", "run"))
+        values = {key: row[key] for key in keys if row.get(key) is not None}
+        place = json.dumps([arm, values], default=str)
+        member = member_of(row)
+        if begins_anew(row, lives.get(member, [])):
+            lives[member] = []
+        life = lives.setdefault(member, [])
+        series = grouped.setdefault(place, Series("", [], {}))
+        series.before.setdefault(member, list(life))
+        series.rows.append(row)
+        if row.get("kind") != "curve":
+            life.append(row)
+    stages = {row.get("stage") for row in rows}
+    labelled = []
+    for place, series in grouped.items():
+        arm, values = json.loads(place)
+        others = stages - {row.get("stage") for row in series.rows}
+        labelled.append(series._replace(label=label_of(arm, values, keys, others)))
+    return labelled
+
+
+def label_of(arm: str, values: dict, keys: list[str], others: set) -> str:
+    """The arm and its swept values.
+
+    The last part of a name says enough, unless it is ambiguous or the setting belongs to a stage of
+    another arm. others: these stages.
+    """
+    lasts = [key.rsplit(".", 1)[-1] for key in keys]
+    texts = []
+    for key, value in values.items():
+        last = key.rsplit(".", 1)[-1]
+        stage, _, _ = key.partition(".")
+        if lasts.count(last) == 1 and stage not in others:
+            key = last
+        text = value if isinstance(value, str) else json.dumps(value)
+        texts.append(f"{key}={text}")
+    if not texts:
+        return arm
+    return f"{arm} ({', '.join(texts)})"
+
+
+# ------------------------------------------------------------------------------ visits of stages
 
 
 def visits(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
     """Rows by the visit of a stage, (its name, number), in the order of the run."""
-    result = {}
+    result = collections.defaultdict(list)
     for row in rows:
-        result.setdefault(place_of(row), []).append(row)
-    return result
+        result[place_of(row)].append(row)
+    return dict(result)
 
 
 def last_visit(rows: list[dict]) -> list[dict]:
@@ -176,43 +209,72 @@ def last_visit(rows: list[dict]) -> list[dict]:
 
 
 def seen_again(grouped: Grouped, *kinds: str) -> str:
-    """A sentence for figures that show the last visit only; "" if no stage of these kinds has
-    another.
-    """
-    places = [set(visits(one.of_kind(*kinds))) for one in grouped]
-    several = any(len({stage for stage, _ in own}) < len(own) for own in places)
-    return " Of several visits of a stage the last one." if several else ""
+    """A sentence for figures that show the last visit only; "" where no stage has another."""
+    for one in grouped:
+        stages = [stage for stage, _ in visits(one.of_kind(*kinds))]
+        if len(set(stages)) < len(stages):
+            return " Of several visits of a stage the last one."
+    return ""
+
+
+def trained_rows(series: Series) -> list[dict]:
+    """Rows of training, growing penalties or not; epochs of later stages and visits count on."""
+    result = []
+    ends = collections.Counter[str]()  # by member: the last epoch so far
+    for rows in visits(series.of_kind(*TRAINING)).values():
+        starts = ends.copy()
+        for row in rows:
+            if "epoch" in row:
+                member = member_of(row)
+                epoch = starts[member] + int(row["epoch"])
+                ends[member] = max(ends[member], epoch)
+                result.append({**row, "epoch": epoch})
+    return result
+
+
+# ------------------------------------------------------------------------------ what was removed
 
 
 def share_gone(row: dict, total: str = "num_prunable") -> float:
     """Share of what a row counts that is not kept; NaN of a row without counts."""
     whole = number(row.get(total))
-    return 1 - number(row.get("num_kept")) / whole if whole > 0 else math.nan
+    if not whole > 0:
+        return math.nan
+    return 1 - number(row.get("num_kept")) / whole
 
 
 def share_removed(row: dict) -> float:
-    """Share that a row of a curve really removed: the one asked for, unless counts of weights say
-    another.
+    """Share that a row of a curve really removed: the one asked for, unless counts say another.
 
     Masks from before a curve, and selections of whole filters, do not allow every share.
     """
-    asked, gone = number(row["ratio"]), share_gone(row)
-    exact = math.isnan(gone) or abs(gone - asked) <= NEAR
-    return round(asked, 6) if exact else round(gone, 4)
+    asked = number(row["ratio"])
+    gone = share_gone(row)
+    if abs(gone - asked) > NEAR:
+        return round(gone, 4)
+    return round(asked, 6)
+
+
+def removes_weights(row: dict) -> bool:
+    """Whether a row tells what a stage removed, weight by weight."""
+    if row.get("kind") == "grow":
+        return "layers" in row
+    return row.get("kind") in ("prune", "remove")
 
 
 def removal(row: dict) -> tuple[str, float] | None:
-    """(what was removed, its share of all) by a stage that removes something; None for any other
-    row.
-    """
-    kind = row.get("kind")
-    if kind == "cut" and "num_channels" in row:
+    """(what was removed, its share of all) by a stage that removes something; else None."""
+    if row.get("kind") == "cut" and "num_channels" in row:
         return "channels", share_gone(row, "num_channels")
-    if kind not in ("prune", "remove") and not (kind == "grow" and "layers" in row):
+    if not removes_weights(row):
         return None
     gone = share_gone(row)
-    told = number(row.get("sparsity", row.get("ratio")))
-    return "weights", told if math.isnan(gone) else gone
+    if math.isnan(gone):
+        gone = number(row.get("sparsity", row.get("ratio")))
+    return "weights", gone
+
+
+# ------------------------------------------------------------------------------ pruning curves
 
 
 def curves(grouped: Grouped, split: str = "test") -> list[Curve]:
@@ -221,21 +283,22 @@ def curves(grouped: Grouped, split: str = "test") -> list[Curve]:
     A series with several ways of pruning (retrained, selection, scope, or another stage or visit)
     has one curve each.
     """
-    rows_of = {}
+    rows_of: dict[tuple, list[dict]] = collections.defaultdict(list)
     for index, one in enumerate(grouped):
         for row in one.of_kind("curve"):
-            if row.get("split", "test") == split and "ratio" in row:
-                variant = (bool(row.get("retrained")), *(str(row.get(part)) for part in PARTS[1:]))
-                told = {**row, "removed": share_removed(row)}
-                rows_of.setdefault((index, *variant), []).append(told)
-    telling = telling_parts(list(rows_of))
-    described = {key: describe(key[1:], telling) for key in rows_of}
-    names = list(dict.fromkeys(described[key] for key in sorted(rows_of, key=lambda key: key[1:])))
+            if row.get("split", "test") != split or "ratio" not in row:
+                continue
+            told = {**row, "removed": share_removed(row)}
+            rows_of[index, *way_of(row)].append(told)
+    ways = pd.DataFrame(rows_of.keys(), columns=["series", *PARTS])
+    telling = telling_parts(ways)
+    ways["variant"] = ways[telling].agg(", ".join, axis=1) if telling else ""
+    variants = list(ways.sort_values(PARTS)["variant"].unique())
     result = []
-    for key, rows in rows_of.items():
-        stage, visit = place_of(rows[0])
-        name = described[key]
-        result.append(Curve(key[0], stage, visit, name, names.index(name), key[1], rows))
+    for key, variant, rows in zip(rows_of, ways["variant"], rows_of.values()):
+        dash = variants.index(variant)
+        retrained = bool(rows[0].get("retrained"))
+        result.append(Curve(key[0], *place_of(rows[0]), variant, dash, retrained, rows))
     return sorted(result, key=lambda curve: (curve.series, curve.dash))
 
 
@@ -244,36 +307,18 @@ def best_known_curves(grouped: Grouped) -> list[Curve]:
     return curves(grouped) or curves(grouped, "train")
 
 
-def telling_parts(variants: Iterable[tuple]) -> list[str]:
-    """The parts of a variant that tell curves apart; stage and visit only where the others do
-    not.
-    """
-    frame = pd.DataFrame(variants, columns=["series", *PARTS])
-    differing = [part for part in PARTS if frame[part].nunique() > 1]
+def way_of(row: dict) -> tuple[str, ...]:
+    """PARTS of a row of a curve, in words."""
+    words = [str(row.get(part)) for part in PARTS]
+    words[0] = "retrained" if row.get("retrained") else "no retraining"
+    words[-1] = f"visit {words[-1]}"
+    return tuple(words)
+
+
+def telling_parts(ways: pd.DataFrame) -> list[str]:
+    """The parts that tell curves apart; stage and visit only where the others do not."""
+    differing = [part for part in PARTS if ways[part].nunique() > 1]
     telling = [part for part in differing if part not in ("stage", "visit")]
-    alike = frame.duplicated(["series", *telling]).any()
-    return differing if alike else telling
-
-
-def describe(variant: tuple, telling: list[str]) -> str:
-    """What tells this way of pruning from others."""
-    words = dict(zip(PARTS, variant, strict=True))
-    words["visit"] = f"visit {words['visit']}"
-    words["retrained"] = "retrained" if words["retrained"] else "no retraining"
-    return ", ".join(words[part] for part in telling)
-
-
-def trained_rows(series: Series) -> list[dict]:
-    """Rows of training, growing penalties or not; epochs of later stages and visits count on."""
-    result, progress = [], {}
-    for row in series.of_kind(*TRAINING):
-        if "epoch" not in row:
-            continue
-        member, place = member_of(row), place_of(row)
-        current, start, last = progress.get(member, (place, 0, 0))
-        if place != current:
-            start = last
-        epoch = start + int(row["epoch"])
-        progress[member] = (place, start, max(last, epoch))
-        result.append({**row, "epoch": epoch})
-    return result
+    if ways.duplicated(["series", *telling]).any():
+        return differing
+    return telling

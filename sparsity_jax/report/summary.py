@@ -3,22 +3,20 @@
 import math
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from sparsity_jax.report import series
-from sparsity_jax.report.sections import Cell, Section, Table
-from sparsity_jax.report.series import Curve, Grouped, Series, member_of, number, place_of, removal
+from sparsity_jax.report.sections import Cell, Cells, Section, Table
+from sparsity_jax.report.series import Curve, Grouped, Series, member_of, place_of
 
 STOPS = (0.9, 0.95, 0.98, 0.99)  # pruning ratios with a column of their own
 DROP = 0.01  # "within one point of dense"
+PLACE = ["stage", "visit"]
 Numbers = tuple[float, float, int]  # mean, sample standard deviation, number of networks
 
 
 class Column(NamedTuple):
-    """How one column is shown. decimals: None where no number is best. note: what its numbers
-    are.
-    """
+    """How one column is shown. decimals: None where no number is best. note: what numbers are."""
 
     heading: str
     unit: str = "%"
@@ -69,10 +67,6 @@ class Summary(NamedTuple):
     cells: dict[str, Numbers]
     floors: frozenset = frozenset()
 
-    def name(self) -> str:
-        """Label and variant."""
-        return f"{self.label} ({self.variant})" if self.variant else self.label
-
 
 def summarize(
     grouped: Grouped, curves: list[Curve], stops: tuple[float, ...] = STOPS
@@ -86,137 +80,125 @@ def summarize(
     below `dense`, per member; none for a network at chance). Columns of a trained network: `dense`
     (last test accuracy before anything was removed, `before`: after so many epochs), `pruned` (last
     test accuracy after that), `channels` or `weights` (the share then gone). Of both: `epochs` and
-    `seconds` under the name of the series until then, see `time_spent`. Columns without any number
-    are left out.
+    `seconds` under the name of the series until then, see `times`. Columns without any number are
+    left out.
     """
     lines = []
     for index, one in enumerate(grouped):
         mine = [curve for curve in curves if curve.series == index]
         for curve in mine:
-            columns = curve_columns(one, curve, stops)
+            numbers = curve_numbers(one, curve, stops)
             end = max(row["removed"] for row in curve.rows)
-            floors = frozenset({"largest"} if end in columns["largest"] else ())
-            lines.append(Summary(index, one.label, curve.variant, cells_of(columns), floors))
-        columns = trained_columns(one)
-        if not mine or "pruned" in columns:
+            floors = frozenset({"largest"} if numbers["largest"].max() == end else ())
+            lines.append(Summary(index, one.label, curve.variant, cells_of(numbers), floors))
+        numbers = trained_numbers(one)
+        if not mine or "pruned" in numbers:
             variant = "as trained" if mine else ""
-            lines.append(Summary(index, one.label, variant, cells_of(columns)))
+            lines.append(Summary(index, one.label, variant, cells_of(numbers)))
     return [line for line in lines if line.cells]
 
 
-def cells_of(columns: dict[str, list[float]]) -> dict[str, Numbers]:
-    """Mean, deviation and count of every column with a number."""
-    cells = {column: series.spread(values) for column, values in columns.items()}
-    return {column: cell for column, cell in cells.items() if cell[2]}
+def cells_of(numbers: pd.DataFrame) -> dict[str, Numbers]:
+    """Mean, deviation and count of every column [members] with a number."""
+    known = numbers.dropna(axis="columns", how="all")
+    return {column: series.spread(known[column]) for column in known}
 
 
-def curve_columns(one: Series, curve: Curve, stops: tuple[float, ...]) -> dict[str, list[float]]:
-    """Values per member of each column of one curve; see `summarize`."""
+def curve_numbers(one: Series, curve: Curve, stops: tuple[float, ...]) -> pd.DataFrame:
+    """Numbers of one curve, [members, columns]; see `summarize`."""
     accuracy = curve.table("accuracy")
-    dense = series.at_ratio(accuracy, 0.0)
-    columns = {
-        "dense": [],
-        **{str(stop): series.at_ratio(accuracy, stop).tolist() for stop in stops},
-    }
-    columns |= {"largest": [], "epochs": [], "seconds": []}
-    for member, unpruned in dense.items():
-        own = rows_until(one, member, (curve.stage, curve.visit))
-        past = [*one.before[member], *own]
-        before, _, gone = accuracies(past)
-        if math.isnan(unpruned) and not curve.retrained and not gone[0]:
-            unpruned = before
-        columns["dense"].append(unpruned)
-        columns["largest"].append(largest(accuracy[member], unpruned, chance_of(past)))
-        add_time(columns, own)
-    return columns
+    told = []
+    for member, dense in series.at_ratio(accuracy, 0.0).items():
+        past, own = history(one, member, (curve.stage, curve.visit))
+        if math.isnan(dense) and not curve.retrained and past["what"].isna().all():
+            dense = last(unpruned(past)["test_accuracy"])
+        share = largest(accuracy[member], dense, last(past["chance"]))
+        told.append({"dense": dense, "largest": share, **times(own)})
+    numbers = pd.DataFrame(told, accuracy.columns)
+    for stop in stops:
+        numbers[str(stop)] = series.at_ratio(accuracy, stop)
+    return numbers
 
 
 def largest(accuracy: pd.Series, dense: float, chance: float) -> float:
     """The largest ratio whose accuracy is within DROP of `dense`; NaN without any, or at chance."""
+    if dense <= chance + DROP:
+        return math.nan
     within = accuracy.index[accuracy >= dense - DROP - 1e-9]
-    return max(within, default=math.nan) if dense > chance + DROP else math.nan
+    return max(within, default=math.nan)
 
 
-def trained_columns(one: Series) -> dict[str, list[float]]:
-    """Values per member of each column of the network as training left it; see `summarize`."""
-    columns = {"dense": [], "epochs": [], "seconds": []}
-    members = dict.fromkeys(member_of(row) for row in one.of_kind(*series.TRAINING))
-    for member in members:
-        own = rows_until(one, member)
-        past = [*one.before[member], *own]
-        before, after, (what, share) = accuracies(past)
-        columns["dense"].append(before)
-        if not math.isnan(after):
-            told = {"before": epochs_unpruned(past), what: share, "pruned": after}
-            for column, value in told.items():
-                columns.setdefault(column, []).append(value)
-        add_time(columns, own)
-    return columns
+def trained_numbers(one: Series) -> pd.DataFrame:
+    """Numbers of the network as training left it, [members, columns]; see `summarize`."""
+    told = []
+    for member in dict.fromkeys(map(member_of, one.of_kind(*series.TRAINING))):
+        past, own = history(one, member)
+        base = unpruned(past)
+        numbers = {"dense": last(base["test_accuracy"]), **times(own)}
+        pruned = last(past[past["what"].notna()]["test_accuracy"])
+        if not math.isnan(pruned):
+            what, share = past[["what", "share"]].iloc[-1]
+            epochs = base.groupby(PLACE)["epoch"].last().sum()
+            numbers |= {"before": epochs, what: share, "pruned": pruned}
+        told.append(numbers)
+    return pd.DataFrame(told)
 
 
-def rows_until(one: Series, member: str, place: tuple[str, int] | None = None) -> list[dict]:
-    """Rows of one member, up to the visit `place` of a stage."""
-    own = [row for row in one.rows if member_of(row) == member]
-    places = [place_of(row) for row in own]
-    return own[: places.index(place)] if place in places else own
+def history(
+    one: Series, member: str, place: tuple[str, int] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(all rows of one network up to the visit `place` of a stage, those under the series' name).
 
-
-def accuracies(rows: list[dict]) -> tuple[float, float, tuple[str, float]]:
-    """(last test accuracy before anything was removed, last one after that, what is gone by
-    then).
+    what, share: what is removed by then. test_accuracy: of trainings.
     """
-    before = after = math.nan
-    gone = ("", 0.0)
-    for row in rows:
-        gone = removal(row) or gone
-        tested = number(row.get("test_accuracy"))
-        if math.isnan(tested) or row.get("kind") not in series.TRAINING:
-            continue
-        if gone[0]:
-            after = tested
-        elif row["kind"] == "train":  # a growing penalty already acts on what it will remove
-            before = tested
-    return before, after, gone
+    rows = [row for row in one.rows if member_of(row) == member]
+    places = [place_of(row) for row in rows]
+    if place in places:
+        rows = rows[: places.index(place)]
+    before = one.before[member]
+    rows = [*before, *rows]
+    past = series.numbers(rows, "epoch", "seconds", "test_accuracy", "chance")
+    past[PLACE] = pd.DataFrame(map(place_of, rows), columns=PLACE)
+    past["kind"] = [row.get("kind") for row in rows]
+    removals = [series.removal(row) or (None, math.nan) for row in rows]
+    past[["what", "share"]] = pd.DataFrame(removals, columns=["what", "share"]).ffill()
+    past["test_accuracy"] = past["test_accuracy"].where(past["kind"].isin(series.TRAINING))
+    return past, past.iloc[len(before) :]
 
 
-def epochs_unpruned(rows: list[dict]) -> float:
-    """Epochs of training before anything was removed."""
-    last = {}
-    for row in rows:
-        if removal(row):
-            break
-        if row.get("kind") == "train" and "epoch" in row:
-            last[place_of(row)] = int(row["epoch"])
-    return float(sum(last.values()))
+def unpruned(past: pd.DataFrame) -> pd.DataFrame:
+    """Rows of training before anything was removed.
+
+    A growing penalty already acts on what it will remove.
+    """
+    return past[past["what"].isna() & (past["kind"] == "train")]
 
 
-def chance_of(rows: list[dict]) -> float:
-    """Accuracy of always answering the most frequent class, as far as rows know it."""
-    known = [row["chance"] for row in rows if "chance" in row]
-    return known[-1] if known else -math.inf
+def last(values: pd.Series) -> float:
+    """The last number; NaN without any."""
+    known = values.dropna()
+    return known.iloc[-1] if known.size else math.nan
 
 
-def add_time(columns: dict[str, list[float]], rows: list[dict]) -> None:
-    """Adds `epochs` and `seconds` of the trainings among the rows of one member.
+def times(own: pd.DataFrame) -> dict[str, float]:
+    """`epochs` and `seconds` of the trainings among rows.
 
     seconds: per stage, the number of its epochs times their median time without the first one,
     which compiles. A stage with a single epoch counts as it was measured.
     """
-    times, epochs = {}, {}
-    for row in rows:
-        if row.get("kind") in series.TRAINING and "epoch" in row:
-            epochs.setdefault(place_of(row), {})[row["epoch"]] = number(row.get("seconds"))
-    for (stage, _), ends in epochs.items():
-        times.setdefault(stage, []).extend(np.diff([0.0, *ends.values()]))
-    if times:
-        columns["epochs"].append(float(sum(max(ends) for ends in epochs.values())))
-        columns["seconds"].append(
-            sum(len(own) * np.median(own[1:] or own) for own in times.values())
-        )
+    trained = own[own["kind"].isin(series.TRAINING) & own["epoch"].notna()]
+    if trained.empty:
+        return {}
+    ends = trained.drop_duplicates([*PLACE, "epoch"], keep="last")
+    took = ends["seconds"] - ends.groupby(PLACE)["seconds"].shift(fill_value=0.0)
+    seconds = 0.0
+    for _, epochs in took.groupby(ends["stage"]):
+        typical = epochs.iloc[1:] if len(epochs) > 1 else epochs
+        seconds += len(epochs) * typical.median()
+    return {"epochs": ends.groupby(PLACE)["epoch"].max().sum(), "seconds": seconds}
 
 
-# ------------------------------------------------------------------------------------------- the
-# section
+# ------------------------------------------------------------------------------------ the section
 
 
 def summary(grouped: Grouped) -> Section | None:
@@ -227,55 +209,55 @@ def summary(grouped: Grouped) -> Section | None:
         return None
     columns = [column for column in COLUMNS if any(column in line.cells for line in lines)]
     best = {column: best_line(lines, column) for column in columns}
-    variants = any(line.variant for line in lines)
-    heads = ["network", *(["pruning"] if variants else [])]
-    numbered = [Cell(*COLUMNS[column][:2]) for column in columns]
-    table = Table([*heads, *numbered], [], words=(0, 1) if variants else (0,))
+    heads: Cells = ["network"]
+    if any(line.variant for line in lines):
+        heads.append("pruning")
+    rows = []
     for i, line in enumerate(lines):
-        cells = [Cell(line.label, color=line.series), *([line.variant] if variants else [])]
-        cells += [shown(line, column, bold=best[column] == i) for column in columns]
-        table.rows.append(cells)
+        about: Cells = [Cell(line.label, color=line.series), line.variant]
+        rows.append(
+            about[: len(heads)]
+            + [shown(line, column, bold=best[column] == i) for column in columns]
+        )
+    words = tuple(range(len(heads)))
+    heads += [Cell(*COLUMNS[column][:2]) for column in columns]
     note = explanations(grouped, lines, curves, columns)
-    return Section("Summary", tables=[table._replace(note=note)])
+    return Section("Summary", tables=[Table(heads, rows, words, note)])
 
 
-def cell_text(column: str, cell: Numbers) -> tuple[str, str]:
-    """Mean and, over several members, the deviation, as shown; equal epochs need none."""
-    mean, std, count = cell
+def shown(line: Summary, column: str, *, bold: bool) -> Cell | str:
+    """Mean and, over several members, the deviation; equal epochs need none."""
+    if column not in line.cells:
+        return "–"
+    mean, std, count = line.cells[column]
+    floor = "≥ " if column in line.floors else ""
+    alone = count == 1 or (COLUMNS[column].unit == "" and std == 0)
+    small = "" if alone else f"± {rounded(std, column, mean)}"
+    return Cell(floor + rounded(mean, column, mean), small, bold=bold)
+
+
+def rounded(value: float, column: str, mean: float) -> str:
+    """`value` in the unit of a column, with the decimals of a mean."""
     _, unit, decimals, _ = COLUMNS[column]
     factor = 100 if unit == "%" else 1
     if decimals is None:
         decimals = 0 if unit == "" or factor * abs(mean) >= 100 else 1
-    alone = count == 1 or (unit == "" and std == 0)
-    return f"{factor * mean:,.{decimals}f}", "" if alone else f"± {factor * std:,.{decimals}f}"
-
-
-def shown(line: Summary, column: str, *, bold: bool) -> Cell | str:
-    """One number of the table."""
-    if column not in line.cells:
-        return "–"
-    mean, deviation = cell_text(column, line.cells[column])
-    floor = "≥ " if column in line.floors else ""
-    return Cell(floor + mean, deviation, bold=bold)
+    return f"{factor * value:,.{decimals}f}"
 
 
 def best_line(lines: list[Summary], column: str) -> int | None:
-    """The line whose mean is above all others by more than either deviation; None if there is
-    none.
-    """
-    known = {
-        i: line.cells[column]
-        for i, line in enumerate(lines)
-        if column in line.cells and column not in line.floors
-    }
+    """The line whose mean is above all others by more than either deviation; None without one."""
+    known = {}
+    for i, line in enumerate(lines):
+        if column in line.cells and column not in line.floors:
+            known[i] = line.cells[column]
     if COLUMNS[column].decimals is None or len(known) < 2:
         return None
     best = max(known, key=lambda i: known[i][0])
     mean, std, _ = known.pop(best)
-    text, _ = cell_text(column, (mean, std, 1))
+    text = rounded(mean, column, mean)
     for other, deviation, _ in known.values():
-        alike = cell_text(column, (other, deviation, 1))[0] == text
-        if alike or mean - other <= max(std, deviation):
+        if rounded(other, column, other) == text or mean - other <= max(std, deviation):
             return None
     return best
 
@@ -291,7 +273,7 @@ def explanations(
         notes.append(
             "Retrained: every number of the line is after retraining, also the unpruned one."
         )
-    members = max(cell[2] for line in lines for cell in line.cells.values())
+    members = max(count for line in lines for _, _, count in line.cells.values())
     if members > 1:
         notes.append(f"Mean ± sample standard deviation over up to {members} networks.")
         if "seconds" in columns:
@@ -302,20 +284,16 @@ def explanations(
 
 
 def finding(lines: list[Summary]) -> str:
-    """One sentence on the accuracy kept at the telling ratio, for at most four lines of the
-    table.
-    """
-    stops = [
-        stop
-        for stop in ("0.98", "0.99", "0.95", "0.9")
-        if any(stop in line.cells for line in lines)
-    ]
-    if not stops:
+    """One sentence on the accuracy kept at the telling ratio, for at most four lines."""
+    for stop in ("0.98", "0.99", "0.95", "0.9"):
+        told = [line for line in lines if stop in line.cells]
+        if told:
+            break
+    if not 1 <= len(told) <= 4:
         return ""
-    told = [line for line in lines if stops[0] in line.cells]
     parts = []
     for line in told:
+        label = f"{line.label} ({line.variant})" if line.variant else line.label
         dense = f" of {100 * line.cells['dense'][0]:.1f}%" if "dense" in line.cells else ""
-        parts.append(f"{line.name()} keeps {100 * line.cells[stops[0]][0]:.1f}%{dense}")
-    sentence = f"With {100 * float(stops[0]):g}% of the weights removed, {'; '.join(parts)}."
-    return sentence if len(told) <= 4 else ""
+        parts.append(f"{label} keeps {100 * line.cells[stop][0]:.1f}%{dense}")
+    return f"With {100 * float(stop):g}% of the weights removed, {'; '.join(parts)}."

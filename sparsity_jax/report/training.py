@@ -1,13 +1,12 @@
-"""What training left behind: its course, the magnitudes of the weights, and the search of
-SFW-Init.
-"""
+"""What training left behind: its course, the magnitudes of the weights, the search of SFW-Init."""
 
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import FuncFormatter
 
-from sparsity_jax.report import draw, sections, series
-from sparsity_jax.report.sections import Cell, Section, Table
+from sparsity_jax.report import draw, series
+from sparsity_jax.report.draw import Line
+from sparsity_jax.report.sections import Cell, Cells, Section, Table, joined
 from sparsity_jax.report.series import Grouped, Series, by_member
 
 SPLITS = ("train", "test")
@@ -15,50 +14,44 @@ SPLITS = ("train", "test")
 
 def training(grouped: Grouped) -> Section | None:
     """Loss and accuracy against the epoch, on train and test data."""
-    rows = {index: series.trained_rows(one) for index, one in enumerate(grouped)}
-    known = set()
-    for own in rows.values():
-        for row in own:
-            known |= {field for field, value in row.items() if value is not None}
-    wanted = {"loss": {"train_loss", "test_loss"}, "accuracy": {"train_accuracy", "test_accuracy"}}
-    fields = [field for field, names in wanted.items() if names & known]
-    if not fields:
-        return None
-    figure, axes = draw.panels(len(fields))
-    fine = len(grouped) > draw.MANY
-    for panel, field in zip(axes, fields):
+    rows_of = list(map(series.trained_rows, grouped))
+    panels: dict[str, list[Line]] = {"Loss": [], "Accuracy": []}
+    for title, lines in panels.items():
         for dash, split in enumerate(SPLITS):
-            for index, own in rows.items():
-                table = by_member(own, "epoch", f"{split}_{field}")
-                draw.band(panel, table, index, dash=dash, fine=fine)
-        draw.label(panel, field.capitalize(), "epoch")
+            for index, rows in enumerate(rows_of):
+                field = f"{split}_{title.lower()}"
+                table = by_member(rows, "epoch", field)
+                lines.append(Line(table, index, dash))
+    figure, axes = draw.lines(panels, series.labels(grouped), SPLITS, xlabel="epoch")
+    for title, panel in axes.items():
         draw.counts(panel.xaxis)
-        draw.scale(field, panel)
-    keys = [draw.key(grouped[index].label, index) for index, own in rows.items() if own]
-    draw.legend(figure, keys + draw.variant_keys(SPLITS))
-    return Section("Training", figure, "Loss and accuracy during training.")
+        draw.scale(title.lower(), panel)
+    caption = "Loss and accuracy during training."
+    return Section("Training", figure, caption) if axes else None
 
 
 def sfw_init(grouped: Grouped) -> Section | None:
     """Loss before and after the one SFW step that SFW-Init differentiates, at the last visit."""
-    rows = {index: series.last_visit(one.of_kind("sfw_init")) for index, one in enumerate(grouped)}
-    shown = {index: own for index, own in rows.items() if own}
-    figure, (axes,) = draw.panels(1)
-    for index, own in shown.items():
+    lines = []
+    for index, one in enumerate(grouped):
+        rows = series.last_visit(one.of_kind("sfw_init"))
         for dash, field in enumerate(("loss_after", "loss_before")):
-            draw.band(axes, by_member(own, "iteration", field), index, dash=dash)
-    draw.label(axes, "", "iteration", "loss")
-    draw.counts(axes.xaxis)
-    draw.loss_scale(axes)
-    keys = [draw.key(grouped[index].label, index) for index in shown]
-    draw.legend(figure, keys + draw.variant_keys(["after the step", "before the step"]))
+            table = by_member(rows, "iteration", field)
+            lines.append(Line(table, index, dash))
+    variants = ("after the step", "before the step")
+    labels = series.labels(grouped)
+    panels = {"": lines}
+    figure, axes = draw.lines(panels, labels, variants, xlabel="iteration", ylabel="loss")
+    if not axes:
+        return None
+    draw.counts(axes[""].xaxis)
+    draw.loss_scale(axes[""])
     caption = "Loss on the batch before and after the SFW step whose result SFW-Init minimises."
     caption += series.seen_again(grouped, "sfw_init")
-    return Section("SFW-Init", figure, caption) if shown else None
+    return Section("SFW-Init", figure, caption)
 
 
-# --------------------------------------------------------------------------------------------
-# magnitudes
+# ------------------------------------------------------------------------------------- magnitudes
 
 
 def magnitudes(grouped: Grouped) -> Section | None:
@@ -79,7 +72,8 @@ def magnitudes(grouped: Grouped) -> Section | None:
     draw.from_zero(axes)
     draw.counts(axes.xaxis)
     axes.xaxis.set_major_formatter(FuncFormatter(power))
-    draw.legend(figure, [draw.key(grouped[index].label, index) for index in known])
+    labels = {index: grouped[index].label for index in known}
+    draw.legend(figure, draw.keys(labels))
     caption = "Weight magnitudes; weights that are exactly zero are off the axis and in the table."
     if any(len(visits) > 1 for visits in known.values()):
         caption += " The figure shows the last visit of a stage, the table every one."
@@ -91,10 +85,10 @@ def histograms(one: Series) -> dict[str, list[dict]]:
     rows = [row for row in one.of_kind("histogram") if row.get("counts")]
     visits = series.visits(rows)
     result = {}
-    for (stage, visit), own in visits.items():
+    for (stage, visit), rows in visits.items():
         last = {}
-        for row in own:
-            if row["edges"] == own[0]["edges"]:
+        for row in rows:
+            if row["edges"] == rows[0]["edges"]:
                 last[series.member_of(row)] = row
         name = f"{stage}, visit {visit}" if len(visits) > 1 else ""
         result[name] = list(last.values())
@@ -103,14 +97,16 @@ def histograms(one: Series) -> dict[str, list[dict]]:
 
 def total(row: dict) -> int:
     """Number of weights."""
-    return max(sum(row["counts"]) + row.get("num_zero", 0), 1)
+    count = sum(row["counts"]) + row.get("num_zero", 0)
+    return max(count, 1)
 
 
 def share_by_bin(rows: list[dict]) -> pd.Series:
-    """Share of all weights by left edge, mean over rows; the last bin once more at its right
-    edge.
-    """
-    shares = [np.array(row["counts"]) / total(row) for row in rows]
+    """Share of all weights by left edge, mean over rows; the last bin again at its right edge."""
+    shares = []
+    for row in rows:
+        counts = np.array(row["counts"])
+        shares.append(counts / total(row))
     mean = np.mean(shares, axis=0)
     return pd.Series([*mean, mean[-1]], rows[0]["edges"])
 
@@ -123,29 +119,34 @@ def power(value: float, _: int) -> str:
 
 def bins_table(grouped: Grouped, every: dict[int, dict[str, list[dict]]]) -> Table:
     """Number and share of the weights that are zero and above each of the published thresholds."""
-    thresholds = []
-    for visits in every.values():
-        for rows in visits.values():
-            thresholds = thresholds or rows[0].get("threshold", [])
-    heads = ["weights with |w|", "exactly 0", *(f"> {value:g}" for value in thresholds)]
+    visits = []
+    for index, named in every.items():
+        for name, rows in named.items():
+            visits.append((Cell(joined(grouped[index].label, name), color=index), rows))
+    known = [rows[0]["threshold"] for _, rows in visits if rows[0].get("threshold")]
+    thresholds = known[0] if known else []
+    heads = ["weights with |w|", "exactly 0"]
+    heads += [f"> {value:g}" for value in thresholds]
     lines = []
-    for index, visits in every.items():
-        for name, rows in visits.items():
-            label = Cell(sections.name(grouped[index].label, name), color=index)
-            lines.append([label, *bin_cells(rows, thresholds)])
+    for label, rows in visits:
+        lines.append([label, *bin_cells(rows, thresholds)])
     return Table(heads, lines)
 
 
-def bin_cells(rows: list[dict], thresholds: list[float]) -> list[Cell | str]:
-    """Numbers of weights and their shares; "–" where they are not known."""
+def bin_cells(rows: list[dict], thresholds: list[float]) -> Cells:
+    """Mean numbers of weights and their shares; "–" where they are not known."""
     weights = np.mean([total(row) for row in rows])
     counts = []
     for row in rows:
         above = row["count_above"] if row.get("threshold") == thresholds else []
         counts.append([row.get("num_zero", 0), *above])
-    means = pd.DataFrame(counts, columns=range(len(thresholds) + 1), dtype=float).mean()
-    cells = []
+    columns = range(1 + len(thresholds))
+    means = pd.DataFrame(counts, columns=columns, dtype=float).mean()
+    cells: Cells = []
     for count in means:
-        cell = Cell(f"{count:,.0f}", f"{100 * count / weights:.3g}%")
-        cells.append("–" if np.isnan(count) else cell)
+        if np.isnan(count):
+            cells.append("–")
+            continue
+        share = 100 * count / weights
+        cells.append(Cell(f"{count:,.0f}", f"{share:.3g}%"))
     return cells
