@@ -63,7 +63,9 @@ def mistakes_of(hint):
 
 
 def values_beyond(kind, limits):
-    """Numbers just outside of the limits."""
+    """Numbers just outside of the limits; none where the rule is about something else."""
+    if not isinstance(limits, tables.Range):
+        return
     if limits.low is not None:
         yield kind(limits.low) if limits.above else kind(limits.low - 1)
     if limits.high is not None:
