@@ -123,6 +123,8 @@ def with_parts_of(place: str, options: Callable, values: Mapping) -> Iterator[Pa
         yield Part(place, options, values, names)
     for field, named in tables.named_options(options).items():
         chosen = values.get(field, tables.defaults(options).get(field))
+        if chosen is None:  # every arm of a sweep has its own
+            continue
         if named.common is not None:
             yield from with_parts_of(f"{place}.{field}", named.common, chosen)
         entry = tables.lookup(named.table, chosen.get("name", "none"), f"{place}.{field}.name")
