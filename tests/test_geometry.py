@@ -655,7 +655,7 @@ def test_a_probe_ends_once_its_enclosure_is_narrow(problem, trained, operator):
     answer = width.predict_probes(
         geometry.tridiagonals([whole]),
         width.distances(trained.params),
-        geometry.tolerated(problem, (trained.params, {}), widths()["width"][0], "x")[0],
+        geometry.tolerated(problem, (trained.params, {}), widths()["width"][0])[0],
         operator=geometry.OPERATORS[operator],
     )
     assert whole["enclosure"] == pytest.approx(answer.upper - answer.lower)
@@ -686,7 +686,7 @@ def test_an_early_end_counts_directions_without_curvature_as_the_prediction_does
     answer = width.predict_probes(
         geometry.tridiagonals([row]),
         width.distances(trained.params),
-        geometry.tolerated(problem, (trained.params, {}), widths()["width"][0], "x")[0],
+        geometry.tolerated(problem, (trained.params, {}), widths()["width"][0])[0],
         operator="semidefinite",
         zero_share=0.6,
     )
