@@ -412,7 +412,7 @@ def test_noise_on_no_array_is_refused_before_training(problem):
         settings("noise", parameters=".*/kernle").check_network(problem, 1)
     config = tiny.config("fit", "noise", noise=pipeline.stage("noise", parameters=".*/kernle"))
     with pytest.raises(tables.ConfigError, match=r"config.noise.parameters"):
-        pipeline.build(pipeline.check(config)[0])
+        pipeline.build(pipeline.check(config))
 
 
 def test_singular_values_of_the_jacobian(problem, trained):

@@ -177,7 +177,7 @@ WRONG = {
 def test_what_does_not_fit_stops_before_training(mistake):
     fields, message = WRONG[mistake]
     with pytest.raises(tables.ConfigError, match=message):
-        pipeline.build(pipeline.check(tiny.config("fit") | fields)[0])
+        pipeline.build(pipeline.check(tiny.config("fit") | fields))
 
 
 def test_weights_that_are_not_finite_stop_the_next_stage(tmp_path, monkeypatch):

@@ -942,7 +942,7 @@ def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
 
 def test_a_run_interrupted_again_and_again_ends_the_same(tmp_path, monkeypatch):
     config = tiny.config("fit", "cut", "again", "curve", steps_per_call=3, checkpoint_seconds=0.0)
-    problem = pipeline.build(pipeline.check(config)[0])
+    problem = pipeline.build(pipeline.check(config))
     monkeypatch.setattr(pipeline, "build", lambda _: problem)
     expected = pipeline.run(config, tmp_path / "whole")
     for _ in range(8):  # 4 updates of fit, cut, 2 of again, curve

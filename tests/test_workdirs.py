@@ -95,7 +95,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def built_once(whole, monkeypatch):
     """Data and network of the whole run for all readers; the evaluation's own `build`."""
-    problem, build = pipeline.build(pipeline.check(CONFIG)[0]), evaluate.build
+    problem, build = pipeline.build(pipeline.check(CONFIG)), evaluate.build
     monkeypatch.setattr(pipeline, "build", lambda _: problem)
     monkeypatch.setattr(evaluate, "build", lambda *_: problem)
     return build

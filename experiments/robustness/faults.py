@@ -112,7 +112,7 @@ def main() -> None:
     report.write = lambda workdir, *_, **__: (
         workdir
     )  # the page is drawn of the rows that are compared
-    problem = pipeline.build(pipeline.check(CONFIG)[0])
+    problem = pipeline.build(pipeline.check(CONFIG))
     pipeline.build = lambda _: problem
     evaluate.build = lambda *_: problem
 
