@@ -476,11 +476,9 @@ def test_no_stage_begins_with_weights_that_are_not_finite(tmp_path, monkeypatch)
 def test_a_pruned_network_is_not_called_by_the_name_of_the_one_before(names, labels):
     kinds = dict(base="train", tune="train")
     given = dict(base="unpruned", tune="greg1")
-    configs = {name: dict(kind=kinds.get(name, name), label=given.get(name, "")) for name in names}
-    plan = pipeline.Plan(*[None] * len(pipeline.Plan._fields))._replace(
-        pipeline=names, configs=[configs]
-    )
-    assert [pipeline.arm_of(plan, i) for i in range(len(names))] == labels
+    stages = {name: dict(kind=kinds.get(name, name), label=given.get(name, "")) for name in names}
+    config = dict(stages, pipeline=names)
+    assert [pipeline.arm_of(config, i) for i in range(len(names))] == labels
 
 
 # Mistakes -----------------------------------------------------------------------------------------
