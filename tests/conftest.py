@@ -40,11 +40,24 @@ QUICKLY = [  # XLA_FLAGS could not choose per file
 ]
 
 
+@functools.cache
+def is_known(name: str, value: int | bool) -> bool:
+    """Whether this version of XLA has the option; all that it lacks is speed."""
+    import jax  # after the settings above
+
+    try:
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(1.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def compiling(options: list[tuple]):
-    """With these options of the compiler."""
-    from jax._src import compiler  # after the settings above
+    """With these options of the compiler, which no public setting has for all programs."""
+    from jax._src import compiler
 
+    options = [option for option in options if is_known(*option)]
     make = inspect.unwrap(compiler.get_compile_options)
 
     @functools.wraps(make)
