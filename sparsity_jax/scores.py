@@ -514,8 +514,11 @@ def score(
 def _array(leaves: Arrays, path: str, field: str) -> Array:
     """In float32 or wider."""
     if path not in leaves:
-        hint = tables.closest(path, leaves)
-        raise ValueError(f"the statistic {field} has no array {path!r}.{hint}")
+        arrays = ", ".join(leaves)
+        raise ValueError(
+            f"the statistic {field} has no array {path!r}; arrays: {arrays}."
+            f"{tables.closest(path, leaves)}"
+        )
     return trees.widen(leaves[path])
 
 
