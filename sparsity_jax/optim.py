@@ -1003,7 +1003,7 @@ def options(
     *,
     name: str,
     learning_rate: tables.NonNegative = 0.1,
-    schedule: Annotated[dict, tables.Named(SCHEDULES)] = {"name": "keep"},  # noqa: B006 - never changed
+    schedule: Annotated[dict, tables.Named(SCHEDULES)] = {"name": "keep"},  # noqa: B006
     constraint: polytopes.Config = {"name": "unconstrained"},  # noqa: B006
     norms: Literal["per_parameter", "per_shape"] = "per_parameter",
     penalty: Annotated[dict, tables.Named(PENALTIES)] = {"name": "none"},  # noqa: B006

@@ -270,7 +270,7 @@ def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, str,
             missing = {"absent"}
             a, b = first.get(name, missing), second.get(name, missing)
             if a is missing or b is missing:
-                show = lambda x: "absent" if x is missing else json.dumps(x)  # noqa: B023 - used at once
+                show = lambda x: "absent" if x is missing else json.dumps(x)  # noqa: B023
                 found.append((deeper, show(a), show(b)))
             else:
                 found += differences(a, b, deeper)

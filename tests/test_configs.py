@@ -63,10 +63,12 @@ VARIANTS = {
         (),
         *((name,) for name in FLOW.MODELS),
         (
-            "vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10,lr_prune=0.01,moment=0.8,seeds=3,epochs=50",
+            "vgg13,measure=grasp,data=cifar10,ratio=0.5,rounds=5,warmup=10,lr_prune=0.01,"
+            "moment=0.8,seeds=3,epochs=50",
         ),
         (
-            "resnet18,measure=biased_loss_tracked,track_batches=20,alpha=0.7,use_l2=1,preserve_moment=1,temperature=5",
+            "resnet18,measure=biased_loss_tracked,track_batches=20,alpha=0.7,use_l2=1,"
+            "preserve_moment=1,temperature=5",
         ),
         ("mobilenet,thresholds=[10;50;80],branches=separate",),
     ],
@@ -85,7 +87,8 @@ VARIANTS = {
     "sfw_oneshot": [
         (),
         (
-            "lr=0.5,momentum=0.8,weight_decay=1e-4,k=5,k_frac=0.1,tau=30,sfw_init=1,epochs=3,batch_size=64",
+            "lr=0.5,momentum=0.8,weight_decay=1e-4,k=5,k_frac=0.1,tau=30,sfw_init=1,"
+            "epochs=3,batch_size=64",
         ),
         ("optimizer=sgd,scheme=decrease_3,arch=mlp,data=digits",),
         *((f"{key}={value}",) for key, values in CHOICES.items() for value in values),

@@ -62,7 +62,8 @@ def removed(case, j, kernel):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_replayed_weights_give_the_penalties_of_the_original(case):
+# one log of the original, followed event by event
+def test_replayed_weights_give_the_penalties_of_the_original(case):  # noqa: C901, PLR0912, PLR0915
     golden = golden_data.load(GOLDEN)
     names, updates = golden[f"{case}/layer_names"], list(golden[f"{case}/update_iterations"])
     weights = [golden[f"{case}/replay/weight/{j}"] for j in range(len(names))]

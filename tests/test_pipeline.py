@@ -555,8 +555,10 @@ def test_arms_are_one_program_per_optimizer_and_give_the_rows_of_single_runs(tmp
     for arm, label in (("sgd", "SGD"), ("sfw", "sfw")):
         alone = dict(sweep=dict(arms=ARMS, arm=(arm,), seed=(0, 1), mode="loop"))
         single = pipeline.run(config | alone, tmp_path / arm).rows
-        of = lambda rows, seed: [row for row in rows if (row["arm"], row["seed"]) == (label, seed)]  # noqa: B023
-        found = [of(made, 0) + of(made, 1) for made in (rows, single)]
+        found = [
+            [row for seed in (0, 1) for row in made if (row["arm"], row["seed"]) == (label, seed)]
+            for made in (rows, single)
+        ]
         assert len(single) == len(found[0]) == 2 * (2 + 3)
         for a, b in zip(*found, strict=True):
             assert a.keys() == b.keys()
