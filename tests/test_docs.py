@@ -131,8 +131,10 @@ def all_configs() -> list:
 def has_field(config, path: str) -> bool:
     """Whether a config has the field, or its sweep may list values of it."""
     _, swept, field = path.partition("sweep.")
-    if swept and (field in tables.parameters(members.choices) or has_field(config, field)):
+    if swept and (field in ("mode", "members") or has_field(config, field)):
         return True
+    if path == "sweep.arm":
+        path = "sweep.arms"  # of which it names some
     for name in path.split("."):
         if not hasattr(config, "keys") or name not in config:
             return False
