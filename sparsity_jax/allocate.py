@@ -10,6 +10,7 @@
 Magnitude is the score. Whole filters or input channels go by their L1 norm.
 """
 
+import abc
 import fractions
 import math
 from collections.abc import Mapping
@@ -114,7 +115,7 @@ def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) ->
 
 
 @tables.option
-class _OfWeights:
+class _OfWeights(abc.ABC):
     """A selection among single weights; its fields are its options."""
 
     scope: Scope = "kernels"
@@ -144,10 +145,11 @@ class _OfWeights:
     def counts_of(self, chosen: Leaves, ratio: float) -> Any:
         return num_kept(trees.size(chosen), ratio)
 
+    @abc.abstractmethod
     def mask_of(
         self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
     ) -> Leaves:
-        raise NotImplementedError
+        """Masks of the chosen arrays by path."""
 
 
 def _at(chosen: Leaves, tree: PyTree | None) -> Leaves | None:
