@@ -47,8 +47,9 @@ def parse(argv: list[str]) -> list[str]:
     """absl's parser; mistakes in --config and --config.field end in one line instead of a
     traceback.
     """
+    given, sys.argv = sys.argv, without_sweep(argv)  # where the flag --config looks for fields
     try:
-        return flags.FLAGS(without_sweep(argv))
+        return flags.FLAGS(sys.argv)
     except flags.Error as error:  # of the config file or its variant it holds the whole traceback
         sys.exit(
             "error: "
@@ -65,6 +66,8 @@ def parse(argv: list[str]) -> list[str]:
         SyntaxError,
     ) as error:  # the config file itself, or its variant
         sys.exit(f"error: {error}")
+    finally:
+        sys.argv = given  # the command that the run's environment tells
 
 
 def without_sweep(argv: list[str]) -> list[str]:

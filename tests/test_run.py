@@ -303,3 +303,15 @@ def test_a_mistake_ends_the_process_without_a_traceback(tmp_path, whole):
         assert process.returncode not in (0, None)
         assert words in printed
         assert "Traceback" not in printed
+
+
+def test_a_config_without_a_sweep_takes_one_on_the_command_line(tmp_path):
+    """In a process, for the flags of configs read its command line themselves."""
+    command = [sys.executable, "-m", "sparsity_jax.run", "--config.sweep.fit.epochs=3"]
+    command += ["--config", "configs/geometric_limit.py:digits", "--workdir", str(tmp_path / "run")]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert ended.returncode == 1
+    assert "config.sweep.fit.epochs" in ended.stderr
+    assert not (tmp_path / "run").exists()
