@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+Kind = typing.TypeVar("Kind")
 NOT_GIVEN = ...  # no value, for None is one; survives pickling
 
 
@@ -151,7 +152,11 @@ Count = typing.Annotated[int, Range(1, 2**31 - 1)]  # steps and sizes are counte
 Index = typing.Annotated[int, Range(0, 2**31 - 1)]
 Seed = typing.Annotated[int, Range(0, 2**32 - 1)]  # jax makes the same key of larger ones
 
-option = dataclasses.dataclass(frozen=True, kw_only=True)  # a class of options: hashable
+
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+def option(cls: type[Kind]) -> type[Kind]:
+    """A class of options: its fields are passed by name, it never changes and has a hash."""
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ ROOT = pathlib.Path(sparsity_jax.__file__).parent
 # each may import those before it
 NUMERICS = (
     *(
+        "types",
         "stopping",
         "tables",
         "originals",
