@@ -254,7 +254,7 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
     tables.convert(unit, Unit, "unit")
     inside = [path for path in channels.shapes if path.startswith("params/")]
     inside = inside or list(channels.shapes)
-    inputs = channels.traced.inputs
+    _, inputs, _ = channels.signature
     batch = inputs[0].shape[0] if inputs and inputs[0].shape else 1
 
     def parameters(keep: Mapping) -> float:
@@ -262,16 +262,16 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
         return float(sum(shapes[path].size for path in inside))
 
     def products(keep: Mapping) -> float:
-        alive = channels.traced.alive(keep)
+        alive = channels.alive(keep)
 
         def price(eqn: Any, program: Program, path: Path) -> Flops:
             if eqn.primitive.name not in walk.PRODUCTS:
                 return NOTHING
             variables = (*eqn.invars, *eqn.outvars)
-            first, second, out = (alive.shape(program.value(var)) for var in variables)
+            first, second, out = map(alive.shape, program.known(variables))
             return NOTHING._replace(products=_product(eqn, first, second, out, True))
 
-        return _total(channels.traced.analysis.program, price).products / batch
+        return _total(channels.walked.program, price).products / batch
 
     return parameters if unit == "parameters" else products
 
