@@ -4,7 +4,7 @@ on the host.
     plan = budgets.schedule("gradient_flow", ratio=0.75, num_rounds=25)
     keep = budgets.select(scores, plan.ratios[0])                    # the least important go
     keep = budgets.select(new_scores, plan.ratios[1], alive=keep)    # removed stays removed
-    keep = budgets.select_by_rule(scores, ((r"stage[12]/.*", 0.5), (r".*", 0.0)))
+    keep = budgets.select_to_counts(scores, {"conv1": 12, "conv2": 24})
     keep = budgets.select_to_cost(scores, flops, 0.5 * dense)        # flops(keep) -> number
     keep = budgets.round_to_multiple(keep, scores, 8)
 
@@ -24,7 +24,7 @@ Source: Lubana & Dick 2021, arXiv:2009.11839, and its published code.
 
 import bisect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -199,24 +199,6 @@ def select(
     return ranking.without_first(int(np.searchsorted(removed, wanted, side="right")))
 
 
-def select_by_rule(
-    scores: Scores, rules: Sequence[tuple[str, float]], **limits: Unpack[Limits]
-) -> Keep:
-    """Removes floor(ratio * n) of the n channels alive in every layer, the least important; `ratio`
-    by rule.
-
-    rules: pairs of a regular expression and a ratio, the first that matches the whole name decides;
-    see `trees.match_rules`. Raises ValueError for a layer whose minimum kept leaves fewer to
-    remove, ConfigError for rules.
-    """
-    living = _row(scores, limits.get("alive")).living()
-    counts = {}
-    for name, ratio in trees.match_rules(dict.fromkeys(scores, 0), rules).items():
-        share = _number(ratio, tables.Fraction, "ratio")
-        counts[name] = living[name] - masks.count_of(share, living[name], "floor")
-    return select_to_counts(scores, counts, **limits)
-
-
 def select_to_counts(scores: Scores, counts: Counts, **limits: Unpack[Limits]) -> Keep:
     """Removes the least important channels of every layer until `counts[name]` are left, or none if
     fewer are.
@@ -308,24 +290,23 @@ def round_to_multiple(
 class _Row(NamedTuple):
     """The channels of all layers in one row, by sorted names."""
 
-    sizes: dict[str, int]  # of the layers, in the caller's order
+    names: list[str]  # of the layers, in the caller's order
     layer: np.ndarray  # int [channels]: the number of its layer
     score: np.ndarray  # float64
     alive: np.ndarray  # bool
 
     def living(self) -> dict[str, int]:
         """How many channels of each layer are alive, by sorted names."""
-        counts = np.bincount(self.layer, self.alive)
-        return {name: int(count) for name, count in zip(sorted(self.sizes), counts)}
+        return dict(zip(sorted(self.names), np.bincount(self.layer, self.alive).astype(int)))
 
     def spread(self, values: Mapping[str, Any]) -> np.ndarray:
         """The value of its layer, for each channel."""
-        return np.array([values[name] for name in sorted(self.sizes)])[self.layer]
+        return np.array([values[name] for name in sorted(self.names)])[self.layer]
 
     def split(self, row: np.ndarray) -> Keep:
         """Entries of a row, by name of layer."""
-        number = {name: i for i, name in enumerate(sorted(self.sizes))}
-        return {name: row[self.layer == number[name]] for name in self.sizes}
+        number = sorted(self.names).index
+        return {name: row[self.layer == number(name)] for name in self.names}
 
     def rank(self, *keys: np.ndarray) -> np.ndarray:
         """The place of each channel in its layer by `keys`, the last first; ties by index."""
@@ -376,25 +357,19 @@ def _rank(
 
 def _row(scores: Scores, alive: Scores | None, what: str = "alive") -> _Row:
     """Raises ValueError for what does not fit together."""
-    arrays = {name: np.asarray(scores[name], np.float64) for name in scores}
     if alive is None:
-        alive = {name: np.ones(array.shape, bool) for name, array in arrays.items()}
-    if not scores or set(alive) != set(scores):
-        different = sorted(set(alive) ^ set(scores))
+        alive = {name: np.ones(np.shape(scores[name]), bool) for name in scores}
+    if not scores or alive.keys() != scores.keys():
+        different = sorted(alive.keys() ^ scores.keys())
         raise ValueError(
             f"scores have {len(scores)} layers, {what} {len(alive)}, not both have {different[:5]}."
         )
-    lives = {name: np.asarray(alive[name]) for name in arrays}
-    for name, array in arrays.items():
-        _check_layer(name, array, lives[name], what)
-    names = sorted(arrays)
-    sizes = [arrays[name].size for name in names]
-    return _Row(
-        {name: array.size for name, array in arrays.items()},
-        np.repeat(np.arange(len(names)), sizes),
-        np.concatenate([arrays[name] for name in names]),
-        np.concatenate([lives[name] for name in names]),
-    )
+    layers = []
+    for i, name in enumerate(sorted(scores)):
+        score, lives = np.asarray(scores[name], np.float64), np.asarray(alive[name])
+        _check_layer(name, score, lives, what)
+        layers.append((np.full(score.size, i), score, lives))
+    return _Row(list(scores), *map(np.concatenate, zip(*layers)))
 
 
 def _check_layer(name: str, scores: np.ndarray, alive: np.ndarray, what: str) -> None:

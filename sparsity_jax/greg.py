@@ -210,7 +210,7 @@ def _for_speedup(problem: Problem, target: float, eligible: set[str]) -> Table:
         by_path = {f"params/{path}": ratio for path, ratio in table.items()}
         return price(ratios.keep_of(channels, by_path))
 
-    return dict(ratios.for_speedup(flops, target, even).table)
+    return ratios.for_speedup(flops, target, even)
 
 
 def kernels_of(problem: Problem) -> list[str]:

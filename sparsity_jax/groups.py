@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,7 +29,6 @@ from sparsity_jax.types import Arrays, Fields, PyTree
 
 Struct = jax.ShapeDtypeStruct
 Structs = dict[str, Struct]  # by path
-Sums = Literal["allow", "freeze"]
 Branches = Literal["tied", "separate"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
 ROLES = ("producer", "depthwise", "consumer", "other")  # a group is named after the first
@@ -74,7 +74,7 @@ class Channels(NamedTuple):
     atoms: Arrays  # label of every channel, by name of group
     signature: tuple  # of the arguments it was traced for
     results: Any  # their tree
-    options: dict[str, str]
+    branches: Branches
 
     @property
     def names(self) -> list[str]:
@@ -94,30 +94,22 @@ class Channels(NamedTuple):
 
 
 def trace(
-    apply: Callable,
-    variables: PyTree,
-    *inputs: PyTree,
-    sums: Sums = "allow",
-    branches: Branches = "tied",
+    apply: Callable, variables: PyTree, *inputs: PyTree, branches: Branches = "tied"
 ) -> Channels:
     """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode.
 
     variables, inputs: arrays or shape structs; nothing is computed. Axes of inputs and results are
     never removed, nor are integer arrays.
-    sums: `freeze` keeps axes whole that are summed up without weights (the width of a layer norm):
-    a module built anew at the smaller width would divide by another number. `elastic` runs the
-    traced program, for which `allow` is exact.
     branches: `separate` lets the two sides of a skip connection be masked one by one, as the
     gradient-flow original does; such channels cannot be compacted.
     Raises TypeError for an apply that cannot be traced and for variables that are no arrays.
     """
-    tables.convert(sums, Sums, "sums")
     tables.convert(branches, Branches, "branches")
-    return _traced(apply, variables, inputs, dict(sums=sums, branches=branches))
+    return _traced(apply, variables, inputs, branches)
 
 
 def _traced(
-    apply: Callable, variables: PyTree, inputs: tuple, options: dict[str, str], state: str = ""
+    apply: Callable, variables: PyTree, inputs: tuple, branches: Branches, state: str = ""
 ) -> Channels:
     """state: see `elastic`."""
     leaves = trees.named_leaves(variables)
@@ -144,12 +136,12 @@ def _traced(
     paths = list(leaves)
     carried = _carried(result, paths, state) if state else {}
     inputs_only = range(len(paths), len(closed.jaxpr.invars))
-    walked = walk.analyse(closed, inputs_only, carried=carried, **options)
+    walked = walk.analyse(closed, inputs_only, branches=branches, carried=carried)
     groups, atoms = _groups(walked, paths)
     frozen = list(_frozen(walked, paths, groups))
     shapes = {path: _struct(leaf) for path, leaf in leaves.items()}
     signature, results = _signature(variables, inputs), jax.tree.structure(result)
-    return Channels(groups, frozen, shapes, apply, walked, atoms, signature, results, options)
+    return Channels(groups, frozen, shapes, apply, walked, atoms, signature, results, branches)
 
 
 def _carried(result: PyTree, paths: list[str], state: str) -> dict[int, int]:
@@ -186,7 +178,6 @@ def _groups(walked: walk.Walk, paths: list[str]) -> tuple[dict[str, Group], Arra
 
     Groups and their members are in the order in which the program uses them.
     """
-    used = set(walked.used.numbers)
     entries = _entries(walked, len(paths))
     marks: dict[int, set] = {}
     for label, mark in walked.labels.marks():
@@ -196,19 +187,19 @@ def _groups(walked: walk.Walk, paths: list[str]) -> tuple[dict[str, Group], Arra
         copies = tuple((place, len(positions)) for place, positions in places.items())
         marked = frozenset(marks.get(label, ()))
         alike.setdefault((copies, marked), []).append(label)
+    used = set(walked.used.numbers)
     groups: dict[str, Group] = {}
     atoms = {}
-    for (copies, _), labels in alike.items():
-        places = [place for place, _ in copies]
-        if len(labels) < 2 or used.isdisjoint(number for number, _ in places):
+    for labels in alike.values():
+        first = entries[labels[0]]
+        if len(labels) < 2 or used.isdisjoint(number for number, _ in first):
             continue
         members = []
-        for place in places:
+        for place in first:
             index = np.array([entries[label][place] for label in labels])
             role = walked.roles.get(place, "other")
-            number, axis = place
-            member = Member(paths[number], axis, index, role, place in walked.exposed)
-            members.append(member)
+            path, axis = paths[place[0]], place[1]
+            members.append(Member(path, axis, index, role, place in walked.exposed))
         name = next(name for name in _names(members, paths) if name not in groups)
         groups[name] = Group(name, len(labels), tuple(members))
         atoms[name] = np.array(labels)
@@ -220,15 +211,14 @@ def _entries(walked: walk.Walk, num_variables: int) -> dict[int, dict[Place, lis
 
     Labels and places are in order of use, unused ones last.
     """
-    labels = walked.labels
     entries: dict[int, dict[Place, list[int]]] = {}
     for i in dict.fromkeys((*walked.used.numbers, *range(num_variables))):
         if i >= num_variables:
             continue
         for a, axis in enumerate(walked.inputs[i].axes):
-            roots = labels.find(axis.labels)
-            for position in np.flatnonzero(roots).tolist():
-                for label in labels.parts(int(roots[position])):
+            roots = walked.labels.find(axis.labels).tolist()
+            for position, root in enumerate(roots):
+                for label in walked.labels.parts(root):
                     places = entries.setdefault(label, {})
                     places.setdefault((i, a), []).append(position)
     return entries
@@ -333,13 +323,15 @@ def owners(tree: PyTree, channels: Channels) -> dict[str, str]:
 
 
 def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
-    whole = {path: [path] for path in variables}
-    rest: dict[str, list[str]] = {}
-    for path in whole:
-        rest.setdefault(path.partition("/")[2], []).append(path)
+    known: dict[str, list[str]] = {}
+    for path in variables:
+        known.setdefault(path.partition("/")[2], []).append(path)
+    known |= {path: [path] for path in variables}
     result = {}
     for path in paths:
-        fitting = _fitting(path, whole) or _fitting(path, rest)
+        parts = path.split("/")
+        ends = ["/".join(parts[i:]) for i in range(len(parts))]
+        fitting = next((known[end] for end in ends if end in known), [])
         if len(fitting) > 1:
             several = " or ".join(fitting)
             told = "give a tree with the paths of the variables"
@@ -347,13 +339,6 @@ def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
         if fitting:
             result[path] = fitting[0]
     return result
-
-
-def _fitting(path: str, known: Mapping[str, list[str]]) -> list[str]:
-    """What is known of the longest end of the path of which anything is."""
-    parts = path.split("/")
-    ends = ["/".join(parts[i:]) for i in range(len(parts))]
-    return next((known[end] for end in ends if end in known), [])
 
 
 def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
@@ -379,7 +364,7 @@ def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
 
 
 def _check_shape(path: str, leaf: Any, expected: Struct, what: str) -> None:
-    given = None if leaf is None else jnp.shape(leaf)
+    given = None if leaf is None else np.shape(leaf)
     if given != expected.shape:
         told = f"the {what} variables have {expected.shape} there"
         raise ValueError(f"{path} has shape {given}; {told}.")
@@ -415,7 +400,7 @@ def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
 
 
 def _check_tied(channels: Channels) -> None:
-    if channels.options["branches"] == "separate":
+    if channels.branches == "separate":
         told = "mask them; only tied ones can be compacted"
         raise ValueError(f"channels were traced with branches='separate': {told}.")
 
@@ -425,7 +410,7 @@ def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> Py
     alive = _alive(channels, keep)
     grouped = {path for path, _ in alive}
     owned = owners(tree, channels)
-    arrays = [path for path, leaf in trees.named_leaves(tree).items() if jnp.ndim(leaf)]
+    arrays = [path for path, leaf in trees.named_leaves(tree).items() if np.ndim(leaf)]
     if arrays and not owned:
         told = f"it has {arrays[:3]}, they have {list(channels.shapes)[:3]}"
         raise ValueError(f"no array of the tree belongs to the traced variables; {told}.")
@@ -435,7 +420,7 @@ def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> Py
         if owner not in grouped:
             return leaf
         _check_shape(path, leaf, channels.shapes[owner], "traced")
-        for axis in range(jnp.ndim(leaf)):
+        for axis in range(np.ndim(leaf)):
             if (owner, axis) in alive:
                 leaf = function(leaf, axis, alive[owner, axis])
         return leaf
@@ -445,13 +430,13 @@ def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> Py
 
 def compact_shapes(channels: Channels, keep: Keep) -> Structs:
     """Shapes of the compact variables, by path."""
-    sizes = {path: list(full.shape) for path, full in channels.shapes.items()}
-    for (path, axis), kept in _alive(channels, _known(channels, keep)).items():
-        sizes[path][axis] = int(kept.sum())
-    shapes = {}
-    for path, full in channels.shapes.items():
-        shapes[path] = Struct(tuple(sizes[path]), full.dtype)
-    return shapes
+
+    def cut(struct: Struct, axis: int, kept: Any) -> Struct:
+        shape = list(struct.shape)
+        shape[axis] = int(kept.sum())
+        return Struct(tuple(shape), struct.dtype)
+
+    return _map(cut, channels.shapes, channels, _known(channels, keep))
 
 
 # Smaller programs --------------------------------------------------------------------------------
@@ -504,7 +489,7 @@ def _anew(
     leaves, tree = jax.tree.flatten(variables)
     pairs = zip(channels.shapes.values(), leaves, strict=True)
     full = [Struct(traced.shape, leaf.dtype) for traced, leaf in pairs]
-    again = _traced(apply, jax.tree.unflatten(tree, full), inputs, channels.options, state)
+    again = _traced(apply, jax.tree.unflatten(tree, full), inputs, channels.branches, state)
     if _content(again) != _content(channels):
         raise ValueError("this function has other channel groups here: trace it anew.")
     return again
@@ -558,18 +543,12 @@ def check(
     masked = jax.jit(anew)(mask(variables, channels, keep), *inputs)
     small = compact(variables, channels, keep)
     compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
-    first, second = _entries_of(masked), _entries_of(compacted)
+    flat = [jax.flatten_util.ravel_pytree(tree)[0] for tree in (masked, compacted)]
+    first, second = np.asarray(flat, complex)
     differ = first != second  # infinities may be equal
     worst = np.max(np.abs(first[differ] - second[differ]), initial=0.0)
     scale = np.max(np.abs(first[np.isfinite(first)]), initial=0.0)
     return float(worst / scale if scale else worst)
-
-
-def _entries_of(tree: PyTree) -> np.ndarray:
-    """All entries, in a type that no other exceeds."""
-    leaves = list(map(np.asarray, jax.tree.leaves(tree)))
-    kind = float if all(map(np.isrealobj, leaves)) else complex
-    return np.concatenate([leaf.ravel().astype(kind) for leaf in leaves])
 
 
 # What the analysis says --------------------------------------------------------------------------

@@ -6,7 +6,7 @@ target speed-up.
     table = ratios.parse("[0-4:0.5, 7-10:0.2]", layers)     # others: ranges of layers
     table = ratios.parse(((".*/conv1/kernel", 0.5), (".*", 0.0)), layers)
     price = cost.of_channels(channels, "flops")             # channels: groups.trace found
-    found = ratios.for_speedup(lambda table: price(ratios.keep_of(channels, table)), 2.55, table)
+    table = ratios.for_speedup(lambda table: price(ratios.keep_of(channels, table)), 2.55, table)
 
 A table maps the path of every kernel to the share of its filters, channels or weights that goes: 0
 <= ratio < 1, or `gap`: those below the largest gap between the scores.
@@ -330,7 +330,8 @@ def kept_groups(
         if mask.ndim > 1 and not of_weights:
             axes = kernels.axes({path: mask}, [path], layout=layout)[path]
             own = axes.outputs if granularity == "filter" else axes.inputs
-            mask = mask.any(tuple(axis for axis in range(mask.ndim) if axis not in own))
+            others = tuple(axis for axis in range(mask.ndim) if axis not in own)
+            mask = np.asarray(mask.any(others))
         result[path] = mask
     return result
 
@@ -386,7 +387,8 @@ def keep_of(
         unused.discard(member.path)
         if ratios.setdefault(name, ratio) != ratio:
             raise ValueError(f"the channels {name!r} belong to layers with different ratios.")
-    for path in unused:
+    if unused:
+        path = min(unused)
         raise ValueError(f"no {granularity} of {path!r} can be removed; its ratio must be 0.")
     keep = {}
     for name, size in channels.sizes.items():
@@ -394,25 +396,15 @@ def keep_of(
     return keep
 
 
-class Speedup(NamedTuple):
-    """table: the ratios. factor: of the table that was asked for. speedup: price of the dense
-    network over theirs.
-    """
-
-    table: dict[str, float]
-    factor: float
-    speedup: float
-
-
 def for_speedup(
     price: Callable[[dict[str, float]], float],
     target: float,
     table: Mapping[str, float],
     *,
-    highest: tables.Share = 0.99,
-    steps: tables.Count = 10_000,
-) -> Speedup:
-    """The smallest factor of `table` whose ratios cost at most 1 / `target` of the dense network.
+    highest: float = 0.99,
+    steps: int = 10_000,
+) -> dict[str, float]:
+    """`table` times the smallest factor at which it costs 1 / `target` of the dense one, or less.
 
     price: of a table, e.g. FLOPs; it must not rise with any ratio and is called about log2(steps)
     times. table: the proportions between layers, e.g. 1 for each to have one ratio for all; 0 stays
@@ -420,8 +412,6 @@ def for_speedup(
     whole: the speed-up reached is the least one not below the target. Raises ValueError if even the
     highest ratios do not reach the target, naming what they do.
     """
-    tables.convert(highest, tables.Share, "highest")
-    tables.convert(steps, tables.Count, "steps")
     if not target >= 1:
         raise ValueError(f"target is {target}; allowed: 1 and above.")
     if any(ratio < 0 for ratio in table.values()) or not any(table.values()):
@@ -442,4 +432,4 @@ def for_speedup(
             f"a speed-up of {target} cannot be reached; ratios of {highest} give at most "
             f"{speedup(most):.4g}. Prune more layers or use a larger `highest`."
         )
-    return Speedup(scaled(number), number / steps, speedup(number))
+    return scaled(number)

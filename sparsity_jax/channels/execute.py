@@ -1,8 +1,8 @@
 """A walked program run without its removed entries: same equations, smaller arrays.
 
 Most equations take their sizes from their operands. `RESIZES` has those with sizes among their
-parameters, `RUNS` those with jaxprs inside, and `DRAWS` those that run at the full size and are
-then cut.
+parameters, `RUNS` those with jaxprs inside that are more than a call, and `DRAWS` those that run at
+the full size and are then cut.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 
 from sparsity_jax.channels.labels import Labels
 from sparsity_jax.channels.values import Axis, Program, Value, is_literal, nowhere_zero
-from sparsity_jax.channels.walk import Walk, loop_operands
+from sparsity_jax.channels.walk import INNER, Walk, loop_operands
 from sparsity_jax.types import Fields, Shape
 
 Arrays = Sequence[Any]
@@ -59,7 +59,7 @@ def run(alive: Alive, program: Program, *arrays: Any) -> list[Any]:
     jaxpr = program.jaxpr
     consts = map(alive.cut, program.consts, program.known(jaxpr.constvars))
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arrays), strict=True))
-    last = {}
+    last: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
         last |= dict.fromkeys(_variables(eqn.invars), eqn)
     for eqn, inner in program.equations():
@@ -84,8 +84,8 @@ def _run_equation(
     alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: list[Program]
 ) -> Arrays:
     name, params = eqn.primitive.name, eqn.params
-    if name in RUNS:
-        return RUNS[name](alive, eqn, ins, inner)
+    if name in INNER:
+        return RUNS.get(name, _run_call)(alive, eqn, ins, inner)
     results = program.known(eqn.outvars)
     if name in RESIZES:
         sizes = Sizes(alive, params, program.known(eqn.invars), results)
@@ -218,33 +218,6 @@ def _run_cond(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arra
 # Functions with a hand-written derivative --------------------------------------------------------
 
 
-class _Custom:
-    """An equation that brings its own derivative.
-
-    operands, results: what is known of them. moving: numbers of the operands that it may be
-    differentiated by; steep: of the results that have a derivative.
-    """
-
-    def __init__(self, eqn: Any, program: Program):
-        first = eqn.params["num_consts"]
-        self.eqn = eqn
-        self.moving = [i for i in _inexact(eqn.invars) if i >= first]
-        self.steep = _inexact(eqn.outvars)
-        operands = program.known(program.jaxpr.invars)
-        self.operands = [value._replace(constant=None) for value in operands]
-        self.results = program.known(program.jaxpr.outvars)
-
-    def at(self, primals: Arrays) -> Callable:
-        """The equation at full size, as a function of the operands that move."""
-        primitive = self.eqn.primitive
-        params = primitive.get_bind_params(self.eqn.params)
-
-        def function(*moved: Any) -> Any:
-            return primitive.bind(*_put(primals, self.moving, moved), **params)
-
-        return function
-
-
 def _inexact(variables: Sequence[Any]) -> list[int]:
     """Numbers of those with a fraction."""
     dtypes = [var.aval.dtype for var in variables]
@@ -282,7 +255,7 @@ def _beside(
     walk = Walk(alive.labels.copy())
     program = walk.closed(jax.make_jaxpr(function)(*structs), known)
     for value, other in zip(walk.results(program), wanted, strict=True):
-        walk.tie_all(value, other)
+        walk.tie(value, other)
     inside = Alive(walk.labels, alive.removed)
     for value in (*known, *wanted):
         if inside.shape(value) != alive.shape(value):
@@ -294,64 +267,61 @@ def _beside(
     return run(inside, program, *arrays)
 
 
-def _run_custom_jvp(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    """The function with its own derivative: relu has slope 0 at 0, which max(x, 0) has not."""
-    custom = _Custom(eqn, *inner)
-    moving, steep = custom.moving, custom.steep
-    function = jax.custom_jvp(functools.partial(run, alive, *inner))
+def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
+    """The function with its own derivative: relu has slope 0 at 0, which max(x, 0) has not, and a
+    straight-through rounding slope 1. The derivative evaluates the function anew."""
+    (program,) = inner
+    primitive, count = eqn.primitive, len(ins)
+    moving, steep = _inexact(eqn.invars), _inexact(eqn.outvars)
+    operands = program.known(program.jaxpr.invars)
+    operands = [value._replace(constant=None) for value in operands]
+    results = program.known(program.jaxpr.outvars)
 
-    def outs_and_slopes(*arrays: Any) -> list[Any]:
-        primals, tangents = arrays[: len(ins)], list(arrays[len(ins) :])
-        outs, slopes = jax.jvp(custom.at(primals), _take(primals, moving), tangents)
+    def at_full_size(primals: Arrays) -> tuple:
+        """The equation as a function of the operands with a fraction; these."""
+        params = primitive.get_bind_params(eqn.params)
+        whole = lambda *moved: primitive.bind(*_put(primals, moving, moved), **params)
+        return whole, *_take(primals, moving)
+
+    def push(*arrays: Any) -> list[Any]:
+        whole, *moved = at_full_size(arrays[:count])
+        outs, slopes = jax.jvp(whole, moved, list(arrays[count:]))
         return [*outs, *_take(slopes, steep)]
 
-    @function.defjvp
+    def pull(*arrays: Any) -> tuple:
+        outs, pulled = jax.vjp(*at_full_size(arrays[:count]))
+        return pulled(_put(_flat(outs), steep, arrays[count:]))
+
     def derivative(primals: tuple, tangents: tuple) -> tuple[list, list]:
-        known = custom.operands + _take(custom.operands, moving)
-        wanted = custom.results + _take(custom.results, steep)
-        arrays = [*primals, *_take(tangents, moving)]
-        both = _beside(alive, outs_and_slopes, known, wanted, arrays)
-        count = len(custom.results)
-        outs = both[:count]
-        return outs, _put(_flat(outs), steep, both[count:])
-
-    return function(*ins)
-
-
-def _run_custom_vjp(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    """The function with its own backward rule, which evaluates it anew: a straight-through rounding
-    has slope 1."""
-    custom = _Custom(eqn, *inner)
-    moving, steep = custom.moving, custom.steep
-    function = jax.custom_vjp(functools.partial(run, alive, *inner))
-
-    def pulled(*arrays: Any) -> tuple:
-        primals, slopes = arrays[: len(ins)], arrays[len(ins) :]
-        outs, pull = jax.vjp(custom.at(primals), *_take(primals, moving))
-        return pull(_put(_flat(outs), steep, slopes))
+        known = operands + _take(operands, moving)
+        wanted = results + _take(results, steep)
+        both = _beside(alive, push, known, wanted, [*primals, *_take(tangents, moving)])
+        outs = both[: len(results)]
+        return outs, _put(_flat(outs), steep, both[len(results) :])
 
     def forward(*primals: Any) -> tuple[Any, tuple]:
         return function(*primals), primals
 
     def backward(primals: tuple, slopes: list) -> tuple:
         # Slopes along removed channels need not be zero, even if the entries are.
-        results = map(nowhere_zero, _take(custom.results, steep))
-        wanted = _take(custom.operands, moving)
-        arrays = [*primals, *_take(slopes, steep)]
-        pulls = _beside(alive, pulled, [*custom.operands, *results], wanted, arrays)
-        return tuple(_put([None] * len(primals), moving, pulls))
+        known = [*operands, *map(nowhere_zero, _take(results, steep))]
+        wanted = _take(operands, moving)
+        pulled = _beside(alive, pull, known, wanted, [*primals, *_take(slopes, steep)])
+        return tuple(_put([None] * count, moving, pulled))
 
-    function.defvjp(forward, backward)
+    function: Any = functools.partial(run, alive, program)
+    if primitive.name == "custom_jvp_call":
+        function = jax.custom_jvp(function)
+        function.defjvp(derivative)
+    else:
+        function = jax.custom_vjp(function)
+        function.defvjp(forward, backward)
     return function(*ins)
 
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
-_REMATS = ("remat", "remat2", "checkpoint")
 RUNS: dict[str, Callable] = {
-    **dict.fromkeys(_CALLS, _run_call),
-    **dict.fromkeys(_REMATS, _run_remat),
-    "custom_jvp_call": _run_custom_jvp,
-    "custom_vjp_call": _run_custom_vjp,
+    **dict.fromkeys(("remat", "remat2", "checkpoint"), _run_remat),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _run_custom),
     "scan": _run_scan,
     "while": _run_while,
     "cond": _run_cond,

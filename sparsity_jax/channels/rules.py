@@ -39,7 +39,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def unknown(walk: Walk, eqn: Any, ins: Values) -> Values:
     """Whatever is not understood keeps its arrays whole."""
     for value in ins:
-        walk.freeze_all(value.axes, "is not known to the analysis")
+        walk.freeze(value, "is not known to the analysis")
     return [whole(var.aval) for var in eqn.outvars]
 
 
@@ -75,20 +75,20 @@ def elementwise(zero: Zero, *, cases: int = 0) -> Rule:
         for d, size in enumerate(shape_of(eqn)):
             varying, operands = [], []
             for value in ins:
-                flag = value.constant == 0
+                operand = Operand(value.constant == 0, value.constant)
                 if value.axes and value.axes[d].size == size:
                     varying.append(value.axes[d])
-                    flag = value.axes[d].zero
-                operands.append(Operand(flag, value.constant))
-            result = _joined(walk, varying)
+                    operand = operand._replace(zero=value.axes[d].zero)
+                operands.append(operand)
+            axis = _joined(walk, varying)
             flag = zero(operands[cases:])
             if flag is None:
                 reason = "divides by, or takes the logarithm of, entries that are zero when removed"
-                walk.freeze(result, reason)
+                walk.freeze(axis, reason)
             origin = next((axis.origin for axis in varying if axis.origin), ())
-            axes.append(Axis(result.labels, bool(flag), origin))
+            axes.append(Axis(axis.labels, bool(flag), origin))
         constant = ins[0].constant if eqn.primitive.name in KEEPS_CONSTANTS else None
-        result = Value(tuple(axes), constant)
+        result = Value(axes, constant)
         return [result] * len(eqn.outvars)
 
     return apply
@@ -231,9 +231,7 @@ def _unstack(walk: Walk, eqn: Any, ins: Values) -> Values:
 
 @rule("broadcast_in_dim")
 def _broadcast(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, *sizes = ins
-    for size in sizes:  # of a dynamic shape
-        walk.freeze_all(size.axes, "sets a shape")
+    (x,) = ins
     kept = dict(zip(eqn.params["broadcast_dimensions"], x.axes))
     axes = []
     for d, size in enumerate(shape_of(eqn)):
@@ -241,7 +239,7 @@ def _broadcast(walk: Walk, eqn: Any, ins: Values) -> Values:
         if axis is None or axis.size != size:
             axis = walk.new(size, x.constant == 0)
         axes.append(axis)
-    return [Value(tuple(axes), x.constant)]
+    return [Value(axes, x.constant)]
 
 
 @rule("reshape")
@@ -257,9 +255,10 @@ def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
             continue
         merged = walk.labels.merge([axis.labels for axis in before])
         sizes = [shape[d] for d in new]
-        for d, labels in zip(new, walk.labels.split(merged, sizes, ("split", id(eqn)))):
+        parts = walk.labels.split(merged, sizes, ("split", id(eqn)))
+        for d, labels in zip(new, parts, strict=True):
             axes[d] = Axis(labels, zero)
-    return [Value(tuple(axes), x.constant)]
+    return [Value(axes, x.constant)]
 
 
 def blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
@@ -293,14 +292,14 @@ def _concatenate(walk: Walk, eqn: Any, ins: Values) -> Values:
             axis = _joined(walk, parts)
         origin = tuple(place for axis in parts for place in axis.origin)
         axes.append(axis._replace(origin=origin))
-    return [Value(tuple(axes))]
+    return [Value(axes)]
 
 
 @rule("stack")
 def _stack(walk: Walk, eqn: Any, ins: Values) -> Values:
     axes = [_joined(walk, parts) for parts in zip(*(value.axes for value in ins))]
     axes.insert(eqn.params["axis"], Axis(fixed(len(ins)), False))
-    return [Value(tuple(axes))]
+    return [Value(axes)]
 
 
 @rule("rev")
@@ -366,7 +365,7 @@ def _pad(walk: Walk, eqn: Any, ins: Values) -> Values:
             before, after = walk.labels.fresh(low), walk.labels.fresh(high)
             labels = np.concatenate([before, axis.labels, after])
         axes.append(Axis(labels, axis.zero and clean, axis.origin))
-    return [Value(tuple(axes))]
+    return [Value(axes)]
 
 
 # Products ----------------------------------------------------------------------------------------
@@ -386,7 +385,7 @@ def _dot(walk: Walk, eqn: Any, ins: Values) -> Values:
     for axis in free:
         walk.role(axis, "producer")
         axes.append(Axis(axis.labels, axis.zero))
-    return [Value(tuple(axes))]
+    return [Value(axes)]
 
 
 @rule("conv_general_dilated")
@@ -397,7 +396,8 @@ def _convolve(walk: Walk, eqn: Any, ins: Values) -> Values:
         return unknown(walk, eqn, ins)
     batch, features, *space = x.pick(spec.lhs_spec).axes
     outputs, inputs, *window = kernel.pick(spec.rhs_spec).axes
-    walk.freeze_all([*space, *window], "is a convolution's space")
+    for axis in (*space, *window):
+        walk.freeze(axis, "is a convolution's space")
     for axis in window:
         walk.role(axis, "window")
     summed = features
@@ -432,15 +432,13 @@ def _grouped(walk: Walk, eqn: Any, axis: Axis, number: int) -> list[Axis]:
 @rule("reduce_xor", "argmax", "argmin")
 def _reduce(walk: Walk, eqn: Any, ins: Values) -> Values:
     sums, gone = eqn.primitive.name == "reduce_sum", eqn.params["axes"]
-    outs = []
+    outs: Values = []
     for x in ins[: len(eqn.outvars)]:
         for axis in x.pick(gone).axes:
             if not sums:
                 walk.freeze(axis, "looks for the largest, smallest or a product")
             elif not axis.zero:
                 walk.freeze(axis, "sums over entries that are not zero when removed")
-            elif walk.freezes_sums:
-                walk.freeze(axis, "sums over all entries")
         out = x.drop(gone)._replace(constant=None)
         if 0 in x.shape and not sums:  # the largest of nothing is not zero
             out = nowhere_zero(out)
@@ -457,7 +455,7 @@ def passing(walk: Walk, eqn: Any, x: Value, stopped: Container[int], reason: str
             walk.freeze(axis, reason)
             axis = axis._replace(labels=fixed(size))
         axes.append(axis)
-    return Value(tuple(axes))
+    return Value(axes)
 
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
@@ -488,7 +486,7 @@ def _cumulative(walk: Walk, eqn: Any, ins: Values) -> Values:
 def _sort(walk: Walk, eqn: Any, ins: Values) -> Values:
     outs = []
     for x in ins:
-        walk.tie_all(ins[0], x)
+        walk.tie(ins[0], x)
         outs.append(passing(walk, eqn, x, [eqn.params["dimension"]], "sorts along it"))
     return outs if len(ins) == 1 else list(map(nowhere_zero, outs))
 
@@ -506,22 +504,20 @@ def _iota(walk: Walk, eqn: Any, ins: Values) -> Values:
 @rule("random_bits")
 def _random_bits(walk: Walk, eqn: Any, ins: Values) -> Values:
     for value in ins:
-        walk.freeze_all(value.axes, "is a random key")
+        walk.freeze(value, "is a random key")
     value = walk.filled(shape_of(eqn), None)
     keys = len(value.axes) - len(eqn.params["shape"])
-    for axis in value.axes[:keys]:
-        walk.labels.freeze(axis.labels)
+    walk.labels.freeze(value.pick(range(keys)).labels)
     return [value]
 
 
 @rule("gather")
 def _gather(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, index = ins
-    walk.freeze_all(index.axes, "is an index")
+    walk.freeze(index, "is an index")
     numbers = eqn.params["dimension_numbers"]
     fills = eqn.params.get("fill_value") not in (None, 0)  # what an index outside gives
-    batching = getattr(numbers, "operand_batching_dims", ())
-    removed = {*numbers.collapsed_slice_dims, *batching}
+    removed = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     positions = iter(numbers.offset_dims)
     result = whole(eqn.outvars[0].aval)
     for d, (axis, size) in enumerate(zip(x.axes, eqn.params["slice_sizes"], strict=True)):
@@ -558,4 +554,4 @@ def _update_slice(walk: Walk, eqn: Any, ins: Values) -> Values:
         else:
             walk.tie(axis, written)
         axes.append(Axis(axis.labels, axis.zero and written.zero))
-    return [Value(tuple(axes))]
+    return [Value(axes)]

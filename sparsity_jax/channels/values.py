@@ -27,7 +27,7 @@ class Axis(NamedTuple):
 class Value(NamedTuple):
     """One array."""
 
-    axes: tuple[Axis, ...]
+    axes: Sequence[Axis]
     constant: float | None = None  # the value of all entries, if it is known to be one
     sources: int = 0  # bit i is set if the array depends on input i
 
@@ -35,9 +35,14 @@ class Value(NamedTuple):
     def shape(self) -> Shape:
         return tuple(axis.size for axis in self.axes)
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all axes, one after the other."""
+        return np.concatenate([fixed(0), *(axis.labels for axis in self.axes)])
+
     def pick(self, positions: Sequence[int]) -> "Value":
         """With only these of its axes, in their order."""
-        return self._replace(axes=tuple(self.axes[a] for a in positions))
+        return self._replace(axes=[self.axes[a] for a in positions])
 
     def drop(self, gone: Container[int]) -> "Value":
         """Without these of its axes."""
@@ -47,7 +52,7 @@ class Value(NamedTuple):
         """With another axis at `position`."""
         axes = list(self.axes)
         axes[position] = axis
-        return self._replace(axes=tuple(axes))
+        return self._replace(axes=axes)
 
 
 class Program(NamedTuple):
@@ -76,12 +81,12 @@ def fixed(size: int) -> np.ndarray:
 def whole(aval: Any) -> Value:
     """Of an array of which nothing may be removed."""
     shape = getattr(aval, "shape", ())
-    return Value(tuple(Axis(fixed(size), False) for size in shape))
+    return Value([Axis(fixed(size), False) for size in shape])
 
 
 def nowhere_zero(value: Value) -> Value:
     """The array, but removed entries need not be zero."""
-    axes = tuple(axis._replace(zero=False) for axis in value.axes)
+    axes = [axis._replace(zero=False) for axis in value.axes]
     return value._replace(axes=axes, constant=None)
 
 

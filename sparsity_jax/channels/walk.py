@@ -89,10 +89,7 @@ class Order:
         """It is done with the inputs of these bits."""
         fresh = sources & ~self._bits
         self._bits |= fresh
-        while fresh:
-            lowest = fresh & -fresh
-            self.numbers.append(lowest.bit_length() - 1)
-            fresh ^= lowest
+        self.numbers += [i for i in range(fresh.bit_length()) if fresh >> i & 1]
 
 
 class Walk:
@@ -105,7 +102,6 @@ class Walk:
     """
 
     program: Program
-    freezes_sums = False
     separate = False  # branches that are only added are not tied
 
     def __init__(self, labels: Labels, inputs: Iterable[Value] = (), data: int = 0):
@@ -125,30 +121,19 @@ class Walk:
 
     # For rules
 
-    def freeze(self, axis: Axis, reason: str) -> None:
-        """No entry of the axis may be removed; the reason is told to the user."""
-        before = self.labels.freezes
-        self.labels.freeze(axis.labels)
-        if self.labels.freezes > before:
+    def freeze(self, entries: Axis | Value, reason: str) -> None:
+        """No entry of the axis, or of all axes of the array, may be removed; the reason is told to
+        the user."""
+        if self.labels.freeze(entries.labels):
             self._reason = self._reason or reason
 
-    def freeze_all(self, axes: Iterable[Axis], reason: str) -> None:
-        for axis in axes:
-            self.freeze(axis, reason)
-
-    def tie(self, first: Axis, second: Axis) -> None:
-        """Entry i of one is removed exactly if entry i of the other is."""
+    def tie(self, first: Axis | Value, second: Axis | Value) -> None:
+        """Entry i of one is removed exactly if entry i of the other is, along all axes."""
         self.labels.tie(first.labels, second.labels)
-
-    def tie_all(self, first: Value, second: Value) -> None:
-        """All axes of two arrays of one shape."""
-        for a, b in zip(first.axes, second.axes, strict=True):
-            self.tie(a, b)
 
     def are_tied(self, first: Value, second: Value) -> bool:
         """Whether two arrays of one shape lose the same entries anyway."""
-        pairs = zip(self._roots(first), self._roots(second), strict=True)
-        return all(np.array_equal(a, b) for a, b in pairs)
+        return np.array_equal(self.labels.find(first.labels), self.labels.find(second.labels))
 
     def contract(self, first: Axis, second: Axis, what: str) -> None:
         """Axes summed over together: removed entries must be zero in one of the factors."""
@@ -176,16 +161,16 @@ class Walk:
 
     def filled(self, shape: Shape, constant: float | None) -> Value:
         """An array that depends on no input: it may be cut but is not masked."""
-        return Value(tuple(self.new(size, constant == 0) for size in shape), constant)
+        return Value([self.new(size, constant == 0) for size in shape], constant)
 
     def either(self, values: Sequence[Value]) -> Value:
-        """An array that may be any of several of one shape."""
+        """An array that may be any of several of one shape; of the sources of the first."""
         axes = []
         for same in zip(*(value.axes for value in values), strict=True):
             for axis in same[1:]:
                 self.tie(same[0], axis)
             axes.append(Axis(same[0].labels, all(axis.zero for axis in same)))
-        return Value(tuple(axes))
+        return Value(axes, sources=values[0].sources)
 
     # The walk
 
@@ -230,16 +215,13 @@ class Walk:
         ends = np.cumsum([axis.size for axis in self._watched], dtype=int)
         return list(map(np.count_nonzero, np.split(frozen, ends)))
 
-    def _roots(self, value: Value) -> list[np.ndarray]:
-        return [self.labels.find(axis.labels) for axis in value.axes]
-
     def _array(self, array: Any) -> Value:
         """A constant of the program."""
         constant = None
         with contextlib.suppress(TypeError, ValueError):  # keys have no such value
             if 0 < np.size(array) < LARGEST_CONSTANT:
                 flat = np.asarray(array).ravel()
-                if not np.iscomplexobj(flat) and (flat == flat[0]).all():
+                if np.isrealobj(flat) and (flat == flat[0]).all():
                     constant = float(flat[0])
         return self.filled(np.shape(array), constant)
 
@@ -298,9 +280,9 @@ def _sources(values: Iterable[Value]) -> int:
     return functools.reduce(operator.or_, (value.sources for value in values), 0)
 
 
-def _unnamed(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+def _unnamed(axes: Iterable[Axis]) -> list[Axis]:
     """The axes as those of no input."""
-    return tuple(Axis(axis.labels, axis.zero) for axis in axes)
+    return [Axis(axis.labels, axis.zero) for axis in axes]
 
 
 # Whole programs ----------------------------------------------------------------------------------
@@ -311,16 +293,12 @@ def analyse(
     data: Iterable[int] = (),
     *,
     whole: bool = False,
-    sums: str = "allow",
     branches: str = "tied",
     carried: Mapping[int, int] | None = None,
 ) -> Walk:
     """Walks a closed jaxpr. data: numbers of the inputs that are no weights and must not be cut.
 
     whole: no entry of any input may be removed.
-    sums: `freeze` forbids removing what a plain sum runs over, e.g. the channels of a layer norm,
-    where a program traced anew at the smaller size would divide by another number; `allow` keeps
-    the number of the full one.
     branches: `separate` does not tie what is only added together, such as the two sides of a skip
     connection: their entries can be masked one by one, but not cut out.
     carried: results that lose the entries of an input, by number, such as running statistics; all
@@ -333,17 +311,16 @@ def analyse(
         for a, size in enumerate(var.aval.shape):
             of_axis = new_labels(labels, size) if free else fixed(size)
             axes.append(Axis(of_axis, True, ((number, a),)))
-        inputs.append(Value(tuple(axes), sources=1 << number))
+        inputs.append(Value(axes, sources=1 << number))
     walk = Walk(labels, inputs, sum(1 << number for number in data))
-    walk.freezes_sums = sums == "freeze"
     walk.separate = branches == "separate"
     walk.program = walk.closed(closed, inputs)
     carried = carried or {}
     for number, result in enumerate(walk.results(walk.program)):
         if number in carried:
-            walk.tie_all(result, inputs[carried[number]])
+            walk.tie(result, inputs[carried[number]])
         else:
-            walk.freeze_all(result.axes, "is an output")
+            walk.freeze(result, "is an output")
     walk.attribute("is an output", "output")
     return walk
 
@@ -434,17 +411,14 @@ def _loop(walk: Walk, eqn: Any, ins: Values) -> Result:
     carry = [value._replace(constant=None) for value in given.carry]
     zeros = None
     while zeros != _zeros(carry):
-        zeros = _zeros(carry)
-        programs = []
+        zeros, programs = _zeros(carry), []
         if "cond_jaxpr" in eqn.params:
-            test = walk.closed(eqn.params["cond_jaxpr"], [*given.for_test, *carry])
-            programs.append(test)
+            programs.append(walk.closed(eqn.params["cond_jaxpr"], [*given.for_test, *carry]))
         programs.append(walk.closed(body_of(eqn), [*given.consts, *carry, *scanned]))
         outs = walk.results(programs[-1])
-        for i, before in enumerate(carry):
-            carry[i] = walk.either([before, outs[i]])._replace(sources=before.sources)
+        carry = [walk.either(pair) for pair in zip(carry, outs)]
     turns = Axis(fixed(eqn.params.get("length", 0)), False)
-    stacked = [Value((turns, *_unnamed(value.axes))) for value in outs[len(carry) :]]
+    stacked = [Value([turns, *_unnamed(value.axes)]) for value in outs[len(carry) :]]
     sources = _sources(ins)
     return [value._replace(sources=sources) for value in (*carry, *stacked)], programs
 
