@@ -1624,7 +1624,7 @@ MUTATIONS = (
         201,
         "off by one",
         "what an array depends on: each input is taken for the one after it",
-        "channels/walk.py",
+        "channels/values.py",
         "[i for i in range(fresh.bit_length())",
         "[i + 1 for i in range(fresh.bit_length())",
         "test_ratios.py",

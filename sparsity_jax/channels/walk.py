@@ -50,7 +50,16 @@ import numpy as np
 
 from sparsity_jax.channels.labels import FROZEN, Labels
 from sparsity_jax.channels.rules import RULES, Values, unknown
-from sparsity_jax.channels.values import Axis, Place, Program, Value, fixed, is_literal, whole
+from sparsity_jax.channels.values import (
+    Axis,
+    Order,
+    Place,
+    Program,
+    Value,
+    fixed,
+    is_literal,
+    whole,
+)
 from sparsity_jax.types import Shape
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -76,20 +85,6 @@ class Event(NamedTuple):
     primitive: str
     source: str
     axes: tuple[Place, ...]
-
-
-class Order:
-    """Inputs in the order in which something is first done with them."""
-
-    def __init__(self) -> None:
-        self.numbers: list[int] = []
-        self._bits = 0
-
-    def note(self, sources: int) -> None:
-        """It is done with the inputs of these bits."""
-        fresh = sources & ~self._bits
-        self._bits |= fresh
-        self.numbers += [i for i in range(fresh.bit_length()) if fresh >> i & 1]
 
 
 class Walk:
