@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from matplotlib.figure import Figure
 
 from sparsity_jax import extend, groups, interface, losses, optim, scores, sources, tables, train
@@ -22,20 +21,9 @@ from sparsity_jax.models import layers
 from sparsity_jax.report.sections import Section
 
 
-class Net(nn.Module):
-    num_classes: int
-    settings: layers.Settings
-    width: int
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        x = images.reshape(len(images), -1)
-        x = nn.relu(layers.dense(x, self.width, settings=self.settings, name="hidden"))
-        return layers.classifier(x, self.num_classes, settings=self.settings)
-
-
 def net(num_classes, settings, *, width: tables.Count = 8):
-    return Net(num_classes, settings, width)
+    steps = (layers.Dense(width, "hidden"), layers.RELU)
+    return layers.Network(num_classes, settings, layers.Plan(steps, smallest=0))
 
 
 def blobs(train_split, test_split):
