@@ -249,14 +249,12 @@ def _state_dict_in(content: Any, key: str, path: pathlib.Path) -> Mapping:
     """The state dict inside a checkpoint; raises ConfigError if there is none."""
     if key and isinstance(content, Mapping):
         content = tables.lookup({str(name): held for name, held in content.items()}, key, "key")
-    for _ in STATE_DICTS:  # one inside another, as deep as is sensible: a dict can also hold itself
-        if not isinstance(content, Mapping):
-            break
-        held = [name for name in STATE_DICTS if isinstance(content.get(name), Mapping)]
-        if not held:
-            return content
-        content = content[held[0]]
-    raise _no_tensors(path, type(content).__name__)
+    for name in 2 * STATE_DICTS:  # one may be inside another
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping):
+        raise _no_tensors(path, type(content).__name__)
+    return content
 
 
 def _no_tensors(path: pathlib.Path, held: str) -> tables.ConfigError:
@@ -341,10 +339,9 @@ def _modules_here(leaves: Leaves) -> Modules:
     """Our modules, in the order in which PyTorch's networks define theirs."""
     arrays: dict[str, Names] = collections.defaultdict(dict)
     for path in leaves:
-        collection, _, rest = path.partition("/")
-        module, _, leaf = rest.rpartition("/")
-        if module and leaf in LEAVES and collection in ("params", "batch_stats"):
-            arrays[module][LEAVES[leaf]] = path
+        match = re.fullmatch(r"(?:params|batch_stats)/(.+)/(\w+)", path)
+        if match and match[2] in LEAVES:
+            arrays[match[1]][LEAVES[match[2]]] = path
     ordered = {module: arrays[module] for module in sorted(arrays, key=_definition_order)}
     return _with_weights(ordered, {path: _torch_shape(leaves[path].shape) for path in leaves})
 
