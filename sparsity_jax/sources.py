@@ -215,7 +215,7 @@ def list_images(split: pathlib.Path) -> Listing:
 
 
 def visible_images(split: pathlib.Path) -> Images:
-    _, classes, files = next(walk(split), ("", [], []))
+    _, _, classes, files = next(walk(split), ("", "", [], []))
     if not classes:
         raise ConfigError(
             f"{split} has no class directories; put the images of class X into {split / 'X'}."
@@ -224,23 +224,23 @@ def visible_images(split: pathlib.Path) -> Images:
         if is_image(str(split / file)):
             raise ConfigError(f"{split / file} is in no class directory; move it into one.")
     for name in classes:
-        found = False
-        for folder, _, files in walk(split / name):
-            real = os.path.realpath(folder)
-            paths = [os.path.join(folder, file) for file in files]
-            for path in filter(is_image, paths):
-                found = True
-                is_link = os.path.islink(path)
-                place = os.path.realpath(path) if is_link else path.replace(folder, real, 1)
-                yield name, path, place
-        if not found:
+        images = []
+        for folder, real, _, files in walk(split / name):
+            for file in files:
+                path, place = os.path.join(folder, file), os.path.join(real, file)
+                if os.path.islink(path):
+                    place = os.path.realpath(path)
+                if is_image(path):
+                    images.append((name, path, place))
+        if not images:
             raise ConfigError(
                 f"{split / name} has no images ({', '.join(SUFFIXES)}); remove it or fill it."
             )
+        yield from images
 
 
-def walk(directory: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """(directory, directories in it, files in it) of everything visible, sorted.
+def walk(directory: pathlib.Path) -> Iterator[tuple[str, str, list[str], list[str]]]:
+    """(directory, its real path, directories in it, files in it) of everything visible, sorted.
 
     Links are followed, to each directory once, and never to one that contains the link.
     """
@@ -252,7 +252,7 @@ def walk(directory: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
             names.clear()
             continue
         visited.add(place)
-        yield folder, names, sorted(filter(is_visible, files))
+        yield folder, place, names, sorted(filter(is_visible, files))
 
 
 def refuse_listing(error: OSError) -> None:
