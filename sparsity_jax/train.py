@@ -472,7 +472,8 @@ def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe]) -> d
             measured if problem.members is None else jax.tree.map(lambda leaf: leaf[i], measured)
         )
         norms = [take(i) for i in range(len(recipes))]
-        order = problem.once("network order", lambda: network_order(problem, variables))
+        if any(recipe.norms == "per_shape" for recipe in recipes):
+            order = problem.once("network order", lambda: network_order(problem, variables))
     each = [
         optim.numbers(recipe, shapes, norm, order)
         for recipe, norm in zip(recipes, norms, strict=True)

@@ -401,7 +401,7 @@ def test_training_mode_updates_the_running_statistics(name):
     assert all(jax.tree.leaves(changed))
 
 
-@names
+@families
 def test_bfloat16_gives_float32_logits_and_statistics(name):
     _, variables, images = tiny(name)
     model = models.build(name=name, num_classes=5, dtype="bfloat16", **TINY[name][0])
