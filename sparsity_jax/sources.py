@@ -84,8 +84,7 @@ def check_label(label: int, num_classes: int, name: str) -> None:
     if not 0 <= label < num_classes:
         raise ConfigError(
             f"{name} has the label {label} where 0..{num_classes - 1} are classes; unlabelled "
-            "splits cannot be used, "
-            "name another one through config.data.train_split or test_split."
+            "splits cannot be used, name another one through config.data.train_split or test_split."
         )
 
 
@@ -274,7 +273,9 @@ def is_image(path: str) -> bool:
         if os.path.exists(path) and not is_file:
             raise ConfigError(f"{path} is no file but a pipe or device; remove it.")
         return True
-    with contextlib.suppress(OSError), open(path if is_file else os.devnull, "rb") as file:
+    if not is_file:
+        return False
+    with contextlib.suppress(OSError), open(path, "rb") as file:
         if name := format_of(file.read(32)):
             allowed = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
             raise ConfigError(
@@ -288,7 +289,7 @@ def annotated_images(split: pathlib.Path) -> Images:
     """Those of Tiny-ImageNet: "file <tab> class <tab> box" for the files in images/."""
     annotations = split / ANNOTATIONS
     try:
-        lines = annotations.read_text(encoding="utf-8").split("\n")
+        lines = annotations.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"{annotations} cannot be read: {error}.") from error
     lines = list(filter(str.strip, lines))
