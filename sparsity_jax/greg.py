@@ -184,7 +184,7 @@ def _for_speedup(problem: Problem, target: float, any_ratio: Table) -> Table:
         if removable.issuperset(makers):
             proportions.update(dict.fromkeys(makers, 1.0))
     flops = lambda table: price(ratios.keep_of(channels, table))
-    table = ratios.for_speedup(flops, target, proportions).table
+    table = ratios.for_speedup(flops, target, proportions)
     return {path.removeprefix("params/"): ratio for path, ratio in table.items()}
 
 

@@ -140,14 +140,14 @@ def truncated_density(ratios: np.ndarray) -> np.ndarray:
     return np.array(densities)
 
 
-def last_alive(scores: np.ndarray, alive: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the channels that no selection removes: not the best, but the last `count`.
+def last_alive(index: np.ndarray) -> np.ndarray:
+    """What decides which channels alive no selection removes: not their scores, but their places in
+    the layer, the last ones first.
 
     Flow; `config.cut.protect=original`. With `original_resnet` any may be selected, and then the
     best of a layer that is left below its minimum come back, so that fewer go than asked.
     """
-    del scores
-    return np.flatnonzero(alive)[-count:]
+    return index
 
 
 def in_place(address: str, entry: str) -> bool:
