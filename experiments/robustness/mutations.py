@@ -1631,6 +1631,16 @@ MUTATIONS = (
         "order_ignores",
     ),
     Mutation(
+        233,
+        "dropped mask",
+        "what is zero nowhere counts as zero where channels are removed",
+        "channels/values.py",
+        "axis._replace(zero=False) for axis in value.axes",
+        "axis._replace(zero=True) for axis in value.axes",
+        "test_groups.py",
+        "derivative",
+    ),
+    Mutation(
         202,
         "logic",
         "a product may sum over a removed axis only if it is zero in both factors",
