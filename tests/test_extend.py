@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from matplotlib.figure import Figure
 
 from sparsity_jax import extend, groups, interface, losses, optim, scores, sources, tables, train
@@ -28,21 +27,10 @@ from sparsity_jax.models import layers
 from sparsity_jax.report.sections import Section
 
 
-class Net(nn.Module):
-    num_classes: int
-    settings: layers.Settings
-    width: int
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        x = images.reshape(len(images), -1)
-        x = layers.dense(x, self.width, settings=self.settings, name="hidden")
-        x = jax.scipy.special.zeta(2.0, 1 + nn.relu(x))
-        return layers.classifier(x, self.num_classes, settings=self.settings)
-
-
 def net(num_classes, settings, *, width: tables.Count = 8):
-    return Net(num_classes, settings, width)
+    zeta = layers.Apply(lambda x: jax.scipy.special.zeta(2.0, 1 + x))
+    steps = (layers.Dense(width, "hidden"), layers.RELU, zeta)
+    return layers.Network(num_classes, settings, layers.Plan(steps, smallest=0))
 
 
 def blobs(train_split, test_split):
