@@ -27,13 +27,13 @@ COLUMNS = {  # heading, format, whether the best number is bold
     "seconds": ("training|s", ",.1f", False),
 }
 NOTE = (
-    "Accuracies on test data, or on train data where there are no others: means ± sample standard "
-    "deviation over networks. Unpruned: before anything was removed. At: with that share of the "
-    "prunable weights removed. Pruned: after the last training, with the share removed that stands "
-    "before it. Largest: the last share that loses at most one point; ≥ where no measured one "
-    "loses more. Retrained: every number of the line is after retraining, also the unpruned one. "
-    "Training: epochs times the median one, so that compilation is left out; networks trained side "
-    "by side share their wall time. Bold: above all other lines by more than one deviation."
+    "Accuracies on test data, or on train data where there are no others: mean ± sample standard "
+    "deviation over up to {} networks. Unpruned: before anything was removed. At: with that share "
+    "of the prunable weights removed. Pruned: after the last training, with the share removed that "
+    "stands before it. Largest: the last share that loses at most one point; ≥ where no measured "
+    "one loses more. Retrained: every number of the line is after retraining, also the unpruned "
+    "one. Training: epochs times the median one, so that compilation is left out; networks trained "
+    "side by side share their wall time. Bold: above all other lines by more than one deviation."
 )
 
 
@@ -154,7 +154,8 @@ def summary(grouped: Grouped) -> Shown:
         row: Cells = [Cell(line.label, color=line.series), line.variant]
         rows.append(row + [shown(line, column, bold=best[column] == i) for column in columns])
     heads: Cells = ["network", "pruning", *(heading(COLUMNS[column][0]) for column in columns)]
-    return Section("Summary", tables=[Table(heads, rows, (0, 1), NOTE)])
+    members = max(count for line in lines for _, _, count in line.cells.values())
+    return Section("Summary", tables=[Table(heads, rows, (0, 1), NOTE.format(members))])
 
 
 def shown(line: Summary, column: str, *, bold: bool) -> Cell:
