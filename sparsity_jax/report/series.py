@@ -153,7 +153,9 @@ def label_of(row: dict, keys: list[str]) -> str:
         name = last if lasts.count(last) == 1 else key
         texts.append(f"{name}={value}")
     arm = str(row.get("arm", "run"))
-    return f"{arm} ({', '.join(texts)})" if texts else arm
+    if not texts:
+        return arm
+    return f"{arm} ({', '.join(texts)})"
 
 
 def follow(rows: Rows) -> Rows:
@@ -236,13 +238,15 @@ def curves(grouped: Grouped, split: str = "test") -> Frame:
     of the variant, the same for all series.
     """
     told = frame(grouped, "curve", fields=OF_CURVES)
-    wanted = ["ratio" in row and row.get("split", "test") == split for row in told["row"]]
+    splits = [row.get("split", "test") if "ratio" in row else "" for row in told["row"]]
+    wanted = [own == split for own in splits]
     told = told.loc[wanted].copy()
     told["removed"] = told["row"].map(share_removed)
     retrained = [bool(row.get("retrained")) for row in told["row"]]
     told["retrained"] = pd.Series(retrained, told.index, dtype=bool)
     ways = pd.DataFrame(map(way_of, told["row"]), told.index, WAYS)
-    telling = telling_parts(ways.assign(series=told["series"]).drop_duplicates())
+    different = ways.assign(series=told["series"]).drop_duplicates()
+    telling = telling_parts(different)
     told["variant"] = list(map(", ".join, ways[telling].to_numpy()))
     ordered = ways.sort_values(WAYS, kind="stable").index
     variants = list(told["variant"].loc[ordered].unique())
@@ -255,7 +259,9 @@ def curves(grouped: Grouped, split: str = "test") -> Frame:
 def best_known_curves(grouped: Grouped) -> Frame:
     """Curves on test data; on training data where there are no others."""
     tested = curves(grouped)
-    return curves(grouped, "train") if tested.empty else tested
+    if tested.empty:
+        return curves(grouped, "train")
+    return tested
 
 
 def way_of(row: dict) -> list[str]:
@@ -271,4 +277,6 @@ def telling_parts(ways: Frame) -> list[str]:
     differing = [part for part in WAYS if ways[part].nunique() > 1]
     telling = [part for part in differing if part not in PLACE]
     needs_place = ways.duplicated(["series", *telling]).any()
-    return differing if needs_place else telling
+    if needs_place:
+        return differing
+    return telling

@@ -152,10 +152,15 @@ def summary(grouped: Grouped) -> Shown:
     rows = []
     for i, line in enumerate(lines):
         row: Cells = [Cell(line.label, color=line.series), line.variant]
-        rows.append(row + [shown(line, column, bold=best[column] == i) for column in columns])
-    heads: Cells = ["network", "pruning", *(heading(COLUMNS[column][0]) for column in columns)]
+        for column in columns:
+            row.append(shown(line, column, bold=best[column] == i))
+        rows.append(row)
+    heads: Cells = ["network", "pruning"]
+    for column in columns:
+        heads.append(heading(COLUMNS[column][0]))
     members = max(count for line in lines for _, _, count in line.cells.values())
-    return Section("Summary", tables=[Table(heads, rows, (0, 1), NOTE.format(members))])
+    note = NOTE.format(members)
+    return Section("Summary", tables=[Table(heads, rows, (0, 1), note)])
 
 
 def shown(line: Summary, column: str, *, bold: bool) -> Cell:
@@ -179,7 +184,8 @@ def best_line(lines: list[Summary], column: str) -> int | None:
     best = max(known, key=lambda i: known[i][0])
     mean, std, _ = known.pop(best)
     for other, deviation, _ in known.values():
-        if format(other, form) == format(mean, form) or mean - other <= max(std, deviation):
+        alike = format(other, form) == format(mean, form)
+        if alike or mean - other <= max(std, deviation):
             return None
     return best
 
