@@ -14,7 +14,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["sparsity_jax", "sparsity_jax.*"]),
-    package_data={"sparsity_jax.report": ["page.html.j2"]},
+    package_data={"sparsity_jax": ["py.typed"], "sparsity_jax.report": ["page.html.j2"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
@@ -47,6 +47,7 @@ setuptools.setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "mypy>=1.13",
             "ruff>=0.8",
         ],
     },

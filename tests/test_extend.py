@@ -168,7 +168,8 @@ def test_a_stage_of_ones_own_goes_on_where_it_was_interrupted(workdir):
 def test_nothing_that_a_workdir_names_is_imported(workdir, own_tables, tmp_path, capsys):
     report.write(tmp_path, *report.gather(workdir)[:2])
     page = (tmp_path / report.REPORT).read_text()
-    assert "Rows of shrink" in page
+    assert "No figure here shows rows of shrink" in page
+    assert "--import FILE" in page
     assert "How it shrank" not in page
     with pytest.raises(SystemExit, match=r"'blobs'|'net'"):
         evaluate.main(["--workdir", str(workdir)])

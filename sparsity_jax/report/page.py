@@ -132,14 +132,11 @@ def encodable(value: Any) -> Any:
 
 def template() -> jinja2.Template:
     """The page, which escapes all that is filled in."""
+    text = pathlib.Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    return environment.get_template("page.html.j2")
+    return environment.from_string(text)
 
 
 def sections_of(rows: files.Rows) -> dict[str, Section]:
@@ -155,7 +152,8 @@ def sections_of(rows: files.Rows) -> dict[str, Section]:
             seen |= {*own}
     for kind in kinds.keys() - seen:
         told = lambda row, kind=kind: str(row.get("kind")) == kind
-        section = plain_section(f"Rows of {kind}", grouped, told)
+        note = f"No figure here shows rows of {kind}. One of your own comes with --import FILE."
+        section = plain_section(f"Rows of {kind}", grouped, told, note)
         if section is not None:
             shown[f"rows_{len(shown)}"] = section
     return shown
@@ -173,7 +171,9 @@ def draw_all(folder: pathlib.Path, shown: dict[str, Section]) -> dict[str, str]:
     return drawings
 
 
-def plain_section(heading: str, grouped: Grouped, told: Callable[[dict], bool]) -> Shown:
+def plain_section(
+    heading: str, grouped: Grouped, told: Callable[[dict], bool], note: str = ""
+) -> Shown:
     """The rows of which `told` holds, as they are."""
     lines = []
     for index, one in enumerate(grouped):
@@ -181,7 +181,10 @@ def plain_section(heading: str, grouped: Grouped, told: Callable[[dict], bool]) 
             shown = {key: value for key, value in row.items() if key not in ("kind", "arm")}
             lines.append((Cell(one.label, color=index), shown))
     table = plain_table(lines)
-    return Section(heading, tables=[table]) if table else None
+    if table is None:
+        return None
+    noted = table._replace(note=" ".join(filter(None, [table.note, note])))
+    return Section(heading, tables=[noted])
 
 
 # ----------------------------------------------------------------------------- besides the sections
