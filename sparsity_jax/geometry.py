@@ -71,8 +71,7 @@ class Network(NamedTuple):
 
 
 def network_of(problem: train.Problem, loss: dict) -> Network:
-    name, pairs = losses.checked(loss)
-    rule, options = losses.LOSSES[name], dict(pairs)
+    rule = losses.of(loss)
 
     def outputs(variables: tuple, batch: tuple) -> Array:
         params, batch_stats = variables
@@ -80,7 +79,7 @@ def network_of(problem: train.Problem, loss: dict) -> Network:
             {"params": params, "batch_stats": batch_stats}, problem.images(batch[0])
         )
 
-    return Network(outputs, lambda logits, batch: rule(logits, batch[1], **options).mean())
+    return Network(outputs, lambda logits, batch: rule(logits, batch[1]).mean())
 
 
 def train_losses(
@@ -475,7 +474,7 @@ class RowNorms(interface.Stage):
 
 def _check_loss(loss: dict) -> None:
     with tables.within("loss"):
-        losses.checked(loss)
+        losses.of(loss)
 
 
 def _check_number(num_examples: int) -> None:
