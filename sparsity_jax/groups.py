@@ -419,9 +419,9 @@ def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> Py
         raise ValueError(f"no array of the tree belongs to the traced variables; {told}.")
 
     def of_leaf(path: str, leaf: Any) -> Any:
-        owner = owned.get(path)
-        if owner not in grouped:
+        if owned.get(path) not in grouped:
             return leaf
+        owner = owned[path]
         _check_shape(path, leaf, channels.shapes[owner], "traced")
         for axis in range(np.ndim(leaf)):
             if (owner, axis) in alive:
