@@ -159,7 +159,7 @@ def test_equations_are_named():
     count = cost.flops(model.apply, variables, images)
     assert sum(equation.flops for equation in count.equations) == count.products
     places = [equation.where for equation in count.equations]
-    assert (places[0], places[-1]) == ("ResNet/conv1", "ResNet/fc")
+    assert (places[0], places[-1]) == ("Network/conv1", "Network/fc")
     assert any("stage2_block0" in place and place.endswith("/shortcut_conv") for place in places)
     assert [equation.primitive for equation in count.equations].count("dot_general") == 1
     (plain,) = cost.flops(lambda x: x @ x, struct(2, 2)).equations
