@@ -36,7 +36,7 @@ setuptools.setup(
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",
         "flatbuffers>=24.3",  # jax.export writes with it
-        "safetensors>=0.4",
+        "safetensors>=0.5",
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],

@@ -10,28 +10,22 @@
 Magnitude is the score. Whole filters or input channels go by their L1 norm.
 """
 
-import abc
 import fractions
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
+from sparsity_jax.types import Array, Fields, PyTree, Shape
 
-PyTree = Any
-Leaves = dict[str, Any]  # by path
 Channels = groups.Channels | None
+Layers = dict[str, units.Layer]
+Shapes = Mapping[str, Shape]
 Scope = Literal["kernels", "all"]
-GlobalCount = Literal["nearest", "original", "ceil"]
-LayerCount = Literal["nearest", "per_layer", "original"]
-SliceCount = Literal["nearest", "per_layer"]
 LayerRatios = Literal["uniform", "erk", "erk_original"]
-Granularity = Literal["filter", "channel"]
-Layers = Literal["auto", "convolutions", "all"]
 
 
 def num_kept(size: int, ratio: float) -> int:
@@ -48,7 +42,7 @@ def prunable(
     *,
     include: str = "",
     exclude: str = "",
-) -> dict[str, Any]:
+) -> Fields:
     """The arrays that may be pruned, by path: `kernels` or `all` (as the SFW original).
 
     Which arrays are kernels a trace tells, `channels`, or their names; see `kernels.paths`, also
@@ -66,7 +60,7 @@ def prunable(
 # Shares of layers ---------------------------------------------------------------------------------
 
 
-def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
+def erk_ratios(shapes: Shapes, ratio: float) -> dict[str, float]:
     """Share to remove from each kernel so that `ratio` of all weights goes (Erdos-Renyi-Kernel).
 
     The density of a kernel is proportional to (sum of its dimensions) / (their product). Kernels
@@ -87,7 +81,7 @@ def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str,
         dense |= full
 
 
-def uniform_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
+def uniform_ratios(shapes: Shapes, ratio: float) -> dict[str, float]:
     """The same share of every kernel."""
     return dict.fromkeys(shapes, ratio)
 
@@ -111,195 +105,118 @@ def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) ->
     return {name: size - removed[name] for name, size in sizes.items()}
 
 
-# Single weights -----------------------------------------------------------------------------------
+# Selections: which units are compared with each other ---------------------------------------------
 
 
 @tables.option
-class _OfWeights(abc.ABC):
+class _OfWeights:
     """A selection among single weights; its fields are its options."""
 
+    together: ClassVar[bool] = True  # one number of units for all layers
     scope: Scope = "kernels"
     include: str = ""
     exclude: str = ""
+    count = "nearest"
 
-    def chosen(self, params: PyTree, channels: Channels) -> Leaves:
+    def units_of(self, params: PyTree, channels: Channels) -> Layers:
         """The arrays it prunes, by path."""
-        patterns = dict(include=self.include, exclude=self.exclude)
-        return prunable(params, self.scope, channels, **patterns)
-
-    def counts(self, params: PyTree, ratio: float, channels: Channels) -> Any:
-        """See `keep_counts`."""
-        return self.counts_of(self.chosen(params, channels), ratio)
-
-    def mask(self, params: PyTree, counts: Any, channels: Channels, **others: Any) -> Leaves:
-        """Masks of the chosen arrays by path, see `keep_masks`."""
-        return self.mask_of(self.chosen(params, channels), counts, **others)
-
-    def left(self, kept: PyTree, channels: Channels) -> tuple[Array, Array]:
-        """See `left_by`."""
-        chosen = self.chosen(kept, channels)
-        numbers = [jnp.sum(mask, dtype=jnp.int32) for mask in chosen.values()]
-        number = jnp.asarray(sum(numbers))
-        return number, 1 - number / trees.size(chosen)
-
-    def counts_of(self, chosen: Leaves, ratio: float) -> Any:
-        return num_kept(trees.size(chosen), ratio)
-
-    @abc.abstractmethod
-    def mask_of(
-        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
-    ) -> Leaves:
-        """Masks of the chosen arrays by path."""
-
-
-def _at(chosen: Leaves, tree: PyTree | None) -> Leaves | None:
-    """The leaves of `tree` at the paths of `chosen`."""
-    if tree is None:
-        return None
-    leaves = trees.named_leaves(tree)
-    return {path: leaves[path] for path in chosen}
-
-
-def _largest(chosen: PyTree, counts: Any, before: PyTree | None, count: str) -> PyTree:
-    if count == "nearest":
-        return masks.k_largest_mask(chosen, counts, magnitude=True, before=before)
-    if before is not None:
-        chosen = masks.apply(chosen, before)
-    if count == "original":
-        threshold = masks.kth_largest(chosen, counts, magnitude=True)
-        return jax.tree.map(lambda leaf: jnp.abs(leaf) >= threshold, chosen)
-    threshold = masks.kth_largest(chosen, counts + 1, magnitude=True)
-    return jax.tree.map(lambda leaf: jnp.abs(leaf) > threshold, chosen)
+        arrays = prunable(params, self.scope, channels, include=self.include, exclude=self.exclude)
+        of_array = lambda path, leaf: units.of_kernel(path, path, leaf.shape, None)
+        return {path: of_array(path, leaf) for path, leaf in arrays.items()}
 
 
 @tables.option
 class Global(_OfWeights):
     """One threshold of magnitude."""
 
-    count: GlobalCount = "nearest"
-
-    def counts_of(self, chosen: Leaves, ratio: float) -> int:
-        size = trees.size(chosen)
-        if self.count == "ceil":
-            return size - max(math.ceil(ratio * size), 1)
-        if self.count == "original":
-            return originals.kept_of_all(size, ratio)
-        return num_kept(size, ratio)
-
-    def mask_of(
-        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
-    ) -> Leaves:
-        return _largest(chosen, counts, _at(chosen, before), self.count)
+    count: Literal["nearest", "original", "ceil"] = "nearest"
 
 
 @tables.option
 class Layerwise(_OfWeights):
     """A share of every array."""
 
-    count: LayerCount = "nearest"
+    together: ClassVar[bool] = False
+    count: Literal["nearest", "per_layer", "original"] = "nearest"
     layer_ratios: LayerRatios = "uniform"
-
-    def counts_of(self, chosen: Leaves, ratio: float) -> dict[str, int]:
-        sizes = {path: leaf.size for path, leaf in chosen.items()}
-        shapes = {path: leaf.shape for path, leaf in chosen.items()}
-        ratios = LAYER_RATIOS[self.layer_ratios](shapes, ratio)
-        if self.count == "original":
-            kept_of = originals.kept_of_layer
-            return {path: kept_of(size, ratios[path]) for path, size in sizes.items()}
-        return _layer_counts(sizes, ratios, self)
-
-    def mask_of(
-        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
-    ) -> Leaves:
-        rule = "original" if self.count == "original" else "nearest"
-        earlier = _at(chosen, before) or {}
-        kept = {}
-        for path, leaf in chosen.items():
-            kept[path] = _largest(leaf, counts[path], earlier.get(path), rule)
-        return kept
-
-
-def _layer_counts(
-    sizes: dict[str, int], ratios: dict[str, float], options: "Layerwise | Structured"
-) -> dict[str, int]:
-    if options.count == "per_layer" or options.layer_ratios == "erk_original":
-        return {path: num_kept(size, ratios[path]) for path, size in sizes.items()}
-    return largest_remainders(sizes, ratios)
 
 
 @tables.option
 class Random(_OfWeights):
     """Weights drawn uniformly."""
 
-    def mask_of(
-        self, chosen: Leaves, counts: Any, key: Array | None, before: PyTree | None
-    ) -> Leaves:
-        if key is None:
-            raise ValueError("selection 'random' needs a key.")
-        return masks.random_mask(key, chosen, counts, before=_at(chosen, before))
+
+@tables.option
+class Structured:
+    """Whole filters or input channels, by their L1 norm."""
+
+    together: ClassVar[bool] = False
+    granularity: units.Sliced = "filter"
+    layer_ratios: LayerRatios = "uniform"
+    count: Literal["nearest", "per_layer"] = "nearest"
+    layers: Literal["auto", "convolutions", "all"] = "auto"
+    layout: kernels.Layout | None = None
+    include: str = ""
+    exclude: str = ""
+
+    def units_of(self, params: PyTree, channels: Channels) -> Layers:
+        """What it chooses slices of, by name; errors as in `keep_counts`."""
+        paths = kernels.paths(params, channels, include=self.include, exclude=self.exclude)
+        every = kernels.axes(params, paths, channels, layout=self.layout)
+        convolutions = {path: axes for path, axes in every.items() if axes.window}
+        by_name = self.layers == "auto" and channels is None and convolutions
+        axes = convolutions if by_name or self.layers == "convolutions" else every
+        if self.granularity == "channel":
+            layers = _slices(params, {path: own.inputs for path, own in axes.items()})
+        elif channels is None:
+            some_stay = bool(self.include or self.exclude) or len(axes) < len(every)
+            axes = _without_classifier(axes, some_stay)
+            layers = _slices(params, {path: own.outputs for path, own in axes.items()})
+        else:
+            layers = _traced_layers(params, channels, axes)
+        if not layers:
+            raise ValueError(
+                f"no {self.granularity} can be removed: layers={self.layers!r}, kernels "
+                f"{paths[:5]}."
+            )
+        return layers
 
 
-# Filters and input channels -----------------------------------------------------------------------
+def _slices(params: PyTree, along: Shapes) -> Layers:
+    """Slices of arrays along some axes, by path."""
+    leaves = trees.named_leaves(params)
+    return {
+        path: units.of_kernel(path, path, tuple(leaves[path].shape), axes)
+        for path, axes in along.items()
+    }
 
 
-def layers_of(
-    params: PyTree,
-    channels: Channels = None,
-    *,
-    granularity: Granularity = "filter",
-    layers: Layers = "auto",
-    layout: kernels.Layout | None = None,
-    include: str = "",
-    exclude: str = "",
-) -> dict[str, units.Layer]:
-    """What selection `structured` chooses slices of, by name; options and errors as in
-    `keep_counts`.
-    """
-    paths = kernels.paths(params, channels, include=include, exclude=exclude)
-    every = kernels.axes(params, paths, channels, layout=layout)
-    convolutions = {path: own for path, own in every.items() if own.window}
-    only = layers == "convolutions" or (layers == "auto" and channels is None and convolutions)
-    axes = convolutions if only else every
-    if channels is not None and granularity == "filter":
-        found = _traced_layers(params, channels, axes)
-    else:
-        if granularity == "filter":
-            axes = _without_classifier(axes, bool(include or exclude or len(axes) < len(every)))
-        leaves, found = trees.named_leaves(params), {}
-        for path, own in axes.items():
-            along = own.outputs if granularity == "filter" else own.inputs
-            found[path] = units.of_kernel(path, path, tuple(leaves[path].shape), along)
-    if not found:
-        raise ValueError(
-            f"no {granularity} can be removed: layers={layers!r}, kernels {paths[:5]}."
-        )
-    return found
-
-
-def _without_classifier(axes: dict[str, kernels.Axes], others: bool) -> dict[str, kernels.Axes]:
+def _without_classifier(axes: dict[str, kernels.Axes], some_stay: bool) -> dict[str, kernels.Axes]:
     """Without the kernel of a layer called `fc`, whose outputs are the classes.
 
-    others: whether some kernels keep their filters anyway. Raises ValueError where all might lose
-        some.
+    some_stay: whether some kernels keep their filters anyway. Raises ValueError where all might
+    lose some.
     """
-    chosen = {path: own for path, own in axes.items() if path.split("/")[-2:-1] != ["fc"]}
-    if len(chosen) == len(axes) and not others:
+    others = {path: own for path, own in axes.items() if path.split("/")[-2:-1] != ["fc"]}
+    if len(others) == len(axes) and not some_stay:
         raise ValueError(
             f"names do not tell which of the layers {list(axes)[:5]} makes the network's outputs, "
-            "and keeps its "
-            "filters (none is called fc). Give channels=groups.trace(apply, variables, inputs), "
-            "or exclude=pattern of "
-            "its path."
+            "and keeps its filters (none is called fc). Give channels=groups.trace(apply, "
+            "variables, inputs), or exclude=pattern of its path."
         )
-    return chosen
+    return others
 
 
 def _traced_layers(
     params: PyTree, channels: groups.Channels, axes: dict[str, kernels.Axes]
-) -> dict[str, units.Layer]:
+) -> Layers:
     """The groups of channels that the kernels in `axes`, and no others, make."""
     owned = {owner: path for path, owner in groups.owners(params, channels).items()}
-    found = {}
+
+    def part_of(member: groups.Member) -> units.Part:
+        return units.Part(owned[member.path], (member.axis,), member.index)
+
+    layers = {}
     for name, group in channels.groups.items():
         makers = [member for member in group.members if member.role in ("producer", "depthwise")]
         if not makers or not all(owned.get(member.path) in axes for member in makers):
@@ -307,80 +224,12 @@ def _traced_layers(
         scored = [member for member in makers if member.role == "producer"] or makers
         # kernels that read the channels may stay: what they read is zero, if all that makes it is
         # masked
-        inside = all(member.path in owned for member in group.members)
         masked = [member for member in group.members if member.path in owned]
-        if inside:
+        if len(masked) == len(group.members):
             masked = [member for member in masked if member.role != "consumer" or member.exposed]
-
-        def part_of(member: groups.Member) -> units.Part:
-            return units.Part(owned[member.path], (member.axis,), member.index)
-
-        parts, read = tuple(map(part_of, masked)), tuple(map(part_of, scored))
-        found[name] = units.Layer(name, (group.size,), parts, read)
-    return found
-
-
-@tables.option
-class Structured:
-    """Whole filters or input channels, by their L1 norm."""
-
-    granularity: Granularity = "filter"
-    layer_ratios: LayerRatios = "uniform"
-    count: SliceCount = "nearest"
-    layers: Layers = "auto"
-    layout: kernels.Layout | None = None
-    include: str = ""
-    exclude: str = ""
-
-    def layers_of(self, params: PyTree, channels: Channels) -> dict[str, units.Layer]:
-        """What it chooses slices of."""
-        return layers_of(
-            params,
-            channels,
-            granularity=self.granularity,
-            layers=self.layers,
-            layout=self.layout,
-            include=self.include,
-            exclude=self.exclude,
-        )
-
-    def counts(self, params: PyTree, ratio: float, channels: Channels) -> dict[str, int]:
-        """See `keep_counts`."""
-        layers = self.layers_of(params, channels)
-        sizes = {name: layer.size for name, layer in layers.items()}
-        leaves = trees.named_leaves(params)
-        shapes = {name: leaves[layer.scored[0].path].shape for name, layer in layers.items()}
-        ratios = LAYER_RATIOS[self.layer_ratios](shapes, ratio)
-        counts = _layer_counts(sizes, ratios, self)
-        return {name: max(kept, 1) for name, kept in counts.items()}
-
-    def mask(
-        self, params: PyTree, counts: Any, channels: Channels, before: PyTree | None, **_: Any
-    ) -> Leaves:
-        """Masks of the chosen arrays by path, see `keep_masks`."""
-        leaves = trees.named_leaves(params)
-        earlier = trees.named_leaves(before)
-        result: Leaves = {}
-        for name, layer in self.layers_of(params, channels).items():
-            norms = units.absolute_sums(leaves, layer)
-            alive = units.entries_left(earlier, layer) > 0 if earlier else None
-            kept = masks.k_largest_mask(norms, counts[name], before=alive)
-            for part in layer.parts:
-                mask = units.spread_mask(kept, part, leaves[part.path].shape)
-                result[part.path] = result.get(part.path, True) & mask
-        return result
-
-    def left(self, kept: PyTree, channels: Channels) -> tuple[Array, Array]:
-        """See `left_by`."""
-        layers = self.layers_of(kept, channels).values()
-        leaves = trees.named_leaves(kept)
-        entries = [units.entries_left(leaves, layer) for layer in layers]
-        whole = [units.entries_left(masks.full(leaves), layer) for layer in layers]
-        number = jnp.asarray(sum(jnp.sum(left > 0) for left in entries))
-        possible = [jnp.sum(jnp.where(left > 0, n, 0)) for left, n in zip(entries, whole)]
-        inside = sum(map(jnp.sum, entries)) / sum(possible)
-        slices = sum(layer.size for layer in layers)
-        return number, 1 - jnp.minimum(number / slices, inside)
+        parts = tuple(map(part_of, masked))
+        layers[name] = units.Layer(name, (group.size,), parts, tuple(map(part_of, scored)))
+    return layers
 
 
 SELECTIONS = {
@@ -391,14 +240,16 @@ SELECTIONS = {
 }
 
 
-def check(selection: str, options: dict[str, Any]) -> dict[str, Any]:
+def check(selection: str, options: Fields) -> Fields:
     """Options of the selection, checked against its table row; raises ConfigError."""
     return tables.check_options(tables.lookup(SELECTIONS, selection, "selection"), options)
 
 
-def _made(selection: str, options: dict[str, Any]) -> Any:
-    checked = check(selection, options)
-    return SELECTIONS[selection](**checked)
+def _made(selection: str, options: Fields) -> Any:
+    return tables.lookup(SELECTIONS, selection, "selection")(**check(selection, options))
+
+
+# How many units stay, and which -------------------------------------------------------------------
 
 
 def keep_counts(
@@ -438,7 +289,31 @@ def keep_counts(
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
-    return _made(selection, options).counts(params, ratio, channels)
+    chosen = _made(selection, options)
+    layers = chosen.units_of(params, channels)
+    sizes = {name: layer.size for name, layer in layers.items()}
+    if chosen.together:
+        return _number_of_all(sum(sizes.values()), ratio, chosen.count)
+    leaves = trees.named_leaves(params)
+    shapes = {name: leaves[layer.scored[0].path].shape for name, layer in layers.items()}
+    ratios = LAYER_RATIOS[chosen.layer_ratios](shapes, ratio)
+    if chosen.count == "original":
+        return {name: originals.kept_of_layer(size, ratios[name]) for name, size in sizes.items()}
+    if chosen.count == "per_layer" or chosen.layer_ratios == "erk_original":
+        counts = {name: num_kept(size, ratios[name]) for name, size in sizes.items()}
+    else:
+        counts = largest_remainders(sizes, ratios)
+    least = 1 if selection == "structured" else 0
+    return {name: max(kept, least) for name, kept in counts.items()}
+
+
+def _number_of_all(size: int, ratio: float, count: str) -> int:
+    """Entries left of `size`, counted as a row of `count` of `keep_counts` says."""
+    if count == "original":
+        return originals.kept_of_all(size, ratio)
+    if count == "ceil":
+        return size - max(math.ceil(ratio * size), 1)
+    return num_kept(size, ratio)
 
 
 def keep_masks(
@@ -460,9 +335,42 @@ def keep_masks(
     first. Raises ConfigError for unknown options and ValueError for `random` without a key and,
     outside `jit`, for NaN.
     """
-    found = _made(selection, options).mask(params, counts, channels, key=key, before=before)
-    kept = trees.map_named(lambda path, leaf: found.get(path, jnp.ones(leaf.shape, bool)), params)
+    chosen = _made(selection, options)
+    layers = chosen.units_of(params, channels)
+    leaves = trees.named_leaves(params)
+    earlier = trees.named_leaves(before)
+    scores = {}
+    alive = {}
+    for name, layer in layers.items():
+        scores[name] = leaves[name] if layer.of_weights else units.absolute_sums(leaves, layer)
+        if earlier:
+            alive[name] = units.entries_left(earlier, layer) > 0
+    if selection == "random":
+        if key is None:
+            raise ValueError("selection 'random' needs a key.")
+        units_kept = masks.random_mask(key, scores, counts, before=alive or None)
+    elif chosen.together:
+        units_kept = _largest(scores, counts, alive or None, chosen.count)
+    else:
+        units_kept = {
+            name: _largest(scores[name], counts[name], alive.get(name), chosen.count)
+            for name in layers
+        }
+    kept = units.without(masks.full(params), layers.values(), units_kept)
     return kept if before is None else jax.tree.map(jnp.logical_and, kept, before)
+
+
+def _largest(scores: PyTree, counts: Any, alive: PyTree | None, count: str) -> PyTree:
+    """Masks of the largest magnitudes, of those alive first; ties as `count` says."""
+    if count not in ("original", "ceil"):
+        return masks.k_largest_mask(scores, counts, magnitude=True, before=alive)
+    if alive is not None:
+        scores = masks.apply(scores, alive)
+    if count == "original":
+        threshold = masks.kth_largest(scores, counts, magnitude=True)
+        return jax.tree.map(lambda leaf: jnp.abs(leaf) >= threshold, scores)
+    threshold = masks.kth_largest(scores, counts + 1, magnitude=True)
+    return jax.tree.map(lambda leaf: jnp.abs(leaf) > threshold, scores)
 
 
 def left_by(
@@ -480,4 +388,14 @@ def left_by(
     slices left, so that it is 0 of whole kernels only.
     selection, channels, options: as in `keep_counts`.
     """
-    return _made(selection, options).left(kept, channels)
+    layers = _made(selection, options).units_of(kept, channels).values()
+    leaves = trees.named_leaves(kept)
+    number = inside = possible = jnp.zeros((), jnp.int32)
+    for layer in layers:
+        left = units.entries_left(leaves, layer)
+        alive = jnp.sum(left > 0, dtype=jnp.int32)
+        number += alive
+        inside += jnp.sum(left, dtype=jnp.int32)
+        possible += alive * units.entries(leaves, layer)
+    whole = sum(layer.size for layer in layers)
+    return number, 1 - jnp.minimum(number / whole, inside / jnp.maximum(possible, 1))

@@ -4,7 +4,7 @@ on the host.
     plan = budgets.schedule("gradient_flow", ratio=0.75, num_rounds=25)
     keep = budgets.select(scores, plan.ratios[0])                    # the least important go
     keep = budgets.select(new_scores, plan.ratios[1], alive=keep)    # removed stays removed
-    keep = budgets.select_by_rule(scores, ((r"stage[12]/.*", 0.5), (r".*", 0.0)))
+    keep = budgets.select_to_counts(scores, {"conv1": 12, "conv2": 24})
     keep = budgets.select_to_cost(scores, flops, 0.5 * dense)        # flops(keep) -> number
     keep = budgets.round_to_multiple(keep, scores, 8)
 
@@ -24,15 +24,15 @@ Source: Lubana & Dick 2021, arXiv:2009.11839, and its published code.
 
 import bisect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
 from sparsity_jax import masks, originals, tables, trees
+from sparsity_jax.types import Arrays as Keep
 
 Scores = Mapping[str, Any]
-Keep = dict[str, np.ndarray]
 Counts = Mapping[str, int]
 Protect = Literal["correct", "original", "original_resnet"]
 Threshold = Annotated[float, tables.Range(0.0, 1.0, above=True, below=True)]
@@ -161,10 +161,10 @@ def minimum_kept(sizes: Mapping[str, int], share: float = 0.05) -> dict[str, int
     pruning), at most all.
     """
     _number(share, tables.Fraction, "share")
-    return {
-        name: min(masks.count_of(share, int(size), "floor") + 1, int(size))
-        for name, size in sizes.items()
-    }
+    floors = {}
+    for name, size in sizes.items():
+        floors[name] = min(masks.count_of(share, int(size), "floor") + 1, int(size))
+    return floors
 
 
 def select(
@@ -182,17 +182,14 @@ def select(
     """
     ratio = _number(ratio, tables.Fraction, "ratio")
     ranking = _rank(scores, **limits)
-    weights = _by_name(dict.fromkeys(scores, 1), counts, "counts")
-    weight = np.zeros(len(ranking.alive), int)
-    for name, place in ranking.places.items():
-        weight[place] = weights[name]
+    row = ranking.row
+    weight = row.spread(_by_name(dict.fromkeys(scores, 1), counts, "counts"))
     total = int(weight[ranking.counted].sum())
     removed = np.cumsum(weight[ranking.order])
-    if limits.get("protect", "correct") == "correct":
-        wanted = masks.count_of(ratio, total, "floor")
-    else:
+    wanted = masks.count_of(ratio, total, "floor")
+    if limits.get("protect", "correct") != "correct":
         wanted = originals.floor_of_product(ratio, total)
-    reachable = int(removed[-1]) if removed.size else 0
+    reachable = max(removed, default=0)
     if wanted > reachable:
         raise ValueError(
             f"ratio {ratio} of {len(scores)} layers removes {wanted} of {total} channels, but the "
@@ -202,25 +199,6 @@ def select(
     return ranking.without_first(int(np.searchsorted(removed, wanted, side="right")))
 
 
-def select_by_rule(
-    scores: Scores, rules: Sequence[tuple[str, float]], **limits: Unpack[Limits]
-) -> Keep:
-    """Removes floor(ratio * n) of the n channels alive in every layer, the least important; `ratio`
-    by rule.
-
-    rules: pairs of a regular expression and a ratio, the first that matches the whole name decides;
-    see `trees.match_rules`. Raises ValueError for a layer whose minimum kept leaves fewer to
-    remove, ConfigError for rules.
-    """
-    _, alive = _checked(scores, limits.get("alive"))
-    counts = {}
-    for name, ratio in trees.match_rules(dict.fromkeys(scores, 0), rules).items():
-        living = int(alive[name].sum())
-        share = _number(ratio, tables.Fraction, "ratio")
-        counts[name] = living - masks.count_of(share, living, "floor")
-    return select_to_counts(scores, counts, **limits)
-
-
 def select_to_counts(scores: Scores, counts: Counts, **limits: Unpack[Limits]) -> Keep:
     """Removes the least important channels of every layer until `counts[name]` are left, or none if
     fewer are.
@@ -228,17 +206,17 @@ def select_to_counts(scores: Scores, counts: Counts, **limits: Unpack[Limits]) -
     counts: of all layers. Raises ValueError for a count below the minimum kept of its layer.
     """
     ranking = _rank(scores, **limits)
+    layers = ranking.row.layer[ranking.order]
     removed = []
-    for name, place in ranking.places.items():
-        in_layer = (place.start <= ranking.order) & (ranking.order < place.stop)
-        removable = ranking.order[in_layer]
-        number = int(ranking.alive[place].sum()) - counts[name]
-        if number > len(removable):
+    for i, (name, living) in enumerate(ranking.row.living().items()):
+        removable = ranking.order[layers == i]
+        surplus = living - counts[name]
+        if surplus > len(removable):
             raise ValueError(
-                f"{counts[name]} of {place.stop - place.start} channels of layer {name!r} are to "
-                f"stay, fewer than its minimum; use a smaller ratio or a smaller floor."
+                f"{counts[name]} of {len(scores[name])} channels of layer {name!r} are to stay, "
+                "fewer than its minimum; use a smaller ratio or a smaller floor."
             )
-        removed.append(removable[: max(number, 0)])
+        removed.append(removable[: max(surplus, 0)])
     return ranking.without(np.concatenate(removed))
 
 
@@ -294,40 +272,62 @@ def round_to_multiple(
     rounding.
     """
     multiple = _number(multiple, tables.Count, "multiple")
-    scores, alive = _checked(scores, alive)
-    _, keep = _checked(scores, keep, "keep")
+    row, kept = _row(scores, alive), _row(scores, keep, "keep")
     floors = _floors(scores, floors)
-    result = {}
-    for name, array in scores.items():
-        multiples = int(keep[name].sum()) / multiple
-        wanted = masks.ROUNDINGS[rounding](multiples) * multiple
-        if wanted < floors[name]:
-            wanted = math.ceil(multiples) * multiple
-        stock = alive[name] | keep[name]
-        order = np.lexsort((-array, ~keep[name], ~stock))  # kept ones first, then by score; stable
-        result[name] = np.zeros(array.size, bool)
-        result[name][order[: min(wanted, stock.sum())]] = True
-    return result
+    wanted = {}
+    for name, number in kept.living().items():
+        wanted[name] = masks.ROUNDINGS[rounding](number / multiple) * multiple
+        if wanted[name] < floors[name]:
+            wanted[name] = math.ceil(number / multiple) * multiple
+    stock = row.alive | kept.alive
+    rank = row.rank(-row.score, ~kept.alive, ~stock)
+    return row.split(stock & (rank < row.spread(wanted)))
 
 
 # Ranking ------------------------------------------------------------------------------------------
 
 
-class _Ranking(NamedTuple):
+class _Row(NamedTuple):
     """The channels of all layers in one row, by sorted names."""
 
-    places: dict[str, slice]  # where each layer is in the row; names in the caller's order
-    alive: np.ndarray  # bool [channels of all layers]
-    counted: np.ndarray  # bool: alive and not excluded
+    names: list[str]  # of the layers, in the caller's order
+    layer: np.ndarray  # int [channels]: the number of its layer
+    score: np.ndarray  # float64
+    alive: np.ndarray  # bool
+
+    def living(self) -> dict[str, int]:
+        """How many channels of each layer are alive, by sorted names."""
+        return dict(zip(sorted(self.names), np.bincount(self.layer, self.alive).astype(int)))
+
+    def spread(self, values: Mapping[str, Any]) -> np.ndarray:
+        """The value of its layer, for each channel."""
+        return np.array([values[name] for name in sorted(self.names)])[self.layer]
+
+    def split(self, row: np.ndarray) -> Keep:
+        """Entries of a row, by name of layer."""
+        number = sorted(self.names).index
+        return {name: row[self.layer == number(name)] for name in self.names}
+
+    def rank(self, *keys: np.ndarray) -> np.ndarray:
+        """The place of each channel in its layer by `keys`, the last first; ties by index."""
+        order = np.lexsort((*keys, self.layer))
+        first = np.searchsorted(self.layer, self.layer)
+        return np.argsort(order) - first
+
+
+class _Ranking(NamedTuple):
+    """What may be removed, and in which order."""
+
+    row: _Row
+    counted: np.ndarray  # bool [channels]: alive and not excluded
+    held: np.ndarray  # bool: stays, or comes back
     order: np.ndarray  # positions of what may be removed, least important first
-    held: np.ndarray  # positions of what stays, or comes back
 
     def without(self, removed: np.ndarray) -> Keep:
         """What is left without the channels at the positions `removed`."""
-        kept = self.alive.copy()
+        kept = self.row.alive.copy()
         kept[removed] = False
-        kept[self.held] = True
-        return {name: kept[place] for name, place in self.places.items()}
+        return self.row.split(kept | self.held)
 
     def without_first(self, number: int) -> Keep:
         return self.without(self.order[:number])
@@ -341,55 +341,35 @@ def _rank(
     protect: Protect = "correct",
     exclude: str | None = None,
 ) -> _Ranking:
-    scores, alive = _checked(scores, alive)
+    row = _row(scores, alive)
     tables.convert(protect, Protect, "protect")
-    floors = _floors(scores, floors)
-    excluded = dict.fromkeys(scores, False)
+    counted = row.alive
     if exclude is not None:
-        excluded = trees.matching(scores, exclude, "exclude")
-    best = originals.last_alive if protect == "original" else _best
-    names, start = sorted(scores), 0
-    places, counted, held = {}, [], []
-    for name in names:
-        places[name] = slice(start, start + scores[name].size)
-        counted.append(alive[name] & (not excluded[name]))
-        held.append(start + best(scores[name], alive[name], floors[name]))
-        start = places[name].stop
-    row = np.concatenate([scores[name] for name in names])
-    # ascending score; of equal ones the higher index first
-    order = np.lexsort((-np.arange(row.size), row))
-    removable = np.concatenate(counted)
-    if protect != "original_resnet":
-        removable[np.concatenate(held)] = False
-    return _Ranking(
-        {name: places[name] for name in scores},
-        np.concatenate([alive[name] for name in names]),
-        np.concatenate(counted),
-        order[removable[order]],
-        np.concatenate(held),
-    )
+        counted = counted & ~row.spread(trees.matching(scores, exclude, "exclude"))
+    index = np.arange(row.score.size)
+    value = originals.last_alive(index) if protect == "original" else row.score
+    best = row.rank(-value, ~row.alive)
+    held = row.alive & (best < row.spread(_floors(scores, floors)))
+    removable = counted if protect == "original_resnet" else counted & ~held
+    order = np.lexsort((-index, row.score))  # of equal scores the higher index first
+    return _Ranking(row, counted, held, order[removable[order]])
 
 
-def _best(scores: np.ndarray, alive: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the `count` most important channels alive; equal scores: lower index first."""
-    positions = np.flatnonzero(alive)
-    return positions[np.argsort(-scores[positions], kind="stable")[:count]]
-
-
-def _checked(scores: Scores, alive: Any, what: str = "alive") -> tuple[dict[str, np.ndarray], Keep]:
-    """float64 scores and bools by name; raises ValueError for what does not fit together."""
-    scores = {name: np.asarray(array, np.float64) for name, array in scores.items()}
+def _row(scores: Scores, alive: Scores | None, what: str = "alive") -> _Row:
+    """Raises ValueError for what does not fit together."""
     if alive is None:
-        alive = {name: np.ones(array.shape, bool) for name, array in scores.items()}
-    alive = {name: np.asarray(array) for name, array in alive.items()}
-    if not scores or set(alive) != set(scores):
-        different = sorted(set(alive) ^ set(scores))
+        alive = {name: np.ones(np.shape(scores[name]), bool) for name in scores}
+    if not scores or alive.keys() != scores.keys():
+        different = sorted(alive.keys() ^ scores.keys())
         raise ValueError(
             f"scores have {len(scores)} layers, {what} {len(alive)}, not both have {different[:5]}."
         )
-    for name, array in scores.items():
-        _check_layer(name, array, alive[name], what)
-    return scores, alive
+    layers = []
+    for i, name in enumerate(sorted(scores)):
+        score, lives = np.asarray(scores[name], np.float64), np.asarray(alive[name])
+        _check_layer(name, score, lives, what)
+        layers.append((np.full(score.size, i), score, lives))
+    return _Row(list(scores), *map(np.concatenate, zip(*layers)))
 
 
 def _check_layer(name: str, scores: np.ndarray, alive: np.ndarray, what: str) -> None:
@@ -410,8 +390,8 @@ def _check_layer(name: str, scores: np.ndarray, alive: np.ndarray, what: str) ->
         )
 
 
-def _floors(scores: Keep, floors: Counts | None) -> dict[str, int]:
-    sizes = {name: array.size for name, array in scores.items()}
+def _floors(scores: Scores, floors: Counts | None) -> dict[str, int]:
+    sizes = {name: len(array) for name, array in scores.items()}
     return _by_name(minimum_kept(sizes), floors, "floors")
 
 

@@ -1,9 +1,9 @@
 """What a network costs: parameters, bytes, FLOPs of any JAX function, and measured time.
 
-    count = cost.flops(model.apply, variables, images)      # arrays or jax.ShapeDtypeStruct;
-    nothing is computed count.products, count.elementwise                       # FLOPs; one
-    multiply-add = 2 pair = cost.compare({"dense": (dense, (images,)), "compact": (compact,
-    (images,))}) pair.verdict, pair.speedup                              # "faster", 1.9
+    count = cost.flops(model.apply, variables, images)      # arrays or jax.ShapeDtypeStruct
+    count.products, count.elementwise                       # FLOPs; one multiply-add = 2
+    pair = cost.compare({"dense": (dense, (images,)), "compact": (compact, (images,))})
+    pair.verdict, pair.speedup                              # "faster", 1.9
 
 FLOPs are read off the jaxpr. XLA's own estimate, `jax.jit(f).lower(*args).cost_analysis()`, is
 `products + elementwise` with `count_padding=False` (it reports square roots, exponentials and the
@@ -12,9 +12,10 @@ like apart, as transcendentals).
 
 import functools
 import math
+import operator
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -24,8 +25,9 @@ import numpy as np
 from sparsity_jax import groups, stopping, tables, trees
 from sparsity_jax.channels import walk
 from sparsity_jax.channels.values import Program
+from sparsity_jax.types import PyTree, Shape
 
-PyTree = Any
+Verdict = Literal["faster", "slower", "no measurable difference"]
 
 
 # Size --------------------------------------------------------------------------------------------
@@ -49,10 +51,7 @@ def num_bytes(tree: PyTree) -> int:
     Leaves: arrays or shape structs. The compression ratio is that of the dense network over that of
     the compact one.
     """
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        total += leaf.size * leaf.dtype.itemsize
-    return total
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 # FLOPs -----------------------------------------------------------------------------------------
@@ -109,20 +108,19 @@ def flops(function: Callable, *args: Any, count_padding: bool = True) -> Flops:
 def _total(program: Program, price: Callable, path: Path = ()) -> Flops:
     """FLOPs of a program; price(eqn, program, path) -> Flops of an equation without programs
     inside."""
-    parts = [NOTHING]
+    total = NOTHING
     for eqn, inner in program.equations():
         inside = (*path, eqn)
         if inner:
             bodies = [_total(body, price, inside) for body in inner]
-            parts.append(_repeated(eqn, bodies, inside))
+            total = _add(total, _repeated(eqn, bodies, inside))
         else:
-            parts.append(price(eqn, program, inside))
-    return _added(parts)
+            total = _add(total, price(eqn, program, inside))
+    return total
 
 
-def _added(parts: list[Flops]) -> Flops:
-    products, elementwise, equations, notes = zip(*parts)
-    return Flops(sum(products), sum(elementwise), sum(equations, ()), sum(notes, ()))
+def _add(first: Flops, second: Flops) -> Flops:
+    return Flops(*map(operator.add, first, second))
 
 
 def _repeated(eqn: Any, bodies: list[Flops], path: Path) -> Flops:
@@ -130,24 +128,19 @@ def _repeated(eqn: Any, bodies: list[Flops], path: Path) -> Flops:
     name = eqn.primitive.name
     if name == "cond":
         return max(bodies, key=lambda body: (body.products + body.elementwise, body.products))
-    count = _added(bodies)
+    count = functools.reduce(_add, bodies)
     if name == "scan":
         return _scale(count, eqn.params["length"])
     if name == "shard_map":
         return _scale(count, eqn.params["mesh"].size)
     if name == "while":
-        note = f"while at {_where(path)}: counted once"
-        return count._replace(notes=(*count.notes, note))
+        return _add(count, NOTHING._replace(notes=(f"while at {_where(path)}: counted once",)))
     return count
 
 
 def _scale(count: Flops, times: int) -> Flops:
-    equations = [eqn._replace(flops=eqn.flops * times) for eqn in count.equations]
-    return count._replace(
-        products=count.products * times,
-        elementwise=count.elementwise * times,
-        equations=tuple(equations),
-    )
+    equations = tuple(eqn._replace(flops=eqn.flops * times) for eqn in count.equations)
+    return Flops(count.products * times, count.elementwise * times, equations, count.notes)
 
 
 def _work(eqn: Any, path: Path, padding: bool) -> Flops:
@@ -179,9 +172,6 @@ def _where(path: Path) -> str:
         if line := walk.line_of(eqn):
             return f"{stack} {line}".strip()
     return f"{stack} unknown place".strip()
-
-
-Shape = Sequence[int]
 
 
 def _product(eqn: Any, first: Shape, second: Shape, out: Shape, padding: bool) -> int:
@@ -254,7 +244,7 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
     tables.convert(unit, Unit, "unit")
     inside = [path for path in channels.shapes if path.startswith("params/")]
     inside = inside or list(channels.shapes)
-    inputs = channels.traced.inputs
+    _, inputs, _ = channels.signature
     batch = inputs[0].shape[0] if inputs and inputs[0].shape else 1
 
     def parameters(keep: Mapping) -> float:
@@ -262,16 +252,16 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
         return float(sum(shapes[path].size for path in inside))
 
     def products(keep: Mapping) -> float:
-        alive = channels.traced.alive(keep)
+        alive = channels.alive(keep)
 
         def price(eqn: Any, program: Program, path: Path) -> Flops:
             if eqn.primitive.name not in walk.PRODUCTS:
                 return NOTHING
             variables = (*eqn.invars, *eqn.outvars)
-            first, second, out = (alive.shape(program.value(var)) for var in variables)
+            first, second, out = map(alive.shape, program.known(variables))
             return NOTHING._replace(products=_product(eqn, first, second, out, True))
 
-        return _total(channels.traced.analysis.program, price).products / batch
+        return _total(channels.walked.program, price).products / batch
 
     return parameters if unit == "parameters" else products
 
@@ -297,7 +287,7 @@ class Comparison(NamedTuple):
     speedup_low: float
     speedup_high: float
     # of the second against the first
-    verdict: Literal["faster", "slower", "no measurable difference"]
+    verdict: Verdict
 
 
 def latency(function: Callable, *args: Any, repeats: int = 30, warmup: int = 3) -> Latency:
@@ -324,8 +314,10 @@ def compare(
     Raises ValueError for any other number of candidates, otherwise as `latency`.
     """
     if len(candidates) != 2:
-        told = "compare takes two: a reference and one other"
-        raise ValueError(f"candidates has {len(candidates)} entries; {told}.")
+        raise ValueError(
+            f"candidates has {len(candidates)} entries; compare takes two: a reference and one "
+            "other."
+        )
     latencies = _measure(list(candidates.values()), repeats, warmup)
     return comparison(dict(zip(candidates, latencies)))
 
@@ -334,7 +326,7 @@ def comparison(latencies: dict[str, Latency]) -> Comparison:
     """What two measured latencies say, the reference first."""
     first, second = latencies.values()
     low, high = first.low / second.high, first.high / second.low
-    verdict = "faster" if low > 1 else "slower" if high < 1 else "no measurable difference"
+    verdict: Verdict = "faster" if low > 1 else "slower" if high < 1 else "no measurable difference"
     return Comparison(latencies, first.median / second.median, low, high, verdict)
 
 
@@ -348,21 +340,19 @@ def summary(samples: Any) -> Latency:
 def _measure(calls: list[tuple[Callable, tuple]], repeats: int, warmup: int) -> list[Latency]:
     tables.convert(repeats, Annotated[int, tables.Range(2)], "repeats")
     tables.convert(warmup, tables.Count, "warmup")
-    ready = []
+    ready: list[tuple[Callable, list[float]]] = []
     for function, args in calls:
-        compiled = function
         if not isinstance(function, jax.stages.Compiled):
-            compiled = jax.jit(function)
-        call = functools.partial(compiled, *jax.tree.map(jnp.asarray, tuple(args)))
+            function = jax.jit(function)
+        call: Callable = functools.partial(function, *jax.tree.map(jnp.asarray, tuple(args)))
         for _ in range(warmup):
             jax.block_until_ready(call())
-        ready.append(call)
-    samples: list[list[float]] = [[] for _ in ready]
+        ready.append((call, []))
     for turn in range(repeats):
         stopping.check()
-        for i in range(len(ready)):
-            number = (i + turn) % len(ready)
+        first = turn % len(ready)
+        for call, samples in (*ready[first:], *ready[:first]):
             start = time.perf_counter()
-            jax.block_until_ready(ready[number]())
-            samples[number].append(time.perf_counter() - start)
-    return list(map(summary, samples))
+            jax.block_until_ready(call())
+            samples.append(time.perf_counter() - start)
+    return [summary(samples) for _, samples in ready]

@@ -16,7 +16,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ from sparsity_jax.tables import (
     host_memory,
     lookup,
 )
+from sparsity_jax.types import Array, Config, Fields, Shape
 
 CHUNK = 500  # records one thread reads and decodes at a time
 DECODED_ALONE = 32  # of those looked at, to measure what threads gain
@@ -72,7 +73,7 @@ class Stream:
     indices: np.ndarray  # of `source`, in the split's order
     shape: tuple[int, int, int, int]  # [N, H, W, C]
     num_classes: int
-    options: Mapping[str, Any]  # of `load`
+    options: Config  # of `load`
     reading: str = ""  # what `look_at` chose, in words
 
 
@@ -178,22 +179,15 @@ def load(
     """
     options = dict(locals())
     opened = check_and_open(options)
-    if stream:
-        return streamed(opened, options)
-    upright = orientation == "exif"
-    splits: list[Split] = []
-    stored, side = channels or opened.channels, train_image_size or image_size
-    for split_name, limit in (("train", train_limit), ("test", test_limit)):
-        split = decode_split(opened, split_name, limit, side, stored, bool(channels), upright)
-        splits.append(split)
-        stored, side = split.images.shape[-1], image_size
-    train, test = splits
-    shapes = ["{1}x{2}".format(*split.images.shape) for split in splits]
+    take = leave if stream else decode_split
+    train = take(opened, "train", options, channels or opened.channels)
+    test = take(opened, "test", options, train.images.shape[-1])
+    shapes = ["{1}x{2}".format(*split.images.shape) for split in (train, test)]
     if shapes[0] != shapes[1] and not train_image_size:
         raise ConfigError(
             f"{name!r} has train images of {shapes[0]}, test images of {shapes[1]}; set image_size."
         )
-    mean, std = statistics(normalization, name, train.images)
+    mean, std = statistics(options, train.images)
     return Dataset(name, train, test, opened.num_classes, mean, std)
 
 
@@ -206,17 +200,21 @@ def check(**options: Any) -> None:
     check_and_open(options)
 
 
-def check_and_open(options: Mapping[str, Any]) -> Opened:
+def check_and_open(options: Config) -> Opened:
     options = defaults(load) | check_options(load, options)
     check_stream(options)
-    names = [options[field] for field in ("name", "data_dir", "train_split", "test_split")]
-    for field in ("name", "data_dir", "train_split", "test_split"):
-        if "\0" in options[field]:
-            raise ConfigError(field, options[field], allowed="text without zero bytes")
-    opened = open_set(*names)
-    check_sizes(opened, options)
-    if stored := options["channels"] or opened.channels:
-        check_normalization(chosen_normalization(options), stored)
+    names = {field: options[field] for field in ("name", "data_dir", "train_split", "test_split")}
+    for field, text in names.items():
+        if "\0" in text:
+            raise ConfigError(field, text, allowed="text without zero bytes")
+    opened = open_set(*names.values())
+    stored = options["channels"] or opened.channels
+    for split in ("train", "test"):
+        count = 1 if options["stream"] else len(indices_of(opened, split, options))
+        side = side_of(split, options)
+        check_memory((count, side, side, stored or 1))
+    if stored:
+        published(options, stored)
     return opened
 
 
@@ -229,9 +227,10 @@ STREAMS_ALONE = (
     "unreadable",
     "unreadable_share",
 )
+SKIPPING = "config.data.unreadable='skip' goes on without such images and counts them."
 
 
-def check_stream(options: Mapping[str, Any]) -> None:
+def check_stream(options: Config) -> None:
     """Raises ConfigError for options of streams without one, and for what a stream cannot have."""
     if not options["stream"]:
         for field in STREAMS_ALONE:
@@ -240,20 +239,20 @@ def check_stream(options: Mapping[str, Any]) -> None:
                 raise ConfigError(field, options[field], why=why)
         return
     size = options["image_size"]
-    rules = (
-        ("image_size", size == 0, "the side of a stream's crops, e.g. 224"),
-        ("train_image_size", options["train_image_size"] > 0, "0: a stream crops to image_size"),
-        (
-            "normalization",
-            options["normalization"] == "computed",
+    ascending = "two numbers above 0, ascending"
+    rules = {
+        "image_size": (size > 0, "the side of a stream's crops, e.g. 224"),
+        "train_image_size": (not options["train_image_size"], "0: a stream crops to image_size"),
+        "normalization": (
+            options["normalization"] != "computed",
             "that of a set, or 'none': a stream's images are not in memory",
         ),
-        ("resize_size", 0 < options["resize_size"] < size, f"from image_size, {size}, or 0"),
-        ("crop_scale", not ascends(*options["crop_scale"]), "two numbers above 0, ascending"),
-        ("crop_ratio", not ascends(*options["crop_ratio"]), "two numbers above 0, ascending"),
-    )
-    for field, wrong, allowed in rules:
-        if wrong:
+        "resize_size": (not 0 < options["resize_size"] < size, f"from image_size, {size}, or 0"),
+        "crop_scale": (ascends(*options["crop_scale"]), ascending),
+        "crop_ratio": (ascends(*options["crop_ratio"]), ascending),
+    }
+    for field, (right, allowed) in rules.items():
+        if not right:
             raise ConfigError(field, options[field], allowed=allowed)
 
 
@@ -262,22 +261,17 @@ def ascends(low: float, high: float) -> bool:
     return 0 < low <= high
 
 
-def check_sizes(opened: Opened, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError for sizes of images that the machine's memory cannot hold, before any is
-    decoded.
-    """
-    size = options["image_size"]
-    train_size = options["train_image_size"] or size
-    channels = options["channels"] or opened.channels or 1
-    for source, limit, side in (
-        (opened.train, options["train_limit"], train_size),
-        (opened.test, options["test_limit"], size),
-    ):
-        count = 1 if options["stream"] else min(limit or source.size, source.size)
-        check_memory((count, side, side, channels))
+def side_of(split: str, options: Config) -> int:
+    """The side of a split's images, 0 for that of those stored."""
+    return (split == "train" and options["train_image_size"]) or options["image_size"]
 
 
-def check_memory(shape: tuple[int, ...]) -> None:
+def indices_of(opened: Opened, split: str, options: Config) -> np.ndarray:
+    """The images of a split that are used."""
+    return spread(getattr(opened, split).size, options[f"{split}_limit"])
+
+
+def check_memory(shape: Shape) -> None:
     """Raises ConfigError if uint8 images of `shape`, [N, H, W, C], need more than the machine's
     whole memory.
     """
@@ -285,35 +279,28 @@ def check_memory(shape: tuple[int, ...]) -> None:
     if needed > there:
         raise ConfigError(
             f"{shape[0]} images of {shape[1]}x{shape[2]} need {needed / 2**30:.4g} GiB, this "
-            "machine has "
-            f"{there / 2**30:.4g}; allowed: a smaller config.data.image_size, fewer images "
-            "(train_limit, test_limit), "
-            "or config.data.stream=True, which reads them while it trains."
+            f"machine has {there / 2**30:.4g}; allowed: a smaller config.data.image_size, fewer "
+            "images (train_limit, test_limit), or config.data.stream=True, which reads them while "
+            "it trains."
         )
 
 
-def streamed(opened: Opened, options: dict[str, Any]) -> Dataset:
-    """The set of `load`'s options with a `Stream` for each split."""
-    size, channels = options["image_size"], options["channels"] or opened.channels
-    splits: dict[str, Split] = {}
-    for name in ("train", "test"):
-        source = getattr(opened, name)
-        indices = np.asarray(spread(source.size, options[f"{name}_limit"]))
-        channels = channels or first_channels(source, indices)
-        shape = (len(indices), size, size, channels)
-        splits[name] = Split(Stream(source, indices, shape, opened.num_classes, options), None)
-    name = options["name"]
-    mean, std = statistics(chosen_normalization(options), name, splits["train"].images)
-    return Dataset(name, num_classes=opened.num_classes, mean=mean, std=std, **splits)
-
-
-def first_channels(source: Source, indices: Any) -> int:
-    """1 or 3, as the first image that can be decoded."""
-    for index in indices:
+def leave(opened: Opened, split: str, options: Fields, channels: int) -> Split:
+    """A split as a `Stream`. channels 0: as the first image that can be decoded."""
+    source, indices = getattr(opened, split), indices_of(opened, split, options)
+    for index in () if channels else indices:
         with contextlib.suppress(UnreadableError):
-            image = decoded(source, int(index))[0]
-            return 1 if image.ndim == 2 else 3
-    raise ConfigError(f"{source.describe(int(indices[0]))} and all other images cannot be decoded.")
+            channels = colours(decoded(source, index))
+            break
+    if not channels:
+        raise ConfigError(f"{source.describe(indices[0])} and all other images cannot be decoded.")
+    shape = (len(indices), options["image_size"], options["image_size"], channels)
+    return Split(Stream(source, indices, shape, opened.num_classes, options), None)
+
+
+def colours(image: np.ndarray) -> int:
+    """Channels of an image that `decode` gives."""
+    return 1 if image.ndim == 2 else 3
 
 
 def look_at(images: Stream) -> Stream:
@@ -329,33 +316,36 @@ def look_at(images: Stream) -> Stream:
 
     def look(index: int) -> tuple[str, int]:
         """(why it cannot be read, or ""; its orientation) of an image."""
+        name = source.describe(index)
         try:
-            ((payload, label),) = source.read([index])
-            to_array(payload, source.describe(index), decoding.reduction(payload))
+            payload, label = source.read_one(index)
+            to_array(payload, name, decoding.reduction(payload))
         except UnreadableError as error:
             return str(error), 1
-        check_label(label, images.num_classes, source.describe(index))
+        check_label(label, images.num_classes, name)
         return "", orientation_of(payload)
 
-    started = time.perf_counter()
-    seen = list(map(look, sample[:DECODED_ALONE]))
-    between = time.perf_counter()
+    alone, first = timed(map, look, sample[:DECODED_ALONE])
     with reading_pool() as pool:
-        seen += pool.map(look, sample[DECODED_ALONE:])
-    alone, together = between - started, time.perf_counter() - between
+        together, others = timed(pool.map, look, sample[DECODED_ALONE:])
+    seen = [*first, *others]
     lost = [reason for reason, _ in seen if reason]
     if lost and options["unreadable"] == "stop":
-        raise ConfigError(
-            f"{lost[0]} config.data.unreadable='skip' goes on without such images and counts them."
-        )
+        raise ConfigError(f"{lost[0]} {SKIPPING}")
     check_losses(lost, len(sample), options)
     turned = [source.describe(index) for index, (_, way) in zip(sample, seen) if way != 1]
-    tell_orientation(turned, len(sample), options["orientation"] == "exif")
+    tell_orientation(turned, len(sample), options)
     if options["workers"] >= 0 or len(sample) <= 2 * DECODED_ALONE:
         return images
-    rates = DECODED_ALONE / max(alone, 1e-9), (len(sample) - DECODED_ALONE) / max(together, 1e-9)
-    workers, reading = choose_workers(len(images.indices), usable_cores(), *rates)
+    workers, reading = choose_workers(len(images.indices), usable_cores(), alone, together)
     return dataclasses.replace(images, options={**options, "workers": workers}, reading=reading)
+
+
+def timed(apply: Callable, function: Callable, items: list) -> tuple[float, list]:
+    """(items per second, results) of a kind of `map`."""
+    started = time.perf_counter()
+    results = list(apply(function, items))
+    return len(items) / max(time.perf_counter() - started, 1e-9), results
 
 
 def usable_cores() -> int:
@@ -375,56 +365,52 @@ def choose_workers(count: int, cores: int, alone: float, together: float) -> tup
     return 0, f"threads ({measured})"
 
 
-def check_losses(lost: Sequence[str], total: int, options: Mapping[str, Any]) -> None:
+def check_losses(lost: Sequence[str], total: int, options: Config) -> None:
     """Raises ConfigError if more than the allowed share of `total` images are lost; lost: their
     names.
     """
-    if len(lost) > options["unreadable_share"] * total:
+    share = options["unreadable_share"]
+    if len(lost) > share * total:
         raise ConfigError(
             f"{len(lost)} of {total} images cannot be read, e.g. {lost[0].rstrip('.')}; allowed: "
-            "a share of "
-            f"{options['unreadable_share']}, config.data.unreadable_share."
+            f"a share of {share}, config.data.unreadable_share."
         )
 
 
-def tell_orientation(names: Sequence[str], total: int, upright: bool) -> None:
+def tell_orientation(names: Sequence[str], total: int, options: Config) -> None:
     """Warns of images that are to be turned and are not."""
-    if names and not upright:
+    if names and options["orientation"] == "stored":
         warnings.warn(
             f"{len(names)} of {total} images are to be turned by their EXIF orientation, e.g. "
-            f"{names[0]}; they are "
-            "used as stored. config.data.orientation='exif' turns them.",
+            f"{names[0]}; they are used as stored. config.data.orientation='exif' turns them.",
             stacklevel=4,
         )
 
 
-def decode_split(
-    opened: Opened, split: str, limit: int, size: int, channels: int, convert: bool, upright: bool
-) -> Split:
-    """Read and decode a split in threads (OpenCV and the reader release the interpreter lock).
+def decode_split(opened: Opened, split: str, options: Config, channels: int) -> Split:
+    """A split read and decoded in threads (OpenCV and the reader release the interpreter lock).
 
-    size: see `fit`. channels 0: as the first image. convert: colour may become grey. upright: see
-    `decode`.
+    channels 0: as the first image.
     """
-    source = getattr(opened, split)
-    indices = spread(source.size, limit)
-    first, _ = decoded(source, indices[0], upright)
-    target = channels or (1 if first.ndim == 2 else 3)
-    shape = fit(first, size, target).shape
+    source, indices = getattr(opened, split), indices_of(opened, split, options)
+    size, upright = side_of(split, options), options["orientation"] == "exif"
+    first = decoded(source, indices[0], upright)
+    channels = channels or colours(first)
+    shape = fit(first, size, channels).shape
     check_memory((len(indices), *shape))
     images = np.empty((len(indices), *shape), np.uint8)
     labels = np.empty(len(indices), np.int32)
     turned: list[int] = []
 
     def work(start: int) -> None:
-        chunk = indices[start : start + CHUNK]
+        chunk = indices[start : start + CHUNK].tolist()
         for position, (index, (payload, label)) in enumerate(zip(chunk, source.read(chunk)), start):
             name = source.describe(index)
             check_label(label, opened.num_classes, name)
             image = to_array(payload, name, upright=upright)
-            if not convert:
-                check_colour(image, target, name)
-            image = fit(image, size, target)
+            if not options["channels"]:
+                check_colour(image, channels, name)
+            image = fit(image, size, channels)
             if image.shape != shape:
                 raise ConfigError(
                     f"{name} is {image.shape[0]}x{image.shape[1]}, {source.describe(indices[0])} "
@@ -441,7 +427,7 @@ def decode_split(
                 stopping.result_of(future)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error the rest is not decoded
-    tell_orientation([source.describe(index) for index in sorted(turned)], len(indices), upright)
+    tell_orientation([source.describe(index) for index in sorted(turned)], len(indices), options)
     return Split(images, labels)
 
 
@@ -457,32 +443,29 @@ def reading_pool() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(min(32, os.cpu_count() or 1))
 
 
-def decoded(source: Source, index: int, upright: bool = False) -> tuple[np.ndarray, int]:
-    """Image `index` (see `decode`) and its label; raises UnreadableError where it cannot be read or
-    decoded.
-    """
-    ((payload, label),) = source.read([index])
-    return to_array(payload, source.describe(index), upright=upright), label
+def decoded(source: Source, index: int, upright: bool = False) -> np.ndarray:
+    """Image `index` (see `decode`); raises UnreadableError where it cannot be read or decoded."""
+    payload, _ = source.read_one(int(index))
+    return to_array(payload, source.describe(int(index)), upright=upright)
 
 
 def to_array(payload: Any, name: str, reduced: int = 0, *, upright: bool = False) -> np.ndarray:
-    """`as_array`; raises UnreadableError for an image that is damaged. name: of it."""
-    image = as_array(payload, reduced, upright=upright)
+    """What a `Source` reads, decoded if it is not yet; see `decode`. Raises UnreadableError for an
+    image that is damaged. name: of it.
+    """
+    if isinstance(payload, np.ndarray):
+        return payload
+    image = decode(payload, reduced, upright)
     if image is None:
         raise UnreadableError(f"{name} {why_not(payload)}")
     return image
-
-
-def as_array(payload: Any, reduced: int = 0, *, upright: bool = False) -> np.ndarray | None:
-    """What a `Source` reads, decoded if it is not yet; see `decode`."""
-    return payload if isinstance(payload, np.ndarray) else decode(payload, reduced, upright)
 
 
 def orientation_of(payload: Any) -> int:
     return 1 if isinstance(payload, np.ndarray) else decoding.orientation(payload)
 
 
-def spread(size: int, limit: int) -> list[int]:
+def spread(size: int, limit: int) -> np.ndarray:
     """`limit` (0: all) of the indices 0..size-1, ascending, evenly spread and nested in those of a
     larger limit.
 
@@ -490,8 +473,8 @@ def spread(size: int, limit: int) -> list[int]:
     stored class by class keep their proportions, and no period in the order is picked up.
     """
     if not limit or limit >= size:
-        return list(range(size))
-    return np.sort(spread_order(size)[:limit]).tolist()
+        return np.arange(size)
+    return np.sort(spread_order(size)[:limit])
 
 
 def spread_order(size: int, start: float = 0.0) -> np.ndarray:
@@ -527,66 +510,51 @@ class FixedSample(NamedTuple):
 # Normalisation
 
 
-def chosen_normalization(options: Mapping[str, Any]) -> str:
-    """`load`'s option; of a stream "auto" is decided."""
-    if options["normalization"] == "auto" and options["stream"]:
-        name = re.split("[:/]", options["name"])[0]
-        return name if name in NORMALIZATIONS else "imagenet"
-    return options["normalization"]
-
-
-def check_normalization(normalization: str, channels: int) -> None:
-    if normalization in NORMALIZATIONS and len(NORMALIZATIONS[normalization].mean) not in (
-        1,
-        channels,
-    ):
-        raise ConfigError(
-            f"config.data.normalization {normalization!r} is for 3 channels, the images have "
-            f"{channels}; use "
-            "'computed' (a stream: 'none'), or set channels to 3."
-        )
-
-
-def statistics(normalization: str, name: str, images: np.ndarray) -> Normalization:
-    """Mean and std of each channel for `load`'s option; those of grey sets are repeated for
+def statistics(options: Config, images: np.ndarray) -> Normalization:
+    """Mean and std of each channel for `load`'s options; those of grey sets are repeated for
     replicated channels.
     """
-    channels = images.shape[-1]
-    known = published(normalization, name, channels)
+    known = published(options, images.shape[-1])
     if known is not None:
         return known
     # Exact, from counts of the 256 values; in parts, since bincount copies to int64.
-    parts = range(0, len(images), 2000)
-    counts = np.array(
-        [
-            sum(np.bincount(images[i : i + 2000, ..., c].ravel(), minlength=256) for i in parts)
-            for c in range(channels)
-        ]
-    )
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), 2000):
+        for channel, count in enumerate(counts):
+            values = images[start : start + 2000, ..., channel].ravel()
+            count += np.bincount(values, minlength=256)
     values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
     mean = shares @ values
     std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
-    return Normalization(
-        tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
-    )  # a constant channel becomes 0
+    std = np.maximum(std, 1 / 255)  # a constant channel becomes 0
+    return Normalization(tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def published(normalization: str, name: str, channels: int) -> Normalization | None:
+def published(options: Config, channels: int) -> Normalization | None:
     """`statistics` where they are known without an image; None where they have to be computed."""
-    check_normalization(normalization, channels)
-    if normalization == "none":
+    rule = options["normalization"]
+    if rule == "none":
         return Normalization((0.0,) * channels, (1.0,) * channels)
-    row = NORMALIZATIONS.get(
-        re.split("[:/]", name)[0] if normalization == "auto" else normalization
-    )
-    if row is None or len(row.mean) not in (1, channels):
+    if rule == "auto":
+        rule = re.split("[:/]", options["name"])[0]
+        if options["stream"] and rule not in NORMALIZATIONS:
+            rule = "imagenet"
+    row = NORMALIZATIONS.get(rule)
+    if row is None:
         return None
-    return Normalization(*(values * (channels // len(values)) for values in row))
+    if len(row.mean) in (1, channels):
+        return Normalization(*(values * (channels // len(values)) for values in row))
+    if options["normalization"] == "auto" and not options["stream"]:
+        return None
+    raise ConfigError(
+        f"config.data.normalization {rule!r} is for 3 channels, the images have {channels}; use "
+        "'computed' (a stream: 'none'), or set channels to 3."
+    )
 
 
 def preprocess(
-    images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32
-) -> jax.Array:
+    images: Array, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32
+) -> Array:
     """`(images / 255 - mean) / std` as `dtype`: uint8 [..., C] and C means and stds. Computed in
     float32.
     """
@@ -599,7 +567,7 @@ def preprocess(
 # inside jit
 
 
-def shift_flip(images: jax.Array, offsets: jax.Array, flips: jax.Array, padding: int) -> jax.Array:
+def shift_flip(images: Array, offsets: Array, flips: Array, padding: int) -> Array:
     """Crop [H, W] at `offsets` (int [B, 2], 0..2*padding) from images padded with 0, mirrored where
     `flips` (bool [B]).
 
@@ -613,23 +581,23 @@ def shift_flip(images: jax.Array, offsets: jax.Array, flips: jax.Array, padding:
     return padded[jnp.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def none(key: jax.Array, images: jax.Array) -> jax.Array:
+def none(key: Array, images: Array) -> Array:
     """The images as they are."""
     del key
     return images
 
 
-def flip(key: jax.Array, images: jax.Array) -> jax.Array:
+def flip(key: Array, images: Array) -> Array:
     """Mirror each image left to right with probability 1/2."""
     flips = jax.random.bernoulli(key, shape=(len(images),))
     return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
 
 
-def offsets_of(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
+def offsets_of(key: Array, images: Array, padding: int) -> Array:
     return jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
 
 
-def pad_crop(key: jax.Array, images: jax.Array, padding: int = 4) -> jax.Array:
+def pad_crop(key: Array, images: Array, padding: int = 4) -> Array:
     """Pad with black (before normalisation, as torchvision's RandomCrop does) and crop the old size
     at random.
     """
@@ -637,14 +605,14 @@ def pad_crop(key: jax.Array, images: jax.Array, padding: int = 4) -> jax.Array:
     return shift_flip(images, offsets_of(key, images, padding), flips, padding)
 
 
-def pad_crop_flip(key: jax.Array, images: jax.Array, padding: int = 4) -> jax.Array:
+def pad_crop_flip(key: Array, images: Array, padding: int = 4) -> Array:
     """`pad_crop`, then `flip`: the usual augmentation of CIFAR."""
     crop_key, flip_key = jax.random.split(key)
     flips = jax.random.bernoulli(flip_key, shape=(len(images),))
     return shift_flip(images, offsets_of(crop_key, images, padding), flips, padding)
 
 
-def resized_crop_flip(key: jax.Array, images: jax.Array, size: int = 0) -> jax.Array:
+def resized_crop_flip(key: Array, images: Array, size: int = 0) -> Array:
     """A random box of each image, resized to `size` x `size` (0: the old size) and mirrored with
     probability 1/2.
 
@@ -662,7 +630,7 @@ def resized_crop_flip(key: jax.Array, images: jax.Array, size: int = 0) -> jax.A
     return flip(flip_key, resized)
 
 
-def random_box(key: jax.Array, height: int, width: int, attempts: int = 10) -> jax.Array:
+def random_box(key: Array, height: int, width: int, attempts: int = 10) -> Array:
     """(top, left, height, width), float32 whole numbers, of a box inside the image; see
     `resized_crop_flip`.
     """
@@ -684,7 +652,7 @@ def random_box(key: jax.Array, height: int, width: int, attempts: int = 10) -> j
     return jnp.concatenate([corner, box])
 
 
-def resize_box(image: jax.Array, box: jax.Array, height: int, width: int) -> jax.Array:
+def resize_box(image: Array, box: Array, height: int, width: int) -> Array:
     """The part `box` (top, left, height, width; traced) of a uint8 [H, W, C] image, resized to
     [height, width, C].
     """
@@ -702,7 +670,7 @@ def resize_box(image: jax.Array, box: jax.Array, height: int, width: int) -> jax
     return jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
 
 
-AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+AUGMENTATIONS: dict[str, Callable[[Array, Array], Array]] = {
     "none": none,
     "flip": flip,
     "pad_crop": pad_crop,
@@ -711,7 +679,7 @@ AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-def make_augmentation(name: str, dataset: Dataset) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def make_augmentation(name: str, dataset: Dataset) -> Callable[[Array, Array], Array]:
     """`fn(key, images)` of the table which turns `dataset`'s train images into images of the test
     images' size.
 

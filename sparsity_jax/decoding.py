@@ -6,6 +6,7 @@ its versions, is refused here, so that every allowed version gives the same imag
 `tests/test_decoding.py` compares with Pillow.
 """
 
+import io
 import re
 import struct
 from collections.abc import Iterator
@@ -51,7 +52,8 @@ OTHER_FORMATS = {  # images that are not read
 }
 STARTS = (*FORMATS.items(), *OTHER_FORMATS.items())
 START = re.compile(b"|".join(b"(%s)" % start for _, start in STARTS), re.DOTALL)
-TIFF_COLOURS = {5: "CMYK", 8: "CIELAB", 9: "CIELAB", 10: "CIELAB"}  # OpenCV takes them for others
+TIFF_COLOURS = dict.fromkeys((8, 9, 10), "CIELAB")  # OpenCV takes them for others
+EXIF = re.compile(rb"Exif\0\0|eXIf|EXIF")  # what begins tags
 
 
 def format_of(data: bytes) -> str:
@@ -72,18 +74,18 @@ def decode(data: bytes, reduced: int = 0, upright: bool = False) -> np.ndarray |
     name = format_of(data)
     if why_unreadable(data, name):
         return None
-    image = decode_pnm(data) if name == "PNM" else decode_with_opencv(data, name, reduced)
-    return image if image is None or not upright else turned(image, orientation(data))
+    try:
+        image = decode_pnm(data) if name == "PNM" else decode_with_opencv(data, name, reduced)
+    except (cv2.error, ValueError, OverflowError):  # pixels are missing, or are too many
+        return None
+    return turned(image, orientation(data)) if upright and image is not None else image
 
 
 def decode_with_opencv(data: bytes, name: str, reduced: int) -> np.ndarray | None:
     flags = DECODE | reduced
-    if name == "TIFF" and has_alpha(data):
-        flags = cv2.IMREAD_UNCHANGED
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # more pixels than it allows, for example
-        return None
+    if name == "TIFF" and tiff_tag(data, 262) == 2 and tiff_tag(data, 277) == 4:
+        flags = cv2.IMREAD_UNCHANGED  # RGB with alpha
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if image is None or image.ndim == 2 or image.shape[2] == 3:
         return image
     opaque = 65535 if image.dtype == np.uint16 else 255
@@ -115,6 +117,9 @@ def why_unreadable(data: bytes, name: str) -> str:
 # JPEG ---------------------------------------------------------------------------------------------
 
 
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers
+
+
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """(marker, start, end) of the segments of a JPEG before its first scan, and of that scan's
     header.
@@ -137,10 +142,9 @@ def jpeg_shape(data: bytes) -> tuple[int, int] | None:
     plain one.
     """
     for marker, start, end in jpeg_segments(data):
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if end < start + 5 or len(data) < start + 5:
-                return None
-            height, width = struct.unpack(">HH", data[start + 1 : start + 5])
+        if marker in FRAMES:
+            header = data[start + 1 : min(end, start + 5)]
+            height, width = struct.unpack(">HH", header) if len(header) == 4 else (0, 0)
             return (height, width) if height and width else None
     return None
 
@@ -161,7 +165,7 @@ def is_whole_jpeg(data: bytes) -> bool:
     return False
 
 
-# Orientation --------------------------------------------------------------------------------------
+# Tags ---------------------------------------------------------------------------------------------
 
 
 def orientation(data: bytes) -> int:
@@ -169,34 +173,23 @@ def orientation(data: bytes) -> int:
 
     That of a TIFF is part of the format, and applied when it is decoded.
     """
-    name = format_of(data)
-    block = b""
-    if name == "JPEG":
-        for marker, start, end in jpeg_segments(data):
-            if marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
-                block = data[start + 6 : end]
-                break
-    elif name == "PNG":
-        block = chunk(data, b"eXIf", 8, ">I", size_first=True)
-    elif name == "WebP":
-        block = chunk(data, b"EXIF", 12, "<I", size_first=False).removeprefix(b"Exif\0\0")
-    value = tiff_tags(block).get(274, 1)
+    if format_of(data) not in ("JPEG", "PNG", "WebP") or not EXIF.search(data):
+        return 1
+    try:
+        value = int(Image.open(io.BytesIO(data)).getexif()[274])
+    except Exception:  # none is said, or damaged images and tags break Pillow's readers
+        return 1
     return value if 1 <= value <= 8 else 1
 
 
-def chunk(data: bytes, wanted: bytes, at: int, size_format: str, *, size_first: bool) -> bytes:
-    """Content of the first chunk `wanted` from `at` on, b"" if there is none: of PNG (size first)
-    or RIFF.
-    """
-    while at + 8 <= len(data):
-        first, second = data[at : at + 4], data[at + 4 : at + 8]
-        size_bytes, name = (first, second) if size_first else (second, first)
-        (size,) = struct.unpack(size_format, size_bytes)
-        if name == wanted:
-            return data[at + 8 : at + 8 + size]
-        checksum_or_padding = 4 if size_first else size % 2
-        at += 8 + size + checksum_or_padding
-    return b""
+def tiff_tag(data: bytes, tag: int) -> int:
+    """First value of a whole-number tag of the first page of a TIFF, 1 where there is none."""
+    tags = Image.Exif()
+    try:
+        tags.load(data)
+        return int(np.ravel(tags.get(tag, 1))[0])
+    except Exception:  # as above
+        return 1
 
 
 def turned(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -210,42 +203,11 @@ def turned(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-# TIFF ---------------------------------------------------------------------------------------------
-
-
-def tiff_tags(data: bytes) -> dict[int, int]:
-    """First value of each whole-number tag of the first page of a TIFF, or of an EXIF block; {} if
-    it is none.
-    """
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
-    if order is None or len(data) < 8:
-        return {}
-    (at,) = struct.unpack(order + "I", data[4:8])
-    if at + 2 > len(data):
-        return {}
-    (count,) = struct.unpack(order + "H", data[at : at + 2])
-    tags = {}
-    for entry in range(at + 2, at + 2 + 12 * count, 12):
-        if entry + 12 > len(data):
-            break
-        tag, kind, number = struct.unpack(order + "HHI", data[entry : entry + 8])
-        if kind not in (3, 4):
-            continue
-        size, letter = (2, "H") if kind == 3 else (4, "I")
-        place = entry + 8
-        if size * number > 4:
-            (place,) = struct.unpack(order + "I", data[place : place + 4])
-        if place + size <= len(data):
-            (tags[tag],) = struct.unpack(order + letter, data[place : place + size])
-    return tags
-
-
 def why_not_tiff(data: bytes) -> str:
-    tags = tiff_tags(data)
-    colours = TIFF_COLOURS.get(tags.get(262, 1))
-    if colours not in (None, "CMYK"):
+    colours = TIFF_COLOURS.get(tiff_tag(data, 262))
+    if colours:
         return f"is a TIFF with {colours} colours, which are not read; convert it to RGB."
-    if tags.get(339, 1) != 1 or tags.get(258, 1) not in (1, 2, 4, 8, 16):
+    if tiff_tag(data, 339) != 1 or tiff_tag(data, 258) not in (1, 2, 4, 8, 16):
         return (
             "is a TIFF of floating-point, signed or wide numbers; allowed: 8 or 16 bits without "
             "sign."
@@ -253,68 +215,42 @@ def why_not_tiff(data: bytes) -> str:
     return ""
 
 
-def has_alpha(data: bytes) -> bool:
-    """Whether a TIFF in RGB has a fourth sample of each pixel."""
-    tags = tiff_tags(data)
-    return tags.get(262) == 2 and tags.get(277, 1) == 4
-
-
 # PGM and its relatives ----------------------------------------------------------------------------
 
 
 def decode_pnm(data: bytes) -> np.ndarray | None:
-    """`decode` of PBM, PGM and PPM, plain or binary, with any maximum; None if pixels are missing.
+    """`decode` of PBM, PGM and PPM, plain or binary, with any maximum.
 
-    A value v of at most `maximum` becomes the whole number nearest to 255 v / maximum.
+    A value v of at most `maximum` becomes the whole number nearest to 255 v / maximum. Raises
+    ValueError or OverflowError where pixels are missing or no numbers.
     """
     kind = int(data[1:2])
     bitmap, plain, channels = kind in (1, 4), kind <= 3, 3 if kind in (3, 6) else 1
-    field = rb"(?:\s|#[^\n\r]*[\n\r])+(\d{1,9})"
-    fields = 2 if bitmap else 3
-    header = re.match(rb"P\d" + field * fields + (rb"" if plain else rb"\s"), data)
+    field = rb"(?:\s|#[^\n\r]*[\n\r])+0*([1-9]\d{0,8})"
+    header = re.match(rb"P\d" + field * (2 if bitmap else 3) + (rb"" if plain else rb"\s"), data)
     if header is None:
         return None
-    width, height, maximum = (int(number) for number in (*header.groups(), b"1")[:3])
-    count = width * height * channels
-    if not count or not 1 <= maximum <= 65535:
+    width, height, maximum = map(int, (*header.groups(), b"1")[:3])
+    if maximum > 65535:
         return None
-    body = data[header.end() :]
+    body, count = data[header.end() :], width * height * channels
+    values: np.ndarray
     if plain:
-        values = plain_values(body, count, maximum)
+        text = re.sub(rb"#[^\n\r]*", b" ", body)
+        words = re.findall(rb"[01]" if bitmap else rb"\S+", text)[:count]
+        values = np.array([int(word) for word in words])
     elif bitmap:
-        values = packed_bits(body, width, height)
+        row_bytes = (width + 7) // 8
+        rows = np.frombuffer(body, np.uint8, row_bytes * height).reshape(height, row_bytes)
+        values = np.unpackbits(rows, axis=1, count=width)
     else:
-        values = binary_values(body, count, maximum)
-    if values is None:
-        return None
+        values = np.frombuffer(body, np.uint8 if maximum < 256 else ">u2", count)
     levels = values.astype(np.int64).clip(0, maximum)
     if bitmap:
         levels = 1 - levels  # 1 is black
     levels = (255 * levels + maximum // 2) // maximum
     image = levels.astype(np.uint8).reshape(height, width, channels)
     return image[..., 0] if channels == 1 else np.ascontiguousarray(image[..., ::-1])
-
-
-def plain_values(body: bytes, count: int, maximum: int) -> np.ndarray | None:
-    text = re.sub(rb"#[^\n\r]*", b" ", body)
-    words = re.findall(rb"[01]", text) if maximum == 1 else text.split()
-    words = words[:count]
-    if len(words) < count or not all(word.isdigit() and len(word) <= 9 for word in words):
-        return None
-    return np.array([int(word) for word in words])
-
-
-def packed_bits(body: bytes, width: int, height: int) -> np.ndarray | None:
-    row_bytes = (width + 7) // 8
-    if len(body) < row_bytes * height:
-        return None
-    rows = np.frombuffer(body, np.uint8, row_bytes * height).reshape(height, row_bytes)
-    return np.unpackbits(rows, axis=1, count=width).ravel()
-
-
-def binary_values(body: bytes, count: int, maximum: int) -> np.ndarray | None:
-    kind = np.dtype(np.uint8 if maximum < 256 else ">u2")
-    return np.frombuffer(body, kind, count) if len(body) >= count * kind.itemsize else None
 
 
 # Size and channels --------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def statistics_of_run(options: Mapping[str, Any], dataset: data.Dataset) -> data
     Raises ConfigError if they were computed from images that are not there.
     """
     channels = dataset.train.images.shape[-1]
-    known = data.published(data.chosen_normalization(options), options["name"], channels)
+    known = data.published(options, channels)
     if known is not None:
         return known
     try:

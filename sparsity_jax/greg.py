@@ -9,18 +9,16 @@ Source: Wang, Qin, Zhang, Fu 2021, arXiv:2012.09243, and its published code; see
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 
 from sparsity_jax import (
     checkpoint,
@@ -43,10 +41,9 @@ from sparsity_jax import (
 )
 from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
+from sparsity_jax.types import Array, Arrays, Fields, MemberRows, PyTree
 
-PyTree = Any
 Keep = Mapping[str, Any]  # bools by name of layer, True = keep
-Granularity = Literal["filter", "channel", "weight", "group"]
 Reading = ratios.Reading
 Table = ratios.Table
 SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
@@ -55,7 +52,7 @@ SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
 # What is removed ----------------------------------------------------------------------------------
 
 
-class Choosing(interface.Stage):
+class Choosing(structured.EachMember):
     """A stage that says which units it removes: by `ratios` of layers, or as another run did."""
 
     needs: ClassVar[tuple[str, ...]] = ("train",)
@@ -76,109 +73,86 @@ class Choosing(interface.Stage):
                 allowed="either ratios, e.g. '[0,0.5,0.5,0.5,0]', '[1-15:0.7]' or '2x', or "
                 "inherit, the workdir of a pruned run",
             )
-        if self.inherit and self.granularity == "group":
+        grouped = self.granularity == "group"
+        given = bool(self.inherit) and self.inherit_as == "index"
+        for field, default, idle, why in (
+            ("skip", "", self.inherit or grouped, "but inherit, or granularity 'group', tells all"),
+            ("pick", "min", given, "but inherit_as 'index' leaves nothing to pick"),
+            ("inherit_as", "index", not self.inherit, "but there is no run to inherit from"),
+        ):
+            value = getattr(self, field)
+            if idle and value != default:
+                raise tables.ConfigError(field, value, why=why, allowed=repr(default))
+        if self.inherit and grouped:
             raise tables.ConfigError(
                 "granularity", "group", allowed="filter, channel and weight with inherit"
             )
-        if self.skip and (self.inherit or self.granularity == "group"):
-            instead = "inherit" if self.inherit else "granularity 'group'"
-            raise tables.ConfigError("skip", self.skip, allowed=f"'' with {instead}")
-        if self.inherit and self.inherit_as == "index" and self.pick != "min":
-            raise tables.ConfigError(
-                "pick", self.pick, why="but inherit_as 'index' leaves nothing to pick"
-            )
-        if self.inherit_as == "ratio" and not self.inherit:
-            raise tables.ConfigError(
-                "inherit_as", "ratio", why="but there is no run to inherit from"
-            )
 
     def check_network(self, problem: Problem, visits: int) -> None:
-        if self.inherit:
-            _check_inherited(problem, self.inherit)
-        field = "inherit" if self.inherit else "ratios"
-        try:
-            layers = self.layers(problem)
-        except tables.ConfigError:
-            raise
-        except ValueError as error:
-            raise tables.ConfigError(field, getattr(self, field), why=str(error)) from None
-        if all(layer.num_pruned == 0 for layer in layers):
-            raise tables.ConfigError(
-                field, getattr(self, field), why="with which no layer loses anything"
-            )
-        if self.pick != "min" and any(layer.num_pruned is None for layer in layers):
+        numbers = [layer.num_pruned for layer in self.layers(problem)]
+        if not any(number != 0 for number in numbers):
+            raise tables.ConfigError(*self._asked(), why="with which no layer loses anything")
+        if self.pick != "min" and None in numbers:
             raise tables.ConfigError("pick", self.pick, allowed="'min' with a ratio of 'gap'")
+
+    def _asked(self) -> tuple[str, Any]:
+        """The field that says how much is removed, and its value."""
+        return ("inherit", self.inherit) if self.inherit else ("ratios", self.ratios)
 
     def layers(self, problem: Problem) -> tuple[units.Layer, ...]:
         """The layers of the run's network and how many units each loses, in the order in which it
-        uses them. Raises ConfigError, or ValueError, where ratios do not fit.
+        uses them. Raises ConfigError where ratios do not fit.
         """
-        fields = ("ratios", "skip", "granularity", "inherit", "inherit_as", "reading")
-        key = ("layers", *(getattr(self, name) for name in fields))
-        return problem.once(key, lambda: self._layers(problem))
+        return problem.once(("layers", self), lambda: self._layers(problem))
 
     def _layers(self, problem: Problem) -> tuple[units.Layer, ...]:
         shapes = train.shapes_of(problem)
-        if self.granularity == "group":
-            channels = structured.channels_of(problem)
-            with tables.within("ratios"):
-                by_name = trees.match_rules(dict.fromkeys(channels.groups, 0), self._rules())
-            in_order = {name: by_name[name] for name in channels.groups}  # as the network uses them
-            return growing.coupled(channels, shapes, in_order)
-        table = self._table(problem)
-        if self.granularity == "weight":
-            return growing.layers(shapes, table, "weight")
-        channels = structured.channels_of(problem, "separate")
-        for _, member in units.deciding(channels, "filter"):
-            path = member.path.removeprefix("params/")
-            if member.role == "depthwise" and path in table:
-                table[path] = 0.0  # its filters and channels are those of the layer before
-        return growing.layers(shapes, table, self.granularity, channels=channels)
-
-    def _rules(self) -> tuple:
-        """The ratios of groups."""
-        if not isinstance(self.ratios, str):
-            return self.ratios
-        try:
-            return ((".*", float(self.ratios)),)
-        except ValueError:
-            raise tables.ConfigError(
-                "",
-                self.ratios,
-                allowed="with granularity 'group' one number for all groups, e.g. '0.5', or pairs "
-                "of a pattern of their names and a ratio",
-            ) from None
+        table = {} if self.granularity == "group" else self._table(problem)
+        with tables.blaming(*self._asked()):
+            if self.granularity == "group":
+                channels = structured.channels_of(problem)
+                rules = self.ratios
+                if isinstance(rules, str):  # one ratio for all
+                    rules = ((".*", tables.read_text(rules, float)),)
+                by_name = trees.match_rules(channels.sizes, rules)
+                in_order = {name: by_name[name] for name in channels.sizes}
+                return growing.coupled(channels, shapes, in_order)
+            if self.granularity == "weight":
+                return growing.layers(shapes, table, "weight")
+            channels = structured.channels_of(problem, "separate")
+            for _, member in units.deciding(channels, "filter"):
+                if member.role == "depthwise":
+                    # its filters and channels are those of the layer before
+                    table[member.path.removeprefix("params/")] = 0.0
+            return growing.layers(shapes, table, self.granularity, channels=channels)
 
     def _table(self, problem: Problem) -> Table:
         """The ratio of every kernel, by path in the params."""
         paths = kernels_of(problem)
         if self.inherit:
-            return ratios.inherited(masks_of(self.inherit), paths, granularity=self.granularity)
+            there = masks_there(problem, self.inherit)
+            with tables.blaming(*self._asked()):
+                return ratios.inherited(there, paths, granularity=self.granularity)
+        options = dict(granularity=self.granularity, skip=self.skip, reading=self.reading)
         target = SPEEDUP.fullmatch(self.ratios) if isinstance(self.ratios, str) else None
-        parse = functools.partial(
-            ratios.parse,
-            layers=paths,
-            granularity=self.granularity,
-            skip=self.skip,
-            reading=self.reading,
-        )
         if target is None:
-            return parse(self.ratios)
+            return ratios.parse(self.ratios, paths, **options)
         if self.granularity != "filter":
             raise tables.ConfigError(
                 "ratios", self.ratios, why="a speed-up", allowed="with granularity 'filter' only"
             )
-        eligible = {path for path, ratio in parse(((".*", 0.5),)).items() if ratio}
-        return _for_speedup(problem, float(target[1]), eligible)
+        any_ratio = ratios.parse(((".*", 0.5),), paths, **options)
+        with tables.blaming(*self._asked()):
+            return _for_speedup(problem, float(target[1]), any_ratio)
 
-    def kept_there(self, problem: Problem) -> dict[str, np.ndarray]:
+    def kept_there(self, problem: Problem) -> Arrays:
         """The very units that the run in `inherit` keeps, by layer; empty if they are to be picked
         anew.
         """
         if not self.inherit or self.inherit_as == "ratio":
             return {}
-        masks_there, paths = masks_of(self.inherit), kernels_of(problem)
-        return ratios.kept_groups(masks_there, paths, granularity=self.granularity)
+        there = masks_there(problem, self.inherit)
+        return ratios.kept_groups(there, list(there), granularity=self.granularity)
 
     def removed(self, problem: Problem, state: State, keep: Keep) -> State:
         """`state` of one member without the units that `keep` leaves out, nor what is coupled to
@@ -187,56 +161,51 @@ class Choosing(interface.Stage):
         kept = units.without(state.masks, self.layers(problem), keep)
         if self.granularity == "weight":
             return state._replace(params=masks.apply(state.params, kept), masks=kept)
-        if self.granularity == "group":
-            return structured.without(state, structured.channels_of(problem), keep, kept)
-        channels = structured.channels_of(problem, "separate")
-        by_path = {f"params/{path}": bools for path, bools in keep.items()}
-        coupled = units.coupled(channels, by_path, self.granularity)
-        return structured.without(state, channels, coupled, kept)
+        channels = structured.channels_of(problem)
+        if self.granularity != "group":
+            channels = structured.channels_of(problem, "separate")
+            by_path = {f"params/{path}": bools for path, bools in keep.items()}
+            keep = units.coupled(channels, by_path, self.granularity)
+        return structured.without(state, channels, keep, kept)
 
 
-def _for_speedup(problem: Problem, target: float, eligible: set[str]) -> Table:
-    """One ratio that reaches a speed-up, for all layers whose channels are eligible."""
+def _for_speedup(problem: Problem, target: float, any_ratio: Table) -> Table:
+    """One ratio that reaches a speed-up, for all layers whose channels may be removed.
+
+    any_ratio: of every layer, not 0 where it may lose filters.
+    """
     channels = structured.channels_of(problem)
-    even = dict.fromkeys(kernels_of(problem), 0.0)
-    for group in channels.groups.values():
-        makers = [member for member in group.members if member.role == "producer"]
-        paths = {member.path.removeprefix("params/") for member in makers}
-        if paths <= eligible:
-            even.update(dict.fromkeys(paths, 1.0))
     price = cost.of_channels(channels, "flops")
-
-    def flops(table: dict[str, float]) -> float:
-        by_path = {f"params/{path}": ratio for path, ratio in table.items()}
-        return price(ratios.keep_of(channels, by_path))
-
-    return dict(ratios.for_speedup(flops, target, even).table)
+    proportions = {f"params/{path}": 0.0 for path in any_ratio}
+    removable = {f"params/{path}" for path, ratio in any_ratio.items() if ratio}
+    for group in channels.groups.values():
+        makers = [member.path for member in group.members if member.role == "producer"]
+        if removable.issuperset(makers):
+            proportions.update(dict.fromkeys(makers, 1.0))
+    flops = lambda table: price(ratios.keep_of(channels, table))
+    table = ratios.for_speedup(flops, target, proportions)
+    return {path.removeprefix("params/"): ratio for path, ratio in table.items()}
 
 
 def kernels_of(problem: Problem) -> list[str]:
     """Paths of the kernels in the params, in the order in which the network uses them."""
-
-    def in_order() -> list[str]:
-        paths = ratios.order(*structured.traceable(problem))
-        return [path.removeprefix("params/") for path in paths]
-
-    return problem.once("kernels", in_order)
+    paths = problem.once("kernels", lambda: ratios.order(*structured.traceable(problem)))
+    return [path.removeprefix("params/") for path in paths]
 
 
-def masks_of(workdir: str) -> dict[str, np.ndarray]:
-    """The masks of the network at the end of a finished run of one network, by path."""
-    arrays = checkpoint.arrays(workdirs.newest(pathlib.Path(workdir)))
-    below = [path for path in arrays if path.startswith("masks/")]
-    return {path.removeprefix("masks/"): np.asarray(arrays[path]) for path in below}
-
-
-def _check_inherited(problem: Problem, workdir: str) -> None:
-    """Raises ConfigError unless a workdir holds a finished run of the same network."""
-    if not workdirs.is_finished(pathlib.Path(workdir)):
+def masks_there(problem: Problem, workdir: str) -> Arrays:
+    """The masks of the kernels at the end of a finished run of the same network, by path in the
+    params; raises ConfigError unless it holds one.
+    """
+    end = workdirs.newest(pathlib.Path(workdir))
+    if end is None or not workdirs.is_finished(pathlib.Path(workdir)):
         raise tables.ConfigError("inherit", workdir, why="which holds no finished run")
-    there, shapes = masks_of(workdir), trees.named_leaves(train.shapes_of(problem))
+    arrays = checkpoint.arrays(end)
+    shapes = trees.named_leaves(train.shapes_of(problem))
+    result = {}
     for path in kernels_of(problem):
-        shape = there[path].shape if path in there else None
+        result[path] = np.asarray(arrays.get(f"masks/{path}"))
+        shape = result[path].shape
         if shape != shapes[path].shape:
             raise tables.ConfigError(
                 "inherit",
@@ -244,9 +213,10 @@ def _check_inherited(problem: Problem, workdir: str) -> None:
                 why=f"whose mask of {path} has the shape {shape}",
                 allowed=f"{shapes[path].shape}, a run of the same network",
             )
+    return result
 
 
-def shares_removed(state: State) -> dict[str, Any]:
+def shares_removed(state: State) -> Fields:
     """Shares of kernel weights that are masked: of all (`ratio`), and by path (`layers`)."""
     kept = trees.named_leaves(state.masks)
     kernel_masks = {path: mask for path, mask in kept.items() if trees.is_kernel(path)}
@@ -261,20 +231,7 @@ def shares_removed(state: State) -> dict[str, Any]:
 
 
 @tables.option
-class Removing(Choosing):
-    """The options of `remove` and `grow` that say what is removed, see `Remove`."""
-
-    ratios: str | tuple = ""
-    skip: str = ""
-    granularity: Granularity = "filter"
-    pick: growing.Pick = "min"
-    inherit: str = ""
-    inherit_as: Literal["index", "ratio"] = "index"
-    reading: Reading = "correct"
-
-
-@tables.option
-class Remove(Removing):
+class Remove(Choosing):
     """Removes groups of weights at once: by L1 norm, the smallest or largest, or at random.
 
     ratios: share removed from every layer. `[0,0.75,0.75,0.32,0]`: of residual networks, before the
@@ -291,63 +248,35 @@ class Remove(Removing):
     """
 
     kind: ClassVar[str] = "remove"
+    ratios: str | tuple = ""
+    skip: str = ""
+    granularity: Literal["filter", "channel", "weight", "group"] = "filter"
+    pick: growing.Pick = "min"
+    inherit: str = ""
+    inherit_as: Literal["index", "ratio"] = "index"
+    reading: Reading = "correct"
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: list[list[dict]],
-    ) -> Iterator[Update]:
-        layers, given = self.layers(problem), self.kept_there(problem)
+    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+        layers = self.layers(problem)
+        given = self.kept_there(problem)
 
-        def cut(state: State) -> State:
-            key = train.stage_key(state.key, place.position)
+        def cut(state: State, position: int) -> tuple[State, Fields]:
+            key = train.stage_key(state.key, position)
             keep = growing.pick(state.params, layers, pick=self.pick, key=key) | given
-            return self.removed(problem, state, keep)
+            state = self.removed(problem, state, keep)
+            return state, shares_removed(state)
 
-        yield _last(problem, jax.jit(problem.lift(cut))(state), step=0)
-
-
-def _last(problem: Problem, state: State, step: int) -> Update:
-    """The update of a stage that has removed its units."""
-    shares = problem.lift(shares_removed)(state)
-    return Update(state, train.member_rows(problem, shares, step=step), 1.0)
+        compiled = problem.once(("remove", self), lambda: jax.jit(cut))
+        state, shares = compiled(state, place.position)
+        (rows,) = train.member_rows(problem, shares, step=0)
+        return state, rows
 
 
 # grow ---------------------------------------------------------------------------------------------
 
 
-class Growth(NamedTuple):
-    """What `train.Fit.growth` needs, and when and what to log."""
-
-    removing: Removing
-    penalty: growing.Penalty
-    penalty_only: bool
-    log_every: int
-    log_scores: bool
-
-    def make(self, problem: Problem, key: Array) -> optax.GradientTransformation:
-        tx = growing.growing_l2(
-            self.removing.layers(problem),
-            key=jax.random.fold_in(jax.random.wrap_key_data(key), 2**31 - 1),
-            keep=self.removing.kept_there(problem),
-            **vars(self.penalty),
-        )
-        if not self.penalty_only:
-            return tx
-        return optax.chain(optax.stateless(_without_kernels), tx)
-
-
-def _without_kernels(grads: PyTree, params: PyTree) -> PyTree:
-    del params
-    off = lambda path, g: jnp.zeros_like(g) if trees.is_kernel(path) else g
-    return trees.map_named(off, grads)
-
-
 @tables.option
-class Grow(Removing, growing.Penalty):
+class Grow(Remove, growing.Penalty):
     """Trains under a growing penalty until what it pushes is small, then removes that: GReg-1,
     GReg-2, FixReg.
 
@@ -370,60 +299,61 @@ class Grow(Removing, growing.Penalty):
     log_every: tables.Count = 100
     log_scores: bool = False
 
-    def settings(self) -> "Growing":
-        self.check()
+    def check(self) -> None:
+        super().check()
         self.plan()  # raises ConfigError for limits that are never reached
-        training = ("batch_size", "optimizer", "loss", "augment", "evaluate_every")
-        fit = stages.Train(epochs=1, **{name: getattr(self, name) for name in training}).settings()
-        growth = Growth(
-            _part(Removing, self),
-            _part(growing.Penalty, self),
-            self.penalty_only,
-            self.log_every,
-            self.log_scores,
-        )
-        return dataclasses.replace(_part(Growing, fit), growth=growth)
+        self.training()
 
-
-def _part(options: Any, whole: Any) -> Any:
-    """An object of a class of options whose fields `whole` has."""
-    names = [field.name for field in dataclasses.fields(options)]
-    return options(**{name: getattr(whole, name) for name in names})
-
-
-class Growing(train.Fit):
-    """A checked `grow` stage: a training that ends by removing what it pushed to zero."""
-
-    def sized(self, problem: Problem) -> "Growing":
-        """With as many epochs as growth may take, and one more, which it never ends."""
-        steps = self.growth.penalty.most_steps()
-        epochs = math.ceil(steps / self.steps_per_epoch(problem)) + 1
-        return dataclasses.replace(self, epochs=epochs)
+    def check_streamed(self) -> None:
+        self.training().check_streamed()
 
     def check_network(self, problem: Problem, visits: int) -> None:
+        self.training().check_network(problem, visits)
         super().check_network(problem, visits)
-        self.growth.removing.check_network(problem, visits)
 
-    def begin(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-    ) -> State:
-        fits = [fit.sized(problem) for fit in settings]
-        return train.begin_members(problem, state, fits, _numbers(problem, state, settings))
+    def together(self) -> tuple:
+        return self.training().together()
 
-    def look(self, problem: Problem, state: State) -> dict[str, Any]:
-        """Fields of a row."""
+    def steps_per_epoch(self, problem: Problem) -> int:
+        return self.training().steps_per_epoch(problem)
+
+    def training(self, epochs: int = 1) -> train.Fit:
+        """What trains under the penalty."""
+        names = ("batch_size", "optimizer", "loss", "augment", "evaluate_every")
+        fields = {name: getattr(self, name) for name in names}
+        fit = stages.Train(epochs=epochs, **fields).settings()
+        # members with other numbers of one optimizer share their program
+        return dataclasses.replace(
+            fit, growth=dataclasses.replace(self, optimizer=tables.Options())
+        )
+
+    def make(self, problem: Problem, key: Array) -> optax.GradientTransformation:
+        """The penalty, for `train.Fit.growth`. key: the member's root key (raw)."""
+        options = {name: getattr(self, name) for name in tables.parameters(growing.Penalty)}
+        tx = growing.growing_l2(
+            self.layers(problem),
+            key=jax.random.fold_in(jax.random.wrap_key_data(key), 2**31 - 1),
+            keep=self.kept_there(problem),
+            **options,
+        )
+        if not self.penalty_only:
+            return tx
+        kernels = lambda params: trees.map_named(lambda path, _: trees.is_kernel(path), params)
+        return optax.chain(optax.masked(optax.set_to_zero(), kernels), tx)
+
+    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
+        return train.begin_members(problem, state, *_fits_of(problem, state, settings))
+
+    def look(self, problem: Problem, state: State) -> Fields:
+        """Fields of a row, and whether growth has ended."""
         progress = growing.progress(state.opt_state)
-        row = dict(
+        row: Fields = dict(
             finished=growing.finished(state.opt_state),
             growth={name: numbers._asdict() for name, numbers in progress.items()},
         )
-        if self.growth.log_scores:
+        if self.log_scores:
             keep = growing.kept(state.opt_state)
-            norms = growing.scores(state.params, self.growth.removing.layers(problem))
+            norms = growing.scores(state.params, self.layers(problem))
             row |= dict(keep=keep, scores={name: norms[name] for name in keep})
         return row
 
@@ -433,45 +363,57 @@ class Growing(train.Fit):
         state: State,
         settings: Sequence[Any],
         place: Place,
-        rows: list[list[dict]],
+        rows: MemberRows,
     ) -> Iterator[Update]:
-        fit = self.sized(problem)
+        fits, numbers = _fits_of(problem, state, settings)
+        fit = fits[0]
         spe = fit.steps_per_epoch(problem)
-        look = functools.partial(fit.look, problem)
-        compiled = problem.once(("look", fit.program()), lambda: jax.jit(problem.lift(look)))
-        numbers = _numbers(problem, state, settings)
-        where = (place.position, place.name)
-        for update in train.fit_epochs(problem, state, fit, numbers, *where, rows[0]):
+
+        def cut(state: State) -> tuple[State, Fields]:
+            state = self.removed(problem, state, growing.kept(state.opt_state))
+            return state, shares_removed(state)
+
+        def compiled(name: str, function: Callable) -> Callable:
+            return problem.once((name, fit.growth), lambda: jax.jit(problem.lift(function)))
+
+        look = compiled("look", lambda state: self.look(problem, state))
+        updates = train.fit_epochs(
+            problem, state, fit, numbers, place.position, place.name, rows[0]
+        )
+        for update in updates:
             step = int(np.ravel(update.state.step)[0])
-            if step % spe % fit.growth.log_every:
+            if step % spe % self.log_every:
                 yield update
                 continue
-            growth = train.member_rows(problem, compiled(update.state), step=step)
-            ended = [row.pop("finished") for (row,) in growth]
-            together = _joined(update.rows, growth)
-            if not all(ended):
-                yield update._replace(rows=together)
-                continue
-            train.check_finite(update.state, spe, place.name)
-            stages.check_weights(problem, update.state, f"{place.name}, before it removes")
-            last = fit.without_pushed(problem, update.state, step)
-            yield last._replace(rows=_joined(together, last.rows))
-            return
-
-    def without_pushed(self, problem: Problem, state: State, step: int) -> Update:
-        def cut(state: State) -> State:
-            return self.growth.removing.removed(problem, state, growing.kept(state.opt_state))
-
-        return _last(problem, jax.jit(problem.lift(cut))(state), step)
+            logged = train.member_rows(problem, look(update.state), step=step)
+            ended = [row.pop("finished") for (row,) in logged]
+            update = update._replace(rows=_joined(update.rows, logged))
+            if all(ended):
+                break
+            yield update
+        train.check_finite(update.state, spe, place.name)
+        stages.check_weights(problem, update.state, f"{place.name}, before it removes")
+        state, shares = compiled("grown", cut)(update.state)
+        last = train.member_rows(problem, shares, step=step)
+        yield Update(state, _joined(update.rows, last), 1.0)
 
 
-def _joined(rows: list[list[dict]], more: list[list[dict]]) -> list[list[dict]]:
+def _fits_of(
+    problem: Problem, state: State, settings: Sequence[Grow]
+) -> tuple[list[train.Fit], Fields]:
+    """The trainings of all members and their traced numbers; as many epochs as growth may take,
+    and one more, which it never ends.
+    """
+    fits = []
+    for stage in settings:
+        epochs = math.ceil(stage.most_steps() / stage.steps_per_epoch(problem)) + 1
+        fits.append(stage.training(epochs))
+    return fits, train.numbers_of_fits(problem, state, fits) | dict(key=state.key)
+
+
+def _joined(rows: MemberRows, more: MemberRows) -> MemberRows:
     """Rows of each member, then further ones of it."""
     return [[*first, *second] for first, second in zip(rows, more)]
-
-
-def _numbers(problem: Problem, state: State, settings: Sequence[Growing]) -> dict[str, Any]:
-    return train.numbers_of_fits(problem, state, settings) | dict(key=state.key)
 
 
 # oracle -------------------------------------------------------------------------------------------
@@ -504,17 +446,17 @@ class Oracle(Choosing):
 
     def check_network(self, problem: Problem, visits: int) -> None:
         super().check_network(problem, visits)
-        self.counts(problem)
+        self._counts(problem)
 
-    def losing(self, problem: Problem) -> list[units.Layer]:
+    def _losing(self, problem: Problem) -> list[units.Layer]:
         return [layer for layer in self.layers(problem) if layer.num_pruned != 0]
 
-    def counts(self, problem: Problem) -> dict[str, tuple[int, int]]:
+    def _counts(self, problem: Problem) -> dict[str, tuple[int, int]]:
         """(units, how many go) of the layers that lose any; raises ConfigError where that cannot be
         tried exhaustively.
         """
         counts = {}
-        for layer in self.losing(problem):
+        for layer in self._losing(problem):
             if layer.num_pruned is None:
                 raise tables.ConfigError("ratios", self.ratios, allowed="numbers, no 'gap'")
             counts[layer.name] = (layer.size, layer.num_pruned)
@@ -522,68 +464,49 @@ class Oracle(Choosing):
             probes.check_counts(counts, self.limit)
         return counts
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: list[list[dict]],
-    ) -> Iterator[Update]:
-        rows_found, states = interface.rows_per_member(problem), []
-        for i, member in structured.members_of(problem, state):
-            stage = settings[i]
-            alone = problem._replace(members=None, compiled={})
-            fits = place.others[stage.retrain][i : i + 1] if stage.retrain else []
-            evaluate = stage.evaluated(alone, member)
-            if fits:
-                evaluate = stage.trained(alone, member, fits, place)
-            counts = stage.counts(problem)
-            batch = 1 if fits else stage.batch
-            result = probes.oracle(evaluate, counts, batch=batch, limit=stage.limit)
-            by_norm = growing.pick(member.params, stage.losing(problem))
-            row = dict(
-                choices=len(result.losses),
-                loss=float(result.losses.min()),
-                loss_by_norm=float(result.losses[probes.row_of(result, by_norm)]),
-                rank=probes.rank(result, by_norm),
-                losses=np.sort(result.losses)[:10_000].tolist(),
-            )
-            rows_found[i].append(row)
-            best = jax.tree.map(jnp.asarray, result.best)
-            states.append(stage.removed(problem, member, best))
-        yield Update(structured.stacked(problem, states), rows_found, 1.0)
+    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+        if self.retrain:
+            batch, evaluate = 1, self._trained(problem, state, place)
+        else:
+            batch, evaluate = self.batch, self._evaluated(problem, state)
+        result = probes.oracle(evaluate, self._counts(problem), batch=batch, limit=self.limit)
+        by_norm = growing.pick(state.params, self._losing(problem))
+        row = dict(
+            choices=len(result.losses),
+            loss=float(result.losses.min()),
+            loss_by_norm=float(result.losses[probes.row_of(result, by_norm)]),
+            rank=probes.rank(result, by_norm),
+            losses=np.sort(result.losses)[:10_000].tolist(),
+        )
+        best = jax.tree.map(jnp.asarray, result.best)
+        return self.removed(problem, state, best), [row]
 
-    def evaluated(self, problem: Problem, state: State) -> Callable:
+    def _evaluated(self, problem: Problem, state: State) -> Callable:
         """Training losses of a batch of choices, in one compiled call."""
         measure = train.evaluation(problem, "train")
 
-        @jax.jit
         def losses_of(state: State, keeps: PyTree, *data: Array) -> Array:
-            def loss(keep: Keep) -> Array:
-                cut = self.removed(problem, state, keep)
-                return measure(cut.params, cut.batch_stats, *data)[0]
+            cut = lambda keep: self.removed(problem, state, keep)[:2]
+            return jax.lax.map(lambda keep: measure(*cut(keep), *data)[0], keeps)
 
-            return jax.lax.map(loss, keeps)
+        compiled = problem.once(("choices", self), lambda: jax.jit(losses_of))
+        return lambda keeps: compiled(state, keeps, *train.arrays(problem, "train"))
 
-        return lambda keeps: losses_of(state, keeps, *train.arrays(problem, "train"))
-
-    def trained(
-        self,
-        problem: Problem,
-        state: State,
-        fits: list[train.Fit],
-        place: Place,
-    ) -> Callable:
+    def _trained(self, problem: Problem, state: State, place: Place) -> Callable:
         """The training loss after training what one choice leaves."""
+        fits = place.others[self.retrain]
         numbers = train.numbers_of_fits(problem, state, fits)
-        cut = jax.jit(lambda keep: self.removed(problem, state, keep))
-        where = (place.position, place.name)
+        cut = problem.once(
+            ("choice", self),
+            lambda: jax.jit(lambda state, keep: self.removed(problem, state, keep)),
+        )
 
         def evaluate(keeps: PyTree) -> np.ndarray:
-            current = cut({name: jnp.asarray(keep[0]) for name, keep in keeps.items()})
+            current = cut(state, {name: jnp.asarray(keep[0]) for name, keep in keeps.items()})
             current = train.begin_members(problem, current, fits, numbers)
-            for update in train.fit_epochs(problem, current, fits[0], numbers, *where):
+            for update in train.fit_epochs(
+                problem, current, fits[0], numbers, place.position, place.name
+            ):
                 current = update.state
             loss, _ = train.evaluate(problem, current.params, current.batch_stats, "train")
             return np.asarray(loss)[None]
@@ -595,7 +518,7 @@ class Oracle(Choosing):
 
 
 @tables.option
-class Reinit(interface.Stage):
+class Reinit(structured.EachMember):
     """Draws the weights that are left anew, and starts the running statistics anew: is it the
     structure that matters?
 
@@ -609,22 +532,15 @@ class Reinit(interface.Stage):
     def check(self) -> None:
         tables.lookup(surgery.METHODS, self.method, "method")
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: list[list[dict]],
-    ) -> Iterator[Update]:
-        def draw(state: State) -> State:
-            key = train.stage_key(state.key, place.position)
+    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+        def draw(state: State, position: int) -> State:
+            key = train.stage_key(state.key, position)
             params = surgery.reinitialize(state.params, state.masks, key, method=self.method)
             fresh = problem.init(jax.random.wrap_key_data(state.key))["batch_stats"]
             return state._replace(params=params, batch_stats=fresh)
 
-        drawn = jax.jit(problem.lift(draw))(state)
-        yield Update(drawn, interface.rows_per_member(problem), 1.0)
+        compiled = problem.once(("reinit", self), lambda: jax.jit(draw))
+        return compiled(state, place.position), []
 
 
 @tables.option
@@ -655,30 +571,30 @@ class Noise(interface.Stage):
         state: State,
         settings: Sequence[Any],
         place: Place,
-        rows: list[list[dict]],
+        rows: MemberRows,
     ) -> Iterator[Update]:
-        def disturbed(state: State, draw: int) -> PyTree:
-            key = jax.random.fold_in(train.stage_key(state.key, place.position), draw)
+        def disturbed(state: State, position: int, draw: int) -> PyTree:
             return surgery.add_noise(
                 state.params,
-                key,
+                jax.random.fold_in(train.stage_key(state.key, position), draw),
                 std=self.std,
                 relative=self.relative,
                 pattern=self.parameters,
                 kept=state.masks,
             )
 
-        compiled = jax.jit(problem.lift(disturbed, (0, None)))
+        lifted = problem.lift(disturbed, (0, None, None))
+        compiled = problem.once(("noise", self), lambda: jax.jit(lifted))
         for draw in range(len(rows[0]), self.num):
-            params = compiled(state, draw)
+            params = compiled(state, place.position, draw)
             loss, accuracy = train.evaluate(problem, params, state.batch_stats, "test")
             numbers = dict(loss=loss, accuracy=accuracy)
-            found = train.member_rows(problem, numbers, draw=draw, std=self.std)
-            yield Update(state, found, (draw + 1) / self.num)
+            drawn = train.member_rows(problem, numbers, draw=draw, std=self.std)
+            yield Update(state, drawn, (draw + 1) / self.num)
 
 
 @tables.option
-class Jacobian(interface.Stage):
+class Jacobian(structured.EachMember):
     """Singular values of the Jacobian of the logits in the image, of `num_examples` train images:
     mean, spread and range. Which ones: see `config.sample`.
 
@@ -688,24 +604,17 @@ class Jacobian(interface.Stage):
     kind: ClassVar[str] = "jacobian"
     num_examples: tables.Count = 100
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: list[list[dict]],
-    ) -> Iterator[Update]:
+    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
         images = problem.images(problem.examples("train", self.num_examples)[0])
 
-        def measure(state: State, images: Array) -> dict[str, Any]:
-            variables = {"params": state.params, "batch_stats": state.batch_stats}
+        def measure(state: State, images: Array) -> Fields:
+            variables = structured.variables_of(state)
             values = probes.jacobian_singular_values(problem.model.apply, variables, images)
             return dict(probes.isometry(values)._asdict(), mean_by_rank=values.mean(0))
 
-        numbers = jax.jit(problem.lift(measure, (0, None)))(state, images)
-        found = train.member_rows(problem, numbers, num_examples=len(images))
-        yield Update(state, found, 1.0)
+        numbers = problem.once("jacobian", lambda: jax.jit(measure))(state, images)
+        (rows,) = train.member_rows(problem, numbers, num_examples=len(images))
+        return state, rows
 
 
 STAGES = (Grow, Remove, Oracle, Reinit, Noise, Jacobian)

@@ -13,24 +13,25 @@ which arrays belong to each channel. What the analysis cannot follow stays whole
 `channels.frozen`, never guessed. `channels.walk` tells what, `channels.rules` has the rules.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax import tables, trees
 from sparsity_jax.channels import execute, rules, walk
 from sparsity_jax.channels.values import Place
+from sparsity_jax.types import Arrays, Fields, PyTree
 
-PyTree = Any
 Struct = jax.ShapeDtypeStruct
-Arrays = dict[str, Any]  # by path, or by name of group
-ByAxis = dict[str, dict[int, Any]]  # by path and axis
-Sums = Literal["allow", "freeze"]
+Structs = dict[str, Struct]  # by path
 Branches = Literal["tied", "separate"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
+ROLES = ("producer", "depthwise", "consumer", "other")  # a group is named after the first
 
 
 class Member(NamedTuple):
@@ -53,9 +54,6 @@ class Group(NamedTuple):
     members: tuple[Member, ...]
 
 
-Groups = dict[str, Group]
-
-
 class Frozen(NamedTuple):
     """An operation that keeps axes of the variables whole."""
 
@@ -66,13 +64,17 @@ class Frozen(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """What `trace` finds: data only, except for the analysis that `elastic` runs on."""
+    """What `trace` finds: data, and the walked program that `elastic` runs."""
 
-    groups: Groups
-    frozen: tuple[Frozen, ...]
-    shapes: dict[str, Struct]  # of the full variables, by path
-    traced: "_Traced"
-    options: tuple[tuple[str, str], ...]
+    groups: dict[str, Group]
+    frozen: list[Frozen]
+    shapes: Structs  # of the full variables
+    apply: Callable
+    walked: walk.Walk
+    atoms: Arrays  # label of every channel, by name of group
+    signature: tuple  # of the arguments it was traced for
+    results: Any  # their tree
+    branches: Branches
 
     @property
     def names(self) -> list[str]:
@@ -82,82 +84,34 @@ class Channels(NamedTuple):
     def sizes(self) -> dict[str, int]:
         return {name: group.size for name, group in self.groups.items()}
 
-
-class _Traced(NamedTuple):
-    apply: Callable
-    analysis: walk.Analysis
-    groups: Groups
-    atoms: dict[str, np.ndarray]  # label of every channel, by name of group
-    signature: tuple  # of the arguments it was traced for
-    tree: Any  # of the results
-
-    @property
-    def inputs(self) -> tuple[Struct, ...]:
-        """Shapes and types of the inputs it was traced for."""
-        return self.signature[1]
-
     def alive(self, keep: Keep) -> execute.Alive:
         """Which entries of the program stay. keep: of all groups."""
         removed: set[int] = set()
         for name, atoms in self.atoms.items():
             gone = ~np.asarray(keep[name])
             removed.update(atoms[gone].tolist())
-        return execute.Alive(self.analysis.labels, removed)
+        return execute.Alive(self.walked.labels, removed)
 
 
 def trace(
-    apply: Callable,
-    variables: PyTree,
-    *inputs: PyTree,
-    sums: Sums = "allow",
-    branches: Branches = "tied",
+    apply: Callable, variables: PyTree, *inputs: PyTree, branches: Branches = "tied"
 ) -> Channels:
     """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode.
 
     variables, inputs: arrays or shape structs; nothing is computed. Axes of inputs and results are
     never removed, nor are integer arrays.
-    sums: `freeze` keeps axes whole that are summed up without weights (the width of a layer norm):
-    a module built anew at the smaller width would divide by another number. `elastic` runs the
-    traced program, for which `allow` is exact.
     branches: `separate` lets the two sides of a skip connection be masked one by one, as the
     gradient-flow original does; such channels cannot be compacted.
     Raises TypeError for an apply that cannot be traced and for variables that are no arrays.
     """
-    tables.convert(sums, Sums, "sums")
     tables.convert(branches, Branches, "branches")
-    options: dict[str, str] = dict(sums=sums, branches=branches)
-    leaves = _arrays(variables)
-    paths = list(leaves)
-    traced = _trace(apply, variables, inputs, options)
-    frozen = []
-    for event in traced.analysis.events:
-        places = [place for place in event.axes if place[0] < len(paths)]
-        if places:
-            members = tuple((paths[i], a) for i, a in places)
-            frozen.append(Frozen(event.reason, event.primitive, event.source, members))
-    frozen += _left(traced, paths)
-    shapes = {path: _struct(leaf) for path, leaf in leaves.items()}
-    return Channels(traced.groups, tuple(frozen), shapes, traced, tuple(options.items()))
+    return _traced(apply, variables, inputs, branches)
 
 
-def _left(traced: _Traced, paths: list[str]) -> list[Frozen]:
-    """Axes that nothing froze but that are in no group."""
-    grouped: set[tuple[str, int]] = set()
-    for group in traced.groups.values():
-        grouped.update((member.path, member.axis) for member in group.members)
-    analysis = traced.analysis
-    left: dict[str, list] = {}
-    for i, path in enumerate(paths):
-        reason = "could lose one channel only" if i in analysis.used else "is not used"
-        for a, axis in enumerate(analysis.inputs[i].axes):
-            live = analysis.labels.is_live(axis.labels)
-            if live and (path, a) not in grouped:
-                left.setdefault(reason, []).append((path, a))
-    return [Frozen(reason, "trace", "", tuple(places)) for reason, places in left.items()]
-
-
-def _arrays(variables: PyTree) -> dict[str, Any]:
-    """Leaves by path; raises TypeError for one that is no array."""
+def _traced(
+    apply: Callable, variables: PyTree, inputs: tuple, branches: Branches, state: str = ""
+) -> Channels:
+    """state: see `elastic`."""
     leaves = trees.named_leaves(variables)
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -166,17 +120,6 @@ def _arrays(variables: PyTree) -> dict[str, Any]:
                 "first part of equinox.partition(model, equinox.is_array) or the state of "
                 "nnx.split(model)."
             )
-    return leaves
-
-
-def _trace(
-    apply: Callable,
-    variables: PyTree,
-    inputs: tuple,
-    options: dict[str, str],
-    state: str = "",
-) -> _Traced:
-    """state: see `elastic`."""
     abstract = jax.tree.map(_abstract, inputs)
     try:
         closed, result = jax.make_jaxpr(apply, return_shape=True)(variables, *abstract)
@@ -190,13 +133,15 @@ def _trace(
             "them into NumPy; call it in inference mode with all settings bound, e.g. "
             "functools.partial(model.apply, train=False)."
         ) from error
-    paths = list(trees.named_leaves(variables))
+    paths = list(leaves)
     carried = _carried(result, paths, state) if state else {}
     inputs_only = range(len(paths), len(closed.jaxpr.invars))
-    analysis = walk.analyse(closed, inputs_only, carried=carried, **options)
-    groups, atoms = _groups(analysis, paths)
-    tree = jax.tree.structure(result)
-    return _Traced(apply, analysis, groups, atoms, _signature(variables, inputs), tree)
+    walked = walk.analyse(closed, inputs_only, branches=branches, carried=carried)
+    groups, atoms = _groups(walked, paths)
+    frozen = list(_frozen(walked, paths, groups))
+    shapes = {path: _struct(leaf) for path, leaf in leaves.items()}
+    signature, results = _signature(variables, inputs), jax.tree.structure(result)
+    return Channels(groups, frozen, shapes, apply, walked, atoms, signature, results, branches)
 
 
 def _carried(result: PyTree, paths: list[str], state: str) -> dict[int, int]:
@@ -210,10 +155,7 @@ def _carried(result: PyTree, paths: list[str], state: str) -> dict[int, int]:
             f"state is {state!r}; the results below it must have the paths of variables. Results: "
             f"{leaves[:5]}, variables: {paths[:5]}."
         )
-    carried = {}
-    for path, name in below.items():
-        carried[leaves.index(path)] = paths.index(owned[name])
-    return carried
+    return {leaves.index(path): paths.index(owned[name]) for path, name in below.items()}
 
 
 def _struct(leaf: Any) -> Struct:
@@ -227,95 +169,99 @@ def _abstract(leaf: Any) -> Any:
 def _signature(variables: PyTree, inputs: tuple) -> tuple:
     """What a trace is valid for: types of the variables, whose shapes are known; all of inputs."""
     leaves, tree = jax.tree.flatten(inputs)
-    structs = tuple(map(_struct, leaves))
     types = tuple(leaf.dtype for leaf in jax.tree.leaves(variables))
-    return types, structs, tree
+    return types, tuple(map(_struct, leaves)), tree
 
 
-def _groups(analysis: walk.Analysis, paths: list[str]) -> tuple[Groups, Arrays]:
+def _groups(walked: walk.Walk, paths: list[str]) -> tuple[dict[str, Group], Arrays]:
     """Groups, and the labels of their channels: channels that are entries of the same axes.
 
     Groups and their members are in the order in which the program uses them.
     """
-    places = _places(analysis, len(paths))
-    entries = _entries(analysis, places)
+    entries = _entries(walked, len(paths))
     marks: dict[int, set] = {}
-    for label, mark in analysis.labels.marks():
+    for label, mark in walked.labels.marks():
         marks.setdefault(label, set()).add(mark)
-    clusters: dict[tuple, list[int]] = {}
-    for label, at in entries.items():
-        axes = tuple(k for k, _ in at)
+    alike: dict[tuple, list[int]] = {}
+    for label, places in entries.items():
+        copies = tuple((place, len(positions)) for place, positions in places.items())
         marked = frozenset(marks.get(label, ()))
-        clusters.setdefault((axes, marked), []).append(label)
-    groups: Groups = {}
-    atoms: Arrays = {}
-    for (axes, _), labels in clusters.items():
-        inputs = {places[k][0] for k in axes}
-        if len(labels) < 2 or inputs.isdisjoint(analysis.used):
+        alike.setdefault((copies, marked), []).append(label)
+    used = set(walked.used.numbers)
+    groups: dict[str, Group] = {}
+    atoms = {}
+    for labels in alike.values():
+        first = entries[labels[0]]
+        if len(labels) < 2 or used.isdisjoint(number for number, _ in first):
             continue
-        positions = np.array([entries[label] for label in labels])[:, :, 1]
         members = []
-        for k in sorted(set(axes)):
-            index = positions[:, np.equal(axes, k)]
-            members.append(_member(analysis, paths, places[k], index))
-        name = _name(members, paths, groups)
+        for place in first:
+            index = np.array([entries[label][place] for label in labels])
+            role = walked.roles.get(place, "other")
+            path, axis = paths[place[0]], place[1]
+            members.append(Member(path, axis, index, role, place in walked.exposed))
+        name = next(name for name in _names(members, paths) if name not in groups)
         groups[name] = Group(name, len(labels), tuple(members))
         atoms[name] = np.array(labels)
     return groups, atoms
 
 
-def _places(analysis: walk.Analysis, num_variables: int) -> list[Place]:
-    """All axes of the variables, the variables by their first use."""
-    places = []
-    for i in dict.fromkeys((*analysis.used, *range(num_variables))):
-        if i < num_variables:
-            places += [(i, a) for a in range(len(analysis.inputs[i].axes))]
-    return places
+def _entries(walked: walk.Walk, num_variables: int) -> dict[int, dict[Place, list[int]]]:
+    """Positions on each axis of the variables that die with each label.
 
-
-def _entries(analysis: walk.Analysis, places: list[Place]) -> dict[int, list[Place]]:
-    """(number of the place, position there) of all that dies with each label, in order of the first
-    of them.
+    Labels and places are in order of use, unused ones last.
     """
-    labels = analysis.labels
-    entries: dict[int, list[Place]] = {}
-    for k, (i, a) in enumerate(places):
-        roots = labels.find(analysis.inputs[i].axes[a].labels)
-        for position in np.flatnonzero(roots).tolist():
-            for label in labels.parts(int(roots[position])):
-                entries.setdefault(label, []).append((k, position))
+    entries: dict[int, dict[Place, list[int]]] = {}
+    for i in dict.fromkeys((*walked.used.numbers, *range(num_variables))):
+        if i >= num_variables:
+            continue
+        for a, axis in enumerate(walked.inputs[i].axes):
+            roots = walked.labels.find(axis.labels).tolist()
+            for position, root in enumerate(roots):
+                for label in walked.labels.parts(root):
+                    places = entries.setdefault(label, {})
+                    places.setdefault((i, a), []).append(position)
     return entries
 
 
-def _member(
-    analysis: walk.Analysis,
-    paths: list[str],
-    place: Place,
-    index: np.ndarray,
-) -> Member:
-    number, axis = place
-    role = analysis.roles.get(place, "other")
-    return Member(paths[number], axis, index, role, place in analysis.exposed)
-
-
-def _name(members: Sequence[Member], paths: list[str], taken: Mapping) -> str:
-    """Path of the first array that makes the channels, without `kernel`; made unique if need be."""
-    roles = ("producer", "depthwise", "consumer", "other")
+def _names(members: Sequence[Member], paths: list[str]) -> Iterator[str]:
+    """Path of the first array that makes the channels, without `kernel`, and longer names."""
 
     def rank(member: Member) -> tuple[int, int]:
-        return roles.index(member.role), paths.index(member.path)
+        return ROLES.index(member.role), paths.index(member.path)
 
     first = min(members, key=rank)
     name = ""
     if trees.is_kernel(first.path):
         name = first.path.removesuffix("/value").rpartition("/")[0]
     name = name or first.path
-    with_axis = f"{name}[{first.axis}]"
-    option, number = name, 1
-    while option in taken:
-        option = with_axis if number == 1 else f"{with_axis}.{number}"
-        number += 1
-    return option
+    yield name
+    yield f"{name}[{first.axis}]"
+    for number in itertools.count(2):
+        yield f"{name}[{first.axis}].{number}"
+
+
+def _frozen(walked: walk.Walk, paths: list[str], groups: Mapping[str, Group]) -> Iterator[Frozen]:
+    """What froze axes of variables; then the axes that nothing froze but that are in no group."""
+    for event in walked.events:
+        members = tuple((paths[i], a) for i, a in event.axes if i < len(paths))
+        if members:
+            yield Frozen(event.reason, event.primitive, event.source, members)
+    grouped: set[tuple[str, int]] = set()
+    for group in groups.values():
+        grouped.update((member.path, member.axis) for member in group.members)
+    used = set(walked.used.numbers)
+    left: dict[str, list] = {}
+    for i, path in enumerate(paths):
+        reason = "could lose one channel only" if i in used else "is not used"
+        for a, axis in enumerate(walked.inputs[i].axes):
+            if (path, a) not in grouped and walked.labels.is_live(axis.labels):
+                left.setdefault(reason, []).append((path, a))
+    for reason, places in left.items():
+        yield Frozen(reason, "trace", "", tuple(places))
+
+
+# Masks and smaller arrays ------------------------------------------------------------------------
 
 
 def complete(channels: Channels, keep: Keep) -> Arrays:
@@ -329,10 +275,10 @@ def complete(channels: Channels, keep: Keep) -> Arrays:
     result = {}
     for name, size in channels.sizes.items():
         kept = keep.get(name, np.ones(size, bool))
-        if not hasattr(kept, "dtype"):
+        if not isinstance(kept, jax.Array):
             kept = np.asarray(kept)
-        if jnp.shape(kept) != (size,) or kept.dtype != bool:
-            given = f"{kept.dtype} {jnp.shape(kept)}"
+        if kept.shape != (size,) or kept.dtype != bool:
+            given = f"{kept.dtype} {kept.shape}"
             raise ValueError(f"keep[{name!r}] is {given}; allowed: bool ({size},).")
         if not isinstance(kept, jax.core.Tracer) and not np.any(kept):
             raise ValueError(f"keep[{name!r}] keeps none of {size} channels; one must stay.")
@@ -342,21 +288,18 @@ def complete(channels: Channels, keep: Keep) -> Arrays:
 
 def _known(channels: Channels, keep: Keep) -> Arrays:
     """`complete` of what is known while tracing."""
-    checked = complete(channels, keep)
-    return {name: np.asarray(kept) for name, kept in checked.items()}
+    return {name: np.asarray(kept) for name, kept in complete(channels, keep).items()}
 
 
-def _alive(channels: Channels, keep: Keep) -> ByAxis:
+def _alive(channels: Channels, keep: Keep) -> dict[tuple[str, int], Any]:
     """bool [size], which entries stay, by path and axis: of axes with members only."""
-    alive: ByAxis = {}
+    alive: dict[tuple[str, int], Any] = {}
     for name, group in channels.groups.items():
         for member in group.members:
+            place = member.path, member.axis
             size = channels.shapes[member.path].shape[member.axis]
             stays = _stays(keep[name], member.index, size)
-            axes = alive.setdefault(member.path, {})
-            if member.axis in axes:
-                stays = axes[member.axis] & stays
-            axes[member.axis] = stays
+            alive[place] = alive[place] & stays if place in alive else stays
     return alive
 
 
@@ -380,13 +323,15 @@ def owners(tree: PyTree, channels: Channels) -> dict[str, str]:
 
 
 def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
-    whole = {path: [path] for path in variables}
-    rest: dict[str, list[str]] = {}
-    for path in whole:
-        rest.setdefault(path.partition("/")[2], []).append(path)
-    result: dict[str, str] = {}
+    known: dict[str, list[str]] = {}
+    for path in variables:
+        known.setdefault(path.partition("/")[2], []).append(path)
+    known |= {path: [path] for path in variables}
+    result = {}
     for path in paths:
-        fitting = _fitting(path, whole) or _fitting(path, rest)
+        parts = path.split("/")
+        ends = ["/".join(parts[i:]) for i in range(len(parts))]
+        fitting = next((known[end] for end in ends if end in known), [])
         if len(fitting) > 1:
             several = " or ".join(fitting)
             told = "give a tree with the paths of the variables"
@@ -396,16 +341,7 @@ def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def _fitting(path: str, known: Mapping[str, list[str]]) -> list[str]:
-    """What is known of the longest end of the path of which anything is."""
-    while path not in known:
-        if "/" not in path:
-            return []
-        _, _, path = path.partition("/")
-    return known[path]
-
-
-def roles(tree: PyTree, channels: Channels) -> ByAxis:
+def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
     """What the traced function does with axes of each array of `tree`, by path and axis.
 
     `producer`: it makes channels, or `depthwise`, from one channel each; `consumer`: a matrix
@@ -413,21 +349,22 @@ def roles(tree: PyTree, channels: Channels) -> ByAxis:
     others are missing. tree: as for `mask`.
     Raises ValueError for arrays of other shapes than those traced.
     """
-    traced: ByAxis = {}
     paths = list(channels.shapes)
-    for (number, axis), role in channels.traced.analysis.roles.items():
+    traced: dict[str, dict[int, str]] = {}
+    for (number, axis), role in channels.walked.roles.items():
         if number < len(paths):
             traced.setdefault(paths[number], {})[axis] = role
     leaves = trees.named_leaves(tree)
     result = {}
     for path, owner in owners(tree, channels).items():
-        _check_shape(path, leaves[path].shape, channels.shapes[owner], "traced")
+        _check_shape(path, leaves[path], channels.shapes[owner], "traced")
         if owner in traced:
             result[path] = traced[owner]
     return result
 
 
-def _check_shape(path: str, given: Any, expected: Struct, what: str) -> None:
+def _check_shape(path: str, leaf: Any, expected: Struct, what: str) -> None:
+    given = None if leaf is None else np.shape(leaf)
     if given != expected.shape:
         told = f"the {what} variables have {expected.shape} there"
         raise ValueError(f"{path} has shape {given}; {told}.")
@@ -463,7 +400,7 @@ def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
 
 
 def _check_tied(channels: Channels) -> None:
-    if ("branches", "separate") in channels.options:
+    if channels.branches == "separate":
         told = "mask them; only tied ones can be compacted"
         raise ValueError(f"channels were traced with branches='separate': {told}.")
 
@@ -471,36 +408,38 @@ def _check_tied(channels: Channels) -> None:
 def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> PyTree:
     """function(leaf, axis, kept) along all axes with members; keep: of all groups."""
     alive = _alive(channels, keep)
+    grouped = {path for path, _ in alive}
     owned = owners(tree, channels)
-    leaves = trees.named_leaves(tree)
-    arrays = [path for path, leaf in leaves.items() if jnp.ndim(leaf)]
+    arrays = [path for path, leaf in trees.named_leaves(tree).items() if np.ndim(leaf)]
     if arrays and not owned:
-        known = list(channels.shapes)
-        told = f"it has {arrays[:3]}, they have {known[:3]}"
+        told = f"it has {arrays[:3]}, they have {list(channels.shapes)[:3]}"
         raise ValueError(f"no array of the tree belongs to the traced variables; {told}.")
 
     def of_leaf(path: str, leaf: Any) -> Any:
         owner = owned.get(path)
-        if owner not in alive:
+        if owner not in grouped:
             return leaf
-        _check_shape(path, jnp.shape(leaf), channels.shapes[owner], "traced")
-        for axis, kept in sorted(alive[owner].items()):
-            leaf = function(leaf, axis, kept)
+        _check_shape(path, leaf, channels.shapes[owner], "traced")
+        for axis in range(np.ndim(leaf)):
+            if (owner, axis) in alive:
+                leaf = function(leaf, axis, alive[owner, axis])
         return leaf
 
     return trees.map_named(of_leaf, tree)
 
 
-def compact_shapes(channels: Channels, keep: Keep) -> dict[str, Struct]:
+def compact_shapes(channels: Channels, keep: Keep) -> Structs:
     """Shapes of the compact variables, by path."""
-    alive = _alive(channels, _known(channels, keep))
-    result = {}
-    for path, full in channels.shapes.items():
-        sizes = list(full.shape)
-        for axis, kept in alive.get(path, {}).items():
-            sizes[axis] = int(kept.sum())
-        result[path] = Struct(tuple(sizes), full.dtype)
-    return result
+
+    def cut(struct: Struct, axis: int, kept: Any) -> Struct:
+        shape = list(struct.shape)
+        shape[axis] = int(kept.sum())
+        return Struct(tuple(shape), struct.dtype)
+
+    return _map(cut, channels.shapes, channels, _known(channels, keep))
+
+
+# Smaller programs --------------------------------------------------------------------------------
 
 
 def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "") -> Callable:
@@ -520,49 +459,46 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "")
     """
     _check_tied(channels)
     keep = _known(channels, keep)
-    expected, first = compact_shapes(channels, keep), channels.traced
-    traces = {first.signature: first} if apply == first.apply and not state else {}
+    expected = compact_shapes(channels, keep)
+    traces = {}
+    if apply == channels.apply and not state:
+        traces[channels.signature] = channels
 
     def function(variables: PyTree, *inputs: PyTree) -> PyTree:
         leaves = trees.named_leaves(variables)
         for path, struct in expected.items():
-            _check_shape(path, getattr(leaves.get(path), "shape", None), struct, "compact")
-        if more := sorted(leaves.keys() - expected.keys()):
-            raise ValueError(f"{more[0]} is no array of the compact variables.")
+            _check_shape(path, leaves.get(path), struct, "compact")
+        for path in leaves:
+            if path not in expected:
+                raise ValueError(f"{path} is no array of the compact variables.")
         key = _signature(variables, inputs)
         if key not in traces:
             traces[key] = _anew(apply, variables, inputs, channels, state)
         traced = traces[key]
         arrays = [*leaves.values(), *jax.tree.leaves(inputs)]
-        outs = execute.run(traced.analysis, traced.alive(keep), arrays)
-        return jax.tree.unflatten(traced.tree, outs)
+        outs = execute.run(traced.alive(keep), traced.walked.program, *arrays)
+        return jax.tree.unflatten(traced.results, outs)
 
     return function
 
 
 def _anew(
-    apply: Callable,
-    variables: PyTree,
-    inputs: tuple,
-    channels: Channels,
-    state: str,
-) -> _Traced:
+    apply: Callable, variables: PyTree, inputs: tuple, channels: Channels, state: str
+) -> Channels:
     """Another trace with the same groups, or ValueError. variables: compact."""
     leaves, tree = jax.tree.flatten(variables)
-    full = []
-    for traced, leaf in zip(channels.shapes.values(), leaves, strict=True):
-        full.append(Struct(traced.shape, leaf.dtype))
-    options = dict(channels.options)
-    again = _trace(apply, jax.tree.unflatten(tree, full), inputs, options, state)
-    if _content(again.groups) != _content(channels.groups):
+    pairs = zip(channels.shapes.values(), leaves, strict=True)
+    full = [Struct(traced.shape, leaf.dtype) for traced, leaf in pairs]
+    again = _traced(apply, jax.tree.unflatten(tree, full), inputs, channels.branches, state)
+    if _content(again) != _content(channels):
         raise ValueError("this function has other channel groups here: trace it anew.")
     return again
 
 
-def _content(groups: Groups) -> list:
+def _content(channels: Channels) -> list:
     """What makes groups equal."""
     content = []
-    for group in groups.values():
+    for group in channels.groups.values():
         for member in group.members:
             entries = member.index.tolist()
             content.append((group.name, member.path, member.axis, entries))
@@ -585,33 +521,17 @@ def teach(primitive: str, rule: rules.Rule, *, resize: execute.Resize | None = N
         execute.RESIZES[primitive] = resize
 
 
-def order_of_use(function: Callable, tree: PyTree) -> list[str]:
-    """Paths of all leaves of `tree` by their first use in `function(tree)`; unused ones first.
-
-    Of a network's parameters it is the order of its modules. Leaves: arrays or shape structs;
-    nothing is computed.
-    """
-    paths = list(trees.named_leaves(tree))
-    used = [paths[number] for number in walk.read(function, tree).used]
-    return [path for path in paths if path not in used] + used
-
-
-def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> dict[str, np.ndarray]:
+def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> Arrays:
     """A random choice that keeps about `density` of every group's channels, at least one."""
     result = {}
-    for i, (name, group) in enumerate(channels.groups.items()):
-        group_key = jax.random.fold_in(key, i)
-        draws = np.asarray(jax.random.uniform(group_key, (group.size,)))
-        result[name] = (draws < density) | (draws == draws.min())
+    for i, (name, size) in enumerate(channels.sizes.items()):
+        draws = jax.random.uniform(jax.random.fold_in(key, i), (size,))
+        result[name] = np.asarray((draws < density) | (draws == draws.min()))
     return result
 
 
 def check(
-    apply: Callable,
-    variables: PyTree,
-    channels: Channels,
-    *inputs: PyTree,
-    key: jax.Array,
+    apply: Callable, variables: PyTree, channels: Channels, *inputs: PyTree, key: jax.Array
 ) -> float:
     """Largest difference of masked and compact results at a random `keep`, over the largest result.
 
@@ -623,20 +543,26 @@ def check(
     masked = jax.jit(anew)(mask(variables, channels, keep), *inputs)
     small = compact(variables, channels, keep)
     compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
-    first, second = map(_flat, (masked, compacted))
+    flat = [jax.flatten_util.ravel_pytree(tree)[0] for tree in (masked, compacted)]
+    first, second = np.asarray(flat, complex)
     differ = first != second  # infinities may be equal
-    errors = np.abs(first[differ] - second[differ])
-    finite = np.abs(first[np.isfinite(first)])
-    worst, scale = np.max(errors, initial=0.0), np.max(finite, initial=0.0)
+    worst = np.max(np.abs(first[differ] - second[differ]), initial=0.0)
+    scale = np.max(np.abs(first[np.isfinite(first)]), initial=0.0)
     return float(worst / scale if scale else worst)
 
 
-def _flat(tree: PyTree) -> np.ndarray:
-    """All entries, in a type that no other exceeds."""
-    leaves = jax.tree.leaves(tree)
-    leaves = list(map(np.asarray, leaves))
-    kind = float if all(map(np.isrealobj, leaves)) else complex
-    return np.concatenate([leaf.ravel().astype(kind) for leaf in leaves])
+# What the analysis says --------------------------------------------------------------------------
+
+
+def order_of_use(function: Callable, tree: PyTree) -> list[str]:
+    """Paths of all leaves of `tree` by their first use in `function(tree)`; unused ones first.
+
+    Of a network's parameters it is the order of its modules. Leaves: arrays or shape structs;
+    nothing is computed.
+    """
+    paths = list(trees.named_leaves(tree))
+    used = [paths[number] for number in walk.read(function, tree).used.numbers]
+    return [path for path in paths if path not in used] + used
 
 
 def describe(channels: Channels) -> str:
@@ -648,29 +574,22 @@ def describe(channels: Channels) -> str:
         for member in group.members:
             copies = member.index.shape[1]
             times = f" x {copies}" if copies > 1 else ""
-            place = f"{member.path} axis {member.axis}"
-            lines.append(f"    {place}{times} ({member.role})")
+            lines.append(f"    {member.path} axis {member.axis}{times} ({member.role})")
     if channels.frozen:
         lines.append("kept whole:")
-    lines += [f"    {_places_text(event)}: {_reason_text(event)}" for event in channels.frozen]
+    for event in channels.frozen:
+        places = ", ".join(f"{path} axis {axis}" for path, axis in event.members[:3])
+        if len(event.members) > 3:
+            places += f" and {len(event.members) - 3} more"
+        place = f" at {event.source}" if event.source else ""
+        reason = f"{event.primitive}{place} {event.reason}"
+        if event.primitive in ("output", "trace"):  # the axes themselves
+            reason = event.reason
+        lines.append(f"    {places}: {reason}")
     return "\n".join(lines)
 
 
-def _places_text(event: Frozen) -> str:
-    shown = [f"{path} axis {axis}" for path, axis in event.members[:3]]
-    text = ", ".join(shown)
-    more = len(event.members) - len(shown)
-    return f"{text} and {more} more" if more else text
-
-
-def _reason_text(event: Frozen) -> str:
-    if event.primitive in ("output", "trace"):  # the axes themselves
-        return event.reason
-    place = f" at {event.source}" if event.source else ""
-    return f"{event.primitive}{place} {event.reason}"
-
-
-def layout(channels: Channels) -> dict[str, Any]:
+def layout(channels: Channels) -> Fields:
     """The groups as plain data, for `report.channels.group_figure`.
 
     kernels: paths of the arrays that make or read channels, in order of use. groups: by name the
@@ -678,23 +597,22 @@ def layout(channels: Channels) -> dict[str, Any]:
     behind the kernel used before them.
     """
     paths = list(channels.shapes)
-    analysis = channels.traced.analysis
-    kernels = {paths[i] for i, _ in analysis.roles if i < len(paths)}
-    position: dict[str, float] = {}
+    kernels = {number for number, _ in channels.walked.roles}
+    positions: dict[str, float] = {}
     in_order: list[str] = []
-    for i in analysis.used:
-        if i >= len(paths):
+    for number in channels.walked.used.numbers:
+        if number >= len(paths):
             continue
-        if paths[i] in kernels:
-            in_order.append(paths[i])
-        behind = 1 if paths[i] in kernels else 0.5
-        position[paths[i]] = len(in_order) - behind
+        if number in kernels:
+            in_order.append(paths[number])
+        behind = 1 if number in kernels else 0.5
+        positions[paths[number]] = len(in_order) - behind
     layouts = {}
     for name, group in channels.groups.items():
         marks: dict[str, set[float]] = {}
         for member in group.members:
-            if member.path in position:
-                marks.setdefault(member.role, set()).add(position[member.path])
+            if member.path in positions:
+                marks.setdefault(member.role, set()).add(positions[member.path])
         ordered = {role: sorted(marks[role]) for role in sorted(marks)}
         layouts[name] = dict(size=group.size, marks=ordered)
     return dict(kernels=in_order, groups=layouts)

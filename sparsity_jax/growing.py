@@ -20,23 +20,26 @@ import fractions
 import functools
 import math
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 
 from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
+from sparsity_jax.types import Array, Arrays, PyTree
 from sparsity_jax.units import Keep, Layer
 
-PyTree = Any
 Leaves = Mapping[str, Array]  # by plain path
+Layers = Sequence[Layer]
+Ratios = Mapping[str, float | Literal["gap"]]
 Pick = Literal["min", "max", "rand"]
-Counting = Literal["exact", "float32", "float64"]
-PICK, PUSH, STABILIZE = 0, 1, 2  # phases of a layer
+# Phases of a layer
+PICK = 0
+PUSH = 1
+STABILIZE = 2
 
 
 # What is regularised ------------------------------------------------------------------------------
@@ -44,7 +47,7 @@ PICK, PUSH, STABILIZE = 0, 1, 2  # phases of a layer
 
 def layers(
     params: PyTree,
-    ratios: Mapping[str, float | Literal["gap"]],
+    ratios: Ratios,
     granularity: units.Granularity = "filter",
     *,
     channels: groups.Channels | None = None,
@@ -59,40 +62,35 @@ def layers(
         between scores.
     channels, layout: which axes of a kernel are its inputs and outputs, by the trace of the
     function that uses it, or `in_out` or `out_in` for all of them; without both the names must
-    tell. See `kernels.axes`. Raises ValueError for unknown paths, ratios out of range, slices of
-    vectors, kernels whose axes nothing tells, and kernels with several axes of outputs (or inputs),
-    such as the heads of an attention.
+    tell. See `kernels.axes`. Raises ConfigError for unknown paths and ratios out of range,
+    ValueError for slices of vectors, kernels whose axes nothing tells, and kernels with several
+    axes of outputs (or inputs), such as the heads of an attention.
     """
     tables.convert(granularity, units.Granularity, "granularity")
     leaves = trees.plain_leaves(params)
-    paths = {name: units.plain(name, leaves) for name in ratios}
-    _check_names(paths.values(), leaves, "path of the params")
     whole_paths = dict(zip(leaves, trees.named_leaves(params)))
-    result = []
-    for name, ratio in ratios.items():
-        path = paths[name]
-        shape, along = tuple(leaves[path].shape), None
-        if granularity != "weight":
-            if len(shape) < 2:
-                raise ValueError(
-                    f"{path!r} of shape {shape}: a {granularity} is a slice of a matrix or more."
-                )
-            (axes,) = kernels.axes(params, [whole_paths[path]], channels, layout=layout).values()
-            along = axes.outputs if granularity == "filter" else axes.inputs
-            if len(along) != 1:
-                raise ValueError(
-                    f"{path!r} of shape {shape} has a {granularity} for every index of the axes "
-                    f"{along}; allowed: one axis. `growing.coupled` takes channels of several axes."
-                )
-        layer = units.of_kernel(name, path, shape, along)
-        result.append(_with_count(layer, ratio))
-    return tuple(result)
+
+    def layer_of(name: str) -> Layer:
+        path = units.plain(name, leaves)
+        shape = tuple(tables.lookup(leaves, path, "ratios").shape)
+        if granularity == "weight":
+            return units.of_kernel(name, path, shape, None)
+        (axes,) = kernels.axes(params, [whole_paths[path]], channels, layout=layout).values()
+        along = axes.outputs if granularity == "filter" else axes.inputs
+        if len(along) != 1:
+            raise ValueError(
+                f"{path!r} of shape {shape} has a {granularity} for every index of the axes "
+                f"{along}; allowed: one axis. `growing.coupled` takes channels of several axes."
+            )
+        return units.of_kernel(name, path, shape, along)
+
+    return _with_counts(layer_of, ratios)
 
 
 def coupled(
     channels: groups.Channels,
     params: PyTree,
-    ratios: Mapping[str, float | Literal["gap"]],
+    ratios: Ratios,
     *,
     members: units.Members = "all",
 ) -> tuple[Layer, ...]:
@@ -104,34 +102,33 @@ def coupled(
     read the channels; on its `kernels`; or on its `producers`, as with granularity `filter`. An
     entry in two groups has both penalties. Kernels are what a matrix product or convolution of the
     trace multiplies with, whatever their names. Scores are those of the producers, or of all
-    kernels where a group has none. Raises ValueError for unknown groups, ratios out of range and
-    groups without a kernel in `params`.
+    kernels where a group has none. Raises ConfigError for unknown groups and ratios out of range,
+    ValueError for groups without a kernel in `params`.
     """
     leaves = trees.plain_leaves(params)
-    _check_names(ratios, channels.groups, "group")
+
+    def layer_of(name: str) -> Layer:
+        group = tables.lookup(channels.groups, name, "ratios")
+        return units.of_group(group, leaves, members)
+
+    return _with_counts(layer_of, ratios)
+
+
+def _with_counts(layer_of: Callable, ratios: Ratios) -> tuple[Layer, ...]:
+    """The layers that `ratios` names, with how many of their units go."""
+    if not ratios:
+        raise tables.ConfigError("ratios", {}, allowed="at least one layer")
     result = []
     for name, ratio in ratios.items():
-        layer = units.of_group(channels.groups[name], leaves, members)
-        result.append(_with_count(layer, ratio))
+        layer = layer_of(name)
+        number = None
+        if ratio != "gap":
+            tables.convert(float(ratio), tables.Fraction, f"the ratio of {name!r}")
+            number = masks.num_pruned(ratio, layer.size)
+        elif layer.size == 1:  # which stays
+            number = 0
+        result.append(layer._replace(num_pruned=number))
     return tuple(result)
-
-
-def _with_count(layer: Layer, ratio: float | Literal["gap"]) -> Layer:
-    if ratio == "gap":  # a layer of one unit keeps it
-        return layer._replace(num_pruned=None if layer.size > 1 else 0)
-    if isinstance(ratio, str) or not 0 <= ratio <= 1:
-        raise ValueError(f"the ratio of {layer.name!r} is {ratio!r}; allowed: 0 to 1, or 'gap'.")
-    return layer._replace(num_pruned=masks.num_pruned(ratio, layer.size))
-
-
-def _check_names(named: Collection[str], known: Collection[str], kind: str) -> None:
-    example = next(iter(known), None)
-    if not named:
-        raise ValueError(f"no {kind} is given; name at least one, e.g. {example!r}.")
-    for name in named:
-        if name not in known:
-            hint = tables.closest(name, known)
-            raise ValueError(f"{name!r} is no {kind}; one is {example!r}.{hint}")
 
 
 # Picking ------------------------------------------------------------------------------------------
@@ -150,18 +147,13 @@ def largest_gap(scores: Array) -> Array:
     trees.check_finite(scores, "scores", infinite=True)
     trim = masks.count_of(0.02, scores.size, "floor")
     lowest = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    ordered = jnp.sort(trees.gathered(lowest).ravel())[trim : scores.size - trim]
+    ordered = jnp.sort(trees.gathered(lowest).ravel())
+    ordered = ordered[trim : scores.size - trim]
     gaps = jnp.where(ordered[1:] == ordered[:-1], 0, jnp.diff(ordered))
     return (jnp.argmax(gaps) + trim + 1).astype(jnp.int32)
 
 
-def pick(
-    params: PyTree,
-    layers: Sequence[Layer],
-    *,
-    pick: Pick = "min",
-    key: Array | None = None,
-) -> Keep:
+def pick(params: PyTree, layers: Layers, *, pick: Pick = "min", key: Array | None = None) -> Keep:
     """What one-shot pruning keeps: all but the `num_pruned` units of lowest or highest score, or
     random ones.
 
@@ -171,35 +163,25 @@ def pick(
     are NaN.
     """
     tables.convert(pick, Pick, "pick")
-    leaves = _checked_leaves(params, layers)
-    return _select(leaves, layers, pick, _keys(layers, pick, key))
+    _check_pick(layers, pick, key)
+    return _select(_checked_leaves(params, layers), layers, pick, key)
 
 
-def _keys(layers: Sequence[Layer], how: Pick, key: Array | None) -> dict[str, Array]:
-    """A key for every layer where picks are random."""
-    automatic = [layer.name for layer in layers if layer.num_pruned is None]
-    if how != "min" and automatic:
-        raise ValueError(
-            f"{automatic[0]!r} is cut at the largest gap, which needs pick='min'; it is {how!r}."
-        )
-    if how != "rand":
-        return {}
-    if key is None:
+def _check_pick(layers: Layers, how: Pick, key: Array | None) -> None:
+    if how != "min" and any(layer.num_pruned is None for layer in layers):
+        raise tables.ConfigError("pick", how, allowed="'min' to cut at the largest gap")
+    if how == "rand" and key is None:
         raise ValueError("pick='rand' needs a key.")
-    codes = {layer.name: zlib.crc32(layer.name.encode()) for layer in layers}
-    return {name: jax.random.fold_in(key, code) for name, code in codes.items()}
 
 
-def _checked_leaves(params: PyTree, layers: Sequence[Layer]) -> dict[str, Array]:
+def _checked_leaves(params: PyTree, layers: Layers) -> dict[str, Array]:
     """Leaves of `params` by path; raises ValueError where a layer does not fit them."""
     leaves = trees.plain_leaves(params)
     for layer in layers:
         for part in (*layer.parts, *layer.scored):
-            if part.path not in leaves:
-                hint = tables.closest(part.path, leaves)
-                raise ValueError(f"layer {layer.name!r}: {part.path!r} is no path.{hint}")
-            shape = jnp.shape(leaves[part.path])
-            if not _fits(layer, part, shape):
+            with tables.within(f"layer {layer.name!r}"):
+                shape = jnp.shape(tables.lookup(leaves, part.path))
+            if part.units(shape) != layer.shape:
                 raise ValueError(
                     f"layer {layer.name!r} was made for another array than {part.path!r} of shape "
                     f"{shape}."
@@ -207,55 +189,29 @@ def _checked_leaves(params: PyTree, layers: Sequence[Layer]) -> dict[str, Array]
     return leaves
 
 
-def _fits(layer: Layer, part: units.Part, shape: tuple[int, ...]) -> bool:
-    if part.axes is None:
-        return shape == layer.shape
-    if max(part.axes) >= len(shape):
-        return False
-    size = math.prod(shape[axis] for axis in part.axes)
-    if part.index is None:
-        return size == layer.size
-    return part.index.max(initial=-1) < size
-
-
-def _values(leaves: Leaves, layer: Layer) -> Array:
-    """What ranks the units of a layer: their scores, of weights the weights themselves, with their
-    signs.
-    """
-    if layer.of_weights:
-        return leaves[layer.scored[0].path]
-    entries = sum(units.entries(leaves[part.path], part) for part in layer.scored)
-    return units.absolute_sums(leaves, layer) / entries
-
-
-def _select(
-    leaves: Leaves,
-    layers: Sequence[Layer],
-    how: Pick,
-    keys: Mapping[str, Array],
-) -> Keep:
+def _select(leaves: Leaves, layers: Layers, how: Pick, key: Any) -> Keep:
     """What stays of every layer. Layers of one shape share a compiled search: filters of ResNet-56
     need three.
     """
     scored = {part.path: leaves[part.path] for layer in layers for part in layer.scored}
     trees.check_finite(scored, "params", infinite=True)
-    keep: Keep = {}
     by_shape: dict[tuple, list] = {}
     for layer in layers:
-        values = _values(leaves, layer)
-        number = largest_gap(jnp.abs(values)) if layer.num_pruned is None else layer.num_pruned
-        if keys:
-            drawn = jax.random.uniform(keys[layer.name], layer.shape)
+        values = units.mean_magnitudes(leaves, layer)
+        number = largest_gap(values) if layer.num_pruned is None else layer.num_pruned
+        if how == "rand":
+            own_key = jax.random.fold_in(key, zlib.crc32(layer.name.encode()))
+            drawn = jax.random.uniform(own_key, layer.shape)
             values = jnp.where(jnp.isnan(values), jnp.nan, drawn)
         if how == "max":
             values = jnp.where(jnp.isnan(values), jnp.inf, values)
         row = (layer.name, values, jnp.asarray(number, jnp.int32))
         by_shape.setdefault((layer.shape, trees.division(values)), []).append(row)
+    keep: Keep = {}
     for rows in by_shape.values():
         names, scores, numbers = zip(*rows)
         kept = _kept(jnp.stack(scores), jnp.stack(numbers), largest_go=how == "max")
-        for i, name in enumerate(names):
-            keep[name] = kept[i]
+        keep |= zip(names, kept)
     return keep
 
 
@@ -329,20 +285,19 @@ class Penalty:
     mag_ratio_limit: tables.Positive = 1000.0
     fix_steps: tables.Index = 10_000
     stabilize_steps: tables.Index = 40_000
-    counting: Counting = "exact"
+    counting: Literal["exact", "float32", "float64"] = "exact"
 
     def plan(self) -> Plan:
         """Raises ConfigError for a limit that is never reached."""
         if self.method == "fixreg":
             updates = self.fix_steps // self.update_every + 2
             return Plan(0, updates, self.upper_limit, 0.0, 0.0)
-        picking, start, recover = 0, fractions.Fraction(0), 0.0
+        picking = 0
+        start = recover = 0.0
         if self.method == "greg2":
-            picking, start = _additions(
-                start, self.granularity_pick, self.upper_limit_pick, self.counting, reach=True
-            )
             recover = self.granularity_recover
-        pushing, _ = _additions(start, self.granularity_prune, self.upper_limit, self.counting)
+            picking, start = self._additions(0.0, "granularity_pick", "upper_limit_pick")
+        pushing, _ = self._additions(start, "granularity_prune", "upper_limit")
         return Plan(picking, pushing, float(start), self.granularity_prune, recover)
 
     def most_steps(self) -> int:
@@ -351,32 +306,26 @@ class Penalty:
         updates = plan.pick_updates + plan.push_updates
         return self.update_every * updates + self.stabilize_steps + 1
 
-
-def _additions(
-    start: Any, increment: float, limit: float, counting: Counting, *, reach: bool = False
-) -> tuple[int, Any]:
-    """(additions of `increment` to `start` until the sum exceeds `limit`, or reaches it if `reach`;
-    that sum).
-    """
-    if not increment > 0:
-        raise tables.ConfigError(
-            "granularity", increment, why=f"never gets to {limit}", allowed="above 0"
+    def _additions(self, start: Any, added: str, end: str) -> tuple[int, Any]:
+        """(additions to `start` until the sum exceeds the limit `end`, or reaches that of picking;
+        that sum). added, end: names of fields.
+        """
+        increment = getattr(self, added)
+        limit = getattr(self, end)
+        reach = end == "upper_limit_pick"
+        step, begin, last = (fractions.Fraction(str(x)) for x in (increment, start, limit))
+        needed = (last - begin) / step
+        exact = math.ceil(needed) if reach else math.floor(needed) + 1
+        exact = max(exact, 0)
+        if self.counting == "exact":
+            return exact, begin + exact * step
+        summed = originals.additions(
+            start, increment, limit, 2 * exact + 2, self.counting, reach=reach
         )
-    step = fractions.Fraction(str(increment))
-    begin, end = fractions.Fraction(str(start)), fractions.Fraction(str(limit))
-    needed = (end - begin) / step
-    exact = max(math.ceil(needed) if reach else math.floor(needed) + 1, 0)
-    if counting == "exact":
-        return exact, begin + exact * step
-    found = originals.additions(start, increment, limit, 2 * exact + 2, counting, reach=reach)
-    if found is None:
-        raise tables.ConfigError(
-            "granularity",
-            increment,
-            why=f"never gets to {limit} in {counting}",
-            allowed="counting='exact'",
-        )
-    return found
+        if summed is None:
+            why = f"never gets to {limit} in {self.counting}"
+            raise tables.ConfigError(added, increment, why=why, allowed="counting='exact'")
+        return summed
 
 
 # The transformation -------------------------------------------------------------------------------
@@ -412,7 +361,7 @@ class GrowingState(NamedTuple):
 
 
 def growing_l2(
-    layers: Sequence[Layer],
+    layers: Layers,
     *,
     key: Array | None = None,
     keep: Mapping[str, Any] | None = None,
@@ -437,43 +386,33 @@ def growing_l2(
 class _Growth:
     """`growing_l2` of some layers. given: picks made before."""
 
-    def __init__(
-        self,
-        options: Penalty,
-        layers: Sequence[Layer],
-        given: Mapping[str, np.ndarray],
-        key: Array | None,
-    ) -> None:
+    def __init__(self, options: Penalty, layers: Layers, given: Arrays, key: Array | None) -> None:
         self.options = options
         self.plan = options.plan()
         self.layers = layers
         self.given = given
-        losing = [layer for layer in layers if self._loses(layer)]
+        self.key = key
+        numbers = {layer.name: layer.num_pruned for layer in layers}
+        turns = list(numbers)
+        numbers |= {name: int(np.sum(~kept)) for name, kept in given.items()}
+        losing = [layer for layer in layers if numbers[layer.name] != 0]
         self.active = sorted(losing, key=lambda layer: layer.name)  # the order of a dict's leaves
         self.free = [layer for layer in self.active if layer.name not in given]
-        self.keys = _keys(self.free, options.pick, key)
+        _check_pick(self.free, options.pick, key)
         self.slices = np.array([not layer.of_weights for layer in self.active], bool)
-        names = [layer.name for layer in layers]
-        turn = np.array([names.index(layer.name) for layer in self.active], int)
+        turn = np.array([turns.index(layer.name) for layer in self.active], int)
         self.judged = turn <= turn[:, None]  # [i, j]: layer i is judged after layer j, or is it
-
-    def _loses(self, layer: Layer) -> bool:
-        if layer.name in self.given:
-            return not self.given[layer.name].all()
-        return layer.num_pruned != 0
 
     def init(self, params: PyTree) -> GrowingState:
         picked: Keep = {}
         values = {layer.name: jnp.ones(layer.shape) for layer in self.active}
         if jax.tree.leaves(params):  # `optax.tree_map_params` calls `init` without arrays
             leaves = _checked_leaves(params, self.layers)
-            values = {layer.name: _values(leaves, layer) for layer in self.active}
+            values = {layer.name: units.mean_magnitudes(leaves, layer) for layer in self.active}
             if not self.plan.pick_updates:
                 picked = self.select(leaves, self.free)
         keep = {name: jnp.ones_like(value, bool) for name, value in values.items()} | picked
-        for layer in self.active:
-            if layer.name in self.given:
-                keep[layer.name] = jnp.asarray(self.given[layer.name])
+        keep |= {name: jnp.asarray(kept) for name, kept in self.given.items() if name in keep}
         num = len(self.active)
         progress = Progress(
             jnp.full(num, PICK if self.plan.pick_updates else PUSH, jnp.int32),
@@ -482,16 +421,12 @@ class _Growth:
         )
         # with the step that makes the last layer done
         left = jnp.asarray(self.options.stabilize_steps + 1, jnp.int32)
-        like = list(values.values())
-        return GrowingState(
-            jnp.zeros((), jnp.int32),
-            trees.varying_like(left, like),
-            keep,
-            Progress(*(trees.varying_like(numbers, like) for numbers in progress)),
-        )
+        vary = functools.partial(trees.varying_like, arrays=list(values.values()))
+        left, progress = jax.tree.map(vary, (left, progress))
+        return GrowingState(jnp.zeros((), jnp.int32), left, keep, progress)
 
-    def select(self, leaves: Leaves, layers: Sequence[Layer]) -> Keep:
-        return _select(leaves, layers, self.options.pick, self.keys)
+    def select(self, leaves: Leaves, layers: Layers) -> Keep:
+        return _select(leaves, layers, self.options.pick, self.key)
 
     def update(
         self, updates: PyTree, state: GrowingState, params: PyTree = None, **extra: Any
@@ -516,10 +451,9 @@ class _Growth:
 
     def repick(self, leaves: Leaves, keep: Keep, due: Array, number: Array) -> Keep:
         """The picks after update `number`, of GReg-2: of weights only when picking ends."""
-        for of_weights in (False, True):
+        last = self.plan.pick_updates
+        for of_weights, now in ((False, number <= last), (True, number == last)):
             layers = [layer for layer in self.free if layer.of_weights == of_weights]
-            last = self.plan.pick_updates
-            now = number == last if of_weights else number <= last
             old = {layer.name: keep[layer.name] for layer in layers}
             anew = functools.partial(self.select, leaves, layers)
             keep = keep | jax.lax.cond(due & now, anew, lambda old=old: old)
@@ -531,13 +465,17 @@ class _Growth:
         updates = jnp.where(going, number, old.updates)
         means = [_mean_scores(leaves, layer, keep[layer.name]) for layer in self.active]
         kept, pruned = jnp.asarray(means, float).reshape(-1, 2).T
-        ratio = _ratio_of_scores(kept, pruned)
+        # of two zeros 1: neither is larger; smoothing would keep a NaN for ever
+        ratio = jnp.where(kept > 0, jnp.inf, 1)
+        quotient = kept / jnp.where(pruned > 0, pruned, 1)
+        ratio = jnp.where(pruned > 0, quotient, ratio)
         ratio = jnp.where(old.updates == 0, ratio, 0.9 * old.ratio + 0.1 * ratio)
         ratio = jnp.where(going & self.slices, ratio, old.ratio)
         done = self.reached(ratio, old)
         done |= updates >= self.plan.pick_updates + self.plan.push_updates
         picked = updates >= self.plan.pick_updates
-        phase = jnp.where(picked, jnp.where(done, STABILIZE, PUSH), PICK)
+        pushing = jnp.where(done, STABILIZE, PUSH)
+        phase = jnp.where(picked, pushing, PICK)
         phase = jnp.where(going, phase, old.phase)
         return Progress(phase, updates, *self.penalties(updates), kept, pruned, ratio)
 
@@ -546,11 +484,12 @@ class _Growth:
         limit = self.options.mag_ratio_limit
         if self.options.method == "fixreg":
             return jnp.zeros_like(ratio, bool)
-        if self.options.method == "greg2":
-            return (ratio >= limit) & self.slices
-        before = (old.ratio >= limit) | (old.updates == 0)
-        seen = jnp.where(self.judged, ratio >= limit, before)
-        return jnp.all(seen | ~self.slices, axis=1) & self.slices
+        enough = ratio >= limit
+        if self.options.method == "greg1":
+            before = (old.ratio >= limit) | (old.updates == 0)
+            seen = jnp.where(self.judged, enough, before)
+            enough = jnp.all(seen | ~self.slices, axis=1)
+        return enough & self.slices
 
     def penalties(self, updates: Array) -> tuple[Array, Array]:
         """Penalties of what is kept and of what is pruned."""
@@ -559,14 +498,15 @@ class _Growth:
         pushed = number - self.plan.pick_updates
         pushing = self.plan.push_start + pushed * self.plan.push_increment
         early = updates <= self.plan.pick_updates
-        return jnp.where(early, picking, self.plan.recover), jnp.where(early, picking, pushing)
+        reg_kept = jnp.where(early, picking, self.plan.recover)
+        return reg_kept, jnp.where(early, picking, pushing)
 
     def penalized(self, updates: PyTree, state: GrowingState, params: PyTree) -> PyTree:
-        regs = _regs(state)
+        regs = penalties(state)
         parts = units.parts_by_path(self.active)
 
         def add(path: Sequence, update: Array, w: Array) -> Array:
-            inside = parts.get(trees.plain_path(path), [])
+            inside = parts.get(trees.plain_path(path))
             if not inside:
                 return update
             reg = sum(units.spread(regs[name], part, w.shape) for name, part in inside)
@@ -575,38 +515,30 @@ class _Growth:
         return jax.tree_util.tree_map_with_path(add, updates, params)
 
 
-def _checked_keep(layers: Sequence[Layer], keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _checked_keep(layers: Layers, keep: Mapping[str, Any]) -> Arrays:
     shapes = {layer.name: layer.shape for layer in layers}
     if len(shapes) < len(layers):
         raise ValueError("two layers have the same name; leave one out.")
     given = {name: np.asarray(bools) for name, bools in keep.items()}
     for name, bools in given.items():
-        if name not in shapes:
-            hint = tables.closest(name, shapes)
-            raise ValueError(f"keep names {name!r}, which is no layer.{hint}")
-        if bools.dtype != bool or bools.shape != shapes[name] or not bools.any():
-            raise ValueError(
-                f"keep[{name!r}] is {bools.dtype} {bools.shape} with {bools.sum()} units; allowed: "
-                f"bool {shapes[name]} that keeps one or more."
+        shape = tables.lookup(shapes, name, "keep")
+        if bools.dtype != bool or bools.shape != shape or not bools.any():
+            raise tables.ConfigError(
+                f"keep[{name!r}]",
+                why=f"is {bools.dtype} {bools.shape} with {bools.sum()} units",
+                allowed=f"bool {shape} that keeps one or more",
             )
     return given
 
 
 def _mean_scores(leaves: Leaves, layer: Layer, keep: Array) -> tuple[Array, Array]:
     """Mean scores of what is kept and of what is pruned, 0 if that is nothing."""
-    scores = _values(leaves, layer)
-    magnitude = lambda score: jnp.abs(trees.widen(score))
-    kept = trees.fold_sum(lambda s, k: jnp.where(k, magnitude(s), 0), scores, keep)
-    pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, magnitude(s)), scores, keep)
+    scores = units.mean_magnitudes(leaves, layer)
     number = trees.fold_sum(lambda k: k.astype(jnp.int32), keep)
-    return kept / number, pruned / jnp.maximum(layer.size - number, 1)
-
-
-def _ratio_of_scores(kept: Array, pruned: Array) -> Array:
-    """Of two zeros 1: neither is larger; smoothing would keep a NaN for ever."""
-    positive = pruned > 0
-    quotient = kept / jnp.where(positive, pruned, 1)
-    return jnp.where(positive, quotient, jnp.where(kept > 0, jnp.inf, 1))
+    kept = trees.fold_sum(lambda s, k: jnp.where(k, s, 0), scores, keep)
+    pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, s), scores, keep)
+    others = jnp.maximum(layer.size - number, 1)
+    return kept / number, pruned / others
 
 
 # What the state tells -----------------------------------------------------------------------------
@@ -644,16 +576,14 @@ def penalties(opt_state: PyTree) -> dict[str, Array]:
     """The penalty of every unit, by layer: of filters [units], of weights in the shape of the
     kernel.
     """
-    return _regs(state_of(opt_state))
-
-
-def _regs(state: GrowingState) -> dict[str, Array]:
+    state = state_of(opt_state)
     result = {}
-    for i, (name, keep) in enumerate(state.keep.items()):
+    for name, numbers in progress(state).items():
+        keep = state.keep[name]
         # a leading axis of members of a sweep stays in front
         shape = state.step.shape + (1,) * (keep.ndim - state.step.ndim)
-        reg_kept = state.progress.reg_kept[..., i].reshape(shape)
-        reg_pruned = state.progress.reg_pruned[..., i].reshape(shape)
+        reg_kept = numbers.reg_kept.reshape(shape)
+        reg_pruned = numbers.reg_pruned.reshape(shape)
         result[name] = jnp.where(keep, reg_kept, reg_pruned)
     return result
 
@@ -662,14 +592,14 @@ def progress(opt_state: PyTree) -> dict[str, Progress]:
     """The numbers of every layer, scalars, for logs and figures."""
     state = state_of(opt_state)
     return {
-        name: Progress(*(numbers[..., i] for numbers in state.progress))
+        name: jax.tree.map(lambda numbers, i=i: numbers[..., i], state.progress)
         for i, name in enumerate(state.keep)
     }
 
 
-def scores(params: PyTree, layers: Sequence[Layer]) -> dict[str, Array]:
+def scores(params: PyTree, layers: Layers) -> dict[str, Array]:
     """The score of every unit, by layer: mean absolute weights [units], of weights their
     magnitudes.
     """
     leaves = _checked_leaves(params, layers)
-    return {layer.name: jnp.abs(_values(leaves, layer)) for layer in layers}
+    return {layer.name: units.mean_magnitudes(leaves, layer) for layer in layers}

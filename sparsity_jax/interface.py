@@ -68,7 +68,7 @@ class Stage:
     needs: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[bool] = False
     makes_network: ClassVar[bool] = False
-    retrain: ClassVar[str] = ""
+    retrain = ""  # without a type, so that it is no field of every stage
 
     # Checks. They name fields of the stage; the runner adds its place in the config.
 

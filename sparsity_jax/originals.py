@@ -22,7 +22,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+
+from sparsity_jax.types import Array, Shape
 
 # Learning rates -----------------------------------------------------------------------------------
 
@@ -34,7 +35,8 @@ def multistep(rate: Array, step: Array, milestones: Sequence[int], gamma: float)
     Limit; the schedule `original_multistep`.
     """
     reached = jnp.sum(step == jnp.asarray(milestones, jnp.int32))
-    return rate * jnp.asarray(gamma, float) ** reached
+    factor = jnp.asarray(gamma, float) ** reached
+    return rate * factor
 
 
 def cosine(rate: Array, step: Array, learning_rate: float, epochs: int) -> Array:
@@ -48,9 +50,11 @@ def cosine(rate: Array, step: Array, learning_rate: float, epochs: int) -> Array
         return 1 + jnp.cos(jnp.pi * jnp.asarray(step, float) / epochs)
 
     restart = (step - 1 - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
-    risen = rate + learning_rate * (1 - math.cos(math.pi / epochs)) / 2
+    rise = 1 - math.cos(math.pi / epochs)
+    risen = rate + learning_rate * rise / 2
     before = jnp.where(restart, 1, height(step - 1))
-    return jnp.where(restart, risen, height(step) / before * rate)
+    followed = height(step) / before * rate
+    return jnp.where(restart, risen, followed)
 
 
 # Numbers of weights -------------------------------------------------------------------------------
@@ -58,7 +62,8 @@ def cosine(rate: Array, step: Array, learning_rate: float, epochs: int) -> Array
 
 def kept_of_all(size: int, ratio: float) -> int:
     """One weight more than nominal: SFW; `count="original"` of the selection `global`."""
-    return size - max(int(ratio * size) - 1, 0)
+    removed = int(ratio * size) - 1
+    return size - max(removed, 0)
 
 
 def kept_of_layer(size: int, ratio: float) -> int:
@@ -66,28 +71,23 @@ def kept_of_layer(size: int, ratio: float) -> int:
     return size - int(ratio * (size - 1))
 
 
-def erk_ratios(shapes: Mapping[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
+def erk_ratios(shapes: Mapping[str, Shape], ratio: float) -> dict[str, float]:
     """What is called ERK there, and is another rule than `allocate.erk_ratios`: nearly uniform.
 
     ratio_l = c s_l with s = 1 - (sum of the kernel's dimensions) / (their product) and c = ratio
     sum(n) / sum(n s), at most 1. Raises ValueError if no kernel is larger than the sum of its
     dimensions. SFW; `layer_ratios="erk_original"`.
     """
-    total, weighted, slack = 0, 0.0, {}
-    for path, shape in shapes.items():
-        size = math.prod(shape)
-        slack[path] = 1 - sum(shape) / size
-        weighted += size * slack[path]
-        total += size
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+    slack = {path: 1 - sum(shape) / sizes[path] for path, shape in shapes.items()}
+    weighted = sum(sizes[path] * slack[path] for path in shapes)
     if weighted <= 0:
         raise ValueError(
             f"erk_original needs kernels larger than the sum of their dimensions: {dict(shapes)}."
         )
-    scale = ratio * total / weighted
-    for path in slack:
-        share = max(scale * slack[path], 0.0)
-        slack[path] = min(share, 1.0)
-    return slack
+    scale = ratio * sum(sizes.values()) / weighted
+    shares = {path: max(scale * own, 0.0) for path, own in slack.items()}
+    return {path: min(share, 1.0) for path, share in shares.items()}
 
 
 def square_distances(distances: Any, ratios: np.ndarray) -> np.ndarray:
@@ -122,7 +122,8 @@ def num_pruned(ratio: float, size: int) -> int:
 
     GReg; no option.
     """
-    return min(math.ceil(ratio * size), size - 1)
+    wanted = math.ceil(ratio * size)
+    return min(wanted, size - 1)
 
 
 def truncated_density(ratios: np.ndarray) -> np.ndarray:
@@ -131,21 +132,22 @@ def truncated_density(ratios: np.ndarray) -> np.ndarray:
     Ends lower than asked: at 0.18 for 0.75 in 25 rounds. Flow, its ResNets;
     `config.cut.schedule.cumulative=truncated`.
     """
-    percent, densities = 100, []
+    percent = 100
+    densities = []
     for removed in ratios:
         percent = int(percent * (1 - removed))
         densities.append(percent / 100)
     return np.array(densities)
 
 
-def last_alive(scores: np.ndarray, alive: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the channels that no selection removes: not the best, but the last `count`.
+def last_alive(index: np.ndarray) -> np.ndarray:
+    """What decides which channels alive no selection removes: not their scores, but their places in
+    the layer, the last ones first.
 
     Flow; `config.cut.protect=original`. With `original_resnet` any may be selected, and then the
     best of a layer that is left below its minimum come back, so that fewer go than asked.
     """
-    del scores
-    return np.flatnonzero(alive)[-count:]
+    return index
 
 
 def in_place(address: str, entry: str) -> bool:
@@ -180,8 +182,8 @@ def additions(
     terms[0] = start
     sums = np.add.accumulate(terms)
     end = sums.dtype.type(limit)
-    hits = np.flatnonzero(sums >= end if reach else sums > end)
-    if not hits.size:
+    hits = sums >= end if reach else sums > end
+    if not hits.any():
         return None
-    first = int(hits[0])
+    first = int(np.argmax(hits))
     return first, sums[first]

@@ -6,14 +6,13 @@
 
 A state dict is a flat dict of NumPy arrays by PyTorch's names, in its layouts: convolutions [out,
 in / groups, height, width], dense layers [out, in]. In memory and in files of `torch.save` it comes
-in the order in which the network defines its layers, in safetensors files in none. PyTorch itself
-is needed for its own file formats only.
+in the order in which the network defines its layers; sorted names, as those of a safetensors file,
+tell no order. PyTorch itself is needed for its own file formats only.
 """
 
 import collections
 import importlib.util
 import itertools
-import os
 import pathlib
 import pickle
 import re
@@ -21,39 +20,21 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from sparsity_jax import tables, trees
+from sparsity_jax.types import AnyPath, Arrays, PyTree, Shape
 
-PyTree = Any
-StateDict = Mapping[str, np.ndarray]
-Shape = Sequence[int]
+Shapes = Mapping[str, Shape]
 Rules = Sequence[tuple[str, str]]
 Names = dict[str, str]
-Group = tuple[list[str], list[str]]  # PyTorch's modules, and ours
-KINDS = ("conv", "dense", "norm")  # of modules
+Leaves = Mapping[str, Any]  # of one of our networks, by path
 
 SAFETENSORS = ".safetensors"
-TORCH_FILES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-DTYPES = {  # of safetensors, and NumPy's
-    "F16": "float16",
-    "F32": "float32",
-    "F64": "float64",
-    "BF16": "bfloat16",
-    "I8": "int8",
-    "I16": "int16",
-    "I32": "int32",
-    "I64": "int64",
-    "U8": "uint8",
-    "U16": "uint16",
-    "U32": "uint32",
-    "U64": "uint64",
-    "BOOL": "bool",
-}
+FILES = (SAFETENSORS, ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 # Under which names a checkpoint holds its state dict; the first counts. Averaged weights (EMA) only
 # where alone.
@@ -109,9 +90,9 @@ MODULES = (
     (r"(block\d+)/conv_dw", r"\1/depthwise"),
     (r"(block\d+)/conv_pwl?", r"\1/project"),
 )
-MOBILE_BLOCK = r"^(?:features/\d+(?=/conv/)|blocks/\d+/\d+)"  # of MobileNet V2
-# Modules of ours whose order in the network is known by their names; of others only numbers tell.
-OURS = r"(?:conv|bn|dense|dense_bn)\d+|final_bn|fc|(?:stage\d+_)?block\d+/\w+"
+MOBILE_BLOCK = r"(?:features/\d+(?=/conv/)|blocks/\d+/\d+)"  # of MobileNet V2
+# Weights of ours whose order in the network is known by their paths; of others only numbers tell.
+OURS = r"params/(?:(?:conv|bn|dense|dense_bn)\d+|final_bn|fc|(?:stage\d+_)?block\d+/\w+)/\w+"
 
 # The arrays of a module: PyTorch's name of each by ours.
 LEAVES = {
@@ -123,6 +104,9 @@ LEAVES = {
 }
 COUNTER = "num_batches_tracked"  # of a batch norm; nothing here depends on it
 CLASSIFIER = r"params/fc/.*"
+
+# Of arrays: at their place, of no tensor, of no place, of another shape, no numbers.
+GROUPS = ("right", "missing", "unexpected", "wrong", "no weights")
 
 # What else to say where the text of a misfit of this group holds the pattern.
 HINTS = (
@@ -150,63 +134,55 @@ HINTS = (
     ),
 )
 
-
-@jax.tree_util.register_pytree_with_keys_class
-class Unordered(dict):
-    """A state dict whose order means nothing, as in a safetensors file; a pytree as any dict."""
-
-    def tree_flatten_with_keys(self) -> tuple[list, tuple]:
-        names = sorted(self)
-        return [(jax.tree_util.DictKey(name), self[name]) for name in names], tuple(names)
-
-    @classmethod
-    def tree_unflatten(cls, names: tuple, arrays: Iterable) -> "Unordered":
-        return cls(zip(names, arrays))
+# Names of torchvision's MobileNet V2 by ours: outside of blocks, and inside, without and with the
+# layer that expands.
+MOBILENET_V2_OUTSIDE = {
+    "conv1": "features.0.0",
+    "bn1": "features.0.1",
+    "conv2": "features.{last}.0",
+    "bn2": "features.{last}.1",
+    "fc": "classifier.1",
+}
+MOBILENET_V2_INSIDE = (
+    dict(depthwise="0.0", bn1="0.1", project="1", bn2="2"),
+    dict(expand="0.0", bn1="0.1", depthwise="1.0", bn2="1.1", project="2", bn3="3"),
+)
 
 
 # Files --------------------------------------------------------------------------------------------
 
 
-def check(path: str | os.PathLike) -> None:
+def check(path: AnyPath) -> None:
     """Raises ConfigError unless `path` is a weight file with a whole header that can be read."""
     path = pathlib.Path(path)
-    suffixes = ", ".join((SAFETENSORS, *TORCH_FILES))
-    if path.suffix not in (SAFETENSORS, *TORCH_FILES):
-        raise tables.ConfigError("", str(path), allowed=f"a file of weights, {suffixes}")
-    if not path.is_file():
-        raise tables.ConfigError("", str(path), why="but there is no such file")
     with tables.blaming("", str(path)):
+        if path.suffix not in FILES:
+            raise tables.ConfigError("", allowed=f"a file of weights, {', '.join(FILES)}")
+        if not path.is_file():
+            raise tables.ConfigError("", why="but there is no such file")
         tables.check_memory(path.stat().st_size, "which has")
-    if path.suffix == SAFETENSORS:
-        _check_header(path)
-    elif importlib.util.find_spec("torch") is None:
-        raise tables.ConfigError(
-            "",
-            str(path),
-            why="which only PyTorch reads: `pip install torch`, or convert it to .safetensors "
-            "where PyTorch is installed",
-        )
+        if path.suffix == SAFETENSORS:
+            _open(path)
+        elif importlib.util.find_spec("torch") is None:
+            advice = "`pip install torch`, or convert it to .safetensors where PyTorch is installed"
+            raise tables.ConfigError("", why=f"which only PyTorch reads: {advice}")
 
 
-def _check_header(path: pathlib.Path) -> None:
+def _open(path: pathlib.Path) -> Any:
+    """A safetensors file whose header was read."""
     try:
-        with safetensors.safe_open(path, framework="np"):
-            pass
+        return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError) as error:
-        raise tables.ConfigError(
-            "",
-            str(path),
-            why="which is no whole safetensors file (cut short, or of another format): "
-            f"{str(error).rstrip('.')}",
-        ) from None
+        why = "which is no whole safetensors file (cut short, or of another format)"
+        raise tables.ConfigError("", str(path), why=f"{why}: {error}") from None
 
 
-def read(path: str | os.PathLike, key: str = "") -> dict[str, np.ndarray]:
+def read(path: AnyPath, key: str = "") -> Arrays:
     """The state dict in a `.safetensors` file, or in one that `torch.save` wrote (needs PyTorch).
 
     key: name of the state dict in a checkpoint that holds several, e.g. "model_ema"; by default the
     first of `STATE_DICTS`, or the whole file. Nothing in a file is executed: pickled modules are
-    refused. That of a safetensors file is `Unordered`. Raises ConfigError for files that are cut
+    refused. That of a safetensors file is sorted by name. Raises ConfigError for files that are cut
     short or something else, for tensors that are no plain arrays (sparse, quantized, complex,
     float8), and for files and shapes larger than the memory.
     """
@@ -217,27 +193,15 @@ def read(path: str | os.PathLike, key: str = "") -> dict[str, np.ndarray]:
         return _read_torch(path, key)
     if key:
         raise tables.ConfigError("key", key, allowed=f"none: {path} holds one state dict")
-    entries = sorted(safetensors.deserialize(path.read_bytes()))
-    return Unordered((name, _array_of(entry, f"{path}: {name}")) for name, entry in entries)
+    file = _open(path)
+    return {name: _array(file.get_tensor, name, f"{path}: {name}") for name in sorted(file.keys())}
 
 
-def _array_of(entry: Mapping[str, Any], name: str) -> np.ndarray:
-    """The array of an entry of a safetensors file."""
-    if entry["dtype"] not in DTYPES:
-        raise tables.ConfigError(f"{name} is of type {entry['dtype']}; known: {', '.join(DTYPES)}.")
-    flat = np.frombuffer(entry["data"], jnp.dtype(DTYPES[entry["dtype"]]))
-    try:
-        return flat.reshape(entry["shape"])
-    except (ValueError, OverflowError) as error:  # of empty arrays: too many axes, or too long ones
-        shape = tables.shortened(entry["shape"])
-        raise tables.ConfigError(f"{name} has the shape {shape}, of no array: {error}.") from None
-
-
-def _read_torch(path: pathlib.Path, key: str) -> dict[str, np.ndarray]:
+def _read_torch(path: pathlib.Path, key: str) -> Arrays:
     import torch
 
-    _check_sums(path)
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can break PyTorch's readers anywhere
         reason = _reason(error)
@@ -245,46 +209,36 @@ def _read_torch(path: pathlib.Path, key: str) -> dict[str, np.ndarray]:
     arrays = {}
     for name, value in _state_dict_in(content, key, path).items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise tables.ConfigError(
-                f"{path} holds {name!r}, of type {type(value).__name__}; allowed: tensors by name, "
-                f"alone or as {', '.join(map(repr, STATE_DICTS))}."
-            )
+            raise _no_tensors(path, f"{name!r}, of type {type(value).__name__}")
         size = value.numel() * value.element_size()  # one stored number may stand for any shape
         with tables.within(f"{path}: {name}"):
             tables.check_memory(size, f"has the shape {tuple(value.shape)} and takes")
-        arrays[name] = _array(value, f"{path}: {name}")
+        arrays[name] = _array(_of_torch, value, f"{path}: {name}")
     return arrays
 
 
 def _check_sums(path: pathlib.Path) -> None:
-    """Raises ConfigError where the checksums of `torch.save`, which PyTorch passes over, differ."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return  # of another format, or cut short, as PyTorch will find
+    """Raises an error where the checksums of `torch.save`, which PyTorch passes over, differ."""
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # whatever else is damaged
-        damaged = str(error)
-    if damaged is not None:
-        raise tables.ConfigError(
-            f"{path} is damaged: {damaged} has another checksum. Copy it again."
-        )
+        if damaged:
+            raise ValueError(f"{damaged} has another checksum")
 
 
 def _reason(error: Exception) -> str:
     """Why `torch.load` failed; PyTorch's own text may advise to read the file nevertheless."""
-    reason = "it holds other objects than tensors"
-    if not isinstance(error, pickle.UnpicklingError):
-        reason = _first_line(error) or "it ends too early"
-    elif foreign := re.search(r"GLOBAL (\S+)", str(error)):
+    foreign = re.search(r"GLOBAL (\S+)", str(error))
+    if foreign:
         return (
             f"beside tensors it holds an object of {foreign[1]}, which reading could execute. "
             "Where you trust the file, load it with PyTorch and save its state dict alone."
         )
-    return (
-        f"{reason}. Is it cut short, or another format? Of a pickled network save its "
-        "`state_dict()` instead."
-    )
+    reason = _first_line(error) or "it ends too early"
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "it holds other objects than tensors"
+    advice = "Is it cut short, or another format? Of a pickled network save its `state_dict()`"
+    return f"{reason}. {advice} instead."
 
 
 def _first_line(error: Exception) -> str:
@@ -293,38 +247,41 @@ def _first_line(error: Exception) -> str:
 
 def _state_dict_in(content: Any, key: str, path: pathlib.Path) -> Mapping:
     """The state dict inside a checkpoint; raises ConfigError if there is none."""
+    if key and isinstance(content, Mapping):
+        content = tables.lookup({str(name): held for name, held in content.items()}, key, "key")
+    for name in 2 * STATE_DICTS:  # one may be inside another
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
     if not isinstance(content, Mapping):
-        kind = type(content).__name__
-        raise tables.ConfigError(f"{path} holds {kind}; allowed: tensors by name.")
-    if key:
-        if not isinstance(content.get(key), Mapping):
-            raise tables.ConfigError("key", key, known=map(str, content))
-        return content[key]
-    for _ in STATE_DICTS:  # one inside another, as deep as is sensible: a dict can also hold itself
-        held = [name for name in STATE_DICTS if isinstance(content.get(name), Mapping)]
-        if not held:
-            return content
-        content = content[held[0]]
-    raise tables.ConfigError(f"{path} holds dict in dict; allowed: tensors by name.")
+        raise _no_tensors(path, type(content).__name__)
+    return content
 
 
-def _array(value: Any, name: str) -> np.ndarray:
-    """A tensor of PyTorch, or any array, as a NumPy array; raises ConfigError for what is none."""
+def _no_tensors(path: pathlib.Path, held: str) -> tables.ConfigError:
+    allowed = f"tensors by name, alone or as {', '.join(STATE_DICTS)}"
+    return tables.ConfigError(f"{path} holds {held}; allowed: {allowed}.")
+
+
+def _array(convert: Any, value: Any, name: str) -> np.ndarray:
+    """`convert(value)`, a NumPy array; raises ConfigError for what is none. name: of it."""
     try:
-        if not hasattr(value, "detach"):
-            return np.asarray(value)
-        if str(value.dtype) == "torch.bfloat16":
-            return value.detach().float().numpy(force=True).astype(jnp.bfloat16)
-        return value.numpy(force=True)
-    except (TypeError, RuntimeError, ValueError) as error:
+        return convert(value)
+    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
         kind = getattr(value, "dtype", type(value).__name__)
-        raise tables.ConfigError(
-            f"{name} is no plain array ({kind}): {_first_line(error)}. Convert it to float32 with "
-            "PyTorch."
-        ) from None
+        reason = f"{_first_line(error)}. Convert it to float32 with PyTorch."
+        raise tables.ConfigError(f"{name} is no plain array ({kind}): {reason}") from None
 
 
-def write(path: str | os.PathLike, state_dict: StateDict) -> pathlib.Path:
+def _of_torch(value: Any) -> np.ndarray:
+    """The array of a tensor of PyTorch, or of anything that NumPy reads."""
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    if str(value.dtype) == "torch.bfloat16":
+        return value.detach().float().numpy(force=True).astype(jnp.bfloat16)
+    return value.numpy(force=True)
+
+
+def write(path: AnyPath, state_dict: Arrays) -> pathlib.Path:
     """Writes a state dict as safetensors, bit by bit, and returns its path.
 
     The file appears whole or not at all.
@@ -347,14 +304,16 @@ def write(path: str | os.PathLike, state_dict: StateDict) -> pathlib.Path:
 
 
 class Module(NamedTuple):
-    """A layer of either side."""
+    """A layer of either side. Layers go by the name or path of their weight."""
 
-    shape: tuple[int, ...]  # of its weight, in PyTorch's layout
-    arrays: dict[str, str]  # their names or paths, by PyTorch's names inside the module
+    name: str
+    shape: Shape  # of its weight, in PyTorch's layout
+    arrays: Names  # their names or paths, by PyTorch's names inside the module
 
     @property
-    def kind(self) -> str:
-        return _kind(self.shape)
+    def kind(self) -> int:
+        """The axes of its weight: 1 is a norm, 2 a dense layer."""
+        return len(self.shape)
 
     @property
     def form(self) -> tuple:
@@ -362,50 +321,41 @@ class Module(NamedTuple):
         return self.shape, frozenset(self.arrays)
 
 
-def _kind(shape: Shape) -> str:
-    """The kind of module by the shape of its weight."""
-    return {1: "norm", 2: "dense"}.get(len(shape), "conv")
+Modules = dict[str, Module]  # by their weights
+Group = tuple[list[str], list[str]]  # weights of one form, PyTorch's and as many of ours
 
 
-Modules = Mapping[str, Module]
-
-
-def _modules(shapes: Mapping[str, Shape], pattern: str, leaves: Mapping[str, str]) -> Modules:
-    """The modules of `shapes` that have a weight, by name, in its order.
-
-    pattern: of a name, which captures those of the module and of its array. leaves: PyTorch's name
-    of each array that counts.
-    """
-    arrays: dict[str, dict[str, str]] = collections.defaultdict(dict)
-    for name in shapes:
-        match = re.fullmatch(pattern, name)
-        if match and match[2] in leaves:
-            arrays[match[1] or ""][leaves[match[2]]] = name
-    return {
-        name: Module(tuple(shapes[held["weight"]]), held)
-        for name, held in arrays.items()
-        if "weight" in held
-    }
-
-
-def _modules_there(shapes: Mapping[str, Shape]) -> Modules:
+def _modules_there(shapes: Shapes) -> Modules:
     """PyTorch's modules, in the order of the tensors."""
-    leaves = {name: name for name in LEAVES.values()}
-    return _modules(shapes, r"(?:(.*)\.)?(\w+)", leaves)
+    arrays: dict[str, Names] = collections.defaultdict(dict)
+    for name in shapes:
+        module, _, leaf = name.rpartition(".")
+        if leaf in LEAVES.values():
+            arrays[module][leaf] = name
+    return _with_weights(arrays, shapes)
 
 
-def _modules_here(paths: Mapping[str, Any]) -> Modules:
+def _modules_here(leaves: Leaves) -> Modules:
     """Our modules, in the order in which PyTorch's networks define theirs."""
-    shapes = {path: _torch_shape(leaf.shape) for path, leaf in paths.items()}
-    modules = _modules(shapes, r"(?:params|batch_stats)/(.+)/(\w+)", LEAVES)
-    return {name: modules[name] for name in sorted(modules, key=_definition_order)}
+    arrays: dict[str, Names] = collections.defaultdict(dict)
+    for path in leaves:
+        match = re.fullmatch(r"(?:params|batch_stats)/(.+)/(\w+)", path)
+        if match and match[2] in LEAVES:
+            arrays[match[1]][LEAVES[match[2]]] = path
+    ordered = {module: arrays[module] for module in sorted(arrays, key=_definition_order)}
+    return _with_weights(ordered, {path: _torch_shape(leaves[path].shape) for path in leaves})
 
 
-def _of_kind(modules: Modules, kind: str) -> list[str]:
-    return [name for name, module in modules.items() if module.kind == kind]
+def _with_weights(arrays: dict[str, Names], shapes: Shapes) -> Modules:
+    modules = {}
+    for module, names in arrays.items():
+        if "weight" in names:
+            weight = names["weight"]
+            modules[weight] = Module(module, tuple(shapes[weight]), names)
+    return modules
 
 
-def _torch_shape(shape: Shape) -> tuple[int, ...]:
+def _torch_shape(shape: Shape) -> Shape:
     return (*shape[:-3:-1], *shape[:-2])
 
 
@@ -418,31 +368,22 @@ def _definition_order(name: str) -> tuple:
     return (0 if first else 3 if last else 2, _natural(name))
 
 
-def _natural(name: str) -> list[str | int]:
+def _natural(name: str) -> list:
     """Sorts by the numbers inside: "conv2" before "conv10"."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 # Which layer is which -----------------------------------------------------------------------------
 
 
-class Undecided(NamedTuple):
-    """Weights of one shape that could be placed in several ways."""
-
-    tensors: list[str]
-    shape: tuple[int, ...]
-    paths: list[str]
-    reason: str
-
-
 def name_map(
-    shapes: Mapping[str, Shape],
+    shapes: Shapes,
     like: PyTree,
     names: Rules = (),
     *,
     fresh: str = "",
     ordered: bool = True,
-) -> dict[str, str]:
+) -> Names:
     """Path in `like` of each tensor that has a place there, by PyTorch's name.
 
     shapes: of the tensors, in PyTorch's layouts, and in the order in which the network defines them
@@ -457,40 +398,36 @@ def name_map(
     fresh: pattern of paths that need no tensor, whatever their shape there.
     """
     ordered = ordered and _is_as_defined(shapes)
-    placed, undecided = _matched(shapes, like, names, fresh, ordered)
-    _refuse_undecided(undecided)
+    placed, doubts = _matched(shapes, like, names, _fresh_paths(like, fresh), ordered)
+    _refuse(doubts)
     return placed
 
 
+def _fresh_paths(like: PyTree, fresh: str) -> set[str]:
+    matches = trees.matching(like, fresh, "fresh") if fresh else {}
+    return {path for path, matched in matches.items() if matched}
+
+
 def _matched(
-    shapes: Mapping[str, Shape], like: PyTree, names: Rules, fresh: str, ordered: bool
-) -> tuple[dict[str, str], list[Undecided]]:
-    """(path of each tensor that has a place, layers whose places are a guess)."""
-    paths = trees.named_leaves(like)
-    placed = _placed_by_rules(shapes, paths, names)
-    theirs, ours = _modules_there(shapes), _modules_here(paths)
-    our_names = {module.arrays["weight"]: name for name, module in ours.items()}
-    places, others = {}, {}
-    for name, module in theirs.items():
-        path = placed.get(module.arrays["weight"])
-        if path is None:
-            others[name] = module
-        elif path in our_names:
-            places[name] = our_names[path]
-    free = {name: module for name, module in ours.items() if name not in places.values()}
-    by_structure, undecided = _places(others, free, _fresh_modules(free, like, fresh), ordered)
-    for name, place in (places | by_structure).items():
-        for leaf, tensor in theirs[name].arrays.items():
-            if leaf in ours[place].arrays:
-                placed.setdefault(tensor, ours[place].arrays[leaf])
-    return {name: placed[name] for name in shapes if name in placed}, undecided
+    shapes: Shapes, like: PyTree, names: Rules, fresh: set[str], ordered: bool
+) -> tuple[Names, Names]:
+    """(path of each tensor that has a place, doubts by a rule that ends them)."""
+    leaves = trees.named_leaves(like)
+    placed = _placed_by_rules(shapes, leaves, names)
+    theirs, ours = _modules_there(shapes), _modules_here(leaves)
+    others = {name: module for name, module in theirs.items() if name not in placed}
+    free = {path: module for path, module in ours.items() if path not in placed.values()}
+    places, doubts = _places(others, free, fresh, ordered)
+    for name, path in (placed | places).items():
+        if name in theirs and path in ours:
+            for leaf, tensor in theirs[name].arrays.items():
+                placed.setdefault(tensor, ours[path].arrays.get(leaf, ""))
+    return {name: path for name, path in placed.items() if path}, doubts
 
 
-def _placed_by_rules(
-    names: Iterable[str], paths: Mapping[str, Any], rules: Rules
-) -> dict[str, str]:
+def _placed_by_rules(names: Iterable[str], leaves: Leaves, rules: Rules) -> Names:
     """Path of each tensor that a rule names."""
-    placed: dict[str, str] = {}
+    placed: Names = {}
     for pattern, replacement in rules:
         trees.check_pattern(pattern, "names")
         for name in names:
@@ -498,119 +435,94 @@ def _placed_by_rules(
             if match is None or name in placed:
                 continue
             path = placed[name] = match.expand(replacement)
-            if path not in paths:
-                raise tables.ConfigError(
-                    f"names: {name!r} is to become {path!r}, which is not there."
-                    f"{tables.closest(path, paths)}"
-                )
+            if path not in leaves:
+                hint = tables.closest(path, leaves)
+                text = f"names: {name!r} is to become {path!r}, which is not there.{hint}"
+                raise tables.ConfigError(text)
     return placed
 
 
 def _is_as_defined(names: Iterable[str]) -> bool:
     """Whether tensors could come in the order in which a network defines its layers.
 
-    PyTorch saves the parameters of a layer side by side, the weight before the bias; sorted names
-    and shuffled ones break that.
+    PyTorch saves the parameters of a layer side by side, the weight before the bias; shuffled names
+    break that. Sorted ones tell nothing.
     """
-    last, seen = None, set()
-    for name in names:
-        module, _, leaf = name.rpartition(".")
-        if leaf not in ("weight", "bias"):
-            continue
-        begins_again = module != last and module in seen
-        if begins_again or (module == last and leaf == "weight"):
-            return False
-        last = module
-        seen.add(module)
-    return True
+    names = list(names)
+    parts = [name.rpartition(".") for name in names if name.endswith((".weight", ".bias"))]
+    layers = [layer for layer, _, _ in parts]
+    defined = sorted(parts, key=lambda part: (layers.index(part[0]), part[2] == "bias"))
+    return parts == defined and names != sorted(names)
 
 
-def _fresh_modules(ours: Modules, like: PyTree, fresh: str) -> set[str]:
-    """Those of our modules whose weight matches `fresh`."""
-    if not fresh:
-        return set()
-    matches = trees.matching(like, fresh, "fresh")
-    return {name for name, module in ours.items() if matches[module.arrays["weight"]]}
-
-
-def _places(
-    theirs: Modules, ours: Modules, fresh: set[str], ordered: bool
-) -> tuple[Names, list[Undecided]]:
-    """(our module of each of PyTorch's that has one, those among alike ones that are a guess)."""
+def _places(theirs: Modules, ours: Modules, fresh: set[str], ordered: bool) -> tuple[Names, Names]:
+    """(path of each weight that has one, doubts about alike ones by a rule that ends them)."""
     known = _known_places(theirs, ours)
     groups = _alike(theirs, ours, fresh)
-    ordered = ordered and _come_in_one_order(theirs, ours, groups)
+    ordered = ordered and _turns(theirs, groups, 0) == _turns(ours, groups, 1)
     places: Names = {}
-    undecided = []
-    for names, targets in groups:
-        decided, doubt = _decided(names, targets, known, ordered)
+    doubts = {}
+    for names, paths in groups:
+        decided, doubt = _decided(names, paths, known, ordered)
         places |= decided
         if doubt:
-            tensors = [theirs[name].arrays["weight"] for name in names]
-            paths = [ours[name].arrays["weight"] for name in targets]
-            undecided.append(Undecided(tensors, theirs[names[0]].shape, paths, doubt))
-    return _with_others(theirs, ours, known, places), undecided
+            rule = str((re.escape(names[0]), paths[0]))
+            which = f"{', '.join(names)} {theirs[names[0]].shape} could each be {', '.join(paths)}"
+            doubts[rule] = f"{which}: {doubt}."
+    return _with_others(theirs, ours, known, places), doubts
 
 
 def _alike(theirs: Modules, ours: Modules, fresh: set[str]) -> list[Group]:
-    """Modules of one form, where both sides have as many; fresh ones of any form fill up ours."""
-    groups: list[Group] = []
-    free = set(fresh)
-    for form in dict.fromkeys(module.form for module in theirs.values()):
-        names = [name for name, module in theirs.items() if module.form == form]
-        alike = [name for name, module in ours.items() if module.form == form]
-        targets = [name for name in alike if name not in fresh] or alike
-        if targets and len(targets) < len(names):
-            every = _of_kind(ours, _kind(form[0]))
-            targets = [name for name in every if name in alike or name in free]
-        if len(targets) == len(names):
-            groups.append((names, targets))
-            free.difference_update(targets)
+    """All groups; those of ours that are `fresh` fill up groups of any form."""
+    forms: dict[tuple, Group] = collections.defaultdict(lambda: ([], []))
+    for side, modules in enumerate((theirs, ours)):
+        for name, module in modules.items():
+            forms[module.form][side].append(name)
+    groups = []
+    for names, same in forms.values():
+        paths = [path for path in same if path not in fresh] or same
+        if 0 < len(paths) < len(names):
+            kind = ours[paths[0]].kind
+            fill = [path for path in fresh if path in ours and ours[path].kind == kind]
+            paths = [path for path in ours if path in (*same, *fill)]
+        if len(paths) == len(names):
+            groups.append((names, paths))
+            fresh = fresh.difference(paths)
     return groups
 
 
-def _come_in_one_order(theirs: Modules, ours: Modules, groups: list[Group]) -> bool:
-    """Whether the layers of each kind in `groups` come in one order of forms on both sides."""
-    in_turn: Names = {}
-    for names, targets in groups:
-        in_turn |= dict(zip(names, targets))
-    for kind in KINDS:
-        places = [in_turn[name] for name in _of_kind(theirs, kind) if name in in_turn]
-        if places != [place for place in _of_kind(ours, kind) if place in places]:
-            return False
-    return True
+def _turns(modules: Modules, groups: list[Group], side: int) -> list[tuple[int, int]]:
+    """(kind, number of its group) of each module in a group, in the order of each kind."""
+    turns = []
+    for name, module in modules.items():
+        turns += [(module.kind, i) for i, group in enumerate(groups) if name in group[side]]
+    return sorted(turns, key=lambda turn: turn[0])
 
 
-def _decided(
-    names: list[str], targets: list[str], known: Names, ordered: bool
-) -> tuple[Names, str]:
+def _decided(names: list[str], paths: list[str], known: Names, ordered: bool) -> tuple[Names, str]:
     """Places of alike layers, and why they are a guess; "" where order or names decide."""
-    in_order = targets
-    if not all(re.fullmatch(OURS, name) for name in targets):
-        in_order = _ranked(targets)
+    in_order = paths
+    if not all(re.fullmatch(OURS, path) for path in paths):
+        in_order = _ranked(paths)
+    by_name = {name: known.get(name, "") for name in names}
+    if set(by_name.values()) != set(paths):
+        by_name = dict(zip(_ranked(names), in_order))
     by_order = dict(zip(names, in_order)) if ordered else {}
-    by_name = dict(zip(_ranked(names), in_order))
-    if {known.get(name) for name in names} == set(targets):
-        by_name = {name: known[name] for name in names}
+    pairs = itertools.combinations(by_order, 2)
+    disagree = any(_is_before(*pair) is False for pair in pairs)
     doubt = ""
     if not by_order and not by_name:
         doubt = "neither an order nor their names tell"
-    elif by_order and by_name and by_order != by_name:
+    elif disagree or (by_order and by_name and by_order != by_name):
         doubt = "their order and their names disagree"
-    elif ordered and any(_is_before(*pair) is False for pair in itertools.combinations(names, 2)):
-        doubt = "their order and the numbers in their names disagree"
-    return by_order or by_name or dict(zip(names, targets)), doubt
+    return by_order or by_name or dict(zip(names, paths)), doubt
 
 
 def _ranked(names: list[str]) -> list[str]:
     """`names` in the order of the numbers in them; [] where these do not tell."""
-    ranks: dict[str, int] = {}
-    for name in names:
-        before = [_is_before(other, name) for other in names if other != name]
-        if None in before:
-            return []
-        ranks[name] = before.count(True)
-    return sorted(names, key=ranks.__getitem__)
+    if any(_is_before(*pair) is None for pair in itertools.combinations(names, 2)):
+        return []
+    return sorted(names, key=_natural)
 
 
 def _is_before(first: str, second: str) -> bool | None:
@@ -619,16 +531,15 @@ def _is_before(first: str, second: str) -> bool | None:
     "body.0" is before "body.1.conv"; "stem" and "body.0" tell nothing.
     """
     for one, other in zip(_natural(first), _natural(second)):
-        if one == other:
-            continue
-        if isinstance(one, int) and isinstance(other, int):
+        if one != other and isinstance(one, int):
             return one < other
-        break
+        if one != other:
+            break
     return None
 
 
 def _known_places(theirs: Modules, ours: Modules) -> Names:
-    """Our module of each name that is known here.
+    """Our weight of each whose name is known here.
 
     A prefix of half or more of the names, e.g. "backbone.", is passed over.
     """
@@ -640,67 +551,63 @@ def _known_places(theirs: Modules, ours: Modules) -> Names:
     return max(options, key=len)  # the first of the longest
 
 
-def _normal(names: list[str]) -> list[str]:
-    """Names with the blocks of MobileNet V2 and the stages of the geometric-limit study numbered
-    as here and in torchvision.
-    """
-    blocks = re.findall(MOBILE_BLOCK, "\n".join(names), re.MULTILINE)
-    ranks = list(dict.fromkeys(blocks))
-    numbered = []
-    for name in names:
-        name = re.sub(MOBILE_BLOCK, lambda match: f"block{ranks.index(match[0])}", name)
-        numbered.append(re.sub(r"^conv(\d)_x", lambda match: f"layer{int(match[1]) - 1}", name))
-    return numbered
-
-
 def _known_under(prefix: str, theirs: Modules, ours: Modules) -> Names:
     """`_known_places` of the names without `prefix`."""
-    names = sorted(theirs, key=_natural)
-    short = [name.removeprefix(prefix).replace(".", "/") for name in names]
     places: Names = {}
-    for name, text in zip(names, _normal(short)):
+    blocks: list[str] = []
+    free = {module.name: path for path, module in ours.items()}
+    for name in sorted(theirs, key=_natural):
+        text = theirs[name].name.removeprefix(prefix).replace(".", "/")
+        text = _normal(text, blocks)
         for pattern, replacement in MODULES:
             match = re.fullmatch(pattern, text)
             place = match.expand(replacement) if match else ""
-            if place in ours.keys() - places.values() and ours[place].kind == theirs[name].kind:
-                places[name] = place
+            if place in free and ours[free[place]].kind == theirs[name].kind:
+                places[name] = free.pop(place)
                 break
     return places
+
+
+def _normal(name: str, blocks: list[str]) -> str:
+    """A name with the stages of the geometric-limit study, and the blocks of MobileNet V2, numbered
+    as here and in torchvision. blocks: of MobileNet V2 that came before; a new one is added.
+    """
+    for number in range(2, 6):
+        name = name.replace(f"conv{number}_x", f"layer{number - 1}")
+    block = re.match(MOBILE_BLOCK, name)
+    if block is None:
+        return name
+    if block[0] not in blocks:
+        blocks.append(block[0])
+    return f"block{blocks.index(block[0])}{name[block.end() :]}"
 
 
 def _with_others(theirs: Modules, ours: Modules, known: Names, places: Names) -> Names:
     """`places` with those of layers of other forms, for the report of misfits and for fresh layers.
 
-    They go by known names, then by their order: the last dense layer to our `fc`, others to
-    numbered layers.
+    They go by known names, then by their order from the last on, to modules outside of blocks.
     """
-    result = dict(places)
-    for name in theirs:
-        if name not in places and known.get(name, "") in ours.keys() - result.values():
-            result[name] = known[name]
-    for kind in KINDS:
-        left = [name for name in _of_kind(theirs, kind) if name not in result]
-        free = [name for name in _of_kind(ours, kind) if name not in result.values()]
-        if left and "fc" in free:
-            result[left.pop()] = "fc"
-        numbered = [name for name in free if re.fullmatch(r"\w+\d", name)]
-        result |= dict(zip(left, numbered))
-    return result
+    taken = set(places.values())
+    places = {name: path for name, path in known.items() if path not in taken} | places
+    for name in reversed([name for name in theirs if name not in places]):
+        for path in reversed(ours):
+            outside = "/" not in ours[path].name and ours[path].kind == theirs[name].kind
+            if outside and path not in places.values():
+                places[name] = path
+                break
+    return places
 
 
-def _refuse_undecided(undecided: list[Undecided]) -> None:
+def _refuse(doubts: Names) -> None:
     """Raises ConfigError, with the way out, for layers whose places nothing decides."""
-    if not undecided:
-        return
-    lines = ["does not tell which layers are which:"]
-    for tensors, shape, paths, reason in undecided:
-        lines.append(f"  {', '.join(tensors)} {shape} could each be {', '.join(paths)}: {reason}.")
-    rule = (re.escape(undecided[0].tensors[0]), undecided[0].paths[0])
-    lines.append(f"  Say it with names=({rule}, ...), of the weights: all else follows")
-    raise tables.ConfigError("", why="\n".join(lines))
+    if doubts:
+        rule = next(iter(doubts))
+        way_out = f"Say it with names=({rule}, ...), of the weights: all else follows"
+        lines = ["does not tell which layers are which:", *doubts.values(), way_out]
+        raise tables.ConfigError("", why="\n  ".join(lines))
 
 
-def torch_names(like: PyTree) -> dict[str, str]:
+def torch_names(like: PyTree) -> Names:
     """Path in one of our networks of each tensor of its state dict, by PyTorch's name.
 
     ResNets and MobileNet V2 have torchvision's names, all others their own: `stage1/conv` becomes
@@ -708,37 +615,29 @@ def torch_names(like: PyTree) -> dict[str, str]:
     """
     names: Names = {}
     modules = _modules_here(trees.named_leaves(like))
-    for name, module in modules.items():
-        theirs = _torchvision_name(name, modules)
+    is_mobilenet = "params/block0/project/kernel" in modules
+    name_of = _mobilenet_v2_name if is_mobilenet else _torchvision_name
+    for module in modules.values():
+        theirs = name_of(module.name, modules)
         names |= {f"{theirs}.{leaf}": path for leaf, path in module.arrays.items()}
     return names
 
 
 def _torchvision_name(module: str, modules: Modules) -> str:
-    if "block0/project" in modules:
-        return _name_in_mobilenet_v2(module, modules)
+    del modules
     name = re.sub(r"^stage(\d+)_block(\d+)", r"layer\1.\2", module)
     name = name.replace("shortcut_conv", "downsample.0").replace("shortcut_bn", "downsample.1")
     return name.replace("/", ".")
 
 
-def _name_in_mobilenet_v2(module: str, modules: Modules) -> str:
-    last = sum(name.endswith("/project") for name in modules) + 1
-    outside = {
-        "conv1": "features.0.0",
-        "bn1": "features.0.1",
-        "conv2": f"features.{last}.0",
-        "bn2": f"features.{last}.1",
-        "fc": "classifier.1",
-    }
-    if module in outside:
-        return outside[module]
+def _mobilenet_v2_name(module: str, modules: Modules) -> str:
     block, _, layer = module.partition("/")
-    inside = dict(depthwise="0.0", bn1="0.1", project="1", bn2="2")
-    if f"{block}/expand" in modules:
-        inside = dict(expand="0.0", bn1="0.1", depthwise="1.0", bn2="1.1", project="2", bn3="3")
+    if not layer:
+        last = sum(path.endswith("/project/kernel") for path in modules) + 1
+        return MOBILENET_V2_OUTSIDE[module].format(last=last)
+    expands = f"params/{block}/expand/kernel" in modules
     number = int(block.removeprefix("block")) + 1
-    return f"features.{number}.conv.{inside[layer]}"
+    return f"features.{number}.conv.{MOBILENET_V2_INSIDE[expands][layer]}"
 
 
 # Layouts ------------------------------------------------------------------------------------------
@@ -748,17 +647,17 @@ def _is_flax_kernel(path: str, shape: Shape) -> bool:
     return len(shape) > 1 and re.search(r"(?:^|/)kernel(?:/value)?$", path) is not None
 
 
-def _flattened(paths: Mapping[str, Any], image_channels: int) -> dict[str, int]:
+def _flattened(leaves: Leaves, image_channels: int) -> dict[str, int]:
     """{path of the kernel that sees flattened images: their channels}; {} if there is none."""
-    modules = _modules_here(paths)
-    convs = _of_kind(modules, "conv")
-    if not all(re.fullmatch(r"conv\d+", name) for name in convs):
+    modules = _modules_here(leaves).values()
+    convs = [module for module in modules if module.kind > 2]
+    if not all(re.fullmatch(r"conv\d+", module.name) for module in convs):
         return {}  # residual and such: an average pool before `fc`
-    path = f"params/{'dense1' if 'dense1' in modules else 'fc'}/kernel"
-    channels = modules[convs[-1]].shape[0] if convs else image_channels
-    if path not in paths or paths[path].shape[0] % channels:
-        return {}
-    return {path: channels}
+    channels = convs[-1].shape[0] if convs else image_channels
+    for path in ("params/dense1/kernel", "params/fc/kernel"):
+        if path in leaves:
+            return {} if leaves[path].shape[0] % channels else {path: channels}
+    return {}
 
 
 def _from_torch(array: np.ndarray, channels: int) -> np.ndarray:
@@ -766,21 +665,22 @@ def _from_torch(array: np.ndarray, channels: int) -> np.ndarray:
 
     channels: those of images that it sees flattened, PyTorch's channels first; else 1.
     """
-    if channels > 1:
-        array = array.reshape(len(array), channels, -1).swapaxes(1, 2).reshape(array.shape)
+    array = _swapped(array, channels, -1)
     return array.transpose(*range(2, array.ndim), 1, 0)
 
 
 def _to_torch(array: np.ndarray, channels: int) -> np.ndarray:
     """The inverse of `_from_torch`."""
-    array = array.transpose(-1, -2, *range(array.ndim - 2))
-    if channels > 1:
-        array = array.reshape(len(array), -1, channels).swapaxes(1, 2).reshape(array.shape)
-    return array
+    return _swapped(array.transpose(-1, -2, *range(array.ndim - 2)), -1, channels)
+
+
+def _swapped(array: np.ndarray, *axes: int) -> np.ndarray:
+    """The two axes that make up all but the first change places."""
+    return array.reshape(len(array), *axes).swapaxes(1, 2).reshape(array.shape)
 
 
 def to_variables(
-    state_dict: StateDict,
+    state_dict: Mapping[str, Any],
     like: PyTree,
     *,
     names: Rules = (),
@@ -789,9 +689,9 @@ def to_variables(
 ) -> PyTree:
     """The tensors of a PyTorch state dict in the structure, shapes and types of `like`.
 
-    state_dict: arrays or tensors by name; an `Unordered` one has no order of layers, see
-    `name_map`. Weights that `torch.nn.utils.prune` keeps as `weight_orig` and `weight_mask` become
-    their product (`merge_pruned`).
+    state_dict: arrays or tensors by name; sorted names tell no order of layers, see `name_map`.
+    Weights that `torch.nn.utils.prune` keeps as `weight_orig` and `weight_mask` become their
+    product (`merge_pruned`).
     like: variables of one of our networks, or their shape structs; with `names` (see `name_map`)
     any pytree. Arrays called `kernel` are brought into Flax's layouts, all others stay as they are;
     `num_batches_tracked` is left out.
@@ -803,75 +703,61 @@ def to_variables(
     that are no weights (integers, bool, complex, NaN, infinities, beyond the type in `like`), and
     for a `fresh` that matches nothing.
     """
-    arrays = {str(name): _array(value, str(name)) for name, value in state_dict.items()}
-    ordered = not isinstance(state_dict, Unordered) and _is_as_defined(arrays)
+    arrays = {str(name): _array(_of_torch, value, name) for name, value in state_dict.items()}
+    ordered = _is_as_defined(arrays)
     arrays = merge_pruned(arrays)
     shapes = {name: array.shape for name, array in arrays.items()}
-    placed, undecided = _matched(shapes, like, names, fresh, ordered)
-    paths = trees.named_leaves(like)
-    matches = trees.matching(like, fresh, "fresh") if fresh else {}
-    kept = {path for path, matched in matches.items() if matched}
-    loaded, misfits = _fitting(arrays, placed, paths, kept)
-    if any(misfits.values()):
-        fitting = len(loaded) - len(misfits["wrong"]) - len(misfits["no weights"])
-        count = f"{fitting} of {len(paths)} arrays do"
-        why = f"does not fit the network; {count}.\n{_report(misfits)}"
-        raise tables.ConfigError("", why=why)
-    _refuse_undecided(undecided)
-    flattened = _flattened(paths, image_channels)
-
-    def converted(path: str, leaf: Any) -> Any:
-        if path not in loaded:
-            return leaf
-        array = loaded[path]
-        if _is_flax_kernel(path, leaf.shape):
+    kept = _fresh_paths(like, fresh)
+    placed, doubts = _matched(shapes, like, names, kept, ordered)
+    leaves = trees.named_leaves(like)
+    fitting = _fitting(arrays, placed, leaves, kept)
+    _refuse(doubts)
+    flattened = _flattened(leaves, image_channels)
+    for path, array in fitting.items():
+        if _is_flax_kernel(path, array.shape):
             array = _from_torch(array, flattened.get(path, 1))
-        return array.astype(leaf.dtype)
+        fitting[path] = array.astype(leaves[path].dtype)
+    return trees.map_named(lambda path, leaf: fitting.get(path, leaf), like)
 
-    return trees.map_named(converted, like)
 
-
-def _fitting(
-    arrays: StateDict, placed: Mapping[str, str], paths: Mapping[str, Any], kept: set[str]
-) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    """(array of each path, what does not fit by its group).
+def _fitting(arrays: Arrays, placed: Names, leaves: Leaves, kept: set[str]) -> Arrays:
+    """The array of each path; raises ConfigError unless all of both sides fit.
 
     kept: paths that need no array.
     """
-    loaded: dict[str, np.ndarray] = {}
-    misfits: dict[str, list[str]] = {"missing": [], "unexpected": [], "wrong": [], "no weights": []}
+    fitting: Arrays = {}
+    misfits: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name, array in arrays.items():
         path = placed.get(name)
         if path in kept or (path is None and name.endswith(f".{COUNTER}")):
             continue
-        if path is None or path in loaded:
-            misfits["unexpected"].append(f"{name} {array.shape}")
-            continue
-        loaded[path] = array
-        leaf = paths[path]
-        needed = _torch_shape(leaf.shape) if _is_flax_kernel(path, leaf.shape) else leaf.shape
-        if array.shape != tuple(needed):
-            text = f"{name} is {array.shape}, for {path} it must be {tuple(needed)}"
-            misfits["wrong"].append(text)
-        elif problem := _no_weights(array, np.dtype(leaf.dtype)):
-            misfits["no weights"].append(f"{name} {problem}")
-    for path, leaf in paths.items():
-        if path not in loaded and path not in kept:
-            misfits["missing"].append(f"{path} {tuple(leaf.shape)}")
-    return loaded, misfits
+        group, text = "unexpected", str(array.shape)
+        if path is not None and path not in fitting:
+            fitting[path] = array
+            group, text = _misfit(array, path, leaves[path])
+        misfits[group].append(f"{name} {text}")
+    for path in sorted(leaves.keys() - fitting.keys() - kept):
+        misfits["missing"].append(f"{path} {tuple(leaves[path].shape)}")
+    right = len(misfits.pop("right"))
+    if any(misfits.values()):
+        count = f"{right} of {len(leaves)} arrays do"
+        raise tables.ConfigError("", why=f"does not fit the network; {count}.\n{_report(misfits)}")
+    return fitting
 
 
-def _no_weights(array: np.ndarray, dtype: np.dtype) -> str:
-    """What makes `array` no weights of the type `dtype`; "" where it is."""
-    kind = np.floating if jnp.issubdtype(dtype, jnp.floating) else dtype.type
-    scaled = kind is np.floating and array.dtype.itemsize < 2  # float8, with scales of its own
-    if scaled or not jnp.issubdtype(array.dtype, kind):
-        return f"is {array.dtype}; allowed: {kind.__name__.rstrip('_')}"
-    if not np.isfinite(array).all():
-        return "holds NaN or infinite values"
+def _misfit(array: np.ndarray, path: str, leaf: Any) -> tuple[str, str]:
+    """(group of `GROUPS`, text) of an array that is to be the one at `path`."""
+    needed = _torch_shape(leaf.shape) if _is_flax_kernel(path, leaf.shape) else tuple(leaf.shape)
+    if array.shape != needed:
+        return "wrong", f"is {array.shape}, for {path} it must be {needed}"
+    dtype = np.dtype(leaf.dtype)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    scaled = floating and array.dtype.itemsize < 2  # float8, with scales of its own
+    if scaled or not jnp.issubdtype(array.dtype, np.floating if floating else dtype):
+        return "no weights", f"is {array.dtype}, to be {dtype}"
     with np.errstate(over="ignore"):
-        beyond = not np.isfinite(array.astype(dtype)).all()
-    return f"holds values beyond {dtype}" if beyond else ""
+        finite = np.isfinite(array.astype(dtype)).all()
+    return ("right", "") if finite else ("no weights", f"holds NaN or values beyond {dtype}")
 
 
 def _report(misfits: Mapping[str, list[str]]) -> str:
@@ -886,7 +772,7 @@ def _report(misfits: Mapping[str, list[str]]) -> str:
     return "\n".join(lines).removesuffix(".")
 
 
-def merge_pruned(state_dict: StateDict) -> dict[str, np.ndarray]:
+def merge_pruned(state_dict: Arrays) -> Arrays:
     """The state dict with `weight_orig` times `weight_mask` as `weight`.
 
     As `torch.nn.utils.prune.remove` makes it, for every tensor of which it holds both; all others
@@ -896,36 +782,25 @@ def merge_pruned(state_dict: StateDict) -> dict[str, np.ndarray]:
     merged = {}
     for name, array in state_dict.items():
         base, _, ending = name.rpartition("_")
-        partner = {"orig": f"{base}_mask", "mask": f"{base}_orig"}.get(ending, "")
-        if partner not in state_dict:
+        if ending == "orig" and f"{base}_mask" in state_dict:
+            mask = np.asarray(state_dict[f"{base}_mask"])
+            if mask.shape != array.shape or not np.isin(mask, (0, 1)).all():
+                allowed = "allowed are 0 and 1, of its shape"
+                raise tables.ConfigError(f"{base}_mask is no mask of {name}: {allowed}.")
+            merged[base] = np.where(mask, array, array.dtype.type(0))
+        elif ending != "mask" or f"{base}_orig" not in state_dict:
             merged[name] = array
-        elif ending == "orig":
-            merged[base] = _masked(array, np.asarray(state_dict[partner]), name)
     return merged
-
-
-def _masked(array: np.ndarray, mask: np.ndarray, name: str) -> np.ndarray:
-    if mask.shape != array.shape or not np.isin(mask, (0, 1)).all():
-        mask_name = name.removesuffix("orig") + "mask"
-        raise tables.ConfigError(
-            f"{mask_name} is no mask of {name}: allowed are 0 and 1, of its shape."
-        )
-    return np.where(mask, array, array.dtype.type(0))
 
 
 def count_zeros(arrays: Mapping[str, Any]) -> tuple[int, int]:
     """(zeros, entries) of the kernels among arrays by path."""
-    zeros = entries = 0
-    for path, array in arrays.items():
-        if trees.is_kernel(path):
-            zeros += int(np.sum(np.asarray(array) == 0))
-            entries += np.size(array)
-    return zeros, entries
+    kernels = [np.asarray(array) for path, array in arrays.items() if trees.is_kernel(path)]
+    zeros = sum(int(np.sum(kernel == 0)) for kernel in kernels)
+    return zeros, sum(kernel.size for kernel in kernels)
 
 
-def to_torch(
-    variables: PyTree, names: Mapping[str, str] | None = None, *, image_channels: int = 1
-) -> dict[str, np.ndarray]:
+def to_torch(variables: PyTree, names: Names | None = None, *, image_channels: int = 1) -> Arrays:
     """The state dict of `variables`: the inverse of `to_variables`.
 
     It is for `torch_module.load_state_dict`. names: path of each tensor by PyTorch's name, as
@@ -933,19 +808,18 @@ def to_torch(
     `num_batches_tracked` that PyTorch expects, 0. Raises ValueError for paths that `names` leaves
     out.
     """
-    paths = trees.named_leaves(variables)
-    if names is None:
-        names = torch_names(variables)
-    absent = sorted(paths.keys() - names.values())
+    leaves = trees.named_leaves(variables)
+    names = torch_names(variables) if names is None else names
+    absent = sorted(leaves.keys() - names.values())
     if absent:
         raise ValueError(
-            f"names leave out {', '.join(absent[:4])}; {len(absent)} of {len(paths)} arrays. "
+            f"names leave out {', '.join(absent[:4])}; {len(absent)} of {len(leaves)} arrays. "
             "Without `names`, give whole variables of one of our networks: {'params': ..., ...}."
         )
-    flattened = _flattened(paths, image_channels)
-    state_dict: dict[str, np.ndarray] = {}
+    flattened = _flattened(leaves, image_channels)
+    state_dict = {}
     for name, path in names.items():
-        array = np.asarray(paths[path])
+        array = np.asarray(leaves[path])
         if _is_flax_kernel(path, array.shape):
             array = _to_torch(array, flattened.get(path, 1))
         state_dict[name] = np.array(array, order="C")

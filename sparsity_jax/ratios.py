@@ -6,7 +6,7 @@ target speed-up.
     table = ratios.parse("[0-4:0.5, 7-10:0.2]", layers)     # others: ranges of layers
     table = ratios.parse(((".*/conv1/kernel", 0.5), (".*", 0.0)), layers)
     price = cost.of_channels(channels, "flops")             # channels: groups.trace found
-    found = ratios.for_speedup(lambda table: price(ratios.keep_of(channels, table)), 2.55, table)
+    table = ratios.for_speedup(lambda table: price(ratios.keep_of(channels, table)), 2.55, table)
 
 A table maps the path of every kernel to the share of its filters, channels or weights that goes: 0
 <= ratio < 1, or `gap`: those below the largest gap between the scores.
@@ -14,6 +14,7 @@ Source: Wang et al. 2021, arXiv:2012.09243, and its published code.
 """
 
 import bisect
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +24,13 @@ import numpy as np
 
 from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
 from sparsity_jax.channels import walk
+from sparsity_jax.types import Arrays, PyTree
 
-PyTree = Any
 Ratio = float | Literal["gap"]
 Table = dict[str, Ratio]
 Reading = Literal["correct", "original"]
 Coupled = Literal["filter", "channel"]
+Layout = kernels.Layout | None
 
 # A layer inside a residual block: the named groups are numbers, `shortcut` matches only in layers
 # of the other branch.
@@ -37,6 +39,7 @@ BLOCKS = (
     r"(?P<shortcut>shortcut|downsample)?.*"
 )
 NOTATIONS = "'[0-4:0.5]' (ranges of layers), '[0,0.5,0]' (stages of blocks), or rules on paths"
+RANGE = r"(\d+)(?:\s*-\s*(\d+))?\s*:(.*)"
 
 
 # Layers -------------------------------------------------------------------------------------------
@@ -56,8 +59,8 @@ def order(
     nothing is computed.
     """
     leaves = list(trees.named_leaves(variables).items())
-    used = walk.read(apply, variables, *inputs).multiplied
-    arrays = [leaves[number] for number in used if number < len(leaves)]
+    multiplied = walk.read(apply, variables, *inputs).multiplied.numbers
+    arrays = [leaves[number] for number in multiplied if number < len(leaves)]
     return [path for path, leaf in arrays if is_kernel(path) and leaf.ndim > 1]
 
 
@@ -71,13 +74,20 @@ class Layer(NamedTuple):
     whole: tuple[str, ...] = ()  # granularities that leave it whole
 
     @property
-    def in_block(self) -> bool:
-        return len(self.address) > 1
-
-    @property
     def name(self) -> str:
         """Its address as it is written in `skip`."""
         return ".".join(map(str, self.address))
+
+
+Layers = Sequence[Layer]
+
+
+class _Branch(NamedTuple):
+    """A branch of a residual block, by its numbers in paths."""
+
+    stage: int
+    block: int
+    shortcut: bool
 
 
 def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
@@ -88,29 +98,38 @@ def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
     Filter pruning leaves the last convolution of a block whole, channel pruning the first, both the
     shortcut. Raises ConfigError for a pattern without these groups.
     """
-    inside = _blocks_of(layers, blocks)
-    if not inside:
+    branches = _branches(layers, blocks)
+    if not branches:
         return [Layer(path, (i,)) for i, path in enumerate(layers)]
-    stages = sorted({match.stage for match in inside.values()})
-    last_inside = list(inside)[-1]
-    stage, passed, result = 0, False, []
+    of_path = {path: branch for branch, inside in branches.items() for path in inside}
+    stages = sorted({branch.stage for branch in branches})
+    last_inside = [path for path in layers if path in of_path][-1]
+    stage, result = 0, []
     for path in layers:
-        if path in inside:
-            stage = stages.index(inside[path].stage) + 1
-            result.append(_inside_block(path, stage, inside))
-        else:
-            result.append(Layer(path, (len(stages) + 1 if passed else stage,)))
-        passed = passed or path == last_inside
+        if path not in of_path:
+            result.append(Layer(path, (stage,)))
+            continue
+        branch = of_path[path]
+        stage = stages.index(branch.stage) + 1
+        numbers = {other.block for other in branches if other.stage == branch.stage}
+        block = sorted(numbers).index(branch.block)
+        layer = Layer(path, (stage, block, -1), ("filter", "channel"))
+        if not branch.shortcut:
+            layer = _of_branch(path, (stage, block), branches[branch])
+        result.append(layer)
+        if path == last_inside:
+            stage = len(stages) + 1
     return result
 
 
-class _Match(NamedTuple):
-    stage: int
-    block: int
-    shortcut: bool
+def _of_branch(path: str, block: tuple[int, int], branch: list[str]) -> Layer:
+    first, last = branch[0], branch[-1]
+    ends = {"filter": last, "channel": first}
+    whole = tuple(granularity for granularity, end in ends.items() if end == path)
+    return Layer(path, (*block, branch.index(path)), whole)
 
 
-def _blocks_of(layers: Sequence[str], blocks: str) -> dict[str, _Match]:
+def _branches(layers: Sequence[str], blocks: str) -> dict[_Branch, list[str]]:
     """The layers inside blocks."""
     trees.check_pattern(blocks, "blocks")
     pattern = re.compile(blocks)
@@ -118,38 +137,16 @@ def _blocks_of(layers: Sequence[str], blocks: str) -> dict[str, _Match]:
         raise tables.ConfigError(
             "blocks", blocks, allowed="a pattern with the groups (?P<stage>...) and (?P<block>...)"
         )
-    inside = {}
-    for path in layers:
-        match = pattern.fullmatch(path)
-        if match is None:
-            continue
+    branches: dict[_Branch, list[str]] = {}
+    for match in filter(None, map(pattern.fullmatch, layers)):
+        for name in ("stage", "block"):
+            if not re.fullmatch(r"\d+", match[name] or ""):
+                told = f"the {name} of {match.string!r}"
+                raise tables.ConfigError("blocks", match[name], why=told, allowed="numbers")
         shortcut = bool(match.groupdict().get("shortcut"))
-        inside[path] = _Match(_number(match, "stage"), _number(match, "block"), shortcut)
-    return inside
-
-
-def _number(match: re.Match, name: str) -> int:
-    if not re.fullmatch(r"\d+", match[name] or ""):
-        raise tables.ConfigError(
-            "blocks", match[name], why=f"the {name} of {match.string!r}", allowed="numbers"
-        )
-    return int(match[name])
-
-
-def _inside_block(path: str, stage: int, inside: Mapping[str, _Match]) -> Layer:
-    here = inside[path]
-    in_stage = [match for match in inside.values() if match.stage == here.stage]
-    block = sorted({match.block for match in in_stage}).index(here.block)
-    if here.shortcut:
-        return Layer(path, (stage, block, -1), ("filter", "channel"))
-    branch = [other for other, match in inside.items() if match == here]
-    first, last = branch[0], branch[-1]
-    whole = []
-    if path == last:
-        whole.append("filter")
-    if path == first:
-        whole.append("channel")
-    return Layer(path, (stage, block, branch.index(path)), tuple(whole))
+        branch = _Branch(int(match["stage"]), int(match["block"]), shortcut)
+        branches.setdefault(branch, []).append(match.string)
+    return branches
 
 
 # Notations ----------------------------------------------------------------------------------------
@@ -182,126 +179,117 @@ def parse(
     tables.convert(granularity, units.Granularity, "granularity")
     tables.convert(reading, Reading, "reading")
     located = places(layers, blocks)
+    residual = any(len(layer.address) > 1 for layer in located)
     with tables.within("ratios"):
-        table = _by_notation(notation, located, granularity, reading)
+        items = _items(notation)
+        ranges = any(":" in str(item) for item in items)
+        if any(isinstance(item, (tuple, list)) for item in items):
+            table = _by_rule(items, located, granularity)
+        elif ranges and not residual:
+            table = _by_range(items, located, reading)
+        elif residual and not ranges:
+            table = _by_stage(items, located)
+        else:
+            raise tables.ConfigError("", notation, allowed=NOTATIONS)
     with tables.within("skip"):
-        skipped = _skipped(skip, located, granularity, reading)
+        skipped = _skipped(skip, located, residual, reading)
+    if reading == "original" and granularity == "weight" and residual:
+        skipped = set()
     for layer in located:
         if granularity in layer.whole or layer.path in skipped:
             table[layer.path] = 0.0
     return table
 
 
-def _by_notation(
-    notation: str | Sequence, located: Sequence[Layer], granularity: str, reading: Reading
-) -> Table:
-    if not isinstance(notation, Sequence):
+def _items(notation: str | Sequence, least: int = 1) -> list:
+    """The entries of "[a, b, ]", "a, b" or a sequence."""
+    items = notation
+    if isinstance(notation, str):
+        inner = notation.strip()
+        items = [item.strip() for item in inner.removeprefix("[").removesuffix("]").split(",")]
+        if items[-1] == "":
+            items.pop()
+        if "" in items or inner.startswith("[") != inner.endswith("]"):
+            raise tables.ConfigError("", notation, allowed="'[a, b]' or 'a, b'")
+    if not isinstance(items, Sequence) or len(items) < least:
         raise tables.ConfigError("", notation, allowed=NOTATIONS)
-    items = _items(notation) if isinstance(notation, str) else notation
-    if not items:
-        raise tables.ConfigError("", notation, allowed=NOTATIONS)
-    if any(isinstance(item, (tuple, list)) for item in items):
-        return _by_rule(items, located, granularity)
-    residual = any(layer.in_block for layer in located)
-    ranges = any(":" in str(item) for item in items)
-    if residual == ranges:
-        form = f"[0-{len(located) - 2}:0.5], ranges of the layers 0 to {len(located) - 1}"
-        if residual:
-            form = f"a ratio each for {', '.join(_stages(located))}"
-        raise tables.ConfigError("", notation, allowed=f"{form}, or rules on paths")
-    return _by_range(items, located, reading) if ranges else _by_stage(items, located)
+    return list(items)
 
 
-def _items(text: str) -> list[str]:
-    """The entries of "[a, b, ]" or "a, b"."""
-    inner = text.strip()
-    items = [item.strip() for item in inner.removeprefix("[").removesuffix("]").split(",")]
-    if items[-1] == "":
-        items.pop()
-    if "" in items or inner.startswith("[") != inner.endswith("]"):
-        raise tables.ConfigError("", text, allowed="'[a, b]' or 'a, b'")
-    return items
-
-
-def _ratio(value: Any, place: str = "") -> Ratio:
-    try:
-        ratio = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        ratio = math.nan
+def _ratio(value: Any) -> Ratio:
+    ratio = math.nan
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            ratio = float(value)
     if ratio == -1 or str(value) == "gap":
         return "gap"
     if not 0 <= ratio < 1:
         raise tables.ConfigError(
-            place, value, allowed="0 <= ratio < 1, the share removed, or 'gap': below the largest"
+            "", value, allowed="0 <= ratio < 1, the share removed, or 'gap': below the largest"
         )
     return ratio
 
 
-def _by_rule(rules: Sequence, located: Sequence[Layer], granularity: str) -> Table:
-    values = []
-    for i, rule in enumerate(rules):
-        if not (isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)):
-            raise tables.ConfigError(f"[{i}]", rule, allowed="a pair such as ('.*/conv1/.*', 0.5)")
-        values.append(_ratio(rule[1], f"[{i}]"))
+def _by_rule(items: Sequence, located: Layers, granularity: str) -> Table:
+    rules = tables.convert(items, tuple[tuple[str, Any], ...])
     numbered = [(pattern, i) for i, (pattern, _) in enumerate(rules)]
     deciding = trees.match_rules({layer.path: 0 for layer in located}, numbered)
-    for pattern, i in numbered:
+    table: Table = {}
+    for i, (pattern, value) in enumerate(rules):
         decided = [layer for layer in located if deciding[layer.path] == i]
-        if values[i] and decided and all(granularity in layer.whole for layer in decided):
-            raise tables.ConfigError(
-                f"[{i}]", pattern, why=f"only layers that {granularity} pruning leaves whole"
-            )
-    return {layer.path: values[deciding[layer.path]] for layer in located}
+        whole = all(granularity in layer.whole for layer in decided)
+        with tables.within(f"[{i}]"):
+            ratio = _ratio(value)
+            if ratio and decided and whole:
+                told = f"only layers that {granularity} pruning leaves whole"
+                raise tables.ConfigError("", pattern, why=told)
+        table |= {layer.path: ratio for layer in decided}
+    return {layer.path: table[layer.path] for layer in located}
 
 
-def _by_range(items: Sequence, located: Sequence[Layer], reading: Reading) -> Table:
+def _by_range(items: Sequence, located: Layers, reading: Reading) -> Table:
     paths = [layer.path for layer in located]
     table: Table = dict.fromkeys(paths, 0.0)
     for i, item in enumerate(items):
-        match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?\s*:(.*)", str(item))
-        if not match:
-            raise tables.ConfigError(f"[{i}]", item, allowed="'0-4:0.5' or '5:0.5'")
-        first, end = int(match[1]), int(match[2] or match[1])
-        if first > end or (end >= len(paths) and reading == "correct"):
-            raise tables.ConfigError(f"[{i}]", item, allowed=f"the layers 0 to {len(paths) - 1}")
-        ratio = _ratio(match[3].strip(), f"[{i}]")
-        table |= dict.fromkeys(paths[first : end + 1], ratio)
+        with tables.within(f"[{i}]"):
+            match = re.fullmatch(RANGE, str(item))
+            if not match:
+                raise tables.ConfigError("", item, allowed="'0-4:0.5' or '5:0.5'")
+            first, end = int(match[1]), int(match[2] or match[1])
+            if first > end or (end >= len(paths) and reading == "correct"):
+                raise tables.ConfigError("", item, allowed=f"the layers 0 to {len(paths) - 1}")
+            table |= dict.fromkeys(paths[first : end + 1], _ratio(match[3].strip()))
     return table
 
 
-def _stages(located: Sequence[Layer]) -> list[str]:
-    """What a list of ratios is for, in words."""
-    last = max(layer.address[0] for layer in located if layer.in_block)
-    inside = map(str, range(1, last + 1))
-    return ["0 (before the blocks)", *inside, f"{last + 1} (after the blocks)"]
-
-
-def _by_stage(items: Sequence, located: Sequence[Layer]) -> Table:
-    stages = _stages(located)
-    if len(items) != len(stages):
-        raise tables.ConfigError("", list(items), allowed=f"a ratio each for {', '.join(stages)}")
-    values = [_ratio(item, f"[{i}]") for i, item in enumerate(items)]
+def _by_stage(items: Sequence, located: Layers) -> Table:
+    last = max(layer.address[0] for layer in located if len(layer.address) > 1) + 1
+    if len(items) != last + 1:
+        told = f"a ratio each for 0 (before the blocks), 1 to {last - 1}, {last} (after the blocks)"
+        raise tables.ConfigError("", items, allowed=told)
+    values = []
+    for i, item in enumerate(items):
+        with tables.within(f"[{i}]"):
+            values.append(_ratio(item))
     return {layer.path: values[layer.address[0]] for layer in located}
 
 
 def _skipped(
-    skip: str | Sequence[str], located: Sequence[Layer], granularity: str, reading: Reading
+    skip: str | Sequence[str], located: Layers, residual: bool, reading: Reading
 ) -> set[str]:
-    residual = any(layer.in_block for layer in located)
-    entries = _items(skip) if isinstance(skip, str) else list(map(str, skip))
+    form, told = r"\d+", "a number"
+    if residual:
+        form, told = r"\d+(\.\d+){0,2}", "stage.block.convolution, e.g. '2.3' or '3.0.1'"
+    is_in = originals.in_place if residual and reading == "original" else _is_in
     result: set[str] = set()
-    for entry in entries:
-        if not re.fullmatch(r"\d+(\.\d+){0,2}" if residual else r"\d+", entry):
-            form = "stage.block.convolution, e.g. '2.3' or '3.0.1'" if residual else "a number"
-            raise tables.ConfigError("", entry, allowed=form)
-        is_in = originals.in_place if residual and reading == "original" else _is_in
+    for entry in map(str, _items(skip, 0)):
+        if not re.fullmatch(form, entry):
+            raise tables.ConfigError("", entry, allowed=told)
         matched = {layer.path for layer in located if is_in(layer.name, entry)}
         if not matched and reading == "correct":
             known = [layer.name for layer in located if -1 not in layer.address]
             raise tables.ConfigError("", entry, why="matches no layer", allowed=" ".join(known))
         result |= matched
-    if reading == "original" and granularity == "weight" and residual:
-        return set()
     return result
 
 
@@ -317,8 +305,8 @@ def kept_groups(
     layers: Sequence[str],
     *,
     granularity: units.Granularity,
-    layout: kernels.Layout | None = None,
-) -> dict[str, np.ndarray]:
+    layout: Layout = None,
+) -> Arrays:
     """Which filters [out], channels [in] or weights (the kernel's shape) of each layer another
     pruned network keeps.
 
@@ -329,21 +317,21 @@ def kept_groups(
     kernels of unknown layout.
     """
     tables.convert(granularity, units.Granularity, "granularity")
+    of_weights = granularity == "weight"
     result = {}
     for path in layers:
         if path not in given:
             raise ValueError(f"masks have no {path!r}.{tables.closest(path, given)}")
         mask = np.asarray(given[path])
-        least = 2 if granularity == "weight" else 1
-        if mask.dtype != bool or mask.ndim < least:
+        if mask.dtype != bool or mask.ndim < (2 if of_weights else 1):
             raise ValueError(
                 f"the mask of {path!r} is {mask.dtype} {mask.shape}; allowed: bool, True = kept."
             )
-        if granularity != "weight" and mask.ndim > 1:
-            (axes,) = kernels.axes({path: mask}, [path], layout=layout).values()
-            (axis,) = axes.outputs if granularity == "filter" else axes.inputs
-            slices = np.moveaxis(mask, axis, 0).reshape(mask.shape[axis], -1)
-            mask = np.any(slices, axis=1)
+        if mask.ndim > 1 and not of_weights:
+            axes = kernels.axes({path: mask}, [path], layout=layout)[path]
+            own = axes.outputs if granularity == "filter" else axes.inputs
+            others = tuple(axis for axis in range(mask.ndim) if axis not in own)
+            mask = np.asarray(mask.any(others))
         result[path] = mask
     return result
 
@@ -353,7 +341,7 @@ def inherited(
     layers: Sequence[str],
     *,
     granularity: units.Granularity,
-    layout: kernels.Layout | None = None,
+    layout: Layout = None,
 ) -> Table:
     """The ratios that another pruned network has; arguments and errors as `kept_groups`.
 
@@ -373,7 +361,7 @@ def inherited(
 
 def keep_of(
     channels: groups.Channels, table: Mapping[str, Any], *, granularity: Coupled = "filter"
-) -> dict[str, np.ndarray]:
+) -> Arrays:
     """A `keep` of every group with `num_pruned` channels less: the lowest go, so it is for counts
     and costs only.
 
@@ -390,32 +378,22 @@ def keep_of(
         if ratio == "gap" or not 0 <= ratio < 1:
             raise ValueError(f"the ratio of {path!r} is {ratio!r}; allowed: 0 <= ratio < 1.")
     ratios: dict[str, float] = {}
-    removable = set()
+    unused = {path for path, ratio in table.items() if ratio}
     for name, member in units.deciding(channels, granularity):
         ratio = table.get(member.path)
         # a depthwise layer may have no ratio of its own, or 0
         if ratio is None or (member.role == "depthwise" and not ratio):
             continue
-        removable.add(member.path)
+        unused.discard(member.path)
         if ratios.setdefault(name, ratio) != ratio:
             raise ValueError(f"the channels {name!r} belong to layers with different ratios.")
-    for path, ratio in table.items():
-        if ratio and path not in removable:
-            raise ValueError(f"no {granularity} of {path!r} can be removed; its ratio must be 0.")
-    return {
-        name: np.arange(size) >= masks.num_pruned(ratios.get(name, 0.0), size)
-        for name, size in channels.sizes.items()
-    }
-
-
-class Speedup(NamedTuple):
-    """table: the ratios. factor: of the table that was asked for. speedup: price of the dense
-    network over theirs.
-    """
-
-    table: dict[str, float]
-    factor: float
-    speedup: float
+    if unused:
+        path = min(unused)
+        raise ValueError(f"no {granularity} of {path!r} can be removed; its ratio must be 0.")
+    keep = {}
+    for name, size in channels.sizes.items():
+        keep[name] = np.arange(size) >= masks.num_pruned(ratios.get(name, 0.0), size)
+    return keep
 
 
 def for_speedup(
@@ -423,10 +401,10 @@ def for_speedup(
     target: float,
     table: Mapping[str, float],
     *,
-    highest: tables.Share = 0.99,
-    steps: tables.Count = 10_000,
-) -> Speedup:
-    """The smallest factor of `table` whose ratios cost at most 1 / `target` of the dense network.
+    highest: float = 0.99,
+    steps: int = 10_000,
+) -> dict[str, float]:
+    """`table` times the smallest factor at which it costs 1 / `target` of the dense one, or less.
 
     price: of a table, e.g. FLOPs; it must not rise with any ratio and is called about log2(steps)
     times. table: the proportions between layers, e.g. 1 for each to have one ratio for all; 0 stays
@@ -434,8 +412,6 @@ def for_speedup(
     whole: the speed-up reached is the least one not below the target. Raises ValueError if even the
     highest ratios do not reach the target, naming what they do.
     """
-    tables.convert(highest, tables.Share, "highest")
-    tables.convert(steps, tables.Count, "steps")
     if not target >= 1:
         raise ValueError(f"target is {target}; allowed: 1 and above.")
     if any(ratio < 0 for ratio in table.values()) or not any(table.values()):
@@ -456,4 +432,4 @@ def for_speedup(
             f"a speed-up of {target} cannot be reached; ratios of {highest} give at most "
             f"{speedup(most):.4g}. Prune more layers or use a larger `highest`."
         )
-    return Speedup(scaled(number), number / steps, speedup(number))
+    return scaled(number)

@@ -22,13 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 
-from sparsity_jax import groups, linops, stopping, tables, trees
-
-PyTree = Any
-Arrays = dict[str, Any]
-Parts = list[tuple[groups.Member, ...]]
+from sparsity_jax import batches, groups, linops, tables, trees
+from sparsity_jax.types import Array, Fields, PyTree
 
 
 class Statistics(NamedTuple):
@@ -51,12 +47,17 @@ class Statistics(NamedTuple):
 
 # The measures -------------------------------------------------------------------------------------
 
-_sum = functools.partial(jnp.sum, axis=-1)
-_norm = functools.partial(trees.norm_along, axis=-1)
+
+def _sum(rows: Array) -> Array:
+    return jnp.sum(rows, -1)
 
 
 def _abs_sum(rows: Array) -> Array:
     return jnp.abs(_sum(rows))
+
+
+def _norm(rows: Array) -> Array:
+    return trees.norm_along(rows, -1)
 
 
 @jax.jit
@@ -66,9 +67,7 @@ def _distances(rows: Array) -> Array:
     """
     present = jnp.any(rows != 0, -1)
 
-    def distance(row: Array) -> Array:
-        return _sum(jnp.where(present, _norm(rows - row), 0))
-
+    distance = lambda row: _sum(jnp.where(present, _norm(rows - row), 0))
     return jax.lax.map(distance, rows)
 
 
@@ -206,112 +205,47 @@ def gather(
     `class_balanced`, passed twice: for their mean gradient g, then for H g. As classes have equally
     many, these are the means over classes, whatever the batches. init: w0. temperature and the two
     of the Hessian are arguments of one compiled program, so `loss` gets them traced.
-    on_host: one compiled call per batch instead of a scan, which XLA's CPU backend needs for
-    convolutions (inside a scan their gradients become a naive loop); `collect` is then not
-    traceable. It compiles once for one shape of data. Raises ConfigError for unknown statistics,
-    ValueError for a missing or empty input and a batch size below 1.
+    on_host: see `batches.mean`; `collect` is then not traceable. Raises ConfigError for unknown
+    statistics and a batch size below 1, ValueError for a missing or empty input.
     """
     needs = tuple(needs)
     for name in needs:
         tables.lookup(Statistics._field_defaults, name, "statistic")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
+    tables.convert(batch_size, tables.Count, "batch_size")
+    sources = dict.fromkeys(("g", "g2"), "data")
+    sources |= dict(hg_grasp="balanced", hg_preserve="balanced", w0="init")
     first = [name for name in ("g", "g2") if name in needs]
-    known = {"hg_grasp": grasp_temperature, "hg_preserve": preserve_temperature}
-    temperatures = {name: known[name] for name in known if name in needs}
-    users: dict[str, Iterable[str]] = {"data": first, "balanced": temperatures, "init": ["w0"]}
 
-    def moments(given: Given, batch: PyTree) -> Arrays:
-        g = jax.grad(loss)(given.params, batch, given.temperature)
-        g = jax.tree.map(trees.widen, g)
+    def moments(batch: PyTree, params: PyTree, temperature: Array) -> Fields:
+        g = jax.tree.map(trees.widen, jax.grad(loss)(params, batch, temperature))
         return {"g": g, "g2": jax.tree.map(jnp.square, g)} if "g2" in needs else {"g": g}
 
-    def product(given: Given, batch: PyTree) -> PyTree:
-        return linops.hvp(loss, given.params, batch, given.temperature)(given.vector)
+    def product(batch: PyTree, params: PyTree, temperature: Array, vector: PyTree) -> PyTree:
+        return linops.hvp(loss, params, batch, temperature)(vector)
 
-    mean = _looped_mean if on_host else _scanned_mean
-    mean_moments, mean_product = mean(moments, batch_size), mean(product, batch_size)
+    mean_moments = batches.mean(moments, batch_size, on_host=on_host)
+    mean_product = batches.mean(product, batch_size, on_host=on_host)
 
     def collect(
         params: PyTree, data: PyTree = None, *, balanced: PyTree = None, init: PyTree = None
     ) -> Statistics:
-        given = {"data": data, "balanced": balanced, "init": init}
-        for kind, names in users.items():
-            missing = [name for name in names if name in needs]
-            if given[kind] is None and missing:
-                raise ValueError(f"{' and '.join(missing)} cannot be gathered: {kind} is missing.")
+        given = dict(data=data, balanced=balanced, init=init)
+        for name, source in sources.items():
+            if name in needs and given[source] is None:
+                raise ValueError(f"{name} cannot be gathered: {source} is missing.")
         zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), params)
         start = {"g": zeros, "g2": zeros} if "g2" in needs else {"g": zeros}
-        gathered: Arrays = {}
+        gathered: Fields = {}
         if first:
-            means = mean_moments(start, Given(params, temperature), data)
+            means = mean_moments(start, data, params, temperature)
             gathered = {name: means[name] for name in first}
-        for name, value in temperatures.items():
-            given_here = Given(params, value)
-            vector = mean_moments(start, given_here, balanced)["g"]
-            gathered[name] = mean_product(zeros, given_here._replace(vector=vector), balanced)
+        for name, value in (("hg_grasp", grasp_temperature), ("hg_preserve", preserve_temperature)):
+            if name in needs:
+                vector = mean_moments(start, balanced, params, value)["g"]
+                gathered[name] = mean_product(zeros, balanced, params, value, vector)
         return Statistics(w=params, w0=init, **gathered)
 
     return collect
-
-
-class Given(NamedTuple):
-    """What batches are measured at. vector: of a Hessian product."""
-
-    params: PyTree
-    temperature: Any
-    vector: PyTree = None
-
-
-def _add(function: Callable, total: PyTree, given: Given, batch: PyTree, share: Any) -> PyTree:
-    part = function(given, batch)
-    return jax.tree.map(lambda t, p: t + p.astype(t.dtype) * share, total, part)
-
-
-def _looped_mean(function: Callable, batch_size: int) -> Callable:
-    """`mean(zeros, given, data)` of `function(given, batch)`, one compiled call per batch."""
-    add = jax.jit(functools.partial(_add, function))
-
-    def mean(total: PyTree, given: Given, data: PyTree) -> PyTree:
-        size = _num_examples(data)
-        for start in range(0, size, batch_size):
-            stopping.check()
-            batch = jax.tree.map(lambda x, a=start: x[a : a + batch_size], data)
-            share = min(batch_size, size - start) / size
-            total = add(total, given, batch, share)
-        return total
-
-    return mean
-
-
-def _scanned_mean(function: Callable, batch_size: int) -> Callable:
-    """`_looped_mean` as one compiled call."""
-
-    @jax.jit
-    def mean(total: PyTree, given: Given, data: PyTree) -> PyTree:
-        size = _num_examples(data)
-        length = min(batch_size, size)
-        whole, rest = divmod(size, length)
-
-        def body(total: PyTree, start: Any, length: int) -> PyTree:
-            batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), data)
-            return _add(function, total, given, batch, length / size)
-
-        starts = jnp.arange(whole) * length
-        step = lambda total, start: (body(total, start, length), None)
-        total, _ = jax.lax.scan(step, total, starts)
-        return body(total, size - rest, rest) if rest else total
-
-    return mean
-
-
-def _num_examples(data: PyTree) -> int:
-    sizes = {len(leaf) for leaf in jax.tree.leaves(data)}
-    if len(sizes) != 1 or not min(sizes):
-        raise ValueError(
-            f"the data have arrays of length {sorted(sizes)}; allowed: one length, at least 1."
-        )
-    return sizes.pop()
 
 
 def class_balanced(labels: np.ndarray, num_classes: int, num_samples: int) -> np.ndarray:
@@ -320,16 +254,17 @@ def class_balanced(labels: np.ndarray, num_classes: int, num_samples: int) -> np
 
     Raises ValueError if a class has fewer, and for labels outside 0..num_classes - 1.
     """
-    labels, each = np.asarray(labels), num_samples // num_classes
+    labels = np.asarray(labels)
+    each = num_samples // num_classes
     if each < 1:
         raise ValueError(f"{num_samples} samples of {num_classes} classes; allowed: 1 of each.")
-    if labels.min(initial=0) < 0 or labels.max(initial=0) >= num_classes:
+    if not np.isin(labels, range(num_classes)).all():
         raise ValueError(f"a label is out of range; allowed: 0 to {num_classes - 1}.")
-    examples = [np.flatnonzero(labels == c) for c in range(num_classes)]
+    examples = [np.flatnonzero(labels == c)[:each] for c in range(num_classes)]
     rarest = min(map(len, examples))
     if rarest < each:
         raise ValueError(f"a class has {rarest} examples; needed: {each} of each.")
-    return np.concatenate([positions[:each] for positions in examples])
+    return np.concatenate(examples)
 
 
 # Tracking over minibatches ------------------------------------------------------------------------
@@ -341,95 +276,52 @@ def weight_saliency(
     """abs(w g) of every weight, times abs(w) if `use_l2`, or times abs(w - init) if `init` is given
     too.
     """
-    saliency = jax.tree.map(
-        lambda w, g: _abs_product(trees.widen(w), trees.widen(g)), params, grads
-    )
+    wide = lambda tree: jax.tree.map(trees.widen, tree)
+    saliency = jax.tree.map(_abs_product, wide(params), wide(grads))
     if not use_l2:
         return saliency
     distance = params if init is None else jax.tree.map(jnp.subtract, params, init)
     return jax.tree.map(lambda s, d: s * jnp.abs(d), saliency, distance)
 
 
-class TrackerState(NamedTuple):
+class TrackedState(NamedTuple):
     """step: updates so far, int32. saliency: average of the statistic over the newest window, 0
-    before the first.
+    before the first; `optax.tree.get(opt_state, "saliency")` finds it. inner: of the optimizer.
     """
 
     step: Array
     saliency: PyTree
+    inner: PyTree
 
 
-class Tracker(NamedTuple):
-    """init(params) -> TrackerState; update(state, params, grads) -> TrackerState, `params` after
-    the step.
-    """
-
-    init: Callable[[PyTree], TrackerState]
-    update: Callable[[TrackerState, PyTree, PyTree], TrackerState]
-
-
-def tracker(
+def track_saliency(
+    inner: optax.GradientTransformation,
     *,
     alpha: float = 0.8,
     steps_per_epoch: int | None = None,
     track_batches: int = 20,
     statistic: Callable[[PyTree, PyTree], PyTree] = weight_saliency,
-) -> Tracker:
-    """Exponential average of `statistic(params, grads)`: alpha * new + (1 - alpha) * old, from 0.
-
-    steps_per_epoch: average over the last `track_batches` steps of an epoch (all, if it has fewer),
-    anew in every epoch; None: over all steps. statistic: any tree, e.g. scores of `of_one_batch`,
-    which are then averaged themselves.
-    """
-    tables.convert(alpha, tables.Fraction, "alpha")
-    tables.convert(steps_per_epoch, tables.Count | None, "steps_per_epoch")
-    tables.convert(track_batches, tables.Count, "track_batches")
-    first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
-
-    def init(params: PyTree) -> TrackerState:
-        values = statistic(params, params)  # zeros are divided among devices as these are
-        return TrackerState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, values))
-
-    def update(state: TrackerState, params: PyTree, grads: PyTree) -> TrackerState:
-        step = state.step if steps_per_epoch is None else state.step % steps_per_epoch
-
-        def mixed(old: Array, new: Array) -> Array:
-            before = jnp.where(step == first, 0, old)  # a window starts from 0
-            return (alpha * new + (1 - alpha) * before).astype(old.dtype)
-
-        def average() -> PyTree:
-            return jax.tree.map(mixed, state.saliency, statistic(params, grads))
-
-        if first == 0:
-            return TrackerState(state.step + 1, average())
-        saliency = jax.lax.cond(step >= first, average, lambda: state.saliency)
-        return TrackerState(state.step + 1, saliency)
-
-    return Tracker(init, update)
-
-
-class TrackedState(NamedTuple):
-    """tracker: what is averaged; `optax.tree.get(opt_state, "saliency")` finds it. inner: of the
-    optimizer.
-    """
-
-    tracker: TrackerState
-    inner: PyTree
-
-
-def track_saliency(
-    inner: optax.GradientTransformation, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, with a `tracker` of these options in its state; the updates are those of `inner`.
+    """`inner`, with an exponential average of `statistic(params, grads)` in its state: alpha * new
+    + (1 - alpha) * old, from 0. The updates are those of `inner`.
 
     The original evaluates the statistic with the gradient of a batch and the weights after its
     step. Only what wraps the whole optimizer knows both: the gradient comes in, the new weights are
     `params` plus the updates that go out.
+    steps_per_epoch: average over the last `track_batches` steps of an epoch (all, if it has fewer),
+    anew in every epoch; None: over all steps. statistic: any tree, e.g. scores of channels, which
+    are then averaged themselves.
     """
-    wrapped, tracking = optax.with_extra_args_support(inner), tracker(**options)
+    tables.convert(alpha, tables.Fraction, "alpha")
+    tables.convert(steps_per_epoch, tables.Count | None, "steps_per_epoch")
+    tables.convert(track_batches, tables.Count, "track_batches")
+    wrapped = optax.with_extra_args_support(inner)
+    first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
 
     def init(params: PyTree) -> TrackedState:
-        return TrackedState(tracking.init(params), wrapped.init(params))
+        values = statistic(params, params)  # zeros are divided among devices as these are
+        zeros = jax.tree.map(jnp.zeros_like, values)
+        return TrackedState(jnp.zeros((), jnp.int32), zeros, wrapped.init(params))
 
     def update(
         grads: PyTree, state: TrackedState, params: PyTree = None, **extra: Any
@@ -438,8 +330,20 @@ def track_saliency(
             raise ValueError("track_saliency reads the weights; call update(grads, state, params).")
         updates, inner_state = wrapped.update(grads, state.inner, params, **extra)
         moved = optax.apply_updates(params, updates)
-        tracked = tracking.update(state.tracker, moved, grads)
-        return updates, TrackedState(tracked, inner_state)
+        step = state.step if steps_per_epoch is None else state.step % steps_per_epoch
+
+        def mixed(old: Array, new: Array) -> Array:
+            before = jnp.where(step == first, 0, old)  # a window starts from 0
+            return (alpha * new + (1 - alpha) * before).astype(old.dtype)
+
+        def average() -> PyTree:
+            return jax.tree.map(mixed, state.saliency, statistic(moved, grads))
+
+        if first == 0:
+            saliency = average()
+        else:
+            saliency = jax.lax.cond(step >= first, average, lambda: state.saliency)
+        return updates, TrackedState(state.step + 1, saliency, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -489,17 +393,20 @@ def score(
     if missing:
         raise ValueError(f"the measure {name!r} misses the statistics {', '.join(missing)}.")
     leaves = {field: trees.named_leaves(getattr(statistics, field)) for field in needed}
-    multiplied = _multiplies(measure, use_l2)
 
     def of_member(member: groups.Member) -> Array:
-        arrays = {field: _array(leaves[field], member.path, field) for field in needed}
+        arrays = {}
+        for field in needed:
+            leaf = tables.lookup(leaves[field], member.path, f"an array of the statistic {field}")
+            arrays[field] = trees.widen(leaf)
         values = measure.value(*(arrays[field] for field in measure.needs))
-        if multiplied:
+        if _multiplies(measure, use_l2):
             moved = arrays["w"] - arrays["w0"] if use_init else arrays["w"]
             values = values * jnp.abs(moved)
         return measure.reduce(_rows(values, member))
 
-    parts = _parts(group, measure, aggregate, skip, leaves[needed[0]])
+    members = [member for member in group.members if not re.fullmatch(skip or "(?!)", member.path)]
+    parts = _parts(members, measure, aggregate, leaves[needed[0]])
     if not parts:
         path = group.members[0].path if group.members else "no members"
         what = "kernel" if measure.on == "kernel" else "norm scale"
@@ -511,43 +418,30 @@ def score(
     return combine(jnp.stack(totals))
 
 
-def _array(leaves: Arrays, path: str, field: str) -> Array:
-    """In float32 or wider."""
-    if path not in leaves:
-        arrays = ", ".join(leaves)
-        raise ValueError(
-            f"the statistic {field} has no array {path!r}; arrays: {arrays}."
-            f"{tables.closest(path, leaves)}"
-        )
-    return trees.widen(leaves[path])
-
-
-def _parts(group: Any, measure: Measure, aggregate: str, skip: str, leaves: Arrays) -> Parts:
+def _parts(members: list, measure: Measure, aggregate: str, leaves: Fields) -> list[list]:
     """What is scored of a group: members whose scores are added up."""
-    members = [member for member in group.members if not (skip and re.fullmatch(skip, member.path))]
     if measure.on != "kernel":
         return _norms(members, measure.on, leaves)
     if aggregate == "producer":
-        return [(member,) for member in members if member.role == "producer"]
-    return [(member,) for member in members if member.role != "other" or _is_matrix(member, leaves)]
+        return [[member] for member in members if member.role == "producer"]
+    return [[member] for member in members if member.role != "other" or _is_matrix(member, leaves)]
 
 
-def _is_matrix(member: groups.Member, leaves: Arrays) -> bool:
+def _is_matrix(member: Any, leaves: Fields) -> bool:
     return trees.is_kernel(member.path) and jnp.ndim(leaves.get(member.path, 0)) > 1
 
 
-def _norms(members: list, on: str, leaves: Arrays) -> Parts:
+def _norms(members: list, on: str, leaves: Fields) -> list[list]:
     """Every norm's scale, with its bias if `on` is `norm` and it has one."""
     others = {member.path: member for member in members if member.role == "other"}
-    parts: Parts = []
+    parts = []
     for path, member in others.items():
         name = trees.last_name(path)
         vector = jnp.ndim(leaves.get(path, 0)) == 1
-        if name != "scale" and not (name == "weight" and vector):  # Flax; Equinox
-            continue
-        head, _, tail = path.rpartition(name)
-        bias = others.get(f"{head}bias{tail}") if on == "norm" else None
-        parts.append((member,) if bias is None else (member, bias))
+        if name == "scale" or (name == "weight" and vector):  # Flax; Equinox
+            head, _, tail = path.rpartition(name)
+            bias = others.get(f"{head}bias{tail}")
+            parts.append([member, bias] if on == "norm" and bias else [member])
     return parts
 
 

@@ -20,14 +20,17 @@ import numpy as np
 
 from sparsity_jax.decoding import SUFFIXES, format_of
 from sparsity_jax.tables import ConfigError, closest
+from sparsity_jax.types import Config
 
 # folders of file managers; those that begin with a dot are passed over too
 LEFT_BY_TOOLS = ("@eaDir", "__MACOSX")
+ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
 # classes of TFDS whose records are read here, with the field of features.json that describes them
 TFDS_FEATURES = {
     "image": "tensorflow_datasets.core.features.image_feature.Image",
     "classLabel": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
 }
+TEST_SPLITS = ("test", "validation", "val")
 TFDS_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -44,6 +47,9 @@ class Source(NamedTuple):
     # indices -> (encoded bytes or uint8 [H, W], label) of each
     read: Callable[[Sequence[int]], list[tuple[Any, int]]]
     describe: Callable[[int], str]  # where item i comes from, for errors
+
+    def read_one(self, index: int) -> tuple[Any, int]:
+        return self.read([index])[0]
 
 
 class Opened(NamedTuple):
@@ -83,7 +89,28 @@ def check_label(label: int, num_classes: int, name: str) -> None:
         )
 
 
-# Digits -------------------------------------------------------------------------------------------
+# Arrays -------------------------------------------------------------------------------------------
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
+
+
+def of_arrays(train: Arrays, test: Arrays, num_classes: int) -> Opened:
+    """Pairs of images, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N], as a set; C is 1
+    or 3.
+    """
+    channels = 1 if train[0].ndim == 3 else train[0].shape[-1]
+    first = arrays_source(len(train[1]), lambda: train)
+    return Opened(first, arrays_source(len(test[1]), lambda: test), num_classes, channels)
+
+
+def arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -> Source:
+    """Pairs of `load()`, the arrays, which are made when they are needed."""
+
+    def read(indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+        images, labels = load()
+        return [(images[i], int(labels[i])) for i in indices]
+
+    return Source(size, read, lambda i: f"{what} {i}")
 
 
 def open_digits(train_split: str, test_split: str) -> Opened:
@@ -91,50 +118,30 @@ def open_digits(train_split: str, test_split: str) -> Opened:
         raise ConfigError(
             f"'digits' has the splits 'train' and 'test', not {train_split!r} and {test_split!r}."
         )
-
-    def source(size: int, part: int) -> Source:
-        read = lambda indices: [read_digits()[part][i] for i in indices]
-        return Source(size, read, lambda i: f"digit {i}")
-
-    return Opened(source(1437, 0), source(360, 1), 10, 1)
+    train = arrays_source(1437, lambda: read_digits()[0], "digit")
+    test = arrays_source(360, lambda: read_digits()[1], "digit")
+    return Opened(train, test, 10, 1)
 
 
 SETS = {"digits": open_digits}  # sets by name: opened(train_split, test_split)
 
 
-def of_arrays(
-    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], num_classes: int
-) -> Opened:
-    """Pairs of images, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N], as a set; C is 1
-    or 3.
-    """
-
-    def source(images: np.ndarray, labels: np.ndarray) -> Source:
-        read = lambda indices: [(images[i], int(labels[i])) for i in indices]
-        return Source(len(images), read, lambda i: f"image {i}")
-
-    channels = 1 if train[0].ndim == 3 else train[0].shape[-1]
-    return Opened(source(*train), source(*test), num_classes, channels)
-
-
 @functools.cache
-def read_digits() -> tuple[list[tuple[np.ndarray, int]], list[tuple[np.ndarray, int]]]:
-    """(image, label) of the train and of the test digits. Within each class every fifth image is
-    test.
-    """
+def read_digits() -> tuple[Arrays, Arrays]:
+    """The train and the test digits. Within each class every fifth image is test."""
     from sklearn import datasets  # a second to import, needed by this set only
 
     digits = datasets.load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    is_test = np.zeros(len(images), bool)
-    is_test[np.argsort(digits.target, kind="stable")[::5]] = True
-    pairs = list(zip(images, digits.target.tolist()))
-    train = [pairs[i] for i in np.flatnonzero(~is_test)]
-    test = [pairs[i] for i in np.flatnonzero(is_test)]
-    return train, test
+    test = np.sort(np.argsort(digits.target, kind="stable")[::5])
+    train = np.delete(np.arange(len(images)), test)
+    return (images[train], digits.target[train]), (images[test], digits.target[test])
 
 
 # Folders ------------------------------------------------------------------------------------------
+
+Listing = dict[str, tuple[str, str]]  # (class, path) of each image, by its real path
+Images = Iterator[tuple[str, str, str]]  # class, path, real path
 
 
 def open_folder(path: str, train_split: str, test_split: str) -> Opened:
@@ -147,35 +154,34 @@ def open_folder(path: str, train_split: str, test_split: str) -> Opened:
     if train_split == test_split:
         raise ConfigError(f"config.data.train_split and test_split are both {train_split!r}.")
     train, test = list_images(root / train_split), list_images(root / test_split)
-    for split, here, there in ((train_split, train, test), (test_split, test, train)):
-        only = sorted(here.keys() - there.keys())
-        if only:
-            raise ConfigError(
-                f"{root}: {train_split} and {test_split} need the same class directories; only in "
-                f"{split}: {', '.join(map(repr, only[:5]))}."
-            )
-    refuse_shared(train, test)
-    return Opened(folder_source(train), folder_source(test), len(train), 0)
+    classes, others = ({name for name, _ in images.values()} for images in (train, test))
+    if classes != others:
+        lonely = ", ".join(map(repr, sorted(classes ^ others)[:5]))
+        needed = f"{train_split} and {test_split} need the same class directories"
+        raise ConfigError(f"{root}: {needed}; only in one of them: {lonely}.")
+    for place in train.keys() & test.keys():
+        raise ConfigError(
+            f"{test[place][1]} of the test split is the same file as {train[place][1]} of the "
+            "train split; the two must not share images."
+        )
+    return Opened(folder_source(train), folder_source(test), len(classes), 0)
 
 
 def test_folder(root: pathlib.Path) -> str:
     """The split of a folder for testing, where none is named."""
     order = ["test", "val", "validation"]
-    if (root / "val" / "val_annotations.txt").is_file():
+    if (root / "val" / ANNOTATIONS).is_file():
         order = ["val", "test"]  # the official Tiny-ImageNet has a test directory without labels
     return next((split for split in order if (root / split).is_dir()), "test")
 
 
-Listing = Mapping[str, Mapping[str, str]]  # class, real path, path
-
-
 def folder_source(images: Listing) -> Source:
-    """images: as `list_images` gives them."""
-    items: list[tuple[str, int]] = []
-    for label, name in enumerate(sorted(images)):
-        items += [(file, label) for file in sorted(images[name].values())]
-    read = lambda indices: [(read_file(items[i][0]), items[i][1]) for i in indices]
-    return Source(len(items), read, lambda i: items[i][0])
+    """Images in the order of their classes and paths."""
+    items = sorted(images.values())
+    label = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in items))}
+    read_item = lambda name, path: (read_file(path), label[name])
+    read = lambda indices: [read_item(*items[i]) for i in indices]
+    return Source(len(items), read, lambda i: items[i][1])
 
 
 def read_file(file: str) -> bytes:
@@ -186,151 +192,116 @@ def read_file(file: str) -> bytes:
 
 
 def list_images(split: pathlib.Path) -> Listing:
-    """{class: {real path: path}} of the image files below the directory of each class.
+    """The image files below the directory of each class.
 
     Every file of a class counts once, however many links lead to it. Hidden files and folders,
     those of file managers and files that are no images are passed over. Raises ConfigError for
-    everything else that would be lost or counted
-    twice: a directory that cannot be listed, images of other formats or outside of the classes, and
-    a file in two classes.
+    everything else that would be lost or counted twice: a directory that cannot be listed, images
+    of other formats or outside of the classes, and a file in two classes.
     """
     if not os.path.isdir(split):
         raise ConfigError(
             f"{split} is missing; a folder needs train/ and test/ (or val/), with one directory "
             "per class."
         )
-    if (split / "val_annotations.txt").is_file():
-        images = annotated_images(split)
-    else:
-        images = {entry.name: class_images(entry.path) for entry in class_directories(split)}
-    classes_of: dict[str, str] = {}
-    for cls, files in images.items():
-        for place, file in files.items():
-            if place in classes_of:
-                raise ConfigError(
-                    f"{file} is the same file as one of the class {classes_of[place]!r}; remove "
-                    "one of them, an image "
-                    "has one class."
-                )
-            classes_of[place] = cls
-    return images
+    listed: Listing = {}
+    annotated = (split / ANNOTATIONS).is_file()
+    for name, path, place in annotated_images(split) if annotated else visible_images(split):
+        other, _ = listed.setdefault(place, (name, path))
+        if other != name:
+            advice = "remove one of them, an image has one class"
+            raise ConfigError(f"{path} is the same file as one of the class {other!r}; {advice}.")
+    return listed
 
 
-def refuse_shared(train: Listing, test: Listing) -> None:
-    """Raises ConfigError if a file is in both splits, through links or because they are the same
-    directory.
-    """
-    train_places = {place: file for files in train.values() for place, file in files.items()}
-    test_places = {place: file for files in test.values() for place, file in files.items()}
-    for place in test_places.keys() & train_places.keys():
-        raise ConfigError(
-            f"{test_places[place]} of the test split is the same file as {train_places[place]} of "
-            "the train split; the two must not share images."
-        )
-
-
-def class_directories(split: pathlib.Path) -> list[os.DirEntry]:
-    entries = visible_entries(str(split))
-    classes = [entry for entry in entries if is_directory(entry)]
+def visible_images(split: pathlib.Path) -> Images:
+    _, classes, files = next(walk(split), ("", [], []))
     if not classes:
         raise ConfigError(
             f"{split} has no class directories; put the images of class X into {split / 'X'}."
         )
-    for entry in entries:
-        if entry not in classes and is_image(entry):
+    for file in files:
+        if is_image(str(split / file)):
+            raise ConfigError(f"{split / file} is in no class directory; move it into one.")
+    for name in classes:
+        found = False
+        for folder, _, files in walk(split / name):
+            real = os.path.realpath(folder)
+            paths = [os.path.join(folder, file) for file in files]
+            for path in filter(is_image, paths):
+                found = True
+                is_link = os.path.islink(path)
+                place = os.path.realpath(path) if is_link else path.replace(folder, real, 1)
+                yield name, path, place
+        if not found:
             raise ConfigError(
-                f"{entry.path} is in no class directory; move it into one, or remove it."
+                f"{split / name} has no images ({', '.join(SUFFIXES)}); remove it or fill it."
             )
-    return classes
 
 
-def class_images(directory: str) -> dict[str, str]:
-    """{real path: path} of the images below the directory of one class."""
-    files: dict[str, str] = {}
-    for entry, place in walk(directory, os.path.realpath(directory), set()):
-        if is_image(entry):
-            files.setdefault(place, entry.path)
-    if not files:
-        raise ConfigError(
-            f"{directory} has no images ({', '.join(SUFFIXES)}); remove the directory or fill it."
-        )
-    return files
+def walk(directory: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(directory, directories in it, files in it) of everything visible, sorted.
 
-
-def walk(directory: str, place: str, visited: set[str]) -> Iterator[tuple[os.DirEntry, str]]:
-    """(file, its real path) of everything visible below `directory`; links are followed, to each
-    directory once.
-
-    A link to a directory that contains it is passed over. place: the real path of `directory`.
+    Links are followed, to each directory once, and never to one that contains the link.
     """
-    visited.add(place)
-    for entry in visible_entries(directory):
-        real = os.path.join(place, entry.name)
-        if entry.is_symlink():
-            real = os.path.realpath(entry.path)
-        if not is_directory(entry):
-            yield entry, real
-        elif real not in visited and not place.startswith(os.path.join(real, "")):
-            yield from walk(entry.path, real, visited)
+    visited = set()
+    for folder, names, files in os.walk(directory, onerror=refuse_listing, followlinks=True):
+        place, around = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+        names[:] = sorted(filter(is_visible, names))
+        if place in visited or os.path.commonpath((place, around)) == place:
+            names.clear()
+            continue
+        visited.add(place)
+        yield folder, names, sorted(filter(is_visible, files))
 
 
-def visible_entries(directory: str) -> list[os.DirEntry]:
-    """What `directory` holds, sorted by name. Raises ConfigError if it cannot be listed."""
-    try:
-        with os.scandir(directory) as entries:
-            shown = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise ConfigError(f"{directory} cannot be listed: {error.strerror}.") from error
-    shown = [entry for entry in shown if entry.name not in LEFT_BY_TOOLS]
-    return sorted(shown, key=lambda entry: entry.name)
+def refuse_listing(error: OSError) -> None:
+    raise ConfigError(f"{error.filename} cannot be listed: {error.strerror}.") from error
 
 
-def is_directory(entry: os.DirEntry) -> bool:
-    """Also through links; False for a link that leads nowhere or to itself."""
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+def is_visible(name: str) -> bool:
+    return not name.startswith(".") and name not in LEFT_BY_TOOLS
 
 
-def is_image(entry: os.DirEntry) -> bool:
+def is_image(path: str) -> bool:
     """Whether a file counts as an image, by its suffix.
 
     Raises ConfigError for what looks like an image and would not count: an image by its content
     under another suffix, and an image by its suffix that is no file.
     """
-    if entry.name.lower().endswith(SUFFIXES):
-        if os.path.exists(entry.path) and not os.path.isfile(entry.path):
-            raise ConfigError(f"{entry.path} is no file but a pipe or device; remove it.")
+    is_file = os.path.isfile(path)
+    if path.lower().endswith(SUFFIXES):
+        if os.path.exists(path) and not is_file:
+            raise ConfigError(f"{path} is no file but a pipe or device; remove it.")
         return True
-    if not os.path.isfile(entry.path):
-        return False
-    with contextlib.suppress(OSError), open(entry.path, "rb") as file:
+    with contextlib.suppress(OSError), open(path if is_file else os.devnull, "rb") as file:
         if name := format_of(file.read(32)):
+            allowed = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
             raise ConfigError(
-                f"{entry.path} is an image ({name}) that would not be read; allowed: files named "
-                f"{', '.join('*' + suffix for suffix in SUFFIXES)}. Convert or rename it, or "
-                "remove it."
+                f"{path} is an image ({name}) that would not be read; allowed: files named "
+                f"{allowed}. Convert or rename it, or remove it."
             )
     return False
 
 
-def annotated_images(split: pathlib.Path) -> Listing:
-    """`list_images` of Tiny-ImageNet: "file <tab> class <tab> box" for the files in images/."""
-    annotations = split / "val_annotations.txt"
-    images: dict[str, dict[str, str]] = {}
+def annotated_images(split: pathlib.Path) -> Images:
+    """Those of Tiny-ImageNet: "file <tab> class <tab> box" for the files in images/."""
+    annotations = split / ANNOTATIONS
     try:
-        lines = annotations.read_text(encoding="utf-8").splitlines()
+        lines = annotations.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{annotations} cannot be read: {error}.") from error
-    for line in sorted(filter(str.strip, lines)):
-        file, tab, rest = line.partition("\t")
-        if not tab or os.path.basename(file) != file:
+    lines = list(filter(str.strip, lines))
+    if not lines:
+        raise ConfigError(f"{annotations} names no images.")
+    for line in lines:
+        file, *rest = line.split("\t")
+        if not rest or os.path.basename(file) != file:
             raise ConfigError(
                 f"{annotations}: the line {line!r} is no file and class with a tab between them."
             )
         path = str(split / "images" / file)
-        images.setdefault(rest.partition("\t")[0], {})[os.path.realpath(path)] = path
-    if not images:
-        raise ConfigError(f"{annotations} names no images.")
-    return images
+        yield rest[0], path, os.path.realpath(path)
 
 
 # TFDS ---------------------------------------------------------------------------------------------
@@ -345,37 +316,28 @@ def open_tfds(name: str, data_dir: str, train_split: str, test_split: str) -> Op
     if "array_record" not in formats:
         raise ConfigError(
             f"{directory} is prepared as {', '.join(formats)}, which only TensorFlow reads; "
-            "prepare it again as "
-            f"array_record: {again} (or into another --data_dir)."
+            f"prepare it again as array_record: {again} (or into another --data_dir)."
         )
-    if not (directory / "features.json").is_file():
-        raise ConfigError(f"{directory / 'features.json'} is missing; {again}")
     keys, num_classes, channels = read_features(name, directory)
     splits = read_splits(directory)
+    test_split = test_split or next((split for split in TEST_SPLITS if split in splits), "")
     if not test_split:
-        test_split = next((split for split in ("test", "validation", "val") if split in splits), "")
-        if not test_split:
-            raise ConfigError(
-                f"{name!r} has the splits {', '.join(map(repr, splits))} and none for testing; "
-                "cut one, e.g. "
-                "config.data.train_split='train[:90%]' and test_split='train[90%:]'."
-            )
+        raise ConfigError(
+            f"{name!r} has the splits {', '.join(map(repr, splits))} and none for testing; cut "
+            "one, e.g. config.data.train_split='train[:90%]' and test_split='train[90%:]'."
+        )
     names = {"train_split": train_split, "test_split": test_split}
-    parts = {
-        option: file_parts(name, directory, splits, option, split)
-        for option, split in names.items()
-    }
-    every = [(option, part) for option in names for part in parts[option]]
+    sources, every = [], []
+    for option, split in names.items():
+        parts = file_parts(name, splits, option, split)
+        sources.append((split, parts))
+        every += [(f"config.data.{option} is {split!r}", part) for part in parts]
     check_files({part.filename: part.examples_in_shard for _, part in every}, again)
     for (first, a), (second, b) in itertools.combinations(every, 2):
         if a.filename == b.filename and max(a.skip, b.skip) < min(a.skip + a.take, b.skip + b.take):
-            other = f"and {second} {names[second]!r} share images"
-            if first == second:
-                other = "names some images twice"
-            raise ConfigError(f"config.data.{first} {names[first]!r} {other}.")
-    train, test = (
-        records_source(directory, split, parts[option], keys) for option, split in names.items()
-    )
+            other = "names some images twice" if first == second else f"{second} share images"
+            raise ConfigError(f"{first}, {other}.")
+    train, test = (records_source(directory, split, parts, keys) for split, parts in sources)
     return Opened(train, test, num_classes, channels)
 
 
@@ -402,33 +364,29 @@ def find_prepared(name: str, data_dir: str) -> pathlib.Path | None:
     root = tfds_directory(data_dir) / name.replace(":", "/")
     if not os.path.isdir(root):
         return None
-    for level in ("", "*/", "*/*/"):  # root is the version, the config, the name
-        found = [file.parent for file in root.glob(f"{level}dataset_info.json")]
-        found = [path for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
-        configs = sorted({path.parent.name for path in found})
-        if len(configs) > 1:
-            choices = ", ".join(repr(f"{name}/{config}") for config in configs)
-            raise ConfigError(
-                f"config.data.name is {name!r}, of which several configs are prepared: {choices}."
-            )
-        if found:
-            return max(found, key=lambda path: [int(number) for number in path.name.split(".")])
-    return None
+    versions = [file.parent for file in root.rglob("dataset_info.json")]
+    versions = [path for path in versions if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+    configs = sorted({path.parent.name for path in versions})
+    if len(configs) > 1:
+        choices = ", ".join(repr(f"{name}/{config}") for config in configs)
+        raise ConfigError(
+            f"config.data.name is {name!r}, of which several configs are prepared: {choices}."
+        )
+    number = lambda path: [int(number) for number in path.name.split(".")]
+    return max(versions, key=number, default=None)
 
 
 def not_prepared(name: str, data_dir: str) -> str:
     import tensorflow_datasets as tfds  # half a second to import, for the names it knows
 
     root = tfds_directory(data_dir)
-    there = []
-    if os.path.isdir(root):
-        there = sorted(path.name for path in root.glob("*/"))
+    there = sorted(path.name for path in root.glob("*/")) if os.path.isdir(root) else []
     hint = name_hint(name, [*there, *tfds.list_builders(with_community_datasets=False), "digits"])
     return (
         f"config.data.name is {name!r}, which is not prepared in {root} (there: "
-        f"{', '.join(there) or 'nothing'})."
-        f'{hint} To prepare it once, online: pip install "sparsity_jax[prepare]" && '
-        f"{prepare_command(name, data_dir)}. Sets without preparation: 'digits', 'folder:PATH'."
+        f"{', '.join(there) or 'nothing'}).{hint} To prepare it once, online: pip install "
+        f'"sparsity_jax[prepare]" && {prepare_command(name, data_dir)}. Sets without preparation: '
+        "'digits', 'folder:PATH'."
     )
 
 
@@ -472,55 +430,42 @@ class Keys(NamedTuple):
 
 def read_features(name: str, directory: pathlib.Path) -> tuple[Keys, int, int]:
     """(names of image and label, number of classes, channels or 0) of a prepared set."""
-    with metadata(directory / "dataset_info.json") as info:
-        preferred = supervised_keys(info.get("supervisedKeys", {}))
+    with metadata(directory / "dataset_info.json") as info:  # in either of TFDS's two ways
+        supervised = info.get("supervisedKeys", {})
+        items = supervised.get("tuple", {}).get("items", [])
+        preferred = [*supervised.values(), *(item.get("featureKey") for item in items)]
     with metadata(directory / "features.json") as stored:
         features = (stored.get("featuresDict") or stored["content"])["features"]
         image = pick_feature(name, features, "image", [*preferred, "image"])
         label = pick_feature(name, features, "classLabel", [*preferred, "label"])
-        kind = features[image]["image"].get("dtype") or "uint8"
+        about = features[image]["image"]
+        kind = about.get("dtype") or "uint8"
         if kind != "uint8":
             raise ConfigError(f"{name!r} has {kind} images; only uint8 images can be read.")
-        dimensions = features[image]["image"].get("shape", {}).get("dimensions", ["-1"])
+        dimensions = about.get("shape", {}).get("dimensions", ["-1"])
         channels = {1: 1, 3: 3, 4: 3}.get(int(dimensions[-1]), 0)
         num_classes = int(features[label]["classLabel"].get("numClasses", 0))
-    num_classes = num_classes or count_names(directory / f"{label}.labels.txt")
+    class_names = directory / f"{label}.labels.txt"
+    if not num_classes and class_names.is_file():
+        num_classes = class_names.read_text(encoding="utf-8").count("\n")
     return Keys(image, label), num_classes, channels
 
 
-def supervised_keys(stored: Mapping[str, Any]) -> list[str]:
-    """Features that a set gives as input and output, in either of TFDS's two ways to say so."""
-    items = stored.get("tuple", {}).get("items", [])
-    names = [item.get("featureKey") for item in items]
-    names = names or [stored.get("input"), stored.get("output")]
-    return [name for name in names if isinstance(name, str)]
-
-
-def pick_feature(
-    name: str, features: Mapping[str, Any], kind: str, preferred: Sequence[str]
-) -> str:
+def pick_feature(name: str, features: Config, kind: str, preferred: Sequence) -> str:
     """The feature of a kind of `TFDS_FEATURES`: the first of `preferred` that is one, or else the
     only one.
     """
-    fitting = [
-        key
-        for key, feature in features.items()
-        if kind in feature and feature.get("pythonClassName") == TFDS_FEATURES[kind]
-    ]
-    alone = fitting[0] if len(fitting) == 1 else None
-    choice = next((key for key in preferred if key in fitting), alone)
-    if choice is None:
-        raise ConfigError(
-            f"{name!r} is no image classification set: it needs one "
-            f"{TFDS_FEATURES[kind].rpartition('.')[2]} feature "
-            f"and has {', '.join(map(repr, fitting)) or 'none'}."
-        )
-    return choice
-
-
-def count_names(file: pathlib.Path) -> int:
-    """Number of classes in the file of their names, 0 if there is none."""
-    return len(file.read_text(encoding="utf-8").split("\n")) - 1 if file.is_file() else 0
+    python_class = TFDS_FEATURES[kind]
+    fitting = []
+    for key, feature in features.items():
+        if kind in feature and feature.get("pythonClassName") == python_class:
+            fitting.append(key)
+    chosen = [key for key in preferred if key in fitting]
+    if not chosen and len(fitting) != 1:
+        needed = f"it needs one {python_class.rpartition('.')[2]} feature"
+        has = ", ".join(map(repr, fitting)) or "none"
+        raise ConfigError(f"{name!r} is no image classification set: {needed} and has {has}.")
+    return (chosen or fitting)[0]
 
 
 def read_splits(directory: pathlib.Path) -> Any:
@@ -542,9 +487,7 @@ def read_splits(directory: pathlib.Path) -> Any:
         return tfds.core.SplitDict(splits)
 
 
-def file_parts(
-    name: str, directory: pathlib.Path, splits: Any, option: str, split: str
-) -> list[Any]:
+def file_parts(name: str, splits: Any, option: str, split: str) -> list[Any]:
     """TFDS's instructions of what to read for a split or slice: filename, skip, take and
     examples_in_shard each.
     """
@@ -552,13 +495,11 @@ def file_parts(
     try:
         parts = [part for part in splits[split].file_instructions if part.take]
     except Exception as error:  # its parser of slices has many
-        known = ", ".join(map(repr, splits))
-        raise ConfigError(
-            f"{detail}; {name!r} has the splits {known}, and slices such as 'train[:90%]'. TFDS "
-            f"says: {error}"
-        ) from error
+        known = f"{', '.join(map(repr, splits))}, and slices such as 'train[:90%]'"
+        text = f"{detail}; {name!r} has the splits {known}. TFDS says: {error}"
+        raise ConfigError(text) from error
     if not parts:
-        raise ConfigError(f"{detail}, which is empty in {directory}.")
+        raise ConfigError(f"{detail}, which is empty.")
     return parts
 
 
@@ -569,16 +510,13 @@ def check_files(counts: Mapping[str, int], again: str) -> None:
     from array_record.python import array_record_module
 
     for file, count in counts.items():
-        if not os.path.isfile(file):
-            raise ConfigError(f"{file} is missing; {again} restores it.")
         try:
             reader = array_record_module.ArrayRecordReader(str(file))
             stored = reader.num_records()
             reader.close()
         except (RuntimeError, ValueError, IndexError) as error:
-            raise ConfigError(
-                f"{file} cannot be read, prepare the set again ({again}): {error}"
-            ) from error
+            text = f"{file} cannot be read, prepare the set again ({again}): {error}"
+            raise ConfigError(text) from error
         if stored != count:
             raise ConfigError(
                 f"{file} holds {stored} records, dataset_info.json counts {count}; prepare the "
@@ -618,10 +556,7 @@ def parse_record(record: bytes, name: str, keys: Keys) -> tuple[bytes, int]:
     except DecodeError:
         raise UnreadableError(f"{name} is damaged: it is no example of TFDS.") from None
     images, labels = feature[keys.image].bytes_list.value, feature[keys.label].int64_list.value
-    for key, values, what in (
-        (keys.image, images, "encoded image"),
-        (keys.label, labels, "whole number"),
-    ):
-        if len(values) != 1:
-            raise UnreadableError(f"{name} has no {what} under {key!r} but {len(values)} of them.")
+    if len(images) != 1 or len(labels) != 1:
+        needed = f"one image under {keys.image!r} and one whole number under {keys.label!r}"
+        raise UnreadableError(f"{name} needs {needed}; it has {len(images)} and {len(labels)}.")
     return images[0], labels[0]

@@ -73,7 +73,7 @@ def saliency_tracker(
     use_l2: bool = False,
     use_init: bool = False,
 ) -> None:
-    """Options of `scores.tracker` that average `scores.weight_saliency`; use_init: relative to the
+    """Options of `scores.track_saliency` of `scores.weight_saliency`; use_init: relative to the
     initial weights.
     """
 

@@ -8,8 +8,8 @@ goes on anywhere with the same bits.
 
 import atexit
 import contextlib
-import dataclasses
 import functools
+import itertools
 import math
 
 # before `close_all` is registered, so that its own end comes after that
@@ -27,7 +27,6 @@ import numpy as np
 from absl import flags
 
 from sparsity_jax import data, decoding, sources, stopping
-from sparsity_jax.decoding import jpeg_shape
 from sparsity_jax.tables import ConfigError
 
 # OpenCV's flags that decode a JPEG at 1/n of its size
@@ -86,7 +85,8 @@ def train_batches(
     size = total // batch_size * batch_size
     seeds = np.random.SeedSequence(seed).generate_state(epochs).tolist()
     if total <= SHUFFLED_WHOLE:
-        order = grain.MapDataset.source(Order(total, size, seeds))
+        visit = functools.partial(image_at, total=total, size=size, seeds=seeds)
+        order = grain.MapDataset.range(size * epochs).map(visit)
     else:
         every = grain.MapDataset.range(total)
         order = grain.MapDataset.concatenate([every.shuffle(seed=own)[:size] for own in seeds])
@@ -102,26 +102,15 @@ def train_batches(
         return replacement(images, drawn, draw, [*seed, position, index])
 
     order = order.map_with_index(cropped)[start * batch_size :]
-    return until_lost(images, functools.partial(read_ahead, images, order, batch_size, put), lost)
+    return opened(images, order, batch_size, put, lost)
 
 
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """The images of every epoch one after the other.
-
-    In an epoch the first `size` of a permutation of all `total`.
+def image_at(position: int, *, total: int, size: int, seeds: Sequence[int]) -> int:
+    """The image that a training visits at `position`: in an epoch the first `size` of a permutation
+    of all `total`. seeds: of each epoch.
     """
-
-    total: int
-    size: int
-    seeds: Sequence[int]  # of each epoch
-
-    def __len__(self) -> int:
-        return self.size * len(self.seeds)
-
-    def __getitem__(self, position: int) -> int:
-        epoch, at = divmod(position, self.size)
-        return int(permutation(self.total, self.seeds[epoch])[at])
+    epoch, at = divmod(position, size)
+    return int(permutation(total, seeds[epoch])[at])
 
 
 @functools.lru_cache(maxsize=4)
@@ -129,9 +118,11 @@ def permutation(total: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(total)
 
 
-def until_lost(images: data.Stream, read: Callable, lost: Sequence[str] = ()) -> Batches:
-    """The batches of `read()`, until more than the allowed share of the split's images are lost."""
-    batches = counted(images, read, lost)
+def opened(
+    images: data.Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str] = ()
+) -> Batches:
+    """`counted`, which is closed with the interpreter if nobody closes it before."""
+    batches = counted(images, order, batch_size, put, lost)
     OPEN.add(batches)
     return batches
 
@@ -143,9 +134,14 @@ def close_all() -> None:
         batches.close()
 
 
-def counted(images: data.Stream, read: Callable, lost: Sequence[str]) -> Batches:
+def counted(
+    images: data.Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str]
+) -> Batches:
+    """Batches of a grain dataset of examples, until more than the allowed share of the split's
+    images are lost.
+    """
     names = set(lost)
-    with contextlib.closing(read()) as batches:
+    with contextlib.closing(read_ahead(images, order, batch_size, put)) as batches:
         for batch in batches:
             names.update(batch.unreadable)
             data.check_losses(sorted(names), images.shape[0], images.options)
@@ -169,7 +165,7 @@ def eval_batches(
     order = grain.MapDataset.source(indices)
     draw = functools.partial(central_box, options=images.options)
     order = order.map(lambda index: example(images, index, draw))
-    return until_lost(images, functools.partial(read_ahead, images, order, batch_size, put))
+    return opened(images, order, batch_size, put)
 
 
 def examples(
@@ -179,12 +175,10 @@ def examples(
 
     Of each its central part.
     """
-    if not len(indices):
-        return np.zeros((0, *images.shape[1:]), np.uint8), np.zeros(0, np.int32)
+    chosen, labels = [np.zeros((0, *images.shape[1:]), np.uint8)], [np.zeros(0, np.int32)]
     size = min(batch_size, len(indices))
-    chosen, labels = [], []
-    batches = eval_batches(images, batch_size=size, put=lambda arrays: arrays, indices=indices)
-    with contextlib.closing(batches):
+    if size:
+        batches = eval_batches(images, batch_size=size, put=lambda arrays: arrays, indices=indices)
         for batch in batches:
             readable = batch.labels >= 0
             chosen.append(batch.images[readable])
@@ -292,12 +286,12 @@ def check_main_guard() -> None:
 
 def stack_examples(batch_size: int, examples: Sequence[Example]) -> Batch:
     """The examples as one batch, filled up to `batch_size` with black images."""
+    count = len(examples)
     images = np.zeros((batch_size, *examples[0].image.shape), np.uint8)
+    images[:count] = [example.image for example in examples]
     labels = np.full(batch_size, -1, np.int32)
-    unreadable: list[str] = []
-    for i, example in enumerate(examples):
-        images[i], labels[i] = example.image, example.label
-        unreadable += example.unreadable
+    labels[:count] = [example.label for example in examples]
+    unreadable = itertools.chain.from_iterable(example.unreadable for example in examples)
     return Batch(images, labels, tuple(unreadable))
 
 
@@ -325,20 +319,17 @@ def example(images: data.Stream, index: int, draw: Callable[[int, int], Box]) ->
     one that does not count.
     """
     _, size, _, channels = images.shape
-    stored = int(images.indices[index])
+    options, stored = images.options, int(images.indices[index])
     name = images.source.describe(stored)
     try:
-        ((payload, label),) = images.source.read([stored])
-        image = part(payload, size, draw, upright=images.options["orientation"] == "exif")
-        if image is None:
-            raise sources.UnreadableError(f"{name} {decoding.why_not(payload)}")
+        payload, label = images.source.read_one(stored)
+        image = part(payload, size, draw, name=name, upright=options["orientation"] == "exif")
     except sources.UnreadableError as error:
-        if images.options["unreadable"] == "stop":
-            hint = "config.data.unreadable='skip' goes on without such images and counts them."
-            raise ConfigError(f"{error} {hint}") from None
+        if options["unreadable"] == "stop":
+            raise ConfigError(f"{error} {data.SKIPPING}") from None
         return Example(np.zeros(images.shape[1:], np.uint8), -1, (name,))
     sources.check_label(label, images.num_classes, name)
-    if not images.options["channels"]:
+    if not options["channels"]:
         data.check_colour(image, channels, name)
     return Example(decoding.fit(image, 0, channels), label, ())
 
@@ -358,26 +349,27 @@ def replacement(
 
 
 def part(
-    payload: Any, size: int, draw: Callable[[int, int], Box], *, upright: bool = False
-) -> np.ndarray | None:
-    """The part `draw(height, width)` of an image, resized to [size, size] by `decoding.resize`;
-    None if it is damaged.
+    payload: Any,
+    size: int,
+    draw: Callable[[int, int], Box],
+    *,
+    name: str = "the image",
+    upright: bool = False,
+) -> np.ndarray:
+    """The part `draw(height, width)` of an image, resized to [size, size] by `decoding.resize`.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which takes a fraction of the time, where the
     part stays at least `size` on both sides; its edges are then rounded to the coarser pixels.
-    upright: as in `decoding.decode`, before the part is taken.
+    upright: as in `decoding.decode`, before the part is taken. Raises UnreadableError, with `name`,
+    for a damaged image.
     """
-    shape = jpeg_shape(payload) if isinstance(payload, bytes) else None
-    if shape and upright and decoding.orientation(payload) >= 5:
-        shape = shape[::-1]
-    box = draw(*shape) if shape else None
-    reduced = 1
-    if box:
-        shrinking = [factor for factor in REDUCED if min(box[2:]) >= factor * size]
-        reduced = max(shrinking, default=1)
-    image = data.as_array(payload, REDUCED[reduced], upright=upright)
-    if image is None:
-        return None
+    shape = decoding.jpeg_shape(payload) if isinstance(payload, bytes) else None
+    reduced, box = 1, None
+    if shape:
+        on_its_side = upright and decoding.orientation(payload) >= 5
+        box = draw(*shape[::-1]) if on_its_side else draw(*shape)
+        reduced = max(factor for factor in REDUCED if factor == 1 or min(box[2:]) >= factor * size)
+    image = data.to_array(payload, name, REDUCED[reduced], upright=upright)
     top, left, height, width = box or draw(*image.shape[:2])
     rows = slice(round(top / reduced), round((top + height) / reduced))
     columns = slice(round(left / reduced), round((left + width) / reduced))

@@ -8,7 +8,6 @@ Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `sco
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,7 +15,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from sparsity_jax import (
     budgets,
@@ -36,18 +34,17 @@ from sparsity_jax import (
 from sparsity_jax.groups import Channels
 from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
+from sparsity_jax.types import Array, Arrays, MemberRows, PyTree, Row, Rows
 
-PyTree = Any
-Keep = dict[str, np.ndarray]  # bools by name of group, True = kept
+Keep = Mapping[str, Any]  # bools by name of group, True = kept
+Result = tuple[State, Rows]  # one network's state after a stage, and its rows
+NOTHING = "(?!)"  # a pattern that matches no name
 
 
 def channels_of(problem: Problem, branches: groups.Branches = "tied") -> Channels:
     """The channel groups of the run's network."""
-
-    def traced() -> Channels:
-        return groups.trace(*traceable(problem), branches=branches)
-
-    return problem.once(("channels", branches), traced)
+    key = ("channels", branches)
+    return problem.once(key, lambda: groups.trace(*traceable(problem), branches=branches))
 
 
 def traceable(problem: Problem) -> tuple[Callable, PyTree, jax.ShapeDtypeStruct]:
@@ -56,23 +53,12 @@ def traceable(problem: Problem) -> tuple[Callable, PyTree, jax.ShapeDtypeStruct]
     return problem.model.apply, jax.eval_shape(problem.init, jax.random.key(0)), image
 
 
-def members_of(problem: Problem, state: State) -> Iterator[tuple[int, State]]:
-    """Every member's own state, without the leading axis of a sweep."""
-    if problem.members is None:
-        yield 0, state
-        return
-    for i in range(problem.members):
-        yield i, jax.tree.map(lambda leaf, i=i: leaf[i], state)
+def variables_of(state: State) -> PyTree:
+    """What a model is applied to."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def stacked(problem: Problem, states: Sequence[State]) -> State:
-    """The state of all members."""
-    if problem.members is None:
-        return states[0]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-
-
-def without(state: State, channels: Channels, keep: Mapping[str, Any], kept: PyTree) -> State:
+def without(state: State, channels: Channels, keep: Keep, kept: PyTree) -> State:
     """`state` of one member without the channels that `keep` leaves out, nor what the masks `kept`
     do.
     """
@@ -81,11 +67,50 @@ def without(state: State, channels: Channels, keep: Mapping[str, Any], kept: PyT
     return state._replace(params=params, masks=tree["params"], batch_stats=tree["batch_stats"])
 
 
+def member_of(problem: Problem, state: State, member: int) -> State:
+    """The state of one member, without the leading axis of a sweep."""
+    if problem.members is None:
+        return state
+    return jax.tree.map(lambda leaf: leaf[member], state)
+
+
+class EachMember(interface.Stage):
+    """A stage that is written for one network; those of a sweep take their turns."""
+
+    def of_member(self, problem: Problem, state: State, place: Place) -> Result:
+        """What the stage does to one network. place: with the settings of one member."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        problem: Problem,
+        state: State,
+        settings: Sequence[Any],
+        place: Place,
+        rows: MemberRows,
+    ) -> Iterator[Update]:
+        alone = problem
+        if problem.members is not None:
+            alone = problem.once("alone", lambda: problem._replace(members=None, compiled={}))
+        states = []
+        new = []
+        for i, stage in enumerate(settings):
+            others = {name: [members[i]] for name, members in place.others.items()}
+            here = place._replace(others=others)
+            after, added = stage.of_member(alone, member_of(problem, state, i), here)
+            states.append(after)
+            new.append(added)
+        together = states[0]
+        if problem.members is not None:
+            together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        yield Update(together, new, 1.0)
+
+
 # cut ----------------------------------------------------------------------------------------------
 
 
 @tables.option
-class Cut(interface.Stage):
+class Cut(EachMember):
     """Removes the least important channels of the network; each visit of the stage is one round.
 
     measure: how important a channel is; see `scores.MEASURES`. ratio: share removed after all
@@ -134,8 +159,9 @@ class Cut(interface.Stage):
     skip: str = ""
     rules: tuple[tuple[str, tables.Share], ...] = ()
 
+    # Checks
+
     def check(self) -> None:
-        tables.lookup(scores.MEASURES, self.measure, "measure")
         trees.check_pattern(self.exclude, "exclude")
         trees.check_pattern(self.skip, "skip")
         if self.rules:
@@ -144,23 +170,20 @@ class Cut(interface.Stage):
         self.plan(1)
 
     def _check_rules(self) -> None:
-        cumulative = self.rounds().get("cumulative", "exact")
-        for name, value, needed in (
-            ("budget", self.budget, "channels"),
-            ("schedule.cumulative", cumulative, "exact"),
+        cumulative = self.schedule.get("cumulative", "exact")
+        for field, value, wrong, why in (
+            ("budget", self.budget, self.budget != "channels", "of rules it is 'channels'"),
+            ("schedule.cumulative", cumulative, cumulative != "exact", "of rules it is 'exact'"),
+            ("schedule.name", "manual", self.manual, "rules say what is removed"),
         ):
-            if value != needed:
-                raise tables.ConfigError(name, value, allowed=f"{needed!r} with rules")
-        if self.rounds()["name"] == "manual":
-            raise tables.ConfigError(
-                "schedule.name", "manual", why="but rules say what is removed of each group"
-            )
+            if wrong:
+                raise tables.ConfigError(field, value, why=f"but {why}")
 
     def check_order(self, order: interface.Order) -> None:
         """The thresholds of its schedule must be as many as its visits, and a tracked measure must
         be tracked.
         """
-        if scores.MEASURES[self.measure].needs == ("saliency",):
+        if "saliency" in self.needed:
             self._check_tracked(order.before)
         rounds = len(self.plan(order.visits).ratios)
         if rounds != order.visits:
@@ -171,8 +194,8 @@ class Cut(interface.Stage):
                 allowed=f"{order.visits}, as often as config.pipeline names the stage",
             )
 
-    def _check_tracked(self, before: list[interface.Stage]) -> None:
-        trainings = [own for own in before if not isinstance(own, Cut)]
+    def _check_tracked(self, before: Sequence[interface.Stage]) -> None:
+        trainings = [stage for stage in before if not isinstance(stage, Cut)]
         tracked = dict(getattr(trainings[-1], "track", ())) if trainings else {}
         if not tracked:
             raise tables.ConfigError(
@@ -181,9 +204,10 @@ class Cut(interface.Stage):
                 why="which the training right before it must track: set its track.name='saliency'",
             )
         for name in ("use_l2", "use_init") if self.use_l2 else ("use_l2",):
-            if tracked[name] != (own := getattr(self, name)):
+            value = getattr(self, name)
+            if value != tracked[name]:
                 raise tables.ConfigError(
-                    name, own, allowed=f"{tracked[name]}, which the training tracks"
+                    name, value, allowed=f"{tracked[name]}, which the training tracks"
                 )
 
     def check_streamed(self) -> None:
@@ -192,15 +216,58 @@ class Cut(interface.Stage):
                 "measure", self.measure, "which needs equally many images of every class"
             )
 
-    def check_network(self, problem: Problem, visits: int) -> None:
-        check_network(problem, self, visits)
+    def check_network(self, problem: Problem, visits: int = 1) -> None:
+        """Raises ConfigError for `visits` rounds that do not fit the network or its data."""
+        channels = channels_of(problem, self.branches)
+        if not channels.groups:
+            raise tables.ConfigError(
+                "", why="finds no channels in the network of config.model that can be removed"
+            )
+        if self.exclude and all(trees.matching(channels.sizes, self.exclude, "exclude").values()):
+            raise tables.ConfigError("exclude", self.exclude, why="which leaves no group to cut")
+        if self.rules:
+            with tables.within("rules"):
+                trees.match_rules(channels.sizes, self.rules)
+        self._check_readable(problem)
+        if self.protect != "original_resnet":  # which removes less instead
+            whole = _whole(channels)
+            last = Place("", 0, {}, visit=visits, visits=visits)
+            self.select(problem, whole, whole, last, 1 - self.density(last))
+        if self.balanced:
+            examples = min(self.imp_samples, problem.size("train"))
+            if examples < problem.dataset.num_classes:
+                raise tables.ConfigError(
+                    "imp_samples", self.imp_samples, why="fewer than one of each class"
+                )
 
-    def rounds(self) -> dict[str, Any]:
-        """The schedule's fields, its thresholds a tuple."""
-        fields = {"name": "gradient_flow", **self.schedule}
-        if isinstance(fields.get("thresholds"), list):
-            fields["thresholds"] = tuple(fields["thresholds"])
-        return fields
+    def _check_readable(self, problem: Problem) -> None:
+        """Raises ConfigError if the measure reads arrays that some groups lack, such as the scale
+        of a norm.
+        """
+        params = {"params": train.shapes_of(problem)}
+        statistics = scores.Statistics(*[params] * len(scores.Statistics._fields))
+        unreadable = {}
+        for name, group in self.cuttable(problem).items():
+            try:
+                jax.eval_shape(self.score_of(group), statistics, jax.random.key(0))
+            except ValueError as error:
+                unreadable[re.escape(name)] = error
+        if unreadable:
+            first = next(iter(unreadable.values()))
+            whole = "|".join([*filter(None, [self.exclude]), *unreadable])
+            raise tables.ConfigError(
+                "measure",
+                self.measure,
+                why=f"{first} To leave such groups whole, set exclude={whole!r}",
+                allowed="a measure of kernels; with aggregate='sum' and without skip of any group",
+            )
+
+    # What its options say
+
+    @property
+    def manual(self) -> bool:
+        """Whether thresholds say how much each round removes."""
+        return self.schedule.get("name") == "manual"
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -214,60 +281,50 @@ class Cut(interface.Stage):
 
     def plan(self, num_rounds: int, ratio: float | None = None) -> budgets.Rounds:
         """ratio: of one group, instead of that of the whole network."""
-        fields = self.rounds()
-        if fields["name"] != "manual":
+        fields = {"name": "gradient_flow", **self.schedule}
+        if not self.manual:
             fields |= dict(ratio=self.ratio if ratio is None else ratio, num_rounds=num_rounds)
         with tables.within("schedule"):
             return budgets.schedule(**fields)
 
-    @property
-    def share_field(self) -> str:
-        """The field that says how much is removed."""
-        if self.rules:
-            return "rules"
-        return "schedule.thresholds" if self.rounds()["name"] == "manual" else "ratio"
+    def density(self, place: Place, ratio: float | None = None) -> float:
+        """The share that is left after a round; ratio: as in `plan`."""
+        return float(self.plan(place.visits, ratio).density[place.visit - 1])
 
-    def begin(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-    ) -> State:
+    def cuttable(self, problem: Problem) -> dict[str, groups.Group]:
+        """The groups that `exclude` does not leave whole."""
+        every = channels_of(problem, self.branches).groups
+        whole = re.compile(self.exclude or NOTHING)
+        return {name: group for name, group in every.items() if not whole.fullmatch(name)}
+
+    # One round
+
+    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
         return interface.handed_on(state, self)
 
     def carried(self, state: State, before: Any) -> Any:
         return before
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: list[list[dict]],
-    ) -> Iterator[Update]:
-        found, states = interface.rows_per_member(problem), []
-        for i, member in members_of(problem, state):
-            stage = settings[i]
-            channels = channels_of(problem, stage.branches)
-            keep = stage.kept(problem, member, place)
-            cut = problem.once(("cut", stage.branches), functools.partial(_compiled_cut, channels))
-            states.append(cut(member, jax.tree.map(jnp.asarray, keep)))
-            found[i].append(stage.row(channels, keep, place))
-        yield Update(stacked(problem, states), found, 1.0)
-
-    def kept(self, problem: Problem, state: State, place: Place) -> Keep:
-        """Which channels of one member's network stay after this round."""
+    def of_member(self, problem: Problem, state: State, place: Place) -> Result:
+        channels = channels_of(problem, self.branches)
         compiled = dataclasses.replace(self, ratio=0.0, schedule=tables.Options())
-        scores_of = problem.once(("scores", compiled), lambda: make_scores(problem, self))
-        importance = scores_of(state, train.stage_key(state.key, place.position))
-        alive = units.alive(channels_of(problem, self.branches), {"params": state.masks})
-        return select(problem, self, importance, alive, place)
+        score = problem.once(("scores", compiled), lambda: make_scores(problem, self))
+        importance = score(state, train.stage_key(state.key, place.position))
+        alive = units.alive(channels, {"params": state.masks})
+        keep = self.select(problem, importance, alive, place)
 
-    def row(self, channels: Channels, keep: Keep, place: Place) -> dict[str, Any]:
+        def cut(state: State, keep: Keep) -> State:
+            carried = state.opt_state and groups.mask(state.opt_state, channels, keep)
+            return without(state._replace(opt_state=carried), channels, keep, state.masks)
+
+        compiled_cut = problem.once(("cut", self.branches), lambda: jax.jit(cut))
+        state = compiled_cut(state, jax.tree.map(jnp.asarray, keep))
+        return state, [self._row(channels, keep, place)]
+
+    def _row(self, channels: Channels, keep: Arrays, place: Place) -> Row:
         kept = {name: int(bools.sum()) for name, bools in keep.items()}
-        num, total = sum(kept.values()), sum(channels.sizes.values())
+        num = sum(kept.values())
+        total = sum(channels.sizes.values())
         row = dict(
             measure=self.measure,
             ratio=1 - num / total,
@@ -279,119 +336,88 @@ class Cut(interface.Stage):
             sizes=channels.sizes,
         )
         if place.visit == 1:
-            row |= dict(layout=groups.layout(channels))
+            row["layout"] = groups.layout(channels)
         return row
 
-    def leaves_whole(self, name: str) -> bool:
-        """Whether `exclude` says so of a group."""
-        return bool(self.exclude) and re.fullmatch(self.exclude, name) is not None
-
-
-def _compiled_cut(channels: Channels) -> Callable:
-    @jax.jit
-    def cut(state: State, keep: Mapping[str, Array]) -> State:
-        carried = state.opt_state and groups.mask(state.opt_state, channels, keep)
-        return without(state._replace(opt_state=carried), channels, keep, state.masks)
-
-    return cut
-
-
-def check_network(problem: Problem, chosen: Cut, visits: int = 1) -> None:
-    """Raises ConfigError for `visits` rounds that do not fit the network or its data."""
-    channels = channels_of(problem, chosen.branches)
-    if not channels.groups:
-        raise tables.ConfigError(
-            "", why="finds no channels in the network of config.model that can be removed"
-        )
-    if chosen.exclude:
-        excluded = trees.matching(channels.sizes, chosen.exclude, "exclude")
-        if all(excluded.values()):
-            raise tables.ConfigError("exclude", chosen.exclude, why="which leaves no group to cut")
-    if chosen.rules:
-        with tables.within("rules"):
-            trees.match_rules(channels.sizes, chosen.rules)
-    _check_readable(problem, chosen)
-    _check_reach(problem, chosen, visits)
-    examples = min(chosen.imp_samples, problem.size("train"))
-    if chosen.balanced and examples < problem.dataset.num_classes:
-        raise tables.ConfigError(
-            "imp_samples", chosen.imp_samples, why="fewer than one of each class"
+    def score_of(self, group: groups.Group) -> Callable:
+        """`score(statistics, key)` of the group's channels."""
+        names = ("aggregate", "use_l2", "use_init", "skip")
+        options = {name: getattr(self, name) for name in names}
+        return lambda statistics, key: scores.score(
+            self.measure, statistics, group, key=key, **options
         )
 
+    def select(
+        self,
+        problem: Problem,
+        importance: Keep,
+        alive: Keep,
+        place: Place,
+        share: float | None = None,
+    ) -> Arrays:
+        """Which channels stay after this round; raises ConfigError where that cannot be.
 
-def _check_readable(problem: Problem, chosen: Cut) -> None:
-    """Raises ConfigError if the measure reads arrays that some groups lack, such as the scale of a
-    norm.
-    """
-    params = {"params": train.shapes_of(problem)}
-    statistics = scores.Statistics(*[params] * len(scores.Statistics._fields))
-    scored = _scored(problem, chosen)
-    unreadable = {}
-    for name, group in scored.items():
-        try:
-            jax.eval_shape(_score(chosen, group), statistics, jax.random.key(0))
-        except ValueError as error:
-            unreadable[name] = str(error)
-    if not unreadable:
-        return
-    hint = "Set aggregate='sum', or another skip."
-    if scores.MEASURES[chosen.measure].on in ("scale", "norm"):
-        hint = "Measures of kernels read any group."
-    if len(unreadable) < len(scored):
-        whole = "|".join([*filter(None, [chosen.exclude]), *map(re.escape, unreadable)])
-        hint += f" To leave such groups whole, set exclude={whole!r}."
-    first = next(iter(unreadable.values()))
-    raise tables.ConfigError("measure", chosen.measure, why=f"{first} {hint}")
-
-
-def _check_reach(problem: Problem, chosen: Cut, visits: int) -> None:
-    """Raises ConfigError if the minimum kept of each group does not allow what the last round shall
-    leave.
-
-    It depends on no score, but for `protect='original_resnet'`, which removes less than asked
-    instead.
-    """
-    if chosen.protect == "original_resnet":
-        return
-    every = channels_of(problem, chosen.branches).sizes
-    if chosen.budget != "channels" or chosen.rules:
-        everything = {name: np.ones(size, bool) for name, size in every.items()}
-        last = Place("", 0, {}, (), visits, visits)
-        select(problem, chosen, everything, everything, last)
-        return
-    sizes = {name: size for name, size in every.items() if not chosen.leaves_whole(name)}
-    total, least = sum(sizes.values()), sum(budgets.minimum_kept(sizes, chosen.min_share).values())
-    density = chosen.plan(visits).density[-1]
-    if density * total < least - 1e-6:
-        raise tables.ConfigError(
-            chosen.share_field,
-            why=f"shall remove {1 - density:.4g} of {total} channels, but "
-            f"min_share={chosen.min_share} keeps {least} of them, at least one of each group",
-            allowed=f"up to {budgets.rounded_down(1 - least / total)}",
+        share: of the channels alive, instead of that of the round; only where budget is `channels`.
+        """
+        channels = channels_of(problem, self.branches)
+        floors = budgets.minimum_kept(channels.sizes, self.min_share)
+        limits = budgets.Limits(
+            alive=alive, floors=floors, protect=self.protect, exclude=self.exclude or None
+        )
+        field = "rules" if self.rules else "ratio"
+        if self.manual:
+            field = "schedule.thresholds"
+        with tables.blaming(field):
+            if self.rules:
+                counts = self._counts(problem, place)
+                keep = budgets.select_to_counts(importance, counts, **limits)
+            elif self.budget == "channels":
+                if share is None:
+                    share = self._share_of_round(problem, alive, place)
+                keep = budgets.select(importance, share, **limits)
+            else:
+                price = cost.of_channels(channels, self.budget)
+                target = self.density(place) * price(_whole(channels))
+                keep = budgets.select_to_cost(importance, price, target, **limits)
+        if self.multiple == 1:
+            return keep
+        return budgets.round_to_multiple(
+            keep, importance, self.multiple, alive=alive, floors=floors
         )
 
+    def _counts(self, problem: Problem, place: Place) -> dict[str, int]:
+        """How many channels of each group the rules leave after a round."""
+        sizes = channels_of(problem, self.branches).sizes
+        shares = trees.match_rules(sizes, self.rules)
+        counts = dict(sizes)
+        for name in self.cuttable(problem):
+            removed = 1 - self.density(place, shares[name])
+            counts[name] -= masks.count_of(removed, sizes[name], "floor")
+        return counts
 
-def _scored(problem: Problem, chosen: Cut) -> dict[str, groups.Group]:
-    """The groups that may be cut."""
-    every = channels_of(problem, chosen.branches).groups
-    return {name: group for name, group in every.items() if not chosen.leaves_whole(name)}
+    def _share_of_round(self, problem: Problem, alive: Keep, place: Place) -> float:
+        """The share of the channels alive that a round removes."""
+        # of the whole, where what is left is not what the earlier rounds asked for
+        if self.schedule.get("cumulative") == "truncated" or self.multiple > 1:
+            counted = [alive[name] for name in self.cuttable(problem)]
+            total = sum(kept.size for kept in counted)
+            living = sum(int(kept.sum()) for kept in counted)
+            return budgets.ratio_to_reach(self.density(place), total, living)
+        return float(self.plan(place.visits).ratios[place.visit - 1])
 
 
-def _score(chosen: Cut, group: groups.Group) -> Callable:
-    """`score(statistics, key)` of the group's channels."""
-    names = ("aggregate", "use_l2", "use_init", "skip")
-    options = {name: getattr(chosen, name) for name in names}
-    return lambda statistics, key: scores.score(
-        chosen.measure, statistics, group, key=key, **options
-    )
+def _whole(channels: Channels) -> Arrays:
+    """A `keep` of all channels."""
+    return {name: np.ones(size, bool) for name, size in channels.sizes.items()}
 
 
-def make_scores(problem: Problem, chosen: Cut) -> Callable:
+def make_scores(problem: Problem, stage: Cut) -> Callable:
     """`scores_of(state, key) -> {group: float [channels]}` of one member; compiled once for all
     rounds.
     """
-    needs, sizes = chosen.needed, channels_of(problem, chosen.branches).sizes
-    scored = _scored(problem, chosen)
+    needs = stage.needed
+    channels = channels_of(problem, stage.branches)
+    score_of = {name: stage.score_of(group) for name, group in stage.cuttable(problem).items()}
 
     def loss(variables: PyTree, batch: tuple, temperature: Array) -> Array:
         # no part of gradients and Hessian products
@@ -399,114 +425,55 @@ def make_scores(problem: Problem, chosen: Cut) -> Callable:
         logits = problem.model.apply({**variables, "batch_stats": fixed}, problem.images(batch[0]))
         return losses.cross_entropy(logits / temperature, batch[1]).mean()
 
-    examples = problem.examples("train", chosen.imp_samples)
-    balanced = _balanced_examples(problem, len(examples[1])) if chosen.balanced else None
-    temperatures = ("temperature", "grasp_temperature", "preserve_temperature")
+    examples = problem.examples("train", stage.imp_samples)
+    balanced = _balanced_examples(problem, len(examples[1])) if stage.balanced else None
     collect = scores.gather(
         loss,
         needs,
-        chosen.batch_size,
+        stage.batch_size,
+        temperature=stage.temperature,
+        grasp_temperature=stage.grasp_temperature,
+        preserve_temperature=stage.preserve_temperature,
         on_host=stages.on_host(problem),
-        **{name: getattr(chosen, name) for name in temperatures},
     )
 
     @jax.jit
     def score(statistics: scores.Statistics, key: Array) -> dict[str, Array]:
-        return {
-            name: _score(chosen, group)(statistics, jax.random.fold_in(key, i))
-            for i, (name, group) in enumerate(scored.items())
-        }
+        result = {}
+        for i, (name, score) in enumerate(score_of.items()):
+            result[name] = score(statistics, jax.random.fold_in(key, i))
+        return result
 
-    def scores_of(state: State, key: Array) -> dict[str, np.ndarray]:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
+    def scores_of(state: State, key: Array) -> Arrays:
         init = None
         if "w0" in needs:
             init = train.initial_variables(problem, state.key, problem.pretrained)
-        statistics = collect(variables, examples, balanced=balanced, init=init)
+        statistics = collect(variables_of(state), examples, balanced=balanced, init=init)
         if "saliency" in needs:
             statistics = statistics._replace(saliency={"params": state.opt_state.saliency})
-        result = {name: np.ones(size) for name, size in sizes.items()}
-        for name, values in score(statistics, key).items():
-            result[name] = np.asarray(values, np.float64)
-        return result
+        cuttable = score(statistics, key)
+        found = _whole(channels) | cuttable
+        return {name: np.asarray(values, np.float64) for name, values in found.items()}
 
     return scores_of
 
 
 def _balanced_examples(problem: Problem, most: int) -> tuple[Any, Any]:
     """(images, labels) of up to `most` train examples, equally many of every class."""
-    classes, labels = problem.dataset.num_classes, np.asarray(problem.dataset.train.labels)
+    classes = problem.dataset.num_classes
+    labels = np.asarray(problem.dataset.train.labels)
     rarest = int(np.bincount(labels, minlength=classes).min())
     order = problem.sample.order(len(labels))
     index = order[scores.class_balanced(labels[order], classes, min(most, classes * rarest))]
-    return problem.train_images[index], problem.train_labels[index]
-
-
-def select(
-    problem: Problem,
-    chosen: Cut,
-    importance: Mapping[str, Any],
-    alive: Mapping[str, Any],
-    place: Place,
-) -> Keep:
-    """Which channels stay after this round; raises ConfigError where that cannot be."""
-    sizes = channels_of(problem, chosen.branches).sizes
-    floors = budgets.minimum_kept(sizes, chosen.min_share)
-    limits = budgets.Limits(alive=alive, floors=floors, protect=chosen.protect)
-    if chosen.exclude:
-        limits["exclude"] = chosen.exclude
-    try:
-        if chosen.rules:
-            counts = _counts_by_rule(chosen, sizes, place)
-            keep = budgets.select_to_counts(importance, counts, **limits)
-        elif chosen.budget == "channels":
-            ratio = _share_of_round(chosen, sizes, alive, place)
-            keep = budgets.select(importance, ratio, **limits)
-        else:
-            channels = channels_of(problem, chosen.branches)
-            price = cost.of_channels(channels, chosen.budget)
-            full = price({name: np.ones(size, bool) for name, size in sizes.items()})
-            density = float(chosen.plan(place.visits).density[place.visit - 1])
-            keep = budgets.select_to_cost(importance, price, density * full, **limits)
-    except ValueError as error:
-        raise tables.ConfigError(
-            chosen.share_field, why=f"removes too much in round {place.visit}: {error}"
-        ) from None
-    if chosen.multiple > 1:
-        multiple = chosen.multiple
-        keep = budgets.round_to_multiple(keep, importance, multiple, alive=alive, floors=floors)
-    return keep
-
-
-def _counts_by_rule(chosen: Cut, sizes: Mapping[str, int], place: Place) -> dict[str, int]:
-    """How many channels of each group are left after a round."""
-    counts = dict(sizes)
-    for name, share in trees.match_rules(sizes, chosen.rules).items():
-        if not chosen.leaves_whole(name):
-            density = float(chosen.plan(place.visits, share).density[place.visit - 1])
-            counts[name] -= masks.count_of(1 - density, sizes[name], "floor")
-    return counts
-
-
-def _share_of_round(
-    chosen: Cut, sizes: Mapping[str, int], alive: Mapping[str, Any], place: Place
-) -> float:
-    """The share of the channels alive that a round removes."""
-    plan, i = chosen.plan(place.visits), place.visit - 1
-    # of the whole, where what is left is not what the earlier rounds asked for
-    if chosen.schedule.get("cumulative") == "truncated" or chosen.multiple > 1:
-        counted = [name for name in sizes if not chosen.leaves_whole(name)]
-        living = sum(int(alive[name].sum()) for name in counted)
-        total = sum(sizes[name] for name in counted)
-        return budgets.ratio_to_reach(float(plan.density[i]), total, living)
-    return float(plan.ratios[i])
+    images, classes_of = train.arrays(problem, "train")
+    return images[index], classes_of[index]
 
 
 # compact ------------------------------------------------------------------------------------------
 
 
 @tables.option
-class Compact(interface.Stage):
+class Compact(EachMember):
     """The network without its removed channels: the same logits, fewer parameters and FLOPs,
     measured time.
 
@@ -522,24 +489,14 @@ class Compact(interface.Stage):
     repeats: tables.Index = 20
     tolerance: tables.NonNegative = 0.0
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: list[list[dict]],
-    ) -> Iterator[Update]:
-        found = []
-        for i, member in members_of(problem, state):
-            try:
-                row = take_stock(problem, member, settings[i])
-            except tables.ConfigError as error:  # an emptied layer
-                row = dict(warning=f"the network cannot be compacted: {error}")
-            if row["warning"]:
-                workdirs.say(f"{place.name}: {row['warning']}")
-            found.append([row])
-        yield Update(state, found, 1.0)
+    def of_member(self, problem: Problem, state: State, place: Place) -> Result:
+        try:
+            row = take_stock(problem, state, self)
+        except tables.ConfigError as error:  # an emptied layer
+            row = dict(warning=f"the network cannot be compacted: {error}")
+        if row["warning"]:
+            workdirs.say(f"{place.name}: {row['warning']}")
+        return state, [row]
 
 
 def rounding_of(problem: Problem) -> float:
@@ -563,7 +520,7 @@ class Stock(NamedTuple):
 
     variables: PyTree
     apply: Callable
-    keep: dict[str, np.ndarray]
+    keep: Arrays
     channels: Channels
 
 
@@ -576,19 +533,17 @@ def compacted(problem: Problem, state: State) -> Stock:
             raise tables.ConfigError(
                 f"all channels of {name} are masked: nothing is left to compact."
             )
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    small = groups.compact(variables, channels, keep)
+    small = groups.compact(variables_of(state), channels, keep)
     return Stock(small, groups.elastic(problem.model.apply, channels, keep), keep, channels)
 
 
-def take_stock(problem: Problem, state: State, chosen: Compact) -> dict[str, Any]:
+def take_stock(problem: Problem, state: State, chosen: Compact) -> Row:
     """Accuracy, size and time of one member's network, dense (masked) and compact, as fields of a
     row.
     """
     stock = compacted(problem, state)
-    full = {"params": state.params, "batch_stats": state.batch_stats}
     networks = {
-        "dense": (jax.jit(problem.model.apply), full),
+        "dense": (jax.jit(problem.model.apply), variables_of(state)),
         "compact": (jax.jit(stock.apply), stock.variables),
     }
     images = problem.images(problem.examples("test", chosen.batch_size)[0])
@@ -612,32 +567,24 @@ def take_stock(problem: Problem, state: State, chosen: Compact) -> dict[str, Any
         sizes=stock.channels.sizes,
     )
     image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
-    for (apply, variables), end in zip(networks.values(), ("", "_compact"), strict=True):
+    for end, (apply, variables) in zip(("", "_compact"), networks.values()):
         row[f"parameters{end}"] = cost.num_params(variables)
         row[f"flops{end}"] = cost.flops(apply, variables, image).products
         row[f"bytes{end}"] = cost.num_bytes(variables)
     if chosen.repeats:
-        row |= _measured_times(networks, images, chosen.repeats)
+        calls = {name: (apply, (arrays, images)) for name, (apply, arrays) in networks.items()}
+        row |= _times(cost.compare(calls, repeats=chosen.repeats))
+        row["batch_size"] = len(images)
     return row
 
 
-def _measured_times(
-    networks: Mapping[str, tuple[Callable, PyTree]], images: Array, repeats: int
-) -> dict[str, Any]:
-    candidates = {
-        name: (apply, (variables, images)) for name, (apply, variables) in networks.items()
-    }
-    pair = cost.compare(candidates, repeats=repeats)
-    row = dict(
-        batch_size=len(images),
-        speedup=pair.speedup,
-        speedup_low=pair.speedup_low,
-        speedup_high=pair.speedup_high,
-        verdict=pair.verdict,
-        device=jax.devices()[0].device_kind,
-    )
-    for field, quantile in (("", "median"), ("_low", "low"), ("_high", "high")):
-        row[f"milliseconds{field}"] = {
+def _times(pair: cost.Comparison) -> Row:
+    """Fields of a row for measured times."""
+    fields = ("speedup", "speedup_low", "speedup_high", "verdict")
+    row = {field: getattr(pair, field) for field in fields}
+    row["device"] = jax.devices()[0].device_kind
+    for quantile, end in (("median", ""), ("low", "_low"), ("high", "_high")):
+        row[f"milliseconds{end}"] = {
             name: 1e3 * getattr(latency, quantile) for name, latency in pair.latencies.items()
         }
     return row

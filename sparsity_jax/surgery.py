@@ -14,11 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from sparsity_jax import groups, kernels, masks, tables, trees
-
-PyTree = Any
+from sparsity_jax.types import Array, PyTree
 
 
 def normal(key: Array, mask: Array, dtype: Any, *, gain: float = 2**0.5) -> Array:
@@ -90,19 +88,24 @@ def reinitialize(
         draw = functools.partial(draw, gain=gain)
     paths = kernels.paths(params, channels, strict=False)
     axes = kernels.axes(params, paths, channels, layout=layout)
-    num = len(jax.tree.leaves(params))
-    keys = iter(jax.random.split(key, num))
+    keys = _keys(key, params)
 
     def renewed(path: str, leaf: Array, mask: Array) -> Array:
-        leaf_key, name = next(keys), trees.last_name(path)
+        name = trees.last_name(path)
         if path in axes:
             of_kernel = functools.partial(draw, dtype=leaf.dtype)
-            return _drawn(of_kernel, leaf_key, jnp.asarray(mask), axes[path])
+            return _drawn(of_kernel, keys[path], jnp.asarray(mask), axes[path])
         if name in ("bias", "b", "offset"):
             return jnp.zeros_like(leaf)
         return jnp.ones_like(leaf) if name in ("scale", "weight") else leaf
 
     return masks.apply(trees.map_named(renewed, params, kept), kept)
+
+
+def _keys(key: Array, params: PyTree) -> dict[str, Array]:
+    """A key for each array, by path."""
+    paths = list(trees.named_leaves(params))
+    return dict(zip(paths, jax.random.split(key, len(paths))))
 
 
 def _drawn(draw: Callable, key: Array, mask: Array, axes: kernels.Axes) -> Array:
@@ -111,18 +114,14 @@ def _drawn(draw: Callable, key: Array, mask: Array, axes: kernels.Axes) -> Array
     stack = [axis for axis in range(mask.ndim) if axis not in inner]
     order = (*stack, *inner)
     ordered = mask.transpose(order)
-    sizes = mask.shape
-    window = [sizes[axis] for axis in axes.window]
-    inputs = math.prod(sizes[axis] for axis in axes.inputs)
-    outputs = math.prod(sizes[axis] for axis in axes.outputs)
+    sizes = np.array(mask.shape)
+    window, inputs, outputs = (sizes[list(several)] for several in (axes.window, *axes[:2]))
+    flat = ordered.reshape(-1, *window, inputs.prod(), outputs.prod())
     if stack:
-        several = ordered.reshape(-1, *window, inputs, outputs)
-        keys = jax.random.split(key, len(several))
-        drawn = jax.vmap(draw)(keys, several)
+        drawn = jax.vmap(draw)(jax.random.split(key, len(flat)), flat)
     else:
-        drawn = draw(key, ordered.reshape(*window, inputs, outputs))
-    drawn = drawn.reshape(ordered.shape)
-    return drawn.transpose(np.argsort(order))
+        drawn = draw(key, flat[0])[None]
+    return drawn.reshape(ordered.shape).transpose(np.argsort(order))
 
 
 def add_noise(
@@ -141,10 +140,9 @@ def add_noise(
     entries; may be traced. Raises ConfigError for a bad pattern and if nothing matches.
     """
     matched = trees.matching(params, pattern)
-    keys = iter(jax.random.split(key, len(matched)))
+    keys = _keys(key, params)
 
     def disturbed(path: str, leaf: Array, mask: Array) -> Array:
-        leaf_key = next(keys)
         if not matched[path]:
             return leaf
         size = jnp.asarray(std)
@@ -152,10 +150,8 @@ def add_noise(
             norm = trees.norm(jnp.where(mask, leaf, 0))
             entries = jnp.maximum(jnp.sum(mask), 1)
             size = std * (norm / jnp.sqrt(entries))
-        noise = jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
-        moved = leaf + size.astype(leaf.dtype) * noise
-        return jnp.where(mask, moved, leaf)
+        noise = jax.random.normal(keys[path], leaf.shape, leaf.dtype)
+        return jnp.where(mask, leaf + size.astype(leaf.dtype) * noise, leaf)
 
-    if kept is None:
-        kept = masks.full(params)
+    kept = masks.full(params) if kept is None else kept
     return trees.map_named(disturbed, params, kept)

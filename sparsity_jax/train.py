@@ -92,7 +92,7 @@ class Problem(NamedTuple):
         """`function` of one member's state, for the states of all members."""
         return function if self.members is None else jax.vmap(function, in_axes)
 
-    def once(self, name: Any, make: Callable[[], Callable]) -> Callable:
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """The compiled function `name`, made on first use."""
         if name not in self.compiled:
             self.compiled[name] = make()
@@ -258,10 +258,10 @@ class Fit(interface.Stage):
     """A checked training: what its compiled step depends on. recipe: from `optim.check`.
 
     carry: hands its momentum on, and starts from what it is handed. track: options of the tracked
-    importance, sorted pairs of `scores.tracker`, or () for none. growth: None, or what acts on the
-    gradients before the
-    optimizer: hashable, with `make(problem, key) -> optax.GradientTransformation`, key: the
-    member's root key (raw), and with `log_every`, the most steps between two updates.
+    importance, sorted pairs of `scores.track_saliency`, or () for none. growth: None, or what acts
+    on the gradients before the optimizer: hashable, with `make(problem, key) ->
+    optax.GradientTransformation`, key: the member's root key (raw), and with `log_every`, the most
+    steps between two updates.
     """
 
     epochs: int
@@ -472,7 +472,8 @@ def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe]) -> d
             measured if problem.members is None else jax.tree.map(lambda leaf: leaf[i], measured)
         )
         norms = [take(i) for i in range(len(recipes))]
-        order = problem.once("network order", lambda: network_order(problem, variables))
+        if any(recipe.norms == "per_shape" for recipe in recipes):
+            order = problem.once("network order", lambda: network_order(problem, variables))
     each = [
         optim.numbers(recipe, shapes, norm, order)
         for recipe, norm in zip(recipes, norms, strict=True)

@@ -18,23 +18,21 @@ are left of a layer, by one named rule of `masks.ROUNDINGS`, then masks. On this
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from sparsity_jax import tables, trees
 from sparsity_jax.groups import Channels, Group, Member
+from sparsity_jax.types import Array, Arrays, PyTree, Shape
 
-PyTree = Any
 Keep = dict[str, Array]  # bools by name of layer, True = keep
 Granularity = Literal["filter", "channel", "weight"]
 Sliced = Literal["filter", "channel"]
 Members = Literal["all", "kernels", "producers"]
 Leaves = Mapping[str, Any]  # arrays by path
-Shape = tuple[int, ...]
 
 
 class Part(NamedTuple):
@@ -49,6 +47,29 @@ class Part(NamedTuple):
     path: str
     axes: Shape | None
     index: np.ndarray | None = None  # type: ignore[assignment]  # tuples have a method `index`
+
+    def positions(self, shape: Shape) -> int:
+        """How many positions an array of `shape` has along `axes`."""
+        axes = self.axes or ()
+        return math.prod(size for axis, size in enumerate(shape) if axis in axes)
+
+    def units(self, shape: Shape) -> Shape:
+        """Shape of one bool per unit in an array of `shape`; () where it lacks positions."""
+        if self.axes is None:
+            return shape
+        positions = self.positions(shape)
+        if self.index is None:
+            return (positions,)
+        if self.index.max(initial=-1) >= positions:
+            return ()
+        return (len(self.index),)
+
+    def entries(self, shape: Shape) -> int:
+        """How many entries of an array of `shape` each unit has."""
+        if self.axes is None:
+            return 1
+        copies = 1 if self.index is None else self.index.shape[1]
+        return math.prod(shape) // self.positions(shape) * copies
 
 
 class Layer(NamedTuple):
@@ -80,10 +101,7 @@ Parts = dict[str, list[tuple[str, Part]]]  # with the name of the layer, by path
 def of_kernel(name: str, path: str, shape: Shape, axes: Shape | None) -> Layer:
     """The slices of one array along `axes`, or all its entries. shape: of the array."""
     part = Part(path, axes)
-    num = shape
-    if axes is not None:
-        num = (math.prod(shape[axis] for axis in axes),)
-    return Layer(name, num, (part,), (part,))
+    return Layer(name, part.units(shape), (part,), (part,))
 
 
 def of_group(group: Group, leaves: Leaves, members: Members = "all") -> Layer:
@@ -95,12 +113,19 @@ def of_group(group: Group, leaves: Leaves, members: Members = "all") -> Layer:
     has none. Raises ValueError for a group without a kernel among the leaves.
     """
     tables.convert(members, Members, "members")
-    located = [(member.role, _part(member, leaves)) for member in group.members]
-    found = [(role, part) for role, part in located if part is not None]
-    everything = [part for _, part in found]
-    producers = [part for role, part in found if role == "producer"]
-    # a depthwise kernel may make and read no channels
-    weights = [part for role, part in found if role != "other" or _is_matrix(part, leaves)]
+    everything = []
+    weights = []
+    producers = []
+    for member in group.members:
+        part = _part(member, leaves)
+        if part is None:  # running statistics
+            continue
+        everything.append(part)
+        matrix = trees.is_kernel(part.path) and leaves[part.path].ndim > 1
+        if member.role == "producer":
+            producers.append(part)
+        if member.role != "other" or matrix:  # a depthwise kernel may make and read no channels
+            weights.append(part)
     scored = producers or weights
     if not scored:
         raise ValueError(
@@ -110,19 +135,12 @@ def of_group(group: Group, leaves: Leaves, members: Members = "all") -> Layer:
     return Layer(group.name, (group.size,), tuple(parts), tuple(scored))
 
 
-def _is_matrix(part: Part, leaves: Leaves) -> bool:
-    return trees.is_kernel(part.path) and leaves[part.path].ndim > 1
-
-
 def _part(member: Member, leaves: Leaves) -> Part | None:
-    """The member as a part of `leaves`, which may lack the first name of its path; None for running
-    statistics.
-    """
+    """The member as a part of `leaves`, which may lack the first name of its path, or lack it."""
     for whole in (member.path, member.path.partition("/")[2]):
         path = plain(whole, leaves)
         if path in leaves:
-            size = leaves[path].shape[member.axis]
-            in_order = np.arange(size)[:, None]
+            in_order = np.arange(leaves[path].shape[member.axis])[:, None]
             index = None if np.array_equal(member.index, in_order) else member.index
             return Part(path, (member.axis,), index)
     return None
@@ -136,7 +154,7 @@ def plain(path: str, leaves: Leaves) -> str:
 # Arrays and units ---------------------------------------------------------------------------------
 
 
-def sums(array: Array, part: Part) -> Array:
+def _sums(array: Array, part: Part) -> Array:
     """Sum over the entries of each unit: [units]; the array itself where every entry is one."""
     if part.axes is None:
         return array
@@ -145,30 +163,32 @@ def sums(array: Array, part: Part) -> Array:
     return along if part.index is None else jnp.sum(along[part.index], 1)
 
 
-def entries(array: Any, part: Part) -> int:
-    """How many entries of an array each unit has."""
-    if part.axes is None:
-        return 1
-    along = math.prod(array.shape[axis] for axis in part.axes)
-    copies = 1 if part.index is None else part.index.shape[1]
-    return array.size // along * copies
+def _scored_sums(function: Callable, leaves: Leaves, layer: Layer) -> Array:
+    """Sum of `function(array)` over the scored entries of each unit."""
+    total: Any = 0
+    for part in layer.scored:
+        total = total + _sums(function(leaves[part.path]), part)
+    return total
 
 
 def absolute_sums(leaves: Leaves, layer: Layer) -> Array:
     """L1 norm of each unit's scored entries, in at least float32: [units]."""
-    total: Any = 0
-    for part in layer.scored:
-        magnitudes = jnp.abs(trees.widen(leaves[part.path]))
-        total = total + sums(magnitudes, part)
-    return total
+    return _scored_sums(lambda leaf: jnp.abs(trees.widen(leaf)), leaves, layer)
 
 
 def entries_left(kept: Leaves, layer: Layer) -> Array:
     """How many scored entries of each unit the masks `kept` leave: int [units]."""
-    total: Any = 0
-    for part in layer.scored:
-        total = total + sums(kept[part.path].astype(jnp.int32), part)
-    return total
+    return _scored_sums(lambda mask: mask.astype(jnp.int32), kept, layer)
+
+
+def entries(leaves: Leaves, layer: Layer) -> int:
+    """How many scored entries each unit has."""
+    return sum(part.entries(leaves[part.path].shape) for part in layer.scored)
+
+
+def mean_magnitudes(leaves: Leaves, layer: Layer) -> Array:
+    """Mean of the magnitudes of each unit's scored entries: [units]."""
+    return absolute_sums(leaves, layer) / entries(leaves, layer)
 
 
 def spread(values: Array, part: Part, shape: Shape) -> Array:
@@ -178,15 +198,16 @@ def spread(values: Array, part: Part, shape: Shape) -> Array:
     """
     if part.axes is None:
         return values
-    sizes = [n if axis in part.axes else 1 for axis, n in enumerate(shape)]
     if part.index is not None:
-        along = jnp.zeros(math.prod(sizes), values.dtype)
+        along = jnp.zeros(part.positions(shape), values.dtype)
         values = along.at[part.index].add(values[:, None])
-    return values.reshape(sizes)
+    return values.reshape([n if axis in part.axes else 1 for axis, n in enumerate(shape)])
 
 
 def spread_mask(keep: Array, part: Part, shape: Shape) -> Array:
     """Bools of `shape`, False where a unit is that `keep` leaves out."""
+    if part.axes is None:
+        return keep
     removed = spread((~keep).astype(jnp.int32), part, shape)
     return jnp.broadcast_to(removed == 0, shape)
 
@@ -215,24 +236,19 @@ def without(kept: PyTree, layers: Iterable[Layer], keep: Leaves) -> PyTree:
 # Channels of layers -------------------------------------------------------------------------------
 
 
-def coupled(
-    channels: Channels,
-    keep: Leaves,
-    granularity: Sliced = "filter",
-) -> dict[str, Any]:
+def coupled(channels: Channels, keep: Leaves, granularity: Sliced = "filter") -> dict[str, Any]:
     """`keep` by name of the groups that the filters, or input channels, of some kernels are.
 
     keep: bools [filters or input channels] by path in the traced variables. A channel goes if any
     of the kernels that make (channel: read) it leaves it out.
     """
-    found: dict[str, Any] = {}
+    by_group: dict[str, Any] = {}
     for name, member in deciding(channels, granularity):
         several = member.index.shape[1] > 1  # copies, e.g. of a flattened image
-        if member.path not in keep or several or member.role == "depthwise":
-            continue
-        own = keep[member.path][member.index[:, 0]]
-        found[name] = found[name] & own if name in found else own
-    return found
+        if member.path in keep and not several and member.role != "depthwise":
+            kept = keep[member.path][member.index[:, 0]]
+            by_group[name] = by_group.get(name, True) & kept
+    return by_group
 
 
 def deciding(channels: Channels, granularity: Sliced) -> Iterator[tuple[str, Member]]:
@@ -244,7 +260,7 @@ def deciding(channels: Channels, granularity: Sliced) -> Iterator[tuple[str, Mem
                 yield name, member
 
 
-def alive(channels: Channels, kept: PyTree) -> dict[str, np.ndarray]:
+def alive(channels: Channels, kept: PyTree) -> Arrays:
     """Channels that some array which makes them still has, bool by name of group, on the host.
 
     kept: masks in the structure of the variables, or of some of them.
@@ -256,10 +272,8 @@ def alive(channels: Channels, kept: PyTree) -> dict[str, np.ndarray]:
         makers = [member for member in members if member.role != "consumer"]
         lives = np.zeros(group.size, bool)
         for member in makers or members:
-            mask = np.asarray(leaves[member.path])
-            slices = np.moveaxis(mask, member.axis, 0)
-            flat = slices.reshape(len(slices), -1)
-            left = np.any(flat, axis=1)
-            lives |= np.any(np.take(left, member.index), axis=1)
+            slices = np.moveaxis(np.asarray(leaves[member.path]), member.axis, 0)
+            left = np.any(slices.reshape(len(slices), -1), axis=1)
+            lives |= np.take(left, member.index).any(1)
         result[name] = lives
     return result

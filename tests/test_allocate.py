@@ -306,7 +306,7 @@ def test_a_removed_filter_takes_its_norm_with_it(name, options, branches):
     counts = allocate.keep_counts(variables["params"], 0.5, **own)
     kept = jax.jit(lambda params: allocate.keep_masks(params, counts, **own))(variables["params"])
     alive = {}
-    for group, layer in allocate.layers_of(variables["params"], channels).items():
+    for group, layer in allocate.Structured().units_of(variables["params"], channels).items():
         mask = np.moveaxis(
             np.asarray(trees.named_leaves(kept)[layer.scored[0].path]), layer.scored[0].axes[0], 0
         )

@@ -405,7 +405,6 @@ def test_decimal_shares_mean_what_they_say():
     scores = {"a": np.arange(100.0)}
     for percent in range(1, 95):
         assert budgets.select(scores, percent / 100)["a"].sum() == 100 - percent
-        assert budgets.select_by_rule(scores, ((".*", percent / 100),))["a"].sum() == 100 - percent
         assert budgets.minimum_kept({"a": 100}, percent / 100) == {"a": percent + 1}
     assert (
         budgets.select(scores, 0.29, protect="original")["a"].sum() == 72
@@ -415,24 +414,15 @@ def test_decimal_shares_mean_what_they_say():
 # Other budgets
 
 
-def test_ratios_by_rule():
+def test_counts_of_layers():
     scores = random_scores(4)
-    keep = budgets.select_by_rule(
-        scores, ((r"stage1/.*", 0.5), (r"stage2/conv1", 0.29), (r".*", 0.0))
-    )
-    assert {name: int(mask.sum()) for name, mask in keep.items()} == {
-        "conv1": 16,
-        "stage1/conv1": 20,
-        "stage1/conv2": 20,
-        "stage2/conv1": 71,  # the floating-point product 0.29 * 100 is below 29
-        "tiny": 1,
-    }
+    counts = {"conv1": 16, "stage1/conv1": 20, "stage1/conv2": 99, "stage2/conv1": 71, "tiny": 1}
+    keep = budgets.select_to_counts(scores, counts)
     for name, mask in keep.items():
+        assert mask.sum() == min(counts[name], mask.size)
         assert mask.all() or scores[name][mask].min() > scores[name][~mask].max()
     with pytest.raises(ValueError, match="1 of 16 channels of layer 'conv1' are to stay"):
-        budgets.select_by_rule(scores, (("conv1", 0.97), (".*", 0.0)), floors={"conv1": 2})
-    with pytest.raises(tables.ConfigError, match="decides no parameter"):
-        budgets.select_by_rule(scores, (("stage7/.*", 0.5), (".*", 0.0)))
+        budgets.select_to_counts(scores, counts | {"conv1": 1}, floors={"conv1": 2})
 
 
 def network_cost(keep):

@@ -1,41 +1,36 @@
 """Things of one's own in a config: from one file, through the command line, to the report."""
 
+import os
+
 import pytest
 import tiny
 
 from sparsity_jax import evaluate, extend, imports, report
+from sparsity_jax.channels import rules
 
 PAGES = True  # see conftest.py
 
 MINE = '''
+import os
+import signal
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from matplotlib.figure import Figure
 
 from sparsity_jax import extend, groups, interface, losses, optim, scores, sources, tables, train
+from sparsity_jax.channels import rules
 from sparsity_jax.models import layers
 from sparsity_jax.report.sections import Section
 
 
-class Net(nn.Module):
-    num_classes: int
-    settings: layers.Settings
-    width: int
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        x = images.reshape(len(images), -1)
-        x = nn.relu(layers.dense(x, self.width, settings=self.settings, name="hidden"))
-        return layers.classifier(x, self.num_classes, settings=self.settings)
-
-
 def net(num_classes, settings, *, width: tables.Count = 8):
-    return Net(num_classes, settings, width)
+    zeta = layers.Apply(lambda x: jax.scipy.special.zeta(2.0, 1 + x))
+    steps = (layers.Dense(width, "hidden"), layers.RELU, zeta)
+    return layers.Network(num_classes, settings, layers.Plan(steps, smallest=0))
 
 
 def blobs(train_split, test_split):
@@ -71,6 +66,8 @@ class Shrink(interface.Stage):
             params = jax.tree.map(lambda leaf: leaf * self.factor, state.params)
             state = state._replace(params=params)
             row = dict(shrunk=self.factor ** (step + 1))
+            if step == 1 and "INTERRUPTED" in os.environ:
+                os.kill(os.getpid(), signal.SIGINT)
             yield train.Update(state, [[row]], (step + 1) / self.steps)
 
 
@@ -89,6 +86,7 @@ first = scores.Measure(("w",), lambda w: jnp.abs(w), lambda rows: rows[:, 0])
 extend.register("measure", "first", first)
 extend.register("stage", "shrink", Shrink)
 extend.register("figure", "shrink", shrinking)
+groups.teach("zeta", rules.elementwise(rules.never_zero))
 '''
 CONFIG = """
 import pathlib
@@ -120,44 +118,61 @@ def get_config():
 @pytest.fixture
 def own_tables():
     """Tables that are after the test what they were before it."""
-    tables_before = [
-        (table, dict(table)) for table in (*extend.TABLES.values(), extend.page.FIGURES)
-    ]
+    changed = (*extend.TABLES.values(), extend.page.FIGURES, rules.RULES)
+    tables_before = [(table, dict(table)) for table in changed]
     yield
     for table, before in tables_before:
         table.clear()
         table.update(before)
 
 
-def run(*arguments):
-    ended = tiny.python("-m", *arguments)
-    return ended.returncode, ended.stdout + ended.stderr
+def run(workdir, **changes):
+    """(exit status, rows) of the command line, which prints no traceback."""
+    command = ("sparsity_jax.run", "--config", workdir.parent / "config.py", "--workdir", workdir)
+    ended = tiny.python("-m", *command, env={**os.environ, **changes})
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return ended.returncode, report.read_rows(workdir / report.METRICS)
 
 
-def test_a_file_of_ones_own_runs_resumes_and_shows(tmp_path, own_tables, capsys):
-    (tmp_path / "mine.py").write_text(MINE)
-    config = tmp_path / "config.py"
-    config.write_text(CONFIG)
-    workdir = tmp_path / "run"
-    whole = ("sparsity_jax.run", "--config", config, "--workdir", workdir)
-    code, printed = run(*whole)
-    assert code == 0, printed
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A whole run of the config above, with its file beside it."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "mine.py").write_text(MINE)
+    (folder / "config.py").write_text(CONFIG)
+    code, _ = run(folder / "whole")
+    assert code == 0
+    return folder / "whole"
+
+
+def test_everything_of_ones_own_runs_and_shows(workdir):
     rows = report.read_rows(workdir / report.METRICS)
-    assert [row["shrunk"] for row in rows if row["kind"] == "shrink"] == [0.5, 0.25, 0.125]
     assert [row["train_accuracy"] for row in rows if row["kind"] == "train"][-1] > 0.9
+    (cut,) = [row for row in rows if row["kind"] == "cut"]
+    assert 0 < cut["num_kept"] < cut["num_channels"]  # of channels that pass the primitive
+    assert [row["shrunk"] for row in rows if row["kind"] == "shrink"] == [0.5, 0.25, 0.125]
     assert "How it shrank" in (workdir / report.REPORT).read_text()
     assert (workdir / "figures" / "shrinking.png").is_file()
-    code, printed = run(*whole)  # goes on behind its last stage
-    assert code == 0, printed
-    assert report.read_rows(workdir / report.METRICS) == rows
 
-    report.write(workdir, *report.gather(workdir)[:2])  # imports nothing that the workdir names
-    page = (workdir / report.REPORT).read_text()
+
+def test_a_stage_of_ones_own_goes_on_where_it_was_interrupted(workdir):
+    broken = workdir.with_name("broken")
+    code, rows = run(broken, INTERRUPTED="yes")
+    assert code == 130
+    assert [row["shrunk"] for row in rows if row["kind"] == "shrink"] == [0.5, 0.25]
+    code, rows = run(broken)
+    assert code == 0
+    assert tiny.timeless(rows) == tiny.timeless(report.read_rows(workdir / report.METRICS))
+
+
+def test_nothing_that_a_workdir_names_is_imported(workdir, own_tables, tmp_path, capsys):
+    report.write(tmp_path, *report.gather(workdir)[:2])
+    page = (tmp_path / report.REPORT).read_text()
     assert "Rows of shrink" in page
     assert "How it shrank" not in page
     with pytest.raises(SystemExit, match=r"'blobs'|'net'"):
         evaluate.main(["--workdir", str(workdir)])
-    evaluate.main(["--workdir", str(workdir), "--import", str(tmp_path / "mine.py")])
+    evaluate.main(["--workdir", str(workdir), "--import", str(workdir.parent / "mine.py")])
     assert "accuracy" in capsys.readouterr().out
 
 

@@ -370,15 +370,6 @@ def test_optimizer_state_follows(optimizer):
     assert groups.mask(empty, channels, keep) == groups.compact(empty, channels, keep) == empty
 
 
-def test_sums_freeze():
-    apply, variables, inputs = network("vit")
-    allowed, frozen = traced("vit"), groups.trace(apply, variables, *inputs, sums="freeze")
-    assert sorted([*frozen.sizes.values(), 12]) == sorted(
-        allowed.sizes.values()
-    )  # but for the normalised width
-    assert any(event.reason == "sums over all entries" for event in frozen.frozen)
-
-
 def test_separate_branches():
     apply, variables, inputs = network("resnet18")
     channels = groups.trace(apply, variables, *inputs, branches="separate")
@@ -472,8 +463,8 @@ def test_errors():
         groups.trace(lambda v, x: x[v > 0], jnp.ones(3), jnp.ones(3))
     with pytest.raises(TypeError, match="variables hold float at 'rate'"):
         groups.trace(lambda v, x: x, {"rate": 0.1}, jnp.ones(3))
-    with pytest.raises(ValueError, match="sums is 'never'; allowed: 'allow'"):
-        groups.trace(apply, variables, *inputs, sums="never")
+    with pytest.raises(ValueError, match="branches is 'never'; allowed: 'tied'"):
+        groups.trace(apply, variables, *inputs, branches="never")
 
 
 def test_part_of_another_tree_is_refused():

@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 
 from sparsity_jax import groups, growing, masks, originals, tables, units
 
-OPTIMIZED = True  # the gradient of jnp.max needs its input rounded once, see conftest.py
-
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 GOLDEN = "08_growing_reg.npz"
 HYPER = golden_data.hyper(GOLDEN)
@@ -225,7 +223,8 @@ def test_the_network_is_that_of_its_hyper_parameters():
 
 
 @pytest.mark.parametrize("case", [*CASES[::4], *CASES[-1:]])
-def test_training_ends_where_the_original_does(case):
+def test_training_ends_where_the_original_does(case, as_users_compile):
+    """The gradient of jnp.max needs its input rounded once, which quick compilation does not do."""
     golden = golden_data.load(GOLDEN)
     own, net = HYPER[case], HYPER["net"]
     group = own["wg"]
@@ -350,8 +349,6 @@ def test_largest_gap(scores, number):
 def test_mistakes_of_single_functions_are_told():
     with pytest.raises(ValueError, match="there are 1 scores; a gap is between 2 or more"):
         growing.largest_gap(jnp.ones(1))
-    with pytest.raises(tables.ConfigError, match="never gets to 1"):
-        growing.Penalty(granularity_prune=0.0).plan()
 
 
 def test_a_layer_of_zeros_does_not_spoil_its_ratio():
@@ -1000,22 +997,22 @@ AUTO = growing.layers(W, {"conv/kernel": "gap"})
     ("call", "message"),
     [
         (lambda: growing.layers(W, {"conv/kernle": 0.5}), "Did you mean 'conv/kernel'"),
-        (lambda: growing.layers(W, {}), "name at least one"),
-        (lambda: growing.layers(W, {"conv/kernel": 1.5}), "is 1.5; allowed: 0 to 1, or 'gap'"),
+        (lambda: growing.layers(W, {}), "at least one layer"),
+        (lambda: growing.layers(W, {"conv/kernel": 1.5}), "is 1.5; allowed"),
         (lambda: growing.layers(W, {"conv/kernel": float("nan")}), "is nan; allowed"),
-        (lambda: growing.layers(W, {"conv/bias": 0.5}), "a slice of a matrix"),
+        (lambda: growing.layers(W, {"conv/bias": 0.5}), "has shape"),
         (lambda: growing.layers(W, {"conv/kernel": 0.5}, "filters"), "Did you mean 'filter'"),
         (lambda: growing.pick(OTHER, LAYERS), "made for another array"),
-        (lambda: growing.pick({"conv": {"bias": jnp.ones(4)}}, LAYERS), "'conv/kernel' is no path"),
+        (lambda: growing.pick({"conv": {"bias": jnp.ones(4)}}, LAYERS), "allowed: conv/bias"),
         (lambda: growing.pick(W, LAYERS, pick="rand"), "needs a key"),
         (lambda: growing.pick(W, LAYERS, pick="least"), "allowed: 'min'"),
-        (lambda: growing.pick(W, AUTO, pick="max"), "needs pick='min'"),
+        (lambda: growing.pick(W, AUTO, pick="max"), "'min' to cut"),
         (lambda: growing.growing_l2(LAYERS, pick="rand"), "needs a key"),
         (lambda: growing.growing_l2(LAYERS, method="greg3"), "Did you mean 'greg"),
         (lambda: growing.growing_l2(LAYERS, granularity=1e-3), "no field 'granularity'"),
         (lambda: growing.growing_l2(LAYERS, granularity_prune=0.0), "allowed: float > 0"),
         (lambda: growing.growing_l2(LAYERS + LAYERS), "same name"),
-        (lambda: growing.growing_l2(LAYERS, keep={"conv": np.ones(4, bool)}), "which is no layer"),
+        (lambda: growing.growing_l2(LAYERS, keep={"conv": np.ones(4, bool)}), "keep is 'conv'"),
         (
             lambda: growing.growing_l2(LAYERS, keep={"conv/kernel": np.ones(3, bool)}),
             r"allowed: bool \(4,\)",
@@ -1040,7 +1037,7 @@ def test_misuse_says_what_is_allowed(call, message):
 def test_coupled_misuse(residual):
     variables, channels = residual
     name = channels.names[0]
-    with pytest.raises(ValueError, match="is no group"):
+    with pytest.raises(ValueError, match="ratios is 'stm'; allowed"):
         growing.coupled(channels, variables, {"stm": 0.5})
     with pytest.raises(ValueError, match="has no kernel among the params"):
         growing.coupled(channels, variables["batch_stats"], {name: 0.5})

@@ -21,6 +21,7 @@ NUMERICS = (
         "masks",
         "polytopes",
         "linops",
+        "batches",
         "channels",
         "groups",
     ),

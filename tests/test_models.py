@@ -401,7 +401,7 @@ def test_training_mode_updates_the_running_statistics(name):
     assert all(jax.tree.leaves(changed))
 
 
-@names
+@families
 def test_bfloat16_gives_float32_logits_and_statistics(name):
     _, variables, images = tiny(name)
     model = models.build(name=name, num_classes=5, dtype="bfloat16", **TINY[name][0])
@@ -664,22 +664,22 @@ def test_zero_pad_shortcut():
         ({"name": "mlp", "dropout": 1.5}, ("dropout", 1.5)),
         (
             {"name": "resnet", "widths": (4, 8)},
-            ("config.model.widths has 2 entries",),
+            ("widths", (4, 8)),
         ),
         (
             {"name": "resnet", "inner_widths": (4,)},
-            ("config.model.inner_widths has 1 entries",),
+            ("inner_widths", (4,)),
         ),
         (
             {"name": "resnet", "widths": (8, 4, 4), "shortcut": "zero_pad"},
-            ("config.model.shortcut is 'zero_pad' and the channels go (8, ",),
+            ("shortcut", "zero_pad"),
         ),
         (
             {"name": "alexnet", "widths": (4, 8)},
             ("widths", (4, 8)),
         ),
         ({"name": "alexnet", "upsample": 0}, ("upsample", 0)),
-        ({"name": "wrn", "depth": 18}, ("config.model.depth is 18",)),
+        ({"name": "wrn", "depth": 18}, ("depth", 18)),
     ],
 )
 def test_wrong_settings_are_found_while_building(changes, refusal):

@@ -882,6 +882,9 @@ RESUMED = {  # every kind of state and of stage, alone and side by side
 }
 
 
+MOST_INTERRUPTED = 6  # updates at which a case is interrupted, the first and the last among them
+
+
 def interrupt_at(monkeypatch, number, error):
     """The show of the update `number` (from 1) of all coming ones raises; returns how often it was
     called.
@@ -900,6 +903,7 @@ def interrupt_at(monkeypatch, number, error):
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
+    """Interrupted by turns with a last save and without one."""
     config, build, problems = RESUMED[case], pipeline.build, []
 
     def build_once(plans):  # the same config is the same problem, with its compiled programs
@@ -913,12 +917,11 @@ def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
         total = len(calls)
     rows = tiny.timeless(json.loads(json.dumps(expected.rows)))
     assert total >= 3
-    for number in range(1, total + 1):
-        error = KeyboardInterrupt if number % 2 else Killed
-        own, workdir = (
-            config | dict(checkpoint_seconds=60.0 if number % 2 else 0.0),
-            tmp_path / str(number),
-        )
+    spread = np.unique(np.linspace(1, total, min(total, MOST_INTERRUPTED)).round().astype(int))
+    for turn, number in enumerate(spread):
+        error = Killed if turn % 2 else KeyboardInterrupt
+        own = config | dict(checkpoint_seconds=0.0 if turn % 2 else 60.0)
+        workdir = tmp_path / str(number)
         with monkeypatch.context() as patch:
             calls = interrupt_at(patch, number, error)
             with pytest.raises(error):

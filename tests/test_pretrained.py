@@ -314,7 +314,7 @@ def test_equally_shaped_layers_are_never_permuted(arguments, rng):
     items = sorted(network.state_dict.items())
     rng.shuffle(items)
     scheme = arguments[1]
-    found = permuted(network, pretrained.Unordered(items))
+    found = permuted(network, dict(sorted(items)))
     assert not found
     shapes = [array.shape for array in network.state_dict.values() if array.ndim > 1]
     if scheme not in ("words", "words and numbers") or len(set(shapes)) == len(shapes) == 1:
@@ -357,7 +357,7 @@ def test_a_shortcut_defined_first_is_told_by_its_names_or_refused():
 
 def test_names_lead_out():
     network = random_network((3, 3, 3, 3), "words", WORDS, False)
-    shuffled = pretrained.Unordered(sorted(network.state_dict.items()))
+    shuffled = dict(sorted(network.state_dict.items()))
     assert permuted(network, shuffled) is None
     names = (("stem.weight", "params/dense1/kernel"), ("inner.weight", "params/dense2/kernel"))
     found = pretrained.to_variables(shuffled, network.like, names=names)
@@ -375,7 +375,7 @@ def test_a_fresh_classifier_is_told_from_equal_layers():
         found["params"]["dense2"]["kernel"], network.state_dict["inner.weight"].T
     )
     assert found["params"]["fc"]["kernel"].shape == (3, 2)
-    shuffled = pretrained.Unordered(network.state_dict)
+    shuffled = dict(sorted(network.state_dict.items()))
     with pytest.raises(tables.ConfigError, match="which layers are which"):
         pretrained.to_variables(shuffled, like, fresh=pretrained.CLASSIFIER)
 
@@ -455,7 +455,7 @@ def test_what_is_no_weight_is_refused(case, name):
 
 def test_values_beyond_half_precision_are_refused():
     like = {"params": {"bn1": {"scale": jax.ShapeDtypeStruct((2,), jnp.float16)}}}
-    with pytest.raises(tables.ConfigError, match=r"bn1\.weight holds values beyond float16"):
+    with pytest.raises(tables.ConfigError, match=r"bn1\.weight holds .* beyond float16"):
         pretrained.to_variables({"bn1.weight": np.array([1.0, 7e4])}, like)
 
 

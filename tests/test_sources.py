@@ -113,7 +113,7 @@ MISTAKES = {
     "two classes link": (lambda r: link(r / "train/cat/ants", r / "train/ant"), "one class"),
     "a class that holds all": (
         lambda r: [link(r / s / "all", r / s) for s in ("train", "test")],
-        "one class",
+        "all has no images",
     ),
     "GIF": (gif_in, r"9\.gif.*GIF"),
     "JPEG without a suffix": (
@@ -157,7 +157,7 @@ def test_a_directory_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
     def guarded(path):
         if str(path) == str(locked):
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", guarded)

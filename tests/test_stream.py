@@ -160,19 +160,20 @@ def test_the_size_of_a_jpeg_is_read_from_its_header():
     ways = [], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 1]
     for shape, flags in itertools.product([(30, 51, 3), (9, 7, 1), (300, 2, 3)], ways):
         encoded = cv2.imencode(".jpg", rng.integers(0, 256, shape, np.uint8), flags)[1].tobytes()
-        assert stream.jpeg_shape(encoded) == shape[:2]
+        assert decoding.jpeg_shape(encoded) == shape[:2]
         comment = b"\xff\xfe" + (2000).to_bytes(2, "big") + bytes(1998)
-        assert stream.jpeg_shape(encoded[:2] + comment + encoded[2:]) == shape[:2]
+        assert decoding.jpeg_shape(encoded[:2] + comment + encoded[2:]) == shape[:2]
     for suffix in (".png", ".bmp", ".webp"):
         assert (
-            stream.jpeg_shape(cv2.imencode(suffix, np.zeros((3, 4), np.uint8))[1].tobytes()) is None
+            decoding.jpeg_shape(cv2.imencode(suffix, np.zeros((3, 4), np.uint8))[1].tobytes())
+            is None
         )
 
 
 @hypothesis.given(st.binary(max_size=60))
 def test_no_bytes_break_the_header_reader(tail):
     for encoded in (tail, b"\xff\xd8" + tail, b"\xff\xd8\xff\xc0" + tail):
-        shape = stream.jpeg_shape(encoded)
+        shape = decoding.jpeg_shape(encoded)
         assert shape is None or (len(shape) == 2 and min(shape) > 0)
 
 
@@ -228,8 +229,8 @@ def test_small_sets_are_shuffled_uniformly():
     average.
     """
     numbers = np.random.SeedSequence([3]).generate_state(300).tolist()
-    order = stream.Order(400, 400, numbers)
-    found = np.array([order[i] for i in range(len(order))]).reshape(300, 400)
+    visit = lambda i: stream.image_at(i, total=400, size=400, seeds=numbers)
+    found = np.array([visit(i) for i in range(300 * 400)]).reshape(300, 400)
     assert (np.sort(found) == np.arange(400)).all()
     stay = (found == np.arange(400)).sum(1)
     follow = (np.diff(found) == 1).sum(1)
@@ -854,7 +855,6 @@ def test_a_stream_says_what_an_array_would(folder):
     assert (splits.num_classes, splits.mean) == (3, data.NORMALIZATIONS["imagenet"].mean)
     assert stream.central_box(375, 500, splits.train.images.options) == (23, 86, 328, 328)
     assert math.isclose(328 / 375, 224 / 256, abs_tol=0.002)
+    source = data.Source(1, lambda _: [(b"no image", 0)], lambda i: f"image {i}")
     with pytest.raises(tables.ConfigError, match="and all other images cannot be decoded"):
-        data.first_channels(
-            data.Source(1, lambda _: [(b"no image", 0)], lambda i: f"image {i}"), [0]
-        )
+        data.leave(data.Opened(source, source, 2, 0), "train", splits.train.images.options, 0)

@@ -44,7 +44,9 @@ def row(name: str, batch_size: int, repeats: int) -> str:
     of_group = lambda group, tree: scores.score("mag_based", scores.Statistics(w=tree), group)
     score = jax.jit(lambda tree: {n: of_group(group, tree) for n, group in channels.groups.items()})
     importance = score(variables)
-    keep = budgets.select_by_rule(importance, ((".*", 0.5),))
+    keep = budgets.select_to_counts(
+        importance, {name: len(row) // 2 for name, row in importance.items()}
+    )
     hide = jax.jit(lambda tree, keep: groups.mask(tree, channels, keep))
     hide(variables, keep)
     select = lambda: budgets.select(importance, 0.5)

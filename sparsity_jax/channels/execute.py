@@ -1,10 +1,11 @@
 """A walked program run without its removed entries: same equations, smaller arrays.
 
 Most equations take their sizes from their operands. `RESIZES` has those with sizes among their
-parameters, `RUNS` those with jaxprs inside, and `DRAWS` those that run at the full size and are
-then cut.
+parameters, `RUNS` those with jaxprs inside that are more than a call, and `DRAWS` those that run at
+the full size and are then cut.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,38 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax.channels.labels import FROZEN, Labels
+from sparsity_jax.channels.labels import Labels
 from sparsity_jax.channels.values import Axis, Program, Value, is_literal, nowhere_zero
-from sparsity_jax.channels.walk import Analysis, Walk, scan_operands, while_operands
+from sparsity_jax.channels.walk import INNER, Walk, loop_operands
+from sparsity_jax.types import Fields, Shape
 
 Arrays = Sequence[Any]
-Params = dict[str, Any]
 FLOAT0 = jax.dtypes.float0
 
 
-class Alive:
+class Alive(NamedTuple):
     """Which labels live. removed: simple labels that die."""
 
-    def __init__(self, labels: Labels, removed: set[int]):
-        self.labels = labels
-        self.removed = removed
-        self._known: dict[int, bool] = {FROZEN: True}
+    labels: Labels
+    removed: set[int]
 
     def __call__(self, labels: np.ndarray) -> np.ndarray:
         """bool, of the labels' shape: the entries that stay."""
         if not self.removed or not labels.any():
             return np.ones(labels.shape, bool)
         unique, inverse = np.unique(self.labels.find(labels), return_inverse=True)
-        lives = np.array([self._lives(label) for label in unique.tolist()])
+        parts = map(self.labels.parts, unique.tolist())
+        lives = np.array([self.removed.isdisjoint(labels) for labels in parts])
         return lives[inverse].reshape(labels.shape)
 
-    def _lives(self, label: int) -> bool:
-        if label not in self._known:
-            parts = self.labels.parts(label)
-            self._known[label] = self.removed.isdisjoint(parts)
-        return self._known[label]
-
-    def shape(self, value: Value) -> tuple[int, ...]:
+    def shape(self, value: Value) -> Shape:
         if not self.removed:
             return value.shape
         return tuple(self.count(axis) for axis in value.axes)
@@ -60,74 +54,46 @@ class Alive:
         return array
 
 
-def run(analysis: Analysis, alive: Alive, arrays: Arrays) -> list[Any]:
-    """Results of the analysed program for inputs that have the living entries only."""
-    return _function(alive, analysis.consts, analysis.program)(*arrays)
-
-
-def _function(alive: Alive, consts: Arrays, program: Program) -> Callable:
-    """The program at the smaller sizes, as a function of its inputs there; consts: whole."""
-    values = [program.values[var] for var in program.jaxpr.constvars]
-
-    def function(*arrays: Any) -> list[Any]:
-        return _run(alive, program, [*map(alive.cut, consts, values), *arrays])
-
-    return function
-
-
-def _inner(alive: Alive, closed: Any, program: Program) -> Callable:
-    return _function(alive, getattr(closed, "consts", ()), program)
-
-
-def _run(alive: Alive, program: Program, arrays: Arrays) -> list[Any]:
-    """arrays: of the constants and the inputs."""
+def run(alive: Alive, program: Program, *arrays: Any) -> list[Any]:
+    """Results of the program for inputs that have the living entries only."""
     jaxpr = program.jaxpr
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), arrays, strict=True))
-    last = {}
-    for number, eqn in enumerate(jaxpr.eqns):
-        last |= dict.fromkeys(_variables(eqn.invars), number)
-    for var in _variables(jaxpr.outvars):
-        last.pop(var, None)
-    for number, (eqn, inner) in enumerate(program.equations()):
-        ins = [_read(env, var) for var in eqn.invars]
+    consts = map(alive.cut, program.consts, program.known(jaxpr.constvars))
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arrays), strict=True))
+    last: dict[Any, Any] = {}
+    for eqn in jaxpr.eqns:
+        last |= dict.fromkeys(_variables(eqn.invars), eqn)
+    for eqn, inner in program.equations():
+        ins = _read(env, eqn.invars)
         outs = _run_equation(alive, program, eqn, ins, inner)
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in _variables(eqn.invars):
-            if last.get(var) == number:
+            if last[var] is eqn and var not in jaxpr.outvars:
                 env.pop(var, None)
-    return [_read(env, var) for var in jaxpr.outvars]
+    return _read(env, jaxpr.outvars)
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
     return [var for var in atoms if not is_literal(var)]
 
 
-def _read(env: dict, var: Any) -> Any:
-    return var.val if is_literal(var) else env[var]
+def _read(env: dict, atoms: Sequence[Any]) -> list[Any]:
+    return [var.val if is_literal(var) else env[var] for var in atoms]
 
 
 def _run_equation(
-    alive: Alive,
-    program: Program,
-    eqn: Any,
-    ins: Arrays,
-    inner: list[Program],
+    alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: list[Program]
 ) -> Arrays:
     name, params = eqn.primitive.name, eqn.params
-    if name in RUNS:
-        return RUNS[name](alive, eqn, ins, inner)
-    results = [program.value(var) for var in eqn.outvars]
+    if name in INNER:
+        return RUNS.get(name, _run_call)(alive, eqn, ins, inner)
+    results = program.known(eqn.outvars)
     if name in RESIZES:
-        given = [program.value(var) for var in eqn.invars]
-        sizes = Sizes(alive, params, given, results)
+        sizes = Sizes(alive, params, program.known(eqn.invars), results)
         params = {**params, **RESIZES[name](sizes)}
-    bound = eqn.primitive.get_bind_params(params)
-    outs = eqn.primitive.bind(*ins, **bound)
+    outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(params))
     if not eqn.primitive.multiple_results:
         outs = [outs]
-    if name in DRAWS:
-        outs = list(map(alive.cut, outs, results))
-    return outs
+    return list(map(alive.cut, outs, results)) if name in DRAWS else outs
 
 
 # Parameters of equations that hold sizes ---------------------------------------------------------
@@ -137,64 +103,57 @@ class Sizes(NamedTuple):
     """What new parameters of an equation are made from."""
 
     alive: Alive
-    params: Params  # of the full size
+    params: Fields  # of the full size
     ins: list[Value]
     outs: list[Value]
 
 
-Resize = Callable[[Sizes], Params]
+Resize = Callable[[Sizes], Fields]
 
 
 def resizes_to(name: str) -> Resize:
     """For a parameter that is the shape of the result."""
 
-    def resize(at: Sizes) -> Params:
+    def resize(at: Sizes) -> Fields:
         return {name: at.alive.shape(at.outs[0])}
 
     return resize
 
 
-def _limits(at: Sizes) -> Params:
+def _limits(at: Sizes) -> Fields:
     changed = {}
     for name in ("start_indices", "limit_indices"):
-        ends = zip(at.ins[0].axes, at.params[name], strict=True)
-        changed[name] = tuple(at.alive.count(axis, end) for axis, end in ends)
+        changed[name] = tuple(map(at.alive.count, at.ins[0].axes, at.params[name]))
     return changed
 
 
-def _paddings(at: Sizes) -> Params:
+def _paddings(at: Sizes) -> Fields:
     config = []
-    given = at.params["padding_config"]
-    for axis, (low, high, inside) in zip(at.outs[0].axes, given, strict=True):
-        if min(low, high) >= 0 and not inside:
-            end = at.alive.count(axis, axis.size - high)
-            high = at.alive.count(axis) - end
-            low = at.alive.count(axis, low)
+    for axis, (low, high, inside) in zip(at.outs[0].axes, at.params["padding_config"]):
+        kept = at.alive(axis.labels)
+        if low > 0:
+            low = int(kept[:low].sum())
+        if high > 0:
+            high = int(kept[-high:].sum())
         config.append((low, high, inside))
     return dict(padding_config=tuple(config))
 
 
-def _groups(at: Sizes) -> Params:
-    groups = at.params["feature_group_count"]
-    if groups == 1:
-        return {}
-    spec = at.params["dimension_numbers"].rhs_spec
-    outputs = at.ins[1].axes[spec[0]]
-    rows = at.alive(outputs.labels).reshape(groups, -1)
+def _groups(at: Sizes) -> Fields:
+    outputs = at.ins[1].axes[at.params["dimension_numbers"].rhs_spec[0]]
+    rows = at.alive(outputs.labels).reshape(at.params["feature_group_count"], -1)
     return dict(feature_group_count=int(rows.any(1).sum()))
 
 
-def _split_sizes(at: Sizes) -> Params:
+def _split_sizes(at: Sizes) -> Fields:
     axis = at.params["axis"]
-    sizes = tuple(at.alive.count(out.axes[axis]) for out in at.outs)
-    return dict(sizes=sizes)
+    return dict(sizes=tuple(at.alive.count(out.axes[axis]) for out in at.outs))
 
 
-def _slice_sizes(at: Sizes) -> Params:
+def _slice_sizes(at: Sizes) -> Fields:
     sizes = []
     for axis, size in zip(at.ins[0].axes, at.params["slice_sizes"], strict=True):
-        whole = size == axis.size
-        sizes.append(at.alive.count(axis) if whole else size)
+        sizes.append(at.alive.count(axis) if size == axis.size else size)
     return dict(slice_sizes=tuple(sizes))
 
 
@@ -215,137 +174,88 @@ DRAWS = ("random_bits",)  # drawn in full, then cut: other sizes would be other 
 # Equations with jaxprs inside --------------------------------------------------------------------
 
 
-def _run_call(name: str) -> Callable:
-    def run_call(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-        return _inner(alive, eqn.params[name], inner[0])(*ins)
-
-    return run_call
+def _run_call(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
+    return run(alive, *inner, *ins)
 
 
 def _run_remat(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    function = _inner(alive, eqn.params["jaxpr"], inner[0])
-    again = jax.checkpoint(
-        function,
-        policy=eqn.params.get("policy"),
-        prevent_cse=eqn.params.get("prevent_cse", True),
-    )
-    return again(*ins)
+    function = functools.partial(run, alive, *inner)
+    options = {name: eqn.params[name] for name in ("policy", "prevent_cse") if name in eqn.params}
+    return jax.checkpoint(function, **options)(*ins)
 
 
 def _run_scan(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    given = scan_operands(eqn, ins)
-    body = _inner(alive, eqn.params["jaxpr"], inner[0])
+    given = loop_operands(eqn, ins)
 
     def turn(carry: list, each: list) -> tuple[list, list]:
-        outs = body(*given.consts, *carry, *each)
-        end = len(carry)
-        return outs[:end], outs[end:]
+        outs = run(alive, *inner, *given.consts, *carry, *each)
+        return outs[: len(carry)], outs[len(carry) :]
 
-    carry, outs = jax.lax.scan(
-        turn,
-        given.carry,
-        given.scanned,
-        length=eqn.params["length"],
-        reverse=eqn.params["reverse"],
-        unroll=eqn.params["unroll"],
-    )
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, outs = jax.lax.scan(turn, given.carry, given.scanned, **options)
     return [*carry, *outs]
 
 
 def _run_while(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    given = while_operands(eqn, ins)
-    test = _inner(alive, eqn.params["cond_jaxpr"], inner[0])
-    body = _inner(alive, eqn.params["body_jaxpr"], inner[1])
+    given = loop_operands(eqn, ins)
+    test, body = inner
 
     def goes_on(carry: list) -> Any:
-        (decision,) = test(*given.for_test, *carry)
+        (decision,) = run(alive, test, *given.for_test, *carry)
         return decision
 
     def turn(carry: list) -> list:
-        return body(*given.consts, *carry)
+        return run(alive, body, *given.consts, *carry)
 
     return jax.lax.while_loop(goes_on, turn, given.carry)
 
 
 def _run_cond(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    index, *operands = ins
-    pairs = zip(eqn.params["branches"], inner, strict=True)
-    branches = [_inner(alive, closed, program) for closed, program in pairs]
-    return jax.lax.switch(index, branches, *operands)
+    branches = [functools.partial(run, alive, program) for program in inner]
+    return jax.lax.switch(ins[0], branches, *ins[1:])
 
 
 # Functions with a hand-written derivative --------------------------------------------------------
 
 
-class _Custom(NamedTuple):
-    """A function that brings its own derivative."""
-
-    alive: Alive
-    eqn: Any
-    plain: Callable  # at the smaller sizes
-    operands: list[Value]
-    results: list[Value]
-
-    def at_full_size(self, primals: Arrays) -> tuple[Callable, list[int]]:
-        """The equation as a function of the operands that it may be differentiated by; these."""
-        params = self.eqn.primitive.get_bind_params(self.eqn.params)
-        first = self.eqn.params["num_consts"]
-        moving = [i for i, x in enumerate(primals) if i >= first and _is_inexact(x)]
-
-        def function(*moved: Any) -> Any:
-            operands = list(primals)
-            for i, x in zip(moving, moved, strict=True):
-                operands[i] = x
-            return self.eqn.primitive.bind(*operands, **params)
-
-        return function, moving
+def _inexact(variables: Sequence[Any]) -> list[int]:
+    """Numbers of those with a fraction."""
+    dtypes = [var.aval.dtype for var in variables]
+    return [i for i, dtype in enumerate(dtypes) if jnp.issubdtype(dtype, jnp.inexact)]
 
 
-def _custom(alive: Alive, eqn: Any, program: Program) -> _Custom:
-    plain = _inner(alive, eqn.params["call_jaxpr"], program)
-    operands = [program.value(var)._replace(constant=None) for var in program.jaxpr.invars]
-    results = [program.value(var) for var in program.jaxpr.outvars]
-    return _Custom(alive, eqn, plain, operands, results)
+def _take(items: Sequence, numbers: list[int]) -> list:
+    return [items[i] for i in numbers]
 
 
-def _is_inexact(array: Any) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.inexact)
+def _put(items: Sequence, numbers: list[int], values: Sequence) -> list:
+    """`items` with others at these numbers."""
+    result = list(items)
+    for i, value in zip(numbers, values, strict=True):
+        result[i] = value
+    return result
 
 
-def _is_steep(slope: Any) -> bool:
-    return slope.dtype != FLOAT0
-
-
-def _take(items: Sequence, positions: list[int]) -> list:
-    return [items[i] for i in positions]
-
-
-def _no_slope(array: Any) -> np.ndarray:
-    return np.zeros(array.shape, FLOAT0)
+def _flat(arrays: Sequence[Any]) -> list[np.ndarray]:
+    """Slopes of arrays that have none."""
+    return [np.zeros(array.shape, FLOAT0) for array in arrays]
 
 
 def _beside(
-    alive: Alive,
-    function: Callable,
-    known: Sequence[Value],
-    wanted: Sequence[Value],
-    arrays: Arrays,
+    alive: Alive, function: Callable, known: list[Value], wanted: list[Value], arrays: Arrays
 ) -> list[Any]:
     """Results of another function of arrays in the program, e.g. a derivative, at the smaller
     sizes.
 
     known, wanted: what its operands and its results correspond to. Raises ValueError if it would
-    couple more
-    entries than the program does: then it has no meaning without the removed ones.
+    couple more entries than the program does: then it has no meaning without the removed ones.
     """
-    structs = []
-    for value, array in zip(known, arrays, strict=True):
-        structs.append(jax.ShapeDtypeStruct(value.shape, array.dtype))
-    closed = jax.make_jaxpr(function)(*structs)
+    pairs = zip(known, arrays, strict=True)
+    structs = [jax.ShapeDtypeStruct(value.shape, array.dtype) for value, array in pairs]
     walk = Walk(alive.labels.copy())
-    program = walk.closed(closed, known)
+    program = walk.closed(jax.make_jaxpr(function)(*structs), known)
     for value, other in zip(walk.results(program), wanted, strict=True):
-        walk.tie_all(value, other)
+        walk.tie(value, other)
     inside = Alive(walk.labels, alive.removed)
     for value in (*known, *wanted):
         if inside.shape(value) != alive.shape(value):
@@ -354,84 +264,64 @@ def _beside(
                 "channels that the function itself does not: it cannot be evaluated without the "
                 "removed ones."
             )
-    return _inner(inside, closed, program)(*arrays)
+    return run(inside, program, *arrays)
 
 
-def _run_custom_jvp(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    """The function with its own derivative: relu has slope 0 at 0, which max(x, 0) has not."""
-    custom = _custom(alive, eqn, inner[0])
-    function = jax.custom_jvp(custom.plain)
+def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
+    """The function with its own derivative: relu has slope 0 at 0, which max(x, 0) has not, and a
+    straight-through rounding slope 1. The derivative evaluates the function anew."""
+    (program,) = inner
+    primitive, count = eqn.primitive, len(ins)
+    moving, steep = _inexact(eqn.invars), _inexact(eqn.outvars)
+    operands = program.known(program.jaxpr.invars)
+    operands = [value._replace(constant=None) for value in operands]
+    results = program.known(program.jaxpr.outvars)
 
-    @function.defjvp
+    def at_full_size(primals: Arrays) -> tuple:
+        """The equation as a function of the operands with a fraction; these."""
+        params = primitive.get_bind_params(eqn.params)
+        whole = lambda *moved: primitive.bind(*_put(primals, moving, moved), **params)
+        return whole, *_take(primals, moving)
+
+    def push(*arrays: Any) -> list[Any]:
+        whole, *moved = at_full_size(arrays[:count])
+        outs, slopes = jax.jvp(whole, moved, list(arrays[count:]))
+        return [*outs, *_take(slopes, steep)]
+
+    def pull(*arrays: Any) -> tuple:
+        outs, pulled = jax.vjp(*at_full_size(arrays[:count]))
+        return pulled(_put(_flat(outs), steep, arrays[count:]))
+
     def derivative(primals: tuple, tangents: tuple) -> tuple[list, list]:
-        count = len(primals)
-        _, moving = custom.at_full_size(primals)
-
-        def outs_and_slopes(*arrays: Any) -> list[Any]:
-            full, _ = custom.at_full_size(arrays[:count])
-            start = _take(arrays, moving)
-            outs, slopes = jax.jvp(full, start, list(arrays[count:]))
-            return [*outs, *filter(_is_steep, slopes)]
-
-        outs = custom.plain(*primals)
-        steep = [i for i, out in enumerate(outs) if _is_inexact(out)]
-        known = custom.operands + _take(custom.operands, moving)
-        wanted = custom.results + _take(custom.results, steep)
-        arrays = [*primals, *_take(tangents, moving)]
-        found = _beside(alive, outs_and_slopes, known, wanted, arrays)
-        slopes = list(map(_no_slope, outs))
-        for i, slope in zip(steep, found[len(outs) :], strict=True):
-            slopes[i] = slope
-        return found[: len(outs)], slopes
-
-    return function(*ins)
-
-
-def _run_custom_vjp(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
-    """The function with its own backward rule, which evaluates it anew: a straight-through rounding
-    has slope 1."""
-    custom = _custom(alive, eqn, inner[0])
-
-    @jax.custom_vjp
-    def function(*primals: Any) -> tuple:
-        return tuple(custom.plain(*primals))
+        known = operands + _take(operands, moving)
+        wanted = results + _take(results, steep)
+        both = _beside(alive, push, known, wanted, [*primals, *_take(tangents, moving)])
+        outs = both[: len(results)]
+        return outs, _put(_flat(outs), steep, both[len(results) :])
 
     def forward(*primals: Any) -> tuple[Any, tuple]:
         return function(*primals), primals
 
-    def backward(primals: tuple, slopes: tuple) -> tuple:
-        count = len(primals)
-        _, moving = custom.at_full_size(primals)
-        steep = [i for i, slope in enumerate(slopes) if _is_steep(slope)]
-
-        def pulled(*arrays: Any) -> tuple:
-            full, _ = custom.at_full_size(arrays[:count])
-            outs, pull = jax.vjp(full, *_take(arrays, moving))
-            given = list(map(_no_slope, outs))
-            for i, slope in zip(steep, arrays[count:], strict=True):
-                given[i] = slope
-            return pull(given)
-
+    def backward(primals: tuple, slopes: list) -> tuple:
         # Slopes along removed channels need not be zero, even if the entries are.
-        results = map(nowhere_zero, _take(custom.results, steep))
-        known = [*custom.operands, *results]
-        wanted = _take(custom.operands, moving)
-        arrays = [*primals, *_take(slopes, steep)]
-        found = [None] * count
-        for i, slope in zip(moving, _beside(alive, pulled, known, wanted, arrays), strict=True):
-            found[i] = slope
-        return tuple(found)
+        known = [*operands, *map(nowhere_zero, _take(results, steep))]
+        wanted = _take(operands, moving)
+        pulled = _beside(alive, pull, known, wanted, [*primals, *_take(slopes, steep)])
+        return tuple(_put([None] * count, moving, pulled))
 
-    function.defvjp(forward, backward)
+    function: Any = functools.partial(run, alive, program)
+    if primitive.name == "custom_jvp_call":
+        function = jax.custom_jvp(function)
+        function.defjvp(derivative)
+    else:
+        function = jax.custom_vjp(function)
+        function.defvjp(forward, backward)
     return function(*ins)
 
 
 RUNS: dict[str, Callable] = {
-    **dict.fromkeys(("jit", "pjit"), _run_call("jaxpr")),
     **dict.fromkeys(("remat", "remat2", "checkpoint"), _run_remat),
-    **dict.fromkeys(("closed_call", "core_call"), _run_call("call_jaxpr")),
-    "custom_jvp_call": _run_custom_jvp,
-    "custom_vjp_call": _run_custom_vjp,
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _run_custom),
     "scan": _run_scan,
     "while": _run_while,
     "cond": _run_cond,

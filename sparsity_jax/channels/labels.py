@@ -6,6 +6,7 @@ of them: entry (i, j) of two axes merged into one dies with i or with j. Arrays 
 written to: axes may share them.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ MOST = 2**18  # composite labels that one merge may make; a larger product is fr
 class Labels:
     """A partition of labels that only gets coarser: ties unite, freezing unites with FROZEN."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._num = 1
         self._parent = np.zeros(1024, int)  # of every label; of a representative, the label itself
         self._composite = np.zeros(1024, bool)
@@ -29,12 +30,8 @@ class Labels:
 
     def copy(self) -> "Labels":
         other = Labels()
-        other._num = self._num
-        other._parent = self._parent.copy()
-        other._composite = self._composite.copy()
-        other._sets = self._sets.copy()
-        other._names = self._names.copy()
-        other._marked = self._marked.copy()
+        for name, field in vars(self).items():
+            setattr(other, name, copy.copy(field))
         return other
 
     def fresh(self, num: int, mark: object = None) -> np.ndarray:
@@ -84,10 +81,12 @@ class Labels:
             return False
         return bool(self.find(labels).any())
 
-    def freeze(self, labels: np.ndarray) -> None:
+    def freeze(self, labels: np.ndarray) -> bool:
+        """None of them may die; returns whether any could."""
         roots = np.unique(self.find(labels)).tolist()
         parts = [part for root in roots for part in self.parts(root)]
         self._unite(parts, FROZEN)
+        return bool(parts)
 
     def tie(self, first: np.ndarray, second: np.ndarray) -> None:
         """Entry i of one dies exactly if entry i of the other does."""

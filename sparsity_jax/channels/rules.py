@@ -9,19 +9,19 @@ axis of the results which labels it has and whether removed entries are zero in 
 own affair.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparsity_jax.channels.values import Axis, Value, fixed, nowhere_zero, whole
+from sparsity_jax.types import Shape
 
 Walk = Any  # `walk.Walk`, which imports this module
 Values = list[Value]
 Rule = Callable[[Walk, Any, Values], Values]
-
-Shape = Sequence[int]
 
 RULES: dict[str, Rule] = {}
 
@@ -39,12 +39,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def unknown(walk: Walk, eqn: Any, ins: Values) -> Values:
     """Whatever is not understood keeps its arrays whole."""
     for value in ins:
-        for axis in value.axes:
-            walk.freeze(axis, "is not known to the analysis")
+        walk.freeze(value, "is not known to the analysis")
     return [whole(var.aval) for var in eqn.outvars]
 
 
-def shape_of(eqn: Any) -> tuple[int, ...]:
+def shape_of(eqn: Any) -> Shape:
     """Shape of the first result."""
     return eqn.outvars[0].aval.shape
 
@@ -76,46 +75,30 @@ def elementwise(zero: Zero, *, cases: int = 0) -> Rule:
         for d, size in enumerate(shape_of(eqn)):
             varying, operands = [], []
             for value in ins:
-                flag = value.constant == 0
+                operand = Operand(value.constant == 0, value.constant)
                 if value.axes and value.axes[d].size == size:
                     varying.append(value.axes[d])
-                    flag = value.axes[d].zero
-                operands.append(Operand(flag, value.constant))
+                    operand = operand._replace(zero=value.axes[d].zero)
+                operands.append(operand)
+            axis = _joined(walk, varying)
             flag = zero(operands[cases:])
-            axes.append(_joined(walk, varying, flag))
-        constant = None
-        if len(ins) == 1 and eqn.primitive.name in KEEPS_CONSTANTS:
-            constant = ins[0].constant
-        result = Value(tuple(axes), constant)
+            if flag is None:
+                reason = "divides by, or takes the logarithm of, entries that are zero when removed"
+                walk.freeze(axis, reason)
+            origin = next((axis.origin for axis in varying if axis.origin), ())
+            axes.append(Axis(axis.labels, bool(flag), origin))
+        constant = ins[0].constant if eqn.primitive.name in KEEPS_CONSTANTS else None
+        result = Value(axes, constant)
         return [result] * len(eqn.outvars)
 
     return apply
 
 
-def _joined(walk: Walk, axes: Sequence[Axis], zero: Flag) -> Axis:
+def _joined(walk: Walk, axes: Sequence[Axis]) -> Axis:
     """The axis of a result that several operands have."""
-    first = axes[0]
-    origin = first.origin
     for axis in axes[1:]:
-        walk.tie(first, axis)
-        origin = origin or axis.origin
-    if zero is None:
-        reason = "divides by, or takes the logarithm of, entries that are zero when removed"
-        walk.freeze(first, reason)
-    return Axis(first.labels, bool(zero), origin)
-
-
-KEEPS_CONSTANTS = ("convert_element_type", "copy", "copy_p", "reduce_precision", "stop_gradient")
-ZERO_AT_ZERO = """
-abs asin asinh atan atanh bessel_i1e cbrt conj convert_element_type copy copy_p erf erf_inv expm1
-floor ceil imag log1p neg real reduce_precision round sign sin sinh sqrt square stop_gradient tan
-tanh sharding_constraint name mesh_cast pvary
-"""
-NOT_ZERO_AT_ZERO = """
-acos bessel_i0e cos cosh erfc exp exp2 is_finite logistic not one_minus_square population_count clz
-eq ne lt le gt ge nextafter shift_left shift_right_logical shift_right_arithmetic complex
-"""
-INFINITE_AT_ZERO = "log log2 rsqrt lgamma digamma acosh"
+        walk.tie(axes[0], axis)
+    return Axis(axes[0].labels, all(axis.zero for axis in axes))
 
 
 def first_zero(operands: Operands) -> Flag:
@@ -147,8 +130,9 @@ def _power(operands: Operands) -> Flag:
     base, exponent = operands
     if not base.zero:
         return False
-    positive = exponent.constant is not None and exponent.constant >= 0
-    return exponent.constant > 0 if positive else None
+    if exponent.constant is None or exponent.constant < 0:
+        return None
+    return exponent.constant > 0
 
 
 def _clamped(operands: Operands) -> Flag:
@@ -163,8 +147,7 @@ def _extreme(sign: int) -> Zero:
 
     def zero(operands: Operands) -> Flag:
         for operand in operands:
-            known = operand.constant is not None
-            beyond = known and sign * operand.constant <= 0
+            beyond = operand.constant is not None and sign * operand.constant <= 0
             if not (operand.zero or beyond):
                 return False
         return any_zero(operands)
@@ -172,16 +155,30 @@ def _extreme(sign: int) -> Zero:
     return zero
 
 
-RULES |= dict.fromkeys(ZERO_AT_ZERO.split(), elementwise(first_zero))
-RULES |= dict.fromkeys(NOT_ZERO_AT_ZERO.split(), elementwise(never_zero))
-RULES |= dict.fromkeys(INFINITE_AT_ZERO.split(), elementwise(infinite_at_zero))
-RULES |= dict.fromkeys(("mul", "and"), elementwise(any_zero))
-RULES |= dict.fromkeys(("or", "xor", "atan2"), elementwise(all_zero))
-RULES |= dict.fromkeys(("div", "rem"), elementwise(_quotient))
-RULES["max"] = elementwise(_extreme(1))
-RULES["min"] = elementwise(_extreme(-1))
-RULES["pow"] = elementwise(_power)
-RULES["clamp"] = elementwise(_clamped)
+KEEPS_CONSTANTS = ("convert_element_type", "copy", "copy_p", "reduce_precision", "stop_gradient")
+ZERO_AT_ZERO = """
+abs asin asinh atan atanh bessel_i1e cbrt conj convert_element_type copy copy_p erf erf_inv expm1
+floor ceil imag log1p neg real reduce_precision round sign sin sinh sqrt square stop_gradient tan
+tanh sharding_constraint name mesh_cast pvary
+"""
+NOT_ZERO_AT_ZERO = """
+acos bessel_i0e cos cosh erfc exp exp2 is_finite logistic not one_minus_square population_count clz
+eq ne lt le gt ge nextafter shift_left shift_right_logical shift_right_arithmetic complex
+"""
+ELEMENTWISE: dict[str, Zero] = {
+    ZERO_AT_ZERO: first_zero,
+    NOT_ZERO_AT_ZERO: never_zero,
+    "log log2 rsqrt lgamma digamma acosh": infinite_at_zero,
+    "mul and": any_zero,
+    "or xor atan2": all_zero,
+    "div rem": _quotient,
+    "max": _extreme(1),
+    "min": _extreme(-1),
+    "pow": _power,
+    "clamp": _clamped,
+}
+for _names, _zero in ELEMENTWISE.items():
+    RULES |= dict.fromkeys(_names.split(), elementwise(_zero))
 RULES["select_n"] = elementwise(all_zero, cases=1)
 
 
@@ -225,104 +222,6 @@ def _squeeze(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [ins[0].drop(eqn.params["dimensions"])]
 
 
-@rule("rev")
-def _reverse(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
-    for a in eqn.params["dimensions"]:
-        turned = x.axes[a].labels[::-1]
-        x = x.relabel(a, turned)
-    return [x]
-
-
-@rule("broadcast_in_dim")
-def _broadcast(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, *sizes = ins
-    for size in sizes:  # of a dynamic shape
-        for axis in size.axes:
-            walk.freeze(axis, "sets a shape")
-    shape = shape_of(eqn)
-    kept = dict(zip(eqn.params["broadcast_dimensions"], x.axes))
-    axes = []
-    for d, size in enumerate(shape):
-        given = kept.get(d)
-        repeated = given is None or given.size != size
-        axes.append(walk.new(size, x.constant == 0) if repeated else given)
-    return [Value(tuple(axes), x.constant)]
-
-
-@rule("reshape")
-def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, shape = ins[0], shape_of(eqn)
-    axes = [Axis(fixed(size), x.constant == 0) for size in shape]
-    for old, new in blocks(x.shape, shape):
-        before = [x.axes[a] for a in old]
-        sizes = [shape[d] for d in new]
-        for d, axis in zip(new, _regrouped(walk, eqn, before, sizes), strict=True):
-            axes[d] = axis
-    return [Value(tuple(axes), x.constant)]
-
-
-def _regrouped(walk: Walk, eqn: Any, axes: list[Axis], sizes: list[int]) -> list[Axis]:
-    """The entries of `axes`, row-major, as axes of other sizes."""
-    live = [axis.zero for axis in axes if walk.labels.is_live(axis.labels)]
-    zero = bool(live) and all(live)
-    if len(axes) == len(sizes) == 1:
-        return [axes[0]._replace(zero=zero)]
-    merged = walk.labels.merge([axis.labels for axis in axes])
-    parts = walk.labels.split(merged, sizes, ("split", id(eqn)))
-    return [Axis(labels, zero) for labels in parts]
-
-
-def blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
-    """Axes of two shapes of one size in pairs of runs of equal product; without axes of size 1."""
-    if 0 in old:
-        return
-    olds = [a for a, size in enumerate(old) if size != 1]
-    news = [a for a, size in enumerate(new) if size != 1]
-    while olds:
-        first, second = [olds.pop(0)], [news.pop(0)]
-        while True:
-            left = math.prod(old[a] for a in first)
-            right = math.prod(new[a] for a in second)
-            if left == right:
-                break
-            if left < right:
-                first.append(olds.pop(0))
-            else:
-                second.append(news.pop(0))
-        yield first, second
-
-
-@rule("concatenate")
-def _concatenate(walk: Walk, eqn: Any, ins: Values) -> Values:
-    axes = []
-    for d, parts in enumerate(zip(*(value.axes for value in ins))):
-        labels, counted = parts[0].labels, parts
-        if d == eqn.params["dimension"]:
-            labels = np.concatenate([axis.labels for axis in parts])
-            counted = [axis for axis in parts if walk.labels.is_live(axis.labels)]
-        else:
-            for axis in parts[1:]:
-                walk.tie(parts[0], axis)
-        zero = all(axis.zero for axis in counted)
-        origin = tuple(place for axis in parts for place in axis.origin)
-        axes.append(Axis(labels, zero, origin))
-    return [Value(tuple(axes))]
-
-
-@rule("stack")
-def _stack(walk: Walk, eqn: Any, ins: Values) -> Values:
-    position = eqn.params["axis"]
-    axes = []
-    for parts in zip(*(value.axes for value in ins)):
-        for axis in parts[1:]:
-            walk.tie(parts[0], axis)
-        zero = all(axis.zero for axis in parts)
-        axes.append(Axis(parts[0].labels, zero))
-    axes.insert(position, Axis(fixed(len(ins)), False))
-    return [Value(tuple(axes))]
-
-
 @rule("unstack")
 def _unstack(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,), gone = ins, eqn.params["axis"]
@@ -330,26 +229,97 @@ def _unstack(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [x.drop([gone])] * len(eqn.outvars)
 
 
-def _part(walk: Walk, axis: Axis, low: int, high: int, step: int = 1) -> Axis:
-    """A part of an axis; a single entry stays, since an axis of one may be broadcast next."""
-    part = axis._replace(labels=axis.labels[low:high:step])
-    if part.size == 1 < axis.size:
-        walk.freeze(part, "takes a single entry")
-        part = part._replace(labels=fixed(1))
-    return part
+@rule("broadcast_in_dim")
+def _broadcast(walk: Walk, eqn: Any, ins: Values) -> Values:
+    (x,) = ins
+    kept = dict(zip(eqn.params["broadcast_dimensions"], x.axes))
+    axes = []
+    for d, size in enumerate(shape_of(eqn)):
+        axis = kept.get(d)
+        if axis is None or axis.size != size:
+            axis = walk.new(size, x.constant == 0)
+        axes.append(axis)
+    return [Value(axes, x.constant)]
+
+
+@rule("reshape")
+def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
+    x, shape = ins[0], shape_of(eqn)
+    axes = [Axis(fixed(size), x.constant == 0) for size in shape]
+    for old, new in blocks(x.shape, shape):
+        before = x.pick(old).axes
+        live = [axis.zero for axis in before if walk.labels.is_live(axis.labels)]
+        zero = bool(live) and all(live)
+        if len(old) == len(new) == 1:
+            axes[new[0]] = before[0]._replace(zero=zero)
+            continue
+        merged = walk.labels.merge([axis.labels for axis in before])
+        sizes = [shape[d] for d in new]
+        parts = walk.labels.split(merged, sizes, ("split", id(eqn)))
+        for d, labels in zip(new, parts, strict=True):
+            axes[d] = Axis(labels, zero)
+    return [Value(axes, x.constant)]
+
+
+def blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
+    """Axes of two shapes of one size in pairs of runs of equal product; without axes of size 1."""
+    olds, news = _ends(old), _ends(new)
+    start = 1
+    for end in sorted({*olds.values()} & {*news.values()}):
+        yield _within(olds, start, end), _within(news, start, end)
+        start = end
+
+
+def _ends(shape: Shape) -> dict[int, int]:
+    """The product of all sizes up to each axis; without axes of size 1, and none if one is 0."""
+    products = list(itertools.accumulate(shape, operator.mul))
+    return {a: products[a] for a, size in enumerate(shape) if size != 1 and 0 not in shape}
+
+
+def _within(ends: dict[int, int], start: int, end: int) -> list[int]:
+    return [a for a, product in ends.items() if start < product <= end]
+
+
+@rule("concatenate")
+def _concatenate(walk: Walk, eqn: Any, ins: Values) -> Values:
+    axes = []
+    for d, parts in enumerate(zip(*(value.axes for value in ins))):
+        if d == eqn.params["dimension"]:
+            labels = np.concatenate([axis.labels for axis in parts])
+            live = [axis for axis in parts if walk.labels.is_live(axis.labels)]
+            axis = Axis(labels, all(axis.zero for axis in live))
+        else:
+            axis = _joined(walk, parts)
+        origin = tuple(place for axis in parts for place in axis.origin)
+        axes.append(axis._replace(origin=origin))
+    return [Value(axes)]
+
+
+@rule("stack")
+def _stack(walk: Walk, eqn: Any, ins: Values) -> Values:
+    axes = [_joined(walk, parts) for parts in zip(*(value.axes for value in ins))]
+    axes.insert(eqn.params["axis"], Axis(fixed(len(ins)), False))
+    return [Value(axes)]
+
+
+@rule("rev")
+def _reverse(walk: Walk, eqn: Any, ins: Values) -> Values:
+    (x,) = ins
+    for a in eqn.params["dimensions"]:
+        x = _part(walk, x, a, slice(None, None, -1))
+    return [x]
 
 
 @rule("slice")
 def _slice(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, params = ins[0], eqn.params
     steps = params["strides"] or (1,) * len(x.axes)
-    bounds = zip(x.axes, params["start_indices"], params["limit_indices"], steps, strict=True)
-    axes = []
-    for axis, low, high, step in bounds:
-        if step != 1:
-            walk.freeze(axis, "takes every so many entries")
-        axes.append(_part(walk, axis, low, high, step))
-    return [x._replace(axes=tuple(axes))]
+    bounds = map(slice, params["start_indices"], params["limit_indices"], steps)
+    for a, entries in enumerate(bounds):
+        if entries.step != 1:
+            walk.freeze(x.axes[a], "takes every so many entries")
+        x = _part(walk, x, a, entries)
+    return [x]
 
 
 @rule("split")
@@ -357,18 +327,27 @@ def _split(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,), position = ins, eqn.params["axis"]
     start, outs = 0, []
     for size in eqn.params["sizes"]:
-        part = _part(walk, x.axes[position], start, start + size)
-        outs.append(x.put(position, part))
+        outs.append(_part(walk, x, position, slice(start, start + size)))
         start += size
     return outs
+
+
+def _part(walk: Walk, x: Value, position: int, entries: slice) -> Value:
+    """A part of an axis; a single entry stays, since an axis of one may be broadcast next."""
+    axis = x.axes[position]
+    part = axis._replace(labels=axis.labels[entries])
+    if part.size == 1 < axis.size:
+        walk.freeze(part, "takes a single entry")
+        part = part._replace(labels=fixed(1))
+    return x.put(position, part)
 
 
 @rule("tile")
 def _tile(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     for a, times in enumerate(eqn.params["reps"]):
-        tiled = np.tile(x.axes[a].labels, times)
-        x = x.relabel(a, tiled)
+        labels = np.tile(x.axes[a].labels, times)
+        x = x.put(a, x.axes[a]._replace(labels=labels))
     return [x]
 
 
@@ -376,8 +355,7 @@ def _tile(walk: Walk, eqn: Any, ins: Values) -> Values:
 def _pad(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, fill = ins
     config = eqn.params["padding_config"]
-    nothing = [(0, 0, 0)] * len(config)
-    clean = fill.constant == 0 or list(config) == nothing
+    clean = fill.constant == 0 or not np.any(config)
     axes = []
     for axis, size, (low, high, inside) in zip(x.axes, shape_of(eqn), config, strict=True):
         labels = fixed(size)
@@ -387,7 +365,7 @@ def _pad(walk: Walk, eqn: Any, ins: Values) -> Values:
             before, after = walk.labels.fresh(low), walk.labels.fresh(high)
             labels = np.concatenate([before, axis.labels, after])
         axes.append(Axis(labels, axis.zero and clean, axis.origin))
-    return [Value(tuple(axes))]
+    return [Value(axes)]
 
 
 # Products ----------------------------------------------------------------------------------------
@@ -397,20 +375,17 @@ def _pad(walk: Walk, eqn: Any, ins: Values) -> Values:
 def _dot(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, y = ins
     (x_sum, y_sum), (x_batch, y_batch) = eqn.params["dimension_numbers"]
-    for i, j in zip(x_sum, y_sum, strict=True):
-        walk.contract(x.axes[i], y.axes[j], "a product sums")
-        walk.role(x.axes[i], "consumer")
-        walk.role(y.axes[j], "consumer")
+    for pair in zip(x.pick(x_sum).axes, y.pick(y_sum).axes, strict=True):
+        walk.contract(*pair, "a product sums")
     axes = []
-    for i, j in zip(x_batch, y_batch, strict=True):
-        first, second = x.axes[i], y.axes[j]
+    for first, second in zip(x.pick(x_batch).axes, y.pick(y_batch).axes, strict=True):
         walk.tie(first, second)
         axes.append(Axis(first.labels, first.zero or second.zero))
-    free = [*x.drop([*x_sum, *x_batch]).axes, *y.drop([*y_sum, *y_batch]).axes]
+    free = (*x.drop([*x_sum, *x_batch]).axes, *y.drop([*y_sum, *y_batch]).axes)
     for axis in free:
         walk.role(axis, "producer")
         axes.append(Axis(axis.labels, axis.zero))
-    return [Value(tuple(axes))]
+    return [Value(axes)]
 
 
 @rule("conv_general_dilated")
@@ -419,18 +394,19 @@ def _convolve(walk: Walk, eqn: Any, ins: Values) -> Values:
     spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     if eqn.params["batch_group_count"] > 1:
         return unknown(walk, eqn, ins)
-    batch, features, *space = (x.axes[a] for a in spec.lhs_spec)
-    outputs, inputs, *window = (kernel.axes[a] for a in spec.rhs_spec)
+    batch, features, *space = x.pick(spec.lhs_spec).axes
+    outputs, inputs, *window = kernel.pick(spec.rhs_spec).axes
     for axis in (*space, *window):
         walk.freeze(axis, "is a convolution's space")
-    if groups == 1:
-        walk.contract(features, inputs, "a convolution sums")
-    else:
-        _contract_groups(walk, eqn, features, inputs, outputs)
     for axis in window:
         walk.role(axis, "window")
-    walk.role(inputs, "consumer")
-    depthwise = inputs.size == 1 and groups > 1
+    summed = features
+    if groups > 1:  # each group of features is summed over for outputs of its own
+        of_features, summed = _grouped(walk, eqn, features, 0)
+        of_outputs, _ = _grouped(walk, eqn, outputs, 1)
+        walk.tie(of_features, of_outputs)
+    walk.contract(summed, inputs, "a convolution sums")
+    depthwise = inputs.size == 1 < groups
     walk.role(outputs, "depthwise" if depthwise else "producer")
     zero = outputs.zero
     if depthwise and groups == outputs.size:
@@ -441,64 +417,57 @@ def _convolve(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [result.put(out_features, Axis(outputs.labels, zero))]
 
 
-def _contract_groups(walk: Walk, eqn: Any, features: Axis, inputs: Axis, outputs: Axis) -> None:
-    """Each group of features is summed over for outputs of its own."""
-    groups, mark = eqn.params["feature_group_count"], ("groups", id(eqn))
-    rows = (groups, features.size // groups)
-    of_features, inside = walk.labels.split(features.labels, rows, (mark, 0))
-    rows = (groups, outputs.size // groups)
-    of_outputs, _ = walk.labels.split(outputs.labels, rows, (mark, 1))
-    walk.labels.tie(of_features, of_outputs)
-    walk.contract(Axis(inside, features.zero), inputs, "a convolution sums")
+def _grouped(walk: Walk, eqn: Any, axis: Axis, number: int) -> list[Axis]:
+    """The axis of a grouped convolution as two: groups, and entries of each."""
+    count = eqn.params["feature_group_count"]
+    mark = (("groups", id(eqn)), number)
+    parts = walk.labels.split(axis.labels, (count, axis.size // count), mark)
+    return [Axis(labels, axis.zero) for labels in parts]
 
 
 # Reductions --------------------------------------------------------------------------------------
 
 
-@rule("reduce_sum")
-def _reduce_sum(walk: Walk, eqn: Any, ins: Values) -> Values:
-    for x in ins:
-        for d in eqn.params["axes"]:
-            if not x.axes[d].zero:
-                walk.freeze(x.axes[d], "sums over entries that are not zero when removed")
-            elif walk.freezes_sums:
-                walk.freeze(x.axes[d], "sums over all entries")
-    return _reduced(eqn, ins)
-
-
-@rule("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor")
-@rule("argmax", "argmin")
-def _reduce_others(walk: Walk, eqn: Any, ins: Values) -> Values:
+@rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
+@rule("reduce_xor", "argmax", "argmin")
+def _reduce(walk: Walk, eqn: Any, ins: Values) -> Values:
+    sums, gone = eqn.primitive.name == "reduce_sum", eqn.params["axes"]
+    outs: Values = []
     for x in ins[: len(eqn.outvars)]:
-        for d in eqn.params["axes"]:
-            walk.freeze(x.axes[d], "looks for the largest, smallest or a product")
-    outs = _reduced(eqn, ins)
-    if 0 not in ins[0].shape:
-        return outs
-    return [nowhere_zero(x) for x in outs]  # the largest of nothing is not zero
+        for axis in x.pick(gone).axes:
+            if not sums:
+                walk.freeze(axis, "looks for the largest, smallest or a product")
+            elif not axis.zero:
+                walk.freeze(axis, "sums over entries that are not zero when removed")
+        out = x.drop(gone)._replace(constant=None)
+        if 0 in x.shape and not sums:  # the largest of nothing is not zero
+            out = nowhere_zero(out)
+        outs.append(out)
+    return outs
 
 
-def _reduced(eqn: Any, ins: Values) -> Values:
-    outs = [x.drop(eqn.params["axes"]) for x in ins[: len(eqn.outvars)]]
-    return [x._replace(constant=None) for x in outs]
+def passing(walk: Walk, eqn: Any, x: Value, stopped: Container[int], reason: str) -> Value:
+    """The result of an operation along the axes `stopped`, which must stay; the others pass."""
+    axes = []
+    for d, size in enumerate(shape_of(eqn)):
+        axis = x.axes[d]
+        if d in stopped:
+            walk.freeze(axis, reason)
+            axis = axis._replace(labels=fixed(size))
+        axes.append(axis)
+    return Value(axes)
 
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 def _window(walk: Walk, eqn: Any, ins: Values) -> Values:
-    """A window over some axes; the others pass."""
-    (x,) = ins
     names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     windows = list(zip(*(eqn.params[name] for name in names), strict=True))
+    slid = [d for d, window in enumerate(windows) if window[:4] != (1, 1, (0, 0), 1)]
+    out = passing(walk, eqn, ins[0], slid, "slides a window over it")
     # The largest of nothing but padding is no zero, so each window must cover an entry.
-    covered = eqn.primitive.name == "reduce_window_sum" or all(map(_covers_an_entry, windows))
-    axes = []
-    for axis, size, window in zip(x.axes, shape_of(eqn), windows, strict=True):
-        labels = axis.labels
-        if window[:4] != (1, 1, (0, 0), 1):
-            walk.freeze(axis, "slides a window over it")
-            labels = fixed(size)
-        axes.append(Axis(labels, covered and axis.zero))
-    return [Value(tuple(axes))]
+    if eqn.primitive.name == "reduce_window_sum" or all(map(_covers_an_entry, windows)):
+        return [out]
+    return [nowhere_zero(out)]
 
 
 def _covers_an_entry(window: tuple) -> bool:
@@ -508,21 +477,18 @@ def _covers_an_entry(window: tuple) -> bool:
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def _cumulative(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
-    walk.freeze(x.axes[eqn.params["axis"]], "accumulates along it")
-    if eqn.primitive.name not in ("cumsum", "cummax", "cummin"):
-        return [nowhere_zero(x)]
-    return [x._replace(constant=None)]
+    out = passing(walk, eqn, ins[0], [eqn.params["axis"]], "accumulates along it")
+    zero = eqn.primitive.name in ("cumsum", "cummax", "cummin")
+    return [out if zero else nowhere_zero(out)]
 
 
 @rule("sort")
 def _sort(walk: Walk, eqn: Any, ins: Values) -> Values:
+    outs = []
     for x in ins:
-        walk.tie_all(ins[0], x)
-        walk.freeze(x.axes[eqn.params["dimension"]], "sorts along it")
-    if len(ins) > 1:
-        return [nowhere_zero(x) for x in ins]
-    return [x._replace(constant=None) for x in ins]
+        walk.tie(ins[0], x)
+        outs.append(passing(walk, eqn, x, [eqn.params["dimension"]], "sorts along it"))
+    return outs if len(ins) == 1 else list(map(nowhere_zero, outs))
 
 
 # Indices and random numbers ----------------------------------------------------------------------
@@ -538,24 +504,20 @@ def _iota(walk: Walk, eqn: Any, ins: Values) -> Values:
 @rule("random_bits")
 def _random_bits(walk: Walk, eqn: Any, ins: Values) -> Values:
     for value in ins:
-        for axis in value.axes:
-            walk.freeze(axis, "is a random key")
+        walk.freeze(value, "is a random key")
     value = walk.filled(shape_of(eqn), None)
     keys = len(value.axes) - len(eqn.params["shape"])
-    for axis in value.axes[:keys]:
-        walk.labels.freeze(axis.labels)
+    walk.labels.freeze(value.pick(range(keys)).labels)
     return [value]
 
 
 @rule("gather")
 def _gather(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, index = ins
-    for axis in index.axes:
-        walk.freeze(axis, "is an index")
+    walk.freeze(index, "is an index")
     numbers = eqn.params["dimension_numbers"]
     fills = eqn.params.get("fill_value") not in (None, 0)  # what an index outside gives
-    batching = getattr(numbers, "operand_batching_dims", ())
-    removed = {*numbers.collapsed_slice_dims, *batching}
+    removed = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     positions = iter(numbers.offset_dims)
     result = whole(eqn.outvars[0].aval)
     for d, (axis, size) in enumerate(zip(x.axes, eqn.params["slice_sizes"], strict=True)):
@@ -568,28 +530,28 @@ def _gather(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [result]
 
 
+def _unequal(first: Shape, second: Shape) -> list[int]:
+    """Axes along which two shapes differ."""
+    return [a for a, size in enumerate(first) if size != second[a]]
+
+
 @rule("dynamic_slice")
 def _dynamic_slice(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x = ins[0]
-    axes = []
-    for axis, size in zip(x.axes, eqn.params["slice_sizes"], strict=True):
-        labels = axis.labels
-        if size != axis.size:
-            walk.freeze(axis, "is indexed")
-            labels = fixed(size)
-        axes.append(Axis(labels, axis.zero))
-    return [x._replace(axes=tuple(axes))]
+    indexed = _unequal(ins[0].shape, shape_of(eqn))
+    out = passing(walk, eqn, ins[0], indexed, "is indexed")
+    return [out._replace(constant=ins[0].constant)]
 
 
 @rule("dynamic_update_slice")
 def _update_slice(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, part = ins[:2]
+    indexed = _unequal(x.shape, part.shape)
+    out = passing(walk, eqn, x, indexed, "is indexed")
     axes = []
-    for axis, written in zip(x.axes, part.axes, strict=True):
-        if axis.size == written.size:
-            walk.tie(axis, written)
-        else:
-            walk.freeze(axis, "is indexed")
+    for a, (axis, written) in enumerate(zip(out.axes, part.axes)):
+        if a in indexed:
             walk.freeze(written, "is written at an index")
+        else:
+            walk.tie(axis, written)
         axes.append(Axis(axis.labels, axis.zero and written.zero))
-    return [Value(tuple(axes))]
+    return [Value(axes)]

@@ -15,43 +15,19 @@ import jax.numpy as jnp
 
 from sparsity_jax import tables
 from sparsity_jax.models import cnn, layers, mlp, mobilenet, resnet, vgg
+from sparsity_jax.types import Array, PyTree, Shape
 
-PyTree = Any
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 # Name to factory(num_classes, settings, *, options...) -> flax.linen.Module, called as
 # module(images, train).
-FACTORIES = (
-    mlp.mlp,
-    mlp.fc2,
-    mlp.fc5,
-    mlp.fc12,
-    mlp.fc13,
-    mlp.mlp7,
-    cnn.small_cnn,
-    cnn.lenet,
-    cnn.lenet5,
-    cnn.cnet,
-    cnn.alexnet,
-    cnn.alexnet_cifar,
-    cnn.alexnet_bn,
-    vgg.vgg,
-    vgg.vgg11,
-    vgg.vgg13,
-    vgg.vgg16,
-    vgg.vgg19,
-    resnet.resnet,
-    resnet.resnet18,
-    resnet.resnet34,
-    resnet.resnet50,
-    resnet.resnet20,
-    resnet.resnet56,
-    resnet.preact_resnet18,
-    resnet.wrn,
-    mobilenet.mobilenet,
-    mobilenet.mobilenet_v2,
-)
-MODELS = {factory.__name__: factory for factory in FACTORIES}
+MODELS: dict[str, Callable] = {
+    **mlp.MODELS,
+    **cnn.MODELS,
+    **vgg.MODELS,
+    **resnet.MODELS,
+    **mobilenet.MODELS,
+}
 
 
 class Model(NamedTuple):
@@ -107,19 +83,19 @@ def build(
 
     # the forward pass only finds shapes: compiling drops it
     @functools.partial(jax.jit, static_argnums=1)
-    def create(key: jax.Array, shape: tuple[int, ...]) -> PyTree:
+    def create(key: Array, shape: Shape) -> PyTree:
         return module.init(key, jnp.zeros(shape, settings.dtype))
 
-    def initialise(key: jax.Array, images: Any) -> PyTree:
+    def initialise(key: Array, images: Any) -> PyTree:
         checked()
         return {"batch_stats": {}, **create(key, images.shape)}
 
-    def apply(variables: PyTree, images: jax.Array) -> jax.Array:
+    def apply(variables: PyTree, images: Array) -> Array:
         return checked().apply(variables, images)
 
     def apply_train(
-        variables: PyTree, images: jax.Array, key: jax.Array | None = None
-    ) -> tuple[jax.Array, PyTree]:
+        variables: PyTree, images: Array, key: Array | None = None
+    ) -> tuple[Array, PyTree]:
         if dropout and key is None:
             raise ValueError(f"{name} has dropout {dropout}: apply_train needs a key.")
         rngs = None if key is None else {"dropout": key}

@@ -1,27 +1,19 @@
 """Plain convolutional networks: convolutions and max-pools in a row, then dense layers."""
 
-from collections.abc import Iterable
-from typing import Any
-
-from flax import linen as nn
-
 from sparsity_jax import tables
 from sparsity_jax.models import layers
-from sparsity_jax.models.layers import Apply, Conv, Norm
+from sparsity_jax.models.layers import RELU, Apply, Conv, Norm
 
-Widths = tuple[tables.Count, tables.Count, tables.Count, tables.Count, tables.Count]
+Widths = tuple[tables.Count, ...]
+FiveWidths = tuple[tables.Count, tables.Count, tables.Count, tables.Count, tables.Count]
 POOL2, POOL3 = Apply(layers.max_pool, (2,)), Apply(layers.max_pool, (3,))
 LRN = Apply(layers.local_response_norm)
 
 
-class CNN(layers.Network):
-    """conv{i}, bn{i} and max-pools; dense{i}, ReLU, dense_bn{i} and dropout; `fc`."""
-
-
-def smallest_side(layout: Iterable) -> int:
+def smallest_side(layout: layers.Steps) -> int:
     """The side of the smallest square image of which a pixel is left after the layout."""
     side = 1
-    for step in reversed(list(layout)):
+    for step in reversed(layout):
         if isinstance(step, Conv):
             side = max(1, step.stride * (side - 1) + step.size - 2 * (step.padding or 0))
         elif step in (POOL2, POOL3):
@@ -30,34 +22,25 @@ def smallest_side(layout: Iterable) -> int:
 
 
 def cnn(
-    num_classes: int,
-    settings: layers.Settings,
-    layout: Iterable,
-    dense_widths: tuple[int, ...],
+    layout: layers.Steps,
+    dense_widths: Widths,
     *,
-    after: tuple = (layers.RELU,),
-    after_dense: tuple = (layers.RELU,),
+    after: layers.Steps = (RELU,),
+    after_dense: layers.Steps = (RELU,),
     dropout: float = 0.0,
     upsample: int = 1,
-) -> nn.Module:
+) -> layers.Plan:
     """`layout`, with the steps `after` each convolution, then dense layers.
 
     upsample: every pixel becomes so many equal ones on both sides, before all else.
     """
-    layout = list(layout)
-    steps: list[Any] = [Apply(layers.upsample, (upsample,))]
+    steps: layers.Steps = (Apply(layers.upsample, (upsample,)),)
     for step in layout:
         steps += (step, *after) if isinstance(step, Conv) else (step,)
-    steps.append(Apply(layers.flatten))
+    steps += (Apply(layers.flatten),)
     for width in dense_widths:
         steps += (layers.Dense(width), *after_dense, layers.Dropout(dropout))
-    smallest = -(-smallest_side(layout) // upsample)
-    return CNN(num_classes, settings, layers.numbered(*steps), smallest)
-
-
-def unpadded(width: int) -> Conv:
-    """A 5x5 convolution with bias."""
-    return Conv(width, 5, padding=0, bias=True)
+    return layers.Plan(steps, smallest=-(-smallest_side(layout) // upsample))
 
 
 def padded(width: int, size: int = 3) -> Conv:
@@ -66,14 +49,12 @@ def padded(width: int, size: int = 3) -> Conv:
 
 
 def small_cnn(
-    num_classes: int,
-    settings: layers.Settings,
     *,
-    widths: tuple[tables.Count, ...] = (32, 64, 64),
-    dense_widths: tuple[tables.Count, ...] = (64,),
+    widths: Widths = (32, 64, 64),
+    dense_widths: Widths = (64,),
     batch_norm: bool = False,
     dropout: tables.Share = 0.0,
-) -> nn.Module:
+) -> layers.Plan:
     """3x3 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers of
     `dense_widths`, then `fc`.
 
@@ -82,99 +63,53 @@ def small_cnn(
     side, 8x8 by default; `dense1` fits the size the network was initialised with. The default has
     122,570 parameters on 32x32x3 images with 10 classes, and 60,554 on 8x8x1.
     """
-    layout: list = []
+    layout: layers.Steps = ()
     for width in widths:
         layout += (Conv(width, 3, padding=1, bias=not batch_norm), POOL2)
-    after = (Norm(), layers.RELU) if batch_norm else (layers.RELU,)
-    return cnn(num_classes, settings, layout, dense_widths, after=after, dropout=dropout)
+    after = (Norm(), RELU) if batch_norm else (RELU,)
+    return cnn(layout, dense_widths, after=after, dropout=dropout)
 
 
-def lenet(
-    num_classes: int,
-    settings: layers.Settings,
+def unpadded(
+    between: layers.Steps,
+    last: layers.Steps,
+    after: layers.Steps,
     *,
-    widths: tuple[tables.Count, tables.Count] = (16, 32),
-    dense_widths: tuple[tables.Count, ...] = (120, 84),
-) -> nn.Module:
-    """LeNet (LeCun et al. 1998) with ReLU and max-pools, as in the geometric-limit study.
+    widths: Widths,
+    dense_widths: Widths,
+) -> layers.Plan:
+    """5x5 convolutions of `widths`, without padding and with bias, then dense layers.
 
-    Two unpadded 5x5 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers
-    of `dense_widths`.
-    Images: at least 16x16. 121,182 parameters on 32x32x3 images with 10 classes, 85,822 on 28x28x1.
+    between: steps between two convolutions. last: those behind the last one. after: behind each.
     """
-    layout: list = []
+    layout: layers.Steps = ()
     for width in widths:
-        layout += (unpadded(width), POOL2)
-    return cnn(num_classes, settings, layout, dense_widths)
-
-
-def lenet5(
-    num_classes: int,
-    settings: layers.Settings,
-    *,
-    widths: tuple[tables.Count, tables.Count, tables.Count] = (6, 16, 120),
-    dense_widths: tuple[tables.Count, ...] = (84,),
-) -> nn.Module:
-    """LeNet-5 with ReLU and max-pools, as in the growing-regularisation study.
-
-    Unpadded 5x5 convolutions of `widths` with ReLU, a 2x2 max-pool after each but the last, then
-    dense layers of `dense_widths`. Images: at least 32x32. 61,706 parameters on 32x32x1 images with
-    10 classes; the study's mini version, `widths` (10, 10, 10) and `dense_widths` (10,), has 5,500.
-    """
-    first, second, third = map(unpadded, widths)
-    layout = (first, POOL2, second, POOL2, third)
-    return cnn(num_classes, settings, layout, dense_widths)
-
-
-def cnet(
-    num_classes: int,
-    settings: layers.Settings,
-    *,
-    widths: tuple[tables.Count, ...] = (64, 64, 32, 16),
-    dense_widths: tuple[tables.Count, ...] = (120, 84),
-) -> nn.Module:
-    """CNet of the geometric-limit study: unpadded 5x5 convolutions with bias and batch norm, then a
-    single max-pool.
-
-    Then dense layers of `dense_widths`. Images: at least 4 * len(widths) + 2 a side, 18x18 by
-    default. 305,742 parameters on 32x32x3 images with 10 classes.
-    """
-    layout = (*map(unpadded, widths), POOL2)
-    return cnn(num_classes, settings, layout, dense_widths, after=(Norm(), layers.RELU))
+        layout += (*(between if layout else ()), Conv(width, 5, padding=0, bias=True))
+    return cnn((*layout, *last), dense_widths, after=after)
 
 
 def alexnet(
-    num_classes: int,
-    settings: layers.Settings,
+    padding: int,
+    after: layers.Steps,
     *,
-    widths: Widths = (96, 256, 384, 384, 256),
-    dense_widths: tuple[tables.Count, ...] = (4096, 4096),
+    widths: FiveWidths,
+    dense_widths: Widths,
     dropout: tables.Share = 0.0,
-    upsample: tables.Count = 7,
-) -> nn.Module:
-    """AlexNet (Krizhevsky et al. 2012), one tower, without local response normalisation; images
-    enlarged first.
-
-    Every pixel becomes `upsample` x `upsample` equal ones, so that 32x32 images fill the 224x224
-    the convolutions are made for; use 1 for images of that size. Dropout after the dense layers,
-    off as in the geometric-limit study.
-    Images: at least 65 pixels a side once enlarged. 46,787,978 parameters on 32x32x3 images with 10
-        classes.
-    """
+    upsample: tables.Count = 1,
+) -> layers.Plan:
+    """AlexNet for large images. padding: of the first convolution. after: steps behind each."""
     first, second, *others = widths
-    start = Conv(first, 11, stride=4, padding=1, bias=True)
+    start = Conv(first, 11, stride=4, padding=padding, bias=True)
     layout = (start, POOL3, padded(second, 5), POOL3, *map(padded, others), POOL3)
-    return cnn(num_classes, settings, layout, dense_widths, dropout=dropout, upsample=upsample)
+    return cnn(layout, dense_widths, after=after, dropout=dropout, upsample=upsample)
 
 
 def alexnet_cifar(
-    num_classes: int,
-    settings: layers.Settings,
     *,
-    widths: Widths = (48, 128, 192, 192, 128),
-    dense_widths: tuple[tables.Count, ...] = (512, 256),
+    widths: FiveWidths = (48, 128, 192, 192, 128),
+    dense_widths: Widths = (512, 256),
     dropout: tables.Share = 0.0,
-) -> nn.Module:
+) -> layers.Plan:
     """AlexNet for small images, of the growing-regularisation study: batch norm behind each ReLU
     and max-pool.
 
@@ -190,27 +125,74 @@ def alexnet_cifar(
         *(padded(fourth), Norm()),
         *(padded(fifth), POOL3, Norm()),
     )
-    after_dense = (layers.RELU, Norm("dense_bn#"))
-    return cnn(
-        num_classes, settings, layout, dense_widths, after_dense=after_dense, dropout=dropout
-    )
+    after_dense = (RELU, Norm("dense_bn#"))
+    return cnn(layout, dense_widths, after_dense=after_dense, dropout=dropout)
 
 
-def alexnet_bn(
-    num_classes: int,
-    settings: layers.Settings,
-    *,
-    widths: Widths = (32, 96, 192, 128, 128),
-    dense_widths: tuple[tables.Count, ...] = (2048, 2048),
-    dropout: tables.Share = 0.0,
-) -> nn.Module:
-    """A thin AlexNet for images of 224x224, batch norm after each convolution: of the
-    growing-regularisation study.
+MODELS = dict(
+    small_cnn=layers.network(small_cnn),
+    lenet=layers.network(
+        unpadded,
+        *((POOL2,), (POOL2,), (RELU,)),
+        doc="""LeNet (LeCun et al. 1998) with ReLU and max-pools, as in the geometric-limit study.
 
-    Images: at least 63x63. 14,264,354 parameters on 224x224x3 images with 2 classes.
-    """
-    first, second, *others = widths
-    start = Conv(first, 11, stride=4, padding=2, bias=True)
-    layout = (start, POOL3, padded(second, 5), POOL3, *map(padded, others), POOL3)
-    after = (Norm(), layers.RELU)
-    return cnn(num_classes, settings, layout, dense_widths, after=after, dropout=dropout)
+        Unpadded 5x5 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers
+        of `dense_widths`. Images: at least 16x16. 121,182 parameters on 32x32x3 images with 10
+        classes, 85,822 on 28x28x1.
+        """,
+        widths=(16, 32),
+        dense_widths=(120, 84),
+    ),
+    lenet5=layers.network(
+        unpadded,
+        *((POOL2,), (), (RELU,)),
+        doc="""LeNet-5 with ReLU and max-pools, as in the growing-regularisation study.
+
+        Unpadded 5x5 convolutions of `widths` with ReLU, a 2x2 max-pool after each but the last,
+        then dense layers of `dense_widths`. Images: at least 32x32. 61,706 parameters on 32x32x1
+        images with 10 classes; the study's mini version, `widths` (10, 10, 10) and `dense_widths`
+        (10,), has 5,500.
+        """,
+        widths=(6, 16, 120),
+        dense_widths=(84,),
+    ),
+    cnet=layers.network(
+        unpadded,
+        *((), (POOL2,), (Norm(), RELU)),
+        doc="""CNet of the geometric-limit study: unpadded 5x5 convolutions with bias and batch
+        norm, then a single max-pool.
+
+        Then dense layers of `dense_widths`. Images: at least 4 * len(widths) + 2 a side, 18x18 by
+        default. 305,742 parameters on 32x32x3 images with 10 classes.
+        """,
+        widths=(64, 64, 32, 16),
+        dense_widths=(120, 84),
+    ),
+    alexnet=layers.network(
+        alexnet,
+        *(1, (RELU,)),
+        doc="""AlexNet (Krizhevsky et al. 2012), one tower, without local response normalisation;
+        images enlarged first.
+
+        Every pixel becomes `upsample` x `upsample` equal ones, so that 32x32 images fill the
+        224x224 the convolutions are made for; use 1 for images of that size. Dropout after the
+        dense layers, off as in the geometric-limit study. Images: at least 65 pixels a side once
+        enlarged. 46,787,978 parameters on 32x32x3 images with 10 classes.
+        """,
+        widths=(96, 256, 384, 384, 256),
+        dense_widths=(4096, 4096),
+        upsample=7,
+    ),
+    alexnet_bn=layers.network(
+        alexnet,
+        *(2, (Norm(), RELU)),
+        doc="""A thin AlexNet for images of 224x224, batch norm after each convolution: of the
+        growing-regularisation study.
+
+        Images: at least 63x63. 14,264,354 parameters on 224x224x3 images with 2 classes.
+        """,
+        widths=(32, 96, 192, 128, 128),
+        dense_widths=(2048, 2048),
+    ),
+    alexnet_cifar=layers.network(alexnet_cifar),
+)

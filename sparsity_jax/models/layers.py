@@ -8,9 +8,7 @@ called as `step(x, mode)` and creates the submodule of its name.
 
 import collections
 import functools
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from sparsity_jax import tables
+from sparsity_jax.types import Array, Shape
 
 
 class Settings(NamedTuple):
@@ -34,7 +33,7 @@ class Initializer(NamedTuple):
 
     conv: Callable
     dense: Callable
-    bias: Callable
+    bias: Callable = lambda fan_in: nn.initializers.zeros
 
 
 def uniform_bias(fan_in: int) -> Callable:
@@ -43,11 +42,6 @@ def uniform_bias(fan_in: int) -> Callable:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
     )
-
-
-def zero_bias(fan_in: int) -> Callable:
-    del fan_in
-    return nn.initializers.zeros
 
 
 _scaling = nn.initializers.variance_scaling
@@ -61,19 +55,17 @@ INITIALIZERS = {
     ),
     # He et al. 2015 (arXiv:1502.01852): N(0, 2 / fan_out) for convolutions, N(0, 2 / fan_in) for
     # dense, zero biases.
-    "kaiming": Initializer(
-        _scaling(2.0, "fan_out", "normal"), _scaling(2.0, "fan_in", "normal"), zero_bias
-    ),
+    "kaiming": Initializer(_scaling(2.0, "fan_out", "normal"), _scaling(2.0, "fan_in", "normal")),
     # The same with the variance 2 / fan_in throughout, normal or uniform: the two of the
     # geometric-limit study.
     "kaiming_normal": Initializer(
-        _scaling(2.0, "fan_in", "normal"), _scaling(2.0, "fan_in", "normal"), zero_bias
+        _scaling(2.0, "fan_in", "normal"), _scaling(2.0, "fan_in", "normal")
     ),
     "kaiming_uniform": Initializer(
-        _scaling(2.0, "fan_in", "uniform"), _scaling(2.0, "fan_in", "uniform"), zero_bias
+        _scaling(2.0, "fan_in", "uniform"), _scaling(2.0, "fan_in", "uniform")
     ),
     # Flax's default: normal of variance 1 / fan_in, cut at two standard deviations, zero biases.
-    "flax": Initializer(nn.initializers.lecun_normal(), nn.initializers.lecun_normal(), zero_bias),
+    "flax": Initializer(nn.initializers.lecun_normal(), nn.initializers.lecun_normal()),
 }
 
 
@@ -83,25 +75,6 @@ def at_least_float32(dtype: np.dtype) -> np.dtype:
 
 
 # Layers -------------------------------------------------------------------------------------------
-
-
-def dense(x: jax.Array, features: int, *, settings: Settings, name: str) -> jax.Array:
-    """`x @ kernel + bias` on the last axis, in `settings.dtype`."""
-    init = INITIALIZERS[settings.init]
-    return nn.Dense(
-        features,
-        kernel_init=init.dense,
-        bias_init=init.bias(x.shape[-1]),
-        dtype=settings.dtype,
-        param_dtype=settings.param_dtype,
-        name=name,
-    )(x)
-
-
-def classifier(x: jax.Array, num_classes: int, *, settings: Settings) -> jax.Array:
-    """The last layer, always named `fc`: [batch, features] to logits, in float32 or wider."""
-    wide = settings._replace(dtype=at_least_float32(settings.dtype))
-    return dense(x, num_classes, settings=wide, name="fc")
 
 
 class BatchNorm(nn.Module):
@@ -117,7 +90,7 @@ class BatchNorm(nn.Module):
     settings: Settings
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: Array, train: bool = False) -> Array:
         width, dtype = x.shape[-1:], at_least_float32(x.dtype)
         stats_dtype = at_least_float32(self.settings.param_dtype)
         scale = self.param("scale", nn.initializers.ones, width, self.settings.param_dtype)
@@ -146,14 +119,14 @@ class BatchNorm(nn.Module):
         return y.astype(x.dtype)
 
 
-def upsample(x: jax.Array, factor: int) -> jax.Array:
+def upsample(x: Array, factor: int) -> Array:
     """Nearest neighbour: every pixel of [batch, height, width, channels] becomes `factor` x
     `factor` equal ones.
     """
     return x.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
+def max_pool(x: Array, size: int = 2) -> Array:
     """Maximum over `size` x `size` windows, stride 2; rows or columns that fill no window are
     dropped, as in PyTorch.
 
@@ -168,12 +141,12 @@ def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
     return functools.reduce(_larger, [x[:, :, i : i + 2 * columns - 1 : 2] for i in range(size)])
 
 
-def _larger(first: jax.Array, second: jax.Array) -> jax.Array:
+def _larger(first: Array, second: Array) -> Array:
     """The larger entry of two arrays, NaN where one is."""
     return jnp.where((first >= second) | jnp.isnan(first), first, second)
 
 
-def local_response_norm(x: jax.Array, size: int = 2) -> jax.Array:
+def local_response_norm(x: Array, size: int = 2) -> Array:
     """PyTorch's local response normalisation with its defaults (alpha 1e-4, beta 0.75, k 1).
 
     Divides by (1 + 1e-4 * mean square of `size` neighbouring channels, missing ones zero) ** 0.75;
@@ -185,7 +158,7 @@ def local_response_norm(x: jax.Array, size: int = 2) -> jax.Array:
     return (wide / (1 + 1e-4 * mean) ** 0.75).astype(x.dtype)
 
 
-def global_average_pool(x: jax.Array) -> jax.Array:
+def global_average_pool(x: Array) -> Array:
     """Mean over height and width, in float32 or wider: [batch, channels]."""
     return x.astype(at_least_float32(x.dtype)).mean((1, 2))
 
@@ -194,17 +167,22 @@ def global_average_pool(x: jax.Array) -> jax.Array:
 
 
 class Mode(NamedTuple):
-    """How the steps of a network are taken."""
+    """How the steps of a network, or of a block of it, are taken."""
 
     settings: Settings
     train: bool
+    numbers: collections.Counter  # of the steps so far, by name
+
+    def named(self, name: str) -> str:
+        """The name of a step, with its number for a `#`: conv1, conv2, ..., bn1, bn2, ..."""
+        self.numbers[name] += 1
+        return name.replace("#", str(self.numbers[name]))
 
 
-Steps = tuple[Callable[[jax.Array, Mode], jax.Array], ...]
+Steps = tuple[Any, ...]  # callables (Array, Mode) -> Array
 
 
-@dataclass(frozen=True)
-class Conv:
+class Conv(NamedTuple):
     """Convolution with a square kernel of odd `size`, padded by zeros on every side, as in PyTorch.
 
     padding: `size // 2` by default, which returns [batch, ceil(height / stride), ceil(width /
@@ -219,9 +197,8 @@ class Conv:
     bias: bool = False
     name: str = "conv#"
 
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        settings = mode.settings
-        init = INITIALIZERS[settings.init]
+    def __call__(self, x: Array, mode: Mode) -> Array:
+        init = INITIALIZERS[mode.settings.init]
         padding = self.size // 2 if self.padding is None else self.padding
         return nn.Conv(
             self.width,
@@ -232,98 +209,88 @@ class Conv:
             use_bias=self.bias,
             kernel_init=init.conv,
             bias_init=init.bias(self.size**2 * x.shape[-1] // self.groups),
-            name=self.name,
-            dtype=settings.dtype,
-            param_dtype=settings.param_dtype,
+            name=mode.named(self.name),
+            dtype=mode.settings.dtype,
+            param_dtype=mode.settings.param_dtype,
         )(x)
 
 
-@dataclass(frozen=True)
-class Dense:
-    """A `dense` layer."""
+class Dense(NamedTuple):
+    """`x @ kernel + bias` on the last axis. wide: in float32 at least."""
 
     width: int
     name: str = "dense#"
+    wide: bool = False
 
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        return dense(x, self.width, settings=mode.settings, name=self.name)
+    def __call__(self, x: Array, mode: Mode) -> Array:
+        init, dtype = INITIALIZERS[mode.settings.init], mode.settings.dtype
+        return nn.Dense(
+            self.width,
+            kernel_init=init.dense,
+            bias_init=init.bias(x.shape[-1]),
+            dtype=at_least_float32(dtype) if self.wide else dtype,
+            param_dtype=mode.settings.param_dtype,
+            name=mode.named(self.name),
+        )(x)
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """A `BatchNorm`."""
 
     name: str = "bn#"
 
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        return BatchNorm(mode.settings, name=self.name)(x, mode.train)
+    def __call__(self, x: Array, mode: Mode) -> Array:
+        return BatchNorm(mode.settings, name=mode.named(self.name))(x, mode.train)
 
 
-@dataclass(frozen=True)
-class Dropout:
+class Dropout(NamedTuple):
     """Zeroes entries with probability `rate` in training, and divides the others by 1 - rate."""
 
     rate: float
 
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         return nn.Dropout(self.rate, deterministic=not mode.train)(x) if self.rate else x
 
 
-@dataclass(frozen=True)
-class Apply:
+class Apply(NamedTuple):
     """`function(x, *arguments)`, without parameters."""
 
     function: Callable
     arguments: tuple = ()
 
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         return self.function(x, *self.arguments)
 
 
-@dataclass(frozen=True)
-class Residual:
+class Residual(NamedTuple):
     """The sum of two ways of `x`; one without steps passes it on."""
 
     first: Steps
     second: Steps
 
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         y = take(self.first, x, mode)
         return y + take(self.second, x, mode)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Steps whose submodules lie in one of the block's name."""
 
     name: str
     steps: Steps
 
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         return Sequence(mode.settings, self.steps, name=self.name)(x, mode.train)
 
 
 RELU, RELU6 = Apply(nn.relu), Apply(nn.relu6)
 
 
-def take(steps: Steps, x: jax.Array, mode: Mode) -> jax.Array:
+def take(steps: Steps, x: Array, mode: Mode) -> Array:
     """`x` after all `steps`."""
     for step in steps:
         x = step(x, mode)
     return x
-
-
-def numbered(*steps: Any) -> Steps:
-    """The steps, with numbers for the `#` in their names: conv1, conv2, ..., bn1, bn2, ..."""
-    counts: collections.Counter[str] = collections.Counter()
-    named = []
-    for step in steps:
-        name = getattr(step, "name", "")
-        if "#" in name:
-            counts[name] += 1
-            step = replace(step, name=name.replace("#", str(counts[name])))
-        named.append(step)
-    return tuple(named)
 
 
 class Sequence(nn.Module):
@@ -333,31 +300,38 @@ class Sequence(nn.Module):
     steps: Steps
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        return take(self.steps, x, Mode(self.settings, train))
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        return take(self.steps, x, Mode(self.settings, train, collections.Counter()))
 
 
-class Network(nn.Module):
-    """Images to logits: `steps`, then `fc`.
+class Plan(NamedTuple):
+    """A network up to its last layer.
 
     smallest: side that images [batch, height, width, channels] need at least; 0: images of any
     shape are flattened first.
     """
 
-    num_classes: int
-    settings: Settings
     steps: Steps
     smallest: int = 1
 
+
+class Network(nn.Module):
+    """Images to logits: the steps of `plan`, then the dense layer `fc`, in float32 or wider."""
+
+    num_classes: int
+    settings: Settings
+    plan: Plan
+
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        check_images(images.shape, self.smallest)
+    def __call__(self, images: Array, train: bool = False) -> Array:
+        check_images(images.shape, self.plan.smallest)
         x = jnp.asarray(images, self.settings.dtype)
-        x = take(self.steps, x if self.smallest else flatten(x), Mode(self.settings, train))
-        return classifier(x, self.num_classes, settings=self.settings)
+        x = x if self.plan.smallest else flatten(x)
+        steps = (*self.plan.steps, Dense(self.num_classes, "fc", wide=True))
+        return take(steps, x, Mode(self.settings, train, collections.Counter()))
 
 
-def check_images(shape: tuple[int, ...], smallest: int) -> None:
+def check_images(shape: Shape, smallest: int) -> None:
     """Raises ConfigError for images that a `Network` cannot take."""
     needed = "[batch, ...] with at least two axes"
     fits = len(shape) >= 2
@@ -371,30 +345,23 @@ def check_images(shape: tuple[int, ...], smallest: int) -> None:
         raise tables.ConfigError(f"images have the shape {shape}; this network needs {needed}.")
 
 
-def flatten(x: jax.Array) -> jax.Array:
+def flatten(x: Array) -> Array:
     """[batch, ...] to [batch, features]."""
     return x.reshape(x.shape[0], -1)
 
 
-# Presets ------------------------------------------------------------------------------------------
+def network(
+    plan: Callable[..., Plan], *fixed: Any, doc: str | None = None, **defaults: Any
+) -> Callable[..., Network]:
+    """The factory (num_classes, settings, *, options...) of networks of `plan(*fixed, *,
+    options...)`, some options with other `defaults`.
+    """
+    preset = functools.partial(plan, *fixed, **defaults)
 
+    def build(num_classes: int, settings: Settings, **options: Any) -> Network:
+        return Network(num_classes, settings, preset(**options))
 
-def preset(
-    factory: Callable, name: str, doc: str, fixed: Mapping[str, Any] = {}, **defaults: Any
-) -> Callable:
-    """`factory` as a network of its own: some options `fixed`, others with other defaults."""
-
-    @functools.wraps(factory)
-    def build(num_classes: int, settings: Settings, **options: Any) -> nn.Module:
-        return factory(num_classes, settings, **fixed, **{**defaults, **options})
-
-    signature = inspect.signature(factory)
-    options = [
-        option.replace(default=defaults.get(option.name, option.default))
-        for option in signature.parameters.values()
-        if option.name not in fixed
-    ]
-    build.__dict__["__signature__"] = signature.replace(parameters=options)
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = doc
+    functools.update_wrapper(build, plan)
+    build.__dict__["__wrapped__"] = preset  # its signature has the defaults
+    build.__doc__ = doc or plan.__doc__
     return build

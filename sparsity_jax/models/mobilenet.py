@@ -2,10 +2,6 @@
 2018, 1801.04381).
 """
 
-from typing import Any
-
-from flax import linen as nn
-
 from sparsity_jax import tables
 from sparsity_jax.models import layers
 from sparsity_jax.models.layers import RELU, RELU6, Block, Conv, Norm
@@ -25,47 +21,39 @@ V1 = (
 
 # (expansion, width, repeats, stride of the first) of inverted residual blocks.
 V2 = (
-    *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)),
-    *((6, 160, 3, 2), (6, 320, 1, 1)),
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
 )
 
 
-class MobileNet(layers.Network):
-    """conv1, bn1, ReLU; block{i} (i from 0); global average pool; `fc`."""
-
-
 def mobilenet(
-    num_classes: int,
-    settings: layers.Settings,
     *,
     stem_width: tables.Count = 32,
     blocks: tuple[tuple[tables.Count, tables.Count], ...] = V1,
-) -> nn.Module:
+) -> layers.Plan:
     """MobileNet V1 with a 3x3 stem of stride 1; `blocks` are (width, stride) pairs of
-    depthwise-separable blocks.
+    depthwise-separable blocks, named block{i}, i from 0.
 
     The default is the network of the gradient-flow study: 3,309,476 parameters with 100 classes.
     """
-    steps: list[Any] = [Conv(stem_width, 3), Norm(), RELU]
+    steps: layers.Steps = (Conv(stem_width, 3), Norm(), RELU)
     channels = stem_width
     for i, (width, stride) in enumerate(blocks):
         pointwise = Conv(width, 1, name="pointwise")
         block = (depthwise(channels, stride), Norm(), RELU, pointwise, Norm(), RELU)
-        steps.append(Block(f"block{i}", layers.numbered(*block)))
+        steps += (Block(f"block{i}", block),)
         channels = width
-    steps.append(layers.Apply(layers.global_average_pool))
-    return MobileNet(num_classes, settings, layers.numbered(*steps))
+    return layers.Plan((*steps, layers.Apply(layers.global_average_pool)))
 
 
 def depthwise(channels: int, stride: int) -> Conv:
     """A 3x3 convolution of every channel by itself."""
     return Conv(channels, 3, stride, groups=channels, name="depthwise")
-
-
-class MobileNetV2(layers.Network):
-    """conv1, bn1, ReLU6; block{i} (i from 0); conv2 1x1, bn2, ReLU6; global average pool; dropout;
-    `fc`.
-    """
 
 
 def inverted(channels: int, expansion: int, width: int, stride: int) -> layers.Steps:
@@ -75,13 +63,13 @@ def inverted(channels: int, expansion: int, width: int, stride: int) -> layers.S
     channels stay.
     """
     hidden = channels * expansion
-    steps: list[Any] = []
+    steps: layers.Steps = ()
     if expansion > 1:
-        steps += (Conv(hidden, 1, name="expand"), Norm(), RELU6)
+        steps = (Conv(hidden, 1, name="expand"), Norm(), RELU6)
     steps += (depthwise(hidden, stride), Norm(), RELU6, Conv(width, 1, name="project"), Norm())
     if stride == 1 and width == channels:
-        return (layers.Residual((), layers.numbered(*steps)),)
-    return layers.numbered(*steps)
+        return (layers.Residual((), steps),)
+    return steps
 
 
 def divisible(width: float, divisor: int = 8) -> int:
@@ -93,34 +81,33 @@ def divisible(width: float, divisor: int = 8) -> int:
 
 
 def mobilenet_v2(
-    num_classes: int,
-    settings: layers.Settings,
     *,
     multiplier: tables.Positive = 1.0,
     stem_stride: tables.Count = 2,
     blocks: tuple[tuple[tables.Count, tables.Count, tables.Count, tables.Count], ...] = V2,
     dropout: tables.Share = 0.0,
-) -> nn.Module:
+) -> layers.Plan:
     """MobileNet V2 as in torchvision, whose weights fit: 3,504,872 parameters with 1,000 classes,
     2,236,682 with 10.
 
-    blocks: (expansion, width, repeats, stride of the first) of inverted residual blocks; one that
-    keeps image size and channels adds its input. multiplier: of all widths, which are rounded to
-    multiples of 8 (that of the last convolution, 1,280, only grows). stem_stride: 1 for small
-    images. dropout: before `fc`; 0.2 in training on ImageNet.
+    blocks: (expansion, width, repeats, stride of the first) of inverted residual blocks, named
+    block{i}, i from 0; one that keeps image size and channels adds its input. multiplier: of all
+    widths, which are rounded to multiples of 8 (that of the last convolution, 1,280, only grows).
+    stem_stride: 1 for small images. dropout: before `fc`; 0.2 in training on ImageNet.
     """
     channels = divisible(32 * multiplier)
-    last_width = divisible(1280 * max(1.0, multiplier))
-    inside: list[layers.Steps] = []
+    steps: layers.Steps = (Conv(channels, 3, stem_stride), Norm(), RELU6)
+    number = 0
     for expansion, width, repeats, stride in blocks:
         width = divisible(width * multiplier)
-        for own_stride in (stride, *[1] * (repeats - 1)):
-            inside.append(inverted(channels, expansion, width, own_stride))
+        for repeat in range(repeats):
+            inside = inverted(channels, expansion, width, 1 if repeat else stride)
+            steps += (Block(f"block{number}", inside),)
             channels = width
-    steps = (
-        *(Conv(divisible(32 * multiplier), 3, stem_stride), Norm(), RELU6),
-        *(Block(f"block{i}", steps) for i, steps in enumerate(inside)),
-        *(Conv(last_width, 1), Norm(), RELU6),
-        *(layers.Apply(layers.global_average_pool), layers.Dropout(dropout)),
-    )
-    return MobileNetV2(num_classes, settings, layers.numbered(*steps))
+            number += 1
+    last_width = divisible(1280 * max(1.0, multiplier))
+    steps += (Conv(last_width, 1), Norm(), RELU6, layers.Apply(layers.global_average_pool))
+    return layers.Plan((*steps, layers.Dropout(dropout)))
+
+
+MODELS = dict(mobilenet=layers.network(mobilenet), mobilenet_v2=layers.network(mobilenet_v2))

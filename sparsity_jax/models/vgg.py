@@ -4,8 +4,6 @@ one dense layer.
 
 from typing import Literal
 
-from flax import linen as nn
-
 from sparsity_jax import tables
 from sparsity_jax.models import layers
 
@@ -18,33 +16,27 @@ Order = Literal["conv_bn_relu", "conv_relu_bn"]
 DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
-class VGG(layers.Network):
-    """conv{i}, bn{i} and ReLU, max-pools between; global average pool; dropout; `fc`."""
-
-
 def stages(depth: int, width: int) -> Layout:
     """The layout of VGG-`depth` (11, 13, 16 or 19), e.g. (64, "M", 128, "M", ...) for depth 11 and
     width 64.
     """
-    layout: list[int | Literal["M"]] = []
+    layout: Layout = ()
     for count, scale in zip(DEPTHS[depth], (1, 2, 4, 8, 8)):
         layout += (*[width * scale] * count, "M")
-    return tuple(layout)
+    return layout
 
 
 VGG11 = stages(11, 64)
 
 
 def vgg(
-    num_classes: int,
-    settings: layers.Settings,
     *,
     layout: Layout = VGG11,
     order: Order = "conv_bn_relu",
     conv_bias: bool = True,
     batch_norm: bool = True,
     dropout: tables.Share = 0.0,
-) -> nn.Module:
+) -> layers.Plan:
     """A VGG of any `layout`: widths of 3x3 convolutions and "M" for 2x2 max-pools, e.g. `(8, "M",
     16, 16, "M")`.
 
@@ -55,28 +47,25 @@ def vgg(
     after = [layers.Norm(), layers.RELU] if batch_norm else [layers.RELU]
     if order == "conv_relu_bn":
         after.reverse()
-    steps: list = []
+    steps: layers.Steps = ()
     for entry in layout:
         if entry == "M":
-            steps.append(layers.Apply(layers.max_pool))
+            steps += (layers.Apply(layers.max_pool),)
         else:
             steps += (layers.Conv(entry, 3, bias=conv_bias), *after)
     steps += (layers.Apply(layers.global_average_pool), layers.Dropout(dropout))
-    smallest = 2 ** layout.count("M")
-    return VGG(num_classes, settings, layers.numbered(*steps), smallest)
+    return layers.Plan(steps, smallest=2 ** layout.count("M"))
 
 
 def of_depth(
-    num_classes: int,
-    settings: layers.Settings,
-    *,
     depth: int,
+    *,
     width: tables.Count = 64,
     order: Order = "conv_bn_relu",
     conv_bias: bool = True,
     batch_norm: bool = True,
     dropout: tables.Share = 0.0,
-) -> nn.Module:
+) -> layers.Plan:
     """stages of 1, 2, 4, 8 and 8 times `width`.
 
     For images of at least 32x32. Parameters with 10 classes: VGG11 9,231,114; VGG13 9,416,010;
@@ -85,8 +74,6 @@ def of_depth(
     classes). The growing-regularisation VGG19 has no conv_bias and no last max-pool: use `vgg`.
     """
     return vgg(
-        num_classes,
-        settings,
         layout=stages(depth, width),
         order=order,
         conv_bias=conv_bias,
@@ -95,7 +82,7 @@ def of_depth(
     )
 
 
-vgg11, vgg13, vgg16, vgg19 = (
-    layers.preset(of_depth, f"vgg{depth}", f"VGG-{depth}: {of_depth.__doc__}", {"depth": depth})
-    for depth in DEPTHS
-)
+MODELS = dict(vgg=layers.network(vgg))
+for depth in DEPTHS:
+    text = f"VGG-{depth}: {of_depth.__doc__}"
+    MODELS[f"vgg{depth}"] = layers.network(of_depth, depth, doc=text)
