@@ -522,7 +522,7 @@ class RowNorms(OneByOne, interface.Stage):
 
         def norm(variables: Variables, v: PyTree) -> float:
             total = 0.0
-            for start, length in spectrum.batches(size, self.batch_size):
+            for start, length in spectrum.pieces(size, self.batch_size):
                 total += compiled(variables, v, data, start, length)
             return float(total) / size
 

@@ -14,7 +14,7 @@ everything to some of the parameters.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jax.tree_util import tree_leaves, tree_map
 
-from sparsity_jax import linops, stopping, tables, trees
+from sparsity_jax import batches, linops, stopping, tables, trees
 from sparsity_jax.types import PyTree
 
 Product = Callable[[PyTree, PyTree, PyTree], PyTree]
@@ -57,51 +57,20 @@ def over_batches(
 
 def _mean(
     part: Callable,
-    zero: Callable,
+    zeros: Callable,
     data: PyTree,
     batch_size: int,
     on_host: bool,
 ) -> Callable:
-    """`mean(params, v)` of `part(params, v, batch)`, whose structure is that of `zero(params,
+    """`mean(params, v)` of `part(params, v, batch)`, whose structure is that of `zeros(params,
     v)`.
     """
-    size = _size(data, batch_size)
+    _check_sizes(data, batch_size)
     # NumPy arrays would be sent to the device for every call
     data = tree_map(jnp.asarray, data)
-
-    def add(
-        total: PyTree,
-        params: PyTree,
-        v: PyTree,
-        data: PyTree,
-        start: Any,
-        length: int,
-    ) -> PyTree:
-        return _plus(total, part(params, v, cut(data, start, length)), length / size)
-
-    def scanned(params: PyTree, v: PyTree, data: PyTree) -> PyTree:
-        whole, rest = divmod(size, min(batch_size, size))
-        length = (size - rest) // whole
-        inputs = tree_leaves((params, v, data))
-        total = tree_map(lambda leaf: trees.varying_like(leaf, inputs), zero(params, v))
-        body = lambda total, i: (add(total, params, v, data, i * length, length), None)
-        total, _ = lax.scan(body, total, jnp.arange(whole))
-        return add(total, params, v, data, size - rest, rest) if rest else total
-
-    if not on_host:
-        compiled = jax.jit(scanned)
-        return lambda params, v: compiled(params, v, data)
-
-    add_batch = jax.jit(add, static_argnums=5)
-
-    def looped(params: PyTree, v: PyTree) -> PyTree:
-        total = zero(params, v)
-        for start, length in batches(size, batch_size):
-            stopping.check()
-            total = add_batch(total, params, v, data, start, length)
-        return total
-
-    return looped
+    of_batch = lambda batch, params, v: part(params, v, batch)
+    mean = batches.mean(of_batch, batch_size, on_host=on_host)
+    return lambda params, v: mean(zeros(params, v), data, params, v)
 
 
 def _plus(total: PyTree, term: PyTree, share: float) -> PyTree:
@@ -125,7 +94,7 @@ def linearized(
     FC12 on 50,000 images of CIFAR-10, float32. matvec is not traceable: it makes one compiled call
     per batch. Raises as `over_batches`.
     """
-    size = _size(data, batch_size)
+    size = _check_sizes(data, batch_size)
     data = tree_map(jnp.asarray, data)
     like = params if like is None else like
     zero = tree_map(jnp.zeros_like, like)
@@ -142,7 +111,7 @@ def linearized(
 
     add = jax.jit(lambda total, part, v, share: _plus(total, part(v), share), static_argnums=3)
     parts = []
-    for start, length in batches(size, batch_size):
+    for start, length in pieces(size, batch_size):
         parts.append((prepare(params, data, start, length), length / size))
 
     def matvec(v: PyTree) -> PyTree:
@@ -204,19 +173,14 @@ def taylor(
     return _mean(part, zero, data, batch_size, on_host)
 
 
-def _size(data: PyTree, batch_size: int) -> int:
+def _check_sizes(data: PyTree, batch_size: int) -> int:
     """Number of examples; ValueError for empty or unequal arrays and no batch."""
-    sizes = {len(leaf) for leaf in tree_leaves(data)}
-    if len(sizes) != 1 or not min(sizes):
-        raise ValueError(
-            f"data has arrays of length {sorted(sizes)}; allowed: one length, at least 1."
-        )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
-    return sizes.pop()
+    return batches.num_examples(data)
 
 
-def batches(size: int, batch_size: int) -> list[tuple[int, int]]:
+def pieces(size: int, batch_size: int) -> list[tuple[int, int]]:
     """(start, length) of every batch of `size` examples; the last may be shorter."""
     return [(start, min(batch_size, size - start)) for start in range(0, size, batch_size)]
 
@@ -233,7 +197,7 @@ def batch_losses(
     batch_size: int,
 ) -> Array:
     """`loss(params, batch)` of every whole batch of `data` in order: [N // batch_size]."""
-    size = _size(data, 1)
+    size = batches.num_examples(data)
     if not 1 <= batch_size <= size:
         raise ValueError(
             f"batch_size is {batch_size}; allowed: 1 to {size}, the number of examples."

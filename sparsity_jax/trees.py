@@ -83,8 +83,8 @@ def aligned(
     given = plain_leaves(tree, is_leaf)
     wanted = plain_leaves(like, _is_hidden)
     leaves = {path: given.get(path) if not _is_hidden(x) else x for path, x in wanted.items()}
-    wrong = [f"an entry {path!r}, which is no parameter" for path in given if path not in wanted]
-    wrong += [f"no entry for {path!r}" for path, leaf in leaves.items() if leaf is None]
+    wrong = [f"no entry for {path!r}" for path, leaf in leaves.items() if leaf is None]
+    wrong += [f"an entry {path!r}, which is no parameter" for path in given if path not in wanted]
     if wrong:
         raise ValueError(
             f"{what} have {wrong[0]}; allowed: one for all parameters, or a tree with the paths of "
