@@ -12,7 +12,7 @@ Magnitude is the score. Whole filters or input channels go by their L1 norm.
 
 import fractions
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -81,12 +81,12 @@ def erk_ratios(shapes: Shapes, ratio: float) -> dict[str, float]:
         dense |= full
 
 
-def uniform_ratios(shapes: Shapes, ratio: float) -> dict[str, float]:
-    """The same share of every kernel."""
-    return dict.fromkeys(shapes, ratio)
-
-
-LAYER_RATIOS = {"uniform": uniform_ratios, "erk": erk_ratios, "erk_original": originals.erk_ratios}
+# (shapes, ratio) -> share to remove from each kernel
+LAYER_RATIOS: dict[str, Callable] = {
+    "uniform": dict.fromkeys,
+    "erk": erk_ratios,
+    "erk_original": originals.erk_ratios,
+}
 
 
 def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) -> dict[str, int]:

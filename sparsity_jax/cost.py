@@ -190,22 +190,19 @@ def _convolution(eqn: Any, out: Shape, kernel: Shape, padding: bool) -> int:
     Right for grouped and depthwise convolution too: the kernel's input axis has the channels of one
     group only.
     """
-    params = eqn.params
-    spec = params["dimension_numbers"]
+    spec = eqn.params["dimension_numbers"]
     image = eqn.invars[0].aval.shape
-    sizes = [image[a] for a in spec.lhs_spec[2:]]
     batch, features, *outs = (out[a] for a in spec.out_spec)
     _, inputs, *window = (kernel[a] for a in spec.rhs_spec)
+    names = ("padding", "window_strides", "lhs_dilation", "rhs_dilation")
+    along = zip(spec.lhs_spec[2:], outs, window, *(eqn.params[name] for name in names))
     pairs = 1
-    for i, (low, _) in enumerate(params["padding"]):
-        dilation = params["lhs_dilation"][i]
-        starts = np.arange(outs[i]) * params["window_strides"][i] - low
-        offsets = np.arange(window[i]) * params["rhs_dilation"][i]
-        positions = np.add.outer(starts, offsets)
-        counted = positions % dilation == 0
+    for axis, out_size, size, (low, _), stride, apart, hole in along:
+        starts = np.arange(out_size) * stride - low
+        positions = np.add.outer(starts, np.arange(size) * hole)
+        counted = positions % apart == 0
         if not padding:
-            end = sizes[i] * dilation
-            counted &= (positions >= 0) & (positions < end)
+            counted &= (positions >= 0) & (positions < image[axis] * apart)
         pairs *= int(counted.sum())
     return 2 * batch * features * inputs * pairs
 

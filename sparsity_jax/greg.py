@@ -60,10 +60,11 @@ class Choosing(structured.EachMember):
     ratios: str | tuple
     skip: str
     granularity: Any
-    pick: growing.Pick = "min"
-    inherit: str = ""
-    inherit_as: str = "index"
-    reading: Reading = "correct"
+    # without types, so that they are fields of `remove` and `grow` only
+    pick = "min"
+    inherit = ""
+    inherit_as = "index"
+    reading = "correct"
 
     def check(self) -> None:
         if bool(self.ratios) == bool(self.inherit):

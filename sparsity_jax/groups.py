@@ -54,20 +54,11 @@ class Group(NamedTuple):
     members: tuple[Member, ...]
 
 
-class Frozen(NamedTuple):
-    """An operation that keeps axes of the variables whole."""
-
-    reason: str
-    primitive: str
-    source: str  # module path and first line of user code
-    members: tuple[tuple[str, int], ...]  # (path, axis)
-
-
 class Channels(NamedTuple):
     """What `trace` finds: data, and the walked program that `elastic` runs."""
 
     groups: dict[str, Group]
-    frozen: list[Frozen]
+    frozen: list[walk.Frozen]  # operations that keep axes of the variables whole, by path
     shapes: Structs  # of the full variables
     apply: Callable
     walked: walk.Walk
@@ -148,14 +139,14 @@ def _carried(result: PyTree, paths: list[str], state: str) -> dict[int, int]:
     """Numbers of the results below `state`, each with that of the variable it is the next of."""
     leaves = list(trees.named_leaves(result))
     start = f"{state}/"
-    below = {path: path.removeprefix(start) for path in leaves if path.startswith(start)}
-    owned = _owners(below.values(), paths)
-    if not owned or len(owned) < len(below):
+    names = {i: path.removeprefix(start) for i, path in enumerate(leaves) if path.startswith(start)}
+    owned = _owners(names.values(), paths)
+    if not owned or len(owned) < len(names):
         raise ValueError(
             f"state is {state!r}; the results below it must have the paths of variables. Results: "
             f"{leaves[:5]}, variables: {paths[:5]}."
         )
-    return {leaves.index(path): paths.index(owned[name]) for path, name in below.items()}
+    return {i: paths.index(owned[name]) for i, name in names.items()}
 
 
 def _struct(leaf: Any) -> Struct:
@@ -226,30 +217,26 @@ def _entries(walked: walk.Walk, num_variables: int) -> dict[int, dict[Place, lis
 
 def _names(members: Sequence[Member], paths: list[str]) -> Iterator[str]:
     """Path of the first array that makes the channels, without `kernel`, and longer names."""
-
-    def rank(member: Member) -> tuple[int, int]:
-        return ROLES.index(member.role), paths.index(member.path)
-
+    rank = lambda member: (ROLES.index(member.role), paths.index(member.path))
     first = min(members, key=rank)
-    name = ""
-    if trees.is_kernel(first.path):
-        name = first.path.removesuffix("/value").rpartition("/")[0]
-    name = name or first.path
+    module = first.path.removesuffix("/value").rpartition("/")[0]
+    name = module if module and trees.is_kernel(first.path) else first.path
     yield name
     yield f"{name}[{first.axis}]"
     for number in itertools.count(2):
         yield f"{name}[{first.axis}].{number}"
 
 
-def _frozen(walked: walk.Walk, paths: list[str], groups: Mapping[str, Group]) -> Iterator[Frozen]:
+def _frozen(
+    walked: walk.Walk, paths: list[str], groups: Mapping[str, Group]
+) -> Iterator[walk.Frozen]:
     """What froze axes of variables; then the axes that nothing froze but that are in no group."""
     for event in walked.events:
-        members = tuple((paths[i], a) for i, a in event.axes if i < len(paths))
+        members = tuple((paths[i], a) for i, a in event.members if i < len(paths))
         if members:
-            yield Frozen(event.reason, event.primitive, event.source, members)
-    grouped: set[tuple[str, int]] = set()
-    for group in groups.values():
-        grouped.update((member.path, member.axis) for member in group.members)
+            yield event._replace(members=members)
+    members_of_groups = [member for group in groups.values() for member in group.members]
+    grouped = {(member.path, member.axis) for member in members_of_groups}
     used = set(walked.used.numbers)
     left: dict[str, list] = {}
     for i, path in enumerate(paths):
@@ -258,7 +245,7 @@ def _frozen(walked: walk.Walk, paths: list[str], groups: Mapping[str, Group]) ->
             if (path, a) not in grouped and walked.labels.is_live(axis.labels):
                 left.setdefault(reason, []).append((path, a))
     for reason, places in left.items():
-        yield Frozen(reason, "trace", "", tuple(places))
+        yield walk.Frozen(reason, "trace", "", tuple(places))
 
 
 # Masks and smaller arrays ------------------------------------------------------------------------
@@ -291,9 +278,9 @@ def _known(channels: Channels, keep: Keep) -> Arrays:
     return {name: np.asarray(kept) for name, kept in complete(channels, keep).items()}
 
 
-def _alive(channels: Channels, keep: Keep) -> dict[tuple[str, int], Any]:
+def _alive(channels: Channels, keep: Keep) -> dict[tuple, Any]:
     """bool [size], which entries stay, by path and axis: of axes with members only."""
-    alive: dict[tuple[str, int], Any] = {}
+    alive: dict[tuple, Any] = {}
     for name, group in channels.groups.items():
         for member in group.members:
             place = member.path, member.axis
@@ -364,7 +351,7 @@ def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
 
 
 def _check_shape(path: str, leaf: Any, expected: Struct, what: str) -> None:
-    given = None if leaf is None else np.shape(leaf)
+    given = np.shape(leaf)
     if given != expected.shape:
         told = f"the {what} variables have {expected.shape} there"
         raise ValueError(f"{path} has shape {given}; {told}.")

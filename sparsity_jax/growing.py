@@ -445,7 +445,8 @@ class _Growth:
             lambda: self.advance(leaves, keep, number, state.progress),
             lambda: state.progress,
         )
-        left = jnp.maximum(state.left - jnp.all(progress.phase == STABILIZE), 0)
+        resting = jnp.all(progress.phase == STABILIZE)
+        left = jnp.maximum(state.left - resting, 0)
         state = GrowingState(state.step + 1, left, keep, progress)
         return self.penalized(updates, state, params), state
 
@@ -464,7 +465,8 @@ class _Growth:
         going = old.phase < STABILIZE
         updates = jnp.where(going, number, old.updates)
         means = [_mean_scores(leaves, layer, keep[layer.name]) for layer in self.active]
-        kept, pruned = jnp.asarray(means, float).reshape(-1, 2).T
+        table = jnp.asarray(means, float).reshape(-1, 2)
+        kept, pruned = table.T
         # of two zeros 1: neither is larger; smoothing would keep a NaN for ever
         ratio = jnp.where(kept > 0, jnp.inf, 1)
         quotient = kept / jnp.where(pruned > 0, pruned, 1)

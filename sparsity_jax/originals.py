@@ -103,7 +103,8 @@ def square_distances(distances: Any, ratios: np.ndarray) -> np.ndarray:
     largest = distances.magnitudes[last]
     removed = np.searchsorted(distances.magnitudes, largest, side="right")
     squares = distances.squares[removed]
-    return (squares[:-1] - squares[-1]).reshape(ratios.shape)
+    differences = squares[:-1] - squares[-1]
+    return differences.reshape(ratios.shape)
 
 
 # Numbers of channels ------------------------------------------------------------------------------

@@ -315,11 +315,6 @@ class Module(NamedTuple):
         """The axes of its weight: 1 is a norm, 2 a dense layer."""
         return len(self.shape)
 
-    @property
-    def form(self) -> tuple:
-        """What has to agree with the other side's."""
-        return self.shape, frozenset(self.arrays)
-
 
 Modules = dict[str, Module]  # by their weights
 Group = tuple[list[str], list[str]]  # weights of one form, PyTorch's and as many of ours
@@ -477,7 +472,7 @@ def _alike(theirs: Modules, ours: Modules, fresh: set[str]) -> list[Group]:
     forms: dict[tuple, Group] = collections.defaultdict(lambda: ([], []))
     for side, modules in enumerate((theirs, ours)):
         for name, module in modules.items():
-            forms[module.form][side].append(name)
+            forms[module.shape, frozenset(module.arrays)][side].append(name)
     groups = []
     for names, same in forms.values():
         paths = [path for path in same if path not in fresh] or same

@@ -98,55 +98,44 @@ def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
     Filter pruning leaves the last convolution of a block whole, channel pruning the first, both the
     shortcut. Raises ConfigError for a pattern without these groups.
     """
-    branches = _branches(layers, blocks)
-    if not branches:
+    inside = _branches(layers, blocks)
+    if not inside:
         return [Layer(path, (i,)) for i, path in enumerate(layers)]
-    of_path = {path: branch for branch, inside in branches.items() for path in inside}
-    stages = sorted({branch.stage for branch in branches})
-    last_inside = [path for path in layers if path in of_path][-1]
+    stages = sorted({branch.stage for branch in inside.values()})
     stage, result = 0, []
     for path in layers:
-        if path not in of_path:
+        if path not in inside:
             result.append(Layer(path, (stage,)))
             continue
-        branch = of_path[path]
-        stage = stages.index(branch.stage) + 1
-        numbers = {other.block for other in branches if other.stage == branch.stage}
-        block = sorted(numbers).index(branch.block)
-        layer = Layer(path, (stage, block, -1), ("filter", "channel"))
-        if not branch.shortcut:
-            layer = _of_branch(path, (stage, block), branches[branch])
-        result.append(layer)
-        if path == last_inside:
+        here = inside[path]
+        stage = stages.index(here.stage) + 1
+        numbers = {other.block for other in inside.values() if other.stage == here.stage}
+        branch = [other for other in inside if inside[other] == here]
+        number = -1 if here.shortcut else branch.index(path)
+        ends = {"filter": branch[-1], "channel": branch[0]}
+        whole = tuple(name for name, end in ends.items() if here.shortcut or end == path)
+        address = (stage, sorted(numbers).index(here.block), number)
+        result.append(Layer(path, address, whole))
+        if path == list(inside)[-1]:
             stage = len(stages) + 1
     return result
 
 
-def _of_branch(path: str, block: tuple[int, int], branch: list[str]) -> Layer:
-    first, last = branch[0], branch[-1]
-    ends = {"filter": last, "channel": first}
-    whole = tuple(granularity for granularity, end in ends.items() if end == path)
-    return Layer(path, (*block, branch.index(path)), whole)
-
-
-def _branches(layers: Sequence[str], blocks: str) -> dict[_Branch, list[str]]:
-    """The layers inside blocks."""
+def _branches(layers: Sequence[str], blocks: str) -> dict[str, _Branch]:
+    """The branch of each layer inside blocks."""
     trees.check_pattern(blocks, "blocks")
     pattern = re.compile(blocks)
     if not {"stage", "block"} <= pattern.groupindex.keys():
         raise tables.ConfigError(
             "blocks", blocks, allowed="a pattern with the groups (?P<stage>...) and (?P<block>...)"
         )
-    branches: dict[_Branch, list[str]] = {}
+    inside = {}
     for match in filter(None, map(pattern.fullmatch, layers)):
-        for name in ("stage", "block"):
-            if not re.fullmatch(r"\d+", match[name] or ""):
-                told = f"the {name} of {match.string!r}"
-                raise tables.ConfigError("blocks", match[name], why=told, allowed="numbers")
+        texts = (match["stage"] or "", match["block"] or "")
+        stage, block = (tables.read_text(text, int, "blocks", 0) for text in texts)
         shortcut = bool(match.groupdict().get("shortcut"))
-        branch = _Branch(int(match["stage"]), int(match["block"]), shortcut)
-        branches.setdefault(branch, []).append(match.string)
-    return branches
+        inside[match.string] = _Branch(stage, block, shortcut)
+    return inside
 
 
 # Notations ----------------------------------------------------------------------------------------
@@ -232,19 +221,18 @@ def _ratio(value: Any) -> Ratio:
 
 def _by_rule(items: Sequence, located: Layers, granularity: str) -> Table:
     rules = tables.convert(items, tuple[tuple[str, Any], ...])
+    ratios = []
+    for i, (_, value) in enumerate(rules):
+        with tables.within(f"[{i}]"):
+            ratios.append(_ratio(value))
     numbered = [(pattern, i) for i, (pattern, _) in enumerate(rules)]
     deciding = trees.match_rules({layer.path: 0 for layer in located}, numbered)
-    table: Table = {}
-    for i, (pattern, value) in enumerate(rules):
-        decided = [layer for layer in located if deciding[layer.path] == i]
-        whole = all(granularity in layer.whole for layer in decided)
-        with tables.within(f"[{i}]"):
-            ratio = _ratio(value)
-            if ratio and decided and whole:
-                told = f"only layers that {granularity} pruning leaves whole"
-                raise tables.ConfigError("", pattern, why=told)
-        table |= {layer.path: ratio for layer in decided}
-    return {layer.path: table[layer.path] for layer in located}
+    prunable = {deciding[layer.path] for layer in located if granularity not in layer.whole}
+    for i in set(deciding.values()) - prunable:
+        if ratios[i]:
+            told = f"only layers that {granularity} pruning leaves whole"
+            raise tables.ConfigError(f"[{i}]", rules[i][0], why=told)
+    return {layer.path: ratios[deciding[layer.path]] for layer in located}
 
 
 def _by_range(items: Sequence, located: Layers, reading: Reading) -> Table:

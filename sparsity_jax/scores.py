@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsity_jax import batches, groups, linops, tables, trees
+from sparsity_jax import batches, groups, linops, tables, trees, units
 from sparsity_jax.types import Array, Fields, PyTree
 
 
@@ -212,8 +212,7 @@ def gather(
     for name in needs:
         tables.lookup(Statistics._field_defaults, name, "statistic")
     tables.convert(batch_size, tables.Count, "batch_size")
-    sources = dict.fromkeys(("g", "g2"), "data")
-    sources |= dict(hg_grasp="balanced", hg_preserve="balanced", w0="init")
+    sources = dict(g="data", g2="data", hg_grasp="balanced", hg_preserve="balanced", w0="init")
     first = [name for name in ("g", "g2") if name in needs]
 
     def moments(batch: PyTree, params: PyTree, temperature: Array) -> Fields:
@@ -424,11 +423,8 @@ def _parts(members: list, measure: Measure, aggregate: str, leaves: Fields) -> l
         return _norms(members, measure.on, leaves)
     if aggregate == "producer":
         return [[member] for member in members if member.role == "producer"]
-    return [[member] for member in members if member.role != "other" or _is_matrix(member, leaves)]
-
-
-def _is_matrix(member: Any, leaves: Fields) -> bool:
-    return trees.is_kernel(member.path) and jnp.ndim(leaves.get(member.path, 0)) > 1
+    matrix = lambda member: units.is_matrix(member.path, leaves)
+    return [[member] for member in members if member.role != "other" or matrix(member)]
 
 
 def _norms(members: list, on: str, leaves: Fields) -> list[list]:

@@ -84,8 +84,7 @@ def check_label(label: int, num_classes: int, name: str) -> None:
     if not 0 <= label < num_classes:
         raise ConfigError(
             f"{name} has the label {label} where 0..{num_classes - 1} are classes; unlabelled "
-            "splits cannot be used, "
-            "name another one through config.data.train_split or test_split."
+            "splits cannot be used, name another one through config.data.train_split or test_split."
         )
 
 
@@ -215,7 +214,7 @@ def list_images(split: pathlib.Path) -> Listing:
 
 
 def visible_images(split: pathlib.Path) -> Images:
-    _, classes, files = next(walk(split), ("", [], []))
+    _, _, classes, files = next(walk(split), ("", "", [], []))
     if not classes:
         raise ConfigError(
             f"{split} has no class directories; put the images of class X into {split / 'X'}."
@@ -224,23 +223,23 @@ def visible_images(split: pathlib.Path) -> Images:
         if is_image(str(split / file)):
             raise ConfigError(f"{split / file} is in no class directory; move it into one.")
     for name in classes:
-        found = False
-        for folder, _, files in walk(split / name):
-            real = os.path.realpath(folder)
-            paths = [os.path.join(folder, file) for file in files]
-            for path in filter(is_image, paths):
-                found = True
-                is_link = os.path.islink(path)
-                place = os.path.realpath(path) if is_link else path.replace(folder, real, 1)
-                yield name, path, place
-        if not found:
+        images = []
+        for folder, real, _, files in walk(split / name):
+            for file in files:
+                path, place = os.path.join(folder, file), os.path.join(real, file)
+                if os.path.islink(path):
+                    place = os.path.realpath(path)
+                if is_image(path):
+                    images.append((name, path, place))
+        if not images:
             raise ConfigError(
                 f"{split / name} has no images ({', '.join(SUFFIXES)}); remove it or fill it."
             )
+        yield from images
 
 
-def walk(directory: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """(directory, directories in it, files in it) of everything visible, sorted.
+def walk(directory: pathlib.Path) -> Iterator[tuple[str, str, list[str], list[str]]]:
+    """(directory, its real path, directories in it, files in it) of everything visible, sorted.
 
     Links are followed, to each directory once, and never to one that contains the link.
     """
@@ -252,7 +251,7 @@ def walk(directory: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
             names.clear()
             continue
         visited.add(place)
-        yield folder, names, sorted(filter(is_visible, files))
+        yield folder, place, names, sorted(filter(is_visible, files))
 
 
 def refuse_listing(error: OSError) -> None:
@@ -274,7 +273,9 @@ def is_image(path: str) -> bool:
         if os.path.exists(path) and not is_file:
             raise ConfigError(f"{path} is no file but a pipe or device; remove it.")
         return True
-    with contextlib.suppress(OSError), open(path if is_file else os.devnull, "rb") as file:
+    if not is_file:
+        return False
+    with contextlib.suppress(OSError), open(path, "rb") as file:
         if name := format_of(file.read(32)):
             allowed = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
             raise ConfigError(
@@ -288,7 +289,7 @@ def annotated_images(split: pathlib.Path) -> Images:
     """Those of Tiny-ImageNet: "file <tab> class <tab> box" for the files in images/."""
     annotations = split / ANNOTATIONS
     try:
-        lines = annotations.read_text(encoding="utf-8").split("\n")
+        lines = annotations.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"{annotations} cannot be read: {error}.") from error
     lines = list(filter(str.strip, lines))

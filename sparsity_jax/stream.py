@@ -9,7 +9,6 @@ goes on anywhere with the same bits.
 import atexit
 import contextlib
 import functools
-import itertools
 import math
 
 # before `close_all` is registered, so that its own end comes after that
@@ -43,7 +42,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 class Example(NamedTuple):
     image: np.ndarray  # uint8 [H, W, C]
     label: int  # -1: does not count
-    unreadable: tuple[str, ...]  # the image that should have been here, if it could not be decoded
+    unreadable: str = ""  # the image that should have been here, if it could not be decoded
 
 
 class Batch(NamedTuple):
@@ -161,7 +160,7 @@ def eval_batches(
     """
     import grain
 
-    indices = range(images.shape[0]) if indices is None else [int(i) for i in indices]
+    indices = range(images.shape[0]) if indices is None else list(map(int, indices))
     order = grain.MapDataset.source(indices)
     draw = functools.partial(central_box, options=images.options)
     order = order.map(lambda index: example(images, index, draw))
@@ -279,8 +278,7 @@ def check_main_guard() -> None:
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise ConfigError(
             "config.data.workers starts processes, which import this script again; put the part "
-            "that reads under "
-            "`if __name__ == '__main__':`, or set workers to 0."
+            "that reads under `if __name__ == '__main__':`, or set workers to 0."
         )
 
 
@@ -291,8 +289,8 @@ def stack_examples(batch_size: int, examples: Sequence[Example]) -> Batch:
     images[:count] = [example.image for example in examples]
     labels = np.full(batch_size, -1, np.int32)
     labels[:count] = [example.label for example in examples]
-    unreadable = itertools.chain.from_iterable(example.unreadable for example in examples)
-    return Batch(images, labels, tuple(unreadable))
+    unreadable = tuple(example.unreadable for example in examples if example.unreadable)
+    return Batch(images, labels, unreadable)
 
 
 def begin_worker(index: int, count: int) -> None:
@@ -327,11 +325,11 @@ def example(images: data.Stream, index: int, draw: Callable[[int, int], Box]) ->
     except sources.UnreadableError as error:
         if options["unreadable"] == "stop":
             raise ConfigError(f"{error} {data.SKIPPING}") from None
-        return Example(np.zeros(images.shape[1:], np.uint8), -1, (name,))
+        return Example(np.zeros(images.shape[1:], np.uint8), -1, name)
     sources.check_label(label, images.num_classes, name)
     if not options["channels"]:
         data.check_colour(image, channels, name)
-    return Example(decoding.fit(image, 0, channels), label, ())
+    return Example(decoding.fit(image, 0, channels), label)
 
 
 def replacement(
@@ -343,7 +341,7 @@ def replacement(
         if other.label >= 0:
             return other._replace(unreadable=lost.unreadable)
     raise ConfigError(
-        f"{lost.unreadable[0]} cannot be decoded, nor can {REPLACEMENTS} other images of its "
+        f"{lost.unreadable} cannot be decoded, nor can {REPLACEMENTS} other images of its "
         "split drawn instead."
     )
 

@@ -230,7 +230,7 @@ class Cut(EachMember):
                 trees.match_rules(channels.sizes, self.rules)
         self._check_readable(problem)
         if self.protect != "original_resnet":  # which removes less instead
-            whole = _whole(channels)
+            whole = groups.complete(channels, {})
             last = Place("", 0, {}, visit=visits, visits=visits)
             self.select(problem, whole, whole, last, 1 - self.density(last))
         if self.balanced:
@@ -377,7 +377,7 @@ class Cut(EachMember):
                 keep = budgets.select(importance, share, **limits)
             else:
                 price = cost.of_channels(channels, self.budget)
-                target = self.density(place) * price(_whole(channels))
+                target = self.density(place) * price(groups.complete(channels, {}))
                 keep = budgets.select_to_cost(importance, price, target, **limits)
         if self.multiple == 1:
             return keep
@@ -404,11 +404,6 @@ class Cut(EachMember):
             living = sum(int(kept.sum()) for kept in counted)
             return budgets.ratio_to_reach(self.density(place), total, living)
         return float(self.plan(place.visits).ratios[place.visit - 1])
-
-
-def _whole(channels: Channels) -> Arrays:
-    """A `keep` of all channels."""
-    return {name: np.ones(size, bool) for name, size in channels.sizes.items()}
 
 
 def make_scores(problem: Problem, stage: Cut) -> Callable:
@@ -451,9 +446,8 @@ def make_scores(problem: Problem, stage: Cut) -> Callable:
         statistics = collect(variables_of(state), examples, balanced=balanced, init=init)
         if "saliency" in needs:
             statistics = statistics._replace(saliency={"params": state.opt_state.saliency})
-        cuttable = score(statistics, key)
-        found = _whole(channels) | cuttable
-        return {name: np.asarray(values, np.float64) for name, values in found.items()}
+        result = groups.complete(channels, {}) | score(statistics, key)
+        return {name: np.asarray(values, np.float64) for name, values in result.items()}
 
     return scores_of
 
@@ -492,7 +486,7 @@ class Compact(EachMember):
     def of_member(self, problem: Problem, state: State, place: Place) -> Result:
         try:
             row = take_stock(problem, state, self)
-        except tables.ConfigError as error:  # an emptied layer
+        except ValueError as error:  # an emptied layer
             row = dict(warning=f"the network cannot be compacted: {error}")
         if row["warning"]:
             workdirs.say(f"{place.name}: {row['warning']}")
@@ -525,14 +519,11 @@ class Stock(NamedTuple):
 
 
 def compacted(problem: Problem, state: State) -> Stock:
-    """One member's network, compacted."""
+    """One member's network, compacted; raises ValueError where all channels of a group are
+    masked.
+    """
     channels = channels_of(problem)
     keep = units.alive(channels, {"params": state.masks})
-    for name, bools in keep.items():
-        if not bools.any():
-            raise tables.ConfigError(
-                f"all channels of {name} are masked: nothing is left to compact."
-            )
     small = groups.compact(variables_of(state), channels, keep)
     return Stock(small, groups.elastic(problem.model.apply, channels, keep), keep, channels)
 

@@ -121,10 +121,10 @@ def of_group(group: Group, leaves: Leaves, members: Members = "all") -> Layer:
         if part is None:  # running statistics
             continue
         everything.append(part)
-        matrix = trees.is_kernel(part.path) and leaves[part.path].ndim > 1
         if member.role == "producer":
             producers.append(part)
-        if member.role != "other" or matrix:  # a depthwise kernel may make and read no channels
+        # a depthwise kernel may make and read no channels
+        if member.role != "other" or is_matrix(part.path, leaves):
             weights.append(part)
     scored = producers or weights
     if not scored:
@@ -144,6 +144,11 @@ def _part(member: Member, leaves: Leaves) -> Part | None:
             index = None if np.array_equal(member.index, in_order) else member.index
             return Part(path, (member.axis,), index)
     return None
+
+
+def is_matrix(path: str, leaves: Leaves) -> bool:
+    """Whether an array is called a kernel and has two axes or more."""
+    return trees.is_kernel(path) and jnp.ndim(leaves.get(path, 0)) > 1
 
 
 def plain(path: str, leaves: Leaves) -> str:

@@ -527,7 +527,7 @@ def test_what_cannot_be_compacted_is_a_row_with_a_warning(problem, trained):
     """The run goes on to its report."""
     empty = trained._replace(masks=jax.tree.map(jnp.zeros_like, trained.masks))
     _, row = run(problem, empty, "compact")
-    assert "all channels of params/dense1 are masked" in row["warning"]
+    assert "keep['params/dense1'] keeps none of" in row["warning"]
     wrong = trained._replace(masks=jax.tree.map(jnp.ones_like, trained.masks))
     wrong.masks["dense1"]["kernel"] = wrong.masks["dense1"]["kernel"].at[:, 0].set(False)
     wrong.masks["dense1"]["bias"] = wrong.masks["dense1"]["bias"].at[0].set(False)

@@ -59,8 +59,8 @@ class Labels:
         composite = self._composite[roots]
         if composite.any():  # their parts may have been united, replaced or frozen
             unique, inverse = np.unique(roots[composite], return_inverse=True)
-            found = [self._find(label) for label in unique.tolist()]
-            roots[composite] = np.array(found)[inverse.ravel()]
+            found = list(map(self._find, unique.tolist()))
+            roots[composite] = np.array(found)[inverse]
         return roots
 
     def parts(self, label: int) -> tuple[int, ...]:
@@ -121,29 +121,20 @@ class Labels:
         for i in live:
             along = [1] * len(axes)
             along[i] = len(axes[i])
-            roots = self.find(axes[i]).reshape(along)
-            grid = roots if i == live[0] else self._compose(grid, roots)
+            grid = self._compose(grid, self.find(axes[i]).reshape(along))
         return np.broadcast_to(grid, shape).ravel()
 
     def split(
-        self,
-        labels: np.ndarray,
-        shape: Sequence[int],
-        mark: object = None,
+        self, labels: np.ndarray, shape: Sequence[int], mark: object = None
     ) -> list[np.ndarray]:
         """Labels of the axes of `shape` into which one axis is split, row-major; ties what must die
         as a row."""
         grid = self.find(labels).reshape(shape)
-        varies = []
-        for i in range(len(shape)):
-            along = np.moveaxis(grid, i, 0)
-            if (along != along[:1]).any():
-                varies.append(i)
+        varies = [i for i in range(grid.ndim) if np.diff(grid, axis=i).any()]
         axes = [np.zeros(size, int) for size in shape]
         if len(varies) == 1:
             (i,) = varies
-            rows = np.moveaxis(grid, i, 0).reshape(shape[i], -1)
-            axes[i] = rows[:, 0]
+            axes[i] = np.moveaxis(grid, i, 0).reshape(shape[i], -1)[:, 0]
         elif varies:
             for i in varies:
                 axes[i] = self.fresh(shape[i], (mark, i))

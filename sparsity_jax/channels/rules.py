@@ -248,8 +248,7 @@ def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
     axes = [Axis(fixed(size), x.constant == 0) for size in shape]
     for old, new in blocks(x.shape, shape):
         before = x.pick(old).axes
-        live = [axis.zero for axis in before if walk.labels.is_live(axis.labels)]
-        zero = bool(live) and all(live)
+        zero = _zero_if_live(walk, before)
         if len(old) == len(new) == 1:
             axes[new[0]] = before[0]._replace(zero=zero)
             continue
@@ -263,21 +262,27 @@ def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
 
 def blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
     """Axes of two shapes of one size in pairs of runs of equal product; without axes of size 1."""
-    olds, news = _ends(old), _ends(new)
     start = 1
-    for end in sorted({*olds.values()} & {*news.values()}):
-        yield _within(olds, start, end), _within(news, start, end)
-        start = end
+    for end in sorted({*_products(old)} & {*_products(new)}):
+        if end > start:
+            yield _between(old, start, end), _between(new, start, end)
+            start = end
 
 
-def _ends(shape: Shape) -> dict[int, int]:
-    """The product of all sizes up to each axis; without axes of size 1, and none if one is 0."""
-    products = list(itertools.accumulate(shape, operator.mul))
-    return {a: products[a] for a, size in enumerate(shape) if size != 1 and 0 not in shape}
+def _products(shape: Shape) -> list[int]:
+    """Of the sizes up to each axis."""
+    return list(itertools.accumulate(shape, operator.mul))
 
 
-def _within(ends: dict[int, int], start: int, end: int) -> list[int]:
-    return [a for a, product in ends.items() if start < product <= end]
+def _between(shape: Shape, start: int, end: int) -> list[int]:
+    """Axes up to which the product is above `start` and at most `end`."""
+    products = enumerate(_products(shape))
+    return [a for a, product in products if start < product <= end and shape[a] != 1]
+
+
+def _zero_if_live(walk: Walk, axes: Sequence[Axis]) -> bool:
+    """Whether entries of several axes are zero if they are removed."""
+    return all(axis.zero or not walk.labels.is_live(axis.labels) for axis in axes)
 
 
 @rule("concatenate")
@@ -286,8 +291,7 @@ def _concatenate(walk: Walk, eqn: Any, ins: Values) -> Values:
     for d, parts in enumerate(zip(*(value.axes for value in ins))):
         if d == eqn.params["dimension"]:
             labels = np.concatenate([axis.labels for axis in parts])
-            live = [axis for axis in parts if walk.labels.is_live(axis.labels)]
-            axis = Axis(labels, all(axis.zero for axis in live))
+            axis = Axis(labels, _zero_if_live(walk, parts))
         else:
             axis = _joined(walk, parts)
         origin = tuple(place for axis in parts for place in axis.origin)

@@ -72,6 +72,20 @@ class Program(NamedTuple):
         return zip(self.jaxpr.eqns, self.inner)
 
 
+class Order:
+    """Inputs in the order in which something is first done with them."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self._bits = 0
+
+    def note(self, sources: int) -> None:
+        """It is done with the inputs of these bits."""
+        fresh = sources & ~self._bits
+        self._bits |= fresh
+        self.numbers += [i for i in range(fresh.bit_length()) if fresh >> i & 1]
+
+
 @functools.lru_cache(maxsize=4096)
 def fixed(size: int) -> np.ndarray:
     """Labels of an axis that keeps all its entries."""

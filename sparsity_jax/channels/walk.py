@@ -50,7 +50,16 @@ import numpy as np
 
 from sparsity_jax.channels.labels import FROZEN, Labels
 from sparsity_jax.channels.rules import RULES, Values, unknown
-from sparsity_jax.channels.values import Axis, Place, Program, Value, fixed, is_literal, whole
+from sparsity_jax.channels.values import (
+    Axis,
+    Order,
+    Place,
+    Program,
+    Value,
+    fixed,
+    is_literal,
+    whole,
+)
 from sparsity_jax.types import Shape
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -69,27 +78,13 @@ LARGEST_CONSTANT = 4096  # entries up to which a constant array is looked at
 Result = tuple[Values, list[Program]]  # of an equation, and the programs inside of it
 
 
-class Event(NamedTuple):
-    """An operation that froze axes of inputs."""
+class Frozen(NamedTuple):
+    """An operation that keeps axes of the inputs whole."""
 
     reason: str
     primitive: str
-    source: str
-    axes: tuple[Place, ...]
-
-
-class Order:
-    """Inputs in the order in which something is first done with them."""
-
-    def __init__(self) -> None:
-        self.numbers: list[int] = []
-        self._bits = 0
-
-    def note(self, sources: int) -> None:
-        """It is done with the inputs of these bits."""
-        fresh = sources & ~self._bits
-        self._bits |= fresh
-        self.numbers += [i for i in range(fresh.bit_length()) if fresh >> i & 1]
+    source: str  # module path and first line of user code
+    members: tuple[tuple[Any, int], ...]  # (number or path of the input, axis)
 
 
 class Walk:
@@ -109,7 +104,7 @@ class Walk:
         self.labels = labels
         self.inputs = list(inputs)
         self.data = data
-        self.events: list[Event] = []
+        self.events: list[Frozen] = []
         self.roles: dict[Place, str] = {}
         self.exposed: set[Place] = set()
         self.used, self.multiplied = Order(), Order()
@@ -203,7 +198,7 @@ class Walk:
                     places += axis.origin
             if places:
                 source = next(filter(None, map(source_of, reversed(self._path))), "")
-                event = Event(self._reason or reason, primitive, source, tuple(places))
+                event = Frozen(self._reason or reason, primitive, source, tuple(places))
                 self.events.append(event)
             self._frozen, self._freezes = frozen, self.labels.freezes
         self._reason = ""
