@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array, lax
 from jax.tree_util import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -519,7 +518,10 @@ def random_mask(
 
     before: in the structure of `tree`.
     """
-    scores = optax.tree.random_like(key, tree, jax.random.uniform, float)
+    leaves, structure = tree_flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    uniform = [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+    scores = tree_unflatten(structure, uniform)
     if before is not None:
         behind = lambda score, kept: jnp.where(kept, score, score - 1)
         scores = tree_map(behind, scores, before)
