@@ -3,27 +3,28 @@ rest.
 """
 
 import concurrent.futures
-import contextlib
 import json
-import pathlib
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import ShapeDtypeStruct
 
-from sparsity_jax import intact, tables, trees, workdirs
-from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot
-
-PyTree = Any
-
+from sparsity_jax import intact, tables, workdirs
+from sparsity_jax.intact import DamagedError
+from sparsity_jax.trees import named_leaves
+from sparsity_jax.types import Array, Config, PyTree, Shape
+from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot, numbers_in
 
 # Reading ------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
+@contextmanager
 def reading(snapshot: Snapshot) -> Iterator[None]:
     """What goes wrong inside, in whatever type, as a DamagedError that names the folder of the
     state.
@@ -37,7 +38,7 @@ def reading(snapshot: Snapshot) -> Iterator[None]:
         raise
     except Exception as error:
         reason = tables.shortened((str(error).strip() or type(error).__name__).splitlines()[0])
-        raise intact.DamagedError(
+        raise DamagedError(
             f"{snapshot.folder / STATE} is no state of this run's network: {reason}"
         ) from error
 
@@ -47,33 +48,33 @@ def restore(snapshot: Snapshot, like: PyTree) -> PyTree:
 
     Raises DamagedError where it is another one.
     """
-    with reading(snapshot), contextlib.closing(ocp.StandardCheckpointer()) as reader:
-        return reader.restore(snapshot.folder / STATE, like)
+    with reading(snapshot), closing(ocp.StandardCheckpointer()) as reader:
+        return reader.restore(snapshot.folder / STATE, _abstract(like))
 
 
-def shapes(snapshot: Snapshot) -> dict[str, tuple[int, ...]]:
+def structs(snapshot: Snapshot, sharding: Any = None) -> PyTree:
+    """Shape structs of the state's arrays, in nested dicts, whatever wrote it. sharding: of all of
+    them, by default on one local device.
+    """
+    place = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    struct = lambda leaf: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    with reading(snapshot), closing(ocp.StandardCheckpointHandler()) as reader:
+        return jax.tree.map(struct, reader.metadata(snapshot.folder / STATE).tree)
+
+
+def shapes(snapshot: Snapshot) -> dict[str, Shape]:
     """Shapes of the state's arrays, by path."""
-    with reading(snapshot):
-        return {path: leaf.shape for path, leaf in trees.named_leaves(_metadata(snapshot)).items()}
+    return {path: leaf.shape for path, leaf in named_leaves(structs(snapshot)).items()}
 
 
 def tree(snapshot: Snapshot) -> PyTree:
     """The state as nested dicts, whatever wrote it, on one local device."""
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    struct = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-    with reading(snapshot):
-        return restore(snapshot, jax.tree.map(struct, _metadata(snapshot)))
+    return restore(snapshot, structs(snapshot))
 
 
-def arrays(snapshot: Snapshot) -> dict[str, jax.Array]:
+def arrays(snapshot: Snapshot) -> dict[str, Array]:
     """The state's arrays by path, whatever wrote them, on one local device."""
-    return trees.named_leaves(tree(snapshot))
-
-
-def _metadata(snapshot: Snapshot) -> PyTree:
-    """Shapes and types of the state's arrays in the structure in which they were written."""
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-        return reader.metadata(snapshot.folder / STATE).tree
+    return named_leaves(tree(snapshot))
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -92,13 +93,13 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
-        config: dict,
+        workdir: Path,
+        config: Config,
         whole: Snapshot | None = None,
         before_save: Callable[[], None] = lambda: None,
         keep: int = 2,
     ):
-        self._folder = pathlib.Path(workdir).absolute() / FOLDER
+        self._folder = Path(workdir).absolute() / FOLDER
         self._config = config
         self._before_save = before_save
         self._keep = keep
@@ -119,7 +120,7 @@ class Checkpoints:
         self._before_save()
         with self._told():
             self._wait()
-            number = max(workdirs.numbers_in(self._folder), default=0) + 1
+            number = max(numbers_in(self._folder), default=0) + 1
             self._writer.submit(self._begin, number, state).result()
             self._pending = self._writer.submit(self._finish, number, record)
             if first:
@@ -144,10 +145,10 @@ class Checkpoints:
         intact.seal(part)
         part.rename(self._folder / str(number))
         self._whole = [*self._whole, number][-self._keep :]
-        for old in set(workdirs.numbers_in(self._folder)) - set(self._whole):
+        for old in set(numbers_in(self._folder)) - set(self._whole):
             shutil.rmtree(self._folder / str(old), ignore_errors=True)
 
-    def _part(self, number: int) -> pathlib.Path:
+    def _part(self, number: int) -> Path:
         return self._folder / f".writing_{number}"
 
     def _check_readable(self, number: int, state: PyTree) -> None:
@@ -155,8 +156,8 @@ class Checkpoints:
         folder = self._folder / str(number)
         reason = f"{folder} does not read as it was written"
         try:
-            as_written = _same_bits(restore(workdirs.read(folder), abstract(state)), state)
-        except intact.DamagedError as error:
+            as_written = _same_bits(restore(workdirs.read(folder), state), state)
+        except DamagedError as error:
             as_written, reason = False, str(error)
         if not as_written:
             raise OSError(
@@ -168,7 +169,7 @@ class Checkpoints:
         if self._pending is not None:
             self._pending.result()
 
-    @contextlib.contextmanager
+    @contextmanager
     def _told(self) -> Iterator[None]:
         """Failures of the file system, which come in many types with all their history, as a plain
         OSError.
@@ -198,9 +199,9 @@ def _same_bits(first: PyTree, second: PyTree) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
-def abstract(tree: PyTree) -> PyTree:
+def _abstract(tree: PyTree) -> PyTree:
     """Shape structs of `tree`, with the shardings of its arrays."""
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        lambda x: ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
         tree,
     )

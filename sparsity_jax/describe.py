@@ -7,10 +7,12 @@ An option is explained where it is declared, in the docstring of its function or
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from sparsity_jax import data, members, models, pipeline, tables
+from sparsity_jax.tables import Named, lookup, parameters
+from sparsity_jax.types import Config
 
 SHARED = {  # what an option means wherever its own function does not say
     # stages
@@ -76,73 +78,63 @@ SHARED = {  # what an option means wherever its own function does not say
     "use_l2": "whether scores are multiplied by the weight's magnitude.",
     "name": "which of the table it is.",
 }
-OF_MODELS = ("init", "dtype", "param_dtype")  # options of every model
+ELSEWHERE = ("data", "model", "num_classes")  # told by parts of their own, or no field
+Part = tuple[str, Callable, Config]  # place, what its fields are parameters of, their values
 
 
-class Part(NamedTuple):
-    """A dict of a config. options: function or class whose parameters are its fields, of which
-    `names` are meant.
-    """
-
-    place: str
-    options: Callable
-    values: Mapping
-    names: tuple[str, ...]
-
-
-def describe(config: Mapping) -> str:
+def describe(config: Config) -> str:
     """The fields of a config, of its data and model, and of all its stages. Raises ConfigError for
     an unknown name.
     """
-    lines = []
-    for part in parts(pipeline.plain(config)):
-        lines += [*part_lines(part), ""]
-    return "\n".join(lines)
+    return "\n".join(line for part in parts(pipeline.plain(config)) for line in part_lines(*part))
 
 
-def parts(config: Mapping) -> Iterator[Part]:
+def parts(config: Config) -> Iterator[Part]:
     """Every part of a config, and the parts in it that it chooses by name."""
-    known = tables.parameters(pipeline.settings)
-    here = [name for name in known if name in config and name not in ("data", "model")]
-    yield Part("config", pipeline.settings, config, tuple(here))
-    yield from with_parts_of("config.sweep", members.choices, config.get("sweep", {}))
-    yield from with_parts_of("config.data", data.load, config["data"])
-    model = tables.lookup(models.MODELS, config["model"].get("name"), "config.model.name")
-    yield from with_parts_of("config.model", model, config["model"])
-    yield Part("config.model", models.build, config["model"], OF_MODELS)
+    yield "config", pipeline.settings, config
+    yield from parts_of("config.sweep", members.choices, config.get("sweep", {}))
+    yield from parts_of("config.data", data.load, config["data"])
+    network = Named(models.MODELS, models.build)
+    yield from parts_named("config.model", network, config["model"])
     for name in members.stages_of(config):
         with tables.within(f"config.{name}"):
-            kind = tables.lookup(pipeline.STAGES, config[name]["kind"], "kind")
-        yield from with_parts_of(f"config.{name}", kind, config[name])
+            kind = lookup(pipeline.STAGES, config[name]["kind"], "kind")
+        yield from parts_of(f"config.{name}", kind, config[name])
 
 
-def with_parts_of(place: str, options: Callable, values: Mapping) -> Iterator[Part]:
+def parts_of(place: str, options: Callable, values: Config) -> Iterator[Part]:
     """One part, and those in it that are chosen by name."""
-    names = tuple(tables.parameters(options))
-    if names:
-        yield Part(place, options, values, names)
+    yield place, options, values
+    every = {**tables.defaults(options), **values}
     for field, named in tables.named_options(options).items():
-        chosen = values.get(field, tables.defaults(options).get(field))
-        if chosen is None:  # every arm of a sweep has its own
-            continue
-        if named.common is not None:
-            yield from with_parts_of(f"{place}.{field}", named.common, chosen)
-        entry = tables.lookup(named.table, chosen.get("name", "none"), f"{place}.{field}.name")
-        yield from with_parts_of(f"{place}.{field}", entry, chosen)
+        if every.get(field) is not None:  # else every arm of a sweep has its own
+            yield from parts_named(f"{place}.{field}", named, every[field])
 
 
-def part_lines(part: Part) -> Iterator[str]:
-    """Heading, explanation, and two lines or more per option."""
-    kind = getattr(part.options, "kind", "")
-    yield f"{part.place}, kind {kind!r}" if kind else part.place
-    yield from wrapped(summary_of(part.options), 4)
-    hints = typing.get_type_hints(part.options, include_extras=True)
-    defaults, texts = tables.defaults(part.options), texts_of(part.options)
-    for name in part.names:
+def parts_named(place: str, named: Named, values: Config) -> Iterator[Part]:
+    """The part that `values` choose by name, after what all of its table share."""
+    if named.common is not None:
+        yield from parts_of(place, named.common, values)
+    entry = lookup(named.table, values.get("name", "none"), f"{place}.name")
+    yield from parts_of(place, entry, values)
+
+
+def part_lines(place: str, options: Callable, values: Config) -> Iterator[str]:
+    """Heading, explanation, and two lines or more per option; nothing without options."""
+    names = [name for name in parameters(options) if name not in ELSEWHERE]
+    if not names:
+        return
+    kind = getattr(options, "kind", "")
+    yield f"{place}, kind {kind!r}" if kind else place
+    yield from wrapped(split(options, parameters(options))[0], 4)
+    hints = typing.get_type_hints(options, include_extras=True)
+    defaults, texts = tables.defaults(options), texts_of(options)
+    for name in names:
         default = f"default {defaults[name]!r}" if name in defaults else "no default"
-        here = f", here {part.values[name]!r}" if is_other(name, part.values, defaults) else ""
+        here = f", here {values[name]!r}" if is_other(name, values, defaults) else ""
         yield f"  {name}: {tables.describe(hints.get(name, Any))}; {default}{here}"
         yield from wrapped(texts.get(name, ""), 6)
+    yield ""
 
 
 def wrapped(text: str, indent: int) -> list[str]:
@@ -155,7 +147,7 @@ def texts_of(options: Callable) -> dict[str, str]:
     """What each option means, by name: as its docstring says, one of the classes it derives from,
     or `SHARED`.
     """
-    names = tables.parameters(options)
+    names = parameters(options)
     texts = {name: SHARED[name] for name in names if name in SHARED}
     for source in reversed(getattr(options, "__mro__", (options,))):
         _, told = split(source, names)
@@ -163,12 +155,7 @@ def texts_of(options: Callable) -> dict[str, str]:
     return texts
 
 
-def summary_of(options: Callable) -> str:
-    """The docstring before it comes to the options."""
-    return split(options, tables.parameters(options))[0]
-
-
-def split(options: Callable, names: Mapping) -> tuple[str, dict[str, str]]:
+def split(options: Callable, names: Config) -> tuple[str, dict[str, str]]:
     """(the docstring up to its first option, the text of every option that it explains)."""
     text = " ".join((options.__doc__ or "").split())
     text = re.split(r" (?:Raises|Source:|Rows:|Options:) ", text)[0]
@@ -177,17 +164,16 @@ def split(options: Callable, names: Mapping) -> tuple[str, dict[str, str]]:
         return text, {}
     head = rf"(?:^|(?<=[.;:)] ))((?:{name})(?:, (?:{name}))*): "
     summary, *rest = re.split(head, text)
-    texts = {}
+    texts: dict[str, str] = {}
     for listed, told in zip(rest[::2], rest[1::2]):
         texts |= dict.fromkeys(listed.split(", "), told.strip())
     return summary.strip(), texts
 
 
-def is_other(name: str, values: Mapping, defaults: Mapping) -> bool:
+def is_other(name: str, values: Config, defaults: Config) -> bool:
     """Whether the config has another value than the default; lists are the tuples that JSON has
     made lists of.
     """
     as_plain = lambda value: list(value) if isinstance(value, tuple) else value
-    return name in values and (
-        name not in defaults or as_plain(defaults[name]) != as_plain(values[name])
-    )
+    default = as_plain(defaults.get(name, ...))
+    return as_plain(values.get(name, default)) != default

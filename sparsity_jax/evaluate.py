@@ -17,16 +17,16 @@ sparsity_jax.prepare`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax import (
@@ -56,12 +56,12 @@ from sparsity_jax.export import (
     verify,
     write,
 )
+from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Row, Rows
 
 __all__ = ["compared", "export", "load", "verify"]  # of `sparsity_jax.export`
 
-PyTree = Any
 Statistics = Literal["run", "data"]
-MEMBER = re.compile(r"member_(\d+)")
+MEMBER = re.compile(r"member_\d+")
 MORE_MEMORY = (
     "Lower --batch_size if --latency fills it, or evaluate where there is more: with "
     "JAX_PLATFORMS=cpu in the environment the memory of the host counts."
@@ -79,7 +79,7 @@ class Network(NamedTuple):
     """
 
     member: int
-    swept: dict[str, Any]
+    swept: Fields
     progress: str
     state: train.State
     label: str
@@ -88,14 +88,14 @@ class Network(NamedTuple):
 class Saved(NamedTuple):
     """A run as its newest checkpoints have it. missing: members that have saved nothing yet."""
 
-    config: dict[str, Any]
+    config: Fields
     problem: train.Problem  # of one member: no leading axis
     networks: list[Network]
     missing: list[int]
 
 
 def open_run(
-    workdir: str | os.PathLike,
+    workdir: AnyPath,
     *,
     data_dir: str = "",
     data_name: str = "",
@@ -113,17 +113,21 @@ def open_run(
     """
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
-    folders = member_folders(workdir)
-    whole = config
-    inside = MEMBER.fullmatch(workdir.name)
-    if inside and (workdir.parent / "config.json").is_file():
-        folders = {int(inside[1]): workdir}
-        whole = read_config(workdir.parent)
-    swept_values = [member.swept for member in members.expand(whole)]
+    folders = {}
+    for path in sorted(workdir.glob("member_*")):
+        if MEMBER.fullmatch(path.name):
+            folders[int(path.name.removeprefix("member_"))] = path
+    whole = workdir
+    if MEMBER.fullmatch(workdir.name) and (workdir.parent / "config.json").is_file():
+        folders = {int(workdir.name.removeprefix("member_")): workdir}
+        whole = workdir.parent
+    swept_values = [member.swept for member in members.expand(read_config(whole))]
     snapshots = {}
     for number, folder in (folders or {0: workdir}).items():
-        snapshots[number] = workdirs.newest(folder)
-    if not any(snapshots.values()):
+        snapshot = workdirs.newest(folder)
+        if snapshot:
+            snapshots[number] = snapshot
+    if not snapshots:
         raise tables.ConfigError(
             f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more."
         )
@@ -131,36 +135,23 @@ def open_run(
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
     for number, snapshot in snapshots.items():
-        if snapshot is None:
-            continue
-        states, progress = restore_newest(snapshot, problem, hint)
-        own = swept_values
-        if folders:
-            own = swept_values[number : number + len(states)]
+        states, progress = restore(snapshot, problem, hint)
+        own = swept_values[number : number + len(states)] if folders else swept_values
         if len(states) != len(own):
             raise tables.ConfigError(
                 f"{workdir}: config.json makes {len(own)} networks, the checkpoint has "
                 f"{len(states)}. Was config.json edited?"
             )
+        place = told(config, progress)
         for member, (swept, state) in enumerate(zip(own, states), start=number):
             label = swept.get("arm") or label_of(config, progress)
-            networks.append(Network(member, swept, told(config, progress), state, label))
-    expected = {*folders} if whole is not config else {*folders, *range(len(swept_values))}
+            networks.append(Network(member, swept, place, state, label))
+    expected = {*folders} if whole != workdir else {*folders, *range(len(swept_values))}
     missing = sorted(expected - {network.member for network in networks})
     return Saved(config, problem, networks, missing)
 
 
-def member_folders(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
-    """Folders of the members of a run that have their own, by number."""
-    folders = {}
-    for path in sorted(workdir.glob("member_*")):
-        match = MEMBER.fullmatch(path.name)
-        if match:
-            folders[int(match[1])] = path
-    return folders
-
-
-def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+def read_config(workdir: pathlib.Path) -> Fields:
     """The config of a run, with the defaults of all common fields."""
     if not workdirs.holds_run(workdir):
         raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
@@ -174,21 +165,17 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def build(
-    config: Mapping[str, Any],
-    data_dir: str = "",
-    data_name: str = "",
-    statistics: Statistics = "run",
+    config: Config, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
 ) -> train.Problem:
     """Data and network of a config, for one member on one device; see `open_run`."""
     tables.convert(statistics, Statistics, "statistics")
     own = {**tables.defaults(data.load), **config["data"]}
     own["data_dir"] = data_dir or own["data_dir"]
-    if not data_name:
-        dataset = load_data(own)
-    elif statistics == "data":
-        dataset = load_data(other_data(own, data_name) | dict(normalization="auto"))
-    else:
-        dataset = load_data(other_data(own, data_name) | dict(normalization="none"))
+    options = other_data(own, data_name) if data_name else own
+    if data_name:
+        options["normalization"] = "auto" if statistics == "data" else "none"
+    dataset = load_data(options)
+    if data_name and statistics == "run":
         dataset = dataset._replace(**statistics_of_run(own, dataset)._asdict())
     with tables.within("config.model"):
         pipeline.check_model(config["model"])
@@ -196,7 +183,7 @@ def build(
     return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
 
 
-def other_data(own: dict[str, Any], name: str) -> dict[str, Any]:
+def other_data(own: Fields, name: str) -> Fields:
     """Options of another data set; splits and limits are kept from one folder to another only."""
     if name.startswith("folder:") and own["name"].startswith("folder:"):
         return own | dict(name=name)
@@ -205,13 +192,13 @@ def other_data(own: dict[str, Any], name: str) -> dict[str, Any]:
     return own | {field: whole[field] for field in fields} | dict(name=name)
 
 
-def load_data(options: Mapping[str, Any]) -> data.Dataset:
+def load_data(options: Config) -> data.Dataset:
     """The data set of these options."""
     with tables.within("config.data"):
         return data.load(**tables.check_options(data.load, options))
 
 
-def statistics_of_run(options: Mapping[str, Any], dataset: data.Dataset) -> data.Normalization:
+def statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normalization:
     """Mean and std with which a run of the data `options` trained, for images of another `dataset`.
 
     Raises ConfigError if they were computed from images that are not there.
@@ -231,7 +218,7 @@ def statistics_of_run(options: Mapping[str, Any], dataset: data.Dataset) -> data
     return data.Normalization(trained_on.mean, trained_on.std)
 
 
-def told(config: Mapping[str, Any], progress: workdirs.Progress) -> str:
+def told(config: Config, progress: workdirs.Progress) -> str:
     """How far a run is."""
     names = config["pipeline"]
     if progress.stage >= len(names):
@@ -239,91 +226,77 @@ def told(config: Mapping[str, Any], progress: workdirs.Progress) -> str:
     return f"in stage {progress.stage + 1} of {len(names)} ({names[progress.stage]})"
 
 
-def label_of(config: dict[str, Any], progress: workdirs.Progress) -> str:
+def label_of(config: Config, progress: workdirs.Progress) -> str:
     """Name of the training that made the network of a checkpoint, as in the report."""
     finished = progress.stage - (not progress.begun)
     return pipeline.arm_of(config, max(finished, 0))
 
 
-def restore_newest(
+def restore(
     snapshot: workdirs.Snapshot, problem: train.Problem, hint: str
 ) -> tuple[list[train.State], workdirs.Progress]:
-    """`restore` of the newest checkpoint, or of a later one if its run has removed that."""
-    while True:
-        try:
-            return restore(snapshot, problem, hint), snapshot.progress
-        except intact.DamagedError:
-            later = workdirs.newest(snapshot.folder.parent.parent)
-            if later is None or later.folder == snapshot.folder:
-                raise
-            snapshot = later
-
-
-def restore(snapshot: workdirs.Snapshot, problem: train.Problem, hint: str) -> list[train.State]:
-    """The state of each member, from a checkpoint made on whatever devices.
+    """The state of each member, from a checkpoint made on whatever devices, or from a later one if
+    its run has removed that; and where it was.
 
     hint: what else may be the reason if the checkpoint is of another network, which raises
     ConfigError.
     """
     workdir = snapshot.folder.parent.parent
-    with checkpoint.reading(snapshot):
-        shapes = checkpoint.shapes(snapshot)
-        with pipeline.making_network(f"{workdir}: the network of config.model"):
-            variables = jax.eval_shape(problem.init, jax.random.key(0))
-        leading = shapes["step"]  # () or (members,)
-        found = {path: shape for path, shape in shapes.items() if path.split("/")[0] in variables}
-        wanted = {
-            path: leading + leaf.shape for path, leaf in trees.named_leaves(variables).items()
-        }
-        what = f"{workdir}: the checkpoint"
-        check_shapes(what, found, wanted, f" Was config.json edited?{hint}")
-        arrays = checkpoint.arrays(snapshot)
+    with pipeline.making_network(f"{workdir}: the network of config.model"):
+        variables = jax.eval_shape(problem.init, jax.random.key(0))
+    try:
+        arrays = read_arrays(snapshot, variables, hint)
+    except intact.DamagedError:
+        later = workdirs.newest(workdir)
+        if later is None or later.folder == snapshot.folder:
+            raise
+        return restore(later, problem, hint)
     parts = {**variables, "masks": variables["params"]}
     parts = trees.map_named(lambda path, _: arrays[path], parts)
-    state: Any = train.State(
-        parts["params"],
-        parts["batch_stats"],
-        parts["masks"],
-        opt_state=(),
-        step=arrays["step"],
-        key=arrays["key"],
-        metrics=train.no_metrics(),
-    )
-    if not leading:
-        return [state]
-    states = []
-    for i in range(leading[0]):
-        slices = jax.tree.map(lambda leaf, i=i: leaf[i], state._replace(metrics=()))
-        states.append(slices._replace(metrics=state.metrics))
-    return states
+    parts |= dict(step=arrays["step"], key=arrays["key"])
+    slices = [parts]
+    if parts["step"].ndim:
+        slices = [jax.tree.map(lambda leaf, i=i: leaf[i], parts) for i in range(len(parts["step"]))]
+    metrics = train.no_metrics()
+    return [train.State(**own, opt_state=(), metrics=metrics) for own in slices], snapshot.progress
+
+
+def read_arrays(snapshot: workdirs.Snapshot, variables: PyTree, hint: str) -> Fields:
+    """All arrays of a checkpoint by path; ConfigError unless they have the shapes of `variables`,
+    behind an axis of members if there is one.
+    """
+    with checkpoint.reading(snapshot):
+        shapes = checkpoint.shapes(snapshot)
+        stored = {path: shape for path, shape in shapes.items() if path.split("/")[0] in variables}
+        leaves = trees.named_leaves(variables)
+        wanted = {path: shapes["step"] + leaf.shape for path, leaf in leaves.items()}
+        what = f"{snapshot.folder.parent.parent}: the checkpoint"
+        check_shapes(what, stored, wanted, f" Was config.json edited?{hint}")
+        return checkpoint.arrays(snapshot)
 
 
 # Numbers ------------------------------------------------------------------------------------------
 
 
 def run(
-    workdir: str | os.PathLike,
+    workdir: AnyPath,
     *,
-    on_train: bool = False,
-    latency: bool = False,
-    batch_size: int = 64,
-    repeats: int = 30,
     data_dir: str = "",
     data_name: str = "",
     statistics: Statistics = "run",
-) -> list[dict[str, Any]]:
-    """The numbers of every member of the run in `workdir` that has a checkpoint; see `measure`.
+    **options: Any,
+) -> Rows:
+    """The numbers of every member of the run in `workdir` that has a checkpoint.
 
-    data_dir, data_name, statistics: as in `open_run`. Raises ConfigError as that does, and where
-    the memory is full.
+    data_dir, data_name, statistics: as in `open_run`; the other options: as in `measure`. Raises
+    ConfigError as these do, and where the memory is full.
     """
-    chosen = dict(on_train=on_train, latency=latency, batch_size=batch_size, repeats=repeats)
     with pipeline.enough_memory(str(workdir), MORE_MEMORY):
         saved = open_run(workdir, data_dir=data_dir, data_name=data_name, statistics=statistics)
-        return list(measured(saved, **chosen))
+        return list(measured(saved, **options))
 
 
-def measured(saved: Saved, **options: Any) -> Iterator[dict[str, Any]]:
+def measured(saved: Saved, **options: Any) -> Iterator[Row]:
     """`measure` of every member, behind the fields that say which one it is."""
     for network in saved.networks:
         row = measure(saved.problem, network.state, **options)
@@ -353,7 +326,7 @@ def measure(
     latency: bool = False,
     batch_size: int = 64,
     repeats: int = 30,
-) -> dict[str, Any]:
+) -> Row:
     """One member's numbers; plain data.
 
     Always: test_accuracy, test_loss (nats per example), test_examples (where some images of a
@@ -374,10 +347,10 @@ def measure(
     if latency and repeats < 2:
         raise tables.ConfigError("repeats", repeats, allowed="int >= 2")
     variables = variables_of(state)
-    row: dict[str, Any] = {}
-    for split in ("test", "train") if on_train else ("test",):
-        row |= scores(problem, state, split)
-    one = jax.ShapeDtypeStruct((1, *problem.dataset.test.images.shape[1:]), jnp.float32)
+    row = scores(problem, state, "test")
+    if on_train:
+        row |= scores(problem, state, "train")
+    one = jax.ShapeDtypeStruct((1, *problem.dataset.test.images.shape[1:]), np.float32)
     row |= dict(
         parameters=cost.num_params(variables),
         parameters_kept=count_nonzero(state.masks),
@@ -406,10 +379,10 @@ def measure(
 
 def count_nonzero(tree: PyTree) -> int:
     """Number of entries that are not zero."""
-    return sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
+    return sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
 
 
-def scores(problem: train.Problem, state: train.State, split: str) -> dict[str, Any]:
+def scores(problem: train.Problem, state: train.State, split: str) -> Row:
     """Accuracy, loss and number of examples of one split."""
     result = train.measure(problem, state.params, state.batch_stats, split)
     unreadable = len(result.unreadable)
@@ -423,78 +396,61 @@ def scores(problem: train.Problem, state: train.State, split: str) -> dict[str, 
     return row | {f"{split}_unreadable": unreadable} if unreadable else row
 
 
-LINES = (  # of a member's table: name, field, its format, and (field, text) of a remark
-    ("test accuracy", "test_accuracy", ".2%", ("test_examples", "of {:,} images")),
-    ("test loss", "test_loss", ".4f", None),
-    ("train accuracy", "train_accuracy", ".2%", ("train_examples", "of {:,} images")),
-    ("train loss", "train_loss", ".4f", None),
-    ("parameters", "parameters", ",", None),
-    ("  not masked", "parameters_kept", ",", ("share_kept", "{:.1%} of the dense network's")),
-    ("  not zero", "parameters_nonzero", ",", None),
-    ("FLOPs of one image", "flops", ",", None),
-    ("bytes", "bytes", ",", ("compression", "compression {:.2f}")),
-)
+LINES = {  # of a member's table: field to name and format
+    "test_accuracy": ("test accuracy", ".2%"),
+    "test_loss": ("test loss", ".4f"),
+    "test_examples": ("test images", ","),
+    "train_accuracy": ("train accuracy", ".2%"),
+    "train_loss": ("train loss", ".4f"),
+    "train_examples": ("train images", ","),
+    "parameters": ("parameters", ","),
+    "parameters_kept": ("  not masked", ","),
+    "parameters_nonzero": ("  not zero", ","),
+    "flops": ("FLOPs of one image", ","),
+    "bytes": ("bytes", ","),
+    "compression": ("compression", ".2f"),
+}
 PRUNED = {  # what that means
-    "nothing": "  nothing is pruned: this is the dense network",
+    "nothing": "  nothing is pruned: zeros are those that training or its file left",
     "weights": "  single weights are masked: the arrays keep their shapes, so bytes and FLOPs stay",
 }
 
 
-def describe(row: Mapping[str, Any]) -> str:
+def describe(row: Config) -> str:
     """The numbers of one member as a table."""
     swept = ", ".join(f"{name}={value}" for name, value in row["swept"].items())
     which = f"{row['network']}, member {row['member']}{swept and f' ({swept})'}"
     lines = [f"{row['model']} on {row['data']}, {which}: {row['progress']}"]
     compact = "compact" if "parameters_compact" in row else ""
-    lines.append(f"{'':<28}{'dense':>16}{compact:>16}".rstrip())
-    share = row["parameters_kept"] / max(row["parameters"], 1)
-    known = {**row, "share_kept": share}
-    for name, field, form, remark in LINES:
-        if field not in row:
-            continue
-        small = format(row[f"{field}_compact"], form) if f"{field}_compact" in row else ""
-        more = remark[1].format(known[remark[0]]) if remark and remark[0] in known else ""
-        lines.append(f"  {name:<26}{format(row[field], form):>16}{small:>16}  {more}".rstrip())
-    lines += describe_times(row)
-    zeros = row["parameters_kept"] - row["parameters_nonzero"]
-    if row["pruned"] == "nothing" and zeros:
-        masked = f"  nothing is masked: {zeros:,} parameters are zero, as training or their file"
-        lines.append(f"{masked} left them")
-    elif row["pruned"] in PRUNED:
-        lines.append(PRUNED[row["pruned"]])
-    if row["note"]:
-        lines.append(f"  {row['note']}")
-    return "\n".join(lines)
-
-
-def describe_times(row: Mapping[str, Any]) -> list[str]:
-    """Lines on the time that a batch takes, as far as it was measured."""
-    lines = []
-    for name in row.get("milliseconds", ()):
-        low, middle, high = (row[f"milliseconds{part}"][name] for part in ("_low", "", "_high"))
-        quartiles = f"(quartiles {low:.3g} to {high:.3g})"
-        lines.append(f"  {name}, a batch of {row['batch_size']}: {middle:.3g} ms {quartiles}")
+    lines.append(f"{'':<28}{'dense':>16}{compact:>16}")
+    for field, (name, form) in LINES.items():
+        if field in row:
+            small = row.get(f"{field}_compact")
+            text = "" if small is None else format(small, form)
+            lines.append(f"  {name:<26}{format(row[field], form):>16}{text:>16}")
+    for name, middle in row.get("milliseconds", {}).items():
+        low, high = row["milliseconds_low"][name], row["milliseconds_high"][name]
+        batch = f"  {name}, a batch of {row['batch_size']}"
+        lines.append(f"{batch}: {middle:.3g} ms (quartiles {low:.3g} to {high:.3g})")
     if "verdict" in row:
-        verdict = row["verdict"]
-        words = f"compact is {verdict}" if verdict in ("faster", "slower") else verdict
         spread = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
         times = f"{row['speedup']:.2f} times the speed of dense ({spread})"
-        lines.append(f"  {words}: {times} on {row['device']}")
-    return lines
+        lines.append(f"  {row['verdict']}: compact has {times} on {row['device']}")
+    lines.append(PRUNED.get(row["pruned"], ""))
+    lines.append(f"  {row['note']}")
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def describe_all(rows: Sequence[Mapping[str, Any]]) -> str:
+def describe_all(rows: Rows) -> str:
     """The tables of all members, and of several seeds mean and deviation of their accuracy."""
     text = [describe(row) for row in rows]
-    alike = len(rows) > 1 and all(set(row["swept"]) == {"seed"} for row in rows)
-    for split in ("test", "train") if alike else ():
-        values = [row[f"{split}_accuracy"] for row in rows if f"{split}_accuracy" in row]
-        if values:
-            mean, deviation = np.mean(values), np.std(values, ddof=1)
-            text.append(
-                f"{split} accuracy of {len(values)} seeds: {mean:.2%}, standard deviation "
-                f"{deviation:.2%}"
-            )
+    if len(rows) > 1 and all(set(row["swept"]) == {"seed"} for row in rows):
+        for field in ("test_accuracy", "train_accuracy"):
+            values = [row[field] for row in rows if field in row]
+            if values:
+                deviation = f"standard deviation {np.std(values, ddof=1):.2%}"
+                name = field.replace("_", " ")
+                text.append(f"{name} of {len(values)} seeds: {np.mean(values):.2%}, {deviation}")
     return "\n\n".join(text)
 
 
@@ -503,7 +459,7 @@ def describe_all(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def export_run(
     saved: Saved,
-    folder: str | os.PathLike,
+    folder: AnyPath,
     platforms: Sequence[str] = ("cpu",),
     *,
     dense: bool = False,
@@ -517,20 +473,20 @@ def export_run(
     folder = pathlib.Path(folder)
     model = saved.config["model"]
     with replacing(folder) as part:
-        for network, note in zip(saved.networks, notes or [None] * len(saved.networks)):
+        for network, note in itertools.zip_longest(saved.networks, notes):
             own = part / f"member_{network.member:03d}" if len(saved.networks) > 1 else part
             write(own, saved.problem, model, network.state, platforms, dense=dense, note=note)
     return sorted(folder.glob("member_*")) or [folder]
 
 
-def check_torch(file: str | os.PathLike) -> None:
+def check_torch(file: AnyPath) -> None:
     """Raises ConfigError unless `file` is a new .safetensors file."""
     path = pathlib.Path(file)
     if path.suffix != ".safetensors" or path.exists():
         raise tables.ConfigError(f"{path} cannot be written; name a new file *.safetensors.")
 
 
-def export_torch(saved: Saved, file: str | os.PathLike) -> list[pathlib.Path]:
+def export_torch(saved: Saved, file: AnyPath) -> list[pathlib.Path]:
     """Writes every member's weights as a PyTorch state dict (see `pretrained.to_torch`).
 
     Dense: pruned weights are zeros. To the new `file`, of several members to `NAME_000.safetensors`
@@ -549,7 +505,7 @@ def export_torch(saved: Saved, file: str | os.PathLike) -> list[pathlib.Path]:
     return paths
 
 
-def check_writable(file: str | os.PathLike) -> None:
+def check_writable(file: AnyPath) -> None:
     """Raises ConfigError if nothing can be written where `file` is to be."""
     parents = pathlib.Path(file).absolute().parents
     there = next(folder for folder in parents if folder.exists())
@@ -561,7 +517,7 @@ def check_writable(file: str | os.PathLike) -> None:
 
 # Command line -------------------------------------------------------------------------------------
 
-OPTIONS: dict[str, dict[str, Any]] = {  # of the command line
+OPTIONS: dict[str, Fields] = {  # of the command line
     "workdir": dict(required=True, help="folder of the run, or of one of its members"),
     "train": dict(action="store_true", help="accuracy and loss on the train set too"),
     "latency": dict(action="store_true", help="measure the time of a batch, dense against compact"),
@@ -620,15 +576,25 @@ def answer(options: argparse.Namespace) -> Iterator[str]:
         check_torch(options.torch)
     for file in filter(None, (options.export, options.torch, options.json)):
         check_writable(file)
-    other = dict(data_name=options.data, statistics=options.statistics)
-    saved = open_run(options.workdir, data_dir=options.data_dir, **other)
-    chosen = dict(on_train=options.train, latency=options.latency)
-    rows = list(measured(saved, batch_size=options.batch_size, repeats=options.repeats, **chosen))
+    saved = open_run(
+        options.workdir,
+        data_dir=options.data_dir,
+        data_name=options.data,
+        statistics=options.statistics,
+    )
+    rows = list(
+        measured(
+            saved,
+            on_train=options.train,
+            latency=options.latency,
+            batch_size=options.batch_size,
+            repeats=options.repeats,
+        )
+    )
     yield describe_all(rows)
     if options.data:
-        of_run = options.statistics == "run"
-        whose = "those the run trained with" if of_run else f"those of {options.data}"
-        yield f"\nmean and std of the images are {whose}"
+        whose = "the train set of the run" if options.statistics == "run" else options.data
+        yield f"\nmean and std of the images are those of {whose}"
     for member in saved.missing:
         yield f"\nmember {member} has no checkpoint yet"
     if options.json:
@@ -636,8 +602,9 @@ def answer(options: argparse.Namespace) -> Iterator[str]:
         report.write_atomic(pathlib.Path(options.json), text.encode())
     if options.export:
         notes = [row["note"] for row in rows]
-        chosen = dict(dense=options.dense, notes=notes)
-        folders = export_run(saved, options.export, options.platforms, **chosen)
+        folders = export_run(
+            saved, options.export, options.platforms, dense=options.dense, notes=notes
+        )
         for folder, row in zip(folders, rows):
             kind = "compact" if "channels" in row["pruned"] else "dense, since no channels are cut:"
             yield f"exported {'dense' if options.dense else kind} network: {folder}"

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import pathlib
 import shutil
 import tempfile
@@ -34,8 +33,8 @@ from sparsity_jax import (
     trees,
     units,
 )
+from sparsity_jax.types import AnyPath, Array, Arrays, Config, Fields, PyTree, Shape
 
-PyTree = Any
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 FORMAT = 2  # of an exported folder
 VARIABLES, PROGRAM, ABOUT = "variables.npz", "network.stablehlo", "network.json"
@@ -61,14 +60,14 @@ USE = (  # lines that need jax and flatbuffers only, and one on the arrays alone
 )
 
 
-def variables_of(state: train.State) -> dict[str, PyTree]:
+def variables_of(state: train.State) -> Fields:
     """What a model is applied to."""
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def compared(
     problem: train.Problem, state: train.State, batch_size: int = 64, repeats: int = 0
-) -> tuple[bool, dict[str, Any] | None, str]:
+) -> tuple[bool, Fields | None, str]:
     """(whether whole channels are masked, numbers of the network without them, why there is none).
 
     The one verdict on the compact network, for tables and exports: its logits of `batch_size` test
@@ -99,7 +98,7 @@ def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]
     return any(not own.all() for own in alive.values()), ""
 
 
-def check_export(folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",)) -> None:
+def check_export(folder: AnyPath, platforms: Sequence[str] = ("cpu",)) -> None:
     """Raises ConfigError for unknown platforms, and for a folder that is not new or empty."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -112,9 +111,9 @@ def check_export(folder: str | os.PathLike, platforms: Sequence[str] = ("cpu",))
 
 def export(
     problem: train.Problem,
-    model: Mapping[str, Any],
+    model: Config,
     state: train.State,
-    folder: str | os.PathLike,
+    folder: AnyPath,
     platforms: Sequence[str] = ("cpu",),
     *,
     dense: bool = False,
@@ -140,7 +139,7 @@ def export(
 def write(
     folder: pathlib.Path,
     problem: train.Problem,
-    model: Mapping[str, Any],
+    model: Config,
     state: train.State,
     platforms: Sequence[str],
     *,
@@ -150,7 +149,7 @@ def write(
     """Writes what `export` says and reads it back. note: of `compared`; None: to be found."""
     variables, apply = variables_of(state), problem.model.apply
     whole = variables
-    keep: dict[str, np.ndarray] = {}
+    keep: Arrays = {}
     sizes: dict[str, int] = {}
     if note is None and not dense:
         _, _, note = compared(problem, state)
@@ -194,7 +193,7 @@ def write(
 
 
 def traced(
-    network: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], platforms: Sequence[str]
+    network: Callable[[Array], Array], shape: Shape, platforms: Sequence[str]
 ) -> stablehlo.Exported:
     """The program of a network of one image, for batches of any size.
 
@@ -205,9 +204,7 @@ def traced(
     return stablehlo.export(jax.jit(jax.vmap(network)), platforms=tuple(platforms))(images)
 
 
-def write_files(
-    folder: pathlib.Path, arrays: Mapping[str, np.ndarray], program: bytes, about: dict[str, Any]
-) -> None:
+def write_files(folder: pathlib.Path, arrays: Arrays, program: bytes, about: Fields) -> None:
     """Writes the three files with the checksums of what they shall hold, and verifies them."""
     stored = io.BytesIO()
     np.savez(stored, **dict[str, Any](arrays))
@@ -238,7 +235,7 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 # Reading ------------------------------------------------------------------------------------------
 
 
-def verify(folder: str | os.PathLike) -> dict[str, Any]:
+def verify(folder: AnyPath) -> Fields:
     """What network.json of an exported folder says, after all files were compared with their sums.
 
     Raises ConfigError for a folder without an exported network, and naming the file that is not as
@@ -268,13 +265,13 @@ def verify(folder: str | os.PathLike) -> dict[str, Any]:
     return about
 
 
-def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+def read_arrays(folder: pathlib.Path) -> Arrays:
     """The arrays of an exported folder, by path."""
     with np.load(folder / VARIABLES, allow_pickle=False) as stored:
         return {path: stored[path] for path in stored.files}
 
 
-def load(folder: str | os.PathLike) -> tuple[PyTree, Callable[..., jax.Array]]:
+def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
     """(variables, apply) of a network that `export` wrote, of its smaller sizes.
 
     `logits = apply(variables, images)`; images: float32 [batch, height, width, channels],
@@ -309,7 +306,7 @@ def load(folder: str | os.PathLike) -> tuple[PyTree, Callable[..., jax.Array]]:
     )
     check_shapes(f"{folder / VARIABLES}", stored, needed, f" Was {ABOUT} edited?")
 
-    def typed(path: str, _: Any) -> jax.Array:
+    def typed(path: str, _: Any) -> Array:
         array = arrays[path]
         return jnp.asarray(array.view(jnp.dtype(about["arrays"][path]["dtype"])))  # bfloat16: raw
 

@@ -15,7 +15,6 @@ from typing import Any
 from sparsity_jax import (
     data,
     imports,
-    interface,
     losses,
     models,
     optim,
@@ -24,7 +23,9 @@ from sparsity_jax import (
     sources,
     tables,
 )
+from sparsity_jax.interface import Stage
 from sparsity_jax.report import page
+from sparsity_jax.tables import ConfigError
 
 load = imports.load
 TABLES: dict[str, MutableMapping[str, Any]] = {
@@ -63,19 +64,10 @@ def register(what: str, name: str, entry: Any) -> None:
         return
     table = tables.lookup({**TABLES, "figure": page.FIGURES}, what, "what")
     if name in TAKEN[what]:
-        raise tables.ConfigError(
-            what, name, why="a name of the library's own", allowed="another name"
-        )
+        raise ConfigError(what, name, why="a name of the library's own", allowed="another name")
     if what == "stage" and entry.kind != name:
-        raise tables.ConfigError(
-            f"{entry.__name__}.kind", entry.kind, allowed=f"{name!r}, its name"
-        )
-    if (
-        what == "stage"
-        and entry.run is interface.Stage.run
-        and entry.settings is interface.Stage.settings
-    ):
-        raise tables.ConfigError(
-            f"{entry.__name__}.run", why="is missing", allowed="what `interface.Stage.run` says"
-        )
+        raise ConfigError(f"{entry.__name__}.kind", entry.kind, allowed=f"{name!r}, its name")
+    if what == "stage" and entry.run is Stage.run:
+        says = "what `interface.Stage.run` says"
+        raise ConfigError(f"{entry.__name__}.run", why="is missing", allowed=says)
     table[name] = entry

@@ -110,8 +110,7 @@ class Network(NamedTuple):
 
 
 def network_of(problem: Problem, loss: Fields) -> Network:
-    name, options = losses.checked(loss)
-    rule: Callable = functools.partial(losses.LOSSES[name], **dict(options))
+    rule = losses.of(loss)
 
     def outputs(variables: Variables, batch: Images) -> Array:
         named = dict(zip(("params", "batch_stats"), variables))
@@ -127,7 +126,7 @@ def examples(problem: Problem, num: int) -> Images:
 
 def _check_loss(loss: Fields) -> None:
     with tables.within("loss"):
-        losses.checked(loss)
+        losses.of(loss)
 
 
 def _check_number(num_examples: int) -> None:

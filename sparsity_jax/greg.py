@@ -13,6 +13,7 @@ import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -277,6 +278,13 @@ class Remove(Choosing):
 
 
 @tables.option
+class Pushing(train.Fit):
+    """A training under the penalty of the stage `growth`, see `train.Fit`."""
+
+    growth: Any = None  # type: ignore[misc]
+
+
+@tables.option
 class Grow(Remove, growing.Penalty):
     """Trains under a growing penalty until what it pushes is small, then removes that: GReg-1,
     GReg-2, FixReg.
@@ -303,7 +311,7 @@ class Grow(Remove, growing.Penalty):
     def check(self) -> None:
         super().check()
         self.plan()  # raises ConfigError for limits that are never reached
-        self.training()
+        self.training().check()
 
     def check_streamed(self) -> None:
         self.training().check_streamed()
@@ -322,11 +330,9 @@ class Grow(Remove, growing.Penalty):
         """What trains under the penalty."""
         names = ("batch_size", "optimizer", "loss", "augment", "evaluate_every")
         fields = {name: getattr(self, name) for name in names}
-        fit = stages.Train(epochs=epochs, **fields).settings()
         # members with other numbers of one optimizer share their program
-        return dataclasses.replace(
-            fit, growth=dataclasses.replace(self, optimizer=tables.Options())
-        )
+        growth = dataclasses.replace(self, optimizer=tables.Options())
+        return Pushing(epochs=epochs, growth=growth, **fields)
 
     def make(self, problem: Problem, key: Array) -> optax.GradientTransformation:
         """The penalty, for `train.Fit.growth`. key: the member's root key (raw)."""
@@ -409,7 +415,7 @@ def _fits_of(
     for stage in settings:
         epochs = math.ceil(stage.most_steps() / stage.steps_per_epoch(problem)) + 1
         fits.append(stage.training(epochs))
-    return fits, train.numbers_of_fits(problem, state, fits) | dict(key=state.key)
+    return fits, train.numbers_of(problem, state, fits) | dict(key=state.key)
 
 
 def _joined(rows: MemberRows, more: MemberRows) -> MemberRows:
@@ -484,7 +490,7 @@ class Oracle(Choosing):
 
     def _evaluated(self, problem: Problem, state: State) -> Callable:
         """Training losses of a batch of choices, in one compiled call."""
-        measure = train.evaluation(problem, "train")
+        measure = partial(train.evaluation, problem, "train")
 
         def losses_of(state: State, keeps: PyTree, *data: Array) -> Array:
             cut = lambda keep: self.removed(problem, state, keep)[:2]
@@ -496,7 +502,7 @@ class Oracle(Choosing):
     def _trained(self, problem: Problem, state: State, place: Place) -> Callable:
         """The training loss after training what one choice leaves."""
         fits = place.others[self.retrain]
-        numbers = train.numbers_of_fits(problem, state, fits)
+        numbers = train.numbers_of(problem, state, fits)
         cut = problem.once(
             ("choice", self),
             lambda: jax.jit(lambda state, keep: self.removed(problem, state, keep)),

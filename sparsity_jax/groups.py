@@ -85,7 +85,10 @@ class Channels(NamedTuple):
 
 
 def trace(
-    apply: Callable, variables: PyTree, *inputs: PyTree, branches: Branches = "tied"
+    apply: Callable,
+    variables: PyTree,
+    *inputs: PyTree,
+    branches: Branches = "tied",
 ) -> Channels:
     """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode.
 
@@ -100,7 +103,11 @@ def trace(
 
 
 def _traced(
-    apply: Callable, variables: PyTree, inputs: tuple, branches: Branches, state: str = ""
+    apply: Callable,
+    variables: PyTree,
+    inputs: tuple,
+    branches: Branches,
+    state: str = "",
 ) -> Channels:
     """state: see `elastic`."""
     leaves = trees.named_leaves(variables)
@@ -131,8 +138,17 @@ def _traced(
     groups, atoms = _groups(walked, paths)
     frozen = list(_frozen(walked, paths, groups))
     shapes = {path: _struct(leaf) for path, leaf in leaves.items()}
-    signature, results = _signature(variables, inputs), jax.tree.structure(result)
-    return Channels(groups, frozen, shapes, apply, walked, atoms, signature, results, branches)
+    return Channels(
+        groups,
+        frozen,
+        shapes,
+        apply,
+        walked,
+        atoms,
+        _signature(variables, inputs),
+        jax.tree.structure(result),
+        branches,
+    )
 
 
 def _carried(result: PyTree, paths: list[str], state: str) -> dict[int, int]:
@@ -470,7 +486,11 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "")
 
 
 def _anew(
-    apply: Callable, variables: PyTree, inputs: tuple, channels: Channels, state: str
+    apply: Callable,
+    variables: PyTree,
+    inputs: tuple,
+    channels: Channels,
+    state: str,
 ) -> Channels:
     """Another trace with the same groups, or ValueError. variables: compact."""
     leaves, tree = jax.tree.flatten(variables)
@@ -518,7 +538,11 @@ def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> Arr
 
 
 def check(
-    apply: Callable, variables: PyTree, channels: Channels, *inputs: PyTree, key: jax.Array
+    apply: Callable,
+    variables: PyTree,
+    channels: Channels,
+    *inputs: PyTree,
+    key: jax.Array,
 ) -> float:
     """Largest difference of masked and compact results at a random `keep`, over the largest result.
 

@@ -6,12 +6,14 @@ Rows of a file that grows carry a checksum each, of their own text and all befor
 
 import hashlib
 import json
-import pathlib
 import re
+import uuid
 import zlib
+from pathlib import Path
 from typing import Any
 
 from sparsity_jax import tables
+from sparsity_jax.types import Fields
 
 SUMS = "SHA256SUMS"
 ROW_SUM = re.compile(rb', "sum": "([0-9a-f]{8})"\}$')
@@ -21,7 +23,7 @@ class DamagedError(tables.ConfigError):
     """A file is not as it was written, and no other copy is whole; the message names it."""
 
 
-def digest_of(path: pathlib.Path) -> str:
+def digest_of(path: Path) -> str:
     """SHA-256 of a file, as text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -30,13 +32,13 @@ def digest_of(path: pathlib.Path) -> str:
 # Folders ------------------------------------------------------------------------------------------
 
 
-def seal(folder: pathlib.Path) -> None:
+def seal(folder: Path) -> None:
     """Writes `folder/SHA256SUMS` of all files in `folder` and below."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
     _write_sums(folder, {path.relative_to(folder).as_posix(): digest_of(path) for path in files})
 
 
-def damage(folder: pathlib.Path) -> str:
+def damage(folder: Path) -> str:
     """What of a sealed folder is not as it was written, or "" if all is."""
     if not folder.is_dir():
         return f"{folder} is no folder"
@@ -54,12 +56,12 @@ def damage(folder: pathlib.Path) -> str:
     return ""
 
 
-def record(path: pathlib.Path) -> None:
+def record(path: Path) -> None:
     """Writes the checksum of the file `path` to `SHA256SUMS` beside it."""
     _write_sums(path.parent, {**read_sums(path.parent), path.name: digest_of(path)})
 
 
-def is_changed(path: pathlib.Path) -> bool:
+def is_changed(path: Path) -> bool:
     """Whether the file `path` differs from its checksum in `SHA256SUMS`; False where that has none
     for it.
     """
@@ -67,7 +69,7 @@ def is_changed(path: pathlib.Path) -> bool:
     return known is not None and known != digest_of(path)
 
 
-def read_sums(folder: pathlib.Path) -> dict[str, str]:
+def read_sums(folder: Path) -> dict[str, str]:
     """Checksums in `folder/SHA256SUMS` by name; lines that are none are left out."""
     path = folder / SUMS
     if not path.is_file():
@@ -77,12 +79,29 @@ def read_sums(folder: pathlib.Path) -> dict[str, str]:
     return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
 
 
-def _write_sums(folder: pathlib.Path, sums: dict[str, str]) -> None:
-    part = folder / f".{SUMS}"
-    part.write_text(
-        "".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8"
-    )
-    part.replace(folder / SUMS)
+def _write_sums(folder: Path, sums: dict[str, str]) -> None:
+    write(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces `path` at once: a reader sees the old file or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def read_object(path: Path) -> Fields:
+    """The JSON object in a file; raises DamagedError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} holds no JSON object but a {type(value).__name__}")
+    return value
 
 
 # Values and rows ----------------------------------------------------------------------------------

@@ -12,17 +12,23 @@ import jax
 import jax.numpy as jnp
 
 from sparsity_jax import tables
-
-PyTree = Any
+from sparsity_jax.tables import ConfigError
+from sparsity_jax.types import MemberRows, PyTree, Rows
 
 
 class Carried(NamedTuple):
-    """What a training hands on to the next one, through cuts: each in the structure of the params,
-    or ().
+    """What a training hands on to the next one, through cuts; dicts of arrays only, so that a
+    checkpoint tells their structure.
     """
 
-    momentum: PyTree = ()  # the state of heavy-ball momentum
+    momentum: PyTree = ()  # the fields of heavy-ball momentum
     saliency: PyTree = ()  # the tracked importance of every weight
+
+
+def carried(stored: PyTree) -> Carried | tuple[()]:
+    """`Carried`, of nested dicts as a checkpoint gives them back; () of anything else."""
+    fields = set(stored) if isinstance(stored, dict) else set()
+    return Carried(**stored) if fields == {*Carried._fields} else ()
 
 
 class Place(NamedTuple):
@@ -36,7 +42,7 @@ class Place(NamedTuple):
     name: str
     position: int
     others: dict[str, list[Any]]
-    earlier: Sequence[list[dict]] = ()
+    earlier: Sequence[Rows] = ()
     visit: int = 1
     visits: int = 1
 
@@ -75,11 +81,6 @@ class Stage:
     def check(self) -> None:
         """Raises ConfigError for options that do not fit each other."""
 
-    def settings(self) -> "Stage":
-        """What runs: the stage itself, checked."""
-        self.check()
-        return self
-
     def check_order(self, order: Order) -> None:
         """Raises ConfigError for a stage that does not fit those around it."""
 
@@ -102,9 +103,7 @@ class Stage:
         del problem
         return 1
 
-    def begin(
-        self, problem: Any, state: PyTree, settings: Sequence["Stage"], place: Place
-    ) -> PyTree:
+    def begin(self, problem: Any, state: PyTree, settings: Sequence[Any], place: Place) -> PyTree:
         """The state that it starts from; pure, so that a resumed run knows its structure."""
         del problem, settings, place
         return without_optimizer(state)
@@ -113,9 +112,9 @@ class Stage:
         self,
         problem: Any,
         state: PyTree,
-        settings: Sequence["Stage"],
+        settings: Sequence[Any],
         place: Place,
-        rows: list[list[dict]],
+        rows: MemberRows,
     ) -> Iterator[Any]:
         """Yields `train.Update`s, from each of which it can be resumed. rows: per member, its own
         so far.
@@ -126,15 +125,10 @@ class Stage:
         """What of the optimizer's state a later training, or cut, may use."""
         return opt_state if isinstance(opt_state, Carried) else ()
 
-    def carried(self, state: PyTree, before: Carried | tuple[()]) -> Carried | tuple[()]:
-        """The structure of what it hands on, given that of the stages before it."""
-        del state, before
-        return ()
 
-
-def needs_memory(field: str, value: Any, why: str) -> tables.ConfigError:
+def needs_memory(field: str, value: Any, why: str) -> ConfigError:
     """The error of a stage that needs all images in memory; why: what for."""
-    return tables.ConfigError(
+    return ConfigError(
         field, value, why=f"{why}, but config.data.stream leaves images where they are"
     )
 
@@ -146,11 +140,6 @@ def without_optimizer(state: PyTree) -> PyTree:
     return state._replace(opt_state=(), step=jnp.zeros_like(state.step), metrics=fresh)
 
 
-def handed_on(state: PyTree, settings: Stage) -> PyTree:
-    """The state after a stage: without optimizer, but with what it hands on."""
-    return without_optimizer(state)._replace(opt_state=settings.hand_on(state.opt_state))
-
-
-def rows_per_member(problem: Any) -> list[list[dict]]:
+def rows_per_member(problem: Any) -> MemberRows:
     """No rows, for every member."""
     return [[] for _ in range(problem.members or 1)]

@@ -9,13 +9,15 @@ Without a trace names decide, as far as they can: what they do not tell is refus
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from sparsity_jax import groups, tables, trees
+from sparsity_jax.groups import Channels
+from sparsity_jax.trees import is_kernel, named_leaves
+from sparsity_jax.types import Fields, PyTree, Shape
 
-PyTree = Any
 Layout = Literal["in_out", "out_in"]
 # known names of no kernels
 LEFT_OUT = ("embedding", "embeddings", "bias", "b", "scale", "offset", "mean", "var")
@@ -35,7 +37,7 @@ class Axes(NamedTuple):
 
 def paths(
     params: PyTree,
-    channels: groups.Channels | None = None,
+    channels: Channels | None = None,
     *,
     include: str = "",
     exclude: str = "",
@@ -52,49 +54,46 @@ def paths(
     and, if `strict`, ValueError if nothing is a kernel or if, without a trace, matrices with other
     names hold more than 1 % of all entries.
     """
-    leaves = trees.named_leaves(params)
+    leaves = named_leaves(params)
     included = _matching(params, include, "include")
     excluded = _matching(params, exclude, "exclude")
     if channels is None:
-        decided = [path for path in leaves if included[path] or excluded[path]]
+        known = {path for path, leaf in leaves.items() if is_kernel(path) and leaf.ndim > 1}
+        named = "is called kernel, weight or w"
         if strict:
-            _refuse_unknown(leaves, decided)
-        known = [path for path, leaf in leaves.items() if trees.is_kernel(path) and leaf.ndim > 1]
+            _refuse_unknown(leaves, included | excluded)
     else:
-        known = list(_traced(params, channels))
-    result = [path for path in leaves if (path in known or included[path]) and not excluded[path]]
-    if strict and not result:
-        names = "is summed over by the traced function"
-        if channels is None:
-            names = "is called kernel, weight or w"
+        known = set(_traced(params, channels))
+        named = "is summed over by the traced function"
+    chosen = (known | included) - excluded
+    if strict and not chosen:
         raise ValueError(
-            f"no matrix {names}; name those to prune by include='pattern', or take every array by "
+            f"no matrix {named}; name those to prune by include='pattern', or take every array by "
             f"scope='all'. Paths: {list(leaves)[:5]}"
         )
-    return result
+    return [path for path in leaves if path in chosen]
 
 
-def _matching(params: PyTree, pattern: str, field: str) -> dict[str, bool]:
-    if not pattern:
-        return dict.fromkeys(trees.named_leaves(params), False)
-    return trees.matching(params, pattern, field)
+def _matching(params: PyTree, pattern: str, field: str) -> set[str]:
+    matched = trees.matching(params, pattern, field) if pattern else {}
+    return {path for path, matches in matched.items() if matches}
 
 
-def _refuse_unknown(leaves: dict[str, Any], decided: list[str]) -> None:
+def _refuse_unknown(leaves: Fields, decided: set[str]) -> None:
     """Raises ValueError where names leave open whether a good part of the entries may be pruned."""
     unknown = {}
     for path, leaf in leaves.items():
-        known = trees.is_kernel(path) or trees.last_name(path) in LEFT_OUT or path in decided
+        known = is_kernel(path) or trees.last_name(path) in LEFT_OUT or path in decided
         matrix = sum(n > 1 for n in leaf.shape) > 1
         if matrix and not known and not jnp.issubdtype(leaf.dtype, jnp.integer):
             unknown[path] = leaf.size
-    total = trees.size(leaves)
-    if sum(unknown.values()) <= UNKNOWN_SHARE * total:
+    share = sum(unknown.values()) / max(trees.size(leaves), 1)
+    if share <= UNKNOWN_SHARE:
         return
     largest = max(unknown, key=unknown.__getitem__)
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise ValueError(
-        f"{largest!r}{more} hold {sum(unknown.values()) / total:.1%} of all entries, and names do "
+        f"{largest!r}{more} hold {share:.1%} of all entries, and names do "
         "not tell whether they may be pruned (kernel, weight and w may). Give "
         "channels=groups.trace(apply, variables, inputs), or take them in by "
         f"include={largest!r}, or leave them out by exclude={largest!r} (regular expressions for "
@@ -105,7 +104,7 @@ def _refuse_unknown(leaves: dict[str, Any], decided: list[str]) -> None:
 def axes(
     params: PyTree,
     paths: Iterable[str],
-    channels: groups.Channels | None = None,
+    channels: Channels | None = None,
     *,
     layout: Layout | None = None,
 ) -> dict[str, Axes]:
@@ -118,7 +117,7 @@ def axes(
     heads of an attention. Raises ValueError, naming the array, for unknown paths and where neither
     trace nor layout nor name tells.
     """
-    leaves = trees.named_leaves(params)
+    leaves = named_leaves(params)
     traced = None if channels is None else _traced(params, channels)
     decided = {}
     for path in paths:
@@ -134,9 +133,9 @@ def axes(
     return decided
 
 
-def _traced(params: PyTree, channels: groups.Channels) -> dict[str, Axes]:
+def _traced(params: PyTree, channels: Channels) -> dict[str, Axes]:
     """Axes of all arrays of two axes or more that the traced function sums over."""
-    leaves, traced = trees.named_leaves(params), {}
+    leaves, traced = named_leaves(params), {}
     for path, roles in groups.roles(params, channels).items():
         inputs = _axes_of(roles, "consumer")
         if inputs and leaves[path].ndim > 1:
@@ -150,7 +149,7 @@ def _axes_of(roles: Mapping[int, str], *names: str) -> tuple[int, ...]:
     return tuple(axis for axis in sorted(roles) if roles[axis] in names)
 
 
-def _by_name(path: str, shape: tuple[int, ...], layout: Layout | None) -> Axes:
+def _by_name(path: str, shape: Shape, layout: Layout | None) -> Axes:
     if layout is not None:
         tables.convert(layout, Layout, "layout")
     rank = len(shape)

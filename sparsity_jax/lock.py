@@ -4,19 +4,20 @@ The lock is the run's, by an id of its own, not that of a process. Only runs tak
 evaluations do not.
 """
 
-import contextlib
 import datetime
 import fcntl
 import getpass
 import json
 import os
-import pathlib
 import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from sparsity_jax import tables
+from sparsity_jax import intact, tables
+from sparsity_jax.types import Fields
 
 FILE = "run.lock"
 STALE_SECONDS = (
@@ -29,17 +30,15 @@ class LockedError(tables.ConfigError):
     """The workdir is in use by another run; the message names its owner."""
 
 
-@contextlib.contextmanager
-def held(
-    workdir: pathlib.Path, stale_seconds: float = STALE_SECONDS
-) -> Iterator[Callable[[], None]]:
+@contextmanager
+def held(workdir: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Callable[[], None]]:
     """Holds the lock of `workdir` while the context lasts; gives `check()`, which raises OSError
     once it is lost.
 
     A lock whose process on this host is gone is taken over at once; one of another host if it was
     not refreshed for `stale_seconds`. Raises LockedError where a run holds it.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / FILE
     mine = _describe()
@@ -50,7 +49,7 @@ def held(
 
     def refresh() -> None:
         while not ended.wait(min(REFRESH_SECONDS, stale_seconds / 4)):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 if _read(path).get("run") == mine["run"]:
                     os.utime(path)
 
@@ -70,14 +69,14 @@ def held(
     finally:
         ended.set()
         refresher.join()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if _read(path).get("run") == mine["run"]:
                 path.unlink()
 
 
-def refuse(workdir: pathlib.Path, stale_seconds: float = STALE_SECONDS) -> None:
+def refuse(workdir: Path, stale_seconds: float = STALE_SECONDS) -> None:
     """Raises LockedError if a run that may still live holds the lock of `workdir`."""
-    path = pathlib.Path(workdir) / FILE
+    path = Path(workdir) / FILE
     if not path.exists():
         return
     owner = _read(path)
@@ -95,7 +94,7 @@ def refuse(workdir: pathlib.Path, stale_seconds: float = STALE_SECONDS) -> None:
     )
 
 
-def _describe() -> dict:
+def _describe() -> Fields:
     """What this process writes into the lock."""
     try:
         user = getpass.getuser()
@@ -115,9 +114,9 @@ def _describe() -> dict:
 def _machine() -> str:
     """Where process ids mean the same: host and, on Linux, machine and namespace of process ids."""
     words = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        words.append(pathlib.Path("/etc/machine-id").read_text().strip())
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
+        words.append(Path("/etc/machine-id").read_text().strip())
+    with suppress(OSError):
         words.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(words)
 
@@ -126,14 +125,14 @@ def _process(pid: int) -> str:
     """A living process, told from others that had or will have its id: boot and start time where
     the system says.
     """
-    with contextlib.suppress(OSError):
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        after_name = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
         return f"{boot} {after_name.split()[19]}"
     return ""
 
 
-def _is_gone(owner: dict) -> bool:
+def _is_gone(owner: Fields) -> bool:
     """Whether the owner was a process of this machine that no longer lives."""
     pid = owner.get("pid")
     if owner.get("machine") != _machine() or not isinstance(pid, int):
@@ -147,29 +146,26 @@ def _is_gone(owner: dict) -> bool:
     return owner.get("process") != _process(pid)
 
 
-def _owner(owner: dict) -> str:
+def _owner(owner: Fields) -> str:
     return (
         f"{owner.get('user', 'somebody')} on {owner.get('host', 'an unknown host')} "
         f"(process {owner.get('pid', 'unknown')}, since {owner.get('started', 'an unknown time')})"
     )
 
 
-def _read(path: pathlib.Path) -> dict:
+def _read(path: Path) -> Fields:
     """The owner; {} for a lock that cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return intact.read_object(path)
+    except (OSError, intact.DamagedError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
-def _write(path: pathlib.Path, owner: dict) -> None:
-    part = path.with_name(f".{path.name}.{owner['run']}")
-    part.write_text(json.dumps(owner, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+def _write(path: Path, owner: Fields) -> None:
+    intact.write(path, json.dumps(owner, indent=1) + "\n")
 
 
-def _now(folder: pathlib.Path) -> float:
+def _now(folder: Path) -> float:
     """The time by the clock that stamps files in `folder`, which another host may keep."""
     probe = folder / f".{FILE}.{uuid.uuid4().hex}"
     try:
@@ -179,14 +175,14 @@ def _now(folder: pathlib.Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: pathlib.Path) -> Iterator[None]:
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Processes of this host, and of all hosts where the file system can, pass one after the
     other.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: `check` finds out
+        with suppress(OSError):  # a file system without locks: `check` finds out
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

@@ -2,22 +2,25 @@
 nats.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+import functools
+from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from sparsity_jax import tables
+from sparsity_jax.types import Array
+from sparsity_jax.types import Config as ConfigDict
 
 
 def cross_entropy(
-    logits: jax.Array,
-    labels: jax.Array,
+    logits: Array,
+    labels: Array,
     *,
     label_smoothing: tables.Fraction = 0.0,
     temperature: tables.Positive = 1.0,
-) -> jax.Array:
+) -> Array:
     """Cross-entropy of every example: logits [..., classes] / temperature against int labels
     [...].
     """
@@ -29,7 +32,7 @@ def cross_entropy(
     return -(1 - label_smoothing) * chosen - label_smoothing * log_probabilities.mean(-1)
 
 
-def mean_squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def mean_squared_error(logits: Array, labels: Array) -> Array:
     """Mean over classes of (logit - one-hot label)^2, of every example."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return jnp.mean(
@@ -37,7 +40,7 @@ def mean_squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
     )
 
 
-def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def correct(logits: Array, labels: Array) -> Array:
     """Whether the largest logit is the label's, bool [...]; never where a logit is NaN."""
     return (jnp.argmax(logits, -1) == labels) & ~jnp.isnan(logits).any(-1)
 
@@ -47,12 +50,10 @@ Config = Annotated[dict, tables.Named(LOSSES)]
 CROSS_ENTROPY = tables.Options(name="cross_entropy")
 
 
-def checked(loss: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """(name, sorted options) of a loss config such as `dict(name="cross_entropy")`.
+def of(loss: ConfigDict) -> Callable:
+    """`(logits, labels) -> loss` of a config such as `dict(name="cross_entropy")`, per example.
 
     Raises ConfigError for an unknown name or option.
     """
-    options = dict(loss)
-    name = options.pop("name", "cross_entropy")
-    rule = tables.lookup(LOSSES, name, "name")
-    return name, tuple(sorted(tables.check_options(rule, options).items()))
+    rule, options = tables.read_named(LOSSES, loss, "cross_entropy")
+    return functools.partial(rule, **options)

@@ -1,11 +1,24 @@
 """The members of a run: the networks that `config.sweep` asks for, each with its own config."""
 
 import copy
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
-from sparsity_jax import tables
+from sparsity_jax.tables import (
+    ConfigError,
+    Index,
+    Seed,
+    check_options,
+    convert,
+    defaults,
+    joined,
+    lookup,
+    parameters,
+    within,
+)
+from sparsity_jax.types import Config, Fields
 
 
 def choices(
@@ -13,7 +26,7 @@ def choices(
     arms: dict = {},  # noqa: B006 - never changed
     arm: tuple[str, ...] | None = None,
     mode: Literal["auto", "vmap", "loop"] = "auto",
-    members: tuple[tables.Index, ...] = (),
+    members: tuple[Index, ...] = (),
 ) -> None:
     """Entries of `config.sweep` beside the fields that it lists values of.
 
@@ -33,117 +46,95 @@ class Member(NamedTuple):
     show them: an arm by its label, a dict by its name.
     """
 
-    config: dict
-    swept: dict[str, Any]
+    config: Fields
+    swept: Fields
 
 
-def mode_of(config: Mapping) -> str:
+def mode_of(config: Config) -> str:
     """How members run: `auto`, `vmap` or `loop`."""
     return split(config["sweep"])[0]["mode"]
 
 
-def split(sweep: Mapping) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(sweep: Config) -> tuple[Fields, Fields]:
     """(the checked `choices` of a sweep, the fields that it lists values of)."""
-    known = tables.parameters(choices)
-    given = {name: value for name, value in sweep.items() if name in known}
-    fields = {name: value for name, value in sweep.items() if name not in known}
-    with tables.within("config.sweep"):
-        return {**tables.defaults(choices), **tables.check_options(choices, given)}, fields
+    fields = dict(sweep)
+    given = {name: fields.pop(name) for name in parameters(choices) if name in sweep}
+    with within("config.sweep"):
+        return {**defaults(choices), **check_options(choices, given)}, fields
 
 
-def expand(config: Mapping) -> list[Member]:
+def expand(config: Config) -> list[Member]:
     """Every member of a plain config: all combinations, arms outermost; one without a sweep."""
-    chosen, fields = split(config.get("sweep", {}))
-    if config.get("seed") and "seed" in fields:
-        raise tables.ConfigError(
+    options, fields = split(config.get("sweep", {}))
+    seed = config.get("seed")
+    if seed and "seed" in fields:
+        raise ConfigError(
             "config.seed",
-            config["seed"],
+            seed,
             why="but config.sweep.seed decides",
-            allowed=f"--config.sweep.seed=({config['seed']},)",
+            allowed=f"--config.sweep.seed=({seed},)",
         )
-    found: list[Member] = []
-    with tables.within("config.sweep"):
-        for label, values in arms_of(config, chosen):
-            found += combined(config, label, values, fields)
-        numbers = chosen["members"] or range(len(found))
-        if max(numbers) >= len(found):
-            raise tables.ConfigError("members", chosen["members"], allowed=f"0 to {len(found) - 1}")
-    return [found[number] for number in numbers]
+    every: list[Member] = []
+    with within("config.sweep"):
+        for label, values in arms_of(config, options):
+            arm = replaced({"seed": 0, **config, "sweep": {}}, values)
+            every += combined(arm, {"arm": label} if label else {}, fields)
+        numbers = options["members"] or range(len(every))
+        if max(numbers) >= len(every):
+            raise ConfigError("members", numbers, allowed=f"0 to {len(every) - 1}")
+    return [every[number] for number in numbers]
 
 
-def combined(
-    config: Mapping, label: str, values: Mapping[str, Any], sweep: Mapping
-) -> Iterator[Member]:
-    """The members of one arm, whose fields are `values` by path: all combinations of a sweep."""
-    arm = replaced({"seed": 0, **config}, {**values, "sweep": {}})
-    refuse_other_fields(sweep, arm)
-    fields = dict(swept_fields(sweep, arm))
-    ranges = [range(len(listed)) for listed in fields.values()]
-    for picked in itertools.product(*ranges):
-        swept = {"arm": label} if label else {}
-        new = {}
-        for (path, listed), i in zip(fields.items(), picked):
-            new[path] = listed[i]
-            swept[path] = shown(listed)[i]
-        tables.convert(new.get("seed", 0), tables.Seed, "seed")
-        yield Member(replaced(arm, new), swept)
+def combined(config: Config, labels: Fields, sweep: Config) -> Iterator[Member]:
+    """All combinations of a sweep's values in one config. labels: what their rows show besides."""
+    sweepable = {name: config[name] for name in ("seed", *stages_of(config))}
+    fields = dict(swept_fields(sweep, sweepable))
+    listed = [zip(values, shown(values)) for values in fields.values()]
+    for values in product(*listed):
+        new = {path: value for path, (value, _) in zip(fields, values)}
+        told = {path: text for path, (_, text) in zip(fields, values)}
+        convert(new.get("seed", 0), Seed, "seed")
+        yield Member(replaced(config, new), {**labels, **told})
 
 
-def stages_of(config: Mapping) -> list[str]:
+def stages_of(config: Config) -> list[str]:
     """Names of the stages of a config."""
-    return [
-        name for name, value in config.items() if isinstance(value, Mapping) and "kind" in value
-    ]
+    return [name for name, value in config.items() if isinstance(value, dict) and "kind" in value]
 
 
-def refuse_other_fields(sweep: Mapping, config: Mapping) -> None:
-    """Raises ConfigError for fields that members of one run cannot differ in."""
-    known = ["seed", *stages_of(config)]
-    for name in sweep:
-        if name.split(".")[0] not in known:
-            raise tables.ConfigError(
-                "", name, verb="names", known=[*known, *tables.parameters(choices)]
-            )
-
-
-def arms_of(config: Mapping, chosen: Mapping) -> Iterator[tuple[str, dict[str, Any]]]:
+def arms_of(config: Config, options: Config) -> Iterator[tuple[str, Fields]]:
     """(label, fields by path) of every arm that runs; ("", {}) where there are none."""
-    arms = chosen["arms"]
-    names = list(arms) if chosen["arm"] is None else chosen["arm"]
+    arms, stages = options["arms"], stages_of(config)
+    names = list(arms) if options["arm"] is None else options["arm"]
+    if arms and not names:
+        raise ConfigError("arm", names, allowed="at least one name", known=arms)
     if not names:
-        if arms:
-            raise tables.ConfigError("arm", names, allowed="at least one name", known=arms)
         yield "", {}
     labels: dict[str, str] = {}
     for name in names:
-        arm = tables.lookup(arms, name, "arm")
-        with tables.within(f"arms.{name}"):
-            values = fields_of(arm, config)
+        arm = lookup(arms, name, "arm")
+        with within(f"arms.{name}"):
+            values = fields_of(arm, stages)
             label = arm.get("label") or name
             if label in labels:
-                raise tables.ConfigError(
-                    "label", label, why=f"as of {labels[label]!r}", allowed="one of its own"
-                )
+                same = f"as of {labels[label]!r}"
+                raise ConfigError("label", label, why=same, allowed="one of its own")
         labels[label] = name
         yield label, values
 
 
-def fields_of(arm: Any, config: Mapping) -> dict[str, Any]:
+def fields_of(arm: Any, stages: Sequence[str]) -> Fields:
     """The fields that an arm replaces, by path."""
-    if not isinstance(arm, Mapping) or not isinstance(arm.get("label", ""), str):
-        raise tables.ConfigError("", arm, allowed="a label, and fields by stage")
-    values = {}
-    for stage, fields in arm.items():
-        if stage == "label":
-            continue
-        if stage not in stages_of(config):
-            raise tables.ConfigError("", stage, verb="has no stage", known=stages_of(config))
-        if not isinstance(fields, Mapping):
-            raise tables.ConfigError(
-                stage, fields, allowed="a dict of the stage's fields that change"
-            )
-        for field, value in fields.items():
-            values[f"{stage}.{field}"] = value
+    if not isinstance(arm, dict) or not isinstance(arm.get("label", ""), str):
+        raise ConfigError("", arm, allowed="a label, and fields by stage")
+    values: Fields = {}
+    for stage in [name for name in arm if name != "label"]:
+        if stage not in stages:
+            raise ConfigError("", stage, verb="has no stage", known=stages)
+        if not isinstance(arm[stage], dict):
+            allowed = "a dict of the stage's fields that change"
+            raise ConfigError(stage, arm[stage], allowed=allowed)
+        values |= {f"{stage}.{field}": value for field, value in arm[stage].items()}
     return values
 
 
@@ -151,48 +142,44 @@ def shown(values: Sequence) -> list:
     """Values of one swept field as rows show them: dicts by their names, numbered where several
     have the same.
     """
-    names = [value.get("name", "") if isinstance(value, Mapping) else None for value in values]
+    names = [value.get("name", "") for value in values if isinstance(value, dict)]
     texts = []
-    for i, (value, name) in enumerate(zip(values, names)):
-        if name is None:
-            texts.append(value)
-        elif name and names.count(name) == 1:
-            texts.append(name)
-        else:
-            texts.append(f"{name} {i + 1}".strip())
+    for number, value in enumerate(values, start=1):
+        if isinstance(value, dict):
+            name = value.get("name", "")
+            value = name if name and names.count(name) == 1 else f"{name} {number}".strip()
+        texts.append(value)
     return texts
 
 
-def swept_fields(sweep: Mapping, config: Any, path: str = "") -> Iterator[tuple[str, list]]:
-    """(path, values) of every field that a sweep lists values of."""
-    known = list(config) if isinstance(config, Mapping) else []
+def swept_fields(sweep: Config, config: Any, path: str = "") -> Iterator[tuple[str, list]]:
+    """(path, values) of every field that a sweep lists values of. config: what may be swept."""
+    fields = list(config) if isinstance(config, dict) else []
     for name, value in sweep.items():
-        if name not in known:
-            nested = "." in name
-            raise tables.ConfigError(
+        if name not in fields:
+            known = fields if path else [*fields, *parameters(choices)]
+            nested = "fields in fields as sweep=dict(fit=dict(epochs=(1, 2)))"
+            raise ConfigError(
                 path,
                 name,
                 verb="names",
-                why="which does not exist",
-                allowed="fields in fields as sweep=dict(fit=dict(epochs=(1, 2)))" * nested,
+                why="which cannot be swept",
+                allowed=nested if "." in name else "",
                 known=known,
             )
-        here = tables.joined(path, name)
-        if isinstance(value, Mapping):
+        here = joined(path, name)
+        if isinstance(value, dict):
             yield from swept_fields(value, config[name], here)
         elif isinstance(value, (list, tuple)) and value:
             yield here, list(value)
         else:
-            raise tables.ConfigError(here, value, allowed="a list of values for one field")
+            raise ConfigError(here, value, allowed="a list of values for one field")
 
 
-def replaced(config: Mapping, values: Mapping[str, Any]) -> dict:
+def replaced(config: Config, values: Fields) -> Fields:
     """A copy of `config` with the fields at the given paths replaced."""
     new = copy.deepcopy(dict(config))
     for path, value in values.items():
         *outer, last = path.split(".")
-        inner = new
-        for name in outer:
-            inner = inner[name]
-        inner[last] = value
+        functools.reduce(dict.__getitem__, outer, new)[last] = value
     return new

@@ -3,6 +3,7 @@
 """
 
 import ast
+import logging
 import os
 import pathlib
 import re
@@ -10,7 +11,8 @@ import shlex
 import sys
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from sparsity_jax import lock, stopping, tables
@@ -51,20 +53,14 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(sys.argv)
     except flags.Error as error:  # of the config file or its variant it holds the whole traceback
-        sys.exit(
-            "error: "
-            f"{re.sub(r'^[a-z_.]*ConfigError: ', '', str(error).strip().splitlines()[-1].strip())}"
-        )
+        last = str(error).strip().splitlines()[-1].strip()
+        sys.exit(f"error: {re.sub(r'^[a-z_.]*ConfigError: ', '', last)}")
     except (AttributeError, KeyError) as error:  # a field that the config does not have
         reason = error.args[0]
-        reason = reason.args[0] if isinstance(reason, Exception) and reason.args else reason
+        while isinstance(reason, Exception) and reason.args:
+            reason = reason.args[0]
         sys.exit(f"error: a --config.field names what the config does not have: {reason}")
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-        SyntaxError,
-    ) as error:  # the config file itself, or its variant
+    except (OSError, TypeError, ValueError, SyntaxError) as error:  # the config file itself
         sys.exit(f"error: {error}")
     finally:
         sys.argv = given  # the command that the run's environment tells
@@ -114,52 +110,57 @@ def report_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def main(argv: list[str]) -> None:
-    # not at the top: an exception that a signal raises inside these imports can crash them, see
-    # `stopping.listen`
-    from sparsity_jax import describe, pipeline, train, workdirs
-
-    if argv[1:]:
-        sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
-    if not (WORKDIR.value or DESCRIBE.value):
-        sys.exit(
-            f"error: --workdir is {'missing' if WORKDIR.value is None else 'empty'}; name a folder."
-        )
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(
-            logging.FATAL
-        )  # orbax reports every file it writes; its failures arrive as exceptions
-        logging.logging.getLogger("asyncio").setLevel(logging.logging.CRITICAL)
-    sys.unraisablehook = report_unraisable
+def check_file() -> None:
+    """Ends the process where the file that --config names is not there."""
     name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
     file = f"{name}.py" if variant else name
     if not os.path.isfile(file):
         hint = f" Did you mean {file}.py?" if os.path.isfile(f"{file}.py") else ""
         sys.exit(f"error: --config names {file}, which is not there.{hint}")
+
+
+def be_quiet() -> None:
+    """Leaves out what libraries report of every file; their failures arrive as exceptions."""
+    if not flags.FLAGS["verbosity"].present:
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = report_unraisable
+
+
+def main(argv: list[str]) -> None:
+    # not at the top: an exception that a signal raises inside these imports can crash them, see
+    # `stopping.listen`
+    from sparsity_jax import describe, pipeline, train, workdirs
+
+    workdir = WORKDIR.value or ""
+    if argv[1:]:
+        sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
+    if not (workdir or DESCRIBE.value):
+        state = "missing" if WORKDIR.value is None else "empty"
+        sys.exit(f"error: --workdir is {state}; name a folder.")
+    be_quiet()
+    check_file()
     try:
         stopping.check()
+        config = swept(CONFIG.value.to_dict(), SWEPT)
         if DESCRIBE.value:
-            sys.stdout.write(describe.describe(swept(CONFIG.value.to_dict(), SWEPT)))
+            sys.stdout.write(describe.describe(config))
             return
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
-        config = swept(CONFIG.value.to_dict(), SWEPT)
-        pipeline.run(config, WORKDIR.value, command=command, lock_seconds=LOCK_SECONDS.value)
+        pipeline.run(config, workdir, command=command, lock_seconds=LOCK_SECONDS.value)
     except tables.ConfigError as error:
         sys.exit(f"error: {error}")
     except train.NonFiniteLossError as error:
-        sys.exit(f"error: {error}\nThe last good checkpoint is in {WORKDIR.value}.")
+        sys.exit(f"error: {error}\nThe last good checkpoint is in {workdir}.")
     except OSError as error:  # a full disk, for example
-        saved = workdirs.numbers_in(pathlib.Path(WORKDIR.value) / workdirs.FOLDER)
-        again = (
-            f"The same command goes on from the last checkpoint in {WORKDIR.value}.\n"
-            if saved
-            else ""
-        )
-        place = "" if WORKDIR.value in str(error) else f"{WORKDIR.value}: "
-        sys.stderr.write(f"error: {place}{error}\n{again}")
+        place = "" if workdir in str(error) else f"{workdir}: "
+        sys.stderr.write(f"error: {place}{error}\n")
+        if workdirs.numbers_in(pathlib.Path(workdir) / workdirs.FOLDER):
+            again = "The same command goes on from the last checkpoint in"
+            sys.stderr.write(f"{again} {workdir}.\n")
         os._exit(1)  # threads that still want to write would only add their own complaints
     except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted: the same command continues {WORKDIR.value}\n")
+        sys.stderr.write(f"interrupted: the same command continues {workdir}\n")
         os._exit(130)  # orbax and jax threads would otherwise delay the exit
 
 

@@ -196,7 +196,7 @@ class Cut(EachMember):
 
     def _check_tracked(self, before: Sequence[interface.Stage]) -> None:
         trainings = [stage for stage in before if not isinstance(stage, Cut)]
-        tracked = dict(getattr(trainings[-1], "track", ())) if trainings else {}
+        tracked = dict(getattr(trainings[-1], "tracked", {})) if trainings else {}
         if not tracked:
             raise tables.ConfigError(
                 "measure",
@@ -300,10 +300,7 @@ class Cut(EachMember):
     # One round
 
     def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
-        return interface.handed_on(state, self)
-
-    def carried(self, state: State, before: Any) -> Any:
-        return before
+        return interface.without_optimizer(state)._replace(opt_state=state.opt_state)
 
     def of_member(self, problem: Problem, state: State, place: Place) -> Result:
         channels = channels_of(problem, self.branches)

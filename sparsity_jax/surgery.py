@@ -115,8 +115,10 @@ def _drawn(draw: Callable, key: Array, mask: Array, axes: kernels.Axes) -> Array
     order = (*stack, *inner)
     ordered = mask.transpose(order)
     sizes = np.array(mask.shape)
-    window, inputs, outputs = (sizes[list(several)] for several in (axes.window, *axes[:2]))
-    flat = ordered.reshape(-1, *window, inputs.prod(), outputs.prod())
+    window = sizes[list(axes.window)]
+    inputs = sizes[list(axes.inputs)].prod()
+    outputs = sizes[list(axes.outputs)].prod()
+    flat = ordered.reshape(-1, *window, inputs, outputs)
     if stack:
         drawn = jax.vmap(draw)(jax.random.split(key, len(flat)), flat)
     else:

@@ -6,7 +6,6 @@ fields are, see `option`. Their annotations are the schema: `float`, `int`, `boo
 """
 
 import contextlib
-import dataclasses
 import difflib
 import inspect
 import json
@@ -15,9 +14,12 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 Kind = typing.TypeVar("Kind")
+NO_DEFAULT = inspect.Parameter.empty
 NOT_GIVEN = ...  # no value, for None is one; survives pickling
 
 
@@ -60,26 +62,15 @@ class ConfigError(ValueError):
     def __str__(self) -> str:
         if self.is_sentence():
             return self.where
-        sentence = self.where or "the value"
+        sentence, reason = self.where or "the value", f" {self.why}" if self.why else ""
         if self.value is not NOT_GIVEN:
-            sentence += f" {self.verb} {shortened(self.value)}"
-            if self.why:
-                sentence += ","
-        if self.why:
-            sentence += f" {self.why}"
-        if self.allowed:
-            sentence += f"; allowed: {self.allowed}"
-        sentence += "."
-        if self.closest:
-            sentence += f" Did you mean {self.closest!r}?"
-        return sentence
+            sentence += f" {self.verb} {shortened(self.value)}" + "," * bool(reason)
+        allowed = f"; allowed: {self.allowed}" if self.allowed else ""
+        hint = f" Did you mean {self.closest!r}?" if self.closest else ""
+        return f"{sentence}{reason}{allowed}.{hint}"
 
 
-class TypeConfigError(ConfigError):
-    """A setting of the wrong type."""
-
-
-@contextlib.contextmanager
+@contextmanager
 def within(place: str) -> Iterator[None]:
     """Mistakes that the block tells are of settings inside `place`, e.g. `config.fit`."""
     try:
@@ -96,7 +87,7 @@ def joined(place: str, path: str) -> str:
     return f"{place}{between}{path}"
 
 
-@contextlib.contextmanager
+@contextmanager
 def blaming(where: str, value: Any = NOT_GIVEN) -> Iterator[None]:
     """What the block cannot do is a mistake of the setting `where`, whose value is `value`.
 
@@ -144,22 +135,22 @@ class Range(NamedTuple):
         return " and ".join(parts) or "any number"
 
 
-Fraction = typing.Annotated[float, Range(0.0, 1.0)]
-Share = typing.Annotated[float, Range(0.0, 1.0, below=True)]  # of which something has to be left
-NonNegative = typing.Annotated[float, Range(0.0)]
-Positive = typing.Annotated[float, Range(0.0, above=True)]
-Count = typing.Annotated[int, Range(1, 2**31 - 1)]  # steps and sizes are counted in 32 bits
-Index = typing.Annotated[int, Range(0, 2**31 - 1)]
-Seed = typing.Annotated[int, Range(0, 2**32 - 1)]  # jax makes the same key of larger ones
+Fraction = Annotated[float, Range(0.0, 1.0)]
+Share = Annotated[float, Range(0.0, 1.0, below=True)]  # of which something has to be left
+NonNegative = Annotated[float, Range(0.0)]
+Positive = Annotated[float, Range(0.0, above=True)]
+Count = Annotated[int, Range(1, 2**31 - 1)]  # steps and sizes are counted in 32 bits
+Index = Annotated[int, Range(0, 2**31 - 1)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # jax makes the same key of larger ones
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 def option(cls: type[Kind]) -> type[Kind]:
     """A class of options: its fields are passed by name, it never changes and has a hash."""
-    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    return dataclass(frozen=True, kw_only=True)(cls)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Named:
     """Beside the type `dict`: options of the entry of `table` that the dict names, and those of
     `common` whichever it names.
@@ -174,13 +165,11 @@ class Named:
 
 def named_options(function: Callable) -> dict[str, Named]:
     """The options of `function` that choose an entry of a table by name."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    found = {}
-    for name in parameters(function):
-        for rule in getattr(hints.get(name), "__metadata__", ()):
-            if isinstance(rule, Named):
-                found[name] = rule
-    return found
+    hints = get_type_hints(function, include_extras=True)
+    rules = {
+        name: getattr(hints.get(name), "__metadata__", (None,)) for name in parameters(function)
+    }
+    return {name: first for name, (first, *_) in rules.items() if isinstance(first, Named)}
 
 
 class Options(dict):
@@ -188,7 +177,7 @@ class Options(dict):
     were read.
     """
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return hash(json.dumps(self, sort_keys=True))
 
 
@@ -235,24 +224,30 @@ def lookup(table: Mapping[str, Any], name: Any, field: str = "") -> Any:
     return table[name]
 
 
+def read_named(
+    table: Mapping[str, Callable], config: Mapping[str, Any], default: str = ""
+) -> tuple[Callable, dict[str, Any]]:
+    """(the entry that a config names, all its options) of a config such as `dict(name="sgd",
+    momentum=0.9)`.
+
+    default: the name, where the config has none. Raises ConfigError for an unknown name or option.
+    """
+    given = dict(config)
+    entry = lookup(table, given.pop("name", default), "name")
+    return entry, {**defaults(entry), **check_options(entry, given)}
+
+
 def parameters(function: Callable) -> dict[str, inspect.Parameter]:
     """The options of `function`: its keyword-only parameters."""
-    found = inspect.signature(function).parameters
-    return {
-        name: parameter
-        for name, parameter in found.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    every = inspect.signature(function).parameters.items()
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return {name: parameter for name, parameter in every if parameter.kind is keyword}
 
 
 def defaults(function: Callable) -> dict[str, Any]:
     """The options of `function` that have a default, with it."""
-    found = parameters(function).items()
-    return {
-        name: parameter.default
-        for name, parameter in found
-        if parameter.default is not inspect.Parameter.empty
-    }
+    every = {name: parameter.default for name, parameter in parameters(function).items()}
+    return {name: value for name, value in every.items() if value is not NO_DEFAULT}
 
 
 def options(table: Mapping[str, Callable], /, name: str, **chosen: Any) -> dict[str, Any]:
@@ -273,13 +268,13 @@ def check_options(
     also: further field names to list as known (checked elsewhere).
     Raises ConfigError for an unknown or missing option, a wrong type, or a value out of range.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
+    hints = get_type_hints(function, include_extras=True)
     known = parameters(function)
     for name in options:
         if name not in known:
             raise ConfigError("", name, verb="has no field", known={*known, *also})
-    for name, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and name not in options:
+    for name in known:
+        if known[name].default is NO_DEFAULT and name not in options:
             raise ConfigError(name, why="is missing", allowed=describe(hints.get(name, Any)))
     return {name: convert(value, hints.get(name, Any), name) for name, value in options.items()}
 
@@ -315,70 +310,68 @@ def convert(value: Any, hint: Any, field: str = "") -> Any:
     field: the caller's setting that holds it.
     """
     with within(field):
-        return _converter(hint)(value, hint)
+        return _converted(value, hint)
 
 
-def _converter(hint: Any) -> Callable[[Any, Any], Any]:
-    """`(value, hint) -> value as that type`, for the kind of type that `hint` is."""
-    origin = typing.get_origin(hint)
-    if origin in CONVERTERS:
-        return CONVERTERS[origin]
-    if origin is None and hint in CONVERTERS:
-        return CONVERTERS[hint]
-    return _as_instance
+def _converted(value: Any, hint: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin is Annotated:
+        return _in_ranges(value, hint)
+    if origin in UNIONS:
+        return _as_one_of(value, hint)
+    if origin is Literal:
+        for literal in arguments:
+            if value == literal and type(value) is type(literal):
+                return value
+        names = [literal for literal in arguments if isinstance(literal, str)]
+        raise ConfigError("", value, allowed=describe(hint), known=names)
+    if tuple in (hint, origin):
+        return _as_tuple(value, hint)
+    return _as_plain(value, hint, hint)
 
 
-def _wrong_type(value: Any, hint: Any) -> TypeConfigError:
-    return TypeConfigError("", value, why=f"of type {type(value).__name__}", allowed=describe(hint))
+def _wrong_type(value: Any, hint: Any) -> ConfigError:
+    return ConfigError("", value, why=f"of type {type(value).__name__}", allowed=describe(hint))
 
 
-def _as_instance(value: Any, hint: Any) -> Any:
-    if not isinstance(hint, type) or not isinstance(value, hint):
+def _as_plain(value: Any, kind: Any, hint: Any) -> Any:
+    """A value of the class `kind`; hint: what an error tells."""
+    accepted, make = ACCEPTED.get(kind, (kind, None))
+    known = isinstance(accepted, (type, tuple)) and isinstance(value, accepted)
+    if not known or (isinstance(value, bool) and kind is not bool):
         raise _wrong_type(value, hint)
-    return value
+    if kind is float and value and not SMALLEST <= abs(value) <= LARGEST:
+        allowed = f"a finite number, 0 or {SMALLEST} to {LARGEST} in size"
+        raise ConfigError("", value, allowed=allowed)
+    if kind is str and not value.isprintable():
+        raise ConfigError("", value, allowed="text of one line that can be printed")
+    return make(value) if make else value
 
 
-def _as_anything(value: Any, hint: Any) -> Any:
-    del hint
-    return value
-
-
-def _as_annotated(value: Any, hint: Any) -> Any:
-    kind, *rules = typing.get_args(hint)
-    try:
-        value = convert(value, kind)
-    except TypeConfigError:
-        raise _wrong_type(value, hint) from None
+def _in_ranges(value: Any, hint: Any) -> Any:
+    kind, *rules = get_args(hint)
+    value = _as_plain(value, kind, hint)
     for rule in rules:
         if isinstance(rule, Range) and not rule.contains(value):
             raise ConfigError("", value, allowed=describe(hint))
     return value
 
 
-def _as_one_of_types(value: Any, hint: Any) -> Any:
-    for kind in typing.get_args(hint):
-        try:
-            return convert(value, kind)
-        except ConfigError:
-            continue
+def _as_one_of(value: Any, hint: Any) -> Any:
+    for kind in get_args(hint):
+        with contextlib.suppress(ConfigError):
+            return _converted(value, kind)
     raise _wrong_type(value, hint)
 
 
-def _as_literal(value: Any, hint: Any) -> Any:
-    allowed = typing.get_args(hint)
-    for literal in allowed:
-        if value == literal and type(value) is type(literal):
-            return value
-    names = [literal for literal in allowed if isinstance(literal, str)]
-    raise ConfigError("", value, allowed=describe(hint), known=names)
-
-
 def _as_tuple(value: Any, hint: Any) -> tuple:
-    kinds = typing.get_args(hint)
+    kinds = get_args(hint)
     if not isinstance(value, (tuple, list)):
         raise _wrong_type(value, hint)
-    if not kinds:
-        return _frozen(value)
+    if not kinds:  # of anything, without lists
+        return tuple(_as_tuple(item, tuple) if isinstance(item, list) else item for item in value)
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(value)
     if len(kinds) != len(value):
@@ -386,52 +379,12 @@ def _as_tuple(value: Any, hint: Any) -> tuple:
     return tuple(convert(item, kind, f"[{i}]") for i, (item, kind) in enumerate(zip(value, kinds)))
 
 
-def _frozen(items: typing.Iterable) -> tuple:
-    """`items` and the lists in it as tuples."""
-    return tuple(_frozen(item) if isinstance(item, list) else item for item in items)
-
-
-def _as_float(value: Any, hint: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise _wrong_type(value, hint)
-    if value and not SMALLEST <= abs(value) <= LARGEST:
-        raise ConfigError(
-            "", value, allowed=f"a finite number, 0 or {SMALLEST} to {LARGEST} in size"
-        )
-    return float(value)
-
-
-def _as_int(value: Any, hint: Any) -> int:
-    if isinstance(value, bool):
-        raise _wrong_type(value, hint)
-    return _as_instance(value, hint)
-
-
-def _as_text(value: Any, hint: Any) -> str:
-    text = _as_instance(value, hint)
-    if not text.isprintable():
-        raise ConfigError("", text, allowed="text of one line that can be printed")
-    return text
-
-
-def _as_options(value: Any, hint: Any) -> Options:
-    if not isinstance(value, Mapping):
-        raise _wrong_type(value, hint)
-    return Options(value)
-
-
-CONVERTERS: dict[Any, Callable[[Any, Any], Any]] = {
-    typing.Annotated: _as_annotated,
-    typing.Union: _as_one_of_types,
-    types.UnionType: _as_one_of_types,
-    Literal: _as_literal,
-    tuple: _as_tuple,
-    Any: _as_anything,
-    float: _as_float,
-    int: _as_int,
-    str: _as_text,
-    dict: _as_options,
-    Mapping: _as_options,
+UNIONS = (typing.Union, types.UnionType)
+# what a class of options takes as a value of a class, and makes of it
+ACCEPTED: dict[Any, tuple[Any, Any]] = {
+    float: ((int, float), float),
+    dict: (Mapping, Options),
+    Mapping: (Mapping, Options),
 }
 
 
@@ -445,17 +398,15 @@ def describe(hint: Any) -> str:
     """A readable form of a type annotation, e.g. `float >= 0.0 and <= 1.0` or `'global' |
     'random'`.
     """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        return " ".join([describe(args[0]), *(str(rule) for rule in args[1:])])
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(describe(option) for option in args)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return " ".join([describe(arguments[0]), *map(str, arguments[1:])])
+    if origin in UNIONS:
+        return " | ".join(map(describe, arguments))
     if origin is Literal:
-        return " | ".join(repr(option) for option in args)
+        return " | ".join(map(repr, arguments))
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"tuple of {describe(arguments[0])}"
     if origin is tuple:
-        return (
-            f"tuple of {describe(args[0])}"
-            if args[-1] is Ellipsis
-            else f"tuple ({', '.join(map(describe, args))})"
-        )
+        return f"tuple ({', '.join(map(describe, arguments))})"
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

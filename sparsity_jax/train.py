@@ -1,20 +1,22 @@
-"""One training step, the loop over it, and evaluation: everything a stage does to a network.
+"""Training: its options, the compiled step, the loop over it, and evaluation.
 
 State and numbers (learning rate, radii, ...) are arguments of one compiled step. A sweep whose
 members share a program puts a leading axis on both and maps the step over it; `Problem.lift` is the
 only place that knows.
 """
 
-import contextlib
-import functools
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import closing
+from functools import cached_property, partial
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import eval_shape, lax, local_devices, random
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsity_jax import (
     data,
@@ -31,8 +33,10 @@ from sparsity_jax import (
     tables,
     trees,
 )
-
-PyTree = Any
+from sparsity_jax.data import Dataset, FixedSample, make_augmentation
+from sparsity_jax.interface import Carried, Place
+from sparsity_jax.tables import ConfigError, lookup, within
+from sparsity_jax.types import Array, Fields, MemberRows, PyTree
 
 
 class Metrics(NamedTuple):
@@ -40,10 +44,10 @@ class Metrics(NamedTuple):
     there is none.
     """
 
-    loss: jax.Array
-    correct: jax.Array
-    examples: jax.Array
-    bad_step: jax.Array
+    loss: Array
+    correct: Array
+    examples: Array
+    bad_step: Array
 
 
 class State(NamedTuple):
@@ -58,27 +62,34 @@ class State(NamedTuple):
     batch_stats: PyTree
     masks: PyTree
     opt_state: PyTree
-    step: jax.Array
-    key: jax.Array
+    step: Array
+    key: Array
     metrics: Metrics
+
+
+class Update(NamedTuple):
+    """What a stage reports: its state so far (None: that of the update before), new rows per
+    member, and the share done.
+    """
+
+    state: Any
+    rows: MemberRows
+    done: float
 
 
 class NonFiniteLossError(FloatingPointError):
     """The training loss became infinite or NaN; the message names stage, epoch and step."""
 
 
+# What stays the same during a run -----------------------------------------------------------------
+
+
 class Problem(NamedTuple):
     """What stays the same during a run: network, data on the device, and where to compute."""
 
     model: models.Model
-    train_images: (
-        jax.Array | None
-    )  # uint8 [N, H, W, C]; these four are None where the data is streamed
-    train_labels: jax.Array | None  # int32 [N]
-    test_images: jax.Array | None
-    test_labels: jax.Array | None
-    dataset: data.Dataset  # for names, sizes and statistics
-    mesh: jax.sharding.Mesh | None
+    dataset: Dataset  # for names, sizes and statistics
+    mesh: Mesh | None
     members: int | None  # size of the leading axis of states; None: no such axis
     eval_batch_size: int
     steps_per_call: int  # 0: automatic
@@ -86,34 +97,63 @@ class Problem(NamedTuple):
     # dict of arrays by path with which every network starts instead of its fresh ones
     pretrained: PyTree = ()
     keep_zeros: bool = False  # whether weights that are zero in `pretrained` are masked
-    sample: data.FixedSample = data.FixedSample()  # the images of `examples`
+    sample: FixedSample = FixedSample()  # the images of `examples`
+    # uint8 [N, H, W, C] and int32 [N]; None where the data is streamed
+    train_images: Any = None
+    train_labels: Any = None
+    test_images: Any = None
+    test_labels: Any = None
 
     def lift(self, function: Callable, in_axes: Any = 0) -> Callable:
         """`function` of one member's state, for the states of all members."""
         return function if self.members is None else jax.vmap(function, in_axes)
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
-        """The compiled function `name`, made on first use."""
+        """What `make` gives, made on first use of the hashable `name`."""
         if name not in self.compiled:
             self.compiled[name] = make()
         return self.compiled[name]
 
-    def shard(self, batch: jax.Array) -> jax.Array:
-        """Splits a batch over the devices of the mesh."""
-        if (
-            self.mesh is None or len(batch) % self.mesh.size
-        ):  # a data set's last batch may not divide
-            return batch
-        spec = jax.sharding.PartitionSpec("batch", *[None] * (batch.ndim - 1))
-        return jax.lax.with_sharding_constraint(batch, jax.sharding.NamedSharding(self.mesh, spec))
+    def program(
+        self, function: Callable, *fixed: Any, key: Any = None, axes: Any = 0, **options: Any
+    ) -> Callable:
+        """`function(problem, *fixed, ...)` of one member, compiled for all members.
+
+        It is compiled once per `key`, by default `fixed`. axes: of `lift`, of the other arguments.
+        options: of `jax.jit`.
+        """
+        compiled = lambda: jax.jit(self.lift(partial(function, self, *fixed), axes), **options)
+        return self.once((function, fixed if key is None else key), compiled)
+
+    def with_members(self, members: int | None) -> "Problem":
+        """This problem for states of so many members, with programs of its own."""
+        if members == self.members:
+            return self
+        compiled = self.once(("with members", members), dict)
+        return self._replace(members=members, compiled=compiled)
+
+    def over_devices(self, batch: Any) -> jax.sharding.Sharding | None:
+        """How a batch is split over the mesh; None: it is not, as a data set's last one may be."""
+        if self.mesh is None or len(batch) % self.mesh.size:
+            return None
+        return NamedSharding(self.mesh, PartitionSpec("batch"))
+
+    def shard(self, batch: Array) -> Array:
+        """Splits a batch over the devices of the mesh, inside a program."""
+        sharding = self.over_devices(batch)
+        return batch if sharding is None else lax.with_sharding_constraint(batch, sharding)
+
+    def put(self, batch: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
+        """Arrays of a batch on the device, or split over those of the mesh."""
+        sharding = self.over_devices(batch[0])
+        return self.place(batch) if sharding is None else jax.device_put(batch, sharding)
 
     def place(self, tree: PyTree) -> PyTree:
         """`tree` on the device, or copied to every device of the mesh."""
         if self.mesh is None:
             return jax.device_put(tree)
-        return jax.device_put(
-            tree, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        )
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.device_put(tree, everywhere)
 
     @property
     def streamed(self) -> bool:
@@ -123,162 +163,237 @@ class Problem(NamedTuple):
         """Number of images of "train" or "test"."""
         return getattr(self.dataset, split).images.shape[0]
 
-    def put(self, batch: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
-        """Arrays of a batch on the device, or split over those of the mesh."""
-        if self.mesh is None or len(batch[0]) % self.mesh.size:
-            return self.place(batch)
-        spec = jax.sharding.PartitionSpec("batch")
-        return jax.device_put(batch, jax.sharding.NamedSharding(self.mesh, spec))
-
-    def batches(self, split: str, batch_size: int = 0) -> Iterator[stream.Batch]:
+    def batches(self, split: str, batch_size: int = 0) -> stream.Batches:
         """A streamed split in order, for evaluation; `stream.eval_batches`."""
         batch_size = min(batch_size or self.eval_batch_size, self.size(split))
-        return stream.eval_batches(
-            getattr(self.dataset, split).images, batch_size=batch_size, put=self.put
-        )
+        images = getattr(self.dataset, split).images
+        return stream.eval_batches(images, batch_size=batch_size, put=self.put)
 
-    def examples(self, split: str, num: int) -> tuple[jax.Array, jax.Array]:
+    def examples(self, split: str, num: int) -> tuple[Array, Array]:
         """`num` images and labels of a split, or all if it has no more; those of `sample`, streamed
         or in memory.
         """
         size = self.size(split)
         if not self.streamed and num >= size:
             return arrays(self, split)
-        indices = self.sample.indices(size, num)
-        if self.streamed:
-            take = lambda: self.place(stream.examples(getattr(self.dataset, split).images, indices))
-        else:
-            take = lambda: tuple(array[indices] for array in arrays(self, split))
+
+        def take() -> tuple[Array, Array]:
+            indices = self.sample.indices(size, num)
+            if self.streamed:
+                images = getattr(self.dataset, split).images
+                return self.place(stream.examples(images, indices.tolist()))
+            images, labels = arrays(self, split)
+            return images[indices], labels[indices]
+
         return self.once(("examples", split, num), take)
 
-    def images(self, batch: jax.Array) -> jax.Array:
+    def images(self, batch: Array) -> Array:
         """uint8 images as the network's normalised input; train images stored larger are resized
         when evaluated.
         """
-        inputs, shape = self.shard(batch), self.dataset.test.images.shape[1:]
-        inputs = data.preprocess(inputs, self.dataset.mean, self.dataset.std)
-        return (
-            inputs
-            if inputs.shape[1:] == shape
-            else jax.image.resize(inputs, (len(inputs), *shape), "linear")
-        )
+        shape = (len(batch), *self.dataset.test.images.shape[1:])
+        inputs = data.preprocess(self.shard(batch), self.dataset.mean, self.dataset.std)
+        return inputs if inputs.shape == shape else jax.image.resize(inputs, shape, "linear")
 
-    def init(self, key: jax.Array) -> PyTree:
+    def init(self, key: Array) -> PyTree:
         """Fresh variables, none of them pretrained; key: a root key."""
         shape = (1, *self.dataset.test.images.shape[1:])
-        return self.model.init(jax.random.fold_in(key, 0), jax.ShapeDtypeStruct(shape, jnp.float32))
+        return self.model.init(random.fold_in(key, 0), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    def logits(self, params: PyTree, batch_stats: PyTree, images: Array) -> Array:
+        """What the network answers to uint8 images, in inference mode."""
+        variables = {"params": params, "batch_stats": batch_stats}
+        return self.model.apply(variables, self.images(images))
 
 
 def build_problem(
-    dataset: data.Dataset,
+    dataset: Dataset,
     model: models.Model,
     *,
     mesh: int = 1,
     members: int | None = None,
     eval_batch_size: int = 1000,
     steps_per_call: int = 0,
-    sample: data.FixedSample = data.FixedSample(),  # noqa: B008 - a constant
+    sample: data.FixedSample = FixedSample(),  # noqa: B008 - a constant
 ) -> Problem:
     """Puts data in memory on the device; of a stream some images are decoded to find mistakes, see
     `data.look_at`.
 
     mesh: number of local devices that share each batch, 0 for all. sample: see `Problem.examples`.
     """
-    if isinstance(dataset.train.images, data.Stream):
-        splits = dict(
-            train=data.look_at(dataset.train.images), test=data.look_at(dataset.test.images)
-        )
-        dataset = dataset._replace(
-            **{name: data.Split(images, None) for name, images in splits.items()}
-        )
-    devices = jax.local_devices()[: mesh or None]
-    grid = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
+    streamed = isinstance(dataset.train.images, data.Stream)
+    if streamed:
+        looked_at = [data.Split(data.look_at(split.images), None) for split in dataset[1:3]]
+        dataset = dataset._replace(train=looked_at[0], test=looked_at[1])
+    devices = local_devices()[: mesh or None]
+    grid = Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
     problem = Problem(
-        model,
-        *[None] * 4,
-        dataset,
-        grid,
-        members,
-        eval_batch_size,
-        steps_per_call,
-        {},
-        sample=sample,
+        model, dataset, grid, members, eval_batch_size, steps_per_call, compiled={}, sample=sample
     )
-    if isinstance(dataset.train.images, data.Stream):
+    if streamed:
         return problem
-    arrays = problem.place((*dataset.train, *dataset.test))
-    return problem._replace(**dict(zip(Problem._fields[1:5], arrays, strict=True)))
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    placed = problem.place((*dataset.train, *dataset.test))
+    return problem._replace(**dict(zip(names, placed, strict=True)))
+
+
+def arrays(problem: Problem, split: str) -> tuple[Array, Array]:
+    """Images and labels of "train" or "test", in memory."""
+    if split == "train":
+        return problem.train_images, problem.train_labels
+    return problem.test_images, problem.test_labels
 
 
 def shapes_of(problem: Problem) -> PyTree:
     """Shape structs of one member's params."""
-    return problem.once("shapes", lambda: jax.eval_shape(problem.init, jax.random.key(0))["params"])
+    return problem.once("shapes", lambda: eval_shape(problem.init, random.key(0))["params"])
 
 
-def key_of(seed: int) -> jax.Array:
+def convolves(params: PyTree, stacked: bool = False) -> bool:
+    """Whether some kernel is a convolution's. stacked: params have a leading axis of members."""
+    leaves = trees.named_leaves(params).items()
+    return any(trees.is_kernel(path) and leaf.ndim - stacked > 2 for path, leaf in leaves)
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raises ConfigError for arrays of more bytes than the device has. what: takes them, e.g.
+    `whose weights`.
+    """
+    stats = local_devices()[0].memory_stats() or {}
+    tables.check_memory(needed, f"{what} take", stats.get("bytes_limit") or 0)
+
+
+# Networks at the start ----------------------------------------------------------------------------
+
+
+def key_of(seed: int) -> Array:
     """Raw data of the root key of `seed`."""
-    return jax.random.key_data(jax.random.key(seed))
+    return random.key_data(random.key(seed))
+
+
+def stage_key(key: Array, position: int) -> Array:
+    """The key of the pipeline's stage number `position`; 0 and 1 belong to initialisation."""
+    return random.fold_in(random.wrap_key_data(key), 2 + position)
 
 
 def no_metrics() -> Metrics:
-    return Metrics(
-        jnp.zeros(()),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), jnp.int32),
-        jnp.asarray(-1, jnp.int32),
-    )
+    none = jnp.zeros((), jnp.int32)
+    return Metrics(jnp.zeros(()), none, none, none - 1)
 
 
-def initial_variables(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> PyTree:
+def initial_variables(problem: Problem, key: Array, pretrained: PyTree = ()) -> PyTree:
     """The variables a run starts from: fresh ones under the raw `key`, but for those in
     `pretrained`.
 
     pretrained: `problem.pretrained`, an argument so that compiled programs do not contain its
     arrays. They are copied, since a training step may take over the memory of its state.
     """
-    arrays = dict(pretrained)
-    first = lambda path, leaf: jnp.copy(arrays[path]) if path in arrays else leaf
-    return trees.map_named(first, problem.init(jax.random.wrap_key_data(key)))
+    given = dict(pretrained)
+    first = lambda path, leaf: jnp.copy(given[path]) if path in given else leaf
+    return trees.map_named(first, problem.init(random.wrap_key_data(key)))
 
 
-def create_state(problem: Problem, key: jax.Array, pretrained: PyTree = ()) -> State:
+def create_state(problem: Problem, key: Array, pretrained: PyTree = ()) -> State:
     """A network as `initial_variables` makes it, dense unless `problem.keep_zeros`; key: from
     `key_of`.
     """
-    variables = initial_variables(problem, key, pretrained)
-    params = variables["params"]
-    kept = masks.nonzero(params) if problem.keep_zeros else masks.full(params)
-    return State(
-        params, variables["batch_stats"], kept, (), jnp.zeros((), jnp.int32), key, no_metrics()
+    params, batch_stats = map(
+        initial_variables(problem, key, pretrained).get, ("params", "batch_stats")
     )
+    kept = masks.nonzero(params) if problem.keep_zeros else masks.full(params)
+    return State(params, batch_stats, kept, (), jnp.zeros((), jnp.int32), key, no_metrics())
+
+
+def initial_state(problem: Problem, key: Array) -> State:
+    """The networks at the start of a run, one per member; key: their root keys, from `key_of`,
+    stacked for members.
+
+    One program for the whole run: random numbers of many shapes take longer to compile than most
+    stages.
+    """
+    return problem.program(create_state, axes=(0, None))(key, problem.pretrained)
+
+
+# The stage ----------------------------------------------------------------------------------------
+
+
+def no_tracker() -> None:
+    """Tracks nothing."""
+
+
+def saliency_tracker(
+    *,
+    alpha: tables.Fraction = 0.8,
+    track_batches: tables.Count = 20,
+    use_l2: bool = False,
+    use_init: bool = False,
+) -> None:
+    """Options of `scores.track_saliency` of `scores.weight_saliency`; use_init: relative to the
+    initial weights.
+    """
+
+
+TRACKERS = {"none": no_tracker, "saliency": saliency_tracker}
 
 
 @tables.option
 class Fit(interface.Stage):
-    """A checked training: what its compiled step depends on. recipe: from `optim.check`.
+    """Trains the network.
 
-    carry: hands its momentum on, and starts from what it is handed. track: options of the tracked
-    importance, sorted pairs of `scores.track_saliency`, or () for none. growth: None, or what acts
-    on the gradients before the optimizer: hashable, with `make(problem, key) ->
-    optax.GradientTransformation`, key: the member's root key (raw), and with `log_every`, the most
-    steps between two updates.
+    start: go on from the current weights, or from the run's initial ones, without masks (several
+        arms of a comparison).
+    shift_inside: moves the weights into the feasible sets first. evaluate_every: epochs between
+    evaluations on the test set.
+    carry: goes on with the momentum of the training before it if that has carry too, also through
+    stages of kind `cut`, and no others (sgd only).
+    track: `dict(name="saliency", alpha=0.8, track_batches=20, use_l2=False, use_init=False)` keeps
+    a running average of every weight's importance over the last batches of each epoch, for a cut by
+    `biased_loss_tracked`.
+    label: name of the trained network in the report (default: the stage's).
     """
 
-    epochs: int
-    batch_size: int
-    recipe: optim.Recipe
-    loss: tuple[str, tuple]
-    augment: str
-    start: str
-    shift_inside: bool
-    evaluate_every: int
+    kind: ClassVar[str] = "train"
+    trains: ClassVar[bool] = True
+    # None, or what acts on the gradients before the optimizer: hashable, with
+    # `make(problem, key) -> optax.GradientTransformation`, key: the member's root key (raw), and
+    # with `log_every`, the most steps between two updates
+    growth: ClassVar[Any] = None
+    epochs: tables.Count
+    batch_size: tables.Count = 128
+    optimizer: optim.Config
+    loss: losses.Config = losses.CROSS_ENTROPY
+    augment: str = "none"
+    start: Literal["current", "init"] = "current"
+    shift_inside: bool = True
+    evaluate_every: tables.Count = 1
     carry: bool = False
-    track: tuple = ()
-    growth: Any = None
+    track: Annotated[dict, tables.Named(TRACKERS)] = tables.Options(name="none")
+    label: str = ""
+
+    # Checks
+
+    def check(self) -> None:
+        with within("loss"):
+            losses.of(self.loss)
+        lookup(data.AUGMENTATIONS, self.augment, "augment")
+        with within("optimizer"):
+            recipe = self.recipe
+        schedule, options = recipe.schedule
+        with tables.blaming("optimizer.schedule"):  # options that do not fit the epochs
+            optim.SCHEDULES[schedule](1.0, self.epochs, 10**6, **options)
+        if self.carry and recipe.name != "sgd":
+            raise ConfigError(
+                "carry", True, why=f"but the optimizer is {recipe.name!r}", allowed="with sgd"
+            )
+        with within("track"):
+            if self.tracked.get("use_init") and not self.tracked["use_l2"]:
+                raise ConfigError(
+                    "use_init", True, why="which replaces the factor |w| of use_l2, but is False"
+                )
 
     def check_streamed(self) -> None:
         if self.augment == "resized_crop_flip":
-            raise tables.ConfigError(
+            raise ConfigError(
                 "augment", self.augment, why="but a stream crops already", allowed="'flip'"
             )
 
@@ -286,16 +401,28 @@ class Fit(interface.Stage):
         devices = problem.mesh.size if problem.mesh else 1
         check_batch(self, problem)
         if self.batch_size % devices:
-            raise tables.ConfigError(
+            raise ConfigError(
                 "batch_size", self.batch_size, allowed=f"multiples of {devices}, the devices"
             )
         steps = self.epochs * self.steps_per_epoch(problem)
         if steps >= 2**31:
-            raise tables.ConfigError(
+            raise ConfigError(
                 "epochs", self.epochs, why=f"{steps:,} steps", allowed=f"below {2**31:,} steps"
             )
-        with tables.within("optimizer"):
+        with within("optimizer"):
             check_recipe(self.recipe, problem)
+
+    # What it means
+
+    @cached_property
+    def recipe(self) -> optim.Recipe:
+        """The checked optimizer."""
+        return optim.check(self.optimizer)
+
+    @cached_property
+    def tracked(self) -> Fields:
+        """Options of the tracked importance; {} where nothing is tracked."""
+        return tables.read_named(TRACKERS, self.track, "none")[1]
 
     def steps_per_epoch(self, problem: Problem) -> int:
         return problem.size("train") // self.batch_size
@@ -313,75 +440,59 @@ class Fit(interface.Stage):
         return (*self.beginning(), self.evaluate_every)
 
     def transformation(
-        self, problem: Problem, numbers: dict[str, Any], key: jax.Array
+        self, problem: Problem, numbers: Fields, key: Array
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer, tracker included. key: raw data of the root key, which the initial weights
         are made of.
         """
-        spe = self.steps_per_epoch(problem)
-        if self.growth is not None:
-            numbers = dict(numbers)
-            first = self.growth.make(problem, numbers.pop("key"))
-            return optax.chain(first, optim.make(self.recipe, numbers, self.epochs, spe))
+        spe, numbers = self.steps_per_epoch(problem), dict(numbers)
+        grower = numbers.pop("key", None)
         tx = optim.make(self.recipe, numbers, self.epochs, spe)
-        if not self.track:
+        if self.growth is not None:
+            return optax.chain(self.growth.make(problem, grower), tx)
+        if not self.tracked:
             return tx
-        options = dict(self.track)
+        options = dict(self.tracked)
         use_l2, use_init = options.pop("use_l2"), options.pop("use_init")
 
-        def statistic(params, grads):
-            init = (
-                initial_variables(problem, key, problem.pretrained)["params"] if use_init else None
-            )
+        def statistic(params: PyTree, grads: PyTree) -> PyTree:
+            init = None
+            if use_init:
+                init = initial_variables(problem, key, problem.pretrained)["params"]
             return scores.weight_saliency(params, grads, use_l2=use_l2, init=init)
 
         return scores.track_saliency(tx, steps_per_epoch=spe, statistic=statistic, **options)
 
-    def hand_on(self, opt_state: PyTree) -> interface.Carried | tuple[()]:
-        if not (self.carry or self.track):
-            return ()
-        momentum = optim.momentum_of(opt_state) if self.carry else ()
-        return interface.Carried(
-            momentum, optax.tree.get(opt_state, "saliency") if self.track else ()
-        )
+    # Running
 
-    def carried(
-        self, state: State, before: interface.Carried | tuple[()]
-    ) -> interface.Carried | tuple[()]:
-        if not (self.carry or self.track):
-            return ()
-        wide = lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
-        steps = jnp.zeros(jax.tree.leaves(state.step)[0].shape, jnp.int32)
-        momentum = optim.HeavyBallState(steps, state.params) if self.carry else ()
-        return interface.Carried(momentum, jax.tree.map(wide, state.params) if self.track else ())
-
-    def begin(
-        self, problem: Problem, state: State, settings: Sequence["Fit"], place: interface.Place
-    ) -> State:
-        return begin_members(problem, state, settings, numbers_of_fits(problem, state, settings))
+    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
+        return begin_members(problem, state, settings, numbers_of(problem, state, settings))
 
     def run(
         self,
         problem: Problem,
         state: State,
-        settings: Sequence["Fit"],
-        place: interface.Place,
-        rows: list[list[dict]],
-    ) -> Iterator["Update"]:
-        numbers = numbers_of_fits(problem, state, settings)
+        settings: Sequence[Any],
+        place: Place,
+        rows: MemberRows,
+    ) -> Iterator[Update]:
+        numbers = numbers_of(problem, state, settings)
         yield from fit_epochs(problem, state, self, numbers, place.position, place.name, rows[0])
 
+    def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:
+        momentum = optim.momentum_of(opt_state)._asdict() if self.carry else ()
+        saliency = optax.tree.get(opt_state, "saliency") if self.tracked else ()
+        return Carried(momentum, saliency) if self.carry or self.tracked else ()
 
-def check_batch(chosen: Any, problem: Problem) -> None:
+
+def check_batch(stage: Any, problem: Problem) -> None:
     """Raises ConfigError for a batch larger than the train set, or an augmentation that does not
     fit its images.
     """
     size = problem.size("train")
-    if chosen.batch_size > size:
-        raise tables.ConfigError(
-            "batch_size", chosen.batch_size, allowed=f"up to {size}, the train set"
-        )
-    data.make_augmentation(chosen.augment, problem.dataset)
+    if stage.batch_size > size:
+        raise ConfigError("batch_size", stage.batch_size, allowed=f"up to {size}, the train set")
+    make_augmentation(stage.augment, problem.dataset)
 
 
 def check_recipe(recipe: optim.Recipe, problem: Problem) -> None:
@@ -391,184 +502,152 @@ def check_recipe(recipe: optim.Recipe, problem: Problem) -> None:
     optim.numbers(recipe, shapes_of(problem), None)
 
 
-def check_memory(needed: int, what: str) -> None:
-    """Raises ConfigError for arrays of more bytes than the device has. what: takes them, e.g.
-    `whose weights`.
-    """
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    tables.check_memory(needed, f"{what} take", stats.get("bytes_limit") or 0)
-
-
-def numbers_of_fits(problem: Problem, state: State, fits: Sequence[Fit]) -> dict[str, Any]:
-    """The traced numbers of the optimizers of all members."""
-    return numbers_of(problem, state, [fit.recipe for fit in fits])
-
-
-def begin_members(
-    problem: Problem, state: State, fits: Sequence[Fit], numbers: dict[str, Any]
-) -> State:
+def begin_members(problem: Problem, state: State, fits: Sequence[Fit], numbers: Fields) -> State:
     """The state at the start of a training of all members, see `begin`."""
     if fits[0].start == "init":
         state = initial_state(problem, state.key)
-    compiled = problem.once(
-        ("begin", *fits[0].beginning()),
-        lambda: jax.jit(
-            problem.lift(lambda state, numbers: begin(problem, state, fits[0], numbers))
-        ),
-    )
-    return compiled(state, numbers)
+    return problem.program(_begin, fits[0], key=fits[0].beginning())(state, numbers)
 
 
-def initial_state(problem: Problem, key: jax.Array) -> State:
-    """The networks at the start of a run, one per member; key: their root keys, from `key_of`,
-    stacked for members.
-
-    One program for the whole run: random numbers of many shapes take longer to compile than most
-    stages.
-    """
-    create = lambda key, arrays: create_state(problem, key, arrays)
-    compiled = problem.once("create", lambda: jax.jit(problem.lift(create, (0, None))))
-    return compiled(key, problem.pretrained)
+def _begin(problem: Problem, fit: Fit, state: State, numbers: Fields) -> State:
+    return begin(problem, state, fit, numbers)
 
 
-def begin(problem: Problem, state: State, fit: Fit, numbers: dict[str, Any]) -> State:
+def begin(problem: Problem, state: State, fit: Fit, numbers: Fields) -> State:
     """The state at the start of a `train` stage, of one member: its weights in the feasible sets.
 
     A stage that starts from the first weights is given those, see `initial_state`.
     """
-    params = state.params
+    params, left = state.params, state.opt_state
     if fit.shift_inside:
         params = polytopes.shift_inside(params, numbers["sets"])
     params = masks.apply(params, state.masks)
     opt_state = fit.transformation(problem, numbers, state.key).init(params)
-    if (
-        fit.carry
-        and isinstance(state.opt_state, interface.Carried)
-        and state.opt_state.momentum != ()
-    ):
-        opt_state = optim.with_momentum(opt_state, state.opt_state.momentum)
+    if fit.carry and isinstance(left, Carried) and left.momentum:
+        opt_state = optim.with_momentum(opt_state, optim.HeavyBallState(**left.momentum))
     zero = jnp.zeros((), jnp.int32)
     return state._replace(params=params, opt_state=opt_state, step=zero, metrics=no_metrics())
 
 
-def numbers_of(problem: Problem, state: State, recipes: list[optim.Recipe]) -> dict[str, Any]:
-    """The traced numbers of every member's recipe (stacked if there are members), radii included.
+def numbers_of(problem: Problem, state: State, stages: Sequence[Any]) -> Fields:
+    """The traced numbers of the `recipe` of each member's stage (stacked if there are members),
+    radii included.
 
     Norms of the initialisation are measured with the member's own key; the network itself is left
     alone.
     """
-    variables = jax.eval_shape(problem.init, jax.random.key(0))
-    shapes, order = variables["params"], None
-    norms = [None] * len(recipes)
+    recipes, shapes = [stage.recipe for stage in stages], shapes_of(problem)
+    norms, order = [None] * len(recipes), None
     if any(map(optim.needs_norms, recipes)):
-        init = lambda key: problem.init(key)["params"]
-        measure = lambda key: polytopes.mean_norms(
-            init, jax.random.fold_in(jax.random.wrap_key_data(key), 1)
-        )
-        measured = problem.once("norms", lambda: jax.jit(problem.lift(measure)))(state.key)
-        measured = jax.device_get(measured)
-        take = lambda i: (
-            measured if problem.members is None else jax.tree.map(lambda leaf: leaf[i], measured)
-        )
-        norms = [take(i) for i in range(len(recipes))]
+        measured = jax.device_get(problem.program(_initial_norms)(state.key))
+        norms = [member_of(problem, measured, i) for i in range(len(recipes))]
         if any(recipe.norms == "per_shape" for recipe in recipes):
-            order = problem.once("network order", lambda: network_order(problem, variables))
-    each = [
+            order = problem.once("network order", lambda: network_order(problem))
+    numbers = [
         optim.numbers(recipe, shapes, norm, order)
         for recipe, norm in zip(recipes, norms, strict=True)
     ]
     if problem.members is None:
-        return problem.place(each[0])
-    return problem.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+        return problem.place(numbers[0])
+    return problem.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *numbers))
 
 
-def network_order(problem: Problem, variables: PyTree) -> list[str]:
-    """Paths of the params in the network's order. variables: arrays or shape structs; nothing is
-    computed.
-    """
+def _initial_norms(problem: Problem, key: Array) -> PyTree:
+    init = lambda key: problem.init(key)["params"]
+    return polytopes.mean_norms(init, random.fold_in(random.wrap_key_data(key), 1))
+
+
+def member_of(problem: Problem, tree: PyTree, member: int) -> PyTree:
+    """The part of one member of a tree that has a leading axis if there are members."""
+    return tree if problem.members is None else jax.tree.map(lambda leaf: leaf[member], tree)
+
+
+def network_order(problem: Problem) -> list[str]:
+    """Paths of the params in the network's order; nothing is computed."""
+    variables = eval_shape(problem.init, random.key(0))
     image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
     others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["batch_stats"])
     apply = lambda params: problem.model.apply({"params": params, "batch_stats": others}, image)
     return groups.order_of_use(apply, variables["params"])
 
 
-def make_step(problem: Problem, fit: Fit) -> Callable:
-    """`step(state, numbers, order, position, images, labels) -> state`, of one member, on data in
-    memory.
+# Steps --------------------------------------------------------------------------------------------
 
-    order: int32 [N], this epoch's examples. position: int, the stage's in the pipeline; it decides
-        the random numbers.
+
+def step_on_batch(
+    problem: Problem,
+    fit: Fit,
+    state: State,
+    numbers: Fields,
+    position: Any,
+    images: Array,
+    labels: Array,
+) -> State:
+    """The state of one member after a step on one batch.
+
+    position: int, the stage's in the pipeline; it decides the random numbers.
     """
-    spe, step_on = fit.steps_per_epoch(problem), make_batch_step(problem, fit)
+    key = random.fold_in(stage_key(state.key, position), state.step)
+    augment = make_augmentation(fit.augment, problem.dataset)
+    inputs = problem.images(augment(key, problem.shard(images)))
+    targets, loss_of = problem.shard(labels), losses.of(fit.loss)
 
-    def step(state: State, numbers, order, position, images, labels) -> State:
-        chosen = jax.lax.dynamic_slice_in_dim(
-            order, (state.step % spe) * fit.batch_size, fit.batch_size
-        )
-        return step_on(state, numbers, position, images[chosen], labels[chosen])
+    def mean_loss(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        dropout = random.fold_in(key, 1)
+        logits, batch_stats = problem.model.apply_train(variables, inputs, dropout)
+        return loss_of(logits, targets).mean(), (batch_stats, logits)
 
-    return step
-
-
-def make_batch_step(problem: Problem, fit: Fit) -> Callable:
-    """`step(state, numbers, position, images, labels) -> state`, of one member, on one batch."""
-    spe = fit.steps_per_epoch(problem)
-    augment = data.make_augmentation(fit.augment, problem.dataset)
-    loss_rule, loss_options = losses.LOSSES[fit.loss[0]], dict(fit.loss[1])
-
-    def step(state: State, numbers, position, images, labels) -> State:
-        key = jax.random.fold_in(stage_key(state.key, position), state.step)
-        inputs = problem.images(augment(key, problem.shard(images)))
-        targets = problem.shard(labels)
-
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, batch_stats = problem.model.apply_train(
-                variables, inputs, jax.random.fold_in(key, 1)
-            )
-            return loss_rule(logits, targets, **loss_options).mean(), (batch_stats, logits)
-
-        (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
-        tx = fit.transformation(problem, numbers, state.key)
-        grads = masks.apply(grads, state.masks)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
-        params = optax.apply_updates(state.params, updates)
-        first = state.step % spe == 0
-        old = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x), x), state.metrics)
-        bad = state.metrics.bad_step
-        metrics = Metrics(
-            old.loss + loss,
-            old.correct + jnp.sum(losses.correct(logits, targets), dtype=jnp.int32),
-            old.examples + fit.batch_size,
-            jnp.where((bad < 0) & ~jnp.isfinite(loss), state.step, bad),
-        )
-        return State(
-            masks.apply(params, state.masks),
-            batch_stats,
-            state.masks,
-            opt_state,
-            state.step + 1,
-            state.key,
-            metrics,
-        )
-
-    return step
-
-
-def stage_key(key: jax.Array, position: int) -> jax.Array:
-    """The key of the pipeline's stage number `position`; 0 and 1 belong to initialisation."""
-    return jax.random.fold_in(jax.random.wrap_key_data(key), 2 + position)
-
-
-def convolves(params: PyTree, stacked: bool = False) -> bool:
-    """Whether some kernel is a convolution's. stacked: params have a leading axis of members."""
-    return any(
-        trees.is_kernel(path) and leaf.ndim - stacked > 2
-        for path, leaf in trees.named_leaves(params).items()
+    with_gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    (loss, (batch_stats, logits)), grads = with_gradient(state.params)
+    tx = fit.transformation(problem, numbers, state.key)
+    grads = masks.apply(grads, state.masks)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+    params = masks.apply(optax.apply_updates(state.params, updates), state.masks)
+    first, bad = state.step % fit.steps_per_epoch(problem) == 0, state.metrics.bad_step
+    before = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x), x), state.metrics)
+    metrics = Metrics(
+        before.loss + loss,
+        before.correct + jnp.sum(losses.correct(logits, targets), dtype=jnp.int32),
+        before.examples + fit.batch_size,
+        jnp.where((bad < 0) & ~jnp.isfinite(loss), state.step, bad),
     )
+    step = state.step + 1
+    return State(params, batch_stats, state.masks, opt_state, step, state.key, metrics)
+
+
+def step_in_memory(
+    problem: Problem,
+    fit: Fit,
+    state: State,
+    numbers: Fields,
+    order: Array,
+    position: Any,
+    images: Array,
+    labels: Array,
+) -> State:
+    """The state of one member after a step on data in memory, see `step_on_batch`.
+
+    order: int32 [N], this epoch's examples.
+    """
+    start = (state.step % fit.steps_per_epoch(problem)) * fit.batch_size
+    index = lax.dynamic_slice_in_dim(order, start, fit.batch_size)
+    return step_on_batch(problem, fit, state, numbers, position, images[index], labels[index])
+
+
+def steps_in_memory(problem: Problem, fit: Fit, size: int, state: State, *arguments: Any) -> State:
+    """`size` times `step_in_memory`."""
+    step = lambda state: step_in_memory(problem, fit, state, *arguments)
+    if size == 1:
+        return step(state)
+    return lax.scan(lambda state, _: (step(state), None), state, None, size)[0]
+
+
+def donated() -> Fields:
+    """Options of `jax.jit` by which a step takes over the memory of its state; on CPU that costs
+    copies.
+    """
+    return {} if jax.default_backend() == "cpu" else dict(donate_argnums=0)
 
 
 def steps_per_call(problem: Problem, state: State, steps_per_epoch: int) -> int:
@@ -584,19 +663,15 @@ def steps_per_call(problem: Problem, state: State, steps_per_epoch: int) -> int:
     return min(size, steps_per_epoch)
 
 
-class Update(NamedTuple):
-    """What a stage reports: its state so far, new rows (one list a member), and the share done."""
-
-    state: State
-    rows: list[list[dict]]
-    done: float
+# (state after a compiled call, steps so far, images that could not be read) of each call
+Calls = Generator[tuple[State, int, Sequence[str]], None, None]
 
 
 def fit_epochs(
     problem: Problem,
     state: State,
     fit: Fit,
-    numbers: dict[str, Any],
+    numbers: Fields,
     position: int,
     where: str = "train",
     rows: Sequence[dict] = (),
@@ -614,10 +689,11 @@ def fit_epochs(
     spe = fit.steps_per_epoch(problem)
     started = time.perf_counter() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
     met = [row for row in rows if "unreadable" in row and "epoch" not in row]
-    train_on = calls_on_stream if problem.streamed else calls_in_memory
-    with contextlib.closing(
-        train_on(problem, state, fit, numbers, position, names_in(met))
-    ) as calls:
+    if problem.streamed:
+        calls = calls_on_stream(problem, state, fit, numbers, position, names_in(met))
+    else:
+        calls = calls_in_memory(problem, state, fit, numbers, position)
+    with closing(calls):
         for state, step, unreadable in calls:
             new = interface.rows_per_member(problem)
             if unreadable:
@@ -626,12 +702,12 @@ def fit_epochs(
                 new[0].append(row)
             if step % spe == 0:
                 check_finite(state, spe, where)
-                seconds = time.perf_counter() - started
                 lost = names_in(row for row in met if row["step"] > step - spe)
-                sums = dict(unreadable=len(lost), unreadable_images=lost[:5]) if lost else {}
-                ends = epoch_rows(problem, state, fit, step // spe, seconds)
-                for own, (row,) in zip(new, ends, strict=True):
-                    own.append(row | sums)
+                seconds = time.perf_counter() - started
+                for own, (row,) in zip(
+                    new, epoch_rows(problem, state, fit, step, seconds, lost), strict=True
+                ):
+                    own.append(row)
             yield Update(state, new, step / (fit.epochs * spe))
 
 
@@ -640,66 +716,46 @@ def names_in(rows: Iterable[dict]) -> list[str]:
     return [name for row in rows for name in row["unreadable_images"]]
 
 
-# (state after a compiled call, steps so far, images that could not be read) of each call
-Calls = Generator[tuple[State, int, Sequence[str]], None, None]
-
-
 def calls_in_memory(
-    problem: Problem,
-    state: State,
-    fit: Fit,
-    numbers: dict[str, Any],
-    position: int,
-    lost: Sequence[str],
+    problem: Problem, state: State, fit: Fit, numbers: Fields, position: int
 ) -> Calls:
     """Training on data in memory: several steps per call, a new order of the examples per epoch."""
-    del lost
     spe = fit.steps_per_epoch(problem)
     logged = fit.growth.log_every if fit.growth else spe
     most = steps_per_call(problem, state, spe)
-
-    def shuffle(key: jax.Array, position: int, epoch: int) -> jax.Array:
-        key = jax.random.fold_in(stage_key(key, position), 2**31 - 1 - epoch)
-        return jax.random.permutation(key, problem.size("train"))
-
-    orders = problem.once("order", lambda: jax.jit(problem.lift(shuffle, (0, None, None))))
-    order, ordered = None, -1  # and the epoch it is of
-    step = int(np.ravel(state.step)[0])
+    new_order = problem.program(shuffled, axes=(0, None, None))
+    order, step = None, int(np.ravel(state.step)[0])
     while step < fit.epochs * spe:
         stopping.check()
         epoch, at = divmod(step, spe)
-        if epoch != ordered:
-            order, ordered = orders(state.key, position, epoch), epoch
+        if order is None or at == 0:
+            order = new_order(state.key, position, epoch)
         # the rest: a checkpoint may be of calls of another size
         size = min(most, spe - at, logged - at % logged)
-        compile_it = functools.partial(compile_steps, problem, fit, size)
-        call = problem.once((fit.program(), size), compile_it)
+        call = problem.program(
+            steps_in_memory,
+            fit,
+            size,
+            key=(fit.program(), size),
+            axes=(0, 0, 0, None, None, None),
+            **donated(),
+        )
         state = call(state, numbers, order, position, problem.train_images, problem.train_labels)
         step += size
         yield state, step, ()
 
 
-def compile_steps(problem: Problem, fit: Fit, size: int) -> Callable:
-    """`size` times `make_step` as a program of all members."""
-    step = make_step(problem, fit)
-
-    def call(state: State, *arguments: Any) -> State:
-        return jax.lax.scan(lambda state, _: (step(state, *arguments), None), state, None, size)[0]
-
-    axes = (0, 0, 0, None, None, None)
-    return jitted(problem.lift(step if size == 1 else call, axes))
-
-
-def jitted(step: Callable) -> Callable:
-    """`step` compiled; it may take over the memory of its state, which costs copies on CPU."""
-    return jax.jit(step, donate_argnums=() if jax.default_backend() == "cpu" else (0,))
+def shuffled(problem: Problem, key: Array, position: int, epoch: int) -> Array:
+    """The order of the examples in an epoch of one member."""
+    key = random.fold_in(stage_key(key, position), 2**31 - 1 - epoch)
+    return random.permutation(key, problem.size("train"))
 
 
 def calls_on_stream(
     problem: Problem,
     state: State,
     fit: Fit,
-    numbers: dict[str, Any],
+    numbers: Fields,
     position: int,
     lost: Sequence[str],
 ) -> Calls:
@@ -708,8 +764,7 @@ def calls_on_stream(
     lost: images that were unreadable before.
     """
     step = int(state.step)
-    compile_it = lambda: jitted(make_batch_step(problem, fit))
-    call = problem.once((fit.program(), "batch"), compile_it)
+    call = problem.program(step_on_batch, fit, key=fit.program(), **donated())
     batches = stream.train_batches(
         problem.dataset.train.images,
         [*np.asarray(state.key).tolist(), position],
@@ -719,7 +774,7 @@ def calls_on_stream(
         put=problem.put,
         lost=lost,
     )
-    with contextlib.closing(batches):
+    with closing(batches):
         for batch in batches:
             stopping.check()
             state = call(state, numbers, position, batch.images, batch.labels)
@@ -730,138 +785,129 @@ def calls_on_stream(
 def check_finite(state: State, steps_per_epoch: int, where: str) -> None:
     """Raises NonFiniteLossError if some loss so far was not finite."""
     bad = np.ravel(jax.device_get(state.metrics.bad_step))
-    if (bad >= 0).any():
-        which = int(np.argmin(np.where(bad >= 0, bad, np.iinfo(bad.dtype).max)))
-        member, first = f" of member {which}" if bad.size > 1 else "", int(bad[which])
-        raise NonFiniteLossError(
-            f"{where}: the training loss{member} is not finite at step {first} (epoch "
-            f"{first // steps_per_epoch + 1}). "
-            "A lower learning rate, or a smaller tau for Frank-Wolfe, usually helps."
-        )
-
-
-def epoch_rows(
-    problem: Problem, state: State, fit: Fit, epoch: int, seconds: float
-) -> list[list[dict]]:
-    rate = optim.learning_rate(state.opt_state)
-    values = {
-        "learning_rate": rate,
-        "train_loss": state.metrics.loss / fit.steps_per_epoch(problem),
-        "train_accuracy": state.metrics.correct / state.metrics.examples,
-    }
-    unreadable = {}
-    if epoch % fit.evaluate_every == 0 or epoch == fit.epochs:
-        found = measure(problem, state.params, state.batch_stats, "test")
-        values["test_loss"], values["test_accuracy"] = found.loss, found.accuracy
-        unreadable = dict(test_unreadable=len(found.unreadable)) if found.unreadable else {}
-    step = epoch * fit.steps_per_epoch(problem)
-    return member_rows(
-        problem, values, epoch=epoch, step=step, seconds=round(seconds, 3), **unreadable
+    if (bad < 0).all():
+        return
+    first = bad[bad >= 0].min()
+    member = f" of member {bad.tolist().index(first)}" if bad.size > 1 else ""
+    raise NonFiniteLossError(
+        f"{where}: the training loss{member} is not finite at step {first} (epoch "
+        f"{first // steps_per_epoch + 1}). "
+        "A lower learning rate, or a smaller tau for Frank-Wolfe, usually helps."
     )
 
 
-def member_rows(problem: Problem, values: dict[str, Any], **common: Any) -> list[list[dict]]:
-    """One row a member of `values` (scalars, or arrays with a leading member axis), fetched at
+# Rows and evaluation ------------------------------------------------------------------------------
+
+
+def epoch_rows(
+    problem: Problem, state: State, fit: Fit, step: int, seconds: float, lost: Sequence[str]
+) -> MemberRows:
+    """One row per member after `step`, the last one of an epoch. lost: its unreadable images."""
+    spe = fit.steps_per_epoch(problem)
+    epoch = step // spe
+    values = {
+        "learning_rate": optim.learning_rate(state.opt_state),
+        "train_loss": state.metrics.loss / spe,
+        "train_accuracy": state.metrics.correct / state.metrics.examples,
+    }
+    common = dict(epoch=epoch, step=step, seconds=round(seconds, 3))
+    if epoch % fit.evaluate_every == 0 or epoch == fit.epochs:
+        test = measure(problem, state.params, state.batch_stats, "test")
+        values |= dict(test_loss=test.loss, test_accuracy=test.accuracy)
+        if test.unreadable:
+            common["test_unreadable"] = len(test.unreadable)
+    rows = member_rows(problem, values, **common)
+    if lost:
+        for (row,) in rows:
+            row |= dict(unreadable=len(lost), unreadable_images=lost[:5])
+    return rows
+
+
+def member_rows(problem: Problem, values: Fields, **common: Any) -> MemberRows:
+    """One row per member of `values` (scalars, or arrays with a leading member axis), fetched at
     once.
     """
-    values = jax.device_get(values)
-    take = lambda leaf, i: np.asarray(leaf if problem.members is None else leaf[i]).tolist()
-    each = range(problem.members or 1)
-    return [[{**common, **jax.tree.map(lambda leaf, i=i: take(leaf, i), values)}] for i in each]
+    values = jax.tree.map(np.asarray, jax.device_get(values))
+    rows = []
+    for i in range(problem.members or 1):
+        own = jax.tree.map(lambda leaf: leaf.tolist(), member_of(problem, values, i))
+        rows.append([{**common, **own}])
+    return rows
 
 
-def batch_sums(problem: Problem) -> Callable:
-    """`(params, batch_stats, images, labels) -> (sum of losses, number of right ones)`, where the
-    label is not -1.
-    """
-
-    def sums(params, batch_stats, images, labels):
-        logits = problem.model.apply(
-            {"params": params, "batch_stats": batch_stats}, problem.images(images)
-        )
-        counts = labels >= 0
-        loss = jnp.where(counts, losses.cross_entropy(logits, jnp.maximum(labels, 0)), 0)
-        return jnp.sum(loss), jnp.sum(losses.correct(logits, labels), dtype=jnp.int32)
-
-    return sums
+def batch_sums(
+    problem: Problem, params: PyTree, batch_stats: PyTree, images: Array, labels: Array
+) -> tuple[Array, Array]:
+    """(sum of losses, number of right ones) where the label is not -1."""
+    logits = problem.logits(params, batch_stats, images)
+    loss = losses.cross_entropy(logits, jnp.maximum(labels, 0))
+    correct = jnp.sum(losses.correct(logits, labels), dtype=jnp.int32)
+    return jnp.sum(jnp.where(labels >= 0, loss, 0)), correct
 
 
-def evaluation(problem: Problem, split: str) -> Callable:
-    """`(params, batch_stats, images, labels) -> (mean loss, accuracy)` over a whole split in
-    memory, of one member.
-    """
+def evaluation(
+    problem: Problem, split: str, params: PyTree, batch_stats: PyTree, images: Array, labels: Array
+) -> tuple[Array, Array]:
+    """(mean loss, accuracy) of one member over a whole split in memory; traceable."""
     size = problem.size(split)
-    batch, sums = min(problem.eval_batch_size, size), batch_sums(problem)
+    batch = min(problem.eval_batch_size, size)
 
-    def evaluate(params, batch_stats, images, labels):
-        def add(total, start):
-            index = start + jnp.arange(batch)
-            inside = jnp.minimum(index, size - 1)
-            found = sums(
-                params, batch_stats, images[inside], jnp.where(index < size, labels[inside], -1)
-            )
-            return jax.tree.map(jnp.add, total, found), None
+    def add(total: tuple, start: Array) -> tuple:
+        index = start + jnp.arange(batch)
+        inside = jnp.minimum(index, size - 1)
+        counted = jnp.where(index < size, labels[inside], -1)
+        sums = batch_sums(problem, params, batch_stats, images[inside], counted)
+        return jax.tree.map(jnp.add, total, sums), None
 
-        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32))
-        (loss, correct), _ = jax.lax.scan(add, zero, jnp.arange(0, size, batch))
-        return loss / size, correct / size
-
-    return evaluate
-
-
-def arrays(problem: Problem, split: str) -> tuple[jax.Array, jax.Array]:
-    """Images and labels of "train" or "test", in memory."""
-    if split == "train":
-        return problem.train_images, problem.train_labels
-    return problem.test_images, problem.test_labels
+    zero = (jnp.zeros(()), jnp.zeros((), jnp.int32))
+    (loss, correct), _ = lax.scan(add, zero, jnp.arange(0, size, batch))
+    return loss / size, correct / size
 
 
 class Measured(NamedTuple):
-    """Results on a split; one number a member if there are members. unreadable: images left out."""
+    """Results on a split; one number per member if there are members. unreadable: images left
+    out.
+    """
 
-    loss: jax.Array
-    accuracy: jax.Array
+    loss: Array
+    accuracy: Array
     unreadable: Sequence[str] = ()
+
+
+Network = tuple[PyTree, PyTree]  # params and batch_stats
+
+
+def measure_all(problem: Problem, networks: Sequence[Network], split: str) -> list[Measured]:
+    """Mean cross-entropy in nats and accuracy of each network on a split; a stream is read once."""
+    if problem.streamed:
+        return measure_on_stream(problem, networks, split)
+    evaluate = problem.program(evaluation, split, axes=(0, 0, None, None))
+    return [Measured(*evaluate(*network, *arrays(problem, split))) for network in networks]
+
+
+def measure_on_stream(problem: Problem, networks: Sequence[Network], split: str) -> list[Measured]:
+    sums = problem.program(batch_sums)
+    totals: list[tuple] = [(0.0, 0)] * len(networks)
+    unreadable: list[str] = []
+    with closing(problem.batches(split)) as batches:
+        for batch in batches:
+            stopping.check()
+            new = [sums(*network, batch.images, batch.labels) for network in networks]
+            totals = jax.tree.map(jnp.add, totals, new)
+            unreadable += batch.unreadable
+    count = max(problem.size(split) - len(unreadable), 1)
+    return [Measured(loss / count, correct / count, unreadable) for loss, correct in totals]
 
 
 def measure(problem: Problem, params: PyTree, batch_stats: PyTree, split: str) -> Measured:
     """Mean cross-entropy in nats and accuracy on a split."""
-    if problem.streamed:
-        sums = problem.once("sums", lambda: jax.jit(batch_sums(problem)))
-        (found,), unreadable = over_stream(
-            problem, split, [functools.partial(sums, params, batch_stats)]
-        )
-        return Measured(*found, unreadable)
-    compile_it = lambda: jax.jit(problem.lift(evaluation(problem, split), (0, 0, None, None)))
-    found = problem.once(("evaluate", split), compile_it)(
-        params, batch_stats, *arrays(problem, split)
-    )
-    return Measured(*found)
-
-
-def over_stream(
-    problem: Problem, split: str, looks: Sequence[Callable]
-) -> tuple[list[tuple[jax.Array, jax.Array]], list[str]]:
-    """((mean loss, accuracy) of each look, unreadable images) of a streamed split, read once.
-
-    looks: `(images, labels) -> sums` as of `batch_sums`.
-    """
-    totals: list = [(0.0, 0)] * len(looks)
-    unreadable: list[str] = []
-    with contextlib.closing(problem.batches(split)) as batches:
-        for batch in batches:
-            stopping.check()
-            sums = [look(batch.images, batch.labels) for look in looks]
-            totals = [jax.tree.map(jnp.add, *pair) for pair in zip(totals, sums, strict=True)]
-            unreadable += batch.unreadable
-    count = max(problem.size(split) - len(unreadable), 1)
-    return [(loss / count, correct / count) for loss, correct in totals], unreadable
+    return measure_all(problem, [(params, batch_stats)], split)[0]
 
 
 def evaluate(
     problem: Problem, params: PyTree, batch_stats: PyTree, split: str
-) -> tuple[jax.Array, jax.Array]:
-    """(mean cross-entropy in nats, accuracy) on a split; one number a member if there are
+) -> tuple[Array, Array]:
+    """(mean cross-entropy in nats, accuracy) on a split; one number per member if there are
     members.
     """
     return measure(problem, params, batch_stats, split)[:2]

@@ -20,8 +20,8 @@ from sparsity_jax import (
     pipeline,
     polytopes,
     pretrained,
-    stages,
     tables,
+    train,
 )
 
 PAGES = True  # see conftest.py
@@ -132,7 +132,7 @@ def test_configs_pass_all_checks(name, variant, monkeypatch, tmp_path):
 
 TABLES = (
     *(pipeline.STAGES, models.MODELS, optim.OPTIMIZERS, optim.SCHEDULES, optim.PENALTIES),
-    *(polytopes.SETS, losses.LOSSES, stages.TRACKERS),
+    *(polytopes.SETS, losses.LOSSES, train.TRACKERS),
     dict(data=data.load, config=pipeline.settings, sweep=members.choices, optimizer=optim.options),
 )
 

@@ -129,7 +129,7 @@ def test_numbers_of_a_network_with_channels_cut(cut):
     assert (
         f"times the speed of dense ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})" in text
     )
-    assert f"compression {row['compression']:.2f}" in text
+    assert re.search(f"compression +{row['compression']:.2f}", text)
 
 
 def test_single_weights_are_no_compression(masked):
@@ -169,8 +169,6 @@ def test_members_trained_at_once_and_networks_under_way(dense, tmp_path):
         assert list(row["milliseconds"]) == ["dense"]
     assert rows[0]["test_loss"] != rows[1]["test_loss"]
     assert "nothing is pruned" in evaluate.describe(rows[0])
-    sparse = rows[0] | {"parameters_nonzero": rows[0]["parameters_kept"] - 5}
-    assert "nothing is masked: 5 parameters are zero" in evaluate.describe(sparse)
     under_way = tmp_path / "under_way"
     shutil.copytree(workdir, under_way)
     newest = max((under_way / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))

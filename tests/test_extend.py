@@ -5,7 +5,7 @@ import os
 import pytest
 import tiny
 
-from sparsity_jax import evaluate, extend, imports, report
+from sparsity_jax import evaluate, extend, imports, interface, report
 from sparsity_jax.channels import rules
 
 PAGES = True  # see conftest.py
@@ -183,7 +183,7 @@ def test_names_of_the_library_are_not_replaced(own_tables):
         extend.register("modle", "mine", None)
     with tiny.refused("Prune.kind", "prune", allowed="'mine'"):
         extend.register("stage", "mine", extend.pipeline.STAGES["prune"])
-    lazy = type("Lazy", (extend.interface.Stage,), dict(kind="lazy"))
+    lazy = type("Lazy", (interface.Stage,), dict(kind="lazy"))
     with tiny.refused("Lazy.run"):
         extend.register("stage", "lazy", lazy)
     with tiny.refused("nowhere.py"):

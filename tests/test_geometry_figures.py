@@ -2,14 +2,12 @@
 rows exist, sizes.
 """
 
-import math
 import re
 
 import numpy as np
-import pytest
 
 from sparsity_jax import report
-from sparsity_jax.report import events, limit_figures, limit_numbers, runs, series
+from sparsity_jax.report import events, limits, runs, series
 
 PAGES = True  # see conftest.py
 
@@ -206,7 +204,7 @@ def all_rows(members=1, **options):
 
 
 def networks_of(rows, config=CONFIG):
-    return limit_numbers.networks(series.group([runs.complete(row, config, {}) for row in rows]))
+    return limits.networks(series.group([runs.complete(row, config, {}) for row in rows]))
 
 
 def page_of(folder, rows, config=CONFIG):
@@ -227,15 +225,11 @@ def section(page, name):
 def test_networks_and_their_names():
     (one,) = networks_of(all_rows())
     assert one.label == ""
-    assert {row["stage"] for row in one.predictions()} == {"width", "width_gauss_newton"}
-    assert one.curves["train"].shape == (100, 2)
-    assert [network.label for network in networks_of(all_rows(members=2))] == ["seed 0", "seed 1"]
-    without_seeds = [
-        {key: value for key, value in row.items() if key != "seed"} for row in all_rows(members=2)
-    ]
-    assert [network.label for network in networks_of(without_seeds)] == ["network 0", "network 1"]
+    assert len(series.curves([one], "train")) == 100
+    labels = [network.label for network in networks_of(all_rows(members=2))]
+    assert labels == ["fit, network 0 seed=0", "fit, network 1 seed=1"]
     two_arms = [row | {"arm": arm} for arm in ("A", "B") for row in all_rows()]
-    assert [network.label for network in networks_of(two_arms)] == ["A", "B"]
+    assert [network.label for network in networks_of(two_arms)] == ["A, network 0", "B, network 0"]
     assert networks_of(curve_rows()) == []
 
 
@@ -259,106 +253,87 @@ def test_later_visits_count():
     ]
     rows += [row | {"retrained": True} for row in curve_rows(num=30)]
     (one,) = networks_of(rows)
-    assert one.curves["test"].shape == (20, 2)
-    assert [row["predicted"] for row in one.predictions()] == [0.5]
+    shown = limits.pruned(one, limits.predictions([one]))
+    assert len(shown[(shown["panel"] == "loss") & (shown["dash"] == 0)]) == 20
+    assert list(limits.predictions([one])["predicted"]) == [0.5]
     searched = limit_rows()
     (one,) = networks_of(searched + [row | {"visit": 2} for row in searched[-2:]])
     assert len(one.of_kind("limit")) == 2
-    assert len(one.limits()) == 1
+
+
+def actual_of(rows):
+    """Actual limits of one network by definition, and those to compare with."""
+    told = limits.actual(networks_of(rows))
+    main = told[told["rank"] == 0]
+    return dict(zip(told["definition"], told["limit"])), list(main["limit"])
 
 
 def test_actual_limits_and_their_definitions():
     rows = all_rows()
-    found = networks_of(rows)
-    assert found[0].actual() == {**ACTUAL, "limit": 0.951}
-    assert found[0].main_limits() == {"limit": 0.951}
-    without = networks_of([row for row in rows if row["kind"] != "limit"])
-    assert without[0].main_limits() == {"test accuracy": 0.95}
-    told = lambda name: limit_numbers.definition(name, found)
-    assert told("limit") == "test accuracy not below dense, by bisection"
-    assert told("train accuracy_within") == "train accuracy at most 0.2 points below dense"
-    assert told("test loss_within") == "test loss at most ε above dense"
-    assert told("elsewhere") == "by bisection, in the run this one started from"
-    unknown = limit_numbers.definition("test accuracy_within", networks_of(rows, {}))
-    assert unknown == "test accuracy at most the tolerance below dense"
-
-
-def test_definitions_have_one_order():
-    first = width_row(0, actual={"train accuracy": 0.9, "limit": 0.9, "test loss_within": 0.9})
-    second = width_row(1, actual={"test accuracy": 0.9})
-    assert limit_numbers.definitions(networks_of([first, second])) == [
-        "test accuracy",
-        "test loss_within",
-        "train accuracy",
-        "limit",
-    ]
+    known, main = actual_of(rows)
+    assert {name.partition(",")[0]: limit for name, limit in known.items()} == {
+        "test accuracy not below dense": 0.951,
+        "test loss above dense by at most ε": 0.93,
+    }
+    assert known["test accuracy not below dense"] == 0.95
+    assert known["test accuracy not below dense, by bisection"] == 0.951
+    assert main == [0.951]
+    assert actual_of([row for row in rows if row["kind"] != "limit"])[1] == [0.95]
+    known, _ = actual_of([width_row(actual={"elsewhere": 0.9})])
+    assert list(known) == ["by bisection, in the run this one started from"]
 
 
 def test_gap_is_worked_by_hand():
     found = networks_of([width_row(0, predicted=0.96), width_row(1, predicted=0.98)])
-    told = limit_numbers.gap(
-        found, "width", "test accuracy"
-    )  # 1 and 3 points; the intervals are 2 points wide
-    assert told == pytest.approx((0.02, math.sqrt(2) * 0.01, 2, 1))
-    assert limit_numbers.gap(found, "width", "nothing") is None
+    pairs = limits.gaps(found)
+    own = pairs[pairs["definition"] == "test accuracy not below dense"]
+    np.testing.assert_allclose(own["gap"], [0.01, 0.03])
+    assert list(own["inside"]) == [True, False]  # the intervals are 2 points wide
 
 
 def test_verdicts_say_how_far_to_trust():
     rows = [width_row(), width_row(operator="gauss_newton", width=0.02)]
     rows.append(width_row(operator="absolute", width=0.004))
-    hessian, newton, absolute = limit_numbers.verdicts(networks_of(rows))
-    names = [verdict[0] for verdict in (hessian, newton, absolute)]
-    assert names == ["Hessian", "Gauss-Newton", "Absolute Hessian"]
+    hessian, newton, absolute = limits.verdicts(networks_of(rows))
+    names = [verdict[0].split(" (")[0] for verdict in (hessian, newton, absolute)]
+    assert names == ["Hessian", "Gauss-Newton", "absolute Hessian"]
     assert hessian[1] == (
         "96.00% predicted, 1.00 points above the actual limit (test accuracy not below dense), "
-        "which is inside the "
-        "interval."
+        "which is inside 1 of 1 intervals."
     )
     assert hessian[2].startswith("No enclosure")
-    assert newton[2].startswith(
-        "Not narrow enough: after 8 products the enclosure is 2 points wide (0.5 were asked for)"
-    )
+    assert newton[2].startswith("Not narrow enough: the enclosure is 2 points wide, more than 0.5")
     assert absolute[2] == ""
-    assert absolute[1].endswith("The enclosure is 0.4 points wide after 8 products.")
 
 
 def test_verdicts_know_the_gradient():
-    told = lambda *rows: limit_numbers.verdicts(networks_of(rows))[0]
+    caution = lambda *rows: limits.verdicts(networks_of(rows))[0][2]
     row = width_row(operator="absolute", width=0.004)  # 96 % predicted, ε 0.00354
-    assert told(row, *path_rows(slope=-0.002))[2] == ""  # under half of ε
-    assert told(row, *path_rows(slope=-0.004))[2] == (
-        "The gradient, which the prediction leaves out, changes the loss by -0.002 on the way "
-        "there, beside an ε of "
-        "0.0035: expect a larger actual limit."
-    )
+    assert caution(row, *path_rows(slope=-0.002)) == ""  # under half of ε
+    told = caution(row, *path_rows(slope=-0.004))
+    assert "changes the loss by -0.002 on the way there" in told
+    assert told.endswith("expect a larger actual limit.")
     both = [row, *path_rows(slope=-0.004), row | {"member": 1}, *path_rows(1, slope=0.01)]
-    assert told(*both)[2].endswith("of 0.0035 (the worst network): expect a smaller actual limit.")
-    beyond = width_row(
-        operator="absolute", predicted=0.995, width=0.004
-    )  # nothing was measured there
-    assert told(beyond, *path_rows(slope=-0.004))[2] == ""
+    assert caution(*both).endswith("expect a smaller actual limit.")  # of the worst network
+    beyond = width_row(operator="absolute", predicted=0.995, width=0.004)  # nothing measured there
+    assert caution(beyond, *path_rows(slope=-0.004)) == ""
     wide = width_row(operator="absolute", width=0.02)
-    assert re.fullmatch(
-        r"Not narrow enough.* narrow it\. The gradient.*", told(wide, *path_rows(slope=1.0))[2]
-    )
+    told = caution(wide, *path_rows(slope=1.0))
+    assert re.fullmatch(r"Not narrow enough.* narrow it\. The gradient.*", told)
 
 
 def test_predictions_of_one_operator_are_told_apart():
-    (network,) = networks_of([width_row(), width_row(stage="deeper")])
-    names = [row["name"] for row in network.predictions()]
-    assert names == ["Hessian, width", "Hessian, deeper"]
+    names = limits.predictions(networks_of([width_row(), width_row(stage="deeper")]))["name"]
+    assert list(names) == ["Hessian (width)", "Hessian (deeper)"]
 
 
 def test_window_is_around_the_limits_or_left_out():
-    low, high = limit_figures.window(networks_of(all_rows()))
+    (one,) = networks_of(all_rows())
+    low, high = limits.window(one)
     assert 0.9 < low < 0.95
     assert 0.98 < high <= 1.0
-    assert (
-        limit_figures.window(
-            networks_of([width_row(predicted=0.2), width_row(stage="b", predicted=0.9)])
-        )
-        is None
-    )
+    (apart,) = networks_of([width_row(predicted=0.2), width_row(stage="b", predicted=0.9)])
+    assert limits.window(apart) == (0.0, 1.0)
 
 
 # Pages --------------------------------------------------------------------------------------------
@@ -374,7 +349,8 @@ def test_each_figure_appears_exactly_with_its_rows(tmp_path):
         "width": ([width_row()], {"crossing", "history", "spectrum"}),
         "all": (
             all_rows(),
-            {"limits", "path", "crossing", "history", "spectrum", "row_norms", "layers"},
+            {"limits", "path", "crossing", "history", "spectrum", "row_norms", "layers"}
+            | {"accuracy", "loss", "accuracy_train"},
         ),
     }
     for name, (rows, expected) in kinds.items():
@@ -386,40 +362,25 @@ def test_each_figure_appears_exactly_with_its_rows(tmp_path):
 
 def test_table_has_the_numbers(tmp_path):
     text = section(page_of(tmp_path, all_rows()), "prediction")
-    rows = [
-        re.findall(r'class="num">(.*?)</td>', row)
-        for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)
-    ]
-    assert rows[1:3] == [
-        ["96.00", "95.00\u201397.00", "–", "–", "0.20", "0.00354", "1 × 8", "0.0", "25.0", "90.0"],
-        [
-            "97.00",
-            "96.00\u201398.00",
-            "97.00\u201399.00",
-            "0.10",
-            "0.20",
-            "0.00354",
-            "3 × 8",
-            "0.0",
-            "25.0",
-            "90.0",
-        ],
-    ]
+    lines = re.findall(r"<tr>.*?</tr>", text, re.DOTALL)
+    rows = [re.findall(r'class="num">(.*?)</td>', line) for line in lines]
+    first = "96.00 95.00\u201397.00 – – 0.20 0.00354 1 × 8 0.0 25.0 90.0"
+    second = "97.00 96.00\u201398.00 97.00\u201399.00 0.10 0.20 0.00354 3 × 8 0.0 25.0 90.0"
+    assert [" ".join(row[1:]) for row in rows[1:3]] == [first, second]
     assert rows[4:] == [
         ["95.00", "<b>+1.00</b>", "+2.00"],
         ["93.00", "+3.00", "+4.00"],
         ["95.10", "<b>+0.90</b>", "+1.90"],
     ]
-    assert "limit: passes here, fails there; 4 evaluations." in text
     assert "Not narrow enough" in text
     assert "nan" not in text.lower()
 
 
 def test_several_networks_share_the_table_and_have_panels_of_their_own(tmp_path):
     page = page_of(tmp_path, all_rows(members=3))
-    assert "seed 2" in section(page, "prediction")
-    assert "inside the interval of 3 of 3" in section(page, "prediction")
-    assert section(page, "limits").count("seed 2") == 2  # accuracy and loss
+    assert "seed=2" in section(page, "prediction")
+    assert "inside 3 of 3 intervals" in section(page, "prediction")
+    assert section(page, "limits").count("seed=2") == 2  # accuracy and loss
     page = page_of(tmp_path, all_rows(members=8, num=20))
     assert "The first 6 of 8 networks." in section(page, "history")
 

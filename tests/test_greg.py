@@ -342,7 +342,7 @@ def test_the_oracle_may_train_every_choice(problem, trained):
         problem, trained, "oracle", {"again": [again]}, ratios="[1:0.1]", retrain="again"
     )
     cut, _ = run(problem, trained, "remove", ratios="[1:0.1]")
-    numbers = train.numbers_of(problem, cut, [again.recipe])
+    numbers = train.numbers_of(problem, cut, [again])
     state = train.begin(problem, cut, again, numbers)
     for update in train.fit_epochs(problem, state, again, numbers, 1):
         state = update.state

@@ -18,7 +18,6 @@ from sparsity_jax import (
     pipeline,
     polytopes,
     report,
-    stages,
     tables,
     train,
     workdirs,
@@ -31,7 +30,7 @@ TABLES = {
     "penalty": optim.PENALTIES,
     "constraint": polytopes.SETS,
     "loss": losses.LOSSES,
-    "tracker": stages.TRACKERS,
+    "tracker": train.TRACKERS,
     "model": models.MODELS,
     "data": {"any": data.load},
 }
@@ -114,7 +113,7 @@ REQUIRED = dict(
 def test_a_stage_takes_any_value_of_a_field_or_names_it(kind):
     options = pipeline.STAGES[kind]
     whole = {**tables.defaults(options), **REQUIRED.get(kind, {})}
-    made = lambda given: options(**tables.check_options(options, given)).settings()
+    made = lambda given: options(**tables.check_options(options, given)).check()
     for field in tables.parameters(options):
         told = [refused_or_taken(made, {**whole, field: value}) for value in HOSTILE]
         assert all(field in sentence for sentence in told if sentence)

@@ -89,7 +89,7 @@ FOLDERS = {
             "training",
             "channels",
         ),
-        *("growing", "limit_numbers", "limit_figures", "page", "__init__", "__main__"),
+        *("limits", "page", "__init__", "__main__"),
     ),
 }
 ALLOWED = {

@@ -547,7 +547,7 @@ def test_arms_are_one_program_per_optimizer_and_give_the_rows_of_single_runs(tmp
     page = (tmp_path / "arms" / "report.html").read_text(encoding="utf-8")
     assert "over up to 2 networks" in page
     (problem,) = problems
-    programs = [name for name in problem.compiled if isinstance(name[0], tuple)]
+    programs = [name for name in problem.compiled if name[0] is train.steps_in_memory]
     assert len(programs) == 4  # training and retraining, of either optimizer
     # beside programs, what is known of the network
     kept = filter(callable, problem.compiled.values())
@@ -612,7 +612,7 @@ def test_a_finished_run_is_not_repeated(finished, monkeypatch, pages):
     config, workdir, outcome = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     page = (workdir / "report.html").read_bytes()
-    monkeypatch.setattr(train, "make_step", lambda *_: pytest.fail("it trained again"))
+    monkeypatch.setattr(train, "step_in_memory", lambda *_: pytest.fail("it trained again"))
     monkeypatch.setattr(train, "evaluation", lambda *_: pytest.fail("it evaluated again"))
     again = pipeline.run(config, workdir)
     tiny.same(again.state, outcome.state)
@@ -828,7 +828,7 @@ def test_runs_that_cannot_be_started_from_are_named(analysed, tmp_path, monkeypa
         start(tmp_path / "fit")
     shutil.rmtree(tmp_path / "fit" / "checkpoints")  # the copy
     (tmp_path / "fit" / "config.json").write_text("[]")
-    with pytest.raises(tables.ConfigError, match=r"fit/config\.json holds no config but a list"):
+    with pytest.raises(tables.ConfigError, match=r"fit/config\.json holds no JSON object"):
         start(tmp_path / "fit")
     fake = tmp_path / "fake"
     shutil.copytree(analysed[0], fake)
@@ -1016,7 +1016,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
     assert tiny.timeless(progress.rows) == tiny.timeless(json.loads(json.dumps(good.rows)))
     fit = tiny.fit(dict(tiny.SGD, learning_rate=1e20))
     like, _ = tiny.start(tiny.problem(), fit)
-    state = checkpoint.restore(saved, checkpoint.abstract(like))
+    state = checkpoint.restore(saved, like)
     assert int(state.metrics.bad_step) == -1
     assert bool(np.isfinite(state.metrics.loss))
 

@@ -448,7 +448,7 @@ def test_a_fixed_sample_is_the_same_streamed_and_in_memory(pair, rule):
 def test_a_step_is_that_of_data_in_memory(pair):
     streamed, memory, state = pair
     fit = tiny.fit(epochs=1, batch_size=12, augment="flip")
-    numbers = train.numbers_of(streamed, state, [fit.recipe])
+    numbers = train.numbers_of(streamed, state, [fit])
     state = train.begin(streamed, state, fit, numbers)
     (first,) = itertools.islice(
         stream.train_batches(
@@ -458,11 +458,13 @@ def test_a_step_is_that_of_data_in_memory(pair):
     )
     by_image = {bytes(image): i for i, image in enumerate(np.asarray(memory.train_images))}
     order = jnp.array([by_image[bytes(image)] for image in np.asarray(first.images)])
-    found = jax.jit(train.make_batch_step(streamed, fit))(
+    found = jax.jit(functools.partial(train.step_on_batch, streamed, fit))(
         state, numbers, 0, first.images, first.labels
     )
     arrays = train.arrays(memory, "train")
-    known = jax.jit(train.make_step(memory, fit))(state, numbers, jnp.tile(order, 2), 0, *arrays)
+    known = jax.jit(functools.partial(train.step_in_memory, memory, fit))(
+        state, numbers, jnp.tile(order, 2), 0, *arrays
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, known)
 
 

@@ -2,6 +2,8 @@
 once.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def problem():
 def one_step(problem, fit):
     """(compiled step, its arguments after the state and numbers)."""
     order = jnp.arange(problem.dataset.train.images.shape[0])
-    return jax.jit(train.make_step(problem, fit)), (
+    return jax.jit(functools.partial(train.step_in_memory, problem, fit)), (
         order,
         0,
         problem.train_images,
@@ -126,7 +128,7 @@ def test_every_epoch_sees_every_example_once_in_a_new_order(problem):
     fit = tiny.fit(epochs=3)
     state, numbers = tiny.start(problem, fit)
     state = state._replace(metrics=state.metrics._replace(examples=jnp.ones((), jnp.int32)))
-    spied = problem._replace(compiled={(fit.program(), 4): spy})
+    spied = problem._replace(compiled={(train.steps_in_memory, (fit.program(), 4)): spy})
     list(train.fit_epochs(spied, state, fit, numbers, 0))
     assert sorted(seen) == [0, 1, 2]
     assert all(sorted(order.tolist()) == list(range(128)) for order in seen.values())
@@ -138,7 +140,7 @@ def test_members_side_by_side_equal_single_runs(problem):
     both = problem._replace(members=2, compiled={})
     keys = jnp.stack([train.key_of(0), train.key_of(1)])
     state = jax.jit(both.lift(lambda key: train.create_state(both, key)))(keys)
-    numbers = train.numbers_of(both, state, [fit.recipe] * 2)
+    numbers = train.numbers_of(both, state, [fit] * 2)
     state = jax.jit(both.lift(lambda s, n: train.begin(both, s, fit, n)))(state, numbers)
     rows = [[], []]
     for update in train.fit_epochs(both, state, fit, numbers, 0):
@@ -168,7 +170,7 @@ def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem, as_use
     order = wide.place(jnp.arange(128))
     batches = jax.jit(lambda images: wide.images(images[:32]))(wide.train_images)
     assert {shard.data.shape for shard in batches.addressable_shards} == {(4, 8, 8, 1)}
-    step = jax.jit(train.make_step(wide, fit))
+    step = jax.jit(functools.partial(train.step_in_memory, wide, fit))
     compiled = step.lower(state, numbers, order, 0, wide.train_images, wide.train_labels).compile()
     text = compiled.as_text()
     assert "all-reduce" in text  # of the gradients

@@ -45,7 +45,7 @@ def fit(optimizer: dict = SGD, **fields) -> train.Fit:
 def start(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[train.State, dict]:
     """(state at the start of training, its numbers)."""
     state = train.create_state(problem, problem.place(train.key_of(seed)))
-    numbers = train.numbers_of(problem, state, [chosen.recipe])
+    numbers = train.numbers_of(problem, state, [chosen])
     return train.begin(problem, state, chosen, numbers), numbers
 
 

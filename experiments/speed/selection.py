@@ -9,6 +9,7 @@ blocks.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import itertools
 import os
@@ -153,7 +154,7 @@ def curve(ratios: int, name: str, **options) -> None:
         dataset, models.build(name=name, num_classes=10, **options), eval_batch_size=1000
     )
     state = train.create_state(problem, train.key_of(0))
-    evaluate = train.evaluation(problem, "test")
+    evaluate = functools.partial(train.evaluation, problem, "test")
     data = (state.batch_stats, *train.arrays(problem, "test"))
     counts = [allocate.keep_counts(state.params, i / ratios) for i in range(ratios)]
     every = itertools.cycle(counts)

@@ -12,6 +12,7 @@ networks consume images is measured with the training step itself, on this devic
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -26,7 +27,7 @@ import cv2
 import jax
 import numpy as np
 
-from sparsity_jax import data, decoding, models, optim, stages, stream, train
+from sparsity_jax import data, decoding, models, optim, stream, train
 
 SIZE, CLASSES = 224, 10
 
@@ -132,11 +133,11 @@ def consumed(name: str, batch_size: int, repeats: int) -> list[float]:
         optimizer=optim.settings("sgd", learning_rate=0.1),
         augment="flip",
     )
-    fit = stages.Train(**options).settings()
+    fit = train.Fit(**options)
     state = train.create_state(problem, train.key_of(0))
-    numbers = train.numbers_of(problem, state, [fit.recipe])
+    numbers = train.numbers_of(problem, state, [fit])
     state = train.begin(problem, state, fit, numbers)
-    step, times = jax.jit(train.make_batch_step(problem, fit)), []
+    step, times = jax.jit(functools.partial(train.step_on_batch, problem, fit)), []
     for _ in range(1 + repeats):
         start = time.perf_counter()
         state = jax.block_until_ready(

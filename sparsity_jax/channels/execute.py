@@ -81,7 +81,11 @@ def _read(env: dict, atoms: Sequence[Any]) -> list[Any]:
 
 
 def _run_equation(
-    alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: list[Program]
+    alive: Alive,
+    program: Program,
+    eqn: Any,
+    ins: Arrays,
+    inner: list[Program],
 ) -> Arrays:
     name, params = eqn.primitive.name, eqn.params
     if name in INNER:
@@ -180,8 +184,12 @@ def _run_call(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arra
 
 def _run_remat(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
     function = functools.partial(run, alive, *inner)
-    options = {name: eqn.params[name] for name in ("policy", "prevent_cse") if name in eqn.params}
-    return jax.checkpoint(function, **options)(*ins)
+    again = jax.checkpoint(
+        function,
+        policy=eqn.params.get("policy"),
+        prevent_cse=eqn.params.get("prevent_cse", True),
+    )
+    return again(*ins)
 
 
 def _run_scan(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
@@ -191,8 +199,14 @@ def _run_scan(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arra
         outs = run(alive, *inner, *given.consts, *carry, *each)
         return outs[: len(carry)], outs[len(carry) :]
 
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, outs = jax.lax.scan(turn, given.carry, given.scanned, **options)
+    carry, outs = jax.lax.scan(
+        turn,
+        given.carry,
+        given.scanned,
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
     return [*carry, *outs]
 
 
@@ -242,7 +256,11 @@ def _flat(arrays: Sequence[Any]) -> list[np.ndarray]:
 
 
 def _beside(
-    alive: Alive, function: Callable, known: list[Value], wanted: list[Value], arrays: Arrays
+    alive: Alive,
+    function: Callable,
+    known: list[Value],
+    wanted: list[Value],
+    arrays: Arrays,
 ) -> list[Any]:
     """Results of another function of arrays in the program, e.g. a derivative, at the smaller
     sizes.

@@ -4,7 +4,6 @@ Reads rows and the config as plain data, never models. Rebuild a report: `python
 sparsity_jax.report --workdir DIR`.
 """
 
-import os
 import pathlib
 
 from sparsity_jax.report.events import Writer
@@ -13,6 +12,8 @@ from sparsity_jax.report.files import (
     ENVIRONMENT,
     METRICS,
     REPORT,
+    AnyPath,
+    Rows,
     continued,
     plain,
     read_dict,
@@ -42,9 +43,9 @@ __all__ = [
 
 
 def write(
-    workdir: str | os.PathLike,
+    workdir: AnyPath,
     config: dict,
-    rows: list[dict],
+    rows: Rows,
     *,
     title: str | None = None,
     environment: dict | None = None,

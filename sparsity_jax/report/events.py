@@ -1,11 +1,11 @@
 """Rows on their way out of a running stage: to `metrics.jsonl` and to TensorBoard events."""
 
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import Self
 
 from sparsity_jax.report import files
+from sparsity_jax.report.files import AnyPath, Rows
 
 STEPS = {  # of rows of each kind: the field that is the step axis, and how many steps its unit has
     "train": ("step", 1),
@@ -40,7 +40,7 @@ class Writer:
     several members have been seen the member is named (`fit/train_loss/member_1`).
     """
 
-    def __init__(self, workdir: str | os.PathLike, rows_so_far: Iterable[dict] = ()):
+    def __init__(self, workdir: AnyPath, rows_so_far: Iterable[dict] = ()):
         from tensorboardX import FileWriter
 
         workdir = pathlib.Path(workdir)
@@ -55,7 +55,7 @@ class Writer:
         self._file = (workdir / files.METRICS).open("a", encoding="utf-8")
         self._add_events(rows)
 
-    def append(self, rows: list[dict]) -> None:
+    def append(self, rows: Rows) -> None:
         """Writes all rows and flushes. A row that cannot be written raises; then none of them is
         written.
         """
@@ -75,7 +75,7 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _add_events(self, rows: list[dict]) -> None:
+    def _add_events(self, rows: Rows) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
         self._members |= {row.get("member", 0) for row in rows}

@@ -9,12 +9,10 @@ from typing import Any
 
 from sparsity_jax import intact, workdirs
 
-METRICS, CONFIG, ENVIRONMENT, REPORT = (
-    "metrics.jsonl",
-    "config.json",
-    "environment.json",
-    "report.html",
-)
+METRICS, CONFIG = "metrics.jsonl", "config.json"
+ENVIRONMENT, REPORT = "environment.json", "report.html"
+Rows = list[dict]
+AnyPath = str | os.PathLike[str]
 
 
 def plain(value: Any) -> Any:
@@ -81,7 +79,7 @@ def to_lines(rows: Iterable[Mapping], before: int = 0) -> tuple[str, int]:
     return "".join(lines), before
 
 
-def read_rows(path: str | os.PathLike) -> list[dict]:
+def read_rows(path: AnyPath) -> Rows:
     """Rows of a metrics file, without their checksums.
 
     A last line cut off by a killed run is left out. Raises ValueError with the line number for any
@@ -116,7 +114,7 @@ def read_dict(path: pathlib.Path) -> dict:
     return value
 
 
-def write_environment(workdir: str | os.PathLike, environment: dict) -> None:
+def write_environment(workdir: AnyPath, environment: dict) -> None:
     """Writes `workdir/environment.json`."""
     path = pathlib.Path(workdir) / ENVIRONMENT
     text = json.dumps(plain(environment), indent=2)
@@ -124,7 +122,7 @@ def write_environment(workdir: str | os.PathLike, environment: dict) -> None:
     intact.record(path)
 
 
-def read_environment(workdir: str | os.PathLike) -> dict | None:
+def read_environment(workdir: AnyPath) -> dict | None:
     """What `workdir/environment.json` holds; None where there is none, or, aloud, where it was
     changed.
     """
@@ -140,7 +138,7 @@ def read_environment(workdir: str | os.PathLike) -> dict | None:
         return None
 
 
-def continued(workdir: str | os.PathLike, environment: dict) -> dict:
+def continued(workdir: AnyPath, environment: dict) -> dict:
     """`environment` after that of the run so far: where they differ, both, e.g. `0.10.2, then
     0.11.0`.
     """

@@ -5,30 +5,26 @@ FIGURES says here what shows the rows of which kind of stage, and `extend.regist
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jinja2
 import matplotlib
-import pandas as pd
 
 from sparsity_jax.report import (
     channels,
     draw,
     files,
-    growing,
-    limit_figures,
-    limit_numbers,
+    limits,
     pruning,
     runs,
     series,
     summary,
     training,
 )
-from sparsity_jax.report.sections import MOST_LINES, Cell, Section, Table, setting
-from sparsity_jax.report.series import Series
+from sparsity_jax.report.sections import Cell, Section, Shown, plain_table, setting
+from sparsity_jax.report.series import Grouped
 
 DARK_PALETTE = (
     *("#4aa8e8", "#ff8a4c", "#2fc493", "#e29ac2", "#f0b13c", "#8fd0f5"),
@@ -60,44 +56,44 @@ CITATIONS = {  # a word of the config to the works it stands for
 }
 
 
-def pruned(grouped: list[Series]) -> Section | None:
+def pruned(grouped: Grouped) -> Shown:
     """Rows of stages that prune, or measure a pruned network, as they are."""
-    measures = ("oracle", "noise", "jacobian")
-    told = lambda row: series.removes_weights(row) or row.get("kind") in measures
+    kinds = ("prune", "remove", "oracle", "noise", "jacobian")
+    told = lambda row: row.get("kind") in kinds or (row.get("kind") == "grow" and "layers" in row)
     return plain_section("Pruning steps", grouped, told)
 
 
-FIGURES = {  # what shows rows, in the order of the page: the kinds of stages whose rows it shows
+FIGURES: dict[Any, tuple[str, ...]] = {  # what shows rows, in the order of the page: of which kinds
     summary.summary: ("train", "curve"),
-    limit_numbers.prediction: ("limit", "width"),
+    limits.prediction: ("limit", "width"),
     channels.compact: ("compact",),
-    limit_figures.limits: ("limit", "width", "path", "row_norms"),
-    limit_figures.path: ("path",),
-    limit_figures.crossing: ("width",),
-    limit_figures.history: ("width",),
-    limit_figures.spectrum: ("width", "spectrum"),
-    limit_figures.row_norms: ("row_norms",),
+    limits.limits: limits.KINDS,
+    limits.path: ("path",),
+    limits.crossing: ("width",),
+    limits.history: ("width",),
+    limits.spectrum: ("width", "spectrum"),
+    limits.row_norms: ("row_norms",),
     pruning.accuracy: ("curve",),
     pruning.loss: ("curve",),
     pruning.accuracy_train: ("curve",),
-    training.training: ("train", "grow"),
+    training.training: series.TRAINING,
     training.magnitudes: ("histogram",),
     pruning.layers: ("curve",),
     channels.groups: ("cut",),
     channels.channels: ("cut",),
     training.sfw_init: ("sfw_init",),
-    growing.growth_norms: ("grow",),
-    growing.growth_ratio: ("grow",),
-    growing.growth_groups: ("grow",),
-    pruning.channels_removed: ("curve",),
+    training.growth_norms: ("grow",),
+    training.growth_ratio: ("grow",),
+    training.growth_groups: ("grow",),
+    pruning.zeros: ("curve",),
     pruned: ("prune", "remove", "grow", "oracle", "noise", "jacobian"),
 }
 
 
 def write(
-    workdir: str | os.PathLike,
+    workdir: files.AnyPath,
     config: dict,
-    rows: list[dict],
+    rows: files.Rows,
     *,
     title: str | None,
     environment: dict | None,
@@ -146,19 +142,18 @@ def template() -> jinja2.Template:
     return environment.get_template("page.html.j2")
 
 
-def sections_of(rows: list[dict]) -> dict[str, Section]:
+def sections_of(rows: files.Rows) -> dict[str, Section]:
     """Sections by name: of FIGURES, and tables of rows that none of them shows."""
     grouped = series.group(rows)
-    unseen = dict.fromkeys(str(row.get("kind")) for row in rows)
-    kinds = set(unseen)
+    kinds = dict.fromkeys(str(row.get("kind")) for row in rows)
     shown = {}
+    seen: set[str] = set()
     for show, own in FIGURES.items():
-        section = show(grouped) if kinds & set(own) else None
+        section = show(grouped) if kinds.keys() & own else None
         if section is not None:
             shown[show.__name__] = section
-            for kind in own:
-                unseen.pop(kind, None)
-    for kind in unseen:
+            seen |= {*own}
+    for kind in kinds.keys() - seen:
         told = lambda row, kind=kind: str(row.get("kind")) == kind
         section = plain_section(f"Rows of {kind}", grouped, told)
         if section is not None:
@@ -178,58 +173,34 @@ def draw_all(folder: pathlib.Path, shown: dict[str, Section]) -> dict[str, str]:
     return drawings
 
 
-def plain_section(
-    heading: str, grouped: list[Series], told: Callable[[dict], bool]
-) -> Section | None:
-    """The rows of which `told` holds as they are: every field that is a number or a text."""
-    labels, rows = [], []
+def plain_section(heading: str, grouped: Grouped, told: Callable[[dict], bool]) -> Shown:
+    """The rows of which `told` holds, as they are."""
+    lines = []
     for index, one in enumerate(grouped):
-        own = list(filter(told, one.rows))
-        labels += [Cell(one.label, color=index)] * len(own)
-        rows += own
-    if not rows:
-        return None
-    frame = pd.DataFrame(rows, dtype=object).drop(columns=["kind", "arm"], errors="ignore")
-    simple = frame.where(frame.map(lambda value: isinstance(value, (str, int, float))))
-    texts = simple.dropna(axis="columns", how="all").map(setting)
-    lines = [[label, *texts.loc[i]] for i, label in enumerate(labels[:MOST_LINES])]
-    more = f"The first {MOST_LINES} of {len(rows)} rows; {files.METRICS} has them all."
-    note = more if len(rows) > MOST_LINES else ""
-    heads = ["network", *texts.columns]
-    return Section(heading, tables=[Table(heads, lines, tuple(range(len(heads))), note)])
+        for row in filter(told, one.rows):
+            shown = {key: value for key, value in row.items() if key not in ("kind", "arm")}
+            lines.append((Cell(one.label, color=index), shown))
+    table = plain_table(lines)
+    return Section(heading, tables=[table]) if table else None
 
 
 # ----------------------------------------------------------------------------- besides the sections
 
 
-def facts(config: dict, rows: list[dict]) -> list[tuple[str, str, str]]:
-    """(text before, fact, text after) about data, model, size and number of networks, if known."""
+def facts(config: dict, rows: files.Rows) -> list[tuple[str, str]]:
+    """(fact, what it is) about data, model and its size, if known."""
     result = []
     for key in ("data", "model"):
         value = config.get(key)
-        value = value.get("name") if isinstance(value, dict) else value
-        names = value if isinstance(value, list) else [value]
-        if value:
-            result.append((key, ", ".join(map(str, names)), ""))
-    counts = series.numbers(rows, "num_params", "num_prunable").max()
-    for count, label in zip(counts, ("parameters", "prunable weights")):
-        if count > 0:
-            result.append(("", f"{count:,.0f}", label))
-    count = count_networks(rows)
-    if count:
-        result.append(("", str(count), "trained network" + "s" * (count > 1)))
+        names = value.get("name") if isinstance(value, dict) else value
+        if names:
+            names = names if isinstance(names, list) else [names]
+            result.append((", ".join(map(str, names)), ""))
+    sizes = dict(num_params="parameters", num_prunable="prunable weights")
+    counts = series.numbers(rows, *sizes).max().dropna()
+    for field, count in counts.items():
+        result.append((f"{count:,.0f}", sizes[str(field)]))
     return result
-
-
-def count_networks(rows: list[dict]) -> int:
-    """Networks that were trained: one that goes on from another one's weights is no new one."""
-    drawn: dict[str, set] = {}
-    for row in rows:
-        if row.get("kind") in series.TRAINING:
-            visits = drawn.setdefault(series.member_of(row), set())
-            if not visits or row.get("start") == "init":
-                visits.add(series.place_of(row))
-    return sum(map(len, drawn.values()))
 
 
 def tree(values: dict) -> dict[str, list[tuple[str, str]]]:

@@ -1,13 +1,13 @@
 """Config, rows and environment of a workdir, or of several runs together."""
 
 import json
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from sparsity_jax import intact, workdirs
 from sparsity_jax.report import files
+from sparsity_jax.report.files import AnyPath, Rows
 
 IDLE = {"title", "checkpoint_seconds", "sweep", "sweep_mode", "seed"}  # no number depends on them
 
@@ -18,7 +18,7 @@ class Run(NamedTuple):
     name: str
     config: dict
     environment: dict
-    rows: list[dict]
+    rows: Rows
     settings: dict[str, Any]  # that decide the numbers, by dotted path
 
 
@@ -27,7 +27,7 @@ def is_seed(key: str) -> bool:
     return key.rsplit(".", 1)[-1] == "seed"
 
 
-def gather(workdir: str | os.PathLike) -> tuple[dict, list[dict], dict | None]:
+def gather(workdir: AnyPath) -> tuple[dict, Rows, dict | None]:
     """Config, rows and environment of a finished or running workdir.
 
     Rows come from the members of a sweep, which are newer than the joint ones while it runs, else
@@ -37,70 +37,35 @@ def gather(workdir: str | os.PathLike) -> tuple[dict, list[dict], dict | None]:
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is not a folder; give the workdir of a run.")
-    members = with_rows(sorted(workdir.glob("member_[0-9]*")))
-    if members:
-        rows = []
-        for folder in members:
-            first = int(folder.name.removeprefix("member_"))
-            rows += [{**row, "member": first + row["member"]} for row in whole_rows(folder)]
-        return settled(workdir, members[0], rows)
-    if with_rows([workdir]):
-        return settled(workdir, workdir, whole_rows(workdir))
-    inside = with_rows(sorted(workdir.iterdir()))
-    if not inside:
+    members = with_rows(workdir.glob("member_[0-9]*"))
+    folders = members or with_rows([workdir]) or with_rows(workdir.iterdir())
+    if not folders:
         raise FileNotFoundError(
             f"neither {workdir} nor a folder in it has {files.METRICS}; has the run started there?"
         )
-    if len(inside) == 1:
-        return settled(workdir, inside[0], whole_rows(inside[0]))
-    return merged(inside)
-
-
-def with_rows(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-    """Those folders that have rows, or checkpoints, which have them too."""
-    return [
-        folder
-        for folder in folders
-        if (folder / files.METRICS).exists() or (folder / workdirs.FOLDER).is_dir()
-    ]
-
-
-def settled(
-    workdir: pathlib.Path, folder: pathlib.Path, rows: list[dict]
-) -> tuple[dict, list[dict], dict | None]:
-    """`rows` with config and environment of `workdir`, or of `folder` in it."""
-    for place in (workdir, folder):
+    if len(folders) > 1 and not members:
+        return merged([read_run(folder) for folder in folders])
+    rows = []
+    for folder in folders:
+        own = whole_rows(folder)
+        if members:
+            first = int(folder.name.removeprefix("member_"))
+            own = [{**row, "member": first + row["member"]} for row in own]
+        rows += own
+    for place in (workdir, folders[0]):
         if workdirs.holds_run(place):
             return workdirs.read_config(place), rows, files.read_environment(place)
     raise FileNotFoundError(f"{workdir} has no {files.CONFIG}; a run writes it when it starts.")
 
 
-def merged(folders: list[pathlib.Path]) -> tuple[dict, list[dict], dict | None]:
-    """Config, rows and environment of several runs together.
-
-    Members are numbered anew. Rows have every setting in which the runs differ, under a dotted
-    name, so that only networks whose settings agree in all but the seed are averaged; where even
-    that agrees, the name of the run. Config and environment have one value where the runs agree,
-    else the list of values.
-    """
-    several = [read_run(folder) for folder in folders]
-    differing = differing_settings(several)
-    rows: list[dict] = []
-    numbers: dict[tuple, int] = {}
-    for index, run in enumerate(several):
-        told = {
-            path if "." in path else f"config.{path}": run.settings.get(path) for path in differing
-        }
-        told["seed"] = run.config.get("seed", 0)
-        if is_repeated(run, several):
-            told["config.run"] = run.name
-        for row in run.rows:
-            row = complete({**told, **row}, run.config, run.environment)
-            row["member"] = numbers.setdefault((index, row.get("member", 0)), len(numbers))
-            rows.append(row)
-    config = agreed([run.config for run in several])
-    environment = agreed([run.environment for run in several])
-    return config, rows, environment or None
+def with_rows(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    """Those folders that have rows, or checkpoints, which have them too."""
+    has_rows = lambda folder: (folder / files.METRICS).exists()
+    return [
+        folder
+        for folder in sorted(folders)
+        if has_rows(folder) or (folder / workdirs.FOLDER).is_dir()
+    ]
 
 
 def read_run(folder: pathlib.Path) -> Run:
@@ -115,14 +80,40 @@ def read_run(folder: pathlib.Path) -> Run:
     return Run(folder.name, config, environment, whole_rows(folder), settings_of(folder, config))
 
 
+def merged(several: list[Run]) -> tuple[dict, Rows, dict | None]:
+    """Config, rows and environment of several runs together.
+
+    Members are numbered anew. Rows have every setting in which the runs differ, under a dotted
+    name, so that only networks whose settings agree in all but the seed are averaged; where even
+    that agrees, the name of the run. Config and environment have one value where the runs agree,
+    else the list of values.
+    """
+    differing = differing_settings(several)
+    rows: Rows = []
+    numbers: dict[tuple, int] = {}
+    for run in several:
+        told = {"seed": run.config.get("seed", 0)}
+        for path in differing:
+            told[path if "." in path else f"config.{path}"] = run.settings.get(path)
+        alike = [other for other in several if other is not run and other.settings == run.settings]
+        if any(seeds_of(run) & seeds_of(other) for other in alike):
+            told["config.run"] = run.name  # the same network twice is no sample of seeds
+        for row in run.rows:
+            row = complete({**told, **row}, run.config, run.environment)
+            row["member"] = numbers.setdefault((run.name, row.get("member", 0)), len(numbers))
+            rows.append(row)
+    environment = agreed([run.environment for run in several])
+    return agreed([run.config for run in several]), rows, environment or None
+
+
 def differing_settings(several: list[Run]) -> list[str]:
     """Paths of the settings that are swept in a run, or differ between runs."""
-    swept = {key for run in several for row in run.rows for key in row if "." in key}
+    swept = {key for run in several for row in run.rows for key in row if not is_seed(key)}
     paths = dict.fromkeys(path for run in several for path in run.settings)
     differing = []
     for path in paths:
         values = {json.dumps(run.settings.get(path)) for run in several}
-        if len(values) > 1 or (path in swept and not is_seed(path)):
+        if len(values) > 1 or ("." in path and path in swept):
             differing.append(path)
     return differing
 
@@ -131,22 +122,13 @@ def settings_of(folder: pathlib.Path, config: dict, seen: tuple = ()) -> dict[st
     """Every setting that decides the numbers of a run; for `start_from`, those of the run there."""
     deciding = {name: value for name, value in config.items() if name not in IDLE}
     settings = dict(files.flatten(deciding))
-    start = pathlib.Path(config.get("start_from") or "")
-    here = config.get("start_from") and workdirs.holds_run(start)
-    if here and start.resolve() not in seen:
-        seen = (*seen, folder.resolve(), start.resolve())
+    start = pathlib.Path(config.get("start_from") or folder)
+    seen = (*seen, folder.resolve())
+    if start.resolve() not in seen and workdirs.holds_run(start):
         del settings["start_from"]
         for path, value in settings_of(start, workdirs.read_config(start), seen).items():
             settings[f"start_from.{path}"] = value
     return settings
-
-
-def is_repeated(run: Run, several: list[Run]) -> bool:
-    """Whether another run has the same settings and a seed in common: both are no sample of
-    seeds.
-    """
-    others = [other for other in several if other is not run and other.settings == run.settings]
-    return any(seeds_of(other) & seeds_of(run) for other in others)
 
 
 def seeds_of(run: Run) -> set:
@@ -154,7 +136,7 @@ def seeds_of(run: Run) -> set:
     return {row.get("seed", run.config.get("seed", 0)) for row in run.rows}
 
 
-def agreed(trees: list[dict]) -> dict:
+def agreed(trees: Rows) -> dict:
     """One nested dict of several: a value where all have the same, else the list of different
     values.
     """
@@ -169,34 +151,31 @@ def agreed(trees: list[dict]) -> dict:
     return result
 
 
-def title_of(config: dict, folder: str | os.PathLike) -> str:
+def title_of(config: dict, folder: AnyPath) -> str:
     """Title of a page: the config's, else the folder's name."""
     title = config.get("title")
-    if title and isinstance(title, str):
-        return title
-    return pathlib.Path(folder).resolve().name
+    return title if title and isinstance(title, str) else pathlib.Path(folder).resolve().name
 
 
 def complete(row: dict, config: dict, environment: dict) -> dict:
     """`row` with what its run knows about it besides, unless it says so itself.
 
     start: of a training, whether it begins with the initial weights ("init") or the current ones.
-    chance: accuracy of always answering the most frequent class. tolerance, stop_width: of a
-    predicted limit, what counts as lost, and the width of the enclosure that was asked for.
+    chance: accuracy of always answering the most frequent class. stop_width: of a predicted limit,
+    the width of the enclosure that was asked for.
     """
-    stages = {name: value for name, value in config.items() if isinstance(value, dict)}
-    stage = stages.get(row.get("stage"), {})
+    stages = {name: stage for name, stage in config.items() if isinstance(stage, dict)}
+    setting = lambda field, name: stages.get(row.get(field), {}).get(name)
     more = {}
     if row.get("kind") == "train":
-        more = {"start": stage.get("start"), "chance": environment.get("chance")}
+        more = {"start": setting("stage", "start"), "chance": environment.get("chance")}
     if row.get("kind") == "width":
-        spectrum = stages.get(row.get("spectrum"), {})
-        more = {"tolerance": stage.get("tolerance"), "stop_width": spectrum.get("stop_width")}
+        more = {"stop_width": setting("spectrum", "stop_width")}
     more = {key: value for key, value in more.items() if isinstance(value, (str, int, float))}
     return {**more, **row}
 
 
-def whole_rows(folder: pathlib.Path) -> list[dict]:
+def whole_rows(folder: pathlib.Path) -> Rows:
     """Rows of the metrics file of a run; aloud, those of its newest checkpoint where they are not
     its first ones.
 
@@ -207,20 +186,19 @@ def whole_rows(folder: pathlib.Path) -> list[dict]:
     try:
         saved = workdirs.newest(folder)
     except intact.DamagedError as error:
-        rows = files.read_rows(path)
-        workdirs.say(
-            f"{error} The rows of {path.name} are used; whether they are all is not known."
-        )
-        return rows
-    if saved is None:
-        return files.read_rows(path)
-    known = files.plain(saved.progress.rows)
+        saved = None
+        workdirs.say(f"{error} The rows of {path.name} are all that is known.")
     try:
         rows = files.read_rows(path)
-        problem = "" if rows[: len(known)] == known else f"{path} is not as it was written"
+        problem = f"{path} is not as it was written"
     except (FileNotFoundError, ValueError) as error:
-        problem = str(error)
-    if problem:
-        workdirs.say(f"{problem}; the rows of the newest checkpoint are used")
-        return known
-    return rows
+        if saved is None:
+            raise
+        rows, problem = [], str(error)
+    if saved is None:
+        return rows
+    known = files.plain(saved.progress.rows)
+    if rows[: len(known)] == known:
+        return rows
+    workdirs.say(f"{problem}; the rows of the newest checkpoint are used")
+    return known

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -29,7 +29,6 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[Cell | str]]
     words: tuple[int, ...] = (0,)
     note: str = ""
-    remarks: tuple[str, ...] = ()
 
 
 class Section(NamedTuple):
@@ -42,22 +41,49 @@ class Section(NamedTuple):
     figure: Figure | None = None
     caption: str = ""
     fold: str = ""
-    statements: tuple[tuple[str, str, str], ...] | list[tuple[str, str, str]] = ()
-    tables: tuple[Table, ...] | list[Table] = ()
+    statements: Sequence[tuple[str, str, str]] = ()
+    tables: Sequence[Table] = ()
 
 
-def headings(columns: Iterable[str]) -> Cells:
-    """Headings of columns, with the unit behind "|": "accuracy|%"."""
-    return [Cell(*column.partition("|")[::2]) for column in columns]
+Shown = Section | None  # None without the rows that it shows
 
 
-def filled(columns: Mapping[str, str], row: Mapping[str, Any]) -> Cells:
-    """A cell per column, of its template, whose part behind "|" is set small."""
-    cells: Cells = []
-    for template in columns.values():
-        text, _, small = template.partition("|")
-        cells.append(Cell(fill(text, row), fill(small, row).strip("–")))
-    return cells
+def table(
+    about: str, columns: Mapping[str, str], lines: Sequence[tuple[Cell | str, dict]], note: str = ""
+) -> Table:
+    """A table of the first lines (name, row). columns: heading to template, see `cell`."""
+    heads: Cells = [about, *map(heading, columns)]
+    rows: list[Cells] = []
+    for name, row in lines[:MOST_LINES]:
+        rows.append([name, *(cell(template, row) for template in columns.values())])
+    return Table(heads, rows, note=note + only_first(MOST_LINES, len(lines), "lines"))
+
+
+def plain_table(lines: Sequence[tuple[Cell, dict]]) -> Table | None:
+    """Rows as they are, behind their names: every field that is a number or a text."""
+    heads: dict[str, None] = {}
+    for _, row in lines:
+        for field, value in row.items():
+            if isinstance(value, (str, int, float)):
+                heads[field] = None
+    rows: list[Cells] = []
+    for name, row in lines[:MOST_LINES]:
+        rows.append([name, *(setting(row.get(field, "–")) for field in heads)])
+    note = only_first(MOST_LINES, len(lines), "rows")
+    words = tuple(range(len(heads) + 1))
+    return Table(["network", *heads], rows, words, note) if heads else None
+
+
+def heading(text: str) -> Cell:
+    """A heading with its unit, which stands behind "|": "accuracy|%"."""
+    name, _, unit = text.partition("|")
+    return Cell(name, unit)
+
+
+def cell(template: str, row: Mapping[str, Any]) -> Cell:
+    """`template` filled with fields of a row; what stands behind "|" is set small."""
+    text, _, small = template.partition("|")
+    return Cell(fill(text, row), fill(small, row).strip("–"))
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
@@ -69,10 +95,13 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
         return "–"
 
 
-def mean_cell(mean: float, deviation: float, count: int, form: str = ".2f") -> Cell:
-    """A mean share in percent and, of several networks, its deviation."""
-    small = f"± {100 * deviation:.2f}" if count > 1 else ""
-    return Cell(format(100 * mean, form), small)
+def mean_cell(mean: float, deviation: float, count: int, form: str = ".2%") -> Cell:
+    """A mean and, of several numbers, its deviation; shares in percent, without the sign."""
+    if not count:
+        return Cell("–")
+    small = f"± {deviation:{form.strip('+')}}" if deviation else ""
+    text = f"{mean:{form}}".replace("-", "−")
+    return Cell(text.strip("%"), small.strip("%"))
 
 
 def amount(value: float) -> str:
@@ -84,19 +113,19 @@ def amount(value: float) -> str:
 
 
 def setting(value: Any) -> str:
-    """A setting, or a field of a row, as a reader would write it; "–" for NaN."""
+    """A setting, or a field of a row, as a reader would write it."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.6g}"
+        return f"{value:.6g}"
     return json.dumps(value, ensure_ascii=False)
 
 
 def joined(*parts: str) -> str:
     """The parts that say something."""
-    return ", ".join(part for part in parts if part)
+    return ", ".join(filter(None, parts))
 
 
 def only_first(shown: int, count: int, what: str) -> str:
     """A sentence that says how many are shown, "" if all are."""
-    return f" The first {shown} of {count}{what}." if count > shown else ""
+    return f" The first {shown} of {count} {what}." if count > shown else ""

@@ -1,0 +1,429 @@
+"""The geometric limit of sparsity: predicted and actual limits of every network, and the figures
+behind them. Rows are those of the stages limit, path, row_norms and width, and of curves; see
+`geometry`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from sparsity_jax.report import draw, series
+from sparsity_jax.report.sections import (
+    Cell,
+    Cells,
+    Section,
+    Shown,
+    Table,
+    joined,
+    mean_cell,
+    only_first,
+    table,
+)
+from sparsity_jax.report.series import Frame, Grouped, Series, number
+
+KINDS = ("limit", "path", "row_norms", "width")  # of rows that make a network one of these here
+MOST = 6  # networks drawn in one figure
+WIDE = 0.01  # an enclosure wider than this is called so where the config asks for nothing
+STEEP = 0.5  # share of ε that the gradient may change the loss by before a prediction is cautioned
+OPERATORS = {
+    "hessian": "Hessian",
+    "gauss_newton": "Gauss-Newton",
+    "absolute": "absolute Hessian",
+}
+RULES = {  # definitions of "nothing is lost", as `geometry.CRITERIA` names them
+    "accuracy": "{} accuracy not below dense",
+    "better_accuracy": "{} accuracy above dense, as the original",
+    "accuracy_within": "{} accuracy below dense by at most the tolerance",
+    "loss_within": "{} loss above dense by at most ε, or the tolerance of the search",
+}
+ELSEWHERE = "by bisection, in the run this one started from"
+PREDICTED = ("predicted", "low", "high", "epsilon", "enclosure_low", "enclosure_high", "stop_width")
+
+
+# Networks, predictions, actual limits -------------------------------------------------------------
+
+
+def networks(grouped: Grouped) -> list[Series]:
+    """A series of its own per network that has rows of KINDS: those of the last visits."""
+    result = []
+    told = series.last_visits(series.frame(grouped, "curve", *KINDS))
+    for (index, member), own in told.groupby(["series", "member"], sort=False):
+        network = Series(f"{grouped[index].label}, network {member}", list(own["row"]))
+        if network.of_kind(*KINDS):
+            result.append(network)
+    return result if len(result) > 1 else [Series("", one.rows) for one in result]
+
+
+def predictions(found: Grouped) -> Frame:
+    """A line per prediction: a `frame` of PREDICTED with its `name` and its `color`, for colour 0
+    is the network.
+    """
+    told = series.frame(found, "width", fields=PREDICTED)
+    names = []
+    for row in told["row"]:
+        operator = row.get("operator", "")
+        names.append(f"{OPERATORS.get(operator, operator)} ({row['stage']})")
+    return told.assign(name=names, color=1 + pd.factorize(told["stage"])[0])
+
+
+def actual(found: Grouped) -> Frame:
+    """The actual limit [series, definition, rank, limit] by every definition that width and limit
+    stages know; of rank 0 are those to compare with: by bisection, else by accuracy.
+    """
+    told = []
+    for index, one in enumerate(found):
+        limits: dict[tuple, float] = {}
+        for row in one.of_kind("width"):
+            for name, limit in (row.get("actual") or {}).items():
+                split, _, rule = name.partition(" ")
+                definition = RULES.get(rule, ELSEWHERE).format(split)
+                limits[definition, 1 + (name != "test accuracy")] = number(limit)
+        for row in one.of_kind("limit"):
+            if row.get("phase") == "result":
+                rule = RULES.get(row.get("criterion", ""), "{} data")
+                definition = rule.format(row.get("split", "test"))
+                limits[f"{definition}, by bisection", 0] = number(row["limit"])
+        least = min((rank for _, rank in limits), default=0)
+        for (definition, rank), limit in limits.items():
+            told.append((index, definition, rank - least, limit))
+    columns = ["series", "definition", "rank", "limit"]
+    return pd.DataFrame(told, columns=columns).dropna()
+
+
+def gaps(found: Grouped) -> Frame:
+    """Predicted less actual limit, and whether that is inside the interval, per pair of both."""
+    pairs = predictions(found).merge(actual(found), on="series")
+    inside = pairs["limit"].between(pairs["low"], pairs["high"])
+    return pairs.assign(gap=pairs["predicted"] - pairs["limit"], inside=inside)
+
+
+# In plain words -----------------------------------------------------------------------------------
+
+
+def verdicts(found: Grouped) -> list[tuple[str, str, str]]:
+    """Per prediction (its name, how far it is from the actual limit, what stands against it)."""
+    pairs = gaps(found)
+    result = []
+    for name, rows in predictions(found).groupby("name", sort=False):
+        text = f"{rows['predicted'].mean():.2%} predicted"
+        own = pairs[(pairs["name"] == name) & (pairs["rank"] == 0)]
+        if len(own):
+            gap = 100 * own["gap"].mean()
+            side = "above" if gap >= 0 else "below"
+            text += (
+                f", {abs(gap):.2f} points {side} the actual limit ({own['definition'].iloc[0]}), "
+                f"which is inside {own['inside'].sum()} of {len(own)} intervals"
+            )
+        caution = f"{enclosure_caution(rows)} {gradient_caution(found, rows)}"
+        result.append((str(name), f"{text}.", caution.strip()))
+    return result
+
+
+def enclosure_caution(rows: Frame) -> str:
+    """A caution where the enclosure of a prediction is missing or wide; else ""."""
+    asked = rows["stop_width"].fillna(0).max() or WIDE
+    width = (rows["enclosure_high"] - rows["enclosure_low"]).max()
+    if width <= asked:
+        return ""
+    if width > asked:
+        return (
+            f"Not narrow enough: the enclosure is {100 * width:.2g} points wide, more than "
+            f"{100 * asked:.2g}; any value in it is possible, and more products narrow it."
+        )
+    return (
+        "No enclosure: with negative values clipped nothing bounds the error left after so many "
+        "products; only the history shows whether it has settled."
+    )
+
+
+def gradient_caution(found: Grouped, rows: Frame) -> str:
+    """A caution where the gradient, which predictions leave out, changes the loss; else ""."""
+    path = series.frame(found, "path", fields=["ratio", "first_order"]).sort_values("ratio")
+    changes = {0.0: 0.0}  # of the loss, by their share of ε
+    for line in rows.to_dict("records"):
+        own = path[path["series"] == line["series"]]
+        if len(own) and line["predicted"] <= own["ratio"].max():
+            first = np.interp(line["predicted"], own["ratio"], own["first_order"])
+            changes[abs(first) / line["epsilon"]] = first
+    steepness = max(changes)
+    first = changes[steepness]
+    if steepness <= STEEP:
+        return ""
+    side = "larger" if first < 0 else "smaller"
+    return (
+        f"The gradient, which the prediction leaves out, changes the loss by {first:+.2g} on the "
+        f"way there, {steepness:.2g} times ε: expect a {side} actual limit."
+    )
+
+
+# The tables ---------------------------------------------------------------------------------------
+
+COLUMNS = {  # of one prediction
+    "network": "{network}",
+    "predicted|%": "{predicted:.2%}",
+    "interval|%": "{low:.2%}–{high:.2%}",
+    "enclosure|%": "{enclosure_low:.2%}–{enclosure_high:.2%}",
+    "± probes": "{standard_error:.2%}",
+    "± ε": "{epsilon_error:.2%}",
+    "ε": "{epsilon:.3g}",
+    "probes × products": "{num_probes} × {num_matvecs}",
+    "share without curvature|%": "{zero_share:.1%}",
+    "weight below 0|%": "{negative_mass:.1%}",
+    "on the original's grid|%": "{predicted_on_grid:.1%}",
+}
+
+
+def prediction(grouped: Grouped) -> Shown:
+    """Predictions, then every definition of the actual limit and how far off they are."""
+    found = networks(grouped)
+    lines = []
+    for line in predictions(found).to_dict("records"):
+        name = Cell(line["name"], color=line["color"])
+        lines.append((name, {**line["row"], "network": found[line["series"]].label}))
+    note = (
+        "Interval: the enclosure, or the prediction alone, widened by two deviations (±) of probes "
+        "and ε."
+    )
+    tables = [table("prediction", COLUMNS, lines, note)] if lines else []
+    if len(actual(found)):
+        tables.append(actual_table(found))
+    heading = "Predicted and actual limit"
+    return Section(heading, statements=verdicts(found), tables=tables) if tables else None
+
+
+def actual_table(found: Grouped) -> Table:
+    """One line per definition: the actual limit, and how far every prediction is from it."""
+    pairs = gaps(found)
+    told = dict(predictions(found)[["color", "name"]].to_numpy())
+    heads: Cells = ["nothing is lost if", Cell("actual", "%")]
+    heads += [Cell(f"{name} less actual", "points", color=color) for color, name in told.items()]
+    lines = []
+    for definition, limits in actual(found).groupby("definition", sort=False):
+        cells: Cells = [str(definition), mean_cell(*series.spread(limits["limit"]))]
+        for color in told:
+            own = pairs[(pairs["definition"] == definition) & (pairs["color"] == color)]
+            gap = mean_cell(*series.spread(own["gap"]), "+.2%")
+            cells.append(gap._replace(bold=bool(own["inside"].all())))
+        lines.append(cells)
+    note = "Means ± sample standard deviation. Bold: inside the interval of every network."
+    return Table(heads, lines, note=note)
+
+
+# The figures --------------------------------------------------------------------------------------
+
+
+def window(one: Series) -> tuple[float, float]:
+    """Ratios around all predicted and actual limits of a network; all if that is most of them."""
+    edges = predictions([one])[["low", "predicted", "high"]]
+    values = [*edges.to_numpy().flat, *actual([one])["limit"]]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if high - low < 0.6:
+        pad = max(0.3 * (high - low), 0.01)
+        return low - pad, min(high + pad, 1.0)
+    return 0.0, 1.0
+
+
+def section(
+    grouped: Grouped,
+    points: Callable[[Series, Frame], Frame],
+    heading: str,
+    caption: str,
+    *,
+    ratio: str = "",
+    **texts: Any,
+) -> Shown:
+    """A chart of `points`, which makes those of a network and its predictions, of the first MOST.
+
+    ratio: the axis, x or y, that has pruning ratios; limits are marked there, and what is far from
+    them is left out.
+    """
+    found = networks(grouped)
+    told = predictions(found)
+    shown = []
+    networks_by_title: dict[str, int] = {}
+    for index, one in enumerate(found[:MOST]):
+        own = points(one, told[told["series"] == index])
+        near = own[own[ratio or "x"].between(*window(one))]
+        if ratio and len(near):
+            own = near
+        titles = [joined(one.label, panel) for panel in own["panel"]]
+        networks_by_title |= dict.fromkeys(titles, index)
+        shown.append(own.assign(panel=titles))
+    if not shown:
+        return None
+    colors = {0: "network", **dict(told[["color", "name"]].to_numpy())}
+    figure, axes = draw.chart(pd.concat(shown), colors, **texts)
+    for title, panel in axes.items():
+        index = networks_by_title[title]
+        if ratio:
+            limits = actual(found[index : index + 1])
+            mark(panel, ratio == "x", told[told["series"] == index], limits)
+    caption += " Stages that ran several times: the last time."
+    caption += only_first(MOST, len(found), "networks")
+    return Section(heading, figure, caption) if axes else None
+
+
+def mark(axes: Axes, upright: bool, told: Frame, limits: Frame) -> None:
+    """Draws predictions with their intervals, and actual limits, as lines across the panel."""
+    draw.percents(axes.xaxis if upright else axes.yaxis)
+    line = axes.axvline if upright else axes.axhline
+    span = axes.axvspan if upright else axes.axhspan
+    for row in told.to_dict("records"):
+        color = draw.color(row["color"])
+        span(row["low"], row["high"], color=color, alpha=0.14, lw=0)
+        line(row["predicted"], color=color, label=f"predicted {row['predicted']:.2%}")
+    for limit in limits.loc[limits["rank"] == 0, "limit"]:
+        line(limit, color=draw.INK, ls=":", label=f"actual {limit:.2%}")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+
+
+def limits(grouped: Grouped) -> Shown:
+    """Accuracy and loss against the pruning ratio with predicted and actual limits."""
+    return section(
+        grouped,
+        pruned,
+        "Accuracy and loss up to the limit",
+        "Bands: intervals of the predictions.",
+        ratio="x",
+        dashes=("test", "train", "bisection"),
+        xlabel="weights removed",
+    )
+
+
+def pruned(one: Series, _: Frame) -> Frame:
+    """Curves without retraining, and what a search for the limit evaluated."""
+    search = series.frame([one], "limit", fields=["ratio", "accuracy", "loss"])
+    told = [series.curves([one]), series.curves([one], "train"), search.assign(retrained=False)]
+    told[2]["removed"] = search["ratio"]
+    lines = []
+    for field in ("accuracy", "loss"):
+        for dash, curve in enumerate(told):
+            plain = curve[~curve["retrained"]]
+            lines.append(draw.points(plain, "removed", field, field, dash))
+    return pd.concat(lines)
+
+
+def path(grouped: Grouped) -> Shown:
+    """Change of the training loss along the pruning path, and its first and second order alone."""
+    return section(
+        grouped,
+        orders,
+        "Training loss along the pruning path",
+        "What pruning does to the loss on the train set, and its first two orders alone: the "
+        "gradient, of which the theory assumes that it adds nothing, and curvature.",
+        ratio="x",
+        dashes=("change", "curvature", "gradient", "ε"),
+        xlabel="weights removed",
+        ylabel="change of the train loss",
+    )
+
+
+def orders(one: Series, told: Frame) -> Frame:
+    """The change of the loss, its two orders, and the ε of a prediction."""
+    fields = ["change", "second_order", "first_order"]
+    path = series.frame([one], "path", fields=["ratio", *fields])
+    path["epsilon"] = told["epsilon"].max()
+    fields.append("epsilon")
+    lines = [draw.points(path, "ratio", field, "", i) for i, field in enumerate(fields)]
+    return pd.concat(lines)[lambda shown: ~(abs(shown["y"]) > 5 * told["epsilon"].max())]
+
+
+def row_norms(grouped: Grouped) -> Shown:
+    """L1 norms of Hessian rows against the magnitude quantile of their weights."""
+    return section(
+        grouped,
+        norms,
+        "Hessian rows by weight magnitude",
+        "L1 norm of the Hessian row of one weight per quantile; 1e-12 stands for less.",
+        dashes=("row", "threshold"),
+        xlabel="quantile of the weight's magnitude",
+        ylabel="row norm",
+        yscale="log",
+    )
+
+
+def norms(one: Series, _: Frame) -> Frame:
+    """Norms of rows, and the threshold under which they count as 0."""
+    told = series.frame([one], "row_norms", fields=["quantile", "row_norm", "threshold"])
+    told["row_norm"] = told["row_norm"].clip(lower=1e-12)
+    told["threshold"] = told["threshold"].max()
+    rows = draw.points(told, "quantile", "row_norm")
+    return pd.concat([rows, draw.points(told, "quantile", "threshold", dash=1)])
+
+
+def unfolded(told: Frame, arrays: Callable[[dict], dict]) -> Frame:
+    """A line per entry of the arrays by name that `arrays` gives for the row of a prediction."""
+    parts = []
+    for line in told.to_dict("records"):
+        own = pd.DataFrame(arrays(line["row"]), dtype=float)
+        parts.append(own.assign(panel="", color=line["color"]))
+    return pd.concat(parts) if parts else pd.DataFrame(columns=["panel", "color", "x", "y"])
+
+
+def crossing(grouped: Grouped) -> Shown:
+    """omega(R)^2 / D and the network's own p(R) against R."""
+    return section(
+        grouped,
+        widths,
+        "Gaussian width against distance",
+        "ω² / D, the squared Gaussian width of the loss basin per dimension, falls with the "
+        "distance R; the share p that the network removes there grows with it. The prediction is "
+        "the p at which they meet.",
+        ratio="y",
+        xlabel="distance R(p) from the trained weights",
+        ylabel="ω² / D, and p",
+    )
+
+
+def widths(_: Series, told: Frame) -> Frame:
+    """Width and share removed by distance."""
+    width = unfolded(told, lambda row: dict(x=row["distances"], y=row["widths"]))
+    share = unfolded(told, lambda row: dict(x=row["distances"], y=row["ratios"]))
+    return pd.concat([width, share.assign(color=0)])
+
+
+def history(grouped: Grouped) -> Shown:
+    """The prediction after each number of products, with its enclosure."""
+    return section(
+        grouped,
+        courses,
+        "Prediction by number of products",
+        "What each number of products would have predicted. Bands: enclosures.",
+        ratio="y",
+        xlabel="products (Lanczos steps)",
+        ylabel="predicted limit",
+    )
+
+
+def courses(_: Series, told: Frame) -> Frame:
+    """Predictions and their enclosures by number of products."""
+    names = dict(num_matvecs="x", predicted="y", lower="low", upper="high")
+    return unfolded(told, lambda row: row["history"]).rename(columns=names)
+
+
+def spectrum(grouped: Grouped) -> Shown:
+    """Spectral densities of the curvature."""
+    return section(
+        grouped,
+        lambda _, told: unfolded(told, density),
+        "Spectrum of the curvature",
+        "Ritz values smeared by Gaussians of 0.8% of their range.",
+        xlabel="eigenvalue",
+        ylabel="density",
+        yscale="log",
+    )
+
+
+def density(row: dict) -> dict[str, np.ndarray]:
+    """Density of the Ritz values [probes, steps] of a prediction."""
+    values, weights = np.ravel(row["ritz_values"]), np.ravel(row["ritz_weights"])
+    width = 0.008 * max(np.ptp(values), 1e-12)
+    grid = np.linspace(values.min() - 7 * width, values.max() + 7 * width, 1200)
+    heights = np.exp(-(((grid[:, None] - values) / width) ** 2) / 2)
+    heights = heights @ weights / weights.sum() / (width * math.sqrt(2 * math.pi))
+    return dict(x=grid, y=np.maximum(heights, 1e-7 * heights.max()))
