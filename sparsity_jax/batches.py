@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsity_jax import stopping
+from sparsity_jax import stopping, trees
 from sparsity_jax.types import PyTree
 
 
@@ -31,6 +31,8 @@ def mean(function: Callable, batch_size: int, *, on_host: bool = False) -> Calla
         size = num_examples(data)
         length = min(batch_size, size)
         whole, rest = divmod(size, length)
+        inputs = jax.tree.leaves((data, arguments))
+        total = jax.tree.map(lambda leaf: trees.varying_like(leaf, inputs), total)
         body = lambda total, start: (add(total, data, start, length, arguments), None)
         total, _ = jax.lax.scan(body, total, jnp.arange(whole) * length)
         return add(total, data, size - rest, rest, arguments) if rest else total

@@ -6,14 +6,16 @@ They read a trained network, and earlier rows of the run (or of `config.start_fr
 Source: Zhang et al. 2023, arXiv:2306.05857.
 """
 
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import tree_map
 
 from sparsity_jax import (
     allocate,
@@ -28,34 +30,71 @@ from sparsity_jax import (
     trees,
     width,
 )
+from sparsity_jax.interface import Place
+from sparsity_jax.tables import ConfigError
+from sparsity_jax.train import Problem, State, Update
+from sparsity_jax.types import Fields, MemberRows, PyTree, Row, Rows
 
-PyTree = Any
 WITHOUT_BATCH_NORM = (
     r"(?!.*bn\d*/).*"  # as the original, which leaves scale and bias of batch norms out
 )
+Variables = tuple[PyTree, PyTree]  # params and batch_stats
+Images = tuple[Array, Array]  # and their labels
 
 
-def one_member(problem: train.Problem, state: train.State, member: int) -> tuple[PyTree, PyTree]:
-    """(params, batch_stats) of one member, in float32 or wider.
+class Trained(NamedTuple):
+    """One trained network of a sweep, as a stage finds it."""
 
-    Weights of a narrower type keep their values, and the network its arithmetic; directions of
-    curvature do not fit.
-    """
-    pair = jax.tree.map(trees.widen, (state.params, state.batch_stats))
-    return pair if problem.members is None else jax.tree.map(lambda leaf: leaf[member], pair)
+    problem: Problem
+    sweep: State
+    place: Place
+    member: int
+
+    @property
+    def state(self) -> State:
+        """Its own state between two stages."""
+        return stages.member_state(self.problem, self.sweep, self.member)
+
+    @property
+    def variables(self) -> Variables:
+        """In float32 or wider: weights of a narrower type keep their values, and the network its
+        arithmetic; directions of curvature do not fit.
+        """
+        return tree_map(trees.widen, (self.state.params, self.state.batch_stats))
+
+    @property
+    def earlier(self) -> Rows:
+        """Its rows of all stages before."""
+        return self.place.earlier[self.member]
+
+    def update(self, new: Rows, done: float) -> Update:
+        """New rows of this member alone; done: share of its own part."""
+        rows = interface.rows_per_member(self.problem)
+        rows[self.member] = new
+        return Update(self.sweep, rows, (self.member + done) / len(rows))
 
 
-def member_key(problem: train.Problem, state: train.State, member: int) -> Array:
-    return state.key if problem.members is None else state.key[member]
+Updates = Iterator[Update]
 
 
-def members_of(problem: train.Problem) -> range:
-    return range(problem.members or 1)
+class OneByOne:
+    """A stage that leaves networks as they are and measures one after the other."""
 
+    def measure(self, trained: Trained, rows: Rows) -> Updates:
+        """Updates of one member. rows: those that it has already."""
+        raise NotImplementedError
 
-def only(problem: train.Problem, member: int, row: dict) -> list[list[dict]]:
-    """Rows of all members, of which only one has something new."""
-    return [[row] if i == member else [] for i in members_of(problem)]
+    def run(
+        self,
+        problem: Problem,
+        state: State,
+        settings: Sequence[Any],
+        place: Place,
+        rows: MemberRows,
+    ) -> Updates:
+        """Every member's part in turn."""
+        for member, own in enumerate(settings):
+            yield from own.measure(Trained(problem, state, place, member), rows[member])
 
 
 class Network(NamedTuple):
@@ -66,67 +105,71 @@ class Network(NamedTuple):
     outputs: Callable  # -> logits
     loss: Callable  # (logits, batch) -> mean over the batch
 
-    def mean_loss(self, variables: tuple[PyTree, PyTree], batch: tuple[Array, Array]) -> Array:
+    def mean_loss(self, variables: Variables, batch: Images) -> Array:
         return self.loss(self.outputs(variables, batch), batch)
 
 
-def network_of(problem: train.Problem, loss: dict) -> Network:
+def network_of(problem: Problem, loss: Fields) -> Network:
     rule = losses.of(loss)
 
-    def outputs(variables: tuple, batch: tuple) -> Array:
-        params, batch_stats = variables
-        return problem.model.apply(
-            {"params": params, "batch_stats": batch_stats}, problem.images(batch[0])
-        )
+    def outputs(variables: Variables, batch: Images) -> Array:
+        named = dict(zip(("params", "batch_stats"), variables))
+        return problem.model.apply(named, problem.images(batch[0]))
 
     return Network(outputs, lambda logits, batch: rule(logits, batch[1]).mean())
 
 
-def train_losses(
-    problem: train.Problem, variables: tuple[PyTree, PyTree], loss: dict, batch_size: int
-) -> np.ndarray:
-    """Mean training loss of every whole batch, in the data's order: float64 [batches]."""
-    network = network_of(problem, loss)
-    compiled = problem.once(
-        ("batch losses", loss, batch_size),
-        lambda: jax.jit(
-            lambda variables, *data: spectrum.batch_losses(
-                network.mean_loss, variables, data, batch_size
-            )
-        ),
-    )
-    return np.asarray(compiled(variables, problem.train_images, problem.train_labels), np.float64)
+def examples(problem: Problem, num: int) -> Images:
+    """`num` train images and labels, see `Problem.examples`; 0 for all."""
+    return problem.examples("train", num or problem.size("train"))
+
+
+def _check_loss(loss: Fields) -> None:
+    with tables.within("loss"):
+        losses.of(loss)
+
+
+def _check_number(num_examples: int) -> None:
+    """Raises ConfigError, of streamed data, unless a number of images says how many to keep in
+    memory.
+    """
+    if not num_examples:
+        raise interface.needs_memory("num_examples", 0, "all of which are read into memory")
 
 
 # limit --------------------------------------------------------------------------------------------
 
 
 class Criterion(NamedTuple):
-    """What counts as losing nothing: test(accuracy, loss, dense_accuracy, dense_loss, tolerance) ->
-    bool.
-    """
+    """What counts as losing nothing: test(row, dense_row, tolerance) -> bool."""
 
     test: Callable
     tolerance: float
     text: str
 
 
+def _not_below(row: Row, dense: Row, tolerance: float) -> bool:
+    return row["accuracy"] >= dense["accuracy"] - tolerance
+
+
+def _above(row: Row, dense: Row, tolerance: float) -> bool:
+    return row["accuracy"] > dense["accuracy"] + tolerance
+
+
+def _loss_within(row: Row, dense: Row, tolerance: float) -> bool:
+    return row["loss"] <= dense["loss"] + tolerance
+
+
 CRITERIA = {
-    "accuracy": Criterion(lambda a, _, a0, __, ___: a >= a0, 0.0, "accuracy not below dense"),
-    "better_accuracy": Criterion(
-        lambda a, _, a0, __, ___: a > a0, 0.0, "accuracy above dense, as the original"
-    ),
-    "accuracy_within": Criterion(
-        lambda a, _, a0, __, t: a >= a0 - t, 0.001, "accuracy at most {} below dense"
-    ),
-    "loss_within": Criterion(
-        lambda _, l, __, l0, t: l <= l0 + t, 0.01, "loss at most {} above dense"
-    ),
+    "accuracy": Criterion(_not_below, 0.0, "accuracy not below dense"),
+    "better_accuracy": Criterion(_above, 0.0, "accuracy above dense, as the original"),
+    "accuracy_within": Criterion(_not_below, 0.001, "accuracy at most {} below dense"),
+    "loss_within": Criterion(_loss_within, 0.01, "loss at most {} above dense"),
 }
 
 
 @tables.option
-class Limit(stages.Selecting):
+class Limit(OneByOne, stages.Selecting):
     """The largest pruning ratio that loses nothing, by a coarse scan and bisection: some 20
     evaluations.
 
@@ -144,8 +187,8 @@ class Limit(stages.Selecting):
     resolution: of the bisection.
     """
 
-    kind: ClassVar[str] = "limit"
-    needs: ClassVar[tuple[str, ...]] = ("train",)
+    kind = "limit"
+    needs = ("train",)
     criterion: Literal["accuracy", "better_accuracy", "accuracy_within", "loss_within"] = "accuracy"
     tolerance: tables.NonNegative = 0.0
     split: Literal["test", "train"] = "test"
@@ -168,9 +211,9 @@ class Limit(stages.Selecting):
     def check(self) -> None:
         super().check()
         if not self.scan or list(self.scan) != sorted(set(self.scan)):
-            raise tables.ConfigError("scan", self.scan, allowed="at least one ratio, ascending")
+            raise ConfigError("scan", self.scan, allowed="at least one ratio, ascending")
         if self.tolerance and not CRITERIA[self.criterion].tolerance:
-            raise tables.ConfigError(
+            raise ConfigError(
                 "tolerance", self.tolerance, allowed=f"0 with criterion {self.criterion!r}"
             )
 
@@ -178,99 +221,83 @@ class Limit(stages.Selecting):
         """The tolerance in use."""
         return self.tolerance or CRITERIA[self.criterion].tolerance
 
-    def run(
-        self,
-        problem: train.Problem,
-        state: train.State,
-        settings: Sequence[Any],
-        place: interface.Place,
-        rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
-        for member in members_of(problem):
-            chosen = settings[member]
-            if rows[member] and rows[member][-1].get("phase") == "result":
-                continue
-            evaluate = stages.pruned_evaluation(problem, state, chosen, place, member, chosen.split)
-            known = {(row["phase"], row["ratio"]): row for row in rows[member] if "ratio" in row}
-            for row in find_limit(evaluate, chosen, known):
-                done = (member + row.pop("done")) / (problem.members or 1)
-                yield train.Update(state, only(problem, member, row), done)
+    def measure(self, trained: Trained, rows: Rows) -> Updates:
+        if rows and rows[-1].get("phase") == "result":
+            return
+        problem, state, place, member = trained
+        evaluate = stages.pruned_evaluation(problem, state, self, place, member, self.split)
+        known = {(row["phase"], row["ratio"]): row for row in rows if "ratio" in row}
+        for row in find_limit(evaluate, self, known):
+            yield trained.update([row], row.pop("done"))
+
+
+Search = Generator[Row, None, Row]
 
 
 def find_limit(
-    evaluate: Callable[[float], dict], chosen: Limit, known: dict | None = None
-) -> Iterator[dict]:
+    evaluate: Callable[[float], Row], chosen: Limit, known: dict | None = None
+) -> Iterator[Row]:
     """Rows of the search: evaluations (phase dense, scan, bisect), then the result; `known` ones
     are not repeated.
 
     evaluate(ratio) -> dict(accuracy=..., loss=...).
     """
-    known, count, rule = known or {}, 0, CRITERIA[chosen.criterion]
+    known = known or {}
+    criterion = CRITERIA[chosen.criterion]
+    tolerance = chosen.tolerated()
+    count = 0
 
-    def look(phase: str, ratio: float, done: float) -> tuple[dict, list[dict]]:
+    def look(phase: str, ratio: float, done: float) -> Search:
+        """Yields the row if it is new, and returns it."""
         nonlocal count
         count += 1
         if (phase, ratio) in known:
-            return known[phase, ratio], []
+            return known[phase, ratio]
         row = dict(phase=phase, ratio=ratio, split=chosen.split, **evaluate(ratio))
-        return row, [{**row, "done": done}]
+        yield {**row, "done": done}
+        return row
 
-    dense, new = look("dense", 0.0, 0.0)
-    yield from new
-    passes = lambda row: bool(
-        rule.test(
-            row["accuracy"], row["loss"], dense["accuracy"], dense["loss"], chosen.tolerated()
-        )
-    )
-    low, high = (0.0 if passes(dense) else None), None
+    dense = yield from look("dense", 0.0, 0.0)
+    passes = lambda row: bool(criterion.test(row, dense, tolerance))
+    low = 0.0 if passes(dense) else None
+    high = None
     for i, ratio in enumerate(reversed(chosen.scan)):
-        row, new = look("scan", ratio, 0.5 * (i + 1) / len(chosen.scan))
-        yield from new
+        row = yield from look("scan", ratio, 0.5 * (i + 1) / len(chosen.scan))
         if passes(row):
             low = ratio
             break
         high = ratio
-    how = rule.text.format(f"{chosen.tolerated():g}")
-    if low is None:
-        how += "; passes nowhere on the scan"
-    else:
-        how += f"; passes at {low:g}, " + (
-            "the end of the scan" if high is None else f"fails at {high:g} of the scan"
-        )
-        how += f", then bisection to {chosen.resolution:g}"
+    end = "the end of the scan" if high is None else f"fails at {high:g} of the scan"
+    how = "passes nowhere on the scan"
+    if low is not None:
+        how = f"passes at {low:g}, {end}, then bisection to {chosen.resolution:g}"
         high = 1.0 if high is None else high
-        start = (low, high)
+        widest = max(high - low, chosen.resolution)
         while high - low > chosen.resolution:
             middle = (low + high) / 2
-            share = 1 - (high - low - chosen.resolution) / max(
-                start[1] - start[0], chosen.resolution
-            )
-            row, new = look("bisect", middle, 0.5 + 0.49 * share)
-            yield from new
+            done = 1 - (high - low - chosen.resolution) / widest
+            row = yield from look("bisect", middle, 0.5 + 0.49 * done)
             low, high = (middle, high) if passes(row) else (low, middle)
     yield dict(
         phase="result",
         limit=low,
         criterion=chosen.criterion,
-        tolerance=chosen.tolerated(),
+        tolerance=tolerance,
         split=chosen.split,
         evaluations=count,
-        how=how,
+        how=f"{criterion.text.format(f'{tolerance:g}')}; {how}",
         done=1.0,
     )
 
 
-def largest_ratio(rows: list[dict], criterion: str, tolerance: float | None = None) -> float | None:
+def largest_ratio(rows: Rows, criterion: str, tolerance: float | None = None) -> float | None:
     """The largest ratio of a curve (rows of one split) that loses nothing against its smallest;
     None: not even that.
     """
-    rows, rule = sorted(rows, key=lambda row: row["ratio"]), CRITERIA[criterion]
-    dense, tolerance = rows[0], rule.tolerance if tolerance is None else tolerance
-    good = [
-        row["ratio"]
-        for row in rows
-        if rule.test(row["accuracy"], row["loss"], dense["accuracy"], dense["loss"], tolerance)
-    ]
+    rule = CRITERIA[criterion]
+    tolerance = rule.tolerance if tolerance is None else tolerance
+    dense = min(rows, key=lambda row: row["ratio"])
+    good = [row["ratio"] for row in rows if rule.test(row, dense, tolerance)]
     return max(good, default=None)
 
 
@@ -278,7 +305,7 @@ def largest_ratio(rows: list[dict], criterion: str, tolerance: float | None = No
 
 
 @tables.option
-class Path(stages.Selecting):
+class Path(OneByOne, stages.Selecting):
     """How pruning really moves the training loss, beside the second order, which is all that the
     prediction knows.
 
@@ -290,8 +317,8 @@ class Path(stages.Selecting):
     `config.sample`; 0 for all.
     """
 
-    kind: ClassVar[str] = "path"
-    needs: ClassVar[tuple[str, ...]] = ("train",)
+    kind = "path"
+    needs = ("train",)
     ratios: tuple[tables.Fraction, ...] = (
         0.5,
         0.7,
@@ -314,82 +341,103 @@ class Path(stages.Selecting):
     def check(self) -> None:
         super().check()
         if not self.ratios:
-            raise tables.ConfigError("ratios", self.ratios, allowed="at least one")
+            raise ConfigError("ratios", self.ratios, allowed="at least one")
         _check_loss(self.loss)
 
     def check_streamed(self) -> None:
         _check_number(self.num_examples)
 
-    def run(
-        self,
-        problem: train.Problem,
-        state: train.State,
-        settings: Sequence[Any],
-        place: interface.Place,
-        rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
-        shapes, total = train.shapes_of(problem), problem.members or 1
-        for member in members_of(problem):
-            chosen, own = settings[member], stages.member_state(problem, state, member)
-            step_of, terms = pruning_step(problem, chosen, place), path_terms(problem, chosen)
-            ratios = path_ratios(chosen, place.earlier[member])
-            for i, ratio in enumerate(ratios):
-                if i < len(rows[member]):
-                    continue
-                counts = allocate.keep_counts(shapes, ratio, **chosen.keywords(problem))
-                step, distance = step_of(own, counts)
-                found = terms((own.params, own.batch_stats), step)._asdict()
-                row = dict(ratio=ratio, distance=float(distance))
-                row |= {name: float(value) for name, value in found.items()}
-                done = (member + (i + 1) / len(ratios)) / total
-                yield train.Update(state, only(problem, member, row), done)
+    def all_ratios(self, earlier: Rows) -> list[float]:
+        """Where to measure, ascending. earlier: rows before the stage."""
+        ratios = set(self.ratios)
+        for row in earlier if self.at_limits else ():
+            limit = row.get({"width": "predicted", "limit": "limit"}.get(row["kind"], ""))
+            if limit is not None and limit < 1:
+                ratios.add(limit)
+        return sorted(ratios)
+
+    def measure(self, trained: Trained, rows: Rows) -> Updates:
+        problem, state = trained.problem, trained.state
+        step_of = self.pruning_step(problem, trained.place)
+        terms = self.terms(problem)
+        shapes, options = train.shapes_of(problem), self.keywords(problem)
+        ratios = self.all_ratios(trained.earlier)
+        for i, ratio in enumerate(ratios[len(rows) :], len(rows) + 1):
+            counts = allocate.keep_counts(shapes, ratio, **options)
+            step, distance = step_of(state, counts)
+            changes = terms((state.params, state.batch_stats), step)
+            numbers = dict(distance=distance, **changes._asdict())
+            row = {"ratio": ratio, **tree_map(float, numbers)}
+            yield trained.update([row], i / len(ratios))
+
+    def pruning_step(self, problem: Problem, place: Place) -> Callable:
+        """`step_of(state, counts) -> (pruned less current params, its norm)` of one member: one
+        program for all ratios.
+        """
+        prune = stages.pruning(problem, self, place.position)
+
+        def step_of(state: State, counts: PyTree) -> tuple[PyTree, Array]:
+            pruned = masks.apply(state.params, prune(state, counts))
+            step = tree_map(jnp.subtract, pruned, state.params)
+            return step, trees.norm(step)
+
+        name = ("pruning step", self.selecting(place.position))
+        return problem.once(name, lambda: jax.jit(step_of))
+
+    def terms(self, problem: Problem) -> Callable:
+        """`terms(variables, step)`: `spectrum.taylor` of the training loss for a step of the
+        params.
+        """
+        network = network_of(problem, self.loss)
+        data = examples(problem, self.num_examples)
+        on_host = stages.on_host(problem)
+
+        def build() -> Callable:
+            terms = spectrum.taylor(network.mean_loss, data, self.batch_size, on_host=on_host)
+            still = lambda variables: tree_map(jnp.zeros_like, variables[1])
+            return lambda variables, step: terms(variables, (step, still(variables)))
+
+        return problem.once(("path", self.loss, self.batch_size, self.num_examples), build)
 
 
-def path_ratios(chosen: Path, earlier: list[dict]) -> list[float]:
-    """Where to measure, ascending. earlier: rows before the stage."""
-    field = {"width": "predicted", "limit": "limit"}
-    limits = [
-        row.get(field[row["kind"]]) for row in earlier if chosen.at_limits and row["kind"] in field
-    ]
-    return sorted({*chosen.ratios, *(ratio for ratio in limits if ratio is not None and ratio < 1)})
+# Curvature ----------------------------------------------------------------------------------------
 
 
-def pruning_step(problem: train.Problem, chosen: Path, place: interface.Place) -> Callable:
-    """`step_of(state, counts) -> (pruned less current params, its norm)` of one member: one program
-    for all ratios.
+def batch_product(problem: Problem, chosen: Any, kind: str = "hessian") -> spectrum.Product:
+    """`product(variables, v, batch)` with the curvature of the training loss in the parameters
+    `chosen.parameters`.
     """
-    prune = stages.pruning(problem, chosen, place.position)
-
-    def step_of(state: train.State, counts: PyTree) -> tuple[PyTree, Array]:
-        pruned = masks.apply(state.params, prune(state, counts))
-        step = jax.tree.map(jnp.subtract, pruned, state.params)
-        return step, trees.norm(step)
-
-    name = ("pruning step", chosen.selecting(place.position))
-    return problem.once(name, lambda: jax.jit(step_of))
-
-
-def path_terms(problem: train.Problem, chosen: Path) -> Callable:
-    """`terms(variables, step)`: `spectrum.taylor` of the training loss for a step of the params."""
     network = network_of(problem, chosen.loss)
 
-    def build() -> Callable:
-        data = examples(problem, chosen.num_examples)
-        terms = spectrum.taylor(
-            network.mean_loss, data, chosen.batch_size, on_host=stages.on_host(problem)
-        )
-        return lambda variables, step: terms(
-            variables, (step, jax.tree.map(jnp.zeros_like, variables[1]))
-        )
+    def product(variables: Variables, v: PyTree, batch: Images) -> PyTree:
+        params, batch_stats = variables
+        selected = spectrum.select(params, chosen.parameters)
+        outputs = lambda part, batch: network.outputs((selected.rebuild(part), batch_stats), batch)
+        if kind == "gauss_newton":
+            return linops.gauss_newton(outputs, network.loss, selected.params, batch)(v)
+        mean_loss = lambda part, batch: network.loss(outputs(part, batch), batch)
+        return linops.hvp(mean_loss, selected.params, batch)(v)
 
-    return problem.once(("path", chosen.loss, chosen.batch_size, chosen.num_examples), build)
+    return product
+
+
+def curvature(problem: Problem, chosen: Any, kind: str = "hessian") -> Callable:
+    """`product(variables, v)`: `batch_product` over `chosen.num_examples` of the train set."""
+
+    def build() -> Callable:
+        product, data = batch_product(problem, chosen, kind), examples(problem, chosen.num_examples)
+        on_host = stages.on_host(problem)
+        return spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host)
+
+    depends = (chosen.loss, chosen.parameters, chosen.batch_size, chosen.num_examples)
+    return problem.once(("curvature", kind, *depends), build)
 
 
 # row_norms ----------------------------------------------------------------------------------------
 
 
 @tables.option
-class RowNorms(interface.Stage):
+class RowNorms(OneByOne, interface.Stage):
     """Share of weights without curvature, from the Hessian rows of the weights at `num_weights`
     magnitude quantiles.
 
@@ -401,8 +449,8 @@ class RowNorms(interface.Stage):
     weights are.
     """
 
-    kind: ClassVar[str] = "row_norms"
-    needs: ClassVar[tuple[str, ...]] = ("train",)
+    kind = "row_norms"
+    needs = ("train",)
     num_weights: tables.Count = 100
     threshold: tables.NonNegative = 1e-7
     rows: Literal["mean", "original"] = "mean"
@@ -418,160 +466,66 @@ class RowNorms(interface.Stage):
     def check_streamed(self) -> None:
         _check_number(self.num_examples)
 
-    def check_network(self, problem: train.Problem, visits: int) -> None:
+    def check_network(self, problem: Problem, visits: int) -> None:
         shapes = train.shapes_of(problem)
         matches = trees.matching(shapes, self.parameters, "parameters")
         kernels = list(allocate.prunable(shapes, "kernels"))
         if not any(matches[path] for path in kernels):
-            raise tables.ConfigError(
+            raise ConfigError(
                 "parameters",
                 self.parameters,
                 why="which matches no kernel",
                 allowed=f"a pattern of paths such as {kernels[0]!r}",
             )
 
-    def run(
-        self,
-        problem: train.Problem,
-        state: train.State,
-        settings: Sequence[Any],
-        place: interface.Place,
-        rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
-        total = problem.members or 1
-        for member in members_of(problem):
-            chosen = settings[member]
-            if len(rows[member]) > chosen.num_weights:
-                continue
-            variables = one_member(problem, state, member)
-            prunable = allocate.prunable(
-                spectrum.select(variables[0], chosen.parameters).params, "kernels"
-            )
-            entries = spectrum.quantile_entries(prunable, chosen.num_weights)
-            norm = row_measure(problem, chosen)
-            norms = [row["row_norm"] for row in rows[member]]
-            for i, (path, index, magnitude) in enumerate(entries):
-                if i < len(norms):
-                    continue
-                norms.append(norm(variables, path, index))
-                row = dict(
-                    quantile=i / chosen.num_weights,
-                    magnitude=magnitude,
-                    row_norm=norms[-1],
-                    parameter=path,
-                )
-                done = (member + (i + 1) / (len(entries) + 1)) / total
-                yield train.Update(state, only(problem, member, row), done)
-            share = float(np.mean(np.asarray(norms) < chosen.threshold))
-            result = dict(
-                zero_share=share,
-                threshold=chosen.threshold,
-                rows=chosen.rows,
-                num_weights=len(entries),
-            )
-            yield train.Update(state, only(problem, member, result), (member + 1) / total)
+    def measure(self, trained: Trained, rows: Rows) -> Updates:
+        if len(rows) > self.num_weights:
+            return
+        variables = trained.variables
+        selected = spectrum.select(variables[0], self.parameters).params
+        prunable = allocate.prunable(selected, "kernels")
+        entries = spectrum.quantile_entries(prunable, self.num_weights)
+        row_of = self.mean_row if self.rows == "mean" else self.sum_of_rows
+        norm_of = row_of(trained.problem)
+        norms = [row["row_norm"] for row in rows]
+        for path, index, magnitude in entries[len(rows) :]:
+            quantile = len(norms) / self.num_weights
+            norm = float(norm_of(variables, spectrum.one_hot(selected, path, index)))
+            norms.append(norm)
+            row = dict(quantile=quantile, magnitude=magnitude, row_norm=norm, parameter=path)
+            yield trained.update([row], len(norms) / (len(entries) + 1))
+        result = dict(
+            zero_share=float(np.mean(np.asarray(norms) < self.threshold)),
+            threshold=self.threshold,
+            rows=self.rows,
+            num_weights=len(entries),
+        )
+        yield trained.update([result], 1.0)
 
+    def mean_row(self, problem: Problem) -> Callable:
+        """`norm(variables, v)`: the L1 norm of the whole data set's Hessian times v."""
+        product = curvature(problem, self)
+        return lambda variables, v: spectrum.absolute_sum(product(variables, v))
 
-def _check_loss(loss: dict) -> None:
-    with tables.within("loss"):
-        losses.of(loss)
+    def sum_of_rows(self, problem: Problem) -> Callable:
+        """`norm(variables, v)`: the original's, see the option `rows`."""
+        data = examples(problem, self.num_examples)
+        size = len(data[0])
+        product = batch_product(problem, self)
 
+        def of_batch(variables: Variables, v: PyTree, data: Images, start: int, length: int) -> Any:
+            return spectrum.absolute_sum(product(variables, v, spectrum.cut(data, start, length)))
 
-def _check_number(num_examples: int) -> None:
-    """Raises ConfigError, of streamed data, unless a number of images says how many to keep in
-    memory.
-    """
-    if not num_examples:
-        raise interface.needs_memory("num_examples", 0, "all of which are read into memory")
+        build = lambda: jax.jit(of_batch, static_argnums=4)
+        compiled = problem.once(("row of a batch", self), build)
 
+        def norm(variables: Variables, v: PyTree) -> float:
+            total = 0.0
+            for start, length in spectrum.pieces(size, self.batch_size):
+                total += compiled(variables, v, data, start, length)
+            return float(total) / size
 
-def examples(problem: train.Problem, num: int) -> tuple[Array, Array]:
-    """`num` train images and labels, see `Problem.examples`; 0 for all."""
-    return problem.examples("train", num or problem.size("train"))
-
-
-def batch_product(problem: train.Problem, chosen: Any, kind: str = "hessian") -> spectrum.Product:
-    """`product(variables, v, batch)` with the curvature of the training loss in the parameters
-    `chosen.parameters`.
-    """
-    network = network_of(problem, chosen.loss)
-
-    def product(variables: tuple, v: PyTree, batch: tuple) -> PyTree:
-        params, batch_stats = variables
-        selected = spectrum.select(params, chosen.parameters)
-        outputs = lambda part, batch: network.outputs((selected.rebuild(part), batch_stats), batch)
-        if kind == "gauss_newton":
-            return linops.gauss_newton(outputs, network.loss, selected.params, batch)(v)
-        return linops.hvp(
-            lambda part, batch: network.loss(outputs(part, batch), batch), selected.params, batch
-        )(v)
-
-    return product
-
-
-def curvature(problem: train.Problem, chosen: Any, kind: str = "hessian") -> Callable:
-    """`product(variables, v)`: `batch_product` over `chosen.num_examples` of the train set."""
-    name = (
-        "curvature",
-        kind,
-        chosen.loss,
-        chosen.parameters,
-        chosen.batch_size,
-        chosen.num_examples,
-    )
-    product, data = batch_product(problem, chosen, kind), examples(problem, chosen.num_examples)
-    on_host = stages.on_host(problem)
-    return problem.once(
-        name, lambda: spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host)
-    )
-
-
-def curvature_at(
-    problem: train.Problem, chosen: Any, kind: str, variables: tuple[PyTree, PyTree]
-) -> Callable:
-    """`matvec(v)`: `curvature` at these variables."""
-    if not chosen.linearize_once:
-        product = curvature(problem, chosen, kind)
-        return lambda v: product(variables, v)
-    (params, batch_stats), product = variables, batch_product(problem, chosen, kind)
-    selected = spectrum.select(params, chosen.parameters)
-    of_selected = lambda part, v, batch: product((selected.rebuild(part), batch_stats), v, batch)
-    return spectrum.linearized(
-        of_selected, selected.params, examples(problem, chosen.num_examples), chosen.batch_size
-    )
-
-
-def row_measure(problem: train.Problem, chosen: RowNorms) -> Callable:
-    """`norm(variables, path, index)`: a row's L1 norm as `chosen.rows` defines it."""
-    selected = lambda variables: spectrum.select(variables[0], chosen.parameters).params
-    if chosen.rows == "mean":
-        product = curvature(problem, chosen)
-
-        def norm_of_mean(variables: tuple, path: str, index: tuple[int, ...]) -> float:
-            matvec = lambda v: product(variables, v)
-            return float(spectrum.row_norm(matvec, selected(variables), path, index))
-
-        return norm_of_mean
-    data = examples(problem, chosen.num_examples)
-    size = len(data[0])
-    batch_row = batch_product(problem, chosen)
-
-    def norm_of_batch(variables: tuple, v: PyTree, data: tuple, start: int, length: int) -> Any:
-        row = batch_row(variables, v, spectrum.cut(data, start, length))
-        return sum(map(trees.absolute_sum, row.values()))
-
-    name = ("row of a batch", chosen)
-    compiled = problem.once(name, lambda: jax.jit(norm_of_batch, static_argnums=4))
-
-    def mean_norm(variables: tuple, path: str, index: tuple[int, ...]) -> float:
-        v = spectrum.one_hot(selected(variables), path, index)
-        total = 0.0
-        for start in range(0, size, chosen.batch_size):
-            length = min(chosen.batch_size, size - start)
-            total += compiled(variables, v, data, start, length)
-        return float(total) / size
-
-    return mean_norm
+        return norm
 
 
 # spectrum -----------------------------------------------------------------------------------------
@@ -583,8 +537,17 @@ OPERATORS = {
 }  # as `width` calls them
 
 
+class Probe(NamedTuple):
+    """Where the stage stands: the probe under way (of all members' in turn) and its Lanczos
+    state.
+    """
+
+    number: Array
+    lanczos: linops.LanczosState
+
+
 @tables.option
-class Spectrum(interface.Stage):
+class Spectrum(OneByOne, interface.Stage):
     """Stochastic Lanczos quadrature of the curvature of the training loss at the trained weights.
 
     operator: the `hessian`; `gauss_newton`, its positive semi-definite part; `absolute`, the
@@ -602,8 +565,8 @@ class Spectrum(interface.Stage):
     Rows: coefficients of the tridiagonal matrix of every probe; everything else follows from them.
     """
 
-    kind: ClassVar[str] = "spectrum"
-    needs: ClassVar[tuple[str, ...]] = ("train",)
+    kind = "spectrum"
+    needs = ("train",)
     operator: Literal["hessian", "gauss_newton", "absolute"] = "hessian"
     num_matvecs: tables.Count = 96
     num_probes: tables.Count = 1
@@ -622,7 +585,7 @@ class Spectrum(interface.Stage):
 
     def check_order(self, order: interface.Order) -> None:
         if self.stop_width and not any(isinstance(own, Width) for own in order.all.values()):
-            raise tables.ConfigError(
+            raise ConfigError(
                 "stop_width",
                 self.stop_width,
                 why="which needs the tolerance that a stage of kind 'width' defines",
@@ -632,7 +595,7 @@ class Spectrum(interface.Stage):
     def check_streamed(self) -> None:
         _check_number(self.num_examples)
 
-    def check_network(self, problem: train.Problem, visits: int) -> None:
+    def check_network(self, problem: Problem, visits: int) -> None:
         shapes = train.shapes_of(problem)
         trees.matching(shapes, self.parameters, "parameters")
         if self.reorthogonalize == "full":
@@ -640,152 +603,132 @@ class Spectrum(interface.Stage):
             with tables.blaming("num_matvecs", self.num_matvecs):
                 train.check_memory(basis, "whose basis")
 
-    def begin(
-        self,
-        problem: train.Problem,
-        state: train.State,
-        settings: Sequence[Any],
-        place: interface.Place,
-    ) -> train.State:
-        return interface.without_optimizer(state)._replace(
-            opt_state=_start(problem, state, self, place, 0)
-        )
+    def lanczos(self) -> linops.Lanczos:
+        return linops.lanczos_method(self.num_matvecs, reorthogonalize=self.reorthogonalize)
 
-    def matvec(self, problem: train.Problem, variables: tuple) -> linops.Matvec:
+    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
+        state = interface.without_optimizer(state)
+        return self.started(Trained(problem, state, place, 0), 0).sweep
+
+    def started(self, trained: Trained, number: int) -> Trained:
+        """Before the first product of probe `number`, one of this network's."""
+        key = train.stage_key(trained.state.key, trained.place.position)
+        key = jax.random.fold_in(key, number % self.num_probes)
+        like = spectrum.select(trained.variables[0], self.parameters).params
+        lanczos = self.lanczos().init(linops.rademacher(key, like))
+        return _at(trained, Probe(jnp.asarray(number, jnp.int32), lanczos))
+
+    def matvec(self, problem: Problem, variables: Variables) -> linops.Matvec:
         """The operator at one member's `variables`."""
         kind = "gauss_newton" if self.operator == "gauss_newton" else "hessian"
-        bare = matvec = curvature_at(problem, self, kind, variables)
-        if self.l2:
-            add = lambda a, b: a + 2 * self.l2 * b
-            matvec = lambda v: jax.tree.map(add, bare(v), v)
+        if self.linearize_once:
+            data = examples(problem, self.num_examples)
+            like = spectrum.select(variables[0], self.parameters).params
+            product = batch_product(problem, self, kind)
+            bare = spectrum.linearized(product, variables, data, self.batch_size, like=like)
+        else:
+            bare = functools.partial(curvature(problem, self, kind), variables)
+        add = lambda a, b: a + 2 * self.l2 * b
+        matvec = (lambda v: tree_map(add, bare(v), v)) if self.l2 else bare
         return linops.squared(matvec) if self.operator == "absolute" else matvec
 
-    def run(
-        self,
-        problem: train.Problem,
-        state: train.State,
-        settings: Sequence[Any],
-        place: interface.Place,
-        rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
-        total = self.num_probes * (problem.members or 1)
-        method = linops.lanczos_method(self.num_matvecs, reorthogonalize=self.reorthogonalize)
-        finished = sum(map(len, rows))
+    def enclosure(self, trained: Trained) -> Callable | None:
+        """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance
+        of the width stage; None where no probe ends early.
+        """
+        if not self.stop_width:
+            return None
+        others = [own[trained.member] for own in trained.place.others.values()]
+        widths = [own for own in others if isinstance(own, Width)]
+        name = trained.place.name
+        reader = min(widths, key=lambda own: (own.spectrum != name, own.spectrum != ""))
+        variables = trained.variables
+        epsilon, _ = tolerated(trained.problem, variables, reader)
+        distances = width.distances(variables[0])
+        options: Fields = dict(
+            operator=OPERATORS[self.operator], zero_share=zero_share_of(reader, trained.earlier)
+        )
+
+        def gap(tridiagonal: linops.Tridiagonal) -> float:
+            answer = width.predict_probes(tridiagonal, distances, epsilon, **options)
+            return answer.upper - answer.lower
+
+        return gap
+
+    def is_finished(self, lanczos: linops.LanczosState, gap: Callable | None) -> bool:
+        """Whether a probe ends: all products made, the Krylov space exhausted, or the enclosure,
+        looked at after every fourth product, narrow enough.
+        """
+        step = int(lanczos.step)
+        if step == self.num_matvecs or int(lanczos.num_steps) < step:
+            return True
+        if gap is None or step == 0 or step % 4:
+            return False
+        return gap(self.lanczos().result(lanczos)) <= self.stop_width
+
+    def measure(self, trained: Trained, rows: Rows) -> Updates:
         matvec: Any = None
-        at = narrow = None
-        for number in range(finished, total):
-            if int(state.opt_state.number) != number:
-                state = state._replace(opt_state=_start(problem, state, self, place, number))
-            member, probe = divmod(number, self.num_probes)
-            variables = one_member(problem, state, member)
-            if at != member:
-                matvec = None  # what it keeps may be large
-                matvec = self.matvec(problem, variables)
-                at = member
-            if self.stop_width:
-                narrow = _enclosure_width(problem, self, place, variables, member)
-            lanczos = state.opt_state.lanczos
+        for probe in range(len(rows), self.num_probes):
+            number = trained.member * self.num_probes + probe
+            if int(trained.sweep.opt_state.number) != number:
+                trained = self.started(trained, number)
+            if matvec is None:
+                matvec = self.matvec(trained.problem, trained.variables)
+                gap = self.enclosure(trained)
             started = time.perf_counter()
-            while (step := int(lanczos.step)) < self.num_matvecs:
-                lanczos = method.step(matvec, lanczos)
-                state = state._replace(opt_state=Probe(state.opt_state.number, lanczos))
-                step += 1
+            number, lanczos = trained.sweep.opt_state
+            while not self.is_finished(lanczos, gap):
+                lanczos = self.lanczos().step(matvec, lanczos)
+                step = int(lanczos.step)
                 if not np.isfinite(float(lanczos.alphas[step - 1])):
+                    name = trained.place.name
                     raise train.NonFiniteLossError(
-                        f"{place.name}: a product is not finite; did the training diverge?"
+                        f"{name}: a product is not finite; did the training diverge?"
                     )
-                if narrow and step % 4 == 0 and narrow(method.result(lanczos)) <= self.stop_width:
-                    break
-                if int(lanczos.num_steps) < step:
-                    break  # the Krylov space is exhausted
-                done = (number + step / (self.num_matvecs + 1)) / total  # 1 is for the row
-                yield train.Update(state, interface.rows_per_member(problem), done)
-            tridiagonal = method.result(lanczos)
-            alphas, betas, steps = map(np.asarray, tridiagonal)
-            row = dict(
-                probe=probe,
-                operator=self.operator,
-                num_matvecs=int(steps),
-                alphas=alphas[:steps].tolist(),
-                betas=betas[:steps].tolist(),
-                dtype=str(alphas.dtype),
-                dimension=trees.size(lanczos.current),
-                seconds=round(time.perf_counter() - started, 3),
-            )
-            if narrow:
-                gap = narrow(tridiagonal)
-                row.update(enclosure=gap, narrow_enough=gap <= self.stop_width)
-            yield train.Update(state, only(problem, member, row), (number + 1) / total)
+                trained = _at(trained, Probe(number, lanczos))
+                done = probe + step / (self.num_matvecs + 1)  # the rest is for the row
+                yield trained.update([], done / self.num_probes)
+            seconds = round(time.perf_counter() - started, 3)
+            row = dict(probe=probe, **self.row(lanczos, gap), seconds=seconds)
+            yield trained.update([row], (probe + 1) / self.num_probes)
+
+    def row(self, lanczos: linops.LanczosState, gap: Callable | None) -> Row:
+        """Of a probe that has ended."""
+        tridiagonal = self.lanczos().result(lanczos)
+        alphas, betas, steps = map(np.asarray, tridiagonal)
+        row = dict(
+            operator=self.operator,
+            num_matvecs=int(steps),
+            alphas=alphas[:steps].tolist(),
+            betas=betas[:steps].tolist(),
+            dtype=str(alphas.dtype),
+            dimension=trees.size(lanczos.current),
+        )
+        if gap:
+            enclosure = gap(tridiagonal)
+            row.update(enclosure=enclosure, narrow_enough=enclosure <= self.stop_width)
+        return row
 
 
-class Probe(NamedTuple):
-    """Where the stage stands: the probe under way (of all members' in turn) and its Lanczos
-    state.
-    """
-
-    number: Array
-    lanczos: linops.LanczosState
+def _at(trained: Trained, probe: Probe) -> Trained:
+    return trained._replace(sweep=trained.sweep._replace(opt_state=probe))
 
 
-def _start(
-    problem: train.Problem,
-    state: train.State,
-    chosen: Spectrum,
-    place: interface.Place,
-    number: int,
-) -> Probe:
-    """The state before the first product of probe `number`."""
-    member, probe = divmod(number, chosen.num_probes)
-    params, _ = one_member(problem, state, member)
-    like = spectrum.select(params, chosen.parameters).params
-    key = jax.random.fold_in(
-        train.stage_key(member_key(problem, state, member), place.position), probe
-    )
-    method = linops.lanczos_method(chosen.num_matvecs, reorthogonalize=chosen.reorthogonalize)
-    return Probe(jnp.asarray(number, jnp.int32), method.init(linops.rademacher(key, like)))
-
-
-def _enclosure_width(
-    problem: train.Problem,
-    chosen: Spectrum,
-    place: interface.Place,
-    variables: tuple,
-    member: int,
-) -> Callable:
-    """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance of
-    the width stage.
-    """
-    found = [own[member] for own in place.others.values() if isinstance(own[member], Width)]
-    reader = min(found, key=lambda own: (own.spectrum != place.name, own.spectrum != ""))
-    epsilon, _ = tolerated(problem, variables, reader)
-    zero_share = zero_share_of(reader, place.earlier[member])
-    options: dict[str, Any] = dict(operator=OPERATORS[chosen.operator], zero_share=zero_share)
-    distances = width.distances(variables[0])
-
-    def gap(tridiagonal: linops.Tridiagonal) -> float:
-        answer = width.predict_probes(tridiagonal, distances, epsilon, **options)
-        return answer.upper - answer.lower
-
-    return gap
-
-
-def tridiagonals(rows: list[dict]) -> linops.Tridiagonal:
+def tridiagonals(rows: Rows) -> linops.Tridiagonal:
     """The Lanczos results in rows of a spectrum stage, one a probe on the leading axis."""
-    most = max(row["num_matvecs"] for row in rows)
-    row_type = np.dtype(rows[0]["dtype"])
-    pad = lambda values: np.pad(np.asarray(values, row_type), (0, most - len(values)))
-    alphas = np.stack([pad(row["alphas"]) for row in rows])
-    betas = np.stack([pad(row["betas"]) for row in rows])
-    return linops.Tridiagonal(
-        alphas, betas, np.array([row["num_matvecs"] for row in rows], np.int32)
-    )
+    steps = np.array([row["num_matvecs"] for row in rows], np.int32)
+    coefficients = np.zeros((2, len(rows), steps.max()), rows[0]["dtype"])
+    for i, row in enumerate(rows):
+        coefficients[:, i, : steps[i]] = row["alphas"], row["betas"]
+    alphas, betas = coefficients
+    return linops.Tridiagonal(alphas, betas, steps)
 
 
 # width --------------------------------------------------------------------------------------------
 
 
 @tables.option
-class Width(interface.Stage):
+class Width(OneByOne, interface.Stage):
     """The predicted largest pruning ratio, from the Gaussian width of the loss basin, beside the
     actual one.
 
@@ -800,8 +743,8 @@ class Width(interface.Stage):
         limit `within`.
     """
 
-    kind: ClassVar[str] = "width"
-    needs: ClassVar[tuple[str, ...]] = ("spectrum",)
+    kind = "width"
+    needs = ("spectrum",)
     spectrum: str = ""
     method: Literal["fixed_point", "grid"] = "fixed_point"
     negative: Literal["absolute", "clip"] = "absolute"
@@ -818,7 +761,7 @@ class Width(interface.Stage):
     def check_order(self, order: interface.Order) -> None:
         known = [name for name, kind in order.done.items() if kind == Spectrum.kind]
         if self.spectrum and self.spectrum not in known:
-            raise tables.ConfigError(
+            raise ConfigError(
                 "spectrum", self.spectrum, why="no earlier stage of kind 'spectrum'", known=known
             )
 
@@ -826,151 +769,147 @@ class Width(interface.Stage):
         if not self.epsilon:
             raise interface.needs_memory("epsilon", 0, "which is measured on all images in memory")
 
-    def check_network(self, problem: train.Problem, visits: int) -> None:
+    def check_network(self, problem: Problem, visits: int) -> None:
         num_examples = problem.size("train")
         if not self.epsilon and num_examples < 2 * self.batch_size:
-            raise tables.ConfigError(
+            raise ConfigError(
                 "batch_size",
                 self.batch_size,
                 allowed=f"up to {num_examples // 2}, half the train set (epsilon is a deviation "
                 "over batches), or any with epsilon set",
             )
 
-    def run(
-        self,
-        problem: train.Problem,
-        state: train.State,
-        settings: Sequence[Any],
-        place: interface.Place,
-        rows: list[list[dict]],
-    ) -> Iterator[train.Update]:
-        found = []
-        for member in members_of(problem):
-            chosen, earlier = settings[member], place.earlier[member]
-            spectra = [row for row in earlier if row["kind"] == Spectrum.kind]
-            name = chosen.spectrum or spectra[-1]["stage"]
-            used = [row for row in spectra if row["stage"] == name]
-            newest = max(row["visit"] for row in used)
-            used = [row for row in used if row["visit"] == newest]
-            variables = one_member(problem, state, member)
-            found.append([predict(problem, variables, chosen, used, earlier, place)])
-        yield train.Update(state, found, 1.0)
+    def measure(self, trained: Trained, rows: Rows) -> Updates:
+        if rows:
+            return
+        spectra = [row for row in trained.earlier if row["kind"] == Spectrum.kind]
+        name = self.spectrum or spectra[-1]["stage"]
+        row = self.predict(trained, _newest(spectra, name))
+        yield trained.update([row], 1.0)
+
+    def predict(self, trained: Trained, spectra: Rows) -> Row:
+        """The row of the stage. spectra: those that it reads."""
+        tridiagonal = tridiagonals(spectra)
+        variables, earlier = trained.variables, trained.earlier
+        epsilon, batch_losses = tolerated(trained.problem, variables, self)
+        draws: Sequence[float] = ()
+        if batch_losses is not None:
+            seed = trained.place.position
+            draws = list(width.epsilon_draws(batch_losses, self.epsilon_draws, seed))
+        plain: Fields = dict(negative=self.negative, zero_share=zero_share_of(self, earlier))
+        operator = OPERATORS[spectra[0]["operator"]]
+        options: Fields = dict(operator=operator, **plain)
+        reach = (width.distances(variables[0]), epsilon)
+        answer = width.predict_probes(tridiagonal, *reach, epsilons=draws, **options)
+        course = width.history(tridiagonal, *reach, **options)
+        values, weights = linops.ritz(tridiagonal)
+        values = width.OPERATORS[operator](values)
+        on_grid = width.predict(values, weights, *reach, method="grid", **plain)
+        ratios = np.concatenate([np.arange(0, 0.9, 0.02), np.arange(0.9, 1.0005, 0.001)]).clip(0, 1)
+        radii = reach[0].at(ratios)
+        low, high = answer.band()
+        return dict(
+            predicted=on_grid if self.method == "grid" else answer.ratio,
+            method=self.method,
+            low=low,
+            high=high,
+            enclosure_low=_known(answer.lower),
+            enclosure_high=_known(answer.upper),
+            standard_error=_known(answer.standard_error),
+            epsilon_error=_known(answer.epsilon_error),
+            per_probe=answer.per_probe.tolist(),
+            predicted_on_grid=on_grid,
+            epsilon=epsilon,
+            operator=spectra[0]["operator"],
+            spectrum=spectra[0]["stage"],
+            num_matvecs=int(max(tridiagonal.num_steps)),
+            num_probes=len(spectra),
+            negative_mass=answer.negative_mass,
+            **plain,
+            actual=actual_limits(earlier, self.tolerance, epsilon),
+            history=dict(
+                num_matvecs=course.num_matvecs.tolist(),
+                predicted=course.ratio.tolist(),
+                lower=[_known(bound) for bound in course.lower],
+                upper=[_known(bound) for bound in course.upper],
+            ),
+            ratios=ratios.tolist(),
+            distances=radii.tolist(),
+            widths=width.ratio(values, weights, radii, epsilon, **plain).tolist(),
+            ritz_values=values.tolist(),
+            ritz_weights=weights.tolist(),
+        )
+
+
+def _known(number: float) -> float | None:
+    """None for NaN, which JSON lacks."""
+    return float(number) if np.isfinite(number) else None
+
+
+def _newest(rows: Rows, stage: str) -> Rows:
+    """Those of the stage's latest visit."""
+    rows = [row for row in rows if row["stage"] == stage]
+    visit = max(row["visit"] for row in rows)
+    return [row for row in rows if row["visit"] == visit]
 
 
 def tolerated(
-    problem: train.Problem, variables: tuple, chosen: Width
+    problem: Problem, variables: Variables, chosen: Width
 ) -> tuple[float, np.ndarray | None]:
-    """(epsilon, the batch losses behind it, if it is not set); raises ConfigError if it comes out
-    as 0.
+    """(epsilon, the mean training loss of every whole batch in the data's order, if epsilon is not
+    set); raises ConfigError if it comes out as 0.
     """
     if chosen.epsilon:
         return chosen.epsilon, None
-    found = train_losses(problem, variables, chosen.loss, chosen.batch_size)
+    mean_loss = network_of(problem, chosen.loss).mean_loss
+
+    def losses_of(variables: Variables, *data: Array) -> Array:
+        return spectrum.batch_losses(mean_loss, variables, data, chosen.batch_size)
+
+    name = ("batch losses", chosen.loss, chosen.batch_size)
+    compiled = problem.once(name, lambda: jax.jit(losses_of))
+    batch_losses = compiled(variables, problem.train_images, problem.train_labels)
+    batch_losses = np.asarray(batch_losses, np.float64)
     try:
-        return width.epsilon(found), found
+        return width.epsilon(batch_losses), batch_losses
     except ValueError as error:
         alive = any(np.any(leaf) for leaf in allocate.prunable(variables[0], "kernels").values())
         hint = "" if alive else " All kernels of the network are 0: its penalty was too strong."
-        raise tables.ConfigError("epsilon", chosen.epsilon, why=f"{error}{hint}") from None
+        raise ConfigError("epsilon", chosen.epsilon, why=f"{error}{hint}") from None
 
 
-def zero_share_of(chosen: Width, earlier: list[dict]) -> float:
+def zero_share_of(chosen: Width, earlier: Rows) -> float:
     """The share of directions without curvature: as set, else of the latest `row_norms` stage, else
     0.
     """
-    measured = [
-        row["zero_share"] for row in earlier if row["kind"] == "row_norms" and "zero_share" in row
-    ]
-    return chosen.zero_share if chosen.zero_share >= 0 else (measured[-1] if measured else 0.0)
+    if chosen.zero_share >= 0:
+        return chosen.zero_share
+    row_norms = [row for row in earlier if row["kind"] == RowNorms.kind]
+    return next((row["zero_share"] for row in reversed(row_norms) if "zero_share" in row), 0.0)
 
 
-def predict(
-    problem: train.Problem,
-    variables: tuple,
-    chosen: Width,
-    spectra: list[dict],
-    earlier: list[dict],
-    place: interface.Place,
-) -> dict:
-    """The row of a `width` stage."""
-    operator, tridiagonal = OPERATORS[spectra[0]["operator"]], tridiagonals(spectra)
-    distances = width.distances(variables[0])
-    epsilon, batch = tolerated(problem, variables, chosen)
-    draws = []
-    if batch is not None:
-        draws = list(width.epsilon_draws(batch, chosen.epsilon_draws, place.position))
-    zero_share = zero_share_of(chosen, earlier)
-    plain: dict[str, Any] = dict(negative=chosen.negative, zero_share=zero_share)
-    options: dict[str, Any] = dict(operator=operator, **plain)
-    answer = width.predict_probes(tridiagonal, distances, epsilon, epsilons=draws, **options)
-    values, weights = linops.ritz(tridiagonal)
-    values = width.OPERATORS[operator](values)
-    course = width.history(tridiagonal, distances, epsilon, **options)
-    low, high = answer.band()
-    on_grid = width.predict(values, weights, distances, epsilon, method="grid", **plain)
-    ratios = np.concatenate([np.arange(0, 0.9, 0.02), np.arange(0.9, 1.0005, 0.001)]).clip(0, 1)
-    radii = distances.at(ratios)
-    known = lambda number: float(number) if np.isfinite(number) else None
-    return dict(
-        predicted=on_grid if chosen.method == "grid" else answer.ratio,
-        method=chosen.method,
-        low=low,
-        high=high,
-        enclosure_low=known(answer.lower),
-        enclosure_high=known(answer.upper),
-        standard_error=known(answer.standard_error),
-        epsilon_error=known(answer.epsilon_error),
-        per_probe=answer.per_probe.tolist(),
-        predicted_on_grid=on_grid,
-        epsilon=epsilon,
-        zero_share=zero_share,
-        operator=spectra[0]["operator"],
-        spectrum=spectra[0]["stage"],
-        num_matvecs=int(max(tridiagonal.num_steps)),
-        num_probes=len(spectra),
-        negative_mass=answer.negative_mass,
-        negative=chosen.negative,
-        actual=actual_limits(earlier, chosen.tolerance, epsilon),
-        history=dict(
-            num_matvecs=course.num_matvecs.tolist(),
-            predicted=course.ratio.tolist(),
-            lower=[known(x) for x in course.lower],
-            upper=[known(x) for x in course.upper],
-        ),
-        ratios=ratios.tolist(),
-        distances=radii.tolist(),
-        widths=width.ratio(values, weights, radii, epsilon, **plain).tolist(),
-        ritz_values=values.tolist(),
-        ritz_weights=weights.tolist(),
-    )
-
-
-def actual_limits(rows: list[dict], tolerance: float, epsilon: float) -> dict[str, float]:
+def actual_limits(rows: Rows, tolerance: float, epsilon: float) -> dict[str, float]:
     """The actual largest ratio by every definition that the rows of curves and limit stages so far
     decide.
 
     Of the latest curve without retraining, on each of its splits, e.g. `test accuracy_within`; of
     limit stages by their stage's name.
     """
-    found = {}
+    limits = {}
     curves = [row for row in rows if row["kind"] == "curve" and not row["retrained"]]
     if curves:
-        newest = [
-            row
-            for row in curves
-            if (row["stage"], row["visit"]) == (curves[-1]["stage"], curves[-1]["visit"])
-        ]
-        for split in sorted({row["split"] for row in newest}):
-            own = [row for row in newest if row["split"] == split]
-            for name in CRITERIA:
-                bound = dict(accuracy_within=tolerance, loss_within=epsilon).get(name)
-                best = largest_ratio(own, name, bound)
-                if best is not None:
-                    found[f"{split} {name}"] = best
+        last = curves[-1]
+        curves = [row for row in curves if row["visit"] == last["visit"]]
+        curves = [row for row in curves if row["stage"] == last["stage"]]
+    for split in sorted({row["split"] for row in curves}):
+        on_split = [row for row in curves if row["split"] == split]
+        for criterion in CRITERIA:
+            bound = dict(accuracy_within=tolerance, loss_within=epsilon).get(criterion)
+            limits[f"{split} {criterion}"] = largest_ratio(on_split, criterion, bound)
     for row in rows:
-        if row["kind"] == "limit" and row.get("limit") is not None:
-            found[row["stage"]] = row["limit"]
-    return found
+        if row["kind"] == Limit.kind and row.get("limit") is not None:
+            limits[row["stage"]] = row["limit"]
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 STAGES = (Limit, Path, RowNorms, Spectrum, Width)

@@ -4,17 +4,17 @@ helps most.
 Sources: Miao et al., ICLR 2022, section 3.3; Zhu et al. 2021, arXiv:2102.08098 (GradInit).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.tree_util import tree_map, tree_structure, tree_unflatten
 
 from sparsity_jax import polytopes, trees
-
-PyTree = Any
+from sparsity_jax.trees import widen
+from sparsity_jax.types import PyTree
 
 
 class ScaleState(NamedTuple):
@@ -46,10 +46,10 @@ class ScaleMetrics(NamedTuple):
 
 def init(params: PyTree) -> ScaleState:
     """Every scale 1."""
-    norms = jax.tree.map(trees.norm, params)
-    scales = jax.tree.map(jnp.ones_like, norms)
-    mean, square = (jax.tree.map(jnp.zeros_like, norms) for _ in range(2))
-    return ScaleState(jnp.zeros((), jnp.int32), params, scales, norms, mean, square)
+    norms = tree_map(trees.norm, params)
+    zeros = lambda: tree_map(jnp.zeros_like, norms)
+    scales = tree_map(jnp.ones_like, norms)
+    return ScaleState(jnp.zeros((), jnp.int32), params, scales, norms, zeros(), zeros())
 
 
 def scale_step(
@@ -74,48 +74,41 @@ def scale_step(
     feasible sets as for `optim.sfw`; unconstrained arrays take their gradient step.
     """
 
-    def inner(params: PyTree, inner_batch: PyTree) -> tuple[PyTree, tuple[Array, PyTree]]:
-        before, grads = jax.value_and_grad(loss)(params, inner_batch)
-
-        def move(constraint: polytopes.ConstraintSet, w: Array, g: Array) -> tuple[Array, Array]:
-            if isinstance(constraint, polytopes.Unconstrained):
-                return w - learning_rate * g, jnp.asarray(learning_rate, w.dtype)
-            if not w.size:
-                return w, jnp.ones((), w.dtype)
-            g, wide = trees.widen(g), trees.widen(w)
-            vertex = lax.stop_gradient(constraint.lmo(g))
-            length = trees.norm(vertex - wide)
-            ratio = trees.norm(g) / jnp.where(length > 0, length, 1)
-            size = jnp.where(length > 0, jnp.clip(learning_rate * ratio, 0, 1), 1.0)
-            return ((1 - size) * wide + size * vertex).astype(w.dtype), size
-
-        leaves, structure = jax.tree.flatten(params)
-        constraints = jax.tree.leaves(polytopes.broadcast(sets, params), is_leaf=polytopes.is_set)
-        moved, sizes = zip(*map(move, constraints, leaves, jax.tree.leaves(grads)))
-        unflatten = functools.partial(jax.tree.unflatten, structure)
-        return unflatten(moved), (before, unflatten(sizes))
+    def move(constraint: Any, w: Array, g: Array) -> tuple[Array, Array]:
+        if isinstance(constraint, polytopes.Unconstrained):
+            return w - learning_rate * g, jnp.asarray(learning_rate, w.dtype)
+        if not w.size:
+            return w, jnp.ones((), w.dtype)
+        g, wide = widen(g), widen(w)
+        vertex = lax.stop_gradient(constraint.lmo(g))
+        length = trees.norm(vertex - wide)
+        ratio = trees.norm(g) / jnp.where(length > 0, length, 1)
+        size = jnp.where(length > 0, jnp.clip(learning_rate * ratio, 0, 1), 1.0)
+        return ((1 - size) * wide + size * vertex).astype(w.dtype), size
 
     def objective(params: PyTree, inner_batch: PyTree, outer_batch: PyTree) -> tuple[Array, tuple]:
-        stepped, aux = inner(params, inner_batch)
-        return loss(stepped, outer_batch) / learning_rate, aux
+        before, grads = jax.value_and_grad(loss)(params, inner_batch)
+        constraints = polytopes.broadcast(sets, params)
+        pairs = tree_map(move, constraints, params, grads, is_leaf=polytopes.is_set)
+        stepped, sizes = _columns(params, pairs)
+        return loss(stepped, outer_batch) / learning_rate, (before, sizes)
 
     def step(
         state: ScaleState, inner_batch: PyTree, outer_batch: PyTree
     ) -> tuple[ScaleState, ScaleMetrics]:
-        (after, (before, sizes)), grads = jax.value_and_grad(objective, has_aux=True)(
-            state.params, inner_batch, outer_batch
-        )
+        slopes_of = jax.value_and_grad(objective, has_aux=True)
+        (after, (before, sizes)), grads = slopes_of(state.params, inner_batch, outer_batch)
+        products = tree_map(trees.dot, state.params, grads)
         count = state.step + 1
-        products = jax.tree.map(trees.dot, state.params, grads)
 
         def update(
             path: str,
             p: Array,
             scale: Array,
             first: Array,
-            product: Array,
             mean: Array,
             square: Array,
+            product: Array,
         ) -> tuple[Array, ...]:
             norm = trees.norm(p)
             alive = norm > 0
@@ -123,25 +116,25 @@ def scale_step(
             slope = jnp.clip(product * grow, -clip, clip)
             mean = beta1 * mean + (1 - beta1) * slope
             square = beta2 * square + (1 - beta2) * slope * slope
-            move = (
-                scale_learning_rate
-                * (mean / (1 - beta1**count))
-                / (jnp.sqrt(square / (1 - beta2**count)) + eps)
-            )
+            height = mean / (1 - beta1**count)
+            spread = jnp.sqrt(square / (1 - beta2**count)) + eps
+            move = scale_learning_rate * height / spread
             floor = 0.0 if path.rsplit("/", 1)[-1] == "bias" else min_scale
             scale = jnp.where(alive, jnp.maximum(scale - move, floor), scale)
-            return (
-                jnp.where(alive, (trees.widen(p) * (scale * grow)).astype(p.dtype), p),
-                scale,
-                mean,
-                square,
-            )
+            p = jnp.where(alive, (widen(p) * (scale * grow)).astype(p.dtype), p)
+            return p, scale, mean, square
 
-        now = (state.params, state.scales, state.first_norms, products, state.mean, state.square)
-        new = zip(*map(update, trees.named_leaves(state.params), *map(jax.tree.leaves, now)))
-        unflatten = functools.partial(jax.tree.unflatten, jax.tree.structure(state.params))
-        params, scales, means, squares = map(unflatten, new)
+        _, params, scales, norms, means, squares = state
+        rows = trees.map_named(update, params, scales, norms, means, squares, products)
+        params, scales, means, squares = _columns(params, rows)
         metrics = ScaleMetrics(before, after * learning_rate, products, sizes)
-        return ScaleState(count, params, scales, state.first_norms, means, squares), metrics
+        return ScaleState(count, params, scales, norms, means, squares), metrics
 
     return step
+
+
+def _columns(like: PyTree, rows: PyTree) -> list[PyTree]:
+    """One tree per entry of the tuples that `rows` holds in place of the leaves of `like`."""
+    structure: Any = tree_structure(like)
+    columns = zip(*structure.flatten_up_to(rows))
+    return [tree_unflatten(structure, column) for column in columns]

@@ -16,7 +16,7 @@ float64 by SciPy.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +24,20 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from jax import Array, lax
+from jax.tree_util import (
+    tree_flatten,
+    tree_leaves,
+    tree_leaves_with_path,
+    tree_map,
+    tree_structure,
+    tree_unflatten,
+)
+from numpy import ndarray
 
 from sparsity_jax import stopping, tables, trees
+from sparsity_jax.trees import varying_like, widen
+from sparsity_jax.types import PyTree
 
-PyTree = Any
 Matvec = Callable[[PyTree], PyTree]
 HIGHEST = lax.Precision.HIGHEST
 
@@ -82,8 +92,8 @@ def squared(matvec: Matvec) -> Matvec:
     def twice(v: PyTree) -> PyTree:
         once = matvec(v)
         scale = trees.scale_of(once)
-        product = matvec(jax.tree.map(lambda x: (x / scale).astype(x.dtype), once))
-        return jax.tree.map(lambda x: trees.widen(x) * scale, product)
+        product = matvec(tree_map(lambda x: (x / scale).astype(x.dtype), once))
+        return tree_map(lambda x: widen(x) * scale, product)
 
     return twice
 
@@ -91,11 +101,10 @@ def squared(matvec: Matvec) -> Matvec:
 def check_scalar(loss: Callable, argument: PyTree) -> None:
     """Raises ValueError unless `loss(argument)` is a scalar; nothing is computed."""
     value = jax.eval_shape(loss, argument)
-    if getattr(value, "shape", None) == ():
+    shape = getattr(value, "shape", None)
+    if shape == ():
         return
-    returned = f"a {type(value).__name__}"
-    if hasattr(value, "shape"):
-        returned = f"an array of shape {value.shape}"
+    returned = f"a {type(value).__name__}" if shape is None else f"an array of shape {shape}"
     raise ValueError(
         f"loss returns {returned}; curvature needs one scalar. Take the mean over examples."
     )
@@ -116,15 +125,20 @@ def tangent(v: PyTree, params: PyTree) -> PyTree:
             return x
         return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*division))
 
-    return jax.tree.map(fitted, v, params)
+    return tree_map(fitted, v, params)
 
 
-def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
-    given: Any = jax.tree.structure(tree)
-    allowed = jax.tree.structure(like)
+def _check_like(
+    tree: PyTree,
+    like: PyTree,
+    name: str,
+    other: str,
+) -> None:
+    given: Any = tree_structure(tree)
+    allowed = tree_structure(like)
     if given != allowed:
         raise ValueError(f"{name} has the structure {given}; allowed: that of {other}, {allowed}.")
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)):
+    for (path, x), y in zip(tree_leaves_with_path(tree), tree_leaves(like)):
         if jnp.shape(x) != jnp.shape(y):
             place = jax.tree_util.keystr(path)
             raise ValueError(
@@ -141,37 +155,35 @@ def rademacher(key: Array, like: PyTree) -> PyTree:
     are no floats.
     """
     trees.check_parameters(like, "rademacher")
-    leaves, structure = jax.tree.flatten(like)
+    leaves, structure = tree_flatten(like)
     keys = jax.random.split(key, len(leaves))
     sign = lambda key, x: jax.random.rademacher(key, jnp.shape(x), jnp.result_type(x))
-    return jax.tree.unflatten(structure, map(sign, keys, leaves))
+    return tree_unflatten(structure, map(sign, keys, leaves))
 
 
 def _dot(first: PyTree, second: PyTree) -> Array:
     """Inner product. Of two vectors at a time: XLA's CPU backend sums those pairwise (error 1e-9
     for 1e6 entries), a matrix-vector product one after the other (1e-5)."""
-    dot = lambda x, y: jnp.dot(trees.widen(x).ravel(), trees.widen(y).ravel(), precision=HIGHEST)
-    products = jax.tree.leaves(jax.tree.map(dot, first, second))
+    dot = lambda x, y: jnp.dot(widen(x).ravel(), widen(y).ravel(), precision=HIGHEST)
+    products = tree_leaves(tree_map(dot, first, second))
     return jnp.asarray(sum(products))
 
 
 def _flatten(tree: PyTree) -> Array:
-    leaves = [trees.widen(leaf).ravel() for leaf in jax.tree.leaves(tree)]
+    leaves = [widen(leaf).ravel() for leaf in tree_leaves(tree)]
     return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
 
 
 def _unflatten(vector: Array, like: PyTree) -> PyTree:
     """`vector` [..., D] cut into the leaves of `like`: each [..., *shape], in its type."""
-    leaves, structure = jax.tree.flatten(like)
-    others = vector.shape[:-1]
+    leaves, structure = tree_flatten(like)
+    ends = np.cumsum([leaf.size for leaf in leaves])
     pieces = []
-    start = 0
-    for leaf in leaves:
-        piece = vector[..., start : start + leaf.size].reshape(*others, *leaf.shape)
+    for piece, leaf in zip(jnp.split(vector, ends[:-1], axis=-1), leaves):
         # of NumPy's float64, float32 unless x64 is enabled
-        pieces.append(piece.astype(jax.dtypes.canonicalize_dtype(leaf.dtype)))
-        start += leaf.size
-    return jax.tree.unflatten(structure, pieces)
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        pieces.append(piece.reshape(*vector.shape[:-1], *leaf.shape).astype(dtype))
+    return tree_unflatten(structure, pieces)
 
 
 # Lanczos ------------------------------------------------------------------------------------------
@@ -208,6 +220,8 @@ class LanczosState(NamedTuple):
     basis: Any
 
 
+Blocks = tuple[Array, ...]
+_einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 CHUNK = 2**12  # entries whose products are summed one after the other
 SHARDS = 64  # several chunks are a multiple of so many, for many numbers of devices to share them
 
@@ -226,57 +240,51 @@ class _OnDevice:
 
     num_blocks: int
     dtype: Any = None
+    cond = staticmethod(lax.cond)
 
-    def create(self, vector: Array, num_rows: int) -> tuple[Array, ...]:
+    def create(self, vector: Array, num_rows: int) -> Blocks:
         """The basis with `vector` as row 0."""
         rows = -(-num_rows // self.num_blocks)
         index = np.arange(num_rows)[:, None]
         vector = _chunks(vector)[:, None]
-        dtype = self.dtype or vector.dtype
         blocks = []
         for first in range(0, num_rows, rows):
             # made of the vector, so that they are sharded as it is
             block = jnp.where(index[first : first + rows] == 0, vector, 0)
-            blocks.append(block.astype(dtype))
+            blocks.append(block.astype(self.dtype or vector.dtype))
         return tuple(blocks)
 
-    def write(self, basis: tuple[Array, ...], row: Array, vector: Array) -> tuple[Array, ...]:
+    def write(self, basis: Blocks, row: Array, vector: Array) -> Blocks:
         """The basis with another row; unchanged if there is no such row."""
         vector = _chunks(vector).astype(basis[0].dtype)
         place = lambda block, index: lax.dynamic_update_index_in_dim(block, vector, index, 1)
         keep = lambda block, index: block
         blocks = []
-        first = 0
         for block in basis:
-            inside = (row >= first) & (row < first + block.shape[1])
+            inside = (row >= 0) & (row < block.shape[1])
             # a `select` would read and write a row of every block; `cond` touches one, in place
-            blocks.append(lax.cond(inside, place, keep, block, row - first))
-            first += block.shape[1]
+            blocks.append(lax.cond(inside, place, keep, block, row))
+            row = row - block.shape[1]
         return tuple(blocks)
 
-    def project(self, basis: tuple[Array, ...], row: Array, vector: Array) -> tuple[Array, Array]:
+    def project(self, basis: Blocks, row: Array, vector: Array) -> tuple[Array, Array]:
         """(the squared length of the vector's part in rows 0..row, the vector without it)."""
-        einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 
         def subtract(vector: Array, squares: Array, block: Array) -> tuple[Array, Array]:
             block = block.astype(vector.dtype)
-            part = einsum("krc,kc->kr", block, vector).sum(0)
+            part = _einsum("krc,kc->kr", block, vector).sum(0)
             every = jnp.broadcast_to(part, block.shape[:2])
-            rest = vector - einsum("kr,krc->kc", every, block)
+            rest = vector - _einsum("kr,krc->kc", every, block)
             return rest, squares + jnp.dot(part, part, precision=HIGHEST)
 
         skip = lambda vector, squares, block: (vector, squares)
         size = vector.size
         vector = _chunks(vector)
-        squares = trees.varying_like(jnp.zeros((), vector.dtype), [vector])
-        first = 0
+        squares = varying_like(jnp.zeros((), vector.dtype), [vector])
         for block in basis:
-            vector, squares = lax.cond(row >= first, subtract, skip, vector, squares, block)
-            first += block.shape[1]
+            vector, squares = lax.cond(row >= 0, subtract, skip, vector, squares, block)
+            row = row - block.shape[1]
         return squares, vector.ravel()[:size]
-
-    def choose(self, condition: Array, yes: Callable, no: Callable, *arguments: Any) -> Any:
-        return lax.cond(condition, yes, no, *arguments)
 
 
 def _chunks(vector: Array) -> Array:
@@ -290,24 +298,23 @@ def _chunks(vector: Array) -> Array:
 class _OnHost:
     """Keeps the basis in one NumPy matrix, written in place and multiplied on the host."""
 
-    def create(self, vector: Array, num_rows: int) -> np.ndarray:
+    cond = staticmethod(lambda test, yes, no, vector: (yes if test else no)(vector))
+
+    def create(self, vector: Array, num_rows: int) -> ndarray:
         basis = np.zeros((num_rows, vector.size), vector.dtype)
         basis[0] = vector
         return basis
 
-    def write(self, basis: np.ndarray, row: Array, vector: Array) -> np.ndarray:
+    def write(self, basis: ndarray, row: Array, vector: Array) -> ndarray:
         if row < len(basis):
             basis[int(row)] = vector
         return basis
 
-    def project(self, basis: np.ndarray, row: Array, vector: Array) -> tuple[float, np.ndarray]:
+    def project(self, basis: ndarray, row: Array, vector: Array) -> tuple[float, ndarray]:
         rows = basis[: int(row) + 1]
         flat = np.asarray(vector)
         part = rows @ flat
         return part @ part, flat - part @ rows
-
-    def choose(self, condition: Array, yes: Callable, no: Callable, *arguments: Any) -> Any:
-        return (yes if condition else no)(*arguments)
 
 
 _Basis = _OnDevice | _OnHost
@@ -344,12 +351,11 @@ class Lanczos:
     def update(self, state: LanczosState, product: PyTree) -> LanczosState:
         """The state after a step whose product is known."""
         _check_like(product, state.current, "the product", "the start vector")
-        product = jax.tree.map(trees.gathered, product)
+        product = tree_map(trees.gathered, product)
         pure = isinstance(self.basis, _OnHost) or _is_traced((state, product))
         advance = _advance if pure else _advance_in_place
-        numbers = (state.step, state.num_steps, state.alphas, state.betas)
         vectors = (state.current, product, state.previous, state.basis)
-        numbers, following, rows = advance(self.basis, self.shift, numbers, *vectors)
+        numbers, following, rows = advance(self.basis, self.shift, state[:4], *vectors)
         return LanczosState._make((*numbers, following, state.current, rows))
 
     def result(self, state: LanczosState) -> Tridiagonal:
@@ -393,38 +399,42 @@ def lanczos_method(
 
 
 def _is_traced(tree: PyTree) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in tree_leaves(tree))
 
 
 def _checked_start(start: PyTree) -> PyTree:
-    start = jax.tree.map(lambda leaf: trees.gathered(jnp.asarray(leaf)), start)
-    leaves = jax.tree.leaves(start)
-    types = sorted({str(leaf.dtype) for leaf in leaves})
+    start = tree_map(lambda leaf: trees.gathered(jnp.asarray(leaf)), start)
+    types = sorted({str(leaf.dtype) for leaf in tree_leaves(start)})
     if types not in (["float32"], ["float64"]):
         raise TypeError(
             f"the start vector has {', '.join(types) or 'no arrays'}; Lanczos needs leaves of one "
             "type, float32 or float64."
         )
-    if not _is_traced(start):
-        length = float(trees.norm(start))
-        if not 0 < length < math.inf:
-            raise ValueError(
-                f"the start vector has length {length}; Lanczos needs a finite vector that is not "
-                "zero."
-            )
+    if _is_traced(start):
+        return start
+    length = float(trees.norm(start))
+    if not 0 < length < math.inf:
+        raise ValueError(
+            f"the start vector has length {length}; Lanczos needs a finite vector that is not zero."
+        )
     return start
 
 
-def _begin(start: PyTree, num_matvecs: int, basis: _Basis | None, shift: float) -> LanczosState:
+def _begin(
+    start: PyTree,
+    num_matvecs: int,
+    basis: _Basis | None,
+    shift: float,
+) -> LanczosState:
     unit = trees.scale_of(start)
-    start = jax.tree.map(lambda leaf: leaf / unit, start)
+    start = tree_map(lambda leaf: leaf / unit, start)
     length = jnp.sqrt(_dot(start, start)) + shift / unit
-    current = jax.tree.map(lambda leaf: leaf / length, start)
+    current = tree_map(lambda leaf: leaf / length, start)
     vector = _flatten(current)
     rows = basis.create(vector, min(num_matvecs, vector.size)) if basis else None
-    zero = trees.varying_like(jnp.zeros((), jnp.int32), [vector])
-    numbers = trees.varying_like(jnp.zeros(num_matvecs, vector.dtype), [vector])
-    previous = jax.tree.map(jnp.zeros_like, current)
+    zero = varying_like(jnp.zeros((), jnp.int32), [vector])
+    numbers = varying_like(jnp.zeros(num_matvecs, vector.dtype), [vector])
+    previous = tree_map(jnp.zeros_like, current)
     return LanczosState(zero, zero, numbers, numbers, current, previous, rows)
 
 
@@ -434,7 +444,7 @@ _begin_compiled = jax.jit(_begin, static_argnums=(1, 2, 3))
 def _advance(
     basis: _Basis | None,
     shift: float,
-    numbers: tuple,
+    numbers: Sequence[Array],
     current: PyTree,
     product: PyTree,
     previous: PyTree,
@@ -450,13 +460,12 @@ def _advance(
     unit, alpha, rest = _recurrence(current, product, previous, before)
     if basis:
         rest = _orthogonalize(basis, rows, step, _flatten(rest))
-    size = trees.size(current)
-    numbers, factor = _close(numbers, unit, alpha, before, rest, size, shift)
-    following = jax.tree.map(lambda leaf: leaf * factor, rest)
+    after, factor = _close(numbers, unit, alpha, before, rest, trees.size(current), shift)
+    following = tree_map(lambda leaf: leaf * factor, rest)
     if basis:
         rows = basis.write(rows, step + 1, following)
         following = _unflatten(following, current)
-    return numbers, following, rows
+    return after, following, rows
 
 
 _advance_in_place = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(5, 6))
@@ -464,28 +473,36 @@ _advance_in_place = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(5, 
 
 @jax.jit
 def _recurrence(
-    current: PyTree, product: PyTree, previous: PyTree, beta: Array
+    current: PyTree,
+    product: PyTree,
+    previous: PyTree,
+    beta: Array,
 ) -> tuple[Array, Array, PyTree]:
     """(unit, alpha / unit, residual / unit)."""
-    product = jax.tree.map(lambda p, v: p.astype(v.dtype), product, current)
+    product = tree_map(lambda p, v: p.astype(v.dtype), product, current)
     unit = trees.scale_of(product)
-    product = jax.tree.map(lambda p: p / unit, product)
+    product = tree_map(lambda p: p / unit, product)
     alpha = _dot(product, current)
     beta = beta / unit
     subtract = lambda p, v, u: p - alpha * v - beta * u
-    return unit, alpha, jax.tree.map(subtract, product, current, previous)
+    return unit, alpha, tree_map(subtract, product, current, previous)
 
 
-def _orthogonalize(basis: _Basis, rows: Any, row: Array, vector: Array) -> Array:
+def _orthogonalize(
+    basis: _Basis,
+    rows: Any,
+    row: Array,
+    vector: Array,
+) -> Array:
     squares, rest = basis.project(rows, row, vector)
     again = lambda rest: basis.project(rows, row, rest)[1]
     enough = lambda rest: rest
-    return basis.choose(jnp.dot(rest, rest, precision=HIGHEST) < squares, again, enough, rest)
+    return basis.cond(jnp.dot(rest, rest, precision=HIGHEST) < squares, again, enough, rest)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _close(
-    numbers: tuple,
+    numbers: Sequence[Array],
     unit: Array,
     alpha: Array,
     before: Array,
@@ -508,15 +525,18 @@ def _close(
     # False for NaN, which goes on, to be seen
     rounding = beta / (16 * jnp.finfo(beta.dtype).eps) <= largest
     more = running & (step + 1 < size) & ~rounding
-    beta = jnp.where(more, beta, 0)
     alphas = alphas.at[step].set(alpha)
-    betas = betas.at[step].set(beta)
+    betas = betas.at[step].set(jnp.where(more, beta, 0))
     divisor = jnp.where(more, length + shift / unit, 1)
     return (step + 1, num_steps + running, alphas, betas), jnp.where(more, 1 / divisor, 0)
 
 
 def lanczos(
-    num_matvecs: int, *, reorthogonalize: str = "full", shift: float = 0.0, on_host: bool = False
+    num_matvecs: int,
+    *,
+    reorthogonalize: str = "full",
+    shift: float = 0.0,
+    on_host: bool = False,
 ) -> Callable[[Matvec, PyTree], Tridiagonal]:
     """Lanczos tridiagonalisation: `lanczos(64)(matvec, start) -> Tridiagonal`. Options as for
     `lanczos_method`.
@@ -533,7 +553,12 @@ def lanczos(
     return lambda matvec, start: method.result(_run(method, matvec, start, on_host))
 
 
-def _run(method: Lanczos, matvec: Matvec, start: PyTree, on_host: bool) -> LanczosState:
+def _run(
+    method: Lanczos,
+    matvec: Matvec,
+    start: PyTree,
+    on_host: bool,
+) -> LanczosState:
     state = method.init(start)
     if not on_host:
         step = lambda _, state: method.step(matvec, state)
@@ -549,9 +574,9 @@ class Eigenpairs(NamedTuple):
     of A v - value v.
     """
 
-    values: np.ndarray
+    values: ndarray
     vectors: PyTree
-    residuals: np.ndarray
+    residuals: ndarray
 
 
 def top_eigenpairs(
@@ -579,15 +604,12 @@ def top_eigenpairs(
             )
         values, vectors = _eigh(alphas, betas)
         top = np.argsort(-np.abs(values), kind="stable")[:num]
-        parts = []
-        first = 0
-        for block in state.basis:
-            after = first + block.shape[1]
-            mixing = jnp.asarray(vectors[first:after, top], block.dtype)
+        ends = np.cumsum([block.shape[1] for block in state.basis])
+        flat: Any = 0
+        for block, mixing in zip(state.basis, np.split(vectors[:, top], ends[:-1])):
             used = block[:, : len(mixing)]
-            parts.append(jnp.einsum("rn,krc->nkc", mixing, used, precision=HIGHEST))
-            first = after
-        flat = functools.reduce(jnp.add, parts).reshape(num, -1)[:, : trees.size(state.current)]
+            flat = flat + _einsum("rn,krc->nkc", jnp.asarray(mixing, block.dtype), used)
+        flat = flat.reshape(num, -1)[:, : trees.size(state.current)]
         residuals = betas[-1] * np.abs(vectors[-1, top])
         return Eigenpairs(values[top], _unflatten(flat, state.current), residuals)
 
@@ -595,6 +617,9 @@ def top_eigenpairs(
 
 
 # Quadrature: float64 on the host ------------------------------------------------------------------
+
+Coefficients = Tridiagonal | ndarray
+Pair = tuple[ndarray, ndarray]  # values and weights, or alphas and betas
 
 
 def truncate(tridiagonal: Tridiagonal, num_matvecs: int) -> Tridiagonal:
@@ -608,9 +633,7 @@ def truncate(tridiagonal: Tridiagonal, num_matvecs: int) -> Tridiagonal:
     return Tridiagonal(alphas[..., :num_matvecs], betas[..., :num_matvecs], steps)
 
 
-def ritz(
-    alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def ritz(alphas: Coefficients, betas: ndarray | None = None) -> Pair:
     """Ritz values, ascending, and Ritz weights, the squared first components of the eigenvectors:
     float64 [num_steps].
 
@@ -623,9 +646,7 @@ def ritz(
     return _per_probe(_gauss, alphas, betas)
 
 
-def gauss_radau(
-    alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, node: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
+def gauss_radau(alphas: Coefficients, betas: ndarray | None = None, *, node: float = 0.0) -> Pair:
     """Values and weights of the Gauss-Radau rule with one value at `node`, a lower end of the
     spectrum.
 
@@ -643,8 +664,8 @@ def gauss_radau(
 
 
 def bordered(
-    alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, last: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    alphas: Coefficients, betas: ndarray | None = None, *, last: float
+) -> tuple[ndarray, ndarray, ndarray]:
     """(values, firsts, lasts), [num_steps + 1] each, of the tridiagonal matrix with one more row
     ending in `last`.
 
@@ -659,9 +680,7 @@ def bordered(
     return values, vectors[0], vectors[-1]
 
 
-def border_for(
-    alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None, *, node: float = 0.0
-) -> float:
+def border_for(alphas: Coefficients, betas: ndarray | None = None, *, node: float = 0.0) -> float:
     """The `last` with which `bordered` has a value at `node`, anywhere on the line; huge if a Ritz
     value is there.
     """
@@ -676,39 +695,42 @@ def border_for(
     return float(last)
 
 
-def quadrature(function: Callable, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def quadrature(function: Callable, values: ndarray, weights: ndarray) -> ndarray:
     """Sum of weights * function(values) over the last axis; `function` is elementwise."""
     return np.sum(weights * function(values), -1)
 
 
-def _per_probe(rule: Callable, alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None) -> tuple:
+def _per_probe(rule: Callable, alphas: Coefficients, betas: ndarray | None) -> Pair:
     if not isinstance(alphas, Tridiagonal) or np.ndim(alphas.alphas) == 1:
         return rule(*_coefficients(alphas, betas))
-    probes = [rule(*_coefficients(Tridiagonal(*probe))) for probe in zip(*map(np.asarray, alphas))]
-    most = max(len(values) for values, _ in probes)
-    pad = lambda array, mode: np.pad(array, (0, most - len(array)), mode)
-    values = [pad(values, "edge") for values, _ in probes]
-    weights = [pad(weights, "constant") for _, weights in probes]
-    return np.stack(values), np.stack(weights)
+    rules = [rule(*_coefficients(probe)) for probe in probes_of(alphas)]
+    shape = (len(rules), max(len(values) for values, _ in rules))
+    values, weights = np.zeros(shape), np.zeros(shape)
+    for i, (of_probe, shares) in enumerate(rules):
+        values[i] = of_probe[-1]
+        values[i, : len(of_probe)] = of_probe
+        weights[i, : len(shares)] = shares
+    return values, weights
 
 
-def _coefficients(
-    alphas: Tridiagonal | np.ndarray, betas: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def probes_of(tridiagonal: Tridiagonal) -> list[Tridiagonal]:
+    """The result of every probe."""
+    if np.ndim(tridiagonal.alphas) == 1:
+        return [tridiagonal]
+    return [Tridiagonal(*probe) for probe in zip(*map(np.asarray, tridiagonal))]
+
+
+def _coefficients(alphas: Coefficients, betas: ndarray | None = None) -> Pair:
     """alphas [n] and betas [n] or [n - 1] in float64, checked."""
     if isinstance(alphas, Tridiagonal):
-        steps = int(alphas.num_steps)
-        betas = alphas.betas[:steps]
-        alphas = alphas.alphas[:steps]
-    alphas = np.asarray(alphas, np.float64)
-    betas = np.asarray(betas, np.float64)
+        alphas, betas = (numbers[: int(alphas.num_steps)] for numbers in alphas[:2])
+    alphas = np.asarray(alphas, float)
+    betas = np.asarray(betas, float)
     lengths = (alphas.size, alphas.size - 1)
     if alphas.ndim != 1 or betas.ndim != 1 or not alphas.size or betas.size not in lengths:
-        raise ValueError(
-            f"alphas have shape {alphas.shape}, betas {betas.shape}; allowed: [n] and [n] or [n - "
-            "1]."
-        )
-    if not (np.isfinite(alphas).all() and np.isfinite(betas).all()):
+        shapes = f"shape {alphas.shape}, betas {betas.shape}"
+        raise ValueError(f"alphas have {shapes}; allowed: [n] and [n] or [n - 1].")
+    if not np.isfinite([*alphas, *betas]).all():
         raise ValueError(
             "the Lanczos coefficients are not finite: the product has NaN or inf, or the start is "
             "zero."
@@ -716,16 +738,16 @@ def _coefficients(
     return alphas, betas
 
 
-def _eigh(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _eigh(alphas: ndarray, betas: ndarray) -> Pair:
     return scipy.linalg.eigh_tridiagonal(alphas, betas[: len(alphas) - 1])
 
 
-def _gauss(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _gauss(alphas: ndarray, betas: ndarray) -> Pair:
     values, vectors = _eigh(alphas, betas)
     return values, vectors[0] ** 2
 
 
-def _radau(alphas: np.ndarray, betas: np.ndarray, node: float) -> tuple[np.ndarray, np.ndarray]:
+def _radau(alphas: ndarray, betas: ndarray, node: float) -> Pair:
     if len(betas) < len(alphas):
         alphas = alphas[:-1]
     if not alphas.size:
@@ -748,13 +770,13 @@ def _radau(alphas: np.ndarray, betas: np.ndarray, node: float) -> tuple[np.ndarr
 
 
 def spectral_density(
-    values: np.ndarray,
-    weights: np.ndarray,
+    values: ndarray,
+    weights: ndarray,
     *,
     bins: int = 100_000,
     sigma2: float = 1e-10,
     overhead: float = 0.01,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Pair:
     """Ritz values smeared by Gaussians, mean over probes: (density, grid), float64 [bins]; its
     integral is 1.
 
@@ -765,7 +787,6 @@ def spectral_density(
     Source: Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159.
     """
     values = np.atleast_2d(values).astype(np.float64)
-    weights = np.ravel(weights).astype(np.float64)
     least = values.min(-1).mean()
     largest = values.max(-1).mean()
     grid = np.linspace(least - overhead, largest + overhead, bins)
@@ -774,10 +795,10 @@ def spectral_density(
     # exp(-750) is 0 in float64: skipping the rest changes nothing
     reach = math.sqrt(2 * variance * 750)
     density = np.zeros(bins)
-    for value, weight in zip(values.ravel(), weights):
-        start, end = np.searchsorted(grid, [value - reach, value + reach])
-        squares = (value - grid[start:end]) ** 2
-        density[start:end] += weight * (height * np.exp(-squares / (2 * variance)))
+    for value, weight in zip(values.ravel(), np.ravel(weights).astype(np.float64)):
+        near = slice(*np.searchsorted(grid, [value - reach, value + reach]))
+        squares = (value - grid[near]) ** 2
+        density[near] += weight * (height * np.exp(-squares / (2 * variance)))
     density /= len(values)
     mass = np.sum(density) * (grid[1] - grid[0])
     return density / mass if mass > 0 else density, grid
@@ -833,7 +854,7 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, Arr
     dot = functools.partial(jnp.dot, precision=HIGHEST)
 
     def estimate(matvec: Matvec, key: Array, like: PyTree) -> Trace:
-        flat = lambda tree: _flatten(jax.tree.map(trees.gathered, tree))
+        flat = lambda tree: _flatten(tree_map(trees.gathered, tree))
         product = lambda vector: flat(matvec(_unflatten(vector, like)))
         keys = jax.random.split(key, num_matvecs - third)
         images = _map(lambda key: flat(matvec(rademacher(key, like))), keys[:third], on_host)

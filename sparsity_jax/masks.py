@@ -23,10 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.tree_util import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from sparsity_jax import trees
+from sparsity_jax.trees import varying_like
+from sparsity_jax.types import PyTree
 
-PyTree = Any
+Count = int | Array
 Rounding = Literal["floor", "nearest", "ceil"]
 ROUNDINGS: dict[str, Callable[[float], int]] = {
     "floor": math.floor,
@@ -35,7 +38,11 @@ ROUNDINGS: dict[str, Callable[[float], int]] = {
 }
 
 
-def count_of(share: float, total: int, rounding: Rounding = "nearest") -> int:
+def count_of(
+    share: float,
+    total: int,
+    rounding: Rounding = "nearest",
+) -> int:
     """`share` of `total` things, where a decimal share means what it says: 0.29 of 100 are 29 by
     `floor`, not 28.
 
@@ -72,34 +79,18 @@ class _Ranking:
     """
 
     def __init__(self, scores: PyTree, magnitude: bool = False) -> None:
-        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(scores)]
+        leaves = [jnp.asarray(leaf) for leaf in tree_leaves(scores)]
         self.leaves = [leaf for leaf in leaves if leaf.size]
         self.total = trees.size(leaves)
         self.magnitude = magnitude
-        wide = self._is_wide()
-        self.real = jnp.float64 if wide else jnp.float32  # narrower types convert exactly
-        self.integer = jnp.int64 if wide else jnp.int32
-        self.unsigned = jnp.uint64 if wide else jnp.uint32
+        self.real = _common_type(self.leaves)  # narrower types convert exactly
+        kind = np.finfo(self.real)
+        self.integer = jnp.dtype(f"int{kind.bits}")
         # subnormals count as zero, on every device alike
-        self.skipped = 2 ** np.finfo(self.real).nmant - 1
+        self.skipped = 2**kind.nmant - 1
         infinite = np.asarray(np.inf, self.real)
         self.infinity = int(infinite.view(self.integer)) - self.skipped
         self.nan = -1 if magnitude else -self.infinity - 1
-
-    def _is_wide(self) -> bool:
-        """Whether the scores are float64; raises for scores that cannot be ranked."""
-        most = np.iinfo(np.int32).max
-        if not self.leaves:
-            raise ValueError("scores are empty; selection needs at least one entry.")
-        if self.total > most:
-            raise ValueError(f"scores have more than {most} entries; split the tree.")
-        for leaf in self.leaves:
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise TypeError(f"scores are {leaf.dtype}; selection needs floating-point scores.")
-        doubles = {leaf.dtype == jnp.float64 for leaf in self.leaves}
-        if len(doubles) > 1:
-            raise TypeError("scores mix float64 with narrower types; convert them to one type.")
-        return doubles.pop()
 
     def bound(self, key: Array) -> Array:
         """The smallest score whose key is at least `key`."""
@@ -130,14 +121,14 @@ class _Ranking:
 
     def at_least(self, scores: Array, key: Array) -> Array:
         """Whether every score has at least this key; bool, elementwise."""
-        bound = self.bound(key)
-        scores = scores.astype(self.real)
-        reached = scores >= bound
-        if self.magnitude:
-            reached = reached | (scores <= -bound)
-        return reached | (key == self.nan)
+        return (self.size(scores) >= self.bound(key)) | (key == self.nan)
 
-    def fold(self, combine: Callable, reduce: Callable, function: Callable) -> Array:
+    def fold(
+        self,
+        combine: Callable,
+        reduce: Callable,
+        function: Callable,
+    ) -> Array:
         """`trees.fold` over all scores."""
         parts = [trees.fold(combine, reduce, function, leaf) for leaf in self.leaves]
         return functools.reduce(combine, parts)
@@ -148,16 +139,39 @@ class _Ranking:
         return self.fold(jnp.add, jnp.sum, reached).astype(jnp.int32)
 
 
+def _common_type(leaves: list[Array]) -> Any:
+    """In which scores are compared; raises for scores that cannot be ranked."""
+    most = np.iinfo(np.int32).max
+    types = {leaf.dtype for leaf in leaves}
+    if not types:
+        raise ValueError("scores are empty; selection needs at least one entry.")
+    if trees.size(leaves) > most:
+        raise ValueError(f"scores have more than {most} entries; split the tree.")
+    for kind in types:
+        if not jnp.issubdtype(kind, jnp.floating):
+            raise TypeError(f"scores are {kind}; selection needs floating-point scores.")
+    doubles = {kind == jnp.float64 for kind in types}
+    if len(doubles) > 1:
+        raise TypeError("scores mix float64 with narrower types; convert them to one type.")
+    return jnp.dtype(jnp.float64 if doubles.pop() else jnp.float32)
+
+
 # The search for the k-th largest ------------------------------------------------------------------
 
 
 class _Bracket(NamedTuple):
-    """count_low scores have key >= low, at least k; count_high of them key > high, fewer than k."""
+    """count_low scores have key >= low, at least k; count_high of them key > high, fewer than k.
+
+    side: times in a row that low (> 0) or high (< 0) moved. slow: probes since the scores in
+    between were halved.
+    """
 
     low: Array
     high: Array
     count_low: Array
     count_high: Array
+    side: Count = 0
+    slow: Count = 0
 
 
 def _bracket(ranking: _Ranking, k: Array) -> _Bracket:
@@ -178,20 +192,24 @@ def _bracket(ranking: _Ranking, k: Array) -> _Bracket:
     return _Bracket(low, high, count, jnp.zeros_like(count))
 
 
-def _sampled_bracket(ranking: _Ranking, sample: Array, k: Array) -> _Bracket:
+def _sampled_bracket(
+    ranking: _Ranking,
+    sample: Array,
+    k: Array,
+) -> _Bracket:
     """Where the search starts in one large array: at two order statistics of a sample that enclose
     the k-th largest almost surely; the counts tell.
     """
     expected = k.astype(jnp.float32) * (sample.size / ranking.total)
     margin = 3 * jnp.sqrt(expected * (1 - expected / sample.size)) + 2
-    ends = [jnp.floor(expected - margin), jnp.ceil(expected + margin)]
-    ranks = jnp.stack(ends).astype(jnp.int32)
+    first = jnp.floor(expected - margin).astype(jnp.int32)
+    last = jnp.ceil(expected + margin).astype(jnp.int32)
+    ranks = jnp.clip(jnp.stack([first, last]), 1, sample.size)
     few = _Ranking(sample, ranking.magnitude)
-    nearby = jax.vmap(lambda rank: _search(few, rank)[0])
-    high, low = nearby(jnp.clip(ranks, 1, sample.size))
+    high, low = jax.vmap(lambda rank: _search(few, rank)[0])(ranks)
     above = ranking.count(high + 1)
     count = ranking.count(low)
-    below = (above < k) & (ranks[0] >= 1)
+    below = (above < k) & (first >= 1)
     inside = count >= k
     return _Bracket(
         jnp.where(inside, low, ranking.nan),
@@ -201,20 +219,14 @@ def _sampled_bracket(ranking: _Ranking, sample: Array, k: Array) -> _Bracket:
     )
 
 
-class _Progress(NamedTuple):
-    """side: times in a row that low (> 0) or high (< 0) moved. slow: probes since the scores in
-    between were halved.
-    """
-
-    bracket: _Bracket
-    side: Array
-    slow: Array
-
-
-def _next_key(ranking: _Ranking, progress: _Progress, k: Array) -> Array:
+def _next_key(
+    ranking: _Ranking,
+    bracket: _Bracket,
+    k: Array,
+) -> Array:
     """Where to count next, see `_search`."""
+    low, high, count_low, count_high, side, slow = bracket
     real = ranking.real
-    (low, high, count_low, count_high), side, slow = progress
     over = (count_low - k).astype(real)
     under = (k - count_high).astype(real)
     near = 0.1 * (over + under)
@@ -222,7 +234,7 @@ def _next_key(ranking: _Ranking, progress: _Progress, k: Array) -> Array:
     beyond = jnp.where(over < near, -jnp.sqrt(over), beyond)
     aim = jnp.maximum(k.astype(real) + beyond / 2, 0.5)
 
-    def excess(count: Array, damped: Array) -> Array:
+    def excess(count: Array, damped: Any) -> Array:
         ratio = jnp.maximum(count.astype(real), 0.5) / aim
         return jnp.log(ratio) * jnp.where(damped, 0.5, 1)
 
@@ -232,12 +244,15 @@ def _next_key(ranking: _Ranking, progress: _Progress, k: Array) -> Array:
     share = jnp.clip(above / distance, 0, 1)
     # the width of a bracket may need one bit more than a signed integer has, and more bits than a
     # float
-    width = (high - low).astype(ranking.unsigned)
+    width = (high - low).astype(f"u{ranking.integer}")
     step = jnp.minimum((share * width).astype(width.dtype), width)
     halfway = (low & high) + ((low ^ high) >> 1)  # no overflow
-    bound = low + step.astype(low.dtype)
-    key = jnp.where(slow == 3, halfway + 1, bound)
+    key = jnp.where(slow == 3, halfway + 1, low + step.astype(low.dtype))
     return jnp.clip(key, low + 1, high)
+
+
+def _ends(bracket: _Bracket) -> tuple[Array, Array]:
+    return bracket.low, bracket.count_low
 
 
 def _search(ranking: _Ranking, k: Array) -> tuple[Array, Array]:
@@ -251,48 +266,42 @@ def _search(ranking: _Ranking, k: Array) -> tuple[Array, Array]:
     now and then, by one that halves the bracket, which bounds the worst case.
     """
 
-    def unfinished(progress: _Progress) -> Array:
-        bracket = progress.bracket
+    def unfinished(bracket: _Bracket) -> Array:
         return (bracket.count_low != k) & (bracket.low < bracket.high)
 
-    def probe(progress: _Progress) -> _Progress:
-        (low, high, count_low, count_high), side, slow = progress
-        key = _next_key(ranking, progress, k)
+    def probe(bracket: _Bracket) -> _Bracket:
+        low, high, count_low, count_high, side, slow = bracket
+        key = _next_key(ranking, bracket, k)
         count = ranking.count(key)
         enough = count >= k
-        closer = _Bracket(
-            jnp.where(enough, key, low),
-            jnp.where(enough, high, key - 1),
-            jnp.where(enough, count, count_low),
-            jnp.where(enough, count_high, count),
-        )
-        rising = jnp.maximum(side, 0) + 1
-        falling = jnp.minimum(side, 0) - 1
-        side = jnp.where(enough, rising, falling)
-        real = ranking.real
-        between = (count_low - k).astype(real) + (k - count_high).astype(real)
-        left = (closer.count_low - closer.count_high).astype(real)
+        up = _Bracket(key, high, count, count_high, jnp.maximum(side, 0) + 1)
+        down = _Bracket(low, key - 1, count_low, count, jnp.minimum(side, 0) - 1)
+        closer = tree_map(lambda x, y: jnp.where(enough, x, y), up, down)
+        between = (count_low - count_high).astype(ranking.real)
+        left = (closer.count_low - closer.count_high).astype(ranking.real)
         restart = (2 * left <= between) | (slow == 3)
-        return _Progress(closer, side, jnp.where(restart, 0, slow + 1))
+        return closer._replace(slow=jnp.where(restart, 0, slow + 1))
 
-    def loop(progress: _Progress) -> _Progress:
-        return lax.while_loop(unfinished, probe, progress)
+    def loop(bracket: _Bracket) -> _Bracket:
+        return lax.while_loop(unfinished, probe, bracket)
 
-    zero = jnp.zeros_like(k)
     several = len(ranking.leaves) > 1
     sample = None if several else trees.sample(ranking.leaves[0])
+    bracket = _bracket(ranking, k) if sample is None else _sampled_bracket(ranking, sample, k)
+    bracket = bracket._replace(side=jnp.zeros_like(k), slow=jnp.zeros_like(k))
     if sample is None:
-        progress = loop(_Progress(_bracket(ranking, k), zero, zero))
-    else:
-        progress = _Progress(_sampled_bracket(ranking, sample, k), zero, zero)
-        # a loop copies the scores it closes over, `cond` does not
-        for advance in [probe] * 6 + [loop]:
-            stay = lambda progress: progress
-            progress = lax.cond(unfinished(progress), advance, stay, progress)
-    return progress.bracket.low, progress.bracket.count_low
+        return _ends(loop(bracket))
+    # a loop copies the scores it closes over, `cond` does not
+    for advance in [probe] * 6 + [loop]:
+        bracket = lax.cond(unfinished(bracket), advance, lambda bracket: bracket, bracket)
+    return _ends(bracket)
 
 
-def _checked(scores: PyTree, k: int | Array, lowest: int = 0) -> Array:
+def _checked(
+    scores: PyTree,
+    k: Count,
+    lowest: int = 0,
+) -> Array:
     """`k` as an array; raises what `k_largest_mask` does, here where numbers outside `jit` are
     known.
     """
@@ -308,7 +317,12 @@ def _checked(scores: PyTree, k: int | Array, lowest: int = 0) -> Array:
     return jnp.asarray(k, jnp.int32)
 
 
-def kth_largest(scores: PyTree, k: int | Array, *, magnitude: bool = False) -> Array:
+def kth_largest(
+    scores: PyTree,
+    k: Count,
+    *,
+    magnitude: bool = False,
+) -> Array:
     """The k-th largest of all entries of `scores`, exactly.
 
     scores: an array or a tree of arrays of floats, any shapes; NaN counts as smallest, subnormals
@@ -324,7 +338,11 @@ def kth_largest(scores: PyTree, k: int | Array, *, magnitude: bool = False) -> A
 
 
 @_compiled
-def _kths(scores: PyTree, k: Array, magnitude: bool) -> Array:
+def _kths(
+    scores: PyTree,
+    k: Array,
+    magnitude: bool,
+) -> Array:
     leaves = _Ranking(scores).leaves
     kth = lambda k: _kth(leaves, k, magnitude)
     if not k.ndim:
@@ -333,10 +351,14 @@ def _kths(scores: PyTree, k: Array, magnitude: bool) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _kth(leaves: list[Array], k: Array, magnitude: bool) -> Array:
+def _kth(
+    leaves: list[Array],
+    k: Array,
+    magnitude: bool,
+) -> Array:
     ranking = _Ranking(leaves, magnitude)
     wanted = jnp.clip(k, 1, ranking.total)
-    threshold, _ = _search(ranking, trees.varying_like(wanted, leaves))
+    threshold, _ = _search(ranking, varying_like(wanted, leaves))
 
     def size_if_kept(leaf: Array) -> Array:
         kept = ranking.at_least(leaf, threshold) & ~jnp.isnan(leaf)
@@ -350,59 +372,64 @@ def _kth(leaves: list[Array], k: Array, magnitude: bool) -> Array:
 
 
 @_kth.defjvp
-def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _kth_derivative(
+    magnitude: bool,
+    primals: tuple,
+    tangents: tuple,
+) -> tuple[Array, Array]:
     """That of the entry which is the k-th largest; the mean of those of equal ones."""
     leaves, k = primals
     value = _kth(leaves, k, magnitude)
-    numbers = []
-    changes = []
+    number = change = jnp.zeros(())
     for leaf, tangent in zip(leaves, tangents[0]):
         sign = jnp.sign(leaf) if magnitude else jnp.ones_like(leaf)
         hit = leaf == sign * value
-        numbers.append(jnp.sum(hit))
-        changes.append(jnp.sum(jnp.where(hit, sign * tangent, 0)))
-    mean = sum(changes) / jnp.maximum(sum(numbers), 1)
-    return value, mean.astype(value.dtype)
+        number += jnp.sum(hit)
+        change += jnp.sum(jnp.where(hit, sign * tangent, 0))
+    return value, (change / jnp.maximum(number, 1)).astype(value.dtype)
 
 
 # Masks --------------------------------------------------------------------------------------------
 
 
-def _cut(ranking: _Ranking, positions: Callable[[], list], k: Array) -> tuple[Array, Array]:
+def _cut(
+    ranking: _Ranking,
+    positions: Callable[[], list],
+    k: Array,
+) -> tuple[Array, Array]:
     """(threshold, cut): the k largest have keys above the threshold, or that one and a position
     below the cut.
     """
-    wanted = jnp.clip(k, 1, ranking.total)
-    wanted = trees.varying_like(wanted, ranking.leaves)
+    wanted = varying_like(jnp.clip(k, 1, ranking.total), ranking.leaves)
     threshold, count = _search(ranking, wanted)
     # above the position of every entry
     last = jnp.full_like(wanted, 2 * ranking.total, _position_type(ranking.total))
 
-    def cut_ties() -> Array:  # smallest cut with above + tied entries before it >= wanted
-        above = ranking.count(threshold + 1)
+    def cut_ties() -> Array:
+        """The smallest cut with enough entries above the threshold, or tied before the cut."""
         places = [position for position in positions() if position.size]
+        missing = wanted - ranking.count(threshold + 1)
+
+        def tied_before(cut: Array) -> Any:
+            def tied(leaf: Array, position: Array) -> Array:
+                reached = ranking.at_least(leaf, threshold)
+                above = ranking.at_least(leaf, threshold + 1)
+                return (reached & ~above & (position < cut)).astype(jnp.int32)
+
+            return sum(map(functools.partial(trees.fold_sum, tied), ranking.leaves, places))
 
         def halve(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bracket
             middle = low + (high - low) // 2
-
-            def tied(leaf: Array, position: Array) -> Array:
-                reached = ranking.at_least(leaf, threshold)
-                tied = reached & ~ranking.at_least(leaf, threshold + 1)
-                return (tied & (position < middle)).astype(jnp.int32)
-
-            kept = [trees.fold_sum(tied, *pair) for pair in zip(ranking.leaves, places)]
-            enough = above + sum(kept) >= wanted
+            enough = tied_before(middle) >= missing
             return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
         unfinished = lambda bracket: bracket[0] < bracket[1]
-        bracket = lax.while_loop(unfinished, halve, (jnp.zeros_like(last), last))
-        return bracket[1]
+        return lax.while_loop(unfinished, halve, (jnp.zeros_like(last), last))[1]
 
     # `cond`, not a loop that ends at once: a loop copies the scores it closes over
     cut = lax.cond(count != wanted, cut_ties, lambda: last)
-    threshold = jnp.where(k > 0, threshold, ranking.infinity)
-    return threshold, jnp.where(k > 0, cut, 0)
+    return jnp.where(k > 0, threshold, ranking.infinity), jnp.where(k > 0, cut, 0)
 
 
 def _position_type(total: int) -> Any:
@@ -420,20 +447,24 @@ def _positions(leaves: list[Array], before: list[Array]) -> list[Array]:
     positions = []
     offset = 0
     for leaf in leaves:
-        position = number(offset)
+        position = jnp.full(leaf.shape, offset, integer)
         for axis in range(leaf.ndim):
             stride = number(math.prod(leaf.shape[axis + 1 :]))
             position = position + stride * lax.broadcasted_iota(integer, leaf.shape, axis)
-        positions.append(jnp.broadcast_to(position, leaf.shape))
+        positions.append(position)
         offset += leaf.size
-    for i, kept in enumerate(before):
-        behind = (~kept).astype(integer)
-        positions[i] += number(total) * behind
-    return positions
+    if not before:
+        return positions
+    behind = lambda position, kept: position + number(total) * (~kept).astype(integer)
+    return list(map(behind, positions, before))
 
 
 def k_largest_mask(
-    scores: PyTree, k: int | Array, *, magnitude: bool = False, before: PyTree | None = None
+    scores: PyTree,
+    k: Count,
+    *,
+    magnitude: bool = False,
+    before: PyTree | None = None,
 ) -> PyTree:
     """True on exactly `k` entries of `scores`: the largest; equal scores: lower flat index first.
 
@@ -450,15 +481,20 @@ def k_largest_mask(
 
 
 @_compiled
-def _mask(scores: PyTree, k: Array, before: PyTree | None, magnitude: bool) -> PyTree:
+def _mask(
+    scores: PyTree,
+    k: Array,
+    before: PyTree | None,
+    magnitude: bool,
+) -> PyTree:
     constant = lambda leaf: lax.stop_gradient(jnp.asarray(leaf))
-    ranked = scores = jax.tree.map(constant, scores)
+    ranked = scores = tree_map(constant, scores)
     if before is not None:
         lowest = lambda leaf, kept: jnp.where(kept, leaf, jnp.nan)
-        ranked = jax.tree.map(lowest, scores, before)
-    leaves, structure = jax.tree.flatten(ranked)
+        ranked = tree_map(lowest, scores, before)
+    leaves, structure = tree_flatten(ranked)
     # made where they are used: kept for later, they would be written to memory
-    positions = lambda: _positions(leaves, jax.tree.leaves(before))
+    positions = lambda: _positions(leaves, tree_leaves(before))
     ranking = _Ranking(ranked, magnitude)
     threshold, cut = _cut(ranking, positions, k)
 
@@ -467,30 +503,34 @@ def _mask(scores: PyTree, k: Array, before: PyTree | None, magnitude: bool) -> P
         reached = ranking.at_least(leaf, threshold)
         return above | (reached & (position < cut))
 
-    return jax.tree.unflatten(structure, map(kept, leaves, positions()))
+    return tree_unflatten(structure, map(kept, leaves, positions()))
 
 
 def random_mask(
-    key: Array, tree: PyTree, k: int | Array, *, before: PyTree | None = None
+    key: Array,
+    tree: PyTree,
+    k: Count,
+    *,
+    before: PyTree | None = None,
 ) -> PyTree:
     """True on exactly `k` entries of `tree`, drawn uniformly; of those that a mask `before` leaves
     out only if it must.
 
     before: in the structure of `tree`.
     """
-    leaves, structure = jax.tree.flatten(tree)
+    leaves, structure = tree_flatten(tree)
     keys = jax.random.split(key, len(leaves))
     uniform = [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-    scores = jax.tree.unflatten(structure, uniform)
+    scores = tree_unflatten(structure, uniform)
     if before is not None:
         behind = lambda score, kept: jnp.where(kept, score, score - 1)
-        scores = jax.tree.map(behind, scores, before)
+        scores = tree_map(behind, scores, before)
     return k_largest_mask(scores, k)
 
 
 def full(tree: PyTree) -> PyTree:
     """The mask that keeps everything."""
-    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), tree)
+    return tree_map(lambda leaf: jnp.ones(leaf.shape, bool), tree)
 
 
 def nonzero(params: PyTree) -> PyTree:
@@ -509,7 +549,7 @@ def nonzero(params: PyTree) -> PyTree:
 def apply(tree: PyTree, masks: PyTree) -> PyTree:
     """`tree` with zeros where `masks` is False (also where the entry is not finite)."""
     kept = lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf))
-    return jax.tree.map(kept, tree, masks)
+    return tree_map(kept, tree, masks)
 
 
 def sparsity(tree: PyTree) -> Array:
@@ -517,5 +557,5 @@ def sparsity(tree: PyTree) -> Array:
     nor bools.
     """
     trees.check_parameters(tree, "sparsity", masks=True)
-    zeros = [jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in jax.tree.leaves(tree)]
+    zeros = [jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in tree_leaves(tree)]
     return jnp.asarray(sum(zeros) / trees.size(tree))

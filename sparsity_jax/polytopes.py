@@ -21,12 +21,14 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.tree_util import tree_map
 
 from sparsity_jax import masks, tables, trees
+from sparsity_jax.trees import widen
+from sparsity_jax.types import PyTree
 
-PyTree = Any
 Mode = Literal["initialization", "diameter", "radius"]
-
+Number = float | Array
 
 STATIC = dict(static=True)  # a field that decides what is compiled
 
@@ -36,12 +38,25 @@ def _check_radius(radius: Any) -> None:
         raise ValueError(f"radius is {radius}; allowed: above 0.")
 
 
-def _narrow(x: float | Array, dtype: Any) -> Any:
+def _narrow(x: Number, dtype: Any) -> Any:
     """`x` in a type that may be narrower: rounded, and never beyond its largest number."""
     if jnp.result_type(x) == dtype:
         return x
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -largest, largest).astype(dtype)
+
+
+def _pulled(
+    x: Array,
+    length: Array,
+    target: Number,
+    outside: Array,
+) -> Array:
+    """`x` of norm `length`, scaled to the norm `target` where it is `outside`."""
+    wide = widen(x)
+    target = jnp.asarray(target, wide.dtype)
+    scaled = target * (wide / jnp.where(outside, length, 1))
+    return jnp.where(outside, _narrow(scaled, x.dtype), x)
 
 
 @jax.tree_util.register_dataclass
@@ -54,14 +69,14 @@ class KSparse:
     """
 
     k: int | Array
-    radius: float | Array
+    radius: Number
 
     def __post_init__(self) -> None:
         if isinstance(self.k, int) and self.k < 1:
             raise ValueError(f"k is {self.k}; allowed: 1 and above.")
         _check_radius(self.radius)
 
-    def support(self, size: int) -> int | Array:
+    def support(self, size: int) -> Any:
         """k of an array of `size` entries."""
         return min(self.k, size) if isinstance(self.k, int) else jnp.minimum(self.k, size)
 
@@ -83,9 +98,7 @@ class KSparse:
         That is the KKT point of the projection, exact but for rounding whatever the range of x. Its
         derivative is the exact one wherever there is one.
         """
-        if not x.size:
-            return x
-        wide = trees.widen(x)
+        wide = widen(x)
         radius = jnp.asarray(self.radius, wide.dtype)
         return _narrow(_project(wide, self.support(x.size) * radius, radius), x.dtype)
 
@@ -96,15 +109,13 @@ class KSparse:
         The floor tolerates rounding: n equal entries give n (the original's floating-point floor
         may give n - 1).
         """
-        if not x.size:
-            return x
-        wide = trees.widen(x)
-        length, largest = trees.absolute_sum(wide), jnp.max(jnp.abs(wide))
+        wide = widen(x)
+        length = trees.absolute_sum(wide)
+        largest = jnp.max(jnp.abs(wide), initial=0)
         outside = (length > self.radius * self.k) | (largest > self.radius)
-        length = jnp.where(outside, length, 1)
-        ratio = length / jnp.where(outside, largest, 1)
+        ratio = jnp.where(outside, length, 1) / jnp.where(outside, largest, 1)
         factor = jnp.minimum(jnp.floor(ratio * (1 + 8 * jnp.finfo(wide.dtype).eps)), self.k)
-        return jnp.where(outside, _narrow(factor * self.radius * (wide / length), x.dtype), x)
+        return _pulled(x, length, factor * self.radius, outside)
 
     def pull_back(self, x: Array) -> Array:
         """A point of the set near x, for x a rounding outside: cut at the radius, then scaled to
@@ -112,9 +123,7 @@ class KSparse:
         """
         inside = jnp.clip(x, -self.radius, self.radius)
         length, budget = trees.absolute_sum(inside), self.radius * self.support(x.size)
-        return jnp.where(
-            length > budget, budget * (inside / jnp.where(length > budget, length, 1)), inside
-        )
+        return _pulled(inside, length, budget, length > budget)
 
     def diameter(self, size: int) -> Array:
         """2 radius sqrt(k)."""
@@ -133,7 +142,7 @@ class LpBall:
         original's is 1e-10.
     """
 
-    radius: float | Array
+    radius: Number
     p: float = dataclasses.field(metadata=STATIC)
     zero_up: bool = dataclasses.field(default=False, metadata=STATIC)
     zero_below: float = dataclasses.field(default=0.0, metadata=STATIC)
@@ -147,9 +156,7 @@ class LpBall:
         """-radius times the dual unit vector of the gradient; a zero gradient gives zero."""
         if self.p == 1:
             return KSparse(1, self.radius).lmo(gradient)
-        if not gradient.size:
-            return gradient
-        g = trees.widen(gradient)
+        g = widen(gradient)
         radius = jnp.asarray(self.radius, g.dtype)
         if self.p == 2:
             length = trees.norm(g)
@@ -167,9 +174,8 @@ class LpBall:
         Its slope at zero entries is infinite; there, its derivative is taken as 0.
         """
         q = self.p / (self.p - 1)
-        magnitude = jnp.abs(
-            g / trees.scale_of(g)
-        )  # keeps powers of small numbers from underflowing
+        # keeps powers of small numbers from underflowing
+        magnitude = jnp.abs(g / trees.scale_of(g))
         positive = magnitude > 0
         magnitude = jnp.where(positive, magnitude, 1)
         length = jnp.sum(jnp.where(positive, magnitude**q, 0)) ** (1 / q)
@@ -185,19 +191,14 @@ class LpBall:
             return KSparse(1, self.radius).project(x)
         if self.p == 2:
             return self.shift_inside(x)
-        wide = trees.widen(x)
+        wide = widen(x)
         radius = jnp.asarray(self.radius, wide.dtype)
         return _narrow(jnp.clip(wide, -radius, radius), x.dtype)
 
     def shift_inside(self, x: Array) -> Array:
         """x if feasible, else x scaled to the boundary."""
-        if not x.size:
-            return x
-        wide = trees.widen(x)
-        length = self.norm(wide)
-        outside = length > self.radius
-        scaled = jnp.asarray(self.radius, wide.dtype) * (wide / jnp.where(outside, length, 1))
-        return jnp.where(outside, _narrow(scaled, x.dtype), x)
+        length = self.norm(x)
+        return _pulled(x, length, self.radius, length > self.radius)
 
     def pull_back(self, x: Array) -> Array:
         """A point of the set near x, for x a rounding outside."""
@@ -205,7 +206,7 @@ class LpBall:
 
     def norm(self, x: Array) -> Array:
         """||x||_p, in at least float32; its derivative at zero is zero."""
-        wide = trees.widen(x)
+        wide = widen(x)
         if self.p == 1:
             return trees.absolute_sum(wide)
         if self.p == 2:
@@ -217,7 +218,7 @@ class LpBall:
         positive = powers > 0
         return scale * jnp.where(positive, jnp.where(positive, powers, 1) ** (1 / self.p), 0)
 
-    def diameter(self, size: int) -> float | Array:
+    def diameter(self, size: int) -> Number:
         """2 radius size^(1/2 - 1/p) for p >= 2; 2 radius for p = 1."""
         return 2 * self.radius * _stretch(self.p, size)
 
@@ -260,7 +261,9 @@ def _project(x: Array, budget: Array, radius: Array) -> Array:
         over = trees.fold_sum(lambda m: jnp.clip(m - number(middle), 0, radius), magnitude) > budget
         return jnp.where(over, middle, low), jnp.where(over, high, middle)
 
-    last = lax.bitcast_convert_type(jnp.where(budget > 0, jnp.max(magnitude), 0), integer)
+    last = lax.bitcast_convert_type(
+        jnp.where(budget > 0, jnp.max(magnitude, initial=0), 0), integer
+    )
     _, key = lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (jnp.zeros_like(last), last))
     high = number(key)
     rest = magnitude - high
@@ -305,15 +308,13 @@ def broadcast(sets: PyTree, params: PyTree) -> PyTree:
     (`trees.aligned`).
     """
     if is_set(sets):
-        return jax.tree.map(lambda _: sets, params)
+        return tree_map(lambda _: sets, params)
     return trees.aligned(sets, params, "sets", is_leaf=is_set)
 
 
 def shift_inside(params: PyTree, sets: PyTree) -> PyTree:
     """`shift_inside` of every parameter array into its own set."""
-    return jax.tree.map(
-        lambda s, x: s.shift_inside(x), broadcast(sets, params), params, is_leaf=is_set
-    )
+    return tree_map(lambda s, x: s.shift_inside(x), broadcast(sets, params), params, is_leaf=is_set)
 
 
 def _stretch(p: float, size: int) -> float:
@@ -393,7 +394,12 @@ def unconstrained(size: int, norm: float) -> Unconstrained:
     return Unconstrained()
 
 
-def radius_of(tau: float, mode: Mode, norm: float, scale: float) -> float:
+def radius_of(
+    tau: float,
+    mode: Mode,
+    norm: float,
+    scale: float,
+) -> float:
     """The radius of a set whose diameter is `scale` times its radius."""
     tables.convert(mode, Mode, "mode")
     if mode == "radius":
@@ -430,11 +436,8 @@ def check(constraint: dict) -> tuple[tuple[str, str, dict], ...]:
 
 def _checked_set(config: dict) -> tuple[str, dict]:
     """(name, options) of one set."""
-    options = dict(config)
-    name = options.pop("name", "k_sparse")
-    factory = tables.lookup(SETS, name, "name")
-    options = tables.check_options(factory, options)
-    factory(2**20, 1.0, **options)  # rules that span several options
+    name, options = tables.entry(SETS, config, "k_sparse")
+    SETS[name](2**20, 1.0, **options)  # rules that span several options
     return name, options
 
 
@@ -452,7 +455,7 @@ def build(params: PyTree, norms: PyTree, rules: Sequence[tuple[str, str, dict]])
         _, name, options = rules[index]
         return SETS[name](math.prod(leaf.shape), float(norm), **options)
 
-    return jax.tree.map(build_one, params, norms, indices)
+    return tree_map(build_one, params, norms, indices)
 
 
 def mean_norms(init_params: Callable, key: Array, draws: int = 100) -> PyTree:
@@ -463,51 +466,30 @@ def mean_norms(init_params: Callable, key: Array, draws: int = 100) -> PyTree:
     re-initialises it).
     """
 
-    def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
-        norms = jax.tree.map(trees.norm, init_params(key))
-        return jax.tree.map(jnp.add, total, norms), None
+    norms_of = lambda key: tree_map(trees.norm, init_params(key))
+    add = lambda total, key: (tree_map(jnp.add, total, norms_of(key)), None)
 
     @jax.jit
-    def measure(key: Array) -> PyTree:
-        wide = lambda leaf: jnp.promote_types(leaf.dtype, jnp.float32)
-        start = jax.tree.map(
-            lambda leaf: jnp.zeros((), wide(leaf)), jax.eval_shape(init_params, key)
-        )
+    def total(key: Array) -> PyTree:
+        start = tree_map(jnp.zeros_like, jax.eval_shape(norms_of, key))
         return lax.scan(add, start, jax.random.split(key, draws))[0]
 
-    return jax.tree.map(lambda total: total / draws, measure(key))
+    return tree_map(lambda norm: norm / draws, total(key))
 
 
-def share_by_shape(norms: PyTree, params: PyTree, order: Sequence[str] | None = None) -> PyTree:
+def share_by_shape(norms: PyTree, params: PyTree, order: Sequence[str] | None) -> PyTree:
     """The original's norm table: keyed by shape, so a later array of equal shape overwrites an
     earlier one.
 
     norms: mean norms (0 counts as 1), one per array of `params`.
-    order: paths of all arrays in the network's order, see `groups.order_of_use`. JAX sorts the
-    names of a tree, so without it the order is a guess: biases of convolutions, then norms, then
-    biases of dense layers, each by name. Raises ValueError for an order that does not name every
-    array once.
+    order: paths of all arrays in the network's order, see `groups.order_of_use`. Raises ValueError
+        for an order that does not name every array once.
     """
-    paths = trees.named_leaves(params)
-    order = _guessed_order(paths) if order is None else list(order)
-    if sorted(order) != sorted(paths):
+    leaves, order = trees.named_leaves(params), list(order or ())
+    if sorted(order) != sorted(leaves):
         raise ValueError(
-            f"order has {len(order)} paths; allowed: each of the {len(paths)} of params once."
+            f"order has {len(order)} paths; allowed: each of the {len(leaves)} of params once."
         )
-    by_path, table = trees.named_leaves(norms), {}
-    for path in order:
-        table[paths[path].shape] = float(by_path[path]) or 1.0
-    return jax.tree.map(lambda leaf: table[leaf.shape], params)
-
-
-def _guessed_order(paths: dict[str, Any]) -> list[str]:
-    def age(path: str) -> int:
-        module, _, name = path.rpartition("/")
-        if name in ("kernel", "scale"):
-            return ("kernel", "scale").index(name) * 2
-        if f"{module}/scale" in paths:
-            return 3
-        kernel = paths.get(f"{module}/kernel")
-        return 4 if kernel is not None and len(kernel.shape) == 2 else 1
-
-    return sorted(paths, key=age)  # stable
+    by_path = trees.named_leaves(norms)
+    table = {leaves[path].shape: float(by_path[path]) or 1.0 for path in order}
+    return tree_map(lambda leaf: table[leaf.shape], params)

@@ -12,45 +12,45 @@ Source: Wang et al. 2021, arXiv:2012.09243, and its published code; Saxe et al. 
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy import ndarray
 
-from sparsity_jax import stopping, tables
-
-PyTree = Any
-
+from sparsity_jax import stopping, tables, trees
+from sparsity_jax.types import PyTree
 
 # Every combination --------------------------------------------------------------------------------
+
+
+Counts = Mapping[str, tuple[int, int]]
 
 
 class Oracle(NamedTuple):
     """Every network that `oracle` tried, in the lexicographic order of what it lacks."""
 
     sizes: dict[str, int]
-    pruned: dict[str, np.ndarray]  # int [networks, number pruned]: ascending
-    losses: np.ndarray  # float64 [networks]; inf for NaN
+    pruned: dict[str, ndarray]  # int [networks, number pruned]: ascending
+    losses: ndarray  # float64 [networks]; inf for NaN
 
-    def keep(self, row: int) -> dict[str, np.ndarray]:
+    def keep(self, row: int) -> dict[str, ndarray]:
         """Bool [size] of every layer of one network."""
-        return {
-            name: ~np.isin(np.arange(size), self.pruned[name][row])
-            for name, size in self.sizes.items()
-        }
+        pruned = {name: rows[row] for name, rows in self.pruned.items()}
+        return {name: ~np.isin(range(size), pruned[name]) for name, size in self.sizes.items()}
 
     @property
-    def best(self) -> dict[str, np.ndarray]:
+    def best(self) -> dict[str, ndarray]:
         """`keep` of the lowest loss, the first of equals."""
         return self.keep(int(self.losses.argmin()))
 
 
 def oracle(
-    evaluate: Callable[[dict[str, np.ndarray]], Any],
-    counts: Mapping[str, tuple[int, int]],
+    evaluate: Callable[[dict[str, ndarray]], Any],
+    counts: Counts,
     *,
     batch: tables.Count = 64,
     limit: tables.Count = 1_000_000,
@@ -64,38 +64,45 @@ def oracle(
         are always the same: one compilation; the last batch repeats its last network.
     Raises ValueError for counts out of range and for more than `limit` combinations.
     """
-    batch, limit = (
-        tables.convert(n, tables.Count, name) for n, name in ((batch, "batch"), (limit, "limit"))
-    )
-    check_counts(counts, limit)
-    pruned: dict[str, list] = {name: [] for name in counts}
-    losses: list[np.ndarray] = []
-    for rows in _batches(counts, batch):
+    batch = tables.convert(batch, tables.Count, "batch")
+    check_counts(counts, tables.convert(limit, tables.Count, "limit"))
+    layers = [itertools.combinations(range(size), num) for size, num in counts.values()]
+    networks = itertools.product(*layers)
+    tried: list[tuple] = []
+    losses: list[float] = []
+    while rows := list(itertools.islice(networks, batch)):
         stopping.check()
-        found = len(next(iter(rows.values())))
-        keep = {}
-        for name, (size, _) in counts.items():
-            pruned[name].append(rows[name])
-            keep[name] = np.ones((batch, size), bool)
-            np.put_along_axis(
-                keep[name], np.pad(rows[name], ((0, batch - found), (0, 0)), mode="edge"), False, 1
-            )
-        own = np.asarray(evaluate(keep), np.float64)
-        if own.shape != (batch,):
+        whole = rows + rows[-1:] * (batch - len(rows))
+        results = np.asarray(evaluate(_kept(counts, _by_layer(counts, whole))), float)
+        if results.shape != (batch,):
             raise ValueError(
-                f"evaluate returned the shape {own.shape}; needed: one loss per network, "
+                f"evaluate returned the shape {results.shape}; needed: one loss per network, "
                 f"({batch},)."
             )
-        losses.append(own[:found])
-    every = np.concatenate(losses)
-    return Oracle(
-        {name: size for name, (size, _) in counts.items()},
-        {name: np.concatenate(rows) for name, rows in pruned.items()},
-        np.where(np.isnan(every), np.inf, every),
-    )
+        tried += rows
+        losses += results[: len(rows)].tolist()
+    sizes = {name: size for name, (size, _) in counts.items()}
+    results = np.where(np.isnan(losses), np.inf, losses)
+    return Oracle(sizes, _by_layer(counts, tried), results)
 
 
-def check_counts(counts: Mapping[str, tuple[int, int]], limit: int) -> None:
+def _by_layer(counts: Counts, networks: list[tuple]) -> dict[str, ndarray]:
+    """Pruned groups of every layer: int [networks, number pruned]."""
+    columns = {}
+    for (name, (_, num)), rows in zip(counts.items(), zip(*networks)):
+        columns[name] = np.array(rows, np.int32).reshape(len(networks), num)
+    return columns
+
+
+def _kept(counts: Counts, pruned: dict[str, ndarray]) -> dict[str, ndarray]:
+    keep = {}
+    for name, (size, _) in counts.items():
+        keep[name] = np.ones((len(pruned[name]), size), bool)
+        np.put_along_axis(keep[name], pruned[name], False, 1)
+    return keep
+
+
+def check_counts(counts: Counts, limit: int) -> None:
     """Raises ValueError for no counts, counts out of range and for more than `limit`
     combinations.
     """
@@ -108,21 +115,8 @@ def check_counts(counts: Mapping[str, tuple[int, int]], limit: int) -> None:
     if total > limit:
         raise ValueError(
             f"there are {total:,} combinations of {dict(counts)}, more than limit = {limit:,}; "
-            "prune fewer layers at a "
-            "time, take a smaller network or raise the limit."
+            "prune fewer layers at a time, take a smaller network or raise the limit."
         )
-
-
-def _batches(counts: Mapping[str, tuple[int, int]], batch: int) -> Iterator[dict[str, np.ndarray]]:
-    networks = itertools.product(
-        *(itertools.combinations(range(size), num) for size, num in counts.values())
-    )
-    while rows := list(itertools.islice(networks, batch)):
-        columns = zip(counts.items(), zip(*rows))
-        yield {
-            name: np.array(own, np.int32).reshape(len(rows), num)
-            for (name, (_, num)), own in columns
-        }
 
 
 def row_of(found: Oracle, keep: Mapping[str, Any]) -> int:
@@ -135,14 +129,14 @@ def row_of(found: Oracle, keep: Mapping[str, Any]) -> int:
             raise ValueError(
                 f"keep has no {name!r}, which the oracle tried.{tables.closest(name, keep)}"
             )
-        own = np.flatnonzero(~np.asarray(keep[name], bool))
-        if np.shape(keep[name]) != (size,) or own.size != found.pruned[name].shape[1]:
+        pruned = np.flatnonzero(~np.asarray(keep[name], bool))
+        tried = found.pruned[name]
+        if np.shape(keep[name]) != (size,) or pruned.size != tried.shape[1]:
             raise ValueError(
-                f"keep[{name!r}] leaves out {own.size} of {np.size(keep[name])} groups; the "
-                "oracle tried "
-                f"{found.pruned[name].shape[1]} of {size}."
+                f"keep[{name!r}] leaves out {pruned.size} of {np.size(keep[name])} groups; the "
+                f"oracle tried {tried.shape[1]} of {size}."
             )
-        same &= (found.pruned[name] == own).all(1)
+        same &= (tried == pruned).all(1)
     return int(same.argmax())
 
 
@@ -167,7 +161,11 @@ class Isometry(NamedTuple):
     largest: Array
 
 
-def jacobian_singular_values(apply: Callable, variables: PyTree, inputs: Array) -> Array:
+def jacobian_singular_values(
+    apply: Callable,
+    variables: PyTree,
+    inputs: Array,
+) -> Array:
     """Singular values of d outputs / d input of each example, descending: [batch, min(outputs,
     entries of an input)].
 
@@ -179,9 +177,7 @@ def jacobian_singular_values(apply: Callable, variables: PyTree, inputs: Array) 
     num_outputs = jax.eval_shape(single, inputs[0]).size
     jacobian = jax.jacrev(single) if num_outputs < inputs[0].size else jax.jacfwd(single)
     matrices = jax.vmap(jacobian)(inputs).reshape(len(inputs), num_outputs, -1)
-    return jnp.linalg.svd(
-        matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32)), compute_uv=False
-    )
+    return jnp.linalg.svd(trees.widen(matrices), compute_uv=False)
 
 
 def isometry(values: Array) -> Isometry:

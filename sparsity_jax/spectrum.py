@@ -14,16 +14,17 @@ everything to some of the parameters.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.tree_util import tree_leaves, tree_map
 
-from sparsity_jax import linops, stopping, tables, trees
+from sparsity_jax import batches, linops, stopping, tables, trees
+from sparsity_jax.types import PyTree
 
-PyTree = Any
 Product = Callable[[PyTree, PyTree, PyTree], PyTree]
 
 
@@ -36,7 +37,11 @@ def hessian_product(loss: Callable) -> Product:
 
 
 def over_batches(
-    product: Product, data: PyTree, batch_size: int, *, on_host: bool = False
+    product: Product,
+    data: PyTree,
+    batch_size: int,
+    *,
+    on_host: bool = False,
 ) -> Callable:
     """`mean(params, v)`: the mean of `product` over all examples of `data`, batch by batch.
 
@@ -46,60 +51,42 @@ def over_batches(
     function is then not traceable. Sharded data keep their sharding; explicit mesh axes over the
     examples must divide every batch. Raises ValueError for empty data and for a batch size below 1.
     """
-    zero = lambda params, v: jax.tree.map(jnp.zeros_like, v)
+    zero = lambda params, v: tree_map(jnp.zeros_like, v)
     return _mean(product, zero, data, batch_size, on_host)
 
 
-def _mean(part: Callable, zero: Callable, data: PyTree, batch_size: int, on_host: bool) -> Callable:
-    """`mean(params, v)` of `part(params, v, batch)`, whose structure is that of `zero(params,
+def _mean(
+    part: Callable,
+    zeros: Callable,
+    data: PyTree,
+    batch_size: int,
+    on_host: bool,
+) -> Callable:
+    """`mean(params, v)` of `part(params, v, batch)`, whose structure is that of `zeros(params,
     v)`.
     """
-    size, batch_size = _sizes(data, batch_size)
-    whole, rest = divmod(size, batch_size)
+    _check_sizes(data, batch_size)
     # NumPy arrays would be sent to the device for every call
-    data = jax.tree.map(jnp.asarray, data)
-
-    def add(
-        total: PyTree, params: PyTree, v: PyTree, data: PyTree, start: Any, length: int
-    ) -> PyTree:
-        term = part(params, v, cut(data, start, length))
-        return _plus(total, term, length / size)
-
-    def scanned(params: PyTree, v: PyTree, data: PyTree) -> PyTree:
-        def body(total: PyTree, i: Array) -> tuple[PyTree, None]:
-            return add(total, params, v, data, i * batch_size, batch_size), None
-
-        inputs = jax.tree.leaves((params, v, data))
-        vary = lambda leaf: trees.varying_like(leaf, inputs)
-        start = jax.tree.map(vary, zero(params, v))
-        total, _ = lax.scan(body, start, jnp.arange(whole))
-        if rest:
-            total = add(total, params, v, data, whole * batch_size, rest)
-        return total
-
-    if not on_host:
-        compiled = jax.jit(scanned)
-        return lambda params, v: compiled(params, v, data)
-
-    add_batch = jax.jit(add, static_argnums=5)
-
-    def looped(params: PyTree, v: PyTree) -> PyTree:
-        total = zero(params, v)
-        for start in range(0, size, batch_size):
-            stopping.check()
-            length = min(batch_size, size - start)
-            total = add_batch(total, params, v, data, start, length)
-        return total
-
-    return looped
+    data = tree_map(jnp.asarray, data)
+    of_batch = lambda batch, params, v: part(params, v, batch)
+    mean = batches.mean(of_batch, batch_size, on_host=on_host)
+    return lambda params, v: mean(zeros(params, v), data, params, v)
 
 
 def _plus(total: PyTree, term: PyTree, share: float) -> PyTree:
-    return jax.tree.map(lambda t, p: t + p * share, total, term)
+    return tree_map(lambda t, p: t + p * share, total, term)
 
 
-def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) -> Callable:
-    """`matvec(v)`: what `over_batches` computes, for many v at the same `params`.
+def linearized(
+    product: Product,
+    params: PyTree,
+    data: PyTree,
+    batch_size: int,
+    *,
+    like: PyTree = None,
+) -> Callable:
+    """`matvec(v)`: what `over_batches` computes, for many v at the same `params`. like: a tree such
+    as v, if not `params`.
 
     All that does not depend on v, such as activations and back-propagated errors, is computed here,
     once, and kept for every example; a product then takes 0.7 to 0.8 of its time on a dense
@@ -107,27 +94,29 @@ def linearized(product: Product, params: PyTree, data: PyTree, batch_size: int) 
     FC12 on 50,000 images of CIFAR-10, float32. matvec is not traceable: it makes one compiled call
     per batch. Raises as `over_batches`.
     """
-    size, batch_size = _sizes(data, batch_size)
-    data = jax.tree.map(jnp.asarray, data)
-    zero = jax.tree.map(jnp.zeros_like, params)
+    size = _check_sizes(data, batch_size)
+    data = tree_map(jnp.asarray, data)
+    like = params if like is None else like
+    zero = tree_map(jnp.zeros_like, like)
 
     @functools.partial(jax.jit, static_argnums=3)
-    def prepare(params: PyTree, data: PyTree, start: int, length: int) -> Callable:
+    def prepare(
+        params: PyTree,
+        data: PyTree,
+        start: int,
+        length: int,
+    ) -> Callable:
         batch = cut(data, start, length)
         return jax.linearize(lambda v: product(params, v, batch), zero)[1]
 
-    @functools.partial(jax.jit, static_argnums=3)
-    def add(total: PyTree, part: Callable, v: PyTree, share: float) -> PyTree:
-        return _plus(total, part(v), share)
-
-    parts: list[tuple[Any, float]] = []
-    for start in range(0, size, batch_size):
-        length = min(batch_size, size - start)
+    add = jax.jit(lambda total, part, v, share: _plus(total, part(v), share), static_argnums=3)
+    parts = []
+    for start, length in pieces(size, batch_size):
         parts.append((prepare(params, data, start, length), length / size))
 
     def matvec(v: PyTree) -> PyTree:
-        total = jax.tree.map(jnp.zeros_like, v)
-        v = linops.tangent(v, params)
+        total = tree_map(jnp.zeros_like, v)
+        v = linops.tangent(v, like)
         for part, share in parts:
             stopping.check()
             total = add(total, part, v, share)
@@ -146,7 +135,13 @@ class Taylor(NamedTuple):
     second_order: Array
 
 
-def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = False) -> Callable:
+def taylor(
+    loss: Callable,
+    data: PyTree,
+    batch_size: int,
+    *,
+    on_host: bool = False,
+) -> Callable:
     """`terms(params, step) -> Taylor`: of the mean of `loss(params, batch)` over all examples of
     `data`.
 
@@ -162,7 +157,7 @@ def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = Fal
 
         def moved(t: Array) -> Array:
             along = lambda w, d: w + t.astype(w.dtype) * d
-            return loss(jax.tree.map(along, params, step), batch)
+            return loss(tree_map(along, params, step), batch)
 
         def slope(t: Array) -> tuple[Array, Array]:
             return jax.jvp(moved, (t,), (one,))
@@ -173,43 +168,42 @@ def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = Fal
 
     def zero(params: PyTree, step: PyTree) -> PyTree:
         terms = jax.eval_shape(lambda params, step: part(params, step, data), params, step)
-        return jax.tree.map(lambda term: jnp.zeros(term.shape, term.dtype), terms)
+        return tree_map(lambda term: jnp.zeros(term.shape, term.dtype), terms)
 
     return _mean(part, zero, data, batch_size, on_host)
 
 
-def _sizes(data: PyTree, batch_size: int) -> tuple[int, int]:
-    """(number of examples, examples in a batch); ValueError for empty or unequal arrays and no
-    batch.
-    """
-    sizes = {len(leaf) for leaf in jax.tree.leaves(data)}
-    if len(sizes) != 1 or not min(sizes):
-        raise ValueError(
-            f"data has arrays of length {sorted(sizes)}; allowed: one length, at least 1."
-        )
+def _check_sizes(data: PyTree, batch_size: int) -> int:
+    """Number of examples; ValueError for empty or unequal arrays and no batch."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
-    size = sizes.pop()
-    return size, min(batch_size, size)
+    return batches.num_examples(data)
+
+
+def pieces(size: int, batch_size: int) -> list[tuple[int, int]]:
+    """(start, length) of every batch of `size` examples; the last may be shorter."""
+    return [(start, min(batch_size, size - start)) for start in range(0, size, batch_size)]
 
 
 def cut(data: PyTree, start: int | Array, length: int) -> PyTree:
     """`length` examples of `data` from `start` on; start may be traced."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, length), data)
+    return tree_map(lambda x: lax.dynamic_slice_in_dim(x, start, length), data)
 
 
-def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) -> Array:
+def batch_losses(
+    loss: Callable,
+    params: PyTree,
+    data: PyTree,
+    batch_size: int,
+) -> Array:
     """`loss(params, batch)` of every whole batch of `data` in order: [N // batch_size]."""
-    size, _ = _sizes(data, 1)
+    size = batches.num_examples(data)
     if not 1 <= batch_size <= size:
         raise ValueError(
             f"batch_size is {batch_size}; allowed: 1 to {size}, the number of examples."
         )
-
-    def loss_of(_: None, i: Array) -> tuple[None, Array]:
-        return None, loss(params, cut(data, i * batch_size, batch_size))
-
-    return lax.scan(loss_of, None, jnp.arange(size // batch_size))[1]
+    starts = batch_size * jnp.arange(size // batch_size)
+    return lax.map(lambda start: loss(params, cut(data, start, batch_size)), starts)
 
 
 # Some of the parameters
@@ -229,11 +223,12 @@ def select(params: PyTree, pattern: str) -> Selected:
 
     Raises ConfigError for a bad pattern and if nothing matches.
     """
-    chosen = trees.matching(params, pattern, "parameters")
-    named, structure = trees.named_leaves(params), jax.tree.structure(params)
-    picked = {path: leaf for path, leaf in named.items() if chosen[path]}
-    rebuild = lambda new: jax.tree.unflatten(structure, list({**named, **new}.values()))
-    return Selected(picked, rebuild)
+    matches = trees.matching(params, pattern, "parameters")
+    leaves = trees.named_leaves(params)
+    selected = {path: leaf for path, leaf in leaves.items() if matches[path]}
+    structure = jax.tree.structure(params)
+    rebuild = lambda new: jax.tree.unflatten(structure, {**leaves, **new}.values())
+    return Selected(selected, rebuild)
 
 
 # Rows of the Hessian
@@ -248,18 +243,15 @@ def quantile_entries(
     params: the prunable arrays by path; the smallest one for q = 0; of equal magnitudes the first
         in order.
     """
-    paths = list(params)
-    sizes = [leaf.size for leaf in params.values()]
-    starts = np.cumsum([0, *sizes])
     magnitudes = np.concatenate([np.abs(leaf).ravel() for leaf in params.values()])
-    shares = np.arange(num) / num
-    ranks = np.ceil(shares * magnitudes.size).astype(int)
+    ends = np.cumsum([leaf.size for leaf in params.values()])
+    ranks = np.ceil(np.arange(num) / num * magnitudes.size).astype(int)
     order = np.argsort(magnitudes, kind="stable")
     entries = []
     for position in order[np.maximum(ranks, 1) - 1]:
-        which = np.searchsorted(starts, position, side="right") - 1
-        path = paths[which]
-        index = np.unravel_index(position - starts[which], params[path].shape)
+        number = np.searchsorted(ends, position, side="right")
+        path, leaf = list(params.items())[number]
+        index = np.unravel_index(position - (ends[number] - leaf.size), leaf.shape)
         entries.append((path, tuple(map(int, index)), float(magnitudes[position])))
     return entries
 
@@ -273,15 +265,13 @@ def one_hot(like: dict[str, Array], path: str, index: tuple[int, ...]) -> dict[s
             f"{path!r} is not among the parameters {list(like)[:5]}.{tables.closest(path, like)}"
         )
     shape = jnp.shape(like[path])
-    inside = [0 <= i < n for i, n in zip(index, shape)]
-    if len(index) != len(shape) or not all(inside):
+    if len(index) != len(shape) or not all(0 <= i < n for i, n in zip(index, shape)):
         raise ValueError(f"index {index} is no entry of {path!r}, whose shape is {shape}.")
     vector = {name: trees.gathered(jnp.zeros_like(leaf)) for name, leaf in like.items()}
     vector[path] = vector[path].at[index].set(1)
     return linops.tangent(vector, like)
 
 
-def row_norm(matvec: Callable, like: dict[str, Array], path: str, index: tuple[int, ...]) -> Array:
-    """L1 norm of the row of A that belongs to entry `index` of `params[path]`, by one product."""
-    row = matvec(one_hot(like, path, index))
-    return jnp.asarray(sum(map(trees.absolute_sum, row.values())))
+def absolute_sum(tree: PyTree) -> Array:
+    """L1 norm of all entries of `tree`, e.g. of a row: the product with `one_hot`."""
+    return jnp.asarray(sum(map(trees.absolute_sum, tree_leaves(tree))))

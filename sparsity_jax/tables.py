@@ -279,6 +279,18 @@ def check_options(
     return {name: convert(value, hints.get(name, Any), name) for name, value in options.items()}
 
 
+def entry(
+    table: Mapping[str, Callable], config: Mapping[str, Any], default: str = ""
+) -> tuple[str, dict[str, Any]]:
+    """(name, options) of the entry of `table` that a config chooses by `name`, or of `default`; the
+    options are complete. Raises ConfigError as `lookup` and `check_options` do.
+    """
+    given = dict(config)
+    name = given.pop("name", default)
+    function = lookup(table, name, "name")
+    return name, {**defaults(function), **check_options(function, given)}
+
+
 def read_text(text: str, kind: type, field: str = "", least: float | None = None) -> Any:
     """The value of type `kind` that `text` stands for; raises ConfigError if there is none, or one
     below `least`. field: the caller's setting that holds it.

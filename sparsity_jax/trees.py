@@ -10,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.tree_util import (
+    tree_leaves,
+    tree_leaves_with_path,
+    tree_map,
+    tree_map_with_path,
+    tree_structure,
+    tree_unflatten,
+)
 
 from sparsity_jax import tables
-
-PyTree = Any
+from sparsity_jax.tables import ConfigError
+from sparsity_jax.types import PyTree
 
 
 def path_name(path: Sequence) -> str:
@@ -26,7 +34,7 @@ def named_leaves(
 ) -> dict[str, Any]:
     """Leaves of `tree` by path, in flattening order; raises ValueError for two of the same path."""
     leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+    for path, leaf in tree_leaves_with_path(tree, is_leaf=is_leaf):
         name = name_of(path)
         if name in leaves:
             raise ValueError(
@@ -54,7 +62,12 @@ def plain_leaves(tree: PyTree, is_leaf: Callable | None = None) -> dict[str, Any
     return named_leaves(tree, plain_path, is_leaf)
 
 
-def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = None) -> PyTree:
+def aligned(
+    tree: PyTree,
+    like: PyTree,
+    what: str,
+    is_leaf: Callable | None = None,
+) -> PyTree:
     """`tree` in the structure of `like`: its leaves by their plain paths, where the structures
     differ.
 
@@ -64,23 +77,20 @@ def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = No
     what: names `tree` in errors. is_leaf: what counts as a leaf of `tree`. Raises ValueError naming
     a path that only one of the two has.
     """
-    structure: Any = jax.tree.structure(tree, is_leaf=is_leaf)
-    if structure == jax.tree.structure(like):
+    structure: Any = tree_structure(tree, is_leaf=is_leaf)
+    if structure == tree_structure(like):
         return tree
     given = plain_leaves(tree, is_leaf)
     wanted = plain_leaves(like, _is_hidden)
-    shown = {path for path, leaf in wanted.items() if not _is_hidden(leaf)}
-    missing = [path for path in wanted if path in shown and path not in given]
-    surplus = [path for path in given if path not in wanted]
-    if missing or surplus:
-        wrong = f"an entry {surplus[0]!r}, which is no parameter" if surplus else ""
-        wrong = f"no entry for {missing[0]!r}" if missing else wrong
+    leaves = {path: given.get(path) if not _is_hidden(x) else x for path, x in wanted.items()}
+    wrong = [f"no entry for {path!r}" for path, leaf in leaves.items() if leaf is None]
+    wrong += [f"an entry {path!r}, which is no parameter" for path in given if path not in wanted]
+    if wrong:
         raise ValueError(
-            f"{what} have {wrong}; allowed: one for all parameters, or a tree with the paths of "
+            f"{what} have {wrong[0]}; allowed: one for all parameters, or a tree with the paths of "
             "the params."
         )
-    leaves = [given[path] if path in shown else leaf for path, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=_is_hidden), leaves)
+    return tree_unflatten(tree_structure(like, is_leaf=_is_hidden), leaves.values())
 
 
 def _is_hidden(leaf: Any) -> bool:
@@ -91,9 +101,7 @@ def map_named(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
     """`jax.tree.map` whose function receives the path first: `function(path, leaf,
     *other_leaves)`.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
-    )
+    return tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
 
 
 def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]]) -> PyTree:
@@ -103,33 +111,22 @@ def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]]) -> PyTree:
     Raises ConfigError for a bad pattern, for a leaf that no rule matches and for a rule that
     decides no leaf (a closing `.*` may be idle).
     """
+    paths = list(named_leaves(tree))
+    chosen: dict[str, int] = {}
     for index, (pattern, _) in enumerate(rules):
         with tables.within(f"[{index}]"):
             check_pattern(pattern)
-    paths = list(named_leaves(tree))
-    used = set()
-
-    def value_of(path: str, _: Any) -> Any:
-        for index, (pattern, value) in enumerate(rules):
-            if re.fullmatch(pattern, path):
-                used.add(index)
-                return value
-        raise tables.ConfigError(
-            "", why=f"has no rule for {path!r}", allowed="a last pair ('.*', value) for all others"
-        )
-
-    values = map_named(value_of, tree)
-    for index, (pattern, _) in enumerate(rules):
-        closing = pattern == ".*" and index == len(rules) - 1
-        if index not in used and not closing:
-            raise tables.ConfigError(
-                f"[{index}]",
-                pattern,
-                why="which decides no parameter",
-                allowed=f"a pattern of paths such as {paths[0]!r}",
-                known=paths,
+            decided = {path for path in paths if re.fullmatch(pattern, path)} - chosen.keys()
+            closing = pattern == ".*" and index == len(rules) - 1
+            if not decided and not closing:
+                raise _idle("", pattern, "which decides no parameter", paths)
+        chosen |= dict.fromkeys(decided, index)
+    for path in paths:
+        if path not in chosen:
+            raise ConfigError(
+                "", why=f"has no rule for {path!r}", allowed="a last pair ('.*', value)"
             )
-    return values
+    return map_named(lambda path, _: rules[chosen[path]][1], tree)
 
 
 def matching(tree: PyTree, pattern: str, field: str = "") -> dict[str, bool]:
@@ -140,16 +137,20 @@ def matching(tree: PyTree, pattern: str, field: str = "") -> dict[str, bool]:
     """
     check_pattern(pattern, field)
     paths = list(named_leaves(tree))
-    chosen = {path: re.fullmatch(pattern, path) is not None for path in paths}
-    if not any(chosen.values()):
-        raise tables.ConfigError(
-            field,
-            pattern,
-            why="which matches no parameter",
-            allowed=f"a pattern of paths such as {paths[0]!r}",
-            known=paths,
-        )
-    return chosen
+    matches = {path: re.fullmatch(pattern, path) is not None for path in paths}
+    if not any(matches.values()):
+        raise _idle(field, pattern, "which matches no parameter", paths)
+    return matches
+
+
+def _idle(
+    field: str,
+    pattern: str,
+    why: str,
+    paths: list[str],
+) -> ConfigError:
+    allowed = f"a pattern of paths such as {paths[0]!r}"
+    return ConfigError(field, pattern, why=why, allowed=allowed, known=paths)
 
 
 def check_pattern(pattern: str, field: str = "") -> None:
@@ -157,7 +158,7 @@ def check_pattern(pattern: str, field: str = "") -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise tables.ConfigError(
+        raise ConfigError(
             field, pattern, why=f"which is not a regular expression: {error}"
         ) from None
 
@@ -172,20 +173,17 @@ def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:
     name, allowed = "NaN or infinite", "finite numbers"
     if infinite:
         name, allowed = "NaN", "finite numbers and infinities"
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in tree_leaves_with_path(tree):
         fraction = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
         if isinstance(leaf, jax.core.Tracer) or not fraction:
             continue
         # a known array may meet a program that is being traced
         with jax.ensure_compile_time_eval():
-            bad = jnp.isnan(leaf) if infinite else ~jnp.isfinite(leaf)
-            number = int(jnp.sum(bad))
+            number = int(jnp.sum(jnp.isnan(leaf) if infinite else ~jnp.isfinite(leaf)))
         if number:
             place = f" at {path_name(path)!r}" if path else ""
-            raise ValueError(
-                f"{what}: {number} of {jnp.size(leaf)} entries{place} are {name}; "
-                f"allowed: {allowed}."
-            )
+            entries = f"{number} of {jnp.size(leaf)} entries{place}"
+            raise ValueError(f"{what}: {entries} are {name}; allowed: {allowed}.")
 
 
 def check_parameters(tree: PyTree, what: str, *, masks: bool = False) -> None:
@@ -196,17 +194,15 @@ def check_parameters(tree: PyTree, what: str, *, masks: bool = False) -> None:
     differentiated by them.
     """
     allowed = (jnp.floating, jnp.bool_) if masks else (jnp.floating,)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in tree_leaves_with_path(tree):
         dtype = jnp.result_type(leaf)
-        if any(jnp.issubdtype(dtype, kind) for kind in allowed):
-            continue
-        raise TypeError(
-            f"{what}: {path_name(path) or 'the array'!r} is {dtype}; allowed: floating-point "
-            "arrays. Give parameters "
-            "only and keep counters, keys and running statistics apart; of a Flax NNX network "
-            "they are the second of "
-            "nnx.split(net, nnx.Param, ...)."
-        )
+        if not any(jnp.issubdtype(dtype, kind) for kind in allowed):
+            raise TypeError(
+                f"{what}: {path_name(path) or 'the array'!r} is {dtype}; allowed: floating-point "
+                "arrays. Give parameters only and keep counters, keys and running statistics "
+                "apart; of a Flax NNX network they are the second of nnx.split(net, nnx.Param, "
+                "...)."
+            )
 
 
 def is_kernel(path: str) -> bool:
@@ -238,12 +234,12 @@ def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: Array
     width = total // 8
     flat = [array.ravel() for array in arrays]
     part = lambda start, end: function(*(array[start:end] for array in flat))
-    slices = [part(i * width, (i + 1) * width) for i in range(8)]
-    combined = functools.reduce(combine, slices)
-    if jnp.issubdtype(combined.dtype, jnp.floating):
-        result = fold(combine, reduce, lambda x: x, combined)
+    slices = [part(start, start + width) for start in range(0, 8 * width, width)]
+    result = functools.reduce(combine, slices)
+    if jnp.issubdtype(result.dtype, jnp.floating):
+        result = fold(combine, reduce, lambda x: x, result)
     else:  # sums of a vector of integers are fast
-        result = reduce(combined)
+        result = reduce(result)
     if total % 8:
         result = combine(result, reduce(part(8 * width, total)))
     return result
@@ -312,13 +308,13 @@ def _inner(first: Array, second: Array) -> Array:
 
 def size(tree: PyTree) -> int:
     """Number of entries of all leaves."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size for leaf in tree_leaves(tree))
 
 
 def dot(first: PyTree, second: PyTree) -> Array:
     """Inner product of two trees of the same structure, in at least float32."""
     product = lambda x, y: _inner(widen(x), widen(y))
-    return sum(jax.tree.leaves(jax.tree.map(product, first, second)), start=jnp.zeros(()))
+    return sum(tree_leaves(tree_map(product, first, second)), start=jnp.zeros(()))
 
 
 def norm(tree: PyTree) -> Array:
@@ -327,7 +323,7 @@ def norm(tree: PyTree) -> Array:
 
     Its derivative at zero is zero, a subgradient.
     """
-    lengths = [_length(widen(leaf)) for leaf in jax.tree.leaves(tree)]
+    lengths = [_length(widen(leaf)) for leaf in tree_leaves(tree)]
     if not lengths:
         return jnp.zeros(())
     return lengths[0] if len(lengths) == 1 else _length(jnp.stack(lengths))
@@ -338,7 +334,7 @@ def scale_of(tree: PyTree) -> Array:
 
     Numbers divided by it are not rounded, and neither are their squares out of range.
     """
-    leaves = [lax.stop_gradient(leaf) for leaf in jax.tree.leaves(tree)]
+    leaves = [lax.stop_gradient(leaf) for leaf in tree_leaves(tree)]
     if not leaves:
         return jnp.ones(())
     largest = functools.partial(jnp.max, initial=0)

@@ -26,16 +26,17 @@ Source: Zhang et al. 2023, arXiv:2306.05857.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.optimize
+from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from sparsity_jax import linops, originals, tables, trees
+from sparsity_jax.types import Fields, PyTree
 
-PyTree = Any
 Scope = Literal["kernels", "all"]
 Count = Literal["nearest", "original", "linear"]
 Operator = Literal["symmetric", "semidefinite", "squared"]
@@ -46,36 +47,36 @@ NEGATIVE = {"absolute": np.abs, "clip": lambda values: np.maximum(values, 0.0)}
 class _Spectrum(NamedTuple):
     """omega^2 / D as a function of R^2: flat + sum_i weights_i / (1 + sharpness_i R^2)."""
 
-    sharpness: np.ndarray  # |lambda| / (2 epsilon) > 0, float64 [n], of all probes
-    weights: np.ndarray  # float64 [n]
+    sharpness: ndarray  # |lambda| / (2 epsilon) > 0, float64 [n], of all probes
+    weights: ndarray  # float64 [n]
     flat: float  # weight of curvature 0; with `weights` it sums to 1
 
-    def shares(self, squares: np.ndarray) -> np.ndarray:
-        """squares: R^2, [k]. Returns omega^2 / D in [0, 1], [k]; exactly 1 at R = 0."""
-        block = max(2**18 // max(self.weights.size, 1), 1)  # bounds the temporary array
-        sums = np.empty(squares.size)
-        for start in range(0, squares.size, block):
-            with np.errstate(over="ignore"):  # 1 / inf = 0 is right
-                terms = np.multiply.outer(squares[start : start + block], self.sharpness)
-            terms += 1
-            np.divide(self.weights, terms, out=terms)
-            terms.sum(axis=1, out=sums[start : start + block])
+    def shares(self, squares: ArrayLike) -> ndarray:
+        """squares: R^2, any shape. Returns omega^2 / D in [0, 1]; exactly 1 at R = 0."""
+        squares = np.asarray(squares)
+        size = max(2**18 // max(self.weights.size, 1), 1)  # bounds the temporary array
+        parts = np.split(squares.ravel(), range(size, squares.size, size))
+        sums = np.concatenate([self._sums(part) for part in parts]).reshape(squares.shape)
         return np.where(squares == 0, 1.0, np.minimum(sums + self.flat, 1.0))
 
-    def share(self, square: float) -> float:
-        return float(self.shares(np.array([square]))[0])
+    def _sums(self, squares: ndarray) -> ndarray:
+        with np.errstate(over="ignore"):  # 1 / inf = 0 is right
+            terms = np.multiply.outer(squares, self.sharpness)
+        terms += 1
+        np.divide(self.weights, terms, out=terms)
+        return terms.sum(axis=1)
 
 
-def _rows(values: ArrayLike, weights: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _rows(values: ArrayLike, weights: ArrayLike) -> tuple[ndarray, ndarray]:
     """Values and weights as finite float64 [probes, m], every row of weights summing to 1."""
-    values, weights = (np.atleast_2d(np.asarray(array, np.float64)) for array in (values, weights))
+    values = np.atleast_2d(np.asarray(values, float))
+    weights = np.atleast_2d(np.asarray(weights, float))
     if values.shape != weights.shape or values.ndim != 2 or not values.size:
-        shapes = f"{values.shape} and {weights.shape}"
         raise ValueError(
-            f"values and weights have shapes {shapes}; both must be [m] or [probes, m], m at "
-            "least 1."
+            f"values and weights have shapes {values.shape} and {weights.shape}; both must be [m] "
+            "or [probes, m], m at least 1."
         )
-    if not (np.isfinite(values).all() and np.isfinite(weights).all()):
+    if not np.isfinite([values, weights]).all():
         raise ValueError(
             "values or weights are not finite: the products behind them overflowed or returned NaN."
         )
@@ -111,11 +112,8 @@ def _spectrum(
     flat = zero_share + float(weights[curvature == 0].sum())
     curved = (curvature > 0) & (weights > 0)
     with np.errstate(over="ignore"):  # infinitely sharp is what a vanishing epsilon means
-        return _Spectrum(
-            np.minimum(curvature[curved] / (2 * epsilon), np.finfo(float).max),
-            weights[curved],
-            flat,
-        )
+        sharpness = np.minimum(curvature[curved] / (2 * epsilon), np.finfo(float).max)
+    return _Spectrum(sharpness, weights[curved], flat)
 
 
 def ratio(
@@ -139,12 +137,12 @@ def ratio(
     distance's shape: 1 at R = 0, falling with R, the weight at 0 for R to infinity. Raises
     ValueError for empty, unequal or non-finite input and for negative weights.
     """
-    distance = np.asarray(distance, np.float64)
+    distance = np.asarray(distance, float)
     if not (distance >= 0).all() or np.isinf(distance).any():
         raise ValueError("distance must be finite and not negative.")
-    spectrum = _spectrum(values, weights, epsilon, negative, zero_share)
     with np.errstate(over="ignore"):
-        return spectrum.shares(np.square(distance).ravel()).reshape(distance.shape)[()]
+        squares = np.square(distance)
+    return _spectrum(values, weights, epsilon, negative, zero_share).shares(squares)[()]
 
 
 def negative_mass(values: ArrayLike, weights: ArrayLike) -> float:
@@ -165,8 +163,8 @@ class Distances(NamedTuple):
     `distances`.
     """
 
-    magnitudes: np.ndarray  # ascending, float32 or float64 [n]
-    squares: np.ndarray  # float64 [n + 1]: R^2 after removing the 0, 1, ..., n smallest
+    magnitudes: ndarray  # ascending, float32 or float64 [n]
+    squares: ndarray  # float64 [n + 1]: R^2 after removing the 0, 1, ..., n smallest
     norm_sum: (
         float  # sum over all parameter arrays of their L2 norms; ends the grid of `method="grid"`
     )
@@ -185,13 +183,13 @@ class Distances(NamedTuple):
         with the last, and measures from the network pruned so at ratio 0, which has lost its
         smallest weight.
         """
-        ratios = np.asarray(ratio, np.float64)
+        ratios = np.asarray(ratio, float)
         if not ((ratios >= 0) & (ratios <= 1)).all():
             raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
         return np.sqrt(tables.lookup(COUNTS, count, "count")(self, ratios))[()]
 
 
-def _linear_square(distances: Distances, ratios: np.ndarray) -> np.ndarray:
+def _linear_square(distances: Distances, ratios: ndarray) -> ndarray:
     removed = np.minimum((ratios * distances.size).astype(int), distances.size - 1)
     below, above = distances.squares[removed], distances.squares[removed + 1]
     return below + (ratios * distances.size - removed) * (above - below)
@@ -216,36 +214,31 @@ def distances(params: PyTree, *, scope: Scope = "kernels") -> Distances:
     prediction is 1: nothing is left to remove.
     """
     trees.check_parameters(params, "distances")
-    arrays = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(params).items()}
-    arrays = {
-        path: array if array.dtype == np.float64 else array.astype(np.float32)
-        for path, array in arrays.items()
-    }
-    norms = {
-        path: math.sqrt(np.sum(np.square(array, dtype=np.float64)))
-        for path, array in arrays.items()
-    }
-    for path, norm in norms.items():
+    tables.convert(scope, Scope, "scope")
+    arrays = []
+    total = 0.0
+    leaves = trees.named_leaves(params)
+    for path, leaf in leaves.items():
+        array = np.asarray(leaf)
+        if array.dtype != np.float64:
+            array = array.astype(np.float32)
+        norm = math.sqrt(np.sum(np.square(array, dtype=np.float64)))
         if not math.isfinite(norm):
             raise ValueError(f"{path or 'params'} has norm {norm}; did the training diverge?")
-    tables.convert(scope, Scope, "scope")
-    chosen = [
-        x for path, x in arrays.items() if scope == "all" or (trees.is_kernel(path) and x.ndim > 1)
-    ]
-    if not sum(array.size for array in chosen):
-        hint = (
-            "no array has an entry"
-            if scope == "all"
-            else "no matrix is named kernel, weight or w; use scope='all'"
-        )
-        raise ValueError(f"nothing to prune: {hint}. Paths: {list(arrays)[:5]}")
-    magnitudes = np.concatenate([array.ravel() for array in chosen])
-    np.abs(magnitudes, out=magnitudes)
+        total += norm
+        if scope == "all" or (trees.is_kernel(path) and array.ndim > 1):
+            arrays.append(array.ravel())
+    if not sum(array.size for array in arrays):
+        hint = "no matrix is named kernel, weight or w; use scope='all'"
+        if scope == "all":
+            hint = "no array has an entry"
+        raise ValueError(f"nothing to prune: {hint}. Paths: {list(leaves)[:5]}")
+    magnitudes = np.abs(np.concatenate(arrays))
     magnitudes.sort()
     squares = np.zeros(magnitudes.size + 1)
     np.square(magnitudes, out=squares[1:], dtype=np.float64)
     np.cumsum(squares, out=squares)
-    return Distances(magnitudes, squares, sum(norms.values()))
+    return Distances(magnitudes, squares, total)
 
 
 # Prediction
@@ -256,18 +249,20 @@ def _solve(spectrum: _Spectrum, distances: Distances) -> float:
     whole weights.
     """
     squares, size = distances.squares, distances.size
+
+    def excess(removed: int, part: float = 0.0) -> float:
+        square = squares[removed]
+        if part:
+            square = (1 - part) * square + part * squares[removed + 1]
+        return float(spectrum.shares(square)) * size - removed - part
+
     low, high = 0, size  # share >= p after removing `low` weights, share <= p after `high`
     while high - low > 1:
         middle = (low + high) // 2
-        if spectrum.share(squares[middle]) * size >= middle:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if excess(middle) >= 0 else (low, middle)
     # of exactly the two distances at 0 and 1, whose signs the search above has found
-    excess = lambda part: (
-        spectrum.share((1 - part) * squares[low] + part * squares[low + 1]) * size - low - part
-    )
-    return (low + scipy.optimize.brentq(excess, 0.0, 1.0, xtol=1e-15)) / size
+    part = scipy.optimize.brentq(lambda part: excess(low, part), 0.0, 1.0, xtol=1e-15)
+    return (low + part) / size
 
 
 def predict(
@@ -289,25 +284,15 @@ def predict(
     log2(n) evaluations of the width. `grid` gives the original's answer: `predict_on_grid` on its
     smoothed spectral density.
     """
-    methods = {"fixed_point": _fixed_point, "grid": _smoothed}
-    predicted = tables.lookup(methods, method, "method")
-    return predicted(values, weights, distances, epsilon, negative=negative, zero_share=zero_share)
-
-
-def _fixed_point(
-    values: ArrayLike, weights: ArrayLike, distances: Distances, epsilon: float, **options: Any
-) -> float:
-    return _solve(_spectrum(values, weights, epsilon, **options), distances)
-
-
-def _smoothed(
-    values: ArrayLike, weights: ArrayLike, distances: Distances, epsilon: float, **options: Any
-) -> float:
+    tables.convert(method, Literal["fixed_point", "grid"], "method")
+    if method == "fixed_point":
+        return _solve(_spectrum(values, weights, epsilon, negative, zero_share), distances)
     density, grid = linops.spectral_density(*_rows(values, weights))  # by default the original's
     if not density.any():
         raise ValueError(
             "no value lies on the grid, which ends at the mean least and largest of the probes."
         )
+    options: Fields = dict(negative=negative, zero_share=zero_share)
     return predict_on_grid(grid, density, distances, epsilon, **options)
 
 
@@ -344,8 +329,8 @@ def epsilon(batch_losses: ArrayLike) -> float:
     return float(np.std(_losses(batch_losses)))
 
 
-def _losses(batch_losses: ArrayLike) -> np.ndarray:
-    losses = np.asarray(batch_losses, np.float64)
+def _losses(batch_losses: ArrayLike) -> ndarray:
+    losses = np.asarray(batch_losses, float)
     if losses.ndim != 1 or losses.size < 2:
         raise ValueError(
             f"batch_losses has shape {losses.shape}; at least 2 batches in one dimension are "
@@ -361,19 +346,21 @@ def _losses(batch_losses: ArrayLike) -> np.ndarray:
     return losses
 
 
-def epsilon_draws(batch_losses: ArrayLike, num: int, seed: Any) -> np.ndarray:
+def epsilon_draws(batch_losses: ArrayLike, num: int, seed: Any) -> ndarray:
     """`num` values of epsilon, each from as many batch losses drawn with replacement: how well
     epsilon is known.
 
     seed: int or numpy.random.Generator. Draws of equal losses only are repeated. Returns float64
         [num], above 0.
     """
-    losses, random = _losses(batch_losses), np.random.default_rng(seed)
-    draws = np.zeros(num)
-    for i in range(num):
-        while not draws[i] > 0:
-            draws[i] = np.std(random.choice(losses, losses.size))
-    return draws
+    losses = _losses(batch_losses)
+    random = np.random.default_rng(seed)
+    draws: list[float] = []
+    while len(draws) < num:
+        draw = np.std(random.choice(losses, losses.size))
+        if draw > 0:
+            draws.append(draw)
+    return np.array(draws, float)
 
 
 # Intervals
@@ -409,15 +396,11 @@ def enclosure(
     """
 
     def bound(rule: tuple, move: Callable) -> float:
-        values, weights = _semidefinite(rule[0]), rule[1]
+        values = _semidefinite(rule[0])
         values = move(values, rounding * np.max(np.abs(values), initial=0.0))
-        return predict(
-            np.sqrt(values) if squared else values,
-            weights,
-            distances,
-            epsilon,
-            zero_share=zero_share,
-        )
+        if squared:
+            values = np.sqrt(values)
+        return predict(values, rule[1], distances, epsilon, zero_share=zero_share)
 
     lower = bound(gauss, lambda values, slack: np.abs(values) + slack)
     upper = bound(radau, lambda values, slack: np.maximum(values - slack, 0.0))
@@ -445,32 +428,23 @@ def absolute_enclosure(
     for `enclosure`. Not from the paper; tests compare with linear programs over all spectra with
     the given moments.
     """
-    probes = (
-        [tridiagonal]
-        if np.ndim(tridiagonal.alphas) == 1
-        else [linops.Tridiagonal(*p) for p in zip(*tridiagonal)]
-    )
+    probes = linops.probes_of(tridiagonal)
     slack = rounding * max(np.abs(linops.ritz(probe)[0]).max() for probe in probes)
 
-    def solve(borders: Iterable, move: Callable) -> float:
-        values, firsts, _ = (np.concatenate(x) for x in zip(*map(_bordered, probes, borders)))
-        return predict(move(np.abs(values)), firsts**2, distances, epsilon, zero_share=zero_share)
+    def solve(borders: list[float], slack: float) -> float:
+        rules = [linops.bordered(probe, last=last) for probe, last in zip(probes, borders)]
+        values, firsts, _ = map(np.concatenate, zip(*rules))
+        values = np.maximum(np.abs(values) + slack, 0.0)
+        return predict(values, firsts**2, distances, epsilon, zero_share=zero_share)
 
-    upper = solve(map(linops.border_for, probes), lambda values: np.maximum(values - slack, 0.0))
+    upper = solve([linops.border_for(probe) for probe in probes], -slack)
     lower, before = upper, math.inf
-    while (
-        before - lower > 1e-9
-    ):  # falls towards the answer: each round's spectra are a candidate, best at one R
+    # falls towards the answer: each round's spectra are a candidate, best at one R
+    while before - lower > 1e-9:
+        before = lower
         sharpness = distances.at(lower, count="linear") ** 2 / (2 * epsilon)
-        before, lower = (
-            lower,
-            solve([_lowest(p, sharpness) for p in probes], lambda values: values + slack),
-        )
+        lower = solve([_lowest(probe, sharpness) for probe in probes], slack)
     return min(lower, before), upper
-
-
-def _bordered(probe: linops.Tridiagonal, last: float) -> tuple[np.ndarray, ...]:
-    return linops.bordered(probe, last=last)
 
 
 def _lowest(probe: linops.Tridiagonal, sharpness: float) -> float:
@@ -481,27 +455,25 @@ def _lowest(probe: linops.Tridiagonal, sharpness: float) -> float:
     fall may take place next to it.
     """
     scale = float(np.max(np.abs(probe.alphas)) + np.max(probe.betas)) or 1.0
-    cut, low, high = math.atan2(linops.border_for(probe), scale), -1.0, 1.0
+    cut = math.atan2(linops.border_for(probe), scale)
+    low, high = -1.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        border = scale * math.tan(
-            cut + math.copysign(math.atan(10 ** (6 - 20 * abs(middle))), -middle)
-        )
-        values, firsts, lasts = _bordered(probe, border)
+        angle = math.copysign(math.atan(10 ** (6 - 20 * abs(middle))), -middle)
+        border = scale * math.tan(cut + angle)
+        values, firsts, lasts = linops.bordered(probe, last=border)
         size, sign = np.abs(values), np.sign(values)
         moves = firsts * lasts / (1 + sharpness * size)
         differences = np.subtract.outer(values, values)
         quotients = np.subtract.outer(size, size) / np.where(differences == 0, 1.0, differences)
         quotients = np.where(np.equal.outer(sign, sign), sign, quotients)
-        if moves @ quotients @ moves > 0:  # minus the slope
-            low = middle
-        else:
-            high = middle
+        falling = moves @ quotients @ moves > 0  # minus the slope
+        low, high = (middle, high) if falling else (low, middle)
     return border
 
 
-def _semidefinite(values: ArrayLike) -> np.ndarray:
-    values = np.asarray(values, np.float64)
+def _semidefinite(values: ArrayLike) -> ndarray:
+    values = np.asarray(values, float)
     if values.size and values.min() < -1e-3 * np.abs(values).max():
         least = f"{values.min():.3g} (largest {values.max():.3g})"
         raise ValueError(
@@ -515,10 +487,10 @@ class History(NamedTuple):
     values are clipped.
     """
 
-    num_matvecs: np.ndarray  # int [k]
-    ratio: np.ndarray  # float64 [k]
-    lower: np.ndarray  # float64 [k]
-    upper: np.ndarray  # float64 [k]
+    num_matvecs: ndarray  # int [k]
+    ratio: ndarray  # float64 [k]
+    lower: ndarray  # float64 [k]
+    upper: ndarray  # float64 [k]
 
 
 class Prediction(NamedTuple):
@@ -531,7 +503,7 @@ class Prediction(NamedTuple):
     upper: float  # indefinite operator are clipped
     standard_error: float  # over probes, of `ratio`; NaN with one probe
     epsilon_error: float  # standard deviation over draws of epsilon; NaN without draws
-    per_probe: np.ndarray  # float64 [probes]: each probe's own prediction
+    per_probe: ndarray  # float64 [probes]: each probe's own prediction
     epsilon: float
     negative_mass: float  # share of the weight on negative Ritz values
 
@@ -542,11 +514,11 @@ class Prediction(NamedTuple):
         What is NaN widens nothing: with one probe and no draws of epsilon the band is the enclosure
         itself.
         """
-        spread = deviations * math.sqrt(
-            np.nansum(np.square([self.standard_error, self.epsilon_error]))
-        )
-        low, high = np.nanmin([self.lower, self.ratio]), np.nanmax([self.upper, self.ratio])
-        return max(float(low) - spread, 0.0), min(float(high) + spread, 1.0)
+        errors = [self.standard_error, self.epsilon_error]
+        spread = deviations * math.sqrt(np.nansum(np.square(errors)))
+        low = float(np.nanmin([self.lower, self.ratio]))
+        high = float(np.nanmax([self.upper, self.ratio]))
+        return max(low - spread, 0.0), min(high + spread, 1.0)
 
 
 OPERATORS = {  # Ritz values to eigenvalues of the Hessian, up to sign
@@ -589,25 +561,24 @@ def predict_probes(
     point = lambda v, w, e: predict(v, w, distances, e, negative=negative, zero_share=zero_share)
     per_probe = np.array([point(v, w, epsilon) for v, w in zip(values, weights)])
     draws = [point(values, weights, e) for e in epsilons]
-    unit = float(np.finfo(np.asarray(tridiagonal.alphas).dtype).eps)
-    rounding = {"semidefinite": 0.01}.get(operator, 4.0) * unit if rounding is None else rounding
+    if rounding is None:
+        unit = float(np.finfo(np.asarray(tridiagonal.alphas).dtype).eps)
+        rounding = unit * (0.01 if operator == "semidefinite" else 4.0)
     bounded = dict(zero_share=zero_share, rounding=rounding)
+    lower = upper = math.nan
     if operator != "symmetric":
         radau = linops.gauss_radau(tridiagonal)
-        lower, upper = enclosure(
-            gauss, radau, distances, epsilon, squared=operator == "squared", **bounded
-        )
+        squared = operator == "squared"
+        lower, upper = enclosure(gauss, radau, distances, epsilon, squared=squared, **bounded)
     elif negative == "absolute":
         lower, upper = absolute_enclosure(tridiagonal, distances, epsilon, **bounded)
-    else:
-        lower = upper = math.nan
+    num = len(per_probe)
+    several = num > 1
     return Prediction(
-        ratio=point(values, weights, epsilon) if len(per_probe) > 1 else float(per_probe[0]),
+        ratio=point(values, weights, epsilon) if several else float(per_probe[0]),
         lower=lower,
         upper=upper,
-        standard_error=float(per_probe.std(ddof=1) / math.sqrt(per_probe.size))
-        if per_probe.size > 1
-        else math.nan,
+        standard_error=float(per_probe.std(ddof=1) / math.sqrt(num)) if several else math.nan,
         epsilon_error=float(np.std(draws)) if draws else math.nan,
         per_probe=per_probe,
         epsilon=epsilon,
@@ -635,9 +606,9 @@ def history(
         raise ValueError(
             f"num_matvecs is {num_matvecs}; allowed: 1 to {longest}, the Lanczos steps made."
         )
-    cut = (linops.truncate(tridiagonal, int(depth)) for depth in depths)
-    answers = [predict_probes(shorter, distances, epsilon, **options) for shorter in cut]
-    return History(
-        depths,
-        *np.array([(a.ratio, a.lower, a.upper) for a in answers], np.float64).reshape(-1, 3).T,
-    )
+    answers = []
+    for depth in depths.tolist():
+        shorter = linops.truncate(tridiagonal, depth)
+        answer = predict_probes(shorter, distances, epsilon, **options)
+        answers.append((answer.ratio, answer.lower, answer.upper))
+    return History(depths, *np.array(answers, float).reshape(-1, 3).T)

@@ -147,11 +147,10 @@ def test_sets_of_a_network_match_the_original(setting):
         assert (
             golden[f"model/ksparse/{setting}/measured_layer_type"].tolist() == leaves
         )  # in the parameters' order
-        for order in (None, paths):
-            norms = polytopes.share_by_shape(given, params, order)
-            np.testing.assert_allclose(
-                [norms[n] for n in paths], golden[f"model/ksparse/{setting}/norm_used"], **CLOSE
-            )
+        norms = polytopes.share_by_shape(given, params, paths)
+        np.testing.assert_allclose(
+            [norms[n] for n in paths], golden[f"model/ksparse/{setting}/norm_used"], **CLOSE
+        )
     rules = polytopes.check(dict(name="k_sparse", **golden_rules(setting)))
     sets = polytopes.build(params, norms, rules)
     ours = [(sets[n].k, sets[n].radius, sets[n].diameter(params[n].size)) for n in paths]
@@ -193,8 +192,7 @@ def test_networks_start_with_the_originals_norms():
         np.testing.assert_allclose(norms, measured, rtol=0.08)
 
 
-@pytest.mark.parametrize("traced", [True, False])
-def test_a_later_array_of_equal_shape_overwrites_in_the_order_of_modules(traced):
+def test_a_later_array_of_equal_shape_overwrites_in_the_order_of_modules():
     options = dict(widths=(8, 8, 16), dense_widths=(16,), batch_norm=True)
     network = models.build(name="small_cnn", num_classes=10, **options)
     variables = network.init(jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
@@ -203,7 +201,7 @@ def test_a_later_array_of_equal_shape_overwrites_in_the_order_of_modules(traced)
     assert order.index("bn3/scale") < order.index("bn3/bias") < order.index("dense1/kernel")
     own = {path: float(i) for i, path in enumerate(order, 1)}
     norms = trees.map_named(lambda path, _: own[path], variables["params"])
-    shared = polytopes.share_by_shape(norms, variables["params"], order if traced else None)
+    shared = polytopes.share_by_shape(norms, variables["params"], order)
     assert shared["bn3"] == dict.fromkeys(("scale", "bias"), own["dense1/bias"])
     assert shared["bn1"]["scale"] == own["bn2/bias"]
     with pytest.raises(ValueError, match="order has 1 paths"):

@@ -106,7 +106,7 @@ def kept_filters(x, unit):
 
 
 def row_norm(x):
-    return spectrum.row_norm(lambda v: {"x": x * v["x"].sum()}, {"x": x}, "x", (0, 0))
+    return spectrum.absolute_sum({"x": x})
 
 
 REDUCTIONS = {
@@ -247,7 +247,7 @@ def test_curvature_is_that_of_narrow_weights_in_wide_ones(dtype, param_dtype):
     )
     problem = train.build_problem(dataset, model)
     state = train.create_state(problem, train.key_of(0))
-    params, _ = geometry.one_member(problem, state, 0)
+    params, _ = geometry.Trained(problem, state, None, 0).variables
     tiny.same(params, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.params))
     images = problem.images(dataset.test.images)
     outputs = jax.jit(lambda params: problem.model.apply({"params": params}, images))

@@ -770,7 +770,7 @@ def test_bad_options():
         width.predict([1.0], [1.0], EQUAL, 0.1, zero_share=1.5)
     with pytest.raises(ValueError, match="allowed: absolute, clip"):
         width.predict([1.0], [1.0], EQUAL, 0.1, negative="square")
-    with pytest.raises(ValueError, match="allowed: fixed_point, grid"):
+    with pytest.raises(ValueError, match="method is 'newton'; allowed: 'fixed_point'"):
         width.predict([1.0], [1.0], EQUAL, 0.1, method="newton")
     with pytest.raises(ValueError, match="allowed: linear, nearest, original"):
         EQUAL.at(0.5, count="exact")
