@@ -36,12 +36,7 @@ def num_kept(size: int, ratio: float) -> int:
 
 
 def prunable(
-    params: PyTree,
-    scope: Scope,
-    channels: Channels = None,
-    *,
-    include: str = "",
-    exclude: str = "",
+    params: PyTree, scope: Scope, channels: Channels = None, *, include: str = "", exclude: str = ""
 ) -> Fields:
     """The arrays that may be pruned, by path: `kernels` or `all` (as the SFW original).
 
@@ -232,12 +227,7 @@ def _traced_layers(
     return layers
 
 
-SELECTIONS = {
-    "global": Global,
-    "layerwise": Layerwise,
-    "random": Random,
-    "structured": Structured,
-}
+SELECTIONS = {"global": Global, "layerwise": Layerwise, "random": Random, "structured": Structured}
 
 
 def check(selection: str, options: Fields) -> Fields:
@@ -374,11 +364,7 @@ def _largest(scores: PyTree, counts: Any, alive: PyTree | None, count: str) -> P
 
 
 def left_by(
-    kept: PyTree,
-    *,
-    selection: str = "global",
-    channels: Channels = None,
-    **options: Any,
+    kept: PyTree, *, selection: str = "global", channels: Channels = None, **options: Any
 ) -> tuple[Array, Array]:
     """(number, share) of what masks `kept` have left and removed, by the counting of a selection;
     traceable.

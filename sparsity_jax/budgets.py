@@ -168,11 +168,7 @@ def minimum_kept(sizes: Mapping[str, int], share: float = 0.05) -> dict[str, int
 
 
 def select(
-    scores: Scores,
-    ratio: float,
-    *,
-    counts: Counts | None = None,
-    **limits: Unpack[Limits],
+    scores: Scores, ratio: float, *, counts: Counts | None = None, **limits: Unpack[Limits]
 ) -> Keep:
     """Removes the least important floor(ratio * N) of the N channels alive in the whole network.
 

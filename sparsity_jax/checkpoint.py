@@ -202,6 +202,5 @@ def _same_bits(first: PyTree, second: PyTree) -> bool:
 def _abstract(tree: PyTree) -> PyTree:
     """Shape structs of `tree`, with the shardings of its arrays."""
     return jax.tree.map(
-        lambda x: ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-        tree,
+        lambda x: ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree
     )

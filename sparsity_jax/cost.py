@@ -298,10 +298,7 @@ def latency(function: Callable, *args: Any, repeats: int = 30, warmup: int = 3) 
 
 
 def compare(
-    candidates: Mapping[str, tuple[Callable, tuple]],
-    *,
-    repeats: int = 30,
-    warmup: int = 3,
+    candidates: Mapping[str, tuple[Callable, tuple]], *, repeats: int = 30, warmup: int = 3
 ) -> Comparison:
     """Whether the second of two functions is measurably faster: their spreads do not overlap.
 

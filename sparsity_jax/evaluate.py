@@ -95,11 +95,7 @@ class Saved(NamedTuple):
 
 
 def open_run(
-    workdir: AnyPath,
-    *,
-    data_dir: str = "",
-    data_name: str = "",
-    statistics: Statistics = "run",
+    workdir: AnyPath, *, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
 ) -> Saved:
     """Network, data and newest checkpoint of the run in `workdir`, which may also be one
     `member_...` folder of it.
@@ -540,9 +536,7 @@ OPTIONS: dict[str, Fields] = {  # of the command line
         default="", metavar="FILE", help="write the weights for PyTorch: FILE.safetensors"
     ),
     "platforms": dict(
-        nargs="+",
-        default=["cpu"],
-        help="where the exported program runs: cpu, cuda, rocm, tpu",
+        nargs="+", default=["cpu"], help="where the exported program runs: cpu, cuda, rocm, tpu"
     ),
 }
 

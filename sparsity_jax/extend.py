@@ -12,17 +12,7 @@ your config loads.
 from collections.abc import MutableMapping
 from typing import Any
 
-from sparsity_jax import (
-    data,
-    imports,
-    losses,
-    models,
-    optim,
-    pipeline,
-    scores,
-    sources,
-    tables,
-)
+from sparsity_jax import data, imports, losses, models, optim, pipeline, scores, sources, tables
 from sparsity_jax.interface import Stage
 from sparsity_jax.report import page
 from sparsity_jax.tables import ConfigError

@@ -85,10 +85,7 @@ class Channels(NamedTuple):
 
 
 def trace(
-    apply: Callable,
-    variables: PyTree,
-    *inputs: PyTree,
-    branches: Branches = "tied",
+    apply: Callable, variables: PyTree, *inputs: PyTree, branches: Branches = "tied"
 ) -> Channels:
     """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode.
 
@@ -103,11 +100,7 @@ def trace(
 
 
 def _traced(
-    apply: Callable,
-    variables: PyTree,
-    inputs: tuple,
-    branches: Branches,
-    state: str = "",
+    apply: Callable, variables: PyTree, inputs: tuple, branches: Branches, state: str = ""
 ) -> Channels:
     """state: see `elastic`."""
     leaves = trees.named_leaves(variables)
@@ -486,11 +479,7 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "")
 
 
 def _anew(
-    apply: Callable,
-    variables: PyTree,
-    inputs: tuple,
-    channels: Channels,
-    state: str,
+    apply: Callable, variables: PyTree, inputs: tuple, channels: Channels, state: str
 ) -> Channels:
     """Another trace with the same groups, or ValueError. variables: compact."""
     leaves, tree = jax.tree.flatten(variables)
@@ -538,11 +527,7 @@ def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> Arr
 
 
 def check(
-    apply: Callable,
-    variables: PyTree,
-    channels: Channels,
-    *inputs: PyTree,
-    key: jax.Array,
+    apply: Callable, variables: PyTree, channels: Channels, *inputs: PyTree, key: jax.Array
 ) -> float:
     """Largest difference of masked and compact results at a random `keep`, over the largest result.
 

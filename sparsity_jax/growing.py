@@ -88,11 +88,7 @@ def layers(
 
 
 def coupled(
-    channels: groups.Channels,
-    params: PyTree,
-    ratios: Ratios,
-    *,
-    members: units.Members = "all",
+    channels: groups.Channels, params: PyTree, ratios: Ratios, *, members: units.Members = "all"
 ) -> tuple[Layer, ...]:
     """A layer for every coupled channel group in `ratios`, by name of the group.
 
@@ -441,9 +437,7 @@ class _Growth:
         if self.plan.pick_updates:
             keep = self.repick(leaves, keep, due, number)
         progress = jax.lax.cond(
-            due,
-            lambda: self.advance(leaves, keep, number, state.progress),
-            lambda: state.progress,
+            due, lambda: self.advance(leaves, keep, number, state.progress), lambda: state.progress
         )
         resting = jnp.all(progress.phase == STABILIZE)
         left = jnp.maximum(state.left - resting, 0)

@@ -109,12 +109,7 @@ class Stage:
         return without_optimizer(state)
 
     def run(
-        self,
-        problem: Any,
-        state: PyTree,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
+        self, problem: Any, state: PyTree, settings: Sequence[Any], place: Place, rows: MemberRows
     ) -> Iterator[Any]:
         """Yields `train.Update`s, from each of which it can be resumed. rows: per member, its own
         so far.

@@ -128,12 +128,7 @@ def tangent(v: PyTree, params: PyTree) -> PyTree:
     return tree_map(fitted, v, params)
 
 
-def _check_like(
-    tree: PyTree,
-    like: PyTree,
-    name: str,
-    other: str,
-) -> None:
+def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
     given: Any = tree_structure(tree)
     allowed = tree_structure(like)
     if given != allowed:
@@ -420,12 +415,7 @@ def _checked_start(start: PyTree) -> PyTree:
     return start
 
 
-def _begin(
-    start: PyTree,
-    num_matvecs: int,
-    basis: _Basis | None,
-    shift: float,
-) -> LanczosState:
+def _begin(start: PyTree, num_matvecs: int, basis: _Basis | None, shift: float) -> LanczosState:
     unit = trees.scale_of(start)
     start = tree_map(lambda leaf: leaf / unit, start)
     length = jnp.sqrt(_dot(start, start)) + shift / unit
@@ -473,10 +463,7 @@ _advance_in_place = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(5, 
 
 @jax.jit
 def _recurrence(
-    current: PyTree,
-    product: PyTree,
-    previous: PyTree,
-    beta: Array,
+    current: PyTree, product: PyTree, previous: PyTree, beta: Array
 ) -> tuple[Array, Array, PyTree]:
     """(unit, alpha / unit, residual / unit)."""
     product = tree_map(lambda p, v: p.astype(v.dtype), product, current)
@@ -488,12 +475,7 @@ def _recurrence(
     return unit, alpha, tree_map(subtract, product, current, previous)
 
 
-def _orthogonalize(
-    basis: _Basis,
-    rows: Any,
-    row: Array,
-    vector: Array,
-) -> Array:
+def _orthogonalize(basis: _Basis, rows: Any, row: Array, vector: Array) -> Array:
     squares, rest = basis.project(rows, row, vector)
     again = lambda rest: basis.project(rows, row, rest)[1]
     enough = lambda rest: rest
@@ -532,11 +514,7 @@ def _close(
 
 
 def lanczos(
-    num_matvecs: int,
-    *,
-    reorthogonalize: str = "full",
-    shift: float = 0.0,
-    on_host: bool = False,
+    num_matvecs: int, *, reorthogonalize: str = "full", shift: float = 0.0, on_host: bool = False
 ) -> Callable[[Matvec, PyTree], Tridiagonal]:
     """Lanczos tridiagonalisation: `lanczos(64)(matvec, start) -> Tridiagonal`. Options as for
     `lanczos_method`.
@@ -553,12 +531,7 @@ def lanczos(
     return lambda matvec, start: method.result(_run(method, matvec, start, on_host))
 
 
-def _run(
-    method: Lanczos,
-    matvec: Matvec,
-    start: PyTree,
-    on_host: bool,
-) -> LanczosState:
+def _run(method: Lanczos, matvec: Matvec, start: PyTree, on_host: bool) -> LanczosState:
     state = method.init(start)
     if not on_host:
         step = lambda _, state: method.step(matvec, state)

@@ -38,11 +38,7 @@ ROUNDINGS: dict[str, Callable[[float], int]] = {
 }
 
 
-def count_of(
-    share: float,
-    total: int,
-    rounding: Rounding = "nearest",
-) -> int:
+def count_of(share: float, total: int, rounding: Rounding = "nearest") -> int:
     """`share` of `total` things, where a decimal share means what it says: 0.29 of 100 are 29 by
     `floor`, not 28.
 
@@ -123,12 +119,7 @@ class _Ranking:
         """Whether every score has at least this key; bool, elementwise."""
         return (self.size(scores) >= self.bound(key)) | (key == self.nan)
 
-    def fold(
-        self,
-        combine: Callable,
-        reduce: Callable,
-        function: Callable,
-    ) -> Array:
+    def fold(self, combine: Callable, reduce: Callable, function: Callable) -> Array:
         """`trees.fold` over all scores."""
         parts = [trees.fold(combine, reduce, function, leaf) for leaf in self.leaves]
         return functools.reduce(combine, parts)
@@ -192,11 +183,7 @@ def _bracket(ranking: _Ranking, k: Array) -> _Bracket:
     return _Bracket(low, high, count, jnp.zeros_like(count))
 
 
-def _sampled_bracket(
-    ranking: _Ranking,
-    sample: Array,
-    k: Array,
-) -> _Bracket:
+def _sampled_bracket(ranking: _Ranking, sample: Array, k: Array) -> _Bracket:
     """Where the search starts in one large array: at two order statistics of a sample that enclose
     the k-th largest almost surely; the counts tell.
     """
@@ -219,11 +206,7 @@ def _sampled_bracket(
     )
 
 
-def _next_key(
-    ranking: _Ranking,
-    bracket: _Bracket,
-    k: Array,
-) -> Array:
+def _next_key(ranking: _Ranking, bracket: _Bracket, k: Array) -> Array:
     """Where to count next, see `_search`."""
     low, high, count_low, count_high, side, slow = bracket
     real = ranking.real
@@ -297,11 +280,7 @@ def _search(ranking: _Ranking, k: Array) -> tuple[Array, Array]:
     return _ends(bracket)
 
 
-def _checked(
-    scores: PyTree,
-    k: Count,
-    lowest: int = 0,
-) -> Array:
+def _checked(scores: PyTree, k: Count, lowest: int = 0) -> Array:
     """`k` as an array; raises what `k_largest_mask` does, here where numbers outside `jit` are
     known.
     """
@@ -317,12 +296,7 @@ def _checked(
     return jnp.asarray(k, jnp.int32)
 
 
-def kth_largest(
-    scores: PyTree,
-    k: Count,
-    *,
-    magnitude: bool = False,
-) -> Array:
+def kth_largest(scores: PyTree, k: Count, *, magnitude: bool = False) -> Array:
     """The k-th largest of all entries of `scores`, exactly.
 
     scores: an array or a tree of arrays of floats, any shapes; NaN counts as smallest, subnormals
@@ -338,11 +312,7 @@ def kth_largest(
 
 
 @_compiled
-def _kths(
-    scores: PyTree,
-    k: Array,
-    magnitude: bool,
-) -> Array:
+def _kths(scores: PyTree, k: Array, magnitude: bool) -> Array:
     leaves = _Ranking(scores).leaves
     kth = lambda k: _kth(leaves, k, magnitude)
     if not k.ndim:
@@ -351,11 +321,7 @@ def _kths(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _kth(
-    leaves: list[Array],
-    k: Array,
-    magnitude: bool,
-) -> Array:
+def _kth(leaves: list[Array], k: Array, magnitude: bool) -> Array:
     ranking = _Ranking(leaves, magnitude)
     wanted = jnp.clip(k, 1, ranking.total)
     threshold, _ = _search(ranking, varying_like(wanted, leaves))
@@ -372,11 +338,7 @@ def _kth(
 
 
 @_kth.defjvp
-def _kth_derivative(
-    magnitude: bool,
-    primals: tuple,
-    tangents: tuple,
-) -> tuple[Array, Array]:
+def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     """That of the entry which is the k-th largest; the mean of those of equal ones."""
     leaves, k = primals
     value = _kth(leaves, k, magnitude)
@@ -392,11 +354,7 @@ def _kth_derivative(
 # Masks --------------------------------------------------------------------------------------------
 
 
-def _cut(
-    ranking: _Ranking,
-    positions: Callable[[], list],
-    k: Array,
-) -> tuple[Array, Array]:
+def _cut(ranking: _Ranking, positions: Callable[[], list], k: Array) -> tuple[Array, Array]:
     """(threshold, cut): the k largest have keys above the threshold, or that one and a position
     below the cut.
     """
@@ -460,11 +418,7 @@ def _positions(leaves: list[Array], before: list[Array]) -> list[Array]:
 
 
 def k_largest_mask(
-    scores: PyTree,
-    k: Count,
-    *,
-    magnitude: bool = False,
-    before: PyTree | None = None,
+    scores: PyTree, k: Count, *, magnitude: bool = False, before: PyTree | None = None
 ) -> PyTree:
     """True on exactly `k` entries of `scores`: the largest; equal scores: lower flat index first.
 
@@ -481,12 +435,7 @@ def k_largest_mask(
 
 
 @_compiled
-def _mask(
-    scores: PyTree,
-    k: Array,
-    before: PyTree | None,
-    magnitude: bool,
-) -> PyTree:
+def _mask(scores: PyTree, k: Array, before: PyTree | None, magnitude: bool) -> PyTree:
     constant = lambda leaf: lax.stop_gradient(jnp.asarray(leaf))
     ranked = scores = tree_map(constant, scores)
     if before is not None:
@@ -506,13 +455,7 @@ def _mask(
     return tree_unflatten(structure, map(kept, leaves, positions()))
 
 
-def random_mask(
-    key: Array,
-    tree: PyTree,
-    k: Count,
-    *,
-    before: PyTree | None = None,
-) -> PyTree:
+def random_mask(key: Array, tree: PyTree, k: Count, *, before: PyTree | None = None) -> PyTree:
     """True on exactly `k` entries of `tree`, drawn uniformly; of those that a mask `before` leaves
     out only if it must.
 

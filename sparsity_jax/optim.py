@@ -997,10 +997,7 @@ def needs_norms(recipe: Recipe) -> bool:
 
 
 def numbers(
-    recipe: Recipe,
-    params: PyTree,
-    norms: PyTree | None,
-    order: Sequence[str] | None = None,
+    recipe: Recipe, params: PyTree, norms: PyTree | None, order: Sequence[str] | None = None
 ) -> Fields:
     """What `make` may trace: the recipe's numbers and the feasible set of every parameter array.
 

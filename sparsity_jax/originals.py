@@ -164,13 +164,7 @@ def in_place(address: str, entry: str) -> bool:
 
 
 def additions(
-    start: float,
-    increment: float,
-    limit: float,
-    most: int,
-    dtype: str,
-    *,
-    reach: bool,
+    start: float, increment: float, limit: float, most: int, dtype: str, *, reach: bool
 ) -> tuple[int, float] | None:
     """(number of `increment`s added to `start`, their sum) once the sum in `dtype` exceeds `limit`,
     or reaches it if `reach`; None if `most` are too few.

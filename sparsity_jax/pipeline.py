@@ -324,10 +324,7 @@ def check_streamed(common: Config, checked: Sequence[Stages], used: Sequence[str
 
 
 def side_by_side(
-    common: Config,
-    networks: Sequence[Member],
-    checked: Sequence[Stages],
-    used: Sequence[str],
+    common: Config, networks: Sequence[Member], checked: Sequence[Stages], used: Sequence[str]
 ) -> list[list[int]]:
     """Numbers of the members that run at once, in one program each.
 
@@ -446,9 +443,7 @@ def ancestry(path: AnyPath) -> Iterator[tuple[Path, Fields]]:
     while (path / "config.json").is_file():
         if path.resolve() in seen:
             raise ConfigError(
-                str(path),
-                why="started from a run that started from it",
-                allowed="another run",
+                str(path), why="started from a run that started from it", allowed="another run"
             )
         seen.add(path.resolve())
         config = read_config(path)
@@ -661,11 +656,7 @@ class Outcome(NamedTuple):
 
 
 def run(
-    config: Config,
-    workdir: AnyPath,
-    *,
-    command: str = "",
-    lock_seconds: float = lock.STALE_SECONDS,
+    config: Config, workdir: AnyPath, *, command: str = "", lock_seconds: float = lock.STALE_SECONDS
 ) -> Outcome:
     """Runs, or continues, the pipeline of `config` in `workdir`; writes rows, checkpoints and the
     report there.
@@ -835,11 +826,7 @@ class Run(NamedTuple):
 
 
 def run_plan(
-    plan: Plan,
-    problem: Problem,
-    workdir: Path,
-    config: Config,
-    still_mine: Callable[[], None],
+    plan: Plan, problem: Problem, workdir: Path, config: Config, still_mine: Callable[[], None]
 ) -> Outcome:
     """Runs the stages of one plan, from its newest whole checkpoint if there is one.
 

@@ -46,12 +46,7 @@ def _narrow(x: Number, dtype: Any) -> Any:
     return jnp.clip(x, -largest, largest).astype(dtype)
 
 
-def _pulled(
-    x: Array,
-    length: Array,
-    target: Number,
-    outside: Array,
-) -> Array:
+def _pulled(x: Array, length: Array, target: Number, outside: Array) -> Array:
     """`x` of norm `length`, scaled to the norm `target` where it is `outside`."""
     wide = widen(x)
     target = jnp.asarray(target, wide.dtype)
@@ -394,12 +389,7 @@ def unconstrained(size: int, norm: float) -> Unconstrained:
     return Unconstrained()
 
 
-def radius_of(
-    tau: float,
-    mode: Mode,
-    norm: float,
-    scale: float,
-) -> float:
+def radius_of(tau: float, mode: Mode, norm: float, scale: float) -> float:
     """The radius of a set whose diameter is `scale` times its radius."""
     tables.convert(mode, Mode, "mode")
     if mode == "radius":

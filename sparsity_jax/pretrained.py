@@ -372,12 +372,7 @@ def _natural(name: str) -> list:
 
 
 def name_map(
-    shapes: Shapes,
-    like: PyTree,
-    names: Rules = (),
-    *,
-    fresh: str = "",
-    ordered: bool = True,
+    shapes: Shapes, like: PyTree, names: Rules = (), *, fresh: str = "", ordered: bool = True
 ) -> Names:
     """Path in `like` of each tensor that has a place there, by PyTorch's name.
 

@@ -161,11 +161,7 @@ class Isometry(NamedTuple):
     largest: Array
 
 
-def jacobian_singular_values(
-    apply: Callable,
-    variables: PyTree,
-    inputs: Array,
-) -> Array:
+def jacobian_singular_values(apply: Callable, variables: PyTree, inputs: Array) -> Array:
     """Singular values of d outputs / d input of each example, descending: [batch, min(outputs,
     entries of an input)].
 

@@ -37,11 +37,7 @@ def hessian_product(loss: Callable) -> Product:
 
 
 def over_batches(
-    product: Product,
-    data: PyTree,
-    batch_size: int,
-    *,
-    on_host: bool = False,
+    product: Product, data: PyTree, batch_size: int, *, on_host: bool = False
 ) -> Callable:
     """`mean(params, v)`: the mean of `product` over all examples of `data`, batch by batch.
 
@@ -56,11 +52,7 @@ def over_batches(
 
 
 def _mean(
-    part: Callable,
-    zeros: Callable,
-    data: PyTree,
-    batch_size: int,
-    on_host: bool,
+    part: Callable, zeros: Callable, data: PyTree, batch_size: int, on_host: bool
 ) -> Callable:
     """`mean(params, v)` of `part(params, v, batch)`, whose structure is that of `zeros(params,
     v)`.
@@ -78,12 +70,7 @@ def _plus(total: PyTree, term: PyTree, share: float) -> PyTree:
 
 
 def linearized(
-    product: Product,
-    params: PyTree,
-    data: PyTree,
-    batch_size: int,
-    *,
-    like: PyTree = None,
+    product: Product, params: PyTree, data: PyTree, batch_size: int, *, like: PyTree = None
 ) -> Callable:
     """`matvec(v)`: what `over_batches` computes, for many v at the same `params`. like: a tree such
     as v, if not `params`.
@@ -100,12 +87,7 @@ def linearized(
     zero = tree_map(jnp.zeros_like, like)
 
     @functools.partial(jax.jit, static_argnums=3)
-    def prepare(
-        params: PyTree,
-        data: PyTree,
-        start: int,
-        length: int,
-    ) -> Callable:
+    def prepare(params: PyTree, data: PyTree, start: int, length: int) -> Callable:
         batch = cut(data, start, length)
         return jax.linearize(lambda v: product(params, v, batch), zero)[1]
 
@@ -135,13 +117,7 @@ class Taylor(NamedTuple):
     second_order: Array
 
 
-def taylor(
-    loss: Callable,
-    data: PyTree,
-    batch_size: int,
-    *,
-    on_host: bool = False,
-) -> Callable:
+def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = False) -> Callable:
     """`terms(params, step) -> Taylor`: of the mean of `loss(params, batch)` over all examples of
     `data`.
 
@@ -190,12 +166,7 @@ def cut(data: PyTree, start: int | Array, length: int) -> PyTree:
     return tree_map(lambda x: lax.dynamic_slice_in_dim(x, start, length), data)
 
 
-def batch_losses(
-    loss: Callable,
-    params: PyTree,
-    data: PyTree,
-    batch_size: int,
-) -> Array:
+def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) -> Array:
     """`loss(params, batch)` of every whole batch of `data` in order: [N // batch_size]."""
     size = batches.num_examples(data)
     if not 1 <= batch_size <= size:

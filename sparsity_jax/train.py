@@ -752,12 +752,7 @@ def shuffled(problem: Problem, key: Array, position: int, epoch: int) -> Array:
 
 
 def calls_on_stream(
-    problem: Problem,
-    state: State,
-    fit: Fit,
-    numbers: Fields,
-    position: int,
-    lost: Sequence[str],
+    problem: Problem, state: State, fit: Fit, numbers: Fields, position: int, lost: Sequence[str]
 ) -> Calls:
     """Training on streamed data: one step per call, on a batch that was read ahead.
 

@@ -62,12 +62,7 @@ def plain_leaves(tree: PyTree, is_leaf: Callable | None = None) -> dict[str, Any
     return named_leaves(tree, plain_path, is_leaf)
 
 
-def aligned(
-    tree: PyTree,
-    like: PyTree,
-    what: str,
-    is_leaf: Callable | None = None,
-) -> PyTree:
+def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = None) -> PyTree:
     """`tree` in the structure of `like`: its leaves by their plain paths, where the structures
     differ.
 
@@ -143,12 +138,7 @@ def matching(tree: PyTree, pattern: str, field: str = "") -> dict[str, bool]:
     return matches
 
 
-def _idle(
-    field: str,
-    pattern: str,
-    why: str,
-    paths: list[str],
-) -> ConfigError:
+def _idle(field: str, pattern: str, why: str, paths: list[str]) -> ConfigError:
     allowed = f"a pattern of paths such as {paths[0]!r}"
     return ConfigError(field, pattern, why=why, allowed=allowed, known=paths)
 

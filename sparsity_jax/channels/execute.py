@@ -81,11 +81,7 @@ def _read(env: dict, atoms: Sequence[Any]) -> list[Any]:
 
 
 def _run_equation(
-    alive: Alive,
-    program: Program,
-    eqn: Any,
-    ins: Arrays,
-    inner: list[Program],
+    alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: list[Program]
 ) -> Arrays:
     name, params = eqn.primitive.name, eqn.params
     if name in INNER:
@@ -185,9 +181,7 @@ def _run_call(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arra
 def _run_remat(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
     function = functools.partial(run, alive, *inner)
     again = jax.checkpoint(
-        function,
-        policy=eqn.params.get("policy"),
-        prevent_cse=eqn.params.get("prevent_cse", True),
+        function, policy=eqn.params.get("policy"), prevent_cse=eqn.params.get("prevent_cse", True)
     )
     return again(*ins)
 
@@ -256,11 +250,7 @@ def _flat(arrays: Sequence[Any]) -> list[np.ndarray]:
 
 
 def _beside(
-    alive: Alive,
-    function: Callable,
-    known: list[Value],
-    wanted: list[Value],
-    arrays: Arrays,
+    alive: Alive, function: Callable, known: list[Value], wanted: list[Value], arrays: Arrays
 ) -> list[Any]:
     """Results of another function of arrays in the program, e.g. a derivative, at the smaller
     sizes.

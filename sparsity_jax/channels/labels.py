@@ -125,10 +125,7 @@ class Labels:
         return np.broadcast_to(grid, shape).ravel()
 
     def split(
-        self,
-        labels: np.ndarray,
-        shape: Sequence[int],
-        mark: object = None,
+        self, labels: np.ndarray, shape: Sequence[int], mark: object = None
     ) -> list[np.ndarray]:
         """Labels of the axes of `shape` into which one axis is split, row-major; ties what must die
         as a row."""

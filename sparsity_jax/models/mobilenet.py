@@ -32,9 +32,7 @@ V2 = (
 
 
 def mobilenet(
-    *,
-    stem_width: tables.Count = 32,
-    blocks: tuple[tuple[tables.Count, tables.Count], ...] = V1,
+    *, stem_width: tables.Count = 32, blocks: tuple[tuple[tables.Count, tables.Count], ...] = V1
 ) -> layers.Plan:
     """MobileNet V1 with a 3x3 stem of stride 1; `blocks` are (width, stride) pairs of
     depthwise-separable blocks, named block{i}, i from 0.

@@ -29,11 +29,7 @@ KINDS = ("limit", "path", "row_norms", "width")  # of rows that make a network o
 MOST = 6  # networks drawn in one figure
 WIDE = 0.01  # an enclosure wider than this is called so where the config asks for nothing
 STEEP = 0.5  # share of ε that the gradient may change the loss by before a prediction is cautioned
-OPERATORS = {
-    "hessian": "Hessian",
-    "gauss_newton": "Gauss-Newton",
-    "absolute": "absolute Hessian",
-}
+OPERATORS = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton", "absolute": "absolute Hessian"}
 RULES = {  # definitions of "nothing is lost", as `geometry.CRITERIA` names them
     "accuracy": "{} accuracy not below dense",
     "better_accuracy": "{} accuracy above dense, as the original",
