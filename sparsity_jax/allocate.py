@@ -1,11 +1,13 @@
 """How many entries each parameter array keeps at a pruning ratio, and the masks that follow.
 
-    counts = allocate.keep_counts(params, 0.9)                  # integers, on the host
-    kept = allocate.keep_masks(params, counts)                  # traceable: one program for every
-    ratio channels = groups.trace(apply, params, inputs)              # tells what is prunable,
-    whatever the names counts = allocate.keep_counts(params, 0.5, channels=channels,
-    selection="structured") kept = allocate.keep_masks(params, counts, channels=channels,
-    selection="structured")
+    counts = allocate.keep_counts(params, 0.9)    # integers, on the host
+    kept = allocate.keep_masks(params, counts)    # traceable: one program for every ratio
+
+    # a trace tells what is prunable, whatever the names
+    channels = groups.trace(apply, params, inputs)
+    whole = dict(channels=channels, selection="structured")
+    counts = allocate.keep_counts(params, 0.5, **whole)
+    kept = allocate.keep_masks(params, counts, **whole)
 
 Magnitude is the score. Whole filters or input channels go by their L1 norm.
 """

@@ -1,9 +1,10 @@
 """Which arrays of a network are kernels (weights to prune), and which of their axes are inputs and
 outputs.
 
-    channels = groups.trace(apply, variables, inputs) paths = kernels.paths(params, channels)    #
-    what the matrix products and convolutions of `apply` sum over kernels.axes(params, paths,
-    channels)      # {"conv1/weight": Axes(inputs=(1,), outputs=(0,), window=(2, 3))}
+    channels = groups.trace(apply, variables, inputs)
+    paths = kernels.paths(params, channels)    # what products and convolutions sum over
+    axes = kernels.axes(params, paths, channels)
+    axes["conv1/weight"]    # Axes(inputs=(1,), outputs=(0,), window=(2, 3))
 
 Without a trace names decide, as far as they can: what they do not tell is refused, never guessed.
 """

@@ -1,10 +1,10 @@
 """Exact answers about small networks: every way to prune them, the singular values of their
 Jacobians.
 
-    found = probes.oracle(losses, {"conv1": (8, 4), "conv2": (8, 4)})    # 4 of 8 channels of each:
-    4,900 networks found.best, probes.rank(found, keep)                                 # the best
-    keep; how good another one is values = probes.jacobian_singular_values(model.apply, variables,
-    images)
+    # 4 of 8 channels of each: 4,900 networks
+    found = probes.oracle(losses, {"conv1": (8, 4), "conv2": (8, 4)})
+    found.best, probes.rank(found, keep)    # the best keep; how good another one is
+    values = probes.jacobian_singular_values(model.apply, variables, images)
 
 Source: Wang et al. 2021, arXiv:2012.09243, and its published code; Saxe et al. 2014,
     arXiv:1312.6120 (isometry).

@@ -5,8 +5,9 @@ target speed-up.
     table = ratios.parse("[0,0.75,0.75,0.32,0]", layers)    # residual networks: one per stage
     table = ratios.parse("[0-4:0.5, 7-10:0.2]", layers)     # others: ranges of layers
     table = ratios.parse(((".*/conv1/kernel", 0.5), (".*", 0.0)), layers)
-    price = cost.of_channels(channels, "flops")             # channels: groups.trace found
-    table = ratios.for_speedup(lambda table: price(ratios.keep_of(channels, table)), 2.55, table)
+    price = cost.of_channels(channels, "flops")             # channels: groups.trace
+    flops = lambda table: price(ratios.keep_of(channels, table))
+    table = ratios.for_speedup(flops, 2.55, table)
 
 A table maps the path of every kernel to the share of its filters, channels or weights that goes: 0
 <= ratio < 1, or `gap`: those below the largest gap between the scores.

@@ -2,15 +2,16 @@
 channel groups.
 
     needs = required("fisher", "grad_preserve")
-    collect = gather(loss, needs, 128)                # loss(params, batch, temperature): a batch's
-    mean chosen = class_balanced(labels, num_classes=10, num_samples=2560) statistics =
-    collect(params, data, balanced=(images[chosen], labels[chosen])) score("fisher", statistics,
-    group)                # [group.size], larger = more important
+    # loss(params, batch, temperature): the mean over a batch
+    collect = gather(loss, needs, 128)
+    chosen = class_balanced(labels, num_classes=10, num_samples=2560)
+    statistics = collect(params, data, balanced=(images[chosen], labels[chosen]))
+    score("fisher", statistics, group)    # [group.size], larger = more important
 
 A group has `size` and `members`, each with `path`, `axis`, `index` [channels, copies] and `role`.
 Its paths name the leaves of the params given here: with Flax, differentiate {"params": ...} and
 score "params/conv1/kernel". NaN in a statistic makes the scores NaN that it enters, with `fpgm`
-those of its whole kernel; see `check_finite`.
+those of its whole kernel.
 """
 
 import functools
@@ -33,7 +34,7 @@ class Statistics(NamedTuple):
     w: weights. w0: weights at initialisation. g: mean gradient. g2: mean over batches of the
     squared gradient of a batch. hg_grasp, hg_preserve: Hessian times gradient on class-balanced
     examples, each at the temperature of its measure. saliency: average of `weight_saliency` over
-    minibatches, see `tracker`. All but w and w0 are float32 or wider.
+    minibatches, see `track_saliency`. All but w and w0 are float32 or wider.
     """
 
     w: PyTree = None

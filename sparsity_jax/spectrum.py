@@ -1,11 +1,16 @@
 """Curvature of a loss over a whole data set: deterministic products, and the Hessian rows of chosen
 weights.
 
-    product = over_batches(hessian_product(loss), (images, labels), 1000)    # loss(params, batch):
-    a batch's mean matvec = functools.partial(product, params)     # or:
-    linearized(hessian_product(loss), params, data, 1000) tridiagonal = linops.lanczos(64,
-    on_host=True)(matvec, linops.rademacher(key, params)) terms = taylor(loss, (images, labels),
-    1000)(params, step)    # is the gradient small against the curvature?
+    # loss(params, batch): the mean over a batch
+    product = over_batches(hessian_product(loss), (images, labels), 1000)
+    matvec = functools.partial(product, params)
+    tridiagonal = linops.lanczos(64, on_host=True)(matvec, linops.rademacher(key, params))
+
+    # the same products faster, with more memory
+    matvec = linearized(hessian_product(loss), params, (images, labels), 1000)
+
+    # is the gradient small against the curvature?
+    terms = taylor(loss, (images, labels), 1000)(params, step)
 
 Examples come in a fixed order, without augmentation, and every batch counts by its size: the same
 product twice is equal bit by bit, and the batch size changes rounding only. `select` restricts

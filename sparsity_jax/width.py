@@ -5,8 +5,8 @@ Weights of tolerable loss fill the ellipsoid {x: x^T H x / 2 <= epsilon} around 
 w, with semi-axes r_i^2 = 2 epsilon / |lambda_i|. Seen from distance R its squared Gaussian width,
 per dimension, is
 
-    omega(R)^2 / D = sum_i tau_i r_i^2 / (R^2 + r_i^2) = sum_i tau_i / (1 + |lambda_i| R^2 / (2
-    epsilon)),
+    omega(R)^2 / D = sum_i tau_i r_i^2 / (R^2 + r_i^2)
+                   = sum_i tau_i / (1 + |lambda_i| R^2 / (2 epsilon)),
 
 where the Ritz values lambda_i and weights tau_i (sum 1) of Lanczos quadrature stand for the D
 eigenvalues. Pruning the share p of the weights by magnitude moves w by R(p); the predicted largest

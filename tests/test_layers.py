@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import re
+import textwrap
 
 import pytest
 
@@ -168,3 +170,13 @@ def test_nothing_is_imported_or_run_by_name():
         ]
         names = {getattr(call.func, "attr", getattr(call.func, "id", "")) for call in calls}
         assert not names & by_name, path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_examples_in_docstrings_are_python(path):
+    """Indented lines of a module's docstring, where one sets a name."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    for paragraph in re.split(r"\n(?=\S)", text):
+        _, _, block = paragraph.partition("\n\n")
+        if re.search(r"^    \w+ = ", block, re.MULTILINE):
+            ast.parse(textwrap.dedent(block))

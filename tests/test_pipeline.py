@@ -396,19 +396,14 @@ LATE_MISTAKES = {  # found when the data and devices are known, still before any
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_stop_before_data_is_loaded(mistake, tmp_path, monkeypatch):
-    fields, *refusal = MISTAKES[mistake]
-    monkeypatch.setattr(pipeline, "build", lambda *_: pytest.fail("data was loaded"))
-    with tiny.refused(*refusal):
-        pipeline.run(tiny.config(**dict(pipeline=("fit", "curve")) | fields), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("mistake", LATE_MISTAKES)
-def test_mistakes_that_need_the_data_stop_before_compiling(mistake, tmp_path, monkeypatch):
-    fields, *refusal = LATE_MISTAKES[mistake]
-    monkeypatch.setattr(pipeline, "run_plan", lambda *_: pytest.fail("a plan ran"))
+@pytest.mark.parametrize(
+    ("mistake", "not_reached"),
+    [(mistake, "build") for mistake in MISTAKES]  # nothing is loaded
+    + [(mistake, "run_plan") for mistake in LATE_MISTAKES],  # nothing is compiled
+)
+def test_mistakes_stop_before_a_run(mistake, not_reached, tmp_path, monkeypatch):
+    fields, *refusal = {**MISTAKES, **LATE_MISTAKES}[mistake]
+    monkeypatch.setattr(pipeline, not_reached, lambda *_: pytest.fail("went on"))
     with tiny.refused(*refusal):
         pipeline.run(tiny.config(**dict(pipeline=("fit", "curve")) | fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()  # the corrected config may use it

@@ -38,15 +38,7 @@ def trained(problem):
 
 @pytest.fixture(scope="module")
 def convolutional():
-    """A network with batch norm, a skip connection and random statistics, untrained."""
-    model = models.build(
-        name="resnet", num_classes=4, stage_sizes=(1, 1), widths=(6, 8), stem_width=6
-    )
-    found = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
-    state = train.create_state(found, train.key_of(0))
-    noise = lambda leaf: leaf + 0.2 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape)
-    shake = lambda tree: jax.tree.map(lambda leaf: noise(leaf) if leaf.ndim == 1 else leaf, tree)
-    return found, state._replace(params=shake(state.params), batch_stats=shake(state.batch_stats))
+    return tiny.residual(1, 1)
 
 
 def settings(kind="cut", **fields):

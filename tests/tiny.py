@@ -116,6 +116,17 @@ def random_set(
     )
 
 
+def residual(*stage_sizes: int) -> tuple[train.Problem, train.State]:
+    """A small residual network, untrained, its statistics and the scales of its norms random."""
+    options = dict(stage_sizes=stage_sizes, widths=(6, 8), stem_width=6)
+    model = models.build(name="resnet", num_classes=4, **options)
+    found = train.build_problem(random_set((8, 8, 3), 4, examples=40), model)
+    state = train.create_state(found, train.key_of(0))
+    noise = lambda leaf: leaf + 0.2 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape)
+    shake = lambda tree: jax.tree.map(lambda leaf: noise(leaf) if leaf.ndim == 1 else leaf, tree)
+    return found, state._replace(params=shake(state.params), batch_stats=shake(state.batch_stats))
+
+
 @contextlib.contextmanager
 def refused(where: str, value: Any = ..., closest: str = "", *, allowed=""):
     """Asserts that the block refuses the setting `where`; allowed: a part of what the error says
