@@ -314,6 +314,14 @@ def test_bold_needs_more_than_a_deviation():
     assert lines(0.9, 0.9, 0.0) is None
 
 
+def test_a_band_of_losses_stays_above_zero():
+    told = series.numbers([dict(loss=loss) for loss in (1.0, 100.0)], "loss")
+    told = told.assign(series=0, member=["a", "b"], epoch=1)
+    (mean,) = draw.means(draw.points(told, "epoch", "loss")).to_dict("records")
+    assert (mean["y"], mean["low"]) == (50.5, 1.0)
+    assert mean["high"] == pytest.approx(50.5 + 99 / math.sqrt(2))
+
+
 def test_amounts_keep_their_digits():
     assert [sections.amount(value) for value in (13706, 3658.0, 12.5, 0.0508163, 123456.7)] == [
         "13,706",

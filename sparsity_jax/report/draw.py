@@ -104,13 +104,15 @@ def points(told: Frame, x: str, y: str, panel: str = "", dash: Any = 0) -> Frame
 
 
 def means(shown: Frame) -> Frame:
-    """The means over members of points, with one deviation to either side; the later one counts of
-    two points of a member at the same place.
+    """The means over members of points, with one deviation to either side, but not below the least:
+    losses stay above 0. Of two points of a member at the same place the later one counts.
     """
     place = ["panel", "color", "dash", "x"]
     last = shown.drop_duplicates([*place, "member"], keep="last").dropna(subset=["y"])
-    table = last.groupby(place, sort=False)["y"].agg(y="mean", std="std").reset_index()
-    return table.assign(low=table["y"] - table["std"], high=table["y"] + table["std"])
+    groups = last.groupby(place, sort=False)["y"]
+    table = groups.agg(y="mean", std="std", least="min").reset_index()
+    low = (table["y"] - table["std"]).clip(lower=table["least"])
+    return table.assign(low=low, high=table["y"] + table["std"])
 
 
 def chart(
