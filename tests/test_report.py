@@ -8,8 +8,10 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
+from matplotlib import colors
 
 from sparsity_jax import report
 from sparsity_jax.report import __main__ as command
@@ -320,6 +322,17 @@ def test_a_band_of_losses_stays_above_zero():
     (mean,) = draw.means(draw.points(told, "epoch", "loss")).to_dict("records")
     assert (mean["y"], mean["low"]) == (50.5, 1.0)
     assert mean["high"] == pytest.approx(50.5 + 99 / math.sqrt(2))
+
+
+def test_only_a_layer_without_weights_is_red():
+    table = pd.DataFrame([[0.5, 1 - 1e-4, 1.0, math.nan]], ["fc/kernel"], [0.5, 0.9, 0.95, 0.99])
+    axes, _ = draw.heat_maps({"A": table}, "weights").axes
+    half, little, none, unknown = axes.images[0].to_rgba(axes.images[0].get_array())[0]
+    assert tuple(none[:3]) == pytest.approx(colors.to_rgb("#5a0f14"), abs=0.01)
+    assert not np.allclose(little, none)
+    assert not np.allclose(half, little)
+    assert unknown[3] == 0  # nothing is drawn
+    assert [text.get_text() for text in axes.texts] == ["50", "0.01", "0"]
 
 
 def test_amounts_keep_their_digits():

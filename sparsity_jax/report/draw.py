@@ -31,6 +31,7 @@ PALETTE = (
 NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 INK, MUTED, GRID = "#1f2328", "#656d77", "#dfe3e8"
 DASHES = ("-", "--", ":", "-.")
+MOST_CELLS = 100  # of a heat map whose shares are written into it
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so PNGs are the same everywhere
     "font.size": 9,
@@ -209,18 +210,32 @@ def heat_maps(maps: Mapping[str, Frame], what: str) -> Figure:
     figure.set_figheight((0.16 * most + 1) * math.ceil(len(maps) / 2) + 0.6)
     palette = matplotlib.colormaps["cividis"].with_extremes(under="#5a0f14")
     for panel, (name, table) in zip(axes, maps.items()):
-        kept = (1 - table).clip(1e-9, 1)  # a logarithm hides 0
-        image = panel.imshow(kept, norm="log", cmap=palette, aspect="auto", interpolation="nearest")
+        kept = 1 - table
+        shown = kept.clip(1e-3, 1).mask(kept <= 0, 1e-9)  # a logarithm hides 0
+        image = panel.imshow(
+            shown, norm="log", cmap=palette, aspect="auto", interpolation="nearest"
+        )
         image.set_clim(1e-3, 1)
         panel.set_title(literal(name), loc="left")
-        panel.set_xticks(range(table.shape[1]), [f"{ratio:.1%}" for ratio in table.columns])
+        panel.set_xticks(range(table.shape[1]), [f"{100 * ratio:.3g}%" for ratio in table.columns])
         panel.set_yticks(range(len(table)), short_paths(list(table.index)))
         panel.tick_params(labelsize=6.5)
         panel.grid(visible=False)
+        if table.size <= MOST_CELLS:
+            write_shares(panel, kept)
     place: Any = dict(location="bottom", shrink=0.3, extend="min", format="{x:.1%}")
     bar = figure.colorbar(image, ax=axes, **place)
     bar.set_label(f"{what} kept (red: none left)")
     return figure
+
+
+def write_shares(axes: Axes, kept: Frame) -> None:
+    """Writes every share of a heat map into its cell, in percent."""
+    centred: Any = dict(ha="center", va="center", fontsize=7)
+    for (row, column), share in np.ndenumerate(kept.to_numpy()):
+        if math.isfinite(share):
+            ink = "#10131a" if share > 0.06 else "#f6f8fa"
+            axes.text(column, row, f"{100 * share:.3g}", color=ink, **centred)
 
 
 # Files --------------------------------------------------------------------------------------------
