@@ -299,7 +299,7 @@ def test_verdicts_say_how_far_to_trust():
     assert names == ["Hessian", "Gauss-Newton", "absolute Hessian"]
     assert hessian[1] == (
         "96.00% predicted, 1.00 points above the actual limit (test accuracy not below dense), "
-        "which is inside 1 of 1 intervals."
+        "which is inside the interval."
     )
     assert hessian[2].startswith("No enclosure")
     assert newton[2].startswith("Not narrow enough: the enclosure is 2 points wide, more than 0.5")

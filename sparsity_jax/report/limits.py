@@ -110,9 +110,13 @@ def verdicts(found: Grouped) -> list[tuple[str, str, str]]:
         if len(own):
             gap = 100 * own["gap"].mean()
             side = "above" if gap >= 0 else "below"
+            place = "inside" if own["inside"].all() else "outside"
+            interval = f"{place} the interval"
+            if len(own) > 1:
+                interval = f"inside {own['inside'].sum()} of {len(own)} intervals"
             text += (
                 f", {abs(gap):.2f} points {side} the actual limit ({own['definition'].iloc[0]}), "
-                f"which is inside {own['inside'].sum()} of {len(own)} intervals"
+                f"which is {interval}"
             )
         caution = f"{enclosure_caution(rows)} {gradient_caution(found, rows)}"
         result.append((str(name), f"{text}.", caution.strip()))

@@ -99,7 +99,7 @@ def mean_cell(mean: float, deviation: float, count: int, form: str = ".2%") -> C
     """A mean and, of several numbers, its deviation; shares in percent, without the sign."""
     if not count:
         return Cell("–")
-    small = f"± {deviation:{form.strip('+')}}" if deviation else ""
+    small = f"± {deviation:{form.strip('+')}}" if count > 1 else ""
     text = f"{mean:{form}}".replace("-", "−")
     return Cell(text.strip("%"), small.strip("%"))
 

@@ -26,15 +26,15 @@ COLUMNS = {  # heading, format, whether the best number is bold
     "epochs": ("epochs", ",.0f", False),
     "seconds": ("training|s", ",.1f", False),
 }
-NOTE = (
-    "Accuracies on test data, or on train data where there are no others: mean ± sample standard "
-    "deviation over up to {} networks. Unpruned: before anything was removed. At: with that share "
-    "of the prunable weights removed. Pruned: after the last training, with the share removed that "
-    "stands before it. Largest: the last share that loses at most one point; ≥ where no measured "
-    "one loses more. Retrained: every number of the line is after retraining, also the unpruned "
-    "one. Training: epochs times the median one, so that compilation is left out; networks trained "
-    "side by side share their wall time. Bold: above all other lines by more than one deviation."
-)
+NOTES = {  # what the numbers of a column are
+    "dense": "Unpruned: before anything was removed.",
+    **dict.fromkeys(map(str, STOPS), "At: with that share of the prunable weights removed."),
+    "pruned": "Pruned: after the last training, with the share removed that stands before it.",
+    "largest": (
+        "Largest: the last share that loses at most one point; ≥ where no measured one loses more."
+    ),
+    "seconds": "Training: epochs times the median one, so that compilation is left out.",
+}
 
 
 class Summary(NamedTuple):
@@ -149,25 +149,50 @@ def summary(grouped: Grouped) -> Shown:
         return None
     columns = [column for column in COLUMNS if any(column in line.cells for line in lines)]
     best = {column: best_line(lines, column) for column in columns}
+    words = ["network", "pruning"] if any(line.variant for line in lines) else ["network"]
     rows = []
     for i, line in enumerate(lines):
-        row: Cells = [Cell(line.label, color=line.series), line.variant]
+        row: Cells = [Cell(line.label, color=line.series)]
+        if "pruning" in words:
+            row.append(line.variant)
         for column in columns:
             row.append(shown(line, column, bold=best[column] == i))
         rows.append(row)
-    heads: Cells = ["network", "pruning"]
+    heads: Cells = list(words)
     for column in columns:
         heads.append(heading(COLUMNS[column][0]))
+    notes = notes_of(lines, columns)
+    if any(line is not None for line in best.values()):
+        notes.append("Bold: above all other lines by more than one deviation.")
+    table = Table(heads, rows, tuple(range(len(words))), " ".join(notes))
+    return Section("Summary", tables=[table])
+
+
+def notes_of(lines: list[Summary], columns: list[str]) -> list[str]:
+    """Sentences that say what the numbers are."""
+    sentences = ["Accuracies on test data, or on train data where there are no others."]
+    sentences += dict.fromkeys(NOTES[column] for column in columns if column in NOTES)
+    if any(line.variant.startswith("retrained") for line in lines):
+        sentences.append(
+            "Retrained: every number of the line is after retraining, also the unpruned one."
+        )
     members = max(count for line in lines for _, _, count in line.cells.values())
-    note = NOTE.format(members)
-    return Section("Summary", tables=[Table(heads, rows, (0, 1), note)])
+    if members > 1:
+        sentences.append(
+            f"Mean ± sample standard deviation over up to {members} networks; those trained side "
+            "by side share their wall time."
+        )
+    return sentences
 
 
 def shown(line: Summary, column: str, *, bold: bool) -> Cell:
     """Mean and, over several members, the deviation."""
     if column not in line.cells:
         return Cell("–")
-    told = mean_cell(*line.cells[column], COLUMNS[column][1])
+    mean, deviation, count = line.cells[column]
+    if column in ("before", "epochs") and not deviation:
+        count = 1  # the same number by design
+    told = mean_cell(mean, deviation, count, COLUMNS[column][1])
     floor = "≥ " if column in line.floors else ""
     return told._replace(text=floor + told.text, bold=bold)
 
