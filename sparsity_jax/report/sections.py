@@ -51,11 +51,18 @@ Shown = Section | None  # None without the rows that it shows
 def table(
     about: str, columns: Mapping[str, str], lines: Sequence[tuple[Cell | str, dict]], note: str = ""
 ) -> Table:
-    """A table of the first lines (name, row). columns: heading to template, see `cell`."""
-    heads: Cells = [about, *map(heading, columns)]
+    """A table of the first lines (name, row), without columns that say nothing. columns: heading to
+    template, see `cell`.
+    """
+    shown = {}
+    for head, template in columns.items():
+        cells = [cell(template, row) for _, row in lines]
+        if any(each.text for each in cells):
+            shown[head] = cells
+    heads: Cells = [about, *map(heading, shown)]
     rows: list[Cells] = []
-    for name, row in lines[:MOST_LINES]:
-        rows.append([name, *(cell(template, row) for template in columns.values())])
+    for (name, _), *cells in zip(lines[:MOST_LINES], *shown.values()):
+        rows.append([name, *cells])
     return Table(heads, rows, note=note + only_first(MOST_LINES, len(lines), "lines"))
 
 
