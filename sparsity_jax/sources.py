@@ -154,10 +154,11 @@ def open_folder(path: str, train_split: str, test_split: str) -> Opened:
         raise ConfigError(f"config.data.train_split and test_split are both {train_split!r}.")
     train, test = list_images(root / train_split), list_images(root / test_split)
     classes, others = ({name for name, _ in images.values()} for images in (train, test))
-    if classes != others:
-        lonely = ", ".join(map(repr, sorted(classes ^ others)[:5]))
+    lonely = [f"{train_split}/{name}" for name in sorted(classes - others)]
+    lonely += [f"{test_split}/{name}" for name in sorted(others - classes)]
+    if lonely:
         needed = f"{train_split} and {test_split} need the same class directories"
-        raise ConfigError(f"{root}: {needed}; only in one of them: {lonely}.")
+        raise ConfigError(f"{root}: {needed}; in one only: {', '.join(map(repr, lonely[:5]))}.")
     for place in train.keys() & test.keys():
         raise ConfigError(
             f"{test[place][1]} of the test split is the same file as {train[place][1]} of the "

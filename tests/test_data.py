@@ -477,10 +477,10 @@ def test_official_tiny_imagenet_layout(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"test": {"cat": images_of(0, 1)}}, "same class directories; only in one of them: 'ant'"),
+        ({"test": {"cat": images_of(0, 1)}}, "same class directories; in one only: 'train/ant'"),
         (
             {"test": {"ant": images_of(0, 1), "cat": images_of(0, 1), "dog": images_of(0, 1)}},
-            "only in one of them: 'dog'",
+            "in one only: 'test/dog'",
         ),
         ({"test": {"ant": [], "cat": images_of(0, 1)}}, "ant has no images"),
         ({"test": {}}, "test is missing"),
