@@ -19,9 +19,10 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
-from sparsity_jax.types import Array, Fields, PyTree, Shape
+from sparsity_jax.types import Fields, PyTree, Shape
 
 Channels = groups.Channels | None
 Layers = dict[str, units.Layer]

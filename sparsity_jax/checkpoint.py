@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax import ShapeDtypeStruct
+from jax import Array, ShapeDtypeStruct
 
 from sparsity_jax import intact, tables, workdirs
 from sparsity_jax.intact import DamagedError
 from sparsity_jax.trees import named_leaves
-from sparsity_jax.types import Array, Config, PyTree, Shape
+from sparsity_jax.types import Config, PyTree, Shape
 from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot, numbers_in
 
 # Reading ------------------------------------------------------------------------------------------

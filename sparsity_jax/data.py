@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sparsity_jax import decoding, stopping
 from sparsity_jax.decoding import decode, fit, why_not
@@ -36,7 +37,7 @@ from sparsity_jax.tables import (
     host_memory,
     lookup,
 )
-from sparsity_jax.types import Array, Config, Fields, Shape
+from sparsity_jax.types import Config, Fields, Shape
 
 CHUNK = 500  # records one thread reads and decodes at a time
 DECODED_ALONE = 32  # of those looked at, to measure what threads gain

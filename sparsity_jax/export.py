@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax import export as stablehlo
 
 from sparsity_jax import (
@@ -33,7 +34,7 @@ from sparsity_jax import (
     trees,
     units,
 )
-from sparsity_jax.types import AnyPath, Array, Arrays, Config, Fields, PyTree, Shape
+from sparsity_jax.types import AnyPath, Arrays, Config, Fields, PyTree, Shape
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 FORMAT = 2  # of an exported folder

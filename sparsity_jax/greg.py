@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from sparsity_jax import (
     checkpoint,
@@ -42,7 +43,7 @@ from sparsity_jax import (
 )
 from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
-from sparsity_jax.types import Array, Arrays, Fields, MemberRows, PyTree
+from sparsity_jax.types import Arrays, Fields, MemberRows, PyTree
 
 Keep = Mapping[str, Any]  # bools by name of layer, True = keep
 Reading = ratios.Reading

@@ -27,9 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
-from sparsity_jax.types import Array, Arrays, PyTree
+from sparsity_jax.types import Arrays, PyTree
 from sparsity_jax.units import Keep, Layer
 
 Leaves = Mapping[str, Array]  # by plain path

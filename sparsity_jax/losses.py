@@ -8,9 +8,9 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from sparsity_jax import tables
-from sparsity_jax.types import Array
 from sparsity_jax.types import Config as ConfigDict
 
 

@@ -22,8 +22,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from sparsity_jax.types import Array, Shape
+from sparsity_jax.types import Shape
 
 # Learning rates -----------------------------------------------------------------------------------
 

@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from sparsity_jax import batches, groups, linops, tables, trees, units
-from sparsity_jax.types import Array, Fields, PyTree
+from sparsity_jax.types import Fields, PyTree
 
 
 class Statistics(NamedTuple):

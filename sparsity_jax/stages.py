@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import random
+from jax import Array, random
 
 from sparsity_jax import (
     allocate,
@@ -32,7 +32,7 @@ from sparsity_jax.interface import Place, Stage, without_optimizer
 from sparsity_jax.tables import Fraction, Options, Range, option
 from sparsity_jax.train import NonFiniteLossError, Problem, State, Update, member_rows, shapes_of
 from sparsity_jax.trees import check_pattern
-from sparsity_jax.types import Array, Arrays, Fields, MemberRows, PyTree
+from sparsity_jax.types import Arrays, Fields, MemberRows, PyTree
 
 HUNDREDTHS = (*range(0, 90, 10), *range(90, 100))
 RATIOS = tuple(percent / 100 for percent in HUNDREDTHS)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sparsity_jax import (
     budgets,
@@ -34,7 +35,7 @@ from sparsity_jax import (
 from sparsity_jax.groups import Channels
 from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
-from sparsity_jax.types import Array, Arrays, MemberRows, PyTree, Row, Rows
+from sparsity_jax.types import Arrays, MemberRows, PyTree, Row, Rows
 
 Keep = Mapping[str, Any]  # bools by name of group, True = kept
 Result = tuple[State, Rows]  # one network's state after a stage, and its rows

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sparsity_jax import groups, kernels, masks, tables, trees
-from sparsity_jax.types import Array, PyTree
+from sparsity_jax.types import PyTree
 
 
 def normal(key: Array, mask: Array, dtype: Any, *, gain: float = 2**0.5) -> Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import eval_shape, lax, local_devices, random
+from jax import Array, eval_shape, lax, local_devices, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsity_jax import (
@@ -36,7 +36,7 @@ from sparsity_jax import (
 from sparsity_jax.data import Dataset, FixedSample, make_augmentation
 from sparsity_jax.interface import Carried, Place
 from sparsity_jax.tables import ConfigError, lookup, within
-from sparsity_jax.types import Array, Fields, MemberRows, PyTree
+from sparsity_jax.types import Fields, MemberRows, PyTree
 
 
 class Metrics(NamedTuple):

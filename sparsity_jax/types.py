@@ -4,10 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-Array = jax.Array
 PyTree = Any
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]  # settings by name, as a config file holds them

@@ -23,10 +23,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sparsity_jax import tables, trees
 from sparsity_jax.groups import Channels, Group, Member
-from sparsity_jax.types import Array, Arrays, PyTree, Shape
+from sparsity_jax.types import Arrays, PyTree, Shape
 
 Keep = dict[str, Array]  # bools by name of layer, True = keep
 Granularity = Literal["filter", "channel", "weight"]

@@ -528,7 +528,7 @@ def test_options_that_do_not_fit(fields, refusal):
             dict(ratios="2x", granularity="weight"),
             ("ratios", "2x"),
         ),
-        (dict(ratios=((".*/kernle", 0.5),)), ("ratios",)),
+        (dict(ratios=((".*/kernle", 0.5),)), ("ratios[0]", ".*/kernle", "fc/kernel")),
         (
             dict(ratios="[0:0.5]", granularity="group"),
             ("ratios", "[0:0.5]"),

@@ -335,7 +335,7 @@ def test_training_starts_inside_the_feasible_sets(problem):
         (
             "train",
             dict(epochs=2, optimizer=dict(tiny.SGD, schedule=dict(name="cosine", warmup_epochs=2))),
-            ("config.x.optimizer.schedule",),
+            ("config.x.optimizer.schedule.warmup_epochs", 2.0),
         ),
     ],
 )

@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from sparsity_jax import tables
 from sparsity_jax.models import cnn, layers, mlp, mobilenet, resnet, vgg
-from sparsity_jax.types import Array, PyTree, Shape
+from sparsity_jax.types import PyTree, Shape
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 

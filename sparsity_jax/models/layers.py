@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import Array
 
 from sparsity_jax import tables
-from sparsity_jax.types import Array, Shape
+from sparsity_jax.types import Shape
 
 
 class Settings(NamedTuple):

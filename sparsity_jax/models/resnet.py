@@ -6,11 +6,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
 from sparsity_jax import tables
 from sparsity_jax.models import layers
 from sparsity_jax.models.layers import RELU, Conv, Norm
-from sparsity_jax.types import Array
 
 Shortcut = Literal["projection", "zero_pad"]
 Stem = Literal["cifar", "imagenet"]
