@@ -1828,7 +1828,7 @@ MUTATIONS = (
         "if max(numbers) >= len(every):",
         "if max(numbers) > len(every):",
         "test_pipeline.py",
-        "mistakes_stop_before_data",
+        "mistakes_stop_before_a_run",
     ),
 )
 
