@@ -232,9 +232,8 @@ def read_named(
 
     default: the name, where the config has none. Raises ConfigError for an unknown name or option.
     """
-    given = dict(config)
-    entry = lookup(table, given.pop("name", default), "name")
-    return entry, {**defaults(entry), **check_options(entry, given)}
+    name, complete = entry(table, config, default)
+    return table[name], complete
 
 
 def parameters(function: Callable) -> dict[str, inspect.Parameter]:
