@@ -68,13 +68,6 @@ def without(state: State, channels: Channels, keep: Keep, kept: PyTree) -> State
     return state._replace(params=params, masks=tree["params"], batch_stats=tree["batch_stats"])
 
 
-def member_of(problem: Problem, state: State, member: int) -> State:
-    """The state of one member, without the leading axis of a sweep."""
-    if problem.members is None:
-        return state
-    return jax.tree.map(lambda leaf: leaf[member], state)
-
-
 class EachMember(interface.Stage):
     """A stage that is written for one network; those of a sweep take their turns."""
 
@@ -98,7 +91,7 @@ class EachMember(interface.Stage):
         for i, stage in enumerate(settings):
             others = {name: [members[i]] for name, members in place.others.items()}
             here = place._replace(others=others)
-            after, added = stage.of_member(alone, member_of(problem, state, i), here)
+            after, added = stage.of_member(alone, train.member_of(problem, state, i), here)
             states.append(after)
             new.append(added)
         together = states[0]

@@ -297,7 +297,7 @@ def test_members_are_cut_by_their_own_scores():
     together, _ = run(problem, state, ratio=0.5)
     alone = tiny.problem(widths=(24, 16))
     for i in range(2):
-        expected, _ = run(alone, structured.member_of(problem, state, i), ratio=0.5)
+        expected, _ = run(alone, train.member_of(problem, state, i), ratio=0.5)
         tiny.same(jax.tree.map(lambda leaf, i=i: leaf[i], together.masks), expected.masks)
 
 
