@@ -805,17 +805,22 @@ class Run(NamedTuple):
         every = range(self.problem.members or 1)
         return [[row for row in rows if row["member"] == i] for i in every]
 
-    def place(self, position: int) -> tuple[Place, MemberRows]:
-        """(where the stage at `position` stands, its own rows so far)."""
+    def place(self, position: int) -> Place:
+        """Where the stage at `position` stands."""
         pipeline = self.plan.pipeline
         name = pipeline[position]
         visit, visits = pipeline[: position + 1].count(name), pipeline.count(name)
         mine = lambda row: (row["stage"], row["visit"]) == (name, visit)
-        own = [row for row in self.rows if mine(row)]
         before = [row for row in self.rows if not mine(row)]
-        earlier = self.per_member(behind(self.origin, before))
-        place = Place(name, position, self.plan.settings, earlier, visit, visits)
-        return place, self.per_member(own)
+        return Place(
+            name,
+            position,
+            self.plan.settings,
+            earlier=self.per_member(behind(self.origin, before)),
+            rows=self.per_member([row for row in self.rows if mine(row)]),
+            visit=visit,
+            visits=visits,
+        )
 
     def reached(self, state: State, position: int, done: float) -> tuple[State, Progress]:
         """What a checkpoint says once the stage at `position` is done by this share."""
@@ -843,7 +848,8 @@ def run_plan(
         origin: Rows = []
         if plan.common["start_from"]:
             state, origin = continue_from(plan.common["start_from"], state)
-        stages.check_weights(problem, state, "at the start of the run")
+        with train.naming("at the start of the run"):
+            stages.check_weights(problem, state)
         writer = stack.enter_context(Writer(workdir, progress.rows))
         run = Run(plan, problem, saved, writer, progress.rows, origin)
         if found:
@@ -870,9 +876,9 @@ def restored(run: Run, state: State, snapshot: Snapshot) -> State:
     if progress.begun:
         name = plan.pipeline[progress.stage]
         own = plan.settings[name]
-        place, _ = run.place(progress.stage)
+        place = run.place(progress.stage)
         with enough_memory_for(f"config.{name}", own[0], plan.common):
-            state = own[0].begin(run.problem, state, own, place)
+            state = own[0].begin(run.problem, state, place)
     if state.opt_state == ():
         with checkpoint.reading(snapshot):
             stored = checkpoint.structs(snapshot, state.step.sharding)["opt_state"]
@@ -882,32 +888,33 @@ def restored(run: Run, state: State, snapshot: Snapshot) -> State:
 
 def run_stage(run: Run, state: State, position: int, begun: bool) -> State:
     """The state that the stage at `position` hands on. begun: whether `state` is its own."""
-    plan, problem, (place, rows) = run.plan, run.problem, run.place(position)
-    where, own = f"config.{place.name}", plan.settings[place.name]
-    with enough_memory_for(where, own[0], plan.common), within(where):
+    place = run.place(position)
+    where, stage = f"config.{place.name}", place.own[0]
+    with enough_memory_for(where, stage, run.plan.common), within(where), train.naming(place.name):
         if not begun:
-            state = own[0].begin(problem, state, own, place)
+            state = stage.begin(run.problem, state, place)
             run.saved.save(*run.reached(state, position, 0.0))
-        state = run_updates(run, state, place, rows)
-        stages.check_weights(problem, state, f"{place.name}, at its end")
+        state = run_updates(run, state, place)
+        with train.naming("at its end"):
+            stages.check_weights(run.problem, state)
         state, progress = run.reached(state, position, 1.0)
         run.saved.save(state, progress)
     return state
 
 
-def run_updates(run: Run, state: State, place: Place, own_rows: MemberRows) -> State:
+def run_updates(run: Run, state: State, place: Place) -> State:
     """What a stage does: its rows go out as they come, its state is saved every
     `checkpoint_seconds`.
     """
     plan, name, position = run.plan, place.name, place.position
-    own, config = plan.settings[name], plan.members[0].config
+    stage, config = place.own[0], plan.members[0].config
     common = dict(stage=name, kind=config[name]["kind"], visit=place.visit)
     common["arm"] = arm_of(config, position)
-    last, spe = time.monotonic(), own[0].steps_per_epoch(run.problem)
+    last, spe = time.monotonic(), stage.steps_per_epoch(run.problem)
     # what an interruption saves, replaced as one: it may come between any two instructions
     good = run.reached(state, position, 0.0)
     display = Display(f"{position + 1}/{len(plan.pipeline)} {name}")
-    updates = own[0].run(run.problem, state, own, place, own_rows)
+    updates = stage.run(run.problem, state, place)
     with display, contextlib.closing(updates):
         try:
             for update in updates:
@@ -921,13 +928,13 @@ def run_updates(run: Run, state: State, place: Place, own_rows: MemberRows) -> S
                 stopping.check()
                 due = time.monotonic() - last >= plan.common["checkpoint_seconds"]
                 if due and update.state is not None and update.done < 1:
-                    train.check_finite(state, spe, name)
+                    train.check_finite(state, spe)
                     run.saved.save(*good)
                     last = time.monotonic()
         except KeyboardInterrupt:
             arrays = [leaf for leaf in jax.tree.leaves(good[0]) if isinstance(leaf, jax.Array)]
             if not any(array.is_deleted() for array in arrays):
-                train.check_finite(good[0], spe, name)
+                train.check_finite(good[0], spe)
                 run.saved.save(*good)
             raise
     return state
