@@ -24,6 +24,7 @@ from jax import export as stablehlo
 from sparsity_jax import (
     building,
     cost,
+    coupling,
     groups,
     intact,
     models,
@@ -33,7 +34,6 @@ from sparsity_jax import (
     tables,
     train,
     trees,
-    units,
 )
 from sparsity_jax.types import AnyPath, Arrays, Config, Fields, PyTree, Shape
 
@@ -96,7 +96,7 @@ def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]
         channels = structured.channels_of(problem)
     except (TypeError, ValueError) as error:
         return False, f"its channels cannot be traced: {error}"
-    alive = units.alive(channels, {"params": state.masks})
+    alive = coupling.alive(channels, {"params": state.masks})
     return any(not own.all() for own in alive.values()), ""
 
 

@@ -25,6 +25,7 @@ from jax import Array
 from sparsity_jax import (
     checkpoint,
     cost,
+    coupling,
     growing,
     interface,
     losses,
@@ -123,7 +124,7 @@ class Choosing(structured.EachMember):
             if self.granularity == "weight":
                 return growing.layers(shapes, table, "weight")
             channels = structured.channels_of(problem, "separate")
-            for _, member in units.deciding(channels, "filter"):
+            for _, member in coupling.deciding(channels, "filter"):
                 if member.role == "depthwise":
                     # its filters and channels are those of the layer before
                     table[member.path.removeprefix("params/")] = 0.0
@@ -168,7 +169,7 @@ class Choosing(structured.EachMember):
         if self.granularity != "group":
             channels = structured.channels_of(problem, "separate")
             by_path = {f"params/{path}": bools for path, bools in keep.items()}
-            keep = units.coupled(channels, by_path, self.granularity)
+            keep = coupling.by_group(channels, by_path, self.granularity)
         return structured.without(state, channels, keep, kept)
 
 

@@ -73,7 +73,7 @@ def kept_of_layer(size: int, ratio: float) -> int:
 
 
 def erk_ratios(shapes: Mapping[str, Shape], ratio: float) -> dict[str, float]:
-    """What is called ERK there, and is another rule than `allocate.erk_ratios`: nearly uniform.
+    """What is called ERK there, and is another rule than `shares.erk_ratios`: nearly uniform.
 
     ratio_l = c s_l with s = 1 - (sum of the kernel's dimensions) / (their product) and c = ratio
     sum(n) / sum(n s), at most 1. Raises ValueError if no kernel is larger than the sum of its

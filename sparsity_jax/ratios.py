@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
+from sparsity_jax import coupling, groups, kernels, masks, originals, tables, trees, units
 from sparsity_jax.channels import walk
 from sparsity_jax.types import Arrays, PyTree
 
@@ -368,7 +368,7 @@ def keep_of(
             raise ValueError(f"the ratio of {path!r} is {ratio!r}; allowed: 0 <= ratio < 1.")
     ratios: dict[str, float] = {}
     unused = {path for path, ratio in table.items() if ratio}
-    for name, member in units.deciding(channels, granularity):
+    for name, member in coupling.deciding(channels, granularity):
         ratio = table.get(member.path)
         # a depthwise layer may have no ratio of its own, or 0
         if ratio is None or (member.role == "depthwise" and not ratio):

@@ -20,6 +20,7 @@ from jax import Array
 from sparsity_jax import (
     budgets,
     cost,
+    coupling,
     groups,
     interface,
     losses,
@@ -29,7 +30,6 @@ from sparsity_jax import (
     tables,
     train,
     trees,
-    units,
     workdirs,
 )
 from sparsity_jax.groups import Channels
@@ -294,7 +294,7 @@ class Cut(EachMember):
         compiled = dataclasses.replace(self, ratio=0.0, schedule=tables.Options())
         score = problem.once(("scores", compiled), lambda: make_scores(problem, self))
         importance = score(state, train.stage_key(state.key, place.position))
-        alive = units.alive(channels, {"params": state.masks})
+        alive = coupling.alive(channels, {"params": state.masks})
         keep = self.select(problem, importance, alive, place)
 
         def cut(state: State, keep: Keep) -> State:
@@ -507,7 +507,7 @@ def compacted(problem: Problem, state: State) -> Stock:
     masked.
     """
     channels = channels_of(problem)
-    keep = units.alive(channels, {"params": state.masks})
+    keep = coupling.alive(channels, {"params": state.masks})
     small = groups.compact(variables_of(state), channels, keep)
     return Stock(small, groups.elastic(problem.model.apply, channels, keep), keep, channels)
 

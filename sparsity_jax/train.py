@@ -27,7 +27,7 @@ from sparsity_jax import (
     models,
     optim,
     polytopes,
-    scores,
+    saliency,
     stopping,
     stream,
     tables,
@@ -337,7 +337,7 @@ def saliency_tracker(
     use_l2: bool = False,
     use_init: bool = False,
 ) -> None:
-    """Options of `scores.track_saliency` of `scores.weight_saliency`; use_init: relative to the
+    """Options of `saliency.track` of `saliency.of_weights`; use_init: relative to the
     initial weights.
     """
 
@@ -468,9 +468,9 @@ class Fit(interface.Stage):
             init = None
             if use_init:
                 init = initial_variables(problem, key, problem.pretrained)["params"]
-            return scores.weight_saliency(params, grads, use_l2=use_l2, init=init)
+            return saliency.of_weights(params, grads, use_l2=use_l2, init=init)
 
-        return scores.track_saliency(tx, steps_per_epoch=spe, statistic=statistic, **options)
+        return saliency.track(tx, steps_per_epoch=spe, statistic=statistic, **options)
 
     # Running
 

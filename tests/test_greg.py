@@ -12,6 +12,7 @@ import tiny
 from tiny import settings
 
 from sparsity_jax import (
+    coupling,
     data,
     greg,
     interface,
@@ -23,7 +24,6 @@ from sparsity_jax import (
     tables,
     train,
     trees,
-    units,
 )
 
 MOMENTUM = optim.settings("sgd", learning_rate=0.05, momentum=0.9)
@@ -167,7 +167,7 @@ def test_depthwise_layers_follow_the_layer_before_them():
     state = train.create_state(problem, train.key_of(0))
     cut, _ = run(problem, state, "remove", ratios="[0-4:0.5]")
     channels = structured.channels_of(problem, "separate")
-    alive = units.alive(channels, {"params": cut.masks})
+    alive = coupling.alive(channels, {"params": cut.masks})
     assert {name: int(own.sum()) for name, own in alive.items()} == {
         name: (size + 1) // 2 for name, size in channels.sizes.items()
     }

@@ -29,6 +29,9 @@ NUMERICS = (
     ),
     "kernels",
     "units",
+    "coupling",
+    "shares",
+    "filters",
 )
 # never each other
 PARTS = (
@@ -42,6 +45,7 @@ PARTS = (
         "spectrum",
         "width",
         "scores",
+        "saliency",
         "cost",
         "budgets",
     ),

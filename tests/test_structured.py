@@ -11,6 +11,7 @@ import tiny
 from sparsity_jax import (
     budgets,
     cost,
+    coupling,
     data,
     interface,
     models,
@@ -20,7 +21,6 @@ from sparsity_jax import (
     structured,
     tables,
     train,
-    units,
 )
 
 ROUNDS = 4
@@ -196,7 +196,7 @@ def test_a_budget_is_met(convolutional, budget):
     problem, state = convolutional
     state, _ = run(problem, state, measure="l1", ratio=0.5, budget=budget)
     channels = structured.channels_of(problem)
-    keep = units.alive(channels, {"params": state.masks})
+    keep = coupling.alive(channels, {"params": state.masks})
     price = cost.of_channels(channels, budget)
     full = price({name: np.ones(size, bool) for name, size in channels.sizes.items()})
     assert price(keep) / full < 0.505
@@ -240,7 +240,7 @@ def test_every_group_loses_the_share_of_its_rule(problem, trained):
         assert row["ratio"] == 1 - row["num_kept"] / 40
     assert row["kept"] == {"params/dense1": 6, "params/dense2": 8}
     norms = np.abs(trained.params["dense1"]["kernel"]).sum(0)
-    kept = units.alive(structured.channels_of(problem), {"params": state.masks})["params/dense1"]
+    kept = coupling.alive(structured.channels_of(problem), {"params": state.masks})["params/dense1"]
     np.testing.assert_array_equal(np.flatnonzero(kept), np.sort(np.argsort(norms)[-6:]))
     _, row = run(problem, trained, rules=rules, exclude="params/dense2", protect="original")
     assert row["kept"] == {"params/dense1": 6, "params/dense2": 16}
