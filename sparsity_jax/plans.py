@@ -19,6 +19,7 @@ from sparsity_jax import (
     members,
     models,
     pretrained,
+    sfw_init,
     stages,
     structured,
     tables,
@@ -33,7 +34,7 @@ from sparsity_jax.types import Config, Fields
 
 Stages = Mapping[str, Stage]  # by name
 Platform = Literal["default", "cpu", "gpu", "tpu"]
-ALL_STAGES = (*stages.STAGES, *geometry.STAGES, *structured.STAGES, *greg.STAGES)
+ALL_STAGES = (*sfw_init.STAGES, *stages.STAGES, *geometry.STAGES, *structured.STAGES, *greg.STAGES)
 STAGES = {stage.kind: stage for stage in ALL_STAGES}
 SHARED = ("init", "dtype", "param_dtype")  # options of every network
 NARROWER = "'float32', 'bfloat16', 'float16'"

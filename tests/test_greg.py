@@ -333,7 +333,7 @@ def test_the_oracle_may_train_every_choice(problem, trained):
     )
     cut, _ = run(problem, trained, "remove", ratios="[1:0.1]")
     numbers = train.numbers_of(problem, cut, [again])
-    state = train.begin(problem, cut, again, numbers)
+    state = train.begin(problem, again, cut, numbers)
     for update in train.fit_epochs(problem, state, again, numbers, 1):
         state = update.state
     assert row["choices"] == 8

@@ -66,6 +66,7 @@ RUNS = (
         "train",
     ),
     *(
+        "sfw_init",
         "stages",
         "geometry",
         "structured",

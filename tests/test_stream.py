@@ -450,7 +450,7 @@ def test_a_step_is_that_of_data_in_memory(pair):
     streamed, memory, state = pair
     fit = tiny.fit(epochs=1, batch_size=12, augment="flip")
     numbers = train.numbers_of(streamed, state, [fit])
-    state = train.begin(streamed, state, fit, numbers)
+    state = train.begin(streamed, fit, state, numbers)
     (first,) = itertools.islice(
         stream.train_batches(
             streamed.dataset.train.images, [0], batch_size=12, epochs=1, put=streamed.put
@@ -463,7 +463,7 @@ def test_a_step_is_that_of_data_in_memory(pair):
         state, numbers, 0, first.images, first.labels
     )
     arrays = train.arrays(memory, "train")
-    known = jax.jit(functools.partial(train.step_in_memory, memory, fit))(
+    known = jax.jit(functools.partial(train.steps_in_memory, memory, fit, 1))(
         state, numbers, jnp.tile(order, 2), 0, *arrays
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, known)
