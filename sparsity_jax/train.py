@@ -431,7 +431,7 @@ class Fit(interface.Stage):
     @cached_property
     def tracked(self) -> Fields:
         """Options of the tracked importance; {} where nothing is tracked."""
-        return tables.read_named(TRACKERS, self.track, "none")[1]
+        return tables.entry(TRACKERS, self.track, "none")[1]
 
     def steps_per_epoch(self, problem: Problem) -> int:
         return problem.size("train") // self.batch_size
