@@ -23,6 +23,8 @@ from jax import ShapeDtypeStruct, eval_shape, local_devices, random
 import sparsity_jax
 from sparsity_jax import (
     checkpoint,
+    compaction,
+    cuts,
     data,
     geometry,
     greg,
@@ -31,13 +33,14 @@ from sparsity_jax import (
     members,
     models,
     pretrained,
+    removal,
     report,
     stages,
     stopping,
-    structured,
     tables,
     train,
     trees,
+    trials,
     workdirs,
 )
 from sparsity_jax.interface import Place, Stage
@@ -51,8 +54,11 @@ from sparsity_jax.workdirs import Progress, Snapshot, holds_run, read_config, sa
 
 Stages = dict[str, Stage]  # by name
 Platform = Literal["default", "cpu", "gpu", "tpu"]
-ALL_STAGES = (*stages.STAGES, *geometry.STAGES, *structured.STAGES, *greg.STAGES)
-STAGES = {stage.kind: stage for stage in ALL_STAGES}
+STAGES = {
+    stage.kind: stage
+    for module in (stages, geometry, cuts, compaction, removal, greg, trials)
+    for stage in module.STAGES
+}
 # fields that decide how much a stage holds
 LARGE = ("batch_size", "num_examples", "imp_samples", "num_matvecs")
 
