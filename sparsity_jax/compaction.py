@@ -87,7 +87,7 @@ def take_stock(problem: Problem, state: State, stage: Compact) -> Row:
         "compact": (jax.jit(stock.apply), (stock.variables, images)),
     }
     logits = [apply(*arguments) for apply, arguments in calls.values()]
-    row = dict(accuracy=accuracy(problem, stock))
+    row: Row = dict(accuracy=accuracy(problem, stock))
     row |= _difference(problem, stage.tolerance or rounding_of(problem), *logits)
     row["kept"] = {name: int(bools.sum()) for name, bools in stock.keep.items()}
     row["sizes"] = stock.channels.sizes

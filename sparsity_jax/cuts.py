@@ -8,6 +8,7 @@ Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `sco
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -177,7 +178,7 @@ class Cut(structured.EachMember):
         reason = ""
         for name, group in self.cuttable(problem).items():
             try:
-                jax.eval_shape(self.score_of(group), statistics, jax.random.key(0))
+                jax.eval_shape(self.score_of(group), statistics, key=jax.random.key(0))
             except ValueError as error:
                 whole.append(re.escape(name))
                 reason = reason or str(error)
@@ -229,11 +230,15 @@ class Cut(structured.EachMember):
         return {name: group for name, group in every.items() if not whole.fullmatch(name)}
 
     def score_of(self, group: Group) -> Callable:
-        """`score(statistics, key)` of the group's channels."""
-        names = ("aggregate", "use_l2", "use_init", "skip")
-        options = {name: getattr(self, name) for name in names}
-        return lambda statistics, key: scores.score(
-            self.measure, statistics, group, key=key, **options
+        """`score(statistics, key=key)` of the group's channels."""
+        return partial(
+            scores.score,
+            self.measure,
+            group=group,
+            aggregate=self.aggregate,
+            use_l2=self.use_l2,
+            use_init=self.use_init,
+            skip=self.skip,
         )
 
     # One round
@@ -284,8 +289,9 @@ class Cut(structured.EachMember):
                 keep = budgets.select_to_cost(importance, price, target, **limits)
         if self.multiple == 1:
             return keep
-        rounded = dict(alive=alive, floors=floors)
-        return budgets.round_to_multiple(keep, importance, self.multiple, **rounded)
+        return budgets.round_to_multiple(
+            keep, importance, self.multiple, alive=alive, floors=floors
+        )
 
     def _counts(self, problem: Problem, place: Place) -> dict[str, int]:
         """How many channels of each group the rules leave after a round."""
@@ -353,16 +359,17 @@ def make_scores(problem: Problem, stage: Cut) -> Callable:
     def score(statistics: scores.Statistics, key: Array) -> dict[str, Array]:
         result = {}
         for i, (name, score) in enumerate(score_of.items()):
-            result[name] = score(statistics, jax.random.fold_in(key, i))
+            result[name] = score(statistics, key=jax.random.fold_in(key, i))
         return result
 
-    temperatures = ("temperature", "grasp_temperature", "preserve_temperature")
     collect = scores.gather(
         loss,
         needs,
         stage.batch_size,
+        temperature=stage.temperature,
+        grasp_temperature=stage.grasp_temperature,
+        preserve_temperature=stage.preserve_temperature,
         on_host=stages.on_host(problem),
-        **{name: getattr(stage, name) for name in temperatures},
     )
     examples = problem.examples("train", stage.imp_samples)
     balanced = _balanced_examples(problem, len(examples[1])) if stage.balanced else None

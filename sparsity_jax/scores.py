@@ -210,7 +210,6 @@ def gather(
     for name in needs:
         tables.lookup(Statistics._field_defaults, name, "statistic")
     tables.convert(batch_size, tables.Count, "batch_size")
-    means_of_data = [name for name in ("g", "g2") if name in needs]
 
     def moments(batch: PyTree, params: PyTree, temperature: Array) -> Fields:
         g = jax.tree.map(trees.widen, jax.grad(loss)(params, batch, temperature))
@@ -230,14 +229,12 @@ def gather(
         zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), params)
         start = dict.fromkeys(("g", "g2") if "g2" in needs else ("g",), zeros)
         gathered: Fields = {}
-        if means_of_data:
-            means = mean_moments(start, data, params, temperature)
-            gathered = {name: means[name] for name in means_of_data}
+        if "g" in needs or "g2" in needs:  # g2 brings g along
+            gathered |= mean_moments(start, data, params, temperature)
         for name, own_temperature in hessians.items():
             if name in needs:
                 vector = mean_moments(start, balanced, params, own_temperature)["g"]
-                arguments = balanced, params, own_temperature, vector
-                gathered[name] = mean_product(zeros, *arguments)
+                gathered[name] = mean_product(zeros, balanced, params, own_temperature, vector)
         return Statistics(w=params, w0=init, **gathered)
 
     return collect

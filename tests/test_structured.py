@@ -552,9 +552,9 @@ def test_a_run_in_rounds_continues_after_a_kill(tmp_path, monkeypatch):
         compact=pipeline.stage("compact", repeats=0),
     )
     whole = pipeline.run(config, tmp_path / "whole")
-    cuts = [row for row in whole.rows if row["kind"] == "cut"]
-    assert [(row["round"], row["visit"]) for row in cuts] == [(1, 1), (2, 2)]
-    assert 1 - cuts[-1]["num_kept"] / 16 == pytest.approx(0.75, abs=0.07)
+    cut_rows = [row for row in whole.rows if row["kind"] == "cut"]
+    assert [(row["round"], row["visit"]) for row in cut_rows] == [(1, 1), (2, 2)]
+    assert 1 - cut_rows[-1]["num_kept"] / 16 == pytest.approx(0.75, abs=0.07)
     original, calls = cuts.make_scores, []
 
     def killed(*arguments):
