@@ -92,6 +92,7 @@ class Grow(removal.Remove, growing.Penalty):
         return optax.chain(optax.masked(optax.set_to_zero(), kernels), penalty)
 
     def begin(self, problem: Problem, state: State, place: Place) -> State:
+        self.layers(problem)  # reads the run it inherits from before anything compiles
         return train.begin_members(problem, state, *_fits_of(problem, state, place.own))
 
     def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:

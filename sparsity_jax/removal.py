@@ -121,7 +121,7 @@ class Choosing(structured.EachMember):
         """The ratio of every kernel, by path in the params."""
         paths = kernels_of(problem)
         if self.inherit:
-            there = masks_there(problem, self.inherit)
+            there = self._there(problem)
             with tables.blaming("inherit", self.inherit):
                 return ratios.inherited(there, paths, granularity=self.granularity)
         options = dict(granularity=self.granularity, skip=self.skip, reading=self.reading)
@@ -141,8 +141,12 @@ class Choosing(structured.EachMember):
         """
         if not self.inherit or self.inherit_as == "ratio":
             return {}
-        there = masks_there(problem, self.inherit)
+        there = self._there(problem)
         return ratios.kept_groups(there, list(there), granularity=self.granularity)
+
+    def _there(self, problem: Problem) -> Arrays:
+        """The masks of the run in `inherit`, read once and outside of compiled programs."""
+        return problem.once(("there", self.inherit), lambda: masks_there(problem, self.inherit))
 
     def removed(self, problem: Problem, state: State, keep: Keep) -> State:
         """`state` of one member without the units that `keep` leaves out, nor what is coupled to
@@ -245,15 +249,19 @@ class Remove(Choosing):
 
     def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
         self.layers(problem)  # found before anything compiles
-        state, shares = problem.program(_remove, self)(state, place.position)
+        given = self.kept_there(problem)
+        state, shares = problem.program(_remove, self)(state, place.position, given)
         (rows,) = train.member_rows(problem, shares, step=0)
         return state, rows
 
 
-def _remove(problem: Problem, stage: Remove, state: State, position: int) -> tuple[State, Fields]:
+def _remove(
+    problem: Problem, stage: Remove, state: State, position: int, given: Arrays
+) -> tuple[State, Fields]:
+    """given: which units stay, of layers where that is known."""
     key = train.stage_key(state.key, position)
     keep = growing.pick(state.params, stage.layers(problem), pick=stage.pick, key=key)
-    state = stage.removed(problem, state, keep | stage.kept_there(problem))
+    state = stage.removed(problem, state, keep | given)
     return state, shares_removed(state)
 
 

@@ -216,6 +216,8 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
     state = train.create_state(problem, train.key_of(9))
     same, _ = run(problem, state, "remove", inherit=str(tmp_path / "other"))
     tiny.same(same.masks, other.masks)
+    grown, _ = run(problem, state, "grow", inherit=str(tmp_path / "other"), **FAST)
+    tiny.same(grown.masks, other.masks)
     counts, _ = run(problem, state, "remove", inherit=str(tmp_path / "other"), inherit_as="ratio")
     for path in ("dense1", "dense2"):
         assert kernel(counts.masks, path).any(0).sum() == kernel(other.masks, path).any(0).sum()
