@@ -151,10 +151,11 @@ def keep_counts(
     nominal, and ties kept; `ceil` (global): the geometric study's, the ceil(p n) smallest go, at
     least one, and ties with them. layer_ratios (layerwise, structured): `uniform`, `erk`
     (`shares.erk_ratios`) or `erk_original`. Of `structured`: granularity: `filter` or `channel`.
-    layers: `convolutions`, `all`, or `auto`: all with a trace; by name convolutions if there are any; a
-    layer called `fc` keeps its filters. layout: of all kernels without a trace, `in_out` ([..., in,
-    out], Flax and Haiku) or `out_in` ([out, in, ...], PyTorch and Equinox). Raises ValueError for a
-    ratio outside [0, 1] and where it is open what may be pruned, ConfigError for other options.
+    layers: `convolutions`, `all`, or `auto`: all with a trace; by name convolutions if there are
+    any; a layer called `fc` keeps its filters. layout: of all kernels without a trace, `in_out`
+    ([..., in, out], Flax and Haiku) or `out_in` ([out, in, ...], PyTorch and Equinox). Raises
+    ValueError for a ratio outside [0, 1] and where it is open what may be pruned, ConfigError for
+    other options.
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
@@ -205,26 +206,26 @@ def keep_masks(
     chosen = _made(selection, options)
     layers = chosen.units_of(params, channels)
     leaves = trees.named_leaves(params)
-    earlier = trees.named_leaves(before)
     scores = {}
-    alive = {}
     for name, layer in layers.items():
         scores[name] = leaves[name] if layer.of_weights else units.absolute_sums(leaves, layer)
-        if earlier:
-            alive[name] = units.entries_left(earlier, layer) > 0
+    start = masks.full(params) if before is None else before
+    alive = None
+    if before is not None:
+        earlier = trees.named_leaves(before)
+        alive = {name: units.entries_left(earlier, layer) > 0 for name, layer in layers.items()}
     if selection == "random":
         if key is None:
             raise ValueError("selection 'random' needs a key.")
-        units_kept = masks.random_mask(key, scores, counts, before=alive or None)
+        kept = masks.random_mask(key, scores, counts, before=alive)
     elif chosen.together:
-        units_kept = _largest(scores, counts, alive or None, chosen.count)
+        kept = _largest(scores, counts, alive, chosen.count)
     else:
-        units_kept = {}
+        kept = {}
         for name in layers:
-            own = scores[name], counts[name], alive.get(name)
-            units_kept[name] = _largest(*own, chosen.count)
-    kept = units.without(masks.full(params), layers.values(), units_kept)
-    return kept if before is None else jax.tree.map(jnp.logical_and, kept, before)
+            own = alive and alive[name]
+            kept[name] = _largest(scores[name], counts[name], own, chosen.count)
+    return units.without(start, layers.values(), kept)
 
 
 def _largest(scores: PyTree, counts: Any, alive: PyTree | None, count: str) -> PyTree:

@@ -101,6 +101,7 @@ def alive(channels: Channels, kept: PyTree) -> Arrays:
         for member in makers or members:
             mask = np.asarray(leaves[member.path])
             others = tuple(axis for axis in range(mask.ndim) if axis != member.axis)
-            lives |= mask.any(others)[member.index].any(1)
+            left = np.asarray(mask.any(others))
+            lives |= left[member.index].any(1)
         result[name] = lives
     return result

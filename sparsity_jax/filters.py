@@ -73,20 +73,22 @@ def _coupled(params: PyTree, channels: Channels, axes: AxesByPath) -> Layers:
     owners = groups.owners(params, channels)
     path_of = {variable: path for path, variable in owners.items()}
 
-    def part_of(member: groups.Member) -> units.Part:
-        return units.Part(path_of[member.path], (member.axis,), member.index)
+    def parts_of(members: list[groups.Member]) -> tuple[units.Part, ...]:
+        parts = [units.Part(path_of[part.path], (part.axis,), part.index) for part in members]
+        return tuple(parts)
 
     layers = {}
     for name, group in channels.groups.items():
-        makers = [member for member in group.members if member.role in ("producer", "depthwise")]
+        masked = [member for member in group.members if member.path in path_of]
+        producers = [member for member in group.members if member.role == "producer"]
+        depthwise = [member for member in group.members if member.role == "depthwise"]
+        makers = producers + depthwise
         if not makers or not all(path_of.get(member.path) in axes for member in makers):
             continue
-        scored = [member for member in makers if member.role == "producer"] or makers
-        masked = [member for member in group.members if member.path in path_of]
         # kernels that read the channels may stay: what they read is zero, if all that makes it is
         # masked
         if len(masked) == len(group.members):
             masked = [member for member in masked if member.role != "consumer" or member.exposed]
-        parts = tuple(map(part_of, masked))
-        layers[name] = units.Layer(name, (group.size,), parts, tuple(map(part_of, scored)))
+        scored = parts_of(producers or depthwise)
+        layers[name] = units.Layer(name, (group.size,), parts_of(masked), scored)
     return layers

@@ -96,8 +96,8 @@ def coupled(channels: groups.Channels, params: PyTree, ratios: Ratios) -> tuple[
     The penalty acts on all arrays of the group, with norms, biases and the kernels that read the
     channels. An entry in two groups has both penalties. Kernels are what a matrix product or
     convolution of the trace multiplies with, whatever their names. Scores are those of the
-    producers, or of all kernels where a group has none. Raises ConfigError for unknown groups and ratios out of range,
-    ValueError for groups without a kernel in `params`.
+    producers, or of all kernels where a group has none. Raises ConfigError for unknown groups and
+    ratios out of range, ValueError for groups without a kernel in `params`.
     """
     leaves = trees.plain_leaves(params)
 

@@ -42,9 +42,9 @@ class TrackedState(NamedTuple):
 def track(
     inner: optax.GradientTransformation,
     *,
-    alpha: float = 0.8,
-    steps_per_epoch: int | None = None,
-    track_batches: int = 20,
+    alpha: tables.Fraction = 0.8,
+    steps_per_epoch: tables.Count | None = None,
+    track_batches: tables.Count = 20,
     statistic: Callable[[PyTree, PyTree], PyTree] = of_weights,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, with an exponential average of `statistic(params, grads)` in its state: alpha * new
@@ -57,9 +57,8 @@ def track(
     anew in every epoch; None: over all steps. statistic: any tree, e.g. scores of channels, which
     are then averaged themselves.
     """
-    tables.convert(alpha, tables.Fraction, "alpha")
-    tables.convert(steps_per_epoch, tables.Count | None, "steps_per_epoch")
-    tables.convert(track_batches, tables.Count, "track_batches")
+    numbers = dict(alpha=alpha, steps_per_epoch=steps_per_epoch, track_batches=track_batches)
+    tables.check_options(track, numbers)
     wrapped = optax.with_extra_args_support(inner)
     first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
 

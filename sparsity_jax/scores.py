@@ -171,9 +171,10 @@ def required(*names: str, use_l2: bool = False, use_init: bool = False) -> tuple
             why = f"but the measure {name!r} reads no kernels to weight"
             raise tables.ConfigError("use_l2", True, why=why)
         if use_init and not (use_l2 or measure.biased):
-            biased = ", ".join(name for name, measure in MEASURES.items() if measure.biased)
             why = f"which replaces the factor |w|, but the measure {name!r} has none"
-            raise tables.ConfigError("use_init", True, why=why, allowed=f"with {biased}, or use_l2")
+            raise tables.ConfigError(
+                "use_init", True, why=why, allowed="with use_l2, or a measure that is biased"
+            )
         needed.update(measure.needs)
         if measure.is_weighted(use_l2):
             needed.update(("w", "w0") if use_init else ("w",))
@@ -209,7 +210,6 @@ def gather(
     for name in needs:
         tables.lookup(Statistics._field_defaults, name, "statistic")
     tables.convert(batch_size, tables.Count, "batch_size")
-    means_of_data = [name for name in ("g", "g2") if name in needs]
 
     def moments(batch: PyTree, params: PyTree, temperature: Array) -> Fields:
         g = jax.tree.map(trees.widen, jax.grad(loss)(params, batch, temperature))
@@ -229,14 +229,12 @@ def gather(
         zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), params)
         start = dict.fromkeys(("g", "g2") if "g2" in needs else ("g",), zeros)
         gathered: Fields = {}
-        if means_of_data:
-            means = mean_moments(start, data, params, temperature)
-            gathered = {name: means[name] for name in means_of_data}
+        if "g" in needs or "g2" in needs:  # g2 brings g along
+            gathered |= mean_moments(start, data, params, temperature)
         for name, own_temperature in hessians.items():
             if name in needs:
                 vector = mean_moments(start, balanced, params, own_temperature)["g"]
-                arguments = balanced, params, own_temperature, vector
-                gathered[name] = mean_product(zeros, *arguments)
+                gathered[name] = mean_product(zeros, balanced, params, own_temperature, vector)
         return Statistics(w=params, w0=init, **gathered)
 
     return collect
@@ -256,18 +254,17 @@ def class_balanced(labels: np.ndarray, num_classes: int, num_samples: int) -> np
     """Positions of the first `num_samples // num_classes` examples of every class, class by class:
     int, on the host.
 
-    Raises ValueError if a class has fewer, and for labels outside 0..num_classes - 1.
+    Raises ValueError if that is none, or a class has fewer.
     """
     labels = np.asarray(labels)
     each = num_samples // num_classes
-    if each < 1:
-        raise ValueError(f"{num_samples} samples of {num_classes} classes; allowed: 1 of each.")
-    if not np.isin(labels, range(num_classes)).all():
-        raise ValueError(f"a label is out of range; allowed: 0 to {num_classes - 1}.")
     examples = [np.flatnonzero(labels == c)[:each] for c in range(num_classes)]
     rarest = min(map(len, examples))
-    if rarest < each:
-        raise ValueError(f"a class has {rarest} examples; needed: {each} of each.")
+    if rarest < max(each, 1):
+        raise ValueError(
+            f"{num_samples} samples are {each} of each class, of which one has {rarest}; needed: 1 "
+            "of each, and as many as that."
+        )
     return np.concatenate(examples)
 
 

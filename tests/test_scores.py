@@ -562,11 +562,8 @@ def test_misuse_of_gather_is_explained():
 def test_class_balanced_examples_are_the_first_of_each_class(seed, num_classes, num_samples):
     labels = np.random.default_rng(seed).integers(0, num_classes, 40)
     each = num_samples // num_classes
-    if each < 1:
-        with pytest.raises(ValueError, match="allowed: 1 of each"):
-            scores.class_balanced(labels, num_classes, num_samples)
-    elif min(list(labels).count(c) for c in range(num_classes)) < each:
-        with pytest.raises(ValueError, match=f"needed: {each} of each"):
+    if each < 1 or min(list(labels).count(c) for c in range(num_classes)) < each:
+        with pytest.raises(ValueError, match=f"are {each} of each class"):
             scores.class_balanced(labels, num_classes, num_samples)
     else:
         expected = [
@@ -575,12 +572,6 @@ def test_class_balanced_examples_are_the_first_of_each_class(seed, num_classes, 
         np.testing.assert_array_equal(
             scores.class_balanced(labels, num_classes, num_samples), expected
         )
-
-
-def test_labels_outside_the_classes_are_refused():
-    for labels in ([0, 1, 2], [0, -1, 1]):
-        with pytest.raises(ValueError, match="allowed: 0 to 1"):
-            scores.class_balanced(np.array(labels), 2, 2)
 
 
 def test_a_weight_that_is_nan_makes_its_own_score_nan():

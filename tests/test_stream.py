@@ -25,6 +25,7 @@ import tiny
 from test_data import SHARED, needs_shared, random_split, write_tfds
 
 from sparsity_jax import (
+    compaction,
     data,
     decoding,
     evaluate,
@@ -38,7 +39,6 @@ from sparsity_jax import (
     stages,
     stopping,
     stream,
-    structured,
     tables,
     train,
 )
@@ -426,8 +426,8 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
             [a["loss"], a["accuracy"]], [b["loss"], b["accuracy"]], rtol=1e-5
         )
     variables = dict(params=state.params, batch_stats=state.batch_stats)
-    stock = structured.Stock(variables, streamed.model.apply, {}, None)
-    assert structured.accuracy(streamed, stock) == structured.accuracy(memory, stock)
+    stock = compaction.Stock(variables, streamed.model.apply, {}, None)
+    assert compaction.accuracy(streamed, stock) == compaction.accuracy(memory, stock)
 
 
 @pytest.mark.parametrize("rule", ["spread", "first"])
