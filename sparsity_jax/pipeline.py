@@ -83,7 +83,7 @@ def settings(
 ) -> None:
     """Fields of every config beside its stages.
 
-    data: see `data.load`. model: see `models.build`. pipeline: names of stage configs, in order.
+    data: see `data.Options`. model: see `models.build`. pipeline: names of stage configs, in order.
     title: of the report. seed: of initial weights and all random numbers. start_from: workdir
     of a finished run, whose trained network and rows this one goes on from; its model must be
     the same. pretrained: a file of PyTorch weights (see `pretrained.read`), with which all
@@ -110,7 +110,7 @@ FIELDS, DEFAULTS = tuple(tables.parameters(settings)), defaults(settings)
 
 def base(**fields: Any) -> ml_collections.ConfigDict:
     """A config with all common fields, so that every one can be overridden on the command line."""
-    fields["data"] = {**defaults(data.load), **fields.get("data", {})}
+    fields["data"] = {**defaults(data.Options), **fields.get("data", {})}
     fields["model"] = complete_model(fields.get("model", {}))
     return ml_collections.ConfigDict({**DEFAULTS, **fields})
 
@@ -233,7 +233,7 @@ def check_member(config: Fields) -> Stages:
     with within("config.model"):
         check_model(config["model"])
     with within("config.data"):
-        check_options(data.load, config["data"])
+        check_options(data.Options, config["data"])
     checked = {}
     for name in stages_of(config):
         with within(f"config.{name}"):
@@ -526,7 +526,7 @@ def build(plans: list[Plan]) -> Problem:
             "config.mesh", common["mesh"], allowed=f"0 (all) to {devices}, the local devices"
         )
     with within("config.data"):
-        dataset = data.load(**check_options(data.load, common["data"]))
+        dataset = data.load(**common["data"])
     model = models.build(num_classes=dataset.num_classes, **common["model"])
     problem = train.build_problem(
         dataset,
@@ -991,7 +991,7 @@ def describe_environment(problem: Problem) -> Fields:
         "chance": chance(problem.dataset),
     }
     if problem.streamed:
-        workers = problem.dataset.train.images.options["workers"]
+        workers = problem.dataset.train.images.options.workers
         environment["reading"] = f"{workers} processes" if workers > 0 else "threads"
     environment["sparsity_jax"] = sparsity_jax.__version__
     for name in ("jax", "jaxlib", "flax", "optax", "numpy"):
