@@ -16,8 +16,8 @@ from jax import Array
 
 from sparsity_jax.models import cnn, mlp, mobilenet, resnet, vgg
 from sparsity_jax.models.layers import INITIALIZERS, Settings
-from sparsity_jax.tables import ConfigError, Count, check_options, convert, lookup
-from sparsity_jax.types import PyTree, Shape
+from sparsity_jax.tables import ConfigError, Count, check_options, convert, defaults, lookup
+from sparsity_jax.types import Config, Fields, PyTree, Shape
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -107,3 +107,12 @@ def build(
         return logits, updated.get("batch_stats", {})
 
     return Model(initialise, apply, apply_train, settings.dtype)
+
+
+def complete(model: Config) -> Fields:
+    """`model` with the defaults of the options that it lacks: a config's, or those of an older
+    version's run.
+    """
+    factory = MODELS.get(model.get("name", ""))
+    own = defaults(factory) if factory else {}
+    return {**defaults(build), **own, **model}
