@@ -420,8 +420,9 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
     )
     assert found == pytest.approx(known, rel=1e-5)
     chosen = stages.Curve(ratios=(0.0, 0.3, 0.9), splits=("test", "train"))
+    place = interface.Place("curve", 0, {"curve": [chosen]})
     tables_of = [
-        [u.rows[0] for u in chosen.run(p, state, [chosen], place, [[]])] for p in (streamed, memory)
+        [update.rows[0] for update in chosen.run(p, state, place)] for p in (streamed, memory)
     ]
     for a, b in zip(*map(list, map(itertools.chain.from_iterable, tables_of)), strict=True):
         assert (a["ratio"], a["split"], a["num_kept"]) == (b["ratio"], b["split"], b["num_kept"])
