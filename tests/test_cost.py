@@ -15,7 +15,7 @@ from flax import linen as nn
 from hypothesis import strategies as st
 
 from sparsity_jax import cost, groups, models, tables
-from sparsity_jax.models import layers
+from sparsity_jax.models import convolutions
 
 # Rows of the zoo in small: (options, side of the images)
 SMALL = {
@@ -135,7 +135,7 @@ def norm_sizes(model, variables, images):
     sizes = []
 
     def note(call, args, kwargs, context):
-        if isinstance(context.module, layers.BatchNorm):
+        if isinstance(context.module, convolutions.BatchNorm):
             sizes.append(args[0].size)
         return call(*args, **kwargs)
 

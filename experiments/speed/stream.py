@@ -27,7 +27,7 @@ import cv2
 import jax
 import numpy as np
 
-from sparsity_jax import data, decoding, models, optim, stream, train
+from sparsity_jax import data, decoding, models, optim, pixels, stream, train
 
 SIZE, CLASSES = 224, 10
 
@@ -91,9 +91,9 @@ class Folder:
         if self.reduced:
             image = stream.part(encoded, SIZE, draw)
         else:
-            image = data.decode(encoded)
+            image = decoding.decode(encoded)
             top, left, height, width = draw(*image.shape[:2])
-            image = decoding.resize(image[top : top + height, left : left + width], SIZE, SIZE)
+            image = pixels.resize(image[top : top + height, left : left + width], SIZE, SIZE)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), index % CLASSES
 
 
