@@ -289,9 +289,7 @@ class Cut(structured.EachMember):
                 keep = budgets.select_to_cost(importance, price, target, **limits)
         if self.multiple == 1:
             return keep
-        return budgets.round_to_multiple(
-            keep, importance, self.multiple, alive=alive, floors=floors
-        )
+        return budgets.round_to_multiple(keep, importance, self.multiple, alive=alive)
 
     def _counts(self, problem: Problem, place: Place) -> dict[str, int]:
         """How many channels of each group the rules leave after a round."""

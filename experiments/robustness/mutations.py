@@ -224,8 +224,8 @@ MUTATIONS = (
         "comparison",
         "two latencies: faster and slower are confused",
         "cost.py",
-        '"faster" if low > 1 else "slower" if high < 1',
-        '"slower" if low > 1 else "faster" if high < 1',
+        'verdict = "faster"\n    elif high < 1:\n        verdict = "slower"',
+        'verdict = "slower"\n    elif high < 1:\n        verdict = "faster"',
         "test_cost.py",
         "verdicts",
     ),
@@ -684,8 +684,8 @@ MUTATIONS = (
         "off by one",
         "tying two products of different length leaves out one factor of the longer",
         "channels/labels.py",
-        "rest = b[len(a) - 1 :]",
-        "rest = b[len(a) :]",
+        "rest = many[len(few) - 1 :]",
+        "rest = many[len(few) :]",
         "test_labels.py",
         "every_constraint_holds_in_the_end or tie_of",
     ),
@@ -1931,7 +1931,7 @@ MUTATIONS = (
         "turned_images_are_told",
     ),
     Mutation(
-        261,
+        268,
         "order",
         "the images of a limited split are not in the stored order",
         "data/sets.py",
@@ -1941,7 +1941,7 @@ MUTATIONS = (
         "spread_is_nested_even",
     ),
     Mutation(
-        262,
+        269,
         "comparison",
         "processes read where threads keep all cores busy",
         "data/streams.py",
@@ -1951,7 +1951,7 @@ MUTATIONS = (
         "processes_are_chosen_only_where",
     ),
     Mutation(
-        263,
+        270,
         "wrong key",
         "of Tiny-ImageNet the directory without labels serves for testing",
         "folders.py",
@@ -1961,7 +1961,7 @@ MUTATIONS = (
         "official_tiny_imagenet_layout",
     ),
     Mutation(
-        264,
+        271,
         "wrong power",
         "initial biases are bounded by 1 / fan_in, not by its root",
         "models/layers.py",
@@ -1971,7 +1971,7 @@ MUTATIONS = (
         "initial_biases",
     ),
     Mutation(
-        265,
+        272,
         "dropped offset",
         "images lose their right and lower part instead of both edges",
         "pixels.py",
@@ -1979,6 +1979,16 @@ MUTATIONS = (
         "square = image[:side, :side]",
         "test_data.py",
         "folder_of_differing_sizes",
+    ),
+    Mutation(
+        273,
+        "dropped result",
+        "learned scales are not applied to the weights",
+        "sfw_init.py",
+        "state._replace(params=scales.params) if last",
+        "state if last",
+        "test_stages.py",
+        "learned_scales_lower_the_loss",
     ),
 )
 
