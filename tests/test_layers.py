@@ -79,19 +79,8 @@ FOLDERS = {
     "channels": ("labels", "values", "rules", "walk", "execute", "__init__"),
     "models": ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
     "report": (
-        *(
-            "files",
-            "events",
-            "runs",
-            "sections",
-            "series",
-            "draw",
-            "summary",
-            "pruning",
-            "training",
-            "channels",
-        ),
-        *("limits", "page", "__init__", "__main__"),
+        *("files", "rows", "events", "runs", "sections", "series", "raw", "draw", "summary"),
+        *("pruning", "training", "growth", "channels", "limits", "page", "__init__", "__main__"),
     ),
 }
 ALLOWED = {
