@@ -21,11 +21,12 @@ from jax import Array
 from jax import export as stablehlo
 
 from sparsity_jax import (
+    building,
     cost,
     groups,
     intact,
     models,
-    pipeline,
+    plans,
     report,
     structured,
     tables,
@@ -281,8 +282,8 @@ def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
         arrays = dict(stored)
     images = lambda count: jax.ShapeDtypeStruct((count, *about["image_shape"]), jnp.float32)
     with tables.within(f"{folder / ABOUT}: model"):
-        pipeline.check_model(about["model"])
-        with pipeline.making_network("says a network that"):
+        plans.check_model(about["model"])
+        with building.making_network("says a network that"):
             model = models.build(num_classes=about["num_classes"], **about["model"])
             shapes = jax.eval_shape(model.init, jax.random.key(0), images(1))
         train.check_memory(cost.num_bytes(shapes), "makes a network whose weights")
