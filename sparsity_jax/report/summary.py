@@ -81,7 +81,9 @@ def summarize(grouped: Grouped, stops: Sequence[float] = STOPS) -> list[Summary]
     `seconds` under the name of the series until then, see `times`. Columns without any number are
     left out.
     """
+    line = ["series", "variant"]
     curves = series.best_known_curves(grouped)
+    measured = curves.groupby(line)["removed"].max()
     trained = series.frame(grouped, *series.TRAINING, fields=("epoch", "seconds"))
     trained = trained.dropna(subset="epoch")
     trainings = dict(list(trained.groupby(["series", "member"])))
@@ -94,12 +96,10 @@ def summarize(grouped: Grouped, stops: Sequence[float] = STOPS) -> list[Summary]
         lines.append({"series": index, "variant": variant, **numbers})
     for (index, _), own in trainings.items():
         network = own["row"].iloc[-1]["network"]
-        if index not in with_curve or "pruned" in network:
+        if index not in with_curve or network.get("pruned") is not None:
             variant = "as trained" if index in with_curve else ""
             numbers = {**trained_numbers(network), **times(own)}
             lines.append({"series": index, "variant": variant, **numbers})
-    line = ["series", "variant"]
-    measured = curves.groupby(line)["removed"].max()
     result = []
     table = pd.DataFrame(lines) if lines else pd.DataFrame(columns=line)
     for (index, variant), members in table.groupby(line, sort=False):
@@ -108,8 +108,8 @@ def summarize(grouped: Grouped, stops: Sequence[float] = STOPS) -> list[Summary]
         floors = set()
         if "largest" in cells and known["largest"].max() == measured[index, variant]:
             floors = {"largest"}
-        result.append(Summary(index, grouped[index].label, variant, cells, floors))
-    result = [line for line in result if line.cells]
+        if cells:
+            result.append(Summary(index, grouped[index].label, variant, cells, floors))
     return sorted(result, key=lambda line: line.series)
 
 
@@ -132,10 +132,10 @@ def curve_numbers(points: Frame, stops: Sequence[float]) -> dict[str, float]:
 def trained_numbers(network: Fields) -> dict[str, float]:
     """Numbers of a network as training left it; see `summarize`."""
     numbers = {"dense": number(network.get("dense"))}
-    if "pruned" in network:
+    if network.get("pruned") is not None:
         what, share = network["removed"]
         before = sum(network.get("epochs", {}).values())
-        numbers |= {"pruned": number(network["pruned"]), "before": before, what: share}
+        numbers |= {"pruned": network["pruned"], "before": before, what: share}
     return numbers
 
 
