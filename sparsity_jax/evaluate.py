@@ -111,14 +111,11 @@ def open_run(
     """
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
-    folders = {}
-    for path in sorted(workdir.glob("member_*")):
-        if MEMBER.fullmatch(path.name):
-            folders[int(path.name.removeprefix("member_"))] = path
     whole = workdir
-    if MEMBER.fullmatch(workdir.name) and (workdir.parent / "config.json").is_file():
-        folders = {int(workdir.name.removeprefix("member_")): workdir}
+    folders = {int(path.name.removeprefix("member_")): path for path in members_in(workdir)}
+    if workdir in members_in(workdir.parent) and (workdir.parent / "config.json").is_file():
         whole = workdir.parent
+        folders = {int(workdir.name.removeprefix("member_")): workdir}
     swept_values = [member.swept for member in members.expand(read_config(whole))]
     snapshots = {}
     for number, folder in (folders or {0: workdir}).items():
@@ -134,7 +131,7 @@ def open_run(
     networks = []
     for number, snapshot in snapshots.items():
         states, progress = restore(snapshot, problem, hint)
-        own = swept_values[number : number + len(states)] if folders else swept_values
+        own = swept_values[number : number + 1] if folders else swept_values
         if len(states) != len(own):
             raise tables.ConfigError(
                 f"{workdir}: config.json makes {len(own)} networks, the checkpoint has "
@@ -144,9 +141,14 @@ def open_run(
         for member, (swept, state) in enumerate(zip(own, states), start=number):
             label = swept.get("arm") or label_of(config, progress)
             networks.append(Network(member, swept, place, state, label))
-    expected = {*folders} if whole != workdir else {*folders, *range(len(swept_values))}
-    missing = sorted(expected - {network.member for network in networks})
-    return Saved(config, problem, networks, missing)
+    saved = {network.member for network in networks}
+    expected = saved if whole != workdir else range(len(swept_values))
+    return Saved(config, problem, networks, [member for member in expected if member not in saved])
+
+
+def members_in(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of the members of a run, in order."""
+    return [path for path in sorted(workdir.glob("member_*")) if MEMBER.fullmatch(path.name)]
 
 
 def read_config(workdir: pathlib.Path) -> Fields:
@@ -218,10 +220,10 @@ def statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normalizat
 
 def told(config: Config, progress: workdirs.Progress) -> str:
     """How far a run is."""
-    names = config["pipeline"]
-    if progress.stage >= len(names):
+    names, index = config["pipeline"], progress.stage
+    if index >= len(names):
         return "finished"
-    return f"in stage {progress.stage + 1} of {len(names)} ({names[progress.stage]})"
+    return f"in stage {index + 1} of {len(names)} ({names[index]})"
 
 
 def label_of(config: Config, progress: workdirs.Progress) -> str:
@@ -408,6 +410,10 @@ LINES = {  # of a member's table: field to name and format
     "bytes": ("bytes", ","),
     "compression": ("compression", ".2f"),
 }
+SPEED = (
+    "  {verdict}: compact has {speedup:.2f} times the speed of dense ({speedup_low:.2f} to "
+    "{speedup_high:.2f}) on {device}"
+)
 PRUNED = {  # what that means
     "nothing": "  nothing is pruned: zeros are those that training or its file left",
     "weights": "  single weights are masked: the arrays keep their shapes, so bytes and FLOPs stay",
@@ -417,23 +423,21 @@ PRUNED = {  # what that means
 def describe(row: Config) -> str:
     """The numbers of one member as a table."""
     swept = ", ".join(f"{name}={value}" for name, value in row["swept"].items())
-    which = f"{row['network']}, member {row['member']}{swept and f' ({swept})'}"
-    lines = [f"{row['model']} on {row['data']}, {which}: {row['progress']}"]
+    swept = f" ({swept})" if swept else ""
+    network = f"{row['network']}, member {row['member']}{swept}"
+    lines = [f"{row['model']} on {row['data']}, {network}: {row['progress']}"]
     compact = "compact" if "parameters_compact" in row else ""
     lines.append(f"{'':<28}{'dense':>16}{compact:>16}")
     for field, (name, form) in LINES.items():
-        if field in row:
-            small = row.get(f"{field}_compact")
-            text = "" if small is None else format(small, form)
-            lines.append(f"  {name:<26}{format(row[field], form):>16}{text:>16}")
+        texts = [format(row[key], form) for key in (field, f"{field}_compact") if key in row]
+        if texts:
+            lines.append(f"  {name:<26}" + "".join(f"{text:>16}" for text in texts))
     for name, middle in row.get("milliseconds", {}).items():
         low, high = row["milliseconds_low"][name], row["milliseconds_high"][name]
         batch = f"  {name}, a batch of {row['batch_size']}"
         lines.append(f"{batch}: {middle:.3g} ms (quartiles {low:.3g} to {high:.3g})")
     if "verdict" in row:
-        spread = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
-        times = f"{row['speedup']:.2f} times the speed of dense ({spread})"
-        lines.append(f"  {row['verdict']}: compact has {times} on {row['device']}")
+        lines.append(SPEED.format_map(row))
     lines.append(PRUNED.get(row["pruned"], ""))
     lines.append(f"  {row['note']}")
     return "\n".join(line.rstrip() for line in lines if line.strip())
@@ -442,13 +446,13 @@ def describe(row: Config) -> str:
 def describe_all(rows: Rows) -> str:
     """The tables of all members, and of several seeds mean and deviation of their accuracy."""
     text = [describe(row) for row in rows]
-    if len(rows) > 1 and all(set(row["swept"]) == {"seed"} for row in rows):
-        for field in ("test_accuracy", "train_accuracy"):
-            values = [row[field] for row in rows if field in row]
-            if values:
-                deviation = f"standard deviation {np.std(values, ddof=1):.2%}"
-                name = field.replace("_", " ")
-                text.append(f"{name} of {len(values)} seeds: {np.mean(values):.2%}, {deviation}")
+    are_seeds = len(rows) > 1 and all(set(row["swept"]) == {"seed"} for row in rows)
+    for split in ("test", "train") if are_seeds else ():
+        values = [row[f"{split}_accuracy"] for row in rows if f"{split}_accuracy" in row]
+        if values:
+            mean, deviation = np.mean(values), np.std(values, ddof=1)
+            of_seeds = f"{split} accuracy of {len(values)} seeds"
+            text.append(f"{of_seeds}: {mean:.2%}, standard deviation {deviation:.2%}")
     return "\n\n".join(text)
 
 
@@ -578,15 +582,14 @@ def answer(options: argparse.Namespace) -> Iterator[str]:
         data_name=options.data,
         statistics=options.statistics,
     )
-    rows = list(
-        measured(
-            saved,
-            on_train=options.train,
-            latency=options.latency,
-            batch_size=options.batch_size,
-            repeats=options.repeats,
-        )
+    numbers = measured(
+        saved,
+        on_train=options.train,
+        latency=options.latency,
+        batch_size=options.batch_size,
+        repeats=options.repeats,
     )
+    rows = list(numbers)
     yield describe_all(rows)
     if options.data:
         whose = "the train set of the run" if options.statistics == "run" else options.data
@@ -594,8 +597,8 @@ def answer(options: argparse.Namespace) -> Iterator[str]:
     for member in saved.missing:
         yield f"\nmember {member} has no checkpoint yet"
     if options.json:
-        text = json.dumps(report.plain(rows), indent=1) + "\n"
-        report.write_atomic(pathlib.Path(options.json), text.encode())
+        text = json.dumps(report.plain(rows), indent=1)
+        intact.write(pathlib.Path(options.json), f"{text}\n".encode())
     if options.export:
         notes = [row["note"] for row in rows]
         folders = export_run(

@@ -10,9 +10,8 @@ import importlib.metadata
 import io
 import json
 import pathlib
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -35,6 +34,7 @@ from sparsity_jax import (
     tables,
     train,
     trees,
+    workdirs,
 )
 from sparsity_jax.types import AnyPath, Arrays, Config, Fields, PyTree, Shape
 
@@ -76,22 +76,23 @@ def compared(
     The one verdict on the compact network, for tables and exports: its logits of `batch_size` test
     images are those of the masked network but for rounding. repeats: see `compaction.take_stock`.
     """
-    cut, note = channels_cut(problem, state)
-    if not cut:
-        return cut, None, note
-    compact = compaction.Compact(batch_size=batch_size, repeats=repeats)
+    is_cut, note = channels_cut(problem, state)
+    if not is_cut:
+        return False, None, note
+    options = compaction.Compact(batch_size=batch_size, repeats=repeats)
     try:
-        stock = compaction.take_stock(problem, state, compact)
+        stock = compaction.take_stock(problem, state, options)
+        warning = f"{stock['warning']}." if stock["warning"] else ""
     except (TypeError, ValueError) as error:
-        return cut, None, f"cannot be compacted: {error}"
-    if stock["warning"]:
-        return cut, None, f"cannot be compacted: {stock['warning']}."
-    return cut, stock, ""
+        warning = str(error)
+    if warning:
+        return True, None, f"cannot be compacted: {warning}"
+    return True, stock, ""
 
 
 def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]:
     """(whether whole channels are masked, why that cannot be told or "")."""
-    if all(bool(leaf.all()) for leaf in jax.tree.leaves(state.masks)):
+    if all(leaf.all() for leaf in jax.tree.leaves(state.masks)):
         return False, ""
     try:
         channels = structured.channels_of(problem)
@@ -150,22 +151,25 @@ def write(
     note: str | None = None,
 ) -> None:
     """Writes what `export` says and reads it back. note: of `compared`; None: to be found."""
-    variables, apply = variables_of(state), problem.model.apply
-    whole = variables
+    dataset = problem.dataset
+    whole = variables = variables_of(state)
+    apply = problem.model.apply
     keep: Arrays = {}
     sizes: dict[str, int] = {}
-    if note is None and not dense:
-        _, _, note = compared(problem, state)
-    if note and not dense:
-        raise tables.ConfigError(
-            f"the network cannot be exported without its masked channels: {note} With its "
-            "channels it can: --dense, or dense=True."
-        )
-    compact = not dense and channels_cut(problem, state)[0]
-    if compact:
+    is_compact = False
+    if not dense:
+        if note is None:
+            _, _, note = compared(problem, state)
+        if note:
+            raise tables.ConfigError(
+                f"the network cannot be exported without its masked channels: {note} With its "
+                "channels it can: --dense, or dense=True."
+            )
+        is_compact, _ = channels_cut(problem, state)
+    if is_compact:
         variables, apply, keep, channels = compaction.compacted(problem, state)
         sizes = channels.sizes
-    shape = problem.dataset.test.images.shape[1:]
+    shape = dataset.test.images.shape[1:]
     program = traced(lambda image: apply(variables, image[None])[0], shape, platforms)
     arrays = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(variables).items()}
     described = {}
@@ -175,12 +179,12 @@ def write(
     about = dict(
         format=FORMAT,
         model=dict(model),
-        data=problem.dataset.name,
-        num_classes=problem.dataset.num_classes,
+        data=dataset.name,
+        num_classes=dataset.num_classes,
         image_shape=shape,
-        mean=problem.dataset.mean,
-        std=problem.dataset.std,
-        compact=compact,
+        mean=dataset.mean,
+        std=dataset.std,
+        compact=is_compact,
         keep={name: np.flatnonzero(own) for name, own in keep.items()},
         sizes=sizes,
         arrays=described,
@@ -212,12 +216,12 @@ def write_files(folder: pathlib.Path, arrays: Arrays, program: bytes, about: Fie
     stored = io.BytesIO()
     np.savez(stored, **dict[str, Any](arrays))
     contents = {VARIABLES: stored.getvalue(), PROGRAM: program}
-    about["sha256"] = {name: hashlib.sha256(own).hexdigest() for name, own in contents.items()}
+    about["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     about["checksum"] = intact.digest_of_value(about)
     contents[ABOUT] = f"{json.dumps(about, indent=1)}\n".encode()
     folder.mkdir(exist_ok=True)
-    for name, own in contents.items():
-        (folder / name).write_bytes(own)
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
     verify(folder)
 
 
@@ -226,13 +230,11 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to write to, which becomes the new `folder` at the end, or vanishes on an error."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
+        part = pathlib.Path(place) / folder.name
+        part.mkdir()
         yield part
-        part.chmod(0o755)
         part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -249,29 +251,21 @@ def verify(folder: AnyPath) -> Fields:
     for name in (ABOUT, VARIABLES, PROGRAM):
         if not (folder / name).is_file():
             raise tables.ConfigError(f"{folder} holds no whole exported network (no {name}).")
-    try:
-        about = report.read_dict(folder / ABOUT)
-        written = {ABOUT: about["checksum"], **about["sha256"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise intact.DamagedError(f"{folder / ABOUT} is not as it was written: {error}") from None
+    about = intact.read_object(folder / ABOUT)
     if about.get("format") != FORMAT:
         raise tables.ConfigError(
             f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}."
         )
     rest = {name: value for name, value in about.items() if name != "checksum"}
-    digests = {name: intact.digest_of(folder / name) for name in (VARIABLES, PROGRAM)}
-    for name, digest in {ABOUT: intact.digest_of_value(rest), **digests}.items():
-        if written.get(name) != digest:
+    digests = {ABOUT: intact.digest_of_value(rest)}
+    digests |= {name: intact.digest_of(folder / name) for name in (VARIABLES, PROGRAM)}
+    for name, digest in digests.items():
+        written = about.get("checksum") if name == ABOUT else about["sha256"].get(name)
+        if written != digest:
             raise intact.DamagedError(
                 f"{folder / name} is not as it was written (its checksum differs); export anew."
             )
     return about
-
-
-def read_arrays(folder: pathlib.Path) -> Arrays:
-    """The arrays of an exported folder, by path."""
-    with np.load(folder / VARIABLES, allow_pickle=False) as stored:
-        return {path: stored[path] for path in stored.files}
 
 
 def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
@@ -284,17 +278,19 @@ def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
     and if network.json does not fit the arrays.
     """
     folder = pathlib.Path(folder)
-    about, arrays = verify(folder), read_arrays(folder)
+    about = verify(folder)
+    with np.load(folder / VARIABLES, allow_pickle=False) as stored:
+        arrays = dict(stored)
+    images = lambda count: jax.ShapeDtypeStruct((count, *about["image_shape"]), jnp.float32)
     with tables.within(f"{folder / ABOUT}: model"):
         plans.check_model(about["model"])
         with building.making_network("says a network that"):
             model = models.build(num_classes=about["num_classes"], **about["model"])
-            image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
-            shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))
+            shapes = jax.eval_shape(model.init, jax.random.key(0), images(1))
         train.check_memory(cost.num_bytes(shapes), "makes a network whose weights")
     wanted, apply = trees.named_leaves(shapes), model.apply
     if about["compact"]:
-        channels = groups.trace(model.apply, shapes, image(2))
+        channels = groups.trace(model.apply, shapes, images(2))
         if channels.sizes != about["sizes"]:
             raise tables.ConfigError(
                 f"{folder / ABOUT}: the model has other channel groups than those it names."
@@ -304,31 +300,24 @@ def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
             keep[name] = np.isin(np.arange(size), about["keep"][name])
         wanted = groups.compact_shapes(channels, keep)
         apply = groups.elastic(model.apply, channels, keep)
-    stored, needed = (
-        {path: leaf.shape for path, leaf in tree.items()} for tree in (arrays, wanted)
-    )
-    check_shapes(f"{folder / VARIABLES}", stored, needed, f" Was {ABOUT} edited?")
+    stored_shapes = {path: array.shape for path, array in arrays.items()}
+    needed = {path: leaf.shape for path, leaf in wanted.items()}
+    check_shapes(f"{folder / VARIABLES}", stored_shapes, needed, f" Was {ABOUT} edited?")
 
     def typed(path: str, _: Any) -> Array:
-        array = arrays[path]
-        return jnp.asarray(array.view(jnp.dtype(about["arrays"][path]["dtype"])))  # bfloat16: raw
+        dtype = jnp.dtype(about["arrays"][path]["dtype"])
+        return jnp.asarray(arrays[path].view(dtype))  # bfloat16 was stored as raw bytes
 
     return trees.map_named(typed, shapes), apply
 
 
-def check_shapes(
-    what: str, found: Mapping[str, tuple], wanted: Mapping[str, tuple], hint: str
-) -> None:
+def check_shapes(what: str, there: Fields, wanted: Fields, hint: str) -> None:
     """Raises ConfigError unless arrays have the shapes of those of a network, both by path."""
-    paths = dict.fromkeys([*wanted, *found])
-    differing = [path for path in paths if found.get(path) != wanted.get(path)]
-    for path in differing[:1]:
-        there, here = (
-            f"the shape {shapes[path]}" if path in shapes else "no such array"
-            for shapes in (found, wanted)
-        )
+    differing = workdirs.differences(there, wanted)
+    for path, *shapes in differing[:1]:
+        theirs, ours = ("absent" if shape is workdirs.ABSENT else shape for shape in shapes)
         more = f"; {len(differing) - 1} more differ" if len(differing) > 1 else ""
         raise tables.ConfigError(
-            f"{what} is of another network than the config makes: for {path} it has {there}, the "
-            f"network {here}{more}.{hint}"
+            f"{what} is of another network than the config makes: the shape of {path} is {theirs} "
+            f"there and {ours} in the network{more}.{hint}"
         )

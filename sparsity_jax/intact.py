@@ -80,17 +80,21 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def _write_sums(folder: Path, sums: dict[str, str]) -> None:
-    write(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    lines = [f"{digest}  {name}\n" for name, digest in sums.items()]
+    write(folder / SUMS, "".join(lines).encode())
 
 
 # Files --------------------------------------------------------------------------------------------
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, data: bytes) -> None:
     """Replaces `path` at once: a reader sees the old file or the new one, never a part."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_object(path: Path) -> Fields:

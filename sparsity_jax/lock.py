@@ -162,7 +162,7 @@ def _read(path: Path) -> Fields:
 
 
 def _write(path: Path, owner: Fields) -> None:
-    intact.write(path, json.dumps(owner, indent=1) + "\n")
+    intact.write(path, f"{json.dumps(owner, indent=1)}\n".encode())
 
 
 def _now(folder: Path) -> float:

@@ -146,10 +146,10 @@ def claim(workdir: AnyPath, config: Config) -> None:
     """
     refuse_other(workdir, config)
     path = Path(workdir) / "config.json"
-    text = json.dumps(config, indent=2) + "\n"
-    if not path.exists() or path.read_bytes() != text.encode():
+    data = f"{json.dumps(config, indent=2)}\n".encode()
+    if not path.exists() or path.read_bytes() != data:
         path.parent.mkdir(parents=True, exist_ok=True)
-        intact.write(path, text)
+        intact.write(path, data)
         intact.record(path)
 
 

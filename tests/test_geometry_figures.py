@@ -7,7 +7,8 @@ import re
 import numpy as np
 
 from sparsity_jax import report
-from sparsity_jax.report import events, limits, runs, series
+from sparsity_jax.report import events, limits, series
+from sparsity_jax.report.rows import completed
 
 PAGES = True  # see conftest.py
 
@@ -204,7 +205,7 @@ def all_rows(members=1, **options):
 
 
 def networks_of(rows, config=CONFIG):
-    return limits.networks(series.group([runs.complete(row, config, {}) for row in rows]))
+    return limits.networks(series.group(completed(rows, config, {})))
 
 
 def page_of(folder, rows, config=CONFIG):

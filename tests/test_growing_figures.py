@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from sparsity_jax import report
-from sparsity_jax.report import draw, series, training
+from sparsity_jax.report import draw, growth, series
 
 PAGES = True  # see conftest.py
 
@@ -44,12 +44,12 @@ def lines_of(show, rows):
 
 
 def colors_of(lines):
-    names = {draw.color(training.KEPT): "kept", draw.color(training.PRUNED): "pruned"}
+    names = {draw.color(growth.KEPT): "kept", draw.color(growth.PRUNED): "pruned"}
     return [names[line.get_color()] for line in lines]
 
 
 def test_norms_by_penalty():
-    lines = lines_of(training.growth_norms, growth_rows())["net"]
+    lines = lines_of(growth.growth_norms, growth_rows())["net"]
     assert colors_of(lines) == ["kept", "pruned"] * 2
     kept, pruned = lines[:2]
     np.testing.assert_allclose(pruned.get_xdata(), [0.1, 0.2, 0.3, 0.4])
@@ -59,7 +59,7 @@ def test_norms_by_penalty():
 
 
 def test_ratios_by_step_leave_out_layers_without():
-    (line,) = lines_of(training.growth_ratio, growth_rows())[
+    (line,) = lines_of(growth.growth_ratio, growth_rows())[
         "net"
     ]  # that of b is 0, as of layers of weights
     np.testing.assert_allclose(line.get_xdata(), [100, 200, 300, 400])
@@ -67,15 +67,15 @@ def test_ratios_by_step_leave_out_layers_without():
 
 
 def test_groups_are_coloured_by_what_happens_to_them():
-    lines = lines_of(training.growth_groups, growth_rows())["a"]
+    lines = lines_of(growth.growth_groups, growth_rows())["a"]
     assert colors_of(lines) == ["kept", "pruned", "kept"]
     np.testing.assert_allclose(lines[1].get_ydata(), [0.1, 0.01, 0.001, 0.0001])
-    assert lines_of(training.growth_groups, growth_rows(scores=False)) == {}
+    assert lines_of(growth.growth_groups, growth_rows(scores=False)) == {}
 
 
 def test_of_several_members_the_first_is_drawn():
     rows = growth_rows(member=0, seed=0) + growth_rows(steps=2, member=1, seed=1)
-    (line,) = lines_of(training.growth_ratio, rows)["net"]
+    (line,) = lines_of(growth.growth_ratio, rows)["net"]
     assert len(line.get_xdata()) == 4
 
 
@@ -87,12 +87,12 @@ def test_every_growth_is_drawn_on_its_own():
                 {name: {path.replace("a/", "c/"): own for path, own in row.get(name, {}).items()}}
             )
     rows = growth_rows() + later + growth_rows(steps=2, visit=2)
-    assert list(lines_of(training.growth_groups, rows)) == [
+    assert list(lines_of(growth.growth_groups, rows)) == [
         "net, grow 1, a",
         "net, more 1, c",
         "net, grow 2, a",
     ]
-    norms = lines_of(training.growth_norms, rows)
+    norms = lines_of(growth.growth_norms, rows)
     assert [len(lines[0].get_xdata()) for lines in norms.values()] == [4, 3, 2]
 
 

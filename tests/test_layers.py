@@ -100,19 +100,8 @@ FOLDERS = {
     ),
     "models": ("layers", "mlp", "convolutions", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
     "report": (
-        *(
-            "files",
-            "events",
-            "runs",
-            "sections",
-            "series",
-            "draw",
-            "summary",
-            "pruning",
-            "training",
-            "channels",
-        ),
-        *("limits", "page", "__init__", "__main__"),
+        *("files", "rows", "events", "runs", "sections", "series", "raw", "draw", "summary"),
+        *("pruning", "training", "growth", "channels", "limits", "page", "__init__", "__main__"),
     ),
 }
 ALLOWED = {

@@ -19,12 +19,12 @@ from sparsity_jax.report import (
     channels,
     draw,
     events,
-    runs,
     sections,
     series,
     summary,
     training,
 )
+from sparsity_jax.report.rows import completed, removal
 
 PAGES = True  # see conftest.py
 KINDS = ("train", "curve")
@@ -227,8 +227,10 @@ def test_a_training_from_initial_weights_forgets_what_was_pruned():
 
 def test_what_a_row_says_counts_before_what_its_run_knows():
     config, row = {"fit": {"start": "init"}}, {"stage": "fit", "kind": "train"}
-    assert runs.complete(row, config, {"chance": 0.1}) == row | {"start": "init", "chance": 0.1}
-    assert runs.complete(row | {"start": "current"}, config, {})["start"] == "current"
+    known = dict(start="init", chance=0.1)
+    assert completed([row], config, {"chance": 0.1}) == [row | known]
+    (said,) = completed([row | {"start": "current"}], config, {})
+    assert said["start"] == "current"
 
 
 def test_every_visit_of_a_stage_has_its_own_line():
@@ -274,17 +276,17 @@ def test_zeros_of_the_chosen_arrays_and_of_all(tmp_path):
 
 def test_shares_removed_are_counted_where_rows_have_counts():
     counts = {"num_kept": 30, "num_prunable": 100}
-    assert series.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8} | counts) == (
+    assert removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8} | counts) == (
         "weights",
         0.7,
     )
-    assert series.removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8}) == ("weights", 0.8)
-    assert series.removal({"kind": "remove", "ratio": 0.5}) == ("weights", 0.5)
-    assert series.removal({"kind": "cut", "ratio": 0.5, "num_kept": 10, "num_channels": 16}) == (
+    assert removal({"kind": "prune", "ratio": 0.5, "sparsity": 0.8}) == ("weights", 0.8)
+    assert removal({"kind": "remove", "ratio": 0.5}) == ("weights", 0.5)
+    assert removal({"kind": "cut", "ratio": 0.5, "num_kept": 10, "num_channels": 16}) == (
         "channels",
         0.375,
     )
-    assert series.removal({"kind": "train", "ratio": 0.5}) is None
+    assert removal({"kind": "train", "ratio": 0.5}) is None
 
 
 def test_a_network_at_chance_has_no_largest_share():
@@ -317,8 +319,7 @@ def test_bold_needs_more_than_a_deviation():
 
 
 def test_a_band_of_losses_stays_above_zero():
-    told = series.numbers([dict(loss=loss) for loss in (1.0, 100.0)], "loss")
-    told = told.assign(series=0, member=["a", "b"], epoch=1)
+    told = pd.DataFrame({"loss": [1.0, 100.0], "member": ["a", "b"]}).assign(series=0, epoch=1)
     (mean,) = draw.means(draw.points(told, "epoch", "loss")).to_dict("records")
     assert (mean["y"], mean["low"]) == (50.5, 1.0)
     assert mean["high"] == pytest.approx(50.5 + 99 / math.sqrt(2))
@@ -825,7 +826,7 @@ def test_one_merged_run_without_settings_is_refused(tmp_path):
     save_run(tmp_path / "a", [curve_row("A", 0, 0.0, 0.5)])
     save_run(tmp_path / "b", [curve_row("A", 0, 0.0, 0.5)])
     (tmp_path / "b" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="but no config"):
+    with pytest.raises(FileNotFoundError, match="has no config"):
         report.gather(tmp_path)
 
 

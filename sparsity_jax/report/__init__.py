@@ -8,24 +8,18 @@ import pathlib
 
 from sparsity_jax.report.events import Writer
 from sparsity_jax.report.files import (
-    CONFIG,
     ENVIRONMENT,
     METRICS,
     REPORT,
-    AnyPath,
-    Rows,
     continued,
     plain,
-    read_dict,
     read_environment,
-    read_rows,
-    write_atomic,
     write_environment,
 )
-from sparsity_jax.report.runs import gather
+from sparsity_jax.report.runs import gather, read_rows
+from sparsity_jax.types import AnyPath, Fields, Rows
 
 __all__ = [
-    "CONFIG",
     "ENVIRONMENT",
     "METRICS",
     "REPORT",
@@ -33,22 +27,20 @@ __all__ = [
     "continued",
     "gather",
     "plain",
-    "read_dict",
     "read_environment",
     "read_rows",
     "write",
-    "write_atomic",
     "write_environment",
 ]
 
 
 def write(
     workdir: AnyPath,
-    config: dict,
+    config: Fields,
     rows: Rows,
     *,
     title: str | None = None,
-    environment: dict | None = None,
+    environment: Fields | None = None,
 ) -> pathlib.Path:
     """Writes `workdir/report.html`, one file without outside parts, and `workdir/figures/NAME.png`.
 

@@ -4,7 +4,13 @@ import argparse
 import sys
 
 from sparsity_jax import imports, report
-from sparsity_jax.report import runs
+from sparsity_jax.report import files
+
+OPTIONS = {
+    "workdir": "folder of the run, or of several runs in folders of their own",
+    "title": "title of the page; default: the config's, else the folder's name",
+    "out": "folder for report.html and figures/; default: that of --workdir",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -12,17 +18,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m sparsity_jax.report", description="Rebuild a run's report.html."
     )
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        help="folder of the run, or of several runs in folders of their own",
-    )
-    parser.add_argument(
-        "--title", help="title of the page; default: the config's, else the folder's name"
-    )
-    parser.add_argument(
-        "--out", help="folder for report.html and figures/; default: that of --workdir"
-    )
+    for name, words in OPTIONS.items():
+        parser.add_argument(f"--{name}", required=name == "workdir", help=words)
     imports.add_option(parser)
     options = parser.parse_args(argv)
     try:
@@ -32,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     out = options.out or options.workdir
-    title = options.title or runs.title_of(config, options.workdir)
+    title = options.title or files.title_of(config, options.workdir)
     try:
         path = report.write(out, config, rows, title=title, environment=environment)
     except OSError as error:

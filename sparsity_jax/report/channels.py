@@ -5,8 +5,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sparsity_jax.report import draw, series
+from sparsity_jax.report.rows import number, removal
 from sparsity_jax.report.sections import Section, Shown, amount, table
-from sparsity_jax.report.series import Frame, Grouped, Series, number
+from sparsity_jax.report.series import Frame, Grouped, Series
+from sparsity_jax.types import Fields
 
 MOST_CUTS = 12  # columns of a heat map
 ROLES = {  # of an array in a group of channels
@@ -19,35 +21,41 @@ ROLES = {  # of an array in a group of channels
 
 def groups(grouped: Grouped) -> Shown:
     """The channel groups of the network whose cut comes first."""
-    cuts = [row for one in grouped for row in one.of_kind("cut")]
-    layout: dict = next((row["layout"] for row in cuts if row.get("layout")), {})
-    if not layout.get("kernels"):
-        return None
-    caption = "Channels that only go together, a row each, and the layers that have a part in them."
-    count = len(layout["groups"])
-    fold = f"{count} groups" if count > 80 else ""
-    return Section("Channel groups", group_figure(layout), caption, fold)
+    for one in grouped:
+        for row in one.of_kind("cut"):
+            layout = row.get("layout") or {}
+            if layout.get("kernels"):
+                count = len(layout["groups"])
+                return Section(
+                    "Channel groups",
+                    group_figure(layout),
+                    "Channels that only go together, a row each, and the layers that have a part "
+                    "in them.",
+                    fold=f"{count} groups" if count > 80 else "",
+                )
+    return None
 
 
-def group_figure(layout: dict) -> Figure:
+def group_figure(layout: Fields) -> Figure:
     """A row per group, with a dot on every layer that has a part in it.
 
     layout: of `groups.layout`.
     """
-    rows = list(layout["groups"].values())
-    marks = []
-    for y, row in enumerate(rows):
-        for role, places in row["marks"].items():
-            marks += [("", list(ROLES).index(role), y, x, y) for x in places]
-    points = pd.DataFrame(marks, columns=["panel", "color", "line", "x", "y"])
-    figure, axes = draw.chart(points, dict(enumerate(ROLES.values())), xlabel="layers, by use")
-    figure.set_figheight(0.18 * len(rows) + 2.2)
-    names = zip(draw.short_paths(list(layout["groups"])), rows)
-    axes[""].set_yticks(range(len(rows)), [f"{name} ({row['size']:,})" for name, row in names])
+    names = draw.short_paths(list(layout["groups"]))
     kernels = draw.short_paths(layout["kernels"], 40)
-    axes[""].set_xticks(range(len(kernels)), kernels, rotation=90)
-    axes[""].invert_yaxis()
-    axes[""].tick_params(labelsize=min(7, 500 / len(kernels)))
+    ticks, marks = [], []
+    for y, (name, group) in enumerate(zip(names, layout["groups"].values())):
+        ticks.append(f"{name} ({group['size']:,})")
+        for color, role in enumerate(ROLES):
+            marks += [(color, y, x, y) for x in group["marks"].get(role, ())]
+    points = pd.DataFrame(marks, columns=["color", "line", "x", "y"]).assign(panel="")
+    figure = draw.chart([points], list(ROLES.values()), xlabel="layers, by use")
+    figure.set_figheight(0.18 * len(names) + 2.2)
+    (axes,) = figure.axes
+    axes.set_yticks(range(len(names)), ticks)
+    axes.set_xticks(range(len(kernels)), kernels, rotation=90)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=min(7, 500 / len(kernels)))
     return figure
 
 
@@ -66,9 +74,9 @@ def channel_rounds(one: Series) -> Frame:
     removed, gone = [], []
     for row in one.of_kind("cut"):
         if row.get("sizes"):
+            _, share = removal(row) or ("", number(row["ratio"]))
             sizes = pd.Series(row["sizes"], dtype=float)
             kept = pd.Series({**row["sizes"], **row["kept"]}, dtype=float)
-            _, share = series.removal(row) or ("", number(row["ratio"]))
             removed.append(round(share, 4))
             gone.append(1 - kept / sizes)
     means = pd.DataFrame(gone).groupby(np.array(removed, float)).mean()
@@ -76,7 +84,7 @@ def channel_rounds(one: Series) -> Frame:
     return means.iloc[some.round().astype(int)].T
 
 
-# ------------------------------------------------------------------------------- compact networks
+# Compact networks ---------------------------------------------------------------------------------
 
 COMPACT = {  # column to template
     "accuracy|%": "{accuracy:.2%}",

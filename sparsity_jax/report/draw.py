@@ -21,6 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
+from sparsity_jax.report.sections import Section, Shown
 from sparsity_jax.report.series import Frame
 
 # Okabe and Ito's colour-blind-safe hues (2008) without yellow and black, then six others.
@@ -28,9 +29,16 @@ PALETTE = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#7b4bb7", "#7d8590", "#8c1d4f", "#8c8c1f", "#0b7f8a", "#8a5a2b"),
 )
-NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 INK, MUTED, GRID = "#1f2328", "#656d77", "#dfe3e8"
+COLORS = {  # by the variable of the page's CSS, which has others for dark screens
+    "--ink": INK,
+    "--muted": MUTED,
+    "--line": GRID,
+    **{f"--c{index}": color for index, color in enumerate(PALETTE)},
+}
+NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 DASHES = ("-", "--", ":", "-.")
+REMOVED = "weights removed"  # an axis of shares
 MOST_CELLS = 100  # of a heat map whose shares are written into it
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so PNGs are the same everywhere
@@ -63,7 +71,7 @@ STYLE: Any = {
 }
 
 
-# Text and colours ---------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------
 
 
 def printable(text: str) -> str:
@@ -74,34 +82,38 @@ def printable(text: str) -> str:
 def literal(text: str, limit: int = 60) -> str:
     """`text` for matplotlib: no mathtext, no hidden label, and not long."""
     text = " ".join(printable(text).split())
-    text = text if len(text) <= limit else text[: limit - 1] + "…"
-    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+    if len(text) > limit:
+        text = f"{text[: limit - 1]}…"
+    if text.startswith("_"):
+        text = f"\u200b{text}"
+    return text.replace("$", r"\$")
 
 
 def short_paths(paths: Sequence[str], limit: int = 34) -> list[str]:
     """Paths without the first parts that all share; long ones lose their beginning."""
     split = [path.removesuffix("/kernel").split("/") for path in paths]
-    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split))
-    shared = len(list(alike))
+    while all(len(parts) > 1 for parts in split) and len({parts[0] for parts in split}) == 1:
+        split = [parts[1:] for parts in split]
     names = []
     for parts in split:
-        name = "/".join(parts[shared:] or parts[-1:])
+        name = "/".join(parts)
         names.append(literal(name if len(name) <= limit else f"…{name[1 - limit :]}"))
     return names
-
-
-def color(index: int) -> str:
-    """The colour of a series."""
-    return PALETTE[index % len(PALETTE)]
 
 
 # Lines --------------------------------------------------------------------------------------------
 
 
+def section(heading: str, caption: str, lines: Sequence[Frame], *names: Any, **texts: str) -> Shown:
+    """A section with a `chart`; None without any number to draw."""
+    figure = chart(lines, *names, **texts)
+    return Section(heading, figure, caption) if figure.axes else None
+
+
 def points(told: Frame, x: str, y: str, panel: str = "", dash: Any = 0) -> Frame:
     """Two columns of a frame as points of a `chart`, in the colours of their series."""
-    own = told[["series", "member"]].assign(panel=panel, color=told["series"], dash=dash)
-    return own.assign(x=told[x], y=told[y])
+    points = told[["member"]].assign(panel=panel, color=told["series"], dash=dash)
+    return points.assign(x=told[x], y=told[y])
 
 
 def means(shown: Frame) -> Frame:
@@ -110,77 +122,90 @@ def means(shown: Frame) -> Frame:
     """
     place = ["panel", "color", "dash", "x"]
     last = shown.drop_duplicates([*place, "member"], keep="last").dropna(subset=["y"])
-    groups = last.groupby(place, sort=False)["y"]
-    table = groups.agg(y="mean", std="std", least="min").reset_index()
-    low = (table["y"] - table["std"]).clip(lower=table["least"])
-    return table.assign(low=low, high=table["y"] + table["std"])
+    values = last.groupby(place, sort=False)["y"]
+    table = values.agg(y="mean", std="std", least="min").reset_index()
+    low = table["y"] - table["std"]
+    return table.assign(low=low.clip(lower=table["least"]), high=table["y"] + table["std"])
 
 
 def chart(
-    shown: Frame,
-    colors: Mapping[int, str],
+    lines: Sequence[Frame],
+    colors: Sequence[str],
     dashes: Sequence[str] = (),
     *,
     xlabel: str,
     ylabel: str = "",
     yscale: str = "linear",
-) -> tuple[Figure, dict[str, Axes]]:
-    """A figure of lines, one panel per title, and its axes by title; no panel without any number.
+) -> Figure:
+    """A figure of lines, one panel per title; without any number, without panels.
 
-    shown: points [panel, color, dash, x, y], of which those of one `line` are connected; bands
-    between `low` and `high`. colors, dashes: what those that are drawn stand for.
+    lines: points [panel, color, dash, x, y], of which those of one `line` are connected. Several
+    `member`s are averaged, see `means`. colors, dashes: what those that are drawn stand for. The
+    label of an Axes is its title.
     """
-    shown = pd.DataFrame({"dash": 0, "line": 0, "low": math.nan, "high": math.nan, **shown})
-    shown = shown.dropna(subset=["x", "y"])
-    titles = shown["panel"].unique()
-    if not titles.size:
-        return Figure(), {}
+    if not lines:
+        return Figure()
+    told = pd.concat(lines)
+    if "member" in told:
+        told = means(told)
+    told = pd.DataFrame({"dash": 0, "line": 0, "low": math.nan, "high": math.nan, **told})
+    told = told.dropna(subset=["x", "y"])
+    titles = told["panel"].unique()
     figure, axes = panels(len(titles))
-    by_title = dict(zip(titles, axes))
-    for (title, *_), line in shown.groupby(["panel", "color", "dash", "line"], sort=False):
-        draw_line(by_title[title], line.sort_values("x", kind="stable"))
-    for title, panel in by_title.items():
+    for title, panel in zip(titles, axes):
+        inside = told[told["panel"] == title]
+        for (hue, dash, _), line in inside.groupby(["color", "dash", "line"], sort=False):
+            draw_line(panel, line.sort_values("x", kind="stable"), hue, dash)
         panel.set_title(literal(title), loc="left")
-        panel.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
-    keys = [key(colors[index], color=color(index)) for index in sorted(shown["color"].unique())]
-    if any(dashes):
-        keys += [key(text, ls=DASHES[index % len(DASHES)]) for index, text in enumerate(dashes)]
-    legend(figure, keys)
-    return figure, by_title
+        panel.set(label=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale)
+        scale(panel, ylabel or title)
+    if axes:
+        keys = [key(colors[hue], color(hue)) for hue in sorted(told["color"].unique())]
+        if any(dashes):
+            keys += [
+                key(text, MUTED, style) for text, style in zip(dashes, itertools.cycle(DASHES))
+            ]
+        legend(figure, keys)
+    return figure
 
 
 def panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure of `count` axes, one or two in a row."""
-    columns = min(2, count)
+    columns = max(1, min(2, count))
     rows = math.ceil(count / columns)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
     figure = Figure(figsize=(10, 3.8 * rows), layout=layout)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for unused in axes[count:]:
-        unused.remove()
-    return figure, axes[:count]
+    axes = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
+    return figure, axes
 
 
-def draw_line(axes: Axes, line: Frame) -> None:
+def color(index: int) -> str:
+    """The colour of a series."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def draw_line(axes: Axes, line: Frame, hue: int, dash: int) -> None:
     """Draws one line, with dots, and its band; the first colour lies on top."""
-    first = line.iloc[0]
-    paint: Any = dict(color=color(first["color"]), zorder=3 - first["color"] / 100)
-    dash = DASHES[first["dash"] % len(DASHES)]
-    axes.plot(line["x"], line["y"], ls=dash, marker=".", markevery=len(line) // 20 + 1, **paint)
+    paint: Any = dict(color=color(hue), zorder=3 - hue / 100)
+    every = len(line) // 20 + 1
+    axes.plot(
+        line["x"], line["y"], DASHES[dash % len(DASHES)], marker=".", markevery=every, **paint
+    )
     if line["low"].notna().any():
         axes.fill_between(line["x"], line["low"], line["high"], alpha=0.15, lw=0, **paint)
 
 
-def key(text: str, **style: Any) -> Line2D:
-    """An entry of a legend."""
-    return Line2D([], [], label=literal(text), **{"color": MUTED, **style})
-
-
-def legend(figure: Figure, keys: Sequence[Line2D]) -> None:
-    """Writes the legend above all axes, and makes room for its rows."""
-    columns = 2 if any(len(str(entry.get_label())) > 24 for entry in keys) else 4
-    figure.legend(handles=keys, loc="outside upper left", ncols=columns)
-    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(keys) / columns))
+def scale(axes: Axes, what: str) -> None:
+    """Percent on axes of shares, a logarithm for losses of more than a decade and a half."""
+    if axes.get_xlabel() == REMOVED:
+        percents(axes.xaxis)
+    what = what.lower().split(", ")[-1]
+    if what == "accuracy":
+        percents(axes.yaxis)
+    if what == "loss":
+        values = np.concatenate([line.get_ydata() for line in axes.lines])
+        if 0 < 30 * values.min() < values.max():
+            axes.set_yscale("log")
 
 
 def percents(axis: Axis) -> None:
@@ -188,13 +213,18 @@ def percents(axis: Axis) -> None:
     axis.set_major_formatter(PercentFormatter(1.0))
 
 
-def scale(field: str, axes: Axes) -> None:
-    """The y axis of losses, logarithmic for more than a decade and a half, or of fractions."""
-    values = np.concatenate([line.get_ydata() for line in axes.lines])
-    if field != "loss":
-        percents(axes.yaxis)
-    elif 0 < 30 * values.min() < values.max():
-        axes.set_yscale("log")
+def key(text: str, color: str, dash: str = "-") -> Line2D:
+    """An entry of a legend."""
+    return Line2D([], [], color=color, ls=dash, label=literal(text))
+
+
+def legend(figure: Figure, keys: Sequence[Line2D]) -> None:
+    """Writes the legend above all axes, and makes room for its rows."""
+    is_long = any(len(str(entry.get_label())) > 24 for entry in keys)
+    columns = 2 if is_long else 4
+    figure.legend(handles=keys, loc="outside upper left", ncols=columns)
+    rows = math.ceil(len(keys) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
 
 
 # Heat maps ----------------------------------------------------------------------------------------
@@ -209,15 +239,15 @@ def heat_maps(maps: Mapping[str, Frame], what: str) -> Figure:
     most = max(map(len, maps.values()))
     figure.set_figheight((0.16 * most + 1) * math.ceil(len(maps) / 2) + 0.6)
     palette = matplotlib.colormaps["cividis"].with_extremes(under="#5a0f14")
+    look: Any = dict(norm="log", cmap=palette, aspect="auto", interpolation="nearest")
     for panel, (name, table) in zip(axes, maps.items()):
         kept = 1 - table
         shown = kept.clip(1e-3, 1).mask(kept <= 0, 1e-9)  # a logarithm hides 0
-        image = panel.imshow(
-            shown, norm="log", cmap=palette, aspect="auto", interpolation="nearest"
-        )
+        image = panel.imshow(shown, **look)
         image.set_clim(1e-3, 1)
         panel.set_title(literal(name), loc="left")
-        panel.set_xticks(range(table.shape[1]), [f"{100 * ratio:.3g}%" for ratio in table.columns])
+        ratios = [f"{100 * ratio:.3g}%" for ratio in table.columns]
+        panel.set_xticks(range(len(ratios)), ratios)
         panel.set_yticks(range(len(table)), short_paths(list(table.index)))
         panel.tick_params(labelsize=6.5)
         panel.grid(visible=False)
@@ -244,8 +274,7 @@ def write_shares(axes: Axes, kept: Frame) -> None:
 def files_of(name: str, figure: Figure) -> tuple[bytes, str]:
     """(PNG on white, inline SVG) of a figure; the same rows give the same bytes.
 
-    The colours of the SVG are variables of the page's CSS (`--ink`, `--c0` ...). Identifiers in it
-    depend on `name` only.
+    The colours of the SVG are the variables COLORS. Identifiers in it depend on `name` only.
     """
     png, svg = io.BytesIO(), io.BytesIO()
     style = {**STYLE, "svg.hashsalt": name}
@@ -259,8 +288,6 @@ def files_of(name: str, figure: Figure) -> tuple[bytes, str]:
         FigureCanvasSVG(figure).print_svg(svg, metadata=empty)
     text = svg.getvalue().decode()
     text = text[text.index("<svg") :]
-    variables = {INK: "--ink", MUTED: "--muted", GRID: "--line"}
-    variables |= {value: f"--c{i}" for i, value in enumerate(PALETTE)}
-    for value, variable in variables.items():
+    for variable, value in COLORS.items():
         text = text.replace(f": {value}", f": var({variable})")
     return png.getvalue(), text

@@ -1,11 +1,12 @@
 """Rows on their way out of a running stage: to `metrics.jsonl` and to TensorBoard events."""
 
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Self
 
+from sparsity_jax import intact
 from sparsity_jax.report import files
-from sparsity_jax.report.files import AnyPath, Rows
+from sparsity_jax.types import AnyPath, Row, Rows
 
 STEPS = {  # of rows of each kind: the field that is the step axis, and how many steps its unit has
     "train": ("step", 1),
@@ -40,25 +41,27 @@ class Writer:
     several members have been seen the member is named (`fit/train_loss/member_1`).
     """
 
-    def __init__(self, workdir: AnyPath, rows_so_far: Iterable[dict] = ()):
+    def __init__(self, workdir: AnyPath, rows_so_far: Iterable[Row] = ()):
         from tensorboardX import FileWriter
 
-        workdir = pathlib.Path(workdir)
-        rows = list(rows_so_far)
+        path = pathlib.Path(workdir) / files.METRICS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = files.plain(list(rows_so_far))
         lines, self._sum = files.to_lines(rows)
-        files.write_atomic(workdir / files.METRICS, lines.encode())
-        events = workdir / "tensorboard"
+        intact.write(path, lines.encode())
+        events = path.parent / "tensorboard"
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
         self._members: set[int] = set()
         self._events = FileWriter(str(events))
-        self._file = (workdir / files.METRICS).open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         self._add_events(rows)
 
     def append(self, rows: Rows) -> None:
         """Writes all rows and flushes. A row that cannot be written raises; then none of them is
         written.
         """
+        rows = files.plain(rows)
         lines, self._sum = files.to_lines(rows, self._sum)
         self._file.write(lines)
         self._file.flush()
@@ -79,39 +82,43 @@ class Writer:
         from tensorboardX.proto.summary_pb2 import Summary
 
         self._members |= {row.get("member", 0) for row in rows}
-        for row in map(files.plain, rows):
-            member = f"/member_{row.get('member', 0)}" if len(self._members) > 1 else ""
+        for row in rows:
+            ending = f"/member_{row.get('member', 0)}" if len(self._members) > 1 else ""
             tags, step = scalars(row)
             summary = Summary()
             for tag, value in tags.items():
-                summary.value.add(tag=tag + member, simple_value=value)
+                summary.value.add(tag=tag + ending, simple_value=value)
             if tags:
                 self._events.add_summary(summary, step)
         self._events.flush()
 
 
-def scalars(row: dict) -> tuple[dict[str, float], int]:
+def scalars(row: Row) -> tuple[dict[str, float], int]:
     """({tag: value} of every number a plain row holds but those that say which row it is, step)."""
-    visit = row.get("visit", 1)
-    field, unit = STEPS.get(row["kind"], ("visit", 1))
-    words = []
+    axis, unit = STEPS.get(row["kind"], ("visit", 1))
+    ending = ""
     if row["kind"] == "curve":
-        words += [row[key] for key, value in USUAL.items() if row.get(key, value) != value]
-        words += ["retrained"] if row.get("retrained") else []
-    if field != "visit" and visit != 1:
-        words.append(f"visit_{visit}")
-    told = {key: value for key, value in row.items() if key not in WHICH and "." not in key}
+        for field, usual in USUAL.items():
+            if row.get(field, usual) != usual:
+                ending += f"/{row[field]}"
+        if row.get("retrained"):
+            ending += "/retrained"
+    visit = row.get("visit", 1)
+    if axis != "visit" and visit != 1:
+        ending += f"/visit_{visit}"
     tags = {}
-    for path, value in numbers(told).items():
-        tags["/".join([row["stage"], path, *words])] = value
-    otherwise = row.get("epoch", 0) if field == "step" else 0
-    return tags, round(unit * row.get(field, otherwise))
+    for key, value in row.items():
+        if key not in WHICH and "." not in key:
+            for path, known in numbers(value, key):
+                tags[f"{row['stage']}/{path}{ending}"] = known
+    step: float = row[axis] if axis in row else row.get("epoch", 0)
+    return tags, round(unit * step)
 
 
-def numbers(tree: dict) -> dict[str, float]:
-    """The numbers of a nested dict by path; no lists and no truth values."""
-    values = {}
-    for path, value in files.flatten(tree, separator="/"):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            values[path] = float(value)
-    return values
+def numbers(tree: object, path: str) -> Iterator[tuple[str, float]]:
+    """(path, number) of the numbers of a nested dict; no lists and no truth values."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from numbers(value, f"{path}/{key}")
+    elif isinstance(tree, (int, float)) and not isinstance(tree, bool):
+        yield path, float(tree)

@@ -1,18 +1,16 @@
 """Rows and the environment of a run as files, with checksums."""
 
 import json
-import os
 import pathlib
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparsity_jax import intact, workdirs
+from sparsity_jax.tables import joined
+from sparsity_jax.types import AnyPath, Fields, Rows
+from sparsity_jax.workdirs import ENVIRONMENT
 
-METRICS, CONFIG = "metrics.jsonl", "config.json"
-ENVIRONMENT, REPORT = "environment.json", "report.html"
-Rows = list[dict]
-AnyPath = str | os.PathLike[str]
+METRICS, REPORT = "metrics.jsonl", "report.html"
 
 
 def plain(value: Any) -> Any:
@@ -38,114 +36,75 @@ def simpler(value: Any) -> Any:
     )
 
 
-def flatten(tree: Any, path: str = "", separator: str = ".") -> Iterator[tuple[str, Any]]:
-    """(path, value) of every leaf of a nested dict."""
+def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf of a nested dict."""
     if not isinstance(tree, dict) or not tree:
         yield path, tree
         return
     for key, value in tree.items():
-        yield from flatten(value, f"{path}{separator}{key}" if path else str(key), separator)
+        yield from flatten(value, joined(path, key))
 
 
-def write_atomic(path: pathlib.Path, data: bytes) -> None:
-    """Replaces `path` at once: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        pathlib.Path(name).unlink(missing_ok=True)
-        raise
+# Rows ---------------------------------------------------------------------------------------------
 
 
-def to_lines(rows: Iterable[Mapping], before: int = 0) -> tuple[str, int]:
-    """(the lines of rows, with their checksums, the checksum of the last one).
+def to_lines(rows: Rows, before: int = 0) -> tuple[str, int]:
+    """(the lines of plain rows, with their checksums, the checksum of the last one).
 
     before: the checksum of the line before the first one, 0 at the start of a file. Raises
     ValueError for a row that does not say its stage and kind.
     """
-    lines = []
+    text = ""
     for row in rows:
-        missing = [field for field in ("stage", "kind") if field not in row]
-        if missing:
-            has = ", ".join(map(str, row)) or "nothing"
-            raise ValueError(f"a row lacks {' and '.join(missing)}; it has: {has}.")
-        text = json.dumps(plain(row), allow_nan=False)
-        line, before = intact.summed_row(text, before)
-        lines.append(line + "\n")
-    return "".join(lines), before
+        for field in ("stage", "kind"):
+            if field not in row:
+                raise ValueError(f"a row lacks {field}; it has: {', '.join(row) or 'nothing'}.")
+        line, before = intact.summed_row(json.dumps(row), before)
+        text += f"{line}\n"
+    return text, before
 
 
-def read_rows(path: AnyPath) -> Rows:
-    """Rows of a metrics file, without their checksums.
-
-    A last line cut off by a killed run is left out. Raises ValueError with the line number for any
-    other line that is not one JSON object, or not as it was written.
-    """
-    path = pathlib.Path(path)
-    lines = path.read_bytes().split(b"\n")
-    rows, total = [], 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row, total = intact.read_row(line, total)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path}, line {number}: {error}. Each line holds one row as a JSON object."
-            ) from error
-        rows.append(row)
-    return rows
+# The environment ----------------------------------------------------------------------------------
 
 
-def read_dict(path: pathlib.Path) -> dict:
-    """The JSON object in a file; ValueError, which names the file, for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; it must hold a JSON object.")
-    return value
-
-
-def write_environment(workdir: AnyPath, environment: dict) -> None:
+def write_environment(workdir: AnyPath, environment: Fields) -> None:
     """Writes `workdir/environment.json`."""
     path = pathlib.Path(workdir) / ENVIRONMENT
     text = json.dumps(plain(environment), indent=2)
-    write_atomic(path, f"{text}\n".encode())
+    intact.write(path, f"{text}\n".encode())
     intact.record(path)
 
 
-def read_environment(workdir: AnyPath) -> dict | None:
+def read_environment(workdir: AnyPath) -> Fields | None:
     """What `workdir/environment.json` holds; None where there is none, or, aloud, where it was
     changed.
     """
     path = pathlib.Path(workdir) / ENVIRONMENT
+    if not path.exists():
+        return None
     try:
-        if not path.exists():
-            return None
         if intact.is_changed(path):
-            raise ValueError(f"{path} is not as it was written (its checksum differs)")
-        return read_dict(path)
-    except ValueError as error:
+            raise intact.DamagedError(f"{path} is not as it was written (its checksum differs)")
+        return intact.read_object(path)
+    except intact.DamagedError as error:
         workdirs.say(f"{error}; versions are left out")
         return None
 
 
-def continued(workdir: AnyPath, environment: dict) -> dict:
+def continued(workdir: AnyPath, environment: Fields) -> Fields:
     """`environment` after that of the run so far: where they differ, both, e.g. `0.10.2, then
     0.11.0`.
     """
-    joined = read_environment(workdir) or {}
+    joint = read_environment(workdir) or {}
     for name, value in environment.items():
-        old = joined.setdefault(name, value)
-        last = str(old).split(", then ")[-1]
+        old = joint.setdefault(name, value)
+        *_, last = str(old).split(", then ")
         if last != str(value) and name != "command":
-            joined[name] = f"{old}, then {value}"
-    return joined
+            joint[name] = f"{old}, then {value}"
+    return joint
+
+
+def title_of(config: Fields, folder: AnyPath) -> str:
+    """Title of a page: the config's, else the folder's name."""
+    title = config.get("title")
+    return title if title and isinstance(title, str) else pathlib.Path(folder).resolve().name

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from sparsity_jax.report import draw, series
+from sparsity_jax.report.rows import number
 from sparsity_jax.report.sections import (
     Cell,
     Cells,
@@ -23,7 +24,8 @@ from sparsity_jax.report.sections import (
     only_first,
     table,
 )
-from sparsity_jax.report.series import Frame, Grouped, Series, number
+from sparsity_jax.report.series import Frame, Grouped, Series
+from sparsity_jax.types import Row
 
 KINDS = ("limit", "path", "row_norms", "width")  # of rows that make a network one of these here
 MOST = 6  # networks drawn in one figure
@@ -47,52 +49,59 @@ def networks(grouped: Grouped) -> list[Series]:
     """A series of its own per network that has rows of KINDS: those of the last visits."""
     result = []
     told = series.last_visits(series.frame(grouped, "curve", *KINDS))
-    for (index, member), own in told.groupby(["series", "member"], sort=False):
-        network = Series(f"{grouped[index].label}, network {member}", list(own["row"]))
+    for (index, member), lines in told.groupby(["series", "member"], sort=False):
+        network = Series(f"{grouped[index].label}, network {member}", list(lines["row"]))
         if network.of_kind(*KINDS):
             result.append(network)
-    return result if len(result) > 1 else [Series("", one.rows) for one in result]
+    if len(result) == 1:
+        return [result[0]._replace(label="")]
+    return result
 
 
-def predictions(found: Grouped) -> Frame:
+def predictions(networks: Grouped) -> Frame:
     """A line per prediction: a `frame` of PREDICTED with its `name` and its `color`, for colour 0
     is the network.
     """
-    told = series.frame(found, "width", fields=PREDICTED)
+    told = series.frame(networks, "width", fields=PREDICTED)
     names = []
     for row in told["row"]:
         operator = row.get("operator", "")
         names.append(f"{OPERATORS.get(operator, operator)} ({row['stage']})")
-    return told.assign(name=names, color=1 + pd.factorize(told["stage"])[0])
+    colors, _ = pd.factorize(told["stage"])
+    return told.assign(name=names, color=1 + colors)
 
 
-def actual(found: Grouped) -> Frame:
+def names_of(told: Frame) -> list[str]:
+    """What the colours of predictions stand for, from colour 1."""
+    return list(told.drop_duplicates("color")["name"])
+
+
+def actual(networks: Grouped) -> Frame:
     """The actual limit [series, definition, rank, limit] by every definition that width and limit
     stages know; of rank 0 are those to compare with: by bisection, else by accuracy.
     """
-    told = []
-    for index, one in enumerate(found):
-        limits: dict[tuple, float] = {}
-        for row in one.of_kind("width"):
+    columns = ["series", "definition", "rank", "limit"]
+    lines = []
+    for index, network in enumerate(networks):
+        for row in network.of_kind("width"):
             for name, limit in (row.get("actual") or {}).items():
                 split, _, rule = name.partition(" ")
                 definition = RULES.get(rule, ELSEWHERE).format(split)
-                limits[definition, 1 + (name != "test accuracy")] = number(limit)
-        for row in one.of_kind("limit"):
+                rank = 1 if name == "test accuracy" else 2
+                lines.append((index, definition, rank, number(limit)))
+        for row in network.of_kind("limit"):
             if row.get("phase") == "result":
                 rule = RULES.get(row.get("criterion", ""), "{} data")
-                definition = rule.format(row.get("split", "test"))
-                limits[f"{definition}, by bisection", 0] = number(row["limit"])
-        least = min((rank for _, rank in limits), default=0)
-        for (definition, rank), limit in limits.items():
-            told.append((index, definition, rank - least, limit))
-    columns = ["series", "definition", "rank", "limit"]
-    return pd.DataFrame(told, columns=columns).dropna()
+                definition = f"{rule.format(row.get('split', 'test'))}, by bisection"
+                lines.append((index, definition, 0, number(row["limit"])))
+    told = pd.DataFrame(lines, columns=columns)
+    told["rank"] -= told.groupby("series")["rank"].transform("min")
+    return told.drop_duplicates(columns[:3], keep="last").dropna()
 
 
-def gaps(found: Grouped) -> Frame:
+def gaps(networks: Grouped) -> Frame:
     """Predicted less actual limit, and whether that is inside the interval, per pair of both."""
-    pairs = predictions(found).merge(actual(found), on="series")
+    pairs = predictions(networks).merge(actual(networks), on="series")
     inside = pairs["limit"].between(pairs["low"], pairs["high"])
     return pairs.assign(gap=pairs["predicted"] - pairs["limit"], inside=inside)
 
@@ -100,25 +109,23 @@ def gaps(found: Grouped) -> Frame:
 # In plain words -----------------------------------------------------------------------------------
 
 
-def verdicts(found: Grouped) -> list[tuple[str, str, str]]:
+def verdicts(networks: Grouped) -> list[tuple[str, str, str]]:
     """Per prediction (its name, how far it is from the actual limit, what stands against it)."""
-    pairs = gaps(found)
+    pairs = gaps(networks)
     result = []
-    for name, rows in predictions(found).groupby("name", sort=False):
+    for name, rows in predictions(networks).groupby("name", sort=False):
         text = f"{rows['predicted'].mean():.2%} predicted"
         own = pairs[(pairs["name"] == name) & (pairs["rank"] == 0)]
         if len(own):
             gap = 100 * own["gap"].mean()
             side = "above" if gap >= 0 else "below"
-            place = "inside" if own["inside"].all() else "outside"
-            interval = f"{place} the interval"
+            text += f", {abs(gap):.2f} points {side} the actual limit"
+            inside = own["inside"]
+            interval = f"{'inside' if inside.all() else 'outside'} the interval"
             if len(own) > 1:
-                interval = f"inside {own['inside'].sum()} of {len(own)} intervals"
-            text += (
-                f", {abs(gap):.2f} points {side} the actual limit ({own['definition'].iloc[0]}), "
-                f"which is {interval}"
-            )
-        caution = f"{enclosure_caution(rows)} {gradient_caution(found, rows)}"
+                interval = f"inside {inside.sum()} of {len(own)} intervals"
+            text += f" ({own['definition'].iloc[0]}), which is {interval}"
+        caution = f"{enclosure_caution(rows)} {gradient_caution(networks, rows)}"
         result.append((str(name), f"{text}.", caution.strip()))
     return result
 
@@ -140,22 +147,22 @@ def enclosure_caution(rows: Frame) -> str:
     )
 
 
-def gradient_caution(found: Grouped, rows: Frame) -> str:
+def gradient_caution(networks: Grouped, rows: Frame) -> str:
     """A caution where the gradient, which predictions leave out, changes the loss; else ""."""
-    path = series.frame(found, "path", fields=["ratio", "first_order"]).sort_values("ratio")
-    changes = {0.0: 0.0}  # of the loss, by their share of ε
-    for line in rows.to_dict("records"):
-        own = path[path["series"] == line["series"]]
-        if len(own) and line["predicted"] <= own["ratio"].max():
-            first = np.interp(line["predicted"], own["ratio"], own["first_order"])
-            changes[abs(first) / line["epsilon"]] = first
-    steepness = max(changes)
-    first = changes[steepness]
-    if steepness <= STEEP:
+    path = series.frame(networks, "path", fields=["ratio", "first_order"]).sort_values("ratio")
+    steepness, change = STEEP, 0.0
+    for row in rows.to_dict("records"):
+        own = path[path["series"] == row["series"]]
+        if row["predicted"] <= own["ratio"].max():
+            first = np.interp(row["predicted"], own["ratio"], own["first_order"])
+            share = abs(first) / row["epsilon"]
+            if share > steepness:
+                steepness, change = share, first
+    if not change:
         return ""
-    side = "larger" if first < 0 else "smaller"
+    side = "larger" if change < 0 else "smaller"
     return (
-        f"The gradient, which the prediction leaves out, changes the loss by {first:+.2g} on the "
+        f"The gradient, which the prediction leaves out, changes the loss by {change:+.2g} on the "
         f"way there, {steepness:.2g} times ε: expect a {side} actual limit."
     )
 
@@ -179,33 +186,37 @@ COLUMNS = {  # of one prediction
 
 def prediction(grouped: Grouped) -> Shown:
     """Predictions, then every definition of the actual limit and how far off they are."""
-    found = networks(grouped)
+    own = networks(grouped)
+    tables = []
     lines = []
-    for line in predictions(found).to_dict("records"):
+    for line in predictions(own).to_dict("records"):
         name = Cell(line["name"], color=line["color"])
-        lines.append((name, {**line["row"], "network": found[line["series"]].label}))
-    note = (
-        "Interval: the enclosure, or the prediction alone, widened by two deviations (±) of probes "
-        "and ε."
-    )
-    tables = [table("prediction", COLUMNS, lines, note)] if lines else []
-    if len(actual(found)):
-        tables.append(actual_table(found))
+        lines.append((name, {**line["row"], "network": own[line["series"]].label}))
+    if lines:
+        note = (
+            "Interval: the enclosure, or the prediction alone, widened by two deviations (±) of "
+            "probes and ε."
+        )
+        tables.append(table("prediction", COLUMNS, lines, note))
+    if len(actual(own)):
+        tables.append(actual_table(own))
     heading = "Predicted and actual limit"
-    return Section(heading, statements=verdicts(found), tables=tables) if tables else None
+    return Section(heading, statements=verdicts(own), tables=tables) if tables else None
 
 
-def actual_table(found: Grouped) -> Table:
+def actual_table(networks: Grouped) -> Table:
     """One line per definition: the actual limit, and how far every prediction is from it."""
-    pairs = gaps(found)
-    told = dict(predictions(found)[["color", "name"]].to_numpy())
     heads: Cells = ["nothing is lost if", Cell("actual", "%")]
-    heads += [Cell(f"{name} less actual", "points", color=color) for color, name in told.items()]
+    names = names_of(predictions(networks))
+    for color, name in enumerate(names, start=1):
+        heads.append(Cell(f"{name} less actual", "points", color=color))
+    pairs = gaps(networks)
     lines = []
-    for definition, limits in actual(found).groupby("definition", sort=False):
+    for definition, limits in actual(networks).groupby("definition", sort=False):
         cells: Cells = [str(definition), mean_cell(*series.spread(limits["limit"]))]
-        for color in told:
-            own = pairs[(pairs["definition"] == definition) & (pairs["color"] == color)]
+        of_definition = pairs[pairs["definition"] == definition]
+        for color, _ in enumerate(names, start=1):
+            own = of_definition[of_definition["color"] == color]
             gap = mean_cell(*series.spread(own["gap"]), "+.2%")
             cells.append(gap._replace(bold=bool(own["inside"].all())))
         lines.append(cells)
@@ -216,10 +227,11 @@ def actual_table(found: Grouped) -> Table:
 # The figures --------------------------------------------------------------------------------------
 
 
-def window(one: Series) -> tuple[float, float]:
+def window(network: Series) -> tuple[float, float]:
     """Ratios around all predicted and actual limits of a network; all if that is most of them."""
-    edges = predictions([one])[["low", "predicted", "high"]]
-    values = [*edges.to_numpy().flat, *actual([one])["limit"]]
+    values = list(actual([network])["limit"])
+    for edge in ("low", "predicted", "high"):
+        values += list(predictions([network])[edge])
     low, high = min(values, default=0.0), max(values, default=1.0)
     if high - low < 0.6:
         pad = max(0.3 * (high - low), 0.01)
@@ -241,41 +253,37 @@ def section(
     ratio: the axis, x or y, that has pruning ratios; limits are marked there, and what is far from
     them is left out.
     """
-    found = networks(grouped)
-    told = predictions(found)
-    shown = []
-    networks_by_title: dict[str, int] = {}
-    for index, one in enumerate(found[:MOST]):
-        own = points(one, told[told["series"] == index])
-        near = own[own[ratio or "x"].between(*window(one))]
-        if ratio and len(near):
+    every = networks(grouped)
+    lines = []
+    by_title: dict[str, Series] = {}
+    for network in every[:MOST]:
+        own = points(network, predictions([network]))
+        near = own[own[ratio].between(*window(network))] if ratio else own
+        if len(near):
             own = near
-        titles = [joined(one.label, panel) for panel in own["panel"]]
-        networks_by_title |= dict.fromkeys(titles, index)
-        shown.append(own.assign(panel=titles))
-    if not shown:
-        return None
-    colors = {0: "network", **dict(told[["color", "name"]].to_numpy())}
-    figure, axes = draw.chart(pd.concat(shown), colors, **texts)
-    for title, panel in axes.items():
-        index = networks_by_title[title]
-        if ratio:
-            limits = actual(found[index : index + 1])
-            mark(panel, ratio == "x", told[told["series"] == index], limits)
+        titles = [joined(network.label, panel) for panel in own["panel"]]
+        by_title |= dict.fromkeys(titles, network)
+        lines.append(own.assign(panel=titles))
+    names = ["network", *names_of(predictions(every))]
     caption += " Stages that ran several times: the last time."
-    caption += only_first(MOST, len(found), "networks")
-    return Section(heading, figure, caption) if axes else None
+    caption += only_first(MOST, len(every), "networks")
+    shown = draw.section(heading, caption, lines, names, texts.pop("dashes", ()), **texts)
+    if shown and shown.figure and ratio:
+        for panel in shown.figure.axes:
+            mark(panel, by_title[str(panel.get_label())], upright=ratio == "x")
+    return shown
 
 
-def mark(axes: Axes, upright: bool, told: Frame, limits: Frame) -> None:
+def mark(axes: Axes, network: Series, *, upright: bool) -> None:
     """Draws predictions with their intervals, and actual limits, as lines across the panel."""
     draw.percents(axes.xaxis if upright else axes.yaxis)
     line = axes.axvline if upright else axes.axhline
     span = axes.axvspan if upright else axes.axhspan
-    for row in told.to_dict("records"):
+    for row in predictions([network]).to_dict("records"):
         color = draw.color(row["color"])
         span(row["low"], row["high"], color=color, alpha=0.14, lw=0)
         line(row["predicted"], color=color, label=f"predicted {row['predicted']:.2%}")
+    limits = actual([network])
     for limit in limits.loc[limits["rank"] == 0, "limit"]:
         line(limit, color=draw.INK, ls=":", label=f"actual {limit:.2%}")
     if axes.get_legend_handles_labels()[0]:
@@ -291,20 +299,20 @@ def limits(grouped: Grouped) -> Shown:
         "Bands: intervals of the predictions.",
         ratio="x",
         dashes=("test", "train", "bisection"),
-        xlabel="weights removed",
+        xlabel=draw.REMOVED,
     )
 
 
-def pruned(one: Series, _: Frame) -> Frame:
+def pruned(network: Series, _: Frame) -> Frame:
     """Curves without retraining, and what a search for the limit evaluated."""
-    search = series.frame([one], "limit", fields=["ratio", "accuracy", "loss"])
-    told = [series.curves([one]), series.curves([one], "train"), search.assign(retrained=False)]
-    told[2]["removed"] = search["ratio"]
+    search = series.frame([network], "limit", fields=["ratio", "accuracy", "loss"])
+    search = search.assign(removed=search["ratio"], retrained=False)
+    curves = [series.curves([network]), series.curves([network], "train"), search]
     lines = []
     for field in ("accuracy", "loss"):
-        for dash, curve in enumerate(told):
-            plain = curve[~curve["retrained"]]
-            lines.append(draw.points(plain, "removed", field, field, dash))
+        for dash, curve in enumerate(curves):
+            once = curve[~curve["retrained"].astype(bool)]
+            lines.append(draw.points(once, "removed", field, field, dash))
     return pd.concat(lines)
 
 
@@ -318,19 +326,22 @@ def path(grouped: Grouped) -> Shown:
         "gradient, of which the theory assumes that it adds nothing, and curvature.",
         ratio="x",
         dashes=("change", "curvature", "gradient", "ε"),
-        xlabel="weights removed",
+        xlabel=draw.REMOVED,
         ylabel="change of the train loss",
     )
 
 
-def orders(one: Series, told: Frame) -> Frame:
+def orders(network: Series, told: Frame) -> Frame:
     """The change of the loss, its two orders, and the ε of a prediction."""
     fields = ["change", "second_order", "first_order"]
-    path = series.frame([one], "path", fields=["ratio", *fields])
-    path["epsilon"] = told["epsilon"].max()
-    fields.append("epsilon")
-    lines = [draw.points(path, "ratio", field, "", i) for i, field in enumerate(fields)]
-    return pd.concat(lines)[lambda shown: ~(abs(shown["y"]) > 5 * told["epsilon"].max())]
+    path = series.frame([network], "path", fields=["ratio", *fields])
+    epsilon = told["epsilon"].max()
+    path["epsilon"] = epsilon
+    lines = []
+    for dash, field in enumerate([*fields, "epsilon"]):
+        line = draw.points(path, "ratio", field, dash=dash)
+        lines.append(line[~(abs(line["y"]) > 5 * epsilon)])
+    return pd.concat(lines)
 
 
 def row_norms(grouped: Grouped) -> Shown:
@@ -347,22 +358,22 @@ def row_norms(grouped: Grouped) -> Shown:
     )
 
 
-def norms(one: Series, _: Frame) -> Frame:
+def norms(network: Series, _: Frame) -> Frame:
     """Norms of rows, and the threshold under which they count as 0."""
-    told = series.frame([one], "row_norms", fields=["quantile", "row_norm", "threshold"])
+    told = series.frame([network], "row_norms", fields=["quantile", "row_norm", "threshold"])
     told["row_norm"] = told["row_norm"].clip(lower=1e-12)
     told["threshold"] = told["threshold"].max()
     rows = draw.points(told, "quantile", "row_norm")
     return pd.concat([rows, draw.points(told, "quantile", "threshold", dash=1)])
 
 
-def unfolded(told: Frame, arrays: Callable[[dict], dict]) -> Frame:
+def unfolded(told: Frame, arrays: Callable[[Row], dict]) -> Frame:
     """A line per entry of the arrays by name that `arrays` gives for the row of a prediction."""
-    parts = []
+    parts = [pd.DataFrame(columns=["panel", "color", "x", "y"], dtype=float)]
     for line in told.to_dict("records"):
-        own = pd.DataFrame(arrays(line["row"]), dtype=float)
-        parts.append(own.assign(panel="", color=line["color"]))
-    return pd.concat(parts) if parts else pd.DataFrame(columns=["panel", "color", "x", "y"])
+        part = pd.DataFrame(arrays(line["row"]), dtype=float)
+        parts.append(part.assign(panel="", color=line["color"]))
+    return pd.concat(parts[1:] or parts)
 
 
 def crossing(grouped: Grouped) -> Shown:
@@ -382,8 +393,8 @@ def crossing(grouped: Grouped) -> Shown:
 
 def widths(_: Series, told: Frame) -> Frame:
     """Width and share removed by distance."""
-    width = unfolded(told, lambda row: dict(x=row["distances"], y=row["widths"]))
-    share = unfolded(told, lambda row: dict(x=row["distances"], y=row["ratios"]))
+    width = unfolded(told, lambda row: {"x": row["distances"], "y": row["widths"]})
+    share = unfolded(told, lambda row: {"x": row["distances"], "y": row["ratios"]})
     return pd.concat([width, share.assign(color=0)])
 
 
@@ -402,7 +413,7 @@ def history(grouped: Grouped) -> Shown:
 
 def courses(_: Series, told: Frame) -> Frame:
     """Predictions and their enclosures by number of products."""
-    names = dict(num_matvecs="x", predicted="y", lower="low", upper="high")
+    names = {"num_matvecs": "x", "predicted": "y", "lower": "low", "upper": "high"}
     return unfolded(told, lambda row: row["history"]).rename(columns=names)
 
 
@@ -419,11 +430,12 @@ def spectrum(grouped: Grouped) -> Shown:
     )
 
 
-def density(row: dict) -> dict[str, np.ndarray]:
+def density(row: Row) -> dict[str, np.ndarray]:
     """Density of the Ritz values [probes, steps] of a prediction."""
     values, weights = np.ravel(row["ritz_values"]), np.ravel(row["ritz_weights"])
     width = 0.008 * max(np.ptp(values), 1e-12)
     grid = np.linspace(values.min() - 7 * width, values.max() + 7 * width, 1200)
-    heights = np.exp(-(((grid[:, None] - values) / width) ** 2) / 2)
-    heights = heights @ weights / weights.sum() / (width * math.sqrt(2 * math.pi))
-    return dict(x=grid, y=np.maximum(heights, 1e-7 * heights.max()))
+    distances = (grid[:, None] - values) / width
+    bumps = np.exp(-(distances**2) / 2) / (width * math.sqrt(2 * math.pi))
+    heights = bumps @ (weights / weights.sum())
+    return {"x": grid, "y": np.maximum(heights, 1e-7 * heights.max())}

@@ -6,30 +6,28 @@ FIGURES says here what shows the rows of which kind of stage, and `extend.regist
 
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jinja2
 import matplotlib
 
+from sparsity_jax import intact
 from sparsity_jax.report import (
     channels,
     draw,
     files,
+    growth,
     limits,
     pruning,
-    runs,
+    raw,
     series,
     summary,
     training,
 )
-from sparsity_jax.report.sections import Cell, Section, Shown, plain_table, setting
-from sparsity_jax.report.series import Grouped
+from sparsity_jax.report.rows import completed
+from sparsity_jax.report.sections import Section, setting
+from sparsity_jax.types import AnyPath, Fields, Rows
 
-DARK_PALETTE = (
-    *("#4aa8e8", "#ff8a4c", "#2fc493", "#e29ac2", "#f0b13c", "#8fd0f5"),
-    *("#b08ae8", "#a3abb5", "#e0669c", "#c9c94f", "#4fc3cf", "#c99463"),
-)
 CITATIONS = {  # a word of the config to the works it stands for
     "sfw": (
         "L. Miao, X. Luo, T. Chen, W. Chen, D. Liu, Z. Wang. Learning Pruning-Friendly Networks "
@@ -54,15 +52,14 @@ CITATIONS = {  # a word of the config to the works it stands for
         ),
     ),
 }
-
-
-def pruned(grouped: Grouped) -> Shown:
-    """Rows of stages that prune, or measure a pruned network, as they are."""
-    kinds = ("prune", "remove", "oracle", "noise", "jacobian")
-    told = lambda row: row.get("kind") in kinds or (row.get("kind") == "grow" and "layers" in row)
-    return plain_section("Pruning steps", grouped, told)
-
-
+TEMPLATES = jinja2.Environment(  # which escape all that is filled in
+    loader=jinja2.PackageLoader("sparsity_jax.report", "."),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+SIZES = {"num_params": "parameters", "num_prunable": "prunable weights"}
 FIGURES: dict[Any, tuple[str, ...]] = {  # what shows rows, in the order of the page: of which kinds
     summary.summary: ("train", "curve"),
     limits.prediction: ("limit", "width"),
@@ -82,142 +79,108 @@ FIGURES: dict[Any, tuple[str, ...]] = {  # what shows rows, in the order of the 
     channels.groups: ("cut",),
     channels.channels: ("cut",),
     training.sfw_init: ("sfw_init",),
-    training.growth_norms: ("grow",),
-    training.growth_ratio: ("grow",),
-    training.growth_groups: ("grow",),
+    growth.growth_norms: ("grow",),
+    growth.growth_ratio: ("grow",),
+    growth.growth_groups: ("grow",),
     pruning.zeros: ("curve",),
-    pruned: ("prune", "remove", "grow", "oracle", "noise", "jacobian"),
+    raw.pruned: raw.STEPS,
 }
 
 
 def write(
-    workdir: files.AnyPath,
-    config: dict,
-    rows: files.Rows,
-    *,
-    title: str | None,
-    environment: dict | None,
+    workdir: AnyPath, config: Fields, rows: Rows, title: str | None, environment: Fields | None
 ) -> pathlib.Path:
     """Writes the page and its figures; see `report.write`."""
-    workdir = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir)
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
     if environment is not None:
-        files.write_environment(workdir, environment)
-    config, environment, rows = map(encodable, (config, environment or {}, rows))
-    rows = [runs.complete(row, config, environment) for row in rows]
+        files.write_environment(folder, environment)
+    told = json.dumps(files.plain([config, rows, environment or {}]), ensure_ascii=False)
+    config, rows, environment = json.loads(told.encode(errors="replace"))  # of lone surrogates
+    rows = completed(rows, config, environment)
     with matplotlib.rc_context(draw.STYLE):
-        shown = sections_of(rows)
-        drawings = draw_all(workdir / "figures", shown)
-    text = template().render(
-        title=title or runs.title_of(config, workdir),
-        facts=facts(config, rows),
+        sections = sections_of(rows)
+        drawings = draw_all(figures, sections)
+    settings = dict(files.flatten(config))
+    text = TEMPLATES.get_template("page.html.j2").render(
+        title=title or files.title_of(config, folder),
+        facts=facts(settings, rows),
         rows=rows,
-        sections=shown,
+        sections=sections,
         drawings=drawings,
         trees={"settings": tree(config), "entries": tree(environment)},
         command=environment.get("command") or [],
-        works=works(config),
-        light=(draw.INK, draw.MUTED, draw.GRID, *draw.PALETTE),
-        dark=("#e8ebef", "#9aa4b0", "#2f3641", *DARK_PALETTE),
+        works=works(settings),
+        colors=draw.COLORS,
     )
-    path = workdir / files.REPORT
-    files.write_atomic(path, draw.printable(text).encode())
+    path = folder / files.REPORT
+    intact.write(path, draw.printable(text).encode())
     return path
 
 
-def encodable(value: Any) -> Any:
-    """Plain data of texts without lone surrogates, which no encoding has."""
-    text = json.dumps(files.plain(value), ensure_ascii=False)
-    return json.loads(text.encode(errors="replace"))
+# Sections -----------------------------------------------------------------------------------------
 
 
-def template() -> jinja2.Template:
-    """The page, which escapes all that is filled in."""
-    text = pathlib.Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(text)
-
-
-def sections_of(rows: files.Rows) -> dict[str, Section]:
+def sections_of(rows: Rows) -> dict[str, Section]:
     """Sections by name: of FIGURES, and tables of rows that none of them shows."""
     grouped = series.group(rows)
     kinds = dict.fromkeys(str(row.get("kind")) for row in rows)
-    shown = {}
-    seen: set[str] = set()
+    sections = {}
+    shown: set[str] = set()
     for show, own in FIGURES.items():
         section = show(grouped) if kinds.keys() & own else None
         if section is not None:
-            shown[show.__name__] = section
-            seen |= {*own}
-    for kind in kinds.keys() - seen:
-        told = lambda row, kind=kind: str(row.get("kind")) == kind
-        note = f"No figure here shows rows of {kind}. One of your own comes with --import FILE."
-        section = plain_section(f"Rows of {kind}", grouped, told, note)
+            sections[show.__name__] = section
+            shown.update(own)
+    for kind in kinds:
+        section = None if kind in shown else raw.unknown(grouped, kind)
         if section is not None:
-            shown[f"rows_{len(shown)}"] = section
-    return shown
+            sections[f"rows_{len(sections)}"] = section
+    return sections
 
 
-def draw_all(folder: pathlib.Path, shown: dict[str, Section]) -> dict[str, str]:
+def draw_all(folder: pathlib.Path, sections: dict[str, Section]) -> dict[str, str]:
     """Inline drawings by name; writes the PNGs and removes those of earlier reports."""
     for show in FIGURES:
         (folder / f"{show.__name__}.png").unlink(missing_ok=True)
     drawings = {}
-    for name, section in shown.items():
+    for name, section in sections.items():
         if section.figure is not None:
             png, drawings[name] = draw.files_of(name, section.figure)
-            files.write_atomic(folder / f"{name}.png", png)
+            intact.write(folder / f"{name}.png", png)
     return drawings
 
 
-def plain_section(
-    heading: str, grouped: Grouped, told: Callable[[dict], bool], note: str = ""
-) -> Shown:
-    """The rows of which `told` holds, as they are."""
-    lines = []
-    for index, one in enumerate(grouped):
-        for row in filter(told, one.rows):
-            shown = {key: value for key, value in row.items() if key not in ("kind", "arm")}
-            lines.append((Cell(one.label, color=index), shown))
-    table = plain_table(lines)
-    if table is None:
-        return None
-    noted = table._replace(note=" ".join(filter(None, [table.note, note])))
-    return Section(heading, tables=[noted])
+# Besides the sections -----------------------------------------------------------------------------
 
 
-# ----------------------------------------------------------------------------- besides the sections
-
-
-def facts(config: dict, rows: files.Rows) -> list[tuple[str, str]]:
+def facts(settings: Fields, rows: Rows) -> list[tuple[str, str]]:
     """(fact, what it is) about data, model and its size, if known."""
     result = []
-    for key in ("data", "model"):
-        value = config.get(key)
-        names = value.get("name") if isinstance(value, dict) else value
-        if names:
-            names = names if isinstance(names, list) else [names]
+    for path in ("data.name", "model.name"):
+        name = settings.get(path)
+        if name:
+            names = name if isinstance(name, list) else [name]
             result.append((", ".join(map(str, names)), ""))
-    sizes = dict(num_params="parameters", num_prunable="prunable weights")
-    counts = series.numbers(rows, *sizes).max().dropna()
-    for field, count in counts.items():
-        result.append((f"{count:,.0f}", sizes[str(field)]))
+    for field, what in SIZES.items():
+        counts = [row[field] for row in rows if isinstance(row.get(field), int)]
+        if counts:
+            result.append((f"{max(counts):,.0f}", what))
     return result
 
 
-def tree(values: dict) -> dict[str, list[tuple[str, str]]]:
+def tree(values: Fields) -> dict[str, list[tuple[str, str]]]:
     """(path, text) of every setting by the top-level key it belongs to."""
-    shown = {}
+    leaves = {}
     for key, value in values.items():
-        leaves = files.flatten(value)
-        shown[key] = [(path or key, setting(leaf)) for path, leaf in leaves]
-    return shown
+        leaves[key] = [(path or key, setting(leaf)) for path, leaf in files.flatten(value)]
+    return leaves
 
 
-def works(config: dict) -> list[str]:
-    """The works that the config builds on."""
+def works(settings: Fields) -> list[str]:
+    """The works that a config builds on."""
     words = set()
-    for path, leaf in files.flatten(config):
-        words |= {path.split(".")[-1], str(leaf).lower()}
+    for path, value in settings.items():
+        words |= {path.split(".")[-1], str(value).lower()}
     return [work for word, cited in CITATIONS.items() if word in words for work in cited]

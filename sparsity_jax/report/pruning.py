@@ -3,26 +3,27 @@
 import pandas as pd
 
 from sparsity_jax.report import draw, series, summary
+from sparsity_jax.report.rows import NEAR
 from sparsity_jax.report.sections import Cell, Section, Shown, joined, table
-from sparsity_jax.report.series import NEAR, Frame, Grouped
+from sparsity_jax.report.series import Frame, Grouped
 
 LAYER_STOPS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)  # ratios shown layer by layer
 ZOOM = 0.9  # where the second panel begins
+BANDS = "Bands: ± one standard deviation over networks."
 
 
 def accuracy(grouped: Grouped) -> Shown:
     """Accuracy against the pruning ratio, and the sentence that it amounts to."""
     curves = series.best_known_curves(grouped)
-    caption = summary.finding(summary.summarize(grouped))
-    return section(grouped, curves, "accuracy", "Accuracy under pruning", caption)
+    sentence = summary.finding(summary.summarize(grouped))
+    return section(grouped, curves, "accuracy", "Accuracy under pruning", sentence)
 
 
 def loss(grouped: Grouped) -> Shown:
     """Loss against the pruning ratio."""
+    curves = series.best_known_curves(grouped)
     caption = "Mean loss per example by ratio."
-    return section(
-        grouped, series.best_known_curves(grouped), "loss", "Loss under pruning", caption
-    )
+    return section(grouped, curves, "loss", "Loss under pruning", caption)
 
 
 def accuracy_train(grouped: Grouped) -> Shown:
@@ -39,33 +40,31 @@ def section(grouped: Grouped, curves: Frame, field: str, heading: str, caption: 
     every = draw.points(curves, "removed", field, "All ratios", curves["dash"])
     above = every[every["x"] >= ZOOM - NEAR].assign(panel=f"Above {ZOOM:.0%}")
     variants = curves.sort_values("dash")["variant"].unique()
-    figure, axes = draw.chart(
-        draw.means(pd.concat([every, above])),
+    return draw.section(
+        heading,
+        f"{caption} {BANDS}".strip(),
+        [every, above],
         series.labels(grouped),
         variants,
-        xlabel="weights removed",
+        xlabel=draw.REMOVED,
         ylabel=field,
     )
-    for panel in axes.values():
-        draw.percents(panel.xaxis)
-        draw.scale(field, panel)
-    caption += " Bands: ± one standard deviation over networks."
-    return Section(heading, figure, caption.strip()) if axes else None
 
 
-# ------------------------------------------------------------------------------ layers, channels
+# Layers and channels ------------------------------------------------------------------------------
 
 
 def layers(grouped: Grouped) -> Shown:
     """Heat maps of what every layer keeps."""
     maps = {}
-    for (index, variant), curve in series.best_known_curves(grouped).groupby(["series", "variant"]):
+    curves = series.best_known_curves(grouped)
+    for (index, variant), curve in curves.groupby(["series", "variant"]):
         shares = pd.DataFrame([row.get("layers") or {} for row in curve["row"]], dtype=float)
         by_ratio = shares.groupby(curve["removed"].to_numpy()).mean()
-        near = {stop: series.at_ratio(by_ratio, stop) for stop in LAYER_STOPS}
-        table = pd.DataFrame(near).dropna(axis="columns", how="all")
-        if table.size:
-            maps[joined(grouped[index].label, variant)] = table
+        columns = {stop: series.at_ratio(by_ratio, stop) for stop in LAYER_STOPS}
+        known = pd.DataFrame(columns).dropna(axis="columns", how="all")
+        if known.size:
+            maps[joined(grouped[index].label, variant)] = known
     if not maps:
         return None
     caption = "Share of each layer's weights that is kept, by the share removed from the network."
@@ -82,20 +81,20 @@ ZEROS = {  # column to template
 
 def zeros(grouped: Grouped) -> Shown:
     """Share of zeros at the usual ratios, and at every one of a structured selection."""
-    curves = series.best_known_curves(grouped).dropna(subset=["sparsity_all"])
+    curves = series.best_known_curves(grouped).dropna(subset="sparsity_all")
     wanted = curves["channels_removed"].notna()
     for stop in LAYER_STOPS:
         wanted |= abs(curves["removed"] - stop) <= NEAR
-    shown = curves[wanted]
     fields = ["channels_removed", "sparsity", "sparsity_all"]
-    means = shown.groupby(["series", "variant", "removed"])[fields].mean().reset_index()
+    points = curves[wanted].groupby(["series", "variant", "removed"])
     lines = []
-    for row in means.to_dict("records"):
+    for row in points[fields].mean().reset_index().to_dict("records"):
         name = joined(grouped[row["series"]].label, row["variant"])
         lines.append((Cell(name, color=row["series"]), row))
+    if not lines:
+        return None
     note = (
         "Zeros in the arrays that may be pruned; of all: in all parameters of the network. A "
         "removed channel is zero with all its weights."
     )
-    tables = [table("network", ZEROS, lines, note)]
-    return Section("Zeros", tables=tables) if lines else None
+    return Section("Zeros", tables=[table("network", ZEROS, lines, note)])

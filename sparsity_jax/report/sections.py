@@ -1,11 +1,12 @@
 """What a function that shows rows returns: a section of the page with a drawing, tables or both."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+
+from sparsity_jax.types import Row
 
 MOST_LINES = 60  # lines of a table that may be long
 
@@ -49,36 +50,24 @@ Shown = Section | None  # None without the rows that it shows
 
 
 def table(
-    about: str, columns: Mapping[str, str], lines: Sequence[tuple[Cell | str, dict]], note: str = ""
+    about: str,
+    columns: Mapping[str, str],
+    lines: Sequence[tuple[Cell | str, Row]],
+    note: str = "",
 ) -> Table:
     """A table of the first lines (name, row), without columns that say nothing. columns: heading to
     template, see `cell`.
     """
-    shown = {}
+    heads: Cells = [about]
+    rows: list[Cells] = [[name] for name, _ in lines]
     for head, template in columns.items():
         cells = [cell(template, row) for _, row in lines]
-        if any(each.text for each in cells):
-            shown[head] = cells
-    heads: Cells = [about, *map(heading, shown)]
-    rows: list[Cells] = []
-    for (name, _), *cells in zip(lines[:MOST_LINES], *shown.values()):
-        rows.append([name, *cells])
-    return Table(heads, rows, note=note + only_first(MOST_LINES, len(lines), "lines"))
-
-
-def plain_table(lines: Sequence[tuple[Cell, dict]]) -> Table | None:
-    """Rows as they are, behind their names: every field that is a number or a text."""
-    heads: dict[str, None] = {}
-    for _, row in lines:
-        for field, value in row.items():
-            if isinstance(value, (str, int, float)):
-                heads[field] = None
-    rows: list[Cells] = []
-    for name, row in lines[:MOST_LINES]:
-        rows.append([name, *(setting(row.get(field, "–")) for field in heads)])
-    note = only_first(MOST_LINES, len(lines), "rows")
-    words = tuple(range(len(heads) + 1))
-    return Table(["network", *heads], rows, words, note) if heads else None
+        if any(told.text for told in cells):
+            heads.append(heading(head))
+            for row, told in zip(rows, cells):
+                row.append(told)
+    note += only_first(MOST_LINES, len(rows), "lines")
+    return Table(heads, rows[:MOST_LINES], note=note)
 
 
 def heading(text: str) -> Cell:
@@ -87,33 +76,33 @@ def heading(text: str) -> Cell:
     return Cell(name, unit)
 
 
-def cell(template: str, row: Mapping[str, Any]) -> Cell:
-    """`template` filled with fields of a row; what stands behind "|" is set small."""
+def cell(template: str, row: Row) -> Cell:
+    """`template` filled with fields of a row; what stands behind "|" is set small, or left out."""
     text, _, small = template.partition("|")
-    return Cell(fill(text, row), fill(small, row).strip("–"))
+    return Cell(fill(text, row, "–"), fill(small, row, ""))
 
 
-def fill(template: str, row: Mapping[str, Any]) -> str:
-    """`template` with fields of a row, shares without the sign; "–" where one is missing."""
+def fill(template: str, row: Row, missing: str) -> str:
+    """`template` with fields of a row, shares without the sign; `missing` if one is."""
     known = {key: value for key, value in row.items() if value == value}  # not NaN
     try:
         return template.format_map(known).replace("%", "")
     except (KeyError, TypeError):
-        return "–"
+        return missing
 
 
 def mean_cell(mean: float, deviation: float, count: int, form: str = ".2%") -> Cell:
     """A mean and, of several numbers, its deviation; shares in percent, without the sign."""
     if not count:
         return Cell("–")
-    small = f"± {deviation:{form.strip('+')}}" if count > 1 else ""
     text = f"{mean:{form}}".replace("-", "−")
+    small = f"± {deviation:{form.strip('+')}}" if count > 1 else ""
     return Cell(text.strip("%"), small.strip("%"))
 
 
 def amount(value: float) -> str:
     """A number with all its digits before the point, and four at least: 13,706 and 0.05082."""
-    if math.isnan(value):
+    if value != value:  # NaN
         return "–"
     whole = abs(value) >= 1000 or value == round(value)
     return f"{value:,.0f}" if whole else f"{value:.4g}"
