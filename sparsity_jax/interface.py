@@ -5,7 +5,7 @@ The runner makes a stage of its config, asks it to check itself, and runs it; it
 name.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -70,9 +70,9 @@ class Order(NamedTuple):
     config, by name.
     """
 
-    before: list["Stage"]
-    done: dict[str, str]
-    all: dict[str, "Stage"]
+    before: Sequence["Stage"]
+    done: Mapping[str, str]
+    all: Mapping[str, "Stage"]
     visits: int = 1
 
 

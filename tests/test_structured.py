@@ -17,6 +17,7 @@ from sparsity_jax import (
     interface,
     models,
     pipeline,
+    plans,
     scores,
     structured,
     tables,
@@ -477,7 +478,7 @@ def test_what_nothing_hands_on_is_named(tmp_path):
     with tiny.refused("config.fit.track.use_init", True):
         pipeline.run(config, tmp_path / "x")
     with tiny.refused("config.fit.carry", True):
-        pipeline.check_member(
+        plans.check_member(
             handing_on("fit")
             | dict(fit=pipeline.stage("train", epochs=1, optimizer=tiny.SFW, carry=True))
         )
