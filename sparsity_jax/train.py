@@ -160,7 +160,8 @@ class Problem(NamedTuple):
     def place(self, tree: PyTree) -> PyTree:
         """`tree` on the device, or copied to every device of the mesh."""
         if self.mesh is None:
-            return jax.device_put(tree)
+            # there to stay, as a checkpoint is read: the same programs after an interruption
+            return jax.device_put(tree, jax.local_devices()[0])
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.device_put(tree, everywhere)
 

@@ -22,6 +22,7 @@ CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # also for the command lines that tests start
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects that live on
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
     "XLA_FLAGS", ""
 )
@@ -32,12 +33,29 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+KEPT = 2.5e9  # bytes of a process above which it drops its compiled programs
 QUICKLY = [  # XLA_FLAGS could not choose per file
     ("xla_backend_optimization_level", 0),
     ("xla_llvm_disable_expensive_passes", True),
     ("xla_cpu_use_fusion_emitters", False),
     ("xla_cpu_parallel_codegen_split_count", 1),
 ]
+
+
+compiled_with: list[tuple] = []  # the options of the programs in memory
+
+
+def pytest_collection_finish():
+    gc.freeze()  # modules stay
+
+
+def resident_bytes() -> float:
+    """Memory of this process; infinite where the system does not tell."""
+    try:
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return float("inf")
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 @functools.cache
@@ -75,17 +93,18 @@ def compiling(options: list[tuple]):
 def as_this_file_wants(request):
     """Compiles quickly, for most of a test's time is compilation, and draws no reports.
 
-    Drops a file's compiled programs after it: a worker that keeps thousands of them needs 5 GB and
-    slows down.
+    Drops compiled programs when they fill the memory, or were compiled with other options.
     """
     import jax
     import tiny
 
     options = [] if getattr(request.module, "OPTIMIZED", False) else QUICKLY
+    if options != compiled_with or resident_bytes() > KEPT:
+        jax.clear_caches()
+        gc.collect()
+    compiled_with[:] = options
     with compiling(options), tiny.pages(getattr(request.module, "PAGES", False)):
         yield
-    jax.clear_caches()
-    gc.collect()
 
 
 @pytest.fixture
@@ -101,4 +120,13 @@ def pages(as_this_file_wants):
     import tiny
 
     with tiny.pages(True):
+        yield
+
+
+@pytest.fixture
+def sketches(as_this_file_wants):
+    """Reports have all sections but no drawn figures, which take most of their time."""
+    import tiny
+
+    with tiny.sketches():
         yield

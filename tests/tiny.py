@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import html
 import pathlib
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from sparsity_jax import (
     tables,
     train,
 )
+from sparsity_jax.report import draw
 
 WRITE = report.write
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -109,6 +111,19 @@ def pages(drawn: bool):
     """Runs inside draw their reports, which take longer than they do, or none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write", WRITE if drawn else lambda workdir, *_, **__: workdir)
+        yield
+
+
+@contextlib.contextmanager
+def sketches():
+    """Figures inside are no more than the titles of their panels."""
+
+    def sketch(name, figure):
+        titles = [axes.get_title(loc=side) for axes in figure.axes for side in ("left", "center")]
+        return b"", f"<svg>{html.escape(' '.join(titles))}</svg>"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "files_of", sketch)
         yield
 
 
