@@ -16,10 +16,10 @@ NUMERICS = (
         "types",
         "stopping",
         "tables",
+        "trees",
         "originals",
         "decoding",
         "sources",
-        "trees",
         "masks",
         "polytopes",
         "linops",
@@ -77,6 +77,9 @@ RUNS = (
 # in a folder, each may import those before it
 FOLDERS = {
     "channels": ("labels", "values", "rules", "walk", "execute", "__init__"),
+    "masks": ("search", "shares", "select", "thresholds", "__init__"),
+    "polytopes": ("inside", "ksparse", "balls", "sets", "__init__"),
+    "optim": ("rates", "schedules", "steps", "adagrad", "penalties", "recipe", "__init__"),
     "models": ("layers", "mlp", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
     "report": (
         *(
