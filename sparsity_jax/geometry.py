@@ -33,7 +33,7 @@ from sparsity_jax import (
 from sparsity_jax.interface import Place
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.train import Problem, State, Update
-from sparsity_jax.types import Fields, MemberRows, PyTree, Row, Rows
+from sparsity_jax.types import Fields, PyTree, Row, Rows
 
 WITHOUT_BATCH_NORM = (
     r"(?!.*bn\d*/).*"  # as the original, which leaves scale and bias of batch norms out
@@ -84,17 +84,10 @@ class OneByOne:
         """Updates of one member. rows: those that it has already."""
         raise NotImplementedError
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Updates:
+    def run(self, problem: Problem, state: State, place: Place) -> Updates:
         """Every member's part in turn."""
-        for member, own in enumerate(settings):
-            yield from own.measure(Trained(problem, state, place, member), rows[member])
+        for member, own in enumerate(place.own):
+            yield from own.measure(Trained(problem, state, place, member), place.rows[member])
 
 
 class Network(NamedTuple):
@@ -606,7 +599,7 @@ class Spectrum(OneByOne, interface.Stage):
     def lanczos(self) -> linops.Lanczos:
         return linops.lanczos_method(self.num_matvecs, reorthogonalize=self.reorthogonalize)
 
-    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
+    def begin(self, problem: Problem, state: State, place: Place) -> State:
         state = interface.without_optimizer(state)
         return self.started(Trained(problem, state, place, 0), 0).sweep
 
@@ -638,7 +631,7 @@ class Spectrum(OneByOne, interface.Stage):
         """
         if not self.stop_width:
             return None
-        others = [own[trained.member] for own in trained.place.others.values()]
+        others = [own[trained.member] for own in trained.place.settings.values()]
         widths = [own for own in others if isinstance(own, Width)]
         name = trained.place.name
         reader = min(widths, key=lambda own: (own.spectrum != name, own.spectrum != ""))
@@ -681,9 +674,8 @@ class Spectrum(OneByOne, interface.Stage):
                 lanczos = self.lanczos().step(matvec, lanczos)
                 step = int(lanczos.step)
                 if not np.isfinite(float(lanczos.alphas[step - 1])):
-                    name = trained.place.name
                     raise train.NonFiniteLossError(
-                        f"{name}: a product is not finite; did the training diverge?"
+                        "a product is not finite; did the training diverge?"
                     )
                 trained = _at(trained, Probe(number, lanczos))
                 done = probe + step / (self.num_matvecs + 1)  # the rest is for the row

@@ -349,8 +349,8 @@ class Grow(Remove, growing.Penalty):
         kernels = lambda params: trees.map_named(lambda path, _: trees.is_kernel(path), params)
         return optax.chain(optax.masked(optax.set_to_zero(), kernels), tx)
 
-    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
-        return train.begin_members(problem, state, *_fits_of(problem, state, settings))
+    def begin(self, problem: Problem, state: State, place: Place) -> State:
+        return train.begin_members(problem, state, *_fits_of(problem, state, place.own))
 
     def look(self, problem: Problem, state: State) -> Fields:
         """Fields of a row, and whether growth has ended."""
@@ -365,15 +365,8 @@ class Grow(Remove, growing.Penalty):
             row |= dict(keep=keep, scores={name: norms[name] for name in keep})
         return row
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
-        fits, numbers = _fits_of(problem, state, settings)
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
+        fits, numbers = _fits_of(problem, state, place.own)
         fit = fits[0]
         spe = fit.steps_per_epoch(problem)
 
@@ -385,9 +378,7 @@ class Grow(Remove, growing.Penalty):
             return problem.once((name, fit.growth), lambda: jax.jit(problem.lift(function)))
 
         look = compiled("look", lambda state: self.look(problem, state))
-        updates = train.fit_epochs(
-            problem, state, fit, numbers, place.position, place.name, rows[0]
-        )
+        updates = train.fit_epochs(problem, state, fit, numbers, place.position, place.rows[0])
         for update in updates:
             step = int(np.ravel(update.state.step)[0])
             if step % spe % self.log_every:
@@ -399,8 +390,9 @@ class Grow(Remove, growing.Penalty):
             if all(ended):
                 break
             yield update
-        train.check_finite(update.state, spe, place.name)
-        stages.check_weights(problem, update.state, f"{place.name}, before it removes")
+        train.check_finite(update.state, spe)
+        with train.naming("before it removes"):
+            stages.check_weights(problem, update.state)
         state, shares = compiled("grown", cut)(update.state)
         last = train.member_rows(problem, shares, step=step)
         yield Update(state, _joined(update.rows, last), 1.0)
@@ -502,7 +494,7 @@ class Oracle(Choosing):
 
     def _trained(self, problem: Problem, state: State, place: Place) -> Callable:
         """The training loss after training what one choice leaves."""
-        fits = place.others[self.retrain]
+        fits = place.settings[self.retrain]
         numbers = train.numbers_of(problem, state, fits)
         cut = problem.once(
             ("choice", self),
@@ -512,9 +504,7 @@ class Oracle(Choosing):
         def evaluate(keeps: PyTree) -> np.ndarray:
             current = cut(state, {name: jnp.asarray(keep[0]) for name, keep in keeps.items()})
             current = train.begin_members(problem, current, fits, numbers)
-            for update in train.fit_epochs(
-                problem, current, fits[0], numbers, place.position, place.name
-            ):
+            for update in train.fit_epochs(problem, current, fits[0], numbers, place.position):
                 current = update.state
             loss, _ = train.evaluate(problem, current.params, current.batch_stats, "train")
             return np.asarray(loss)[None]
@@ -573,14 +563,7 @@ class Noise(interface.Stage):
     def check_network(self, problem: Problem, visits: int) -> None:
         trees.matching(train.shapes_of(problem), self.parameters, "parameters")
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
         def disturbed(state: State, position: int, draw: int) -> PyTree:
             return surgery.add_noise(
                 state.params,
@@ -593,7 +576,7 @@ class Noise(interface.Stage):
 
         lifted = problem.lift(disturbed, (0, None, None))
         compiled = problem.once(("noise", self), lambda: jax.jit(lifted))
-        for draw in range(len(rows[0]), self.num):
+        for draw in range(len(place.rows[0]), self.num):
             params = compiled(state, place.position, draw)
             loss, accuracy = train.evaluate(problem, params, state.batch_stats, "test")
             numbers = dict(loss=loss, accuracy=accuracy)

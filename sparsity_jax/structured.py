@@ -35,7 +35,7 @@ from sparsity_jax import (
 from sparsity_jax.groups import Channels
 from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
-from sparsity_jax.types import Arrays, MemberRows, PyTree, Row, Rows
+from sparsity_jax.types import Arrays, PyTree, Row, Rows
 
 Keep = Mapping[str, Any]  # bools by name of group, True = kept
 Result = tuple[State, Rows]  # one network's state after a stage, and its rows
@@ -75,23 +75,16 @@ class EachMember(interface.Stage):
         """What the stage does to one network. place: with the settings of one member."""
         raise NotImplementedError
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
         alone = problem
         if problem.members is not None:
             alone = problem.once("alone", lambda: problem._replace(members=None, compiled={}))
         states = []
         new = []
-        for i, stage in enumerate(settings):
-            others = {name: [members[i]] for name, members in place.others.items()}
-            here = place._replace(others=others)
-            after, added = stage.of_member(alone, train.member_of(problem, state, i), here)
+        for i, stage in enumerate(place.own):
+            after, added = stage.of_member(
+                alone, train.member_of(problem, state, i), place.of_member(i)
+            )
             states.append(after)
             new.append(added)
         together = states[0]
@@ -293,7 +286,7 @@ class Cut(EachMember):
 
     # One round
 
-    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
+    def begin(self, problem: Problem, state: State, place: Place) -> State:
         return interface.without_optimizer(state)._replace(opt_state=state.opt_state)
 
     def of_member(self, problem: Problem, state: State, place: Place) -> Result:

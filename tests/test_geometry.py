@@ -46,11 +46,11 @@ def trained(problem):
 def updates(problem, state, kind, own, *, earlier=(), others=None, rows=None, position=1):
     """All updates of the stage. own: its settings; earlier, rows: one list a member."""
     members = problem.members or 1
-    place = interface.Place("x", position, others or {}, earlier or [[] for _ in range(members)])
-    begun = own.begin(problem, state, [own] * members, place)
-    return list(
-        own.run(problem, begun, [own] * members, place, rows or [[] for _ in range(members)])
-    )
+    none = [[] for _ in range(members)]
+    settings = {"x": [own] * members, **(others or {})}
+    place = interface.Place("x", position, settings, earlier or none, rows or none)
+    begun = own.begin(problem, state, place)
+    return list(own.run(problem, begun, place))
 
 
 def run(problem, state, kind, own, member=0, **more):
@@ -730,7 +730,7 @@ def test_products_that_are_not_finite_stop_the_stage(problem, trained):
     state = trained._replace(params=jax.tree.map(lambda leaf: leaf * 1e30, trained.params))
     for fields in (dict(), dict(operator="gauss_newton", stop_width=0.1)):
         own = settings("spectrum", num_matvecs=5, **fields)
-        with pytest.raises(train.NonFiniteLossError, match="x: a product is not finite"):
+        with pytest.raises(train.NonFiniteLossError, match="a product is not finite"):
             run(
                 problem, state, "spectrum", own, others=dict(width=[settings("width", epsilon=1.0)])
             )

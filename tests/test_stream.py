@@ -33,6 +33,7 @@ from sparsity_jax import (
     losses,
     models,
     pipeline,
+    progress,
     sources,
     stages,
     stopping,
@@ -691,7 +692,7 @@ def test_the_choice_is_made_and_told_before_training():
     assert data.look_at(fixed) is fixed
     dataset = data.load(name="digits", stream=True, image_size=8, normalization="none")
     problem = train.build_problem(dataset, models.build(name="mlp", num_classes=10, widths=(4,)))
-    assert pipeline.describe_environment(problem)["reading"] == "threads"
+    assert progress.describe_environment(problem)["reading"] == "threads"
 
 
 def test_workers_do_not_outlive_a_killed_run(tmp_path):
@@ -751,7 +752,7 @@ def test_a_killed_run_ends_with_the_same_bits(damaged, tmp_path, monkeypatch):
     assert again["test_accuracy"] == pytest.approx(epochs[-1]["test_accuracy"], rel=1e-6)
     steps = [row for row in whole.rows if row["kind"] == "train" and "epoch" not in row]
     assert sum(row["unreadable"] for row in steps) == 4
-    show = pipeline.Display.show
+    show = progress.Display.show
     for number, error in ((1, Killed), (2, KeyboardInterrupt), (4, Killed)):
         calls = []
 
@@ -763,7 +764,7 @@ def test_a_killed_run_ends_with_the_same_bits(damaged, tmp_path, monkeypatch):
 
         place = tmp_path / f"{number}"
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline.Display, "show", interrupted)
+            patch.setattr(progress.Display, "show", interrupted)
             with pytest.raises(error):
                 pipeline.run(config, place)
         resumed = pipeline.run(config, place)
