@@ -140,11 +140,15 @@ def largest_gap(scores: Array) -> Array:
         raise ValueError(f"there are {scores.size} scores; a gap is between 2 or more.")
     trees.check_finite(scores, "scores", infinite=True)
     trim = masks.count_of(0.02, scores.size, "floor")
-    lowest = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    unknown = jnp.isnan(scores)
+    lowest = jnp.where(unknown, -jnp.inf, scores)
     ordered = jnp.sort(trees.gathered(lowest).ravel())
     ordered = ordered[trim : scores.size - trim]
-    gaps = jnp.where(ordered[1:] == ordered[:-1], 0, jnp.diff(ordered))
-    return (jnp.argmax(gaps) + trim + 1).astype(jnp.int32)
+    upper = ordered[1:]
+    lower = ordered[:-1]
+    gaps = jnp.where(upper == lower, 0, upper - lower)
+    number = jnp.argmax(gaps) + trim + 1
+    return number.astype(jnp.int32)
 
 
 def pick(params: PyTree, layers: Layers, *, pick: Pick = "min", key: Array | None = None) -> Keep:
@@ -187,24 +191,27 @@ def _select(leaves: Leaves, layers: Layers, how: Pick, key: Any) -> Keep:
     """What stays of every layer. Layers of one shape share a compiled search: filters of ResNet-56
     need three.
     """
-    scored = {part.path: leaves[part.path] for layer in layers for part in layer.scored}
-    trees.check_finite(scored, "params", infinite=True)
     by_shape: dict[tuple, list] = {}
     for layer in layers:
+        scored = {part.path: leaves[part.path] for part in layer.scored}
+        trees.check_finite(scored, "params", infinite=True)
         values = units.mean_magnitudes(leaves, layer)
         number = largest_gap(values) if layer.num_pruned is None else layer.num_pruned
         if how == "rand":
-            own_key = jax.random.fold_in(key, zlib.crc32(layer.name.encode()))
-            drawn = jax.random.uniform(own_key, layer.shape)
+            checksum = zlib.crc32(layer.name.encode())
+            layer_key = jax.random.fold_in(key, checksum)
+            drawn = jax.random.uniform(layer_key, layer.shape)
             values = jnp.where(jnp.isnan(values), jnp.nan, drawn)
         if how == "max":
             values = jnp.where(jnp.isnan(values), jnp.inf, values)
-        row = (layer.name, values, jnp.asarray(number, jnp.int32))
-        by_shape.setdefault((layer.shape, trees.division(values)), []).append(row)
+        row = layer.name, values, jnp.asarray(number, jnp.int32)
+        kind = layer.shape, trees.division(values)
+        by_shape.setdefault(kind, []).append(row)
     keep: Keep = {}
     for rows in by_shape.values():
-        names, scores, numbers = zip(*rows)
-        kept = _kept(jnp.stack(scores), jnp.stack(numbers), largest_go=how == "max")
+        names, *columns = zip(*rows)
+        scores, numbers = map(jnp.stack, columns)
+        kept = _kept(scores, numbers, largest_go=how == "max")
         keep |= zip(names, kept)
     return keep
 
@@ -307,15 +314,16 @@ class Penalty:
         increment = getattr(self, added)
         limit = getattr(self, end)
         reach = end == "upper_limit_pick"
-        step, begin, last = (fractions.Fraction(str(x)) for x in (increment, start, limit))
-        needed = (last - begin) / step
+        decimal = lambda number: fractions.Fraction(str(number))
+        step = decimal(increment)
+        begin = decimal(start)
+        needed = (decimal(limit) - begin) / step
         exact = math.ceil(needed) if reach else math.floor(needed) + 1
         exact = max(exact, 0)
         if self.counting == "exact":
             return exact, begin + exact * step
-        summed = originals.additions(
-            start, increment, limit, 2 * exact + 2, self.counting, reach=reach
-        )
+        most = 2 * exact + 2
+        summed = originals.additions(start, increment, limit, most, self.counting, reach=reach)
         if summed is None:
             why = f"never gets to {limit} in {self.counting}"
             raise tables.ConfigError(added, increment, why=why, allowed="counting='exact'")
@@ -386,38 +394,49 @@ class _Growth:
         self.layers = layers
         self.given = given
         self.key = key
-        numbers = {layer.name: layer.num_pruned for layer in layers}
-        turns = list(numbers)
-        numbers |= {name: int(np.sum(~kept)) for name, kept in given.items()}
-        losing = [layer for layer in layers if numbers[layer.name] != 0]
-        self.active = sorted(losing, key=lambda layer: layer.name)  # the order of a dict's leaves
-        self.free = [layer for layer in self.active if layer.name not in given]
+        active = []
+        for turn, layer in enumerate(layers):
+            loses = layer.num_pruned != 0
+            if layer.name in given:
+                loses = not given[layer.name].all()
+            if loses:
+                active.append((layer.name, turn, layer))
+        active.sort()  # the order of a dict's leaves
+        self.active = [layer for _, _, layer in active]
+        self.free = [layer for name, _, layer in active if name not in given]
         _check_pick(self.free, options.pick, key)
-        self.slices = np.array([not layer.of_weights for layer in self.active], bool)
-        turn = np.array([turns.index(layer.name) for layer in self.active], int)
-        self.judged = turn <= turn[:, None]  # [i, j]: layer i is judged after layer j, or is it
+        slices = [not layer.of_weights for layer in self.active]
+        self.slices = np.array(slices, bool)
+        turns = np.array([turn for _, turn, _ in active], int)
+        self.judged = turns <= turns[:, None]  # [i, j]: layer i is judged after layer j, or is it
 
     def init(self, params: PyTree) -> GrowingState:
+        values = [jnp.ones(layer.shape) for layer in self.active]
         picked: Keep = {}
-        values = {layer.name: jnp.ones(layer.shape) for layer in self.active}
         if jax.tree.leaves(params):  # `optax.tree_map_params` calls `init` without arrays
             leaves = _checked_leaves(params, self.layers)
-            values = {layer.name: units.mean_magnitudes(leaves, layer) for layer in self.active}
+            values = [units.mean_magnitudes(leaves, layer) for layer in self.active]
             if not self.plan.pick_updates:
                 picked = self.select(leaves, self.free)
-        keep = {name: jnp.ones_like(value, bool) for name, value in values.items()} | picked
-        keep |= {name: jnp.asarray(kept) for name, kept in self.given.items() if name in keep}
+        keep: Keep = {}
+        for layer, value in zip(self.active, values):
+            kept: Any = self.given.get(layer.name)
+            if kept is None:
+                kept = picked.get(layer.name)
+            keep[layer.name] = jnp.ones_like(value, bool) if kept is None else jnp.asarray(kept)
         num = len(self.active)
+        phase = PICK if self.plan.pick_updates else PUSH
         progress = Progress(
-            jnp.full(num, PICK if self.plan.pick_updates else PUSH, jnp.int32),
+            jnp.full(num, phase, jnp.int32),
             jnp.zeros(num, jnp.int32),
             *(jnp.zeros(num, float) for _ in range(5)),  # apart, to be donated
         )
         # with the step that makes the last layer done
         left = jnp.asarray(self.options.stabilize_steps + 1, jnp.int32)
-        vary = functools.partial(trees.varying_like, arrays=list(values.values()))
+        vary = functools.partial(trees.varying_like, arrays=values)
         left, progress = jax.tree.map(vary, (left, progress))
-        return GrowingState(jnp.zeros((), jnp.int32), left, keep, progress)
+        step = jnp.zeros((), jnp.int32)
+        return GrowingState(step, left, keep, progress)
 
     def select(self, leaves: Leaves, layers: Layers) -> Keep:
         return _select(leaves, layers, self.options.pick, self.key)
@@ -429,14 +448,14 @@ class _Growth:
         if params is None:
             raise ValueError("growing_l2 reads the weights; call update(grads, state, params).")
         leaves = trees.plain_leaves(params)
-        number = state.step // self.options.update_every + 1
-        due = state.step % self.options.update_every == 0
+        every = self.options.update_every
+        number = state.step // every + 1
+        due = state.step % every == 0
         keep = state.keep
         if self.plan.pick_updates:
             keep = self.repick(leaves, keep, due, number)
-        progress = jax.lax.cond(
-            due, lambda: self.advance(leaves, keep, number, state.progress), lambda: state.progress
-        )
+        advance = lambda old: self.advance(leaves, keep, number, old)
+        progress = jax.lax.cond(due, advance, lambda old: old, state.progress)
         resting = jnp.all(progress.phase == STABILIZE)
         left = jnp.maximum(state.left - resting, 0)
         state = GrowingState(state.step + 1, left, keep, progress)
@@ -445,7 +464,8 @@ class _Growth:
     def repick(self, leaves: Leaves, keep: Keep, due: Array, number: Array) -> Keep:
         """The picks after update `number`, of GReg-2: of weights only when picking ends."""
         last = self.plan.pick_updates
-        for of_weights, now in ((False, number <= last), (True, number == last)):
+        for of_weights in (False, True):
+            now = number == last if of_weights else number <= last
             layers = [layer for layer in self.free if layer.of_weights == of_weights]
             old = {layer.name: keep[layer.name] for layer in layers}
             anew = functools.partial(self.select, leaves, layers)
@@ -457,21 +477,24 @@ class _Growth:
         going = old.phase < STABILIZE
         updates = jnp.where(going, number, old.updates)
         means = [_mean_scores(leaves, layer, keep[layer.name]) for layer in self.active]
-        table = jnp.asarray(means, float).reshape(-1, 2)
-        kept, pruned = table.T
+        table = jnp.asarray(means, float)
+        kept, pruned = table.reshape(-1, 2).T
         # of two zeros 1: neither is larger; smoothing would keep a NaN for ever
         ratio = jnp.where(kept > 0, jnp.inf, 1)
-        quotient = kept / jnp.where(pruned > 0, pruned, 1)
-        ratio = jnp.where(pruned > 0, quotient, ratio)
-        ratio = jnp.where(old.updates == 0, ratio, 0.9 * old.ratio + 0.1 * ratio)
+        some = pruned > 0
+        quotient = kept / jnp.where(some, pruned, 1)
+        ratio = jnp.where(some, quotient, ratio)
+        smoothed = 0.9 * old.ratio + 0.1 * ratio
+        ratio = jnp.where(old.updates == 0, ratio, smoothed)
         ratio = jnp.where(going & self.slices, ratio, old.ratio)
+        picking = self.plan.pick_updates
         done = self.reached(ratio, old)
-        done |= updates >= self.plan.pick_updates + self.plan.push_updates
-        picked = updates >= self.plan.pick_updates
+        done |= updates >= picking + self.plan.push_updates
         pushing = jnp.where(done, STABILIZE, PUSH)
-        phase = jnp.where(picked, pushing, PICK)
+        phase = jnp.where(updates >= picking, pushing, PICK)
         phase = jnp.where(going, phase, old.phase)
-        return Progress(phase, updates, *self.penalties(updates), kept, pruned, ratio)
+        reg_kept, reg_pruned = self.penalties(updates)
+        return Progress(phase, updates, reg_kept, reg_pruned, kept, pruned, ratio)
 
     def reached(self, ratio: Array, old: Progress) -> Array:
         """Layers whose scores differ enough, see `Penalty.mag_ratio_limit`."""
@@ -487,13 +510,15 @@ class _Growth:
 
     def penalties(self, updates: Array) -> tuple[Array, Array]:
         """Penalties of what is kept and of what is pruned."""
+        plan = self.plan
         number = updates.astype(float)
         picking = number * self.options.granularity_pick
-        pushed = number - self.plan.pick_updates
-        pushing = self.plan.push_start + pushed * self.plan.push_increment
-        early = updates <= self.plan.pick_updates
-        reg_kept = jnp.where(early, picking, self.plan.recover)
-        return reg_kept, jnp.where(early, picking, pushing)
+        pushed = number - plan.pick_updates
+        pushing = plan.push_start + pushed * plan.push_increment
+        early = updates <= plan.pick_updates
+        reg_kept = jnp.where(early, picking, plan.recover)
+        reg_pruned = jnp.where(early, picking, pushing)
+        return reg_kept, reg_pruned
 
     def penalized(self, updates: PyTree, state: GrowingState, params: PyTree) -> PyTree:
         regs = penalties(state)
@@ -503,7 +528,9 @@ class _Growth:
             inside = parts.get(trees.plain_path(path))
             if not inside:
                 return update
-            reg = sum(units.spread(regs[name], part, w.shape) for name, part in inside)
+            reg: Any = 0
+            for name, part in inside:
+                reg += units.spread(regs[name], part, w.shape)
             return (update + reg * w).astype(update.dtype)
 
         return jax.tree_util.tree_map_with_path(add, updates, params)
@@ -513,10 +540,12 @@ def _checked_keep(layers: Layers, keep: Mapping[str, Any]) -> Arrays:
     shapes = {layer.name: layer.shape for layer in layers}
     if len(shapes) < len(layers):
         raise ValueError("two layers have the same name; leave one out.")
-    given = {name: np.asarray(bools) for name, bools in keep.items()}
-    for name, bools in given.items():
+    given = {}
+    for name, bools in keep.items():
+        bools = given[name] = np.asarray(bools)
         shape = tables.lookup(shapes, name, "keep")
-        if bools.dtype != bool or bools.shape != shape or not bools.any():
+        right = bools.dtype == bool and bools.shape == shape
+        if not right or not bools.any():
             raise tables.ConfigError(
                 f"keep[{name!r}]",
                 why=f"is {bools.dtype} {bools.shape} with {bools.sum()} units",
@@ -528,9 +557,12 @@ def _checked_keep(layers: Layers, keep: Mapping[str, Any]) -> Arrays:
 def _mean_scores(leaves: Leaves, layer: Layer, keep: Array) -> tuple[Array, Array]:
     """Mean scores of what is kept and of what is pruned, 0 if that is nothing."""
     scores = units.mean_magnitudes(leaves, layer)
-    number = trees.fold_sum(lambda k: k.astype(jnp.int32), keep)
-    kept = trees.fold_sum(lambda s, k: jnp.where(k, s, 0), scores, keep)
-    pruned = trees.fold_sum(lambda s, k: jnp.where(k, 0, s), scores, keep)
+    count = lambda kept: kept.astype(jnp.int32)
+    of_kept = lambda score, kept: jnp.where(kept, score, 0)
+    of_pruned = lambda score, kept: jnp.where(kept, 0, score)
+    number = trees.fold_sum(count, keep)
+    kept = trees.fold_sum(of_kept, scores, keep)
+    pruned = trees.fold_sum(of_pruned, scores, keep)
     others = jnp.maximum(layer.size - number, 1)
     return kept / number, pruned / others
 
@@ -543,7 +575,8 @@ def state_of(opt_state: PyTree) -> GrowingState:
     exactly one.
     """
     ours = lambda state: isinstance(state, GrowingState)
-    states = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=ours) if ours(leaf)]
+    leaves = jax.tree.leaves(opt_state, is_leaf=ours)
+    states = list(filter(ours, leaves))
     if len(states) != 1:
         raise ValueError(
             f"the optimizer's state holds {len(states)} states of growing_l2; it must hold one."
@@ -551,8 +584,8 @@ def state_of(opt_state: PyTree) -> GrowingState:
     (state,) = states
     # plain arrays, which `nnx.Optimizer` wraps
     step, left, *rest = jax.tree.leaves(state)
-    names = sorted(state.keep)
-    keep, numbers = dict(zip(names, rest)), rest[len(names) :]
+    keep = dict(zip(sorted(state.keep), rest))
+    numbers = rest[len(keep) :]
     return GrowingState(step, left, keep, Progress(*numbers))
 
 
@@ -575,9 +608,9 @@ def penalties(opt_state: PyTree) -> dict[str, Array]:
     for name, numbers in progress(state).items():
         keep = state.keep[name]
         # a leading axis of members of a sweep stays in front
-        shape = state.step.shape + (1,) * (keep.ndim - state.step.ndim)
-        reg_kept = numbers.reg_kept.reshape(shape)
-        reg_pruned = numbers.reg_pruned.reshape(shape)
+        axes = tuple(range(state.step.ndim, keep.ndim))
+        reg_kept = jnp.expand_dims(numbers.reg_kept, axes)
+        reg_pruned = jnp.expand_dims(numbers.reg_pruned, axes)
         result[name] = jnp.where(keep, reg_kept, reg_pruned)
     return result
 
@@ -585,10 +618,11 @@ def penalties(opt_state: PyTree) -> dict[str, Array]:
 def progress(opt_state: PyTree) -> dict[str, Progress]:
     """The numbers of every layer, scalars, for logs and figures."""
     state = state_of(opt_state)
-    return {
-        name: jax.tree.map(lambda numbers, i=i: numbers[..., i], state.progress)
-        for i, name in enumerate(state.keep)
-    }
+    result = {}
+    for i, name in enumerate(state.keep):
+        of_layer = [numbers[..., i] for numbers in state.progress]
+        result[name] = Progress(*of_layer)
+    return result
 
 
 def scores(params: PyTree, layers: Layers) -> dict[str, Array]:

@@ -8,7 +8,6 @@ arXiv:2012.09243. Limit: Zhang et al. 2023, arXiv:2306.05857.
 What is no function of its own is a branch where it happens:
 
 - SFW keeps all weights tied with the last one: `count="original"` of `allocate`;
-- SFW looks up radii by the shape of an array: `norms=per_shape`, `polytopes.share_by_shape`;
 - SFW sends zero gradients to +radius, and small ones to zero: `zero_up`, `zero_below` of
   `polytopes`;
 - Flow masks the two sides of a skip connection one by one: `branches=separate` of `groups.trace`;
@@ -23,8 +22,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import tree_map
 
-from sparsity_jax.types import Shape
+from sparsity_jax import trees
+from sparsity_jax.types import PyTree, Shape
 
 # Learning rates -----------------------------------------------------------------------------------
 
@@ -58,6 +59,28 @@ def cosine(rate: Array, step: Array, learning_rate: float, epochs: int) -> Array
     change = height(step) / before
     followed = change * rate
     return jnp.where(restart, risen, followed)
+
+
+# Radii -------------------------------------------------------------------------------------------
+
+
+def share_by_shape(norms: PyTree, params: PyTree, order: Sequence[str] | None) -> PyTree:
+    """A norm table keyed by shape, so that a later array of equal shape overwrites an earlier one.
+    SFW; `norms="per_shape"` of an optimizer.
+
+    norms: mean norms (0 counts as 1), one per array of `params`.
+    order: paths of all arrays in the network's order, see `groups.order_of_use`. Raises ValueError
+        for an order that does not name every array once.
+    """
+    leaves = trees.named_leaves(params)
+    by_path = trees.named_leaves(norms)
+    order = list(order or ())
+    if sorted(order) != sorted(leaves):
+        raise ValueError(
+            f"order has {len(order)} paths; allowed: each of the {len(leaves)} of params once."
+        )
+    table = {leaves[path].shape: float(by_path[path]) or 1.0 for path in order}
+    return tree_map(lambda leaf: table[leaf.shape], params)
 
 
 # Numbers of weights -------------------------------------------------------------------------------

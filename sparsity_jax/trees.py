@@ -77,15 +77,17 @@ def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = No
         return tree
     given = plain_leaves(tree, is_leaf)
     wanted = plain_leaves(like, _is_hidden)
-    leaves = {path: given.get(path) if not _is_hidden(x) else x for path, x in wanted.items()}
-    wrong = [f"no entry for {path!r}" for path, leaf in leaves.items() if leaf is None]
+    hidden = {path: leaf for path, leaf in wanted.items() if _is_hidden(leaf)}
+    leaves = {**given, **hidden}
+    wrong = [f"no entry for {path!r}" for path in wanted if path not in leaves]
     wrong += [f"an entry {path!r}, which is no parameter" for path in given if path not in wanted]
     if wrong:
         raise ValueError(
             f"{what} have {wrong[0]}; allowed: one for all parameters, or a tree with the paths of "
             "the params."
         )
-    return tree_unflatten(tree_structure(like, is_leaf=_is_hidden), leaves.values())
+    in_order = [leaves[path] for path in wanted]
+    return tree_unflatten(tree_structure(like, is_leaf=_is_hidden), in_order)
 
 
 def _is_hidden(leaf: Any) -> bool:
@@ -96,7 +98,8 @@ def map_named(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
     """`jax.tree.map` whose function receives the path first: `function(path, leaf,
     *other_leaves)`.
     """
-    return tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
+    of_path = lambda path, *leaves: function(path_name(path), *leaves)
+    return tree_map_with_path(of_path, tree, *rest)
 
 
 def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]]) -> PyTree:
@@ -111,7 +114,8 @@ def match_rules(tree: PyTree, rules: Sequence[tuple[str, Any]]) -> PyTree:
     for index, (pattern, _) in enumerate(rules):
         with tables.within(f"[{index}]"):
             check_pattern(pattern)
-            decided = {path for path in paths if re.fullmatch(pattern, path)} - chosen.keys()
+            matched = {path for path in paths if re.fullmatch(pattern, path)}
+            decided = matched - chosen.keys()
             closing = pattern == ".*" and index == len(rules) - 1
             if not decided and not closing:
                 raise _idle("", pattern, "which decides no parameter", paths)
@@ -169,7 +173,8 @@ def check_finite(tree: PyTree, what: str, *, infinite: bool = False) -> None:
             continue
         # a known array may meet a program that is being traced
         with jax.ensure_compile_time_eval():
-            number = int(jnp.sum(jnp.isnan(leaf) if infinite else ~jnp.isfinite(leaf)))
+            refused = jnp.isnan(leaf) if infinite else ~jnp.isfinite(leaf)
+            number = int(jnp.sum(refused))
         if number:
             place = f" at {path_name(path)!r}" if path else ""
             entries = f"{number} of {jnp.size(leaf)} entries{place}"
@@ -223,15 +228,21 @@ def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: Array
         return reduce(function(*arrays))
     width = total // 8
     flat = [array.ravel() for array in arrays]
-    part = lambda start, end: function(*(array[start:end] for array in flat))
-    slices = [part(start, start + width) for start in range(0, 8 * width, width)]
+
+    def part(start: int, end: int) -> Array:
+        parts = [array[start:end] for array in flat]
+        return function(*parts)
+
+    starts = range(0, 8 * width, width)
+    slices = [part(start, start + width) for start in starts]
     result = functools.reduce(combine, slices)
     if jnp.issubdtype(result.dtype, jnp.floating):
         result = fold(combine, reduce, lambda x: x, result)
     else:  # sums of a vector of integers are fast
         result = reduce(result)
     if total % 8:
-        result = combine(result, reduce(part(8 * width, total)))
+        rest = part(8 * width, total)
+        result = combine(result, reduce(rest))
     return result
 
 
@@ -273,7 +284,9 @@ def division(x: Array) -> tuple:
 
 def gathered(x: Array) -> Array:
     """`x` whole on every device, where a mesh of explicit axes divides it."""
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if any(division(x)) else x
+    if not any(division(x)):
+        return x
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
 
 
 def widen(array: Array) -> Array:
@@ -304,7 +317,8 @@ def size(tree: PyTree) -> int:
 def dot(first: PyTree, second: PyTree) -> Array:
     """Inner product of two trees of the same structure, in at least float32."""
     product = lambda x, y: _inner(widen(x), widen(y))
-    return sum(tree_leaves(tree_map(product, first, second)), start=jnp.zeros(()))
+    products = tree_leaves(tree_map(product, first, second))
+    return sum(products, start=jnp.zeros(()))
 
 
 def norm(tree: PyTree) -> Array:
@@ -316,7 +330,9 @@ def norm(tree: PyTree) -> Array:
     lengths = [_length(widen(leaf)) for leaf in tree_leaves(tree)]
     if not lengths:
         return jnp.zeros(())
-    return lengths[0] if len(lengths) == 1 else _length(jnp.stack(lengths))
+    if len(lengths) == 1:
+        return lengths[0]
+    return _length(jnp.stack(lengths))
 
 
 def scale_of(tree: PyTree) -> Array:
@@ -356,7 +372,8 @@ def _length(array: Array) -> Array:
 
     def scaled() -> Array:
         scale = scale_of(array)
-        return scale * jnp.sqrt(jnp.sum(jnp.square(array / scale)))
+        squares = jnp.square(array / scale)
+        return scale * jnp.sqrt(jnp.sum(squares))
 
     return lax.cond(precise, lambda: jnp.sqrt(squares), scaled)
 
@@ -372,9 +389,12 @@ def _length_derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 def norm_along(array: Array, axis: int) -> Array:
     """Euclidean norm of every slice of `array` along `axis`, as `norm`."""
     wide = widen(array)
-    peaks = jnp.max(jnp.abs(lax.stop_gradient(wide)), axis, keepdims=True, initial=0)
+    sizes = jnp.abs(lax.stop_gradient(wide))
+    peaks = jnp.max(sizes, axis, keepdims=True, initial=0)
     scale = _power_of_two(peaks)
-    squares = jnp.sum(jnp.square(wide / scale), axis, keepdims=True)
-    positive = squares > 0
-    roots = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), squares)
+    squares = jnp.square(wide / scale)
+    total = jnp.sum(squares, axis, keepdims=True)
+    positive = total > 0
+    roots = jnp.sqrt(jnp.where(positive, total, 1))
+    roots = jnp.where(positive, roots, total)
     return jnp.squeeze(scale * roots, axis)

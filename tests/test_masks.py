@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sparsity_jax import masks, polytopes, trees
+from sparsity_jax.masks import search
 
 OPTIMIZED = True  # as users compile, see conftest.py
 
@@ -161,12 +162,12 @@ def test_the_search_is_short(monkeypatch):
         scores = [jnp.asarray(draw, jnp.float32)]
         counted = []
         monkeypatch.setattr(
-            masks._Ranking,
+            search.Ranking,
             "count",
-            lambda *args, f=masks._Ranking.count, seen=counted: (seen.append(args), f(*args))[1],
+            lambda *args, f=search.Ranking.count, seen=counted: (seen.append(args), f(*args))[1],
         )
         with jax.disable_jit():
-            masks._search(masks._Ranking(scores), jnp.asarray(200))
+            search.kth_key(search.Ranking(scores), jnp.asarray(200))
         monkeypatch.undo()
         assert 1 < len(counted) < 40
 

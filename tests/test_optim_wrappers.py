@@ -237,7 +237,7 @@ def test_a_narrow_update_ends_at_the_number_nearest_to_its_target():
         jax.random.normal(key, (4096,)) * jnp.exp(4 * jax.random.normal(jax.random.key(1), (4096,)))
     ).astype(jnp.bfloat16)
     target = w[::-1] * jnp.bfloat16(0.01)
-    update = optim._settled(
+    update = polytopes.settled(
         polytopes.Unconstrained(), w, target.astype(jnp.float32) - w.astype(jnp.float32)
     )
     after = np.asarray(w + update, np.float64)

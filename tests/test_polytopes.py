@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity_jax import groups, models, polytopes, tables, trees
+from sparsity_jax import groups, models, originals, polytopes, tables, trees
 
 OPTIMIZED = True  # as users compile, see conftest.py
 
@@ -147,7 +147,7 @@ def test_sets_of_a_network_match_the_original(setting):
         assert (
             golden[f"model/ksparse/{setting}/measured_layer_type"].tolist() == leaves
         )  # in the parameters' order
-        norms = polytopes.share_by_shape(given, params, paths)
+        norms = originals.share_by_shape(given, params, paths)
         np.testing.assert_allclose(
             [norms[n] for n in paths], golden[f"model/ksparse/{setting}/norm_used"], **CLOSE
         )
@@ -201,11 +201,11 @@ def test_a_later_array_of_equal_shape_overwrites_in_the_order_of_modules():
     assert order.index("bn3/scale") < order.index("bn3/bias") < order.index("dense1/kernel")
     own = {path: float(i) for i, path in enumerate(order, 1)}
     norms = trees.map_named(lambda path, _: own[path], variables["params"])
-    shared = polytopes.share_by_shape(norms, variables["params"], order)
+    shared = originals.share_by_shape(norms, variables["params"], order)
     assert shared["bn3"] == dict.fromkeys(("scale", "bias"), own["dense1/bias"])
     assert shared["bn1"]["scale"] == own["bn2/bias"]
     with pytest.raises(ValueError, match="order has 1 paths"):
-        polytopes.share_by_shape(norms, variables["params"], ["bn1/scale"])
+        originals.share_by_shape(norms, variables["params"], ["bn1/scale"])
 
 
 @pytest.mark.parametrize("p", golden_data.parts(FILE, r"model/lp([^/]+)/"))

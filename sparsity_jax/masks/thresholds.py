@@ -1,0 +1,103 @@
+"""The k-th largest score itself, and masks of other kinds: random ones, those of zeros."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.tree_util import tree_flatten, tree_map, tree_unflatten
+
+from sparsity_jax import trees
+from sparsity_jax.masks import search
+from sparsity_jax.masks.search import Count, Ranking
+from sparsity_jax.masks.select import k_largest_mask
+from sparsity_jax.trees import varying_like
+from sparsity_jax.types import PyTree
+
+
+def kth_largest(scores: PyTree, k: Count, *, magnitude: bool = False) -> Array:
+    """The k-th largest of all entries of `scores`, exactly.
+
+    scores: an array or a tree of arrays of floats, any shapes; NaN counts as smallest, subnormals
+    of float32 and float64 as zero.
+    k: int in 1..n, or an integer array of any shape (several answers in one pass); may be traced,
+        then it is clipped.
+    magnitude: rank, and return, absolute values without computing them first.
+    Its derivative is that of the entry it returns, of equal ones their mean.
+    Returns an array of k's shape and the scores' type. Raises ValueError for empty scores, a k
+    outside 1..n and, outside `jit`, NaN; TypeError for scores that are no floats.
+    """
+    return _kths(scores, search.checked_count(scores, k, lowest=1), magnitude=magnitude)
+
+
+@search.compiled
+def _kths(scores: PyTree, k: Array, magnitude: bool) -> Array:
+    leaves = Ranking(scores).leaves
+    kth = lambda k: _kth(leaves, k, magnitude)
+    if not k.ndim:
+        return kth(k)
+    return jax.vmap(kth)(k.ravel()).reshape(k.shape)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _kth(leaves: list[Array], k: Array, magnitude: bool) -> Array:
+    ranking = Ranking(leaves, magnitude)
+    wanted = jnp.clip(k, 1, ranking.total)
+    threshold, _ = search.kth_key(ranking, varying_like(wanted, leaves))
+
+    def size_if_kept(leaf: Array) -> Array:
+        kept = ranking.at_least(leaf, threshold) & ~jnp.isnan(leaf)
+        return jnp.where(kept, ranking.size(leaf), jnp.inf)
+
+    least = ranking.fold(jnp.minimum, jnp.min, size_if_kept)
+    least_number = jnp.asarray(ranking.nan + 1, threshold.dtype)
+    numbers = ranking.count(least_number)
+    key = ranking.key(least)
+    value = jnp.where(key == 0, 0, ranking.bound(key))  # without subnormals
+    value = jnp.where(numbers >= k, value, jnp.nan)
+    return value.astype(jnp.result_type(*leaves))
+
+
+@_kth.defjvp
+def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """That of the entry which is the k-th largest; the mean of those of equal ones."""
+    leaves, k = primals
+    value = _kth(leaves, k, magnitude)
+    number = change = jnp.zeros(())
+    for leaf, tangent in zip(leaves, tangents[0]):
+        sign = jnp.sign(leaf) if magnitude else jnp.ones_like(leaf)
+        hit = leaf == sign * value
+        changes = jnp.where(hit, sign * tangent, 0)
+        number += jnp.sum(hit)
+        change += jnp.sum(changes)
+    mean = change / jnp.maximum(number, 1)
+    return value, mean.astype(value.dtype)
+
+
+def random_mask(key: Array, tree: PyTree, k: Count, *, before: PyTree | None = None) -> PyTree:
+    """True on exactly `k` entries of `tree`, drawn uniformly; of those that a mask `before` leaves
+    out only if it must.
+
+    before: in the structure of `tree`.
+    """
+    leaves, structure = tree_flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    uniform = [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+    scores = tree_unflatten(structure, uniform)
+    if before is not None:
+        behind = lambda score, kept: jnp.where(kept, score, score - 1)
+        scores = tree_map(behind, scores, before)
+    return k_largest_mask(scores, k)
+
+
+def nonzero(params: PyTree) -> PyTree:
+    """Masks of what is left of a pruned network: True where a kernel is not zero, and in all other
+    arrays.
+    """
+
+    def mask(path: str, leaf: Array) -> Array:
+        if trees.is_kernel(path):
+            return jnp.asarray(leaf) != 0
+        return jnp.ones(leaf.shape, bool)
+
+    return trees.map_named(mask, params)

@@ -1,0 +1,150 @@
+"""The whole space, trees of sets, and sets from configs."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.tree_util import tree_map
+
+from sparsity_jax import tables, trees
+from sparsity_jax.polytopes import balls, inside
+from sparsity_jax.polytopes.ksparse import KSparse, k_sparse
+from sparsity_jax.types import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unconstrained:
+    """The whole space: no LMO; optimizers take their gradient step instead."""
+
+    def project(self, x: Array) -> Array:
+        return x
+
+    shift_inside = pull_back = project
+
+    def diameter(self, size: int) -> float:
+        del size
+        return math.inf
+
+
+ConstraintSet = KSparse | balls.LpBall | Unconstrained
+
+
+def is_set(x: Any) -> bool:
+    """Whether `x` is a feasible set (for `is_leaf=`)."""
+    return isinstance(x, ConstraintSet)
+
+
+def broadcast(sets: PyTree, params: PyTree) -> PyTree:
+    """One set per parameter array: a single set serves all of them, a tree has their paths
+    (`trees.aligned`).
+    """
+    if is_set(sets):
+        return tree_map(lambda _: sets, params)
+    return trees.aligned(sets, params, "sets", is_leaf=is_set)
+
+
+def map_arrays(function: Callable, sets: PyTree, params: PyTree, *rest: PyTree) -> PyTree:
+    """`function(set, w, *rest)` of every parameter array `w`; empty arrays stay as they are."""
+    of_array = lambda s, w, *others: function(s, w, *others) if w.size else w
+    return tree_map(of_array, broadcast(sets, params), params, *rest, is_leaf=is_set)
+
+
+def shift_inside(params: PyTree, sets: PyTree) -> PyTree:
+    """`shift_inside` of every parameter array into its own set."""
+    return map_arrays(lambda s, x: s.shift_inside(x), sets, params)
+
+
+def settled(constraint: ConstraintSet, w: Array, update: Array) -> Array:
+    """`update` in the type of the weights `w`, so that they stay in the set.
+
+    In float32 or wider a step inside the set ends inside it; see `inside.settled` for other types.
+    """
+    if jnp.finfo(w.dtype).bits < 32:
+        return inside.settled(constraint, w, update)
+    return update.astype(w.dtype)
+
+
+# From configuration to sets -----------------------------------------------------------------------
+
+
+def unconstrained(size: int, norm: float) -> Unconstrained:
+    """The whole space."""
+    del size, norm
+    return Unconstrained()
+
+
+SETS: dict[str, Callable] = {
+    "k_sparse": k_sparse,
+    "lp": balls.lp_ball,
+    "l2": balls.l2,
+    "unconstrained": unconstrained,
+}
+Config = Annotated[dict, tables.Named(SETS)]
+Rule = tuple[str, str, dict]  # pattern of paths, name of the set, its options
+
+
+def check(constraint: dict) -> tuple[Rule, ...]:
+    """The rules of a config `dict(name="k_sparse", rules=((pattern, dict), ...), **options)`.
+
+    `rules` overrides single parameters, e.g. `((".*/(bias|scale)", dict(name="unconstrained")),)`:
+    first match wins, everything else follows the outer name and options. Raises ConfigError as
+    `tables.check_options` does.
+    """
+    outer = dict(constraint)
+    overrides = tables.convert(outer.pop("rules", ()), tuple[tuple[str, dict], ...], "rules")
+    rules = []
+    for i, (pattern, config) in enumerate(overrides):
+        with tables.within(f"rules[{i}]"):
+            rules.append(_rule(pattern, config))
+    return (*rules, _rule(".*", outer))
+
+
+def _rule(pattern: str, config: dict) -> Rule:
+    name, options = tables.entry(SETS, config, "k_sparse")
+    SETS[name](2**20, 1.0, **options)  # raises for options that do not go together
+    return pattern, name, options
+
+
+def build(params: PyTree, norms: PyTree, rules: Sequence[Rule]) -> PyTree:
+    """The set of every parameter array.
+
+    params: arrays or shape structs. norms: mean initial L2 norm of each (`mean_norms`), same
+        structure.
+    rules: from `check`. Raises ConfigError for a rule that decides no parameter.
+    """
+    numbered = [(pattern, i) for i, (pattern, _, _) in enumerate(rules)]
+    with tables.within("constraint.rules"):
+        indices = trees.match_rules(params, numbered)
+
+    def set_of(leaf: Any, norm: float, index: int) -> ConstraintSet:
+        _, name, options = rules[index]
+        return SETS[name](math.prod(leaf.shape), float(norm), **options)
+
+    return tree_map(set_of, params, norms, indices)
+
+
+def mean_norms(init_params: Callable, key: Array, draws: int = 100) -> PyTree:
+    """Mean L2 norm of every parameter array over `draws` initialisations.
+
+    init_params: key -> params. Returns float scalars in the structure of the params. One
+    initialisation is in memory at a time; the network itself is left alone (the original
+    re-initialises it).
+    """
+
+    def norms_of(key: Array) -> PyTree:
+        return tree_map(trees.norm, init_params(key))
+
+    def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
+        return tree_map(jnp.add, total, norms_of(key)), None
+
+    @jax.jit
+    def total(key: Array) -> PyTree:
+        start = tree_map(jnp.zeros_like, jax.eval_shape(norms_of, key))
+        return lax.scan(add, start, jax.random.split(key, draws))[0]
+
+    return tree_map(lambda norm: norm / draws, total(key))
