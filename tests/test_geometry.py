@@ -137,8 +137,8 @@ def test_row_norms_are_the_originals():
         fields = dict(num_weights=len(stats), rows="original", batch_size=batch_size)
         rows = run(problem, state, "row_norms", settings("row_norms", **fields))
         entries = spectrum.quantile_entries(allocate.prunable(state.params, "kernels"), len(stats))
-        network = geometry.network_of(problem, losses.CROSS_ENTROPY)
-        part = lambda p, batch: network.loss(network.outputs((p, {}), batch), batch)
+        stage = settings("row_norms")
+        part = lambda p, batch: stage.mean_loss(problem, (p, {}), batch)
         last = (problem.train_images[start:], problem.train_labels[start:])
         whole = (problem.train_images, problem.train_labels)
         slopes = trees.named_leaves(jax.jit(jax.grad(part))(state.params, whole))
@@ -704,7 +704,7 @@ def test_more_products_than_dimensions(problem, trained):
     explicit = jax.jit(jax.hessian(lambda bias: rule(outputs({**params, "fc/bias": bias}))))(
         params["fc/bias"]
     )
-    values, _ = linops.ritz(np.array(row["alphas"]), np.array(row["betas"]))
+    (values,), _ = linops.ritz(geometry.tridiagonals([row]))
     eigenvalues = np.linalg.eigvalsh(explicit)
     assert np.abs(np.subtract.outer(values, eigenvalues)).min(1).max() < 1e-5
     np.testing.assert_allclose([values[0], values[-1]], eigenvalues[[0, -1]], atol=1e-5)
@@ -774,13 +774,9 @@ def test_a_prediction_reads_the_rows_before_it(problem, trained, hessian):
     row = predict(problem, trained, hessian)
     tridiagonal, distances = geometry.tridiagonals(hessian), width.distances(trained.params)
     values, weights = linops.ritz(tridiagonal)
-    network = geometry.network_of(problem, losses.CROSS_ENTROPY)
-    one = lambda i: network.loss(
-        network.outputs((trained.params, {}), (images[i], labels[i])), (images[i], labels[i])
-    )
-    images, labels = (
-        array.reshape(8, 16, *array.shape[1:]) for array in geometry.examples(problem, 0)
-    )
+    stage = settings("width")
+    one = lambda i: stage.mean_loss(problem, (trained.params, {}), (images[i], labels[i]))
+    images, labels = (array.reshape(8, 16, *array.shape[1:]) for array in stage.examples(problem))
     epsilon = np.std([float(one(i)) for i in range(8)])
     assert row["epsilon"] == pytest.approx(epsilon, rel=1e-5)
     expected = width.predict(values, weights, distances, row["epsilon"])

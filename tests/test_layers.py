@@ -63,6 +63,7 @@ RUNS = (
     ),
     *(
         "stages",
+        "turns",
         "geometry",
         "structured",
         "greg",
