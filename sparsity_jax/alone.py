@@ -1,7 +1,10 @@
-"""Stages that are written for one network: those of a sweep take their turns."""
+"""Stages that are written for one network: those of a sweep take their turns.
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+Each network is handed to its stage as if there were no other: a problem without members, its state,
+and a place that holds its own settings and rows.
+"""
+
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +12,9 @@ import jax.numpy as jnp
 from sparsity_jax import interface, train
 from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
-from sparsity_jax.types import MemberRows, Rows
+from sparsity_jax.types import Rows
 
 Result = tuple[State, Rows]  # one network's state after a stage, and its rows
-
-
-class Turn(NamedTuple):
-    """One network of a sweep, as if there were no other. place: its settings and rows alone."""
-
-    problem: Problem
-    state: State
-    place: Place
-
-
-def turn_of(problem: Problem, state: State, place: Place, member: int) -> Turn:
-    """The turn of one member of a sweep, or of the only network."""
-    others = {name: [members[member]] for name, members in place.others.items()}
-    earlier = place.earlier[member : member + 1]
-    place = place._replace(others=others, earlier=earlier)
-    state = train.member_of(problem, state, member)
-    return Turn(problem.with_members(None), state, place)
 
 
 class EachMember(interface.Stage):
@@ -38,51 +24,39 @@ class EachMember(interface.Stage):
         """What the stage does to one network."""
         raise NotImplementedError
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
+        alone = problem.with_members(None)
         states = []
-        new = []
-        for member, stage in enumerate(settings):
-            turn = turn_of(problem, state, place, member)
-            after, added = stage.of_member(*turn)
+        rows = []
+        for member, stage in enumerate(place.own):
+            network = train.member_of(problem, state, member)
+            after, added = stage.of_member(alone, network, place.of_member(member))
             states.append(after)
-            new.append(added)
+            rows.append(added)
         together = states[0]
         if problem.members is not None:
             together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        yield Update(together, new, 1.0)
+        yield Update(together, rows, 1.0)
 
 
 class OneByOne(interface.Stage):
     """A stage that leaves networks as they are and reports what it measures as it goes."""
 
-    def measure(self, problem: Problem, state: State, place: Place, rows: Rows) -> Iterator[Update]:
-        """Updates of one network. rows: those that it has already.
+    def measure(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
+        """Updates of one network, as those of `run`.
 
-        state: its `opt_state` is what the stage itself remembers, of one network at a time.
+        state: in its `opt_state` the stage remembers where it stands, of one network at a time.
         """
         raise NotImplementedError
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
+        alone = problem.with_members(None)
         networks = state._replace(opt_state=())
-        for member, stage in enumerate(settings):
-            alone, network, here = turn_of(problem, networks, place, member)
+        for member, stage in enumerate(place.own):
+            network = train.member_of(problem, networks, member)
             network = network._replace(opt_state=state.opt_state)
-            for update in stage.measure(alone, network, here, rows[member]):
+            for update in stage.measure(alone, network, place.of_member(member)):
                 state = networks._replace(opt_state=update.state.opt_state)
-                new = interface.rows_per_member(problem)
-                new[member] = update.rows[0]
-                yield Update(state, new, (member + update.done) / len(settings))
+                rows = interface.rows_per_member(problem)
+                (rows[member],) = update.rows
+                yield Update(state, rows, (member + update.done) / len(place.own))

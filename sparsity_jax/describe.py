@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sparsity_jax import data, members, models, pipeline, tables
+from sparsity_jax import data, members, models, plans, tables
 from sparsity_jax.tables import Named, lookup, parameters
 from sparsity_jax.types import Config
 
@@ -86,19 +86,19 @@ def describe(config: Config) -> str:
     """The fields of a config, of its data and model, and of all its stages. Raises ConfigError for
     an unknown name.
     """
-    return "\n".join(line for part in parts(pipeline.plain(config)) for line in part_lines(*part))
+    return "\n".join(line for part in parts(plans.plain(config)) for line in part_lines(*part))
 
 
 def parts(config: Config) -> Iterator[Part]:
     """Every part of a config, and the parts in it that it chooses by name."""
-    yield "config", pipeline.settings, config
+    yield "config", plans.settings, config
     yield from parts_of("config.sweep", members.choices, config.get("sweep", {}))
     yield from parts_of("config.data", data.load, config["data"])
     network = Named(models.MODELS, models.build)
     yield from parts_named("config.model", network, config["model"])
     for name in members.stages_of(config):
         with tables.within(f"config.{name}"):
-            kind = lookup(pipeline.STAGES, config[name]["kind"], "kind")
+            kind = lookup(plans.STAGES, config[name]["kind"], "kind")
         yield from parts_of(f"config.{name}", kind, config[name])
 
 

@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from sparsity_jax import (
+    building,
     checkpoint,
     cost,
     data,
@@ -38,6 +39,7 @@ from sparsity_jax import (
     members,
     models,
     pipeline,
+    plans,
     pretrained,
     report,
     tables,
@@ -152,12 +154,12 @@ def read_config(workdir: pathlib.Path) -> Fields:
     if not workdirs.holds_run(workdir):
         raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
     config = workdirs.read_config(workdir)
-    known = tables.parameters(pipeline.settings)
+    known = tables.parameters(plans.settings)
     common = {name: value for name, value in config.items() if name in known}
     with tables.within("config"):
-        tables.check_options(pipeline.settings, common)
-    pipeline.check_names(config["pipeline"], members.stages_of(config))
-    return {**tables.defaults(pipeline.settings), **config}
+        tables.check_options(plans.settings, common)
+    plans.check_names(config["pipeline"], members.stages_of(config))
+    return {**tables.defaults(plans.settings), **config}
 
 
 def build(
@@ -174,7 +176,7 @@ def build(
     if data_name and statistics == "run":
         dataset = dataset._replace(**statistics_of_run(own, dataset)._asdict())
     with tables.within("config.model"):
-        pipeline.check_model(config["model"])
+        plans.check_model(config["model"])
     model = models.build(num_classes=dataset.num_classes, **config["model"])
     return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
 
@@ -238,7 +240,7 @@ def restore(
     ConfigError.
     """
     workdir = snapshot.folder.parent.parent
-    with pipeline.making_network(f"{workdir}: the network of config.model"):
+    with building.making_network(f"{workdir}: the network of config.model"):
         variables = jax.eval_shape(problem.init, jax.random.key(0))
     try:
         arrays = read_arrays(snapshot, variables, hint)
@@ -287,7 +289,7 @@ def run(
     data_dir, data_name, statistics: as in `open_run`; the other options: as in `measure`. Raises
     ConfigError as these do, and where the memory is full.
     """
-    with pipeline.enough_memory(str(workdir), MORE_MEMORY):
+    with building.enough_memory(str(workdir), MORE_MEMORY):
         saved = open_run(workdir, data_dir=data_dir, data_name=data_name, statistics=statistics)
         return list(measured(saved, **options))
 
@@ -555,7 +557,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for file in options.files:
             imports.load(file)
-        with pipeline.enough_memory(options.workdir, MORE_MEMORY):
+        with building.enough_memory(options.workdir, MORE_MEMORY):
             for line in answer(options):
                 sys.stdout.write(f"{line}\n")
     except (tables.ConfigError, OSError) as error:

@@ -22,11 +22,12 @@ from jax import Array
 from jax import export as stablehlo
 
 from sparsity_jax import (
+    building,
     cost,
     groups,
     intact,
     models,
-    pipeline,
+    plans,
     report,
     structured,
     tables,
@@ -284,8 +285,8 @@ def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
     folder = pathlib.Path(folder)
     about, arrays = verify(folder), read_arrays(folder)
     with tables.within(f"{folder / ABOUT}: model"):
-        pipeline.check_model(about["model"])
-        with pipeline.making_network("says a network that"):
+        plans.check_model(about["model"])
+        with building.making_network("says a network that"):
             model = models.build(num_classes=about["num_classes"], **about["model"])
             image = lambda batch: jax.ShapeDtypeStruct((batch, *about["image_shape"]), jnp.float32)
             shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image(1)))

@@ -12,14 +12,14 @@ your config loads.
 from collections.abc import MutableMapping
 from typing import Any
 
-from sparsity_jax import data, imports, losses, models, optim, pipeline, scores, sources, tables
+from sparsity_jax import data, imports, losses, models, optim, plans, scores, sources, tables
 from sparsity_jax.interface import Stage
 from sparsity_jax.report import page
 from sparsity_jax.tables import ConfigError
 
 load = imports.load
 TABLES: dict[str, MutableMapping[str, Any]] = {
-    "stage": pipeline.STAGES,
+    "stage": plans.STAGES,
     "model": models.MODELS,
     "data": sources.SETS,
     "augmentation": data.AUGMENTATIONS,

@@ -20,17 +20,16 @@ from jax.tree_util import tree_map
 
 from sparsity_jax import (
     allocate,
+    alone,
     batches,
     interface,
     linops,
     losses,
-    masks,
     spectrum,
     stages,
     tables,
     train,
     trees,
-    turns,
     width,
 )
 from sparsity_jax.interface import Place
@@ -53,7 +52,7 @@ def wide_variables(state: State) -> Variables:
     return tree_map(trees.widen, (state.params, state.batch_stats))
 
 
-class TrainingLoss(turns.OneByOne):
+class TrainingLoss(alone.OneByOne):
     """A stage that looks at the training loss around the trained weights."""
 
     loss: Fields
@@ -90,19 +89,13 @@ class TrainingLoss(turns.OneByOne):
     ) -> PyTree:
         """v times the curvature of the loss over a batch, in the parameters of the stage."""
         params, batch_stats = variables
-        selected = spectrum.select(params, self.parameters)
-
-        def outputs(part: PyTree, batch: Images) -> Array:
-            images, _ = batch
-            return problem.logits(selected.rebuild(part), batch_stats, images)
-
-        def mean_loss(part: PyTree, batch: Images) -> Array:
-            return self.loss_of(outputs(part, batch), batch)
-
+        part, rebuild = spectrum.select(params, self.parameters)
         if gauss_newton:
-            matvec = linops.gauss_newton(outputs, self.loss_of, selected.params, batch)
+            outputs = lambda part, batch: problem.logits(rebuild(part), batch_stats, batch[0])
+            matvec = linops.gauss_newton(outputs, self.loss_of, part, batch)
         else:
-            matvec = linops.hvp(mean_loss, selected.params, batch)
+            loss = lambda part, batch: self.mean_loss(problem, (rebuild(part), batch_stats), batch)
+            matvec = linops.hvp(loss, part, batch)
         return matvec(v)
 
     def whole_product(self, problem: Problem, gauss_newton: bool = False) -> Callable:
@@ -156,7 +149,7 @@ CRITERIA = {
 
 
 @tables.option
-class Limit(turns.OneByOne, stages.Selecting):
+class Limit(alone.OneByOne, stages.Selecting):
     """The largest pruning ratio that loses nothing, by a coarse scan and bisection: some 20
     evaluations.
 
@@ -204,7 +197,8 @@ class Limit(turns.OneByOne, stages.Selecting):
                 "tolerance", self.tolerance, allowed=f"0 with criterion {self.criterion!r}"
             )
 
-    def measure(self, problem: Problem, state: State, place: Place, rows: Rows) -> Updates:
+    def measure(self, problem: Problem, state: State, place: Place) -> Updates:
+        (rows,) = place.rows
         if rows and rows[-1].get("phase") == "result":
             return
         pruned = self.pruned(problem, place.position)
@@ -328,8 +322,8 @@ class Path(TrainingLoss, stages.Selecting):
         if not self.ratios:
             raise ConfigError("ratios", self.ratios, allowed="at least one")
 
-    def measure(self, problem: Problem, state: State, place: Place, rows: Rows) -> Updates:
-        step_of = self.pruning_step(problem, place.position)
+    def measure(self, problem: Problem, state: State, place: Place) -> Updates:
+        pruned = self.pruned(problem, place.position)
         mean_loss = functools.partial(self.mean_loss, problem)
         terms = self.over_examples(problem, spectrum.taylor, mean_loss)
         variables = (state.params, state.batch_stats)
@@ -337,30 +331,30 @@ class Path(TrainingLoss, stages.Selecting):
         ratios = set(self.ratios)
         fields = {"width": "predicted", "limit": "limit"} if self.at_limits else {}
         for row in place.earlier[0]:
-            limit = row.get(fields.get(row["kind"]))
+            limit = row.get(fields.get(row["kind"], ""))
             if limit is not None and limit < 1:
                 ratios.add(limit)
-        left = sorted(ratios)[len(rows) :]
-        for i, ratio in enumerate(left, len(rows) + 1):
-            step, distance = step_of(state, self.counts(problem, ratio))
-            changes = terms(variables, (step, still))
-            numbers = dict(distance=distance, **changes._asdict())
-            row = {"ratio": ratio, **tree_map(float, numbers)}
+        number = len(place.rows[0])
+        left = sorted(ratios)[number:]
+        for i, ratio in enumerate(left, number + 1):
+            network, _ = pruned(state, self.counts(problem, ratio))
+            step, distance = step_to(network.params, state.params)
+            change, first_order, second_order = terms(variables, (step, still))
+            row = dict(
+                ratio=ratio,
+                distance=float(distance),
+                change=float(change),
+                first_order=float(first_order),
+                second_order=float(second_order),
+            )
             yield Update(state, [[row]], i / len(ratios))
 
-    def pruning_step(self, problem: Problem, position: int) -> Callable:
-        """`step_of(state, counts) -> (pruned less current params, its norm)`: one program for all
-        ratios.
-        """
-        prune = stages.pruning(problem, self, position)
 
-        def step_of(state: State, counts: PyTree) -> tuple[PyTree, Array]:
-            pruned = masks.apply(state.params, prune(state, counts))
-            step = tree_map(jnp.subtract, pruned, state.params)
-            return step, trees.norm(step)
-
-        name = ("pruning step", self.selecting(position))
-        return problem.once(name, lambda: jax.jit(step_of))
+@jax.jit
+def step_to(after: PyTree, before: PyTree) -> tuple[PyTree, Array]:
+    """(the difference, its norm)."""
+    step = tree_map(jnp.subtract, after, before)
+    return step, trees.norm(step)
 
 
 # row_norms ----------------------------------------------------------------------------------------
@@ -401,18 +395,19 @@ class RowNorms(TrainingLoss):
                 allowed=f"a pattern of paths such as {kernels[0]!r}",
             )
 
-    def measure(self, problem: Problem, state: State, place: Place, rows: Rows) -> Updates:
+    def measure(self, problem: Problem, state: State, place: Place) -> Updates:
+        (rows,) = place.rows
         if len(rows) > self.num_weights:
             return
         variables = wide_variables(state)
         selected = spectrum.select(variables[0], self.parameters).params
         prunable = allocate.prunable(selected, "kernels")
         entries = spectrum.quantile_entries(prunable, self.num_weights)
-        norm_of = self.sum_of_rows(problem) if self.rows == "original" else self.mean_row(problem)
+        norm_of = self.row_norm(problem)
         norms = [row["row_norm"] for row in rows]
         for path, index, magnitude in entries[len(rows) :]:
             quantile = len(norms) / self.num_weights
-            norm = float(norm_of(variables, spectrum.one_hot(selected, path, index)))
+            norm = norm_of(variables, spectrum.one_hot(selected, path, index))
             norms.append(norm)
             row = dict(quantile=quantile, magnitude=magnitude, row_norm=norm, parameter=path)
             yield Update(state, [[row]], len(norms) / (len(entries) + 1))
@@ -424,13 +419,11 @@ class RowNorms(TrainingLoss):
         )
         yield Update(state, [[result]], 1.0)
 
-    def mean_row(self, problem: Problem) -> Callable:
-        """`norm(variables, v)`: the L1 norm of the whole data set's Hessian times v."""
-        product = self.whole_product(problem)
-        return lambda variables, v: spectrum.absolute_sum(product(variables, v))
-
-    def sum_of_rows(self, problem: Problem) -> Callable:
-        """`norm(variables, v)`: the original's, see the option `rows`."""
+    def row_norm(self, problem: Problem) -> Callable:
+        """`norm(variables, v)`: the L1 norm of the Hessian times v, see the option `rows`."""
+        if self.rows == "mean":
+            whole = self.whole_product(problem)
+            return lambda variables, v: float(spectrum.absolute_sum(whole(variables, v)))
         data = self.examples(problem)
 
         def of_batch(batch: Images, variables: Variables, v: PyTree) -> Array:
@@ -516,10 +509,10 @@ class Spectrum(TrainingLoss):
     def lanczos(self) -> linops.Lanczos:
         return linops.Lanczos(self.num_matvecs, self.reorthogonalize)
 
-    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
+    def begin(self, problem: Problem, state: State, place: Place) -> State:
         state = interface.without_optimizer(state)
-        first = turns.turn_of(problem, state, place, 0)
-        return state._replace(opt_state=self.started(first.state, place.position, 0))
+        first = train.member_of(problem, state, 0)
+        return state._replace(opt_state=self.started(first, place.position, 0))
 
     def started(self, state: State, position: int, number: int) -> Probe:
         """A probe of one network before its first product."""
@@ -556,7 +549,7 @@ class Spectrum(TrainingLoss):
         """
         if not self.stop_width:
             return None
-        widths = [own for (own,) in place.others.values() if isinstance(own, Width)]
+        widths = [own for (own,) in place.settings.values() if isinstance(own, Width)]
         reader = min(widths, key=lambda own: (own.spectrum != place.name, own.spectrum != ""))
         variables = wide_variables(state)
         epsilon, _ = tolerated(problem, variables, reader)
@@ -583,7 +576,8 @@ class Spectrum(TrainingLoss):
             return False
         return gap(lanczos.tridiagonal) <= self.stop_width
 
-    def measure(self, problem: Problem, state: State, place: Place, rows: Rows) -> Updates:
+    def measure(self, problem: Problem, state: State, place: Place) -> Updates:
+        (rows,) = place.rows
         if len(rows) == self.num_probes:
             return
         matvec = self.matvec(problem, state)
@@ -598,7 +592,7 @@ class Spectrum(TrainingLoss):
                 step = int(lanczos.step)
                 if not np.isfinite(float(lanczos.alphas[step - 1])):
                     raise train.NonFiniteLossError(
-                        f"{place.name}: a product is not finite; did the training diverge?"
+                        "a product is not finite; did the training diverge?"
                     )
                 state = state._replace(opt_state=Probe(number, lanczos))
                 done = probe + step / (self.num_matvecs + 1)  # the rest is for the row
@@ -632,7 +626,8 @@ def tridiagonals(rows: Rows) -> linops.Tridiagonal:
     coefficients = np.zeros((2, len(rows), steps.max()), rows[0]["dtype"])
     for i, row in enumerate(rows):
         coefficients[:, i, : steps[i]] = row["alphas"], row["betas"]
-    return linops.Tridiagonal(*coefficients, steps)
+    alphas, betas = coefficients
+    return linops.Tridiagonal(alphas, betas, steps)
 
 
 # width --------------------------------------------------------------------------------------------
@@ -687,8 +682,8 @@ class Width(TrainingLoss):
                 "or any with epsilon set",
             )
 
-    def measure(self, problem: Problem, state: State, place: Place, rows: Rows) -> Updates:
-        if rows:
+    def measure(self, problem: Problem, state: State, place: Place) -> Updates:
+        if place.rows[0]:
             return
         (earlier,) = place.earlier
         spectra = newest([row for row in earlier if row["kind"] == Spectrum.kind], self.spectrum)

@@ -23,6 +23,7 @@ import optax
 from jax import Array
 
 from sparsity_jax import (
+    alone,
     checkpoint,
     cost,
     growing,
@@ -38,7 +39,6 @@ from sparsity_jax import (
     tables,
     train,
     trees,
-    turns,
     units,
     workdirs,
 )
@@ -55,7 +55,7 @@ SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
 # What is removed ----------------------------------------------------------------------------------
 
 
-class Choosing(turns.EachMember):
+class Choosing(alone.EachMember):
     """A stage that says which units it removes: by `ratios` of layers, or as another run did."""
 
     needs: ClassVar[tuple[str, ...]] = ("train",)
@@ -260,7 +260,7 @@ class Remove(Choosing):
     inherit_as: Literal["index", "ratio"] = "index"
     reading: Reading = "correct"
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> turns.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         layers = self.layers(problem)
         given = self.kept_there(problem)
 
@@ -350,8 +350,8 @@ class Grow(Remove, growing.Penalty):
         kernels = lambda params: trees.map_named(lambda path, _: trees.is_kernel(path), params)
         return optax.chain(optax.masked(optax.set_to_zero(), kernels), tx)
 
-    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
-        return train.begin_members(problem, state, *_fits_of(problem, state, settings))
+    def begin(self, problem: Problem, state: State, place: Place) -> State:
+        return train.begin_members(problem, state, *_fits_of(problem, state, place.own))
 
     def look(self, problem: Problem, state: State) -> Fields:
         """Fields of a row, and whether growth has ended."""
@@ -366,15 +366,8 @@ class Grow(Remove, growing.Penalty):
             row |= dict(keep=keep, scores={name: norms[name] for name in keep})
         return row
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
-        fits, numbers = _fits_of(problem, state, settings)
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
+        fits, numbers = _fits_of(problem, state, place.own)
         fit = fits[0]
         spe = fit.steps_per_epoch(problem)
 
@@ -386,9 +379,7 @@ class Grow(Remove, growing.Penalty):
             return problem.once((name, fit.growth), lambda: jax.jit(problem.lift(function)))
 
         look = compiled("look", lambda state: self.look(problem, state))
-        updates = train.fit_epochs(
-            problem, state, fit, numbers, place.position, place.name, rows[0]
-        )
+        updates = train.fit_epochs(problem, state, fit, numbers, place.position, place.rows[0])
         for update in updates:
             step = int(np.ravel(update.state.step)[0])
             if step % spe % self.log_every:
@@ -400,8 +391,9 @@ class Grow(Remove, growing.Penalty):
             if all(ended):
                 break
             yield update
-        train.check_finite(update.state, spe, place.name)
-        stages.check_weights(problem, update.state, f"{place.name}, before it removes")
+        train.check_finite(update.state, spe)
+        with train.naming("before it removes"):
+            stages.check_weights(problem, update.state)
         state, shares = compiled("grown", cut)(update.state)
         last = train.member_rows(problem, shares, step=step)
         yield Update(state, _joined(update.rows, last), 1.0)
@@ -473,7 +465,7 @@ class Oracle(Choosing):
             probes.check_counts(counts, self.limit)
         return counts
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> turns.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         if self.retrain:
             batch, evaluate = 1, self._trained(problem, state, place)
         else:
@@ -503,7 +495,7 @@ class Oracle(Choosing):
 
     def _trained(self, problem: Problem, state: State, place: Place) -> Callable:
         """The training loss after training what one choice leaves."""
-        fits = place.others[self.retrain]
+        fits = place.settings[self.retrain]
         numbers = train.numbers_of(problem, state, fits)
         cut = problem.once(
             ("choice", self),
@@ -513,9 +505,7 @@ class Oracle(Choosing):
         def evaluate(keeps: PyTree) -> np.ndarray:
             current = cut(state, {name: jnp.asarray(keep[0]) for name, keep in keeps.items()})
             current = train.begin_members(problem, current, fits, numbers)
-            for update in train.fit_epochs(
-                problem, current, fits[0], numbers, place.position, place.name
-            ):
+            for update in train.fit_epochs(problem, current, fits[0], numbers, place.position):
                 current = update.state
             loss, _ = train.evaluate(problem, current.params, current.batch_stats, "train")
             return np.asarray(loss)[None]
@@ -527,7 +517,7 @@ class Oracle(Choosing):
 
 
 @tables.option
-class Reinit(turns.EachMember):
+class Reinit(alone.EachMember):
     """Draws the weights that are left anew, and starts the running statistics anew: is it the
     structure that matters?
 
@@ -541,7 +531,7 @@ class Reinit(turns.EachMember):
     def check(self) -> None:
         tables.lookup(surgery.METHODS, self.method, "method")
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> turns.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         def draw(state: State, position: int) -> State:
             key = train.stage_key(state.key, position)
             params = surgery.reinitialize(state.params, state.masks, key, method=self.method)
@@ -574,14 +564,7 @@ class Noise(interface.Stage):
     def check_network(self, problem: Problem, visits: int) -> None:
         trees.matching(train.shapes_of(problem), self.parameters, "parameters")
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
         def disturbed(state: State, position: int, draw: int) -> PyTree:
             return surgery.add_noise(
                 state.params,
@@ -594,7 +577,7 @@ class Noise(interface.Stage):
 
         lifted = problem.lift(disturbed, (0, None, None))
         compiled = problem.once(("noise", self), lambda: jax.jit(lifted))
-        for draw in range(len(rows[0]), self.num):
+        for draw in range(len(place.rows[0]), self.num):
             params = compiled(state, place.position, draw)
             loss, accuracy = train.evaluate(problem, params, state.batch_stats, "test")
             numbers = dict(loss=loss, accuracy=accuracy)
@@ -603,7 +586,7 @@ class Noise(interface.Stage):
 
 
 @tables.option
-class Jacobian(turns.EachMember):
+class Jacobian(alone.EachMember):
     """Singular values of the Jacobian of the logits in the image, of `num_examples` train images:
     mean, spread and range. Which ones: see `config.sample`.
 
@@ -613,7 +596,7 @@ class Jacobian(turns.EachMember):
     kind: ClassVar[str] = "jacobian"
     num_examples: tables.Count = 100
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> turns.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         images = problem.images(problem.examples("train", self.num_examples)[0])
 
         def measure(state: State, images: Array) -> Fields:

@@ -5,7 +5,7 @@ The runner makes a stage of its config, asks it to check itself, and runs it; it
 name.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -34,17 +34,32 @@ def carried(stored: PyTree) -> Carried | tuple[()]:
 class Place(NamedTuple):
     """Where in the pipeline a stage stands.
 
-    others: the checked settings of all stages, one list of members by name. earlier: per member,
-    the rows of all stages before it, those of the run it started from included. visit: how often
-    the pipeline has named the stage so far, this time included; visits: how often it does in all.
+    settings: the checked stages of the config by name, one per member of those that run side by
+    side. earlier: per member, the rows of all stages before it, those of the run it started from
+    included. rows: per member, its own so far. visit: how often the pipeline has named the stage so
+    far, this time included; visits: how often it does in all.
     """
 
     name: str
     position: int
-    others: dict[str, list[Any]]
+    settings: dict[str, list[Any]]
     earlier: Sequence[Rows] = ()
+    rows: MemberRows = [[]]  # noqa: RUF012 - never changed
     visit: int = 1
     visits: int = 1
+
+    @property
+    def own(self) -> list[Any]:
+        """The stage itself, one per member."""
+        return self.settings[self.name]
+
+    def of_member(self, member: int) -> "Place":
+        """The place as it is for one member alone."""
+        return self._replace(
+            settings={name: [stages[member]] for name, stages in self.settings.items()},
+            earlier=self.earlier[member : member + 1],
+            rows=self.rows[member : member + 1],
+        )
 
 
 class Order(NamedTuple):
@@ -55,9 +70,9 @@ class Order(NamedTuple):
     config, by name.
     """
 
-    before: list["Stage"]
-    done: dict[str, str]
-    all: dict[str, "Stage"]
+    before: Sequence["Stage"]
+    done: Mapping[str, str]
+    all: Mapping[str, "Stage"]
     visits: int = 1
 
 
@@ -92,7 +107,7 @@ class Stage:
         compiled.
         """
 
-    # Running. settings: of all members of a sweep that run side by side, of which this is the first
+    # Running. Of members that run side by side, their first stage is asked
 
     def together(self) -> Hashable:
         """Members whose stages agree in this can run side by side, in one compiled program."""
@@ -103,16 +118,14 @@ class Stage:
         del problem
         return 1
 
-    def begin(self, problem: Any, state: PyTree, settings: Sequence[Any], place: Place) -> PyTree:
+    def begin(self, problem: Any, state: PyTree, place: Place) -> PyTree:
         """The state that it starts from; pure, so that a resumed run knows its structure."""
-        del problem, settings, place
+        del problem, place
         return without_optimizer(state)
 
-    def run(
-        self, problem: Any, state: PyTree, settings: Sequence[Any], place: Place, rows: MemberRows
-    ) -> Iterator[Any]:
-        """Yields `train.Update`s, from each of which it can be resumed. rows: per member, its own
-        so far.
+    def run(self, problem: Any, state: PyTree, place: Place) -> Iterator[Any]:
+        """Yields `train.Update`s, from each of which it can be resumed: with the state of the last
+        one, and all rows so far in `place.rows`.
         """
         raise NotImplementedError
 

@@ -251,7 +251,8 @@ class _OnDevice:
         blocks = []
         for first in range(0, num_rows, rows):
             # made of the vector, so that they are sharded as it is
-            block = jnp.where(index[first : first + rows] == 0, vector, 0)
+            is_first = index[first : first + rows] == 0
+            block = jnp.where(is_first, vector, 0)
             blocks.append(block.astype(dtype))
         return tuple(blocks)
 
@@ -337,7 +338,15 @@ REORTHOGONALIZE: dict[str, _Basis | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Lanczos:
-    """Lanczos tridiagonalisation with `num_matvecs` products, one at a time.
+    """Lanczos tridiagonalisation with `num_matvecs` products: `lanczos(64)(matvec, start) ->
+    Tridiagonal`, or one product at a time.
+
+    The call is one traced loop, so matvec must be traceable; works under `jit` and `vmap` over
+    start vectors, except with reorthogonalize="host". Outside `jit` each call compiles anew and
+    holds the basis twice: to repeat it, or for large D, wrap it in `jit`, with all that matvec
+    depends on as arguments (XLA computes with constants while compiling).
+    on_host: a host loop of steps instead, for a matvec that is one itself, or a convolution's on a
+    CPU, whose gradients XLA compiles badly inside loops.
 
     `step` and `update` take any matvec, host loops too. While `jit` traces, they are pure; outside
     of it they consume the state they are given: its basis is updated in place. Save a state before
@@ -371,6 +380,7 @@ class Lanczos:
     num_matvecs: int
     reorthogonalize: str = "full"
     shift: float = 0.0
+    on_host: bool = False
 
     def __post_init__(self) -> None:
         tables.lookup(REORTHOGONALIZE, self.reorthogonalize, "reorthogonalize")
@@ -381,14 +391,12 @@ class Lanczos:
     def basis(self) -> _Basis | None:
         return REORTHOGONALIZE[self.reorthogonalize]
 
-    @property
-    def on_host(self) -> bool:
-        """Whether vectors leave the device, so that nothing can be traced."""
-        return isinstance(self.basis, _OnHost)
+    def __call__(self, matvec: Matvec, start: PyTree) -> Tridiagonal:
+        return self.run(matvec, start).tridiagonal
 
     def init(self, start: PyTree) -> LanczosState:
         """The state before the first product."""
-        begin = _begin if self.on_host else _begin_compiled
+        begin = _begin if isinstance(self.basis, _OnHost) else _begin_compiled
         return begin(self, _checked_start(start))
 
     def step(self, matvec: Matvec, state: LanczosState) -> LanczosState:
@@ -400,21 +408,24 @@ class Lanczos:
         current = state.current
         _check_like(product, current, "the product", "the start vector")
         product = tree_map(trees.gathered, product)
-        advance = _advance if self.on_host else _advance_in_place
+        advance = _advance if isinstance(self.basis, _OnHost) else _advance_in_place
         after = advance(self, state[:4], current, product, state.previous, state.basis)
         numbers, following, rows = after
-        return LanczosState(*numbers, following, current, rows)
+        return LanczosState._make((*numbers, following, current, rows))
 
-    def run(self, matvec: Matvec, start: PyTree, *, on_host: bool) -> LanczosState:
-        """The state after all products; on_host: in a loop on the host."""
+    def run(self, matvec: Matvec, start: PyTree) -> LanczosState:
+        """The state after all products."""
         state = self.init(start)
-        if not (on_host or self.on_host):
+        if not (self.on_host or isinstance(self.basis, _OnHost)):
             step = lambda _, state: self.step(matvec, state)
             return lax.fori_loop(0, self.num_matvecs, step, state)
         for _ in range(self.num_matvecs):
             stopping.check()
             state = self.step(matvec, state)
         return state
+
+
+lanczos = Lanczos
 
 
 def _checked_start(start: PyTree) -> PyTree:
@@ -527,23 +538,6 @@ def _close(
     return (step + 1, num_steps + running, alphas, betas), jnp.where(more, 1 / divisor, 0)
 
 
-def lanczos(
-    num_matvecs: int, *, reorthogonalize: str = "full", shift: float = 0.0, on_host: bool = False
-) -> Callable[[Matvec, PyTree], Tridiagonal]:
-    """Lanczos tridiagonalisation: `lanczos(64)(matvec, start) -> Tridiagonal`. Options as for
-    `Lanczos`.
-
-    One traced loop, so matvec must be traceable; works under `jit` and `vmap` over start vectors,
-    except with reorthogonalize="host". Outside `jit` each call compiles anew and holds the basis
-    twice: to repeat it, or for large D, wrap it in `jit`, with all that matvec depends on as
-    arguments (XLA computes with constants while compiling).
-    on_host: a host loop of steps instead, for a matvec that is one itself, or a convolution's on a
-    CPU, whose gradients XLA compiles badly inside loops.
-    """
-    method = Lanczos(num_matvecs, reorthogonalize, shift)
-    return lambda matvec, start: method.run(matvec, start, on_host=on_host).tridiagonal
-
-
 class Eigenpairs(NamedTuple):
     """values [k], largest magnitude first; vectors: a tree of leaves [k, ...]; residuals [k]: norm
     of A v - value v.
@@ -567,9 +561,10 @@ def top_eigenpairs(
     """
     if not 1 <= num <= num_matvecs:
         raise ValueError(f"num is {num}; allowed: 1 to num_matvecs, {num_matvecs}.")
+    method = Lanczos(num_matvecs, on_host=on_host)
 
     def find(matvec: Matvec, start: PyTree) -> Eigenpairs:
-        state = Lanczos(num_matvecs).run(matvec, start, on_host=on_host)
+        state = method.run(matvec, start)
         alphas, betas = _coefficients(state.tridiagonal)
         steps = len(alphas)
         if num > steps:

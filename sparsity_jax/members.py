@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -43,11 +43,13 @@ def choices(
 
 class Member(NamedTuple):
     """One network of a run. config: plain dicts. swept: values that differ, by field path, as rows
-    show them: an arm by its label, a dict by its name.
+    show them: an arm by its label, a dict by its name. stages: the checked ones by name, once they
+    are.
     """
 
     config: Fields
     swept: Fields
+    stages: Mapping[str, Any] = {}
 
 
 def mode_of(config: Config) -> str:

@@ -141,9 +141,10 @@ def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = Fal
         def slope(t: Array) -> tuple[Array, Array]:
             return jax.jvp(moved, (t,), (one,))
 
-        zero = jnp.zeros(())
         one = jnp.ones(())
-        (before, first), (_, second) = jax.jvp(slope, (zero,), (one,))
+        values, slopes = jax.jvp(slope, (zero,), (one,))
+        before, first = values
+        _, second = slopes
         return Taylor(moved(one) - before, first, second / 2)
 
     mean = _mean(part, data, batch_size, on_host)
@@ -159,8 +160,13 @@ def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) 
         raise ValueError(
             f"batch_size is {batch_size}; allowed: 1 to {size}, the number of examples."
         )
-    of_batch = lambda start: loss(params, batches.cut(data, start, batch_size))
-    return lax.map(of_batch, batch_size * jnp.arange(size // batch_size))
+
+    def of_batch(start: Array) -> Array:
+        batch = batches.cut(data, start, batch_size)
+        return loss(params, batch)
+
+    number = size // batch_size
+    return lax.map(of_batch, batch_size * jnp.arange(number))
 
 
 # Some of the parameters
@@ -187,8 +193,8 @@ def select(params: PyTree, pattern: str) -> Selected:
     def rebuild(new: dict[str, Array]) -> PyTree:
         return jax.tree.unflatten(structure, {**leaves, **new}.values())
 
-    selected = {path: leaf for path, leaf in leaves.items() if matches[path]}
-    return Selected(selected, rebuild)
+    chosen = {path: leaf for path, leaf in leaves.items() if matches[path]}
+    return Selected(chosen, rebuild)
 
 
 # Rows of the Hessian
@@ -205,14 +211,16 @@ def quantile_entries(
     """
     magnitudes = np.concatenate([np.abs(leaf).ravel() for leaf in params.values()])
     order = np.argsort(magnitudes, kind="stable")
-    ranks = np.ceil(np.arange(num) / num * magnitudes.size).astype(int)
+    ranks = np.ceil(np.arange(num) / num * magnitudes.size)
+    ranks = np.maximum(ranks.astype(int), 1)
     entries = []
-    for position in order[np.maximum(ranks, 1) - 1]:
+    for position in order[ranks - 1]:
         magnitude = float(magnitudes[position])
         for path, leaf in params.items():
             if position < leaf.size:
                 index = np.unravel_index(position, leaf.shape)
-                entries.append((path, tuple(map(int, index)), magnitude))
+                numbers = tuple(map(int, index))
+                entries.append((path, numbers, magnitude))
                 break
             position -= leaf.size
     return entries
@@ -225,9 +233,12 @@ def one_hot(like: dict[str, Array], path: str, index: tuple[int, ...]) -> dict[s
     Raises ConfigError for another path, ValueError for an index that is no entry.
     """
     shape = jnp.shape(tables.lookup(like, path, "path"))
-    if len(index) != len(shape) or not all(0 <= i < n for i, n in zip(index, shape)):
+    inside = [0 <= i < size for i, size in zip(index, shape)]
+    if len(index) != len(shape) or not all(inside):
         raise ValueError(f"index {index} is no entry of {path!r}, whose shape is {shape}.")
-    vector = {name: trees.gathered(jnp.zeros_like(leaf)) for name, leaf in like.items()}
+    vector = {}
+    for name, leaf in like.items():
+        vector[name] = trees.gathered(jnp.zeros_like(leaf))
     vector[path] = vector[path].at[index].set(1)
     return linops.tangent(vector, like)
 

@@ -43,18 +43,17 @@ def member_state(problem: Problem, state: State, member: int) -> State:
     return train.member_of(problem, without_optimizer(state), member)
 
 
-def check_weights(problem: Problem, state: State, where: str) -> None:
+def check_weights(problem: Problem, state: State) -> None:
     """Raises NonFiniteLossError, naming member and array, unless weights and running statistics are
     finite.
 
-    The runner hands every network on through here, so that no stage selects among NaN. where:
-    begins the sentence.
+    The runner hands every network on through here, so that no stage selects among NaN.
     """
     if _all_finite((state.params, state.batch_stats)):
         return
     for member in range(problem.members or 1):
         own = member_state(problem, state, member)
-        named = where if problem.members is None else f"{where}, member {member}"
+        named = "the network" if problem.members is None else f"member {member}"
         try:
             trees.check_finite(dict(params=own.params, batch_stats=own.batch_stats), named)
         except ValueError as error:
@@ -117,18 +116,11 @@ class SfwInit(Stage):
         same = dataclasses.replace(self, constraint=Options(), learning_rate=1.0)
         return same, optim.program(self.recipe)
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
         key = (self.together(), place.position)
         axes = (0, 0, 0, None, None)
         iterate = problem.program(rescaled, self, place.position, key=key, axes=axes)
-        numbers = train.numbers_of(problem, state, settings)
+        numbers = train.numbers_of(problem, state, place.own)
         scales = problem.once(gradinit.init, lambda: jax.jit(problem.lift(gradinit.init)))(
             state.params
         )
@@ -141,7 +133,7 @@ class SfwInit(Stage):
                 continue
             found = member_rows(problem, losses_around, iteration=i)
             if not np.isfinite([row["loss_after"] for (row,) in found]).all():
-                raise NonFiniteLossError(f"{place.name}: the loss is not finite at iteration {i}.")
+                raise NonFiniteLossError(f"the loss is not finite at iteration {i}.")
             # the scales are not part of the state: an interrupted stage starts anew and finds the
             # same ones
             scaled = state._replace(params=scales.params) if last else None
@@ -348,14 +340,7 @@ class Prune(Selecting):
     needs: ClassVar[tuple[str, ...]] = ("train",)
     ratio: Fraction
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
         counts = self.counts(problem, self.ratio)
         state, zeros = self.pruned(problem, place.position)(state, counts)
         prunable = trees.size(self.choosable(shapes_of(problem)))
@@ -399,18 +384,11 @@ class Curve(Selecting):
             if not getattr(self, name):
                 raise tables.ConfigError(name, (), allowed="at least one")
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
         # without optimizer: then a curve after every training is the same program
         state = without_optimizer(state)
         points = self.points(problem, state)
-        finished = {(i, row["ratio"]) for i, own in enumerate(rows) for row in own}
+        finished = {(i, row["ratio"]) for i, own in enumerate(place.rows) for row in own}
         left = [point for point in points if not point.ratios.items() <= finished]
         network_at = self.networks(problem, state, place)
         # results are fetched a few ratios late, so the device never waits for the host
@@ -447,7 +425,7 @@ class Curve(Selecting):
     def networks(self, problem: Problem, state: State, place: Place) -> Callable:
         """`network_at(point) -> ((params, batch_stats), shares of zeros)`, retrained if asked."""
         pruned = self.pruned(problem, place.position)
-        fits = place.others[self.retrain] if self.retrain else []
+        fits = place.settings[self.retrain] if self.retrain else []
         numbers = train.numbers_of(problem, state, fits) if fits else {}
 
         def network_at(point: Point) -> tuple[train.Network, Fields]:
@@ -456,10 +434,10 @@ class Curve(Selecting):
             if fits:
                 masked = state._replace(masks=current.masks)
                 current = train.begin_members(problem, masked, fits, numbers)
-                where = f"{place.name}: {self.retrain} at ratio {min(point.ratios.values()):g}"
-                position = place.position
-                for update in train.fit_epochs(problem, current, fits[0], numbers, position, where):
-                    current = without_optimizer(update.state)
+                epochs = train.fit_epochs(problem, current, fits[0], numbers, place.position)
+                with train.naming(f"{self.retrain} at ratio {min(point.ratios.values()):g}"):
+                    for update in epochs:
+                        current = without_optimizer(update.state)
                 shares_of = problem.program(shares, self, key=self.selecting(0))
                 zeros = shares_of(current)
             return (current.params, current.batch_stats), zeros
@@ -509,14 +487,7 @@ class Histogram(Stage):
     scope: allocate.Scope = "all"
     bins: tables.Count = 60
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
         counts = problem.program(_histogram, self)(state.params)
         edges = np.linspace(-12, 2, self.bins + 1).tolist()
         common = dict(scope=self.scope, threshold=magnitude_thresholds(), edges=edges)

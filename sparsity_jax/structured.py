@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from sparsity_jax import (
+    alone,
     budgets,
     cost,
     groups,
@@ -29,7 +30,6 @@ from sparsity_jax import (
     tables,
     train,
     trees,
-    turns,
     units,
     workdirs,
 )
@@ -72,7 +72,7 @@ def without(state: State, channels: Channels, keep: Keep, kept: PyTree) -> State
 
 
 @tables.option
-class Cut(turns.EachMember):
+class Cut(alone.EachMember):
     """Removes the least important channels of the network; each visit of the stage is one round.
 
     measure: how important a channel is; see `scores.MEASURES`. ratio: share removed after all
@@ -261,10 +261,10 @@ class Cut(turns.EachMember):
 
     # One round
 
-    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
+    def begin(self, problem: Problem, state: State, place: Place) -> State:
         return interface.without_optimizer(state)._replace(opt_state=state.opt_state)
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> turns.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         channels = channels_of(problem, self.branches)
         compiled = dataclasses.replace(self, ratio=0.0, schedule=tables.Options())
         score = problem.once(("scores", compiled), lambda: make_scores(problem, self))
@@ -426,7 +426,7 @@ def _balanced_examples(problem: Problem, most: int) -> tuple[Any, Any]:
 
 
 @tables.option
-class Compact(turns.EachMember):
+class Compact(alone.EachMember):
     """The network without its removed channels: the same logits, fewer parameters and FLOPs,
     measured time.
 
@@ -442,7 +442,7 @@ class Compact(turns.EachMember):
     repeats: tables.Index = 20
     tolerance: tables.NonNegative = 0.0
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> turns.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         try:
             row = take_stock(problem, state, self)
         except ValueError as error:  # an emptied layer

@@ -7,7 +7,7 @@ only place that knows.
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -79,6 +79,15 @@ class Update(NamedTuple):
 
 class NonFiniteLossError(FloatingPointError):
     """The training loss became infinite or NaN; the message names stage, epoch and step."""
+
+
+@contextmanager
+def naming(part: str) -> Iterator[None]:
+    """Begins the message of a NonFiniteLossError that the block raises with `part`, e.g. `fit`."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"{part}: {error}") from None
 
 
 # What stays the same during a run -----------------------------------------------------------------
@@ -465,19 +474,12 @@ class Fit(interface.Stage):
 
     # Running
 
-    def begin(self, problem: Problem, state: State, settings: Sequence[Any], place: Place) -> State:
-        return begin_members(problem, state, settings, numbers_of(problem, state, settings))
+    def begin(self, problem: Problem, state: State, place: Place) -> State:
+        return begin_members(problem, state, place.own, numbers_of(problem, state, place.own))
 
-    def run(
-        self,
-        problem: Problem,
-        state: State,
-        settings: Sequence[Any],
-        place: Place,
-        rows: MemberRows,
-    ) -> Iterator[Update]:
-        numbers = numbers_of(problem, state, settings)
-        yield from fit_epochs(problem, state, self, numbers, place.position, place.name, rows[0])
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
+        numbers = numbers_of(problem, state, place.own)
+        yield from fit_epochs(problem, state, self, numbers, place.position, place.rows[0])
 
     def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:
         momentum = optim.momentum_of(opt_state)._asdict() if self.carry else ()
@@ -673,7 +675,6 @@ def fit_epochs(
     fit: Fit,
     numbers: Fields,
     position: int,
-    where: str = "train",
     rows: Sequence[dict] = (),
 ) -> Iterator[Update]:
     """Trains from `state` (from `begin`, or any state this yielded) to the end; yields after every
@@ -701,7 +702,7 @@ def fit_epochs(
                 met.append(row)
                 new[0].append(row)
             if step % spe == 0:
-                check_finite(state, spe, where)
+                check_finite(state, spe)
                 lost = names_in(row for row in met if row["step"] > step - spe)
                 seconds = time.perf_counter() - started
                 for own, (row,) in zip(
@@ -777,7 +778,7 @@ def calls_on_stream(
             yield state, step, batch.unreadable
 
 
-def check_finite(state: State, steps_per_epoch: int, where: str) -> None:
+def check_finite(state: State, steps_per_epoch: int) -> None:
     """Raises NonFiniteLossError if some loss so far was not finite."""
     bad = np.ravel(jax.device_get(state.metrics.bad_step))
     if (bad < 0).all():
@@ -785,7 +786,7 @@ def check_finite(state: State, steps_per_epoch: int, where: str) -> None:
     first = bad[bad >= 0].min()
     member = f" of member {bad.tolist().index(first)}" if bad.size > 1 else ""
     raise NonFiniteLossError(
-        f"{where}: the training loss{member} is not finite at step {first} (epoch "
+        f"the training loss{member} is not finite at step {first} (epoch "
         f"{first // steps_per_epoch + 1}). "
         "A lower learning rate, or a smaller tau for Frank-Wolfe, usually helps."
     )

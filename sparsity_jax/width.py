@@ -65,8 +65,8 @@ class _Spectrum(NamedTuple):
             terms += 1
             np.divide(self.weights, terms, out=terms)
             sums[part] = terms.sum(axis=1)
-        sums = sums.reshape(squares.shape)
-        return np.where(squares == 0, 1.0, np.minimum(sums + self.flat, 1.0))
+        shares = np.minimum(sums + self.flat, 1.0).reshape(squares.shape)
+        return np.where(squares == 0, 1.0, shares)
 
 
 def _rows(values: ArrayLike, weights: ArrayLike) -> tuple[ndarray, ndarray]:

@@ -157,7 +157,7 @@ def refuse_other(workdir: AnyPath, config: Config) -> None:
     """Raises ConfigError naming every field that differs if `workdir` belongs to another config,
     and for an unfinished run of another version, whose numbers may differ.
     """
-    workdir, config = Path(workdir), json.loads(json.dumps(config))
+    workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"{workdir} is a file; use another --workdir.")
     if holds_run(workdir):
@@ -253,18 +253,29 @@ def upgraded(config: Fields) -> Fields:
 
 def told_differences(there: Any, here: Any, path: str) -> str:
     """One line per field that differs; a long value is cut."""
-    cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
-    found = differences(there, here, path)
-    return "\n".join(f"  {name}: {cut(old)} there, {cut(new)} now" for name, old, new in found)
+    lines = []
+    for name, old, new in differences(there, as_saved(here), path):
+        lines.append(f"  {name}: {told(old)} there, {told(new)} now")
+    return "\n".join(lines)
 
 
-def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, str, str]]:
+def told(value: Any) -> str:
+    """A value of a config as JSON, cut where it is long."""
+    text = "absent" if value is ABSENT else json.dumps(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def as_saved(value: Any) -> Any:
+    """A config as a file gives it back: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     """(field, value in first, value in second) of every field that differs."""
     if first == second:
         return []
     if not (isinstance(first, dict) and isinstance(second, dict)):
-        told = lambda value: "absent" if value is ABSENT else json.dumps(value)
-        return [(path, told(first), told(second))]
+        return [(path, first, second)]
     fields = []
     for name in sorted({*first, *second}):
         old, new = first.get(name, ABSENT), second.get(name, ABSENT)

@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 import pytest
 
-from sparsity_jax import data, members, pipeline, report, run, stages, tables
+from sparsity_jax import data, members, pipeline, plans, report, run, stages, tables
 from sparsity_jax.channels import execute, rules
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -119,7 +119,7 @@ def check_members(config) -> None:
     common = {name: value for name, value in config.items() if name in known}
     tables.check_options(pipeline.settings, common)
     for member in members.expand(config):
-        pipeline.check_member(member.config)
+        plans.check_member(member.config)
 
 
 def all_configs() -> list:

@@ -61,8 +61,8 @@ class Shrink(interface.Stage):
     factor: tables.Positive = 0.5
     steps: tables.Count = 3
 
-    def run(self, problem, state, settings, place, rows):
-        for step in range(len(rows[0]), self.steps):
+    def run(self, problem, state, place):
+        for step in range(len(place.rows[0]), self.steps):
             params = jax.tree.map(lambda leaf: leaf * self.factor, state.params)
             state = state._replace(params=params)
             row = dict(shrunk=self.factor ** (step + 1))

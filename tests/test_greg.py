@@ -60,12 +60,10 @@ def residual():
 
 def run(problem, state, kind, others=None, **fields):
     """(state, rows) of a whole stage."""
-    place, own = (
-        interface.Place("x", 1, others or {}),
-        [settings(kind, **fields)] * (problem.members or 1),
-    )
-    state, rows = own[0].begin(problem, state, own, place), []
-    for update in own[0].run(problem, state, own, place, [[]]):
+    own = [settings(kind, **fields)] * (problem.members or 1)
+    place = interface.Place("x", 1, {"x": own, **(others or {})})
+    state, rows = own[0].begin(problem, state, place), []
+    for update in own[0].run(problem, state, place):
         state, rows = update.state, rows + update.rows[0]
     assert update.done == 1.0
     return state, rows
@@ -348,11 +346,9 @@ def test_the_oracle_trains_every_member_by_its_own_settings(problem, trained):
     fits = [tiny.fit(dict(tiny.SGD, learning_rate=rate), epochs=1) for rate in (0.1, 1e-6)]
     both = tiny.problem(widths=(12, 8), members=2)
     state = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trained)
-    place, own = (
-        interface.Place("x", 1, {"again": fits}),
-        [settings("oracle", ratios="[1:0.1]", retrain="again")] * 2,
-    )
-    (update,) = own[0].run(both, state, own, place, [[], []])
+    own = [settings("oracle", ratios="[1:0.1]", retrain="again")] * 2
+    place = interface.Place("x", 1, {"x": own, "again": fits}, rows=[[], []])
+    (update,) = own[0].run(both, state, place)
     first, second = (rows[0]["loss"] for rows in update.rows)
     _, (alone,) = run(
         problem, trained, "oracle", {"again": fits[1:]}, ratios="[1:0.1]", retrain="again"
@@ -429,13 +425,13 @@ def test_stages_name_weights_that_are_not_finite(problem, trained):
     params = jax.tree.map(jnp.asarray, trained.params)
     params["dense2"]["kernel"] = params["dense2"]["kernel"].at[0, 0].set(jnp.nan)
     broken = trained._replace(params=params)
-    with pytest.raises(train.NonFiniteLossError, match=r"config.out: .*dense2/kernel"):
-        stages.check_weights(problem, broken, "config.out")
+    with pytest.raises(train.NonFiniteLossError, match=r"the network: .*dense2/kernel"):
+        stages.check_weights(problem, broken)
     both = problem._replace(members=2)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), trained, broken)
-    with pytest.raises(train.NonFiniteLossError, match=r"config.out, member 1: .*dense2/kernel"):
-        stages.check_weights(both, stacked, "config.out")
-    stages.check_weights(problem, trained, "config.out")
+    with pytest.raises(train.NonFiniteLossError, match=r"member 1: .*dense2/kernel"):
+        stages.check_weights(both, stacked)
+    stages.check_weights(problem, trained)
 
 
 def test_no_stage_begins_with_weights_that_are_not_finite(tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ def test_weights_that_are_not_finite_stop_the_next_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "begin", spoiled)
     monkeypatch.setattr(train, "check_finite", lambda *_: None)
     with pytest.raises(
-        train.NonFiniteLossError, match=r"fit, at its end: .* 'params/dense1/bias' are NaN"
+        train.NonFiniteLossError, match=r"fit: at its end: .* 'params/dense1/bias' are NaN"
     ):
         pipeline.run(tiny.config("fit", "curve"), tmp_path)
 

@@ -9,10 +9,13 @@ import pytest
 import tiny
 
 from sparsity_jax import (
+    ancestry,
     checkpoint,
     data,
     optim,
     pipeline,
+    plans,
+    progress,
     report,
     stopping,
     tables,
@@ -473,7 +476,7 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
 
 def test_networks_with_convolutions_are_known_by_their_shapes():
     dense = {
-        name: not pipeline.convolves(dict(name=name))
+        name: not plans.convolves(dict(name=name))
         for name in ("mlp", "fc12", "lenet", "alexnet", "resnet18")
     }
     assert dense == dict(mlp=True, fc12=True, lenet=False, alexnet=False, resnet18=False)
@@ -737,7 +740,7 @@ def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path):
     pipeline.run(geometric("hessian", start_from=first, hessian=deeper), again)
     last = pipeline.run(geometric("width", start_from=again), tmp_path / "y")
     assert [(row["num_matvecs"], row["num_probes"]) for row in last.rows] == [(5, 1)]
-    _, inherited = pipeline.continue_from(again, last.state)
+    _, inherited = ancestry.continue_from(again, last.state)
     assert [row["num_matvecs"] for row in inherited if row["stage"] == "hessian"] == [5]
     loop = dict(LOOP, fit=stage(epochs=1))
     pipeline.run(geometric("fit", "hessian", **loop), tmp_path / "loop")
@@ -884,7 +887,7 @@ def interrupt_at(monkeypatch, number, error):
     """The show of the update `number` (from 1) of all coming ones raises; returns how often it was
     called.
     """
-    calls, show = [], pipeline.Display.show
+    calls, show = [], progress.Display.show
 
     def interrupted(self, done, rows):
         calls.append(done)
@@ -892,7 +895,7 @@ def interrupt_at(monkeypatch, number, error):
             raise error
         return show(self, done, rows)
 
-    monkeypatch.setattr(pipeline.Display, "show", interrupted)
+    monkeypatch.setattr(progress.Display, "show", interrupted)
     return calls
 
 
@@ -1028,8 +1031,8 @@ def test_optimizer_settings_have_every_field():
 
 def test_a_log_gets_a_line_for_rows_and_one_a_minute_without(capsys, monkeypatch):
     now = 100.0
-    monkeypatch.setattr(pipeline.time, "monotonic", lambda: now)
-    display = pipeline.Display("2/3 hessian")
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    display = progress.Display("2/3 hessian")
     for now, row in [  # noqa: B007
         (101, {}),
         (102, dict(ratio=0.5)),
@@ -1049,5 +1052,5 @@ def test_accuracy_by_chance_is_that_of_the_largest_class():
     images = np.zeros((4, 2, 2, 1), np.uint8)
     known = data.Split(images, np.array([0, 1, 1, 1], np.int32))
     dataset = data.Dataset("few", known, known, 4, (0.0,), (1.0,))
-    assert pipeline.chance(dataset) == 0.75
-    assert pipeline.chance(dataset._replace(test=known._replace(labels=None))) == 0.25
+    assert progress.chance(dataset) == 0.75
+    assert progress.chance(dataset._replace(test=known._replace(labels=None))) == 0.25

@@ -24,8 +24,8 @@ def trained(problem):
 def run(problem, state, kind, own, rows=(), others=None):
     """(state, rows) after the stage, of one member."""
     found = list(rows)
-    place = interface.Place("x", 1, others or {})
-    for update in own.run(problem, state, [own], place, [list(rows)]):
+    place = interface.Place("x", 1, {"x": [own], **(others or {})}, rows=[list(rows)])
+    for update in own.run(problem, state, place):
         found += update.rows[0]
         state = state if update.state is None else update.state
     return state, found
@@ -213,9 +213,9 @@ def test_pruned_weights_stay_zero_in_later_training(problem, trained):
         path: pytest.approx(1 - float(mask.mean())) for path, mask in kernels.items()
     }
     fit = tiny.fit(epochs=1)
-    place = interface.Place("again", 2, {})
-    begun = fit.begin(problem, state, [fit], place)
-    *_, last = fit.run(problem, begun, [fit], place, [[]])
+    place = interface.Place("again", 2, {"again": [fit]})
+    begun = fit.begin(problem, state, place)
+    *_, last = fit.run(problem, begun, place)
     assert (
         float(jnp.abs(last.state.params["fc"]["kernel"] - state.params["fc"]["kernel"]).max()) > 0
     )
@@ -272,7 +272,7 @@ def test_momentum_is_handed_on_where_asked(problem, trained):
     handed = trained._replace(opt_state=interface.Carried(momentum._asdict(), ()))
     for carry, expected in ((False, 0), (True, 5)):  # in one process, where programs are shared
         fit = tiny.fit(dict(tiny.SGD, momentum=0.9), carry=carry)
-        begun = fit.begin(problem, handed, [fit], interface.Place("fit", 3, {}))
+        begun = fit.begin(problem, handed, interface.Place("fit", 3, {"fit": [fit]}))
         assert int(optim.momentum_of(begun.opt_state).step) == expected
 
 
@@ -289,7 +289,7 @@ def test_structured_pruning_takes_whole_filters(problem, trained):
 def test_start_init_gives_the_first_network_again(problem, trained):
     fit = tiny.fit(start="init", shift_inside=False)
     pruned = trained._replace(masks=jax.tree.map(lambda leaf: leaf & False, trained.masks))
-    begun = fit.begin(problem, pruned, [fit], interface.Place("fit", 3, {}))
+    begun = fit.begin(problem, pruned, interface.Place("fit", 3, {"fit": [fit]}))
     tiny.same(
         begun.params, jax.jit(lambda key: train.create_state(problem, key))(train.key_of(0)).params
     )

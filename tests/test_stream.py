@@ -33,6 +33,7 @@ from sparsity_jax import (
     losses,
     models,
     pipeline,
+    progress,
     sources,
     stages,
     stopping,
@@ -408,18 +409,17 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
         )
         np.testing.assert_allclose(found, known, rtol=1e-5)
         assert streamed.size(split) == memory.size(split)
-    place = interface.Place("curve", 0, {})
     limit = geometry.Limit(split="train", scan=(0.5,), resolution=0.4)
+    here = interface.Place("limit", 0, {"limit": [limit]})
     found, known = (
-        [row for update in limit.run(p, state, [limit], place, [[]]) for row in update.rows[0]]
+        [row for update in limit.run(p, state, here) for row in update.rows[0]]
         for p in (streamed, memory)
     )
     for one, other in zip(found, known, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     chosen = stages.Curve(ratios=(0.0, 0.3, 0.9), splits=("test", "train"))
-    tables_of = [
-        [u.rows[0] for u in chosen.run(p, state, [chosen], place, [[]])] for p in (streamed, memory)
-    ]
+    place = interface.Place("curve", 0, {"curve": [chosen]})
+    tables_of = [[u.rows[0] for u in chosen.run(p, state, place)] for p in (streamed, memory)]
     for a, b in zip(*map(list, map(itertools.chain.from_iterable, tables_of)), strict=True):
         assert (a["ratio"], a["split"], a["num_kept"]) == (b["ratio"], b["split"], b["num_kept"])
         np.testing.assert_allclose(
@@ -692,7 +692,7 @@ def test_the_choice_is_made_and_told_before_training():
     assert data.look_at(fixed) is fixed
     dataset = data.load(name="digits", stream=True, image_size=8, normalization="none")
     problem = train.build_problem(dataset, models.build(name="mlp", num_classes=10, widths=(4,)))
-    assert pipeline.describe_environment(problem)["reading"] == "threads"
+    assert progress.describe_environment(problem)["reading"] == "threads"
 
 
 def test_workers_do_not_outlive_a_killed_run(tmp_path):
@@ -752,7 +752,7 @@ def test_a_killed_run_ends_with_the_same_bits(damaged, tmp_path, monkeypatch):
     assert again["test_accuracy"] == pytest.approx(epochs[-1]["test_accuracy"], rel=1e-6)
     steps = [row for row in whole.rows if row["kind"] == "train" and "epoch" not in row]
     assert sum(row["unreadable"] for row in steps) == 4
-    show = pipeline.Display.show
+    show = progress.Display.show
     for number, error in ((1, Killed), (2, KeyboardInterrupt), (4, Killed)):
         calls = []
 
@@ -764,7 +764,7 @@ def test_a_killed_run_ends_with_the_same_bits(damaged, tmp_path, monkeypatch):
 
         place = tmp_path / f"{number}"
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline.Display, "show", interrupted)
+            patch.setattr(progress.Display, "show", interrupted)
             with pytest.raises(error):
                 pipeline.run(config, place)
         resumed = pipeline.run(config, place)

@@ -15,6 +15,7 @@ from sparsity_jax import (
     interface,
     models,
     pipeline,
+    plans,
     scores,
     structured,
     tables,
@@ -47,9 +48,9 @@ def settings(kind="cut", **fields):
 
 def run(problem, state, kind="cut", visit=1, visits=1, position=1, **fields):
     """(state, row) of one visit of a stage."""
-    place = interface.Place("x", position, {}, (), visit, visits)
     own = [settings(kind, **fields)] * (problem.members or 1)
-    (update,) = own[0].run(problem, state, own, place, [[]])
+    place = interface.Place("x", position, {"x": own}, visit=visit, visits=visits)
+    (update,) = own[0].run(problem, state, place)
     return update.state, update.rows[0][0]
 
 
@@ -166,7 +167,7 @@ def selected(problem, rounds, **fields):
     keep = {name: np.ones(own.size, bool) for name, own in found.items()}
     for visit in range(1, rounds + 1):
         keep = chosen.select(
-            problem, found, keep, interface.Place("x", visit, {}, (), visit, rounds)
+            problem, found, keep, interface.Place("x", visit, {}, visit=visit, visits=rounds)
         )
     return {name: int(own.sum()) for name, own in keep.items()}
 
@@ -388,9 +389,9 @@ def handing_on(*names, **fields):
 def test_momentum_and_tracked_importance_go_through_cuts(tmp_path, monkeypatch):
     handed, cut_before, original = [], [], structured.Cut.run
 
-    def seen(self, problem, state, settings, place, rows):
+    def seen(self, problem, state, place):
         cut_before.append(state)
-        for update in original(self, problem, state, settings, place, rows):
+        for update in original(self, problem, state, place):
             handed.append(update.state)
             yield update
 
@@ -473,7 +474,7 @@ def test_what_nothing_hands_on_is_named(tmp_path):
     with tiny.refused("config.fit.track.use_init", True):
         pipeline.run(config, tmp_path / "x")
     with tiny.refused("config.fit.carry", True):
-        pipeline.check_member(
+        plans.check_member(
             handing_on("fit")
             | dict(fit=pipeline.stage("train", epochs=1, optimizer=tiny.SFW, carry=True))
         )

@@ -228,10 +228,8 @@ def test_a_loss_that_is_not_finite_names_the_step(problem):
         by_hand = step(by_hand, numbers, *rest)
         first = i if first is None and not np.isfinite(by_hand.metrics.loss) else first
     assert int(by_hand.metrics.bad_step) == first
-    with pytest.raises(
-        train.NonFiniteLossError, match=rf"fit: .* not finite at step {first} \(epoch 1\)"
-    ):
-        list(train.fit_epochs(problem, state, fit, numbers, 0, "fit"))
+    with pytest.raises(train.NonFiniteLossError, match=rf"not finite at step {first} \(epoch 1\)"):
+        list(train.fit_epochs(problem, state, fit, numbers, 0))
 
 
 def test_evaluations_come_every_few_epochs_and_at_the_end(problem):
@@ -279,9 +277,9 @@ def test_the_first_bad_member_is_named(problem):
     bad = state._replace(metrics=state.metrics._replace(bad_step=jnp.array([10, -1, 3])))
     with pytest.raises(
         train.NonFiniteLossError,
-        match=r"fit: the training loss of member 2 .* at step 3 \(epoch 1\)",
+        match=r"the training loss of member 2 .* at step 3 \(epoch 1\)",
     ):
-        train.check_finite(bad, 4, "fit")
+        train.check_finite(bad, 4)
 
 
 def test_a_state_between_stages_has_no_optimizer(problem):

@@ -12,7 +12,18 @@ import jax
 import numpy as np
 import pytest
 
-from sparsity_jax import data, interface, models, optim, pipeline, polytopes, report, tables, train
+from sparsity_jax import (
+    data,
+    interface,
+    models,
+    optim,
+    pipeline,
+    plans,
+    polytopes,
+    report,
+    tables,
+    train,
+)
 
 WRITE = report.write
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -35,7 +46,7 @@ def problem(
 def settings(kind: str, **fields) -> interface.Stage:
     """The checked stage `config.x`."""
     with tables.within("config.x"):
-        return pipeline.read_stage(dict(fields, kind=kind))
+        return plans.read_stage(dict(fields, kind=kind))
 
 
 def fit(optimizer: dict = SGD, **fields) -> train.Fit:

@@ -16,7 +16,7 @@ from jax import Array
 
 from sparsity_jax import tables
 from sparsity_jax.models import cnn, layers, mlp, mobilenet, resnet, vgg
-from sparsity_jax.types import PyTree, Shape
+from sparsity_jax.types import Config, Fields, PyTree, Shape
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -106,3 +106,12 @@ def build(
         return logits, updated.get("batch_stats", {})
 
     return Model(initialise, apply, apply_train, settings.dtype)
+
+
+def complete(model: Config) -> Fields:
+    """`model` with the defaults of the options that it lacks: a config's, or those of an older
+    version's run.
+    """
+    factory = MODELS.get(model.get("name", ""))
+    own = tables.defaults(factory) if factory else {}
+    return {**tables.defaults(build), **own, **model}

@@ -1,0 +1,129 @@
+"""The finished run that another one goes on from, and those before it: what they made, and what is
+taken over.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsity_jax import checkpoint, members, models, workdirs
+from sparsity_jax.tables import ConfigError
+from sparsity_jax.trees import named_leaves
+from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Rows
+from sparsity_jax.workdirs import Snapshot, read_config
+
+
+def kinds(start: str, model: Config, sweep: Config) -> dict[str, str]:
+    """Kinds, by name, of the stages that the run in `start` and those before it have finished; a
+    weight file stands for a training.
+
+    model, sweep: of the run that starts from it. Raises ConfigError if that run cannot be used.
+    """
+    check(Path(start), model, sweep)
+    kinds: dict[str, str] = {}
+    for _, run in reversed([*ancestry(start)]):
+        if run.get("pretrained"):
+            kinds["config.pretrained"] = "train"
+        for name in run["pipeline"]:
+            kinds[name] = run[name]["kind"]
+    return kinds
+
+
+def check(path: Path, model: Config, sweep: Config) -> None:
+    """Raises ConfigError unless `path` holds a finished run of the same network."""
+    if not workdirs.holds_run(path):
+        raise ConfigError("", why="which holds no run (no config.json)")
+    other = read_config(path)
+    there = models.complete(other.get("model") or {})
+    differing = workdirs.told_differences(there, models.complete(model), "config.model")
+    if differing:
+        raise ConfigError("", why=f"a run of another network\n{differing}")
+    theirs, alone = other.get("sweep"), path.name.startswith("member_")
+    if theirs and not alone and workdirs.as_saved(sweep) != theirs:
+        allowed = f"with its sweep {workdirs.told(theirs)}"
+        folders = workdirs.member_folders(path)
+        if folders:
+            allowed += f", or one of its networks, e.g. {folders[0]}"
+        raise ConfigError("", why="a run of several networks", allowed=allowed)
+    if not last_snapshots(path, other):
+        raise ConfigError("", why="which is not finished: run it to its end first")
+
+
+def last_snapshots(workdir: Path, config: Config) -> list[Snapshot]:
+    """The last checkpoint of every separate member of a finished run; [] for a run that is not
+    finished.
+    """
+    folders = workdirs.member_folders(workdir)
+    begun = sum(len(members.expand(read_config(folder))) for folder in folders)
+    if folders and begun < len(members.expand(config)):
+        return []
+    snapshots = []
+    for folder in folders or [workdir]:
+        snapshot = workdirs.newest(folder)
+        if snapshot is None or not snapshot.is_finished:
+            return []
+        snapshots.append(snapshot)
+    return snapshots
+
+
+def ancestry(path: AnyPath) -> Iterator[tuple[Path, Fields]]:
+    """(path, config) of the run in `path`, of the run it started from, and so on, as far as they
+    are still there.
+    """
+    path, seen = Path(path), set()
+    while (path / "config.json").is_file():
+        if path.resolve() in seen:
+            raise ConfigError(
+                str(path), why="started from a run that started from it", allowed="another run"
+            )
+        seen.add(path.resolve())
+        config = read_config(path)
+        yield path, config
+        if not config.get("start_from"):
+            return
+        path = of_member(config["start_from"], path.name)
+
+
+def of_member(start: str, name: str) -> Path:
+    """The folder `name` of one member in the run `start`; that run itself if it has none."""
+    folder = Path(start) / name
+    return folder if start and folder.is_dir() else Path(start)
+
+
+def check_arrays(path: AnyPath, shapes: PyTree, members: int | None) -> None:
+    """Raises ConfigError if the parameters in the finished run in `path` do not have `shapes`, for
+    each member.
+    """
+    snapshot = workdirs.newest(path)
+    stored = checkpoint.shapes(snapshot) if snapshot else {}
+    leading = () if members is None else (members,)
+    for name, leaf in named_leaves(shapes).items():
+        there, here = stored.get(f"params/{name}"), leading + leaf.shape
+        if there != here:
+            raise ConfigError(
+                "config.start_from",
+                str(path),
+                why=f"whose params/{name} has the shape {there}",
+                allowed=f"{here}, that of this run's network for its data",
+            )
+
+
+def continue_from(path: AnyPath, state: Any) -> tuple[Any, Rows]:
+    """The network at the end of the finished run in `path`, under the own key of the train.State
+    `state`, and that run's rows.
+
+    They follow those of the runs it started from itself, except for stages that it made anew.
+    """
+    snapshots = [workdirs.newest(folder) for folder, _ in ancestry(path)]
+    saved = [snapshot for snapshot in snapshots if snapshot is not None]
+    rows: Rows = []
+    for snapshot in reversed(saved):
+        rows = behind(rows, snapshot.progress.rows)
+    there = checkpoint.restore(saved[0], state)
+    return there._replace(key=state.key), rows
+
+
+def behind(before: Rows, rows: Rows) -> Rows:
+    """`rows` behind those of another run, of which stages that `rows` made anew are left out."""
+    stages_anew = {row["stage"] for row in rows}
+    return [row for row in before if row["stage"] not in stages_anew] + rows

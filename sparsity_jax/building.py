@@ -1,0 +1,174 @@
+"""From checked plans to a problem: data loaded, network made, and both seen to fit the stages and
+the memory.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import ShapeDtypeStruct, eval_shape, local_devices, random
+
+from sparsity_jax import ancestry, data, models, plans, pretrained, tables, train, trees
+from sparsity_jax.plans import Plan
+from sparsity_jax.tables import ConfigError, check_options, shortened, within
+from sparsity_jax.train import Problem, shapes_of
+from sparsity_jax.trees import named_leaves
+from sparsity_jax.types import Config
+
+# fields that decide how much a stage holds
+LARGE = ("batch_size", "num_examples", "imp_samples", "num_matvecs")
+
+
+def use_platform(name: str) -> None:
+    """Makes JAX compute on `config.platform`; raises ConfigError where it cannot."""
+    if tables.convert(name, plans.Platform, "config.platform") == "default":
+        return
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+    with within("config.platform"):
+        try:
+            used = local_devices()[0].platform
+        except (RuntimeError, AssertionError):  # which of them depends on the version of jax
+            raise ConfigError("", name, why="but jax finds no such device here") from None
+        if used != name:
+            why = f"but this process already uses jax on {used!r}"
+            raise ConfigError("", name, why=why)
+
+
+def build(every: list[Plan]) -> Problem:
+    """Loads the data and builds the network; raises ConfigError for settings that do not fit
+    them.
+    """
+    common, devices = every[0].common, len(local_devices())
+    if common["mesh"] > devices:
+        raise ConfigError(
+            "config.mesh", common["mesh"], allowed=f"0 (all) to {devices}, the local devices"
+        )
+    with within("config.data"):
+        dataset = data.load(**check_options(data.load, common["data"]))
+    model = models.build(num_classes=dataset.num_classes, **common["model"])
+    problem = train.build_problem(
+        dataset,
+        model,
+        mesh=common["mesh"],
+        members=every[0].size,
+        eval_batch_size=common["eval_batch_size"],
+        sample=data.FixedSample(common["sample"], common["sample_seed"]),
+        steps_per_call=common["steps_per_call"],
+    )
+    with within("config.model"):
+        check_size(problem, common["model"]["name"])
+    if common["pretrained"]:
+        problem = with_pretrained(problem, common)
+    for plan in every:
+        start = origin_of(plan, len(every))
+        if start:
+            ancestry.check_arrays(start, shapes_of(problem), plan.size)
+    check_stages(every, problem)
+    return problem
+
+
+def origin_of(plan: Plan, num_plans: int) -> str:
+    """The folder that a plan starts from, or "": of several plans that of the same member, if the
+    run before has such.
+    """
+    start = plan.common["start_from"]
+    if start and num_plans > 1:
+        return str(ancestry.of_member(start, f"member_{plan.numbers[0]:03d}"))
+    return start
+
+
+def check_stages(every: list[Plan], problem: Problem) -> None:
+    """Raises ConfigError for stages that do not fit the network or the data."""
+    pipeline = every[0].pipeline
+    members = [member for plan in every for member in plan.members]
+    for name in plans.stages_used(pipeline, members[:1]):
+        visits = max(pipeline.count(name), 1)
+        for stage in dict.fromkeys(member.stages[name] for member in members):
+            with within(f"config.{name}"):
+                stage.check_network(problem, visits)
+
+
+def check_size(problem: Problem, name: str) -> None:
+    """Raises ConfigError for a network that cannot be made for the run's images, or is larger than
+    the memory.
+    """
+    height, width, channels = problem.dataset.test.images.shape[1:]
+    images = ShapeDtypeStruct((2, height, width, channels), jnp.float32)
+    what = f"{name!r} for images of {height} x {width} x {channels}"
+    with making_network(what):
+        variables = eval_shape(problem.init, random.key(0))
+        logits = eval_shape(problem.model.apply, variables, images)
+    sizes = {path: leaf.size for path, leaf in named_leaves(variables).items()}
+    sizes["its logits"] = logits.size
+    empty = [path for path, size in sizes.items() if not size]
+    if empty:
+        too_large = "it is too large for them"
+        raise ConfigError("", why=f"{what} has nothing in {empty[0]}: {too_large}")
+    leaves = jax.tree.leaves(variables["params"])
+    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)  # with gradients
+    weights = f"{trees.size(variables['params']):,} weights"
+    train.check_memory(needed, f"{what} has {weights}, which with their gradients")
+
+
+@contextmanager
+def making_network(name: str) -> Iterator[None]:
+    """What goes wrong while a network is traced inside, in whatever type, as a ConfigError about
+    the network `name`.
+    """
+    try:
+        yield
+    except Exception as error:  # which ones depends on the layer that does not fit
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = f"{name} cannot be made: {shortened(reason)}"
+        raise ConfigError("", why=f"{why}; is it too large for its images?") from None
+
+
+def with_pretrained(problem: Problem, common: Config) -> Problem:
+    """The problem whose networks start with the arrays of `config.pretrained`, without its
+    classifier if that is to be fresh.
+    """
+    like = eval_shape(problem.init, random.key(0))
+    with enough_memory_for("config.pretrained", None, common):
+        state_dict = pretrained.read(common["pretrained"])
+        with within("config.pretrained"):
+            variables = pretrained.to_variables(
+                state_dict,
+                like,
+                names=common["pretrained_names"],
+                fresh=pretrained.CLASSIFIER if common["fresh_classifier"] else "",
+                image_channels=problem.dataset.test.images.shape[-1],
+            )
+        fresh, leaves = named_leaves(like), named_leaves(variables)
+        given = {path: leaf for path, leaf in leaves.items() if leaf is not fresh[path]}
+        keep = common["pretrained_zeros"] == "keep"
+        return problem._replace(pretrained=problem.place(given), keep_zeros=keep)
+
+
+@contextmanager
+def enough_memory(part: str, advice: str) -> Iterator[None]:
+    """Memory that is full inside, of the host or of a device, as a ConfigError that ends with
+    `advice`.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = (str(error) or "MemoryError").splitlines()[0]
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        raise ConfigError(f"{part}: the memory is full ({shortened(reason)}). {advice}") from error
+
+
+def enough_memory_for(
+    part: str, stage: Any, common: Config
+) -> contextlib.AbstractContextManager[None]:
+    """`enough_memory` for a part of a run that says what to lower. part: a `stage` in the config,
+    or something else.
+    """
+    lower = [f"{part}.{field}" for field in LARGE if hasattr(stage, field)]
+    lower += ["config.eval_batch_size", "the network of config.model"]
+    loop = " or set config.sweep.mode to 'loop'" if common["sweep"] else ""
+    advice = f"Lower {', '.join(lower)}{loop}, in another --workdir; with more memory the same "
+    return enough_memory(part, f"{advice}command goes on from the last checkpoint.")

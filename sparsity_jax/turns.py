@@ -1,0 +1,85 @@
+"""Members of a sweep that run one after the other, each plan in a folder of its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsity_jax import building, report, stopping, workdirs
+from sparsity_jax.members import stages_of
+from sparsity_jax.plans import Plan
+from sparsity_jax.report import Writer
+from sparsity_jax.train import NonFiniteLossError, State
+from sparsity_jax.types import Config, Fields, Rows
+from sparsity_jax.workdirs import say
+
+RunPlan = Callable[[Plan, Path, Fields], tuple[State, Rows]]
+
+
+def run_all(
+    every: list[Plan], workdir: Path, config: Config, run_plan: RunPlan
+) -> tuple[Any, Rows, list[str]]:
+    """(state of the last plan that did not diverge, rows of all, a line for each that diverged).
+
+    run_plan: `run_plan(plan, folder, config of the plan)`, the plan's state and rows.
+    """
+    rows: Rows = []
+    diverged: list[str] = []
+    state: Any = None
+    number = every[-1].numbers[-1] + 1
+    for plan in every:
+        stopping.check()
+        first = plan.numbers[0]
+        folder = workdir / f"member_{first:03d}"
+        start = building.origin_of(plan, len(every))
+        plan = plan._replace(common={**plan.common, "start_from": start})
+        own_config = config_of(plan, config)
+        workdirs.claim(folder, own_config)
+        say(f"{plan.name} ({first + 1} of {number}): {swept_in(plan)}")
+        try:
+            state, new = run_plan(plan, folder, own_config)
+        except NonFiniteLossError as error:
+            diverged.append(f"{plan.name}: {error}")
+            new = report.read_rows(folder / report.METRICS)
+        rows += renumbered(new, first)
+        Writer(workdir, rows).close()
+    return state, rows, diverged
+
+
+def swept_in(plan: Plan) -> str:
+    """The swept values of a plan's members, for the terminal."""
+    text = lambda member: ", ".join(f"{name}={value}" for name, value in member.swept.items())
+    return "; ".join(map(text, plan.members))
+
+
+def renumbered(rows: Rows, first: int) -> Rows:
+    """Rows of members that ran by themselves, numbered as those of the whole run from `first`
+    on.
+    """
+    return [{**row, "member": first + row["member"]} for row in rows]
+
+
+def config_of(plan: Plan, config: Config) -> Fields:
+    """The config of one separate plan; of a single member it makes the same network alone, in
+    whatever folder.
+    """
+    start = dict(start_from=plan.common["start_from"])
+    if plan.size:
+        return {**config, **start, "sweep": {**config["sweep"], "members": plan.numbers}}
+    (member,) = plan.members
+    own = {**member.config, **start}
+    for name in stages_of(own):
+        if "arm" in member.swept and member.stages[name].trains:
+            own[name] = {**own[name], "label": member.swept["arm"]}
+    return own
+
+
+def gathered(snapshots: list[workdirs.Snapshot], workdir: Path) -> Rows:
+    """Rows of a finished run; those of separate members are written again in their folders."""
+    rows: Rows = []
+    for snapshot in snapshots:
+        own, folder = snapshot.progress.rows, snapshot.folder.parent.parent
+        if folder != workdir:
+            Writer(folder, own).close()
+            own = renumbered(own, int(folder.name.removeprefix("member_")))
+        rows += own
+    return rows
