@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparsity_jax import cost, coupling, groups, structured, tables, train, workdirs
+from sparsity_jax import alone, cost, coupling, groups, structured, tables, train, workdirs
 from sparsity_jax.groups import Channels
 from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State
@@ -15,7 +15,7 @@ from sparsity_jax.types import Arrays, PyTree, Row
 
 
 @tables.option
-class Compact(structured.EachMember):
+class Compact(alone.EachMember):
     """The network without its removed channels: the same logits, fewer parameters and FLOPs,
     measured time.
 
@@ -31,7 +31,7 @@ class Compact(structured.EachMember):
     repeats: tables.Index = 20
     tolerance: tables.NonNegative = 0.0
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         try:
             row = take_stock(problem, state, self)
         except ValueError as error:  # an emptied layer

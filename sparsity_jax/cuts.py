@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from sparsity_jax import (
+    alone,
     budgets,
     cost,
     coupling,
@@ -33,7 +34,7 @@ from sparsity_jax import (
 )
 from sparsity_jax.groups import Channels, Group
 from sparsity_jax.interface import Place
-from sparsity_jax.structured import Keep, Result
+from sparsity_jax.structured import Keep
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, Fields, PyTree, Row
 
@@ -41,7 +42,7 @@ NOTHING = "(?!)"  # a pattern that matches no name
 
 
 @tables.option
-class Cut(structured.EachMember):
+class Cut(alone.EachMember):
     """Removes the least important channels of the network; each visit of the stage is one round.
 
     measure: how important a channel is; see `scores.MEASURES`. ratio: share removed after all
@@ -246,7 +247,7 @@ class Cut(structured.EachMember):
     def begin(self, problem: Problem, state: State, place: Place) -> State:
         return interface.without_optimizer(state)._replace(opt_state=state.opt_state)
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         channels = self.channels(problem)
         compiled = dataclasses.replace(self, ratio=0.0, schedule=tables.Options())
         score = problem.once(("scores", compiled), lambda: make_scores(problem, self))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax import (
+    alone,
     checkpoint,
     cost,
     coupling,
@@ -38,7 +39,7 @@ Layers = tuple[units.Layer, ...]
 SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
 
 
-class Choosing(structured.EachMember):
+class Choosing(alone.EachMember):
     """A stage that says which units it removes: by `ratios` of layers, or as another run did."""
 
     needs: ClassVar[tuple[str, ...]] = ("train",)
@@ -247,7 +248,7 @@ class Remove(Choosing):
     inherit_as: Literal["index", "ratio"] = "index"
     reading: Reading = "correct"
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         self.layers(problem)  # found before anything compiles
         given = self.kept_there(problem)
         state, shares = problem.program(_remove, self)(state, place.position, given)

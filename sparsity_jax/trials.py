@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from sparsity_jax import (
+    alone,
     growing,
     interface,
     probes,
@@ -76,7 +77,7 @@ class Oracle(removal.Choosing):
             probes.check_counts(counts, self.limit)
         return counts
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         if self.retrain:
             batch, evaluate = 1, self._trained(problem, state, place)
         else:
@@ -134,7 +135,7 @@ def _losses_of(problem: Problem, stage: Oracle, state: State, keeps: PyTree, *da
 
 
 @tables.option
-class Reinit(structured.EachMember):
+class Reinit(alone.EachMember):
     """Draws the weights that are left anew, and starts the running statistics anew: is it the
     structure that matters?
 
@@ -148,7 +149,7 @@ class Reinit(structured.EachMember):
     def check(self) -> None:
         tables.lookup(surgery.METHODS, self.method, "method")
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         return problem.program(_drawn_anew, self)(state, place.position), []
 
 
@@ -204,7 +205,7 @@ def _disturbed(problem: Problem, stage: Noise, state: State, position: int, draw
 
 
 @tables.option
-class Jacobian(structured.EachMember):
+class Jacobian(alone.EachMember):
     """Singular values of the Jacobian of the logits in the image, of `num_examples` train images:
     mean, spread and range. Which ones: see `config.sample`.
 
@@ -214,7 +215,7 @@ class Jacobian(structured.EachMember):
     kind: ClassVar[str] = "jacobian"
     num_examples: tables.Count = 100
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         images = problem.images(problem.examples("train", self.num_examples)[0])
         numbers = problem.program(_isometry)(state, images)
         (rows,) = train.member_rows(problem, numbers, num_examples=len(images))

@@ -71,6 +71,7 @@ RUNS = (
     *(
         "sfw_init",
         "stages",
+        "alone",
         "geometry",
         "structured",
         "compaction",
