@@ -309,7 +309,7 @@ def measured(saved: Saved, **options: Any) -> Iterator[Row]:
         yield {**which, **row}
 
 
-COMPACT = (  # fields of `structured.take_stock`
+COMPACT = (  # fields of `compaction.take_stock`
     *("parameters_compact", "flops_compact", "bytes_compact", "difference", "kept", "sizes"),
     *("batch_size", "milliseconds", "milliseconds_low", "milliseconds_high"),
     *("speedup", "speedup_low", "speedup_high", "verdict"),

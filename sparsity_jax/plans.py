@@ -12,6 +12,8 @@ from jax import ShapeDtypeStruct, eval_shape, random
 
 from sparsity_jax import (
     ancestry,
+    compaction,
+    cuts,
     data,
     geometry,
     greg,
@@ -19,10 +21,12 @@ from sparsity_jax import (
     members,
     models,
     pretrained,
+    removal,
+    sfw_init,
     stages,
-    structured,
     tables,
     train,
+    trials,
     workdirs,
 )
 from sparsity_jax.interface import Stage
@@ -33,8 +37,11 @@ from sparsity_jax.types import Config, Fields
 
 Stages = Mapping[str, Stage]  # by name
 Platform = Literal["default", "cpu", "gpu", "tpu"]
-ALL_STAGES = (*stages.STAGES, *geometry.STAGES, *structured.STAGES, *greg.STAGES)
-STAGES = {stage.kind: stage for stage in ALL_STAGES}
+STAGES = {
+    stage.kind: stage
+    for module in (sfw_init, stages, geometry, cuts, compaction, removal, greg, trials)
+    for stage in module.STAGES
+}
 SHARED = ("init", "dtype", "param_dtype")  # options of every network
 NARROWER = "'float32', 'bfloat16', 'float16'"
 WIDER = f"{NARROWER}, and with JAX_ENABLE_X64=1 in the environment also 'float64'"

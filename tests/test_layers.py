@@ -32,6 +32,9 @@ NUMERICS = (
     ),
     "kernels",
     "units",
+    "coupling",
+    "shares",
+    "filters",
 )
 # never each other
 PARTS = (
@@ -45,6 +48,7 @@ PARTS = (
         "spectrum",
         "width",
         "scores",
+        "saliency",
         "cost",
         "budgets",
     ),
@@ -65,10 +69,15 @@ RUNS = (
         "train",
     ),
     *(
+        "sfw_init",
         "stages",
         "geometry",
         "structured",
+        "compaction",
+        "cuts",
+        "removal",
         "greg",
+        "trials",
         "ancestry",
         "plans",
         "building",

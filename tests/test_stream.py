@@ -26,6 +26,7 @@ import tiny
 from test_data import SHARED, needs_shared, random_split, write_tfds
 
 from sparsity_jax import (
+    compaction,
     data,
     decoding,
     evaluate,
@@ -41,7 +42,6 @@ from sparsity_jax import (
     stages,
     stopping,
     stream,
-    structured,
     tables,
     train,
 )
@@ -430,8 +430,8 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
             [a["loss"], a["accuracy"]], [b["loss"], b["accuracy"]], rtol=1e-5
         )
     variables = dict(params=state.params, batch_stats=state.batch_stats)
-    stock = structured.Stock(variables, streamed.model.apply, {}, None)
-    assert structured.accuracy(streamed, stock) == structured.accuracy(memory, stock)
+    stock = compaction.Stock(variables, streamed.model.apply, {}, None)
+    assert compaction.accuracy(streamed, stock) == compaction.accuracy(memory, stock)
 
 
 @pytest.mark.parametrize("rule", ["spread", "first"])
@@ -454,7 +454,7 @@ def test_a_step_is_that_of_data_in_memory(pair):
     streamed, memory, state = pair
     fit = tiny.fit(epochs=1, batch_size=12, augment="flip")
     numbers = train.numbers_of(streamed, state, [fit])
-    state = train.begin(streamed, state, fit, numbers)
+    state = train.begin(streamed, fit, state, numbers)
     (first,) = itertools.islice(
         stream.train_batches(
             streamed.dataset.train.images, [0], batch_size=12, epochs=1, put=streamed.put
@@ -467,7 +467,7 @@ def test_a_step_is_that_of_data_in_memory(pair):
         state, numbers, 0, first.images, first.labels
     )
     arrays = train.arrays(memory, "train")
-    known = jax.jit(functools.partial(train.step_in_memory, memory, fit))(
+    known = jax.jit(functools.partial(train.steps_in_memory, memory, fit, 1))(
         state, numbers, jnp.tile(order, 2), 0, *arrays
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, known)

@@ -136,7 +136,7 @@ def consumed(name: str, batch_size: int, repeats: int) -> list[float]:
     fit = train.Fit(**options)
     state = train.create_state(problem, train.key_of(0))
     numbers = train.numbers_of(problem, state, [fit])
-    state = train.begin(problem, state, fit, numbers)
+    state = train.begin(problem, fit, state, numbers)
     step, times = jax.jit(functools.partial(train.step_on_batch, problem, fit)), []
     for _ in range(1 + repeats):
         start = time.perf_counter()
