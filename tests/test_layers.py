@@ -99,7 +99,7 @@ FOLDERS = {
         *("sets", "augment", "inputs", "streams"),
         *("loading", "__init__"),
     ),
-    "masks": ("search", "shares", "select", "thresholds", "__init__"),
+    "masks": ("search", "counts", "select", "thresholds", "__init__"),
     "polytopes": ("inside", "ksparse", "balls", "sets", "__init__"),
     "optim": ("rates", "schedules", "steps", "adagrad", "penalties", "recipe", "__init__"),
     "models": ("layers", "mlp", "convolutions", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
