@@ -7,6 +7,7 @@ Source: Zhang et al. 2023, arXiv:2306.05857.
 """
 
 import functools
+import operator
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -19,10 +20,11 @@ from jax.tree_util import tree_map
 
 from sparsity_jax import (
     allocate,
+    alone,
+    batches,
     interface,
     linops,
     losses,
-    masks,
     spectrum,
     stages,
     tables,
@@ -40,129 +42,114 @@ WITHOUT_BATCH_NORM = (
 )
 Variables = tuple[PyTree, PyTree]  # params and batch_stats
 Images = tuple[Array, Array]  # and their labels
-
-
-class Trained(NamedTuple):
-    """One trained network of a sweep, as a stage finds it."""
-
-    problem: Problem
-    sweep: State
-    place: Place
-    member: int
-
-    @property
-    def state(self) -> State:
-        """Its own state between two stages."""
-        return stages.member_state(self.problem, self.sweep, self.member)
-
-    @property
-    def variables(self) -> Variables:
-        """In float32 or wider: weights of a narrower type keep their values, and the network its
-        arithmetic; directions of curvature do not fit.
-        """
-        return tree_map(trees.widen, (self.state.params, self.state.batch_stats))
-
-    @property
-    def earlier(self) -> Rows:
-        """Its rows of all stages before."""
-        return self.place.earlier[self.member]
-
-    def update(self, new: Rows, done: float) -> Update:
-        """New rows of this member alone; done: share of its own part."""
-        rows = interface.rows_per_member(self.problem)
-        rows[self.member] = new
-        return Update(self.sweep, rows, (self.member + done) / len(rows))
-
-
 Updates = Iterator[Update]
 
 
-class OneByOne:
-    """A stage that leaves networks as they are and measures one after the other."""
-
-    def measure(self, trained: Trained, rows: Rows) -> Updates:
-        """Updates of one member. rows: those that it has already."""
-        raise NotImplementedError
-
-    def run(self, problem: Problem, state: State, place: Place) -> Updates:
-        """Every member's part in turn."""
-        for member, own in enumerate(place.own):
-            yield from own.measure(Trained(problem, state, place, member), place.rows[member])
-
-
-class Network(NamedTuple):
-    """A trained network as functions of (params, batch_stats) and a batch (images, labels), in
-    inference mode.
+def wide_variables(state: State) -> Variables:
+    """Variables in float32 or wider: weights of a narrower type keep their values, and the network
+    its arithmetic; directions of curvature do not fit.
     """
-
-    outputs: Callable  # -> logits
-    loss: Callable  # (logits, batch) -> mean over the batch
-
-    def mean_loss(self, variables: Variables, batch: Images) -> Array:
-        return self.loss(self.outputs(variables, batch), batch)
+    return tree_map(trees.widen, (state.params, state.batch_stats))
 
 
-def network_of(problem: Problem, loss: Fields) -> Network:
-    rule = losses.of(loss)
+class TrainingLoss(alone.OneByOne):
+    """A stage that looks at the training loss around the trained weights."""
 
-    def outputs(variables: Variables, batch: Images) -> Array:
-        named = dict(zip(("params", "batch_stats"), variables))
-        return problem.model.apply(named, problem.images(batch[0]))
+    loss: Fields
+    batch_size: int
+    num_examples = 0
+    parameters = ".*"
 
-    return Network(outputs, lambda logits, batch: rule(logits, batch[1]).mean())
+    def check(self) -> None:
+        super().check()
+        trees.check_pattern(self.parameters, "parameters")
+        with tables.within("loss"):
+            losses.of(self.loss)
 
+    def check_streamed(self) -> None:
+        if not self.num_examples:
+            raise interface.needs_memory("num_examples", 0, "all of which are read into memory")
 
-def examples(problem: Problem, num: int) -> Images:
-    """`num` train images and labels, see `Problem.examples`; 0 for all."""
-    return problem.examples("train", num or problem.size("train"))
+    def examples(self, problem: Problem) -> Images:
+        """`num_examples` train images and labels, see `Problem.examples`; 0 for all."""
+        return problem.examples("train", self.num_examples or problem.size("train"))
 
+    def loss_of(self, logits: Array, batch: Images) -> Array:
+        """The mean over a batch."""
+        _, labels = batch
+        return losses.of(self.loss)(logits, labels).mean()
 
-def _check_loss(loss: Fields) -> None:
-    with tables.within("loss"):
-        losses.of(loss)
+    def mean_loss(self, problem: Problem, variables: Variables, batch: Images) -> Array:
+        """The mean over a batch, in inference mode."""
+        images, _ = batch
+        return self.loss_of(problem.logits(*variables, images), batch)
 
+    def product(
+        self, problem: Problem, gauss_newton: bool, variables: Variables, v: PyTree, batch: Images
+    ) -> PyTree:
+        """v times the curvature of the loss over a batch, in the parameters of the stage."""
+        params, batch_stats = variables
+        part, rebuild = spectrum.select(params, self.parameters)
+        if gauss_newton:
+            outputs = lambda part, batch: problem.logits(rebuild(part), batch_stats, batch[0])
+            matvec = linops.gauss_newton(outputs, self.loss_of, part, batch)
+        else:
+            loss = lambda part, batch: self.mean_loss(problem, (rebuild(part), batch_stats), batch)
+            matvec = linops.hvp(loss, part, batch)
+        return matvec(v)
 
-def _check_number(num_examples: int) -> None:
-    """Raises ConfigError, of streamed data, unless a number of images says how many to keep in
-    memory.
-    """
-    if not num_examples:
-        raise interface.needs_memory("num_examples", 0, "all of which are read into memory")
+    def whole_product(self, problem: Problem, gauss_newton: bool = False) -> Callable:
+        """`product(variables, v)` over all examples of the stage."""
+        of_batch = functools.partial(self.product, problem, gauss_newton)
+        return self.over_examples(problem, spectrum.over_batches, of_batch, gauss_newton)
+
+    def over_examples(
+        self, problem: Problem, make: Callable, of_batch: Callable, *depends: Any
+    ) -> Callable:
+        """`make(of_batch, ...)` over all examples of the stage, made once."""
+
+        def build() -> Callable:
+            data = self.examples(problem)
+            on_host = stages.on_host(problem)
+            return make(of_batch, data, self.batch_size, on_host=on_host)
+
+        name = (make, self.loss, self.parameters, self.batch_size, self.num_examples, *depends)
+        return problem.once(name, build)
 
 
 # limit --------------------------------------------------------------------------------------------
 
 
 class Criterion(NamedTuple):
-    """What counts as losing nothing: test(row, dense_row, tolerance) -> bool."""
+    """What counts as losing nothing: a `field` of a row, compared to that of the dense network plus
+    `sign` times the tolerance.
+    """
 
-    test: Callable
+    field: str
+    compare: Callable
+    sign: int
     tolerance: float
     text: str
 
-
-def _not_below(row: Row, dense: Row, tolerance: float) -> bool:
-    return row["accuracy"] >= dense["accuracy"] - tolerance
-
-
-def _above(row: Row, dense: Row, tolerance: float) -> bool:
-    return row["accuracy"] > dense["accuracy"] + tolerance
-
-
-def _loss_within(row: Row, dense: Row, tolerance: float) -> bool:
-    return row["loss"] <= dense["loss"] + tolerance
+    def passes(self, row: Row, dense: Row, tolerance: float) -> bool:
+        bound = dense[self.field] + self.sign * tolerance
+        return bool(self.compare(row[self.field], bound))
 
 
 CRITERIA = {
-    "accuracy": Criterion(_not_below, 0.0, "accuracy not below dense"),
-    "better_accuracy": Criterion(_above, 0.0, "accuracy above dense, as the original"),
-    "accuracy_within": Criterion(_not_below, 0.001, "accuracy at most {} below dense"),
-    "loss_within": Criterion(_loss_within, 0.01, "loss at most {} above dense"),
+    "accuracy": Criterion("accuracy", operator.ge, -1, 0.0, "accuracy not below dense"),
+    "better_accuracy": Criterion(
+        "accuracy", operator.gt, 1, 0.0, "accuracy above dense, as the original"
+    ),
+    "accuracy_within": Criterion(
+        "accuracy", operator.ge, -1, 0.001, "accuracy at most {} below dense"
+    ),
+    "loss_within": Criterion("loss", operator.le, 1, 0.01, "loss at most {} above dense"),
 }
 
 
 @tables.option
-class Limit(OneByOne, stages.Selecting):
+class Limit(alone.OneByOne, stages.Selecting):
     """The largest pruning ratio that loses nothing, by a coarse scan and bisection: some 20
     evaluations.
 
@@ -210,25 +197,25 @@ class Limit(OneByOne, stages.Selecting):
                 "tolerance", self.tolerance, allowed=f"0 with criterion {self.criterion!r}"
             )
 
-    def tolerated(self) -> float:
-        """The tolerance in use."""
-        return self.tolerance or CRITERIA[self.criterion].tolerance
-
-    def measure(self, trained: Trained, rows: Rows) -> Updates:
+    def measure(self, problem: Problem, state: State, place: Place) -> Updates:
+        (rows,) = place.rows
         if rows and rows[-1].get("phase") == "result":
             return
-        problem, state, place, member = trained
-        evaluate = stages.pruned_evaluation(problem, state, self, place, member, self.split)
+        pruned = self.pruned(problem, place.position)
+
+        def evaluate(ratio: float) -> Row:
+            network, _ = pruned(state, self.counts(problem, ratio))
+            result = train.measure(problem, network.params, network.batch_stats, self.split)
+            return dict(loss=float(result.loss), accuracy=float(result.accuracy))
+
         known = {(row["phase"], row["ratio"]): row for row in rows if "ratio" in row}
         for row in find_limit(evaluate, self, known):
-            yield trained.update([row], row.pop("done"))
-
-
-Search = Generator[Row, None, Row]
+            done = row.pop("done")
+            yield Update(state, [[row]], done)
 
 
 def find_limit(
-    evaluate: Callable[[float], Row], chosen: Limit, known: dict | None = None
+    evaluate: Callable[[float], Row], limit: Limit, known: dict | None = None
 ) -> Iterator[Row]:
     """Rows of the search: evaluations (phase dense, scan, bisect), then the result; `known` ones
     are not repeated.
@@ -236,48 +223,47 @@ def find_limit(
     evaluate(ratio) -> dict(accuracy=..., loss=...).
     """
     known = known or {}
-    criterion = CRITERIA[chosen.criterion]
-    tolerance = chosen.tolerated()
-    count = 0
+    criterion = CRITERIA[limit.criterion]
+    tolerance = limit.tolerance or criterion.tolerance
+    seen: list[Row] = []  # the dense network first
 
-    def look(phase: str, ratio: float, done: float) -> Search:
-        """Yields the row if it is new, and returns it."""
-        nonlocal count
-        count += 1
-        if (phase, ratio) in known:
-            return known[phase, ratio]
-        row = dict(phase=phase, ratio=ratio, split=chosen.split, **evaluate(ratio))
-        yield {**row, "done": done}
-        return row
+    def passes(phase: str, ratio: float, done: float) -> Generator[Row, None, bool]:
+        """Yields the row if it is new."""
+        row = known.get((phase, ratio))
+        if row is None:
+            row = dict(phase=phase, ratio=ratio, split=limit.split, **evaluate(ratio))
+            yield {**row, "done": done}
+        seen.append(row)
+        return criterion.passes(row, seen[0], tolerance)
 
-    dense = yield from look("dense", 0.0, 0.0)
-    passes = lambda row: bool(criterion.test(row, dense, tolerance))
-    low = 0.0 if passes(dense) else None
-    high = None
-    for i, ratio in enumerate(reversed(chosen.scan)):
-        row = yield from look("scan", ratio, 0.5 * (i + 1) / len(chosen.scan))
-        if passes(row):
+    dense_passes = yield from passes("dense", 0.0, 0.0)
+    low = 0.0 if dense_passes else None
+    high = 1.0
+    end = "the end of the scan"
+    for i, ratio in enumerate(reversed(limit.scan), 1):
+        if (yield from passes("scan", ratio, 0.5 * i / len(limit.scan))):
             low = ratio
             break
         high = ratio
-    end = "the end of the scan" if high is None else f"fails at {high:g} of the scan"
+        end = f"fails at {high:g} of the scan"
     how = "passes nowhere on the scan"
     if low is not None:
-        how = f"passes at {low:g}, {end}, then bisection to {chosen.resolution:g}"
-        high = 1.0 if high is None else high
-        widest = max(high - low, chosen.resolution)
-        while high - low > chosen.resolution:
+        how = f"passes at {low:g}, {end}, then bisection to {limit.resolution:g}"
+        widest = max(high - low, limit.resolution)
+        while high - low > limit.resolution:
             middle = (low + high) / 2
-            done = 1 - (high - low - chosen.resolution) / widest
-            row = yield from look("bisect", middle, 0.5 + 0.49 * done)
-            low, high = (middle, high) if passes(row) else (low, middle)
+            done = 1 - (high - low - limit.resolution) / widest
+            if (yield from passes("bisect", middle, 0.5 + 0.49 * done)):
+                low = middle
+            else:
+                high = middle
     yield dict(
         phase="result",
         limit=low,
-        criterion=chosen.criterion,
+        criterion=limit.criterion,
         tolerance=tolerance,
-        split=chosen.split,
-        evaluations=count,
+        split=limit.split,
+        evaluations=len(seen),
         how=f"{criterion.text.format(f'{tolerance:g}')}; {how}",
         done=1.0,
     )
@@ -290,7 +276,7 @@ def largest_ratio(rows: Rows, criterion: str, tolerance: float | None = None) ->
     rule = CRITERIA[criterion]
     tolerance = rule.tolerance if tolerance is None else tolerance
     dense = min(rows, key=lambda row: row["ratio"])
-    good = [row["ratio"] for row in rows if rule.test(row, dense, tolerance)]
+    good = [row["ratio"] for row in rows if rule.passes(row, dense, tolerance)]
     return max(good, default=None)
 
 
@@ -298,7 +284,7 @@ def largest_ratio(rows: Rows, criterion: str, tolerance: float | None = None) ->
 
 
 @tables.option
-class Path(OneByOne, stages.Selecting):
+class Path(TrainingLoss, stages.Selecting):
     """How pruning really moves the training loss, beside the second order, which is all that the
     prediction knows.
 
@@ -335,102 +321,47 @@ class Path(OneByOne, stages.Selecting):
         super().check()
         if not self.ratios:
             raise ConfigError("ratios", self.ratios, allowed="at least one")
-        _check_loss(self.loss)
 
-    def check_streamed(self) -> None:
-        _check_number(self.num_examples)
-
-    def all_ratios(self, earlier: Rows) -> list[float]:
-        """Where to measure, ascending. earlier: rows before the stage."""
+    def measure(self, problem: Problem, state: State, place: Place) -> Updates:
+        pruned = self.pruned(problem, place.position)
+        mean_loss = functools.partial(self.mean_loss, problem)
+        terms = self.over_examples(problem, spectrum.taylor, mean_loss)
+        variables = (state.params, state.batch_stats)
+        still = tree_map(jnp.zeros_like, state.batch_stats)
         ratios = set(self.ratios)
-        for row in earlier if self.at_limits else ():
-            limit = row.get({"width": "predicted", "limit": "limit"}.get(row["kind"], ""))
+        fields = {"width": "predicted", "limit": "limit"} if self.at_limits else {}
+        for row in place.earlier[0]:
+            limit = row.get(fields.get(row["kind"], ""))
             if limit is not None and limit < 1:
                 ratios.add(limit)
-        return sorted(ratios)
-
-    def measure(self, trained: Trained, rows: Rows) -> Updates:
-        problem, state = trained.problem, trained.state
-        step_of = self.pruning_step(problem, trained.place)
-        terms = self.terms(problem)
-        shapes, options = train.shapes_of(problem), self.keywords(problem)
-        ratios = self.all_ratios(trained.earlier)
-        for i, ratio in enumerate(ratios[len(rows) :], len(rows) + 1):
-            counts = allocate.keep_counts(shapes, ratio, **options)
-            step, distance = step_of(state, counts)
-            changes = terms((state.params, state.batch_stats), step)
-            numbers = dict(distance=distance, **changes._asdict())
-            row = {"ratio": ratio, **tree_map(float, numbers)}
-            yield trained.update([row], i / len(ratios))
-
-    def pruning_step(self, problem: Problem, place: Place) -> Callable:
-        """`step_of(state, counts) -> (pruned less current params, its norm)` of one member: one
-        program for all ratios.
-        """
-        prune = stages.pruning(problem, self, place.position)
-
-        def step_of(state: State, counts: PyTree) -> tuple[PyTree, Array]:
-            pruned = masks.apply(state.params, prune(state, counts))
-            step = tree_map(jnp.subtract, pruned, state.params)
-            return step, trees.norm(step)
-
-        name = ("pruning step", self.selecting(place.position))
-        return problem.once(name, lambda: jax.jit(step_of))
-
-    def terms(self, problem: Problem) -> Callable:
-        """`terms(variables, step)`: `spectrum.taylor` of the training loss for a step of the
-        params.
-        """
-        network = network_of(problem, self.loss)
-        data = examples(problem, self.num_examples)
-        on_host = stages.on_host(problem)
-
-        def build() -> Callable:
-            terms = spectrum.taylor(network.mean_loss, data, self.batch_size, on_host=on_host)
-            still = lambda variables: tree_map(jnp.zeros_like, variables[1])
-            return lambda variables, step: terms(variables, (step, still(variables)))
-
-        return problem.once(("path", self.loss, self.batch_size, self.num_examples), build)
+        number = len(place.rows[0])
+        left = sorted(ratios)[number:]
+        for i, ratio in enumerate(left, number + 1):
+            network, _ = pruned(state, self.counts(problem, ratio))
+            step, distance = step_to(network.params, state.params)
+            change, first_order, second_order = terms(variables, (step, still))
+            row = dict(
+                ratio=ratio,
+                distance=float(distance),
+                change=float(change),
+                first_order=float(first_order),
+                second_order=float(second_order),
+            )
+            yield Update(state, [[row]], i / len(ratios))
 
 
-# Curvature ----------------------------------------------------------------------------------------
-
-
-def batch_product(problem: Problem, chosen: Any, kind: str = "hessian") -> spectrum.Product:
-    """`product(variables, v, batch)` with the curvature of the training loss in the parameters
-    `chosen.parameters`.
-    """
-    network = network_of(problem, chosen.loss)
-
-    def product(variables: Variables, v: PyTree, batch: Images) -> PyTree:
-        params, batch_stats = variables
-        selected = spectrum.select(params, chosen.parameters)
-        outputs = lambda part, batch: network.outputs((selected.rebuild(part), batch_stats), batch)
-        if kind == "gauss_newton":
-            return linops.gauss_newton(outputs, network.loss, selected.params, batch)(v)
-        mean_loss = lambda part, batch: network.loss(outputs(part, batch), batch)
-        return linops.hvp(mean_loss, selected.params, batch)(v)
-
-    return product
-
-
-def curvature(problem: Problem, chosen: Any, kind: str = "hessian") -> Callable:
-    """`product(variables, v)`: `batch_product` over `chosen.num_examples` of the train set."""
-
-    def build() -> Callable:
-        product, data = batch_product(problem, chosen, kind), examples(problem, chosen.num_examples)
-        on_host = stages.on_host(problem)
-        return spectrum.over_batches(product, data, chosen.batch_size, on_host=on_host)
-
-    depends = (chosen.loss, chosen.parameters, chosen.batch_size, chosen.num_examples)
-    return problem.once(("curvature", kind, *depends), build)
+@jax.jit
+def step_to(after: PyTree, before: PyTree) -> tuple[PyTree, Array]:
+    """(the difference, its norm)."""
+    step = tree_map(jnp.subtract, after, before)
+    return step, trees.norm(step)
 
 
 # row_norms ----------------------------------------------------------------------------------------
 
 
 @tables.option
-class RowNorms(OneByOne, interface.Stage):
+class RowNorms(TrainingLoss):
     """Share of weights without curvature, from the Hessian rows of the weights at `num_weights`
     magnitude quantiles.
 
@@ -452,13 +383,6 @@ class RowNorms(OneByOne, interface.Stage):
     parameters: str = ".*"
     loss: losses.Config = losses.CROSS_ENTROPY
 
-    def check(self) -> None:
-        trees.check_pattern(self.parameters, "parameters")
-        _check_loss(self.loss)
-
-    def check_streamed(self) -> None:
-        _check_number(self.num_examples)
-
     def check_network(self, problem: Problem, visits: int) -> None:
         shapes = train.shapes_of(problem)
         matches = trees.matching(shapes, self.parameters, "parameters")
@@ -471,54 +395,46 @@ class RowNorms(OneByOne, interface.Stage):
                 allowed=f"a pattern of paths such as {kernels[0]!r}",
             )
 
-    def measure(self, trained: Trained, rows: Rows) -> Updates:
+    def measure(self, problem: Problem, state: State, place: Place) -> Updates:
+        (rows,) = place.rows
         if len(rows) > self.num_weights:
             return
-        variables = trained.variables
+        variables = wide_variables(state)
         selected = spectrum.select(variables[0], self.parameters).params
         prunable = allocate.prunable(selected, "kernels")
         entries = spectrum.quantile_entries(prunable, self.num_weights)
-        row_of = self.mean_row if self.rows == "mean" else self.sum_of_rows
-        norm_of = row_of(trained.problem)
+        norm_of = self.row_norm(problem)
         norms = [row["row_norm"] for row in rows]
         for path, index, magnitude in entries[len(rows) :]:
             quantile = len(norms) / self.num_weights
-            norm = float(norm_of(variables, spectrum.one_hot(selected, path, index)))
+            norm = norm_of(variables, spectrum.one_hot(selected, path, index))
             norms.append(norm)
             row = dict(quantile=quantile, magnitude=magnitude, row_norm=norm, parameter=path)
-            yield trained.update([row], len(norms) / (len(entries) + 1))
+            yield Update(state, [[row]], len(norms) / (len(entries) + 1))
         result = dict(
             zero_share=float(np.mean(np.asarray(norms) < self.threshold)),
             threshold=self.threshold,
             rows=self.rows,
             num_weights=len(entries),
         )
-        yield trained.update([result], 1.0)
+        yield Update(state, [[result]], 1.0)
 
-    def mean_row(self, problem: Problem) -> Callable:
-        """`norm(variables, v)`: the L1 norm of the whole data set's Hessian times v."""
-        product = curvature(problem, self)
-        return lambda variables, v: spectrum.absolute_sum(product(variables, v))
+    def row_norm(self, problem: Problem) -> Callable:
+        """`norm(variables, v)`: the L1 norm of the Hessian times v, see the option `rows`."""
+        if self.rows == "mean":
+            whole = self.whole_product(problem)
+            return lambda variables, v: float(spectrum.absolute_sum(whole(variables, v)))
+        data = self.examples(problem)
 
-    def sum_of_rows(self, problem: Problem) -> Callable:
-        """`norm(variables, v)`: the original's, see the option `rows`."""
-        data = examples(problem, self.num_examples)
-        size = len(data[0])
-        product = batch_product(problem, self)
+        def of_batch(batch: Images, variables: Variables, v: PyTree) -> Array:
+            return spectrum.absolute_sum(self.product(problem, False, variables, v, batch))
 
-        def of_batch(variables: Variables, v: PyTree, data: Images, start: int, length: int) -> Any:
-            return spectrum.absolute_sum(product(variables, v, spectrum.cut(data, start, length)))
+        def build() -> Callable:
+            return batches.mean(of_batch, self.batch_size, on_host=True, weighted=False)
 
-        build = lambda: jax.jit(of_batch, static_argnums=4)
-        compiled = problem.once(("row of a batch", self), build)
-
-        def norm(variables: Variables, v: PyTree) -> float:
-            total = 0.0
-            for start, length in spectrum.pieces(size, self.batch_size):
-                total += compiled(variables, v, data, start, length)
-            return float(total) / size
-
-        return norm
+        total = problem.once(("sum of rows", self), build)
+        zero = jnp.zeros(())
+        return lambda variables, v: float(total(zero, data, variables, v)) / len(data[0])
 
 
 # spectrum -----------------------------------------------------------------------------------------
@@ -531,7 +447,7 @@ OPERATORS = {
 
 
 class Probe(NamedTuple):
-    """Where the stage stands: the probe under way (of all members' in turn) and its Lanczos
+    """Where the stage stands: the probe under way of one network, -1 after its row, and its Lanczos
     state.
     """
 
@@ -540,13 +456,13 @@ class Probe(NamedTuple):
 
 
 @tables.option
-class Spectrum(OneByOne, interface.Stage):
+class Spectrum(TrainingLoss):
     """Stochastic Lanczos quadrature of the curvature of the training loss at the trained weights.
 
     operator: the `hessian`; `gauss_newton`, its positive semi-definite part; `absolute`, the
     Hessian applied twice, whose square root is its absolute value (two products a step).
     num_matvecs: Lanczos steps; num_probes: random start vectors. reorthogonalize: see
-        `linops.lanczos_method`.
+        `linops.Lanczos`.
     stop_width: a probe ends once its enclosure of the prediction is narrower than this; 0: never.
     Needs a stage of kind `width` in the config, whose tolerance it uses: that of one that names
     this stage, else of one that names none.
@@ -572,10 +488,6 @@ class Spectrum(OneByOne, interface.Stage):
     parameters: str = WITHOUT_BATCH_NORM
     loss: losses.Config = losses.CROSS_ENTROPY
 
-    def check(self) -> None:
-        trees.check_pattern(self.parameters, "parameters")
-        _check_loss(self.loss)
-
     def check_order(self, order: interface.Order) -> None:
         if self.stop_width and not any(isinstance(own, Width) for own in order.all.values()):
             raise ConfigError(
@@ -585,9 +497,6 @@ class Spectrum(OneByOne, interface.Stage):
                 allowed="0 without such a stage in the config",
             )
 
-    def check_streamed(self) -> None:
-        _check_number(self.num_examples)
-
     def check_network(self, problem: Problem, visits: int) -> None:
         shapes = train.shapes_of(problem)
         trees.matching(shapes, self.parameters, "parameters")
@@ -596,54 +505,62 @@ class Spectrum(OneByOne, interface.Stage):
             with tables.blaming("num_matvecs", self.num_matvecs):
                 train.check_memory(basis, "whose basis")
 
+    @property
     def lanczos(self) -> linops.Lanczos:
-        return linops.lanczos_method(self.num_matvecs, reorthogonalize=self.reorthogonalize)
+        return linops.Lanczos(self.num_matvecs, self.reorthogonalize)
 
     def begin(self, problem: Problem, state: State, place: Place) -> State:
         state = interface.without_optimizer(state)
-        return self.started(Trained(problem, state, place, 0), 0).sweep
+        first = train.member_of(problem, state, 0)
+        return state._replace(opt_state=self.started(first, place.position, 0))
 
-    def started(self, trained: Trained, number: int) -> Trained:
-        """Before the first product of probe `number`, one of this network's."""
-        key = train.stage_key(trained.state.key, trained.place.position)
-        key = jax.random.fold_in(key, number % self.num_probes)
-        like = spectrum.select(trained.variables[0], self.parameters).params
-        lanczos = self.lanczos().init(linops.rademacher(key, like))
-        return _at(trained, Probe(jnp.asarray(number, jnp.int32), lanczos))
+    def started(self, state: State, position: int, number: int) -> Probe:
+        """A probe of one network before its first product."""
+        key = train.stage_key(state.key, position)
+        key = jax.random.fold_in(key, number)
+        start = linops.rademacher(key, self.variables(state))
+        return Probe(jnp.asarray(number, jnp.int32), self.lanczos.init(start))
 
-    def matvec(self, problem: Problem, variables: Variables) -> linops.Matvec:
-        """The operator at one member's `variables`."""
-        kind = "gauss_newton" if self.operator == "gauss_newton" else "hessian"
+    def variables(self, state: State) -> dict[str, Array]:
+        """The parameters in question."""
+        params, _ = wide_variables(state)
+        return spectrum.select(params, self.parameters).params
+
+    def matvec(self, problem: Problem, state: State) -> linops.Matvec:
+        """The operator at the weights of one network."""
+        variables = wide_variables(state)
+        gauss_newton = self.operator == "gauss_newton"
         if self.linearize_once:
-            data = examples(problem, self.num_examples)
-            like = spectrum.select(variables[0], self.parameters).params
-            product = batch_product(problem, self, kind)
-            bare = spectrum.linearized(product, variables, data, self.batch_size, like=like)
+            of_batch = functools.partial(self.product, problem, gauss_newton)
+            data = self.examples(problem)
+            like = self.variables(state)
+            bare = spectrum.linearized(of_batch, variables, data, self.batch_size, like=like)
         else:
-            bare = functools.partial(curvature(problem, self, kind), variables)
-        add = lambda a, b: a + 2 * self.l2 * b
-        matvec = (lambda v: tree_map(add, bare(v), v)) if self.l2 else bare
+            bare = functools.partial(self.whole_product(problem, gauss_newton), variables)
+        matvec = bare
+        if self.l2:
+            add = lambda a, b: a + 2 * self.l2 * b
+            matvec = lambda v: tree_map(add, bare(v), v)
         return linops.squared(matvec) if self.operator == "absolute" else matvec
 
-    def enclosure(self, trained: Trained) -> Callable | None:
+    def enclosure(self, problem: Problem, state: State, place: Place) -> Callable | None:
         """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance
         of the width stage; None where no probe ends early.
         """
         if not self.stop_width:
             return None
-        others = [own[trained.member] for own in trained.place.settings.values()]
-        widths = [own for own in others if isinstance(own, Width)]
-        name = trained.place.name
-        reader = min(widths, key=lambda own: (own.spectrum != name, own.spectrum != ""))
-        variables = trained.variables
-        epsilon, _ = tolerated(trained.problem, variables, reader)
+        widths = [own for (own,) in place.settings.values() if isinstance(own, Width)]
+        reader = min(widths, key=lambda own: (own.spectrum != place.name, own.spectrum != ""))
+        variables = wide_variables(state)
+        epsilon, _ = tolerated(problem, variables, reader)
         distances = width.distances(variables[0])
-        options: Fields = dict(
-            operator=OPERATORS[self.operator], zero_share=zero_share_of(reader, trained.earlier)
-        )
+        zero_share = zero_share_of(reader, place.earlier[0])
+        name: Any = OPERATORS[self.operator]
 
         def gap(tridiagonal: linops.Tridiagonal) -> float:
-            answer = width.predict_probes(tridiagonal, distances, epsilon, **options)
+            answer = width.predict_probes(
+                tridiagonal, distances, epsilon, operator=name, zero_share=zero_share
+            )
             return answer.upper - answer.lower
 
         return gap
@@ -657,37 +574,38 @@ class Spectrum(OneByOne, interface.Stage):
             return True
         if gap is None or step == 0 or step % 4:
             return False
-        return gap(self.lanczos().result(lanczos)) <= self.stop_width
+        return gap(lanczos.tridiagonal) <= self.stop_width
 
-    def measure(self, trained: Trained, rows: Rows) -> Updates:
-        matvec: Any = None
+    def measure(self, problem: Problem, state: State, place: Place) -> Updates:
+        (rows,) = place.rows
+        if len(rows) == self.num_probes:
+            return
+        matvec = self.matvec(problem, state)
+        gap = self.enclosure(problem, state, place)
+        number, lanczos = state.opt_state
         for probe in range(len(rows), self.num_probes):
-            number = trained.member * self.num_probes + probe
-            if int(trained.sweep.opt_state.number) != number:
-                trained = self.started(trained, number)
-            if matvec is None:
-                matvec = self.matvec(trained.problem, trained.variables)
-                gap = self.enclosure(trained)
+            if int(number) != probe:
+                number, lanczos = self.started(state, place.position, probe)
             started = time.perf_counter()
-            number, lanczos = trained.sweep.opt_state
             while not self.is_finished(lanczos, gap):
-                lanczos = self.lanczos().step(matvec, lanczos)
+                lanczos = self.lanczos.step(matvec, lanczos)
                 step = int(lanczos.step)
                 if not np.isfinite(float(lanczos.alphas[step - 1])):
                     raise train.NonFiniteLossError(
                         "a product is not finite; did the training diverge?"
                     )
-                trained = _at(trained, Probe(number, lanczos))
+                state = state._replace(opt_state=Probe(number, lanczos))
                 done = probe + step / (self.num_matvecs + 1)  # the rest is for the row
-                yield trained.update([], done / self.num_probes)
+                yield Update(state, [[]], done / self.num_probes)
             seconds = round(time.perf_counter() - started, 3)
             row = dict(probe=probe, **self.row(lanczos, gap), seconds=seconds)
-            yield trained.update([row], (probe + 1) / self.num_probes)
+            number = jnp.full_like(number, -1)
+            state = state._replace(opt_state=Probe(number, lanczos))
+            yield Update(state, [[row]], (probe + 1) / self.num_probes)
 
     def row(self, lanczos: linops.LanczosState, gap: Callable | None) -> Row:
         """Of a probe that has ended."""
-        tridiagonal = self.lanczos().result(lanczos)
-        alphas, betas, steps = map(np.asarray, tridiagonal)
+        alphas, betas, steps = map(np.asarray, lanczos.tridiagonal)
         row = dict(
             operator=self.operator,
             num_matvecs=int(steps),
@@ -697,17 +615,13 @@ class Spectrum(OneByOne, interface.Stage):
             dimension=trees.size(lanczos.current),
         )
         if gap:
-            enclosure = gap(tridiagonal)
+            enclosure = gap(lanczos.tridiagonal)
             row.update(enclosure=enclosure, narrow_enough=enclosure <= self.stop_width)
         return row
 
 
-def _at(trained: Trained, probe: Probe) -> Trained:
-    return trained._replace(sweep=trained.sweep._replace(opt_state=probe))
-
-
 def tridiagonals(rows: Rows) -> linops.Tridiagonal:
-    """The Lanczos results in rows of a spectrum stage, one a probe on the leading axis."""
+    """The Lanczos results in rows of a spectrum stage, one per probe on the leading axis."""
     steps = np.array([row["num_matvecs"] for row in rows], np.int32)
     coefficients = np.zeros((2, len(rows), steps.max()), rows[0]["dtype"])
     for i, row in enumerate(rows):
@@ -720,7 +634,7 @@ def tridiagonals(rows: Rows) -> linops.Tridiagonal:
 
 
 @tables.option
-class Width(OneByOne, interface.Stage):
+class Width(TrainingLoss):
     """The predicted largest pruning ratio, from the Gaussian width of the loss basin, beside the
     actual one.
 
@@ -747,9 +661,6 @@ class Width(OneByOne, interface.Stage):
     tolerance: tables.NonNegative = 0.001
     loss: losses.Config = losses.CROSS_ENTROPY
 
-    def check(self) -> None:
-        _check_loss(self.loss)
-
     def check_order(self, order: interface.Order) -> None:
         known = [name for name, kind in order.done.items() if kind == Spectrum.kind]
         if self.spectrum and self.spectrum not in known:
@@ -762,45 +673,39 @@ class Width(OneByOne, interface.Stage):
             raise interface.needs_memory("epsilon", 0, "which is measured on all images in memory")
 
     def check_network(self, problem: Problem, visits: int) -> None:
-        num_examples = problem.size("train")
-        if not self.epsilon and num_examples < 2 * self.batch_size:
+        most = problem.size("train") // 2
+        if not self.epsilon and self.batch_size > most:
             raise ConfigError(
                 "batch_size",
                 self.batch_size,
-                allowed=f"up to {num_examples // 2}, half the train set (epsilon is a deviation "
-                "over batches), or any with epsilon set",
+                allowed=f"up to {most}, half the train set (epsilon is a deviation over batches), "
+                "or any with epsilon set",
             )
 
-    def measure(self, trained: Trained, rows: Rows) -> Updates:
-        if rows:
+    def measure(self, problem: Problem, state: State, place: Place) -> Updates:
+        if place.rows[0]:
             return
-        spectra = [row for row in trained.earlier if row["kind"] == Spectrum.kind]
-        name = self.spectrum or spectra[-1]["stage"]
-        row = self.predict(trained, _newest(spectra, name))
-        yield trained.update([row], 1.0)
-
-    def predict(self, trained: Trained, spectra: Rows) -> Row:
-        """The row of the stage. spectra: those that it reads."""
+        (earlier,) = place.earlier
+        spectra = newest([row for row in earlier if row["kind"] == Spectrum.kind], self.spectrum)
         tridiagonal = tridiagonals(spectra)
-        variables, earlier = trained.variables, trained.earlier
-        epsilon, batch_losses = tolerated(trained.problem, variables, self)
+        variables = wide_variables(state)
+        epsilon, batch_losses = tolerated(problem, variables, self)
         draws: Sequence[float] = ()
         if batch_losses is not None:
-            seed = trained.place.position
-            draws = list(width.epsilon_draws(batch_losses, self.epsilon_draws, seed))
+            draws = width.epsilon_draws(batch_losses, self.epsilon_draws, place.position).tolist()
         plain: Fields = dict(negative=self.negative, zero_share=zero_share_of(self, earlier))
-        operator = OPERATORS[spectra[0]["operator"]]
-        options: Fields = dict(operator=operator, **plain)
+        name: Any = OPERATORS[spectra[0]["operator"]]
+        options: Fields = dict(operator=name, **plain)
         reach = (width.distances(variables[0]), epsilon)
         answer = width.predict_probes(tridiagonal, *reach, epsilons=draws, **options)
         course = width.history(tridiagonal, *reach, **options)
         values, weights = linops.ritz(tridiagonal)
-        values = width.OPERATORS[operator](values)
+        values = width.OPERATORS[name](values)
         on_grid = width.predict(values, weights, *reach, method="grid", **plain)
         ratios = np.concatenate([np.arange(0, 0.9, 0.02), np.arange(0.9, 1.0005, 0.001)]).clip(0, 1)
         radii = reach[0].at(ratios)
         low, high = answer.band()
-        return dict(
+        row = dict(
             predicted=on_grid if self.method == "grid" else answer.ratio,
             method=self.method,
             low=low,
@@ -822,8 +727,8 @@ class Width(OneByOne, interface.Stage):
             history=dict(
                 num_matvecs=course.num_matvecs.tolist(),
                 predicted=course.ratio.tolist(),
-                lower=[_known(bound) for bound in course.lower],
-                upper=[_known(bound) for bound in course.upper],
+                lower=list(map(_known, course.lower)),
+                upper=list(map(_known, course.upper)),
             ),
             ratios=ratios.tolist(),
             distances=radii.tolist(),
@@ -831,6 +736,7 @@ class Width(OneByOne, interface.Stage):
             ritz_values=values.tolist(),
             ritz_weights=weights.tolist(),
         )
+        yield Update(state, [[row]], 1.0)
 
 
 def _known(number: float) -> float | None:
@@ -838,46 +744,52 @@ def _known(number: float) -> float | None:
     return float(number) if np.isfinite(number) else None
 
 
-def _newest(rows: Rows, stage: str) -> Rows:
-    """Those of the stage's latest visit."""
-    rows = [row for row in rows if row["stage"] == stage]
-    visit = max(row["visit"] for row in rows)
-    return [row for row in rows if row["visit"] == visit]
+def newest(rows: Rows, stage: str = "") -> Rows:
+    """Rows of the latest visit of a stage, by default of that which made the last row."""
+    if not rows:
+        return []
+    name = stage or rows[-1]["stage"]
+    rows = [row for row in rows if row["stage"] == name]
+    return [row for row in rows if row["visit"] == rows[-1]["visit"]]
 
 
 def tolerated(
-    problem: Problem, variables: Variables, chosen: Width
+    problem: Problem, variables: Variables, reader: Width
 ) -> tuple[float, np.ndarray | None]:
     """(epsilon, the mean training loss of every whole batch in the data's order, if epsilon is not
     set); raises ConfigError if it comes out as 0.
     """
-    if chosen.epsilon:
-        return chosen.epsilon, None
-    mean_loss = network_of(problem, chosen.loss).mean_loss
+    if reader.epsilon:
+        return reader.epsilon, None
+    mean_loss = functools.partial(reader.mean_loss, problem)
 
     def losses_of(variables: Variables, *data: Array) -> Array:
-        return spectrum.batch_losses(mean_loss, variables, data, chosen.batch_size)
+        return spectrum.batch_losses(mean_loss, variables, data, reader.batch_size)
 
-    name = ("batch losses", chosen.loss, chosen.batch_size)
+    name = ("batch losses", reader.loss, reader.batch_size)
     compiled = problem.once(name, lambda: jax.jit(losses_of))
-    batch_losses = compiled(variables, problem.train_images, problem.train_labels)
+    batch_losses = compiled(variables, *train.arrays(problem, "train"))
     batch_losses = np.asarray(batch_losses, np.float64)
     try:
         return width.epsilon(batch_losses), batch_losses
     except ValueError as error:
-        alive = any(np.any(leaf) for leaf in allocate.prunable(variables[0], "kernels").values())
-        hint = "" if alive else " All kernels of the network are 0: its penalty was too strong."
-        raise ConfigError("epsilon", chosen.epsilon, why=f"{error}{hint}") from None
+        why = str(error)
+        kernels = allocate.prunable(variables[0], "kernels")
+        if not any(map(np.any, kernels.values())):
+            why += " All kernels of the network are 0: its penalty was too strong."
+        raise ConfigError("epsilon", reader.epsilon, why=why) from None
 
 
-def zero_share_of(chosen: Width, earlier: Rows) -> float:
+def zero_share_of(reader: Width, earlier: Rows) -> float:
     """The share of directions without curvature: as set, else of the latest `row_norms` stage, else
     0.
     """
-    if chosen.zero_share >= 0:
-        return chosen.zero_share
-    row_norms = [row for row in earlier if row["kind"] == RowNorms.kind]
-    return next((row["zero_share"] for row in reversed(row_norms) if "zero_share" in row), 0.0)
+    if reader.zero_share >= 0:
+        return reader.zero_share
+    for row in reversed(earlier):
+        if row["kind"] == RowNorms.kind and "zero_share" in row:
+            return row["zero_share"]
+    return 0.0
 
 
 def actual_limits(rows: Rows, tolerance: float, epsilon: float) -> dict[str, float]:
@@ -888,18 +800,15 @@ def actual_limits(rows: Rows, tolerance: float, epsilon: float) -> dict[str, flo
     limit stages by their stage's name.
     """
     limits = {}
-    curves = [row for row in rows if row["kind"] == "curve" and not row["retrained"]]
-    if curves:
-        last = curves[-1]
-        curves = [row for row in curves if row["visit"] == last["visit"]]
-        curves = [row for row in curves if row["stage"] == last["stage"]]
-    for split in sorted({row["split"] for row in curves}):
-        on_split = [row for row in curves if row["split"] == split]
+    bounds = dict(accuracy_within=tolerance, loss_within=epsilon)
+    curve = newest([row for row in rows if row["kind"] == "curve" and not row["retrained"]])
+    for split in sorted({row["split"] for row in curve}):
+        on_split = [row for row in curve if row["split"] == split]
         for criterion in CRITERIA:
-            bound = dict(accuracy_within=tolerance, loss_within=epsilon).get(criterion)
-            limits[f"{split} {criterion}"] = largest_ratio(on_split, criterion, bound)
+            ratio = largest_ratio(on_split, criterion, bounds.get(criterion))
+            limits[f"{split} {criterion}"] = ratio
     for row in rows:
-        if row["kind"] == Limit.kind and row.get("limit") is not None:
+        if row["kind"] == Limit.kind and "limit" in row:
             limits[row["stage"]] = row["limit"]
     return {name: limit for name, limit in limits.items() if limit is not None}
 

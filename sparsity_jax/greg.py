@@ -23,6 +23,7 @@ import optax
 from jax import Array
 
 from sparsity_jax import (
+    alone,
     checkpoint,
     cost,
     growing,
@@ -54,7 +55,7 @@ SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
 # What is removed ----------------------------------------------------------------------------------
 
 
-class Choosing(structured.EachMember):
+class Choosing(alone.EachMember):
     """A stage that says which units it removes: by `ratios` of layers, or as another run did."""
 
     needs: ClassVar[tuple[str, ...]] = ("train",)
@@ -259,7 +260,7 @@ class Remove(Choosing):
     inherit_as: Literal["index", "ratio"] = "index"
     reading: Reading = "correct"
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         layers = self.layers(problem)
         given = self.kept_there(problem)
 
@@ -464,7 +465,7 @@ class Oracle(Choosing):
             probes.check_counts(counts, self.limit)
         return counts
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         if self.retrain:
             batch, evaluate = 1, self._trained(problem, state, place)
         else:
@@ -516,7 +517,7 @@ class Oracle(Choosing):
 
 
 @tables.option
-class Reinit(structured.EachMember):
+class Reinit(alone.EachMember):
     """Draws the weights that are left anew, and starts the running statistics anew: is it the
     structure that matters?
 
@@ -530,7 +531,7 @@ class Reinit(structured.EachMember):
     def check(self) -> None:
         tables.lookup(surgery.METHODS, self.method, "method")
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         def draw(state: State, position: int) -> State:
             key = train.stage_key(state.key, position)
             params = surgery.reinitialize(state.params, state.masks, key, method=self.method)
@@ -585,7 +586,7 @@ class Noise(interface.Stage):
 
 
 @tables.option
-class Jacobian(structured.EachMember):
+class Jacobian(alone.EachMember):
     """Singular values of the Jacobian of the logits in the image, of `num_examples` train images:
     mean, spread and range. Which ones: see `config.sample`.
 
@@ -595,7 +596,7 @@ class Jacobian(structured.EachMember):
     kind: ClassVar[str] = "jacobian"
     num_examples: tables.Count = 100
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> structured.Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         images = problem.images(problem.examples("train", self.num_examples)[0])
 
         def measure(state: State, images: Array) -> Fields:

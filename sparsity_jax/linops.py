@@ -7,7 +7,7 @@ everything else takes any operator.
 
     tridiagonal = lanczos(64)(hvp(loss, params, batch), rademacher(key, params))
     values, weights = ritz(tridiagonal)             # Ritz values and weights: float64, on the host
-    quadrature(function, values, weights)           # v^T function(A) v for the unit start vector v
+    np.sum(weights * function(values))              # v^T function(A) v for the unit start vector v
 
 Products run on the device in the type of their vectors; the small tridiagonal problem is solved in
 float64 by SciPy.
@@ -40,6 +40,8 @@ from sparsity_jax.types import PyTree
 
 Matvec = Callable[[PyTree], PyTree]
 HIGHEST = lax.Precision.HIGHEST
+_einsum = functools.partial(jnp.einsum, precision=HIGHEST)
+_inner = functools.partial(jnp.dot, precision=HIGHEST)
 
 
 # Products with the curvature of a loss ------------------------------------------------------------
@@ -78,7 +80,8 @@ def gauss_newton(outputs: Callable, loss: Callable, params: PyTree, *args: Any) 
     def matvec(v: PyTree) -> PyTree:
         z, change = jax.jvp(network, (params,), (tangent(v, params),))
         _, pull_back = jax.vjp(network, params)
-        return pull_back(jax.jvp(gradient, (z,), (change,))[1])[0]
+        _, curved = jax.jvp(gradient, (z,), (change,))
+        return pull_back(curved)[0]
 
     return matvec
 
@@ -130,16 +133,15 @@ def tangent(v: PyTree, params: PyTree) -> PyTree:
 
 def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
     given: Any = tree_structure(tree)
-    allowed = tree_structure(like)
+    allowed: Any = tree_structure(like)
     if given != allowed:
         raise ValueError(f"{name} has the structure {given}; allowed: that of {other}, {allowed}.")
     for (path, x), y in zip(tree_leaves_with_path(tree), tree_leaves(like)):
-        if jnp.shape(x) != jnp.shape(y):
-            place = jax.tree_util.keystr(path)
-            raise ValueError(
-                f"{name} has shape {jnp.shape(x)} at {place!r}; allowed: that of {other}, "
-                f"{jnp.shape(y)}."
-            )
+        given = jnp.shape(x)
+        allowed = jnp.shape(y)
+        if given != allowed:
+            place = f"shape {given} at {trees.path_name(path)!r}"
+            raise ValueError(f"{name} has {place}; allowed: that of {other}, {allowed}.")
 
 
 # Trees as vectors ---------------------------------------------------------------------------------
@@ -159,25 +161,25 @@ def rademacher(key: Array, like: PyTree) -> PyTree:
 def _dot(first: PyTree, second: PyTree) -> Array:
     """Inner product. Of two vectors at a time: XLA's CPU backend sums those pairwise (error 1e-9
     for 1e6 entries), a matrix-vector product one after the other (1e-5)."""
-    dot = lambda x, y: jnp.dot(widen(x).ravel(), widen(y).ravel(), precision=HIGHEST)
+    dot = lambda x, y: _inner(widen(x).ravel(), widen(y).ravel())
     products = tree_leaves(tree_map(dot, first, second))
     return jnp.asarray(sum(products))
 
 
 def _flatten(tree: PyTree) -> Array:
-    leaves = [widen(leaf).ravel() for leaf in tree_leaves(tree)]
-    return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
+    return jnp.concatenate([widen(leaf).ravel() for leaf in tree_leaves(tree)])
 
 
 def _unflatten(vector: Array, like: PyTree) -> PyTree:
     """`vector` [..., D] cut into the leaves of `like`: each [..., *shape], in its type."""
     leaves, structure = tree_flatten(like)
-    ends = np.cumsum([leaf.size for leaf in leaves])
     pieces = []
-    for piece, leaf in zip(jnp.split(vector, ends[:-1], axis=-1), leaves):
-        # of NumPy's float64, float32 unless x64 is enabled
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        pieces.append(piece.reshape(*vector.shape[:-1], *leaf.shape).astype(dtype))
+    start = 0
+    for leaf in leaves:
+        piece = vector[..., start : start + leaf.size]
+        start += leaf.size
+        shape = (*vector.shape[:-1], *leaf.shape)
+        pieces.append(piece.reshape(shape).astype(jnp.result_type(leaf)))
     return tree_unflatten(structure, pieces)
 
 
@@ -214,9 +216,13 @@ class LanczosState(NamedTuple):
     previous: PyTree
     basis: Any
 
+    @property
+    def tridiagonal(self) -> Tridiagonal:
+        """What the steps so far have found."""
+        return Tridiagonal(self.alphas, self.betas, self.num_steps)
+
 
 Blocks = tuple[Array, ...]
-_einsum = functools.partial(jnp.einsum, precision=HIGHEST)
 CHUNK = 2**12  # entries whose products are summed one after the other
 SHARDS = 64  # several chunks are a multiple of so many, for many numbers of devices to share them
 
@@ -235,18 +241,19 @@ class _OnDevice:
 
     num_blocks: int
     dtype: Any = None
-    cond = staticmethod(lax.cond)
 
     def create(self, vector: Array, num_rows: int) -> Blocks:
         """The basis with `vector` as row 0."""
         rows = -(-num_rows // self.num_blocks)
-        index = np.arange(num_rows)[:, None]
+        dtype = self.dtype or vector.dtype
         vector = _chunks(vector)[:, None]
+        index = np.arange(num_rows)[:, None]
         blocks = []
         for first in range(0, num_rows, rows):
             # made of the vector, so that they are sharded as it is
-            block = jnp.where(index[first : first + rows] == 0, vector, 0)
-            blocks.append(block.astype(self.dtype or vector.dtype))
+            is_first = index[first : first + rows] == 0
+            block = jnp.where(is_first, vector, 0)
+            blocks.append(block.astype(dtype))
         return tuple(blocks)
 
     def write(self, basis: Blocks, row: Array, vector: Array) -> Blocks:
@@ -262,7 +269,14 @@ class _OnDevice:
             row = row - block.shape[1]
         return tuple(blocks)
 
-    def project(self, basis: Blocks, row: Array, vector: Array) -> tuple[Array, Array]:
+    def orthogonalize(self, basis: Blocks, row: Array, vector: Array) -> Array:
+        """The vector without its part in rows 0..row."""
+        squares, rest = self._project(basis, row, vector)
+        again = lambda rest: self._project(basis, row, rest)[1]
+        enough = lambda rest: rest
+        return lax.cond(_inner(rest, rest) < squares, again, enough, rest)
+
+    def _project(self, basis: Blocks, row: Array, vector: Array) -> tuple[Array, Array]:
         """(the squared length of the vector's part in rows 0..row, the vector without it)."""
 
         def subtract(vector: Array, squares: Array, block: Array) -> tuple[Array, Array]:
@@ -270,7 +284,7 @@ class _OnDevice:
             part = _einsum("krc,kc->kr", block, vector).sum(0)
             every = jnp.broadcast_to(part, block.shape[:2])
             rest = vector - _einsum("kr,krc->kc", every, block)
-            return rest, squares + jnp.dot(part, part, precision=HIGHEST)
+            return rest, squares + _inner(part, part)
 
         skip = lambda vector, squares, block: (vector, squares)
         size = vector.size
@@ -293,8 +307,6 @@ def _chunks(vector: Array) -> Array:
 class _OnHost:
     """Keeps the basis in one NumPy matrix, written in place and multiplied on the host."""
 
-    cond = staticmethod(lambda test, yes, no, vector: (yes if test else no)(vector))
-
     def create(self, vector: Array, num_rows: int) -> ndarray:
         basis = np.zeros((num_rows, vector.size), vector.dtype)
         basis[0] = vector
@@ -305,11 +317,14 @@ class _OnHost:
             basis[int(row)] = vector
         return basis
 
-    def project(self, basis: ndarray, row: Array, vector: Array) -> tuple[float, ndarray]:
+    def orthogonalize(self, basis: ndarray, row: Array, vector: Array) -> ndarray:
         rows = basis[: int(row) + 1]
         flat = np.asarray(vector)
         part = rows @ flat
-        return part @ part, flat - part @ rows
+        rest = flat - part @ rows
+        if rest @ rest < part @ part:
+            rest = rest - (rows @ rest) @ rows
+        return rest
 
 
 _Basis = _OnDevice | _OnHost
@@ -323,46 +338,19 @@ REORTHOGONALIZE: dict[str, _Basis | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Lanczos:
-    """Lanczos one product at a time, made by `lanczos_method`.
+    """Lanczos tridiagonalisation with `num_matvecs` products: `lanczos(64)(matvec, start) ->
+    Tridiagonal`, or one product at a time.
 
-    While `jit` traces, all methods are pure. Outside of it, `step` and `update` take any matvec,
-    host loops too, and consume the state they are given: its basis is updated in place. Save a
-    state before it is passed on.
-    """
+    The call is one traced loop, so matvec must be traceable; works under `jit` and `vmap` over
+    start vectors, except with reorthogonalize="host". Outside `jit` each call compiles anew and
+    holds the basis twice: to repeat it, or for large D, wrap it in `jit`, with all that matvec
+    depends on as arguments (XLA computes with constants while compiling).
+    on_host: a host loop of steps instead, for a matvec that is one itself, or a convolution's on a
+    CPU, whose gradients XLA compiles badly inside loops.
 
-    num_matvecs: int
-    basis: _Basis | None
-    shift: float
-
-    def init(self, start: PyTree) -> LanczosState:
-        """The state before the first product."""
-        begin = _begin if isinstance(self.basis, _OnHost) else _begin_compiled
-        return begin(_checked_start(start), self.num_matvecs, self.basis, self.shift)
-
-    def step(self, matvec: Matvec, state: LanczosState) -> LanczosState:
-        """The state after one more product."""
-        return self.update(state, matvec(state.current))
-
-    def update(self, state: LanczosState, product: PyTree) -> LanczosState:
-        """The state after a step whose product is known."""
-        _check_like(product, state.current, "the product", "the start vector")
-        product = tree_map(trees.gathered, product)
-        pure = isinstance(self.basis, _OnHost) or _is_traced((state, product))
-        advance = _advance if pure else _advance_in_place
-        vectors = (state.current, product, state.previous, state.basis)
-        numbers, following, rows = advance(self.basis, self.shift, state[:4], *vectors)
-        return LanczosState._make((*numbers, following, state.current, rows))
-
-    def result(self, state: LanczosState) -> Tridiagonal:
-        """What the steps so far have found."""
-        return Tridiagonal(state.alphas, state.betas, state.num_steps)
-
-
-def lanczos_method(
-    num_matvecs: int, *, reorthogonalize: str = "full", shift: float = 0.0
-) -> Lanczos:
-    """Lanczos tridiagonalisation with `num_matvecs` products, to be driven step by step; see
-    `Lanczos`.
+    `step` and `update` take any matvec, host loops too. While `jit` traces, they are pure; outside
+    of it they consume the state they are given: its basis is updated in place. Save a state before
+    it is passed on.
 
     reorthogonalize: every new vector against all before it,
         `full`      kept in the vectors' type: m D numbers;
@@ -370,8 +358,9 @@ def lanczos_method(
                     type. Coefficients are off by some 1e-3 / sqrt(D) of the largest, and smaller
                     details of the spectrum are lost;
         `host`      kept and multiplied in host memory: the device holds three vectors. Cannot be
-        traced by `jit`; `none`      not at all: three vectors. Converged eigenvalues then reappear
-        in copies, which delays the others.
+                    traced by `jit`;
+        `none`      not at all: three vectors. Converged eigenvalues then reappear in copies, which
+                    delays the others.
     The three-term recurrence comes first and leaves rounding errors only, so one pass of
     Gram-Schmidt is enough, and a second one is made where the first removed more than half of the
     squared length (Kahan and Parlett's "twice is enough"). Ends early, see `Tridiagonal`, after D
@@ -387,53 +376,94 @@ def lanczos_method(
     for a start vector that is zero or not finite (NaN results while tracing), for a product of
     another structure, for num_matvecs < 1.
     """
-    basis = tables.lookup(REORTHOGONALIZE, reorthogonalize, "reorthogonalize")
-    if num_matvecs < 1:
-        raise ValueError(f"num_matvecs is {num_matvecs}; allowed: 1 and above.")
-    return Lanczos(num_matvecs, basis, shift)
+
+    num_matvecs: int
+    reorthogonalize: str = "full"
+    shift: float = 0.0
+    on_host: bool = False
+
+    def __post_init__(self) -> None:
+        tables.lookup(REORTHOGONALIZE, self.reorthogonalize, "reorthogonalize")
+        if self.num_matvecs < 1:
+            raise ValueError(f"num_matvecs is {self.num_matvecs}; allowed: 1 and above.")
+
+    @property
+    def basis(self) -> _Basis | None:
+        return REORTHOGONALIZE[self.reorthogonalize]
+
+    def __call__(self, matvec: Matvec, start: PyTree) -> Tridiagonal:
+        return self.run(matvec, start).tridiagonal
+
+    def init(self, start: PyTree) -> LanczosState:
+        """The state before the first product."""
+        begin = _begin if isinstance(self.basis, _OnHost) else _begin_compiled
+        return begin(self, _checked_start(start))
+
+    def step(self, matvec: Matvec, state: LanczosState) -> LanczosState:
+        """The state after one more product."""
+        return self.update(state, matvec(state.current))
+
+    def update(self, state: LanczosState, product: PyTree) -> LanczosState:
+        """The state after a step whose product is known."""
+        current = state.current
+        _check_like(product, current, "the product", "the start vector")
+        product = tree_map(trees.gathered, product)
+        advance = _advance if isinstance(self.basis, _OnHost) else _advance_in_place
+        after = advance(self, state[:4], current, product, state.previous, state.basis)
+        numbers, following, rows = after
+        return LanczosState._make((*numbers, following, current, rows))
+
+    def run(self, matvec: Matvec, start: PyTree) -> LanczosState:
+        """The state after all products."""
+        state = self.init(start)
+        if not (self.on_host or isinstance(self.basis, _OnHost)):
+            step = lambda _, state: self.step(matvec, state)
+            return lax.fori_loop(0, self.num_matvecs, step, state)
+        for _ in range(self.num_matvecs):
+            stopping.check()
+            state = self.step(matvec, state)
+        return state
 
 
-def _is_traced(tree: PyTree) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in tree_leaves(tree))
+lanczos = Lanczos
 
 
 def _checked_start(start: PyTree) -> PyTree:
     start = tree_map(lambda leaf: trees.gathered(jnp.asarray(leaf)), start)
     types = sorted({str(leaf.dtype) for leaf in tree_leaves(start)})
     if types not in (["float32"], ["float64"]):
+        given = ", ".join(types) or "no arrays"
         raise TypeError(
-            f"the start vector has {', '.join(types) or 'no arrays'}; Lanczos needs leaves of one "
-            "type, float32 or float64."
+            f"the start vector has {given}; Lanczos needs leaves of one type, float32 or float64."
         )
-    if _is_traced(start):
-        return start
-    length = float(trees.norm(start))
-    if not 0 < length < math.inf:
+    length = trees.norm(start)
+    if not isinstance(length, jax.core.Tracer) and not 0 < length < math.inf:
         raise ValueError(
             f"the start vector has length {length}; Lanczos needs a finite vector that is not zero."
         )
     return start
 
 
-def _begin(start: PyTree, num_matvecs: int, basis: _Basis | None, shift: float) -> LanczosState:
+def _begin(method: Lanczos, start: PyTree) -> LanczosState:
     unit = trees.scale_of(start)
     start = tree_map(lambda leaf: leaf / unit, start)
-    length = jnp.sqrt(_dot(start, start)) + shift / unit
+    length = jnp.sqrt(_dot(start, start)) + method.shift / unit
     current = tree_map(lambda leaf: leaf / length, start)
     vector = _flatten(current)
-    rows = basis.create(vector, min(num_matvecs, vector.size)) if basis else None
+    rows = None
+    if method.basis:
+        rows = method.basis.create(vector, min(method.num_matvecs, vector.size))
     zero = varying_like(jnp.zeros((), jnp.int32), [vector])
-    numbers = varying_like(jnp.zeros(num_matvecs, vector.dtype), [vector])
+    numbers = varying_like(jnp.zeros(method.num_matvecs, vector.dtype), [vector])
     previous = tree_map(jnp.zeros_like, current)
     return LanczosState(zero, zero, numbers, numbers, current, previous, rows)
 
 
-_begin_compiled = jax.jit(_begin, static_argnums=(1, 2, 3))
+_begin_compiled = jax.jit(_begin, static_argnums=0)
 
 
 def _advance(
-    basis: _Basis | None,
-    shift: float,
+    method: Lanczos,
     numbers: Sequence[Array],
     current: PyTree,
     product: PyTree,
@@ -446,11 +476,13 @@ def _advance(
     whatever the unit of A.
     """
     step, _, _, betas = numbers
+    basis = method.basis
     before = jnp.where(step > 0, betas[step - 1], 0)
     unit, alpha, rest = _recurrence(current, product, previous, before)
     if basis:
-        rest = _orthogonalize(basis, rows, step, _flatten(rest))
-    after, factor = _close(numbers, unit, alpha, before, rest, trees.size(current), shift)
+        rest = basis.orthogonalize(rows, step, _flatten(rest))
+    size = trees.size(current)
+    after, factor = _close(numbers, unit, alpha, before, rest, size, method.shift)
     following = tree_map(lambda leaf: leaf * factor, rest)
     if basis:
         rows = basis.write(rows, step + 1, following)
@@ -458,7 +490,7 @@ def _advance(
     return after, following, rows
 
 
-_advance_in_place = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(5, 6))
+_advance_in_place = jax.jit(_advance, static_argnums=0, donate_argnums=(4, 5))
 
 
 @jax.jit
@@ -473,13 +505,6 @@ def _recurrence(
     beta = beta / unit
     subtract = lambda p, v, u: p - alpha * v - beta * u
     return unit, alpha, tree_map(subtract, product, current, previous)
-
-
-def _orthogonalize(basis: _Basis, rows: Any, row: Array, vector: Array) -> Array:
-    squares, rest = basis.project(rows, row, vector)
-    again = lambda rest: basis.project(rows, row, rest)[1]
-    enough = lambda rest: rest
-    return basis.cond(jnp.dot(rest, rest, precision=HIGHEST) < squares, again, enough, rest)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
@@ -513,35 +538,6 @@ def _close(
     return (step + 1, num_steps + running, alphas, betas), jnp.where(more, 1 / divisor, 0)
 
 
-def lanczos(
-    num_matvecs: int, *, reorthogonalize: str = "full", shift: float = 0.0, on_host: bool = False
-) -> Callable[[Matvec, PyTree], Tridiagonal]:
-    """Lanczos tridiagonalisation: `lanczos(64)(matvec, start) -> Tridiagonal`. Options as for
-    `lanczos_method`.
-
-    One traced loop, so matvec must be traceable; works under `jit` and `vmap` over start vectors,
-    except with reorthogonalize="host". Outside `jit` each call compiles anew and holds the basis
-    twice: to repeat it, or for large D, wrap it in `jit`, with all that matvec depends on as
-    arguments (XLA computes with constants while compiling).
-    on_host: a host loop of steps instead, for a matvec that is one itself, or a convolution's on a
-    CPU, whose gradients XLA compiles badly inside loops.
-    """
-    method = lanczos_method(num_matvecs, reorthogonalize=reorthogonalize, shift=shift)
-    on_host = on_host or reorthogonalize == "host"
-    return lambda matvec, start: method.result(_run(method, matvec, start, on_host))
-
-
-def _run(method: Lanczos, matvec: Matvec, start: PyTree, on_host: bool) -> LanczosState:
-    state = method.init(start)
-    if not on_host:
-        step = lambda _, state: method.step(matvec, state)
-        return lax.fori_loop(0, method.num_matvecs, step, state)
-    for _ in range(method.num_matvecs):
-        stopping.check()
-        state = method.step(matvec, state)
-    return state
-
-
 class Eigenpairs(NamedTuple):
     """values [k], largest magnitude first; vectors: a tree of leaves [k, ...]; residuals [k]: norm
     of A v - value v.
@@ -565,25 +561,27 @@ def top_eigenpairs(
     """
     if not 1 <= num <= num_matvecs:
         raise ValueError(f"num is {num}; allowed: 1 to num_matvecs, {num_matvecs}.")
-    method = lanczos_method(num_matvecs)
+    method = Lanczos(num_matvecs, on_host=on_host)
 
     def find(matvec: Matvec, start: PyTree) -> Eigenpairs:
-        state = _run(method, matvec, start, on_host)
-        alphas, betas = _coefficients(method.result(state))
-        if num > len(alphas):
+        state = method.run(matvec, start)
+        alphas, betas = _coefficients(state.tridiagonal)
+        steps = len(alphas)
+        if num > steps:
             raise ValueError(
-                f"the Krylov space has {len(alphas)} dimensions; allowed: num up to that, not "
-                f"{num}."
+                f"the Krylov space has {steps} dimensions; allowed: num up to that, not {num}."
             )
-        values, vectors = _eigh(alphas, betas)
+        values, mixing = _eigh(alphas, betas)
         top = np.argsort(-np.abs(values), kind="stable")[:num]
-        ends = np.cumsum([block.shape[1] for block in state.basis])
+        mixing = mixing[:, top]
+        residuals = betas[-1] * np.abs(mixing[-1])
         flat: Any = 0
-        for block, mixing in zip(state.basis, np.split(vectors[:, top], ends[:-1])):
-            used = block[:, : len(mixing)]
-            flat = flat + _einsum("rn,krc->nkc", jnp.asarray(mixing, block.dtype), used)
+        for block in state.basis:
+            rows = block.shape[1]
+            used = jnp.asarray(mixing[:rows], block.dtype)
+            flat = flat + _einsum("rn,krc->nkc", used, block[:, : len(used)])
+            mixing = mixing[rows:]
         flat = flat.reshape(num, -1)[:, : trees.size(state.current)]
-        residuals = betas[-1] * np.abs(vectors[-1, top])
         return Eigenpairs(values[top], _unflatten(flat, state.current), residuals)
 
     return find
@@ -591,7 +589,6 @@ def top_eigenpairs(
 
 # Quadrature: float64 on the host ------------------------------------------------------------------
 
-Coefficients = Tridiagonal | ndarray
 Pair = tuple[ndarray, ndarray]  # values and weights, or alphas and betas
 
 
@@ -599,91 +596,66 @@ def truncate(tridiagonal: Tridiagonal, num_matvecs: int) -> Tridiagonal:
     """What Lanczos would have returned after `num_matvecs` >= 1 products: the history of a result
     costs nothing.
     """
-    if num_matvecs < 1:
-        raise ValueError(f"num_matvecs is {num_matvecs}; allowed: 1 and above.")
     alphas, betas, num_steps = tridiagonal
     steps = np.minimum(num_steps, num_matvecs)
     return Tridiagonal(alphas[..., :num_matvecs], betas[..., :num_matvecs], steps)
 
 
-def ritz(alphas: Coefficients, betas: ndarray | None = None) -> Pair:
+def ritz(tridiagonal: Tridiagonal) -> Pair:
     """Ritz values, ascending, and Ritz weights, the squared first components of the eigenvectors:
     float64 [num_steps].
 
     They are the nodes and weights of Gauss quadrature for v^T f(A) v, v the unit start vector:
-    exact for polynomials of degree up to 2 num_steps - 1. Takes a Tridiagonal, or alphas [n] and
-    betas ([n - 1], or [n], the last unused). For a Tridiagonal with a leading axis both are
+    exact for polynomials of degree up to 2 num_steps - 1. With a leading axis of probes both are
     [num_probes, most steps]; a probe of fewer repeats its largest value with weight 0. Raises
     ValueError for coefficients that are not finite.
     """
-    return _per_probe(_gauss, alphas, betas)
+    return _per_probe(_gauss, tridiagonal)
 
 
-def gauss_radau(alphas: Coefficients, betas: ndarray | None = None, *, node: float = 0.0) -> Pair:
-    """Values and weights of the Gauss-Radau rule with one value at `node`, a lower end of the
-    spectrum.
+def gauss_radau(tridiagonal: Tridiagonal) -> Pair:
+    """Values and weights of the Gauss-Radau rule with one value at 0, of a positive semi-definite
+    operator.
 
     [num_steps + 1] values, exact for polynomials of degree up to 2 num_steps. If f is completely
-    monotone from `node` on, its quadrature is an upper bound of v^T f(A) v, and that of `ritz` a
-    lower one. Where the Krylov space is exhausted, both are exact, and the rule of `ritz` is
-    returned. Takes what `ritz` takes; of alphas [n] and betas [n - 1] the last alpha is replaced,
-    so the rule has n values.
+    monotone from 0 on, its quadrature is an upper bound of v^T f(A) v, and that of `ritz` a lower
+    one. Where the Krylov space is exhausted, both are exact, and the rule of `ritz` is returned.
+    Probes as for `ritz`.
 
-    Values a little below `node` (rounding errors) are moved to it. Raises ValueError if a Ritz
-    value is below by more than 1e-3 of the largest. Source: Golub and Meurant, Matrices, Moments
-    and Quadrature (2010), section 6.2.
+    Values a little below 0 (rounding errors) are moved to it. Raises ValueError if a Ritz value is
+    below by more than 1e-3 of the largest. Source: Golub and Meurant, Matrices, Moments and
+    Quadrature (2010), section 6.2.
     """
-    return _per_probe(functools.partial(_radau, node=node), alphas, betas)
+    return _per_probe(_radau, tridiagonal)
 
 
-def bordered(
-    alphas: Coefficients, betas: ndarray | None = None, *, last: float
-) -> tuple[ndarray, ndarray, ndarray]:
+def bordered(probe: Tridiagonal, *, last: float) -> tuple[ndarray, ndarray, ndarray]:
     """(values, firsts, lasts), [num_steps + 1] each, of the tridiagonal matrix with one more row
     ending in `last`.
 
     firsts, lasts: first and last components of its unit eigenvectors. Values and firsts^2 are a
     quadrature rule exact for polynomials of degree up to 2 num_steps, whatever `last`: they are the
     canonical representations of the moments known so far, one for each position of a node. Where
-    the Krylov space is exhausted `last` gets no weight. Takes one probe of what `ritz` takes.
+    the Krylov space is exhausted `last` gets no weight. Takes one probe.
     Source: Krein and Nudelman, The Markov Moment Problem (1977), chapter 3.
     """
-    alphas, betas = _coefficients(alphas, betas)
-    values, vectors = _eigh(np.append(alphas[: len(betas)], last), betas)
+    alphas, betas = _coefficients(probe)
+    values, vectors = _eigh(np.append(alphas, last), betas)
     return values, vectors[0], vectors[-1]
 
 
-def border_for(alphas: Coefficients, betas: ndarray | None = None, *, node: float = 0.0) -> float:
-    """The `last` with which `bordered` has a value at `node`, anywhere on the line; huge if a Ritz
-    value is there.
-    """
-    alphas, betas = _coefficients(alphas, betas)
-    size = max(np.max(np.abs(alphas)), np.max(betas, initial=0.0), abs(node))
+def border_for(probe: Tridiagonal) -> float:
+    """The `last` with which `bordered` has a value at 0; huge if a Ritz value is there."""
+    alphas, betas = _coefficients(probe)
+    size = max(np.max(np.abs(alphas)), np.max(betas))
     least = np.finfo(np.float64).tiny ** 0.25 * (size or 1.0)
-    pivot, last = math.inf, node
-    # of T - node, eliminating from the top
-    for alpha, beta, after in zip(alphas, [0.0, *betas], betas):
-        pivot = (alpha - node - beta**2 / pivot) or least
-        last = node + after**2 / pivot
-    return float(last)
-
-
-def quadrature(function: Callable, values: ndarray, weights: ndarray) -> ndarray:
-    """Sum of weights * function(values) over the last axis; `function` is elementwise."""
-    return np.sum(weights * function(values), -1)
-
-
-def _per_probe(rule: Callable, alphas: Coefficients, betas: ndarray | None) -> Pair:
-    if not isinstance(alphas, Tridiagonal) or np.ndim(alphas.alphas) == 1:
-        return rule(*_coefficients(alphas, betas))
-    rules = [rule(*_coefficients(probe)) for probe in probes_of(alphas)]
-    shape = (len(rules), max(len(values) for values, _ in rules))
-    values, weights = np.zeros(shape), np.zeros(shape)
-    for i, (of_probe, shares) in enumerate(rules):
-        values[i] = of_probe[-1]
-        values[i, : len(of_probe)] = of_probe
-        weights[i, : len(shares)] = shares
-    return values, weights
+    pivot = math.inf
+    before = 0.0
+    # eliminating from the top
+    for alpha, beta in zip(alphas, betas):
+        pivot = (alpha - before**2 / pivot) or least
+        before = beta
+    return float(before**2 / pivot)
 
 
 def probes_of(tridiagonal: Tridiagonal) -> list[Tridiagonal]:
@@ -693,17 +665,25 @@ def probes_of(tridiagonal: Tridiagonal) -> list[Tridiagonal]:
     return [Tridiagonal(*probe) for probe in zip(*map(np.asarray, tridiagonal))]
 
 
-def _coefficients(alphas: Coefficients, betas: ndarray | None = None) -> Pair:
-    """alphas [n] and betas [n] or [n - 1] in float64, checked."""
-    if isinstance(alphas, Tridiagonal):
-        alphas, betas = (numbers[: int(alphas.num_steps)] for numbers in alphas[:2])
-    alphas = np.asarray(alphas, float)
-    betas = np.asarray(betas, float)
-    lengths = (alphas.size, alphas.size - 1)
-    if alphas.ndim != 1 or betas.ndim != 1 or not alphas.size or betas.size not in lengths:
-        shapes = f"shape {alphas.shape}, betas {betas.shape}"
-        raise ValueError(f"alphas have {shapes}; allowed: [n] and [n] or [n - 1].")
-    if not np.isfinite([*alphas, *betas]).all():
+def _per_probe(rule: Callable, tridiagonal: Tridiagonal) -> Pair:
+    rules = [rule(*_coefficients(probe)) for probe in probes_of(tridiagonal)]
+    if np.ndim(tridiagonal.alphas) == 1:
+        return rules[0]
+    most = max(len(values) for values, _ in rules)
+    padded = []
+    for values, weights in rules:
+        missing = (0, most - len(values))
+        padded.append((np.pad(values, missing, mode="edge"), np.pad(weights, missing)))
+    values, weights = np.stack(padded, axis=1)
+    return values, weights
+
+
+def _coefficients(probe: Tridiagonal) -> Pair:
+    """alphas and betas [num_steps] in float64, checked."""
+    steps = int(probe.num_steps)
+    alphas = np.asarray(probe.alphas[:steps], float)
+    betas = np.asarray(probe.betas[:steps], float)
+    if not np.isfinite([alphas, betas]).all():
         raise ValueError(
             "the Lanczos coefficients are not finite: the product has NaN or inf, or the start is "
             "zero."
@@ -720,26 +700,22 @@ def _gauss(alphas: ndarray, betas: ndarray) -> Pair:
     return values, vectors[0] ** 2
 
 
-def _radau(alphas: ndarray, betas: ndarray, node: float) -> Pair:
-    if len(betas) < len(alphas):
-        alphas = alphas[:-1]
-    if not alphas.size:
-        return np.array([node]), np.ones(1)
+def _radau(alphas: ndarray, betas: ndarray) -> Pair:
     values, vectors = _eigh(alphas, betas)
-    largest = np.max(np.abs(values - node))
-    if values[0] < node - 1e-3 * largest or (largest == 0 < betas[-1]):
-        raise ValueError(
-            f"the smallest Ritz value is {values[0]:.3g}; values reach below the node {node:g}, "
-            "where there is no bound. Take a node below the spectrum, or a positive semi-definite "
-            "operator: gauss_newton, squared."
-        )
     weights = vectors[0] ** 2
+    largest = np.max(np.abs(values))
+    if values[0] < -1e-3 * largest or (largest == 0 < betas[-1]):
+        raise ValueError(
+            f"the operator is not positive semi-definite: its Ritz values begin at {values[0]:.3g} "
+            f"and end at {values[-1]:.3g}. Take one that is: gauss_newton, squared."
+        )
     if betas[-1] > 0:
-        # the last entry that makes `node` an eigenvalue is node + beta^2 (T - node)^-1 [n, n]
+        # the last entry that makes 0 an eigenvalue is beta^2 T^-1 [n, n]
         rounding = 16 * np.finfo(np.float64).eps * largest
-        inverse = np.sum(vectors[-1] ** 2 / np.maximum(values - node, rounding))
-        values, weights = _gauss(np.append(alphas, node + betas[-1] ** 2 * inverse), betas)
-    return np.maximum(values, node), weights
+        inverse = np.sum(vectors[-1] ** 2 / np.maximum(values, rounding))
+        last = betas[-1] ** 2 * inverse
+        values, weights = _gauss(np.append(alphas, last), betas)
+    return np.maximum(values, 0.0), weights
 
 
 def spectral_density(
@@ -755,23 +731,21 @@ def spectral_density(
 
     values, weights: [m] or [num_probes, m]. The grid reaches `overhead` beyond the mean smallest
     and largest values; the Gaussians have variance sigma2 * max(1, grid length). For figures, and
-    as the original's first step to its
-    width: with few bins for sigma2, mass falls between them, which `quadrature` avoids.
+    as the original's first step to its width: with few bins for sigma2, mass falls between them,
+    which quadrature with the Ritz weights avoids.
     Source: Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159.
     """
     values = np.atleast_2d(values).astype(np.float64)
+    weights = np.ravel(weights).astype(np.float64)
     least = values.min(-1).mean()
     largest = values.max(-1).mean()
     grid = np.linspace(least - overhead, largest + overhead, bins)
     variance = sigma2 * max(1.0, grid[-1] - grid[0])
     height = 1 / math.sqrt(2 * math.pi * variance)
-    # exp(-750) is 0 in float64: skipping the rest changes nothing
-    reach = math.sqrt(2 * variance * 750)
     density = np.zeros(bins)
-    for value, weight in zip(values.ravel(), np.ravel(weights).astype(np.float64)):
-        near = slice(*np.searchsorted(grid, [value - reach, value + reach]))
-        squares = (value - grid[near]) ** 2
-        density[near] += weight * (height * np.exp(-squares / (2 * variance)))
+    for value, weight in zip(values.ravel(), weights):
+        squares = (value - grid) ** 2
+        density += weight * (height * np.exp(-squares / (2 * variance)))
     density /= len(values)
     mass = np.sum(density) * (grid[1] - grid[0])
     return density / mass if mass > 0 else density, grid
@@ -824,21 +798,24 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, Arr
             f"num_matvecs is {num_matvecs}; allowed: 4 and above, for a standard error."
         )
     third = num_matvecs // 3
-    dot = functools.partial(jnp.dot, precision=HIGHEST)
 
     def estimate(matvec: Matvec, key: Array, like: PyTree) -> Trace:
-        flat = lambda tree: _flatten(tree_map(trees.gathered, tree))
-        product = lambda vector: flat(matvec(_unflatten(vector, like)))
         keys = jax.random.split(key, num_matvecs - third)
-        images = _map(lambda key: flat(matvec(rademacher(key, like))), keys[:third], on_host)
-        basis = jnp.linalg.qr(images.T / trees.scale_of(images))[0].T
-        known = jnp.sum(_map(lambda row: dot(row, product(row)), basis, on_host))
+
+        def product(vector: PyTree) -> Array:
+            return _flatten(tree_map(trees.gathered, matvec(vector)))
+
+        def share(row: Array) -> Array:
+            return _inner(row, product(_unflatten(row, like)))
 
         def sample(key: Array) -> Array:
             probe = _flatten(rademacher(key, like))
-            probe = probe - dot(dot(basis, probe), basis)
-            return dot(probe, product(probe))
+            rest = probe - _inner(_inner(basis, probe), basis)
+            return share(rest)
 
+        images = _map(lambda key: product(rademacher(key, like)), keys[:third], on_host)
+        basis = jnp.linalg.qr(images.T / trees.scale_of(images))[0].T
+        known = jnp.sum(_map(share, basis, on_host))
         rest = _mean(_map(sample, keys[third:], on_host))
         return Trace(known + rest.trace, rest.standard_error)
 

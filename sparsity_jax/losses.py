@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparsity_jax import tables
+from sparsity_jax import tables, trees
 from sparsity_jax.types import Config as ConfigDict
 
 
@@ -24,7 +24,7 @@ def cross_entropy(
     """Cross-entropy of every example: logits [..., classes] / temperature against int labels
     [...].
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+    logits = trees.widen(logits) / temperature
     log_probabilities = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
     if isinstance(label_smoothing, (int, float)) and label_smoothing == 0:
@@ -34,10 +34,9 @@ def cross_entropy(
 
 def mean_squared_error(logits: Array, labels: Array) -> Array:
     """Mean over classes of (logit - one-hot label)^2, of every example."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return jnp.mean(
-        jnp.square(logits - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)), -1
-    )
+    logits = trees.widen(logits)
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return jnp.mean(jnp.square(logits - targets), -1)
 
 
 def correct(logits: Array, labels: Array) -> Array:

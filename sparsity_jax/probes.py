@@ -2,8 +2,8 @@
 Jacobians.
 
     # 4 of 8 channels of each: 4,900 networks
-    found = probes.oracle(losses, {"conv1": (8, 4), "conv2": (8, 4)})
-    found.best, probes.rank(found, keep)    # the best keep; how good another one is
+    tried = probes.oracle(losses, {"conv1": (8, 4), "conv2": (8, 4)})
+    tried.best, probes.rank(tried, keep)    # the best keep; how good another one is
     values = probes.jacobian_singular_values(model.apply, variables, images)
 
 Source: Wang et al. 2021, arXiv:2012.09243, and its published code; Saxe et al. 2014,
@@ -22,7 +22,7 @@ from jax import Array
 from numpy import ndarray
 
 from sparsity_jax import stopping, tables, trees
-from sparsity_jax.types import PyTree
+from sparsity_jax.types import Arrays, PyTree
 
 # Every combination --------------------------------------------------------------------------------
 
@@ -33,23 +33,24 @@ Counts = Mapping[str, tuple[int, int]]
 class Oracle(NamedTuple):
     """Every network that `oracle` tried, in the lexicographic order of what it lacks."""
 
-    sizes: dict[str, int]
-    pruned: dict[str, ndarray]  # int [networks, number pruned]: ascending
+    choices: Arrays  # bool [choices, groups] of every layer, True = kept; all pairs are networks
     losses: ndarray  # float64 [networks]; inf for NaN
 
-    def keep(self, row: int) -> dict[str, ndarray]:
-        """Bool [size] of every layer of one network."""
-        pruned = {name: rows[row] for name, rows in self.pruned.items()}
-        return {name: ~np.isin(range(size), pruned[name]) for name, size in self.sizes.items()}
+    def keep(self, row: Any) -> Arrays:
+        """Bool [groups] of every layer of one network; row: also int [...], of several."""
+        shape = [len(choices) for choices in self.choices.values()]
+        indices = np.unravel_index(row, shape)
+        layers = zip(self.choices.items(), indices)
+        return {name: choices[index] for (name, choices), index in layers}
 
     @property
-    def best(self) -> dict[str, ndarray]:
+    def best(self) -> Arrays:
         """`keep` of the lowest loss, the first of equals."""
-        return self.keep(int(self.losses.argmin()))
+        return self.keep(self.losses.argmin())
 
 
 def oracle(
-    evaluate: Callable[[dict[str, ndarray]], Any],
+    evaluate: Callable[[Arrays], Any],
     counts: Counts,
     *,
     batch: tables.Count = 64,
@@ -65,88 +66,77 @@ def oracle(
     Raises ValueError for counts out of range and for more than `limit` combinations.
     """
     batch = tables.convert(batch, tables.Count, "batch")
-    check_counts(counts, tables.convert(limit, tables.Count, "limit"))
-    layers = [itertools.combinations(range(size), num) for size, num in counts.values()]
-    networks = itertools.product(*layers)
-    tried: list[tuple] = []
-    losses: list[float] = []
-    while rows := list(itertools.islice(networks, batch)):
+    total = check_counts(counts, tables.convert(limit, tables.Count, "limit"))
+    choices = {name: _choices(size, num) for name, (size, num) in counts.items()}
+    tried = Oracle(choices, np.full(total, np.inf))
+    for start in range(0, total, batch):
         stopping.check()
-        whole = rows + rows[-1:] * (batch - len(rows))
-        results = np.asarray(evaluate(_kept(counts, _by_layer(counts, whole))), float)
-        if results.shape != (batch,):
+        rows = np.minimum(np.arange(start, start + batch), total - 1)
+        losses = np.asarray(evaluate(tried.keep(rows)), float)
+        if losses.shape != (batch,):
             raise ValueError(
-                f"evaluate returned the shape {results.shape}; needed: one loss per network, "
+                f"evaluate returned the shape {losses.shape}; needed: one loss per network, "
                 f"({batch},)."
             )
-        tried += rows
-        losses += results[: len(rows)].tolist()
-    sizes = {name: size for name, (size, _) in counts.items()}
-    results = np.where(np.isnan(losses), np.inf, losses)
-    return Oracle(sizes, _by_layer(counts, tried), results)
+        tried.losses[rows] = np.where(np.isnan(losses), np.inf, losses)
+    return tried
 
 
-def _by_layer(counts: Counts, networks: list[tuple]) -> dict[str, ndarray]:
-    """Pruned groups of every layer: int [networks, number pruned]."""
-    columns = {}
-    for (name, (_, num)), rows in zip(counts.items(), zip(*networks)):
-        columns[name] = np.array(rows, np.int32).reshape(len(networks), num)
-    return columns
+def _choices(size: int, num: int) -> ndarray:
+    """Every way to prune `num` of `size` groups."""
+    lost = list(itertools.combinations(range(size), num))
+    kept = np.ones((len(lost), size), bool)
+    for row, groups in zip(kept, lost):
+        row[list(groups)] = False
+    return kept
 
 
-def _kept(counts: Counts, pruned: dict[str, ndarray]) -> dict[str, ndarray]:
-    keep = {}
-    for name, (size, _) in counts.items():
-        keep[name] = np.ones((len(pruned[name]), size), bool)
-        np.put_along_axis(keep[name], pruned[name], False, 1)
-    return keep
-
-
-def check_counts(counts: Counts, limit: int) -> None:
-    """Raises ValueError for no counts, counts out of range and for more than `limit`
-    combinations.
+def check_counts(counts: Counts, limit: int) -> int:
+    """The number of combinations; raises ValueError for no counts, counts out of range and for more
+    than `limit` of them.
     """
     if not counts:
         raise ValueError("counts names no layer, so there is nothing to try.")
+    total = 1
     for name, (size, num) in counts.items():
         if not 0 <= num < size:
             raise ValueError(f"{name!r} loses {num} of {size} groups; allowed: 0 to {size - 1}.")
-    total = math.prod(math.comb(size, num) for size, num in counts.values())
+        total *= math.comb(size, num)
     if total > limit:
         raise ValueError(
             f"there are {total:,} combinations of {dict(counts)}, more than limit = {limit:,}; "
             "prune fewer layers at a time, take a smaller network or raise the limit."
         )
+    return total
 
 
-def row_of(found: Oracle, keep: Mapping[str, Any]) -> int:
-    """The row of `found` that is the network `keep` leaves; raises ValueError if it is none of
+def row_of(tried: Oracle, keep: Mapping[str, Any]) -> int:
+    """The row of `tried` that is the network `keep` leaves; raises ValueError if it is none of
     those tried.
     """
-    same = np.ones(len(found.losses), bool)
-    for name, size in found.sizes.items():
+    row = 0
+    for name, choices in tried.choices.items():
         if name not in keep:
+            raise ValueError(f"keep has no {name!r}.{tables.closest(name, keep)}")
+        kept = np.asarray(keep[name], bool)
+        same = (choices == kept).all(1) if kept.shape == choices[0].shape else np.zeros(1)
+        if not same.any():
             raise ValueError(
-                f"keep has no {name!r}, which the oracle tried.{tables.closest(name, keep)}"
+                f"keep[{name!r}] leaves {kept.sum()} of {kept.size} groups; the oracle tried "
+                f"{choices[0].sum()} of {choices[0].size}."
             )
-        pruned = np.flatnonzero(~np.asarray(keep[name], bool))
-        tried = found.pruned[name]
-        if np.shape(keep[name]) != (size,) or pruned.size != tried.shape[1]:
-            raise ValueError(
-                f"keep[{name!r}] leaves out {pruned.size} of {np.size(keep[name])} groups; the "
-                f"oracle tried {tried.shape[1]} of {size}."
-            )
-        same &= (tried == pruned).all(1)
-    return int(same.argmax())
+        row = row * len(choices) + int(same.argmax())
+    return row
 
 
-def rank(found: Oracle, keep: Mapping[str, Any]) -> int:
+def rank(tried: Oracle, keep: Mapping[str, Any]) -> int:
     """1 + the number of networks with a lower loss than the one that `keep` leaves: 1 is the best
     of len(losses).
 
     Raises ValueError if it is none of those tried.
     """
-    return 1 + int((found.losses < found.losses[row_of(found, keep)]).sum())
+    loss = tried.losses[row_of(tried, keep)]
+    return 1 + int((tried.losses < loss).sum())
 
 
 # Jacobians ----------------------------------------------------------------------------------------
@@ -172,7 +162,8 @@ def jacobian_singular_values(apply: Callable, variables: PyTree, inputs: Array) 
     single = lambda x: apply(variables, x[None])[0].ravel()
     num_outputs = jax.eval_shape(single, inputs[0]).size
     jacobian = jax.jacrev(single) if num_outputs < inputs[0].size else jax.jacfwd(single)
-    matrices = jax.vmap(jacobian)(inputs).reshape(len(inputs), num_outputs, -1)
+    matrices = jax.vmap(jacobian)(inputs)
+    matrices = matrices.reshape(len(inputs), num_outputs, -1)
     return jnp.linalg.svd(trees.widen(matrices), compute_uv=False)
 
 

@@ -52,26 +52,18 @@ def over_batches(
     function is then not traceable. Sharded data keep their sharding; explicit mesh axes over the
     examples must divide every batch. Raises ValueError for empty data and for a batch size below 1.
     """
-    zero = lambda params, v: tree_map(jnp.zeros_like, v)
-    return _mean(product, zero, data, batch_size, on_host)
+    mean = _mean(product, data, batch_size, on_host)
+    return lambda params, v: mean(tree_map(jnp.zeros_like, v), params, v)
 
 
-def _mean(
-    part: Callable, zeros: Callable, data: PyTree, batch_size: int, on_host: bool
-) -> Callable:
-    """`mean(params, v)` of `part(params, v, batch)`, whose structure is that of `zeros(params,
-    v)`.
-    """
-    _check_sizes(data, batch_size)
+def _mean(part: Callable, data: PyTree, batch_size: int, on_host: bool) -> Callable:
+    """`mean(zeros, params, v)` of `part(params, v, batch)`, which gives a tree like `zeros`."""
+    batches.pieces(data, batch_size)  # checks both
     # NumPy arrays would be sent to the device for every call
     data = tree_map(jnp.asarray, data)
     of_batch = lambda batch, params, v: part(params, v, batch)
     mean = batches.mean(of_batch, batch_size, on_host=on_host)
-    return lambda params, v: mean(zeros(params, v), data, params, v)
-
-
-def _plus(total: PyTree, term: PyTree, share: float) -> PyTree:
-    return tree_map(lambda t, p: t + p * share, total, term)
+    return lambda zeros, params, v: mean(zeros, data, params, v)
 
 
 def linearized(
@@ -86,27 +78,33 @@ def linearized(
     FC12 on 50,000 images of CIFAR-10, float32. matvec is not traceable: it makes one compiled call
     per batch. Raises as `over_batches`.
     """
-    size = _check_sizes(data, batch_size)
+    pieces = batches.pieces(data, batch_size)
+    size = batches.num_examples(data)
     data = tree_map(jnp.asarray, data)
     like = params if like is None else like
     zero = tree_map(jnp.zeros_like, like)
 
     @functools.partial(jax.jit, static_argnums=3)
     def prepare(params: PyTree, data: PyTree, start: int, length: int) -> Callable:
-        batch = cut(data, start, length)
-        return jax.linearize(lambda v: product(params, v, batch), zero)[1]
+        batch = batches.cut(data, start, length)
+        _, linear = jax.linearize(lambda v: product(params, v, batch), zero)
+        return linear
 
-    add = jax.jit(lambda total, part, v, share: _plus(total, part(v), share), static_argnums=3)
+    @functools.partial(jax.jit, static_argnums=3)
+    def add(total: PyTree, linear: Callable, v: PyTree, share: float) -> PyTree:
+        return batches.plus(total, linear(v), share)
+
     parts = []
-    for start, length in pieces(size, batch_size):
-        parts.append((prepare(params, data, start, length), length / size))
+    for start, length in pieces:
+        linear = prepare(params, data, start, length)
+        parts.append((linear, length / size))
 
     def matvec(v: PyTree) -> PyTree:
         total = tree_map(jnp.zeros_like, v)
         v = linops.tangent(v, like)
-        for part, share in parts:
+        for linear, share in parts:
             stopping.check()
-            total = add(total, part, v, share)
+            total = add(total, linear, v, share)
         return total
 
     return matvec
@@ -143,32 +141,16 @@ def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = Fal
         def slope(t: Array) -> tuple[Array, Array]:
             return jax.jvp(moved, (t,), (one,))
 
-        zero, one = jnp.zeros(()), jnp.ones(())
-        (before, first), (_, second) = jax.jvp(slope, (zero,), (one,))
+        one = jnp.ones(())
+        values, slopes = jax.jvp(slope, (zero,), (one,))
+        before, first = values
+        _, second = slopes
         return Taylor(moved(one) - before, first, second / 2)
 
-    def zero(params: PyTree, step: PyTree) -> PyTree:
-        terms = jax.eval_shape(lambda params, step: part(params, step, data), params, step)
-        return tree_map(lambda term: jnp.zeros(term.shape, term.dtype), terms)
-
-    return _mean(part, zero, data, batch_size, on_host)
-
-
-def _check_sizes(data: PyTree, batch_size: int) -> int:
-    """Number of examples; ValueError for empty or unequal arrays and no batch."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
-    return batches.num_examples(data)
-
-
-def pieces(size: int, batch_size: int) -> list[tuple[int, int]]:
-    """(start, length) of every batch of `size` examples; the last may be shorter."""
-    return [(start, min(batch_size, size - start)) for start in range(0, size, batch_size)]
-
-
-def cut(data: PyTree, start: int | Array, length: int) -> PyTree:
-    """`length` examples of `data` from `start` on; start may be traced."""
-    return tree_map(lambda x: lax.dynamic_slice_in_dim(x, start, length), data)
+    mean = _mean(part, data, batch_size, on_host)
+    zero = jnp.zeros(())
+    zeros = Taylor(zero, zero, zero)
+    return lambda params, step: mean(zeros, params, step)
 
 
 def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) -> Array:
@@ -178,8 +160,13 @@ def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) 
         raise ValueError(
             f"batch_size is {batch_size}; allowed: 1 to {size}, the number of examples."
         )
-    starts = batch_size * jnp.arange(size // batch_size)
-    return lax.map(lambda start: loss(params, cut(data, start, batch_size)), starts)
+
+    def of_batch(start: Array) -> Array:
+        batch = batches.cut(data, start, batch_size)
+        return loss(params, batch)
+
+    number = size // batch_size
+    return lax.map(of_batch, batch_size * jnp.arange(number))
 
 
 # Some of the parameters
@@ -201,10 +188,13 @@ def select(params: PyTree, pattern: str) -> Selected:
     """
     matches = trees.matching(params, pattern, "parameters")
     leaves = trees.named_leaves(params)
-    selected = {path: leaf for path, leaf in leaves.items() if matches[path]}
     structure = jax.tree.structure(params)
-    rebuild = lambda new: jax.tree.unflatten(structure, {**leaves, **new}.values())
-    return Selected(selected, rebuild)
+
+    def rebuild(new: dict[str, Array]) -> PyTree:
+        return jax.tree.unflatten(structure, {**leaves, **new}.values())
+
+    chosen = {path: leaf for path, leaf in leaves.items() if matches[path]}
+    return Selected(chosen, rebuild)
 
 
 # Rows of the Hessian
@@ -220,34 +210,40 @@ def quantile_entries(
         in order.
     """
     magnitudes = np.concatenate([np.abs(leaf).ravel() for leaf in params.values()])
-    ends = np.cumsum([leaf.size for leaf in params.values()])
-    ranks = np.ceil(np.arange(num) / num * magnitudes.size).astype(int)
     order = np.argsort(magnitudes, kind="stable")
+    ranks = np.ceil(np.arange(num) / num * magnitudes.size)
+    ranks = np.maximum(ranks.astype(int), 1)
     entries = []
-    for position in order[np.maximum(ranks, 1) - 1]:
-        number = np.searchsorted(ends, position, side="right")
-        path, leaf = list(params.items())[number]
-        index = np.unravel_index(position - (ends[number] - leaf.size), leaf.shape)
-        entries.append((path, tuple(map(int, index)), float(magnitudes[position])))
+    for position in order[ranks - 1]:
+        magnitude = float(magnitudes[position])
+        for path, leaf in params.items():
+            if position < leaf.size:
+                index = np.unravel_index(position, leaf.shape)
+                numbers = tuple(map(int, index))
+                entries.append((path, numbers, magnitude))
+                break
+            position -= leaf.size
     return entries
 
 
 def one_hot(like: dict[str, Array], path: str, index: tuple[int, ...]) -> dict[str, Array]:
     """Zeros in the shapes of `like`, but for a 1 at one entry: the vector whose product is a row of
     the matrix.
+
+    Raises ConfigError for another path, ValueError for an index that is no entry.
     """
-    if path not in like:
-        raise ValueError(
-            f"{path!r} is not among the parameters {list(like)[:5]}.{tables.closest(path, like)}"
-        )
-    shape = jnp.shape(like[path])
-    if len(index) != len(shape) or not all(0 <= i < n for i, n in zip(index, shape)):
+    shape = jnp.shape(tables.lookup(like, path, "path"))
+    inside = [0 <= i < size for i, size in zip(index, shape)]
+    if len(index) != len(shape) or not all(inside):
         raise ValueError(f"index {index} is no entry of {path!r}, whose shape is {shape}.")
-    vector = {name: trees.gathered(jnp.zeros_like(leaf)) for name, leaf in like.items()}
+    vector = {}
+    for name, leaf in like.items():
+        vector[name] = trees.gathered(jnp.zeros_like(leaf))
     vector[path] = vector[path].at[index].set(1)
     return linops.tangent(vector, like)
 
 
 def absolute_sum(tree: PyTree) -> Array:
     """L1 norm of all entries of `tree`, e.g. of a row: the product with `one_hot`."""
-    return jnp.asarray(sum(map(trees.absolute_sum, tree_leaves(tree))))
+    sums = map(trees.absolute_sum, tree_leaves(tree))
+    return jnp.asarray(sum(sums))

@@ -322,23 +322,6 @@ def _total(counts: PyTree) -> Any:
     return sum(jax.tree.leaves(counts))
 
 
-def pruned_evaluation(
-    problem: Problem, state: State, stage: Selecting, place: Place, member: int, split: str
-) -> Callable[[float], dict[str, float]]:
-    """`evaluate(ratio) -> dict(loss, accuracy)` of one member on a split: one program for all
-    ratios.
-    """
-    alone, own = problem.with_members(None), member_state(problem, state, member)
-    pruned = stage.pruned(alone, place.position)
-
-    def evaluate(ratio: float) -> dict[str, float]:
-        network, _ = pruned(own, stage.counts(alone, ratio))
-        result = train.measure(alone, network.params, network.batch_stats, split)
-        return dict(loss=float(result.loss), accuracy=float(result.accuracy))
-
-    return evaluate
-
-
 # prune --------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ Source: Lubana and Dick 2021, arXiv:2009.11839, and its published code; see `sco
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from sparsity_jax import (
+    alone,
     budgets,
     cost,
     groups,
@@ -34,11 +35,10 @@ from sparsity_jax import (
 )
 from sparsity_jax.groups import Channels
 from sparsity_jax.interface import Place
-from sparsity_jax.train import Problem, State, Update
-from sparsity_jax.types import Arrays, PyTree, Row, Rows
+from sparsity_jax.train import Problem, State
+from sparsity_jax.types import Arrays, PyTree, Row
 
 Keep = Mapping[str, Any]  # bools by name of group, True = kept
-Result = tuple[State, Rows]  # one network's state after a stage, and its rows
 NOTHING = "(?!)"  # a pattern that matches no name
 
 
@@ -68,36 +68,11 @@ def without(state: State, channels: Channels, keep: Keep, kept: PyTree) -> State
     return state._replace(params=params, masks=tree["params"], batch_stats=tree["batch_stats"])
 
 
-class EachMember(interface.Stage):
-    """A stage that is written for one network; those of a sweep take their turns."""
-
-    def of_member(self, problem: Problem, state: State, place: Place) -> Result:
-        """What the stage does to one network. place: with the settings of one member."""
-        raise NotImplementedError
-
-    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
-        alone = problem
-        if problem.members is not None:
-            alone = problem.once("alone", lambda: problem._replace(members=None, compiled={}))
-        states = []
-        new = []
-        for i, stage in enumerate(place.own):
-            after, added = stage.of_member(
-                alone, train.member_of(problem, state, i), place.of_member(i)
-            )
-            states.append(after)
-            new.append(added)
-        together = states[0]
-        if problem.members is not None:
-            together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        yield Update(together, new, 1.0)
-
-
 # cut ----------------------------------------------------------------------------------------------
 
 
 @tables.option
-class Cut(EachMember):
+class Cut(alone.EachMember):
     """Removes the least important channels of the network; each visit of the stage is one round.
 
     measure: how important a channel is; see `scores.MEASURES`. ratio: share removed after all
@@ -289,7 +264,7 @@ class Cut(EachMember):
     def begin(self, problem: Problem, state: State, place: Place) -> State:
         return interface.without_optimizer(state)._replace(opt_state=state.opt_state)
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         channels = channels_of(problem, self.branches)
         compiled = dataclasses.replace(self, ratio=0.0, schedule=tables.Options())
         score = problem.once(("scores", compiled), lambda: make_scores(problem, self))
@@ -451,7 +426,7 @@ def _balanced_examples(problem: Problem, most: int) -> tuple[Any, Any]:
 
 
 @tables.option
-class Compact(EachMember):
+class Compact(alone.EachMember):
     """The network without its removed channels: the same logits, fewer parameters and FLOPs,
     measured time.
 
@@ -467,7 +442,7 @@ class Compact(EachMember):
     repeats: tables.Index = 20
     tolerance: tables.NonNegative = 0.0
 
-    def of_member(self, problem: Problem, state: State, place: Place) -> Result:
+    def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         try:
             row = take_stock(problem, state, self)
         except ValueError as error:  # an emptied layer

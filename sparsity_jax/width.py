@@ -27,6 +27,7 @@ Source: Zhang et al. 2023, arXiv:2306.05857.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -54,17 +55,18 @@ class _Spectrum(NamedTuple):
     def shares(self, squares: ArrayLike) -> ndarray:
         """squares: R^2, any shape. Returns omega^2 / D in [0, 1]; exactly 1 at R = 0."""
         squares = np.asarray(squares)
+        flat_squares = squares.ravel()
         size = max(2**18 // max(self.weights.size, 1), 1)  # bounds the temporary array
-        parts = np.split(squares.ravel(), range(size, squares.size, size))
-        sums = np.concatenate([self._sums(part) for part in parts]).reshape(squares.shape)
-        return np.where(squares == 0, 1.0, np.minimum(sums + self.flat, 1.0))
-
-    def _sums(self, squares: ndarray) -> ndarray:
-        with np.errstate(over="ignore"):  # 1 / inf = 0 is right
-            terms = np.multiply.outer(squares, self.sharpness)
-        terms += 1
-        np.divide(self.weights, terms, out=terms)
-        return terms.sum(axis=1)
+        sums = np.empty(squares.size)
+        for start in range(0, squares.size, size):
+            part = slice(start, start + size)
+            with np.errstate(over="ignore"):  # 1 / inf = 0 is right
+                terms = np.multiply.outer(flat_squares[part], self.sharpness)
+            terms += 1
+            np.divide(self.weights, terms, out=terms)
+            sums[part] = terms.sum(axis=1)
+        shares = np.minimum(sums + self.flat, 1.0).reshape(squares.shape)
+        return np.where(squares == 0, 1.0, shares)
 
 
 def _rows(values: ArrayLike, weights: ArrayLike) -> tuple[ndarray, ndarray]:
@@ -165,9 +167,8 @@ class Distances(NamedTuple):
 
     magnitudes: ndarray  # ascending, float32 or float64 [n]
     squares: ndarray  # float64 [n + 1]: R^2 after removing the 0, 1, ..., n smallest
-    norm_sum: (
-        float  # sum over all parameter arrays of their L2 norms; ends the grid of `method="grid"`
-    )
+    # sum over all parameter arrays of their L2 norms; ends the grid of `method="grid"`
+    norm_sum: float
 
     @property
     def size(self) -> int:
@@ -186,19 +187,25 @@ class Distances(NamedTuple):
         ratios = np.asarray(ratio, float)
         if not ((ratios >= 0) & (ratios <= 1)).all():
             raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
-        return np.sqrt(tables.lookup(COUNTS, count, "count")(self, ratios))[()]
+        square_of = tables.lookup(COUNTS, count, "count")
+        return np.sqrt(square_of(self, ratios))[()]
+
+
+def _nearest_square(distances: Distances, ratios: ndarray) -> ndarray:
+    removed = np.rint(ratios * distances.size)
+    return distances.squares[removed.astype(int)]
 
 
 def _linear_square(distances: Distances, ratios: ndarray) -> ndarray:
-    removed = np.minimum((ratios * distances.size).astype(int), distances.size - 1)
-    below, above = distances.squares[removed], distances.squares[removed + 1]
-    return below + (ratios * distances.size - removed) * (above - below)
+    removed = ratios * distances.size
+    whole = np.minimum(removed.astype(int), distances.size - 1)
+    below = distances.squares[whole]
+    above = distances.squares[whole + 1]
+    return below + (removed - whole) * (above - below)
 
 
 COUNTS = {
-    "nearest": lambda distances, ratios: distances.squares[
-        np.rint(ratios * distances.size).astype(int)
-    ],
+    "nearest": _nearest_square,
     "original": originals.square_distances,
     "linear": _linear_square,
 }
@@ -215,7 +222,7 @@ def distances(params: PyTree, *, scope: Scope = "kernels") -> Distances:
     """
     trees.check_parameters(params, "distances")
     tables.convert(scope, Scope, "scope")
-    arrays = []
+    prunable = []
     total = 0.0
     leaves = trees.named_leaves(params)
     for path, leaf in leaves.items():
@@ -227,13 +234,13 @@ def distances(params: PyTree, *, scope: Scope = "kernels") -> Distances:
             raise ValueError(f"{path or 'params'} has norm {norm}; did the training diverge?")
         total += norm
         if scope == "all" or (trees.is_kernel(path) and array.ndim > 1):
-            arrays.append(array.ravel())
-    if not sum(array.size for array in arrays):
+            prunable.append(np.abs(array).ravel())
+    magnitudes = np.concatenate(prunable or [()])
+    if not magnitudes.size:
         hint = "no matrix is named kernel, weight or w; use scope='all'"
         if scope == "all":
             hint = "no array has an entry"
         raise ValueError(f"nothing to prune: {hint}. Paths: {list(leaves)[:5]}")
-    magnitudes = np.abs(np.concatenate(arrays))
     magnitudes.sort()
     squares = np.zeros(magnitudes.size + 1)
     np.square(magnitudes, out=squares[1:], dtype=np.float64)
@@ -248,7 +255,8 @@ def _solve(spectrum: _Spectrum, distances: Distances) -> float:
     """The p in [0, 1] where the falling share(R(p)^2) meets the rising p; R^2 is linear between
     whole weights.
     """
-    squares, size = distances.squares, distances.size
+    squares = distances.squares
+    size = distances.size
 
     def excess(removed: int, part: float = 0.0) -> float:
         square = squares[removed]
@@ -259,7 +267,10 @@ def _solve(spectrum: _Spectrum, distances: Distances) -> float:
     low, high = 0, size  # share >= p after removing `low` weights, share <= p after `high`
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if excess(middle) >= 0 else (low, middle)
+        if excess(middle) >= 0:
+            low = middle
+        else:
+            high = middle
     # of exactly the two distances at 0 and 1, whose signs the search above has found
     part = scipy.optimize.brentq(lambda part: excess(low, part), 0.0, 1.0, xtol=1e-15)
     return (low + part) / size
@@ -272,51 +283,45 @@ def predict(
     epsilon: float,
     *,
     method: Literal["fixed_point", "grid"] = "fixed_point",
-    negative: str = "absolute",
-    zero_share: float = 0.0,
+    **options: Any,
 ) -> float:
     """The predicted largest pruning ratio: the p in [0, 1] with omega(R(p))^2 / D = p.
 
     values, weights: Ritz values and weights, [m], or [probes, m]; several probes are averaged as
     spectra first, as the original does, not as predictions. distances, epsilon: see `distances` and
-    `epsilon`; options: see `ratio`.
+    `epsilon`; options: `negative` and `zero_share` of `ratio`.
     method: `fixed_point` solves exactly, R^2 being linear between whole numbers of weights; about
     log2(n) evaluations of the width. `grid` gives the original's answer: `predict_on_grid` on its
     smoothed spectral density.
     """
     tables.convert(method, Literal["fixed_point", "grid"], "method")
     if method == "fixed_point":
-        return _solve(_spectrum(values, weights, epsilon, negative, zero_share), distances)
+        return _solve(_spectrum(values, weights, epsilon, **options), distances)
     density, grid = linops.spectral_density(*_rows(values, weights))  # by default the original's
     if not density.any():
         raise ValueError(
             "no value lies on the grid, which ends at the mean least and largest of the probes."
         )
-    options: Fields = dict(negative=negative, zero_share=zero_share)
     return predict_on_grid(grid, density, distances, epsilon, **options)
 
 
 def predict_on_grid(
-    values: ArrayLike,
-    weights: ArrayLike,
-    distances: Distances,
-    epsilon: float,
-    *,
-    negative: str = "absolute",
-    zero_share: float = 0.0,
+    values: ArrayLike, weights: ArrayLike, distances: Distances, epsilon: float, **options: Any
 ) -> float:
     """The original's prediction, one of 0, 0.001, ..., 0.999, from a spectral density.
 
     values, weights: grid and density, [bins]. The width is known at whole distances 0 to
     int(norm_sum); each ratio's R (of `count="original"`) is rounded to one of them, half to even,
     and the first ratio closest to its width wins. A distance rounded above the grid, where the
-    original fails, takes the last.
+    original fails, takes the last. options: as for `predict`.
     """
     ratios = np.arange(1000) / 1000
-    radii = np.minimum(np.rint(distances.at(ratios, count="original")), int(distances.norm_sum))
+    radii = np.rint(distances.at(ratios, count="original"))
+    radii = np.minimum(radii, int(distances.norm_sum))
     radii, where = np.unique(radii, return_inverse=True)
-    widths = ratio(values, weights, radii, epsilon, negative=negative, zero_share=zero_share)
-    return float(ratios[np.argmin(np.abs(widths[where] - ratios))])
+    widths = ratio(values, weights, radii, epsilon, **options)
+    gaps = np.abs(widths[where] - ratios)
+    return float(ratios[np.argmin(gaps)])
 
 
 def epsilon(batch_losses: ArrayLike) -> float:
@@ -367,8 +372,7 @@ def epsilon_draws(batch_losses: ArrayLike, num: int, seed: Any) -> ndarray:
 
 
 def enclosure(
-    gauss: tuple,
-    radau: tuple,
+    tridiagonal: linops.Tridiagonal,
     distances: Distances,
     epsilon: float,
     *,
@@ -379,12 +383,11 @@ def enclosure(
     """(lower, upper): between them lies the prediction of the spectrum that quadrature on a
     semi-definite A samples.
 
-    gauss: (values, weights) of the Gauss rule, which are the Ritz values and weights; radau: of the
-    Gauss-Radau rule with a node at 0; each [m] or [probes, m]. With x an eigenvalue of A, 1 / (1 +
-    x R^2 / (2 epsilon)) is completely monotone (its derivatives alternate in sign), so by the error
-    terms of the two rules Gauss is below the integral and Gauss-Radau at 0 above, at every R. The
-    width falls as p rises, hence the same order holds for the p where they meet. Each further
-    product narrows the two.
+    tridiagonal: of one or more probes. With x an eigenvalue of A, 1 / (1 + x R^2 / (2 epsilon)) is
+    completely monotone (its derivatives alternate in sign), so by the error terms of the two rules
+    Gauss (`linops.ritz`) is below the integral and Gauss-Radau at 0 above, at every R. The width
+    falls as p rises, hence the same order holds for the p where they meet. Each further product
+    narrows the two.
     squared: A = H^2 stands for |H|, the values are squares: 1 / (1 + sqrt(x) R^2 / (2 epsilon)) is
     completely monotone as well, because sqrt has a completely monotone derivative (it is a
     Bernstein function).
@@ -395,15 +398,17 @@ def enclosure(
     Source: Golub and Meurant 2010, Matrices, Moments and Quadrature, chapter 6.
     """
 
-    def bound(rule: tuple, move: Callable) -> float:
-        values = _semidefinite(rule[0])
-        values = move(values, rounding * np.max(np.abs(values), initial=0.0))
+    def bound(values: ndarray, weights: ndarray) -> float:
         if squared:
             values = np.sqrt(values)
-        return predict(values, rule[1], distances, epsilon, zero_share=zero_share)
+        return predict(values, weights, distances, epsilon, zero_share=zero_share)
 
-    lower = bound(gauss, lambda values, slack: np.abs(values) + slack)
-    upper = bound(radau, lambda values, slack: np.maximum(values - slack, 0.0))
+    upper_values, upper_weights = linops.gauss_radau(tridiagonal)
+    slack = rounding * np.max(upper_values)
+    upper = bound(np.maximum(upper_values - slack, 0.0), upper_weights)
+    values, weights = _rows(*linops.ritz(tridiagonal))
+    slack = rounding * np.max(np.abs(values))
+    lower = bound(np.abs(values) + slack, weights)
     return min(lower, upper), max(lower, upper)
 
 
@@ -429,21 +434,26 @@ def absolute_enclosure(
     the given moments.
     """
     probes = linops.probes_of(tridiagonal)
-    slack = rounding * max(np.abs(linops.ritz(probe)[0]).max() for probe in probes)
+    largest = max(np.abs(linops.ritz(probe)[0]).max() for probe in probes)
+    slack = rounding * largest
 
-    def solve(borders: list[float], slack: float) -> float:
-        rules = [linops.bordered(probe, last=last) for probe, last in zip(probes, borders)]
-        values, firsts, _ = map(np.concatenate, zip(*rules))
-        values = np.maximum(np.abs(values) + slack, 0.0)
-        return predict(values, firsts**2, distances, epsilon, zero_share=zero_share)
+    def solve(border_of: Callable, slack: float) -> float:
+        values = []
+        weights = []
+        for probe in probes:
+            nodes, firsts, _ = linops.bordered(probe, last=border_of(probe))
+            values.append(np.maximum(np.abs(nodes) + slack, 0.0))
+            weights.append(firsts**2)
+        mean = (np.concatenate(values), np.concatenate(weights))
+        return predict(*mean, distances, epsilon, zero_share=zero_share)
 
-    upper = solve([linops.border_for(probe) for probe in probes], -slack)
+    upper = solve(linops.border_for, -slack)
     lower, before = upper, math.inf
     # falls towards the answer: each round's spectra are a candidate, best at one R
     while before - lower > 1e-9:
         before = lower
         sharpness = distances.at(lower, count="linear") ** 2 / (2 * epsilon)
-        lower = solve([_lowest(probe, sharpness) for probe in probes], slack)
+        lower = solve(partial(_lowest, sharpness=sharpness), slack)
     return min(lower, before), upper
 
 
@@ -462,24 +472,17 @@ def _lowest(probe: linops.Tridiagonal, sharpness: float) -> float:
         angle = math.copysign(math.atan(10 ** (6 - 20 * abs(middle))), -middle)
         border = scale * math.tan(cut + angle)
         values, firsts, lasts = linops.bordered(probe, last=border)
-        size, sign = np.abs(values), np.sign(values)
+        size = np.abs(values)
         moves = firsts * lasts / (1 + sharpness * size)
         differences = np.subtract.outer(values, values)
-        quotients = np.subtract.outer(size, size) / np.where(differences == 0, 1.0, differences)
-        quotients = np.where(np.equal.outer(sign, sign), sign, quotients)
-        falling = moves @ quotients @ moves > 0  # minus the slope
-        low, high = (middle, high) if falling else (low, middle)
+        equal = differences == 0
+        quotients = np.subtract.outer(size, size) / np.where(equal, 1.0, differences)
+        quotients = np.where(equal, np.sign(values), quotients)
+        if moves @ quotients @ moves > 0:  # minus the slope: it falls
+            low = middle
+        else:
+            high = middle
     return border
-
-
-def _semidefinite(values: ArrayLike) -> ndarray:
-    values = np.asarray(values, float)
-    if values.size and values.min() < -1e-3 * np.abs(values).max():
-        least = f"{values.min():.3g} (largest {values.max():.3g})"
-        raise ValueError(
-            f"the operator is not positive semi-definite: its smallest Ritz value is {least}."
-        )
-    return values
 
 
 class History(NamedTuple):
@@ -498,9 +501,9 @@ class Prediction(NamedTuple):
 
     ratio: float  # of the probes' mean spectrum
     # enclosure of the quadrature error, for these probes and this epsilon; NaN if negative values
-    # of an
+    # of an indefinite operator are clipped
     lower: float
-    upper: float  # indefinite operator are clipped
+    upper: float
     standard_error: float  # over probes, of `ratio`; NaN with one probe
     epsilon_error: float  # standard deviation over draws of epsilon; NaN without draws
     per_probe: ndarray  # float64 [probes]: each probe's own prediction
@@ -523,8 +526,8 @@ class Prediction(NamedTuple):
 
 OPERATORS = {  # Ritz values to eigenvalues of the Hessian, up to sign
     "symmetric": lambda values: values,
-    "semidefinite": _semidefinite,
-    "squared": lambda values: np.sqrt(np.abs(_semidefinite(values))),
+    "semidefinite": lambda values: values,
+    "squared": lambda values: np.sqrt(np.abs(values)),
 }
 
 
@@ -556,33 +559,38 @@ def predict_probes(
     original's; except for a `symmetric` operator that is `lower` (up to `rounding`). Its standard
     error is std(per_probe) / sqrt(probes), to first order that of the mean spectrum's fixed point.
     """
-    ritz, weights = gauss = _rows(*linops.ritz(tridiagonal))
+    ritz, weights = _rows(*linops.ritz(tridiagonal))
     values = tables.lookup(OPERATORS, operator, "operator")(ritz)
-    point = lambda v, w, e: predict(v, w, distances, e, negative=negative, zero_share=zero_share)
-    per_probe = np.array([point(v, w, epsilon) for v, w in zip(values, weights)])
-    draws = [point(values, weights, e) for e in epsilons]
+
+    def solve(values: ndarray, weights: ndarray, epsilon: float) -> float:
+        return _solve(_spectrum(values, weights, epsilon, negative, zero_share), distances)
+
+    per_probe = np.array([solve(v, w, epsilon) for v, w in zip(values, weights)])
+    num = len(per_probe)
+    answer = float(per_probe[0])
+    standard_error = math.nan
+    if num > 1:
+        answer = solve(values, weights, epsilon)
+        standard_error = float(per_probe.std(ddof=1) / math.sqrt(num))
+    draws = [solve(values, weights, e) for e in epsilons]
     if rounding is None:
         unit = float(np.finfo(np.asarray(tridiagonal.alphas).dtype).eps)
         rounding = unit * (0.01 if operator == "semidefinite" else 4.0)
-    bounded = dict(zero_share=zero_share, rounding=rounding)
-    lower = upper = math.nan
+    options: Fields = dict(zero_share=zero_share, rounding=rounding)
+    bounds = (math.nan, math.nan)
     if operator != "symmetric":
-        radau = linops.gauss_radau(tridiagonal)
         squared = operator == "squared"
-        lower, upper = enclosure(gauss, radau, distances, epsilon, squared=squared, **bounded)
+        bounds = enclosure(tridiagonal, distances, epsilon, squared=squared, **options)
     elif negative == "absolute":
-        lower, upper = absolute_enclosure(tridiagonal, distances, epsilon, **bounded)
-    num = len(per_probe)
-    several = num > 1
+        bounds = absolute_enclosure(tridiagonal, distances, epsilon, **options)
     return Prediction(
-        ratio=point(values, weights, epsilon) if several else float(per_probe[0]),
-        lower=lower,
-        upper=upper,
-        standard_error=float(per_probe.std(ddof=1) / math.sqrt(num)) if several else math.nan,
-        epsilon_error=float(np.std(draws)) if draws else math.nan,
-        per_probe=per_probe,
-        epsilon=epsilon,
-        negative_mass=negative_mass(ritz, weights),
+        answer,
+        *bounds,
+        standard_error,
+        float(np.std(draws)) if draws else math.nan,
+        per_probe,
+        epsilon,
+        negative_mass(ritz, weights),
     )
 
 
@@ -601,14 +609,16 @@ def history(
     options: those of `predict_probes`.
     """
     longest = int(np.max(tridiagonal.num_steps))
-    depths = np.arange(1, longest + 1) if num_matvecs is None else np.asarray(num_matvecs, int)
-    if depths.size and not (depths.min() >= 1 and depths.max() <= longest):
-        raise ValueError(
-            f"num_matvecs is {num_matvecs}; allowed: 1 to {longest}, the Lanczos steps made."
-        )
+    if num_matvecs is None:
+        num_matvecs = range(1, longest + 1)
     answers = []
-    for depth in depths.tolist():
+    for depth in num_matvecs:
+        if not 1 <= depth <= longest:
+            raise ValueError(
+                f"num_matvecs is {num_matvecs}; allowed: 1 to {longest}, the Lanczos steps made."
+            )
         shorter = linops.truncate(tridiagonal, depth)
         answer = predict_probes(shorter, distances, epsilon, **options)
         answers.append((answer.ratio, answer.lower, answer.upper))
-    return History(depths, *np.array(answers, float).reshape(-1, 3).T)
+    columns = np.array(answers, float).reshape(-1, 3).T
+    return History(np.asarray(num_matvecs, int), *columns)

@@ -63,6 +63,7 @@ RUNS = (
     ),
     *(
         "stages",
+        "alone",
         "geometry",
         "structured",
         "greg",

@@ -123,11 +123,11 @@ def test_oracle_refuses():
     with pytest.raises(ValueError, match=r"returned the shape \(\)"):
         probes.oracle(lambda keep: 0.0, {"a": (3, 1)})
     found = probes.oracle(losses, {"a": (3, 1)})
-    with pytest.raises(ValueError, match="leaves out 2 of 3 groups; the oracle tried 1 of 3"):
+    with pytest.raises(ValueError, match="leaves 1 of 3 groups; the oracle tried 2 of 3"):
         probes.rank(found, {"a": np.array([True, False, False])})
-    with pytest.raises(ValueError, match="leaves out 1 of 2 groups"):
+    with pytest.raises(ValueError, match="leaves 1 of 2 groups"):
         probes.rank(found, {"a": np.array([True, False])})
-    with pytest.raises(ValueError, match="keep has no 'a', which the oracle tried"):
+    with pytest.raises(ValueError, match="keep has no 'a'"):
         probes.rank(found, {"b": np.array([True, True, False])})
     with pytest.raises(ValueError, match="counts names no layer"):
         probes.oracle(losses, {})

@@ -1,0 +1,62 @@
+"""Stages that are written for one network: those of a sweep take their turns.
+
+Each network is handed to its stage as if there were no other: a problem without members, its state,
+and a place that holds its own settings and rows.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from sparsity_jax import interface, train
+from sparsity_jax.interface import Place
+from sparsity_jax.train import Problem, State, Update
+from sparsity_jax.types import Rows
+
+Result = tuple[State, Rows]  # one network's state after a stage, and its rows
+
+
+class EachMember(interface.Stage):
+    """A stage that changes networks: all at once, after the turn of the last one."""
+
+    def of_member(self, problem: Problem, state: State, place: Place) -> Result:
+        """What the stage does to one network."""
+        raise NotImplementedError
+
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
+        alone = problem.with_members(None)
+        states = []
+        rows = []
+        for member, stage in enumerate(place.own):
+            network = train.member_of(problem, state, member)
+            after, added = stage.of_member(alone, network, place.of_member(member))
+            states.append(after)
+            rows.append(added)
+        together = states[0]
+        if problem.members is not None:
+            together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        yield Update(together, rows, 1.0)
+
+
+class OneByOne(interface.Stage):
+    """A stage that leaves networks as they are and reports what it measures as it goes."""
+
+    def measure(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
+        """Updates of one network, as those of `run`.
+
+        state: in its `opt_state` the stage remembers where it stands, of one network at a time.
+        """
+        raise NotImplementedError
+
+    def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
+        alone = problem.with_members(None)
+        networks = state._replace(opt_state=())
+        for member, stage in enumerate(place.own):
+            network = train.member_of(problem, networks, member)
+            network = network._replace(opt_state=state.opt_state)
+            for update in stage.measure(alone, network, place.of_member(member)):
+                state = networks._replace(opt_state=update.state.opt_state)
+                rows = interface.rows_per_member(problem)
+                (rows[member],) = update.rows
+                yield Update(state, rows, (member + update.done) / len(place.own))
