@@ -1931,6 +1931,16 @@ MUTATIONS = (
         "both_modes_of_a_sweep",
     ),
     Mutation(
+        253,
+        "wrong key",
+        "every network of a sweep goes on from the rows of the first",
+        "alone.py",
+        "stage.measure(alone, network, place.of_member(member))",
+        "stage.measure(alone, network, place.of_member(0))",
+        "test_geometry.py",
+        "members_of_a_sweep_are_single_networks",
+    ),
+    Mutation(
         266,
         "dropped factor",
         "boxes without a fitting draw lie at the end of the image, not in its middle",
