@@ -12,23 +12,20 @@
 Magnitude is the score. Whole filters or input channels go by their L1 norm.
 """
 
-import fractions
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
-from sparsity_jax.types import Fields, PyTree, Shape
+from sparsity_jax import filters, kernels, masks, originals, shares, tables, trees, units
+from sparsity_jax.filters import Layers
+from sparsity_jax.groups import Channels
+from sparsity_jax.types import Fields, PyTree
 
-Channels = groups.Channels | None
-Layers = dict[str, units.Layer]
-Shapes = Mapping[str, Shape]
 Scope = Literal["kernels", "all"]
-LayerRatios = Literal["uniform", "erk", "erk_original"]
 
 
 def num_kept(size: int, ratio: float) -> int:
@@ -39,7 +36,12 @@ def num_kept(size: int, ratio: float) -> int:
 
 
 def prunable(
-    params: PyTree, scope: Scope, channels: Channels = None, *, include: str = "", exclude: str = ""
+    params: PyTree,
+    scope: Scope,
+    channels: Channels | None = None,
+    *,
+    include: str = "",
+    exclude: str = "",
 ) -> Fields:
     """The arrays that may be pruned, by path: `kernels` or `all` (as the SFW original).
 
@@ -55,59 +57,11 @@ def prunable(
     return {path: leaves[path] for path in chosen}
 
 
-# Shares of layers ---------------------------------------------------------------------------------
-
-
-def erk_ratios(shapes: Shapes, ratio: float) -> dict[str, float]:
-    """Share to remove from each kernel so that `ratio` of all weights goes (Erdos-Renyi-Kernel).
-
-    The density of a kernel is proportional to (sum of its dimensions) / (their product). Kernels
-    that this would fill more than whole stay dense, and the others share the rest. Source: Evci et
-    al. 2020, arXiv:1911.11134.
-    """
-    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-    raw = {path: sum(shape) / sizes[path] for path, shape in shapes.items()}
-    budget = (1 - ratio) * sum(sizes.values())
-    dense: set[str] = set()
-    while True:
-        rest = [path for path in shapes if path not in dense]
-        left = budget - sum(sizes[path] for path in dense)
-        scale = left / sum(raw[path] * sizes[path] for path in rest) if rest else 0.0
-        full = {path for path in rest if scale * raw[path] > 1 - 1e-12}
-        if not full:
-            return {path: 0.0 if path in dense else 1 - scale * raw[path] for path in shapes}
-        dense |= full
-
-
-# (shapes, ratio) -> share to remove from each kernel
-LAYER_RATIOS: dict[str, Callable] = {
-    "uniform": dict.fromkeys,
-    "erk": erk_ratios,
-    "erk_original": originals.erk_ratios,
-}
-
-
-def largest_remainders(sizes: Mapping[str, int], ratios: Mapping[str, float]) -> dict[str, int]:
-    """How many of each layer's `sizes` stay, so that together as many go as `ratios` ask for,
-    rounded once.
-
-    Every layer loses its share rounded down, and those with the largest remainders one more; equal
-    ones in order.
-    """
-    shares = {name: size * fractions.Fraction(str(ratios[name])) for name, size in sizes.items()}
-    removed = {name: math.floor(share) for name, share in shares.items()}
-    missing = round(sum(shares.values())) - sum(removed.values())
-    by_remainder = sorted(shares, key=lambda name: removed[name] - shares[name])
-    for name in by_remainder[:missing]:
-        removed[name] += 1
-    return {name: size - removed[name] for name, size in sizes.items()}
-
-
 # Selections: which units are compared with each other ---------------------------------------------
 
 
 @tables.option
-class _OfWeights:
+class Weights:
     """A selection among single weights; its fields are its options."""
 
     together: ClassVar[bool] = True  # one number of units for all layers
@@ -116,121 +70,42 @@ class _OfWeights:
     exclude: str = ""
     count = "nearest"
 
-    def units_of(self, params: PyTree, channels: Channels) -> Layers:
+    def units_of(self, params: PyTree, channels: Channels | None) -> Layers:
         """The arrays it prunes, by path."""
-        arrays = prunable(params, self.scope, channels, include=self.include, exclude=self.exclude)
-        of_array = lambda path, leaf: units.of_kernel(path, path, leaf.shape, None)
-        return {path: of_array(path, leaf) for path, leaf in arrays.items()}
+        patterns = dict(include=self.include, exclude=self.exclude)
+        layers = {}
+        for path, leaf in prunable(params, self.scope, channels, **patterns).items():
+            layers[path] = units.of_kernel(path, path, leaf.shape, None)
+        return layers
 
 
 @tables.option
-class Global(_OfWeights):
+class Global(Weights):
     """One threshold of magnitude."""
 
     count: Literal["nearest", "original", "ceil"] = "nearest"
 
 
 @tables.option
-class Layerwise(_OfWeights):
+class Layerwise(Weights):
     """A share of every array."""
 
     together: ClassVar[bool] = False
     count: Literal["nearest", "per_layer", "original"] = "nearest"
-    layer_ratios: LayerRatios = "uniform"
+    layer_ratios: shares.LayerRatios = "uniform"
 
 
 @tables.option
-class Random(_OfWeights):
+class Random(Weights):
     """Weights drawn uniformly."""
 
 
-@tables.option
-class Structured:
-    """Whole filters or input channels, by their L1 norm."""
-
-    together: ClassVar[bool] = False
-    granularity: units.Sliced = "filter"
-    layer_ratios: LayerRatios = "uniform"
-    count: Literal["nearest", "per_layer"] = "nearest"
-    layers: Literal["auto", "convolutions", "all"] = "auto"
-    layout: kernels.Layout | None = None
-    include: str = ""
-    exclude: str = ""
-
-    def units_of(self, params: PyTree, channels: Channels) -> Layers:
-        """What it chooses slices of, by name; errors as in `keep_counts`."""
-        paths = kernels.paths(params, channels, include=self.include, exclude=self.exclude)
-        every = kernels.axes(params, paths, channels, layout=self.layout)
-        convolutions = {path: axes for path, axes in every.items() if axes.window}
-        by_name = self.layers == "auto" and channels is None and convolutions
-        axes = convolutions if by_name or self.layers == "convolutions" else every
-        if self.granularity == "channel":
-            layers = _slices(params, {path: own.inputs for path, own in axes.items()})
-        elif channels is None:
-            some_stay = bool(self.include or self.exclude) or len(axes) < len(every)
-            axes = _without_classifier(axes, some_stay)
-            layers = _slices(params, {path: own.outputs for path, own in axes.items()})
-        else:
-            layers = _traced_layers(params, channels, axes)
-        if not layers:
-            raise ValueError(
-                f"no {self.granularity} can be removed: layers={self.layers!r}, kernels "
-                f"{paths[:5]}."
-            )
-        return layers
-
-
-def _slices(params: PyTree, along: Shapes) -> Layers:
-    """Slices of arrays along some axes, by path."""
-    leaves = trees.named_leaves(params)
-    return {
-        path: units.of_kernel(path, path, tuple(leaves[path].shape), axes)
-        for path, axes in along.items()
-    }
-
-
-def _without_classifier(axes: dict[str, kernels.Axes], some_stay: bool) -> dict[str, kernels.Axes]:
-    """Without the kernel of a layer called `fc`, whose outputs are the classes.
-
-    some_stay: whether some kernels keep their filters anyway. Raises ValueError where all might
-    lose some.
-    """
-    others = {path: own for path, own in axes.items() if path.split("/")[-2:-1] != ["fc"]}
-    if len(others) == len(axes) and not some_stay:
-        raise ValueError(
-            f"names do not tell which of the layers {list(axes)[:5]} makes the network's outputs, "
-            "and keeps its filters (none is called fc). Give channels=groups.trace(apply, "
-            "variables, inputs), or exclude=pattern of its path."
-        )
-    return others
-
-
-def _traced_layers(
-    params: PyTree, channels: groups.Channels, axes: dict[str, kernels.Axes]
-) -> Layers:
-    """The groups of channels that the kernels in `axes`, and no others, make."""
-    owned = {owner: path for path, owner in groups.owners(params, channels).items()}
-
-    def part_of(member: groups.Member) -> units.Part:
-        return units.Part(owned[member.path], (member.axis,), member.index)
-
-    layers = {}
-    for name, group in channels.groups.items():
-        makers = [member for member in group.members if member.role in ("producer", "depthwise")]
-        if not makers or not all(owned.get(member.path) in axes for member in makers):
-            continue
-        scored = [member for member in makers if member.role == "producer"] or makers
-        # kernels that read the channels may stay: what they read is zero, if all that makes it is
-        # masked
-        masked = [member for member in group.members if member.path in owned]
-        if len(masked) == len(group.members):
-            masked = [member for member in masked if member.role != "consumer" or member.exposed]
-        parts = tuple(map(part_of, masked))
-        layers[name] = units.Layer(name, (group.size,), parts, tuple(map(part_of, scored)))
-    return layers
-
-
-SELECTIONS = {"global": Global, "layerwise": Layerwise, "random": Random, "structured": Structured}
+SELECTIONS = {
+    "global": Global,
+    "layerwise": Layerwise,
+    "random": Random,
+    "structured": filters.Structured,
+}
 
 
 def check(selection: str, options: Fields) -> Fields:
@@ -239,7 +114,8 @@ def check(selection: str, options: Fields) -> Fields:
 
 
 def _made(selection: str, options: Fields) -> Any:
-    return tables.lookup(SELECTIONS, selection, "selection")(**check(selection, options))
+    checked = check(selection, options)
+    return SELECTIONS[selection](**checked)
 
 
 # How many units stay, and which -------------------------------------------------------------------
@@ -250,7 +126,7 @@ def keep_counts(
     ratio: float,
     *,
     selection: str = "global",
-    channels: Channels = None,
+    channels: Channels | None = None,
     **options: Any,
 ) -> PyTree:
     """What `keep_masks` may trace: how many entries (or filters) stay at pruning ratio `ratio` in
@@ -274,11 +150,12 @@ def keep_counts(
     `torch.nn.utils.prune`. `original` (global, layerwise): the SFW original's counts, one more than
     nominal, and ties kept; `ceil` (global): the geometric study's, the ceil(p n) smallest go, at
     least one, and ties with them. layer_ratios (layerwise, structured): `uniform`, `erk`
-    (`erk_ratios`) or `erk_original`. Of `structured`: granularity: `filter` or `channel`. layers:
-    `convolutions`, `all`, or `auto`: all with a trace; by name convolutions if there are any; a
-    layer called `fc` keeps its filters. layout: of all kernels without a trace, `in_out` ([..., in,
-    out], Flax and Haiku) or `out_in` ([out, in, ...], PyTorch and Equinox). Raises ValueError for a
-    ratio outside [0, 1] and where it is open what may be pruned, ConfigError for other options.
+    (`shares.erk_ratios`) or `erk_original`. Of `structured`: granularity: `filter` or `channel`.
+    layers: `convolutions`, `all`, or `auto`: all with a trace; by name convolutions if there are
+    any; a layer called `fc` keeps its filters. layout: of all kernels without a trace, `in_out`
+    ([..., in, out], Flax and Haiku) or `out_in` ([out, in, ...], PyTorch and Equinox). Raises
+    ValueError for a ratio outside [0, 1] and where it is open what may be pruned, ConfigError for
+    other options.
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
@@ -286,27 +163,25 @@ def keep_counts(
     layers = chosen.units_of(params, channels)
     sizes = {name: layer.size for name, layer in layers.items()}
     if chosen.together:
-        return _number_of_all(sum(sizes.values()), ratio, chosen.count)
+        return KEPT_OF_ALL[chosen.count](sum(sizes.values()), ratio)
     leaves = trees.named_leaves(params)
     shapes = {name: leaves[layer.scored[0].path].shape for name, layer in layers.items()}
-    ratios = LAYER_RATIOS[chosen.layer_ratios](shapes, ratio)
-    if chosen.count == "original":
-        return {name: originals.kept_of_layer(size, ratios[name]) for name, size in sizes.items()}
-    if chosen.count == "per_layer" or chosen.layer_ratios == "erk_original":
-        counts = {name: num_kept(size, ratios[name]) for name, size in sizes.items()}
-    else:
-        counts = largest_remainders(sizes, ratios)
+    rule = dict(layer_ratios=chosen.layer_ratios, count=chosen.count)
+    counts = shares.kept_of_layers(sizes, shapes, ratio, **rule)
     least = 1 if selection == "structured" else 0
     return {name: max(kept, least) for name, kept in counts.items()}
 
 
-def _number_of_all(size: int, ratio: float, count: str) -> int:
-    """Entries left of `size`, counted as a row of `count` of `keep_counts` says."""
-    if count == "original":
-        return originals.kept_of_all(size, ratio)
-    if count == "ceil":
-        return size - max(math.ceil(ratio * size), 1)
-    return num_kept(size, ratio)
+def _kept_but_ceil(size: int, ratio: float) -> int:
+    return size - max(math.ceil(ratio * size), 1)
+
+
+# entries left of all, (size, ratio) -> number, by `count` of `keep_counts`
+KEPT_OF_ALL: dict[str, Callable] = {
+    "nearest": num_kept,
+    "original": originals.kept_of_all,
+    "ceil": _kept_but_ceil,
+}
 
 
 def keep_masks(
@@ -315,7 +190,7 @@ def keep_masks(
     key: Array | None = None,
     *,
     selection: str = "global",
-    channels: Channels = None,
+    channels: Channels | None = None,
     before: PyTree | None = None,
     **options: Any,
 ) -> PyTree:
@@ -331,26 +206,26 @@ def keep_masks(
     chosen = _made(selection, options)
     layers = chosen.units_of(params, channels)
     leaves = trees.named_leaves(params)
-    earlier = trees.named_leaves(before)
     scores = {}
-    alive = {}
     for name, layer in layers.items():
         scores[name] = leaves[name] if layer.of_weights else units.absolute_sums(leaves, layer)
-        if earlier:
-            alive[name] = units.entries_left(earlier, layer) > 0
+    start = masks.full(params) if before is None else before
+    alive = None
+    if before is not None:
+        earlier = trees.named_leaves(before)
+        alive = {name: units.entries_left(earlier, layer) > 0 for name, layer in layers.items()}
     if selection == "random":
         if key is None:
             raise ValueError("selection 'random' needs a key.")
-        units_kept = masks.random_mask(key, scores, counts, before=alive or None)
+        kept = masks.random_mask(key, scores, counts, before=alive)
     elif chosen.together:
-        units_kept = _largest(scores, counts, alive or None, chosen.count)
+        kept = _largest(scores, counts, alive, chosen.count)
     else:
-        units_kept = {
-            name: _largest(scores[name], counts[name], alive.get(name), chosen.count)
-            for name in layers
-        }
-    kept = units.without(masks.full(params), layers.values(), units_kept)
-    return kept if before is None else jax.tree.map(jnp.logical_and, kept, before)
+        kept = {}
+        for name in layers:
+            own = alive and alive[name]
+            kept[name] = _largest(scores[name], counts[name], own, chosen.count)
+    return units.without(start, layers.values(), kept)
 
 
 def _largest(scores: PyTree, counts: Any, alive: PyTree | None, count: str) -> PyTree:
@@ -367,7 +242,7 @@ def _largest(scores: PyTree, counts: Any, alive: PyTree | None, count: str) -> P
 
 
 def left_by(
-    kept: PyTree, *, selection: str = "global", channels: Channels = None, **options: Any
+    kept: PyTree, *, selection: str = "global", channels: Channels | None = None, **options: Any
 ) -> tuple[Array, Array]:
     """(number, share) of what masks `kept` have left and removed, by the counting of a selection;
     traceable.

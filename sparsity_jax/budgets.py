@@ -134,11 +134,6 @@ def _from_density(density: np.ndarray) -> Rounds:
     return Rounds(1 - density / before, density)
 
 
-def rounded_down(share: float) -> float:
-    """To four digits, for messages: a limit that is rounded up would be refused."""
-    return math.floor(1e4 * share) / 1e4
-
-
 # Selections ---------------------------------------------------------------------------------------
 
 
@@ -187,10 +182,11 @@ def select(
         wanted = originals.floor_of_product(ratio, total)
     reachable = max(removed, default=0)
     if wanted > reachable:
+        most = math.floor(1e4 * reachable / max(total, 1)) / 1e4  # rounded up, it would be refused
         raise ValueError(
             f"ratio {ratio} of {len(scores)} layers removes {wanted} of {total} channels, but the "
-            f"minimum kept per layer leaves {reachable} to remove; use a ratio of at most "
-            f"{rounded_down(reachable / max(total, 1))} or smaller floors."
+            f"minimum kept per layer leaves {reachable} to remove; use a ratio of at most {most} "
+            "or smaller floors."
         )
     return ranking.without_first(int(np.searchsorted(removed, wanted, side="right")))
 
@@ -242,7 +238,8 @@ def select_to_cost(
     most = len(ranking.order)
     removed = bisect.bisect_left(range(most + 1), True, key=fits)
     if removed > most:
-        least, full = cost(ranking.without_first(most)), cost(ranking.without_first(0))
+        least = cost(ranking.without_first(most))
+        full = cost(ranking.without_first(0))
         raise ValueError(
             f"cost target {target:g} cannot be reached: the minimum kept per layer costs "
             f"{least:g}, all channels {full:g}; use a larger target or smaller floors."
@@ -255,26 +252,20 @@ def round_to_multiple(
     scores: Scores,
     multiple: int,
     *,
-    rounding: Literal["ceil", "nearest"] = "ceil",
     alive: Scores | None = None,
-    floors: Counts | None = None,
 ) -> Keep:
-    """`keep` with every layer's number of channels a multiple of `multiple` (8, 16, 32 for
-    hardware).
+    """`keep` with every layer's number of channels rounded up to a multiple of `multiple` (8, 16,
+    32 for hardware).
 
     The most important removed channels come back first; only those of `alive` (default: all), so a
-    layer with fewer keeps all of them. rounding: `nearest` drops the least important where the
-    multiple below is nearer and at least the layer's floor. A budget may be exceeded by the
-    rounding.
+    layer with fewer keeps all of them. A budget may be exceeded by the rounding.
     """
     multiple = _number(multiple, tables.Count, "multiple")
-    row, kept = _row(scores, alive), _row(scores, keep, "keep")
-    floors = _floors(scores, floors)
+    row = _row(scores, alive)
+    kept = _row(scores, keep, "keep")
     wanted = {}
     for name, number in kept.living().items():
-        wanted[name] = masks.ROUNDINGS[rounding](number / multiple) * multiple
-        if wanted[name] < floors[name]:
-            wanted[name] = math.ceil(number / multiple) * multiple
+        wanted[name] = math.ceil(number / multiple) * multiple
     stock = row.alive | kept.alive
     rank = row.rank(-row.score, ~kept.alive, ~stock)
     return row.split(stock & (rank < row.spread(wanted)))
@@ -362,28 +353,27 @@ def _row(scores: Scores, alive: Scores | None, what: str = "alive") -> _Row:
         )
     layers = []
     for i, name in enumerate(sorted(scores)):
-        score, lives = np.asarray(scores[name], np.float64), np.asarray(alive[name])
+        score = np.asarray(scores[name], np.float64)
+        lives = np.asarray(alive[name])
         _check_layer(name, score, lives, what)
         layers.append((np.full(score.size, i), score, lives))
     return _Row(list(scores), *map(np.concatenate, zip(*layers)))
 
 
 def _check_layer(name: str, scores: np.ndarray, alive: np.ndarray, what: str) -> None:
+    given = f"{alive.dtype} {alive.shape}"
+    needed = scores.shape
     if scores.ndim != 1 or not scores.size:
-        raise ValueError(
-            f"scores of {name!r} have shape {scores.shape}; allowed: [channels], at least one."
-        )
-    if alive.shape != scores.shape or alive.dtype != bool:
-        raise ValueError(
-            f"{what} of {name!r} is {alive.dtype} {alive.shape}; needed: bool {scores.shape}, the "
-            "shape of its scores."
-        )
-    if not alive.any():
-        raise ValueError(f"{what} of {name!r} has no channel left; every layer keeps at least one.")
-    if np.isnan(scores[alive]).any():
-        raise ValueError(
-            f"scores of {name!r} are NaN; look for a loss that is not finite before ranking."
-        )
+        wrong = f"scores of {name!r} have shape {needed}; allowed: [channels], at least one."
+    elif alive.shape != needed or alive.dtype != bool:
+        wrong = f"{what} of {name!r} is {given}; needed: bool {needed}, the shape of its scores."
+    elif not alive.any():
+        wrong = f"{what} of {name!r} has no channel left; every layer keeps at least one."
+    elif np.isnan(scores[alive]).any():
+        wrong = f"scores of {name!r} are NaN; look for a loss that is not finite before ranking."
+    else:
+        return
+    raise ValueError(wrong)
 
 
 def _floors(scores: Scores, floors: Counts | None) -> dict[str, int]:

@@ -13,7 +13,7 @@ from jax import ShapeDtypeStruct, eval_shape, local_devices, random
 
 from sparsity_jax import ancestry, data, models, plans, pretrained, tables, train, trees
 from sparsity_jax.plans import Plan
-from sparsity_jax.tables import ConfigError, check_options, shortened, within
+from sparsity_jax.tables import ConfigError, shortened, within
 from sparsity_jax.train import Problem, shapes_of
 from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import Config
@@ -47,7 +47,7 @@ def build(every: list[Plan]) -> Problem:
             "config.mesh", common["mesh"], allowed=f"0 (all) to {devices}, the local devices"
         )
     with within("config.data"):
-        dataset = data.load(**check_options(data.load, common["data"]))
+        dataset = data.load(**common["data"])
     model = models.build(num_classes=dataset.num_classes, **common["model"])
     problem = train.build_problem(
         dataset,

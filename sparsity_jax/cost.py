@@ -28,6 +28,7 @@ from sparsity_jax.channels.values import Program
 from sparsity_jax.types import PyTree, Shape
 
 Verdict = Literal["faster", "slower", "no measurable difference"]
+WARMUP = 3  # calls before those whose time is measured
 
 
 # Size --------------------------------------------------------------------------------------------
@@ -134,13 +135,17 @@ def _repeated(eqn: Any, bodies: list[Flops], path: Path) -> Flops:
     if name == "shard_map":
         return _scale(count, eqn.params["mesh"].size)
     if name == "while":
-        return _add(count, NOTHING._replace(notes=(f"while at {_where(path)}: counted once",)))
+        return _add(count, _noted(f"while at {_where(path)}: counted once"))
     return count
 
 
 def _scale(count: Flops, times: int) -> Flops:
     equations = tuple(eqn._replace(flops=eqn.flops * times) for eqn in count.equations)
     return Flops(count.products * times, count.elementwise * times, equations, count.notes)
+
+
+def _noted(note: str) -> Flops:
+    return NOTHING._replace(notes=(note,))
 
 
 def _work(eqn: Any, path: Path, padding: bool) -> Flops:
@@ -152,12 +157,12 @@ def _work(eqn: Any, path: Path, padding: bool) -> Flops:
         equation = Equation(name, _where(path), count)
         return NOTHING._replace(products=count, equations=(equation,))
     if name in walk.OPAQUE:
-        return NOTHING._replace(notes=(f"{name} at {_where(path)}: not counted",))
-    if name in FREE:
-        return NOTHING
+        return _noted(f"{name} at {_where(path)}: not counted")
+    entries = 0
     if name.startswith(walk.SCALAR_BODIES):
-        return NOTHING._replace(elementwise=_reduction(eqn))
-    entries = sum(getattr(out.aval, "size", 0) for out in eqn.outvars)
+        entries = _reduction(eqn)
+    elif name not in FREE:
+        entries = sum(getattr(out.aval, "size", 0) for out in eqn.outvars)
     return NOTHING._replace(elementwise=entries)
 
 
@@ -218,8 +223,12 @@ def _reduction(eqn: Any) -> int:
     if name.startswith("reduce_window"):
         return out * (math.prod(eqn.params["window_dimensions"]) - 1)
     if name.startswith("scatter"):
-        return 0 if name == "scatter" else eqn.invars[2].aval.size
-    return entries - out if name.startswith(("reduce", "arg")) else entries
+        if name == "scatter":
+            return 0
+        return eqn.invars[2].aval.size
+    if name.startswith(("reduce", "arg")):
+        return entries - out
+    return entries
 
 
 # Budgets of channels ---------------------------------------------------------------------------
@@ -242,7 +251,9 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
     inside = [path for path in channels.shapes if path.startswith("params/")]
     inside = inside or list(channels.shapes)
     _, inputs, _ = channels.signature
-    batch = inputs[0].shape[0] if inputs and inputs[0].shape else 1
+    batch = 1
+    if inputs and inputs[0].shape:
+        batch = inputs[0].shape[0]
 
     def parameters(keep: Mapping) -> float:
         shapes = groups.compact_shapes(channels, keep)
@@ -260,7 +271,9 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
 
         return _total(channels.walked.program, price).products / batch
 
-    return parameters if unit == "parameters" else products
+    if unit == "parameters":
+        return parameters
+    return products
 
 
 # Time --------------------------------------------------------------------------------------------
@@ -287,19 +300,17 @@ class Comparison(NamedTuple):
     verdict: Verdict
 
 
-def latency(function: Callable, *args: Any, repeats: int = 30, warmup: int = 3) -> Latency:
+def latency(function: Callable, *args: Any, repeats: int = 30) -> Latency:
     """Measured wall time of compiled `function(*args)` on the default device.
 
     function: traceable, jitted or `jax.stages.Compiled`; it must not donate its arguments. args:
-    pytrees of arrays, moved to the device before. warmup: calls not measured, of which the first
-    compiles. Raises ConfigError for repeats below 2 or warmup below 1.
+    pytrees of arrays, moved to the device before. The first WARMUP calls, of which one compiles,
+    are not measured. Raises ConfigError for repeats below 2.
     """
-    return _measure([(function, args)], repeats, warmup)[0]
+    return _measure([(function, args)], repeats)[0]
 
 
-def compare(
-    candidates: Mapping[str, tuple[Callable, tuple]], *, repeats: int = 30, warmup: int = 3
-) -> Comparison:
+def compare(candidates: Mapping[str, tuple[Callable, tuple]], *, repeats: int = 30) -> Comparison:
     """Whether the second of two functions is measurably faster: their spreads do not overlap.
 
     candidates: name to (function, tuple of its arguments), exactly two, the reference first. They
@@ -312,15 +323,20 @@ def compare(
             f"candidates has {len(candidates)} entries; compare takes two: a reference and one "
             "other."
         )
-    latencies = _measure(list(candidates.values()), repeats, warmup)
+    latencies = _measure(list(candidates.values()), repeats)
     return comparison(dict(zip(candidates, latencies)))
 
 
 def comparison(latencies: dict[str, Latency]) -> Comparison:
     """What two measured latencies say, the reference first."""
     first, second = latencies.values()
-    low, high = first.low / second.high, first.high / second.low
-    verdict: Verdict = "faster" if low > 1 else "slower" if high < 1 else "no measurable difference"
+    low = first.low / second.high
+    high = first.high / second.low
+    verdict: Verdict = "no measurable difference"
+    if low > 1:
+        verdict = "faster"
+    elif high < 1:
+        verdict = "slower"
     return Comparison(latencies, first.median / second.median, low, high, verdict)
 
 
@@ -331,15 +347,14 @@ def summary(samples: Any) -> Latency:
     return Latency(float(median), float(low), float(high), samples)
 
 
-def _measure(calls: list[tuple[Callable, tuple]], repeats: int, warmup: int) -> list[Latency]:
+def _measure(calls: list[tuple[Callable, tuple]], repeats: int) -> list[Latency]:
     tables.convert(repeats, Annotated[int, tables.Range(2)], "repeats")
-    tables.convert(warmup, tables.Count, "warmup")
     ready: list[tuple[Callable, list[float]]] = []
     for function, args in calls:
         if not isinstance(function, jax.stages.Compiled):
             function = jax.jit(function)
         call: Callable = functools.partial(function, *jax.tree.map(jnp.asarray, tuple(args)))
-        for _ in range(warmup):
+        for _ in range(WARMUP):
             jax.block_until_ready(call())
         ready.append((call, []))
     for turn in range(repeats):

@@ -1,5 +1,4 @@
-"""Encoded images as uint8 arrays: which formats are read, what is damaged, which way is up, and how
-images shrink.
+"""Encoded images as uint8 arrays: which formats are read, what is damaged, and which way is up.
 
 OpenCV decodes all formats but PGM and its relatives. What it would read wrongly, or only in some of
 its versions, is refused here, so that every allowed version gives the same images.
@@ -10,7 +9,6 @@ import io
 import re
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,21 +16,9 @@ from PIL import Image
 
 # 8 bit, grey or BGR, no alpha, not turned
 DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION
-SMALLEST = 64  # OpenCV's flag that decodes a JPEG at 1/8 of its size
 JPEGS = (".jfif", ".jpe", ".jpeg", ".jpg")
-SUFFIXES = (
-    ".bmp",
-    ".dib",
-    *JPEGS,
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".pnm",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
+PNMS = (".pbm", ".pgm", ".pnm", ".ppm")
+SUFFIXES = tuple(sorted((*JPEGS, *PNMS, ".bmp", ".dib", ".png", ".tif", ".tiff", ".webp")))
 FORMATS = {  # what a file of the format begins with; those that are read
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -50,16 +36,16 @@ OTHER_FORMATS = {  # images that are not read
     "Photoshop": rb"8BPS",
     "PAM or PFM": rb"P[7fF]\n",
 }
-STARTS = (*FORMATS.items(), *OTHER_FORMATS.items())
-START = re.compile(b"|".join(b"(%s)" % start for _, start in STARTS), re.DOTALL)
-TIFF_COLOURS = dict.fromkeys((8, 9, 10), "CIELAB")  # OpenCV takes them for others
+STARTS = FORMATS | OTHER_FORMATS
 EXIF = (b"Exif\0\0", b"eXIf", b"EXIF")  # what begins tags
 
 
 def format_of(data: bytes) -> str:
     """Name of the image format in which `data` begins, "" if it begins like no image."""
-    start = START.match(data[:32])
-    return STARTS[(start.lastindex or 0) - 1][0] if start else ""
+    for name, start in STARTS.items():
+        if re.match(start, data[:32], re.DOTALL):
+            return name
+    return ""
 
 
 def decode(data: bytes, reduced: int = 0, upright: bool = False) -> np.ndarray | None:
@@ -91,7 +77,8 @@ def decode_with_opencv(data: bytes, name: str, reduced: int) -> np.ndarray | Non
     opaque = 65535 if image.dtype == np.uint16 else 255
     if image[..., 3].min() < opaque:  # its colours come multiplied by alpha
         return None
-    return (image[..., :3] // (opaque // 255)).astype(np.uint8)
+    colours = image[..., :3] // (opaque // 255)
+    return colours.astype(np.uint8)
 
 
 def why_not(data: bytes) -> str:
@@ -109,8 +96,11 @@ def why_unreadable(data: bytes, name: str) -> str:
         return f"is {what}; allowed: {', '.join(FORMATS)}."
     if name == "JPEG" and not is_whole_jpeg(data):
         return "is not an image that can be decoded: its end is missing."
-    if name == "TIFF":
-        return why_not_tiff(data)
+    if name == "TIFF" and tiff_tag(data, 262) in (8, 9, 10):  # OpenCV takes them for others
+        return "is a TIFF with CIELAB colours, which are not read; convert it to RGB."
+    if name == "TIFF" and (tiff_tag(data, 339) != 1 or tiff_tag(data, 258) not in (1, 2, 4, 8, 16)):
+        numbers = "floating-point, signed or wide numbers"
+        return f"is a TIFF of {numbers}; allowed: 8 or 16 bits without sign."
     return ""
 
 
@@ -118,6 +108,7 @@ def why_unreadable(data: bytes, name: str) -> str:
 
 
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers
+SCAN = 0xDA
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -130,9 +121,10 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         if marker == 0xFF:  # a fill byte
             at += 1
             continue
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        yield marker, at + 4, end
-        if marker == 0xDA:
+        start = at + 4
+        end = at + 2 + int.from_bytes(data[at + 2 : start], "big")
+        yield marker, start, end
+        if marker == SCAN:
             return
         at = end
 
@@ -144,15 +136,11 @@ def jpeg_shape(data: bytes) -> tuple[int, int] | None:
     for marker, start, end in jpeg_segments(data):
         if marker in FRAMES:
             header = data[start + 1 : min(end, start + 5)]
-            height, width = struct.unpack(">HH", header) if len(header) == 4 else (0, 0)
+            if len(header) < 4:
+                return None
+            height, width = struct.unpack(">HH", header)
             return (height, width) if height and width else None
     return None
-
-
-def reduction(data: Any) -> int:
-    """OpenCV's flag to decode a JPEG as small as it can be, 0 for small ones and all else."""
-    shape = jpeg_shape(data) if isinstance(data, bytes) else None
-    return SMALLEST if shape and min(shape) >= 64 else 0
 
 
 def is_whole_jpeg(data: bytes) -> bool:
@@ -160,8 +148,8 @@ def is_whole_jpeg(data: bytes) -> bool:
     occur.
     """
     for marker, _, end in jpeg_segments(data):
-        if marker == 0xDA:
-            return data.find(b"\xff\xd9", end) >= 0
+        if marker == SCAN:
+            return b"\xff\xd9" in data[end:]
     return False
 
 
@@ -203,18 +191,6 @@ def turned(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def why_not_tiff(data: bytes) -> str:
-    colours = TIFF_COLOURS.get(tiff_tag(data, 262))
-    if colours:
-        return f"is a TIFF with {colours} colours, which are not read; convert it to RGB."
-    if tiff_tag(data, 339) != 1 or tiff_tag(data, 258) not in (1, 2, 4, 8, 16):
-        return (
-            "is a TIFF of floating-point, signed or wide numbers; allowed: 8 or 16 bits without "
-            "sign."
-        )
-    return ""
-
-
 # PGM and its relatives ----------------------------------------------------------------------------
 
 
@@ -224,25 +200,29 @@ def decode_pnm(data: bytes) -> np.ndarray | None:
     A value v of at most `maximum` becomes the whole number nearest to 255 v / maximum. Raises
     ValueError or OverflowError where pixels are missing or no numbers.
     """
-    kind = int(data[1:2])
-    bitmap, plain, channels = kind in (1, 4), kind <= 3, 3 if kind in (3, 6) else 1
+    kind = data[1:2]
+    bitmap = kind in b"14"
+    plain = kind in b"123"
+    channels = 3 if kind in b"36" else 1
     field = rb"(?:\s|#[^\n\r]*[\n\r])+0*([1-9]\d{0,8})"
-    header = re.match(rb"P\d" + field * (2 if bitmap else 3) + (rb"" if plain else rb"\s"), data)
+    end = rb"" if plain else rb"\s"
+    header = re.match(rb"P\d" + field * (2 if bitmap else 3) + end, data)
     if header is None:
         return None
-    width, height, maximum = map(int, (*header.groups(), b"1")[:3])
+    width, height = int(header[1]), int(header[2])
+    maximum = 1 if bitmap else int(header[3])
     if maximum > 65535:
         return None
-    body, count = data[header.end() :], width * height * channels
-    values: np.ndarray
+    body = data[header.end() :]
+    count = width * height * channels
     if plain:
         text = re.sub(rb"#[^\n\r]*", b" ", body)
-        words = re.findall(rb"[01]" if bitmap else rb"\S+", text)[:count]
-        values = np.array([int(word) for word in words])
+        words = re.findall(rb"[01]" if bitmap else rb"\S+", text)
+        values = np.array(list(map(int, words[:count])))
     elif bitmap:
         row_bytes = (width + 7) // 8
-        rows = np.frombuffer(body, np.uint8, row_bytes * height).reshape(height, row_bytes)
-        values = np.unpackbits(rows, axis=1, count=width)
+        packed = np.frombuffer(body, np.uint8, row_bytes * height)
+        values = np.unpackbits(packed.reshape(height, row_bytes), axis=1, count=width)
     else:
         values = np.frombuffer(body, np.uint8 if maximum < 256 else ">u2", count)
     levels = values.astype(np.int64).clip(0, maximum)
@@ -251,48 +231,3 @@ def decode_pnm(data: bytes) -> np.ndarray | None:
     levels = (255 * levels + maximum // 2) // maximum
     image = levels.astype(np.uint8).reshape(height, width, channels)
     return image[..., 0] if channels == 1 else np.ascontiguousarray(image[..., ::-1])
-
-
-# Size and channels --------------------------------------------------------------------------------
-
-
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3] at another size, each axis for itself, bilinear and antialiased.
-
-    The rule is Pillow's BILINEAR, torchvision's with `antialias`: an axis that shrinks n times is
-    averaged with a triangle of 2 n pixels, one that grows is interpolated. Results are at most one
-    grey level from Pillow's, which computes the average here; OpenCV has none such, but
-    interpolates several times faster.
-    """
-    rows, columns = image.shape[:2]
-    if height >= rows and width >= columns:
-        return interpolated(image, height, width)
-    if width > columns:
-        image = interpolated(image, rows, width)
-    image = averaged(image, min(rows, height), width)
-    return interpolated(image, height, width) if height > rows else image
-
-
-def interpolated(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-
-
-def averaged(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
-
-
-def fit(image: np.ndarray, size: int, channels: int) -> np.ndarray:
-    """Grey [H, W] or BGR [H, W, 3] as [h, w, channels] in RGB.
-
-    size: h and w, of the image's central square; 0 leaves its size.
-    """
-    if channels == 1:
-        image = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-    else:
-        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB if image.ndim == 2 else cv2.COLOR_BGR2RGB)
-    if size:
-        side = min(image.shape[:2])
-        top, left = ((length - side) // 2 for length in image.shape[:2])
-        image = resize(image[top : top + side, left : left + side], size, size)
-    return image if image.ndim == 3 else image[:, :, None]

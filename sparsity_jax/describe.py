@@ -93,7 +93,7 @@ def parts(config: Config) -> Iterator[Part]:
     """Every part of a config, and the parts in it that it chooses by name."""
     yield "config", plans.settings, config
     yield from parts_of("config.sweep", members.choices, config.get("sweep", {}))
-    yield from parts_of("config.data", data.load, config["data"])
+    yield from parts_of("config.data", data.Options, config["data"])
     network = Named(models.MODELS, models.build)
     yield from parts_named("config.model", network, config["model"])
     for name in members.stages_of(config):

@@ -167,7 +167,7 @@ def build(
 ) -> train.Problem:
     """Data and network of a config, for one member on one device; see `open_run`."""
     tables.convert(statistics, Statistics, "statistics")
-    own = {**tables.defaults(data.load), **config["data"]}
+    own = {**tables.defaults(data.Options), **config["data"]}
     own["data_dir"] = data_dir or own["data_dir"]
     options = other_data(own, data_name) if data_name else own
     if data_name:
@@ -185,7 +185,7 @@ def other_data(own: Fields, name: str) -> Fields:
     """Options of another data set; splits and limits are kept from one folder to another only."""
     if name.startswith("folder:") and own["name"].startswith("folder:"):
         return own | dict(name=name)
-    whole = tables.defaults(data.load)  # names of splits are the set's own
+    whole = tables.defaults(data.Options)  # names of splits are the set's own
     fields = ("train_split", "test_split", "train_limit", "test_limit")
     return own | {field: whole[field] for field in fields} | dict(name=name)
 
@@ -193,7 +193,7 @@ def other_data(own: Fields, name: str) -> Fields:
 def load_data(options: Config) -> data.Dataset:
     """The data set of these options."""
     with tables.within("config.data"):
-        return data.load(**tables.check_options(data.load, options))
+        return data.load(**options)
 
 
 def statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normalization:
@@ -202,7 +202,7 @@ def statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normalizat
     Raises ConfigError if they were computed from images that are not there.
     """
     channels = dataset.train.images.shape[-1]
-    known = data.published(options, channels)
+    known = data.published(data.Options(**options), channels)
     if known is not None:
         return known
     try:
@@ -309,7 +309,7 @@ def measured(saved: Saved, **options: Any) -> Iterator[Row]:
         yield {**which, **row}
 
 
-COMPACT = (  # fields of `structured.take_stock`
+COMPACT = (  # fields of `compaction.take_stock`
     *("parameters_compact", "flops_compact", "bytes_compact", "difference", "kept", "sizes"),
     *("batch_size", "milliseconds", "milliseconds_low", "milliseconds_high"),
     *("speedup", "speedup_low", "speedup_high", "verdict"),

@@ -23,7 +23,9 @@ from jax import export as stablehlo
 
 from sparsity_jax import (
     building,
+    compaction,
     cost,
+    coupling,
     groups,
     intact,
     models,
@@ -33,7 +35,6 @@ from sparsity_jax import (
     tables,
     train,
     trees,
-    units,
 )
 from sparsity_jax.types import AnyPath, Arrays, Config, Fields, PyTree, Shape
 
@@ -73,14 +74,14 @@ def compared(
     """(whether whole channels are masked, numbers of the network without them, why there is none).
 
     The one verdict on the compact network, for tables and exports: its logits of `batch_size` test
-    images are those of the masked network but for rounding. repeats: see `structured.take_stock`.
+    images are those of the masked network but for rounding. repeats: see `compaction.take_stock`.
     """
     cut, note = channels_cut(problem, state)
     if not cut:
         return cut, None, note
-    compact = structured.Compact(batch_size=batch_size, repeats=repeats)
+    compact = compaction.Compact(batch_size=batch_size, repeats=repeats)
     try:
-        stock = structured.take_stock(problem, state, compact)
+        stock = compaction.take_stock(problem, state, compact)
     except (TypeError, ValueError) as error:
         return cut, None, f"cannot be compacted: {error}"
     if stock["warning"]:
@@ -96,7 +97,7 @@ def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]
         channels = structured.channels_of(problem)
     except (TypeError, ValueError) as error:
         return False, f"its channels cannot be traced: {error}"
-    alive = units.alive(channels, {"params": state.masks})
+    alive = coupling.alive(channels, {"params": state.masks})
     return any(not own.all() for own in alive.values()), ""
 
 
@@ -162,7 +163,7 @@ def write(
         )
     compact = not dense and channels_cut(problem, state)[0]
     if compact:
-        variables, apply, keep, channels = structured.compacted(problem, state)
+        variables, apply, keep, channels = compaction.compacted(problem, state)
         sizes = channels.sizes
     shape = problem.dataset.test.images.shape[1:]
     program = traced(lambda image: apply(variables, image[None])[0], shape, platforms)

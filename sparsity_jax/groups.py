@@ -13,6 +13,7 @@ which arrays belong to each channel. What the analysis cannot follow stays whole
 `channels.frozen`, never guessed. `channels.walk` tells what, `channels.rules` has the rules.
 """
 
+import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -24,7 +25,6 @@ import numpy as np
 
 from sparsity_jax import tables, trees
 from sparsity_jax.channels import execute, rules, walk
-from sparsity_jax.channels.values import Place
 from sparsity_jax.types import Arrays, Fields, PyTree
 
 Struct = jax.ShapeDtypeStruct
@@ -52,6 +52,7 @@ class Group(NamedTuple):
     name: str
     size: int
     members: tuple[Member, ...]
+    labels: np.ndarray  # int [size], of the channels in the walked program
 
 
 class Channels(NamedTuple):
@@ -62,7 +63,6 @@ class Channels(NamedTuple):
     shapes: Structs  # of the full variables
     apply: Callable
     walked: walk.Walk
-    atoms: Arrays  # label of every channel, by name of group
     signature: tuple  # of the arguments it was traced for
     results: Any  # their tree
     branches: Branches
@@ -75,12 +75,18 @@ class Channels(NamedTuple):
     def sizes(self) -> dict[str, int]:
         return {name: group.size for name, group in self.groups.items()}
 
+    @property
+    def used(self) -> list[str]:
+        """Paths of the variables that the program uses, in order."""
+        paths = dict(enumerate(self.shapes))
+        return [paths[number] for number in self.walked.used.numbers if number in paths]
+
     def alive(self, keep: Keep) -> execute.Alive:
         """Which entries of the program stay. keep: of all groups."""
         removed: set[int] = set()
-        for name, atoms in self.atoms.items():
+        for name, group in self.groups.items():
             gone = ~np.asarray(keep[name])
-            removed.update(atoms[gone].tolist())
+            removed.update(group.labels[gone].tolist())
         return execute.Alive(self.walked.labels, removed)
 
 
@@ -125,37 +131,39 @@ def _traced(
             "functools.partial(model.apply, train=False)."
         ) from error
     paths = list(leaves)
-    carried = _carried(result, paths, state) if state else {}
-    inputs_only = range(len(paths), len(closed.jaxpr.invars))
-    walked = walk.analyse(closed, inputs_only, branches=branches, carried=carried)
-    groups, atoms = _groups(walked, paths)
-    frozen = list(_frozen(walked, paths, groups))
-    shapes = {path: _struct(leaf) for path, leaf in leaves.items()}
-    return Channels(
-        groups,
-        frozen,
-        shapes,
+    carried = {}
+    if state:
+        carried = _carried(result, paths, state)
+    walked = walk.analyse(closed, paths, branches=branches, carried=carried)
+    channels = Channels(
+        {},
+        walked.events,
+        {path: _struct(leaf) for path, leaf in leaves.items()},
         apply,
         walked,
-        atoms,
         _signature(variables, inputs),
         jax.tree.structure(result),
         branches,
     )
+    for group in _groups(channels):
+        channels.groups[group.name] = group
+    channels.frozen.extend(_left(channels))
+    return channels
 
 
 def _carried(result: PyTree, paths: list[str], state: str) -> dict[int, int]:
     """Numbers of the results below `state`, each with that of the variable it is the next of."""
-    leaves = list(trees.named_leaves(result))
     start = f"{state}/"
-    names = {i: path.removeprefix(start) for i, path in enumerate(leaves) if path.startswith(start)}
-    owned = _owners(names.values(), paths)
-    if not owned or len(owned) < len(names):
+    leaves = list(trees.named_leaves(result))
+    below = [path for path in leaves if path.startswith(start)]
+    owned = _owners([path.removeprefix(start) for path in below], paths)
+    if not owned or len(owned) < len(below):
         raise ValueError(
             f"state is {state!r}; the results below it must have the paths of variables. Results: "
             f"{leaves[:5]}, variables: {paths[:5]}."
         )
-    return {i: paths.index(owned[name]) for i, name in names.items()}
+    numbers = map(leaves.index, below)
+    return dict(zip(numbers, map(paths.index, owned.values())))
 
 
 def _struct(leaf: Any) -> Struct:
@@ -163,7 +171,9 @@ def _struct(leaf: Any) -> Struct:
 
 
 def _abstract(leaf: Any) -> Any:
-    return leaf if hasattr(leaf, "dtype") else _struct(leaf)
+    if hasattr(leaf, "dtype"):
+        return leaf
+    return _struct(leaf)
 
 
 def _signature(variables: PyTree, inputs: tuple) -> tuple:
@@ -173,86 +183,75 @@ def _signature(variables: PyTree, inputs: tuple) -> tuple:
     return types, tuple(map(_struct, leaves)), tree
 
 
-def _groups(walked: walk.Walk, paths: list[str]) -> tuple[dict[str, Group], Arrays]:
-    """Groups, and the labels of their channels: channels that are entries of the same axes.
+def _groups(channels: Channels) -> Iterator[Group]:
+    """Channels that are entries of the same axes.
 
     Groups and their members are in the order in which the program uses them.
     """
-    entries = _entries(walked, len(paths))
-    marks: dict[int, set] = {}
-    for label, mark in walked.labels.marks():
-        marks.setdefault(label, set()).add(mark)
-    alike: dict[tuple, list[int]] = {}
-    for label, places in entries.items():
-        copies = tuple((place, len(positions)) for place, positions in places.items())
-        marked = frozenset(marks.get(label, ()))
-        alike.setdefault((copies, marked), []).append(label)
-    used = set(walked.used.numbers)
-    groups: dict[str, Group] = {}
-    atoms = {}
-    for labels in alike.values():
-        first = entries[labels[0]]
-        if len(labels) < 2 or used.isdisjoint(number for number, _ in first):
-            continue
-        members = []
-        for place in first:
-            index = np.array([entries[label][place] for label in labels])
-            role = walked.roles.get(place, "other")
-            path, axis = paths[place[0]], place[1]
-            members.append(Member(path, axis, index, role, place in walked.exposed))
-        name = next(name for name in _names(members, paths) if name not in groups)
-        groups[name] = Group(name, len(labels), tuple(members))
-        atoms[name] = np.array(labels)
-    return groups, atoms
-
-
-def _entries(walked: walk.Walk, num_variables: int) -> dict[int, dict[Place, list[int]]]:
-    """Positions on each axis of the variables that die with each label.
-
-    Labels and places are in order of use, unused ones last.
-    """
-    entries: dict[int, dict[Place, list[int]]] = {}
-    for i in dict.fromkeys((*walked.used.numbers, *range(num_variables))):
-        if i >= num_variables:
-            continue
-        for a, axis in enumerate(walked.inputs[i].axes):
+    walked = channels.walked
+    paths = list(channels.shapes)
+    used = channels.used
+    inputs = dict(zip(paths, walked.inputs))
+    # positions on each axis of the variables that die with each label
+    entries: dict = collections.defaultdict(lambda: collections.defaultdict(list))
+    for path in dict.fromkeys((*used, *paths)):
+        for a, axis in enumerate(inputs[path].axes):
             roots = walked.labels.find(axis.labels).tolist()
             for position, root in enumerate(roots):
                 for label in walked.labels.parts(root):
-                    places = entries.setdefault(label, {})
-                    places.setdefault((i, a), []).append(position)
-    return entries
+                    entries[label][path, a].append(position)
+    alike = collections.defaultdict(list)
+    for label, places in entries.items():
+        copies = tuple((place, len(positions)) for place, positions in places.items())
+        alike[copies, walked.labels.axis_of(label)].append(label)
+    names: set[str] = set()
+    for labels in alike.values():
+        places = entries[labels[0]]
+        if len(labels) < 2 or not any(path in used for path, _ in places):
+            continue
+        members = []
+        for place in places:
+            index = np.array([entries[label][place] for label in labels])
+            role = walked.roles.get(place, "other")
+            path, axis = place
+            members.append(Member(path, axis, index, role, place in walked.exposed))
+        name = next(name for name in _names(members, paths) if name not in names)
+        names.add(name)
+        yield Group(name, len(labels), tuple(members), np.array(labels))
 
 
 def _names(members: Sequence[Member], paths: list[str]) -> Iterator[str]:
     """Path of the first array that makes the channels, without `kernel`, and longer names."""
-    rank = lambda member: (ROLES.index(member.role), paths.index(member.path))
+
+    def rank(member: Member) -> tuple[int, int]:
+        return ROLES.index(member.role), paths.index(member.path)
+
     first = min(members, key=rank)
-    module = first.path.removesuffix("/value").rpartition("/")[0]
-    name = module if module and trees.is_kernel(first.path) else first.path
+    name = first.path
+    module, _, _ = name.removesuffix("/value").rpartition("/")
+    if module and trees.is_kernel(name):
+        name = module
     yield name
     yield f"{name}[{first.axis}]"
     for number in itertools.count(2):
         yield f"{name}[{first.axis}].{number}"
 
 
-def _frozen(
-    walked: walk.Walk, paths: list[str], groups: Mapping[str, Group]
-) -> Iterator[walk.Frozen]:
-    """What froze axes of variables; then the axes that nothing froze but that are in no group."""
-    for event in walked.events:
-        members = tuple((paths[i], a) for i, a in event.members if i < len(paths))
-        if members:
-            yield event._replace(members=members)
-    members_of_groups = [member for group in groups.values() for member in group.members]
-    grouped = {(member.path, member.axis) for member in members_of_groups}
-    used = set(walked.used.numbers)
-    left: dict[str, list] = {}
-    for i, path in enumerate(paths):
-        reason = "could lose one channel only" if i in used else "is not used"
-        for a, axis in enumerate(walked.inputs[i].axes):
-            if (path, a) not in grouped and walked.labels.is_live(axis.labels):
-                left.setdefault(reason, []).append((path, a))
+def _left(channels: Channels) -> Iterator[walk.Frozen]:
+    """The axes that nothing froze but that are in no group."""
+    grouped = set()
+    for group in channels.groups.values():
+        grouped |= {(member.path, member.axis) for member in group.members}
+    used = channels.used
+    is_live = channels.walked.labels.is_live
+    left = collections.defaultdict(list)
+    for path, value in zip(channels.shapes, channels.walked.inputs):
+        reason = "is not used"
+        if path in used:
+            reason = "could lose one channel only"
+        for a, axis in enumerate(value.axes):
+            if (path, a) not in grouped and is_live(axis.labels):
+                left[reason].append((path, a))
     for reason, places in left.items():
         yield walk.Frozen(reason, "trace", "", tuple(places))
 
@@ -287,23 +286,23 @@ def _known(channels: Channels, keep: Keep) -> Arrays:
     return {name: np.asarray(kept) for name, kept in complete(channels, keep).items()}
 
 
-def _alive(channels: Channels, keep: Keep) -> dict[tuple, Any]:
+def _alive(channels: Channels, keep: Keep) -> dict[str, dict[int, Any]]:
     """bool [size], which entries stay, by path and axis: of axes with members only."""
-    alive: dict[tuple, Any] = {}
+    alive: dict[str, dict[int, Any]] = collections.defaultdict(dict)
     for name, group in channels.groups.items():
-        for member in group.members:
-            place = member.path, member.axis
-            size = channels.shapes[member.path].shape[member.axis]
-            stays = _stays(keep[name], member.index, size)
-            alive[place] = alive[place] & stays if place in alive else stays
+        for path, axis, index, *_ in group.members:
+            size = channels.shapes[path].shape[axis]
+            stays = _stays(keep[name], index, size)
+            alive[path][axis] = alive[path].get(axis, True) & stays
     return alive
 
 
 def _stays(kept: Any, index: np.ndarray, size: int) -> Any:
     """bool [size]: entries all of whose channels are kept; several for x[:, None] * x[None]."""
     if isinstance(kept, jax.Array):
-        removed = jnp.broadcast_to(~kept[:, None], index.shape)
-        return ~jnp.zeros(size, bool).at[index].max(removed)
+        gone = jnp.broadcast_to(~kept[:, None], index.shape)
+        removed = jnp.zeros(size, bool)
+        return ~removed.at[index].max(gone)
     stays = np.ones(size, bool)
     stays[index[~kept]] = False
     return stays
@@ -319,14 +318,15 @@ def owners(tree: PyTree, channels: Channels) -> dict[str, str]:
 
 
 def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
-    known: dict[str, list[str]] = {}
+    known = collections.defaultdict(list)
     for path in variables:
-        known.setdefault(path.partition("/")[2], []).append(path)
-    known |= {path: [path] for path in variables}
+        known[path.partition("/")[2]].append(path)
+    for path in variables:
+        known[path] = [path]
     result = {}
     for path in paths:
         parts = path.split("/")
-        ends = ["/".join(parts[i:]) for i in range(len(parts))]
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
         fitting = next((known[end] for end in ends if end in known), [])
         if len(fitting) > 1:
             several = " or ".join(fitting)
@@ -345,11 +345,9 @@ def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
     others are missing. tree: as for `mask`.
     Raises ValueError for arrays of other shapes than those traced.
     """
-    paths = list(channels.shapes)
-    traced: dict[str, dict[int, str]] = {}
-    for (number, axis), role in channels.walked.roles.items():
-        if number < len(paths):
-            traced.setdefault(paths[number], {})[axis] = role
+    traced: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    for (path, axis), role in channels.walked.roles.items():
+        traced[path][axis] = role
     leaves = trees.named_leaves(tree)
     result = {}
     for path, owner in owners(tree, channels).items():
@@ -390,7 +388,9 @@ def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
 
     def cut(leaf: Any, axis: int, kept: Any) -> Any:
         xp = np if isinstance(leaf, np.ndarray) else jnp
-        return leaf if kept.all() else xp.take(leaf, np.flatnonzero(kept), axis)
+        if kept.all():
+            return leaf
+        return xp.take(leaf, np.flatnonzero(kept), axis)
 
     return _map(cut, variables, channels, _known(channels, keep))
 
@@ -404,7 +404,6 @@ def _check_tied(channels: Channels) -> None:
 def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> PyTree:
     """function(leaf, axis, kept) along all axes with members; keep: of all groups."""
     alive = _alive(channels, keep)
-    grouped = {path for path, _ in alive}
     owned = owners(tree, channels)
     arrays = [path for path, leaf in trees.named_leaves(tree).items() if np.ndim(leaf)]
     if arrays and not owned:
@@ -412,13 +411,11 @@ def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> Py
         raise ValueError(f"no array of the tree belongs to the traced variables; {told}.")
 
     def of_leaf(path: str, leaf: Any) -> Any:
-        if owned.get(path) not in grouped:
-            return leaf
-        owner = owned[path]
-        _check_shape(path, leaf, channels.shapes[owner], "traced")
-        for axis in range(np.ndim(leaf)):
-            if (owner, axis) in alive:
-                leaf = function(leaf, axis, alive[owner, axis])
+        owner = owned.get(path)
+        if owner in alive:
+            _check_shape(path, leaf, channels.shapes[owner], "traced")
+            for axis, kept in alive[owner].items():
+                leaf = function(leaf, axis, kept)
         return leaf
 
     return trees.map_named(of_leaf, tree)
@@ -482,10 +479,9 @@ def _anew(
     apply: Callable, variables: PyTree, inputs: tuple, channels: Channels, state: str
 ) -> Channels:
     """Another trace with the same groups, or ValueError. variables: compact."""
-    leaves, tree = jax.tree.flatten(variables)
-    pairs = zip(channels.shapes.values(), leaves, strict=True)
-    full = [Struct(traced.shape, leaf.dtype) for traced, leaf in pairs]
-    again = _traced(apply, jax.tree.unflatten(tree, full), inputs, channels.branches, state)
+    full = lambda path, leaf: Struct(channels.shapes[path].shape, leaf.dtype)
+    variables = trees.map_named(full, variables)
+    again = _traced(apply, variables, inputs, channels.branches, state)
     if _content(again) != _content(channels):
         raise ValueError("this function has other channel groups here: trace it anew.")
     return again
@@ -495,9 +491,8 @@ def _content(channels: Channels) -> list:
     """What makes groups equal."""
     content = []
     for group in channels.groups.values():
-        for member in group.members:
-            entries = member.index.tolist()
-            content.append((group.name, member.path, member.axis, entries))
+        for path, axis, index, *_ in group.members:
+            content.append((group.name, path, axis, index.tolist()))
     return content
 
 
@@ -521,8 +516,9 @@ def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> Arr
     """A random choice that keeps about `density` of every group's channels, at least one."""
     result = {}
     for i, (name, size) in enumerate(channels.sizes.items()):
-        draws = jax.random.uniform(jax.random.fold_in(key, i), (size,))
-        result[name] = np.asarray((draws < density) | (draws == draws.min()))
+        key_of_group = jax.random.fold_in(key, i)
+        draws = np.asarray(jax.random.uniform(key_of_group, (size,)))
+        result[name] = (draws < density) | (draws == draws.min())
     return result
 
 
@@ -539,11 +535,14 @@ def check(
     masked = jax.jit(anew)(mask(variables, channels, keep), *inputs)
     small = compact(variables, channels, keep)
     compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
-    flat = [jax.flatten_util.ravel_pytree(tree)[0] for tree in (masked, compacted)]
-    first, second = np.asarray(flat, complex)
+    first, _ = jax.flatten_util.ravel_pytree(masked)
+    second, _ = jax.flatten_util.ravel_pytree(compacted)
+    first, second = np.asarray([first, second], complex)
     differ = first != second  # infinities may be equal
-    worst = np.max(np.abs(first[differ] - second[differ]), initial=0.0)
-    scale = np.max(np.abs(first[np.isfinite(first)]), initial=0.0)
+    errors = np.abs(first[differ] - second[differ])
+    worst = np.max(errors, initial=0.0)
+    finite = np.abs(first[np.isfinite(first)])
+    scale = np.max(finite, initial=0.0)
     return float(worst / scale if scale else worst)
 
 
@@ -567,20 +566,22 @@ def describe(channels: Channels) -> str:
     lines = [f"{len(channels.groups)} groups, {total} channels"]
     for group in channels.groups.values():
         lines.append(f"{group.name}: {group.size} channels")
-        for member in group.members:
-            copies = member.index.shape[1]
-            times = f" x {copies}" if copies > 1 else ""
-            lines.append(f"    {member.path} axis {member.axis}{times} ({member.role})")
+        for path, axis, index, role, _ in group.members:
+            place = f"{path} axis {axis}"
+            copies = index.shape[1]
+            if copies > 1:
+                place += f" x {copies}"
+            lines.append(f"    {place} ({role})")
     if channels.frozen:
         lines.append("kept whole:")
-    for event in channels.frozen:
-        places = ", ".join(f"{path} axis {axis}" for path, axis in event.members[:3])
-        if len(event.members) > 3:
-            places += f" and {len(event.members) - 3} more"
-        place = f" at {event.source}" if event.source else ""
-        reason = f"{event.primitive}{place} {event.reason}"
-        if event.primitive in ("output", "trace"):  # the axes themselves
-            reason = event.reason
+    for reason, primitive, source, members in channels.frozen:
+        places = ", ".join(f"{path} axis {axis}" for path, axis in members[:3])
+        if len(members) > 3:
+            places += f" and {len(members) - 3} more"
+        if primitive not in ("output", "trace"):  # the axes themselves
+            if source:
+                primitive = f"{primitive} at {source}"
+            reason = f"{primitive} {reason}"
         lines.append(f"    {places}: {reason}")
     return "\n".join(lines)
 
@@ -592,23 +593,20 @@ def layout(channels: Channels) -> Fields:
     size and, by role, positions of the members among the kernels; other arrays are half a step
     behind the kernel used before them.
     """
-    paths = list(channels.shapes)
-    kernels = {number for number, _ in channels.walked.roles}
+    kernels = {path for path, _ in channels.walked.roles}
     positions: dict[str, float] = {}
     in_order: list[str] = []
-    for number in channels.walked.used.numbers:
-        if number >= len(paths):
-            continue
-        if number in kernels:
-            in_order.append(paths[number])
-        behind = 1 if number in kernels else 0.5
-        positions[paths[number]] = len(in_order) - behind
+    for path in channels.used:
+        positions[path] = len(in_order) - 0.5
+        if path in kernels:
+            positions[path] = len(in_order)
+            in_order.append(path)
     layouts = {}
     for name, group in channels.groups.items():
-        marks: dict[str, set[float]] = {}
+        marks = collections.defaultdict(set)
         for member in group.members:
             if member.path in positions:
-                marks.setdefault(member.role, set()).add(positions[member.path])
+                marks[member.role].add(positions[member.path])
         ordered = {role: sorted(marks[role]) for role in sorted(marks)}
         layouts[name] = dict(size=group.size, marks=ordered)
     return dict(kernels=in_order, groups=layouts)

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
+from sparsity_jax import coupling, groups, kernels, masks, originals, tables, trees, units
 from sparsity_jax.types import Arrays, PyTree
 from sparsity_jax.units import Keep, Layer
 
@@ -72,7 +72,7 @@ def layers(
     whole_paths = dict(zip(leaves, trees.named_leaves(params)))
 
     def layer_of(name: str) -> Layer:
-        path = units.plain(name, leaves)
+        path = coupling.plain(name, leaves)
         shape = tuple(tables.lookup(leaves, path, "ratios").shape)
         if granularity == "weight":
             return units.of_kernel(name, path, shape, None)
@@ -88,25 +88,22 @@ def layers(
     return _with_counts(layer_of, ratios)
 
 
-def coupled(
-    channels: groups.Channels, params: PyTree, ratios: Ratios, *, members: units.Members = "all"
-) -> tuple[Layer, ...]:
+def coupled(channels: groups.Channels, params: PyTree, ratios: Ratios) -> tuple[Layer, ...]:
     """A layer for every coupled channel group in `ratios`, by name of the group.
 
     channels: of `groups.trace`. params: what the optimizer sees, the traced variables or their part
         `params`.
-    members: the penalty acts on `all` arrays of the group, with norms, biases and the kernels that
-    read the channels; on its `kernels`; or on its `producers`, as with granularity `filter`. An
-    entry in two groups has both penalties. Kernels are what a matrix product or convolution of the
-    trace multiplies with, whatever their names. Scores are those of the producers, or of all
-    kernels where a group has none. Raises ConfigError for unknown groups and ratios out of range,
-    ValueError for groups without a kernel in `params`.
+    The penalty acts on all arrays of the group, with norms, biases and the kernels that read the
+    channels. An entry in two groups has both penalties. Kernels are what a matrix product or
+    convolution of the trace multiplies with, whatever their names. Scores are those of the
+    producers, or of all kernels where a group has none. Raises ConfigError for unknown groups and
+    ratios out of range, ValueError for groups without a kernel in `params`.
     """
     leaves = trees.plain_leaves(params)
 
     def layer_of(name: str) -> Layer:
         group = tables.lookup(channels.groups, name, "ratios")
-        return units.of_group(group, leaves, members)
+        return coupling.of_group(group, leaves)
 
     return _with_counts(layer_of, ratios)
 

@@ -76,7 +76,9 @@ def paths(
 
 
 def _matching(params: PyTree, pattern: str, field: str) -> set[str]:
-    matched = trees.matching(params, pattern, field) if pattern else {}
+    if not pattern:
+        return set()
+    matched = trees.matching(params, pattern, field)
     return {path for path, matches in matched.items() if matches}
 
 
@@ -136,7 +138,8 @@ def axes(
 
 def _traced(params: PyTree, channels: Channels) -> dict[str, Axes]:
     """Axes of all arrays of two axes or more that the traced function sums over."""
-    leaves, traced = named_leaves(params), {}
+    leaves = named_leaves(params)
+    traced = {}
     for path, roles in groups.roles(params, channels).items():
         inputs = _axes_of(roles, "consumer")
         if inputs and leaves[path].ndim > 1:

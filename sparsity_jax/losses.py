@@ -55,5 +55,5 @@ def of(loss: ConfigDict) -> Callable:
 
     Raises ConfigError for an unknown name or option.
     """
-    rule, options = tables.read_named(LOSSES, loss, "cross_entropy")
-    return functools.partial(rule, **options)
+    name, options = tables.entry(LOSSES, loss, "cross_entropy")
+    return functools.partial(LOSSES[name], **options)

@@ -48,13 +48,15 @@ def cosine(rate: Array, step: Array, learning_rate: float, epochs: int) -> Array
     """
 
     def height(step: Array) -> Array:
-        return 1 + jnp.cos(jnp.pi * jnp.asarray(step, float) / epochs)
+        angle = jnp.pi * jnp.asarray(step, float) / epochs
+        return 1 + jnp.cos(angle)
 
     restart = (step - 1 - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
     rise = 1 - math.cos(math.pi / epochs)
     risen = rate + learning_rate * rise / 2
     before = jnp.where(restart, 1, height(step - 1))
-    followed = height(step) / before * rate
+    change = height(step) / before
+    followed = change * rate
     return jnp.where(restart, risen, followed)
 
 
@@ -73,22 +75,23 @@ def kept_of_layer(size: int, ratio: float) -> int:
 
 
 def erk_ratios(shapes: Mapping[str, Shape], ratio: float) -> dict[str, float]:
-    """What is called ERK there, and is another rule than `allocate.erk_ratios`: nearly uniform.
+    """What is called ERK there, and is another rule than `shares.erk_ratios`: nearly uniform.
 
     ratio_l = c s_l with s = 1 - (sum of the kernel's dimensions) / (their product) and c = ratio
     sum(n) / sum(n s), at most 1. Raises ValueError if no kernel is larger than the sum of its
     dimensions. SFW; `layer_ratios="erk_original"`.
     """
-    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-    slack = {path: 1 - sum(shape) / sizes[path] for path, shape in shapes.items()}
-    weighted = sum(sizes[path] * slack[path] for path in shapes)
+    sizes = np.array([math.prod(shape) for shape in shapes.values()])
+    dimensions = np.array([sum(shape) for shape in shapes.values()])
+    slack = 1 - dimensions / sizes
+    weighted = sum((sizes * slack).tolist())
     if weighted <= 0:
         raise ValueError(
             f"erk_original needs kernels larger than the sum of their dimensions: {dict(shapes)}."
         )
-    scale = ratio * sum(sizes.values()) / weighted
-    shares = {path: max(scale * own, 0.0) for path, own in slack.items()}
-    return {path: min(share, 1.0) for path, share in shares.items()}
+    scale = ratio * sizes.sum() / weighted
+    ratios = np.clip(scale * slack, 0, 1)
+    return dict(zip(shapes, ratios.tolist()))
 
 
 def square_distances(distances: Any, ratios: np.ndarray) -> np.ndarray:
@@ -101,8 +104,8 @@ def square_distances(distances: Any, ratios: np.ndarray) -> np.ndarray:
     shares = np.append(ratios, 0.0)
     counts = np.ceil(shares * distances.size).astype(int)
     last = np.maximum(counts, 1) - 1
-    largest = distances.magnitudes[last]
-    removed = np.searchsorted(distances.magnitudes, largest, side="right")
+    magnitudes = distances.magnitudes
+    removed = np.searchsorted(magnitudes, magnitudes[last], side="right")
     squares = distances.squares[removed]
     differences = squares[:-1] - squares[-1]
     return differences.reshape(ratios.shape)

@@ -12,6 +12,8 @@ from jax import ShapeDtypeStruct, eval_shape, random
 
 from sparsity_jax import (
     ancestry,
+    compaction,
+    cuts,
     data,
     geometry,
     greg,
@@ -19,10 +21,12 @@ from sparsity_jax import (
     members,
     models,
     pretrained,
+    removal,
+    sfw_init,
     stages,
-    structured,
     tables,
     train,
+    trials,
     workdirs,
 )
 from sparsity_jax.interface import Stage
@@ -33,8 +37,11 @@ from sparsity_jax.types import Config, Fields
 
 Stages = Mapping[str, Stage]  # by name
 Platform = Literal["default", "cpu", "gpu", "tpu"]
-ALL_STAGES = (*stages.STAGES, *geometry.STAGES, *structured.STAGES, *greg.STAGES)
-STAGES = {stage.kind: stage for stage in ALL_STAGES}
+STAGES = {
+    stage.kind: stage
+    for module in (sfw_init, stages, geometry, cuts, compaction, removal, greg, trials)
+    for stage in module.STAGES
+}
 SHARED = ("init", "dtype", "param_dtype")  # options of every network
 NARROWER = "'float32', 'bfloat16', 'float16'"
 WIDER = f"{NARROWER}, and with JAX_ENABLE_X64=1 in the environment also 'float64'"
@@ -63,7 +70,7 @@ def settings(
 ) -> None:
     """Fields of every config beside its stages.
 
-    data: see `data.load`. model: see `models.build`. pipeline: names of stage configs, in order.
+    data: see `data.Options`. model: see `models.build`. pipeline: names of stage configs, in order.
     title: of the report. seed: of initial weights and all random numbers. start_from: workdir
     of a finished run, whose trained network and rows this one goes on from; its model must be
     the same. pretrained: a file of PyTorch weights (see `pretrained.read`), with which all
@@ -90,7 +97,7 @@ FIELDS, DEFAULTS = tuple(tables.parameters(settings)), defaults(settings)
 
 def base(**fields: Any) -> ml_collections.ConfigDict:
     """A config with all common fields, so that every one can be overridden on the command line."""
-    fields["data"] = {**defaults(data.load), **fields.get("data", {})}
+    fields["data"] = {**defaults(data.Options), **fields.get("data", {})}
     fields["model"] = models.complete(fields.get("model", {}))
     return ml_collections.ConfigDict({**DEFAULTS, **fields})
 
@@ -213,7 +220,7 @@ def check_member(config: Fields) -> dict[str, Stage]:
     with within("config.model"):
         check_model(config["model"])
     with within("config.data"):
-        check_options(data.load, config["data"])
+        check_options(data.Options, config["data"])
     stages = {}
     for name in stages_of(config):
         with within(f"config.{name}"):

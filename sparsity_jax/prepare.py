@@ -1,4 +1,4 @@
-"""Download TFDS image sets once and write them as array_record, which `sparsity_jax.sources` reads
+"""Download TFDS image sets once and write them as array_record, which `sparsity_jax.prepared` reads
 without TensorFlow.
 
 This is the only part that needs TensorFlow: pip install "sparsity_jax[prepare]".
@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from sparsity_jax.sources import find_prepared, name_hint, prepared_formats, tfds_directory
+from sparsity_jax.prepared import find_prepared, name_hint, prepared_formats, tfds_directory
 from sparsity_jax.tables import ConfigError
 
 EXAMPLES = """examples:

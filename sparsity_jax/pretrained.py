@@ -13,6 +13,7 @@ tell no order. PyTorch itself is needed for its own file formats only.
 import collections
 import importlib.util
 import itertools
+import operator
 import pathlib
 import pickle
 import re
@@ -25,7 +26,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sparsity_jax import tables, trees
+from sparsity_jax.tables import ConfigError, blaming, check_memory, closest, lookup, within
+from sparsity_jax.trees import check_pattern, is_kernel, map_named, matching, named_leaves
 from sparsity_jax.types import AnyPath, Arrays, PyTree, Shape
 
 Shapes = Mapping[str, Shape]
@@ -155,17 +157,17 @@ MOBILENET_V2_INSIDE = (
 def check(path: AnyPath) -> None:
     """Raises ConfigError unless `path` is a weight file with a whole header that can be read."""
     path = pathlib.Path(path)
-    with tables.blaming("", str(path)):
+    with blaming("", str(path)):
         if path.suffix not in FILES:
-            raise tables.ConfigError("", allowed=f"a file of weights, {', '.join(FILES)}")
+            raise ConfigError("", allowed=f"a file of weights, {', '.join(FILES)}")
         if not path.is_file():
-            raise tables.ConfigError("", why="but there is no such file")
-        tables.check_memory(path.stat().st_size, "which has")
+            raise ConfigError("", why="but there is no such file")
+        check_memory(path.stat().st_size, "which has")
         if path.suffix == SAFETENSORS:
             _open(path)
         elif importlib.util.find_spec("torch") is None:
             advice = "`pip install torch`, or convert it to .safetensors where PyTorch is installed"
-            raise tables.ConfigError("", why=f"which only PyTorch reads: {advice}")
+            raise ConfigError("", why=f"which only PyTorch reads: {advice}")
 
 
 def _open(path: pathlib.Path) -> Any:
@@ -174,7 +176,7 @@ def _open(path: pathlib.Path) -> Any:
         return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError) as error:
         why = "which is no whole safetensors file (cut short, or of another format)"
-        raise tables.ConfigError("", str(path), why=f"{why}: {error}") from None
+        raise ConfigError("", str(path), why=f"{why}: {error}") from None
 
 
 def read(path: AnyPath, key: str = "") -> Arrays:
@@ -187,12 +189,12 @@ def read(path: AnyPath, key: str = "") -> Arrays:
     float8), and for files and shapes larger than the memory.
     """
     path = pathlib.Path(path)
-    with tables.within("path"):
+    with within("path"):
         check(path)
     if path.suffix != SAFETENSORS:
         return _read_torch(path, key)
     if key:
-        raise tables.ConfigError("key", key, allowed=f"none: {path} holds one state dict")
+        raise ConfigError("key", key, allowed=f"none: {path} holds one state dict")
     file = _open(path)
     return {name: _array(file.get_tensor, name, f"{path}: {name}") for name in sorted(file.keys())}
 
@@ -205,14 +207,14 @@ def _read_torch(path: pathlib.Path, key: str) -> Arrays:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can break PyTorch's readers anywhere
         reason = _reason(error)
-        raise tables.ConfigError(f"{path} cannot be read as weights alone: {reason}") from None
+        raise ConfigError(f"{path} cannot be read as weights alone: {reason}") from None
     arrays = {}
     for name, value in _state_dict_in(content, key, path).items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise _no_tensors(path, f"{name!r}, of type {type(value).__name__}")
         size = value.numel() * value.element_size()  # one stored number may stand for any shape
-        with tables.within(f"{path}: {name}"):
-            tables.check_memory(size, f"has the shape {tuple(value.shape)} and takes")
+        with within(f"{path}: {name}"):
+            check_memory(size, f"has the shape {tuple(value.shape)} and takes")
         arrays[name] = _array(_of_torch, value, f"{path}: {name}")
     return arrays
 
@@ -248,7 +250,7 @@ def _first_line(error: Exception) -> str:
 def _state_dict_in(content: Any, key: str, path: pathlib.Path) -> Mapping:
     """The state dict inside a checkpoint; raises ConfigError if there is none."""
     if key and isinstance(content, Mapping):
-        content = tables.lookup({str(name): held for name, held in content.items()}, key, "key")
+        content = lookup({str(name): held for name, held in content.items()}, key, "key")
     for name in 2 * STATE_DICTS:  # one may be inside another
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -257,9 +259,9 @@ def _state_dict_in(content: Any, key: str, path: pathlib.Path) -> Mapping:
     return content
 
 
-def _no_tensors(path: pathlib.Path, held: str) -> tables.ConfigError:
+def _no_tensors(path: pathlib.Path, held: str) -> ConfigError:
     allowed = f"tensors by name, alone or as {', '.join(STATE_DICTS)}"
-    return tables.ConfigError(f"{path} holds {held}; allowed: {allowed}.")
+    return ConfigError(f"{path} holds {held}; allowed: {allowed}.")
 
 
 def _array(convert: Any, value: Any, name: str) -> np.ndarray:
@@ -269,7 +271,7 @@ def _array(convert: Any, value: Any, name: str) -> np.ndarray:
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
         kind = getattr(value, "dtype", type(value).__name__)
         reason = f"{_first_line(error)}. Convert it to float32 with PyTorch."
-        raise tables.ConfigError(f"{name} is no plain array ({kind}): {reason}") from None
+        raise ConfigError(f"{name} is no plain array ({kind}): {reason}") from None
 
 
 def _of_torch(value: Any) -> np.ndarray:
@@ -288,7 +290,7 @@ def write(path: AnyPath, state_dict: Arrays) -> pathlib.Path:
     """
     path = pathlib.Path(path)
     if path.suffix != SAFETENSORS:
-        raise tables.ConfigError("path", str(path), allowed="*.safetensors, as it is written")
+        raise ConfigError("path", str(path), allowed="*.safetensors, as it is written")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     arrays = {name: np.array(array, order="C") for name, array in state_dict.items()}
@@ -394,7 +396,7 @@ def name_map(
 
 
 def _fresh_paths(like: PyTree, fresh: str) -> set[str]:
-    matches = trees.matching(like, fresh, "fresh") if fresh else {}
+    matches = matching(like, fresh, "fresh") if fresh else {}
     return {path for path, matched in matches.items() if matched}
 
 
@@ -402,7 +404,7 @@ def _matched(
     shapes: Shapes, like: PyTree, names: Rules, fresh: set[str], ordered: bool
 ) -> tuple[Names, Names]:
     """(path of each tensor that has a place, doubts by a rule that ends them)."""
-    leaves = trees.named_leaves(like)
+    leaves = named_leaves(like)
     placed = _placed_by_rules(shapes, leaves, names)
     theirs, ours = _modules_there(shapes), _modules_here(leaves)
     others = {name: module for name, module in theirs.items() if name not in placed}
@@ -419,16 +421,16 @@ def _placed_by_rules(names: Iterable[str], leaves: Leaves, rules: Rules) -> Name
     """Path of each tensor that a rule names."""
     placed: Names = {}
     for pattern, replacement in rules:
-        trees.check_pattern(pattern, "names")
+        check_pattern(pattern, "names")
         for name in names:
             match = re.fullmatch(pattern, name)
             if match is None or name in placed:
                 continue
             path = placed[name] = match.expand(replacement)
             if path not in leaves:
-                hint = tables.closest(path, leaves)
+                hint = closest(path, leaves)
                 text = f"names: {name!r} is to become {path!r}, which is not there.{hint}"
-                raise tables.ConfigError(text)
+                raise ConfigError(text)
     return placed
 
 
@@ -439,10 +441,14 @@ def _is_as_defined(names: Iterable[str]) -> bool:
     break that. Sorted ones tell nothing.
     """
     names = list(names)
-    parts = [name.rpartition(".") for name in names if name.endswith((".weight", ".bias"))]
-    layers = [layer for layer, _, _ in parts]
-    defined = sorted(parts, key=lambda part: (layers.index(part[0]), part[2] == "bias"))
-    return parts == defined and names != sorted(names)
+    layers = []
+    for name in names:
+        layer, _, leaf = name.rpartition(".")
+        if leaf in ("weight", "bias"):
+            layers.append((layer, leaf == "bias"))
+    first = list(dict.fromkeys(layer for layer, _ in layers))
+    defined = sorted(layers, key=lambda pair: (first.index(pair[0]), pair[1]))
+    return layers == defined and names != sorted(names)
 
 
 def _places(theirs: Modules, ours: Modules, fresh: set[str], ordered: bool) -> tuple[Names, Names]:
@@ -467,14 +473,17 @@ def _alike(theirs: Modules, ours: Modules, fresh: set[str]) -> list[Group]:
     forms: dict[tuple, Group] = collections.defaultdict(lambda: ([], []))
     for side, modules in enumerate((theirs, ours)):
         for name, module in modules.items():
-            forms[module.shape, frozenset(module.arrays)][side].append(name)
+            form = (module.shape, frozenset(module.arrays))
+            forms[form][side].append(name)
     groups = []
     for names, same in forms.values():
         paths = [path for path in same if path not in fresh] or same
         if 0 < len(paths) < len(names):
             kind = ours[paths[0]].kind
-            fill = [path for path in fresh if path in ours and ours[path].kind == kind]
-            paths = [path for path in ours if path in (*same, *fill)]
+            paths = []
+            for path, module in ours.items():
+                if path in same or (path in fresh and module.kind == kind):
+                    paths.append(path)
         if len(paths) == len(names):
             groups.append((names, paths))
             fresh = fresh.difference(paths)
@@ -483,10 +492,12 @@ def _alike(theirs: Modules, ours: Modules, fresh: set[str]) -> list[Group]:
 
 def _turns(modules: Modules, groups: list[Group], side: int) -> list[tuple[int, int]]:
     """(kind, number of its group) of each module in a group, in the order of each kind."""
+    group_of = {name: i for i, group in enumerate(groups) for name in group[side]}
     turns = []
     for name, module in modules.items():
-        turns += [(module.kind, i) for i, group in enumerate(groups) if name in group[side]]
-    return sorted(turns, key=lambda turn: turn[0])
+        if name in group_of:
+            turns.append((module.kind, group_of[name]))
+    return sorted(turns, key=operator.itemgetter(0))
 
 
 def _decided(names: list[str], paths: list[str], known: Names, ordered: bool) -> tuple[Names, str]:
@@ -546,14 +557,14 @@ def _known_under(prefix: str, theirs: Modules, ours: Modules) -> Names:
     places: Names = {}
     blocks: list[str] = []
     free = {module.name: path for path, module in ours.items()}
-    for name in sorted(theirs, key=_natural):
-        text = theirs[name].name.removeprefix(prefix).replace(".", "/")
-        text = _normal(text, blocks)
+    for weight in sorted(theirs, key=_natural):
+        module = theirs[weight]
+        name = _normal(module.name.removeprefix(prefix).replace(".", "/"), blocks)
         for pattern, replacement in MODULES:
-            match = re.fullmatch(pattern, text)
+            match = re.fullmatch(pattern, name)
             place = match.expand(replacement) if match else ""
-            if place in free and ours[free[place]].kind == theirs[name].kind:
-                places[name] = free.pop(place)
+            if place in free and ours[free[place]].kind == module.kind:
+                places[weight] = free.pop(place)
                 break
     return places
 
@@ -579,12 +590,15 @@ def _with_others(theirs: Modules, ours: Modules, known: Names, places: Names) ->
     """
     taken = set(places.values())
     places = {name: path for name, path in known.items() if path not in taken} | places
-    for name in reversed([name for name in theirs if name not in places]):
-        for path in reversed(ours):
-            outside = "/" not in ours[path].name and ours[path].kind == theirs[name].kind
-            if outside and path not in places.values():
-                places[name] = path
-                break
+    outside = [path for path in ours if "/" not in ours[path].name and path not in places.values()]
+    for name in reversed(theirs):
+        if name in places:
+            continue
+        kind = theirs[name].kind
+        fitting = [path for path in outside if ours[path].kind == kind]
+        if fitting:
+            places[name] = fitting[-1]
+            outside.remove(fitting[-1])
     return places
 
 
@@ -594,7 +608,7 @@ def _refuse(doubts: Names) -> None:
         rule = next(iter(doubts))
         way_out = f"Say it with names=({rule}, ...), of the weights: all else follows"
         lines = ["does not tell which layers are which:", *doubts.values(), way_out]
-        raise tables.ConfigError("", why="\n  ".join(lines))
+        raise ConfigError("", why="\n  ".join(lines))
 
 
 def torch_names(like: PyTree) -> Names:
@@ -604,7 +618,7 @@ def torch_names(like: PyTree) -> Names:
     `stage1.conv`.
     """
     names: Names = {}
-    modules = _modules_here(trees.named_leaves(like))
+    modules = _modules_here(named_leaves(like))
     is_mobilenet = "params/block0/project/kernel" in modules
     name_of = _mobilenet_v2_name if is_mobilenet else _torchvision_name
     for module in modules.values():
@@ -699,7 +713,7 @@ def to_variables(
     shapes = {name: array.shape for name, array in arrays.items()}
     kept = _fresh_paths(like, fresh)
     placed, doubts = _matched(shapes, like, names, kept, ordered)
-    leaves = trees.named_leaves(like)
+    leaves = named_leaves(like)
     fitting = _fitting(arrays, placed, leaves, kept)
     _refuse(doubts)
     flattened = _flattened(leaves, image_channels)
@@ -707,7 +721,7 @@ def to_variables(
         if _is_flax_kernel(path, array.shape):
             array = _from_torch(array, flattened.get(path, 1))
         fitting[path] = array.astype(leaves[path].dtype)
-    return trees.map_named(lambda path, leaf: fitting.get(path, leaf), like)
+    return map_named(lambda path, leaf: fitting.get(path, leaf), like)
 
 
 def _fitting(arrays: Arrays, placed: Names, leaves: Leaves, kept: set[str]) -> Arrays:
@@ -721,17 +735,18 @@ def _fitting(arrays: Arrays, placed: Names, leaves: Leaves, kept: set[str]) -> A
         path = placed.get(name)
         if path in kept or (path is None and name.endswith(f".{COUNTER}")):
             continue
-        group, text = "unexpected", str(array.shape)
-        if path is not None and path not in fitting:
-            fitting[path] = array
-            group, text = _misfit(array, path, leaves[path])
+        if path is None or path in fitting:
+            misfits["unexpected"].append(f"{name} {array.shape}")
+            continue
+        fitting[path] = array
+        group, text = _misfit(array, path, leaves[path])
         misfits[group].append(f"{name} {text}")
-    for path in sorted(leaves.keys() - fitting.keys() - kept):
-        misfits["missing"].append(f"{path} {tuple(leaves[path].shape)}")
+    missing = sorted(leaves.keys() - fitting.keys() - kept)
+    misfits["missing"] = [f"{path} {tuple(leaves[path].shape)}" for path in missing]
     right = len(misfits.pop("right"))
     if any(misfits.values()):
         count = f"{right} of {len(leaves)} arrays do"
-        raise tables.ConfigError("", why=f"does not fit the network; {count}.\n{_report(misfits)}")
+        raise ConfigError("", why=f"does not fit the network; {count}.\n{_report(misfits)}")
     return fitting
 
 
@@ -776,7 +791,7 @@ def merge_pruned(state_dict: Arrays) -> Arrays:
             mask = np.asarray(state_dict[f"{base}_mask"])
             if mask.shape != array.shape or not np.isin(mask, (0, 1)).all():
                 allowed = "allowed are 0 and 1, of its shape"
-                raise tables.ConfigError(f"{base}_mask is no mask of {name}: {allowed}.")
+                raise ConfigError(f"{base}_mask is no mask of {name}: {allowed}.")
             merged[base] = np.where(mask, array, array.dtype.type(0))
         elif ending != "mask" or f"{base}_orig" not in state_dict:
             merged[name] = array
@@ -785,9 +800,12 @@ def merge_pruned(state_dict: Arrays) -> Arrays:
 
 def count_zeros(arrays: Mapping[str, Any]) -> tuple[int, int]:
     """(zeros, entries) of the kernels among arrays by path."""
-    kernels = [np.asarray(array) for path, array in arrays.items() if trees.is_kernel(path)]
-    zeros = sum(int(np.sum(kernel == 0)) for kernel in kernels)
-    return zeros, sum(kernel.size for kernel in kernels)
+    zeros = entries = 0
+    for path, array in arrays.items():
+        if is_kernel(path):
+            zeros += int(np.sum(np.asarray(array) == 0))
+            entries += array.size
+    return zeros, entries
 
 
 def to_torch(variables: PyTree, names: Names | None = None, *, image_channels: int = 1) -> Arrays:
@@ -798,7 +816,7 @@ def to_torch(variables: PyTree, names: Names | None = None, *, image_channels: i
     `num_batches_tracked` that PyTorch expects, 0. Raises ValueError for paths that `names` leaves
     out.
     """
-    leaves = trees.named_leaves(variables)
+    leaves = named_leaves(variables)
     names = torch_names(variables) if names is None else names
     absent = sorted(leaves.keys() - names.values())
     if absent:

@@ -49,7 +49,7 @@ def describe_environment(problem: Problem) -> Fields:
         "chance": chance(problem.dataset),
     }
     if problem.streamed:
-        workers = problem.dataset.train.images.options["workers"]
+        workers = problem.dataset.train.images.options.workers
         environment["reading"] = f"{workers} processes" if workers > 0 else "threads"
     environment["sparsity_jax"] = sparsity_jax.__version__
     for name in LIBRARIES:

@@ -23,15 +23,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sparsity_jax import groups, kernels, masks, originals, tables, trees, units
+from sparsity_jax import coupling, groups, kernels, masks, originals, tables, trees, units
 from sparsity_jax.channels import walk
 from sparsity_jax.types import Arrays, PyTree
 
 Ratio = float | Literal["gap"]
 Table = dict[str, Ratio]
 Reading = Literal["correct", "original"]
-Coupled = Literal["filter", "channel"]
-Layout = kernels.Layout | None
 
 # A layer inside a residual block: the named groups are numbers, `shortcut` matches only in layers
 # of the other branch.
@@ -46,23 +44,22 @@ RANGE = r"(\d+)(?:\s*-\s*(\d+))?\s*:(.*)"
 # Layers -------------------------------------------------------------------------------------------
 
 
-def order(
-    apply: Callable,
-    variables: PyTree,
-    *inputs: PyTree,
-    is_kernel: Callable[[str], bool] = trees.is_kernel,
-) -> list[str]:
+def order(apply: Callable, variables: PyTree, *inputs: PyTree) -> list[str]:
     """Paths of the kernels of `apply(variables, *inputs)`, by the first convolution or matrix
     product each is in.
 
-    Kernels are arrays of two axes or more whose path `is_kernel`; those in no product are left out.
-    A kernel may be cast, reshaped or normalised before. variables, inputs: arrays or shape structs;
-    nothing is computed.
+    Kernels are arrays of two axes or more with a name of kernels (`trees.is_kernel`); those in no
+    product are left out. A kernel may be cast, reshaped or normalised before. variables, inputs:
+    arrays or shape structs; nothing is computed.
     """
-    leaves = list(trees.named_leaves(variables).items())
-    multiplied = walk.read(apply, variables, *inputs).multiplied.numbers
-    arrays = [leaves[number] for number in multiplied if number < len(leaves)]
-    return [path for path, leaf in arrays if is_kernel(path) and leaf.ndim > 1]
+    leaves = trees.named_leaves(variables)
+    paths = dict(enumerate(leaves))
+    result = []
+    for number in walk.read(apply, variables, *inputs).multiplied.numbers:
+        path = paths.get(number, "")
+        if trees.is_kernel(path) and leaves[path].ndim > 1:
+            result.append(path)
+    return result
 
 
 class Layer(NamedTuple):
@@ -103,7 +100,8 @@ def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
     if not inside:
         return [Layer(path, (i,)) for i, path in enumerate(layers)]
     stages = sorted({branch.stage for branch in inside.values()})
-    stage, result = 0, []
+    stage = 0
+    result = []
     for path in layers:
         if path not in inside:
             result.append(Layer(path, (stage,)))
@@ -112,7 +110,9 @@ def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
         stage = stages.index(here.stage) + 1
         numbers = {other.block for other in inside.values() if other.stage == here.stage}
         branch = [other for other in inside if inside[other] == here]
-        number = -1 if here.shortcut else branch.index(path)
+        number = branch.index(path)
+        if here.shortcut:
+            number = -1
         ends = {"filter": branch[-1], "channel": branch[0]}
         whole = tuple(name for name, end in ends.items() if here.shortcut or end == path)
         address = (stage, sorted(numbers).index(here.block), number)
@@ -132,10 +132,10 @@ def _branches(layers: Sequence[str], blocks: str) -> dict[str, _Branch]:
         )
     inside = {}
     for match in filter(None, map(pattern.fullmatch, layers)):
-        texts = (match["stage"] or "", match["block"] or "")
-        stage, block = (tables.read_text(text, int, "blocks", 0) for text in texts)
-        shortcut = bool(match.groupdict().get("shortcut"))
-        inside[match.string] = _Branch(stage, block, shortcut)
+        texts = match.groupdict("")
+        stage = tables.read_text(texts["stage"], int, "blocks", 0)
+        block = tables.read_text(texts["block"], int, "blocks", 0)
+        inside[match.string] = _Branch(stage, block, bool(texts.get("shortcut")))
     return inside
 
 
@@ -244,7 +244,8 @@ def _by_range(items: Sequence, located: Layers, reading: Reading) -> Table:
             match = re.fullmatch(RANGE, str(item))
             if not match:
                 raise tables.ConfigError("", item, allowed="'0-4:0.5' or '5:0.5'")
-            first, end = int(match[1]), int(match[2] or match[1])
+            first = int(match[1])
+            end = int(match[2] or match[1])
             if first > end or (end >= len(paths) and reading == "correct"):
                 raise tables.ConfigError("", item, allowed=f"the layers 0 to {len(paths) - 1}")
             table |= dict.fromkeys(paths[first : end + 1], _ratio(match[3].strip()))
@@ -266,10 +267,14 @@ def _by_stage(items: Sequence, located: Layers) -> Table:
 def _skipped(
     skip: str | Sequence[str], located: Layers, residual: bool, reading: Reading
 ) -> set[str]:
-    form, told = r"\d+", "a number"
+    form = r"\d+"
+    told = "a number"
     if residual:
-        form, told = r"\d+(\.\d+){0,2}", "stage.block.convolution, e.g. '2.3' or '3.0.1'"
-    is_in = originals.in_place if residual and reading == "original" else _is_in
+        form = r"\d+(\.\d+){0,2}"
+        told = "stage.block.convolution, e.g. '2.3' or '3.0.1'"
+    is_in = _is_in
+    if residual and reading == "original":
+        is_in = originals.in_place
     result: set[str] = set()
     for entry in map(str, _items(skip, 0)):
         if not re.fullmatch(form, entry):
@@ -290,20 +295,15 @@ def _is_in(address: str, entry: str) -> bool:
 
 
 def kept_groups(
-    given: Mapping[str, Any],
-    layers: Sequence[str],
-    *,
-    granularity: units.Granularity,
-    layout: Layout = None,
+    given: Mapping[str, Any], layers: Sequence[str], *, granularity: units.Granularity
 ) -> Arrays:
     """Which filters [out], channels [in] or weights (the kernel's shape) of each layer another
     pruned network keeps.
 
     given: its masks by path (`trees.named_leaves`), bool in the shape of the kernel, or bool
     [number of groups] for filters and channels; arrays that are no layers are ignored. A group is
-    kept if any of its weights is. layout: of the kernels, where their names do not tell; see
-    `kernels.axes`. Raises ValueError for a layer without a mask, for masks that are not bool and
-    kernels of unknown layout.
+    kept if any of its weights is. Raises ValueError for a layer without a mask, for masks that are
+    not bool and kernels of unknown layout.
     """
     tables.convert(granularity, units.Granularity, "granularity")
     of_weights = granularity == "weight"
@@ -317,27 +317,23 @@ def kept_groups(
                 f"the mask of {path!r} is {mask.dtype} {mask.shape}; allowed: bool, True = kept."
             )
         if mask.ndim > 1 and not of_weights:
-            axes = kernels.axes({path: mask}, [path], layout=layout)[path]
-            own = axes.outputs if granularity == "filter" else axes.inputs
-            others = tuple(axis for axis in range(mask.ndim) if axis not in own)
-            mask = np.asarray(mask.any(others))
+            axes = kernels.axes({path: mask}, [path])[path]
+            (axis,) = axes.outputs if granularity == "filter" else axes.inputs
+            slices = np.moveaxis(mask, axis, 0)
+            mask = np.any(slices.reshape(len(slices), -1), axis=1)
         result[path] = mask
     return result
 
 
 def inherited(
-    given: Mapping[str, Any],
-    layers: Sequence[str],
-    *,
-    granularity: units.Granularity,
-    layout: Layout = None,
+    given: Mapping[str, Any], layers: Sequence[str], *, granularity: units.Granularity
 ) -> Table:
     """The ratios that another pruned network has; arguments and errors as `kept_groups`.
 
     `masks.num_pruned` of them gives back its counts. Raises ValueError if a layer keeps nothing.
     """
     table: Table = {}
-    for path, kept in kept_groups(given, layers, granularity=granularity, layout=layout).items():
+    for path, kept in kept_groups(given, layers, granularity=granularity).items():
         if not kept.any():
             raise ValueError(f"the mask of {path!r} keeps nothing; a ratio below 1 is needed.")
         removed = int((~kept).sum())
@@ -348,18 +344,15 @@ def inherited(
 # Speed-up -----------------------------------------------------------------------------------------
 
 
-def keep_of(
-    channels: groups.Channels, table: Mapping[str, Any], *, granularity: Coupled = "filter"
-) -> Arrays:
+def keep_of(channels: groups.Channels, table: Mapping[str, Any]) -> Arrays:
     """A `keep` of every group with `num_pruned` channels less: the lowest go, so it is for counts
     and costs only.
 
-    table: by path in the traced variables, such as params/conv1/kernel, of the layers that make
-    (channel: read) the channels. Raises ValueError for a path that is no variable, a ratio that is
+    table: by path in the traced variables, such as params/conv1/kernel, of the layers that make the
+    channels. Raises ValueError for a path that is no variable, a ratio that is
     no number below 1, one for a layer whose channels cannot be removed, and different ratios of
     layers that share their channels.
     """
-    tables.convert(granularity, Coupled, "granularity")
     for path, ratio in table.items():
         if path not in channels.shapes:
             hint = tables.closest(path, channels.shapes)
@@ -368,7 +361,7 @@ def keep_of(
             raise ValueError(f"the ratio of {path!r} is {ratio!r}; allowed: 0 <= ratio < 1.")
     ratios: dict[str, float] = {}
     unused = {path for path, ratio in table.items() if ratio}
-    for name, member in units.deciding(channels, granularity):
+    for name, member in coupling.deciding(channels, "filter"):
         ratio = table.get(member.path)
         # a depthwise layer may have no ratio of its own, or 0
         if ratio is None or (member.role == "depthwise" and not ratio):
@@ -378,7 +371,7 @@ def keep_of(
             raise ValueError(f"the channels {name!r} belong to layers with different ratios.")
     if unused:
         path = min(unused)
-        raise ValueError(f"no {granularity} of {path!r} can be removed; its ratio must be 0.")
+        raise ValueError(f"no filter of {path!r} can be removed; its ratio must be 0.")
     keep = {}
     for name, size in channels.sizes.items():
         keep[name] = np.arange(size) >= masks.num_pruned(ratios.get(name, 0.0), size)

@@ -22,10 +22,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
-from sparsity_jax import batches, groups, linops, tables, trees, units
+from sparsity_jax import batches, coupling, linops, tables, trees
+from sparsity_jax.groups import Member
 from sparsity_jax.types import Fields, PyTree
 
 
@@ -34,8 +34,8 @@ class Statistics(NamedTuple):
 
     w: weights. w0: weights at initialisation. g: mean gradient. g2: mean over batches of the
     squared gradient of a batch. hg_grasp, hg_preserve: Hessian times gradient on class-balanced
-    examples, each at the temperature of its measure. saliency: average of `weight_saliency` over
-    minibatches, see `track_saliency`. All but w and w0 are float32 or wider.
+    examples, each at the temperature of its measure. saliency: average of `saliency.of_weights`
+    over minibatches, see `saliency.track`. All but w and w0 are float32 or wider.
     """
 
     w: PyTree = None
@@ -94,6 +94,13 @@ class Measure(NamedTuple):
     reduce: Callable = _sum
     biased: bool = False
     on: Literal["kernel", "scale", "norm", "nothing"] = "kernel"
+
+    def is_weighted(self, use_l2: bool) -> bool:
+        """Whether values are multiplied by the distance: once, and not where use_l2 already did so
+        while tracking.
+        """
+        tracked = use_l2 and "saliency" in self.needs
+        return (use_l2 or self.biased) and not tracked
 
 
 def _abs_product(w: Array, g: Array) -> Array:
@@ -157,32 +164,21 @@ def required(*names: str, use_l2: bool = False, use_init: bool = False) -> tuple
 
     Raises ConfigError for an unknown measure and for an option that would change nothing.
     """
-    needed = set()
+    needed: set[str] = set()
     for name in names:
         measure = tables.lookup(MEASURES, name, "measure")
         if use_l2 and measure.on != "kernel":
-            raise tables.ConfigError(
-                "use_l2", True, why=f"but the measure {name!r} reads no kernels to weight"
-            )
+            why = f"but the measure {name!r} reads no kernels to weight"
+            raise tables.ConfigError("use_l2", True, why=why)
         if use_init and not (use_l2 or measure.biased):
-            biased = ", ".join(name for name, measure in MEASURES.items() if measure.biased)
+            why = f"which replaces the factor |w|, but the measure {name!r} has none"
             raise tables.ConfigError(
-                "use_init",
-                True,
-                why=f"which replaces the factor |w|, but the measure {name!r} has none",
-                allowed=f"with {biased}, or use_l2",
+                "use_init", True, why=why, allowed="with use_l2, or a measure that is biased"
             )
-        needed |= set(measure.needs)
-        if _multiplies(measure, use_l2):
-            needed |= {"w", "w0"} if use_init else {"w"}
+        needed.update(measure.needs)
+        if measure.is_weighted(use_l2):
+            needed.update(("w", "w0") if use_init else ("w",))
     return tuple(field for field in Statistics._fields if field in needed)
-
-
-def _multiplies(measure: Measure, use_l2: bool) -> bool:
-    """Whether values are multiplied by the distance: once, and not where use_l2 already did so
-    while tracking.
-    """
-    return not (use_l2 and "saliency" in measure.needs) and (use_l2 or measure.biased)
 
 
 # Statistics ---------------------------------------------------------------------------------------
@@ -214,8 +210,6 @@ def gather(
     for name in needs:
         tables.lookup(Statistics._field_defaults, name, "statistic")
     tables.convert(batch_size, tables.Count, "batch_size")
-    sources = dict(g="data", g2="data", hg_grasp="balanced", hg_preserve="balanced", w0="init")
-    first = [name for name in ("g", "g2") if name in needs]
 
     def moments(batch: PyTree, params: PyTree, temperature: Array) -> Fields:
         g = jax.tree.map(trees.widen, jax.grad(loss)(params, batch, temperature))
@@ -226,127 +220,52 @@ def gather(
 
     mean_moments = batches.mean(moments, batch_size, on_host=on_host)
     mean_product = batches.mean(product, batch_size, on_host=on_host)
+    hessians = dict(hg_grasp=grasp_temperature, hg_preserve=preserve_temperature)
 
     def collect(
         params: PyTree, data: PyTree = None, *, balanced: PyTree = None, init: PyTree = None
     ) -> Statistics:
-        given = dict(data=data, balanced=balanced, init=init)
-        for name, source in sources.items():
-            if name in needs and given[source] is None:
-                raise ValueError(f"{name} cannot be gathered: {source} is missing.")
+        _check_given(needs, dict(data=data, balanced=balanced, init=init))
         zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), params)
-        start = {"g": zeros, "g2": zeros} if "g2" in needs else {"g": zeros}
+        start = dict.fromkeys(("g", "g2") if "g2" in needs else ("g",), zeros)
         gathered: Fields = {}
-        if first:
-            means = mean_moments(start, data, params, temperature)
-            gathered = {name: means[name] for name in first}
-        for name, value in (("hg_grasp", grasp_temperature), ("hg_preserve", preserve_temperature)):
+        if "g" in needs or "g2" in needs:  # g2 brings g along
+            gathered |= mean_moments(start, data, params, temperature)
+        for name, own_temperature in hessians.items():
             if name in needs:
-                vector = mean_moments(start, balanced, params, value)["g"]
-                gathered[name] = mean_product(zeros, balanced, params, value, vector)
+                vector = mean_moments(start, balanced, params, own_temperature)["g"]
+                gathered[name] = mean_product(zeros, balanced, params, own_temperature, vector)
         return Statistics(w=params, w0=init, **gathered)
 
     return collect
+
+
+# what each statistic is gathered from
+SOURCES = dict(g="data", g2="data", hg_grasp="balanced", hg_preserve="balanced", w0="init")
+
+
+def _check_given(needs: tuple[str, ...], given: Fields) -> None:
+    for name, source in SOURCES.items():
+        if name in needs and given[source] is None:
+            raise ValueError(f"{name} cannot be gathered: {source} is missing.")
 
 
 def class_balanced(labels: np.ndarray, num_classes: int, num_samples: int) -> np.ndarray:
     """Positions of the first `num_samples // num_classes` examples of every class, class by class:
     int, on the host.
 
-    Raises ValueError if a class has fewer, and for labels outside 0..num_classes - 1.
+    Raises ValueError if that is none, or a class has fewer.
     """
     labels = np.asarray(labels)
     each = num_samples // num_classes
-    if each < 1:
-        raise ValueError(f"{num_samples} samples of {num_classes} classes; allowed: 1 of each.")
-    if not np.isin(labels, range(num_classes)).all():
-        raise ValueError(f"a label is out of range; allowed: 0 to {num_classes - 1}.")
     examples = [np.flatnonzero(labels == c)[:each] for c in range(num_classes)]
     rarest = min(map(len, examples))
-    if rarest < each:
-        raise ValueError(f"a class has {rarest} examples; needed: {each} of each.")
+    if rarest < max(each, 1):
+        raise ValueError(
+            f"{num_samples} samples are {each} of each class, of which one has {rarest}; needed: 1 "
+            "of each, and as many as that."
+        )
     return np.concatenate(examples)
-
-
-# Tracking over minibatches ------------------------------------------------------------------------
-
-
-def weight_saliency(
-    params: PyTree, grads: PyTree, *, use_l2: bool = False, init: PyTree = None
-) -> PyTree:
-    """abs(w g) of every weight, times abs(w) if `use_l2`, or times abs(w - init) if `init` is given
-    too.
-    """
-    wide = lambda tree: jax.tree.map(trees.widen, tree)
-    saliency = jax.tree.map(_abs_product, wide(params), wide(grads))
-    if not use_l2:
-        return saliency
-    distance = params if init is None else jax.tree.map(jnp.subtract, params, init)
-    return jax.tree.map(lambda s, d: s * jnp.abs(d), saliency, distance)
-
-
-class TrackedState(NamedTuple):
-    """step: updates so far, int32. saliency: average of the statistic over the newest window, 0
-    before the first; `optax.tree.get(opt_state, "saliency")` finds it. inner: of the optimizer.
-    """
-
-    step: Array
-    saliency: PyTree
-    inner: PyTree
-
-
-def track_saliency(
-    inner: optax.GradientTransformation,
-    *,
-    alpha: float = 0.8,
-    steps_per_epoch: int | None = None,
-    track_batches: int = 20,
-    statistic: Callable[[PyTree, PyTree], PyTree] = weight_saliency,
-) -> optax.GradientTransformationExtraArgs:
-    """`inner`, with an exponential average of `statistic(params, grads)` in its state: alpha * new
-    + (1 - alpha) * old, from 0. The updates are those of `inner`.
-
-    The original evaluates the statistic with the gradient of a batch and the weights after its
-    step. Only what wraps the whole optimizer knows both: the gradient comes in, the new weights are
-    `params` plus the updates that go out.
-    steps_per_epoch: average over the last `track_batches` steps of an epoch (all, if it has fewer),
-    anew in every epoch; None: over all steps. statistic: any tree, e.g. scores of channels, which
-    are then averaged themselves.
-    """
-    tables.convert(alpha, tables.Fraction, "alpha")
-    tables.convert(steps_per_epoch, tables.Count | None, "steps_per_epoch")
-    tables.convert(track_batches, tables.Count, "track_batches")
-    wrapped = optax.with_extra_args_support(inner)
-    first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
-
-    def init(params: PyTree) -> TrackedState:
-        values = statistic(params, params)  # zeros are divided among devices as these are
-        zeros = jax.tree.map(jnp.zeros_like, values)
-        return TrackedState(jnp.zeros((), jnp.int32), zeros, wrapped.init(params))
-
-    def update(
-        grads: PyTree, state: TrackedState, params: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, TrackedState]:
-        if params is None:
-            raise ValueError("track_saliency reads the weights; call update(grads, state, params).")
-        updates, inner_state = wrapped.update(grads, state.inner, params, **extra)
-        moved = optax.apply_updates(params, updates)
-        step = state.step if steps_per_epoch is None else state.step % steps_per_epoch
-
-        def mixed(old: Array, new: Array) -> Array:
-            before = jnp.where(step == first, 0, old)  # a window starts from 0
-            return (alpha * new + (1 - alpha) * before).astype(old.dtype)
-
-        def average() -> PyTree:
-            return jax.tree.map(mixed, state.saliency, statistic(moved, grads))
-
-        if first == 0:
-            saliency = average()
-        else:
-            saliency = jax.lax.cond(step >= first, average, lambda: state.saliency)
-        return updates, TrackedState(state.step + 1, saliency, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -375,8 +294,8 @@ def score(
     whole paths of members to leave out, e.g. the norm behind a depthwise kernel,
     `.*block\\d+/bn1/.*`.
     use_l2: multiply every weight's value by abs(w); `biased_loss` does so anyway, and for
-    `biased_loss_tracked` the average must have been made with it (`weight_saliency`). use_init: by
-    abs(w - w0) instead.
+    `biased_loss_tracked` the average must have been made with it (`saliency.of_weights`).
+    use_init: by abs(w - w0) instead.
     key: for `random`; derive one for each group.
     Raises ConfigError for unknown names and idle options (as `required`), ValueError for missing
     statistics and for a group without the arrays that the measure reads or of another network.
@@ -390,24 +309,30 @@ def score(
         if key is None:
             raise ValueError(f"the measure {name!r} needs a key.")
         return jax.random.uniform(key, (group.size,))
-    missing = [field for field in needed if getattr(statistics, field) is None]
-    if missing:
-        raise ValueError(f"the measure {name!r} misses the statistics {', '.join(missing)}.")
-    leaves = {field: trees.named_leaves(getattr(statistics, field)) for field in needed}
+    leaves = {}
+    for field in needed:
+        tree = getattr(statistics, field)
+        if tree is None:
+            raise ValueError(f"the measure {name!r} misses the statistic {field}.")
+        leaves[field] = trees.named_leaves(tree)
 
-    def of_member(member: groups.Member) -> Array:
+    def of_member(member: Member) -> Array:
         arrays = {}
         for field in needed:
             leaf = tables.lookup(leaves[field], member.path, f"an array of the statistic {field}")
             arrays[field] = trees.widen(leaf)
         values = measure.value(*(arrays[field] for field in measure.needs))
-        if _multiplies(measure, use_l2):
+        if measure.is_weighted(use_l2):
             moved = arrays["w"] - arrays["w0"] if use_init else arrays["w"]
             values = values * jnp.abs(moved)
         return measure.reduce(_rows(values, member))
 
     members = [member for member in group.members if not re.fullmatch(skip or "(?!)", member.path)]
-    parts = _parts(members, measure, aggregate, leaves[needed[0]])
+    arrays = leaves[needed[0]]
+    if measure.on != "kernel":
+        parts = _norms(members, measure.on, arrays)
+    else:
+        parts = [[member] for member in members if _is_scored(member, aggregate, arrays)]
     if not parts:
         path = group.members[0].path if group.members else "no members"
         what = "kernel" if measure.on == "kernel" else "norm scale"
@@ -419,14 +344,11 @@ def score(
     return combine(jnp.stack(totals))
 
 
-def _parts(members: list, measure: Measure, aggregate: str, leaves: Fields) -> list[list]:
-    """What is scored of a group: members whose scores are added up."""
-    if measure.on != "kernel":
-        return _norms(members, measure.on, leaves)
+def _is_scored(member: Member, aggregate: str, leaves: Fields) -> bool:
+    """Whether a measure of kernels reads it."""
     if aggregate == "producer":
-        return [[member] for member in members if member.role == "producer"]
-    matrix = lambda member: units.is_matrix(member.path, leaves)
-    return [[member] for member in members if member.role != "other" or matrix(member)]
+        return member.role == "producer"
+    return member.role != "other" or coupling.is_matrix(member.path, leaves)
 
 
 def _norms(members: list, on: str, leaves: Fields) -> list[list]:
@@ -443,13 +365,14 @@ def _norms(members: list, on: str, leaves: Fields) -> list[list]:
     return parts
 
 
-def _rows(values: Array, member: Any) -> Array:
+def _rows(values: Array, member: Member) -> Array:
     """The entries of each channel: [channels, entries]."""
+    index = member.index
     size = values.shape[member.axis]
-    if member.index.size and not 0 <= member.index.min() <= member.index.max() < size:
+    if index.size and not 0 <= index.min() <= index.max() < size:
         raise ValueError(
             f"axis {member.axis} of {member.path!r} has {size} entries; the group's index exceeds "
             "them."
         )
-    taken = jnp.take(jnp.moveaxis(values, member.axis, 0), member.index.ravel(), axis=0)
-    return taken.reshape(len(member.index), -1)
+    first = jnp.moveaxis(values, member.axis, 0)
+    return first[index].reshape(len(index), -1)

@@ -17,7 +17,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -25,11 +25,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from sparsity_jax import data, decoding, sources, stopping
+from sparsity_jax import decoding, stopping
+from sparsity_jax.data import Options, Stream
+from sparsity_jax.data.sets import usable_cores
+from sparsity_jax.data.streams import SKIPPING, check_losses
+from sparsity_jax.pixels import fit, resize
+from sparsity_jax.sources import UnreadableError, array_of, check_colour, check_label
 from sparsity_jax.tables import ConfigError
 
-# OpenCV's flags that decode a JPEG at 1/n of its size
-REDUCED = {1: 0, 2: 16, 4: 32, 8: decoding.SMALLEST}
+REDUCED = {8: 64, 4: 32, 2: 16}  # OpenCV's flags that decode a JPEG at 1/n of its size
 ON_DEVICE = 2  # batches that wait on the device
 PATIENCE = 0.5  # seconds between two looks for a request to stop
 SHUFFLED_WHOLE = 50_000  # images up to which every epoch's order is a permutation in memory
@@ -37,6 +41,7 @@ REPLACEMENTS = 100  # images drawn in the place of one that cannot be decoded
 OPEN: "weakref.WeakSet[Generator]" = weakref.WeakSet()  # readers that are not closed
 Batches = Generator["Batch", None, None]
 Box = tuple[int, int, int, int]  # top, left, height, width
+Draw = Callable[[int, int], Box]  # the part that is used of an image of so many rows and columns
 
 
 class Example(NamedTuple):
@@ -57,7 +62,7 @@ class Batch(NamedTuple):
 
 
 def train_batches(
-    images: data.Stream,
+    images: Stream,
     seed: Sequence[int],
     *,
     batch_size: int,
@@ -76,11 +81,9 @@ def train_batches(
     """
     import grain  # a second to import, needed by streams only
 
-    if batch_size > images.shape[0]:
-        raise ConfigError(
-            f"batch_size is {batch_size}; allowed: up to {images.shape[0]}, the images."
-        )
     total = images.shape[0]
+    if batch_size > total:
+        raise ConfigError("batch_size", batch_size, allowed=f"up to {total}, the images")
     size = total // batch_size * batch_size
     seeds = np.random.SeedSequence(seed).generate_state(epochs).tolist()
     if total <= SHUFFLED_WHOLE:
@@ -117,8 +120,50 @@ def permutation(total: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(total)
 
 
+def eval_batches(
+    images: Stream,
+    *,
+    batch_size: int,
+    put: Callable = jax.device_put,
+    indices: Sequence[int] | None = None,
+) -> Batches:
+    """All images, or those at `indices`, in order and with their central part.
+
+    The last batch is filled up.
+    """
+    import grain
+
+    indices = range(images.shape[0]) if indices is None else list(map(int, indices))
+    draw = functools.partial(central_box, options=images.options)
+    order = grain.MapDataset.source(indices)
+    order = order.map(lambda index: example(images, index, draw))
+    return opened(images, order, batch_size, put)
+
+
+def examples(
+    images: Stream, indices: Sequence[int], batch_size: int = 256
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded.
+
+    Of each its central part.
+    """
+    parts = [np.zeros((0, *images.shape[1:]), np.uint8)]
+    labels = [np.zeros(0, np.int32)]
+    size = min(batch_size, len(indices))
+    if size:
+        batches = eval_batches(images, batch_size=size, put=lambda arrays: arrays, indices=indices)
+        for batch in batches:
+            readable = batch.labels >= 0
+            parts.append(batch.images[readable])
+            labels.append(batch.labels[readable])
+    return np.concatenate(parts), np.concatenate(labels)
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
 def opened(
-    images: data.Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str] = ()
+    images: Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str] = ()
 ) -> Batches:
     """`counted`, which is closed with the interpreter if nobody closes it before."""
     batches = counted(images, order, batch_size, put, lost)
@@ -134,7 +179,7 @@ def close_all() -> None:
 
 
 def counted(
-    images: data.Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str]
+    images: Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str]
 ) -> Batches:
     """Batches of a grain dataset of examples, until more than the allowed share of the split's
     images are lost.
@@ -143,49 +188,11 @@ def counted(
     with contextlib.closing(read_ahead(images, order, batch_size, put)) as batches:
         for batch in batches:
             names.update(batch.unreadable)
-            data.check_losses(sorted(names), images.shape[0], images.options)
+            check_losses(sorted(names), images.shape[0], images.options)
             yield batch
 
 
-def eval_batches(
-    images: data.Stream,
-    *,
-    batch_size: int,
-    put: Callable = jax.device_put,
-    indices: Sequence[int] | None = None,
-) -> Batches:
-    """All images, or those at `indices`, in order and with their central part.
-
-    The last batch is filled up.
-    """
-    import grain
-
-    indices = range(images.shape[0]) if indices is None else list(map(int, indices))
-    order = grain.MapDataset.source(indices)
-    draw = functools.partial(central_box, options=images.options)
-    order = order.map(lambda index: example(images, index, draw))
-    return opened(images, order, batch_size, put)
-
-
-def examples(
-    images: data.Stream, indices: Sequence[int], batch_size: int = 256
-) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded.
-
-    Of each its central part.
-    """
-    chosen, labels = [np.zeros((0, *images.shape[1:]), np.uint8)], [np.zeros(0, np.int32)]
-    size = min(batch_size, len(indices))
-    if size:
-        batches = eval_batches(images, batch_size=size, put=lambda arrays: arrays, indices=indices)
-        for batch in batches:
-            readable = batch.labels >= 0
-            chosen.append(batch.images[readable])
-            labels.append(batch.labels[readable])
-    return np.concatenate(chosen), np.concatenate(labels)
-
-
-def read_ahead(images: data.Stream, order: Any, batch_size: int, put: Callable) -> Batches:
+def read_ahead(images: Stream, order: Any, batch_size: int, put: Callable) -> Batches:
     """Batches of a grain dataset of examples, at most `prefetch` of them and 2 + `ON_DEVICE` more
     ahead of their use.
 
@@ -195,7 +202,7 @@ def read_ahead(images: data.Stream, order: Any, batch_size: int, put: Callable) 
     import grain
 
     cv2.setNumThreads(1)  # images are what runs side by side
-    workers, prefetch = images.options["workers"], images.options["prefetch"]
+    workers, prefetch = images.options.workers, images.options.prefetch
     stack = functools.partial(stack_examples, batch_size)
     if workers > 0:
         check_main_guard()
@@ -210,14 +217,14 @@ def read_ahead(images: data.Stream, order: Any, batch_size: int, put: Callable) 
         processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=size)
         batches = batches.mp_prefetch(processes, worker_init_fn=begin_worker)
     else:
-        threads = data.usable_cores()
+        threads = usable_cores()
         size = max(threads, prefetch * batch_size)
         reading = grain.ReadOptions(threads, prefetch_buffer_size=size)
         batches = order.to_iter_dataset(reading).batch(batch_size, batch_fn=stack)
 
     def placed(batch: Batch) -> Batch:
-        examples, labels = put(batch[:2])
-        return batch._replace(images=examples, labels=labels)
+        images, labels = put(batch[:2])
+        return Batch(images, labels, batch.unreadable)
 
     return ahead(iter(batches.map(placed)), ON_DEVICE)
 
@@ -254,23 +261,18 @@ def fill(ready: queue.Queue, batches: Any, ended: threading.Event) -> None:
 
     Returns soon after `ended` is set.
     """
-
-    def offer(batch: Any, error: BaseException | None) -> None:
+    error = None
+    while error is None and not ended.is_set():
+        batch = None
+        try:
+            batch = next(batches)
+        except BaseException as reason:
+            error = reason
         while not ended.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put((batch, error), timeout=PATIENCE)
-                return
-
-    try:
-        for batch in batches:
-            offer(batch, None)
-            if ended.is_set():
                 break
-        offer(None, StopIteration())
-    except BaseException as error:
-        offer(None, error)
-    finally:
-        batches.close()
+    batches.close()
 
 
 def check_main_guard() -> None:
@@ -284,13 +286,15 @@ def check_main_guard() -> None:
 
 def stack_examples(batch_size: int, examples: Sequence[Example]) -> Batch:
     """The examples as one batch, filled up to `batch_size` with black images."""
-    count = len(examples)
     images = np.zeros((batch_size, *examples[0].image.shape), np.uint8)
-    images[:count] = [example.image for example in examples]
     labels = np.full(batch_size, -1, np.int32)
-    labels[:count] = [example.label for example in examples]
-    unreadable = tuple(example.unreadable for example in examples if example.unreadable)
-    return Batch(images, labels, unreadable)
+    unreadable = []
+    for i, (image, label, name) in enumerate(examples):
+        images[i] = image
+        labels[i] = label
+        if name:
+            unreadable.append(name)
+    return Batch(images, labels, tuple(unreadable))
 
 
 def begin_worker(index: int, count: int) -> None:
@@ -310,31 +314,30 @@ def begin_worker(index: int, count: int) -> None:
 # One image ----------------------------------------------------------------------------------------
 
 
-def example(images: data.Stream, index: int, draw: Callable[[int, int], Box]) -> Example:
+def example(images: Stream, index: int, draw: Draw) -> Example:
     """Image `index` of the split, of which `draw(height, width)` says the part to use.
 
     An image that cannot be decoded raises ConfigError, or with `unreadable="skip"` becomes a black
     one that does not count.
     """
     _, size, _, channels = images.shape
-    options, stored = images.options, int(images.indices[index])
+    options = images.options
+    stored = int(images.indices[index])
     name = images.source.describe(stored)
     try:
         payload, label = images.source.read_one(stored)
-        image = part(payload, size, draw, name=name, upright=options["orientation"] == "exif")
-    except sources.UnreadableError as error:
-        if options["unreadable"] == "stop":
-            raise ConfigError(f"{error} {data.SKIPPING}") from None
+        image = part(payload, size, draw, name=name, upright=options.orientation == "exif")
+    except UnreadableError as error:
+        if options.unreadable == "stop":
+            raise ConfigError(f"{error} {SKIPPING}") from None
         return Example(np.zeros(images.shape[1:], np.uint8), -1, name)
-    sources.check_label(label, images.num_classes, name)
-    if not options["channels"]:
-        data.check_colour(image, channels, name)
-    return Example(decoding.fit(image, 0, channels), label)
+    check_label(label, images.num_classes, name)
+    if not options.channels:
+        check_colour(image, channels, name)
+    return Example(fit(image, 0, channels), label)
 
 
-def replacement(
-    images: data.Stream, lost: Example, draw: Callable[[int, int], Box], seed: Sequence[int]
-) -> Example:
+def replacement(images: Stream, lost: Example, draw: Draw, seed: Sequence[int]) -> Example:
     """A random image of the split in the place of a lost one, which alone counts as unreadable."""
     for index in np.random.default_rng(seed).integers(images.shape[0], size=REPLACEMENTS):
         other = example(images, int(index), draw)
@@ -347,14 +350,9 @@ def replacement(
 
 
 def part(
-    payload: Any,
-    size: int,
-    draw: Callable[[int, int], Box],
-    *,
-    name: str = "the image",
-    upright: bool = False,
+    payload: Any, size: int, draw: Draw, *, name: str = "the image", upright: bool = False
 ) -> np.ndarray:
-    """The part `draw(height, width)` of an image, resized to [size, size] by `decoding.resize`.
+    """The part `draw(height, width)` of an image, resized to [size, size] by `pixels.resize`.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which takes a fraction of the time, where the
     part stays at least `size` on both sides; its edges are then rounded to the coarser pixels.
@@ -362,38 +360,45 @@ def part(
     for a damaged image.
     """
     shape = decoding.jpeg_shape(payload) if isinstance(payload, bytes) else None
-    reduced, box = 1, None
+    factor, box = 1, None
     if shape:
-        on_its_side = upright and decoding.orientation(payload) >= 5
-        box = draw(*shape[::-1]) if on_its_side else draw(*shape)
-        reduced = max(factor for factor in REDUCED if factor == 1 or min(box[2:]) >= factor * size)
-    image = data.to_array(payload, name, REDUCED[reduced], upright=upright)
+        if upright and decoding.orientation(payload) >= 5:
+            shape = shape[::-1]
+        box = draw(*shape)
+        enough = [factor for factor in REDUCED if min(box[2:]) >= factor * size]
+        factor = max(enough, default=1)
+    image = array_of(payload, name, REDUCED.get(factor, 0), upright=upright)
     top, left, height, width = box or draw(*image.shape[:2])
-    rows = slice(round(top / reduced), round((top + height) / reduced))
-    columns = slice(round(left / reduced), round((left + width) / reduced))
-    return decoding.resize(image[rows, columns], size, size)
+    rows = slice(round(top / factor), round((top + height) / factor))
+    columns = slice(round(left / factor), round((left + width) / factor))
+    return resize(image[rows, columns], size, size)
 
 
-def central_box(height: int, width: int, options: Mapping[str, Any]) -> Box:
+def central_box(height: int, width: int, options: Options) -> Box:
     """What stays of an image resized to the shorter side `resize_size` and cut to its centre."""
-    share = options["image_size"] / options["resize_size"] if options["resize_size"] else 7 / 8
+    share = options.image_size / options.resize_size if options.resize_size else 7 / 8
     side = max(1, round(share * min(height, width)))
-    return (height - side) // 2, (width - side) // 2, side, side
+    return centred(height, width, side, side)
 
 
-def random_box(
-    rng: np.random.Generator, height: int, width: int, options: Mapping[str, Any]
-) -> Box:
+def centred(height: int, width: int, rows: int, columns: int) -> Box:
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+def random_box(rng: np.random.Generator, height: int, width: int, options: Options) -> Box:
     """A random part of an image, drawn as by `data.random_box`: ten attempts, else the largest
     central one.
     """
-    (small, large), (low, high) = options["crop_scale"], options["crop_ratio"]
+    small, large = options.crop_scale
+    low, high = options.crop_ratio
     for _ in range(10):
         area = height * width * rng.uniform(small, large)
         ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            top = rng.integers(height - h + 1)
+            left = rng.integers(width - w + 1)
             return int(top), int(left), h, w
-    h, w = max(1, min(height, round(width / low))), max(1, min(width, round(height * high)))
-    return (height - h) // 2, (width - w) // 2, h, w
+    h = max(1, min(height, round(width / low)))
+    w = max(1, min(width, round(height * high)))
+    return centred(height, width, h, w)

@@ -20,20 +20,20 @@ from sparsity_jax import groups, kernels, masks, tables, trees
 from sparsity_jax.types import PyTree
 
 
-def normal(key: Array, mask: Array, dtype: Any, *, gain: float = 2**0.5) -> Array:
-    """N(0, gain^2 / fan_in); the gain is right for ReLU. mask: [..., in, out].
+def normal(key: Array, mask: Array, dtype: Any) -> Array:
+    """N(0, 2 / fan_in), which is right for ReLU. mask: [..., in, out].
 
     Source: He et al. 2015, arXiv:1502.01852.
     """
     rows, _ = _kept(mask)
     fan_in = jnp.maximum(rows.sum(), 1)
-    std = (gain / jnp.sqrt(fan_in)).astype(dtype)
+    std = (2**0.5 / jnp.sqrt(fan_in)).astype(dtype)
     return std * jax.random.normal(key, mask.shape, dtype)
 
 
-def orthogonal(key: Array, mask: Array, dtype: Any, *, gain: float = 1.0) -> Array:
-    """`gain` times a random matrix [fan_in, out] of orthonormal columns, or rows where fewer inputs
-    than outputs stay.
+def orthogonal(key: Array, mask: Array, dtype: Any) -> Array:
+    """A random matrix [fan_in, out] of orthonormal columns, or rows where fewer inputs than outputs
+    stay.
 
     Uniform (Haar) among them: the polar factor of a Gaussian matrix. Weights missing inside the
     matrix make it less than orthogonal. mask: [..., in, out]. Source: Saxe et al. 2014,
@@ -46,7 +46,7 @@ def orthogonal(key: Array, mask: Array, dtype: Any, *, gain: float = 1.0) -> Arr
     left, _, right = jnp.linalg.svd(gaussian, full_matrices=False)
     rank = jnp.minimum(rows.sum(), columns.sum())  # the singular values behind it are zero
     left = left * (jnp.arange(left.shape[1]) < rank)
-    return (gain * left @ right).reshape(mask.shape).astype(dtype)
+    return (left @ right).reshape(mask.shape).astype(dtype)
 
 
 def _kept(mask: Array) -> tuple[Array, Array]:
@@ -69,7 +69,6 @@ def reinitialize(
     key: Array,
     *,
     method: str = "normal",
-    gain: float | None = None,
     channels: groups.Channels | None = None,
     layout: kernels.Layout | None = None,
 ) -> PyTree:
@@ -78,15 +77,13 @@ def reinitialize(
 
     kept: masks in the structure of `params`. A kernel's fan-in is what it has in the compact
     network: positions times input channels with any weight left, so that single missing weights do
-    not lower it. gain: of the kernels, by default that of the row of METHODS. channels, layout:
-    which arrays are kernels, and which of their axes are inputs and outputs; see `kernels.axes`.
-    Norms and biases go by the names of Flax, Haiku, Equinox and PyTorch; other arrays stay as they
-    are. Running statistics are not in `params`: start them anew too. Raises ConfigError for an
+    not lower it. channels, layout: which arrays are kernels, and which of their axes are inputs and
+    outputs; see `kernels.axes`. Norms and biases go by the names of Flax, Haiku, Equinox and
+    PyTorch; other arrays stay as they are. Running statistics are not in `params`: start them anew
+    too. Raises ConfigError for an
     unknown method and ValueError where it is open what the kernels are, or their layout.
     """
     draw: Callable = tables.lookup(METHODS, method, "method")
-    if gain is not None:
-        draw = functools.partial(draw, gain=gain)
     paths = kernels.paths(params, channels, strict=False)
     axes = kernels.axes(params, paths, channels, layout=layout)
     keys = _keys(key, params)
@@ -98,7 +95,9 @@ def reinitialize(
             return _drawn(of_kernel, keys[path], jnp.asarray(mask), axes[path])
         if name in ("bias", "b", "offset"):
             return jnp.zeros_like(leaf)
-        return jnp.ones_like(leaf) if name in ("scale", "weight") else leaf
+        if name in ("scale", "weight"):
+            return jnp.ones_like(leaf)
+        return leaf
 
     return masks.apply(trees.map_named(renewed, params, kept), kept)
 
@@ -156,5 +155,6 @@ def add_noise(
         noise = jax.random.normal(keys[path], leaf.shape, leaf.dtype)
         return jnp.where(mask, leaf + size.astype(leaf.dtype) * noise, leaf)
 
-    kept = masks.full(params) if kept is None else kept
+    if kept is None:
+        kept = masks.full(params)
     return trees.map_named(disturbed, params, kept)

@@ -224,18 +224,6 @@ def lookup(table: Mapping[str, Any], name: Any, field: str = "") -> Any:
     return table[name]
 
 
-def read_named(
-    table: Mapping[str, Callable], config: Mapping[str, Any], default: str = ""
-) -> tuple[Callable, dict[str, Any]]:
-    """(the entry that a config names, all its options) of a config such as `dict(name="sgd",
-    momentum=0.9)`.
-
-    default: the name, where the config has none. Raises ConfigError for an unknown name or option.
-    """
-    name, complete = entry(table, config, default)
-    return table[name], complete
-
-
 def parameters(function: Callable) -> dict[str, inspect.Parameter]:
     """The options of `function`: its keyword-only parameters."""
     every = inspect.signature(function).parameters.items()
@@ -281,8 +269,10 @@ def check_options(
 def entry(
     table: Mapping[str, Callable], config: Mapping[str, Any], default: str = ""
 ) -> tuple[str, dict[str, Any]]:
-    """(name, options) of the entry of `table` that a config chooses by `name`, or of `default`; the
-    options are complete. Raises ConfigError as `lookup` and `check_options` do.
+    """(name, options) of the entry of `table` that a config such as `dict(name="sgd",
+    momentum=0.9)` chooses, or of `default`; the options are complete.
+
+    Raises ConfigError for an unknown name or option.
     """
     given = dict(config)
     name = given.pop("name", default)

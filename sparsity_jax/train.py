@@ -27,7 +27,7 @@ from sparsity_jax import (
     models,
     optim,
     polytopes,
-    scores,
+    saliency,
     stopping,
     stream,
     tables,
@@ -338,7 +338,7 @@ def saliency_tracker(
     use_l2: bool = False,
     use_init: bool = False,
 ) -> None:
-    """Options of `scores.track_saliency` of `scores.weight_saliency`; use_init: relative to the
+    """Options of `saliency.track` of `saliency.of_weights`; use_init: relative to the
     initial weights.
     """
 
@@ -432,7 +432,7 @@ class Fit(interface.Stage):
     @cached_property
     def tracked(self) -> Fields:
         """Options of the tracked importance; {} where nothing is tracked."""
-        return tables.read_named(TRACKERS, self.track, "none")[1]
+        return tables.entry(TRACKERS, self.track, "none")[1]
 
     def steps_per_epoch(self, problem: Problem) -> int:
         return problem.size("train") // self.batch_size
@@ -469,9 +469,9 @@ class Fit(interface.Stage):
             init = None
             if use_init:
                 init = initial_variables(problem, key, problem.pretrained)["params"]
-            return scores.weight_saliency(params, grads, use_l2=use_l2, init=init)
+            return saliency.of_weights(params, grads, use_l2=use_l2, init=init)
 
-        return scores.track_saliency(tx, steps_per_epoch=spe, statistic=statistic, **options)
+        return saliency.track(tx, steps_per_epoch=spe, statistic=statistic, **options)
 
     # Running
 
@@ -509,14 +509,10 @@ def begin_members(problem: Problem, state: State, fits: Sequence[Fit], numbers: 
     """The state at the start of a training of all members, see `begin`."""
     if fits[0].start == "init":
         state = initial_state(problem, state.key)
-    return problem.program(_begin, fits[0], key=fits[0].beginning())(state, numbers)
+    return problem.program(begin, fits[0], key=fits[0].beginning())(state, numbers)
 
 
-def _begin(problem: Problem, fit: Fit, state: State, numbers: Fields) -> State:
-    return begin(problem, state, fit, numbers)
-
-
-def begin(problem: Problem, state: State, fit: Fit, numbers: Fields) -> State:
+def begin(problem: Problem, fit: Fit, state: State, numbers: Fields) -> State:
     """The state at the start of a `train` stage, of one member: its weights in the feasible sets.
 
     A stage that starts from the first weights is given those, see `initial_state`.
@@ -619,9 +615,10 @@ def step_on_batch(
     return State(params, batch_stats, state.masks, opt_state, step, state.key, metrics)
 
 
-def step_in_memory(
+def steps_in_memory(
     problem: Problem,
     fit: Fit,
+    size: int,
     state: State,
     numbers: Fields,
     order: Array,
@@ -629,21 +626,20 @@ def step_in_memory(
     images: Array,
     labels: Array,
 ) -> State:
-    """The state of one member after a step on data in memory, see `step_on_batch`.
+    """The state of one member after `size` steps on data in memory, see `step_on_batch`.
 
     order: int32 [N], this epoch's examples.
     """
-    start = (state.step % fit.steps_per_epoch(problem)) * fit.batch_size
-    index = lax.dynamic_slice_in_dim(order, start, fit.batch_size)
-    return step_on_batch(problem, fit, state, numbers, position, images[index], labels[index])
 
+    def step(state: State, _: None) -> tuple[State, None]:
+        start = (state.step % fit.steps_per_epoch(problem)) * fit.batch_size
+        index = lax.dynamic_slice_in_dim(order, start, fit.batch_size)
+        batch = images[index], labels[index]
+        return step_on_batch(problem, fit, state, numbers, position, *batch), None
 
-def steps_in_memory(problem: Problem, fit: Fit, size: int, state: State, *arguments: Any) -> State:
-    """`size` times `step_in_memory`."""
-    step = lambda state: step_in_memory(problem, fit, state, *arguments)
     if size == 1:
-        return step(state)
-    return lax.scan(lambda state, _: (step(state), None), state, None, size)[0]
+        return step(state, None)[0]
+    return lax.scan(step, state, None, size)[0]
 
 
 def donated() -> Fields:

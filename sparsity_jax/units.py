@@ -1,7 +1,6 @@
-"""What can be removed from a network: weights, slices of kernels, channels with what is coupled.
+"""What can be removed from a network, as units: weights, slices of kernels, coupled channels.
 
     layer = units.of_kernel("conv1", "conv1/kernel", (3, 3, 16, 64), (3,))  # 64 filters
-    layer = units.of_group(channels.groups["conv1"], leaves)  # channels, with norms and readers
     norms = units.absolute_sums(leaves, layer)                # scores: L1 norms [64]
     mask = units.spread_mask(keep, part, shape)               # False where a filter is gone
 
@@ -11,28 +10,26 @@ are left of a layer, by one named rule of `masks.ROUNDINGS`, then masks. On this
 
 - every layer keeps at least one unit. `budgets` and `masks.num_pruned` see to it, `allocate` for
   selection `structured`, and `groups.complete` refuses an emptied group;
-- with the channels known (`groups.trace`), the scale, shift and statistics of the norm behind a
-  removed filter go with it, and so do its bias, a depthwise kernel that it feeds and the weights
-  that read it. So the outputs are those of the network without the filter. From parameters alone
-  nobody knows which norm that is: then it still sends its shift on.
+- with the channels known (`groups.trace`, see `coupling`), the scale, shift and statistics of the
+  norm behind a removed filter go with it, and so do its bias, a depthwise kernel that it feeds and
+  the weights that read it. So the outputs are those of the network without the filter. From
+  parameters alone nobody knows which norm that is: then it still sends its shift on.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sparsity_jax import tables, trees
-from sparsity_jax.groups import Channels, Group, Member
-from sparsity_jax.types import Arrays, PyTree, Shape
+from sparsity_jax import trees
+from sparsity_jax.types import PyTree, Shape
 
 Keep = dict[str, Array]  # bools by name of layer, True = keep
 Granularity = Literal["filter", "channel", "weight"]
 Sliced = Literal["filter", "channel"]
-Members = Literal["all", "kernels", "producers"]
 Leaves = Mapping[str, Any]  # arrays by path
 
 
@@ -61,9 +58,8 @@ class Part(NamedTuple):
         positions = self.positions(shape)
         if self.index is None:
             return (positions,)
-        if self.index.max(initial=-1) >= positions:
-            return ()
-        return (len(self.index),)
+        lacking = self.index.max(initial=-1) >= positions
+        return () if lacking else (len(self.index),)
 
     def entries(self, shape: Shape) -> int:
         """How many entries of an array of `shape` each unit has."""
@@ -105,86 +101,31 @@ def of_kernel(name: str, path: str, shape: Shape, axes: Shape | None) -> Layer:
     return Layer(name, part.units(shape), (part,), (part,))
 
 
-def of_group(group: Group, leaves: Leaves, members: Members = "all") -> Layer:
-    """The coupled channels of a group, in arrays of `leaves`.
-
-    leaves: arrays by plain path, those of the trace or their part `params`. members: of which
-    arrays the channels go: of `all`, with norms, biases and the kernels that read them; of
-    `kernels`; or of `producers`. Scores are those of the producers, or of all kernels where a group
-    has none. Raises ValueError for a group without a kernel among the leaves.
-    """
-    tables.convert(members, Members, "members")
-    everything = []
-    weights = []
-    producers = []
-    for member in group.members:
-        part = _part(member, leaves)
-        if part is None:  # running statistics
-            continue
-        everything.append(part)
-        if member.role == "producer":
-            producers.append(part)
-        # a depthwise kernel may make and read no channels
-        if member.role != "other" or is_matrix(part.path, leaves):
-            weights.append(part)
-    scored = producers or weights
-    if not scored:
-        raise ValueError(
-            f"the group {group.name!r} has no kernel among the params; leave it out of the ratios."
-        )
-    parts = {"all": everything, "kernels": weights, "producers": scored}[members]
-    return Layer(group.name, (group.size,), tuple(parts), tuple(scored))
+# From arrays to units -----------------------------------------------------------------------------
 
 
-def _part(member: Member, leaves: Leaves) -> Part | None:
-    """The member as a part of `leaves`, which may lack the first name of its path, or lack it."""
-    for whole in (member.path, member.path.partition("/")[2]):
-        path = plain(whole, leaves)
-        if path in leaves:
-            in_order = np.arange(leaves[path].shape[member.axis])[:, None]
-            index = None if np.array_equal(member.index, in_order) else member.index
-            return Part(path, (member.axis,), index)
-    return None
-
-
-def is_matrix(path: str, leaves: Leaves) -> bool:
-    """Whether an array is called a kernel and has two axes or more."""
-    return trees.is_kernel(path) and jnp.ndim(leaves.get(path, 0)) > 1
-
-
-def plain(path: str, leaves: Leaves) -> str:
-    """`path` as it is among the plain ones of `leaves`, if it is."""
-    return path if path in leaves else path.removesuffix("/value")
-
-
-# Arrays and units ---------------------------------------------------------------------------------
-
-
-def _sums(array: Array, part: Part) -> Array:
-    """Sum over the entries of each unit: [units]; the array itself where every entry is one."""
-    if part.axes is None:
-        return array
-    others = [axis for axis in range(array.ndim) if axis not in part.axes]
-    along = trees.gathered(jnp.sum(array, others)).ravel()
-    return along if part.index is None else jnp.sum(along[part.index], 1)
-
-
-def _scored_sums(function: Callable, leaves: Leaves, layer: Layer) -> Array:
-    """Sum of `function(array)` over the scored entries of each unit."""
+def _sums(function: Callable, leaves: Leaves, layer: Layer) -> Array:
+    """Sum of `function(array)` over the scored entries of each unit, in the shape of the layer."""
     total: Any = 0
     for part in layer.scored:
-        total = total + _sums(function(leaves[part.path]), part)
+        values = function(leaves[part.path])
+        if part.axes is not None:
+            others = [axis for axis in range(values.ndim) if axis not in part.axes]
+            values = trees.gathered(jnp.sum(values, others)).ravel()
+        if part.index is not None:
+            values = jnp.sum(values[part.index], 1)
+        total = total + values
     return total
 
 
 def absolute_sums(leaves: Leaves, layer: Layer) -> Array:
     """L1 norm of each unit's scored entries, in at least float32: [units]."""
-    return _scored_sums(lambda leaf: jnp.abs(trees.widen(leaf)), leaves, layer)
+    return _sums(lambda leaf: jnp.abs(trees.widen(leaf)), leaves, layer)
 
 
 def entries_left(kept: Leaves, layer: Layer) -> Array:
     """How many scored entries of each unit the masks `kept` leave: int [units]."""
-    return _scored_sums(lambda mask: mask.astype(jnp.int32), kept, layer)
+    return _sums(lambda mask: mask.astype(jnp.int32), kept, layer)
 
 
 def entries(leaves: Leaves, layer: Layer) -> int:
@@ -195,6 +136,9 @@ def entries(leaves: Leaves, layer: Layer) -> int:
 def mean_magnitudes(leaves: Leaves, layer: Layer) -> Array:
     """Mean of the magnitudes of each unit's scored entries: [units]."""
     return absolute_sums(leaves, layer) / entries(leaves, layer)
+
+
+# From units to arrays -----------------------------------------------------------------------------
 
 
 def spread(values: Array, part: Part, shape: Shape) -> Array:
@@ -237,49 +181,3 @@ def without(kept: PyTree, layers: Iterable[Layer], keep: Leaves) -> PyTree:
         return mask
 
     return trees.map_named(cut, kept)
-
-
-# Channels of layers -------------------------------------------------------------------------------
-
-
-def coupled(channels: Channels, keep: Leaves, granularity: Sliced = "filter") -> dict[str, Any]:
-    """`keep` by name of the groups that the filters, or input channels, of some kernels are.
-
-    keep: bools [filters or input channels] by path in the traced variables. A channel goes if any
-    of the kernels that make (channel: read) it leaves it out.
-    """
-    by_group: dict[str, Any] = {}
-    for name, member in deciding(channels, granularity):
-        several = member.index.shape[1] > 1  # copies, e.g. of a flattened image
-        if member.path in keep and not several and member.role != "depthwise":
-            kept = keep[member.path][member.index[:, 0]]
-            by_group[name] = by_group.get(name, True) & kept
-    return by_group
-
-
-def deciding(channels: Channels, granularity: Sliced) -> Iterator[tuple[str, Member]]:
-    """(name of group, member) of the kernels, also depthwise, that make or read its channels."""
-    roles = ("producer", "depthwise") if granularity == "filter" else ("consumer",)
-    for name, group in channels.groups.items():
-        for member in group.members:
-            if member.role in roles:
-                yield name, member
-
-
-def alive(channels: Channels, kept: PyTree) -> Arrays:
-    """Channels that some array which makes them still has, bool by name of group, on the host.
-
-    kept: masks in the structure of the variables, or of some of them.
-    """
-    leaves = trees.named_leaves(kept)
-    result = {}
-    for name, group in channels.groups.items():
-        members = [member for member in group.members if member.path in leaves]
-        makers = [member for member in members if member.role != "consumer"]
-        lives = np.zeros(group.size, bool)
-        for member in makers or members:
-            slices = np.moveaxis(np.asarray(leaves[member.path]), member.axis, 0)
-            left = np.any(slices.reshape(len(slices), -1), axis=1)
-            lives |= np.take(left, member.index).any(1)
-        result[name] = lives
-    return result

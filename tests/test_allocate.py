@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity_jax import allocate, groups, masks, models, originals, tables, trees
+from sparsity_jax import allocate, filters, groups, masks, models, originals, shares, tables, trees
 
 
 def golden_params():
@@ -306,7 +306,7 @@ def test_a_removed_filter_takes_its_norm_with_it(name, options, branches):
     counts = allocate.keep_counts(variables["params"], 0.5, **own)
     kept = jax.jit(lambda params: allocate.keep_masks(params, counts, **own))(variables["params"])
     alive = {}
-    for group, layer in allocate.Structured().units_of(variables["params"], channels).items():
+    for group, layer in filters.Structured().units_of(variables["params"], channels).items():
         mask = np.moveaxis(
             np.asarray(trees.named_leaves(kept)[layer.scored[0].path]), layer.scored[0].axes[0], 0
         )
@@ -339,9 +339,9 @@ def test_readers_are_masked_only_where_they_read_more_than_zero():
 
 
 def test_erk_is_the_published_rule():
-    ratios = allocate.erk_ratios({"small": (100, 100), "large": (1000, 1000)}, 0.9)
+    ratios = shares.erk_ratios({"small": (100, 100), "large": (1000, 1000)}, 0.9)
     assert [round(ratios[name], 3) for name in ("small", "large")] == [0.082, 0.908]
-    ratios = allocate.erk_ratios(
+    ratios = shares.erk_ratios(
         {"stem": (7, 7, 3, 64), "a": (3, 3, 64, 64), "b": (3, 3, 512, 512)}, 0.9
     )
     assert ratios["stem"] == 0.0  # saturated: whole
@@ -354,8 +354,8 @@ def test_erk_is_the_published_rule():
         for name, size, total in (("a", 9 * 64**2, 134), ("b", 9 * 512**2, 1030))
     ]
     assert densities[0] == pytest.approx(densities[1])
-    assert allocate.erk_ratios({"a": (3, 4), "b": (5, 6)}, 0.0) == {"a": 0.0, "b": 0.0}
-    assert allocate.erk_ratios({"a": (3, 4), "b": (5, 6)}, 1.0) == {"a": 1.0, "b": 1.0}
+    assert shares.erk_ratios({"a": (3, 4), "b": (5, 6)}, 0.0) == {"a": 0.0, "b": 0.0}
+    assert shares.erk_ratios({"a": (3, 4), "b": (5, 6)}, 1.0) == {"a": 1.0, "b": 1.0}
 
 
 @hypothesis.given(
@@ -369,7 +369,7 @@ def test_layers_share_a_budget_by_largest_remainders(sizes, thousandths, layer_r
     counts = allocate.keep_counts(params, ratio, selection="layerwise", layer_ratios=layer_ratios)
     total = 3 * sum(sizes)
     assert abs(sum(counts.values()) - total * (1000 - thousandths) / 1000) <= 0.5 + 1e-6
-    ratios = allocate.LAYER_RATIOS[layer_ratios](
+    ratios = shares.LAYER_RATIOS[layer_ratios](
         {path: leaf.shape for path, leaf in params.items()}, ratio
     )
     assert all(

@@ -133,7 +133,9 @@ def test_configs_pass_all_checks(name, variant, monkeypatch, tmp_path):
 TABLES = (
     *(pipeline.STAGES, models.MODELS, optim.OPTIMIZERS, optim.SCHEDULES, optim.PENALTIES),
     *(polytopes.SETS, losses.LOSSES, train.TRACKERS),
-    dict(data=data.load, config=pipeline.settings, sweep=members.choices, optimizer=optim.options),
+    dict(
+        data=data.Options, config=pipeline.settings, sweep=members.choices, optimizer=optim.options
+    ),
 )
 
 

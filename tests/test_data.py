@@ -17,7 +17,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from sparsity_jax import data, sources
+from sparsity_jax import data, prepared
 from sparsity_jax.tables import ConfigError
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "datasets"
@@ -267,13 +267,13 @@ def test_newest_version_and_single_config_are_found(tmp_path):
     ):
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / "dataset_info.json").write_text("{}")
-    assert sources.find_prepared("a", str(tmp_path)) == tmp_path / "a" / "10.0.0"
-    assert sources.find_prepared("a:9.0.0", str(tmp_path)) == tmp_path / "a" / "9.0.0"
-    assert sources.find_prepared("b", str(tmp_path)) == tmp_path / "b" / "only" / "1.0.0"
-    assert sources.find_prepared("c/y", str(tmp_path)) == tmp_path / "c" / "y" / "1.0.0"
-    assert sources.find_prepared("d", str(tmp_path)) is None
+    assert prepared.find_prepared("a", str(tmp_path)) == tmp_path / "a" / "10.0.0"
+    assert prepared.find_prepared("a:9.0.0", str(tmp_path)) == tmp_path / "a" / "9.0.0"
+    assert prepared.find_prepared("b", str(tmp_path)) == tmp_path / "b" / "only" / "1.0.0"
+    assert prepared.find_prepared("c/y", str(tmp_path)) == tmp_path / "c" / "y" / "1.0.0"
+    assert prepared.find_prepared("d", str(tmp_path)) is None
     with pytest.raises(ConfigError, match="several configs are prepared: 'c/x', 'c/y'"):
-        sources.find_prepared("c", str(tmp_path))
+        prepared.find_prepared("c", str(tmp_path))
 
 
 def test_slices_cut_splits(tiny_cifar):
@@ -304,7 +304,7 @@ def test_overlapping_splits_are_refused(tiny_cifar):
     ],
 )
 def test_wrong_options_are_found_before_decoding(tiny_cifar, options, message, monkeypatch):
-    monkeypatch.setattr(data, "decode_split", None)
+    monkeypatch.setattr(data.loading, "decoded", None)
     with pytest.raises(ConfigError, match=message):
         data.check(name="cifar10", data_dir=tiny_cifar[0], **options)
 
@@ -593,8 +593,8 @@ def test_resizing_and_channels_of_digits():
 
 
 def test_normalization_rows_are_the_schema_and_fit_channels(tiny_cifar):
-    choices = get_args(get_type_hints(data.load)["normalization"])
-    assert set(choices) == {"auto", "computed", "none", *data.NORMALIZATIONS}
+    choices = get_args(get_type_hints(data.Options)["normalization"])
+    assert set(choices) == {"auto", "computed", *data.NORMALIZATIONS}
     assert data.load(normalization="none")[-2:] == ((0.0,), (1.0,))
     assert data.load(normalization="mnist", channels=3)[-2:] == ((0.1307,) * 3, (0.3081,) * 3)
     root, splits = tiny_cifar
@@ -609,9 +609,7 @@ def test_normalization_rows_are_the_schema_and_fit_channels(tiny_cifar):
 
 
 def test_constant_images_have_a_finite_normalization():
-    mean, std = data.statistics(
-        dict(normalization="auto", name="x", stream=False), np.full((3, 2, 2, 1), 51, np.uint8)
-    )
+    mean, std = data.statistics(data.Options(name="x"), np.full((3, 2, 2, 1), 51, np.uint8))
     np.testing.assert_allclose(mean, [0.2])
     assert std[0] > 0
 

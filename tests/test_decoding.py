@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sparsity_jax import decoding
+from sparsity_jax import decoding, pixels
 
 TIFF_WAYS = [
     dict(compression=name) for name in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits")
@@ -199,7 +199,7 @@ def test_every_shape_is_resized_as_by_pillow(rows, columns, height, width, chann
     known = np.asarray(
         Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     ).astype(int)
-    resized = decoding.resize(image, height, width)
+    resized = pixels.resize(image, height, width)
     assert resized.dtype == np.uint8
     assert resized.shape == known.shape
     assert np.abs(resized - known).max() <= 1

@@ -206,7 +206,7 @@ def test_fields_exist(document):
 
 
 def test_unflagged_fields_are_options():
-    options = {**tables.parameters(data.load), **tables.parameters(stages.Curve), "rules": None}
+    options = {**tables.parameters(data.Options), **tables.parameters(stages.Curve), "rules": None}
     found = re.findall(r"`(?:config\.)?([\w.]+)[^`]*`†", TEXTS["docs/sfw_options.md"])
     assert found
     assert {path.rpartition(".")[2] for path in found} <= set(options)

@@ -17,6 +17,7 @@ import tiny
 from jax import export as stablehlo
 
 from sparsity_jax import (
+    compaction,
     cost,
     data,
     evaluate,
@@ -479,7 +480,7 @@ def test_table_and_export_have_one_verdict(tmp_path, monkeypatch):
         dict(model=model), problem, [evaluate.Network(0, {}, "finished", state, "fit")], []
     )
     looks = []
-    monkeypatch.setattr(structured, "take_stock", lambda *_: looks.append(1))
+    monkeypatch.setattr(compaction, "take_stock", lambda *_: looks.append(1))
     with pytest.raises(tables.ConfigError, match="logits differ"):
         evaluate.export_run(saved, tmp_path / "network", notes=[row["note"]])
     assert not looks  # compared once

@@ -184,7 +184,7 @@ def test_names_of_the_library_are_not_replaced(own_tables):
     with tiny.refused("what", "modle", closest="model"):
         extend.register("modle", "mine", None)
     with tiny.refused("Prune.kind", "prune", allowed="'mine'"):
-        extend.register("stage", "mine", extend.pipeline.STAGES["prune"])
+        extend.register("stage", "mine", extend.plans.STAGES["prune"])
     lazy = type("Lazy", (interface.Stage,), dict(kind="lazy"))
     with tiny.refused("Lazy.run"):
         extend.register("stage", "lazy", lazy)

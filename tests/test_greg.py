@@ -12,18 +12,19 @@ import tiny
 from tiny import settings
 
 from sparsity_jax import (
+    compaction,
+    coupling,
     data,
-    greg,
     interface,
     models,
     optim,
     pipeline,
+    removal,
     stages,
     structured,
     tables,
     train,
     trees,
-    units,
 )
 
 MOMENTUM = optim.settings("sgd", learning_rate=0.05, momentum=0.9)
@@ -142,8 +143,8 @@ def test_weights_and_input_channels(problem, trained):
 def test_a_pruned_residual_network_is_compacted(residual, granularity, ratios):
     problem, state = residual
     state, _ = run(problem, state, "remove", ratios=ratios, granularity=granularity)
-    chosen = structured.Compact(repeats=0)
-    row = structured.take_stock(
+    chosen = compaction.Compact(repeats=0)
+    row = compaction.take_stock(
         problem, state, chosen
     )  # raises unless compact and masked logits are equal
     assert row["difference"] < 1e-5
@@ -167,7 +168,7 @@ def test_depthwise_layers_follow_the_layer_before_them():
     state = train.create_state(problem, train.key_of(0))
     cut, _ = run(problem, state, "remove", ratios="[0-4:0.5]")
     channels = structured.channels_of(problem, "separate")
-    alive = units.alive(channels, {"params": cut.masks})
+    alive = coupling.alive(channels, {"params": cut.masks})
     assert {name: int(own.sum()) for name, own in alive.items()} == {
         name: (size + 1) // 2 for name, size in channels.sizes.items()
     }
@@ -176,10 +177,10 @@ def test_depthwise_layers_follow_the_layer_before_them():
     for path, axis in (("conv1", -1), ("block0/depthwise", -1), ("block0/pointwise", -2)):
         own = np.moveaxis(kernel(cut.masks, path), axis, 0).reshape(8, -1).any(1)
         np.testing.assert_array_equal(own, kept, err_msg=path)
-    row = structured.take_stock(problem, cut, structured.Compact(repeats=0))
+    row = compaction.take_stock(problem, cut, compaction.Compact(repeats=0))
     assert row["difference"] < 1e-5
     faster, _ = run(problem, state, "remove", ratios="1.5x")
-    row = structured.take_stock(problem, faster, structured.Compact(repeats=0))
+    row = compaction.take_stock(problem, faster, compaction.Compact(repeats=0))
     assert 1.5 <= row["flops"] / row["flops_compact"] < 2
 
 
@@ -192,14 +193,14 @@ def test_layers_come_in_the_order_of_the_network(granularity, ratios):
     problem = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
     layers = settings("remove", ratios=ratios, granularity=granularity).layers(problem)
     first = [layer.scored[0].path for layer in layers]
-    in_order = greg.kernels_of(problem)
+    in_order = removal.kernels_of(problem)
     assert first == [path for path in in_order if path in first] != sorted(first)
 
 
 def test_a_speedup_is_reached_in_flops(residual):
     problem, state = residual
     cut, _ = run(problem, state, "remove", ratios="1.4x")
-    row = structured.take_stock(problem, cut, structured.Compact(repeats=0))
+    row = compaction.take_stock(problem, cut, compaction.Compact(repeats=0))
     assert 1.4 <= row["flops"] / row["flops_compact"] < 1.6
     with tiny.refused("ratios", "90x"):
         settings("remove", ratios="90x").check_network(problem, 1)
@@ -215,6 +216,8 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
     state = train.create_state(problem, train.key_of(9))
     same, _ = run(problem, state, "remove", inherit=str(tmp_path / "other"))
     tiny.same(same.masks, other.masks)
+    grown, _ = run(problem, state, "grow", inherit=str(tmp_path / "other"), **FAST)
+    tiny.same(grown.masks, other.masks)
     counts, _ = run(problem, state, "remove", inherit=str(tmp_path / "other"), inherit_as="ratio")
     for path in ("dense1", "dense2"):
         assert kernel(counts.masks, path).any(0).sum() == kernel(other.masks, path).any(0).sum()
@@ -224,7 +227,7 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(greg.Remove, "removed", stop)
+        patch.setattr(removal.Remove, "removed", stop)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, tmp_path / "half")
     with tiny.refused("inherit"):
@@ -333,7 +336,7 @@ def test_the_oracle_may_train_every_choice(problem, trained):
     )
     cut, _ = run(problem, trained, "remove", ratios="[1:0.1]")
     numbers = train.numbers_of(problem, cut, [again])
-    state = train.begin(problem, cut, again, numbers)
+    state = train.begin(problem, again, cut, numbers)
     for update in train.fit_epochs(problem, state, again, numbers, 1):
         state = update.state
     assert row["choices"] == 8

@@ -677,12 +677,11 @@ def residual():
     return variables, groups.trace(Residual().apply, variables, images)
 
 
-@pytest.mark.parametrize("members", ["all", "kernels", "producers"])
-def test_coupled_groups_are_penalised_as_a_whole(residual, members):
+def test_coupled_groups_are_penalised_as_a_whole(residual):
     variables, channels = residual
     assert sorted(channels.sizes.values()) == [4, 6]
     params = variables["params"]
-    layers = growing.coupled(channels, params, dict.fromkeys(channels.names, 0.5), members=members)
+    layers = growing.coupled(channels, params, dict.fromkeys(channels.names, 0.5))
     tx = growing.growing_l2(layers, method="fixreg", upper_limit=0.25)
     added, state = jax.jit(tx.update)(
         jax.tree.map(jnp.zeros_like, params), jax.jit(tx.init)(params), params
@@ -696,15 +695,6 @@ def test_coupled_groups_are_penalised_as_a_whole(residual, members):
             wanted = jax.tree.map(
                 lambda t, w, m, r=reg[name][channel]: t + r * (w - m), wanted, params, masked
             )
-    if members != "all":
-        kernel = lambda path, g: g if path[-1].key == "kernel" else 0 * g
-        wanted = jax.tree_util.tree_map_with_path(kernel, wanted)
-    if members == "producers":
-        made = {"stem": 6, "outer": 6, "inner": 4}
-        own = lambda name: next(x for x in reg.values() if x.size == made[name])
-        wanted = jax.tree.map(jnp.zeros_like, params)
-        for name in made:
-            wanted[name]["kernel"] = own(name) * params[name]["kernel"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), added, wanted)
     assert any(x.any() for x in jax.tree.leaves(added))
 
@@ -726,14 +716,13 @@ def einsum_network(v, x):
 EINSUM = dict(enc=dict(w_i=np.ones((8, 5), np.float32)), out=dict(w=np.ones((8, 3), np.float32)))
 
 
-@pytest.mark.parametrize("members", ["kernels", "producers"])
-def test_roles_of_coupled_groups_do_not_depend_on_names(members):
+def test_roles_of_coupled_groups_do_not_depend_on_names():
     channels = groups.trace(einsum_network, EINSUM, jnp.ones((4, 5)))
     (name,) = channels.names
-    (layer,) = growing.coupled(channels, EINSUM, {name: 0.5}, members=members)
+    (layer,) = growing.coupled(channels, EINSUM, {name: 0.5})
     made, read = units.Part("enc/w_i", (0,)), units.Part("out/w", (0,))
     assert layer.scored == (made,)
-    assert layer.parts == ((made,) if members == "producers" else (made, read))
+    assert layer.parts == (made, read)
 
 
 CONV = {
@@ -996,5 +985,3 @@ def test_coupled_misuse(residual):
         growing.coupled(channels, variables, {"stm": 0.5})
     with pytest.raises(ValueError, match="has no kernel among the params"):
         growing.coupled(channels, variables["batch_stats"], {name: 0.5})
-    with pytest.raises(tables.ConfigError, match="'kernels'"):
-        growing.coupled(channels, variables["params"], {name: 0.5}, members="kernel")

@@ -32,7 +32,7 @@ TABLES = {
     "loss": losses.LOSSES,
     "tracker": train.TRACKERS,
     "model": models.MODELS,
-    "data": {"any": data.load},
+    "data": {"any": data.Options},
 }
 WRONG_TYPE = {float: "x", int: 1.5, str: 3, bool: "yes", dict: 3, tuple: 3}
 

@@ -124,7 +124,7 @@ def test_split_axes_removed_as_a_whole(order, shape, related):
     axis = (
         made.merge([made.fresh(3), made.fresh(4)]) if related else made.fresh(12)[np.array(order)]
     )
-    parts = made.split(axis, shape, "here")
+    parts = made.split(axis, shape)
     assert [len(part) for part in parts] == list(shape)
     for flat, *ways in truth.removals(axis, *parts):
         expected = [any(way[i] for way, i in zip(ways, at)) for at in np.ndindex(*shape)]
@@ -202,15 +202,11 @@ def test_copies_do_not_touch_each_other():
     np.testing.assert_array_equal(made.fresh(2), other.fresh(2))
 
 
-def test_marks_tell_where_labels_come_from():
+def test_labels_tell_the_axis_they_were_made_for():
     made = labels.Labels()
-    first, second = made.split(made.fresh(6), (3, 2), "here")
-    made.freeze(first[:1])
-    assert sorted(made.marks()) == [
-        (label, ("here", i)) for i, axis in ((0, first[1:]), (1, second)) for label in axis
-    ]
-    made.tie(first[1:], second)
-    assert {label for label, _ in made.marks()} == set(made.find(second).tolist())
+    first, second = made.split(made.fresh(6), (3, 2))
+    (of_first,), (of_second,) = ({*map(made.axis_of, axis.tolist())} for axis in (first, second))
+    assert of_first != of_second
 
 
 def test_many_ties_at_once():

@@ -16,7 +16,7 @@ from flax import linen as nn
 from tiny import refused
 
 from sparsity_jax import models, pretrained, trees
-from sparsity_jax.models import layers
+from sparsity_jax.models import convolutions, layers
 
 ORIGINALS = golden_data.load("11_models.json")
 # Rows of MODELS that are a network of the originals: options besides the defaults.
@@ -216,7 +216,7 @@ def layers_of(model, images):
             ]
         elif isinstance(module, nn.Dense):
             found[path] = None
-        elif isinstance(module, layers.BatchNorm):
+        elif isinstance(module, convolutions.BatchNorm):
             norms[path] = args[0].shape[-1]
         return call(*args, **kwargs)
 
@@ -533,7 +533,7 @@ def test_initial_biases(init):
 
 
 def test_stride_two_convolution_pads_both_sides():
-    network = layers.Sequence(settings(), (layers.Conv(1, 3, stride=2, name="conv"),))
+    network = convolutions.Sequence(settings(), (convolutions.Conv(1, 3, stride=2, name="conv"),))
     variables = {"params": {"conv": {"kernel": jnp.ones((3, 3, 1, 1))}}}
     y = network.apply(variables, jnp.ones((1, 4, 4, 1)))
     np.testing.assert_array_equal(y[0, :, :, 0], [[4, 6], [6, 9]])
@@ -541,7 +541,7 @@ def test_stride_two_convolution_pads_both_sides():
 
 def test_batch_norm_by_hand():
     x = jnp.array([[1.0], [2.0], [6.0]])  # mean 3, biased variance 14/3, unbiased 7
-    norm = layers.BatchNorm(settings())
+    norm = convolutions.BatchNorm(settings())
     variables = norm.init(jax.random.key(0), x)
     y, updated = norm.apply(variables, x, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(y[:, 0], np.array([-2, -1, 3]) / np.sqrt(14 / 3 + 1e-5), rtol=1e-6)
@@ -555,7 +555,7 @@ def test_batch_norm_by_hand():
 
 def test_batch_norm_statistics_of_bfloat16_are_float32():
     x = (100 + jax.random.normal(jax.random.key(0), (4096, 1))).astype(jnp.bfloat16)
-    norm = layers.BatchNorm(settings(dtype=jnp.dtype("bfloat16")))
+    norm = convolutions.BatchNorm(settings(dtype=jnp.dtype("bfloat16")))
     y, updated = norm.apply(norm.init(jax.random.key(0), x), x, train=True, mutable=["batch_stats"])
     assert y.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
@@ -575,7 +575,7 @@ def test_batch_norm_needs_two_values_in_training():
 @pytest.mark.parametrize("side", [6, 7])
 def test_max_pool_equals_window_reduction(side, size):
     x = jax.random.normal(jax.random.key(0), (2, side, side + 2, 3))
-    pool = functools.partial(layers.max_pool, size=size)
+    pool = functools.partial(convolutions.max_pool, size=size)
     reference = functools.partial(nn.max_pool, window_shape=(size, size), strides=(2, 2))
     np.testing.assert_array_equal(pool(x), reference(x))
     gradients = [
@@ -589,19 +589,19 @@ def test_max_pool_of_equal_entries_and_nan():
     window.
     """
     x = jnp.ones((1, 2, 4, 1)).at[0, 1, 3, 0].set(jnp.nan)
-    value, slope = jax.value_and_grad(lambda x: jnp.sum(layers.max_pool(x)[0, 0, 0]))(x)
+    value, slope = jax.value_and_grad(lambda x: jnp.sum(convolutions.max_pool(x)[0, 0, 0]))(x)
     assert value == 1
     np.testing.assert_array_equal(slope.ravel(), [1, 0, 0, 0, 0, 0, 0, 0])
-    np.testing.assert_array_equal(layers.max_pool(x).ravel(), [1, np.nan])
+    np.testing.assert_array_equal(convolutions.max_pool(x).ravel(), [1, np.nan])
 
 
 def test_upsample_repeats_pixels():
     x = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
-    y = layers.upsample(x, 2)
+    y = convolutions.upsample(x, 2)
     np.testing.assert_array_equal(
         y[0, :, :, 0], [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
     )
-    np.testing.assert_array_equal(layers.upsample(x, 1), x)
+    np.testing.assert_array_equal(convolutions.upsample(x, 1), x)
 
 
 SMALLEST = dict(
@@ -629,7 +629,7 @@ def test_smallest_images(name, smallest):
 def test_alexnet_of_large_images():
     _, variables, images = tiny("alexnet")
     plain = models.build(name="alexnet", num_classes=5, upsample=1, **TINY["alexnet"][0])
-    logits = jax.jit(plain.apply)(variables, layers.upsample(images, 7))
+    logits = jax.jit(plain.apply)(variables, convolutions.upsample(images, 7))
     np.testing.assert_allclose(logits, tiny_logits("alexnet"), rtol=1e-6)
 
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from sparsity_jax import growing, optim, polytopes, scores, trees
+from sparsity_jax import growing, optim, polytopes, saliency, trees
 
 PARAMS = {"a": {"kernel": jnp.linspace(-0.4, 0.4, 6).reshape(2, 3)}, "b": jnp.array([0.3, -0.1])}
 GRADS = jax.tree.map(lambda p: jnp.cos(7 * p), PARAMS)
@@ -438,7 +438,7 @@ TRANSFORMATIONS = {
     "add_decayed_weights": optim.add_decayed_weights(0.1),
     "proximal_l1": optim.proximal_l1(optim.sgd(0.1), 0.1),
     "dynamic_change": optim.sgd(optim.dynamic_change(0.1, 30, 2)),
-    "track_saliency": scores.track_saliency(optim.sgd(0.1), steps_per_epoch=21),
+    "track_saliency": saliency.track(optim.sgd(0.1), steps_per_epoch=21),
     "growing_l2": growing.growing_l2(HALF, update_every=1),
 }
 

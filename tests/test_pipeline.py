@@ -609,7 +609,7 @@ def test_a_finished_run_is_not_repeated(finished, monkeypatch, pages):
     config, workdir, outcome = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     page = (workdir / "report.html").read_bytes()
-    monkeypatch.setattr(train, "step_in_memory", lambda *_: pytest.fail("it trained again"))
+    monkeypatch.setattr(train, "steps_in_memory", lambda *_: pytest.fail("it trained again"))
     monkeypatch.setattr(train, "evaluation", lambda *_: pytest.fail("it evaluated again"))
     again = pipeline.run(config, workdir)
     tiny.same(again.state, outcome.state)

@@ -170,13 +170,12 @@ def test_order_of_the_zoo(name):
         ("unet", "down1 down2 middle up2 merge2 up1 out"),
         ("scanned", "stem up down out"),
         ("gru", "embed hn ir hr iz hz in out"),
-        ("plain", "v w u out"),
+        ("plain", "w"),
     ],
 )
 def test_order_in_other_frameworks(name, expected):
     apply, variables, inputs = foreign.FOREIGN[name]()
-    options = {"is_kernel": lambda path: path in ("u", "v", "w", "out")} if name == "plain" else {}
-    found = ratios.order(apply, variables, *inputs, **options)
+    found = ratios.order(apply, variables, *inputs)
     parts = expected.split()
     named = [
         next((part for part in reversed(path.split("/")) if part in parts), None) for path in found
@@ -389,15 +388,8 @@ def test_inherited():
         ratios.inherited({"w": np.zeros((2, 2), bool)}, ["w"], granularity="weight")
 
 
-def test_layouts_of_inherited_masks_are_told_or_refused():
-    mask = np.ones((8, 6, 3, 3), bool)  # [out, in, height, width]
-    mask[2], mask[:, 4] = False, False
-    given = {"conv/weight": mask}
-    found = lambda granularity: ratios.kept_groups(
-        given, ["conv/weight"], granularity=granularity, layout="out_in"
-    )["conv/weight"]
-    np.testing.assert_array_equal(found("filter"), np.arange(8) != 2)
-    np.testing.assert_array_equal(found("channel"), np.arange(6) != 4)
+def test_inherited_masks_of_unknown_layout_are_refused():
+    given = {"conv/weight": np.ones((8, 6, 3, 3), bool)}  # [out, in, height, width]
     with pytest.raises(ValueError, match="layout="):
         ratios.kept_groups(given, ["conv/weight"], granularity="filter")
 
@@ -469,23 +461,12 @@ def test_published_speedups(name, notation, skip, expected):
     assert round(dense / pruned, 2) == expected
 
 
-def test_channels_of_filters_and_of_their_readers_are_the_same():
+def test_every_channel_inside_blocks_goes_by_the_ratio_of_its_stage():
     layers, channels, _ = published("resnet56")
-    own = [
-        ratios.keep_of(
-            channels,
-            ratios.parse("[0,0.75,0.5,0.32,0]", layers, granularity=name),
-            granularity=name,
-        )
-        for name in ("filter", "channel")
-    ]
-    assert own[0].keys() == own[1].keys() == channels.groups.keys()
-    for name in channels.groups:
-        np.testing.assert_array_equal(own[0][name], own[1][name])
+    kept = ratios.keep_of(channels, ratios.parse("[0,0.75,0.5,0.32,0]", layers))
+    assert kept.keys() == channels.groups.keys()
     sizes = sorted(
-        int(keep.sum())
-        for name, keep in own[0].items()
-        if "block" in name and keep.sum() < len(keep)
+        int(keep.sum()) for name, keep in kept.items() if "block" in name and keep.sum() < len(keep)
     )
     assert sizes == [4] * 9 + [16] * 9 + [43] * 9
 

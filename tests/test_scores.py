@@ -17,7 +17,7 @@ import optax
 import pytest
 import tiny
 
-from sparsity_jax import losses, models, scores, tables, trees
+from sparsity_jax import losses, models, saliency, scores, tables, trees
 
 FILE = "06_filter_importance.npz"
 NETS = golden_data.parts(FILE, r"(\w+)/param_names")
@@ -26,9 +26,9 @@ HYPER = golden_data.hyper(FILE)
 
 def of_one_batch(params, grads):
     """Statistics from a single gradient."""
-    saliency = scores.weight_saliency(params, grads)
+    importance = saliency.of_weights(params, grads)
     g2 = jax.tree.map(lambda g: jnp.square(trees.widen(g)), grads)
-    return scores.Statistics(w=params, g=grads, g2=g2, saliency=saliency)
+    return scores.Statistics(w=params, g=grads, g2=g2, saliency=importance)
 
 
 def batch_sizes():
@@ -55,7 +55,7 @@ class Member(NamedTuple):
 
 def tracker(**options):
     """(init(params), update(state, params, grads)) of the average alone."""
-    tx = scores.track_saliency(optax.set_to_zero(), **options)
+    tx = saliency.track(optax.set_to_zero(), **options)
     return tx.init, lambda state, params, grads: tx.update(grads, state, params)[1]
 
 
@@ -352,7 +352,7 @@ def test_tracked_scores_are_the_originals(net):
 
         last, init = jax.tree.map(lambda x: x[-1], weights), it.stored("params_init")
         for topic, start in (("tracked_l2", None), ("tracked_l2_init", init)):
-            state = run(functools.partial(scores.weight_saliency, use_l2=True, init=start))
+            state = run(functools.partial(saliency.of_weights, use_l2=True, init=start))
             assert state.step == HYPER["track_batches"]
             statistics = scores.Statistics(w=last, saliency=state.saliency)
             options = {"use_l2": True, "use_init": start is not None}
@@ -374,11 +374,9 @@ def test_an_epoch_of_training_tracks_what_the_original_tracks():
             optax.add_decayed_weights(sgd["weight_decay"]),
             optax.sgd(sgd["lr"], momentum=sgd["momentum"]),
         )
-        statistic = functools.partial(scores.weight_saliency, use_l2=True)
+        statistic = functools.partial(saliency.of_weights, use_l2=True)
         options = dict(alpha=HYPER["ema_alpha"], track_batches=HYPER["track_batches"])
-        tx = scores.track_saliency(
-            steps, steps_per_epoch=HYPER["batches"], statistic=statistic, **options
-        )
+        tx = saliency.track(steps, steps_per_epoch=HYPER["batches"], statistic=statistic, **options)
 
         @jax.jit
         def step(params, batch_stats, opt_state, batch):
@@ -458,7 +456,7 @@ def test_tracking_inside_shard_map():
 
 def test_tracking_leaves_the_optimizer_as_it_is():
     loss, params, data = toy()
-    plain, tracked = optax.adam(0.1), scores.track_saliency(optax.adam(0.1))
+    plain, tracked = optax.adam(0.1), saliency.track(optax.adam(0.1))
     state, both = plain.init(params), tracked.init(params)
     for _ in range(2):
         grads = jax.grad(loss)(params, data, 1.0)
@@ -470,7 +468,7 @@ def test_tracking_leaves_the_optimizer_as_it_is():
         tracked.update(grads, both)
     for options in ({"alpha": 1.5}, {"track_batches": 0}, {"steps_per_epoch": 0}):
         with pytest.raises(tables.ConfigError, match=next(iter(options))):
-            scores.track_saliency(plain, **options)
+            saliency.track(plain, **options)
 
 
 # Statistics ---------------------------------------------------------------------------------------
@@ -564,11 +562,8 @@ def test_misuse_of_gather_is_explained():
 def test_class_balanced_examples_are_the_first_of_each_class(seed, num_classes, num_samples):
     labels = np.random.default_rng(seed).integers(0, num_classes, 40)
     each = num_samples // num_classes
-    if each < 1:
-        with pytest.raises(ValueError, match="allowed: 1 of each"):
-            scores.class_balanced(labels, num_classes, num_samples)
-    elif min(list(labels).count(c) for c in range(num_classes)) < each:
-        with pytest.raises(ValueError, match=f"needed: {each} of each"):
+    if each < 1 or min(list(labels).count(c) for c in range(num_classes)) < each:
+        with pytest.raises(ValueError, match=f"are {each} of each class"):
             scores.class_balanced(labels, num_classes, num_samples)
     else:
         expected = [
@@ -577,12 +572,6 @@ def test_class_balanced_examples_are_the_first_of_each_class(seed, num_classes, 
         np.testing.assert_array_equal(
             scores.class_balanced(labels, num_classes, num_samples), expected
         )
-
-
-def test_labels_outside_the_classes_are_refused():
-    for labels in ([0, 1, 2], [0, -1, 1]):
-        with pytest.raises(ValueError, match="allowed: 0 to 1"):
-            scores.class_balanced(np.array(labels), 2, 2)
 
 
 def test_a_weight_that_is_nan_makes_its_own_score_nan():
@@ -785,7 +774,7 @@ def test_half_precision_is_widened_before_sums_and_squares():
     half = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-4), w)
     alone = of_one_batch(w, half)
     np.testing.assert_allclose(alone.g2["w"], jnp.full(w["w"].shape, small), rtol=1e-2)
-    assert statistics.g2["w"].dtype == scores.weight_saliency(w, w)["w"].dtype == jnp.float32
+    assert statistics.g2["w"].dtype == saliency.of_weights(w, w)["w"].dtype == jnp.float32
 
 
 def test_whole_kernel_rules_on_kernels_worked_by_hand():

@@ -12,6 +12,7 @@ import pytest
 from test_data import folder_of_two, images_of, random_split, write_folder, write_tfds
 
 from sparsity_jax import data, sources, train
+from sparsity_jax.prepared import Keys, Records
 from sparsity_jax.tables import ConfigError
 
 
@@ -360,14 +361,14 @@ def opened_with(monkeypatch, records, **options):
     listed = [record(GOOD, (i % 10,)) for i in range(20)]
     listed[7] = records
 
-    class Records:
+    class Stored:
         def __getitems__(self, indices):
             return [listed[i] for i in indices]
 
-    keys = sources.Keys("image", "label")
-    read = lambda indices: sources.read_records(Records(), "here", keys, indices)
-    source = sources.Source(20, read, lambda i: f"here, record {i}")
-    monkeypatch.setattr(data, "open_set", lambda *_: sources.Opened(source, source, 10, 3))
+    reader = Records(Stored(), "here", Keys("image", "label"))
+    source = sources.Source(20, reader.read, reader.describe)
+    opened = sources.Opened(source, source, 10, 3)
+    monkeypatch.setitem(sources.SETS, "set", lambda *_: opened)
     return data.load(name="set", **options)
 
 

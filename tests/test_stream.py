@@ -2,6 +2,7 @@
 named.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -25,20 +26,22 @@ import tiny
 from test_data import SHARED, needs_shared, random_split, write_tfds
 
 from sparsity_jax import (
+    compaction,
     data,
     decoding,
     evaluate,
+    folders,
     geometry,
     interface,
     losses,
     models,
     pipeline,
+    pixels,
     progress,
     sources,
     stages,
     stopping,
     stream,
-    structured,
     tables,
     train,
 )
@@ -83,8 +86,8 @@ def numbered(size=20, **options):
         read.extend(indices)
         return [(np.full((12, 9), i % 256, np.uint8), i) for i in indices]
 
-    known = tables.defaults(data.load) | dict(image_size=SIZE, stream=True) | options
-    source = data.Source(size, fetch, lambda i: f"image {i}")
+    known = data.Options(**dict(image_size=SIZE, stream=True) | options)
+    source = sources.Source(size, fetch, lambda i: f"image {i}")
     return data.Stream(source, np.arange(size), (size, SIZE, SIZE, 1), size, known), read
 
 
@@ -105,19 +108,19 @@ def test_a_part_is_its_crop_resized(height, width, top, left):
         cv2.imencode(".png", image)[1].tobytes(), SIZE, lambda h, w: (top, left, height, width)
     )
     crop = image[top : top + height, left : left + width]
-    np.testing.assert_array_equal(resized, decoding.resize(crop, SIZE, SIZE))
+    np.testing.assert_array_equal(resized, pixels.resize(crop, SIZE, SIZE))
 
 
 @pytest.mark.parametrize(
     ("side", "reduced"), [(40, 0), (SIZE * 2, 16), (SIZE * 5, 32), (SIZE * 9, 64)]
 )
 def test_a_jpeg_is_decoded_no_larger_than_needed(side, reduced, monkeypatch):
-    side, flags, decode = SIZE + 3 if not reduced else side, [], data.decode
+    side, flags, decode = SIZE + 3 if not reduced else side, [], decoding.decode
     encoded = cv2.imencode(
         ".jpg", smooth(np.random.default_rng(1), 90, 120), [cv2.IMWRITE_JPEG_QUALITY, 98]
     )[1]
     monkeypatch.setattr(
-        data,
+        decoding,
         "decode",
         lambda found, flag=0, upright=False: flags.append(flag) or decode(found, flag),
     )
@@ -127,16 +130,16 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(side, reduced, monkeypatch):
     )
     assert flags == [reduced]
     whole = decode(encoded.tobytes())[8 : 8 + side, 24 : 24 + side]
-    exact = decoding.resize(whole, SIZE, SIZE).astype(int)
+    exact = pixels.resize(whole, SIZE, SIZE).astype(int)
     assert np.abs(found - exact).mean() < 4  # of 255; at 1/8 colours are of 16 x 16 pixels
-    other = decoding.resize(decode(encoded.tobytes()), SIZE, SIZE).astype(int)
+    other = pixels.resize(decode(encoded.tobytes()), SIZE, SIZE).astype(int)
     assert np.abs(other - exact).mean() > 10  # another part would be seen
 
 
 @pytest.mark.parametrize("share", [1, 7 / 8])
 def test_evaluation_is_resize_and_central_crop(share):
     rng = np.random.default_rng(2)
-    options = dict(image_size=56, resize_size=0 if share < 1 else 56)
+    options = data.Options(image_size=56, resize_size=0 if share < 1 else 56)
     for height, width in ((80, 120), (131, 90), (64, 64), (40, 50)):
         image = smooth(rng, height, width)
         draw = functools.partial(stream.central_box, options=options)
@@ -181,7 +184,7 @@ def test_no_bytes_break_the_header_reader(tail):
 @hypothesis.given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**31), st.booleans())
 def test_random_boxes_are_inside_and_of_the_asked_area_and_ratio(height, width, seed, whole):
     scale, ratio = ((1.0, 1.0), (1.0, 1.0)) if whole else ((0.08, 1.0), (3 / 4, 4 / 3))
-    options = dict(crop_scale=scale, crop_ratio=ratio)
+    options = data.Options(crop_scale=scale, crop_ratio=ratio)
     top, left, h, w = stream.random_box(np.random.default_rng(seed), height, width, options)
     assert 0 <= top <= top + h <= height
     assert 0 <= left <= left + w <= width
@@ -194,13 +197,13 @@ def test_random_boxes_are_inside_and_of_the_asked_area_and_ratio(height, width, 
 
 
 def test_the_ratio_of_a_random_box_is_that_of_width_to_height():
-    options = dict(crop_scale=(0.1, 0.2), crop_ratio=(2.0, 3.0))
+    options = data.Options(crop_scale=(0.1, 0.2), crop_ratio=(2.0, 3.0))
     _, _, h, w = stream.random_box(np.random.default_rng(0), 200, 200, options)
     assert 1.9 < w / h < 3.1
 
 
 def test_random_boxes_have_the_spread_of_those_on_the_device():
-    options = dict(crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3))
+    options = data.Options(crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3))
     own = np.array(
         [stream.random_box(np.random.default_rng(i), 90, 120, options) for i in range(3000)]
     )
@@ -390,9 +393,9 @@ def pair(folder):
         stream.examples(split.images, range(split.images.shape[0]))
         for split in (sets[1].train, sets[1].test)
     ]
-    for own, (pixels, labels) in zip((sets[0].train, sets[0].test), splits):
+    for own, (shown, labels) in zip((sets[0].train, sets[0].test), splits):
         np.testing.assert_array_equal(own.labels, labels)
-        assert np.abs(own.images.astype(int) - pixels).mean() < 6
+        assert np.abs(own.images.astype(int) - shown).mean() < 6
     memory = sets[0]._replace(train=data.Split(*splits[0]), test=data.Split(*splits[1]))
     model = models.build(name="mlp", num_classes=3, widths=(6,))
     made = [train.build_problem(own, model, eval_batch_size=4) for own in (sets[1], memory)]
@@ -417,8 +420,9 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
     )
     assert found == pytest.approx(known, rel=1e-5)
     chosen = stages.Curve(ratios=(0.0, 0.3, 0.9), splits=("test", "train"))
+    place = interface.Place("curve", 0, {"curve": [chosen]})
     tables_of = [
-        [u.rows[0] for u in chosen.run(p, state, [chosen], place, [[]])] for p in (streamed, memory)
+        [update.rows[0] for update in chosen.run(p, state, place)] for p in (streamed, memory)
     ]
     for a, b in zip(*map(list, map(itertools.chain.from_iterable, tables_of)), strict=True):
         assert (a["ratio"], a["split"], a["num_kept"]) == (b["ratio"], b["split"], b["num_kept"])
@@ -426,8 +430,8 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
             [a["loss"], a["accuracy"]], [b["loss"], b["accuracy"]], rtol=1e-5
         )
     variables = dict(params=state.params, batch_stats=state.batch_stats)
-    stock = structured.Stock(variables, streamed.model.apply, {}, None)
-    assert structured.accuracy(streamed, stock) == structured.accuracy(memory, stock)
+    stock = compaction.Stock(variables, streamed.model.apply, {}, None)
+    assert compaction.accuracy(streamed, stock) == compaction.accuracy(memory, stock)
 
 
 @pytest.mark.parametrize("rule", ["spread", "first"])
@@ -450,7 +454,7 @@ def test_a_step_is_that_of_data_in_memory(pair):
     streamed, memory, state = pair
     fit = tiny.fit(epochs=1, batch_size=12, augment="flip")
     numbers = train.numbers_of(streamed, state, [fit])
-    state = train.begin(streamed, state, fit, numbers)
+    state = train.begin(streamed, fit, state, numbers)
     (first,) = itertools.islice(
         stream.train_batches(
             streamed.dataset.train.images, [0], batch_size=12, epochs=1, put=streamed.put
@@ -463,7 +467,7 @@ def test_a_step_is_that_of_data_in_memory(pair):
         state, numbers, 0, first.images, first.labels
     )
     arrays = train.arrays(memory, "train")
-    known = jax.jit(functools.partial(train.step_in_memory, memory, fit))(
+    known = jax.jit(functools.partial(train.steps_in_memory, memory, fit, 1))(
         state, numbers, jnp.tile(order, 2), 0, *arrays
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, known)
@@ -561,10 +565,7 @@ def test_skipped_images_are_replaced_at_random_and_left_out_of_evaluation(damage
 
 def test_batches_that_cannot_be_are_explained(folder):
     images = load(folder).train.images
-    with pytest.raises(
-        tables.ConfigError,
-        match=rf"batch_size is 500; allowed: up to {images.shape[0]}, the images",
-    ):
+    with tiny.refused("batch_size", 500):
         stream.train_batches(images, 0, batch_size=500, epochs=1)
     none, labels = stream.examples(images, [])
     assert (none.shape, labels.shape) == ((0, *images.shape[1:]), (0,))
@@ -573,18 +574,17 @@ def test_batches_that_cannot_be_are_explained(folder):
 def test_a_file_that_disappears_is_named_too(folder, tmp_path):
     images = load(folder).train.images
     gone = images.source._replace(
-        read=lambda indices: [(sources.read_file(str(tmp_path / "gone.jpg")), 0)]
+        read=lambda indices: [(folders.read_file(str(tmp_path / "gone.jpg")), 0)]
     )
     lost = data.Stream(gone, images.indices, images.shape, 3, images.options)
     with pytest.raises(tables.ConfigError, match=r"gone\.jpg cannot be read: No such file"):
         stream.example(lost, 0, lambda height, width: (0, 0, height, width))
-    skipping = images.options | dict(unreadable="skip", unreadable_share=1.0)
+    skipping = dataclasses.replace(images.options, unreadable="skip", unreadable_share=1.0)
     lost = data.Stream(gone, images.indices, images.shape, 3, skipping)
     with pytest.raises(tables.ConfigError, match="100 other images of its split"):
         next(stream.train_batches(lost, [0], batch_size=4, epochs=1, put=here))
-    lost = data.Stream(
-        gone, images.indices, images.shape, 3, images.options | dict(unreadable="skip")
-    )
+    skipping = dataclasses.replace(images.options, unreadable="skip")
+    lost = data.Stream(gone, images.indices, images.shape, 3, skipping)
     with pytest.raises(tables.ConfigError, match=r"of 24 images cannot be read.*unreadable_share"):
         list(stream.eval_batches(lost, batch_size=4, put=here))
 
@@ -638,10 +638,10 @@ def test_a_worker_that_dies_ends_the_run_instead_of_hanging_it():
 OPENED = """
 import multiprocessing, time
 import numpy as np
-from sparsity_jax import data, stream, tables
+from sparsity_jax import data, sources, stream
 if __name__ == "__main__":
-    source = data.Source(4000, lambda indices: [(np.zeros((12, 9), np.uint8), 0)], str)
-    options = tables.defaults(data.load) | dict(image_size=8, stream=True, workers=2)
+    source = sources.Source(4000, lambda indices: [(np.zeros((12, 9), np.uint8), 0)], str)
+    options = data.Options(image_size=8, stream=True, workers=2)
     images = data.Stream(source, np.arange(4000), (4000, 8, 8, 1), 1, options)
     batches = stream.train_batches(images, [0], batch_size=5, epochs=1, put=lambda arrays: arrays)
     next(batches), next(batches)
@@ -668,25 +668,25 @@ def test_a_script_without_a_main_guard_is_told(monkeypatch):
 
 def test_processes_are_chosen_only_where_threads_leave_cores_idle():
     many = 1_000_000
-    assert data.choose_workers(many, 16, alone=100.0, together=400.0)[0] == 16
+    assert data.streams.choose_workers(many, 16, alone=100.0, together=400.0)[0] == 16
     assert (
-        data.choose_workers(many, 16, alone=100.0, together=1200.0)[0] == 0
+        data.streams.choose_workers(many, 16, alone=100.0, together=1200.0)[0] == 0
     )  # threads keep them busy
-    assert data.choose_workers(many, 2, alone=100.0, together=60.0)[0] == 0  # too few cores
+    assert data.streams.choose_workers(many, 2, alone=100.0, together=60.0)[0] == 0  # too few cores
     assert (
-        data.choose_workers(20_000, 16, alone=100.0, together=400.0)[0] == 0
+        data.streams.choose_workers(20_000, 16, alone=100.0, together=400.0)[0] == 0
     )  # over before they have started
     assert (
         "400 images/s in 16 threads"
-        in data.choose_workers(many, 16, alone=100.0, together=400.0)[1]
+        in data.streams.choose_workers(many, 16, alone=100.0, together=400.0)[1]
     )
 
 
 def test_the_choice_is_made_and_told_before_training():
     images, _ = numbered(300)
-    assert images.options["workers"] == -1
+    assert images.options.workers == -1
     looked = data.look_at(images)
-    assert looked.options["workers"] == 0
+    assert looked.options.workers == 0
     assert "threads" in looked.reading
     fixed, _ = numbered(300, workers=3)
     assert data.look_at(fixed) is fixed
@@ -845,7 +845,7 @@ def test_mistakes_stop_before_an_image_is_read(folder, mistake, monkeypatch):
     )
     for name, fields in changes.items():
         config[name] = config[name] | fields if isinstance(fields, dict) else fields
-    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr(decoding, "decode", lambda *_: pytest.fail("an image was decoded"))
     with tiny.refused(*refusal):
         pipeline.run(config, "nowhere")
 
@@ -858,6 +858,6 @@ def test_a_stream_says_what_an_array_would(folder):
     assert (splits.num_classes, splits.mean) == (3, data.NORMALIZATIONS["imagenet"].mean)
     assert stream.central_box(375, 500, splits.train.images.options) == (23, 86, 328, 328)
     assert math.isclose(328 / 375, 224 / 256, abs_tol=0.002)
-    source = data.Source(1, lambda _: [(b"no image", 0)], lambda i: f"image {i}")
+    source = sources.Source(1, lambda _: [(b"no image", 0)], lambda i: f"image {i}")
     with pytest.raises(tables.ConfigError, match="and all other images cannot be decoded"):
-        data.leave(data.Opened(source, source, 2, 0), "train", splits.train.images.options, 0)
+        data.streams.leave(source, np.arange(1), splits.train.images.options, 2, 0)

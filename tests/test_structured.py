@@ -12,7 +12,10 @@ import tiny
 
 from sparsity_jax import (
     budgets,
+    compaction,
     cost,
+    coupling,
+    cuts,
     data,
     interface,
     models,
@@ -22,7 +25,6 @@ from sparsity_jax import (
     structured,
     tables,
     train,
-    units,
 )
 
 ROUNDS = 4
@@ -97,7 +99,7 @@ def taking_the_first(problem):
 def test_gradients_are_those_of_the_first_examples_in_inference_mode(convolutional):
     problem, state = taking_the_first(convolutional[0]), convolutional[1]
     own = settings(measure="tfo", imp_samples=24, batch_size=10, temperature=5.0)
-    found = structured.make_scores(problem, own)(state, jax.random.key(0))
+    found = cuts.make_scores(problem, own)(state, jax.random.key(0))
     loss = mean_loss(problem, state, problem.train_images[:24], problem.train_labels[:24], 5.0)
     grads = jax.jit(jax.grad(loss))(state.params)
     block = lambda tree: np.asarray(tree["stage1_block0"]["conv1"]["kernel"])
@@ -117,7 +119,7 @@ def mean_loss(problem, state, images, labels, temperature):
 def test_hessian_products_leave_the_statistics_out(convolutional):
     problem, state = taking_the_first(convolutional[0]), convolutional[1]
     own = settings(measure="grad_preserve", imp_samples=20, batch_size=7)
-    found = structured.make_scores(problem, own)(state, jax.random.key(0))
+    found = cuts.make_scores(problem, own)(state, jax.random.key(0))
     index = scores.class_balanced(problem.dataset.train.labels, 4, 20)
     loss = mean_loss(problem, state, problem.train_images[index], problem.train_labels[index], 1.0)
 
@@ -198,11 +200,11 @@ def test_a_budget_is_met(convolutional, budget):
     problem, state = convolutional
     state, _ = run(problem, state, measure="l1", ratio=0.5, budget=budget)
     channels = structured.channels_of(problem)
-    keep = units.alive(channels, {"params": state.masks})
+    keep = coupling.alive(channels, {"params": state.masks})
     price = cost.of_channels(channels, budget)
     full = price({name: np.ones(size, bool) for name, size in channels.sizes.items()})
     assert price(keep) / full < 0.505
-    stock = structured.compacted(problem, state)
+    stock = compaction.compacted(problem, state)
     image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     if budget == "flops":
@@ -219,7 +221,7 @@ def test_separate_branches_are_masked_alone(convolutional):
     assert len(apart.groups) > len(tied.groups)
     state, row = run(problem, state, measure="l1", ratio=0.5, branches="separate")
     assert row["num_channels"] == sum(apart.sizes.values())
-    stock = structured.compacted(problem, state)  # what is gone on all sides
+    stock = compaction.compacted(problem, state)  # what is gone on all sides
     images = problem.images(problem.test_images)
     masked = jax.jit(problem.model.apply)(
         {"params": state.params, "batch_stats": state.batch_stats}, images
@@ -242,7 +244,7 @@ def test_every_group_loses_the_share_of_its_rule(problem, trained):
         assert row["ratio"] == 1 - row["num_kept"] / 40
     assert row["kept"] == {"params/dense1": 6, "params/dense2": 8}
     norms = np.abs(trained.params["dense1"]["kernel"]).sum(0)
-    kept = units.alive(structured.channels_of(problem), {"params": state.masks})["params/dense1"]
+    kept = coupling.alive(structured.channels_of(problem), {"params": state.masks})["params/dense1"]
     np.testing.assert_array_equal(np.flatnonzero(kept), np.sort(np.argsort(norms)[-6:]))
     _, row = run(problem, trained, rules=rules, exclude="params/dense2", protect="original")
     assert row["kept"] == {"params/dense1": 6, "params/dense2": 16}
@@ -252,7 +254,7 @@ def test_every_group_loses_the_share_of_its_rule(problem, trained):
 def test_measures_of_norms(convolutional, measure):
     problem, state = convolutional
     settings(measure=measure).check_network(problem)
-    found = structured.make_scores(problem, settings(measure=measure, imp_samples=20))(
+    found = cuts.make_scores(problem, settings(measure=measure, imp_samples=20))(
         state, jax.random.key(0)
     )
     if measure == "bn":
@@ -389,7 +391,7 @@ def handing_on(*names, **fields):
 
 
 def test_momentum_and_tracked_importance_go_through_cuts(tmp_path, monkeypatch):
-    handed, cut_before, original = [], [], structured.Cut.run
+    handed, cut_before, original = [], [], cuts.Cut.run
 
     def seen(self, problem, state, place):
         cut_before.append(state)
@@ -397,7 +399,7 @@ def test_momentum_and_tracked_importance_go_through_cuts(tmp_path, monkeypatch):
             handed.append(update.state)
             yield update
 
-    monkeypatch.setattr(structured.Cut, "run", seen)
+    monkeypatch.setattr(cuts.Cut, "run", seen)
     config = handing_on("fit", "cut", "fit", "cut", "final")
     whole = pipeline.run(config, tmp_path / "whole")
     for before, after in zip(cut_before, handed, strict=True):
@@ -410,10 +412,10 @@ def test_momentum_and_tracked_importance_go_through_cuts(tmp_path, monkeypatch):
     steps = [int(state.opt_state.momentum["step"]) for state in handed]
     assert steps[1] == 2 * steps[0]
     assert whole.state.opt_state == ()
-    monkeypatch.setattr(structured.Cut, "run", broken_at_second(original))
+    monkeypatch.setattr(cuts.Cut, "run", broken_at_second(original))
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, tmp_path / "half")
-    monkeypatch.setattr(structured.Cut, "run", original)
+    monkeypatch.setattr(cuts.Cut, "run", original)
     again = pipeline.run(config, tmp_path / "half")
     tiny.same(again.state.params, whole.state.params)
     assert tiny.timeless(again.rows) == tiny.timeless(json.loads(json.dumps(whole.rows)))
@@ -531,13 +533,10 @@ def test_what_cannot_be_compacted_is_a_row_with_a_warning(problem, trained):
 def test_rounding_follows_the_arithmetic_not_the_type_of_the_weights(problem):
     of = lambda **types: problem._replace(model=models.build(name="mlp", num_classes=10, **types))
     assert (
-        structured.rounding_of(of(dtype="bfloat16"))
-        > structured.rounding_of(of(dtype="float16"))
+        compaction.rounding_of(of(dtype="bfloat16"))
+        > compaction.rounding_of(of(dtype="float16"))
         > 1e-3
     )
     assert (
-        structured.rounding_of(of(param_dtype="bfloat16")) == structured.rounding_of(of()) == 1e-4
+        compaction.rounding_of(of(param_dtype="bfloat16")) == compaction.rounding_of(of()) == 1e-4
     )
-
-
-# Whole runs ---------------------------------------------------------------------------------------

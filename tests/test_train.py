@@ -22,7 +22,7 @@ def problem():
 def one_step(problem, fit):
     """(compiled step, its arguments after the state and numbers)."""
     order = jnp.arange(problem.dataset.train.images.shape[0])
-    return jax.jit(functools.partial(train.step_in_memory, problem, fit)), (
+    return jax.jit(functools.partial(train.steps_in_memory, problem, fit, 1)), (
         order,
         0,
         problem.train_images,
@@ -141,7 +141,7 @@ def test_members_side_by_side_equal_single_runs(problem):
     keys = jnp.stack([train.key_of(0), train.key_of(1)])
     state = jax.jit(both.lift(lambda key: train.create_state(both, key)))(keys)
     numbers = train.numbers_of(both, state, [fit] * 2)
-    state = jax.jit(both.lift(lambda s, n: train.begin(both, s, fit, n)))(state, numbers)
+    state = jax.jit(both.lift(lambda s, n: train.begin(both, fit, s, n)))(state, numbers)
     rows = [[], []]
     for update in train.fit_epochs(both, state, fit, numbers, 0):
         state = update.state
@@ -170,7 +170,7 @@ def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem, as_use
     order = wide.place(jnp.arange(128))
     batches = jax.jit(lambda images: wide.images(images[:32]))(wide.train_images)
     assert {shard.data.shape for shard in batches.addressable_shards} == {(4, 8, 8, 1)}
-    step = jax.jit(functools.partial(train.step_in_memory, wide, fit))
+    step = jax.jit(functools.partial(train.steps_in_memory, wide, fit, 1))
     compiled = step.lower(state, numbers, order, 0, wide.train_images, wide.train_labels).compile()
     text = compiled.as_text()
     assert "all-reduce" in text  # of the gradients
@@ -196,7 +196,7 @@ def test_pruned_weights_stay_zero(problem, optimizer):
     kept = jax.tree.map(
         lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 3 != 0, state.params
     )
-    state = train.begin(problem, state._replace(masks=kept), fit, numbers)
+    state = train.begin(problem, fit, state._replace(masks=kept), numbers)
     moving = jax.tree.map(lambda leaf: leaf + 1, state.opt_state)
     state = state._replace(opt_state=moving)
     for update in train.fit_epochs(problem, state, fit, numbers, 0):

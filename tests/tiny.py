@@ -59,7 +59,7 @@ def start(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[tra
     """(state at the start of training, its numbers)."""
     state = train.create_state(problem, problem.place(train.key_of(seed)))
     numbers = train.numbers_of(problem, state, [chosen])
-    return train.begin(problem, state, chosen, numbers), numbers
+    return train.begin(problem, chosen, state, numbers), numbers
 
 
 def trained(

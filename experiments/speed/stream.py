@@ -27,7 +27,7 @@ import cv2
 import jax
 import numpy as np
 
-from sparsity_jax import data, decoding, models, optim, stream, train
+from sparsity_jax import data, decoding, models, optim, pixels, stream, train
 
 SIZE, CLASSES = 224, 10
 
@@ -91,9 +91,9 @@ class Folder:
         if self.reduced:
             image = stream.part(encoded, SIZE, draw)
         else:
-            image = data.decode(encoded)
+            image = decoding.decode(encoded)
             top, left, height, width = draw(*image.shape[:2])
-            image = decoding.resize(image[top : top + height, left : left + width], SIZE, SIZE)
+            image = pixels.resize(image[top : top + height, left : left + width], SIZE, SIZE)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), index % CLASSES
 
 
@@ -136,7 +136,7 @@ def consumed(name: str, batch_size: int, repeats: int) -> list[float]:
     fit = train.Fit(**options)
     state = train.create_state(problem, train.key_of(0))
     numbers = train.numbers_of(problem, state, [fit])
-    state = train.begin(problem, state, fit, numbers)
+    state = train.begin(problem, fit, state, numbers)
     step, times = jax.jit(functools.partial(train.step_on_batch, problem, fit)), []
     for _ in range(1 + repeats):
         start = time.perf_counter()

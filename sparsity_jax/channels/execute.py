@@ -6,7 +6,8 @@ the full size and are then cut.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,6 @@ from sparsity_jax.channels.walk import INNER, Walk, loop_operands
 from sparsity_jax.types import Fields, Shape
 
 Arrays = Sequence[Any]
-FLOAT0 = jax.dtypes.float0
 
 
 class Alive(NamedTuple):
@@ -30,7 +30,7 @@ class Alive(NamedTuple):
 
     def __call__(self, labels: np.ndarray) -> np.ndarray:
         """bool, of the labels' shape: the entries that stay."""
-        if not self.removed or not labels.any():
+        if not labels.any():
             return np.ones(labels.shape, bool)
         unique, inverse = np.unique(self.labels.find(labels), return_inverse=True)
         parts = map(self.labels.parts, unique.tolist())
@@ -38,9 +38,7 @@ class Alive(NamedTuple):
         return lives[inverse].reshape(labels.shape)
 
     def shape(self, value: Value) -> Shape:
-        if not self.removed:
-            return value.shape
-        return tuple(self.count(axis) for axis in value.axes)
+        return tuple(map(self.count, value.axes))
 
     def count(self, axis: Axis, end: int | None = None) -> int:
         """How many entries stay, of those before `end`."""
@@ -58,16 +56,17 @@ def run(alive: Alive, program: Program, *arrays: Any) -> list[Any]:
     """Results of the program for inputs that have the living entries only."""
     jaxpr = program.jaxpr
     consts = map(alive.cut, program.consts, program.known(jaxpr.constvars))
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arrays), strict=True))
+    variables = (*jaxpr.constvars, *jaxpr.invars)
+    env = dict(zip(variables, (*consts, *arrays), strict=True))
     last: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
         last |= dict.fromkeys(_variables(eqn.invars), eqn)
+    last |= dict.fromkeys(_variables(jaxpr.outvars))
     for eqn, inner in program.equations():
-        ins = _read(env, eqn.invars)
-        outs = _run_equation(alive, program, eqn, ins, inner)
+        outs = _run_equation(alive, program, eqn, _read(env, eqn.invars), inner)
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in _variables(eqn.invars):
-            if last[var] is eqn and var not in jaxpr.outvars:
+            if last[var] is eqn:
                 env.pop(var, None)
     return _read(env, jaxpr.outvars)
 
@@ -83,17 +82,21 @@ def _read(env: dict, atoms: Sequence[Any]) -> list[Any]:
 def _run_equation(
     alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: list[Program]
 ) -> Arrays:
-    name, params = eqn.primitive.name, eqn.params
+    primitive = eqn.primitive
+    params = eqn.params
+    name = primitive.name
     if name in INNER:
         return RUNS.get(name, _run_call)(alive, eqn, ins, inner)
     results = program.known(eqn.outvars)
     if name in RESIZES:
         sizes = Sizes(alive, params, program.known(eqn.invars), results)
-        params = {**params, **RESIZES[name](sizes)}
-    outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(params))
-    if not eqn.primitive.multiple_results:
+        params = params | RESIZES[name](sizes)
+    outs = primitive.bind(*ins, **primitive.get_bind_params(params))
+    if not primitive.multiple_results:
         outs = [outs]
-    return list(map(alive.cut, outs, results)) if name in DRAWS else outs
+    if name in DRAWS:
+        outs = list(map(alive.cut, outs, results))
+    return outs
 
 
 # Parameters of equations that hold sizes ---------------------------------------------------------
@@ -130,10 +133,10 @@ def _limits(at: Sizes) -> Fields:
 def _paddings(at: Sizes) -> Fields:
     config = []
     for axis, (low, high, inside) in zip(at.outs[0].axes, at.params["padding_config"]):
-        kept = at.alive(axis.labels)
         if low > 0:
-            low = int(kept[:low].sum())
+            low = at.alive.count(axis, low)
         if high > 0:
+            kept = at.alive(axis.labels)
             high = int(kept[-high:].sum())
         config.append((low, high, inside))
     return dict(padding_config=tuple(config))
@@ -226,27 +229,22 @@ def _run_cond(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arra
 # Functions with a hand-written derivative --------------------------------------------------------
 
 
-def _inexact(variables: Sequence[Any]) -> list[int]:
-    """Numbers of those with a fraction."""
-    dtypes = [var.aval.dtype for var in variables]
-    return [i for i, dtype in enumerate(dtypes) if jnp.issubdtype(dtype, jnp.inexact)]
+def _of_slopes(items: Iterable, arrays: Arrays) -> list:
+    """The items of those arrays that have a fraction, and so slopes."""
+    fractions = [jnp.issubdtype(array.dtype, jnp.inexact) for array in arrays]
+    return list(itertools.compress(items, fractions))
 
 
-def _take(items: Sequence, numbers: list[int]) -> list:
-    return [items[i] for i in numbers]
-
-
-def _put(items: Sequence, numbers: list[int], values: Sequence) -> list:
-    """`items` with others at these numbers."""
-    result = list(items)
-    for i, value in zip(numbers, values, strict=True):
-        result[i] = value
+def _slopes(given: Iterable, arrays: Arrays) -> list:
+    """A slope for each array: the given ones for those that have slopes."""
+    slopes = iter(given)
+    result = []
+    for array in arrays:
+        if jnp.issubdtype(array.dtype, jnp.inexact):
+            result.append(next(slopes))
+        else:
+            result.append(np.zeros(array.shape, jax.dtypes.float0))
     return result
-
-
-def _flat(arrays: Sequence[Any]) -> list[np.ndarray]:
-    """Slopes of arrays that have none."""
-    return [np.zeros(array.shape, FLOAT0) for array in arrays]
 
 
 def _beside(
@@ -258,8 +256,9 @@ def _beside(
     known, wanted: what its operands and its results correspond to. Raises ValueError if it would
     couple more entries than the program does: then it has no meaning without the removed ones.
     """
-    pairs = zip(known, arrays, strict=True)
-    structs = [jax.ShapeDtypeStruct(value.shape, array.dtype) for value, array in pairs]
+    structs = []
+    for value, array in zip(known, arrays, strict=True):
+        structs.append(jax.ShapeDtypeStruct(value.shape, array.dtype))
     walk = Walk(alive.labels.copy())
     program = walk.closed(jax.make_jaxpr(function)(*structs), known)
     for value, other in zip(walk.results(program), wanted, strict=True):
@@ -279,43 +278,46 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Ar
     """The function with its own derivative: relu has slope 0 at 0, which max(x, 0) has not, and a
     straight-through rounding slope 1. The derivative evaluates the function anew."""
     (program,) = inner
-    primitive, count = eqn.primitive, len(ins)
-    moving, steep = _inexact(eqn.invars), _inexact(eqn.outvars)
+    primitive = eqn.primitive
+    count = len(ins)
+    params = primitive.get_bind_params(eqn.params)
+    whole = lambda *operands: primitive.bind(*operands, **params)
     operands = program.known(program.jaxpr.invars)
     operands = [value._replace(constant=None) for value in operands]
     results = program.known(program.jaxpr.outvars)
-
-    def at_full_size(primals: Arrays) -> tuple:
-        """The equation as a function of the operands with a fraction; these."""
-        params = primitive.get_bind_params(eqn.params)
-        whole = lambda *moved: primitive.bind(*_put(primals, moving, moved), **params)
-        return whole, *_take(primals, moving)
+    operand_slopes = _of_slopes(operands, [var.aval for var in eqn.invars])
+    result_slopes = _of_slopes(results, [var.aval for var in eqn.outvars])
 
     def push(*arrays: Any) -> list[Any]:
-        whole, *moved = at_full_size(arrays[:count])
-        outs, slopes = jax.jvp(whole, moved, list(arrays[count:]))
-        return [*outs, *_take(slopes, steep)]
+        primals = arrays[:count]
+        slopes = arrays[count:]
+        outs, pushed = jax.jvp(whole, list(primals), _slopes(slopes, primals))
+        return [*outs, *_of_slopes(pushed, outs)]
 
-    def pull(*arrays: Any) -> tuple:
-        outs, pulled = jax.vjp(*at_full_size(arrays[:count]))
-        return pulled(_put(_flat(outs), steep, arrays[count:]))
+    def pull(*arrays: Any) -> list[Any]:
+        primals = arrays[:count]
+        slopes = arrays[count:]
+        outs, pulled = jax.vjp(whole, *primals)
+        return _of_slopes(pulled(_slopes(slopes, outs)), primals)
 
     def derivative(primals: tuple, tangents: tuple) -> tuple[list, list]:
-        known = operands + _take(operands, moving)
-        wanted = results + _take(results, steep)
-        both = _beside(alive, push, known, wanted, [*primals, *_take(tangents, moving)])
+        arrays = [*primals, *_of_slopes(tangents, primals)]
+        known = [*operands, *operand_slopes]
+        both = _beside(alive, push, known, [*results, *result_slopes], arrays)
         outs = both[: len(results)]
-        return outs, _put(_flat(outs), steep, both[len(results) :])
+        slopes = both[len(results) :]
+        return outs, _slopes(slopes, outs)
 
     def forward(*primals: Any) -> tuple[Any, tuple]:
         return function(*primals), primals
 
     def backward(primals: tuple, slopes: list) -> tuple:
         # Slopes along removed channels need not be zero, even if the entries are.
-        known = [*operands, *map(nowhere_zero, _take(results, steep))]
-        wanted = _take(operands, moving)
-        pulled = _beside(alive, pull, known, wanted, [*primals, *_take(slopes, steep)])
-        return tuple(_put([None] * count, moving, pulled))
+        known = [*operands, *map(nowhere_zero, result_slopes)]
+        outs = [var.aval for var in eqn.outvars]
+        arrays = [*primals, *_of_slopes(slopes, outs)]
+        pulled = _beside(alive, pull, known, operand_slopes, arrays)
+        return tuple(_slopes(pulled, primals))
 
     function: Any = functools.partial(run, alive, program)
     if primitive.name == "custom_jvp_call":

@@ -6,8 +6,11 @@ of them: entry (i, j) of two axes merged into one dies with i or with j. Arrays 
 written to: axes may share them.
 """
 
+import bisect
 import copy
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,7 +28,7 @@ class Labels:
         # of composite labels: the simple ones they were made of
         self._sets: dict[int, tuple[int, ...]] = {}
         self._names: dict[tuple[int, ...], int] = {}
-        self._marked: list[tuple[np.ndarray, object]] = []
+        self._starts: list[int] = []  # the first label of each axis that has new ones
         self.freezes = 0  # grows whenever something is frozen
 
     def copy(self) -> "Labels":
@@ -34,124 +37,112 @@ class Labels:
             setattr(other, name, copy.copy(field))
         return other
 
-    def fresh(self, num: int, mark: object = None) -> np.ndarray:
-        """`num` new labels. mark: where they come from, for `marks`."""
-        start, self._num = self._num, self._num + num
+    def fresh(self, num: int) -> np.ndarray:
+        """`num` new labels, of one axis."""
+        self._starts.append(self._num)
+        labels = np.arange(self._num, self._num + num)
+        self._num += num
         if self._num > len(self._parent):
-            more = max(num, len(self._parent))
-            self._parent = np.append(self._parent, np.zeros(more, int))
-            self._composite = np.append(self._composite, np.zeros(more, bool))
-        labels = np.arange(start, self._num)
+            room = 2 * self._num
+            self._parent.resize(room, refcheck=False)
+            self._composite.resize(room, refcheck=False)
         self._parent[labels] = labels
-        if mark is not None:
-            self._marked.append((labels, mark))
         return labels
 
     def find(self, labels: np.ndarray) -> np.ndarray:
         """The representative of every label."""
         roots = self._parent[labels]
-        while True:
-            above = self._parent[roots]
-            if np.array_equal(above, roots):
-                break
+        above = self._parent[roots]
+        while not np.array_equal(above, roots):
             roots = above
+            above = self._parent[roots]
         self._parent[labels] = roots
         composite = self._composite[roots]
         if composite.any():  # their parts may have been united, replaced or frozen
             unique, inverse = np.unique(roots[composite], return_inverse=True)
-            found = list(map(self._find, unique.tolist()))
-            roots[composite] = np.array(found)[inverse]
+            renewed = [self._find(label) for label in unique.tolist()]
+            roots[composite] = np.array(renewed)[inverse]
         return roots
 
     def parts(self, label: int) -> tuple[int, ...]:
         """The simple labels that a representative dies with; none for FROZEN."""
-        return self._sets.get(label, (label,) if label else ())
+        if label == FROZEN:
+            return ()
+        return self._sets.get(label, (label,))
 
-    def marks(self) -> Iterator[tuple[int, object]]:
-        """(representative, mark) of all marked labels that are neither frozen nor composite by
-        now."""
-        for labels, mark in self._marked:
-            for root in np.unique(self.find(labels)).tolist():
-                if root and root not in self._sets:
-                    yield root, mark
+    def axis_of(self, label: int) -> int:
+        """The number of the axis that the label was made for."""
+        return bisect.bisect(self._starts, label)
 
     def is_live(self, labels: np.ndarray) -> bool:
         """Whether any of them can die."""
-        if not labels.any():
-            return False
         return bool(self.find(labels).any())
 
     def freeze(self, labels: np.ndarray) -> bool:
         """None of them may die; returns whether any could."""
-        roots = np.unique(self.find(labels)).tolist()
-        parts = [part for root in roots for part in self.parts(root)]
-        self._unite(parts, FROZEN)
+        parts: set[int] = set()
+        roots = self.find(labels)
+        for root in np.unique(roots[roots != FROZEN]).tolist():
+            parts.update(self.parts(root))
+        if parts:
+            self._unite(list(parts), FROZEN)
         return bool(parts)
 
     def tie(self, first: np.ndarray, second: np.ndarray) -> None:
         """Entry i of one dies exactly if entry i of the other does."""
-        while first is not second:
-            first, second = self.find(first), self.find(second)
-            different = first != second
-            if not different.any():
-                return
-            first, second = first[different], second[different]
+        while True:
+            first = self.find(first)
+            second = self.find(second)
             composite = self._composite[first] | self._composite[second]
-            if composite.all():
+            different = (first != second) & ~composite
+            if not different.any():
                 break
-            simple = ~composite
-            low = np.minimum(first, second)[simple]
-            high = np.maximum(first, second)[simple]
+            low = np.minimum(first, second)[different]
+            high = np.maximum(first, second)[different]
             self._unite(high, low)  # of several partners of a label one; others in the next turn
-        if first is not second:
-            pairs = set(zip(first.tolist(), second.tolist()))
-            for a, b in sorted(pairs):
-                self._tie(a, b)
+        pairs = set(zip(first[composite].tolist(), second[composite].tolist()))
+        for a, b in sorted(pairs):
+            self._tie(a, b)
 
     def merge(self, axes: Sequence[np.ndarray]) -> np.ndarray:
         """Labels of the row-major product of several axes."""
-        shape = tuple(len(axis) for axis in axes)
-        live = [i for i, axis in enumerate(axes) if self.is_live(axis)]
-        product = np.prod([shape[i] for i in live])
-        if len(live) > 1 and product > MOST:
-            for i in live:
-                self.freeze(axes[i])
-            live = []
-        grid = np.zeros([1] * len(axes), int)
-        for i in live:
-            along = [1] * len(axes)
-            along[i] = len(axes[i])
-            grid = self._compose(grid, self.find(axes[i]).reshape(along))
-        return np.broadcast_to(grid, shape).ravel()
+        live = [axis for axis in axes if self.is_live(axis)]
+        if len(live) > 1 and math.prod(map(len, live)) > MOST:
+            for axis in live:
+                self.freeze(axis)
+        merged = np.zeros(1, int)
+        for axis in axes:
+            merged = self._product(merged, self.find(axis))
+        return merged
 
-    def split(
-        self, labels: np.ndarray, shape: Sequence[int], mark: object = None
-    ) -> list[np.ndarray]:
+    def split(self, labels: np.ndarray, shape: Sequence[int]) -> list[np.ndarray]:
         """Labels of the axes of `shape` into which one axis is split, row-major; ties what must die
         as a row."""
         grid = self.find(labels).reshape(shape)
         varies = [i for i in range(grid.ndim) if np.diff(grid, axis=i).any()]
         axes = [np.zeros(size, int) for size in shape]
-        if len(varies) == 1:
-            (i,) = varies
-            axes[i] = np.moveaxis(grid, i, 0).reshape(shape[i], -1)[:, 0]
-        elif varies:
-            for i in varies:
-                axes[i] = self.fresh(shape[i], (mark, i))
-            self.tie(labels, self.merge(axes))
-        elif grid.any():
+        if not varies:
             self.freeze(labels)  # all entries die at once, so none may
+        elif len(varies) == 1:
+            (i,) = varies
+            slices = np.moveaxis(grid, i, 0).reshape(shape[i], -1)
+            axes[i] = slices[:, 0]
+        else:
+            for i in varies:
+                axes[i] = self.fresh(shape[i])
+            self.tie(labels, self.merge(axes))
         return axes
 
-    def _compose(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        num = self._num
-        grid = first * num + second
-        pairs, inverse = np.unique(grid, return_inverse=True)
+    def _product(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Labels of all pairs of two rows of representatives, the second fastest."""
+        rows, row = np.unique(first, return_inverse=True)
+        columns, column = np.unique(second, return_inverse=True)
         names = []
-        for pair in pairs.tolist():
-            a, b = divmod(pair, num)
-            names.append(self._name({*self.parts(a), *self.parts(b)}))
-        return np.array(names, int)[inverse.ravel()].reshape(grid.shape)
+        for a, b in itertools.product(rows.tolist(), columns.tolist()):
+            parts = {*self.parts(a), *self.parts(b)}
+            names.append(self._name(parts))
+        table = np.array(names, int).reshape(len(rows), len(columns))
+        return table[row][:, column].ravel()
 
     def _name(self, parts: set[int]) -> int:
         """The label that dies with any of the simple, live labels `parts`."""
@@ -166,6 +157,7 @@ class Labels:
         return self._names[key]
 
     def _find(self, label: int) -> int:
+        """`find` of one label."""
         path = []
         while True:
             parent = int(self._parent[label])
@@ -181,30 +173,27 @@ class Labels:
         self._parent[path] = label
         return label
 
-    def _unite(self, labels: Sequence[int], others: np.ndarray | int) -> None:
+    def _unite(self, labels: Sequence[int] | np.ndarray, others: np.ndarray | int) -> None:
         """labels: simple representatives; others: what each becomes."""
         self._parent[labels] = others
-        frozen = np.equal(others, FROZEN)
-        if len(labels) and np.any(frozen):
+        if np.equal(others, FROZEN).any():
             self.freezes += 1
 
     def _tie(self, first: int, second: int) -> None:
-        first, second = self._find(first), self._find(second)
+        first = self._find(first)
+        second = self._find(second)
         if first == second:
             return
-        of_first, of_second = set(self.parts(first)), set(self.parts(second))
-        a = sorted(of_first - of_second)
-        b = sorted(of_second - of_first)
-        a, b = sorted((a, b), key=len)
-        if not a:  # {x} against {x, y}: y may not die alone
-            self._unite(b, FROZEN)
+        of_first = set(self.parts(first))
+        of_second = set(self.parts(second))
+        apart = (of_first - of_second, of_second - of_first)
+        few, many = map(sorted, sorted(apart, key=len))
+        if not few:  # {x} against {x, y}: y may not die alone
+            self._unite(many, FROZEN)
             return
         # Any pairing is sound: it ties more than needed, never less.
-        for label, other in zip(a[:-1], b):
+        if len(few) < len(many):
+            rest = many[len(few) - 1 :]
+            self._unite([few.pop()], self._name(set(rest)))
+        for label, other in zip(few, many):
             self._unite([max(label, other)], min(label, other))
-        rest = b[len(a) - 1 :]
-        if len(rest) > 1:
-            self._unite([a[-1]], self._name(set(rest)))
-            return
-        low, high = sorted((a[-1], rest[0]))
-        self._unite([high], low)

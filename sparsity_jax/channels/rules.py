@@ -10,8 +10,7 @@ own affair.
 """
 
 import itertools
-import operator
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,45 +59,39 @@ class Operand(NamedTuple):
 
 Operands = list[Operand]
 Flag = bool | None
+UNDEFINED = "divides by, or takes the logarithm of, entries that are zero when removed"
 Zero = Callable[[Operands], Flag]
 
 
-def elementwise(zero: Zero, *, cases: int = 0) -> Rule:
+def elementwise(zero: Zero) -> Rule:
     """The rule of an operation on each entry.
 
     zero(operands): whether removed entries of the result are zero, or None if the masked program
-    would be infinite or undefined there. The first `cases` operands do not count.
+    would be infinite or undefined there.
     """
 
     def apply(walk: Walk, eqn: Any, ins: Values) -> Values:
         axes = []
         for d, size in enumerate(shape_of(eqn)):
-            varying, operands = [], []
+            varying = []
+            operands = []
             for value in ins:
-                operand = Operand(value.constant == 0, value.constant)
+                is_zero = value.constant == 0
                 if value.axes and value.axes[d].size == size:
                     varying.append(value.axes[d])
-                    operand = operand._replace(zero=value.axes[d].zero)
-                operands.append(operand)
-            axis = _joined(walk, varying)
-            flag = zero(operands[cases:])
+                    is_zero = value.axes[d].zero
+                operands.append(Operand(is_zero, value.constant))
+            axis = walk.joined(varying)
+            flag = zero(operands)
             if flag is None:
-                reason = "divides by, or takes the logarithm of, entries that are zero when removed"
-                walk.freeze(axis, reason)
-            origin = next((axis.origin for axis in varying if axis.origin), ())
-            axes.append(Axis(axis.labels, bool(flag), origin))
-        constant = ins[0].constant if eqn.primitive.name in KEEPS_CONSTANTS else None
-        result = Value(axes, constant)
+                walk.freeze(axis, UNDEFINED)
+            origins = filter(None, (axis.origin for axis in varying))
+            axes.append(Axis(axis.labels, bool(flag), next(origins, ())))
+        keeps = eqn.primitive.name in KEEPS_CONSTANTS
+        result = Value(axes, ins[0].constant if keeps else None)
         return [result] * len(eqn.outvars)
 
     return apply
-
-
-def _joined(walk: Walk, axes: Sequence[Axis]) -> Axis:
-    """The axis of a result that several operands have."""
-    for axis in axes[1:]:
-        walk.tie(axes[0], axis)
-    return Axis(axes[0].labels, all(axis.zero for axis in axes))
 
 
 def first_zero(operands: Operands) -> Flag:
@@ -110,7 +103,9 @@ def never_zero(operands: Operands) -> Flag:
 
 
 def infinite_at_zero(operands: Operands) -> Flag:
-    return None if operands[0].zero else False
+    if operands[0].zero:
+        return None
+    return False
 
 
 def any_zero(operands: Operands) -> Flag:
@@ -123,7 +118,9 @@ def all_zero(operands: Operands) -> Flag:
 
 def _quotient(operands: Operands) -> Flag:
     numerator, denominator = operands
-    return None if denominator.zero else numerator.zero
+    if denominator.zero:
+        return None
+    return numerator.zero
 
 
 def _power(operands: Operands) -> Flag:
@@ -142,13 +139,17 @@ def _clamped(operands: Operands) -> Flag:
     return x.zero and low.constant <= 0 <= high.constant
 
 
+def _selected(operands: Operands) -> Flag:
+    return all_zero(operands[1:])
+
+
 def _extreme(sign: int) -> Zero:
     """max (1) or min (-1): zero if all operands are, or constants on the other side of zero."""
 
     def zero(operands: Operands) -> Flag:
         for operand in operands:
             beyond = operand.constant is not None and sign * operand.constant <= 0
-            if not (operand.zero or beyond):
+            if not operand.zero and not beyond:
                 return False
         return any_zero(operands)
 
@@ -176,10 +177,10 @@ ELEMENTWISE: dict[str, Zero] = {
     "min": _extreme(-1),
     "pow": _power,
     "clamp": _clamped,
+    "select_n": _selected,
 }
 for _names, _zero in ELEMENTWISE.items():
     RULES |= dict.fromkeys(_names.split(), elementwise(_zero))
-RULES["select_n"] = elementwise(all_zero, cases=1)
 
 
 @rule("integer_pow")
@@ -191,9 +192,11 @@ def _integer_power(walk: Walk, eqn: Any, ins: Values) -> Values:
 @rule("add", "sub", "add_any")
 def _sum(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, y = ins
-    branches = walk.separate and walk.is_data(x) and walk.is_data(y)
-    if branches and x.shape == y.shape and not walk.are_tied(x, y):  # tied e.g. in x + x**3
-        return [whole(eqn.outvars[0].aval)]
+    branches = walk.separate and x.sources & walk.data and y.sources & walk.data
+    if branches and x.shape == y.shape:
+        same = walk.labels.find(x.labels) == walk.labels.find(y.labels)
+        if not same.all():  # they are e.g. in x + x**3
+            return [whole(eqn.outvars[0].aval)]
     return elementwise(all_zero)(walk, eqn, ins)
 
 
@@ -224,7 +227,8 @@ def _squeeze(walk: Walk, eqn: Any, ins: Values) -> Values:
 
 @rule("unstack")
 def _unstack(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,), gone = ins, eqn.params["axis"]
+    (x,) = ins
+    gone = eqn.params["axis"]
     walk.freeze(x.axes[gone], "is taken apart")
     return [x.drop([gone])] * len(eqn.outvars)
 
@@ -232,19 +236,17 @@ def _unstack(walk: Walk, eqn: Any, ins: Values) -> Values:
 @rule("broadcast_in_dim")
 def _broadcast(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
-    kept = dict(zip(eqn.params["broadcast_dimensions"], x.axes))
-    axes = []
-    for d, size in enumerate(shape_of(eqn)):
-        axis = kept.get(d)
-        if axis is None or axis.size != size:
-            axis = walk.new(size, x.constant == 0)
-        axes.append(axis)
-    return [Value(axes, x.constant)]
+    result = walk.filled(shape_of(eqn), x.constant)
+    for axis, d in zip(x.axes, eqn.params["broadcast_dimensions"]):
+        if axis.size == result.axes[d].size:
+            result = result.put(d, axis)
+    return [result]
 
 
 @rule("reshape")
 def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, shape = ins[0], shape_of(eqn)
+    (x,) = ins
+    shape = shape_of(eqn)
     axes = [Axis(fixed(size), x.constant == 0) for size in shape]
     for old, new in blocks(x.shape, shape):
         before = x.pick(old).axes
@@ -254,7 +256,7 @@ def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
             continue
         merged = walk.labels.merge([axis.labels for axis in before])
         sizes = [shape[d] for d in new]
-        parts = walk.labels.split(merged, sizes, ("split", id(eqn)))
+        parts = walk.labels.split(merged, sizes)
         for d, labels in zip(new, parts, strict=True):
             axes[d] = Axis(labels, zero)
     return [Value(axes, x.constant)]
@@ -262,22 +264,16 @@ def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
 
 def blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
     """Axes of two shapes of one size in pairs of runs of equal product; without axes of size 1."""
-    start = 1
-    for end in sorted({*_products(old)} & {*_products(new)}):
-        if end > start:
-            yield _between(old, start, end), _between(new, start, end)
-            start = end
-
-
-def _products(shape: Shape) -> list[int]:
-    """Of the sizes up to each axis."""
-    return list(itertools.accumulate(shape, operator.mul))
+    ends = np.intersect1d(np.cumprod(old), np.cumprod(new))
+    for start, end in itertools.pairwise([1, *ends[ends > 1]]):
+        yield _between(old, start, end), _between(new, start, end)
 
 
 def _between(shape: Shape, start: int, end: int) -> list[int]:
     """Axes up to which the product is above `start` and at most `end`."""
-    products = enumerate(_products(shape))
-    return [a for a, product in products if start < product <= end and shape[a] != 1]
+    products = np.cumprod(shape)
+    inside = (products > start) & (products <= end)
+    return np.flatnonzero(inside & np.not_equal(shape, 1)).tolist()
 
 
 def _zero_if_live(walk: Walk, axes: Sequence[Axis]) -> bool:
@@ -293,15 +289,15 @@ def _concatenate(walk: Walk, eqn: Any, ins: Values) -> Values:
             labels = np.concatenate([axis.labels for axis in parts])
             axis = Axis(labels, _zero_if_live(walk, parts))
         else:
-            axis = _joined(walk, parts)
-        origin = tuple(place for axis in parts for place in axis.origin)
-        axes.append(axis._replace(origin=origin))
+            axis = walk.joined(parts)
+        origins = [axis.origin for axis in parts]
+        axes.append(axis._replace(origin=sum(origins, ())))
     return [Value(axes)]
 
 
 @rule("stack")
 def _stack(walk: Walk, eqn: Any, ins: Values) -> Values:
-    axes = [_joined(walk, parts) for parts in zip(*(value.axes for value in ins))]
+    axes = list(walk.either(ins).axes)
     axes.insert(eqn.params["axis"], Axis(fixed(len(ins)), False))
     return [Value(axes)]
 
@@ -310,13 +306,23 @@ def _stack(walk: Walk, eqn: Any, ins: Values) -> Values:
 def _reverse(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     for a in eqn.params["dimensions"]:
-        x = _part(walk, x, a, slice(None, None, -1))
+        x = _part(walk, x, a, np.s_[::-1])
+    return [x]
+
+
+@rule("tile")
+def _tile(walk: Walk, eqn: Any, ins: Values) -> Values:
+    (x,) = ins
+    for a, times in enumerate(eqn.params["reps"]):
+        entries = np.arange(x.axes[a].size)
+        x = _part(walk, x, a, np.tile(entries, times))
     return [x]
 
 
 @rule("slice")
 def _slice(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, params = ins[0], eqn.params
+    (x,) = ins
+    params = eqn.params
     steps = params["strides"] or (1,) * len(x.axes)
     bounds = map(slice, params["start_indices"], params["limit_indices"], steps)
     for a, entries in enumerate(bounds):
@@ -328,31 +334,24 @@ def _slice(walk: Walk, eqn: Any, ins: Values) -> Values:
 
 @rule("split")
 def _split(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,), position = ins, eqn.params["axis"]
-    start, outs = 0, []
+    (x,) = ins
+    position = eqn.params["axis"]
+    start = 0
+    outs = []
     for size in eqn.params["sizes"]:
         outs.append(_part(walk, x, position, slice(start, start + size)))
         start += size
     return outs
 
 
-def _part(walk: Walk, x: Value, position: int, entries: slice) -> Value:
-    """A part of an axis; a single entry stays, since an axis of one may be broadcast next."""
+def _part(walk: Walk, x: Value, position: int, entries: slice | np.ndarray) -> Value:
+    """Entries of an axis; a single one stays, since an axis of one may be broadcast next."""
     axis = x.axes[position]
     part = axis._replace(labels=axis.labels[entries])
     if part.size == 1 < axis.size:
         walk.freeze(part, "takes a single entry")
         part = part._replace(labels=fixed(1))
     return x.put(position, part)
-
-
-@rule("tile")
-def _tile(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
-    for a, times in enumerate(eqn.params["reps"]):
-        labels = np.tile(x.axes[a].labels, times)
-        x = x.put(a, x.axes[a]._replace(labels=labels))
-    return [x]
 
 
 @rule("pad")
@@ -362,11 +361,12 @@ def _pad(walk: Walk, eqn: Any, ins: Values) -> Values:
     clean = fill.constant == 0 or not np.any(config)
     axes = []
     for axis, size, (low, high, inside) in zip(x.axes, shape_of(eqn), config, strict=True):
-        labels = fixed(size)
         if inside or min(low, high) < 0:
             walk.freeze(axis, "pads between entries, or cuts")
+            labels = fixed(size)
         else:
-            before, after = walk.labels.fresh(low), walk.labels.fresh(high)
+            before = walk.labels.fresh(low)
+            after = walk.labels.fresh(high)
             labels = np.concatenate([before, axis.labels, after])
         axes.append(Axis(labels, axis.zero and clean, axis.origin))
     return [Value(axes)]
@@ -382,20 +382,22 @@ def _dot(walk: Walk, eqn: Any, ins: Values) -> Values:
     for pair in zip(x.pick(x_sum).axes, y.pick(y_sum).axes, strict=True):
         walk.contract(*pair, "a product sums")
     axes = []
-    for first, second in zip(x.pick(x_batch).axes, y.pick(y_batch).axes, strict=True):
-        walk.tie(first, second)
-        axes.append(Axis(first.labels, first.zero or second.zero))
-    free = (*x.drop([*x_sum, *x_batch]).axes, *y.drop([*y_sum, *y_batch]).axes)
-    for axis in free:
+    for pair in zip(x.pick(x_batch).axes, y.pick(y_batch).axes, strict=True):
+        zero = any(axis.zero for axis in pair)
+        axes.append(walk.joined(pair)._replace(zero=zero))
+    x_free = x.drop([*x_sum, *x_batch])
+    y_free = y.drop([*y_sum, *y_batch])
+    for axis in (*x_free.axes, *y_free.axes):
         walk.role(axis, "producer")
-        axes.append(Axis(axis.labels, axis.zero))
+        axes.append(axis.unnamed)
     return [Value(axes)]
 
 
 @rule("conv_general_dilated")
 def _convolve(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, kernel = ins
-    spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    spec = eqn.params["dimension_numbers"]
+    groups = eqn.params["feature_group_count"]
     if eqn.params["batch_group_count"] > 1:
         return unknown(walk, eqn, ins)
     batch, features, *space = x.pick(spec.lhs_spec).axes
@@ -406,8 +408,8 @@ def _convolve(walk: Walk, eqn: Any, ins: Values) -> Values:
         walk.role(axis, "window")
     summed = features
     if groups > 1:  # each group of features is summed over for outputs of its own
-        of_features, summed = _grouped(walk, eqn, features, 0)
-        of_outputs, _ = _grouped(walk, eqn, outputs, 1)
+        of_features, summed = _grouped(walk, features, groups)
+        of_outputs, _ = _grouped(walk, outputs, groups)
         walk.tie(of_features, of_outputs)
     walk.contract(summed, inputs, "a convolution sums")
     depthwise = inputs.size == 1 < groups
@@ -417,15 +419,13 @@ def _convolve(walk: Walk, eqn: Any, ins: Values) -> Values:
         zero = zero or features.zero
     out_batch, out_features, *_ = spec.out_spec
     result = whole(eqn.outvars[0].aval)
-    result = result.put(out_batch, Axis(batch.labels, batch.zero))
+    result = result.put(out_batch, batch.unnamed)
     return [result.put(out_features, Axis(outputs.labels, zero))]
 
 
-def _grouped(walk: Walk, eqn: Any, axis: Axis, number: int) -> list[Axis]:
+def _grouped(walk: Walk, axis: Axis, count: int) -> list[Axis]:
     """The axis of a grouped convolution as two: groups, and entries of each."""
-    count = eqn.params["feature_group_count"]
-    mark = (("groups", id(eqn)), number)
-    parts = walk.labels.split(axis.labels, (count, axis.size // count), mark)
+    parts = walk.labels.split(axis.labels, (count, axis.size // count))
     return [Axis(labels, axis.zero) for labels in parts]
 
 
@@ -435,64 +435,63 @@ def _grouped(walk: Walk, eqn: Any, axis: Axis, number: int) -> list[Axis]:
 @rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
 @rule("reduce_xor", "argmax", "argmin")
 def _reduce(walk: Walk, eqn: Any, ins: Values) -> Values:
-    sums, gone = eqn.primitive.name == "reduce_sum", eqn.params["axes"]
-    outs: Values = []
-    for x in ins[: len(eqn.outvars)]:
-        for axis in x.pick(gone).axes:
-            if not sums:
-                walk.freeze(axis, "looks for the largest, smallest or a product")
-            elif not axis.zero:
-                walk.freeze(axis, "sums over entries that are not zero when removed")
-        out = x.drop(gone)._replace(constant=None)
-        if 0 in x.shape and not sums:  # the largest of nothing is not zero
-            out = nowhere_zero(out)
-        outs.append(out)
-    return outs
+    (x,) = ins
+    gone = eqn.params["axes"]
+    sums = eqn.primitive.name == "reduce_sum"
+    for axis in x.pick(gone).axes:
+        if not sums:
+            walk.freeze(axis, "looks for the largest, smallest or a product")
+        elif not axis.zero:
+            walk.freeze(axis, "sums over entries that are not zero when removed")
+    out = x.drop(gone)._replace(constant=None)
+    if 0 in x.shape and not sums:  # the largest of nothing is not zero
+        out = nowhere_zero(out)
+    return [out]
 
 
-def passing(walk: Walk, eqn: Any, x: Value, stopped: Container[int], reason: str) -> Value:
+def passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable[int], reason: str) -> Value:
     """The result of an operation along the axes `stopped`, which must stay; the others pass."""
-    axes = []
-    for d, size in enumerate(shape_of(eqn)):
+    for d in stopped:
         axis = x.axes[d]
-        if d in stopped:
-            walk.freeze(axis, reason)
-            axis = axis._replace(labels=fixed(size))
-        axes.append(axis)
-    return Value(axes)
+        walk.freeze(axis, reason)
+        size = shape_of(eqn)[d]
+        x = x.put(d, axis._replace(labels=fixed(size)))
+    return Value(x.axes)
 
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 def _window(walk: Walk, eqn: Any, ins: Values) -> Values:
     names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
-    windows = list(zip(*(eqn.params[name] for name in names), strict=True))
-    slid = [d for d, window in enumerate(windows) if window[:4] != (1, 1, (0, 0), 1)]
+    slid = []
+    covered = True
+    for d, window in enumerate(zip(*(eqn.params[name] for name in names), strict=True)):
+        size, _, padding, apart, hole = window
+        if window[:4] != (1, 1, (0, 0), 1):
+            slid.append(d)
+        covered &= max(padding) < size and apart == hole == 1
     out = passing(walk, eqn, ins[0], slid, "slides a window over it")
     # The largest of nothing but padding is no zero, so each window must cover an entry.
-    if eqn.primitive.name == "reduce_window_sum" or all(map(_covers_an_entry, windows)):
-        return [out]
-    return [nowhere_zero(out)]
+    if eqn.primitive.name != "reduce_window_sum" and not covered:
+        out = nowhere_zero(out)
+    return [out]
 
 
-def _covers_an_entry(window: tuple) -> bool:
-    size, _, padding, apart, hole = window
-    return max(padding) < size and apart == hole == 1
-
-
-@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
-def _cumulative(walk: Walk, eqn: Any, ins: Values) -> Values:
-    out = passing(walk, eqn, ins[0], [eqn.params["axis"]], "accumulates along it")
-    zero = eqn.primitive.name in ("cumsum", "cummax", "cummin")
-    return [out if zero else nowhere_zero(out)]
-
-
-@rule("sort")
-def _sort(walk: Walk, eqn: Any, ins: Values) -> Values:
+@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort")
+def _one_after_the_other(walk: Walk, eqn: Any, ins: Values) -> Values:
+    name = eqn.primitive.name
+    params = eqn.params
+    along = "axis"
+    reason = "accumulates along it"
+    if name == "sort":
+        along = "dimension"
+        reason = "sorts along it"
     outs = []
     for x in ins:
         walk.tie(ins[0], x)
-        outs.append(passing(walk, eqn, x, [eqn.params["dimension"]], "sorts along it"))
-    return outs if len(ins) == 1 else list(map(nowhere_zero, outs))
+        outs.append(passing(walk, eqn, x, [params[along]], reason))
+    if len(ins) > 1 or name in ("cumprod", "cumlogsumexp"):
+        outs = list(map(nowhere_zero, outs))
+    return outs
 
 
 # Indices and random numbers ----------------------------------------------------------------------
@@ -501,8 +500,7 @@ def _sort(walk: Walk, eqn: Any, ins: Values) -> Values:
 @rule("iota")
 def _iota(walk: Walk, eqn: Any, ins: Values) -> Values:
     value = walk.filled(shape_of(eqn), None)
-    walk.labels.freeze(value.axes[eqn.params["dimension"]].labels)
-    return [value]
+    return [passing(walk, eqn, value, [eqn.params["dimension"]], "counts along it")]
 
 
 @rule("random_bits")
@@ -511,8 +509,7 @@ def _random_bits(walk: Walk, eqn: Any, ins: Values) -> Values:
         walk.freeze(value, "is a random key")
     value = walk.filled(shape_of(eqn), None)
     keys = len(value.axes) - len(eqn.params["shape"])
-    walk.labels.freeze(value.pick(range(keys)).labels)
-    return [value]
+    return [passing(walk, eqn, value, range(keys), "is of a random key")]
 
 
 @rule("gather")
@@ -536,7 +533,7 @@ def _gather(walk: Walk, eqn: Any, ins: Values) -> Values:
 
 def _unequal(first: Shape, second: Shape) -> list[int]:
     """Axes along which two shapes differ."""
-    return [a for a, size in enumerate(first) if size != second[a]]
+    return np.flatnonzero(np.not_equal(first, second)).tolist()
 
 
 @rule("dynamic_slice")
@@ -551,11 +548,9 @@ def _update_slice(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, part = ins[:2]
     indexed = _unequal(x.shape, part.shape)
     out = passing(walk, eqn, x, indexed, "is indexed")
-    axes = []
-    for a, (axis, written) in enumerate(zip(out.axes, part.axes)):
+    for a, written in enumerate(part.axes):
         if a in indexed:
             walk.freeze(written, "is written at an index")
         else:
-            walk.tie(axis, written)
-        axes.append(Axis(axis.labels, axis.zero and written.zero))
-    return [Value(axes)]
+            out = out.put(a, walk.joined([out.axes[a], written]))
+    return [out]

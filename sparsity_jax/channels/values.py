@@ -9,7 +9,7 @@ from jax.extend import core
 
 from sparsity_jax.types import Shape
 
-Place = tuple[int, int]  # (input, its axis)
+Place = tuple[Any, int]  # (name of an input, its axis)
 
 
 class Axis(NamedTuple):
@@ -22,6 +22,11 @@ class Axis(NamedTuple):
     @property
     def size(self) -> int:
         return len(self.labels)
+
+    @property
+    def unnamed(self) -> "Axis":
+        """The same axis, as that of no input."""
+        return self._replace(origin=())
 
 
 class Value(NamedTuple):

@@ -84,7 +84,7 @@ class Frozen(NamedTuple):
     reason: str
     primitive: str
     source: str  # module path and first line of user code
-    members: tuple[tuple[Any, int], ...]  # (number or path of the input, axis)
+    members: tuple[Place, ...]
 
 
 class Walk:
@@ -99,7 +99,7 @@ class Walk:
     program: Program
     separate = False  # branches that are only added are not tied
 
-    def __init__(self, labels: Labels, inputs: Iterable[Value] = (), data: int = 0):
+    def __init__(self, labels: Labels, inputs: Sequence[Value] = (), data: int = 0):
         """data: bits of the inputs that may not be cut: no weights."""
         self.labels = labels
         self.inputs = list(inputs)
@@ -107,11 +107,17 @@ class Walk:
         self.events: list[Frozen] = []
         self.roles: dict[Place, str] = {}
         self.exposed: set[Place] = set()
-        self.used, self.multiplied = Order(), Order()
+        self.used = Order()
+        self.multiplied = Order()
         self._path: list[Any] = []  # the equation at work, after those it is inside of
         self._reason = ""
-        self._watched = [axis for value in self.inputs for axis in value.axes]
-        self._frozen = self._find_frozen()
+        # all entries of axes of weights in one row
+        axes = [axis for value in inputs for axis in value.axes if axis.origin]
+        self._row = np.concatenate([fixed(0), *(axis.labels for axis in axes)])
+        self._places: list[Place] = []  # of each entry
+        for axis in axes:
+            self._places += axis.origin * axis.size
+        self._frozen = labels.find(self._row) == FROZEN
         self._freezes = labels.freezes
 
     # For rules
@@ -126,9 +132,16 @@ class Walk:
         """Entry i of one is removed exactly if entry i of the other is, along all axes."""
         self.labels.tie(first.labels, second.labels)
 
-    def are_tied(self, first: Value, second: Value) -> bool:
-        """Whether two arrays of one shape lose the same entries anyway."""
-        return np.array_equal(self.labels.find(first.labels), self.labels.find(second.labels))
+    def joined(self, axes: Sequence[Axis]) -> Axis:
+        """The axis of a result that is that of several operands: all lose the same entries."""
+        for axis in axes[1:]:
+            self.tie(axes[0], axis)
+        return Axis(axes[0].labels, all(axis.zero for axis in axes))
+
+    def either(self, values: Sequence[Value]) -> Value:
+        """An array that may be any of several of one shape; of the sources of the first."""
+        same = zip(*(value.axes for value in values), strict=True)
+        return Value(list(map(self.joined, same)), sources=values[0].sources)
 
     def contract(self, first: Axis, second: Axis, what: str) -> None:
         """Axes summed over together: removed entries must be zero in one of the factors."""
@@ -145,36 +158,21 @@ class Walk:
         for place in axis.origin:
             self.roles.setdefault(place, role)
 
-    def is_data(self, value: Value) -> bool:
-        """Whether an array depends on an input that may not be cut, e.g. images: it is no
-        weight."""
-        return bool(value.sources & self.data)
-
-    def new(self, size: int, zero: bool) -> Axis:
-        """A new axis, free to be cut; of one entry: frozen, for it cannot be shortened."""
-        return Axis(new_labels(self.labels, size), zero)
-
     def filled(self, shape: Shape, constant: float | None) -> Value:
         """An array that depends on no input: it may be cut but is not masked."""
-        return Value([self.new(size, constant == 0) for size in shape], constant)
-
-    def either(self, values: Sequence[Value]) -> Value:
-        """An array that may be any of several of one shape; of the sources of the first."""
-        axes = []
-        for same in zip(*(value.axes for value in values), strict=True):
-            for axis in same[1:]:
-                self.tie(same[0], axis)
-            axes.append(Axis(same[0].labels, all(axis.zero for axis in same)))
-        return Value(axes, sources=values[0].sources)
+        zero = constant == 0
+        axes = [Axis(new_labels(self.labels, size), zero) for size in shape]
+        return Value(axes, constant)
 
     # The walk
 
-    def closed(self, closed: Any, inputs: Sequence[Value]) -> Program:
+    def closed(self, closed: Any, inputs: Values) -> Program:
         """An inner jaxpr, closed or (in some versions of jax) plain."""
         consts = getattr(closed, "consts", ())
         jaxpr = getattr(closed, "jaxpr", closed)
         variables = (*jaxpr.constvars, *jaxpr.invars)
-        values = dict(zip(variables, (*map(self._array, consts), *inputs), strict=True))
+        known = (*map(self._array, consts), *inputs)
+        values = dict(zip(variables, known, strict=True))
         program = Program(jaxpr, consts, values, [])
         for eqn in jaxpr.eqns:
             self._path.append(eqn)
@@ -191,24 +189,19 @@ class Walk:
     def attribute(self, reason: str, primitive: str) -> None:
         """Axes of inputs frozen since the last call are the doing of the equation at work."""
         if self.labels.freezes > self._freezes:
-            frozen = self._find_frozen()
-            places: list[Place] = []
-            for axis, before, after in zip(self._watched, self._frozen, frozen):
-                if after > before:
-                    places += axis.origin
+            frozen = self.labels.find(self._row) == FROZEN
+            fresh = np.flatnonzero(frozen & ~self._frozen)
+            places = dict.fromkeys(self._places[i] for i in fresh.tolist())
             if places:
-                source = next(filter(None, map(source_of, reversed(self._path))), "")
-                event = Frozen(self._reason or reason, primitive, source, tuple(places))
-                self.events.append(event)
-            self._frozen, self._freezes = frozen, self.labels.freezes
+                source = ""
+                for eqn in self._path:  # the innermost that is known
+                    stack = eqn.source_info.name_stack
+                    source = f"{stack} {line_of(eqn)}".strip() or source
+                reason = self._reason or reason
+                self.events.append(Frozen(reason, primitive, source, tuple(places)))
+            self._frozen = frozen
+            self._freezes = self.labels.freezes
         self._reason = ""
-
-    def _find_frozen(self) -> list[int]:
-        """How many entries of each axis of the inputs are frozen."""
-        labels = [fixed(0), *(axis.labels for axis in self._watched)]
-        frozen = self.labels.find(np.concatenate(labels)) == FROZEN
-        ends = np.cumsum([axis.size for axis in self._watched], dtype=int)
-        return list(map(np.count_nonzero, np.split(frozen, ends)))
 
     def _array(self, array: Any) -> Value:
         """A constant of the program."""
@@ -235,7 +228,9 @@ class Walk:
             outs = unknown(self, eqn, ins)
             self.attribute("is not known to the analysis", name)
             inner = self._enter(eqn, ins, sources)
-        return [self._dependent(out, sources) for out in outs], inner
+        if sources & self.data:  # no weight's entries
+            outs = list(map(_unnamed, outs))
+        return [out._replace(sources=sources) for out in outs], inner
 
     def use(self, name: str, ins: Values) -> int:
         """Notes which inputs an equation reads; returns bits of those it depends on."""
@@ -246,38 +241,34 @@ class Walk:
             self.multiplied.note(sources)
         return sources
 
-    def _dependent(self, value: Value, sources: int) -> Value:
-        """The value with these sources; entries that depend on data are no weight's."""
-        axes = value.axes
-        if sources & self.data:
-            axes = _unnamed(axes)
-        return Value(axes, value.constant, sources)
-
     def _enter(self, eqn: Any, ins: Values, sources: int) -> list[Program]:
         """Walks the programs inside an unknown equation, which keeps its arrays whole."""
         programs = []
         for body in bodies(eqn):
-            variables = getattr(body, "jaxpr", body).invars
-            depends = [sources] * len(variables)
-            if len(variables) == len(ins):
+            inputs = [whole(var.aval) for var in getattr(body, "jaxpr", body).invars]
+            depends = [sources] * len(inputs)
+            if len(inputs) == len(ins):
                 depends = [value.sources for value in ins]
-            pairs = zip(variables, depends)
-            inputs = [whole(var.aval)._replace(sources=bits) for var, bits in pairs]
+            pairs = zip(inputs, depends)
+            inputs = [value._replace(sources=bits) for value, bits in pairs]
             programs.append(self.closed(body, inputs))
         return programs
 
 
 def new_labels(labels: Labels, size: int) -> np.ndarray:
-    return fixed(1) if size == 1 else labels.fresh(size)
+    """Of an axis that is free to be cut; of one entry: frozen, for it cannot be shortened."""
+    if size == 1:
+        return fixed(1)
+    return labels.fresh(size)
 
 
-def _sources(values: Iterable[Value]) -> int:
+def _sources(values: Values) -> int:
     return functools.reduce(operator.or_, (value.sources for value in values), 0)
 
 
-def _unnamed(axes: Iterable[Axis]) -> list[Axis]:
-    """The axes as those of no input."""
-    return [Axis(axis.labels, axis.zero) for axis in axes]
+def _unnamed(value: Value) -> Value:
+    """The array as that of no input."""
+    return value._replace(axes=[axis.unnamed for axis in value.axes])
 
 
 # Whole programs ----------------------------------------------------------------------------------
@@ -285,13 +276,14 @@ def _unnamed(axes: Iterable[Axis]) -> list[Axis]:
 
 def analyse(
     closed: Any,
-    data: Iterable[int] = (),
+    names: Iterable[Any],
     *,
     whole: bool = False,
     branches: str = "tied",
     carried: Mapping[int, int] | None = None,
 ) -> Walk:
-    """Walks a closed jaxpr. data: numbers of the inputs that are no weights and must not be cut.
+    """Walks a closed jaxpr. names: of the inputs that are weights; those behind them are data, and
+    must not be cut.
 
     whole: no entry of any input may be removed.
     branches: `separate` does not tie what is only added together, such as the two sides of a skip
@@ -299,15 +291,25 @@ def analyse(
     carried: results that lose the entries of an input, by number, such as running statistics; all
     others stay whole.
     """
-    labels, inputs, data = Labels(), [], set(data)
-    for number, var in enumerate(closed.jaxpr.invars):
-        free = number not in data and not whole and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+    labels = Labels()
+    inputs: Values = []
+    data = 0
+    for var, name in itertools.zip_longest(closed.jaxpr.invars, names):
+        source = 1 << len(inputs)
+        if name is None:
+            data |= source
+        inexact = jnp.issubdtype(var.aval.dtype, jnp.inexact)
+        free = inexact and not whole and name is not None
         axes = []
         for a, size in enumerate(var.aval.shape):
-            of_axis = new_labels(labels, size) if free else fixed(size)
-            axes.append(Axis(of_axis, True, ((number, a),)))
-        inputs.append(Value(axes, sources=1 << number))
-    walk = Walk(labels, inputs, sum(1 << number for number in data))
+            axis = Axis(fixed(size), True)
+            if free:
+                axis = Axis(new_labels(labels, size), True)
+            if name is not None:
+                axis = axis._replace(origin=((name, a),))
+            axes.append(axis)
+        inputs.append(Value(axes, sources=source))
+    walk = Walk(labels, inputs, data)
     walk.separate = branches == "separate"
     walk.program = walk.closed(closed, inputs)
     carried = carried or {}
@@ -326,12 +328,7 @@ def read(function: Callable, *args: Any) -> Walk:
     args: pytrees of arrays or shape structs; nothing is computed.
     """
     closed = jax.make_jaxpr(function)(*args)
-    return analyse(closed, whole=True)
-
-
-def source_of(eqn: Any) -> str:
-    """Module path and first line of user code of an equation, as far as they are known."""
-    return f"{eqn.source_info.name_stack} {line_of(eqn)}".strip()
+    return analyse(closed, range(len(closed.jaxpr.invars)), whole=True)
 
 
 def line_of(eqn: Any) -> str:
@@ -345,16 +342,14 @@ def line_of(eqn: Any) -> str:
 
 def bodies(eqn: Any) -> list[Any]:
     """The jaxprs among an equation's parameters that it runs, closed or not, alone or in tuples."""
-    name, params = eqn.primitive.name, eqn.params
+    name = eqn.primitive.name
+    params = eqn.params
     if name in OPAQUE or name.startswith(SCALAR_BODIES):
         return []
     if name == "custom_linear_solve":  # also carries its transpose and the product, for derivatives
         return [params["jaxprs"].solve]
-    programs = []
-    for value in params.values():
-        several = value if isinstance(value, tuple | list) else (value,)
-        programs += [item for item in several if hasattr(item, "eqns")]
-    return programs
+    leaves = jax.tree.leaves(params, is_leaf=lambda item: hasattr(item, "eqns"))
+    return [item for item in leaves if hasattr(item, "eqns")]
 
 
 # Equations with jaxprs inside that are understood ------------------------------------------------
@@ -378,16 +373,14 @@ class Loop(NamedTuple):
 def loop_operands(eqn: Any, operands: Sequence) -> Loop:
     """The operands of a loop, by what it does with them."""
     params = eqn.params
-    if "cond_nconsts" in params:
-        sizes = (params["cond_nconsts"], params["body_nconsts"], len(eqn.outvars))
-    elif "num_carry" in params:
-        sizes = (0, params["num_consts"], params["num_carry"])
-    else:
-        consts, carry, _ = params["ft_in"].unpack()  # jax 0.12
-        sizes = (0, len(consts), len(carry))
-    rest = iter(operands)
-    for_test, consts, carry = (list(itertools.islice(rest, size)) for size in sizes)
-    return Loop(for_test, consts, carry, list(rest))
+    for_test = params.get("cond_nconsts", 0)
+    consts = params.get("body_nconsts", params.get("num_consts"))
+    carry = params.get("num_carry", len(eqn.outvars))
+    if "ft_in" in params:  # jax 0.12
+        consts, carry, _ = map(len, params["ft_in"].unpack())
+    ends = np.cumsum([for_test, consts, carry])
+    bounds = itertools.pairwise([0, *ends.tolist(), len(operands)])
+    return Loop(*(list(operands[start:end]) for start, end in bounds))
 
 
 def _call(walk: Walk, eqn: Any, ins: Values) -> Result:
@@ -406,14 +399,16 @@ def _loop(walk: Walk, eqn: Any, ins: Values) -> Result:
     carry = [value._replace(constant=None) for value in given.carry]
     zeros = None
     while zeros != _zeros(carry):
-        zeros, programs = _zeros(carry), []
+        zeros = _zeros(carry)
+        programs = []
         if "cond_jaxpr" in eqn.params:
             programs.append(walk.closed(eqn.params["cond_jaxpr"], [*given.for_test, *carry]))
-        programs.append(walk.closed(body_of(eqn), [*given.consts, *carry, *scanned]))
-        outs = walk.results(programs[-1])
+        body = walk.closed(body_of(eqn), [*given.consts, *carry, *scanned])
+        programs.append(body)
+        outs = walk.results(body)
         carry = [walk.either(pair) for pair in zip(carry, outs)]
     turns = Axis(fixed(eqn.params.get("length", 0)), False)
-    stacked = [Value([turns, *_unnamed(value.axes)]) for value in outs[len(carry) :]]
+    stacked = [Value([turns, *_unnamed(value).axes]) for value in outs[len(carry) :]]
     sources = _sources(ins)
     return [value._replace(sources=sources) for value in (*carry, *stacked)], programs
 

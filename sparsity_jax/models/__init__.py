@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparsity_jax import tables
-from sparsity_jax.models import cnn, layers, mlp, mobilenet, resnet, vgg
+from sparsity_jax.models import cnn, mlp, mobilenet, resnet, vgg
+from sparsity_jax.models.layers import INITIALIZERS, Settings
+from sparsity_jax.tables import ConfigError, Count, check_options, convert, defaults, lookup
 from sparsity_jax.types import Config, Fields, PyTree, Shape
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -63,20 +64,20 @@ def build(
     ConfigError for anything unknown or out of range; "float64" needs `jax.enable_x64`, which is
     checked when the functions are called.
     """
-    factory = tables.lookup(MODELS, name, "name")
-    tables.lookup(layers.INITIALIZERS, init, "init")
-    num_classes = tables.convert(num_classes, tables.Count, "num_classes")
-    tables.convert(dtype, Dtype, "dtype")
-    tables.convert(param_dtype, Dtype, "param_dtype")
-    options = tables.check_options(factory, options)
-    settings = layers.Settings(init, jnp.dtype(dtype), jnp.dtype(param_dtype))
+    factory = lookup(MODELS, name, "name")
+    lookup(INITIALIZERS, init, "init")
+    num_classes = convert(num_classes, Count, "num_classes")
+    convert(dtype, Dtype, "dtype")
+    convert(param_dtype, Dtype, "param_dtype")
+    options = check_options(factory, options)
+    settings = Settings(init, jnp.dtype(dtype), jnp.dtype(param_dtype))
     module = factory(num_classes, settings, **options)
     dropout = options.get("dropout", 0.0)
 
     def checked() -> Any:
         """The network, where jax computes in its precision."""
         if "float64" in (dtype, param_dtype) and not jax.config.read("jax_enable_x64"):
-            raise tables.ConfigError(
+            raise ConfigError(
                 f"{name} was built with dtype {dtype} and param_dtype {param_dtype}, but jax runs "
                 "in 32 bits; set jax_enable_x64 or call it inside `with jax.enable_x64(True):`."
             )
@@ -113,5 +114,5 @@ def complete(model: Config) -> Fields:
     version's run.
     """
     factory = MODELS.get(model.get("name", ""))
-    own = tables.defaults(factory) if factory else {}
-    return {**tables.defaults(build), **own, **model}
+    own = defaults(factory) if factory else {}
+    return {**defaults(build), **own, **model}

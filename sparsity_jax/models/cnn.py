@@ -1,16 +1,17 @@
 """Plain convolutional networks: convolutions and max-pools in a row, then dense layers."""
 
-from sparsity_jax import tables
-from sparsity_jax.models import layers
-from sparsity_jax.models.layers import RELU, Apply, Conv, Norm
+from sparsity_jax.models import convolutions
+from sparsity_jax.models.convolutions import Conv, Norm, local_response_norm, max_pool
+from sparsity_jax.models.layers import RELU, Apply, Dense, Dropout, Plan, Steps, flatten, network
+from sparsity_jax.tables import Count, Share
 
-Widths = tuple[tables.Count, ...]
-FiveWidths = tuple[tables.Count, tables.Count, tables.Count, tables.Count, tables.Count]
-POOL2, POOL3 = Apply(layers.max_pool, (2,)), Apply(layers.max_pool, (3,))
-LRN = Apply(layers.local_response_norm)
+Widths = tuple[Count, ...]
+FiveWidths = tuple[Count, Count, Count, Count, Count]
+POOL2, POOL3 = Apply(max_pool, (2,)), Apply(max_pool, (3,))
+LRN = Apply(local_response_norm)
 
 
-def smallest_side(layout: layers.Steps) -> int:
+def smallest_side(layout: Steps) -> int:
     """The side of the smallest square image of which a pixel is left after the layout."""
     side = 1
     for step in reversed(layout):
@@ -22,25 +23,25 @@ def smallest_side(layout: layers.Steps) -> int:
 
 
 def cnn(
-    layout: layers.Steps,
+    layout: Steps,
     dense_widths: Widths,
     *,
-    after: layers.Steps = (RELU,),
-    after_dense: layers.Steps = (RELU,),
+    after: Steps = (RELU,),
+    after_dense: Steps = (RELU,),
     dropout: float = 0.0,
     upsample: int = 1,
-) -> layers.Plan:
+) -> Plan:
     """`layout`, with the steps `after` each convolution, then dense layers.
 
     upsample: every pixel becomes so many equal ones on both sides, before all else.
     """
-    steps: layers.Steps = (Apply(layers.upsample, (upsample,)),)
+    steps: Steps = (Apply(convolutions.upsample, (upsample,)),)
     for step in layout:
         steps += (step, *after) if isinstance(step, Conv) else (step,)
-    steps += (Apply(layers.flatten),)
+    steps += (Apply(flatten),)
     for width in dense_widths:
-        steps += (layers.Dense(width), *after_dense, layers.Dropout(dropout))
-    return layers.Plan(steps, smallest=-(-smallest_side(layout) // upsample))
+        steps += (Dense(width), *after_dense, Dropout(dropout))
+    return Plan(steps, smallest=-(-smallest_side(layout) // upsample))
 
 
 def padded(width: int, size: int = 3) -> Conv:
@@ -53,8 +54,8 @@ def small_cnn(
     widths: Widths = (32, 64, 64),
     dense_widths: Widths = (64,),
     batch_norm: bool = False,
-    dropout: tables.Share = 0.0,
-) -> layers.Plan:
+    dropout: Share = 0.0,
+) -> Plan:
     """3x3 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers of
     `dense_widths`, then `fc`.
 
@@ -63,7 +64,7 @@ def small_cnn(
     side, 8x8 by default; `dense1` fits the size the network was initialised with. The default has
     122,570 parameters on 32x32x3 images with 10 classes, and 60,554 on 8x8x1.
     """
-    layout: layers.Steps = ()
+    layout: Steps = ()
     for width in widths:
         layout += (Conv(width, 3, padding=1, bias=not batch_norm), POOL2)
     after = (Norm(), RELU) if batch_norm else (RELU,)
@@ -71,18 +72,18 @@ def small_cnn(
 
 
 def unpadded(
-    between: layers.Steps,
-    last: layers.Steps,
-    after: layers.Steps,
+    between: Steps,
+    last: Steps,
+    after: Steps,
     *,
     widths: Widths,
     dense_widths: Widths,
-) -> layers.Plan:
+) -> Plan:
     """5x5 convolutions of `widths`, without padding and with bias, then dense layers.
 
     between: steps between two convolutions. last: those behind the last one. after: behind each.
     """
-    layout: layers.Steps = ()
+    layout: Steps = ()
     for width in widths:
         layout += (*(between if layout else ()), Conv(width, 5, padding=0, bias=True))
     return cnn((*layout, *last), dense_widths, after=after)
@@ -90,13 +91,13 @@ def unpadded(
 
 def alexnet(
     padding: int,
-    after: layers.Steps,
+    after: Steps,
     *,
     widths: FiveWidths,
     dense_widths: Widths,
-    dropout: tables.Share = 0.0,
-    upsample: tables.Count = 1,
-) -> layers.Plan:
+    dropout: Share = 0.0,
+    upsample: Count = 1,
+) -> Plan:
     """AlexNet for large images. padding: of the first convolution. after: steps behind each."""
     first, second, *others = widths
     start = Conv(first, 11, stride=4, padding=padding, bias=True)
@@ -108,8 +109,8 @@ def alexnet_cifar(
     *,
     widths: FiveWidths = (48, 128, 192, 192, 128),
     dense_widths: Widths = (512, 256),
-    dropout: tables.Share = 0.0,
-) -> layers.Plan:
+    dropout: Share = 0.0,
+) -> Plan:
     """AlexNet for small images, of the growing-regularisation study: batch norm behind each ReLU
     and max-pool.
 
@@ -130,8 +131,8 @@ def alexnet_cifar(
 
 
 MODELS = dict(
-    small_cnn=layers.network(small_cnn),
-    lenet=layers.network(
+    small_cnn=network(small_cnn),
+    lenet=network(
         unpadded,
         *((POOL2,), (POOL2,), (RELU,)),
         doc="""LeNet (LeCun et al. 1998) with ReLU and max-pools, as in the geometric-limit study.
@@ -143,7 +144,7 @@ MODELS = dict(
         widths=(16, 32),
         dense_widths=(120, 84),
     ),
-    lenet5=layers.network(
+    lenet5=network(
         unpadded,
         *((POOL2,), (), (RELU,)),
         doc="""LeNet-5 with ReLU and max-pools, as in the growing-regularisation study.
@@ -156,7 +157,7 @@ MODELS = dict(
         widths=(6, 16, 120),
         dense_widths=(84,),
     ),
-    cnet=layers.network(
+    cnet=network(
         unpadded,
         *((), (POOL2,), (Norm(), RELU)),
         doc="""CNet of the geometric-limit study: unpadded 5x5 convolutions with bias and batch
@@ -168,7 +169,7 @@ MODELS = dict(
         widths=(64, 64, 32, 16),
         dense_widths=(120, 84),
     ),
-    alexnet=layers.network(
+    alexnet=network(
         alexnet,
         *(1, (RELU,)),
         doc="""AlexNet (Krizhevsky et al. 2012), one tower, without local response normalisation;
@@ -183,7 +184,7 @@ MODELS = dict(
         dense_widths=(4096, 4096),
         upsample=7,
     ),
-    alexnet_bn=layers.network(
+    alexnet_bn=network(
         alexnet,
         *(2, (Norm(), RELU)),
         doc="""A thin AlexNet for images of 224x224, batch norm after each convolution: of the
@@ -194,5 +195,5 @@ MODELS = dict(
         widths=(32, 96, 192, 128, 128),
         dense_widths=(2048, 2048),
     ),
-    alexnet_cifar=layers.network(alexnet_cifar),
+    alexnet_cifar=network(alexnet_cifar),
 )

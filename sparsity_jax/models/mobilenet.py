@@ -2,9 +2,9 @@
 2018, 1801.04381).
 """
 
-from sparsity_jax import tables
-from sparsity_jax.models import layers
-from sparsity_jax.models.layers import RELU, RELU6, Block, Conv, Norm
+from sparsity_jax.models.convolutions import GLOBAL_AVERAGE, RELU6, Block, Conv, Norm, Residual
+from sparsity_jax.models.layers import RELU, Dropout, Plan, Steps, network
+from sparsity_jax.tables import Count, Positive, Share
 
 # (width, stride) of the pointwise convolution and the depthwise one before it.
 V1 = (
@@ -31,22 +31,20 @@ V2 = (
 )
 
 
-def mobilenet(
-    *, stem_width: tables.Count = 32, blocks: tuple[tuple[tables.Count, tables.Count], ...] = V1
-) -> layers.Plan:
+def mobilenet(*, stem_width: Count = 32, blocks: tuple[tuple[Count, Count], ...] = V1) -> Plan:
     """MobileNet V1 with a 3x3 stem of stride 1; `blocks` are (width, stride) pairs of
     depthwise-separable blocks, named block{i}, i from 0.
 
     The default is the network of the gradient-flow study: 3,309,476 parameters with 100 classes.
     """
-    steps: layers.Steps = (Conv(stem_width, 3), Norm(), RELU)
+    steps: Steps = (Conv(stem_width, 3), Norm(), RELU)
     channels = stem_width
     for i, (width, stride) in enumerate(blocks):
         pointwise = Conv(width, 1, name="pointwise")
         block = (depthwise(channels, stride), Norm(), RELU, pointwise, Norm(), RELU)
         steps += (Block(f"block{i}", block),)
         channels = width
-    return layers.Plan((*steps, layers.Apply(layers.global_average_pool)))
+    return Plan((*steps, GLOBAL_AVERAGE))
 
 
 def depthwise(channels: int, stride: int) -> Conv:
@@ -54,19 +52,19 @@ def depthwise(channels: int, stride: int) -> Conv:
     return Conv(channels, 3, stride, groups=channels, name="depthwise")
 
 
-def inverted(channels: int, expansion: int, width: int, stride: int) -> layers.Steps:
+def inverted(channels: int, expansion: int, width: int, stride: int) -> Steps:
     """expand 1x1, depthwise 3x3 with `stride`, project 1x1; each with bn{i}, the first two ReLU6.
 
     Without `expand` where `expansion` is 1. channels: of the input, which is added where size and
     channels stay.
     """
     hidden = channels * expansion
-    steps: layers.Steps = ()
+    steps: Steps = ()
     if expansion > 1:
         steps = (Conv(hidden, 1, name="expand"), Norm(), RELU6)
     steps += (depthwise(hidden, stride), Norm(), RELU6, Conv(width, 1, name="project"), Norm())
     if stride == 1 and width == channels:
-        return (layers.Residual((), steps),)
+        return (Residual((), steps),)
     return steps
 
 
@@ -80,11 +78,11 @@ def divisible(width: float, divisor: int = 8) -> int:
 
 def mobilenet_v2(
     *,
-    multiplier: tables.Positive = 1.0,
-    stem_stride: tables.Count = 2,
-    blocks: tuple[tuple[tables.Count, tables.Count, tables.Count, tables.Count], ...] = V2,
-    dropout: tables.Share = 0.0,
-) -> layers.Plan:
+    multiplier: Positive = 1.0,
+    stem_stride: Count = 2,
+    blocks: tuple[tuple[Count, Count, Count, Count], ...] = V2,
+    dropout: Share = 0.0,
+) -> Plan:
     """MobileNet V2 as in torchvision, whose weights fit: 3,504,872 parameters with 1,000 classes,
     2,236,682 with 10.
 
@@ -94,7 +92,7 @@ def mobilenet_v2(
     stem_stride: 1 for small images. dropout: before `fc`; 0.2 in training on ImageNet.
     """
     channels = divisible(32 * multiplier)
-    steps: layers.Steps = (Conv(channels, 3, stem_stride), Norm(), RELU6)
+    steps: Steps = (Conv(channels, 3, stem_stride), Norm(), RELU6)
     number = 0
     for expansion, width, repeats, stride in blocks:
         width = divisible(width * multiplier)
@@ -104,8 +102,8 @@ def mobilenet_v2(
             channels = width
             number += 1
     last_width = divisible(1280 * max(1.0, multiplier))
-    steps += (Conv(last_width, 1), Norm(), RELU6, layers.Apply(layers.global_average_pool))
-    return layers.Plan((*steps, layers.Dropout(dropout)))
+    steps += (Conv(last_width, 1), Norm(), RELU6, GLOBAL_AVERAGE, Dropout(dropout))
+    return Plan(steps)
 
 
-MODELS = dict(mobilenet=layers.network(mobilenet), mobilenet_v2=layers.network(mobilenet_v2))
+MODELS = dict(mobilenet=network(mobilenet), mobilenet_v2=network(mobilenet_v2))

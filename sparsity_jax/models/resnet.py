@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sparsity_jax import tables
-from sparsity_jax.models import layers
-from sparsity_jax.models.layers import RELU, Conv, Norm
+from sparsity_jax.models.convolutions import GLOBAL_AVERAGE, Block, Conv, Norm, Residual
+from sparsity_jax.models.layers import RELU, Apply, Plan, Steps, network
+from sparsity_jax.tables import ConfigError, Count
 
 Shortcut = Literal["projection", "zero_pad"]
 Stem = Literal["cifar", "imagenet"]
@@ -29,7 +29,7 @@ def zero_pad_shortcut(x: Array, features: int, stride: int) -> Array:
 
 def residual(
     kind: Kind, inside: int, channels: int, width: int, stride: int, shortcut: Shortcut
-) -> layers.Steps:
+) -> Steps:
     """A block of `inside` channels inside that makes `channels` of its input to `width`.
 
     basic: conv1 3x3, bn1, ReLU, conv2 3x3, bn2, plus the shortcut, ReLU. bottleneck: conv1 1x1,
@@ -40,31 +40,31 @@ def residual(
     """
     begin = (Norm(), RELU)
     first = Conv(inside, 3, stride)
-    way: layers.Steps = (first, *begin, Conv(width, 3))
+    way: Steps = (first, *begin, Conv(width, 3))
     if kind == "bottleneck":
         way = (Conv(inside, 1), *begin, first, *begin, Conv(width, 1))
-    other: layers.Steps = ()
+    other: Steps = ()
     if stride > 1 or channels != width:
         other = (Conv(width, 1, stride, name="shortcut_conv"), Norm("shortcut_bn"))
         if shortcut == "zero_pad":
-            other = (layers.Apply(zero_pad_shortcut, (width, stride)),)
+            other = (Apply(zero_pad_shortcut, (width, stride)),)
     if kind != "preact":
-        return (layers.Residual((*way, Norm()), other), RELU)
+        return (Residual((*way, Norm()), other), RELU)
     if other:
-        return (*begin, layers.Residual(other[:1], way))
-    return (layers.Residual((), (*begin, *way)),)
+        return (*begin, Residual(other[:1], way))
+    return (Residual((), (*begin, *way)),)
 
 
 def resnet(
     *,
-    stage_sizes: tuple[tables.Count, ...] = (3, 3, 3),
-    widths: tuple[tables.Count, ...] = (16, 32, 64),
+    stage_sizes: tuple[Count, ...] = (3, 3, 3),
+    widths: tuple[Count, ...] = (16, 32, 64),
     block: Kind = "basic",
     shortcut: Shortcut = "projection",
     stem: Stem = "cifar",
-    stem_width: tables.Count | None = None,
-    inner_widths: tuple[tables.Count, ...] | None = None,
-) -> layers.Plan:
+    stem_width: Count | None = None,
+    inner_widths: tuple[Count, ...] | None = None,
+) -> Plan:
     """A residual network: `stage_sizes[i]` blocks of `widths[i]` channels (bottleneck blocks put
     out four times that), named stage{i}_block{j}, i from 1, j from 0.
 
@@ -77,34 +77,33 @@ def resnet(
     after the blocks. Raises ConfigError where these do not fit together.
     """
     if not stage_sizes:
-        raise tables.ConfigError("stage_sizes", stage_sizes, allowed="at least one stage")
+        raise ConfigError("stage_sizes", stage_sizes, allowed="at least one stage")
     if len(stage_sizes) != len(widths):
-        raise tables.ConfigError("widths", widths, allowed=f"{len(stage_sizes)}, one per stage")
+        raise ConfigError("widths", widths, allowed=f"{len(stage_sizes)}, one per stage")
     if inner_widths is not None and len(inner_widths) != sum(stage_sizes):
         allowed = f"{sum(stage_sizes)}, one per block"
-        raise tables.ConfigError("inner_widths", inner_widths, allowed=allowed)
+        raise ConfigError("inner_widths", inner_widths, allowed=allowed)
     channels = stem_width or widths[0]
     outer = [width * EXPANSION[block] for width in widths]
     if shortcut == "zero_pad" and [channels, *outer] != sorted([channels, *outer]):
         why = f"and the channels go {channels}, {outer}"
         allowed = "channels that never decrease, or 'projection'"
-        raise tables.ConfigError("shortcut", shortcut, why=why, allowed=allowed)
+        raise ConfigError("shortcut", shortcut, why=why, allowed=allowed)
     norm = () if block == "preact" else (Norm(), RELU)
-    steps: layers.Steps = (Conv(channels, 3), *norm)
+    steps: Steps = (Conv(channels, 3), *norm)
     if stem == "imagenet":
-        steps = (Conv(channels, 7, 2), *norm, layers.Apply(padded_max_pool))
-    position = 0
+        steps = (Conv(channels, 7, 2), *norm, Apply(padded_max_pool))
+    thinned = iter(inner_widths or ())
     for i, width in enumerate(outer):
         for j in range(stage_sizes[i]):
-            inside = inner_widths[position] if inner_widths else widths[i]
+            inside = next(thinned, widths[i])
             stride = 2 if i > 0 and j == 0 else 1
             way = residual(block, inside, channels, width, stride, shortcut)
-            steps += (layers.Block(f"stage{i + 1}_block{j}", way),)
+            steps += (Block(f"stage{i + 1}_block{j}", way),)
             channels = width
-            position += 1
     if block == "preact":
         steps += (Norm("final_bn"), RELU)
-    return layers.Plan((*steps, layers.Apply(layers.global_average_pool)))
+    return Plan((*steps, GLOBAL_AVERAGE))
 
 
 def padded_max_pool(x: Array) -> Array:
@@ -116,16 +115,16 @@ def of_stages(
     stage_sizes: tuple[int, ...],
     block: Kind,
     *,
-    width: tables.Count = 64,
+    width: Count = 64,
     shortcut: Shortcut = "projection",
     stem: Stem = "cifar",
-) -> layers.Plan:
+) -> Plan:
     """A `resnet` whose stages are `width`, 2, 4, ... times that wide."""
     widths = tuple(width * 2**i for i in range(len(stage_sizes)))
     return resnet(stage_sizes=stage_sizes, widths=widths, block=block, shortcut=shortcut, stem=stem)
 
 
-def wrn(*, depth: tables.Count = 16, widening: tables.Count = 2) -> layers.Plan:
+def wrn(*, depth: Count = 16, widening: Count = 2) -> Plan:
     """Wide residual network WRN-`depth`-`widening` (Zagoruyko and Komodakis 2016,
     arXiv:1605.07146).
 
@@ -135,42 +134,42 @@ def wrn(*, depth: tables.Count = 16, widening: tables.Count = 2) -> layers.Plan:
     """
     blocks, rest = divmod(depth - 4, 6)
     if rest or blocks < 1:
-        raise tables.ConfigError("depth", depth, allowed="6 n + 4, e.g. 10, 16, 22, 28, 40")
+        raise ConfigError("depth", depth, allowed="6 n + 4, e.g. 10, 16, 22, 28, 40")
     widths = (16 * widening, 32 * widening, 64 * widening)
     return resnet(stage_sizes=(blocks,) * 3, widths=widths, block="preact", stem_width=16)
 
 
 MODELS = dict(
-    resnet=layers.network(resnet),
-    wrn=layers.network(wrn),
-    resnet18=layers.network(
+    resnet=network(resnet),
+    wrn=network(wrn),
+    resnet18=network(
         of_stages,
         (2, 2, 2, 2),
         "basic",
         doc="ResNet-18 of `width`, 2, 4, 8 times that: 11,173,962 parameters with 10 classes, "
         "11,220,132 with 100.",
     ),
-    resnet34=layers.network(
+    resnet34=network(
         of_stages,
         (3, 4, 6, 3),
         "basic",
         doc="ResNet-34: 21,328,292 parameters with 100 classes; 21,797,672 with the imagenet stem "
         "and 1,000.",
     ),
-    resnet50=layers.network(
+    resnet50=network(
         of_stages,
         (3, 4, 6, 3),
         "bottleneck",
         doc="ResNet-50, bottleneck blocks: 23,520,842 parameters with 10 classes, 23,705,252 with "
         "100; 25,557,032 with the imagenet stem and 1,000.",
     ),
-    preact_resnet18=layers.network(
+    preact_resnet18=network(
         of_stages,
         (2, 2, 2, 2),
         "preact",
         doc="Pre-activation ResNet-18: 11,172,170 parameters with 10 classes.",
     ),
-    resnet20=layers.network(
+    resnet20=network(
         of_stages,
         (3, 3, 3),
         "basic",
@@ -179,7 +178,7 @@ MODELS = dict(
         width=16,
         shortcut="zero_pad",
     ),
-    resnet56=layers.network(
+    resnet56=network(
         of_stages,
         (9, 9, 9),
         "basic",

@@ -4,11 +4,12 @@ one dense layer.
 
 from typing import Literal
 
-from sparsity_jax import tables
-from sparsity_jax.models import layers
+from sparsity_jax.models.convolutions import GLOBAL_AVERAGE, Conv, Norm, max_pool
+from sparsity_jax.models.layers import RELU, Apply, Dropout, Plan, Steps, network
+from sparsity_jax.tables import Count, Share
 
 # width of a 3x3 convolution, or "M": a 2x2 max-pool
-Layout = tuple[tables.Count | Literal["M"], ...]
+Layout = tuple[Count | Literal["M"], ...]
 Order = Literal["conv_bn_relu", "conv_relu_bn"]
 
 # Convolutions in each of the five stages; a stage has 1, 2, 4, 8, 8 times the base width and ends
@@ -35,8 +36,8 @@ def vgg(
     order: Order = "conv_bn_relu",
     conv_bias: bool = True,
     batch_norm: bool = True,
-    dropout: tables.Share = 0.0,
-) -> layers.Plan:
+    dropout: Share = 0.0,
+) -> Plan:
     """A VGG of any `layout`: widths of 3x3 convolutions and "M" for 2x2 max-pools, e.g. `(8, "M",
     16, 16, "M")`.
 
@@ -44,28 +45,28 @@ def vgg(
     a side. `order`: batch norm before the ReLU, or after it as in the gradient-flow study (Lubana
     and Dick 2021).
     """
-    after = [layers.Norm(), layers.RELU] if batch_norm else [layers.RELU]
+    after = [Norm(), RELU] if batch_norm else [RELU]
     if order == "conv_relu_bn":
         after.reverse()
-    steps: layers.Steps = ()
+    steps: Steps = ()
     for entry in layout:
         if entry == "M":
-            steps += (layers.Apply(layers.max_pool),)
+            steps += (Apply(max_pool),)
         else:
-            steps += (layers.Conv(entry, 3, bias=conv_bias), *after)
-    steps += (layers.Apply(layers.global_average_pool), layers.Dropout(dropout))
-    return layers.Plan(steps, smallest=2 ** layout.count("M"))
+            steps += (Conv(entry, 3, bias=conv_bias), *after)
+    steps += (GLOBAL_AVERAGE, Dropout(dropout))
+    return Plan(steps, smallest=2 ** layout.count("M"))
 
 
 def of_depth(
     depth: int,
     *,
-    width: tables.Count = 64,
+    width: Count = 64,
     order: Order = "conv_bn_relu",
     conv_bias: bool = True,
     batch_norm: bool = True,
-    dropout: tables.Share = 0.0,
-) -> layers.Plan:
+    dropout: Share = 0.0,
+) -> Plan:
     """stages of 1, 2, 4, 8 and 8 times `width`.
 
     For images of at least 32x32. Parameters with 10 classes: VGG11 9,231,114; VGG13 9,416,010;
@@ -82,7 +83,7 @@ def of_depth(
     )
 
 
-MODELS = dict(vgg=layers.network(vgg))
+MODELS = dict(vgg=network(vgg))
 for depth in DEPTHS:
     text = f"VGG-{depth}: {of_depth.__doc__}"
-    MODELS[f"vgg{depth}"] = layers.network(of_depth, depth, doc=text)
+    MODELS[f"vgg{depth}"] = network(of_depth, depth, doc=text)

@@ -1,0 +1,107 @@
+"""Coupled channels as units: which arrays they are removed from, which kernels decide about them.
+
+layer = coupling.of_group(channels.groups["conv1"], leaves)  # with norms and readers
+alive = coupling.alive(channels, {"params": kept})           # bools by group, from masks
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity_jax import trees
+from sparsity_jax.groups import Channels, Group, Member
+from sparsity_jax.types import Arrays, PyTree
+from sparsity_jax.units import Layer, Leaves, Part, Sliced
+
+
+def of_group(group: Group, leaves: Leaves) -> Layer:
+    """The coupled channels of a group, in all arrays of `leaves` that they are removed from.
+
+    leaves: arrays by plain path, those of the trace or their part `params`. Scores are those of the
+    kernels that make the channels, or of all kernels where none does. Raises ValueError for a group
+    without a kernel among the leaves.
+    """
+    parts = []
+    producers = []
+    kernels = []
+    for member in group.members:
+        path = _path_in(leaves, member.path)
+        if path not in leaves:  # running statistics
+            continue
+        in_order = np.arange(leaves[path].shape[member.axis])[:, None]
+        index = None if np.array_equal(member.index, in_order) else member.index
+        part = Part(path, (member.axis,), index)
+        parts.append(part)
+        if member.role == "producer":
+            producers.append(part)
+        # a depthwise kernel may make and read no channels
+        if member.role != "other" or is_matrix(path, leaves):
+            kernels.append(part)
+    scored = producers or kernels
+    if not scored:
+        raise ValueError(
+            f"the group {group.name!r} has no kernel among the params; leave it out of the ratios."
+        )
+    return Layer(group.name, (group.size,), tuple(parts), tuple(scored))
+
+
+def _path_in(leaves: Leaves, path: str) -> str:
+    """`path` of the trace among those of `leaves`, which may lack its first name."""
+    whole = plain(path, leaves)
+    return whole if whole in leaves else plain(path.partition("/")[2], leaves)
+
+
+def plain(path: str, leaves: Leaves) -> str:
+    """`path` as it is among the plain ones of `leaves`, if it is."""
+    return path if path in leaves else path.removesuffix("/value")
+
+
+def is_matrix(path: str, leaves: Leaves) -> bool:
+    """Whether an array is called a kernel and has two axes or more."""
+    return trees.is_kernel(path) and jnp.ndim(leaves.get(path, 0)) > 1
+
+
+def deciding(channels: Channels, granularity: Sliced) -> Iterator[tuple[str, Member]]:
+    """(name of group, member) of the kernels, also depthwise, that make or read its channels."""
+    roles = ("producer", "depthwise") if granularity == "filter" else ("consumer",)
+    for name, group in channels.groups.items():
+        for member in group.members:
+            if member.role in roles:
+                yield name, member
+
+
+def by_group(channels: Channels, keep: Leaves, granularity: Sliced = "filter") -> dict[str, Any]:
+    """`keep` by name of the groups that the filters, or input channels, of some kernels are.
+
+    keep: bools [filters or input channels] by path in the traced variables. A channel goes if any
+    of the kernels that make (channel: read) it leaves it out.
+    """
+    result: dict[str, Any] = {}
+    for name, member in deciding(channels, granularity):
+        several = member.index.shape[1] > 1  # copies, e.g. of a flattened image
+        if member.path in keep and not several and member.role != "depthwise":
+            kept = keep[member.path][member.index[:, 0]]
+            result[name] = result.get(name, True) & kept
+    return result
+
+
+def alive(channels: Channels, kept: PyTree) -> Arrays:
+    """Channels that some array which makes them still has, bool by name of group, on the host.
+
+    kept: masks in the structure of the variables, or of some of them.
+    """
+    leaves = trees.named_leaves(kept)
+    result = {}
+    for name, group in channels.groups.items():
+        members = [member for member in group.members if member.path in leaves]
+        makers = [member for member in members if member.role != "consumer"]
+        lives = np.zeros(group.size, bool)
+        for member in makers or members:
+            mask = np.asarray(leaves[member.path])
+            others = tuple(axis for axis in range(mask.ndim) if axis != member.axis)
+            left = np.asarray(mask.any(others))
+            lives |= left[member.index].any(1)
+        result[name] = lives
+    return result

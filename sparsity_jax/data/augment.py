@@ -1,0 +1,126 @@
+"""Augmentation, on the device inside the step: uint8 [B, H, W, C] to the same, drawn independently
+for each image; pure, for use inside jit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, random
+
+SCALE = (0.08, 1.0)  # of the area of a random box
+RATIO = (3 / 4, 4 / 3)  # of its width to its height
+
+
+def draw_flips(key: Array, images: Array) -> Array:
+    """Whether each image is mirrored, with probability 1/2."""
+    return random.bernoulli(key, shape=(len(images),))
+
+
+def flip(key: Array, images: Array) -> Array:
+    """Mirror each image left to right with probability 1/2."""
+    flips = draw_flips(key, images)
+    mirrored = jnp.flip(images, axis=2)
+    return jnp.where(flips[:, None, None, None], mirrored, images)
+
+
+def shift_flip(images: Array, offsets: Array, flips: Array, padding: int) -> Array:
+    """Crop [H, W] at `offsets` (int [B, 2], 0..2*padding) from images padded with 0, mirrored where
+    `flips` (bool [B]).
+
+    One gather with the mirror folded into its column index: 0.2 ms for 128 CIFAR images on 2 CPU
+    cores, where selecting among the 81 shifts takes 10 ms.
+    """
+    _, height, width, _ = images.shape
+    edges = (padding, padding)
+    padded = jnp.pad(images, ((0, 0), edges, edges, (0, 0)))
+    forward = jnp.arange(width)
+    backward = jnp.flip(forward)
+
+    def cropped(image: Array, offset: Array, mirrored: Array) -> Array:
+        rows = jnp.arange(height) + offset[0]
+        columns = jnp.where(mirrored, backward, forward) + offset[1]
+        return image[rows[:, None], columns]
+
+    return jax.vmap(cropped)(padded, offsets, flips)
+
+
+def pad_crop(key: Array, images: Array, padding: int = 4) -> Array:
+    """Pad with black (before normalisation, as torchvision's RandomCrop does) and crop the old size
+    at random.
+    """
+    offsets = draw_offsets(key, images, padding)
+    return shift_flip(images, offsets, jnp.zeros(len(images), bool), padding)
+
+
+def pad_crop_flip(key: Array, images: Array, padding: int = 4) -> Array:
+    """`pad_crop`, then `flip`: the usual augmentation of CIFAR."""
+    crop_key, flip_key = random.split(key)
+    offsets = draw_offsets(crop_key, images, padding)
+    return shift_flip(images, offsets, draw_flips(flip_key, images), padding)
+
+
+def draw_offsets(key: Array, images: Array, padding: int) -> Array:
+    return random.randint(key, (len(images), 2), 0, 2 * padding + 1)
+
+
+def resized_crop_flip(key: Array, images: Array, size: int = 0) -> Array:
+    """A random box of each image, resized to `size` x `size` (0: the old size) and mirrored with
+    probability 1/2.
+
+    The box has 8 % to 100 % of the area and a ratio of width to height of 3/4 to 4/3, drawn as
+    torchvision's RandomResizedCrop does: ten attempts, else the largest central box with an allowed
+    ratio. Resizing is bilinear, antialiased; at the box's edge it sees the neighbouring pixels of
+    the image, where torchvision sees the box only.
+    """
+    height, width = images.shape[1:3]
+    box_key, flip_key = random.split(key)
+    draw = functools.partial(random_box, height=height, width=width)
+    boxes = jax.vmap(draw)(random.split(box_key, len(images)))
+    resize = functools.partial(resize_box, height=size or height, width=size or width)
+    return flip(flip_key, jax.vmap(resize)(images, boxes))
+
+
+def random_box(key: Array, height: int, width: int, attempts: int = 10) -> Array:
+    """(top, left, height, width), float32 whole numbers, of a box inside the image; see
+    `resized_crop_flip`.
+    """
+    area_key, ratio_key, place_key = random.split(key, 3)
+    small, large = SCALE
+    shares = random.uniform(area_key, (attempts,), minval=small, maxval=large)
+    areas = height * width * shares
+    low, high = jnp.log(jnp.array(RATIO))
+    ratios = jnp.exp(random.uniform(ratio_key, (attempts,), minval=low, maxval=high))
+    heights = jnp.sqrt(areas / ratios)
+    widths = jnp.sqrt(areas * ratios)
+    sizes = jnp.round(jnp.stack([heights, widths], axis=1))
+    image = jnp.array([height, width], jnp.float32)
+    is_inside = (sizes >= 1) & (sizes <= image)
+    fits = is_inside.all(axis=1)
+    first = sizes[jnp.argmax(fits)]
+    largest = jnp.minimum(image, jnp.round(jnp.flip(image) * 4 / 3))
+    box = jnp.where(fits.any(), first, largest)
+    room = image - box
+    places = jnp.floor(random.uniform(place_key, (2,)) * (room + 1))
+    places = jnp.minimum(places, room)
+    corner = jnp.where(fits.any(), places, room // 2)
+    return jnp.concatenate([corner, box])
+
+
+def resize_box(image: Array, box: Array, height: int, width: int) -> Array:
+    """The part `box` (top, left, height, width; traced) of a uint8 [H, W, C] image, resized to
+    [height, width, C].
+    """
+    corner, sides = jnp.split(box, 2)
+    scale = jnp.array([height, width], jnp.float32) / sides
+    resized = jax.image.scale_and_translate(
+        image.astype(jnp.float32),
+        (height, width, image.shape[2]),
+        spatial_dims=(0, 1),
+        scale=scale,
+        translation=-corner * scale,
+        method="linear",
+        antialias=True,
+    )
+    rounded = jnp.round(resized)
+    return jnp.clip(rounded, 0, 255).astype(jnp.uint8)

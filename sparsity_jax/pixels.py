@@ -1,0 +1,58 @@
+"""Decoded images: their size and colours."""
+
+import cv2
+import numpy as np
+from PIL import Image
+
+
+def colours(image: np.ndarray) -> int:
+    """Channels of a grey [H, W] or colour [H, W, 3] image."""
+    return 1 if image.ndim == 2 else 3
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3] at another size, each axis for itself, bilinear and antialiased.
+
+    The rule is Pillow's BILINEAR, torchvision's with `antialias`: an axis that shrinks n times is
+    averaged with a triangle of 2 n pixels, one that grows is interpolated. Results are at most one
+    grey level from Pillow's, which computes the average here; OpenCV has none such, but
+    interpolates several times faster.
+    """
+    rows, columns = image.shape[:2]
+    if height < rows or width < columns:
+        if width > columns:
+            image = interpolated(image, rows, width)
+        image = averaged(image, min(rows, height), width)
+    return interpolated(image, height, width)
+
+
+def interpolated(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def averaged(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def fit(image: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """Grey [H, W] or BGR [H, W, 3] as [h, w, channels] in RGB.
+
+    size: h and w, of the image's central square; 0 leaves its size.
+    """
+    if channels == 3 and image.ndim == 2:
+        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    elif channels == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    elif image.ndim == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    if size:
+        height, width = image.shape[:2]
+        side = min(height, width)
+        top = (height - side) // 2
+        left = (width - side) // 2
+        square = image[top : top + side, left : left + side]
+        image = resize(square, size, size)
+    height, width = image.shape[:2]
+    return image.reshape(height, width, channels)
