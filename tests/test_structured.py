@@ -540,6 +540,3 @@ def test_rounding_follows_the_arithmetic_not_the_type_of_the_weights(problem):
     assert (
         compaction.rounding_of(of(param_dtype="bfloat16")) == compaction.rounding_of(of()) == 1e-4
     )
-
-
-# Whole runs ---------------------------------------------------------------------------------------
