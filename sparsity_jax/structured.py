@@ -1,5 +1,5 @@
-"""What the stages of structured pruning share: the channels of the run's network, the state without
-some of them, and stages that are written for one network.
+"""What the stages of structured pruning share: the channels of the run's network, and the state
+without some of them.
 """
 
 from collections.abc import Callable, Mapping
