@@ -3,7 +3,7 @@
 See `interface` for what a stage is, and `train.Fit` for the training itself.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -56,7 +56,8 @@ def check_weights(problem: Problem, state: State) -> None:
 
 @jax.jit
 def _all_finite(tree: PyTree) -> Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    per_array = jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
+    return jnp.all(jnp.stack(jax.tree.leaves(per_array)))
 
 
 def on_host(problem: Problem) -> bool:
@@ -96,13 +97,18 @@ class Selecting(Stage):
 
     def options(self) -> Fields:
         """The checked options of the selection; raises ConfigError."""
-        given = {name: getattr(self, name) for name in SELECTING if name != "selection"}
-        set_ones = {name: value for name, value in given.items() if value}
-        return allocate.check(self.selection, set_ones)
+        given = {}
+        for name in SELECTING:
+            value = getattr(self, name)
+            if value and name != "selection":
+                given[name] = value
+        return allocate.check(self.selection, given)
 
     def keywords(self, problem: Problem) -> Fields:
         """Keyword arguments of `allocate.keep_counts` and `keep_masks`."""
-        channels = filters_of(problem) if self.selection == "structured" else None
+        channels = None
+        if self.selection == "structured":
+            channels = filters_of(problem)
         return dict(self.options(), selection=self.selection, channels=channels)
 
     def counts(self, problem: Problem, ratio: float) -> PyTree:
@@ -113,8 +119,10 @@ class Selecting(Stage):
         """What a compiled selection depends on; random masks also on the stage's `position` in the
         pipeline.
         """
-        fields = tuple(getattr(self, name) for name in SELECTING)
-        return (*fields, position if self.selection == "random" else 0)
+        if self.selection != "random":
+            position = 0
+        fields = [getattr(self, name) for name in SELECTING]
+        return (*fields, position)
 
     def pruned(self, problem: Problem, position: int) -> Callable:
         """The compiled `pruned(state, counts) -> (state, its shares of zeros)` of all members."""
@@ -177,18 +185,25 @@ def shares(problem: Problem, stage: Selecting, state: State) -> Fields:
     in these arrays, `sparsity_all` in all parameters, and `layers` in every kernel, by path; of
     structured selections `channels_removed`, their share.
     """
-    params, kept = state.params, stage.choosable(state.masks)
-    layers = allocate.prunable(params, "kernels")
-    found = dict(
-        num_kept=sum(jnp.sum(mask, dtype=jnp.int32) for mask in kept.values()),
-        layers={path: masks.sparsity(leaf) for path, leaf in layers.items()},
-        sparsity=masks.sparsity(stage.choosable(params)),
-        sparsity_all=masks.sparsity(params),
+    kept = stage.choosable(state.masks)
+    choosable = stage.choosable(state.params)
+    kernels = allocate.prunable(state.params, "kernels")
+    values = dict(
+        num_kept=number_of(kept.values()),
+        layers={path: masks.sparsity(kernel) for path, kernel in kernels.items()},
+        sparsity=masks.sparsity(choosable),
+        sparsity_all=masks.sparsity(state.params),
     )
     if stage.selection == "structured":
         left, _ = _left(problem, stage, state.masks)
-        found["channels_removed"] = 1 - left / _total(stage.counts(problem, 0.0))
-    return found
+        total = _total(stage.counts(problem, 0.0))
+        values["channels_removed"] = 1 - left / total
+    return values
+
+
+def number_of(bools: Iterable[Any]) -> Any:
+    """How many entries of the arrays are True."""
+    return sum(jnp.sum(array, dtype=jnp.int32) for array in bools)
 
 
 def _left(problem: Problem, stage: Selecting, kept: PyTree) -> tuple[Array, Array]:
@@ -265,7 +280,9 @@ class Curve(Selecting):
         # without optimizer: then a curve after every training is the same program
         state = without_optimizer(state)
         points = self.points(problem, state)
-        finished = {(i, row["ratio"]) for i, own in enumerate(place.rows) for row in own}
+        finished = set()
+        for member, own_rows in enumerate(place.rows):
+            finished |= {(member, row["ratio"]) for row in own_rows}
         left = [point for point in points if not point.ratios.items() <= finished]
         network_at = self.networks(problem, state, place)
         # results are fetched a few ratios late, so the device never waits for the host
@@ -273,8 +290,9 @@ class Curve(Selecting):
         for start in range(0, len(left), late):
             some = left[start : start + late]
             networks = [network_at(point) for point in some]
-            done = 1 - (len(left) - start - len(some)) / len(points)
-            yield Update(state, self.rows_of(problem, some, networks), done)
+            rows = self.rows_of(problem, some, networks)
+            still_left = len(left) - start - len(some)
+            yield Update(state, rows, 1 - still_left / len(points))
 
     def points(self, problem: Problem, state: State) -> list[Point]:
         """The ratios that are not below what each member's masks have removed already.
@@ -282,28 +300,33 @@ class Curve(Selecting):
         Where some are below, one point comes first: the network as it is, at the share removed.
         """
         left_in = problem.program(_left, self, key=self.selecting(0))
-        left, gone = map(np.atleast_1d, jax.device_get(left_in(state.masks)))
+        left, gone = jax.device_get(left_in(state.masks))
+        left = np.atleast_1d(left)
+        gone = np.atleast_1d(gone)
         counts = [self.counts(problem, ratio) for ratio in self.ratios]
-        totals = np.array([_total(own) for own in counts])
+        totals = np.array([_total(kept) for kept in counts])
         takes = totals[:, None] <= left
         if self.selection == "structured":
             ratios = np.asarray(self.ratios, gone.dtype)[:, None]
             takes &= (ratios >= gone) | (gone == 0)
         points = []
-        below = np.flatnonzero(~takes.all(0) & ~np.isin(left, totals))
-        if below.size:
-            shares_gone = {int(member): float(gone[member]) for member in below}
-            points.append(Point(self.counts(problem, 0.0), shares_gone))
-        for ratio, own, taken in zip(self.ratios, counts, takes, strict=True):
+        below = ~takes.all(0) & ~np.isin(left, totals)
+        if below.any():
+            as_it_is = self.counts(problem, 0.0)
+            points.append(Point(as_it_is, {i: float(gone[i]) for i in where(below)}))
+        for ratio, kept, taken in zip(self.ratios, counts, takes, strict=True):
             if taken.any():
-                points.append(Point(own, dict.fromkeys(np.flatnonzero(taken).tolist(), ratio)))
+                points.append(Point(kept, dict.fromkeys(where(taken), ratio)))
         return points
 
     def networks(self, problem: Problem, state: State, place: Place) -> Callable:
         """`network_at(point) -> ((params, batch_stats), shares of zeros)`, retrained if asked."""
         pruned = self.pruned(problem, place.position)
-        fits = place.settings[self.retrain] if self.retrain else []
-        numbers = train.numbers_of(problem, state, fits) if fits else {}
+        fits: list[train.Fit] = []
+        numbers: Fields = {}
+        if self.retrain:
+            fits = place.settings[self.retrain]
+            numbers = train.numbers_of(problem, state, fits)
 
         def network_at(point: Point) -> tuple[train.Network, Fields]:
             stopping.check()
@@ -312,7 +335,8 @@ class Curve(Selecting):
                 masked = state._replace(masks=current.masks)
                 current = train.begin_members(problem, masked, fits, numbers)
                 epochs = train.fit_epochs(problem, current, fits[0], numbers, place.position)
-                with train.naming(f"{self.retrain} at ratio {min(point.ratios.values()):g}"):
+                ratio = min(point.ratios.values())
+                with train.naming(f"{self.retrain} at ratio {ratio:g}"):
                     for update in epochs:
                         current = without_optimizer(update.state)
                 shares_of = problem.program(shares, self, key=self.selecting(0))
@@ -329,8 +353,9 @@ class Curve(Selecting):
     ) -> MemberRows:
         """Rows of the networks at these points, of each member that takes them."""
         rows = interface.rows_per_member(problem)
+        choosable = self.choosable(shapes_of(problem))
         fixed = dict(
-            num_prunable=trees.size(self.choosable(shapes_of(problem))),
+            num_prunable=trees.size(choosable),
             selection=self.selection,
             scope=self.options().get("scope", "kernels"),
             retrained=bool(self.retrain),
@@ -338,13 +363,20 @@ class Curve(Selecting):
         variables = [network for network, _ in networks]
         results = {split: train.measure_all(problem, variables, split) for split in self.splits}
         for i, point in enumerate(points):
+            _, zeros = networks[i]
             for split in self.splits:
                 result = results[split][i]
-                values = dict(loss=result.loss, accuracy=result.accuracy, **networks[i][1])
-                found = member_rows(problem, values, split=split, **fixed)
+                values = dict(loss=result.loss, accuracy=result.accuracy, **zeros)
+                of_members = member_rows(problem, values, split=split, **fixed)
                 for member, ratio in point.ratios.items():
-                    rows[member].append(dict(found[member][0], ratio=ratio))
+                    (row,) = of_members[member]
+                    rows[member].append(dict(row, ratio=ratio))
         return rows
+
+
+def where(chosen: np.ndarray) -> list[int]:
+    """Numbers of the members that are chosen."""
+    return np.flatnonzero(chosen).tolist()
 
 
 # histogram ----------------------------------------------------------------------------------------
@@ -390,18 +422,22 @@ def magnitude_histogram(params: PyTree, scope: allocate.Scope = "all", bins: int
     """`count_above` each of `magnitude_thresholds` (strictly), `num_zero`, and `counts` per log10
     bin of `bins`.
     """
-    leaves = [jnp.abs(leaf) for leaf in allocate.prunable(params, scope).values()]
-    edges = 10.0 ** np.linspace(-12, 2, bins + 1)
+    chosen = allocate.prunable(params, scope)
+    leaves = [jnp.abs(leaf) for leaf in chosen.values()]
 
     def counts(test: Callable, bounds: Sequence) -> Array:
-        count = lambda bound: sum(jnp.sum(test(leaf, bound), dtype=jnp.int32) for leaf in leaves)
+        count = lambda bound: number_of(test(leaf, bound) for leaf in leaves)
         # a loop, so that the program stays small
         return jax.lax.map(count, jnp.asarray(bounds, leaves[0].dtype))
 
-    above = counts(lambda leaf, bound: leaf > bound, magnitude_thresholds())
-    beyond = counts(lambda leaf, bound: (leaf > 0) & (leaf >= bound), [0.0, *edges[1:-1], np.inf])
-    num_zero = sum(jnp.sum(leaf == 0, dtype=jnp.int32) for leaf in leaves)
-    return dict(count_above=above, num_zero=num_zero, counts=beyond[:-1] - beyond[1:])
+    edges = 10.0 ** np.linspace(-12, 2, bins + 1)
+    bounds = [0.0, *edges[1:-1], np.inf]
+    beyond = counts(lambda leaf, bound: (leaf > 0) & (leaf >= bound), bounds)
+    return dict(
+        count_above=counts(lambda leaf, bound: leaf > bound, magnitude_thresholds()),
+        num_zero=number_of(leaf == 0 for leaf in leaves),
+        counts=beyond[:-1] - beyond[1:],
+    )
 
 
 STAGES = (train.Fit, Prune, Curve, Histogram)

@@ -20,8 +20,9 @@ def draw_flips(key: Array, images: Array) -> Array:
 def flip(key: Array, images: Array) -> Array:
     """Mirror each image left to right with probability 1/2."""
     flips = draw_flips(key, images)
+    per_image = flips[:, None, None, None]
     mirrored = jnp.flip(images, axis=2)
-    return jnp.where(flips[:, None, None, None], mirrored, images)
+    return jnp.where(per_image, mirrored, images)
 
 
 def shift_flip(images: Array, offsets: Array, flips: Array, padding: int) -> Array:
@@ -32,14 +33,17 @@ def shift_flip(images: Array, offsets: Array, flips: Array, padding: int) -> Arr
     cores, where selecting among the 81 shifts takes 10 ms.
     """
     _, height, width, _ = images.shape
+    none = (0, 0)
     edges = (padding, padding)
-    padded = jnp.pad(images, ((0, 0), edges, edges, (0, 0)))
+    padded = jnp.pad(images, (none, edges, edges, none))
     forward = jnp.arange(width)
     backward = jnp.flip(forward)
 
     def cropped(image: Array, offset: Array, mirrored: Array) -> Array:
-        rows = jnp.arange(height) + offset[0]
-        columns = jnp.where(mirrored, backward, forward) + offset[1]
+        top, left = offset
+        rows = top + jnp.arange(height)
+        columns = jnp.where(mirrored, backward, forward)
+        columns = left + columns
         return image[rows[:, None], columns]
 
     return jax.vmap(cropped)(padded, offsets, flips)
@@ -50,18 +54,21 @@ def pad_crop(key: Array, images: Array, padding: int = 4) -> Array:
     at random.
     """
     offsets = draw_offsets(key, images, padding)
-    return shift_flip(images, offsets, jnp.zeros(len(images), bool), padding)
+    none = jnp.zeros(len(images), bool)
+    return shift_flip(images, offsets, none, padding)
 
 
 def pad_crop_flip(key: Array, images: Array, padding: int = 4) -> Array:
     """`pad_crop`, then `flip`: the usual augmentation of CIFAR."""
     crop_key, flip_key = random.split(key)
     offsets = draw_offsets(crop_key, images, padding)
-    return shift_flip(images, offsets, draw_flips(flip_key, images), padding)
+    flips = draw_flips(flip_key, images)
+    return shift_flip(images, offsets, flips, padding)
 
 
 def draw_offsets(key: Array, images: Array, padding: int) -> Array:
-    return random.randint(key, (len(images), 2), 0, 2 * padding + 1)
+    shape = (len(images), 2)
+    return random.randint(key, shape, 0, 2 * padding + 1)
 
 
 def resized_crop_flip(key: Array, images: Array, size: int = 0) -> Array:
@@ -76,9 +83,11 @@ def resized_crop_flip(key: Array, images: Array, size: int = 0) -> Array:
     height, width = images.shape[1:3]
     box_key, flip_key = random.split(key)
     draw = functools.partial(random_box, height=height, width=width)
-    boxes = jax.vmap(draw)(random.split(box_key, len(images)))
+    keys = random.split(box_key, len(images))
+    boxes = jax.vmap(draw)(keys)
     resize = functools.partial(resize_box, height=size or height, width=size or width)
-    return flip(flip_key, jax.vmap(resize)(images, boxes))
+    resized = jax.vmap(resize)(images, boxes)
+    return flip(flip_key, resized)
 
 
 def random_box(key: Array, height: int, width: int, attempts: int = 10) -> Array:
@@ -87,24 +96,35 @@ def random_box(key: Array, height: int, width: int, attempts: int = 10) -> Array
     """
     area_key, ratio_key, place_key = random.split(key, 3)
     small, large = SCALE
-    shares = random.uniform(area_key, (attempts,), minval=small, maxval=large)
-    areas = height * width * shares
     low, high = jnp.log(jnp.array(RATIO))
-    ratios = jnp.exp(random.uniform(ratio_key, (attempts,), minval=low, maxval=high))
+    shares = random.uniform(area_key, (attempts,), minval=small, maxval=large)
+    logarithms = random.uniform(ratio_key, (attempts,), minval=low, maxval=high)
+    sizes = box_sizes(height * width * shares, jnp.exp(logarithms))
+    image = jnp.array([height, width], jnp.float32)
+    small_enough = sizes <= image
+    is_inside = small_enough & (sizes >= 1)
+    fits = is_inside.all(axis=1)
+    number = jnp.argmax(fits)
+    first = sizes[number]
+    widest = jnp.round(jnp.flip(image) * 4 / 3)
+    largest = jnp.minimum(image, widest)
+    some_fits = fits.any()
+    box = jnp.where(some_fits, first, largest)
+    room = image - box
+    shares = random.uniform(place_key, (2,))
+    places = shares * (room + 1)
+    places = jnp.floor(places)
+    places = jnp.minimum(places, room)
+    corner = jnp.where(some_fits, places, room // 2)
+    return jnp.concatenate([corner, box])
+
+
+def box_sizes(areas: Array, ratios: Array) -> Array:
+    """(height, width) of boxes [B] with these areas and ratios of width to height."""
     heights = jnp.sqrt(areas / ratios)
     widths = jnp.sqrt(areas * ratios)
-    sizes = jnp.round(jnp.stack([heights, widths], axis=1))
-    image = jnp.array([height, width], jnp.float32)
-    is_inside = (sizes >= 1) & (sizes <= image)
-    fits = is_inside.all(axis=1)
-    first = sizes[jnp.argmax(fits)]
-    largest = jnp.minimum(image, jnp.round(jnp.flip(image) * 4 / 3))
-    box = jnp.where(fits.any(), first, largest)
-    room = image - box
-    places = jnp.floor(random.uniform(place_key, (2,)) * (room + 1))
-    places = jnp.minimum(places, room)
-    corner = jnp.where(fits.any(), places, room // 2)
-    return jnp.concatenate([corner, box])
+    sizes = jnp.stack([heights, widths], axis=1)
+    return jnp.round(sizes)
 
 
 def resize_box(image: Array, box: Array, height: int, width: int) -> Array:
@@ -112,7 +132,8 @@ def resize_box(image: Array, box: Array, height: int, width: int) -> Array:
     [height, width, C].
     """
     corner, sides = jnp.split(box, 2)
-    scale = jnp.array([height, width], jnp.float32) / sides
+    size = jnp.array([height, width], jnp.float32)
+    scale = size / sides
     resized = jax.image.scale_and_translate(
         image.astype(jnp.float32),
         (height, width, image.shape[2]),
@@ -123,4 +144,5 @@ def resize_box(image: Array, box: Array, height: int, width: int) -> Array:
         antialias=True,
     )
     rounded = jnp.round(resized)
-    return jnp.clip(rounded, 0, 255).astype(jnp.uint8)
+    values = jnp.clip(rounded, 0, 255)
+    return values.astype(jnp.uint8)
