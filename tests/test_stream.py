@@ -418,8 +418,10 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
         [row for update in limit.run(p, state, here) for row in update.rows[0]]
         for p in (streamed, memory)
     )
-    for one, other in zip(found, known, strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+    for one, other in zip(found[:-1], known[:-1], strict=True):
+        numbers = [[row[name] for name in ("ratio", "loss", "accuracy")] for row in (one, other)]
+        np.testing.assert_allclose(*numbers, rtol=1e-5)
+    assert found[-1] == known[-1]
     chosen = stages.Curve(ratios=(0.0, 0.3, 0.9), splits=("test", "train"))
     place = interface.Place("curve", 0, {"curve": [chosen]})
     tables_of = [
