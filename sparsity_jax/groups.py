@@ -488,12 +488,12 @@ def _anew(
 
 
 def _content(channels: Channels) -> list:
-    """What makes groups equal."""
+    """What makes groups equal, whatever the order in which the function uses their arrays."""
     content = []
     for group in channels.groups.values():
         for path, axis, index, *_ in group.members:
             content.append((group.name, path, axis, index.tolist()))
-    return content
+    return sorted(content)
 
 
 def teach(primitive: str, rule: rules.Rule, *, resize: execute.Resize | None = None) -> None:
