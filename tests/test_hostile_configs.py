@@ -17,6 +17,7 @@ from sparsity_jax import (
     optim,
     pipeline,
     polytopes,
+    progress,
     report,
     tables,
     train,
@@ -183,7 +184,7 @@ def test_weights_that_are_not_finite_stop_the_next_stage(tmp_path, monkeypatch):
     """A diverged last step leaves a finite loss and NaN weights: no curve is drawn of them."""
     begin = train.begin
     spoiled = lambda *args: begin(*args)._replace(
-        params=jax.tree.map(lambda leaf: leaf * float("nan"), args[1].params)
+        params=jax.tree.map(lambda leaf: leaf * float("nan"), args[2].params)
     )
     monkeypatch.setattr(train, "begin", spoiled)
     monkeypatch.setattr(train, "check_finite", lambda *_: None)
@@ -201,7 +202,7 @@ def test_finished_runs_and_members_need_nothing_but_their_folder(tmp_path, monke
         first = pipeline.run(config, tmp_path / "more")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     page = (tmp_path / "more" / "report.html").read_bytes()
-    monkeypatch.setattr(pipeline, "describe_environment", lambda _: {"jax": "another"})
+    monkeypatch.setattr(progress, "describe_environment", lambda _: {"jax": "another"})
     with tiny.pages(True):
         again = pipeline.run(config, tmp_path / "more")
     tiny.same(again.state, first.state)
