@@ -118,12 +118,6 @@ def continue_from(path: AnyPath, state: Any) -> tuple[Any, Rows]:
     saved = [snapshot for snapshot in snapshots if snapshot is not None]
     rows: Rows = []
     for snapshot in reversed(saved):
-        rows = behind(rows, snapshot.progress.rows)
+        rows = workdirs.behind(rows, snapshot.progress.rows)
     there = checkpoint.restore(saved[0], state)
     return there._replace(key=state.key), rows
-
-
-def behind(before: Rows, rows: Rows) -> Rows:
-    """`rows` behind those of another run, of which stages that `rows` made anew are left out."""
-    stages_anew = {row["stage"] for row in rows}
-    return [row for row in before if row["stage"] not in stages_anew] + rows

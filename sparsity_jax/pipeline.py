@@ -148,7 +148,7 @@ class Run(NamedTuple):
             name,
             position,
             self.plan.settings,
-            earlier=self.per_member(ancestry.behind(self.origin, before)),
+            earlier=self.per_member(workdirs.behind(self.origin, before)),
             rows=self.per_member([row for row in self.rows if mine(row)]),
             visit=visit,
             visits=visits,

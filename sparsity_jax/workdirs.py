@@ -115,6 +115,12 @@ def numbers_in(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
+def behind(before: Rows, rows: Rows) -> Rows:
+    """`rows` behind those of another run, of which stages that `rows` made anew are left out."""
+    stages_anew = {row["stage"] for row in rows}
+    return [row for row in before if row["stage"] not in stages_anew] + rows
+
+
 # Configs ------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from test_models import KINDS, TINY
+from test_models import TINY
 
 from sparsity_jax import groups, models, trees
 from sparsity_jax.channels import rules
@@ -125,7 +125,7 @@ def members(channels):
 # Networks
 
 
-@pytest.mark.parametrize("name", [*KINDS, *foreign.FOREIGN])
+@pytest.mark.parametrize("name", [*sorted(models.MODELS), *foreign.FOREIGN])
 def test_masked_equals_compact(name):
     apply, variables, inputs = network(name)
     compare(apply, variables, inputs, traced(name), keeps(traced(name), len(name)))

@@ -222,7 +222,7 @@ def test_the_network_is_that_of_its_hyper_parameters():
     assert golden["data/x"].shape == (net["nb"], net["B"], net["c"][0], net["hw"], net["hw"])
 
 
-@pytest.mark.parametrize("case", ["GReg-1/filter", "GReg-2/channel"])
+@pytest.mark.parametrize("case", [*CASES[::4], *CASES[-1:]])
 def test_training_ends_where_the_original_does(case, as_users_compile):
     """The gradient of jnp.max needs its input rounded once, which quick compilation does not do."""
     golden = golden_data.load(GOLDEN)
@@ -814,6 +814,37 @@ def test_random_picks_are_those_of_the_key():
         growing.kept(tx.init(params)),
         growing.pick(params, layers, pick="rand", key=key),
     )
+
+
+def test_a_stage_runs_to_its_end_inside_one_program():
+    """A linear model grows sparse without the host; its state can be donated."""
+    key = jax.random.key(0)
+    inputs = jax.random.normal(key, (64, 8))
+    targets = inputs @ (jnp.zeros((8, 2)).at[:3].set(1.0))
+    params = {"kernel": 0.3 + jax.random.uniform(key, (8, 2)) * jnp.linspace(2, 0, 8)[:, None]}
+    loss = lambda p: jnp.mean((inputs @ p["kernel"] - targets) ** 2)
+    layers = growing.layers(params, {"kernel": 5 / 8}, "channel")
+    options = dict(
+        granularity_pick=0.01, upper_limit_pick=0.2, granularity_prune=0.1, upper_limit=50.0
+    )
+    options |= dict(granularity_recover=0.0, mag_ratio_limit=300.0, stabilize_steps=20)
+    tx = optax.chain(growing.growing_l2(layers, method="greg2", **options), optax.sgd(0.05))
+
+    def step(carry):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    end = jax.jit(
+        lambda c: jax.lax.while_loop(lambda c: ~growing.finished(c[1]), step, c), donate_argnums=0
+    )
+    grown, state = end((jax.tree.map(jnp.copy, params), tx.init(params)))
+    progress = growing.progress(state)["kernel"]
+    assert progress.ratio >= 300
+    assert progress.reg_pruned < 50  # the ratio ended it
+    np.testing.assert_array_equal(growing.kept(state)["kernel"], np.arange(8) < 3)
+    small = jnp.where(growing.kept(state)["kernel"][:, None], grown["kernel"], 0)
+    assert loss({"kernel": small}) < loss(grown) + 1e-4 < 1e-3
 
 
 # On several devices

@@ -100,9 +100,6 @@ KEY = jax.random.key(
 )  # compiles five times faster than the default, and any key will do
 
 names = pytest.mark.parametrize("name", sorted(models.MODELS))
-# like others, with the same options
-DEEPER = ("fc2", "fc5", "fc12", "fc13", "mlp7", "vgg11", "vgg16", "resnet18", "resnet56")
-KINDS = [name for name in sorted(models.MODELS) if name not in DEEPER]
 families = pytest.mark.parametrize(
     "name",
     [

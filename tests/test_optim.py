@@ -234,6 +234,16 @@ def test_sfw_on_the_whole_space_is_sgd_with_averaged_momentum():
     np.testing.assert_allclose(updates["w"], -0.2 * np.ones(4), rtol=1e-6)
 
 
+def test_adagrad_sfw_on_the_whole_space_divides_by_its_metric():
+    params, grads = {"w": jnp.arange(4.0)}, {"w": jnp.array([1.0, -2.0, 4.0, 0.0])}
+    tx = optim.adagrad_sfw(0.1, polytopes.Unconstrained(), momentum=0.0, delta=1.0)
+    updates, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.05, 0.2 / 3, -0.08, 0.0], rtol=1e-6)
+    updates, _ = tx.update(grads, state, params)
+    metric = np.sqrt(2 * np.square(grads["w"])) + 1
+    np.testing.assert_allclose(updates["w"], -0.1 * grads["w"] / metric, rtol=1e-6)
+
+
 def test_sfw_at_its_vertex_stays_there_without_nan():
     constraint = polytopes.KSparse(2, 1.0)
     grads = {"w": jnp.array([3.0, -2.0, 0.5])}

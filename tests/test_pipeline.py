@@ -739,7 +739,9 @@ def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path):
     pipeline.run(geometric("hessian", start_from=first, hessian=deeper), again)
     last = pipeline.run(geometric("width", start_from=again), tmp_path / "y")
     assert [(row["num_matvecs"], row["num_probes"]) for row in last.rows] == [(5, 1)]
-    _, inherited = ancestry.continue_from(again, last.state)
+    own_key = last.state.key + 1
+    there, inherited = ancestry.continue_from(again, last.state._replace(key=own_key))
+    np.testing.assert_array_equal(there.key, own_key)
     assert [row["num_matvecs"] for row in inherited if row["stage"] == "hessian"] == [5]
     loop = dict(LOOP, fit=stage(epochs=1))
     pipeline.run(geometric("fit", "hessian", **loop), tmp_path / "loop")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from test_models import KINDS, TINY
+from test_models import TINY
 
 from sparsity_jax import allocate, cost, groups, masks, models, ratios, tables
 from sparsity_jax.models import vgg
@@ -152,7 +152,7 @@ def network(name):
     return model.apply, jax.eval_shape(model.init, jax.random.key(0), images), images
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", sorted(models.MODELS))
 def test_order_of_the_zoo(name):
     apply, variables, images = network(name)
     layers = ratios.order(apply, variables, images)
