@@ -77,7 +77,11 @@ class Ranking:
 
     def at_least(self, scores: Array, key: Array) -> Array:
         """Whether every score has at least this key; bool, elementwise."""
-        reached = self.size(scores) >= self.bound(key)
+        scores = scores.astype(self.real)
+        bound = self.bound(key)
+        reached = scores >= bound
+        if self.magnitude:  # not of absolute values, which CPUs would write to memory first
+            reached = reached | (scores <= -bound)
         return reached | (key == self.nan)
 
     def fold(self, combine: Callable, reduce: Callable, function: Callable) -> Array:
