@@ -2021,16 +2021,6 @@ MUTATIONS = (
         "learned_scales_lower_the_loss",
     ),
     Mutation(
-        274,
-        "wrong key",
-        "every network of a sweep goes on from the rows of the first",
-        "alone.py",
-        "stage.measure(alone, network, place.of_member(member))",
-        "stage.measure(alone, network, place.of_member(0))",
-        "test_geometry.py",
-        "members_of_a_sweep_are_single_networks",
-    ),
-    Mutation(
         275,
         "comparison",
         "the threshold has more than k scores at or above it, never exactly k",
