@@ -163,7 +163,7 @@ def keep_counts(
     layers = chosen.units_of(params, channels)
     sizes = {name: layer.size for name, layer in layers.items()}
     if chosen.together:
-        return KEPT_OF_ALL[chosen.count](sum(sizes.values()), ratio)
+        return _KEPT_OF_ALL[chosen.count](sum(sizes.values()), ratio)
     leaves = trees.named_leaves(params)
     shapes = {name: leaves[layer.scored[0].path].shape for name, layer in layers.items()}
     rule = dict(layer_ratios=chosen.layer_ratios, count=chosen.count)
@@ -177,7 +177,7 @@ def _kept_but_ceil(size: int, ratio: float) -> int:
 
 
 # entries left of all, (size, ratio) -> number, by `count` of `keep_counts`
-KEPT_OF_ALL: dict[str, Callable] = {
+_KEPT_OF_ALL: dict[str, Callable] = {
     "nearest": num_kept,
     "original": originals.kept_of_all,
     "ceil": _kept_but_ceil,

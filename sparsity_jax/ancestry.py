@@ -19,9 +19,9 @@ def kinds(start: str, model: Config, sweep: Config) -> dict[str, str]:
 
     model, sweep: of the run that starts from it. Raises ConfigError if that run cannot be used.
     """
-    check(Path(start), model, sweep)
+    _check(Path(start), model, sweep)
     kinds: dict[str, str] = {}
-    for _, run in reversed([*ancestry(start)]):
+    for _, run in reversed([*_ancestry(start)]):
         if run.get("pretrained"):
             kinds["config.pretrained"] = "train"
         for name in run["pipeline"]:
@@ -29,7 +29,7 @@ def kinds(start: str, model: Config, sweep: Config) -> dict[str, str]:
     return kinds
 
 
-def check(path: Path, model: Config, sweep: Config) -> None:
+def _check(path: Path, model: Config, sweep: Config) -> None:
     """Raises ConfigError unless `path` holds a finished run of the same network."""
     if not workdirs.holds_run(path):
         raise ConfigError("", why="which holds no run (no config.json)")
@@ -66,7 +66,7 @@ def last_snapshots(workdir: Path, config: Config) -> list[Snapshot]:
     return snapshots
 
 
-def ancestry(path: AnyPath) -> Iterator[tuple[Path, Fields]]:
+def _ancestry(path: AnyPath) -> Iterator[tuple[Path, Fields]]:
     """(path, config) of the run in `path`, of the run it started from, and so on, as far as they
     are still there.
     """
@@ -114,7 +114,7 @@ def continue_from(path: AnyPath, state: Any) -> tuple[Any, Rows]:
 
     They follow those of the runs it started from itself, except for stages that it made anew.
     """
-    snapshots = [workdirs.newest(folder) for folder, _ in ancestry(path)]
+    snapshots = [workdirs.newest(folder) for folder, _ in _ancestry(path)]
     saved = [snapshot for snapshot in snapshots if snapshot is not None]
     rows: Rows = []
     for snapshot in reversed(saved):

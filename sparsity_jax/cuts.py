@@ -38,7 +38,7 @@ from sparsity_jax.structured import Keep
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, Fields, PyTree, Row
 
-NOTHING = "(?!)"  # a pattern that matches no name
+_NOTHING = "(?!)"  # a pattern that matches no name
 
 
 @tables.option
@@ -226,7 +226,7 @@ class Cut(alone.EachMember):
 
     def cuttable(self, problem: Problem) -> dict[str, Group]:
         """The groups that `exclude` does not leave whole."""
-        whole = re.compile(self.exclude or NOTHING)
+        whole = re.compile(self.exclude or _NOTHING)
         every = self.channels(problem).groups
         return {name: group for name, group in every.items() if not whole.fullmatch(name)}
 

@@ -31,7 +31,7 @@ Struct = jax.ShapeDtypeStruct
 Structs = dict[str, Struct]  # by path
 Branches = Literal["tied", "separate"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
-ROLES = ("producer", "depthwise", "consumer", "other")  # a group is named after the first
+_ROLES = ("producer", "depthwise", "consumer", "other")  # a group is named after the first
 
 
 class Member(NamedTuple):
@@ -224,7 +224,7 @@ def _names(members: Sequence[Member], paths: list[str]) -> Iterator[str]:
     """Path of the first array that makes the channels, without `kernel`, and longer names."""
 
     def rank(member: Member) -> tuple[int, int]:
-        return ROLES.index(member.role), paths.index(member.path)
+        return _ROLES.index(member.role), paths.index(member.path)
 
     first = min(members, key=rank)
     name = first.path

@@ -38,7 +38,7 @@ Layers = Sequence[Layer]
 Ratios = Mapping[str, float | Literal["gap"]]
 Pick = Literal["min", "max", "rand"]
 # Phases of a layer
-PICK = 0
+_PICK = 0
 PUSH = 1
 STABILIZE = 2
 
@@ -425,7 +425,7 @@ class _Growth:
                 kept = picked.get(layer.name)
             keep[layer.name] = jnp.ones_like(value, bool) if kept is None else jnp.asarray(kept)
         num = len(self.active)
-        phase = PICK if self.plan.pick_updates else PUSH
+        phase = _PICK if self.plan.pick_updates else PUSH
         progress = Progress(
             jnp.full(num, phase, jnp.int32),
             jnp.zeros(num, jnp.int32),
@@ -491,7 +491,7 @@ class _Growth:
         done = self.reached(ratio, old)
         done |= updates >= picking + self.plan.push_updates
         pushing = jnp.where(done, STABILIZE, PUSH)
-        phase = jnp.where(updates >= picking, pushing, PICK)
+        phase = jnp.where(updates >= picking, pushing, _PICK)
         phase = jnp.where(going, phase, old.phase)
         reg_kept, reg_pruned = self.penalties(updates)
         return Progress(phase, updates, reg_kept, reg_pruned, kept, pruned, ratio)
@@ -570,7 +570,7 @@ def _mean_scores(leaves: Leaves, layer: Layer, keep: Array) -> tuple[Array, Arra
 # What the state tells -----------------------------------------------------------------------------
 
 
-def state_of(opt_state: PyTree) -> GrowingState:
+def _state_of(opt_state: PyTree) -> GrowingState:
     """The state of the one `growing_l2` in an optimizer's state; raises ValueError if there is not
     exactly one.
     """
@@ -591,19 +591,19 @@ def state_of(opt_state: PyTree) -> GrowingState:
 
 def finished(opt_state: PyTree) -> Array:
     """Whether all layers are done and `stabilize_steps` more steps are made: bool."""
-    return state_of(opt_state).left <= 0
+    return _state_of(opt_state).left <= 0
 
 
 def kept(opt_state: PyTree) -> Keep:
     """What stays, of the layers that lose something; decided once their phase is PUSH."""
-    return state_of(opt_state).keep
+    return _state_of(opt_state).keep
 
 
 def penalties(opt_state: PyTree) -> dict[str, Array]:
     """The penalty of every unit, by layer: of filters [units], of weights in the shape of the
     kernel.
     """
-    state = state_of(opt_state)
+    state = _state_of(opt_state)
     result = {}
     for name, numbers in progress(state).items():
         keep = state.keep[name]
@@ -617,7 +617,7 @@ def penalties(opt_state: PyTree) -> dict[str, Array]:
 
 def progress(opt_state: PyTree) -> dict[str, Progress]:
     """The numbers of every layer, scalars, for logs and figures."""
-    state = state_of(opt_state)
+    state = _state_of(opt_state)
     result = {}
     for i, name in enumerate(state.keep):
         of_layer = [numbers[..., i] for numbers in state.progress]

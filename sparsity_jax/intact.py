@@ -16,7 +16,7 @@ from sparsity_jax import tables
 from sparsity_jax.types import Fields
 
 SUMS = "SHA256SUMS"
-ROW_SUM = re.compile(rb', "sum": "([0-9a-f]{8})"\}$')
+_ROW_SUM = re.compile(rb', "sum": "([0-9a-f]{8})"\}$')
 
 
 class DamagedError(tables.ConfigError):
@@ -130,7 +130,7 @@ def read_row(line: bytes, before: int) -> tuple[dict, int]:
 
     Raises ValueError for what is no JSON object, and where line and checksum do not fit.
     """
-    found = ROW_SUM.search(line)
+    found = _ROW_SUM.search(line)
     text = line[: found.start()] + b"}" if found else line
     row = json.loads(text)
     if not isinstance(row, dict):

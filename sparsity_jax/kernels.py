@@ -21,10 +21,10 @@ from sparsity_jax.types import Fields, PyTree, Shape
 
 Layout = Literal["in_out", "out_in"]
 # known names of no kernels
-LEFT_OUT = ("embedding", "embeddings", "bias", "b", "scale", "offset", "mean", "var")
-TELLING = ("kernel", "w")  # Flax, Haiku: [..., in, out]
+_LEFT_OUT = ("embedding", "embeddings", "bias", "b", "scale", "offset", "mean", "var")
+_TELLING = ("kernel", "w")  # Flax, Haiku: [..., in, out]
 # of all entries: matrices with unknown names may hold as much, and are then left out
-UNKNOWN_SHARE = 0.01
+_UNKNOWN_SHARE = 0.01
 
 
 class Axes(NamedTuple):
@@ -86,12 +86,12 @@ def _refuse_unknown(leaves: Fields, decided: set[str]) -> None:
     """Raises ValueError where names leave open whether a good part of the entries may be pruned."""
     unknown = {}
     for path, leaf in leaves.items():
-        known = is_kernel(path) or trees.last_name(path) in LEFT_OUT or path in decided
+        known = is_kernel(path) or trees.last_name(path) in _LEFT_OUT or path in decided
         matrix = sum(n > 1 for n in leaf.shape) > 1
         if matrix and not known and not jnp.issubdtype(leaf.dtype, jnp.integer):
             unknown[path] = leaf.size
     share = sum(unknown.values()) / max(trees.size(leaves), 1)
-    if share <= UNKNOWN_SHARE:
+    if share <= _UNKNOWN_SHARE:
         return
     largest = max(unknown, key=unknown.__getitem__)
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -157,7 +157,7 @@ def _by_name(path: str, shape: Shape, layout: Layout | None) -> Axes:
     if layout is not None:
         tables.convert(layout, Layout, "layout")
     rank = len(shape)
-    telling = trees.last_name(path) in TELLING and rank != 3
+    telling = trees.last_name(path) in _TELLING and rank != 3
     if rank < 2 or not (layout or telling):
         raise ValueError(
             f"{path!r} has shape {shape}, and its name does not tell which axes are inputs and "

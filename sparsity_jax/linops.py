@@ -223,8 +223,8 @@ class LanczosState(NamedTuple):
 
 
 Blocks = tuple[Array, ...]
-CHUNK = 2**12  # entries whose products are summed one after the other
-SHARDS = 64  # several chunks are a multiple of so many, for many numbers of devices to share them
+_CHUNK = 2**12  # entries whose products are summed one after the other
+_SHARDS = 64  # several chunks are a multiple of so many, for many numbers of devices to share them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +299,7 @@ class _OnDevice:
 def _chunks(vector: Array) -> Array:
     """[D] as [chunks, entries], the last filled up with zeros."""
     size = vector.size
-    chunks = -(-size // (CHUNK * SHARDS)) * SHARDS if size > CHUNK else 1
+    chunks = -(-size // (_CHUNK * _SHARDS)) * _SHARDS if size > _CHUNK else 1
     entries = -(-size // chunks)  # the same in all, to fill up less
     return jnp.pad(vector, (0, chunks * entries - size)).reshape(chunks, entries)
 

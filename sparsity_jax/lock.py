@@ -23,7 +23,7 @@ FILE = "run.lock"
 STALE_SECONDS = (
     600.0  # default of the time after which a lock of another host counts as left behind
 )
-REFRESH_SECONDS = 20.0  # at most
+_REFRESH_SECONDS = 20.0  # at most
 
 
 class LockedError(tables.ConfigError):
@@ -48,7 +48,7 @@ def held(workdir: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Callab
     ended = threading.Event()
 
     def refresh() -> None:
-        while not ended.wait(min(REFRESH_SECONDS, stale_seconds / 4)):
+        while not ended.wait(min(_REFRESH_SECONDS, stale_seconds / 4)):
             with suppress(OSError):
                 if _read(path).get("run") == mine["run"]:
                     os.utime(path)

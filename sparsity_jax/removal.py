@@ -36,7 +36,7 @@ from sparsity_jax.types import Arrays, Fields
 
 Keep = Mapping[str, Any]  # bools by name of layer, True = keep
 Layers = tuple[units.Layer, ...]
-SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
+_SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
 
 
 class Choosing(alone.EachMember):
@@ -126,7 +126,7 @@ class Choosing(alone.EachMember):
             with tables.blaming("inherit", self.inherit):
                 return ratios.inherited(there, paths, granularity=self.granularity)
         options = dict(granularity=self.granularity, skip=self.skip, reading=self.reading)
-        target = SPEEDUP.fullmatch(self.ratios) if isinstance(self.ratios, str) else None
+        target = _SPEEDUP.fullmatch(self.ratios) if isinstance(self.ratios, str) else None
         if target is None:
             return ratios.parse(self.ratios, paths, **options)
         if self.granularity != "filter":
@@ -147,7 +147,7 @@ class Choosing(alone.EachMember):
 
     def _there(self, problem: Problem) -> Arrays:
         """The masks of the run in `inherit`, read once and outside of compiled programs."""
-        return problem.once(("there", self.inherit), lambda: masks_there(problem, self.inherit))
+        return problem.once(("there", self.inherit), lambda: _masks_there(problem, self.inherit))
 
     def removed(self, problem: Problem, state: State, keep: Keep) -> State:
         """`state` of one member without the units that `keep` leaves out, nor what is coupled to
@@ -189,7 +189,7 @@ def kernels_of(problem: Problem) -> list[str]:
     return [path.removeprefix("params/") for path in paths]
 
 
-def masks_there(problem: Problem, workdir: str) -> Arrays:
+def _masks_there(problem: Problem, workdir: str) -> Arrays:
     """The masks of the kernels at the end of a finished run of the same network, by path in the
     params; raises ConfigError unless it holds one.
     """

@@ -241,11 +241,11 @@ def gather(
 
 
 # what each statistic is gathered from
-SOURCES = dict(g="data", g2="data", hg_grasp="balanced", hg_preserve="balanced", w0="init")
+_SOURCES = dict(g="data", g2="data", hg_grasp="balanced", hg_preserve="balanced", w0="init")
 
 
 def _check_given(needs: tuple[str, ...], given: Fields) -> None:
-    for name, source in SOURCES.items():
+    for name, source in _SOURCES.items():
         if name in needs and given[source] is None:
             raise ValueError(f"{name} cannot be gathered: {source} is missing.")
 

@@ -78,12 +78,12 @@ def of_arrays(train: Arrays, test: Arrays, num_classes: int) -> Opened:
     """
     images, labels = train
     channels = 1 if images.ndim == 3 else images.shape[-1]
-    first = arrays_source(len(labels), lambda: train)
-    second = arrays_source(len(test[1]), lambda: test)
+    first = _arrays_source(len(labels), lambda: train)
+    second = _arrays_source(len(test[1]), lambda: test)
     return Opened(first, second, num_classes, channels)
 
 
-def arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -> Source:
+def _arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -> Source:
     """Pairs of `load()`, the arrays, which are made when they are needed."""
 
     def read(indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
@@ -98,8 +98,8 @@ def open_digits(train_split: str, test_split: str) -> Opened:
         raise ConfigError(
             f"'digits' has the splits 'train' and 'test', not {train_split!r} and {test_split!r}."
         )
-    train = arrays_source(1437, lambda: read_digits()[0], "digit")
-    test = arrays_source(360, lambda: read_digits()[1], "digit")
+    train = _arrays_source(1437, lambda: read_digits()[0], "digit")
+    test = _arrays_source(360, lambda: read_digits()[1], "digit")
     return Opened(train, test, num_classes=10, channels=1)
 
 

@@ -541,7 +541,7 @@ def numbers_of(problem: Problem, state: State, stages: Sequence[Any]) -> Fields:
         measured = jax.device_get(problem.program(_initial_norms)(state.key))
         norms = [member_of(problem, measured, i) for i in range(len(recipes))]
         if any(recipe.norms == "per_shape" for recipe in recipes):
-            order = problem.once("network order", lambda: network_order(problem))
+            order = problem.once("network order", lambda: _network_order(problem))
     numbers = [
         optim.numbers(recipe, shapes, norm, order)
         for recipe, norm in zip(recipes, norms, strict=True)
@@ -561,7 +561,7 @@ def member_of(problem: Problem, tree: PyTree, member: int) -> PyTree:
     return tree if problem.members is None else jax.tree.map(lambda leaf: leaf[member], tree)
 
 
-def network_order(problem: Problem) -> list[str]:
+def _network_order(problem: Problem) -> list[str]:
     """Paths of the params in the network's order; nothing is computed."""
     variables = eval_shape(problem.init, random.key(0))
     image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
@@ -642,7 +642,7 @@ def steps_in_memory(
     return lax.scan(step, state, None, size)[0]
 
 
-def donated() -> Fields:
+def _donated() -> Fields:
     """Options of `jax.jit` by which a step takes over the memory of its state; on CPU that costs
     copies.
     """
@@ -688,9 +688,9 @@ def fit_epochs(
     started = time.perf_counter() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
     met = [row for row in rows if "unreadable" in row and "epoch" not in row]
     if problem.streamed:
-        calls = calls_on_stream(problem, state, fit, numbers, position, names_in(met))
+        calls = _calls_on_stream(problem, state, fit, numbers, position, _names_in(met))
     else:
-        calls = calls_in_memory(problem, state, fit, numbers, position)
+        calls = _calls_in_memory(problem, state, fit, numbers, position)
     with closing(calls):
         for state, step, unreadable in calls:
             new = interface.rows_per_member(problem)
@@ -700,28 +700,28 @@ def fit_epochs(
                 new[0].append(row)
             if step % spe == 0:
                 check_finite(state, spe)
-                lost = names_in(row for row in met if row["step"] > step - spe)
+                lost = _names_in(row for row in met if row["step"] > step - spe)
                 seconds = time.perf_counter() - started
                 for own, (row,) in zip(
-                    new, epoch_rows(problem, state, fit, step, seconds, lost), strict=True
+                    new, _epoch_rows(problem, state, fit, step, seconds, lost), strict=True
                 ):
                     own.append(row)
             yield Update(state, new, step / (fit.epochs * spe))
 
 
-def names_in(rows: Iterable[dict]) -> list[str]:
+def _names_in(rows: Iterable[dict]) -> list[str]:
     """The unreadable images that rows name."""
     return [name for row in rows for name in row["unreadable_images"]]
 
 
-def calls_in_memory(
+def _calls_in_memory(
     problem: Problem, state: State, fit: Fit, numbers: Fields, position: int
 ) -> Calls:
     """Training on data in memory: several steps per call, a new order of the examples per epoch."""
     spe = fit.steps_per_epoch(problem)
     logged = fit.growth.log_every if fit.growth else spe
     most = steps_per_call(problem, state, spe)
-    new_order = problem.program(shuffled, axes=(0, None, None))
+    new_order = problem.program(_shuffled, axes=(0, None, None))
     order, step = None, int(np.ravel(state.step)[0])
     while step < fit.epochs * spe:
         stopping.check()
@@ -736,20 +736,20 @@ def calls_in_memory(
             size,
             key=(fit.program(), size),
             axes=(0, 0, 0, None, None, None),
-            **donated(),
+            **_donated(),
         )
         state = call(state, numbers, order, position, problem.train_images, problem.train_labels)
         step += size
         yield state, step, ()
 
 
-def shuffled(problem: Problem, key: Array, position: int, epoch: int) -> Array:
+def _shuffled(problem: Problem, key: Array, position: int, epoch: int) -> Array:
     """The order of the examples in an epoch of one member."""
     key = random.fold_in(stage_key(key, position), 2**31 - 1 - epoch)
     return random.permutation(key, problem.size("train"))
 
 
-def calls_on_stream(
+def _calls_on_stream(
     problem: Problem, state: State, fit: Fit, numbers: Fields, position: int, lost: Sequence[str]
 ) -> Calls:
     """Training on streamed data: one step per call, on a batch that was read ahead.
@@ -757,7 +757,7 @@ def calls_on_stream(
     lost: images that were unreadable before.
     """
     step = int(state.step)
-    call = problem.program(step_on_batch, fit, key=fit.program(), **donated())
+    call = problem.program(step_on_batch, fit, key=fit.program(), **_donated())
     batches = stream.train_batches(
         problem.dataset.train.images,
         [*np.asarray(state.key).tolist(), position],
@@ -792,7 +792,7 @@ def check_finite(state: State, steps_per_epoch: int) -> None:
 # Rows and evaluation ------------------------------------------------------------------------------
 
 
-def epoch_rows(
+def _epoch_rows(
     problem: Problem, state: State, fit: Fit, step: int, seconds: float, lost: Sequence[str]
 ) -> MemberRows:
     """One row per member after `step`, the last one of an epoch. lost: its unreadable images."""
@@ -828,7 +828,7 @@ def member_rows(problem: Problem, values: Fields, **common: Any) -> MemberRows:
     return rows
 
 
-def batch_sums(
+def _batch_sums(
     problem: Problem, params: PyTree, batch_stats: PyTree, images: Array, labels: Array
 ) -> tuple[Array, Array]:
     """(sum of losses, number of right ones) where the label is not -1."""
@@ -849,7 +849,7 @@ def evaluation(
         index = start + jnp.arange(batch)
         inside = jnp.minimum(index, size - 1)
         counted = jnp.where(index < size, labels[inside], -1)
-        sums = batch_sums(problem, params, batch_stats, images[inside], counted)
+        sums = _batch_sums(problem, params, batch_stats, images[inside], counted)
         return jax.tree.map(jnp.add, total, sums), None
 
     zero = (jnp.zeros(()), jnp.zeros((), jnp.int32))
@@ -873,13 +873,13 @@ Network = tuple[PyTree, PyTree]  # params and batch_stats
 def measure_all(problem: Problem, networks: Sequence[Network], split: str) -> list[Measured]:
     """Mean cross-entropy in nats and accuracy of each network on a split; a stream is read once."""
     if problem.streamed:
-        return measure_on_stream(problem, networks, split)
+        return _measure_on_stream(problem, networks, split)
     evaluate = problem.program(evaluation, split, axes=(0, 0, None, None))
     return [Measured(*evaluate(*network, *arrays(problem, split))) for network in networks]
 
 
-def measure_on_stream(problem: Problem, networks: Sequence[Network], split: str) -> list[Measured]:
-    sums = problem.program(batch_sums)
+def _measure_on_stream(problem: Problem, networks: Sequence[Network], split: str) -> list[Measured]:
+    sums = problem.program(_batch_sums)
     totals: list[tuple] = [(0.0, 0)] * len(networks)
     unreadable: list[str] = []
     with closing(problem.batches(split)) as batches:

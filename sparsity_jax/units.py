@@ -154,7 +154,7 @@ def spread(values: Array, part: Part, shape: Shape) -> Array:
     return values.reshape([n if axis in part.axes else 1 for axis, n in enumerate(shape)])
 
 
-def spread_mask(keep: Array, part: Part, shape: Shape) -> Array:
+def _spread_mask(keep: Array, part: Part, shape: Shape) -> Array:
     """Bools of `shape`, False where a unit is that `keep` leaves out."""
     if part.axes is None:
         return keep
@@ -177,7 +177,7 @@ def without(kept: PyTree, layers: Iterable[Layer], keep: Leaves) -> PyTree:
 
     def cut(path: str, mask: Array) -> Array:
         for name, part in parts.get(path, []):
-            mask = mask & spread_mask(keep[name], part, mask.shape)
+            mask = mask & _spread_mask(keep[name], part, mask.shape)
         return mask
 
     return trees.map_named(cut, kept)

@@ -22,10 +22,10 @@ from sparsity_jax.types import AnyPath, Config, Fields, Rows
 
 FOLDER, STATE, PROGRESS = "checkpoints", "state", "progress.json"
 ENVIRONMENT = "environment.json"
-FIRST_VERSION = "0.1.0"  # which did not say so
+_FIRST_VERSION = "0.1.0"  # which did not say so
 ABSENT = object()  # in the place of a field that is not there
-LONGEST = 100  # characters of a value in a refusal
-UNREADABLE = r"[\[\]\\]|:/"  # in paths: orbax's reader takes them for patterns or addresses
+_LONGEST = 100  # characters of a value in a refusal
+_UNREADABLE = r"[\[\]\\]|:/"  # in paths: orbax's reader takes them for patterns or addresses
 
 
 def say(message: str) -> None:
@@ -138,7 +138,7 @@ def member_folders(workdir: AnyPath) -> list[Path]:
 def check_path(workdir: AnyPath) -> None:
     """Raises ConfigError for a path under which checkpoints could not be read."""
     path = Path(workdir).absolute()
-    if re.search(UNREADABLE, f"{path}/"):
+    if re.search(_UNREADABLE, f"{path}/"):
         raise ConfigError(
             f"--workdir is {path}; allowed: paths without [, ], backslash, or a name that ends in "
             "a colon."
@@ -194,14 +194,14 @@ def version_of(workdir: AnyPath) -> str:
     This one where there is no readable environment.json, as before a run's first row.
     """
     try:
-        told = intact.read_object(Path(workdir) / ENVIRONMENT).get("sparsity_jax", FIRST_VERSION)
+        told = intact.read_object(Path(workdir) / ENVIRONMENT).get("sparsity_jax", _FIRST_VERSION)
     except (OSError, DamagedError):
         told = ""
     version = re.search(r"\d+(\.\d+)*$", str(told))  # of "0.1.0, then 0.2.0" the last
     return version[0] if version else sparsity_jax.__version__
 
 
-def check_version(workdir: AnyPath) -> None:
+def _check_version(workdir: AnyPath) -> None:
     """Raises ConfigError for a run of a later version than this one."""
     numbers = lambda version: [int(number) for number in version.split(".")]
     theirs, ours = version_of(workdir), sparsity_jax.__version__
@@ -220,11 +220,11 @@ def read_config(workdir: AnyPath) -> Fields:
     Raises ConfigError for a file that holds none, or not the one that was written, and for a run of
     a later version.
     """
-    check_version(workdir)
+    _check_version(workdir)
     path = Path(workdir) / "config.json"
     config: Fields = {}
     try:
-        config = upgraded(intact.read_object(path))
+        config = _upgraded(intact.read_object(path))
         damage = "is not as it was written (its checksum differs)"
         problem = f"{path} {damage}" if intact.is_changed(path) else ""
     except FileNotFoundError:
@@ -236,12 +236,12 @@ def read_config(workdir: AnyPath) -> Fields:
     saved = newest(workdir)
     if saved is None:
         raise ConfigError(f"{problem}; use another folder.")
-    if upgraded(saved.config) != config:
+    if _upgraded(saved.config) != config:
         say(f"{problem}; the config of the newest checkpoint is used")
-    return upgraded(saved.config)
+    return _upgraded(saved.config)
 
 
-def upgraded(config: Fields) -> Fields:
+def _upgraded(config: Fields) -> Fields:
     """A config as this version has it: in 0.1.0 `arms`, `arm` and `sweep_mode` stood beside
     `sweep`.
     """
@@ -268,7 +268,7 @@ def told_differences(there: Any, here: Any, path: str) -> str:
 def told(value: Any) -> str:
     """A value of a config as JSON, cut where it is long."""
     text = "absent" if value is ABSENT else json.dumps(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def as_saved(value: Any) -> Any:

@@ -19,7 +19,7 @@ from sparsity_jax.types import Fields, PyTree
 
 Strength = Number | PyTree  # a number, or one per parameter array
 Accumulator = Literal["float16", "bfloat16", "float32", "float64"] | None
-WHOLE_SPACE = polytopes.Unconstrained()
+_WHOLE_SPACE = polytopes.Unconstrained()
 
 
 # Pieces -------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def needing_params(init: Callable, update: Callable) -> Transformation:
     return Transformation(init, checked)
 
 
-def stateless(function: Callable) -> Transformation:
+def _stateless(function: Callable) -> Transformation:
     """The transformation that makes `function(updates, params)` of updates."""
 
     def update(updates: PyTree, state: Any, params: PyTree, extra: Fields) -> Updated:
@@ -53,7 +53,7 @@ def stateless(function: Callable) -> Transformation:
 def add_slope(strength: Strength, slope: Callable) -> Transformation:
     """g + strength * slope(w)."""
     add = lambda g, w, s: (g + s * slope(w)).astype(g.dtype)
-    return stateless(
+    return _stateless(
         lambda updates, params: tree_map(add, updates, params, one_each(strength, params))
     )
 
@@ -148,7 +148,7 @@ def with_momentum(opt_state: PyTree, momentum: HeavyBallState) -> PyTree:
 
 def sgd(
     learning_rate: LearningRate,
-    sets: PyTree = WHOLE_SPACE,
+    sets: PyTree = _WHOLE_SPACE,
     *,
     momentum: tables.Fraction = 0.9,
     dampening: tables.Fraction = 0.0,
@@ -179,7 +179,7 @@ def projected(inner: optax.GradientTransformation, sets: PyTree) -> Transformati
         return polytopes.settled(s, w, s.project(wide + u) - wide)
 
     pull_all = lambda updates, params: polytopes.map_arrays(pull, sets, params, updates)
-    return optax.chain(inner, stateless(pull_all))
+    return optax.chain(inner, _stateless(pull_all))
 
 
 def sfw(

@@ -18,11 +18,11 @@ def plain(value: Any) -> Any:
 
     Raises TypeError for anything JSON cannot hold.
     """
-    text = json.dumps(value, default=simpler)
+    text = json.dumps(value, default=_simpler)
     return json.loads(text, parse_constant=lambda _: None)
 
 
-def simpler(value: Any) -> Any:
+def _simpler(value: Any) -> Any:
     """A value that JSON does not know as one that it may know."""
     if isinstance(value, Mapping):
         return dict(value)
