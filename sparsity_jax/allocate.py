@@ -25,6 +25,21 @@ from sparsity_jax.filters import Layers
 from sparsity_jax.groups import Channels
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = [
+    "SELECTIONS",
+    "Global",
+    "Layerwise",
+    "Random",
+    "Scope",
+    "Weights",
+    "check",
+    "keep_counts",
+    "keep_masks",
+    "left_by",
+    "num_kept",
+    "prunable",
+]
+
 Scope = Literal["kernels", "all"]
 
 

@@ -12,6 +12,8 @@ from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Rows
 from sparsity_jax.workdirs import Snapshot, read_config
 
+__all__ = ["check_arrays", "continue_from", "kinds", "last_snapshots", "of_member"]
+
 
 def kinds(start: str, model: Config, sweep: Config) -> dict[str, str]:
     """Kinds, by name, of the stages that the run in `start` and those before it have finished; a

@@ -32,6 +32,26 @@ import numpy as np
 from sparsity_jax import masks, originals, tables, trees
 from sparsity_jax.types import Arrays as Keep
 
+__all__ = [
+    "SCHEDULES",
+    "Counts",
+    "Limits",
+    "Protect",
+    "Rounds",
+    "Scores",
+    "Threshold",
+    "manual_ratios",
+    "minimum_kept",
+    "polynomial_ratios",
+    "ratio_to_reach",
+    "round_ratios",
+    "round_to_multiple",
+    "schedule",
+    "select",
+    "select_to_cost",
+    "select_to_counts",
+]
+
 Scores = Mapping[str, Any]
 Counts = Mapping[str, int]
 Protect = Literal["correct", "original", "original_resnet"]

@@ -18,6 +18,16 @@ from sparsity_jax.train import Problem, shapes_of
 from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import Config
 
+__all__ = [
+    "build",
+    "check_size",
+    "enough_memory",
+    "enough_memory_for",
+    "making_network",
+    "origin_of",
+    "use_platform",
+]
+
 # fields that decide how much a stage holds
 _LARGE = ("batch_size", "num_examples", "imp_samples", "num_matvecs")
 

@@ -27,6 +27,26 @@ from sparsity_jax.channels import walk
 from sparsity_jax.channels.values import Program
 from sparsity_jax.types import PyTree, Shape
 
+__all__ = [
+    "WARMUP",
+    "Comparison",
+    "Equation",
+    "Flops",
+    "Latency",
+    "Path",
+    "Price",
+    "Unit",
+    "Verdict",
+    "compare",
+    "comparison",
+    "flops",
+    "latency",
+    "num_bytes",
+    "num_params",
+    "of_channels",
+    "summary",
+]
+
 Verdict = Literal["faster", "slower", "no measurable difference"]
 WARMUP = 3  # calls before those whose time is measured
 

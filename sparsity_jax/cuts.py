@@ -38,6 +38,8 @@ from sparsity_jax.structured import Keep
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, Fields, PyTree, Row
 
+__all__ = ["STAGES", "Cut", "make_scores"]
+
 _NOTHING = "(?!)"  # a pattern that matches no name
 
 

@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+__all__ = ["FORMATS", "SUFFIXES", "decode", "format_of", "jpeg_shape", "orientation", "why_not"]
+
 # 8 bit, grey or BGR, no alpha, not turned
 _DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION
 _JPEGS = (".jfif", ".jpe", ".jpeg", ".jpg")

@@ -14,6 +14,8 @@ from sparsity_jax import data, members, models, plans, tables
 from sparsity_jax.tables import Named, lookup, parameters
 from sparsity_jax.types import Config
 
+__all__ = ["Part", "describe", "texts_of"]
+
 _SHARED = {  # what an option means wherever its own function does not say
     # stages
     "augment": "how training images are changed at random, a row of `data.AUGMENTATIONS`.",

@@ -60,7 +60,26 @@ from sparsity_jax.export import (
 )
 from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Row, Rows
 
-__all__ = ["compared", "export", "load", "verify"]  # of `sparsity_jax.export`
+__all__ = [
+    "Network",
+    "Saved",
+    "Statistics",
+    "build",
+    "compared",
+    "describe",
+    "describe_all",
+    "export",
+    "export_run",
+    "export_torch",
+    "label_of",
+    "load",
+    "main",
+    "measure",
+    "open_run",
+    "restore",
+    "run",
+    "verify",
+]
 
 Statistics = Literal["run", "data"]
 _MEMBER = re.compile(r"member_\d+")

@@ -38,6 +38,18 @@ from sparsity_jax import (
 )
 from sparsity_jax.types import AnyPath, Arrays, Config, Fields, PyTree, Shape
 
+__all__ = [
+    "check_export",
+    "check_shapes",
+    "compared",
+    "export",
+    "load",
+    "replacing",
+    "variables_of",
+    "verify",
+    "write",
+]
+
 _Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 _FORMAT = 2  # of an exported folder
 _VARIABLES, _PROGRAM, _ABOUT = "variables.npz", "network.stablehlo", "network.json"

@@ -17,6 +17,8 @@ from sparsity_jax.interface import Stage
 from sparsity_jax.report import page
 from sparsity_jax.tables import ConfigError
 
+__all__ = ["TABLES", "load", "register"]
+
 load = imports.load
 TABLES: dict[str, MutableMapping[str, Any]] = {
     "stage": plans.STAGES,

@@ -9,6 +9,8 @@ from sparsity_jax.decoding import SUFFIXES, format_of
 from sparsity_jax.sources import Opened, Source, UnreadableError
 from sparsity_jax.tables import ConfigError
 
+__all__ = ["Images", "Listing", "open_folder", "read_file"]
+
 # folders of file managers; those that begin with a dot are passed over too
 _LEFT_BY_TOOLS = ("@eaDir", "__MACOSX")
 _ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
@@ -73,6 +75,7 @@ def _folder_source(images: Listing) -> Source:
 
 
 def read_file(file: str) -> bytes:
+    """The bytes of a file; raises UnreadableError where they cannot be read."""
     try:
         return pathlib.Path(file).read_bytes()
     except OSError as error:

@@ -37,6 +37,30 @@ from sparsity_jax.tables import ConfigError
 from sparsity_jax.train import Problem, State, Update
 from sparsity_jax.types import Fields, PyTree, Row, Rows
 
+__all__ = [
+    "CRITERIA",
+    "OPERATORS",
+    "STAGES",
+    "WITHOUT_BATCH_NORM",
+    "Criterion",
+    "Images",
+    "Limit",
+    "Path",
+    "Probe",
+    "RowNorms",
+    "Spectrum",
+    "TrainingLoss",
+    "Updates",
+    "Variables",
+    "Width",
+    "actual_limits",
+    "find_limit",
+    "largest_ratio",
+    "tolerated",
+    "tridiagonals",
+    "wide_variables",
+]
+
 WITHOUT_BATCH_NORM = (
     r"(?!.*bn\d*/).*"  # as the original, which leaves scale and bias of batch norms out
 )

@@ -19,6 +19,8 @@ from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
 from sparsity_jax.types import Fields, MemberRows
 
+__all__ = ["STAGES", "Grow"]
+
 
 @tables.option
 class _Pushing(train.Fit):

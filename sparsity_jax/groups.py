@@ -27,6 +27,30 @@ from sparsity_jax import tables, trees
 from sparsity_jax.channels import execute, rules, walk
 from sparsity_jax.types import Arrays, Fields, PyTree
 
+__all__ = [
+    "Branches",
+    "Channels",
+    "Group",
+    "Keep",
+    "Member",
+    "Struct",
+    "Structs",
+    "check",
+    "compact",
+    "compact_shapes",
+    "complete",
+    "describe",
+    "elastic",
+    "layout",
+    "mask",
+    "order_of_use",
+    "owners",
+    "random_keep",
+    "roles",
+    "teach",
+    "trace",
+]
+
 Struct = jax.ShapeDtypeStruct
 Structs = dict[str, Struct]  # by path
 Branches = Literal["tied", "separate"]

@@ -33,6 +33,29 @@ from sparsity_jax import coupling, groups, kernels, masks, originals, tables, tr
 from sparsity_jax.types import Arrays, PyTree
 from sparsity_jax.units import Keep, Layer
 
+__all__ = [
+    "PUSH",
+    "STABILIZE",
+    "GrowingState",
+    "Layers",
+    "Leaves",
+    "Penalty",
+    "Pick",
+    "Plan",
+    "Progress",
+    "Ratios",
+    "coupled",
+    "finished",
+    "growing_l2",
+    "kept",
+    "largest_gap",
+    "layers",
+    "penalties",
+    "pick",
+    "progress",
+    "scores",
+]
+
 Leaves = Mapping[str, Array]  # by plain path
 Layers = Sequence[Layer]
 Ratios = Mapping[str, float | Literal["gap"]]

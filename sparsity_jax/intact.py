@@ -15,6 +15,22 @@ from typing import Any
 from sparsity_jax import tables
 from sparsity_jax.types import Fields
 
+__all__ = [
+    "SUMS",
+    "DamagedError",
+    "damage",
+    "digest_of",
+    "digest_of_value",
+    "is_changed",
+    "read_object",
+    "read_row",
+    "read_sums",
+    "record",
+    "seal",
+    "summed_row",
+    "write",
+]
+
 SUMS = "SHA256SUMS"
 _ROW_SUM = re.compile(rb', "sum": "([0-9a-f]{8})"\}$')
 

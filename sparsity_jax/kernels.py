@@ -19,6 +19,8 @@ from sparsity_jax.groups import Channels
 from sparsity_jax.trees import is_kernel, named_leaves
 from sparsity_jax.types import Fields, PyTree, Shape
 
+__all__ = ["Axes", "Layout", "axes", "paths"]
+
 Layout = Literal["in_out", "out_in"]
 # known names of no kernels
 _LEFT_OUT = ("embedding", "embeddings", "bias", "b", "scale", "offset", "mean", "var")

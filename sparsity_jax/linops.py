@@ -38,6 +38,36 @@ from sparsity_jax import stopping, tables, trees
 from sparsity_jax.trees import varying_like, widen
 from sparsity_jax.types import PyTree
 
+__all__ = [
+    "HIGHEST",
+    "REORTHOGONALIZE",
+    "Blocks",
+    "Eigenpairs",
+    "Lanczos",
+    "LanczosState",
+    "Matvec",
+    "Pair",
+    "Trace",
+    "Tridiagonal",
+    "border_for",
+    "bordered",
+    "check_scalar",
+    "gauss_newton",
+    "gauss_radau",
+    "hutchinson",
+    "hutchpp",
+    "hvp",
+    "lanczos",
+    "probes_of",
+    "rademacher",
+    "ritz",
+    "spectral_density",
+    "squared",
+    "tangent",
+    "top_eigenpairs",
+    "truncate",
+]
+
 Matvec = Callable[[PyTree], PyTree]
 HIGHEST = lax.Precision.HIGHEST
 _einsum = functools.partial(jnp.einsum, precision=HIGHEST)

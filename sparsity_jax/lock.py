@@ -19,6 +19,8 @@ from pathlib import Path
 from sparsity_jax import intact, tables
 from sparsity_jax.types import Fields
 
+__all__ = ["FILE", "STALE_SECONDS", "LockedError", "held", "refuse"]
+
 FILE = "run.lock"
 STALE_SECONDS = (
     600.0  # default of the time after which a lock of another host counts as left behind

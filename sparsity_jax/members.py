@@ -20,6 +20,8 @@ from sparsity_jax.tables import (
 )
 from sparsity_jax.types import Config, Fields
 
+__all__ = ["Member", "choices", "expand", "mode_of", "replaced", "stages_of"]
+
 
 def choices(
     *,

@@ -36,6 +36,8 @@ from sparsity_jax.workdirs import Progress, Snapshot, holds_run, read_config, sa
 __all__ = [
     "STAGES",
     "Outcome",
+    "Run",
+    "arm_of",
     "base",
     "build",
     "check",

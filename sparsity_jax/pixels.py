@@ -4,6 +4,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+__all__ = ["colours", "fit", "resize"]
+
 
 def colours(image: np.ndarray) -> int:
     """Channels of a grey [H, W] or colour [H, W, 3] image."""

@@ -35,6 +35,24 @@ from sparsity_jax.tables import ConfigError, check_options, defaults, lookup, wi
 from sparsity_jax.train import Fit, State
 from sparsity_jax.types import Config, Fields
 
+__all__ = [
+    "STAGES",
+    "Plan",
+    "Platform",
+    "Stages",
+    "base",
+    "check",
+    "check_member",
+    "check_model",
+    "check_names",
+    "convolves",
+    "plain",
+    "read_stage",
+    "settings",
+    "stage",
+    "stages_used",
+]
+
 Stages = Mapping[str, Stage]  # by name
 Platform = Literal["default", "cpu", "gpu", "tpu"]
 STAGES = {
@@ -221,11 +239,11 @@ def check_member(config: Fields) -> dict[str, Stage]:
         check_model(config["model"])
     with within("config.data"):
         check_options(data.Options, config["data"])
-    stages = {}
+    checked = {}
     for name in stages_of(config):
         with within(f"config.{name}"):
-            stages[name] = read_stage(config[name])
-    return stages
+            checked[name] = read_stage(config[name])
+    return checked
 
 
 def read_stage(config: Config) -> Stage:
@@ -251,20 +269,20 @@ def check_model(model: Config) -> None:
             raise ConfigError(field, value, allowed=_WIDER)
 
 
-def _check_order(pipeline: Sequence[str], stages: Stages, done: Mapping[str, str]) -> None:
+def _check_order(pipeline: Sequence[str], by_name: Stages, done: Mapping[str, str]) -> None:
     """Raises ConfigError for a stage that needs another's result first.
 
     done: kinds of the stages that another run has finished, by name.
     """
     done = dict(done)
-    trainings = {name: stage for name, stage in stages.items() if stage.kind == Fit.kind}
+    trainings = {name: stage for name, stage in by_name.items() if stage.kind == Fit.kind}
     for name in pipeline:
-        stage = stages[name]
+        stage = by_name[name]
         if stage.needs and not set(done.values()) & set(stage.needs):
             raise _needs_another(name, stage)
-        before = [stages[earlier] for earlier in pipeline[: pipeline.index(name)]]
+        before = [by_name[earlier] for earlier in pipeline[: pipeline.index(name)]]
         with within(f"config.{name}"):
-            stage.check_order(interface.Order(before, done, stages, pipeline.count(name)))
+            stage.check_order(interface.Order(before, done, by_name, pipeline.count(name)))
             _check_retrain(stage.retrain, trainings)
         done[name] = stage.kind
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from sparsity_jax.prepared import find_prepared, name_hint, prepared_formats, tfds_directory
 from sparsity_jax.tables import ConfigError
 
+__all__ = ["main"]
+
 _EXAMPLES = """examples:
   python -m sparsity_jax.prepare cifar10 cifar100
   python -m sparsity_jax.prepare mnist fashion_mnist svhn_cropped --data_dir DIR

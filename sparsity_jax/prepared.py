@@ -18,6 +18,16 @@ from sparsity_jax.sources import Opened, Source, UnreadableError
 from sparsity_jax.tables import ConfigError, closest
 from sparsity_jax.types import Config
 
+__all__ = [
+    "Keys",
+    "Records",
+    "find_prepared",
+    "name_hint",
+    "open_prepared",
+    "prepared_formats",
+    "tfds_directory",
+]
+
 # classes of TFDS whose records are read here, with the field of features.json that describes them
 _TFDS_FEATURES = {
     "image": "tensorflow_datasets.core.features.image_feature.Image",

@@ -30,6 +30,25 @@ from sparsity_jax.tables import ConfigError, blaming, check_memory, closest, loo
 from sparsity_jax.trees import check_pattern, is_kernel, map_named, matching, named_leaves
 from sparsity_jax.types import AnyPath, Arrays, PyTree, Shape
 
+__all__ = [
+    "CLASSIFIER",
+    "Group",
+    "Leaves",
+    "Module",
+    "Modules",
+    "Names",
+    "Rules",
+    "Shapes",
+    "check",
+    "count_zeros",
+    "name_map",
+    "read",
+    "to_torch",
+    "to_variables",
+    "torch_names",
+    "write",
+]
+
 Shapes = Mapping[str, Shape]
 Rules = Sequence[tuple[str, str]]
 Names = dict[str, str]

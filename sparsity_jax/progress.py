@@ -16,6 +16,8 @@ from sparsity_jax.train import Problem, shapes_of
 from sparsity_jax.types import Fields, Rows
 from sparsity_jax.workdirs import say
 
+__all__ = ["Display", "chance", "describe_environment", "tell_environment"]
+
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 

@@ -27,6 +27,21 @@ from sparsity_jax import coupling, groups, kernels, masks, originals, tables, tr
 from sparsity_jax.channels import walk
 from sparsity_jax.types import Arrays, PyTree
 
+__all__ = [
+    "Layer",
+    "Layers",
+    "Ratio",
+    "Reading",
+    "Table",
+    "for_speedup",
+    "inherited",
+    "keep_of",
+    "kept_groups",
+    "order",
+    "parse",
+    "places",
+]
+
 Ratio = float | Literal["gap"]
 Table = dict[str, Ratio]
 Reading = Literal["correct", "original"]

@@ -34,6 +34,8 @@ from sparsity_jax.ratios import Reading, Table
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, Fields
 
+__all__ = ["STAGES", "Choosing", "Keep", "Layers", "Remove", "kernels_of", "shares_removed"]
+
 Keep = Mapping[str, Any]  # bools by name of layer, True = keep
 Layers = tuple[units.Layer, ...]
 _SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")

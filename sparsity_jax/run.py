@@ -17,6 +17,8 @@ from ml_collections import config_flags
 
 from sparsity_jax import lock, stopping, tables
 
+__all__ = ["SWEPT", "main", "parse", "swept", "without_sweep"]
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -128,6 +130,7 @@ def _be_quiet() -> None:
 
 
 def main(argv: list[str]) -> None:
+    """The command line, flags read; argv: what is left of it."""
     # not at the top: an exception that a signal raises inside these imports can crash them, see
     # `stopping.listen`
     from sparsity_jax import describe, pipeline, train, workdirs

@@ -28,6 +28,17 @@ from sparsity_jax import batches, coupling, linops, tables, trees
 from sparsity_jax.groups import Member
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = [
+    "AGGREGATES",
+    "MEASURES",
+    "Measure",
+    "Statistics",
+    "class_balanced",
+    "gather",
+    "required",
+    "score",
+]
+
 
 class Statistics(NamedTuple):
     """Trees of arrays, all in the structure of the params; None: not gathered.

@@ -25,6 +25,8 @@ from sparsity_jax.tables import Options, Range, option
 from sparsity_jax.train import NonFiniteLossError, Problem, State, Update, member_rows
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = ["STAGES", "SfwInit"]
+
 
 @option
 class SfwInit(Stage):

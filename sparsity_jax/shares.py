@@ -10,6 +10,16 @@ import numpy as np
 from sparsity_jax import masks, originals
 from sparsity_jax.types import Shape
 
+__all__ = [
+    "LAYER_RATIOS",
+    "LayerRatios",
+    "Ratios",
+    "Shapes",
+    "Sizes",
+    "erk_ratios",
+    "kept_of_layers",
+]
+
 LayerRatios = Literal["uniform", "erk", "erk_original"]
 Shapes = Mapping[str, Shape]
 Sizes = Mapping[str, int]

@@ -12,6 +12,20 @@ import numpy as np
 from sparsity_jax import decoding
 from sparsity_jax.tables import ConfigError
 
+__all__ = [
+    "SETS",
+    "Arrays",
+    "Opened",
+    "Source",
+    "UnreadableError",
+    "array_of",
+    "check_colour",
+    "check_label",
+    "of_arrays",
+    "open_digits",
+    "read_digits",
+]
+
 Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
@@ -34,6 +48,8 @@ class Source(NamedTuple):
 
 
 class Opened(NamedTuple):
+    """A set whose splits can be read, image by image."""
+
     train: Source
     test: Source
     num_classes: int
@@ -94,6 +110,7 @@ def _arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -
 
 
 def open_digits(train_split: str, test_split: str) -> Opened:
+    """The digits inside scikit-learn: the first 1,437 train, the other 360 test."""
     if train_split != "train" or test_split not in ("", "test"):
         raise ConfigError(
             f"'digits' has the splits 'train' and 'test', not {train_split!r} and {test_split!r}."

@@ -28,6 +28,19 @@ from sparsity_jax.train import NonFiniteLossError, Problem, State, Update, membe
 from sparsity_jax.trees import check_pattern
 from sparsity_jax.types import Arrays, Fields, MemberRows, PyTree
 
+__all__ = [
+    "STAGES",
+    "Curve",
+    "Histogram",
+    "Point",
+    "Prune",
+    "Selecting",
+    "check_weights",
+    "magnitude_histogram",
+    "magnitude_thresholds",
+    "on_host",
+]
+
 _HUNDREDTHS = (*range(0, 90, 10), *range(90, 100))
 _RATIOS = tuple(percent / 100 for percent in _HUNDREDTHS)
 

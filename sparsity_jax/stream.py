@@ -33,6 +33,24 @@ from sparsity_jax.pixels import fit, resize
 from sparsity_jax.sources import UnreadableError, array_of, check_colour, check_label
 from sparsity_jax.tables import ConfigError
 
+__all__ = [
+    "ON_DEVICE",
+    "Batch",
+    "Batches",
+    "Box",
+    "Draw",
+    "Example",
+    "ahead",
+    "central_box",
+    "eval_batches",
+    "example",
+    "examples",
+    "image_at",
+    "part",
+    "random_box",
+    "train_batches",
+]
+
 _REDUCED = {8: 64, 4: 32, 2: 16}  # OpenCV's flags that decode a JPEG at 1/n of its size
 ON_DEVICE = 2  # batches that wait on the device
 _PATIENCE = 0.5  # seconds between two looks for a request to stop
@@ -45,6 +63,8 @@ Draw = Callable[[int, int], Box]  # the part that is used of an image of so many
 
 
 class Example(NamedTuple):
+    """One image, decoded by a worker."""
+
     image: np.ndarray  # uint8 [H, W, C]
     label: int  # -1: does not count
     unreadable: str = ""  # the image that should have been here, if it could not be decoded

@@ -13,6 +13,8 @@ from sparsity_jax.groups import Channels
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import PyTree
 
+__all__ = ["Keep", "channels_of", "traceable", "variables_of", "without"]
+
 Keep = Mapping[str, Any]  # bools by name of group, True = kept
 
 

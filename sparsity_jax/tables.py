@@ -18,6 +18,41 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+__all__ = [
+    "NOT_GIVEN",
+    "ConfigError",
+    "Count",
+    "Fraction",
+    "Index",
+    "Kind",
+    "Named",
+    "NonNegative",
+    "Options",
+    "Positive",
+    "Range",
+    "Seed",
+    "Share",
+    "blaming",
+    "check_memory",
+    "check_options",
+    "closest",
+    "convert",
+    "defaults",
+    "describe",
+    "entry",
+    "host_memory",
+    "joined",
+    "lookup",
+    "named_options",
+    "nearest",
+    "option",
+    "options",
+    "parameters",
+    "read_text",
+    "shortened",
+    "within",
+]
+
 Kind = typing.TypeVar("Kind")
 _NO_DEFAULT = inspect.Parameter.empty
 NOT_GIVEN = ...  # no value, for None is one; survives pickling

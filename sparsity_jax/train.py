@@ -38,6 +38,49 @@ from sparsity_jax.interface import Carried, Place
 from sparsity_jax.tables import ConfigError, lookup, within
 from sparsity_jax.types import Fields, MemberRows, PyTree
 
+__all__ = [
+    "TRACKERS",
+    "Calls",
+    "Fit",
+    "Measured",
+    "Metrics",
+    "Network",
+    "NonFiniteLossError",
+    "Problem",
+    "State",
+    "Update",
+    "arrays",
+    "begin",
+    "begin_members",
+    "build_problem",
+    "check_batch",
+    "check_finite",
+    "check_memory",
+    "check_recipe",
+    "convolves",
+    "create_state",
+    "evaluate",
+    "evaluation",
+    "fit_epochs",
+    "initial_state",
+    "initial_variables",
+    "key_of",
+    "measure",
+    "measure_all",
+    "member_of",
+    "member_rows",
+    "naming",
+    "no_metrics",
+    "no_tracker",
+    "numbers_of",
+    "saliency_tracker",
+    "shapes_of",
+    "stage_key",
+    "step_on_batch",
+    "steps_in_memory",
+    "steps_per_call",
+]
+
 
 class Metrics(NamedTuple):
     """Sums over the steps of an epoch so far. bad_step: first step with a non-finite loss, -1 while
@@ -287,6 +330,7 @@ def stage_key(key: Array, position: int) -> Array:
 
 
 def no_metrics() -> Metrics:
+    """Sums over no step."""
     none = jnp.zeros((), jnp.int32)
     return Metrics(jnp.zeros(()), none, none, none - 1)
 

@@ -23,6 +23,35 @@ from sparsity_jax import tables
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import PyTree
 
+__all__ = [
+    "absolute_sum",
+    "aligned",
+    "check_finite",
+    "check_parameters",
+    "check_pattern",
+    "division",
+    "dot",
+    "fold",
+    "fold_sum",
+    "gathered",
+    "is_kernel",
+    "last_name",
+    "map_named",
+    "match_rules",
+    "matching",
+    "named_leaves",
+    "norm",
+    "norm_along",
+    "path_name",
+    "plain_leaves",
+    "plain_path",
+    "sample",
+    "scale_of",
+    "size",
+    "varying_like",
+    "widen",
+]
+
 
 def path_name(path: Sequence) -> str:
     """A key path of `jax.tree_util` as text, e.g. `stage1_block0/conv1/kernel`."""

@@ -12,6 +12,8 @@ from sparsity_jax.train import NonFiniteLossError, State
 from sparsity_jax.types import Config, Fields, Rows
 from sparsity_jax.workdirs import say
 
+__all__ = ["RunPlan", "gathered", "run_all"]
+
 RunPlan = Callable[[Plan, Path, Fields], tuple[State, Rows]]
 
 

@@ -38,6 +38,27 @@ from numpy.typing import ArrayLike
 from sparsity_jax import linops, originals, tables, trees
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = [
+    "OPERATORS",
+    "Count",
+    "Distances",
+    "History",
+    "Operator",
+    "Prediction",
+    "Scope",
+    "absolute_enclosure",
+    "distances",
+    "enclosure",
+    "epsilon",
+    "epsilon_draws",
+    "history",
+    "negative_mass",
+    "predict",
+    "predict_on_grid",
+    "predict_probes",
+    "ratio",
+]
+
 Scope = Literal["kernels", "all"]
 Count = Literal["nearest", "original", "linear"]
 Operator = Literal["symmetric", "semidefinite", "squared"]

@@ -20,6 +20,33 @@ from sparsity_jax.intact import DamagedError
 from sparsity_jax.tables import ConfigError, joined
 from sparsity_jax.types import AnyPath, Config, Fields, Rows
 
+__all__ = [
+    "ABSENT",
+    "ENVIRONMENT",
+    "FOLDER",
+    "PROGRESS",
+    "STATE",
+    "Progress",
+    "Snapshot",
+    "as_saved",
+    "behind",
+    "check_path",
+    "claim",
+    "differences",
+    "holds_run",
+    "is_finished",
+    "member_folders",
+    "newest",
+    "numbers_in",
+    "read",
+    "read_config",
+    "refuse_other",
+    "say",
+    "told",
+    "told_differences",
+    "version_of",
+]
+
 FOLDER, STATE, PROGRESS = "checkpoints", "state", "progress.json"
 ENVIRONMENT = "environment.json"
 _FIRST_VERSION = "0.1.0"  # which did not say so

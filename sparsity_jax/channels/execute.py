@@ -19,6 +19,8 @@ from sparsity_jax.channels.values import Axis, Program, Value, is_literal, nowhe
 from sparsity_jax.channels.walk import INNER, Walk, loop_operands
 from sparsity_jax.types import Fields, Shape
 
+__all__ = ["RESIZES", "Alive", "Arrays", "Resize", "Sizes", "resizes_to", "run"]
+
 Arrays = Sequence[Any]
 
 

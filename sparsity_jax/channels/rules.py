@@ -18,6 +18,24 @@ import numpy as np
 from sparsity_jax.channels.values import Axis, Value, fixed, nowhere_zero, whole
 from sparsity_jax.types import Shape
 
+__all__ = [
+    "RULES",
+    "Flag",
+    "Operand",
+    "Operands",
+    "Rule",
+    "Values",
+    "Walk",
+    "Zero",
+    "all_zero",
+    "any_zero",
+    "elementwise",
+    "first_zero",
+    "infinite_at_zero",
+    "never_zero",
+    "unknown",
+]
+
 Walk = Any  # `walk.Walk`, which imports this module
 Values = list[Value]
 Rule = Callable[[Walk, Any, Values], Values]
@@ -95,24 +113,29 @@ def elementwise(zero: Zero) -> Rule:
 
 
 def first_zero(operands: Operands) -> Flag:
+    """Zero where the first operand is."""
     return operands[0].zero
 
 
 def never_zero(operands: Operands) -> Flag:
+    """Not zero, whatever the operands are."""
     return False
 
 
 def infinite_at_zero(operands: Operands) -> Flag:
+    """Undefined (None) where the first operand is zero, else not zero."""
     if operands[0].zero:
         return None
     return False
 
 
 def any_zero(operands: Operands) -> Flag:
+    """Zero where some operand is."""
     return any(operand.zero for operand in operands)
 
 
 def all_zero(operands: Operands) -> Flag:
+    """Zero where every operand is."""
     return all(operand.zero for operand in operands)
 
 

@@ -62,6 +62,21 @@ from sparsity_jax.channels.values import (
 )
 from sparsity_jax.types import Shape
 
+__all__ = [
+    "INNER",
+    "OPAQUE",
+    "PRODUCTS",
+    "SCALAR_BODIES",
+    "Frozen",
+    "Loop",
+    "Result",
+    "Walk",
+    "analyse",
+    "line_of",
+    "loop_operands",
+    "read",
+]
+
 PRODUCTS = ("dot_general", "conv_general_dilated")
 # Work that the shapes do not tell, or in foreign code: never walked.
 _OPAQUE = """

@@ -8,6 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, random
 
+__all__ = [
+    "flip",
+    "pad_crop",
+    "pad_crop_flip",
+    "random_box",
+    "resize_box",
+    "resized_crop_flip",
+    "shift_flip",
+]
+
 _SCALE = (0.08, 1.0)  # of the area of a random box
 _RATIO = (3 / 4, 4 / 3)  # of its width to its height
 

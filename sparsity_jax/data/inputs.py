@@ -16,8 +16,21 @@ from sparsity_jax.data.augment import flip, pad_crop, pad_crop_flip, resized_cro
 from sparsity_jax.data.sets import Dataset, Options
 from sparsity_jax.tables import ConfigError, lookup
 
+__all__ = [
+    "AUGMENTATIONS",
+    "NORMALIZATIONS",
+    "Normalization",
+    "make_augmentation",
+    "none",
+    "preprocess",
+    "published",
+    "statistics",
+]
+
 
 class Normalization(NamedTuple):
+    """Per channel, of images scaled to [0, 1]."""
+
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

@@ -15,6 +15,8 @@ from sparsity_jax.sources import SETS, Opened, Source, array_of, check_colour, c
 from sparsity_jax.tables import ConfigError, check_memory, check_options, defaults, within
 from sparsity_jax.types import Config
 
+__all__ = ["check", "decoded", "load"]
+
 _CHUNK = 500  # records one thread reads and decodes at a time
 _STREAMS_ALONE = (
     "resize_size",

@@ -9,6 +9,18 @@ import numpy as np
 
 from sparsity_jax.tables import Fraction, Index, Range, option
 
+__all__ = [
+    "Dataset",
+    "FixedSample",
+    "Options",
+    "Ratio",
+    "Side",
+    "Split",
+    "spread",
+    "tell_orientation",
+    "usable_cores",
+]
+
 Side = Annotated[int, Range(0, 2**15)]
 Ratio = Annotated[float, Range(1e-3, 1e3)]
 
@@ -152,6 +164,7 @@ class FixedSample(NamedTuple):
 
 
 def usable_cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -15,6 +15,16 @@ from sparsity_jax.pixels import colours
 from sparsity_jax.sources import Source, UnreadableError, array_of, check_label
 from sparsity_jax.tables import ConfigError
 
+__all__ = [
+    "SKIPPING",
+    "Stream",
+    "check_losses",
+    "check_options",
+    "choose_workers",
+    "leave",
+    "look_at",
+]
+
 _DECODED_ALONE = 32  # of those looked at, to measure what threads gain
 _LOOKED_AT = 512  # images of each split of a stream that are decoded before anything starts
 SKIPPING = "config.data.unreadable='skip' goes on without such images and counts them."

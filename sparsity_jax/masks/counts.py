@@ -6,6 +6,8 @@ from typing import Literal
 
 import numpy as np
 
+__all__ = ["ROUNDINGS", "Rounding", "count_of", "num_pruned"]
+
 Rounding = Literal["floor", "nearest", "ceil"]
 ROUNDINGS: dict[str, Callable[[float], int]] = {
     "floor": math.floor,

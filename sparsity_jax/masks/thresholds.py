@@ -14,6 +14,8 @@ from sparsity_jax.masks.select import k_largest_mask
 from sparsity_jax.trees import varying_like
 from sparsity_jax.types import PyTree
 
+__all__ = ["kth_largest", "nonzero", "random_mask"]
+
 
 def kth_largest(scores: PyTree, k: Count, *, magnitude: bool = False) -> Array:
     """The k-th largest of all entries of `scores`, exactly.

@@ -5,6 +5,8 @@ from sparsity_jax.models.convolutions import Conv, Norm, local_response_norm, ma
 from sparsity_jax.models.layers import RELU, Apply, Dense, Dropout, Plan, Steps, flatten, network
 from sparsity_jax.tables import Count, Share
 
+__all__ = ["MODELS", "FiveWidths", "Widths", "alexnet", "alexnet_cifar", "small_cnn", "unpadded"]
+
 Widths = tuple[Count, ...]
 FiveWidths = tuple[Count, Count, Count, Count, Count]
 _POOL2, _POOL3 = Apply(max_pool, (2,)), Apply(max_pool, (3,))

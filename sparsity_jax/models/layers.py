@@ -19,6 +19,25 @@ from jax import Array
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import Shape
 
+__all__ = [
+    "INITIALIZERS",
+    "RELU",
+    "Apply",
+    "Dense",
+    "Dropout",
+    "Initializer",
+    "Mode",
+    "Network",
+    "Plan",
+    "Settings",
+    "Steps",
+    "at_least_float32",
+    "flatten",
+    "network",
+    "take",
+    "uniform_bias",
+]
+
 
 class Settings(NamedTuple):
     """What all layers of a network share."""

@@ -7,6 +7,8 @@ from flax import linen as nn
 from sparsity_jax.models.layers import Apply, Dense, Dropout, Plan, Steps, network
 from sparsity_jax.tables import Count, Share
 
+__all__ = ["MODELS", "mlp"]
+
 _ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh, "linear": lambda x: x}
 
 

@@ -6,6 +6,8 @@ from sparsity_jax.models.convolutions import GLOBAL_AVERAGE, RELU6, Block, Conv,
 from sparsity_jax.models.layers import RELU, Dropout, Plan, Steps, network
 from sparsity_jax.tables import Count, Positive, Share
 
+__all__ = ["MODELS", "mobilenet", "mobilenet_v2"]
+
 # (width, stride) of the pointwise convolution and the depthwise one before it.
 _V1 = (
     (64, 1),

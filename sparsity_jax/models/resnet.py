@@ -12,6 +12,8 @@ from sparsity_jax.models.convolutions import GLOBAL_AVERAGE, Block, Conv, Norm, 
 from sparsity_jax.models.layers import RELU, Apply, Plan, Steps, network
 from sparsity_jax.tables import ConfigError, Count
 
+__all__ = ["MODELS", "Kind", "Shortcut", "Stem", "of_stages", "resnet", "wrn", "zero_pad_shortcut"]
+
 Shortcut = Literal["projection", "zero_pad"]
 Stem = Literal["cifar", "imagenet"]
 Kind = Literal["basic", "bottleneck", "preact"]

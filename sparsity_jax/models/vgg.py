@@ -8,6 +8,8 @@ from sparsity_jax.models.convolutions import GLOBAL_AVERAGE, Conv, Norm, max_poo
 from sparsity_jax.models.layers import RELU, Apply, Dropout, Plan, Steps, network
 from sparsity_jax.tables import Count, Share
 
+__all__ = ["MODELS", "Layout", "Order", "stages", "vgg"]
+
 # width of a 3x3 convolution, or "M": a 2x2 max-pool
 Layout = tuple[Count | Literal["M"], ...]
 Order = Literal["conv_bn_relu", "conv_relu_bn"]

@@ -13,6 +13,8 @@ from sparsity_jax.optim.rates import LearningRate, Updated
 from sparsity_jax.trees import widen
 from sparsity_jax.types import PyTree
 
+__all__ = ["AdaGradState", "adagrad_sfw"]
+
 
 class AdaGradState(NamedTuple):
     """root: of the sum of squared directions, in the structure of the params; it stays in range

@@ -17,6 +17,8 @@ from sparsity_jax.optim.steps import Strength
 from sparsity_jax.trees import widen
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = ["add_l1", "add_l2", "l1", "l2", "proximal_l1"]
+
 
 def add_l1(strength: Strength) -> Transformation:
     """g + strength * sign(w), a subgradient of strength * ||w||_1. strength: a number, or one per

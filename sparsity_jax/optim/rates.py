@@ -14,6 +14,24 @@ from optax import GradientTransformationExtraArgs as Transformation
 from sparsity_jax import tables
 from sparsity_jax.types import PyTree
 
+__all__ = [
+    "LearningRate",
+    "Number",
+    "Rate",
+    "RateState",
+    "Updated",
+    "as_rate",
+    "decrease_3",
+    "decrease_3_180",
+    "first_state",
+    "keep",
+    "learning_rate",
+    "multistep",
+    "next_state",
+    "scale_by_rate",
+    "warm_up",
+]
+
 Number = float | Array
 Updated = tuple[PyTree, Any]  # updates and state
 

@@ -17,6 +17,26 @@ from sparsity_jax.optim.rates import LearningRate, Number, Updated
 from sparsity_jax.trees import widen
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = [
+    "Accumulator",
+    "HeavyBallState",
+    "Strength",
+    "accumulators",
+    "add_decayed_weights",
+    "add_slope",
+    "by_averages",
+    "frank_wolfe_step_size",
+    "heavy_ball",
+    "momentum_of",
+    "needing_params",
+    "one_each",
+    "projected",
+    "sfw",
+    "sgd",
+    "share_of_new",
+    "with_momentum",
+]
+
 Strength = Number | PyTree  # a number, or one per parameter array
 Accumulator = Literal["float16", "bfloat16", "float32", "float64"] | None
 _WHOLE_SPACE = polytopes.Unconstrained()

@@ -20,6 +20,8 @@ from sparsity_jax.polytopes.ksparse import (
 )
 from sparsity_jax.trees import widen
 
+__all__ = ["LpBall", "l2", "lp_ball"]
+
 _STATIC = dict(static=True)  # a field that decides what is compiled
 
 

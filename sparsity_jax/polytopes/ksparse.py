@@ -12,6 +12,8 @@ from sparsity_jax import masks, tables, trees
 from sparsity_jax.polytopes import inside
 from sparsity_jax.trees import widen
 
+__all__ = ["KSparse", "Mode", "Number", "check_radius", "k_sparse", "narrow", "pulled", "radius_of"]
+
 Mode = Literal["initialization", "diameter", "radius"]
 Number = float | Array
 

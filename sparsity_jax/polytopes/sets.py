@@ -15,6 +15,23 @@ from sparsity_jax.polytopes import balls, inside
 from sparsity_jax.polytopes.ksparse import KSparse, k_sparse
 from sparsity_jax.types import PyTree
 
+__all__ = [
+    "SETS",
+    "Config",
+    "ConstraintSet",
+    "Rule",
+    "Unconstrained",
+    "broadcast",
+    "build",
+    "check",
+    "is_set",
+    "map_arrays",
+    "mean_norms",
+    "settled",
+    "shift_inside",
+    "unconstrained",
+]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

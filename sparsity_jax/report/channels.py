@@ -10,6 +10,8 @@ from sparsity_jax.report.sections import Section, Shown, amount, table
 from sparsity_jax.report.series import Frame, Grouped, Series
 from sparsity_jax.types import Fields
 
+__all__ = ["channel_rounds", "channels", "compact", "group_figure", "groups"]
+
 _MOST_CUTS = 12  # columns of a heat map
 _ROLES = {  # of an array in a group of channels
     "producer": "makes the channels",

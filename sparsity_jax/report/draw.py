@@ -24,6 +24,23 @@ from matplotlib.ticker import PercentFormatter
 from sparsity_jax.report.sections import Section, Shown
 from sparsity_jax.report.series import Frame
 
+__all__ = [
+    "COLORS",
+    "INK",
+    "REMOVED",
+    "STYLE",
+    "chart",
+    "color",
+    "files_of",
+    "heat_maps",
+    "means",
+    "percents",
+    "points",
+    "printable",
+    "section",
+    "short_paths",
+]
+
 # Okabe and Ito's colour-blind-safe hues (2008) without yellow and black, then six others.
 _PALETTE = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),

@@ -8,6 +8,8 @@ from sparsity_jax import intact
 from sparsity_jax.report import files
 from sparsity_jax.types import AnyPath, Row, Rows
 
+__all__ = ["Writer", "scalars"]
+
 _STEPS = {  # of rows of each kind: the field that is the step axis, and how many steps its unit has
     "train": ("step", 1),
     "grow": ("step", 1),

@@ -10,6 +10,18 @@ from sparsity_jax.tables import joined
 from sparsity_jax.types import AnyPath, Fields, Rows
 from sparsity_jax.workdirs import ENVIRONMENT
 
+__all__ = [
+    "METRICS",
+    "REPORT",
+    "continued",
+    "flatten",
+    "plain",
+    "read_environment",
+    "title_of",
+    "to_lines",
+    "write_environment",
+]
+
 METRICS, REPORT = "metrics.jsonl", "report.html"
 
 

@@ -10,6 +10,8 @@ from sparsity_jax.report.sections import Shown, joined
 from sparsity_jax.report.series import Grouped
 from sparsity_jax.types import Rows
 
+__all__ = ["KEPT", "PRUNED", "growth_groups", "growth_norms", "growth_ratio"]
+
 KEPT, PRUNED = 0, 1  # colours
 _FATES = ("stays", "goes")
 _LAYERS = 4  # panels of single groups

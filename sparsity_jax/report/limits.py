@@ -27,6 +27,24 @@ from sparsity_jax.report.sections import (
 from sparsity_jax.report.series import Frame, Grouped, Series
 from sparsity_jax.types import Row
 
+__all__ = [
+    "KINDS",
+    "actual",
+    "crossing",
+    "gaps",
+    "history",
+    "limits",
+    "networks",
+    "path",
+    "prediction",
+    "predictions",
+    "pruned",
+    "row_norms",
+    "spectrum",
+    "verdicts",
+    "window",
+]
+
 KINDS = ("limit", "path", "row_norms", "width")  # of rows that make a network one of these here
 _MOST = 6  # networks drawn in one figure
 _WIDE = 0.01  # an enclosure wider than this is called so where the config asks for nothing

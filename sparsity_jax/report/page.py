@@ -28,6 +28,8 @@ from sparsity_jax.report.rows import completed
 from sparsity_jax.report.sections import Section, setting
 from sparsity_jax.types import AnyPath, Fields, Rows
 
+__all__ = ["FIGURES", "write"]
+
 _CITATIONS = {  # a word of the config to the works it stands for
     "sfw": (
         "L. Miao, X. Luo, T. Chen, W. Chen, D. Liu, Z. Wang. Learning Pruning-Friendly Networks "

@@ -7,6 +7,8 @@ from sparsity_jax.report.rows import NEAR
 from sparsity_jax.report.sections import Cell, Section, Shown, joined, table
 from sparsity_jax.report.series import Frame, Grouped
 
+__all__ = ["accuracy", "accuracy_train", "layers", "loss", "zeros"]
+
 _LAYER_STOPS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)  # ratios shown layer by layer
 _ZOOM = 0.9  # where the second panel begins
 _BANDS = "Bands: ± one standard deviation over networks."

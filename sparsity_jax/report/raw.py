@@ -15,6 +15,8 @@ from sparsity_jax.report.sections import (
 from sparsity_jax.report.series import Grouped
 from sparsity_jax.types import Row
 
+__all__ = ["STEPS", "pruned", "unknown"]
+
 STEPS = ("prune", "remove", "grow", "oracle", "noise", "jacobian")  # kinds that prune or measure it
 _KNOWN = ("kind", "arm")  # fields that the heading and the name say, as they do settings
 

@@ -10,6 +10,18 @@ from typing import Any
 from sparsity_jax.report import files
 from sparsity_jax.types import Fields, Row, Rows
 
+__all__ = [
+    "NEAR",
+    "completed",
+    "follow",
+    "is_seed",
+    "member_of",
+    "number",
+    "place_of",
+    "removal",
+    "share_removed",
+]
+
 NEAR = 0.0015  # a ratio this close to another stands for it; nothing is interpolated
 
 

@@ -9,6 +9,8 @@ from sparsity_jax.report import files
 from sparsity_jax.report.rows import completed, is_seed
 from sparsity_jax.types import AnyPath, Fields, Rows
 
+__all__ = ["Run", "gather", "read_rows"]
+
 _IDLE = {"title", "checkpoint_seconds", "sweep", "seed"}  # no number depends on them
 
 

@@ -8,6 +8,22 @@ from matplotlib.figure import Figure
 
 from sparsity_jax.types import Row
 
+__all__ = [
+    "MOST_LINES",
+    "Cell",
+    "Cells",
+    "Section",
+    "Shown",
+    "Table",
+    "amount",
+    "heading",
+    "joined",
+    "mean_cell",
+    "only_first",
+    "setting",
+    "table",
+]
+
 MOST_LINES = 60  # lines of a table that may be long
 
 

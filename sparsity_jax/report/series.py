@@ -19,6 +19,23 @@ from sparsity_jax.report.rows import (
 )
 from sparsity_jax.types import Row, Rows
 
+__all__ = [
+    "PLACE",
+    "TRAINING",
+    "Frame",
+    "Grouped",
+    "Series",
+    "at_ratio",
+    "best_known_curves",
+    "curves",
+    "frame",
+    "group",
+    "labels",
+    "last_visits",
+    "spread",
+    "swept_keys",
+]
+
 TRAINING = ("train", "grow")  # kinds of stages that train
 PLACE = ["stage", "visit"]
 _WAYS = ["retrained", "selection", "scope", *PLACE]  # what tells curves of a series apart

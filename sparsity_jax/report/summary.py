@@ -11,6 +11,8 @@ from sparsity_jax.report.sections import Cell, Section, Shown, Table, heading, m
 from sparsity_jax.report.series import Frame, Grouped
 from sparsity_jax.types import Fields
 
+__all__ = ["Column", "Numbers", "Summary", "best_line", "finding", "summarize", "summary"]
+
 _STOPS = (0.9, 0.95, 0.98, 0.99)  # pruning ratios with a column of their own
 _DROP = 0.01  # "within one point of dense"
 _VISIBLE = 1e-4  # a smaller difference may not show in the table

@@ -7,6 +7,8 @@ from sparsity_jax.report import draw, series
 from sparsity_jax.report.sections import Cell, Shown, table
 from sparsity_jax.report.series import Frame, Grouped
 
+__all__ = ["magnitudes", "sfw_init", "training"]
+
 _SPLITS = ("train", "test")
 _COUNTS = {"all": "{total:,}", "exactly 0|%": "{zero_share:.2%}|{num_zero:,}"}  # templates
 
