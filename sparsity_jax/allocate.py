@@ -232,7 +232,7 @@ def keep_masks(
     if selection == "random":
         if key is None:
             raise ValueError("selection 'random' needs a key.")
-        kept = masks.random_mask(key, scores, counts, before=alive)
+        kept = masks.random_mask(scores, counts, key, before=alive)
     elif chosen.together:
         kept = _largest(scores, counts, alive, chosen.count)
     else:

@@ -50,7 +50,7 @@ def format_of(data: bytes) -> str:
     return ""
 
 
-def decode(data: bytes, reduced: int = 0, upright: bool = False) -> np.ndarray | None:
+def decode(data: bytes, *, reduced: int = 0, upright: bool = False) -> np.ndarray | None:
     """uint8 [H, W] (grey) or [H, W, 3] (BGR, OpenCV's order); None if `data` is not a whole image
     of `FORMATS`.
 

@@ -145,7 +145,7 @@ def open_run(
         raise tables.ConfigError(
             f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more."
         )
-    problem = build(config, data_dir, data_name, statistics)
+    problem = build(config, data_dir=data_dir, data_name=data_name, statistics=statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
     for number, snapshot in snapshots.items():
@@ -184,7 +184,7 @@ def _read_config(workdir: pathlib.Path) -> Fields:
 
 
 def build(
-    config: Config, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
+    config: Config, *, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
 ) -> train.Problem:
     """Data and network of a config, for one member on one device; see `open_run`."""
     tables.convert(statistics, Statistics, "statistics")
@@ -378,7 +378,9 @@ def measure(
         flops=cost.flops(problem.model.apply, variables, one).products,
         device=jax.local_devices()[0].device_kind,
     )
-    cut, stock, note = compared(problem, state, batch_size, repeats if latency else 0)
+    cut, stock, note = compared(
+        problem, state, batch_size=batch_size, repeats=repeats if latency else 0
+    )
     if stock is not None:
         row |= {name: stock[name] for name in _COMPACT if name in stock}
         row["test_accuracy_compact"] = stock["accuracy"]
@@ -481,8 +483,8 @@ def describe_all(rows: Rows) -> str:
 def export_run(
     saved: Saved,
     folder: AnyPath,
-    platforms: Sequence[str] = ("cpu",),
     *,
+    platforms: Sequence[str] = ("cpu",),
     dense: bool = False,
     notes: Sequence[str | None] = (),
 ) -> list[pathlib.Path]:
@@ -490,13 +492,21 @@ def export_run(
 
     notes: of the members, as `measure` tells them; they are found anew without.
     """
-    check_export(folder, platforms)
+    check_export(folder, platforms=platforms)
     folder = pathlib.Path(folder)
     model = saved.config["model"]
     with replacing(folder) as part:
         for network, note in itertools.zip_longest(saved.networks, notes):
             own = part / f"member_{network.member:03d}" if len(saved.networks) > 1 else part
-            write(own, saved.problem, model, network.state, platforms, dense=dense, note=note)
+            write(
+                saved.problem,
+                model,
+                network.state,
+                own,
+                platforms=platforms,
+                dense=dense,
+                note=note,
+            )
     return sorted(folder.glob("member_*")) or [folder]
 
 
@@ -590,7 +600,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _answer(options: argparse.Namespace) -> Iterator[str]:
     """Writes what the command line asks for, and yields what it prints."""
     if options.export:
-        check_export(options.export, options.platforms)
+        check_export(options.export, platforms=options.platforms)
     if options.torch:
         _check_torch(options.torch)
     for file in filter(None, (options.export, options.torch, options.json)):
@@ -621,7 +631,7 @@ def _answer(options: argparse.Namespace) -> Iterator[str]:
     if options.export:
         notes = [row["note"] for row in rows]
         folders = export_run(
-            saved, options.export, options.platforms, dense=options.dense, notes=notes
+            saved, options.export, platforms=options.platforms, dense=options.dense, notes=notes
         )
         for folder, row in zip(folders, rows):
             kind = "compact" if "channels" in row["pruned"] else "dense, since no channels are cut:"

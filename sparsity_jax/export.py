@@ -81,7 +81,7 @@ def variables_of(state: train.State) -> Fields:
 
 
 def compared(
-    problem: train.Problem, state: train.State, batch_size: int = 64, repeats: int = 0
+    problem: train.Problem, state: train.State, *, batch_size: int = 64, repeats: int = 0
 ) -> tuple[bool, Fields | None, str]:
     """(whether whole channels are masked, numbers of the network without them, why there is none).
 
@@ -114,7 +114,7 @@ def _channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str
     return any(not own.all() for own in alive.values()), ""
 
 
-def check_export(folder: AnyPath, platforms: Sequence[str] = ("cpu",)) -> None:
+def check_export(folder: AnyPath, *, platforms: Sequence[str] = ("cpu",)) -> None:
     """Raises ConfigError for unknown platforms, and for a folder that is not new or empty."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -130,8 +130,8 @@ def export(
     model: Config,
     state: train.State,
     folder: AnyPath,
-    platforms: Sequence[str] = ("cpu",),
     *,
+    platforms: Sequence[str] = ("cpu",),
     dense: bool = False,
 ) -> pathlib.Path:
     """Writes one member's network, compact where whole channels are masked, to the new `folder`.
@@ -146,19 +146,19 @@ def export(
     as zeros. Raises ConfigError for a folder that is not empty and, unless dense, for a network
     that cannot be compacted.
     """
-    check_export(folder, platforms)
+    check_export(folder, platforms=platforms)
     with replacing(pathlib.Path(folder)) as part:
-        write(part, problem, model, state, platforms, dense=dense)
+        write(problem, model, state, part, platforms=platforms, dense=dense)
     return pathlib.Path(folder)
 
 
 def write(
-    folder: pathlib.Path,
     problem: train.Problem,
     model: Config,
     state: train.State,
-    platforms: Sequence[str],
+    folder: pathlib.Path,
     *,
+    platforms: Sequence[str],
     dense: bool,
     note: str | None = None,
 ) -> None:

@@ -293,7 +293,7 @@ def find_limit(
     )
 
 
-def largest_ratio(rows: Rows, criterion: str, tolerance: float | None = None) -> float | None:
+def largest_ratio(rows: Rows, criterion: str, *, tolerance: float | None = None) -> float | None:
     """The largest ratio of a curve (rows of one split) that loses nothing against its smallest;
     None: not even that.
     """
@@ -829,7 +829,7 @@ def actual_limits(rows: Rows, tolerance: float, epsilon: float) -> dict[str, flo
     for split in sorted({row["split"] for row in curve}):
         on_split = [row for row in curve if row["split"] == split]
         for criterion in CRITERIA:
-            ratio = largest_ratio(on_split, criterion, bounds.get(criterion))
+            ratio = largest_ratio(on_split, criterion, tolerance=bounds.get(criterion))
             limits[f"{split} {criterion}"] = ratio
     for row in rows:
         if row["kind"] == Limit.kind and "limit" in row:

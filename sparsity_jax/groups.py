@@ -536,7 +536,7 @@ def teach(primitive: str, rule: rules.Rule, *, resize: execute.Resize | None = N
         execute.RESIZES[primitive] = resize
 
 
-def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> Arrays:
+def random_keep(channels: Channels, key: jax.Array, *, density: float = 0.6) -> Arrays:
     """A random choice that keeps about `density` of every group's channels, at least one."""
     result = {}
     for i, (name, size) in enumerate(channels.sizes.items()):

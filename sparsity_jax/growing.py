@@ -19,6 +19,7 @@ Source: Wang, Qin, Zhang, Fu 2021, arXiv:2012.09243, and its published code.
 import fractions
 import functools
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -111,17 +112,21 @@ def layers(
     return _with_counts(layer_of, ratios)
 
 
-def coupled(channels: groups.Channels, params: PyTree, ratios: Ratios) -> tuple[Layer, ...]:
+def coupled(params: PyTree, channels: groups.Channels, ratios: Ratios) -> tuple[Layer, ...]:
     """A layer for every coupled channel group in `ratios`, by name of the group.
 
-    channels: of `groups.trace`. params: what the optimizer sees, the traced variables or their part
-        `params`.
+    params: what the optimizer sees, the traced variables or their part `params`. channels: of
+        `groups.trace`.
     The penalty acts on all arrays of the group, with norms, biases and the kernels that read the
     channels. An entry in two groups has both penalties. Kernels are what a matrix product or
     convolution of the trace multiplies with, whatever their names. Scores are those of the
     producers, or of all kernels where a group has none. Raises ConfigError for unknown groups and
     ratios out of range, ValueError for groups without a kernel in `params`.
     """
+    if isinstance(params, groups.Channels):
+        message = "growing.coupled takes params first, then channels"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        params, channels = channels, params
     leaves = trees.plain_leaves(params)
 
     def layer_of(name: str) -> Layer:
@@ -162,7 +167,7 @@ def largest_gap(scores: Array) -> Array:
     if scores.size < 2:
         raise ValueError(f"there are {scores.size} scores; a gap is between 2 or more.")
     trees.check_finite(scores, "scores", infinite=True)
-    trim = masks.count_of(0.02, scores.size, "floor")
+    trim = masks.count_of(0.02, scores.size, rounding="floor")
     unknown = jnp.isnan(scores)
     lowest = jnp.where(unknown, -jnp.inf, scores)
     ordered = jnp.sort(trees.gathered(lowest).ravel())

@@ -33,7 +33,7 @@ class LockedError(tables.ConfigError):
 
 
 @contextmanager
-def held(workdir: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Callable[[], None]]:
+def held(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> Iterator[Callable[[], None]]:
     """Holds the lock of `workdir` while the context lasts; gives `check()`, which raises OSError
     once it is lost.
 
@@ -45,7 +45,7 @@ def held(workdir: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Callab
     path = workdir / FILE
     mine = _describe()
     with _one_at_a_time(workdir):
-        refuse(workdir, stale_seconds)
+        refuse(workdir, stale_seconds=stale_seconds)
         _write(path, mine)
     ended = threading.Event()
 
@@ -76,7 +76,7 @@ def held(workdir: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Callab
                 path.unlink()
 
 
-def refuse(workdir: Path, stale_seconds: float = STALE_SECONDS) -> None:
+def refuse(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> None:
     """Raises LockedError if a run that may still live holds the lock of `workdir`."""
     path = Path(workdir) / FILE
     if not path.exists():

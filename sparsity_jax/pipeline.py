@@ -80,10 +80,10 @@ def run(
     use_platform(config.get("platform", "default"))
     plans = check(config)
     workdirs.refuse_other(workdir, config)
-    lock.refuse(workdir, lock_seconds)
+    lock.refuse(workdir, stale_seconds=lock_seconds)
     with enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
-    with lock.held(workdir, lock_seconds) as still_mine:
+    with lock.held(workdir, stale_seconds=lock_seconds) as still_mine:
         workdirs.claim(workdir, config)
         tell_environment(problem, workdir, command)
         diverged: list[str] = []

@@ -198,7 +198,7 @@ def _open(path: pathlib.Path) -> Any:
         raise ConfigError("", str(path), why=f"{why}: {error}") from None
 
 
-def read(path: AnyPath, key: str = "") -> Arrays:
+def read(path: AnyPath, *, key: str = "") -> Arrays:
     """The state dict in a `.safetensors` file, or in one that `torch.save` wrote (needs PyTorch).
 
     key: name of the state dict in a checkpoint that holds several, e.g. "model_ema"; by default the

@@ -104,14 +104,14 @@ class Choosing(alone.EachMember):
                 rules = ((".*", tables.read_text(rules, float)),)
             by_name = trees.match_rules(channels.sizes, rules)
             in_order = {name: by_name[name] for name in channels.sizes}
-            return growing.coupled(channels, train.shapes_of(problem), in_order)
+            return growing.coupled(train.shapes_of(problem), channels, in_order)
 
     def _kernels(self, problem: Problem) -> Layers:
         """Slices, or all weights, of single kernels."""
         table = self._table(problem)
         channels = None
         if self.granularity != "weight":
-            channels = structured.channels_of(problem, "separate")
+            channels = structured.channels_of(problem, branches="separate")
             for _, member in coupling.deciding(channels, "filter"):
                 if member.role == "depthwise":
                     # its filters and channels are those of the layer before
@@ -161,7 +161,7 @@ class Choosing(alone.EachMember):
         if self.granularity == "group":
             channels = structured.channels_of(problem)
         else:
-            channels = structured.channels_of(problem, "separate")
+            channels = structured.channels_of(problem, branches="separate")
             by_path = {f"params/{path}": bools for path, bools in keep.items()}
             keep = coupling.by_group(channels, by_path, self.granularity)
         return structured.without(state, channels, keep, kept)

@@ -56,13 +56,13 @@ class Opened(NamedTuple):
     channels: int  # 0: decided by the first train image
 
 
-def array_of(payload: Any, name: str, reduced: int = 0, *, upright: bool = False) -> np.ndarray:
+def array_of(payload: Any, name: str, *, reduced: int = 0, upright: bool = False) -> np.ndarray:
     """What a `Source` reads, decoded if it is not yet; see `decoding.decode`. Raises
     UnreadableError for an image that is damaged. name: of it.
     """
     if isinstance(payload, np.ndarray):
         return payload
-    image = decoding.decode(payload, reduced, upright)
+    image = decoding.decode(payload, reduced=reduced, upright=upright)
     if image is None:
         raise UnreadableError(f"{name} {decoding.why_not(payload)}")
     return image

@@ -417,7 +417,7 @@ class Histogram(Stage):
 
 
 def _histogram(problem: Problem, stage: Histogram, params: PyTree) -> Fields:
-    return magnitude_histogram(params, stage.scope, stage.bins)
+    return magnitude_histogram(params, scope=stage.scope, bins=stage.bins)
 
 
 def magnitude_thresholds() -> list[float]:
@@ -431,7 +431,7 @@ def magnitude_thresholds() -> list[float]:
     return thresholds
 
 
-def magnitude_histogram(params: PyTree, scope: allocate.Scope = "all", bins: int = 60) -> Fields:
+def magnitude_histogram(params: PyTree, *, scope: allocate.Scope = "all", bins: int = 60) -> Fields:
     """`count_above` each of `magnitude_thresholds` (strictly), `num_zero`, and `counts` per log10
     bin of `bins`.
     """

@@ -161,7 +161,7 @@ def eval_batches(
 
 
 def examples(
-    images: Stream, indices: Sequence[int], batch_size: int = 256
+    images: Stream, indices: Sequence[int], *, batch_size: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded.
 
@@ -387,7 +387,7 @@ def part(
         box = draw(*shape)
         enough = [factor for factor in _REDUCED if min(box[2:]) >= factor * size]
         factor = max(enough, default=1)
-    image = array_of(payload, name, _REDUCED.get(factor, 0), upright=upright)
+    image = array_of(payload, name, reduced=_REDUCED.get(factor, 0), upright=upright)
     top, left, height, width = box or draw(*image.shape[:2])
     rows = slice(round(top / factor), round((top + height) / factor))
     columns = slice(round(left / factor), round((left + width) / factor))

@@ -302,7 +302,7 @@ def shapes_of(problem: Problem) -> PyTree:
     return problem.once("shapes", lambda: eval_shape(problem.init, random.key(0))["params"])
 
 
-def convolves(params: PyTree, stacked: bool = False) -> bool:
+def convolves(params: PyTree, *, stacked: bool = False) -> bool:
     """Whether some kernel is a convolution's. stacked: params have a leading axis of members."""
     leaves = trees.named_leaves(params).items()
     return any(trees.is_kernel(path) and leaf.ndim - stacked > 2 for path, leaf in leaves)
@@ -701,7 +701,7 @@ def steps_per_call(problem: Problem, state: State, steps_per_epoch: int) -> int:
     """
     size = problem.steps_per_call
     if not size:
-        convolutions = convolves(state.params, problem.members is not None)
+        convolutions = convolves(state.params, stacked=problem.members is not None)
         size = 1 if convolutions and jax.default_backend() == "cpu" else steps_per_epoch
     return min(size, steps_per_epoch)
 

@@ -98,7 +98,7 @@ def built_once(whole, monkeypatch):
     """Data and network of the whole run for all readers; the evaluation's own `build`."""
     problem, build = pipeline.build(pipeline.check(CONFIG)), evaluate.build
     monkeypatch.setattr(pipeline, "build", lambda _: problem)
-    monkeypatch.setattr(evaluate, "build", lambda *_: problem)
+    monkeypatch.setattr(evaluate, "build", lambda *_, **__: problem)
     return build
 
 

@@ -59,7 +59,7 @@ def shift_flip(images: Array, offsets: Array, flips: Array, padding: int) -> Arr
     return jax.vmap(cropped)(padded, offsets, flips)
 
 
-def pad_crop(key: Array, images: Array, padding: int = 4) -> Array:
+def pad_crop(key: Array, images: Array, *, padding: int = 4) -> Array:
     """Pad with black (before normalisation, as torchvision's RandomCrop does) and crop the old size
     at random.
     """
@@ -68,7 +68,7 @@ def pad_crop(key: Array, images: Array, padding: int = 4) -> Array:
     return shift_flip(images, offsets, none, padding)
 
 
-def pad_crop_flip(key: Array, images: Array, padding: int = 4) -> Array:
+def pad_crop_flip(key: Array, images: Array, *, padding: int = 4) -> Array:
     """`pad_crop`, then `flip`: the usual augmentation of CIFAR."""
     crop_key, flip_key = random.split(key)
     offsets = _draw_offsets(crop_key, images, padding)
@@ -81,7 +81,7 @@ def _draw_offsets(key: Array, images: Array, padding: int) -> Array:
     return random.randint(key, shape, 0, 2 * padding + 1)
 
 
-def resized_crop_flip(key: Array, images: Array, size: int = 0) -> Array:
+def resized_crop_flip(key: Array, images: Array, *, size: int = 0) -> Array:
     """A random box of each image, resized to `size` x `size` (0: the old size) and mirrored with
     probability 1/2.
 
@@ -100,7 +100,7 @@ def resized_crop_flip(key: Array, images: Array, size: int = 0) -> Array:
     return flip(flip_key, resized)
 
 
-def random_box(key: Array, height: int, width: int, attempts: int = 10) -> Array:
+def random_box(key: Array, height: int, width: int, *, attempts: int = 10) -> Array:
     """(top, left, height, width), float32 whole numbers, of a box inside the image; see
     `resized_crop_flip`.
     """

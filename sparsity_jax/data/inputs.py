@@ -93,7 +93,7 @@ def published(options: Options, channels: int) -> Normalization | None:
 
 
 def preprocess(
-    images: Array, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32
+    images: Array, mean: Sequence[float], std: Sequence[float], *, dtype: Any = jnp.float32
 ) -> Array:
     """`(images / 255 - mean) / std` as `dtype`: uint8 [..., C] and C means and stds. Computed in
     float32.

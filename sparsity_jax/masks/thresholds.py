@@ -76,7 +76,7 @@ def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[A
     return value, mean.astype(value.dtype)
 
 
-def random_mask(key: Array, tree: PyTree, k: Count, *, before: PyTree | None = None) -> PyTree:
+def random_mask(tree: PyTree, k: Count, key: Array, *, before: PyTree | None = None) -> PyTree:
     """True on exactly `k` entries of `tree`, drawn uniformly; of those that a mask `before` leaves
     out only if it must.
 

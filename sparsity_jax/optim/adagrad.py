@@ -70,5 +70,5 @@ def adagrad_sfw(
 
         return polytopes.map_arrays(step, sets, params, averages, root), AdaGradState(root)
 
-    average = steps.heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype)
-    return steps.by_averages(learning_rate, weight_decay, average, init, update)
+    average = steps.heavy_ball(momentum, dampening=momentum, accumulator_dtype=accumulator_dtype)
+    return steps.by_averages(init, update, average, learning_rate, weight_decay)

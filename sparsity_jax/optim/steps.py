@@ -70,7 +70,7 @@ def _stateless(function: Callable) -> Transformation:
     return needing_params(lambda _: optax.EmptyState(), update)
 
 
-def add_slope(strength: Strength, slope: Callable) -> Transformation:
+def add_slope(slope: Callable, strength: Strength) -> Transformation:
     """g + strength * slope(w)."""
     add = lambda g, w, s: (g + s * slope(w)).astype(g.dtype)
     return _stateless(
@@ -89,7 +89,7 @@ def add_decayed_weights(weight_decay: Number) -> Transformation:
     """g + weight_decay * w; a weight decay that is the number 0 needs no params."""
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return optax.with_extra_args_support(optax.identity())
-    return add_slope(weight_decay, lambda w: w)
+    return add_slope(lambda w: w, weight_decay)
 
 
 # Momentum -----------------------------------------------------------------------------------------
@@ -114,8 +114,8 @@ class HeavyBallState(NamedTuple):
 
 def heavy_ball(
     momentum: Number,
-    dampening: Number = 0.0,
     *,
+    dampening: Number = 0.0,
     nesterov: bool = False,
     accumulator_dtype: Accumulator = None,
 ) -> Transformation:
@@ -184,7 +184,9 @@ def sgd(
     """
     descent = optax.chain(
         add_decayed_weights(weight_decay),
-        heavy_ball(momentum, dampening, nesterov=nesterov, accumulator_dtype=accumulator_dtype),
+        heavy_ball(
+            momentum, dampening=dampening, nesterov=nesterov, accumulator_dtype=accumulator_dtype
+        ),
         rates.scale_by_rate(learning_rate),
     )
     kinds = set(map(type, tree_leaves(sets, is_leaf=polytopes.is_set)))
@@ -238,8 +240,8 @@ def sfw(
 
         return polytopes.map_arrays(step, sets, params, averages), state
 
-    average = heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype)
-    return by_averages(learning_rate, weight_decay, average, lambda params: (), update)
+    average = heavy_ball(momentum, dampening=momentum, accumulator_dtype=accumulator_dtype)
+    return by_averages(lambda params: (), update, average, learning_rate, weight_decay)
 
 
 def frank_wolfe_step_size(
@@ -271,11 +273,11 @@ def _after(constraint: Any, step_size: Array) -> Any:
 
 
 def by_averages(
-    learning_rate: LearningRate,
-    weight_decay: Number,
-    average: Transformation,
     init: Callable,
     update: Callable,
+    average: Transformation,
+    learning_rate: LearningRate,
+    weight_decay: Number,
 ) -> Transformation:
     """Weight decay, then `update(averages, state, params, rate)` on the buffer of `average`, whose
     state starts as `init(params)`.

@@ -145,7 +145,7 @@ def build(params: PyTree, norms: PyTree, rules: Sequence[Rule]) -> PyTree:
     return tree_map(set_of, params, norms, indices)
 
 
-def mean_norms(init_params: Callable, key: Array, draws: int = 100) -> PyTree:
+def mean_norms(init_params: Callable, key: Array, *, draws: int = 100) -> PyTree:
     """Mean L2 norm of every parameter array over `draws` initialisations.
 
     init_params: key -> params. Returns float scalars in the structure of the params. One

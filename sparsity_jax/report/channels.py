@@ -44,7 +44,7 @@ def group_figure(layout: Fields) -> Figure:
     layout: of `groups.layout`.
     """
     names = draw.short_paths(list(layout["groups"]))
-    kernels = draw.short_paths(layout["kernels"], 40)
+    kernels = draw.short_paths(layout["kernels"], limit=40)
     ticks, marks = [], []
     for y, (name, group) in enumerate(zip(names, layout["groups"].values())):
         ticks.append(f"{name} ({group['size']:,})")
@@ -116,4 +116,4 @@ def compact(grouped: Grouped) -> Shown:
             note += f" {name}: {row['warning']}."
     worst = amount(told["difference"].max())
     note += f" Logits of both differ by at most {worst} of the largest."
-    return Section("Compact network", tables=[table("network", _COMPACT, lines, note)])
+    return Section("Compact network", tables=[table("network", _COMPACT, lines, note=note)])

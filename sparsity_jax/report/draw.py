@@ -106,7 +106,7 @@ def _literal(text: str, limit: int = 60) -> str:
     return text.replace("$", r"\$")
 
 
-def short_paths(paths: Sequence[str], limit: int = 34) -> list[str]:
+def short_paths(paths: Sequence[str], *, limit: int = 34) -> list[str]:
     """Paths without the first parts that all share; long ones lose their beginning."""
     split = [path.removesuffix("/kernel").split("/") for path in paths]
     while all(len(parts) > 1 for parts in split) and len({parts[0] for parts in split}) == 1:

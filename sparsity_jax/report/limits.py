@@ -223,7 +223,7 @@ def prediction(grouped: Grouped) -> Shown:
             "Interval: the enclosure, or the prediction alone, widened by two deviations (±) of "
             "probes and ε."
         )
-        tables.append(table("prediction", _COLUMNS, lines, note))
+        tables.append(table("prediction", _COLUMNS, lines, note=note))
     if len(actual(own)):
         tables.append(_actual_table(own))
     heading = "Predicted and actual limit"
@@ -333,7 +333,7 @@ def pruned(network: Series, _: Frame) -> Frame:
     """Curves without retraining, and what a search for the limit evaluated."""
     search = series.frame([network], "limit", fields=["ratio", "accuracy", "loss"])
     search = search.assign(removed=search["ratio"], retrained=False)
-    curves = [series.curves([network]), series.curves([network], "train"), search]
+    curves = [series.curves([network]), series.curves([network], split="train"), search]
     lines = []
     for field in ("accuracy", "loss"):
         for dash, curve in enumerate(curves):

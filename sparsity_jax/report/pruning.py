@@ -32,7 +32,7 @@ def accuracy_train(grouped: Grouped) -> Shown:
     """Accuracy on training data, where it is known on test data too."""
     if series.curves(grouped).empty:
         return None
-    curves = series.curves(grouped, "train")
+    curves = series.curves(grouped, split="train")
     heading = "Accuracy under pruning, training data"
     return _section(grouped, curves, "accuracy", heading, "As above.")
 
@@ -99,4 +99,4 @@ def zeros(grouped: Grouped) -> Shown:
         "Zeros in the arrays that may be pruned; of all: in all parameters of the network. A "
         "removed channel is zero with all its weights."
     )
-    return Section("Zeros", tables=[table("network", _ZEROS, lines, note)])
+    return Section("Zeros", tables=[table("network", _ZEROS, lines, note=note)])

@@ -69,6 +69,7 @@ def table(
     about: str,
     columns: Mapping[str, str],
     lines: Sequence[tuple[Cell | str, Row]],
+    *,
     note: str = "",
 ) -> Table:
     """A table of the first lines (name, row), without columns that say nothing. columns: heading to

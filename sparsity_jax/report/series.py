@@ -156,7 +156,7 @@ def at_ratio(table: Any, stop: float) -> Any:
 # Pruning curves -----------------------------------------------------------------------------------
 
 
-def curves(grouped: Grouped, split: str = "test") -> Frame:
+def curves(grouped: Grouped, *, split: str = "test") -> Frame:
     """Every row of every pruning curve on one split: a `frame` with OF_CURVES, the share `removed`,
     `retrained`, and what the curve is called.
 
@@ -182,7 +182,7 @@ def curves(grouped: Grouped, split: str = "test") -> Frame:
 def best_known_curves(grouped: Grouped) -> Frame:
     """Curves on test data; on training data where there are no others."""
     tested = curves(grouped)
-    return curves(grouped, "train") if tested.empty else tested
+    return curves(grouped, split="train") if tested.empty else tested
 
 
 def _way_of(row: Row) -> list[str]:

@@ -70,7 +70,7 @@ class Summary(NamedTuple):
 # Numbers ------------------------------------------------------------------------------------------
 
 
-def summarize(grouped: Grouped, stops: Sequence[float] = _STOPS) -> list[Summary]:
+def summarize(grouped: Grouped, *, stops: Sequence[float] = _STOPS) -> list[Summary]:
     """One line per curve, and one per series whose trained network has none or was pruned on the
     way.
 
