@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsity_jax import checkpoint, members, models, workdirs
+from sparsity_jax import checkpoint, members, models, versions, workdirs
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Rows
@@ -37,12 +37,12 @@ def _check(path: Path, model: Config, sweep: Config) -> None:
         raise ConfigError("", why="which holds no run (no config.json)")
     other = read_config(path)
     there = models.complete(other.get("model") or {})
-    differing = workdirs.told_differences(there, models.complete(model), "config.model")
+    differing = versions.told_differences(there, models.complete(model), "config.model")
     if differing:
         raise ConfigError("", why=f"a run of another network\n{differing}")
     theirs, alone = other.get("sweep"), path.name.startswith("member_")
-    if theirs and not alone and workdirs.as_saved(sweep) != theirs:
-        allowed = f"with its sweep {workdirs.told(theirs)}"
+    if theirs and not alone and versions.as_saved(sweep) != theirs:
+        allowed = f"with its sweep {versions.told(theirs)}"
         folders = workdirs.member_folders(path)
         if folders:
             allowed += f", or one of its networks, e.g. {folders[0]}"

@@ -34,7 +34,7 @@ from sparsity_jax import (
     tables,
     train,
     trees,
-    workdirs,
+    versions,
 )
 from sparsity_jax.types import AnyPath, Arrays, Config, Fields, PyTree, Shape
 
@@ -325,9 +325,9 @@ def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
 
 def check_shapes(what: str, there: Fields, wanted: Fields, hint: str) -> None:
     """Raises ConfigError unless arrays have the shapes of those of a network, both by path."""
-    differing = workdirs.differences(there, wanted)
+    differing = versions.differences(there, wanted)
     for path, *shapes in differing[:1]:
-        theirs, ours = ("absent" if shape is workdirs.ABSENT else shape for shape in shapes)
+        theirs, ours = ("absent" if shape is versions.ABSENT else shape for shape in shapes)
         more = f"; {len(differing) - 1} more differ" if len(differing) > 1 else ""
         raise tables.ConfigError(
             f"{what} is of another network than the config makes: the shape of {path} is {theirs} "

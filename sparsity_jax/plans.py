@@ -27,7 +27,7 @@ from sparsity_jax import (
     tables,
     train,
     trials,
-    workdirs,
+    versions,
 )
 from sparsity_jax.interface import Stage
 from sparsity_jax.members import Member, stages_of
@@ -355,7 +355,7 @@ def _another_program(first: Fields, other: Fields, used: Sequence[str]) -> Confi
     """The error of two members that shall run at once, but whose programs differ."""
     fields = []
     for name in used:
-        differing = workdirs.differences(first[name], other[name], name)
+        differing = versions.differences(first[name], other[name], name)
         fields += [field for field, _, _ in differing if not field.endswith(".label")]
     return ConfigError(
         "config.sweep",

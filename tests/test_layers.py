@@ -31,6 +31,7 @@ NUMERICS = (
         "channels",
         "groups",
     ),
+    "axes",
     "kernels",
     "units",
     "coupling",
@@ -59,6 +60,7 @@ PARTS = (
 RUNS = (
     *(
         "intact",
+        "versions",
         "workdirs",
         "checkpoint",
         "lock",

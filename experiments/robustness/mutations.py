@@ -643,7 +643,7 @@ MUTATIONS = (
         57,
         "swapped",
         "layout out_in: inputs and outputs of a kernel are exchanged",
-        "kernels.py",
+        "axes.py",
         "return Axes((1,), (0,), tuple(range(2, rank)))",
         "return Axes((0,), (1,), tuple(range(2, rank)))",
         "test_kernels.py",
@@ -2079,6 +2079,16 @@ MUTATIONS = (
         "return there, rows",
         "test_pipeline.py",
         "members_start_from_the_same_members or a_run_inherits",
+    ),
+    Mutation(
+        290,
+        "comparison",
+        "versions are compared as text, so 0.12 counts as earlier than 0.2",
+        "versions.py",
+        "if numbers(theirs) > numbers(ours):",
+        "if theirs > ours:",
+        "test_workdirs.py",
+        "a_run_of_a_later_version",
     ),
 )
 
