@@ -42,6 +42,7 @@ __all__ = [
     "of_kernel",
     "parts_by_path",
     "spread",
+    "spread_mask",
     "without",
 ]
 
@@ -172,7 +173,7 @@ def spread(values: Array, part: Part, shape: Shape) -> Array:
     return values.reshape([n if axis in part.axes else 1 for axis, n in enumerate(shape)])
 
 
-def _spread_mask(keep: Array, part: Part, shape: Shape) -> Array:
+def spread_mask(keep: Array, part: Part, shape: Shape) -> Array:
     """Bools of `shape`, False where a unit is that `keep` leaves out."""
     if part.axes is None:
         return keep
@@ -195,7 +196,7 @@ def without(kept: PyTree, layers: Iterable[Layer], keep: Leaves) -> PyTree:
 
     def cut(path: str, mask: Array) -> Array:
         for name, part in parts.get(path, []):
-            mask = mask & _spread_mask(keep[name], part, mask.shape)
+            mask = mask & spread_mask(keep[name], part, mask.shape)
         return mask
 
     return trees.map_named(cut, kept)
