@@ -57,6 +57,8 @@ def build(every: list[Plan]) -> Problem:
         eval_batch_size=common["eval_batch_size"],
         sample=data.FixedSample(common["sample"], common["sample_seed"]),
         steps_per_call=common["steps_per_call"],
+        precision=common["precision"],
+        curvature_precision=common["curvature_precision"],
     )
     with within("config.model"):
         check_size(problem, common["model"]["name"])

@@ -58,6 +58,7 @@ from sparsity_jax.export import (
     verify,
     write,
 )
+from sparsity_jax.precision import computed
 from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Row, Rows
 
 __all__ = ["compared", "export", "load", "verify"]  # of `sparsity_jax.export`
@@ -180,7 +181,12 @@ def build(
     with tables.within("config.model"):
         plans.check_model(config["model"])
     model = models.build(num_classes=dataset.num_classes, **config["model"])
-    return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
+    return train.build_problem(
+        dataset,
+        model,
+        eval_batch_size=config["eval_batch_size"],
+        precision=config["precision"],
+    )
 
 
 def other_data(own: Fields, name: str) -> Fields:
@@ -298,8 +304,9 @@ def run(
 
 def measured(saved: Saved, **options: Any) -> Iterator[Row]:
     """`measure` of every member, behind the fields that say which one it is."""
+    precise = computed(measure, saved.problem.precision)
     for network in saved.networks:
-        row = measure(saved.problem, network.state, **options)
+        row = precise(saved.problem, network.state, **options)
         which = dict(
             data=saved.problem.dataset.name,
             model=saved.config["model"]["name"],

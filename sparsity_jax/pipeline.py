@@ -81,7 +81,8 @@ def run(
     lock.refuse(workdir, lock_seconds)
     with enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
-    with lock.held(workdir, lock_seconds) as still_mine:
+    precision = jax.default_matmul_precision(problem.precision)
+    with lock.held(workdir, lock_seconds) as still_mine, precision:
         workdirs.claim(workdir, config)
         tell_environment(problem, workdir, command)
         diverged: list[str] = []

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(sparsity_jax.__file__).parent
 NUMERICS = (
     *(
         "types",
+        "precision",
         "stopping",
         "tables",
         "trees",
