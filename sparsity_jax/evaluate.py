@@ -32,6 +32,7 @@ import numpy as np
 from sparsity_jax import (
     building,
     checkpoint,
+    compilation,
     cost,
     data,
     imports,
@@ -563,8 +564,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name, settings in OPTIONS.items():
         parser.add_argument(f"--{name}", **settings)
+    parser.add_argument(
+        f"--no{compilation.FLAG}",
+        dest="cache",
+        action="store_false",
+        help=f"do not: {compilation.HELP}",
+    )
     imports.add_option(parser)
     options = parser.parse_args(arguments)
+    if options.cache:
+        compilation.keep()
     try:
         for file in options.files:
             imports.load(file)

@@ -15,7 +15,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from sparsity_jax import lock, stopping, tables
+from sparsity_jax import compilation, lock, stopping, tables
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -31,6 +31,7 @@ DESCRIBE = flags.DEFINE_bool(
     False,
     "Print every field of the config: explanation, type, default, value. Nothing runs.",
 )
+CACHE = flags.DEFINE_bool(compilation.FLAG, True, compilation.HELP)
 LOCK_SECONDS = flags.DEFINE_float(
     "lock_seconds",
     lock.STALE_SECONDS,
@@ -146,6 +147,8 @@ def main(argv: list[str]) -> None:
         if DESCRIBE.value:
             sys.stdout.write(describe.describe(config))
             return
+        if CACHE.value:
+            compilation.keep()
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
         pipeline.run(config, workdir, command=command, lock_seconds=LOCK_SECONDS.value)
     except tables.ConfigError as error:

@@ -60,6 +60,7 @@ RUNS = (
     *(
         "intact",
         "workdirs",
+        "compilation",
         "checkpoint",
         "lock",
         "imports",
