@@ -23,7 +23,7 @@ from sparsity_jax import (
     turns,
     workdirs,
 )
-from sparsity_jax.building import build, enough_memory_for, use_platform
+from sparsity_jax.building import build, enough_memory_for, use_deterministic, use_platform
 from sparsity_jax.interface import Place, Stage
 from sparsity_jax.plans import STAGES, Plan, base, check, plain, settings, stage
 from sparsity_jax.progress import Display, tell_environment
@@ -75,6 +75,7 @@ def run(
         snapshots = ancestry.last_snapshots(workdir, config)
         if snapshots:
             return redraw(config, workdir, snapshots)
+    use_deterministic(config.get("deterministic", False))
     use_platform(config.get("platform", "default"))
     plans = check(config)
     workdirs.refuse_other(workdir, config)

@@ -1,6 +1,7 @@
 """Compiled programs of command lines are kept from start to start, and cost nothing where they
-cannot be."""
+cannot be; XLA reads its flags before it starts."""
 
+import contextlib
 import json
 import os
 import stat
@@ -10,7 +11,7 @@ import jax
 import pytest
 import tiny
 
-from sparsity_jax import compilation
+from sparsity_jax import building, compilation
 
 CONFIG = """
 import atexit
@@ -30,7 +31,15 @@ def count(event, **_):
 
 
 jax.monitoring.register_event_listener(count)
-atexit.register(lambda: open(os.environ["COUNTS"], "w").write(json.dumps(counts)))
+
+
+def tell():
+    told = dict(counts, flags=os.environ["XLA_FLAGS"])
+    with open(os.environ["COUNTS"], "w") as file:
+        json.dump(told, file)
+
+
+atexit.register(tell)
 
 
 def get_config():
@@ -86,8 +95,25 @@ def test_a_second_start_reads_programs_and_a_flag_turns_that_off(home, tmp_path)
     assert after["misses"] <= before["misses"] / 2  # of the entry that is cut off, however often
     assert "Warning" not in first.stderr + second.stderr
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
-    _, off = started(config, tmp_path / "third", counts, "--nocompilation_cache")
-    assert off == dict(hits=0, misses=0)
+    assert building.DETERMINISTIC not in after["flags"]
+    flags = ("--nocompilation_cache", "--config.deterministic=True")
+    _, off = started(config, tmp_path / "third", counts, *flags)
+    assert off["hits"] == off["misses"] == 0
+    assert building.DETERMINISTIC in off["flags"].split()  # nothing has started jax before
+
+
+@pytest.mark.parametrize("flags", ["", building.DETERMINISTIC])
+def test_determinism_is_refused_where_a_gpu_is_in_use_without(flags, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    devices = jax.local_devices()  # jax has started
+    building.use_deterministic(True)  # of a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    building.use_deterministic(False)
+    refused = contextlib.nullcontext() if flags else tiny.refused("config.deterministic", True)
+    with refused:
+        building.use_deterministic(True)
+    assert os.environ["XLA_FLAGS"] == flags
+    assert jax.local_devices() == devices
 
 
 def test_the_folder_is_the_users_alone(home):
