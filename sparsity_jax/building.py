@@ -47,7 +47,7 @@ def use_deterministic(wanted: bool) -> None:
 
 def has_started() -> bool:
     """Whether jax computes already: then it refuses another number of devices."""
-    number = jax.config.jax_num_cpu_devices
+    number = jax.config.read("jax_num_cpu_devices")
     try:
         jax.config.update("jax_num_cpu_devices", number + 1)
     except RuntimeError:
