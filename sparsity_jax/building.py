@@ -3,6 +3,7 @@ the memory.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,17 +20,52 @@ from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import Config
 
 __all__ = [
+    "DETERMINISTIC",
     "build",
     "check_size",
     "enough_memory",
     "enough_memory_for",
     "making_network",
     "origin_of",
+    "use_deterministic",
     "use_platform",
 ]
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # of XLA_FLAGS
 # fields that decide how much a stage holds
 _LARGE = ("batch_size", "num_examples", "imp_samples", "num_matvecs")
+
+
+def use_deterministic(wanted: bool) -> None:
+    """Makes programs on a GPU repeat bit by bit, as they do on a CPU anyway, if
+    `config.deterministic` asks for it.
+
+    Raises ConfigError where a GPU is in use already: XLA reads its flags once, before that.
+    """
+    wanted = tables.convert(wanted, bool, "config.deterministic")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if not wanted or DETERMINISTIC in flags.split():
+        return
+    if not _has_started():
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+    elif jax.default_backend() == "gpu":
+        raise ConfigError(
+            "config.deterministic",
+            True,
+            why="but this process already uses jax on a GPU that need not repeat itself",
+            allowed=f"with XLA_FLAGS={DETERMINISTIC} in the environment, or before jax computes",
+        )
+
+
+def _has_started() -> bool:
+    """Whether jax computes already: then it refuses another number of devices."""
+    number = jax.config.read("jax_num_cpu_devices")
+    try:
+        jax.config.update("jax_num_cpu_devices", number + 1)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", number)
+    return False
 
 
 def use_platform(name: str) -> None:
@@ -67,6 +103,8 @@ def build(every: list[Plan]) -> Problem:
         eval_batch_size=common["eval_batch_size"],
         sample=data.FixedSample(common["sample"], common["sample_seed"]),
         steps_per_call=common["steps_per_call"],
+        precision=common["precision"],
+        curvature_precision=common["curvature_precision"],
     )
     with within("config.model"):
         check_size(problem, common["model"]["name"])

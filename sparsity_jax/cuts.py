@@ -371,6 +371,7 @@ def make_scores(problem: Problem, stage: Cut) -> Callable:
         grasp_temperature=stage.grasp_temperature,
         preserve_temperature=stage.preserve_temperature,
         on_host=stages.on_host(problem),
+        precision=problem.curvature_precision,
     )
     examples = problem.examples("train", stage.imp_samples)
     balanced = _balanced_examples(problem, len(examples[1])) if stage.balanced else None

@@ -32,6 +32,7 @@ import numpy as np
 from sparsity_jax import (
     building,
     checkpoint,
+    compilation,
     cost,
     data,
     imports,
@@ -58,6 +59,7 @@ from sparsity_jax.export import (
     verify,
     write,
 )
+from sparsity_jax.precision import computed
 from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Row, Rows
 
 __all__ = [
@@ -199,7 +201,12 @@ def build(
     with tables.within("config.model"):
         plans.check_model(config["model"])
     model = models.build(num_classes=dataset.num_classes, **config["model"])
-    return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
+    return train.build_problem(
+        dataset,
+        model,
+        eval_batch_size=config["eval_batch_size"],
+        precision=config["precision"],
+    )
 
 
 def _other_data(own: Fields, name: str) -> Fields:
@@ -317,8 +324,9 @@ def run(
 
 def _measured(saved: Saved, **options: Any) -> Iterator[Row]:
     """`measure` of every member, behind the fields that say which one it is."""
+    precise = computed(measure, saved.problem.precision)
     for network in saved.networks:
-        row = measure(saved.problem, network.state, **options)
+        row = precise(saved.problem, network.state, **options)
         which = dict(
             data=saved.problem.dataset.name,
             model=saved.config["model"]["name"],
@@ -585,8 +593,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name, settings in _OPTIONS.items():
         parser.add_argument(f"--{name}", **settings)
+    parser.add_argument(
+        f"--no{compilation.FLAG}",
+        dest="cache",
+        action="store_false",
+        help=f"do not: {compilation.HELP}",
+    )
     imports.add_option(parser)
     options = parser.parse_args(arguments)
+    if options.cache:
+        compilation.keep()
     try:
         for file in options.files:
             imports.load(file)

@@ -113,13 +113,14 @@ class TrainingLoss(alone.OneByOne):
     ) -> PyTree:
         """v times the curvature of the loss over a batch, in the parameters of the stage."""
         params, batch_stats = variables
+        precision = problem.curvature_precision
         part, rebuild = spectrum.select(params, self.parameters)
         if gauss_newton:
             outputs = lambda part, batch: problem.logits(rebuild(part), batch_stats, batch[0])
-            matvec = linops.gauss_newton(outputs, self.loss_of, part, batch)
+            matvec = linops.gauss_newton(outputs, self.loss_of, part, batch, precision=precision)
         else:
             loss = lambda part, batch: self.mean_loss(problem, (rebuild(part), batch_stats), batch)
-            matvec = linops.hvp(loss, part, batch)
+            matvec = linops.hvp(loss, part, batch, precision=precision)
         return matvec(v)
 
     def whole_product(self, problem: Problem, gauss_newton: bool = False) -> Callable:
@@ -134,8 +135,13 @@ class TrainingLoss(alone.OneByOne):
 
         def build() -> Callable:
             data = self.examples(problem)
-            on_host = stages.on_host(problem)
-            return make(of_batch, data, self.batch_size, on_host=on_host)
+            return make(
+                of_batch,
+                data,
+                self.batch_size,
+                on_host=stages.on_host(problem),
+                precision=problem.curvature_precision,
+            )
 
         name = (make, self.loss, self.parameters, self.batch_size, self.num_examples, *depends)
         return problem.once(name, build)
@@ -788,7 +794,10 @@ def tolerated(
     mean_loss = functools.partial(reader.mean_loss, problem)
 
     def losses_of(variables: Variables, *data: Array) -> Array:
-        return spectrum.batch_losses(mean_loss, variables, data, reader.batch_size)
+        precision = problem.curvature_precision
+        return spectrum.batch_losses(
+            mean_loss, variables, data, reader.batch_size, precision=precision
+        )
 
     name = ("batch losses", reader.loss, reader.batch_size)
     compiled = problem.once(name, lambda: jax.jit(losses_of))

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.tree_util import tree_map, tree_structure, tree_unflatten
 
 from sparsity_jax import polytopes, trees
+from sparsity_jax.precision import FULL, Precision, computed
 from sparsity_jax.trees import widen
 from sparsity_jax.types import PyTree
 
@@ -65,6 +66,7 @@ def scale_step(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
+    precision: Precision = FULL,
 ) -> Callable:
     """One iteration, `(state, inner_batch, outer_batch) -> (state, metrics)`.
 
@@ -73,7 +75,8 @@ def scale_step(
     as constants, step sizes are differentiated where they are not clipped. The scales follow it by
     scalar Adam at `scale_learning_rate` with the gradient clipped to +-`clip`, never below
     `min_scale` (kernels, norm scales) or 0 (biases); arrays whose norm is 0 are left alone. sets:
-    feasible sets as for `optim.sfw`; unconstrained arrays take their gradient step.
+    feasible sets as for `optim.sfw`; unconstrained arrays take their gradient step. precision: of
+    matrix products, in full float32 by default.
     """
 
     def move(constraint: Any, w: Array, g: Array) -> tuple[Array, Array]:
@@ -132,7 +135,7 @@ def scale_step(
         metrics = ScaleMetrics(before, after * learning_rate, products, sizes)
         return ScaleState(count, params, scales, norms, means, squares), metrics
 
-    return step
+    return computed(step, precision)
 
 
 def _columns(like: PyTree, rows: PyTree) -> list[PyTree]:

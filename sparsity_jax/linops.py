@@ -4,6 +4,8 @@ spectral density.
 An operator is a function `matvec(v) -> A v` on pytrees of one structure; A is real and symmetric.
 Nothing here knows a network: `hvp` and `gauss_newton` make operators of any loss and any pytree,
 everything else takes any operator.
+All compute in full float32 on every device, unless an operator says how precise it is itself, see
+`precision`.
 
     tridiagonal = lanczos(64)(hvp(loss, params, batch), rademacher(key, params))
     values, weights = ritz(tridiagonal)             # Ritz values and weights: float64, on the host
@@ -35,6 +37,7 @@ from jax.tree_util import (
 from numpy import ndarray
 
 from sparsity_jax import stopping, tables, trees
+from sparsity_jax.precision import FULL, Precision, computed
 from sparsity_jax.trees import varying_like, widen
 from sparsity_jax.types import PyTree
 
@@ -77,34 +80,38 @@ _inner = functools.partial(jnp.dot, precision=HIGHEST)
 # Products with the curvature of a loss ------------------------------------------------------------
 
 
-def hvp(loss: Callable, params: PyTree, *args: Any) -> Matvec:
+def hvp(loss: Callable, params: PyTree, *args: Any, precision: Precision = FULL) -> Matvec:
     """The product with the Hessian of `loss(params, *args)` at `params`, forward over reverse.
 
-    matvec(v): v has the structure and shapes of `params`, and so has the product. Raises ValueError
-    for a loss that is no scalar and for a v of another structure, TypeError for params that are no
-    floats.
+    matvec(v): v has the structure and shapes of `params`, and so has the product. precision: of all
+    products of matrices inside. Raises ValueError for a loss that is no scalar and for a v of
+    another structure, TypeError for params that are no floats.
     """
     trees.check_parameters(params, "hvp")
     scalar = lambda params: loss(params, *args)
-    check_scalar(scalar, params)
+    computed(check_scalar, precision)(scalar, params)
     gradient = jax.grad(scalar)
 
     def matvec(v: PyTree) -> PyTree:
         return jax.jvp(gradient, (params,), (tangent(v, params),))[1]
 
-    return matvec
+    return computed(matvec, precision)
 
 
-def gauss_newton(outputs: Callable, loss: Callable, params: PyTree, *args: Any) -> Matvec:
+def gauss_newton(
+    outputs: Callable, loss: Callable, params: PyTree, *args: Any, precision: Precision = FULL
+) -> Matvec:
     """The product with J^T H J: J the Jacobian of `z = outputs(params, *args)`, H the Hessian of
     `loss(z, *args)` in z.
 
-    Positive semi-definite if the loss is convex in z. z may be a pytree; raises as `hvp` does.
+    Positive semi-definite if the loss is convex in z. z may be a pytree; precision and errors: as
+    of `hvp`.
     """
     trees.check_parameters(params, "gauss_newton")
     network = lambda params: outputs(params, *args)
     scalar = lambda z: loss(z, *args)
-    check_scalar(scalar, jax.eval_shape(network, params))
+    shapes = computed(jax.eval_shape, precision)(network, params)
+    computed(check_scalar, precision)(scalar, shapes)
     gradient = jax.grad(scalar)
 
     def matvec(v: PyTree) -> PyTree:
@@ -113,7 +120,7 @@ def gauss_newton(outputs: Callable, loss: Callable, params: PyTree, *args: Any) 
         _, curved = jax.jvp(gradient, (z,), (change,))
         return pull_back(curved)[0]
 
-    return matvec
+    return computed(matvec, precision)
 
 
 def squared(matvec: Matvec) -> Matvec:
@@ -128,7 +135,7 @@ def squared(matvec: Matvec) -> Matvec:
         product = matvec(tree_map(lambda x: (x / scale).astype(x.dtype), once))
         return tree_map(lambda x: widen(x) * scale, product)
 
-    return twice
+    return computed(twice)
 
 
 def check_scalar(loss: Callable, argument: PyTree) -> None:
@@ -431,7 +438,7 @@ class Lanczos:
 
     def step(self, matvec: Matvec, state: LanczosState) -> LanczosState:
         """The state after one more product."""
-        return self.update(state, matvec(state.current))
+        return self.update(state, computed(matvec)(state.current))
 
     def update(self, state: LanczosState, product: PyTree) -> LanczosState:
         """The state after a step whose product is known."""
@@ -807,7 +814,7 @@ def hutchinson(
     def estimate(matvec: Matvec, key: Array, like: PyTree) -> Trace:
         def sample(key: Array) -> Array:
             probe = rademacher(key, like)
-            return _dot(probe, matvec(probe))
+            return _dot(probe, computed(matvec)(probe))
 
         return _mean(_map(sample, jax.random.split(key, num_probes), on_host))
 
@@ -833,7 +840,7 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, Arr
         keys = jax.random.split(key, num_matvecs - third)
 
         def product(vector: PyTree) -> Array:
-            return _flatten(tree_map(trees.gathered, matvec(vector)))
+            return _flatten(tree_map(trees.gathered, computed(matvec)(vector)))
 
         def share(row: Array) -> Array:
             return _inner(row, product(_unflatten(row, like)))

@@ -23,7 +23,7 @@ from sparsity_jax import (
     turns,
     workdirs,
 )
-from sparsity_jax.building import build, enough_memory_for, use_platform
+from sparsity_jax.building import build, enough_memory_for, use_deterministic, use_platform
 from sparsity_jax.interface import Place, Stage
 from sparsity_jax.plans import STAGES, Plan, base, check, plain, settings, stage
 from sparsity_jax.progress import Display, tell_environment
@@ -77,13 +77,15 @@ def run(
         snapshots = ancestry.last_snapshots(workdir, config)
         if snapshots:
             return _redraw(config, workdir, snapshots)
+    use_deterministic(config.get("deterministic", False))
     use_platform(config.get("platform", "default"))
     plans = check(config)
     workdirs.refuse_other(workdir, config)
     lock.refuse(workdir, stale_seconds=lock_seconds)
     with enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
-    with lock.held(workdir, stale_seconds=lock_seconds) as still_mine:
+    precision = jax.default_matmul_precision(problem.precision)
+    with lock.held(workdir, stale_seconds=lock_seconds) as still_mine, precision:
         workdirs.claim(workdir, config)
         tell_environment(problem, workdir, command)
         diverged: list[str] = []

@@ -31,6 +31,7 @@ from sparsity_jax import (
 )
 from sparsity_jax.interface import Stage
 from sparsity_jax.members import Member, stages_of
+from sparsity_jax.precision import FULL, Precision
 from sparsity_jax.tables import ConfigError, check_options, defaults, lookup, within
 from sparsity_jax.train import Fit, State
 from sparsity_jax.types import Config, Fields
@@ -83,6 +84,9 @@ def settings(
     eval_batch_size: tables.Count = 1000,
     sample: Literal["spread", "first"] = "spread",
     sample_seed: tables.Index = 0,
+    deterministic: bool = False,
+    precision: Precision = "default",
+    curvature_precision: Precision = FULL,
     checkpoint_seconds: tables.NonNegative = 60.0,
     sweep: dict = {},  # noqa: B006 - never changed
 ) -> None:
@@ -102,8 +106,13 @@ def settings(
     evaluations. sample: which images a stage takes that is given a number of them
     (`imp_samples`, `num_examples`): "spread" evenly over the stored order, in memory and
     streamed alike, another sample for each sample_seed; or the "first", which in a folder are
-    those of the first classes. sample_seed: number of the sample. checkpoint_seconds: least
-    time between two saves.
+    those of the first classes. sample_seed: number of the sample. deterministic: makes a run and
+    its resume repeat bit by bit on a GPU too, where training is 4 to 5 % slower so; on a CPU they
+    always do. precision: of matrix products in training and evaluation, as
+    `jax.default_matmul_precision` names it; JAX's default is TF32 on NVIDIA GPUs and bfloat16 on
+    TPUs. curvature_precision: of those in curvature, importance, Jacobians, `sfw_init` and
+    whatever else claims to be exact; a narrower one is some five times as fast on a GPU and off by
+    some 3 %. checkpoint_seconds: least time between two saves.
     sweep: lists of values under the names of fields, e.g. `dict(seed=(0, 1),
     fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. What else it may
     say, see `members.choices`.

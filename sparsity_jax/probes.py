@@ -22,6 +22,7 @@ from jax import Array
 from numpy import ndarray
 
 from sparsity_jax import stopping, tables, trees
+from sparsity_jax.precision import FULL, Precision, computed
 from sparsity_jax.types import Arrays, PyTree
 
 __all__ = [
@@ -163,14 +164,21 @@ class Isometry(NamedTuple):
     largest: Array
 
 
-def jacobian_singular_values(apply: Callable, variables: PyTree, inputs: Array) -> Array:
+def jacobian_singular_values(
+    apply: Callable, variables: PyTree, inputs: Array, *, precision: Precision = FULL
+) -> Array:
     """Singular values of d outputs / d input of each example, descending: [batch, min(outputs,
     entries of an input)].
 
     apply: (variables, inputs [batch, ...]) -> [batch, ...], without effects between examples
     (inference mode). Exact: as many products with the Jacobian as its smaller side, all examples at
-    once; call it in chunks where that needs too much memory.
+    once; call it in chunks where that needs too much memory. precision: of matrix products, in full
+    float32 by default.
     """
+    return computed(_singular_values, precision)(apply, variables, inputs)
+
+
+def _singular_values(apply: Callable, variables: PyTree, inputs: Array) -> Array:
     single = lambda x: apply(variables, x[None])[0].ravel()
     num_outputs = jax.eval_shape(single, inputs[0]).size
     jacobian = jax.jacrev(single) if num_outputs < inputs[0].size else jax.jacfwd(single)

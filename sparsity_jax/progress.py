@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax import local_devices
@@ -49,6 +50,7 @@ def describe_environment(problem: Problem) -> Fields:
         "python": host.python_version(),
         "parameters": f"{trees.size(shapes_of(problem)):,}",
         "chance": chance(problem.dataset),
+        "precision": _told_precision(problem),
     }
     if problem.streamed:
         workers = problem.dataset.train.images.options.workers
@@ -69,6 +71,13 @@ def describe_environment(problem: Problem) -> Fields:
 # numbers of a row that its line of progress shows
 _SHOWN = ("epoch", "iteration", "ratio", "train_loss", "test_accuracy", "accuracy", "loss_after")
 _BAR = "{desc:<24} {percentage:3.0f}% |{bar:30}| {elapsed}<{remaining} {postfix}"
+
+
+def _told_precision(problem: Problem) -> str:
+    """How precisely matrix products are computed, and which type bounds that."""
+    told = f"{problem.precision}, of curvature {problem.curvature_precision}"
+    narrow = jnp.finfo(problem.model.dtype).bits < 32
+    return f"{told}; the network computes in {problem.model.dtype}" if narrow else told
 
 
 class Display:

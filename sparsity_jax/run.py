@@ -15,7 +15,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from sparsity_jax import lock, stopping, tables
+from sparsity_jax import compilation, lock, stopping, tables
 
 __all__ = ["SWEPT", "main", "parse", "swept", "without_sweep"]
 
@@ -33,6 +33,7 @@ _DESCRIBE = flags.DEFINE_bool(
     False,
     "Print every field of the config: explanation, type, default, value. Nothing runs.",
 )
+_CACHE = flags.DEFINE_bool(compilation.FLAG, True, compilation.HELP)
 _LOCK_SECONDS = flags.DEFINE_float(
     "lock_seconds",
     lock.STALE_SECONDS,
@@ -149,6 +150,8 @@ def main(argv: list[str]) -> None:
         if _DESCRIBE.value:
             sys.stdout.write(describe.describe(config))
             return
+        if _CACHE.value:
+            compilation.keep()
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
         pipeline.run(config, workdir, command=command, lock_seconds=_LOCK_SECONDS.value)
     except tables.ConfigError as error:

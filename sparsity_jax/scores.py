@@ -26,6 +26,7 @@ from jax import Array
 
 from sparsity_jax import batches, coupling, linops, tables, trees
 from sparsity_jax.groups import Member
+from sparsity_jax.precision import FULL, Precision, computed
 from sparsity_jax.types import Fields, PyTree
 
 __all__ = [
@@ -204,6 +205,7 @@ def gather(
     grasp_temperature: float = 200.0,
     preserve_temperature: float = 1.0,
     on_host: bool = False,
+    precision: Precision = FULL,
 ) -> Callable[..., Statistics]:
     """`collect(params, data, *, balanced, init)`: the statistics `needs`, from one pass over the
     data.
@@ -213,7 +215,8 @@ def gather(
     size, and g2 depends on batch_size. balanced: the examples for hg, e.g. those of
     `class_balanced`, passed twice: for their mean gradient g, then for H g. As classes have equally
     many, these are the means over classes, whatever the batches. init: w0. temperature and the two
-    of the Hessian are arguments of one compiled program, so `loss` gets them traced.
+    of the Hessian are arguments of one compiled program, so `loss` gets them traced. precision: of
+    matrix products, in full float32 by default.
     on_host: see `batches.mean`; `collect` is then not traceable. Raises ConfigError for unknown
     statistics and a batch size below 1, ValueError for a missing or empty input.
     """
@@ -227,9 +230,9 @@ def gather(
         return {"g": g, "g2": jax.tree.map(jnp.square, g)} if "g2" in needs else {"g": g}
 
     def product(batch: PyTree, params: PyTree, temperature: Array, vector: PyTree) -> PyTree:
-        return linops.hvp(loss, params, batch, temperature)(vector)
+        return linops.hvp(loss, params, batch, temperature, precision=precision)(vector)
 
-    mean_moments = batches.mean(moments, batch_size, on_host=on_host)
+    mean_moments = batches.mean(computed(moments, precision), batch_size, on_host=on_host)
     mean_product = batches.mean(product, batch_size, on_host=on_host)
     hessians = dict(hg_grasp=grasp_temperature, hg_preserve=preserve_temperature)
 

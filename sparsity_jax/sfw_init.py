@@ -130,6 +130,7 @@ def _rescaled(
         scale_learning_rate=stage.scale_learning_rate,
         min_scale=stage.min_scale,
         clip=stage.clip,
+        precision=problem.curvature_precision,
     )
     scales, metrics = step(scales, batch(1, keys[2]), batch(2, keys[3]))
     return scales, dict(loss_before=metrics.loss_before, loss_after=metrics.loss_after)

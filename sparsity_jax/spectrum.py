@@ -14,7 +14,8 @@ weights.
 
 Examples come in a fixed order, without augmentation, and every batch counts by its size: the same
 product twice is equal bit by bit, and the batch size changes rounding only. `select` restricts
-everything to some of the parameters.
+everything to some of the parameters. All is computed in full float32 unless the option `precision`
+says otherwise.
 """
 
 import functools
@@ -28,6 +29,7 @@ from jax import Array, lax
 from jax.tree_util import tree_leaves, tree_map
 
 from sparsity_jax import batches, linops, stopping, tables, trees
+from sparsity_jax.precision import FULL, Precision, computed
 from sparsity_jax.types import PyTree
 
 __all__ = [
@@ -51,41 +53,55 @@ Product = Callable[[PyTree, PyTree, PyTree], PyTree]
 # Products of one batch: (params, v, batch) -> A v, A the mean over the batch's examples
 
 
-def hessian_product(loss: Callable) -> Product:
+def hessian_product(loss: Callable, *, precision: Precision = FULL) -> Product:
     """Of the Hessian of `loss(params, batch)`, the mean over the batch."""
-    return lambda params, v, batch: linops.hvp(loss, params, batch)(v)
+    return lambda params, v, batch: linops.hvp(loss, params, batch, precision=precision)(v)
 
 
 def over_batches(
-    product: Product, data: PyTree, batch_size: int, *, on_host: bool = False
+    product: Product,
+    data: PyTree,
+    batch_size: int,
+    *,
+    on_host: bool = False,
+    precision: Precision = FULL,
 ) -> Callable:
     """`mean(params, v)`: the mean of `product` over all examples of `data`, batch by batch.
 
     product: as above, of the mean over a batch. data: a pytree of arrays [N, ...]; a shorter last
     batch counts by its size. on_host: one compiled call per batch instead of a scan, which XLA's
     CPU backend needs for convolutions (inside a scan their gradients become a naive loop); the
-    function is then not traceable. Sharded data keep their sharding; explicit mesh axes over the
-    examples must divide every batch. Raises ValueError for empty data and for a batch size below 1.
+    function is then not traceable. precision: of what `product` leaves open. Sharded data keep
+    their sharding; explicit mesh axes over the examples must divide every batch. Raises ValueError
+    for empty data and for a batch size below 1.
     """
-    mean = _mean(product, data, batch_size, on_host)
+    mean = _mean(product, data, batch_size, on_host, precision)
     return lambda params, v: mean(tree_map(jnp.zeros_like, v), params, v)
 
 
-def _mean(part: Callable, data: PyTree, batch_size: int, on_host: bool) -> Callable:
+def _mean(
+    part: Callable, data: PyTree, batch_size: int, on_host: bool, precision: Precision
+) -> Callable:
     """`mean(zeros, params, v)` of `part(params, v, batch)`, which gives a tree like `zeros`."""
     batches.pieces(data, batch_size)  # checks both
     # NumPy arrays would be sent to the device for every call
     data = tree_map(jnp.asarray, data)
     of_batch = lambda batch, params, v: part(params, v, batch)
-    mean = batches.mean(of_batch, batch_size, on_host=on_host)
+    mean = batches.mean(computed(of_batch, precision), batch_size, on_host=on_host)
     return lambda zeros, params, v: mean(zeros, data, params, v)
 
 
 def linearized(
-    product: Product, params: PyTree, data: PyTree, batch_size: int, *, like: PyTree = None
+    product: Product,
+    params: PyTree,
+    data: PyTree,
+    batch_size: int,
+    *,
+    like: PyTree = None,
+    precision: Precision = FULL,
 ) -> Callable:
     """`matvec(v)`: what `over_batches` computes, for many v at the same `params`. like: a tree such
-    as v, if not `params`.
+    as v, if not `params`. precision: as there.
 
     All that does not depend on v, such as activations and back-propagated errors, is computed here,
     once, and kept for every example; a product then takes 0.7 to 0.8 of its time on a dense
@@ -102,7 +118,8 @@ def linearized(
     @functools.partial(jax.jit, static_argnums=3)
     def prepare(params: PyTree, data: PyTree, start: int, length: int) -> Callable:
         batch = batches.cut(data, start, length)
-        _, linear = jax.linearize(lambda v: product(params, v, batch), zero)
+        of_vector = computed(lambda v: product(params, v, batch), precision)
+        _, linear = jax.linearize(of_vector, zero)
         return linear
 
     @functools.partial(jax.jit, static_argnums=3)
@@ -135,14 +152,21 @@ class Taylor(NamedTuple):
     second_order: Array
 
 
-def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = False) -> Callable:
+def taylor(
+    loss: Callable,
+    data: PyTree,
+    batch_size: int,
+    *,
+    on_host: bool = False,
+    precision: Precision = FULL,
+) -> Callable:
     """`terms(params, step) -> Taylor`: of the mean of `loss(params, batch)` over all examples of
     `data`.
 
     step: structure and shapes of `params`. The terms are derivatives along the step, so no gradient
-    is formed: forward mode twice, about five evaluations of the loss. data, batch_size, on_host and
-    errors: as for `over_batches`; ValueError also for a loss that is no scalar and for a step of
-    another structure.
+    is formed: forward mode twice, about five evaluations of the loss. data, batch_size, on_host,
+    precision and errors: as for `over_batches`; ValueError also for a loss that is no scalar and
+    for a step of another structure.
     """
 
     def part(params: PyTree, step: PyTree, batch: PyTree) -> Taylor:
@@ -162,13 +186,20 @@ def taylor(loss: Callable, data: PyTree, batch_size: int, *, on_host: bool = Fal
         _, second = slopes
         return Taylor(moved(one) - before, first, second / 2)
 
-    mean = _mean(part, data, batch_size, on_host)
+    mean = _mean(part, data, batch_size, on_host, precision)
     zero = jnp.zeros(())
     zeros = Taylor(zero, zero, zero)
     return lambda params, step: mean(zeros, params, step)
 
 
-def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) -> Array:
+def batch_losses(
+    loss: Callable,
+    params: PyTree,
+    data: PyTree,
+    batch_size: int,
+    *,
+    precision: Precision = FULL,
+) -> Array:
     """`loss(params, batch)` of every whole batch of `data` in order: [N // batch_size]."""
     size = batches.num_examples(data)
     if not 1 <= batch_size <= size:
@@ -181,7 +212,7 @@ def batch_losses(loss: Callable, params: PyTree, data: PyTree, batch_size: int) 
         return loss(params, batch)
 
     number = size // batch_size
-    return lax.map(of_batch, batch_size * jnp.arange(number))
+    return lax.map(computed(of_batch, precision), batch_size * jnp.arange(number))
 
 
 # Some of the parameters

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from sparsity_jax import groups, kernels, masks, tables, trees
+from sparsity_jax.precision import FULL
 from sparsity_jax.types import PyTree
 
 __all__ = ["METHODS", "add_noise", "normal", "orthogonal", "reinitialize"]
@@ -48,7 +49,7 @@ def orthogonal(key: Array, mask: Array, dtype: Any) -> Array:
     left, _, right = jnp.linalg.svd(gaussian, full_matrices=False)
     rank = jnp.minimum(rows.sum(), columns.sum())  # the singular values behind it are zero
     left = left * (jnp.arange(left.shape[1]) < rank)
-    return (left @ right).reshape(mask.shape).astype(dtype)
+    return jnp.matmul(left, right, precision=FULL).reshape(mask.shape).astype(dtype)
 
 
 def _kept(mask: Array) -> tuple[Array, Array]:

@@ -35,6 +35,7 @@ from sparsity_jax import (
 )
 from sparsity_jax.data import Dataset, FixedSample, make_augmentation
 from sparsity_jax.interface import Carried, Place
+from sparsity_jax.precision import FULL, Precision
 from sparsity_jax.tables import ConfigError, lookup, within
 from sparsity_jax.types import Fields, MemberRows, PyTree
 
@@ -150,6 +151,8 @@ class Problem(NamedTuple):
     pretrained: PyTree = ()
     keep_zeros: bool = False  # whether weights that are zero in `pretrained` are masked
     sample: FixedSample = FixedSample()  # the images of `examples`
+    precision: Precision = "default"  # of training and evaluation
+    curvature_precision: Precision = FULL  # of curvature and all that claims to be exact
     # uint8 [N, H, W, C] and int32 [N]; None where the data is streamed
     train_images: Any = None
     train_labels: Any = None
@@ -268,6 +271,8 @@ def build_problem(
     eval_batch_size: int = 1000,
     steps_per_call: int = 0,
     sample: data.FixedSample = FixedSample(),  # noqa: B008 - a constant
+    precision: Precision = "default",
+    curvature_precision: Precision = FULL,
 ) -> Problem:
     """Puts data in memory on the device; of a stream some images are decoded to find mistakes, see
     `data.look_at`.
@@ -281,7 +286,16 @@ def build_problem(
     devices = local_devices()[: mesh or None]
     grid = Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
     problem = Problem(
-        model, dataset, grid, members, eval_batch_size, steps_per_call, compiled={}, sample=sample
+        model,
+        dataset,
+        grid,
+        members,
+        eval_batch_size,
+        steps_per_call,
+        compiled={},
+        sample=sample,
+        precision=precision,
+        curvature_precision=curvature_precision,
     )
     if streamed:
         return problem

@@ -31,7 +31,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import scipy.optimize
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
@@ -292,6 +291,8 @@ def _solve(spectrum: _Spectrum, distances: Distances) -> float:
             low = middle
         else:
             high = middle
+    import scipy.optimize  # here: most runs never need it
+
     # of exactly the two distances at 0 and 1, whose signs the search above has found
     part = scipy.optimize.brentq(lambda part: excess(low, part), 0.0, 1.0, xtol=1e-15)
     return (low + part) / size

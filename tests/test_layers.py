@@ -15,6 +15,7 @@ ROOT = pathlib.Path(sparsity_jax.__file__).parent
 NUMERICS = (
     *(
         "types",
+        "precision",
         "stopping",
         "tables",
         "trees",
@@ -62,6 +63,7 @@ RUNS = (
         "intact",
         "versions",
         "workdirs",
+        "compilation",
         "checkpoint",
         "lock",
         "imports",

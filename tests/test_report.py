@@ -872,6 +872,21 @@ def test_import_is_cheap_and_leaves_pyplot_alone():
     assert done.returncode == 0, done.stderr
 
 
+def test_events_are_written_without_torch(tmp_path):
+    """Which takes seconds to import, and tensorboardX would do so."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')", encoding="utf-8")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from sparsity_jax import report
+report.Writer({str(tmp_path / "run")!r}).close()
+assert "torch" not in sys.modules
+"""
+    done = tiny.python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
 def test_channel_groups_and_what_is_left_of_them(tmp_path):
     """A residual network of 60 groups and two arms: one figure, with the channels kept by the last
     cut of each.

@@ -1,6 +1,8 @@
 """Rows on their way out of a running stage: to `metrics.jsonl` and to TensorBoard events."""
 
+import contextlib
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Self
 
@@ -44,7 +46,8 @@ class Writer:
     """
 
     def __init__(self, workdir: AnyPath, rows_so_far: Iterable[Row] = ()):
-        from tensorboardX import FileWriter
+        with _without_torch():
+            from tensorboardX import FileWriter
 
         path = pathlib.Path(workdir) / files.METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +96,21 @@ class Writer:
             if tags:
                 self._events.add_summary(summary, step)
         self._events.flush()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Imports inside find no torch unless it is there already: tensorboardX takes it along, which
+    takes six seconds, and needs it for tensors only.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def scalars(row: Row) -> tuple[dict[str, float], int]:
