@@ -28,6 +28,7 @@ from sparsity_jax import (
 from sparsity_jax.report import draw
 
 WRITE = report.write
+BUILD = pipeline.build
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 POLYTOPE = tables.options(polytopes.SETS, "k_sparse", k_frac=0.2)
 SGD = optim.settings("sgd", learning_rate=0.1)
@@ -124,6 +125,26 @@ def sketches():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(draw, "files_of", sketch)
+        yield
+
+
+@contextlib.contextmanager
+def same_programs():
+    """Runs inside on equal digits, with equal networks and devices, share compiled programs, so that
+    only the first of them waits for the compiler."""
+    programs = {}
+    decide_nothing = ("pipeline", "seed", "sweep", "title", "start_from", "checkpoint_seconds")
+
+    def build(plans):
+        problem, common = BUILD(plans), plans[0].common
+        if common["data"]["name"] != "digits" or common["pretrained"]:
+            return problem
+        deciding = {name: common[name] for name in common if name not in decide_nothing}
+        key = repr((sorted(deciding.items()), plans[0].size))
+        return problem._replace(compiled=programs.setdefault(key, problem.compiled))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "build", build)
         yield
 
 
