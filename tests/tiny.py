@@ -130,8 +130,7 @@ def sketches():
 
 @contextlib.contextmanager
 def same_programs():
-    """Runs inside on equal digits, with equal networks and devices, share compiled programs, so that
-    only the first of them waits for the compiler."""
+    """Runs inside share compiled programs where they have the same digits, network and devices."""
     programs = {}
     decide_nothing = ("pipeline", "seed", "sweep", "title", "start_from", "checkpoint_seconds")
 
