@@ -25,13 +25,13 @@ from sparsity_jax import (
 )
 
 DYNAMIC = dict(tiny.SFW, schedule=dict(name="dynamic_change"))
-BALL = dict(name="l2", tau=15.0)  # quick to compile
+BALL = tiny.IN_BALL["constraint"]
 SEEDS = dict(sweep=dict(seed=(0, 1)))
 ARMS = {
     "sgd": dict(label="SGD", fit=dict(optimizer=dict(tiny.SGD, learning_rate=0.05))),
     "sfw": dict(
         fit=dict(optimizer=dict(DYNAMIC, constraint=BALL)),
-        again=dict(optimizer=dict(tiny.SFW, constraint=BALL)),
+        again=dict(optimizer=tiny.IN_BALL),
     ),
 }
 GRID = dict(sweep=dict(arms=ARMS, seed=(0, 1)))
@@ -639,7 +639,7 @@ def test_a_damaged_config_file_is_named(tmp_path):
 
 
 def test_eight_devices_train_and_resume(tmp_path):
-    config = tiny.config("fit", "curve", mesh=0, fit=stage(optimizer=tiny.SFW))
+    config = tiny.config("fit", "curve", mesh=0, fit=stage(optimizer=tiny.IN_BALL))
     outcome = pipeline.run(config, tmp_path / "eight")
     alone = pipeline.run(config | dict(mesh=1), tmp_path / "one")
     for a, b in zip(outcome.rows, alone.rows, strict=True):

@@ -33,6 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 POLYTOPE = tables.options(polytopes.SETS, "k_sparse", k_frac=0.2)
 SGD = optim.settings("sgd", learning_rate=0.1)
 SFW = optim.settings("sfw", learning_rate=0.5, constraint=POLYTOPE)
+IN_BALL = dict(SFW, constraint=dict(name="l2", tau=15.0))  # quick to compile
 
 
 def digits(train_limit: int = 128, test_limit: int = 50) -> data.Dataset:
@@ -58,9 +59,9 @@ def fit(optimizer: dict = SGD, **fields) -> train.Fit:
 
 def start(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[train.State, dict]:
     """(state at the start of training, its numbers)."""
-    state = train.create_state(problem, problem.place(train.key_of(seed)))
+    state = train.initial_state(problem, problem.place(train.key_of(seed)))
     numbers = train.numbers_of(problem, state, [chosen])
-    return train.begin(problem, chosen, state, numbers), numbers
+    return train.begin_members(problem, state, [chosen], numbers), numbers
 
 
 def trained(
@@ -167,7 +168,7 @@ def residual(*stage_sizes: int) -> tuple[train.Problem, train.State]:
     options = dict(stage_sizes=stage_sizes, widths=(6, 8), stem_width=6)
     model = models.build(name="resnet", num_classes=4, **options)
     found = train.build_problem(random_set((8, 8, 3), 4, examples=40), model)
-    state = train.create_state(found, train.key_of(0))
+    state = train.initial_state(found, train.key_of(0))
     noise = lambda leaf: leaf + 0.2 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape)
     shake = lambda tree: jax.tree.map(lambda leaf: noise(leaf) if leaf.ndim == 1 else leaf, tree)
     return found, state._replace(params=shake(state.params), batch_stats=shake(state.batch_stats))
