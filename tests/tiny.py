@@ -33,7 +33,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 POLYTOPE = tables.options(polytopes.SETS, "k_sparse", k_frac=0.2)
 SGD = optim.settings("sgd", learning_rate=0.1)
 SFW = optim.settings("sfw", learning_rate=0.5, constraint=POLYTOPE)
-IN_BALL = dict(SFW, constraint=dict(name="l2", tau=15.0))  # quick to compile
+BALL = dict(name="l2", tau=15.0)  # quick to compile
+IN_BALL = dict(SFW, constraint=BALL)
 
 
 def digits(train_limit: int = 128, test_limit: int = 50) -> data.Dataset:
@@ -89,7 +90,7 @@ def config(*names: str, **fields) -> dict:
         "retrained": pipeline.stage("curve", ratios=(0.0, 0.5, 0.9), retrain="again"),
         "cut": pipeline.stage("prune", ratio=0.5),
         "weights": pipeline.stage("histogram"),
-        "learn": pipeline.stage("sfw_init", constraint=POLYTOPE, iterations=12, batch_size=32),
+        "learn": pipeline.stage("sfw_init", constraint=BALL, iterations=12, batch_size=32),
         "pipeline": names,
     }
     return copy.deepcopy(made | fields)
