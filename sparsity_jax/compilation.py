@@ -39,7 +39,7 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:  # not on Linux
-        lines = [platform._processor()]
+        lines = [platform.processor()]
     telling = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
     kind = "\n".join(sorted(telling or lines[:1]))
     return f"{platform.machine()}-{zlib.crc32(kind.encode()):08x}"
@@ -72,7 +72,7 @@ def keep() -> None:
 
 
 def _remove_unused(place: Path) -> None:
-    """Removes the files below that were neither written nor read for `_UNUSED_DAYS`; other processes
+    """Removes the files below that were neither written nor read for a month; other processes
     may do the same.
     """
     oldest = time.time() - _UNUSED_DAYS * 24 * 3600

@@ -229,6 +229,7 @@ def _run_stage(run: Run, state: State, position: int, begun: bool) -> State:
     with enough_memory_for(where, stage, run.plan.common), within(where), train.naming(place.name):
         if not begun:
             state = stage.begin(run.problem, state, place)
+        if position == 0 and not begun:  # a folder that cannot be written is noticed early
             run.saved.save(*run.reached(state, position, 0.0))
         state = _run_updates(run, state, place)
         with train.naming("at its end"):

@@ -103,7 +103,8 @@ def as_this_file_wants(request):
         jax.clear_caches()
         gc.collect()
     compiled_with[:] = options
-    with compiling(options), tiny.pages(getattr(request.module, "PAGES", False)):
+    drawn = getattr(request.module, "PAGES", False)
+    with compiling(options), tiny.pages(drawn), tiny.same_programs():
         yield
 
 

@@ -434,7 +434,6 @@ def shrink(config) -> dict:
         ("gradient_flow", ("resnet56,rounds=2,measure=fisher",)),
         ("greg", ("resnet56",)),
         ("greg", ("vgg19,method=l1",)),
-        ("sfw_oneshot", ()),
         ("sfw_oneshot", ("data=tiny,arch=mlp,sfw_init=1,rescale=diameter",)),
     ],
     ids=label,

@@ -632,7 +632,7 @@ def test_preprocess(dtype):
 # Augmentation
 
 SETTINGS = hypothesis.settings(deadline=None, max_examples=25)
-SHAPES = st.sampled_from([(1, 8, 8, 1), (5, 6, 9, 3), (7, 12, 12, 3)])
+SHAPES = st.sampled_from([(1, 8, 8, 1), (5, 6, 9, 3)])
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -660,7 +660,7 @@ def test_augmentation_keeps_shape_and_agrees_under_jit(name):
 
 
 @SETTINGS
-@hypothesis.given(SHAPES, SEEDS, st.integers(0, 5))
+@hypothesis.given(SHAPES, SEEDS, st.sampled_from([0, 1, 5]))
 def test_each_output_is_a_crop_of_its_own_padded_image(shape, seed, padding):
     images, key = random_split(seed, shape[0], shape[1:])[0], jax.random.key(seed)
     for image, output in zip(images, np.asarray(data.pad_crop(key, images, padding=padding))):

@@ -1,6 +1,7 @@
 """The documentation keeps its word: its snippets run, and what it names exists."""
 
 import ast
+import functools
 import importlib.util
 import json
 import pathlib
@@ -9,7 +10,6 @@ import shlex
 import subprocess
 from unittest import mock
 
-import jax
 import pytest
 
 from sparsity_jax import data, members, pipeline, plans, report, run, stages, tables
@@ -122,6 +122,7 @@ def check_members(config) -> None:
         plans.check_member(member.config)
 
 
+@functools.cache
 def all_configs() -> list:
     return [
         config_of(name, variant) for name, variants in FULL_VARIANTS.items() for variant in variants
@@ -160,7 +161,6 @@ SNIPPETS = [(name, i) for name, text in TEXTS.items() for i in range(len(blocks(
 def test_snippet_runs(document, index):
     source = blocks(TEXTS[document], "python")[index]
     exec(compile(source, f"{document}, snippet {index + 1}", "exec"), {"__name__": "snippet"})
-    jax.clear_caches()
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def dense(tmp_path_factory):
 def fresh(model: dict, cut_half: bool = True) -> tuple[train.Problem, train.State]:
     """An untrained network on few digits, half of each group's channels cut."""
     problem = train.build_problem(tiny.digits(), models.build(num_classes=10, **model))
-    state = train.create_state(problem, train.key_of(0))
+    state = train.initial_state(problem, train.key_of(0))
     if cut_half:
         channels = structured.channels_of(problem)
         keep = {name: np.arange(size) % 2 == 0 for name, size in channels.sizes.items()}

@@ -137,33 +137,27 @@ def run(workdir, **changes):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A whole run of the config above, with its file beside it."""
+    """A run of the config above, interrupted in its own stage, with its file beside it."""
     folder = tmp_path_factory.mktemp("mine")
     (folder / "mine.py").write_text(MINE)
     (folder / "config.py").write_text(CONFIG)
-    code, _ = run(folder / "whole")
+    code, _ = run(folder / "run", INTERRUPTED="yes")
+    assert code == 130
+    return folder / "run"
+
+
+def test_everything_of_ones_own_goes_on_where_it_was_interrupted_and_shows(workdir):
+    before = report.read_rows(workdir / report.METRICS)
+    assert [row["shrunk"] for row in before if row["kind"] == "shrink"] == [0.5, 0.25]
+    code, rows = run(workdir)
     assert code == 0
-    return folder / "whole"
-
-
-def test_everything_of_ones_own_runs_and_shows(workdir):
-    rows = report.read_rows(workdir / report.METRICS)
+    assert rows[: len(before)] == before
     assert [row["train_accuracy"] for row in rows if row["kind"] == "train"][-1] > 0.9
     (cut,) = [row for row in rows if row["kind"] == "cut"]
     assert 0 < cut["num_kept"] < cut["num_channels"]  # of channels that pass the primitive
     assert [row["shrunk"] for row in rows if row["kind"] == "shrink"] == [0.5, 0.25, 0.125]
     assert "How it shrank" in (workdir / report.REPORT).read_text()
     assert (workdir / "figures" / "shrinking.png").is_file()
-
-
-def test_a_stage_of_ones_own_goes_on_where_it_was_interrupted(workdir):
-    broken = workdir.with_name("broken")
-    code, rows = run(broken, INTERRUPTED="yes")
-    assert code == 130
-    assert [row["shrunk"] for row in rows if row["kind"] == "shrink"] == [0.5, 0.25]
-    code, rows = run(broken)
-    assert code == 0
-    assert tiny.timeless(rows) == tiny.timeless(report.read_rows(workdir / report.METRICS))
 
 
 def test_nothing_that_a_workdir_names_is_imported(workdir, own_tables, tmp_path, capsys):

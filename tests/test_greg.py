@@ -165,7 +165,7 @@ def test_a_pruned_residual_network_is_compacted(residual, granularity, ratios):
 def test_depthwise_layers_follow_the_layer_before_them():
     model = models.build(name="mobilenet", num_classes=4, stem_width=8, blocks=((8, 1), (12, 2)))
     problem = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
-    state = train.create_state(problem, train.key_of(0))
+    state = train.initial_state(problem, train.key_of(0))
     cut, _ = run(problem, state, "remove", ratios="[0-4:0.5]")
     channels = structured.channels_of(problem, branches="separate")
     alive = coupling.alive(channels, {"params": cut.masks})
@@ -213,7 +213,7 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         out=pipeline.stage("remove", ratios="[0:0.5, 1:0.3]"),
     )
     other = pipeline.run(config, tmp_path / "other").state
-    state = train.create_state(problem, train.key_of(9))
+    state = train.initial_state(problem, train.key_of(9))
     same, _ = run(problem, state, "remove", inherit=str(tmp_path / "other"))
     tiny.same(same.masks, other.masks)
     grown, _ = run(problem, state, "grow", inherit=str(tmp_path / "other"), **FAST)
@@ -227,7 +227,7 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(removal.Remove, "removed", stop)
+        patch.setattr(removal.Remove, "run", stop)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, tmp_path / "half")
     with tiny.refused("inherit"):
@@ -290,15 +290,12 @@ def test_only_penalties_move_kernels(problem, trained):
 
 
 def test_members_grow_side_by_side(problem):
-    both = tiny.problem(widths=(12, 8), members=2)
+    both = problem.with_members(2)
     keys = [train.key_of(seed) for seed in (0, 1)]
-    create = lambda found, key: train.create_state(found, key)
     fields = dict(ratios="[0:0.5]", method="greg2", **FAST)
-    together, _ = run(
-        both, jax.vmap(lambda key: create(both, key))(jnp.stack(keys)), "grow", **fields
-    )
+    together, _ = run(both, train.initial_state(both, jnp.stack(keys)), "grow", **fields)
     for i, key in enumerate(keys):
-        alone, _ = run(problem, create(problem, key), "grow", **fields)
+        alone, _ = run(problem, train.initial_state(problem, key), "grow", **fields)
         np.testing.assert_array_equal(
             kernel(together.masks, "dense1")[i], kernel(alone.masks, "dense1")
         )
@@ -310,8 +307,7 @@ def test_members_grow_side_by_side(problem):
 # oracle, reinit, noise, jacobian ------------------------------------------------------------------
 
 
-def test_the_oracle_finds_the_best_choice(trained):
-    problem = tiny.problem(widths=(12, 8))
+def test_the_oracle_finds_the_best_choice(problem, trained):
     state, (row,) = run(problem, trained, "oracle", ratios="[1:0.25]")
     found = []
     for gone in itertools.combinations(range(8), 2):
@@ -336,7 +332,7 @@ def test_the_oracle_may_train_every_choice(problem, trained):
     )
     cut, _ = run(problem, trained, "remove", ratios="[1:0.1]")
     numbers = train.numbers_of(problem, cut, [again])
-    state = train.begin(problem, again, cut, numbers)
+    state = train.begin_members(problem, cut, [again], numbers)
     for update in train.fit_epochs(problem, state, again, numbers, 1):
         state = update.state
     assert row["choices"] == 8
@@ -347,8 +343,8 @@ def test_the_oracle_may_train_every_choice(problem, trained):
 
 def test_the_oracle_trains_every_member_by_its_own_settings(problem, trained):
     fits = [tiny.fit(dict(tiny.SGD, learning_rate=rate), epochs=1) for rate in (0.1, 1e-6)]
-    both = tiny.problem(widths=(12, 8), members=2)
-    state = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trained)
+    both = problem.with_members(2)
+    state = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), trained)
     own = [settings("oracle", ratios="[1:0.1]", retrain="again")] * 2
     place = interface.Place("x", 1, {"x": own, "again": fits}, rows=[[], []])
     (update,) = own[0].run(both, state, place)

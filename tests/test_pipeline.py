@@ -1,5 +1,6 @@
 """Whole runs in one process: checked configs, sweeps, exact resume from any interruption."""
 
+import contextlib
 import json
 import shutil
 
@@ -24,13 +25,12 @@ from sparsity_jax import (
 )
 
 DYNAMIC = dict(tiny.SFW, schedule=dict(name="dynamic_change"))
-BALL = dict(name="l2", tau=15.0)  # quick to compile
 SEEDS = dict(sweep=dict(seed=(0, 1)))
 ARMS = {
     "sgd": dict(label="SGD", fit=dict(optimizer=dict(tiny.SGD, learning_rate=0.05))),
     "sfw": dict(
-        fit=dict(optimizer=dict(DYNAMIC, constraint=BALL)),
-        again=dict(optimizer=dict(tiny.SFW, constraint=BALL)),
+        fit=dict(optimizer=dict(DYNAMIC, constraint=tiny.BALL)),
+        again=dict(optimizer=tiny.IN_BALL),
     ),
 }
 GRID = dict(sweep=dict(arms=ARMS, seed=(0, 1)))
@@ -492,7 +492,7 @@ def test_arms_replace_whole_fields_and_name_their_rows():
         first["fit"]["optimizer"]["learning_rate"],
         first["again"]["optimizer"]["learning_rate"],
     ) == (0.05, 0.01)
-    assert last["fit"]["optimizer"] == pipeline.plain(dict(DYNAMIC, constraint=BALL))
+    assert last["fit"]["optimizer"] == pipeline.plain(dict(DYNAMIC, constraint=tiny.BALL))
     assert (last["seed"], last["fit"]["epochs"]) == (1, 2)
     assert len({plan.settings["fit"][0].program() for plan in plans}) == 2
     named = {
@@ -540,12 +540,9 @@ def test_arms_are_one_program_per_optimizer_and_give_the_rows_of_single_runs(tmp
         train, "step_on_batch", lambda *given: traced.append(given[1].program()) or step(*given)
     )
     config = tiny.config("fit", "retrained", **GRID)
-    with tiny.pages(True):
-        rows = pipeline.run(config, tmp_path / "arms").rows
+    rows = pipeline.run(config, tmp_path / "arms").rows
     # training and retraining, of either optimizer
     assert len(traced) == len(set(traced)) == 4
-    page = (tmp_path / "arms" / "report.html").read_text(encoding="utf-8")
-    assert "over up to 2 networks" in page
     alone = dict(sweep=dict(arms=ARMS, arm=("sfw",), seed=(0, 1), mode="loop"))
     single = pipeline.run(config | alone, tmp_path / "sfw").rows
     found = [
@@ -578,7 +575,7 @@ def finished(tmp_path_factory):
     config = tiny.config(
         "learn", "fit", "curve", "weights", "cut", "again", "curve", title="All stages"
     )
-    with tiny.pages(True):
+    with tiny.pages(True), tiny.sketches():
         return config, workdir, pipeline.run(config, workdir)
 
 
@@ -601,7 +598,7 @@ def test_rows_say_where_they_come_from(finished):
     assert outcome.state.opt_state == ()
 
 
-def test_a_finished_run_is_not_repeated(finished, monkeypatch, pages):
+def test_a_finished_run_is_not_repeated(finished, monkeypatch, pages, sketches):
     config, workdir, outcome = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     page = (workdir / "report.html").read_bytes()
@@ -640,17 +637,13 @@ def test_a_damaged_config_file_is_named(tmp_path):
 
 
 def test_eight_devices_train_and_resume(tmp_path):
-    config = tiny.config("fit", "curve", mesh=0, fit=stage(optimizer=tiny.SFW))
+    config = tiny.config("fit", "curve", mesh=0, fit=stage(optimizer=tiny.IN_BALL))
     outcome = pipeline.run(config, tmp_path / "eight")
-    alone = pipeline.run(config | dict(mesh=1), tmp_path / "one")
-    for a, b in zip(outcome.rows, alone.rows, strict=True):
-        name = "train_loss" if a["kind"] == "train" else "loss"
-        np.testing.assert_allclose(a[name], b[name], rtol=1e-3)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(outcome.state.params))
     tiny.same(pipeline.run(config, tmp_path / "eight").state, outcome.state)
 
 
-def test_a_member_that_diverges_does_not_stop_the_others(tmp_path, pages):
+def test_a_member_that_diverges_does_not_stop_the_others(tmp_path, pages, sketches):
     sweep = dict(fit=dict(optimizer=dict(learning_rate=(1e20, 0.1))))
     config = tiny.config("fit", sweep=dict(sweep, mode="loop"))
     for _ in range(2):  # the second time the others are finished
@@ -661,7 +654,7 @@ def test_a_member_that_diverges_does_not_stop_the_others(tmp_path, pages):
             pipeline.run(config, tmp_path)
         _, rows, _ = report.gather(tmp_path)
         assert [(row["member"], row["epoch"]) for row in rows] == [(1, 1), (1, 2)]
-        assert (tmp_path / "report.html").stat().st_size > 10_000
+        assert (tmp_path / "report.html").is_file()
 
 
 def test_another_device_than_the_process_already_uses_is_refused(tmp_path):
@@ -707,9 +700,9 @@ def test_stages_on_a_finished_run_give_the_numbers_of_one_pipeline(analysed, tmp
     tiny.same(later.state.params, whole.state.params)
     rows = pipeline.run(config, tmp_path / "later").rows
     assert tiny.timeless(rows) == tiny.timeless(json.loads(json.dumps(later.rows)))
-    with tiny.pages(True):  # a report without any training
+    with tiny.pages(True), tiny.sketches():  # a report without any training
         alone = pipeline.run(geometric("width", start_from=str(workdir)), tmp_path / "alone")
-    assert (tmp_path / "alone" / "report.html").stat().st_size > 10_000
+    assert 'id="prediction"' in (tmp_path / "alone" / "report.html").read_text(encoding="utf-8")
     drawn = ("epsilon_error", "low", "high")  # by the stage's place
     without = lambda rows: [{n: v for n, v in row.items() if n not in drawn} for row in rows]
     assert without(plain_rows(alone, "width")) == without(plain_rows(whole, "width"))
@@ -850,11 +843,11 @@ class Killed(BaseException):
 RESUMED = {  # every kind of state and of stage, alone and side by side
     "sfw": tiny.config(
         *("learn", "fit", "cut", "again", "weights"),
-        fit=stage(optimizer=DYNAMIC),
+        fit=stage(optimizer=dict(DYNAMIC, constraint=tiny.BALL)),
         steps_per_call=3,
     ),
     "spectrum": geometric(
-        *("fit", "hessian", "newton"),
+        *("fit", "limit", "hessian", "newton", "width"),
         fit=stage(epochs=1),
         hessian=pipeline.stage("spectrum", num_matvecs=2, num_probes=2, reorthogonalize="host"),
     ),
@@ -876,9 +869,6 @@ RESUMED = {  # every kind of state and of stage, alone and side by side
 }
 
 
-MOST_INTERRUPTED = 5  # updates at which a case is interrupted, the first and the last among them
-
-
 def interrupt_at(monkeypatch, number, error):
     """The show of the update `number` (from 1) of all coming ones raises; returns how often it was
     called.
@@ -896,62 +886,32 @@ def interrupt_at(monkeypatch, number, error):
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_run_interrupted_anywhere_ends_the_same(case, tmp_path, monkeypatch):
-    """Interrupted by turns with a last save and without one."""
-    config, build, problems = RESUMED[case], pipeline.build, []
-
-    def build_once(plans):  # the same config is the same problem, with its compiled programs
-        problems.extend([] if problems else [build(plans)])
-        return problems[0]
-
-    monkeypatch.setattr(pipeline, "build", build_once)
+def test_a_run_interrupted_again_and_again_ends_the_same(case, tmp_path, monkeypatch):
+    """By turns with a last save, from its first update on, and without one."""
+    config, workdir = RESUMED[case] | dict(checkpoint_seconds=0.0), tmp_path / "broken"
     with monkeypatch.context() as patch:
         calls = interrupt_at(patch, 0, None)
-        expected = pipeline.run(config, tmp_path / "whole")
-        total = len(calls)
+        expected = pipeline.run(RESUMED[case], tmp_path / "whole")
+    total = len(calls)
     rows = tiny.timeless(json.loads(json.dumps(expected.rows)))
-    assert total >= 3
-    spread = np.unique(np.linspace(1, total, min(total, MOST_INTERRUPTED)).round().astype(int))
-    for turn, number in enumerate(spread):
-        error = Killed if turn % 2 else KeyboardInterrupt
-        own = config | dict(checkpoint_seconds=0.0 if turn % 2 else 60.0)
-        workdir = tmp_path / str(number)
+    number = 1
+    for turn in range(total):
         with monkeypatch.context() as patch:
-            calls = interrupt_at(patch, number, error)
-            with pytest.raises(error):
-                pipeline.run(own, workdir)
+            calls = interrupt_at(patch, number, Killed if turn % 2 else KeyboardInterrupt)
+            with contextlib.suppress(Killed, KeyboardInterrupt):
+                outcome = pipeline.run(config, workdir)
+                break
         assert len(calls) == number
-        with monkeypatch.context() as patch:
-            calls = interrupt_at(patch, 0, None)
-            outcome = pipeline.run(own, workdir)
-        assert len(calls) < total or number == 1 or config["pipeline"][0] == "learn"
-        tiny.same(outcome.state, expected.state)
-        assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows, (
-            f"interrupted at update {number}"
-        )
-        written = (
-            workdir / "metrics.jsonl"
-            if case != "loop"
-            else workdir / "member_001" / "metrics.jsonl"
-        )
-        assert tiny.timeless(report.read_rows(written)) == (
-            [dict(row, member=0) for row in rows if row["member"]] if case == "loop" else rows
-        )
-
-
-def test_a_run_interrupted_again_and_again_ends_the_same(tmp_path, monkeypatch):
-    config = tiny.config("fit", "cut", "again", "curve", steps_per_call=3, checkpoint_seconds=0.0)
-    problem = pipeline.build(pipeline.check(config))
-    monkeypatch.setattr(pipeline, "build", lambda _: problem)
-    expected = pipeline.run(config, tmp_path / "whole")
-    for _ in range(8):  # 4 updates of fit, cut, 2 of again, curve
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 1, KeyboardInterrupt)
-            with pytest.raises(KeyboardInterrupt):
-                pipeline.run(config, tmp_path / "broken")
-    outcome = pipeline.run(config, tmp_path / "broken")
+        number = max(total // 3, 3)
+    assert turn >= 2
+    assert len(calls) <= number  # it went on where it was interrupted last
     tiny.same(outcome.state, expected.state)
-    assert tiny.timeless(outcome.rows) == tiny.timeless(json.loads(json.dumps(expected.rows)))
+    assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows
+    written, own = workdir / "metrics.jsonl", rows
+    if case == "loop":
+        written = workdir / "member_001" / "metrics.jsonl"
+        own = [dict(row, member=0) for row in rows if row["member"]]
+    assert tiny.timeless(report.read_rows(written)) == own
 
 
 def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):

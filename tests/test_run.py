@@ -14,7 +14,7 @@ import pytest
 import tiny
 from absl.testing import flagsaver
 
-from sparsity_jax import members, pipeline, report, run
+from sparsity_jax import members, pipeline, report, run, workdirs
 
 ROOT = tiny.ROOT
 QUICK = (  # the quick start, made shorter; three seeds at once
@@ -30,18 +30,16 @@ QUICK = (  # the quick start, made shorter; three seeds at once
     "--config.deterministic=True",  # which a CPU is anyway, and a GPU only then
 )
 
-LIMIT = (  # the geometric limit on few digits
-    "--config.data.train_limit=128",
-    "--config.data.test_limit=60",
-    "--config.model.widths=(16,)",
-    "--config.fit.epochs=2",
-    "--config.pipeline=('fit','limit','hessian','width')",
-    "--config.limit.scan=(0.5,)",
-    "--config.limit.resolution=0.25",
-    "--config.hessian.num_matvecs=40",
-    "--config.width.batch_size=16",
-    "--config.checkpoint_seconds=0.0",
-)
+LANCZOS = """
+quick_start = get_config
+
+
+def get_config():
+    config = quick_start()
+    config.hessian = pipeline.stage("spectrum", num_matvecs=10)
+    config.pipeline = ("fit_sfw", "curve", "weights", "hessian", "fit_sgd", "curve", "weights")
+    return config
+"""
 
 
 def command_of(workdir, arguments, config):
@@ -86,47 +84,69 @@ def wait_for_rows(process, path, count):
     wait_for(process, lambda: path.exists() and path.read_bytes().count(b"\n") >= count)
 
 
+def at_stage(workdir, position):
+    """Whether the newest checkpoint lies within this stage."""
+    saved = workdirs.newest(workdir)
+    return saved is not None and (saved.progress.stage, saved.progress.begun) == (position, True)
+
+
+def metrics(workdir):
+    return tiny.timeless(report.read_rows(workdir / "metrics.jsonl"))
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def with_lanczos(tmp_path_factory):
+    """A config file: the quick start with a spectrum in the middle."""
+    path = tmp_path_factory.mktemp("configs") / "quickstart.py"
+    path.write_text((ROOT / "configs" / "quickstart.py").read_text() + LANCZOS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, with_lanczos):
     """(workdir, printed) of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, finish(start(workdir, *QUICK))
+    return workdir, finish(start(workdir, *QUICK, config=with_lanczos))
 
 
 def test_the_quick_start_ends_with_a_report(whole):
     workdir, printed = whole
     assert f"report: {workdir / 'report.html'}" in printed
-    assert "1/6 fit_sfw: done in" in printed  # plain lines where there is no terminal
+    assert "1/7 fit_sfw: done in" in printed  # plain lines where there is no terminal
     assert "Traceback" not in printed
     assert "Warning" not in printed
     page = (workdir / "report.html").read_text(encoding="utf-8")
     assert "Train once, prune to any sparsity" in page
+    assert "over up to 3 networks" in page
     assert list((workdir / "figures").glob("*.png"))
     rows = report.read_rows(workdir / "metrics.jsonl")
     assert [row["seed"] for row in rows[:3]] == [0, 1, 2]
-    assert {row["stage"] for row in rows} == {"fit_sfw", "fit_sgd", "curve", "weights"}
+    assert {row["stage"] for row in rows} == {"fit_sfw", "fit_sgd", "curve", "weights", "hessian"}
     assert len([row for row in rows if row["stage"] == "curve"]) == 2 * 3 * 3
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     assert config["fit_sfw"]["epochs"] == 3
     assert list((workdir / "tensorboard").glob("events*"))
 
 
-def test_killed_runs_continue_to_the_same_rows(whole, tmp_path):
-    expected = tiny.timeless(report.read_rows(whole[0] / "metrics.jsonl"))
-    signals = {"kill": (signal.SIGKILL, -9, 3), "term": (signal.SIGTERM, 130, 6)}
-    running = {name: start(tmp_path / name, *QUICK) for name in signals}
-    for name, (number, code, rows) in signals.items():
-        wait_for_rows(running[name], tmp_path / name / "metrics.jsonl", rows)
-        running[name].send_signal(number)
-        printed, _ = running[name].communicate(timeout=60)
-        assert running[name].returncode == code, printed
-        if name == "term":
-            assert f"interrupted: the same command continues {tmp_path / name}" in printed
-        assert len(report.read_rows(tmp_path / name / "metrics.jsonl")) < len(expected)
-    again = {name: start(tmp_path / name, *QUICK) for name in signals}
-    for name in signals:
-        assert f"continuing {tmp_path / name} in stage" in finish(again[name])
-        assert tiny.timeless(report.read_rows(tmp_path / name / "metrics.jsonl")) == expected
+def test_a_killed_run_continues_to_the_same_rows(whole, with_lanczos, tmp_path):
+    """Asked to end while it trains, and killed in the middle of Lanczos."""
+    expected = metrics(whole[0])
+    begin = lambda: start(tmp_path, *QUICK, config=with_lanczos)
+    asked = begin()
+    wait_for_rows(asked, tmp_path / "metrics.jsonl", 3)
+    asked.send_signal(signal.SIGTERM)
+    printed, _ = asked.communicate(timeout=60)
+    assert asked.returncode == 130, printed
+    assert f"interrupted: the same command continues {tmp_path}" in printed
+    killed = begin()
+    wait_for(killed, lambda: at_stage(tmp_path, 3))
+    killed.kill()
+    printed, _ = killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL, printed
+    assert f"continuing {tmp_path} in stage 1 of 7" in printed
+    assert not any(row["stage"] == "fit_sgd" for row in metrics(tmp_path))
+    assert f"continuing {tmp_path} in stage 4 of 7" in finish(begin())
+    assert metrics(tmp_path) == expected
 
 
 def test_a_signal_before_anything_runs_is_heard_once_all_is_imported(tmp_path):
@@ -144,44 +164,6 @@ def test_a_signal_before_anything_runs_is_heard_once_all_is_imported(tmp_path):
         f"interrupted: the same command continues {tmp_path / 'run'}\n",
     )
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_killed_in_the_middle_of_lanczos_continues_to_the_same_rows(tmp_path):
-    begin = lambda name: start(tmp_path / name, *LIMIT, config="configs/geometric_limit.py:digits")
-    broken, rows, checkpoints = (
-        begin("broken"),
-        tmp_path / "broken" / "metrics.jsonl",
-        tmp_path / "broken/checkpoints",
-    )
-    wait_for(
-        broken, lambda: rows.exists() and '"phase": "result"' in rows.read_text(encoding="utf-8")
-    )
-    newest = lambda: max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
-    before = newest()
-    wait_for(
-        broken, lambda: newest() > before + 5
-    )  # the end of `limit`, the start of `hessian`, and some products
-    broken.kill()
-    broken.communicate(timeout=60)
-    assert '"hessian"' not in rows.read_text(encoding="utf-8")
-    again, whole = begin("broken"), begin("whole")
-    assert f"continuing {tmp_path / 'broken'} in stage 3 of 4" in finish(again)
-    finish(whole)
-    found, expected = (
-        tiny.timeless(report.read_rows(tmp_path / name / "metrics.jsonl"))
-        for name in ("broken", "whole")
-    )
-    assert found == expected
-    assert list(dict.fromkeys(row["stage"] for row in expected)) == [
-        "fit",
-        "limit",
-        "hessian",
-        "width",
-    ]
-    assert 0 < expected[-1]["predicted"] < 1
-    assert expected[-1]["actual"] == {
-        "limit": next(row["limit"] for row in expected if row.get("phase") == "result")
-    }
 
 
 def test_a_full_disk_is_two_lines(tmp_path):
@@ -292,27 +274,12 @@ def test_mistakes_on_the_command_line_are_one_clear_message(mistake, command, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistake_ends_the_process_without_a_traceback(tmp_path, whole):
-    commands = {
-        "config.fit_sgd.epochs: 3 there, 4 now": start(
-            whole[0], *QUICK, "--config.fit_sgd.epochs=4"
-        ),
-        "epocs": start(tmp_path, "--config.fit_sfw.epocs=3"),
-    }
-    for words, process in commands.items():
-        printed, _ = process.communicate(timeout=120)
-        assert process.returncode not in (0, None)
-        assert words in printed
-        assert "Traceback" not in printed
-
-
-def test_a_config_without_a_sweep_takes_one_on_the_command_line(tmp_path):
-    """In a process, for the flags of configs read its command line themselves."""
-    command = [sys.executable, "-m", "sparsity_jax.run", "--config.sweep.fit.epochs=3"]
-    command += ["--config", "configs/geometric_limit.py:digits", "--workdir", str(tmp_path / "run")]
-    ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100
-    )
-    assert ended.returncode == 1
-    assert "config.sweep.fit.epochs" in ended.stderr
-    assert not (tmp_path / "run").exists()
+def test_a_mistake_ends_the_process_without_a_traceback(tmp_path):
+    """Made in a sweep on the command line: the flags of configs read that by themselves."""
+    workdir, config = tmp_path / "run", "configs/geometric_limit.py:digits"
+    process = start(workdir, "--config.sweep.fit.epochs=3", config=config)
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "config.sweep.fit.epochs" in printed
+    assert "Traceback" not in printed
+    assert not workdir.exists()

@@ -104,12 +104,10 @@ def test_steps_have_no_nan_on_the_way(problem):
 
 
 def test_steps_one_by_one_equal_a_scan_of_an_epoch(problem):
-    fit = tiny.fit(tiny.SFW)
+    fit = tiny.fit(tiny.IN_BALL)
     scanned, rows = tiny.trained(problem, fit)
-    single, single_rows = tiny.trained(problem._replace(steps_per_call=1, compiled={}), fit)
-    uneven, _ = tiny.trained(
-        problem._replace(steps_per_call=3, compiled={}), fit
-    )  # 3 + 1 steps an epoch
+    single, single_rows = tiny.trained(problem._replace(steps_per_call=1), fit)
+    uneven, _ = tiny.trained(problem._replace(steps_per_call=3), fit)  # 3 + 1 steps an epoch
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, scanned, single)
     jax.tree.map(close, scanned, uneven)
@@ -136,12 +134,11 @@ def test_every_epoch_sees_every_example_once_in_a_new_order(problem):
 
 
 def test_members_side_by_side_equal_single_runs(problem):
-    fit = tiny.fit(tiny.SFW)
-    both = problem._replace(members=2, compiled={})
-    keys = jnp.stack([train.key_of(0), train.key_of(1)])
-    state = jax.jit(both.lift(lambda key: train.create_state(both, key)))(keys)
+    fit = tiny.fit(tiny.IN_BALL)
+    both = problem.with_members(2)
+    state = train.initial_state(both, jnp.stack([train.key_of(0), train.key_of(1)]))
     numbers = train.numbers_of(both, state, [fit] * 2)
-    state = jax.jit(both.lift(lambda s, n: train.begin(both, fit, s, n)))(state, numbers)
+    state = train.begin_members(both, state, [fit] * 2, numbers)
     rows = [[], []]
     for update in train.fit_epochs(both, state, fit, numbers, 0):
         state = update.state
@@ -160,8 +157,8 @@ def test_members_side_by_side_equal_single_runs(problem):
     assert rows[0][-1]["train_loss"] != rows[1][-1]["train_loss"]
 
 
-def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem, as_users_compile):
-    fit = tiny.fit(tiny.SFW)
+def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem):
+    fit = tiny.fit(tiny.IN_BALL)
     wide = tiny.problem(mesh=0)
     assert len(jax.local_devices()) == 8
     assert wide.mesh.size == 8
@@ -188,7 +185,7 @@ def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem, as_use
         np.testing.assert_allclose(a["test_loss"], b["test_loss"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", [dict(tiny.SGD, momentum=0.9), tiny.SFW])
+@pytest.mark.parametrize("optimizer", [dict(tiny.SGD, momentum=0.9), tiny.IN_BALL])
 def test_pruned_weights_stay_zero(problem, optimizer):
     """Also where a momentum from before the masks moves them."""
     fit = tiny.fit(optimizer, epochs=1)
@@ -256,7 +253,7 @@ def test_convolutions_run_step_by_step_on_a_cpu_and_dense_networks_by_the_epoch(
 def test_training_goes_on_with_calls_of_another_size(problem):
     """As from a checkpoint of a CPU, one step a call, on a GPU."""
     fit = tiny.fit(epochs=2)
-    singly = problem._replace(steps_per_call=1, compiled={})
+    singly = problem._replace(steps_per_call=1)
     state, numbers = tiny.start(problem, fit)
     updates = train.fit_epochs(singly, state, fit, numbers, 0)
     halfway = [next(updates) for _ in range(6)][-1]

@@ -28,10 +28,13 @@ from sparsity_jax import (
 from sparsity_jax.report import draw
 
 WRITE = report.write
+BUILD = pipeline.build
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 POLYTOPE = tables.options(polytopes.SETS, "k_sparse", k_frac=0.2)
 SGD = optim.settings("sgd", learning_rate=0.1)
 SFW = optim.settings("sfw", learning_rate=0.5, constraint=POLYTOPE)
+BALL = dict(name="l2", tau=15.0)  # quick to compile
+IN_BALL = dict(SFW, constraint=BALL)
 
 
 def digits(train_limit: int = 128, test_limit: int = 50) -> data.Dataset:
@@ -57,9 +60,9 @@ def fit(optimizer: dict = SGD, **fields) -> train.Fit:
 
 def start(problem: train.Problem, chosen: train.Fit, seed: int = 0) -> tuple[train.State, dict]:
     """(state at the start of training, its numbers)."""
-    state = train.create_state(problem, problem.place(train.key_of(seed)))
+    state = train.initial_state(problem, problem.place(train.key_of(seed)))
     numbers = train.numbers_of(problem, state, [chosen])
-    return train.begin(problem, chosen, state, numbers), numbers
+    return train.begin_members(problem, state, [chosen], numbers), numbers
 
 
 def trained(
@@ -87,7 +90,7 @@ def config(*names: str, **fields) -> dict:
         "retrained": pipeline.stage("curve", ratios=(0.0, 0.5, 0.9), retrain="again"),
         "cut": pipeline.stage("prune", ratio=0.5),
         "weights": pipeline.stage("histogram"),
-        "learn": pipeline.stage("sfw_init", constraint=POLYTOPE, iterations=12, batch_size=32),
+        "learn": pipeline.stage("sfw_init", constraint=BALL, iterations=12, batch_size=32),
         "pipeline": names,
     }
     return copy.deepcopy(made | fields)
@@ -139,6 +142,25 @@ def sketches():
         yield
 
 
+@contextlib.contextmanager
+def same_programs():
+    """Runs inside share compiled programs where they have the same digits, network and devices."""
+    programs = {}
+    decide_nothing = ("pipeline", "seed", "sweep", "title", "start_from", "checkpoint_seconds")
+
+    def build(plans):
+        problem, common = BUILD(plans), plans[0].common
+        if common["data"]["name"] != "digits" or common["pretrained"]:
+            return problem
+        deciding = {name: common[name] for name in common if name not in decide_nothing}
+        key = repr((sorted(deciding.items()), plans[0].size))
+        return problem._replace(compiled=programs.setdefault(key, problem.compiled))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "build", build)
+        yield
+
+
 def random_set(
     shape: tuple[int, ...] = (32, 32, 3), num_classes: int = 10, examples: int = 16
 ) -> data.Dataset:
@@ -159,7 +181,7 @@ def residual(*stage_sizes: int) -> tuple[train.Problem, train.State]:
     options = dict(stage_sizes=stage_sizes, widths=(6, 8), stem_width=6)
     model = models.build(name="resnet", num_classes=4, **options)
     found = train.build_problem(random_set((8, 8, 3), 4, examples=40), model)
-    state = train.create_state(found, train.key_of(0))
+    state = train.initial_state(found, train.key_of(0))
     noise = lambda leaf: leaf + 0.2 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape)
     shake = lambda tree: jax.tree.map(lambda leaf: noise(leaf) if leaf.ndim == 1 else leaf, tree)
     return found, state._replace(params=shake(state.params), batch_stats=shake(state.batch_stats))
