@@ -15,8 +15,6 @@ import pytest
 
 from sparsity_jax import groups, models, originals, polytopes, tables, trees
 
-OPTIMIZED = True  # as users compile, see conftest.py
-
 FILE = "01_constraints.npz"
 SHAPES = golden_data.parts(FILE, r"(x\w+)/ksparse/")
 INPUTS = golden_data.parts(FILE, rf"{SHAPES[0]}/(\w+)$")
