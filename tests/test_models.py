@@ -586,10 +586,13 @@ def test_max_pool_equals_window_reduction(side, size):
         lambda x: convolutions.max_pool(x, size=size),
         lambda x: nn.max_pool(x, window_shape=(size, size), strides=(2, 2)),
     )
-    both = jax.jit(
-        lambda x: [(pool(x), jax.grad(lambda x: (pool(x) ** 2).sum())(x)) for pool in pools]
-    )
-    (pooled, slope), (expected, its_slope) = both(x)
+
+    @jax.jit
+    def pooled_and_slopes(x):
+        slopes = [jax.grad(lambda x, pool=pool: (pool(x) ** 2).sum())(x) for pool in pools]
+        return [pool(x) for pool in pools], slopes
+
+    (pooled, expected), (slope, its_slope) = pooled_and_slopes(x)
     np.testing.assert_array_equal(pooled, expected)
     np.testing.assert_allclose(slope, its_slope, rtol=1e-6)
 
