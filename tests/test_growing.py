@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from flax import linen as nn
 from flax import nnx
 from hypothesis import strategies as st
@@ -323,7 +324,7 @@ def test_number_of_groups_to_remove_is_that_of_the_original():
 @pytest.mark.parametrize("granularity", ["filter", "channel", "weight"])
 def test_picks_of_the_original(granularity):
     golden = golden_data.load(GOLDEN)
-    scores = jnp.asarray(golden["pick_modes/score"])
+    scores = golden["pick_modes/score"].astype(np.float32)
     kernel = scores[:, None] if granularity == "channel" else -scores[None]
     params = {"a": {"kernel": kernel}, "b": {"kernel": 2 * kernel}}
     picked = lambda ratio, **own: growing.pick(
@@ -363,16 +364,15 @@ def test_mistakes_of_single_functions_are_told():
 
 
 def test_a_layer_of_zeros_does_not_spoil_its_ratio():
-    params = {"a": {"kernel": jnp.zeros((3, 2))}}
-    tx = growing.growing_l2(
-        growing.layers(params, {"a/kernel": 0.5}), update_every=1, mag_ratio_limit=10.0
-    )
+    params = {"a": {"kernel": np.zeros((3, 2), np.float32)}}
+    layers = growing.layers(params, {"a/kernel": 0.5})
+    tx = tiny.compiled(growing.growing_l2(layers, update_every=1, mag_ratio_limit=10.0))
     with jax.debug_nans(True):
         _, state = tx.update(params, tx.init(params), params)
         assert growing.progress(state)["a/kernel"].ratio == 1
-        params = {"a": {"kernel": jnp.ones((3, 2)).at[:, 0].set(1e-6)}}
-        keep = growing.kept(state)["a/kernel"]
-        params = {"a": {"kernel": jnp.where(keep, 1.0, 1e-6) * jnp.ones((3, 2))}}
+        keep = np.asarray(growing.kept(state)["a/kernel"])
+        kernel = np.where(keep, 1.0, 1e-6) * np.ones((3, 2))
+        params = {"a": {"kernel": kernel.astype(np.float32)}}
         _, state = tx.update(params, state, params)
     assert growing.progress(state)["a/kernel"].ratio > 1e4
     assert growing.progress(state)["a/kernel"].phase == growing.STABILIZE
@@ -684,7 +684,8 @@ class Residual(nn.Module):
 @pytest.fixture(scope="module")
 def residual():
     images = jnp.ones((2, 4, 4, 2))
-    variables = jax.tree.map(lambda x: x + 0.1, jax.jit(Residual().init)(jax.random.key(0), images))
+    created = jax.jit(Residual().init)(jax.random.key(0), images)
+    variables = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1), created)
     return variables, groups.trace(Residual().apply, variables, images)
 
 
@@ -768,9 +769,8 @@ def test_heads_of_an_attention_are_no_filters():
 def test_updates_keep_their_type(dtype):
     with jax.enable_x64(dtype == jnp.float64):
         params = {"kernel": jnp.asarray(np.arange(1, 13).reshape(3, 4) / 8, dtype)}
-        tx = growing.growing_l2(
-            growing.layers(params, {"kernel": 0.5}, "weight"), method="fixreg", upper_limit=0.5
-        )
+        layers = growing.layers(params, {"kernel": 0.5}, "weight")
+        tx = tiny.compiled(growing.growing_l2(layers, method="fixreg", upper_limit=0.5))
         added, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
         assert added["kernel"].dtype == dtype
         wanted = 1 + np.where(np.arange(12).reshape(3, 4) < 6, 0.5, 0) * np.asarray(
@@ -787,7 +787,8 @@ def test_layers_that_lose_nothing_are_done_at_once():
         growing.layers(single, {"kernel": 1.0}, "channel")[0].num_pruned == 0
     )  # depthwise: one input slice
     assert growing.layers(single, {"kernel": "gap"}, "channel")[0].num_pruned == 0
-    tx = growing.growing_l2(growing.layers(params, dict.fromkeys(PATHS, 0.0)), stabilize_steps=2)
+    layers = growing.layers(params, dict.fromkeys(PATHS, 0.0))
+    tx = tiny.compiled(growing.growing_l2(layers, stabilize_steps=2))
     state, seen = tx.init(params), []
     for _ in range(4):
         added, state = tx.update(params, state, params)
@@ -802,9 +803,8 @@ def test_given_picks_replace_those_by_score(method):
     params = trajectory(0)[0]
     layers = growing.layers(params, PATHS)
     given = {"b/kernel": np.array([True, False, True, True, False])}
-    tx = growing.growing_l2(
-        layers, keep=given, method=method, granularity_pick=1.0, upper_limit_pick=1.0
-    )
+    rates = dict(granularity_pick=1.0, upper_limit_pick=1.0)
+    tx = tiny.compiled(growing.growing_l2(layers, keep=given, method=method, **rates))
     _, state = tx.update(params, tx.init(params), params)
     np.testing.assert_array_equal(growing.kept(state)["b/kernel"], given["b/kernel"])
     np.testing.assert_array_equal(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sparsity_jax import (
@@ -105,6 +106,11 @@ def python(*arguments, cwd: pathlib.Path = ROOT, **options) -> subprocess.Comple
         check=False,
         **options,
     )
+
+
+def compiled(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` as two programs: outside `jit` each of its operations is one of its own."""
+    return optax.GradientTransformationExtraArgs(jax.jit(tx.init), jax.jit(tx.update))
 
 
 @contextlib.contextmanager
