@@ -14,8 +14,6 @@ import pytest
 
 from sparsity_jax import masks, polytopes, trees
 
-OPTIMIZED = True  # as users compile, see conftest.py
-
 SIZE = 6
 seeds = st.integers(0, 2**20)
 

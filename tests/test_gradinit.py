@@ -81,7 +81,7 @@ def test_scales_match_the_original(constraint, lr):
     golden, hyper, case = golden_data.load(FILE), golden_data.hyper(FILE), f"{constraint}/lr={lr}"
     assert hyper["min_scale_bias"] == 0  # not an option: biases may reach 0
     with jax.enable_x64(True):
-        params = {path: jnp.asarray(golden[f"init/{name}"]) for path, name in zip(PATHS, NAMES)}
+        params = {path: golden[f"init/{name}"] for path, name in zip(PATHS, NAMES)}
         sets, step = compiled(constraint)
         ours = [(getattr(sets[path], "k", 0), sets[path].radius) for path in PATHS]
         np.testing.assert_allclose(ours, golden[f"{case}/constraint_K_radius"], **CLOSE)
@@ -116,19 +116,18 @@ def test_scales_match_the_original(constraint, lr):
 
 
 def test_params_may_be_tuples():
-    key = jax.random.key(0)
-    weights, bias = jax.random.normal(key, (6, 4)), jnp.full(4, 0.1)
-    batch = (jax.random.normal(jax.random.key(1), (64, 6)), jnp.arange(64) % 4)
+    rng = np.random.default_rng(0)
+    weights, bias = rng.normal(size=(6, 4)).astype(np.float32), np.full(4, 0.1, np.float32)
+    batch = rng.normal(size=(64, 6)).astype(np.float32), np.arange(64) % 4
     found = []
     for pack, unpack in (
         (lambda w, b: [w, b], list),
-        (lambda w, b: (w, b), list),
-        (lambda w, b: [(w, b)], lambda p: p[0]),
+        (lambda w, b: ([w], (b,)), lambda p: [p[0][0], p[1][0]]),
     ):
         loss = lambda p, batch, unpack=unpack: losses.cross_entropy(
             batch[0] @ unpack(p)[0] + unpack(p)[1], batch[1]
         ).mean()
-        step = gradinit.scale_step(loss, polytopes.KSparse(8, 1.0))
+        step = jax.jit(gradinit.scale_step(loss, polytopes.KSparse(8, 1.0)))
         params = pack(weights, bias)
         state, metrics = step(gradinit.init(params), batch, batch)
         assert (
@@ -137,8 +136,7 @@ def test_params_may_be_tuples():
             == jax.tree.structure(params)
         )
         found.append(jax.tree.leaves((state.params, metrics)))
-    for other in found[1:]:
-        jax.tree.map(np.testing.assert_array_equal, other, found[0])
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_scales_lower_the_loss_after_a_step_and_skip_zero_arrays():

@@ -104,11 +104,14 @@ def keeps(channels, seed):
 
 
 def compare(apply, variables, inputs, channels, keep, rtol=1e-5):
-    masked = jit(lambda variables, *inputs: apply(groups.mask(variables, channels, keep), *inputs))(
-        variables, *inputs
-    )
     small = groups.compact(variables, channels, keep)
-    found = jit(groups.elastic(apply, channels, keep))(small, *inputs)
+    elastic = groups.elastic(apply, channels, keep)
+
+    @jit
+    def both(variables, small, *inputs):
+        return apply(groups.mask(variables, channels, keep), *inputs), elastic(small, *inputs)
+
+    masked, found = both(variables, small, *inputs)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(masked))
     close(masked, found, rtol)
     return small
@@ -158,17 +161,19 @@ def test_gradients_of_survivors(name):
     channels = traced(name)
     keep = keeps(channels, 5)
     square = lambda apply: lambda variables: jnp.sum(apply(variables, *inputs) ** 2)
-    full = jit(lambda variables: jax.grad(square(apply))(groups.mask(variables, channels, keep)))(
-        variables
-    )
-    small = jit(jax.grad(square(groups.elastic(apply, channels, keep))))(
-        groups.compact(variables, channels, keep)
-    )
+    elastic = groups.elastic(apply, channels, keep)
+
+    @jit
+    def both(variables, small):
+        masked = groups.mask(variables, channels, keep)
+        return jax.grad(square(apply))(masked), jax.grad(square(elastic))(small)
+
+    full, small = both(variables, groups.compact(variables, channels, keep))
     close(groups.compact(jax.tree.map(np.asarray, full), channels, keep), small)
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 def test_any_keep_pattern(data):
     """Residual sums, padded shortcuts and flattened channels, down to a single channel each."""
     name = data.draw(st.sampled_from(["small_cnn", "densenet"]))
@@ -788,11 +793,15 @@ def test_random_key_as_input():
 
 def slopes(function, keep, channels):
     loss = lambda run: lambda v: jnp.sum(jnp.sin(run(v, X)))
-    full = jit(jax.grad(loss(function)))(groups.mask(V, channels, keep))
-    small = jit(jax.grad(loss(groups.elastic(function, channels, keep))))(
-        groups.compact(V, channels, keep)
-    )
-    close(groups.compact(full, channels, keep), small)
+    elastic = groups.elastic(function, channels, keep)
+
+    @jit
+    def both(v, small):
+        masked = groups.mask(v, channels, keep)
+        return jax.grad(loss(function))(masked), jax.grad(loss(elastic))(small)
+
+    full, small = both(V, groups.compact(V, channels, keep))
+    close(groups.compact(jax.tree.map(np.asarray, full), channels, keep), small)
     return small
 
 
@@ -874,7 +883,7 @@ PROGRAM = {  # h: [4, 6], variables, 0..3
     ),
     st.booleans(),
 )
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(max_examples=10)
 def test_random_programs(steps, total):
     """Chains of operations on [4, channels], in any order."""
 

@@ -15,8 +15,6 @@ import pytest
 
 from sparsity_jax import groups, models, originals, polytopes, tables, trees
 
-OPTIMIZED = True  # as users compile, see conftest.py
-
 FILE = "01_constraints.npz"
 SHAPES = golden_data.parts(FILE, r"(x\w+)/ksparse/")
 INPUTS = golden_data.parts(FILE, rf"{SHAPES[0]}/(\w+)$")
@@ -293,12 +291,6 @@ def test_the_projection_is_exact_whatever_the_range(x, k, exponent):
     np.testing.assert_allclose(found / radius, exact_projection(x, k, radius) / radius, atol=5e-6)
 
 
-def test_the_projection_keeps_what_an_outlier_leaves():
-    x = np.float32([1e10, *[0.9] * 100])
-    found = np.asarray(project(x, 10, np.float32(1)))
-    np.testing.assert_allclose(found, [1, *[0.09] * 100], rtol=1e-5)
-
-
 BOUNDED = (polytopes.KSparse(3, 0.5), *(polytopes.LpBall(0.5, p) for p in (1, 2, 3, math.inf)))
 
 
@@ -343,14 +335,6 @@ def test_lp_lmo_reaches_the_dual_norm():
         np.testing.assert_allclose(gradient @ point, -2.0 * np.linalg.norm(gradient, q), rtol=1e-9)
         np.testing.assert_allclose(ball.norm(jnp.asarray(point)), 2.0, rtol=1e-9)
         assert not np.any(np.asarray(ball.lmo(jnp.zeros(5))))
-
-
-def test_lmo_counts_ties_exactly_and_traces_k():
-    gradient = jnp.ones((4, 5))
-    lmo = jax.jit(lambda g, k, r: polytopes.KSparse(k, r).lmo(g))
-    for k in (1, 7, 20):
-        vertex = np.asarray(lmo(gradient, k, 2.0)).ravel()
-        np.testing.assert_array_equal(vertex, np.where(np.arange(20) < k, -2.0, 0.0))
 
 
 def test_rules_choose_sets_by_parameter():

@@ -27,8 +27,6 @@ from sparsity_jax import (
     width,
 )
 
-OPTIMIZED = True  # as users compile, see conftest.py
-
 TYPES = ("float16", "bfloat16", "float32", "float64")
 RANDOM = np.random.default_rng(0)
 SIGNS = RANDOM.choice([-1.0, 1.0], (4, 6))

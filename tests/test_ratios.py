@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from test_models import TINY
+from test_models import created
 
 from sparsity_jax import allocate, cost, groups, masks, models, ratios, tables
 from sparsity_jax.models import vgg
@@ -143,13 +143,10 @@ def called(apply, variables, *inputs):
     return list(dict.fromkeys(found))
 
 
-@functools.cache
 def network(name):
     """(apply, shapes of variables, images) of a row of the zoo."""
-    options, side = TINY[name]
-    model = models.build(name=name, num_classes=5, **options)
-    images = jax.ShapeDtypeStruct((3, side, side, 3), jnp.float32)
-    return model.apply, jax.eval_shape(model.init, jax.random.key(0), images), images
+    model, variables, images = created(name)
+    return model.apply, variables, images
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))

@@ -19,8 +19,8 @@ HYPER = golden_data.hyper("10_hessian.npz")
 
 def original(golden):
     """(params in its order and layouts, data), whose last batch is shorter."""
-    params = [jnp.asarray(golden[f"trained/{name}"]) for name in golden_data.dense_names()]
-    return params, (jnp.asarray(golden["train/x"]), jnp.asarray(golden["train/y"]))
+    params = [golden[f"trained/{name}"] for name in golden_data.dense_names()]
+    return params, (golden["train/x"], golden["train/y"])
 
 
 def logits(params, x):
@@ -38,12 +38,12 @@ def loss(params, batch):
 def small(examples=37, dtype=jnp.float32):
     """(params, data) of the loss `smooth`."""
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    draw = lambda *shape: rng.normal(size=shape).astype(dtype)
     params = {
         "dense1": {"kernel": draw(5, 4), "bias": draw(4)},
         "fc": {"kernel": draw(4, 3), "bias": draw(3)},
     }
-    return params, {"x": draw(examples, 5), "y": jnp.asarray(rng.integers(0, 3, examples))}
+    return params, {"x": draw(examples, 5), "y": rng.integers(0, 3, examples)}
 
 
 def outputs(params, batch):
@@ -58,13 +58,11 @@ def smooth(params, batch):
 def draw_vector(params, seed=0):
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(
-        structure, [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves]
-    )
+    return jax.tree.unflatten(structure, [rng.normal(size=x.shape).astype(x.dtype) for x in leaves])
 
 
 def flat(tree):
-    return np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 # Products -----------------------------------------------------------------------------------------
@@ -82,7 +80,7 @@ def test_products_equal_the_explicit_hessian_of_the_original():
             found = flat(product(params, unflatten(jnp.asarray(golden["hvp/v"]))))
             np.testing.assert_allclose(found, golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
         column = lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0]
-        columns = jax.vmap(column)(jnp.eye(vector.size))
+        columns = jax.jit(jax.vmap(column))(np.eye(vector.size))
         explicit = jax.jit(jax.hessian(lambda p: loss(unflatten(p), data)))(vector)
         largest = np.abs(explicit).max()
         assert np.abs(columns - explicit).max() <= 1e-10 * largest
@@ -102,14 +100,12 @@ def test_gauss_newton_products_equal_the_explicit_matrix():
         vector, unflatten = jax.flatten_util.ravel_pytree(params)
         outer = lambda z, batch: losses.cross_entropy(z, batch["y"]).mean()
         jacobian = jax.jit(jax.jacobian(lambda p: outputs(unflatten(p), data).ravel()))(vector)
-        inner = jax.jit(jax.hessian(lambda z: outer(z.reshape(-1, 3), data)))(
-            outputs(params, data).ravel()
-        )
+        z = jax.jit(outputs)(params, data)
+        inner = jax.jit(jax.hessian(lambda z: outer(z.reshape(-1, 3), data)))(np.ravel(z))
         expected = jacobian.T @ inner @ jacobian
         product = spectrum.over_batches(gauss_newton_product(outputs, outer), data, 16)
-        columns = jax.vmap(
-            lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0]
-        )(jnp.eye(vector.size))
+        column = lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0]
+        columns = jax.jit(jax.vmap(column))(np.eye(vector.size))
         assert np.abs(columns - expected).max() <= 1e-10 * np.abs(expected).max()
 
 
@@ -135,7 +131,7 @@ def test_the_batch_size_changes_rounding_only():
         spectrum.over_batches(spectrum.hessian_product(smooth), data, 37)(params, vector)
     )
     assert np.abs(expected).max() > 0.1
-    for size, on_host in [(1, False), (36, False), (64, False), (10, True), (64, True)]:
+    for size, on_host in [(1, False), (36, False), (10, True), (64, True)]:
         found = spectrum.over_batches(
             spectrum.hessian_product(smooth), data, size, on_host=on_host
         )(params, vector)
@@ -206,13 +202,15 @@ def test_taylor_terms_are_those_of_gradient_and_hessian(on_host):
         )
         step = jax.tree.map(lambda leaf: 0.1 * leaf, draw_vector(params))
         found = spectrum.taylor(smooth, data, 16, on_host=on_host)(params, step)
-        gradient, matvec = jax.grad(smooth)(params, data), linops.hvp(smooth, params, data)
-        moved = jax.tree.map(jnp.add, params, step)
-        expected = (
-            smooth(moved, data) - smooth(params, data),
-            flat(gradient) @ flat(step),
-            flat(matvec(step)) @ flat(step) / 2,
-        )
+
+        @jax.jit
+        def three_terms(params, step):
+            slope = lambda params: jax.jvp(lambda p: smooth(p, data), (params,), (step,))[1]
+            first, second = jax.jvp(slope, (params,), (step,))
+            moved = jax.tree.map(jnp.add, params, step)
+            return smooth(moved, data) - smooth(params, data), first, second / 2
+
+        expected = three_terms(params, step)
         np.testing.assert_allclose(found, expected, rtol=1e-10)
         assert all(term.dtype == np.float64 for term in found)
         square = lambda params, batch: sum(

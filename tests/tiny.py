@@ -10,7 +10,9 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sparsity_jax import (
@@ -109,6 +111,11 @@ def python(*arguments, cwd: pathlib.Path = ROOT, **options) -> subprocess.Comple
     )
 
 
+def compiled(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` as two programs: outside `jit` each of its operations is one of its own."""
+    return optax.GradientTransformationExtraArgs(jax.jit(tx.init), jax.jit(tx.update))
+
+
 def jitted_once(function):
     """`function` compiled, which fails where it is traced a second time."""
     traced = []
@@ -182,8 +189,9 @@ def residual(*stage_sizes: int) -> tuple[train.Problem, train.State]:
     model = models.build(name="resnet", num_classes=4, **options)
     found = train.build_problem(random_set((8, 8, 3), 4, examples=40), model)
     state = train.initial_state(found, train.key_of(0))
-    noise = lambda leaf: leaf + 0.2 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape)
-    shake = lambda tree: jax.tree.map(lambda leaf: noise(leaf) if leaf.ndim == 1 else leaf, tree)
+    rng = np.random.default_rng(0)
+    noisy = lambda leaf: jnp.asarray(np.asarray(leaf) + 0.2 * rng.random(leaf.shape, np.float32))
+    shake = lambda tree: jax.tree.map(lambda leaf: noisy(leaf) if leaf.ndim == 1 else leaf, tree)
     return found, state._replace(params=shake(state.params), batch_stats=shake(state.batch_stats))
 
 
