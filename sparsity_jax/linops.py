@@ -42,9 +42,8 @@ from sparsity_jax.trees import varying_like, widen
 from sparsity_jax.types import PyTree
 
 Matvec = Callable[[PyTree], PyTree]
-HIGHEST = lax.Precision.HIGHEST
-_einsum = functools.partial(jnp.einsum, precision=HIGHEST)
-_inner = functools.partial(jnp.dot, precision=HIGHEST)
+_einsum = functools.partial(jnp.einsum, precision=FULL)
+_inner = functools.partial(jnp.dot, precision=FULL)
 
 
 # Products with the curvature of a loss ------------------------------------------------------------
