@@ -59,12 +59,13 @@ def use_deterministic(wanted: bool) -> None:
 
 def _has_started() -> bool:
     """Whether jax computes already: then it refuses another number of devices."""
-    number = jax.config.read("jax_num_cpu_devices")
+    config: Any = jax.config
+    number = config.jax_num_cpu_devices
     try:
-        jax.config.update("jax_num_cpu_devices", number + 1)
+        config.update("jax_num_cpu_devices", number + 1)
     except RuntimeError:
         return True
-    jax.config.update("jax_num_cpu_devices", number)
+    config.update("jax_num_cpu_devices", number)
     return False
 
 

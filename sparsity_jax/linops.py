@@ -72,9 +72,8 @@ __all__ = [
 ]
 
 Matvec = Callable[[PyTree], PyTree]
-HIGHEST = lax.Precision.HIGHEST
-_einsum = functools.partial(jnp.einsum, precision=HIGHEST)
-_inner = functools.partial(jnp.dot, precision=HIGHEST)
+_einsum = functools.partial(jnp.einsum, precision=FULL)
+_inner = functools.partial(jnp.dot, precision=FULL)
 
 
 # Products with the curvature of a loss ------------------------------------------------------------

@@ -20,6 +20,7 @@ from jax.tree_util import (
 )
 
 from sparsity_jax import tables
+from sparsity_jax.precision import FULL
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import PyTree
 
@@ -335,7 +336,7 @@ def _inner(first: Array, second: Array) -> Array:
     """
     if not _one_cpu():
         return jnp.sum(first * second)
-    return jnp.dot(first.ravel(), second.ravel(), precision=lax.Precision.HIGHEST)
+    return jnp.dot(first.ravel(), second.ravel(), precision=FULL)
 
 
 def size(tree: PyTree) -> int:

@@ -34,7 +34,7 @@ jax.monitoring.register_event_listener(count)
 
 
 def tell():
-    told = dict(counts, flags=os.environ["XLA_FLAGS"])
+    told = dict(counts, flags=os.environ.get("XLA_FLAGS", ""))
     with open(os.environ["COUNTS"], "w") as file:
         json.dump(told, file)
 
