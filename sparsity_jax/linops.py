@@ -42,7 +42,6 @@ from sparsity_jax.trees import varying_like, widen
 from sparsity_jax.types import PyTree
 
 __all__ = [
-    "HIGHEST",
     "REORTHOGONALIZE",
     "Blocks",
     "Eigenpairs",
