@@ -402,7 +402,7 @@ LATE_MISTAKES = {  # found when the data and devices are known, still before any
 @pytest.mark.parametrize(
     ("mistake", "not_reached"),
     [(mistake, "build") for mistake in MISTAKES]  # nothing is loaded
-    + [(mistake, "run_plan") for mistake in LATE_MISTAKES],  # nothing is compiled
+    + [(mistake, "tell_environment") for mistake in LATE_MISTAKES],  # nothing is compiled
 )
 def test_mistakes_stop_before_a_run(mistake, not_reached, tmp_path, monkeypatch):
     fields, *refusal = {**MISTAKES, **LATE_MISTAKES}[mistake]
