@@ -69,7 +69,7 @@ def extent(values: list[float]) -> list[str]:
 def lines_of(name: str, *stops: float) -> dict[str, dict]:
     """Cells of the report's summary by label."""
     grouped = series.group(rows_of(name))
-    lines = summary.summarize(grouped, stops)
+    lines = summary.summarize(grouped, stops=stops)
     return {line.label: line.cells for line in lines}
 
 

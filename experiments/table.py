@@ -26,7 +26,7 @@ def table(rows: list[dict], ratios: list[float]) -> str:
     network.
     """
     grouped = series.group(rows)
-    lines = summary.summarize(grouped, ratios)
+    lines = summary.summarize(grouped, stops=ratios)
     columns = {str(ratio): f"{100 * ratio:g}%" for ratio in ratios}
     columns |= {
         "dense": "unpruned",

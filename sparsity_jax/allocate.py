@@ -25,6 +25,21 @@ from sparsity_jax.filters import Layers
 from sparsity_jax.groups import Channels
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = [
+    "SELECTIONS",
+    "Global",
+    "Layerwise",
+    "Random",
+    "Scope",
+    "Weights",
+    "check",
+    "keep_counts",
+    "keep_masks",
+    "left_by",
+    "num_kept",
+    "prunable",
+]
+
 Scope = Literal["kernels", "all"]
 
 
@@ -163,7 +178,7 @@ def keep_counts(
     layers = chosen.units_of(params, channels)
     sizes = {name: layer.size for name, layer in layers.items()}
     if chosen.together:
-        return KEPT_OF_ALL[chosen.count](sum(sizes.values()), ratio)
+        return _KEPT_OF_ALL[chosen.count](sum(sizes.values()), ratio)
     leaves = trees.named_leaves(params)
     shapes = {name: leaves[layer.scored[0].path].shape for name, layer in layers.items()}
     rule = dict(layer_ratios=chosen.layer_ratios, count=chosen.count)
@@ -177,7 +192,7 @@ def _kept_but_ceil(size: int, ratio: float) -> int:
 
 
 # entries left of all, (size, ratio) -> number, by `count` of `keep_counts`
-KEPT_OF_ALL: dict[str, Callable] = {
+_KEPT_OF_ALL: dict[str, Callable] = {
     "nearest": num_kept,
     "original": originals.kept_of_all,
     "ceil": _kept_but_ceil,
@@ -217,7 +232,7 @@ def keep_masks(
     if selection == "random":
         if key is None:
             raise ValueError("selection 'random' needs a key.")
-        kept = masks.random_mask(key, scores, counts, before=alive)
+        kept = masks.random_mask(scores, counts, key, before=alive)
     elif chosen.together:
         kept = _largest(scores, counts, alive, chosen.count)
     else:

@@ -14,6 +14,8 @@ from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
 from sparsity_jax.types import Rows
 
+__all__ = ["EachMember", "OneByOne", "Result"]
+
 Result = tuple[State, Rows]  # one network's state after a stage, and its rows
 
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsity_jax import checkpoint, members, models, workdirs
+from sparsity_jax import checkpoint, members, models, versions, workdirs
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Rows
 from sparsity_jax.workdirs import Snapshot, read_config
+
+__all__ = ["check_arrays", "continue_from", "kinds", "last_snapshots", "of_member"]
 
 
 def kinds(start: str, model: Config, sweep: Config) -> dict[str, str]:
@@ -19,9 +21,9 @@ def kinds(start: str, model: Config, sweep: Config) -> dict[str, str]:
 
     model, sweep: of the run that starts from it. Raises ConfigError if that run cannot be used.
     """
-    check(Path(start), model, sweep)
+    _check(Path(start), model, sweep)
     kinds: dict[str, str] = {}
-    for _, run in reversed([*ancestry(start)]):
+    for _, run in reversed([*_ancestry(start)]):
         if run.get("pretrained"):
             kinds["config.pretrained"] = "train"
         for name in run["pipeline"]:
@@ -29,18 +31,18 @@ def kinds(start: str, model: Config, sweep: Config) -> dict[str, str]:
     return kinds
 
 
-def check(path: Path, model: Config, sweep: Config) -> None:
+def _check(path: Path, model: Config, sweep: Config) -> None:
     """Raises ConfigError unless `path` holds a finished run of the same network."""
     if not workdirs.holds_run(path):
         raise ConfigError("", why="which holds no run (no config.json)")
     other = read_config(path)
     there = models.complete(other.get("model") or {})
-    differing = workdirs.told_differences(there, models.complete(model), "config.model")
+    differing = versions.told_differences(there, models.complete(model), "config.model")
     if differing:
         raise ConfigError("", why=f"a run of another network\n{differing}")
     theirs, alone = other.get("sweep"), path.name.startswith("member_")
-    if theirs and not alone and workdirs.as_saved(sweep) != theirs:
-        allowed = f"with its sweep {workdirs.told(theirs)}"
+    if theirs and not alone and versions.as_saved(sweep) != theirs:
+        allowed = f"with its sweep {versions.told(theirs)}"
         folders = workdirs.member_folders(path)
         if folders:
             allowed += f", or one of its networks, e.g. {folders[0]}"
@@ -66,7 +68,7 @@ def last_snapshots(workdir: Path, config: Config) -> list[Snapshot]:
     return snapshots
 
 
-def ancestry(path: AnyPath) -> Iterator[tuple[Path, Fields]]:
+def _ancestry(path: AnyPath) -> Iterator[tuple[Path, Fields]]:
     """(path, config) of the run in `path`, of the run it started from, and so on, as far as they
     are still there.
     """
@@ -114,7 +116,7 @@ def continue_from(path: AnyPath, state: Any) -> tuple[Any, Rows]:
 
     They follow those of the runs it started from itself, except for stages that it made anew.
     """
-    snapshots = [workdirs.newest(folder) for folder, _ in ancestry(path)]
+    snapshots = [workdirs.newest(folder) for folder, _ in _ancestry(path)]
     saved = [snapshot for snapshot in snapshots if snapshot is not None]
     rows: Rows = []
     for snapshot in reversed(saved):

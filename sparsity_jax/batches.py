@@ -10,6 +10,8 @@ from jax import Array, lax
 from sparsity_jax import stopping, trees
 from sparsity_jax.types import PyTree
 
+__all__ = ["cut", "mean", "num_examples", "pieces", "plus"]
+
 
 def mean(
     function: Callable, batch_size: int, *, on_host: bool = False, weighted: bool = True

@@ -5,7 +5,7 @@ on the host.
     keep = budgets.select(scores, plan.ratios[0])                    # the least important go
     keep = budgets.select(new_scores, plan.ratios[1], alive=keep)    # removed stays removed
     keep = budgets.select_to_counts(scores, {"conv1": 12, "conv2": 24})
-    keep = budgets.select_to_cost(scores, flops, 0.5 * dense)        # flops(keep) -> number
+    keep = budgets.select_to_cost(flops, scores, 0.5 * dense)        # flops(keep) -> number
     keep = budgets.round_to_multiple(keep, scores, 8)
 
 Throughout: `scores` maps the name of a layer or group to floats [channels], larger = keep; `keep`
@@ -31,6 +31,26 @@ import numpy as np
 
 from sparsity_jax import masks, originals, tables, trees
 from sparsity_jax.types import Arrays as Keep
+
+__all__ = [
+    "SCHEDULES",
+    "Counts",
+    "Limits",
+    "Protect",
+    "Rounds",
+    "Scores",
+    "Threshold",
+    "manual_ratios",
+    "minimum_kept",
+    "polynomial_ratios",
+    "ratio_to_reach",
+    "round_ratios",
+    "round_to_multiple",
+    "schedule",
+    "select",
+    "select_to_cost",
+    "select_to_counts",
+]
 
 Scores = Mapping[str, Any]
 Counts = Mapping[str, int]
@@ -151,14 +171,14 @@ class Limits(TypedDict, total=False):
     exclude: str | None
 
 
-def minimum_kept(sizes: Mapping[str, int], share: float = 0.05) -> dict[str, int]:
+def minimum_kept(sizes: Mapping[str, int], *, share: float = 0.05) -> dict[str, int]:
     """floor(share * size) + 1 channels for every layer of `sizes` (its channels before any
     pruning), at most all.
     """
     _number(share, tables.Fraction, "share")
     floors = {}
     for name, size in sizes.items():
-        floors[name] = min(masks.count_of(share, int(size), "floor") + 1, int(size))
+        floors[name] = min(masks.count_of(share, int(size), rounding="floor") + 1, int(size))
     return floors
 
 
@@ -177,7 +197,7 @@ def select(
     weight = row.spread(_by_name(dict.fromkeys(scores, 1), counts, "counts"))
     total = int(weight[ranking.counted].sum())
     removed = np.cumsum(weight[ranking.order])
-    wanted = masks.count_of(ratio, total, "floor")
+    wanted = masks.count_of(ratio, total, rounding="floor")
     if limits.get("protect", "correct") != "correct":
         wanted = originals.floor_of_product(ratio, total)
     reachable = max(removed, default=0)
@@ -213,8 +233,8 @@ def select_to_counts(scores: Scores, counts: Counts, **limits: Unpack[Limits]) -
 
 
 def select_to_cost(
-    scores: Scores,
     cost: Callable[[Keep], float],
+    scores: Scores,
     target: float,
     *,
     tolerance: float = 0.01,

@@ -18,8 +18,18 @@ from sparsity_jax.train import Problem, shapes_of
 from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import Config
 
+__all__ = [
+    "build",
+    "check_size",
+    "enough_memory",
+    "enough_memory_for",
+    "making_network",
+    "origin_of",
+    "use_platform",
+]
+
 # fields that decide how much a stage holds
-LARGE = ("batch_size", "num_examples", "imp_samples", "num_matvecs")
+_LARGE = ("batch_size", "num_examples", "imp_samples", "num_matvecs")
 
 
 def use_platform(name: str) -> None:
@@ -61,12 +71,12 @@ def build(every: list[Plan]) -> Problem:
     with within("config.model"):
         check_size(problem, common["model"]["name"])
     if common["pretrained"]:
-        problem = with_pretrained(problem, common)
+        problem = _with_pretrained(problem, common)
     for plan in every:
         start = origin_of(plan, len(every))
         if start:
             ancestry.check_arrays(start, shapes_of(problem), plan.size)
-    check_stages(every, problem)
+    _check_stages(every, problem)
     return problem
 
 
@@ -80,7 +90,7 @@ def origin_of(plan: Plan, num_plans: int) -> str:
     return start
 
 
-def check_stages(every: list[Plan], problem: Problem) -> None:
+def _check_stages(every: list[Plan], problem: Problem) -> None:
     """Raises ConfigError for stages that do not fit the network or the data."""
     pipeline = every[0].pipeline
     members = [member for plan in every for member in plan.members]
@@ -126,7 +136,7 @@ def making_network(name: str) -> Iterator[None]:
         raise ConfigError("", why=f"{why}; is it too large for its images?") from None
 
 
-def with_pretrained(problem: Problem, common: Config) -> Problem:
+def _with_pretrained(problem: Problem, common: Config) -> Problem:
     """The problem whose networks start with the arrays of `config.pretrained`, without its
     classifier if that is to be fresh.
     """
@@ -167,7 +177,7 @@ def enough_memory_for(
     """`enough_memory` for a part of a run that says what to lower. part: a `stage` in the config,
     or something else.
     """
-    lower = [f"{part}.{field}" for field in LARGE if hasattr(stage, field)]
+    lower = [f"{part}.{field}" for field in _LARGE if hasattr(stage, field)]
     lower += ["config.eval_batch_size", "the network of config.model"]
     loop = " or set config.sweep.mode to 'loop'" if common["sweep"] else ""
     advice = f"Lower {', '.join(lower)}{loop}, in another --workdir; with more memory the same "

@@ -21,6 +21,8 @@ from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import Config, PyTree, Shape
 from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot, numbers_in
 
+__all__ = ["Checkpoints", "arrays", "reading", "restore", "shapes", "structs", "tree"]
+
 # Reading ------------------------------------------------------------------------------------------
 
 

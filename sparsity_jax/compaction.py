@@ -13,6 +13,8 @@ from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, PyTree, Row
 
+__all__ = ["STAGES", "Compact", "Stock", "accuracy", "compacted", "rounding_of", "take_stock"]
+
 
 @tables.option
 class Compact(alone.EachMember):

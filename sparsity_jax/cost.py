@@ -27,6 +27,26 @@ from sparsity_jax.channels import walk
 from sparsity_jax.channels.values import Program
 from sparsity_jax.types import PyTree, Shape
 
+__all__ = [
+    "WARMUP",
+    "Comparison",
+    "Equation",
+    "Flops",
+    "Latency",
+    "Path",
+    "Price",
+    "Unit",
+    "Verdict",
+    "compare",
+    "comparison",
+    "flops",
+    "latency",
+    "num_bytes",
+    "num_params",
+    "of_channels",
+    "summary",
+]
+
 Verdict = Literal["faster", "slower", "no measurable difference"]
 WARMUP = 3  # calls before those whose time is measured
 
@@ -76,14 +96,14 @@ class Flops(NamedTuple):
     notes: tuple[str, ...]
 
 
-NOTHING = Flops(0, 0, (), ())
-_FREE = """
+_NOTHING = Flops(0, 0, (), ())
+_MOVES_DATA = """
 bitcast_convert_type broadcast_in_dim concatenate copy copy_p device_put dynamic_slice
 dynamic_update_slice empty gather iota layout_constraint optimization_barrier pad random_unwrap
 random_wrap reshape rev sharding_constraint slice split squeeze stack stop_gradient tile transpose
 unstack
 """
-FREE = frozenset(_FREE.split())  # move or create data: no arithmetic
+_FREE = frozenset(_MOVES_DATA.split())  # move or create data: no arithmetic
 
 Path = tuple[Any, ...]  # an equation and those it is inside of, outermost first
 
@@ -109,7 +129,7 @@ def flops(function: Callable, *args: Any, count_padding: bool = True) -> Flops:
 def _total(program: Program, price: Callable, path: Path = ()) -> Flops:
     """FLOPs of a program; price(eqn, program, path) -> Flops of an equation without programs
     inside."""
-    total = NOTHING
+    total = _NOTHING
     for eqn, inner in program.equations():
         inside = (*path, eqn)
         if inner:
@@ -145,7 +165,7 @@ def _scale(count: Flops, times: int) -> Flops:
 
 
 def _noted(note: str) -> Flops:
-    return NOTHING._replace(notes=(note,))
+    return _NOTHING._replace(notes=(note,))
 
 
 def _work(eqn: Any, path: Path, padding: bool) -> Flops:
@@ -155,15 +175,15 @@ def _work(eqn: Any, path: Path, padding: bool) -> Flops:
         first, second = (var.aval.shape for var in eqn.invars)
         count = _product(eqn, first, second, eqn.outvars[0].aval.shape, padding)
         equation = Equation(name, _where(path), count)
-        return NOTHING._replace(products=count, equations=(equation,))
+        return _NOTHING._replace(products=count, equations=(equation,))
     if name in walk.OPAQUE:
         return _noted(f"{name} at {_where(path)}: not counted")
     entries = 0
     if name.startswith(walk.SCALAR_BODIES):
         entries = _reduction(eqn)
-    elif name not in FREE:
+    elif name not in _FREE:
         entries = sum(getattr(out.aval, "size", 0) for out in eqn.outvars)
-    return NOTHING._replace(elementwise=entries)
+    return _NOTHING._replace(elementwise=entries)
 
 
 def _where(path: Path) -> str:
@@ -264,10 +284,10 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
 
         def price(eqn: Any, program: Program, path: Path) -> Flops:
             if eqn.primitive.name not in walk.PRODUCTS:
-                return NOTHING
+                return _NOTHING
             variables = (*eqn.invars, *eqn.outvars)
             first, second, out = map(alive.shape, program.known(variables))
-            return NOTHING._replace(products=_product(eqn, first, second, out, True))
+            return _NOTHING._replace(products=_product(eqn, first, second, out, True))
 
         return _total(channels.walked.program, price).products / batch
 

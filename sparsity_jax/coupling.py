@@ -15,6 +15,8 @@ from sparsity_jax.groups import Channels, Group, Member
 from sparsity_jax.types import Arrays, PyTree
 from sparsity_jax.units import Layer, Leaves, Part, Sliced
 
+__all__ = ["alive", "by_group", "deciding", "is_matrix", "of_group", "plain"]
+
 
 def of_group(group: Group, leaves: Leaves) -> Layer:
     """The coupled channels of a group, in all arrays of `leaves` that they are removed from.

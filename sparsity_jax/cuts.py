@@ -38,7 +38,9 @@ from sparsity_jax.structured import Keep
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, Fields, PyTree, Row
 
-NOTHING = "(?!)"  # a pattern that matches no name
+__all__ = ["STAGES", "Cut", "make_scores"]
+
+_NOTHING = "(?!)"  # a pattern that matches no name
 
 
 @tables.option
@@ -222,11 +224,11 @@ class Cut(alone.EachMember):
         return float(self.plan(place.visits, ratio).density[place.visit - 1])
 
     def channels(self, problem: Problem) -> Channels:
-        return structured.channels_of(problem, self.branches)
+        return structured.channels_of(problem, branches=self.branches)
 
     def cuttable(self, problem: Problem) -> dict[str, Group]:
         """The groups that `exclude` does not leave whole."""
-        whole = re.compile(self.exclude or NOTHING)
+        whole = re.compile(self.exclude or _NOTHING)
         every = self.channels(problem).groups
         return {name: group for name, group in every.items() if not whole.fullmatch(name)}
 
@@ -271,7 +273,7 @@ class Cut(alone.EachMember):
         share: of the channels alive, instead of that of the round; only where budget is `channels`.
         """
         channels = self.channels(problem)
-        floors = budgets.minimum_kept(channels.sizes, self.min_share)
+        floors = budgets.minimum_kept(channels.sizes, share=self.min_share)
         limits = budgets.Limits(
             alive=alive, floors=floors, protect=self.protect, exclude=self.exclude or None
         )
@@ -287,7 +289,7 @@ class Cut(alone.EachMember):
             else:
                 price = cost.of_channels(channels, self.budget)
                 target = self.density(place) * price(groups.complete(channels, {}))
-                keep = budgets.select_to_cost(importance, price, target, **limits)
+                keep = budgets.select_to_cost(price, importance, target, **limits)
         if self.multiple == 1:
             return keep
         return budgets.round_to_multiple(keep, importance, self.multiple, alive=alive)
@@ -299,7 +301,7 @@ class Cut(alone.EachMember):
         counts = dict(sizes)
         for name in self.cuttable(problem):
             removed = 1 - self.density(place, shares[name])
-            counts[name] -= masks.count_of(removed, sizes[name], "floor")
+            counts[name] -= masks.count_of(removed, sizes[name], rounding="floor")
         return counts
 
     def _share_of_round(self, problem: Problem, alive: Keep, place: Place) -> float:
@@ -315,7 +317,7 @@ def _without(problem: Problem, branches: groups.Branches, state: State, keep: Ke
     """`state` of one member without the channels that `keep` leaves out, nor what a training hands
     on of them.
     """
-    channels = structured.channels_of(problem, branches)
+    channels = structured.channels_of(problem, branches=branches)
     carried = state.opt_state and groups.mask(state.opt_state, channels, keep)
     return structured.without(state._replace(opt_state=carried), channels, keep, state.masks)
 

@@ -14,11 +14,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
+__all__ = ["FORMATS", "SUFFIXES", "decode", "format_of", "jpeg_shape", "orientation", "why_not"]
+
 # 8 bit, grey or BGR, no alpha, not turned
-DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION
-JPEGS = (".jfif", ".jpe", ".jpeg", ".jpg")
-PNMS = (".pbm", ".pgm", ".pnm", ".ppm")
-SUFFIXES = tuple(sorted((*JPEGS, *PNMS, ".bmp", ".dib", ".png", ".tif", ".tiff", ".webp")))
+_DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION
+_JPEGS = (".jfif", ".jpe", ".jpeg", ".jpg")
+_PNMS = (".pbm", ".pgm", ".pnm", ".ppm")
+SUFFIXES = tuple(sorted((*_JPEGS, *_PNMS, ".bmp", ".dib", ".png", ".tif", ".tiff", ".webp")))
 FORMATS = {  # what a file of the format begins with; those that are read
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -27,7 +29,7 @@ FORMATS = {  # what a file of the format begins with; those that are read
     "TIFF": rb"II\*\0|MM\0\*",
     "PNM": rb"P[1-6]\s*[\s#][\s\d#]",
 }
-OTHER_FORMATS = {  # images that are not read
+_OTHER_FORMATS = {  # images that are not read
     "GIF": rb"GIF8",
     "HEIF or AVIF": rb".{4}ftyp(?:avi|hei|hev|mif|msf)",
     "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
@@ -36,19 +38,19 @@ OTHER_FORMATS = {  # images that are not read
     "Photoshop": rb"8BPS",
     "PAM or PFM": rb"P[7fF]\n",
 }
-STARTS = FORMATS | OTHER_FORMATS
-EXIF = (b"Exif\0\0", b"eXIf", b"EXIF")  # what begins tags
+_STARTS = FORMATS | _OTHER_FORMATS
+_EXIF = (b"Exif\0\0", b"eXIf", b"EXIF")  # what begins tags
 
 
 def format_of(data: bytes) -> str:
     """Name of the image format in which `data` begins, "" if it begins like no image."""
-    for name, start in STARTS.items():
+    for name, start in _STARTS.items():
         if re.match(start, data[:32], re.DOTALL):
             return name
     return ""
 
 
-def decode(data: bytes, reduced: int = 0, upright: bool = False) -> np.ndarray | None:
+def decode(data: bytes, *, reduced: int = 0, upright: bool = False) -> np.ndarray | None:
     """uint8 [H, W] (grey) or [H, W, 3] (BGR, OpenCV's order); None if `data` is not a whole image
     of `FORMATS`.
 
@@ -58,18 +60,18 @@ def decode(data: bytes, reduced: int = 0, upright: bool = False) -> np.ndarray |
     upright: turned and mirrored as the EXIF orientation says.
     """
     name = format_of(data)
-    if why_unreadable(data, name):
+    if _why_unreadable(data, name):
         return None
     try:
-        image = decode_pnm(data) if name == "PNM" else decode_with_opencv(data, name, reduced)
+        image = _decode_pnm(data) if name == "PNM" else _decode_with_opencv(data, name, reduced)
     except (cv2.error, ValueError, OverflowError):  # pixels are missing, or are too many
         return None
-    return turned(image, orientation(data)) if upright and image is not None else image
+    return _turned(image, orientation(data)) if upright and image is not None else image
 
 
-def decode_with_opencv(data: bytes, name: str, reduced: int) -> np.ndarray | None:
-    flags = DECODE | reduced
-    if name == "TIFF" and tiff_tag(data, 262) == 2 and tiff_tag(data, 277) == 4:
+def _decode_with_opencv(data: bytes, name: str, reduced: int) -> np.ndarray | None:
+    flags = _DECODE | reduced
+    if name == "TIFF" and _tiff_tag(data, 262) == 2 and _tiff_tag(data, 277) == 4:
         flags = cv2.IMREAD_UNCHANGED  # RGB with alpha
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if image is None or image.ndim == 2 or image.shape[2] == 3:
@@ -84,21 +86,23 @@ def decode_with_opencv(data: bytes, name: str, reduced: int) -> np.ndarray | Non
 def why_not(data: bytes) -> str:
     """Why `decode` gave None, as the end of a sentence that begins with the image's name."""
     damaged = "is not an image that can be decoded; is it damaged?"
-    return why_unreadable(data, format_of(data)) or damaged
+    return _why_unreadable(data, format_of(data)) or damaged
 
 
-def why_unreadable(data: bytes, name: str) -> str:
+def _why_unreadable(data: bytes, name: str) -> str:
     """Why `data` of the format `name` is refused without being decoded, or ""."""
     if not data:
         return "is not an image but empty."
     if name not in FORMATS:
         what = f"a file of the format {name}" if name else "not an image that can be decoded"
         return f"is {what}; allowed: {', '.join(FORMATS)}."
-    if name == "JPEG" and not is_whole_jpeg(data):
+    if name == "JPEG" and not _is_whole_jpeg(data):
         return "is not an image that can be decoded: its end is missing."
-    if name == "TIFF" and tiff_tag(data, 262) in (8, 9, 10):  # OpenCV takes them for others
+    if name == "TIFF" and _tiff_tag(data, 262) in (8, 9, 10):  # OpenCV takes them for others
         return "is a TIFF with CIELAB colours, which are not read; convert it to RGB."
-    if name == "TIFF" and (tiff_tag(data, 339) != 1 or tiff_tag(data, 258) not in (1, 2, 4, 8, 16)):
+    if name == "TIFF" and (
+        _tiff_tag(data, 339) != 1 or _tiff_tag(data, 258) not in (1, 2, 4, 8, 16)
+    ):
         numbers = "floating-point, signed or wide numbers"
         return f"is a TIFF of {numbers}; allowed: 8 or 16 bits without sign."
     return ""
@@ -107,11 +111,11 @@ def why_unreadable(data: bytes, name: str) -> str:
 # JPEG ---------------------------------------------------------------------------------------------
 
 
-FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers
-SCAN = 0xDA
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers
+_SCAN = 0xDA
 
 
-def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """(marker, start, end) of the segments of a JPEG before its first scan, and of that scan's
     header.
     """
@@ -124,7 +128,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         start = at + 4
         end = at + 2 + int.from_bytes(data[at + 2 : start], "big")
         yield marker, start, end
-        if marker == SCAN:
+        if marker == _SCAN:
             return
         at = end
 
@@ -133,8 +137,8 @@ def jpeg_shape(data: bytes) -> tuple[int, int] | None:
     """(height, width) in the frame header of a JPEG; None if `data` is something else, or not a
     plain one.
     """
-    for marker, start, end in jpeg_segments(data):
-        if marker in FRAMES:
+    for marker, start, end in _jpeg_segments(data):
+        if marker in _FRAMES:
             header = data[start + 1 : min(end, start + 5)]
             if len(header) < 4:
                 return None
@@ -143,12 +147,12 @@ def jpeg_shape(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def is_whole_jpeg(data: bytes) -> bool:
+def _is_whole_jpeg(data: bytes) -> bool:
     """Whether the end-of-image marker follows the first scan; in the pixels themselves it cannot
     occur.
     """
-    for marker, _, end in jpeg_segments(data):
-        if marker == SCAN:
+    for marker, _, end in _jpeg_segments(data):
+        if marker == _SCAN:
             return b"\xff\xd9" in data[end:]
     return False
 
@@ -161,7 +165,7 @@ def orientation(data: bytes) -> int:
 
     That of a TIFF is part of the format, and applied when it is decoded.
     """
-    if format_of(data) not in ("JPEG", "PNG", "WebP") or not any(start in data for start in EXIF):
+    if format_of(data) not in ("JPEG", "PNG", "WebP") or not any(start in data for start in _EXIF):
         return 1
     try:
         value = int(Image.open(io.BytesIO(data)).getexif()[274])
@@ -170,7 +174,7 @@ def orientation(data: bytes) -> int:
     return value if 1 <= value <= 8 else 1
 
 
-def tiff_tag(data: bytes, tag: int) -> int:
+def _tiff_tag(data: bytes, tag: int) -> int:
     """First value of a whole-number tag of the first page of a TIFF, 1 where there is none."""
     tags = Image.Exif()
     try:
@@ -180,7 +184,7 @@ def tiff_tag(data: bytes, tag: int) -> int:
         return 1
 
 
-def turned(image: np.ndarray, orientation: int) -> np.ndarray:
+def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
     """`image` as an EXIF orientation of 1 to 8 says that it is to be seen."""
     if orientation >= 5:
         image = image.swapaxes(0, 1)
@@ -194,7 +198,7 @@ def turned(image: np.ndarray, orientation: int) -> np.ndarray:
 # PGM and its relatives ----------------------------------------------------------------------------
 
 
-def decode_pnm(data: bytes) -> np.ndarray | None:
+def _decode_pnm(data: bytes) -> np.ndarray | None:
     """`decode` of PBM, PGM and PPM, plain or binary, with any maximum.
 
     A value v of at most `maximum` becomes the whole number nearest to 255 v / maximum. Raises

@@ -1,7 +1,7 @@
 """What a config can say: every field with its type, its default, its value and what it means.
 
 An option is explained where it is declared, in the docstring of its function or class, as
-`name: text`, several of one text as `one, other: text`; what many functions share is in `SHARED`.
+`name: text`, several of one text as `one, other: text`; what many functions share is in `_SHARED`.
 """
 
 import re
@@ -14,7 +14,9 @@ from sparsity_jax import data, members, models, plans, tables
 from sparsity_jax.tables import Named, lookup, parameters
 from sparsity_jax.types import Config
 
-SHARED = {  # what an option means wherever its own function does not say
+__all__ = ["Part", "describe", "texts_of"]
+
+_SHARED = {  # what an option means wherever its own function does not say
     # stages
     "augment": "how training images are changed at random, a row of `data.AUGMENTATIONS`.",
     "batch_size": "examples per batch.",
@@ -78,7 +80,7 @@ SHARED = {  # what an option means wherever its own function does not say
     "use_l2": "whether scores are multiplied by the weight's magnitude.",
     "name": "which of the table it is.",
 }
-ELSEWHERE = ("data", "model", "num_classes")  # told by parts of their own, or no field
+_ELSEWHERE = ("data", "model", "num_classes")  # told by parts of their own, or no field
 Part = tuple[str, Callable, Config]  # place, what its fields are parameters of, their values
 
 
@@ -86,58 +88,58 @@ def describe(config: Config) -> str:
     """The fields of a config, of its data and model, and of all its stages. Raises ConfigError for
     an unknown name.
     """
-    return "\n".join(line for part in parts(plans.plain(config)) for line in part_lines(*part))
+    return "\n".join(line for part in _parts(plans.plain(config)) for line in _part_lines(*part))
 
 
-def parts(config: Config) -> Iterator[Part]:
+def _parts(config: Config) -> Iterator[Part]:
     """Every part of a config, and the parts in it that it chooses by name."""
     yield "config", plans.settings, config
-    yield from parts_of("config.sweep", members.choices, config.get("sweep", {}))
-    yield from parts_of("config.data", data.Options, config["data"])
+    yield from _parts_of("config.sweep", members.choices, config.get("sweep", {}))
+    yield from _parts_of("config.data", data.Options, config["data"])
     network = Named(models.MODELS, models.build)
-    yield from parts_named("config.model", network, config["model"])
+    yield from _parts_named("config.model", network, config["model"])
     for name in members.stages_of(config):
         with tables.within(f"config.{name}"):
             kind = lookup(plans.STAGES, config[name]["kind"], "kind")
-        yield from parts_of(f"config.{name}", kind, config[name])
+        yield from _parts_of(f"config.{name}", kind, config[name])
 
 
-def parts_of(place: str, options: Callable, values: Config) -> Iterator[Part]:
+def _parts_of(place: str, options: Callable, values: Config) -> Iterator[Part]:
     """One part, and those in it that are chosen by name."""
     yield place, options, values
     every = {**tables.defaults(options), **values}
     for field, named in tables.named_options(options).items():
         if every.get(field) is not None:  # else every arm of a sweep has its own
-            yield from parts_named(f"{place}.{field}", named, every[field])
+            yield from _parts_named(f"{place}.{field}", named, every[field])
 
 
-def parts_named(place: str, named: Named, values: Config) -> Iterator[Part]:
+def _parts_named(place: str, named: Named, values: Config) -> Iterator[Part]:
     """The part that `values` choose by name, after what all of its table share."""
     if named.common is not None:
-        yield from parts_of(place, named.common, values)
+        yield from _parts_of(place, named.common, values)
     entry = lookup(named.table, values.get("name", "none"), f"{place}.name")
-    yield from parts_of(place, entry, values)
+    yield from _parts_of(place, entry, values)
 
 
-def part_lines(place: str, options: Callable, values: Config) -> Iterator[str]:
+def _part_lines(place: str, options: Callable, values: Config) -> Iterator[str]:
     """Heading, explanation, and two lines or more per option; nothing without options."""
-    names = [name for name in parameters(options) if name not in ELSEWHERE]
+    names = [name for name in parameters(options) if name not in _ELSEWHERE]
     if not names:
         return
     kind = getattr(options, "kind", "")
     yield f"{place}, kind {kind!r}" if kind else place
-    yield from wrapped(split(options, parameters(options))[0], 4)
+    yield from _wrapped(_split(options, parameters(options))[0], 4)
     hints = typing.get_type_hints(options, include_extras=True)
     defaults, texts = tables.defaults(options), texts_of(options)
     for name in names:
         default = f"default {defaults[name]!r}" if name in defaults else "no default"
-        here = f", here {values[name]!r}" if is_other(name, values, defaults) else ""
+        here = f", here {values[name]!r}" if _is_other(name, values, defaults) else ""
         yield f"  {name}: {tables.describe(hints.get(name, Any))}; {default}{here}"
-        yield from wrapped(texts.get(name, ""), 6)
+        yield from _wrapped(texts.get(name, ""), 6)
     yield ""
 
 
-def wrapped(text: str, indent: int) -> list[str]:
+def _wrapped(text: str, indent: int) -> list[str]:
     """`text` in lines of at most 100 columns."""
     space = " " * indent
     return textwrap.wrap(text, 100, initial_indent=space, subsequent_indent=space)
@@ -145,17 +147,17 @@ def wrapped(text: str, indent: int) -> list[str]:
 
 def texts_of(options: Callable) -> dict[str, str]:
     """What each option means, by name: as its docstring says, one of the classes it derives from,
-    or `SHARED`.
+    or `_SHARED`.
     """
     names = parameters(options)
-    texts = {name: SHARED[name] for name in names if name in SHARED}
+    texts = {name: _SHARED[name] for name in names if name in _SHARED}
     for source in reversed(getattr(options, "__mro__", (options,))):
-        _, told = split(source, names)
+        _, told = _split(source, names)
         texts |= told
     return texts
 
 
-def split(options: Callable, names: Config) -> tuple[str, dict[str, str]]:
+def _split(options: Callable, names: Config) -> tuple[str, dict[str, str]]:
     """(the docstring up to its first option, the text of every option that it explains)."""
     text = " ".join((options.__doc__ or "").split())
     text = re.split(r" (?:Raises|Source:|Rows:|Options:) ", text)[0]
@@ -170,7 +172,7 @@ def split(options: Callable, names: Config) -> tuple[str, dict[str, str]]:
     return summary.strip(), texts
 
 
-def is_other(name: str, values: Config, defaults: Config) -> bool:
+def _is_other(name: str, values: Config, defaults: Config) -> bool:
     """Whether the config has another value than the default; lists are the tuples that JSON has
     made lists of.
     """

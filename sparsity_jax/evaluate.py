@@ -60,11 +60,30 @@ from sparsity_jax.export import (
 )
 from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Row, Rows
 
-__all__ = ["compared", "export", "load", "verify"]  # of `sparsity_jax.export`
+__all__ = [
+    "Network",
+    "Saved",
+    "Statistics",
+    "build",
+    "compared",
+    "describe",
+    "describe_all",
+    "export",
+    "export_run",
+    "export_torch",
+    "label_of",
+    "load",
+    "main",
+    "measure",
+    "open_run",
+    "restore",
+    "run",
+    "verify",
+]
 
 Statistics = Literal["run", "data"]
-MEMBER = re.compile(r"member_\d+")
-MORE_MEMORY = (
+_MEMBER = re.compile(r"member_\d+")
+_MORE_MEMORY = (
     "Lower --batch_size if --latency fills it, or evaluate where there is more: with "
     "JAX_PLATFORMS=cpu in the environment the memory of the host counts."
 )
@@ -110,13 +129,13 @@ def open_run(
     without a run or checkpoint, and for a checkpoint of another network.
     """
     workdir = pathlib.Path(workdir)
-    config = read_config(workdir)
+    config = _read_config(workdir)
     whole = workdir
-    folders = {int(path.name.removeprefix("member_")): path for path in members_in(workdir)}
-    if workdir in members_in(workdir.parent) and (workdir.parent / "config.json").is_file():
+    folders = {int(path.name.removeprefix("member_")): path for path in _members_in(workdir)}
+    if workdir in _members_in(workdir.parent) and (workdir.parent / "config.json").is_file():
         whole = workdir.parent
         folders = {int(workdir.name.removeprefix("member_")): workdir}
-    swept_values = [member.swept for member in members.expand(read_config(whole))]
+    swept_values = [member.swept for member in members.expand(_read_config(whole))]
     snapshots = {}
     for number, folder in (folders or {0: workdir}).items():
         snapshot = workdirs.newest(folder)
@@ -126,7 +145,7 @@ def open_run(
         raise tables.ConfigError(
             f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more."
         )
-    problem = build(config, data_dir, data_name, statistics)
+    problem = build(config, data_dir=data_dir, data_name=data_name, statistics=statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
     for number, snapshot in snapshots.items():
@@ -137,7 +156,7 @@ def open_run(
                 f"{workdir}: config.json makes {len(own)} networks, the checkpoint has "
                 f"{len(states)}. Was config.json edited?"
             )
-        place = told(config, progress)
+        place = _told(config, progress)
         for member, (swept, state) in enumerate(zip(own, states), start=number):
             label = swept.get("arm") or label_of(config, progress)
             networks.append(Network(member, swept, place, state, label))
@@ -146,12 +165,12 @@ def open_run(
     return Saved(config, problem, networks, [member for member in expected if member not in saved])
 
 
-def members_in(workdir: pathlib.Path) -> list[pathlib.Path]:
+def _members_in(workdir: pathlib.Path) -> list[pathlib.Path]:
     """The folders of the members of a run, in order."""
-    return [path for path in sorted(workdir.glob("member_*")) if MEMBER.fullmatch(path.name)]
+    return [path for path in sorted(workdir.glob("member_*")) if _MEMBER.fullmatch(path.name)]
 
 
-def read_config(workdir: pathlib.Path) -> Fields:
+def _read_config(workdir: pathlib.Path) -> Fields:
     """The config of a run, with the defaults of all common fields."""
     if not workdirs.holds_run(workdir):
         raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
@@ -165,25 +184,25 @@ def read_config(workdir: pathlib.Path) -> Fields:
 
 
 def build(
-    config: Config, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
+    config: Config, *, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
 ) -> train.Problem:
     """Data and network of a config, for one member on one device; see `open_run`."""
     tables.convert(statistics, Statistics, "statistics")
     own = {**tables.defaults(data.Options), **config["data"]}
     own["data_dir"] = data_dir or own["data_dir"]
-    options = other_data(own, data_name) if data_name else own
+    options = _other_data(own, data_name) if data_name else own
     if data_name:
         options["normalization"] = "auto" if statistics == "data" else "none"
-    dataset = load_data(options)
+    dataset = _load_data(options)
     if data_name and statistics == "run":
-        dataset = dataset._replace(**statistics_of_run(own, dataset)._asdict())
+        dataset = dataset._replace(**_statistics_of_run(own, dataset)._asdict())
     with tables.within("config.model"):
         plans.check_model(config["model"])
     model = models.build(num_classes=dataset.num_classes, **config["model"])
     return train.build_problem(dataset, model, eval_batch_size=config["eval_batch_size"])
 
 
-def other_data(own: Fields, name: str) -> Fields:
+def _other_data(own: Fields, name: str) -> Fields:
     """Options of another data set; splits and limits are kept from one folder to another only."""
     if name.startswith("folder:") and own["name"].startswith("folder:"):
         return own | dict(name=name)
@@ -192,13 +211,13 @@ def other_data(own: Fields, name: str) -> Fields:
     return own | {field: whole[field] for field in fields} | dict(name=name)
 
 
-def load_data(options: Config) -> data.Dataset:
+def _load_data(options: Config) -> data.Dataset:
     """The data set of these options."""
     with tables.within("config.data"):
         return data.load(**options)
 
 
-def statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normalization:
+def _statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normalization:
     """Mean and std with which a run of the data `options` trained, for images of another `dataset`.
 
     Raises ConfigError if they were computed from images that are not there.
@@ -208,7 +227,7 @@ def statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normalizat
     if known is not None:
         return known
     try:
-        trained_on = load_data({**options, "test_limit": 1})
+        trained_on = _load_data({**options, "test_limit": 1})
     except tables.ConfigError as error:
         raise tables.ConfigError(
             "--data: mean and std belong to the trained network and are those of its run's train "
@@ -218,7 +237,7 @@ def statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normalizat
     return data.Normalization(trained_on.mean, trained_on.std)
 
 
-def told(config: Config, progress: workdirs.Progress) -> str:
+def _told(config: Config, progress: workdirs.Progress) -> str:
     """How far a run is."""
     names, index = config["pipeline"], progress.stage
     if index >= len(names):
@@ -245,7 +264,7 @@ def restore(
     with building.making_network(f"{workdir}: the network of config.model"):
         variables = jax.eval_shape(problem.init, jax.random.key(0))
     try:
-        arrays = read_arrays(snapshot, variables, hint)
+        arrays = _read_arrays(snapshot, variables, hint)
     except intact.DamagedError:
         later = workdirs.newest(workdir)
         if later is None or later.folder == snapshot.folder:
@@ -261,7 +280,7 @@ def restore(
     return [train.State(**own, opt_state=(), metrics=metrics) for own in slices], snapshot.progress
 
 
-def read_arrays(snapshot: workdirs.Snapshot, variables: PyTree, hint: str) -> Fields:
+def _read_arrays(snapshot: workdirs.Snapshot, variables: PyTree, hint: str) -> Fields:
     """All arrays of a checkpoint by path; ConfigError unless they have the shapes of `variables`,
     behind an axis of members if there is one.
     """
@@ -291,12 +310,12 @@ def run(
     data_dir, data_name, statistics: as in `open_run`; the other options: as in `measure`. Raises
     ConfigError as these do, and where the memory is full.
     """
-    with building.enough_memory(str(workdir), MORE_MEMORY):
+    with building.enough_memory(str(workdir), _MORE_MEMORY):
         saved = open_run(workdir, data_dir=data_dir, data_name=data_name, statistics=statistics)
-        return list(measured(saved, **options))
+        return list(_measured(saved, **options))
 
 
-def measured(saved: Saved, **options: Any) -> Iterator[Row]:
+def _measured(saved: Saved, **options: Any) -> Iterator[Row]:
     """`measure` of every member, behind the fields that say which one it is."""
     for network in saved.networks:
         row = measure(saved.problem, network.state, **options)
@@ -311,7 +330,7 @@ def measured(saved: Saved, **options: Any) -> Iterator[Row]:
         yield {**which, **row}
 
 
-COMPACT = (  # fields of `compaction.take_stock`
+_COMPACT = (  # fields of `compaction.take_stock`
     *("parameters_compact", "flops_compact", "bytes_compact", "difference", "kept", "sizes"),
     *("batch_size", "milliseconds", "milliseconds_low", "milliseconds_high"),
     *("speedup", "speedup_low", "speedup_high", "verdict"),
@@ -347,21 +366,23 @@ def measure(
     if latency and repeats < 2:
         raise tables.ConfigError("repeats", repeats, allowed="int >= 2")
     variables = variables_of(state)
-    row = scores(problem, state, "test")
+    row = _scores(problem, state, "test")
     if on_train:
-        row |= scores(problem, state, "train")
+        row |= _scores(problem, state, "train")
     one = jax.ShapeDtypeStruct((1, *problem.dataset.test.images.shape[1:]), np.float32)
     row |= dict(
         parameters=cost.num_params(variables),
-        parameters_kept=count_nonzero(state.masks),
-        parameters_nonzero=count_nonzero(state.params),
+        parameters_kept=_count_nonzero(state.masks),
+        parameters_nonzero=_count_nonzero(state.params),
         bytes=cost.num_bytes(variables),
         flops=cost.flops(problem.model.apply, variables, one).products,
         device=jax.local_devices()[0].device_kind,
     )
-    cut, stock, note = compared(problem, state, batch_size, repeats if latency else 0)
+    cut, stock, note = compared(
+        problem, state, batch_size=batch_size, repeats=repeats if latency else 0
+    )
     if stock is not None:
-        row |= {name: stock[name] for name in COMPACT if name in stock}
+        row |= {name: stock[name] for name in _COMPACT if name in stock}
         row["test_accuracy_compact"] = stock["accuracy"]
         row["compression"] = stock["bytes"] / stock["bytes_compact"]
     elif latency:
@@ -377,12 +398,12 @@ def measure(
     return {**row, "pruned": " and ".join(pruned) or "nothing", "note": note}
 
 
-def count_nonzero(tree: PyTree) -> int:
+def _count_nonzero(tree: PyTree) -> int:
     """Number of entries that are not zero."""
     return sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
 
 
-def scores(problem: train.Problem, state: train.State, split: str) -> Row:
+def _scores(problem: train.Problem, state: train.State, split: str) -> Row:
     """Accuracy, loss and number of examples of one split."""
     result = train.measure(problem, state.params, state.batch_stats, split)
     unreadable = len(result.unreadable)
@@ -396,7 +417,7 @@ def scores(problem: train.Problem, state: train.State, split: str) -> Row:
     return row | {f"{split}_unreadable": unreadable} if unreadable else row
 
 
-LINES = {  # of a member's table: field to name and format
+_LINES = {  # of a member's table: field to name and format
     "test_accuracy": ("test accuracy", ".2%"),
     "test_loss": ("test loss", ".4f"),
     "test_examples": ("test images", ","),
@@ -410,11 +431,11 @@ LINES = {  # of a member's table: field to name and format
     "bytes": ("bytes", ","),
     "compression": ("compression", ".2f"),
 }
-SPEED = (
+_SPEED = (
     "  {verdict}: compact has {speedup:.2f} times the speed of dense ({speedup_low:.2f} to "
     "{speedup_high:.2f}) on {device}"
 )
-PRUNED = {  # what that means
+_PRUNED = {  # what that means
     "nothing": "  nothing is pruned: zeros are those that training or its file left",
     "weights": "  single weights are masked: the arrays keep their shapes, so bytes and FLOPs stay",
 }
@@ -428,7 +449,7 @@ def describe(row: Config) -> str:
     lines = [f"{row['model']} on {row['data']}, {network}: {row['progress']}"]
     compact = "compact" if "parameters_compact" in row else ""
     lines.append(f"{'':<28}{'dense':>16}{compact:>16}")
-    for field, (name, form) in LINES.items():
+    for field, (name, form) in _LINES.items():
         texts = [format(row[key], form) for key in (field, f"{field}_compact") if key in row]
         if texts:
             lines.append(f"  {name:<26}" + "".join(f"{text:>16}" for text in texts))
@@ -437,8 +458,8 @@ def describe(row: Config) -> str:
         batch = f"  {name}, a batch of {row['batch_size']}"
         lines.append(f"{batch}: {middle:.3g} ms (quartiles {low:.3g} to {high:.3g})")
     if "verdict" in row:
-        lines.append(SPEED.format_map(row))
-    lines.append(PRUNED.get(row["pruned"], ""))
+        lines.append(_SPEED.format_map(row))
+    lines.append(_PRUNED.get(row["pruned"], ""))
     lines.append(f"  {row['note']}")
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
@@ -462,8 +483,8 @@ def describe_all(rows: Rows) -> str:
 def export_run(
     saved: Saved,
     folder: AnyPath,
-    platforms: Sequence[str] = ("cpu",),
     *,
+    platforms: Sequence[str] = ("cpu",),
     dense: bool = False,
     notes: Sequence[str | None] = (),
 ) -> list[pathlib.Path]:
@@ -471,17 +492,25 @@ def export_run(
 
     notes: of the members, as `measure` tells them; they are found anew without.
     """
-    check_export(folder, platforms)
+    check_export(folder, platforms=platforms)
     folder = pathlib.Path(folder)
     model = saved.config["model"]
     with replacing(folder) as part:
         for network, note in itertools.zip_longest(saved.networks, notes):
             own = part / f"member_{network.member:03d}" if len(saved.networks) > 1 else part
-            write(own, saved.problem, model, network.state, platforms, dense=dense, note=note)
+            write(
+                saved.problem,
+                model,
+                network.state,
+                own,
+                platforms=platforms,
+                dense=dense,
+                note=note,
+            )
     return sorted(folder.glob("member_*")) or [folder]
 
 
-def check_torch(file: AnyPath) -> None:
+def _check_torch(file: AnyPath) -> None:
     """Raises ConfigError unless `file` is a new .safetensors file."""
     path = pathlib.Path(file)
     if path.suffix != ".safetensors" or path.exists():
@@ -499,7 +528,7 @@ def export_torch(saved: Saved, file: AnyPath) -> list[pathlib.Path]:
     if len(saved.networks) > 1:
         paths = [file.with_stem(f"{file.stem}_{network.member:03d}") for network in saved.networks]
     for path in paths:
-        check_torch(path)
+        _check_torch(path)
     channels = saved.problem.dataset.test.images.shape[-1]
     for path, network in zip(paths, saved.networks):
         weights = pretrained.to_torch(variables_of(network.state), image_channels=channels)
@@ -507,7 +536,7 @@ def export_torch(saved: Saved, file: AnyPath) -> list[pathlib.Path]:
     return paths
 
 
-def check_writable(file: AnyPath) -> None:
+def _check_writable(file: AnyPath) -> None:
     """Raises ConfigError if nothing can be written where `file` is to be."""
     parents = pathlib.Path(file).absolute().parents
     there = next(folder for folder in parents if folder.exists())
@@ -519,7 +548,7 @@ def check_writable(file: AnyPath) -> None:
 
 # Command line -------------------------------------------------------------------------------------
 
-OPTIONS: dict[str, Fields] = {  # of the command line
+_OPTIONS: dict[str, Fields] = {  # of the command line
     "workdir": dict(required=True, help="folder of the run, or of one of its members"),
     "train": dict(action="store_true", help="accuracy and loss on the train set too"),
     "latency": dict(action="store_true", help="measure the time of a batch, dense against compact"),
@@ -554,35 +583,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Accuracy, size, FLOPs and time of the networks of a run, dense and compact; "
         "export of them.",
     )
-    for name, settings in OPTIONS.items():
+    for name, settings in _OPTIONS.items():
         parser.add_argument(f"--{name}", **settings)
     imports.add_option(parser)
     options = parser.parse_args(arguments)
     try:
         for file in options.files:
             imports.load(file)
-        with building.enough_memory(options.workdir, MORE_MEMORY):
-            for line in answer(options):
+        with building.enough_memory(options.workdir, _MORE_MEMORY):
+            for line in _answer(options):
                 sys.stdout.write(f"{line}\n")
     except (tables.ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
-def answer(options: argparse.Namespace) -> Iterator[str]:
+def _answer(options: argparse.Namespace) -> Iterator[str]:
     """Writes what the command line asks for, and yields what it prints."""
     if options.export:
-        check_export(options.export, options.platforms)
+        check_export(options.export, platforms=options.platforms)
     if options.torch:
-        check_torch(options.torch)
+        _check_torch(options.torch)
     for file in filter(None, (options.export, options.torch, options.json)):
-        check_writable(file)
+        _check_writable(file)
     saved = open_run(
         options.workdir,
         data_dir=options.data_dir,
         data_name=options.data,
         statistics=options.statistics,
     )
-    numbers = measured(
+    numbers = _measured(
         saved,
         on_train=options.train,
         latency=options.latency,
@@ -602,7 +631,7 @@ def answer(options: argparse.Namespace) -> Iterator[str]:
     if options.export:
         notes = [row["note"] for row in rows]
         folders = export_run(
-            saved, options.export, options.platforms, dense=options.dense, notes=notes
+            saved, options.export, platforms=options.platforms, dense=options.dense, notes=notes
         )
         for folder, row in zip(folders, rows):
             kind = "compact" if "channels" in row["pruned"] else "dense, since no channels are cut:"

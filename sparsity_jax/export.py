@@ -34,21 +34,33 @@ from sparsity_jax import (
     tables,
     train,
     trees,
-    workdirs,
+    versions,
 )
 from sparsity_jax.types import AnyPath, Arrays, Config, Fields, PyTree, Shape
 
-Platform = Literal["cpu", "cuda", "rocm", "tpu"]
-FORMAT = 2  # of an exported folder
-VARIABLES, PROGRAM, ABOUT = "variables.npz", "network.stablehlo", "network.json"
-USE = (  # lines that need jax and flatbuffers only, and one on the arrays alone
+__all__ = [
+    "check_export",
+    "check_shapes",
+    "compared",
+    "export",
+    "load",
+    "replacing",
+    "variables_of",
+    "verify",
+    "write",
+]
+
+_Platform = Literal["cpu", "cuda", "rocm", "tpu"]
+_FORMAT = 2  # of an exported folder
+_VARIABLES, _PROGRAM, _ABOUT = "variables.npz", "network.stablehlo", "network.json"
+_USE = (  # lines that need jax and flatbuffers only, and one on the arrays alone
     "import hashlib, jax.export, json, pathlib",
     (
-        f"program, about = pathlib.Path('{PROGRAM}').read_bytes(), "
-        f"json.loads(pathlib.Path('{ABOUT}').read_text())"
+        f"program, about = pathlib.Path('{_PROGRAM}').read_bytes(), "
+        f"json.loads(pathlib.Path('{_ABOUT}').read_text())"
     ),
     (
-        f"assert hashlib.sha256(program).hexdigest() == about['sha256']['{PROGRAM}']  # it is as "
+        f"assert hashlib.sha256(program).hexdigest() == about['sha256']['{_PROGRAM}']  # it is as "
         "it was written"
     ),
     "network = jax.export.deserialize(bytearray(program))",
@@ -57,7 +69,7 @@ USE = (  # lines that need jax and flatbuffers only, and one on the arrays alone
         "(uint8 / 255 - mean) / std"
     ),
     (
-        f"# numpy.load('{VARIABLES}')[path] is an array; where arrays[path] is bfloat16, its "
+        f"# numpy.load('{_VARIABLES}')[path] is an array; where arrays[path] is bfloat16, its "
         ".view(ml_dtypes.bfloat16)"
     ),
 )
@@ -69,14 +81,14 @@ def variables_of(state: train.State) -> Fields:
 
 
 def compared(
-    problem: train.Problem, state: train.State, batch_size: int = 64, repeats: int = 0
+    problem: train.Problem, state: train.State, *, batch_size: int = 64, repeats: int = 0
 ) -> tuple[bool, Fields | None, str]:
     """(whether whole channels are masked, numbers of the network without them, why there is none).
 
     The one verdict on the compact network, for tables and exports: its logits of `batch_size` test
     images are those of the masked network but for rounding. repeats: see `compaction.take_stock`.
     """
-    is_cut, note = channels_cut(problem, state)
+    is_cut, note = _channels_cut(problem, state)
     if not is_cut:
         return False, None, note
     options = compaction.Compact(batch_size=batch_size, repeats=repeats)
@@ -90,7 +102,7 @@ def compared(
     return True, stock, ""
 
 
-def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]:
+def _channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]:
     """(whether whole channels are masked, why that cannot be told or "")."""
     if all(leaf.all() for leaf in jax.tree.leaves(state.masks)):
         return False, ""
@@ -102,12 +114,12 @@ def channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]
     return any(not own.all() for own in alive.values()), ""
 
 
-def check_export(folder: AnyPath, platforms: Sequence[str] = ("cpu",)) -> None:
+def check_export(folder: AnyPath, *, platforms: Sequence[str] = ("cpu",)) -> None:
     """Raises ConfigError for unknown platforms, and for a folder that is not new or empty."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise tables.ConfigError(f"{folder} is there and not empty; export to a new folder.")
-    tables.convert(tuple(platforms), tuple[Platform, ...], "platforms")
+    tables.convert(tuple(platforms), tuple[_Platform, ...], "platforms")
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -118,8 +130,8 @@ def export(
     model: Config,
     state: train.State,
     folder: AnyPath,
-    platforms: Sequence[str] = ("cpu",),
     *,
+    platforms: Sequence[str] = ("cpu",),
     dense: bool = False,
 ) -> pathlib.Path:
     """Writes one member's network, compact where whole channels are masked, to the new `folder`.
@@ -134,19 +146,19 @@ def export(
     as zeros. Raises ConfigError for a folder that is not empty and, unless dense, for a network
     that cannot be compacted.
     """
-    check_export(folder, platforms)
+    check_export(folder, platforms=platforms)
     with replacing(pathlib.Path(folder)) as part:
-        write(part, problem, model, state, platforms, dense=dense)
+        write(problem, model, state, part, platforms=platforms, dense=dense)
     return pathlib.Path(folder)
 
 
 def write(
-    folder: pathlib.Path,
     problem: train.Problem,
     model: Config,
     state: train.State,
-    platforms: Sequence[str],
+    folder: pathlib.Path,
     *,
+    platforms: Sequence[str],
     dense: bool,
     note: str | None = None,
 ) -> None:
@@ -165,19 +177,19 @@ def write(
                 f"the network cannot be exported without its masked channels: {note} With its "
                 "channels it can: --dense, or dense=True."
             )
-        is_compact, _ = channels_cut(problem, state)
+        is_compact, _ = _channels_cut(problem, state)
     if is_compact:
         variables, apply, keep, channels = compaction.compacted(problem, state)
         sizes = channels.sizes
     shape = dataset.test.images.shape[1:]
-    program = traced(lambda image: apply(variables, image[None])[0], shape, platforms)
+    program = _traced(lambda image: apply(variables, image[None])[0], shape, platforms)
     arrays = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(variables).items()}
     described = {}
     for path, array in arrays.items():
         described[path] = dict(shape=array.shape, dtype=str(array.dtype))
     libraries = ("jax", "jaxlib", "flax", "numpy")
     about = dict(
-        format=FORMAT,
+        format=_FORMAT,
         model=dict(model),
         data=dataset.name,
         num_classes=dataset.num_classes,
@@ -194,12 +206,12 @@ def write(
         bytes_dense=cost.num_bytes(whole),
         platforms=list(program.platforms),
         versions={name: importlib.metadata.version(name) for name in libraries},
-        use=USE,
+        use=_USE,
     )
-    write_files(folder, arrays, bytes(program.serialize()), report.plain(about))
+    _write_files(folder, arrays, bytes(program.serialize()), report.plain(about))
 
 
-def traced(
+def _traced(
     network: Callable[[Array], Array], shape: Shape, platforms: Sequence[str]
 ) -> stablehlo.Exported:
     """The program of a network of one image, for batches of any size.
@@ -211,14 +223,14 @@ def traced(
     return stablehlo.export(jax.jit(jax.vmap(network)), platforms=tuple(platforms))(images)
 
 
-def write_files(folder: pathlib.Path, arrays: Arrays, program: bytes, about: Fields) -> None:
+def _write_files(folder: pathlib.Path, arrays: Arrays, program: bytes, about: Fields) -> None:
     """Writes the three files with the checksums of what they shall hold, and verifies them."""
     stored = io.BytesIO()
     np.savez(stored, **dict[str, Any](arrays))
-    contents = {VARIABLES: stored.getvalue(), PROGRAM: program}
+    contents = {_VARIABLES: stored.getvalue(), _PROGRAM: program}
     about["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     about["checksum"] = intact.digest_of_value(about)
-    contents[ABOUT] = f"{json.dumps(about, indent=1)}\n".encode()
+    contents[_ABOUT] = f"{json.dumps(about, indent=1)}\n".encode()
     folder.mkdir(exist_ok=True)
     for name, data in contents.items():
         (folder / name).write_bytes(data)
@@ -248,19 +260,19 @@ def verify(folder: AnyPath) -> Fields:
     of its own other fields, as `json.dumps(..., sort_keys=True)` writes them.
     """
     folder = pathlib.Path(folder)
-    for name in (ABOUT, VARIABLES, PROGRAM):
+    for name in (_ABOUT, _VARIABLES, _PROGRAM):
         if not (folder / name).is_file():
             raise tables.ConfigError(f"{folder} holds no whole exported network (no {name}).")
-    about = intact.read_object(folder / ABOUT)
-    if about.get("format") != FORMAT:
+    about = intact.read_object(folder / _ABOUT)
+    if about.get("format") != _FORMAT:
         raise tables.ConfigError(
-            f"{folder / ABOUT} has the format {about.get('format')!r}; known: {FORMAT}."
+            f"{folder / _ABOUT} has the format {about.get('format')!r}; known: {_FORMAT}."
         )
     rest = {name: value for name, value in about.items() if name != "checksum"}
-    digests = {ABOUT: intact.digest_of_value(rest)}
-    digests |= {name: intact.digest_of(folder / name) for name in (VARIABLES, PROGRAM)}
+    digests = {_ABOUT: intact.digest_of_value(rest)}
+    digests |= {name: intact.digest_of(folder / name) for name in (_VARIABLES, _PROGRAM)}
     for name, digest in digests.items():
-        written = about.get("checksum") if name == ABOUT else about["sha256"].get(name)
+        written = about.get("checksum") if name == _ABOUT else about["sha256"].get(name)
         if written != digest:
             raise intact.DamagedError(
                 f"{folder / name} is not as it was written (its checksum differs); export anew."
@@ -279,10 +291,10 @@ def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
     """
     folder = pathlib.Path(folder)
     about = verify(folder)
-    with np.load(folder / VARIABLES, allow_pickle=False) as stored:
+    with np.load(folder / _VARIABLES, allow_pickle=False) as stored:
         arrays = dict(stored)
     images = lambda count: jax.ShapeDtypeStruct((count, *about["image_shape"]), jnp.float32)
-    with tables.within(f"{folder / ABOUT}: model"):
+    with tables.within(f"{folder / _ABOUT}: model"):
         plans.check_model(about["model"])
         with building.making_network("says a network that"):
             model = models.build(num_classes=about["num_classes"], **about["model"])
@@ -293,7 +305,7 @@ def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
         channels = groups.trace(model.apply, shapes, images(2))
         if channels.sizes != about["sizes"]:
             raise tables.ConfigError(
-                f"{folder / ABOUT}: the model has other channel groups than those it names."
+                f"{folder / _ABOUT}: the model has other channel groups than those it names."
             )
         keep = {}
         for name, size in channels.sizes.items():
@@ -302,7 +314,7 @@ def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
         apply = groups.elastic(model.apply, channels, keep)
     stored_shapes = {path: array.shape for path, array in arrays.items()}
     needed = {path: leaf.shape for path, leaf in wanted.items()}
-    check_shapes(f"{folder / VARIABLES}", stored_shapes, needed, f" Was {ABOUT} edited?")
+    check_shapes(f"{folder / _VARIABLES}", stored_shapes, needed, f" Was {_ABOUT} edited?")
 
     def typed(path: str, _: Any) -> Array:
         dtype = jnp.dtype(about["arrays"][path]["dtype"])
@@ -313,9 +325,9 @@ def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
 
 def check_shapes(what: str, there: Fields, wanted: Fields, hint: str) -> None:
     """Raises ConfigError unless arrays have the shapes of those of a network, both by path."""
-    differing = workdirs.differences(there, wanted)
+    differing = versions.differences(there, wanted)
     for path, *shapes in differing[:1]:
-        theirs, ours = ("absent" if shape is workdirs.ABSENT else shape for shape in shapes)
+        theirs, ours = ("absent" if shape is versions.ABSENT else shape for shape in shapes)
         more = f"; {len(differing) - 1} more differ" if len(differing) > 1 else ""
         raise tables.ConfigError(
             f"{what} is of another network than the config makes: the shape of {path} is {theirs} "

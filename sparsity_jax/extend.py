@@ -17,6 +17,8 @@ from sparsity_jax.interface import Stage
 from sparsity_jax.report import page
 from sparsity_jax.tables import ConfigError
 
+__all__ = ["TABLES", "load", "register"]
+
 load = imports.load
 TABLES: dict[str, MutableMapping[str, Any]] = {
     "stage": plans.STAGES,
@@ -28,7 +30,7 @@ TABLES: dict[str, MutableMapping[str, Any]] = {
     "loss": losses.LOSSES,
     "measure": scores.MEASURES,
 }
-TAKEN = {what: frozenset(table) for what, table in TABLES.items()}  # the library's own names
+_TAKEN = {what: frozenset(table) for what, table in TABLES.items()}  # the library's own names
 
 
 def register(what: str, name: str, entry: Any) -> None:
@@ -53,7 +55,7 @@ def register(what: str, name: str, entry: Any) -> None:
         page.FIGURES[entry] = (name,)
         return
     table = tables.lookup({**TABLES, "figure": page.FIGURES}, what, "what")
-    if name in TAKEN[what]:
+    if name in _TAKEN[what]:
         raise ConfigError(what, name, why="a name of the library's own", allowed="another name")
     if what == "stage" and entry.kind != name:
         raise ConfigError(f"{entry.__name__}.kind", entry.kind, allowed=f"{name!r}, its name")

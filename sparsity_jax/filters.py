@@ -5,6 +5,8 @@ from typing import ClassVar, Literal
 from sparsity_jax import groups, kernels, shares, tables, trees, units
 from sparsity_jax.types import PyTree
 
+__all__ = ["AxesByPath", "Channels", "Layers", "Structured"]
+
 Channels = groups.Channels
 Layers = dict[str, units.Layer]
 AxesByPath = dict[str, kernels.Axes]

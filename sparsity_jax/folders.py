@@ -9,9 +9,11 @@ from sparsity_jax.decoding import SUFFIXES, format_of
 from sparsity_jax.sources import Opened, Source, UnreadableError
 from sparsity_jax.tables import ConfigError
 
+__all__ = ["Images", "Listing", "open_folder", "read_file"]
+
 # folders of file managers; those that begin with a dot are passed over too
-LEFT_BY_TOOLS = ("@eaDir", "__MACOSX")
-ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
+_LEFT_BY_TOOLS = ("@eaDir", "__MACOSX")
+_ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
 Listing = dict[str, tuple[str, str]]  # (class, path) of each image, by its real path
 Images = Iterator[tuple[str, str, str]]  # class, path, real path
 
@@ -25,11 +27,11 @@ def open_folder(path: str, train_split: str, test_split: str) -> Opened:
         raise ConfigError(
             f"config.data.name is 'folder:{path}', but there is no directory {root.absolute()}."
         )
-    test_split = test_split or test_folder(root)
+    test_split = test_split or _test_folder(root)
     if train_split == test_split:
         raise ConfigError(f"config.data.train_split and test_split are both {train_split!r}.")
-    train = list_images(root / train_split)
-    test = list_images(root / test_split)
+    train = _list_images(root / train_split)
+    test = _list_images(root / test_split)
     train_classes = {f"{train_split}/{name}": name for name, _ in train.values()}
     test_classes = {f"{test_split}/{name}": name for name, _ in test.values()}
     both = {*train_classes.values()} & {*test_classes.values()}
@@ -44,18 +46,18 @@ def open_folder(path: str, train_split: str, test_split: str) -> Opened:
             f"{test[place][1]} of the test split is the same file as {train[place][1]} of the "
             "train split; the two must not share images."
         )
-    return Opened(folder_source(train), folder_source(test), len(both), channels=0)
+    return Opened(_folder_source(train), _folder_source(test), len(both), channels=0)
 
 
-def test_folder(root: pathlib.Path) -> str:
+def _test_folder(root: pathlib.Path) -> str:
     """The split of a folder for testing, where none is named."""
     order = ["test", "val", "validation"]
-    if (root / "val" / ANNOTATIONS).is_file():
+    if (root / "val" / _ANNOTATIONS).is_file():
         order = ["val"]  # the official Tiny-ImageNet has a test directory without labels
     return next((split for split in order if (root / split).is_dir()), "test")
 
 
-def folder_source(images: Listing) -> Source:
+def _folder_source(images: Listing) -> Source:
     """Images in the order of their classes and paths."""
     items = sorted(images.values())
     labels: dict[str, int] = {}
@@ -73,13 +75,14 @@ def folder_source(images: Listing) -> Source:
 
 
 def read_file(file: str) -> bytes:
+    """The bytes of a file; raises UnreadableError where they cannot be read."""
     try:
         return pathlib.Path(file).read_bytes()
     except OSError as error:
         raise UnreadableError(f"{file} cannot be read: {error.strerror}.") from error
 
 
-def list_images(split: pathlib.Path) -> Listing:
+def _list_images(split: pathlib.Path) -> Listing:
     """The image files below the directory of each class.
 
     Every file of a class counts once, however many links lead to it. Hidden files and folders,
@@ -93,8 +96,8 @@ def list_images(split: pathlib.Path) -> Listing:
             "per class."
         )
     listed: Listing = {}
-    annotated = (split / ANNOTATIONS).is_file()
-    for name, path, place in annotated_images(split) if annotated else visible_images(split):
+    annotated = (split / _ANNOTATIONS).is_file()
+    for name, path, place in _annotated_images(split) if annotated else _visible_images(split):
         other, _ = listed.setdefault(place, (name, path))
         if other != name:
             advice = "remove one of them, an image has one class"
@@ -102,22 +105,22 @@ def list_images(split: pathlib.Path) -> Listing:
     return listed
 
 
-def visible_images(split: pathlib.Path) -> Images:
+def _visible_images(split: pathlib.Path) -> Images:
     """Those of all classes, which are the directories of a split."""
-    _, _, classes, files = next(walk(split), ("", "", [], []))
+    _, _, classes, files = next(_walk(split), ("", "", [], []))
     if not classes:
         raise ConfigError(
             f"{split} has no class directories; put the images of class X into {split / 'X'}."
         )
     for file in files:
-        if is_image(str(split / file)):
+        if _is_image(str(split / file)):
             raise ConfigError(f"{split / file} is in no class directory; move it into one.")
     for name in classes:
         empty = True
-        for folder, real, _, files in walk(split / name):
+        for folder, real, _, files in _walk(split / name):
             for file in files:
                 path = os.path.join(folder, file)
-                if not is_image(path):
+                if not _is_image(path):
                     continue
                 empty = False
                 is_link = os.path.islink(path)
@@ -128,32 +131,32 @@ def visible_images(split: pathlib.Path) -> Images:
             )
 
 
-def walk(directory: pathlib.Path) -> Iterator[tuple[str, str, list[str], list[str]]]:
+def _walk(directory: pathlib.Path) -> Iterator[tuple[str, str, list[str], list[str]]]:
     """(directory, its real path, directories in it, files in it) of everything visible, sorted.
 
     Links are followed, to each directory once, and never to one that contains the link.
     """
     visited = set()
-    for folder, names, files in os.walk(directory, onerror=refuse_listing, followlinks=True):
+    for folder, names, files in os.walk(directory, onerror=_refuse_listing, followlinks=True):
         place = os.path.realpath(folder)
         around = os.path.realpath(os.path.dirname(folder))
-        names[:] = sorted(filter(is_visible, names))
+        names[:] = sorted(filter(_is_visible, names))
         if place in visited or os.path.commonpath((place, around)) == place:
             names.clear()
             continue
         visited.add(place)
-        yield folder, place, names, sorted(filter(is_visible, files))
+        yield folder, place, names, sorted(filter(_is_visible, files))
 
 
-def refuse_listing(error: OSError) -> None:
+def _refuse_listing(error: OSError) -> None:
     raise ConfigError(f"{error.filename} cannot be listed: {error.strerror}.") from error
 
 
-def is_visible(name: str) -> bool:
-    return not name.startswith(".") and name not in LEFT_BY_TOOLS
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name not in _LEFT_BY_TOOLS
 
 
-def is_image(path: str) -> bool:
+def _is_image(path: str) -> bool:
     """Whether a file counts as an image, by its suffix.
 
     Raises ConfigError for what looks like an image and would not count: an image by its content
@@ -179,9 +182,9 @@ def is_image(path: str) -> bool:
     return False
 
 
-def annotated_images(split: pathlib.Path) -> Images:
+def _annotated_images(split: pathlib.Path) -> Images:
     """Those of Tiny-ImageNet: "file <tab> class <tab> box" for the files in images/."""
-    annotations = split / ANNOTATIONS
+    annotations = split / _ANNOTATIONS
     try:
         lines = annotations.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

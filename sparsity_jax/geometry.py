@@ -37,6 +37,30 @@ from sparsity_jax.tables import ConfigError
 from sparsity_jax.train import Problem, State, Update
 from sparsity_jax.types import Fields, PyTree, Row, Rows
 
+__all__ = [
+    "CRITERIA",
+    "OPERATORS",
+    "STAGES",
+    "WITHOUT_BATCH_NORM",
+    "Criterion",
+    "Images",
+    "Limit",
+    "Path",
+    "Probe",
+    "RowNorms",
+    "Spectrum",
+    "TrainingLoss",
+    "Updates",
+    "Variables",
+    "Width",
+    "actual_limits",
+    "find_limit",
+    "largest_ratio",
+    "tolerated",
+    "tridiagonals",
+    "wide_variables",
+]
+
 WITHOUT_BATCH_NORM = (
     r"(?!.*bn\d*/).*"  # as the original, which leaves scale and bias of batch norms out
 )
@@ -269,7 +293,7 @@ def find_limit(
     )
 
 
-def largest_ratio(rows: Rows, criterion: str, tolerance: float | None = None) -> float | None:
+def largest_ratio(rows: Rows, criterion: str, *, tolerance: float | None = None) -> float | None:
     """The largest ratio of a curve (rows of one split) that loses nothing against its smallest;
     None: not even that.
     """
@@ -338,7 +362,7 @@ class Path(TrainingLoss, stages.Selecting):
         left = sorted(ratios)[number:]
         for i, ratio in enumerate(left, number + 1):
             network, _ = pruned(state, self.counts(problem, ratio))
-            step, distance = step_to(network.params, state.params)
+            step, distance = _step_to(network.params, state.params)
             change, first_order, second_order = terms(variables, (step, still))
             row = dict(
                 ratio=ratio,
@@ -351,7 +375,7 @@ class Path(TrainingLoss, stages.Selecting):
 
 
 @jax.jit
-def step_to(after: PyTree, before: PyTree) -> tuple[PyTree, Array]:
+def _step_to(after: PyTree, before: PyTree) -> tuple[PyTree, Array]:
     """(the difference, its norm)."""
     step = tree_map(jnp.subtract, after, before)
     return step, trees.norm(step)
@@ -554,7 +578,7 @@ class Spectrum(TrainingLoss):
         variables = wide_variables(state)
         epsilon, _ = tolerated(problem, variables, reader)
         distances = width.distances(variables[0])
-        zero_share = zero_share_of(reader, place.earlier[0])
+        zero_share = _zero_share_of(reader, place.earlier[0])
         name: Any = OPERATORS[self.operator]
 
         def gap(tridiagonal: linops.Tridiagonal) -> float:
@@ -686,14 +710,14 @@ class Width(TrainingLoss):
         if place.rows[0]:
             return
         (earlier,) = place.earlier
-        spectra = newest([row for row in earlier if row["kind"] == Spectrum.kind], self.spectrum)
+        spectra = _newest([row for row in earlier if row["kind"] == Spectrum.kind], self.spectrum)
         tridiagonal = tridiagonals(spectra)
         variables = wide_variables(state)
         epsilon, batch_losses = tolerated(problem, variables, self)
         draws: Sequence[float] = ()
         if batch_losses is not None:
             draws = width.epsilon_draws(batch_losses, self.epsilon_draws, place.position).tolist()
-        plain: Fields = dict(negative=self.negative, zero_share=zero_share_of(self, earlier))
+        plain: Fields = dict(negative=self.negative, zero_share=_zero_share_of(self, earlier))
         name: Any = OPERATORS[spectra[0]["operator"]]
         options: Fields = dict(operator=name, **plain)
         reach = (width.distances(variables[0]), epsilon)
@@ -744,7 +768,7 @@ def _known(number: float) -> float | None:
     return float(number) if np.isfinite(number) else None
 
 
-def newest(rows: Rows, stage: str = "") -> Rows:
+def _newest(rows: Rows, stage: str = "") -> Rows:
     """Rows of the latest visit of a stage, by default of that which made the last row."""
     if not rows:
         return []
@@ -780,7 +804,7 @@ def tolerated(
         raise ConfigError("epsilon", reader.epsilon, why=why) from None
 
 
-def zero_share_of(reader: Width, earlier: Rows) -> float:
+def _zero_share_of(reader: Width, earlier: Rows) -> float:
     """The share of directions without curvature: as set, else of the latest `row_norms` stage, else
     0.
     """
@@ -801,11 +825,11 @@ def actual_limits(rows: Rows, tolerance: float, epsilon: float) -> dict[str, flo
     """
     limits = {}
     bounds = dict(accuracy_within=tolerance, loss_within=epsilon)
-    curve = newest([row for row in rows if row["kind"] == "curve" and not row["retrained"]])
+    curve = _newest([row for row in rows if row["kind"] == "curve" and not row["retrained"]])
     for split in sorted({row["split"] for row in curve}):
         on_split = [row for row in curve if row["split"] == split]
         for criterion in CRITERIA:
-            ratio = largest_ratio(on_split, criterion, bounds.get(criterion))
+            ratio = largest_ratio(on_split, criterion, tolerance=bounds.get(criterion))
             limits[f"{split} {criterion}"] = ratio
     for row in rows:
         if row["kind"] == Limit.kind and "limit" in row:

@@ -16,6 +16,8 @@ from sparsity_jax import polytopes, trees
 from sparsity_jax.trees import widen
 from sparsity_jax.types import PyTree
 
+__all__ = ["ScaleMetrics", "ScaleState", "init", "scale_step"]
+
 
 class ScaleState(NamedTuple):
     """params: scaled so far. scales: factors (scalars). first_norms: L2 norms at scale 1. mean,

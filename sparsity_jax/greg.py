@@ -19,9 +19,11 @@ from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
 from sparsity_jax.types import Fields, MemberRows
 
+__all__ = ["STAGES", "Grow"]
+
 
 @tables.option
-class Pushing(train.Fit):
+class _Pushing(train.Fit):
     """A training under the penalty of the stage `growth`, see `train.Fit`."""
 
     growth: Any = None  # type: ignore[misc]
@@ -75,7 +77,7 @@ class Grow(removal.Remove, growing.Penalty):
         fields = {name: getattr(self, name) for name in names}
         # members with other numbers of one optimizer share their program
         growth = dataclasses.replace(self, optimizer=tables.Options())
-        return Pushing(epochs=epochs, growth=growth, **fields)
+        return _Pushing(epochs=epochs, growth=growth, **fields)
 
     def make(self, problem: Problem, key: Array) -> optax.GradientTransformation:
         """The penalty, for `train.Fit.growth`. key: the member's root key (raw)."""

@@ -27,11 +27,35 @@ from sparsity_jax import tables, trees
 from sparsity_jax.channels import execute, rules, walk
 from sparsity_jax.types import Arrays, Fields, PyTree
 
+__all__ = [
+    "Branches",
+    "Channels",
+    "Group",
+    "Keep",
+    "Member",
+    "Struct",
+    "Structs",
+    "check",
+    "compact",
+    "compact_shapes",
+    "complete",
+    "describe",
+    "elastic",
+    "layout",
+    "mask",
+    "order_of_use",
+    "owners",
+    "random_keep",
+    "roles",
+    "teach",
+    "trace",
+]
+
 Struct = jax.ShapeDtypeStruct
 Structs = dict[str, Struct]  # by path
 Branches = Literal["tied", "separate"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
-ROLES = ("producer", "depthwise", "consumer", "other")  # a group is named after the first
+_ROLES = ("producer", "depthwise", "consumer", "other")  # a group is named after the first
 
 
 class Member(NamedTuple):
@@ -224,7 +248,7 @@ def _names(members: Sequence[Member], paths: list[str]) -> Iterator[str]:
     """Path of the first array that makes the channels, without `kernel`, and longer names."""
 
     def rank(member: Member) -> tuple[int, int]:
-        return ROLES.index(member.role), paths.index(member.path)
+        return _ROLES.index(member.role), paths.index(member.path)
 
     first = min(members, key=rank)
     name = first.path
@@ -512,7 +536,7 @@ def teach(primitive: str, rule: rules.Rule, *, resize: execute.Resize | None = N
         execute.RESIZES[primitive] = resize
 
 
-def random_keep(channels: Channels, key: jax.Array, density: float = 0.6) -> Arrays:
+def random_keep(channels: Channels, key: jax.Array, *, density: float = 0.6) -> Arrays:
     """A random choice that keeps about `density` of every group's channels, at least one."""
     result = {}
     for i, (name, size) in enumerate(channels.sizes.items()):

@@ -19,6 +19,7 @@ Source: Wang, Qin, Zhang, Fu 2021, arXiv:2012.09243, and its published code.
 import fractions
 import functools
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -33,12 +34,35 @@ from sparsity_jax import coupling, groups, kernels, masks, originals, tables, tr
 from sparsity_jax.types import Arrays, PyTree
 from sparsity_jax.units import Keep, Layer
 
+__all__ = [
+    "PUSH",
+    "STABILIZE",
+    "GrowingState",
+    "Layers",
+    "Leaves",
+    "Penalty",
+    "Pick",
+    "Plan",
+    "Progress",
+    "Ratios",
+    "coupled",
+    "finished",
+    "growing_l2",
+    "kept",
+    "largest_gap",
+    "layers",
+    "penalties",
+    "pick",
+    "progress",
+    "scores",
+]
+
 Leaves = Mapping[str, Array]  # by plain path
 Layers = Sequence[Layer]
 Ratios = Mapping[str, float | Literal["gap"]]
 Pick = Literal["min", "max", "rand"]
 # Phases of a layer
-PICK = 0
+_PICK = 0
 PUSH = 1
 STABILIZE = 2
 
@@ -88,17 +112,21 @@ def layers(
     return _with_counts(layer_of, ratios)
 
 
-def coupled(channels: groups.Channels, params: PyTree, ratios: Ratios) -> tuple[Layer, ...]:
+def coupled(params: PyTree, channels: groups.Channels, ratios: Ratios) -> tuple[Layer, ...]:
     """A layer for every coupled channel group in `ratios`, by name of the group.
 
-    channels: of `groups.trace`. params: what the optimizer sees, the traced variables or their part
-        `params`.
+    params: what the optimizer sees, the traced variables or their part `params`. channels: of
+        `groups.trace`.
     The penalty acts on all arrays of the group, with norms, biases and the kernels that read the
     channels. An entry in two groups has both penalties. Kernels are what a matrix product or
     convolution of the trace multiplies with, whatever their names. Scores are those of the
     producers, or of all kernels where a group has none. Raises ConfigError for unknown groups and
     ratios out of range, ValueError for groups without a kernel in `params`.
     """
+    if isinstance(params, groups.Channels):
+        message = "growing.coupled takes params first, then channels"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        params, channels = channels, params
     leaves = trees.plain_leaves(params)
 
     def layer_of(name: str) -> Layer:
@@ -139,7 +167,7 @@ def largest_gap(scores: Array) -> Array:
     if scores.size < 2:
         raise ValueError(f"there are {scores.size} scores; a gap is between 2 or more.")
     trees.check_finite(scores, "scores", infinite=True)
-    trim = masks.count_of(0.02, scores.size, "floor")
+    trim = masks.count_of(0.02, scores.size, rounding="floor")
     unknown = jnp.isnan(scores)
     lowest = jnp.where(unknown, -jnp.inf, scores)
     ordered = jnp.sort(trees.gathered(lowest).ravel())
@@ -425,7 +453,7 @@ class _Growth:
                 kept = picked.get(layer.name)
             keep[layer.name] = jnp.ones_like(value, bool) if kept is None else jnp.asarray(kept)
         num = len(self.active)
-        phase = PICK if self.plan.pick_updates else PUSH
+        phase = _PICK if self.plan.pick_updates else PUSH
         progress = Progress(
             jnp.full(num, phase, jnp.int32),
             jnp.zeros(num, jnp.int32),
@@ -491,7 +519,7 @@ class _Growth:
         done = self.reached(ratio, old)
         done |= updates >= picking + self.plan.push_updates
         pushing = jnp.where(done, STABILIZE, PUSH)
-        phase = jnp.where(updates >= picking, pushing, PICK)
+        phase = jnp.where(updates >= picking, pushing, _PICK)
         phase = jnp.where(going, phase, old.phase)
         reg_kept, reg_pruned = self.penalties(updates)
         return Progress(phase, updates, reg_kept, reg_pruned, kept, pruned, ratio)
@@ -570,7 +598,7 @@ def _mean_scores(leaves: Leaves, layer: Layer, keep: Array) -> tuple[Array, Arra
 # What the state tells -----------------------------------------------------------------------------
 
 
-def state_of(opt_state: PyTree) -> GrowingState:
+def _state_of(opt_state: PyTree) -> GrowingState:
     """The state of the one `growing_l2` in an optimizer's state; raises ValueError if there is not
     exactly one.
     """
@@ -591,19 +619,19 @@ def state_of(opt_state: PyTree) -> GrowingState:
 
 def finished(opt_state: PyTree) -> Array:
     """Whether all layers are done and `stabilize_steps` more steps are made: bool."""
-    return state_of(opt_state).left <= 0
+    return _state_of(opt_state).left <= 0
 
 
 def kept(opt_state: PyTree) -> Keep:
     """What stays, of the layers that lose something; decided once their phase is PUSH."""
-    return state_of(opt_state).keep
+    return _state_of(opt_state).keep
 
 
 def penalties(opt_state: PyTree) -> dict[str, Array]:
     """The penalty of every unit, by layer: of filters [units], of weights in the shape of the
     kernel.
     """
-    state = state_of(opt_state)
+    state = _state_of(opt_state)
     result = {}
     for name, numbers in progress(state).items():
         keep = state.keep[name]
@@ -617,7 +645,7 @@ def penalties(opt_state: PyTree) -> dict[str, Array]:
 
 def progress(opt_state: PyTree) -> dict[str, Progress]:
     """The numbers of every layer, scalars, for logs and figures."""
-    state = state_of(opt_state)
+    state = _state_of(opt_state)
     result = {}
     for i, name in enumerate(state.keep):
         of_layer = [numbers[..., i] for numbers in state.progress]

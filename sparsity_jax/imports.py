@@ -9,6 +9,8 @@ import types
 
 from sparsity_jax import tables
 
+__all__ = ["add_option", "load"]
+
 
 def load(file: str | os.PathLike) -> types.ModuleType:
     """The Python file as a module, run anew. Raises ConfigError where there is none."""

@@ -15,8 +15,24 @@ from typing import Any
 from sparsity_jax import tables
 from sparsity_jax.types import Fields
 
+__all__ = [
+    "SUMS",
+    "DamagedError",
+    "damage",
+    "digest_of",
+    "digest_of_value",
+    "is_changed",
+    "read_object",
+    "read_row",
+    "read_sums",
+    "record",
+    "seal",
+    "summed_row",
+    "write",
+]
+
 SUMS = "SHA256SUMS"
-ROW_SUM = re.compile(rb', "sum": "([0-9a-f]{8})"\}$')
+_ROW_SUM = re.compile(rb', "sum": "([0-9a-f]{8})"\}$')
 
 
 class DamagedError(tables.ConfigError):
@@ -130,7 +146,7 @@ def read_row(line: bytes, before: int) -> tuple[dict, int]:
 
     Raises ValueError for what is no JSON object, and where line and checksum do not fit.
     """
-    found = ROW_SUM.search(line)
+    found = _ROW_SUM.search(line)
     text = line[: found.start()] + b"}" if found else line
     row = json.loads(text)
     if not isinstance(row, dict):

@@ -15,6 +15,17 @@ from sparsity_jax import tables
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import MemberRows, PyTree, Rows
 
+__all__ = [
+    "Carried",
+    "Order",
+    "Place",
+    "Stage",
+    "carried",
+    "needs_memory",
+    "rows_per_member",
+    "without_optimizer",
+]
+
 
 class Carried(NamedTuple):
     """What a training hands on to the next one, through cuts; dicts of arrays only, so that a

@@ -9,31 +9,20 @@ outputs.
 Without a trace names decide, as far as they can: what they do not tell is refused, never guessed.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
-
 import jax.numpy as jnp
 
-from sparsity_jax import groups, tables, trees
+from sparsity_jax import trees
+from sparsity_jax.axes import Axes, Layout, axes, traced
 from sparsity_jax.groups import Channels
 from sparsity_jax.trees import is_kernel, named_leaves
-from sparsity_jax.types import Fields, PyTree, Shape
+from sparsity_jax.types import Fields, PyTree
 
-Layout = Literal["in_out", "out_in"]
+__all__ = ["Axes", "Layout", "axes", "paths"]
+
 # known names of no kernels
-LEFT_OUT = ("embedding", "embeddings", "bias", "b", "scale", "offset", "mean", "var")
-TELLING = ("kernel", "w")  # Flax, Haiku: [..., in, out]
+_LEFT_OUT = ("embedding", "embeddings", "bias", "b", "scale", "offset", "mean", "var")
 # of all entries: matrices with unknown names may hold as much, and are then left out
-UNKNOWN_SHARE = 0.01
-
-
-class Axes(NamedTuple):
-    """Axes of a kernel, counted from the front. window: of a convolution. Others stack several
-    kernels."""
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    window: tuple[int, ...] = ()
+_UNKNOWN_SHARE = 0.01
 
 
 def paths(
@@ -64,7 +53,7 @@ def paths(
         if strict:
             _refuse_unknown(leaves, included | excluded)
     else:
-        known = set(_traced(params, channels))
+        known = set(traced(params, channels))
         named = "is summed over by the traced function"
     chosen = (known | included) - excluded
     if strict and not chosen:
@@ -86,12 +75,12 @@ def _refuse_unknown(leaves: Fields, decided: set[str]) -> None:
     """Raises ValueError where names leave open whether a good part of the entries may be pruned."""
     unknown = {}
     for path, leaf in leaves.items():
-        known = is_kernel(path) or trees.last_name(path) in LEFT_OUT or path in decided
+        known = is_kernel(path) or trees.last_name(path) in _LEFT_OUT or path in decided
         matrix = sum(n > 1 for n in leaf.shape) > 1
         if matrix and not known and not jnp.issubdtype(leaf.dtype, jnp.integer):
             unknown[path] = leaf.size
     share = sum(unknown.values()) / max(trees.size(leaves), 1)
-    if share <= UNKNOWN_SHARE:
+    if share <= _UNKNOWN_SHARE:
         return
     largest = max(unknown, key=unknown.__getitem__)
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -102,69 +91,3 @@ def _refuse_unknown(leaves: Fields, decided: set[str]) -> None:
         f"include={largest!r}, or leave them out by exclude={largest!r} (regular expressions for "
         "whole paths)."
     )
-
-
-def axes(
-    params: PyTree,
-    paths: Iterable[str],
-    channels: Channels | None = None,
-    *,
-    layout: Layout | None = None,
-) -> dict[str, Axes]:
-    """Which axes of the arrays at `paths` are inputs and outputs, by path.
-
-    channels: trace of the function that uses them. layout: without a trace, how all of them are
-    laid out: `in_out`, [..., in, out] as in Flax and Haiku, or `out_in`, [out, in, ...] as in
-    PyTorch and Equinox; None: names tell. Only arrays of two axes, or four and more, called
-    `kernel` or `w` do, by [..., in, out]; three axes may be a convolution in one dimension or the
-    heads of an attention. Raises ValueError, naming the array, for unknown paths and where neither
-    trace nor layout nor name tells.
-    """
-    leaves = named_leaves(params)
-    traced = None if channels is None else _traced(params, channels)
-    decided = {}
-    for path in paths:
-        if path not in leaves:
-            raise ValueError(f"{path!r} is no path of the params.{tables.closest(path, leaves)}")
-        if traced is None:
-            decided[path] = _by_name(path, tuple(leaves[path].shape), layout)
-        elif path in traced and traced[path].outputs:
-            decided[path] = traced[path]
-        else:
-            told = "the traced function sums over none of its axes"
-            raise ValueError(f"{path!r} has no inputs and outputs: {told}.")
-    return decided
-
-
-def _traced(params: PyTree, channels: Channels) -> dict[str, Axes]:
-    """Axes of all arrays of two axes or more that the traced function sums over."""
-    leaves = named_leaves(params)
-    traced = {}
-    for path, roles in groups.roles(params, channels).items():
-        inputs = _axes_of(roles, "consumer")
-        if inputs and leaves[path].ndim > 1:
-            outputs = _axes_of(roles, "producer", "depthwise")
-            traced[path] = Axes(inputs, outputs, _axes_of(roles, "window"))
-    return traced
-
-
-def _axes_of(roles: Mapping[int, str], *names: str) -> tuple[int, ...]:
-    """The axes that have one of the roles `names`."""
-    return tuple(axis for axis in sorted(roles) if roles[axis] in names)
-
-
-def _by_name(path: str, shape: Shape, layout: Layout | None) -> Axes:
-    if layout is not None:
-        tables.convert(layout, Layout, "layout")
-    rank = len(shape)
-    telling = trees.last_name(path) in TELLING and rank != 3
-    if rank < 2 or not (layout or telling):
-        raise ValueError(
-            f"{path!r} has shape {shape}, and its name does not tell which axes are inputs and "
-            "outputs. Give channels=groups.trace(apply, variables, inputs), or layout='in_out' "
-            "([..., in, out] as in Flax and Haiku) or layout='out_in' ([out, in, ...] as in "
-            "PyTorch and Equinox)."
-        )
-    if layout == "out_in":
-        return Axes((1,), (0,), tuple(range(2, rank)))
-    return Axes((rank - 2,), (rank - 1,), tuple(range(rank - 2)))

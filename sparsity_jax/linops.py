@@ -38,6 +38,36 @@ from sparsity_jax import stopping, tables, trees
 from sparsity_jax.trees import varying_like, widen
 from sparsity_jax.types import PyTree
 
+__all__ = [
+    "HIGHEST",
+    "REORTHOGONALIZE",
+    "Blocks",
+    "Eigenpairs",
+    "Lanczos",
+    "LanczosState",
+    "Matvec",
+    "Pair",
+    "Trace",
+    "Tridiagonal",
+    "border_for",
+    "bordered",
+    "check_scalar",
+    "gauss_newton",
+    "gauss_radau",
+    "hutchinson",
+    "hutchpp",
+    "hvp",
+    "lanczos",
+    "probes_of",
+    "rademacher",
+    "ritz",
+    "spectral_density",
+    "squared",
+    "tangent",
+    "top_eigenpairs",
+    "truncate",
+]
+
 Matvec = Callable[[PyTree], PyTree]
 HIGHEST = lax.Precision.HIGHEST
 _einsum = functools.partial(jnp.einsum, precision=HIGHEST)
@@ -223,8 +253,8 @@ class LanczosState(NamedTuple):
 
 
 Blocks = tuple[Array, ...]
-CHUNK = 2**12  # entries whose products are summed one after the other
-SHARDS = 64  # several chunks are a multiple of so many, for many numbers of devices to share them
+_CHUNK = 2**12  # entries whose products are summed one after the other
+_SHARDS = 64  # several chunks are a multiple of so many, for many numbers of devices to share them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +329,7 @@ class _OnDevice:
 def _chunks(vector: Array) -> Array:
     """[D] as [chunks, entries], the last filled up with zeros."""
     size = vector.size
-    chunks = -(-size // (CHUNK * SHARDS)) * SHARDS if size > CHUNK else 1
+    chunks = -(-size // (_CHUNK * _SHARDS)) * _SHARDS if size > _CHUNK else 1
     entries = -(-size // chunks)  # the same in all, to fill up less
     return jnp.pad(vector, (0, chunks * entries - size)).reshape(chunks, entries)
 

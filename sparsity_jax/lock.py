@@ -19,11 +19,13 @@ from pathlib import Path
 from sparsity_jax import intact, tables
 from sparsity_jax.types import Fields
 
+__all__ = ["FILE", "STALE_SECONDS", "LockedError", "held", "refuse"]
+
 FILE = "run.lock"
 STALE_SECONDS = (
     600.0  # default of the time after which a lock of another host counts as left behind
 )
-REFRESH_SECONDS = 20.0  # at most
+_REFRESH_SECONDS = 20.0  # at most
 
 
 class LockedError(tables.ConfigError):
@@ -31,7 +33,7 @@ class LockedError(tables.ConfigError):
 
 
 @contextmanager
-def held(workdir: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Callable[[], None]]:
+def held(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> Iterator[Callable[[], None]]:
     """Holds the lock of `workdir` while the context lasts; gives `check()`, which raises OSError
     once it is lost.
 
@@ -43,12 +45,12 @@ def held(workdir: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Callab
     path = workdir / FILE
     mine = _describe()
     with _one_at_a_time(workdir):
-        refuse(workdir, stale_seconds)
+        refuse(workdir, stale_seconds=stale_seconds)
         _write(path, mine)
     ended = threading.Event()
 
     def refresh() -> None:
-        while not ended.wait(min(REFRESH_SECONDS, stale_seconds / 4)):
+        while not ended.wait(min(_REFRESH_SECONDS, stale_seconds / 4)):
             with suppress(OSError):
                 if _read(path).get("run") == mine["run"]:
                     os.utime(path)
@@ -74,7 +76,7 @@ def held(workdir: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Callab
                 path.unlink()
 
 
-def refuse(workdir: Path, stale_seconds: float = STALE_SECONDS) -> None:
+def refuse(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> None:
     """Raises LockedError if a run that may still live holds the lock of `workdir`."""
     path = Path(workdir) / FILE
     if not path.exists():

@@ -13,6 +13,16 @@ from jax import Array
 from sparsity_jax import tables, trees
 from sparsity_jax.types import Config as ConfigDict
 
+__all__ = [
+    "CROSS_ENTROPY",
+    "LOSSES",
+    "Config",
+    "correct",
+    "cross_entropy",
+    "mean_squared_error",
+    "of",
+]
+
 
 def cross_entropy(
     logits: Array,

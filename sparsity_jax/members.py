@@ -20,6 +20,8 @@ from sparsity_jax.tables import (
 )
 from sparsity_jax.types import Config, Fields
 
+__all__ = ["Member", "choices", "expand", "mode_of", "replaced", "stages_of"]
+
 
 def choices(
     *,
@@ -54,10 +56,10 @@ class Member(NamedTuple):
 
 def mode_of(config: Config) -> str:
     """How members run: `auto`, `vmap` or `loop`."""
-    return split(config["sweep"])[0]["mode"]
+    return _split(config["sweep"])[0]["mode"]
 
 
-def split(sweep: Config) -> tuple[Fields, Fields]:
+def _split(sweep: Config) -> tuple[Fields, Fields]:
     """(the checked `choices` of a sweep, the fields that it lists values of)."""
     fields = dict(sweep)
     given = {name: fields.pop(name) for name in parameters(choices) if name in sweep}
@@ -67,7 +69,7 @@ def split(sweep: Config) -> tuple[Fields, Fields]:
 
 def expand(config: Config) -> list[Member]:
     """Every member of a plain config: all combinations, arms outermost; one without a sweep."""
-    options, fields = split(config.get("sweep", {}))
+    options, fields = _split(config.get("sweep", {}))
     seed = config.get("seed")
     if seed and "seed" in fields:
         raise ConfigError(
@@ -78,20 +80,20 @@ def expand(config: Config) -> list[Member]:
         )
     every: list[Member] = []
     with within("config.sweep"):
-        for label, values in arms_of(config, options):
+        for label, values in _arms_of(config, options):
             arm = replaced({"seed": 0, **config, "sweep": {}}, values)
-            every += combined(arm, {"arm": label} if label else {}, fields)
+            every += _combined(arm, {"arm": label} if label else {}, fields)
         numbers = options["members"] or range(len(every))
         if max(numbers) >= len(every):
             raise ConfigError("members", numbers, allowed=f"0 to {len(every) - 1}")
     return [every[number] for number in numbers]
 
 
-def combined(config: Config, labels: Fields, sweep: Config) -> Iterator[Member]:
+def _combined(config: Config, labels: Fields, sweep: Config) -> Iterator[Member]:
     """All combinations of a sweep's values in one config. labels: what their rows show besides."""
     sweepable = {name: config[name] for name in ("seed", *stages_of(config))}
-    fields = dict(swept_fields(sweep, sweepable))
-    listed = [zip(values, shown(values)) for values in fields.values()]
+    fields = dict(_swept_fields(sweep, sweepable))
+    listed = [zip(values, _shown(values)) for values in fields.values()]
     for values in product(*listed):
         new = {path: value for path, (value, _) in zip(fields, values)}
         told = {path: text for path, (_, text) in zip(fields, values)}
@@ -104,7 +106,7 @@ def stages_of(config: Config) -> list[str]:
     return [name for name, value in config.items() if isinstance(value, dict) and "kind" in value]
 
 
-def arms_of(config: Config, options: Config) -> Iterator[tuple[str, Fields]]:
+def _arms_of(config: Config, options: Config) -> Iterator[tuple[str, Fields]]:
     """(label, fields by path) of every arm that runs; ("", {}) where there are none."""
     arms, stages = options["arms"], stages_of(config)
     names = list(arms) if options["arm"] is None else options["arm"]
@@ -116,7 +118,7 @@ def arms_of(config: Config, options: Config) -> Iterator[tuple[str, Fields]]:
     for name in names:
         arm = lookup(arms, name, "arm")
         with within(f"arms.{name}"):
-            values = fields_of(arm, stages)
+            values = _fields_of(arm, stages)
             label = arm.get("label") or name
             if label in labels:
                 same = f"as of {labels[label]!r}"
@@ -125,7 +127,7 @@ def arms_of(config: Config, options: Config) -> Iterator[tuple[str, Fields]]:
         yield label, values
 
 
-def fields_of(arm: Any, stages: Sequence[str]) -> Fields:
+def _fields_of(arm: Any, stages: Sequence[str]) -> Fields:
     """The fields that an arm replaces, by path."""
     if not isinstance(arm, dict) or not isinstance(arm.get("label", ""), str):
         raise ConfigError("", arm, allowed="a label, and fields by stage")
@@ -140,7 +142,7 @@ def fields_of(arm: Any, stages: Sequence[str]) -> Fields:
     return values
 
 
-def shown(values: Sequence) -> list:
+def _shown(values: Sequence) -> list:
     """Values of one swept field as rows show them: dicts by their names, numbered where several
     have the same.
     """
@@ -154,7 +156,7 @@ def shown(values: Sequence) -> list:
     return texts
 
 
-def swept_fields(sweep: Config, config: Any, path: str = "") -> Iterator[tuple[str, list]]:
+def _swept_fields(sweep: Config, config: Any, path: str = "") -> Iterator[tuple[str, list]]:
     """(path, values) of every field that a sweep lists values of. config: what may be swept."""
     fields = list(config) if isinstance(config, dict) else []
     for name, value in sweep.items():
@@ -171,7 +173,7 @@ def swept_fields(sweep: Config, config: Any, path: str = "") -> Iterator[tuple[s
             )
         here = joined(path, name)
         if isinstance(value, dict):
-            yield from swept_fields(value, config[name], here)
+            yield from _swept_fields(value, config[name], here)
         elif isinstance(value, (list, tuple)) and value:
             yield here, list(value)
         else:

@@ -27,6 +27,22 @@ from jax.tree_util import tree_map
 from sparsity_jax import trees
 from sparsity_jax.types import PyTree, Shape
 
+__all__ = [
+    "additions",
+    "cosine",
+    "erk_ratios",
+    "floor_of_product",
+    "in_place",
+    "kept_of_all",
+    "kept_of_layer",
+    "last_alive",
+    "multistep",
+    "num_pruned",
+    "share_by_shape",
+    "square_distances",
+    "truncated_density",
+]
+
 # Learning rates -----------------------------------------------------------------------------------
 
 

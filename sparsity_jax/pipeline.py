@@ -36,6 +36,8 @@ from sparsity_jax.workdirs import Progress, Snapshot, holds_run, read_config, sa
 __all__ = [
     "STAGES",
     "Outcome",
+    "Run",
+    "arm_of",
     "base",
     "build",
     "check",
@@ -74,44 +76,44 @@ def run(
     if holds_run(workdir) and read_config(workdir) == config:
         snapshots = ancestry.last_snapshots(workdir, config)
         if snapshots:
-            return redraw(config, workdir, snapshots)
+            return _redraw(config, workdir, snapshots)
     use_platform(config.get("platform", "default"))
     plans = check(config)
     workdirs.refuse_other(workdir, config)
-    lock.refuse(workdir, lock_seconds)
+    lock.refuse(workdir, stale_seconds=lock_seconds)
     with enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
-    with lock.held(workdir, lock_seconds) as still_mine:
+    with lock.held(workdir, stale_seconds=lock_seconds) as still_mine:
         workdirs.claim(workdir, config)
         tell_environment(problem, workdir, command)
         diverged: list[str] = []
         if len(plans) == 1:
-            outcome = run_plan(plans[0], problem, workdir, config, still_mine)
+            outcome = _run_plan(plans[0], problem, workdir, config, still_mine)
         else:
 
             def run_one(plan: Plan, folder: Path, config: Config) -> Outcome:
                 own_problem = problem.with_members(plan.size)
-                return run_plan(plan, own_problem, folder, config, still_mine)
+                return _run_plan(plan, own_problem, folder, config, still_mine)
 
             state, rows, diverged = turns.run_all(plans, workdir, config, run_one)
             outcome = Outcome(state, rows)
-        write_report(workdir, config, outcome.rows)
+        _write_report(workdir, config, outcome.rows)
     if diverged:
         raise NonFiniteLossError("\n".join(diverged))
     return outcome
 
 
-def write_report(workdir: Path, config: Config, rows: Rows) -> None:
+def _write_report(workdir: Path, config: Config, rows: Rows) -> None:
     title, environment = config.get("title") or None, report.read_environment(workdir)
     path = report.write(workdir, dict(config), rows, title=title, environment=environment)
     say(f"report: {path}")
 
 
-def redraw(config: Config, workdir: Path, snapshots: list[Snapshot]) -> Outcome:
+def _redraw(config: Config, workdir: Path, snapshots: list[Snapshot]) -> Outcome:
     """Writes rows and report of a finished run again; versions stay those it was made with."""
     rows = turns.gathered(snapshots, workdir)
     Writer(workdir, rows).close()
-    write_report(workdir, config, rows)
+    _write_report(workdir, config, rows)
     with checkpoint.reading(snapshots[-1]):
         parts = checkpoint.tree(snapshots[-1])
         state = State(**{**parts, "metrics": train.Metrics(**parts["metrics"])})
@@ -162,7 +164,7 @@ class Run(NamedTuple):
         return self.plan.after(state, position), Progress(position + 1, False, rows)
 
 
-def run_plan(
+def _run_plan(
     plan: Plan, problem: Problem, workdir: Path, config: Config, still_mine: Callable[[], None]
 ) -> Outcome:
     """Runs the stages of one plan, from its newest whole checkpoint if there is one.
@@ -176,7 +178,7 @@ def run_plan(
         saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
         stack.callback(saved.close)
         with enough_memory_for("config.model", None, plan.common):
-            state = initial_state(plan, problem)
+            state = _initial_state(plan, problem)
         origin: Rows = []
         if plan.common["start_from"]:
             state, origin = ancestry.continue_from(plan.common["start_from"], state)
@@ -187,22 +189,22 @@ def run_plan(
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))
             say(f"continuing {workdir} in stage {stage_number} of {len(plan.pipeline)}")
-            state = restored(run, state, found)
+            state = _restored(run, state, found)
         begun = progress.begun
         for position in range(progress.stage, len(plan.pipeline)):
-            state = run_stage(run, state, position, begun)
+            state = _run_stage(run, state, position, begun)
             begun = False
     return Outcome(state, progress.rows)
 
 
-def initial_state(plan: Plan, problem: Problem) -> State:
+def _initial_state(plan: Plan, problem: Problem) -> State:
     """The networks at the start, one per member; members of the same seed start alike."""
     keys = [train.key_of(member.config["seed"]) for member in plan.members]
     key = keys[0] if problem.members is None else jnp.stack(keys)
     return train.initial_state(problem, problem.place(key))
 
 
-def restored(run: Run, state: State, snapshot: Snapshot) -> State:
+def _restored(run: Run, state: State, snapshot: Snapshot) -> State:
     """The state in a checkpoint; `state`: at the start of the run, which tells its structure."""
     progress, plan = snapshot.progress, run.plan
     if progress.begun:
@@ -218,7 +220,7 @@ def restored(run: Run, state: State, snapshot: Snapshot) -> State:
     return checkpoint.restore(snapshot, state)
 
 
-def run_stage(run: Run, state: State, position: int, begun: bool) -> State:
+def _run_stage(run: Run, state: State, position: int, begun: bool) -> State:
     """The state that the stage at `position` hands on. begun: whether `state` is its own."""
     place = run.place(position)
     where, stage = f"config.{place.name}", place.own[0]
@@ -227,7 +229,7 @@ def run_stage(run: Run, state: State, position: int, begun: bool) -> State:
             state = stage.begin(run.problem, state, place)
         if position == 0 and not begun:  # a folder that cannot be written is noticed early
             run.saved.save(*run.reached(state, position, 0.0))
-        state = run_updates(run, state, place)
+        state = _run_updates(run, state, place)
         with train.naming("at its end"):
             stages.check_weights(run.problem, state)
         state, progress = run.reached(state, position, 1.0)
@@ -235,7 +237,7 @@ def run_stage(run: Run, state: State, position: int, begun: bool) -> State:
     return state
 
 
-def run_updates(run: Run, state: State, place: Place) -> State:
+def _run_updates(run: Run, state: State, place: Place) -> State:
     """What a stage does: its rows go out as they come, its state is saved every
     `checkpoint_seconds`.
     """
@@ -251,7 +253,7 @@ def run_updates(run: Run, state: State, place: Place) -> State:
     with display, contextlib.closing(updates):
         try:
             for update in updates:
-                new = rows_of(update, plan, common)
+                new = _rows_of(update, plan, common)
                 run.rows.extend(new)
                 if update.state is not None:
                     state = update.state
@@ -273,7 +275,7 @@ def run_updates(run: Run, state: State, place: Place) -> State:
     return state
 
 
-def rows_of(update: train.Update, plan: Plan, common: Row) -> Rows:
+def _rows_of(update: train.Update, plan: Plan, common: Row) -> Rows:
     """The rows of an update, which say where they come from."""
     rows = []
     for i, (member, own) in enumerate(zip(plan.members, update.rows, strict=True)):

@@ -4,6 +4,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+__all__ = ["colours", "fit", "resize"]
+
 
 def colours(image: np.ndarray) -> int:
     """Channels of a grey [H, W] or colour [H, W, 3] image."""
@@ -21,16 +23,16 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns = image.shape[:2]
     if height < rows or width < columns:
         if width > columns:
-            image = interpolated(image, rows, width)
-        image = averaged(image, min(rows, height), width)
-    return interpolated(image, height, width)
+            image = _interpolated(image, rows, width)
+        image = _averaged(image, min(rows, height), width)
+    return _interpolated(image, height, width)
 
 
-def interpolated(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _interpolated(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def averaged(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _averaged(image: np.ndarray, height: int, width: int) -> np.ndarray:
     picture = Image.fromarray(np.ascontiguousarray(image))
     resized = picture.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized)

@@ -27,13 +27,31 @@ from sparsity_jax import (
     tables,
     train,
     trials,
-    workdirs,
+    versions,
 )
 from sparsity_jax.interface import Stage
 from sparsity_jax.members import Member, stages_of
 from sparsity_jax.tables import ConfigError, check_options, defaults, lookup, within
 from sparsity_jax.train import Fit, State
 from sparsity_jax.types import Config, Fields
+
+__all__ = [
+    "STAGES",
+    "Plan",
+    "Platform",
+    "Stages",
+    "base",
+    "check",
+    "check_member",
+    "check_model",
+    "check_names",
+    "convolves",
+    "plain",
+    "read_stage",
+    "settings",
+    "stage",
+    "stages_used",
+]
 
 Stages = Mapping[str, Stage]  # by name
 Platform = Literal["default", "cpu", "gpu", "tpu"]
@@ -42,9 +60,9 @@ STAGES = {
     for module in (sfw_init, stages, geometry, cuts, compaction, removal, greg, trials)
     for stage in module.STAGES
 }
-SHARED = ("init", "dtype", "param_dtype")  # options of every network
-NARROWER = "'float32', 'bfloat16', 'float16'"
-WIDER = f"{NARROWER}, and with JAX_ENABLE_X64=1 in the environment also 'float64'"
+_SHARED = ("init", "dtype", "param_dtype")  # options of every network
+_NARROWER = "'float32', 'bfloat16', 'float16'"
+_WIDER = f"{_NARROWER}, and with JAX_ENABLE_X64=1 in the environment also 'float64'"
 
 
 def settings(
@@ -92,14 +110,14 @@ def settings(
     """
 
 
-FIELDS, DEFAULTS = tuple(tables.parameters(settings)), defaults(settings)
+_FIELDS, _DEFAULTS = tuple(tables.parameters(settings)), defaults(settings)
 
 
 def base(**fields: Any) -> ml_collections.ConfigDict:
     """A config with all common fields, so that every one can be overridden on the command line."""
     fields["data"] = {**defaults(data.Options), **fields.get("data", {})}
     fields["model"] = models.complete(fields.get("model", {}))
-    return ml_collections.ConfigDict({**DEFAULTS, **fields})
+    return ml_collections.ConfigDict({**_DEFAULTS, **fields})
 
 
 def stage(kind: str, **fields: Any) -> Fields:
@@ -179,25 +197,25 @@ def check(config: Config) -> list[Plan]:
     Raises ConfigError for the first mistake, saying what was given, what is allowed and the closest
     match.
     """
-    config = {**DEFAULTS, **plain(config)}
-    common = check_common(config)
+    config = {**_DEFAULTS, **plain(config)}
+    common = _check_common(config)
     every = [
         member._replace(stages=check_member(member.config)) for member in members.expand(config)
     ]
-    check_pretrained(common)
-    done = kinds_before(common)
+    _check_pretrained(common)
+    done = _kinds_before(common)
     for member in every:
-        check_order(common["pipeline"], member.stages, done)
+        _check_order(common["pipeline"], member.stages, done)
     with within("config.data"):
         data.check(**dict(common["data"]))
     used = stages_used(common["pipeline"], every)
     if common["data"].get("stream"):
-        check_streamed(common, every, used)
-    groups = side_by_side(common, every, used)
+        _check_streamed(common, every, used)
+    groups = _side_by_side(common, every, used)
     return [Plan(numbers, [every[i] for i in numbers], common) for numbers in groups]
 
 
-def check_common(config: Fields) -> Fields:
+def _check_common(config: Fields) -> Fields:
     """The checked fields of a config beside its stages; raises ConfigError for other fields."""
     names = stages_of(config)
     fields = {name: value for name, value in config.items() if name not in names}
@@ -221,11 +239,11 @@ def check_member(config: Fields) -> dict[str, Stage]:
         check_model(config["model"])
     with within("config.data"):
         check_options(data.Options, config["data"])
-    stages = {}
+    checked = {}
     for name in stages_of(config):
         with within(f"config.{name}"):
-            stages[name] = read_stage(config[name])
-    return stages
+            checked[name] = read_stage(config[name])
+    return checked
 
 
 def read_stage(config: Config) -> Stage:
@@ -241,35 +259,35 @@ def check_model(model: Config) -> None:
     """Raises ConfigError for a network that cannot be built of `model`; nothing is computed."""
     options = dict(model)
     factory = lookup(models.MODELS, options.pop("name", ""), "name")
-    shared = {field: options.pop(field) for field in SHARED if field in options}
-    check_options(factory, options, also=SHARED)
+    shared = {field: options.pop(field) for field in _SHARED if field in options}
+    check_options(factory, options, also=_SHARED)
     models.build(num_classes=10, **model)
     if jax.dtypes.canonicalize_dtype("float64") == "float64":
         return
     for field, value in shared.items():
         if value == "float64":
-            raise ConfigError(field, value, allowed=WIDER)
+            raise ConfigError(field, value, allowed=_WIDER)
 
 
-def check_order(pipeline: Sequence[str], stages: Stages, done: Mapping[str, str]) -> None:
+def _check_order(pipeline: Sequence[str], by_name: Stages, done: Mapping[str, str]) -> None:
     """Raises ConfigError for a stage that needs another's result first.
 
     done: kinds of the stages that another run has finished, by name.
     """
     done = dict(done)
-    trainings = {name: stage for name, stage in stages.items() if stage.kind == Fit.kind}
+    trainings = {name: stage for name, stage in by_name.items() if stage.kind == Fit.kind}
     for name in pipeline:
-        stage = stages[name]
+        stage = by_name[name]
         if stage.needs and not set(done.values()) & set(stage.needs):
-            raise needs_another(name, stage)
-        before = [stages[earlier] for earlier in pipeline[: pipeline.index(name)]]
+            raise _needs_another(name, stage)
+        before = [by_name[earlier] for earlier in pipeline[: pipeline.index(name)]]
         with within(f"config.{name}"):
-            stage.check_order(interface.Order(before, done, stages, pipeline.count(name)))
-            check_retrain(stage.retrain, trainings)
+            stage.check_order(interface.Order(before, done, by_name, pipeline.count(name)))
+            _check_retrain(stage.retrain, trainings)
         done[name] = stage.kind
 
 
-def needs_another(name: str, stage: Stage) -> ConfigError:
+def _needs_another(name: str, stage: Stage) -> ConfigError:
     """The error of the stage `name`, before which none has made what it needs."""
     sources = " or ".join(map(repr, stage.needs))
     if Fit.kind in stage.needs:
@@ -283,7 +301,7 @@ def needs_another(name: str, stage: Stage) -> ConfigError:
     )
 
 
-def check_retrain(name: str, trainings: Mapping[str, Any]) -> None:
+def _check_retrain(name: str, trainings: Mapping[str, Any]) -> None:
     """Raises ConfigError for a `retrain` that is no training of the current network."""
     if name and lookup(trainings, name, "retrain").start == "init":
         raise ConfigError(
@@ -297,7 +315,7 @@ def stages_used(pipeline: Sequence[str], every: Sequence[Member]) -> list[str]:
     return sorted({*pipeline, *again} - {""})
 
 
-def check_streamed(common: Config, every: Sequence[Member], used: Sequence[str]) -> None:
+def _check_streamed(common: Config, every: Sequence[Member], used: Sequence[str]) -> None:
     """Raises ConfigError for stages that need in memory what stays where it is."""
     if members.mode_of(common) == "vmap" and len(every) > 1:
         raise ConfigError(
@@ -311,7 +329,7 @@ def check_streamed(common: Config, every: Sequence[Member], used: Sequence[str])
             member.stages[name].check_streamed()
 
 
-def side_by_side(common: Config, every: Sequence[Member], used: Sequence[str]) -> list[list[int]]:
+def _side_by_side(common: Config, every: Sequence[Member], used: Sequence[str]) -> list[list[int]]:
     """Numbers of the members that run at once, in one program each.
 
     used: names of the stages that run. Raises ConfigError if all shall, but cannot.
@@ -329,15 +347,15 @@ def side_by_side(common: Config, every: Sequence[Member], used: Sequence[str]) -
     groups = [list(group) for _, group in itertools.groupby(range(len(every)), program)]
     if mode == "vmap" and len(groups) > 1:
         first, other = (every[group[0]].config for group in groups[:2])
-        raise another_program(first, other, used)
+        raise _another_program(first, other, used)
     return groups
 
 
-def another_program(first: Fields, other: Fields, used: Sequence[str]) -> ConfigError:
+def _another_program(first: Fields, other: Fields, used: Sequence[str]) -> ConfigError:
     """The error of two members that shall run at once, but whose programs differ."""
     fields = []
     for name in used:
-        differing = workdirs.differences(first[name], other[name], name)
+        differing = versions.differences(first[name], other[name], name)
         fields += [field for field, _, _ in differing if not field.endswith(".label")]
     return ConfigError(
         "config.sweep",
@@ -362,7 +380,7 @@ def convolves(model: Config) -> bool:
 # Where a run starts -------------------------------------------------------------------------------
 
 
-def check_pretrained(common: Config) -> None:
+def _check_pretrained(common: Config) -> None:
     """Raises ConfigError if the weight file cannot be used."""
     path = common["pretrained"]
     if path and common["start_from"]:
@@ -373,12 +391,12 @@ def check_pretrained(common: Config) -> None:
             pretrained.check(path)
         return
     for name in ("fresh_classifier", "pretrained_names", "pretrained_zeros"):
-        if common[name] != DEFAULTS[name]:
+        if common[name] != _DEFAULTS[name]:
             why = "which is for the weights of config.pretrained, but that is empty"
             raise ConfigError(f"config.{name}", common[name], why=why)
 
 
-def kinds_before(common: Config) -> dict[str, str]:
+def _kinds_before(common: Config) -> dict[str, str]:
     """Kinds, by name, of the stages that are finished when a run begins: those of the run in
     `config.start_from` and of those before it, and a training for a weight file.
 

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from sparsity_jax.prepared import find_prepared, name_hint, prepared_formats, tfds_directory
 from sparsity_jax.tables import ConfigError
 
-EXAMPLES = """examples:
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
   python -m sparsity_jax.prepare cifar10 cifar100
   python -m sparsity_jax.prepare mnist fashion_mnist svhn_cropped --data_dir DIR
 Then: python -m sparsity_jax.run --config ... with config.data.name = "cifar10"
@@ -22,11 +24,11 @@ Exit codes: 0 prepared, 1 not possible here, 2 wrong arguments.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sparsity_jax.prepare",
         description="Download TFDS image sets once and write them as array_record.",
-        epilog=EXAMPLES,
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Errors of the download itself (network, disk, a set that has to be fetched by hand) are TFDS's
     own and pass through.
     """
-    parser = make_parser()
+    parser = _make_parser()
     flags = parser.parse_args(arguments)
     missing = []
     for name in flags.names:
@@ -62,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ConfigError as error:
             parser.error(str(error))
         if "array_record" in formats:
-            report(f"{name} is prepared already: {directory}")
+            _report(f"{name} is prepared already: {directory}")
         elif formats:
-            report(
+            _report(
                 f"{directory} is prepared as {', '.join(formats)}; add --overwrite, or use "
                 "another --data_dir."
             )
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "https://www.tensorflow.org/datasets/catalog"
             )
     if importlib.util.find_spec("tensorflow") is None:
-        report(
+        _report(
             'Preparing a set needs TensorFlow: pip install "sparsity_jax[prepare]". '
             "Reading it later does not."
         )
@@ -104,11 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = ", ".join(
             f"{split} {info.num_examples}" for split, info in builder.info.splits.items()
         )
-        report(f"{name} is prepared: {builder.data_path} ({sizes})")
+        _report(f"{name} is prepared: {builder.data_path} ({sizes})")
     return 0
 
 
-def report(text: str) -> None:
+def _report(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 

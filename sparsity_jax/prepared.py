@@ -18,14 +18,24 @@ from sparsity_jax.sources import Opened, Source, UnreadableError
 from sparsity_jax.tables import ConfigError, closest
 from sparsity_jax.types import Config
 
+__all__ = [
+    "Keys",
+    "Records",
+    "find_prepared",
+    "name_hint",
+    "open_prepared",
+    "prepared_formats",
+    "tfds_directory",
+]
+
 # classes of TFDS whose records are read here, with the field of features.json that describes them
-TFDS_FEATURES = {
+_TFDS_FEATURES = {
     "image": "tensorflow_datasets.core.features.image_feature.Image",
     "classLabel": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
 }
-TEST_SPLITS = ("test", "validation", "val")
-TFDS_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-VERSION = r"\d+\.\d+\.\d+"
+_TEST_SPLITS = ("test", "validation", "val")
+_TFDS_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+_VERSION = r"\d+\.\d+\.\d+"
 
 
 class Keys(NamedTuple):
@@ -41,17 +51,17 @@ def open_prepared(name: str, data_dir: str, train_split: str, test_split: str) -
     """
     directory = find_prepared(name, data_dir)
     if directory is None:
-        raise ConfigError(not_prepared(name, data_dir))
-    again = prepare_command(name, data_dir, "--overwrite")
+        raise ConfigError(_not_prepared(name, data_dir))
+    again = _prepare_command(name, data_dir, "--overwrite")
     formats = prepared_formats(directory)
     if "array_record" not in formats:
         raise ConfigError(
             f"{directory} is prepared as {', '.join(formats)}, which only TensorFlow reads; "
             f"prepare it again as array_record: {again} (or into another --data_dir)."
         )
-    keys, num_classes, channels = read_features(name, directory)
-    splits = read_splits(directory)
-    test_split = test_split or next((split for split in TEST_SPLITS if split in splits), "")
+    keys, num_classes, channels = _read_features(name, directory)
+    splits = _read_splits(directory)
+    test_split = test_split or next((split for split in _TEST_SPLITS if split in splits), "")
     if not test_split:
         raise ConfigError(
             f"{name!r} has the splits {', '.join(map(repr, splits))} and none for testing; cut "
@@ -59,17 +69,17 @@ def open_prepared(name: str, data_dir: str, train_split: str, test_split: str) -
         )
     train_name = f"config.data.train_split is {train_split!r}"
     test_name = f"config.data.test_split is {test_split!r}"
-    train = file_parts(name, splits, train_name, train_split)
-    test = file_parts(name, splits, test_name, test_split)
+    train = _file_parts(name, splits, train_name, train_split)
+    test = _file_parts(name, splits, test_name, test_split)
     for part in (*train, *test):
-        check_file(part, again)
+        _check_file(part, again)
     parts = [(train_name, part) for part in train] + [(test_name, part) for part in test]
     for (first, a), (second, b) in itertools.combinations(parts, 2):
         if a.filename == b.filename and max(a.skip, b.skip) < min(a.skip + a.take, b.skip + b.take):
             other = "names some images twice" if first == second else f"{second} share images"
             raise ConfigError(f"{first}, {other}.")
-    train_source = records_source(f"{directory}, split {train_split!r}", train, keys)
-    test_source = records_source(f"{directory}, split {test_split!r}", test, keys)
+    train_source = _records_source(f"{directory}, split {train_split!r}", train, keys)
+    test_source = _records_source(f"{directory}, split {test_split!r}", test, keys)
     return Opened(train_source, test_source, num_classes, channels)
 
 
@@ -89,7 +99,7 @@ def find_prepared(name: str, data_dir: str) -> pathlib.Path | None:
     Raises ConfigError if `name` is malformed, or has several prepared configs and does not say
     which.
     """
-    if not re.fullmatch(rf"\w+(/[\w.+-]+)?([:/]{VERSION})?", name):
+    if not re.fullmatch(rf"\w+(/[\w.+-]+)?([:/]{_VERSION})?", name):
         raise ConfigError(
             f"config.data.name is {name!r}; allowed: 'digits', 'folder:PATH', or a TFDS set as "
             "'name', 'name/config', 'name:version'."
@@ -100,7 +110,7 @@ def find_prepared(name: str, data_dir: str) -> pathlib.Path | None:
     versions = {}
     for file in root.rglob("dataset_info.json"):
         path = file.parent
-        if re.fullmatch(VERSION, path.name):
+        if re.fullmatch(_VERSION, path.name):
             versions[path] = [int(number) for number in path.name.split(".")]
     configs = sorted({path.parent.name for path in versions})
     if len(configs) > 1:
@@ -111,7 +121,7 @@ def find_prepared(name: str, data_dir: str) -> pathlib.Path | None:
     return max(versions, key=versions.__getitem__, default=None)
 
 
-def not_prepared(name: str, data_dir: str) -> str:
+def _not_prepared(name: str, data_dir: str) -> str:
     import tensorflow_datasets as tfds  # half a second to import, for the names it knows
 
     root = tfds_directory(data_dir)
@@ -121,17 +131,17 @@ def not_prepared(name: str, data_dir: str) -> str:
         f"config.data.name is {name!r}, which is not prepared in {root} (there: "
         f"{', '.join(there) or 'nothing'}).{name_hint(name, [*there, *known, 'digits'])} To "
         'prepare it once, online: pip install "sparsity_jax[prepare]" && '
-        f"{prepare_command(name, data_dir)}. Sets without preparation: 'digits', 'folder:PATH'."
+        f"{_prepare_command(name, data_dir)}. Sets without preparation: 'digits', 'folder:PATH'."
     )
 
 
 def prepared_formats(directory: pathlib.Path) -> list[str]:
     """File formats in which a set is prepared. Raises ConfigError if its metadata is damaged."""
-    with metadata(directory / "dataset_info.json") as info:
+    with _metadata(directory / "dataset_info.json") as info:
         return [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", ())]
 
 
-def prepare_command(name: str, data_dir: str, *flags: str) -> str:
+def _prepare_command(name: str, data_dir: str, *flags: str) -> str:
     place = ["--data_dir", str(tfds_directory(data_dir))] if data_dir else []
     return shlex.join(["python", "-m", "sparsity_jax.prepare", name, *place, *flags])
 
@@ -150,7 +160,7 @@ def name_hint(name: str, known: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def metadata(file: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _metadata(file: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The JSON object in `file`; whatever it lacks becomes a ConfigError that names the file."""
     try:
         yield json.loads(file.read_text(encoding="utf-8"))
@@ -160,15 +170,15 @@ def metadata(file: pathlib.Path) -> Iterator[dict[str, Any]]:
         raise ConfigError(f"{file} is not the metadata of a TFDS set: {error!r}.") from error
 
 
-def read_features(name: str, directory: pathlib.Path) -> tuple[Keys, int, int]:
+def _read_features(name: str, directory: pathlib.Path) -> tuple[Keys, int, int]:
     """(names of image and label, number of classes, channels or 0) of a prepared set."""
-    with metadata(directory / "dataset_info.json") as info:
+    with _metadata(directory / "dataset_info.json") as info:
         # written in one of two ways; of the words in it only names of features count below
         preferred = re.findall(r'[^"]+', json.dumps(info.get("supervisedKeys")))
-    with metadata(directory / "features.json") as stored:
+    with _metadata(directory / "features.json") as stored:
         features = (stored.get("featuresDict") or stored["content"])["features"]
-        image = pick_feature(name, features, "image", [*preferred, "image"])
-        label = pick_feature(name, features, "classLabel", [*preferred, "label"])
+        image = _pick_feature(name, features, "image", [*preferred, "image"])
+        label = _pick_feature(name, features, "classLabel", [*preferred, "label"])
         about = features[image]["image"]
         kind = about.get("dtype") or "uint8"
         if kind != "uint8":
@@ -179,11 +189,11 @@ def read_features(name: str, directory: pathlib.Path) -> tuple[Keys, int, int]:
     return Keys(image, label), num_classes, channels
 
 
-def pick_feature(name: str, features: Config, kind: str, preferred: Sequence) -> str:
-    """The feature of a kind of `TFDS_FEATURES`: the first of `preferred` that is one, or else the
+def _pick_feature(name: str, features: Config, kind: str, preferred: Sequence) -> str:
+    """The feature of a kind of `_TFDS_FEATURES`: the first of `preferred` that is one, or else the
     only one.
     """
-    python_class = TFDS_FEATURES[kind]
+    python_class = _TFDS_FEATURES[kind]
     fitting = []
     for key, feature in features.items():
         if kind in feature and feature.get("pythonClassName") == python_class:
@@ -198,16 +208,16 @@ def pick_feature(name: str, features: Config, kind: str, preferred: Sequence) ->
     return fitting[0]
 
 
-def read_splits(directory: pathlib.Path) -> Any:
+def _read_splits(directory: pathlib.Path) -> Any:
     """The splits of a prepared set as TFDS's own table, which understands slices."""
     import tensorflow_datasets as tfds
 
     splits = []
-    with metadata(directory / "dataset_info.json") as info:
+    with _metadata(directory / "dataset_info.json") as info:
         for split in info["splits"]:
             files = tfds.core.ShardedFileTemplate(
                 data_dir=directory,
-                template=split.get("filepathTemplate") or TFDS_TEMPLATE,
+                template=split.get("filepathTemplate") or _TFDS_TEMPLATE,
                 dataset_name=info["name"],
                 split=split["name"],
                 filetype_suffix="array_record",
@@ -217,7 +227,7 @@ def read_splits(directory: pathlib.Path) -> Any:
         return tfds.core.SplitDict(splits)
 
 
-def file_parts(name: str, splits: Any, given: str, split: str) -> list[Any]:
+def _file_parts(name: str, splits: Any, given: str, split: str) -> list[Any]:
     """TFDS's instructions of what to read for a split or slice: filename, skip, take and
     examples_in_shard each. given: by which option.
     """
@@ -235,7 +245,7 @@ def file_parts(name: str, splits: Any, given: str, split: str) -> list[Any]:
 # Records ------------------------------------------------------------------------------------------
 
 
-def check_file(part: Any, again: str) -> None:
+def _check_file(part: Any, again: str) -> None:
     """Raises ConfigError unless the file of a part holds as many records as the metadata says."""
     from array_record.python import array_record_module
 
@@ -254,7 +264,7 @@ def check_file(part: Any, again: str) -> None:
         )
 
 
-def records_source(name: str, parts: Sequence[Any], keys: Keys) -> Source:
+def _records_source(name: str, parts: Sequence[Any], keys: Keys) -> Source:
     from array_record.python import array_record_data_source
 
     records = array_record_data_source.ArrayRecordDataSource(parts)

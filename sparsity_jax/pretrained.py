@@ -30,17 +30,36 @@ from sparsity_jax.tables import ConfigError, blaming, check_memory, closest, loo
 from sparsity_jax.trees import check_pattern, is_kernel, map_named, matching, named_leaves
 from sparsity_jax.types import AnyPath, Arrays, PyTree, Shape
 
+__all__ = [
+    "CLASSIFIER",
+    "Group",
+    "Leaves",
+    "Module",
+    "Modules",
+    "Names",
+    "Rules",
+    "Shapes",
+    "check",
+    "count_zeros",
+    "name_map",
+    "read",
+    "to_torch",
+    "to_variables",
+    "torch_names",
+    "write",
+]
+
 Shapes = Mapping[str, Shape]
 Rules = Sequence[tuple[str, str]]
 Names = dict[str, str]
 Leaves = Mapping[str, Any]  # of one of our networks, by path
 
-SAFETENSORS = ".safetensors"
-FILES = (SAFETENSORS, ".pth", ".pt", ".bin", ".ckpt", ".tar")
+_SAFETENSORS = ".safetensors"
+_FILES = (_SAFETENSORS, ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 # Under which names a checkpoint holds its state dict; the first counts. Averaged weights (EMA) only
 # where alone.
-STATE_DICTS = (
+_STATE_DICTS = (
     "state_dict",
     "model_state_dict",
     "model",
@@ -54,7 +73,7 @@ STATE_DICTS = (
 # What PyTorch's modules are called here: a pattern of their whole name (see `_normal`), and our
 # module. The first row that leads to a module of the network counts. Modules in no row are numbered
 # by kind in their order: conv1, conv2, ..., bn1, ..., dense1, ..., and the last is fc.
-MODULES = (
+_MODULES = (
     (r".*", r"\g<0>"),  # their own names
     # ResNets: torchvision, timm and others; the geometric-limit study; wide ones
     (r"layer(\d+)/(\d+)/((?:conv|bn)\d)", r"stage\1_block\2/\3"),
@@ -92,26 +111,26 @@ MODULES = (
     (r"(block\d+)/conv_dw", r"\1/depthwise"),
     (r"(block\d+)/conv_pwl?", r"\1/project"),
 )
-MOBILE_BLOCK = r"(?:features/\d+(?=/conv/)|blocks/\d+/\d+)"  # of MobileNet V2
+_MOBILE_BLOCK = r"(?:features/\d+(?=/conv/)|blocks/\d+/\d+)"  # of MobileNet V2
 # Weights of ours whose order in the network is known by their paths; of others only numbers tell.
-OURS = r"params/(?:(?:conv|bn|dense|dense_bn)\d+|final_bn|fc|(?:stage\d+_)?block\d+/\w+)/\w+"
+_OURS = r"params/(?:(?:conv|bn|dense|dense_bn)\d+|final_bn|fc|(?:stage\d+_)?block\d+/\w+)/\w+"
 
 # The arrays of a module: PyTorch's name of each by ours.
-LEAVES = {
+_LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
     "mean": "running_mean",
     "var": "running_var",
 }
-COUNTER = "num_batches_tracked"  # of a batch norm; nothing here depends on it
+_COUNTER = "num_batches_tracked"  # of a batch norm; nothing here depends on it
 CLASSIFIER = r"params/fc/.*"
 
 # Of arrays: at their place, of no tensor, of no place, of another shape, no numbers.
-GROUPS = ("right", "missing", "unexpected", "wrong", "no weights")
+_GROUPS = ("right", "missing", "unexpected", "wrong", "no weights")
 
 # What else to say where the text of a misfit of this group holds the pattern.
-HINTS = (
+_HINTS = (
     (
         "wrong",
         r"for params/fc/bias ",
@@ -138,14 +157,14 @@ HINTS = (
 
 # Names of torchvision's MobileNet V2 by ours: outside of blocks, and inside, without and with the
 # layer that expands.
-MOBILENET_V2_OUTSIDE = {
+_MOBILENET_V2_OUTSIDE = {
     "conv1": "features.0.0",
     "bn1": "features.0.1",
     "conv2": "features.{last}.0",
     "bn2": "features.{last}.1",
     "fc": "classifier.1",
 }
-MOBILENET_V2_INSIDE = (
+_MOBILENET_V2_INSIDE = (
     dict(depthwise="0.0", bn1="0.1", project="1", bn2="2"),
     dict(expand="0.0", bn1="0.1", depthwise="1.0", bn2="1.1", project="2", bn3="3"),
 )
@@ -158,12 +177,12 @@ def check(path: AnyPath) -> None:
     """Raises ConfigError unless `path` is a weight file with a whole header that can be read."""
     path = pathlib.Path(path)
     with blaming("", str(path)):
-        if path.suffix not in FILES:
-            raise ConfigError("", allowed=f"a file of weights, {', '.join(FILES)}")
+        if path.suffix not in _FILES:
+            raise ConfigError("", allowed=f"a file of weights, {', '.join(_FILES)}")
         if not path.is_file():
             raise ConfigError("", why="but there is no such file")
         check_memory(path.stat().st_size, "which has")
-        if path.suffix == SAFETENSORS:
+        if path.suffix == _SAFETENSORS:
             _open(path)
         elif importlib.util.find_spec("torch") is None:
             advice = "`pip install torch`, or convert it to .safetensors where PyTorch is installed"
@@ -179,11 +198,11 @@ def _open(path: pathlib.Path) -> Any:
         raise ConfigError("", str(path), why=f"{why}: {error}") from None
 
 
-def read(path: AnyPath, key: str = "") -> Arrays:
+def read(path: AnyPath, *, key: str = "") -> Arrays:
     """The state dict in a `.safetensors` file, or in one that `torch.save` wrote (needs PyTorch).
 
     key: name of the state dict in a checkpoint that holds several, e.g. "model_ema"; by default the
-    first of `STATE_DICTS`, or the whole file. Nothing in a file is executed: pickled modules are
+    first of `_STATE_DICTS`, or the whole file. Nothing in a file is executed: pickled modules are
     refused. That of a safetensors file is sorted by name. Raises ConfigError for files that are cut
     short or something else, for tensors that are no plain arrays (sparse, quantized, complex,
     float8), and for files and shapes larger than the memory.
@@ -191,7 +210,7 @@ def read(path: AnyPath, key: str = "") -> Arrays:
     path = pathlib.Path(path)
     with within("path"):
         check(path)
-    if path.suffix != SAFETENSORS:
+    if path.suffix != _SAFETENSORS:
         return _read_torch(path, key)
     if key:
         raise ConfigError("key", key, allowed=f"none: {path} holds one state dict")
@@ -251,7 +270,7 @@ def _state_dict_in(content: Any, key: str, path: pathlib.Path) -> Mapping:
     """The state dict inside a checkpoint; raises ConfigError if there is none."""
     if key and isinstance(content, Mapping):
         content = lookup({str(name): held for name, held in content.items()}, key, "key")
-    for name in 2 * STATE_DICTS:  # one may be inside another
+    for name in 2 * _STATE_DICTS:  # one may be inside another
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping):
@@ -260,7 +279,7 @@ def _state_dict_in(content: Any, key: str, path: pathlib.Path) -> Mapping:
 
 
 def _no_tensors(path: pathlib.Path, held: str) -> ConfigError:
-    allowed = f"tensors by name, alone or as {', '.join(STATE_DICTS)}"
+    allowed = f"tensors by name, alone or as {', '.join(_STATE_DICTS)}"
     return ConfigError(f"{path} holds {held}; allowed: {allowed}.")
 
 
@@ -289,7 +308,7 @@ def write(path: AnyPath, state_dict: Arrays) -> pathlib.Path:
     The file appears whole or not at all.
     """
     path = pathlib.Path(path)
-    if path.suffix != SAFETENSORS:
+    if path.suffix != _SAFETENSORS:
         raise ConfigError("path", str(path), allowed="*.safetensors, as it is written")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -327,7 +346,7 @@ def _modules_there(shapes: Shapes) -> Modules:
     arrays: dict[str, Names] = collections.defaultdict(dict)
     for name in shapes:
         module, _, leaf = name.rpartition(".")
-        if leaf in LEAVES.values():
+        if leaf in _LEAVES.values():
             arrays[module][leaf] = name
     return _with_weights(arrays, shapes)
 
@@ -337,8 +356,8 @@ def _modules_here(leaves: Leaves) -> Modules:
     arrays: dict[str, Names] = collections.defaultdict(dict)
     for path in leaves:
         match = re.fullmatch(r"(?:params|batch_stats)/(.+)/(\w+)", path)
-        if match and match[2] in LEAVES:
-            arrays[match[1]][LEAVES[match[2]]] = path
+        if match and match[2] in _LEAVES:
+            arrays[match[1]][_LEAVES[match[2]]] = path
     ordered = {module: arrays[module] for module in sorted(arrays, key=_definition_order)}
     return _with_weights(ordered, {path: _torch_shape(leaves[path].shape) for path in leaves})
 
@@ -503,7 +522,7 @@ def _turns(modules: Modules, groups: list[Group], side: int) -> list[tuple[int, 
 def _decided(names: list[str], paths: list[str], known: Names, ordered: bool) -> tuple[Names, str]:
     """Places of alike layers, and why they are a guess; "" where order or names decide."""
     in_order = paths
-    if not all(re.fullmatch(OURS, path) for path in paths):
+    if not all(re.fullmatch(_OURS, path) for path in paths):
         in_order = _ranked(paths)
     by_name = {name: known.get(name, "") for name in names}
     if set(by_name.values()) != set(paths):
@@ -560,7 +579,7 @@ def _known_under(prefix: str, theirs: Modules, ours: Modules) -> Names:
     for weight in sorted(theirs, key=_natural):
         module = theirs[weight]
         name = _normal(module.name.removeprefix(prefix).replace(".", "/"), blocks)
-        for pattern, replacement in MODULES:
+        for pattern, replacement in _MODULES:
             match = re.fullmatch(pattern, name)
             place = match.expand(replacement) if match else ""
             if place in free and ours[free[place]].kind == module.kind:
@@ -575,7 +594,7 @@ def _normal(name: str, blocks: list[str]) -> str:
     """
     for number in range(2, 6):
         name = name.replace(f"conv{number}_x", f"layer{number - 1}")
-    block = re.match(MOBILE_BLOCK, name)
+    block = re.match(_MOBILE_BLOCK, name)
     if block is None:
         return name
     if block[0] not in blocks:
@@ -638,10 +657,10 @@ def _mobilenet_v2_name(module: str, modules: Modules) -> str:
     block, _, layer = module.partition("/")
     if not layer:
         last = sum(path.endswith("/project/kernel") for path in modules) + 1
-        return MOBILENET_V2_OUTSIDE[module].format(last=last)
+        return _MOBILENET_V2_OUTSIDE[module].format(last=last)
     expands = f"params/{block}/expand/kernel" in modules
     number = int(block.removeprefix("block")) + 1
-    return f"features.{number}.conv.{MOBILENET_V2_INSIDE[expands][layer]}"
+    return f"features.{number}.conv.{_MOBILENET_V2_INSIDE[expands][layer]}"
 
 
 # Layouts ------------------------------------------------------------------------------------------
@@ -695,7 +714,7 @@ def to_variables(
 
     state_dict: arrays or tensors by name; sorted names tell no order of layers, see `name_map`.
     Weights that `torch.nn.utils.prune` keeps as `weight_orig` and `weight_mask` become their
-    product (`merge_pruned`).
+    product (`_merge_pruned`).
     like: variables of one of our networks, or their shape structs; with `names` (see `name_map`)
     any pytree. Arrays called `kernel` are brought into Flax's layouts, all others stay as they are;
     `num_batches_tracked` is left out.
@@ -709,7 +728,7 @@ def to_variables(
     """
     arrays = {str(name): _array(_of_torch, value, name) for name, value in state_dict.items()}
     ordered = _is_as_defined(arrays)
-    arrays = merge_pruned(arrays)
+    arrays = _merge_pruned(arrays)
     shapes = {name: array.shape for name, array in arrays.items()}
     kept = _fresh_paths(like, fresh)
     placed, doubts = _matched(shapes, like, names, kept, ordered)
@@ -730,10 +749,10 @@ def _fitting(arrays: Arrays, placed: Names, leaves: Leaves, kept: set[str]) -> A
     kept: paths that need no array.
     """
     fitting: Arrays = {}
-    misfits: dict[str, list[str]] = {group: [] for group in GROUPS}
+    misfits: dict[str, list[str]] = {group: [] for group in _GROUPS}
     for name, array in arrays.items():
         path = placed.get(name)
-        if path in kept or (path is None and name.endswith(f".{COUNTER}")):
+        if path in kept or (path is None and name.endswith(f".{_COUNTER}")):
             continue
         if path is None or path in fitting:
             misfits["unexpected"].append(f"{name} {array.shape}")
@@ -751,7 +770,7 @@ def _fitting(arrays: Arrays, placed: Names, leaves: Leaves, kept: set[str]) -> A
 
 
 def _misfit(array: np.ndarray, path: str, leaf: Any) -> tuple[str, str]:
-    """(group of `GROUPS`, text) of an array that is to be the one at `path`."""
+    """(group of `_GROUPS`, text) of an array that is to be the one at `path`."""
     needed = _torch_shape(leaf.shape) if _is_flax_kernel(path, leaf.shape) else tuple(leaf.shape)
     if array.shape != needed:
         return "wrong", f"is {array.shape}, for {path} it must be {needed}"
@@ -771,13 +790,13 @@ def _report(misfits: Mapping[str, list[str]]) -> str:
         more = f", and {len(texts) - 4} more" if len(texts) > 4 else ""
         if texts:
             lines.append(f"  {group}: {'; '.join(texts[:4])}{more}")
-    for group, pattern, hint in HINTS:
+    for group, pattern, hint in _HINTS:
         if any(re.search(pattern, text) for text in misfits[group]):
             lines.append(f"  {hint}")
     return "\n".join(lines).removesuffix(".")
 
 
-def merge_pruned(state_dict: Arrays) -> Arrays:
+def _merge_pruned(state_dict: Arrays) -> Arrays:
     """The state dict with `weight_orig` times `weight_mask` as `weight`.
 
     As `torch.nn.utils.prune.remove` makes it, for every tensor of which it holds both; all others
@@ -833,5 +852,5 @@ def to_torch(variables: PyTree, names: Names | None = None, *, image_channels: i
         state_dict[name] = np.array(array, order="C")
         module, _, leaf = name.rpartition(".")
         if leaf == "running_var":
-            state_dict[f"{module}.{COUNTER}"] = np.zeros((), np.int64)
+            state_dict[f"{module}.{_COUNTER}"] = np.zeros((), np.int64)
     return state_dict

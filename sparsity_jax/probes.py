@@ -24,6 +24,18 @@ from numpy import ndarray
 from sparsity_jax import stopping, tables, trees
 from sparsity_jax.types import Arrays, PyTree
 
+__all__ = [
+    "Counts",
+    "Isometry",
+    "Oracle",
+    "check_counts",
+    "isometry",
+    "jacobian_singular_values",
+    "oracle",
+    "rank",
+    "row_of",
+]
+
 # Every combination --------------------------------------------------------------------------------
 
 

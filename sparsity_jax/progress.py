@@ -16,7 +16,9 @@ from sparsity_jax.train import Problem, shapes_of
 from sparsity_jax.types import Fields, Rows
 from sparsity_jax.workdirs import say
 
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
+__all__ = ["Display", "chance", "describe_environment", "tell_environment"]
+
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def chance(dataset: data.Dataset) -> float:
@@ -52,7 +54,7 @@ def describe_environment(problem: Problem) -> Fields:
         workers = problem.dataset.train.images.options.workers
         environment["reading"] = f"{workers} processes" if workers > 0 else "threads"
     environment["sparsity_jax"] = sparsity_jax.__version__
-    for name in LIBRARIES:
+    for name in _LIBRARIES:
         environment[name] = importlib.metadata.version(name)
     if problem.pretrained:
         zeros, size = pretrained.count_zeros(problem.pretrained)
@@ -65,8 +67,8 @@ def describe_environment(problem: Problem) -> Fields:
 
 
 # numbers of a row that its line of progress shows
-SHOWN = ("epoch", "iteration", "ratio", "train_loss", "test_accuracy", "accuracy", "loss_after")
-BAR = "{desc:<24} {percentage:3.0f}% |{bar:30}| {elapsed}<{remaining} {postfix}"
+_SHOWN = ("epoch", "iteration", "ratio", "train_loss", "test_accuracy", "accuracy", "loss_after")
+_BAR = "{desc:<24} {percentage:3.0f}% |{bar:30}| {elapsed}<{remaining} {postfix}"
 
 
 class Display:
@@ -77,7 +79,7 @@ class Display:
         self._name, self._started = name, time.monotonic()
         self._said = self._started - 5
         # without a terminal there is no bar
-        self._bar = tqdm.tqdm(total=1.0, desc=name, bar_format=BAR, disable=None)
+        self._bar = tqdm.tqdm(total=1.0, desc=name, bar_format=_BAR, disable=None)
 
     def __enter__(self) -> "Display":
         return self
@@ -90,7 +92,7 @@ class Display:
     def show(self, done: float, rows: Rows) -> None:
         """done: share in [0, 1]; of the rows the newest one's numbers are shown."""
         newest = rows[-1] if rows else {}
-        text = " ".join(f"{name}={newest[name]:.4g}" for name in SHOWN if name in newest)
+        text = " ".join(f"{name}={newest[name]:.4g}" for name in _SHOWN if name in newest)
         if text:
             self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(min(done, 1.0) - self._bar.n)

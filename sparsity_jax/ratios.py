@@ -27,18 +27,33 @@ from sparsity_jax import coupling, groups, kernels, masks, originals, tables, tr
 from sparsity_jax.channels import walk
 from sparsity_jax.types import Arrays, PyTree
 
+__all__ = [
+    "Layer",
+    "Layers",
+    "Ratio",
+    "Reading",
+    "Table",
+    "for_speedup",
+    "inherited",
+    "keep_of",
+    "kept_groups",
+    "order",
+    "parse",
+    "places",
+]
+
 Ratio = float | Literal["gap"]
 Table = dict[str, Ratio]
 Reading = Literal["correct", "original"]
 
 # A layer inside a residual block: the named groups are numbers, `shortcut` matches only in layers
 # of the other branch.
-BLOCKS = (
+_BLOCKS = (
     r"(?:.*/)?(?:stage|layer)(?P<stage>\d+)(?:_block|[./])(?P<block>\d+)[./]"
     r"(?P<shortcut>shortcut|downsample)?.*"
 )
-NOTATIONS = "'[0-4:0.5]' (ranges of layers), '[0,0.5,0]' (stages of blocks), or rules on paths"
-RANGE = r"(\d+)(?:\s*-\s*(\d+))?\s*:(.*)"
+_NOTATIONS = "'[0-4:0.5]' (ranges of layers), '[0,0.5,0]' (stages of blocks), or rules on paths"
+_RANGE = r"(\d+)(?:\s*-\s*(\d+))?\s*:(.*)"
 
 
 # Layers -------------------------------------------------------------------------------------------
@@ -88,7 +103,7 @@ class _Branch(NamedTuple):
     shortcut: bool
 
 
-def places(layers: Sequence[str], blocks: str = BLOCKS) -> list[Layer]:
+def places(layers: Sequence[str], blocks: str = _BLOCKS) -> list[Layer]:
     """`layers` (paths in the network's order) with their places in stages and blocks.
 
     blocks: regular expression with the named groups `stage` and `block` (numbers) and maybe
@@ -148,7 +163,7 @@ def parse(
     *,
     granularity: units.Granularity = "filter",
     skip: str | Sequence[str] = "",
-    blocks: str = BLOCKS,
+    blocks: str = _BLOCKS,
     reading: Reading = "correct",
 ) -> Table:
     """The ratio of every layer; see `order` for `layers` and `places` for `blocks` and what a
@@ -180,7 +195,7 @@ def parse(
         elif residual and not ranges:
             table = _by_stage(items, located)
         else:
-            raise tables.ConfigError("", notation, allowed=NOTATIONS)
+            raise tables.ConfigError("", notation, allowed=_NOTATIONS)
     with tables.within("skip"):
         skipped = _skipped(skip, located, residual, reading)
     if reading == "original" and granularity == "weight" and residual:
@@ -202,7 +217,7 @@ def _items(notation: str | Sequence, least: int = 1) -> list:
         if "" in items or inner.startswith("[") != inner.endswith("]"):
             raise tables.ConfigError("", notation, allowed="'[a, b]' or 'a, b'")
     if not isinstance(items, Sequence) or len(items) < least:
-        raise tables.ConfigError("", notation, allowed=NOTATIONS)
+        raise tables.ConfigError("", notation, allowed=_NOTATIONS)
     return list(items)
 
 
@@ -241,7 +256,7 @@ def _by_range(items: Sequence, located: Layers, reading: Reading) -> Table:
     table: Table = dict.fromkeys(paths, 0.0)
     for i, item in enumerate(items):
         with tables.within(f"[{i}]"):
-            match = re.fullmatch(RANGE, str(item))
+            match = re.fullmatch(_RANGE, str(item))
             if not match:
                 raise tables.ConfigError("", item, allowed="'0-4:0.5' or '5:0.5'")
             first = int(match[1])

@@ -34,9 +34,11 @@ from sparsity_jax.ratios import Reading, Table
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, Fields
 
+__all__ = ["STAGES", "Choosing", "Keep", "Layers", "Remove", "kernels_of", "shares_removed"]
+
 Keep = Mapping[str, Any]  # bools by name of layer, True = keep
 Layers = tuple[units.Layer, ...]
-SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
+_SPEEDUP = re.compile(r"(\d+(?:\.\d*)?)x")
 
 
 class Choosing(alone.EachMember):
@@ -102,14 +104,14 @@ class Choosing(alone.EachMember):
                 rules = ((".*", tables.read_text(rules, float)),)
             by_name = trees.match_rules(channels.sizes, rules)
             in_order = {name: by_name[name] for name in channels.sizes}
-            return growing.coupled(channels, train.shapes_of(problem), in_order)
+            return growing.coupled(train.shapes_of(problem), channels, in_order)
 
     def _kernels(self, problem: Problem) -> Layers:
         """Slices, or all weights, of single kernels."""
         table = self._table(problem)
         channels = None
         if self.granularity != "weight":
-            channels = structured.channels_of(problem, "separate")
+            channels = structured.channels_of(problem, branches="separate")
             for _, member in coupling.deciding(channels, "filter"):
                 if member.role == "depthwise":
                     # its filters and channels are those of the layer before
@@ -126,7 +128,7 @@ class Choosing(alone.EachMember):
             with tables.blaming("inherit", self.inherit):
                 return ratios.inherited(there, paths, granularity=self.granularity)
         options = dict(granularity=self.granularity, skip=self.skip, reading=self.reading)
-        target = SPEEDUP.fullmatch(self.ratios) if isinstance(self.ratios, str) else None
+        target = _SPEEDUP.fullmatch(self.ratios) if isinstance(self.ratios, str) else None
         if target is None:
             return ratios.parse(self.ratios, paths, **options)
         if self.granularity != "filter":
@@ -147,7 +149,7 @@ class Choosing(alone.EachMember):
 
     def _there(self, problem: Problem) -> Arrays:
         """The masks of the run in `inherit`, read once and outside of compiled programs."""
-        return problem.once(("there", self.inherit), lambda: masks_there(problem, self.inherit))
+        return problem.once(("there", self.inherit), lambda: _masks_there(problem, self.inherit))
 
     def removed(self, problem: Problem, state: State, keep: Keep) -> State:
         """`state` of one member without the units that `keep` leaves out, nor what is coupled to
@@ -159,7 +161,7 @@ class Choosing(alone.EachMember):
         if self.granularity == "group":
             channels = structured.channels_of(problem)
         else:
-            channels = structured.channels_of(problem, "separate")
+            channels = structured.channels_of(problem, branches="separate")
             by_path = {f"params/{path}": bools for path, bools in keep.items()}
             keep = coupling.by_group(channels, by_path, self.granularity)
         return structured.without(state, channels, keep, kept)
@@ -189,7 +191,7 @@ def kernels_of(problem: Problem) -> list[str]:
     return [path.removeprefix("params/") for path in paths]
 
 
-def masks_there(problem: Problem, workdir: str) -> Arrays:
+def _masks_there(problem: Problem, workdir: str) -> Arrays:
     """The masks of the kernels at the end of a finished run of the same network, by path in the
     params; raises ConfigError unless it holds one.
     """

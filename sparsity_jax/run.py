@@ -17,21 +17,23 @@ from ml_collections import config_flags
 
 from sparsity_jax import lock, stopping, tables
 
-CONFIG = config_flags.DEFINE_config_file(
+__all__ = ["SWEPT", "main", "parse", "swept", "without_sweep"]
+
+_CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "File of the run's config, e.g. configs/quickstart.py or configs/sfw_oneshot.py:arch=vgg16.",
     lock_config=True,
 )
-WORKDIR = flags.DEFINE_string(
+_WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: rows, checkpoints and report; the same continues it."
 )
-DESCRIBE = flags.DEFINE_bool(
+_DESCRIBE = flags.DEFINE_bool(
     "describe",
     False,
     "Print every field of the config: explanation, type, default, value. Nothing runs.",
 )
-LOCK_SECONDS = flags.DEFINE_float(
+_LOCK_SECONDS = flags.DEFINE_float(
     "lock_seconds",
     lock.STALE_SECONDS,
     (
@@ -77,11 +79,11 @@ def without_sweep(argv: list[str]) -> list[str]:
         if match is None:
             rest.append(argument)
         else:
-            SWEPT[match[1]] = value_of(text if equals else next(arguments, ""))
+            SWEPT[match[1]] = _value_of(text if equals else next(arguments, ""))
     return rest
 
 
-def value_of(text: str) -> Any:
+def _value_of(text: str) -> Any:
     """The Python value that `text` is, such as `(0, 1)`, or the text itself."""
     try:
         return ast.literal_eval(text)
@@ -102,7 +104,7 @@ def swept(config: dict, values: dict[str, Any]) -> dict:
     return config
 
 
-def report_unraisable(unraisable: Any) -> None:
+def _report_unraisable(unraisable: Any) -> None:
     """What nobody can catch, but for the echo of a save that failed, once per array: the failure
     itself is told.
     """
@@ -110,7 +112,7 @@ def report_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def check_file() -> None:
+def _check_file() -> None:
     """Ends the process where the file that --config names is not there."""
     name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
     file = f"{name}.py" if variant else name
@@ -119,35 +121,36 @@ def check_file() -> None:
         sys.exit(f"error: --config names {file}, which is not there.{hint}")
 
 
-def be_quiet() -> None:
+def _be_quiet() -> None:
     """Leaves out what libraries report of every file; their failures arrive as exceptions."""
     if not flags.FLAGS["verbosity"].present:
         absl_logging.set_verbosity(absl_logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = report_unraisable
+    sys.unraisablehook = _report_unraisable
 
 
 def main(argv: list[str]) -> None:
+    """The command line, flags read; argv: what is left of it."""
     # not at the top: an exception that a signal raises inside these imports can crash them, see
     # `stopping.listen`
     from sparsity_jax import describe, pipeline, train, workdirs
 
-    workdir = WORKDIR.value or ""
+    workdir = _WORKDIR.value or ""
     if argv[1:]:
         sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
-    if not (workdir or DESCRIBE.value):
-        state = "missing" if WORKDIR.value is None else "empty"
+    if not (workdir or _DESCRIBE.value):
+        state = "missing" if _WORKDIR.value is None else "empty"
         sys.exit(f"error: --workdir is {state}; name a folder.")
-    be_quiet()
-    check_file()
+    _be_quiet()
+    _check_file()
     try:
         stopping.check()
-        config = swept(CONFIG.value.to_dict(), SWEPT)
-        if DESCRIBE.value:
+        config = swept(_CONFIG.value.to_dict(), SWEPT)
+        if _DESCRIBE.value:
             sys.stdout.write(describe.describe(config))
             return
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
-        pipeline.run(config, workdir, command=command, lock_seconds=LOCK_SECONDS.value)
+        pipeline.run(config, workdir, command=command, lock_seconds=_LOCK_SECONDS.value)
     except tables.ConfigError as error:
         sys.exit(f"error: {error}")
     except train.NonFiniteLossError as error:

@@ -11,6 +11,8 @@ from jax import Array
 from sparsity_jax import tables, trees
 from sparsity_jax.types import PyTree
 
+__all__ = ["TrackedState", "of_weights", "track"]
+
 
 def of_weights(
     params: PyTree, grads: PyTree, *, use_l2: bool = False, init: PyTree = None

@@ -28,6 +28,17 @@ from sparsity_jax import batches, coupling, linops, tables, trees
 from sparsity_jax.groups import Member
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = [
+    "AGGREGATES",
+    "MEASURES",
+    "Measure",
+    "Statistics",
+    "class_balanced",
+    "gather",
+    "required",
+    "score",
+]
+
 
 class Statistics(NamedTuple):
     """Trees of arrays, all in the structure of the params; None: not gathered.
@@ -241,11 +252,11 @@ def gather(
 
 
 # what each statistic is gathered from
-SOURCES = dict(g="data", g2="data", hg_grasp="balanced", hg_preserve="balanced", w0="init")
+_SOURCES = dict(g="data", g2="data", hg_grasp="balanced", hg_preserve="balanced", w0="init")
 
 
 def _check_given(needs: tuple[str, ...], given: Fields) -> None:
-    for name, source in SOURCES.items():
+    for name, source in _SOURCES.items():
         if name in needs and given[source] is None:
             raise ValueError(f"{name} cannot be gathered: {source} is missing.")
 

@@ -25,6 +25,8 @@ from sparsity_jax.tables import Options, Range, option
 from sparsity_jax.train import NonFiniteLossError, Problem, State, Update, member_rows
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = ["STAGES", "SfwInit"]
+
 
 @option
 class SfwInit(Stage):
@@ -72,7 +74,7 @@ class SfwInit(Stage):
     def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
         key = (self.together(), place.position)
         axes = (0, 0, 0, None, None)
-        iterate = problem.program(rescaled, self, place.position, key=key, axes=axes)
+        iterate = problem.program(_rescaled, self, place.position, key=key, axes=axes)
         numbers = train.numbers_of(problem, state, place.own)
         begin = problem.once(gradinit.init, lambda: jax.jit(problem.lift(gradinit.init)))
         scales = begin(state.params)
@@ -92,7 +94,7 @@ class SfwInit(Stage):
             yield Update(scaled, rows, i / self.iterations)
 
 
-def rescaled(
+def _rescaled(
     problem: Problem,
     stage: SfwInit,
     position: int,

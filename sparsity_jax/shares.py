@@ -10,6 +10,16 @@ import numpy as np
 from sparsity_jax import masks, originals
 from sparsity_jax.types import Shape
 
+__all__ = [
+    "LAYER_RATIOS",
+    "LayerRatios",
+    "Ratios",
+    "Shapes",
+    "Sizes",
+    "erk_ratios",
+    "kept_of_layers",
+]
+
 LayerRatios = Literal["uniform", "erk", "erk_original"]
 Shapes = Mapping[str, Shape]
 Sizes = Mapping[str, int]
@@ -47,7 +57,7 @@ LAYER_RATIOS: dict[str, Callable] = {
 }
 
 
-def largest_remainders(sizes: Sizes, ratios: Ratios) -> dict[str, int]:
+def _largest_remainders(sizes: Sizes, ratios: Ratios) -> dict[str, int]:
     """How many of each layer's `sizes` stay, so that together as many go as `ratios` ask for,
     rounded once.
 
@@ -69,7 +79,7 @@ def kept_of_layers(
     """How many of each layer's `sizes` stay; options: those of `allocate.keep_counts`."""
     ratios = LAYER_RATIOS[layer_ratios](shapes, ratio)
     if count == "nearest" and layer_ratios != "erk_original":
-        return largest_remainders(sizes, ratios)
+        return _largest_remainders(sizes, ratios)
     if count == "original":
         return {name: originals.kept_of_layer(size, ratios[name]) for name, size in sizes.items()}
     return {name: size - masks.count_of(ratios[name], size) for name, size in sizes.items()}

@@ -12,6 +12,20 @@ import numpy as np
 from sparsity_jax import decoding
 from sparsity_jax.tables import ConfigError
 
+__all__ = [
+    "SETS",
+    "Arrays",
+    "Opened",
+    "Source",
+    "UnreadableError",
+    "array_of",
+    "check_colour",
+    "check_label",
+    "of_arrays",
+    "open_digits",
+    "read_digits",
+]
+
 Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
@@ -34,19 +48,21 @@ class Source(NamedTuple):
 
 
 class Opened(NamedTuple):
+    """A set whose splits can be read, image by image."""
+
     train: Source
     test: Source
     num_classes: int
     channels: int  # 0: decided by the first train image
 
 
-def array_of(payload: Any, name: str, reduced: int = 0, *, upright: bool = False) -> np.ndarray:
+def array_of(payload: Any, name: str, *, reduced: int = 0, upright: bool = False) -> np.ndarray:
     """What a `Source` reads, decoded if it is not yet; see `decoding.decode`. Raises
     UnreadableError for an image that is damaged. name: of it.
     """
     if isinstance(payload, np.ndarray):
         return payload
-    image = decoding.decode(payload, reduced, upright)
+    image = decoding.decode(payload, reduced=reduced, upright=upright)
     if image is None:
         raise UnreadableError(f"{name} {decoding.why_not(payload)}")
     return image
@@ -78,12 +94,12 @@ def of_arrays(train: Arrays, test: Arrays, num_classes: int) -> Opened:
     """
     images, labels = train
     channels = 1 if images.ndim == 3 else images.shape[-1]
-    first = arrays_source(len(labels), lambda: train)
-    second = arrays_source(len(test[1]), lambda: test)
+    first = _arrays_source(len(labels), lambda: train)
+    second = _arrays_source(len(test[1]), lambda: test)
     return Opened(first, second, num_classes, channels)
 
 
-def arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -> Source:
+def _arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -> Source:
     """Pairs of `load()`, the arrays, which are made when they are needed."""
 
     def read(indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
@@ -94,12 +110,13 @@ def arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") ->
 
 
 def open_digits(train_split: str, test_split: str) -> Opened:
+    """The digits inside scikit-learn: the first 1,437 train, the other 360 test."""
     if train_split != "train" or test_split not in ("", "test"):
         raise ConfigError(
             f"'digits' has the splits 'train' and 'test', not {train_split!r} and {test_split!r}."
         )
-    train = arrays_source(1437, lambda: read_digits()[0], "digit")
-    test = arrays_source(360, lambda: read_digits()[1], "digit")
+    train = _arrays_source(1437, lambda: read_digits()[0], "digit")
+    test = _arrays_source(360, lambda: read_digits()[1], "digit")
     return Opened(train, test, num_classes=10, channels=1)
 
 

@@ -30,6 +30,21 @@ from jax.tree_util import tree_leaves, tree_map
 from sparsity_jax import batches, linops, stopping, tables, trees
 from sparsity_jax.types import PyTree
 
+__all__ = [
+    "Product",
+    "Selected",
+    "Taylor",
+    "absolute_sum",
+    "batch_losses",
+    "hessian_product",
+    "linearized",
+    "one_hot",
+    "over_batches",
+    "quantile_entries",
+    "select",
+    "taylor",
+]
+
 Product = Callable[[PyTree, PyTree, PyTree], PyTree]
 
 

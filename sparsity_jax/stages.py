@@ -28,11 +28,24 @@ from sparsity_jax.train import NonFiniteLossError, Problem, State, Update, membe
 from sparsity_jax.trees import check_pattern
 from sparsity_jax.types import Arrays, Fields, MemberRows, PyTree
 
-HUNDREDTHS = (*range(0, 90, 10), *range(90, 100))
-RATIOS = tuple(percent / 100 for percent in HUNDREDTHS)
+__all__ = [
+    "STAGES",
+    "Curve",
+    "Histogram",
+    "Point",
+    "Prune",
+    "Selecting",
+    "check_weights",
+    "magnitude_histogram",
+    "magnitude_thresholds",
+    "on_host",
+]
+
+_HUNDREDTHS = (*range(0, 90, 10), *range(90, 100))
+_RATIOS = tuple(percent / 100 for percent in _HUNDREDTHS)
 
 
-def member_state(problem: Problem, state: State, member: int) -> State:
+def _member_state(problem: Problem, state: State, member: int) -> State:
     """One member's state between two stages."""
     return train.member_of(problem, without_optimizer(state), member)
 
@@ -46,7 +59,7 @@ def check_weights(problem: Problem, state: State) -> None:
     if _all_finite((state.params, state.batch_stats)):
         return
     for member in range(problem.members or 1):
-        own = member_state(problem, state, member)
+        own = _member_state(problem, state, member)
         named = "the network" if problem.members is None else f"member {member}"
         try:
             trees.check_finite(dict(params=own.params, batch_stats=own.batch_stats), named)
@@ -98,7 +111,7 @@ class Selecting(Stage):
     def options(self) -> Fields:
         """The checked options of the selection; raises ConfigError."""
         given = {}
-        for name in SELECTING:
+        for name in _SELECTING:
             value = getattr(self, name)
             if value and name != "selection":
                 given[name] = value
@@ -108,7 +121,7 @@ class Selecting(Stage):
         """Keyword arguments of `allocate.keep_counts` and `keep_masks`."""
         channels = None
         if self.selection == "structured":
-            channels = filters_of(problem)
+            channels = _filters_of(problem)
         return dict(self.options(), selection=self.selection, channels=channels)
 
     def counts(self, problem: Problem, ratio: float) -> PyTree:
@@ -121,7 +134,7 @@ class Selecting(Stage):
         """
         if self.selection != "random":
             position = 0
-        fields = [getattr(self, name) for name in SELECTING]
+        fields = [getattr(self, name) for name in _SELECTING]
         return (*fields, position)
 
     def pruned(self, problem: Problem, position: int) -> Callable:
@@ -139,10 +152,10 @@ class Selecting(Stage):
             self.counts(problem, 0.0)
 
 
-SELECTING = tuple(tables.parameters(Selecting))
+_SELECTING = tuple(tables.parameters(Selecting))
 
 
-def filters_of(problem: Problem) -> Channels:
+def _filters_of(problem: Problem) -> Channels:
     """Channels of the network as a function of its params alone: each side of a residual sum may
     lose its own.
     """
@@ -159,7 +172,7 @@ def filters_of(problem: Problem) -> Channels:
     return problem.once("filters", traced)
 
 
-def pruning(problem: Problem, stage: Selecting, position: int) -> Callable:
+def _pruning(problem: Problem, stage: Selecting, position: int) -> Callable:
     """`prune(state, counts) -> masks` of one member; position: of the stage in the pipeline, for
     random masks.
     """
@@ -175,12 +188,12 @@ def pruning(problem: Problem, stage: Selecting, position: int) -> Callable:
 def _pruned(
     problem: Problem, stage: Selecting, position: int, state: State, counts: PyTree
 ) -> tuple[State, Fields]:
-    kept = pruning(problem, stage, position)(state, counts)
+    kept = _pruning(problem, stage, position)(state, counts)
     state = state._replace(params=masks.apply(state.params, kept), masks=kept)
-    return state, shares(problem, stage, state)
+    return state, _shares(problem, stage, state)
 
 
-def shares(problem: Problem, stage: Selecting, state: State) -> Fields:
+def _shares(problem: Problem, stage: Selecting, state: State) -> Fields:
     """Of one member: num_kept entries of the arrays that may be pruned; shares of zeros: `sparsity`
     in these arrays, `sparsity_all` in all parameters, and `layers` in every kernel, by path; of
     structured selections `channels_removed`, their share.
@@ -189,7 +202,7 @@ def shares(problem: Problem, stage: Selecting, state: State) -> Fields:
     choosable = stage.choosable(state.params)
     kernels = allocate.prunable(state.params, "kernels")
     values = dict(
-        num_kept=number_of(kept.values()),
+        num_kept=_number_of(kept.values()),
         layers={path: masks.sparsity(kernel) for path, kernel in kernels.items()},
         sparsity=masks.sparsity(choosable),
         sparsity_all=masks.sparsity(state.params),
@@ -201,7 +214,7 @@ def shares(problem: Problem, stage: Selecting, state: State) -> Fields:
     return values
 
 
-def number_of(bools: Iterable[Any]) -> Any:
+def _number_of(bools: Iterable[Any]) -> Any:
     """How many entries of the arrays are True."""
     return sum(jnp.sum(array, dtype=jnp.int32) for array in bools)
 
@@ -266,7 +279,7 @@ class Curve(Selecting):
 
     kind: ClassVar[str] = "curve"
     needs: ClassVar[tuple[str, ...]] = ("train",)
-    ratios: tuple[Fraction, ...] = RATIOS
+    ratios: tuple[Fraction, ...] = _RATIOS
     splits: tuple[Literal["test", "train"], ...] = ("test",)
     retrain: str = ""
 
@@ -313,10 +326,10 @@ class Curve(Selecting):
         below = ~takes.all(0) & ~np.isin(left, totals)
         if below.any():
             as_it_is = self.counts(problem, 0.0)
-            points.append(Point(as_it_is, {i: float(gone[i]) for i in where(below)}))
+            points.append(Point(as_it_is, {i: float(gone[i]) for i in _where(below)}))
         for ratio, kept, taken in zip(self.ratios, counts, takes, strict=True):
             if taken.any():
-                points.append(Point(kept, dict.fromkeys(where(taken), ratio)))
+                points.append(Point(kept, dict.fromkeys(_where(taken), ratio)))
         return points
 
     def networks(self, problem: Problem, state: State, place: Place) -> Callable:
@@ -339,7 +352,7 @@ class Curve(Selecting):
                 with train.naming(f"{self.retrain} at ratio {ratio:g}"):
                     for update in epochs:
                         current = without_optimizer(update.state)
-                shares_of = problem.program(shares, self, key=self.selecting(0))
+                shares_of = problem.program(_shares, self, key=self.selecting(0))
                 zeros = shares_of(current)
             return (current.params, current.batch_stats), zeros
 
@@ -374,7 +387,7 @@ class Curve(Selecting):
         return rows
 
 
-def where(chosen: np.ndarray) -> list[int]:
+def _where(chosen: np.ndarray) -> list[int]:
     """Numbers of the members that are chosen."""
     return np.flatnonzero(chosen).tolist()
 
@@ -404,7 +417,7 @@ class Histogram(Stage):
 
 
 def _histogram(problem: Problem, stage: Histogram, params: PyTree) -> Fields:
-    return magnitude_histogram(params, stage.scope, stage.bins)
+    return magnitude_histogram(params, scope=stage.scope, bins=stage.bins)
 
 
 def magnitude_thresholds() -> list[float]:
@@ -418,7 +431,7 @@ def magnitude_thresholds() -> list[float]:
     return thresholds
 
 
-def magnitude_histogram(params: PyTree, scope: allocate.Scope = "all", bins: int = 60) -> Fields:
+def magnitude_histogram(params: PyTree, *, scope: allocate.Scope = "all", bins: int = 60) -> Fields:
     """`count_above` each of `magnitude_thresholds` (strictly), `num_zero`, and `counts` per log10
     bin of `bins`.
     """
@@ -426,7 +439,7 @@ def magnitude_histogram(params: PyTree, scope: allocate.Scope = "all", bins: int
     leaves = [jnp.abs(leaf) for leaf in chosen.values()]
 
     def counts(test: Callable, bounds: Sequence) -> Array:
-        count = lambda bound: number_of(test(leaf, bound) for leaf in leaves)
+        count = lambda bound: _number_of(test(leaf, bound) for leaf in leaves)
         # a loop, so that the program stays small
         return jax.lax.map(count, jnp.asarray(bounds, leaves[0].dtype))
 
@@ -435,7 +448,7 @@ def magnitude_histogram(params: PyTree, scope: allocate.Scope = "all", bins: int
     beyond = counts(lambda leaf, bound: (leaf > 0) & (leaf >= bound), bounds)
     return dict(
         count_above=counts(lambda leaf, bound: leaf > bound, magnitude_thresholds()),
-        num_zero=number_of(leaf == 0 for leaf in leaves),
+        num_zero=_number_of(leaf == 0 for leaf in leaves),
         counts=beyond[:-1] - beyond[1:],
     )
 

@@ -10,6 +10,8 @@ import signal
 import threading
 from typing import Any
 
+__all__ = ["check", "clear", "listen", "request", "requested", "result_of"]
+
 _asked = False  # a plain variable: setting it takes no lock
 
 
@@ -26,6 +28,7 @@ def clear() -> None:
 
 
 def requested() -> bool:
+    """Whether a stop has been asked for."""
     return _asked
 
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 
-# before `close_all` is registered, so that its own end comes after that
+# before `_close_all` is registered, so that its own end comes after that
 import multiprocessing.util
 import os
 import queue
@@ -33,18 +33,38 @@ from sparsity_jax.pixels import fit, resize
 from sparsity_jax.sources import UnreadableError, array_of, check_colour, check_label
 from sparsity_jax.tables import ConfigError
 
-REDUCED = {8: 64, 4: 32, 2: 16}  # OpenCV's flags that decode a JPEG at 1/n of its size
+__all__ = [
+    "ON_DEVICE",
+    "Batch",
+    "Batches",
+    "Box",
+    "Draw",
+    "Example",
+    "ahead",
+    "central_box",
+    "eval_batches",
+    "example",
+    "examples",
+    "image_at",
+    "part",
+    "random_box",
+    "train_batches",
+]
+
+_REDUCED = {8: 64, 4: 32, 2: 16}  # OpenCV's flags that decode a JPEG at 1/n of its size
 ON_DEVICE = 2  # batches that wait on the device
-PATIENCE = 0.5  # seconds between two looks for a request to stop
-SHUFFLED_WHOLE = 50_000  # images up to which every epoch's order is a permutation in memory
-REPLACEMENTS = 100  # images drawn in the place of one that cannot be decoded
-OPEN: "weakref.WeakSet[Generator]" = weakref.WeakSet()  # readers that are not closed
+_PATIENCE = 0.5  # seconds between two looks for a request to stop
+_SHUFFLED_WHOLE = 50_000  # images up to which every epoch's order is a permutation in memory
+_REPLACEMENTS = 100  # images drawn in the place of one that cannot be decoded
+_OPEN: "weakref.WeakSet[Generator]" = weakref.WeakSet()  # readers that are not closed
 Batches = Generator["Batch", None, None]
 Box = tuple[int, int, int, int]  # top, left, height, width
 Draw = Callable[[int, int], Box]  # the part that is used of an image of so many rows and columns
 
 
 class Example(NamedTuple):
+    """One image, decoded by a worker."""
+
     image: np.ndarray  # uint8 [H, W, C]
     label: int  # -1: does not count
     unreadable: str = ""  # the image that should have been here, if it could not be decoded
@@ -86,7 +106,7 @@ def train_batches(
         raise ConfigError("batch_size", batch_size, allowed=f"up to {total}, the images")
     size = total // batch_size * batch_size
     seeds = np.random.SeedSequence(seed).generate_state(epochs).tolist()
-    if total <= SHUFFLED_WHOLE:
+    if total <= _SHUFFLED_WHOLE:
         visit = functools.partial(image_at, total=total, size=size, seeds=seeds)
         order = grain.MapDataset.range(size * epochs).map(visit)
     else:
@@ -101,10 +121,10 @@ def train_batches(
         drawn = example(images, index, draw)
         if drawn.label >= 0:
             return drawn
-        return replacement(images, drawn, draw, [*seed, position, index])
+        return _replacement(images, drawn, draw, [*seed, position, index])
 
     order = order.map_with_index(cropped)[start * batch_size :]
-    return opened(images, order, batch_size, put, lost)
+    return _opened(images, order, batch_size, put, lost)
 
 
 def image_at(position: int, *, total: int, size: int, seeds: Sequence[int]) -> int:
@@ -112,11 +132,11 @@ def image_at(position: int, *, total: int, size: int, seeds: Sequence[int]) -> i
     of all `total`. seeds: of each epoch.
     """
     epoch, at = divmod(position, size)
-    return int(permutation(total, seeds[epoch])[at])
+    return int(_permutation(total, seeds[epoch])[at])
 
 
 @functools.lru_cache(maxsize=4)
-def permutation(total: int, seed: int) -> np.ndarray:
+def _permutation(total: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(total)
 
 
@@ -137,11 +157,11 @@ def eval_batches(
     draw = functools.partial(central_box, options=images.options)
     order = grain.MapDataset.source(indices)
     order = order.map(lambda index: example(images, index, draw))
-    return opened(images, order, batch_size, put)
+    return _opened(images, order, batch_size, put)
 
 
 def examples(
-    images: Stream, indices: Sequence[int], batch_size: int = 256
+    images: Stream, indices: Sequence[int], *, batch_size: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded.
 
@@ -162,37 +182,37 @@ def examples(
 # Reading ------------------------------------------------------------------------------------------
 
 
-def opened(
+def _opened(
     images: Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str] = ()
 ) -> Batches:
-    """`counted`, which is closed with the interpreter if nobody closes it before."""
-    batches = counted(images, order, batch_size, put, lost)
-    OPEN.add(batches)
+    """`_counted`, which is closed with the interpreter if nobody closes it before."""
+    batches = _counted(images, order, batch_size, put, lost)
+    _OPEN.add(batches)
     return batches
 
 
 @atexit.register
-def close_all() -> None:
+def _close_all() -> None:
     """Readers that nobody closed end before the interpreter, which would complain about them."""
-    for batches in list(OPEN):
+    for batches in list(_OPEN):
         batches.close()
 
 
-def counted(
+def _counted(
     images: Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str]
 ) -> Batches:
     """Batches of a grain dataset of examples, until more than the allowed share of the split's
     images are lost.
     """
     names = set(lost)
-    with contextlib.closing(read_ahead(images, order, batch_size, put)) as batches:
+    with contextlib.closing(_read_ahead(images, order, batch_size, put)) as batches:
         for batch in batches:
             names.update(batch.unreadable)
             check_losses(sorted(names), images.shape[0], images.options)
             yield batch
 
 
-def read_ahead(images: Stream, order: Any, batch_size: int, put: Callable) -> Batches:
+def _read_ahead(images: Stream, order: Any, batch_size: int, put: Callable) -> Batches:
     """Batches of a grain dataset of examples, at most `prefetch` of them and 2 + `ON_DEVICE` more
     ahead of their use.
 
@@ -203,9 +223,9 @@ def read_ahead(images: Stream, order: Any, batch_size: int, put: Callable) -> Ba
 
     cv2.setNumThreads(1)  # images are what runs side by side
     workers, prefetch = images.options.workers, images.options.prefetch
-    stack = functools.partial(stack_examples, batch_size)
+    stack = functools.partial(_stack_examples, batch_size)
     if workers > 0:
-        check_main_guard()
+        _check_main_guard()
         if not flags.FLAGS.is_parsed():  # without a command line; grain asks for flags of its own
             flags.FLAGS.mark_as_parsed()
         reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -215,7 +235,7 @@ def read_ahead(images: Stream, order: Any, batch_size: int, put: Callable) -> Ba
         batches = grain.experimental.WithOptionsIterDataset(batches, copied)
         size = math.ceil(prefetch / workers)
         processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=size)
-        batches = batches.mp_prefetch(processes, worker_init_fn=begin_worker)
+        batches = batches.mp_prefetch(processes, worker_init_fn=_begin_worker)
     else:
         threads = usable_cores()
         size = max(threads, prefetch * batch_size)
@@ -237,13 +257,13 @@ def ahead(batches: Any, number: int) -> Generator:
     """
     ready: queue.Queue = queue.Queue(number)
     ended = threading.Event()
-    reader = threading.Thread(target=fill, args=(ready, batches, ended), daemon=True)
+    reader = threading.Thread(target=_fill, args=(ready, batches, ended), daemon=True)
     reader.start()
     try:
         while True:
             stopping.check()
             try:
-                batch, error = ready.get(timeout=PATIENCE)
+                batch, error = ready.get(timeout=_PATIENCE)
             except queue.Empty:
                 continue
             if isinstance(error, StopIteration):
@@ -253,10 +273,10 @@ def ahead(batches: Any, number: int) -> Generator:
             yield batch
     finally:
         ended.set()
-        reader.join(timeout=4 * PATIENCE if stopping.requested() else None)
+        reader.join(timeout=4 * _PATIENCE if stopping.requested() else None)
 
 
-def fill(ready: queue.Queue, batches: Any, ended: threading.Event) -> None:
+def _fill(ready: queue.Queue, batches: Any, ended: threading.Event) -> None:
     """Puts pairs of a batch and None into `ready`, last None and the error that ends them.
 
     Returns soon after `ended` is set.
@@ -270,12 +290,12 @@ def fill(ready: queue.Queue, batches: Any, ended: threading.Event) -> None:
             error = reason
         while not ended.is_set():
             with contextlib.suppress(queue.Full):
-                ready.put((batch, error), timeout=PATIENCE)
+                ready.put((batch, error), timeout=_PATIENCE)
                 break
     batches.close()
 
 
-def check_main_guard() -> None:
+def _check_main_guard() -> None:
     """Raises ConfigError in a process that is only started to read, and runs its script again."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise ConfigError(
@@ -284,7 +304,7 @@ def check_main_guard() -> None:
         )
 
 
-def stack_examples(batch_size: int, examples: Sequence[Example]) -> Batch:
+def _stack_examples(batch_size: int, examples: Sequence[Example]) -> Batch:
     """The examples as one batch, filled up to `batch_size` with black images."""
     images = np.zeros((batch_size, *examples[0].image.shape), np.uint8)
     labels = np.full(batch_size, -1, np.int32)
@@ -297,7 +317,7 @@ def stack_examples(batch_size: int, examples: Sequence[Example]) -> Batch:
     return Batch(images, labels, tuple(unreadable))
 
 
-def begin_worker(index: int, count: int) -> None:
+def _begin_worker(index: int, count: int) -> None:
     """A reading process ends with the one that started it, even when that is killed."""
     del index, count
     cv2.setNumThreads(1)
@@ -337,14 +357,14 @@ def example(images: Stream, index: int, draw: Draw) -> Example:
     return Example(fit(image, 0, channels), label)
 
 
-def replacement(images: Stream, lost: Example, draw: Draw, seed: Sequence[int]) -> Example:
+def _replacement(images: Stream, lost: Example, draw: Draw, seed: Sequence[int]) -> Example:
     """A random image of the split in the place of a lost one, which alone counts as unreadable."""
-    for index in np.random.default_rng(seed).integers(images.shape[0], size=REPLACEMENTS):
+    for index in np.random.default_rng(seed).integers(images.shape[0], size=_REPLACEMENTS):
         other = example(images, int(index), draw)
         if other.label >= 0:
             return other._replace(unreadable=lost.unreadable)
     raise ConfigError(
-        f"{lost.unreadable} cannot be decoded, nor can {REPLACEMENTS} other images of its "
+        f"{lost.unreadable} cannot be decoded, nor can {_REPLACEMENTS} other images of its "
         "split drawn instead."
     )
 
@@ -365,9 +385,9 @@ def part(
         if upright and decoding.orientation(payload) >= 5:
             shape = shape[::-1]
         box = draw(*shape)
-        enough = [factor for factor in REDUCED if min(box[2:]) >= factor * size]
+        enough = [factor for factor in _REDUCED if min(box[2:]) >= factor * size]
         factor = max(enough, default=1)
-    image = array_of(payload, name, REDUCED.get(factor, 0), upright=upright)
+    image = array_of(payload, name, reduced=_REDUCED.get(factor, 0), upright=upright)
     top, left, height, width = box or draw(*image.shape[:2])
     rows = slice(round(top / factor), round((top + height) / factor))
     columns = slice(round(left / factor), round((left + width) / factor))
@@ -378,10 +398,10 @@ def central_box(height: int, width: int, options: Options) -> Box:
     """What stays of an image resized to the shorter side `resize_size` and cut to its centre."""
     share = options.image_size / options.resize_size if options.resize_size else 7 / 8
     side = max(1, round(share * min(height, width)))
-    return centred(height, width, side, side)
+    return _centred(height, width, side, side)
 
 
-def centred(height: int, width: int, rows: int, columns: int) -> Box:
+def _centred(height: int, width: int, rows: int, columns: int) -> Box:
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
@@ -401,4 +421,4 @@ def random_box(rng: np.random.Generator, height: int, width: int, options: Optio
             return int(top), int(left), h, w
     h = max(1, min(height, round(width / low)))
     w = max(1, min(width, round(height * high)))
-    return centred(height, width, h, w)
+    return _centred(height, width, h, w)

@@ -13,10 +13,12 @@ from sparsity_jax.groups import Channels
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import PyTree
 
+__all__ = ["Keep", "channels_of", "traceable", "variables_of", "without"]
+
 Keep = Mapping[str, Any]  # bools by name of group, True = kept
 
 
-def channels_of(problem: Problem, branches: groups.Branches = "tied") -> Channels:
+def channels_of(problem: Problem, *, branches: groups.Branches = "tied") -> Channels:
     """The channel groups of the run's network."""
     key = ("channels", branches)
     return problem.once(key, lambda: groups.trace(*traceable(problem), branches=branches))

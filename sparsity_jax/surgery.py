@@ -19,6 +19,8 @@ from jax import Array
 from sparsity_jax import groups, kernels, masks, tables, trees
 from sparsity_jax.types import PyTree
 
+__all__ = ["METHODS", "add_noise", "normal", "orthogonal", "reinitialize"]
+
 
 def normal(key: Array, mask: Array, dtype: Any) -> Array:
     """N(0, 2 / fan_in), which is right for ReLU. mask: [..., in, out].

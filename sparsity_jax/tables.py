@@ -18,8 +18,43 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+__all__ = [
+    "NOT_GIVEN",
+    "ConfigError",
+    "Count",
+    "Fraction",
+    "Index",
+    "Kind",
+    "Named",
+    "NonNegative",
+    "Options",
+    "Positive",
+    "Range",
+    "Seed",
+    "Share",
+    "blaming",
+    "check_memory",
+    "check_options",
+    "closest",
+    "convert",
+    "defaults",
+    "describe",
+    "entry",
+    "host_memory",
+    "joined",
+    "lookup",
+    "named_options",
+    "nearest",
+    "option",
+    "options",
+    "parameters",
+    "read_text",
+    "shortened",
+    "within",
+]
+
 Kind = typing.TypeVar("Kind")
-NO_DEFAULT = inspect.Parameter.empty
+_NO_DEFAULT = inspect.Parameter.empty
 NOT_GIVEN = ...  # no value, for None is one; survives pickling
 
 
@@ -181,7 +216,7 @@ class Options(dict):
         return hash(json.dumps(self, sort_keys=True))
 
 
-SMALLEST, LARGEST = 1.2e-38, 3.4e38  # what float32 holds without loss
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # what float32 holds without loss
 
 
 def host_memory() -> float:
@@ -234,7 +269,7 @@ def parameters(function: Callable) -> dict[str, inspect.Parameter]:
 def defaults(function: Callable) -> dict[str, Any]:
     """The options of `function` that have a default, with it."""
     every = {name: parameter.default for name, parameter in parameters(function).items()}
-    return {name: value for name, value in every.items() if value is not NO_DEFAULT}
+    return {name: value for name, value in every.items() if value is not _NO_DEFAULT}
 
 
 def options(table: Mapping[str, Callable], /, name: str, **chosen: Any) -> dict[str, Any]:
@@ -261,7 +296,7 @@ def check_options(
         if name not in known:
             raise ConfigError("", name, verb="has no field", known={*known, *also})
     for name in known:
-        if known[name].default is NO_DEFAULT and name not in options:
+        if known[name].default is _NO_DEFAULT and name not in options:
             raise ConfigError(name, why="is missing", allowed=describe(hints.get(name, Any)))
     return {name: convert(value, hints.get(name, Any), name) for name, value in options.items()}
 
@@ -308,7 +343,7 @@ def _converted(value: Any, hint: Any) -> Any:
         return value
     if origin is Annotated:
         return _in_ranges(value, hint)
-    if origin in UNIONS:
+    if origin in _UNIONS:
         return _as_one_of(value, hint)
     if origin is Literal:
         for literal in arguments:
@@ -327,12 +362,12 @@ def _wrong_type(value: Any, hint: Any) -> ConfigError:
 
 def _as_plain(value: Any, kind: Any, hint: Any) -> Any:
     """A value of the class `kind`; hint: what an error tells."""
-    accepted, make = ACCEPTED.get(kind, (kind, None))
+    accepted, make = _ACCEPTED.get(kind, (kind, None))
     known = isinstance(accepted, (type, tuple)) and isinstance(value, accepted)
     if not known or (isinstance(value, bool) and kind is not bool):
         raise _wrong_type(value, hint)
-    if kind is float and value and not SMALLEST <= abs(value) <= LARGEST:
-        allowed = f"a finite number, 0 or {SMALLEST} to {LARGEST} in size"
+    if kind is float and value and not _SMALLEST <= abs(value) <= _LARGEST:
+        allowed = f"a finite number, 0 or {_SMALLEST} to {_LARGEST} in size"
         raise ConfigError("", value, allowed=allowed)
     if kind is str and not value.isprintable():
         raise ConfigError("", value, allowed="text of one line that can be printed")
@@ -368,9 +403,9 @@ def _as_tuple(value: Any, hint: Any) -> tuple:
     return tuple(convert(item, kind, f"[{i}]") for i, (item, kind) in enumerate(zip(value, kinds)))
 
 
-UNIONS = (typing.Union, types.UnionType)
+_UNIONS = (typing.Union, types.UnionType)
 # what a class of options takes as a value of a class, and makes of it
-ACCEPTED: dict[Any, tuple[Any, Any]] = {
+_ACCEPTED: dict[Any, tuple[Any, Any]] = {
     float: ((int, float), float),
     dict: (Mapping, Options),
     Mapping: (Mapping, Options),
@@ -390,7 +425,7 @@ def describe(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return " ".join([describe(arguments[0]), *map(str, arguments[1:])])
-    if origin in UNIONS:
+    if origin in _UNIONS:
         return " | ".join(map(describe, arguments))
     if origin is Literal:
         return " | ".join(map(repr, arguments))

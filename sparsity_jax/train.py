@@ -38,6 +38,49 @@ from sparsity_jax.interface import Carried, Place
 from sparsity_jax.tables import ConfigError, lookup, within
 from sparsity_jax.types import Fields, MemberRows, PyTree
 
+__all__ = [
+    "TRACKERS",
+    "Calls",
+    "Fit",
+    "Measured",
+    "Metrics",
+    "Network",
+    "NonFiniteLossError",
+    "Problem",
+    "State",
+    "Update",
+    "arrays",
+    "begin",
+    "begin_members",
+    "build_problem",
+    "check_batch",
+    "check_finite",
+    "check_memory",
+    "check_recipe",
+    "convolves",
+    "create_state",
+    "evaluate",
+    "evaluation",
+    "fit_epochs",
+    "initial_state",
+    "initial_variables",
+    "key_of",
+    "measure",
+    "measure_all",
+    "member_of",
+    "member_rows",
+    "naming",
+    "no_metrics",
+    "no_tracker",
+    "numbers_of",
+    "saliency_tracker",
+    "shapes_of",
+    "stage_key",
+    "step_on_batch",
+    "steps_in_memory",
+    "steps_per_call",
+]
+
 
 class Metrics(NamedTuple):
     """Sums over the steps of an epoch so far. bad_step: first step with a non-finite loss, -1 while
@@ -259,7 +302,7 @@ def shapes_of(problem: Problem) -> PyTree:
     return problem.once("shapes", lambda: eval_shape(problem.init, random.key(0))["params"])
 
 
-def convolves(params: PyTree, stacked: bool = False) -> bool:
+def convolves(params: PyTree, *, stacked: bool = False) -> bool:
     """Whether some kernel is a convolution's. stacked: params have a leading axis of members."""
     leaves = trees.named_leaves(params).items()
     return any(trees.is_kernel(path) and leaf.ndim - stacked > 2 for path, leaf in leaves)
@@ -287,6 +330,7 @@ def stage_key(key: Array, position: int) -> Array:
 
 
 def no_metrics() -> Metrics:
+    """Sums over no step."""
     none = jnp.zeros((), jnp.int32)
     return Metrics(jnp.zeros(()), none, none, none - 1)
 
@@ -541,7 +585,7 @@ def numbers_of(problem: Problem, state: State, stages: Sequence[Any]) -> Fields:
         measured = jax.device_get(problem.program(_initial_norms)(state.key))
         norms = [member_of(problem, measured, i) for i in range(len(recipes))]
         if any(recipe.norms == "per_shape" for recipe in recipes):
-            order = problem.once("network order", lambda: network_order(problem))
+            order = problem.once("network order", lambda: _network_order(problem))
     numbers = [
         optim.numbers(recipe, shapes, norm, order)
         for recipe, norm in zip(recipes, norms, strict=True)
@@ -561,7 +605,7 @@ def member_of(problem: Problem, tree: PyTree, member: int) -> PyTree:
     return tree if problem.members is None else jax.tree.map(lambda leaf: leaf[member], tree)
 
 
-def network_order(problem: Problem) -> list[str]:
+def _network_order(problem: Problem) -> list[str]:
     """Paths of the params in the network's order; nothing is computed."""
     variables = eval_shape(problem.init, random.key(0))
     image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
@@ -642,7 +686,7 @@ def steps_in_memory(
     return lax.scan(step, state, None, size)[0]
 
 
-def donated() -> Fields:
+def _donated() -> Fields:
     """Options of `jax.jit` by which a step takes over the memory of its state; on CPU that costs
     copies.
     """
@@ -657,7 +701,7 @@ def steps_per_call(problem: Problem, state: State, steps_per_epoch: int) -> int:
     """
     size = problem.steps_per_call
     if not size:
-        convolutions = convolves(state.params, problem.members is not None)
+        convolutions = convolves(state.params, stacked=problem.members is not None)
         size = 1 if convolutions and jax.default_backend() == "cpu" else steps_per_epoch
     return min(size, steps_per_epoch)
 
@@ -688,9 +732,9 @@ def fit_epochs(
     started = time.perf_counter() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
     met = [row for row in rows if "unreadable" in row and "epoch" not in row]
     if problem.streamed:
-        calls = calls_on_stream(problem, state, fit, numbers, position, names_in(met))
+        calls = _calls_on_stream(problem, state, fit, numbers, position, _names_in(met))
     else:
-        calls = calls_in_memory(problem, state, fit, numbers, position)
+        calls = _calls_in_memory(problem, state, fit, numbers, position)
     with closing(calls):
         for state, step, unreadable in calls:
             new = interface.rows_per_member(problem)
@@ -700,28 +744,28 @@ def fit_epochs(
                 new[0].append(row)
             if step % spe == 0:
                 check_finite(state, spe)
-                lost = names_in(row for row in met if row["step"] > step - spe)
+                lost = _names_in(row for row in met if row["step"] > step - spe)
                 seconds = time.perf_counter() - started
                 for own, (row,) in zip(
-                    new, epoch_rows(problem, state, fit, step, seconds, lost), strict=True
+                    new, _epoch_rows(problem, state, fit, step, seconds, lost), strict=True
                 ):
                     own.append(row)
             yield Update(state, new, step / (fit.epochs * spe))
 
 
-def names_in(rows: Iterable[dict]) -> list[str]:
+def _names_in(rows: Iterable[dict]) -> list[str]:
     """The unreadable images that rows name."""
     return [name for row in rows for name in row["unreadable_images"]]
 
 
-def calls_in_memory(
+def _calls_in_memory(
     problem: Problem, state: State, fit: Fit, numbers: Fields, position: int
 ) -> Calls:
     """Training on data in memory: several steps per call, a new order of the examples per epoch."""
     spe = fit.steps_per_epoch(problem)
     logged = fit.growth.log_every if fit.growth else spe
     most = steps_per_call(problem, state, spe)
-    new_order = problem.program(shuffled, axes=(0, None, None))
+    new_order = problem.program(_shuffled, axes=(0, None, None))
     order, step = None, int(np.ravel(state.step)[0])
     while step < fit.epochs * spe:
         stopping.check()
@@ -736,20 +780,20 @@ def calls_in_memory(
             size,
             key=(fit.program(), size),
             axes=(0, 0, 0, None, None, None),
-            **donated(),
+            **_donated(),
         )
         state = call(state, numbers, order, position, problem.train_images, problem.train_labels)
         step += size
         yield state, step, ()
 
 
-def shuffled(problem: Problem, key: Array, position: int, epoch: int) -> Array:
+def _shuffled(problem: Problem, key: Array, position: int, epoch: int) -> Array:
     """The order of the examples in an epoch of one member."""
     key = random.fold_in(stage_key(key, position), 2**31 - 1 - epoch)
     return random.permutation(key, problem.size("train"))
 
 
-def calls_on_stream(
+def _calls_on_stream(
     problem: Problem, state: State, fit: Fit, numbers: Fields, position: int, lost: Sequence[str]
 ) -> Calls:
     """Training on streamed data: one step per call, on a batch that was read ahead.
@@ -757,7 +801,7 @@ def calls_on_stream(
     lost: images that were unreadable before.
     """
     step = int(state.step)
-    call = problem.program(step_on_batch, fit, key=fit.program(), **donated())
+    call = problem.program(step_on_batch, fit, key=fit.program(), **_donated())
     batches = stream.train_batches(
         problem.dataset.train.images,
         [*np.asarray(state.key).tolist(), position],
@@ -792,7 +836,7 @@ def check_finite(state: State, steps_per_epoch: int) -> None:
 # Rows and evaluation ------------------------------------------------------------------------------
 
 
-def epoch_rows(
+def _epoch_rows(
     problem: Problem, state: State, fit: Fit, step: int, seconds: float, lost: Sequence[str]
 ) -> MemberRows:
     """One row per member after `step`, the last one of an epoch. lost: its unreadable images."""
@@ -828,7 +872,7 @@ def member_rows(problem: Problem, values: Fields, **common: Any) -> MemberRows:
     return rows
 
 
-def batch_sums(
+def _batch_sums(
     problem: Problem, params: PyTree, batch_stats: PyTree, images: Array, labels: Array
 ) -> tuple[Array, Array]:
     """(sum of losses, number of right ones) where the label is not -1."""
@@ -849,7 +893,7 @@ def evaluation(
         index = start + jnp.arange(batch)
         inside = jnp.minimum(index, size - 1)
         counted = jnp.where(index < size, labels[inside], -1)
-        sums = batch_sums(problem, params, batch_stats, images[inside], counted)
+        sums = _batch_sums(problem, params, batch_stats, images[inside], counted)
         return jax.tree.map(jnp.add, total, sums), None
 
     zero = (jnp.zeros(()), jnp.zeros((), jnp.int32))
@@ -873,13 +917,13 @@ Network = tuple[PyTree, PyTree]  # params and batch_stats
 def measure_all(problem: Problem, networks: Sequence[Network], split: str) -> list[Measured]:
     """Mean cross-entropy in nats and accuracy of each network on a split; a stream is read once."""
     if problem.streamed:
-        return measure_on_stream(problem, networks, split)
+        return _measure_on_stream(problem, networks, split)
     evaluate = problem.program(evaluation, split, axes=(0, 0, None, None))
     return [Measured(*evaluate(*network, *arrays(problem, split))) for network in networks]
 
 
-def measure_on_stream(problem: Problem, networks: Sequence[Network], split: str) -> list[Measured]:
-    sums = problem.program(batch_sums)
+def _measure_on_stream(problem: Problem, networks: Sequence[Network], split: str) -> list[Measured]:
+    sums = problem.program(_batch_sums)
     totals: list[tuple] = [(0.0, 0)] * len(networks)
     unreadable: list[str] = []
     with closing(problem.batches(split)) as batches:

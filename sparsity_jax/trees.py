@@ -23,6 +23,35 @@ from sparsity_jax import tables
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import PyTree
 
+__all__ = [
+    "absolute_sum",
+    "aligned",
+    "check_finite",
+    "check_parameters",
+    "check_pattern",
+    "division",
+    "dot",
+    "fold",
+    "fold_sum",
+    "gathered",
+    "is_kernel",
+    "last_name",
+    "map_named",
+    "match_rules",
+    "matching",
+    "named_leaves",
+    "norm",
+    "norm_along",
+    "path_name",
+    "plain_leaves",
+    "plain_path",
+    "sample",
+    "scale_of",
+    "size",
+    "varying_like",
+    "widen",
+]
+
 
 def path_name(path: Sequence) -> str:
     """A key path of `jax.tree_util` as text, e.g. `stage1_block0/conv1/kernel`."""
@@ -30,7 +59,7 @@ def path_name(path: Sequence) -> str:
 
 
 def named_leaves(
-    tree: PyTree, name_of: Callable = path_name, is_leaf: Callable | None = None
+    tree: PyTree, *, name_of: Callable = path_name, is_leaf: Callable | None = None
 ) -> dict[str, Any]:
     """Leaves of `tree` by path, in flattening order; raises ValueError for two of the same path."""
     leaves: dict[str, Any] = {}
@@ -57,12 +86,12 @@ def plain_path(path: Sequence) -> str:
     return path_name(path)
 
 
-def plain_leaves(tree: PyTree, is_leaf: Callable | None = None) -> dict[str, Any]:
+def plain_leaves(tree: PyTree, *, is_leaf: Callable | None = None) -> dict[str, Any]:
     """Leaves of `tree` by `plain_path`; raises as `named_leaves`."""
-    return named_leaves(tree, plain_path, is_leaf)
+    return named_leaves(tree, name_of=plain_path, is_leaf=is_leaf)
 
 
-def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = None) -> PyTree:
+def aligned(tree: PyTree, like: PyTree, what: str, *, is_leaf: Callable | None = None) -> PyTree:
     """`tree` in the structure of `like`: its leaves by their plain paths, where the structures
     differ.
 
@@ -75,8 +104,8 @@ def aligned(tree: PyTree, like: PyTree, what: str, is_leaf: Callable | None = No
     structure: Any = tree_structure(tree, is_leaf=is_leaf)
     if structure == tree_structure(like):
         return tree
-    given = plain_leaves(tree, is_leaf)
-    wanted = plain_leaves(like, _is_hidden)
+    given = plain_leaves(tree, is_leaf=is_leaf)
+    wanted = plain_leaves(like, is_leaf=_is_hidden)
     hidden = {path: leaf for path, leaf in wanted.items() if _is_hidden(leaf)}
     leaves = {**given, **hidden}
     wrong = [f"no entry for {path!r}" for path in wanted if path not in leaves]

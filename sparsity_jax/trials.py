@@ -30,6 +30,8 @@ from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = ["STAGES", "Jacobian", "Noise", "Oracle", "Reinit"]
+
 # oracle -------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@ from sparsity_jax.train import NonFiniteLossError, State
 from sparsity_jax.types import Config, Fields, Rows
 from sparsity_jax.workdirs import say
 
+__all__ = ["RunPlan", "gathered", "run_all"]
+
 RunPlan = Callable[[Plan, Path, Fields], tuple[State, Rows]]
 
 
@@ -32,33 +34,33 @@ def run_all(
         folder = workdir / f"member_{first:03d}"
         start = building.origin_of(plan, len(every))
         plan = plan._replace(common={**plan.common, "start_from": start})
-        own_config = config_of(plan, config)
+        own_config = _config_of(plan, config)
         workdirs.claim(folder, own_config)
-        say(f"{plan.name} ({first + 1} of {number}): {swept_in(plan)}")
+        say(f"{plan.name} ({first + 1} of {number}): {_swept_in(plan)}")
         try:
             state, new = run_plan(plan, folder, own_config)
         except NonFiniteLossError as error:
             diverged.append(f"{plan.name}: {error}")
             new = report.read_rows(folder / report.METRICS)
-        rows += renumbered(new, first)
+        rows += _renumbered(new, first)
         Writer(workdir, rows).close()
     return state, rows, diverged
 
 
-def swept_in(plan: Plan) -> str:
+def _swept_in(plan: Plan) -> str:
     """The swept values of a plan's members, for the terminal."""
     text = lambda member: ", ".join(f"{name}={value}" for name, value in member.swept.items())
     return "; ".join(map(text, plan.members))
 
 
-def renumbered(rows: Rows, first: int) -> Rows:
+def _renumbered(rows: Rows, first: int) -> Rows:
     """Rows of members that ran by themselves, numbered as those of the whole run from `first`
     on.
     """
     return [{**row, "member": first + row["member"]} for row in rows]
 
 
-def config_of(plan: Plan, config: Config) -> Fields:
+def _config_of(plan: Plan, config: Config) -> Fields:
     """The config of one separate plan; of a single member it makes the same network alone, in
     whatever folder.
     """
@@ -80,6 +82,6 @@ def gathered(snapshots: list[workdirs.Snapshot], workdir: Path) -> Rows:
         own, folder = snapshot.progress.rows, snapshot.folder.parent.parent
         if folder != workdir:
             Writer(folder, own).close()
-            own = renumbered(own, int(folder.name.removeprefix("member_")))
+            own = _renumbered(own, int(folder.name.removeprefix("member_")))
         rows += own
     return rows

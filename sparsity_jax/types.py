@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["AnyPath", "Arrays", "Config", "Fields", "MemberRows", "PyTree", "Row", "Rows", "Shape"]
+
 PyTree = Any
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]  # settings by name, as a config file holds them

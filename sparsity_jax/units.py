@@ -27,6 +27,25 @@ from jax import Array
 from sparsity_jax import trees
 from sparsity_jax.types import PyTree, Shape
 
+__all__ = [
+    "Granularity",
+    "Keep",
+    "Layer",
+    "Leaves",
+    "Part",
+    "Parts",
+    "Sliced",
+    "absolute_sums",
+    "entries",
+    "entries_left",
+    "mean_magnitudes",
+    "of_kernel",
+    "parts_by_path",
+    "spread",
+    "spread_mask",
+    "without",
+]
+
 Keep = dict[str, Array]  # bools by name of layer, True = keep
 Granularity = Literal["filter", "channel", "weight"]
 Sliced = Literal["filter", "channel"]

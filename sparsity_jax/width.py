@@ -38,11 +38,32 @@ from numpy.typing import ArrayLike
 from sparsity_jax import linops, originals, tables, trees
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = [
+    "OPERATORS",
+    "Count",
+    "Distances",
+    "History",
+    "Operator",
+    "Prediction",
+    "Scope",
+    "absolute_enclosure",
+    "distances",
+    "enclosure",
+    "epsilon",
+    "epsilon_draws",
+    "history",
+    "negative_mass",
+    "predict",
+    "predict_on_grid",
+    "predict_probes",
+    "ratio",
+]
+
 Scope = Literal["kernels", "all"]
 Count = Literal["nearest", "original", "linear"]
 Operator = Literal["symmetric", "semidefinite", "squared"]
 
-NEGATIVE = {"absolute": np.abs, "clip": lambda values: np.maximum(values, 0.0)}
+_NEGATIVE = {"absolute": np.abs, "clip": lambda values: np.maximum(values, 0.0)}
 
 
 class _Spectrum(NamedTuple):
@@ -109,7 +130,7 @@ def _spectrum(
             f"zero_share is {zero_share}; allowed: 0 to 1, the share of directions without "
             "curvature."
         )
-    curvature = tables.lookup(NEGATIVE, negative, "negative")(values)
+    curvature = tables.lookup(_NEGATIVE, negative, "negative")(values)
     weights = weights * ((1 - zero_share) / len(weights))
     flat = zero_share + float(weights[curvature == 0].sum())
     curved = (curvature > 0) & (weights > 0)
@@ -187,7 +208,7 @@ class Distances(NamedTuple):
         ratios = np.asarray(ratio, float)
         if not ((ratios >= 0) & (ratios <= 1)).all():
             raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
-        square_of = tables.lookup(COUNTS, count, "count")
+        square_of = tables.lookup(_COUNTS, count, "count")
         return np.sqrt(square_of(self, ratios))[()]
 
 
@@ -204,7 +225,7 @@ def _linear_square(distances: Distances, ratios: ndarray) -> ndarray:
     return below + (removed - whole) * (above - below)
 
 
-COUNTS = {
+_COUNTS = {
     "nearest": _nearest_square,
     "original": originals.square_distances,
     "linear": _linear_square,

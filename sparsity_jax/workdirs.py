@@ -10,22 +10,40 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tqdm
 
 import sparsity_jax
-from sparsity_jax import intact
+from sparsity_jax import intact, versions
 from sparsity_jax.intact import DamagedError
-from sparsity_jax.tables import ConfigError, joined
+from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import AnyPath, Config, Fields, Rows
+from sparsity_jax.versions import ENVIRONMENT
+
+__all__ = [
+    "ENVIRONMENT",
+    "FOLDER",
+    "PROGRESS",
+    "STATE",
+    "Progress",
+    "Snapshot",
+    "behind",
+    "check_path",
+    "claim",
+    "holds_run",
+    "is_finished",
+    "member_folders",
+    "newest",
+    "numbers_in",
+    "read",
+    "read_config",
+    "refuse_other",
+    "say",
+]
 
 FOLDER, STATE, PROGRESS = "checkpoints", "state", "progress.json"
-ENVIRONMENT = "environment.json"
-FIRST_VERSION = "0.1.0"  # which did not say so
-ABSENT = object()  # in the place of a field that is not there
-LONGEST = 100  # characters of a value in a refusal
-UNREADABLE = r"[\[\]\\]|:/"  # in paths: orbax's reader takes them for patterns or addresses
+_UNREADABLE = r"[\[\]\\]|:/"  # in paths: orbax's reader takes them for patterns or addresses
 
 
 def say(message: str) -> None:
@@ -138,7 +156,7 @@ def member_folders(workdir: AnyPath) -> list[Path]:
 def check_path(workdir: AnyPath) -> None:
     """Raises ConfigError for a path under which checkpoints could not be read."""
     path = Path(workdir).absolute()
-    if re.search(UNREADABLE, f"{path}/"):
+    if re.search(_UNREADABLE, f"{path}/"):
         raise ConfigError(
             f"--workdir is {path}; allowed: paths without [, ], backslash, or a name that ends in "
             "a colon."
@@ -167,12 +185,12 @@ def refuse_other(workdir: AnyPath, config: Config) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"{workdir} is a file; use another --workdir.")
     if holds_run(workdir):
-        differing = told_differences(read_config(workdir), config, "config")
+        differing = versions.told_differences(read_config(workdir), config, "config")
         if differing:
             raise ConfigError(
                 f"{workdir} holds a run of another config; use another --workdir.\n{differing}"
             )
-        version = version_of(workdir)
+        version = versions.version_of(workdir)
         if version != sparsity_jax.__version__:
             raise ConfigError(
                 "--workdir",
@@ -188,31 +206,6 @@ def holds_run(workdir: AnyPath) -> bool:
     return (workdir / "config.json").is_file() or bool(numbers_in(workdir / FOLDER))
 
 
-def version_of(workdir: AnyPath) -> str:
-    """The version of this library that the run in `workdir` was made with last, e.g. `0.2.0`.
-
-    This one where there is no readable environment.json, as before a run's first row.
-    """
-    try:
-        told = intact.read_object(Path(workdir) / ENVIRONMENT).get("sparsity_jax", FIRST_VERSION)
-    except (OSError, DamagedError):
-        told = ""
-    version = re.search(r"\d+(\.\d+)*$", str(told))  # of "0.1.0, then 0.2.0" the last
-    return version[0] if version else sparsity_jax.__version__
-
-
-def check_version(workdir: AnyPath) -> None:
-    """Raises ConfigError for a run of a later version than this one."""
-    numbers = lambda version: [int(number) for number in version.split(".")]
-    theirs, ours = version_of(workdir), sparsity_jax.__version__
-    if numbers(theirs) > numbers(ours):
-        raise ConfigError(
-            str(workdir),
-            why=f"is a run of sparsity_jax {theirs}, which that version reads",
-            allowed=f"runs of {ours} and before",
-        )
-
-
 def read_config(workdir: AnyPath) -> Fields:
     """The config of the run in `workdir`: of config.json, or where that is damaged, aloud, of the
     newest checkpoint.
@@ -220,11 +213,11 @@ def read_config(workdir: AnyPath) -> Fields:
     Raises ConfigError for a file that holds none, or not the one that was written, and for a run of
     a later version.
     """
-    check_version(workdir)
+    versions.check_version(workdir)
     path = Path(workdir) / "config.json"
     config: Fields = {}
     try:
-        config = upgraded(intact.read_object(path))
+        config = versions.upgraded(intact.read_object(path))
         damage = "is not as it was written (its checksum differs)"
         problem = f"{path} {damage}" if intact.is_changed(path) else ""
     except FileNotFoundError:
@@ -236,54 +229,6 @@ def read_config(workdir: AnyPath) -> Fields:
     saved = newest(workdir)
     if saved is None:
         raise ConfigError(f"{problem}; use another folder.")
-    if upgraded(saved.config) != config:
+    if versions.upgraded(saved.config) != config:
         say(f"{problem}; the config of the newest checkpoint is used")
-    return upgraded(saved.config)
-
-
-def upgraded(config: Fields) -> Fields:
-    """A config as this version has it: in 0.1.0 `arms`, `arm` and `sweep_mode` stood beside
-    `sweep`.
-    """
-    if "sweep_mode" not in config:
-        return config
-    older = {"arm": "", "arms": {}, **config}
-    mode, arm, arms = (older.pop(name) for name in ("sweep_mode", "arm", "arms"))
-    sweep = dict(older.get("sweep", {}))
-    if mode != "auto":
-        sweep["mode"] = mode
-    if arm or "arm" in sweep:
-        sweep = {"arm": [arm], "arms": arms, **sweep}
-    return {**older, "sweep": sweep}
-
-
-def told_differences(there: Any, here: Any, path: str) -> str:
-    """One line per field that differs; a long value is cut."""
-    lines = []
-    for name, old, new in differences(there, as_saved(here), path):
-        lines.append(f"  {name}: {told(old)} there, {told(new)} now")
-    return "\n".join(lines)
-
-
-def told(value: Any) -> str:
-    """A value of a config as JSON, cut where it is long."""
-    text = "absent" if value is ABSENT else json.dumps(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
-
-
-def as_saved(value: Any) -> Any:
-    """A config as a file gives it back: tuples become lists."""
-    return json.loads(json.dumps(value))
-
-
-def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(field, value in first, value in second) of every field that differs."""
-    if first == second:
-        return []
-    if not (isinstance(first, dict) and isinstance(second, dict)):
-        return [(path, first, second)]
-    fields = []
-    for name in sorted({*first, *second}):
-        old, new = first.get(name, ABSENT), second.get(name, ABSENT)
-        fields += differences(old, new, joined(path, name))
-    return fields
+    return versions.upgraded(saved.config)

@@ -192,7 +192,7 @@ def test_cap_of_the_original(golden, case):
         # where we refuse
         with pytest.raises(ValueError, match="minimum kept per layer leaves"):
             budgets.select(scores, float(ratio), **options)
-        keep = budgets.select_to_cost(scores, total, least, tolerance=0, **options)
+        keep = budgets.select_to_cost(total, scores, least, tolerance=0, **options)
         assert_same(keep, protected)
         assert all((expected[name] <= keep[name]).all() for name in scores)
 
@@ -405,7 +405,7 @@ def test_decimal_shares_mean_what_they_say():
     scores = {"a": np.arange(100.0)}
     for percent in range(1, 95):
         assert budgets.select(scores, percent / 100)["a"].sum() == 100 - percent
-        assert budgets.minimum_kept({"a": 100}, percent / 100) == {"a": percent + 1}
+        assert budgets.minimum_kept({"a": 100}, share=percent / 100) == {"a": percent + 1}
     assert (
         budgets.select(scores, 0.29, protect="original")["a"].sum() == 72
     )  # int(0.29 * 100) is 28
@@ -445,10 +445,10 @@ def test_budgets_are_met_within_one_percent(cost, share):
     scores, calls = random_scores(5, RESNET56), []
     dense = cost({name: np.ones(size, bool) for name, size in RESNET56.items()})
     count = lambda keep: calls.append(None) or cost(keep)
-    keep = budgets.select_to_cost(scores, count, share * dense)
+    keep = budgets.select_to_cost(count, scores, share * dense)
     assert cost(keep) == pytest.approx(share * dense, rel=0.01)
     assert len(calls) <= 14
-    assert cost(budgets.select_to_cost(scores, cost, share * dense, tolerance=0)) <= share * dense
+    assert cost(budgets.select_to_cost(cost, scores, share * dense, tolerance=0)) <= share * dense
 
 
 @hypothesis.given(problems(), st.floats(0, 1, width=32, allow_subnormal=False))
@@ -465,7 +465,7 @@ def test_the_smallest_removal_within_the_budget(problem, share):
         chain.append(reference(scores, ratio, alive, dict.fromkeys(scores, 1), floors, excluded))
     expected = next((keep for keep in chain if network_cost(keep) <= limit), None)
     search = lambda: budgets.select_to_cost(
-        scores, network_cost, share * network_cost(alive), **options
+        network_cost, scores, share * network_cost(alive), **options
     )
     if expected is None:
         with pytest.raises(
@@ -551,4 +551,4 @@ def test_scores_of_no_layer_and_costs_out_of_reach_are_refused():
     with pytest.raises(ValueError, match="scores have 0 layers"):
         budgets.select({}, 0.5)
     with pytest.raises(ValueError, match="costs 14, all channels 197"):
-        budgets.select_to_cost(random_scores(6), total, 1)
+        budgets.select_to_cost(total, random_scores(6), 1)

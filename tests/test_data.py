@@ -618,7 +618,7 @@ def test_constant_images_have_a_finite_normalization():
 def test_preprocess(dtype):
     images = random_split(0, 4)[0]
     mean, std = data.NORMALIZATIONS["cifar10"]
-    out = jax.jit(data.preprocess, static_argnums=3)(images, mean, std, dtype)
+    out = jax.jit(functools.partial(data.preprocess, dtype=dtype))(images, mean, std)
     assert out.dtype == dtype
     expected = (images / 255 - np.array(mean)) / np.array(std)
     np.testing.assert_allclose(
@@ -663,9 +663,9 @@ def test_augmentation_keeps_shape_and_agrees_under_jit(name):
 @hypothesis.given(SHAPES, SEEDS, st.sampled_from([0, 1, 5]))
 def test_each_output_is_a_crop_of_its_own_padded_image(shape, seed, padding):
     images, key = random_split(seed, shape[0], shape[1:])[0], jax.random.key(seed)
-    for image, output in zip(images, np.asarray(data.pad_crop(key, images, padding))):
+    for image, output in zip(images, np.asarray(data.pad_crop(key, images, padding=padding))):
         assert is_crop(image, output, padding, mirrored=False)
-    for image, output in zip(images, np.asarray(data.pad_crop_flip(key, images, padding))):
+    for image, output in zip(images, np.asarray(data.pad_crop_flip(key, images, padding=padding))):
         assert is_crop(image, output, padding, False) or is_crop(image, output, padding, True)
     for image, output in zip(images, np.asarray(data.flip(key, images))):
         assert is_crop(image, output, 0, False) or is_crop(image, output, 0, True)

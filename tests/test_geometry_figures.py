@@ -226,7 +226,7 @@ def section(page, name):
 def test_networks_and_their_names():
     (one,) = networks_of(all_rows())
     assert one.label == ""
-    assert len(series.curves([one], "train")) == 20
+    assert len(series.curves([one], split="train")) == 20
     labels = [network.label for network in networks_of(all_rows(members=2))]
     assert labels == ["fit, network 0 seed=0", "fit, network 1 seed=1"]
     two_arms = [row | {"arm": arm} for arm in ("A", "B") for row in all_rows()]

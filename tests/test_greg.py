@@ -167,7 +167,7 @@ def test_depthwise_layers_follow_the_layer_before_them():
     problem = train.build_problem(tiny.random_set((8, 8, 3), 4, examples=40), model)
     state = train.initial_state(problem, train.key_of(0))
     cut, _ = run(problem, state, "remove", ratios="[0-4:0.5]")
-    channels = structured.channels_of(problem, "separate")
+    channels = structured.channels_of(problem, branches="separate")
     alive = coupling.alive(channels, {"params": cut.masks})
     assert {name: int(own.sum()) for name, own in alive.items()} == {
         name: (size + 1) // 2 for name, size in channels.sizes.items()

@@ -9,7 +9,6 @@ import pytest
 import tiny
 
 from sparsity_jax import (
-    checkpoint,
     data,
     evaluate,
     losses,
@@ -222,4 +221,3 @@ def test_a_continued_run_lists_the_versions_of_both(tmp_path):
     assert joined == {"jax": "0.10.2, then 0.11.0", "numpy": "2.4", "command": "first"}
     report.write_environment(tmp_path, joined)
     assert report.continued(tmp_path, {"jax": "0.11.0"})["jax"] == "0.10.2, then 0.11.0"
-    assert checkpoint.FOLDER == workdirs.FOLDER

@@ -1,6 +1,7 @@
 """The layout: every file of the package has a rank, and imports point upwards only."""
 
 import ast
+import importlib
 import pathlib
 import re
 import textwrap
@@ -30,6 +31,7 @@ NUMERICS = (
         "channels",
         "groups",
     ),
+    "axes",
     "kernels",
     "units",
     "coupling",
@@ -58,6 +60,7 @@ PARTS = (
 RUNS = (
     *(
         "intact",
+        "versions",
         "workdirs",
         "checkpoint",
         "lock",
@@ -139,7 +142,14 @@ def name_of(path: pathlib.Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
+def module_of(path: pathlib.Path) -> str:
+    return name_of(path).removesuffix(".__init__")
+
+
 FILES = sorted(path for path in ROOT.rglob("*.py"))
+DOTTED = {module_of(path) for path in FILES}
+EMPTY = {"__init__", "channels", "report.__main__"}  # list nothing
+MODULES = [path for path in FILES if module_of(path) not in EMPTY]
 
 
 def test_the_parser_sees_imports():
@@ -164,6 +174,63 @@ def test_imports_point_upwards(path):
             assert first in allowed, (
                 f"{name_of(path)} imports {name}; allowed: {', '.join(sorted(allowed))}"
             )
+
+
+def listed(module: str) -> set[str]:
+    """`__all__` of a dotted module below `sparsity_jax`, where all of it is."""
+    imported = importlib.import_module(f"sparsity_jax.{module}")
+    for name in imported.__all__:
+        assert hasattr(imported, name), f"{module} has no {name}"
+    return set(imported.__all__)
+
+
+def names_of(statement: ast.stmt) -> list[str]:
+    """Names that a statement of a module defines; none where it imports them."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        return [statement.name]
+    targets = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    nodes = [node for target in targets for node in ast.walk(target)]
+    return [node.id for node in nodes if isinstance(node, ast.Name)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_public_names_are_listed_documented_and_typed(path):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        names = {name for name in names_of(node) if not name.startswith("_")}
+        assert names <= listed(module_of(path))
+        if names and isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+        if names and isinstance(node, ast.FunctionDef):
+            arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            untyped = [argument.arg for argument in arguments if argument.annotation is None]
+            assert not untyped, f"{node.name} does not say the type of {untyped}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_modules_use_only_what_others_list(path):
+    modules = {}
+    used = []
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("sparsity_jax"):
+            package = node.module.removeprefix("sparsity_jax").removeprefix(".")
+            for alias in node.names:
+                full = f"{package}.{alias.name}".removeprefix(".")
+                if full in DOTTED:
+                    modules[alias.asname or alias.name] = full
+                else:
+                    used.append((package, alias.name))
+    used += [
+        (modules[node.value.id], node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in modules
+    ]
+    for module, name in used:
+        assert name in listed(module) or f"{module}.{name}" in DOTTED, f"{module}.{name}"
 
 
 def test_only_prepare_and_the_set_reader_know_tensorflow():

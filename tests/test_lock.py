@@ -4,8 +4,10 @@ once.
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -25,7 +27,9 @@ with lock.held(sys.argv[1]):
 def written(workdir, **changes):
     """A lock as this process would write it, changed; its path."""
     path = workdir / lock.FILE
-    path.write_text(json.dumps({**lock._describe(), **changes}), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as aside, lock.held(aside):
+        content = json.loads(pathlib.Path(aside, lock.FILE).read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | changes), encoding="utf-8")
     return path
 
 
@@ -60,12 +64,12 @@ def test_a_second_run_is_refused_and_takes_over_at_once_when_the_first_is_killed
 def test_a_lock_of_another_host_ends_when_it_was_silent_for_the_stated_time(tmp_path):
     path = written(tmp_path, host="elsewhere", machine="elsewhere")
     with pytest.raises(lock.LockedError, match=r"on elsewhere .*its lock ends in [0-9]+ s"):
-        lock.refuse(tmp_path, 600)
+        lock.refuse(tmp_path, stale_seconds=600)
     os.utime(path, (time.time() - 100,) * 2)
     with pytest.raises(lock.LockedError):
-        lock.refuse(tmp_path, 600)
-    lock.refuse(tmp_path, 50)
-    with lock.held(tmp_path, 50):
+        lock.refuse(tmp_path, stale_seconds=600)
+    lock.refuse(tmp_path, stale_seconds=50)
+    with lock.held(tmp_path, stale_seconds=50):
         assert json.loads(path.read_text())["host"] != "elsewhere"
 
 
@@ -86,7 +90,7 @@ def test_a_lock_that_cannot_be_read_counts_as_one_of_another_host(text, tmp_path
 
 
 def test_a_lock_is_refreshed_and_a_lost_one_stops_the_run(tmp_path):
-    with lock.held(tmp_path, 0.4) as still_mine:
+    with lock.held(tmp_path, stale_seconds=0.4) as still_mine:
         os.utime(tmp_path / lock.FILE, (0, 0))
         for _ in range(200):
             time.sleep(0.02)

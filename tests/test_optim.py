@@ -505,13 +505,12 @@ def test_recipes_that_differ_in_numbers_are_one_program(kind):
     values = [optim.numbers(recipe, shapes, norms) for recipe in recipes]
     together = jax.jit(jax.vmap(lambda values: descend(recipes[0], values)))
     found = together(jax.tree.map(lambda *leaves: jnp.stack(leaves), *values))
-    after_another = jax.jit(lambda values: descend(recipes[0], values))
+    after_another = tiny.jitted_once(lambda values: descend(recipes[0], values))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     for i, (recipe, own) in enumerate(zip(recipes, values)):
         alone = descend(recipe, own)
         jax.tree.map(lambda a, b, i=i: close(a[i], b), found, alone)
         jax.tree.map(close, after_another(own), alone)
-    assert after_another._cache_size() == 1
     assert not np.allclose(*found[0]["a"]["kernel"], atol=1e-4)
 
 

@@ -414,7 +414,7 @@ def test_a_rate_inside_a_trace_is_not_tried_out():
 
 def test_dampening_without_momentum_does_nothing():
     for momentum in (0.0, jnp.asarray(0.0)):
-        tx = optim.heavy_ball(momentum, 0.5)
+        tx = optim.heavy_ball(momentum, dampening=0.5)
         state = tx.init(TARGET)
         for factor in (1.0, 3.0):
             updates, state = tx.update(factor * TARGET, state)

@@ -93,8 +93,6 @@ def test_two_hundred_ratios_compile_once_and_write_nothing(problem, trained, tmp
         assert len(compiled) == before
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    programs = filter(callable, fresh.compiled.values())
-    assert {program._cache_size() for program in programs} == {1}
     assert len(rows) == 200
     assert [row["num_kept"] for row in rows] == [
         allocate.num_kept(1184, ratio) for ratio in many.ratios
@@ -154,7 +152,7 @@ def test_the_histogram_has_the_originals_bins():
     golden = golden_data.load("05_magnitude_pruning.npz")
     with jax.enable_x64(True):
         params = {"fc": {"kernel": jnp.asarray(golden["flat_params"])}}
-        counts = jax.jit(lambda p: stages.magnitude_histogram(p, "all"))(params)
+        counts = jax.jit(lambda p: stages.magnitude_histogram(p, scope="all"))(params)
     np.testing.assert_array_equal(stages.magnitude_thresholds(), golden["hist_thresholds"])
     np.testing.assert_array_equal(counts["count_above"], golden["hist_count_above"])
     above = np.asarray(counts["count_above"])

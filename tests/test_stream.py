@@ -122,7 +122,9 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(side, reduced, monkeypatch):
     monkeypatch.setattr(
         decoding,
         "decode",
-        lambda found, flag=0, upright=False: flags.append(flag) or decode(found, flag),
+        lambda found, *, reduced=0, upright=False: (
+            flags.append(reduced) or decode(found, reduced=reduced)
+        ),
     )
     box = (8, 24, side, side)
     found = stream.part(

@@ -217,7 +217,9 @@ def test_a_budget_is_met(convolutional, budget):
 
 def test_separate_branches_are_masked_alone(convolutional):
     problem, state = convolutional
-    tied, apart = (structured.channels_of(problem, branches) for branches in ("tied", "separate"))
+    tied, apart = (
+        structured.channels_of(problem, branches=branches) for branches in ("tied", "separate")
+    )
     assert len(apart.groups) > len(tied.groups)
     state, row = run(problem, state, measure="l1", ratio=0.5, branches="separate")
     assert row["num_channels"] == sum(apart.sizes.values())

@@ -17,7 +17,17 @@ import pytest
 import tiny
 
 import sparsity_jax
-from sparsity_jax import checkpoint, evaluate, intact, pipeline, report, tables, train, workdirs
+from sparsity_jax import (
+    checkpoint,
+    evaluate,
+    intact,
+    pipeline,
+    report,
+    tables,
+    train,
+    versions,
+    workdirs,
+)
 
 # orbax's readers of damaged states complain when they are collected, in whichever test that is
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -98,7 +108,7 @@ def built_once(whole, monkeypatch):
     """Data and network of the whole run for all readers; the evaluation's own `build`."""
     problem, build = pipeline.build(pipeline.check(CONFIG)), evaluate.build
     monkeypatch.setattr(pipeline, "build", lambda _: problem)
-    monkeypatch.setattr(evaluate, "build", lambda *_: problem)
+    monkeypatch.setattr(evaluate, "build", lambda *_, **__: problem)
     return build
 
 
@@ -259,7 +269,7 @@ def of_version(version: str | None, whole: pathlib.Path, place: pathlib.Path) ->
 def test_runs_of_the_first_version_are_read(whole, tmp_path):
     """Its config had `arms`, `arm` and `sweep_mode` beside the sweep, and no version."""
     place = of_version(None, whole[0], tmp_path / "run")
-    assert workdirs.version_of(place) == "0.1.0"
+    assert versions.version_of(place) == "0.1.0"
     arms = {"a": dict(label="A", fit=dict(augment="none"))}
     older = pipeline.plain(CONFIG) | dict(arms=arms, arm="a", sweep_mode="loop")
     (place / "config.json").write_text(json.dumps(older, indent=2) + "\n")

@@ -109,6 +109,18 @@ def python(*arguments, cwd: pathlib.Path = ROOT, **options) -> subprocess.Comple
     )
 
 
+def jitted_once(function):
+    """`function` compiled, which fails where it is traced a second time."""
+    traced = []
+
+    def once(*arguments):
+        traced.append(arguments)
+        assert len(traced) == 1, "compiled again"
+        return function(*arguments)
+
+    return jax.jit(once)
+
+
 @contextlib.contextmanager
 def pages(drawn: bool):
     """Runs inside draw their reports, which take longer than they do, or none."""

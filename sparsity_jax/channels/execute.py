@@ -1,8 +1,8 @@
 """A walked program run without its removed entries: same equations, smaller arrays.
 
 Most equations take their sizes from their operands. `RESIZES` has those with sizes among their
-parameters, `RUNS` those with jaxprs inside that are more than a call, and `DRAWS` those that run at
-the full size and are then cut.
+parameters, `_RUNS` those with jaxprs inside that are more than a call, and `_DRAWS` those that run
+at the full size and are then cut.
 """
 
 import functools
@@ -18,6 +18,8 @@ from sparsity_jax.channels.labels import Labels
 from sparsity_jax.channels.values import Axis, Program, Value, is_literal, nowhere_zero
 from sparsity_jax.channels.walk import INNER, Walk, loop_operands
 from sparsity_jax.types import Fields, Shape
+
+__all__ = ["RESIZES", "Alive", "Arrays", "Resize", "Sizes", "resizes_to", "run"]
 
 Arrays = Sequence[Any]
 
@@ -86,7 +88,7 @@ def _run_equation(
     params = eqn.params
     name = primitive.name
     if name in INNER:
-        return RUNS.get(name, _run_call)(alive, eqn, ins, inner)
+        return _RUNS.get(name, _run_call)(alive, eqn, ins, inner)
     results = program.known(eqn.outvars)
     if name in RESIZES:
         sizes = Sizes(alive, params, program.known(eqn.invars), results)
@@ -94,7 +96,7 @@ def _run_equation(
     outs = primitive.bind(*ins, **primitive.get_bind_params(params))
     if not primitive.multiple_results:
         outs = [outs]
-    if name in DRAWS:
+    if name in _DRAWS:
         outs = list(map(alive.cut, outs, results))
     return outs
 
@@ -171,7 +173,7 @@ RESIZES: dict[str, Resize] = {
     "gather": _slice_sizes,
     "dynamic_slice": _slice_sizes,
 }
-DRAWS = ("random_bits",)  # drawn in full, then cut: other sizes would be other numbers
+_DRAWS = ("random_bits",)  # drawn in full, then cut: other sizes would be other numbers
 
 
 # Equations with jaxprs inside --------------------------------------------------------------------
@@ -329,7 +331,7 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Ar
     return function(*ins)
 
 
-RUNS: dict[str, Callable] = {
+_RUNS: dict[str, Callable] = {
     **dict.fromkeys(("remat", "remat2", "checkpoint"), _run_remat),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _run_custom),
     "scan": _run_scan,

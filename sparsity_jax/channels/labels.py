@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+__all__ = ["FROZEN", "MOST", "Labels"]
+
 FROZEN = 0
 MOST = 2**18  # composite labels that one merge may make; a larger product is frozen
 

@@ -18,6 +18,24 @@ import numpy as np
 from sparsity_jax.channels.values import Axis, Value, fixed, nowhere_zero, whole
 from sparsity_jax.types import Shape
 
+__all__ = [
+    "RULES",
+    "Flag",
+    "Operand",
+    "Operands",
+    "Rule",
+    "Values",
+    "Walk",
+    "Zero",
+    "all_zero",
+    "any_zero",
+    "elementwise",
+    "first_zero",
+    "infinite_at_zero",
+    "never_zero",
+    "unknown",
+]
+
 Walk = Any  # `walk.Walk`, which imports this module
 Values = list[Value]
 Rule = Callable[[Walk, Any, Values], Values]
@@ -25,7 +43,7 @@ Rule = Callable[[Walk, Any, Values], Values]
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def _rule(*names: str) -> Callable[[Rule], Rule]:
     """Makes the decorated function the rule of these primitives."""
 
     def add(function: Rule) -> Rule:
@@ -42,7 +60,7 @@ def unknown(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [whole(var.aval) for var in eqn.outvars]
 
 
-def shape_of(eqn: Any) -> Shape:
+def _shape_of(eqn: Any) -> Shape:
     """Shape of the first result."""
     return eqn.outvars[0].aval.shape
 
@@ -59,7 +77,7 @@ class Operand(NamedTuple):
 
 Operands = list[Operand]
 Flag = bool | None
-UNDEFINED = "divides by, or takes the logarithm of, entries that are zero when removed"
+_UNDEFINED = "divides by, or takes the logarithm of, entries that are zero when removed"
 Zero = Callable[[Operands], Flag]
 
 
@@ -72,7 +90,7 @@ def elementwise(zero: Zero) -> Rule:
 
     def apply(walk: Walk, eqn: Any, ins: Values) -> Values:
         axes = []
-        for d, size in enumerate(shape_of(eqn)):
+        for d, size in enumerate(_shape_of(eqn)):
             varying = []
             operands = []
             for value in ins:
@@ -84,10 +102,10 @@ def elementwise(zero: Zero) -> Rule:
             axis = walk.joined(varying)
             flag = zero(operands)
             if flag is None:
-                walk.freeze(axis, UNDEFINED)
+                walk.freeze(axis, _UNDEFINED)
             origins = filter(None, (axis.origin for axis in varying))
             axes.append(Axis(axis.labels, bool(flag), next(origins, ())))
-        keeps = eqn.primitive.name in KEEPS_CONSTANTS
+        keeps = eqn.primitive.name in _KEEPS_CONSTANTS
         result = Value(axes, ins[0].constant if keeps else None)
         return [result] * len(eqn.outvars)
 
@@ -95,24 +113,29 @@ def elementwise(zero: Zero) -> Rule:
 
 
 def first_zero(operands: Operands) -> Flag:
+    """Zero where the first operand is."""
     return operands[0].zero
 
 
 def never_zero(operands: Operands) -> Flag:
+    """Not zero, whatever the operands are."""
     return False
 
 
 def infinite_at_zero(operands: Operands) -> Flag:
+    """Undefined (None) where the first operand is zero, else not zero."""
     if operands[0].zero:
         return None
     return False
 
 
 def any_zero(operands: Operands) -> Flag:
+    """Zero where some operand is."""
     return any(operand.zero for operand in operands)
 
 
 def all_zero(operands: Operands) -> Flag:
+    """Zero where every operand is."""
     return all(operand.zero for operand in operands)
 
 
@@ -156,19 +179,19 @@ def _extreme(sign: int) -> Zero:
     return zero
 
 
-KEEPS_CONSTANTS = ("convert_element_type", "copy", "copy_p", "reduce_precision", "stop_gradient")
-ZERO_AT_ZERO = """
+_KEEPS_CONSTANTS = ("convert_element_type", "copy", "copy_p", "reduce_precision", "stop_gradient")
+_ZERO_AT_ZERO = """
 abs asin asinh atan atanh bessel_i1e cbrt conj convert_element_type copy copy_p erf erf_inv expm1
 floor ceil imag log1p neg real reduce_precision round sign sin sinh sqrt square stop_gradient tan
 tanh sharding_constraint name mesh_cast pvary
 """
-NOT_ZERO_AT_ZERO = """
+_NOT_ZERO_AT_ZERO = """
 acos bessel_i0e cos cosh erfc exp exp2 is_finite logistic not one_minus_square population_count clz
 eq ne lt le gt ge nextafter shift_left shift_right_logical shift_right_arithmetic complex
 """
-ELEMENTWISE: dict[str, Zero] = {
-    ZERO_AT_ZERO: first_zero,
-    NOT_ZERO_AT_ZERO: never_zero,
+_ELEMENTWISE: dict[str, Zero] = {
+    _ZERO_AT_ZERO: first_zero,
+    _NOT_ZERO_AT_ZERO: never_zero,
     "log log2 rsqrt lgamma digamma acosh": infinite_at_zero,
     "mul and": any_zero,
     "or xor atan2": all_zero,
@@ -179,17 +202,17 @@ ELEMENTWISE: dict[str, Zero] = {
     "clamp": _clamped,
     "select_n": _selected,
 }
-for _names, _zero in ELEMENTWISE.items():
+for _names, _zero in _ELEMENTWISE.items():
     RULES |= dict.fromkeys(_names.split(), elementwise(_zero))
 
 
-@rule("integer_pow")
+@_rule("integer_pow")
 def _integer_power(walk: Walk, eqn: Any, ins: Values) -> Values:
     zero = first_zero if eqn.params["y"] > 0 else infinite_at_zero
     return elementwise(zero)(walk, eqn, ins)
 
 
-@rule("add", "sub", "add_any")
+@_rule("add", "sub", "add_any")
 def _sum(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, y = ins
     branches = walk.separate and x.sources & walk.data and y.sources & walk.data
@@ -200,14 +223,14 @@ def _sum(walk: Walk, eqn: Any, ins: Values) -> Values:
     return elementwise(all_zero)(walk, eqn, ins)
 
 
-@rule("bitcast_convert_type")
+@_rule("bitcast_convert_type")
 def _bitcast(walk: Walk, eqn: Any, ins: Values) -> Values:
-    same = shape_of(eqn) == ins[0].shape  # else bytes are an axis
+    same = _shape_of(eqn) == ins[0].shape  # else bytes are an axis
     apply = elementwise(all_zero) if same else unknown
     return apply(walk, eqn, ins)
 
 
-@rule("optimization_barrier", "device_put")
+@_rule("optimization_barrier", "device_put")
 def _each(walk: Walk, eqn: Any, ins: Values) -> Values:
     return ins
 
@@ -215,17 +238,17 @@ def _each(walk: Walk, eqn: Any, ins: Values) -> Values:
 # Shapes ------------------------------------------------------------------------------------------
 
 
-@rule("transpose")
+@_rule("transpose")
 def _transpose(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [ins[0].pick(eqn.params["permutation"])]
 
 
-@rule("squeeze")
+@_rule("squeeze")
 def _squeeze(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [ins[0].drop(eqn.params["dimensions"])]
 
 
-@rule("unstack")
+@_rule("unstack")
 def _unstack(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     gone = eqn.params["axis"]
@@ -233,22 +256,22 @@ def _unstack(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [x.drop([gone])] * len(eqn.outvars)
 
 
-@rule("broadcast_in_dim")
+@_rule("broadcast_in_dim")
 def _broadcast(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
-    result = walk.filled(shape_of(eqn), x.constant)
+    result = walk.filled(_shape_of(eqn), x.constant)
     for axis, d in zip(x.axes, eqn.params["broadcast_dimensions"]):
         if axis.size == result.axes[d].size:
             result = result.put(d, axis)
     return [result]
 
 
-@rule("reshape")
+@_rule("reshape")
 def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
-    shape = shape_of(eqn)
+    shape = _shape_of(eqn)
     axes = [Axis(fixed(size), x.constant == 0) for size in shape]
-    for old, new in blocks(x.shape, shape):
+    for old, new in _blocks(x.shape, shape):
         before = x.pick(old).axes
         zero = _zero_if_live(walk, before)
         if len(old) == len(new) == 1:
@@ -262,7 +285,7 @@ def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [Value(axes, x.constant)]
 
 
-def blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
+def _blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
     """Axes of two shapes of one size in pairs of runs of equal product; without axes of size 1."""
     ends = np.intersect1d(np.cumprod(old), np.cumprod(new))
     for start, end in itertools.pairwise([1, *ends[ends > 1]]):
@@ -281,7 +304,7 @@ def _zero_if_live(walk: Walk, axes: Sequence[Axis]) -> bool:
     return all(axis.zero or not walk.labels.is_live(axis.labels) for axis in axes)
 
 
-@rule("concatenate")
+@_rule("concatenate")
 def _concatenate(walk: Walk, eqn: Any, ins: Values) -> Values:
     axes = []
     for d, parts in enumerate(zip(*(value.axes for value in ins))):
@@ -295,14 +318,14 @@ def _concatenate(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [Value(axes)]
 
 
-@rule("stack")
+@_rule("stack")
 def _stack(walk: Walk, eqn: Any, ins: Values) -> Values:
     axes = list(walk.either(ins).axes)
     axes.insert(eqn.params["axis"], Axis(fixed(len(ins)), False))
     return [Value(axes)]
 
 
-@rule("rev")
+@_rule("rev")
 def _reverse(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     for a in eqn.params["dimensions"]:
@@ -310,7 +333,7 @@ def _reverse(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [x]
 
 
-@rule("tile")
+@_rule("tile")
 def _tile(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     for a, times in enumerate(eqn.params["reps"]):
@@ -319,7 +342,7 @@ def _tile(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [x]
 
 
-@rule("slice")
+@_rule("slice")
 def _slice(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     params = eqn.params
@@ -332,7 +355,7 @@ def _slice(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [x]
 
 
-@rule("split")
+@_rule("split")
 def _split(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     position = eqn.params["axis"]
@@ -354,13 +377,13 @@ def _part(walk: Walk, x: Value, position: int, entries: slice | np.ndarray) -> V
     return x.put(position, part)
 
 
-@rule("pad")
+@_rule("pad")
 def _pad(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, fill = ins
     config = eqn.params["padding_config"]
     clean = fill.constant == 0 or not np.any(config)
     axes = []
-    for axis, size, (low, high, inside) in zip(x.axes, shape_of(eqn), config, strict=True):
+    for axis, size, (low, high, inside) in zip(x.axes, _shape_of(eqn), config, strict=True):
         if inside or min(low, high) < 0:
             walk.freeze(axis, "pads between entries, or cuts")
             labels = fixed(size)
@@ -375,7 +398,7 @@ def _pad(walk: Walk, eqn: Any, ins: Values) -> Values:
 # Products ----------------------------------------------------------------------------------------
 
 
-@rule("dot_general")
+@_rule("dot_general")
 def _dot(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, y = ins
     (x_sum, y_sum), (x_batch, y_batch) = eqn.params["dimension_numbers"]
@@ -393,7 +416,7 @@ def _dot(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [Value(axes)]
 
 
-@rule("conv_general_dilated")
+@_rule("conv_general_dilated")
 def _convolve(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, kernel = ins
     spec = eqn.params["dimension_numbers"]
@@ -432,8 +455,8 @@ def _grouped(walk: Walk, axis: Axis, count: int) -> list[Axis]:
 # Reductions --------------------------------------------------------------------------------------
 
 
-@rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
-@rule("reduce_xor", "argmax", "argmin")
+@_rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
+@_rule("reduce_xor", "argmax", "argmin")
 def _reduce(walk: Walk, eqn: Any, ins: Values) -> Values:
     (x,) = ins
     gone = eqn.params["axes"]
@@ -449,17 +472,17 @@ def _reduce(walk: Walk, eqn: Any, ins: Values) -> Values:
     return [out]
 
 
-def passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable[int], reason: str) -> Value:
+def _passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable[int], reason: str) -> Value:
     """The result of an operation along the axes `stopped`, which must stay; the others pass."""
     for d in stopped:
         axis = x.axes[d]
         walk.freeze(axis, reason)
-        size = shape_of(eqn)[d]
+        size = _shape_of(eqn)[d]
         x = x.put(d, axis._replace(labels=fixed(size)))
     return Value(x.axes)
 
 
-@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+@_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 def _window(walk: Walk, eqn: Any, ins: Values) -> Values:
     names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     slid = []
@@ -469,14 +492,14 @@ def _window(walk: Walk, eqn: Any, ins: Values) -> Values:
         if window[:4] != (1, 1, (0, 0), 1):
             slid.append(d)
         covered &= max(padding) < size and apart == hole == 1
-    out = passing(walk, eqn, ins[0], slid, "slides a window over it")
+    out = _passing(walk, eqn, ins[0], slid, "slides a window over it")
     # The largest of nothing but padding is no zero, so each window must cover an entry.
     if eqn.primitive.name != "reduce_window_sum" and not covered:
         out = nowhere_zero(out)
     return [out]
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort")
+@_rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort")
 def _one_after_the_other(walk: Walk, eqn: Any, ins: Values) -> Values:
     name = eqn.primitive.name
     params = eqn.params
@@ -488,7 +511,7 @@ def _one_after_the_other(walk: Walk, eqn: Any, ins: Values) -> Values:
     outs = []
     for x in ins:
         walk.tie(ins[0], x)
-        outs.append(passing(walk, eqn, x, [params[along]], reason))
+        outs.append(_passing(walk, eqn, x, [params[along]], reason))
     if len(ins) > 1 or name in ("cumprod", "cumlogsumexp"):
         outs = list(map(nowhere_zero, outs))
     return outs
@@ -497,22 +520,22 @@ def _one_after_the_other(walk: Walk, eqn: Any, ins: Values) -> Values:
 # Indices and random numbers ----------------------------------------------------------------------
 
 
-@rule("iota")
+@_rule("iota")
 def _iota(walk: Walk, eqn: Any, ins: Values) -> Values:
-    value = walk.filled(shape_of(eqn), None)
-    return [passing(walk, eqn, value, [eqn.params["dimension"]], "counts along it")]
+    value = walk.filled(_shape_of(eqn), None)
+    return [_passing(walk, eqn, value, [eqn.params["dimension"]], "counts along it")]
 
 
-@rule("random_bits")
+@_rule("random_bits")
 def _random_bits(walk: Walk, eqn: Any, ins: Values) -> Values:
     for value in ins:
         walk.freeze(value, "is a random key")
-    value = walk.filled(shape_of(eqn), None)
+    value = walk.filled(_shape_of(eqn), None)
     keys = len(value.axes) - len(eqn.params["shape"])
-    return [passing(walk, eqn, value, range(keys), "is of a random key")]
+    return [_passing(walk, eqn, value, range(keys), "is of a random key")]
 
 
-@rule("gather")
+@_rule("gather")
 def _gather(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, index = ins
     walk.freeze(index, "is an index")
@@ -536,18 +559,18 @@ def _unequal(first: Shape, second: Shape) -> list[int]:
     return np.flatnonzero(np.not_equal(first, second)).tolist()
 
 
-@rule("dynamic_slice")
+@_rule("dynamic_slice")
 def _dynamic_slice(walk: Walk, eqn: Any, ins: Values) -> Values:
-    indexed = _unequal(ins[0].shape, shape_of(eqn))
-    out = passing(walk, eqn, ins[0], indexed, "is indexed")
+    indexed = _unequal(ins[0].shape, _shape_of(eqn))
+    out = _passing(walk, eqn, ins[0], indexed, "is indexed")
     return [out._replace(constant=ins[0].constant)]
 
 
-@rule("dynamic_update_slice")
+@_rule("dynamic_update_slice")
 def _update_slice(walk: Walk, eqn: Any, ins: Values) -> Values:
     x, part = ins[:2]
     indexed = _unequal(x.shape, part.shape)
-    out = passing(walk, eqn, x, indexed, "is indexed")
+    out = _passing(walk, eqn, x, indexed, "is indexed")
     for a, written in enumerate(part.axes):
         if a in indexed:
             walk.freeze(written, "is written at an index")

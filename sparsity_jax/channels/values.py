@@ -9,6 +9,18 @@ from jax.extend import core
 
 from sparsity_jax.types import Shape
 
+__all__ = [
+    "Axis",
+    "Order",
+    "Place",
+    "Program",
+    "Value",
+    "fixed",
+    "is_literal",
+    "nowhere_zero",
+    "whole",
+]
+
 Place = tuple[Any, int]  # (name of an input, its axis)
 
 
@@ -110,4 +122,5 @@ def nowhere_zero(value: Value) -> Value:
 
 
 def is_literal(var: Any) -> bool:
+    """Whether a jaxpr holds the value itself in place of a variable."""
     return isinstance(var, core.Literal)

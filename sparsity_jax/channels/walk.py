@@ -62,6 +62,21 @@ from sparsity_jax.channels.values import (
 )
 from sparsity_jax.types import Shape
 
+__all__ = [
+    "INNER",
+    "OPAQUE",
+    "PRODUCTS",
+    "SCALAR_BODIES",
+    "Frozen",
+    "Loop",
+    "Result",
+    "Walk",
+    "analyse",
+    "line_of",
+    "loop_operands",
+    "read",
+]
+
 PRODUCTS = ("dot_general", "conv_general_dilated")
 # Work that the shapes do not tell, or in foreign code: never walked.
 _OPAQUE = """
@@ -73,8 +88,8 @@ OPAQUE = frozenset(_OPAQUE.split())
 # Reductions and the like: their jaxprs, if any, combine two scalars, and are not walked.
 SCALAR_BODIES = ("reduce", "scatter", "select_and_scatter", "cum", "argmax", "argmin")
 _FOLDERS = ("/jax/", "/jaxlib/", "/flax/", "/equinox/")
-LIBRARIES = (__file__, *_FOLDERS, "/contextlib.py", "/functools.py")
-LARGEST_CONSTANT = 4096  # entries up to which a constant array is looked at
+_LIBRARIES = (__file__, *_FOLDERS, "/contextlib.py", "/functools.py")
+_LARGEST_CONSTANT = 4096  # entries up to which a constant array is looked at
 Result = tuple[Values, list[Program]]  # of an equation, and the programs inside of it
 
 
@@ -161,7 +176,7 @@ class Walk:
     def filled(self, shape: Shape, constant: float | None) -> Value:
         """An array that depends on no input: it may be cut but is not masked."""
         zero = constant == 0
-        axes = [Axis(new_labels(self.labels, size), zero) for size in shape]
+        axes = [Axis(_new_labels(self.labels, size), zero) for size in shape]
         return Value(axes, constant)
 
     # The walk
@@ -207,7 +222,7 @@ class Walk:
         """A constant of the program."""
         constant = None
         with contextlib.suppress(TypeError, ValueError):  # keys have no such value
-            if 0 < np.size(array) < LARGEST_CONSTANT:
+            if 0 < np.size(array) < _LARGEST_CONSTANT:
                 flat = np.asarray(array).ravel()
                 if np.isrealobj(flat) and (flat == flat[0]).all():
                     constant = float(flat[0])
@@ -244,7 +259,7 @@ class Walk:
     def _enter(self, eqn: Any, ins: Values, sources: int) -> list[Program]:
         """Walks the programs inside an unknown equation, which keeps its arrays whole."""
         programs = []
-        for body in bodies(eqn):
+        for body in _bodies(eqn):
             inputs = [whole(var.aval) for var in getattr(body, "jaxpr", body).invars]
             depends = [sources] * len(inputs)
             if len(inputs) == len(ins):
@@ -255,7 +270,7 @@ class Walk:
         return programs
 
 
-def new_labels(labels: Labels, size: int) -> np.ndarray:
+def _new_labels(labels: Labels, size: int) -> np.ndarray:
     """Of an axis that is free to be cut; of one entry: frozen, for it cannot be shortened."""
     if size == 1:
         return fixed(1)
@@ -304,7 +319,7 @@ def analyse(
         for a, size in enumerate(var.aval.shape):
             axis = Axis(fixed(size), True)
             if free:
-                axis = Axis(new_labels(labels, size), True)
+                axis = Axis(_new_labels(labels, size), True)
             if name is not None:
                 axis = axis._replace(origin=((name, a),))
             axes.append(axis)
@@ -335,12 +350,12 @@ def line_of(eqn: Any) -> str:
     """File and line of the innermost call outside of libraries, or an empty text."""
     with contextlib.suppress(Exception):  # tracebacks are no public interface
         for frame in eqn.source_info.traceback.frames:
-            if not any(part in frame.file_name for part in LIBRARIES):
+            if not any(part in frame.file_name for part in _LIBRARIES):
                 return f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
     return ""
 
 
-def bodies(eqn: Any) -> list[Any]:
+def _bodies(eqn: Any) -> list[Any]:
     """The jaxprs among an equation's parameters that it runs, closed or not, alone or in tuples."""
     name = eqn.primitive.name
     params = eqn.params
@@ -355,7 +370,7 @@ def bodies(eqn: Any) -> list[Any]:
 # Equations with jaxprs inside that are understood ------------------------------------------------
 
 
-def body_of(eqn: Any) -> Any:
+def _body_of(eqn: Any) -> Any:
     """The jaxpr of a call, or of one turn of a loop."""
     names = ("jaxpr", "call_jaxpr", "body_jaxpr")
     return next(eqn.params[name] for name in names if name in eqn.params)
@@ -384,7 +399,7 @@ def loop_operands(eqn: Any, operands: Sequence) -> Loop:
 
 
 def _call(walk: Walk, eqn: Any, ins: Values) -> Result:
-    program = walk.closed(body_of(eqn), ins)
+    program = walk.closed(_body_of(eqn), ins)
     return walk.results(program), [program]
 
 
@@ -403,7 +418,7 @@ def _loop(walk: Walk, eqn: Any, ins: Values) -> Result:
         programs = []
         if "cond_jaxpr" in eqn.params:
             programs.append(walk.closed(eqn.params["cond_jaxpr"], [*given.for_test, *carry]))
-        body = walk.closed(body_of(eqn), [*given.consts, *carry, *scanned])
+        body = walk.closed(_body_of(eqn), [*given.consts, *carry, *scanned])
         programs.append(body)
         outs = walk.results(body)
         carry = [walk.either(pair) for pair in zip(carry, outs)]

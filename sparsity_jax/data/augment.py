@@ -8,18 +8,28 @@ import jax
 import jax.numpy as jnp
 from jax import Array, random
 
-SCALE = (0.08, 1.0)  # of the area of a random box
-RATIO = (3 / 4, 4 / 3)  # of its width to its height
+__all__ = [
+    "flip",
+    "pad_crop",
+    "pad_crop_flip",
+    "random_box",
+    "resize_box",
+    "resized_crop_flip",
+    "shift_flip",
+]
+
+_SCALE = (0.08, 1.0)  # of the area of a random box
+_RATIO = (3 / 4, 4 / 3)  # of its width to its height
 
 
-def draw_flips(key: Array, images: Array) -> Array:
+def _draw_flips(key: Array, images: Array) -> Array:
     """Whether each image is mirrored, with probability 1/2."""
     return random.bernoulli(key, shape=(len(images),))
 
 
 def flip(key: Array, images: Array) -> Array:
     """Mirror each image left to right with probability 1/2."""
-    flips = draw_flips(key, images)
+    flips = _draw_flips(key, images)
     per_image = flips[:, None, None, None]
     mirrored = jnp.flip(images, axis=2)
     return jnp.where(per_image, mirrored, images)
@@ -49,29 +59,29 @@ def shift_flip(images: Array, offsets: Array, flips: Array, padding: int) -> Arr
     return jax.vmap(cropped)(padded, offsets, flips)
 
 
-def pad_crop(key: Array, images: Array, padding: int = 4) -> Array:
+def pad_crop(key: Array, images: Array, *, padding: int = 4) -> Array:
     """Pad with black (before normalisation, as torchvision's RandomCrop does) and crop the old size
     at random.
     """
-    offsets = draw_offsets(key, images, padding)
+    offsets = _draw_offsets(key, images, padding)
     none = jnp.zeros(len(images), bool)
     return shift_flip(images, offsets, none, padding)
 
 
-def pad_crop_flip(key: Array, images: Array, padding: int = 4) -> Array:
+def pad_crop_flip(key: Array, images: Array, *, padding: int = 4) -> Array:
     """`pad_crop`, then `flip`: the usual augmentation of CIFAR."""
     crop_key, flip_key = random.split(key)
-    offsets = draw_offsets(crop_key, images, padding)
-    flips = draw_flips(flip_key, images)
+    offsets = _draw_offsets(crop_key, images, padding)
+    flips = _draw_flips(flip_key, images)
     return shift_flip(images, offsets, flips, padding)
 
 
-def draw_offsets(key: Array, images: Array, padding: int) -> Array:
+def _draw_offsets(key: Array, images: Array, padding: int) -> Array:
     shape = (len(images), 2)
     return random.randint(key, shape, 0, 2 * padding + 1)
 
 
-def resized_crop_flip(key: Array, images: Array, size: int = 0) -> Array:
+def resized_crop_flip(key: Array, images: Array, *, size: int = 0) -> Array:
     """A random box of each image, resized to `size` x `size` (0: the old size) and mirrored with
     probability 1/2.
 
@@ -90,16 +100,16 @@ def resized_crop_flip(key: Array, images: Array, size: int = 0) -> Array:
     return flip(flip_key, resized)
 
 
-def random_box(key: Array, height: int, width: int, attempts: int = 10) -> Array:
+def random_box(key: Array, height: int, width: int, *, attempts: int = 10) -> Array:
     """(top, left, height, width), float32 whole numbers, of a box inside the image; see
     `resized_crop_flip`.
     """
     area_key, ratio_key, place_key = random.split(key, 3)
-    small, large = SCALE
-    low, high = jnp.log(jnp.array(RATIO))
+    small, large = _SCALE
+    low, high = jnp.log(jnp.array(_RATIO))
     shares = random.uniform(area_key, (attempts,), minval=small, maxval=large)
     logarithms = random.uniform(ratio_key, (attempts,), minval=low, maxval=high)
-    sizes = box_sizes(height * width * shares, jnp.exp(logarithms))
+    sizes = _box_sizes(height * width * shares, jnp.exp(logarithms))
     image = jnp.array([height, width], jnp.float32)
     small_enough = sizes <= image
     is_inside = small_enough & (sizes >= 1)
@@ -119,7 +129,7 @@ def random_box(key: Array, height: int, width: int, attempts: int = 10) -> Array
     return jnp.concatenate([corner, box])
 
 
-def box_sizes(areas: Array, ratios: Array) -> Array:
+def _box_sizes(areas: Array, ratios: Array) -> Array:
     """(height, width) of boxes [B] with these areas and ratios of width to height."""
     heights = jnp.sqrt(areas / ratios)
     widths = jnp.sqrt(areas * ratios)

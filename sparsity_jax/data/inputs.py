@@ -16,8 +16,21 @@ from sparsity_jax.data.augment import flip, pad_crop, pad_crop_flip, resized_cro
 from sparsity_jax.data.sets import Dataset, Options
 from sparsity_jax.tables import ConfigError, lookup
 
+__all__ = [
+    "AUGMENTATIONS",
+    "NORMALIZATIONS",
+    "Normalization",
+    "make_augmentation",
+    "none",
+    "preprocess",
+    "published",
+    "statistics",
+]
+
 
 class Normalization(NamedTuple):
+    """Per channel, of images scaled to [0, 1]."""
+
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -32,7 +45,7 @@ NORMALIZATIONS = {
     "mnist": Normalization((0.1307,), (0.3081,)),
     "svhn_cropped": Normalization((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
 }
-AT_ONCE = 1_000_000  # pixels that are counted at a time, since np.bincount copies to int64
+_AT_ONCE = 1_000_000  # pixels that are counted at a time, since np.bincount copies to int64
 
 
 def statistics(options: Options, images: np.ndarray) -> Normalization:
@@ -45,8 +58,8 @@ def statistics(options: Options, images: np.ndarray) -> Normalization:
         return known
     counts = np.zeros((channels, 256), np.int64)  # of the values: so the result is exact
     pixels = images.reshape(-1, channels)
-    for start in range(0, len(pixels), AT_ONCE):
-        part = pixels[start : start + AT_ONCE]
+    for start in range(0, len(pixels), _AT_ONCE):
+        part = pixels[start : start + _AT_ONCE]
         for channel in range(channels):
             counts[channel] += np.bincount(part[:, channel], minlength=256)
     values = np.arange(256) / 255
@@ -80,7 +93,7 @@ def published(options: Options, channels: int) -> Normalization | None:
 
 
 def preprocess(
-    images: Array, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32
+    images: Array, mean: Sequence[float], std: Sequence[float], *, dtype: Any = jnp.float32
 ) -> Array:
     """`(images / 255 - mean) / std` as `dtype`: uint8 [..., C] and C means and stds. Computed in
     float32.

@@ -15,8 +15,10 @@ from sparsity_jax.sources import SETS, Opened, Source, array_of, check_colour, c
 from sparsity_jax.tables import ConfigError, check_memory, check_options, defaults, within
 from sparsity_jax.types import Config
 
-CHUNK = 500  # records one thread reads and decodes at a time
-STREAMS_ALONE = (
+__all__ = ["check", "decoded", "load"]
+
+_CHUNK = 500  # records one thread reads and decodes at a time
+_STREAMS_ALONE = (
     "resize_size",
     "crop_scale",
     "crop_ratio",
@@ -34,8 +36,8 @@ def load(**options: Any) -> Dataset:
     shape while their size option is 0, in colour in a grey set, or without a label; of a stream
     `look_at` tells them.
     """
-    chosen = read_options(options)
-    opened = open_set(chosen)
+    chosen = _read_options(options)
+    opened = _open_set(chosen)
     channels = chosen.channels or opened.channels
     splits = []
     parts = (
@@ -66,10 +68,10 @@ def check(**options: Any) -> None:
 
     Reads names and metadata only, no image.
     """
-    open_set(read_options(options))
+    _open_set(_read_options(options))
 
 
-def read_options(options: Config) -> Options:
+def _read_options(options: Config) -> Options:
     """The checked options; raises ConfigError for wrong ones, and for those of streams without
     one.
     """
@@ -78,7 +80,7 @@ def read_options(options: Config) -> Options:
         streams.check_options(chosen)
         return chosen
     usual = defaults(Options)
-    for field in STREAMS_ALONE:
+    for field in _STREAMS_ALONE:
         value = getattr(chosen, field)
         if value != usual[field]:
             why = "which only a stream uses; set config.data.stream=True"
@@ -86,7 +88,7 @@ def read_options(options: Config) -> Options:
     return chosen
 
 
-def open_set(options: Options) -> Opened:
+def _open_set(options: Options) -> Opened:
     """The set that is meant, checked as far as no image is needed."""
     name, splits = options.name, (options.train_split, options.test_split)
     if name in SETS:
@@ -132,7 +134,7 @@ def decoded(
     turned: list[int] = []
 
     def decode_chunk(start: int) -> None:
-        chunk = indices[start : start + CHUNK].tolist()
+        chunk = indices[start : start + _CHUNK].tolist()
         for i, (payload, label) in enumerate(source.read(chunk)):
             name = source.describe(chunk[i])
             check_label(label, num_classes, name)
@@ -151,7 +153,7 @@ def decoded(
                 turned.append(chunk[i])
 
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
-        futures = [pool.submit(decode_chunk, start) for start in range(0, len(indices), CHUNK)]
+        futures = [pool.submit(decode_chunk, start) for start in range(0, len(indices), _CHUNK)]
         try:
             for future in futures:
                 stopping.result_of(future)

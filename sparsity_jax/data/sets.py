@@ -9,6 +9,18 @@ import numpy as np
 
 from sparsity_jax.tables import Fraction, Index, Range, option
 
+__all__ = [
+    "Dataset",
+    "FixedSample",
+    "Options",
+    "Ratio",
+    "Side",
+    "Split",
+    "spread",
+    "tell_orientation",
+    "usable_cores",
+]
+
 Side = Annotated[int, Range(0, 2**15)]
 Ratio = Annotated[float, Range(1e-3, 1e3)]
 
@@ -118,10 +130,10 @@ def spread(size: int, limit: int) -> np.ndarray:
     """
     if not limit or limit >= size:
         return np.arange(size)
-    return np.sort(spread_order(size)[:limit])
+    return np.sort(_spread_order(size)[:limit])
 
 
-def spread_order(size: int, start: float = 0.0) -> np.ndarray:
+def _spread_order(size: int, start: float = 0.0) -> np.ndarray:
     """The indices 0..size-1 in an order of which every stretch is spread evenly over them; see
     `spread`.
 
@@ -145,13 +157,14 @@ class FixedSample(NamedTuple):
         """All indices of a split of `size`; the first n are the sample of n."""
         if self.rule == "first":
             return np.arange(size)
-        return spread_order(size, np.random.default_rng(self.seed).random())
+        return _spread_order(size, np.random.default_rng(self.seed).random())
 
     def indices(self, size: int, num: int) -> np.ndarray:
         return np.arange(size) if num >= size else self.order(size)[:num]
 
 
 def usable_cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -15,8 +15,18 @@ from sparsity_jax.pixels import colours
 from sparsity_jax.sources import Source, UnreadableError, array_of, check_label
 from sparsity_jax.tables import ConfigError
 
-DECODED_ALONE = 32  # of those looked at, to measure what threads gain
-LOOKED_AT = 512  # images of each split of a stream that are decoded before anything starts
+__all__ = [
+    "SKIPPING",
+    "Stream",
+    "check_losses",
+    "check_options",
+    "choose_workers",
+    "leave",
+    "look_at",
+]
+
+_DECODED_ALONE = 32  # of those looked at, to measure what threads gain
+_LOOKED_AT = 512  # images of each split of a stream that are decoded before anything starts
 SKIPPING = "config.data.unreadable='skip' goes on without such images and counts them."
 
 
@@ -74,7 +84,7 @@ def leave(
 
 
 def look_at(images: Stream) -> Stream:
-    """Decodes `LOOKED_AT` images of a stream, evenly spread, so that mistakes are told before
+    """Decodes `_LOOKED_AT` images of a stream, evenly spread, so that mistakes are told before
     anything starts.
 
     Returns it with `workers` decided: some of the images are decoded one after the other, the rest
@@ -82,11 +92,11 @@ def look_at(images: Stream) -> Stream:
     decoded if they would stop the run.
     """
     options = images.options
-    sample = images.indices[spread(len(images.indices), LOOKED_AT)].tolist()
-    look = functools.partial(look_at_image, images)
-    alone, first = timed(map, look, sample[:DECODED_ALONE])
+    sample = images.indices[spread(len(images.indices), _LOOKED_AT)].tolist()
+    look = functools.partial(_look_at_image, images)
+    alone, first = _timed(map, look, sample[:_DECODED_ALONE])
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
-        together, others = timed(pool.map, look, sample[DECODED_ALONE:])
+        together, others = _timed(pool.map, look, sample[_DECODED_ALONE:])
     seen = first + others
     lost = [reason for reason, _ in seen if reason]
     if lost and options.unreadable == "stop":
@@ -94,14 +104,14 @@ def look_at(images: Stream) -> Stream:
     check_losses(lost, len(sample), options)
     turned = [name for _, name in seen if name]
     tell_orientation(turned, len(sample), options)
-    if options.workers >= 0 or len(sample) <= 2 * DECODED_ALONE:
+    if options.workers >= 0 or len(sample) <= 2 * _DECODED_ALONE:
         return images
     workers, reading = choose_workers(len(images.indices), usable_cores(), alone, together)
     options = dataclasses.replace(options, workers=workers)
     return dataclasses.replace(images, options=options, reading=reading)
 
 
-def look_at_image(images: Stream, index: int) -> tuple[str, str]:
+def _look_at_image(images: Stream, index: int) -> tuple[str, str]:
     """(why image `index` of the source cannot be read, its name if it is to be turned), "" where
     not.
     """
@@ -116,7 +126,7 @@ def look_at_image(images: Stream, index: int) -> tuple[str, str]:
     return "", "" if is_upright else name
 
 
-def timed(apply: Callable, function: Callable, items: list) -> tuple[float, list]:
+def _timed(apply: Callable, function: Callable, items: list) -> tuple[float, list]:
     """(items per second, results) of a kind of `map`."""
     started = time.perf_counter()
     results = list(apply(function, items))

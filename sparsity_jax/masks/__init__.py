@@ -9,14 +9,20 @@ array.
 A mask is a tree of bool arrays, True = keep, with the structure of the tree it applies to.
 """
 
-from sparsity_jax.masks.counts import ROUNDINGS as ROUNDINGS
-from sparsity_jax.masks.counts import Rounding as Rounding
-from sparsity_jax.masks.counts import count_of as count_of
-from sparsity_jax.masks.counts import num_pruned as num_pruned
-from sparsity_jax.masks.select import apply as apply
-from sparsity_jax.masks.select import full as full
-from sparsity_jax.masks.select import k_largest_mask as k_largest_mask
-from sparsity_jax.masks.select import sparsity as sparsity
-from sparsity_jax.masks.thresholds import kth_largest as kth_largest
-from sparsity_jax.masks.thresholds import nonzero as nonzero
-from sparsity_jax.masks.thresholds import random_mask as random_mask
+from sparsity_jax.masks.counts import ROUNDINGS, Rounding, count_of, num_pruned
+from sparsity_jax.masks.select import apply, full, k_largest_mask, sparsity
+from sparsity_jax.masks.thresholds import kth_largest, nonzero, random_mask
+
+__all__ = [
+    "ROUNDINGS",
+    "Rounding",
+    "apply",
+    "count_of",
+    "full",
+    "k_largest_mask",
+    "kth_largest",
+    "nonzero",
+    "num_pruned",
+    "random_mask",
+    "sparsity",
+]

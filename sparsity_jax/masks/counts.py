@@ -6,6 +6,8 @@ from typing import Literal
 
 import numpy as np
 
+__all__ = ["ROUNDINGS", "Rounding", "count_of", "num_pruned"]
+
 Rounding = Literal["floor", "nearest", "ceil"]
 ROUNDINGS: dict[str, Callable[[float], int]] = {
     "floor": math.floor,
@@ -14,7 +16,7 @@ ROUNDINGS: dict[str, Callable[[float], int]] = {
 }
 
 
-def count_of(share: float, total: int, rounding: Rounding = "nearest") -> int:
+def count_of(share: float, total: int, *, rounding: Rounding = "nearest") -> int:
     """`share` of `total` things, where a decimal share means what it says: 0.29 of 100 are 29 by
     `floor`, not 28.
 
@@ -33,5 +35,5 @@ def num_pruned(ratio: float, size: int) -> int:
     """How many of a layer's `size` filters, channels or weights go: min(ceil(ratio * size), size -
     1), where 0.28 of 25 are 7. `originals.num_pruned` is the published code's.
     """
-    wanted = count_of(ratio, size, "ceil")
+    wanted = count_of(ratio, size, rounding="ceil")
     return min(wanted, size - 1)

@@ -19,6 +19,8 @@ from jax.tree_util import tree_leaves, tree_map
 from sparsity_jax import trees
 from sparsity_jax.types import PyTree
 
+__all__ = ["Bracket", "Count", "Ranking", "checked_count", "compiled", "kth_key"]
+
 Count = int | Array
 
 # What users call outside `jit` compiles once per shape, instead of its loops at every call; inside

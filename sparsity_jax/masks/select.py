@@ -14,6 +14,8 @@ from sparsity_jax.masks.search import Count, Ranking
 from sparsity_jax.trees import varying_like
 from sparsity_jax.types import PyTree
 
+__all__ = ["apply", "full", "k_largest_mask", "sparsity"]
+
 
 def k_largest_mask(
     scores: PyTree, k: Count, *, magnitude: bool = False, before: PyTree | None = None

@@ -14,6 +14,8 @@ from sparsity_jax.masks.select import k_largest_mask
 from sparsity_jax.trees import varying_like
 from sparsity_jax.types import PyTree
 
+__all__ = ["kth_largest", "nonzero", "random_mask"]
+
 
 def kth_largest(scores: PyTree, k: Count, *, magnitude: bool = False) -> Array:
     """The k-th largest of all entries of `scores`, exactly.
@@ -74,7 +76,7 @@ def _kth_derivative(magnitude: bool, primals: tuple, tangents: tuple) -> tuple[A
     return value, mean.astype(value.dtype)
 
 
-def random_mask(key: Array, tree: PyTree, k: Count, *, before: PyTree | None = None) -> PyTree:
+def random_mask(tree: PyTree, k: Count, key: Array, *, before: PyTree | None = None) -> PyTree:
     """True on exactly `k` entries of `tree`, drawn uniformly; of those that a mask `before` leaves
     out only if it must.
 

@@ -19,6 +19,8 @@ from sparsity_jax.models.layers import INITIALIZERS, Settings
 from sparsity_jax.tables import ConfigError, Count, check_options, convert, defaults, lookup
 from sparsity_jax.types import Config, Fields, PyTree, Shape
 
+__all__ = ["MODELS", "Dtype", "Model", "build", "complete"]
+
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 # Name to factory(num_classes, settings, *, options...) -> flax.linen.Module, called as

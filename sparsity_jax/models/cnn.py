@@ -5,24 +5,26 @@ from sparsity_jax.models.convolutions import Conv, Norm, local_response_norm, ma
 from sparsity_jax.models.layers import RELU, Apply, Dense, Dropout, Plan, Steps, flatten, network
 from sparsity_jax.tables import Count, Share
 
+__all__ = ["MODELS", "FiveWidths", "Widths", "alexnet", "alexnet_cifar", "small_cnn", "unpadded"]
+
 Widths = tuple[Count, ...]
 FiveWidths = tuple[Count, Count, Count, Count, Count]
-POOL2, POOL3 = Apply(max_pool, (2,)), Apply(max_pool, (3,))
-LRN = Apply(local_response_norm)
+_POOL2, _POOL3 = Apply(max_pool, (2,)), Apply(max_pool, (3,))
+_LRN = Apply(local_response_norm)
 
 
-def smallest_side(layout: Steps) -> int:
+def _smallest_side(layout: Steps) -> int:
     """The side of the smallest square image of which a pixel is left after the layout."""
     side = 1
     for step in reversed(layout):
         if isinstance(step, Conv):
             side = max(1, step.stride * (side - 1) + step.size - 2 * (step.padding or 0))
-        elif step in (POOL2, POOL3):
+        elif step in (_POOL2, _POOL3):
             side = 2 * (side - 1) + step.arguments[0]
     return side
 
 
-def cnn(
+def _cnn(
     layout: Steps,
     dense_widths: Widths,
     *,
@@ -41,10 +43,10 @@ def cnn(
     steps += (Apply(flatten),)
     for width in dense_widths:
         steps += (Dense(width), *after_dense, Dropout(dropout))
-    return Plan(steps, smallest=-(-smallest_side(layout) // upsample))
+    return Plan(steps, smallest=-(-_smallest_side(layout) // upsample))
 
 
-def padded(width: int, size: int = 3) -> Conv:
+def _padded(width: int, size: int = 3) -> Conv:
     """A convolution with bias that keeps the size of images."""
     return Conv(width, size, padding=size // 2, bias=True)
 
@@ -66,9 +68,9 @@ def small_cnn(
     """
     layout: Steps = ()
     for width in widths:
-        layout += (Conv(width, 3, padding=1, bias=not batch_norm), POOL2)
+        layout += (Conv(width, 3, padding=1, bias=not batch_norm), _POOL2)
     after = (Norm(), RELU) if batch_norm else (RELU,)
-    return cnn(layout, dense_widths, after=after, dropout=dropout)
+    return _cnn(layout, dense_widths, after=after, dropout=dropout)
 
 
 def unpadded(
@@ -86,7 +88,7 @@ def unpadded(
     layout: Steps = ()
     for width in widths:
         layout += (*(between if layout else ()), Conv(width, 5, padding=0, bias=True))
-    return cnn((*layout, *last), dense_widths, after=after)
+    return _cnn((*layout, *last), dense_widths, after=after)
 
 
 def alexnet(
@@ -101,8 +103,8 @@ def alexnet(
     """AlexNet for large images. padding: of the first convolution. after: steps behind each."""
     first, second, *others = widths
     start = Conv(first, 11, stride=4, padding=padding, bias=True)
-    layout = (start, POOL3, padded(second, 5), POOL3, *map(padded, others), POOL3)
-    return cnn(layout, dense_widths, after=after, dropout=dropout, upsample=upsample)
+    layout = (start, _POOL3, _padded(second, 5), _POOL3, *map(_padded, others), _POOL3)
+    return _cnn(layout, dense_widths, after=after, dropout=dropout, upsample=upsample)
 
 
 def alexnet_cifar(
@@ -120,21 +122,21 @@ def alexnet_cifar(
     """
     first, second, third, fourth, fifth = widths
     layout = (
-        *(padded(first, 5), LRN, POOL3, Norm()),
-        *(padded(second, 5), LRN, POOL3, Norm()),
-        *(padded(third), Norm()),
-        *(padded(fourth), Norm()),
-        *(padded(fifth), POOL3, Norm()),
+        *(_padded(first, 5), _LRN, _POOL3, Norm()),
+        *(_padded(second, 5), _LRN, _POOL3, Norm()),
+        *(_padded(third), Norm()),
+        *(_padded(fourth), Norm()),
+        *(_padded(fifth), _POOL3, Norm()),
     )
     after_dense = (RELU, Norm("dense_bn#"))
-    return cnn(layout, dense_widths, after_dense=after_dense, dropout=dropout)
+    return _cnn(layout, dense_widths, after_dense=after_dense, dropout=dropout)
 
 
 MODELS = dict(
     small_cnn=network(small_cnn),
     lenet=network(
         unpadded,
-        *((POOL2,), (POOL2,), (RELU,)),
+        *((_POOL2,), (_POOL2,), (RELU,)),
         doc="""LeNet (LeCun et al. 1998) with ReLU and max-pools, as in the geometric-limit study.
 
         Unpadded 5x5 convolutions of `widths`, each with ReLU and a 2x2 max-pool, then dense layers
@@ -146,7 +148,7 @@ MODELS = dict(
     ),
     lenet5=network(
         unpadded,
-        *((POOL2,), (), (RELU,)),
+        *((_POOL2,), (), (RELU,)),
         doc="""LeNet-5 with ReLU and max-pools, as in the growing-regularisation study.
 
         Unpadded 5x5 convolutions of `widths` with ReLU, a 2x2 max-pool after each but the last,
@@ -159,7 +161,7 @@ MODELS = dict(
     ),
     cnet=network(
         unpadded,
-        *((), (POOL2,), (Norm(), RELU)),
+        *((), (_POOL2,), (Norm(), RELU)),
         doc="""CNet of the geometric-limit study: unpadded 5x5 convolutions with bias and batch
         norm, then a single max-pool.
 

@@ -25,6 +25,21 @@ from sparsity_jax.models.layers import (
 )
 from sparsity_jax.tables import ConfigError
 
+__all__ = [
+    "GLOBAL_AVERAGE",
+    "RELU6",
+    "BatchNorm",
+    "Block",
+    "Conv",
+    "Norm",
+    "Residual",
+    "Sequence",
+    "global_average_pool",
+    "local_response_norm",
+    "max_pool",
+    "upsample",
+]
+
 RELU6 = Apply(nn.relu6)
 
 

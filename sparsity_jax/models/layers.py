@@ -19,6 +19,25 @@ from jax import Array
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import Shape
 
+__all__ = [
+    "INITIALIZERS",
+    "RELU",
+    "Apply",
+    "Dense",
+    "Dropout",
+    "Initializer",
+    "Mode",
+    "Network",
+    "Plan",
+    "Settings",
+    "Steps",
+    "at_least_float32",
+    "flatten",
+    "network",
+    "take",
+    "uniform_bias",
+]
+
 
 class Settings(NamedTuple):
     """What all layers of a network share."""
@@ -165,7 +184,7 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        check_images(images.shape, self.plan.smallest)
+        _check_images(images.shape, self.plan.smallest)
         x = jnp.asarray(images, self.settings.dtype)
         if not self.plan.smallest:
             x = flatten(x)
@@ -174,7 +193,7 @@ class Network(nn.Module):
         return Dense(self.num_classes, "fc", wide=True)(x, mode)
 
 
-def check_images(shape: Shape, smallest: int) -> None:
+def _check_images(shape: Shape, smallest: int) -> None:
     """Raises ConfigError for images that a `Network` cannot take."""
     needed = "[batch, ...] with at least two axes"
     fits = len(shape) >= 2

@@ -7,7 +7,9 @@ from flax import linen as nn
 from sparsity_jax.models.layers import Apply, Dense, Dropout, Plan, Steps, network
 from sparsity_jax.tables import Count, Share
 
-ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh, "linear": lambda x: x}
+__all__ = ["MODELS", "mlp"]
+
+_ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh, "linear": lambda x: x}
 
 
 def mlp(
@@ -24,7 +26,7 @@ def mlp(
     SFW study.
     """
     steps: Steps = ()
-    activate = Apply(ACTIVATIONS[activation])
+    activate = Apply(_ACTIVATIONS[activation])
     for width in widths:
         steps += (Dense(width), activate, Dropout(dropout))
     return Plan(steps, smallest=0)

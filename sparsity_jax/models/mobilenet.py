@@ -6,8 +6,10 @@ from sparsity_jax.models.convolutions import GLOBAL_AVERAGE, RELU6, Block, Conv,
 from sparsity_jax.models.layers import RELU, Dropout, Plan, Steps, network
 from sparsity_jax.tables import Count, Positive, Share
 
+__all__ = ["MODELS", "mobilenet", "mobilenet_v2"]
+
 # (width, stride) of the pointwise convolution and the depthwise one before it.
-V1 = (
+_V1 = (
     (64, 1),
     (128, 2),
     (128, 1),
@@ -20,7 +22,7 @@ V1 = (
 )
 
 # (expansion, width, repeats, stride of the first) of inverted residual blocks.
-V2 = (
+_V2 = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
     (6, 32, 3, 2),
@@ -31,7 +33,7 @@ V2 = (
 )
 
 
-def mobilenet(*, stem_width: Count = 32, blocks: tuple[tuple[Count, Count], ...] = V1) -> Plan:
+def mobilenet(*, stem_width: Count = 32, blocks: tuple[tuple[Count, Count], ...] = _V1) -> Plan:
     """MobileNet V1 with a 3x3 stem of stride 1; `blocks` are (width, stride) pairs of
     depthwise-separable blocks, named block{i}, i from 0.
 
@@ -41,18 +43,18 @@ def mobilenet(*, stem_width: Count = 32, blocks: tuple[tuple[Count, Count], ...]
     channels = stem_width
     for i, (width, stride) in enumerate(blocks):
         pointwise = Conv(width, 1, name="pointwise")
-        block = (depthwise(channels, stride), Norm(), RELU, pointwise, Norm(), RELU)
+        block = (_depthwise(channels, stride), Norm(), RELU, pointwise, Norm(), RELU)
         steps += (Block(f"block{i}", block),)
         channels = width
     return Plan((*steps, GLOBAL_AVERAGE))
 
 
-def depthwise(channels: int, stride: int) -> Conv:
+def _depthwise(channels: int, stride: int) -> Conv:
     """A 3x3 convolution of every channel by itself."""
     return Conv(channels, 3, stride, groups=channels, name="depthwise")
 
 
-def inverted(channels: int, expansion: int, width: int, stride: int) -> Steps:
+def _inverted(channels: int, expansion: int, width: int, stride: int) -> Steps:
     """expand 1x1, depthwise 3x3 with `stride`, project 1x1; each with bn{i}, the first two ReLU6.
 
     Without `expand` where `expansion` is 1. channels: of the input, which is added where size and
@@ -62,13 +64,13 @@ def inverted(channels: int, expansion: int, width: int, stride: int) -> Steps:
     steps: Steps = ()
     if expansion > 1:
         steps = (Conv(hidden, 1, name="expand"), Norm(), RELU6)
-    steps += (depthwise(hidden, stride), Norm(), RELU6, Conv(width, 1, name="project"), Norm())
+    steps += (_depthwise(hidden, stride), Norm(), RELU6, Conv(width, 1, name="project"), Norm())
     if stride == 1 and width == channels:
         return (Residual((), steps),)
     return steps
 
 
-def divisible(width: float, divisor: int = 8) -> int:
+def _divisible(width: float, divisor: int = 8) -> int:
     """`width` rounded to a multiple of `divisor`, up where it would lose more than a tenth, and at
     least `divisor`.
     """
@@ -80,7 +82,7 @@ def mobilenet_v2(
     *,
     multiplier: Positive = 1.0,
     stem_stride: Count = 2,
-    blocks: tuple[tuple[Count, Count, Count, Count], ...] = V2,
+    blocks: tuple[tuple[Count, Count, Count, Count], ...] = _V2,
     dropout: Share = 0.0,
 ) -> Plan:
     """MobileNet V2 as in torchvision, whose weights fit: 3,504,872 parameters with 1,000 classes,
@@ -91,17 +93,17 @@ def mobilenet_v2(
     widths, which are rounded to multiples of 8 (that of the last convolution, 1,280, only grows).
     stem_stride: 1 for small images. dropout: before `fc`; 0.2 in training on ImageNet.
     """
-    channels = divisible(32 * multiplier)
+    channels = _divisible(32 * multiplier)
     steps: Steps = (Conv(channels, 3, stem_stride), Norm(), RELU6)
     number = 0
     for expansion, width, repeats, stride in blocks:
-        width = divisible(width * multiplier)
+        width = _divisible(width * multiplier)
         for repeat in range(repeats):
-            inside = inverted(channels, expansion, width, 1 if repeat else stride)
+            inside = _inverted(channels, expansion, width, 1 if repeat else stride)
             steps += (Block(f"block{number}", inside),)
             channels = width
             number += 1
-    last_width = divisible(1280 * max(1.0, multiplier))
+    last_width = _divisible(1280 * max(1.0, multiplier))
     steps += (Conv(last_width, 1), Norm(), RELU6, GLOBAL_AVERAGE, Dropout(dropout))
     return Plan(steps)
 

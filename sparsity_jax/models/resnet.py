@@ -12,10 +12,12 @@ from sparsity_jax.models.convolutions import GLOBAL_AVERAGE, Block, Conv, Norm, 
 from sparsity_jax.models.layers import RELU, Apply, Plan, Steps, network
 from sparsity_jax.tables import ConfigError, Count
 
+__all__ = ["MODELS", "Kind", "Shortcut", "Stem", "of_stages", "resnet", "wrn", "zero_pad_shortcut"]
+
 Shortcut = Literal["projection", "zero_pad"]
 Stem = Literal["cifar", "imagenet"]
 Kind = Literal["basic", "bottleneck", "preact"]
-EXPANSION = {"basic": 1, "bottleneck": 4, "preact": 1}  # of the widths of blocks
+_EXPANSION = {"basic": 1, "bottleneck": 4, "preact": 1}  # of the widths of blocks
 
 
 def zero_pad_shortcut(x: Array, features: int, stride: int) -> Array:
@@ -27,7 +29,7 @@ def zero_pad_shortcut(x: Array, features: int, stride: int) -> Array:
     return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (before, missing - before)))
 
 
-def residual(
+def _residual(
     kind: Kind, inside: int, channels: int, width: int, stride: int, shortcut: Shortcut
 ) -> Steps:
     """A block of `inside` channels inside that makes `channels` of its input to `width`.
@@ -84,7 +86,7 @@ def resnet(
         allowed = f"{sum(stage_sizes)}, one per block"
         raise ConfigError("inner_widths", inner_widths, allowed=allowed)
     channels = stem_width or widths[0]
-    outer = [width * EXPANSION[block] for width in widths]
+    outer = [width * _EXPANSION[block] for width in widths]
     if shortcut == "zero_pad" and [channels, *outer] != sorted([channels, *outer]):
         why = f"and the channels go {channels}, {outer}"
         allowed = "channels that never decrease, or 'projection'"
@@ -92,13 +94,13 @@ def resnet(
     norm = () if block == "preact" else (Norm(), RELU)
     steps: Steps = (Conv(channels, 3), *norm)
     if stem == "imagenet":
-        steps = (Conv(channels, 7, 2), *norm, Apply(padded_max_pool))
+        steps = (Conv(channels, 7, 2), *norm, Apply(_padded_max_pool))
     thinned = iter(inner_widths or ())
     for i, width in enumerate(outer):
         for j in range(stage_sizes[i]):
             inside = next(thinned, widths[i])
             stride = 2 if i > 0 and j == 0 else 1
-            way = residual(block, inside, channels, width, stride, shortcut)
+            way = _residual(block, inside, channels, width, stride, shortcut)
             steps += (Block(f"stage{i + 1}_block{j}", way),)
             channels = width
     if block == "preact":
@@ -106,7 +108,7 @@ def resnet(
     return Plan((*steps, GLOBAL_AVERAGE))
 
 
-def padded_max_pool(x: Array) -> Array:
+def _padded_max_pool(x: Array) -> Array:
     """3x3 windows of stride 2, one pixel beyond every side."""
     return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 

@@ -8,13 +8,15 @@ from sparsity_jax.models.convolutions import GLOBAL_AVERAGE, Conv, Norm, max_poo
 from sparsity_jax.models.layers import RELU, Apply, Dropout, Plan, Steps, network
 from sparsity_jax.tables import Count, Share
 
+__all__ = ["MODELS", "Layout", "Order", "stages", "vgg"]
+
 # width of a 3x3 convolution, or "M": a 2x2 max-pool
 Layout = tuple[Count | Literal["M"], ...]
 Order = Literal["conv_bn_relu", "conv_relu_bn"]
 
 # Convolutions in each of the five stages; a stage has 1, 2, 4, 8, 8 times the base width and ends
 # in a max-pool.
-DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+_DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
 def stages(depth: int, width: int) -> Layout:
@@ -22,17 +24,17 @@ def stages(depth: int, width: int) -> Layout:
     width 64.
     """
     layout: Layout = ()
-    for count, scale in zip(DEPTHS[depth], (1, 2, 4, 8, 8)):
+    for count, scale in zip(_DEPTHS[depth], (1, 2, 4, 8, 8)):
         layout += (*[width * scale] * count, "M")
     return layout
 
 
-VGG11 = stages(11, 64)
+_VGG11 = stages(11, 64)
 
 
 def vgg(
     *,
-    layout: Layout = VGG11,
+    layout: Layout = _VGG11,
     order: Order = "conv_bn_relu",
     conv_bias: bool = True,
     batch_norm: bool = True,
@@ -58,7 +60,7 @@ def vgg(
     return Plan(steps, smallest=2 ** layout.count("M"))
 
 
-def of_depth(
+def _of_depth(
     depth: int,
     *,
     width: Count = 64,
@@ -84,6 +86,6 @@ def of_depth(
 
 
 MODELS = dict(vgg=network(vgg))
-for depth in DEPTHS:
-    text = f"VGG-{depth}: {of_depth.__doc__}"
-    MODELS[f"vgg{depth}"] = network(of_depth, depth, doc=text)
+for depth in _DEPTHS:
+    text = f"VGG-{depth}: {_of_depth.__doc__}"
+    MODELS[f"vgg{depth}"] = network(_of_depth, depth, doc=text)

@@ -10,40 +10,86 @@ entries stay as they are. Sums over steps are float32 or wider whatever the weig
 (`accumulator_dtype`).
 """
 
-from sparsity_jax.optim.adagrad import adagrad_sfw as adagrad_sfw
-from sparsity_jax.optim.penalties import add_l1 as add_l1
-from sparsity_jax.optim.penalties import add_l2 as add_l2
-from sparsity_jax.optim.penalties import proximal_l1 as proximal_l1
-from sparsity_jax.optim.rates import Rate as Rate
-from sparsity_jax.optim.rates import decrease_3 as decrease_3
-from sparsity_jax.optim.rates import decrease_3_180 as decrease_3_180
-from sparsity_jax.optim.rates import keep as keep
-from sparsity_jax.optim.rates import learning_rate as learning_rate
-from sparsity_jax.optim.rates import multistep as multistep
-from sparsity_jax.optim.rates import scale_by_rate as scale_by_rate
-from sparsity_jax.optim.recipe import OPTIMIZERS as OPTIMIZERS
-from sparsity_jax.optim.recipe import PENALTIES as PENALTIES
-from sparsity_jax.optim.recipe import Config as Config
-from sparsity_jax.optim.recipe import Recipe as Recipe
-from sparsity_jax.optim.recipe import check as check
-from sparsity_jax.optim.recipe import make as make
-from sparsity_jax.optim.recipe import needs_norms as needs_norms
-from sparsity_jax.optim.recipe import numbers as numbers
-from sparsity_jax.optim.recipe import options as options
-from sparsity_jax.optim.recipe import program as program
-from sparsity_jax.optim.recipe import settings as settings
-from sparsity_jax.optim.schedules import SCHEDULES as SCHEDULES
-from sparsity_jax.optim.schedules import cosine as cosine
-from sparsity_jax.optim.schedules import dynamic_change as dynamic_change
-from sparsity_jax.optim.schedules import original_cosine as original_cosine
-from sparsity_jax.optim.schedules import original_multistep as original_multistep
-from sparsity_jax.optim.schedules import piecewise as piecewise
-from sparsity_jax.optim.steps import HeavyBallState as HeavyBallState
-from sparsity_jax.optim.steps import add_decayed_weights as add_decayed_weights
-from sparsity_jax.optim.steps import frank_wolfe_step_size as frank_wolfe_step_size
-from sparsity_jax.optim.steps import heavy_ball as heavy_ball
-from sparsity_jax.optim.steps import momentum_of as momentum_of
-from sparsity_jax.optim.steps import projected as projected
-from sparsity_jax.optim.steps import sfw as sfw
-from sparsity_jax.optim.steps import sgd as sgd
-from sparsity_jax.optim.steps import with_momentum as with_momentum
+from sparsity_jax.optim.adagrad import adagrad_sfw
+from sparsity_jax.optim.penalties import add_l1, add_l2, proximal_l1
+from sparsity_jax.optim.rates import (
+    Rate,
+    decrease_3,
+    decrease_3_180,
+    keep,
+    learning_rate,
+    multistep,
+    scale_by_rate,
+)
+from sparsity_jax.optim.recipe import (
+    OPTIMIZERS,
+    PENALTIES,
+    Config,
+    Recipe,
+    check,
+    make,
+    needs_norms,
+    numbers,
+    options,
+    program,
+    settings,
+)
+from sparsity_jax.optim.schedules import (
+    SCHEDULES,
+    cosine,
+    dynamic_change,
+    original_cosine,
+    original_multistep,
+    piecewise,
+)
+from sparsity_jax.optim.steps import (
+    HeavyBallState,
+    add_decayed_weights,
+    frank_wolfe_step_size,
+    heavy_ball,
+    momentum_of,
+    projected,
+    sfw,
+    sgd,
+    with_momentum,
+)
+
+__all__ = [
+    "OPTIMIZERS",
+    "PENALTIES",
+    "SCHEDULES",
+    "Config",
+    "HeavyBallState",
+    "Rate",
+    "Recipe",
+    "adagrad_sfw",
+    "add_decayed_weights",
+    "add_l1",
+    "add_l2",
+    "check",
+    "cosine",
+    "decrease_3",
+    "decrease_3_180",
+    "dynamic_change",
+    "frank_wolfe_step_size",
+    "heavy_ball",
+    "keep",
+    "learning_rate",
+    "make",
+    "momentum_of",
+    "multistep",
+    "needs_norms",
+    "numbers",
+    "options",
+    "original_cosine",
+    "original_multistep",
+    "piecewise",
+    "program",
+    "projected",
+    "proximal_l1",
+    "scale_by_rate",
+    "settings",
+    "sfw",
+    "sgd",
+    "with_momentum",
+]

@@ -13,6 +13,8 @@ from sparsity_jax.optim.rates import LearningRate, Updated
 from sparsity_jax.trees import widen
 from sparsity_jax.types import PyTree
 
+__all__ = ["AdaGradState", "adagrad_sfw"]
+
 
 class AdaGradState(NamedTuple):
     """root: of the sum of squared directions, in the structure of the params; it stays in range
@@ -68,5 +70,5 @@ def adagrad_sfw(
 
         return polytopes.map_arrays(step, sets, params, averages, root), AdaGradState(root)
 
-    average = steps.heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype)
-    return steps.by_averages(learning_rate, weight_decay, average, init, update)
+    average = steps.heavy_ball(momentum, dampening=momentum, accumulator_dtype=accumulator_dtype)
+    return steps.by_averages(init, update, average, learning_rate, weight_decay)

@@ -17,19 +17,21 @@ from sparsity_jax.optim.steps import Strength
 from sparsity_jax.trees import widen
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = ["add_l1", "add_l2", "l1", "l2", "proximal_l1"]
+
 
 def add_l1(strength: Strength) -> Transformation:
     """g + strength * sign(w), a subgradient of strength * ||w||_1. strength: a number, or one per
     parameter array.
     """
-    return steps.add_slope(strength, jnp.sign)
+    return steps.add_slope(jnp.sign, strength)
 
 
 def add_l2(strength: Strength) -> Transformation:
     """g + 2 * strength * w, the gradient of strength * ||w||_2^2. strength: a number, or one per
     parameter array.
     """
-    return steps.add_slope(strength, lambda w: 2 * w)
+    return steps.add_slope(lambda w: 2 * w, strength)
 
 
 # Penalties: of an optimizer that has certain numbers, the one with the penalty --------------------

@@ -14,6 +14,24 @@ from optax import GradientTransformationExtraArgs as Transformation
 from sparsity_jax import tables
 from sparsity_jax.types import PyTree
 
+__all__ = [
+    "LearningRate",
+    "Number",
+    "Rate",
+    "RateState",
+    "Updated",
+    "as_rate",
+    "decrease_3",
+    "decrease_3_180",
+    "first_state",
+    "keep",
+    "learning_rate",
+    "multistep",
+    "next_state",
+    "scale_by_rate",
+    "warm_up",
+]
+
 Number = float | Array
 Updated = tuple[PyTree, Any]  # updates and state
 
@@ -121,19 +139,19 @@ def scale_by_rate(learning_rate: LearningRate) -> Transformation:
     return Transformation(lambda _: first_state(rate), update)
 
 
-INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 def _rates_in(opt_state: PyTree) -> list[Array]:
     """All rates of states that are made to hold one; entries of that name in other trees are
     parameters.
     """
-    names_rate = lambda state: isinstance(state, (RateState, *INJECTED))
+    names_rate = lambda state: isinstance(state, (RateState, *_INJECTED))
     rates = []
     for state in tree_leaves(opt_state, is_leaf=names_rate):
         if isinstance(state, RateState):
             rates.append(state.learning_rate)
-        elif isinstance(state, INJECTED):
+        elif isinstance(state, _INJECTED):
             # a transformation of this package knows its rate itself; the hyper-parameter is what
             # it was made of
             within = _rates_in(state.inner_state)

@@ -13,6 +13,21 @@ from sparsity_jax.optim.schedules import SCHEDULES
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = [
+    "OPTIMIZERS",
+    "PENALTIES",
+    "Config",
+    "Recipe",
+    "check",
+    "make",
+    "needs_norms",
+    "no_penalty",
+    "numbers",
+    "options",
+    "program",
+    "settings",
+]
+
 
 def no_penalty(tx: Transformation, values: Fields) -> Transformation:
     """The loss as it is."""

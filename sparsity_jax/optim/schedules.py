@@ -15,6 +15,15 @@ from sparsity_jax.optim import rates
 from sparsity_jax.optim.rates import Rate, as_rate
 from sparsity_jax.tables import ConfigError
 
+__all__ = [
+    "SCHEDULES",
+    "cosine",
+    "dynamic_change",
+    "original_cosine",
+    "original_multistep",
+    "piecewise",
+]
+
 
 def cosine(
     learning_rate: float,

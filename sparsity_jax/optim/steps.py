@@ -17,9 +17,29 @@ from sparsity_jax.optim.rates import LearningRate, Number, Updated
 from sparsity_jax.trees import widen
 from sparsity_jax.types import Fields, PyTree
 
+__all__ = [
+    "Accumulator",
+    "HeavyBallState",
+    "Strength",
+    "accumulators",
+    "add_decayed_weights",
+    "add_slope",
+    "by_averages",
+    "frank_wolfe_step_size",
+    "heavy_ball",
+    "momentum_of",
+    "needing_params",
+    "one_each",
+    "projected",
+    "sfw",
+    "sgd",
+    "share_of_new",
+    "with_momentum",
+]
+
 Strength = Number | PyTree  # a number, or one per parameter array
 Accumulator = Literal["float16", "bfloat16", "float32", "float64"] | None
-WHOLE_SPACE = polytopes.Unconstrained()
+_WHOLE_SPACE = polytopes.Unconstrained()
 
 
 # Pieces -------------------------------------------------------------------------------------------
@@ -40,7 +60,7 @@ def needing_params(init: Callable, update: Callable) -> Transformation:
     return Transformation(init, checked)
 
 
-def stateless(function: Callable) -> Transformation:
+def _stateless(function: Callable) -> Transformation:
     """The transformation that makes `function(updates, params)` of updates."""
 
     def update(updates: PyTree, state: Any, params: PyTree, extra: Fields) -> Updated:
@@ -50,10 +70,10 @@ def stateless(function: Callable) -> Transformation:
     return needing_params(lambda _: optax.EmptyState(), update)
 
 
-def add_slope(strength: Strength, slope: Callable) -> Transformation:
+def add_slope(slope: Callable, strength: Strength) -> Transformation:
     """g + strength * slope(w)."""
     add = lambda g, w, s: (g + s * slope(w)).astype(g.dtype)
-    return stateless(
+    return _stateless(
         lambda updates, params: tree_map(add, updates, params, one_each(strength, params))
     )
 
@@ -69,7 +89,7 @@ def add_decayed_weights(weight_decay: Number) -> Transformation:
     """g + weight_decay * w; a weight decay that is the number 0 needs no params."""
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return optax.with_extra_args_support(optax.identity())
-    return add_slope(weight_decay, lambda w: w)
+    return add_slope(lambda w: w, weight_decay)
 
 
 # Momentum -----------------------------------------------------------------------------------------
@@ -94,8 +114,8 @@ class HeavyBallState(NamedTuple):
 
 def heavy_ball(
     momentum: Number,
-    dampening: Number = 0.0,
     *,
+    dampening: Number = 0.0,
     nesterov: bool = False,
     accumulator_dtype: Accumulator = None,
 ) -> Transformation:
@@ -148,7 +168,7 @@ def with_momentum(opt_state: PyTree, momentum: HeavyBallState) -> PyTree:
 
 def sgd(
     learning_rate: LearningRate,
-    sets: PyTree = WHOLE_SPACE,
+    sets: PyTree = _WHOLE_SPACE,
     *,
     momentum: tables.Fraction = 0.9,
     dampening: tables.Fraction = 0.0,
@@ -164,7 +184,9 @@ def sgd(
     """
     descent = optax.chain(
         add_decayed_weights(weight_decay),
-        heavy_ball(momentum, dampening, nesterov=nesterov, accumulator_dtype=accumulator_dtype),
+        heavy_ball(
+            momentum, dampening=dampening, nesterov=nesterov, accumulator_dtype=accumulator_dtype
+        ),
         rates.scale_by_rate(learning_rate),
     )
     kinds = set(map(type, tree_leaves(sets, is_leaf=polytopes.is_set)))
@@ -179,7 +201,7 @@ def projected(inner: optax.GradientTransformation, sets: PyTree) -> Transformati
         return polytopes.settled(s, w, s.project(wide + u) - wide)
 
     pull_all = lambda updates, params: polytopes.map_arrays(pull, sets, params, updates)
-    return optax.chain(inner, stateless(pull_all))
+    return optax.chain(inner, _stateless(pull_all))
 
 
 def sfw(
@@ -218,8 +240,8 @@ def sfw(
 
         return polytopes.map_arrays(step, sets, params, averages), state
 
-    average = heavy_ball(momentum, momentum, accumulator_dtype=accumulator_dtype)
-    return by_averages(learning_rate, weight_decay, average, lambda params: (), update)
+    average = heavy_ball(momentum, dampening=momentum, accumulator_dtype=accumulator_dtype)
+    return by_averages(lambda params: (), update, average, learning_rate, weight_decay)
 
 
 def frank_wolfe_step_size(
@@ -251,11 +273,11 @@ def _after(constraint: Any, step_size: Array) -> Any:
 
 
 def by_averages(
-    learning_rate: LearningRate,
-    weight_decay: Number,
-    average: Transformation,
     init: Callable,
     update: Callable,
+    average: Transformation,
+    learning_rate: LearningRate,
+    weight_decay: Number,
 ) -> Transformation:
     """Weight decay, then `update(averages, state, params, rate)` on the buffer of `average`, whose
     state starts as `init(params)`.

@@ -14,21 +14,41 @@ Sources: Pokutta, Spiegel, Zimmer 2020, arXiv:2010.07243 (sets and LMOs); Miao e
     (K-sparse training).
 """
 
-from sparsity_jax.polytopes.balls import LpBall as LpBall
-from sparsity_jax.polytopes.balls import l2 as l2
-from sparsity_jax.polytopes.balls import lp_ball as lp_ball
-from sparsity_jax.polytopes.ksparse import KSparse as KSparse
-from sparsity_jax.polytopes.ksparse import k_sparse as k_sparse
-from sparsity_jax.polytopes.sets import SETS as SETS
-from sparsity_jax.polytopes.sets import Config as Config
-from sparsity_jax.polytopes.sets import ConstraintSet as ConstraintSet
-from sparsity_jax.polytopes.sets import Rule as Rule
-from sparsity_jax.polytopes.sets import Unconstrained as Unconstrained
-from sparsity_jax.polytopes.sets import broadcast as broadcast
-from sparsity_jax.polytopes.sets import build as build
-from sparsity_jax.polytopes.sets import check as check
-from sparsity_jax.polytopes.sets import is_set as is_set
-from sparsity_jax.polytopes.sets import map_arrays as map_arrays
-from sparsity_jax.polytopes.sets import mean_norms as mean_norms
-from sparsity_jax.polytopes.sets import settled as settled
-from sparsity_jax.polytopes.sets import shift_inside as shift_inside
+from sparsity_jax.polytopes.balls import LpBall, l2, lp_ball
+from sparsity_jax.polytopes.ksparse import KSparse, k_sparse
+from sparsity_jax.polytopes.sets import (
+    SETS,
+    Config,
+    ConstraintSet,
+    Rule,
+    Unconstrained,
+    broadcast,
+    build,
+    check,
+    is_set,
+    map_arrays,
+    mean_norms,
+    settled,
+    shift_inside,
+)
+
+__all__ = [
+    "SETS",
+    "Config",
+    "ConstraintSet",
+    "KSparse",
+    "LpBall",
+    "Rule",
+    "Unconstrained",
+    "broadcast",
+    "build",
+    "check",
+    "is_set",
+    "k_sparse",
+    "l2",
+    "lp_ball",
+    "map_arrays",
+    "mean_norms",
+    "settled",
+    "shift_inside",
+]

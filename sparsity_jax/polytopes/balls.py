@@ -20,7 +20,9 @@ from sparsity_jax.polytopes.ksparse import (
 )
 from sparsity_jax.trees import widen
 
-STATIC = dict(static=True)  # a field that decides what is compiled
+__all__ = ["LpBall", "l2", "lp_ball"]
+
+_STATIC = dict(static=True)  # a field that decides what is compiled
 
 
 @jax.tree_util.register_dataclass
@@ -36,9 +38,9 @@ class LpBall:
     """
 
     radius: Number
-    p: float = dataclasses.field(metadata=STATIC)
-    zero_up: bool = dataclasses.field(default=False, metadata=STATIC)
-    zero_below: float = dataclasses.field(default=0.0, metadata=STATIC)
+    p: float = dataclasses.field(metadata=_STATIC)
+    zero_up: bool = dataclasses.field(default=False, metadata=_STATIC)
+    zero_below: float = dataclasses.field(default=0.0, metadata=_STATIC)
 
     def __post_init__(self) -> None:
         if not (self.p == 1 or self.p >= 2):

@@ -8,6 +8,8 @@ from jax import Array, lax
 from sparsity_jax import trees
 from sparsity_jax.trees import widen
 
+__all__ = ["nearest_k_sparse", "settled"]
+
 
 def nearest_k_sparse(x: Array, budget: Array, radius: Array) -> Array:
     """The nearest point to x of at least float32 with L1 norm at most `budget`, in magnitude at

@@ -12,6 +12,8 @@ from sparsity_jax import masks, tables, trees
 from sparsity_jax.polytopes import inside
 from sparsity_jax.trees import widen
 
+__all__ = ["KSparse", "Mode", "Number", "check_radius", "k_sparse", "narrow", "pulled", "radius_of"]
+
 Mode = Literal["initialization", "diameter", "radius"]
 Number = float | Array
 
@@ -143,7 +145,7 @@ def k_sparse(
     29; 0 switches either off. mode: `initialization` gives the diameter 2 tau norm (norm 0 counts
     as 1), `diameter` and `radius` take tau itself. Raises ConfigError if k comes out as 0.
     """
-    share = masks.count_of(k_frac, size, "floor")
+    share = masks.count_of(k_frac, size, rounding="floor")
     kept = min(max(k, share), size)
     if kept < 1:
         raise tables.ConfigError(

@@ -15,6 +15,23 @@ from sparsity_jax.polytopes import balls, inside
 from sparsity_jax.polytopes.ksparse import KSparse, k_sparse
 from sparsity_jax.types import PyTree
 
+__all__ = [
+    "SETS",
+    "Config",
+    "ConstraintSet",
+    "Rule",
+    "Unconstrained",
+    "broadcast",
+    "build",
+    "check",
+    "is_set",
+    "map_arrays",
+    "mean_norms",
+    "settled",
+    "shift_inside",
+    "unconstrained",
+]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +145,7 @@ def build(params: PyTree, norms: PyTree, rules: Sequence[Rule]) -> PyTree:
     return tree_map(set_of, params, norms, indices)
 
 
-def mean_norms(init_params: Callable, key: Array, draws: int = 100) -> PyTree:
+def mean_norms(init_params: Callable, key: Array, *, draws: int = 100) -> PyTree:
     """Mean L2 norm of every parameter array over `draws` initialisations.
 
     init_params: key -> params. Returns float scalars in the structure of the params. One

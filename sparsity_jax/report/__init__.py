@@ -8,7 +8,6 @@ import pathlib
 
 from sparsity_jax.report.events import Writer
 from sparsity_jax.report.files import (
-    ENVIRONMENT,
     METRICS,
     REPORT,
     continued,
@@ -18,6 +17,7 @@ from sparsity_jax.report.files import (
 )
 from sparsity_jax.report.runs import gather, read_rows
 from sparsity_jax.types import AnyPath, Fields, Rows
+from sparsity_jax.workdirs import ENVIRONMENT
 
 __all__ = [
     "ENVIRONMENT",

@@ -6,7 +6,7 @@ import sys
 from sparsity_jax import imports, report
 from sparsity_jax.report import files
 
-OPTIONS = {
+_OPTIONS = {
     "workdir": "folder of the run, or of several runs in folders of their own",
     "title": "title of the page; default: the config's, else the folder's name",
     "out": "folder for report.html and figures/; default: that of --workdir",
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m sparsity_jax.report", description="Rebuild a run's report.html."
     )
-    for name, words in OPTIONS.items():
+    for name, words in _OPTIONS.items():
         parser.add_argument(f"--{name}", required=name == "workdir", help=words)
     imports.add_option(parser)
     options = parser.parse_args(argv)

@@ -10,8 +10,10 @@ from sparsity_jax.report.sections import Section, Shown, amount, table
 from sparsity_jax.report.series import Frame, Grouped, Series
 from sparsity_jax.types import Fields
 
-MOST_CUTS = 12  # columns of a heat map
-ROLES = {  # of an array in a group of channels
+__all__ = ["channel_rounds", "channels", "compact", "group_figure", "groups"]
+
+_MOST_CUTS = 12  # columns of a heat map
+_ROLES = {  # of an array in a group of channels
     "producer": "makes the channels",
     "consumer": "reads them",
     "depthwise": "passes them on one by one",
@@ -42,14 +44,14 @@ def group_figure(layout: Fields) -> Figure:
     layout: of `groups.layout`.
     """
     names = draw.short_paths(list(layout["groups"]))
-    kernels = draw.short_paths(layout["kernels"], 40)
+    kernels = draw.short_paths(layout["kernels"], limit=40)
     ticks, marks = [], []
     for y, (name, group) in enumerate(zip(names, layout["groups"].values())):
         ticks.append(f"{name} ({group['size']:,})")
-        for color, role in enumerate(ROLES):
+        for color, role in enumerate(_ROLES):
             marks += [(color, y, x, y) for x in group["marks"].get(role, ())]
     points = pd.DataFrame(marks, columns=["color", "line", "x", "y"]).assign(panel="")
-    figure = draw.chart([points], list(ROLES.values()), xlabel="layers, by use")
+    figure = draw.chart([points], list(_ROLES.values()), xlabel="layers, by use")
     figure.set_figheight(0.18 * len(names) + 2.2)
     (axes,) = figure.axes
     axes.set_yticks(range(len(names)), ticks)
@@ -80,13 +82,13 @@ def channel_rounds(one: Series) -> Frame:
             removed.append(round(share, 4))
             gone.append(1 - kept / sizes)
     means = pd.DataFrame(gone).groupby(np.array(removed, float)).mean()
-    some = np.linspace(0, len(means) - 1, min(MOST_CUTS, len(means)))
+    some = np.linspace(0, len(means) - 1, min(_MOST_CUTS, len(means)))
     return means.iloc[some.round().astype(int)].T
 
 
 # Compact networks ---------------------------------------------------------------------------------
 
-COMPACT = {  # column to template
+_COMPACT = {  # column to template
     "accuracy|%": "{accuracy:.2%}",
     "parameters|%": "{parameters_compact:,}|of {parameters:,}, {parameters_share:.1%}",
     "FLOPs of an image|%": "{flops_compact:,}|of {flops:,}, {flops_share:.1%}",
@@ -114,4 +116,4 @@ def compact(grouped: Grouped) -> Shown:
             note += f" {name}: {row['warning']}."
     worst = amount(told["difference"].max())
     note += f" Logits of both differ by at most {worst} of the largest."
-    return Section("Compact network", tables=[table("network", COMPACT, lines, note)])
+    return Section("Compact network", tables=[table("network", _COMPACT, lines, note=note)])

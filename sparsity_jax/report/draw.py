@@ -24,28 +24,45 @@ from matplotlib.ticker import PercentFormatter
 from sparsity_jax.report.sections import Section, Shown
 from sparsity_jax.report.series import Frame
 
+__all__ = [
+    "COLORS",
+    "INK",
+    "REMOVED",
+    "STYLE",
+    "chart",
+    "color",
+    "files_of",
+    "heat_maps",
+    "means",
+    "percents",
+    "points",
+    "printable",
+    "section",
+    "short_paths",
+]
+
 # Okabe and Ito's colour-blind-safe hues (2008) without yellow and black, then six others.
-PALETTE = (
+_PALETTE = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#7b4bb7", "#7d8590", "#8c1d4f", "#8c8c1f", "#0b7f8a", "#8a5a2b"),
 )
-INK, MUTED, GRID = "#1f2328", "#656d77", "#dfe3e8"
+INK, _MUTED, _GRID = "#1f2328", "#656d77", "#dfe3e8"
 COLORS = {  # by the variable of the page's CSS, which has others for dark screens
     "--ink": INK,
-    "--muted": MUTED,
-    "--line": GRID,
-    **{f"--c{index}": color for index, color in enumerate(PALETTE)},
+    "--muted": _MUTED,
+    "--line": _GRID,
+    **{f"--c{index}": color for index, color in enumerate(_PALETTE)},
 }
-NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-DASHES = ("-", "--", ":", "-.")
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_DASHES = ("-", "--", ":", "-.")
 REMOVED = "weights removed"  # an axis of shares
-MOST_CELLS = 100  # of a heat map whose shares are written into it
+_MOST_CELLS = 100  # of a heat map whose shares are written into it
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so PNGs are the same everywhere
     "font.size": 9,
     "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _GRID,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.spines.top": False,
@@ -54,11 +71,11 @@ STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.xmargin": 0.02,
-    "axes.prop_cycle": cycler(color=PALETTE),
-    "grid.color": GRID,
+    "axes.prop_cycle": cycler(color=_PALETTE),
+    "grid.color": _GRID,
     "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
@@ -76,10 +93,10 @@ STYLE: Any = {
 
 def printable(text: str) -> str:
     """`text` without the characters that XML lacks."""
-    return NO_XML.sub("\ufffd", text)
+    return _NO_XML.sub("\ufffd", text)
 
 
-def literal(text: str, limit: int = 60) -> str:
+def _literal(text: str, limit: int = 60) -> str:
     """`text` for matplotlib: no mathtext, no hidden label, and not long."""
     text = " ".join(printable(text).split())
     if len(text) > limit:
@@ -89,7 +106,7 @@ def literal(text: str, limit: int = 60) -> str:
     return text.replace("$", r"\$")
 
 
-def short_paths(paths: Sequence[str], limit: int = 34) -> list[str]:
+def short_paths(paths: Sequence[str], *, limit: int = 34) -> list[str]:
     """Paths without the first parts that all share; long ones lose their beginning."""
     split = [path.removesuffix("/kernel").split("/") for path in paths]
     while all(len(parts) > 1 for parts in split) and len({parts[0] for parts in split}) == 1:
@@ -97,7 +114,7 @@ def short_paths(paths: Sequence[str], limit: int = 34) -> list[str]:
     names = []
     for parts in split:
         name = "/".join(parts)
-        names.append(literal(name if len(name) <= limit else f"…{name[1 - limit :]}"))
+        names.append(_literal(name if len(name) <= limit else f"…{name[1 - limit :]}"))
     return names
 
 
@@ -151,25 +168,25 @@ def chart(
     told = pd.DataFrame({"dash": 0, "line": 0, "low": math.nan, "high": math.nan, **told})
     told = told.dropna(subset=["x", "y"])
     titles = told["panel"].unique()
-    figure, axes = panels(len(titles))
+    figure, axes = _panels(len(titles))
     for title, panel in zip(titles, axes):
         inside = told[told["panel"] == title]
         for (hue, dash, _), line in inside.groupby(["color", "dash", "line"], sort=False):
-            draw_line(panel, line.sort_values("x", kind="stable"), hue, dash)
-        panel.set_title(literal(title), loc="left")
+            _draw_line(panel, line.sort_values("x", kind="stable"), hue, dash)
+        panel.set_title(_literal(title), loc="left")
         panel.set(label=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale)
-        scale(panel, ylabel or title)
+        _scale(panel, ylabel or title)
     if axes:
-        keys = [key(colors[hue], color(hue)) for hue in sorted(told["color"].unique())]
+        keys = [_key(colors[hue], color(hue)) for hue in sorted(told["color"].unique())]
         if any(dashes):
             keys += [
-                key(text, MUTED, style) for text, style in zip(dashes, itertools.cycle(DASHES))
+                _key(text, _MUTED, style) for text, style in zip(dashes, itertools.cycle(_DASHES))
             ]
-        legend(figure, keys)
+        _legend(figure, keys)
     return figure
 
 
-def panels(count: int) -> tuple[Figure, list[Axes]]:
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure of `count` axes, one or two in a row."""
     columns = max(1, min(2, count))
     rows = math.ceil(count / columns)
@@ -181,21 +198,21 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
 
 def color(index: int) -> str:
     """The colour of a series."""
-    return PALETTE[index % len(PALETTE)]
+    return _PALETTE[index % len(_PALETTE)]
 
 
-def draw_line(axes: Axes, line: Frame, hue: int, dash: int) -> None:
+def _draw_line(axes: Axes, line: Frame, hue: int, dash: int) -> None:
     """Draws one line, with dots, and its band; the first colour lies on top."""
     paint: Any = dict(color=color(hue), zorder=3 - hue / 100)
     every = len(line) // 20 + 1
     axes.plot(
-        line["x"], line["y"], DASHES[dash % len(DASHES)], marker=".", markevery=every, **paint
+        line["x"], line["y"], _DASHES[dash % len(_DASHES)], marker=".", markevery=every, **paint
     )
     if line["low"].notna().any():
         axes.fill_between(line["x"], line["low"], line["high"], alpha=0.15, lw=0, **paint)
 
 
-def scale(axes: Axes, what: str) -> None:
+def _scale(axes: Axes, what: str) -> None:
     """Percent on axes of shares, a logarithm for losses of more than a decade and a half."""
     if axes.get_xlabel() == REMOVED:
         percents(axes.xaxis)
@@ -213,12 +230,12 @@ def percents(axis: Axis) -> None:
     axis.set_major_formatter(PercentFormatter(1.0))
 
 
-def key(text: str, color: str, dash: str = "-") -> Line2D:
+def _key(text: str, color: str, dash: str = "-") -> Line2D:
     """An entry of a legend."""
-    return Line2D([], [], color=color, ls=dash, label=literal(text))
+    return Line2D([], [], color=color, ls=dash, label=_literal(text))
 
 
-def legend(figure: Figure, keys: Sequence[Line2D]) -> None:
+def _legend(figure: Figure, keys: Sequence[Line2D]) -> None:
     """Writes the legend above all axes, and makes room for its rows."""
     is_long = any(len(str(entry.get_label())) > 24 for entry in keys)
     columns = 2 if is_long else 4
@@ -235,7 +252,7 @@ def heat_maps(maps: Mapping[str, Frame], what: str) -> Figure:
 
     maps: by label, shares removed [paths, ratios].
     """
-    figure, axes = panels(len(maps))
+    figure, axes = _panels(len(maps))
     most = max(map(len, maps.values()))
     figure.set_figheight((0.16 * most + 1) * math.ceil(len(maps) / 2) + 0.6)
     palette = matplotlib.colormaps["cividis"].with_extremes(under="#5a0f14")
@@ -245,21 +262,21 @@ def heat_maps(maps: Mapping[str, Frame], what: str) -> Figure:
         shown = kept.clip(1e-3, 1).mask(kept <= 0, 1e-9)  # a logarithm hides 0
         image = panel.imshow(shown, **look)
         image.set_clim(1e-3, 1)
-        panel.set_title(literal(name), loc="left")
+        panel.set_title(_literal(name), loc="left")
         ratios = [f"{100 * ratio:.3g}%" for ratio in table.columns]
         panel.set_xticks(range(len(ratios)), ratios)
         panel.set_yticks(range(len(table)), short_paths(list(table.index)))
         panel.tick_params(labelsize=6.5)
         panel.grid(visible=False)
-        if table.size <= MOST_CELLS:
-            write_shares(panel, kept)
+        if table.size <= _MOST_CELLS:
+            _write_shares(panel, kept)
     place: Any = dict(location="bottom", shrink=0.3, extend="min", format="{x:.1%}")
     bar = figure.colorbar(image, ax=axes, **place)
     bar.set_label(f"{what} kept (red: none left)")
     return figure
 
 
-def write_shares(axes: Axes, kept: Frame) -> None:
+def _write_shares(axes: Axes, kept: Frame) -> None:
     """Writes every share of a heat map into its cell, in percent."""
     centred: Any = dict(ha="center", va="center", fontsize=7)
     for (row, column), share in np.ndenumerate(kept.to_numpy()):

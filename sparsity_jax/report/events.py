@@ -8,7 +8,9 @@ from sparsity_jax import intact
 from sparsity_jax.report import files
 from sparsity_jax.types import AnyPath, Row, Rows
 
-STEPS = {  # of rows of each kind: the field that is the step axis, and how many steps its unit has
+__all__ = ["Writer", "scalars"]
+
+_STEPS = {  # of rows of each kind: the field that is the step axis, and how many steps its unit has
     "train": ("step", 1),
     "grow": ("step", 1),
     "remove": ("step", 1),
@@ -20,11 +22,11 @@ STEPS = {  # of rows of each kind: the field that is the step axis, and how many
     "spectrum": ("probe", 1),
     "noise": ("draw", 1),
 }
-WHICH = {  # fields that say which row it is
+_WHICH = {  # fields that say which row it is
     *("visit", "member", "epoch", "step", "ratio", "iteration", "seed", "quantile", "probe"),
     *("draw", "layout"),
 }
-USUAL = {"split": "test", "selection": "global", "scope": "kernels"}  # a curve's tag omits these
+_USUAL = {"split": "test", "selection": "global", "scope": "kernels"}  # a curve's tag omits these
 
 
 class Writer:
@@ -95,10 +97,10 @@ class Writer:
 
 def scalars(row: Row) -> tuple[dict[str, float], int]:
     """({tag: value} of every number a plain row holds but those that say which row it is, step)."""
-    axis, unit = STEPS.get(row["kind"], ("visit", 1))
+    axis, unit = _STEPS.get(row["kind"], ("visit", 1))
     ending = ""
     if row["kind"] == "curve":
-        for field, usual in USUAL.items():
+        for field, usual in _USUAL.items():
             if row.get(field, usual) != usual:
                 ending += f"/{row[field]}"
         if row.get("retrained"):
@@ -108,17 +110,17 @@ def scalars(row: Row) -> tuple[dict[str, float], int]:
         ending += f"/visit_{visit}"
     tags = {}
     for key, value in row.items():
-        if key not in WHICH and "." not in key:
-            for path, known in numbers(value, key):
+        if key not in _WHICH and "." not in key:
+            for path, known in _numbers(value, key):
                 tags[f"{row['stage']}/{path}{ending}"] = known
     step: float = row[axis] if axis in row else row.get("epoch", 0)
     return tags, round(unit * step)
 
 
-def numbers(tree: object, path: str) -> Iterator[tuple[str, float]]:
+def _numbers(tree: object, path: str) -> Iterator[tuple[str, float]]:
     """(path, number) of the numbers of a nested dict; no lists and no truth values."""
     if isinstance(tree, dict):
         for key, value in tree.items():
-            yield from numbers(value, f"{path}/{key}")
+            yield from _numbers(value, f"{path}/{key}")
     elif isinstance(tree, (int, float)) and not isinstance(tree, bool):
         yield path, float(tree)

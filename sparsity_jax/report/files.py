@@ -10,6 +10,18 @@ from sparsity_jax.tables import joined
 from sparsity_jax.types import AnyPath, Fields, Rows
 from sparsity_jax.workdirs import ENVIRONMENT
 
+__all__ = [
+    "METRICS",
+    "REPORT",
+    "continued",
+    "flatten",
+    "plain",
+    "read_environment",
+    "title_of",
+    "to_lines",
+    "write_environment",
+]
+
 METRICS, REPORT = "metrics.jsonl", "report.html"
 
 
@@ -18,11 +30,11 @@ def plain(value: Any) -> Any:
 
     Raises TypeError for anything JSON cannot hold.
     """
-    text = json.dumps(value, default=simpler)
+    text = json.dumps(value, default=_simpler)
     return json.loads(text, parse_constant=lambda _: None)
 
 
-def simpler(value: Any) -> Any:
+def _simpler(value: Any) -> Any:
     """A value that JSON does not know as one that it may know."""
     if isinstance(value, Mapping):
         return dict(value)

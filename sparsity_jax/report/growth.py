@@ -10,13 +10,15 @@ from sparsity_jax.report.sections import Shown, joined
 from sparsity_jax.report.series import Grouped
 from sparsity_jax.types import Rows
 
+__all__ = ["KEPT", "PRUNED", "growth_groups", "growth_norms", "growth_ratio"]
+
 KEPT, PRUNED = 0, 1  # colours
-FATES = ("stays", "goes")
-LAYERS = 4  # panels of single groups
-MOST = 6  # growths drawn in one figure
+_FATES = ("stays", "goes")
+_LAYERS = 4  # panels of single groups
+_MOST = 6  # growths drawn in one figure
 
 
-def growths(grouped: Grouped) -> dict[str, Rows]:
+def _growths(grouped: Grouped) -> dict[str, Rows]:
     """Rows with the numbers of the layers of every growth, by its label; of members the first."""
     by_label: dict[str, Rows] = {}
     for one in grouped:
@@ -27,13 +29,13 @@ def growths(grouped: Grouped) -> dict[str, Rows]:
             stage, visit = place_of(row)
             label = f"{one.label}, {stage} {visit}" if len(places) > 1 else one.label
             by_label.setdefault(label, []).append(row)
-    return dict(list(by_label.items())[:MOST])
+    return dict(list(by_label.items())[:_MOST])
 
 
-def layer_points(grouped: Grouped, at: str, fields: Mapping[str, int]) -> list[tuple]:
+def _layer_points(grouped: Grouped, at: str, fields: Mapping[str, int]) -> list[tuple]:
     """Points of every layer of every growth. fields: what is drawn by `at`, in which colour."""
     points = []
-    for label, rows in growths(grouped).items():
+    for label, rows in _growths(grouped).items():
         for row in rows:
             for layer, numbers in row["growth"].items():
                 x = numbers.get(at, row["step"])
@@ -44,32 +46,32 @@ def layer_points(grouped: Grouped, at: str, fields: Mapping[str, int]) -> list[t
 
 def growth_norms(grouped: Grouped) -> Shown:
     """Mean magnitude of kept and pruned weights against the penalty, one line per layer."""
-    points = layer_points(grouped, "reg_pruned", {"score_kept": KEPT, "score_pruned": PRUNED})
+    points = _layer_points(grouped, "reg_pruned", {"score_kept": KEPT, "score_pruned": PRUNED})
     caption = (
         "One line per layer: mean magnitude of the weights that stay and that go, by the penalty "
         "on the latter."
     )
     heading = "Norms under growing penalties"
-    return section(heading, caption, points, "penalty λ on what goes", "mean |w|")
+    return _section(heading, caption, points, "penalty λ on what goes", "mean |w|")
 
 
 def growth_ratio(grouped: Grouped) -> Shown:
     """Mean magnitude of the kept over that of the pruned weights, smoothed, against the step."""
-    points = layer_points(grouped, "step", {"ratio": KEPT})
+    points = _layer_points(grouped, "step", {"ratio": KEPT})
     caption = "One line per layer: mean magnitude of what stays over that of what goes, smoothed."
     heading = "Separation under growing penalties"
-    return section(heading, caption, points, "step", "kept / pruned |w|")
+    return _section(heading, caption, points, "step", "kept / pruned |w|")
 
 
 def growth_groups(grouped: Grouped) -> Shown:
     """The norm of every group against the step, in the first layers: how they separate."""
-    every = growths(grouped)
+    every = _growths(grouped)
     alone = len(every) == 1
     points = []
     for label, rows in every.items():
         scored = [row for row in rows if row.get("scores")]
         layers = list(scored[0]["scores"]) if scored else []
-        for layer in layers[: LAYERS if alone else 1]:
+        for layer in layers[: _LAYERS if alone else 1]:
             panel = joined("" if alone else label, layer.removesuffix("/kernel"))
             colors = [KEPT if kept else PRUNED for kept in scored[-1]["keep"][layer]]
             for row in scored:
@@ -79,14 +81,16 @@ def growth_groups(grouped: Grouped) -> Shown:
         "Mean magnitude of every filter, channel or coupled group: how penalties set those apart "
         "that go."
     )
-    return section("Norms of single groups", caption, points, "step", "mean |w|")
+    return _section("Norms of single groups", caption, points, "step", "mean |w|")
 
 
-def section(heading: str, caption: str, points: list[tuple], xlabel: str, ylabel: str) -> Shown:
+def _section(heading: str, caption: str, points: list[tuple], xlabel: str, ylabel: str) -> Shown:
     """Lines with a logarithmic axis, without values that it cannot show.
 
     points: (panel, color, line, x, y).
     """
     told = pd.DataFrame(points, columns=["panel", "color", "line", "x", "y"])
     told = told[told["y"] > 0]
-    return draw.section(heading, caption, [told], FATES, xlabel=xlabel, ylabel=ylabel, yscale="log")
+    return draw.section(
+        heading, caption, [told], _FATES, xlabel=xlabel, ylabel=ylabel, yscale="log"
+    )

@@ -27,19 +27,45 @@ from sparsity_jax.report.sections import (
 from sparsity_jax.report.series import Frame, Grouped, Series
 from sparsity_jax.types import Row
 
+__all__ = [
+    "KINDS",
+    "actual",
+    "crossing",
+    "gaps",
+    "history",
+    "limits",
+    "networks",
+    "path",
+    "prediction",
+    "predictions",
+    "pruned",
+    "row_norms",
+    "spectrum",
+    "verdicts",
+    "window",
+]
+
 KINDS = ("limit", "path", "row_norms", "width")  # of rows that make a network one of these here
-MOST = 6  # networks drawn in one figure
-WIDE = 0.01  # an enclosure wider than this is called so where the config asks for nothing
-STEEP = 0.5  # share of ε that the gradient may change the loss by before a prediction is cautioned
-OPERATORS = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton", "absolute": "absolute Hessian"}
-RULES = {  # definitions of "nothing is lost", as `geometry.CRITERIA` names them
+_MOST = 6  # networks drawn in one figure
+_WIDE = 0.01  # an enclosure wider than this is called so where the config asks for nothing
+_STEEP = 0.5  # share of ε that the gradient may change the loss by before a prediction is cautioned
+_OPERATORS = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton", "absolute": "absolute Hessian"}
+_RULES = {  # definitions of "nothing is lost", as `geometry.CRITERIA` names them
     "accuracy": "{} accuracy not below dense",
     "better_accuracy": "{} accuracy above dense, as the original",
     "accuracy_within": "{} accuracy below dense by at most the tolerance",
     "loss_within": "{} loss above dense by at most ε, or the tolerance of the search",
 }
-ELSEWHERE = "by bisection, in the run this one started from"
-PREDICTED = ("predicted", "low", "high", "epsilon", "enclosure_low", "enclosure_high", "stop_width")
+_ELSEWHERE = "by bisection, in the run this one started from"
+_PREDICTED = (
+    "predicted",
+    "low",
+    "high",
+    "epsilon",
+    "enclosure_low",
+    "enclosure_high",
+    "stop_width",
+)
 
 
 # Networks, predictions, actual limits -------------------------------------------------------------
@@ -62,16 +88,16 @@ def predictions(networks: Grouped) -> Frame:
     """A line per prediction: a `frame` of PREDICTED with its `name` and its `color`, for colour 0
     is the network.
     """
-    told = series.frame(networks, "width", fields=PREDICTED)
+    told = series.frame(networks, "width", fields=_PREDICTED)
     names = []
     for row in told["row"]:
         operator = row.get("operator", "")
-        names.append(f"{OPERATORS.get(operator, operator)} ({row['stage']})")
+        names.append(f"{_OPERATORS.get(operator, operator)} ({row['stage']})")
     colors, _ = pd.factorize(told["stage"])
     return told.assign(name=names, color=1 + colors)
 
 
-def names_of(told: Frame) -> list[str]:
+def _names_of(told: Frame) -> list[str]:
     """What the colours of predictions stand for, from colour 1."""
     return list(told.drop_duplicates("color")["name"])
 
@@ -86,12 +112,12 @@ def actual(networks: Grouped) -> Frame:
         for row in network.of_kind("width"):
             for name, limit in (row.get("actual") or {}).items():
                 split, _, rule = name.partition(" ")
-                definition = RULES.get(rule, ELSEWHERE).format(split)
+                definition = _RULES.get(rule, _ELSEWHERE).format(split)
                 rank = 1 if name == "test accuracy" else 2
                 lines.append((index, definition, rank, number(limit)))
         for row in network.of_kind("limit"):
             if row.get("phase") == "result":
-                rule = RULES.get(row.get("criterion", ""), "{} data")
+                rule = _RULES.get(row.get("criterion", ""), "{} data")
                 definition = f"{rule.format(row.get('split', 'test'))}, by bisection"
                 lines.append((index, definition, 0, number(row["limit"])))
     told = pd.DataFrame(lines, columns=columns)
@@ -125,14 +151,14 @@ def verdicts(networks: Grouped) -> list[tuple[str, str, str]]:
             if len(own) > 1:
                 interval = f"inside {inside.sum()} of {len(own)} intervals"
             text += f" ({own['definition'].iloc[0]}), which is {interval}"
-        caution = f"{enclosure_caution(rows)} {gradient_caution(networks, rows)}"
+        caution = f"{_enclosure_caution(rows)} {_gradient_caution(networks, rows)}"
         result.append((str(name), f"{text}.", caution.strip()))
     return result
 
 
-def enclosure_caution(rows: Frame) -> str:
+def _enclosure_caution(rows: Frame) -> str:
     """A caution where the enclosure of a prediction is missing or wide; else ""."""
-    asked = rows["stop_width"].fillna(0).max() or WIDE
+    asked = rows["stop_width"].fillna(0).max() or _WIDE
     width = (rows["enclosure_high"] - rows["enclosure_low"]).max()
     if width <= asked:
         return ""
@@ -147,10 +173,10 @@ def enclosure_caution(rows: Frame) -> str:
     )
 
 
-def gradient_caution(networks: Grouped, rows: Frame) -> str:
+def _gradient_caution(networks: Grouped, rows: Frame) -> str:
     """A caution where the gradient, which predictions leave out, changes the loss; else ""."""
     path = series.frame(networks, "path", fields=["ratio", "first_order"]).sort_values("ratio")
-    steepness, change = STEEP, 0.0
+    steepness, change = _STEEP, 0.0
     for row in rows.to_dict("records"):
         own = path[path["series"] == row["series"]]
         if row["predicted"] <= own["ratio"].max():
@@ -169,7 +195,7 @@ def gradient_caution(networks: Grouped, rows: Frame) -> str:
 
 # The tables ---------------------------------------------------------------------------------------
 
-COLUMNS = {  # of one prediction
+_COLUMNS = {  # of one prediction
     "network": "{network}",
     "predicted|%": "{predicted:.2%}",
     "interval|%": "{low:.2%}–{high:.2%}",
@@ -197,17 +223,17 @@ def prediction(grouped: Grouped) -> Shown:
             "Interval: the enclosure, or the prediction alone, widened by two deviations (±) of "
             "probes and ε."
         )
-        tables.append(table("prediction", COLUMNS, lines, note))
+        tables.append(table("prediction", _COLUMNS, lines, note=note))
     if len(actual(own)):
-        tables.append(actual_table(own))
+        tables.append(_actual_table(own))
     heading = "Predicted and actual limit"
     return Section(heading, statements=verdicts(own), tables=tables) if tables else None
 
 
-def actual_table(networks: Grouped) -> Table:
+def _actual_table(networks: Grouped) -> Table:
     """One line per definition: the actual limit, and how far every prediction is from it."""
     heads: Cells = ["nothing is lost if", Cell("actual", "%")]
-    names = names_of(predictions(networks))
+    names = _names_of(predictions(networks))
     for color, name in enumerate(names, start=1):
         heads.append(Cell(f"{name} less actual", "points", color=color))
     pairs = gaps(networks)
@@ -239,7 +265,7 @@ def window(network: Series) -> tuple[float, float]:
     return 0.0, 1.0
 
 
-def section(
+def _section(
     grouped: Grouped,
     points: Callable[[Series, Frame], Frame],
     heading: str,
@@ -256,7 +282,7 @@ def section(
     every = networks(grouped)
     lines = []
     by_title: dict[str, Series] = {}
-    for network in every[:MOST]:
+    for network in every[:_MOST]:
         own = points(network, predictions([network]))
         near = own[own[ratio].between(*window(network))] if ratio else own
         if len(near):
@@ -264,17 +290,17 @@ def section(
         titles = [joined(network.label, panel) for panel in own["panel"]]
         by_title |= dict.fromkeys(titles, network)
         lines.append(own.assign(panel=titles))
-    names = ["network", *names_of(predictions(every))]
+    names = ["network", *_names_of(predictions(every))]
     caption += " Stages that ran several times: the last time."
-    caption += only_first(MOST, len(every), "networks")
+    caption += only_first(_MOST, len(every), "networks")
     shown = draw.section(heading, caption, lines, names, texts.pop("dashes", ()), **texts)
     if shown and shown.figure and ratio:
         for panel in shown.figure.axes:
-            mark(panel, by_title[str(panel.get_label())], upright=ratio == "x")
+            _mark(panel, by_title[str(panel.get_label())], upright=ratio == "x")
     return shown
 
 
-def mark(axes: Axes, network: Series, *, upright: bool) -> None:
+def _mark(axes: Axes, network: Series, *, upright: bool) -> None:
     """Draws predictions with their intervals, and actual limits, as lines across the panel."""
     draw.percents(axes.xaxis if upright else axes.yaxis)
     line = axes.axvline if upright else axes.axhline
@@ -292,7 +318,7 @@ def mark(axes: Axes, network: Series, *, upright: bool) -> None:
 
 def limits(grouped: Grouped) -> Shown:
     """Accuracy and loss against the pruning ratio with predicted and actual limits."""
-    return section(
+    return _section(
         grouped,
         pruned,
         "Accuracy and loss up to the limit",
@@ -307,7 +333,7 @@ def pruned(network: Series, _: Frame) -> Frame:
     """Curves without retraining, and what a search for the limit evaluated."""
     search = series.frame([network], "limit", fields=["ratio", "accuracy", "loss"])
     search = search.assign(removed=search["ratio"], retrained=False)
-    curves = [series.curves([network]), series.curves([network], "train"), search]
+    curves = [series.curves([network]), series.curves([network], split="train"), search]
     lines = []
     for field in ("accuracy", "loss"):
         for dash, curve in enumerate(curves):
@@ -318,9 +344,9 @@ def pruned(network: Series, _: Frame) -> Frame:
 
 def path(grouped: Grouped) -> Shown:
     """Change of the training loss along the pruning path, and its first and second order alone."""
-    return section(
+    return _section(
         grouped,
-        orders,
+        _orders,
         "Training loss along the pruning path",
         "What pruning does to the loss on the train set, and its first two orders alone: the "
         "gradient, of which the theory assumes that it adds nothing, and curvature.",
@@ -331,7 +357,7 @@ def path(grouped: Grouped) -> Shown:
     )
 
 
-def orders(network: Series, told: Frame) -> Frame:
+def _orders(network: Series, told: Frame) -> Frame:
     """The change of the loss, its two orders, and the ε of a prediction."""
     fields = ["change", "second_order", "first_order"]
     path = series.frame([network], "path", fields=["ratio", *fields])
@@ -346,9 +372,9 @@ def orders(network: Series, told: Frame) -> Frame:
 
 def row_norms(grouped: Grouped) -> Shown:
     """L1 norms of Hessian rows against the magnitude quantile of their weights."""
-    return section(
+    return _section(
         grouped,
-        norms,
+        _norms,
         "Hessian rows by weight magnitude",
         "L1 norm of the Hessian row of one weight per quantile; 1e-12 stands for less.",
         dashes=("row", "threshold"),
@@ -358,7 +384,7 @@ def row_norms(grouped: Grouped) -> Shown:
     )
 
 
-def norms(network: Series, _: Frame) -> Frame:
+def _norms(network: Series, _: Frame) -> Frame:
     """Norms of rows, and the threshold under which they count as 0."""
     told = series.frame([network], "row_norms", fields=["quantile", "row_norm", "threshold"])
     told["row_norm"] = told["row_norm"].clip(lower=1e-12)
@@ -367,7 +393,7 @@ def norms(network: Series, _: Frame) -> Frame:
     return pd.concat([rows, draw.points(told, "quantile", "threshold", dash=1)])
 
 
-def unfolded(told: Frame, arrays: Callable[[Row], dict]) -> Frame:
+def _unfolded(told: Frame, arrays: Callable[[Row], dict]) -> Frame:
     """A line per entry of the arrays by name that `arrays` gives for the row of a prediction."""
     parts = [pd.DataFrame(columns=["panel", "color", "x", "y"], dtype=float)]
     for line in told.to_dict("records"):
@@ -378,9 +404,9 @@ def unfolded(told: Frame, arrays: Callable[[Row], dict]) -> Frame:
 
 def crossing(grouped: Grouped) -> Shown:
     """omega(R)^2 / D and the network's own p(R) against R."""
-    return section(
+    return _section(
         grouped,
-        widths,
+        _widths,
         "Gaussian width against distance",
         "ω² / D, the squared Gaussian width of the loss basin per dimension, falls with the "
         "distance R; the share p that the network removes there grows with it. The prediction is "
@@ -391,18 +417,18 @@ def crossing(grouped: Grouped) -> Shown:
     )
 
 
-def widths(_: Series, told: Frame) -> Frame:
+def _widths(_: Series, told: Frame) -> Frame:
     """Width and share removed by distance."""
-    width = unfolded(told, lambda row: {"x": row["distances"], "y": row["widths"]})
-    share = unfolded(told, lambda row: {"x": row["distances"], "y": row["ratios"]})
+    width = _unfolded(told, lambda row: {"x": row["distances"], "y": row["widths"]})
+    share = _unfolded(told, lambda row: {"x": row["distances"], "y": row["ratios"]})
     return pd.concat([width, share.assign(color=0)])
 
 
 def history(grouped: Grouped) -> Shown:
     """The prediction after each number of products, with its enclosure."""
-    return section(
+    return _section(
         grouped,
-        courses,
+        _courses,
         "Prediction by number of products",
         "What each number of products would have predicted. Bands: enclosures.",
         ratio="y",
@@ -411,17 +437,17 @@ def history(grouped: Grouped) -> Shown:
     )
 
 
-def courses(_: Series, told: Frame) -> Frame:
+def _courses(_: Series, told: Frame) -> Frame:
     """Predictions and their enclosures by number of products."""
     names = {"num_matvecs": "x", "predicted": "y", "lower": "low", "upper": "high"}
-    return unfolded(told, lambda row: row["history"]).rename(columns=names)
+    return _unfolded(told, lambda row: row["history"]).rename(columns=names)
 
 
 def spectrum(grouped: Grouped) -> Shown:
     """Spectral densities of the curvature."""
-    return section(
+    return _section(
         grouped,
-        lambda _, told: unfolded(told, density),
+        lambda _, told: _unfolded(told, _density),
         "Spectrum of the curvature",
         "Ritz values smeared by Gaussians of 0.8% of their range.",
         xlabel="eigenvalue",
@@ -430,7 +456,7 @@ def spectrum(grouped: Grouped) -> Shown:
     )
 
 
-def density(row: Row) -> dict[str, np.ndarray]:
+def _density(row: Row) -> dict[str, np.ndarray]:
     """Density of the Ritz values [probes, steps] of a prediction."""
     values, weights = np.ravel(row["ritz_values"]), np.ravel(row["ritz_weights"])
     width = 0.008 * max(np.ptp(values), 1e-12)

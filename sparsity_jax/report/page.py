@@ -28,7 +28,9 @@ from sparsity_jax.report.rows import completed
 from sparsity_jax.report.sections import Section, setting
 from sparsity_jax.types import AnyPath, Fields, Rows
 
-CITATIONS = {  # a word of the config to the works it stands for
+__all__ = ["FIGURES", "write"]
+
+_CITATIONS = {  # a word of the config to the works it stands for
     "sfw": (
         "L. Miao, X. Luo, T. Chen, W. Chen, D. Liu, Z. Wang. Learning Pruning-Friendly Networks "
         "via Frank-Wolfe: One-Shot, Any-Sparsity, and No Retraining. ICLR 2022.",
@@ -52,14 +54,14 @@ CITATIONS = {  # a word of the config to the works it stands for
         ),
     ),
 }
-TEMPLATES = jinja2.Environment(  # which escape all that is filled in
+_TEMPLATES = jinja2.Environment(  # which escape all that is filled in
     loader=jinja2.PackageLoader("sparsity_jax.report", "."),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-SIZES = {"num_params": "parameters", "num_prunable": "prunable weights"}
+_SIZES = {"num_params": "parameters", "num_prunable": "prunable weights"}
 FIGURES: dict[Any, tuple[str, ...]] = {  # what shows rows, in the order of the page: of which kinds
     summary.summary: ("train", "curve"),
     limits.prediction: ("limit", "width"),
@@ -100,18 +102,18 @@ def write(
     config, rows, environment = json.loads(told.encode(errors="replace"))  # of lone surrogates
     rows = completed(rows, config, environment)
     with matplotlib.rc_context(draw.STYLE):
-        sections = sections_of(rows)
-        drawings = draw_all(figures, sections)
+        sections = _sections_of(rows)
+        drawings = _draw_all(figures, sections)
     settings = dict(files.flatten(config))
-    text = TEMPLATES.get_template("page.html.j2").render(
+    text = _TEMPLATES.get_template("page.html.j2").render(
         title=title or files.title_of(config, folder),
-        facts=facts(settings, rows),
+        facts=_facts(settings, rows),
         rows=rows,
         sections=sections,
         drawings=drawings,
-        trees={"settings": tree(config), "entries": tree(environment)},
+        trees={"settings": _tree(config), "entries": _tree(environment)},
         command=environment.get("command") or [],
-        works=works(settings),
+        works=_works(settings),
         colors=draw.COLORS,
     )
     path = folder / files.REPORT
@@ -122,7 +124,7 @@ def write(
 # Sections -----------------------------------------------------------------------------------------
 
 
-def sections_of(rows: Rows) -> dict[str, Section]:
+def _sections_of(rows: Rows) -> dict[str, Section]:
     """Sections by name: of FIGURES, and tables of rows that none of them shows."""
     grouped = series.group(rows)
     kinds = dict.fromkeys(str(row.get("kind")) for row in rows)
@@ -140,7 +142,7 @@ def sections_of(rows: Rows) -> dict[str, Section]:
     return sections
 
 
-def draw_all(folder: pathlib.Path, sections: dict[str, Section]) -> dict[str, str]:
+def _draw_all(folder: pathlib.Path, sections: dict[str, Section]) -> dict[str, str]:
     """Inline drawings by name; writes the PNGs and removes those of earlier reports."""
     for show in FIGURES:
         (folder / f"{show.__name__}.png").unlink(missing_ok=True)
@@ -155,7 +157,7 @@ def draw_all(folder: pathlib.Path, sections: dict[str, Section]) -> dict[str, st
 # Besides the sections -----------------------------------------------------------------------------
 
 
-def facts(settings: Fields, rows: Rows) -> list[tuple[str, str]]:
+def _facts(settings: Fields, rows: Rows) -> list[tuple[str, str]]:
     """(fact, what it is) about data, model and its size, if known."""
     result = []
     for path in ("data.name", "model.name"):
@@ -163,14 +165,14 @@ def facts(settings: Fields, rows: Rows) -> list[tuple[str, str]]:
         if name:
             names = name if isinstance(name, list) else [name]
             result.append((", ".join(map(str, names)), ""))
-    for field, what in SIZES.items():
+    for field, what in _SIZES.items():
         counts = [row[field] for row in rows if isinstance(row.get(field), int)]
         if counts:
             result.append((f"{max(counts):,.0f}", what))
     return result
 
 
-def tree(values: Fields) -> dict[str, list[tuple[str, str]]]:
+def _tree(values: Fields) -> dict[str, list[tuple[str, str]]]:
     """(path, text) of every setting by the top-level key it belongs to."""
     leaves = {}
     for key, value in values.items():
@@ -178,9 +180,9 @@ def tree(values: Fields) -> dict[str, list[tuple[str, str]]]:
     return leaves
 
 
-def works(settings: Fields) -> list[str]:
+def _works(settings: Fields) -> list[str]:
     """The works that a config builds on."""
     words = set()
     for path, value in settings.items():
         words |= {path.split(".")[-1], str(value).lower()}
-    return [work for word, cited in CITATIONS.items() if word in words for work in cited]
+    return [work for word, cited in _CITATIONS.items() if word in words for work in cited]

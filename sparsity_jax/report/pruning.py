@@ -7,42 +7,44 @@ from sparsity_jax.report.rows import NEAR
 from sparsity_jax.report.sections import Cell, Section, Shown, joined, table
 from sparsity_jax.report.series import Frame, Grouped
 
-LAYER_STOPS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)  # ratios shown layer by layer
-ZOOM = 0.9  # where the second panel begins
-BANDS = "Bands: ± one standard deviation over networks."
+__all__ = ["accuracy", "accuracy_train", "layers", "loss", "zeros"]
+
+_LAYER_STOPS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)  # ratios shown layer by layer
+_ZOOM = 0.9  # where the second panel begins
+_BANDS = "Bands: ± one standard deviation over networks."
 
 
 def accuracy(grouped: Grouped) -> Shown:
     """Accuracy against the pruning ratio, and the sentence that it amounts to."""
     curves = series.best_known_curves(grouped)
     sentence = summary.finding(summary.summarize(grouped))
-    return section(grouped, curves, "accuracy", "Accuracy under pruning", sentence)
+    return _section(grouped, curves, "accuracy", "Accuracy under pruning", sentence)
 
 
 def loss(grouped: Grouped) -> Shown:
     """Loss against the pruning ratio."""
     curves = series.best_known_curves(grouped)
     caption = "Mean loss per example by ratio."
-    return section(grouped, curves, "loss", "Loss under pruning", caption)
+    return _section(grouped, curves, "loss", "Loss under pruning", caption)
 
 
 def accuracy_train(grouped: Grouped) -> Shown:
     """Accuracy on training data, where it is known on test data too."""
     if series.curves(grouped).empty:
         return None
-    curves = series.curves(grouped, "train")
+    curves = series.curves(grouped, split="train")
     heading = "Accuracy under pruning, training data"
-    return section(grouped, curves, "accuracy", heading, "As above.")
+    return _section(grouped, curves, "accuracy", heading, "As above.")
 
 
-def section(grouped: Grouped, curves: Frame, field: str, heading: str, caption: str) -> Shown:
+def _section(grouped: Grouped, curves: Frame, field: str, heading: str, caption: str) -> Shown:
     """All ratios and those above ZOOM once more; None without numbers."""
     every = draw.points(curves, "removed", field, "All ratios", curves["dash"])
-    above = every[every["x"] >= ZOOM - NEAR].assign(panel=f"Above {ZOOM:.0%}")
+    above = every[every["x"] >= _ZOOM - NEAR].assign(panel=f"Above {_ZOOM:.0%}")
     variants = curves.sort_values("dash")["variant"].unique()
     return draw.section(
         heading,
-        f"{caption} {BANDS}".strip(),
+        f"{caption} {_BANDS}".strip(),
         [every, above],
         series.labels(grouped),
         variants,
@@ -61,7 +63,7 @@ def layers(grouped: Grouped) -> Shown:
     for (index, variant), curve in curves.groupby(["series", "variant"]):
         shares = pd.DataFrame([row.get("layers") or {} for row in curve["row"]], dtype=float)
         by_ratio = shares.groupby(curve["removed"].to_numpy()).mean()
-        columns = {stop: series.at_ratio(by_ratio, stop) for stop in LAYER_STOPS}
+        columns = {stop: series.at_ratio(by_ratio, stop) for stop in _LAYER_STOPS}
         known = pd.DataFrame(columns).dropna(axis="columns", how="all")
         if known.size:
             maps[joined(grouped[index].label, variant)] = known
@@ -72,7 +74,7 @@ def layers(grouped: Grouped) -> Shown:
     return Section("Sparsity by layer", draw.heat_maps(maps, "weights"), caption, fold)
 
 
-ZEROS = {  # column to template
+_ZEROS = {  # column to template
     "weights removed|%": "{removed:.2%}",
     "channels removed|%": "{channels_removed:.2%}",
     "zeros|%": "{sparsity:.2%}|of all {sparsity_all:.2%}",
@@ -83,7 +85,7 @@ def zeros(grouped: Grouped) -> Shown:
     """Share of zeros at the usual ratios, and at every one of a structured selection."""
     curves = series.best_known_curves(grouped).dropna(subset="sparsity_all")
     wanted = curves["channels_removed"].notna()
-    for stop in LAYER_STOPS:
+    for stop in _LAYER_STOPS:
         wanted |= abs(curves["removed"] - stop) <= NEAR
     fields = ["channels_removed", "sparsity", "sparsity_all"]
     points = curves[wanted].groupby(["series", "variant", "removed"])
@@ -97,4 +99,4 @@ def zeros(grouped: Grouped) -> Shown:
         "Zeros in the arrays that may be pruned; of all: in all parameters of the network. A "
         "removed channel is zero with all its weights."
     )
-    return Section("Zeros", tables=[table("network", ZEROS, lines, note)])
+    return Section("Zeros", tables=[table("network", _ZEROS, lines, note=note)])

@@ -15,24 +15,26 @@ from sparsity_jax.report.sections import (
 from sparsity_jax.report.series import Grouped
 from sparsity_jax.types import Row
 
+__all__ = ["STEPS", "pruned", "unknown"]
+
 STEPS = ("prune", "remove", "grow", "oracle", "noise", "jacobian")  # kinds that prune or measure it
-KNOWN = ("kind", "arm")  # fields that the heading and the name say, as they do settings
+_KNOWN = ("kind", "arm")  # fields that the heading and the name say, as they do settings
 
 
 def pruned(grouped: Grouped) -> Shown:
     """Rows of stages that prune, or measure a pruned network, as they are."""
     removes = lambda row: row.get("kind") != "grow" or "layers" in row
     told = lambda row: row.get("kind") in STEPS and removes(row)
-    return section("Pruning steps", grouped, told)
+    return _section("Pruning steps", grouped, told)
 
 
 def unknown(grouped: Grouped, kind: str) -> Shown:
     """Rows of a kind that no figure shows, as they are."""
     note = f"No figure here shows rows of {kind}. One of your own comes with --import FILE."
-    return section(f"Rows of {kind}", grouped, lambda row: str(row.get("kind")) == kind, note)
+    return _section(f"Rows of {kind}", grouped, lambda row: str(row.get("kind")) == kind, note)
 
 
-def section(heading: str, grouped: Grouped, told: Callable[[Row], bool], note: str = "") -> Shown:
+def _section(heading: str, grouped: Grouped, told: Callable[[Row], bool], note: str = "") -> Shown:
     """A table of the rows of which `told` holds: every field that is a number or a text."""
     lines: list[tuple[Cell, Row]] = []
     heads: dict[str, None] = {}
@@ -40,7 +42,11 @@ def section(heading: str, grouped: Grouped, told: Callable[[Row], bool], note: s
         for row in filter(told, one.rows):
             lines.append((Cell(one.label, color=index), row))
             for field, value in row.items():
-                if isinstance(value, (str, int, float)) and field not in KNOWN and "." not in field:
+                if (
+                    isinstance(value, (str, int, float))
+                    and field not in _KNOWN
+                    and "." not in field
+                ):
                     heads[field] = None
     if not heads:
         return None

@@ -10,6 +10,18 @@ from typing import Any
 from sparsity_jax.report import files
 from sparsity_jax.types import Fields, Row, Rows
 
+__all__ = [
+    "NEAR",
+    "completed",
+    "follow",
+    "is_seed",
+    "member_of",
+    "number",
+    "place_of",
+    "removal",
+    "share_removed",
+]
+
 NEAR = 0.0015  # a ratio this close to another stands for it; nothing is interpolated
 
 
@@ -59,7 +71,7 @@ def completed(rows: Rows, config: Fields, environment: Fields) -> Rows:
 # What was removed ---------------------------------------------------------------------------------
 
 
-def share_gone(row: Row, total: str = "num_prunable") -> float:
+def _share_gone(row: Row, total: str = "num_prunable") -> float:
     """Share of what a row counts that is not kept; NaN of a row without counts."""
     whole = number(row.get(total))
     if not whole > 0:
@@ -73,7 +85,7 @@ def share_removed(row: Row) -> float:
     Masks from before a curve, and selections of whole filters, do not allow every share.
     """
     asked = number(row["ratio"])
-    gone = share_gone(row)
+    gone = _share_gone(row)
     if abs(gone - asked) > NEAR:
         return round(gone, 4)
     return round(asked, 6)
@@ -83,12 +95,12 @@ def removal(row: Row) -> tuple[str, float] | None:
     """(what was removed, its share of all) by a stage that removes something; else None."""
     kind = row.get("kind")
     if kind == "cut" and "num_channels" in row:
-        return "channels", share_gone(row, "num_channels")
+        return "channels", _share_gone(row, "num_channels")
     if kind == "grow" and "layers" not in row:  # only the last row of a growth removes
         return None
     if kind not in ("prune", "remove", "grow"):
         return None
-    gone = share_gone(row)
+    gone = _share_gone(row)
     if math.isnan(gone):
         gone = number(row.get("sparsity", row.get("ratio")))
     return "weights", gone

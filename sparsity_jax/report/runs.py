@@ -9,7 +9,9 @@ from sparsity_jax.report import files
 from sparsity_jax.report.rows import completed, is_seed
 from sparsity_jax.types import AnyPath, Fields, Rows
 
-IDLE = {"title", "checkpoint_seconds", "sweep", "seed"}  # no number depends on them
+__all__ = ["Run", "gather", "read_rows"]
+
+_IDLE = {"title", "checkpoint_seconds", "sweep", "seed"}  # no number depends on them
 
 
 class Run(NamedTuple):
@@ -28,35 +30,35 @@ def gather(workdir: AnyPath) -> tuple[Fields, Rows, Fields | None]:
     """Config, rows and environment of a finished or running workdir.
 
     Rows come from the members of a sweep, which are newer than the joint ones while it runs, else
-    from `metrics.jsonl`, else from the folders inside, see `merged`. Raises FileNotFoundError
+    from `metrics.jsonl`, else from the folders inside, see `_merged`. Raises FileNotFoundError
     saying what is missing, ValueError for a file that cannot be read.
     """
     folder = pathlib.Path(workdir)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give the workdir of a run.")
-    members = with_rows(workdirs.member_folders(folder))
+    members = _with_rows(workdirs.member_folders(folder))
     if members:
         place = folder if workdirs.holds_run(folder) else members[0]
-        run = read_run(place, members)
+        run = _read_run(place, members)
         return run.config, run.rows, run.environment or None
-    folders = with_rows([folder]) or with_rows(folder.iterdir())
+    folders = _with_rows([folder]) or _with_rows(folder.iterdir())
     if not folders:
         raise FileNotFoundError(
             f"neither {folder} nor a folder in it has {files.METRICS}; has the run started there?"
         )
-    several = [read_run(own) for own in folders]
-    run = several[0] if len(several) == 1 else merged(several)
+    several = [_read_run(own) for own in folders]
+    run = several[0] if len(several) == 1 else _merged(several)
     return run.config, run.rows, run.environment or None
 
 
-def with_rows(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+def _with_rows(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
     """Those folders that have rows, or checkpoints, which have them too."""
     has_rows = lambda folder: (folder / files.METRICS).exists()
     is_saved = lambda folder: (folder / workdirs.FOLDER).is_dir()
     return [folder for folder in sorted(folders) if has_rows(folder) or is_saved(folder)]
 
 
-def read_run(folder: pathlib.Path, members: Sequence[pathlib.Path] = ()) -> Run:
+def _read_run(folder: pathlib.Path, members: Sequence[pathlib.Path] = ()) -> Run:
     """The run in `folder`, with the rows of its `members`' folders if it has any.
 
     Raises FileNotFoundError where it has no config.
@@ -68,7 +70,7 @@ def read_run(folder: pathlib.Path, members: Sequence[pathlib.Path] = ()) -> Run:
         )
     rows: Rows = []
     for part in members or [folder]:
-        own = whole_rows(part)
+        own = _whole_rows(part)
         if members:
             first = int(part.name.removeprefix("member_"))
             own = [{**row, "member": first + row["member"]} for row in own]
@@ -77,7 +79,7 @@ def read_run(folder: pathlib.Path, members: Sequence[pathlib.Path] = ()) -> Run:
     return Run(folder, workdirs.read_config(folder), environment, rows)
 
 
-def whole_rows(folder: pathlib.Path) -> Rows:
+def _whole_rows(folder: pathlib.Path) -> Rows:
     """Rows of the metrics file of a run; aloud, those of its newest checkpoint where they are not
     its first ones.
 
@@ -131,40 +133,40 @@ def read_rows(path: AnyPath) -> Rows:
 # Several runs -------------------------------------------------------------------------------------
 
 
-def merged(several: list[Run]) -> Run:
+def _merged(several: list[Run]) -> Run:
     """Several runs as one.
 
     Members are numbered anew. Rows have every setting under a dotted name, so that only networks
     whose settings agree in all but the seed are averaged; where even that agrees, the name of the
     run. Config and environment have one value where the runs agree, else the list of values.
     """
-    settings = [settings_of(run.folder, run.config) for run in several]
+    settings = [_settings_of(run.folder, run.config) for run in several]
     unset = dict.fromkeys(path for own in settings for path in own)
     rows: Rows = []
     numbers: dict[tuple, int] = {}
     for run, own in zip(several, settings):
         told = {"seed": run.config.get("seed", 0), **unset, **own}
         for other, theirs in zip(several, settings):
-            if other is not run and theirs == own and seeds_of(other) & seeds_of(run):
+            if other is not run and theirs == own and _seeds_of(other) & _seeds_of(run):
                 told["config.run"] = run.folder.name  # a network twice is no sample of seeds
         for row in completed(run.rows, run.config, run.environment):
             network = (run.folder, row.get("member", 0))
             member = numbers.setdefault(network, len(numbers))
             rows.append({**told, **row, "member": member})
-    config = agreed([run.config for run in several])
-    environment = agreed([run.environment for run in several])
+    config = _agreed([run.config for run in several])
+    environment = _agreed([run.environment for run in several])
     return Run(several[0].folder.parent, config, environment, rows)
 
 
-def settings_of(folder: pathlib.Path, config: Fields, seen: tuple = ()) -> Fields:
+def _settings_of(folder: pathlib.Path, config: Fields, seen: tuple = ()) -> Fields:
     """Every setting that decides the numbers of a run, by dotted path; for `start_from`, those of
     the run there.
     """
-    deciding = {name: value for name, value in config.items() if name not in IDLE}
+    deciding = {name: value for name, value in config.items() if name not in _IDLE}
     start = pathlib.Path(config.get("start_from") or folder)
     seen = (*seen, folder.resolve())
     if start.resolve() not in seen and workdirs.holds_run(start):
-        deciding["start_from"] = settings_of(start, workdirs.read_config(start), seen)
+        deciding["start_from"] = _settings_of(start, workdirs.read_config(start), seen)
     settings = {}
     for path, value in files.flatten(deciding):
         if not is_seed(path):
@@ -172,12 +174,12 @@ def settings_of(folder: pathlib.Path, config: Fields, seen: tuple = ()) -> Field
     return settings
 
 
-def seeds_of(run: Run) -> set:
+def _seeds_of(run: Run) -> set:
     """Seeds of all networks of a run."""
     return {row.get("seed", run.config.get("seed", 0)) for row in run.rows}
 
 
-def agreed(trees: list[Fields]) -> Fields:
+def _agreed(trees: list[Fields]) -> Fields:
     """One nested dict of several: a value where all have the same, else the list of different
     values.
     """
@@ -185,7 +187,7 @@ def agreed(trees: list[Fields]) -> Fields:
     for key in dict.fromkeys(key for tree in trees for key in tree):
         values = [tree[key] for tree in trees if key in tree]
         if all(isinstance(value, dict) for value in values):
-            result[key] = agreed(values)
+            result[key] = _agreed(values)
             continue
         different: list[Any] = []
         for value in values:

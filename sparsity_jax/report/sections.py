@@ -8,6 +8,22 @@ from matplotlib.figure import Figure
 
 from sparsity_jax.types import Row
 
+__all__ = [
+    "MOST_LINES",
+    "Cell",
+    "Cells",
+    "Section",
+    "Shown",
+    "Table",
+    "amount",
+    "heading",
+    "joined",
+    "mean_cell",
+    "only_first",
+    "setting",
+    "table",
+]
+
 MOST_LINES = 60  # lines of a table that may be long
 
 
@@ -53,15 +69,16 @@ def table(
     about: str,
     columns: Mapping[str, str],
     lines: Sequence[tuple[Cell | str, Row]],
+    *,
     note: str = "",
 ) -> Table:
     """A table of the first lines (name, row), without columns that say nothing. columns: heading to
-    template, see `cell`.
+    template, see `_cell`.
     """
     heads: Cells = [about]
     rows: list[Cells] = [[name] for name, _ in lines]
     for head, template in columns.items():
-        cells = [cell(template, row) for _, row in lines]
+        cells = [_cell(template, row) for _, row in lines]
         if any(told.text for told in cells):
             heads.append(heading(head))
             for row, told in zip(rows, cells):
@@ -76,13 +93,13 @@ def heading(text: str) -> Cell:
     return Cell(name, unit)
 
 
-def cell(template: str, row: Row) -> Cell:
+def _cell(template: str, row: Row) -> Cell:
     """`template` filled with fields of a row; what stands behind "|" is set small, or left out."""
     text, _, small = template.partition("|")
-    return Cell(fill(text, row, "–"), fill(small, row, ""))
+    return Cell(_fill(text, row, "–"), _fill(small, row, ""))
 
 
-def fill(template: str, row: Row, missing: str) -> str:
+def _fill(template: str, row: Row, missing: str) -> str:
     """`template` with fields of a row, shares without the sign; `missing` if one is."""
     known = {key: value for key, value in row.items() if value == value}  # not NaN
     try:

@@ -19,10 +19,27 @@ from sparsity_jax.report.rows import (
 )
 from sparsity_jax.types import Row, Rows
 
+__all__ = [
+    "PLACE",
+    "TRAINING",
+    "Frame",
+    "Grouped",
+    "Series",
+    "at_ratio",
+    "best_known_curves",
+    "curves",
+    "frame",
+    "group",
+    "labels",
+    "last_visits",
+    "spread",
+    "swept_keys",
+]
+
 TRAINING = ("train", "grow")  # kinds of stages that train
 PLACE = ["stage", "visit"]
-WAYS = ["retrained", "selection", "scope", *PLACE]  # what tells curves of a series apart
-OF_CURVES = ("ratio", "accuracy", "loss", "sparsity", "sparsity_all", "channels_removed")
+_WAYS = ["retrained", "selection", "scope", *PLACE]  # what tells curves of a series apart
+_OF_CURVES = ("ratio", "accuracy", "loss", "sparsity", "sparsity_all", "channels_removed")
 
 
 class Series(NamedTuple):
@@ -50,7 +67,7 @@ def group(rows: Rows) -> list[Series]:
     keys = swept_keys(rows)
     by_label: dict[str, Rows] = {}
     for row in follow(rows):
-        label = label_of(row, keys)
+        label = _label_of(row, keys)
         by_label.setdefault(label, []).append(row)
     return [Series(label, own) for label, own in by_label.items()]
 
@@ -70,7 +87,7 @@ def swept_keys(rows: Rows) -> list[str]:
     return sorted(several)
 
 
-def label_of(row: Row, keys: list[str]) -> str:
+def _label_of(row: Row, keys: list[str]) -> str:
     """The arm and its swept values, by the last part of their names unless that is ambiguous."""
     lasts = [key.split(".")[-1] for key in keys]
     texts = []
@@ -139,7 +156,7 @@ def at_ratio(table: Any, stop: float) -> Any:
 # Pruning curves -----------------------------------------------------------------------------------
 
 
-def curves(grouped: Grouped, split: str = "test") -> Frame:
+def curves(grouped: Grouped, *, split: str = "test") -> Frame:
     """Every row of every pruning curve on one split: a `frame` with OF_CURVES, the share `removed`,
     `retrained`, and what the curve is called.
 
@@ -147,14 +164,14 @@ def curves(grouped: Grouped, split: str = "test") -> Frame:
     has one curve each. variant: what tells it from others, "" if nothing needs telling; dash: index
     of the variant, the same for all series.
     """
-    told = frame(grouped, "curve", fields=OF_CURVES).dropna(subset="ratio")
+    told = frame(grouped, "curve", fields=_OF_CURVES).dropna(subset="ratio")
     of_split = [row.get("split", "test") == split for row in told["row"]]
     told = told.loc[of_split].copy()
     told["removed"] = told["row"].map(share_removed)
     retrained = [bool(row.get("retrained")) for row in told["row"]]
     told["retrained"] = pd.Series(retrained, told.index, dtype=bool)
-    ways = pd.DataFrame(map(way_of, told["row"]), told.index, WAYS)
-    telling = telling_parts(ways.assign(series=told["series"]))
+    ways = pd.DataFrame(map(_way_of, told["row"]), told.index, _WAYS)
+    telling = _telling_parts(ways.assign(series=told["series"]))
     told["variant"] = [", ".join(words) for words in ways[telling].to_numpy()]
     told["dash"], _ = pd.factorize(told["variant"], sort=True)
     line = ["series", "dash", "removed", "member"]
@@ -165,20 +182,20 @@ def curves(grouped: Grouped, split: str = "test") -> Frame:
 def best_known_curves(grouped: Grouped) -> Frame:
     """Curves on test data; on training data where there are no others."""
     tested = curves(grouped)
-    return curves(grouped, "train") if tested.empty else tested
+    return curves(grouped, split="train") if tested.empty else tested
 
 
-def way_of(row: Row) -> list[str]:
+def _way_of(row: Row) -> list[str]:
     """WAYS of a row of a curve, in words."""
-    words = [str(row.get(part)) for part in WAYS]
+    words = [str(row.get(part)) for part in _WAYS]
     words[0] = "retrained" if row.get("retrained") else "no retraining"
     words[-1] = f"visit {words[-1]}"
     return words
 
 
-def telling_parts(ways: Frame) -> list[str]:
+def _telling_parts(ways: Frame) -> list[str]:
     """The parts that tell curves apart; stage and visit only where the others do not."""
-    differing = [part for part in WAYS if ways[part].nunique() > 1]
+    differing = [part for part in _WAYS if ways[part].nunique() > 1]
     telling = [part for part in differing if part not in PLACE]
     curves = ways.drop_duplicates()
     needs_place = curves.duplicated(["series", *telling]).any()

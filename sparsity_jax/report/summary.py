@@ -11,11 +11,13 @@ from sparsity_jax.report.sections import Cell, Section, Shown, Table, heading, m
 from sparsity_jax.report.series import Frame, Grouped
 from sparsity_jax.types import Fields
 
-STOPS = (0.9, 0.95, 0.98, 0.99)  # pruning ratios with a column of their own
-DROP = 0.01  # "within one point of dense"
-VISIBLE = 1e-4  # a smaller difference may not show in the table
+__all__ = ["Column", "Numbers", "Summary", "best_line", "finding", "summarize", "summary"]
+
+_STOPS = (0.9, 0.95, 0.98, 0.99)  # pruning ratios with a column of their own
+_DROP = 0.01  # "within one point of dense"
+_VISIBLE = 1e-4  # a smaller difference may not show in the table
 Numbers = tuple[float, float, int]  # mean, sample standard deviation, number of networks
-AT = "At: with that share of the prunable weights removed."
+_AT = "At: with that share of the prunable weights removed."
 
 
 class Column(NamedTuple):
@@ -27,7 +29,7 @@ class Column(NamedTuple):
     note: str = ""
 
 
-COLUMNS = {
+_COLUMNS = {
     "dense": Column("unpruned|%", ".2%", True, "Unpruned: before anything was removed."),
     "before": Column("after epochs", ",.0f"),
     "channels": Column("channels removed|%", ".1%"),
@@ -38,7 +40,7 @@ COLUMNS = {
         True,
         "Pruned: after the last training, with the share removed that stands before it.",
     ),
-    **{str(stop): Column(f"at {stop:.0%}|%", ".2%", True, AT) for stop in STOPS},
+    **{str(stop): Column(f"at {stop:.0%}|%", ".2%", True, _AT) for stop in _STOPS},
     "largest": Column(
         "largest within 1 point|%",
         ".1%",
@@ -68,7 +70,7 @@ class Summary(NamedTuple):
 # Numbers ------------------------------------------------------------------------------------------
 
 
-def summarize(grouped: Grouped, stops: Sequence[float] = STOPS) -> list[Summary]:
+def summarize(grouped: Grouped, *, stops: Sequence[float] = _STOPS) -> list[Summary]:
     """One line per curve, and one per series whose trained network has none or was pruned on the
     way.
 
@@ -78,7 +80,7 @@ def summarize(grouped: Grouped, stops: Sequence[float] = STOPS) -> list[Summary]
     below `dense`, per member; none for a network at chance). Columns of a trained network: `dense`
     (last test accuracy before anything was removed, `before`: after so many epochs), `pruned` (last
     test accuracy after that), `channels` or `weights` (the share then gone). Of both: `epochs` and
-    `seconds` under the name of the series until then, see `times`. Columns without any number are
+    `seconds` under the name of the series until then, see `_times`. Columns without any number are
     left out.
     """
     line = ["series", "variant"]
@@ -92,13 +94,13 @@ def summarize(grouped: Grouped, stops: Sequence[float] = STOPS) -> list[Summary]
     for (index, variant, member), points in curves.groupby(["series", "variant", "member"]):
         own = trainings.get((index, member), trained[:0])
         before = own[own["place"] < points["place"].iloc[0]]
-        numbers = {**curve_numbers(points, stops), **times(before)}
+        numbers = {**_curve_numbers(points, stops), **_times(before)}
         lines.append({"series": index, "variant": variant, **numbers})
     for (index, _), own in trainings.items():
         network = own["row"].iloc[-1]["network"]
         if index not in with_curve or network.get("pruned") is not None:
             variant = "as trained" if index in with_curve else ""
-            numbers = {**trained_numbers(network), **times(own)}
+            numbers = {**_trained_numbers(network), **_times(own)}
             lines.append({"series": index, "variant": variant, **numbers})
     result = []
     table = pd.DataFrame(lines) if lines else pd.DataFrame(columns=line)
@@ -113,7 +115,7 @@ def summarize(grouped: Grouped, stops: Sequence[float] = STOPS) -> list[Summary]
     return sorted(result, key=lambda line: line.series)
 
 
-def curve_numbers(points: Frame, stops: Sequence[float]) -> dict[str, float]:
+def _curve_numbers(points: Frame, stops: Sequence[float]) -> dict[str, float]:
     """Numbers of one network's curve; see `summarize`."""
     first = points.iloc[0]
     network = first["row"]["network"]
@@ -124,12 +126,12 @@ def curve_numbers(points: Frame, stops: Sequence[float]) -> dict[str, float]:
     numbers = {"dense": dense}
     for stop in stops:
         numbers[str(stop)] = series.at_ratio(accuracy, stop)
-    if not dense <= number(network["chance"]) + DROP:
-        numbers["largest"] = accuracy.index[accuracy >= dense - DROP - 1e-9].max()
+    if not dense <= number(network["chance"]) + _DROP:
+        numbers["largest"] = accuracy.index[accuracy >= dense - _DROP - 1e-9].max()
     return numbers
 
 
-def trained_numbers(network: Fields) -> dict[str, float]:
+def _trained_numbers(network: Fields) -> dict[str, float]:
     """Numbers of a network as training left it; see `summarize`."""
     numbers = {"dense": number(network.get("dense"))}
     if network.get("pruned") is not None:
@@ -139,7 +141,7 @@ def trained_numbers(network: Fields) -> dict[str, float]:
     return numbers
 
 
-def times(trainings: Frame) -> dict[str, float]:
+def _times(trainings: Frame) -> dict[str, float]:
     """`epochs` and `seconds` of the trainings of one member.
 
     seconds: per stage, the number of its epochs times their median time without the first one,
@@ -167,14 +169,14 @@ def summary(grouped: Grouped) -> Shown:
         return None
     heads: list[Cell] = [Cell("network")]
     rows: list[list[Cell]] = [[Cell(line.label, line.variant, color=line.series)] for line in lines]
-    notes = notes_of(lines)
-    for name, column in COLUMNS.items():
+    notes = _notes_of(lines)
+    for name, column in _COLUMNS.items():
         if not any(name in line.cells for line in lines):
             continue
         heads.append(heading(column.heading))
         best = best_line(lines, name)
         for index, (row, line) in enumerate(zip(rows, lines)):
-            row.append(shown(line, name, bold=index == best))
+            row.append(_shown(line, name, bold=index == best))
         notes.append(column.note)
     if any(cell.bold for row in rows for cell in row):
         notes.append("Bold: above all other lines by more than one deviation.")
@@ -182,7 +184,7 @@ def summary(grouped: Grouped) -> Shown:
     return Section("Summary", tables=[Table(heads, rows, note=note)])
 
 
-def notes_of(lines: list[Summary]) -> list[str]:
+def _notes_of(lines: list[Summary]) -> list[str]:
     """Sentences that say what the lines are."""
     sentences = ["Accuracies on test data, or on train data where there are no others."]
     if any(line.variant.startswith("retrained") for line in lines):
@@ -198,14 +200,14 @@ def notes_of(lines: list[Summary]) -> list[str]:
     return sentences
 
 
-def shown(line: Summary, name: str, *, bold: bool) -> Cell:
+def _shown(line: Summary, name: str, *, bold: bool) -> Cell:
     """Mean and, over several members, the deviation."""
     if name not in line.cells:
         return Cell("–")
     mean, deviation, count = line.cells[name]
     if name in ("before", "epochs") and not deviation:
         count = 1  # the same number by design
-    told = mean_cell(mean, deviation, count, COLUMNS[name].form)
+    told = mean_cell(mean, deviation, count, _COLUMNS[name].form)
     floor = "≥ " if name in line.floors else ""
     return told._replace(text=floor + told.text, bold=bold)
 
@@ -217,11 +219,11 @@ def best_line(lines: list[Summary], name: str) -> int | None:
         if name in line.cells and name not in line.floors:
             mean, deviation, _ = line.cells[name]
             known.append((mean, deviation, index))
-    if not COLUMNS[name].bold or len(known) < 2:
+    if not _COLUMNS[name].bold or len(known) < 2:
         return None
     *others, (best, spread, index) = sorted(known)
     for mean, deviation, _ in others:
-        if best - mean <= max(spread, deviation, VISIBLE):
+        if best - mean <= max(spread, deviation, _VISIBLE):
             return None
     return index
 

@@ -7,25 +7,27 @@ from sparsity_jax.report import draw, series
 from sparsity_jax.report.sections import Cell, Shown, table
 from sparsity_jax.report.series import Frame, Grouped
 
-SPLITS = ("train", "test")
-COUNTS = {"all": "{total:,}", "exactly 0|%": "{zero_share:.2%}|{num_zero:,}"}  # templates
+__all__ = ["magnitudes", "sfw_init", "training"]
+
+_SPLITS = ("train", "test")
+_COUNTS = {"all": "{total:,}", "exactly 0|%": "{zero_share:.2%}|{num_zero:,}"}  # templates
 
 
 def training(grouped: Grouped) -> Shown:
     """Loss and accuracy against the epoch, on train and test data."""
-    fields = [f"{split}_{what}" for what in ("loss", "accuracy") for split in SPLITS]
+    fields = [f"{split}_{what}" for what in ("loss", "accuracy") for split in _SPLITS]
     told = series.frame(grouped, *series.TRAINING, fields=["epoch", *fields])
-    told["epoch"] += epochs_before(told)
+    told["epoch"] += _epochs_before(told)
     lines = []
     for field in fields:
         split, what = field.split("_")
-        lines.append(draw.points(told, "epoch", field, what.capitalize(), SPLITS.index(split)))
+        lines.append(draw.points(told, "epoch", field, what.capitalize(), _SPLITS.index(split)))
     names = series.labels(grouped)
     caption = "Loss and accuracy during training."
-    return draw.section("Training", caption, lines, names, SPLITS, xlabel="epoch")
+    return draw.section("Training", caption, lines, names, _SPLITS, xlabel="epoch")
 
 
-def epochs_before(told: Frame) -> np.ndarray:
+def _epochs_before(told: Frame) -> np.ndarray:
     """Per line of a frame, the epochs of earlier stages and visits of its network."""
     network = ["series", "member"]
     place = [*network, *series.PLACE]
@@ -78,4 +80,4 @@ def magnitudes(grouped: Grouped) -> Shown:
         xlabel="log10 of the magnitude |w|",
         ylabel="share of weights per bin",
     )
-    return section and section._replace(tables=[table("weights", COUNTS, lines)])
+    return section and section._replace(tables=[table("weights", _COUNTS, lines)])
