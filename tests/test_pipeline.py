@@ -540,6 +540,8 @@ def test_arms_are_one_program_per_optimizer_and_give_the_rows_of_single_runs(tmp
         train, "step_on_batch", lambda *given: traced.append(given[1].program()) or step(*given)
     )
     config = tiny.config("fit", "retrained", **GRID)
+    problem = tiny.BUILD(pipeline.check(config))  # nothing is compiled yet
+    monkeypatch.setattr(pipeline, "build", lambda _: problem)
     rows = pipeline.run(config, tmp_path / "arms").rows
     # training and retraining, of either optimizer
     assert len(traced) == len(set(traced)) == 4
