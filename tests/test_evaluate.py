@@ -328,7 +328,9 @@ def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, t
 def test_running_statistics_short_types_and_platforms(cut_half, tmp_path):
     model = TINY_MOBILENET | dict(param_dtype="bfloat16")
     problem, state = fresh(model, cut_half)
-    folder = evaluate.export(problem, model, state, tmp_path / "deep" / "network", platforms=["cpu", "cuda"])
+    folder = evaluate.export(
+        problem, model, state, tmp_path / "deep" / "network", platforms=["cpu", "cuda"]
+    )
     variables, apply = evaluate.load(folder)
     assert (cost.num_params(variables) < cost.num_params({"params": state.params})) is cut_half
     assert variables["params"]["fc"]["kernel"].dtype == jnp.bfloat16
