@@ -74,8 +74,10 @@ def compacted(problem: Problem, state: State) -> Stock:
     """
     channels = structured.channels_of(problem)
     keep = coupling.alive(channels, {"params": state.masks})
-    small = groups.compact(structured.variables_of(state), channels, keep)
-    return Stock(small, groups.elastic(problem.model.apply, channels, keep), keep, channels)
+    variables = structured.variables_of(state)
+    small = groups.compact(variables, channels, keep)
+    apply = groups.elastic(problem.model.apply, channels, keep)
+    return Stock(small, apply, keep, channels)
 
 
 def take_stock(problem: Problem, state: State, stage: Compact) -> Row:
@@ -83,23 +85,31 @@ def take_stock(problem: Problem, state: State, stage: Compact) -> Row:
     row.
     """
     stock = compacted(problem, state)
-    images = problem.images(problem.examples("test", stage.batch_size)[0])
-    calls: dict[str, tuple[Callable, tuple]] = {
-        "dense": (jax.jit(problem.model.apply), (structured.variables_of(state), images)),
-        "compact": (jax.jit(stock.apply), (stock.variables, images)),
+    images, _ = problem.examples("test", stage.batch_size)
+    images = problem.images(images)
+    networks = {
+        "dense": (problem.model.apply, structured.variables_of(state)),
+        "compact": (stock.apply, stock.variables),
     }
-    logits = [apply(*arguments) for apply, arguments in calls.values()]
+    calls: dict[str, tuple[Callable, tuple]] = {}
+    logits = []
+    for name, (apply, variables) in networks.items():
+        compiled = jax.jit(apply)
+        calls[name] = (compiled, (variables, images))
+        logits.append(compiled(variables, images))
     row: Row = dict(accuracy=accuracy(problem, stock))
-    row |= _difference(problem, stage.tolerance or rounding_of(problem), *logits)
+    tolerance = stage.tolerance or rounding_of(problem)
+    row |= _difference(problem, tolerance, *logits)
     row["kept"] = {name: int(bools.sum()) for name, bools in stock.keep.items()}
     row["sizes"] = stock.channels.sizes
     image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
-    for end, (apply, (variables, _)) in zip(("", "_compact"), calls.values()):
+    for end, (apply, variables) in zip(("", "_compact"), networks.values()):
         row[f"parameters{end}"] = cost.num_params(variables)
         row[f"flops{end}"] = cost.flops(apply, variables, image).products
         row[f"bytes{end}"] = cost.num_bytes(variables)
     if stage.repeats:
-        row |= _times(cost.compare(calls, repeats=stage.repeats))
+        pair = cost.compare(calls, repeats=stage.repeats)
+        row |= _times(pair)
         row["batch_size"] = len(images)
     return row
 
@@ -108,8 +118,9 @@ def _difference(problem: Problem, tolerance: float, masked: Array, compact: Arra
     """Fields of a row for the difference of two networks' logits, and a warning where it is more
     than `tolerance`.
     """
-    largest = jnp.maximum(jnp.max(jnp.abs(masked)), 1e-30)
-    difference = float(jnp.max(jnp.abs(masked - compact)) / largest)
+    largest = jnp.max(jnp.abs(masked))
+    error = jnp.max(jnp.abs(masked - compact))
+    difference = float(error / jnp.maximum(largest, 1e-30))
     warning = ""
     if not difference <= tolerance:
         warning = (
@@ -122,12 +133,15 @@ def _difference(problem: Problem, tolerance: float, masked: Array, compact: Arra
 
 def _times(pair: cost.Comparison) -> Row:
     """Fields of a row for measured times."""
-    fields = ("speedup", "speedup_low", "speedup_high", "verdict")
-    row = {field: getattr(pair, field) for field in fields}
-    row["device"] = jax.devices()[0].device_kind
+    row = pair._asdict()
+    latencies = row.pop("latencies")
+    device, *_ = jax.devices()
+    row["device"] = device.device_kind
     for quantile, end in (("median", ""), ("low", "_low"), ("high", "_high")):
-        seconds = {name: getattr(latency, quantile) for name, latency in pair.latencies.items()}
-        row[f"milliseconds{end}"] = {name: 1e3 * time for name, time in seconds.items()}
+        times = {}
+        for name, latency in latencies.items():
+            times[name] = 1e3 * getattr(latency, quantile)
+        row[f"milliseconds{end}"] = times
     return row
 
 
@@ -135,10 +149,12 @@ def accuracy(problem: Problem, stock: Stock) -> float:
     """Of the compact network on the test set."""
     model = problem.model._replace(apply=stock.apply)
     compact = problem._replace(model=model, members=None, compiled={})
-    variables = stock.variables
-    measured = train.measure(compact, variables["params"], variables["batch_stats"], "test")
+    params = stock.variables["params"]
+    batch_stats = stock.variables["batch_stats"]
+    measured = train.measure(compact, params, batch_stats, "test")
     size = problem.size("test") - len(measured.unreadable)
-    return round(float(measured.accuracy) * size) / size  # not rounded to float32
+    right = round(float(measured.accuracy) * size)
+    return right / size  # not rounded to float32
 
 
 STAGES = (Compact,)

@@ -122,21 +122,25 @@ def flops(function: Callable, *args: Any, count_padding: bool = True) -> Flops:
     shapes do not tell (they count nothing). A function run on shards (`shard_map`) counts for all
     devices together. Raises what tracing `function` raises.
     """
-    program = walk.read(function, *args).program
-    return _total(program, lambda eqn, _, path: _work(eqn, path, count_padding))
+    full_size = lambda value: value.shape
+    return _total(walk.read(function, *args).program, full_size, count_padding)
 
 
-def _total(program: Program, price: Callable, path: Path = ()) -> Flops:
-    """FLOPs of a program; price(eqn, program, path) -> Flops of an equation without programs
-    inside."""
+def _total(program: Program, shape_of: Callable, padding: bool, path: Path = ()) -> Flops:
+    """FLOPs of a program if the factors and results of its products have the shapes
+    `shape_of(value)`."""
     total = _NOTHING
     for eqn, inner in program.equations():
         inside = (*path, eqn)
-        if inner:
-            bodies = [_total(body, price, inside) for body in inner]
-            total = _add(total, _repeated(eqn, bodies, inside))
+        bodies = [_total(body, shape_of, padding, inside) for body in inner]
+        if bodies:
+            count = _repeated(eqn, bodies, inside)
+        elif eqn.primitive.name in walk.PRODUCTS:
+            values = program.known((*eqn.invars, *eqn.outvars))
+            count = _product(eqn, inside, padding, *map(shape_of, values))
         else:
-            total = _add(total, price(eqn, program, inside))
+            count = _work(eqn, inside)
+        total = _add(total, count)
     return total
 
 
@@ -161,21 +165,18 @@ def _repeated(eqn: Any, bodies: list[Flops], path: Path) -> Flops:
 
 def _scale(count: Flops, times: int) -> Flops:
     equations = tuple(eqn._replace(flops=eqn.flops * times) for eqn in count.equations)
-    return Flops(count.products * times, count.elementwise * times, equations, count.notes)
+    products = count.products * times
+    elementwise = count.elementwise * times
+    return Flops(products, elementwise, equations, count.notes)
 
 
 def _noted(note: str) -> Flops:
     return _NOTHING._replace(notes=(note,))
 
 
-def _work(eqn: Any, path: Path, padding: bool) -> Flops:
-    """FLOPs of one equation at the sizes of its program."""
+def _work(eqn: Any, path: Path) -> Flops:
+    """FLOPs of one equation that is no product."""
     name = eqn.primitive.name
-    if name in walk.PRODUCTS:
-        first, second = (var.aval.shape for var in eqn.invars)
-        count = _product(eqn, first, second, eqn.outvars[0].aval.shape, padding)
-        equation = Equation(name, _where(path), count)
-        return _NOTHING._replace(products=count, equations=(equation,))
     if name in walk.OPAQUE:
         return _noted(f"{name} at {_where(path)}: not counted")
     entries = 0
@@ -199,13 +200,17 @@ def _where(path: Path) -> str:
     return f"{stack} unknown place".strip()
 
 
-def _product(eqn: Any, first: Shape, second: Shape, out: Shape, padding: bool) -> int:
-    """FLOPs of a matrix product or convolution, if its operands and its result have these
-    shapes."""
-    if eqn.primitive.name == "conv_general_dilated":
-        return _convolution(eqn, out, second, padding)
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    return 2 * math.prod(out) * math.prod(first[axis] for axis in contracted)
+def _product(eqn: Any, path: Path, padding: bool, first: Shape, second: Shape, out: Shape) -> Flops:
+    """FLOPs of a matrix product or convolution of operands and a result of these shapes."""
+    name = eqn.primitive.name
+    if name == "conv_general_dilated":
+        count = _convolution(eqn, out, second, padding)
+    else:
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        summed = math.prod(first[axis] for axis in contracted)
+        count = 2 * math.prod(out) * summed
+    equation = Equation(name, _where(path), count)
+    return _NOTHING._replace(products=count, equations=(equation,))
 
 
 def _convolution(eqn: Any, out: Shape, kernel: Shape, padding: bool) -> int:
@@ -215,16 +220,18 @@ def _convolution(eqn: Any, out: Shape, kernel: Shape, padding: bool) -> int:
     Right for grouped and depthwise convolution too: the kernel's input axis has the channels of one
     group only.
     """
-    spec = eqn.params["dimension_numbers"]
+    params = eqn.params
+    spec = params["dimension_numbers"]
     image = eqn.invars[0].aval.shape
     batch, features, *outs = (out[a] for a in spec.out_spec)
     _, inputs, *window = (kernel[a] for a in spec.rhs_spec)
-    names = ("padding", "window_strides", "lhs_dilation", "rhs_dilation")
-    along = zip(spec.lhs_spec[2:], outs, window, *(eqn.params[name] for name in names))
     pairs = 1
-    for axis, out_size, size, (low, _), stride, apart, hole in along:
-        starts = np.arange(out_size) * stride - low
-        positions = np.add.outer(starts, np.arange(size) * hole)
+    for d, axis in enumerate(spec.lhs_spec[2:]):
+        low, _ = params["padding"][d]
+        apart = params["lhs_dilation"][d]
+        starts = np.arange(outs[d]) * params["window_strides"][d]
+        offsets = np.arange(window[d]) * params["rhs_dilation"][d]
+        positions = np.add.outer(starts - low, offsets)
         counted = positions % apart == 0
         if not padding:
             counted &= (positions >= 0) & (positions < image[axis] * apart)
@@ -238,13 +245,14 @@ def _reduction(eqn: Any) -> int:
     name = eqn.primitive.name
     entries = eqn.invars[0].aval.size
     out = eqn.outvars[0].aval.size
+    if name == "scatter":
+        return 0
     if name == "reduce_precision":
         return out
     if name.startswith("reduce_window"):
-        return out * (math.prod(eqn.params["window_dimensions"]) - 1)
+        window = math.prod(eqn.params["window_dimensions"])
+        return out * (window - 1)
     if name.startswith("scatter"):
-        if name == "scatter":
-            return 0
         return eqn.invars[2].aval.size
     if name.startswith(("reduce", "arg")):
         return entries - out
@@ -271,29 +279,17 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Price:
     inside = [path for path in channels.shapes if path.startswith("params/")]
     inside = inside or list(channels.shapes)
     _, inputs, _ = channels.signature
-    batch = 1
-    if inputs and inputs[0].shape:
-        batch = inputs[0].shape[0]
+    batch, *_ = (*inputs[0].shape, 1) if inputs else (1,)
 
     def parameters(keep: Mapping) -> float:
         shapes = groups.compact_shapes(channels, keep)
         return float(sum(shapes[path].size for path in inside))
 
     def products(keep: Mapping) -> float:
-        alive = channels.alive(keep)
+        shape_of = channels.alive(keep).shape
+        return _total(channels.walked.program, shape_of, padding=True).products / batch
 
-        def price(eqn: Any, program: Program, path: Path) -> Flops:
-            if eqn.primitive.name not in walk.PRODUCTS:
-                return _NOTHING
-            variables = (*eqn.invars, *eqn.outvars)
-            first, second, out = map(alive.shape, program.known(variables))
-            return _NOTHING._replace(products=_product(eqn, first, second, out, True))
-
-        return _total(channels.walked.program, price).products / batch
-
-    if unit == "parameters":
-        return parameters
-    return products
+    return parameters if unit == "parameters" else products
 
 
 # Time --------------------------------------------------------------------------------------------
@@ -350,6 +346,7 @@ def compare(candidates: Mapping[str, tuple[Callable, tuple]], *, repeats: int = 
 def comparison(latencies: dict[str, Latency]) -> Comparison:
     """What two measured latencies say, the reference first."""
     first, second = latencies.values()
+    speedup = first.median / second.median
     low = first.low / second.high
     high = first.high / second.low
     verdict: Verdict = "no measurable difference"
@@ -357,31 +354,36 @@ def comparison(latencies: dict[str, Latency]) -> Comparison:
         verdict = "faster"
     elif high < 1:
         verdict = "slower"
-    return Comparison(latencies, first.median / second.median, low, high, verdict)
+    return Comparison(latencies, speedup, low, high, verdict)
 
 
 def summary(samples: Any) -> Latency:
     """Median and quartiles (linear between samples) of `samples`, seconds [repeats]."""
     samples = np.asarray(samples, np.float64)
-    low, median, high = np.quantile(samples, (0.25, 0.5, 0.75))
-    return Latency(float(median), float(low), float(high), samples)
+    low, median, high = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
+    return Latency(median, low, high, samples)
 
 
 def _measure(calls: list[tuple[Callable, tuple]], repeats: int) -> list[Latency]:
     tables.convert(repeats, Annotated[int, tables.Range(2)], "repeats")
-    ready: list[tuple[Callable, list[float]]] = []
-    for function, args in calls:
-        if not isinstance(function, jax.stages.Compiled):
-            function = jax.jit(function)
-        call: Callable = functools.partial(function, *jax.tree.map(jnp.asarray, tuple(args)))
-        for _ in range(WARMUP):
-            jax.block_until_ready(call())
-        ready.append((call, []))
+    ready = [_warm(function, args) for function, args in calls]
+    samples = np.zeros((len(ready), repeats))
     for turn in range(repeats):
         stopping.check()
-        first = turn % len(ready)
-        for call, samples in (*ready[first:], *ready[:first]):
+        for i in np.roll(range(len(ready)), -turn):
+            call = ready[i]
             start = time.perf_counter()
             jax.block_until_ready(call())
-            samples.append(time.perf_counter() - start)
-    return [summary(samples) for _, samples in ready]
+            samples[i, turn] = time.perf_counter() - start
+    return list(map(summary, samples))
+
+
+def _warm(function: Callable, args: tuple) -> Callable:
+    """`function(*args)` as a call without arguments, compiled and called WARMUP times."""
+    if not isinstance(function, jax.stages.Compiled):
+        function = jax.jit(function)
+    args = jax.tree.map(jnp.asarray, tuple(args))
+    call: Callable = functools.partial(function, *args)
+    for _ in range(WARMUP):
+        jax.block_until_ready(call())
+    return call

@@ -4,7 +4,7 @@ layer = coupling.of_group(channels.groups["conv1"], leaves)  # with norms and re
 alive = coupling.alive(channels, {"params": kept})           # bools by group, from masks
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +15,18 @@ from sparsity_jax.groups import Channels, Group, Member
 from sparsity_jax.types import Arrays, PyTree
 from sparsity_jax.units import Layer, Leaves, Part, Sliced
 
-__all__ = ["alive", "by_group", "deciding", "is_matrix", "of_group", "plain"]
+__all__ = [
+    "Members",
+    "alive",
+    "by_group",
+    "deciding",
+    "is_weight",
+    "of_group",
+    "of_members",
+    "plain",
+]
+
+Members = Sequence[Member]
 
 
 def of_group(group: Group, leaves: Leaves) -> Layer:
@@ -25,34 +36,42 @@ def of_group(group: Group, leaves: Leaves) -> Layer:
     kernels that make the channels, or of all kernels where none does. Raises ValueError for a group
     without a kernel among the leaves.
     """
-    parts = []
+    removed = []
     producers = []
     kernels = []
     for member in group.members:
-        path = _path_in(leaves, member.path)
+        path = plain(member.path, leaves)
+        if path not in leaves:
+            path = plain(member.path.partition("/")[2], leaves)
         if path not in leaves:  # running statistics
             continue
-        in_order = np.arange(leaves[path].shape[member.axis])[:, None]
-        index = None if np.array_equal(member.index, in_order) else member.index
-        part = Part(path, (member.axis,), index)
-        parts.append(part)
+        member = member._replace(path=path)
+        removed.append(member)
         if member.role == "producer":
-            producers.append(part)
-        # a depthwise kernel may make and read no channels
-        if member.role != "other" or is_matrix(path, leaves):
-            kernels.append(part)
+            producers.append(member)
+        if is_weight(member, leaves):
+            kernels.append(member)
     scored = producers or kernels
     if not scored:
         raise ValueError(
             f"the group {group.name!r} has no kernel among the params; leave it out of the ratios."
         )
-    return Layer(group.name, (group.size,), tuple(parts), tuple(scored))
+    return of_members(group, leaves, removed, scored)
 
 
-def _path_in(leaves: Leaves, path: str) -> str:
-    """`path` of the trace among those of `leaves`, which may lack its first name."""
-    whole = plain(path, leaves)
-    return whole if whole in leaves else plain(path.partition("/")[2], leaves)
+def of_members(group: Group, leaves: Leaves, removed: Members, scored: Members) -> Layer:
+    """The channels of a group as units, by the members they are removed from and scored by, whose
+    paths are those of `leaves`.
+    """
+
+    def part_of(member: Member) -> Part:
+        size = leaves[member.path].shape[member.axis]
+        in_order = np.arange(size)[:, None]
+        index = None if np.array_equal(member.index, in_order) else member.index
+        return Part(member.path, (member.axis,), index)
+
+    parts, scores = (tuple(map(part_of, members)) for members in (removed, scored))
+    return Layer(group.name, (group.size,), parts, scores)
 
 
 def plain(path: str, leaves: Leaves) -> str:
@@ -60,18 +79,18 @@ def plain(path: str, leaves: Leaves) -> str:
     return path if path in leaves else path.removesuffix("/value")
 
 
-def is_matrix(path: str, leaves: Leaves) -> bool:
-    """Whether an array is called a kernel and has two axes or more."""
-    return trees.is_kernel(path) and jnp.ndim(leaves.get(path, 0)) > 1
+def is_weight(member: Member, leaves: Leaves) -> bool:
+    """Whether a member makes or reads channels, or is a matrix called a kernel: a depthwise one may
+    do neither.
+    """
+    matrix = trees.is_kernel(member.path) and jnp.ndim(leaves.get(member.path, 0)) > 1
+    return matrix or member.role != "other"
 
 
-def deciding(channels: Channels, granularity: Sliced) -> Iterator[tuple[str, Member]]:
+def deciding(channels: Channels, granularity: Sliced) -> list[tuple[str, Member]]:
     """(name of group, member) of the kernels, also depthwise, that make or read its channels."""
     roles = ("producer", "depthwise") if granularity == "filter" else ("consumer",)
-    for name, group in channels.groups.items():
-        for member in group.members:
-            if member.role in roles:
-                yield name, member
+    return [(name, member) for name, member in channels.members if member.role in roles]
 
 
 def by_group(channels: Channels, keep: Leaves, granularity: Sliced = "filter") -> dict[str, Any]:
@@ -102,7 +121,7 @@ def alive(channels: Channels, kept: PyTree) -> Arrays:
         lives = np.zeros(group.size, bool)
         for member in makers or members:
             mask = np.asarray(leaves[member.path])
-            others = tuple(axis for axis in range(mask.ndim) if axis != member.axis)
+            others = tuple(np.delete(range(mask.ndim), member.axis))
             left = np.asarray(mask.any(others))
             lives |= left[member.index].any(1)
         result[name] = lives

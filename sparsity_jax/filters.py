@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from sparsity_jax import groups, kernels, shares, tables, trees, units
+from sparsity_jax import coupling, groups, kernels, shares, tables, trees, units
 from sparsity_jax.types import PyTree
 
 __all__ = ["AxesByPath", "Channels", "Layers", "Structured"]
@@ -66,7 +66,8 @@ class Structured:
         layers = {}
         for path, own in axes.items():
             along = own.inputs if self.granularity == "channel" else own.outputs
-            layers[path] = units.of_kernel(path, path, tuple(leaves[path].shape), along)
+            shape = tuple(leaves[path].shape)
+            layers[path] = units.of_kernel(path, path, shape, along)
         return layers
 
 
@@ -74,23 +75,23 @@ def _coupled(params: PyTree, channels: Channels, axes: AxesByPath) -> Layers:
     """The groups of channels that the kernels in `axes`, and no others, make."""
     owners = groups.owners(params, channels)
     path_of = {variable: path for path, variable in owners.items()}
-
-    def parts_of(members: list[groups.Member]) -> tuple[units.Part, ...]:
-        parts = [units.Part(path_of[part.path], (part.axis,), part.index) for part in members]
-        return tuple(parts)
-
+    leaves = trees.named_leaves(params)
     layers = {}
     for name, group in channels.groups.items():
-        masked = [member for member in group.members if member.path in path_of]
-        producers = [member for member in group.members if member.role == "producer"]
-        depthwise = [member for member in group.members if member.role == "depthwise"]
+        members = []
+        for member in group.members:
+            path = path_of.get(member.path, "")
+            members.append(member._replace(path=path))
+        masked = [member for member in members if member.path]
+        producers = [member for member in members if member.role == "producer"]
+        depthwise = [member for member in members if member.role == "depthwise"]
         makers = producers + depthwise
-        if not makers or not all(path_of.get(member.path) in axes for member in makers):
+        if not makers or not all(member.path in axes for member in makers):
             continue
         # kernels that read the channels may stay: what they read is zero, if all that makes it is
         # masked
-        if len(masked) == len(group.members):
+        if len(masked) == len(members):
             masked = [member for member in masked if member.role != "consumer" or member.exposed]
-        scored = parts_of(producers or depthwise)
-        layers[name] = units.Layer(name, (group.size,), parts_of(masked), scored)
+        scored = producers or depthwise
+        layers[name] = coupling.of_members(group, leaves, masked, scored)
     return layers

@@ -100,10 +100,20 @@ class Channels(NamedTuple):
         return {name: group.size for name, group in self.groups.items()}
 
     @property
+    def members(self) -> list[tuple[str, Member]]:
+        """(name of its group, member) of all groups."""
+        groups = self.groups.items()
+        return [(name, member) for name, group in groups for member in group.members]
+
+    @property
     def used(self) -> list[str]:
         """Paths of the variables that the program uses, in order."""
-        paths = dict(enumerate(self.shapes))
-        return [paths[number] for number in self.walked.used.numbers if number in paths]
+        return self.walked.used.of(self.shapes)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the walk knows of each variable, by path."""
+        return dict(zip(self.shapes, self.walked.inputs))
 
     def alive(self, keep: Keep) -> execute.Alive:
         """Which entries of the program stay. keep: of all groups."""
@@ -169,8 +179,7 @@ def _traced(
         jax.tree.structure(result),
         branches,
     )
-    for group in _groups(channels):
-        channels.groups[group.name] = group
+    _find_groups(channels)
     channels.frozen.extend(_left(channels))
     return channels
 
@@ -207,28 +216,18 @@ def _signature(variables: PyTree, inputs: tuple) -> tuple:
     return types, tuple(map(_struct, leaves)), tree
 
 
-def _groups(channels: Channels) -> Iterator[Group]:
-    """Channels that are entries of the same axes.
+def _find_groups(channels: Channels) -> None:
+    """Adds the groups: channels that are entries of the same axes.
 
     Groups and their members are in the order in which the program uses them.
     """
     walked = channels.walked
-    paths = list(channels.shapes)
     used = channels.used
-    inputs = dict(zip(paths, walked.inputs))
-    # positions on each axis of the variables that die with each label
-    entries: dict = collections.defaultdict(lambda: collections.defaultdict(list))
-    for path in dict.fromkeys((*used, *paths)):
-        for a, axis in enumerate(inputs[path].axes):
-            roots = walked.labels.find(axis.labels).tolist()
-            for position, root in enumerate(roots):
-                for label in walked.labels.parts(root):
-                    entries[label][path, a].append(position)
+    entries = _entries(channels)
     alike = collections.defaultdict(list)
     for label, places in entries.items():
         copies = tuple((place, len(positions)) for place, positions in places.items())
         alike[copies, walked.labels.axis_of(label)].append(label)
-    names: set[str] = set()
     for labels in alike.values():
         places = entries[labels[0]]
         if len(labels) < 2 or not any(path in used for path, _ in places):
@@ -238,10 +237,26 @@ def _groups(channels: Channels) -> Iterator[Group]:
             index = np.array([entries[label][place] for label in labels])
             role = walked.roles.get(place, "other")
             path, axis = place
-            members.append(Member(path, axis, index, role, place in walked.exposed))
-        name = next(name for name in _names(members, paths) if name not in names)
-        names.add(name)
-        yield Group(name, len(labels), tuple(members), np.array(labels))
+            member = Member(path, axis, index, role, place in walked.exposed)
+            members.append(member)
+        names = _names(members, list(channels.shapes))
+        name = next(name for name in names if name not in channels.groups)
+        group = Group(name, len(labels), tuple(members), np.array(labels))
+        channels.groups[name] = group
+
+
+def _entries(channels: Channels) -> dict[int, dict]:
+    """By label and place (path, axis) in the variables: the positions that die with the label."""
+    labels = channels.walked.labels
+    inputs = channels.inputs
+    entries: dict = collections.defaultdict(lambda: collections.defaultdict(list))
+    for path in dict.fromkeys((*channels.used, *inputs)):
+        for a, axis in enumerate(inputs[path].axes):
+            roots = labels.find(axis.labels)
+            for position, root in enumerate(roots.tolist()):
+                for label in labels.parts(root):
+                    entries[label][path, a].append(position)
+    return entries
 
 
 def _names(members: Sequence[Member], paths: list[str]) -> Iterator[str]:
@@ -263,21 +278,17 @@ def _names(members: Sequence[Member], paths: list[str]) -> Iterator[str]:
 
 def _left(channels: Channels) -> Iterator[walk.Frozen]:
     """The axes that nothing froze but that are in no group."""
-    grouped = set()
-    for group in channels.groups.values():
-        grouped |= {(member.path, member.axis) for member in group.members}
+    grouped = {(member.path, member.axis) for _, member in channels.members}
     used = channels.used
-    is_live = channels.walked.labels.is_live
+    labels = channels.walked.labels
     left = collections.defaultdict(list)
-    for path, value in zip(channels.shapes, channels.walked.inputs):
-        reason = "is not used"
-        if path in used:
-            reason = "could lose one channel only"
+    for path, value in channels.inputs.items():
+        reason = "could lose one channel only" if path in used else "is not used"
         for a, axis in enumerate(value.axes):
-            if (path, a) not in grouped and is_live(axis.labels):
+            if (path, a) not in grouped and labels.is_live(axis.labels):
                 left[reason].append((path, a))
     for reason, places in left.items():
-        yield walk.Frozen(reason, "trace", "", tuple(places))
+        yield walk.Frozen(reason, "trace", "", places)
 
 
 # Masks and smaller arrays ------------------------------------------------------------------------
@@ -289,8 +300,7 @@ def complete(channels: Channels, keep: Keep) -> Arrays:
     Raises ValueError for unknown groups, wrong sizes and emptied groups.
     """
     for name in keep:
-        if name not in channels.groups:
-            raise ValueError(f"keep names {name!r}; groups: {', '.join(channels.names)}.")
+        tables.lookup(channels.groups, name, "the name of a group in keep")
     result = {}
     for name, size in channels.sizes.items():
         kept = keep.get(name, np.ones(size, bool))
@@ -310,14 +320,13 @@ def _known(channels: Channels, keep: Keep) -> Arrays:
     return {name: np.asarray(kept) for name, kept in complete(channels, keep).items()}
 
 
-def _alive(channels: Channels, keep: Keep) -> dict[str, dict[int, Any]]:
+def _alive(channels: Channels, keep: Keep) -> dict[str, dict]:
     """bool [size], which entries stay, by path and axis: of axes with members only."""
-    alive: dict[str, dict[int, Any]] = collections.defaultdict(dict)
-    for name, group in channels.groups.items():
-        for path, axis, index, *_ in group.members:
-            size = channels.shapes[path].shape[axis]
-            stays = _stays(keep[name], index, size)
-            alive[path][axis] = alive[path].get(axis, True) & stays
+    alive: dict[str, dict] = collections.defaultdict(dict)
+    for name, (path, axis, index, *_) in channels.members:
+        size = channels.shapes[path].shape[axis]
+        stays = _stays(keep[name], index, size)
+        alive[path][axis] = alive[path].get(axis, True) & stays
     return alive
 
 
@@ -369,7 +378,7 @@ def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
     others are missing. tree: as for `mask`.
     Raises ValueError for arrays of other shapes than those traced.
     """
-    traced: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    traced: dict[str, dict] = collections.defaultdict(dict)
     for (path, axis), role in channels.walked.roles.items():
         traced[path][axis] = role
     leaves = trees.named_leaves(tree)
@@ -396,27 +405,26 @@ def mask(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     none stay as they are.
     Raises ValueError for a tree without any, and as `complete` does.
     """
+    alive = _alive(channels, complete(channels, keep))
 
-    def masked(leaf: Any, axis: int, kept: Any) -> Any:
+    def masked(leaf: Any, variable: str) -> Any:
         leaf = jnp.asarray(leaf)
-        shape = [1] * leaf.ndim
-        shape[axis] = -1
-        return jnp.where(kept.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
+        for axis, kept in alive[variable].items():
+            shape = [1] * leaf.ndim
+            shape[axis] = -1
+            leaf = jnp.where(kept.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
+        return leaf
 
-    return _map(masked, variables, channels, complete(channels, keep))
+    return _map(masked, variables, channels)
 
 
 def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     """`variables` without removed channels, for `elastic`; arguments as for `mask`, keep known."""
     _check_tied(channels)
-
-    def cut(leaf: Any, axis: int, kept: Any) -> Any:
-        xp = np if isinstance(leaf, np.ndarray) else jnp
-        if kept.all():
-            return leaf
-        return xp.take(leaf, np.flatnonzero(kept), axis)
-
-    return _map(cut, variables, channels, _known(channels, keep))
+    alive = channels.alive(_known(channels, keep))
+    inputs = channels.inputs
+    cut = lambda leaf, variable: alive.cut(leaf, inputs[variable])
+    return _map(cut, variables, channels)
 
 
 def _check_tied(channels: Channels) -> None:
@@ -425,9 +433,9 @@ def _check_tied(channels: Channels) -> None:
         raise ValueError(f"channels were traced with branches='separate': {told}.")
 
 
-def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> PyTree:
-    """function(leaf, axis, kept) along all axes with members; keep: of all groups."""
-    alive = _alive(channels, keep)
+def _map(function: Callable, tree: PyTree, channels: Channels) -> PyTree:
+    """function(leaf, variable) of what belongs to variables with channels."""
+    grouped = {member.path for _, member in channels.members}
     owned = owners(tree, channels)
     arrays = [path for path, leaf in trees.named_leaves(tree).items() if np.ndim(leaf)]
     if arrays and not owned:
@@ -435,25 +443,23 @@ def _map(function: Callable, tree: PyTree, channels: Channels, keep: Keep) -> Py
         raise ValueError(f"no array of the tree belongs to the traced variables; {told}.")
 
     def of_leaf(path: str, leaf: Any) -> Any:
-        owner = owned.get(path)
-        if owner in alive:
-            _check_shape(path, leaf, channels.shapes[owner], "traced")
-            for axis, kept in alive[owner].items():
-                leaf = function(leaf, axis, kept)
-        return leaf
+        variable = owned.get(path)
+        if variable not in grouped:
+            return leaf
+        _check_shape(path, leaf, channels.shapes[variable], "traced")
+        return function(leaf, variable)
 
     return trees.map_named(of_leaf, tree)
 
 
 def compact_shapes(channels: Channels, keep: Keep) -> Structs:
     """Shapes of the compact variables, by path."""
-
-    def cut(struct: Struct, axis: int, kept: Any) -> Struct:
-        shape = list(struct.shape)
-        shape[axis] = int(kept.sum())
-        return Struct(tuple(shape), struct.dtype)
-
-    return _map(cut, channels.shapes, channels, _known(channels, keep))
+    alive = channels.alive(_known(channels, keep))
+    shapes = {}
+    for path, value in channels.inputs.items():
+        dtype = channels.shapes[path].dtype
+        shapes[path] = Struct(alive.shape(value), dtype)
+    return shapes
 
 
 # Smaller programs --------------------------------------------------------------------------------
@@ -513,11 +519,8 @@ def _anew(
 
 def _content(channels: Channels) -> list:
     """What makes groups equal, whatever the order in which the function uses their arrays."""
-    content = []
-    for group in channels.groups.values():
-        for path, axis, index, *_ in group.members:
-            content.append((group.name, path, axis, index.tolist()))
-    return sorted(content)
+    members = channels.members
+    return sorted((name, path, axis, index.tolist()) for name, (path, axis, index, *_) in members)
 
 
 def teach(primitive: str, rule: rules.Rule, *, resize: execute.Resize | None = None) -> None:
@@ -559,9 +562,8 @@ def check(
     masked = jax.jit(anew)(mask(variables, channels, keep), *inputs)
     small = compact(variables, channels, keep)
     compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
-    first, _ = jax.flatten_util.ravel_pytree(masked)
-    second, _ = jax.flatten_util.ravel_pytree(compacted)
-    first, second = np.asarray([first, second], complex)
+    flat = [jax.flatten_util.ravel_pytree(results)[0] for results in (masked, compacted)]
+    first, second = np.asarray(flat, complex)
     differ = first != second  # infinities may be equal
     errors = np.abs(first[differ] - second[differ])
     worst = np.max(errors, initial=0.0)
@@ -580,7 +582,7 @@ def order_of_use(function: Callable, tree: PyTree) -> list[str]:
     nothing is computed.
     """
     paths = list(trees.named_leaves(tree))
-    used = [paths[number] for number in walk.read(function, tree).used.numbers]
+    used = walk.read(function, tree).used.of(paths)
     return [path for path in paths if path not in used] + used
 
 
@@ -627,10 +629,9 @@ def layout(channels: Channels) -> Fields:
             in_order.append(path)
     layouts = {}
     for name, group in channels.groups.items():
-        marks = collections.defaultdict(set)
-        for member in group.members:
-            if member.path in positions:
-                marks[member.role].add(positions[member.path])
-        ordered = {role: sorted(marks[role]) for role in sorted(marks)}
-        layouts[name] = dict(size=group.size, marks=ordered)
+        places = {(member.role, positions.get(member.path)) for member in group.members}
+        marks: dict[str, list] = {}
+        for role, position in sorted((role, at) for role, at in places if at is not None):
+            marks.setdefault(role, []).append(position)
+        layouts[name] = dict(size=group.size, marks=marks)
     return dict(kernels=in_order, groups=layouts)

@@ -120,8 +120,8 @@ def erk_ratios(shapes: Mapping[str, Shape], ratio: float) -> dict[str, float]:
     sum(n) / sum(n s), at most 1. Raises ValueError if no kernel is larger than the sum of its
     dimensions. SFW; `layer_ratios="erk_original"`.
     """
-    sizes = np.array([math.prod(shape) for shape in shapes.values()])
-    dimensions = np.array([sum(shape) for shape in shapes.values()])
+    sizes = np.array(list(map(math.prod, shapes.values())))
+    dimensions = np.array(list(map(sum, shapes.values())))
     slack = 1 - dimensions / sizes
     weighted = sum((sizes * slack).tolist())
     if weighted <= 0:

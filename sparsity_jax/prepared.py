@@ -67,20 +67,23 @@ def open_prepared(name: str, data_dir: str, train_split: str, test_split: str) -
             f"{name!r} has the splits {', '.join(map(repr, splits))} and none for testing; cut "
             "one, e.g. config.data.train_split='train[:90%]' and test_split='train[90%:]'."
         )
-    train_name = f"config.data.train_split is {train_split!r}"
-    test_name = f"config.data.test_split is {test_split!r}"
-    train = _file_parts(name, splits, train_name, train_split)
-    test = _file_parts(name, splits, test_name, test_split)
-    for part in (*train, *test):
-        _check_file(part, again)
-    parts = [(train_name, part) for part in train] + [(test_name, part) for part in test]
-    for (first, a), (second, b) in itertools.combinations(parts, 2):
-        if a.filename == b.filename and max(a.skip, b.skip) < min(a.skip + a.take, b.skip + b.take):
+    used = []  # parts of files, with what names them
+    sources = []
+    for option, split in (("train_split", train_split), ("test_split", test_split)):
+        given = f"config.data.{option} is {split!r}"
+        parts = _file_parts(name, splits, given, split)
+        for part in parts:
+            _check_file(part, again)
+            used.append((given, part))
+        sources.append(_records_source(f"{directory}, split {split!r}", parts, keys))
+    for (first, a), (second, b) in itertools.combinations(used, 2):
+        start = max(a.skip, b.skip)
+        end = min(a.skip + a.take, b.skip + b.take)
+        if a.filename == b.filename and start < end:
             other = "names some images twice" if first == second else f"{second} share images"
             raise ConfigError(f"{first}, {other}.")
-    train_source = _records_source(f"{directory}, split {train_split!r}", train, keys)
-    test_source = _records_source(f"{directory}, split {test_split!r}", test, keys)
-    return Opened(train_source, test_source, num_classes, channels)
+    train, test = sources
+    return Opened(train, test, num_classes, channels)
 
 
 # What is there ------------------------------------------------------------------------------------

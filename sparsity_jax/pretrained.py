@@ -26,8 +26,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from sparsity_jax import kernels
 from sparsity_jax.tables import ConfigError, blaming, check_memory, closest, lookup, within
-from sparsity_jax.trees import check_pattern, is_kernel, map_named, matching, named_leaves
+from sparsity_jax.trees import check_pattern, is_kernel, last_name, map_named, named_leaves
 from sparsity_jax.types import AnyPath, Arrays, PyTree, Shape
 
 __all__ = [
@@ -215,7 +216,10 @@ def read(path: AnyPath, *, key: str = "") -> Arrays:
     if key:
         raise ConfigError("key", key, allowed=f"none: {path} holds one state dict")
     file = _open(path)
-    return {name: _array(file.get_tensor, name, f"{path}: {name}") for name in sorted(file.keys())}
+    arrays = {}
+    for name in sorted(file.keys()):
+        arrays[name] = _array(file.get_tensor, name, f"{path}: {name}")
+    return arrays
 
 
 def _read_torch(path: pathlib.Path, key: str) -> Arrays:
@@ -356,10 +360,12 @@ def _modules_here(leaves: Leaves) -> Modules:
     arrays: dict[str, Names] = collections.defaultdict(dict)
     for path in leaves:
         match = re.fullmatch(r"(?:params|batch_stats)/(.+)/(\w+)", path)
-        if match and match[2] in _LEAVES:
-            arrays[match[1]][_LEAVES[match[2]]] = path
+        module, leaf = match.groups() if match else ("", "")
+        if leaf in _LEAVES:
+            arrays[module][_LEAVES[leaf]] = path
     ordered = {module: arrays[module] for module in sorted(arrays, key=_definition_order)}
-    return _with_weights(ordered, {path: _torch_shape(leaves[path].shape) for path in leaves})
+    shapes = {path: _torch_shape(leaf.shape) for path, leaf in leaves.items()}
+    return _with_weights(ordered, shapes)
 
 
 def _with_weights(arrays: dict[str, Names], shapes: Shapes) -> Modules:
@@ -380,8 +386,12 @@ def _definition_order(name: str) -> tuple:
     block, _, layer = name.partition("/")
     if layer:
         return (1, _natural(block), layer != "expand", _natural(layer))
-    first, last = re.search(r"\D1$", name), name in ("fc", "final_bn")
-    return (0 if first else 3 if last else 2, _natural(name))
+    place = 2
+    if re.search(r"\D1$", name):
+        place = 0
+    elif name in ("fc", "final_bn"):
+        place = 3
+    return (place, _natural(name))
 
 
 def _natural(name: str) -> list:
@@ -408,32 +418,30 @@ def name_map(
     no array, or to the array of another.
     fresh: pattern of paths that need no tensor, whatever their shape there.
     """
+    kept = kernels.matching(like, fresh, "fresh")
     ordered = ordered and _is_as_defined(shapes)
-    placed, doubts = _matched(shapes, like, names, _fresh_paths(like, fresh), ordered)
+    placed, doubts = _matched(shapes, named_leaves(like), names, kept, ordered)
     _refuse(doubts)
     return placed
 
 
-def _fresh_paths(like: PyTree, fresh: str) -> set[str]:
-    matches = matching(like, fresh, "fresh") if fresh else {}
-    return {path for path, matched in matches.items() if matched}
-
-
 def _matched(
-    shapes: Shapes, like: PyTree, names: Rules, fresh: set[str], ordered: bool
+    shapes: Shapes, leaves: Leaves, names: Rules, fresh: set[str], ordered: bool
 ) -> tuple[Names, Names]:
     """(path of each tensor that has a place, doubts by a rule that ends them)."""
-    leaves = named_leaves(like)
     placed = _placed_by_rules(shapes, leaves, names)
-    theirs, ours = _modules_there(shapes), _modules_here(leaves)
+    theirs = _modules_there(shapes)
+    ours = _modules_here(leaves)
     others = {name: module for name, module in theirs.items() if name not in placed}
     free = {path: module for path, module in ours.items() if path not in placed.values()}
     places, doubts = _places(others, free, fresh, ordered)
     for name, path in (placed | places).items():
         if name in theirs and path in ours:
+            arrays = ours[path].arrays
             for leaf, tensor in theirs[name].arrays.items():
-                placed.setdefault(tensor, ours[path].arrays.get(leaf, ""))
-    return {name: path for name, path in placed.items() if path}, doubts
+                if leaf in arrays:
+                    placed.setdefault(tensor, arrays[leaf])
+    return placed, doubts
 
 
 def _placed_by_rules(names: Iterable[str], leaves: Leaves, rules: Rules) -> Names:
@@ -460,14 +468,15 @@ def _is_as_defined(names: Iterable[str]) -> bool:
     break that. Sorted ones tell nothing.
     """
     names = list(names)
-    layers = []
+    arrays: dict[str, list] = {}  # of each layer
+    found = []
     for name in names:
         layer, _, leaf = name.rpartition(".")
         if leaf in ("weight", "bias"):
-            layers.append((layer, leaf == "bias"))
-    first = list(dict.fromkeys(layer for layer, _ in layers))
-    defined = sorted(layers, key=lambda pair: (first.index(pair[0]), pair[1]))
-    return layers == defined and names != sorted(names)
+            found.append(name)
+            arrays.setdefault(layer, []).append(name)
+    defined = [name for own in arrays.values() for name in sorted(own, reverse=True)]
+    return found == defined and names != sorted(names)
 
 
 def _places(theirs: Modules, ours: Modules, fresh: set[str], ordered: bool) -> tuple[Names, Names]:
@@ -481,8 +490,9 @@ def _places(theirs: Modules, ours: Modules, fresh: set[str], ordered: bool) -> t
         decided, doubt = _decided(names, paths, known, ordered)
         places |= decided
         if doubt:
-            rule = str((re.escape(names[0]), paths[0]))
-            which = f"{', '.join(names)} {theirs[names[0]].shape} could each be {', '.join(paths)}"
+            first = names[0]
+            rule = str((re.escape(first), paths[0]))
+            which = f"{', '.join(names)} {theirs[first].shape} could each be {', '.join(paths)}"
             doubts[rule] = f"{which}: {doubt}."
     return _with_others(theirs, ours, known, places), doubts
 
@@ -499,23 +509,19 @@ def _alike(theirs: Modules, ours: Modules, fresh: set[str]) -> list[Group]:
         paths = [path for path in same if path not in fresh] or same
         if 0 < len(paths) < len(names):
             kind = ours[paths[0]].kind
-            paths = []
-            for path, module in ours.items():
-                if path in same or (path in fresh and module.kind == kind):
-                    paths.append(path)
+            other = [path for path in ours if path in fresh and ours[path].kind == kind]
+            paths = [path for path in ours if path in same or path in other]
         if len(paths) == len(names):
             groups.append((names, paths))
             fresh = fresh.difference(paths)
     return groups
 
 
-def _turns(modules: Modules, groups: list[Group], side: int) -> list[tuple[int, int]]:
+def _turns(modules: Modules, groups: list[Group], side: int) -> list[tuple]:
     """(kind, number of its group) of each module in a group, in the order of each kind."""
     group_of = {name: i for i, group in enumerate(groups) for name in group[side]}
-    turns = []
-    for name, module in modules.items():
-        if name in group_of:
-            turns.append((module.kind, group_of[name]))
+    grouped = [name for name in modules if name in group_of]
+    turns = [(modules[name].kind, group_of[name]) for name in grouped]
     return sorted(turns, key=operator.itemgetter(0))
 
 
@@ -565,7 +571,8 @@ def _known_places(theirs: Modules, ours: Modules) -> Names:
     """
     counts: collections.Counter[str] = collections.Counter()
     for name in theirs:
-        counts.update(name[: dot.end()] for dot in re.finditer(r"\.", name))
+        parts = name.split(".")[:-1]
+        counts.update(itertools.accumulate(f"{part}." for part in parts))
     shared = [prefix for prefix in counts if 2 * counts[prefix] >= len(theirs)]
     options = [_known_under(prefix, theirs, ours) for prefix in ("", *shared)]
     return max(options, key=len)  # the first of the longest
@@ -578,7 +585,8 @@ def _known_under(prefix: str, theirs: Modules, ours: Modules) -> Names:
     free = {module.name: path for path, module in ours.items()}
     for weight in sorted(theirs, key=_natural):
         module = theirs[weight]
-        name = _normal(module.name.removeprefix(prefix).replace(".", "/"), blocks)
+        inner = module.name.removeprefix(prefix)
+        name = _normal(inner.replace(".", "/"), blocks)
         for pattern, replacement in _MODULES:
             match = re.fullmatch(pattern, name)
             place = match.expand(replacement) if match else ""
@@ -609,15 +617,15 @@ def _with_others(theirs: Modules, ours: Modules, known: Names, places: Names) ->
     """
     taken = set(places.values())
     places = {name: path for name, path in known.items() if path not in taken} | places
-    outside = [path for path in ours if "/" not in ours[path].name and path not in places.values()]
+    outside = [path for path in ours if "/" not in ours[path].name]
     for name in reversed(theirs):
         if name in places:
             continue
         kind = theirs[name].kind
-        fitting = [path for path in outside if ours[path].kind == kind]
+        free = [path for path in outside if path not in places.values()]
+        fitting = [path for path in free if ours[path].kind == kind]
         if fitting:
             places[name] = fitting[-1]
-            outside.remove(fitting[-1])
     return places
 
 
@@ -639,15 +647,16 @@ def torch_names(like: PyTree) -> Names:
     names: Names = {}
     modules = _modules_here(named_leaves(like))
     is_mobilenet = "params/block0/project/kernel" in modules
-    name_of = _mobilenet_v2_name if is_mobilenet else _torchvision_name
     for module in modules.values():
-        theirs = name_of(module.name, modules)
+        if is_mobilenet:
+            theirs = _mobilenet_v2_name(module.name, modules)
+        else:
+            theirs = _torchvision_name(module.name)
         names |= {f"{theirs}.{leaf}": path for leaf, path in module.arrays.items()}
     return names
 
 
-def _torchvision_name(module: str, modules: Modules) -> str:
-    del modules
+def _torchvision_name(module: str) -> str:
     name = re.sub(r"^stage(\d+)_block(\d+)", r"layer\1.\2", module)
     name = name.replace("shortcut_conv", "downsample.0").replace("shortcut_bn", "downsample.1")
     return name.replace("/", ".")
@@ -660,14 +669,15 @@ def _mobilenet_v2_name(module: str, modules: Modules) -> str:
         return _MOBILENET_V2_OUTSIDE[module].format(last=last)
     expands = f"params/{block}/expand/kernel" in modules
     number = int(block.removeprefix("block")) + 1
-    return f"features.{number}.conv.{_MOBILENET_V2_INSIDE[expands][layer]}"
+    inside = _MOBILENET_V2_INSIDE[expands]
+    return f"features.{number}.conv.{inside[layer]}"
 
 
 # Layouts ------------------------------------------------------------------------------------------
 
 
-def _is_flax_kernel(path: str, shape: Shape) -> bool:
-    return len(shape) > 1 and re.search(r"(?:^|/)kernel(?:/value)?$", path) is not None
+def _is_flax_kernel(path: str, leaf: Any) -> bool:
+    return leaf.ndim > 1 and last_name(path) == "kernel"
 
 
 def _flattened(leaves: Leaves, image_channels: int) -> dict[str, int]:
@@ -679,7 +689,8 @@ def _flattened(leaves: Leaves, image_channels: int) -> dict[str, int]:
     channels = convs[-1].shape[0] if convs else image_channels
     for path in ("params/dense1/kernel", "params/fc/kernel"):
         if path in leaves:
-            return {} if leaves[path].shape[0] % channels else {path: channels}
+            fits = leaves[path].shape[0] % channels == 0
+            return {path: channels} if fits else {}
     return {}
 
 
@@ -689,17 +700,21 @@ def _from_torch(array: np.ndarray, channels: int) -> np.ndarray:
     channels: those of images that it sees flattened, PyTorch's channels first; else 1.
     """
     array = _swapped(array, channels, -1)
-    return array.transpose(*range(2, array.ndim), 1, 0)
+    outputs, inputs, *window = range(array.ndim)
+    return array.transpose(*window, inputs, outputs)
 
 
 def _to_torch(array: np.ndarray, channels: int) -> np.ndarray:
     """The inverse of `_from_torch`."""
-    return _swapped(array.transpose(-1, -2, *range(array.ndim - 2)), -1, channels)
+    *window, inputs, outputs = range(array.ndim)
+    array = array.transpose(outputs, inputs, *window)
+    return _swapped(array, -1, channels)
 
 
 def _swapped(array: np.ndarray, *axes: int) -> np.ndarray:
     """The two axes that make up all but the first change places."""
-    return array.reshape(len(array), *axes).swapaxes(1, 2).reshape(array.shape)
+    apart = array.reshape(len(array), *axes)
+    return apart.swapaxes(1, 2).reshape(array.shape)
 
 
 def to_variables(
@@ -730,14 +745,14 @@ def to_variables(
     ordered = _is_as_defined(arrays)
     arrays = _merge_pruned(arrays)
     shapes = {name: array.shape for name, array in arrays.items()}
-    kept = _fresh_paths(like, fresh)
-    placed, doubts = _matched(shapes, like, names, kept, ordered)
     leaves = named_leaves(like)
+    kept = kernels.matching(like, fresh, "fresh")
+    placed, doubts = _matched(shapes, leaves, names, kept, ordered)
     fitting = _fitting(arrays, placed, leaves, kept)
     _refuse(doubts)
     flattened = _flattened(leaves, image_channels)
     for path, array in fitting.items():
-        if _is_flax_kernel(path, array.shape):
+        if _is_flax_kernel(path, array):
             array = _from_torch(array, flattened.get(path, 1))
         fitting[path] = array.astype(leaves[path].dtype)
     return map_named(lambda path, leaf: fitting.get(path, leaf), like)
@@ -760,8 +775,9 @@ def _fitting(arrays: Arrays, placed: Names, leaves: Leaves, kept: set[str]) -> A
         fitting[path] = array
         group, text = _misfit(array, path, leaves[path])
         misfits[group].append(f"{name} {text}")
-    missing = sorted(leaves.keys() - fitting.keys() - kept)
-    misfits["missing"] = [f"{path} {tuple(leaves[path].shape)}" for path in missing]
+    for path in sorted(leaves.keys() - fitting.keys() - kept):
+        shape = tuple(leaves[path].shape)
+        misfits["missing"].append(f"{path} {shape}")
     right = len(misfits.pop("right"))
     if any(misfits.values()):
         count = f"{right} of {len(leaves)} arrays do"
@@ -771,25 +787,32 @@ def _fitting(arrays: Arrays, placed: Names, leaves: Leaves, kept: set[str]) -> A
 
 def _misfit(array: np.ndarray, path: str, leaf: Any) -> tuple[str, str]:
     """(group of `_GROUPS`, text) of an array that is to be the one at `path`."""
-    needed = _torch_shape(leaf.shape) if _is_flax_kernel(path, leaf.shape) else tuple(leaf.shape)
+    needed = tuple(leaf.shape)
+    if _is_flax_kernel(path, leaf):
+        needed = _torch_shape(needed)
     if array.shape != needed:
         return "wrong", f"is {array.shape}, for {path} it must be {needed}"
     dtype = np.dtype(leaf.dtype)
     floating = jnp.issubdtype(dtype, jnp.floating)
     scaled = floating and array.dtype.itemsize < 2  # float8, with scales of its own
-    if scaled or not jnp.issubdtype(array.dtype, np.floating if floating else dtype):
+    kind = np.floating if floating else dtype
+    if scaled or not jnp.issubdtype(array.dtype, kind):
         return "no weights", f"is {array.dtype}, to be {dtype}"
     with np.errstate(over="ignore"):
-        finite = np.isfinite(array.astype(dtype)).all()
-    return ("right", "") if finite else ("no weights", f"holds NaN or values beyond {dtype}")
+        converted = array.astype(dtype)
+    if not np.isfinite(converted).all():
+        return "no weights", f"holds NaN or values beyond {dtype}"
+    return "right", ""
 
 
 def _report(misfits: Mapping[str, list[str]]) -> str:
     lines = []
     for group, texts in misfits.items():
-        more = f", and {len(texts) - 4} more" if len(texts) > 4 else ""
+        line = f"  {group}: {'; '.join(texts[:4])}"
+        if len(texts) > 4:
+            line += f", and {len(texts) - 4} more"
         if texts:
-            lines.append(f"  {group}: {'; '.join(texts[:4])}{more}")
+            lines.append(line)
     for group, pattern, hint in _HINTS:
         if any(re.search(pattern, text) for text in misfits[group]):
             lines.append(f"  {hint}")
@@ -822,8 +845,8 @@ def count_zeros(arrays: Mapping[str, Any]) -> tuple[int, int]:
     zeros = entries = 0
     for path, array in arrays.items():
         if is_kernel(path):
-            zeros += int(np.sum(np.asarray(array) == 0))
             entries += array.size
+            zeros += int(np.sum(np.asarray(array) == 0))
     return zeros, entries
 
 
@@ -847,7 +870,7 @@ def to_torch(variables: PyTree, names: Names | None = None, *, image_channels: i
     state_dict = {}
     for name, path in names.items():
         array = np.asarray(leaves[path])
-        if _is_flax_kernel(path, array.shape):
+        if _is_flax_kernel(path, array):
             array = _to_torch(array, flattened.get(path, 1))
         state_dict[name] = np.array(array, order="C")
         module, _, leaf = name.rpartition(".")

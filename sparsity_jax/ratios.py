@@ -68,13 +68,8 @@ def order(apply: Callable, variables: PyTree, *inputs: PyTree) -> list[str]:
     arrays or shape structs; nothing is computed.
     """
     leaves = trees.named_leaves(variables)
-    paths = dict(enumerate(leaves))
-    result = []
-    for number in walk.read(apply, variables, *inputs).multiplied.numbers:
-        path = paths.get(number, "")
-        if trees.is_kernel(path) and leaves[path].ndim > 1:
-            result.append(path)
-    return result
+    multiplied = walk.read(apply, variables, *inputs).multiplied.of(leaves)
+    return [path for path in multiplied if trees.is_kernel(path) and leaves[path].ndim > 1]
 
 
 class Layer(NamedTuple):
@@ -146,7 +141,8 @@ def _branches(layers: Sequence[str], blocks: str) -> dict[str, _Branch]:
             "blocks", blocks, allowed="a pattern with the groups (?P<stage>...) and (?P<block>...)"
         )
     inside = {}
-    for match in filter(None, map(pattern.fullmatch, layers)):
+    matches = map(pattern.fullmatch, layers)
+    for match in filter(None, matches):
         texts = match.groupdict("")
         stage = tables.read_text(texts["stage"], int, "blocks", 0)
         block = tables.read_text(texts["block"], int, "blocks", 0)
@@ -211,7 +207,8 @@ def _items(notation: str | Sequence, least: int = 1) -> list:
     items = notation
     if isinstance(notation, str):
         inner = notation.strip()
-        items = [item.strip() for item in inner.removeprefix("[").removesuffix("]").split(",")]
+        entries = inner.removeprefix("[").removesuffix("]").split(",")
+        items = list(map(str.strip, entries))
         if items[-1] == "":
             items.pop()
         if "" in items or inner.startswith("[") != inner.endswith("]"):
@@ -235,24 +232,31 @@ def _ratio(value: Any) -> Ratio:
     return ratio
 
 
-def _by_rule(items: Sequence, located: Layers, granularity: str) -> Table:
-    rules = tables.convert(items, tuple[tuple[str, Any], ...])
+def _ratios(values: Sequence) -> list[Ratio]:
     ratios = []
-    for i, (_, value) in enumerate(rules):
+    for i, value in enumerate(values):
         with tables.within(f"[{i}]"):
             ratios.append(_ratio(value))
-    numbered = [(pattern, i) for i, (pattern, _) in enumerate(rules)]
+    return ratios
+
+
+def _by_rule(items: Sequence, located: Layers, granularity: str) -> Table:
+    rules = tables.convert(items, tuple[tuple[str, Any], ...])
+    patterns, values = zip(*rules)
+    ratios = _ratios(values)
+    numbered = [(pattern, i) for i, pattern in enumerate(patterns)]
     deciding = trees.match_rules({layer.path: 0 for layer in located}, numbered)
     prunable = {deciding[layer.path] for layer in located if granularity not in layer.whole}
     for i in set(deciding.values()) - prunable:
         if ratios[i]:
             told = f"only layers that {granularity} pruning leaves whole"
-            raise tables.ConfigError(f"[{i}]", rules[i][0], why=told)
+            raise tables.ConfigError(f"[{i}]", patterns[i], why=told)
     return {layer.path: ratios[deciding[layer.path]] for layer in located}
 
 
 def _by_range(items: Sequence, located: Layers, reading: Reading) -> Table:
     paths = [layer.path for layer in located]
+    last = len(paths) - 1
     table: Table = dict.fromkeys(paths, 0.0)
     for i, item in enumerate(items):
         with tables.within(f"[{i}]"):
@@ -260,23 +264,22 @@ def _by_range(items: Sequence, located: Layers, reading: Reading) -> Table:
             if not match:
                 raise tables.ConfigError("", item, allowed="'0-4:0.5' or '5:0.5'")
             first = int(match[1])
-            end = int(match[2] or match[1])
-            if first > end or (end >= len(paths) and reading == "correct"):
-                raise tables.ConfigError("", item, allowed=f"the layers 0 to {len(paths) - 1}")
-            table |= dict.fromkeys(paths[first : end + 1], _ratio(match[3].strip()))
+            end = int(match[2] or first)
+            if first > end or (end > last and reading == "correct"):
+                raise tables.ConfigError("", item, allowed=f"the layers 0 to {last}")
+            ratio = _ratio(match[3].strip())
+        table |= dict.fromkeys(paths[first : end + 1], ratio)
     return table
 
 
 def _by_stage(items: Sequence, located: Layers) -> Table:
-    last = max(layer.address[0] for layer in located if len(layer.address) > 1) + 1
+    stages = [layer.address[0] for layer in located if len(layer.address) > 1]
+    last = max(stages) + 1
     if len(items) != last + 1:
         told = f"a ratio each for 0 (before the blocks), 1 to {last - 1}, {last} (after the blocks)"
         raise tables.ConfigError("", items, allowed=told)
-    values = []
-    for i, item in enumerate(items):
-        with tables.within(f"[{i}]"):
-            values.append(_ratio(item))
-    return {layer.path: values[layer.address[0]] for layer in located}
+    ratios = _ratios(items)
+    return {layer.path: ratios[layer.address[0]] for layer in located}
 
 
 def _skipped(
@@ -324,18 +327,16 @@ def kept_groups(
     of_weights = granularity == "weight"
     result = {}
     for path in layers:
-        if path not in given:
-            raise ValueError(f"masks have no {path!r}.{tables.closest(path, given)}")
-        mask = np.asarray(given[path])
+        mask = np.asarray(tables.lookup(given, path, "the path of a mask"))
         if mask.dtype != bool or mask.ndim < (2 if of_weights else 1):
             raise ValueError(
                 f"the mask of {path!r} is {mask.dtype} {mask.shape}; allowed: bool, True = kept."
             )
         if mask.ndim > 1 and not of_weights:
             axes = kernels.axes({path: mask}, [path])[path]
-            (axis,) = axes.outputs if granularity == "filter" else axes.inputs
-            slices = np.moveaxis(mask, axis, 0)
-            mask = np.any(slices.reshape(len(slices), -1), axis=1)
+            along = axes.outputs if granularity == "filter" else axes.inputs
+            others = np.delete(range(mask.ndim), along)
+            mask = np.asarray(mask.any(tuple(others)))
         result[path] = mask
     return result
 
@@ -369,9 +370,7 @@ def keep_of(channels: groups.Channels, table: Mapping[str, Any]) -> Arrays:
     layers that share their channels.
     """
     for path, ratio in table.items():
-        if path not in channels.shapes:
-            hint = tables.closest(path, channels.shapes)
-            raise ValueError(f"{path!r} is no variable of the trace.{hint}")
+        tables.lookup(channels.shapes, path, "the path of a ratio")
         if ratio == "gap" or not 0 <= ratio < 1:
             raise ValueError(f"the ratio of {path!r} is {ratio!r}; allowed: 0 <= ratio < 1.")
     ratios: dict[str, float] = {}
@@ -394,7 +393,7 @@ def keep_of(channels: groups.Channels, table: Mapping[str, Any]) -> Arrays:
 
 
 def for_speedup(
-    price: Callable[[dict[str, float]], float],
+    price: Callable[[dict], float],
     target: float,
     table: Mapping[str, float],
     *,

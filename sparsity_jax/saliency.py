@@ -20,10 +20,7 @@ def of_weights(
     """abs(w g) of every weight, times abs(w) if `use_l2`, or times abs(w - init) if `init` is given
     too.
     """
-
-    def importance(w: Array, g: Array) -> Array:
-        return jnp.abs(trees.widen(w) * trees.widen(g))
-
+    importance = lambda w, g: jnp.abs(trees.widen(w) * trees.widen(g))
     saliency = jax.tree.map(importance, params, grads)
     if not use_l2:
         return saliency

@@ -87,8 +87,10 @@ def _distances(rows: Array) -> Array:
 
 def _layer_adaptive(rows: Array) -> Array:
     """Squared norm over the sum of those at least as large, in (0, 1]; a row of zeros scores 0."""
-    squares = _sum(jnp.square(rows / trees.scale_of(rows)))  # only their ratios matter
-    at_least = _sum(jnp.where(squares >= squares[:, None], squares, 0))
+    scaled = rows / trees.scale_of(rows)  # only ratios matter
+    squares = _sum(jnp.square(scaled))
+    counted = squares >= squares[:, None]
+    at_least = _sum(jnp.where(counted, squares, 0))
     return squares / jnp.where(at_least == 0, 1, at_least)
 
 
@@ -226,8 +228,11 @@ def gather(
     tables.convert(batch_size, tables.Count, "batch_size")
 
     def moments(batch: PyTree, params: PyTree, temperature: Array) -> Fields:
-        g = jax.tree.map(trees.widen, jax.grad(loss)(params, batch, temperature))
-        return {"g": g, "g2": jax.tree.map(jnp.square, g)} if "g2" in needs else {"g": g}
+        g = jax.grad(loss)(params, batch, temperature)
+        sums = {"g": jax.tree.map(trees.widen, g)}
+        if "g2" in needs:
+            sums["g2"] = jax.tree.map(jnp.square, sums["g"])
+        return sums
 
     def product(batch: PyTree, params: PyTree, temperature: Array, vector: PyTree) -> PyTree:
         return linops.hvp(loss, params, batch, temperature, precision=precision)(vector)
@@ -241,7 +246,9 @@ def gather(
     ) -> Statistics:
         _check_given(needs, dict(data=data, balanced=balanced, init=init))
         zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), params)
-        start = dict.fromkeys(("g", "g2") if "g2" in needs else ("g",), zeros)
+        start = {"g": zeros}
+        if "g2" in needs:
+            start["g2"] = zeros
         gathered: Fields = {}
         if "g" in needs or "g2" in needs:  # g2 brings g along
             gathered |= mean_moments(start, data, params, temperature)
@@ -332,16 +339,18 @@ def score(
 
     def of_member(member: Member) -> Array:
         arrays = {}
-        for field in needed:
-            leaf = tables.lookup(leaves[field], member.path, f"an array of the statistic {field}")
+        for field, by_path in leaves.items():
+            leaf = tables.lookup(by_path, member.path, f"an array of the statistic {field}")
             arrays[field] = trees.widen(leaf)
-        values = measure.value(*(arrays[field] for field in measure.needs))
+        needs = [arrays[field] for field in measure.needs]
+        values = measure.value(*needs)
         if measure.is_weighted(use_l2):
             moved = arrays["w"] - arrays["w0"] if use_init else arrays["w"]
             values = values * jnp.abs(moved)
         return measure.reduce(_rows(values, member))
 
-    members = [member for member in group.members if not re.fullmatch(skip or "(?!)", member.path)]
+    left_out = re.compile(skip or "(?!)")
+    members = [member for member in group.members if not left_out.fullmatch(member.path)]
     arrays = leaves[needed[0]]
     if measure.on != "kernel":
         parts = _norms(members, measure.on, arrays)
@@ -362,7 +371,7 @@ def _is_scored(member: Member, aggregate: str, leaves: Fields) -> bool:
     """Whether a measure of kernels reads it."""
     if aggregate == "producer":
         return member.role == "producer"
-    return member.role != "other" or coupling.is_matrix(member.path, leaves)
+    return coupling.is_weight(member, leaves)
 
 
 def _norms(members: list, on: str, leaves: Fields) -> list[list]:
@@ -375,7 +384,8 @@ def _norms(members: list, on: str, leaves: Fields) -> list[list]:
         if name == "scale" or (name == "weight" and vector):  # Flax; Equinox
             head, _, tail = path.rpartition(name)
             bias = others.get(f"{head}bias{tail}")
-            parts.append([member, bias] if on == "norm" and bias else [member])
+            both = on == "norm" and bias
+            parts.append([member, bias] if both else [member])
     return parts
 
 
@@ -383,7 +393,7 @@ def _rows(values: Array, member: Member) -> Array:
     """The entries of each channel: [channels, entries]."""
     index = member.index
     size = values.shape[member.axis]
-    if index.size and not 0 <= index.min() <= index.max() < size:
+    if not np.isin(index, range(size)).all():
         raise ValueError(
             f"axis {member.axis} of {member.path!r} has {size} entries; the group's index exceeds "
             "them."

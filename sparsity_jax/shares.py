@@ -33,8 +33,9 @@ def erk_ratios(shapes: Shapes, ratio: float) -> Ratios:
     that this would fill more than whole stay dense, and the others share the rest. Source: Evci et
     al. 2020, arXiv:1911.11134.
     """
-    sizes = np.array([math.prod(shape) for shape in shapes.values()])
-    raw = np.array([sum(shape) for shape in shapes.values()]) / sizes
+    sizes = np.array(list(map(math.prod, shapes.values())))
+    dimensions = np.array(list(map(sum, shapes.values())))
+    raw = dimensions / sizes
     weighted = raw * sizes
     budget = (1 - ratio) * sizes.sum()
     dense = np.zeros(len(sizes), bool)
@@ -64,9 +65,13 @@ def _largest_remainders(sizes: Sizes, ratios: Ratios) -> dict[str, int]:
     Every layer loses its share rounded down, and those with the largest remainders one more; equal
     ones in order.
     """
-    shares = {name: size * fractions.Fraction(str(ratios[name])) for name, size in sizes.items()}
+    shares = {}
+    for name, size in sizes.items():
+        ratio = fractions.Fraction(str(ratios[name]))
+        shares[name] = size * ratio
     removed = {name: math.floor(share) for name, share in shares.items()}
-    missing = round(sum(shares.values())) - sum(removed.values())
+    wanted = round(sum(shares.values()))
+    missing = wanted - sum(removed.values())
     by_remainder = sorted(shares, key=lambda name: removed[name] - shares[name])
     for name in by_remainder[:missing]:
         removed[name] += 1
@@ -80,6 +85,11 @@ def kept_of_layers(
     ratios = LAYER_RATIOS[layer_ratios](shapes, ratio)
     if count == "nearest" and layer_ratios != "erk_original":
         return _largest_remainders(sizes, ratios)
+    kept_of = _nearest
     if count == "original":
-        return {name: originals.kept_of_layer(size, ratios[name]) for name, size in sizes.items()}
-    return {name: size - masks.count_of(ratios[name], size) for name, size in sizes.items()}
+        kept_of = originals.kept_of_layer
+    return {name: kept_of(size, ratios[name]) for name, size in sizes.items()}
+
+
+def _nearest(size: int, ratio: float) -> int:
+    return size - masks.count_of(ratio, size)

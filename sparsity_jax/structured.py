@@ -20,14 +20,16 @@ Keep = Mapping[str, Any]  # bools by name of group, True = kept
 
 def channels_of(problem: Problem, *, branches: groups.Branches = "tied") -> Channels:
     """The channel groups of the run's network."""
-    key = ("channels", branches)
-    return problem.once(key, lambda: groups.trace(*traceable(problem), branches=branches))
+    traced = lambda: groups.trace(*traceable(problem), branches=branches)
+    return problem.once(("channels", branches), traced)
 
 
 def traceable(problem: Problem) -> tuple[Callable, PyTree, jax.ShapeDtypeStruct]:
     """The run's network as a function, its variables and its input, of which only shapes count."""
-    image = jax.ShapeDtypeStruct((2, *problem.dataset.test.images.shape[1:]), jnp.float32)
-    return problem.model.apply, jax.eval_shape(problem.init, jax.random.key(0)), image
+    images = problem.dataset.test.images
+    batch = jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32)
+    variables = jax.eval_shape(problem.init, jax.random.key(0))
+    return problem.model.apply, variables, batch
 
 
 def variables_of(state: State) -> PyTree:
@@ -39,6 +41,8 @@ def without(state: State, channels: Channels, keep: Keep, kept: PyTree) -> State
     """`state` of one member without the channels that `keep` leaves out, nor what the masks `kept`
     do.
     """
-    tree = groups.mask(dict(params=kept, batch_stats=state.batch_stats), channels, keep)
-    params = masks.apply(state.params, tree["params"])
-    return state._replace(params=params, masks=tree["params"], batch_stats=tree["batch_stats"])
+    variables = dict(params=kept, batch_stats=state.batch_stats)
+    masked = groups.mask(variables, channels, keep)
+    kept = masked["params"]
+    params = masks.apply(state.params, kept)
+    return state._replace(params=params, masks=kept, batch_stats=masked["batch_stats"])

@@ -7,7 +7,6 @@ Both work under jit and vmap.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +29,9 @@ def normal(key: Array, mask: Array, dtype: Any) -> Array:
     """
     rows, _ = _kept(mask)
     fan_in = jnp.maximum(rows.sum(), 1)
-    std = (2**0.5 / jnp.sqrt(fan_in)).astype(dtype)
-    return std * jax.random.normal(key, mask.shape, dtype)
+    std = 2**0.5 / jnp.sqrt(fan_in)
+    gaussian = jax.random.normal(key, mask.shape, dtype)
+    return std.astype(dtype) * gaussian
 
 
 def orthogonal(key: Array, mask: Array, dtype: Any) -> Array:
@@ -43,24 +43,24 @@ def orthogonal(key: Array, mask: Array, dtype: Any) -> Array:
     arXiv:1312.6120.
     """
     rows, columns = _kept(mask)
+    kept = rows[:, None] & columns
     wide = jnp.promote_types(dtype, jnp.float32)
-    gaussian = jax.random.normal(key, (rows.size, columns.size), wide)
-    gaussian = jnp.where(rows[:, None] & columns, gaussian, 0)
+    gaussian = jax.random.normal(key, kept.shape, wide)
+    gaussian = jnp.where(kept, gaussian, 0)
     left, _, right = jnp.linalg.svd(gaussian, full_matrices=False)
     rank = jnp.minimum(rows.sum(), columns.sum())  # the singular values behind it are zero
-    left = left * (jnp.arange(left.shape[1]) < rank)
-    return jnp.matmul(left, right, precision=FULL).reshape(mask.shape).astype(dtype)
+    nonzero = jnp.arange(left.shape[1]) < rank
+    polar = jnp.matmul(left * nonzero, right, precision=FULL)
+    return polar.reshape(mask.shape).astype(dtype)
 
 
 def _kept(mask: Array) -> tuple[Array, Array]:
     """Inputs (bool [fan_in]: every position of a kept channel) and outputs (bool [out]) of the
     compact kernel.
     """
-    *window, inputs, outputs = mask.shape
-    channels = mask.reshape(-1, inputs, outputs).any((0, 2))
-    rows = jnp.tile(channels, math.prod(window))
-    columns = mask.reshape(-1, outputs).any(0)
-    return rows, columns
+    flat = mask.reshape(-1, *mask.shape[-2:])
+    rows = jnp.tile(flat.any((0, 2)), len(flat))
+    return rows, flat.any((0, 1))
 
 
 METHODS = {"normal": normal, "orthogonal": orthogonal}
@@ -107,26 +107,29 @@ def reinitialize(
 
 def _keys(key: Array, params: PyTree) -> dict[str, Array]:
     """A key for each array, by path."""
-    paths = list(trees.named_leaves(params))
-    return dict(zip(paths, jax.random.split(key, len(paths))))
+    paths = trees.named_leaves(params)
+    keys = jax.random.split(key, len(paths))
+    return dict(zip(paths, keys))
 
 
 def _drawn(draw: Callable, key: Array, mask: Array, axes: kernels.Axes) -> Array:
     """`draw(key, mask)` of a kernel laid out in any way; each kernel of a stack on its own."""
-    inner = (*axes.window, *axes.inputs, *axes.outputs)
-    stack = [axis for axis in range(mask.ndim) if axis not in inner]
-    order = (*stack, *inner)
+    window, inputs, outputs = map(list, (axes.window, axes.inputs, axes.outputs))
+    inner = window + inputs + outputs
+    stack = np.delete(range(mask.ndim), inner)
+    order = [*stack, *inner]
     ordered = mask.transpose(order)
     sizes = np.array(mask.shape)
-    window = sizes[list(axes.window)]
-    inputs = sizes[list(axes.inputs)].prod()
-    outputs = sizes[list(axes.outputs)].prod()
-    flat = ordered.reshape(-1, *window, inputs, outputs)
-    if stack:
-        drawn = jax.vmap(draw)(jax.random.split(key, len(flat)), flat)
+    fan_in = sizes[inputs].prod()
+    fan_out = sizes[outputs].prod()
+    flat = ordered.reshape(-1, *sizes[window], fan_in, fan_out)
+    if stack.size:
+        keys = jax.random.split(key, len(flat))
+        drawn = jax.vmap(draw)(keys, flat)
     else:
-        drawn = draw(key, flat[0])[None]
-    return drawn.reshape(ordered.shape).transpose(np.argsort(order))
+        drawn = draw(key, flat[0])
+    back = np.argsort(order)
+    return drawn.reshape(ordered.shape).transpose(back)
 
 
 def add_noise(

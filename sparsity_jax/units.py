@@ -111,7 +111,7 @@ class Layer(NamedTuple):
         return self.scored[0].axes is None
 
 
-Parts = dict[str, list[tuple[str, Part]]]  # with the name of the layer, by path of the array
+Parts = dict[str, list]  # (name of the layer, part), by path of the array
 
 
 def of_kernel(name: str, path: str, shape: Shape, axes: Shape | None) -> Layer:
@@ -129,8 +129,9 @@ def _sums(function: Callable, leaves: Leaves, layer: Layer) -> Array:
     for part in layer.scored:
         values = function(leaves[part.path])
         if part.axes is not None:
-            others = [axis for axis in range(values.ndim) if axis not in part.axes]
-            values = trees.gathered(jnp.sum(values, others)).ravel()
+            others = np.delete(range(values.ndim), part.axes)
+            sums = jnp.sum(values, tuple(others))
+            values = trees.gathered(sums).ravel()
         if part.index is not None:
             values = jnp.sum(values[part.index], 1)
         total = total + values

@@ -310,7 +310,10 @@ def test_a_removed_filter_takes_its_norm_with_it(name, options, branches):
         mask = np.moveaxis(
             np.asarray(trees.named_leaves(kept)[layer.scored[0].path]), layer.scored[0].axes[0], 0
         )
-        alive[group] = mask.reshape(len(mask), -1).any(1)[layer.scored[0].index[:, 0]]
+        index = layer.scored[0].index
+        alive[group] = mask.reshape(len(mask), -1).any(1)
+        if index is not None:
+            alive[group] = alive[group][index[:, 0]]
         assert alive[group].sum() == counts[group]
     masked = {**variables, "params": masks.apply(variables["params"], kept)}
     without = groups.mask(variables, channels, alive)

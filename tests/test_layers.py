@@ -32,7 +32,6 @@ NUMERICS = (
         "channels",
         "groups",
     ),
-    "axes",
     "kernels",
     "units",
     "coupling",

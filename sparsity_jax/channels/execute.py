@@ -50,22 +50,23 @@ class Alive(NamedTuple):
         for position, axis in enumerate(value.axes):
             kept = self(axis.labels)
             if not kept.all():
-                array = jnp.take(array, np.flatnonzero(kept), position)
+                array = array.take(np.flatnonzero(kept), position)
         return array
 
 
-def run(alive: Alive, program: Program, *arrays: Any) -> list[Any]:
+def run(alive: Alive, program: Program, *arrays: Any) -> list:
     """Results of the program for inputs that have the living entries only."""
     jaxpr = program.jaxpr
     consts = map(alive.cut, program.consts, program.known(jaxpr.constvars))
     variables = (*jaxpr.constvars, *jaxpr.invars)
     env = dict(zip(variables, (*consts, *arrays), strict=True))
-    last: dict[Any, Any] = {}
+    last: dict = {}  # the equation after which a variable is not needed
     for eqn in jaxpr.eqns:
         last |= dict.fromkeys(_variables(eqn.invars), eqn)
     last |= dict.fromkeys(_variables(jaxpr.outvars))
     for eqn, inner in program.equations():
-        outs = _run_equation(alive, program, eqn, _read(env, eqn.invars), inner)
+        ins = _read(env, eqn.invars)
+        outs = _run_equation(alive, program, eqn, ins, inner)
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in _variables(eqn.invars):
             if last[var] is eqn:
@@ -73,17 +74,15 @@ def run(alive: Alive, program: Program, *arrays: Any) -> list[Any]:
     return _read(env, jaxpr.outvars)
 
 
-def _variables(atoms: Sequence[Any]) -> list[Any]:
+def _variables(atoms: Arrays) -> list:
     return [var for var in atoms if not is_literal(var)]
 
 
-def _read(env: dict, atoms: Sequence[Any]) -> list[Any]:
+def _read(env: dict, atoms: Arrays) -> list:
     return [var.val if is_literal(var) else env[var] for var in atoms]
 
 
-def _run_equation(
-    alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: list[Program]
-) -> Arrays:
+def _run_equation(alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: list) -> Arrays:
     primitive = eqn.primitive
     params = eqn.params
     name = primitive.name
@@ -91,9 +90,10 @@ def _run_equation(
         return _RUNS.get(name, _run_call)(alive, eqn, ins, inner)
     results = program.known(eqn.outvars)
     if name in RESIZES:
-        sizes = Sizes(alive, params, program.known(eqn.invars), results)
-        params = params | RESIZES[name](sizes)
-    outs = primitive.bind(*ins, **primitive.get_bind_params(params))
+        operands = program.known(eqn.invars)
+        params = params | RESIZES[name](Sizes(alive, params, operands, results))
+    options = primitive.get_bind_params(params)
+    outs = primitive.bind(*ins, **options)
     if not primitive.multiple_results:
         outs = [outs]
     if name in _DRAWS:
@@ -138,27 +138,32 @@ def _paddings(at: Sizes) -> Fields:
         if low > 0:
             low = at.alive.count(axis, low)
         if high > 0:
-            kept = at.alive(axis.labels)
-            high = int(kept[-high:].sum())
+            high = at.alive.count(axis) - at.alive.count(axis, -high)
         config.append((low, high, inside))
     return dict(padding_config=tuple(config))
 
 
 def _groups(at: Sizes) -> Fields:
-    outputs = at.ins[1].axes[at.params["dimension_numbers"].rhs_spec[0]]
-    rows = at.alive(outputs.labels).reshape(at.params["feature_group_count"], -1)
-    return dict(feature_group_count=int(rows.any(1).sum()))
+    position, *_ = at.params["dimension_numbers"].rhs_spec
+    outputs = at.ins[1].axes[position]
+    kept = at.alive(outputs.labels)
+    rows = kept.reshape(at.params["feature_group_count"], -1)
+    number = rows.any(1).sum()
+    return dict(feature_group_count=int(number))
 
 
 def _split_sizes(at: Sizes) -> Fields:
-    axis = at.params["axis"]
-    return dict(sizes=tuple(at.alive.count(out.axes[axis]) for out in at.outs))
+    position = at.params["axis"]
+    axes = [out.axes[position] for out in at.outs]
+    return dict(sizes=tuple(map(at.alive.count, axes)))
 
 
 def _slice_sizes(at: Sizes) -> Fields:
     sizes = []
     for axis, size in zip(at.ins[0].axes, at.params["slice_sizes"], strict=True):
-        sizes.append(at.alive.count(axis) if size == axis.size else size)
+        if size == axis.size:
+            size = at.alive.count(axis)
+        sizes.append(size)
     return dict(slice_sizes=tuple(sizes))
 
 
@@ -179,37 +184,35 @@ _DRAWS = ("random_bits",)  # drawn in full, then cut: other sizes would be other
 # Equations with jaxprs inside --------------------------------------------------------------------
 
 
-def _run_call(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
+def _run_call(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
     return run(alive, *inner, *ins)
 
 
-def _run_remat(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
+def _options(eqn: Any, *names: str) -> Fields:
+    """Those of the parameters `names` that an equation has."""
+    return {name: eqn.params[name] for name in names if name in eqn.params}
+
+
+def _run_remat(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
     function = functools.partial(run, alive, *inner)
-    again = jax.checkpoint(
-        function, policy=eqn.params.get("policy"), prevent_cse=eqn.params.get("prevent_cse", True)
-    )
-    return again(*ins)
+    options = _options(eqn, "policy", "prevent_cse")
+    return jax.checkpoint(function, **options)(*ins)
 
 
-def _run_scan(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
+def _run_scan(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
     given = loop_operands(eqn, ins)
+    count = len(given.carry)
 
     def turn(carry: list, each: list) -> tuple[list, list]:
         outs = run(alive, *inner, *given.consts, *carry, *each)
-        return outs[: len(carry)], outs[len(carry) :]
+        return outs[:count], outs[count:]
 
-    carry, outs = jax.lax.scan(
-        turn,
-        given.carry,
-        given.scanned,
-        length=eqn.params["length"],
-        reverse=eqn.params["reverse"],
-        unroll=eqn.params["unroll"],
-    )
+    options = _options(eqn, "length", "reverse", "unroll")
+    carry, outs = jax.lax.scan(turn, given.carry, given.scanned, **options)
     return [*carry, *outs]
 
 
-def _run_while(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
+def _run_while(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
     given = loop_operands(eqn, ins)
     test, body = inner
 
@@ -223,18 +226,23 @@ def _run_while(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arr
     return jax.lax.while_loop(goes_on, turn, given.carry)
 
 
-def _run_cond(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
+def _run_cond(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
+    number, *operands = ins
     branches = [functools.partial(run, alive, program) for program in inner]
-    return jax.lax.switch(ins[0], branches, *ins[1:])
+    return jax.lax.switch(number, branches, *operands)
 
 
 # Functions with a hand-written derivative --------------------------------------------------------
 
 
+def _has_slope(array: Any) -> bool:
+    """Whether an array has a fraction, and so a slope."""
+    return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
 def _of_slopes(items: Iterable, arrays: Arrays) -> list:
-    """The items of those arrays that have a fraction, and so slopes."""
-    fractions = [jnp.issubdtype(array.dtype, jnp.inexact) for array in arrays]
-    return list(itertools.compress(items, fractions))
+    """The items of those arrays that have slopes."""
+    return list(itertools.compress(items, map(_has_slope, arrays)))
 
 
 def _slopes(given: Iterable, arrays: Arrays) -> list:
@@ -242,16 +250,12 @@ def _slopes(given: Iterable, arrays: Arrays) -> list:
     slopes = iter(given)
     result = []
     for array in arrays:
-        if jnp.issubdtype(array.dtype, jnp.inexact):
-            result.append(next(slopes))
-        else:
-            result.append(np.zeros(array.shape, jax.dtypes.float0))
+        none = np.zeros(array.shape, jax.dtypes.float0)
+        result.append(next(slopes) if _has_slope(array) else none)
     return result
 
 
-def _beside(
-    alive: Alive, function: Callable, known: list[Value], wanted: list[Value], arrays: Arrays
-) -> list[Any]:
+def _beside(alive: Alive, function: Callable, known: list, wanted: list, arrays: Arrays) -> list:
     """Results of another function of arrays in the program, e.g. a derivative, at the smaller
     sizes.
 
@@ -260,9 +264,11 @@ def _beside(
     """
     structs = []
     for value, array in zip(known, arrays, strict=True):
-        structs.append(jax.ShapeDtypeStruct(value.shape, array.dtype))
+        struct = jax.ShapeDtypeStruct(value.shape, array.dtype)
+        structs.append(struct)
+    closed = jax.make_jaxpr(function)(*structs)
     walk = Walk(alive.labels.copy())
-    program = walk.closed(jax.make_jaxpr(function)(*structs), known)
+    program = walk.closed(closed, known)
     for value, other in zip(walk.results(program), wanted, strict=True):
         walk.tie(value, other)
     inside = Alive(walk.labels, alive.removed)
@@ -276,7 +282,7 @@ def _beside(
     return run(inside, program, *arrays)
 
 
-def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Arrays:
+def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
     """The function with its own derivative: relu has slope 0 at 0, which max(x, 0) has not, and a
     straight-through rounding slope 1. The derivative evaluates the function anew."""
     (program,) = inner
@@ -287,25 +293,26 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Ar
     operands = program.known(program.jaxpr.invars)
     operands = [value._replace(constant=None) for value in operands]
     results = program.known(program.jaxpr.outvars)
+    types = [var.aval for var in eqn.outvars]
     operand_slopes = _of_slopes(operands, [var.aval for var in eqn.invars])
-    result_slopes = _of_slopes(results, [var.aval for var in eqn.outvars])
+    result_slopes = _of_slopes(results, types)
 
-    def push(*arrays: Any) -> list[Any]:
-        primals = arrays[:count]
-        slopes = arrays[count:]
-        outs, pushed = jax.jvp(whole, list(primals), _slopes(slopes, primals))
+    def push(*arrays: Any) -> list:
+        primals = list(arrays[:count])
+        slopes = _slopes(arrays[count:], primals)
+        outs, pushed = jax.jvp(whole, primals, slopes)
         return [*outs, *_of_slopes(pushed, outs)]
 
-    def pull(*arrays: Any) -> list[Any]:
+    def pull(*arrays: Any) -> list:
         primals = arrays[:count]
-        slopes = arrays[count:]
         outs, pulled = jax.vjp(whole, *primals)
-        return _of_slopes(pulled(_slopes(slopes, outs)), primals)
+        slopes = _slopes(arrays[count:], outs)
+        return _of_slopes(pulled(slopes), primals)
 
     def derivative(primals: tuple, tangents: tuple) -> tuple[list, list]:
         arrays = [*primals, *_of_slopes(tangents, primals)]
-        known = [*operands, *operand_slopes]
-        both = _beside(alive, push, known, [*results, *result_slopes], arrays)
+        known = operands + operand_slopes
+        both = _beside(alive, push, known, results + result_slopes, arrays)
         outs = both[: len(results)]
         slopes = both[len(results) :]
         return outs, _slopes(slopes, outs)
@@ -316,8 +323,7 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list[Program]) -> Ar
     def backward(primals: tuple, slopes: list) -> tuple:
         # Slopes along removed channels need not be zero, even if the entries are.
         known = [*operands, *map(nowhere_zero, result_slopes)]
-        outs = [var.aval for var in eqn.outvars]
-        arrays = [*primals, *_of_slopes(slopes, outs)]
+        arrays = [*primals, *_of_slopes(slopes, types)]
         pulled = _beside(alive, pull, known, operand_slopes, arrays)
         return tuple(_slopes(pulled, primals))
 

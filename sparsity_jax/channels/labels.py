@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sparsity_jax.types import Shape
+
 __all__ = ["FROZEN", "MOST", "Labels"]
 
 FROZEN = 0
@@ -27,9 +29,8 @@ class Labels:
         self._num = 1
         self._parent = np.zeros(1024, int)  # of every label; of a representative, the label itself
         self._composite = np.zeros(1024, bool)
-        # of composite labels: the simple ones they were made of
-        self._sets: dict[int, tuple[int, ...]] = {}
-        self._names: dict[tuple[int, ...], int] = {}
+        self._sets: dict[int, Shape] = {}  # of composite labels: the simple ones inside
+        self._names: dict[Shape, int] = {}
         self._starts: list[int] = []  # the first label of each axis that has new ones
         self.freezes = 0  # grows whenever something is frozen
 
@@ -62,11 +63,11 @@ class Labels:
         composite = self._composite[roots]
         if composite.any():  # their parts may have been united, replaced or frozen
             unique, inverse = np.unique(roots[composite], return_inverse=True)
-            renewed = [self._find(label) for label in unique.tolist()]
-            roots[composite] = np.array(renewed)[inverse]
+            renewed = np.array(list(map(self._find, unique.tolist())))
+            roots[composite] = renewed[inverse]
         return roots
 
-    def parts(self, label: int) -> tuple[int, ...]:
+    def parts(self, label: int) -> Shape:
         """The simple labels that a representative dies with; none for FROZEN."""
         if label == FROZEN:
             return ()
@@ -82,10 +83,8 @@ class Labels:
 
     def freeze(self, labels: np.ndarray) -> bool:
         """None of them may die; returns whether any could."""
-        parts: set[int] = set()
-        roots = self.find(labels)
-        for root in np.unique(roots[roots != FROZEN]).tolist():
-            parts.update(self.parts(root))
+        roots = np.unique(self.find(labels))
+        parts = set(itertools.chain(*map(self.parts, roots.tolist())))
         if parts:
             self._unite(list(parts), FROZEN)
         return bool(parts)
@@ -93,25 +92,22 @@ class Labels:
     def tie(self, first: np.ndarray, second: np.ndarray) -> None:
         """Entry i of one dies exactly if entry i of the other does."""
         while True:
-            first = self.find(first)
-            second = self.find(second)
-            composite = self._composite[first] | self._composite[second]
-            different = (first != second) & ~composite
+            pairs = np.stack([self.find(first), self.find(second)])
+            composite = self._composite[pairs].any(0)
+            different = (pairs[0] != pairs[1]) & ~composite
             if not different.any():
                 break
-            low = np.minimum(first, second)[different]
-            high = np.maximum(first, second)[different]
+            low, high = np.sort(pairs[:, different], axis=0)
             self._unite(high, low)  # of several partners of a label one; others in the next turn
-        pairs = set(zip(first[composite].tolist(), second[composite].tolist()))
-        for a, b in sorted(pairs):
+        for a, b in np.unique(pairs[:, composite], axis=1).T.tolist():
             self._tie(a, b)
 
     def merge(self, axes: Sequence[np.ndarray]) -> np.ndarray:
         """Labels of the row-major product of several axes."""
-        live = [axis for axis in axes if self.is_live(axis)]
-        if len(live) > 1 and math.prod(map(len, live)) > MOST:
-            for axis in live:
-                self.freeze(axis)
+        live = list(filter(self.is_live, axes))
+        size = math.prod(map(len, live))
+        if len(live) > 1 and size > MOST:
+            self.freeze(np.concatenate(live))
         merged = np.zeros(1, int)
         for axis in axes:
             merged = self._product(merged, self.find(axis))
@@ -164,10 +160,9 @@ class Labels:
         while True:
             parent = int(self._parent[label])
             if parent == label and label in self._sets:
-                parts: set[int] = set()
-                for simple in self._sets[label]:
-                    parts.update(self.parts(self._find(simple)))
-                parent = self._name(parts)
+                simple = map(self._find, self._sets[label])
+                parts = itertools.chain(*map(self.parts, simple))
+                parent = self._name(set(parts))
             if parent == label:
                 break
             path.append(label)

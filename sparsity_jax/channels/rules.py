@@ -43,11 +43,18 @@ Rule = Callable[[Walk, Any, Values], Values]
 RULES: dict[str, Rule] = {}
 
 
-def _rule(*names: str) -> Callable[[Rule], Rule]:
-    """Makes the decorated function the rule of these primitives."""
+def _rule(*names: str) -> Callable:
+    """Makes `function(walk, eqn, *operands)` the rule of these primitives.
 
-    def add(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
+    It returns a list of Values, or the Value of the only result.
+    """
+
+    def add(function: Callable) -> Callable:
+        def rule(walk: Walk, eqn: Any, ins: Values) -> Values:
+            outs = function(walk, eqn, *ins)
+            return [outs] if isinstance(outs, Value) else outs
+
+        RULES.update(dict.fromkeys(names, rule))
         return function
 
     return add
@@ -207,31 +214,31 @@ for _names, _zero in _ELEMENTWISE.items():
 
 
 @_rule("integer_pow")
-def _integer_power(walk: Walk, eqn: Any, ins: Values) -> Values:
+def _integer_power(walk: Walk, eqn: Any, x: Value) -> Values:
     zero = first_zero if eqn.params["y"] > 0 else infinite_at_zero
-    return elementwise(zero)(walk, eqn, ins)
+    return elementwise(zero)(walk, eqn, [x])
 
 
 @_rule("add", "sub", "add_any")
-def _sum(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, y = ins
+def _sum(walk: Walk, eqn: Any, x: Value, y: Value) -> Value | Values:
     branches = walk.separate and x.sources & walk.data and y.sources & walk.data
     if branches and x.shape == y.shape:
-        same = walk.labels.find(x.labels) == walk.labels.find(y.labels)
-        if not same.all():  # they are e.g. in x + x**3
-            return [whole(eqn.outvars[0].aval)]
-    return elementwise(all_zero)(walk, eqn, ins)
+        first = walk.labels.find(x.labels)
+        second = walk.labels.find(y.labels)
+        if not np.array_equal(first, second):  # they are equal e.g. in x + x**3
+            return whole(eqn.outvars[0].aval)
+    return elementwise(all_zero)(walk, eqn, [x, y])
 
 
 @_rule("bitcast_convert_type")
-def _bitcast(walk: Walk, eqn: Any, ins: Values) -> Values:
-    same = _shape_of(eqn) == ins[0].shape  # else bytes are an axis
+def _bitcast(walk: Walk, eqn: Any, x: Value) -> Values:
+    same = _shape_of(eqn) == x.shape  # else bytes are an axis
     apply = elementwise(all_zero) if same else unknown
-    return apply(walk, eqn, ins)
+    return apply(walk, eqn, [x])
 
 
 @_rule("optimization_barrier", "device_put")
-def _each(walk: Walk, eqn: Any, ins: Values) -> Values:
+def _each(walk: Walk, eqn: Any, *ins: Value) -> Sequence[Value]:
     return ins
 
 
@@ -239,36 +246,33 @@ def _each(walk: Walk, eqn: Any, ins: Values) -> Values:
 
 
 @_rule("transpose")
-def _transpose(walk: Walk, eqn: Any, ins: Values) -> Values:
-    return [ins[0].pick(eqn.params["permutation"])]
+def _transpose(walk: Walk, eqn: Any, x: Value) -> Value:
+    return x.pick(eqn.params["permutation"])
 
 
 @_rule("squeeze")
-def _squeeze(walk: Walk, eqn: Any, ins: Values) -> Values:
-    return [ins[0].drop(eqn.params["dimensions"])]
+def _squeeze(walk: Walk, eqn: Any, x: Value) -> Value:
+    return x.drop(eqn.params["dimensions"])
 
 
 @_rule("unstack")
-def _unstack(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
+def _unstack(walk: Walk, eqn: Any, x: Value) -> Values:
     gone = eqn.params["axis"]
     walk.freeze(x.axes[gone], "is taken apart")
     return [x.drop([gone])] * len(eqn.outvars)
 
 
 @_rule("broadcast_in_dim")
-def _broadcast(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
+def _broadcast(walk: Walk, eqn: Any, x: Value) -> Value:
     result = walk.filled(_shape_of(eqn), x.constant)
     for axis, d in zip(x.axes, eqn.params["broadcast_dimensions"]):
         if axis.size == result.axes[d].size:
             result = result.put(d, axis)
-    return [result]
+    return result
 
 
 @_rule("reshape")
-def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
+def _reshape(walk: Walk, eqn: Any, x: Value) -> Value:
     shape = _shape_of(eqn)
     axes = [Axis(fixed(size), x.constant == 0) for size in shape]
     for old, new in _blocks(x.shape, shape):
@@ -282,21 +286,22 @@ def _reshape(walk: Walk, eqn: Any, ins: Values) -> Values:
         parts = walk.labels.split(merged, sizes)
         for d, labels in zip(new, parts, strict=True):
             axes[d] = Axis(labels, zero)
-    return [Value(axes, x.constant)]
+    return Value(axes, x.constant)
 
 
-def _blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
+def _blocks(old: Shape, new: Shape) -> Iterator[tuple]:
     """Axes of two shapes of one size in pairs of runs of equal product; without axes of size 1."""
     ends = np.intersect1d(np.cumprod(old), np.cumprod(new))
     for start, end in itertools.pairwise([1, *ends[ends > 1]]):
         yield _between(old, start, end), _between(new, start, end)
 
 
-def _between(shape: Shape, start: int, end: int) -> list[int]:
+def _between(shape: Shape, start: int, end: int) -> Sequence[int]:
     """Axes up to which the product is above `start` and at most `end`."""
     products = np.cumprod(shape)
     inside = (products > start) & (products <= end)
-    return np.flatnonzero(inside & np.not_equal(shape, 1)).tolist()
+    longer = np.not_equal(shape, 1)
+    return np.flatnonzero(inside & longer).tolist()
 
 
 def _zero_if_live(walk: Walk, axes: Sequence[Axis]) -> bool:
@@ -305,7 +310,7 @@ def _zero_if_live(walk: Walk, axes: Sequence[Axis]) -> bool:
 
 
 @_rule("concatenate")
-def _concatenate(walk: Walk, eqn: Any, ins: Values) -> Values:
+def _concatenate(walk: Walk, eqn: Any, *ins: Value) -> Value:
     axes = []
     for d, parts in enumerate(zip(*(value.axes for value in ins))):
         if d == eqn.params["dimension"]:
@@ -315,36 +320,34 @@ def _concatenate(walk: Walk, eqn: Any, ins: Values) -> Values:
             axis = walk.joined(parts)
         origins = [axis.origin for axis in parts]
         axes.append(axis._replace(origin=sum(origins, ())))
-    return [Value(axes)]
+    return Value(axes)
 
 
 @_rule("stack")
-def _stack(walk: Walk, eqn: Any, ins: Values) -> Values:
+def _stack(walk: Walk, eqn: Any, *ins: Value) -> Value:
     axes = list(walk.either(ins).axes)
-    axes.insert(eqn.params["axis"], Axis(fixed(len(ins)), False))
-    return [Value(axes)]
+    stacked = Axis(fixed(len(ins)), False)
+    axes.insert(eqn.params["axis"], stacked)
+    return Value(axes)
 
 
 @_rule("rev")
-def _reverse(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
+def _reverse(walk: Walk, eqn: Any, x: Value) -> Value:
     for a in eqn.params["dimensions"]:
         x = _part(walk, x, a, np.s_[::-1])
-    return [x]
+    return x
 
 
 @_rule("tile")
-def _tile(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
+def _tile(walk: Walk, eqn: Any, x: Value) -> Value:
     for a, times in enumerate(eqn.params["reps"]):
         entries = np.arange(x.axes[a].size)
         x = _part(walk, x, a, np.tile(entries, times))
-    return [x]
+    return x
 
 
 @_rule("slice")
-def _slice(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
+def _slice(walk: Walk, eqn: Any, x: Value) -> Value:
     params = eqn.params
     steps = params["strides"] or (1,) * len(x.axes)
     bounds = map(slice, params["start_indices"], params["limit_indices"], steps)
@@ -352,17 +355,17 @@ def _slice(walk: Walk, eqn: Any, ins: Values) -> Values:
         if entries.step != 1:
             walk.freeze(x.axes[a], "takes every so many entries")
         x = _part(walk, x, a, entries)
-    return [x]
+    return x
 
 
 @_rule("split")
-def _split(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
+def _split(walk: Walk, eqn: Any, x: Value) -> Values:
     position = eqn.params["axis"]
     start = 0
     outs = []
     for size in eqn.params["sizes"]:
-        outs.append(_part(walk, x, position, slice(start, start + size)))
+        entries = slice(start, start + size)
+        outs.append(_part(walk, x, position, entries))
         start += size
     return outs
 
@@ -378,8 +381,7 @@ def _part(walk: Walk, x: Value, position: int, entries: slice | np.ndarray) -> V
 
 
 @_rule("pad")
-def _pad(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, fill = ins
+def _pad(walk: Walk, eqn: Any, x: Value, fill: Value) -> Value:
     config = eqn.params["padding_config"]
     clean = fill.constant == 0 or not np.any(config)
     axes = []
@@ -392,37 +394,41 @@ def _pad(walk: Walk, eqn: Any, ins: Values) -> Values:
             after = walk.labels.fresh(high)
             labels = np.concatenate([before, axis.labels, after])
         axes.append(Axis(labels, axis.zero and clean, axis.origin))
-    return [Value(axes)]
+    return Value(axes)
 
 
 # Products ----------------------------------------------------------------------------------------
 
 
 @_rule("dot_general")
-def _dot(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, y = ins
-    (x_sum, y_sum), (x_batch, y_batch) = eqn.params["dimension_numbers"]
-    for pair in zip(x.pick(x_sum).axes, y.pick(y_sum).axes, strict=True):
+def _dot(walk: Walk, eqn: Any, *ins: Value) -> Value:
+    summed, batch = eqn.params["dimension_numbers"]
+    for pair in _pairs(ins, summed):
         walk.contract(*pair, "a product sums")
     axes = []
-    for pair in zip(x.pick(x_batch).axes, y.pick(y_batch).axes, strict=True):
+    for pair in _pairs(ins, batch):
         zero = any(axis.zero for axis in pair)
         axes.append(walk.joined(pair)._replace(zero=zero))
-    x_free = x.drop([*x_sum, *x_batch])
-    y_free = y.drop([*y_sum, *y_batch])
-    for axis in (*x_free.axes, *y_free.axes):
-        walk.role(axis, "producer")
-        axes.append(axis.unnamed)
-    return [Value(axes)]
+    for value, *gone in zip(ins, summed, batch):
+        free = value.drop(sum(gone, ()))
+        for axis in free.axes:
+            walk.role(axis, "producer")
+            axes.append(axis.unnamed)
+    return Value(axes)
+
+
+def _pairs(values: Sequence[Value], positions: Sequence) -> Iterator[tuple]:
+    """The axes of both factors at their `positions`."""
+    first, second = map(Value.pick, values, positions)
+    return zip(first.axes, second.axes, strict=True)
 
 
 @_rule("conv_general_dilated")
-def _convolve(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, kernel = ins
+def _convolve(walk: Walk, eqn: Any, x: Value, kernel: Value) -> Value | Values:
     spec = eqn.params["dimension_numbers"]
     groups = eqn.params["feature_group_count"]
     if eqn.params["batch_group_count"] > 1:
-        return unknown(walk, eqn, ins)
+        return unknown(walk, eqn, [x, kernel])
     batch, features, *space = x.pick(spec.lhs_spec).axes
     outputs, inputs, *window = kernel.pick(spec.rhs_spec).axes
     for axis in (*space, *window):
@@ -443,7 +449,7 @@ def _convolve(walk: Walk, eqn: Any, ins: Values) -> Values:
     out_batch, out_features, *_ = spec.out_spec
     result = whole(eqn.outvars[0].aval)
     result = result.put(out_batch, batch.unnamed)
-    return [result.put(out_features, Axis(outputs.labels, zero))]
+    return result.put(out_features, Axis(outputs.labels, zero))
 
 
 def _grouped(walk: Walk, axis: Axis, count: int) -> list[Axis]:
@@ -457,8 +463,7 @@ def _grouped(walk: Walk, axis: Axis, count: int) -> list[Axis]:
 
 @_rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
 @_rule("reduce_xor", "argmax", "argmin")
-def _reduce(walk: Walk, eqn: Any, ins: Values) -> Values:
-    (x,) = ins
+def _reduce(walk: Walk, eqn: Any, x: Value) -> Value:
     gone = eqn.params["axes"]
     sums = eqn.primitive.name == "reduce_sum"
     for axis in x.pick(gone).axes:
@@ -469,7 +474,7 @@ def _reduce(walk: Walk, eqn: Any, ins: Values) -> Values:
     out = x.drop(gone)._replace(constant=None)
     if 0 in x.shape and not sums:  # the largest of nothing is not zero
         out = nowhere_zero(out)
-    return [out]
+    return out
 
 
 def _passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable[int], reason: str) -> Value:
@@ -483,24 +488,25 @@ def _passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable[int], reason: str
 
 
 @_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def _window(walk: Walk, eqn: Any, ins: Values) -> Values:
+def _window(walk: Walk, eqn: Any, x: Value) -> Value:
     names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     slid = []
     covered = True
-    for d, window in enumerate(zip(*(eqn.params[name] for name in names), strict=True)):
+    windows = zip(*(eqn.params[name] for name in names), strict=True)
+    for d, window in enumerate(windows):
         size, _, padding, apart, hole = window
         if window[:4] != (1, 1, (0, 0), 1):
             slid.append(d)
         covered &= max(padding) < size and apart == hole == 1
-    out = _passing(walk, eqn, ins[0], slid, "slides a window over it")
+    out = _passing(walk, eqn, x, slid, "slides a window over it")
     # The largest of nothing but padding is no zero, so each window must cover an entry.
     if eqn.primitive.name != "reduce_window_sum" and not covered:
         out = nowhere_zero(out)
-    return [out]
+    return out
 
 
 @_rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort")
-def _one_after_the_other(walk: Walk, eqn: Any, ins: Values) -> Values:
+def _one_after_the_other(walk: Walk, eqn: Any, *ins: Value) -> Values:
     name = eqn.primitive.name
     params = eqn.params
     along = "axis"
@@ -521,37 +527,37 @@ def _one_after_the_other(walk: Walk, eqn: Any, ins: Values) -> Values:
 
 
 @_rule("iota")
-def _iota(walk: Walk, eqn: Any, ins: Values) -> Values:
+def _iota(walk: Walk, eqn: Any, *sizes: Value) -> Value:
     value = walk.filled(_shape_of(eqn), None)
-    return [_passing(walk, eqn, value, [eqn.params["dimension"]], "counts along it")]
+    return _passing(walk, eqn, value, [eqn.params["dimension"]], "counts along it")
 
 
 @_rule("random_bits")
-def _random_bits(walk: Walk, eqn: Any, ins: Values) -> Values:
-    for value in ins:
-        walk.freeze(value, "is a random key")
+def _random_bits(walk: Walk, eqn: Any, key: Value) -> Value:
+    walk.freeze(key, "is a random key")
     value = walk.filled(_shape_of(eqn), None)
     keys = len(value.axes) - len(eqn.params["shape"])
-    return [_passing(walk, eqn, value, range(keys), "is of a random key")]
+    return _passing(walk, eqn, value, range(keys), "is of a random key")
 
 
 @_rule("gather")
-def _gather(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, index = ins
+def _gather(walk: Walk, eqn: Any, x: Value, index: Value) -> Value:
     walk.freeze(index, "is an index")
     numbers = eqn.params["dimension_numbers"]
     fills = eqn.params.get("fill_value") not in (None, 0)  # what an index outside gives
     removed = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     positions = iter(numbers.offset_dims)
     result = whole(eqn.outvars[0].aval)
-    for d, (axis, size) in enumerate(zip(x.axes, eqn.params["slice_sizes"], strict=True)):
+    for d, size in enumerate(eqn.params["slice_sizes"]):
+        axis = x.axes[d]
         position = None if d in removed else next(positions)
         if position is None or size != axis.size:
             walk.freeze(axis, "is indexed")
         else:
             walk.role(axis, "producer")
-            result = result.put(position, Axis(axis.labels, axis.zero and not fills))
-    return [result]
+            zero = axis.zero and not fills
+            result = result.put(position, Axis(axis.labels, zero))
+    return result
 
 
 def _unequal(first: Shape, second: Shape) -> list[int]:
@@ -560,20 +566,20 @@ def _unequal(first: Shape, second: Shape) -> list[int]:
 
 
 @_rule("dynamic_slice")
-def _dynamic_slice(walk: Walk, eqn: Any, ins: Values) -> Values:
-    indexed = _unequal(ins[0].shape, _shape_of(eqn))
-    out = _passing(walk, eqn, ins[0], indexed, "is indexed")
-    return [out._replace(constant=ins[0].constant)]
+def _dynamic_slice(walk: Walk, eqn: Any, x: Value, *starts: Value) -> Value:
+    indexed = _unequal(x.shape, _shape_of(eqn))
+    out = _passing(walk, eqn, x, indexed, "is indexed")
+    return out._replace(constant=x.constant)
 
 
 @_rule("dynamic_update_slice")
-def _update_slice(walk: Walk, eqn: Any, ins: Values) -> Values:
-    x, part = ins[:2]
+def _update_slice(walk: Walk, eqn: Any, x: Value, part: Value, *starts: Value) -> Value:
     indexed = _unequal(x.shape, part.shape)
     out = _passing(walk, eqn, x, indexed, "is indexed")
     for a, written in enumerate(part.axes):
         if a in indexed:
             walk.freeze(written, "is written at an index")
         else:
-            out = out.put(a, walk.joined([out.axes[a], written]))
-    return [out]
+            axis = walk.joined([out.axes[a], written])
+            out = out.put(a, axis)
+    return out

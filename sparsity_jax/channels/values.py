@@ -1,7 +1,7 @@
 """What is known of the arrays of a program while it is walked: a `Value` each, of `Axis`."""
 
 import functools
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,15 +76,15 @@ class Program(NamedTuple):
     """A walked jaxpr: what is known of its variables, and of the jaxprs inside its equations."""
 
     jaxpr: Any
-    consts: Sequence[Any]
-    values: dict[Any, Value]
+    consts: Sequence
+    values: dict  # a Value for each variable
     inner: list[list["Program"]]  # of each equation, in the order in which they run
 
-    def known(self, variables: Sequence[Any]) -> list[Value]:
+    def known(self, variables: Sequence) -> list[Value]:
         """What is known of these variables; of a literal, its shape."""
         return [whole(var.aval) if is_literal(var) else self.values[var] for var in variables]
 
-    def equations(self) -> Iterator[tuple[Any, list["Program"]]]:
+    def equations(self) -> Iterator[tuple]:
         """Each equation with the programs inside of it."""
         return zip(self.jaxpr.eqns, self.inner)
 
@@ -101,6 +101,11 @@ class Order:
         fresh = sources & ~self._bits
         self._bits |= fresh
         self.numbers += [i for i in range(fresh.bit_length()) if fresh >> i & 1]
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        """Those of the inputs with names, which come first."""
+        known = dict(enumerate(names))
+        return [known[number] for number in self.numbers if number in known]
 
 
 @functools.lru_cache(maxsize=4096)

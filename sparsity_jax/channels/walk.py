@@ -99,7 +99,7 @@ class Frozen(NamedTuple):
     reason: str
     primitive: str
     source: str  # module path and first line of user code
-    members: tuple[Place, ...]
+    members: Sequence[Place]
 
 
 class Walk:
@@ -191,7 +191,8 @@ class Walk:
         program = Program(jaxpr, consts, values, [])
         for eqn in jaxpr.eqns:
             self._path.append(eqn)
-            outs, inner = self._equation(eqn, self._read(values, eqn.invars))
+            ins = self._read(values, eqn.invars)
+            outs, inner = self._equation(eqn, ins)
             self.attribute("ties it to entries that cannot be removed", eqn.primitive.name)
             self._path.pop()
             values.update(zip(eqn.outvars, outs, strict=True))
@@ -205,15 +206,16 @@ class Walk:
         """Axes of inputs frozen since the last call are the doing of the equation at work."""
         if self.labels.freezes > self._freezes:
             frozen = self.labels.find(self._row) == FROZEN
-            fresh = np.flatnonzero(frozen & ~self._frozen)
-            places = dict.fromkeys(self._places[i] for i in fresh.tolist())
+            fresh = frozen & ~self._frozen
+            places = dict.fromkeys(itertools.compress(self._places, fresh))
             if places:
                 source = ""
                 for eqn in self._path:  # the innermost that is known
                     stack = eqn.source_info.name_stack
                     source = f"{stack} {line_of(eqn)}".strip() or source
                 reason = self._reason or reason
-                self.events.append(Frozen(reason, primitive, source, tuple(places)))
+                event = Frozen(reason, primitive, source, tuple(places))
+                self.events.append(event)
             self._frozen = frozen
             self._freezes = self.labels.freezes
         self._reason = ""
@@ -228,7 +230,7 @@ class Walk:
                     constant = float(flat[0])
         return self.filled(np.shape(array), constant)
 
-    def _read(self, values: dict, variables: Sequence[Any]) -> Values:
+    def _read(self, values: dict, variables: Sequence) -> Values:
         return [self._array(var.val) if is_literal(var) else values[var] for var in variables]
 
     def _equation(self, eqn: Any, ins: Values) -> Result:
@@ -260,12 +262,14 @@ class Walk:
         """Walks the programs inside an unknown equation, which keeps its arrays whole."""
         programs = []
         for body in _bodies(eqn):
-            inputs = [whole(var.aval) for var in getattr(body, "jaxpr", body).invars]
-            depends = [sources] * len(inputs)
-            if len(inputs) == len(ins):
+            variables = getattr(body, "jaxpr", body).invars
+            depends = [sources] * len(variables)
+            if len(variables) == len(ins):
                 depends = [value.sources for value in ins]
-            pairs = zip(inputs, depends)
-            inputs = [value._replace(sources=bits) for value, bits in pairs]
+            inputs = []
+            for var, bits in zip(variables, depends):
+                value = whole(var.aval)
+                inputs.append(value._replace(sources=bits))
             programs.append(self.closed(body, inputs))
         return programs
 
@@ -317,12 +321,9 @@ def analyse(
         free = inexact and not whole and name is not None
         axes = []
         for a, size in enumerate(var.aval.shape):
-            axis = Axis(fixed(size), True)
-            if free:
-                axis = Axis(_new_labels(labels, size), True)
-            if name is not None:
-                axis = axis._replace(origin=((name, a),))
-            axes.append(axis)
+            new = _new_labels(labels, size) if free else fixed(size)
+            origin = () if name is None else ((name, a),)
+            axes.append(Axis(new, True, origin))
         inputs.append(Value(axes, sources=source))
     walk = Walk(labels, inputs, data)
     walk.separate = branches == "separate"
@@ -350,21 +351,22 @@ def line_of(eqn: Any) -> str:
     """File and line of the innermost call outside of libraries, or an empty text."""
     with contextlib.suppress(Exception):  # tracebacks are no public interface
         for frame in eqn.source_info.traceback.frames:
-            if not any(part in frame.file_name for part in _LIBRARIES):
-                return f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
+            file = frame.file_name
+            if not any(part in file for part in _LIBRARIES):
+                return f"{pathlib.Path(file).name}:{frame.line_num}"
     return ""
 
 
-def _bodies(eqn: Any) -> list[Any]:
+def _bodies(eqn: Any) -> list:
     """The jaxprs among an equation's parameters that it runs, closed or not, alone or in tuples."""
     name = eqn.primitive.name
-    params = eqn.params
     if name in OPAQUE or name.startswith(SCALAR_BODIES):
         return []
     if name == "custom_linear_solve":  # also carries its transpose and the product, for derivatives
-        return [params["jaxprs"].solve]
-    leaves = jax.tree.leaves(params, is_leaf=lambda item: hasattr(item, "eqns"))
-    return [item for item in leaves if hasattr(item, "eqns")]
+        return [eqn.params["jaxprs"].solve]
+    is_program = lambda item: hasattr(item, "eqns")
+    leaves = jax.tree.leaves(eqn.params, is_leaf=is_program)
+    return list(filter(is_program, leaves))
 
 
 # Equations with jaxprs inside that are understood ------------------------------------------------
@@ -393,9 +395,9 @@ def loop_operands(eqn: Any, operands: Sequence) -> Loop:
     carry = params.get("num_carry", len(eqn.outvars))
     if "ft_in" in params:  # jax 0.12
         consts, carry, _ = map(len, params["ft_in"].unpack())
-    ends = np.cumsum([for_test, consts, carry])
-    bounds = itertools.pairwise([0, *ends.tolist(), len(operands)])
-    return Loop(*(list(operands[start:end]) for start, end in bounds))
+    rest = iter(operands)
+    counts = (for_test, consts, carry, None)
+    return Loop(*(list(itertools.islice(rest, count)) for count in counts))
 
 
 def _call(walk: Walk, eqn: Any, ins: Values) -> Result:
@@ -408,24 +410,26 @@ def _loop(walk: Walk, eqn: Any, ins: Values) -> Result:
     given = loop_operands(eqn, ins)
     scanned = []
     for value in given.scanned:
-        walk.freeze(value.axes[0], "is scanned over")
+        along, *axes = value.axes
+        walk.freeze(along, "is scanned over")
         weights = value.sources & ~walk.data  # both sides of a sum stay tied in every turn
-        scanned.append(Value(value.axes[1:], value.constant, weights))
+        scanned.append(Value(axes, value.constant, weights))
     carry = [value._replace(constant=None) for value in given.carry]
     zeros = None
     while zeros != _zeros(carry):
         zeros = _zeros(carry)
         programs = []
         if "cond_jaxpr" in eqn.params:
-            programs.append(walk.closed(eqn.params["cond_jaxpr"], [*given.for_test, *carry]))
-        body = walk.closed(_body_of(eqn), [*given.consts, *carry, *scanned])
+            test = walk.closed(eqn.params["cond_jaxpr"], given.for_test + carry)
+            programs.append(test)
+        body = walk.closed(_body_of(eqn), given.consts + carry + scanned)
         programs.append(body)
         outs = walk.results(body)
         carry = [walk.either(pair) for pair in zip(carry, outs)]
     turns = Axis(fixed(eqn.params.get("length", 0)), False)
     stacked = [Value([turns, *_unnamed(value).axes]) for value in outs[len(carry) :]]
     sources = _sources(ins)
-    return [value._replace(sources=sources) for value in (*carry, *stacked)], programs
+    return [value._replace(sources=sources) for value in carry + stacked], programs
 
 
 def _zeros(values: Values) -> list[bool]:

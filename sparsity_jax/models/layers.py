@@ -58,11 +58,11 @@ class Initializer(NamedTuple):
 def uniform_bias(fan_in: int) -> Callable:
     """U(-b, b) with b = 1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
-    return functools.partial(_uniform, bound)
 
+    def uniform(key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-def _uniform(bound: float, key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return uniform
 
 
 _scaling = nn.initializers.variance_scaling
