@@ -4,19 +4,17 @@ layer = coupling.of_group(channels.groups["conv1"], leaves)  # with norms and re
 alive = coupling.alive(channels, {"params": kept})           # bools by group, from masks
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax import trees
+from sparsity_jax import groups, trees
 from sparsity_jax.groups import Channels, Group, Member
 from sparsity_jax.types import Arrays, PyTree
 from sparsity_jax.units import Layer, Leaves, Part, Sliced
 
 __all__ = [
-    "Members",
     "alive",
     "by_group",
     "deciding",
@@ -25,8 +23,6 @@ __all__ = [
     "of_members",
     "plain",
 ]
-
-Members = Sequence[Member]
 
 
 def of_group(group: Group, leaves: Leaves) -> Layer:
@@ -59,7 +55,7 @@ def of_group(group: Group, leaves: Leaves) -> Layer:
     return of_members(group, leaves, removed, scored)
 
 
-def of_members(group: Group, leaves: Leaves, removed: Members, scored: Members) -> Layer:
+def of_members(group: Group, leaves: Leaves, removed: list[Member], scored: list[Member]) -> Layer:
     """The channels of a group as units, by the members they are removed from and scored by, whose
     paths are those of `leaves`.
     """
@@ -87,7 +83,7 @@ def is_weight(member: Member, leaves: Leaves) -> bool:
     return matrix or member.role != "other"
 
 
-def deciding(channels: Channels, granularity: Sliced) -> list[tuple[str, Member]]:
+def deciding(channels: Channels, granularity: Sliced) -> groups.Members:
     """(name of group, member) of the kernels, also depthwise, that make or read its channels."""
     roles = ("producer", "depthwise") if granularity == "filter" else ("consumer",)
     return [(name, member) for name, member in channels.members if member.role in roles]

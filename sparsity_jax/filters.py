@@ -3,11 +3,11 @@
 from typing import ClassVar, Literal
 
 from sparsity_jax import coupling, groups, kernels, shares, tables, trees, units
+from sparsity_jax.groups import Channels
 from sparsity_jax.types import PyTree
 
-__all__ = ["AxesByPath", "Channels", "Layers", "Structured"]
+__all__ = ["AxesByPath", "Layers", "Structured"]
 
-Channels = groups.Channels
 Layers = dict[str, units.Layer]
 AxesByPath = dict[str, kernels.Axes]
 
@@ -66,8 +66,7 @@ class Structured:
         layers = {}
         for path, own in axes.items():
             along = own.inputs if self.granularity == "channel" else own.outputs
-            shape = tuple(leaves[path].shape)
-            layers[path] = units.of_kernel(path, path, shape, along)
+            layers[path] = units.of_kernel(path, path, leaves[path].shape, along)
         return layers
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Group",
     "Keep",
     "Member",
+    "Members",
     "Struct",
     "Structs",
     "check",
@@ -55,6 +56,7 @@ Struct = jax.ShapeDtypeStruct
 Structs = dict[str, Struct]  # by path
 Branches = Literal["tied", "separate"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
+Members = list[tuple[str, "Member"]]  # each with the name of its group
 _ROLES = ("producer", "depthwise", "consumer", "other")  # a group is named after the first
 
 
@@ -100,7 +102,7 @@ class Channels(NamedTuple):
         return {name: group.size for name, group in self.groups.items()}
 
     @property
-    def members(self) -> list[tuple[str, Member]]:
+    def members(self) -> Members:
         """(name of its group, member) of all groups."""
         groups = self.groups.items()
         return [(name, member) for name, group in groups for member in group.members]
@@ -320,22 +322,11 @@ def _known(channels: Channels, keep: Keep) -> Arrays:
     return {name: np.asarray(kept) for name, kept in complete(channels, keep).items()}
 
 
-def _alive(channels: Channels, keep: Keep) -> dict[str, dict]:
-    """bool [size], which entries stay, by path and axis: of axes with members only."""
-    alive: dict[str, dict] = collections.defaultdict(dict)
-    for name, (path, axis, index, *_) in channels.members:
-        size = channels.shapes[path].shape[axis]
-        stays = _stays(keep[name], index, size)
-        alive[path][axis] = alive[path].get(axis, True) & stays
-    return alive
-
-
 def _stays(kept: Any, index: np.ndarray, size: int) -> Any:
     """bool [size]: entries all of whose channels are kept; several for x[:, None] * x[None]."""
     if isinstance(kept, jax.Array):
-        gone = jnp.broadcast_to(~kept[:, None], index.shape)
         removed = jnp.zeros(size, bool)
-        return ~removed.at[index].max(gone)
+        return ~removed.at[index].max(~kept[:, None])
     stays = np.ones(size, bool)
     stays[index[~kept]] = False
     return stays
@@ -405,11 +396,12 @@ def mask(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     none stay as they are.
     Raises ValueError for a tree without any, and as `complete` does.
     """
-    alive = _alive(channels, complete(channels, keep))
+    keep = complete(channels, keep)
 
-    def masked(leaf: Any, variable: str) -> Any:
+    def masked(leaf: Any, members: Members) -> Any:
         leaf = jnp.asarray(leaf)
-        for axis, kept in alive[variable].items():
+        for name, (_, axis, index, *_) in members:
+            kept = _stays(keep[name], index, leaf.shape[axis])
             shape = [1] * leaf.ndim
             shape[axis] = -1
             leaf = jnp.where(kept.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
@@ -423,7 +415,11 @@ def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     _check_tied(channels)
     alive = channels.alive(_known(channels, keep))
     inputs = channels.inputs
-    cut = lambda leaf, variable: alive.cut(leaf, inputs[variable])
+
+    def cut(leaf: Any, members: Members) -> Any:
+        _, member = members[0]
+        return alive.cut(leaf, inputs[member.path])
+
     return _map(cut, variables, channels)
 
 
@@ -434,8 +430,10 @@ def _check_tied(channels: Channels) -> None:
 
 
 def _map(function: Callable, tree: PyTree, channels: Channels) -> PyTree:
-    """function(leaf, variable) of what belongs to variables with channels."""
-    grouped = {member.path for _, member in channels.members}
+    """function(leaf, members) of what belongs to variables with members of groups."""
+    members: dict[str, Members] = collections.defaultdict(list)
+    for name, member in channels.members:
+        members[member.path].append((name, member))
     owned = owners(tree, channels)
     arrays = [path for path, leaf in trees.named_leaves(tree).items() if np.ndim(leaf)]
     if arrays and not owned:
@@ -444,10 +442,10 @@ def _map(function: Callable, tree: PyTree, channels: Channels) -> PyTree:
 
     def of_leaf(path: str, leaf: Any) -> Any:
         variable = owned.get(path)
-        if variable not in grouped:
+        if variable not in members:
             return leaf
         _check_shape(path, leaf, channels.shapes[variable], "traced")
-        return function(leaf, variable)
+        return function(leaf, members[variable])
 
     return trees.map_named(of_leaf, tree)
 

@@ -34,7 +34,8 @@ class Alive(NamedTuple):
         """bool, of the labels' shape: the entries that stay."""
         if not labels.any():
             return np.ones(labels.shape, bool)
-        unique, inverse = np.unique(self.labels.find(labels), return_inverse=True)
+        roots = self.labels.find(labels)
+        unique, inverse = np.unique(roots, return_inverse=True)
         parts = map(self.labels.parts, unique.tolist())
         lives = np.array([self.removed.isdisjoint(labels) for labels in parts])
         return lives[inverse].reshape(labels.shape)
@@ -50,7 +51,8 @@ class Alive(NamedTuple):
         for position, axis in enumerate(value.axes):
             kept = self(axis.labels)
             if not kept.all():
-                array = array.take(np.flatnonzero(kept), position)
+                entries = np.flatnonzero(kept)
+                array = array.take(entries, position)
         return array
 
 
@@ -126,19 +128,23 @@ def resizes_to(name: str) -> Resize:
 
 
 def _limits(at: Sizes) -> Fields:
+    (x,) = at.ins
     changed = {}
     for name in ("start_indices", "limit_indices"):
-        changed[name] = tuple(map(at.alive.count, at.ins[0].axes, at.params[name]))
+        counts = map(at.alive.count, x.axes, at.params[name])
+        changed[name] = tuple(counts)
     return changed
 
 
 def _paddings(at: Sizes) -> Fields:
+    (out,) = at.outs
     config = []
-    for axis, (low, high, inside) in zip(at.outs[0].axes, at.params["padding_config"]):
+    for axis, (low, high, inside) in zip(out.axes, at.params["padding_config"]):
+        if high > 0:
+            before = at.alive.count(axis, -high)
+            high = at.alive.count(axis) - before
         if low > 0:
             low = at.alive.count(axis, low)
-        if high > 0:
-            high = at.alive.count(axis) - at.alive.count(axis, -high)
         config.append((low, high, inside))
     return dict(padding_config=tuple(config))
 
