@@ -91,7 +91,7 @@ def take_stock(problem: Problem, state: State, stage: Compact) -> Row:
         "dense": (problem.model.apply, structured.variables_of(state)),
         "compact": (stock.apply, stock.variables),
     }
-    calls: dict[str, tuple[Callable, tuple]] = {}
+    calls = {}
     logits = []
     for name, (apply, variables) in networks.items():
         compiled = jax.jit(apply)

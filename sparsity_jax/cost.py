@@ -326,7 +326,7 @@ def latency(function: Callable, *args: Any, repeats: int = 30) -> Latency:
     return _measure([(function, args)], repeats)[0]
 
 
-def compare(candidates: Mapping[str, tuple[Callable, tuple]], *, repeats: int = 30) -> Comparison:
+def compare(candidates: Mapping[str, tuple], *, repeats: int = 30) -> Comparison:
     """Whether the second of two functions is measurably faster: their spreads do not overlap.
 
     candidates: name to (function, tuple of its arguments), exactly two, the reference first. They
@@ -364,7 +364,7 @@ def summary(samples: Any) -> Latency:
     return Latency(median, low, high, samples)
 
 
-def _measure(calls: list[tuple[Callable, tuple]], repeats: int) -> list[Latency]:
+def _measure(calls: list[tuple], repeats: int) -> list[Latency]:
     tables.convert(repeats, Annotated[int, tables.Range(2)], "repeats")
     ready = [_warm(function, args) for function, args in calls]
     samples = np.zeros((len(ready), repeats))

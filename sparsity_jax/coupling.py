@@ -4,14 +4,12 @@ layer = coupling.of_group(channels.groups["conv1"], leaves)  # with norms and re
 alive = coupling.alive(channels, {"params": kept})           # bools by group, from masks
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax import groups, trees
 from sparsity_jax.groups import Channels, Group, Member
-from sparsity_jax.types import Arrays, PyTree
+from sparsity_jax.types import Arrays, Fields, PyTree
 from sparsity_jax.units import Layer, Leaves, Part, Sliced
 
 __all__ = [
@@ -55,7 +53,7 @@ def of_group(group: Group, leaves: Leaves) -> Layer:
     return of_members(group, leaves, removed, scored)
 
 
-def of_members(group: Group, leaves: Leaves, removed: list[Member], scored: list[Member]) -> Layer:
+def of_members(group: Group, leaves: Leaves, removed: list, scored: list) -> Layer:
     """The channels of a group as units, by the members they are removed from and scored by, whose
     paths are those of `leaves`.
     """
@@ -89,13 +87,13 @@ def deciding(channels: Channels, granularity: Sliced) -> groups.Members:
     return [(name, member) for name, member in channels.members if member.role in roles]
 
 
-def by_group(channels: Channels, keep: Leaves, granularity: Sliced = "filter") -> dict[str, Any]:
+def by_group(channels: Channels, keep: Leaves, granularity: Sliced = "filter") -> Fields:
     """`keep` by name of the groups that the filters, or input channels, of some kernels are.
 
     keep: bools [filters or input channels] by path in the traced variables. A channel goes if any
     of the kernels that make (channel: read) it leaves it out.
     """
-    result: dict[str, Any] = {}
+    result: Fields = {}
     for name, member in deciding(channels, granularity):
         several = member.index.shape[1] > 1  # copies, e.g. of a flattened image
         if member.path in keep and not several and member.role != "depthwise":

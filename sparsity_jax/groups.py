@@ -15,7 +15,7 @@ which arrays belong to each channel. What the analysis cannot follow stays whole
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ import numpy as np
 
 from sparsity_jax import tables, trees
 from sparsity_jax.channels import execute, rules, walk
-from sparsity_jax.types import Arrays, Fields, PyTree
+from sparsity_jax.types import Arrays, Fields, Paths, PyTree
 
 __all__ = [
     "Branches",
@@ -113,7 +113,7 @@ class Channels(NamedTuple):
         return self.walked.used.of(self.shapes)
 
     @property
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self) -> Fields:
         """What the walk knows of each variable, by path."""
         return dict(zip(self.shapes, self.walked.inputs))
 
@@ -186,7 +186,7 @@ def _traced(
     return channels
 
 
-def _carried(result: PyTree, paths: list[str], state: str) -> dict[int, int]:
+def _carried(result: PyTree, paths: list[str], state: str) -> dict:
     """Numbers of the results below `state`, each with that of the variable it is the next of."""
     start = f"{state}/"
     leaves = list(trees.named_leaves(result))
@@ -247,7 +247,7 @@ def _find_groups(channels: Channels) -> None:
         channels.groups[name] = group
 
 
-def _entries(channels: Channels) -> dict[int, dict]:
+def _entries(channels: Channels) -> dict:
     """By label and place (path, axis) in the variables: the positions that die with the label."""
     labels = channels.walked.labels
     inputs = channels.inputs
@@ -261,10 +261,10 @@ def _entries(channels: Channels) -> dict[int, dict]:
     return entries
 
 
-def _names(members: Sequence[Member], paths: list[str]) -> Iterator[str]:
+def _names(members: list[Member], paths: Paths) -> Iterator[str]:
     """Path of the first array that makes the channels, without `kernel`, and longer names."""
 
-    def rank(member: Member) -> tuple[int, int]:
+    def rank(member: Member) -> tuple:
         return _ROLES.index(member.role), paths.index(member.path)
 
     first = min(members, key=rank)
@@ -341,7 +341,7 @@ def owners(tree: PyTree, channels: Channels) -> dict[str, str]:
     return _owners(trees.named_leaves(tree), channels.shapes)
 
 
-def _owners(paths: Iterable[str], variables: Iterable[str]) -> dict[str, str]:
+def _owners(paths: Iterable, variables: Iterable) -> dict[str, str]:
     known = collections.defaultdict(list)
     for path in variables:
         known[path.partition("/")[2]].append(path)
@@ -369,7 +369,7 @@ def roles(tree: PyTree, channels: Channels) -> dict[str, dict[int, str]]:
     others are missing. tree: as for `mask`.
     Raises ValueError for arrays of other shapes than those traced.
     """
-    traced: dict[str, dict] = collections.defaultdict(dict)
+    traced: dict = collections.defaultdict(dict)
     for (path, axis), role in channels.walked.roles.items():
         traced[path][axis] = role
     leaves = trees.named_leaves(tree)
@@ -431,7 +431,7 @@ def _check_tied(channels: Channels) -> None:
 
 def _map(function: Callable, tree: PyTree, channels: Channels) -> PyTree:
     """function(leaf, members) of what belongs to variables with members of groups."""
-    members: dict[str, Members] = collections.defaultdict(list)
+    members: dict = collections.defaultdict(list)
     for name, member in channels.members:
         members[member.path].append((name, member))
     owned = owners(tree, channels)
@@ -441,7 +441,7 @@ def _map(function: Callable, tree: PyTree, channels: Channels) -> PyTree:
         raise ValueError(f"no array of the tree belongs to the traced variables; {told}.")
 
     def of_leaf(path: str, leaf: Any) -> Any:
-        variable = owned.get(path)
+        variable = owned.get(path, "")
         if variable not in members:
             return leaf
         _check_shape(path, leaf, channels.shapes[variable], "traced")
@@ -628,7 +628,7 @@ def layout(channels: Channels) -> Fields:
     layouts = {}
     for name, group in channels.groups.items():
         places = {(member.role, positions.get(member.path)) for member in group.members}
-        marks: dict[str, list] = {}
+        marks: dict = {}
         for role, position in sorted((role, at) for role, at in places if at is not None):
             marks.setdefault(role, []).append(position)
         layouts[name] = dict(size=group.size, marks=marks)

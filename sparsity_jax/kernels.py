@@ -9,7 +9,7 @@ outputs.
 Without a trace names decide, as far as they can: what they do not tell is refused, never guessed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from sparsity_jax import groups, tables, trees
 from sparsity_jax.groups import Channels
 from sparsity_jax.trees import is_kernel, named_leaves
-from sparsity_jax.types import Fields, PyTree, Shape
+from sparsity_jax.types import Fields, Paths, PyTree, Shape
 
 __all__ = ["Axes", "Layout", "axes", "matching", "paths"]
 
@@ -37,7 +37,7 @@ def paths(
     include: str = "",
     exclude: str = "",
     strict: bool = True,
-) -> list[str]:
+) -> Paths:
     """Paths of the kernels in `params`, in its order.
 
     params: arrays or shape structs. channels: trace of the function that uses them
@@ -111,7 +111,7 @@ class Axes(NamedTuple):
 
 def axes(
     params: PyTree,
-    paths: Iterable[str],
+    paths: Paths,
     channels: Channels | None = None,
     *,
     layout: Layout | None = None,
@@ -157,7 +157,7 @@ def _traced(params: PyTree, channels: Channels) -> dict[str, Axes]:
     return by_path
 
 
-def _with_role(roles: Mapping[int, str], *names: str) -> _Positions:
+def _with_role(roles: Mapping, *names: str) -> _Positions:
     return tuple(axis for axis in sorted(roles) if roles[axis] in names)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sparsity_jax.sources import Opened, Source, UnreadableError
 from sparsity_jax.tables import ConfigError, closest
-from sparsity_jax.types import Config
+from sparsity_jax.types import Config, Fields
 
 __all__ = [
     "Keys",
@@ -149,7 +149,7 @@ def _prepare_command(name: str, data_dir: str, *flags: str) -> str:
     return shlex.join(["python", "-m", "sparsity_jax.prepare", name, *place, *flags])
 
 
-def name_hint(name: str, known: Sequence[str]) -> str:
+def name_hint(name: str, known: Sequence) -> str:
     """` Did you mean ...?` for a misspelled name, also for a shortened one (svhn), or ""."""
     name = re.split("[:/]", name)[0]
     if name in known:
@@ -163,7 +163,7 @@ def name_hint(name: str, known: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _metadata(file: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _metadata(file: pathlib.Path) -> Iterator[Fields]:
     """The JSON object in `file`; whatever it lacks becomes a ConfigError that names the file."""
     try:
         yield json.loads(file.read_text(encoding="utf-8"))
@@ -230,7 +230,7 @@ def _read_splits(directory: pathlib.Path) -> Any:
         return tfds.core.SplitDict(splits)
 
 
-def _file_parts(name: str, splits: Any, given: str, split: str) -> list[Any]:
+def _file_parts(name: str, splits: Any, given: str, split: str) -> list:
     """TFDS's instructions of what to read for a split or slice: filename, skip, take and
     examples_in_shard each. given: by which option.
     """
@@ -267,7 +267,7 @@ def _check_file(part: Any, again: str) -> None:
         )
 
 
-def _records_source(name: str, parts: Sequence[Any], keys: Keys) -> Source:
+def _records_source(name: str, parts: Sequence, keys: Keys) -> Source:
     from array_record.python import array_record_data_source
 
     records = array_record_data_source.ArrayRecordDataSource(parts)

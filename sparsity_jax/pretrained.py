@@ -29,7 +29,7 @@ import safetensors.numpy
 from sparsity_jax import kernels
 from sparsity_jax.tables import ConfigError, blaming, check_memory, closest, lookup, within
 from sparsity_jax.trees import check_pattern, is_kernel, last_name, map_named, named_leaves
-from sparsity_jax.types import AnyPath, Arrays, PyTree, Shape
+from sparsity_jax.types import AnyPath, Arrays, Paths, PyTree, Shape
 
 __all__ = [
     "CLASSIFIER",
@@ -342,12 +342,12 @@ class Module(NamedTuple):
 
 
 Modules = dict[str, Module]  # by their weights
-Group = tuple[list[str], list[str]]  # weights of one form, PyTorch's and as many of ours
+Group = tuple[Paths, Paths]  # weights of one form, PyTorch's and as many of ours
 
 
 def _modules_there(shapes: Shapes) -> Modules:
     """PyTorch's modules, in the order of the tensors."""
-    arrays: dict[str, Names] = collections.defaultdict(dict)
+    arrays: dict = collections.defaultdict(dict)
     for name in shapes:
         module, _, leaf = name.rpartition(".")
         if leaf in _LEAVES.values():
@@ -357,7 +357,7 @@ def _modules_there(shapes: Shapes) -> Modules:
 
 def _modules_here(leaves: Leaves) -> Modules:
     """Our modules, in the order in which PyTorch's networks define theirs."""
-    arrays: dict[str, Names] = collections.defaultdict(dict)
+    arrays: dict = collections.defaultdict(dict)
     for path in leaves:
         match = re.fullmatch(r"(?:params|batch_stats)/(.+)/(\w+)", path)
         module, leaf = match.groups() if match else ("", "")
@@ -368,7 +368,7 @@ def _modules_here(leaves: Leaves) -> Modules:
     return _with_weights(ordered, shapes)
 
 
-def _with_weights(arrays: dict[str, Names], shapes: Shapes) -> Modules:
+def _with_weights(arrays: dict, shapes: Shapes) -> Modules:
     modules = {}
     for module, names in arrays.items():
         if "weight" in names:
@@ -444,7 +444,7 @@ def _matched(
     return placed, doubts
 
 
-def _placed_by_rules(names: Iterable[str], leaves: Leaves, rules: Rules) -> Names:
+def _placed_by_rules(names: Iterable, leaves: Leaves, rules: Rules) -> Names:
     """Path of each tensor that a rule names."""
     placed: Names = {}
     for pattern, replacement in rules:
@@ -461,14 +461,14 @@ def _placed_by_rules(names: Iterable[str], leaves: Leaves, rules: Rules) -> Name
     return placed
 
 
-def _is_as_defined(names: Iterable[str]) -> bool:
+def _is_as_defined(names: Iterable) -> bool:
     """Whether tensors could come in the order in which a network defines its layers.
 
     PyTorch saves the parameters of a layer side by side, the weight before the bias; shuffled names
     break that. Sorted ones tell nothing.
     """
     names = list(names)
-    arrays: dict[str, list] = {}  # of each layer
+    arrays: dict = {}  # of each layer
     found = []
     for name in names:
         layer, _, leaf = name.rpartition(".")
@@ -499,7 +499,7 @@ def _places(theirs: Modules, ours: Modules, fresh: set[str], ordered: bool) -> t
 
 def _alike(theirs: Modules, ours: Modules, fresh: set[str]) -> list[Group]:
     """All groups; those of ours that are `fresh` fill up groups of any form."""
-    forms: dict[tuple, Group] = collections.defaultdict(lambda: ([], []))
+    forms: dict = collections.defaultdict(lambda: ([], []))
     for side, modules in enumerate((theirs, ours)):
         for name, module in modules.items():
             form = (module.shape, frozenset(module.arrays))
@@ -525,7 +525,7 @@ def _turns(modules: Modules, groups: list[Group], side: int) -> list[tuple]:
     return sorted(turns, key=operator.itemgetter(0))
 
 
-def _decided(names: list[str], paths: list[str], known: Names, ordered: bool) -> tuple[Names, str]:
+def _decided(names: Paths, paths: Paths, known: Names, ordered: bool) -> tuple[Names, str]:
     """Places of alike layers, and why they are a guess; "" where order or names decide."""
     in_order = paths
     if not all(re.fullmatch(_OURS, path) for path in paths):
@@ -544,7 +544,7 @@ def _decided(names: list[str], paths: list[str], known: Names, ordered: bool) ->
     return by_order or by_name or dict(zip(names, paths)), doubt
 
 
-def _ranked(names: list[str]) -> list[str]:
+def _ranked(names: Paths) -> Paths:
     """`names` in the order of the numbers in them; [] where these do not tell."""
     if any(_is_before(*pair) is None for pair in itertools.combinations(names, 2)):
         return []
@@ -764,7 +764,7 @@ def _fitting(arrays: Arrays, placed: Names, leaves: Leaves, kept: set[str]) -> A
     kept: paths that need no array.
     """
     fitting: Arrays = {}
-    misfits: dict[str, list[str]] = {group: [] for group in _GROUPS}
+    misfits: dict = {group: [] for group in _GROUPS}
     for name, array in arrays.items():
         path = placed.get(name)
         if path in kept or (path is None and name.endswith(f".{_COUNTER}")):
@@ -785,7 +785,7 @@ def _fitting(arrays: Arrays, placed: Names, leaves: Leaves, kept: set[str]) -> A
     return fitting
 
 
-def _misfit(array: np.ndarray, path: str, leaf: Any) -> tuple[str, str]:
+def _misfit(array: Any, path: str, leaf: Any) -> tuple:
     """(group of `_GROUPS`, text) of an array that is to be the one at `path`."""
     needed = tuple(leaf.shape)
     if _is_flax_kernel(path, leaf):
@@ -805,7 +805,7 @@ def _misfit(array: np.ndarray, path: str, leaf: Any) -> tuple[str, str]:
     return "right", ""
 
 
-def _report(misfits: Mapping[str, list[str]]) -> str:
+def _report(misfits: Mapping) -> str:
     lines = []
     for group, texts in misfits.items():
         line = f"  {group}: {'; '.join(texts[:4])}"
@@ -840,7 +840,7 @@ def _merge_pruned(state_dict: Arrays) -> Arrays:
     return merged
 
 
-def count_zeros(arrays: Mapping[str, Any]) -> tuple[int, int]:
+def count_zeros(arrays: Leaves) -> tuple[int, int]:
     """(zeros, entries) of the kernels among arrays by path."""
     zeros = entries = 0
     for path, array in arrays.items():

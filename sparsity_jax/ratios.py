@@ -23,9 +23,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sparsity_jax import coupling, groups, kernels, masks, originals, tables, trees, units
+from sparsity_jax import coupling, groups, kernels, masks, originals, shares, tables, trees, units
 from sparsity_jax.channels import walk
-from sparsity_jax.types import Arrays, PyTree
+from sparsity_jax.types import Arrays, Paths, PyTree
 
 __all__ = [
     "Layer",
@@ -59,7 +59,7 @@ _RANGE = r"(\d+)(?:\s*-\s*(\d+))?\s*:(.*)"
 # Layers -------------------------------------------------------------------------------------------
 
 
-def order(apply: Callable, variables: PyTree, *inputs: PyTree) -> list[str]:
+def order(apply: Callable, variables: PyTree, *inputs: PyTree) -> Paths:
     """Paths of the kernels of `apply(variables, *inputs)`, by the first convolution or matrix
     product each is in.
 
@@ -98,7 +98,7 @@ class _Branch(NamedTuple):
     shortcut: bool
 
 
-def places(layers: Sequence[str], blocks: str = _BLOCKS) -> list[Layer]:
+def places(layers: Paths, blocks: str = _BLOCKS) -> list[Layer]:
     """`layers` (paths in the network's order) with their places in stages and blocks.
 
     blocks: regular expression with the named groups `stage` and `block` (numbers) and maybe
@@ -132,7 +132,7 @@ def places(layers: Sequence[str], blocks: str = _BLOCKS) -> list[Layer]:
     return result
 
 
-def _branches(layers: Sequence[str], blocks: str) -> dict[str, _Branch]:
+def _branches(layers: Paths, blocks: str) -> dict[str, _Branch]:
     """The branch of each layer inside blocks."""
     trees.check_pattern(blocks, "blocks")
     pattern = re.compile(blocks)
@@ -155,10 +155,10 @@ def _branches(layers: Sequence[str], blocks: str) -> dict[str, _Branch]:
 
 def parse(
     notation: str | Sequence,
-    layers: Sequence[str],
+    layers: Paths,
     *,
     granularity: units.Granularity = "filter",
-    skip: str | Sequence[str] = "",
+    skip: str | Paths = "",
     blocks: str = _BLOCKS,
     reading: Reading = "correct",
 ) -> Table:
@@ -282,9 +282,7 @@ def _by_stage(items: Sequence, located: Layers) -> Table:
     return {layer.path: ratios[layer.address[0]] for layer in located}
 
 
-def _skipped(
-    skip: str | Sequence[str], located: Layers, residual: bool, reading: Reading
-) -> set[str]:
+def _skipped(skip: str | Paths, located: Layers, residual: bool, reading: Reading) -> set[str]:
     form = r"\d+"
     told = "a number"
     if residual:
@@ -312,9 +310,7 @@ def _is_in(address: str, entry: str) -> bool:
 # Another network's ratios -------------------------------------------------------------------------
 
 
-def kept_groups(
-    given: Mapping[str, Any], layers: Sequence[str], *, granularity: units.Granularity
-) -> Arrays:
+def kept_groups(given: units.Leaves, layers: Paths, *, granularity: units.Granularity) -> Arrays:
     """Which filters [out], channels [in] or weights (the kernel's shape) of each layer another
     pruned network keeps.
 
@@ -341,9 +337,7 @@ def kept_groups(
     return result
 
 
-def inherited(
-    given: Mapping[str, Any], layers: Sequence[str], *, granularity: units.Granularity
-) -> Table:
+def inherited(given: units.Leaves, layers: Paths, *, granularity: units.Granularity) -> Table:
     """The ratios that another pruned network has; arguments and errors as `kept_groups`.
 
     `masks.num_pruned` of them gives back its counts. Raises ValueError if a layer keeps nothing.
@@ -373,7 +367,7 @@ def keep_of(channels: groups.Channels, table: Mapping[str, Any]) -> Arrays:
         tables.lookup(channels.shapes, path, "the path of a ratio")
         if ratio == "gap" or not 0 <= ratio < 1:
             raise ValueError(f"the ratio of {path!r} is {ratio!r}; allowed: 0 <= ratio < 1.")
-    ratios: dict[str, float] = {}
+    ratios: shares.Ratios = {}
     unused = {path for path, ratio in table.items() if ratio}
     for name, member in coupling.deciding(channels, "filter"):
         ratio = table.get(member.path)
@@ -393,13 +387,13 @@ def keep_of(channels: groups.Channels, table: Mapping[str, Any]) -> Arrays:
 
 
 def for_speedup(
-    price: Callable[[dict], float],
+    price: Callable,
     target: float,
     table: Mapping[str, float],
     *,
     highest: float = 0.99,
     steps: int = 10_000,
-) -> dict[str, float]:
+) -> shares.Ratios:
     """`table` times the smallest factor at which it costs 1 / `target` of the dense one, or less.
 
     price: of a table, e.g. FLOPs; it must not rise with any ratio and is called about log2(steps)
@@ -413,7 +407,7 @@ def for_speedup(
     if any(ratio < 0 for ratio in table.values()) or not any(table.values()):
         raise ValueError("table holds proportions: 0 and above, not all 0.")
 
-    def scaled(number: int) -> dict[str, float]:
+    def scaled(number: int) -> shares.Ratios:
         return {path: min(number / steps * ratio, highest) for path, ratio in table.items()}
 
     def speedup(number: int) -> float:

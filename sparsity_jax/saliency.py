@@ -44,7 +44,7 @@ def track(
     alpha: tables.Fraction = 0.8,
     steps_per_epoch: tables.Count | None = None,
     track_batches: tables.Count = 20,
-    statistic: Callable[[PyTree, PyTree], PyTree] = of_weights,
+    statistic: Callable = of_weights,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, with an exponential average of `statistic(params, grads)` in its state: alpha * new
     + (1 - alpha) * old, from 0. The updates are those of `inner`.

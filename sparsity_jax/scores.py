@@ -208,7 +208,7 @@ def gather(
     preserve_temperature: float = 1.0,
     on_host: bool = False,
     precision: Precision = FULL,
-) -> Callable[..., Statistics]:
+) -> Callable:
     """`collect(params, data, *, balanced, init)`: the statistics `needs`, from one pass over the
     data.
 
@@ -265,7 +265,7 @@ def gather(
 _SOURCES = dict(g="data", g2="data", hg_grasp="balanced", hg_preserve="balanced", w0="init")
 
 
-def _check_given(needs: tuple[str, ...], given: Fields) -> None:
+def _check_given(needs: tuple, given: Fields) -> None:
     for name, source in _SOURCES.items():
         if name in needs and given[source] is None:
             raise ValueError(f"{name} cannot be gathered: {source} is missing.")
@@ -374,7 +374,7 @@ def _is_scored(member: Member, aggregate: str, leaves: Fields) -> bool:
     return coupling.is_weight(member, leaves)
 
 
-def _norms(members: list, on: str, leaves: Fields) -> list[list]:
+def _norms(members: list, on: str, leaves: Fields) -> list:
     """Every norm's scale, with its bias if `on` is `norm` and it has one."""
     others = {member.path: member for member in members if member.role == "other"}
     parts = []

@@ -58,7 +58,7 @@ LAYER_RATIOS: dict[str, Callable] = {
 }
 
 
-def _largest_remainders(sizes: Sizes, ratios: Ratios) -> dict[str, int]:
+def _largest_remainders(sizes: Sizes, ratios: Ratios) -> Sizes:
     """How many of each layer's `sizes` stay, so that together as many go as `ratios` ask for,
     rounded once.
 
@@ -80,7 +80,7 @@ def _largest_remainders(sizes: Sizes, ratios: Ratios) -> dict[str, int]:
 
 def kept_of_layers(
     sizes: Sizes, shapes: Shapes, ratio: float, *, layer_ratios: LayerRatios, count: str
-) -> dict[str, int]:
+) -> Sizes:
     """How many of each layer's `sizes` stay; options: those of `allocate.keep_counts`."""
     ratios = LAYER_RATIOS[layer_ratios](shapes, ratio)
     if count == "nearest" and layer_ratios != "erk_original":

@@ -2,7 +2,7 @@
 without some of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ def channels_of(problem: Problem, *, branches: groups.Branches = "tied") -> Chan
     return problem.once(("channels", branches), traced)
 
 
-def traceable(problem: Problem) -> tuple[Callable, PyTree, jax.ShapeDtypeStruct]:
+def traceable(problem: Problem) -> tuple:
     """The run's network as a function, its variables and its input, of which only shapes count."""
     images = problem.dataset.test.images
     batch = jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32)

@@ -17,7 +17,7 @@ from jax import Array
 
 from sparsity_jax import groups, kernels, masks, tables, trees
 from sparsity_jax.precision import FULL
-from sparsity_jax.types import PyTree
+from sparsity_jax.types import Fields, PyTree
 
 __all__ = ["METHODS", "add_noise", "normal", "orthogonal", "reinitialize"]
 
@@ -54,7 +54,7 @@ def orthogonal(key: Array, mask: Array, dtype: Any) -> Array:
     return polar.reshape(mask.shape).astype(dtype)
 
 
-def _kept(mask: Array) -> tuple[Array, Array]:
+def _kept(mask: Array) -> tuple:
     """Inputs (bool [fan_in]: every position of a kept channel) and outputs (bool [out]) of the
     compact kernel.
     """
@@ -105,7 +105,7 @@ def reinitialize(
     return masks.apply(trees.map_named(renewed, params, kept), kept)
 
 
-def _keys(key: Array, params: PyTree) -> dict[str, Array]:
+def _keys(key: Array, params: PyTree) -> Fields:
     """A key for each array, by path."""
     paths = trees.named_leaves(params)
     keys = jax.random.split(key, len(paths))

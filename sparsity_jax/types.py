@@ -1,12 +1,23 @@
 """Names of the types that many functions take and give."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["AnyPath", "Arrays", "Config", "Fields", "MemberRows", "PyTree", "Row", "Rows", "Shape"]
+__all__ = [
+    "AnyPath",
+    "Arrays",
+    "Config",
+    "Fields",
+    "MemberRows",
+    "Paths",
+    "PyTree",
+    "Row",
+    "Rows",
+    "Shape",
+]
 
 PyTree = Any
 Shape = tuple[int, ...]
@@ -16,4 +27,5 @@ Row = dict[str, Any]  # what a stage tells of one member, a line of `metrics.jso
 Rows = list[Row]
 MemberRows = list[Rows]  # one list per member
 Arrays = dict[str, np.ndarray]  # by path
+Paths = Sequence[str]  # of arrays
 AnyPath = str | os.PathLike[str]

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax.channels.labels import Labels
+from sparsity_jax.channels.rules import Values
 from sparsity_jax.channels.values import Axis, Program, Value, is_literal, nowhere_zero
 from sparsity_jax.channels.walk import INNER, Walk, loop_operands
 from sparsity_jax.types import Fields, Shape
 
 __all__ = ["RESIZES", "Alive", "Arrays", "Resize", "Sizes", "resizes_to", "run"]
 
-Arrays = Sequence[Any]
+Arrays = Sequence
 
 
 class Alive(NamedTuple):
@@ -111,8 +112,8 @@ class Sizes(NamedTuple):
 
     alive: Alive
     params: Fields  # of the full size
-    ins: list[Value]
-    outs: list[Value]
+    ins: Values
+    outs: Values
 
 
 Resize = Callable[[Sizes], Fields]
@@ -315,7 +316,7 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
         slopes = _slopes(arrays[count:], outs)
         return _of_slopes(pulled(slopes), primals)
 
-    def derivative(primals: tuple, tangents: tuple) -> tuple[list, list]:
+    def derivative(primals: tuple, tangents: tuple) -> tuple:
         arrays = [*primals, *_of_slopes(tangents, primals)]
         known = operands + operand_slopes
         both = _beside(alive, push, known, results + result_slopes, arrays)
@@ -323,7 +324,7 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
         slopes = both[len(results) :]
         return outs, _slopes(slopes, outs)
 
-    def forward(*primals: Any) -> tuple[Any, tuple]:
+    def forward(*primals: Any) -> tuple:
         return function(*primals), primals
 
     def backward(primals: tuple, slopes: list) -> tuple:

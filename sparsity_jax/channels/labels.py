@@ -10,13 +10,15 @@ import bisect
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from sparsity_jax.types import Shape
 
-__all__ = ["FROZEN", "MOST", "Labels"]
+__all__ = ["FROZEN", "MOST", "Labels", "Row"]
+
+Row = np.ndarray  # int: the labels of entries, one after the other
 
 FROZEN = 0
 MOST = 2**18  # composite labels that one merge may make; a larger product is frozen
@@ -40,7 +42,7 @@ class Labels:
             setattr(other, name, copy.copy(field))
         return other
 
-    def fresh(self, num: int) -> np.ndarray:
+    def fresh(self, num: int) -> Row:
         """`num` new labels, of one axis."""
         self._starts.append(self._num)
         labels = np.arange(self._num, self._num + num)
@@ -52,7 +54,7 @@ class Labels:
         self._parent[labels] = labels
         return labels
 
-    def find(self, labels: np.ndarray) -> np.ndarray:
+    def find(self, labels: Row) -> Row:
         """The representative of every label."""
         roots = self._parent[labels]
         above = self._parent[roots]
@@ -77,11 +79,11 @@ class Labels:
         """The number of the axis that the label was made for."""
         return bisect.bisect(self._starts, label)
 
-    def is_live(self, labels: np.ndarray) -> bool:
+    def is_live(self, labels: Row) -> bool:
         """Whether any of them can die."""
         return bool(self.find(labels).any())
 
-    def freeze(self, labels: np.ndarray) -> bool:
+    def freeze(self, labels: Row) -> bool:
         """None of them may die; returns whether any could."""
         roots = np.unique(self.find(labels))
         parts = set(itertools.chain(*map(self.parts, roots.tolist())))
@@ -89,7 +91,7 @@ class Labels:
             self._unite(list(parts), FROZEN)
         return bool(parts)
 
-    def tie(self, first: np.ndarray, second: np.ndarray) -> None:
+    def tie(self, first: Row, second: Row) -> None:
         """Entry i of one dies exactly if entry i of the other does."""
         while True:
             pairs = np.stack([self.find(first), self.find(second)])
@@ -102,7 +104,7 @@ class Labels:
         for a, b in np.unique(pairs[:, composite], axis=1).T.tolist():
             self._tie(a, b)
 
-    def merge(self, axes: Sequence[np.ndarray]) -> np.ndarray:
+    def merge(self, axes: list) -> Row:
         """Labels of the row-major product of several axes."""
         live = list(filter(self.is_live, axes))
         size = math.prod(map(len, live))
@@ -113,7 +115,7 @@ class Labels:
             merged = self._product(merged, self.find(axis))
         return merged
 
-    def split(self, labels: np.ndarray, shape: Sequence[int]) -> list[np.ndarray]:
+    def split(self, labels: Row, shape: Shape) -> list:
         """Labels of the axes of `shape` into which one axis is split, row-major; ties what must die
         as a row."""
         grid = self.find(labels).reshape(shape)
@@ -131,7 +133,7 @@ class Labels:
             self.tie(labels, self.merge(axes))
         return axes
 
-    def _product(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    def _product(self, first: Row, second: Row) -> Row:
         """Labels of all pairs of two rows of representatives, the second fastest."""
         rows, row = np.unique(first, return_inverse=True)
         columns, column = np.unique(second, return_inverse=True)
@@ -170,7 +172,7 @@ class Labels:
         self._parent[path] = label
         return label
 
-    def _unite(self, labels: Sequence[int] | np.ndarray, others: np.ndarray | int) -> None:
+    def _unite(self, labels: Any, others: Any) -> None:
         """labels: simple representatives; others: what each becomes."""
         self._parent[labels] = others
         if np.equal(others, FROZEN).any():

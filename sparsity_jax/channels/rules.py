@@ -238,7 +238,7 @@ def _bitcast(walk: Walk, eqn: Any, x: Value) -> Values:
 
 
 @_rule("optimization_barrier", "device_put")
-def _each(walk: Walk, eqn: Any, *ins: Value) -> Sequence[Value]:
+def _each(walk: Walk, eqn: Any, *ins: Value) -> Sequence:
     return ins
 
 
@@ -289,14 +289,14 @@ def _reshape(walk: Walk, eqn: Any, x: Value) -> Value:
     return Value(axes, x.constant)
 
 
-def _blocks(old: Shape, new: Shape) -> Iterator[tuple]:
+def _blocks(old: Shape, new: Shape) -> Iterator:
     """Axes of two shapes of one size in pairs of runs of equal product; without axes of size 1."""
     ends = np.intersect1d(np.cumprod(old), np.cumprod(new))
     for start, end in itertools.pairwise([1, *ends[ends > 1]]):
         yield _between(old, start, end), _between(new, start, end)
 
 
-def _between(shape: Shape, start: int, end: int) -> Sequence[int]:
+def _between(shape: Shape, start: int, end: int) -> Sequence:
     """Axes up to which the product is above `start` and at most `end`."""
     products = np.cumprod(shape)
     inside = (products > start) & (products <= end)
@@ -417,7 +417,7 @@ def _dot(walk: Walk, eqn: Any, *ins: Value) -> Value:
     return Value(axes)
 
 
-def _pairs(values: Sequence[Value], positions: Sequence) -> Iterator[tuple]:
+def _pairs(values: Sequence, positions: Sequence) -> Iterator:
     """The axes of both factors at their `positions`."""
     first, second = map(Value.pick, values, positions)
     return zip(first.axes, second.axes, strict=True)
@@ -477,7 +477,7 @@ def _reduce(walk: Walk, eqn: Any, x: Value) -> Value:
     return out
 
 
-def _passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable[int], reason: str) -> Value:
+def _passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable, reason: str) -> Value:
     """The result of an operation along the axes `stopped`, which must stay; the others pass."""
     for d in stopped:
         axis = x.axes[d]

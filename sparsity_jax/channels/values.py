@@ -57,7 +57,7 @@ class Value(NamedTuple):
         """Of all axes, one after the other."""
         return np.concatenate([fixed(0), *(axis.labels for axis in self.axes)])
 
-    def pick(self, positions: Sequence[int]) -> "Value":
+    def pick(self, positions: Sequence) -> "Value":
         """With only these of its axes, in their order."""
         return self._replace(axes=[self.axes[a] for a in positions])
 
@@ -78,13 +78,13 @@ class Program(NamedTuple):
     jaxpr: Any
     consts: Sequence
     values: dict  # a Value for each variable
-    inner: list[list["Program"]]  # of each equation, in the order in which they run
+    inner: list[list]  # of each equation, in the order in which they run
 
     def known(self, variables: Sequence) -> list[Value]:
         """What is known of these variables; of a literal, its shape."""
         return [whole(var.aval) if is_literal(var) else self.values[var] for var in variables]
 
-    def equations(self) -> Iterator[tuple]:
+    def equations(self) -> Iterator:
         """Each equation with the programs inside of it."""
         return zip(self.jaxpr.eqns, self.inner)
 

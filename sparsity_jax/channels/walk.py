@@ -90,7 +90,7 @@ SCALAR_BODIES = ("reduce", "scatter", "select_and_scatter", "cum", "argmax", "ar
 _FOLDERS = ("/jax/", "/jaxlib/", "/flax/", "/equinox/")
 _LIBRARIES = (__file__, *_FOLDERS, "/contextlib.py", "/functools.py")
 _LARGEST_CONSTANT = 4096  # entries up to which a constant array is looked at
-Result = tuple[Values, list[Program]]  # of an equation, and the programs inside of it
+Result = tuple[Values, list]  # of an equation, and the programs inside of it
 
 
 class Frozen(NamedTuple):
@@ -124,7 +124,7 @@ class Walk:
         self.exposed: set[Place] = set()
         self.used = Order()
         self.multiplied = Order()
-        self._path: list[Any] = []  # the equation at work, after those it is inside of
+        self._path: list = []  # the equation at work, after those it is inside of
         self._reason = ""
         # all entries of axes of weights in one row
         axes = [axis for value in inputs for axis in value.axes if axis.origin]
@@ -153,7 +153,7 @@ class Walk:
             self.tie(axes[0], axis)
         return Axis(axes[0].labels, all(axis.zero for axis in axes))
 
-    def either(self, values: Sequence[Value]) -> Value:
+    def either(self, values: Sequence) -> Value:
         """An array that may be any of several of one shape; of the sources of the first."""
         same = zip(*(value.axes for value in values), strict=True)
         return Value(list(map(self.joined, same)), sources=values[0].sources)
@@ -258,7 +258,7 @@ class Walk:
             self.multiplied.note(sources)
         return sources
 
-    def _enter(self, eqn: Any, ins: Values, sources: int) -> list[Program]:
+    def _enter(self, eqn: Any, ins: Values, sources: int) -> list:
         """Walks the programs inside an unknown equation, which keeps its arrays whole."""
         programs = []
         for body in _bodies(eqn):
@@ -295,11 +295,11 @@ def _unnamed(value: Value) -> Value:
 
 def analyse(
     closed: Any,
-    names: Iterable[Any],
+    names: Iterable,
     *,
     whole: bool = False,
     branches: str = "tied",
-    carried: Mapping[int, int] | None = None,
+    carried: Mapping | None = None,
 ) -> Walk:
     """Walks a closed jaxpr. names: of the inputs that are weights; those behind them are data, and
     must not be cut.
@@ -432,7 +432,7 @@ def _loop(walk: Walk, eqn: Any, ins: Values) -> Result:
     return [value._replace(sources=sources) for value in carry + stacked], programs
 
 
-def _zeros(values: Values) -> list[bool]:
+def _zeros(values: Values) -> list:
     return [axis.zero for value in values for axis in value.axes]
 
 
