@@ -59,13 +59,15 @@ def of_members(group: Group, leaves: Leaves, removed: list, scored: list) -> Lay
     """
 
     def part_of(member: Member) -> Part:
+        index = member.index
         size = leaves[member.path].shape[member.axis]
         in_order = np.arange(size)[:, None]
-        index = None if np.array_equal(member.index, in_order) else member.index
-        return Part(member.path, (member.axis,), index)
+        same = np.array_equal(index, in_order)
+        return Part(member.path, (member.axis,), None if same else index)
 
-    parts, scores = (tuple(map(part_of, members)) for members in (removed, scored))
-    return Layer(group.name, (group.size,), parts, scores)
+    parts = map(part_of, removed)
+    scored_parts = map(part_of, scored)
+    return Layer(group.name, (group.size,), tuple(parts), tuple(scored_parts))
 
 
 def plain(path: str, leaves: Leaves) -> str:
@@ -95,9 +97,9 @@ def by_group(channels: Channels, keep: Leaves, granularity: Sliced = "filter") -
     """
     result: Fields = {}
     for name, member in deciding(channels, granularity):
-        several = member.index.shape[1] > 1  # copies, e.g. of a flattened image
-        if member.path in keep and not several and member.role != "depthwise":
-            kept = keep[member.path][member.index[:, 0]]
+        first, *copies = member.index.T  # copies e.g. of a flattened image
+        if member.path in keep and not copies and member.role != "depthwise":
+            kept = keep[member.path][first]
             result[name] = result.get(name, True) & kept
     return result
 
@@ -114,9 +116,10 @@ def alive(channels: Channels, kept: PyTree) -> Arrays:
         makers = [member for member in members if member.role != "consumer"]
         lives = np.zeros(group.size, bool)
         for member in makers or members:
-            mask = np.asarray(leaves[member.path])
-            others = tuple(np.delete(range(mask.ndim), member.axis))
-            left = np.asarray(mask.any(others))
-            lives |= left[member.index].any(1)
+            mask = np.moveaxis(np.asarray(leaves[member.path]), member.axis, 0)
+            flat = mask.reshape(len(mask), -1)
+            left = np.asarray(flat.any(1))
+            entries = left[member.index]
+            lives |= entries.any(1)
         result[name] = lives
     return result

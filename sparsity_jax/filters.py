@@ -82,15 +82,14 @@ def _coupled(params: PyTree, channels: Channels, axes: AxesByPath) -> Layers:
             path = path_of.get(member.path, "")
             members.append(member._replace(path=path))
         masked = [member for member in members if member.path]
-        producers = [member for member in members if member.role == "producer"]
-        depthwise = [member for member in members if member.role == "depthwise"]
-        makers = producers + depthwise
+        makers = [member for member in members if member.role in ("producer", "depthwise")]
+        producers = [member for member in makers if member.role == "producer"]
         if not makers or not all(member.path in axes for member in makers):
             continue
         # kernels that read the channels may stay: what they read is zero, if all that makes it is
         # masked
         if len(masked) == len(members):
             masked = [member for member in masked if member.role != "consumer" or member.exposed]
-        scored = producers or depthwise
+        scored = producers or makers
         layers[name] = coupling.of_members(group, leaves, masked, scored)
     return layers

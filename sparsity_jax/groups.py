@@ -118,11 +118,12 @@ class Channels(NamedTuple):
         return dict(zip(self.shapes, self.walked.inputs))
 
     def alive(self, keep: Keep) -> execute.Alive:
-        """Which entries of the program stay. keep: of all groups."""
+        """Which entries of the program stay; raises as `complete` does. keep: not traced."""
         removed: set[int] = set()
-        for name, group in self.groups.items():
-            gone = ~np.asarray(keep[name])
-            removed.update(group.labels[gone].tolist())
+        for name, kept in complete(self, keep).items():
+            gone = ~np.asarray(kept)
+            labels = self.groups[name].labels[gone]
+            removed.update(labels.tolist())
         return execute.Alive(self.walked.labels, removed)
 
 
@@ -214,8 +215,9 @@ def _abstract(leaf: Any) -> Any:
 def _signature(variables: PyTree, inputs: tuple) -> tuple:
     """What a trace is valid for: types of the variables, whose shapes are known; all of inputs."""
     leaves, tree = jax.tree.flatten(inputs)
-    types = tuple(leaf.dtype for leaf in jax.tree.leaves(variables))
-    return types, tuple(map(_struct, leaves)), tree
+    types = [leaf.dtype for leaf in jax.tree.leaves(variables)]
+    structs = map(_struct, leaves)
+    return tuple(types), tuple(structs), tree
 
 
 def _find_groups(channels: Channels) -> None:
@@ -317,11 +319,6 @@ def complete(channels: Channels, keep: Keep) -> Arrays:
     return result
 
 
-def _known(channels: Channels, keep: Keep) -> Arrays:
-    """`complete` of what is known while tracing."""
-    return {name: np.asarray(kept) for name, kept in complete(channels, keep).items()}
-
-
 def _stays(kept: Any, index: np.ndarray, size: int) -> Any:
     """bool [size]: entries all of whose channels are kept; several for x[:, None] * x[None]."""
     if isinstance(kept, jax.Array):
@@ -413,7 +410,7 @@ def mask(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
 def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     """`variables` without removed channels, for `elastic`; arguments as for `mask`, keep known."""
     _check_tied(channels)
-    alive = channels.alive(_known(channels, keep))
+    alive = channels.alive(keep)
     inputs = channels.inputs
 
     def cut(leaf: Any, members: Members) -> Any:
@@ -452,7 +449,7 @@ def _map(function: Callable, tree: PyTree, channels: Channels) -> PyTree:
 
 def compact_shapes(channels: Channels, keep: Keep) -> Structs:
     """Shapes of the compact variables, by path."""
-    alive = channels.alive(_known(channels, keep))
+    alive = channels.alive(keep)
     shapes = {}
     for path, value in channels.inputs.items():
         dtype = channels.shapes[path].dtype
@@ -479,7 +476,6 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "")
     gives, and for a `state` that holds other arrays.
     """
     _check_tied(channels)
-    keep = _known(channels, keep)
     expected = compact_shapes(channels, keep)
     traces = {}
     if apply == channels.apply and not state:
@@ -517,8 +513,10 @@ def _anew(
 
 def _content(channels: Channels) -> list:
     """What makes groups equal, whatever the order in which the function uses their arrays."""
-    members = channels.members
-    return sorted((name, path, axis, index.tolist()) for name, (path, axis, index, *_) in members)
+    content = []
+    for name, (path, axis, index, *_) in channels.members:
+        content.append((name, path, axis, index.tolist()))
+    return sorted(content)
 
 
 def teach(primitive: str, rule: rules.Rule, *, resize: execute.Resize | None = None) -> None:
@@ -542,7 +540,8 @@ def random_keep(channels: Channels, key: jax.Array, *, density: float = 0.6) -> 
     result = {}
     for i, (name, size) in enumerate(channels.sizes.items()):
         key_of_group = jax.random.fold_in(key, i)
-        draws = np.asarray(jax.random.uniform(key_of_group, (size,)))
+        uniform = jax.random.uniform(key_of_group, (size,))
+        draws = np.asarray(uniform)
         result[name] = (draws < density) | (draws == draws.min())
     return result
 
@@ -560,7 +559,10 @@ def check(
     masked = jax.jit(anew)(mask(variables, channels, keep), *inputs)
     small = compact(variables, channels, keep)
     compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
-    flat = [jax.flatten_util.ravel_pytree(results)[0] for results in (masked, compacted)]
+    flat = []
+    for results in (masked, compacted):
+        vector, _ = jax.flatten_util.ravel_pytree(results)
+        flat.append(vector)
     first, second = np.asarray(flat, complex)
     differ = first != second  # infinities may be equal
     errors = np.abs(first[differ] - second[differ])

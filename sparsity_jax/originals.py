@@ -68,10 +68,11 @@ def cosine(rate: Array, step: Array, learning_rate: float, epochs: int) -> Array
         angle = jnp.pi * jnp.asarray(step, float) / epochs
         return 1 + jnp.cos(angle)
 
-    restart = (step - 1 - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
+    previous = step - 1
+    restart = (previous - epochs) % (2 * epochs) == 0  # the previous cosine is zero there
     rise = 1 - math.cos(math.pi / epochs)
     risen = rate + learning_rate * rise / 2
-    before = jnp.where(restart, 1, height(step - 1))
+    before = jnp.where(restart, 1, height(previous))
     change = height(step) / before
     followed = change * rate
     return jnp.where(restart, risen, followed)
@@ -110,7 +111,8 @@ def kept_of_all(size: int, ratio: float) -> int:
 
 def kept_of_layer(size: int, ratio: float) -> int:
     """One weight more than nominal: SFW; `count="original"` of the selection `layerwise`."""
-    return size - int(ratio * (size - 1))
+    removed = int(ratio * (size - 1))
+    return size - removed
 
 
 def erk_ratios(shapes: Mapping[str, Shape], ratio: float) -> dict[str, float]:

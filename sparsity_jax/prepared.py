@@ -177,7 +177,8 @@ def _read_features(name: str, directory: pathlib.Path) -> tuple[Keys, int, int]:
     """(names of image and label, number of classes, channels or 0) of a prepared set."""
     with _metadata(directory / "dataset_info.json") as info:
         # written in one of two ways; of the words in it only names of features count below
-        preferred = re.findall(r'[^"]+', json.dumps(info.get("supervisedKeys")))
+        supervised = json.dumps(info.get("supervisedKeys"))
+        preferred = re.findall(r'[^"]+', supervised)
     with _metadata(directory / "features.json") as stored:
         features = (stored.get("featuresDict") or stored["content"])["features"]
         image = _pick_feature(name, features, "image", [*preferred, "image"])
@@ -186,7 +187,8 @@ def _read_features(name: str, directory: pathlib.Path) -> tuple[Keys, int, int]:
         kind = about.get("dtype") or "uint8"
         if kind != "uint8":
             raise ConfigError(f"{name!r} has {kind} images; only uint8 images can be read.")
-        dimensions = about.get("shape", {}).get("dimensions", ["-1"])
+        shape = about.get("shape", {})
+        dimensions = shape.get("dimensions", ["-1"])
         channels = {1: 1, 3: 3, 4: 3}.get(int(dimensions[-1]), 0)
         num_classes = int(features[label]["classLabel"].get("numClasses", 0))
     return Keys(image, label), num_classes, channels

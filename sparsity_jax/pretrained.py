@@ -519,7 +519,9 @@ def _alike(theirs: Modules, ours: Modules, fresh: set[str]) -> list[Group]:
 
 def _turns(modules: Modules, groups: list[Group], side: int) -> list[tuple]:
     """(kind, number of its group) of each module in a group, in the order of each kind."""
-    group_of = {name: i for i, group in enumerate(groups) for name in group[side]}
+    group_of: dict = {}
+    for i, group in enumerate(groups):
+        group_of |= dict.fromkeys(group[side], i)
     grouped = [name for name in modules if name in group_of]
     turns = [(modules[name].kind, group_of[name]) for name in grouped]
     return sorted(turns, key=operator.itemgetter(0))

@@ -408,7 +408,8 @@ def for_speedup(
         raise ValueError("table holds proportions: 0 and above, not all 0.")
 
     def scaled(number: int) -> shares.Ratios:
-        return {path: min(number / steps * ratio, highest) for path, ratio in table.items()}
+        factor = number / steps
+        return {path: min(factor * ratio, highest) for path, ratio in table.items()}
 
     def speedup(number: int) -> float:
         return dense / price(scaled(number))

@@ -451,7 +451,7 @@ def test_errors():
     channels = traced("mlp")
     name, size = next(iter(channels.sizes.items()))
     for keep, message in (
-        ({"nothing": np.ones(3, bool)}, "keep names 'nothing'; groups: params/"),
+        ({"nothing": np.ones(3, bool)}, "keep is 'nothing'; allowed: params/"),
         (
             {name: np.ones(size + 1, bool)},
             rf"keep\['{name}'\] is bool \({size + 1},\); allowed: bool \({size},\)",

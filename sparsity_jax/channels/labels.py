@@ -142,7 +142,8 @@ class Labels:
             parts = {*self.parts(a), *self.parts(b)}
             names.append(self._name(parts))
         table = np.array(names, int).reshape(len(rows), len(columns))
-        return table[row][:, column].ravel()
+        products = table[row][:, column]
+        return products.ravel()
 
     def _name(self, parts: set[int]) -> int:
         """The label that dies with any of the simple, live labels `parts`."""

@@ -209,6 +209,7 @@ _ELEMENTWISE: dict[str, Zero] = {
     "clamp": _clamped,
     "select_n": _selected,
 }
+RULES |= dict.fromkeys(("optimization_barrier", "device_put"), lambda walk, eqn, ins: ins)
 for _names, _zero in _ELEMENTWISE.items():
     RULES |= dict.fromkeys(_names.split(), elementwise(_zero))
 
@@ -221,8 +222,8 @@ def _integer_power(walk: Walk, eqn: Any, x: Value) -> Values:
 
 @_rule("add", "sub", "add_any")
 def _sum(walk: Walk, eqn: Any, x: Value, y: Value) -> Value | Values:
-    branches = walk.separate and x.sources & walk.data and y.sources & walk.data
-    if branches and x.shape == y.shape:
+    both = x.sources & walk.data and y.sources & walk.data
+    if walk.separate and both and x.shape == y.shape:
         first = walk.labels.find(x.labels)
         second = walk.labels.find(y.labels)
         if not np.array_equal(first, second):  # they are equal e.g. in x + x**3
@@ -235,11 +236,6 @@ def _bitcast(walk: Walk, eqn: Any, x: Value) -> Values:
     same = _shape_of(eqn) == x.shape  # else bytes are an axis
     apply = elementwise(all_zero) if same else unknown
     return apply(walk, eqn, [x])
-
-
-@_rule("optimization_barrier", "device_put")
-def _each(walk: Walk, eqn: Any, *ins: Value) -> Sequence:
-    return ins
 
 
 # Shapes ------------------------------------------------------------------------------------------
@@ -292,7 +288,8 @@ def _reshape(walk: Walk, eqn: Any, x: Value) -> Value:
 def _blocks(old: Shape, new: Shape) -> Iterator:
     """Axes of two shapes of one size in pairs of runs of equal product; without axes of size 1."""
     ends = np.intersect1d(np.cumprod(old), np.cumprod(new))
-    for start, end in itertools.pairwise([1, *ends[ends > 1]]):
+    bounds = [1, *ends[ends > 1]]
+    for start, end in itertools.pairwise(bounds):
         yield _between(old, start, end), _between(new, start, end)
 
 
@@ -306,7 +303,8 @@ def _between(shape: Shape, start: int, end: int) -> Sequence:
 
 def _zero_if_live(walk: Walk, axes: Sequence[Axis]) -> bool:
     """Whether entries of several axes are zero if they are removed."""
-    return all(axis.zero or not walk.labels.is_live(axis.labels) for axis in axes)
+    nonzero = [axis for axis in axes if not axis.zero]
+    return not any(walk.labels.is_live(axis.labels) for axis in nonzero)
 
 
 @_rule("concatenate")
@@ -342,7 +340,8 @@ def _reverse(walk: Walk, eqn: Any, x: Value) -> Value:
 def _tile(walk: Walk, eqn: Any, x: Value) -> Value:
     for a, times in enumerate(eqn.params["reps"]):
         entries = np.arange(x.axes[a].size)
-        x = _part(walk, x, a, np.tile(entries, times))
+        tiled = np.tile(entries, times)
+        x = _part(walk, x, a, tiled)
     return x
 
 
@@ -493,9 +492,8 @@ def _window(walk: Walk, eqn: Any, x: Value) -> Value:
     slid = []
     covered = True
     windows = zip(*(eqn.params[name] for name in names), strict=True)
-    for d, window in enumerate(windows):
-        size, _, padding, apart, hole = window
-        if window[:4] != (1, 1, (0, 0), 1):
+    for d, (size, stride, padding, apart, hole) in enumerate(windows):
+        if (size, stride, padding, apart) != (1, 1, (0, 0), 1):
             slid.append(d)
         covered &= max(padding) < size and apart == hole == 1
     out = _passing(walk, eqn, x, slid, "slides a window over it")

@@ -156,7 +156,8 @@ class Walk:
     def either(self, values: Sequence) -> Value:
         """An array that may be any of several of one shape; of the sources of the first."""
         same = zip(*(value.axes for value in values), strict=True)
-        return Value(list(map(self.joined, same)), sources=values[0].sources)
+        axes = list(map(self.joined, same))
+        return Value(axes, sources=values[0].sources)
 
     def contract(self, first: Axis, second: Axis, what: str) -> None:
         """Axes summed over together: removed entries must be zero in one of the factors."""

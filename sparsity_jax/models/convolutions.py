@@ -122,8 +122,8 @@ class BatchNorm(nn.Module):
             mean = wide.mean(axes)
             var = jnp.square(wide - mean).mean(axes)
             unbiased = var * (count / (count - 1))
-            running_mean.value = 0.9 * running_mean.value + 0.1 * mean.astype(stats_dtype)
-            running_var.value = 0.9 * running_var.value + 0.1 * unbiased.astype(stats_dtype)
+            for running, new in ((running_mean, mean), (running_var, unbiased)):
+                running.value = 0.9 * running.value + 0.1 * new.astype(stats_dtype)
         else:
             mean = running_mean.value.astype(dtype)
             var = running_var.value.astype(dtype)
@@ -170,17 +170,24 @@ def local_response_norm(x: Array, size: int = 2) -> Array:
     Divides by (1 + 1e-4 * mean square of `size` neighbouring channels, missing ones zero) ** 0.75;
     an even `size` takes one more channel before than after. float32 or wider inside.
     """
-    wide = x.astype(at_least_float32(x.dtype))
+    wide = _widened(x)
     channels = x.shape[-1]
-    around = (size // 2, (size - 1) // 2)
-    squares = jnp.pad(jnp.square(wide), ((0, 0), (0, 0), (0, 0), around))
-    mean = sum(squares[..., i : i + channels] for i in range(size)) / size
-    return (wide / (1 + 1e-4 * mean) ** 0.75).astype(x.dtype)
+    before = size // 2
+    after = (size - 1) // 2
+    squares = jnp.pad(jnp.square(wide), ((0, 0), (0, 0), (0, 0), (before, after)))
+    slices = [squares[..., i : i + channels] for i in range(size)]
+    mean = sum(slices) / size
+    divisor = (1 + 1e-4 * mean) ** 0.75
+    return (wide / divisor).astype(x.dtype)
 
 
 def global_average_pool(x: Array) -> Array:
     """Mean over height and width, in float32 or wider: [batch, channels]."""
-    return x.astype(at_least_float32(x.dtype)).mean((1, 2))
+    return _widened(x).mean((1, 2))
+
+
+def _widened(x: Array) -> Array:
+    return x.astype(at_least_float32(x.dtype))
 
 
 class Residual(NamedTuple):

@@ -42,9 +42,10 @@ def mobilenet(*, stem_width: Count = 32, blocks: tuple[tuple[Count, Count], ...]
     steps: Steps = (Conv(stem_width, 3), Norm(), RELU)
     channels = stem_width
     for i, (width, stride) in enumerate(blocks):
+        depthwise = _depthwise(channels, stride)
         pointwise = Conv(width, 1, name="pointwise")
-        block = (_depthwise(channels, stride), Norm(), RELU, pointwise, Norm(), RELU)
-        steps += (Block(f"block{i}", block),)
+        inside = (depthwise, Norm(), RELU, pointwise, Norm(), RELU)
+        steps += (Block(f"block{i}", inside),)
         channels = width
     return Plan((*steps, GLOBAL_AVERAGE))
 
@@ -74,7 +75,8 @@ def _divisible(width: float, divisor: int = 8) -> int:
     """`width` rounded to a multiple of `divisor`, up where it would lose more than a tenth, and at
     least `divisor`.
     """
-    rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    multiples = int(width + divisor / 2) // divisor
+    rounded = max(1, multiples) * divisor
     return rounded + divisor if rounded < 0.9 * width else rounded
 
 

@@ -26,7 +26,8 @@ def zero_pad_shortcut(x: Array, features: int, stride: int) -> Array:
     """
     missing = features - x.shape[-1]
     before = missing // 2
-    return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (before, missing - before)))
+    pixels = x[:, ::stride, ::stride]
+    return jnp.pad(pixels, ((0, 0), (0, 0), (0, 0), (before, missing - before)))
 
 
 def _residual(
