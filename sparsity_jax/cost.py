@@ -34,7 +34,6 @@ __all__ = [
     "Flops",
     "Latency",
     "Path",
-    "Price",
     "Unit",
     "Verdict",
     "compare",
@@ -262,11 +261,10 @@ def _reduction(eqn: Any) -> int:
 # Budgets of channels ---------------------------------------------------------------------------
 
 
-Price = Callable[[Mapping], float]
 Unit = Literal["parameters", "flops"]
 
 
-def of_channels(channels: groups.Channels, unit: Unit) -> Price:
+def of_channels(channels: groups.Channels, unit: Unit) -> Callable:
     """`price(keep)` of the network that `groups.trace` has seen, without the channels that `keep`
     leaves out.
 

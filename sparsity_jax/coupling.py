@@ -34,9 +34,10 @@ def of_group(group: Group, leaves: Leaves) -> Layer:
     producers = []
     kernels = []
     for member in group.members:
+        _, _, inner = member.path.partition("/")
         path = plain(member.path, leaves)
         if path not in leaves:
-            path = plain(member.path.partition("/")[2], leaves)
+            path = plain(inner, leaves)
         if path not in leaves:  # running statistics
             continue
         member = member._replace(path=path)
@@ -63,7 +64,8 @@ def of_members(group: Group, leaves: Leaves, removed: list, scored: list) -> Lay
         size = leaves[member.path].shape[member.axis]
         in_order = np.arange(size)[:, None]
         same = np.array_equal(index, in_order)
-        return Part(member.path, (member.axis,), None if same else index)
+        axes = (member.axis,)
+        return Part(member.path, axes, None if same else index)
 
     parts = map(part_of, removed)
     scored_parts = map(part_of, scored)
@@ -79,14 +81,16 @@ def is_weight(member: Member, leaves: Leaves) -> bool:
     """Whether a member makes or reads channels, or is a matrix called a kernel: a depthwise one may
     do neither.
     """
-    matrix = trees.is_kernel(member.path) and jnp.ndim(leaves.get(member.path, 0)) > 1
+    rank = jnp.ndim(leaves.get(member.path, 0))
+    matrix = trees.is_kernel(member.path) and rank > 1
     return matrix or member.role != "other"
 
 
 def deciding(channels: Channels, granularity: Sliced) -> groups.Members:
     """(name of group, member) of the kernels, also depthwise, that make or read its channels."""
     roles = ("producer", "depthwise") if granularity == "filter" else ("consumer",)
-    return [(name, member) for name, member in channels.members if member.role in roles]
+    members = channels.members
+    return [(name, member) for name, member in members if member.role in roles]
 
 
 def by_group(channels: Channels, keep: Leaves, granularity: Sliced = "filter") -> Fields:
@@ -116,7 +120,8 @@ def alive(channels: Channels, kept: PyTree) -> Arrays:
         makers = [member for member in members if member.role != "consumer"]
         lives = np.zeros(group.size, bool)
         for member in makers or members:
-            mask = np.moveaxis(np.asarray(leaves[member.path]), member.axis, 0)
+            mask = np.asarray(leaves[member.path])
+            mask = np.moveaxis(mask, member.axis, 0)
             flat = mask.reshape(len(mask), -1)
             left = np.asarray(flat.any(1))
             entries = left[member.index]

@@ -6,10 +6,9 @@ from sparsity_jax import coupling, groups, kernels, shares, tables, trees, units
 from sparsity_jax.groups import Channels
 from sparsity_jax.types import PyTree
 
-__all__ = ["AxesByPath", "Layers", "Structured"]
+__all__ = ["Layers", "Structured"]
 
 Layers = dict[str, units.Layer]
-AxesByPath = dict[str, kernels.Axes]
 
 
 @tables.option
@@ -43,8 +42,10 @@ class Structured:
             )
         return layers
 
-    def _of_layers(self, every: AxesByPath, by_name: bool) -> AxesByPath:
-        """Axes of the kernels that `layers` says. by_name: whether names tell all."""
+    def _of_layers(self, every: dict, by_name: bool) -> dict:
+        """Those of the kernels (their axes by path) that `layers` says. by_name: whether names tell
+        all.
+        """
         convolutions = {path: axes for path, axes in every.items() if axes.window}
         preferred = by_name and self.layers == "auto" and convolutions
         axes = convolutions if preferred or self.layers == "convolutions" else every
@@ -60,7 +61,7 @@ class Structured:
             )
         return others
 
-    def _slices(self, params: PyTree, axes: AxesByPath) -> Layers:
+    def _slices(self, params: PyTree, axes: dict) -> Layers:
         """Every kernel alone."""
         leaves = trees.named_leaves(params)
         layers = {}
@@ -70,7 +71,7 @@ class Structured:
         return layers
 
 
-def _coupled(params: PyTree, channels: Channels, axes: AxesByPath) -> Layers:
+def _coupled(params: PyTree, channels: Channels, axes: dict) -> Layers:
     """The groups of channels that the kernels in `axes`, and no others, make."""
     owners = groups.owners(params, channels)
     path_of = {variable: path for path, variable in owners.items()}
@@ -84,7 +85,8 @@ def _coupled(params: PyTree, channels: Channels, axes: AxesByPath) -> Layers:
         masked = [member for member in members if member.path]
         makers = [member for member in members if member.role in ("producer", "depthwise")]
         producers = [member for member in makers if member.role == "producer"]
-        if not makers or not all(member.path in axes for member in makers):
+        chosen = [member.path in axes for member in makers]
+        if not makers or not all(chosen):
             continue
         # kernels that read the channels may stay: what they read is zero, if all that makes it is
         # masked

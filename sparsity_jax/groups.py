@@ -35,7 +35,6 @@ __all__ = [
     "Member",
     "Members",
     "Struct",
-    "Structs",
     "check",
     "compact",
     "compact_shapes",
@@ -53,7 +52,6 @@ __all__ = [
 ]
 
 Struct = jax.ShapeDtypeStruct
-Structs = dict[str, Struct]  # by path
 Branches = Literal["tied", "separate"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
 Members = list[tuple[str, "Member"]]  # each with the name of its group
@@ -86,7 +84,7 @@ class Channels(NamedTuple):
 
     groups: dict[str, Group]
     frozen: list[walk.Frozen]  # operations that keep axes of the variables whole, by path
-    shapes: Structs  # of the full variables
+    shapes: dict[str, Struct]  # by path, of the full variables
     apply: Callable
     walked: walk.Walk
     signature: tuple  # of the arguments it was traced for
@@ -199,7 +197,8 @@ def _carried(result: PyTree, paths: list[str], state: str) -> dict:
             f"{leaves[:5]}, variables: {paths[:5]}."
         )
     numbers = map(leaves.index, below)
-    return dict(zip(numbers, map(paths.index, owned.values())))
+    variables = map(paths.index, owned.values())
+    return dict(zip(numbers, variables))
 
 
 def _struct(leaf: Any) -> Struct:
@@ -245,8 +244,8 @@ def _find_groups(channels: Channels) -> None:
             members.append(member)
         names = _names(members, list(channels.shapes))
         name = next(name for name in names if name not in channels.groups)
-        group = Group(name, len(labels), tuple(members), np.array(labels))
-        channels.groups[name] = group
+        row = np.array(labels)
+        channels.groups[name] = Group(name, row.size, tuple(members), row)
 
 
 def _entries(channels: Channels) -> dict:
@@ -447,7 +446,7 @@ def _map(function: Callable, tree: PyTree, channels: Channels) -> PyTree:
     return trees.map_named(of_leaf, tree)
 
 
-def compact_shapes(channels: Channels, keep: Keep) -> Structs:
+def compact_shapes(channels: Channels, keep: Keep) -> dict[str, Struct]:
     """Shapes of the compact variables, by path."""
     alive = channels.alive(keep)
     shapes = {}
@@ -631,7 +630,8 @@ def layout(channels: Channels) -> Fields:
     for name, group in channels.groups.items():
         places = {(member.role, positions.get(member.path)) for member in group.members}
         marks: dict = {}
-        for role, position in sorted((role, at) for role, at in places if at is not None):
+        used = [place for place in places if place[1] is not None]
+        for role, position in sorted(used):
             marks.setdefault(role, []).append(position)
         layouts[name] = dict(size=group.size, marks=marks)
     return dict(kernels=in_order, groups=layouts)

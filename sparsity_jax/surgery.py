@@ -59,8 +59,9 @@ def _kept(mask: Array) -> tuple:
     compact kernel.
     """
     flat = mask.reshape(-1, *mask.shape[-2:])
-    rows = jnp.tile(flat.any((0, 2)), len(flat))
-    return rows, flat.any((0, 1))
+    inputs = flat.any((0, 2))
+    outputs = flat.any((0, 1))
+    return jnp.tile(inputs, len(flat)), outputs
 
 
 METHODS = {"normal": normal, "orthogonal": orthogonal}
@@ -95,7 +96,8 @@ def reinitialize(
         name = trees.last_name(path)
         if path in axes:
             of_kernel = functools.partial(draw, dtype=leaf.dtype)
-            return _drawn(of_kernel, keys[path], jnp.asarray(mask), axes[path])
+            mask = jnp.asarray(mask)
+            return _drawn(of_kernel, keys[path], mask, axes[path])
         if name in ("bias", "b", "offset"):
             return jnp.zeros_like(leaf)
         if name in ("scale", "weight"):

@@ -33,7 +33,6 @@ __all__ = [
     "Layer",
     "Leaves",
     "Part",
-    "Parts",
     "Sliced",
     "absolute_sums",
     "entries",
@@ -111,9 +110,6 @@ class Layer(NamedTuple):
         return self.scored[0].axes is None
 
 
-Parts = dict[str, list]  # (name of the layer, part), by path of the array
-
-
 def of_kernel(name: str, path: str, shape: Shape, axes: Shape | None) -> Layer:
     """The slices of one array along `axes`, or all its entries. shape: of the array."""
     part = Part(path, axes)
@@ -182,9 +178,9 @@ def spread_mask(keep: Array, part: Part, shape: Shape) -> Array:
     return jnp.broadcast_to(removed == 0, shape)
 
 
-def parts_by_path(layers: Iterable[Layer]) -> Parts:
+def parts_by_path(layers: Iterable[Layer]) -> dict[str, list]:
     """(name of layer, part) of all that is removed from each array."""
-    result: Parts = {}
+    result: dict = {}
     for layer in layers:
         for part in layer.parts:
             result.setdefault(part.path, []).append((layer.name, part))

@@ -60,7 +60,8 @@ class Alive(NamedTuple):
 def run(alive: Alive, program: Program, *arrays: Any) -> list:
     """Results of the program for inputs that have the living entries only."""
     jaxpr = program.jaxpr
-    consts = map(alive.cut, program.consts, program.known(jaxpr.constvars))
+    known = program.known(jaxpr.constvars)
+    consts = map(alive.cut, program.consts, known)
     variables = (*jaxpr.constvars, *jaxpr.invars)
     env = dict(zip(variables, (*consts, *arrays), strict=True))
     last: dict = {}  # the equation after which a variable is not needed
@@ -90,11 +91,13 @@ def _run_equation(alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: 
     params = eqn.params
     name = primitive.name
     if name in INNER:
-        return _RUNS.get(name, _run_call)(alive, eqn, ins, inner)
+        run_inner = _RUNS.get(name, _run_call)
+        return run_inner(alive, eqn, ins, inner)
     results = program.known(eqn.outvars)
     if name in RESIZES:
         operands = program.known(eqn.invars)
-        params = params | RESIZES[name](Sizes(alive, params, operands, results))
+        sizes = Sizes(alive, params, operands, results)
+        params = params | RESIZES[name](sizes)
     options = primitive.get_bind_params(params)
     outs = primitive.bind(*ins, **options)
     if not primitive.multiple_results:
@@ -257,8 +260,10 @@ def _slopes(given: Iterable, arrays: Arrays) -> list:
     slopes = iter(given)
     result = []
     for array in arrays:
-        none = np.zeros(array.shape, jax.dtypes.float0)
-        result.append(next(slopes) if _has_slope(array) else none)
+        slope = np.zeros(array.shape, jax.dtypes.float0)
+        if _has_slope(array):
+            slope = next(slopes)
+        result.append(slope)
     return result
 
 
@@ -319,7 +324,8 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
     def derivative(primals: tuple, tangents: tuple) -> tuple:
         arrays = [*primals, *_of_slopes(tangents, primals)]
         known = operands + operand_slopes
-        both = _beside(alive, push, known, results + result_slopes, arrays)
+        wanted = results + result_slopes
+        both = _beside(alive, push, known, wanted, arrays)
         outs = both[: len(results)]
         slopes = both[len(results) :]
         return outs, _slopes(slopes, outs)

@@ -94,7 +94,7 @@ class Labels:
     def tie(self, first: Row, second: Row) -> None:
         """Entry i of one dies exactly if entry i of the other does."""
         while True:
-            pairs = np.stack([self.find(first), self.find(second)])
+            pairs = self.find(np.stack([first, second]))
             composite = self._composite[pairs].any(0)
             different = (pairs[0] != pairs[1]) & ~composite
             if not different.any():

@@ -445,15 +445,17 @@ def _convolve(walk: Walk, eqn: Any, x: Value, kernel: Value) -> Value | Values:
     zero = outputs.zero
     if depthwise and groups == outputs.size:
         zero = zero or features.zero
+    made = Axis(outputs.labels, zero)
     out_batch, out_features, *_ = spec.out_spec
     result = whole(eqn.outvars[0].aval)
     result = result.put(out_batch, batch.unnamed)
-    return result.put(out_features, Axis(outputs.labels, zero))
+    return result.put(out_features, made)
 
 
 def _grouped(walk: Walk, axis: Axis, count: int) -> list[Axis]:
     """The axis of a grouped convolution as two: groups, and entries of each."""
-    parts = walk.labels.split(axis.labels, (count, axis.size // count))
+    size = axis.size // count
+    parts = walk.labels.split(axis.labels, (count, size))
     return [Axis(labels, axis.zero) for labels in parts]
 
 
