@@ -140,9 +140,7 @@ class TrainingLoss(alone.OneByOne):
                 precision=problem.curvature_precision,
             )
 
-        data = (self.batch_size, self.num_examples)
-        gauss_newton = self.operator == "gauss_newton"
-        return problem.once((make, self.loss, self.parameters, *data, gauss_newton), build)
+        return problem.once((make, self), build)
 
 
 # limit --------------------------------------------------------------------------------------------

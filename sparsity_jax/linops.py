@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import scipy.linalg
 from jax import Array, lax
 from jax.tree_util import (
@@ -194,8 +193,10 @@ def rademacher(key: Array, like: PyTree) -> PyTree:
     are no floats.
     """
     trees.check_parameters(like, "rademacher")
-    like = tree_map(jnp.asarray, like)
-    return optax.tree.random_like(key, like, jax.random.rademacher)
+    leaves, structure = tree_flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    sign = lambda key, x: jax.random.rademacher(key, jnp.shape(x), jnp.result_type(x))
+    return tree_unflatten(structure, map(sign, keys, leaves))
 
 
 def _dot(first: PyTree, second: PyTree) -> Array:
