@@ -6,8 +6,8 @@ and a place that holds its own settings and rows.
 
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
+from jax.tree_util import tree_map
 
 from sparsity_jax import interface, train
 from sparsity_jax.interface import Place
@@ -37,7 +37,8 @@ class EachMember(interface.Stage):
             rows.append(added)
         together = states[0]
         if problem.members is not None:
-            together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+            stack = lambda *leaves: jnp.stack(leaves)
+            together = tree_map(stack, *states)
         yield Update(together, rows, 1.0)
 
 

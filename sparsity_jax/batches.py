@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.tree_util import tree_leaves, tree_map
 
 from sparsity_jax import stopping, trees
 from sparsity_jax.types import PyTree
@@ -27,7 +28,9 @@ def mean(
     """
 
     def add(total: PyTree, data: PyTree, start: Any, length: int, arguments: tuple) -> PyTree:
-        share = length / num_examples(data) if weighted else 1.0
+        share = 1.0
+        if weighted:
+            share = length / num_examples(data)
         batch = cut(data, start, length)
         term = function(batch, *arguments)
         return plus(total, term, share)
@@ -37,8 +40,9 @@ def mean(
         size = num_examples(data)
         length = min(batch_size, size)
         whole, rest = divmod(size, length)
-        inputs = jax.tree.leaves((data, arguments))
-        total = jax.tree.map(lambda leaf: trees.varying_like(leaf, inputs), total)
+        inputs = tree_leaves((data, arguments))
+        varying = lambda leaf: trees.varying_like(leaf, inputs)
+        total = tree_map(varying, total)
         step = lambda i, total: add(total, data, i * length, length, arguments)
         total = lax.fori_loop(0, whole, step, total)
         if rest:
@@ -48,18 +52,21 @@ def mean(
     compiled_add = jax.jit(add, static_argnums=3)
 
     def looped(total: PyTree, data: PyTree, *arguments: Any) -> PyTree:
-        data = jax.tree.map(jnp.asarray, data)  # NumPy arrays would be sent for every call
+        data = tree_map(jnp.asarray, data)  # NumPy arrays would be sent for every call
         for start, length in pieces(data, batch_size):
             stopping.check()
             total = compiled_add(total, data, start, length, arguments)
         return total
 
-    return looped if on_host else scanned
+    if on_host:
+        return looped
+    return scanned
 
 
 def plus(total: PyTree, term: PyTree, share: float) -> PyTree:
     """`total` with a share of `term` added, in the types of `total`."""
-    return jax.tree.map(lambda t, p: t + p.astype(t.dtype) * share, total, term)
+    add = lambda t, p: t + p.astype(t.dtype) * share
+    return tree_map(add, total, term)
 
 
 def pieces(data: PyTree, batch_size: int) -> list[tuple[int, int]]:
@@ -70,17 +77,19 @@ def pieces(data: PyTree, batch_size: int) -> list[tuple[int, int]]:
     size = num_examples(data)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 and above.")
-    return [(start, min(batch_size, size - start)) for start in range(0, size, batch_size)]
+    starts = range(0, size, batch_size)
+    return [(start, min(batch_size, size - start)) for start in starts]
 
 
 def cut(data: PyTree, start: int | Array, length: int) -> PyTree:
     """`length` examples of `data` from `start` on; start may be traced."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, length), data)
+    part = lambda x: lax.dynamic_slice_in_dim(x, start, length)
+    return tree_map(part, data)
 
 
 def num_examples(data: PyTree) -> int:
     """The one length of all arrays; raises ValueError."""
-    sizes = {len(leaf) for leaf in jax.tree.leaves(data)}
+    sizes = {len(leaf) for leaf in tree_leaves(data)}
     if len(sizes) != 1 or not min(sizes):
         raise ValueError(
             f"the data have arrays of length {sorted(sizes)}; allowed: one length, at least 1."

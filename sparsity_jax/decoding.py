@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import cv2
 import numpy as np
+from numpy import ndarray
 from PIL import Image
 
 __all__ = ["FORMATS", "SUFFIXES", "decode", "format_of", "jpeg_shape", "orientation", "why_not"]
@@ -50,7 +51,7 @@ def format_of(data: bytes) -> str:
     return ""
 
 
-def decode(data: bytes, *, reduced: int = 0, upright: bool = False) -> np.ndarray | None:
+def decode(data: bytes, *, reduced: int = 0, upright: bool = False) -> ndarray | None:
     """uint8 [H, W] (grey) or [H, W, 3] (BGR, OpenCV's order); None if `data` is not a whole image
     of `FORMATS`.
 
@@ -66,15 +67,17 @@ def decode(data: bytes, *, reduced: int = 0, upright: bool = False) -> np.ndarra
         image = _decode_pnm(data) if name == "PNM" else _decode_with_opencv(data, name, reduced)
     except (cv2.error, ValueError, OverflowError):  # pixels are missing, or are too many
         return None
-    return _turned(image, orientation(data)) if upright and image is not None else image
+    if upright and image is not None:
+        return _turned(image, orientation(data))
+    return image
 
 
-def _decode_with_opencv(data: bytes, name: str, reduced: int) -> np.ndarray | None:
+def _decode_with_opencv(data: bytes, name: str, reduced: int) -> ndarray | None:
     flags = _DECODE | reduced
     if name == "TIFF" and _tiff_tag(data, 262) == 2 and _tiff_tag(data, 277) == 4:
         flags = cv2.IMREAD_UNCHANGED  # RGB with alpha
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if image is None or image.ndim == 2 or image.shape[2] == 3:
+    if image is None or image.shape[2:] != (4,):
         return image
     opaque = 65535 if image.dtype == np.uint16 else 255
     if image[..., 3].min() < opaque:  # its colours come multiplied by alpha
@@ -100,12 +103,11 @@ def _why_unreadable(data: bytes, name: str) -> str:
         return "is not an image that can be decoded: its end is missing."
     if name == "TIFF" and _tiff_tag(data, 262) in (8, 9, 10):  # OpenCV takes them for others
         return "is a TIFF with CIELAB colours, which are not read; convert it to RGB."
-    if name == "TIFF" and (
-        _tiff_tag(data, 339) != 1 or _tiff_tag(data, 258) not in (1, 2, 4, 8, 16)
-    ):
-        numbers = "floating-point, signed or wide numbers"
-        return f"is a TIFF of {numbers}; allowed: 8 or 16 bits without sign."
-    return ""
+    plain = name != "TIFF" or _tiff_tag(data, 339) == 1
+    if plain and (name != "TIFF" or _tiff_tag(data, 258) in (1, 2, 4, 8, 16)):
+        return ""
+    numbers = "floating-point, signed or wide numbers"
+    return f"is a TIFF of {numbers}; allowed: 8 or 16 bits without sign."
 
 
 # JPEG ---------------------------------------------------------------------------------------------
@@ -143,7 +145,9 @@ def jpeg_shape(data: bytes) -> tuple[int, int] | None:
             if len(header) < 4:
                 return None
             height, width = struct.unpack(">HH", header)
-            return (height, width) if height and width else None
+            if height and width:
+                return height, width
+            return None
     return None
 
 
@@ -165,13 +169,16 @@ def orientation(data: bytes) -> int:
 
     That of a TIFF is part of the format, and applied when it is decoded.
     """
-    if format_of(data) not in ("JPEG", "PNG", "WebP") or not any(start in data for start in _EXIF):
+    has_tags = any(start in data for start in _EXIF)
+    if not has_tags or format_of(data) not in ("JPEG", "PNG", "WebP"):
         return 1
     try:
         value = int(Image.open(io.BytesIO(data)).getexif()[274])
     except Exception:  # none is said, or damaged images and tags break Pillow's readers
         return 1
-    return value if 1 <= value <= 8 else 1
+    if 1 <= value <= 8:
+        return value
+    return 1
 
 
 def _tiff_tag(data: bytes, tag: int) -> int:
@@ -184,7 +191,7 @@ def _tiff_tag(data: bytes, tag: int) -> int:
         return 1
 
 
-def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
+def _turned(image: ndarray, orientation: int) -> ndarray:
     """`image` as an EXIF orientation of 1 to 8 says that it is to be seen."""
     if orientation >= 5:
         image = image.swapaxes(0, 1)
@@ -198,7 +205,7 @@ def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
 # PGM and its relatives ----------------------------------------------------------------------------
 
 
-def _decode_pnm(data: bytes) -> np.ndarray | None:
+def _decode_pnm(data: bytes) -> ndarray | None:
     """`decode` of PBM, PGM and PPM, plain or binary, with any maximum.
 
     A value v of at most `maximum` becomes the whole number nearest to 255 v / maximum. Raises
@@ -213,7 +220,8 @@ def _decode_pnm(data: bytes) -> np.ndarray | None:
     header = re.match(rb"P\d" + field * (2 if bitmap else 3) + end, data)
     if header is None:
         return None
-    width, height = int(header[1]), int(header[2])
+    width = int(header[1])
+    height = int(header[2])
     maximum = 1 if bitmap else int(header[3])
     if maximum > 65535:
         return None
@@ -233,5 +241,8 @@ def _decode_pnm(data: bytes) -> np.ndarray | None:
     if bitmap:
         levels = 1 - levels  # 1 is black
     levels = (255 * levels + maximum // 2) // maximum
-    image = levels.astype(np.uint8).reshape(height, width, channels)
-    return image[..., 0] if channels == 1 else np.ascontiguousarray(image[..., ::-1])
+    levels = levels.astype(np.uint8)
+    if channels == 1:
+        return levels.reshape(height, width)
+    image = levels.reshape(height, width, channels)
+    return np.ascontiguousarray(image[..., ::-1])

@@ -5,8 +5,10 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from sparsity_jax.decoding import SUFFIXES, format_of
-from sparsity_jax.sources import Opened, Source, UnreadableError
+from sparsity_jax.sources import Opened, Pairs, Source, UnreadableError
 from sparsity_jax.tables import ConfigError
 
 __all__ = ["Images", "Listing", "open_folder", "read_file"]
@@ -32,21 +34,22 @@ def open_folder(path: str, train_split: str, test_split: str) -> Opened:
         raise ConfigError(f"config.data.train_split and test_split are both {train_split!r}.")
     train = _list_images(root / train_split)
     test = _list_images(root / test_split)
-    train_classes = {f"{train_split}/{name}": name for name, _ in train.values()}
-    test_classes = {f"{test_split}/{name}": name for name, _ in test.values()}
-    both = {*train_classes.values()} & {*test_classes.values()}
-    lonely = [
-        place for place, name in sorted((train_classes | test_classes).items()) if name not in both
-    ]
+    train_classes = {name for name, _ in train.values()}
+    test_classes = {name for name, _ in test.values()}
+    lonely = [f"{train_split}/{name}" for name in sorted(train_classes - test_classes)]
+    lonely += [f"{test_split}/{name}" for name in sorted(test_classes - train_classes)]
     if lonely:
-        needed = f"{train_split} and {test_split} need the same class directories"
-        raise ConfigError(f"{root}: {needed}; in one only: {', '.join(map(repr, lonely[:5]))}.")
+        named = ", ".join(map(repr, lonely[:5]))
+        raise ConfigError(
+            f"{root}: {train_split} and {test_split} need the same class directories; in one only: "
+            f"{named}."
+        )
     for place in train.keys() & test.keys():
         raise ConfigError(
             f"{test[place][1]} of the test split is the same file as {train[place][1]} of the "
             "train split; the two must not share images."
         )
-    return Opened(_folder_source(train), _folder_source(test), len(both), channels=0)
+    return Opened(_folder_source(train), _folder_source(test), len(train_classes), channels=0)
 
 
 def _test_folder(root: pathlib.Path) -> str:
@@ -59,19 +62,13 @@ def _test_folder(root: pathlib.Path) -> str:
 
 def _folder_source(images: Listing) -> Source:
     """Images in the order of their classes and paths."""
-    items = sorted(images.values())
-    labels: dict[str, int] = {}
-    for name, _ in items:
-        labels.setdefault(name, len(labels))
+    names, paths = zip(*sorted(images.values()))
+    _, labels = np.unique(names, return_inverse=True)
 
-    def read(indices: Sequence[int]) -> list[tuple[bytes, int]]:
-        pairs = []
-        for i in indices:
-            name, path = items[i]
-            pairs.append((read_file(path), labels[name]))
-        return pairs
+    def read(indices: Sequence[int]) -> Pairs:
+        return [(read_file(paths[i]), int(labels[i])) for i in indices]
 
-    return Source(len(items), read, lambda i: items[i][1])
+    return Source(len(paths), read, paths.__getitem__)
 
 
 def read_file(file: str) -> bytes:
@@ -96,8 +93,10 @@ def _list_images(split: pathlib.Path) -> Listing:
             "per class."
         )
     listed: Listing = {}
-    annotated = (split / _ANNOTATIONS).is_file()
-    for name, path, place in _annotated_images(split) if annotated else _visible_images(split):
+    images = _visible_images
+    if (split / _ANNOTATIONS).is_file():
+        images = _annotated_images
+    for name, path, place in images(split):
         other, _ = listed.setdefault(place, (name, path))
         if other != name:
             advice = "remove one of them, an image has one class"
@@ -118,13 +117,13 @@ def _visible_images(split: pathlib.Path) -> Images:
     for name in classes:
         empty = True
         for folder, real, _, files in _walk(split / name):
-            for file in files:
-                path = os.path.join(folder, file)
-                if not _is_image(path):
-                    continue
+            paths = [os.path.join(folder, file) for file in files]
+            for path in filter(_is_image, paths):
                 empty = False
-                is_link = os.path.islink(path)
-                yield name, path, os.path.realpath(path) if is_link else os.path.join(real, file)
+                place = os.path.join(real, os.path.basename(path))
+                if os.path.islink(path):
+                    place = os.path.realpath(path)
+                yield name, path, place
         if empty:
             raise ConfigError(
                 f"{split / name} has no images ({', '.join(SUFFIXES)}); remove it or fill it."
@@ -139,12 +138,13 @@ def _walk(directory: pathlib.Path) -> Iterator[tuple[str, str, list[str], list[s
     visited = set()
     for folder, names, files in os.walk(directory, onerror=_refuse_listing, followlinks=True):
         place = os.path.realpath(folder)
-        around = os.path.realpath(os.path.dirname(folder))
-        names[:] = sorted(filter(_is_visible, names))
+        parent = os.path.dirname(folder)
+        around = os.path.realpath(parent)
         if place in visited or os.path.commonpath((place, around)) == place:
             names.clear()
             continue
         visited.add(place)
+        names[:] = sorted(filter(_is_visible, names))
         yield folder, place, names, sorted(filter(_is_visible, files))
 
 

@@ -6,10 +6,10 @@ They read a trained network, and earlier rows of the run (or of `config.start_fr
 Source: Zhang et al. 2023, arXiv:2306.05857.
 """
 
-import functools
 import operator
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -33,7 +33,7 @@ from sparsity_jax import (
     width,
 )
 from sparsity_jax.interface import Place
-from sparsity_jax.tables import ConfigError
+from sparsity_jax.tables import ConfigError, Count, Fraction, Index, NonNegative, Range, option
 from sparsity_jax.train import Problem, State, Update
 from sparsity_jax.types import Fields, PyTree, Row, Rows
 
@@ -76,13 +76,16 @@ def wide_variables(state: State) -> Variables:
     return tree_map(trees.widen, (state.params, state.batch_stats))
 
 
+@option
 class TrainingLoss(alone.OneByOne):
     """A stage that looks at the training loss around the trained weights."""
 
-    loss: Fields
-    batch_size: int
+    batch_size: Count = 128
+    loss: losses.Config = losses.CROSS_ENTROPY
+    # without a type, so that they are no fields of every such stage
     num_examples = 0
     parameters = ".*"
+    operator = "hessian"  # whose products with vectors are taken
 
     def check(self) -> None:
         super().check()
@@ -108,14 +111,12 @@ class TrainingLoss(alone.OneByOne):
         images, _ = batch
         return self.loss_of(problem.logits(*variables, images), batch)
 
-    def product(
-        self, problem: Problem, gauss_newton: bool, variables: Variables, v: PyTree, batch: Images
-    ) -> PyTree:
+    def product(self, problem: Problem, variables: Variables, v: PyTree, batch: Images) -> PyTree:
         """v times the curvature of the loss over a batch, in the parameters of the stage."""
         params, batch_stats = variables
         precision = problem.curvature_precision
         part, rebuild = spectrum.select(params, self.parameters)
-        if gauss_newton:
+        if self.operator == "gauss_newton":
             outputs = lambda part, batch: problem.logits(rebuild(part), batch_stats, batch[0])
             matvec = linops.gauss_newton(outputs, self.loss_of, part, batch, precision=precision)
         else:
@@ -123,28 +124,23 @@ class TrainingLoss(alone.OneByOne):
             matvec = linops.hvp(loss, part, batch, precision=precision)
         return matvec(v)
 
-    def whole_product(self, problem: Problem, gauss_newton: bool = False) -> Callable:
+    def whole_product(self, problem: Problem) -> Callable:
         """`product(variables, v)` over all examples of the stage."""
-        of_batch = functools.partial(self.product, problem, gauss_newton)
-        return self.over_examples(problem, spectrum.over_batches, of_batch, gauss_newton)
+        return self.over_examples(problem, spectrum.over_batches, self.product)
 
-    def over_examples(
-        self, problem: Problem, make: Callable, of_batch: Callable, *depends: Any
-    ) -> Callable:
-        """`make(of_batch, ...)` over all examples of the stage, made once."""
+    def over_examples(self, problem: Problem, make: Callable, of_batch: Callable) -> Callable:
+        """`make(of_batch, ...)` over all examples of the stage, made once; of_batch: a method."""
 
         def build() -> Callable:
-            data = self.examples(problem)
             return make(
-                of_batch,
-                data,
+                partial(of_batch, problem),
+                self.examples(problem),
                 self.batch_size,
                 on_host=stages.on_host(problem),
                 precision=problem.curvature_precision,
             )
 
-        name = (make, self.loss, self.parameters, self.batch_size, self.num_examples, *depends)
-        return problem.once(name, build)
+        return problem.once((make, self), build)
 
 
 # limit --------------------------------------------------------------------------------------------
@@ -178,7 +174,7 @@ CRITERIA = {
 }
 
 
-@tables.option
+@option
 class Limit(alone.OneByOne, stages.Selecting):
     """The largest pruning ratio that loses nothing, by a coarse scan and bisection: some 20
     evaluations.
@@ -200,9 +196,9 @@ class Limit(alone.OneByOne, stages.Selecting):
     kind = "limit"
     needs = ("train",)
     criterion: Literal["accuracy", "better_accuracy", "accuracy_within", "loss_within"] = "accuracy"
-    tolerance: tables.NonNegative = 0.0
+    tolerance: NonNegative = 0.0
     split: Literal["test", "train"] = "test"
-    scan: tuple[tables.Fraction, ...] = (
+    scan: tuple[Fraction, ...] = (
         0.2,
         0.4,
         0.6,
@@ -216,7 +212,7 @@ class Limit(alone.OneByOne, stages.Selecting):
         0.98,
         0.99,
     )
-    resolution: Annotated[float, tables.Range(0.0, 0.5, above=True)] = 0.001
+    resolution: Annotated[float, Range(0.0, 0.5, above=True)] = 0.001
 
     def check(self) -> None:
         super().check()
@@ -238,7 +234,7 @@ class Limit(alone.OneByOne, stages.Selecting):
             result = train.measure(problem, network.params, network.batch_stats, self.split)
             return dict(loss=float(result.loss), accuracy=float(result.accuracy))
 
-        known = {(row["phase"], row["ratio"]): row for row in rows if "ratio" in row}
+        known = {(row["phase"], row["ratio"]): row for row in rows}
         for row in find_limit(evaluate, self, known):
             done = row.pop("done")
             yield Update(state, [[row]], done)
@@ -266,8 +262,9 @@ def find_limit(
         seen.append(row)
         return criterion.passes(row, seen[0], tolerance)
 
-    dense_passes = yield from passes("dense", 0.0, 0.0)
-    low = 0.0 if dense_passes else None
+    low = None
+    if (yield from passes("dense", 0.0, 0.0)):
+        low = 0.0
     high = 1.0
     end = "the end of the scan"
     for i, ratio in enumerate(reversed(limit.scan), 1):
@@ -304,7 +301,8 @@ def largest_ratio(rows: Rows, criterion: str, *, tolerance: float | None = None)
     None: not even that.
     """
     rule = CRITERIA[criterion]
-    tolerance = rule.tolerance if tolerance is None else tolerance
+    if tolerance is None:
+        tolerance = rule.tolerance
     dense = min(rows, key=lambda row: row["ratio"])
     good = [row["ratio"] for row in rows if rule.passes(row, dense, tolerance)]
     return max(good, default=None)
@@ -313,7 +311,7 @@ def largest_ratio(rows: Rows, criterion: str, *, tolerance: float | None = None)
 # path ---------------------------------------------------------------------------------------------
 
 
-@tables.option
+@option
 class Path(TrainingLoss, stages.Selecting):
     """How pruning really moves the training loss, beside the second order, which is all that the
     prediction knows.
@@ -328,7 +326,7 @@ class Path(TrainingLoss, stages.Selecting):
 
     kind = "path"
     needs = ("train",)
-    ratios: tuple[tables.Fraction, ...] = (
+    ratios: tuple[Fraction, ...] = (
         0.5,
         0.7,
         0.8,
@@ -343,9 +341,8 @@ class Path(TrainingLoss, stages.Selecting):
         0.995,
     )
     at_limits: bool = True
-    batch_size: tables.Count = 1000
-    num_examples: tables.Index = 0
-    loss: losses.Config = losses.CROSS_ENTROPY
+    batch_size: Count = 1000
+    num_examples: Index = 0
 
     def check(self) -> None:
         super().check()
@@ -354,29 +351,22 @@ class Path(TrainingLoss, stages.Selecting):
 
     def measure(self, problem: Problem, state: State, place: Place) -> Updates:
         pruned = self.pruned(problem, place.position)
-        mean_loss = functools.partial(self.mean_loss, problem)
-        terms = self.over_examples(problem, spectrum.taylor, mean_loss)
+        terms = self.over_examples(problem, spectrum.taylor, self.mean_loss)
         variables = (state.params, state.batch_stats)
         still = tree_map(jnp.zeros_like, state.batch_stats)
         ratios = set(self.ratios)
-        fields = {"width": "predicted", "limit": "limit"} if self.at_limits else {}
-        for row in place.earlier[0]:
-            limit = row.get(fields.get(row["kind"], ""))
-            if limit is not None and limit < 1:
-                ratios.add(limit)
+        if self.at_limits:
+            fields = {"width": "predicted", "limit": "limit"}
+            limits = [row.get(fields.get(row["kind"], "")) for row in place.earlier[0]]
+            ratios.update(limit for limit in limits if limit is not None and limit < 1)
         number = len(place.rows[0])
         left = sorted(ratios)[number:]
         for i, ratio in enumerate(left, number + 1):
             network, _ = pruned(state, self.counts(problem, ratio))
             step, distance = _step_to(network.params, state.params)
-            change, first_order, second_order = terms(variables, (step, still))
-            row = dict(
-                ratio=ratio,
-                distance=float(distance),
-                change=float(change),
-                first_order=float(first_order),
-                second_order=float(second_order),
-            )
+            change = terms(variables, (step, still))
+            orders = tree_map(float, change._asdict())
+            row = dict(ratio=ratio, distance=float(distance), **orders)
             yield Update(state, [[row]], i / len(ratios))
 
 
@@ -390,7 +380,7 @@ def _step_to(after: PyTree, before: PyTree) -> tuple[PyTree, Array]:
 # row_norms ----------------------------------------------------------------------------------------
 
 
-@tables.option
+@option
 class RowNorms(TrainingLoss):
     """Share of weights without curvature, from the Hessian rows of the weights at `num_weights`
     magnitude quantiles.
@@ -405,13 +395,11 @@ class RowNorms(TrainingLoss):
 
     kind = "row_norms"
     needs = ("train",)
-    num_weights: tables.Count = 100
-    threshold: tables.NonNegative = 1e-7
+    num_weights: Count = 100
+    threshold: NonNegative = 1e-7
     rows: Literal["mean", "original"] = "mean"
-    batch_size: tables.Count = 128
-    num_examples: tables.Index = 0
+    num_examples: Index = 0
     parameters: str = ".*"
-    loss: losses.Config = losses.CROSS_ENTROPY
 
     def check_network(self, problem: Problem, visits: int) -> None:
         shapes = train.shapes_of(problem)
@@ -457,7 +445,8 @@ class RowNorms(TrainingLoss):
         data = self.examples(problem)
 
         def of_batch(batch: Images, variables: Variables, v: PyTree) -> Array:
-            return spectrum.absolute_sum(self.product(problem, False, variables, v, batch))
+            row = self.product(problem, variables, v, batch)
+            return spectrum.absolute_sum(row)
 
         def build() -> Callable:
             return batches.mean(of_batch, self.batch_size, on_host=True, weighted=False)
@@ -485,7 +474,7 @@ class Probe(NamedTuple):
     lanczos: linops.LanczosState
 
 
-@tables.option
+@option
 class Spectrum(TrainingLoss):
     """Stochastic Lanczos quadrature of the curvature of the training loss at the trained weights.
 
@@ -507,16 +496,15 @@ class Spectrum(TrainingLoss):
     kind = "spectrum"
     needs = ("train",)
     operator: Literal["hessian", "gauss_newton", "absolute"] = "hessian"
-    num_matvecs: tables.Count = 96
-    num_probes: tables.Count = 1
+    num_matvecs: Count = 96
+    num_probes: Count = 1
     reorthogonalize: Literal["full", "bfloat16", "host", "none"] = "full"
-    stop_width: tables.NonNegative = 0.0
+    stop_width: NonNegative = 0.0
     linearize_once: bool = False
-    l2: tables.NonNegative = 0.0
-    batch_size: tables.Count = 1000
-    num_examples: tables.Index = 0
+    l2: NonNegative = 0.0
+    batch_size: Count = 1000
+    num_examples: Index = 0
     parameters: str = WITHOUT_BATCH_NORM
-    loss: losses.Config = losses.CROSS_ENTROPY
 
     def check_order(self, order: interface.Order) -> None:
         if self.stop_width and not any(isinstance(own, Width) for own in order.all.values()):
@@ -551,7 +539,7 @@ class Spectrum(TrainingLoss):
         start = linops.rademacher(key, self.variables(state))
         return Probe(jnp.asarray(number, jnp.int32), self.lanczos.init(start))
 
-    def variables(self, state: State) -> dict[str, Array]:
+    def variables(self, state: State) -> PyTree:
         """The parameters in question."""
         params, _ = wide_variables(state)
         return spectrum.select(params, self.parameters).params
@@ -559,19 +547,23 @@ class Spectrum(TrainingLoss):
     def matvec(self, problem: Problem, state: State) -> linops.Matvec:
         """The operator at the weights of one network."""
         variables = wide_variables(state)
-        gauss_newton = self.operator == "gauss_newton"
         if self.linearize_once:
-            of_batch = functools.partial(self.product, problem, gauss_newton)
-            data = self.examples(problem)
-            like = self.variables(state)
-            bare = spectrum.linearized(of_batch, variables, data, self.batch_size, like=like)
+            bare = spectrum.linearized(
+                partial(self.product, problem),
+                variables,
+                self.examples(problem),
+                self.batch_size,
+                like=self.variables(state),
+            )
         else:
-            bare = functools.partial(self.whole_product(problem, gauss_newton), variables)
+            bare = partial(self.whole_product(problem), variables)
         matvec = bare
         if self.l2:
             add = lambda a, b: a + 2 * self.l2 * b
             matvec = lambda v: tree_map(add, bare(v), v)
-        return linops.squared(matvec) if self.operator == "absolute" else matvec
+        if self.operator == "absolute":
+            return linops.squared(matvec)
+        return matvec
 
     def enclosure(self, problem: Problem, state: State, place: Place) -> Callable | None:
         """`gap(tridiagonal)`: upper less lower end of the enclosed prediction, with the tolerance
@@ -662,8 +654,11 @@ def tridiagonals(rows: Rows) -> linops.Tridiagonal:
 
 # width --------------------------------------------------------------------------------------------
 
+_FINE = np.arange(0.9, 1.0005, 0.001)
+_RATIOS = np.append(np.arange(0, 0.9, 0.02), _FINE).clip(0, 1)  # at which rows give the width
 
-@tables.option
+
+@option
 class Width(TrainingLoss):
     """The predicted largest pruning ratio, from the Gaussian width of the loss basin, beside the
     actual one.
@@ -682,14 +677,12 @@ class Width(TrainingLoss):
     kind = "width"
     needs = ("spectrum",)
     spectrum: str = ""
-    method: Literal["fixed_point", "grid"] = "fixed_point"
+    method: width.Method = "fixed_point"
     negative: Literal["absolute", "clip"] = "absolute"
-    zero_share: Annotated[float, tables.Range(-1.0, 1.0)] = -1.0
-    epsilon: tables.NonNegative = 0.0
-    batch_size: tables.Count = 128
-    epsilon_draws: tables.Index = 200
-    tolerance: tables.NonNegative = 0.001
-    loss: losses.Config = losses.CROSS_ENTROPY
+    zero_share: Annotated[float, Range(-1.0, 1.0)] = -1.0
+    epsilon: NonNegative = 0.0
+    epsilon_draws: Index = 200
+    tolerance: NonNegative = 0.001
 
     def check_order(self, order: interface.Order) -> None:
         known = [name for name, kind in order.done.items() if kind == Spectrum.kind]
@@ -716,7 +709,7 @@ class Width(TrainingLoss):
         if place.rows[0]:
             return
         (earlier,) = place.earlier
-        spectra = _newest([row for row in earlier if row["kind"] == Spectrum.kind], self.spectrum)
+        spectra = _newest(earlier, Spectrum.kind, self.spectrum)
         tridiagonal = tridiagonals(spectra)
         variables = wide_variables(state)
         epsilon, batch_losses = tolerated(problem, variables, self)
@@ -732,8 +725,7 @@ class Width(TrainingLoss):
         values, weights = linops.ritz(tridiagonal)
         values = width.OPERATORS[name](values)
         on_grid = width.predict(values, weights, *reach, method="grid", **plain)
-        ratios = np.concatenate([np.arange(0, 0.9, 0.02), np.arange(0.9, 1.0005, 0.001)]).clip(0, 1)
-        radii = reach[0].at(ratios)
+        radii = reach[0].at(_RATIOS)
         low, high = answer.band()
         row = dict(
             predicted=on_grid if self.method == "grid" else answer.ratio,
@@ -760,7 +752,7 @@ class Width(TrainingLoss):
                 lower=list(map(_known, course.lower)),
                 upper=list(map(_known, course.upper)),
             ),
-            ratios=ratios.tolist(),
+            ratios=_RATIOS.tolist(),
             distances=radii.tolist(),
             widths=width.ratio(values, weights, radii, epsilon, **plain).tolist(),
             ritz_values=values.tolist(),
@@ -771,16 +763,19 @@ class Width(TrainingLoss):
 
 def _known(number: float) -> float | None:
     """None for NaN, which JSON lacks."""
-    return float(number) if np.isfinite(number) else None
+    if np.isfinite(number):
+        return float(number)
+    return None
 
 
-def _newest(rows: Rows, stage: str = "") -> Rows:
-    """Rows of the latest visit of a stage, by default of that which made the last row."""
-    if not rows:
+def _newest(rows: Rows, kind: str, stage: str = "") -> Rows:
+    """Rows of the latest visit of a stage of a kind, by default of that which made the last row."""
+    of_kind = [row for row in rows if row["kind"] == kind and stage in ("", row["stage"])]
+    if not of_kind:
         return []
-    name = stage or rows[-1]["stage"]
-    rows = [row for row in rows if row["stage"] == name]
-    return [row for row in rows if row["visit"] == rows[-1]["visit"]]
+    visit_of = operator.itemgetter("stage", "visit")
+    last = visit_of(of_kind[-1])
+    return [row for row in of_kind if visit_of(row) == last]
 
 
 def tolerated(
@@ -791,18 +786,16 @@ def tolerated(
     """
     if reader.epsilon:
         return reader.epsilon, None
-    mean_loss = functools.partial(reader.mean_loss, problem)
-
-    def losses_of(variables: Variables, *data: Array) -> Array:
-        precision = problem.curvature_precision
-        return spectrum.batch_losses(
-            mean_loss, variables, data, reader.batch_size, precision=precision
-        )
-
+    losses_of = partial(
+        spectrum.batch_losses,
+        partial(reader.mean_loss, problem),
+        batch_size=reader.batch_size,
+        precision=problem.curvature_precision,
+    )
     name = ("batch losses", reader.loss, reader.batch_size)
     compiled = problem.once(name, lambda: jax.jit(losses_of))
-    batch_losses = compiled(variables, *train.arrays(problem, "train"))
-    batch_losses = np.asarray(batch_losses, np.float64)
+    measured = compiled(variables, train.arrays(problem, "train"))
+    batch_losses = np.asarray(measured, np.float64)
     try:
         return width.epsilon(batch_losses), batch_losses
     except ValueError as error:
@@ -834,7 +827,7 @@ def actual_limits(rows: Rows, tolerance: float, epsilon: float) -> dict[str, flo
     """
     limits = {}
     bounds = dict(accuracy_within=tolerance, loss_within=epsilon)
-    curve = _newest([row for row in rows if row["kind"] == "curve" and not row["retrained"]])
+    curve = _newest([row for row in rows if not row.get("retrained")], "curve")
     for split in sorted({row["split"] for row in curve}):
         on_split = [row for row in curve if row["split"] == split]
         for criterion in CRITERIA:

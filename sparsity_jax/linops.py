@@ -16,9 +16,9 @@ float64 by SciPy.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -71,8 +71,8 @@ __all__ = [
 ]
 
 Matvec = Callable[[PyTree], PyTree]
-_einsum = functools.partial(jnp.einsum, precision=FULL)
-_inner = functools.partial(jnp.dot, precision=FULL)
+_einsum = partial(jnp.einsum, precision=FULL)
+_inner = partial(jnp.dot, precision=FULL)
 
 
 # Products with the curvature of a loss ------------------------------------------------------------
@@ -91,7 +91,9 @@ def hvp(loss: Callable, params: PyTree, *args: Any, precision: Precision = FULL)
     gradient = jax.grad(scalar)
 
     def matvec(v: PyTree) -> PyTree:
-        return jax.jvp(gradient, (params,), (tangent(v, params),))[1]
+        direction = tangent(v, params)
+        _, product = jax.jvp(gradient, (params,), (direction,))
+        return product
 
     return computed(matvec, precision)
 
@@ -113,10 +115,12 @@ def gauss_newton(
     gradient = jax.grad(scalar)
 
     def matvec(v: PyTree) -> PyTree:
-        z, change = jax.jvp(network, (params,), (tangent(v, params),))
+        direction = tangent(v, params)
+        z, change = jax.jvp(network, (params,), (direction,))
         _, pull_back = jax.vjp(network, params)
         _, curved = jax.jvp(gradient, (z,), (change,))
-        return pull_back(curved)[0]
+        (product,) = pull_back(curved)
+        return product
 
     return computed(matvec, precision)
 
@@ -130,8 +134,8 @@ def squared(matvec: Matvec) -> Matvec:
     def twice(v: PyTree) -> PyTree:
         once = matvec(v)
         scale = trees.scale_of(once)
-        product = matvec(tree_map(lambda x: (x / scale).astype(x.dtype), once))
-        return tree_map(lambda x: widen(x) * scale, product)
+        unit = tree_map(lambda x: (x / scale).astype(x.dtype), once)
+        return tree_map(lambda x: widen(x) * scale, matvec(unit))
 
     return computed(twice)
 
@@ -142,7 +146,9 @@ def check_scalar(loss: Callable, argument: PyTree) -> None:
     shape = getattr(value, "shape", None)
     if shape == ():
         return
-    returned = f"a {type(value).__name__}" if shape is None else f"an array of shape {shape}"
+    returned = f"an array of shape {shape}"
+    if shape is None:
+        returned = f"a {type(value).__name__}"
     raise ValueError(
         f"loss returns {returned}; curvature needs one scalar. Take the mean over examples."
     )
@@ -196,9 +202,10 @@ def rademacher(key: Array, like: PyTree) -> PyTree:
 def _dot(first: PyTree, second: PyTree) -> Array:
     """Inner product. Of two vectors at a time: XLA's CPU backend sums those pairwise (error 1e-9
     for 1e6 entries), a matrix-vector product one after the other (1e-5)."""
-    dot = lambda x, y: _inner(widen(x).ravel(), widen(y).ravel())
-    products = tree_leaves(tree_map(dot, first, second))
-    return jnp.asarray(sum(products))
+    flat = lambda x: widen(x).ravel()
+    dot = lambda x, y: _inner(flat(x), flat(y))
+    products = tree_map(dot, first, second)
+    return jnp.asarray(sum(tree_leaves(products)))
 
 
 def _flatten(tree: PyTree) -> Array:
@@ -208,14 +215,14 @@ def _flatten(tree: PyTree) -> Array:
 def _unflatten(vector: Array, like: PyTree) -> PyTree:
     """`vector` [..., D] cut into the leaves of `like`: each [..., *shape], in its type."""
     leaves, structure = tree_flatten(like)
-    pieces = []
-    start = 0
-    for leaf in leaves:
-        piece = vector[..., start : start + leaf.size]
-        start += leaf.size
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    pieces = jnp.split(vector, ends[:-1], axis=-1)
+    shaped = []
+    for piece, leaf in zip(pieces, leaves):
         shape = (*vector.shape[:-1], *leaf.shape)
-        pieces.append(piece.reshape(shape).astype(jnp.result_type(leaf)))
-    return tree_unflatten(structure, pieces)
+        piece = piece.reshape(shape)
+        shaped.append(piece.astype(jnp.result_type(leaf)))
+    return tree_unflatten(structure, shaped)
 
 
 # Lanczos ------------------------------------------------------------------------------------------
@@ -334,9 +341,13 @@ class _OnDevice:
 def _chunks(vector: Array) -> Array:
     """[D] as [chunks, entries], the last filled up with zeros."""
     size = vector.size
-    chunks = -(-size // (_CHUNK * _SHARDS)) * _SHARDS if size > _CHUNK else 1
+    chunks = 1
+    if size > _CHUNK:
+        chunks = -(-size // (_CHUNK * _SHARDS)) * _SHARDS
     entries = -(-size // chunks)  # the same in all, to fill up less
-    return jnp.pad(vector, (0, chunks * entries - size)).reshape(chunks, entries)
+    missing = chunks * entries - size
+    padded = jnp.pad(vector, (0, missing))
+    return padded.reshape(chunks, entries)
 
 
 class _OnHost:
@@ -431,8 +442,10 @@ class Lanczos:
 
     def init(self, start: PyTree) -> LanczosState:
         """The state before the first product."""
-        begin = _begin if isinstance(self.basis, _OnHost) else _begin_compiled
-        return begin(self, _checked_start(start))
+        start = _checked_start(start)
+        if isinstance(self.basis, _OnHost):
+            return _begin(self, start)
+        return _begin_compiled(self, start)
 
     def step(self, matvec: Matvec, state: LanczosState) -> LanczosState:
         """The state after one more product."""
@@ -440,13 +453,12 @@ class Lanczos:
 
     def update(self, state: LanczosState, product: PyTree) -> LanczosState:
         """The state after a step whose product is known."""
-        current = state.current
+        *numbers, current, previous, rows = state
         _check_like(product, current, "the product", "the start vector")
         product = tree_map(trees.gathered, product)
-        advance = _advance if isinstance(self.basis, _OnHost) else _advance_in_place
-        after = advance(self, state[:4], current, product, state.previous, state.basis)
-        numbers, following, rows = after
-        return LanczosState._make((*numbers, following, current, rows))
+        if isinstance(self.basis, _OnHost):
+            return _advance(self, numbers, current, product, previous, rows)
+        return _advance_in_place(self, numbers, current, product, previous, rows)
 
     def run(self, matvec: Matvec, start: PyTree) -> LanczosState:
         """The state after all products."""
@@ -482,7 +494,8 @@ def _checked_start(start: PyTree) -> PyTree:
 def _begin(method: Lanczos, start: PyTree) -> LanczosState:
     unit = trees.scale_of(start)
     start = tree_map(lambda leaf: leaf / unit, start)
-    length = jnp.sqrt(_dot(start, start)) + method.shift / unit
+    square = _dot(start, start)
+    length = jnp.sqrt(square) + method.shift / unit
     current = tree_map(lambda leaf: leaf / length, start)
     vector = _flatten(current)
     rows = None
@@ -504,25 +517,25 @@ def _advance(
     product: PyTree,
     previous: PyTree,
     rows: Any,
-) -> tuple[tuple, PyTree, Any]:
-    """(step, num_steps, alphas, betas), the next vector and the basis after one step.
+) -> LanczosState:
+    """The state after one step.
 
-    The product is divided by a power of two near its size first: no square leaves the range,
-    whatever the unit of A.
+    numbers: the first four fields of the state before. The product is divided by a power of two
+    near its size first: no square leaves the range, whatever the unit of A.
     """
     step, _, _, betas = numbers
     basis = method.basis
     before = jnp.where(step > 0, betas[step - 1], 0)
     unit, alpha, rest = _recurrence(current, product, previous, before)
     if basis:
-        rest = basis.orthogonalize(rows, step, _flatten(rest))
-    size = trees.size(current)
-    after, factor = _close(numbers, unit, alpha, before, rest, size, method.shift)
+        flat = _flatten(rest)
+        rest = basis.orthogonalize(rows, step, flat)
+    after, factor = _close(numbers, unit, alpha, before, rest, method.shift)
     following = tree_map(lambda leaf: leaf * factor, rest)
     if basis:
         rows = basis.write(rows, step + 1, following)
         following = _unflatten(following, current)
-    return after, following, rows
+    return LanczosState._make((*after, following, current, rows))
 
 
 _advance_in_place = jax.jit(_advance, static_argnums=0, donate_argnums=(4, 5))
@@ -542,14 +555,13 @@ def _recurrence(
     return unit, alpha, tree_map(subtract, product, current, previous)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
+@partial(jax.jit, static_argnums=5)
 def _close(
     numbers: Sequence[Array],
     unit: Array,
     alpha: Array,
     before: Array,
     rest: PyTree,
-    size: int,
     shift: float,
 ) -> tuple:
     """The numbers after a step, and what to multiply its residual `rest` by: 0 once the Krylov
@@ -560,17 +572,21 @@ def _close(
     step, num_steps, alphas, betas = numbers
     running = (step == 0) | (before != 0)
     alpha = jnp.where(running, unit * alpha, 0)
-    length = jnp.sqrt(_dot(rest, rest))
+    square = _dot(rest, rest)
+    length = jnp.sqrt(square)
     beta = unit * length
-    largest = jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas))
-    largest = jnp.maximum(largest, jnp.abs(alpha))
+    alphas = alphas.at[step].set(alpha)
+    largest = jnp.max(jnp.abs(alphas))
+    largest = jnp.maximum(largest, jnp.max(betas))
     # False for NaN, which goes on, to be seen
     rounding = beta / (16 * jnp.finfo(beta.dtype).eps) <= largest
-    more = running & (step + 1 < size) & ~rounding
-    alphas = alphas.at[step].set(alpha)
-    betas = betas.at[step].set(jnp.where(more, beta, 0))
+    is_full = step + 1 >= trees.size(rest)
+    more = running & ~is_full & ~rounding
+    last = jnp.where(more, beta, 0)
+    betas = betas.at[step].set(last)
     divisor = jnp.where(more, length + shift / unit, 1)
-    return (step + 1, num_steps + running, alphas, betas), jnp.where(more, 1 / divisor, 0)
+    factor = jnp.where(more, 1 / divisor, 0)
+    return (step + 1, num_steps + running, alphas, betas), factor
 
 
 class Eigenpairs(NamedTuple):
@@ -585,7 +601,7 @@ class Eigenpairs(NamedTuple):
 
 def top_eigenpairs(
     num: int, num_matvecs: int, *, on_host: bool = False
-) -> Callable[[Matvec, PyTree], Eigenpairs]:
+) -> Callable[..., Eigenpairs]:
     """The `num` eigenvalues of largest magnitude and their unit vectors, from `num_matvecs` steps
     of full Lanczos.
 
@@ -607,17 +623,21 @@ def top_eigenpairs(
                 f"the Krylov space has {steps} dimensions; allowed: num up to that, not {num}."
             )
         values, mixing = _eigh(alphas, betas)
-        top = np.argsort(-np.abs(values), kind="stable")[:num]
+        order = np.argsort(-np.abs(values), kind="stable")
+        top = order[:num]
         mixing = mixing[:, top]
         residuals = betas[-1] * np.abs(mixing[-1])
         flat: Any = 0
         for block in state.basis:
             rows = block.shape[1]
             used = jnp.asarray(mixing[:rows], block.dtype)
-            flat = flat + _einsum("rn,krc->nkc", used, block[:, : len(used)])
+            filled = block[:, : len(used)]
+            flat = flat + _einsum("rn,krc->nkc", used, filled)
             mixing = mixing[rows:]
-        flat = flat.reshape(num, -1)[:, : trees.size(state.current)]
-        return Eigenpairs(values[top], _unflatten(flat, state.current), residuals)
+        flat = flat.reshape(num, -1)
+        flat = flat[:, : trees.size(state.current)]
+        vectors = _unflatten(flat, state.current)
+        return Eigenpairs(values[top], vectors, residuals)
 
     return find
 
@@ -682,7 +702,8 @@ def bordered(probe: Tridiagonal, *, last: float) -> tuple[ndarray, ndarray, ndar
 def border_for(probe: Tridiagonal) -> float:
     """The `last` with which `bordered` has a value at 0; huge if a Ritz value is there."""
     alphas, betas = _coefficients(probe)
-    size = max(np.max(np.abs(alphas)), np.max(betas))
+    sizes = np.abs(alphas)
+    size = max(np.max(sizes), np.max(betas))
     least = np.finfo(np.float64).tiny ** 0.25 * (size or 1.0)
     pivot = math.inf
     before = 0.0
@@ -697,7 +718,8 @@ def probes_of(tridiagonal: Tridiagonal) -> list[Tridiagonal]:
     """The result of every probe."""
     if np.ndim(tridiagonal.alphas) == 1:
         return [tridiagonal]
-    return [Tridiagonal(*probe) for probe in zip(*map(np.asarray, tridiagonal))]
+    columns = map(np.asarray, tridiagonal)
+    return [Tridiagonal(*probe) for probe in zip(*columns)]
 
 
 def _per_probe(rule: Callable, tridiagonal: Tridiagonal) -> Pair:
@@ -708,7 +730,8 @@ def _per_probe(rule: Callable, tridiagonal: Tridiagonal) -> Pair:
     padded = []
     for values, weights in rules:
         missing = (0, most - len(values))
-        padded.append((np.pad(values, missing, mode="edge"), np.pad(weights, missing)))
+        repeated = np.pad(values, missing, mode="edge")
+        padded.append((repeated, np.pad(weights, missing)))
     values, weights = np.stack(padded, axis=1)
     return values, weights
 
@@ -738,7 +761,8 @@ def _gauss(alphas: ndarray, betas: ndarray) -> Pair:
 def _radau(alphas: ndarray, betas: ndarray) -> Pair:
     values, vectors = _eigh(alphas, betas)
     weights = vectors[0] ** 2
-    largest = np.max(np.abs(values))
+    sizes = np.abs(values)
+    largest = np.max(sizes)
     if values[0] < -1e-3 * largest or (largest == 0 < betas[-1]):
         raise ValueError(
             f"the operator is not positive semi-definite: its Ritz values begin at {values[0]:.3g} "
@@ -747,9 +771,11 @@ def _radau(alphas: ndarray, betas: ndarray) -> Pair:
     if betas[-1] > 0:
         # the last entry that makes 0 an eigenvalue is beta^2 T^-1 [n, n]
         rounding = 16 * np.finfo(np.float64).eps * largest
-        inverse = np.sum(vectors[-1] ** 2 / np.maximum(values, rounding))
+        positive = np.maximum(values, rounding)
+        inverse = np.sum(vectors[-1] ** 2 / positive)
         last = betas[-1] ** 2 * inverse
-        values, weights = _gauss(np.append(alphas, last), betas)
+        alphas = np.append(alphas, last)
+        values, weights = _gauss(alphas, betas)
     return np.maximum(values, 0.0), weights
 
 
@@ -780,10 +806,13 @@ def spectral_density(
     density = np.zeros(bins)
     for value, weight in zip(values.ravel(), weights):
         squares = (value - grid) ** 2
-        density += weight * (height * np.exp(-squares / (2 * variance)))
+        falls = np.exp(-squares / (2 * variance))
+        density += weight * (height * falls)
     density /= len(values)
     mass = np.sum(density) * (grid[1] - grid[0])
-    return density / mass if mass > 0 else density, grid
+    if mass > 0:
+        density /= mass
+    return density, grid
 
 
 # Traces -------------------------------------------------------------------------------------------
@@ -796,9 +825,7 @@ class Trace(NamedTuple):
     standard_error: Array
 
 
-def hutchinson(
-    num_probes: int, *, on_host: bool = False
-) -> Callable[[Matvec, Array, PyTree], Trace]:
+def hutchinson(num_probes: int, *, on_host: bool = False) -> Callable[..., Trace]:
     """Mean of v^T A v over `num_probes` sign vectors: `hutchinson(100)(matvec, key, like) ->
     Trace`.
 
@@ -812,14 +839,17 @@ def hutchinson(
     def estimate(matvec: Matvec, key: Array, like: PyTree) -> Trace:
         def sample(key: Array) -> Array:
             probe = rademacher(key, like)
-            return _dot(probe, computed(matvec)(probe))
+            product = computed(matvec)(probe)
+            return _dot(probe, product)
 
-        return _mean(_map(sample, jax.random.split(key, num_probes), on_host))
+        keys = jax.random.split(key, num_probes)
+        samples = _map(sample, keys, on_host)
+        return _mean(samples)
 
     return estimate
 
 
-def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, Array, PyTree], Trace]:
+def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[..., Trace]:
     """Hutch++: `hutchpp(60)(matvec, key, like) -> Trace`, from `num_matvecs` products in total.
 
     The trace on the range of A times a third of the probes exactly, Hutchinson's on the rest. Exact
@@ -838,20 +868,27 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[[Matvec, Arr
         keys = jax.random.split(key, num_matvecs - third)
 
         def product(vector: PyTree) -> Array:
-            return _flatten(tree_map(trees.gathered, computed(matvec)(vector)))
+            image = computed(matvec)(vector)
+            return _flatten(tree_map(trees.gathered, image))
+
+        def image(key: Array) -> Array:
+            return product(rademacher(key, like))
 
         def share(row: Array) -> Array:
-            return _inner(row, product(_unflatten(row, like)))
+            vector = _unflatten(row, like)
+            return _inner(row, product(vector))
 
         def sample(key: Array) -> Array:
             probe = _flatten(rademacher(key, like))
-            rest = probe - _inner(_inner(basis, probe), basis)
-            return share(rest)
+            inside = _inner(basis, probe)
+            return share(probe - _inner(inside, basis))
 
-        images = _map(lambda key: product(rademacher(key, like)), keys[:third], on_host)
-        basis = jnp.linalg.qr(images.T / trees.scale_of(images))[0].T
+        images = _map(image, keys[:third], on_host)
+        columns, _ = jnp.linalg.qr(images.T / trees.scale_of(images))
+        basis = columns.T
         known = jnp.sum(_map(share, basis, on_host))
-        rest = _mean(_map(sample, keys[third:], on_host))
+        samples = _map(sample, keys[third:], on_host)
+        rest = _mean(samples)
         return Trace(known + rest.trace, rest.standard_error)
 
     return estimate
@@ -870,4 +907,5 @@ def _map(function: Callable, inputs: Array, on_host: bool) -> Array:
 def _mean(samples: Array) -> Trace:
     scale = trees.scale_of(samples)
     deviation = scale * jnp.std(samples / scale, ddof=1)
-    return Trace(jnp.mean(samples), deviation / math.sqrt(len(samples)))
+    root = math.sqrt(len(samples))
+    return Trace(jnp.mean(samples), deviation / root)

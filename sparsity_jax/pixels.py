@@ -2,17 +2,20 @@
 
 import cv2
 import numpy as np
+from numpy import ndarray
 from PIL import Image
 
 __all__ = ["colours", "fit", "resize"]
 
 
-def colours(image: np.ndarray) -> int:
+def colours(image: ndarray) -> int:
     """Channels of a grey [H, W] or colour [H, W, 3] image."""
-    return 1 if image.ndim == 2 else 3
+    if image.ndim == 2:
+        return 1
+    return 3
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(image: ndarray, height: int, width: int) -> ndarray:
     """uint8 [H, W] or [H, W, 3] at another size, each axis for itself, bilinear and antialiased.
 
     The rule is Pillow's BILINEAR, torchvision's with `antialias`: an axis that shrinks n times is
@@ -24,31 +27,37 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if height < rows or width < columns:
         if width > columns:
             image = _interpolated(image, rows, width)
-        image = _averaged(image, min(rows, height), width)
+        lower = min(rows, height)
+        image = _averaged(image, lower, width)
     return _interpolated(image, height, width)
 
 
-def _interpolated(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _interpolated(image: ndarray, height: int, width: int) -> ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def _averaged(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    picture = Image.fromarray(np.ascontiguousarray(image))
+def _averaged(image: ndarray, height: int, width: int) -> ndarray:
+    contiguous = np.ascontiguousarray(image)
+    picture = Image.fromarray(contiguous)
     resized = picture.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized)
 
 
-def fit(image: np.ndarray, size: int, channels: int) -> np.ndarray:
+_CHANGES = {  # of the number of channels, and their order
+    (1, 3): cv2.COLOR_GRAY2RGB,
+    (3, 3): cv2.COLOR_BGR2RGB,
+    (3, 1): cv2.COLOR_BGR2GRAY,
+}
+
+
+def fit(image: ndarray, size: int, channels: int) -> ndarray:
     """Grey [H, W] or BGR [H, W, 3] as [h, w, channels] in RGB.
 
     size: h and w, of the image's central square; 0 leaves its size.
     """
-    if channels == 3 and image.ndim == 2:
-        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-    elif channels == 3:
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    elif image.ndim == 3:
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    change = _CHANGES.get((colours(image), channels))
+    if change is not None:
+        image = cv2.cvtColor(image, change)
     if size:
         height, width = image.shape[:2]
         side = min(height, width)

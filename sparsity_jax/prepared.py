@@ -14,9 +14,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sparsity_jax.sources import Opened, Source, UnreadableError
+from sparsity_jax.sources import Opened, Pairs, Source, UnreadableError
 from sparsity_jax.tables import ConfigError, closest
-from sparsity_jax.types import Config, Fields
+from sparsity_jax.types import Config
 
 __all__ = [
     "Keys",
@@ -61,25 +61,27 @@ def open_prepared(name: str, data_dir: str, train_split: str, test_split: str) -
         )
     keys, num_classes, channels = _read_features(name, directory)
     splits = _read_splits(directory)
-    test_split = test_split or next((split for split in _TEST_SPLITS if split in splits), "")
+    usual = [split for split in _TEST_SPLITS if split in splits]
+    if not test_split and usual:
+        test_split = usual[0]
     if not test_split:
         raise ConfigError(
             f"{name!r} has the splits {', '.join(map(repr, splits))} and none for testing; cut "
             "one, e.g. config.data.train_split='train[:90%]' and test_split='train[90%:]'."
         )
-    used = []  # parts of files, with what names them
     sources = []
-    for option, split in (("train_split", train_split), ("test_split", test_split)):
-        given = f"config.data.{option} is {split!r}"
-        parts = _file_parts(name, splits, given, split)
-        for part in parts:
+    parts = []
+    for field, split in dict(train_split=train_split, test_split=test_split).items():
+        given = f"config.data.{field} is {split!r}"
+        own = _file_parts(name, splits, given, split)
+        for part in own:
             _check_file(part, again)
-            used.append((given, part))
-        sources.append(_records_source(f"{directory}, split {split!r}", parts, keys))
-    for (first, a), (second, b) in itertools.combinations(used, 2):
-        start = max(a.skip, b.skip)
+            parts.append((given, part))
+        sources.append(_records_source(f"{directory}, split {split!r}", own, keys))
+    for (first, a), (second, b) in itertools.combinations(parts, 2):
+        begin = max(a.skip, b.skip)
         end = min(a.skip + a.take, b.skip + b.take)
-        if a.filename == b.filename and start < end:
+        if a.filename == b.filename and begin < end:
             other = "names some images twice" if first == second else f"{second} share images"
             raise ConfigError(f"{first}, {other}.")
     train, test = sources
@@ -115,9 +117,9 @@ def find_prepared(name: str, data_dir: str) -> pathlib.Path | None:
         path = file.parent
         if re.fullmatch(_VERSION, path.name):
             versions[path] = [int(number) for number in path.name.split(".")]
-    configs = sorted({path.parent.name for path in versions})
+    configs = {f"{name}/{path.parent.name}" for path in versions}
     if len(configs) > 1:
-        choices = ", ".join(repr(f"{name}/{config}") for config in configs)
+        choices = ", ".join(map(repr, sorted(configs)))
         raise ConfigError(
             f"config.data.name is {name!r}, of which several configs are prepared: {choices}."
         )
@@ -128,7 +130,9 @@ def _not_prepared(name: str, data_dir: str) -> str:
     import tensorflow_datasets as tfds  # half a second to import, for the names it knows
 
     root = tfds_directory(data_dir)
-    there = sorted(path.name for path in root.glob("*/")) if os.path.isdir(root) else []
+    there = []
+    if os.path.isdir(root):
+        there = sorted(path.name for path in root.glob("*/"))
     known = tfds.list_builders(with_community_datasets=False)
     return (
         f"config.data.name is {name!r}, which is not prepared in {root} (there: "
@@ -145,11 +149,13 @@ def prepared_formats(directory: pathlib.Path) -> list[str]:
 
 
 def _prepare_command(name: str, data_dir: str, *flags: str) -> str:
-    place = ["--data_dir", str(tfds_directory(data_dir))] if data_dir else []
+    place = []
+    if data_dir:
+        place = ["--data_dir", str(tfds_directory(data_dir))]
     return shlex.join(["python", "-m", "sparsity_jax.prepare", name, *place, *flags])
 
 
-def name_hint(name: str, known: Sequence) -> str:
+def name_hint(name: str, known: Sequence[str]) -> str:
     """` Did you mean ...?` for a misspelled name, also for a shortened one (svhn), or ""."""
     name = re.split("[:/]", name)[0]
     if name in known:
@@ -163,7 +169,7 @@ def name_hint(name: str, known: Sequence) -> str:
 
 
 @contextlib.contextmanager
-def _metadata(file: pathlib.Path) -> Iterator[Fields]:
+def _metadata(file: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The JSON object in `file`; whatever it lacks becomes a ConfigError that names the file."""
     try:
         yield json.loads(file.read_text(encoding="utf-8"))
@@ -177,8 +183,7 @@ def _read_features(name: str, directory: pathlib.Path) -> tuple[Keys, int, int]:
     """(names of image and label, number of classes, channels or 0) of a prepared set."""
     with _metadata(directory / "dataset_info.json") as info:
         # written in one of two ways; of the words in it only names of features count below
-        supervised = json.dumps(info.get("supervisedKeys"))
-        preferred = re.findall(r'[^"]+', supervised)
+        preferred = re.findall(r'[^"]+', json.dumps(info.get("supervisedKeys")))
     with _metadata(directory / "features.json") as stored:
         features = (stored.get("featuresDict") or stored["content"])["features"]
         image = _pick_feature(name, features, "image", [*preferred, "image"])
@@ -190,7 +195,8 @@ def _read_features(name: str, directory: pathlib.Path) -> tuple[Keys, int, int]:
         shape = about.get("shape", {})
         dimensions = shape.get("dimensions", ["-1"])
         channels = {1: 1, 3: 3, 4: 3}.get(int(dimensions[-1]), 0)
-        num_classes = int(features[label]["classLabel"].get("numClasses", 0))
+        classes = features[label]["classLabel"]
+        num_classes = int(classes.get("numClasses", 0))
     return Keys(image, label), num_classes, channels
 
 
@@ -203,9 +209,9 @@ def _pick_feature(name: str, features: Config, kind: str, preferred: Sequence) -
     for key, feature in features.items():
         if kind in feature and feature.get("pythonClassName") == python_class:
             fitting.append(key)
-    for key in preferred:
-        if key in fitting:
-            return key
+    named = [key for key in preferred if key in fitting]
+    if named:
+        return named[0]
     if len(fitting) != 1:
         needed = f"it needs one {python_class.rpartition('.')[2]} feature"
         has = ", ".join(map(repr, fitting)) or "none"
@@ -232,7 +238,7 @@ def _read_splits(directory: pathlib.Path) -> Any:
         return tfds.core.SplitDict(splits)
 
 
-def _file_parts(name: str, splits: Any, given: str, split: str) -> list:
+def _file_parts(name: str, splits: Any, given: str, split: str) -> list[Any]:
     """TFDS's instructions of what to read for a split or slice: filename, skip, take and
     examples_in_shard each. given: by which option.
     """
@@ -254,7 +260,8 @@ def _check_file(part: Any, again: str) -> None:
     """Raises ConfigError unless the file of a part holds as many records as the metadata says."""
     from array_record.python import array_record_module
 
-    file, count = part.filename, part.examples_in_shard
+    file = part.filename
+    count = part.examples_in_shard
     try:
         reader = array_record_module.ArrayRecordReader(str(file))
         stored = reader.num_records()
@@ -269,7 +276,7 @@ def _check_file(part: Any, again: str) -> None:
         )
 
 
-def _records_source(name: str, parts: Sequence, keys: Keys) -> Source:
+def _records_source(name: str, parts: Sequence[Any], keys: Keys) -> Source:
     from array_record.python import array_record_data_source
 
     records = array_record_data_source.ArrayRecordDataSource(parts)
@@ -287,16 +294,17 @@ class Records(NamedTuple):
     def describe(self, index: int) -> str:
         return f"{self.name}, record {index}"
 
-    def read(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
+    def read(self, indices: Sequence[int]) -> Pairs:
         """Encoded image and label of each record."""
         try:
             raw = self.records.__getitems__(list(indices))
         except (RuntimeError, IndexError, ValueError) as error:  # for a damaged file
             if len(indices) > 1:
-                return [pair for index in indices for pair in self.read([index])]
+                return [self.read([index])[0] for index in indices]
             where = self.describe(indices[0])
             raise UnreadableError(f"{where} cannot be read: {error}") from error
-        return [self.parse(record, index) for index, record in zip(indices, raw)]
+        records = zip(raw, indices)
+        return [self.parse(*record) for record in records]
 
     def parse(self, record: bytes, index: int) -> tuple[bytes, int]:
         """Encoded image and label. Parsed here, which is 4 times as fast as by TFDS."""

@@ -23,6 +23,7 @@ from numpy import ndarray
 
 from sparsity_jax import stopping, tables, trees
 from sparsity_jax.precision import FULL, Precision, computed
+from sparsity_jax.tables import Count
 from sparsity_jax.types import Arrays, PyTree
 
 __all__ = [
@@ -66,8 +67,8 @@ def oracle(
     evaluate: Callable[[Arrays], Any],
     counts: Counts,
     *,
-    batch: tables.Count = 64,
-    limit: tables.Count = 1_000_000,
+    batch: Count = 64,
+    limit: Count = 1_000_000,
 ) -> Oracle:
     """Every combination of pruned groups: exhaustive, so for tiny networks only.
 
@@ -78,8 +79,8 @@ def oracle(
         are always the same: one compilation; the last batch repeats its last network.
     Raises ValueError for counts out of range and for more than `limit` combinations.
     """
-    batch = tables.convert(batch, tables.Count, "batch")
-    total = check_counts(counts, tables.convert(limit, tables.Count, "limit"))
+    batch = tables.convert(batch, Count, "batch")
+    total = check_counts(counts, tables.convert(limit, Count, "limit"))
     choices = {name: _choices(size, num) for name, (size, num) in counts.items()}
     tried = Oracle(choices, np.full(total, np.inf))
     for start in range(0, total, batch):
@@ -132,7 +133,9 @@ def row_of(tried: Oracle, keep: Mapping[str, Any]) -> int:
         if name not in keep:
             raise ValueError(f"keep has no {name!r}.{tables.closest(name, keep)}")
         kept = np.asarray(keep[name], bool)
-        same = (choices == kept).all(1) if kept.shape == choices[0].shape else np.zeros(1)
+        same = np.zeros(1)
+        if kept.shape == choices[0].shape:
+            same = (choices == kept).all(1)
         if not same.any():
             raise ValueError(
                 f"keep[{name!r}] leaves {kept.sum()} of {kept.size} groups; the oracle tried "
@@ -181,7 +184,9 @@ def jacobian_singular_values(
 def _singular_values(apply: Callable, variables: PyTree, inputs: Array) -> Array:
     single = lambda x: apply(variables, x[None])[0].ravel()
     num_outputs = jax.eval_shape(single, inputs[0]).size
-    jacobian = jax.jacrev(single) if num_outputs < inputs[0].size else jax.jacfwd(single)
+    jacobian = jax.jacfwd(single)
+    if num_outputs < inputs[0].size:
+        jacobian = jax.jacrev(single)
     matrices = jax.vmap(jacobian)(inputs)
     matrices = matrices.reshape(len(inputs), num_outputs, -1)
     return jnp.linalg.svd(trees.widen(matrices), compute_uv=False)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from sparsity_jax import decoding
 from sparsity_jax.tables import ConfigError
@@ -17,6 +18,7 @@ __all__ = [
     "SETS",
     "Arrays",
     "Opened",
+    "Pairs",
     "Source",
     "UnreadableError",
     "array_of",
@@ -27,7 +29,8 @@ __all__ = [
     "read_digits",
 ]
 
-Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
+Arrays = tuple[ndarray, ndarray]  # images and labels
+Pairs = list[tuple[Any, int]]  # of an image, encoded bytes or uint8 [H, W], and its label
 
 
 class UnreadableError(ConfigError):
@@ -40,8 +43,7 @@ class Source(NamedTuple):
     """One split that is there but not decoded."""
 
     size: int
-    # indices -> (encoded bytes or uint8 [H, W], label) of each
-    read: Callable[[Sequence[int]], list[tuple[Any, int]]]
+    read: Callable[[Sequence[int]], Pairs]  # of indices
     describe: Callable[[int], str]  # where item i comes from, for errors
 
     def read_one(self, index: int) -> tuple[Any, int]:
@@ -57,11 +59,11 @@ class Opened(NamedTuple):
     channels: int  # 0: decided by the first train image
 
 
-def array_of(payload: Any, name: str, *, reduced: int = 0, upright: bool = False) -> np.ndarray:
+def array_of(payload: Any, name: str, *, reduced: int = 0, upright: bool = False) -> ndarray:
     """What a `Source` reads, decoded if it is not yet; see `decoding.decode`. Raises
     UnreadableError for an image that is damaged. name: of it.
     """
-    if isinstance(payload, np.ndarray):
+    if isinstance(payload, ndarray):
         return payload
     image = decoding.decode(payload, reduced=reduced, upright=upright)
     if image is None:
@@ -78,7 +80,7 @@ def check_label(label: int, num_classes: int, name: str) -> None:
         )
 
 
-def check_colour(image: np.ndarray, channels: int, name: str) -> None:
+def check_colour(image: ndarray, channels: int, name: str) -> None:
     """Raises ConfigError for an image in colour of a grey set; channels: of the set."""
     if image.ndim == 3 and channels == 1:
         raise ConfigError(
@@ -103,7 +105,7 @@ def of_arrays(train: Arrays, test: Arrays, num_classes: int) -> Opened:
 def _arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -> Source:
     """Pairs of `load()`, the arrays, which are made when they are needed."""
 
-    def read(indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+    def read(indices: Sequence[int]) -> Pairs:
         images, labels = load()
         return [(images[i], int(labels[i])) for i in indices]
 
@@ -130,8 +132,10 @@ def read_digits() -> tuple[Arrays, Arrays]:
     # the file alone: all of scikit-learn takes a second and a half to import
     library = importlib.metadata.distribution("scikit-learn")
     file = library.locate_file("sklearn/datasets/data/digits.csv.gz")
-    *pixels, labels = np.loadtxt(str(file), np.int64, delimiter=",", unpack=True)
-    images = np.rint(np.stack(pixels, -1) * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    table = np.loadtxt(str(file), np.int64, delimiter=",")
+    pixels = np.rint(table[:, :-1] * (255 / 16))
+    images = pixels.astype(np.uint8).reshape(-1, 8, 8)
+    labels = table[:, -1]
     test = np.sort(np.argsort(labels, kind="stable")[::5])
     train = np.delete(np.arange(len(images)), test)
     return (images[train], labels[train]), (images[test], labels[test])

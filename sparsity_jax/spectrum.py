@@ -3,7 +3,7 @@ weights.
 
     # loss(params, batch): the mean over a batch
     product = over_batches(hessian_product(loss), (images, labels), 1000)
-    matvec = functools.partial(product, params)
+    matvec = partial(product, params)
     tridiagonal = linops.lanczos(64, on_host=True)(matvec, linops.rademacher(key, params))
 
     # the same products faster, with more memory
@@ -18,19 +18,19 @@ everything to some of the parameters. All is computed in full float32 unless the
 says otherwise.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.tree_util import tree_leaves, tree_map
+from jax.tree_util import tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from sparsity_jax import batches, linops, stopping, tables, trees
 from sparsity_jax.precision import FULL, Precision, computed
-from sparsity_jax.types import PyTree
+from sparsity_jax.types import PyTree, Shape
 
 __all__ = [
     "Product",
@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 Product = Callable[[PyTree, PyTree, PyTree], PyTree]
+_Leaves = dict[str, Array]  # by path
 
 
 # Products of one batch: (params, v, batch) -> A v, A the mean over the batch's examples
@@ -112,17 +113,18 @@ def linearized(
     pieces = batches.pieces(data, batch_size)
     size = batches.num_examples(data)
     data = tree_map(jnp.asarray, data)
-    like = params if like is None else like
+    if like is None:
+        like = params
     zero = tree_map(jnp.zeros_like, like)
 
-    @functools.partial(jax.jit, static_argnums=3)
+    @partial(jax.jit, static_argnums=3)
     def prepare(params: PyTree, data: PyTree, start: int, length: int) -> Callable:
         batch = batches.cut(data, start, length)
         of_vector = computed(lambda v: product(params, v, batch), precision)
         _, linear = jax.linearize(of_vector, zero)
         return linear
 
-    @functools.partial(jax.jit, static_argnums=3)
+    @partial(jax.jit, static_argnums=3)
     def add(total: PyTree, linear: Callable, v: PyTree, share: float) -> PyTree:
         return batches.plus(total, linear(v), share)
 
@@ -211,8 +213,8 @@ def batch_losses(
         batch = batches.cut(data, start, batch_size)
         return loss(params, batch)
 
-    number = size // batch_size
-    return lax.map(computed(of_batch, precision), batch_size * jnp.arange(number))
+    starts = batch_size * jnp.arange(size // batch_size)
+    return lax.map(computed(of_batch, precision), starts)
 
 
 # Some of the parameters
@@ -223,8 +225,8 @@ class Selected(NamedTuple):
     they were.
     """
 
-    params: dict[str, Array]
-    rebuild: Callable[[dict[str, Array]], PyTree]
+    params: _Leaves
+    rebuild: Callable[[_Leaves], PyTree]
 
 
 def select(params: PyTree, pattern: str) -> Selected:
@@ -234,10 +236,11 @@ def select(params: PyTree, pattern: str) -> Selected:
     """
     matches = trees.matching(params, pattern, "parameters")
     leaves = trees.named_leaves(params)
-    structure = jax.tree.structure(params)
+    structure = tree_structure(params)
 
-    def rebuild(new: dict[str, Array]) -> PyTree:
-        return jax.tree.unflatten(structure, {**leaves, **new}.values())
+    def rebuild(new: _Leaves) -> PyTree:
+        replaced = leaves | new
+        return tree_unflatten(structure, replaced.values())
 
     chosen = {path: leaf for path, leaf in leaves.items() if matches[path]}
     return Selected(chosen, rebuild)
@@ -246,9 +249,7 @@ def select(params: PyTree, pattern: str) -> Selected:
 # Rows of the Hessian
 
 
-def quantile_entries(
-    params: dict[str, Array], num: int
-) -> list[tuple[str, tuple[int, ...], float]]:
+def quantile_entries(params: _Leaves, num: int) -> list[tuple[str, Shape, float]]:
     """(path, index, magnitude) of the weights at `num` magnitude quantiles 0, 1/num, ...: the
     ceil(q n)-th smallest.
 
@@ -272,7 +273,7 @@ def quantile_entries(
     return entries
 
 
-def one_hot(like: dict[str, Array], path: str, index: tuple[int, ...]) -> dict[str, Array]:
+def one_hot(like: _Leaves, path: str, index: Shape) -> _Leaves:
     """Zeros in the shapes of `like`, but for a 1 at one entry: the vector whose product is a row of
     the matrix.
 
@@ -282,9 +283,8 @@ def one_hot(like: dict[str, Array], path: str, index: tuple[int, ...]) -> dict[s
     inside = [0 <= i < size for i, size in zip(index, shape)]
     if len(index) != len(shape) or not all(inside):
         raise ValueError(f"index {index} is no entry of {path!r}, whose shape is {shape}.")
-    vector = {}
-    for name, leaf in like.items():
-        vector[name] = trees.gathered(jnp.zeros_like(leaf))
+    zeros = tree_map(jnp.zeros_like, like)
+    vector = tree_map(trees.gathered, zeros)
     vector[path] = vector[path].at[index].set(1)
     return linops.tangent(vector, like)
 

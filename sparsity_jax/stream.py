@@ -8,7 +8,6 @@ goes on anywhere with the same bits.
 
 import atexit
 import contextlib
-import functools
 import math
 
 # before `_close_all` is registered, so that its own end comes after that
@@ -18,19 +17,21 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Generator, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import cv2
 import jax
 import numpy as np
 from absl import flags
+from numpy import ndarray
 
 from sparsity_jax import decoding, stopping
 from sparsity_jax.data import Options, Stream
 from sparsity_jax.data.sets import usable_cores
 from sparsity_jax.data.streams import SKIPPING, check_losses
 from sparsity_jax.pixels import fit, resize
-from sparsity_jax.sources import UnreadableError, array_of, check_colour, check_label
+from sparsity_jax.sources import Arrays, UnreadableError, array_of, check_colour, check_label
 from sparsity_jax.tables import ConfigError
 
 __all__ = [
@@ -65,7 +66,7 @@ Draw = Callable[[int, int], Box]  # the part that is used of an image of so many
 class Example(NamedTuple):
     """One image, decoded by a worker."""
 
-    image: np.ndarray  # uint8 [H, W, C]
+    image: ndarray  # uint8 [H, W, C]
     label: int  # -1: does not count
     unreadable: str = ""  # the image that should have been here, if it could not be decoded
 
@@ -107,7 +108,7 @@ def train_batches(
     size = total // batch_size * batch_size
     seeds = np.random.SeedSequence(seed).generate_state(epochs).tolist()
     if total <= _SHUFFLED_WHOLE:
-        visit = functools.partial(image_at, total=total, size=size, seeds=seeds)
+        visit = partial(image_at, total=total, size=size, seeds=seeds)
         order = grain.MapDataset.range(size * epochs).map(visit)
     else:
         every = grain.MapDataset.range(total)
@@ -123,8 +124,9 @@ def train_batches(
             return drawn
         return _replacement(images, drawn, draw, [*seed, position, index])
 
-    order = order.map_with_index(cropped)[start * batch_size :]
-    return _opened(images, order, batch_size, put, lost)
+    order = order.map_with_index(cropped)
+    order = order[start * batch_size :]
+    return _opened(_counted(images, order, batch_size, put, lost))
 
 
 def image_at(position: int, *, total: int, size: int, seeds: Sequence[int]) -> int:
@@ -132,11 +134,12 @@ def image_at(position: int, *, total: int, size: int, seeds: Sequence[int]) -> i
     of all `total`. seeds: of each epoch.
     """
     epoch, at = divmod(position, size)
-    return int(_permutation(total, seeds[epoch])[at])
+    order = _permutation(total, seeds[epoch])
+    return int(order[at])
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(total: int, seed: int) -> np.ndarray:
+@lru_cache(maxsize=4)
+def _permutation(total: int, seed: int) -> ndarray:
     return np.random.default_rng(seed).permutation(total)
 
 
@@ -153,16 +156,15 @@ def eval_batches(
     """
     import grain
 
-    indices = range(images.shape[0]) if indices is None else list(map(int, indices))
-    draw = functools.partial(central_box, options=images.options)
+    if indices is None:
+        indices = range(images.shape[0])
+    draw = partial(central_box, options=images.options)
     order = grain.MapDataset.source(indices)
     order = order.map(lambda index: example(images, index, draw))
-    return _opened(images, order, batch_size, put)
+    return _opened(_counted(images, order, batch_size, put))
 
 
-def examples(
-    images: Stream, indices: Sequence[int], *, batch_size: int = 256
-) -> tuple[np.ndarray, np.ndarray]:
+def examples(images: Stream, indices: Sequence[int], *, batch_size: int = 256) -> Arrays:
     """uint8 [n, H, W, C] and int32 [n] of the images at `indices` that can be decoded.
 
     Of each its central part.
@@ -182,11 +184,8 @@ def examples(
 # Reading ------------------------------------------------------------------------------------------
 
 
-def _opened(
-    images: Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str] = ()
-) -> Batches:
-    """`_counted`, which is closed with the interpreter if nobody closes it before."""
-    batches = _counted(images, order, batch_size, put, lost)
+def _opened(batches: Batches) -> Batches:
+    """`batches`, which are closed with the interpreter if nobody closes them before."""
     _OPEN.add(batches)
     return batches
 
@@ -199,22 +198,30 @@ def _close_all() -> None:
 
 
 def _counted(
-    images: Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str]
+    images: Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str] = ()
 ) -> Batches:
     """Batches of a grain dataset of examples, until more than the allowed share of the split's
     images are lost.
+
+    At most `prefetch` of them and 2 + `ON_DEVICE` more are read ahead of their use.
     """
+
+    def placed(batch: Batch) -> Batch:
+        images, labels = put(batch[:2])
+        return Batch(images, labels, batch.unreadable)
+
     names = set(lost)
-    with contextlib.closing(_read_ahead(images, order, batch_size, put)) as batches:
+    stacked = _stacked(images.options, order, batch_size)
+    reading = ahead(iter(stacked.map(placed)), ON_DEVICE)
+    with contextlib.closing(reading) as batches:
         for batch in batches:
             names.update(batch.unreadable)
             check_losses(sorted(names), images.shape[0], images.options)
             yield batch
 
 
-def _read_ahead(images: Stream, order: Any, batch_size: int, put: Callable) -> Batches:
-    """Batches of a grain dataset of examples, at most `prefetch` of them and 2 + `ON_DEVICE` more
-    ahead of their use.
+def _stacked(options: Options, order: Any, batch_size: int) -> Any:
+    """A grain dataset of batches of a dataset of examples.
 
     Threads share the images of a batch; processes take whole batches in turn. Both give the same
     batches.
@@ -222,31 +229,27 @@ def _read_ahead(images: Stream, order: Any, batch_size: int, put: Callable) -> B
     import grain
 
     cv2.setNumThreads(1)  # images are what runs side by side
-    workers, prefetch = images.options.workers, images.options.prefetch
-    stack = functools.partial(_stack_examples, batch_size)
-    if workers > 0:
-        _check_main_guard()
-        if not flags.FLAGS.is_parsed():  # without a command line; grain asks for flags of its own
-            flags.FLAGS.mark_as_parsed()
-        reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        batches = order.batch(batch_size, batch_fn=stack).to_iter_dataset(reading)
-        # shared memory outlives a reader that is closed
-        copied = grain.experimental.DatasetOptions(min_shm_size=2**62)
-        batches = grain.experimental.WithOptionsIterDataset(batches, copied)
-        size = math.ceil(prefetch / workers)
-        processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=size)
-        batches = batches.mp_prefetch(processes, worker_init_fn=_begin_worker)
-    else:
+    prefetch = options.prefetch
+    workers = options.workers
+    stack = partial(_stack_examples, batch_size)
+    if workers <= 0:
         threads = usable_cores()
         size = max(threads, prefetch * batch_size)
         reading = grain.ReadOptions(threads, prefetch_buffer_size=size)
-        batches = order.to_iter_dataset(reading).batch(batch_size, batch_fn=stack)
-
-    def placed(batch: Batch) -> Batch:
-        images, labels = put(batch[:2])
-        return Batch(images, labels, batch.unreadable)
-
-    return ahead(iter(batches.map(placed)), ON_DEVICE)
+        examples = order.to_iter_dataset(reading)
+        return examples.batch(batch_size, batch_fn=stack)
+    _check_main_guard()
+    if not flags.FLAGS.is_parsed():  # without a command line; grain asks for flags of its own
+        flags.FLAGS.mark_as_parsed()
+    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    batches = order.batch(batch_size, batch_fn=stack)
+    batches = batches.to_iter_dataset(reading)
+    # shared memory outlives a reader that is closed
+    copied = grain.experimental.DatasetOptions(min_shm_size=2**62)
+    batches = grain.experimental.WithOptionsIterDataset(batches, copied)
+    size = math.ceil(prefetch / workers)
+    processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=size)
+    return batches.mp_prefetch(processes, worker_init_fn=_begin_worker)
 
 
 def ahead(batches: Any, number: int) -> Generator:
@@ -317,9 +320,8 @@ def _stack_examples(batch_size: int, examples: Sequence[Example]) -> Batch:
     return Batch(images, labels, tuple(unreadable))
 
 
-def _begin_worker(index: int, count: int) -> None:
+def _begin_worker(*_: int) -> None:
     """A reading process ends with the one that started it, even when that is killed."""
-    del index, count
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -371,7 +373,7 @@ def _replacement(images: Stream, lost: Example, draw: Draw, seed: Sequence[int])
 
 def part(
     payload: Any, size: int, draw: Draw, *, name: str = "the image", upright: bool = False
-) -> np.ndarray:
+) -> ndarray:
     """The part `draw(height, width)` of an image, resized to [size, size] by `pixels.resize`.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which takes a fraction of the time, where the
@@ -380,7 +382,8 @@ def part(
     for a damaged image.
     """
     shape = decoding.jpeg_shape(payload) if isinstance(payload, bytes) else None
-    factor, box = 1, None
+    factor = 1
+    box = None
     if shape:
         if upright and decoding.orientation(payload) >= 5:
             shape = shape[::-1]
@@ -412,9 +415,12 @@ def random_box(rng: np.random.Generator, height: int, width: int, options: Optio
     small, large = options.crop_scale
     low, high = options.crop_ratio
     for _ in range(10):
-        area = height * width * rng.uniform(small, large)
-        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
-        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        share = rng.uniform(small, large)
+        area = height * width * share
+        logarithm = rng.uniform(math.log(low), math.log(high))
+        ratio = math.exp(logarithm)
+        h = round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
             top = rng.integers(height - h + 1)
             left = rng.integers(width - w + 1)

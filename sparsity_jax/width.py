@@ -42,6 +42,7 @@ __all__ = [
     "Count",
     "Distances",
     "History",
+    "Method",
     "Operator",
     "Prediction",
     "Scope",
@@ -61,6 +62,7 @@ __all__ = [
 Scope = Literal["kernels", "all"]
 Count = Literal["nearest", "original", "linear"]
 Operator = Literal["symmetric", "semidefinite", "squared"]
+Method = Literal["fixed_point", "grid"]
 
 _NEGATIVE = {"absolute": np.abs, "clip": lambda values: np.maximum(values, 0.0)}
 
@@ -304,7 +306,7 @@ def predict(
     distances: Distances,
     epsilon: float,
     *,
-    method: Literal["fixed_point", "grid"] = "fixed_point",
+    method: Method = "fixed_point",
     **options: Any,
 ) -> float:
     """The predicted largest pruning ratio: the p in [0, 1] with omega(R(p))^2 / D = p.
@@ -316,7 +318,7 @@ def predict(
     log2(n) evaluations of the width. `grid` gives the original's answer: `predict_on_grid` on its
     smoothed spectral density.
     """
-    tables.convert(method, Literal["fixed_point", "grid"], "method")
+    tables.convert(method, Method, "method")
     if method == "fixed_point":
         return _solve(_spectrum(values, weights, epsilon, **options), distances)
     density, grid = linops.spectral_density(*_rows(values, weights))  # by default the original's
@@ -486,7 +488,8 @@ def _lowest(probe: linops.Tridiagonal, sharpness: float) -> float:
     rises. The sign of its slope is bisected; the angle from the cut counts in decades, since the
     fall may take place next to it.
     """
-    scale = float(np.max(np.abs(probe.alphas)) + np.max(probe.betas)) or 1.0
+    largest = np.max(np.abs(probe.alphas))
+    scale = float(largest + np.max(probe.betas)) or 1.0
     cut = math.atan2(linops.border_for(probe), scale)
     low, high = -1.0, 1.0
     for _ in range(40):
@@ -587,7 +590,8 @@ def predict_probes(
     def solve(values: ndarray, weights: ndarray, epsilon: float) -> float:
         return _solve(_spectrum(values, weights, epsilon, negative, zero_share), distances)
 
-    per_probe = np.array([solve(v, w, epsilon) for v, w in zip(values, weights)])
+    probes = zip(values, weights)
+    per_probe = np.array([solve(*probe, epsilon) for probe in probes])
     num = len(per_probe)
     answer = float(per_probe[0])
     standard_error = math.nan

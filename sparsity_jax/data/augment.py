@@ -2,7 +2,7 @@
 for each image; pure, for use inside jit.
 """
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,8 @@ def shift_flip(images: Array, offsets: Array, flips: Array, padding: int) -> Arr
     _, height, width, _ = images.shape
     none = (0, 0)
     edges = (padding, padding)
-    padded = jnp.pad(images, (none, edges, edges, none))
+    widths = (none, edges, edges, none)
+    padded = jnp.pad(images, widths)
     forward = jnp.arange(width)
     backward = jnp.flip(forward)
 
@@ -54,7 +55,8 @@ def shift_flip(images: Array, offsets: Array, flips: Array, padding: int) -> Arr
         rows = top + jnp.arange(height)
         columns = jnp.where(mirrored, backward, forward)
         columns = left + columns
-        return image[rows[:, None], columns]
+        rows = rows[:, None]
+        return image[rows, columns]
 
     return jax.vmap(cropped)(padded, offsets, flips)
 
@@ -92,10 +94,12 @@ def resized_crop_flip(key: Array, images: Array, *, size: int = 0) -> Array:
     """
     height, width = images.shape[1:3]
     box_key, flip_key = random.split(key)
-    draw = functools.partial(random_box, height=height, width=width)
+    draw = partial(random_box, height=height, width=width)
     keys = random.split(box_key, len(images))
     boxes = jax.vmap(draw)(keys)
-    resize = functools.partial(resize_box, height=size or height, width=size or width)
+    if size:
+        height = width = size
+    resize = partial(resize_box, height=height, width=width)
     resized = jax.vmap(resize)(images, boxes)
     return flip(flip_key, resized)
 
@@ -106,10 +110,12 @@ def random_box(key: Array, height: int, width: int, *, attempts: int = 10) -> Ar
     """
     area_key, ratio_key, place_key = random.split(key, 3)
     small, large = _SCALE
-    low, high = jnp.log(jnp.array(_RATIO))
+    ratios = jnp.array(_RATIO)
+    low, high = jnp.log(ratios)
     shares = random.uniform(area_key, (attempts,), minval=small, maxval=large)
     logarithms = random.uniform(ratio_key, (attempts,), minval=low, maxval=high)
-    sizes = _box_sizes(height * width * shares, jnp.exp(logarithms))
+    areas = height * width * shares
+    sizes = _box_sizes(areas, jnp.exp(logarithms))
     image = jnp.array([height, width], jnp.float32)
     small_enough = sizes <= image
     is_inside = small_enough & (sizes >= 1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy import ndarray
 
 from sparsity_jax.data.augment import flip, pad_crop, pad_crop_flip, resized_crop_flip
 from sparsity_jax.data.sets import Dataset, Options
@@ -48,7 +49,7 @@ NORMALIZATIONS = {
 _AT_ONCE = 1_000_000  # pixels that are counted at a time, since np.bincount copies to int64
 
 
-def statistics(options: Options, images: np.ndarray) -> Normalization:
+def statistics(options: Options, images: ndarray) -> Normalization:
     """Mean and std of each channel for `load`'s options; those of grey sets are repeated for
     replicated channels.
     """
@@ -60,13 +61,13 @@ def statistics(options: Options, images: np.ndarray) -> Normalization:
     pixels = images.reshape(-1, channels)
     for start in range(0, len(pixels), _AT_ONCE):
         part = pixels[start : start + _AT_ONCE]
-        for channel in range(channels):
-            counts[channel] += np.bincount(part[:, channel], minlength=256)
+        counts += [np.bincount(channel, minlength=256) for channel in part.T]
     values = np.arange(256) / 255
     shares = counts / counts.sum(1, keepdims=True)
     mean = shares @ values
-    std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
-    std = np.maximum(std, 1 / 255)  # a constant channel becomes 0
+    squares = (values - mean[:, None]) ** 2
+    variance = (shares * squares).sum(1)
+    std = np.maximum(np.sqrt(variance), 1 / 255)  # a constant channel becomes 0
     return Normalization(tuple(mean.tolist()), tuple(std.tolist()))
 
 

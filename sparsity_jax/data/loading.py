@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from sparsity_jax import decoding, folders, prepared, stopping
 from sparsity_jax.data import streams
@@ -12,8 +13,8 @@ from sparsity_jax.data.inputs import published, statistics
 from sparsity_jax.data.sets import Dataset, Options, Split, spread, tell_orientation, usable_cores
 from sparsity_jax.pixels import colours, fit
 from sparsity_jax.sources import SETS, Opened, Source, array_of, check_colour, check_label
-from sparsity_jax.tables import ConfigError, check_memory, check_options, defaults, within
-from sparsity_jax.types import Config
+from sparsity_jax.tables import ConfigError, check_memory, check_options, within
+from sparsity_jax.types import Config, Shape
 
 __all__ = ["check", "decoded", "load"]
 
@@ -53,13 +54,20 @@ def load(**options: Any) -> Dataset:
         channels = split.images.shape[-1]  # without an option, of the train images
         splits.append(split)
     train, test = splits
-    seen, tested = (f"{split.images.shape[1]}x{split.images.shape[2]}" for split in splits)
+    seen = _sides(train.images.shape[1:])
+    tested = _sides(test.images.shape[1:])
     if seen != tested and not chosen.train_image_size:
         raise ConfigError(
             f"{chosen.name!r} has train images of {seen}, test images of {tested}; set image_size."
         )
     mean, std = statistics(chosen, train.images)
     return Dataset(chosen.name, train, test, opened.num_classes, mean, std)
+
+
+def _sides(shape: Shape) -> str:
+    """Height and width of an image [H, W, C], as text."""
+    height, width, _ = shape
+    return f"{height}x{width}"
 
 
 def check(**options: Any) -> None:
@@ -79,10 +87,9 @@ def _read_options(options: Config) -> Options:
     if chosen.stream:
         streams.check_options(chosen)
         return chosen
-    usual = defaults(Options)
     for field in _STREAMS_ALONE:
         value = getattr(chosen, field)
-        if value != usual[field]:
+        if value != getattr(Options, field):
             why = "which only a stream uses; set config.data.stream=True"
             raise ConfigError(field, value, why=why)
     return chosen
@@ -107,7 +114,7 @@ def _open_set(options: Options) -> Opened:
 
 def decoded(
     source: Source,
-    indices: np.ndarray,
+    indices: ndarray,
     side: int,
     options: Options,
     num_classes: int,
@@ -124,10 +131,9 @@ def decoded(
     first = array_of(payload, first_name, upright=upright)
     channels = channels or colours(first)
     shape = fit(first, side, channels).shape
-    height, width, _ = shape
     with within("image_size"):
         what = "is too large without config.data.stream=True, which reads images while it trains"
-        size = f"{len(indices)} images of {height}x{width} take"
+        size = f"{len(indices)} images of {_sides(shape)} take"
         check_memory(len(indices) * math.prod(shape), f"{what}: {size}")
     images = np.empty((len(indices), *shape), np.uint8)
     labels = np.empty(len(indices), np.int32)
@@ -144,8 +150,8 @@ def decoded(
             image = fit(image, side, channels)
             if image.shape != shape:
                 raise ConfigError(
-                    f"{name} is {image.shape[0]}x{image.shape[1]}, {first_name} is "
-                    f"{height}x{width}; set image_size, images of differing sizes need one."
+                    f"{name} is {_sides(image.shape)}, {first_name} is {_sides(shape)}; set "
+                    "image_size, images of differing sizes need one."
                 )
             images[start + i] = image
             labels[start + i] = label

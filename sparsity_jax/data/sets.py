@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from sparsity_jax.tables import Fraction, Index, Range, option
 
@@ -121,7 +122,7 @@ class Dataset(NamedTuple):
     std: tuple[float, ...]
 
 
-def spread(size: int, limit: int) -> np.ndarray:
+def spread(size: int, limit: int) -> ndarray:
     """`limit` (0: all) of the indices 0..size-1, ascending, evenly spread and nested in those of a
     larger limit.
 
@@ -133,7 +134,7 @@ def spread(size: int, limit: int) -> np.ndarray:
     return np.sort(_spread_order(size)[:limit])
 
 
-def _spread_order(size: int, start: float = 0.0) -> np.ndarray:
+def _spread_order(size: int, start: float = 0.0) -> ndarray:
     """The indices 0..size-1 in an order of which every stretch is spread evenly over them; see
     `spread`.
 
@@ -153,19 +154,24 @@ class FixedSample(NamedTuple):
     rule: Literal["spread", "first"] = "spread"
     seed: int = 0
 
-    def order(self, size: int) -> np.ndarray:
+    def order(self, size: int) -> ndarray:
         """All indices of a split of `size`; the first n are the sample of n."""
         if self.rule == "first":
             return np.arange(size)
-        return _spread_order(size, np.random.default_rng(self.seed).random())
+        start = np.random.default_rng(self.seed).random()
+        return _spread_order(size, start)
 
-    def indices(self, size: int, num: int) -> np.ndarray:
-        return np.arange(size) if num >= size else self.order(size)[:num]
+    def indices(self, size: int, num: int) -> ndarray:
+        if num >= size:
+            return np.arange(size)
+        return self.order(size)[:num]
 
 
 def usable_cores() -> int:
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def tell_orientation(names: Sequence[str], total: int, options: Options) -> None:

@@ -7,13 +7,14 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
+from numpy import ndarray
 
 from sparsity_jax import decoding
 from sparsity_jax.data.sets import Options, Split, spread, tell_orientation, usable_cores
 from sparsity_jax.pixels import colours
 from sparsity_jax.sources import Source, UnreadableError, array_of, check_label
 from sparsity_jax.tables import ConfigError
+from sparsity_jax.types import Shape
 
 __all__ = [
     "SKIPPING",
@@ -37,8 +38,8 @@ class Stream:
     """
 
     source: Source
-    indices: np.ndarray  # of `source`, in the split's order
-    shape: tuple[int, int, int, int]  # [N, H, W, C]
+    indices: ndarray  # of `source`, in the split's order
+    shape: Shape  # [N, H, W, C]
     num_classes: int
     options: Options
     reading: str = ""  # what `look_at` chose, in words
@@ -67,7 +68,7 @@ def check_options(options: Options) -> None:
 
 
 def leave(
-    source: Source, indices: np.ndarray, options: Options, num_classes: int, channels: int
+    source: Source, indices: ndarray, options: Options, num_classes: int, channels: int
 ) -> Split:
     """The images of a source at `indices` as a `Stream`. channels 0: as the first image that can be
     decoded.
@@ -92,7 +93,9 @@ def look_at(images: Stream) -> Stream:
     decoded if they would stop the run.
     """
     options = images.options
-    sample = images.indices[spread(len(images.indices), _LOOKED_AT)].tolist()
+    size = len(images.indices)
+    chosen = spread(size, _LOOKED_AT)
+    sample = images.indices[chosen].tolist()
     look = functools.partial(_look_at_image, images)
     alone, first = _timed(map, look, sample[:_DECODED_ALONE])
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
@@ -106,7 +109,7 @@ def look_at(images: Stream) -> Stream:
     tell_orientation(turned, len(sample), options)
     if options.workers >= 0 or len(sample) <= 2 * _DECODED_ALONE:
         return images
-    workers, reading = choose_workers(len(images.indices), usable_cores(), alone, together)
+    workers, reading = choose_workers(size, usable_cores(), alone, together)
     options = dataclasses.replace(options, workers=workers)
     return dataclasses.replace(images, options=options, reading=reading)
 
@@ -122,8 +125,9 @@ def _look_at_image(images: Stream, index: int) -> tuple[str, str]:
     except UnreadableError as error:
         return str(error), ""
     check_label(label, images.num_classes, name)
-    is_upright = not isinstance(payload, bytes) or decoding.orientation(payload) == 1
-    return "", "" if is_upright else name
+    if isinstance(payload, bytes) and decoding.orientation(payload) != 1:
+        return "", name
+    return "", ""
 
 
 def _timed(apply: Callable, function: Callable, items: list) -> tuple[float, list]:
