@@ -6,9 +6,6 @@ and a place that holds its own settings and rows.
 
 from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
-
 from sparsity_jax import interface, train
 from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
@@ -35,10 +32,7 @@ class EachMember(interface.Stage):
             after, added = stage.of_member(alone, network, place.of_member(member))
             states.append(after)
             rows.append(added)
-        together = states[0]
-        if problem.members is not None:
-            together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        yield Update(together, rows, 1.0)
+        yield Update(train.together(problem, states), rows, 1.0)
 
 
 class OneByOne(interface.Stage):

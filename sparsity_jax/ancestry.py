@@ -40,7 +40,8 @@ def _check(path: Path, model: Config, sweep: Config) -> None:
     differing = versions.told_differences(there, models.complete(model), "config.model")
     if differing:
         raise ConfigError("", why=f"a run of another network\n{differing}")
-    theirs, alone = other.get("sweep"), path.name.startswith("member_")
+    theirs = other.get("sweep")
+    alone = path.name.startswith("member_")
     if theirs and not alone and versions.as_saved(sweep) != theirs:
         allowed = f"with its sweep {versions.told(theirs)}"
         folders = workdirs.member_folders(path)
@@ -72,7 +73,8 @@ def _ancestry(path: AnyPath) -> Iterator[tuple[Path, Fields]]:
     """(path, config) of the run in `path`, of the run it started from, and so on, as far as they
     are still there.
     """
-    path, seen = Path(path), set()
+    path = Path(path)
+    seen = set()
     while (path / "config.json").is_file():
         if path.resolve() in seen:
             raise ConfigError(
@@ -100,7 +102,8 @@ def check_arrays(path: AnyPath, shapes: PyTree, members: int | None) -> None:
     stored = checkpoint.shapes(snapshot) if snapshot else {}
     leading = () if members is None else (members,)
     for name, leaf in named_leaves(shapes).items():
-        there, here = stored.get(f"params/{name}"), leading + leaf.shape
+        there = stored.get(f"params/{name}")
+        here = leading + leaf.shape
         if there != here:
             raise ConfigError(
                 "config.start_from",

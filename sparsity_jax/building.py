@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import ShapeDtypeStruct, eval_shape, local_devices, random
+from jax import eval_shape, local_devices
 
 from sparsity_jax import ancestry, data, models, plans, pretrained, tables, train, trees
 from sparsity_jax.plans import Plan
@@ -88,7 +87,8 @@ def build(every: list[Plan]) -> Problem:
     """Loads the data and builds the network; raises ConfigError for settings that do not fit
     them.
     """
-    common, devices = every[0].common, len(local_devices())
+    common = every[0].common
+    devices = len(local_devices())
     if common["mesh"] > devices:
         raise ConfigError(
             "config.mesh", common["mesh"], allowed=f"0 (all) to {devices}, the local devices"
@@ -144,11 +144,11 @@ def check_size(problem: Problem, name: str) -> None:
     """Raises ConfigError for a network that cannot be made for the run's images, or is larger than
     the memory.
     """
-    height, width, channels = problem.dataset.test.images.shape[1:]
-    images = ShapeDtypeStruct((2, height, width, channels), jnp.float32)
+    images = problem.image(2)
+    _, height, width, channels = images.shape
     what = f"{name!r} for images of {height} x {width} x {channels}"
     with making_network(what):
-        variables = eval_shape(problem.init, random.key(0))
+        variables = problem.shapes()
         logits = eval_shape(problem.model.apply, variables, images)
     sizes = {path: leaf.size for path, leaf in named_leaves(variables).items()}
     sizes["its logits"] = logits.size
@@ -179,7 +179,7 @@ def _with_pretrained(problem: Problem, common: Config) -> Problem:
     """The problem whose networks start with the arrays of `config.pretrained`, without its
     classifier if that is to be fresh.
     """
-    like = eval_shape(problem.init, random.key(0))
+    like = problem.shapes()
     with enough_memory_for("config.pretrained", None, common):
         state_dict = pretrained.read(common["pretrained"])
         with within("config.pretrained"):
@@ -188,9 +188,10 @@ def _with_pretrained(problem: Problem, common: Config) -> Problem:
                 like,
                 names=common["pretrained_names"],
                 fresh=pretrained.CLASSIFIER if common["fresh_classifier"] else "",
-                image_channels=problem.dataset.test.images.shape[-1],
+                image_channels=problem.image(1).shape[-1],
             )
-        fresh, leaves = named_leaves(like), named_leaves(variables)
+        fresh = named_leaves(like)
+        leaves = named_leaves(variables)
         given = {path: leaf for path, leaf in leaves.items() if leaf is not fresh[path]}
         keep = common["pretrained_zeros"] == "keep"
         return problem._replace(pretrained=problem.place(given), keep_zeros=keep)

@@ -160,7 +160,8 @@ class Checkpoints:
         try:
             as_written = _same_bits(restore(workdirs.read(folder), state), state)
         except DamagedError as error:
-            as_written, reason = False, str(error)
+            as_written = False
+            reason = str(error)
         if not as_written:
             raise OSError(
                 f"{reason}; the disk or file system of {self._folder} is not to be trusted."

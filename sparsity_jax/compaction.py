@@ -74,7 +74,7 @@ def compacted(problem: Problem, state: State) -> Stock:
     """
     channels = structured.channels_of(problem)
     keep = coupling.alive(channels, {"params": state.masks})
-    small = groups.compact(structured.variables_of(state), channels, keep)
+    small = groups.compact(state.variables, channels, keep)
     return Stock(small, groups.elastic(problem.model.apply, channels, keep), keep, channels)
 
 
@@ -85,7 +85,7 @@ def take_stock(problem: Problem, state: State, stage: Compact) -> Row:
     stock = compacted(problem, state)
     images = problem.images(problem.examples("test", stage.batch_size)[0])
     calls: dict[str, tuple[Callable, tuple]] = {
-        "dense": (jax.jit(problem.model.apply), (structured.variables_of(state), images)),
+        "dense": (jax.jit(problem.model.apply), (state.variables, images)),
         "compact": (jax.jit(stock.apply), (stock.variables, images)),
     }
     logits = [apply(*arguments) for apply, arguments in calls.values()]

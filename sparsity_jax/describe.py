@@ -130,7 +130,8 @@ def _part_lines(place: str, options: Callable, values: Config) -> Iterator[str]:
     yield f"{place}, kind {kind!r}" if kind else place
     yield from _wrapped(_split(options, parameters(options))[0], 4)
     hints = typing.get_type_hints(options, include_extras=True)
-    defaults, texts = tables.defaults(options), texts_of(options)
+    defaults = tables.defaults(options)
+    texts = texts_of(options)
     for name in names:
         default = f"default {defaults[name]!r}" if name in defaults else "no default"
         here = f", here {values[name]!r}" if _is_other(name, values, defaults) else ""

@@ -55,11 +55,12 @@ from sparsity_jax.export import (
     export,
     load,
     replacing,
-    variables_of,
     verify,
     write,
 )
 from sparsity_jax.precision import computed
+from sparsity_jax.tables import ConfigError
+from sparsity_jax.train import Problem, State
 from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Row, Rows
 
 __all__ = [
@@ -104,7 +105,7 @@ class Network(NamedTuple):
     member: int
     swept: Fields
     progress: str
-    state: train.State
+    state: State
     label: str
 
 
@@ -112,7 +113,7 @@ class Saved(NamedTuple):
     """A run as its newest checkpoints have it. missing: members that have saved nothing yet."""
 
     config: Fields
-    problem: train.Problem  # of one member: no leading axis
+    problem: Problem  # of one member: no leading axis
     networks: list[Network]
     missing: list[int]
 
@@ -144,7 +145,7 @@ def open_run(
         if snapshot:
             snapshots[number] = snapshot
     if not snapshots:
-        raise tables.ConfigError(
+        raise ConfigError(
             f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more."
         )
     problem = build(config, data_dir=data_dir, data_name=data_name, statistics=statistics)
@@ -154,7 +155,7 @@ def open_run(
         states, progress = restore(snapshot, problem, hint)
         own = swept_values[number : number + 1] if folders else swept_values
         if len(states) != len(own):
-            raise tables.ConfigError(
+            raise ConfigError(
                 f"{workdir}: config.json makes {len(own)} networks, the checkpoint has "
                 f"{len(states)}. Was config.json edited?"
             )
@@ -175,7 +176,7 @@ def _members_in(workdir: pathlib.Path) -> list[pathlib.Path]:
 def _read_config(workdir: pathlib.Path) -> Fields:
     """The config of a run, with the defaults of all common fields."""
     if not workdirs.holds_run(workdir):
-        raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
+        raise ConfigError(f"{workdir} holds no run (no config.json).")
     config = workdirs.read_config(workdir)
     known = tables.parameters(plans.settings)
     common = {name: value for name, value in config.items() if name in known}
@@ -187,7 +188,7 @@ def _read_config(workdir: pathlib.Path) -> Fields:
 
 def build(
     config: Config, *, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
-) -> train.Problem:
+) -> Problem:
     """Data and network of a config, for one member on one device; see `open_run`."""
     tables.convert(statistics, Statistics, "statistics")
     own = {**tables.defaults(data.Options), **config["data"]}
@@ -235,8 +236,8 @@ def _statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normaliza
         return known
     try:
         trained_on = _load_data({**options, "test_limit": 1})
-    except tables.ConfigError as error:
-        raise tables.ConfigError(
+    except ConfigError as error:
+        raise ConfigError(
             "--data: mean and std belong to the trained network and are those of its run's train "
             f"images: {error} --data_dir tells where they are; --statistics data takes mean and "
             "std of the other set instead."
@@ -246,7 +247,8 @@ def _statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normaliza
 
 def _told(config: Config, progress: workdirs.Progress) -> str:
     """How far a run is."""
-    names, index = config["pipeline"], progress.stage
+    names = config["pipeline"]
+    index = progress.stage
     if index >= len(names):
         return "finished"
     return f"in stage {index + 1} of {len(names)} ({names[index]})"
@@ -259,8 +261,8 @@ def label_of(config: Config, progress: workdirs.Progress) -> str:
 
 
 def restore(
-    snapshot: workdirs.Snapshot, problem: train.Problem, hint: str
-) -> tuple[list[train.State], workdirs.Progress]:
+    snapshot: workdirs.Snapshot, problem: Problem, hint: str
+) -> tuple[list[State], workdirs.Progress]:
     """The state of each member, from a checkpoint made on whatever devices, or from a later one if
     its run has removed that; and where it was.
 
@@ -269,7 +271,7 @@ def restore(
     """
     workdir = snapshot.folder.parent.parent
     with building.making_network(f"{workdir}: the network of config.model"):
-        variables = jax.eval_shape(problem.init, jax.random.key(0))
+        variables = problem.shapes()
     try:
         arrays = _read_arrays(snapshot, variables, hint)
     except intact.DamagedError:
@@ -284,7 +286,7 @@ def restore(
     if parts["step"].ndim:
         slices = [jax.tree.map(lambda leaf, i=i: leaf[i], parts) for i in range(len(parts["step"]))]
     metrics = train.no_metrics()
-    return [train.State(**own, opt_state=(), metrics=metrics) for own in slices], snapshot.progress
+    return [State(**own, opt_state=(), metrics=metrics) for own in slices], snapshot.progress
 
 
 def _read_arrays(snapshot: workdirs.Snapshot, variables: PyTree, hint: str) -> Fields:
@@ -346,8 +348,8 @@ _COMPACT = (  # fields of `compaction.take_stock`
 
 
 def measure(
-    problem: train.Problem,
-    state: train.State,
+    problem: Problem,
+    state: State,
     *,
     on_train: bool = False,
     latency: bool = False,
@@ -372,18 +374,17 @@ def measure(
     """
     tables.convert(batch_size, tables.Count, "batch_size")
     if latency and repeats < 2:
-        raise tables.ConfigError("repeats", repeats, allowed="int >= 2")
-    variables = variables_of(state)
+        raise ConfigError("repeats", repeats, allowed="int >= 2")
+    variables = state.variables
     row = _scores(problem, state, "test")
     if on_train:
         row |= _scores(problem, state, "train")
-    one = jax.ShapeDtypeStruct((1, *problem.dataset.test.images.shape[1:]), np.float32)
     row |= dict(
         parameters=cost.num_params(variables),
         parameters_kept=_count_nonzero(state.masks),
         parameters_nonzero=_count_nonzero(state.params),
         bytes=cost.num_bytes(variables),
-        flops=cost.flops(problem.model.apply, variables, one).products,
+        flops=cost.flops(problem.model.apply, variables, problem.image(1)).products,
         device=jax.local_devices()[0].device_kind,
     )
     cut, stock, note = compared(
@@ -411,7 +412,7 @@ def _count_nonzero(tree: PyTree) -> int:
     return sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
 
 
-def _scores(problem: train.Problem, state: train.State, split: str) -> Row:
+def _scores(problem: Problem, state: State, split: str) -> Row:
     """Accuracy, loss and number of examples of one split."""
     result = train.measure(problem, state.params, state.batch_stats, split)
     unreadable = len(result.unreadable)
@@ -462,7 +463,8 @@ def describe(row: Config) -> str:
         if texts:
             lines.append(f"  {name:<26}" + "".join(f"{text:>16}" for text in texts))
     for name, middle in row.get("milliseconds", {}).items():
-        low, high = row["milliseconds_low"][name], row["milliseconds_high"][name]
+        low = row["milliseconds_low"][name]
+        high = row["milliseconds_high"][name]
         batch = f"  {name}, a batch of {row['batch_size']}"
         lines.append(f"{batch}: {middle:.3g} ms (quartiles {low:.3g} to {high:.3g})")
     if "verdict" in row:
@@ -479,7 +481,8 @@ def describe_all(rows: Rows) -> str:
     for split in ("test", "train") if are_seeds else ():
         values = [row[f"{split}_accuracy"] for row in rows if f"{split}_accuracy" in row]
         if values:
-            mean, deviation = np.mean(values), np.std(values, ddof=1)
+            mean = np.mean(values)
+            deviation = np.std(values, ddof=1)
             of_seeds = f"{split} accuracy of {len(values)} seeds"
             text.append(f"{of_seeds}: {mean:.2%}, standard deviation {deviation:.2%}")
     return "\n\n".join(text)
@@ -522,7 +525,7 @@ def _check_torch(file: AnyPath) -> None:
     """Raises ConfigError unless `file` is a new .safetensors file."""
     path = pathlib.Path(file)
     if path.suffix != ".safetensors" or path.exists():
-        raise tables.ConfigError(f"{path} cannot be written; name a new file *.safetensors.")
+        raise ConfigError(f"{path} cannot be written; name a new file *.safetensors.")
 
 
 def export_torch(saved: Saved, file: AnyPath) -> list[pathlib.Path]:
@@ -537,9 +540,9 @@ def export_torch(saved: Saved, file: AnyPath) -> list[pathlib.Path]:
         paths = [file.with_stem(f"{file.stem}_{network.member:03d}") for network in saved.networks]
     for path in paths:
         _check_torch(path)
-    channels = saved.problem.dataset.test.images.shape[-1]
+    *_, channels = saved.problem.image(1).shape
     for path, network in zip(paths, saved.networks):
-        weights = pretrained.to_torch(variables_of(network.state), image_channels=channels)
+        weights = pretrained.to_torch(network.state.variables, image_channels=channels)
         pretrained.write(path, weights)
     return paths
 
@@ -549,7 +552,7 @@ def _check_writable(file: AnyPath) -> None:
     parents = pathlib.Path(file).absolute().parents
     there = next(folder for folder in parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise tables.ConfigError(
+        raise ConfigError(
             f"{file} cannot be written, since {there} is not writable; name another place."
         )
 
@@ -609,7 +612,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with building.enough_memory(options.workdir, _MORE_MEMORY):
             for line in _answer(options):
                 sys.stdout.write(f"{line}\n")
-    except (tables.ConfigError, OSError) as error:
+    except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

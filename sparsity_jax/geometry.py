@@ -139,7 +139,7 @@ class TrainingLoss(alone.OneByOne):
                 of_batch,
                 data,
                 self.batch_size,
-                on_host=stages.on_host(problem),
+                on_host=train.on_host(problem),
                 precision=problem.curvature_precision,
             )
 

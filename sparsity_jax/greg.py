@@ -16,6 +16,7 @@ from jax import Array
 
 from sparsity_jax import growing, losses, optim, removal, stages, tables, train, trees
 from sparsity_jax.interface import Place
+from sparsity_jax.tables import Count
 from sparsity_jax.train import Problem, State, Update
 from sparsity_jax.types import Fields, MemberRows
 
@@ -45,12 +46,12 @@ class Grow(removal.Remove, growing.Penalty):
 
     kind: ClassVar[str] = "grow"
     optimizer: optim.Config
-    batch_size: tables.Count = 128
+    batch_size: Count = 128
     augment: str = "none"
     loss: losses.Config = losses.CROSS_ENTROPY
     penalty_only: bool = False
-    evaluate_every: tables.Count = 1
-    log_every: tables.Count = 100
+    evaluate_every: Count = 1
+    log_every: Count = 100
     log_scores: bool = False
 
     def check(self) -> None:

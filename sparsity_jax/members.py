@@ -108,7 +108,8 @@ def stages_of(config: Config) -> list[str]:
 
 def _arms_of(config: Config, options: Config) -> Iterator[tuple[str, Fields]]:
     """(label, fields by path) of every arm that runs; ("", {}) where there are none."""
-    arms, stages = options["arms"], stages_of(config)
+    arms = options["arms"]
+    stages = stages_of(config)
     names = list(arms) if options["arm"] is None else options["arm"]
     if arms and not names:
         raise ConfigError("arm", names, allowed="at least one name", known=arms)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from sparsity_jax import (
     ancestry,
@@ -71,7 +70,8 @@ def run(
     where no checkpoint is whole, and train.NonFiniteLossError; if members of a sweep run one after
     the other, once all have run.
     """
-    config, workdir = plain(config), Path(workdir)
+    config = plain(config)
+    workdir = Path(workdir)
     workdirs.check_path(workdir)
     if holds_run(workdir) and read_config(workdir) == config:
         snapshots = ancestry.last_snapshots(workdir, config)
@@ -106,7 +106,8 @@ def run(
 
 
 def _write_report(workdir: Path, config: Config, rows: Rows) -> None:
-    title, environment = config.get("title") or None, report.read_environment(workdir)
+    title = config.get("title") or None
+    environment = report.read_environment(workdir)
     path = report.write(workdir, dict(config), rows, title=title, environment=environment)
     say(f"report: {path}")
 
@@ -145,7 +146,8 @@ class Run(NamedTuple):
         """Where the stage at `position` stands."""
         pipeline = self.plan.pipeline
         name = pipeline[position]
-        visit, visits = pipeline[: position + 1].count(name), pipeline.count(name)
+        visit = pipeline[: position + 1].count(name)
+        visits = pipeline.count(name)
         mine = lambda row: (row["stage"], row["visit"]) == (name, visit)
         before = [row for row in self.rows if not mine(row)]
         return Place(
@@ -202,13 +204,14 @@ def _run_plan(
 def _initial_state(plan: Plan, problem: Problem) -> State:
     """The networks at the start, one per member; members of the same seed start alike."""
     keys = [train.key_of(member.config["seed"]) for member in plan.members]
-    key = keys[0] if problem.members is None else jnp.stack(keys)
-    return train.initial_state(problem, problem.place(key))
+    key = problem.place(train.together(problem, keys))
+    return train.initial_state(problem, key)
 
 
 def _restored(run: Run, state: State, snapshot: Snapshot) -> State:
     """The state in a checkpoint; `state`: at the start of the run, which tells its structure."""
-    progress, plan = snapshot.progress, run.plan
+    progress = snapshot.progress
+    plan = run.plan
     if progress.begun:
         name = plan.pipeline[progress.stage]
         own = plan.settings[name]
@@ -225,7 +228,8 @@ def _restored(run: Run, state: State, snapshot: Snapshot) -> State:
 def _run_stage(run: Run, state: State, position: int, begun: bool) -> State:
     """The state that the stage at `position` hands on. begun: whether `state` is its own."""
     place = run.place(position)
-    where, stage = f"config.{place.name}", place.own[0]
+    where = f"config.{place.name}"
+    stage = place.own[0]
     with enough_memory_for(where, stage, run.plan.common), within(where), train.naming(place.name):
         if not begun:
             state = stage.begin(run.problem, state, place)
@@ -243,11 +247,15 @@ def _run_updates(run: Run, state: State, place: Place) -> State:
     """What a stage does: its rows go out as they come, its state is saved every
     `checkpoint_seconds`.
     """
-    plan, name, position = run.plan, place.name, place.position
-    stage, config = place.own[0], plan.members[0].config
+    plan = run.plan
+    name = place.name
+    position = place.position
+    stage = place.own[0]
+    config = plan.members[0].config
     common = dict(stage=name, kind=config[name]["kind"], visit=place.visit)
     common["arm"] = arm_of(config, position)
-    last, spe = time.monotonic(), stage.steps_per_epoch(run.problem)
+    last = time.monotonic()
+    spe = stage.steps_per_epoch(run.problem)
     # what an interruption saves, replaced as one: it may come between any two instructions
     good = run.reached(state, position, 0.0)
     display = Display(f"{position + 1}/{len(plan.pipeline)} {name}")

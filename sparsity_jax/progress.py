@@ -44,7 +44,8 @@ def tell_environment(problem: Problem, workdir: Path, command: str) -> None:
 
 def describe_environment(problem: Problem) -> Fields:
     """Versions and hardware, and the accuracy by chance, for the report."""
-    device, count = local_devices()[0], len(local_devices())
+    device = local_devices()[0]
+    count = len(local_devices())
     environment = {
         "device": f"{device.device_kind} ({device.platform}, {count} local)",
         "python": host.python_version(),
@@ -85,7 +86,8 @@ class Display:
     every five seconds, and one a minute where there are none."""
 
     def __init__(self, name: str):
-        self._name, self._started = name, time.monotonic()
+        self._name = name
+        self._started = time.monotonic()
         self._said = self._started - 5
         # without a terminal there is no bar
         self._bar = tqdm.tqdm(total=1.0, desc=name, bar_format=_BAR, disable=None)

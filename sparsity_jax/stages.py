@@ -9,19 +9,18 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, random
+from jax import Array
 
 from sparsity_jax import (
     allocate,
-    groups,
     interface,
     masks,
     stopping,
+    structured,
     tables,
     train,
     trees,
 )
-from sparsity_jax.groups import Channels
 from sparsity_jax.interface import Place, Stage, without_optimizer
 from sparsity_jax.tables import Fraction, option
 from sparsity_jax.train import NonFiniteLossError, Problem, State, Update, member_rows, shapes_of
@@ -38,7 +37,6 @@ __all__ = [
     "check_weights",
     "magnitude_histogram",
     "magnitude_thresholds",
-    "on_host",
 ]
 
 _HUNDREDTHS = (*range(0, 90, 10), *range(90, 100))
@@ -71,11 +69,6 @@ def check_weights(problem: Problem, state: State) -> None:
 def _all_finite(tree: PyTree) -> Array:
     per_array = jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
     return jnp.all(jnp.stack(jax.tree.leaves(per_array)))
-
-
-def on_host(problem: Problem) -> bool:
-    """Whether batches should be compiled calls of their own, see `spectrum.over_batches`."""
-    return train.convolves(shapes_of(problem)) and jax.default_backend() == "cpu"
 
 
 # What is pruned -----------------------------------------------------------------------------------
@@ -121,7 +114,7 @@ class Selecting(Stage):
         """Keyword arguments of `allocate.keep_counts` and `keep_masks`."""
         channels = None
         if self.selection == "structured":
-            channels = _filters_of(problem)
+            channels = structured.filters_of(problem)
         return dict(self.options(), selection=self.selection, channels=channels)
 
     def counts(self, problem: Problem, ratio: float) -> PyTree:
@@ -153,23 +146,6 @@ class Selecting(Stage):
 
 
 _SELECTING = tuple(tables.parameters(Selecting))
-
-
-def _filters_of(problem: Problem) -> Channels:
-    """Channels of the network as a function of its params alone: each side of a residual sum may
-    lose its own.
-    """
-
-    def traced() -> Channels:
-        fixed = dict(jax.eval_shape(problem.init, random.key(0)))
-        params = fixed.pop("params")
-        # statistics are never masked
-        fixed = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), fixed)
-        image = jax.ShapeDtypeStruct((2, *problem.dataset.test.images.shape[1:]), jnp.float32)
-        apply = lambda params, images: problem.model.apply({**fixed, "params": params}, images)
-        return groups.trace(apply, params, image, branches="separate")
-
-    return problem.once("filters", traced)
 
 
 def _pruning(problem: Problem, stage: Selecting, position: int) -> Callable:
@@ -424,7 +400,8 @@ def magnitude_thresholds() -> list[float]:
     """0, then 10, 1, 0.1, ... by repeated division while above 1e-10, as the original computes
     them.
     """
-    thresholds, value = [0.0], 10.0
+    thresholds = [0.0]
+    value = 10.0
     while value > 1e-10:
         thresholds.append(value)
         value /= 10

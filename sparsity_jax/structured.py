@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax import ShapeDtypeStruct
 
 from sparsity_jax import groups, masks
 from sparsity_jax.groups import Channels
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import PyTree
 
-__all__ = ["Keep", "channels_of", "traceable", "variables_of", "without"]
+__all__ = ["Keep", "channels_of", "filters_of", "traceable", "without"]
 
 Keep = Mapping[str, Any]  # bools by name of group, True = kept
 
@@ -24,15 +25,25 @@ def channels_of(problem: Problem, *, branches: groups.Branches = "tied") -> Chan
     return problem.once(key, lambda: groups.trace(*traceable(problem), branches=branches))
 
 
-def traceable(problem: Problem) -> tuple[Callable, PyTree, jax.ShapeDtypeStruct]:
+def filters_of(problem: Problem) -> Channels:
+    """Channels of the network as a function of its params alone: each side of a residual sum may
+    lose its own.
+    """
+
+    def traced() -> Channels:
+        fixed = dict(problem.shapes())
+        params = fixed.pop("params")
+        # statistics are never masked
+        fixed = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), fixed)
+        apply = lambda params, images: problem.model.apply({**fixed, "params": params}, images)
+        return groups.trace(apply, params, problem.image(2), branches="separate")
+
+    return problem.once("filters", traced)
+
+
+def traceable(problem: Problem) -> tuple[Callable, PyTree, ShapeDtypeStruct]:
     """The run's network as a function, its variables and its input, of which only shapes count."""
-    image = jax.ShapeDtypeStruct((2, *problem.dataset.test.images.shape[1:]), jnp.float32)
-    return problem.model.apply, jax.eval_shape(problem.init, jax.random.key(0)), image
-
-
-def variables_of(state: State) -> PyTree:
-    """What a model is applied to."""
-    return {"params": state.params, "batch_stats": state.batch_stats}
+    return problem.model.apply, problem.shapes(), problem.image(2)
 
 
 def without(state: State, channels: Channels, keep: Keep, kept: PyTree) -> State:

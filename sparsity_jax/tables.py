@@ -97,7 +97,8 @@ class ConfigError(ValueError):
     def __str__(self) -> str:
         if self.is_sentence():
             return self.where
-        sentence, reason = self.where or "the value", f" {self.why}" if self.why else ""
+        sentence = self.where or "the value"
+        reason = f" {self.why}" if self.why else ""
         if self.value is not NOT_GIVEN:
             sentence += f" {self.verb} {shortened(self.value)}" + "," * bool(reason)
         allowed = f"; allowed: {self.allowed}" if self.allowed else ""
@@ -216,7 +217,8 @@ class Options(dict):
         return hash(json.dumps(self, sort_keys=True))
 
 
-_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # what float32 holds without loss
+_SMALLEST = 1.2e-38  # what float32 holds without loss
+_LARGEST = 3.4e38
 
 
 def host_memory() -> float:
@@ -338,7 +340,8 @@ def convert(value: Any, hint: Any, field: str = "") -> Any:
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    arguments = get_args(hint)
     if hint is Any:
         return value
     if origin is Annotated:
@@ -422,7 +425,8 @@ def describe(hint: Any) -> str:
     """A readable form of a type annotation, e.g. `float >= 0.0 and <= 1.0` or `'global' |
     'random'`.
     """
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    arguments = get_args(hint)
     if origin is Annotated:
         return " ".join([describe(arguments[0]), *map(str, arguments[1:])])
     if origin in _UNIONS:

@@ -79,7 +79,8 @@ def gathered(snapshots: list[workdirs.Snapshot], workdir: Path) -> Rows:
     """Rows of a finished run; those of separate members are written again in their folders."""
     rows: Rows = []
     for snapshot in snapshots:
-        own, folder = snapshot.progress.rows, snapshot.folder.parent.parent
+        own = snapshot.progress.rows
+        folder = snapshot.folder.parent.parent
         if folder != workdir:
             Writer(folder, own).close()
             own = _renumbered(own, int(folder.name.removeprefix("member_")))

@@ -45,7 +45,8 @@ def version_of(workdir: AnyPath) -> str:
 def check_version(workdir: AnyPath) -> None:
     """Raises ConfigError for a run of a later version than this one."""
     numbers = lambda version: [int(number) for number in version.split(".")]
-    theirs, ours = version_of(workdir), sparsity_jax.__version__
+    theirs = version_of(workdir)
+    ours = sparsity_jax.__version__
     if numbers(theirs) > numbers(ours):
         raise ConfigError(
             str(workdir),
@@ -97,6 +98,7 @@ def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, Any,
         return [(path, first, second)]
     fields = []
     for name in sorted({*first, *second}):
-        old, new = first.get(name, ABSENT), second.get(name, ABSENT)
+        old = first.get(name, ABSENT)
+        new = second.get(name, ABSENT)
         fields += differences(old, new, joined(path, name))
     return fields

@@ -42,7 +42,9 @@ __all__ = [
     "say",
 ]
 
-FOLDER, STATE, PROGRESS = "checkpoints", "state", "progress.json"
+FOLDER = "checkpoints"
+STATE = "state"
+PROGRESS = "progress.json"
 _UNREADABLE = r"[\[\]\\]|:/"  # in paths: orbax's reader takes them for patterns or addresses
 
 

@@ -2150,6 +2150,16 @@ MUTATIONS = (
         "test_compilation.py",
         "determinism_is_refused",
     ),
+    Mutation(
+        407,
+        "dropped count",
+        "images of a stream that cannot be read count as wrong ones",
+        "streaming.py",
+        "problem.size(split) - len(unreadable)",
+        "problem.size(split)",
+        "test_stream.py",
+        "skipped_images or killed_run",
+    ),
 )
 
 

@@ -22,7 +22,8 @@ __all__ = [
     "write_environment",
 ]
 
-METRICS, REPORT = "metrics.jsonl", "report.html"
+METRICS = "metrics.jsonl"
+REPORT = "report.html"
 
 
 def plain(value: Any) -> Any:

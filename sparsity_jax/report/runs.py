@@ -100,7 +100,8 @@ def _whole_rows(folder: pathlib.Path) -> Rows:
     except (FileNotFoundError, ValueError) as error:
         if known is None:
             raise
-        rows, problem = [], str(error)
+        rows = []
+        problem = str(error)
     if known is None or rows[: len(known)] == known:
         return rows
     workdirs.say(f"{problem}; the rows of the newest checkpoint are used")
@@ -114,7 +115,8 @@ def read_rows(path: AnyPath) -> Rows:
     other line that is not one JSON object, or not as it was written.
     """
     lines = pathlib.Path(path).read_bytes().split(b"\n")
-    rows, total = [], 0
+    rows = []
+    total = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
