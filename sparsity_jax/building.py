@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import eval_shape, local_devices
 
-from sparsity_jax import ancestry, data, models, plans, pretrained, tables, train, trees
+from sparsity_jax import ancestry, data, models, plans, tables, train, trees, weights, workdirs
 from sparsity_jax.plans import Plan
 from sparsity_jax.tables import ConfigError, shortened, within
 from sparsity_jax.train import Problem, shapes_of
@@ -110,7 +110,8 @@ def build(every: list[Plan]) -> Problem:
     with within("config.model"):
         check_size(problem, common["model"]["name"])
     if common["pretrained"]:
-        problem = _with_pretrained(problem, common)
+        with enough_memory_for("config.pretrained", None, common):
+            problem = weights.starting_with(problem, common)
     for plan in every:
         start = origin_of(plan, len(every))
         if start:
@@ -125,7 +126,7 @@ def origin_of(plan: Plan, num_plans: int) -> str:
     """
     start = plan.common["start_from"]
     if start and num_plans > 1:
-        return str(ancestry.of_member(start, f"member_{plan.numbers[0]:03d}"))
+        return str(ancestry.of_member(start, workdirs.member_name(plan.numbers[0])))
     return start
 
 
@@ -173,28 +174,6 @@ def making_network(name: str) -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         why = f"{name} cannot be made: {shortened(reason)}"
         raise ConfigError("", why=f"{why}; is it too large for its images?") from None
-
-
-def _with_pretrained(problem: Problem, common: Config) -> Problem:
-    """The problem whose networks start with the arrays of `config.pretrained`, without its
-    classifier if that is to be fresh.
-    """
-    like = problem.shapes()
-    with enough_memory_for("config.pretrained", None, common):
-        state_dict = pretrained.read(common["pretrained"])
-        with within("config.pretrained"):
-            variables = pretrained.to_variables(
-                state_dict,
-                like,
-                names=common["pretrained_names"],
-                fresh=pretrained.CLASSIFIER if common["fresh_classifier"] else "",
-                image_channels=problem.image(1).shape[-1],
-            )
-        fresh = named_leaves(like)
-        leaves = named_leaves(variables)
-        given = {path: leaf for path, leaf in leaves.items() if leaf is not fresh[path]}
-        keep = common["pretrained_zeros"] == "keep"
-        return problem._replace(pretrained=problem.place(given), keep_zeros=keep)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The stage `compact`: takes stock of the network without its removed channels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -13,7 +13,16 @@ from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, PyTree, Row
 
-__all__ = ["STAGES", "Compact", "Stock", "accuracy", "compacted", "rounding_of", "take_stock"]
+__all__ = [
+    "STAGES",
+    "Compact",
+    "Stock",
+    "accuracy",
+    "compacted",
+    "milliseconds",
+    "rounding_of",
+    "take_stock",
+]
 
 
 @tables.option
@@ -121,12 +130,18 @@ def _difference(problem: Problem, tolerance: float, masked: Array, compact: Arra
 
 
 def _times(pair: cost.Comparison) -> Row:
-    """Fields of a row for measured times."""
+    """Fields of a row for the measured times of two networks."""
     fields = ("speedup", "speedup_low", "speedup_high", "verdict")
     row = {field: getattr(pair, field) for field in fields}
     row["device"] = jax.devices()[0].device_kind
+    return row | milliseconds(pair.latencies)
+
+
+def milliseconds(latencies: Mapping[str, cost.Latency]) -> Row:
+    """Fields of a row for measured times, by network."""
+    row = {}
     for quantile, end in (("median", ""), ("low", "_low"), ("high", "_high")):
-        seconds = {name: getattr(latency, quantile) for name, latency in pair.latencies.items()}
+        seconds = {name: getattr(latency, quantile) for name, latency in latencies.items()}
         row[f"milliseconds{end}"] = {name: 1e3 * time for name, time in seconds.items()}
     return row
 

@@ -18,10 +18,8 @@ sparsity_jax.prepare`.
 
 import argparse
 import itertools
-import json
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -32,6 +30,7 @@ import numpy as np
 from sparsity_jax import (
     building,
     checkpoint,
+    compaction,
     compilation,
     cost,
     data,
@@ -43,6 +42,7 @@ from sparsity_jax import (
     plans,
     pretrained,
     report,
+    stored,
     tables,
     train,
     trees,
@@ -85,7 +85,6 @@ __all__ = [
 ]
 
 Statistics = Literal["run", "data"]
-_MEMBER = re.compile(r"member_\d+")
 _MORE_MEMORY = (
     "Lower --batch_size if --latency fills it, or evaluate where there is more: with "
     "JAX_PLATFORMS=cpu in the environment the memory of the host counts."
@@ -134,10 +133,12 @@ def open_run(
     workdir = pathlib.Path(workdir)
     config = _read_config(workdir)
     whole = workdir
-    folders = {int(path.name.removeprefix("member_")): path for path in _members_in(workdir)}
-    if workdir in _members_in(workdir.parent) and (workdir.parent / "config.json").is_file():
+    folders = workdirs.member_folders(workdir)
+    siblings = workdirs.member_folders(workdir.parent)
+    alone = {number: folder for number, folder in siblings.items() if folder == workdir}
+    if alone and (workdir.parent / "config.json").is_file():
         whole = workdir.parent
-        folders = {int(workdir.name.removeprefix("member_")): workdir}
+        folders = alone
     swept_values = [member.swept for member in members.expand(_read_config(whole))]
     snapshots = {}
     for number, folder in (folders or {0: workdir}).items():
@@ -166,11 +167,6 @@ def open_run(
     saved = {network.member for network in networks}
     expected = saved if whole != workdir else range(len(swept_values))
     return Saved(config, problem, networks, [member for member in expected if member not in saved])
-
-
-def _members_in(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """The folders of the members of a run, in order."""
-    return [path for path in sorted(workdir.glob("member_*")) if _MEMBER.fullmatch(path.name)]
 
 
 def _read_config(workdir: pathlib.Path) -> Fields:
@@ -269,7 +265,7 @@ def restore(
     hint: what else may be the reason if the checkpoint is of another network, which raises
     ConfigError.
     """
-    workdir = snapshot.folder.parent.parent
+    workdir = snapshot.workdir
     with building.making_network(f"{workdir}: the network of config.model"):
         variables = problem.shapes()
     try:
@@ -294,13 +290,13 @@ def _read_arrays(snapshot: workdirs.Snapshot, variables: PyTree, hint: str) -> F
     behind an axis of members if there is one.
     """
     with checkpoint.reading(snapshot):
-        shapes = checkpoint.shapes(snapshot)
-        stored = {path: shape for path, shape in shapes.items() if path.split("/")[0] in variables}
+        shapes = stored.shapes(snapshot)
+        there = {path: shape for path, shape in shapes.items() if path.split("/")[0] in variables}
         leaves = trees.named_leaves(variables)
         wanted = {path: shapes["step"] + leaf.shape for path, leaf in leaves.items()}
-        what = f"{snapshot.folder.parent.parent}: the checkpoint"
-        check_shapes(what, stored, wanted, f" Was config.json edited?{hint}")
-        return checkpoint.arrays(snapshot)
+        what = f"{snapshot.workdir}: the checkpoint"
+        check_shapes(what, there, wanted, f" Was config.json edited?{hint}")
+        return stored.arrays(snapshot)
 
 
 # Numbers ------------------------------------------------------------------------------------------
@@ -398,9 +394,7 @@ def measure(
         images = problem.images(problem.examples("test", batch_size)[0])
         took = cost.latency(jax.jit(problem.model.apply), variables, images, repeats=repeats)
         row["batch_size"] = len(images)
-        row["milliseconds"] = {"dense": 1e3 * took.median}
-        row["milliseconds_low"] = {"dense": 1e3 * took.low}
-        row["milliseconds_high"] = {"dense": 1e3 * took.high}
+        row |= compaction.milliseconds({"dense": took})
     pruned = ["channels"] if cut else []
     if row["parameters_kept"] < row.get("parameters_compact", row["parameters"]):
         pruned.append("weights")
@@ -508,7 +502,7 @@ def export_run(
     model = saved.config["model"]
     with replacing(folder) as part:
         for network, note in itertools.zip_longest(saved.networks, notes):
-            own = part / f"member_{network.member:03d}" if len(saved.networks) > 1 else part
+            own = part / workdirs.member_name(network.member) if len(saved.networks) > 1 else part
             write(
                 saved.problem,
                 model,
@@ -518,7 +512,7 @@ def export_run(
                 dense=dense,
                 note=note,
             )
-    return sorted(folder.glob("member_*")) or [folder]
+    return [*workdirs.member_folders(folder).values()] or [folder]
 
 
 def _check_torch(file: AnyPath) -> None:
@@ -645,8 +639,7 @@ def _answer(options: argparse.Namespace) -> Iterator[str]:
     for member in saved.missing:
         yield f"\nmember {member} has no checkpoint yet"
     if options.json:
-        text = json.dumps(report.plain(rows), indent=1)
-        intact.write(pathlib.Path(options.json), f"{text}\n".encode())
+        intact.write_object(pathlib.Path(options.json), report.plain(rows))
     if options.export:
         notes = [row["note"] for row in rows]
         folders = export_run(

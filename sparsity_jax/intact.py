@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_jax import tables
-from sparsity_jax.types import Fields
+from sparsity_jax.types import Config, Fields
 
 __all__ = [
     "SUMS",
@@ -21,14 +21,16 @@ __all__ = [
     "damage",
     "digest_of",
     "digest_of_value",
-    "is_changed",
     "read_object",
+    "read_recorded",
     "read_row",
     "read_sums",
     "record",
     "seal",
     "summed_row",
     "write",
+    "write_object",
+    "write_recorded",
 ]
 
 SUMS = "SHA256SUMS"
@@ -77,14 +79,6 @@ def record(path: Path) -> None:
     _write_sums(path.parent, {**read_sums(path.parent), path.name: digest_of(path)})
 
 
-def is_changed(path: Path) -> bool:
-    """Whether the file `path` differs from its checksum in `SHA256SUMS`; False where that has none
-    for it.
-    """
-    known = read_sums(path.parent).get(path.name)
-    return known is not None and known != digest_of(path)
-
-
 def read_sums(folder: Path) -> dict[str, str]:
     """Checksums in `folder/SHA256SUMS` by name; lines that are none are left out."""
     path = folder / SUMS
@@ -111,6 +105,27 @@ def write(path: Path, data: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_object(path: Path, value: Config) -> None:
+    """Replaces `path` by JSON."""
+    write(path, f"{json.dumps(value, indent=2)}\n".encode())
+
+
+def write_recorded(path: Path, value: Config) -> None:
+    """Replaces `path` by JSON whose checksum is recorded."""
+    write_object(path, value)
+    record(path)
+
+
+def read_recorded(path: Path) -> Fields:
+    """The JSON object in a file; raises DamagedError too where it differs from its recorded
+    checksum, if it has one.
+    """
+    value = read_object(path)
+    if read_sums(path.parent).get(path.name, digest_of(path)) != digest_of(path):
+        raise DamagedError(f"{path} is not as it was written (its checksum differs)")
+    return value
 
 
 def read_object(path: Path) -> Fields:

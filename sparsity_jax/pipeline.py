@@ -13,11 +13,12 @@ import jax
 from sparsity_jax import (
     ancestry,
     checkpoint,
+    finished,
     interface,
     lock,
-    report,
     stages,
     stopping,
+    stored,
     train,
     turns,
     workdirs,
@@ -25,7 +26,7 @@ from sparsity_jax import (
 from sparsity_jax.building import build, enough_memory_for, use_deterministic, use_platform
 from sparsity_jax.interface import Place, Stage
 from sparsity_jax.plans import STAGES, Plan, base, check, plain, settings, stage
-from sparsity_jax.progress import Display, tell_environment
+from sparsity_jax.progress import Display, tell_environment, write_report
 from sparsity_jax.report import Writer
 from sparsity_jax.tables import within
 from sparsity_jax.train import NonFiniteLossError, Problem, State
@@ -74,9 +75,9 @@ def run(
     workdir = Path(workdir)
     workdirs.check_path(workdir)
     if holds_run(workdir) and read_config(workdir) == config:
-        snapshots = ancestry.last_snapshots(workdir, config)
+        snapshots = finished.last_snapshots(workdir, config)
         if snapshots:
-            return _redraw(config, workdir, snapshots)
+            return Outcome(*finished.write_again(workdir, config, snapshots))
     use_deterministic(config.get("deterministic", False))
     use_platform(config.get("platform", "default"))
     plans = check(config)
@@ -89,38 +90,20 @@ def run(
         workdirs.claim(workdir, config)
         tell_environment(problem, workdir, command)
         diverged: list[str] = []
+
+        def run_plan(plan: Plan, folder: Path, config: Config) -> Outcome:
+            own_problem = problem.with_members(plan.size)
+            return _run_plan(plan, own_problem, folder, config, still_mine)
+
         if len(plans) == 1:
-            outcome = _run_plan(plans[0], problem, workdir, config, still_mine)
+            outcome = run_plan(plans[0], workdir, config)
         else:
-
-            def run_one(plan: Plan, folder: Path, config: Config) -> Outcome:
-                own_problem = problem.with_members(plan.size)
-                return _run_plan(plan, own_problem, folder, config, still_mine)
-
-            state, rows, diverged = turns.run_all(plans, workdir, config, run_one)
+            state, rows, diverged = turns.run_all(plans, workdir, config, run_plan)
             outcome = Outcome(state, rows)
-        _write_report(workdir, config, outcome.rows)
+        write_report(workdir, config, outcome.rows)
     if diverged:
         raise NonFiniteLossError("\n".join(diverged))
     return outcome
-
-
-def _write_report(workdir: Path, config: Config, rows: Rows) -> None:
-    title = config.get("title") or None
-    environment = report.read_environment(workdir)
-    path = report.write(workdir, dict(config), rows, title=title, environment=environment)
-    say(f"report: {path}")
-
-
-def _redraw(config: Config, workdir: Path, snapshots: list[Snapshot]) -> Outcome:
-    """Writes rows and report of a finished run again; versions stay those it was made with."""
-    rows = turns.gathered(snapshots, workdir)
-    Writer(workdir, rows).close()
-    _write_report(workdir, config, rows)
-    with checkpoint.reading(snapshots[-1]):
-        parts = checkpoint.tree(snapshots[-1])
-        state = State(**{**parts, "metrics": train.Metrics(**parts["metrics"])})
-    return Outcome(state, rows)
 
 
 # The stages of one plan ---------------------------------------------------------------------------
@@ -178,17 +161,15 @@ def _run_plan(
     """
     found = workdirs.newest(workdir)
     progress = found.progress if found else Progress(0, False, [])
-    with contextlib.ExitStack() as stack:
-        saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
-        stack.callback(saved.close)
-        with enough_memory_for("config.model", None, plan.common):
-            state = _initial_state(plan, problem)
-        origin: Rows = []
-        if plan.common["start_from"]:
-            state, origin = ancestry.continue_from(plan.common["start_from"], state)
-        with train.naming("at the start of the run"):
-            stages.check_weights(problem, state)
-        writer = stack.enter_context(Writer(workdir, progress.rows))
+    with enough_memory_for("config.model", None, plan.common):
+        state = _initial_state(plan, problem)
+    origin: Rows = []
+    if plan.common["start_from"]:
+        state, origin = ancestry.continue_from(plan.common["start_from"], state)
+    with train.naming("at the start of the run"):
+        stages.check_weights(problem, state)
+    saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
+    with contextlib.closing(saved), Writer(workdir, progress.rows) as writer:
         run = Run(plan, problem, saved, writer, progress.rows, origin)
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))
@@ -220,8 +201,8 @@ def _restored(run: Run, state: State, snapshot: Snapshot) -> State:
             state = own[0].begin(run.problem, state, place)
     if state.opt_state == ():
         with checkpoint.reading(snapshot):
-            stored = checkpoint.structs(snapshot, state.step.sharding)["opt_state"]
-            state = state._replace(opt_state=interface.carried(stored))
+            there = stored.structs(snapshot, state.step.sharding)["opt_state"]
+            state = state._replace(opt_state=interface.carried(there))
     return checkpoint.restore(snapshot, state)
 
 

@@ -12,12 +12,12 @@ import tqdm
 from jax import local_devices
 
 import sparsity_jax
-from sparsity_jax import data, pretrained, report, trees
+from sparsity_jax import data, report, trees, weights
 from sparsity_jax.train import Problem, shapes_of
-from sparsity_jax.types import Fields, Rows
+from sparsity_jax.types import Config, Fields, Rows
 from sparsity_jax.workdirs import say
 
-__all__ = ["Display", "chance", "describe_environment", "tell_environment"]
+__all__ = ["Display", "chance", "describe_environment", "tell_environment", "write_report"]
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -30,6 +30,13 @@ def chance(dataset: data.Dataset) -> float:
     if labels is None:
         return 1 / dataset.num_classes
     return round(float(np.bincount(labels).max() / labels.size), 4)
+
+
+def write_report(workdir: Path, config: Config, rows: Rows) -> None:
+    """Writes the report of a run, and says where it is."""
+    environment = report.read_environment(workdir)
+    path = report.write(workdir, dict(config), rows, environment=environment)
+    say(f"report: {path}")
 
 
 def tell_environment(problem: Problem, workdir: Path, command: str) -> None:
@@ -60,12 +67,7 @@ def describe_environment(problem: Problem) -> Fields:
     for name in _LIBRARIES:
         environment[name] = importlib.metadata.version(name)
     if problem.pretrained:
-        zeros, size = pretrained.count_zeros(problem.pretrained)
-        after = "masked, they stay zero"
-        if not problem.keep_zeros:
-            after = "training moves them (config.pretrained_zeros)"
-        told = f"{zeros:,} of {size:,} weights are zero"
-        environment["pretrained"] = f"{told}; {after}" if zeros else told
+        environment["pretrained"] = weights.told(problem)
     return environment
 
 

@@ -6,7 +6,6 @@ Source: Wang, Qin, Zhang, Fu 2021, arXiv:2012.09243, and its published code; see
     `ratios`.
 """
 
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -16,12 +15,12 @@ import numpy as np
 
 from sparsity_jax import (
     alone,
-    checkpoint,
     cost,
     coupling,
     growing,
     masks,
     ratios,
+    stored,
     structured,
     tables,
     train,
@@ -196,11 +195,10 @@ def _masks_there(problem: Problem, workdir: str) -> Arrays:
     """The masks of the kernels at the end of a finished run of the same network, by path in the
     params; raises ConfigError unless it holds one.
     """
-    folder = pathlib.Path(workdir)
-    end = workdirs.newest(folder)
-    if end is None or not workdirs.is_finished(folder):
+    end = workdirs.newest(workdir)
+    if end is None or not end.is_finished:
         raise ConfigError("inherit", workdir, why="which holds no finished run")
-    arrays = checkpoint.arrays(end)
+    arrays = stored.arrays(end)
     shapes = trees.named_leaves(train.shapes_of(problem))
     result = {}
     for path in kernels_of(problem):

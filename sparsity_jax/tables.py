@@ -43,7 +43,6 @@ __all__ = [
     "host_memory",
     "joined",
     "lookup",
-    "named_options",
     "nearest",
     "option",
     "options",
@@ -197,15 +196,6 @@ class Named:
 
     def __str__(self) -> str:
         return f"with a name: {', '.join(sorted(self.table))}"
-
-
-def named_options(function: Callable) -> dict[str, Named]:
-    """The options of `function` that choose an entry of a table by name."""
-    hints = get_type_hints(function, include_extras=True)
-    rules = {
-        name: getattr(hints.get(name), "__metadata__", (None,)) for name in parameters(function)
-    }
-    return {name: first for name, (first, *_) in rules.items() if isinstance(first, Named)}
 
 
 class Options(dict):
