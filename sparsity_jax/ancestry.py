@@ -73,7 +73,9 @@ def _ancestry(path: AnyPath) -> Iterator[tuple[Path, Fields]]:
 def of_member(start: str, name: str) -> Path:
     """The folder `name` of one member in the run `start`; that run itself if it has none."""
     folder = Path(start) / name
-    return folder if folder.is_dir() else Path(start)
+    if folder.is_dir():
+        return folder
+    return Path(start)
 
 
 def check_arrays(path: AnyPath, shapes: PyTree, members: int | None) -> None:

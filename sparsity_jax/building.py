@@ -13,7 +13,7 @@ from jax import eval_shape, local_devices
 
 from sparsity_jax import ancestry, data, models, plans, tables, train, trees, weights, workdirs
 from sparsity_jax.plans import Plan
-from sparsity_jax.tables import ConfigError, shortened, within
+from sparsity_jax.tables import ConfigError, reason_of, within
 from sparsity_jax.train import Problem, shapes_of
 from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import Config
@@ -171,8 +171,7 @@ def making_network(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # which ones depends on the layer that does not fit
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        why = f"{name} cannot be made: {shortened(reason)}"
+        why = f"{name} cannot be made: {reason_of(error)}"
         raise ConfigError("", why=f"{why}; is it too large for its images?") from None
 
 
@@ -184,10 +183,10 @@ def enough_memory(part: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        reason = (str(error) or "MemoryError").splitlines()[0]
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ConfigError(f"{part}: the memory is full ({shortened(reason)}). {advice}") from error
+        full = f"{part}: the memory is full ({reason_of(error)})"
+        raise ConfigError(f"{full}. {advice}") from error
 
 
 def enough_memory_for(

@@ -36,10 +36,8 @@ def reading(snapshot: Snapshot) -> Iterator[None]:
     except (tables.ConfigError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        reason = tables.shortened((str(error).strip() or type(error).__name__).splitlines()[0])
-        raise DamagedError(
-            f"{snapshot.folder / STATE} is no state of this run's network: {reason}"
-        ) from error
+        what = f"{snapshot.folder / STATE} is no state of this run's network"
+        raise DamagedError(f"{what}: {tables.reason_of(error)}") from error
 
 
 def restore(snapshot: Snapshot, like: PyTree) -> PyTree:

@@ -417,7 +417,9 @@ def _scores(problem: Problem, state: State, split: str) -> Row:
         f"{split}_loss": float(result.loss),
         f"{split}_examples": examples,
     }
-    return row | {f"{split}_unreadable": unreadable} if unreadable else row
+    if unreadable:
+        return row | {f"{split}_unreadable": unreadable}
+    return row
 
 
 _LINES = {  # of a member's table: field to name and format
@@ -446,8 +448,7 @@ _PRUNED = {  # what that means
 
 def describe(row: Config) -> str:
     """The numbers of one member as a table."""
-    swept = ", ".join(f"{name}={value}" for name, value in row["swept"].items())
-    swept = f" ({swept})" if swept else ""
+    swept = f" ({members.told(row['swept'])})" if row["swept"] else ""
     network = f"{row['network']}, member {row['member']}{swept}"
     lines = [f"{row['model']} on {row['data']}, {network}: {row['progress']}"]
     compact = "compact" if "parameters_compact" in row else ""

@@ -52,8 +52,16 @@ def digest_of(path: Path) -> str:
 
 def seal(folder: Path) -> None:
     """Writes `folder/SHA256SUMS` of all files in `folder` and below."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
-    _write_sums(folder, {path.relative_to(folder).as_posix(): digest_of(path) for path in files})
+    _write_sums(folder, {name: digest_of(path) for name, path in _files_in(folder).items()})
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    """The files that `folder/SHA256SUMS` is of, by name."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / SUMS:
+            files[path.relative_to(folder).as_posix()] = path
+    return files
 
 
 def damage(folder: Path) -> str:
@@ -63,8 +71,8 @@ def damage(folder: Path) -> str:
     sums = read_sums(folder)
     if not sums:
         return f"{folder / SUMS} is missing or holds no checksum"
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    for name in sorted({*sums, *there} - {SUMS}):
+    there = _files_in(folder)
+    for name in sorted({*sums, *there}):
         if name not in there:
             return f"{folder / name} is missing"
         if name not in sums:

@@ -39,7 +39,9 @@ class Carried(NamedTuple):
 def carried(stored: PyTree) -> Carried | tuple[()]:
     """`Carried`, of nested dicts as a checkpoint gives them back; () of anything else."""
     fields = set(stored) if isinstance(stored, dict) else set()
-    return Carried(**stored) if fields == {*Carried._fields} else ()
+    if fields == {*Carried._fields}:
+        return Carried(**stored)
+    return ()
 
 
 class Place(NamedTuple):
@@ -142,7 +144,9 @@ class Stage:
 
     def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:
         """What of the optimizer's state a later training, or cut, may use."""
-        return opt_state if isinstance(opt_state, Carried) else ()
+        if isinstance(opt_state, Carried):
+            return opt_state
+        return ()
 
 
 def needs_memory(field: str, value: Any, why: str) -> ConfigError:

@@ -288,4 +288,6 @@ def arm_of(config: Config, position: int) -> str:
     latest = max((i for i in makes if i <= position), default=-1)
     later = [i for i in trains if i > latest]
     named = latest if latest in trains or not later else later[0]
-    return (config[names[named]].get("label") or names[named]) if named >= 0 else "network"
+    if named >= 0:
+        return config[names[named]].get("label") or names[named]
+    return "network"

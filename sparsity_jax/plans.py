@@ -118,7 +118,6 @@ def settings(
     """
 
 
-_FIELDS = tuple(tables.parameters(settings))
 _DEFAULTS = defaults(settings)
 
 
@@ -177,14 +176,18 @@ class Plan(NamedTuple):
     @property
     def size(self) -> int | None:
         """Size of the leading axis of its states; None: no such axis."""
-        return len(self.members) if len(self.members) > 1 else None
+        if len(self.members) > 1:
+            return len(self.members)
+        return None
 
     @property
     def name(self) -> str:
         """`member 3`, or `members 3 to 5`."""
         first = self.numbers[0]
         last = self.numbers[-1]
-        return f"member {first}" if first == last else f"members {first} to {last}"
+        if first == last:
+            return f"member {first}"
+        return f"members {first} to {last}"
 
     def after(self, state: State, position: int) -> State:
         """The state as the stage at `position` leaves it to the next one; the last one leaves no
@@ -416,4 +419,6 @@ def _kinds_before(common: Config) -> dict[str, str]:
     if start:
         with tables.blaming("config.start_from", start):
             return ancestry.kinds(start, models.complete(common["model"]), common["sweep"])
-    return {"config.pretrained": Fit.kind} if common["pretrained"] else {}
+    if common["pretrained"]:
+        return {"config.pretrained": Fit.kind}
+    return {}

@@ -80,7 +80,9 @@ def _told_precision(problem: Problem) -> str:
     """How precisely matrix products are computed, and which type bounds that."""
     told = f"{problem.precision}, of curvature {problem.curvature_precision}"
     narrow = jnp.finfo(problem.model.dtype).bits < 32
-    return f"{told}; the network computes in {problem.model.dtype}" if narrow else told
+    if narrow:
+        return f"{told}; the network computes in {problem.model.dtype}"
+    return told
 
 
 class Display:

@@ -86,7 +86,9 @@ class Choosing(alone.EachMember):
 
     def _asked(self) -> tuple[str, Any]:
         """The field that says how much is removed, and its value."""
-        return ("inherit", self.inherit) if self.inherit else ("ratios", self.ratios)
+        if self.inherit:
+            return ("inherit", self.inherit)
+        return ("ratios", self.ratios)
 
     def layers(self, problem: Problem) -> Layers:
         """The layers of the run's network and how many units each loses, in the order in which it

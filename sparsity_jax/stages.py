@@ -43,24 +43,19 @@ _HUNDREDTHS = (*range(0, 90, 10), *range(90, 100))
 _RATIOS = tuple(percent / 100 for percent in _HUNDREDTHS)
 
 
-def _member_state(problem: Problem, state: State, member: int) -> State:
-    """One member's state between two stages."""
-    return train.member_of(problem, without_optimizer(state), member)
-
-
 def check_weights(problem: Problem, state: State) -> None:
     """Raises NonFiniteLossError, naming member and array, unless weights and running statistics are
     finite.
 
     The runner hands every network on through here, so that no stage selects among NaN.
     """
-    if _all_finite((state.params, state.batch_stats)):
+    if _all_finite(state.variables):
         return
     for member in range(problem.members or 1):
-        own = _member_state(problem, state, member)
+        own = train.member_of(problem, state.variables, member)
         named = "the network" if problem.members is None else f"member {member}"
         try:
-            trees.check_finite(dict(params=own.params, batch_stats=own.batch_stats), named)
+            trees.check_finite(own, named)
         except ValueError as error:
             raise NonFiniteLossError(str(error)) from None
 
@@ -68,7 +63,7 @@ def check_weights(problem: Problem, state: State) -> None:
 @jax.jit
 def _all_finite(tree: PyTree) -> Array:
     per_array = jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
-    return jnp.all(jnp.stack(jax.tree.leaves(per_array)))
+    return jax.tree.reduce(jnp.logical_and, per_array)
 
 
 # What is pruned -----------------------------------------------------------------------------------
@@ -148,24 +143,17 @@ class Selecting(Stage):
 _SELECTING = tuple(tables.parameters(Selecting))
 
 
-def _pruning(problem: Problem, stage: Selecting, position: int) -> Callable:
-    """`prune(state, counts) -> masks` of one member; position: of the stage in the pipeline, for
-    random masks.
-    """
-    options = stage.keywords(problem)
-
-    def prune(state: State, counts: PyTree) -> PyTree:
-        key = train.stage_key(state.key, position)
-        return allocate.keep_masks(state.params, counts, key, before=state.masks, **options)
-
-    return prune
-
-
 def _pruned(
     problem: Problem, stage: Selecting, position: int, state: State, counts: PyTree
 ) -> tuple[State, Fields]:
-    kept = _pruning(problem, stage, position)(state, counts)
-    state = state._replace(params=masks.apply(state.params, kept), masks=kept)
+    """`state` of one member pruned to `counts`, and its shares of zeros; position: of the stage in
+    the pipeline, for random masks.
+    """
+    key = train.stage_key(state.key, position)
+    options = stage.keywords(problem)
+    kept = allocate.keep_masks(state.params, counts, key, before=state.masks, **options)
+    params = masks.apply(state.params, kept)
+    state = state._replace(params=params, masks=kept)
     return state, _shares(problem, stage, state)
 
 
@@ -311,8 +299,7 @@ class Curve(Selecting):
     def networks(self, problem: Problem, state: State, place: Place) -> Callable:
         """`network_at(point) -> ((params, batch_stats), shares of zeros)`, retrained if asked."""
         pruned = self.pruned(problem, place.position)
-        fits: list[train.Fit] = []
-        numbers: Fields = {}
+        shares_of = problem.program(_shares, self, key=self.selecting(0))
         if self.retrain:
             fits = place.settings[self.retrain]
             numbers = train.numbers_of(problem, state, fits)
@@ -320,16 +307,12 @@ class Curve(Selecting):
         def network_at(point: Point) -> tuple[train.Network, Fields]:
             stopping.check()
             current, zeros = pruned(state, point.counts)
-            if fits:
+            if self.retrain:
                 masked = state._replace(masks=current.masks)
-                current = train.begin_members(problem, masked, fits, numbers)
-                epochs = train.fit_epochs(problem, current, fits[0], numbers, place.position)
                 ratio = min(point.ratios.values())
                 with train.naming(f"{self.retrain} at ratio {ratio:g}"):
-                    for update in epochs:
-                        current = without_optimizer(update.state)
-                shares_of = problem.program(_shares, self, key=self.selecting(0))
-                zeros = shares_of(current)
+                    current = train.trained(problem, masked, fits, numbers, place.position)
+                zeros = shares_of(without_optimizer(current))
             return (current.params, current.batch_stats), zeros
 
         return network_at

@@ -48,6 +48,7 @@ __all__ = [
     "options",
     "parameters",
     "read_text",
+    "reason_of",
     "shortened",
     "within",
 ]
@@ -232,13 +233,17 @@ def check_memory(needed: int, what: str, memory: float = 0) -> None:
 def nearest(name: Any, known: typing.Iterable[str]) -> str:
     """The known name that is nearest to `name`, or "" when none is near."""
     matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else ""
+    if matches:
+        return matches[0]
+    return ""
 
 
 def closest(name: str, known: typing.Iterable[str]) -> str:
     """A hint such as ` Did you mean 'momentum'?`, or nothing when no known name is near."""
     name = nearest(name, known)
-    return f" Did you mean {name!r}?" if name else ""
+    if name:
+        return f" Did you mean {name!r}?"
+    return ""
 
 
 def lookup(table: Mapping[str, Any], name: Any, field: str = "") -> Any:
@@ -364,7 +369,9 @@ def _as_plain(value: Any, kind: Any, hint: Any) -> Any:
         raise ConfigError("", value, allowed=allowed)
     if kind is str and not value.isprintable():
         raise ConfigError("", value, allowed="text of one line that can be printed")
-    return make(value) if make else value
+    if make:
+        return make(value)
+    return value
 
 
 def _in_ranges(value: Any, hint: Any) -> Any:
@@ -408,7 +415,15 @@ _ACCEPTED: dict[Any, tuple[Any, Any]] = {
 def shortened(value: Any) -> str:
     """`repr` of a value, cut where it is long."""
     text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    if len(text) <= 200:
+        return text
+    return f"{text[:200]}..."
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an exception says, or else its type."""
+    lines = str(error).strip().splitlines()
+    return shortened(lines[0] if lines else type(error).__name__)
 
 
 def describe(hint: Any) -> str:
@@ -427,4 +442,6 @@ def describe(hint: Any) -> str:
         return f"tuple of {describe(arguments[0])}"
     if origin is tuple:
         return f"tuple ({', '.join(map(describe, arguments))})"
-    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    if hint is type(None):
+        return "None"
+    return getattr(hint, "__name__", str(hint))

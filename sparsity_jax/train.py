@@ -81,6 +81,7 @@ __all__ = [
     "steps_in_memory",
     "steps_per_call",
     "together",
+    "trained",
 ]
 
 
@@ -167,7 +168,9 @@ class Problem(NamedTuple):
 
     def lift(self, function: Callable, in_axes: Any = 0) -> Callable:
         """`function` of one member's state, for the states of all members."""
-        return function if self.members is None else jax.vmap(function, in_axes)
+        if self.members is None:
+            return function
+        return jax.vmap(function, in_axes)
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """What `make` gives, made on first use of the hashable `name`."""
@@ -202,7 +205,9 @@ class Problem(NamedTuple):
     def shard(self, batch: Array) -> Array:
         """Splits a batch over the devices of the mesh, inside a program."""
         sharding = self.over_devices(batch)
-        return batch if sharding is None else lax.with_sharding_constraint(batch, sharding)
+        if sharding is None:
+            return batch
+        return lax.with_sharding_constraint(batch, sharding)
 
     def place(self, tree: PyTree) -> PyTree:
         """`tree` on the device, or copied to every device of the mesh."""
@@ -561,7 +566,9 @@ class Fit(interface.Stage):
     def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:
         momentum = optim.momentum_of(opt_state)._asdict() if self.carry else ()
         saliency = optax.tree.get(opt_state, "saliency") if self.tracked else ()
-        return Carried(momentum, saliency) if self.carry or self.tracked else ()
+        if self.carry or self.tracked:
+            return Carried(momentum, saliency)
+        return ()
 
 
 def check_batch(stage: Any, problem: Problem) -> None:
@@ -634,7 +641,9 @@ def _initial_norms(problem: Problem, key: Array) -> PyTree:
 
 def member_of(problem: Problem, tree: PyTree, member: int) -> PyTree:
     """The part of one member of a tree that has a leading axis if there are members."""
-    return tree if problem.members is None else jax.tree.map(lambda leaf: leaf[member], tree)
+    if problem.members is None:
+        return tree
+    return jax.tree.map(lambda leaf: leaf[member], tree)
 
 
 def together(problem: Problem, trees: Sequence[PyTree]) -> PyTree:
@@ -731,7 +740,9 @@ def _donated() -> Fields:
     """Options of `jax.jit` by which a step takes over the memory of its state; on CPU that costs
     copies.
     """
-    return {} if jax.default_backend() == "cpu" else dict(donate_argnums=0)
+    if jax.default_backend() == "cpu":
+        return {}
+    return dict(donate_argnums=0)
 
 
 def steps_per_call(problem: Problem, steps_per_epoch: int) -> int:
@@ -785,6 +796,16 @@ def fit_epochs(
                 ):
                     own.append(row)
             yield Update(state, new, step / (fit.epochs * spe))
+
+
+def trained(
+    problem: Problem, state: State, fits: Sequence[Fit], numbers: Fields, position: int
+) -> State:
+    """The state at the end of a training of all members that begins with `state`."""
+    state = begin_members(problem, state, fits, numbers)
+    for update in fit_epochs(problem, state, fits[0], numbers, position):
+        state = update.state
+    return state
 
 
 def _names_in(rows: Iterable[dict]) -> list[str]:

@@ -112,9 +112,8 @@ class Oracle(removal.Choosing):
 
         def evaluate(keeps: PyTree) -> np.ndarray:
             keep = {name: jnp.asarray(choices[0]) for name, choices in keeps.items()}
-            current = train.begin_members(problem, cut(state, keep), fits, numbers)
-            for update in train.fit_epochs(problem, current, fits[0], numbers, place.position):
-                current = update.state
+            left = cut(state, keep)
+            current = train.trained(problem, left, fits, numbers, place.position)
             loss, _ = train.evaluate(problem, current.params, current.batch_stats, "train")
             return np.asarray(loss)[None]
 

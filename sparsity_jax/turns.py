@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsity_jax import building, report, stopping, workdirs
-from sparsity_jax.members import stages_of
+from sparsity_jax import building, members, report, stopping, workdirs
 from sparsity_jax.plans import Plan
 from sparsity_jax.report import Writer
 from sparsity_jax.train import NonFiniteLossError, State
@@ -36,7 +35,8 @@ def run_all(
         plan = plan._replace(common={**plan.common, "start_from": start})
         own_config = _config_of(plan, config)
         workdirs.claim(folder, own_config)
-        say(f"{plan.name} ({first + 1} of {number}): {_swept_in(plan)}")
+        swept = "; ".join(members.told(member.swept) for member in plan.members)
+        say(f"{plan.name} ({first + 1} of {number}): {swept}")
         try:
             state, new = run_plan(plan, folder, own_config)
         except NonFiniteLossError as error:
@@ -45,12 +45,6 @@ def run_all(
         rows += workdirs.renumbered(new, first)
         Writer(workdir, rows).close()
     return state, rows, diverged
-
-
-def _swept_in(plan: Plan) -> str:
-    """The swept values of a plan's members, for the terminal."""
-    text = lambda member: ", ".join(f"{name}={value}" for name, value in member.swept.items())
-    return "; ".join(map(text, plan.members))
 
 
 def _config_of(plan: Plan, config: Config) -> Fields:
@@ -62,7 +56,7 @@ def _config_of(plan: Plan, config: Config) -> Fields:
         return {**config, **start, "sweep": {**config["sweep"], "members": plan.numbers}}
     (member,) = plan.members
     own = {**member.config, **start}
-    for name in stages_of(own):
+    for name in members.stages_of(own):
         if "arm" in member.swept and member.stages[name].trains:
             own[name] = {**own[name], "label": member.swept["arm"]}
     return own

@@ -39,7 +39,9 @@ def version_of(workdir: AnyPath) -> str:
     except (OSError, DamagedError):
         told = ""
     version = re.search(r"\d+(\.\d+)*$", str(told))  # of "0.1.0, then 0.2.0" the last
-    return version[0] if version else sparsity_jax.__version__
+    if version:
+        return version[0]
+    return sparsity_jax.__version__
 
 
 def check_version(workdir: AnyPath) -> None:
@@ -82,7 +84,9 @@ def told_differences(there: Any, here: Any, path: str) -> str:
 def told(value: Any) -> str:
     """A value of a config as JSON, cut where it is long."""
     text = "absent" if value is ABSENT else json.dumps(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}..."
 
 
 def as_saved(value: Any) -> Any:

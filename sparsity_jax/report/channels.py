@@ -126,4 +126,6 @@ def _amount(value: float) -> str:
     if value != value:  # NaN
         return "–"
     whole = abs(value) >= 1000 or value == round(value)
-    return f"{value:,.0f}" if whole else f"{value:.4g}"
+    if whole:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

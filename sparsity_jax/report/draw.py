@@ -126,7 +126,9 @@ def short_paths(paths: Sequence[str], *, limit: int = 34) -> list[str]:
 def section(heading: str, caption: str, lines: Sequence[Frame], *names: Any, **texts: str) -> Shown:
     """A section with a `chart`; None without any number to draw."""
     figure = chart(lines, *names, **texts)
-    return Section(heading, figure, caption) if figure.axes else None
+    if figure.axes:
+        return Section(heading, figure, caption)
+    return None
 
 
 def points(told: Frame, x: str, y: str, panel: str = "", dash: Any = 0) -> Frame:

@@ -116,4 +116,6 @@ def continued(workdir: AnyPath, environment: Fields) -> Fields:
 def title_of(config: Fields, folder: AnyPath) -> str:
     """Title of a page: the config's, else the folder's name."""
     title = config.get("title")
-    return title if title and isinstance(title, str) else pathlib.Path(folder).resolve().name
+    if title and isinstance(title, str):
+        return title
+    return pathlib.Path(folder).resolve().name

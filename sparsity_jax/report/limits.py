@@ -229,7 +229,9 @@ def prediction(grouped: Grouped) -> Shown:
     if len(actual(own)):
         tables.append(_actual_table(own))
     heading = "Predicted and actual limit"
-    return Section(heading, statements=verdicts(own), tables=tables) if tables else None
+    if tables:
+        return Section(heading, statements=verdicts(own), tables=tables)
+    return None
 
 
 def _actual_table(networks: Grouped) -> Table:

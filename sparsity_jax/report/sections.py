@@ -132,4 +132,6 @@ def joined(*parts: str) -> str:
 
 def only_first(shown: int, count: int, what: str) -> str:
     """A sentence that says how many are shown, "" if all are."""
-    return f" The first {shown} of {count} {what}." if count > shown else ""
+    if count > shown:
+        return f" The first {shown} of {count} {what}."
+    return ""
