@@ -22,6 +22,7 @@ __all__ = [
     "Stage",
     "carried",
     "needs_memory",
+    "rows_joined",
     "rows_per_member",
     "without_optimizer",
 ]
@@ -166,3 +167,8 @@ def without_optimizer(state: PyTree) -> PyTree:
 def rows_per_member(problem: Any) -> MemberRows:
     """No rows, for every member."""
     return [[] for _ in range(problem.members or 1)]
+
+
+def rows_joined(rows: MemberRows, more: MemberRows) -> MemberRows:
+    """Rows of each member, then further ones of it."""
+    return [[*first, *second] for first, second in zip(rows, more, strict=True)]

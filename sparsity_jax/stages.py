@@ -165,9 +165,10 @@ def _shares(problem: Problem, stage: Selecting, state: State) -> Fields:
     kept = stage.choosable(state.masks)
     choosable = stage.choosable(state.params)
     kernels = allocate.prunable(state.params, "kernels")
+    layers = {path: masks.sparsity(kernel) for path, kernel in kernels.items()}
     values = dict(
         num_kept=_number_of(kept.values()),
-        layers={path: masks.sparsity(kernel) for path, kernel in kernels.items()},
+        layers=layers,
         sparsity=masks.sparsity(choosable),
         sparsity_all=masks.sparsity(state.params),
     )
@@ -211,10 +212,17 @@ class Prune(Selecting):
 
     def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
         counts = self.counts(problem, self.ratio)
-        state, zeros = self.pruned(problem, place.position)(state, counts)
-        prunable = trees.size(self.choosable(shapes_of(problem)))
-        common = dict(ratio=self.ratio, selection=self.selection, num_prunable=prunable)
-        yield Update(state, member_rows(problem, zeros, **common), 1.0)
+        pruned = self.pruned(problem, place.position)
+        state, zeros = pruned(state, counts)
+        choosable = self.choosable(shapes_of(problem))
+        rows = member_rows(
+            problem,
+            zeros,
+            ratio=self.ratio,
+            selection=self.selection,
+            num_prunable=trees.size(choosable),
+        )
+        yield Update(state, rows, 1.0)
 
 
 # curve --------------------------------------------------------------------------------------------
@@ -259,7 +267,8 @@ class Curve(Selecting):
         points = self.points(problem, state)
         finished = set()
         for member, own_rows in enumerate(place.rows):
-            finished |= {(member, row["ratio"]) for row in own_rows}
+            for row in own_rows:
+                finished.add((member, row["ratio"]))
         left = [point for point in points if not point.ratios.items() <= finished]
         network_at = self.networks(problem, state, place)
         # results are fetched a few ratios late, so the device never waits for the host
@@ -287,13 +296,16 @@ class Curve(Selecting):
             ratios = np.asarray(self.ratios, gone.dtype)[:, None]
             takes &= (ratios >= gone) | (gone == 0)
         points = []
-        below = ~takes.all(0) & ~np.isin(left, totals)
-        if below.any():
+        is_asked = takes.all(0) | np.isin(left, totals)
+        members_below = _where(~is_asked)
+        if members_below:
+            own_ratios = {member: float(gone[member]) for member in members_below}
             as_it_is = self.counts(problem, 0.0)
-            points.append(Point(as_it_is, {i: float(gone[i]) for i in _where(below)}))
+            points.append(Point(as_it_is, own_ratios))
         for ratio, kept, taken in zip(self.ratios, counts, takes, strict=True):
-            if taken.any():
-                points.append(Point(kept, dict.fromkeys(_where(taken), ratio)))
+            members = _where(taken)
+            if members:
+                points.append(Point(kept, dict.fromkeys(members, ratio)))
         return points
 
     def networks(self, problem: Problem, state: State, place: Place) -> Callable:
@@ -333,7 +345,9 @@ class Curve(Selecting):
             retrained=bool(self.retrain),
         )
         variables = [network for network, _ in networks]
-        results = {split: train.measure_all(problem, variables, split) for split in self.splits}
+        results = {}
+        for split in self.splits:
+            results[split] = train.measure_all(problem, variables, split)
         for i, point in enumerate(points):
             _, zeros = networks[i]
             for split in self.splits:
@@ -342,7 +356,8 @@ class Curve(Selecting):
                 of_members = member_rows(problem, values, split=split, **fixed)
                 for member, ratio in point.ratios.items():
                     (row,) = of_members[member]
-                    rows[member].append(dict(row, ratio=ratio))
+                    row["ratio"] = ratio
+                    rows[member].append(row)
         return rows
 
 
@@ -369,10 +384,13 @@ class Histogram(Stage):
     bins: tables.Count = 60
 
     def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
-        counts = problem.program(_histogram, self)(state.params)
-        edges = np.linspace(-12, 2, self.bins + 1).tolist()
-        common = dict(scope=self.scope, threshold=magnitude_thresholds(), edges=edges)
-        yield Update(state, member_rows(problem, counts, **common), 1.0)
+        histogram = problem.program(_histogram, self)
+        counts = histogram(state.params)
+        edges = np.linspace(-12, 2, self.bins + 1)
+        thresholds = magnitude_thresholds()
+        common = dict(scope=self.scope, threshold=thresholds, edges=edges.tolist())
+        rows = member_rows(problem, counts, **common)
+        yield Update(state, rows, 1.0)
 
 
 def _histogram(problem: Problem, stage: Histogram, params: PyTree) -> Fields:

@@ -21,8 +21,12 @@ Keep = Mapping[str, Any]  # bools by name of group, True = kept
 
 def channels_of(problem: Problem, *, branches: groups.Branches = "tied") -> Channels:
     """The channel groups of the run's network."""
-    key = ("channels", branches)
-    return problem.once(key, lambda: groups.trace(*traceable(problem), branches=branches))
+
+    def traced() -> Channels:
+        network = traceable(problem)
+        return groups.trace(*network, branches=branches)
+
+    return problem.once(("channels", branches), traced)
 
 
 def filters_of(problem: Problem) -> Channels:
@@ -31,12 +35,11 @@ def filters_of(problem: Problem) -> Channels:
     """
 
     def traced() -> Channels:
-        fixed = dict(problem.shapes())
-        params = fixed.pop("params")
-        # statistics are never masked
-        fixed = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), fixed)
-        apply = lambda params, images: problem.model.apply({**fixed, "params": params}, images)
-        return groups.trace(apply, params, problem.image(2), branches="separate")
+        apply, variables, image = traceable(problem)
+        ones = lambda leaf: np.ones(leaf.shape, leaf.dtype)
+        fixed = jax.tree.map(ones, variables["batch_stats"])  # statistics are never masked
+        of_params = lambda params, images: apply({"params": params, "batch_stats": fixed}, images)
+        return groups.trace(of_params, variables["params"], image, branches="separate")
 
     return problem.once("filters", traced)
 
@@ -50,6 +53,11 @@ def without(state: State, channels: Channels, keep: Keep, kept: PyTree) -> State
     """`state` of one member without the channels that `keep` leaves out, nor what the masks `kept`
     do.
     """
-    tree = groups.mask(dict(params=kept, batch_stats=state.batch_stats), channels, keep)
-    params = masks.apply(state.params, tree["params"])
-    return state._replace(params=params, masks=tree["params"], batch_stats=tree["batch_stats"])
+    whole = dict(params=kept, batch_stats=state.batch_stats)
+    left = groups.mask(whole, channels, keep)
+    params = masks.apply(state.params, left["params"])
+    return state._replace(
+        params=params,
+        masks=left["params"],
+        batch_stats=left["batch_stats"],
+    )

@@ -656,8 +656,9 @@ def together(problem: Problem, trees: Sequence[PyTree]) -> PyTree:
 def _network_order(problem: Problem) -> list[str]:
     """Paths of the params in the network's order; nothing is computed."""
     shapes = problem.shapes()
-    others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["batch_stats"])
-    image = jnp.zeros(problem.image(1).shape)
+    zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
+    others = jax.tree.map(zeros, shapes["batch_stats"])
+    image = zeros(problem.image(1))
     apply = lambda params: problem.model.apply({"params": params, "batch_stats": others}, image)
     return groups.order_of_use(apply, shapes["params"])
 
@@ -772,7 +773,8 @@ def fit_epochs(
     Those of the test images are its test_unreadable.
     """
     spe = fit.steps_per_epoch(problem)
-    started = time.perf_counter() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
+    before = [row.get("seconds", 0.0) for row in rows]
+    started = time.perf_counter() - max(before, default=0.0)
     met = [row for row in rows if "unreadable" in row and "epoch" not in row]
     if problem.streamed:
         step_on = problem.program(step_on_batch, fit, key=fit.program(), **_donated())
@@ -791,10 +793,8 @@ def fit_epochs(
                 check_finite(state, spe)
                 lost = _names_in(row for row in met if row["step"] > step - spe)
                 seconds = time.perf_counter() - started
-                for own, (row,) in zip(
-                    new, _epoch_rows(problem, state, fit, step, seconds, lost), strict=True
-                ):
-                    own.append(row)
+                last = _epoch_rows(problem, state, fit, step, seconds, lost)
+                new = interface.rows_joined(new, last)
             yield Update(state, new, step / (fit.epochs * spe))
 
 

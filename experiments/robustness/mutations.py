@@ -1895,7 +1895,7 @@ MUTATIONS = (
         "dropped mask",
         "weights that are coupled to a removed channel stay, though their masks are False",
         "structured.py",
-        'masks.apply(state.params, tree["params"])',
+        'masks.apply(state.params, left["params"])',
         "masks.apply(state.params, kept)",
         "test_structured.py",
         "one_round_removes_the_least_important",
