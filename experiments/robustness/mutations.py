@@ -1724,7 +1724,7 @@ MUTATIONS = (
         207,
         "comparison",
         "whole numbers get decimals, others none",
-        "report/channels.py",
+        "report/sections.py",
         "value == round(value)",
         "value != round(value)",
         "test_report.py",

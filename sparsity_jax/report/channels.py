@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from sparsity_jax.report import draw, series
 from sparsity_jax.report.rows import number, removal
-from sparsity_jax.report.sections import Section, Shown, table
+from sparsity_jax.report.sections import Section, Shown, amount, table
 from sparsity_jax.report.series import Frame, Grouped, Series
 from sparsity_jax.types import Fields
 
@@ -116,16 +116,6 @@ def compact(grouped: Grouped) -> Shown:
         lines.append((name, row))
         if row.get("warning"):
             note += f" {name}: {row['warning']}."
-    worst = _amount(told["difference"].max())
+    worst = amount(told["difference"].max())
     note += f" Logits of both differ by at most {worst} of the largest."
     return Section("Compact network", tables=[table("network", _COMPACT, lines, note=note)])
-
-
-def _amount(value: float) -> str:
-    """A number with all its digits before the point, and four at least: 13,706 and 0.05082."""
-    if value != value:  # NaN
-        return "–"
-    whole = abs(value) >= 1000 or value == round(value)
-    if whole:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"

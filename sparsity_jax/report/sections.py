@@ -15,6 +15,7 @@ __all__ = [
     "Section",
     "Shown",
     "Table",
+    "amount",
     "heading",
     "joined",
     "mean_cell",
@@ -114,6 +115,16 @@ def mean_cell(mean: float, deviation: float, count: int, form: str = ".2%") -> C
     text = f"{mean:{form}}".replace("-", "−")
     small = f"± {deviation:{form.strip('+')}}" if count > 1 else ""
     return Cell(text.strip("%"), small.strip("%"))
+
+
+def amount(value: float) -> str:
+    """A number with all its digits before the point, and four at least: 13,706 and 0.05082."""
+    if value != value:  # NaN
+        return "–"
+    whole = abs(value) >= 1000 or value == round(value)
+    if whole:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
 def setting(value: Any) -> str:
