@@ -6,9 +6,6 @@ and a place that holds its own settings and rows.
 
 from collections.abc import Iterator
 
-import jax.numpy as jnp
-from jax.tree_util import tree_map
-
 from sparsity_jax import interface, train
 from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State, Update
@@ -35,11 +32,7 @@ class EachMember(interface.Stage):
             after, added = stage.of_member(alone, network, place.of_member(member))
             states.append(after)
             rows.append(added)
-        together = states[0]
-        if problem.members is not None:
-            stack = lambda *leaves: jnp.stack(leaves)
-            together = tree_map(stack, *states)
-        yield Update(together, rows, 1.0)
+        yield Update(train.together(problem, states), rows, 1.0)
 
 
 class OneByOne(interface.Stage):

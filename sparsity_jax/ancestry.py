@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsity_jax import checkpoint, members, models, versions, workdirs
+from sparsity_jax import checkpoint, finished, models, stored, versions, workdirs
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Rows
-from sparsity_jax.workdirs import Snapshot, read_config
+from sparsity_jax.workdirs import read_config
 
-__all__ = ["check_arrays", "continue_from", "kinds", "last_snapshots", "of_member"]
+__all__ = ["check_arrays", "continue_from", "kinds", "of_member"]
 
 
 def kinds(start: str, model: Config, sweep: Config) -> dict[str, str]:
@@ -40,39 +40,23 @@ def _check(path: Path, model: Config, sweep: Config) -> None:
     differing = versions.told_differences(there, models.complete(model), "config.model")
     if differing:
         raise ConfigError("", why=f"a run of another network\n{differing}")
-    theirs, alone = other.get("sweep"), path.name.startswith("member_")
+    theirs = other.get("sweep")
+    alone = path.name.startswith("member_")
     if theirs and not alone and versions.as_saved(sweep) != theirs:
         allowed = f"with its sweep {versions.told(theirs)}"
-        folders = workdirs.member_folders(path)
-        if folders:
-            allowed += f", or one of its networks, e.g. {folders[0]}"
+        for folder in [*workdirs.member_folders(path).values()][:1]:
+            allowed += f", or one of its networks, e.g. {folder}"
         raise ConfigError("", why="a run of several networks", allowed=allowed)
-    if not last_snapshots(path, other):
+    if not finished.last_snapshots(path, other):
         raise ConfigError("", why="which is not finished: run it to its end first")
-
-
-def last_snapshots(workdir: Path, config: Config) -> list[Snapshot]:
-    """The last checkpoint of every separate member of a finished run; [] for a run that is not
-    finished.
-    """
-    folders = workdirs.member_folders(workdir)
-    begun = sum(len(members.expand(read_config(folder))) for folder in folders)
-    if folders and begun < len(members.expand(config)):
-        return []
-    snapshots = []
-    for folder in folders or [workdir]:
-        snapshot = workdirs.newest(folder)
-        if snapshot is None or not snapshot.is_finished:
-            return []
-        snapshots.append(snapshot)
-    return snapshots
 
 
 def _ancestry(path: AnyPath) -> Iterator[tuple[Path, Fields]]:
     """(path, config) of the run in `path`, of the run it started from, and so on, as far as they
     are still there.
     """
-    path, seen = Path(path), set()
+    path = Path(path)
+    seen = set()
     while (path / "config.json").is_file():
         if path.resolve() in seen:
             raise ConfigError(
@@ -89,7 +73,9 @@ def _ancestry(path: AnyPath) -> Iterator[tuple[Path, Fields]]:
 def of_member(start: str, name: str) -> Path:
     """The folder `name` of one member in the run `start`; that run itself if it has none."""
     folder = Path(start) / name
-    return folder if start and folder.is_dir() else Path(start)
+    if folder.is_dir():
+        return folder
+    return Path(start)
 
 
 def check_arrays(path: AnyPath, shapes: PyTree, members: int | None) -> None:
@@ -97,10 +83,11 @@ def check_arrays(path: AnyPath, shapes: PyTree, members: int | None) -> None:
     each member.
     """
     snapshot = workdirs.newest(path)
-    stored = checkpoint.shapes(snapshot) if snapshot else {}
+    shapes_there = stored.shapes(snapshot) if snapshot else {}
     leading = () if members is None else (members,)
     for name, leaf in named_leaves(shapes).items():
-        there, here = stored.get(f"params/{name}"), leading + leaf.shape
+        there = shapes_there.get(f"params/{name}")
+        here = leading + leaf.shape
         if there != here:
             raise ConfigError(
                 "config.start_from",

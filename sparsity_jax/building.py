@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import ShapeDtypeStruct, eval_shape, local_devices, random
+from jax import eval_shape, local_devices
 
-from sparsity_jax import ancestry, data, models, plans, pretrained, tables, train, trees
+from sparsity_jax import ancestry, data, models, plans, tables, train, trees, weights, workdirs
 from sparsity_jax.plans import Plan
-from sparsity_jax.tables import ConfigError, shortened, within
+from sparsity_jax.tables import ConfigError, reason_of, within
 from sparsity_jax.train import Problem, shapes_of
 from sparsity_jax.trees import named_leaves
 from sparsity_jax.types import Config
@@ -88,7 +87,8 @@ def build(every: list[Plan]) -> Problem:
     """Loads the data and builds the network; raises ConfigError for settings that do not fit
     them.
     """
-    common, devices = every[0].common, len(local_devices())
+    common = every[0].common
+    devices = len(local_devices())
     if common["mesh"] > devices:
         raise ConfigError(
             "config.mesh", common["mesh"], allowed=f"0 (all) to {devices}, the local devices"
@@ -110,7 +110,8 @@ def build(every: list[Plan]) -> Problem:
     with within("config.model"):
         check_size(problem, common["model"]["name"])
     if common["pretrained"]:
-        problem = _with_pretrained(problem, common)
+        with enough_memory_for("config.pretrained", None, common):
+            problem = weights.starting_with(problem, common)
     for plan in every:
         start = origin_of(plan, len(every))
         if start:
@@ -125,7 +126,7 @@ def origin_of(plan: Plan, num_plans: int) -> str:
     """
     start = plan.common["start_from"]
     if start and num_plans > 1:
-        return str(ancestry.of_member(start, f"member_{plan.numbers[0]:03d}"))
+        return str(ancestry.of_member(start, workdirs.member_name(plan.numbers[0])))
     return start
 
 
@@ -144,11 +145,11 @@ def check_size(problem: Problem, name: str) -> None:
     """Raises ConfigError for a network that cannot be made for the run's images, or is larger than
     the memory.
     """
-    height, width, channels = problem.dataset.test.images.shape[1:]
-    images = ShapeDtypeStruct((2, height, width, channels), jnp.float32)
+    images = problem.image(2)
+    _, height, width, channels = images.shape
     what = f"{name!r} for images of {height} x {width} x {channels}"
     with making_network(what):
-        variables = eval_shape(problem.init, random.key(0))
+        variables = problem.shapes()
         logits = eval_shape(problem.model.apply, variables, images)
     sizes = {path: leaf.size for path, leaf in named_leaves(variables).items()}
     sizes["its logits"] = logits.size
@@ -170,30 +171,8 @@ def making_network(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # which ones depends on the layer that does not fit
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        why = f"{name} cannot be made: {shortened(reason)}"
+        why = f"{name} cannot be made: {reason_of(error)}"
         raise ConfigError("", why=f"{why}; is it too large for its images?") from None
-
-
-def _with_pretrained(problem: Problem, common: Config) -> Problem:
-    """The problem whose networks start with the arrays of `config.pretrained`, without its
-    classifier if that is to be fresh.
-    """
-    like = eval_shape(problem.init, random.key(0))
-    with enough_memory_for("config.pretrained", None, common):
-        state_dict = pretrained.read(common["pretrained"])
-        with within("config.pretrained"):
-            variables = pretrained.to_variables(
-                state_dict,
-                like,
-                names=common["pretrained_names"],
-                fresh=pretrained.CLASSIFIER if common["fresh_classifier"] else "",
-                image_channels=problem.dataset.test.images.shape[-1],
-            )
-        fresh, leaves = named_leaves(like), named_leaves(variables)
-        given = {path: leaf for path, leaf in leaves.items() if leaf is not fresh[path]}
-        keep = common["pretrained_zeros"] == "keep"
-        return problem._replace(pretrained=problem.place(given), keep_zeros=keep)
 
 
 @contextmanager
@@ -204,10 +183,10 @@ def enough_memory(part: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        reason = (str(error) or "MemoryError").splitlines()[0]
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ConfigError(f"{part}: the memory is full ({shortened(reason)}). {advice}") from error
+        full = f"{part}: the memory is full ({reason_of(error)})"
+        raise ConfigError(f"{full}. {advice}") from error
 
 
 def enough_memory_for(

@@ -8,20 +8,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax import Array, ShapeDtypeStruct
 
 from sparsity_jax import intact, tables, workdirs
 from sparsity_jax.intact import DamagedError
-from sparsity_jax.trees import named_leaves
-from sparsity_jax.types import Config, PyTree, Shape
+from sparsity_jax.types import Config, PyTree
 from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot, numbers_in
 
-__all__ = ["Checkpoints", "arrays", "reading", "restore", "shapes", "structs", "tree"]
+__all__ = ["Checkpoints", "reading", "restore"]
 
 # Reading ------------------------------------------------------------------------------------------
 
@@ -39,10 +36,8 @@ def reading(snapshot: Snapshot) -> Iterator[None]:
     except (tables.ConfigError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        reason = tables.shortened((str(error).strip() or type(error).__name__).splitlines()[0])
-        raise DamagedError(
-            f"{snapshot.folder / STATE} is no state of this run's network: {reason}"
-        ) from error
+        what = f"{snapshot.folder / STATE} is no state of this run's network"
+        raise DamagedError(f"{what}: {tables.reason_of(error)}") from error
 
 
 def restore(snapshot: Snapshot, like: PyTree) -> PyTree:
@@ -51,32 +46,7 @@ def restore(snapshot: Snapshot, like: PyTree) -> PyTree:
     Raises DamagedError where it is another one.
     """
     with reading(snapshot), closing(ocp.StandardCheckpointer()) as reader:
-        return reader.restore(snapshot.folder / STATE, _abstract(like))
-
-
-def structs(snapshot: Snapshot, sharding: Any = None) -> PyTree:
-    """Shape structs of the state's arrays, in nested dicts, whatever wrote it. sharding: of all of
-    them, by default on one local device.
-    """
-    place = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    struct = lambda leaf: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-    with reading(snapshot), closing(ocp.StandardCheckpointHandler()) as reader:
-        return jax.tree.map(struct, reader.metadata(snapshot.folder / STATE).tree)
-
-
-def shapes(snapshot: Snapshot) -> dict[str, Shape]:
-    """Shapes of the state's arrays, by path."""
-    return {path: leaf.shape for path, leaf in named_leaves(structs(snapshot)).items()}
-
-
-def tree(snapshot: Snapshot) -> PyTree:
-    """The state as nested dicts, whatever wrote it, on one local device."""
-    return restore(snapshot, structs(snapshot))
-
-
-def arrays(snapshot: Snapshot) -> dict[str, Array]:
-    """The state's arrays by path, whatever wrote them, on one local device."""
-    return named_leaves(tree(snapshot))
+        return reader.restore(snapshot.folder / STATE, like)
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -160,7 +130,8 @@ class Checkpoints:
         try:
             as_written = _same_bits(restore(workdirs.read(folder), state), state)
         except DamagedError as error:
-            as_written, reason = False, str(error)
+            as_written = False
+            reason = str(error)
         if not as_written:
             raise OSError(
                 f"{reason}; the disk or file system of {self._folder} is not to be trusted."
@@ -199,10 +170,3 @@ class Checkpoints:
 def _same_bits(first: PyTree, second: PyTree) -> bool:
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
-
-
-def _abstract(tree: PyTree) -> PyTree:
-    """Shape structs of `tree`, with the shardings of its arrays."""
-    return jax.tree.map(
-        lambda x: ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree
-    )

@@ -1,6 +1,6 @@
 """The stage `compact`: takes stock of the network without its removed channels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -13,7 +13,16 @@ from sparsity_jax.interface import Place
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, PyTree, Row
 
-__all__ = ["STAGES", "Compact", "Stock", "accuracy", "compacted", "rounding_of", "take_stock"]
+__all__ = [
+    "STAGES",
+    "Compact",
+    "Stock",
+    "accuracy",
+    "compacted",
+    "milliseconds",
+    "rounding_of",
+    "take_stock",
+]
 
 
 @tables.option
@@ -74,8 +83,7 @@ def compacted(problem: Problem, state: State) -> Stock:
     """
     channels = structured.channels_of(problem)
     keep = coupling.alive(channels, {"params": state.masks})
-    variables = structured.variables_of(state)
-    small = groups.compact(variables, channels, keep)
+    small = groups.compact(state.variables, channels, keep)
     apply = groups.elastic(problem.model.apply, channels, keep)
     return Stock(small, apply, keep, channels)
 
@@ -88,7 +96,7 @@ def take_stock(problem: Problem, state: State, stage: Compact) -> Row:
     images, _ = problem.examples("test", stage.batch_size)
     images = problem.images(images)
     networks = {
-        "dense": (problem.model.apply, structured.variables_of(state)),
+        "dense": (problem.model.apply, state.variables),
         "compact": (stock.apply, stock.variables),
     }
     calls = {}
@@ -132,16 +140,19 @@ def _difference(problem: Problem, tolerance: float, masked: Array, compact: Arra
 
 
 def _times(pair: cost.Comparison) -> Row:
-    """Fields of a row for measured times."""
-    row = pair._asdict()
-    latencies = row.pop("latencies")
-    device, *_ = jax.devices()
-    row["device"] = device.device_kind
+    """Fields of a row for the measured times of two networks."""
+    fields = ("speedup", "speedup_low", "speedup_high", "verdict")
+    row = {field: getattr(pair, field) for field in fields}
+    row["device"] = jax.devices()[0].device_kind
+    return row | milliseconds(pair.latencies)
+
+
+def milliseconds(latencies: Mapping[str, cost.Latency]) -> Row:
+    """Fields of a row for measured times, by network."""
+    row = {}
     for quantile, end in (("median", ""), ("low", "_low"), ("high", "_high")):
-        times = {}
-        for name, latency in latencies.items():
-            times[name] = 1e3 * getattr(latency, quantile)
-        row[f"milliseconds{end}"] = times
+        seconds = {name: getattr(latency, quantile) for name, latency in latencies.items()}
+        row[f"milliseconds{end}"] = {name: 1e3 * time for name, time in seconds.items()}
     return row
 
 

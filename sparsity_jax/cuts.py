@@ -26,7 +26,6 @@ from sparsity_jax import (
     losses,
     masks,
     scores,
-    stages,
     structured,
     tables,
     train,
@@ -35,6 +34,7 @@ from sparsity_jax import (
 from sparsity_jax.groups import Channels, Group
 from sparsity_jax.interface import Place
 from sparsity_jax.structured import Keep
+from sparsity_jax.tables import ConfigError, Count, Positive
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, Fields, PyTree, Row
 
@@ -81,14 +81,14 @@ class Cut(alone.EachMember):
     branches: Literal["tied", "separate"] = "tied"
     use_l2: bool = False
     use_init: bool = False
-    imp_samples: tables.Count = 2560
-    batch_size: tables.Count = 128
-    temperature: tables.Positive = 1.0
-    grasp_temperature: tables.Positive = 200.0
-    preserve_temperature: tables.Positive = 1.0
+    imp_samples: Count = 2560
+    batch_size: Count = 128
+    temperature: Positive = 1.0
+    grasp_temperature: Positive = 200.0
+    preserve_temperature: Positive = 1.0
     min_share: tables.Fraction = 0.05
     protect: Literal["correct", "original", "original_resnet"] = "correct"
-    multiple: tables.Count = 1
+    multiple: Count = 1
     exclude: str = ""
     skip: str = ""
     rules: tuple[tuple[str, tables.Share], ...] = ()
@@ -110,10 +110,10 @@ class Cut(alone.EachMember):
             ("schedule.cumulative", cumulative, "exact"),
         ):
             if value != allowed:
-                raise tables.ConfigError(field, value, why=f"but of rules it is {allowed!r}")
+                raise ConfigError(field, value, why=f"but of rules it is {allowed!r}")
         if self.manual:
             why = "but rules say what is removed"
-            raise tables.ConfigError("schedule.name", "manual", why=why)
+            raise ConfigError("schedule.name", "manual", why=why)
 
     def check_order(self, order: interface.Order) -> None:
         """The thresholds of its schedule must be as many as its visits, and a tracked measure must
@@ -123,7 +123,7 @@ class Cut(alone.EachMember):
             self._check_tracked(order.before)
         rounds = len(self.plan(order.visits).ratios)
         if rounds != order.visits:
-            raise tables.ConfigError(
+            raise ConfigError(
                 "schedule.thresholds",
                 self.schedule["thresholds"],
                 why=f"{rounds} rounds",
@@ -135,12 +135,12 @@ class Cut(alone.EachMember):
         tracked = getattr(trainings[-1], "tracked", {}) if trainings else {}
         if not tracked:
             why = "which the training right before it must track: set its track.name='saliency'"
-            raise tables.ConfigError("measure", self.measure, why=why)
+            raise ConfigError("measure", self.measure, why=why)
         for name in ("use_l2", "use_init") if self.use_l2 else ("use_l2",):
             value = getattr(self, name)
             if value != tracked[name]:
                 allowed = f"{tracked[name]}, which the training tracks"
-                raise tables.ConfigError(name, value, allowed=allowed)
+                raise ConfigError(name, value, allowed=allowed)
 
     def check_streamed(self) -> None:
         if self.balanced:
@@ -152,12 +152,12 @@ class Cut(alone.EachMember):
         channels = self.channels(problem)
         if not channels.groups:
             why = "finds no channels in the network of config.model that can be removed"
-            raise tables.ConfigError("", why=why)
+            raise ConfigError("", why=why)
         if self.exclude:
             trees.matching(channels.sizes, self.exclude, "exclude")
             if not self.cuttable(problem):
                 why = "which leaves no group to cut"
-                raise tables.ConfigError("exclude", self.exclude, why=why)
+                raise ConfigError("exclude", self.exclude, why=why)
         if self.rules:
             with tables.within("rules"):
                 trees.match_rules(channels.sizes, self.rules)
@@ -169,7 +169,7 @@ class Cut(alone.EachMember):
         examples = min(self.imp_samples, problem.size("train"))
         if self.balanced and examples < problem.dataset.num_classes:
             why = "fewer than one of each class"
-            raise tables.ConfigError("imp_samples", self.imp_samples, why=why)
+            raise ConfigError("imp_samples", self.imp_samples, why=why)
 
     def _check_readable(self, problem: Problem) -> None:
         """Raises ConfigError if the measure reads arrays that some groups lack, such as the scale
@@ -187,7 +187,7 @@ class Cut(alone.EachMember):
                 reason = reason or str(error)
         if reason:
             exclude = "|".join(whole)
-            raise tables.ConfigError(
+            raise ConfigError(
                 "measure",
                 self.measure,
                 why=f"{reason} To leave such groups whole, set exclude={exclude!r}",
@@ -370,7 +370,7 @@ def make_scores(problem: Problem, stage: Cut) -> Callable:
         temperature=stage.temperature,
         grasp_temperature=stage.grasp_temperature,
         preserve_temperature=stage.preserve_temperature,
-        on_host=stages.on_host(problem),
+        on_host=train.on_host(problem),
         precision=problem.curvature_precision,
     )
     examples = problem.examples("train", stage.imp_samples)
@@ -380,7 +380,7 @@ def make_scores(problem: Problem, stage: Cut) -> Callable:
         init = None
         if "w0" in needs:
             init = train.initial_variables(problem, state.key, problem.pretrained)
-        variables = structured.variables_of(state)
+        variables = state.variables
         statistics = collect(variables, examples, balanced=balanced, init=init)
         if "saliency" in needs:
             statistics = statistics._replace(saliency={"params": state.opt_state.saliency})

@@ -108,9 +108,20 @@ def _parts_of(place: str, options: Callable, values: Config) -> Iterator[Part]:
     """One part, and those in it that are chosen by name."""
     yield place, options, values
     every = {**tables.defaults(options), **values}
-    for field, named in tables.named_options(options).items():
+    for field, named in _named_options(options).items():
         if every.get(field) is not None:  # else every arm of a sweep has its own
             yield from _parts_named(f"{place}.{field}", named, every[field])
+
+
+def _named_options(function: Callable) -> dict[str, Named]:
+    """The options of `function` that choose an entry of a table by name."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    named = {}
+    for name in parameters(function):
+        rules = getattr(hints.get(name), "__metadata__", ())
+        if rules and isinstance(rules[0], Named):
+            named[name] = rules[0]
+    return named
 
 
 def _parts_named(place: str, named: Named, values: Config) -> Iterator[Part]:
@@ -130,7 +141,8 @@ def _part_lines(place: str, options: Callable, values: Config) -> Iterator[str]:
     yield f"{place}, kind {kind!r}" if kind else place
     yield from _wrapped(_split(options, parameters(options))[0], 4)
     hints = typing.get_type_hints(options, include_extras=True)
-    defaults, texts = tables.defaults(options), texts_of(options)
+    defaults = tables.defaults(options)
+    texts = texts_of(options)
     for name in names:
         default = f"default {defaults[name]!r}" if name in defaults else "no default"
         here = f", here {values[name]!r}" if _is_other(name, values, defaults) else ""

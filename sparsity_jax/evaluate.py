@@ -18,10 +18,8 @@ sparsity_jax.prepare`.
 
 import argparse
 import itertools
-import json
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -32,6 +30,7 @@ import numpy as np
 from sparsity_jax import (
     building,
     checkpoint,
+    compaction,
     compilation,
     cost,
     data,
@@ -43,6 +42,7 @@ from sparsity_jax import (
     plans,
     pretrained,
     report,
+    stored,
     tables,
     train,
     trees,
@@ -55,11 +55,12 @@ from sparsity_jax.export import (
     export,
     load,
     replacing,
-    variables_of,
     verify,
     write,
 )
 from sparsity_jax.precision import computed
+from sparsity_jax.tables import ConfigError
+from sparsity_jax.train import Problem, State
 from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Row, Rows
 
 __all__ = [
@@ -84,7 +85,6 @@ __all__ = [
 ]
 
 Statistics = Literal["run", "data"]
-_MEMBER = re.compile(r"member_\d+")
 _MORE_MEMORY = (
     "Lower --batch_size if --latency fills it, or evaluate where there is more: with "
     "JAX_PLATFORMS=cpu in the environment the memory of the host counts."
@@ -104,7 +104,7 @@ class Network(NamedTuple):
     member: int
     swept: Fields
     progress: str
-    state: train.State
+    state: State
     label: str
 
 
@@ -112,7 +112,7 @@ class Saved(NamedTuple):
     """A run as its newest checkpoints have it. missing: members that have saved nothing yet."""
 
     config: Fields
-    problem: train.Problem  # of one member: no leading axis
+    problem: Problem  # of one member: no leading axis
     networks: list[Network]
     missing: list[int]
 
@@ -133,10 +133,12 @@ def open_run(
     workdir = pathlib.Path(workdir)
     config = _read_config(workdir)
     whole = workdir
-    folders = {int(path.name.removeprefix("member_")): path for path in _members_in(workdir)}
-    if workdir in _members_in(workdir.parent) and (workdir.parent / "config.json").is_file():
+    folders = workdirs.member_folders(workdir)
+    siblings = workdirs.member_folders(workdir.parent)
+    alone = {number: folder for number, folder in siblings.items() if folder == workdir}
+    if alone and (workdir.parent / "config.json").is_file():
         whole = workdir.parent
-        folders = {int(workdir.name.removeprefix("member_")): workdir}
+        folders = alone
     swept_values = [member.swept for member in members.expand(_read_config(whole))]
     snapshots = {}
     for number, folder in (folders or {0: workdir}).items():
@@ -144,7 +146,7 @@ def open_run(
         if snapshot:
             snapshots[number] = snapshot
     if not snapshots:
-        raise tables.ConfigError(
+        raise ConfigError(
             f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more."
         )
     problem = build(config, data_dir=data_dir, data_name=data_name, statistics=statistics)
@@ -154,7 +156,7 @@ def open_run(
         states, progress = restore(snapshot, problem, hint)
         own = swept_values[number : number + 1] if folders else swept_values
         if len(states) != len(own):
-            raise tables.ConfigError(
+            raise ConfigError(
                 f"{workdir}: config.json makes {len(own)} networks, the checkpoint has "
                 f"{len(states)}. Was config.json edited?"
             )
@@ -167,15 +169,10 @@ def open_run(
     return Saved(config, problem, networks, [member for member in expected if member not in saved])
 
 
-def _members_in(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """The folders of the members of a run, in order."""
-    return [path for path in sorted(workdir.glob("member_*")) if _MEMBER.fullmatch(path.name)]
-
-
 def _read_config(workdir: pathlib.Path) -> Fields:
     """The config of a run, with the defaults of all common fields."""
     if not workdirs.holds_run(workdir):
-        raise tables.ConfigError(f"{workdir} holds no run (no config.json).")
+        raise ConfigError(f"{workdir} holds no run (no config.json).")
     config = workdirs.read_config(workdir)
     known = tables.parameters(plans.settings)
     common = {name: value for name, value in config.items() if name in known}
@@ -187,7 +184,7 @@ def _read_config(workdir: pathlib.Path) -> Fields:
 
 def build(
     config: Config, *, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
-) -> train.Problem:
+) -> Problem:
     """Data and network of a config, for one member on one device; see `open_run`."""
     tables.convert(statistics, Statistics, "statistics")
     own = {**tables.defaults(data.Options), **config["data"]}
@@ -235,8 +232,8 @@ def _statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normaliza
         return known
     try:
         trained_on = _load_data({**options, "test_limit": 1})
-    except tables.ConfigError as error:
-        raise tables.ConfigError(
+    except ConfigError as error:
+        raise ConfigError(
             "--data: mean and std belong to the trained network and are those of its run's train "
             f"images: {error} --data_dir tells where they are; --statistics data takes mean and "
             "std of the other set instead."
@@ -246,7 +243,8 @@ def _statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normaliza
 
 def _told(config: Config, progress: workdirs.Progress) -> str:
     """How far a run is."""
-    names, index = config["pipeline"], progress.stage
+    names = config["pipeline"]
+    index = progress.stage
     if index >= len(names):
         return "finished"
     return f"in stage {index + 1} of {len(names)} ({names[index]})"
@@ -259,17 +257,17 @@ def label_of(config: Config, progress: workdirs.Progress) -> str:
 
 
 def restore(
-    snapshot: workdirs.Snapshot, problem: train.Problem, hint: str
-) -> tuple[list[train.State], workdirs.Progress]:
+    snapshot: workdirs.Snapshot, problem: Problem, hint: str
+) -> tuple[list[State], workdirs.Progress]:
     """The state of each member, from a checkpoint made on whatever devices, or from a later one if
     its run has removed that; and where it was.
 
     hint: what else may be the reason if the checkpoint is of another network, which raises
     ConfigError.
     """
-    workdir = snapshot.folder.parent.parent
+    workdir = snapshot.workdir
     with building.making_network(f"{workdir}: the network of config.model"):
-        variables = jax.eval_shape(problem.init, jax.random.key(0))
+        variables = problem.shapes()
     try:
         arrays = _read_arrays(snapshot, variables, hint)
     except intact.DamagedError:
@@ -284,7 +282,7 @@ def restore(
     if parts["step"].ndim:
         slices = [jax.tree.map(lambda leaf, i=i: leaf[i], parts) for i in range(len(parts["step"]))]
     metrics = train.no_metrics()
-    return [train.State(**own, opt_state=(), metrics=metrics) for own in slices], snapshot.progress
+    return [State(**own, opt_state=(), metrics=metrics) for own in slices], snapshot.progress
 
 
 def _read_arrays(snapshot: workdirs.Snapshot, variables: PyTree, hint: str) -> Fields:
@@ -292,13 +290,13 @@ def _read_arrays(snapshot: workdirs.Snapshot, variables: PyTree, hint: str) -> F
     behind an axis of members if there is one.
     """
     with checkpoint.reading(snapshot):
-        shapes = checkpoint.shapes(snapshot)
-        stored = {path: shape for path, shape in shapes.items() if path.split("/")[0] in variables}
+        shapes = stored.shapes(snapshot)
+        there = {path: shape for path, shape in shapes.items() if path.split("/")[0] in variables}
         leaves = trees.named_leaves(variables)
         wanted = {path: shapes["step"] + leaf.shape for path, leaf in leaves.items()}
-        what = f"{snapshot.folder.parent.parent}: the checkpoint"
-        check_shapes(what, stored, wanted, f" Was config.json edited?{hint}")
-        return checkpoint.arrays(snapshot)
+        what = f"{snapshot.workdir}: the checkpoint"
+        check_shapes(what, there, wanted, f" Was config.json edited?{hint}")
+        return stored.arrays(snapshot)
 
 
 # Numbers ------------------------------------------------------------------------------------------
@@ -346,8 +344,8 @@ _COMPACT = (  # fields of `compaction.take_stock`
 
 
 def measure(
-    problem: train.Problem,
-    state: train.State,
+    problem: Problem,
+    state: State,
     *,
     on_train: bool = False,
     latency: bool = False,
@@ -372,18 +370,17 @@ def measure(
     """
     tables.convert(batch_size, tables.Count, "batch_size")
     if latency and repeats < 2:
-        raise tables.ConfigError("repeats", repeats, allowed="int >= 2")
-    variables = variables_of(state)
+        raise ConfigError("repeats", repeats, allowed="int >= 2")
+    variables = state.variables
     row = _scores(problem, state, "test")
     if on_train:
         row |= _scores(problem, state, "train")
-    one = jax.ShapeDtypeStruct((1, *problem.dataset.test.images.shape[1:]), np.float32)
     row |= dict(
         parameters=cost.num_params(variables),
         parameters_kept=_count_nonzero(state.masks),
         parameters_nonzero=_count_nonzero(state.params),
         bytes=cost.num_bytes(variables),
-        flops=cost.flops(problem.model.apply, variables, one).products,
+        flops=cost.flops(problem.model.apply, variables, problem.image(1)).products,
         device=jax.local_devices()[0].device_kind,
     )
     cut, stock, note = compared(
@@ -397,9 +394,7 @@ def measure(
         images = problem.images(problem.examples("test", batch_size)[0])
         took = cost.latency(jax.jit(problem.model.apply), variables, images, repeats=repeats)
         row["batch_size"] = len(images)
-        row["milliseconds"] = {"dense": 1e3 * took.median}
-        row["milliseconds_low"] = {"dense": 1e3 * took.low}
-        row["milliseconds_high"] = {"dense": 1e3 * took.high}
+        row |= compaction.milliseconds({"dense": took})
     pruned = ["channels"] if cut else []
     if row["parameters_kept"] < row.get("parameters_compact", row["parameters"]):
         pruned.append("weights")
@@ -411,7 +406,7 @@ def _count_nonzero(tree: PyTree) -> int:
     return sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree))
 
 
-def _scores(problem: train.Problem, state: train.State, split: str) -> Row:
+def _scores(problem: Problem, state: State, split: str) -> Row:
     """Accuracy, loss and number of examples of one split."""
     result = train.measure(problem, state.params, state.batch_stats, split)
     unreadable = len(result.unreadable)
@@ -422,7 +417,9 @@ def _scores(problem: train.Problem, state: train.State, split: str) -> Row:
         f"{split}_loss": float(result.loss),
         f"{split}_examples": examples,
     }
-    return row | {f"{split}_unreadable": unreadable} if unreadable else row
+    if unreadable:
+        return row | {f"{split}_unreadable": unreadable}
+    return row
 
 
 _LINES = {  # of a member's table: field to name and format
@@ -451,8 +448,7 @@ _PRUNED = {  # what that means
 
 def describe(row: Config) -> str:
     """The numbers of one member as a table."""
-    swept = ", ".join(f"{name}={value}" for name, value in row["swept"].items())
-    swept = f" ({swept})" if swept else ""
+    swept = f" ({members.told(row['swept'])})" if row["swept"] else ""
     network = f"{row['network']}, member {row['member']}{swept}"
     lines = [f"{row['model']} on {row['data']}, {network}: {row['progress']}"]
     compact = "compact" if "parameters_compact" in row else ""
@@ -462,7 +458,8 @@ def describe(row: Config) -> str:
         if texts:
             lines.append(f"  {name:<26}" + "".join(f"{text:>16}" for text in texts))
     for name, middle in row.get("milliseconds", {}).items():
-        low, high = row["milliseconds_low"][name], row["milliseconds_high"][name]
+        low = row["milliseconds_low"][name]
+        high = row["milliseconds_high"][name]
         batch = f"  {name}, a batch of {row['batch_size']}"
         lines.append(f"{batch}: {middle:.3g} ms (quartiles {low:.3g} to {high:.3g})")
     if "verdict" in row:
@@ -479,7 +476,8 @@ def describe_all(rows: Rows) -> str:
     for split in ("test", "train") if are_seeds else ():
         values = [row[f"{split}_accuracy"] for row in rows if f"{split}_accuracy" in row]
         if values:
-            mean, deviation = np.mean(values), np.std(values, ddof=1)
+            mean = np.mean(values)
+            deviation = np.std(values, ddof=1)
             of_seeds = f"{split} accuracy of {len(values)} seeds"
             text.append(f"{of_seeds}: {mean:.2%}, standard deviation {deviation:.2%}")
     return "\n\n".join(text)
@@ -505,7 +503,7 @@ def export_run(
     model = saved.config["model"]
     with replacing(folder) as part:
         for network, note in itertools.zip_longest(saved.networks, notes):
-            own = part / f"member_{network.member:03d}" if len(saved.networks) > 1 else part
+            own = part / workdirs.member_name(network.member) if len(saved.networks) > 1 else part
             write(
                 saved.problem,
                 model,
@@ -515,14 +513,14 @@ def export_run(
                 dense=dense,
                 note=note,
             )
-    return sorted(folder.glob("member_*")) or [folder]
+    return [*workdirs.member_folders(folder).values()] or [folder]
 
 
 def _check_torch(file: AnyPath) -> None:
     """Raises ConfigError unless `file` is a new .safetensors file."""
     path = pathlib.Path(file)
     if path.suffix != ".safetensors" or path.exists():
-        raise tables.ConfigError(f"{path} cannot be written; name a new file *.safetensors.")
+        raise ConfigError(f"{path} cannot be written; name a new file *.safetensors.")
 
 
 def export_torch(saved: Saved, file: AnyPath) -> list[pathlib.Path]:
@@ -537,9 +535,9 @@ def export_torch(saved: Saved, file: AnyPath) -> list[pathlib.Path]:
         paths = [file.with_stem(f"{file.stem}_{network.member:03d}") for network in saved.networks]
     for path in paths:
         _check_torch(path)
-    channels = saved.problem.dataset.test.images.shape[-1]
+    *_, channels = saved.problem.image(1).shape
     for path, network in zip(paths, saved.networks):
-        weights = pretrained.to_torch(variables_of(network.state), image_channels=channels)
+        weights = pretrained.to_torch(network.state.variables, image_channels=channels)
         pretrained.write(path, weights)
     return paths
 
@@ -549,7 +547,7 @@ def _check_writable(file: AnyPath) -> None:
     parents = pathlib.Path(file).absolute().parents
     there = next(folder for folder in parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise tables.ConfigError(
+        raise ConfigError(
             f"{file} cannot be written, since {there} is not writable; name another place."
         )
 
@@ -609,7 +607,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with building.enough_memory(options.workdir, _MORE_MEMORY):
             for line in _answer(options):
                 sys.stdout.write(f"{line}\n")
-    except (tables.ConfigError, OSError) as error:
+    except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -642,8 +640,7 @@ def _answer(options: argparse.Namespace) -> Iterator[str]:
     for member in saved.missing:
         yield f"\nmember {member} has no checkpoint yet"
     if options.json:
-        text = json.dumps(report.plain(rows), indent=1)
-        intact.write(pathlib.Path(options.json), f"{text}\n".encode())
+        intact.write_object(pathlib.Path(options.json), report.plain(rows))
     if options.export:
         notes = [row["note"] for row in rows]
         folders = export_run(

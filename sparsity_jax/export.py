@@ -36,6 +36,8 @@ from sparsity_jax import (
     trees,
     versions,
 )
+from sparsity_jax.tables import ConfigError
+from sparsity_jax.train import Problem, State
 from sparsity_jax.types import AnyPath, Arrays, Config, Fields, PyTree, Shape
 
 __all__ = [
@@ -45,14 +47,15 @@ __all__ = [
     "export",
     "load",
     "replacing",
-    "variables_of",
     "verify",
     "write",
 ]
 
 _Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 _FORMAT = 2  # of an exported folder
-_VARIABLES, _PROGRAM, _ABOUT = "variables.npz", "network.stablehlo", "network.json"
+_VARIABLES = "variables.npz"
+_PROGRAM = "network.stablehlo"
+_ABOUT = "network.json"
 _USE = (  # lines that need jax and flatbuffers only, and one on the arrays alone
     "import hashlib, jax.export, json, pathlib",
     (
@@ -75,13 +78,8 @@ _USE = (  # lines that need jax and flatbuffers only, and one on the arrays alon
 )
 
 
-def variables_of(state: train.State) -> Fields:
-    """What a model is applied to."""
-    return {"params": state.params, "batch_stats": state.batch_stats}
-
-
 def compared(
-    problem: train.Problem, state: train.State, *, batch_size: int = 64, repeats: int = 0
+    problem: Problem, state: State, *, batch_size: int = 64, repeats: int = 0
 ) -> tuple[bool, Fields | None, str]:
     """(whether whole channels are masked, numbers of the network without them, why there is none).
 
@@ -102,7 +100,7 @@ def compared(
     return True, stock, ""
 
 
-def _channels_cut(problem: train.Problem, state: train.State) -> tuple[bool, str]:
+def _channels_cut(problem: Problem, state: State) -> tuple[bool, str]:
     """(whether whole channels are masked, why that cannot be told or "")."""
     if all(leaf.all() for leaf in jax.tree.leaves(state.masks)):
         return False, ""
@@ -118,7 +116,7 @@ def check_export(folder: AnyPath, *, platforms: Sequence[str] = ("cpu",)) -> Non
     """Raises ConfigError for unknown platforms, and for a folder that is not new or empty."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise tables.ConfigError(f"{folder} is there and not empty; export to a new folder.")
+        raise ConfigError(f"{folder} is there and not empty; export to a new folder.")
     tables.convert(tuple(platforms), tuple[_Platform, ...], "platforms")
 
 
@@ -126,9 +124,9 @@ def check_export(folder: AnyPath, *, platforms: Sequence[str] = ("cpu",)) -> Non
 
 
 def export(
-    problem: train.Problem,
+    problem: Problem,
     model: Config,
-    state: train.State,
+    state: State,
     folder: AnyPath,
     *,
     platforms: Sequence[str] = ("cpu",),
@@ -153,9 +151,9 @@ def export(
 
 
 def write(
-    problem: train.Problem,
+    problem: Problem,
     model: Config,
-    state: train.State,
+    state: State,
     folder: pathlib.Path,
     *,
     platforms: Sequence[str],
@@ -164,7 +162,7 @@ def write(
 ) -> None:
     """Writes what `export` says and reads it back. note: of `compared`; None: to be found."""
     dataset = problem.dataset
-    whole = variables = variables_of(state)
+    whole = variables = state.variables
     apply = problem.model.apply
     keep: Arrays = {}
     sizes: dict[str, int] = {}
@@ -173,7 +171,7 @@ def write(
         if note is None:
             _, _, note = compared(problem, state)
         if note:
-            raise tables.ConfigError(
+            raise ConfigError(
                 f"the network cannot be exported without its masked channels: {note} With its "
                 "channels it can: --dense, or dense=True."
             )
@@ -181,7 +179,7 @@ def write(
     if is_compact:
         variables, apply, keep, channels = compaction.compacted(problem, state)
         sizes = channels.sizes
-    shape = dataset.test.images.shape[1:]
+    shape = problem.image(1).shape[1:]
     program = _traced(lambda image: apply(variables, image[None])[0], shape, platforms)
     arrays = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(variables).items()}
     described = {}
@@ -262,10 +260,10 @@ def verify(folder: AnyPath) -> Fields:
     folder = pathlib.Path(folder)
     for name in (_ABOUT, _VARIABLES, _PROGRAM):
         if not (folder / name).is_file():
-            raise tables.ConfigError(f"{folder} holds no whole exported network (no {name}).")
+            raise ConfigError(f"{folder} holds no whole exported network (no {name}).")
     about = intact.read_object(folder / _ABOUT)
     if about.get("format") != _FORMAT:
-        raise tables.ConfigError(
+        raise ConfigError(
             f"{folder / _ABOUT} has the format {about.get('format')!r}; known: {_FORMAT}."
         )
     rest = {name: value for name, value in about.items() if name != "checksum"}
@@ -300,11 +298,12 @@ def load(folder: AnyPath) -> tuple[PyTree, Callable[..., Array]]:
             model = models.build(num_classes=about["num_classes"], **about["model"])
             shapes = jax.eval_shape(model.init, jax.random.key(0), images(1))
         train.check_memory(cost.num_bytes(shapes), "makes a network whose weights")
-    wanted, apply = trees.named_leaves(shapes), model.apply
+    wanted = trees.named_leaves(shapes)
+    apply = model.apply
     if about["compact"]:
         channels = groups.trace(model.apply, shapes, images(2))
         if channels.sizes != about["sizes"]:
-            raise tables.ConfigError(
+            raise ConfigError(
                 f"{folder / _ABOUT}: the model has other channel groups than those it names."
             )
         keep = {}
@@ -329,7 +328,7 @@ def check_shapes(what: str, there: Fields, wanted: Fields, hint: str) -> None:
     for path, *shapes in differing[:1]:
         theirs, ours = ("absent" if shape is versions.ABSENT else shape for shape in shapes)
         more = f"; {len(differing) - 1} more differ" if len(differing) > 1 else ""
-        raise tables.ConfigError(
+        raise ConfigError(
             f"{what} is of another network than the config makes: the shape of {path} is {theirs} "
             f"there and {ours} in the network{more}.{hint}"
         )

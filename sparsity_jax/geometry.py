@@ -136,7 +136,7 @@ class TrainingLoss(alone.OneByOne):
                 partial(of_batch, problem),
                 self.examples(problem),
                 self.batch_size,
-                on_host=stages.on_host(problem),
+                on_host=train.on_host(problem),
                 precision=problem.curvature_precision,
             )
 

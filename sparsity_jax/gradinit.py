@@ -84,7 +84,8 @@ def scale_step(
             return w - learning_rate * g, jnp.asarray(learning_rate, w.dtype)
         if not w.size:
             return w, jnp.ones((), w.dtype)
-        g, wide = widen(g), widen(w)
+        g = widen(g)
+        wide = widen(w)
         vertex = lax.stop_gradient(constraint.lmo(g))
         length = trees.norm(vertex - wide)
         ratio = trees.norm(g) / jnp.where(length > 0, length, 1)

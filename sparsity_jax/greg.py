@@ -15,9 +15,10 @@ import optax
 from jax import Array
 
 from sparsity_jax import growing, losses, optim, removal, stages, tables, train, trees
-from sparsity_jax.interface import Place
+from sparsity_jax.interface import Place, rows_joined
+from sparsity_jax.tables import Count
 from sparsity_jax.train import Problem, State, Update
-from sparsity_jax.types import Fields, MemberRows
+from sparsity_jax.types import Fields
 
 __all__ = ["STAGES", "Grow"]
 
@@ -45,12 +46,12 @@ class Grow(removal.Remove, growing.Penalty):
 
     kind: ClassVar[str] = "grow"
     optimizer: optim.Config
-    batch_size: tables.Count = 128
+    batch_size: Count = 128
     augment: str = "none"
     loss: losses.Config = losses.CROSS_ENTROPY
     penalty_only: bool = False
-    evaluate_every: tables.Count = 1
-    log_every: tables.Count = 100
+    evaluate_every: Count = 1
+    log_every: Count = 100
     log_scores: bool = False
 
     def check(self) -> None:
@@ -109,7 +110,7 @@ class Grow(removal.Remove, growing.Penalty):
                 continue
             logged = train.member_rows(problem, look(update.state), step=step)
             ended = [row.pop("finished") for (row,) in logged]
-            update = update._replace(rows=_joined(update.rows, logged))
+            update = update._replace(rows=rows_joined(update.rows, logged))
             if all(ended):
                 break
             yield update
@@ -118,7 +119,7 @@ class Grow(removal.Remove, growing.Penalty):
             stages.check_weights(problem, update.state)
         state, shares = problem.program(_grown, self, key=fit.growth)(update.state)
         last = train.member_rows(problem, shares, step=step)
-        yield Update(state, _joined(update.rows, last), 1.0)
+        yield Update(state, rows_joined(update.rows, last), 1.0)
 
 
 def _look(problem: Problem, stage: Grow, state: State) -> Fields:
@@ -151,11 +152,6 @@ def _fits_of(
         epochs = math.ceil(stage.most_steps() / stage.steps_per_epoch(problem)) + 1
         fits.append(stage.training(epochs))
     return fits, train.numbers_of(problem, state, fits) | dict(key=state.key)
-
-
-def _joined(rows: MemberRows, more: MemberRows) -> MemberRows:
-    """Rows of each member, then further ones of it."""
-    return [[*first, *second] for first, second in zip(rows, more)]
 
 
 STAGES = (Grow,)

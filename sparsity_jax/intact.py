@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_jax import tables
-from sparsity_jax.types import Fields
+from sparsity_jax.types import Config, Fields
 
 __all__ = [
     "SUMS",
@@ -21,14 +21,16 @@ __all__ = [
     "damage",
     "digest_of",
     "digest_of_value",
-    "is_changed",
     "read_object",
+    "read_recorded",
     "read_row",
     "read_sums",
     "record",
     "seal",
     "summed_row",
     "write",
+    "write_object",
+    "write_recorded",
 ]
 
 SUMS = "SHA256SUMS"
@@ -50,8 +52,16 @@ def digest_of(path: Path) -> str:
 
 def seal(folder: Path) -> None:
     """Writes `folder/SHA256SUMS` of all files in `folder` and below."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
-    _write_sums(folder, {path.relative_to(folder).as_posix(): digest_of(path) for path in files})
+    _write_sums(folder, {name: digest_of(path) for name, path in _files_in(folder).items()})
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    """The files that `folder/SHA256SUMS` is of, by name."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / SUMS:
+            files[path.relative_to(folder).as_posix()] = path
+    return files
 
 
 def damage(folder: Path) -> str:
@@ -61,8 +71,8 @@ def damage(folder: Path) -> str:
     sums = read_sums(folder)
     if not sums:
         return f"{folder / SUMS} is missing or holds no checksum"
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    for name in sorted({*sums, *there} - {SUMS}):
+    there = _files_in(folder)
+    for name in sorted({*sums, *there}):
         if name not in there:
             return f"{folder / name} is missing"
         if name not in sums:
@@ -75,14 +85,6 @@ def damage(folder: Path) -> str:
 def record(path: Path) -> None:
     """Writes the checksum of the file `path` to `SHA256SUMS` beside it."""
     _write_sums(path.parent, {**read_sums(path.parent), path.name: digest_of(path)})
-
-
-def is_changed(path: Path) -> bool:
-    """Whether the file `path` differs from its checksum in `SHA256SUMS`; False where that has none
-    for it.
-    """
-    known = read_sums(path.parent).get(path.name)
-    return known is not None and known != digest_of(path)
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -111,6 +113,27 @@ def write(path: Path, data: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_object(path: Path, value: Config) -> None:
+    """Replaces `path` by JSON."""
+    write(path, f"{json.dumps(value, indent=2)}\n".encode())
+
+
+def write_recorded(path: Path, value: Config) -> None:
+    """Replaces `path` by JSON whose checksum is recorded."""
+    write_object(path, value)
+    record(path)
+
+
+def read_recorded(path: Path) -> Fields:
+    """The JSON object in a file; raises DamagedError too where it differs from its recorded
+    checksum, if it has one.
+    """
+    value = read_object(path)
+    if read_sums(path.parent).get(path.name, digest_of(path)) != digest_of(path):
+        raise DamagedError(f"{path} is not as it was written (its checksum differs)")
+    return value
 
 
 def read_object(path: Path) -> Fields:

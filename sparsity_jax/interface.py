@@ -22,6 +22,7 @@ __all__ = [
     "Stage",
     "carried",
     "needs_memory",
+    "rows_joined",
     "rows_per_member",
     "without_optimizer",
 ]
@@ -39,7 +40,9 @@ class Carried(NamedTuple):
 def carried(stored: PyTree) -> Carried | tuple[()]:
     """`Carried`, of nested dicts as a checkpoint gives them back; () of anything else."""
     fields = set(stored) if isinstance(stored, dict) else set()
-    return Carried(**stored) if fields == {*Carried._fields} else ()
+    if fields == {*Carried._fields}:
+        return Carried(**stored)
+    return ()
 
 
 class Place(NamedTuple):
@@ -142,7 +145,9 @@ class Stage:
 
     def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:
         """What of the optimizer's state a later training, or cut, may use."""
-        return opt_state if isinstance(opt_state, Carried) else ()
+        if isinstance(opt_state, Carried):
+            return opt_state
+        return ()
 
 
 def needs_memory(field: str, value: Any, why: str) -> ConfigError:
@@ -162,3 +167,8 @@ def without_optimizer(state: PyTree) -> PyTree:
 def rows_per_member(problem: Any) -> MemberRows:
     """No rows, for every member."""
     return [[] for _ in range(problem.members or 1)]
+
+
+def rows_joined(rows: MemberRows, more: MemberRows) -> MemberRows:
+    """Rows of each member, then further ones of it."""
+    return [[*first, *second] for first, second in zip(rows, more, strict=True)]

@@ -7,7 +7,6 @@ evaluations do not.
 import datetime
 import fcntl
 import getpass
-import json
 import os
 import socket
 import threading
@@ -46,7 +45,7 @@ def held(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> Iterator[Cal
     mine = _describe()
     with _one_at_a_time(workdir):
         refuse(workdir, stale_seconds=stale_seconds)
-        _write(path, mine)
+        intact.write_object(path, mine)
     ended = threading.Event()
 
     def refresh() -> None:
@@ -57,7 +56,7 @@ def held(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> Iterator[Cal
 
     def check() -> None:
         if not path.exists():
-            _write(path, mine)
+            intact.write_object(path, mine)
         other = _read(path)
         if other.get("run") != mine["run"]:
             raise OSError(
@@ -161,10 +160,6 @@ def _read(path: Path) -> Fields:
         return intact.read_object(path)
     except (OSError, intact.DamagedError):
         return {}
-
-
-def _write(path: Path, owner: Fields) -> None:
-    intact.write(path, f"{json.dumps(owner, indent=1)}\n".encode())
 
 
 def _now(folder: Path) -> float:

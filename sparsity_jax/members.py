@@ -20,7 +20,7 @@ from sparsity_jax.tables import (
 )
 from sparsity_jax.types import Config, Fields
 
-__all__ = ["Member", "choices", "expand", "mode_of", "replaced", "stages_of"]
+__all__ = ["Member", "choices", "expand", "mode_of", "replaced", "stages_of", "told"]
 
 
 def choices(
@@ -96,9 +96,9 @@ def _combined(config: Config, labels: Fields, sweep: Config) -> Iterator[Member]
     listed = [zip(values, _shown(values)) for values in fields.values()]
     for values in product(*listed):
         new = {path: value for path, (value, _) in zip(fields, values)}
-        told = {path: text for path, (_, text) in zip(fields, values)}
+        texts = {path: text for path, (_, text) in zip(fields, values)}
         convert(new.get("seed", 0), Seed, "seed")
-        yield Member(replaced(config, new), {**labels, **told})
+        yield Member(replaced(config, new), {**labels, **texts})
 
 
 def stages_of(config: Config) -> list[str]:
@@ -108,7 +108,8 @@ def stages_of(config: Config) -> list[str]:
 
 def _arms_of(config: Config, options: Config) -> Iterator[tuple[str, Fields]]:
     """(label, fields by path) of every arm that runs; ("", {}) where there are none."""
-    arms, stages = options["arms"], stages_of(config)
+    arms = options["arms"]
+    stages = stages_of(config)
     names = list(arms) if options["arm"] is None else options["arm"]
     if arms and not names:
         raise ConfigError("arm", names, allowed="at least one name", known=arms)
@@ -154,6 +155,11 @@ def _shown(values: Sequence) -> list:
             value = name if name and names.count(name) == 1 else f"{name} {number}".strip()
         texts.append(value)
     return texts
+
+
+def told(swept: Fields) -> str:
+    """The values of a sweep that a network has, in one line."""
+    return ", ".join(f"{name}={value}" for name, value in swept.items())
 
 
 def _swept_fields(sweep: Config, config: Any, path: str = "") -> Iterator[tuple[str, list]]:

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from sparsity_jax import (
     ancestry,
     checkpoint,
+    finished,
     interface,
     lock,
-    report,
     stages,
     stopping,
+    stored,
     train,
     turns,
     workdirs,
@@ -26,7 +26,7 @@ from sparsity_jax import (
 from sparsity_jax.building import build, enough_memory_for, use_deterministic, use_platform
 from sparsity_jax.interface import Place, Stage
 from sparsity_jax.plans import STAGES, Plan, base, check, plain, settings, stage
-from sparsity_jax.progress import Display, tell_environment
+from sparsity_jax.progress import Display, tell_environment, write_report
 from sparsity_jax.report import Writer
 from sparsity_jax.tables import within
 from sparsity_jax.train import NonFiniteLossError, Problem, State
@@ -71,12 +71,13 @@ def run(
     where no checkpoint is whole, and train.NonFiniteLossError; if members of a sweep run one after
     the other, once all have run.
     """
-    config, workdir = plain(config), Path(workdir)
+    config = plain(config)
+    workdir = Path(workdir)
     workdirs.check_path(workdir)
     if holds_run(workdir) and read_config(workdir) == config:
-        snapshots = ancestry.last_snapshots(workdir, config)
+        snapshots = finished.last_snapshots(workdir, config)
         if snapshots:
-            return _redraw(config, workdir, snapshots)
+            return Outcome(*finished.write_again(workdir, config, snapshots))
     use_deterministic(config.get("deterministic", False))
     use_platform(config.get("platform", "default"))
     plans = check(config)
@@ -89,37 +90,20 @@ def run(
         workdirs.claim(workdir, config)
         tell_environment(problem, workdir, command)
         diverged: list[str] = []
+
+        def run_plan(plan: Plan, folder: Path, config: Config) -> Outcome:
+            own_problem = problem.with_members(plan.size)
+            return _run_plan(plan, own_problem, folder, config, still_mine)
+
         if len(plans) == 1:
-            outcome = _run_plan(plans[0], problem, workdir, config, still_mine)
+            outcome = run_plan(plans[0], workdir, config)
         else:
-
-            def run_one(plan: Plan, folder: Path, config: Config) -> Outcome:
-                own_problem = problem.with_members(plan.size)
-                return _run_plan(plan, own_problem, folder, config, still_mine)
-
-            state, rows, diverged = turns.run_all(plans, workdir, config, run_one)
+            state, rows, diverged = turns.run_all(plans, workdir, config, run_plan)
             outcome = Outcome(state, rows)
-        _write_report(workdir, config, outcome.rows)
+        write_report(workdir, config, outcome.rows)
     if diverged:
         raise NonFiniteLossError("\n".join(diverged))
     return outcome
-
-
-def _write_report(workdir: Path, config: Config, rows: Rows) -> None:
-    title, environment = config.get("title") or None, report.read_environment(workdir)
-    path = report.write(workdir, dict(config), rows, title=title, environment=environment)
-    say(f"report: {path}")
-
-
-def _redraw(config: Config, workdir: Path, snapshots: list[Snapshot]) -> Outcome:
-    """Writes rows and report of a finished run again; versions stay those it was made with."""
-    rows = turns.gathered(snapshots, workdir)
-    Writer(workdir, rows).close()
-    _write_report(workdir, config, rows)
-    with checkpoint.reading(snapshots[-1]):
-        parts = checkpoint.tree(snapshots[-1])
-        state = State(**{**parts, "metrics": train.Metrics(**parts["metrics"])})
-    return Outcome(state, rows)
 
 
 # The stages of one plan ---------------------------------------------------------------------------
@@ -145,7 +129,8 @@ class Run(NamedTuple):
         """Where the stage at `position` stands."""
         pipeline = self.plan.pipeline
         name = pipeline[position]
-        visit, visits = pipeline[: position + 1].count(name), pipeline.count(name)
+        visit = pipeline[: position + 1].count(name)
+        visits = pipeline.count(name)
         mine = lambda row: (row["stage"], row["visit"]) == (name, visit)
         before = [row for row in self.rows if not mine(row)]
         return Place(
@@ -176,17 +161,15 @@ def _run_plan(
     """
     found = workdirs.newest(workdir)
     progress = found.progress if found else Progress(0, False, [])
-    with contextlib.ExitStack() as stack:
-        saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
-        stack.callback(saved.close)
-        with enough_memory_for("config.model", None, plan.common):
-            state = _initial_state(plan, problem)
-        origin: Rows = []
-        if plan.common["start_from"]:
-            state, origin = ancestry.continue_from(plan.common["start_from"], state)
-        with train.naming("at the start of the run"):
-            stages.check_weights(problem, state)
-        writer = stack.enter_context(Writer(workdir, progress.rows))
+    with enough_memory_for("config.model", None, plan.common):
+        state = _initial_state(plan, problem)
+    origin: Rows = []
+    if plan.common["start_from"]:
+        state, origin = ancestry.continue_from(plan.common["start_from"], state)
+    with train.naming("at the start of the run"):
+        stages.check_weights(problem, state)
+    saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
+    with contextlib.closing(saved), Writer(workdir, progress.rows) as writer:
         run = Run(plan, problem, saved, writer, progress.rows, origin)
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))
@@ -202,13 +185,14 @@ def _run_plan(
 def _initial_state(plan: Plan, problem: Problem) -> State:
     """The networks at the start, one per member; members of the same seed start alike."""
     keys = [train.key_of(member.config["seed"]) for member in plan.members]
-    key = keys[0] if problem.members is None else jnp.stack(keys)
-    return train.initial_state(problem, problem.place(key))
+    key = problem.place(train.together(problem, keys))
+    return train.initial_state(problem, key)
 
 
 def _restored(run: Run, state: State, snapshot: Snapshot) -> State:
     """The state in a checkpoint; `state`: at the start of the run, which tells its structure."""
-    progress, plan = snapshot.progress, run.plan
+    progress = snapshot.progress
+    plan = run.plan
     if progress.begun:
         name = plan.pipeline[progress.stage]
         own = plan.settings[name]
@@ -217,15 +201,16 @@ def _restored(run: Run, state: State, snapshot: Snapshot) -> State:
             state = own[0].begin(run.problem, state, place)
     if state.opt_state == ():
         with checkpoint.reading(snapshot):
-            stored = checkpoint.structs(snapshot, state.step.sharding)["opt_state"]
-            state = state._replace(opt_state=interface.carried(stored))
+            there = stored.structs(snapshot, state.step.sharding)["opt_state"]
+            state = state._replace(opt_state=interface.carried(there))
     return checkpoint.restore(snapshot, state)
 
 
 def _run_stage(run: Run, state: State, position: int, begun: bool) -> State:
     """The state that the stage at `position` hands on. begun: whether `state` is its own."""
     place = run.place(position)
-    where, stage = f"config.{place.name}", place.own[0]
+    where = f"config.{place.name}"
+    stage = place.own[0]
     with enough_memory_for(where, stage, run.plan.common), within(where), train.naming(place.name):
         if not begun:
             state = stage.begin(run.problem, state, place)
@@ -243,11 +228,15 @@ def _run_updates(run: Run, state: State, place: Place) -> State:
     """What a stage does: its rows go out as they come, its state is saved every
     `checkpoint_seconds`.
     """
-    plan, name, position = run.plan, place.name, place.position
-    stage, config = place.own[0], plan.members[0].config
+    plan = run.plan
+    name = place.name
+    position = place.position
+    stage = place.own[0]
+    config = plan.members[0].config
     common = dict(stage=name, kind=config[name]["kind"], visit=place.visit)
     common["arm"] = arm_of(config, position)
-    last, spe = time.monotonic(), stage.steps_per_epoch(run.problem)
+    last = time.monotonic()
+    spe = stage.steps_per_epoch(run.problem)
     # what an interruption saves, replaced as one: it may come between any two instructions
     good = run.reached(state, position, 0.0)
     display = Display(f"{position + 1}/{len(plan.pipeline)} {name}")
@@ -299,4 +288,6 @@ def arm_of(config: Config, position: int) -> str:
     latest = max((i for i in makes if i <= position), default=-1)
     later = [i for i in trains if i > latest]
     named = latest if latest in trains or not later else later[0]
-    return (config[names[named]].get("label") or names[named]) if named >= 0 else "network"
+    if named >= 0:
+        return config[names[named]].get("label") or names[named]
+    return "network"

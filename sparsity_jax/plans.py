@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from jax import ShapeDtypeStruct, eval_shape, random
 
@@ -32,7 +31,7 @@ from sparsity_jax import (
 from sparsity_jax.interface import Stage
 from sparsity_jax.members import Member, stages_of
 from sparsity_jax.precision import FULL, Precision
-from sparsity_jax.tables import ConfigError, check_options, defaults, lookup, within
+from sparsity_jax.tables import ConfigError, Index, check_options, defaults, lookup, within
 from sparsity_jax.train import Fit, State
 from sparsity_jax.types import Config, Fields
 
@@ -79,11 +78,11 @@ def settings(
     fresh_classifier: bool = False,
     seed: tables.Seed = 0,
     platform: Platform = "default",
-    mesh: tables.Index = 1,
-    steps_per_call: tables.Index = 0,
+    mesh: Index = 1,
+    steps_per_call: Index = 0,
     eval_batch_size: tables.Count = 1000,
     sample: Literal["spread", "first"] = "spread",
-    sample_seed: tables.Index = 0,
+    sample_seed: Index = 0,
     deterministic: bool = False,
     precision: Precision = "default",
     curvature_precision: Precision = FULL,
@@ -119,7 +118,7 @@ def settings(
     """
 
 
-_FIELDS, _DEFAULTS = tuple(tables.parameters(settings)), defaults(settings)
+_DEFAULTS = defaults(settings)
 
 
 def base(**fields: Any) -> ml_collections.ConfigDict:
@@ -177,13 +176,18 @@ class Plan(NamedTuple):
     @property
     def size(self) -> int | None:
         """Size of the leading axis of its states; None: no such axis."""
-        return len(self.members) if len(self.members) > 1 else None
+        if len(self.members) > 1:
+            return len(self.members)
+        return None
 
     @property
     def name(self) -> str:
         """`member 3`, or `members 3 to 5`."""
-        first, last = self.numbers[0], self.numbers[-1]
-        return f"member {first}" if first == last else f"members {first} to {last}"
+        first = self.numbers[0]
+        last = self.numbers[-1]
+        if first == last:
+            return f"member {first}"
+        return f"members {first} to {last}"
 
     def after(self, state: State, position: int) -> State:
         """The state as the stage at `position` leaves it to the next one; the last one leaves no
@@ -378,7 +382,7 @@ def _another_program(first: Fields, other: Fields, used: Sequence[str]) -> Confi
 def convolves(model: Config) -> bool:
     """Whether the network of `config.model` has convolutions; only shapes are computed."""
     init = models.build(num_classes=10, **model).init
-    images = ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    images = ShapeDtypeStruct((1, 32, 32, 3), "float32")
     try:
         variables = eval_shape(lambda: init(random.key(0), images))
     except Exception:  # `building.check_size` tells, for images of the right size
@@ -415,4 +419,6 @@ def _kinds_before(common: Config) -> dict[str, str]:
     if start:
         with tables.blaming("config.start_from", start):
             return ancestry.kinds(start, models.complete(common["model"]), common["sweep"])
-    return {"config.pretrained": Fit.kind} if common["pretrained"] else {}
+    if common["pretrained"]:
+        return {"config.pretrained": Fit.kind}
+    return {}

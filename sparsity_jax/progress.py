@@ -12,12 +12,12 @@ import tqdm
 from jax import local_devices
 
 import sparsity_jax
-from sparsity_jax import data, pretrained, report, trees
+from sparsity_jax import data, report, trees, weights
 from sparsity_jax.train import Problem, shapes_of
-from sparsity_jax.types import Fields, Rows
+from sparsity_jax.types import Config, Fields, Rows
 from sparsity_jax.workdirs import say
 
-__all__ = ["Display", "chance", "describe_environment", "tell_environment"]
+__all__ = ["Display", "chance", "describe_environment", "tell_environment", "write_report"]
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -32,6 +32,13 @@ def chance(dataset: data.Dataset) -> float:
     return round(float(np.bincount(labels).max() / labels.size), 4)
 
 
+def write_report(workdir: Path, config: Config, rows: Rows) -> None:
+    """Writes the report of a run, and says where it is."""
+    environment = report.read_environment(workdir)
+    path = report.write(workdir, dict(config), rows, environment=environment)
+    say(f"report: {path}")
+
+
 def tell_environment(problem: Problem, workdir: Path, command: str) -> None:
     """Writes environment.json, and says how images are read and what pretrained weights become."""
     environment = describe_environment(problem) | ({"command": command} if command else {})
@@ -44,7 +51,8 @@ def tell_environment(problem: Problem, workdir: Path, command: str) -> None:
 
 def describe_environment(problem: Problem) -> Fields:
     """Versions and hardware, and the accuracy by chance, for the report."""
-    device, count = local_devices()[0], len(local_devices())
+    device = local_devices()[0]
+    count = len(local_devices())
     environment = {
         "device": f"{device.device_kind} ({device.platform}, {count} local)",
         "python": host.python_version(),
@@ -59,12 +67,7 @@ def describe_environment(problem: Problem) -> Fields:
     for name in _LIBRARIES:
         environment[name] = importlib.metadata.version(name)
     if problem.pretrained:
-        zeros, size = pretrained.count_zeros(problem.pretrained)
-        after = "masked, they stay zero"
-        if not problem.keep_zeros:
-            after = "training moves them (config.pretrained_zeros)"
-        told = f"{zeros:,} of {size:,} weights are zero"
-        environment["pretrained"] = f"{told}; {after}" if zeros else told
+        environment["pretrained"] = weights.told(problem)
     return environment
 
 
@@ -77,7 +80,9 @@ def _told_precision(problem: Problem) -> str:
     """How precisely matrix products are computed, and which type bounds that."""
     told = f"{problem.precision}, of curvature {problem.curvature_precision}"
     narrow = jnp.finfo(problem.model.dtype).bits < 32
-    return f"{told}; the network computes in {problem.model.dtype}" if narrow else told
+    if narrow:
+        return f"{told}; the network computes in {problem.model.dtype}"
+    return told
 
 
 class Display:
@@ -85,7 +90,8 @@ class Display:
     every five seconds, and one a minute where there are none."""
 
     def __init__(self, name: str):
-        self._name, self._started = name, time.monotonic()
+        self._name = name
+        self._started = time.monotonic()
         self._said = self._started - 5
         # without a terminal there is no bar
         self._bar = tqdm.tqdm(total=1.0, desc=name, bar_format=_BAR, disable=None)

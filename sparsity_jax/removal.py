@@ -6,7 +6,6 @@ Source: Wang, Qin, Zhang, Fu 2021, arXiv:2012.09243, and its published code; see
     `ratios`.
 """
 
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -16,12 +15,12 @@ import numpy as np
 
 from sparsity_jax import (
     alone,
-    checkpoint,
     cost,
     coupling,
     growing,
     masks,
     ratios,
+    stored,
     structured,
     tables,
     train,
@@ -31,6 +30,7 @@ from sparsity_jax import (
 )
 from sparsity_jax.interface import Place
 from sparsity_jax.ratios import Reading, Table
+from sparsity_jax.tables import ConfigError, blaming
 from sparsity_jax.train import Problem, State
 from sparsity_jax.types import Arrays, Fields
 
@@ -57,7 +57,7 @@ class Choosing(alone.EachMember):
 
     def check(self) -> None:
         if bool(self.ratios) == bool(self.inherit):
-            raise tables.ConfigError(
+            raise ConfigError(
                 "",
                 why=f"has {'both' if self.ratios else 'neither'} of ratios and inherit",
                 allowed="either ratios, e.g. '[0,0.5,0.5,0.5,0]', '[1-15:0.7]' or '2x', or "
@@ -72,21 +72,23 @@ class Choosing(alone.EachMember):
         ):
             value = getattr(self, field)
             if idle and value != default:
-                raise tables.ConfigError(field, value, why=why, allowed=repr(default))
+                raise ConfigError(field, value, why=why, allowed=repr(default))
         if self.inherit and grouped:
             allowed = "filter, channel and weight with inherit"
-            raise tables.ConfigError("granularity", "group", allowed=allowed)
+            raise ConfigError("granularity", "group", allowed=allowed)
 
     def check_network(self, problem: Problem, visits: int) -> None:
         numbers = [layer.num_pruned for layer in self.layers(problem)]
         if not any(number != 0 for number in numbers):
-            raise tables.ConfigError(*self._asked(), why="with which no layer loses anything")
+            raise ConfigError(*self._asked(), why="with which no layer loses anything")
         if self.pick != "min" and None in numbers:
-            raise tables.ConfigError("pick", self.pick, allowed="'min' with a ratio of 'gap'")
+            raise ConfigError("pick", self.pick, allowed="'min' with a ratio of 'gap'")
 
     def _asked(self) -> tuple[str, Any]:
         """The field that says how much is removed, and its value."""
-        return ("inherit", self.inherit) if self.inherit else ("ratios", self.ratios)
+        if self.inherit:
+            return ("inherit", self.inherit)
+        return ("ratios", self.ratios)
 
     def layers(self, problem: Problem) -> Layers:
         """The layers of the run's network and how many units each loses, in the order in which it
@@ -99,7 +101,7 @@ class Choosing(alone.EachMember):
         """Whole coupled groups of channels."""
         channels = structured.channels_of(problem)
         rules = self.ratios
-        with tables.blaming("ratios", rules):
+        with blaming("ratios", rules):
             if isinstance(rules, str):  # one ratio for all
                 rules = ((".*", tables.read_text(rules, float)),)
             by_name = trees.match_rules(channels.sizes, rules)
@@ -117,7 +119,7 @@ class Choosing(alone.EachMember):
                     # its filters and channels are those of the layer before
                     table[member.path.removeprefix("params/")] = 0.0
         shapes = train.shapes_of(problem)
-        with tables.blaming(*self._asked()):
+        with blaming(*self._asked()):
             return growing.layers(shapes, table, self.granularity, channels=channels)
 
     def _table(self, problem: Problem) -> Table:
@@ -125,7 +127,7 @@ class Choosing(alone.EachMember):
         paths = kernels_of(problem)
         if self.inherit:
             there = self._there(problem)
-            with tables.blaming("inherit", self.inherit):
+            with blaming("inherit", self.inherit):
                 return ratios.inherited(there, paths, granularity=self.granularity)
         options = dict(granularity=self.granularity, skip=self.skip, reading=self.reading)
         target = _SPEEDUP.fullmatch(self.ratios) if isinstance(self.ratios, str) else None
@@ -133,9 +135,9 @@ class Choosing(alone.EachMember):
             return ratios.parse(self.ratios, paths, **options)
         if self.granularity != "filter":
             allowed = "with granularity 'filter' only"
-            raise tables.ConfigError("ratios", self.ratios, why="a speed-up", allowed=allowed)
+            raise ConfigError("ratios", self.ratios, why="a speed-up", allowed=allowed)
         any_ratio = ratios.parse(((".*", 0.5),), paths, **options)
-        with tables.blaming("ratios", self.ratios):
+        with blaming("ratios", self.ratios):
             return _for_speedup(problem, float(target[1]), any_ratio)
 
     def kept_there(self, problem: Problem) -> Arrays:
@@ -195,11 +197,10 @@ def _masks_there(problem: Problem, workdir: str) -> Arrays:
     """The masks of the kernels at the end of a finished run of the same network, by path in the
     params; raises ConfigError unless it holds one.
     """
-    folder = pathlib.Path(workdir)
-    end = workdirs.newest(folder)
-    if end is None or not workdirs.is_finished(folder):
-        raise tables.ConfigError("inherit", workdir, why="which holds no finished run")
-    arrays = checkpoint.arrays(end)
+    end = workdirs.newest(workdir)
+    if end is None or not end.is_finished:
+        raise ConfigError("inherit", workdir, why="which holds no finished run")
+    arrays = stored.arrays(end)
     shapes = trees.named_leaves(train.shapes_of(problem))
     result = {}
     for path in kernels_of(problem):
@@ -208,7 +209,7 @@ def _masks_there(problem: Problem, workdir: str) -> Arrays:
         if mask.shape != expected:
             why = f"whose mask of {path} has the shape {mask.shape}"
             allowed = f"{expected}, a run of the same network"
-            raise tables.ConfigError("inherit", workdir, why=why, allowed=allowed)
+            raise ConfigError("inherit", workdir, why=why, allowed=allowed)
         result[path] = mask
     return result
 

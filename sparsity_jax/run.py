@@ -52,7 +52,8 @@ def parse(argv: list[str]) -> list[str]:
     """absl's parser; mistakes in --config and --config.field end in one line instead of a
     traceback.
     """
-    given, sys.argv = sys.argv, without_sweep(argv)  # where the flag --config looks for fields
+    given = sys.argv  # where the flag --config looks for fields
+    sys.argv = without_sweep(argv)
     try:
         return flags.FLAGS(sys.argv)
     except flags.Error as error:  # of the config file or its variant it holds the whole traceback
@@ -73,7 +74,8 @@ def without_sweep(argv: list[str]) -> list[str]:
     """The command line without `--config.sweep.PATH=VALUE`, which become `SWEPT`: any field may be
     swept, also where the config file sweeps nothing, while absl knows the fields of the file only.
     """
-    rest, arguments = [], iter(argv)
+    rest = []
+    arguments = iter(argv)
     for argument in arguments:
         flag, equals, text = argument.partition("=")
         match = re.fullmatch(r"--?config\.sweep\.(.+)", flag)

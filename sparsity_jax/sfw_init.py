@@ -105,11 +105,13 @@ def _rescaled(
     labels: Array,
 ) -> tuple[gradinit.ScaleState, Fields]:
     """(scales after one iteration, losses before and after its inner step), of one member."""
-    size, half = problem.size("train"), stage.batch_size // 2
+    size = problem.size("train")
+    half = stage.batch_size // 2
     keys = random.split(random.fold_in(train.stage_key(state.key, position), scales.step), 4)
     index = random.choice(keys[0], size, (3 * half,), replace=size < 3 * half)
     augment = data.make_augmentation(stage.augment, problem.dataset)
-    inputs, targets = problem.images(augment(keys[1], images[index])), labels[index]
+    inputs = problem.images(augment(keys[1], images[index]))
+    targets = labels[index]
 
     def batch(second: int, key: Array) -> tuple:
         """The first half of a batch with the second or third, and the key of its dropout."""

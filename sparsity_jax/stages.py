@@ -9,19 +9,18 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, random
+from jax import Array
 
 from sparsity_jax import (
     allocate,
-    groups,
     interface,
     masks,
     stopping,
+    structured,
     tables,
     train,
     trees,
 )
-from sparsity_jax.groups import Channels
 from sparsity_jax.interface import Place, Stage, without_optimizer
 from sparsity_jax.tables import Fraction, option
 from sparsity_jax.train import NonFiniteLossError, Problem, State, Update, member_rows, shapes_of
@@ -38,16 +37,10 @@ __all__ = [
     "check_weights",
     "magnitude_histogram",
     "magnitude_thresholds",
-    "on_host",
 ]
 
 _HUNDREDTHS = (*range(0, 90, 10), *range(90, 100))
 _RATIOS = tuple(percent / 100 for percent in _HUNDREDTHS)
-
-
-def _member_state(problem: Problem, state: State, member: int) -> State:
-    """One member's state between two stages."""
-    return train.member_of(problem, without_optimizer(state), member)
 
 
 def check_weights(problem: Problem, state: State) -> None:
@@ -56,13 +49,13 @@ def check_weights(problem: Problem, state: State) -> None:
 
     The runner hands every network on through here, so that no stage selects among NaN.
     """
-    if _all_finite((state.params, state.batch_stats)):
+    if _all_finite(state.variables):
         return
     for member in range(problem.members or 1):
-        own = _member_state(problem, state, member)
+        own = train.member_of(problem, state.variables, member)
         named = "the network" if problem.members is None else f"member {member}"
         try:
-            trees.check_finite(dict(params=own.params, batch_stats=own.batch_stats), named)
+            trees.check_finite(own, named)
         except ValueError as error:
             raise NonFiniteLossError(str(error)) from None
 
@@ -70,12 +63,7 @@ def check_weights(problem: Problem, state: State) -> None:
 @jax.jit
 def _all_finite(tree: PyTree) -> Array:
     per_array = jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
-    return jnp.all(jnp.stack(jax.tree.leaves(per_array)))
-
-
-def on_host(problem: Problem) -> bool:
-    """Whether batches should be compiled calls of their own, see `spectrum.over_batches`."""
-    return train.convolves(shapes_of(problem)) and jax.default_backend() == "cpu"
+    return jax.tree.reduce(jnp.logical_and, per_array)
 
 
 # What is pruned -----------------------------------------------------------------------------------
@@ -121,7 +109,7 @@ class Selecting(Stage):
         """Keyword arguments of `allocate.keep_counts` and `keep_masks`."""
         channels = None
         if self.selection == "structured":
-            channels = _filters_of(problem)
+            channels = structured.filters_of(problem)
         return dict(self.options(), selection=self.selection, channels=channels)
 
     def counts(self, problem: Problem, ratio: float) -> PyTree:
@@ -155,41 +143,17 @@ class Selecting(Stage):
 _SELECTING = tuple(tables.parameters(Selecting))
 
 
-def _filters_of(problem: Problem) -> Channels:
-    """Channels of the network as a function of its params alone: each side of a residual sum may
-    lose its own.
-    """
-
-    def traced() -> Channels:
-        fixed = dict(jax.eval_shape(problem.init, random.key(0)))
-        params = fixed.pop("params")
-        # statistics are never masked
-        fixed = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), fixed)
-        image = jax.ShapeDtypeStruct((2, *problem.dataset.test.images.shape[1:]), jnp.float32)
-        apply = lambda params, images: problem.model.apply({**fixed, "params": params}, images)
-        return groups.trace(apply, params, image, branches="separate")
-
-    return problem.once("filters", traced)
-
-
-def _pruning(problem: Problem, stage: Selecting, position: int) -> Callable:
-    """`prune(state, counts) -> masks` of one member; position: of the stage in the pipeline, for
-    random masks.
-    """
-    options = stage.keywords(problem)
-
-    def prune(state: State, counts: PyTree) -> PyTree:
-        key = train.stage_key(state.key, position)
-        return allocate.keep_masks(state.params, counts, key, before=state.masks, **options)
-
-    return prune
-
-
 def _pruned(
     problem: Problem, stage: Selecting, position: int, state: State, counts: PyTree
 ) -> tuple[State, Fields]:
-    kept = _pruning(problem, stage, position)(state, counts)
-    state = state._replace(params=masks.apply(state.params, kept), masks=kept)
+    """`state` of one member pruned to `counts`, and its shares of zeros; position: of the stage in
+    the pipeline, for random masks.
+    """
+    key = train.stage_key(state.key, position)
+    options = stage.keywords(problem)
+    kept = allocate.keep_masks(state.params, counts, key, before=state.masks, **options)
+    params = masks.apply(state.params, kept)
+    state = state._replace(params=params, masks=kept)
     return state, _shares(problem, stage, state)
 
 
@@ -201,9 +165,10 @@ def _shares(problem: Problem, stage: Selecting, state: State) -> Fields:
     kept = stage.choosable(state.masks)
     choosable = stage.choosable(state.params)
     kernels = allocate.prunable(state.params, "kernels")
+    layers = {path: masks.sparsity(kernel) for path, kernel in kernels.items()}
     values = dict(
         num_kept=_number_of(kept.values()),
-        layers={path: masks.sparsity(kernel) for path, kernel in kernels.items()},
+        layers=layers,
         sparsity=masks.sparsity(choosable),
         sparsity_all=masks.sparsity(state.params),
     )
@@ -247,10 +212,17 @@ class Prune(Selecting):
 
     def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
         counts = self.counts(problem, self.ratio)
-        state, zeros = self.pruned(problem, place.position)(state, counts)
-        prunable = trees.size(self.choosable(shapes_of(problem)))
-        common = dict(ratio=self.ratio, selection=self.selection, num_prunable=prunable)
-        yield Update(state, member_rows(problem, zeros, **common), 1.0)
+        pruned = self.pruned(problem, place.position)
+        state, zeros = pruned(state, counts)
+        choosable = self.choosable(shapes_of(problem))
+        rows = member_rows(
+            problem,
+            zeros,
+            ratio=self.ratio,
+            selection=self.selection,
+            num_prunable=trees.size(choosable),
+        )
+        yield Update(state, rows, 1.0)
 
 
 # curve --------------------------------------------------------------------------------------------
@@ -295,7 +267,8 @@ class Curve(Selecting):
         points = self.points(problem, state)
         finished = set()
         for member, own_rows in enumerate(place.rows):
-            finished |= {(member, row["ratio"]) for row in own_rows}
+            for row in own_rows:
+                finished.add((member, row["ratio"]))
         left = [point for point in points if not point.ratios.items() <= finished]
         network_at = self.networks(problem, state, place)
         # results are fetched a few ratios late, so the device never waits for the host
@@ -323,20 +296,22 @@ class Curve(Selecting):
             ratios = np.asarray(self.ratios, gone.dtype)[:, None]
             takes &= (ratios >= gone) | (gone == 0)
         points = []
-        below = ~takes.all(0) & ~np.isin(left, totals)
-        if below.any():
+        is_asked = takes.all(0) | np.isin(left, totals)
+        members_below = _where(~is_asked)
+        if members_below:
+            own_ratios = {member: float(gone[member]) for member in members_below}
             as_it_is = self.counts(problem, 0.0)
-            points.append(Point(as_it_is, {i: float(gone[i]) for i in _where(below)}))
+            points.append(Point(as_it_is, own_ratios))
         for ratio, kept, taken in zip(self.ratios, counts, takes, strict=True):
-            if taken.any():
-                points.append(Point(kept, dict.fromkeys(_where(taken), ratio)))
+            members = _where(taken)
+            if members:
+                points.append(Point(kept, dict.fromkeys(members, ratio)))
         return points
 
     def networks(self, problem: Problem, state: State, place: Place) -> Callable:
         """`network_at(point) -> ((params, batch_stats), shares of zeros)`, retrained if asked."""
         pruned = self.pruned(problem, place.position)
-        fits: list[train.Fit] = []
-        numbers: Fields = {}
+        shares_of = problem.program(_shares, self, key=self.selecting(0))
         if self.retrain:
             fits = place.settings[self.retrain]
             numbers = train.numbers_of(problem, state, fits)
@@ -344,16 +319,12 @@ class Curve(Selecting):
         def network_at(point: Point) -> tuple[train.Network, Fields]:
             stopping.check()
             current, zeros = pruned(state, point.counts)
-            if fits:
+            if self.retrain:
                 masked = state._replace(masks=current.masks)
-                current = train.begin_members(problem, masked, fits, numbers)
-                epochs = train.fit_epochs(problem, current, fits[0], numbers, place.position)
                 ratio = min(point.ratios.values())
                 with train.naming(f"{self.retrain} at ratio {ratio:g}"):
-                    for update in epochs:
-                        current = without_optimizer(update.state)
-                shares_of = problem.program(_shares, self, key=self.selecting(0))
-                zeros = shares_of(current)
+                    current = train.trained(problem, masked, fits, numbers, place.position)
+                zeros = shares_of(without_optimizer(current))
             return (current.params, current.batch_stats), zeros
 
         return network_at
@@ -374,7 +345,9 @@ class Curve(Selecting):
             retrained=bool(self.retrain),
         )
         variables = [network for network, _ in networks]
-        results = {split: train.measure_all(problem, variables, split) for split in self.splits}
+        results = {}
+        for split in self.splits:
+            results[split] = train.measure_all(problem, variables, split)
         for i, point in enumerate(points):
             _, zeros = networks[i]
             for split in self.splits:
@@ -383,7 +356,8 @@ class Curve(Selecting):
                 of_members = member_rows(problem, values, split=split, **fixed)
                 for member, ratio in point.ratios.items():
                     (row,) = of_members[member]
-                    rows[member].append(dict(row, ratio=ratio))
+                    row["ratio"] = ratio
+                    rows[member].append(row)
         return rows
 
 
@@ -410,10 +384,13 @@ class Histogram(Stage):
     bins: tables.Count = 60
 
     def run(self, problem: Problem, state: State, place: Place) -> Iterator[Update]:
-        counts = problem.program(_histogram, self)(state.params)
-        edges = np.linspace(-12, 2, self.bins + 1).tolist()
-        common = dict(scope=self.scope, threshold=magnitude_thresholds(), edges=edges)
-        yield Update(state, member_rows(problem, counts, **common), 1.0)
+        histogram = problem.program(_histogram, self)
+        counts = histogram(state.params)
+        edges = np.linspace(-12, 2, self.bins + 1)
+        thresholds = magnitude_thresholds()
+        common = dict(scope=self.scope, threshold=thresholds, edges=edges.tolist())
+        rows = member_rows(problem, counts, **common)
+        yield Update(state, rows, 1.0)
 
 
 def _histogram(problem: Problem, stage: Histogram, params: PyTree) -> Fields:
@@ -424,7 +401,8 @@ def magnitude_thresholds() -> list[float]:
     """0, then 10, 1, 0.1, ... by repeated division while above 1e-10, as the original computes
     them.
     """
-    thresholds, value = [0.0], 10.0
+    thresholds = [0.0]
+    value = 10.0
     while value > 1e-10:
         thresholds.append(value)
         value /= 10

@@ -43,12 +43,12 @@ __all__ = [
     "host_memory",
     "joined",
     "lookup",
-    "named_options",
     "nearest",
     "option",
     "options",
     "parameters",
     "read_text",
+    "reason_of",
     "shortened",
     "within",
 ]
@@ -97,7 +97,8 @@ class ConfigError(ValueError):
     def __str__(self) -> str:
         if self.is_sentence():
             return self.where
-        sentence, reason = self.where or "the value", f" {self.why}" if self.why else ""
+        sentence = self.where or "the value"
+        reason = f" {self.why}" if self.why else ""
         if self.value is not NOT_GIVEN:
             sentence += f" {self.verb} {shortened(self.value)}" + "," * bool(reason)
         allowed = f"; allowed: {self.allowed}" if self.allowed else ""
@@ -198,15 +199,6 @@ class Named:
         return f"with a name: {', '.join(sorted(self.table))}"
 
 
-def named_options(function: Callable) -> dict[str, Named]:
-    """The options of `function` that choose an entry of a table by name."""
-    hints = get_type_hints(function, include_extras=True)
-    rules = {
-        name: getattr(hints.get(name), "__metadata__", (None,)) for name in parameters(function)
-    }
-    return {name: first for name, (first, *_) in rules.items() if isinstance(first, Named)}
-
-
 class Options(dict):
     """Options of a part that a config chooses by `name`; hashable, for they never change after they
     were read.
@@ -216,7 +208,8 @@ class Options(dict):
         return hash(json.dumps(self, sort_keys=True))
 
 
-_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # what float32 holds without loss
+_SMALLEST = 1.2e-38  # what float32 holds without loss
+_LARGEST = 3.4e38
 
 
 def host_memory() -> float:
@@ -240,13 +233,17 @@ def check_memory(needed: int, what: str, memory: float = 0) -> None:
 def nearest(name: Any, known: typing.Iterable[str]) -> str:
     """The known name that is nearest to `name`, or "" when none is near."""
     matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else ""
+    if matches:
+        return matches[0]
+    return ""
 
 
 def closest(name: str, known: typing.Iterable[str]) -> str:
     """A hint such as ` Did you mean 'momentum'?`, or nothing when no known name is near."""
     name = nearest(name, known)
-    return f" Did you mean {name!r}?" if name else ""
+    if name:
+        return f" Did you mean {name!r}?"
+    return ""
 
 
 def lookup(table: Mapping[str, Any], name: Any, field: str = "") -> Any:
@@ -338,7 +335,8 @@ def convert(value: Any, hint: Any, field: str = "") -> Any:
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    arguments = get_args(hint)
     if hint is Any:
         return value
     if origin is Annotated:
@@ -371,7 +369,9 @@ def _as_plain(value: Any, kind: Any, hint: Any) -> Any:
         raise ConfigError("", value, allowed=allowed)
     if kind is str and not value.isprintable():
         raise ConfigError("", value, allowed="text of one line that can be printed")
-    return make(value) if make else value
+    if make:
+        return make(value)
+    return value
 
 
 def _in_ranges(value: Any, hint: Any) -> Any:
@@ -415,14 +415,23 @@ _ACCEPTED: dict[Any, tuple[Any, Any]] = {
 def shortened(value: Any) -> str:
     """`repr` of a value, cut where it is long."""
     text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    if len(text) <= 200:
+        return text
+    return f"{text[:200]}..."
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an exception says, or else its type."""
+    lines = str(error).strip().splitlines()
+    return shortened(lines[0] if lines else type(error).__name__)
 
 
 def describe(hint: Any) -> str:
     """A readable form of a type annotation, e.g. `float >= 0.0 and <= 1.0` or `'global' |
     'random'`.
     """
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    arguments = get_args(hint)
     if origin is Annotated:
         return " ".join([describe(arguments[0]), *map(str, arguments[1:])])
     if origin in _UNIONS:
@@ -433,4 +442,6 @@ def describe(hint: Any) -> str:
         return f"tuple of {describe(arguments[0])}"
     if origin is tuple:
         return f"tuple ({', '.join(map(describe, arguments))})"
-    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    if hint is type(None):
+        return "None"
+    return getattr(hint, "__name__", str(hint))

@@ -6,7 +6,7 @@ only place that knows.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, eval_shape, lax, local_devices, random
+from jax import Array, ShapeDtypeStruct, eval_shape, lax, local_devices, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsity_jax import (
@@ -29,19 +29,18 @@ from sparsity_jax import (
     polytopes,
     saliency,
     stopping,
-    stream,
+    streaming,
     tables,
     trees,
 )
 from sparsity_jax.data import Dataset, FixedSample, make_augmentation
 from sparsity_jax.interface import Carried, Place
 from sparsity_jax.precision import FULL, Precision
-from sparsity_jax.tables import ConfigError, lookup, within
+from sparsity_jax.tables import ConfigError, Count, lookup, within
 from sparsity_jax.types import Fields, MemberRows, PyTree
 
 __all__ = [
     "TRACKERS",
-    "Calls",
     "Fit",
     "Measured",
     "Metrics",
@@ -74,12 +73,15 @@ __all__ = [
     "no_metrics",
     "no_tracker",
     "numbers_of",
+    "on_host",
     "saliency_tracker",
     "shapes_of",
     "stage_key",
     "step_on_batch",
     "steps_in_memory",
     "steps_per_call",
+    "together",
+    "trained",
 ]
 
 
@@ -109,6 +111,11 @@ class State(NamedTuple):
     step: Array
     key: Array
     metrics: Metrics
+
+    @property
+    def variables(self) -> PyTree:
+        """What a model is applied to."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 class Update(NamedTuple):
@@ -161,7 +168,9 @@ class Problem(NamedTuple):
 
     def lift(self, function: Callable, in_axes: Any = 0) -> Callable:
         """`function` of one member's state, for the states of all members."""
-        return function if self.members is None else jax.vmap(function, in_axes)
+        if self.members is None:
+            return function
+        return jax.vmap(function, in_axes)
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """What `make` gives, made on first use of the hashable `name`."""
@@ -196,12 +205,9 @@ class Problem(NamedTuple):
     def shard(self, batch: Array) -> Array:
         """Splits a batch over the devices of the mesh, inside a program."""
         sharding = self.over_devices(batch)
-        return batch if sharding is None else lax.with_sharding_constraint(batch, sharding)
-
-    def put(self, batch: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
-        """Arrays of a batch on the device, or split over those of the mesh."""
-        sharding = self.over_devices(batch[0])
-        return self.place(batch) if sharding is None else jax.device_put(batch, sharding)
+        if sharding is None:
+            return batch
+        return lax.with_sharding_constraint(batch, sharding)
 
     def place(self, tree: PyTree) -> PyTree:
         """`tree` on the device, or copied to every device of the mesh."""
@@ -215,46 +221,53 @@ class Problem(NamedTuple):
     def streamed(self) -> bool:
         return self.train_images is None
 
+    def split(self, name: str) -> data.Split:
+        """The images and labels of "train" or "test", wherever they are."""
+        return getattr(self.dataset, name)
+
     def size(self, split: str) -> int:
         """Number of images of "train" or "test"."""
-        return getattr(self.dataset, split).images.shape[0]
+        return self.split(split).images.shape[0]
 
-    def batches(self, split: str, batch_size: int = 0) -> stream.Batches:
-        """A streamed split in order, for evaluation; `stream.eval_batches`."""
-        batch_size = min(batch_size or self.eval_batch_size, self.size(split))
-        images = getattr(self.dataset, split).images
-        return stream.eval_batches(images, batch_size=batch_size, put=self.put)
+    def image(self, count: int) -> ShapeDtypeStruct:
+        """So many images as the network takes them, of which only the shape is known."""
+        shape = self.dataset.test.images.shape
+        return ShapeDtypeStruct((count, *shape[1:]), jnp.float32)
+
+    def shapes(self) -> PyTree:
+        """Shape structs of one member's variables."""
+        return self.once("shapes", lambda: eval_shape(self.init, random.key(0)))
 
     def examples(self, split: str, num: int) -> tuple[Array, Array]:
         """`num` images and labels of a split, or all if it has no more; those of `sample`, streamed
         or in memory.
         """
         size = self.size(split)
-        if not self.streamed and num >= size:
-            return arrays(self, split)
 
         def take() -> tuple[Array, Array]:
             indices = self.sample.indices(size, num)
             if self.streamed:
-                images = getattr(self.dataset, split).images
-                return self.place(stream.examples(images, indices.tolist()))
+                return streaming.examples(self, split, indices)
             images, labels = arrays(self, split)
             return images[indices], labels[indices]
 
-        return self.once(("examples", split, num), take)
+        if self.streamed or num < size:
+            return self.once(("examples", split, num), take)
+        return arrays(self, split)
 
     def images(self, batch: Array) -> Array:
         """uint8 images as the network's normalised input; train images stored larger are resized
         when evaluated.
         """
-        shape = (len(batch), *self.dataset.test.images.shape[1:])
+        shape = self.image(len(batch)).shape
         inputs = data.preprocess(self.shard(batch), self.dataset.mean, self.dataset.std)
-        return inputs if inputs.shape == shape else jax.image.resize(inputs, shape, "linear")
+        if inputs.shape == shape:
+            return inputs
+        return jax.image.resize(inputs, shape, "linear")
 
     def init(self, key: Array) -> PyTree:
         """Fresh variables, none of them pretrained; key: a root key."""
-        shape = (1, *self.dataset.test.images.shape[1:])
-        return self.model.init(random.fold_in(key, 0), jax.ShapeDtypeStruct(shape, jnp.float32))
+        return self.model.init(random.fold_in(key, 0), self.image(1))
 
     def logits(self, params: PyTree, batch_stats: PyTree, images: Array) -> Array:
         """What the network answers to uint8 images, in inference mode."""
@@ -313,13 +326,21 @@ def arrays(problem: Problem, split: str) -> tuple[Array, Array]:
 
 def shapes_of(problem: Problem) -> PyTree:
     """Shape structs of one member's params."""
-    return problem.once("shapes", lambda: eval_shape(problem.init, random.key(0))["params"])
+    return problem.shapes()["params"]
 
 
-def convolves(params: PyTree, *, stacked: bool = False) -> bool:
-    """Whether some kernel is a convolution's. stacked: params have a leading axis of members."""
+def convolves(params: PyTree) -> bool:
+    """Whether some kernel is a convolution's."""
     leaves = trees.named_leaves(params).items()
-    return any(trees.is_kernel(path) and leaf.ndim - stacked > 2 for path, leaf in leaves)
+    return any(trees.is_kernel(path) and leaf.ndim > 2 for path, leaf in leaves)
+
+
+def on_host(problem: Problem) -> bool:
+    """Whether batches should be compiled calls of their own, see `spectrum.over_batches`.
+
+    XLA's CPU backend compiles convolution gradients inside a scan to a naive loop.
+    """
+    return convolves(shapes_of(problem)) and jax.default_backend() == "cpu"
 
 
 def check_memory(needed: int, what: str) -> None:
@@ -365,11 +386,11 @@ def create_state(problem: Problem, key: Array, pretrained: PyTree = ()) -> State
     """A network as `initial_variables` makes it, dense unless `problem.keep_zeros`; key: from
     `key_of`.
     """
-    params, batch_stats = map(
-        initial_variables(problem, key, pretrained).get, ("params", "batch_stats")
-    )
+    variables = initial_variables(problem, key, pretrained)
+    params = variables["params"]
     kept = masks.nonzero(params) if problem.keep_zeros else masks.full(params)
-    return State(params, batch_stats, kept, (), jnp.zeros((), jnp.int32), key, no_metrics())
+    step = jnp.zeros((), jnp.int32)
+    return State(params, variables["batch_stats"], kept, (), step, key, no_metrics())
 
 
 def initial_state(problem: Problem, key: Array) -> State:
@@ -392,7 +413,7 @@ def no_tracker() -> None:
 def saliency_tracker(
     *,
     alpha: tables.Fraction = 0.8,
-    track_batches: tables.Count = 20,
+    track_batches: Count = 20,
     use_l2: bool = False,
     use_init: bool = False,
 ) -> None:
@@ -426,14 +447,14 @@ class Fit(interface.Stage):
     # `make(problem, key) -> optax.GradientTransformation`, key: the member's root key (raw), and
     # with `log_every`, the most steps between two updates
     growth: ClassVar[Any] = None
-    epochs: tables.Count
-    batch_size: tables.Count = 128
+    epochs: Count
+    batch_size: Count = 128
     optimizer: optim.Config
     loss: losses.Config = losses.CROSS_ENTROPY
     augment: str = "none"
     start: Literal["current", "init"] = "current"
     shift_inside: bool = True
-    evaluate_every: tables.Count = 1
+    evaluate_every: Count = 1
     carry: bool = False
     track: Annotated[dict, tables.Named(TRACKERS)] = tables.Options(name="none")
     label: str = ""
@@ -513,7 +534,8 @@ class Fit(interface.Stage):
         """The optimizer, tracker included. key: raw data of the root key, which the initial weights
         are made of.
         """
-        spe, numbers = self.steps_per_epoch(problem), dict(numbers)
+        spe = self.steps_per_epoch(problem)
+        numbers = dict(numbers)
         grower = numbers.pop("key", None)
         tx = optim.make(self.recipe, numbers, self.epochs, spe)
         if self.growth is not None:
@@ -521,7 +543,8 @@ class Fit(interface.Stage):
         if not self.tracked:
             return tx
         options = dict(self.tracked)
-        use_l2, use_init = options.pop("use_l2"), options.pop("use_init")
+        use_l2 = options.pop("use_l2")
+        use_init = options.pop("use_init")
 
         def statistic(params: PyTree, grads: PyTree) -> PyTree:
             init = None
@@ -543,7 +566,9 @@ class Fit(interface.Stage):
     def hand_on(self, opt_state: PyTree) -> Carried | tuple[()]:
         momentum = optim.momentum_of(opt_state)._asdict() if self.carry else ()
         saliency = optax.tree.get(opt_state, "saliency") if self.tracked else ()
-        return Carried(momentum, saliency) if self.carry or self.tracked else ()
+        if self.carry or self.tracked:
+            return Carried(momentum, saliency)
+        return ()
 
 
 def check_batch(stage: Any, problem: Problem) -> None:
@@ -575,7 +600,8 @@ def begin(problem: Problem, fit: Fit, state: State, numbers: Fields) -> State:
 
     A stage that starts from the first weights is given those, see `initial_state`.
     """
-    params, left = state.params, state.opt_state
+    params = state.params
+    left = state.opt_state
     if fit.shift_inside:
         params = polytopes.shift_inside(params, numbers["sets"])
     params = masks.apply(params, state.masks)
@@ -593,20 +619,19 @@ def numbers_of(problem: Problem, state: State, stages: Sequence[Any]) -> Fields:
     Norms of the initialisation are measured with the member's own key; the network itself is left
     alone.
     """
-    recipes, shapes = [stage.recipe for stage in stages], shapes_of(problem)
-    norms, order = [None] * len(recipes), None
+    recipes = [stage.recipe for stage in stages]
+    shapes = shapes_of(problem)
+    norms = None
+    order = None
     if any(map(optim.needs_norms, recipes)):
-        measured = jax.device_get(problem.program(_initial_norms)(state.key))
-        norms = [member_of(problem, measured, i) for i in range(len(recipes))]
+        norms = jax.device_get(problem.program(_initial_norms)(state.key))
         if any(recipe.norms == "per_shape" for recipe in recipes):
             order = problem.once("network order", lambda: _network_order(problem))
-    numbers = [
-        optim.numbers(recipe, shapes, norm, order)
-        for recipe, norm in zip(recipes, norms, strict=True)
-    ]
-    if problem.members is None:
-        return problem.place(numbers[0])
-    return problem.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *numbers))
+    numbers = []
+    for member, recipe in enumerate(recipes):
+        own_norms = member_of(problem, norms, member)
+        numbers.append(optim.numbers(recipe, shapes, own_norms, order))
+    return problem.place(together(problem, numbers))
 
 
 def _initial_norms(problem: Problem, key: Array) -> PyTree:
@@ -616,16 +641,26 @@ def _initial_norms(problem: Problem, key: Array) -> PyTree:
 
 def member_of(problem: Problem, tree: PyTree, member: int) -> PyTree:
     """The part of one member of a tree that has a leading axis if there are members."""
-    return tree if problem.members is None else jax.tree.map(lambda leaf: leaf[member], tree)
+    if problem.members is None:
+        return tree
+    return jax.tree.map(lambda leaf: leaf[member], tree)
+
+
+def together(problem: Problem, trees: Sequence[PyTree]) -> PyTree:
+    """One tree of those of all members, with a leading axis if there are members."""
+    if problem.members is None:
+        return trees[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _network_order(problem: Problem) -> list[str]:
     """Paths of the params in the network's order; nothing is computed."""
-    variables = eval_shape(problem.init, random.key(0))
-    image = jnp.zeros((1, *problem.dataset.test.images.shape[1:]))
-    others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["batch_stats"])
+    shapes = problem.shapes()
+    zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
+    others = jax.tree.map(zeros, shapes["batch_stats"])
+    image = zeros(problem.image(1))
     apply = lambda params: problem.model.apply({"params": params, "batch_stats": others}, image)
-    return groups.order_of_use(apply, variables["params"])
+    return groups.order_of_use(apply, shapes["params"])
 
 
 # Steps --------------------------------------------------------------------------------------------
@@ -647,7 +682,8 @@ def step_on_batch(
     key = random.fold_in(stage_key(state.key, position), state.step)
     augment = make_augmentation(fit.augment, problem.dataset)
     inputs = problem.images(augment(key, problem.shard(images)))
-    targets, loss_of = problem.shard(labels), losses.of(fit.loss)
+    targets = problem.shard(labels)
+    loss_of = losses.of(fit.loss)
 
     def mean_loss(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -661,7 +697,8 @@ def step_on_batch(
     grads = masks.apply(grads, state.masks)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
     params = masks.apply(optax.apply_updates(state.params, updates), state.masks)
-    first, bad = state.step % fit.steps_per_epoch(problem) == 0, state.metrics.bad_step
+    first = state.step % fit.steps_per_epoch(problem) == 0
+    bad = state.metrics.bad_step
     before = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x), x), state.metrics)
     metrics = Metrics(
         before.loss + loss,
@@ -704,24 +741,17 @@ def _donated() -> Fields:
     """Options of `jax.jit` by which a step takes over the memory of its state; on CPU that costs
     copies.
     """
-    return {} if jax.default_backend() == "cpu" else dict(donate_argnums=0)
+    if jax.default_backend() == "cpu":
+        return {}
+    return dict(donate_argnums=0)
 
 
-def steps_per_call(problem: Problem, state: State, steps_per_epoch: int) -> int:
-    """How many steps a compiled call makes, at most an epoch's.
-
-    XLA's CPU backend compiles convolution gradients inside a scan to a naive loop, so there they
-    run one by one; dense networks and accelerators scan a whole epoch.
-    """
+def steps_per_call(problem: Problem, steps_per_epoch: int) -> int:
+    """How many steps a compiled call makes, at most an epoch's; see `on_host`."""
     size = problem.steps_per_call
     if not size:
-        convolutions = convolves(state.params, stacked=problem.members is not None)
-        size = 1 if convolutions and jax.default_backend() == "cpu" else steps_per_epoch
+        size = 1 if on_host(problem) else steps_per_epoch
     return min(size, steps_per_epoch)
-
-
-# (state after a compiled call, steps so far, images that could not be read) of each call
-Calls = Generator[tuple[State, int, Sequence[str]], None, None]
 
 
 def fit_epochs(
@@ -743,10 +773,13 @@ def fit_epochs(
     Those of the test images are its test_unreadable.
     """
     spe = fit.steps_per_epoch(problem)
-    started = time.perf_counter() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
+    before = [row.get("seconds", 0.0) for row in rows]
+    started = time.perf_counter() - max(before, default=0.0)
     met = [row for row in rows if "unreadable" in row and "epoch" not in row]
     if problem.streamed:
-        calls = _calls_on_stream(problem, state, fit, numbers, position, _names_in(met))
+        step_on = problem.program(step_on_batch, fit, key=fit.program(), **_donated())
+        step_with = lambda state, *batch: step_on(state, numbers, position, *batch)
+        calls = streaming.steps(problem, fit, state, step_with, position, _names_in(met))
     else:
         calls = _calls_in_memory(problem, state, fit, numbers, position)
     with closing(calls):
@@ -760,11 +793,19 @@ def fit_epochs(
                 check_finite(state, spe)
                 lost = _names_in(row for row in met if row["step"] > step - spe)
                 seconds = time.perf_counter() - started
-                for own, (row,) in zip(
-                    new, _epoch_rows(problem, state, fit, step, seconds, lost), strict=True
-                ):
-                    own.append(row)
+                last = _epoch_rows(problem, state, fit, step, seconds, lost)
+                new = interface.rows_joined(new, last)
             yield Update(state, new, step / (fit.epochs * spe))
+
+
+def trained(
+    problem: Problem, state: State, fits: Sequence[Fit], numbers: Fields, position: int
+) -> State:
+    """The state at the end of a training of all members that begins with `state`."""
+    state = begin_members(problem, state, fits, numbers)
+    for update in fit_epochs(problem, state, fits[0], numbers, position):
+        state = update.state
+    return state
 
 
 def _names_in(rows: Iterable[dict]) -> list[str]:
@@ -774,13 +815,14 @@ def _names_in(rows: Iterable[dict]) -> list[str]:
 
 def _calls_in_memory(
     problem: Problem, state: State, fit: Fit, numbers: Fields, position: int
-) -> Calls:
+) -> streaming.Calls:
     """Training on data in memory: several steps per call, a new order of the examples per epoch."""
     spe = fit.steps_per_epoch(problem)
     logged = fit.growth.log_every if fit.growth else spe
-    most = steps_per_call(problem, state, spe)
+    most = steps_per_call(problem, spe)
     new_order = problem.program(_shuffled, axes=(0, None, None))
-    order, step = None, int(np.ravel(state.step)[0])
+    order = None
+    step = int(np.ravel(state.step)[0])
     while step < fit.epochs * spe:
         stopping.check()
         epoch, at = divmod(step, spe)
@@ -796,7 +838,7 @@ def _calls_in_memory(
             axes=(0, 0, 0, None, None, None),
             **_donated(),
         )
-        state = call(state, numbers, order, position, problem.train_images, problem.train_labels)
+        state = call(state, numbers, order, position, *arrays(problem, "train"))
         step += size
         yield state, step, ()
 
@@ -805,32 +847,6 @@ def _shuffled(problem: Problem, key: Array, position: int, epoch: int) -> Array:
     """The order of the examples in an epoch of one member."""
     key = random.fold_in(stage_key(key, position), 2**31 - 1 - epoch)
     return random.permutation(key, problem.size("train"))
-
-
-def _calls_on_stream(
-    problem: Problem, state: State, fit: Fit, numbers: Fields, position: int, lost: Sequence[str]
-) -> Calls:
-    """Training on streamed data: one step per call, on a batch that was read ahead.
-
-    lost: images that were unreadable before.
-    """
-    step = int(state.step)
-    call = problem.program(step_on_batch, fit, key=fit.program(), **_donated())
-    batches = stream.train_batches(
-        problem.dataset.train.images,
-        [*np.asarray(state.key).tolist(), position],
-        batch_size=fit.batch_size,
-        epochs=fit.epochs,
-        start=step,
-        put=problem.put,
-        lost=lost,
-    )
-    with closing(batches):
-        for batch in batches:
-            stopping.check()
-            state = call(state, numbers, position, batch.images, batch.labels)
-            step += 1
-            yield state, step, batch.unreadable
 
 
 def check_finite(state: State, steps_per_epoch: int) -> None:
@@ -931,23 +947,10 @@ Network = tuple[PyTree, PyTree]  # params and batch_stats
 def measure_all(problem: Problem, networks: Sequence[Network], split: str) -> list[Measured]:
     """Mean cross-entropy in nats and accuracy of each network on a split; a stream is read once."""
     if problem.streamed:
-        return _measure_on_stream(problem, networks, split)
+        sums = problem.program(_batch_sums)
+        return [Measured(*own) for own in streaming.measured(problem, networks, split, sums)]
     evaluate = problem.program(evaluation, split, axes=(0, 0, None, None))
     return [Measured(*evaluate(*network, *arrays(problem, split))) for network in networks]
-
-
-def _measure_on_stream(problem: Problem, networks: Sequence[Network], split: str) -> list[Measured]:
-    sums = problem.program(_batch_sums)
-    totals: list[tuple] = [(0.0, 0)] * len(networks)
-    unreadable: list[str] = []
-    with closing(problem.batches(split)) as batches:
-        for batch in batches:
-            stopping.check()
-            new = [sums(*network, batch.images, batch.labels) for network in networks]
-            totals = jax.tree.map(jnp.add, totals, new)
-            unreadable += batch.unreadable
-    count = max(problem.size(split) - len(unreadable), 1)
-    return [Measured(loss / count, correct / count, unreadable) for loss, correct in totals]
 
 
 def measure(problem: Problem, params: PyTree, batch_stats: PyTree, split: str) -> Measured:

@@ -19,7 +19,6 @@ from sparsity_jax import (
     interface,
     probes,
     removal,
-    structured,
     surgery,
     tables,
     train,
@@ -27,6 +26,7 @@ from sparsity_jax import (
     units,
 )
 from sparsity_jax.interface import Place
+from sparsity_jax.tables import Count, option
 from sparsity_jax.train import Problem, State, Update
 from sparsity_jax.types import Fields, PyTree
 
@@ -35,7 +35,7 @@ __all__ = ["STAGES", "Jacobian", "Noise", "Oracle", "Reinit"]
 # oracle -------------------------------------------------------------------------------------------
 
 
-@tables.option
+@option
 class Oracle(removal.Choosing):
     """Tries every choice of groups, all layers together, and removes that of the least training
     loss: tiny networks.
@@ -51,8 +51,8 @@ class Oracle(removal.Choosing):
     ratios: str | tuple
     skip: str = ""
     granularity: Literal["filter", "channel"] = "filter"
-    limit: tables.Count = 100_000
-    batch: tables.Count = 16
+    limit: Count = 100_000
+    batch: Count = 16
     retrain: str = ""
 
     def check_streamed(self) -> None:
@@ -81,9 +81,11 @@ class Oracle(removal.Choosing):
 
     def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         if self.retrain:
-            batch, evaluate = 1, self._trained(problem, state, place)
+            batch = 1
+            evaluate = self._trained(problem, state, place)
         else:
-            batch, evaluate = self.batch, self._evaluated(problem, state)
+            batch = self.batch
+            evaluate = self._evaluated(problem, state)
         result = probes.oracle(evaluate, self._counts(problem), batch=batch, limit=self.limit)
         by_norm = growing.pick(state.params, self._losing(problem))
         losses = result.losses
@@ -110,9 +112,8 @@ class Oracle(removal.Choosing):
 
         def evaluate(keeps: PyTree) -> np.ndarray:
             keep = {name: jnp.asarray(choices[0]) for name, choices in keeps.items()}
-            current = train.begin_members(problem, cut(state, keep), fits, numbers)
-            for update in train.fit_epochs(problem, current, fits[0], numbers, place.position):
-                current = update.state
+            left = cut(state, keep)
+            current = train.trained(problem, left, fits, numbers, place.position)
             loss, _ = train.evaluate(problem, current.params, current.batch_stats, "train")
             return np.asarray(loss)[None]
 
@@ -136,7 +137,7 @@ def _losses_of(problem: Problem, stage: Oracle, state: State, keeps: PyTree, *da
 # Changes and measurements without training --------------------------------------------------------
 
 
-@tables.option
+@option
 class Reinit(alone.EachMember):
     """Draws the weights that are left anew, and starts the running statistics anew: is it the
     structure that matters?
@@ -162,7 +163,7 @@ def _drawn_anew(problem: Problem, stage: Reinit, state: State, position: int) ->
     return state._replace(params=params, batch_stats=fresh)
 
 
-@tables.option
+@option
 class Noise(interface.Stage):
     """Accuracy and loss of the network with Gaussian noise on its weights, `num` times; the network
     stays as it is.
@@ -174,7 +175,7 @@ class Noise(interface.Stage):
 
     kind: ClassVar[str] = "noise"
     std: tables.NonNegative = 0.01
-    num: tables.Count = 10
+    num: Count = 10
     relative: bool = False
     parameters: str = ".*"
 
@@ -206,7 +207,7 @@ def _disturbed(problem: Problem, stage: Noise, state: State, position: int, draw
     )
 
 
-@tables.option
+@option
 class Jacobian(alone.EachMember):
     """Singular values of the Jacobian of the logits in the image, of `num_examples` train images:
     mean, spread and range. Which ones: see `config.sample`.
@@ -215,7 +216,7 @@ class Jacobian(alone.EachMember):
     """
 
     kind: ClassVar[str] = "jacobian"
-    num_examples: tables.Count = 100
+    num_examples: Count = 100
 
     def of_member(self, problem: Problem, state: State, place: Place) -> alone.Result:
         images = problem.images(problem.examples("train", self.num_examples)[0])
@@ -225,7 +226,7 @@ class Jacobian(alone.EachMember):
 
 
 def _isometry(problem: Problem, state: State, images: Array) -> Fields:
-    variables = structured.variables_of(state)
+    variables = state.variables
     values = probes.jacobian_singular_values(
         problem.model.apply, variables, images, precision=problem.curvature_precision
     )

@@ -4,15 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsity_jax import building, report, stopping, workdirs
-from sparsity_jax.members import stages_of
+from sparsity_jax import building, members, report, stopping, workdirs
 from sparsity_jax.plans import Plan
 from sparsity_jax.report import Writer
 from sparsity_jax.train import NonFiniteLossError, State
 from sparsity_jax.types import Config, Fields, Rows
 from sparsity_jax.workdirs import say
 
-__all__ = ["RunPlan", "gathered", "run_all"]
+__all__ = ["RunPlan", "run_all"]
 
 RunPlan = Callable[[Plan, Path, Fields], tuple[State, Rows]]
 
@@ -31,33 +30,21 @@ def run_all(
     for plan in every:
         stopping.check()
         first = plan.numbers[0]
-        folder = workdir / f"member_{first:03d}"
+        folder = workdir / workdirs.member_name(first)
         start = building.origin_of(plan, len(every))
         plan = plan._replace(common={**plan.common, "start_from": start})
         own_config = _config_of(plan, config)
         workdirs.claim(folder, own_config)
-        say(f"{plan.name} ({first + 1} of {number}): {_swept_in(plan)}")
+        swept = "; ".join(members.told(member.swept) for member in plan.members)
+        say(f"{plan.name} ({first + 1} of {number}): {swept}")
         try:
             state, new = run_plan(plan, folder, own_config)
         except NonFiniteLossError as error:
             diverged.append(f"{plan.name}: {error}")
             new = report.read_rows(folder / report.METRICS)
-        rows += _renumbered(new, first)
+        rows += workdirs.renumbered(new, first)
         Writer(workdir, rows).close()
     return state, rows, diverged
-
-
-def _swept_in(plan: Plan) -> str:
-    """The swept values of a plan's members, for the terminal."""
-    text = lambda member: ", ".join(f"{name}={value}" for name, value in member.swept.items())
-    return "; ".join(map(text, plan.members))
-
-
-def _renumbered(rows: Rows, first: int) -> Rows:
-    """Rows of members that ran by themselves, numbered as those of the whole run from `first`
-    on.
-    """
-    return [{**row, "member": first + row["member"]} for row in rows]
 
 
 def _config_of(plan: Plan, config: Config) -> Fields:
@@ -69,19 +56,7 @@ def _config_of(plan: Plan, config: Config) -> Fields:
         return {**config, **start, "sweep": {**config["sweep"], "members": plan.numbers}}
     (member,) = plan.members
     own = {**member.config, **start}
-    for name in stages_of(own):
+    for name in members.stages_of(own):
         if "arm" in member.swept and member.stages[name].trains:
             own[name] = {**own[name], "label": member.swept["arm"]}
     return own
-
-
-def gathered(snapshots: list[workdirs.Snapshot], workdir: Path) -> Rows:
-    """Rows of a finished run; those of separate members are written again in their folders."""
-    rows: Rows = []
-    for snapshot in snapshots:
-        own, folder = snapshot.progress.rows, snapshot.folder.parent.parent
-        if folder != workdir:
-            Writer(folder, own).close()
-            own = _renumbered(own, int(folder.name.removeprefix("member_")))
-        rows += own
-    return rows

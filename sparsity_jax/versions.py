@@ -39,13 +39,16 @@ def version_of(workdir: AnyPath) -> str:
     except (OSError, DamagedError):
         told = ""
     version = re.search(r"\d+(\.\d+)*$", str(told))  # of "0.1.0, then 0.2.0" the last
-    return version[0] if version else sparsity_jax.__version__
+    if version:
+        return version[0]
+    return sparsity_jax.__version__
 
 
 def check_version(workdir: AnyPath) -> None:
     """Raises ConfigError for a run of a later version than this one."""
     numbers = lambda version: [int(number) for number in version.split(".")]
-    theirs, ours = version_of(workdir), sparsity_jax.__version__
+    theirs = version_of(workdir)
+    ours = sparsity_jax.__version__
     if numbers(theirs) > numbers(ours):
         raise ConfigError(
             str(workdir),
@@ -81,7 +84,9 @@ def told_differences(there: Any, here: Any, path: str) -> str:
 def told(value: Any) -> str:
     """A value of a config as JSON, cut where it is long."""
     text = "absent" if value is ABSENT else json.dumps(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}..."
 
 
 def as_saved(value: Any) -> Any:
@@ -97,6 +102,7 @@ def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, Any,
         return [(path, first, second)]
     fields = []
     for name in sorted({*first, *second}):
-        old, new = first.get(name, ABSENT), second.get(name, ABSENT)
+        old = first.get(name, ABSENT)
+        new = second.get(name, ABSENT)
         fields += differences(old, new, joined(path, name))
     return fields

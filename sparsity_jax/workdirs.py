@@ -6,7 +6,6 @@ A checkpoint is a folder `workdir/checkpoints/NUMBER` with the arrays in `state`
 verified before anything in it is read.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -32,17 +31,20 @@ __all__ = [
     "check_path",
     "claim",
     "holds_run",
-    "is_finished",
     "member_folders",
+    "member_name",
     "newest",
     "numbers_in",
     "read",
     "read_config",
     "refuse_other",
+    "renumbered",
     "say",
 ]
 
-FOLDER, STATE, PROGRESS = "checkpoints", "state", "progress.json"
+FOLDER = "checkpoints"
+STATE = "state"
+PROGRESS = "progress.json"
 _UNREADABLE = r"[\[\]\\]|:/"  # in paths: orbax's reader takes them for patterns or addresses
 
 
@@ -67,6 +69,11 @@ class Snapshot(NamedTuple):
     folder: Path
     progress: Progress
     config: Fields
+
+    @property
+    def workdir(self) -> Path:
+        """The folder of its run."""
+        return self.folder.parent.parent
 
     @property
     def is_finished(self) -> bool:
@@ -142,15 +149,26 @@ def behind(before: Rows, rows: Rows) -> Rows:
 # Configs ------------------------------------------------------------------------------------------
 
 
-def is_finished(workdir: AnyPath) -> bool:
-    """Whether the run in `workdir` has finished all stages of its pipeline."""
-    saved = newest(workdir)
-    return saved is not None and saved.is_finished
+def member_name(number: int) -> str:
+    """The folder, in that of a whole run, of members that ran by themselves; number: the first."""
+    return f"member_{number:03d}"
 
 
-def member_folders(workdir: AnyPath) -> list[Path]:
-    """The folders of members that ran by themselves, in order."""
-    return sorted(Path(workdir).glob("member_[0-9]*"))
+def member_folders(workdir: AnyPath) -> dict[int, Path]:
+    """The folders of members that ran by themselves, by number."""
+    folders = {}
+    for folder in Path(workdir).glob("member_*"):
+        number = folder.name.removeprefix("member_")
+        if number.isdecimal():
+            folders[int(number)] = folder
+    return dict(sorted(folders.items()))
+
+
+def renumbered(rows: Rows, first: int) -> Rows:
+    """Rows of members that ran by themselves, numbered as those of the whole run from `first`
+    on.
+    """
+    return [{**row, "member": first + row["member"]} for row in rows]
 
 
 def check_path(workdir: AnyPath) -> None:
@@ -169,12 +187,9 @@ def claim(workdir: AnyPath, config: Config) -> None:
     Raises ConfigError naming every field that differs.
     """
     refuse_other(workdir, config)
-    path = Path(workdir) / "config.json"
-    data = f"{json.dumps(config, indent=2)}\n".encode()
-    if not path.exists() or path.read_bytes() != data:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        intact.write(path, data)
-        intact.record(path)
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    intact.write_recorded(folder / "config.json", config)
 
 
 def refuse_other(workdir: AnyPath, config: Config) -> None:
@@ -215,20 +230,14 @@ def read_config(workdir: AnyPath) -> Fields:
     """
     versions.check_version(workdir)
     path = Path(workdir) / "config.json"
-    config: Fields = {}
     try:
-        config = versions.upgraded(intact.read_object(path))
-        damage = "is not as it was written (its checksum differs)"
-        problem = f"{path} {damage}" if intact.is_changed(path) else ""
+        return versions.upgraded(intact.read_recorded(path))
     except FileNotFoundError:
         problem = f"{path} is missing"
     except DamagedError as error:
         problem = str(error)
-    if not problem:
-        return config
     saved = newest(workdir)
     if saved is None:
         raise ConfigError(f"{problem}; use another folder.")
-    if versions.upgraded(saved.config) != config:
-        say(f"{problem}; the config of the newest checkpoint is used")
+    say(f"{problem}; the config of the newest checkpoint is used")
     return versions.upgraded(saved.config)

@@ -42,6 +42,7 @@ from sparsity_jax import (
     stages,
     stopping,
     stream,
+    streaming,
     tables,
     train,
 )
@@ -461,9 +462,7 @@ def test_a_step_is_that_of_data_in_memory(pair):
     numbers = train.numbers_of(streamed, state, [fit])
     state = train.begin_members(streamed, state, [fit], numbers)
     (first,) = itertools.islice(
-        stream.train_batches(
-            streamed.dataset.train.images, [0], batch_size=12, epochs=1, put=streamed.put
-        ),
+        stream.train_batches(streamed.dataset.train.images, [0], batch_size=12, epochs=1, put=here),
         1,
     )
     by_image = {bytes(image): i for i, image in enumerate(np.asarray(memory.train_images))}
@@ -484,7 +483,7 @@ def test_a_mesh_shares_streamed_batches(folder):
     one, eight = (
         train.build_problem(dataset, model, mesh=mesh, eval_batch_size=8) for mesh in (1, 0)
     )
-    with_close = eight.batches("test")
+    with_close = streaming.batches(eight, "test")
     assert {shard.data.shape for shard in next(with_close).images.addressable_shards} == {
         (1, SIZE, SIZE, 3)
     }

@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny
 
-from sparsity_jax import interface, losses, masks, train, trees
+from sparsity_jax import interface, losses, masks, models, train, trees
 
 
 @pytest.fixture(scope="module")
@@ -237,17 +237,13 @@ def test_evaluations_come_every_few_epochs_and_at_the_end(problem):
 
 
 def test_convolutions_run_step_by_step_on_a_cpu_and_dense_networks_by_the_epoch(problem):
-    conv = {"conv1": {"kernel": jnp.zeros((3, 3, 1, 2))}}
-    dense, _ = tiny.start(problem, tiny.fit())
-    assert train.steps_per_call(problem, dense, 5) == 5
-    assert train.steps_per_call(problem, dense._replace(params=conv), 5) == 1
-    assert (
-        train.steps_per_call(problem._replace(steps_per_call=2), dense._replace(params=conv), 5)
-        == 2
-    )
-    assert train.steps_per_call(problem._replace(steps_per_call=9), dense, 5) == 5
-    stacked = jax.tree.map(lambda leaf: leaf[None], dense.params)
-    assert train.steps_per_call(problem._replace(members=1), dense._replace(params=stacked), 5) == 5
+    net = models.build(name="small_cnn", num_classes=10, widths=(2, 2, 2), dense_widths=(4,))
+    convolving = train.build_problem(problem.dataset, net)
+    assert train.steps_per_call(problem, 5) == 5
+    assert train.steps_per_call(convolving, 5) == 1
+    assert train.steps_per_call(convolving._replace(steps_per_call=2), 5) == 2
+    assert train.steps_per_call(problem._replace(steps_per_call=9), 5) == 5
+    assert train.steps_per_call(problem.with_members(3), 5) == 5
 
 
 def test_training_goes_on_with_calls_of_another_size(problem):

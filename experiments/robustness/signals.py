@@ -23,7 +23,7 @@ import time
 import jax
 import numpy as np
 
-from sparsity_jax import checkpoint, report, workdirs
+from sparsity_jax import report, stored, workdirs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BOUND = 60.0
@@ -65,7 +65,7 @@ def result(workdir: pathlib.Path) -> tuple[list[dict], dict]:
     rows = report.read_rows(workdir / "metrics.jsonl")
     for row in rows:
         row.pop("seconds", None)
-    arrays = checkpoint.arrays(workdirs.newest(workdir))
+    arrays = stored.arrays(workdirs.newest(workdir))
     return rows, jax.tree.map(np.asarray, arrays)
 
 

@@ -45,7 +45,8 @@ def group_figure(layout: Fields) -> Figure:
     """
     names = draw.short_paths(list(layout["groups"]))
     kernels = draw.short_paths(layout["kernels"], limit=40)
-    ticks, marks = [], []
+    ticks = []
+    marks = []
     for y, (name, group) in enumerate(zip(names, layout["groups"].values())):
         ticks.append(f"{name} ({group['size']:,})")
         for color, role in enumerate(_ROLES):
@@ -73,7 +74,8 @@ def channels(grouped: Grouped) -> Shown:
 
 def channel_rounds(one: Series) -> Frame:
     """Share of each group's channels that is gone [groups, shares removed], mean over members."""
-    removed, gone = [], []
+    removed = []
+    gone = []
     for row in one.of_kind("cut"):
         if row.get("sizes"):
             _, share = removal(row) or ("", number(row["ratio"]))

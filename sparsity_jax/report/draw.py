@@ -46,7 +46,9 @@ _PALETTE = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#7b4bb7", "#7d8590", "#8c1d4f", "#8c8c1f", "#0b7f8a", "#8a5a2b"),
 )
-INK, _MUTED, _GRID = "#1f2328", "#656d77", "#dfe3e8"
+INK = "#1f2328"
+_MUTED = "#656d77"
+_GRID = "#dfe3e8"
 COLORS = {  # by the variable of the page's CSS, which has others for dark screens
     "--ink": INK,
     "--muted": _MUTED,
@@ -124,7 +126,9 @@ def short_paths(paths: Sequence[str], *, limit: int = 34) -> list[str]:
 def section(heading: str, caption: str, lines: Sequence[Frame], *names: Any, **texts: str) -> Shown:
     """A section with a `chart`; None without any number to draw."""
     figure = chart(lines, *names, **texts)
-    return Section(heading, figure, caption) if figure.axes else None
+    if figure.axes:
+        return Section(heading, figure, caption)
+    return None
 
 
 def points(told: Frame, x: str, y: str, panel: str = "", dash: Any = 0) -> Frame:
@@ -293,7 +297,8 @@ def files_of(name: str, figure: Figure) -> tuple[bytes, str]:
 
     The colours of the SVG are the variables COLORS. Identifiers in it depend on `name` only.
     """
-    png, svg = io.BytesIO(), io.BytesIO()
+    png = io.BytesIO()
+    svg = io.BytesIO()
     style = {**STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # an arm named in another script

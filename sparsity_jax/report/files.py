@@ -22,7 +22,8 @@ __all__ = [
     "write_environment",
 ]
 
-METRICS, REPORT = "metrics.jsonl", "report.html"
+METRICS = "metrics.jsonl"
+REPORT = "report.html"
 
 
 def plain(value: Any) -> Any:
@@ -82,9 +83,7 @@ def to_lines(rows: Rows, before: int = 0) -> tuple[str, int]:
 def write_environment(workdir: AnyPath, environment: Fields) -> None:
     """Writes `workdir/environment.json`."""
     path = pathlib.Path(workdir) / ENVIRONMENT
-    text = json.dumps(plain(environment), indent=2)
-    intact.write(path, f"{text}\n".encode())
-    intact.record(path)
+    intact.write_recorded(path, plain(environment))
 
 
 def read_environment(workdir: AnyPath) -> Fields | None:
@@ -95,9 +94,7 @@ def read_environment(workdir: AnyPath) -> Fields | None:
     if not path.exists():
         return None
     try:
-        if intact.is_changed(path):
-            raise intact.DamagedError(f"{path} is not as it was written (its checksum differs)")
-        return intact.read_object(path)
+        return intact.read_recorded(path)
     except intact.DamagedError as error:
         workdirs.say(f"{error}; versions are left out")
         return None
@@ -119,4 +116,6 @@ def continued(workdir: AnyPath, environment: Fields) -> Fields:
 def title_of(config: Fields, folder: AnyPath) -> str:
     """Title of a page: the config's, else the folder's name."""
     title = config.get("title")
-    return title if title and isinstance(title, str) else pathlib.Path(folder).resolve().name
+    if title and isinstance(title, str):
+        return title
+    return pathlib.Path(folder).resolve().name

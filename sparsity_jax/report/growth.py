@@ -12,7 +12,8 @@ from sparsity_jax.types import Rows
 
 __all__ = ["KEPT", "PRUNED", "growth_groups", "growth_norms", "growth_ratio"]
 
-KEPT, PRUNED = 0, 1  # colours
+KEPT = 0  # colours
+PRUNED = 1
 _FATES = ("stays", "goes")
 _LAYERS = 4  # panels of single groups
 _MOST = 6  # growths drawn in one figure

@@ -176,14 +176,16 @@ def _enclosure_caution(rows: Frame) -> str:
 def _gradient_caution(networks: Grouped, rows: Frame) -> str:
     """A caution where the gradient, which predictions leave out, changes the loss; else ""."""
     path = series.frame(networks, "path", fields=["ratio", "first_order"]).sort_values("ratio")
-    steepness, change = _STEEP, 0.0
+    steepness = _STEEP
+    change = 0.0
     for row in rows.to_dict("records"):
         own = path[path["series"] == row["series"]]
         if row["predicted"] <= own["ratio"].max():
             first = np.interp(row["predicted"], own["ratio"], own["first_order"])
             share = abs(first) / row["epsilon"]
             if share > steepness:
-                steepness, change = share, first
+                steepness = share
+                change = first
     if not change:
         return ""
     side = "larger" if change < 0 else "smaller"
@@ -227,7 +229,9 @@ def prediction(grouped: Grouped) -> Shown:
     if len(actual(own)):
         tables.append(_actual_table(own))
     heading = "Predicted and actual limit"
-    return Section(heading, statements=verdicts(own), tables=tables) if tables else None
+    if tables:
+        return Section(heading, statements=verdicts(own), tables=tables)
+    return None
 
 
 def _actual_table(networks: Grouped) -> Table:
@@ -258,7 +262,8 @@ def window(network: Series) -> tuple[float, float]:
     values = list(actual([network])["limit"])
     for edge in ("low", "predicted", "high"):
         values += list(predictions([network])[edge])
-    low, high = min(values, default=0.0), max(values, default=1.0)
+    low = min(values, default=0.0)
+    high = max(values, default=1.0)
     if high - low < 0.6:
         pad = max(0.3 * (high - low), 0.01)
         return low - pad, min(high + pad, 1.0)
@@ -458,7 +463,8 @@ def spectrum(grouped: Grouped) -> Shown:
 
 def _density(row: Row) -> dict[str, np.ndarray]:
     """Density of the Ritz values [probes, steps] of a prediction."""
-    values, weights = np.ravel(row["ritz_values"]), np.ravel(row["ritz_weights"])
+    values = np.ravel(row["ritz_values"])
+    weights = np.ravel(row["ritz_weights"])
     width = 0.008 * max(np.ptp(values), 1e-12)
     grid = np.linspace(values.min() - 7 * width, values.max() + 7 * width, 1200)
     distances = (grid[:, None] - values) / width

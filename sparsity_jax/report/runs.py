@@ -1,7 +1,7 @@
 """Config, rows and environment of a workdir, or of several runs together."""
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sparsity_jax import intact, workdirs
@@ -36,12 +36,14 @@ def gather(workdir: AnyPath) -> tuple[Fields, Rows, Fields | None]:
     folder = pathlib.Path(workdir)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give the workdir of a run.")
-    members = _with_rows(workdirs.member_folders(folder))
+    every = workdirs.member_folders(folder)
+    members = {number: own for number, own in every.items() if _has_rows(own)}
     if members:
-        place = folder if workdirs.holds_run(folder) else members[0]
+        place = folder if workdirs.holds_run(folder) else next(iter(members.values()))
         run = _read_run(place, members)
         return run.config, run.rows, run.environment or None
-    folders = _with_rows([folder]) or _with_rows(folder.iterdir())
+    inside = sorted(folder.iterdir())
+    folders = [folder] if _has_rows(folder) else list(filter(_has_rows, inside))
     if not folders:
         raise FileNotFoundError(
             f"neither {folder} nor a folder in it has {files.METRICS}; has the run started there?"
@@ -51,14 +53,12 @@ def gather(workdir: AnyPath) -> tuple[Fields, Rows, Fields | None]:
     return run.config, run.rows, run.environment or None
 
 
-def _with_rows(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-    """Those folders that have rows, or checkpoints, which have them too."""
-    has_rows = lambda folder: (folder / files.METRICS).exists()
-    is_saved = lambda folder: (folder / workdirs.FOLDER).is_dir()
-    return [folder for folder in sorted(folders) if has_rows(folder) or is_saved(folder)]
+def _has_rows(folder: pathlib.Path) -> bool:
+    """Whether a folder has rows, or checkpoints, which have them too."""
+    return (folder / files.METRICS).exists() or (folder / workdirs.FOLDER).is_dir()
 
 
-def _read_run(folder: pathlib.Path, members: Sequence[pathlib.Path] = ()) -> Run:
+def _read_run(folder: pathlib.Path, members: Mapping[int, pathlib.Path] = {}) -> Run:
     """The run in `folder`, with the rows of its `members`' folders if it has any.
 
     Raises FileNotFoundError where it has no config.
@@ -68,13 +68,9 @@ def _read_run(folder: pathlib.Path, members: Sequence[pathlib.Path] = ()) -> Run
             f"{folder} has no config.json; a run writes it when it starts. Its settings are not "
             "known."
         )
-    rows: Rows = []
-    for part in members or [folder]:
-        own = _whole_rows(part)
-        if members:
-            first = int(part.name.removeprefix("member_"))
-            own = [{**row, "member": first + row["member"]} for row in own]
-        rows += own
+    rows = [] if members else _whole_rows(folder)
+    for first, part in members.items():
+        rows += workdirs.renumbered(_whole_rows(part), first)
     environment = files.read_environment(folder) or {}
     return Run(folder, workdirs.read_config(folder), environment, rows)
 
@@ -100,7 +96,8 @@ def _whole_rows(folder: pathlib.Path) -> Rows:
     except (FileNotFoundError, ValueError) as error:
         if known is None:
             raise
-        rows, problem = [], str(error)
+        rows = []
+        problem = str(error)
     if known is None or rows[: len(known)] == known:
         return rows
     workdirs.say(f"{problem}; the rows of the newest checkpoint are used")
@@ -114,7 +111,8 @@ def read_rows(path: AnyPath) -> Rows:
     other line that is not one JSON object, or not as it was written.
     """
     lines = pathlib.Path(path).read_bytes().split(b"\n")
-    rows, total = [], 0
+    rows = []
+    total = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

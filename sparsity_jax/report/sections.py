@@ -122,7 +122,9 @@ def amount(value: float) -> str:
     if value != value:  # NaN
         return "–"
     whole = abs(value) >= 1000 or value == round(value)
-    return f"{value:,.0f}" if whole else f"{value:.4g}"
+    if whole:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
 def setting(value: Any) -> str:
@@ -141,4 +143,6 @@ def joined(*parts: str) -> str:
 
 def only_first(shown: int, count: int, what: str) -> str:
     """A sentence that says how many are shown, "" if all are."""
-    return f" The first {shown} of {count} {what}." if count > shown else ""
+    if count > shown:
+        return f" The first {shown} of {count} {what}."
+    return ""

@@ -182,7 +182,9 @@ def curves(grouped: Grouped, *, split: str = "test") -> Frame:
 def best_known_curves(grouped: Grouped) -> Frame:
     """Curves on test data; on training data where there are no others."""
     tested = curves(grouped)
-    return curves(grouped, split="train") if tested.empty else tested
+    if tested.empty:
+        return curves(grouped, split="train")
+    return tested
 
 
 def _way_of(row: Row) -> list[str]:
@@ -199,4 +201,6 @@ def _telling_parts(ways: Frame) -> list[str]:
     telling = [part for part in differing if part not in PLACE]
     curves = ways.drop_duplicates()
     needs_place = curves.duplicated(["series", *telling]).any()
-    return differing if needs_place else telling
+    if needs_place:
+        return differing
+    return telling

@@ -232,7 +232,8 @@ def finding(lines: list[Summary]) -> str:
     """One sentence on the accuracy kept at 98 % of the weights removed, for at most four lines."""
     parts = []
     for line in lines:
-        kept, dense = line.cells.get("0.98"), line.cells.get("dense")
+        kept = line.cells.get("0.98")
+        dense = line.cells.get("dense")
         if kept:
             variant = f" ({line.variant})" if line.variant else ""
             whole = f" of {dense[0]:.1%}" if dense else ""

@@ -58,10 +58,13 @@ def magnitudes(grouped: Grouped) -> Shown:
     """Share of the weights per bin of log10 |w| at the last visit, and a table of every visit."""
     told = series.frame(grouped, "histogram")
     last = series.last_visits(told).index
-    lines, bins = [], []
+    lines = []
+    bins = []
     for index, line in told.iterrows():
-        row, label = line["row"], grouped[line["series"]].label
-        counts, num_zero = np.array(row.get("counts", [])), row.get("num_zero", 0)
+        row = line["row"]
+        label = grouped[line["series"]].label
+        counts = np.array(row.get("counts", []))
+        num_zero = row.get("num_zero", 0)
         total = max(counts.sum() + num_zero, 1)
         name = f"{label}, {line['stage']}, visit {line['visit']}, network {line['member']}"
         numbers = dict(total=total, num_zero=num_zero, zero_share=num_zero / total)
