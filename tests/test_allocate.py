@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import allocate, filters, groups, masks, models, originals, shares, tables, trees
 
@@ -54,10 +55,10 @@ def test_magnitude_masks_match_the_original(selection):
     for keep, mask, number in expected:
         counts = allocate.keep_counts(params, 1 - keep, **options)
         ours = flat(compiled(params, counts), paths)
-        np.testing.assert_array_equal(ours, mask, err_msg=f"keep {keep}")
+        assert_array_equal(ours, mask, err_msg=f"keep {keep}")
         assert ours.sum() == number
     if selection == "global":  # the original puts an artificial 0 in front
-        np.testing.assert_array_equal(golden["mask_vector"][:, 1:], golden["global_keep_mask"])
+        assert_array_equal(golden["mask_vector"][:, 1:], golden["global_keep_mask"])
 
 
 def test_convolution_only_masks_match_the_original():
@@ -67,9 +68,9 @@ def test_convolution_only_masks_match_the_original():
     for share, expected in zip(golden["convonly_px"], golden["convonly_keep_mask"], strict=True):
         counts = allocate.keep_counts(kernels, float(share))
         ours = flat(allocate.keep_masks(kernels, counts), list(kernels))
-        np.testing.assert_array_equal(ours, expected)
+        assert_array_equal(ours, expected)
         remaining.append(100 * ours.mean())
-    np.testing.assert_allclose(remaining, golden["convonly_remaining_percent"], rtol=1e-12)
+    assert_allclose(remaining, golden["convonly_remaining_percent"], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_erk_input_channel_masks_match_the_original(case):
     counts = allocate.keep_counts(kernels, float(golden["erk_ratio"][int(case)]), **options)
     kept = allocate.keep_masks(kernels, counts, **options)
     ours = {path: mask.transpose(3, 2, 0, 1) for path, mask in kept.items()}
-    np.testing.assert_array_equal(flat(ours, list(torch)), golden[f"erk_keep_mask/{case}"])
+    assert_array_equal(flat(ours, list(torch)), golden[f"erk_keep_mask/{case}"])
 
 
 def network():
@@ -250,7 +251,7 @@ def test_filters_of_any_layout():
         kept = allocate.keep_masks(params, allocate.keep_counts(params, 0.5, **options), **options)
         filters = np.asarray(kept["conv"]["weight"]).reshape(6, -1)
         assert (filters.all(1) | ~filters.any(1)).all()
-        np.testing.assert_array_equal(np.flatnonzero(~filters.any(1)), np.sort(least))
+        assert_array_equal(np.flatnonzero(~filters.any(1)), np.sort(least))
 
 
 # Whole channels
@@ -317,7 +318,7 @@ def test_a_removed_filter_takes_its_norm_with_it(name, options, branches):
     first, second = jax.jit(lambda a, b: (model.apply(a, images), model.apply(b, images)))(
         masked, without
     )
-    np.testing.assert_allclose(first, second, atol=1e-5 * float(jnp.abs(second).max()))
+    assert_allclose(first, second, atol=1e-5 * float(jnp.abs(second).max()))
 
 
 def test_readers_are_masked_only_where_they_read_more_than_zero():
@@ -332,7 +333,7 @@ def test_readers_are_masked_only_where_they_read_more_than_zero():
         assert kept["shift"].sum() == 3
         assert bool(kept["b"].all()) == whole
         pruned = apply(masks.apply(params, kept), jnp.ones((1, 4)))
-        np.testing.assert_allclose(pruned, 3 * function(5.0), rtol=1e-6)
+        assert_allclose(pruned, 3 * function(5.0), rtol=1e-6)
 
 
 # Shares of layers

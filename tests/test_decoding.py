@@ -10,6 +10,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
 from sparsity_jax import decoding, pixels
@@ -158,7 +159,7 @@ def test_greys_of_any_maximum_are_scaled(kind, height, width, maximum, seed):
     found = decoding.decode(data)
     levels = maximum - values if kind in (1, 4) else values
     known = np.floor(levels * 255 / maximum + 0.5)
-    np.testing.assert_array_equal(found, known[..., ::-1] if colour else known[..., 0])
+    assert_array_equal(found, known[..., ::-1] if colour else known[..., 0])
     assert np.abs(found - as_pillow_reads(data).astype(int)).max() <= 1
     assert decoding.decode(data[: len(data) - len(body) + len(body) // 4]) is None
 
@@ -172,10 +173,8 @@ def test_orientation_is_that_of_exif(kind, way):
     assert decoding.orientation(data) == way
     stored = Image.open(io.BytesIO(data))
     upright = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
-    np.testing.assert_array_equal(decoding.decode(data, upright=True)[..., ::-1], upright)
-    np.testing.assert_array_equal(
-        decoding.decode(data)[..., ::-1], np.asarray(stored.convert("RGB"))
-    )
+    assert_array_equal(decoding.decode(data, upright=True)[..., ::-1], upright)
+    assert_array_equal(decoding.decode(data)[..., ::-1], np.asarray(stored.convert("RGB")))
 
 
 @hypothesis.given(

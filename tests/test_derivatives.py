@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import masks, polytopes, trees
 
@@ -85,13 +86,9 @@ def test_derivatives_equal_finite_differences(seed):
         above, below = every_value(x + 1e-6 * v), every_value(x - 1e-6 * v)
         gradients = every_gradient(x)
         for name, (value, change) in every_product(x, v).items():
-            np.testing.assert_allclose(
-                change, (above[name] - below[name]) / 2e-6, atol=1e-5, err_msg=name
-            )
+            assert_allclose(change, (above[name] - below[name]) / 2e-6, atol=1e-5, err_msg=name)
             weights = np.arange(1, 1 + value.size).reshape(value.shape)
-            np.testing.assert_allclose(
-                gradients[name] @ v, np.sum(weights * change), atol=1e-9, err_msg=name
-            )
+            assert_allclose(gradients[name] @ v, np.sum(weights * change), atol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize("x", [np.zeros(SIZE), np.eye(SIZE)[0], np.full(SIZE, -2.0)])
@@ -116,8 +113,8 @@ def test_the_projection_has_its_exact_derivative(seed, k, radius):
     jacobian = np.diag(free.astype(float))
     if active and free.any():
         jacobian -= np.outer(sign * free, sign * free) / free.sum()
-    np.testing.assert_allclose(along, jacobian @ v, atol=1e-9)
-    np.testing.assert_allclose(back, u @ jacobian, atol=1e-9)
+    assert_allclose(along, jacobian @ v, atol=1e-9)
+    assert_allclose(back, u @ jacobian, atol=1e-9)
 
 
 def test_the_projection_follows_its_numbers_and_is_the_identity_inside():
@@ -126,9 +123,9 @@ def test_the_projection_follows_its_numbers_and_is_the_identity_inside():
         jax.jacfwd(lambda x, radius: polytopes.KSparse(2, radius).project(x), argnums=(0, 1))
     )
     by_x, by_radius = both(x, 1.5)  # 1.5, -1.25, 0.25, 0
-    np.testing.assert_allclose(by_radius, [1, -0.5, 0.5, 0])
-    np.testing.assert_allclose(by_x[1], [0, 0.5, 0.5, 0])
-    np.testing.assert_allclose(both(0.01 * x, 1.5)[0], np.eye(4))
+    assert_allclose(by_radius, [1, -0.5, 0.5, 0])
+    assert_allclose(by_x[1], [0, 0.5, 0.5, 0])
+    assert_allclose(both(0.01 * x, 1.5)[0], np.eye(4))
 
 
 one_sparse = products(lambda x, radius: polytopes.LpBall(radius, 1).project(x))
@@ -141,7 +138,7 @@ def test_the_l1_projection_and_its_derivative_equal_those_of_optax(seed, radius)
     x, v, u = np.random.default_rng(seed).normal(size=(3, SIZE))
     with jax.enable_x64(True):
         for ours, theirs in zip(one_sparse(x, v, u, radius), of_optax(x, v, u, radius)):
-            np.testing.assert_allclose(ours, theirs, atol=1e-9)
+            assert_allclose(ours, theirs, atol=1e-9)
 
 
 def test_vertices_of_polytopes_and_masks_are_constants():
@@ -151,8 +148,8 @@ def test_vertices_of_polytopes_and_masks_are_constants():
         polytopes.LpBall(1.0, 1),
         polytopes.LpBall(1.0, math.inf),
     ):
-        np.testing.assert_array_equal(jax.jacrev(constraint.lmo)(x), np.zeros((3, 3)))
+        assert_array_equal(jax.jacrev(constraint.lmo)(x), np.zeros((3, 3)))
     kept = jax.grad(lambda x: jnp.sum(x * masks.k_largest_mask(x, 2, magnitude=True)))(x)
-    np.testing.assert_array_equal(kept, [0, 1, 1])
+    assert_array_equal(kept, [0, 1, 1])
     by_radius = jax.grad(lambda radius: polytopes.KSparse(2, radius).lmo(x).sum())(1.0)
     assert by_radius == 0  # +1 and -1

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from jax import export as stablehlo
+from numpy.testing import assert_allclose
 
 from sparsity_jax import (
     compaction,
@@ -315,11 +316,11 @@ def test_the_command_line_exports_a_network_that_runs_without_the_library(cut, t
     read = tiny.python("-W", "error", "-c", code, cwd=folder)
     assert read.returncode == 0, read.stderr
     logits, *_ = by_hand(state.params, dataset.test, dataset)
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits[:7], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.load(tmp_path / "first.npy"), logits[:1], rtol=1e-4, atol=1e-5)
+    assert_allclose(np.load(tmp_path / "logits.npy"), logits[:7], rtol=1e-4, atol=1e-5)
+    assert_allclose(np.load(tmp_path / "first.npy"), logits[:1], rtol=1e-4, atol=1e-5)
     variables, apply = evaluate.load(folder)
     assert variables["params"]["dense1"]["kernel"].shape == (64, 8)
-    np.testing.assert_allclose(jax.jit(apply)(variables, images), logits[:7], rtol=1e-4, atol=1e-5)
+    assert_allclose(jax.jit(apply)(variables, images), logits[:7], rtol=1e-4, atol=1e-5)
     gradient = jax.grad(lambda variables: apply(variables, images).sum())(variables)
     assert gradient["params"]["fc"]["bias"] == pytest.approx(7.0)
 
@@ -338,10 +339,10 @@ def test_running_statistics_short_types_and_platforms(cut_half, tmp_path):
     images = normalised(problem.dataset, 3)
     full = {"params": state.params, "batch_stats": state.batch_stats}
     expected = jax.jit(problem.model.apply)(full, images)
-    np.testing.assert_allclose(jax.jit(apply)(variables, images), expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(jax.jit(apply)(variables, images), expected, rtol=1e-4, atol=1e-5)
     program = stablehlo.deserialize(bytearray((folder / "network.stablehlo").read_bytes()))
     assert program.platforms == ("cpu", "cuda")
-    np.testing.assert_allclose(program.call(images), expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(program.call(images), expected, rtol=1e-4, atol=1e-5)
     assert [path.name for path in folder.parent.iterdir()] == ["network"]
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import gradinit, losses, polytopes
 
@@ -84,7 +85,7 @@ def test_scales_match_the_original(constraint, lr):
         params = {path: golden[f"init/{name}"] for path, name in zip(PATHS, NAMES)}
         sets, step = compiled(constraint)
         ours = [(getattr(sets[path], "k", 0), sets[path].radius) for path in PATHS]
-        np.testing.assert_allclose(ours, golden[f"{case}/constraint_K_radius"], **CLOSE)
+        assert_allclose(ours, golden[f"{case}/constraint_K_radius"], **CLOSE)
         state, batches = gradinit.init(params), len(golden["batches/x"])
         in_order = lambda tree: [tree[path] for path in PATHS]
         for i in range(hyper["iterations"]):
@@ -94,23 +95,23 @@ def test_scales_match_the_original(constraint, lr):
             outer = (np.concatenate((x[0], x[2])), np.concatenate((y[0], y[2])))
             state, metrics = step(float(lr), state, inner, outer)
             before_after = [metrics.loss_before, metrics.loss_after]
-            np.testing.assert_allclose(before_after, golden[f"{case}/losses"][i], **CLOSE)
-            np.testing.assert_allclose(
+            assert_allclose(before_after, golden[f"{case}/losses"][i], **CLOSE)
+            assert_allclose(
                 in_order(metrics.step_sizes), golden[f"{case}/inner_step_size"][i], **CLOSE
             )
-            np.testing.assert_allclose(
+            assert_allclose(
                 in_order(metrics.inner_products),
                 golden[f"{case}/inner_product"][i],
                 rtol=1e-6,
                 atol=1e-10,
             )
-            np.testing.assert_allclose(in_order(state.scales), golden[f"{case}/alpha"][i], **CLOSE)
+            assert_allclose(in_order(state.scales), golden[f"{case}/alpha"][i], **CLOSE)
         for path, name in zip(PATHS, NAMES):
-            np.testing.assert_allclose(state.params[path], golden[f"{case}/final/{name}"], **CLOSE)
+            assert_allclose(state.params[path], golden[f"{case}/final/{name}"], **CLOSE)
     for name in golden_data.parts(
         FILE, rf"{case}/final_buffers/(.+)"
     ):  # as new; our steps have none to change
-        np.testing.assert_array_equal(
+        assert_array_equal(
             golden[f"{case}/final_buffers/{name}"], float(name.endswith("running_var"))
         )
 
@@ -136,7 +137,7 @@ def test_params_may_be_tuples():
             == jax.tree.structure(params)
         )
         found.append(jax.tree.leaves((state.params, metrics)))
-    jax.tree.map(np.testing.assert_array_equal, *found)
+    jax.tree.map(assert_array_equal, *found)
 
 
 def test_scales_lower_the_loss_after_a_step_and_skip_zero_arrays():
@@ -153,10 +154,8 @@ def test_scales_lower_the_loss_after_a_step_and_skip_zero_arrays():
             after.append(float(metrics.loss_after))
     assert after[-1] < 0.8 * after[0]
     assert float(state.scales["bias"]) == 1.0
-    np.testing.assert_array_equal(state.params["bias"], 0)
-    np.testing.assert_allclose(
-        state.params["kernel"], params["kernel"] * state.scales["kernel"], rtol=1e-4
-    )
+    assert_array_equal(state.params["bias"], 0)
+    assert_allclose(state.params["kernel"], params["kernel"] * state.scales["kernel"], rtol=1e-4)
 
 
 def test_scales_on_meshes():

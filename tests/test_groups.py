@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from numpy.testing import assert_allclose, assert_array_equal
 from test_models import TINY
 
 from sparsity_jax import groups, models, trees
@@ -94,7 +95,7 @@ def close(first, second, rtol=1e-5):
     )
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(
+        assert_allclose(
             np.asarray(b, np.float64), np.asarray(a, np.float64), rtol=0, atol=rtol * scale
         )
 
@@ -203,10 +204,10 @@ def test_members():
     found = members(channels)
     flat = found["params/dense1/kernel", 0]  # one pixel of six channels
     assert flat.role == "consumer"
-    np.testing.assert_array_equal(flat.index, np.arange(6)[:, None])
+    assert_array_equal(flat.index, np.arange(6)[:, None])
     producer = found["params/conv3/kernel", 3]
     assert producer.role == "producer"
-    np.testing.assert_array_equal(producer.index, np.arange(6)[:, None])
+    assert_array_equal(producer.index, np.arange(6)[:, None])
     for name in (
         "params/bn3/scale",
         "params/bn3/bias",
@@ -221,13 +222,13 @@ def test_members():
 
 def test_index_of_flattened_concatenated_and_fused_axes():
     found = members(traced("densenet"))
-    np.testing.assert_array_equal(found["params/conv2/kernel", 2].index, np.arange(9, 15)[:, None])
+    assert_array_equal(found["params/conv2/kernel", 2].index, np.arange(9, 15)[:, None])
     flat = next(
         member
         for member in traced("densenet").groups["params/conv0"].members
         if (member.path, member.axis) == ("params/hidden/kernel", 0)
     )
-    np.testing.assert_array_equal(
+    assert_array_equal(
         flat.index, 3 + np.arange(6)[:, None] + 21 * np.arange(4)
     )  # 2x2 pixels of 21
     channels = traced("fused qkv")
@@ -312,11 +313,9 @@ def test_mask_under_jit_and_vmap():
     masks = jax.jit(jax.vmap(lambda keep: groups.mask(variables, channels, keep)))(stacked)
     for i, keep in enumerate(chosen):
         expected = groups.mask(variables, channels, keep)
-        jax.tree.map(
-            np.testing.assert_array_equal, expected, jax.tree.map(lambda leaf, i=i: leaf[i], masks)
-        )
+        jax.tree.map(assert_array_equal, expected, jax.tree.map(lambda leaf, i=i: leaf[i], masks))
     none = groups.mask(variables, channels, {})
-    jax.tree.map(np.testing.assert_array_equal, none, variables)
+    jax.tree.map(assert_array_equal, none, variables)
 
 
 def test_other_batches_and_types():
@@ -368,9 +367,7 @@ def test_optimizer_state_follows(optimizer):
         lambda leaf: np.ones(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params)
     )
     small = groups.compact(params, channels, keep)  # a part of the variables
-    jax.tree.map(
-        np.testing.assert_array_equal, small, groups.compact(variables, channels, keep)["params"]
-    )
+    jax.tree.map(assert_array_equal, small, groups.compact(variables, channels, keep)["params"])
     expected = jax.tree.map(np.shape, jax.eval_shape(optimizer.init, small))
     assert jax.tree.map(np.shape, groups.compact(state, channels, keep)) == expected
     masked = jax.tree.map(np.asarray, jit(lambda state: groups.mask(state, channels, keep))(state))
@@ -394,7 +391,7 @@ def test_separate_branches():
     block["conv2"]["kernel"][..., 1] = 0
     for array in (*block["bn2"].values(), *statistics["bn2"].values()):
         array[1] = 0
-    jax.tree.map(np.testing.assert_array_equal, masked, by_hand)
+    jax.tree.map(assert_array_equal, masked, by_hand)
     with pytest.raises(ValueError, match="only tied ones can be compacted"):
         groups.compact(variables, channels, keep)
     with pytest.raises(ValueError, match="only tied ones can be compacted"):
@@ -414,7 +411,7 @@ def test_another_function_of_the_same_groups_is_traced_anew():
     plain, double = (
         groups.elastic(function, channels, keep)(small, *inputs) for function in (apply, twice)
     )
-    np.testing.assert_allclose(double, 2 * plain, rtol=1e-6)
+    assert_allclose(double, 2 * plain, rtol=1e-6)
     with pytest.raises(ValueError, match="this function has other channel groups"):
         groups.elastic(
             lambda v, x: apply(v, x) + sum(map(jnp.max, jax.tree.leaves(v))), channels, keep

@@ -17,6 +17,7 @@ import tiny
 from flax import linen as nn
 from flax import nnx
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import groups, growing, masks, originals, tables, units
 
@@ -98,9 +99,7 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):  # noqa: C90
             ]
             in_force = [np.asarray(regs.get(path, 0.0)) for path in paths]
             sizes = [[reg.min(), reg.mean(), reg.max()] for reg in in_force]
-            np.testing.assert_allclose(
-                sizes, golden[f"{case}/reg_min_mean_max"][iteration], **CLOSE
-            )
+            assert_allclose(sizes, golden[f"{case}/reg_min_mean_max"][iteration], **CLOSE)
             if iteration not in updates:
                 continue
             for j, path in enumerate(paths):
@@ -113,7 +112,7 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):  # noqa: C90
                     reg = reg.T  # [in, out]
                     own = regs.get(path, np.zeros(()))
                     own = own[:, None] if own.ndim and HYPER[case]["wg"] == "channel" else own
-                np.testing.assert_allclose(
+                assert_allclose(
                     np.broadcast_to(own, reg.shape), reg, err_msg=f"{path} {u}", **CLOSE
                 )
                 wanted = (
@@ -121,16 +120,16 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):  # noqa: C90
                     if HYPER[case]["wg"] == "weight"
                     else reg.reshape(reg.shape if kernel.ndim == 2 else (1, 1, *reg.shape))
                 )
-                np.testing.assert_allclose(added[names[j]]["kernel"], wanted * kernel, **CLOSE)
+                assert_allclose(added[names[j]]["kernel"], wanted * kernel, **CLOSE)
                 applied = f"{case}/apply_reg/iter={iteration}/layer{j}"
                 if f"{applied}/weight" in golden:
                     torch = lambda x: golden_data.to_torch(np.asarray(x))
-                    np.testing.assert_array_equal(torch(kernel), golden[f"{applied}/weight"])
+                    assert_array_equal(torch(kernel), golden[f"{applied}/weight"])
                     after = golden[f"{applied}/grad_before"] + torch(added[names[j]]["kernel"])
-                    np.testing.assert_allclose(after, golden[f"{applied}/grad_after"], **CLOSE)
+                    assert_allclose(after, golden[f"{applied}/grad_after"], **CLOSE)
                 ratio = golden[f"{case}/replay/hist_mag_ratio"][u][j]
                 if path in regs:
-                    np.testing.assert_allclose(found[path].ratio, np.nan_to_num(ratio), **CLOSE)
+                    assert_allclose(found[path].ratio, np.nan_to_num(ratio), **CLOSE)
                 else:
                     assert np.isnan(ratio)
         assert finished
@@ -141,18 +140,16 @@ def test_replayed_weights_give_the_penalties_of_the_original(case):  # noqa: C90
             assert done[path] == finish[j]
             assert picked[path] == max(pick[j], 0)  # -1: never, which is from the start
             kept = np.asarray(growing.kept(state)[path])
-            np.testing.assert_array_equal(~kept, removed(case, j, params[names[j]]["kernel"]))
+            assert_array_equal(~kept, removed(case, j, params[names[j]]["kernel"]))
         else:
             kept = np.ones(params[names[j]]["kernel"].shape, bool)
             assert finish[j] == 0
             assert golden[f"{case}/pruned_idx/{j}"].size == 0
         if HYPER[case]["wg"] == "weight":
-            np.testing.assert_array_equal(golden_data.to_torch(kept), golden[f"{case}/mask/{j}"])
+            assert_array_equal(golden_data.to_torch(kept), golden[f"{case}/mask/{j}"])
     assert max(done.values()) == golden[f"{case}/iter_stabilize"]
-    np.testing.assert_array_equal(
-        golden[f"{case}/iterations"], np.arange(len(golden[f"{case}/state"]))
-    )
-    np.testing.assert_array_equal(golden[f"{case}/pr"], HYPER[case]["stage_pr"])
+    assert_array_equal(golden[f"{case}/iterations"], np.arange(len(golden[f"{case}/state"])))
+    assert_array_equal(golden[f"{case}/pr"], HYPER[case]["stage_pr"])
 
 
 @functools.cache
@@ -185,9 +182,7 @@ def test_first_choice_of_the_original(case):
         kept = np.asarray(keep.get(path, np.ones(scores.shape)), bool)
         kept = golden_data.to_torch(kept) if HYPER[case]["wg"] == "weight" else kept
         assert set(np.flatnonzero(~kept)) == set(golden[f"{case}/L1_pruned_idx/{j}"])
-        np.testing.assert_allclose(
-            scores[kept].mean(), golden[f"{case}/original_kept_w_mag"][j], **CLOSE
-        )
+        assert_allclose(scores[kept].mean(), golden[f"{case}/original_kept_w_mag"][j], **CLOSE)
 
 
 # A training run of the original, from its initial weights to those before the removal
@@ -285,13 +280,11 @@ def test_training_ends_where_the_original_does(case):
         assert carry[2] == golden[f"{case}/last_iter"] + 1
         for name in golden["param_names"]:
             module, leaf = str(name).rsplit(".", 1)
-            np.testing.assert_allclose(
+            assert_allclose(
                 carry[0][module][leaf], golden[f"{case}/before_prune/{name}"], rtol=1e-7, atol=1e-9
             )
         for name, found in zip(STATISTICS, carry[3], strict=True):
-            np.testing.assert_allclose(
-                found, golden[f"{case}/before_prune/{name}"], rtol=1e-7, atol=1e-9
-            )
+            assert_allclose(found, golden[f"{case}/before_prune/{name}"], rtol=1e-7, atol=1e-9)
 
 
 # Numbers and picks
@@ -318,7 +311,7 @@ def test_number_of_groups_to_remove_is_that_of_the_original():
         [originals.num_pruned(ratio, int(n)) for n in golden["pick_count/n"]]
         for ratio in golden["pick_count/pr"]
     ]
-    np.testing.assert_array_equal(ours, golden["pick_count/count"])
+    assert_array_equal(ours, golden["pick_count/count"])
 
 
 @pytest.mark.parametrize("granularity", ["filter", "channel", "weight"])
@@ -564,15 +557,15 @@ def test_penalties_and_phases_follow_the_rules(rule, granularity):
         flat = [{path: weights[path[0]]["kernel"] for path in PATHS} for weights in own]
         rows = reference(flat, PATHS, axis, **RULES[rule], **REST)
         phases = np.array([[phase[path] for path in sorted(PATHS)] for _, phase in rows])
-        np.testing.assert_array_equal(states.progress.phase[m], phases)
+        assert_array_equal(states.progress.phase[m], phases)
         for path in PATHS:
             wanted = np.stack([reg[path] for reg, _ in rows])
-            np.testing.assert_array_equal(
+            assert_array_equal(
                 np.asarray(regs[path][m]).reshape(STEPS, -1), wanted.astype(np.float32)
             )
         resting = np.cumsum((phases == growing.STABILIZE).all(1))
         assert (phases[-1] == growing.STABILIZE).all(), "the rule never ends; choose other numbers"
-        np.testing.assert_array_equal(finished[m], resting > 3)
+        assert_array_equal(finished[m], resting > 3)
 
 
 # Layers in turn
@@ -707,7 +700,7 @@ def test_coupled_groups_are_penalised_as_a_whole(residual):
         lost = jax.tree.map(lambda w, m: w - np.asarray(m), params, masked)
         penalty = np.asarray(reg[name])
         wanted = jax.tree.map(lambda t, x, r=penalty: t + np.tensordot(r, x, 1), wanted, lost)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), added, wanted)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-7), added, wanted)
     assert any(x.any() for x in jax.tree.leaves(added))
 
 
@@ -778,7 +771,7 @@ def test_updates_keep_their_type(dtype):
         wanted = 1 + np.where(np.arange(12).reshape(3, 4) < 6, 0.5, 0) * np.asarray(
             params["kernel"], float
         )
-        np.testing.assert_array_equal(np.asarray(added["kernel"], float), wanted)
+        assert_array_equal(np.asarray(added["kernel"], float), wanted)
         assert growing.progress(state)["kernel"].score_pruned == np.arange(1, 7).mean() / 8
 
 
@@ -797,7 +790,7 @@ def test_layers_that_lose_nothing_are_done_at_once():
         seen.append(bool(growing.finished(state)))
     assert seen == [False, False, True, True]
     assert growing.kept(state) == growing.penalties(state) == growing.progress(state) == {}
-    jax.tree.map(np.testing.assert_array_equal, added, params)
+    jax.tree.map(assert_array_equal, added, params)
 
 
 @pytest.mark.parametrize("method", ["greg1", "greg2"])
@@ -808,10 +801,8 @@ def test_given_picks_replace_those_by_score(method):
     rates = dict(granularity_pick=1.0, upper_limit_pick=1.0)
     tx = tiny.compiled(growing.growing_l2(layers, keep=given, method=method, **rates))
     _, state = tx.update(params, tx.init(params), params)
-    np.testing.assert_array_equal(growing.kept(state)["b/kernel"], given["b/kernel"])
-    np.testing.assert_array_equal(
-        growing.kept(state)["a/kernel"], growing.pick(params, layers)["a/kernel"]
-    )
+    assert_array_equal(growing.kept(state)["b/kernel"], given["b/kernel"])
+    assert_array_equal(growing.kept(state)["a/kernel"], growing.pick(params, layers)["a/kernel"])
     whole = growing.growing_l2(layers, keep={"a/kernel": np.ones(6, bool)}, method=method).init(
         params
     )
@@ -823,7 +814,7 @@ def test_random_picks_are_those_of_the_key():
     layers = growing.layers(params, PATHS, "weight")
     tx = growing.growing_l2(layers, pick="rand", key=key)
     jax.tree.map(
-        np.testing.assert_array_equal,
+        assert_array_equal,
         growing.kept(tx.init(params)),
         growing.pick(params, layers, pick="rand", key=key),
     )
@@ -855,7 +846,7 @@ def test_a_stage_runs_to_its_end_inside_one_program():
     progress = growing.progress(state)["kernel"]
     assert progress.ratio >= 300
     assert progress.reg_pruned < 50  # the ratio ended it
-    np.testing.assert_array_equal(growing.kept(state)["kernel"], np.arange(8) < 3)
+    assert_array_equal(growing.kept(state)["kernel"], np.arange(8) < 3)
     small = jnp.where(growing.kept(state)["kernel"][:, None], grown["kernel"], 0)
     assert loss({"kernel": small}) < loss(grown) + 1e-4 < 1e-3
 
@@ -923,9 +914,7 @@ def test_growth_inside_vmap_of_shard_map(alone):
     found = jax.jit(jax.vmap(grown_on_devices))(both)
     for i in range(2):
         own = jax.tree.map(lambda leaf, i=i: leaf[1, 1 - i], found)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), own, alone[i]
-        )
+        jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-6), own, alone[i])
 
 
 def test_growth_on_a_mesh_of_explicit_axes(alone):
@@ -936,9 +925,7 @@ def test_growth_on_a_mesh_of_explicit_axes(alone):
     )
     with jax.set_mesh(mesh):
         found = jax.device_get(jax.jit(grown)(params))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, alone[0]
-    )
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, alone[0])
 
 
 class Pair(nnx.Module):
@@ -964,13 +951,11 @@ def test_nnx_optimizer_trains_and_tells(path):
     keep = np.asarray(growing.kept(optimizer.opt_state)[path])
     assert set(np.flatnonzero(~keep)) == set(np.argsort(before)[:4])
     assert growing.progress(optimizer.opt_state)[path].updates == 2
-    np.testing.assert_array_equal(
-        growing.penalties(optimizer.opt_state)[path], np.where(keep, 0, 2)
-    )
+    assert_array_equal(growing.penalties(optimizer.opt_state)[path], np.where(keep, 0, 2))
     after = np.abs(np.asarray(network.hidden.kernel[...])).mean(0)
-    np.testing.assert_allclose(after[~keep], 0, atol=1e-7)  # half of it, then all
-    np.testing.assert_array_equal(after[keep], before[keep])
-    np.testing.assert_array_equal(network.fc.kernel[...], unmoved)
+    assert_allclose(after[~keep], 0, atol=1e-7)  # half of it, then all
+    assert_array_equal(after[keep], before[keep])
+    assert_array_equal(network.fc.kernel[...], unmoved)
 
 
 # Misuse

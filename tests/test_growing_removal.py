@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import groups, growing, models, ratios, trees
 
@@ -88,11 +89,11 @@ def test_what_is_left_is_the_originals(case):
             expected = stored(case, "after_prune")["params"]
             for module, leaves in expected.items():
                 for leaf, array in leaves.items():
-                    np.testing.assert_array_equal(
+                    assert_array_equal(
                         compact["params"][module][leaf], array, err_msg=f"{module}.{leaf}"
                     )
             logits = groups.elastic(network, channels, keep)(compact, images)
-        np.testing.assert_allclose(logits, golden[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)
+        assert_allclose(logits, golden[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)
 
 
 # Whole networks, whose weights follow a rule: selection by L1 norm and removal
@@ -180,10 +181,10 @@ def test_whole_networks_after_the_removal(net, granularity):
         ours = [to_text(golden_data.leaf(it.variables, path).shape) for path in it.paths]
         assert ours == golden[f"{case}/param_shapes_before"].tolist()
         logits = it.apply(it.variables, it.images)
-        np.testing.assert_allclose(logits, golden[f"{case}/logits_before"], rtol=1e-9, atol=1e-11)
+        assert_allclose(logits, golden[f"{case}/logits_before"], rtol=1e-9, atol=1e-11)
         options = dict(granularity=granularity, skip=own["skip_layers"], reading="original")
         table = ratios.parse(notation_of(own["stage_pr"], it.layers), it.layers, **options)
-        np.testing.assert_array_equal(list(table.values()), golden[f"{case}/pr"])
+        assert_array_equal(list(table.values()), golden[f"{case}/pr"])
         picked = growing.pick(it.variables, growing.layers(it.variables, table, granularity))
         for path, removed in zip(it.layers, pruned, strict=True):
             kept = np.asarray(picked.get(path, True))
@@ -199,4 +200,4 @@ def test_whole_networks_after_the_removal(net, granularity):
             assert found == golden[f"{case}/param_shapes_after"].tolist()
             compact = groups.compact(it.variables, it.channels, keep)
             logits = jax.jit(groups.elastic(it.apply, it.channels, keep))(compact, it.images)
-        np.testing.assert_allclose(logits, golden[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)
+        assert_allclose(logits, golden[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import linops, losses, masks, tables, width
 
@@ -105,15 +106,15 @@ def test_hessian_of_the_original_network():
         whole = lambda p: loss(unflatten(p), *data)
         all_of = jax.jit(lambda p: (whole(p), jax.grad(whole)(p), jax.hessian(whole)(p)))
         value, slope, explicit = all_of(flat)
-        np.testing.assert_allclose(value, golden["loss_full"], rtol=1e-12)
-        np.testing.assert_allclose(slope, golden["grad_full"], rtol=1e-9, atol=1e-11)
+        assert_allclose(value, golden["loss_full"], rtol=1e-12)
+        assert_allclose(slope, golden["grad_full"], rtol=1e-9, atol=1e-11)
         vector = golden["hvp/v"]
-        np.testing.assert_allclose(matvec(vector), golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
-        np.testing.assert_allclose(vector @ matvec(vector), golden["hvp/vHv"], rtol=1e-9)
+        assert_allclose(matvec(vector), golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
+        assert_allclose(vector @ matvec(vector), golden["hvp/vHv"], rtol=1e-9)
         columns = jax.jit(jax.vmap(matvec))(np.eye(flat.size))
         assert np.abs(columns - explicit).max() <= 1e-10 * np.abs(explicit).max()
-        np.testing.assert_allclose(columns, golden["hessian/full"], rtol=1e-9, atol=1e-11)
-        np.testing.assert_allclose(
+        assert_allclose(columns, golden["hessian/full"], rtol=1e-9, atol=1e-11)
+        assert_allclose(
             np.linalg.eigvalsh(columns), np.sort(golden["hessian/eigenvalues"]), atol=1e-11
         )
 
@@ -140,7 +141,7 @@ def test_ritz_values_of_the_original(reorthogonalize):
                 starts, expected, golden[f"lanczos/{case}/ritz_weights"]
             ):
                 ours = linops.ritz(run(unflatten(start)))
-                np.testing.assert_allclose(ours, (values, weights), rtol=0, atol=1e-8)
+                assert_allclose(ours, (values, weights), rtol=0, atol=1e-8)
 
 
 def test_all_ritz_values_are_eigenvalues_at_full_depth():
@@ -164,7 +165,7 @@ def test_all_ritz_values_are_eigenvalues_at_full_depth():
         assert not np.any(tridiagonal.alphas[num_steps:])
         other_start = linops.rademacher(jax.random.key(1), params)
         values, vectors, residuals = linops.top_eigenpairs(3, 60)(matvec, other_start)
-        np.testing.assert_allclose(values, golden["power_iteration/top3"], atol=1e-10)
+        assert_allclose(values, golden["power_iteration/top3"], atol=1e-10)
         assert residuals.max() < 1e-8
         assert [leaf.shape for leaf in vectors] == [(3, *leaf.shape) for leaf in params]
 
@@ -194,7 +195,7 @@ def test_gauss_newton_is_the_dense_product():
         inner = jax.jit(jax.hessian(lambda z: convex(unflatten_z(z), x)))(z)
         matvec = linops.gauss_newton(network, convex, params, x)
         columns = jax.jit(jax.vmap(lambda row: flatten(matvec(unflatten(row)))))(np.eye(flat.size))
-        np.testing.assert_allclose(columns, jacobian.T @ inner @ jacobian, atol=1e-13)
+        assert_allclose(columns, jacobian.T @ inner @ jacobian, atol=1e-13)
         assert np.linalg.eigvalsh(columns).min() > -1e-14
 
 
@@ -215,7 +216,7 @@ def test_products_refuse_other_losses_and_vectors():
         ValueError, match=r"has shape \(3, 2\) at .*allowed: that of params, \(2, 3\)"
     ):
         matvec({"w": jnp.ones((3, 2))})
-    np.testing.assert_array_equal(matvec({"w": np.ones((2, 3))})["w"], np.full((2, 3), 2.0))
+    assert_array_equal(matvec({"w": np.ones((2, 3))})["w"], np.full((2, 3), 2.0))
 
 
 # Lanczos ------------------------------------------------------------------------------------------
@@ -301,7 +302,7 @@ def test_bordered_rules_are_exact_and_have_the_node_asked_for(seed, node, kind):
             values, firsts, lasts = linops.bordered(shorter, last=last)
             assert np.abs(values - node).min() < 1e-10 * np.abs(values).max()
             moved, _, _ = linops.bordered(shorter, last=last + 1e-7)
-            np.testing.assert_allclose((moved - values) * 1e7, lasts**2, atol=1e-3)
+            assert_allclose((moved - values) * 1e7, lasts**2, atol=1e-3)
             for degree in range(2 * m + 1):
                 power = lambda x, degree=degree: x**degree
                 exact, scale = (
@@ -317,9 +318,9 @@ def test_borders_by_hand():
     one = run_of([2.0], [1.0])  # 2 1; 1 a has eigenvalue 0 for a = 1/2
     assert linops.border_for(one) == pytest.approx(0.5)
     values, firsts, lasts = linops.bordered(one, last=0.5)
-    np.testing.assert_allclose(values, [0, 2.5], atol=1e-15)
-    np.testing.assert_allclose(firsts**2, [0.2, 0.8])
-    np.testing.assert_allclose(lasts**2, [0.8, 0.2])
+    assert_allclose(values, [0, 2.5], atol=1e-15)
+    assert_allclose(firsts**2, [0.2, 0.8])
+    assert_allclose(lasts**2, [0.8, 0.2])
     # no finite border puts a node on a Ritz value; a huge one comes as near as can be
     zero = run_of([0.0], [1.0])
     values, firsts, _ = linops.bordered(zero, last=linops.border_for(zero))
@@ -328,21 +329,21 @@ def test_borders_by_hand():
     exhausted = run_of([2.0, -1.0], [1.0, 0.0])  # the border gets no weight
     values, firsts, _ = linops.bordered(exhausted, last=linops.border_for(exhausted))
     kept = firsts**2 > 1e-20
-    np.testing.assert_allclose(values[kept], linops.ritz(exhausted)[0])
+    assert_allclose(values[kept], linops.ritz(exhausted)[0])
 
 
 def test_gauss_radau_by_hand():
     # 2 1; 1 a with eigenvalue 0: a = 1/2
     values, weights = linops.gauss_radau(run_of([2.0], [1.0]))
-    np.testing.assert_allclose(values, [0, 2.5], atol=1e-15)
-    np.testing.assert_allclose(weights, [0.2, 0.8])
+    assert_allclose(values, [0, 2.5], atol=1e-15)
+    assert_allclose(weights, [0.2, 0.8])
     exhausted = linops.gauss_radau(run_of([2.0], [0.0]))
-    np.testing.assert_array_equal(exhausted, [[2], [1]])
+    assert_array_equal(exhausted, [[2], [1]])
     values, weights = linops.gauss_radau(run_of([4.0], [1.0]))
-    np.testing.assert_allclose(values.min(), 0, atol=1e-15)
-    np.testing.assert_allclose([weights.sum(), weights @ values, weights @ values**2], [1, 4, 17])
+    assert_allclose(values.min(), 0, atol=1e-15)
+    assert_allclose([weights.sum(), weights @ values, weights @ values**2], [1, 4, 17])
     values, _ = linops.gauss_radau(run_of([1.0, -1e-9], [0.0, 0.0]))
-    np.testing.assert_array_equal(values, [0, 1])
+    assert_array_equal(values, [0, 1])
     for alphas, betas in (([1.0, -0.1], [0.0, 0.0]), ([0.0], [1.0])):
         with pytest.raises(ValueError, match="not positive semi-definite"):
             linops.gauss_radau(run_of(alphas, betas))
@@ -359,12 +360,12 @@ def test_modes_agree(reorthogonalize):
     function = lambda x: 1 / (1 + np.abs(x))
     ours = quadrature(function, *linops.ritz(run(matvec, jnp.asarray(start, jnp.float32))))
     tolerance = 1e-3 if reorthogonalize == "bfloat16" else 1e-5
-    np.testing.assert_allclose(ours, moments(dense(eigenvalues), start, function), rtol=tolerance)
+    assert_allclose(ours, moments(dense(eigenvalues), start, function), rtol=tolerance)
     if reorthogonalize in ("full", "host"):
         with jax.enable_x64(True):
             exact = linops.lanczos(20)(product(dense(eigenvalues)), jnp.asarray(start))
         mine = run(matvec, jnp.asarray(start, jnp.float32))
-        np.testing.assert_allclose(mine.alphas[:10], exact.alphas[:10], atol=2e-3)
+        assert_allclose(mine.alphas[:10], exact.alphas[:10], atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +389,7 @@ def test_basis_is_orthonormal(reorthogonalize, tolerance, kind):
             np.diag(state.alphas) + np.diag(state.betas[:-1], 1) + np.diag(state.betas[:-1], -1)
         )
         steps = len(basis)
-        np.testing.assert_allclose(basis @ matrix @ basis.T, tridiagonal[:steps, :steps], atol=1e-4)
+        assert_allclose(basis @ matrix @ basis.T, tridiagonal[:steps, :steps], atol=1e-4)
 
 
 @pytest.mark.parametrize("reorthogonalize", sorted(linops.REORTHOGONALIZE))
@@ -399,22 +400,22 @@ def test_exhausted_krylov_spaces(reorthogonalize):
     run = run if reorthogonalize == "host" else jax.jit(run)
     identity = run(np.eye(12))
     assert identity.num_steps == 1
-    np.testing.assert_allclose(linops.ritz(identity), [[1], [1]], rtol=1e-6)
-    np.testing.assert_array_equal(identity.betas, 0)
-    np.testing.assert_array_equal(run(np.zeros((12, 12))).num_steps, 1)
+    assert_allclose(linops.ritz(identity), [[1], [1]], rtol=1e-6)
+    assert_array_equal(identity.betas, 0)
+    assert_array_equal(run(np.zeros((12, 12))).num_steps, 1)
     low_rank = run(np.outer(np.eye(12)[0], 3 * np.eye(12)[0]))
     assert low_rank.num_steps == 2
-    np.testing.assert_allclose(
+    assert_allclose(
         linops.ritz(low_rank)[0], [0, 3], atol=1e-3 if reorthogonalize == "bfloat16" else 1e-5
     )
-    np.testing.assert_allclose(linops.gauss_radau(low_rank), linops.ritz(low_rank), atol=1e-6)
+    assert_allclose(linops.gauss_radau(low_rank), linops.ritz(low_rank), atol=1e-6)
     deep = run(dense(np.arange(12.0)))
     assert 10 <= deep.num_steps <= 12
     assert all(np.isfinite(x).all() for x in deep)
     assert not deep.alphas[12:].any()
     assert not deep.betas[11:].any()
     if reorthogonalize in ("full", "host"):
-        np.testing.assert_allclose(linops.ritz(deep)[0], np.arange(12.0), atol=1e-4)
+        assert_allclose(linops.ritz(deep)[0], np.arange(12.0), atol=1e-4)
 
 
 @pytest.mark.parametrize("reorthogonalize", ["full", "none"])
@@ -427,7 +428,7 @@ def test_loops_agree(reorthogonalize):
     run = linops.lanczos(6, reorthogonalize=reorthogonalize)
     expected = run(product(matrix), ith(0))
     assert expected.num_steps == 6
-    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+    close = functools.partial(assert_allclose, rtol=2e-5, atol=2e-6)
     traced = jax.jit(lambda matrix, start: run(product(matrix), start))
     jax.tree.map(close, traced(matrix, ith(0)), expected)
     on_host = linops.lanczos(6, reorthogonalize=reorthogonalize, on_host=True)
@@ -463,11 +464,11 @@ def test_a_saved_state_resumes_to_the_same_bits(reorthogonalize):
     for _ in range(5):
         resumed = method.step(matvec, resumed)
     for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(resumed)):
-        np.testing.assert_array_equal(one, two)
+        assert_array_equal(one, two)
     history = linops.truncate(state.tridiagonal, 4)
     assert half.num_steps == history.num_steps == 4
-    np.testing.assert_array_equal(half.alphas[:4], history.alphas)
-    np.testing.assert_array_equal(half.betas[:4], history.betas)
+    assert_array_equal(half.alphas[:4], history.alphas)
+    assert_array_equal(half.betas[:4], history.betas)
 
 
 def test_the_basis_is_updated_in_place(as_users_compile):
@@ -525,8 +526,8 @@ def test_sharded_vectors_give_a_sharded_basis():
         state = method.step(lambda v: sharded * v, state)
         reference = method.step(lambda v: jnp.asarray(diagonal) * v, reference)
     assert not any(block.sharding.is_fully_replicated for block in state.basis)
-    np.testing.assert_allclose(state.alphas, reference.alphas, rtol=1e-5)
-    np.testing.assert_allclose(state.betas, reference.betas, rtol=1e-4)
+    assert_allclose(state.alphas, reference.alphas, rtol=1e-5)
+    assert_allclose(state.betas, reference.betas, rtol=1e-4)
 
 
 def test_lanczos_refuses():
@@ -563,9 +564,9 @@ def test_probes_of_unequal_depth_are_padded():
         np.array([[1.0, 2], [3, 0]]), np.array([[0.5, 0.1], [0, 0]]), np.array([2, 1])
     )
     values, weights = linops.ritz(probes)
-    np.testing.assert_array_equal(values[1], [3, 3])
-    np.testing.assert_array_equal(weights[1], [1, 0])
-    np.testing.assert_allclose(values[0], np.linalg.eigvalsh([[1, 0.5], [0.5, 2]]))
+    assert_array_equal(values[1], [3, 3])
+    assert_array_equal(weights[1], [1, 0])
+    assert_allclose(values[0], np.linalg.eigvalsh([[1, 0.5], [0.5, 2]]))
     assert linops.gauss_radau(probes)[0].shape == (2, 3)
     assert quadrature(np.square, values, weights).tolist() == pytest.approx([1.25, 9])
 
@@ -588,9 +589,9 @@ def test_density_of_the_original(case):
         density, grid = linops.spectral_density(
             values, weights, **options | {"bins": int(options["bins"])}
         )
-        np.testing.assert_allclose(density, golden[name], rtol=1e-9, atol=1e-11)
+        assert_allclose(density, golden[name], rtol=1e-9, atol=1e-11)
         ends = golden[name.removesuffix("density") + "grid_first_last"]
-        np.testing.assert_allclose(grid[[0, -1]], ends, rtol=1e-12)
+        assert_allclose(grid[[0, -1]], ends, rtol=1e-12)
 
 
 def test_fine_density_of_the_original():
@@ -613,9 +614,9 @@ def test_fine_density_of_the_original():
         weights.append(expected[k] * np.exp((x - values[-1]) ** 2 / (2 * variance)))
     assert len(values) == golden["lanczos/main/ritz_values"].size
     density, ours = linops.spectral_density(np.array(values), np.array(weights) / np.sum(weights))
-    np.testing.assert_allclose(ours[[0, -1]], grid[[0, -1]], rtol=1e-12)
-    np.testing.assert_array_equal(np.flatnonzero(density), bins)
-    np.testing.assert_allclose(density[bins], expected, rtol=1e-5)
+    assert_allclose(ours[[0, -1]], grid[[0, -1]], rtol=1e-12)
+    assert_array_equal(np.flatnonzero(density), bins)
+    assert_allclose(density[bins], expected, rtol=1e-5)
 
 
 def test_density_integrates_to_one_unless_it_misses_the_grid():
@@ -627,7 +628,7 @@ def test_density_integrates_to_one_unless_it_misses_the_grid():
         0.75, abs=0.2
     )  # cut at the grid's ends
     density, _ = linops.spectral_density(np.array([0.0, 5.0]), np.array([0.5, 0.5]), bins=8)
-    np.testing.assert_array_equal(density, 0)
+    assert_array_equal(density, 0)
 
 
 # Eigenpairs and traces ----------------------------------------------------------------------------
@@ -638,19 +639,19 @@ def test_top_eigenpairs():
     start = jnp.asarray(np.random.default_rng(0).normal(size=30), jnp.float32)
     matvec = product(matrix, jnp.float32)
     values, vectors, residuals = linops.top_eigenpairs(3, 18)(matvec, start)
-    np.testing.assert_allclose(values, [9, -8, 7], rtol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    assert_allclose(values, [9, -8, 7], rtol=1e-5)
+    assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     true = [
         np.linalg.norm(matrix @ v - value * v)
         for value, v in zip(values, np.asarray(vectors, np.float64))
     ]
-    np.testing.assert_allclose(residuals, true, atol=2e-5)
+    assert_allclose(residuals, true, atol=2e-5)
     early = linops.top_eigenpairs(2, 6, on_host=True)(matvec, start)
     true = [
         np.linalg.norm(matrix @ v - value * v)
         for value, v in zip(early.values, np.asarray(early.vectors))
     ]
-    np.testing.assert_allclose(early.residuals, true, rtol=1e-3, atol=1e-5)
+    assert_allclose(early.residuals, true, rtol=1e-3, atol=1e-5)
     assert (
         np.abs(np.subtract.outer(early.values, np.linalg.eigvalsh(matrix))).min(1)
         <= early.residuals + 1e-5
@@ -692,7 +693,7 @@ def test_the_standard_error_of_a_trace_has_the_size_of_its_errors():
     matvec = product(dense(spectrum("outliers", 20)), jnp.float32)
     estimate = jax.jit(jax.vmap(lambda key: linops.hutchinson(2)(matvec, key, LIKE)))
     found = estimate(jax.random.split(jax.random.key(0), 4000))
-    np.testing.assert_allclose(np.mean(found.standard_error**2), np.var(found.trace), rtol=0.1)
+    assert_allclose(np.mean(found.standard_error**2), np.var(found.trace), rtol=0.1)
 
 
 @hypothesis.given(SEED)
@@ -700,7 +701,7 @@ def test_the_standard_error_of_a_trace_has_the_size_of_its_errors():
 def test_hutchpp_is_exact_for_low_rank(seed):
     matrix = dense([5.0, -3.0, 2.0, 0.5, *np.zeros(16)], seed)
     found = traced_hutchpp(jnp.asarray(matrix, jnp.float32), jax.random.key(seed))
-    np.testing.assert_allclose(found.trace, 4.5, atol=1e-4)
+    assert_allclose(found.trace, 4.5, atol=1e-4)
     assert found.standard_error < 1e-4
 
 
@@ -752,7 +753,7 @@ def test_the_documented_split_leaves_parameters_only():
     signs = linops.rademacher(jax.random.key(1), params)
     product = jax.jit(lambda signs: linops.hvp(loss, params)(signs))(signs)
     flat = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
-    np.testing.assert_allclose(flat(product), dense @ flat(signs), atol=1e-5)
+    assert_allclose(flat(product), dense @ flat(signs), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -781,7 +782,7 @@ def test_narrow_parameters_have_curvature():
     product = linops.hvp(lambda p: jnp.sum(jnp.square(x @ p["w"])), params)
     estimate = jax.jit(lambda key: linops.hutchpp(24)(product, key, params))
     trace, error = estimate(jax.random.key(0))
-    np.testing.assert_allclose(trace, 2 * 5 * 6 * 4, rtol=0.01)
+    assert_allclose(trace, 2 * 5 * 6 * 4, rtol=0.01)
     assert error < 1
     with pytest.raises(TypeError, match="float32"):
         linops.lanczos(3)(product, linops.rademacher(jax.random.key(0), params))

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import growing, optim, polytopes, saliency, trees
 
@@ -55,7 +56,7 @@ def run(tx, *args):
 
 def same_params(found, expected):
     for name, (params, _) in found.items():
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7, err_msg=name)
+        close = functools.partial(assert_allclose, rtol=1e-5, atol=1e-7, err_msg=name)
         jax.tree.map(close, params, expected[name][0])
 
 
@@ -76,7 +77,7 @@ def test_the_rate_is_found_in_every_wrapper(wrapper):
     results = run_all(made, 4 if wrapper.startswith("MultiSteps") else 2)
     for name, (_, state) in results.items():
         rate = INJECTED[name][1][1]
-        np.testing.assert_allclose(optim.learning_rate(state), rate, rtol=1e-6, err_msg=name)
+        assert_allclose(optim.learning_rate(state), rate, rtol=1e-6, err_msg=name)
 
 
 class Names(NamedTuple):
@@ -139,7 +140,7 @@ def test_trees_of_nnx_states_mean_their_arrays(name):
         optimizer.update(net, jax.tree.map(jnp.ones_like, nnx.state(net, nnx.Param)))
         results.append(jax.tree.leaves(nnx.to_pure_dict(nnx.state(net, nnx.Param))))
     for other in results[:2]:
-        jax.tree.map(np.testing.assert_array_equal, other, results[2])
+        jax.tree.map(assert_array_equal, other, results[2])
 
 
 @pytest.mark.parametrize("name", OF_TREES)
@@ -149,7 +150,7 @@ def test_trees_serve_what_a_mask_shows(name):
     mask = {"a": {"kernel": True}, "b": False}
     masked, _ = run(optax.masked(make(whole), mask), 2)
     alone, _ = run(make(entry), 2, PARAMS["a"], GRADS["a"])
-    np.testing.assert_array_equal(masked["a"]["kernel"], alone["kernel"])
+    assert_array_equal(masked["a"]["kernel"], alone["kernel"])
 
 
 @pytest.mark.parametrize("name", OF_TREES)
@@ -271,8 +272,8 @@ def test_the_sum_of_squares_grows_for_ever():
 
     state, updates = jax.lax.scan(step, tx.init(ones), None, length=4096)
     root = optax.tree.get(state, "root")
-    np.testing.assert_allclose(root, 64.0, rtol=1e-4)
-    np.testing.assert_allclose(np.asarray(updates[-1], float), -0.1 / 64, rtol=2**-8)
+    assert_allclose(root, 64.0, rtol=1e-4)
+    assert_allclose(np.asarray(updates[-1], float), -0.1 / 64, rtol=2**-8)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_squares_of_huge_gradients_stay_in_range(accumulator, huge, rounding):
 
     with jax.enable_x64(True):
         expected = updates(jax.tree.map(lambda g: g.astype(jnp.float64), gradients), None)
-    np.testing.assert_allclose(updates(gradients, accumulator), expected, rtol=4 * rounding)
+    assert_allclose(updates(gradients, accumulator), expected, rtol=4 * rounding)
 
 
 # Derivatives --------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ def test_gradients_through_steps_are_right_where_gradients_are_zero(name, constr
         value = jax.jit(after)
         by_lr = (value(lr + small, shift) - value(lr - small, shift)) / (2 * small)
         by_shift = (value(lr, shift + small) - value(lr, shift - small)) / (2 * small)
-    np.testing.assert_allclose(found, [by_lr, by_shift], rtol=1e-4, atol=1e-7)
+    assert_allclose(found, [by_lr, by_shift], rtol=1e-4, atol=1e-7)
 
 
 # Proximal steps -----------------------------------------------------------------------------------
@@ -379,8 +380,8 @@ def test_every_accepted_optimizer_solves_the_stated_lasso():
     ends, _ = jax.lax.scan(step, start, jnp.arange(600))
     expected = np.sign(TARGET) * np.maximum(np.abs(TARGET) - STRENGTH, 0)
     for name, (w, _) in ends.items():
-        np.testing.assert_allclose(w, expected, atol=1e-5, err_msg=name)
-        np.testing.assert_array_equal(np.asarray(w) == 0, expected == 0, err_msg=name)
+        assert_allclose(w, expected, atol=1e-5, err_msg=name)
+        assert_array_equal(np.asarray(w) == 0, expected == 0, err_msg=name)
 
 
 REFUSED = {
@@ -411,7 +412,7 @@ def test_a_rate_inside_a_trace_is_not_tried_out():
         tx = optim.proximal_l1(descent(rate), 0.5)
         return w + tx.update(w, tx.init(w), w)[0]
 
-    np.testing.assert_allclose(moved(0.1), 1 - 0.1 - 0.05, rtol=1e-6)
+    assert_allclose(moved(0.1), 1 - 0.1 - 0.05, rtol=1e-6)
 
 
 def test_dampening_without_momentum_does_nothing():
@@ -420,7 +421,7 @@ def test_dampening_without_momentum_does_nothing():
         state = tx.init(TARGET)
         for factor in (1.0, 3.0):
             updates, state = tx.update(factor * TARGET, state)
-            np.testing.assert_allclose(updates, factor * TARGET, rtol=1e-6)
+            assert_allclose(updates, factor * TARGET, rtol=1e-6)
 
 
 # Every transformation in every wrapper ------------------------------------------------------------
@@ -522,7 +523,7 @@ def test_every_transformation_runs_on_a_mesh(axis):
         expected = jax.jit(descend)(params, grads)
     for name, moved in found.items():
         a, b = (np.asarray(tree["a"]["kernel"]) for tree in (moved, expected[name]))
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7, err_msg=name)
+        assert_allclose(a, b, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 INJECTABLE = {

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import (
     ancestry,
@@ -469,7 +470,7 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
                 c.get("ratio"),
             )
             loss = "train_loss" if a["stage"] == "fit" else "loss"
-            np.testing.assert_allclose([a[loss], b[loss]], c[loss], rtol=1e-4)
+            assert_allclose([a[loss], b[loss]], c[loss], rtol=1e-4)
             assert b[loss] == c[loss]  # the very same program
     assert {row["member"] for row in loop.rows} == {0, 1}
 
@@ -556,7 +557,7 @@ def test_arms_are_one_program_per_optimizer_and_give_the_rows_of_single_runs(tmp
         assert a.keys() == b.keys()
         assert not any(isinstance(value, dict) for name, value in a.items() if name != "layers")
         for name in ("train_loss", "learning_rate") if a["stage"] == "fit" else ("loss",):
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
+            assert_allclose(a[name], b[name], rtol=1e-4)
 
 
 def spy(make, name, compiled):
@@ -732,7 +733,7 @@ def test_a_run_inherits_what_its_origin_inherited(analysed, tmp_path):
     assert [(row["num_matvecs"], row["num_probes"]) for row in last.rows] == [(5, 1)]
     own_key = last.state.key + 1
     there, inherited = ancestry.continue_from(again, last.state._replace(key=own_key))
-    np.testing.assert_array_equal(there.key, own_key)
+    assert_array_equal(there.key, own_key)
     assert [row["num_matvecs"] for row in inherited if row["stage"] == "hessian"] == [5]
     loop = dict(LOOP, fit=stage(epochs=1))
     pipeline.run(geometric("fit", "hessian", **loop), tmp_path / "loop")
@@ -756,7 +757,7 @@ def test_members_start_from_the_same_members(tmp_path):
     )
     assert [row["seed"] for row in each.rows] == [0, 1]
     for row, other in zip(each.rows, found.rows, strict=True):
-        np.testing.assert_allclose(row["alphas"], other["alphas"], rtol=1e-3, atol=1e-4)
+        assert_allclose(row["alphas"], other["alphas"], rtol=1e-3, atol=1e-4)
     one = tmp_path / "loop" / "member_001"
     single = pipeline.run(geometric("hessian", seed=1, start_from=str(one)), tmp_path / "single")
     assert single.rows[0]["alphas"] == each.rows[1]["alphas"]

@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from numpy.testing import assert_allclose, assert_array_equal
 from test_models import ORIGINALS, TINY, created
 
 from sparsity_jax import evaluate, masks, models, pipeline, pretrained, report, tables, train, trees
@@ -131,7 +132,7 @@ def test_layouts():
     like = {"params": {"conv1": {"kernel": np.zeros((2, 3, 1, 1))}}}
     kernel = np.arange(6.0).reshape(1, 1, 2, 3)
     variables = pretrained.to_variables({"conv1.weight": kernel}, like)
-    np.testing.assert_array_equal(variables["params"]["conv1"]["kernel"][..., 0, 0], kernel[0, 0])
+    assert_array_equal(variables["params"]["conv1"]["kernel"][..., 0, 0], kernel[0, 0])
 
 
 def test_flattened_images():
@@ -146,7 +147,7 @@ def test_flattened_images():
     flat = images.transpose(0, 3, 1, 2).reshape(2, -1)
     hidden = np.maximum(flat @ state_dict["dense1.weight"].T + state_dict["dense1.bias"], 0)
     expected = hidden @ state_dict["fc.weight"].T + state_dict["fc.bias"]
-    np.testing.assert_allclose(model.apply(variables, images), expected, rtol=1e-5, atol=1e-5)
+    assert_allclose(model.apply(variables, images), expected, rtol=1e-5, atol=1e-5)
     same(pretrained.to_torch(variables, image_channels=6), state_dict)
 
 
@@ -205,10 +206,8 @@ def test_names_of_a_network_of_ones_own():
     names = ((r"encoder\.(\d+)\.weight", r"layers/\1/w"), (r"encoder\.(\d+)\.bias", r"layers/\1/b"))
     names += ((r"out\.weight", "head/kernel"), (r"pos", "head/pos"))
     found = pretrained.to_variables(state_dict, like, names=names)
-    np.testing.assert_array_equal(
-        found["layers"][0]["w"], state_dict["encoder.0.weight"]
-    )  # no kernel of Flax
-    np.testing.assert_array_equal(found["head"]["kernel"], state_dict["out.weight"].T)
+    assert_array_equal(found["layers"][0]["w"], state_dict["encoder.0.weight"])  # no kernel of Flax
+    assert_array_equal(found["head"]["kernel"], state_dict["out.weight"].T)
     placed = pretrained.name_map(
         {name: array.shape for name, array in state_dict.items()}, like, names
     )
@@ -374,9 +373,7 @@ def test_a_fresh_classifier_is_told_from_equal_layers():
     like["params"]["fc"]["kernel"] = np.zeros((3, 2), np.float32)
     like["params"]["fc"]["bias"] = np.zeros(2, np.float32)
     found = pretrained.to_variables(network.state_dict, like, fresh=pretrained.CLASSIFIER)
-    np.testing.assert_array_equal(
-        found["params"]["dense2"]["kernel"], network.state_dict["inner.weight"].T
-    )
+    assert_array_equal(found["params"]["dense2"]["kernel"], network.state_dict["inner.weight"].T)
     assert found["params"]["fc"]["kernel"].shape == (3, 2)
     shuffled = dict(sorted(network.state_dict.items()))
     with pytest.raises(tables.ConfigError, match="which layers are which"):
@@ -418,11 +415,9 @@ def test_pruned_weights():
             expected[weight] = network.state_dict[weight] * mask
     found = pretrained.to_variables(saved, network.like)
     for layer, name in (("dense1", "stem"), ("fc", "inner")):
-        np.testing.assert_array_equal(
-            found["params"][layer]["kernel"], expected[f"{name}.weight"].T
-        )
+        assert_array_equal(found["params"][layer]["kernel"], expected[f"{name}.weight"].T)
         kept = masks.nonzero(found["params"])
-        np.testing.assert_array_equal(kept[layer]["kernel"], mask.T == 1)
+        assert_array_equal(kept[layer]["kernel"], mask.T == 1)
         assert kept[layer]["bias"].all()
     with pytest.raises(tables.ConfigError, match=r"stem\.weight_mask is no mask"):
         pretrained.to_variables({**saved, "stem.weight_mask": mask / 2}, network.like)
@@ -509,7 +504,7 @@ def test_fresh_classifier():
     ):
         found = pretrained.to_variables(given, kept, fresh=pretrained.CLASSIFIER)
         same(found["params"]["fc"], kept["params"]["fc"])
-        np.testing.assert_array_equal(found["params"]["bn1"]["bias"], other["bn1.bias"])
+        assert_array_equal(found["params"]["bn1"]["bias"], other["bn1.bias"])
     assert state_dict.keys() == other.keys()
     with pytest.raises(tables.ConfigError, match="fresh is 'fcc', which matches no parameter"):
         pretrained.to_variables(state_dict, like, fresh="fcc")
@@ -538,7 +533,7 @@ def test_types_survive(tmp_path):
     like = {"params": {"bn1": {"scale": jax.ShapeDtypeStruct((3,), jnp.float32)}}}
     found = pretrained.to_variables({"bn1.weight": arrays["brain"]}, like)["params"]["bn1"]["scale"]
     assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, [0, 1, 2])
+    assert_array_equal(found, [0, 1, 2])
 
 
 def test_files_cut_short_or_foreign(tmp_path):
@@ -773,7 +768,7 @@ def test_pruned_network_of_pytorch(torch):
     found = pretrained.to_variables(network.state_dict(), like)
     model = models.build(name="mlp", num_classes=3, widths=(3,))
     logits = model.apply(found, images.numpy())
-    np.testing.assert_allclose(logits, network(images).detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert_allclose(logits, network(images).detach().numpy(), rtol=1e-5, atol=1e-6)
     assert np.mean(found["params"]["dense1"]["kernel"] == 0) == pytest.approx(4 / 9)
 
 
@@ -897,7 +892,7 @@ def test_states_do_not_share_memory_with_the_file(weights):
     create = jax.jit(lambda key, arrays: train.create_state(problem, key, arrays))
     state = create(train.key_of(0), problem.pretrained)
     for path, leaf in trees.named_leaves({"params": state.params}).items():
-        np.testing.assert_array_equal(leaf, arrays[path])
+        assert_array_equal(leaf, arrays[path])
         assert leaf.unsafe_buffer_pointer() != arrays[path].unsafe_buffer_pointer()
 
 
@@ -908,9 +903,7 @@ def test_a_fresh_classifier_depends_on_the_seed(weights, tmp_path):
         tiny.config("still", still=STILL, sweep=dict(seed=(0, 1)), **fresh), tmp_path
     )
     params = jax.device_get(outcome.state.params)
-    np.testing.assert_array_equal(
-        params["dense1"]["kernel"], [variables["params"]["dense1"]["kernel"]] * 2
-    )
+    assert_array_equal(params["dense1"]["kernel"], [variables["params"]["dense1"]["kernel"]] * 2)
     kernels = params["fc"]["kernel"]
     assert not np.array_equal(kernels[0], kernels[1])
     assert not np.array_equal(kernels[0], variables["params"]["fc"]["kernel"])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from numpy.testing import assert_array_equal
 from test_models import created
 
 from sparsity_jax import allocate, cost, groups, masks, models, ratios, tables
@@ -44,7 +45,7 @@ def test_ratios_of_the_original(key, granularity):
     notation, skip, layers, own = golden(key)
     table = ratios.parse(notation, layers, granularity=granularity, skip=skip, reading="original")
     assert list(table) == layers
-    np.testing.assert_array_equal(list(table.values()), own[f"pr_{granularity}"])
+    assert_array_equal(list(table.values()), own[f"pr_{granularity}"])
 
 
 @pytest.mark.parametrize("name", RESIDUAL)
@@ -61,7 +62,7 @@ def test_layers_are_counted_as_in_the_original(key):
     """A projection shortcut has the number of the layer before it."""
     _, _, layers, own = golden(key)
     counted = [layer.address[2:] != (-1,) for layer in ratios.places(layers)]
-    np.testing.assert_array_equal(np.cumsum(counted) - 1, own["layer_index"])
+    assert_array_equal(np.cumsum(counted) - 1, own["layer_index"])
 
 
 @pytest.mark.parametrize("i", golden_data.parts(FILE, r"single_branch_parse/(\d+)/"))
@@ -70,7 +71,7 @@ def test_ranges_of_the_original(i):
     expected = stored[f"single_branch_parse/{i}/ratio"]
     layers = [f"layer {j}" for j in range(len(expected))]
     table = ratios.parse(str(stored[f"single_branch_parse/{i}/spec"][0]), layers)
-    np.testing.assert_array_equal(list(table.values()), expected)
+    assert_array_equal(list(table.values()), expected)
 
 
 @pytest.mark.parametrize("i", golden_data.parts(FILE, r"list_parse/(\d+)/"))
@@ -366,7 +367,7 @@ def test_inherited():
     layers = ["conv/kernel", "fc/kernel"]
     for granularity, kept in (("filter", keep_out), ("channel", keep_in), ("weight", kernel)):
         found = ratios.kept_groups(own, layers, granularity=granularity)
-        np.testing.assert_array_equal(found["conv/kernel"], kept)
+        assert_array_equal(found["conv/kernel"], kept)
         table = ratios.inherited(own, layers, granularity=granularity)
         assert table == {"conv/kernel": pytest.approx(1 - kept.mean()), "fc/kernel": 0}
         assert masks.num_pruned(table["conv/kernel"], kept.size) == (~kept).sum()

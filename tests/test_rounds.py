@@ -11,6 +11,7 @@ import golden_data
 import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from test_budgets import by_layer
 from test_scores import Group, member
 
@@ -169,9 +170,7 @@ def test_networks_after_the_rounds_of_the_original(net, measure):
     with jax.enable_x64(True):
         it = original(net)
         logits = it.apply(it.variables, images())
-        np.testing.assert_allclose(
-            logits, golden[f"rounds/{net}/logits_before"], rtol=1e-8, atol=1e-11
-        )
+        assert_allclose(logits, golden[f"rounds/{net}/logits_before"], rtol=1e-8, atol=1e-11)
         keep = {name: np.ones(group.size, bool) for name, group in it.channels.groups.items()}
         silent = [
             np.zeros(golden_data.leaf(it.variables, kernel).shape[-1], bool)
@@ -185,7 +184,7 @@ def test_networks_after_the_rounds_of_the_original(net, measure):
                 for found, expected, gone in zip(
                     importance(net, measure)(masked), theirs, silent, strict=True
                 ):
-                    np.testing.assert_allclose(found[~gone], expected, rtol=1e-8, atol=1e-11)
+                    assert_allclose(found[~gone], expected, rtol=1e-8, atol=1e-11)
             for j, owner in enumerate(it.owners):
                 present = ~silent[j] if owner in it.shrinking else np.ones(silent[j].size, bool)
                 assert golden[f"{prefix}/orig_size"][j] == present.sum()
@@ -197,7 +196,5 @@ def test_networks_after_the_rounds_of_the_original(net, measure):
                 silenced(it, silent), it.channels, {name: keep[name] for name in it.shrinking}
             )
             logits = it.apply(masked, images())
-            np.testing.assert_allclose(
-                logits, golden[f"{prefix}/logits_after"], rtol=1e-8, atol=1e-11
-            )
+            assert_allclose(logits, golden[f"{prefix}/logits_after"], rtol=1e-8, atol=1e-11)
             assert num_params_left(it, keep) == golden[f"{prefix}/n_params_after"]

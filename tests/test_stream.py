@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.testing import assert_allclose, assert_array_equal
 from test_data import SHARED, needs_shared, random_split, write_tfds
 
 from sparsity_jax import (
@@ -108,7 +109,7 @@ def test_a_part_is_its_crop_resized(height, width, top, left):
         cv2.imencode(".png", image)[1].tobytes(), SIZE, lambda h, w: (top, left, height, width)
     )
     crop = image[top : top + height, left : left + width]
-    np.testing.assert_array_equal(resized, pixels.resize(crop, SIZE, SIZE))
+    assert_array_equal(resized, pixels.resize(crop, SIZE, SIZE))
 
 
 @pytest.mark.parametrize(
@@ -212,8 +213,8 @@ def test_random_boxes_have_the_spread_of_those_on_the_device():
     keys = jax.random.split(jax.random.key(0), 3000)
     other = np.asarray(jax.jit(jax.vmap(lambda key: data.random_box(key, 90, 120)))(keys))
     for i in range(4):
-        np.testing.assert_allclose(own[:, i].mean(), other[:, i].mean(), atol=2.5)
-        np.testing.assert_allclose(own[:, i].std(), other[:, i].std(), atol=2.5)
+        assert_allclose(own[:, i].mean(), other[:, i].mean(), atol=2.5)
+        assert_allclose(own[:, i].std(), other[:, i].std(), atol=2.5)
 
 
 # Order, position, back-pressure -------------------------------------------------------------------
@@ -396,7 +397,7 @@ def pair(folder):
         for split in (sets[1].train, sets[1].test)
     ]
     for own, (shown, labels) in zip((sets[0].train, sets[0].test), splits):
-        np.testing.assert_array_equal(own.labels, labels)
+        assert_array_equal(own.labels, labels)
         assert np.abs(own.images.astype(int) - shown).mean() < 6
     memory = sets[0]._replace(train=data.Split(*splits[0]), test=data.Split(*splits[1]))
     model = models.build(name="mlp", num_classes=3, widths=(6,))
@@ -412,7 +413,7 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
         found, known = (
             train.evaluate(p, state.params, state.batch_stats, split) for p in (streamed, memory)
         )
-        np.testing.assert_allclose(found, known, rtol=1e-5)
+        assert_allclose(found, known, rtol=1e-5)
         assert streamed.size(split) == memory.size(split)
     limit = geometry.Limit(split="train", scan=(0.5,), resolution=0.4)
     here = interface.Place("limit", 0, {"limit": [limit]})
@@ -422,7 +423,7 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
     )
     for one, other in zip(found[:-1], known[:-1], strict=True):
         numbers = [[row[name] for name in ("ratio", "loss", "accuracy")] for row in (one, other)]
-        np.testing.assert_allclose(*numbers, rtol=1e-5)
+        assert_allclose(*numbers, rtol=1e-5)
     assert found[-1] == known[-1]
     chosen = stages.Curve(ratios=(0.0, 0.3, 0.9), splits=("test", "train"))
     place = interface.Place("curve", 0, {"curve": [chosen]})
@@ -431,9 +432,7 @@ def test_stages_measure_the_same_streamed_and_in_memory(pair):
     ]
     for a, b in zip(*map(list, map(itertools.chain.from_iterable, tables_of)), strict=True):
         assert (a["ratio"], a["split"], a["num_kept"]) == (b["ratio"], b["split"], b["num_kept"])
-        np.testing.assert_allclose(
-            [a["loss"], a["accuracy"]], [b["loss"], b["accuracy"]], rtol=1e-5
-        )
+        assert_allclose([a["loss"], a["accuracy"]], [b["loss"], b["accuracy"]], rtol=1e-5)
     variables = dict(params=state.params, batch_stats=state.batch_stats)
     stock = compaction.Stock(variables, streamed.model.apply, {}, None)
     assert compaction.accuracy(streamed, stock) == compaction.accuracy(memory, stock)
@@ -475,7 +474,7 @@ def test_a_step_is_that_of_data_in_memory(pair):
     known = jax.jit(functools.partial(train.steps_in_memory, memory, fit, 1))(
         state, numbers, jnp.tile(order, 2), 0, *arrays
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, known)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, known)
 
 
 def test_a_mesh_shares_streamed_batches(folder):
@@ -491,11 +490,11 @@ def test_a_mesh_shares_streamed_batches(folder):
     with_close.close()
     (state, rows), (other, other_rows) = (tiny.trained(problem, fit) for problem in (one, eight))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        lambda a, b: assert_allclose(a, b, rtol=1e-3, atol=1e-4),
         state.params,
         other.params,
     )
-    np.testing.assert_allclose(rows[0]["test_loss"], other_rows[0]["test_loss"], rtol=1e-3)
+    assert_allclose(rows[0]["test_loss"], other_rows[0]["test_loss"], rtol=1e-3)
 
 
 # Damage -------------------------------------------------------------------------------------------
@@ -562,10 +561,8 @@ def test_skipped_images_are_replaced_at_random_and_left_out_of_evaluation(damage
     pixels, labels = problem.examples("test", 11)
     assert len(labels) == 10
     logits = problem.model.apply(dict(params=state.params, batch_stats={}), problem.images(pixels))
-    np.testing.assert_allclose(
-        measured.loss, losses.cross_entropy(logits, labels).mean(), rtol=1e-5
-    )
-    np.testing.assert_allclose(measured.accuracy, losses.correct(logits, labels).mean(), rtol=1e-6)
+    assert_allclose(measured.loss, losses.cross_entropy(logits, labels).mean(), rtol=1e-5)
+    assert_allclose(measured.accuracy, losses.correct(logits, labels).mean(), rtol=1e-6)
 
 
 def test_batches_that_cannot_be_are_explained(folder):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import groups, masks, models, surgery, tables, trees
 
@@ -66,7 +67,7 @@ def test_orthogonal_columns_or_rows(kept_in, kept_out):
     matrix = kernel[:, :, keep_in][..., keep_out].reshape(-1, kept_out)
     values = np.linalg.svd(matrix, compute_uv=False)
     assert len(values) == min(9 * kept_in, kept_out)
-    np.testing.assert_allclose(values, 1, rtol=1e-5)
+    assert_allclose(values, 1, rtol=1e-5)
 
 
 def test_orthogonal_is_uniform():
@@ -76,21 +77,21 @@ def test_orthogonal_is_uniform():
             jax.random.split(KEY, 4000)
         )
     )
-    np.testing.assert_allclose(
+    assert_allclose(
         np.mean(drawn, 0), 0, atol=0.04
     )  # of a Haar matrix: mean 0, variance 1/n, both signs
-    np.testing.assert_allclose(np.mean(drawn**2, 0), 1 / 3, atol=0.03)
+    assert_allclose(np.mean(drawn**2, 0), 1 / 3, atol=0.03)
     assert abs(np.mean(np.linalg.det(drawn) > 0) - 0.5) < 0.05
 
 
 @pytest.mark.parametrize("method", sorted(surgery.METHODS))
 def test_other_arrays(method):
     params = reinitialized(np.ones((4, 6), bool), method=method)
-    np.testing.assert_array_equal(params["conv"]["bias"], 0)
-    np.testing.assert_array_equal(params["bn"]["scale"], 1)
-    np.testing.assert_array_equal(params["bn"]["bias"], 0)
-    np.testing.assert_array_equal(params["norm"]["weight"], [0, 1, 1, 1, 1])
-    np.testing.assert_array_equal(params["position"], 3)
+    assert_array_equal(params["conv"]["bias"], 0)
+    assert_array_equal(params["bn"]["scale"], 1)
+    assert_array_equal(params["bn"]["bias"], 0)
+    assert_array_equal(params["norm"]["weight"], [0, 1, 1, 1, 1])
+    assert_array_equal(params["position"], 3)
     assert np.all(params["conv"]["kernel"] != 0)
     with pytest.raises(tables.ConfigError, match="method is 'zeros'; allowed: normal, orthogonal"):
         reinitialized(np.ones((4, 6), bool), method="zeros")
@@ -111,9 +112,7 @@ def test_a_network_under_jit_and_vmap(method):
     draw = lambda kept, key: surgery.reinitialize(params, kept, key, method=method)
     drawn = jax.jit(jax.vmap(draw, in_axes=(None, 0)))(kept, jax.random.split(KEY, 2))
     for path, (first, second) in trees.named_leaves(drawn).items():
-        np.testing.assert_array_equal(
-            first != 0, trees.named_leaves(kept)[path] & (path[-4:] != "bias")
-        )
+        assert_array_equal(first != 0, trees.named_leaves(kept)[path] & (path[-4:] != "bias"))
         assert path.endswith("kernel") != bool(jnp.all(first == second))
 
 
@@ -176,4 +175,4 @@ def test_kernels_of_other_layouts_are_told_or_refused(method):
         if method == "normal":
             assert float(kernel.std()) == pytest.approx((2 / 200) ** 0.5, rel=0.05)
         else:
-            np.testing.assert_allclose(kernel.T @ kernel, np.eye(50), atol=1e-4)
+            assert_allclose(kernel.T @ kernel, np.eye(50), atol=1e-4)

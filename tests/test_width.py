@@ -11,6 +11,7 @@ import pytest
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import linops, width
 
@@ -68,9 +69,7 @@ def stack(runs):
 def test_flat_spectrum():
     distance = np.array([[0.0, 1e-3, 0.5], [1.0, 7.0, 1e4]])
     expected = 0.02 / (0.02 + 3.0 * distance**2)
-    np.testing.assert_allclose(
-        width.ratio([3.0, -3.0, 3.0], [1, 5, 2], distance, 0.01), expected, rtol=1e-13
-    )
+    assert_allclose(width.ratio([3.0, -3.0, 3.0], [1, 5, 2], distance, 0.01), expected, rtol=1e-13)
     for curvature in (1e-6, 0.02, 1.0, 300.0, 1e9):
         scale = curvature * 0.09 * 50 / (2 * 0.01)  # p = 1 / (1 + scale p)
         expected = 2 / (1 + math.sqrt(1 + 4 * scale))
@@ -102,7 +101,7 @@ def test_power_law_spectrum(power, share):
     values = 5 * ((nodes + 1) / 2) ** power
     distance = np.array([0.01, 0.3, 1.0, 4.0])
     expected = [share(5 * r**2 / (2 * 0.1)) for r in distance]
-    np.testing.assert_allclose(width.ratio(values, weights, distance, 0.1), expected, rtol=1e-8)
+    assert_allclose(width.ratio(values, weights, distance, 0.1), expected, rtol=1e-8)
     p = width.predict(values, weights, UNIT, 0.1)  # R(p)^2 = p
     assert p == pytest.approx(share(5 * p / (2 * 0.1)), abs=1e-8)
 
@@ -118,11 +117,11 @@ def test_distances_of_a_ramp():
     removed = np.array([0, 1, 2, 499, 999, 1000])
     squares = removed * (removed + 1) * (2 * removed + 1) / 6
     for count in ("nearest", "linear"):
-        np.testing.assert_allclose(distances.at(removed / n, count=count) ** 2, squares, rtol=1e-12)
-    np.testing.assert_allclose(distances.at(0.0015, count="linear") ** 2, 1 + 4 / 2, rtol=1e-12)
+        assert_allclose(distances.at(removed / n, count=count) ** 2, squares, rtol=1e-12)
+    assert_allclose(distances.at(0.0015, count="linear") ** 2, 1 + 4 / 2, rtol=1e-12)
     assert distances.at(0.0014) == distances.at(0.001) == 1.0
     # one weight more is gone at ratio 0, and does not count
-    np.testing.assert_allclose(
+    assert_allclose(
         distances.at(removed / n, count="original")[1:] ** 2, squares[1:] - 1, rtol=1e-12
     )
     assert distances.at(0.0, count="original") == 0
@@ -132,8 +131,8 @@ def test_distances_of_a_ramp():
 def test_ties_go_together_in_the_original_only():
     distances = width.distances([np.array([1.0, -2.0, 2.0, 2.0, 3.0])], scope="all")
     ratios = np.array([0.2, 0.4, 0.6, 0.8, 1.0])
-    np.testing.assert_allclose(distances.at(ratios) ** 2, [1, 5, 9, 13, 22])
-    np.testing.assert_allclose(distances.at(ratios, count="original") ** 2, [0, 12, 12, 12, 21])
+    assert_allclose(distances.at(ratios) ** 2, [1, 5, 9, 13, 22])
+    assert_allclose(distances.at(ratios, count="original") ** 2, [0, 12, 12, 12, 21])
 
 
 def test_only_kernels_are_pruned_but_all_arrays_have_norms():
@@ -145,9 +144,9 @@ def test_only_kernels_are_pruned_but_all_arrays_have_norms():
     assert (kernels.size, everything.size) == (2, 4)
     assert kernels.norm_sum == everything.norm_sum == 5 + 12 + 1
     assert kernels.magnitudes.dtype == np.float32
-    np.testing.assert_allclose(kernels.at([0.0, 0.5, 1.0]), [0, 3, 5])
+    assert_allclose(kernels.at([0.0, 0.5, 1.0]), [0, 3, 5])
     bfloat16 = width.distances({"kernel": jnp.array([[3.0, 4.0]], jnp.bfloat16)})
-    np.testing.assert_array_equal(bfloat16.squares, kernels.squares)
+    assert_array_equal(bfloat16.squares, kernels.squares)
 
 
 # Laws
@@ -206,9 +205,7 @@ def test_probes_are_averaged_as_spectra():
     weights[1] *= 5  # no probe counts more than another
     distance = np.array([0.0, 0.1, 1.0, 10.0])
     each = [width.ratio(v, w, distance, 0.1) for v, w in zip(values, weights)]
-    np.testing.assert_allclose(
-        width.ratio(values, weights, distance, 0.1), np.mean(each, axis=0), rtol=1e-12
-    )
+    assert_allclose(width.ratio(values, weights, distance, 0.1), np.mean(each, axis=0), rtol=1e-12)
     assert np.shape(width.ratio(values, weights, 1.0, 0.1)) == ()
 
 
@@ -227,7 +224,7 @@ def test_blocks_of_distances_give_the_same_as_one_by_one():
     values, weights = random_spectrum(0, size=100_000)
     distance = np.geomspace(1e-3, 1e3, 7)
     one_by_one = [width.ratio(values, weights, r, 0.1) for r in distance]
-    np.testing.assert_allclose(width.ratio(values, weights, distance, 0.1), one_by_one, rtol=1e-14)
+    assert_allclose(width.ratio(values, weights, distance, 0.1), one_by_one, rtol=1e-14)
 
 
 def test_all_weights_zero_predicts_one():
@@ -235,7 +232,7 @@ def test_all_weights_zero_predicts_one():
     for method in ("fixed_point", "grid"):
         predicted = width.predict([1.0, 2.0], [0.5, 0.5], distances, 0.1, method=method)
         assert predicted == {"fixed_point": 1.0, "grid": 0.999}[method]
-    np.testing.assert_array_equal(distances.at([0.0, 0.5, 1.0]), 0)
+    assert_array_equal(distances.at([0.0, 0.5, 1.0]), 0)
 
 
 def test_a_steep_width_is_solved_too():
@@ -307,19 +304,19 @@ def test_width_matches_the_original(golden, epsilon):
         np.linspace(*golden[f"{key}/grid_first_last"], int(bins)),
     )
     found = width.ratio(grid, density, golden["gw/R"], float(epsilon))
-    np.testing.assert_allclose(found, golden[f"gw/two_runs_bins={bins}/ep={epsilon}"], rtol=1e-9)
+    assert_allclose(found, golden[f"gw/two_runs_bins={bins}/ep={epsilon}"], rtol=1e-9)
     expected = golden[f"gw/with_zero_mass/ep={epsilon}"]
     # no file holds the share of the mass at 0: the largest distance gives it, for all others
     curve = golden[f"gw/two_runs_bins={bins}/ep={epsilon}"]
     share = (expected[-1] - curve[-1]) / (1 - curve[-1])
     found = width.ratio(grid, density, golden["gw/R"], float(epsilon), zero_share=share)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_distances_match_the_original(golden, golden_distances):
     number = HYPER["sparse_epoch"]
     found = golden_distances.at(np.arange(number) / number, count="original")
-    np.testing.assert_allclose(found, golden["pipeline/R"], rtol=1e-9, atol=1e-11)
+    assert_allclose(found, golden["pipeline/R"], rtol=1e-9, atol=1e-11)
     assert golden_distances.norm_sum == pytest.approx(float(golden["pipeline/norm2"]), rel=1e-9)
 
 
@@ -340,7 +337,7 @@ def golden_losses(golden, drop_smallest):
         x = np.maximum(x, 0) if i else x
         x = x @ params[f"trained/{layer}.weight"].T + params[f"trained/{layer}.bias"]
     if not drop_smallest:
-        np.testing.assert_allclose(x, golden["logits_train"], rtol=1e-8, atol=1e-11)
+        assert_allclose(x, golden["logits_train"], rtol=1e-8, atol=1e-11)
         assert golden_penalty(params) == pytest.approx(float(golden["l1_penalty"]), rel=1e-12)
     return np.log(np.exp(x).sum(1)) - x[np.arange(len(y)), y] + golden_penalty(params)
 
@@ -370,7 +367,7 @@ def test_grid_prediction_matches_the_original(golden, golden_distances, num):
     found = width.ratio(
         grid, density, np.arange(int(golden["pipeline/norm2"]) + 1), epsilon, zero_share=share
     )
-    np.testing.assert_allclose(found, golden[f"pipeline/num={num}/gw"], rtol=1e-9)
+    assert_allclose(found, golden[f"pipeline/num={num}/gw"], rtol=1e-9)
     index = HYPER["sparse_epoch"] * width.predict_on_grid(
         grid, density, golden_distances, epsilon, zero_share=share
     )
@@ -398,12 +395,12 @@ def test_original_counts_match_the_thresholds():
     removed = ~golden["keep_mask"]
     expected = (flat**2 * removed).sum(1) - np.abs(flat).min() ** 2
     found = distances.at(golden["sparsities"], count="original") ** 2
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+    assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
     (number,) = golden_data.parts("05b_global_threshold.npz", r"threshold_(\d+)")
     thresholds = golden[f"threshold_{number}"]
     expected = (flat**2 * (np.abs(flat) <= thresholds[:, None])).sum(1) - np.abs(flat).min() ** 2
     found = distances.at(np.arange(int(number)) / int(number), count="original") ** 2
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+    assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
 
 
 # Epsilon
@@ -417,11 +414,11 @@ def test_epsilon_is_the_population_deviation():
 def test_epsilon_draws_repeat_and_centre():
     losses = np.random.default_rng(0).normal(2.0, 0.3, 400)
     draws = width.epsilon_draws(losses, 300, 7)
-    np.testing.assert_array_equal(draws, width.epsilon_draws(losses, 300, np.random.default_rng(7)))
+    assert_array_equal(draws, width.epsilon_draws(losses, 300, np.random.default_rng(7)))
     assert draws.shape == (300,)
     assert draws.mean() == pytest.approx(width.epsilon(losses), rel=0.01)
     assert draws.std() == pytest.approx(0.3 / math.sqrt(2 * 400), rel=0.2)
-    np.testing.assert_array_equal(width.epsilon_draws([0.0, 1.0], 50, 0), 0.5)  # never 0
+    assert_array_equal(width.epsilon_draws([0.0, 1.0], 50, 0), 0.5)  # never 0
 
 
 @pytest.mark.parametrize(
@@ -471,7 +468,7 @@ def test_enclosure_contains_the_dense_answer_and_shrinks(seed, operator):
     gaps = found.upper - found.lower
     assert (np.diff(gaps) <= rounding).all()
     assert gaps[-1] < 0.7 * gaps[0]
-    np.testing.assert_allclose(found.ratio, found.lower, atol=rounding)
+    assert_allclose(found.ratio, found.lower, atol=rounding)
 
 
 def test_rounding_widens_the_enclosure():
@@ -552,10 +549,10 @@ def test_history_is_what_shorter_runs_predict():
         )
     signed = width.history(tridiagonal, distances, 0.05)
     assert (signed.lower[[1, 4, 8]] <= found.lower + 1e-9).all()  # may put weight below 0
-    np.testing.assert_allclose(signed.upper[[1, 4, 8]], found.upper, atol=1e-9)
+    assert_allclose(signed.upper[[1, 4, 8]], found.upper, atol=1e-9)
     clipped = width.history(tridiagonal, distances, 0.05, negative="clip")
     assert np.isnan([clipped.lower, clipped.upper]).all()
-    np.testing.assert_allclose(signed.ratio[[1, 4, 8]], found.ratio, atol=1e-10)
+    assert_allclose(signed.ratio[[1, 4, 8]], found.ratio, atol=1e-10)
     assert width.history(tridiagonal, distances, 0.05, num_matvecs=[]).ratio.shape == (0,)
     for wrong in ([0, 3], [10]):
         with pytest.raises(ValueError, match="1 to 9"):
@@ -568,7 +565,7 @@ def test_probes_give_a_mean_and_its_error():
     runs = [lanczos(eigenvalues, random.choice([-1.0, 1.0], 400), 12) for _ in range(6)]
     found = width.predict_probes(stack(runs), distances, 0.05, operator="semidefinite")
     each = [width.predict_probes(run, distances, 0.05) for run in runs]
-    np.testing.assert_allclose(found.per_probe, [one.ratio for one in each], rtol=1e-12)
+    assert_allclose(found.per_probe, [one.ratio for one in each], rtol=1e-12)
     assert found.standard_error == pytest.approx(np.std(found.per_probe, ddof=1) / math.sqrt(6))
     assert math.isnan(each[0].standard_error)
     dense = width.predict(eigenvalues, np.ones(400), distances, 0.05)
@@ -584,7 +581,7 @@ def test_probes_of_unequal_depth():
     runs = [lanczos(eigenvalues, start, m) for m in (3, 8)]
     found = width.predict_probes(stack(runs), distances, 0.05, operator="semidefinite")
     expected = [width.predict_probes(run, distances, 0.05).ratio for run in runs]
-    np.testing.assert_allclose(found.per_probe, expected, rtol=1e-12)
+    assert_allclose(found.per_probe, expected, rtol=1e-12)
     assert width.history(stack(runs), distances, 0.05).ratio.shape == (8,)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import (
     data,
@@ -214,7 +215,7 @@ def same(first, second) -> None:
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+        assert_array_equal(a, b)
 
 
 def check_on_meshes(function, *arrays, rtol=1e-5) -> None:
@@ -223,7 +224,7 @@ def check_on_meshes(function, *arrays, rtol=1e-5) -> None:
     compiled = functools.partial(
         jax.jit, compiler_options={"xla_backend_optimization_level": 0}
     )  # run once
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+    close = lambda a, b: assert_allclose(a, b, rtol=rtol, atol=rtol)
     alone = compiled(jax.vmap(function))(*arrays)
     kinds, spec = jax.sharding.AxisType, jax.sharding.PartitionSpec("x")
     make = lambda kind: jax.make_mesh((2,), ("x",), (kind,), devices=jax.devices()[:2])
